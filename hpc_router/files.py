@@ -1,0 +1,41 @@
+"""Writing files that other hosts read while we write them.
+
+One rule: a temporary name in the same folder, fsync, `os.replace`. A reader sees the old file or the new one, never a
+part. No locks: flock fails or lies on the parallel file systems this runs on.
+"""
+
+import json
+import os
+import secrets
+from pathlib import Path
+from typing import Any
+
+
+def replace_text(path: Path, text: str, *, mode: int = 0o600) -> None:
+    """Put `text` at `path` atomically, with exactly `mode` whatever the umask."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
+            os.fchmod(stream.fileno(), mode)
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def replace_json(path: Path, value: Any, *, mode: int = 0o600) -> None:
+    """`replace_text` of one JSON value."""
+    replace_text(path, json.dumps(value, indent=1, sort_keys=True) + "\n", mode=mode)
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The JSON object at `path`; None when it is absent, half-copied or no object."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None

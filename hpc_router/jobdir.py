@@ -1,0 +1,181 @@
+"""`jobs/<replica>/`: what submitter, agent and control loop tell each other about one job.
+
+Making the folder is the claim: whoever makes it submits, so two control loops never submit the same replica. Each file
+has one writer: `job.json` the submitter, `process.json` and `progress.json` the job itself, `exit.json` the job or,
+for one that ended without a word, whoever noticed first, `stop.json` whoever asks the job to go.
+"""
+
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+from hpc_router.files import read_json, replace_json
+from hpc_router.rundir import RunDir, private_umask
+
+
+class Phase(StrEnum):
+    """How far a job has come; the registry's `state` says only whether it may be used."""
+
+    STARTING = "starting"  # the job body runs, no engine process yet
+    LOADING = "loading"  # the engine's process runs and does not answer yet
+    READY = "ready"
+    RESTARTING = "restarting"  # the engine ended and is started again after a pause
+    DRAINING = "draining"
+
+
+class Reason(StrEnum):
+    """Why an engine or a job failed."""
+
+    OUT_OF_MEMORY = "out_of_memory"
+    WEIGHTS = "weights"
+    CUDA = "cuda"
+    BAD_OPTION = "bad_option"
+    INTERPRETER = "interpreter"
+    TIMEOUT = "timeout"
+    KILLED = "killed"
+    CRASHED = "crashed"
+    DRAINED = "drained"  # asked to stop: no failure
+    VANISHED = "vanished"  # the job ended and left no exit record
+
+
+PERMANENT: Final = frozenset({Reason.WEIGHTS, Reason.BAD_OPTION, Reason.INTERPRETER})
+"""Failures that a restart cannot cure."""
+
+
+@dataclass(frozen=True, slots=True)
+class JobInfo:
+    """Written at submission. A local job's id is a process id, so `start_ticks` guards against its reuse."""
+
+    job_id: str
+    host: str
+    start_ticks: int | None = None
+    submitted_at: float = field(default_factory=time.time)
+    gpus: tuple[int, ...] = ()
+    argv: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """The job body's own process, written by itself before it becomes the agent or the router."""
+
+    pid: int
+    start_ticks: int
+    host: str
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    phase: Phase
+    reason: Reason | None = None  # of the last engine failure
+    message: str | None = None
+    restarts: int = 0
+    pid: int = field(default_factory=os.getpid)
+    engine_pid: int | None = None
+    at: float = field(default_factory=time.time)
+    ready_at: float | None = None  # the first time
+
+
+@dataclass(frozen=True, slots=True)
+class Exit:
+    ok: bool
+    reason: Reason
+    message: str
+    at: float = field(default_factory=time.time)
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """What a job was asked and when: to drain (over HTTP), then to end (SIGTERM)."""
+
+    drain_at: float | None = None
+    cancel_at: float | None = None
+
+
+_T = TypeVar("_T", JobInfo, Process, Progress, Exit, Stop)
+
+
+@dataclass(frozen=True, slots=True)
+class JobDir:
+    run: RunDir
+    replica: str
+
+    @property
+    def path(self) -> Path:
+        return self.run.jobs / self.replica
+
+    @property
+    def agent_log(self) -> Path:
+        return self.run.logs / f"{self.replica}.log"
+
+    @property
+    def engine_log(self) -> Path:
+        return self.run.logs / f"{self.replica}.engine.log"
+
+    def claim(self) -> bool:
+        """True for the one caller that made the folder."""
+        try:
+            with private_umask():
+                self.path.mkdir()
+        except FileExistsError:
+            return False
+        return True
+
+    def claimed_at(self) -> float:
+        return self.path.stat().st_mtime
+
+    def write(self, value: JobInfo | Process | Progress | Exit | Stop) -> None:
+        replace_json(self.path / _FILES[type(value)], asdict(value))
+
+    def info(self) -> JobInfo | None:
+        value = self._read(JobInfo)
+        return value and JobInfo(**{**asdict(value), "gpus": tuple(value.gpus), "argv": tuple(value.argv)})
+
+    def progress(self) -> Progress | None:
+        return self._read(Progress)
+
+    def exit(self) -> Exit | None:
+        return self._read(Exit)
+
+    def process(self) -> Process | None:
+        return self._read(Process)
+
+    def stop(self) -> Stop | None:
+        return self._read(Stop)
+
+    def _read(self, kind: type[_T]) -> _T | None:
+        value = read_json(self.path / _FILES[kind])
+        try:
+            return None if value is None else kind(**_enums(value))
+        except (TypeError, ValueError):
+            return None
+
+
+_FILES: Final[Mapping[type, str]] = {
+    JobInfo: "job.json",
+    Process: "process.json",
+    Progress: "progress.json",
+    Exit: "exit.json",
+    Stop: "stop.json",
+}
+
+
+def _enums(value: dict[str, Any]) -> dict[str, Any]:
+    if value.get("phase") is not None:
+        value["phase"] = Phase(value["phase"])
+    if value.get("reason") is not None:
+        value["reason"] = Reason(value["reason"])
+    return value
+
+
+def start_ticks(pid: int) -> int | None:
+    """When a process of this host started, in clock ticks since boot; None when there is none (or only its corpse)."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return None
+    values = text.rpartition(")")[2].split()
+    return None if values[0] in "ZX" else int(values[19])

@@ -1,0 +1,174 @@
+"""The run directory: everything one deployment shares, in one 0700 folder on the shared file system.
+
+`config.yaml` is frozen at the first launch; later wishes (`scale`, `down`) go to `desired.json`. Secrets are files of
+mode 0600, made by whichever of `up`, `register` and `launch.router` comes first.
+"""
+
+import contextlib
+import json
+import os
+import secrets
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hpc_router.auth import new_token
+from hpc_router.errors import ConfigError
+from hpc_router.files import read_json, replace_json
+
+
+@dataclass(frozen=True, slots=True)
+class RunDir:
+    """Names inside a run directory. Use `open_run` or `make_run`, which check or make it."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def desired(self) -> Path:
+        return self.path / "desired.json"
+
+    @property
+    def registry(self) -> Path:
+        return self.path / "registry"
+
+    @property
+    def registry_json(self) -> Path:
+        return self.path / "registry.json"
+
+    @property
+    def jobs(self) -> Path:
+        return self.path / "jobs"
+
+    @property
+    def logs(self) -> Path:
+        return self.path / "logs"
+
+    @property
+    def classifier(self) -> Path:
+        """The artefact trained at `up` from the experts' exemplars."""
+        return self.path / "classifier"
+
+    def token(self) -> str:
+        """The owner's client token."""
+        return _read_secret(self.path / "token")
+
+    def secret(self) -> str:
+        """The deployment's own secret, from which replicas' keys are derived."""
+        return _read_secret(self.path / "secret")
+
+    def external_token(self, replica: str) -> str | None:
+        """The token an external endpoint wants, given at `register`."""
+        path = self.path / "tokens" / replica
+        return _read_secret(path) if path.exists() else None
+
+    def keep_external_token(self, replica: str, token: str) -> None:
+        _private_folder(self.path / "tokens")
+        _write_secret(self.path / "tokens" / replica, token)
+
+    def event(self, kind: str, **facts: Any) -> None:
+        """One line in `events.jsonl`; only the control loop and the verbs call this, one write each."""
+        line = json.dumps({"at": round(time.time(), 3), "event": kind, **facts}, sort_keys=True)
+        with private_umask():
+            descriptor = os.open(self.path / "events.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
+            stream.write(line + "\n")
+
+    def read_desired(self) -> dict[str, Any]:
+        return read_json(self.desired) or {}
+
+    def write_desired(self, value: dict[str, Any]) -> None:
+        replace_json(self.desired, value)
+
+
+def make_run(path: Path) -> RunDir:
+    """The run directory at `path`, completed where parts are missing; 0700 whatever the umask."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    run = RunDir(path.absolute())
+    _private_folder(run.path)
+    _check_owner(run.path)
+    for folder in (run.registry, run.jobs, run.logs):
+        _private_folder(folder)
+    for name in ("token", "secret"):
+        if not (run.path / name).exists():
+            _write_secret(run.path / name, new_token())
+    return run
+
+
+def open_run(path: Path) -> RunDir:
+    """An existing run directory; ConfigError says what is wrong with it."""
+    if not path.is_dir():
+        raise ConfigError(f"there is no run directory {path}; `hpc-router up` makes one, `--run DIR` names another")
+    run = RunDir(path.resolve())
+    _check_owner(run.path)
+    if not run.registry.is_dir():
+        raise ConfigError(f"{path} is no run directory: it has no registry/ folder")
+    return run
+
+
+def find_run(given: Path | None, *, runs: Path = Path("runs")) -> RunDir:
+    """The run a verb means: `--run`, then `$HPC_ROUTER_RUN`, then `runs/latest`."""
+    if given is not None:
+        return open_run(given)
+    named = os.environ.get("HPC_ROUTER_RUN")
+    return open_run(Path(named) if named else runs / "latest")
+
+
+def new_run_path(runs: Path, name: str) -> Path:
+    """A name nobody has taken: `<name>-<date>-<time>-<random>`."""
+    return runs / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+
+
+def point_latest(runs: Path, run: RunDir) -> None:
+    """Let `runs/latest` name this run."""
+    link = runs / "latest"
+    temporary = link.with_name(f".latest.{secrets.token_hex(4)}")
+    temporary.symlink_to(run.path.name)
+    temporary.replace(link)
+
+
+@contextlib.contextmanager
+def private_umask() -> Iterator[None]:
+    """Whatever is made inside is the owner's alone."""
+    before = os.umask(0o077)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+def _private_folder(path: Path) -> None:
+    with contextlib.suppress(FileExistsError), private_umask():
+        path.mkdir(mode=0o700)
+
+
+def _check_owner(path: Path) -> None:
+    status = path.stat()
+    if status.st_uid != os.getuid():
+        raise ConfigError(f"the run directory {path} belongs to uid {status.st_uid}, not to you")
+    if status.st_mode & 0o077:
+        raise ConfigError(f"the run directory {path} is open to other users: chmod 700 {path}")
+
+
+def _write_secret(path: Path, value: str) -> None:
+    """First writer wins: a link of a finished file, so that two at once agree on one value."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    with private_umask():
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
+        stream.write(value + "\n")
+    with contextlib.suppress(FileExistsError):
+        path.hardlink_to(temporary)
+    temporary.unlink()
+
+
+def _read_secret(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error

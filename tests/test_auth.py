@@ -1,0 +1,30 @@
+"""Keys differ per replica and prove themselves without being shown."""
+
+import pytest
+
+from hpc_router.auth import bearer, challenge_answer, new_token, replica_key, same
+
+
+def test_a_key_belongs_to_one_secret_and_one_nonce() -> None:
+    keys = {replica_key(secret, nonce) for secret in ("s", "t") for nonce in ("n", "o")}
+    assert len(keys) == 4
+    answers = {challenge_answer(key, challenge) for key in keys for challenge in ("c", "d")}
+    assert len(answers) == 8
+    assert not keys & answers
+
+
+def test_tokens_do_not_repeat() -> None:
+    assert len({new_token() for _ in range(100)}) == 100
+
+
+@pytest.mark.parametrize(("left", "right", "equal"), [("a", "a", True), ("a", "b", False), ("ä\udcff", "ä", False)])
+def test_same_takes_any_text(left: str, right: str, equal: bool) -> None:
+    assert same(left, right) is equal
+
+
+@pytest.mark.parametrize(
+    ("header", "token"),
+    [("Bearer t", "t"), ("bearer  t ", "t"), ("Basic t", None), ("Bearer ", None), ("", None), (None, None)],
+)
+def test_bearer(header: str | None, token: str | None) -> None:
+    assert bearer(header) == token

@@ -1,0 +1,87 @@
+"""The run directory keeps its secrets, whatever the umask, and says what is wrong with one that is not right."""
+
+import os
+import stat
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from hpc_router.errors import ConfigError
+from hpc_router.rundir import find_run, make_run, open_run, point_latest
+
+
+@pytest.fixture(params=[0o000, 0o022, 0o777])
+def umask(request: pytest.FixtureRequest) -> Iterator[None]:
+    before = os.umask(request.param)
+    yield
+    os.umask(before)
+
+
+def test_nobody_else_can_read_it_whatever_the_umask(tmp_path: Path, umask: None) -> None:
+    run = make_run(tmp_path / "run")
+    run.event("made")
+    run.write_desired({"math": 1})
+    run.keep_external_token("math-x0.g1", "t")
+    for path in [run.path, *run.path.rglob("*")]:
+        assert stat.S_IMODE(path.lstat().st_mode) == (0o700 if path.is_dir() else 0o600), path
+
+
+def test_making_it_again_changes_no_secret(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    token, secret = run.token(), run.secret()
+    again = make_run(tmp_path / "run")
+    assert (again.token(), again.secret()) == (token, secret)
+    assert token != secret
+
+
+def test_two_that_make_it_at_once_agree(tmp_path: Path) -> None:
+    start, tokens = threading.Barrier(8), []
+
+    def make() -> None:
+        start.wait()
+        tokens.append(make_run(tmp_path / "run").token())
+
+    threads = [threading.Thread(target=make) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(tokens) == 8
+    assert len(set(tokens)) == 1
+
+
+def test_what_is_wrong_is_said(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="there is no run directory"):
+        open_run(tmp_path / "absent")
+    (tmp_path / "plain").mkdir(mode=0o700)
+    with pytest.raises(ConfigError, match="no registry"):
+        open_run(tmp_path / "plain")
+    run = make_run(tmp_path / "run")
+    run.path.chmod(0o750)
+    with pytest.raises(ConfigError, match="chmod 700"):
+        open_run(run.path)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give a folder away")
+def test_another_users_run_is_refused(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    os.chown(run.path, 12345, 12345)
+    with pytest.raises(ConfigError, match="belongs to uid 12345"):
+        open_run(run.path)
+
+
+def test_a_verb_finds_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--run`, then $HPC_ROUTER_RUN, then runs/latest."""
+    monkeypatch.delenv("HPC_ROUTER_RUN", raising=False)
+    one, two, three = (make_run(tmp_path / "runs" / name) for name in ("one", "two", "three"))
+    runs = tmp_path / "runs"
+    with pytest.raises(ConfigError):
+        find_run(None, runs=runs)
+    point_latest(runs, one)
+    point_latest(runs, two)
+    assert find_run(None, runs=runs) == two
+    monkeypatch.setenv("HPC_ROUTER_RUN", str(three.path))
+    assert find_run(None, runs=runs) == three
+    assert find_run(one.path, runs=runs) == one

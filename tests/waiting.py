@@ -1,0 +1,31 @@
+"""Waiting for the outside world: a condition with a deadline, never a bare sleep."""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from typing import Final, TypeVar
+
+T = TypeVar("T")
+GUARD_S: Final = 30.0
+
+
+async def eventually(condition: Callable[[], T | None | Awaitable[T | None]], *, within_s: float = GUARD_S) -> T:
+    """What `condition` returns once it is true; fails when it is not in time."""
+    deadline = time.monotonic() + within_s
+    while True:
+        value = condition()
+        if isinstance(value, Awaitable):
+            value = await value
+        if value:
+            return value
+        assert time.monotonic() < deadline, f"not within {within_s} s: {condition}"
+        await asyncio.sleep(0.01)
+
+
+def eventually_sync(condition: Callable[[], T | None], *, within_s: float = GUARD_S) -> T:
+    """The same outside an event loop."""
+    deadline = time.monotonic() + within_s
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"not within {within_s} s: {condition}"
+        time.sleep(0.01)
+    return value
