@@ -1,0 +1,44 @@
+"""Server-sent events, cut only where they end.
+
+A stream that breaks in mid-event must not reach the client as half an event, so bytes are passed on up to the last
+blank line and the tail is kept. Rules of the format: https://html.spec.whatwg.org/multipage/server-sent-events.html
+"""
+
+import json
+from typing import Any, Final
+
+CONTENT_TYPE: Final = "text/event-stream"
+MAX_EVENT_BYTES: Final = 16 * 2**20
+_ENDS: Final = (b"\n\n", b"\r\n\r\n", b"\r\r")
+
+
+class EventTooLargeError(ValueError):
+    """An event without an end within MAX_EVENT_BYTES."""
+
+
+class EventSplitter:
+    """Collects chunks and gives back whole events."""
+
+    __slots__ = ("_tail",)
+
+    def __init__(self) -> None:
+        self._tail = b""
+
+    def feed(self, chunk: bytes) -> bytes:
+        """Every byte up to the end of the last whole event; empty when none ended yet."""
+        data = self._tail + chunk if self._tail else chunk
+        end = max(at + len(mark) if (at := data.rfind(mark)) >= 0 else 0 for mark in _ENDS)
+        self._tail = data[end:]
+        if len(self._tail) > MAX_EVENT_BYTES:
+            raise EventTooLargeError(f"an event of more than {MAX_EVENT_BYTES} bytes")
+        return data[:end]
+
+    @property
+    def tail(self) -> bytes:
+        """What has come of an event that has not ended."""
+        return self._tail
+
+
+def error_event(error: dict[str, Any]) -> bytes:
+    """The event that ends a failed stream; the openai client raises on its `error` key."""
+    return b"data: " + json.dumps({"error": error}).encode() + b"\n\n"

@@ -1,0 +1,1 @@
+"""The router process: one endpoint in front of all experts."""

@@ -1,0 +1,35 @@
+"""The router as a job: `python -m hpc_router.router --run DIR --replica router-0.g1`."""
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+from hpc_router import compose
+from hpc_router.errors import HpcRouterError
+from hpc_router.jobdir import JobDir
+from hpc_router.router.service import main as serve
+from hpc_router.rundir import open_run
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m hpc_router.router", description=__doc__)
+    parser.add_argument("--run", type=Path, required=True, help="run directory")
+    parser.add_argument("--replica", required=True, help="the router's replica name, such as router-0.g1")
+    arguments = parser.parse_args()
+    try:
+        run = open_run(arguments.run)
+        logging.basicConfig(
+            filename=JobDir(run, arguments.replica).agent_log,
+            level=logging.INFO,
+            format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        )
+        return serve(run, compose.read(run.config), replica=arguments.replica)
+    except HpcRouterError as error:
+        logging.getLogger(__name__).error("%s", error)
+        sys.stderr.write(f"{error}\n")
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

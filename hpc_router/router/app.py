@@ -1,0 +1,260 @@
+"""The router's HTTP surface: paths, tokens, errors in OpenAI's shape.
+
+It sits on aiohttp's low-level server: one handler, one table of routes, one table of status codes. What a request
+means is decided in `Gateway`'s methods, how it is served in `dispatch`.
+"""
+
+import asyncio
+import json
+import logging
+import re
+import time
+import uuid
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from aiohttp import web
+
+from hpc_router import wire
+from hpc_router.auth import bearer, same
+from hpc_router.config import Deployment
+from hpc_router.errors import (
+    BadRequestError,
+    BodyTooLargeError,
+    HpcRouterError,
+    OverloadedError,
+    RoutingError,
+    UnauthorizedError,
+    UnavailableError,
+    UnknownModelError,
+    UnknownPathError,
+    UpstreamError,
+    suggest,
+)
+from hpc_router.router.dispatch import RETRY_AFTER_S, Dispatcher, Errand
+from hpc_router.router.metrics import Metrics
+from hpc_router.router.replicas import ReplicaTable
+from hpc_router.router.request import ApiCall, decode
+from hpc_router.router.status import status_of
+from hpc_router.routing.conversation import RequestError, prompt_text
+from hpc_router.routing.policy import Decision, Policy, Reason
+
+logger = logging.getLogger(__name__)
+
+STATUS: Final[Mapping[type[HpcRouterError], tuple[int, str]]] = {
+    BadRequestError: (400, "invalid_request_error"),
+    RequestError: (400, "invalid_request_error"),
+    UnauthorizedError: (401, "authentication_error"),
+    UnknownModelError: (404, "invalid_request_error"),
+    UnknownPathError: (404, "invalid_request_error"),
+    BodyTooLargeError: (413, "invalid_request_error"),
+    OverloadedError: (429, "rate_limit_error"),
+    UpstreamError: (502, "upstream_error"),
+    UnavailableError: (503, "service_unavailable"),
+}
+_OPEN_PATHS: Final = frozenset({wire.HEALTH, "/ready"})
+_REQUEST_ID: Final = re.compile(r"[\w.:-]{1,128}", re.ASCII)
+_HEADERS_NOT_JSON: Final = {"content-type": "text/plain; version=0.0.4; charset=utf-8"}
+
+Handler = Callable[[web.BaseRequest, str], Awaitable[web.StreamResponse]]
+
+
+@dataclass(slots=True)
+class Gateway:
+    """Answers every request of the router. `token` None: open to everybody."""
+
+    deployment: Deployment
+    table: ReplicaTable
+    policy: Policy
+    dispatcher: Dispatcher
+    metrics: Metrics
+    token: str | None
+    replica: str
+    in_flight: int = 0
+    _idle: asyncio.Event = field(default_factory=asyncio.Event)
+    started_at: float = field(default_factory=time.time)
+    routes: Mapping[tuple[str, str], Handler] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.routes = {
+            ("GET", wire.HEALTH): self._health,
+            ("GET", "/ready"): self._ready,
+            ("GET", "/status"): self._status,
+            ("GET", wire.METRICS): self._metrics,
+            ("GET", wire.MODELS): self._models,
+            ("POST", "/route"): self._route,
+            **{("POST", path): self._generate for path in wire.GENERATE_PATHS},
+        }
+
+    async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        """The handler of aiohttp's low-level server; never raises but for cancellation."""
+        given = request.headers.get(wire.REQUEST_ID_HEADER, "")
+        request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        try:
+            handler = self._find(request)
+            return await handler(request, request_id)
+        except HpcRouterError as error:
+            return self._refuse(request, error, request_id)
+        except Exception:
+            logger.exception("%s: %s %s failed", request_id, request.method, request.path)
+            failure = RoutingError("the router failed; its log says why")
+            return error_response(500, "internal_error", failure, request_id)
+
+    async def idle(self) -> None:
+        """Until no request is in flight."""
+        if self.in_flight:
+            await self._idle.wait()
+
+    def _find(self, request: web.BaseRequest) -> Handler:
+        path = request.path.rstrip("/") or "/"
+        if path not in _OPEN_PATHS and self.token is not None:
+            offered = bearer(request.headers.get("authorization"))
+            if offered is None or not same(offered, self.token):
+                raise UnauthorizedError("this router wants its owner's token as `Authorization: Bearer ...`")
+        handler = self.routes.get((request.method, path))
+        if handler is None and request.method == "GET" and path.startswith(wire.MODELS + "/"):
+            return self._model
+        if handler is None:
+            paths = sorted(f"{method} {path}" for method, path in self.routes)
+            raise UnknownPathError(f"{request.method} {request.path[:200]} is not served (valid: {', '.join(paths)})")
+        return handler
+
+    def _refuse(self, request: web.BaseRequest, error: HpcRouterError, request_id: str) -> web.Response:
+        status, kind = next(((s, k) for e, (s, k) in STATUS.items() if isinstance(error, e)), (500, "internal_error"))
+        logger.info("%s: %s %s refused with %d: %s", request_id, request.method, request.path[:200], status, error)
+        self.metrics.requests.labels("", "", str(status)).inc()
+        return error_response(status, kind, error, request_id)
+
+    async def _health(self, request: web.BaseRequest, request_id: str) -> web.Response:
+        return json_response({"status": "ok"})
+
+    async def _ready(self, request: web.BaseRequest, request_id: str) -> web.Response:
+        ready = sorted(self.table.ready())
+        return json_response({"ready": ready}, status=200 if ready else 503)
+
+    async def _status(self, request: web.BaseRequest, request_id: str) -> web.Response:
+        return json_response(status_of(self))
+
+    async def _metrics(self, request: web.BaseRequest, request_id: str) -> web.Response:
+        return web.Response(body=self.metrics.exposition(), headers=_HEADERS_NOT_JSON)
+
+    async def _models(self, request: web.BaseRequest, request_id: str) -> web.Response:
+        return json_response({"object": "list", "data": [self._model_card(name) for name in self._model_names()]})
+
+    async def _model(self, request: web.BaseRequest, request_id: str) -> web.Response:
+        name = request.path.removeprefix(wire.MODELS + "/")
+        if name not in self._model_names():
+            raise self._unknown(name)
+        return json_response(self._model_card(name))
+
+    async def _route(self, request: web.BaseRequest, request_id: str) -> web.Response:
+        """Explain where `auto` would send this prompt."""
+        fields = (await self._read(request)).fields
+        path = wire.COMPLETIONS if "prompt" in fields and "messages" not in fields else wire.CHAT
+        text = prompt_text(fields, path=path, window=self.deployment.policy.window)
+        ready = self.table.ready()
+        return json_response({"id": request_id, **self.policy.explain(text, ready).to_dict()})
+
+    async def _generate(self, request: web.BaseRequest, request_id: str) -> web.StreamResponse:
+        if self.in_flight >= self.deployment.router.max_in_flight:
+            raise OverloadedError(
+                f"{self.in_flight} requests are in flight, as many as router.max_in_flight admits",
+                retry_after_s=RETRY_AFTER_S,
+            )
+        self.in_flight += 1
+        self._idle.clear()
+        try:
+            call = await self._read(request)
+            errand = self._errand(request, request_id, call)
+            response = await self.dispatcher.run(errand)
+        finally:
+            self.in_flight -= 1
+            if not self.in_flight:
+                self._idle.set()
+        expert, reason = response.headers.get("x-expert", ""), response.headers.get("x-route-reason", "")
+        self.metrics.requests.labels(expert, reason, str(response.status)).inc()
+        return response
+
+    async def _read(self, request: web.BaseRequest) -> ApiCall:
+        if request.headers.get("content-encoding", "identity").lower() != "identity":
+            raise BadRequestError("compressed request bodies are not taken")
+        try:
+            return decode(await request.read())
+        except web.HTTPRequestEntityTooLarge as error:
+            limit = self.deployment.router.max_body_mb
+            raise BodyTooLargeError(f"the body is larger than router.max_body_mb={limit:g}") from error
+
+    def _errand(self, request: web.BaseRequest, request_id: str, call: ApiCall) -> Errand:
+        path = request.path.rstrip("/")
+        text = prompt_text(call.fields, path=path, window=self.deployment.policy.window)
+        if not isinstance(call.fields.get("stream", False), bool | None):
+            raise BadRequestError("'stream' must be true or false", param="stream")
+        if call.model != "auto":
+            if call.model not in self._experts():
+                raise self._unknown(call.model)
+            experts, reason = (call.model,), Reason.NAMED
+        else:
+            if path == wire.EMBEDDINGS:
+                raise BadRequestError(
+                    "'auto' cannot embed: the vector spaces of experts differ, so name one", param="model"
+                )
+            decision = self._decide(text)
+            experts, reason = self.policy.order(decision), decision.reason
+            if not experts:
+                raise UnknownModelError(
+                    "'auto' leads nowhere: no expert is ready to be chosen and policy.fallback names none"
+                    + suggest("", self._experts()),
+                    param="model",
+                )
+        path_and_query = path + (f"?{request.query_string}" if request.query_string else "")
+        return Errand(request, path_and_query, request_id, call, experts, reason)
+
+    def _decide(self, text: str) -> Decision:
+        started = time.perf_counter()
+        decision = self.policy.select(text, self.table.ready())
+        self.metrics.decision.observe(time.perf_counter() - started)
+        return decision
+
+    def _experts(self) -> set[str]:
+        return self.table.experts() | set(self.deployment.experts)
+
+    def _model_names(self) -> list[str]:
+        return ["auto", *sorted(self._experts())]
+
+    def _model_card(self, name: str) -> dict[str, Any]:
+        replicas = self.table.of(name)
+        card: dict[str, Any] = {
+            "id": name,
+            "object": "model",
+            "created": int(self.started_at),
+            "owned_by": "hpc_router",
+        }
+        if any(r.record.engine.kind == "sim" for r in (replicas if name != "auto" else self.table.all())):
+            card["simulated"] = True
+        return card if name == "auto" else card | {"ready_replicas": sum(r.standing == "ready" for r in replicas)}
+
+    def _unknown(self, name: str) -> UnknownModelError:
+        return UnknownModelError(f"no model is named {name[:100]!r}{suggest(name, self._model_names())}", param="model")
+
+
+def json_response(value: Any, *, status: int = 200) -> web.Response:
+    return web.Response(body=json.dumps(value).encode(), status=status, content_type="application/json")
+
+
+def error_response(status: int, kind: str, error: HpcRouterError, request_id: str) -> web.Response:
+    """An error as OpenAI's clients read it."""
+    body = {"message": str(error), "type": kind, "param": getattr(error, "param", None), "code": _code(error)}
+    response = json_response({"error": body}, status=status)
+    response.headers[wire.REQUEST_ID_HEADER] = request_id
+    retry_after_s = getattr(error, "retry_after_s", None)
+    if retry_after_s is not None:
+        response.headers["retry-after"] = str(max(1, round(retry_after_s)))
+    if status == 401:
+        response.headers["www-authenticate"] = "Bearer"
+    return response
+
+
+def _code(error: HpcRouterError) -> str:
+    """`UnknownModelError` -> `unknown_model`."""
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", type(error).__name__.removesuffix("Error")).lower()

@@ -1,0 +1,245 @@
+"""Keeps the replica table true: reads the registry, probes every endpoint.
+
+Two sources, neither trusted alone. The registry says what exists; a probe says whether it answers, as itself: an agent
+proves its key (`auth`), an external endpoint lists its models. Beats that stop while probes pass mean a stalled file
+system, so nobody is ejected for it. A replica leaves the table when its owner withdraws its record.
+"""
+
+import asyncio
+import contextlib
+import logging
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import aiohttp
+
+from hpc_router import registry, wire
+from hpc_router.auth import challenge_answer, new_token, replica_key, same
+from hpc_router.config import RouterConfig
+from hpc_router.registry import Kind, Reader, Record
+from hpc_router.router.replicas import Event, Replica, ReplicaTable, Standing
+from hpc_router.rundir import RunDir
+
+logger = logging.getLogger(__name__)
+
+TIMEOUTS_BEFORE_EJECTION: Final = 3
+SILENT_BEATS: Final = 4
+"""A beat is missed when it is this many intervals late."""
+_EJECTED_PROBE_MAX_S: Final = 15.0
+_SAYS: Final[Mapping[str, Event]] = {
+    "starting": Event.SAYS_STARTING,
+    "ready": Event.SAYS_READY,
+    "draining": Event.SAYS_DRAINING,
+}
+
+
+@dataclass(slots=True)
+class Beats:
+    """The reader's own clock against one record's counter."""
+
+    beat: int | None
+    changed_at: float
+
+    def silent_s(self, now: float) -> float:
+        return now - self.changed_at
+
+
+@dataclass(slots=True)
+class _Watch:
+    task: asyncio.Task[None]
+    look: asyncio.Event
+    beats: Beats
+
+
+@dataclass(slots=True)
+class Discovery:
+    """Owns one background task for the registry and one per endpoint. Run it as `async with`."""
+
+    run: RunDir
+    config: RouterConfig
+    table: ReplicaTable
+    on_snapshot: Callable[[Mapping[str, Record]], None]
+    clock: Callable[[], float]
+    last_read_at: float = 0.0
+    _watches: dict[str, _Watch] = field(default_factory=dict)
+    _scan: asyncio.Task[None] | None = None
+    _session: aiohttp.ClientSession | None = None
+
+    async def __aenter__(self) -> "Discovery":
+        timeout = aiohttp.ClientTimeout(total=self.config.probe_timeout_s)
+        self._session = aiohttp.ClientSession(
+            timeout=timeout,
+            cookie_jar=aiohttp.DummyCookieJar(),
+            connector=aiohttp.TCPConnector(limit=0, force_close=True),
+        )
+        self.last_read_at = self.clock()
+        self._scan = asyncio.create_task(self._scan_forever(), name="registry scan")
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        assert self._scan is not None
+        assert self._session is not None
+        tasks = [self._scan, *(watch.task for watch in self._watches.values())]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._session.close()
+
+    def doubt(self, replica: Replica, trouble: str) -> None:
+        """A request could not reach it: out of the pool at once, and look again soon."""
+        replica.trouble = trouble
+        self._apply(replica, Event.FAILED)
+        self.look_again(replica)
+
+    def look_again(self, replica: Replica) -> None:
+        if watch := self._watches.get(replica.name):
+            watch.look.set()
+
+    def is_silent(self, replica: Replica) -> bool:
+        """Whether its beats have stopped; endpoints without beats are never silent."""
+        watch = self._watches.get(replica.name)
+        if watch is None or replica.record.beat_s is None:
+            return False
+        return watch.beats.silent_s(self.clock()) > SILENT_BEATS * replica.record.beat_s
+
+    def registry_age_s(self) -> float:
+        """Since the registry was last read (or, before the first time, since the start)."""
+        return self.clock() - self.last_read_at
+
+    async def _scan_forever(self) -> None:
+        reader = Reader(self.run.registry)
+        while True:
+            try:
+                snapshot = await asyncio.to_thread(reader.snapshot)
+                self.last_read_at = self.clock()
+                await self._take(snapshot)
+                self.on_snapshot(snapshot)
+            except OSError as error:
+                logger.warning("the registry cannot be read, the last view stands: %s", error)
+            except Exception:
+                logger.exception("registry scan failed")
+            await asyncio.sleep(self.config.discovery_s)
+
+    async def _take(self, snapshot: Mapping[str, Record]) -> None:
+        for name, record in snapshot.items():
+            if record.kind is not Kind.ROUTER:
+                self._take_one(name, record)
+        for name in [name for name in self._watches if name not in snapshot]:
+            logger.info("%s has left", name)
+            await self._forget(name)
+
+    def _take_one(self, name: str, record: Record) -> None:
+        replica, watch = self.table.get(name), self._watches.get(name)
+        if replica is None or watch is None or not _same_endpoint(replica.record, record):
+            if watch is not None:
+                watch.task.cancel()
+            self._begin(record)
+            return
+        state_changed = replica.record.state is not record.state
+        if watch.beats.beat != record.beat:
+            watch.beats = Beats(record.beat, self.clock())
+        replica.record = record
+        if state_changed:
+            watch.look.set()
+
+    def _begin(self, record: Record) -> None:
+        key = (
+            self.run.external_token(record.replica)
+            if record.kind is Kind.EXTERNAL
+            else replica_key(self.run.secret(), record.nonce or "")
+        )
+        replica = Replica(record, key)
+        self.table.put(replica)
+        look = asyncio.Event()
+        task = asyncio.create_task(self._watch_forever(replica, look), name=f"probe {record.replica}")
+        self._watches[record.replica] = _Watch(task, look, Beats(record.beat, self.clock()))
+        logger.info("%s discovered at %s", record.replica, record.url)
+
+    async def _forget(self, name: str) -> None:
+        self.table.remove(name)
+        watch = self._watches.pop(name)
+        watch.task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await watch.task
+
+    async def _watch_forever(self, replica: Replica, look: asyncio.Event) -> None:
+        while True:
+            try:
+                event = await self._probe(replica)
+                if event is not None:
+                    self._apply(replica, event)
+            except Exception:
+                logger.exception("probe of %s failed", replica.name)
+            look.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._pause_s(replica)):
+                    await look.wait()
+
+    def _pause_s(self, replica: Replica) -> float:
+        base = self.config.probe_s
+        if replica.standing is Standing.STARTING:
+            base /= 2
+        elif replica.standing is Standing.EJECTED:
+            base = min(base * 1.5 ** min(replica.failures, 8), _EJECTED_PROBE_MAX_S)
+        return base * random.uniform(0.8, 1.2)  # probes of many replicas must not fall together
+
+    async def _probe(self, replica: Replica) -> Event | None:
+        """What the endpoint says of itself; None: too early to judge."""
+        try:
+            external = replica.record.kind is Kind.EXTERNAL
+            event = await (self._probe_external(replica) if external else self._probe_agent(replica))
+        except TimeoutError:
+            replica.failures += 1
+            replica.trouble = "does not answer probes"
+            late = replica.failures >= TIMEOUTS_BEFORE_EJECTION or replica.standing is Standing.EJECTED
+            return Event.FAILED if late else None
+        except (aiohttp.ClientError, OSError, ValueError) as error:
+            replica.failures += 1
+            replica.trouble = f"probe failed: {type(error).__name__}"
+            return Event.FAILED
+        if event is not Event.FAILED:
+            replica.failures, replica.trouble = 0, None
+        return event
+
+    async def _probe_agent(self, replica: Replica) -> Event:
+        challenge = new_token()
+        answer = await self._get_json(replica.record.url + wire.HEALTH, params={"challenge": challenge})
+        health = wire.Health.from_json(answer)
+        expected = challenge_answer(replica.key or "", challenge)
+        if health is None or health.replica != replica.name or not same(health.answer or "", expected):
+            replica.trouble = "another process answers at its address"
+            return Event.FAILED
+        replica.models = health.models or ()
+        return _SAYS.get(health.state, Event.FAILED)
+
+    async def _probe_external(self, replica: Replica) -> Event:
+        headers = {"Authorization": f"Bearer {replica.key}"} if replica.key else {}
+        answer = await self._get_json(replica.record.url + wire.MODELS, headers=headers)
+        listed = answer.get("data")
+        models = [m.get("id") for m in listed if isinstance(m, dict)] if isinstance(listed, list) else []
+        replica.models = tuple(m for m in models if isinstance(m, str))
+        return Event.SAYS_READY
+
+    async def _get_json(self, url: str, **options: Any) -> dict[str, Any]:
+        assert self._session is not None
+        async with self._session.get(url, raise_for_status=True, allow_redirects=False, **options) as response:
+            value = await response.json(content_type=None)
+        if not isinstance(value, dict):
+            raise ValueError("not a JSON object")
+        return value
+
+    def _apply(self, replica: Replica, event: Event) -> None:
+        if self.table.get(replica.name) is replica and self.table.apply(replica, event):
+            because = f" ({replica.trouble})" if replica.trouble and replica.standing is Standing.EJECTED else ""
+            logger.info("%s is %s%s", replica.name, replica.standing, because)
+
+
+def _same_endpoint(old: Record, new: Record) -> bool:
+    return (old.url, old.nonce, old.generation, old.kind) == (new.url, new.nonce, new.generation, new.kind)
+
+
+def registry_file(records: Mapping[str, Record]) -> dict[str, Any]:
+    """The content of `registry.json`."""
+    return {"schema": registry.SCHEMA, "records": [records[name].to_json() for name in sorted(records)]}

@@ -1,0 +1,216 @@
+"""A router's life: bind, discover, publish, serve, drain, leave.
+
+The address is published only once the server listens. A router that comes back on the same host takes the port its
+predecessor had, when that is free, so that clients which know only the address find it again.
+"""
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+import time
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, Final
+
+import uvloop
+from aiohttp import web
+
+from hpc_router.config import Deployment
+from hpc_router.errors import ConfigError
+from hpc_router.files import replace_json
+from hpc_router.jobdir import Exit, JobDir, Phase, Progress, Reason
+from hpc_router.lease import Lease
+from hpc_router.registry import Kind, Reader, Record, State, leading_router, split_replica
+from hpc_router.relay.upstream import Limits, UpstreamClient
+from hpc_router.router.app import Gateway
+from hpc_router.router.control import ControlLoop
+from hpc_router.router.discovery import Discovery, registry_file
+from hpc_router.router.dispatch import Dispatcher
+from hpc_router.router.metrics import Metrics
+from hpc_router.router.replicas import ReplicaTable
+from hpc_router.routing.artefact import load
+from hpc_router.routing.policy import Policy, build_policy
+from hpc_router.rundir import RunDir
+
+logger = logging.getLogger(__name__)
+
+BACKLOG: Final = 4096
+_EVERYWHERE: Final = frozenset({"", "0.0.0.0", "::"})
+_STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+
+
+def main(run: RunDir, deployment: Deployment, *, replica: str) -> int:
+    """Serve until told to stop; the exit status of the process."""
+    job = JobDir(run, replica)
+    job.claim()
+    try:
+        uvloop.run(_live(run, deployment, job))
+    except ConfigError as error:
+        job.write(Exit(ok=False, reason=Reason.BAD_OPTION, message=str(error)))
+        raise
+    except BaseException as error:
+        job.write(Exit(ok=False, reason=Reason.CRASHED, message=f"{type(error).__name__}: {error}"))
+        raise
+    job.write(Exit(ok=True, reason=Reason.DRAINED, message="stopped"))
+    return 0
+
+
+async def _live(run: RunDir, deployment: Deployment, job: JobDir) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in _STOP_SIGNALS:
+        loop.add_signal_handler(number, stop.set)
+    sock = bind(run, deployment, node=socket.gethostname())
+    async with (
+        serving(run, deployment, replica=job.replica, sock=sock) as gateway,
+        Lease(run.registry, _record(deployment, job.replica, sock)) as lease,
+        _control(run, deployment, job),
+    ):
+        await lease.update(state=State.READY)
+        job.write(Progress(Phase.READY, ready_at=time.time()))
+        logger.info("serving at %s", lease.record.url)
+        await stop.wait()
+        logger.info("draining: %d requests in flight", gateway.in_flight)
+        await lease.update(state=State.DRAINING)
+        job.write(Progress(Phase.DRAINING))
+    logger.info("stopped")
+
+
+@asynccontextmanager
+async def serving(run: RunDir, deployment: Deployment, *, replica: str, sock: socket.socket) -> AsyncIterator[Gateway]:
+    """The router's parts, wired and listening on `sock`; at the end in-flight requests get `router.drain_s`."""
+    config = deployment.router
+    policy = load_policy(run, deployment)
+    table = ReplicaTable()
+    clock = asyncio.get_running_loop().time
+    keeper = RegistryFile(run, replica)
+    discovery = Discovery(run=run, config=config, table=table, on_snapshot=keeper.keep, clock=clock)
+    limits = Limits(config.connect_timeout_s, config.first_byte_timeout_s, config.idle_timeout_s)
+    async with UpstreamClient(limits) as client, discovery, keeper:
+        metrics = Metrics(table, in_flight=lambda: gateway.in_flight, registry_age_s=discovery.registry_age_s)
+        dispatcher = Dispatcher(table=table, discovery=discovery, client=client, metrics=metrics, config=config)
+        token = None if config.open else run.token()
+        gateway = Gateway(deployment, table, policy, dispatcher, metrics, token=token, replica=replica)
+        async with listening(gateway, sock, max_body=int(config.max_body_mb * 2**20), drain_s=config.drain_s):
+            yield gateway
+
+
+@asynccontextmanager
+async def listening(gateway: Gateway, sock: socket.socket, *, max_body: int, drain_s: float) -> AsyncIterator[None]:
+    loop = asyncio.get_running_loop()
+
+    def make_request(message: Any, payload: Any, protocol: Any, writer: Any, task: Any) -> web.BaseRequest:
+        return web.BaseRequest(message, payload, protocol, writer, task, loop, client_max_size=max_body)
+
+    # A client that leaves cancels its handler; aiohttp's own runners leave that off.
+    handler = web.Server(gateway.handle, request_factory=make_request, handler_cancellation=True, access_log=None)
+    server = await loop.create_server(handler, sock=sock, backlog=BACKLOG)
+    try:
+        yield
+    finally:
+        server.close()
+        handler.pre_shutdown()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(drain_s):
+                await gateway.idle()
+        await handler.shutdown(timeout=1.0)
+
+
+class RegistryFile:
+    """Keeps `registry.json` while this router leads: the whole registry in one file, for people and scripts."""
+
+    def __init__(self, run: RunDir, replica: str) -> None:
+        self._run, self._replica = run, replica
+        self._written: Mapping[str, Any] | None = None
+        self._task: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> "RegistryFile":
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._task is not None:
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    def keep(self, snapshot: Mapping[str, Record]) -> None:
+        """Write it in the background when something changed; a write under way takes precedence."""
+        leader = leading_router(snapshot)
+        if leader is None or leader.replica != self._replica or (self._task is not None and not self._task.done()):
+            return
+        content = registry_file(snapshot)
+        if content != self._written:
+            self._task = asyncio.create_task(self._write(content), name="registry.json")
+
+    async def _write(self, content: Mapping[str, Any]) -> None:
+        try:
+            await asyncio.to_thread(replace_json, self._run.registry_json, content)
+            self._written = content
+        except OSError as error:
+            logger.warning("registry.json cannot be written: %s", error)
+
+
+def load_policy(run: RunDir, deployment: Deployment) -> Policy:
+    """The configured policy with its classifier. Raises ConfigError or ArtefactError."""
+    config = deployment.policy
+    classifier = None
+    if config.kind == "classifier":
+        folder = run.classifier if config.artefact is None else Path(config.artefact)
+        if not folder.is_dir():
+            raise ConfigError(
+                f"policy=classifier finds no artefact at {folder}: give policy.artefact=DIR, or experts with exemplars "
+                "and start with `hpc-router up`"
+            )
+        classifier = load(folder)
+    return build_policy(config.kind, classifier=classifier, fallback=config.fallback, margin=config.margin)
+
+
+def bind(run: RunDir, deployment: Deployment, *, node: str) -> socket.socket:
+    """A bound socket: the configured port, else the predecessor's, else a free one."""
+    config = deployment.router
+    ports = [config.port] if config.port else [port for port in (_previous_port(run, node), 0) if port is not None]
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    for port in ports:
+        sock = socket.socket(family, socket.SOCK_STREAM)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            sock.bind((config.host, port))
+        except OSError as error:
+            sock.close()
+            if port == ports[-1]:
+                raise ConfigError(f"router.host={config.host} router.port={port}: {error.strerror}") from error
+        else:
+            return sock
+    raise AssertionError("unreachable: the last port either binds or raises")
+
+
+def _record(deployment: Deployment, replica: str, sock: socket.socket) -> Record:
+    host, port = sock.getsockname()[:2]
+    address = deployment.cluster.address if host in _EVERYWHERE else host
+    shown = f"[{address}]" if ":" in address else address
+    return Record(
+        kind=Kind.ROUTER,
+        replica=replica,
+        url=f"http://{shown}:{port}",
+        state=State.STARTING,
+        serves={},
+        generation=split_replica(replica)[2],
+        node=socket.gethostname(),
+        beat_s=deployment.cluster.beat_s,
+    )
+
+
+def _control(run: RunDir, deployment: Deployment, job: JobDir) -> contextlib.AbstractAsyncContextManager[object]:
+    """The control loop, where there is a deployment to keep."""
+    if deployment.router.reconcile and run.config.exists():
+        return ControlLoop(run, replica=job.replica)
+    return contextlib.nullcontext()
+
+
+def _previous_port(run: RunDir, node: str) -> int | None:
+    """The port of the latest router that this host had."""
+    routers = [r for r in Reader(run.registry).snapshot().values() if r.kind is Kind.ROUTER and r.node == node]
+    latest = max(routers, key=lambda r: r.generation, default=None)
+    port = latest.url.rpartition(":")[2] if latest else ""
+    return int(port) if port.isdecimal() else None

@@ -1,0 +1,175 @@
+"""A replica that does what its script says: a real server on port 0 with a real record, and a router in front."""
+
+import asyncio
+import json
+import socket
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from aiohttp import web
+
+from hpc_router import registry, wire
+from hpc_router.auth import bearer, challenge_answer, new_token, replica_key
+from hpc_router.config import Deployment, EngineConfig, ExpertConfig, PolicyConfig, RouterConfig
+from hpc_router.registry import EngineInfo, Kind, Record, State
+from hpc_router.router.app import Gateway
+from hpc_router.router.service import serving
+from hpc_router.rundir import RunDir, make_run
+
+Act = Callable[["FakeReplica", web.BaseRequest], Awaitable[web.StreamResponse]]
+
+
+@dataclass
+class FakeReplica:
+    """Plays its acts one per request, the last one for ever. `bodies`: what it was sent."""
+
+    run: RunDir
+    replica: str
+    acts: deque[Act]
+    models: tuple[str, ...]
+    state: str = "ready"
+    key: str = ""
+    url: str = ""
+    bodies: list[bytes] = field(default_factory=list)
+    headers: list[dict[str, str]] = field(default_factory=list)
+    cancelled: int = 0
+    arrived: asyncio.Event = field(default_factory=asyncio.Event)
+    go_on: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        if request.path == wire.HEALTH:
+            answer = challenge_answer(self.key, request.query["challenge"])
+            health = {"replica": self.replica, "state": self.state, "in_flight": 0, "models": self.models}
+            return web.json_response(health | {"answer": answer})
+        if request.path == wire.MODELS:
+            assert bearer(request.headers.get("authorization")) == self.key
+            return web.json_response({"object": "list", "data": [{"id": m, "object": "model"} for m in self.models]})
+        assert bearer(request.headers.get("authorization")) == self.key
+        self.bodies.append(await request.read())
+        self.headers.append({k.lower(): v for k, v in request.headers.items()})
+        act = self.acts[0] if len(self.acts) == 1 else self.acts.popleft()
+        self.arrived.set()
+        try:
+            return await act(self, request)
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+
+
+def completion(text: str = "hello") -> dict[str, Any]:
+    message = {"role": "assistant", "content": text}
+    return {
+        "id": "c", "object": "chat.completion", "created": 1, "model": "m",
+        "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
+        "usage": {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2},
+    }  # fmt: skip
+
+
+def event(text: str) -> bytes:
+    delta = {"role": "assistant", "content": text}
+    chunk = {"id": "c", "object": "chat.completion.chunk", "created": 1, "model": "m"}
+    return b"data: " + json.dumps(chunk | {"choices": [{"index": 0, "delta": delta}]}).encode() + b"\n\n"
+
+
+async def answer(fake: FakeReplica, request: web.BaseRequest) -> web.StreamResponse:
+    return web.json_response(completion(fake.replica), headers={"x-engine": "fake"})
+
+
+def refuse(status: int, *, headers: dict[str, str] | None = None) -> Act:
+    async def act(fake: FakeReplica, request: web.BaseRequest) -> web.StreamResponse:
+        error = {"message": f"scripted {status}", "type": "scripted", "param": None, "code": None}
+        return web.json_response({"error": error}, status=status, headers=headers)
+
+    return act
+
+
+async def hang(fake: FakeReplica, request: web.BaseRequest) -> web.StreamResponse:
+    """Until told to go on."""
+    await fake.go_on.wait()
+    return await answer(fake, request)
+
+
+async def reset(fake: FakeReplica, request: web.BaseRequest) -> web.StreamResponse:
+    assert request.transport is not None
+    request.transport.abort()
+    return web.Response()
+
+
+def stream(pieces: Sequence[bytes], *, then: str = "end", content_type: str = "text/event-stream") -> Act:
+    """Write the pieces, then `end` properly, `reset` the connection, or `hang`."""
+
+    async def act(fake: FakeReplica, request: web.BaseRequest) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"content-type": content_type})
+        await response.prepare(request)
+        for piece in pieces:
+            await response.write(piece)
+        if then == "reset":
+            return await reset(fake, request)
+        if then == "hang":
+            await fake.go_on.wait()
+        return response
+
+    return act
+
+
+@asynccontextmanager
+async def fake_replica(
+    run: RunDir, replica: str, *acts: Act, models: tuple[str, ...] | None = None, capacity: int = 8, **fields: Any
+) -> AsyncIterator[FakeReplica]:
+    expert = registry.split_replica(replica)[0]
+    names = models if models is not None else (expert, "auto")
+    fake = FakeReplica(run, replica, deque(acts or (answer,)), names)
+    nonce = new_token()
+    fake.key = replica_key(run.secret(), nonce)
+    runner = web.ServerRunner(web.Server(fake.handle, handler_cancellation=True, access_log=None))
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0, shutdown_timeout=0.1)
+    await site.start()
+    fake.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+    record = Record(
+        kind=Kind.EXPERT, replica=replica, url=fake.url, state=State.READY, serves={expert: names[0]}, nonce=nonce,
+        capacity=capacity, engine=EngineInfo(kind="fake"),
+    )  # fmt: skip
+    record = replace(record, **fields)
+    registry.publish(run.registry, record)
+    try:
+        yield fake
+    finally:
+        registry.withdraw(run.registry, replica)
+        await runner.cleanup()
+
+
+def a_run(folder: Path) -> RunDir:
+    return make_run(folder / "run")
+
+
+def a_deployment(*experts: str, policy: str = "model_field", fallback: str | None = None, **router: Any) -> Deployment:
+    """Quick clocks: a test never waits for a default."""
+    quick: dict[str, Any] = {"discovery_s": 0.02, "probe_s": 0.05, "probe_timeout_s": 2.0, "drain_s": 1.0}
+    return Deployment(
+        experts={name: ExpertConfig(model="m", engine=EngineConfig(kind="sim")) for name in experts},
+        policy=PolicyConfig(kind=policy, fallback=fallback),
+        router=RouterConfig(**(quick | router)),
+    )
+
+
+@dataclass
+class RunningRouter:
+    gateway: Gateway
+    url: str
+    token: str
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"authorization": f"Bearer {self.token}", "content-type": "application/json"}
+
+
+@asynccontextmanager
+async def a_router(run: RunDir, deployment: Deployment) -> AsyncIterator[RunningRouter]:
+    sock = socket.create_server(("127.0.0.1", 0))
+    async with serving(run, deployment, replica="router-0.g1", sock=sock) as gateway:
+        yield RunningRouter(gateway, f"http://127.0.0.1:{sock.getsockname()[1]}", run.token())

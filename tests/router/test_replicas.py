@@ -1,0 +1,160 @@
+"""Standing, balance, waiting; every counter returns to zero."""
+
+import asyncio
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from hpc_router.registry import Kind, Record, State
+from hpc_router.router.replicas import TRANSITIONS, Event, Hold, Replica, ReplicaTable, Standing
+
+
+def replica(name: str, *, experts: tuple[str, ...] = ("math",), capacity: int = 2, ready: bool = True) -> Replica:
+    record = Record(
+        kind=Kind.EXPERT,
+        replica=name,
+        url="http://127.0.0.1:1",
+        state=State.READY,
+        serves=dict.fromkeys(experts, "m"),
+        capacity=capacity,
+    )
+    made = Replica(record, key="k")
+    if ready:
+        made.apply(Event.SAYS_READY)
+    return made
+
+
+def table_of(*replicas: Replica) -> ReplicaTable:
+    table = ReplicaTable()
+    for one in replicas:
+        table.put(one)
+    return table
+
+
+def test_the_transition_table_is_complete() -> None:
+    assert set(TRANSITIONS) == {(s, e) for s in Standing for e in Event}
+
+
+def test_nothing_leads_from_draining_back_to_ready_but_being_ejected() -> None:
+    for event in (Event.SAYS_READY, Event.SAYS_STARTING):
+        assert TRANSITIONS[Standing.DRAINING, event] is Standing.DRAINING
+
+
+def test_the_fewest_in_flight_wins_and_ties_take_turns() -> None:
+    table = table_of(replica("math-0.g1"), replica("math-1.g1"))
+    holds = [table.acquire("math") for _ in range(4)]
+    assert [h.replica.name for h in holds if h] == ["math-0.g1", "math-1.g1", "math-0.g1", "math-1.g1"]
+    assert table.acquire("math") is None, "both are at their capacity"
+    assert holds[1] is not None
+    holds[1].release()
+    again = table.acquire("math")
+    assert again is not None
+    assert again.replica.name == "math-1.g1"
+
+
+def test_a_release_counts_once() -> None:
+    table = table_of(replica("math-0.g1"))
+    hold = table.acquire("math")
+    assert hold is not None
+    with hold:
+        hold.release()
+    assert hold.replica.in_flight == 0
+
+
+def test_a_replica_that_left_takes_its_counters_with_it() -> None:
+    table = table_of(replica("math-0.g1"))
+    hold = table.acquire("math")
+    assert hold is not None
+    table.remove("math-0.g1")
+    hold.release()
+    assert (hold.replica.in_flight, table.experts()) == (0, set())
+
+
+async def test_a_release_wakes_one_and_a_cancelled_waiter_hands_its_turn_on() -> None:
+    """The wake-up of a request that is cancelled in the same moment goes to the next one."""
+    table = table_of(replica("math-0.g1", capacity=1))
+    hold = table.acquire("math")
+    assert hold is not None
+    first, second = (asyncio.create_task(table.wait(["math"])) for _ in range(2))
+    await asyncio.sleep(0)
+    assert table.waiting("math") == 2
+    hold.release()
+    first.cancel()
+    async with asyncio.timeout(5):
+        await second
+    with pytest.raises(asyncio.CancelledError):
+        await first
+    assert table.waiting("math") == 0
+
+
+async def test_a_replica_that_becomes_ready_wakes_everybody() -> None:
+    late = replica("math-0.g1", ready=False)
+    table = table_of(late)
+    waiters = [asyncio.create_task(table.wait(["code", "math"])) for _ in range(3)]
+    await asyncio.sleep(0)
+    assert table.apply(late, Event.SAYS_READY)
+    async with asyncio.timeout(5):
+        await asyncio.gather(*waiters)
+    assert (table.waiting("math"), table.waiting("code")) == (0, 0)
+
+
+class Juggling(RuleBasedStateMachine):
+    """Any interleaving of arrivals, ends, events and departures keeps each counter equal to the holds alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.replicas = [replica(f"math-{i}.g1", capacity=3) for i in range(3)]
+        self.table = table_of(*self.replicas)
+        self.holds: list[Hold] = []
+
+    @rule()
+    def arrive(self) -> None:
+        if hold := self.table.acquire("math"):
+            assert hold.replica.standing is Standing.READY
+            self.holds.append(hold)
+
+    @rule(at=st.integers(0, 30), twice=st.booleans())
+    def end(self, at: int, twice: bool) -> None:
+        if self.holds:
+            hold = self.holds.pop(at % len(self.holds))
+            hold.release()
+            if twice:
+                hold.release()
+
+    @rule(at=st.integers(0, 2), event=st.sampled_from(Event))
+    def happen(self, at: int, event: Event) -> None:
+        self.table.apply(self.replicas[at], event)
+
+    @rule(at=st.integers(0, 2))
+    def leave(self, at: int) -> None:
+        self.table.remove(self.replicas[at].name)
+
+    @rule(at=st.integers(0, 2))
+    def return_(self, at: int) -> None:
+        self.table.put(self.replicas[at])
+
+    @invariant()
+    def counters_match(self) -> None:
+        for one in self.replicas:
+            assert one.in_flight == sum(h.replica is one for h in self.holds)
+            assert one.in_flight <= one.capacity
+
+    def teardown(self) -> None:
+        for hold in self.holds:
+            hold.release()
+        assert [r.in_flight for r in self.replicas] == [0, 0, 0]
+
+
+TestJuggling = Juggling.TestCase
+
+
+@given(st.integers(1, 5), st.integers(1, 20))
+def test_equal_replicas_share_equally(replicas: int, requests: int) -> None:
+    """Requests that never end differ by at most one between replicas."""
+    table = table_of(*(replica(f"math-{i}.g1", capacity=100) for i in range(replicas)))
+    for _ in range(requests):
+        assert table.acquire("math")
+    load = [r.in_flight for r in table.all()]
+    assert max(load) - min(load) <= 1
