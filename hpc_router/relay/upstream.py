@@ -5,6 +5,7 @@ Leaving the context early closes the connection, which is how an engine learns t
 """
 
 import asyncio
+import io
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from hpc_router.errors import UpstreamConnectError, UpstreamError, UpstreamTimeo
 
 _KEEP_ALIVE_S: Final = 4.0
 """Shorter than the 5 s after which uvicorn, the server of both real engines, closes an idle connection."""
+_IN_ONE_PIECE: Final = 2**20
+"""A longer request body is written in pieces, so that it does not hold up the event loop."""
 _NO_AUTO_HEADERS: Final = ("Accept", "Accept-Encoding", "User-Agent", "Content-Type")
 
 
@@ -93,10 +96,11 @@ class UpstreamClient:
         self, method: str, url: URL, *, headers: CIMultiDict[str] | None = None, body: bytes | None = None
     ) -> AsyncIterator[UpstreamResponse]:
         """Raises UpstreamConnectError, UpstreamTimeoutError or UpstreamError, also from within the block."""
+        data = io.BytesIO(body) if body is not None and len(body) > _IN_ONE_PIECE else body
         try:
             async with (
                 asyncio.timeout(self._limits.first_byte_s) as timeout,
-                self._session.request(method, url, headers=headers, data=body, allow_redirects=False) as response,
+                self._session.request(method, url, headers=headers, data=data, allow_redirects=False) as response,
             ):
                 yield UpstreamResponse(response, timeout, self._limits)
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:

@@ -150,11 +150,9 @@ class Gateway:
 
     async def _route(self, request: web.BaseRequest, request_id: str) -> web.Response:
         """Explain where `auto` would send this prompt."""
-        fields = (await self._read(request)).fields
-        path = wire.COMPLETIONS if "prompt" in fields and "messages" not in fields else wire.CHAT
-        text = prompt_text(fields, path=path, window=self.deployment.policy.window)
-        ready = self.table.ready()
-        return json_response({"id": request_id, **self.policy.explain(text, ready).to_dict()})
+        call = await self._read(request)
+        explanation = self.policy.explain(self._prompt(call), ready=self.table.ready())
+        return json_response(explanation.to_dict(id=request_id))
 
     async def _generate(self, request: web.BaseRequest, request_id: str) -> web.StreamResponse:
         if self.in_flight >= self.deployment.router.max_in_flight:
@@ -187,13 +185,14 @@ class Gateway:
 
     def _errand(self, request: web.BaseRequest, request_id: str, call: ApiCall) -> Errand:
         path = request.path.rstrip("/")
-        text = prompt_text(call.fields, path=path, window=self.deployment.policy.window)
+        text = self._prompt(call)
         if not isinstance(call.fields.get("stream", False), bool | None):
             raise BadRequestError("'stream' must be true or false", param="stream")
         if call.model != "auto":
             if call.model not in self._experts():
                 raise self._unknown(call.model)
-            experts, reason = (call.model,), Reason.NAMED
+            experts: tuple[str, ...] = (call.model,)
+            reason = Reason.NAMED
         else:
             if path == wire.EMBEDDINGS:
                 raise BadRequestError(
@@ -210,9 +209,12 @@ class Gateway:
         path_and_query = path + (f"?{request.query_string}" if request.query_string else "")
         return Errand(request, path_and_query, request_id, call, experts, reason)
 
+    def _prompt(self, call: ApiCall) -> str:
+        return prompt_text(call.fields, window=self.deployment.policy.window)
+
     def _decide(self, text: str) -> Decision:
         started = time.perf_counter()
-        decision = self.policy.select(text, self.table.ready())
+        decision = self.policy.select(text, ready=self.table.ready())
         self.metrics.decision.observe(time.perf_counter() - started)
         return decision
 

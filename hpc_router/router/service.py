@@ -12,6 +12,7 @@ import socket
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -31,7 +32,8 @@ from hpc_router.router.discovery import Discovery, registry_file
 from hpc_router.router.dispatch import Dispatcher
 from hpc_router.router.metrics import Metrics
 from hpc_router.router.replicas import ReplicaTable
-from hpc_router.routing.artefact import load
+from hpc_router.routing.artefact import read
+from hpc_router.routing.classifier import Classifier
 from hpc_router.routing.policy import Policy, build_policy
 from hpc_router.rundir import RunDir
 
@@ -154,16 +156,19 @@ class RegistryFile:
 def load_policy(run: RunDir, deployment: Deployment) -> Policy:
     """The configured policy with its classifier. Raises ConfigError or ArtefactError."""
     config = deployment.policy
-    classifier = None
-    if config.kind == "classifier":
-        folder = run.classifier if config.artefact is None else Path(config.artefact)
-        if not folder.is_dir():
-            raise ConfigError(
-                f"policy=classifier finds no artefact at {folder}: give policy.artefact=DIR, or experts with exemplars "
-                "and start with `hpc-router up`"
-            )
-        classifier = load(folder)
-    return build_policy(config.kind, classifier=classifier, fallback=config.fallback, margin=config.margin)
+    if config.kind != "classifier":
+        return build_policy(kind=config.kind, fallback=config.fallback)
+    folder = run.classifier if config.artefact is None else Path(config.artefact)
+    if not folder.is_dir():
+        raise ConfigError(
+            f"policy=classifier finds no artefact at {folder}: give policy.artefact=DIR, or experts with exemplars "
+            "and start with `hpc-router up`"
+        )
+    artefact = read(folder)
+    if config.margin is not None:
+        artefact = replace(artefact, margin_threshold=config.margin)
+    classifier = Classifier(artefact, experts=deployment.experts or None)
+    return build_policy(kind=config.kind, classifier=classifier, fallback=config.fallback)
 
 
 def bind(run: RunDir, deployment: Deployment, *, node: str) -> socket.socket:

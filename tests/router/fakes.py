@@ -49,7 +49,7 @@ class FakeReplica:
             assert bearer(request.headers.get("authorization")) == self.key
             return web.json_response({"object": "list", "data": [{"id": m, "object": "model"} for m in self.models]})
         assert bearer(request.headers.get("authorization")) == self.key
-        self.bodies.append(await request.read())
+        self.bodies.append(await request.content.read())
         self.headers.append({k.lower(): v for k, v in request.headers.items()})
         act = self.acts[0] if len(self.acts) == 1 else self.acts.popleft()
         self.arrived.set()
@@ -125,9 +125,9 @@ async def fake_replica(
     fake = FakeReplica(run, replica, deque(acts or (answer,)), names)
     nonce = new_token()
     fake.key = replica_key(run.secret(), nonce)
-    runner = web.ServerRunner(web.Server(fake.handle, handler_cancellation=True, access_log=None))
+    runner = web.ServerRunner(web.Server(fake.handle, handler_cancellation=True, access_log=None), shutdown_timeout=0.1)
     await runner.setup()
-    site = web.TCPSite(runner, "127.0.0.1", 0, shutdown_timeout=0.1)
+    site = web.TCPSite(runner, "127.0.0.1", 0)
     await site.start()
     fake.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
     record = Record(

@@ -1,6 +1,7 @@
 """The router between a real client and replicas that misbehave on script."""
 
 import asyncio
+import io
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -50,7 +51,7 @@ async def client_of(router: RunningRouter) -> AsyncIterator[openai.AsyncOpenAI]:
 
 
 async def post(router: RunningRouter, body: Any, *, path: str = CHAT, **headers: str) -> tuple[int, Any, Any]:
-    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    data = io.BytesIO(body if isinstance(body, bytes) else json.dumps(body).encode())
     async with session() as s, s.post(router.url + path, data=data, headers=router.headers | headers) as response:
         raw = await response.read()
         return (
@@ -92,6 +93,15 @@ async def test_bytes_pass_through_untouched_both_ways(tmp_path: Path) -> None:
         assert told == {
             "x-request-id": "mine", "x-expert": "math", "x-replica": "math-0.g1", "x-route-reason": "named",
         }  # fmt: skip
+
+
+async def test_a_long_body_arrives_whole(tmp_path: Path) -> None:
+    run = a_run(tmp_path)
+    body = json.dumps(chat() | {"pad": "x" * 3_000_000}).encode()
+    async with fake_replica(run, "math-0.g1") as fake, a_router(run, a_deployment("math")) as router:
+        await ready(router)
+        assert (await post(router, body))[0] == 200
+        assert fake.bodies == [body]
 
 
 async def test_only_the_model_value_is_replaced_where_the_engine_has_another_name(tmp_path: Path) -> None:

@@ -1,0 +1,123 @@
+"""API request -> the text a decision reads.
+
+The user's messages, oldest first, up to a window: later turns of a conversation only append, so they stay where the
+first went, and no state is kept. System prompts and answers do not vote; images, audio and token ids have no text.
+Shapes are checked here as far as routing reads them and no further: the engine judges the rest. An error names the
+field and the valid shape and never quotes a prompt. Nothing here knows HTTP, experts or terms.
+"""
+
+from collections.abc import Iterator
+
+from hpc_router.errors import HpcRouterError
+from hpc_router.routing.features import WINDOW_BYTES
+
+_TEXT_PARTS = frozenset({"text", "input_text"})
+
+
+class RequestError(HpcRouterError):
+    """A request body of a shape that cannot be routed; the client must change it."""
+
+
+def prompt_text(body: object, *, window: int = WINDOW_BYTES) -> str:
+    """The first `window` characters of what the user wrote in a decoded body of any of the APIs.
+
+    Chat has `messages`, completions and `POST /route` have `prompt`, responses and embeddings have `input`.
+    """
+    if not isinstance(body, dict):
+        raise RequestError(f"the body must be a JSON object, not {_kind(body)}")
+    if "messages" in body:
+        texts = _messages(body["messages"])
+    elif "prompt" in body:
+        texts = _prompts(body["prompt"])
+    elif "input" in body:
+        texts = _inputs(body["input"])
+    else:
+        raise RequestError("the body has no text to route: it needs 'messages' (chat), 'prompt' or 'input'")
+    kept: list[str] = []
+    room = window
+    for text in texts:  # to the end even when the window is full: a bad shape is an error wherever it stands
+        if room > 0 and text:
+            kept.append(text[:room])
+            room -= len(text) + 1
+    return "\n".join(kept)
+
+
+def _messages(value: object) -> Iterator[str]:
+    if not isinstance(value, list):
+        raise RequestError(f"'messages' must be a list of message objects, not {_kind(value)}")
+    if not value:
+        raise RequestError("'messages' is empty; it needs at least one message object")
+    for index, message in enumerate(value):
+        yield from _message(message, where=f"messages[{index}]")
+
+
+def _message(message: object, *, where: str) -> Iterator[str]:
+    if not isinstance(message, dict):
+        raise RequestError(f"'{where}' must be an object with 'role' and 'content', not {_kind(message)}")
+    role = message.get("role")
+    if not isinstance(role, str):
+        raise RequestError(f"'{where}.role' must be a string such as \"user\", not {_kind(role)}")
+    if role == "user":
+        yield from _content(message.get("content"), where=f"{where}.content")
+
+
+def _content(content: object, *, where: str) -> Iterator[str]:
+    if isinstance(content, str):
+        yield content
+        return
+    if not isinstance(content, list):
+        raise RequestError(f"'{where}' must be a string or a list of parts, not {_kind(content)}")
+    for index, part in enumerate(content):
+        if not isinstance(part, dict):
+            raise RequestError(f"'{where}[{index}]' must be a part object with a 'type', not {_kind(part)}")
+        if part.get("type") in _TEXT_PARTS:
+            text = part.get("text")
+            if not isinstance(text, str):
+                raise RequestError(f"'{where}[{index}].text' must be a string, not {_kind(text)}")
+            yield text
+
+
+def _prompts(value: object) -> Iterator[str]:
+    valid = "a string, a list of strings, or token ids"
+    if isinstance(value, str):
+        yield value
+        return
+    if not isinstance(value, list):
+        raise RequestError(f"'prompt' must be {valid}, not {_kind(value)}")
+    if not value:
+        raise RequestError(f"'prompt' is an empty list; it must be {valid}")
+    for index, item in enumerate(value):
+        if isinstance(item, str):
+            yield item
+        elif not _token_ids(item):
+            raise RequestError(f"'prompt[{index}]' must be a string or token ids, not {_kind(item)}")
+
+
+def _inputs(value: object) -> Iterator[str]:
+    valid = "a string, a list of strings or token ids, or a list of message objects"
+    if isinstance(value, str):
+        yield value
+        return
+    if not isinstance(value, list):
+        raise RequestError(f"'input' must be {valid}, not {_kind(value)}")
+    if not value:
+        raise RequestError(f"'input' is an empty list; it must be {valid}")
+    for index, item in enumerate(value):
+        if isinstance(item, str):
+            yield item
+        elif isinstance(item, dict):
+            if "role" in item:  # the responses API also lists tool calls, reasoning and the like here
+                yield from _message(item, where=f"input[{index}]")
+        elif not _token_ids(item):
+            raise RequestError(f"'input[{index}]' must be a string, token ids or an object, not {_kind(item)}")
+
+
+def _token_ids(item: object) -> bool:
+    ids = item if isinstance(item, list) else [item]
+    return all(isinstance(number, int) and not isinstance(number, bool) for number in ids)
+
+
+def _kind(value: object) -> str:
+    """A decoded value's type in JSON's words."""
+    names: dict[type, str] = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
+    return names.get(type(value), "a number")

@@ -1,0 +1,115 @@
+"""A whole deployment as a user has it: brought up, used and taken down through the command line."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import openai
+
+from hpc_router.jobdir import start_ticks
+from tests.needs import ROOT
+from tests.waiting import eventually_sync
+
+LIMIT_S = 240
+
+
+def cli(
+    *arguments: str, check: bool = True, timeout_s: float = LIMIT_S, **options: Any
+) -> subprocess.CompletedProcess[str]:
+    """`hpc-router ...` in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-m", "hpc_router.cli", *arguments],
+        capture_output=True, text=True, timeout=timeout_s, cwd=ROOT, check=False, **options,
+    )  # fmt: skip
+    if check:
+        assert done.returncode == 0, f"{arguments}: {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+@dataclass
+class Deployed:
+    run: Path
+    scratch: Path
+    overrides: Sequence[str]
+
+    def verb(self, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+        return cli(arguments[0], "--run", str(self.run), *arguments[1:], **options)
+
+    def up(self, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+        return self.verb("up", *arguments, *self.overrides, **options)
+
+    @property
+    def url(self) -> str:
+        return self.verb("url").stdout.strip()
+
+    @property
+    def token(self) -> str:
+        return (self.run / "token").read_text().strip()
+
+    def client(self) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=self.token, max_retries=0, timeout=60)
+
+    def async_client(self) -> openai.AsyncOpenAI:
+        return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key=self.token, max_retries=0, timeout=60)
+
+    def status(self) -> dict[str, Any]:
+        value: dict[str, Any] = json.loads(self.verb("status", "--json").stdout)
+        return value
+
+    def replicas(self, expert: str) -> list[dict[str, Any]]:
+        listed: list[dict[str, Any]] = self.status()["experts"].get(expert, {}).get("replicas", [])
+        return listed
+
+    def ready(self, expert: str) -> list[str]:
+        return [r["replica"] for r in self.replicas(expert) if r["state"] == "ready"]
+
+    def progress(self, replica: str) -> dict[str, Any]:
+        value: dict[str, Any] = json.loads((self.run / "jobs" / replica / "progress.json").read_text())
+        return value
+
+    def processes(self) -> dict[int, str]:
+        """Living processes that have this run's folders in their command line or environment -> command line."""
+        found = {}
+        for entry in Path("/proc").iterdir():
+            if not entry.name.isdecimal() or int(entry.name) == os.getpid() or start_ticks(int(entry.name)) is None:
+                continue
+            try:
+                words = (entry / "cmdline").read_bytes() + (entry / "environ").read_bytes()
+            except OSError:
+                continue
+            if any(str(folder).encode() in words for folder in (self.run, self.scratch)):
+                found[int(entry.name)] = words[:200].replace(b"\0", b" ").decode(errors="replace")
+        return found
+
+    def nothing_left(self) -> None:
+        """No process, no socket, no record."""
+        eventually_sync(lambda: not self.processes())
+        assert [p for p in self.scratch.rglob("*") if not p.is_dir()] == []
+        assert list((self.run / "registry").iterdir()) == []
+        assert not (self.run / "registry.json").exists()
+
+
+def kill(pid: int) -> None:
+    os.kill(pid, signal.SIGKILL)
+
+
+@contextmanager
+def deployed(folder: Path, *overrides: str, wait_all: bool = True) -> Iterator[Deployed]:
+    """Up, then down whatever happened; afterwards nothing is left."""
+    scratch = folder / "scratch"
+    scratch.mkdir()
+    one = Deployed(folder / "run", scratch, [f"cluster.scratch={scratch}", *overrides])
+    try:
+        one.up(*(["--wait", "all"] if wait_all else []))
+        yield one
+    finally:
+        if one.run.exists():
+            one.verb("down")
+    one.nothing_left()

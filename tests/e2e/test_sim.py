@@ -1,0 +1,234 @@
+"""A whole deployment with simulated engines: routed, broken on purpose, scaled, taken down."""
+
+import asyncio
+import json
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from hpc_router.registry import split_replica
+from tests.e2e.deployment import Deployed, cli, deployed, kill
+from tests.waiting import eventually, eventually_sync
+
+pytestmark = pytest.mark.e2e
+
+PROMPTS = {
+    "code": "Write a Python function that reverses a linked list.",
+    "math": "A shop sells 12 apples for 3 dollars. How many dollars do 20 apples cost?",
+    "medicine": "What are the symptoms and the treatment of bacterial pneumonia?",
+    "law": "The tenant sued the landlord for breach of contract. Can the plaintiff recover damages?",
+}
+FAST = "cluster.reconcile_s=0.3"
+
+
+@pytest.fixture(scope="module")
+def sim(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployed]:
+    folder = tmp_path_factory.mktemp("sim")
+    with deployed(folder, "topology=sim", FAST, "experts.math.replicas=2", "cluster.beat_s=0.5") as one:
+        yield one
+
+
+def metrics(one: Deployed) -> dict[str, float]:
+    request = urllib.request.Request(f"{one.url}/metrics", headers={"authorization": f"Bearer {one.token}"})
+    with urllib.request.urlopen(request) as response:
+        lines = response.read().decode().splitlines()
+    return {name: float(value) for name, _, value in (li.rpartition(" ") for li in lines if not li.startswith("#"))}
+
+
+def gauges_are_zero(one: Deployed) -> bool:
+    gauges = {k: v for k, v in metrics(one).items() if "in_flight" in k or "waiting" in k}
+    return bool(gauges) and not any(gauges.values())
+
+
+def ask(client: openai.OpenAI, text: str, *, model: str = "auto") -> tuple[str, dict[str, str]]:
+    raw = client.chat.completions.with_raw_response.create(
+        model=model, messages=[{"role": "user", "content": text}], max_tokens=4
+    )
+    return raw.parse().choices[0].message.content or "", dict(raw.headers)
+
+
+def test_prompts_reach_the_expert_of_their_domain(sim: Deployed) -> None:
+    with sim.client() as client:
+        for expert, prompt in PROMPTS.items():
+            _, headers = ask(client, prompt)
+            assert (headers["x-expert"], headers["x-route-reason"]) == (expert, "classified")
+        _, headers = ask(client, "ωψξ ζηθ")
+        assert (headers["x-expert"], headers["x-route-reason"]) == ("generalist", "no_known_terms")
+        for name in [*PROMPTS, "generalist"]:
+            assert ask(client, "hi", model=name)[1]["x-expert"] == name
+
+
+def test_later_turns_stay_where_the_first_went(sim: Deployed) -> None:
+    turns = [
+        {"role": "user", "content": PROMPTS["medicine"]},
+        {"role": "assistant", "content": "..."},
+        {"role": "user", "content": "And how long does that take?"},
+    ]
+    with sim.client() as client:
+        raw = client.chat.completions.with_raw_response.create(model="auto", messages=turns, max_tokens=2)  # type: ignore[arg-type]
+        assert raw.headers["x-expert"] == "medicine"
+
+
+def test_the_openai_client_works_unmodified(sim: Deployed) -> None:
+    """Chat, streaming with usage, completions, embeddings, models, tools."""
+    with sim.client() as client:
+        listed = {m.id: m for m in client.models.list()}
+        assert set(listed) == {"auto", "generalist", *PROMPTS}
+        assert listed["math"].model_dump()["simulated"] is True
+        chunks = list(
+            client.chat.completions.create(
+                model="math", messages=[{"role": "user", "content": "hi"}], max_tokens=5, stream=True,
+                stream_options={"include_usage": True},
+            )
+        )  # fmt: skip
+        assert chunks[-1].usage is not None
+        assert chunks[-1].usage.completion_tokens == 5
+        assert client.completions.create(model="auto", prompt=PROMPTS["code"], max_tokens=3).choices[0].text
+        assert len(client.embeddings.create(model="math", input=["a", "b"]).data) == 2
+        tool: Any = {
+            "type": "function",
+            "function": {"name": "add", "parameters": {"type": "object", "properties": {}}},
+        }
+        called = client.chat.completions.create(
+            model="math", messages=[{"role": "user", "content": "hi"}], tools=[tool],
+            tool_choice={"type": "function", "function": {"name": "add"}},
+        )  # fmt: skip
+        assert called.choices[0].message.tool_calls
+        with pytest.raises(openai.BadRequestError):
+            client.embeddings.create(model="auto", input="a")
+        with pytest.raises(openai.NotFoundError):
+            ask(client, "hi", model="poetry")
+
+
+def test_a_second_up_changes_nothing(sim: Deployed) -> None:
+    before = sim.processes()
+    assert sim.up("--wait", "all").returncode == 0
+    assert cli("up", "--run", str(sim.run)).returncode == 0
+    assert sim.processes() == before
+    refused = sim.up("experts.math.replicas=3", check=False)
+    assert refused.returncode == 2
+    assert "experts.math.replicas" in refused.stderr
+
+
+def test_the_verbs_tell_what_runs(sim: Deployed) -> None:
+    status = sim.status()
+    assert {r["state"] for e in status["experts"].values() for r in e["replicas"]} == {"ready"}
+    assert "math-1.g" in sim.verb("status").stdout
+    assert sim.verb("token").stdout.strip() == sim.token
+    assert "math" in sim.verb("route", PROMPTS["math"]).stdout
+    explained = json.loads(sim.verb("route", PROMPTS["law"], "--json").stdout)
+    assert set(explained) == {"id", "cluster", "expert", "score", "margin", "runner_up", "reason", "terms"}
+    assert explained["expert"] == "law"
+    assert sim.verb("chat", "--model", "math", "hello").stdout.strip()
+    assert "math-0" in sim.verb("logs", "math").stdout
+    assert sim.verb("why").returncode == 0
+    shared = json.loads((sim.run / "registry.json").read_text())
+    assert {r["replica"].split(".")[0] for r in shared["records"]} >= {"router-0", "math-0", "math-1"}
+
+
+def agent_and_engine(one: Deployed, replica: str) -> tuple[int, int]:
+    progress = one.progress(replica)
+    return int(progress["pid"]), int(progress["engine_pid"])
+
+
+async def stream_until(client: openai.AsyncOpenAI, *, model: str, started: asyncio.Event) -> tuple[str, str]:
+    """A long stream -> (its replica, how it ended)."""
+    async with client.chat.completions.with_streaming_response.create(
+        model=model, messages=[{"role": "user", "content": "hi"}], max_tokens=400, stream=True
+    ) as response:
+        replica = response.headers["x-replica"]
+        try:
+            async for _ in await response.parse():
+                started.set()
+        except openai.APIError as error:
+            return replica, f"error: {error.message}"
+    return replica, "complete"
+
+
+@pytest.mark.parametrize("victim", ["engine", "agent"])
+async def test_only_the_killed_replicas_streams_fail_and_capacity_returns(sim: Deployed, victim: str) -> None:
+    before = sorted(sim.ready("math"))
+    assert len(before) == 2
+    target = before[0]
+    async with sim.async_client() as client:
+        events = [asyncio.Event() for _ in range(8)]
+        streams = [asyncio.create_task(stream_until(client, model="math", started=e)) for e in events]
+        other = asyncio.create_task(stream_until(client, model="code", started=asyncio.Event()))
+        await asyncio.gather(*(e.wait() for e in events))
+        agent, engine = agent_and_engine(sim, target)
+        kill(engine if victim == "engine" else agent)
+        ends = await asyncio.gather(*streams)
+        assert (await other)[1] == "complete"
+    assert {r for r, _ in ends} == set(before)
+    for replica, end in ends:
+        assert end.startswith("error:") == (replica == target), (replica, end)
+    slot = split_replica(target)[:2]
+
+    def back() -> bool:
+        ready = sim.ready("math")
+        return len(ready) == 2 and slot in [split_replica(r)[:2] for r in ready]
+
+    await eventually(lambda: asyncio.to_thread(back))
+    if victim == "engine":
+        assert sim.progress(target)["restarts"] >= 1
+        assert sim.progress(target)["reason"] == "killed"
+    await eventually(lambda: asyncio.to_thread(gauges_are_zero, sim))
+
+
+def test_a_killed_router_is_brought_back_by_up_and_the_experts_stay(sim: Deployed) -> None:
+    experts = {r["replica"] for e in sim.status()["experts"].values() for r in e["replicas"]}
+    url = sim.url
+    record = next(r for r in json.loads((sim.run / "registry.json").read_text())["records"] if r["kind"] == "router")
+    kill(int(sim.progress(record["replica"])["pid"]))
+    eventually_sync(lambda: sim.up(check=False).returncode == 0)
+    assert sim.url == url, "it takes its predecessor's port"
+    assert {r["replica"] for e in sim.status()["experts"].values() for r in e["replicas"]} == experts
+    with sim.client() as client:
+        assert ask(client, PROMPTS["math"])[1]["x-expert"] == "math"
+
+
+def test_scaling_adds_and_drains(sim: Deployed) -> None:
+    sim.verb("scale", "code=2", "law=0")
+    eventually_sync(lambda: len(sim.ready("code")) == 2 and not sim.ready("law"))
+    with sim.client() as client:
+        _, headers = ask(client, PROMPTS["law"])
+        assert headers["x-route-reason"] == "unavailable"
+        assert headers["x-expert"] != "law"
+    sim.verb("scale", "code=1", "law=1")
+    eventually_sync(lambda: len(sim.ready("code")) == 1 and len(sim.ready("law")) == 1)
+    refused = sim.verb("scale", "poetry=1", check=False)
+    assert refused.returncode == 2
+    assert "poetry" in refused.stderr
+
+
+def test_an_external_endpoint_joins_and_leaves(sim: Deployed, tmp_path: Path) -> None:
+    """Another router's expert, registered here under a name of its own."""
+    token = tmp_path / "token"
+    token.write_text(sim.token)
+    own = tmp_path / "own"
+    sim_url = f"{sim.url}/v1"
+    joined = cli(
+        "register",
+        "--run",
+        str(own),
+        "--expert",
+        "numbers",
+        "--url",
+        sim_url,
+        "--model",
+        "math",
+        "--token-file",
+        str(token),
+    )
+    assert joined.returncode == 0
+    sim.verb("register", "--expert", "numbers", "--url", sim_url, "--model", "math", "--token-file", str(token))
+    with sim.client() as client:
+        eventually_sync(lambda: "numbers" in [m.id for m in client.models.list()])
+        eventually_sync(lambda: sim.ready("numbers"))
+        assert ask(client, "hi", model="numbers")[1]["x-expert"] == "numbers"
+        sim.verb("unregister", "--expert", "numbers")
+        eventually_sync(lambda: "numbers" not in [m.id for m in client.models.list()])

@@ -1,0 +1,20 @@
+"""What a test needs of the machine; absent, it skips with the reason, and in CI, which installs it, it fails."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def need(present: bool, what: str) -> None:
+    if not present:
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(f"needs {what}")
+
+
+def engine_python(name: str) -> Path:
+    """The interpreter of an engine's environment, which `make engines` makes."""
+    python = ROOT / f".venv-{name}" / "bin" / "python"
+    need(python.exists(), f"{python.parent.parent.name} (make engines)")
+    return python
