@@ -13,9 +13,10 @@ PACKAGE = Path(hpc_router.__file__).parent
 LAYERS = [
     {"errors"},
     {"files"},
-    {"config", "auth", "wire"},
-    {"compose", "registry", "rundir"},
-    {"jobdir", "lease"},
+    {"auth", "schema", "wire"},
+    {"config"},
+    {"checks", "compose", "provenance", "registry", "rundir"},
+    {"filethread", "jobdir", "lease"},
     {"relay", "routing"},
     {"expert", "router"},
     {"cluster", "client", "bench"},
@@ -24,7 +25,9 @@ LAYERS = [
 
 
 def layer(name: str) -> int:
-    return next(i for i, names in enumerate(LAYERS) if name in names)
+    found = [i for i, names in enumerate(LAYERS) if name in names]
+    assert found, f"hpc_router.{name} has no place in LAYERS"
+    return found[0]
 
 
 def imports_of(path: Path) -> set[str]:

@@ -102,7 +102,7 @@ def check(exemplars: Mapping[str, Sequence[str]], *, features: Features) -> dict
             first = seen.setdefault(" ".join(terms), (name, position))
             if first[0] != name:
                 raise ConfigError(
-                    f"exemplar {position} of expert '{name}' repeats exemplar {first[1]} of expert '{first[0]}'; "
+                    f"exemplar {position} of expert '{name}' reads like exemplar {first[1]} of expert '{first[0]}'; "
                     "a prompt can be an example for one expert only"
                 )
             if first == (name, position):

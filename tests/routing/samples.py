@@ -1,0 +1,30 @@
+"""Small exemplars of three experts, made for these tests."""
+
+from hpc_router.routing.artefact import Artefact
+from hpc_router.routing.exemplars import train
+from hpc_router.routing.features import Features
+
+EXEMPLARS = {
+    "code": [
+        "Write a Python function that sorts a list of integers.",
+        "Why does this loop raise an IndexError? for i in range(len(xs) + 1): print(xs[i])",
+        "Explain what a pointer is in C and fix the bug in my function.",
+        "How do I parse JSON in a shell script?",
+    ],
+    "math": [
+        "What is the derivative of x^2 + 3*x?",
+        "Prove that the sum of two even numbers is even.",
+        "Solve the equation 2x + 5 = 17 for x.",
+        "A box holds 12 pens. How many pens are in 7 boxes?",
+    ],
+    "medicine": [
+        "What are the symptoms of diabetes?",
+        "Which treatment helps a patient with high blood pressure?",
+        "Is asthma inherited, and how is it diagnosed?",
+        "病人发烧应该怎么办？",
+    ],
+}
+
+
+def artefact(features: Features | None = None) -> Artefact:
+    return train(EXEMPLARS, features=features)

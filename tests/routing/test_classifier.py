@@ -1,0 +1,149 @@
+"""The folded table against the computation it stands for, and what a classification says."""
+
+import dataclasses
+import math
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hpc_router.routing.artefact import read
+from hpc_router.routing.classifier import Classifier
+from hpc_router.routing.features import Features
+from tests.routing.samples import EXEMPLARS, artefact
+
+VARIANTS = [Features(), Features(ngrams=2, prefix=0), Features(ngrams=2, prefix=3, fold_numbers=False)]
+CLASSIFIERS = {features: Classifier(artefact(features)) for features in VARIANTS}
+WORDS = sorted({word for prompts in EXEMPLARS.values() for prompt in prompts for word in prompt.split()})
+TEXTS = st.text(st.characters(), max_size=200) | st.lists(
+    st.sampled_from(WORDS) | st.text(st.characters(), max_size=5), max_size=60
+).map(" ".join)
+
+
+def unfolded(text: str, *, features: Features) -> dict[str, float]:
+    """The textbook way, in plain Python: TF-IDF rows of unit length, centroids, cosines."""
+    documents = [(name, Counter(features.terms(prompt))) for name, prompts in EXEMPLARS.items() for prompt in prompts]
+    holders = Counter(term for _, counts in documents for term in counts)
+    idf = {term: math.log((len(documents) + 1) / n) for term, n in holders.items()}
+
+    def unit(row: dict[str, float]) -> dict[str, float]:
+        length = math.sqrt(sum(value**2 for value in row.values()))
+        return {term: value / length for term, value in row.items()} if length else {}
+
+    def tfidf(counts: Counter[str]) -> dict[str, float]:
+        return unit({term: (1 + math.log(n)) * idf[term] for term, n in counts.items() if term in idf})
+
+    scores = {}
+    prompt = tfidf(Counter(features.terms(text)))
+    for name in EXEMPLARS:
+        centroid: Counter[str] = Counter()
+        for label, counts in documents:
+            if label == name:
+                centroid.update(tfidf(counts))
+        direction = unit(dict(centroid))
+        scores[name] = sum(value * direction.get(term, 0.0) for term, value in prompt.items())
+    return scores
+
+
+@settings(deadline=None)
+@given(TEXTS, st.sampled_from(VARIANTS))
+def test_the_folded_table_gives_the_unfolded_scores(text: str, features: Features) -> None:
+    classifier = CLASSIFIERS[features]
+    scores = unfolded(text, features=features)
+    found = classifier.classify(text)
+    ranked = sorted(scores.values(), reverse=True)
+    assert found.score == pytest.approx(ranked[0], abs=1e-5)
+    assert found.score == pytest.approx(scores[found.cluster], abs=1e-5)
+    assert found.margin == pytest.approx(ranked[0] - ranked[1], abs=1e-5)
+    assert found.runner_up is not None
+    assert scores[found.runner_up] == pytest.approx(ranked[1], abs=1e-5)
+
+
+@settings(deadline=None)
+@given(TEXTS)
+def test_no_text_raises_and_the_same_text_is_decided_the_same(text: str) -> None:
+    one, other = CLASSIFIERS[VARIANTS[0]], Classifier(artefact())
+    assert one.classify(text) == other.classify(text)
+    assert one.explain(text) == other.explain(text)
+    assert -1 <= one.classify(text).score <= 1
+
+
+@settings(deadline=None)
+@given(TEXTS, st.sampled_from(VARIANTS))
+def test_the_terms_add_up_to_the_margin(text: str, features: Features) -> None:
+    classifier = CLASSIFIERS[features]
+    terms = classifier.explain(text, limit=100_000)
+    assert sum(term.weight for term in terms) == pytest.approx(classifier.classify(text).margin, abs=1e-5)
+    assert sorted(terms, key=lambda term: -abs(term.weight)) == list(terms)
+    assert classifier.explain(text, limit=2) == terms[:2]
+
+
+@pytest.mark.parametrize("text", ["", " \n", "\ud800\udfff", "Привет", "qwertyuiop", "the"])
+def test_a_text_of_nothing_telling_has_no_known_terms(text: str) -> None:
+    assert Classifier(artefact()).classify(text).known_terms == 0
+
+
+def test_a_text_of_nothing_known_scores_nothing() -> None:
+    found = Classifier(artefact()).classify("Привет")
+    assert (found.score, found.margin) == (0.0, 0.0)
+    assert Classifier(artefact()).explain("Привет") == ()
+
+
+@pytest.mark.parametrize(
+    ("text", "expert"),
+    [
+        ("Fix the function that sorts integers in Python", "code"),
+        ("Solve 3x + 4 = 10", "math"),
+        ("symptoms of asthma in a patient", "medicine"),
+        ("发烧", "medicine"),
+    ],
+)
+def test_prompts_go_where_their_words_point(text: str, expert: str) -> None:
+    classifier = Classifier(artefact())
+    assert classifier.classify(text).expert == expert
+    assert classifier.explain(text)[0].weight > 0
+
+
+def test_the_margin_is_to_another_expert() -> None:
+    """Two clusters of one expert do not compete."""
+    made = artefact()
+    alone = Classifier(made).classify("Solve the equation in Python")
+    merged = dataclasses.replace(made, experts=("stem", "stem", "medicine"))
+    found = Classifier(merged).classify("Solve the equation in Python")
+    assert found.expert == "stem"
+    assert found.runner_up == "medicine"
+    assert alone.margin is not None
+    assert found.margin is not None
+    assert found.margin > alone.margin
+
+
+def test_one_expert_for_all_has_no_margin() -> None:
+    found = Classifier(dataclasses.replace(artefact(), experts=("all", "all", "all"))).classify("Solve x")
+    assert (found.expert, found.margin, found.runner_up) == ("all", None, None)
+
+
+def test_an_expert_outside_the_deployment_counts_as_none() -> None:
+    found = Classifier(artefact(), experts={"code", "medicine"}).classify("Solve 3x + 4 = 10")
+    assert (found.cluster, found.expert) == ("math", None)
+    assert found.runner_up in {"code", "medicine"}
+
+
+def test_a_stored_artefact_decides_as_the_trained_one(tmp_path: Path) -> None:
+    made = artefact()
+    made.write(tmp_path / "a")
+    stored = Classifier(read(tmp_path / "a"))
+    for prompts in EXEMPLARS.values():
+        for prompt in prompts:
+            assert stored.classify(prompt) == Classifier(made).classify(prompt)
+    assert stored.version == made.version
+    assert stored.margin_threshold == made.margin_threshold
+
+
+def test_the_layout_of_the_weights_does_not_matter() -> None:
+    made = artefact()
+    turned = dataclasses.replace(made, weights=np.asfortranarray(made.weights))
+    assert turned.version == made.version
+    assert Classifier(turned).classify("Solve x^2") == Classifier(made).classify("Solve x^2")

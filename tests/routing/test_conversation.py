@@ -1,0 +1,117 @@
+"""Which text of a request decides, and which requests are refused."""
+
+from contextlib import suppress
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hpc_router.routing.conversation import RequestError, prompt_text
+
+
+def user(content: object) -> dict[str, object]:
+    return {"role": "user", "content": content}
+
+
+@pytest.mark.parametrize(
+    ("body", "text"),
+    [
+        ({"messages": [user("hello")]}, "hello"),
+        ({"messages": [{"role": "system", "content": "be brief"}, user("hello")]}, "hello"),
+        ({"messages": [user("one"), {"role": "assistant", "content": None}, user("two")]}, "one\ntwo"),
+        ({"messages": [{"role": "system", "content": "only a system prompt"}]}, ""),
+        ({"messages": [{"role": "tool", "content": {"any": "shape"}}, user("x")]}, "x"),
+        ({"messages": [user("")]}, ""),
+        ({"messages": [user([])]}, ""),
+        ({"messages": [user([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}])]}, "a\nb"),
+        ({"messages": [user([{"type": "image_url", "image_url": {}}, {"type": "text", "text": "a"}])]}, "a"),
+        ({"messages": [user([{"no": "type"}])]}, ""),
+        ({"prompt": "hello"}, "hello"),
+        ({"prompt": ["one", "two"]}, "one\ntwo"),
+        ({"prompt": [1, 2, 3]}, ""),
+        ({"prompt": [[1, 2], [3]]}, ""),
+        ({"input": "hello"}, "hello"),
+        ({"input": ["one", "two"]}, "one\ntwo"),
+        ({"input": [1, 2]}, ""),
+        ({"input": [user([{"type": "input_text", "text": "a"}]), {"type": "function_call"}]}, "a"),
+        ({"input": [{"role": "developer", "content": "x"}, user("b")]}, "b"),
+        ({"prompt": "hello", "unknown": {"field": 1}}, "hello"),
+        ({"messages": [user("\ud800lone")]}, "\ud800lone"),
+    ],
+    ids=repr,
+)
+def test_the_users_words_decide(body: object, text: str) -> None:
+    assert prompt_text(body) == text
+
+
+@pytest.mark.parametrize(
+    ("body", "named"),
+    [
+        (None, "object, not null"),
+        ([], "object, not a list"),
+        ("text", "object, not a string"),
+        ({}, "'messages'"),
+        ({"model": "auto"}, "'messages'"),
+        ({"messages": None}, "'messages' must be a list of message objects, not null"),
+        ({"messages": {}}, "'messages' must be a list"),
+        ({"messages": "hello"}, "'messages' must be a list"),
+        ({"messages": []}, "'messages' is empty"),
+        ({"messages": ["hello"]}, "messages\\[0\\]' must be an object"),
+        ({"messages": [user("x"), 3]}, "messages\\[1\\]' must be an object .*not a number"),
+        ({"messages": [{"content": "x"}]}, "messages\\[0\\].role"),
+        ({"messages": [{"role": 1, "content": "x"}]}, "messages\\[0\\].role"),
+        ({"messages": [{"role": "user"}]}, "messages\\[0\\].content' must be a string or a list of parts, not null"),
+        ({"messages": [user(None)]}, "messages\\[0\\].content"),
+        ({"messages": [user(5)]}, "messages\\[0\\].content"),
+        ({"messages": [user({"type": "text"})]}, "messages\\[0\\].content"),
+        ({"messages": [user(["x"])]}, "messages\\[0\\].content\\[0\\]"),
+        ({"messages": [user([{"type": "text"}])]}, "content\\[0\\].text' must be a string"),
+        ({"messages": [user([{"type": "text", "text": 1.5}])]}, "content\\[0\\].text"),
+        ({"prompt": None}, "'prompt' must be a string"),
+        ({"prompt": 5}, "'prompt' must be a string"),
+        ({"prompt": []}, "'prompt' is an empty list"),
+        ({"prompt": ["a", None]}, "prompt\\[1\\]"),
+        ({"prompt": [True]}, "prompt\\[0\\].*a boolean"),
+        ({"prompt": [[1, "a"]]}, "prompt\\[0\\]"),
+        ({"input": {}}, "'input' must be"),
+        ({"input": []}, "'input' is an empty list"),
+        ({"input": [None]}, "input\\[0\\]"),
+        ({"input": [{"role": "user", "content": 1}]}, "input\\[0\\].content"),
+    ],
+    ids=repr,
+)
+def test_a_shape_without_a_prompt_is_refused_by_name(body: object, named: str) -> None:
+    with pytest.raises(RequestError, match=named):
+        prompt_text(body)
+
+
+def test_later_turns_leave_a_full_window_as_it_was() -> None:
+    first = "x" * 50
+    assert prompt_text({"messages": [user(first), user("later")]}, window=50) == first
+    assert prompt_text({"messages": [user(first), user("later")]}, window=49) == "x" * 49
+    assert prompt_text({"messages": [user(first), user("later")]}, window=54) == first + "\nlat"
+
+
+def test_a_bad_message_behind_a_full_window_is_still_refused() -> None:
+    with pytest.raises(RequestError, match="messages\\[1\\]"):
+        prompt_text({"messages": [user("x" * 50), user(None)]}, window=10)
+
+
+def test_an_error_quotes_no_prompt() -> None:
+    with pytest.raises(RequestError) as caught:
+        prompt_text({"messages": [user([{"type": "text", "text": ["my secret"]}])]})
+    assert "secret" not in str(caught.value)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters()),
+    lambda inner: st.lists(inner) | st.dictionaries(st.sampled_from(["role", "content", "type", "text", "x"]), inner),
+    max_leaves=12,
+)
+
+
+@settings(deadline=None)
+@given(st.dictionaries(st.sampled_from(["messages", "prompt", "input", "model"]), JSON) | JSON, st.integers(1, 40))
+def test_any_json_gives_a_short_text_or_a_request_error(body: object, window: int) -> None:
+    with suppress(RequestError):
+        assert len(prompt_text(body, window=window)) <= window
