@@ -1,0 +1,42 @@
+"""What a simulated engine is made of: the only home of its defaults, for the command line and for tests alike."""
+
+from dataclasses import dataclass
+
+from hpc_router.errors import ConfigError
+from hpc_router.expert.sim.faults import Rule
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SimConfig:
+    served_model_names: tuple[str, ...] = ("sim",)
+    seed: int = 0
+    ttft_s: float = 0.020
+    itl_s: float = 0.005
+    jitter: float = 0.1
+    load_s: float = 0.0
+    # vLLM does not listen before it has loaded; True listens at once and answers 503 until then.
+    listen_while_loading: bool = False
+    capacity: int | None = None
+    max_tokens_default: int = 16
+    max_model_len: int = 131_072
+    embedding_dimensions: int = 64
+    keepalive_s: float = 75.0
+    # How long running requests may finish after the order to stop; 0 aborts them.
+    drain_s: float = 0.0
+    faults: tuple[Rule, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.served_model_names or not all(self.served_model_names):
+            raise ConfigError("served_model_names: at least one name, none of them empty")
+        for name in ("ttft_s", "itl_s", "jitter", "load_s", "keepalive_s", "drain_s"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ConfigError(f"{name}: {getattr(self, name)} is not a finite number of 0 or more")
+        for name in ("capacity", "max_tokens_default", "max_model_len", "embedding_dimensions"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name}: {value} is less than 1")
+
+    @property
+    def model(self) -> str:
+        """The name the engine calls itself, whatever alias a request used: vLLM's habit."""
+        return self.served_model_names[0]

@@ -1,0 +1,217 @@
+"""What can go wrong: the kinds of fault, the rules that say what they hit, and how both are written in JSON.
+
+`at` counts tokens: k means once k tokens have been produced, in place of the next one. Everything is checked when it
+is parsed, and an unknown kind or key is an error that names the nearest valid one. Which rule strikes is decided in
+`script`, how a strike looks on the wire in `strike`.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Final
+
+from hpc_router.errors import ConfigError, suggest
+
+CONNECT: Final = -2  # before a byte of the request is read
+HEADERS: Final = -1  # before a byte of the response is sent
+
+
+class Kind(StrEnum):
+    DIE = "die"
+    HANG = "hang"
+    STATUS = "status"
+    SLOW = "slow"
+    ERROR_EVENT = "error_event"
+    CUT = "cut"
+    GARBAGE = "garbage"
+    RESET = "reset"
+    PARTIAL_BODY = "partial_body"
+    LOAD_FAIL = "load_fail"
+
+
+class Answer(StrEnum):
+    """What a request would get back; it decides which faults can be expressed."""
+
+    STREAM = "stream"
+    BODY = "body"
+    OTHER = "other"  # /health, /metrics, /v1/models: hit only by rules that name the path
+
+
+_ANYWHERE = frozenset({Kind.DIE, Kind.HANG, Kind.STATUS, Kind.GARBAGE, Kind.RESET})
+EXPRESSIBLE: Final = {
+    Answer.STREAM: _ANYWHERE | {Kind.SLOW, Kind.ERROR_EVENT, Kind.CUT},
+    Answer.BODY: _ANYWHERE | {Kind.SLOW, Kind.PARTIAL_BODY},
+    Answer.OTHER: _ANYWHERE,
+}
+
+LOAD_FAILURES: Final = ("out_of_memory", "kv_cache", "weights", "cuda")
+
+_KEYS: Final = {
+    Kind.DIE: ("at", "exit_code"),
+    Kind.HANG: ("at", "for_s"),
+    Kind.STATUS: ("status", "retry_after_s", "message"),
+    Kind.SLOW: ("factor",),
+    Kind.ERROR_EVENT: ("at", "message"),
+    Kind.CUT: ("at",),
+    Kind.GARBAGE: ("at",),
+    Kind.RESET: ("at",),
+    Kind.PARTIAL_BODY: (),
+    Kind.LOAD_FAIL: ("reason", "counter"),
+}
+_SELECTORS: Final = ("times", "every", "probability", "path", "model")
+_DEFAULT_AT: Final = {Kind.HANG: HEADERS, Kind.GARBAGE: HEADERS, Kind.RESET: CONNECT}
+_NAMED_AT: Final = {"connect": CONNECT, "headers": HEADERS, "first_token": 0}
+_EARLIEST_AT: Final = {Kind.RESET: CONNECT, Kind.ERROR_EVENT: 0, Kind.CUT: 0}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fault:
+    kind: Kind
+    at: int = 0
+    for_s: float | None = None
+    status: int = 503
+    retry_after_s: float | None = None
+    message: str = "simulated fault"
+    factor: float = 2.0
+    exit_code: int | None = None
+    reason: str = LOAD_FAILURES[0]
+    counter: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rule:
+    """A fault and what it hits: at most `times`, each `every`-th match, with `probability`, on `path` and `model`."""
+
+    fault: Fault
+    times: int | None = None
+    every: int = 1
+    probability: float = 1.0
+    path: str | None = None
+    model: str | None = None
+    source: dict[str, object] = field(default_factory=dict, compare=False)
+
+
+def parse_rules(value: object) -> tuple[Rule, ...]:
+    """A JSON list of rules, as text or decoded; one rule alone counts as a list of one."""
+    value = _decoded(value, where="faults")
+    entries = [value] if isinstance(value, dict) else value
+    if not isinstance(entries, list):
+        raise ConfigError('faults: a JSON list of objects is needed, such as [{"kind": "die", "at": 3}]')
+    return tuple(_rule(entry, where=f"faults[{index}]") for index, entry in enumerate(entries))
+
+
+def parse_fault(value: object, *, where: str) -> Fault:
+    """The fault one request asks for itself, as JSON text or decoded; it has no selectors.
+
+    The connection exists by then, so `connect` means `headers`.
+    """
+    source = _object(_decoded(value, where=where), where=where)
+    fault = _fault(source, where=where, extra=())
+    if fault.kind is Kind.LOAD_FAIL:
+        raise ConfigError(f"{where}: load_fail strikes at the start only: give it to --faults")
+    return Fault(kind=Kind.RESET, at=HEADERS) if fault.at == CONNECT else fault
+
+
+def _rule(value: object, *, where: str) -> Rule:
+    source = _object(value, where=where)
+    fault = _fault(source, where=where, extra=_SELECTORS)
+    rule = Rule(
+        fault=fault,
+        times=_whole(source, "times", where=where, least=0),
+        every=_whole(source, "every", where=where, least=1) or 1,
+        probability=1.0 if (share := _number(source, "probability", where=where, most=1.0)) is None else share,
+        path=_text(source, "path", where=where),
+        model=_text(source, "model", where=where),
+        source=source,
+    )
+    if fault.at == CONNECT and (rule.path is not None or rule.model is not None):
+        raise ConfigError(f"{where}: a reset at connect knows neither path nor model; give it 'at': 'headers'")
+    if fault.kind is Kind.LOAD_FAIL and rule.times is not None and fault.counter is None:
+        raise ConfigError(f"{where}: load_fail with 'times' needs 'counter', a file that counts across starts")
+    return rule
+
+
+def _fault(source: dict[str, object], *, where: str, extra: Sequence[str]) -> Fault:
+    name = source.get("kind")
+    if not isinstance(name, str) or name not in list(Kind):
+        raise ConfigError(f"{where}: unknown kind {name!r}{suggest(str(name), list(Kind))}")
+    kind = Kind(name)
+    valid = ("kind", *_KEYS[kind], *extra)
+    for key in source:
+        if key not in valid:
+            raise ConfigError(f"{where}: unknown key '{key}' for kind '{kind}'{suggest(key, valid)}")
+    reason = _text(source, "reason", where=where) or LOAD_FAILURES[0]
+    if reason not in LOAD_FAILURES:
+        raise ConfigError(f"{where}: unknown reason '{reason}'{suggest(reason, LOAD_FAILURES)}")
+    status = _whole(source, "status", where=where, least=400) or 503
+    if status > 599:
+        raise ConfigError(f"{where}: status {status} is no error status (valid: 400 to 599)")
+    factor = _number(source, "factor", where=where)
+    return Fault(
+        kind=kind,
+        at=_position(source, kind=kind, where=where),
+        for_s=_number(source, "for_s", where=where),
+        status=status,
+        retry_after_s=_number(source, "retry_after_s", where=where),
+        message=_text(source, "message", where=where) or "simulated fault",
+        factor=2.0 if factor is None else factor,
+        exit_code=_whole(source, "exit_code", where=where, least=0),
+        reason=reason,
+        counter=_text(source, "counter", where=where),
+    )
+
+
+def _position(source: dict[str, object], *, kind: Kind, where: str) -> int:
+    value = source.get("at", _DEFAULT_AT.get(kind, 0))
+    if isinstance(value, str) and value in _NAMED_AT:
+        value = _NAMED_AT[value]
+    elif isinstance(value, str):
+        raise ConfigError(f"{where}: unknown position '{value}'{suggest(value, _NAMED_AT)}, or a number of tokens")
+    elif "at" in source and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+        raise ConfigError(f"{where}: 'at' is {value!r}; valid: a number of tokens from 0, {', '.join(_NAMED_AT)}")
+    assert isinstance(value, int)
+    if value < _EARLIEST_AT.get(kind, HEADERS):
+        raise ConfigError(f"{where}: {kind} cannot strike at '{source['at']}'; valid: a later position")
+    return value
+
+
+def _decoded(value: object, *, where: str) -> object:
+    if not isinstance(value, str | bytes):
+        return value
+    try:
+        decoded: object = json.loads(value)
+    except (ValueError, RecursionError) as exc:
+        raise ConfigError(f"{where}: not JSON: {exc}") from exc
+    return decoded
+
+
+def _object(value: object, *, where: str) -> dict[str, object]:
+    if not isinstance(value, dict):
+        raise ConfigError(f"{where}: an object with a 'kind' is needed, not {json.dumps(value)}")
+    return value
+
+
+def _text(source: dict[str, object], key: str, *, where: str) -> str | None:
+    value = source.get(key)
+    if value is not None and not isinstance(value, str):
+        raise ConfigError(f"{where}: '{key}' is {value!r}; a string is needed")
+    return value
+
+
+def _whole(source: dict[str, object], key: str, *, where: str, least: int) -> int | None:
+    value = source.get(key)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ConfigError(f"{where}: '{key}' is {value!r}; a whole number from {least} is needed")
+    return value
+
+
+def _number(source: dict[str, object], key: str, *, where: str, most: float = 1e9) -> float | None:
+    value = source.get(key)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= most:
+        raise ConfigError(f"{where}: '{key}' is {value!r}; a number from 0 to {most:g} is needed")
+    return float(value)

@@ -1,0 +1,153 @@
+"""One request from admission to its last byte: pace the tokens, strike the fault, count, send.
+
+`step` is shared by streams and bodies: token k has been produced when it returns, and a fault due at k has struck
+instead. A body is sent only when its last token is there, as vLLM does.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from aiohttp import web
+
+from hpc_router.expert.sim import shapes
+from hpc_router.expert.sim.faults import HEADERS, Fault, Kind
+from hpc_router.expert.sim.latency import Clock, Pace
+from hpc_router.expert.sim.metrics import Counts, Outcome, Phase
+from hpc_router.expert.sim.protocol import Generation
+from hpc_router.expert.sim.scheduler import Ticket
+from hpc_router.expert.sim.strike import Crash, InStream, sever, strike
+from hpc_router.expert.sim.tokens import Completion
+
+_OUTCOMES = {"length": Outcome.LENGTH}
+
+
+@dataclass(slots=True, kw_only=True)
+class Job:
+    """What one admitted request needs to run."""
+
+    request: web.Request
+    ticket: Ticket
+    counts: Counts
+    clock: Clock
+    crash: Crash
+    pace: Pace
+    fault: Fault | None
+
+    async def before_headers(self) -> None:
+        await self._strike_at(HEADERS)
+
+    async def step(self, k: int, *, prompt_tokens: int, choices: int) -> None:
+        """Produce token k of every choice that still has one."""
+        if k == 0:
+            await self.pace.first(prompt_tokens, running=self.counts.running)
+        else:
+            await self.pace.next(running=self.counts.running)
+        await self._strike_at(k)
+        self.counts.generation_tokens += choices
+
+    async def end(self, steps: int) -> None:
+        """A fault at the length of the answer strikes after its last token, before its proper end."""
+        await self._strike_at(steps)
+
+    async def _strike_at(self, k: int) -> None:
+        fault = self.fault
+        if fault is not None and fault.at == k and fault.kind is not Kind.PARTIAL_BODY:
+            self.counts.faults[fault.kind] += 1
+            await strike(fault, self.request, crash=self.crash, clock=self.clock)
+
+    def finished(self, reason: str) -> None:
+        self.ticket.outcome = _OUTCOMES.get(reason, Outcome.STOP)
+
+
+async def answer_whole(
+    job: Job, asked: Generation, completions: Sequence[Completion], *, envelope: shapes.Envelope
+) -> web.StreamResponse:
+    await job.before_headers()
+    steps = max(completion.tokens for completion in completions)
+    for k in range(steps):
+        await job.step(k, prompt_tokens=asked.prompt_tokens, choices=_alive(completions, k))
+        job.ticket.phase = Phase.GENERATING
+    await job.end(steps)
+    body = shapes.whole_body(envelope, asked, completions)
+    return await _send_body(job, body, reason=completions[0].finish_reason)
+
+
+async def answer_embedding(job: Job, body: bytes, *, prompt_tokens: int) -> web.StreamResponse:
+    """One step of computing, no tokens out."""
+    await job.before_headers()
+    await job.step(0, prompt_tokens=prompt_tokens, choices=0)
+    return await _send_body(job, body, reason="stop")
+
+
+async def answer_stream(
+    job: Job, asked: Generation, completions: Sequence[Completion], *, envelope: shapes.Envelope
+) -> web.StreamResponse:
+    await job.before_headers()
+    response = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8"})
+    await response.prepare(job.request)
+    frames = [shapes.Frame(envelope, api=asked.api, index=index, tool=asked.tool) for index in range(len(completions))]
+    closing = _closing(frames, asked, completions, envelope=envelope)
+    steps = max(completion.tokens for completion in completions)
+    try:
+        for k in range(steps):
+            await job.step(k, prompt_tokens=asked.prompt_tokens, choices=_alive(completions, k))
+            job.ticket.phase = Phase.STREAMING
+            await response.write(_events(frames, completions, k))
+        await job.end(steps)
+    except InStream as due:
+        at = due.fault.at
+        next_events = _events(frames, completions, at) if at < steps else closing
+        return await _break_stream(job, response, due.fault, next_events=next_events)
+    await response.write_eof(closing)
+    job.finished(completions[0].finish_reason)
+    return response
+
+
+def _alive(completions: Sequence[Completion], k: int) -> int:
+    return sum(k < completion.tokens for completion in completions)
+
+
+def _events(frames: Sequence[shapes.Frame], completions: Sequence[Completion], k: int) -> bytes:
+    """Token k of every choice in one write; empty where a stop string swallowed them all."""
+    if len(frames) == 1 and 0 < k < len(completions[0].pieces):
+        return frames[0].piece(completions[0].pieces[k])
+    events = [] if k else [frame.opening() for frame in frames]
+    for frame, completion in zip(frames, completions, strict=True):
+        if k < len(completion.pieces):
+            events.append(frame.piece(completion.pieces[k]))
+    return b"".join(events)
+
+
+def _closing(
+    frames: Sequence[shapes.Frame],
+    asked: Generation,
+    completions: Sequence[Completion],
+    *,
+    envelope: shapes.Envelope,
+) -> bytes:
+    events = [frame.closing(completion) for frame, completion in zip(frames, completions, strict=True)]
+    if asked.include_usage:
+        events.append(shapes.usage_event(envelope, asked, completions))
+    return b"".join((*events, shapes.DONE))
+
+
+async def _break_stream(
+    job: Job, response: web.StreamResponse, fault: Fault, *, next_events: bytes
+) -> web.StreamResponse:
+    if fault.kind is Kind.CUT:
+        await response.write(next_events[: len(next_events) // 2])
+        sever(job.request)
+    await response.write_eof(shapes.error_event(fault.message) + shapes.DONE)
+    return response
+
+
+async def _send_body(job: Job, body: bytes, *, reason: str) -> web.StreamResponse:
+    headers = {"Content-Type": "application/json", "Content-Length": str(len(body))}
+    if job.fault is not None and job.fault.kind is Kind.PARTIAL_BODY:
+        job.counts.faults[Kind.PARTIAL_BODY] += 1
+        response = web.StreamResponse(headers=headers)
+        await response.prepare(job.request)
+        await response.write(body[: len(body) // 2])
+        sever(job.request)
+    job.finished(reason)
+    return web.Response(body=body, headers=headers)

@@ -1,0 +1,136 @@
+"""The handlers that compute: check a request, decide its answer and its fault, take a place, send.
+
+A `status` fault refuses before the queue, as an engine that sheds load does; every other fault strikes a request that
+holds a place. The answer is decided before the first token is paced, so only time and faults are left to `generate`.
+"""
+
+from aiohttp import web
+
+from hpc_router.errors import ConfigError, suggest
+from hpc_router.expert.sim import shapes
+from hpc_router.expert.sim.api_error import ApiError
+from hpc_router.expert.sim.core import Core
+from hpc_router.expert.sim.faults import EXPRESSIBLE, Answer, Fault, Kind, parse_fault
+from hpc_router.expert.sim.generate import Job, answer_embedding, answer_stream, answer_whole
+from hpc_router.expert.sim.latency import Pace
+from hpc_router.expert.sim.protocol import (
+    Api,
+    Embedding,
+    Generation,
+    Prompt,
+    check_length,
+    parse_chat,
+    parse_completion,
+    parse_embedding,
+)
+from hpc_router.expert.sim.scheduler import Ticket
+from hpc_router.expert.sim.strike import strike
+from hpc_router.expert.sim.tokens import Completion, complete_text, complete_tool_call, unit_vector
+
+FAULT_HEADER = "x-sim-fault"
+
+
+class Inference:
+    def __init__(self, core: Core) -> None:
+        self._core = core
+        self._config = core.config
+
+    async def chat(self, request: web.Request) -> web.StreamResponse:
+        return await self._generate(request, parse_chat(await request.read()))
+
+    async def completions(self, request: web.Request) -> web.StreamResponse:
+        return await self._generate(request, parse_completion(await request.read()))
+
+    async def embeddings(self, request: web.Request) -> web.StreamResponse:
+        asked = parse_embedding(await request.read())
+        self._check(asked.model, asked.inputs, max_tokens=None)
+        factor, fault = await self._fault(request, asked, answer=Answer.BODY)
+        body = self._embed(asked, envelope=self._envelope(request, prefix="embd"))
+        async with self._core.scheduler.admit(prompt_tokens=asked.prompt_tokens) as ticket:
+            job = self._job(request, ticket, factor=factor, fault=fault)
+            return await answer_embedding(job, body, prompt_tokens=asked.prompt_tokens)
+
+    async def _generate(self, request: web.Request, asked: Generation) -> web.StreamResponse:
+        self._check(asked.model, asked.prompts, max_tokens=asked.max_tokens)
+        answer = Answer.STREAM if asked.stream else Answer.BODY
+        factor, fault = await self._fault(request, asked, answer=answer)
+        completions = [self._complete(asked, prompt, index) for prompt in asked.prompts for index in range(asked.n)]
+        envelope = self._envelope(request, prefix="chatcmpl" if asked.api is Api.CHAT else "cmpl")
+        send = answer_stream if asked.stream else answer_whole
+        async with self._core.scheduler.admit(prompt_tokens=asked.prompt_tokens) as ticket:
+            job = self._job(request, ticket, factor=factor, fault=fault)
+            return await send(job, asked, completions, envelope=envelope)
+
+    def _check(self, model: str | None, prompts: tuple[Prompt, ...], *, max_tokens: int | None) -> None:
+        names = self._config.served_model_names
+        if model is not None and model not in names:
+            message = f"The model `{model}` does not exist{suggest(model, names)}."
+            raise ApiError(message, status=404, param="model")
+        for prompt in prompts:
+            check_length(prompt, max_tokens=max_tokens, max_model_len=self._config.max_model_len)
+
+    async def _fault(
+        self, request: web.Request, asked: Generation | Embedding, *, answer: Answer
+    ) -> tuple[float, Fault | None]:
+        """What strikes this request: its own fault if it brings one, else what the script says."""
+        core = self._core
+        own = request.headers.get(FAULT_HEADER, asked.fault)
+        if own is None:
+            factor, fault = core.script.select(request.path, model=asked.model, answer=answer)
+        else:
+            factor, fault = _own_fault(own, answer=answer)
+        if factor != 1.0:
+            core.scheduler.counts.faults[Kind.SLOW] += 1
+        if fault is not None and fault.kind is Kind.STATUS:
+            core.scheduler.counts.faults[Kind.STATUS] += 1
+            await strike(fault, request, crash=core.crash, clock=core.clock)
+        return factor, fault
+
+    def _complete(self, asked: Generation, prompt: Prompt, index: int) -> Completion:
+        if asked.tool is not None:
+            return complete_tool_call(asked.tool.parameters, limit=asked.max_tokens)
+        return complete_text(
+            prompt.text,
+            model=self._config.model,
+            seed=f"{self._config.seed}/{asked.seed}/{index}",
+            limit=asked.max_tokens,
+            default=min(self._config.max_tokens_default, self._config.max_model_len - prompt.tokens),
+            stop=asked.stop,
+        )
+
+    def _embed(self, asked: Embedding, *, envelope: shapes.Envelope) -> bytes:
+        dimensions = asked.dimensions or self._config.embedding_dimensions
+        vectors = [
+            unit_vector(item.text, model=self._config.model, seed=self._config.seed, dimensions=dimensions)
+            for item in asked.inputs
+        ]
+        return shapes.embeddings_body(envelope, vectors, as_base64=asked.base64, prompt_tokens=asked.prompt_tokens)
+
+    def _envelope(self, request: web.Request, *, prefix: str) -> shapes.Envelope:
+        """vLLM's ids: a prefix and the caller's x-request-id, or random digits."""
+        name = request.headers.get("x-request-id") or f"{self._core.ids.getrandbits(128):032x}"
+        created = int(self._core.clock.unix_s())
+        return shapes.Envelope(id=f"{prefix}-{name}", created=created, model=self._config.model)
+
+    def _job(self, request: web.Request, ticket: Ticket, *, factor: float, fault: Fault | None) -> Job:
+        core = self._core
+        return Job(
+            request=request,
+            ticket=ticket,
+            counts=core.scheduler.counts,
+            clock=core.clock,
+            crash=core.crash,
+            pace=Pace(core.latency, clock=core.clock, factor=factor),
+            fault=fault,
+        )
+
+
+def _own_fault(value: object, *, answer: Answer) -> tuple[float, Fault | None]:
+    try:
+        fault = parse_fault(value, where=FAULT_HEADER if isinstance(value, str) else "sim_fault")
+    except ConfigError as exc:
+        raise ApiError(str(exc)) from exc
+    if fault.kind not in EXPRESSIBLE[answer]:
+        valid = ", ".join(sorted(EXPRESSIBLE[answer]))
+        raise ApiError(f"The fault '{fault.kind}' cannot strike an answer of this form (valid: {valid}).")
+    return (fault.factor, None) if fault.kind is Kind.SLOW else (1.0, fault)

@@ -1,0 +1,79 @@
+"""When tokens come: the seam where a roofline model plugs in, and the clock they are paced by.
+
+A latency model answers two questions and keeps no requests. Pacing is by deadlines, not by sums of sleeps, so a busy
+event loop delays a token but does not stretch the stream. Time is a `Clock`, so tests need no real time.
+"""
+
+import asyncio
+import random
+import time
+from typing import Protocol
+
+
+class LatencyModel(Protocol):
+    def first_token_s(self, prompt_tokens: int, *, running: int) -> float:
+        """Seconds from admission to the first token; `running` counts this request too."""
+
+    def next_token_s(self, *, running: int) -> float:
+        """Seconds between two tokens of one request while `running` requests share the engine."""
+
+
+class Clock(Protocol):
+    def now_s(self) -> float:
+        """Monotonic seconds."""
+
+    def unix_s(self) -> float:
+        """Wall clock, for the `created` fields."""
+
+    async def sleep(self, delay_s: float) -> None:
+        """Give way for that long; for 0 still once, so that a cancellation is noticed."""
+
+
+class RealClock:
+    def now_s(self) -> float:
+        return time.monotonic()
+
+    def unix_s(self) -> float:
+        return time.time()
+
+    async def sleep(self, delay_s: float) -> None:
+        await asyncio.sleep(delay_s)
+
+
+class JitteredLatency:
+    """Log-normal around two fixed means, whatever the load; `jitter` is sigma, 0 gives the means exactly."""
+
+    def __init__(self, *, ttft_s: float, itl_s: float, jitter: float, rng: random.Random) -> None:
+        self._ttft_s, self._itl_s = ttft_s, itl_s
+        self._jitter = jitter
+        self._rng = rng
+
+    def first_token_s(self, prompt_tokens: int, *, running: int) -> float:
+        return self._spread(self._ttft_s)
+
+    def next_token_s(self, *, running: int) -> float:
+        return self._spread(self._itl_s)
+
+    def _spread(self, mean_s: float) -> float:
+        if not self._jitter or not mean_s:
+            return mean_s
+        # mu = -sigma^2/2 makes the mean of exp(N(mu, sigma)) exactly 1.
+        return mean_s * self._rng.lognormvariate(-self._jitter * self._jitter / 2, self._jitter)
+
+
+class Pace:
+    """The token schedule of one request."""
+
+    def __init__(self, latency: LatencyModel, *, clock: Clock, factor: float) -> None:
+        self._latency, self._clock, self._factor = latency, clock, factor
+        self._due_s = clock.now_s()
+
+    async def first(self, prompt_tokens: int, *, running: int) -> None:
+        await self._wait(self._latency.first_token_s(prompt_tokens, running=running))
+
+    async def next(self, *, running: int) -> None:
+        await self._wait(self._latency.next_token_s(running=running))
+
+    async def _wait(self, delay_s: float) -> None:
+        self._due_s += delay_s * self._factor
+        await self._clock.sleep(max(0.0, self._due_s - self._clock.now_s()))

@@ -1,0 +1,87 @@
+"""What the engine counts, and its `/metrics`: vLLM's names where vLLM has the metric, `hpc_router_sim_*` elsewhere.
+
+The counts are plain numbers, so a token costs an addition; Prometheus sees them through a collector at scrape time,
+in a registry of the engine's own, so several engines fit in one process.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+
+class Phase(StrEnum):
+    """How far a request had come; what an abort is filed under."""
+
+    QUEUED = "queued"
+    BEFORE_FIRST_TOKEN = "before_first_token"
+    GENERATING = "generating"  # an answer in one body: nothing was sent yet
+    STREAMING = "streaming"
+
+
+class Outcome(StrEnum):
+    """vLLM's `finished_reason`."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+@dataclass(slots=True)
+class Counts:
+    running: int = 0
+    waiting: int = 0
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    finished: Counter[str] = field(default_factory=Counter)
+    aborted: Counter[str] = field(default_factory=Counter)
+    faults: Counter[str] = field(default_factory=Counter)
+
+
+class EngineMetrics(Collector):
+    def __init__(self, counts: Counts, *, model: str, capacity: int | None) -> None:
+        self._counts, self._model, self._capacity = counts, model, capacity
+        self._registry = CollectorRegistry(auto_describe=False)
+        self._registry.register(self)
+
+    def render(self) -> bytes:
+        return generate_latest(self._registry)
+
+    def collect(self) -> Iterator[Metric]:
+        counts = self._counts
+        yield self._gauge("vllm:num_requests_running", "Requests being computed.", value=counts.running)
+        yield self._gauge("vllm:num_requests_waiting", "Requests waiting for a place.", value=counts.waiting)
+        share = counts.running / self._capacity if self._capacity else 0.0
+        yield self._gauge("vllm:kv_cache_usage_perc", "Simulated: running / capacity, 1 is full.", value=share)
+        yield self._counter("vllm:prompt_tokens", "Prompt tokens processed.", value=counts.prompt_tokens)
+        yield self._counter("vllm:generation_tokens", "Tokens generated.", value=counts.generation_tokens)
+        yield self._by_label(
+            "vllm:request_success", "Requests ended.", label="finished_reason", names=Outcome, values=counts.finished
+        )
+        yield self._by_label(
+            "hpc_router_sim_aborted_requests", "Clients that left.", label="phase", names=Phase, values=counts.aborted
+        )
+        yield self._by_label(
+            "hpc_router_sim_faults", "Faults struck.", label="kind", names=sorted(counts.faults), values=counts.faults
+        )
+
+    def _gauge(self, name: str, text: str, *, value: float) -> Metric:
+        family = GaugeMetricFamily(name, text, labels=["engine", "model_name"])
+        family.add_metric(["0", self._model], value)
+        return family
+
+    def _counter(self, name: str, text: str, *, value: float) -> Metric:
+        family = CounterMetricFamily(name, text, labels=["engine", "model_name"])
+        family.add_metric(["0", self._model], value)
+        return family
+
+    def _by_label(self, name: str, text: str, *, label: str, names: Iterable[str], values: Mapping[str, int]) -> Metric:
+        family = CounterMetricFamily(name, text, labels=["engine", "model_name", label])
+        for key in names:
+            family.add_metric(["0", self._model, key], values.get(key, 0))
+        return family

@@ -1,0 +1,75 @@
+"""The last requests exactly as they came, so that a test can show that a router passed their bytes through untouched.
+
+Bounded in number and in bytes: a body that does not fit the budget keeps only its length and hash.
+"""
+
+import base64
+import hashlib
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+MOST_REQUESTS = 64
+MOST_BYTES = 4 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Received:
+    """`headers` keep order, case and repeats; `body` is None where it was too large to keep."""
+
+    method: str
+    path: str
+    http_version: str
+    headers: tuple[tuple[bytes, bytes], ...]
+    body: bytes | None
+    body_bytes: int
+    body_sha256: str
+
+    def header(self, name: str) -> str | None:
+        """The first header of that name, in any case."""
+        wanted = name.lower().encode()
+        return next((value.decode("latin-1") for key, value in self.headers if key.lower() == wanted), None)
+
+    def to_json(self) -> dict[str, object]:
+        return {
+            "method": self.method,
+            "path": self.path,
+            "http_version": self.http_version,
+            "headers": [[key.decode("latin-1"), value.decode("latin-1")] for key, value in self.headers],
+            "body_base64": None if self.body is None else base64.b64encode(self.body).decode(),
+            "body_bytes": self.body_bytes,
+            "body_sha256": self.body_sha256,
+        }
+
+
+class Recent:
+    def __init__(self, *, most_requests: int = MOST_REQUESTS, most_bytes: int = MOST_BYTES) -> None:
+        self._most_requests, self._most_bytes = most_requests, most_bytes
+        self._kept: deque[Received] = deque()
+        self._bytes = 0
+
+    def add(
+        self, *, method: str, path: str, http_version: str, headers: Iterable[tuple[bytes, bytes]], body: bytes
+    ) -> None:
+        fits = len(body) <= self._most_bytes
+        received = Received(
+            method=method,
+            path=path,
+            http_version=http_version,
+            headers=tuple(headers),
+            body=body if fits else None,
+            body_bytes=len(body),
+            body_sha256=hashlib.sha256(body).hexdigest(),
+        )
+        self._kept.append(received)
+        self._bytes += len(received.body or b"")
+        while len(self._kept) > self._most_requests or self._bytes > self._most_bytes:
+            self._bytes -= len(self._kept.popleft().body or b"")
+
+    def last(self, count: int = 1) -> list[Received]:
+        """The newest, oldest of them first."""
+        return list(self._kept)[-count:] if count > 0 else []
+
+    def clear(self) -> None:
+        self._kept.clear()
+        self._bytes = 0
