@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help venv engines demo check format test test-long clean
+.PHONY: help venv engines demo check format test test-long clean .venv-transformers .venv-vllm
 
 help: ## this text
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -14,16 +14,13 @@ help: ## this text
 
 venv: .venv/.stamp
 
-.venv-transformers/.stamp: .ci/engine-env .ci/constraints/transformers.txt
-	PYTHON=$(PYTHON) .ci/engine-env transformers
+.venv-transformers .venv-vllm: # the script sees for itself whether there is anything to do
+	PYTHON=$(PYTHON) .ci/engine-env $(@:.venv-%=%)
 
-.venv-vllm/.stamp: .ci/engine-env .ci/constraints/vllm.txt
-	PYTHON=$(PYTHON) .ci/engine-env vllm
+engines: .venv-transformers .venv-vllm ## the environments of the real engines (about 4 GB)
 
-engines: .venv-transformers/.stamp .venv-vllm/.stamp ## the environments of the real engines (about 4 GB)
-
-demo: .venv/.stamp .venv-transformers/.stamp ## five experts and a router on this machine, a dozen prompts, then down
-	$(BIN)/python -m tests.demo
+demo: .venv/.stamp .venv-transformers ## five experts and a router on this machine, a dozen prompts, then down
+	$(BIN)/python -m launch.demo
 
 check: .venv/.stamp ## format, lint, types, fast tests
 	$(BIN)/ruff format --check .

@@ -1,25 +1,34 @@
 """From config files and overrides to a checked `Deployment`, with errors that name the file, the key and what is valid.
 
-Hydra composes, the dataclasses in `config` decide. Keys below `engine.options` and `engine.env` are open mappings,
-so an override may add one without Hydra's `+`.
+Hydra composes plain values; the dataclasses in `config` decide what is valid, once, here. So an override may name any
+key of the schema, whether a file mentions it or not, and every refusal is ours to word.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 from hydra import compose, initialize_config_dir
-from hydra.core.config_store import ConfigStore
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, MissingConfigException
-from omegaconf import DictConfig, OmegaConf
+from hydra.plugins.search_path_plugin import SearchPathPlugin
+from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
-from hpc_router.config import Deployment, check, describe, parse
+from hpc_router.checks import check
+from hpc_router.config import Deployment
 from hpc_router.errors import ConfigError, suggest
+from hpc_router.provenance import parse_override, place_of, shown
+from hpc_router.schema import parse
 
-_OPEN_MAPPING: Final = re.compile(r"[\w.-]+\.(options|env)\.[\w.-]+=")
-_GROUPS: Final = ("topology", "cluster", "policy", "router")
+GROUPS: Final = ("topology", "cluster", "policy", "router", "expert")
+_TOP: Final = frozenset(f.name for f in fields(Deployment))
+_LEFT_OUT: Final = ("hydra",)
 
 
 def conf_folder() -> Path:
@@ -28,39 +37,118 @@ def conf_folder() -> Path:
     return inside if inside.is_dir() else Path(__file__).parent.with_name("conf")
 
 
-def register_schema() -> None:
-    """Let `deploy.yaml` begin its defaults with the dataclasses."""
-    ConfigStore.instance().store(name="deployment_schema", node=Deployment, provider="hpc_router.config")
+def load_deployment(
+    overrides: Sequence[str], *, config_dir: Path | None = None, without: Sequence[str] = ()
+) -> Deployment:
+    """Compose `deploy.yaml` with a user's overrides and folder; the result has passed `check`.
+
+    A user's folder goes before ours: a file of the same name replaces it. Keys in `without` are somebody else's.
+    """
+    settled = settle(overrides)
+    with (
+        _told_in_our_words(config_dir),
+        user_folder(config_dir),
+        initialize_config_dir(str(conf_folder()), version_base="1.3"),
+    ):
+        composed = compose("deploy", settled)
+        try:
+            return to_deployment(composed, without=without)
+        except ConfigError as error:
+            if error.key is None:
+                raise
+            raise ConfigError(f"{place_of(error.key, overrides)}{error}") from error
 
 
-def load_deployment(overrides: Sequence[str], *, config_dir: Path | None = None) -> Deployment:
-    """Compose `conf/deploy.yaml` with a user's overrides and folder; the result has passed `check`."""
+def with_overrides(base: Deployment, overrides: Sequence[str], *, config_dir: Path | None = None) -> Deployment:
+    """`base` with overrides on top: first what the chosen groups' files say, then the values."""
+    settled = settle(overrides)
+    chosen = [override for override in map(parse_override, settled) if override.key_or_group in GROUPS]
+    values = [override for override in map(parse_override, settled) if override.key_or_group not in GROUPS]
+    merged: DictConfig | ListConfig = OmegaConf.create(asdict(base))
+    with (
+        _told_in_our_words(config_dir),
+        user_folder(config_dir),
+        initialize_config_dir(str(conf_folder()), version_base="1.3"),
+    ):
+        for override in chosen:
+            merged = OmegaConf.merge(merged, compose(f"{override.key_or_group}/{override.value()}"))
+        for override in values:
+            OmegaConf.update(merged, override.key_or_group, override.value(), merge=True, force_add=True)
+        try:
+            assert isinstance(merged, DictConfig)
+            return to_deployment(merged)
+        except ConfigError as error:
+            if error.key is None:
+                raise
+            raise ConfigError(f"{place_of(error.key, overrides)}{error}") from error
+
+
+def differing_keys(left: Deployment, right: Deployment) -> list[str]:
+    """Keys whose values differ."""
+    one, other = _flat(asdict(left)), _flat(asdict(right))
+    return sorted(key for key in one.keys() | other.keys() if one.get(key, MISSING) != other.get(key, MISSING))
+
+
+def _flat(value: Any, at: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict) or not value:
+        return {at: value}
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        flat |= _flat(item, f"{at}.{key}" if at else str(key))
+    return flat
+
+
+class _UserFolder(SearchPathPlugin):
+    """Hydra makes its own instance, so what it is to add stands at the class."""
+
+    folder: ClassVar[Path | None] = None
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        if self.folder is not None:
+            search_path.prepend("user", f"file://{self.folder}")
+
+
+@contextmanager
+def user_folder(config_dir: Path | None) -> Iterator[None]:
+    """Inside, Hydra looks into a user's folder before ours."""
     if config_dir is not None and not config_dir.is_dir():
         raise ConfigError(f"--config-dir {config_dir}: no such folder")
-    search = [f"hydra.searchpath=[file://{config_dir.resolve()}]"] if config_dir else []
-    register_schema()
+    Plugins.instance().register(_UserFolder)
+    _UserFolder.folder = config_dir.resolve() if config_dir is not None else None
     try:
-        with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-            composed = compose("deploy", [*search, *open_mappings(overrides)])
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(_explain(error, overrides)) from error
-    except Exception as error:  # the YAML parser's own come through Hydra unwrapped
-        raise ConfigError(f"cannot read the configuration: {' '.join(str(error).split())}") from error
-    return to_deployment(composed)
+        yield
+    finally:
+        _UserFolder.folder = None
 
 
-def to_deployment(composed: DictConfig | dict[str, Any]) -> Deployment:
-    """A composed config as a checked `Deployment`; what Hydra itself adds is left out."""
-    plain = OmegaConf.to_container(composed) if isinstance(composed, DictConfig) else composed
-    assert isinstance(plain, dict)
-    deployment = parse(Deployment, {k: v for k, v in plain.items() if k != "hydra"}, at="")
+def to_deployment(composed: DictConfig, *, without: Sequence[str] = ()) -> Deployment:
+    """A composed config as a checked `Deployment`."""
+    plain = OmegaConf.to_container(composed)
+    if not isinstance(plain, dict):
+        raise ConfigError("not a mapping of keys to values")
+    left_out = {*_LEFT_OUT, *without}
+    for key in (str(key) for key in plain if key not in left_out and key not in _TOP):
+        if key in GROUPS:
+            raise ConfigError(f"a file of the group '{key}' does not begin with the line `# @package _global_`")
+        raise ConfigError(f"unknown key '{key}'{suggest(key, {*_TOP, *GROUPS})}", key=key)
+    deployment = parse(Deployment, {k: v for k, v in plain.items() if k not in left_out}, at="")
     check(deployment)
     return deployment
 
 
-def open_mappings(overrides: Sequence[str]) -> list[str]:
-    """`experts.a.engine.options.dtype=x` -> `++experts...`: those mappings take keys the files don't have yet."""
-    return [f"++{o}" if _OPEN_MAPPING.match(o) else o for o in overrides]
+def settle(overrides: Sequence[str]) -> list[str]:
+    """Overrides as Hydra wants them: a value's gets `++`, for our files leave out what has a default.
+
+    Raises ConfigError for one that is none.
+    """
+    settled = []
+    for text in overrides:
+        override = parse_override(text)
+        key = override.key_or_group
+        is_value = not (key in GROUPS or key.split(".")[0] in _LEFT_OUT or "/" in key or override.package is not None)
+        plain = override.input_line is not None and not override.input_line.startswith(("+", "~"))
+        settled.append(f"++{text}" if is_value and plain else text)
+    return settled
 
 
 def to_yaml(deployment: Deployment) -> str:
@@ -71,44 +159,57 @@ def to_yaml(deployment: Deployment) -> str:
 def read(path: Path) -> Deployment:
     """The frozen `config.yaml` of a run."""
     try:
-        return to_deployment(OmegaConf.load(path))  # type: ignore[arg-type]
+        loaded = OmegaConf.load(path)
+        return to_deployment(loaded if isinstance(loaded, DictConfig) else OmegaConf.create({"": None}))
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(_yaml_fault(error, shown(path))) from error
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
-    except Exception as error:  # whatever the YAML parser raises
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
 
 
-def _explain(error: BaseException, overrides: Sequence[str]) -> str:
-    """Hydra's message in one line, with the nearest valid name where it lists the valid ones."""
-    if isinstance(error, MissingConfigException):
-        return _missing(error)
-    message = " ".join(str(error).split())
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, OmegaConfBaseException):
-            return f"{_place(str(error), overrides)}{describe(cause, at='')}"
-        cause = cause.__cause__ or cause.__context__
-    return message
+@contextmanager
+def _told_in_our_words(config_dir: Path | None) -> Iterator[None]:
+    try:
+        yield
+    except MissingConfigException as error:
+        raise ConfigError(_missing(error, config_dir)) from error
+    except (HydraException, OmegaConfBaseException) as error:
+        said = str(error.__context__ if isinstance(error.__context__, OmegaConfBaseException) else error)
+        raise ConfigError(f"{_composed_file(error)}{' '.join(said.split(chr(10), 1)[0].split())}") from error
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(_yaml_fault(error, "a config file")) from error
 
 
-def _missing(error: MissingConfigException) -> str:
-    group, _, name = str(error.missing_cfg_file or "").rpartition("/")
-    if error.options:
-        return f"{group}={name}: no such config{suggest(name, error.options)}"
-    key = re.search(r"'([\w/.-]+)'", str(error))
-    named = key[1] if key else str(error.missing_cfg_file)
-    return f"no config named '{named}'{suggest(named.split('=')[0], _GROUPS)}"
+def _missing(error: MissingConfigException, config_dir: Path | None) -> str:
+    """Hydra says which file's defaults list names it, and not always what there is."""
+    wanted = str(error.missing_cfg_file or "")
+    inside = re.match(r"In '([\w/.-]+)': Could not \w+ '([\w/.-]+)'", str(error))
+    if inside:
+        wanted = inside[2]
+    group, _, name = wanted.rpartition("/")
+    valid = suggest(name, (path.stem for folder in _folders(config_dir) for path in (folder / group).glob("*.yaml")))
+    if inside and inside[1] != "deploy":
+        return f"the defaults list of {inside[1]}.yaml names '{wanted}': no such config{valid}"
+    return f"{group}={name}: no such config{valid}" if group else f"'{name}': no such config{suggest(name, GROUPS)}"
 
 
-def _place(message: str, overrides: Sequence[str]) -> str:
-    """`In 'topology/demo': ` or the override that holds the bad value, where Hydra tells."""
-    file = re.match(r"In '([\w/.-]+)'", message)
-    if file:
-        return f"conf/{file[1]}.yaml: "
-    named = re.search(r"override '?([\w.+~-]+)'?", message)
-    if named:
-        bad = next((o for o in overrides if named[1].lstrip("+~") in o), None)
-        return f"override '{bad}': " if bad else ""
-    return ""
+def _folders(config_dir: Path | None) -> list[Path]:
+    return [conf_folder()] if config_dir is None else [config_dir, conf_folder()]
+
+
+def _composed_file(error: BaseException) -> str:
+    inside = re.match(r"In '([\w/.-]+)'", str(error))
+    return f"{inside[1]}.yaml: " if inside else ""
+
+
+def _yaml_fault(error: YAMLError | UnicodeDecodeError, name: str) -> str:
+    """`file:line: what`, where the parser tells."""
+    mark: Any = getattr(error, "problem_mark", None)
+    problem = str(getattr(error, "problem", None) or error)
+    where = f"{shown(Path(mark.name))}:{mark.line + 1}" if mark is not None else name
+    duplicate = re.match(r"found duplicate key (.+)", problem)
+    if duplicate:
+        return f"{where}: '{duplicate[1]}' is given twice in one mapping"
+    return f"{where}: not valid YAML: {problem}"

@@ -1,17 +1,17 @@
 """The deployment's configuration: dataclasses as the only schema and the only home of defaults.
 
 `conf/` holds values, `hpc_router.compose` turns files and overrides into a `Deployment`; each component then gets its
-own slice. What one dataclass cannot see (TP x PP against GPUs, a fallback that is no expert) is checked in `check`.
+own slice. What one dataclass cannot see (TP x PP against GPUs, a fallback that is no expert) `hpc_router.checks` sees.
 """
 
 import re
-from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any, Final, TypeVar
+from dataclasses import dataclass, field
+from typing import Any, Final
 
-from omegaconf import MISSING, OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+from omegaconf import MISSING
 
 from hpc_router.errors import ConfigError, suggest
+from hpc_router.schema import parse
 
 EXPERT_NAME: Final = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 RESERVED_NAMES: Final = frozenset({"auto", "router"})
@@ -159,123 +159,9 @@ class Deployment:
     router: RouterConfig = field(default_factory=RouterConfig)
 
 
-_T = TypeVar("_T")
-
-
-def parse(schema: type[_T], value: Any, *, at: str) -> _T:
-    """`value` as an instance of the dataclass `schema`: refuses typos, converts types. `at` names it in errors."""
-    try:
-        result = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), value))
-    except OmegaConfBaseException as error:
-        raise ConfigError(describe(error, at=at)) from error
-    assert isinstance(result, schema)
-    return result
-
-
-def describe(error: OmegaConfBaseException, *, at: str) -> str:
-    """An OmegaConf error in our words: the key, what is wrong, the nearest valid key."""
-    first = str(error).split("\n", 1)[0]
-    full_key = getattr(error, "full_key", None) or getattr(error, "key", None) or "?"
-    where = f"{at}.{full_key}" if at else str(full_key)
-    schema = getattr(error, "object_type", None)
-    if isinstance(error, ConfigKeyError) and isinstance(schema, type) and is_dataclass(schema):
-        return f"unknown key '{where}'{suggest(str(error.key), (f.name for f in fields(schema)))}"
-    return f"'{where}': {first}"
-
-
 def options_of(expert: str, engine: EngineConfig) -> EngineOptions:
     """The engine's options, typed by its kind."""
     if engine.kind not in OPTIONS:
-        raise ConfigError(
-            f"experts.{expert}.engine.kind: unknown engine '{engine.kind}'{suggest(engine.kind, OPTIONS)}"
-        )
+        key = f"experts.{expert}.engine.kind"
+        raise ConfigError(f"{key}: unknown engine '{engine.kind}'{suggest(engine.kind, OPTIONS)}", key=key)
     return parse(OPTIONS[engine.kind], engine.options, at=f"experts.{expert}.engine.options")
-
-
-def check(deployment: Deployment) -> None:
-    """Everything that can be refused before a job is submitted. Raises ConfigError naming the key."""
-    _one_of("cluster.kind", deployment.cluster.kind, ("local",))
-    _one_of("policy.kind", deployment.policy.kind, POLICIES)
-    check_router(deployment.router)
-    _positive("cluster.beat_s", deployment.cluster.beat_s)
-    _positive("cluster.reconcile_s", deployment.cluster.reconcile_s)
-    _positive("policy.window", deployment.policy.window)
-    for name, expert in deployment.experts.items():
-        _check_expert(name, expert, deployment.cluster)
-    if deployment.experts:
-        check_fallback(deployment.policy.fallback, deployment.experts)
-    if deployment.policy.kind == "classifier" and deployment.experts and deployment.policy.artefact is None:
-        taught = [name for name, expert in deployment.experts.items() if expert.exemplars]
-        if len(taught) < 2:
-            raise ConfigError(
-                "policy=classifier needs policy.artefact=DIR or exemplars of at least two experts; "
-                f"exemplars were given for: {', '.join(taught) or 'none'} (policy=model_field needs neither)"
-            )
-
-
-def check_router(router: RouterConfig) -> None:
-    if router.workers != 1:
-        raise ConfigError(f"router.workers={router.workers}: this version runs one worker (valid: 1)")
-    if not 0 <= router.port <= 65535:
-        raise ConfigError(f"router.port={router.port}: not a port (valid: 0 to 65535; 0 takes a free one)")
-    for item in fields(router):
-        value = getattr(router, item.name)
-        if item.name.endswith(("_s", "_mb")) or item.name == "max_in_flight":
-            _positive(f"router.{item.name}", value)
-
-
-def check_fallback(fallback: str | None, experts: Any) -> None:
-    if fallback is not None and fallback not in experts:
-        raise ConfigError(f"policy.fallback: no expert is named '{fallback}'{suggest(fallback, experts)}")
-
-
-def _check_expert(name: str, expert: ExpertConfig, cluster: ClusterConfig) -> None:
-    at = f"experts.{name}"
-    if not EXPERT_NAME.fullmatch(name) or name in RESERVED_NAMES:
-        raise ConfigError(
-            f"{at}: '{name}' cannot name an expert (valid: lower-case letters, digits, '-' and '_', at most 63, "
-            f"not {' or '.join(sorted(RESERVED_NAMES))})"
-        )
-    if OmegaConf.is_missing(expert, "model") or not expert.model or expert.model == MISSING:
-        raise ConfigError(f"{at}.model is missing: a model folder or a hub id")
-    if expert.replicas < 0:
-        raise ConfigError(f"{at}.replicas={expert.replicas}: cannot be negative")
-    for key, value in {
-        "capacity": expert.capacity,
-        "resources.nodes": expert.resources.nodes,
-        "resources.cpus": expert.resources.cpus,
-        "engine.startup_timeout_s": expert.engine.startup_timeout_s,
-    }.items():
-        _positive(f"{at}.{key}", value)
-    options = options_of(name, expert.engine)
-    if cluster.kind == "local" and expert.resources.nodes > 1:
-        raise ConfigError(f"{at}.resources.nodes={expert.resources.nodes}: cluster=local is one node")
-    if expert.resources.gpus > cluster.gpus:
-        raise ConfigError(
-            f"{at}.resources.gpus={expert.resources.gpus}: a node of this cluster has cluster.gpus={cluster.gpus}"
-        )
-    if isinstance(options, VllmOptions):
-        _check_vllm(at, expert, options)
-
-
-def _check_vllm(at: str, expert: ExpertConfig, options: VllmOptions) -> None:
-    _one_of(f"{at}.engine.options.device", options.device, ("cuda", "cpu"))
-    tensor, pipeline = options.tensor_parallel_size, options.pipeline_parallel_size
-    _positive(f"{at}.engine.options.tensor_parallel_size", tensor)
-    _positive(f"{at}.engine.options.pipeline_parallel_size", pipeline)
-    gpus = expert.resources.gpus * expert.resources.nodes
-    if options.device == "cuda" and tensor * pipeline != gpus:
-        raise ConfigError(
-            f"{at}: tensor_parallel_size {tensor} x pipeline_parallel_size {pipeline} = {tensor * pipeline} GPUs, but "
-            f"resources ask for {expert.resources.nodes} node(s) x {expert.resources.gpus} GPUs = {gpus}"
-        )
-
-
-def _one_of(key: str, value: str, valid: tuple[str, ...]) -> None:
-    if value not in valid:
-        raise ConfigError(f"{key}={value}: not known{suggest(value, valid)}")
-
-
-def _positive(key: str, value: float) -> None:
-    if not value > 0:
-        raise ConfigError(f"{key}={value}: must be above 0")

@@ -13,7 +13,11 @@ class HpcRouterError(Exception):
 
 
 class ConfigError(HpcRouterError):
-    """A value the user must edit: exit code 2."""
+    """A value the user must edit: exit code 2. `key`: the config key it stands at, where there is one."""
+
+    def __init__(self, message: str, *, key: str | None = None) -> None:
+        super().__init__(message)
+        self.key = key
 
 
 class RegistryError(HpcRouterError):
@@ -38,7 +42,7 @@ class ArtefactError(HpcRouterError):
 
 def suggest(name: str, valid: Iterable[str]) -> str:
     """The end of an error message: the nearest valid name, if any is near, and the whole list."""
-    names = sorted(valid)
+    names = sorted(set(valid))
     near = get_close_matches(name, names, n=1, cutoff=0.5)
     hint = f"; did you mean '{near[0]}'?" if near else ""
     return f"{hint} (valid: {', '.join(names) or 'none'})"

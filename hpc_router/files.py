@@ -27,6 +27,19 @@ def replace_text(path: Path, text: str, *, mode: int = 0o600) -> None:
         raise
 
 
+def create_text(path: Path, text: str, *, mode: int = 0o600) -> bool:
+    """The same for a file that must not be there yet: of several writers at once exactly one gets True."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    replace_text(temporary, text, mode=mode)
+    try:
+        path.hardlink_to(temporary)
+    except FileExistsError:
+        return False
+    finally:
+        temporary.unlink(missing_ok=True)
+    return True
+
+
 def replace_json(path: Path, value: Any, *, mode: int = 0o600) -> None:
     """`replace_text` of one JSON value."""
     replace_text(path, json.dumps(value, indent=1, sort_keys=True) + "\n", mode=mode)

@@ -1,29 +1,37 @@
 """A record in the registry that stays live only while its owner renews it.
 
 The beat counter in the record grows every `beat_s`; readers judge it by their own clocks. A write that fails or hangs
-is a warning: a stalled file system takes nobody out of service.
+is a warning: a stalled file system takes nobody out of service and stops nobody from leaving.
 """
 
 import asyncio
 import logging
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
+from hpc_router.filethread import FileThread
 from hpc_router.registry import Record, publish, withdraw
 
 logger = logging.getLogger(__name__)
+
+PATIENCE_S: Final = 5.0
+"""A write may keep its caller waiting for so long; it is done when the file system comes back."""
 
 
 class Lease:
     """Owns one registry file. `async with` publishes, renews, and withdraws it at the end."""
 
-    def __init__(self, folder: Path, record: Record) -> None:
+    def __init__(self, folder: Path, record: Record, files: FileThread | None = None) -> None:
         assert record.beat_s is not None
         self._folder = folder
         self._record = replace(record, beat=0)
         self._beat_s = record.beat_s
-        self._writing = asyncio.Lock()
+        self._files = files or FileThread(f"lease of {record.replica}")
+        self._owns_files = files is None
+        self._write: asyncio.Future[None] | None = None
         self._renewal: asyncio.Task[None] | None = None
 
     @property
@@ -31,7 +39,7 @@ class Lease:
         return self._record
 
     async def __aenter__(self) -> "Lease":
-        await asyncio.to_thread(publish, self._folder, self._record)
+        await self._files.run(partial(publish, self._folder, self._record))
         self._renewal = asyncio.create_task(self._renew_forever(), name=f"lease of {self._record.replica}")
         return self
 
@@ -39,23 +47,36 @@ class Lease:
         assert self._renewal is not None
         self._renewal.cancel()
         await asyncio.gather(self._renewal, return_exceptions=True)
-        async with self._writing:
-            await asyncio.to_thread(withdraw, self._folder, self._record.replica)
+        await self._patiently(partial(withdraw, self._folder, self._record.replica), "withdrawn")
+        if self._owns_files:
+            self._files.close(timeout_s=0)
 
     async def update(self, **changes: Any) -> None:
         """Change fields and publish at once."""
         self._record = replace(self._record, **changes)
-        await self._publish()
+        await self._patiently(partial(publish, self._folder, self._record), "published")
+
+    def change(self, **changes: Any) -> None:
+        """Change fields and publish without waiting."""
+        self._record = replace(self._record, **changes)
+        self._files.post(partial(publish, self._folder, self._record))
 
     async def _renew_forever(self) -> None:
         while True:
             await asyncio.sleep(self._beat_s)
             self._record = replace(self._record, beat=(self._record.beat or 0) + 1)
-            await self._publish()
+            if self._write is None or self._write.done():  # while the file system hangs, beats don't pile up
+                await self._patiently(partial(publish, self._folder, self._record), "renewed")
 
-    async def _publish(self) -> None:
-        async with self._writing:  # two writes must not overtake each other
-            try:
-                await asyncio.to_thread(publish, self._folder, self._record)
-            except OSError as error:
-                logger.warning("the record of %s cannot be renewed: %s", self._record.replica, error)
+    async def _patiently(self, action: Callable[[], None], done: str) -> None:
+        """The file thread keeps the order, so two writes never overtake each other."""
+        self._write = write = asyncio.ensure_future(self._files.run(action))
+        await asyncio.wait({write}, timeout=PATIENCE_S)
+        if not write.done():
+            why = f"the file system has not answered for {PATIENCE_S:g} s"
+        elif isinstance(error := write.exception(), OSError):
+            why = str(error)
+        else:
+            return write.result()
+        logger.warning("the record of %s cannot be %s: %s", self._record.replica, done, why)
+        return None

@@ -20,7 +20,7 @@ LAYERS = [
     {"relay", "routing"},
     {"expert", "router"},
     {"cluster", "client", "bench"},
-    {"cli"},
+    {"arguments", "screen", "cli"},
 ]
 
 

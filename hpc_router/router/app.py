@@ -5,7 +5,6 @@ means is decided in `Gateway`'s methods, how it is served in `dispatch`.
 """
 
 import asyncio
-import json
 import logging
 import re
 import time
@@ -32,6 +31,7 @@ from hpc_router.errors import (
     UpstreamError,
     suggest,
 )
+from hpc_router.relay.server import error_response, json_response
 from hpc_router.router.dispatch import RETRY_AFTER_S, Dispatcher, Errand
 from hpc_router.router.metrics import Metrics
 from hpc_router.router.replicas import ReplicaTable
@@ -99,7 +99,7 @@ class Gateway:
         except Exception:
             logger.exception("%s: %s %s failed", request_id, request.method, request.path)
             failure = RoutingError("the router failed; its log says why")
-            return error_response(500, "internal_error", failure, request_id)
+            return _error_response(500, "internal_error", failure, request_id)
 
     async def idle(self) -> None:
         """Until no request is in flight."""
@@ -124,7 +124,7 @@ class Gateway:
         status, kind = next(((s, k) for e, (s, k) in STATUS.items() if isinstance(error, e)), (500, "internal_error"))
         logger.info("%s: %s %s refused with %d: %s", request_id, request.method, request.path[:200], status, error)
         self.metrics.requests.labels("", "", str(status)).inc()
-        return error_response(status, kind, error, request_id)
+        return _error_response(status, kind, error, request_id)
 
     async def _health(self, request: web.BaseRequest, request_id: str) -> web.Response:
         return json_response({"status": "ok"})
@@ -240,20 +240,12 @@ class Gateway:
         return UnknownModelError(f"no model is named {name[:100]!r}{suggest(name, self._model_names())}", param="model")
 
 
-def json_response(value: Any, *, status: int = 200) -> web.Response:
-    return web.Response(body=json.dumps(value).encode(), status=status, content_type="application/json")
-
-
-def error_response(status: int, kind: str, error: HpcRouterError, request_id: str) -> web.Response:
-    """An error as OpenAI's clients read it."""
-    body = {"message": str(error), "type": kind, "param": getattr(error, "param", None), "code": _code(error)}
-    response = json_response({"error": body}, status=status)
+def _error_response(status: int, kind: str, error: HpcRouterError, request_id: str) -> web.Response:
+    param, retry_after_s = getattr(error, "param", None), getattr(error, "retry_after_s", None)
+    response = error_response(status, kind=kind, code=_code(error), message=str(error), param=param)
     response.headers[wire.REQUEST_ID_HEADER] = request_id
-    retry_after_s = getattr(error, "retry_after_s", None)
     if retry_after_s is not None:
         response.headers["retry-after"] = str(max(1, round(retry_after_s)))
-    if status == 401:
-        response.headers["www-authenticate"] = "Bearer"
     return response
 
 

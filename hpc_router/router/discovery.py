@@ -18,6 +18,7 @@ import aiohttp
 from hpc_router import registry, wire
 from hpc_router.auth import challenge_answer, new_token, replica_key, same
 from hpc_router.config import RouterConfig
+from hpc_router.filethread import FileThread
 from hpc_router.registry import Kind, Reader, Record
 from hpc_router.router.replicas import Event, Replica, ReplicaTable, Standing
 from hpc_router.rundir import RunDir
@@ -62,6 +63,7 @@ class Discovery:
     table: ReplicaTable
     on_snapshot: Callable[[Mapping[str, Record]], None]
     clock: Callable[[], float]
+    files: FileThread
     last_read_at: float = 0.0
     _watches: dict[str, _Watch] = field(default_factory=dict)
     _scan: asyncio.Task[None] | None = None
@@ -112,7 +114,7 @@ class Discovery:
         reader = Reader(self.run.registry)
         while True:
             try:
-                snapshot = await asyncio.to_thread(reader.snapshot)
+                snapshot = await self.files.run(reader.snapshot)
                 self.last_read_at = self.clock()
                 await self._take(snapshot)
                 self.on_snapshot(snapshot)

@@ -13,18 +13,20 @@ import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 import uvloop
-from aiohttp import web
 
 from hpc_router.config import Deployment
 from hpc_router.errors import ConfigError
 from hpc_router.files import replace_json
+from hpc_router.filethread import FileThread
 from hpc_router.jobdir import Exit, JobDir, Phase, Progress, Reason
-from hpc_router.lease import Lease
+from hpc_router.lease import PATIENCE_S, Lease
 from hpc_router.registry import Kind, Reader, Record, State, leading_router, split_replica
+from hpc_router.relay.server import listening
 from hpc_router.relay.upstream import Limits, UpstreamClient
 from hpc_router.router.app import Gateway
 from hpc_router.router.control import ControlLoop
@@ -39,7 +41,6 @@ from hpc_router.rundir import RunDir
 
 logger = logging.getLogger(__name__)
 
-BACKLOG: Final = 4096
 _EVERYWHERE: Final = frozenset({"", "0.0.0.0", "::"})
 _STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 
@@ -48,109 +49,84 @@ def main(run: RunDir, deployment: Deployment, *, replica: str) -> int:
     """Serve until told to stop; the exit status of the process."""
     job = JobDir(run, replica)
     job.claim()
+    files = FileThread("registry")
     try:
-        uvloop.run(_live(run, deployment, job))
+        uvloop.run(_live(run, deployment, job, files))
     except ConfigError as error:
         job.write(Exit(ok=False, reason=Reason.BAD_OPTION, message=str(error)))
         raise
     except BaseException as error:
         job.write(Exit(ok=False, reason=Reason.CRASHED, message=f"{type(error).__name__}: {error}"))
         raise
-    job.write(Exit(ok=True, reason=Reason.DRAINED, message="stopped"))
+    files.post(partial(job.write, Exit(ok=True, reason=Reason.DRAINED, message="stopped")))
+    files.close(timeout_s=PATIENCE_S)
     return 0
 
 
-async def _live(run: RunDir, deployment: Deployment, job: JobDir) -> None:
+async def _live(run: RunDir, deployment: Deployment, job: JobDir, files: FileThread) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in _STOP_SIGNALS:
         loop.add_signal_handler(number, stop.set)
     sock = bind(run, deployment, node=socket.gethostname())
     async with (
-        serving(run, deployment, replica=job.replica, sock=sock) as gateway,
-        Lease(run.registry, _record(deployment, job.replica, sock)) as lease,
+        serving(run, deployment, replica=job.replica, sock=sock, files=files) as gateway,
+        Lease(run.registry, _record(deployment, job.replica, sock), files) as lease,
         _control(run, deployment, job),
     ):
         await lease.update(state=State.READY)
-        job.write(Progress(Phase.READY, ready_at=time.time()))
+        files.post(partial(job.write, Progress(Phase.READY, ready_at=time.time())))
         logger.info("serving at %s", lease.record.url)
         await stop.wait()
         logger.info("draining: %d requests in flight", gateway.in_flight)
         await lease.update(state=State.DRAINING)
-        job.write(Progress(Phase.DRAINING))
+        files.post(partial(job.write, Progress(Phase.DRAINING)))
     logger.info("stopped")
 
 
 @asynccontextmanager
-async def serving(run: RunDir, deployment: Deployment, *, replica: str, sock: socket.socket) -> AsyncIterator[Gateway]:
+async def serving(
+    run: RunDir, deployment: Deployment, *, replica: str, sock: socket.socket, files: FileThread
+) -> AsyncIterator[Gateway]:
     """The router's parts, wired and listening on `sock`; at the end in-flight requests get `router.drain_s`."""
     config = deployment.router
     policy = load_policy(run, deployment)
     table = ReplicaTable()
     clock = asyncio.get_running_loop().time
-    keeper = RegistryFile(run, replica)
-    discovery = Discovery(run=run, config=config, table=table, on_snapshot=keeper.keep, clock=clock)
+    keeper = RegistryFile(run, replica, files)
+    discovery = Discovery(run, config, table, on_snapshot=keeper.keep, clock=clock, files=files)
     limits = Limits(config.connect_timeout_s, config.first_byte_timeout_s, config.idle_timeout_s)
-    async with UpstreamClient(limits) as client, discovery, keeper:
+    async with UpstreamClient(limits) as client, discovery:
         metrics = Metrics(table, in_flight=lambda: gateway.in_flight, registry_age_s=discovery.registry_age_s)
         dispatcher = Dispatcher(table=table, discovery=discovery, client=client, metrics=metrics, config=config)
         token = None if config.open else run.token()
         gateway = Gateway(deployment, table, policy, dispatcher, metrics, token=token, replica=replica)
-        async with listening(gateway, sock, max_body=int(config.max_body_mb * 2**20), drain_s=config.drain_s):
-            yield gateway
-
-
-@asynccontextmanager
-async def listening(gateway: Gateway, sock: socket.socket, *, max_body: int, drain_s: float) -> AsyncIterator[None]:
-    loop = asyncio.get_running_loop()
-
-    def make_request(message: Any, payload: Any, protocol: Any, writer: Any, task: Any) -> web.BaseRequest:
-        return web.BaseRequest(message, payload, protocol, writer, task, loop, client_max_size=max_body)
-
-    # A client that leaves cancels its handler; aiohttp's own runners leave that off.
-    handler = web.Server(gateway.handle, request_factory=make_request, handler_cancellation=True, access_log=None)
-    server = await loop.create_server(handler, sock=sock, backlog=BACKLOG)
-    try:
-        yield
-    finally:
-        server.close()
-        handler.pre_shutdown()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(drain_s):
-                await gateway.idle()
-        await handler.shutdown(timeout=1.0)
+        async with listening(gateway.handle, sock, max_body=int(config.max_body_mb * 2**20)) as listener:
+            try:
+                yield gateway
+            finally:
+                listener.close()
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(config.drain_s):
+                        await gateway.idle()
 
 
 class RegistryFile:
     """Keeps `registry.json` while this router leads: the whole registry in one file, for people and scripts."""
 
-    def __init__(self, run: RunDir, replica: str) -> None:
-        self._run, self._replica = run, replica
-        self._written: Mapping[str, Any] | None = None
-        self._task: asyncio.Task[None] | None = None
-
-    async def __aenter__(self) -> "RegistryFile":
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        if self._task is not None:
-            await asyncio.gather(self._task, return_exceptions=True)
+    def __init__(self, run: RunDir, replica: str, files: FileThread) -> None:
+        self._run, self._replica, self._files = run, replica, files
+        self._content: Mapping[str, Any] | None = None
 
     def keep(self, snapshot: Mapping[str, Record]) -> None:
-        """Write it in the background when something changed; a write under way takes precedence."""
+        """Write it in the background when something changed."""
         leader = leading_router(snapshot)
-        if leader is None or leader.replica != self._replica or (self._task is not None and not self._task.done()):
+        if leader is None or leader.replica != self._replica:
             return
         content = registry_file(snapshot)
-        if content != self._written:
-            self._task = asyncio.create_task(self._write(content), name="registry.json")
-
-    async def _write(self, content: Mapping[str, Any]) -> None:
-        try:
-            await asyncio.to_thread(replace_json, self._run.registry_json, content)
-            self._written = content
-        except OSError as error:
-            logger.warning("registry.json cannot be written: %s", error)
+        if content != self._content:
+            self._content = content
+            self._files.post(partial(replace_json, self._run.registry_json, content))
 
 
 def load_policy(run: RunDir, deployment: Deployment) -> Policy:

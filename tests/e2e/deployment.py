@@ -2,9 +2,11 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -103,8 +105,7 @@ def kill(pid: int) -> None:
 @contextmanager
 def deployed(folder: Path, *overrides: str, wait_all: bool = True) -> Iterator[Deployed]:
     """Up, then down whatever happened; afterwards nothing is left."""
-    scratch = folder / "scratch"
-    scratch.mkdir()
+    scratch = Path(tempfile.mkdtemp(prefix="hpcr-", dir="/tmp"))  # short: a socket's path has 107 bytes
     one = Deployed(folder / "run", scratch, [f"cluster.scratch={scratch}", *overrides])
     try:
         one.up(*(["--wait", "all"] if wait_all else []))
@@ -113,3 +114,4 @@ def deployed(folder: Path, *overrides: str, wait_all: bool = True) -> Iterator[D
         if one.run.exists():
             one.verb("down")
     one.nothing_left()
+    shutil.rmtree(scratch)

@@ -109,7 +109,7 @@ def test_a_second_up_changes_nothing(sim: Deployed) -> None:
     assert sim.up("--wait", "all").returncode == 0
     assert cli("up", "--run", str(sim.run)).returncode == 0
     assert sim.processes() == before
-    refused = sim.up("experts.math.replicas=3", check=False)
+    refused = sim.verb("up", *sim.overrides, "experts.math.replicas=3", check=False)
     assert refused.returncode == 2
     assert "experts.math.replicas" in refused.stderr
 

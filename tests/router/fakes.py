@@ -15,6 +15,7 @@ from aiohttp import web
 from hpc_router import registry, wire
 from hpc_router.auth import bearer, challenge_answer, new_token, replica_key
 from hpc_router.config import Deployment, EngineConfig, ExpertConfig, PolicyConfig, RouterConfig
+from hpc_router.filethread import FileThread
 from hpc_router.registry import EngineInfo, Kind, Record, State
 from hpc_router.router.app import Gateway
 from hpc_router.router.service import serving
@@ -171,5 +172,7 @@ class RunningRouter:
 @asynccontextmanager
 async def a_router(run: RunDir, deployment: Deployment) -> AsyncIterator[RunningRouter]:
     sock = socket.create_server(("127.0.0.1", 0))
-    async with serving(run, deployment, replica="router-0.g1", sock=sock) as gateway:
+    files = FileThread("test")
+    async with serving(run, deployment, replica="router-0.g1", sock=sock, files=files) as gateway:
         yield RunningRouter(gateway, f"http://127.0.0.1:{sock.getsockname()[1]}", run.token())
+    files.close(timeout_s=5)

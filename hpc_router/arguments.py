@@ -1,0 +1,194 @@
+"""The command line's grammar: every verb with its options, its help and an example. No verb is carried out here."""
+
+import argparse
+from pathlib import Path
+from typing import Final, NoReturn
+
+from hpc_router import __version__
+
+_RUN_HELP: Final = "run directory (default: $HPC_ROUTER_RUN, then runs/latest)"
+_EPILOG: Final = """\
+begin with
+  hpc-router plan topology=sim          what would run
+  hpc-router up topology=sim            run it; prints the address of the endpoint
+  hpc-router chat "Is 91 a prime?"      ask it something
+  hpc-router down                       end it, nothing stays behind
+
+exit status: 0 done, 1 failed, 2 a value to edit, 130 interrupted
+`hpc-router VERB --help` explains a verb.
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"hpc-router: {message} (see `{self.prog} --help`)\n")
+
+
+def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
+    """Overrides may stand between options, where argparse alone would lose them."""
+    parser = make_parser()
+    arguments, rest = parser.parse_known_args(words)
+    strangers = [word for word in rest if word.startswith("-") or not hasattr(arguments, "overrides")]
+    if strangers:
+        parser.error(f"unknown argument{'s' if len(strangers) > 1 else ''}: {' '.join(strangers)}")
+    if rest:
+        arguments.overrides = [*arguments.overrides, *rest]
+    return arguments
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="hpc-router",
+        description="Many specialised LLMs behind one OpenAI-compatible endpoint: each prompt to the expert for it.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"hpc-router {__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=_Parser)
+    _launching(verbs)
+    _watching(verbs)
+    _using(verbs)
+    _changing(verbs)
+    return parser
+
+
+_Verbs = argparse._SubParsersAction
+
+
+def _verb(verbs: "_Verbs[_Parser]", name: str, summary: str, example: str, *, json: bool = False) -> _Parser:
+    parser = verbs.add_parser(
+        name,
+        help=summary,
+        description=summary[0].upper() + summary[1:] + ".",
+        epilog="examples:\n" + "\n".join(f"  {line}" for line in example.splitlines()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--run", type=Path, metavar="DIR", help=_RUN_HELP)
+    if json:
+        parser.add_argument("--json", action="store_true", help="print JSON")
+    return parser
+
+
+def _launching(verbs: "_Verbs[_Parser]") -> None:
+    plan = _verb(
+        verbs,
+        "plan",
+        "print what would run: replicas, resources, exact commands",
+        "hpc-router plan topology=sim experts.math.replicas=3\nhpc-router plan --config-dir my topology=mine --json",
+        json=True,
+    )
+    plan.add_argument("--no-ask", action="store_true", help="don't let the engines check their flags (quicker)")
+    up = _verb(
+        verbs,
+        "up",
+        "bring a deployment up, or complete one; returns when the endpoint serves",
+        "hpc-router up topology=sim\nhpc-router up --wait all policy=round_robin router.port=8000\n"
+        "hpc-router up --run runs/mine          complete that run: what died is started again",
+    )
+    up.add_argument("--wait", choices=("any", "all"), default="any", help="return when any expert is ready, or all")
+    for parser in (plan, up):
+        parser.add_argument(
+            "--config-dir", type=Path, metavar="DIR", help="folder with your own topology/, expert/ ..."
+        )
+        parser.add_argument(
+            "overrides", nargs="*", metavar="OVERRIDE", help="key=value, or a group's choice: topology=sim"
+        )
+    _verb(verbs, "down", "end a deployment: drain, end all jobs, leave nothing", "hpc-router down --run runs/mine")
+
+
+def _watching(verbs: "_Verbs[_Parser]") -> None:
+    _verb(
+        verbs,
+        "status",
+        "show the router and every replica: state, node, load",
+        "hpc-router status\nhpc-router status --json | jq .router.url",
+        json=True,
+    )
+    logs = _verb(
+        verbs,
+        "logs",
+        "print the logs of agents, engines and router",
+        "hpc-router logs math -n 50\nhpc-router logs router -f",
+    )
+    logs.add_argument("name", nargs="?", metavar="REPLICA|EXPERT|router", help="whose (default: all)")
+    logs.add_argument("-f", "--follow", action="store_true", help="go on as they grow")
+    logs.add_argument(
+        "-n", "--lines", type=_count, default=20, metavar="N", help="last lines of each file (default 20)"
+    )
+    reason = _verb(
+        verbs,
+        "why",
+        "say why replicas are not ready, and what to do",
+        "hpc-router why\nhpc-router why math",
+        json=True,
+    )
+    reason.add_argument(
+        "name", nargs="?", metavar="REPLICA|EXPERT|router", help="whose (default: all that are not ready)"
+    )
+
+
+def _using(verbs: "_Verbs[_Parser]") -> None:
+    route = _verb(
+        verbs,
+        "route",
+        "explain where a prompt would go",
+        'hpc-router route "What is the derivative of x^2?"',
+        json=True,
+    )
+    route.add_argument("prompt")
+    chat = _verb(
+        verbs,
+        "chat",
+        "ask the deployment; without a prompt: a conversation",
+        'hpc-router chat "Is 91 a prime?"\nhpc-router chat --model law',
+    )
+    chat.add_argument("--model", default="auto", help="an expert's name; auto: the policy decides (default)")
+    chat.add_argument("prompt", nargs="?")
+    _verb(verbs, "url", "print the endpoint's address", "curl $(hpc-router url)/health")
+    _verb(
+        verbs,
+        "token",
+        "print the owner's token",
+        'curl -H "Authorization: Bearer $(hpc-router token)" $(hpc-router url)/v1/models',
+    )
+
+
+def _changing(verbs: "_Verbs[_Parser]") -> None:
+    scale = _verb(verbs, "scale", "change how many replicas experts have", "hpc-router scale math=3 code=0", json=True)
+    scale.add_argument("counts", nargs="+", metavar="EXPERT=N")
+    register = _verb(
+        verbs,
+        "register",
+        "let an endpoint that runs elsewhere join a run, made if it is new",
+        "hpc-router register --run runs/mine --expert math --url http://node7:8000/v1\n"
+        "hpc-router register --expert big --url https://api.example.org --model big-70b --token-file ~/.api-token",
+        json=True,
+    )
+    register.add_argument("--expert", required=True, metavar="NAME", help="the expert's name")
+    register.add_argument("--url", required=True, help="its address, with or without /v1")
+    register.add_argument("--model", help="the model's name there (default: asked from /v1/models)")
+    register.add_argument("--token-file", type=Path, metavar="F", help="file with the token that it wants")
+    unregister = _verb(
+        verbs,
+        "unregister",
+        "take an external endpoint out of a run",
+        "hpc-router unregister math-x0\nhpc-router unregister --expert math --url http://node7:8000",
+    )
+    unregister.add_argument("replica", nargs="?", metavar="REPLICA")
+    unregister.add_argument("--expert", metavar="NAME", help="all external endpoints of this expert")
+    unregister.add_argument("--url", help="those at this address")
+    reconcile = _verb(
+        verbs,
+        "reconcile",
+        "submit what is missing and end what is surplus, once or in a loop",
+        "hpc-router reconcile\nhpc-router reconcile --loop          as the router's job does",
+    )
+    reconcile.add_argument("--loop", action="store_true", help="again and again, until SIGTERM")
+    reconcile.add_argument("--while-leading", metavar="REPLICA", help="with --loop: only while this router leads")
+    reconcile.add_argument("--tied", action="store_true", help="with --loop: end when stdin is closed")
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
+    return int(text)

@@ -1,0 +1,305 @@
+"""`hpc-router`: each verb is one function of `cluster`, called and printed here.
+
+Data goes to stdout, everything else to stderr. Failures described in words are one line without a traceback; the exit
+status is 0 done, 1 failed, 2 a value to edit, 130 interrupted. Modules are loaded by the verb that needs them.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from hpc_router.arguments import parse_arguments
+from hpc_router.errors import ConfigError, HpcRouterError, LaunchError
+from hpc_router.rundir import RunDir, find_run, make_run
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+INTERRUPTED: Final = 130
+WIDE: Final = 240
+"""Columns where the output is no terminal: nothing is folded then."""
+
+
+def main(words: list[str] | None = None) -> int:
+    arguments = parse_arguments(words)
+    logging.basicConfig(level=logging.WARNING, format="hpc-router: %(message)s")
+    return told(lambda: VERBS[arguments.verb](arguments))
+
+
+def told(verb: Callable[[], int]) -> int:
+    """Its exit status, with every expected failure told in a line."""
+    try:
+        status = verb()
+        sys.stdout.flush()
+    except HpcRouterError as error:
+        sys.stderr.writelines(f"hpc-router: {line}\n" for line in str(error).splitlines())
+        return 2 if isinstance(error, ConfigError) else 1
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        sys.stderr.write(f"hpc-router: {error}\n")
+        return 1
+    except KeyboardInterrupt:
+        sys.stderr.write("hpc-router: interrupted\n")
+        return INTERRUPTED
+    return status
+
+
+def plan(arguments: argparse.Namespace) -> int:
+    from hpc_router.cluster.desired import desired_of, scaled
+    from hpc_router.cluster.plan import make_plan
+    from hpc_router.cluster.runs import find_target
+    from hpc_router.screen import plan_text
+
+    target = find_target(arguments.run, arguments.overrides, config_dir=arguments.config_dir)
+    deployment = target.deployment
+    if arguments.run is not None and target.run is not None:
+        deployment = scaled(deployment, desired_of(target.run, deployment))
+    made = make_plan(deployment, run=target.run, ask_engines=not arguments.no_ask)
+    return _print(made.to_json() if arguments.json else plan_text(made))
+
+
+def up(arguments: argparse.Namespace) -> int:
+    return run_up(arguments.run, arguments.overrides, config_dir=arguments.config_dir, wait_all=arguments.wait == "all")
+
+
+def run_up(given: Path | None, overrides: list[str], *, config_dir: Path | None, wait_all: bool) -> int:
+    """Also the body of `launch.deploy`."""
+    from hpc_router.cluster.runs import find_target
+    from hpc_router.cluster.up import Interrupted, Served
+    from hpc_router.cluster.up import up as bring_up
+    from hpc_router.screen import Progress
+
+    target = find_target(given, overrides, config_dir=config_dir)
+    try:
+        with Progress(_stderr()) as progress:
+            served: Served = bring_up(target, wait_all=wait_all, reporter=progress)
+    except Interrupted:
+        sys.stderr.write("hpc-router: interrupted; what this `up` began has been ended\n")
+        return INTERRUPTED
+    _say_how(served.run, served.url)
+    if served.failed:
+        names = ", ".join(view.replica for view in served.failed)
+        sys.stderr.write(f"hpc-router: {names} failed; the others serve. `hpc-router why` tells more\n")
+    return 1 if served.failed and wait_all else 0
+
+
+def _say_how(run: RunDir, url: str) -> None:
+    import shlex
+
+    name = shlex.quote(os.path.relpath(run.path) if run.path.is_relative_to(Path.cwd()) else str(run.path))
+    print(f"serving at {url}/v1  (model: auto, or an expert's name)\n")
+    print(f'  hpc-router chat --run {name} "Is 91 a prime?"')
+    print(f'  curl {url}/v1/chat/completions -H "Authorization: Bearer $(hpc-router token --run {name})" \\')
+    print("    -H 'Content-Type: application/json' \\")
+    print("""    -d '{"model": "auto", "messages": [{"role": "user", "content": "Is 91 a prime?"}]}'""")
+    print(f"  OPENAI_BASE_URL={url}/v1 OPENAI_API_KEY=$(hpc-router token --run {name}) python your_program.py")
+    print(f"  hpc-router down --run {name}")
+
+
+def down(arguments: argparse.Namespace) -> int:
+    from hpc_router.cluster.down import down as take_down
+    from hpc_router.screen import Progress
+
+    run = find_run(arguments.run)
+    with Progress(_stderr()) as progress:
+        ended = take_down(run, watcher=progress)
+    print(
+        f"{run.path} is down; {ended} job{'' if ended == 1 else 's'} ended" if ended else f"nothing ran in {run.path}"
+    )
+    return 0
+
+
+def status(arguments: argparse.Namespace) -> int:
+    from hpc_router.cluster.status import status as status_of
+    from hpc_router.screen import status_text
+
+    value = status_of(find_run(arguments.run))
+    return _print(value if arguments.json else status_text(value))
+
+
+def logs(arguments: argparse.Namespace) -> int:
+    from hpc_router.cluster.logs import follow, log_files, sizes, tail
+
+    run = find_run(arguments.run)
+    files = log_files(run, arguments.name)
+    shown = sizes(files)
+    for replica, paths in files.items():
+        for path in paths:
+            for line in tail(path, arguments.lines):
+                print(f"{replica} | {line}")
+    if arguments.follow:
+        for replica, line in follow(run, arguments.name, seen=shown):
+            print(f"{replica} | {line}", flush=True)
+    return 0
+
+
+def why(arguments: argparse.Namespace) -> int:
+    from hpc_router.cluster.why import why as why_of
+    from hpc_router.screen import why_text
+
+    causes = why_of(find_run(arguments.run), arguments.name)
+    return _print([cause.to_json() for cause in causes] if arguments.json else why_text(causes))
+
+
+def route(arguments: argparse.Namespace) -> int:
+    from hpc_router.cluster.http import Unreachable, ask
+    from hpc_router.cluster.router_access import router_access
+    from hpc_router.screen import route_text
+
+    access = router_access(find_run(arguments.run))
+    try:
+        answer = ask("POST", f"{access.url}/route", token=access.token, body={"prompt": arguments.prompt})
+    except Unreachable as error:
+        raise LaunchError(f"the router does not answer at {access.url}: {error}") from error
+    if answer.status != 200:
+        raise LaunchError(f"the router refuses: {answer.message}")
+    return _print(answer.body if arguments.json else route_text(answer.body))
+
+
+def chat(arguments: argparse.Namespace) -> int:
+    from hpc_router.cluster.router_access import router_access
+
+    access = router_access(find_run(arguments.run))
+    prompt = arguments.prompt if arguments.prompt is not None or sys.stdin.isatty() else sys.stdin.read()
+    messages: list[dict[str, str]] = []
+
+    def turn(text: str) -> None:
+        messages.append({"role": "user", "content": text})
+        messages.append({"role": "assistant", "content": asyncio.run(_answer(access, messages, arguments.model))})
+
+    if prompt is not None:
+        turn(prompt)
+        return 0
+    while True:
+        try:
+            text = input("you> ").strip()
+        except EOFError:
+            print()
+            return 0
+        if text:
+            try:
+                turn(text)
+            except HpcRouterError as error:
+                del messages[-1]
+                sys.stderr.write(f"hpc-router: {error}\n")
+
+
+async def _answer(access: Any, messages: list[dict[str, str]], model: str) -> str:
+    from hpc_router.cluster.chat import Head
+    from hpc_router.cluster.chat import chat as converse
+
+    said = ""
+    async with contextlib.aclosing(converse(access, messages, model=model)) as pieces:
+        async for piece in pieces:
+            if isinstance(piece, Head):
+                sys.stderr.write(f"[{piece.expert}, {piece.reason}, {piece.replica}]\n")
+            else:
+                said += piece
+                print(piece, end="", flush=True)
+    print()
+    return said
+
+
+def url(arguments: argparse.Namespace) -> int:
+    from hpc_router.cluster.router_access import router_access
+
+    print(router_access(find_run(arguments.run)).url)
+    return 0
+
+
+def token(arguments: argparse.Namespace) -> int:
+    print(find_run(arguments.run).token())
+    return 0
+
+
+def scale(arguments: argparse.Namespace) -> int:
+    from hpc_router.cluster.scale import parse_counts
+    from hpc_router.cluster.scale import scale as change
+
+    wanted = change(find_run(arguments.run), parse_counts(arguments.counts))
+    return _print(dict(wanted)) if arguments.json else _print_lines(f"{name}={n}" for name, n in wanted.items())
+
+
+def register(arguments: argparse.Namespace) -> int:
+    from hpc_router.cluster.register import read_token
+    from hpc_router.cluster.register import register as join
+
+    given = read_token(arguments.token_file) if arguments.token_file is not None else None
+    named = arguments.run or (Path(os.environ["HPC_ROUTER_RUN"]) if "HPC_ROUTER_RUN" in os.environ else None)
+    run = make_run(named) if named is not None and not named.exists() else find_run(arguments.run)
+    result = join(run, expert=arguments.expert, url=arguments.url, model=arguments.model, token=given)
+    if result.warning:
+        sys.stderr.write(f"hpc-router: warning: {result.warning}\n")
+    record = result.record
+    if arguments.json:
+        return _print(record.to_json())
+    return _print_lines([f"{record.replica} {record.url} model {record.serves[arguments.expert] or 'not known yet'}"])
+
+
+def unregister(arguments: argparse.Namespace) -> int:
+    from hpc_router.cluster.register import unregister as leave
+
+    if arguments.replica is None and arguments.expert is None:
+        raise ConfigError("unregister needs a REPLICA or --expert NAME")
+    run = find_run(arguments.run)
+    return _print_lines(leave(run, replica=arguments.replica, expert=arguments.expert, url=arguments.url))
+
+
+def reconcile(arguments: argparse.Namespace) -> int:
+    from hpc_router.cluster.control import Control, run_loop
+
+    run = find_run(arguments.run)
+    if arguments.loop:
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
+        run_loop(run, while_leading=arguments.while_leading, tied=arguments.tied)
+        return 0
+    done = Control(run).once()
+    if done.refused is not None:
+        raise LaunchError(done.refused)
+    return _print_lines(str(action) for action in done.actions)
+
+
+VERBS: Final[Mapping[str, Callable[[argparse.Namespace], int]]] = {
+    verb.__name__: verb
+    for verb in (
+        *(plan, up, down, status, logs, why, route, chat, url, token),
+        *(scale, register, unregister, reconcile),
+    )
+}
+
+
+def _stderr() -> "Console":
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
+def _print(value: "RenderableType | Mapping[str, Any] | list[Any]") -> int:
+    """JSON as JSON, anything else as rich shows it."""
+    if isinstance(value, Mapping | list):
+        print(json.dumps(value, indent=1, ensure_ascii=False))
+        return 0
+    from rich.console import Console
+
+    console = Console() if sys.stdout.isatty() else Console(width=WIDE)
+    console.print(value)
+    return 0
+
+
+def _print_lines(lines: Any) -> int:
+    for line in lines:
+        print(line)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,184 @@
+"""One pass of the control loop (look, decide, act) and the loop itself.
+
+It runs in verbs, beside a router, from cron: several at once do no harm, for a claim decides who submits and every
+other action may be repeated. A pass that fails is logged and tried again; nothing here ends because a job or the file
+system misbehaves.
+"""
+
+import contextlib
+import logging
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from types import FrameType
+
+from hpc_router import registry
+from hpc_router.cluster.desired import deployment_of, desired_of
+from hpc_router.cluster.drain import ask_to_drain
+from hpc_router.cluster.launcher import JobState, Launcher
+from hpc_router.cluster.local import LocalLauncher
+from hpc_router.cluster.observe import Observer
+from hpc_router.cluster.reconcile import Action, Cancel, Desired, Drain, GiveUp, Kill, Submit, reconcile
+from hpc_router.cluster.requests import request_for
+from hpc_router.cluster.slots import ROUTER_SLOT, Observed
+from hpc_router.config import Deployment
+from hpc_router.errors import LaunchError
+from hpc_router.jobdir import JobDir, Stop
+from hpc_router.registry import Kind, leading_router, split_replica
+from hpc_router.rundir import RunDir
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """What one pass wanted, saw and did."""
+
+    desired: Desired
+    observed: Observed
+    actions: Sequence[Action]
+    submitted: Sequence[str] = ()
+    refused: str | None = None
+
+    @property
+    def given_up(self) -> list[GiveUp]:
+        return [action for action in self.actions if isinstance(action, GiveUp)]
+
+
+def launcher_for(run: RunDir, deployment: Deployment) -> Launcher:
+    return LocalLauncher(run, gpus=deployment.cluster.gpus)
+
+
+class Control:
+    """The hands of the control loop on one run."""
+
+    def __init__(self, run: RunDir, *, deployment: Deployment | None = None, launcher: Launcher | None = None) -> None:
+        self.run = run
+        self.deployment = deployment or deployment_of(run)
+        self.launcher = launcher or launcher_for(run, self.deployment)
+        self.observer = Observer(run, self.launcher)
+        self._told: set[str] = set()
+
+    def look(self) -> Pass:
+        """What a pass would do, without doing it."""
+        observed = self.observer.look()
+        return self.decide(desired_of(self.run, self.deployment), observed)
+
+    def decide(self, desired: Desired, observed: Observed) -> Pass:
+        return Pass(desired, observed, reconcile(desired, observed, time.time()))
+
+    def once(self) -> Pass:
+        """One pass. A refused submission is in the result, as an exit record it counts as a failure of its slot."""
+        seen = self.look()
+        self._drain([a.replica for a in seen.actions if isinstance(a, Drain)])
+        self._cancel([a.replica for a in seen.actions if isinstance(a, Cancel)])
+        self._kill([a.replica for a in seen.actions if isinstance(a, Kill)])
+        self._tell(seen.given_up)
+        self._withdraw_dead(seen)
+        submitted, refused = self._submit([a for a in seen.actions if isinstance(a, Submit)])
+        return replace(seen, submitted=submitted, refused=refused)
+
+    def _submit(self, wanted: Sequence[Submit]) -> tuple[list[str], str | None]:
+        if not wanted:
+            return [], None
+        requests = [request_for(self.run, self.deployment, action.replica) for action in wanted]
+        refused = None
+        try:
+            submitted = self.launcher.submit(requests)
+        except LaunchError as error:
+            refused = str(error)
+            submitted = [r.replica for r in requests if JobDir(self.run, r.replica).info() is not None]
+            self.run.event("refused", message=refused)
+        for replica in submitted:
+            logger.info("submitted %s", replica)
+            self.run.event("submitted", replica=replica)
+        return submitted, refused
+
+    def _drain(self, replicas: Sequence[str]) -> None:
+        for replica in replicas:
+            JobDir(self.run, replica).write(Stop(drain_at=time.time()))
+            self.run.event("drain", replica=replica)
+        ask_to_drain(self.run, [self.observer.records[r] for r in replicas if r in self.observer.records])
+
+    def _cancel(self, replicas: Sequence[str]) -> None:
+        for replica in replicas:
+            job = JobDir(self.run, replica)
+            job.write(replace(job.stop() or Stop(), cancel_at=time.time()))
+            self.run.event("cancel", replica=replica)
+        self.launcher.cancel(replicas)
+
+    def _kill(self, replicas: Sequence[str]) -> None:
+        for replica in replicas:
+            logger.warning("%s did not end when asked: killed", replica)
+            self.run.event("kill", replica=replica)
+        self.launcher.kill(replicas)
+
+    def _tell(self, given_up: Sequence[GiveUp]) -> None:
+        """Once per slot, not once per pass."""
+        for action in given_up:
+            if str(action.slot) not in self._told:
+                logger.warning("%s failed for good: %s: %s", action.slot, action.exit.reason, action.exit.message)
+                self.run.event("gave_up", slot=str(action.slot), reason=action.exit.reason.value)
+        self._told = {str(action.slot) for action in given_up}
+
+    def leads(self, replica: str) -> bool:
+        """Whether `replica` is the leading router, or may become it: no other router that may live leads."""
+        records = registry.Reader(self.run.registry).snapshot()
+        states = self.launcher.observe([name for name, r in records.items() if r.kind is Kind.ROUTER])
+        leader = leading_router({n: r for n, r in records.items() if states.get(n) is not JobState.ENDED})
+        return leader is None or leader.generation <= split_replica(replica)[2]
+
+    def _withdraw_dead(self, seen: Pass) -> None:
+        """Records of jobs known to have ended. The last router's stays until the next has its own: that one takes
+        over its port."""
+        records = self.observer.records
+        for slot, attempts in seen.observed.items():
+            recorded = [attempt for attempt in attempts if attempt.replica in records]
+            for attempt in recorded:
+                kept = slot == ROUTER_SLOT and attempt is recorded[-1] and not seen.desired.down
+                if attempt.job is JobState.ENDED and not kept:
+                    registry.withdraw(self.run.registry, attempt.replica)
+                    logger.info("removed the record of %s, which has ended", attempt.replica)
+
+
+def run_loop(run: RunDir, *, while_leading: str | None = None, tied: bool = False) -> None:
+    """A pass every `cluster.reconcile_s` until SIGTERM or SIGINT; with `while_leading` only while that router leads.
+
+    `tied`: also until stdin ends, so that the loop goes with the process that holds the other end.
+    """
+    control = Control(run)
+    pause_s = control.deployment.cluster.reconcile_s
+    with _stop_event(tied=tied) as stop:
+        while not stop.is_set():
+            try:
+                if while_leading is None or control.leads(while_leading):
+                    control.once()
+            except Exception:
+                logger.exception("a pass of the control loop failed; the next one is in %.1f s", pause_s)
+            stop.wait(pause_s)
+
+
+@contextlib.contextmanager
+def _stop_event(*, tied: bool) -> Iterator[threading.Event]:
+    """Set by SIGTERM, SIGINT and, where tied, the end of stdin; handlers are put back afterwards."""
+    event = threading.Event()
+
+    def stop(_number: int, _frame: FrameType | None) -> None:
+        event.set()
+
+    def watch() -> None:
+        while sys.stdin.buffer.read(4096):
+            pass
+        event.set()
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    if tied:
+        threading.Thread(target=watch, name="tie", daemon=True).start()
+    try:
+        yield event
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,86 @@
+"""The wanted state of a run: its frozen `config.yaml` with the later wishes of `desired.json` on top.
+
+Writers are the verbs, each in one atomic replace; the last one wins. What the file leaves out is as in the config.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from hpc_router import compose
+from hpc_router.cluster.reconcile import Desired
+from hpc_router.cluster.slots import Observed
+from hpc_router.config import Deployment
+from hpc_router.errors import ConfigError, suggest
+from hpc_router.rundir import RunDir
+
+
+def deployment_of(run: RunDir) -> Deployment:
+    """The run's frozen config; an empty deployment for a run that only joins endpoints."""
+    return compose.read(run.config) if run.config.exists() else Deployment()
+
+
+def desired_of(run: RunDir, deployment: Deployment) -> Desired:
+    wishes = run.read_desired()
+    replicas = {name: expert.replicas for name, expert in deployment.experts.items()}
+    replicas |= {n: c for n, c in _counts(wishes.get("replicas")).items() if n in replicas}
+    return Desired(
+        replicas=replicas,
+        router=wishes.get("router") is True,
+        down=wishes.get("down") is True,
+        forgiven=_counts(wishes.get("forgiven")),
+        max_failures=deployment.cluster.max_failures,
+        drain_s=deployment.cluster.drain_s,
+        router_drain_s=deployment.router.drain_s,
+    )
+
+
+def start_over(run: RunDir, observed: Observed) -> None:
+    """`up`: the router is wanted, nothing is down any more, and old failures are forgiven."""
+    _update(run, router=True, down=False, forgiven=_failed(observed))
+
+
+def take_down(run: RunDir) -> None:
+    _update(run, down=True)
+
+
+def scale(run: RunDir, deployment: Deployment, counts: Mapping[str, int], observed: Observed) -> None:
+    """Keep these replica counts from now on. Raises ConfigError for an expert the run does not have."""
+    check_counts(deployment, counts)
+    before = _counts(run.read_desired().get("replicas"))
+    _update(run, replicas=before | dict(counts), forgiven=_failed(observed))
+
+
+def check_counts(deployment: Deployment, counts: Mapping[str, int]) -> None:
+    for name, count in counts.items():
+        if name not in deployment.experts:
+            raise ConfigError(f"scale: no expert is named '{name}'{suggest(name, deployment.experts)}")
+        if count < 0:
+            raise ConfigError(f"scale: {name}={count} cannot be negative")
+
+
+def scaled(deployment: Deployment, desired: Desired) -> Deployment:
+    """The deployment with the wanted replica counts, as `plan` checks them."""
+    return with_counts(deployment, desired.replicas)
+
+
+def with_counts(deployment: Deployment, counts: Mapping[str, int]) -> Deployment:
+    experts = {name: replace(e, replicas=counts.get(name, e.replicas)) for name, e in deployment.experts.items()}
+    return replace(deployment, experts=experts)
+
+
+def _update(run: RunDir, **wishes: Any) -> None:
+    run.write_desired({**run.read_desired(), **wishes})
+
+
+def _failed(observed: Observed) -> dict[str, int]:
+    """The newest generation of each slot that lives no more."""
+    over = {str(slot): [a.generation for a in attempts if not a.live] for slot, attempts in observed.items()}
+    return {slot: max(generations) for slot, generations in over.items() if generations}
+
+
+def _counts(value: object) -> dict[str, int]:
+    """The whole numbers of a JSON object: a file edited by hand must not break the loop."""
+    if not isinstance(value, dict):
+        return {}
+    return {str(k): v for k, v in value.items() if isinstance(v, int) and not isinstance(v, bool) and v >= 0}

@@ -1,0 +1,92 @@
+"""Takes a deployment down: nothing is wanted any more, everything drains and ends, what hangs is killed.
+
+The deadlines are the control loop's own (`reconcile`), so this only repeats passes until nothing lives. What was asked
+stays in `desired.json`: a `down` that was cut off is finished by the next one or by any control loop.
+"""
+
+import os
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Final, Protocol
+
+from hpc_router import registry
+from hpc_router.cluster.control import Control, Pass
+from hpc_router.cluster.desired import take_down
+from hpc_router.cluster.launcher import JobState
+from hpc_router.cluster.slots import Attempt
+from hpc_router.errors import LaunchError
+from hpc_router.expert.scratch import sweep
+from hpc_router.registry import Kind
+from hpc_router.rundir import RunDir
+
+POLL_S: Final = 0.1
+CLAIM_PATIENCE_S: Final = 5.0
+"""A claim younger than this may still become a job."""
+
+
+class Watcher(Protocol):
+    def living(self, attempts: list[Attempt]) -> None:
+        """Called after each pass with what is still there."""
+
+
+class Silent:
+    def living(self, attempts: list[Attempt]) -> None:
+        pass
+
+
+def down(run: RunDir, *, watcher: Watcher | None = None) -> int:
+    """How many jobs were ended. Raises LaunchError for jobs of another host."""
+    take_down(run)
+    return empty(Control(run), watcher=watcher or Silent())
+
+
+def empty(control: Control, *, watcher: Watcher) -> int:
+    """Repeat passes until nothing lives, then remove what the dead left."""
+    ended: set[str] = set()
+    while True:
+        seen = control.once()
+        left = living(seen)
+        _refuse_far(left)
+        ended |= {attempt.replica for attempt in left}
+        watcher.living(left)
+        if not left:
+            break
+        time.sleep(POLL_S)
+    _clean(control.run)
+    with suppress(OSError):  # what killed agents left; a missing folder is a clean one
+        sweep(Path(control.deployment.cluster.scratch) / f"hpc-router-{os.getuid()}")
+    if ended:
+        control.run.event("down", replicas=sorted(ended))
+    return len(ended)
+
+
+def living(seen: Pass) -> list[Attempt]:
+    """Jobs that live, and claims that may become jobs."""
+    now = time.time()
+    attempts = [attempt for found in seen.observed.values() for attempt in found]
+    return [a for a in attempts if a.live or (_claimed(a) and now < a.claimed_at + CLAIM_PATIENCE_S)]
+
+
+def _claimed(attempt: Attempt) -> bool:
+    return not attempt.submitted and attempt.exit is None
+
+
+def _refuse_far(left: list[Attempt]) -> None:
+    far = [attempt for attempt in left if attempt.job is JobState.UNKNOWN]
+    if far and len(far) == len(left):
+        hosts = sorted({attempt.node or "?" for attempt in far})
+        raise LaunchError(
+            f"{', '.join(a.replica for a in far)} run on {', '.join(hosts)}, out of reach from here: "
+            "run `hpc-router down` there"
+        )
+
+
+def _clean(run: RunDir) -> None:
+    """Records nobody renews, the file of all records, temporary files. External endpoints stay: they are no jobs."""
+    for name, record in registry.Reader(run.registry).snapshot().items():
+        if record.kind is not Kind.EXTERNAL:
+            registry.withdraw(run.registry, name)
+    run.registry_json.unlink(missing_ok=True)
+    for path in run.registry.glob(".*"):
+        path.unlink(missing_ok=True)

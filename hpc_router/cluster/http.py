@@ -1,0 +1,82 @@
+"""HTTP from a verb or the control loop: short calls with a time limit, never through a proxy."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any, Final
+
+import aiohttp
+
+QUICK_S: Final = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """`body` is the parsed JSON, or the text where there is none."""
+
+    status: int
+    body: Any
+
+    @property
+    def message(self) -> str:
+        """The error's message in OpenAI's shape, or what was said instead."""
+        error = self.body.get("error") if isinstance(self.body, dict) else None
+        if isinstance(error, dict) and error.get("message"):
+            return str(error["message"])
+        return f"HTTP {self.status}: {str(self.body)[:300]}"
+
+
+class Unreachable(Exception):
+    """Nobody answered in time."""
+
+
+@asynccontextmanager
+async def session(*, timeout_s: float | None = QUICK_S) -> AsyncIterator[aiohttp.ClientSession]:
+    limits = aiohttp.ClientTimeout(total=timeout_s, connect=QUICK_S)
+    jar = aiohttp.DummyCookieJar()
+    async with aiohttp.ClientSession(timeout=limits, trust_env=False, cookie_jar=jar) as client:
+        yield client
+
+
+async def call(
+    client: aiohttp.ClientSession,
+    method: str,
+    url: str,
+    *,
+    token: str | None = None,
+    body: Mapping[str, Any] | None = None,
+) -> Answer:
+    """Raises Unreachable."""
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    try:
+        async with client.request(method, url, headers=headers, json=body, allow_redirects=False) as response:
+            text = await response.text(errors="replace")
+            return Answer(response.status, _parsed(text))
+    except (aiohttp.ClientError, TimeoutError, ValueError, OSError) as error:
+        raise Unreachable(str(error) or type(error).__name__) from error
+
+
+def ask(
+    method: str,
+    url: str,
+    *,
+    token: str | None = None,
+    body: Mapping[str, Any] | None = None,
+    timeout_s: float = QUICK_S,
+) -> Answer:
+    """`call` for code without a loop."""
+
+    async def once() -> Answer:
+        async with session(timeout_s=timeout_s) as client:
+            return await call(client, method, url, token=token, body=body)
+
+    return asyncio.run(once())
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text

@@ -1,0 +1,95 @@
+"""What is: `jobs/`, the registry and the launcher, read into one value for the control loop and the verbs.
+
+A job that ended without an exit record gets one here, so that failures have a time and everybody reads the same story.
+Jobs seen to have ended are not read again: a run that lived long has many.
+"""
+
+import json
+import logging
+import os
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Final
+
+from hpc_router.cluster.launcher import JobState, Launcher
+from hpc_router.cluster.slots import Attempt, Observed, Slot
+from hpc_router.errors import RegistryError
+from hpc_router.files import create_text
+from hpc_router.jobdir import Exit, JobDir, Reason, Stop
+from hpc_router.registry import Reader, Record, split_replica
+from hpc_router.rundir import RunDir
+
+logger = logging.getLogger(__name__)
+
+VANISHED: Final = "the job ended and left no exit record: killed, or it died before it began"
+
+
+class Observer:
+    """Looks at one run again and again."""
+
+    def __init__(self, run: RunDir, launcher: Launcher) -> None:
+        self._run = run
+        self._launcher = launcher
+        self._reader = Reader(run.registry)
+        self._ended: dict[str, Attempt] = {}
+        self.records: Mapping[str, Record] = {}
+
+    def look(self) -> Observed:
+        """Raises OSError when the run directory cannot be read now."""
+        self.records = self._reader.snapshot()
+        names = self._claimed()
+        open_names = [name for name in names if name not in self._ended]
+        states = self._launcher.observe(open_names)
+        slots: dict[Slot, list[Attempt]] = defaultdict(list)
+        for name in names:
+            attempt = self._ended.get(name) or self._attempt(name, states[name])
+            if attempt is not None:
+                slots[attempt.slot].append(attempt)
+        return {slot: tuple(sorted(found, key=lambda a: a.generation)) for slot, found in slots.items()}
+
+    def _claimed(self) -> list[str]:
+        with os.scandir(self._run.jobs) as entries:
+            return [entry.name for entry in entries if _is_replica(entry.name) and entry.is_dir()]
+
+    def _attempt(self, replica: str, state: JobState) -> Attempt | None:
+        expert, slot, generation = split_replica(replica)
+        job = JobDir(self._run, replica)
+        try:
+            claimed_at = job.claimed_at()
+        except FileNotFoundError:
+            return None
+        end = job.exit()
+        if state is JobState.ENDED and end is None:
+            end = leave_exit(job, Exit(ok=False, reason=Reason.VANISHED, message=VANISHED))
+        record, info = self.records.get(replica), job.info()
+        attempt = Attempt(
+            slot=Slot(expert, slot),
+            generation=generation,
+            job=state,
+            claimed_at=claimed_at,
+            submitted=state is not JobState.PENDING or info is not None,
+            exit=end,
+            progress=job.progress(),
+            stop=job.stop() or Stop(),
+            registered=record.state if record is not None else None,
+            job_id=info.job_id if info is not None else None,
+            node=info.host if info is not None else None,
+        )
+        if state is JobState.ENDED:
+            self._ended[replica] = attempt
+        return attempt
+
+
+def leave_exit(job: JobDir, end: Exit) -> Exit:
+    """Write `exit.json` unless the job did so in the meantime; the one that stands."""
+    create_text(job.path / "exit.json", json.dumps(asdict(end), indent=1, sort_keys=True) + "\n")
+    return job.exit() or end
+
+
+def _is_replica(name: str) -> bool:
+    try:
+        split_replica(name)
+    except RegistryError:
+        return False
+    return True

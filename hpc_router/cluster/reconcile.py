@@ -1,0 +1,181 @@
+"""What to do so that the jobs that live become the jobs that are wanted. Pure: no I/O, time is an argument.
+
+Rules, one slot at a time:
+1. A slot that lives is left alone; one that ended or vanished gets its next generation at once.
+2. Failures in a row wait longer and longer, then give up; a reason no restart can cure gives up at once. A job that was
+   ready for a while starts the count again, and so does the user with `up` or `scale` (`Desired.forgiven`).
+3. A claim without a job is abandoned after a minute. A surplus job drains, then ends, then is killed.
+4. Slots with a letter in their name are nobody's business here, except when everything goes down.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+from hpc_router.cluster.slots import ROUTER, ROUTER_SLOT, Attempt, Observed, Slot
+from hpc_router.jobdir import PERMANENT, Exit, Reason
+
+CLAIM_S: Final = 60.0
+"""A claim that has no job after this long is abandoned."""
+STEADY_S: Final = 30.0
+"""A job that was ready this long did not fail to start."""
+BACKOFF_S: Final = 2.0
+BACKOFF_MAX_S: Final = 60.0
+KILL_AFTER_S: Final = 10.0
+"""Beyond the time a job may drain."""
+
+
+@dataclass(frozen=True, slots=True)
+class Desired:
+    """`replicas` per expert; `forgiven`: failures up to this generation of a slot no longer count."""
+
+    replicas: Mapping[str, int] = field(default_factory=dict)
+    router: bool = False
+    down: bool = False
+    forgiven: Mapping[str, int] = field(default_factory=dict)
+    max_failures: int = 3
+    drain_s: float = 30.0
+    router_drain_s: float = 10.0
+
+    def slots(self) -> list[Slot]:
+        """Every slot that should be filled."""
+        if self.down:
+            return []
+        experts = [Slot(name, str(n)) for name, count in self.replicas.items() for n in range(count)]
+        return [ROUTER_SLOT, *experts] if self.router else experts
+
+    def drain_limit_s(self, slot: Slot) -> float:
+        return self.router_drain_s if slot.expert == ROUTER else self.drain_s
+
+
+@dataclass(frozen=True, slots=True)
+class Submit:
+    slot: Slot
+    generation: int
+
+    @property
+    def replica(self) -> str:
+        return self.slot.replica(self.generation)
+
+
+@dataclass(frozen=True, slots=True)
+class Drain:
+    """Ask it over HTTP to take no more requests and to end after those in flight."""
+
+    replica: str
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """Ask its job to end."""
+
+    replica: str
+
+
+@dataclass(frozen=True, slots=True)
+class Kill:
+    """It was asked and had its time."""
+
+    replica: str
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """Nothing to do about this replica before `until_at`."""
+
+    replica: str
+    until_at: float
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class GiveUp:
+    """This slot failed for good; its newest exit says why."""
+
+    slot: Slot
+    failures: int
+    exit: Exit
+
+
+Action = Submit | Drain | Cancel | Kill | Wait | GiveUp
+
+
+def reconcile(desired: Desired, observed: Observed, now: float) -> list[Action]:
+    wanted = desired.slots()
+    actions: list[Action] = []
+    for slot in wanted:
+        actions.extend(_fill(slot, observed.get(slot, ()), desired, now))
+    for slot in sorted(set(observed) - set(wanted)):
+        if desired.down or (slot.ours and slot.expert != ROUTER):
+            actions.extend(_empty(observed[slot], desired, now))
+    return actions
+
+
+def backoff_s(failures: int) -> float:
+    """The pause after the n-th failure in a row: none, 2 s, 4 s, ... one minute."""
+    return 0.0 if failures <= 1 else min(BACKOFF_MAX_S, BACKOFF_S * 2.0 ** (failures - 2))
+
+
+def _fill(slot: Slot, attempts: Sequence[Attempt], desired: Desired, now: float) -> Iterator[Action]:
+    if not attempts:
+        yield Submit(slot, 1)
+        return
+    newest = attempts[-1]
+    live = [attempt for attempt in attempts if attempt.live]
+    if live:
+        if live[-1].ready and slot.expert != ROUTER:  # an older router goes when its successor says so
+            yield from _empty(live[:-1], desired, now)
+        return
+    if not newest.submitted and newest.exit is None and now < newest.claimed_at + CLAIM_S:
+        yield Wait(newest.replica, newest.claimed_at + CLAIM_S, "claimed, not submitted yet")
+        return
+    ends = _failures(attempts, forgiven=desired.forgiven.get(str(slot), 0))
+    if ends and (ends[0].reason in PERMANENT or len(ends) >= desired.max_failures):
+        yield GiveUp(slot, len(ends), ends[0])
+        return
+    due_at = ends[0].at + backoff_s(len(ends)) if ends else now
+    if now < due_at:
+        yield Wait(slot.replica(newest.generation + 1), due_at, f"{len(ends)} failures in a row")
+    else:
+        yield Submit(slot, newest.generation + 1)
+
+
+def _failures(attempts: Sequence[Attempt], *, forgiven: int) -> list[Exit]:
+    """The ends of the last failures in a row, newest first."""
+    ends: list[Exit] = []
+    for attempt in reversed(attempts):
+        end = _end(attempt)
+        if attempt.generation <= forgiven or end.ok:
+            break
+        ends.append(end)
+        ready_at = attempt.progress.ready_at if attempt.progress else None
+        if ready_at is not None and end.at - ready_at >= STEADY_S:
+            break
+    return ends
+
+
+def _end(attempt: Attempt) -> Exit:
+    """How a job that lives no more ended; the observer leaves no job without an exit record, claims have none."""
+    if attempt.exit is not None:
+        return attempt.exit
+    message = "the job ended without a word" if attempt.submitted else "claimed, and never submitted"
+    return Exit(ok=False, reason=Reason.VANISHED, message=message, at=attempt.claimed_at + CLAIM_S)
+
+
+def _empty(attempts: Sequence[Attempt], desired: Desired, now: float) -> Iterator[Action]:
+    for attempt in attempts:
+        if attempt.live:
+            yield _retire(attempt, desired, now)
+
+
+def _retire(attempt: Attempt, desired: Desired, now: float) -> Action:
+    replica, stop, drain_s = attempt.replica, attempt.stop, desired.drain_limit_s(attempt.slot)
+    if stop.cancel_at is not None:
+        kill_at = stop.cancel_at + drain_s + KILL_AFTER_S
+        return Kill(replica) if now >= kill_at else Wait(replica, kill_at, "asked to end")
+    if not desired.down:
+        if stop.drain_at is None and attempt.ready:
+            return Drain(replica)
+        if stop.drain_at is not None and now < stop.drain_at + drain_s:
+            return Wait(replica, stop.drain_at + drain_s, "asked to drain")
+    return Cancel(replica)  # SIGTERM drains too: nothing in flight is lost

@@ -1,0 +1,152 @@
+"""External endpoints: a colleague's vLLM or an API joins a run as a record without beat, nonce or expiry.
+
+Nothing is started or stopped here and no answer is needed: an endpoint that is away now is probed by the router until
+it comes. The same expert and address again is the same endpoint, updated.
+"""
+
+import itertools
+import json
+import re
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final
+from urllib.parse import urlsplit
+
+from hpc_router import registry
+from hpc_router.cluster.http import QUICK_S, Unreachable, ask
+from hpc_router.config import EXPERT_NAME, RESERVED_NAMES
+from hpc_router.errors import ConfigError, suggest
+from hpc_router.files import create_text
+from hpc_router.registry import EngineInfo, Kind, Reader, Record, State, replica_name, split_replica
+from hpc_router.rundir import RunDir
+from hpc_router.wire import MODELS
+
+_V1: Final = re.compile(r"/v1/?$")
+
+
+@dataclass(frozen=True, slots=True)
+class Registered:
+    """`warning`: what could not be found out."""
+
+    record: Record
+    warning: str | None = None
+
+
+def register(run: RunDir, *, expert: str, url: str, model: str | None = None, token: str | None = None) -> Registered:
+    """Raises ConfigError."""
+    if not EXPERT_NAME.fullmatch(expert) or expert in RESERVED_NAMES:
+        raise ConfigError(
+            f"--expert {expert}: cannot name an expert (valid: lower-case letters, digits, '-' and '_', "
+            f"not {' or '.join(sorted(RESERVED_NAMES))})"
+        )
+    base = base_url(url)
+    warning = None
+    if model is None:
+        model, warning = _ask_model(base, token=token)
+    known = _known(run, expert=expert, url=base)
+    record = Record(
+        kind=Kind.EXTERNAL,
+        replica=known or replica_name(expert, "x0", 1),
+        url=base,
+        state=State.READY,
+        serves={expert: model},
+        engine=EngineInfo(model=model),
+    )
+    record = _publish(run, record, new=known is None, token=token)
+    run.event("registered", replica=record.replica, url=base)
+    return Registered(record, warning)
+
+
+def unregister(
+    run: RunDir, *, replica: str | None = None, expert: str | None = None, url: str | None = None
+) -> list[str]:
+    """The endpoints taken out. Raises ConfigError when none is meant."""
+    records = {name: r for name, r in Reader(run.registry).snapshot().items() if r.kind is Kind.EXTERNAL}
+    base = base_url(url) if url is not None else None
+    meant = [
+        name
+        for name, record in records.items()
+        if (replica is None or name == replica or name.rpartition(".")[0] == replica)
+        and (expert is None or expert in record.serves)
+        and (base is None or record.url == base)
+    ]
+    if not meant:
+        asked = replica or " ".join(filter(None, (expert, url)))
+        raise ConfigError(f"no external endpoint '{asked}' in this run{suggest(asked, records)}")
+    for name in meant:
+        registry.withdraw(run.registry, name)
+        with suppress(FileNotFoundError):
+            (run.path / "tokens" / name).unlink()
+        run.event("unregistered", replica=name)
+    return meant
+
+
+def base_url(url: str) -> str:
+    """The address without `/v1`, as records have it. Raises ConfigError."""
+    try:
+        parts = urlsplit(url)
+        usable = parts.scheme in ("http", "https") and parts.hostname and (parts.port is None or parts.port > 0)
+    except ValueError:
+        usable = False
+    if not usable or parts.query or parts.fragment or parts.username is not None:
+        raise ConfigError(f"--url {url}: not an endpoint's address (valid: http://host:port or http://host:port/v1)")
+    return _V1.sub("", url.rstrip("/")).rstrip("/")
+
+
+def read_token(path: Path) -> str:
+    """Raises ConfigError."""
+    try:
+        token = path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--token-file {path}: cannot be read: {error}") from error
+    if not token or any(character.isspace() or not character.isprintable() for character in token):
+        raise ConfigError(f"--token-file {path}: holds no token (valid: one line with the token alone)")
+    return token
+
+
+def _ask_model(base: str, *, token: str | None) -> tuple[str | None, str | None]:
+    """The one model that the endpoint serves, or a warning."""
+    later = "the router asks it again; --model names the model"
+    try:
+        answer = ask("GET", base + MODELS, token=token, timeout_s=QUICK_S)
+    except Unreachable as error:
+        return None, f"{base} does not answer now ({error}): {later}"
+    if answer.status != 200:
+        hint = "; --token-file gives a token" if answer.status in (401, 403) and token is None else ""
+        return None, f"{base}{MODELS} answers with status {answer.status}{hint}: {later}"
+    data = answer.body.get("data") if isinstance(answer.body, dict) else None
+    names = [str(m["id"]) for m in data if isinstance(m, dict) and "id" in m] if isinstance(data, list) else []
+    if len(names) > 1:
+        raise ConfigError(f"{base} serves several models; choose one with --model (valid: {', '.join(names)})")
+    if not names:
+        return None, f"{base}{MODELS} lists no model: {later}"
+    return names[0], None
+
+
+def _known(run: RunDir, *, expert: str, url: str) -> str | None:
+    for name, record in Reader(run.registry).snapshot().items():
+        if record.kind is Kind.EXTERNAL and record.url == url and expert in record.serves:
+            return name
+    return None
+
+
+def _publish(run: RunDir, record: Record, *, new: bool, token: str | None) -> Record:
+    """A new one takes the first free number; two at once take two."""
+    if not new:
+        _keep_token(run, record.replica, token)
+        registry.publish(run.registry, record)
+        return record
+    for number in itertools.count():
+        record = replace(record, replica=replica_name(split_replica(record.replica)[0], f"x{number}", 1))
+        path = run.registry / f"{record.replica}.json"
+        if not path.exists() and create_text(path, json.dumps(record.to_json(), indent=1, sort_keys=True) + "\n"):
+            break
+    _keep_token(run, record.replica, token)
+    return record
+
+
+def _keep_token(run: RunDir, replica: str, token: str | None) -> None:
+    (run.path / "tokens" / replica).unlink(missing_ok=True)
+    if token is not None:
+        run.keep_external_token(replica, token)

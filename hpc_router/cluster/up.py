@@ -1,0 +1,164 @@
+"""Brings a deployment up and waits until it serves.
+
+The plan is checked before anything is made. While no router leads, passes of the control loop run here; once one does,
+its own loop goes on and this only watches. Ctrl-C takes back what this call began; a deployment of which nothing can
+serve is taken down.
+"""
+
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final, Protocol
+
+from hpc_router.cluster.control import Control, Pass
+from hpc_router.cluster.desired import desired_of, scaled, start_over
+from hpc_router.cluster.down import Silent, down
+from hpc_router.cluster.http import Unreachable, ask
+from hpc_router.cluster.interrupt import interrupt_event
+from hpc_router.cluster.launcher import JobState
+from hpc_router.cluster.plan import Plan, make_plan, taught
+from hpc_router.cluster.router_access import live_router
+from hpc_router.cluster.runs import Target, discard, latest_of
+from hpc_router.cluster.slots import ROUTER
+from hpc_router.cluster.view import ReplicaView, Standing, of_experts, views
+from hpc_router.config import Deployment
+from hpc_router.errors import ArtefactError, LaunchError
+from hpc_router.registry import Kind, split_replica
+from hpc_router.routing import exemplars
+from hpc_router.rundir import RunDir
+
+POLL_S: Final = 0.2
+_SETTLED: Final = frozenset({Standing.READY, Standing.FAILED, Standing.REGISTERED})
+"""Nothing to wait for."""
+
+
+class Reporter(Protocol):
+    """Shows what happens while it happens."""
+
+    def begin(self, run: RunDir, plan: Plan) -> None: ...
+
+    def show(self, shown: Sequence[ReplicaView]) -> None: ...
+
+
+class Interrupted(Exception):
+    """Ctrl-C; what this call began has been taken back."""
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """The endpoint serves. `failed`: replicas that don't, for good."""
+
+    run: RunDir
+    url: str
+    shown: Sequence[ReplicaView] = field(default_factory=tuple)
+
+    @property
+    def failed(self) -> list[ReplicaView]:
+        return [view for view in self.shown if view.standing is Standing.FAILED]
+
+
+def up(target: Target, *, wait_all: bool, reporter: Reporter) -> Served:
+    """Raises ConfigError before anything is made, LaunchError when nothing can serve, Interrupted."""
+    deployment, run = target.deployment, target.run
+    wanted = deployment if run is None else scaled(deployment, desired_of(run, deployment))
+    plan = make_plan(wanted, run=run)
+    before = latest_of(Path(deployment.runs))
+    with interrupt_event() as interrupted:
+        run, made = target.open()
+        effort = _Effort(run, deployment, made_over=before if made else None, made=made)
+        reporter.begin(run, plan)
+        train_classifier(run, deployment)
+        return effort.wait(wait_all=wait_all, reporter=reporter, interrupted=interrupted)
+
+
+def train_classifier(run: RunDir, deployment: Deployment) -> None:
+    """The artefact from the experts' exemplars, unless the run has it or needs none."""
+    policy = deployment.policy
+    if policy.kind != "classifier" or policy.artefact is not None or not deployment.experts or run.classifier.is_dir():
+        return
+    try:
+        exemplars.train(taught(deployment)).write(run.classifier)
+    except ArtefactError:
+        if not run.classifier.is_dir():  # another `up` may just have written the same one
+            raise
+
+
+class _Effort:
+    """One `up`: what it began is its to take back."""
+
+    def __init__(self, run: RunDir, deployment: Deployment, *, made: bool, made_over: str | None) -> None:
+        self._run, self._made, self._made_over = run, made, made_over
+        self._control = Control(run, deployment=deployment)
+        observed = self._control.look().observed
+        self._fresh = not any(attempt.live for found in observed.values() for attempt in found)
+        self._submitted: set[str] = set()
+        start_over(run, observed)
+
+    def wait(self, *, wait_all: bool, reporter: Reporter, interrupted: threading.Event) -> Served:
+        while True:
+            seen = self._step()
+            if seen.desired.down:
+                raise LaunchError(f"{self._run.path} was taken down meanwhile")
+            shown = views(seen, self._control.observer.records)
+            reporter.show(shown)
+            url = self._serving(shown, wait_all=wait_all)
+            if url is not None:
+                return Served(self._run, url, tuple(shown))
+            reasons = _hopeless(shown)
+            if reasons and not seen.submitted:
+                self._take_back()
+                raise LaunchError(reasons)
+            if interrupted.wait(POLL_S):
+                self._take_back()
+                if self._made:
+                    discard(self._run, before=self._made_over)
+                raise Interrupted
+
+    def _step(self) -> Pass:
+        """Act while no router's own loop does."""
+        if self._control.deployment.router.reconcile and live_router(self._run) is not None:
+            return self._control.look()
+        seen = self._control.once()
+        self._submitted |= set(seen.submitted)
+        return seen
+
+    def _serving(self, shown: Sequence[ReplicaView], *, wait_all: bool) -> str | None:
+        """The router's address once what was asked for holds."""
+        routers = [v for v in shown if v.kind is Kind.ROUTER and v.standing is Standing.READY and v.url]
+        if not routers or routers[-1].url is None:
+            return None
+        experts = of_experts(shown)
+        if wait_all and any(view.standing not in _SETTLED for view in experts):
+            return None
+        url = routers[-1].url
+        try:
+            ready = ask("GET", f"{url}/ready" if experts else f"{url}/health").status == 200
+        except Unreachable:
+            return None
+        return url if ready else None
+
+    def _take_back(self) -> None:
+        """Everything, where nothing ran before and the router is ours; else only what this call submitted."""
+        if self._fresh and any(split_replica(name)[0] == ROUTER for name in self._submitted):
+            down(self._run, watcher=Silent())
+            return
+        launcher, mine = self._control.launcher, sorted(self._submitted)
+        launcher.cancel(mine)
+        deadline = time.monotonic() + self._control.deployment.cluster.drain_s
+        while any(state is not JobState.ENDED for state in launcher.observe(mine).values()):
+            if time.monotonic() > deadline:
+                launcher.kill(mine)
+            time.sleep(POLL_S)
+
+
+def _hopeless(shown: Sequence[ReplicaView]) -> str | None:
+    """Why nothing can ever serve."""
+    experts = of_experts(shown)
+    failed = [view for view in shown if view.standing is Standing.FAILED]
+    router_failed = any(view.kind is Kind.ROUTER for view in failed)
+    if not router_failed and (not experts or any(view.standing is not Standing.FAILED for view in experts)):
+        return None
+    lines = [f"{view.replica}: {view.reason}: {view.message}" for view in failed]
+    return "\n".join([*lines, "nothing can serve"])

@@ -1,0 +1,78 @@
+"""Why a replica does not serve: the class of its failure, the line that decided it, and what to do about it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from hpc_router.cluster.control import Control
+from hpc_router.cluster.logs import last_lines
+from hpc_router.cluster.slots import ROUTER
+from hpc_router.cluster.status import standing_views
+from hpc_router.cluster.view import ReplicaView, Standing
+from hpc_router.errors import ConfigError, suggest
+from hpc_router.jobdir import Reason
+from hpc_router.rundir import RunDir
+
+LOG_LINES: Final = 12
+
+ADVICE: Final[Mapping[Reason, str]] = {
+    Reason.OUT_OF_MEMORY: "give it more memory: fewer tokens (max_model_len), a quantised model, more GPUs, or fewer "
+    "replicas on one node",
+    Reason.WEIGHTS: "check experts.{expert}.model: the folder or hub id, and whether its files are complete",
+    Reason.CUDA: "check the node's GPU and driver (nvidia-smi there) and that the engine's build matches it",
+    Reason.BAD_OPTION: "edit the option that the message names, then `hpc-router up` in a new run",
+    Reason.INTERPRETER: "check experts.{expert}.engine.python: that interpreter must have the engine installed",
+    Reason.TIMEOUT: "raise experts.{expert}.engine.startup_timeout_s, or put the model on a faster file system",
+    Reason.KILLED: "something ended it from outside: the node's memory limit, a user, or the system; `dmesg` may tell",
+    Reason.CRASHED: "read the log lines; `hpc-router up` tries again",
+    Reason.DRAINED: "it was asked to stop; `hpc-router up` or `scale` starts it again",
+    Reason.VANISHED: "it was killed, or could not start: its log ends where it died; `hpc-router up` tries again",
+}
+_STANDING: Final[Mapping[Standing, str]] = {
+    Standing.MISSING: "nothing was submitted yet: `hpc-router up` or `hpc-router reconcile` does",
+    Standing.SUBMITTED: "its job was submitted and has not begun yet",
+    Standing.STARTING: "it is starting",
+    Standing.LOADING: "its engine is loading the model",
+    Standing.RESTARTING: "its engine failed and is started again",
+    Standing.DRAINING: "it takes no new requests and ends after those in flight",
+    Standing.WAITING: "it failed and is submitted again after a pause",
+    Standing.FAILED: "it failed too often, or for a reason no restart can cure",
+    Standing.STOPPED: "it is not running",
+    Standing.REGISTERED: "it runs elsewhere: `hpc-router status` tells whether the router reaches it",
+}
+_ROUTER_ADVICE: Final = "edit router.* as the message says, then `hpc-router up` in a new run"
+
+
+@dataclass(frozen=True, slots=True)
+class Cause:
+    view: ReplicaView
+    what: str
+    advice: str | None
+    lines: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        told = self.view.to_json()
+        return told | {"expert": self.view.expert, "what": self.what, "advice": self.advice, "log": list(self.lines)}
+
+
+def why(run: RunDir, name: str | None = None) -> list[Cause]:
+    """A cause for each replica that is not ready, or for those of one expert or replica."""
+    control = Control(run)
+    shown = standing_views(control, control.look())
+    if name is not None:
+        names = {v.expert for v in shown} | {v.replica for v in shown} | {v.replica.rpartition(".")[0] for v in shown}
+        if name not in names:
+            raise ConfigError(f"no replica of this run is named '{name}'{suggest(name, names)}")
+        shown = [v for v in shown if name in (v.expert, v.replica, v.replica.rpartition(".")[0])]
+    return [_cause(run, view) for view in shown if view.standing not in (Standing.READY, Standing.REGISTERED)]
+
+
+def _cause(run: RunDir, view: ReplicaView) -> Cause:
+    advice = None
+    if view.reason is not None:
+        advice = ADVICE[view.reason].format(expert=view.expert)
+        if view.expert == ROUTER and view.reason is Reason.BAD_OPTION:
+            advice = _ROUTER_ADVICE
+    failed = view.reason not in (None, Reason.DRAINED)
+    lines = last_lines(run, view.replica, lines=LOG_LINES) if failed else []
+    return Cause(view, _STANDING[view.standing], advice, tuple(lines))

@@ -1,0 +1,222 @@
+"""The job body of a replica, from its port to its exit record; read `Agent._live` first.
+
+Listen, publish, start the engine, serve until told to drain or until the engine fails for good, then take all of it
+down in reverse. File writes go through one thread of their own: a shared file system that hangs stops nobody.
+"""
+
+import asyncio
+import logging
+import os
+import socket
+import subprocess
+from collections.abc import Mapping
+from contextlib import AsyncExitStack, suppress
+from dataclasses import replace
+from functools import partial
+from typing import Final
+
+from hpc_router.auth import new_token, replica_key
+from hpc_router.config import Deployment
+from hpc_router.errors import ConfigError, HpcRouterError, suggest
+from hpc_router.expert.engines import Engine, Failure, Place, build_engine, engine_environment, version_command
+from hpc_router.expert.gate import Gate, listening
+from hpc_router.expert.passthrough import ENGINE_LIMITS
+from hpc_router.expert.phases import Life
+from hpc_router.expert.process import Command
+from hpc_router.expert.restarts import Restarts
+from hpc_router.expert.scratch import scratch_folder
+from hpc_router.expert.supervisor import Supervisor
+from hpc_router.filethread import FileThread
+from hpc_router.jobdir import Exit, JobDir, Phase, Reason
+from hpc_router.lease import PATIENCE_S, Lease
+from hpc_router.registry import Kind, Record, State, split_replica
+from hpc_router.relay.upstream import UpstreamClient
+from hpc_router.rundir import RunDir
+
+logger = logging.getLogger(__name__)
+
+VERSION_TIMEOUT_S: Final = 20.0
+_MIB: Final = 2**20
+
+
+class Agent:
+    """`run` lives the whole life; `drain` may be called at any time, and again."""
+
+    def __init__(
+        self, run: RunDir, replica: str, deployment: Deployment, *, files: FileThread, environment: Mapping[str, str]
+    ) -> None:
+        expert, _, self._generation = split_replica(replica)
+        if expert not in deployment.experts:
+            raise ConfigError(f"{run.config}: no expert '{expert}'{suggest(expert, deployment.experts)}")
+        self._run = run
+        self._job = JobDir(run, replica)
+        self._deployment = deployment
+        self._config = deployment.experts[expert]
+        self._engine: Engine = build_engine(expert, self._config)
+        self._files = files
+        self._environment = environment
+        self._nonce = new_token()
+        self._life = Life()
+        self._draining = asyncio.Event()
+        self._drain_reason = ""
+        self._gate: Gate | None = None
+        self._lease: Lease | None = None
+
+    def drain(self, why: str) -> None:
+        """New requests are refused from now on; `run` returns when those in flight have ended."""
+        if not self._draining.is_set():
+            logger.info("draining: %s", why)
+            self.moved(Phase.DRAINING, engine_pid=self._life.engine_pid)
+            self._drain_reason = why
+            self._draining.set()
+
+    def moved(self, phase: Phase, *, failure: Failure | None = None, engine_pid: int | None = None) -> None:
+        """The supervisor's steps and our own: gate, record and progress follow. Draining is the last one."""
+        if self._draining.is_set():
+            return
+        self._life.move(phase, failure=failure, engine_pid=engine_pid)
+        if self._gate is not None:
+            self._gate.state = self._life.state
+            if phase is Phase.READY:
+                self._gate.models = tuple(self._engine.names())
+        if self._lease is not None and self._lease.record.state is not self._life.state:
+            self._lease.change(state=self._life.state)
+        self._files.post(partial(self._job.write, self._life.progress()))
+
+    async def run(self) -> Exit:
+        """The exit record, which has been written."""
+        try:
+            end = await self._live()
+        except ConfigError as error:
+            end = Exit(ok=False, reason=Reason.BAD_OPTION, message=str(error))
+        except HpcRouterError as error:
+            end = Exit(ok=False, reason=Reason.CRASHED, message=str(error))
+        except Exception as error:  # whatever it was, the job's owner must learn of it
+            logger.exception("the agent failed")
+            end = Exit(ok=False, reason=Reason.CRASHED, message=f"{type(error).__name__}: {error}")
+        logger.info("exit: %s: %s", end.reason, end.message)
+        with suppress(OSError, TimeoutError):
+            async with asyncio.timeout(PATIENCE_S):
+                await self._files.run(partial(self._job.write, end))
+        return end
+
+    async def _live(self) -> Exit:
+        cluster, router = self._deployment.cluster, self._deployment.router
+        async with AsyncExitStack() as stack:
+            place = stack.enter_context(scratch_folder(cluster.scratch))
+            client = await stack.enter_async_context(UpstreamClient(ENGINE_LIMITS, socket_path=str(place.socket)))
+            gate = self._make_gate(client)
+            sock = stack.enter_context(bind(cluster.address))
+            max_body = int((router.max_body_mb + 1) * _MIB)  # the router's limit comes first
+            await stack.enter_async_context(listening(gate, sock, max_body=max_body))
+            record = self._record(sock, version=await self._version())
+            self._files.post(partial(self._job.write, self._life.progress()))
+            self._lease = await stack.enter_async_context(Lease(self._run.registry, record, self._files))
+            self._gate = gate
+            gate.state = self._life.state
+            logger.info("%s listens at %s", record.replica, record.url)
+            failure = await self._serve(self._supervisor(place, client), gate)
+        if failure is not None:
+            return Exit(ok=False, reason=failure.reason, message=failure.message)
+        return Exit(ok=True, reason=Reason.DRAINED, message=f"drained after {self._drain_reason}")
+
+    async def _serve(self, supervisor: Supervisor, gate: Gate) -> Failure | None:
+        """Until the engine fails for good (its failure) or the drain is complete (None); the engine has ended then."""
+        supervising = asyncio.create_task(supervisor.run(), name="supervisor")
+        draining = asyncio.create_task(self._draining.wait(), name="drain")
+        try:
+            await asyncio.wait({supervising, draining}, return_when=asyncio.FIRST_COMPLETED)
+            if supervising.done():
+                return supervising.result()
+            try:
+                async with asyncio.timeout(self._deployment.cluster.drain_s):
+                    await gate.idle()
+            except TimeoutError:
+                logger.warning("%d requests did not end within cluster.drain_s: cut off", gate.in_flight)
+            return None
+        finally:
+            supervising.cancel()
+            draining.cancel()
+            await asyncio.gather(supervising, draining, return_exceptions=True)
+
+    def _make_gate(self, client: UpstreamClient) -> Gate:
+        return Gate(
+            replica=self._job.replica,
+            key=replica_key(self._run.secret(), self._nonce),
+            capacity=self._config.capacity,
+            client=client,
+            names=tuple(self._engine.names()),
+            lists_models=self._engine.lists_models,
+            on_drain=self.drain,
+        )
+
+    def _supervisor(self, place: Place, client: UpstreamClient) -> Supervisor:
+        config = self._config.engine
+        environment = engine_environment(self._engine, self._config, place, inherited=self._environment)
+        command = Command(self._engine.argv(place), environment, place, self._job.engine_log)
+        return Supervisor(
+            engine=self._engine,
+            command=command,
+            client=client,
+            files=self._files,
+            observer=self,
+            restarts=Restarts(config.max_restarts),
+            startup_timeout_s=config.startup_timeout_s,
+        )
+
+    def _record(self, sock: socket.socket, *, version: str | None) -> Record:
+        host, port = sock.getsockname()[:2]
+        return Record(
+            kind=Kind.EXPERT,
+            replica=self._job.replica,
+            url=f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}",
+            state=State.STARTING,
+            serves=self._engine.serves(),
+            generation=self._generation,
+            nonce=self._nonce,
+            job_id=self._job_id(),
+            node=socket.gethostname(),
+            beat_s=self._deployment.cluster.beat_s,
+            capacity=self._config.capacity,
+            engine=replace(self._engine.info(), version=version),
+        )
+
+    def _job_id(self) -> str:
+        for name in ("SLURM_JOB_ID", "SUBMITIT_LOCAL_JOB_ID"):
+            if name in self._environment:
+                return self._environment[name]
+        info = self._job.info()
+        return info.job_id if info else str(os.getpid())
+
+    async def _version(self) -> str | None:
+        """What the engine's interpreter has installed; None where it cannot say."""
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *version_command(self._engine),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+            )
+        except OSError:
+            return None
+        try:
+            async with asyncio.timeout(VERSION_TIMEOUT_S):
+                output, _ = await process.communicate()
+        except TimeoutError:
+            return None
+        finally:
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
+        return output.decode().strip() or None
+
+
+def bind(address: str) -> socket.socket:
+    """A port that the kernel chose, on the address that is published."""
+    sock = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        sock.bind((address, 0))
+    except OSError as error:
+        sock.close()
+        raise ConfigError(f"cluster.address={address}: cannot listen there: {error.strerror}") from error
+    return sock

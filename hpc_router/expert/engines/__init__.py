@@ -1,0 +1,30 @@
+"""The engines: vLLM, `transformers serve`, and a simulated one, behind one small interface."""
+
+from pathlib import Path
+from typing import Final
+
+from hpc_router.config import ExpertConfig, SimOptions, TransformersOptions, VllmOptions, options_of
+from hpc_router.expert.engines.base import Engine, Place, engine_environment, version_command
+from hpc_router.expert.engines.failure import Failure, classify
+from hpc_router.expert.engines.sim import SimEngine
+from hpc_router.expert.engines.transformers import TransformersEngine
+from hpc_router.expert.engines.vllm import VllmEngine
+
+__all__ = ["Engine", "Failure", "Place", "build_engine", "classify", "engine_environment", "version_command"]
+
+_NOWHERE: Final = Path("/nowhere")
+
+
+def build_engine(expert: str, config: ExpertConfig) -> Engine:
+    """Raises ConfigError for options that cannot be."""
+    options = options_of(expert, config.engine)
+    engine: Engine
+    match options:
+        case VllmOptions():
+            engine = VllmEngine(expert, config, options)
+        case TransformersOptions():
+            engine = TransformersEngine(expert, config, options)
+        case SimOptions():
+            engine = SimEngine(expert, config, options)
+    engine.argv(Place(_NOWHERE))  # refuses flags that are not the user's to set
+    return engine

@@ -1,0 +1,143 @@
+"""The seam between the agent and the program that computes.
+
+An engine is described, never run, from here: its command line, environment, the socket it listens on, when it is
+ready, the names it answers to, and what its last words mean. Every engine listens on a unix socket in a private
+folder: loopback ports are everyone's on a shared node. No module here imports an engine or knows about agents.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+from hpc_router.config import EngineConfig, ExpertConfig
+from hpc_router.errors import ConfigError
+from hpc_router.expert.engines.failure import Sign
+from hpc_router.registry import EngineInfo
+
+_PROXIES: Final = ("http_proxy", "https_proxy", "all_proxy", "no_proxy", "ftp_proxy")
+_THREADS: Final = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_MAX_THREADS")
+_ASK_VERSION: Final = Path(__file__).with_name("inside") / "ask_version.py"
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """The node-local 0700 folder of one agent: the engine's socket, temporary files and caches."""
+
+    folder: Path
+
+    @property
+    def socket(self) -> Path:
+        return self.folder / "engine.sock"
+
+    @property
+    def temporary(self) -> Path:
+        return self.folder / "tmp"
+
+    @property
+    def cache(self) -> Path:
+        return self.folder / "cache"
+
+
+class Engine(Protocol):
+    """One engine of one expert. `build_engine` makes them."""
+
+    @property
+    def python(self) -> str:
+        """The interpreter it runs in."""
+
+    @property
+    def ready_path(self) -> str:
+        """Answers GET with 200 once the engine can serve."""
+
+    @property
+    def lists_models(self) -> bool:
+        """Whether its own `/v1/models` lists what it serves, and only that."""
+
+    @property
+    def packages(self) -> Sequence[str]:
+        """Distributions whose version is the engine's; the first that is installed counts."""
+
+    @property
+    def signs(self) -> Sequence[Sign]:
+        """What its log lines mean after it has failed, the most telling first."""
+
+    def serves(self) -> Mapping[str, str]:
+        """Expert -> the name the engine answers to."""
+
+    def names(self) -> Sequence[str]:
+        """Every model name the engine answers to."""
+
+    def info(self) -> EngineInfo:
+        """For the registry; the version is asked later."""
+
+    def argv(self, place: Place) -> list[str]: ...
+
+    def environment(self, place: Place) -> dict[str, str]:
+        """What is added to the job's environment."""
+
+    def check_command(self, place: Place) -> list[str] | None:
+        """Asks the engine's own interpreter about the flags without loading a model: exit status 2 and a message if
+        one is wrong. None: cannot be asked."""
+
+
+def interpreter(config: EngineConfig) -> str:
+    return config.python or sys.executable
+
+
+def version_command(engine: Engine) -> list[str]:
+    """Prints the version, or nothing."""
+    return [engine.python, str(_ASK_VERSION), *engine.packages]
+
+
+def engine_environment(
+    engine: Engine, expert: ExpertConfig, place: Place, *, inherited: Mapping[str, str]
+) -> dict[str, str]:
+    """The whole environment of the engine's process; the user's `engine.env` wins.
+
+    A model in a local folder needs no network: no proxies, and the hub is not asked. A hub id keeps both.
+    """
+    local = is_local(expert.model)
+    environment = {k: v for k, v in inherited.items() if not (local and k.lower() in _PROXIES)}
+    environment |= {"HF_HUB_OFFLINE": "1"} if local else {}
+    environment |= {
+        "TMPDIR": str(place.temporary),
+        "TORCHINDUCTOR_CACHE_DIR": str(place.cache / "inductor"),
+        "TRITON_CACHE_DIR": str(place.cache / "triton"),
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "PYTHONUNBUFFERED": "1",
+    }
+    if expert.engine.threads is not None:
+        environment |= dict.fromkeys(_THREADS, str(expert.engine.threads))
+    return environment | engine.environment(place) | expert.engine.env
+
+
+def is_local(model: str) -> bool:
+    return os.path.isdir(model)  # noqa: PTH112 - a hub id is no path
+
+
+def flags(extra: Mapping[str, Any]) -> list[str]:
+    """`{"seed": 1, "x": true, "y": false, "z": ["a", "b"]}` -> `--seed 1 --x --no-y --z a b`; null leaves one out."""
+    words: list[str] = []
+    for name, value in extra.items():
+        if value is None:
+            continue
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no-{name}")
+        elif isinstance(value, list | tuple):
+            words += [f"--{name}", *map(str, value)]
+        else:
+            words += [f"--{name}", json.dumps(value) if isinstance(value, Mapping) else str(value)]
+    return words
+
+
+def refuse(extra: Mapping[str, Any], *, at: str, owned: Mapping[str, str]) -> dict[str, Any]:
+    """`extra` with its names in the form flags have. Raises ConfigError for a flag that is set elsewhere."""
+    named = {name.lstrip("-").replace("_", "-"): value for name, value in extra.items()}
+    for name in named:
+        if name in owned:
+            raise ConfigError(f"{at}.extra.{name}: not a flag to set here; {owned[name]}")
+    return named

@@ -1,0 +1,17 @@
+"""Prints the version of the first of the named distributions that is installed."""
+
+import sys
+from importlib.metadata import PackageNotFoundError, version
+
+
+def main(names: list[str]) -> None:
+    for name in names:
+        try:
+            sys.stdout.write(version(name))
+        except PackageNotFoundError:
+            continue
+        return
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,15 @@
+"""Whether vLLM's own parser takes these flags: exit status 0, or 2 and its message. Loads no model."""
+
+from typing import Any
+
+
+def main() -> None:
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser: Any = make_arg_parser(FlexibleArgumentParser(prog="vllm"))
+    validate_parsed_serve_args(parser.parse_args())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""`transformers serve` behind a unix socket, which it has no option for; `--check` only asks its parser.
+
+The one change: the uvicorn server that it builds gets a socket instead of a port, no access log, and keeps idle
+connections, so that it is not the first to close one. What else its command line does (looking for a newer release)
+is left out.
+"""
+
+import sys
+from typing import Any
+
+KEEP_ALIVE_S = 3600
+
+
+def main(arguments: list[str]) -> None:
+    import typer
+    from transformers.cli.serve import Serve
+
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command(name="serve")(Serve)
+    match arguments:
+        case ["--check", *flags]:
+            _check(typer.main.get_command(app), list(flags))
+        case ["--uds", path, *flags]:
+            _listen_on(path)
+            app(list(flags), prog_name="transformers serve")
+
+
+def _check(command: Any, flags: list[str]) -> None:
+    """The command with nothing to do: what remains is its parser."""
+    command.callback = lambda **_: None
+    command.main(flags, prog_name="transformers serve")
+
+
+def _listen_on(path: str) -> None:
+    import uvicorn
+
+    class UnixConfig(uvicorn.Config):  # type: ignore[misc, unused-ignore]
+        def __init__(self, app: Any, **options: Any) -> None:
+            for name in ("host", "port"):
+                options.pop(name, None)
+            options |= {"uds": path, "access_log": False, "timeout_keep_alive": KEEP_ALIVE_S}
+            super().__init__(app, **options)
+
+    uvicorn.Config = UnixConfig
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

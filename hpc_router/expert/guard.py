@@ -1,0 +1,176 @@
+"""The process between agent and engine, so that the engine's whole tree ends with its agent, whatever happens.
+
+Standard library only and single-threaded; run by path, in a session of its own. Its stdin is a pipe whose other end
+only the agent holds: end of file means that the agent is dead. The engine dies with the guard (PDEATHSIG), and as
+child subreaper the guard inherits whatever the engine leaves behind, even in sessions of their own. Nothing but its
+own descendants is ever killed. It prints the engine's process id, and ends with the engine's exit status (a shell's:
+128 + N for signal N); 127: there was no program to run.
+"""
+
+import argparse
+import ctypes
+import os
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+PR_SET_PDEATHSIG = 1
+PR_SET_CHILD_SUBREAPER = 36
+PR_GET_CHILD_SUBREAPER = 37
+CANNOT_RUN = 127
+KILL_PAUSE_S = 0.01
+NOTICED = (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+"""Signals that don't end the guard: the agent decides when the engine ends. Only the first two are acted on."""
+
+
+def main() -> int:
+    arguments = _arguments()
+    wakeups = _wake_on_signals()
+    become_subreaper()
+    try:
+        engine = start(arguments.argv)
+    except OSError as error:
+        sys.stderr.write(f"hpc-router: cannot run {arguments.argv[0]}: {error.strerror}\n")
+        return CANNOT_RUN
+    sys.stdout.write(f"{engine}\n")
+    sys.stdout.flush()
+    status = watch(engine, wakeups, grace_s=arguments.grace_s)
+    kill_descendants()
+    if status is None and arguments.folder is not None:
+        shutil.rmtree(arguments.folder, ignore_errors=True)
+    return 128 + signal.SIGKILL if status is None else status
+
+
+def start(argv: list[str]) -> int:
+    """The engine's process id: its own process group, no stdin, all its output to our stderr."""
+    guard = os.getpid()
+
+    def die_with_guard() -> None:
+        _prctl(PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL))
+        if os.getppid() != guard:
+            os._exit(CANNOT_RUN)
+
+    process = subprocess.Popen(  # waited for in `_reap`, with all other descendants
+        argv,
+        stdin=subprocess.DEVNULL,
+        stdout=sys.stderr.fileno(),
+        preexec_fn=die_with_guard,  # safe: this process has one thread
+        process_group=0,
+        restore_signals=True,
+    )
+    process.returncode = 0  # or its destructor would warn that it is still running
+    return process.pid
+
+
+def watch(engine: int, wakeups: int, *, grace_s: float) -> int | None:
+    """Until the engine has ended: its exit status. None: the agent died first."""
+    kill_at = float("inf")
+    while True:
+        left_s = kill_at - time.monotonic()
+        if left_s <= 0:
+            kill_descendants()
+            return 128 + signal.SIGKILL
+        readable, _, _ = select.select([0, wakeups], [], [], None if left_s == float("inf") else left_s)
+        if wakeups in readable:
+            signals = os.read(wakeups, 64)
+            if signal.SIGCHLD in signals and (status := _reap(engine)) is not None:
+                return status
+            if signal.SIGTERM in signals and kill_at == float("inf"):
+                os.kill(engine, signal.SIGTERM)  # not reaped yet, so the number is still its own
+                kill_at = time.monotonic() + grace_s
+        if 0 in readable and not os.read(0, 64):
+            return None
+
+
+def _reap(engine: int) -> int | None:
+    """Collect every descendant that has ended; the engine's exit status, if it is among them."""
+    found = None
+    while True:
+        try:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return found
+        if pid == 0:
+            return found
+        if pid == engine:
+            code = os.waitstatus_to_exitcode(status)
+            found = 128 - code if code < 0 else code
+
+
+def kill_descendants() -> None:
+    """SIGKILL, again and again, until none is left: orphans come to us, and new ones may be born meanwhile."""
+    while True:
+        for pid in descendants(os.getpid()):
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        try:
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        except ChildProcessError:
+            return
+        time.sleep(KILL_PAUSE_S)
+
+
+def descendants(root: int) -> list[int]:
+    """Every living process below `root`, from the parents in /proc/*/stat."""
+    children: dict[int, list[int]] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and (parent := _parent(entry)) is not None:
+            children.setdefault(parent, []).append(int(entry.name))
+    found = list(children.get(root, ()))
+    for pid in found:  # grows while it is read
+        found.extend(children.get(pid, ()))
+    return found
+
+
+def _parent(process: Path) -> int | None:
+    try:
+        text = (process / "stat").read_text(encoding="ascii", errors="replace")
+        return int(text.rpartition(")")[2].split()[1])
+    except (OSError, IndexError, ValueError):
+        return None  # it has just ended
+
+
+def _wake_on_signals() -> int:
+    """A descriptor that gets one byte per signal, so that `select` waits for signals as well."""
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    for number in NOTICED:
+        signal.signal(number, lambda *_: None)  # SIG_IGN would be inherited by the engine
+    return reading
+
+
+def become_subreaper() -> None:
+    """Orphans among our descendants become our children, so that none is lost."""
+    _prctl(PR_SET_CHILD_SUBREAPER, ctypes.c_ulong(1))
+
+
+def is_subreaper() -> bool:
+    answer = ctypes.c_int()
+    _prctl(PR_GET_CHILD_SUBREAPER, ctypes.byref(answer))
+    return bool(answer.value)
+
+
+def _prctl(option: int, argument: Any) -> None:
+    if ctypes.CDLL(None, use_errno=True).prctl(option, argument, 0, 0, 0):
+        raise OSError(ctypes.get_errno(), "prctl")
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Run an engine that ends with its agent.")
+    parser.add_argument("--grace-s", type=float, default=10.0, help="from SIGTERM to SIGKILL")
+    parser.add_argument("--folder", type=Path, help="removed when the agent has died")
+    parser.add_argument("argv", nargs="+", help="the engine's command line, after --")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,53 @@
+"""How far a job has come: the phases, which may follow which, and what each means for the replica's record."""
+
+import time
+from dataclasses import dataclass
+from typing import Final
+
+from hpc_router.expert.engines import Failure
+from hpc_router.jobdir import Phase, Progress
+from hpc_router.registry import State
+
+_NEXT: Final = {
+    Phase.STARTING: {Phase.LOADING, Phase.RESTARTING, Phase.DRAINING},
+    Phase.LOADING: {Phase.READY, Phase.RESTARTING, Phase.DRAINING},
+    Phase.READY: {Phase.RESTARTING, Phase.DRAINING},
+    Phase.RESTARTING: {Phase.LOADING, Phase.RESTARTING, Phase.DRAINING},
+    Phase.DRAINING: set[Phase](),
+}
+_STATES: Final = {Phase.READY: State.READY, Phase.DRAINING: State.DRAINING}
+
+
+@dataclass(slots=True)
+class Life:
+    """One job's way through the phases."""
+
+    phase: Phase = Phase.STARTING
+    failure: Failure | None = None
+    restarts: int = 0
+    engine_pid: int | None = None
+    ready_at: float | None = None
+
+    @property
+    def state(self) -> State:
+        return _STATES.get(self.phase, State.STARTING)
+
+    def move(self, phase: Phase, *, failure: Failure | None = None, engine_pid: int | None = None) -> None:
+        if phase not in _NEXT[self.phase]:
+            raise ValueError(f"no way from {self.phase} to {phase} (valid: {sorted(_NEXT[self.phase])})")
+        self.phase = phase
+        self.failure = failure or self.failure
+        self.engine_pid = engine_pid
+        self.restarts += phase is Phase.RESTARTING
+        if phase is Phase.READY and self.ready_at is None:
+            self.ready_at = time.time()
+
+    def progress(self) -> Progress:
+        return Progress(
+            phase=self.phase,
+            reason=self.failure.reason if self.failure else None,
+            message=self.failure.message if self.failure else None,
+            restarts=self.restarts,
+            engine_pid=self.engine_pid,
+            ready_at=self.ready_at,
+        )

@@ -1,0 +1,103 @@
+"""One run of an engine: its process under the guard, its log, its end."""
+
+import asyncio
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Final, Self
+
+from hpc_router.expert.engines import Place
+from hpc_router.expert.guard import is_subreaper, kill_descendants
+from hpc_router.filethread import FileThread
+
+logger = logging.getLogger(__name__)
+
+GUARD: Final = Path(__file__).with_name("guard.py")
+TAIL_BYTES: Final = 128 * 1024
+ENGINE_GRACE_S: Final = 10.0
+"""From SIGTERM to SIGKILL, for an engine that has nothing in flight any more."""
+KILL_S: Final = 30.0
+"""A killed process may need that long to give back its memory; one that needs longer hangs in the kernel."""
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """What to run, where it will listen and where its words go. The place is removed should the agent die."""
+
+    argv: Sequence[str]
+    environment: Mapping[str, str]
+    place: Place
+    log: Path
+    grace_s: float = ENGINE_GRACE_S
+
+
+class EngineProcess:
+    """`async with EngineProcess.start(...)`: leaving the block ends the engine and all its descendants."""
+
+    def __init__(self, guard: asyncio.subprocess.Process, command: Command, *, log_offset: int) -> None:
+        self._guard = guard
+        self._command = command
+        self._log_offset = log_offset
+        self.pid: int | None = None
+
+    @classmethod
+    async def start(cls, command: Command, files: FileThread) -> Self:
+        command.place.socket.unlink(missing_ok=True)  # a killed engine leaves it, and vLLM does not replace it
+        with await files.run(partial(command.log.open, "ab")) as log:
+            offset = log.tell()
+            guard = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-I", "-S", str(GUARD)),
+                *("--grace-s", str(command.grace_s), "--folder", str(command.place.folder), "--", *command.argv),
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=log,
+                env=command.environment,
+                start_new_session=True,
+            )
+        process = cls(guard, command, log_offset=offset)
+        assert guard.stdout is not None
+        try:
+            line = await guard.stdout.readline()
+        except BaseException:
+            await process.stop()
+            raise
+        process.pid = int(line) if line else None
+        return process
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.stop()
+
+    async def wait(self) -> int:
+        """The exit status as a shell has it."""
+        code = await self._guard.wait()
+        if code >= 0:
+            return code
+        if is_subreaper():  # the guard itself was killed, so what it guarded is ours now; we have no other children
+            await asyncio.to_thread(kill_descendants)
+        return 128 - code
+
+    async def stop(self) -> None:
+        """SIGTERM, then, after the grace time, the guard kills the whole tree."""
+        with suppress(ProcessLookupError):
+            self._guard.terminate()
+        try:
+            async with asyncio.timeout(self._command.grace_s + KILL_S):
+                await self._guard.wait()
+        except TimeoutError:
+            logger.error("the engine cannot be killed: it hangs in the kernel; process %s is left behind", self.pid)
+        assert self._guard.stdin is not None
+        self._guard.stdin.close()
+
+    def tail(self) -> list[str]:
+        """The last lines of this run's log."""
+        with self._command.log.open("rb") as stream:
+            size = stream.seek(0, 2)
+            stream.seek(max(self._log_offset, size - TAIL_BYTES))
+            return stream.read().decode("utf-8", "replace").splitlines()

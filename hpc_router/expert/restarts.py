@@ -1,0 +1,33 @@
+"""Whether and when an engine that failed is started again. A pure decision: time and chance come in as arguments."""
+
+from dataclasses import dataclass
+from typing import Final
+
+from hpc_router.jobdir import PERMANENT, Reason
+
+STABLE_S: Final = 60.0
+"""An engine that was ready for so long starts with a clean record."""
+LONGEST_S: Final = 60.0
+
+
+@dataclass(slots=True)
+class Restarts:
+    """Counts failures in a row and in all."""
+
+    max_in_a_row: int
+    in_a_row: int = 0
+    total: int = 0
+
+    def after_failure(self, reason: Reason, *, ready_s: float, chance: float) -> float | None:
+        """Seconds to wait before the next start: 1, 2, 4, ... shortened by up to a half by `chance` (0 to 1), so that
+        replicas that failed together don't start together. None: give the job's resources back."""
+        if reason in PERMANENT:
+            return None
+        if ready_s >= STABLE_S:
+            self.in_a_row = 0
+        if self.in_a_row >= self.max_in_a_row:
+            return None
+        delay_s = min(LONGEST_S, 2.0**self.in_a_row) * (1 - chance / 2)
+        self.in_a_row += 1
+        self.total += 1
+        return float(delay_s)

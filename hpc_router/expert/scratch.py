@@ -1,0 +1,92 @@
+"""The agent's folder on its own node: `<scratch>/hpc-router-<uid>/<random>/`, 0700, short enough for a socket path.
+
+The scratch folder is everybody's, so the parent is checked: a real folder, ours, closed to others. `owner.json` names
+the process that a folder belongs to; folders of this host whose process has ended are removed at the next start.
+"""
+
+import json
+import os
+import shutil
+import socket
+import stat
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+from hpc_router.errors import ConfigError, LaunchError
+from hpc_router.expert.engines import Place
+from hpc_router.files import read_json
+from hpc_router.jobdir import start_ticks
+
+LONGEST_FOLDER: Final = 107 - len("/tmp/") - 40
+"""A socket's path has at most 107 bytes; engines put sockets named by a UUID into the folder for temporary files."""
+_OWNER: Final = "owner.json"
+_UNFINISHED_S: Final = 60.0
+
+
+@contextmanager
+def scratch_folder(scratch: str | Path) -> Iterator[Place]:
+    """A new folder for this process, gone at the end. Raises ConfigError or LaunchError."""
+    parent = _parent(Path(scratch))
+    sweep(parent)
+    folder = Path(tempfile.mkdtemp(prefix="", dir=parent))
+    place = Place(folder)
+    try:
+        if len(os.fsencode(folder)) > LONGEST_FOLDER:
+            raise ConfigError(f"cluster.scratch={scratch}: too long for a socket's path (valid: a short one, as /tmp)")
+        (folder / _OWNER).write_text(json.dumps(_this_process()), encoding="utf-8")
+        place.temporary.mkdir(mode=0o700)
+        place.cache.mkdir(mode=0o700)
+        yield place
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def sweep(parent: Path) -> None:
+    """Remove what dead agents of this host left. Names are never used twice, so nobody else's can be hit."""
+    for folder in parent.iterdir():
+        if _abandoned(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _abandoned(folder: Path) -> bool:
+    owner = read_json(folder / _OWNER)
+    if owner is None:  # just being made, or never finished
+        try:
+            return time.time() - folder.stat().st_mtime > _UNFINISHED_S
+        except FileNotFoundError:
+            return False
+    here = (owner.get("host"), owner.get("pid_namespace")) == (socket.gethostname(), _pid_namespace())
+    return here and start_ticks(int(owner["pid"])) != owner["start_ticks"]
+
+
+def _this_process() -> dict[str, Any]:
+    pid = os.getpid()
+    return {
+        "pid": pid,
+        "start_ticks": start_ticks(pid),
+        "host": socket.gethostname(),
+        "pid_namespace": _pid_namespace(),
+    }
+
+
+def _pid_namespace() -> str:
+    """Process ids mean something only within one; a container may share /tmp but not these."""
+    return str(Path("/proc/self/ns/pid").readlink())
+
+
+def _parent(scratch: Path) -> Path:
+    parent = scratch / f"hpc-router-{os.getuid()}"
+    try:
+        parent.mkdir(mode=0o700, exist_ok=True)
+        status = parent.lstat()
+    except OSError as error:
+        raise ConfigError(f"cluster.scratch={scratch}: cannot make {parent}: {error.strerror}") from error
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
+        raise LaunchError(f"{parent} is not ours: it belongs to uid {status.st_uid}; choose another cluster.scratch")
+    if status.st_mode & 0o077:
+        raise LaunchError(f"{parent} is open to other users: chmod 700 {parent}")
+    return parent

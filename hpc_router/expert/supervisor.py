@@ -1,0 +1,102 @@
+"""Keeps one engine running: start, wait until it answers, wait for its end, say why, pause, start again.
+
+It tells every step to one observer and returns when no further start can help; cancelling it ends the engine. What
+requests do meanwhile is not its concern.
+"""
+
+import asyncio
+import logging
+import random
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+from hpc_router.errors import UpstreamError
+from hpc_router.expert.engines import Engine, Failure, classify
+from hpc_router.expert.passthrough import engine_url
+from hpc_router.expert.process import Command, EngineProcess
+from hpc_router.expert.restarts import Restarts
+from hpc_router.filethread import FileThread
+from hpc_router.jobdir import Phase, Reason
+from hpc_router.lease import PATIENCE_S
+from hpc_router.relay.upstream import UpstreamClient
+
+logger = logging.getLogger(__name__)
+
+POLL_S: Final = 0.1
+POLL_TIMEOUT_S: Final = 5.0
+
+
+class Observer(Protocol):
+    def moved(self, phase: Phase, *, failure: Failure | None = None, engine_pid: int | None = None) -> None:
+        """A step of the engine; `failure` is why it ended."""
+
+
+@dataclass(slots=True)
+class Supervisor:
+    engine: Engine
+    command: Command
+    client: UpstreamClient
+    files: FileThread
+    observer: Observer
+    restarts: Restarts
+    startup_timeout_s: float
+    sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
+    chance: Callable[[], float] = random.random
+
+    async def run(self) -> Failure:
+        """Returns the failure that no restart can cure, or the last one of too many."""
+        clock = asyncio.get_running_loop().time
+        while True:
+            async with await EngineProcess.start(self.command, self.files) as process:
+                ready_at: float | None = None
+                if process.pid is not None:
+                    self.observer.moved(Phase.LOADING, engine_pid=process.pid)
+                    logger.info("engine started, process %d", process.pid)
+                failure = await self._until_ready(process)
+                if failure is None:
+                    ready_at = clock()
+                    self.observer.moved(Phase.READY, engine_pid=process.pid)
+                    logger.info("engine ready")
+                    failure = await self._until_end(process)
+            ready_s = 0.0 if ready_at is None else clock() - ready_at
+            logger.warning("engine failed (%s) after %.1f s ready: %s", failure.reason, ready_s, failure.message)
+            delay_s = self.restarts.after_failure(failure.reason, ready_s=ready_s, chance=self.chance())
+            if delay_s is None:
+                return failure
+            self.observer.moved(Phase.RESTARTING, failure=failure)
+            await self.sleep(delay_s)
+
+    async def _until_ready(self, process: EngineProcess) -> Failure | None:
+        """None once it answers; else why it never did."""
+        try:
+            async with asyncio.timeout(self.startup_timeout_s), asyncio.TaskGroup() as group:
+                answers = group.create_task(self._answers())
+                end = group.create_task(self._until_end(process))
+                await asyncio.wait({answers, end}, return_when=asyncio.FIRST_COMPLETED)
+                answers.cancel()
+                end.cancel()
+        except TimeoutError:
+            return Failure(Reason.TIMEOUT, f"no answer within engine.startup_timeout_s={self.startup_timeout_s:g}")
+        return None if end.cancelled() else end.result()
+
+    async def _until_end(self, process: EngineProcess) -> Failure:
+        status = await process.wait()
+        lines: list[str] = []
+        with suppress(OSError, TimeoutError):
+            async with asyncio.timeout(PATIENCE_S):
+                lines = await self.files.run(process.tail)
+        return classify(status, lines, self.engine.signs)
+
+    async def _answers(self) -> None:
+        """Until the engine says by HTTP that it can serve."""
+        url = engine_url(self.engine.ready_path)
+        while True:
+            try:
+                async with asyncio.timeout(POLL_TIMEOUT_S), self.client.request("GET", url) as answer:
+                    if answer.status == 200:
+                        return
+            except (UpstreamError, TimeoutError):
+                pass  # not yet
+            await asyncio.sleep(POLL_S)

@@ -1,0 +1,76 @@
+"""One thread that does all of a service's writing to the shared file system, in order.
+
+A shared file system may hang for minutes. Then this thread hangs and nothing else: it is a daemon, so not even the end
+of the process waits for it. Callers either wait for their action under a time limit of their own, or don't.
+"""
+
+import asyncio
+import logging
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from logging.handlers import QueueHandler
+from typing import TypeVar
+
+logger = logging.getLogger(__name__)
+_T = TypeVar("_T")
+
+
+class FileThread:
+    """Runs actions one after another. `close` waits for what was posted, up to a limit."""
+
+    def __init__(self, name: str) -> None:
+        self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name=name, daemon=True)
+        self._thread.start()
+
+    async def run(self, action: Callable[[], _T]) -> _T:
+        """The action's result or exception. An action that has been posted is done even if its caller gives up."""
+        done: Future[_T] = Future()
+
+        def act() -> None:
+            try:
+                done.set_result(action())
+            except BaseException as error:  # noqa: BLE001 - handed to the caller
+                done.set_exception(error)
+
+        self._queue.put(act)
+        return await asyncio.shield(asyncio.wrap_future(done))
+
+    def post(self, action: Callable[[], object]) -> None:
+        """Do it without waiting; a failure is a warning."""
+
+        def act() -> None:
+            try:
+                action()
+            except OSError as error:
+                logger.warning("cannot write: %s", error)
+            except Exception:
+                logger.exception("an action of the file thread failed")
+
+        self._queue.put(act)
+
+    def close(self, *, timeout_s: float) -> None:
+        self._queue.put(None)
+        self._thread.join(timeout_s)
+
+    def _work(self) -> None:
+        while (action := self._queue.get()) is not None:
+            action()
+
+
+class FileThreadHandler(QueueHandler):
+    """Hands log records to another handler in the file thread: a log file on a hanging file system stops nobody."""
+
+    def __init__(self, files: FileThread, target: logging.Handler) -> None:
+        super().__init__(queue.SimpleQueue())
+        self._files = files
+        self._target = target
+
+    def enqueue(self, record: logging.LogRecord) -> None:
+        self._files.post(lambda: self._target.handle(record))
+
+    def close(self) -> None:
+        self._files.post(self._target.close)
+        super().close()

@@ -1,0 +1,177 @@
+"""How results look on a terminal: tables, and the progress of `up` and `down`. Text only; nothing is decided here."""
+
+import shlex
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from hpc_router.cluster.plan import Plan, shown
+from hpc_router.cluster.slots import Attempt
+from hpc_router.cluster.view import ReplicaView, Standing
+from hpc_router.cluster.why import Cause
+from hpc_router.rundir import RunDir
+
+_STYLE: Final[Mapping[str, str]] = {
+    "ready": "green",
+    "failed": "bold red",
+    "ejected": "red",
+    "waiting": "yellow",
+    "restarting": "yellow",
+    "draining": "yellow",
+    "stopped": "dim",
+    "missing": "dim",
+}
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def _state(name: str) -> Text:
+    return Text(name, style=_STYLE.get(name, ""))
+
+
+def plan_text(plan: Plan) -> RenderableType:
+    table = _table("replica", "engine", "nodes", "GPUs", "CPUs", "memory")
+    for replica in plan.replicas:
+        ask = replica.request.resources
+        kind = plan.deployment.experts[replica.expert].engine.kind if replica.engine else "router"
+        memory = f"{ask.memory_gb:g} GB" if ask.memory_gb is not None else "-"
+        table.add_row(replica.request.replica, kind, str(ask.nodes), str(ask.gpus), str(ask.cpus), memory)
+    policy = plan.deployment.policy
+    told = Text(f"policy {policy.kind}, fallback {policy.fallback or 'none'}, cluster {plan.deployment.cluster.kind}")
+    parts: list[RenderableType] = [told, Text(), table]
+    for replica in plan.replicas:
+        parts += [
+            Text(),
+            Text(replica.request.replica, style="bold"),
+            Text("  job     " + shlex.join(replica.request.argv)),
+        ]
+        if replica.engine is not None:
+            parts.append(Text("  engine  " + shlex.join(replica.engine.argv)))
+            parts += [Text(f"  with    {key}={value}") for key, value in shown(replica.engine.environment).items()]
+    parts += [Text(f"note: {warning}", style="yellow") for warning in ("", *plan.warnings) if warning]
+    return Group(*parts)
+
+
+def status_text(value: Mapping[str, Any]) -> RenderableType:
+    router = value["router"]
+    head = Text.assemble(("router  ", "bold"), _state(router["state"]), f"  {router['url'] or '-'}  run {value['run']}")
+    table = _table("expert", "replica", "state", "in flight", "restarts", "node", "job", "address", "")
+    for name, expert in value["experts"].items():
+        if not expert["replicas"]:
+            table.add_row(name, "-", _state("stopped"), "", "", "", "", "", "no replicas wanted")
+        for replica in expert["replicas"]:
+            table.add_row(
+                name,
+                replica["replica"],
+                _state(replica["state"]),
+                _shown(replica["in_flight"]),
+                str(replica["restarts"]),
+                _shown(replica["node"]),
+                _shown(replica["job_id"]),
+                _shown(replica["url"]),
+                _trouble(replica),
+            )
+    parts: list[RenderableType] = [head, Text(), table]
+    if value["down"]:
+        parts.append(Text("this deployment is down; `hpc-router up` brings it up again"))
+    elif router["trouble"]:
+        parts.append(Text(router["trouble"], style="yellow"))
+    return Group(*parts)
+
+
+def _shown(value: object) -> str:
+    return "-" if value is None else str(value)
+
+
+def _trouble(replica: Mapping[str, Any]) -> str:
+    told = replica["message"] or replica["trouble"]
+    return ": ".join(str(part) for part in (replica["reason"], told) if part)
+
+
+def why_text(causes: Sequence[Cause]) -> RenderableType:
+    if not causes:
+        return Text("every replica is ready", style="green")
+    parts: list[RenderableType] = []
+    for cause in causes:
+        view = cause.view
+        parts.append(Text.assemble((view.replica, "bold"), "  ", _state(view.standing.value), f"  {cause.what}"))
+        if view.reason is not None:
+            parts.append(Text(f"  {view.reason.value}: {view.message or ''}"))
+        parts += [Text(f"    | {line}", style="dim") for line in cause.lines]
+        if cause.advice:
+            parts.append(Text(f"  do: {cause.advice}"))
+    return Group(*parts)
+
+
+def route_text(value: Mapping[str, Any]) -> RenderableType:
+    table = _table("expert", "reason", "cluster", "score", "margin", "runner-up")
+    table.add_row(*(_shown(value.get(k)) for k in ("expert", "reason", "cluster", "score", "margin", "runner_up")))
+    terms = value.get("terms") or []
+    if not terms:
+        return table
+    told = _table("term", "weight")
+    for term in terms:
+        told.add_row(str(term["term"]), str(term["weight"]))
+    return Group(table, Text(), told)
+
+
+class Progress:
+    """`up` as it goes: a live table on a terminal, else a line for every change."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._live: Live | None = None
+        self._told: dict[str, str] = {}
+        self._since = time.monotonic()
+
+    def __enter__(self) -> "Progress":
+        if self._console.is_terminal:
+            self._live = Live(console=self._console, refresh_per_second=4)
+            self._live.__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        if self._live is not None:
+            self._live.__exit__(*exception)
+
+    def begin(self, run: RunDir, plan: Plan) -> None:
+        self._console.print(f"run {run.path}", highlight=False, soft_wrap=True)
+        for warning in plan.warnings:
+            self._console.print(Text(f"note: {warning}", style="yellow"))
+
+    def show(self, shown: Sequence[ReplicaView]) -> None:
+        if self._live is not None:
+            table = _table("replica", "state", "")
+            for view in shown:
+                table.add_row(view.replica, _state(view.standing.value), _failure(view))
+            self._live.update(table)
+            return
+        for view in shown:
+            line = f"{view.replica} {view.standing.value} {_failure(view)}".rstrip()
+            if view.standing is not Standing.MISSING and self._told.get(view.expert + view.replica) != line:
+                self._told[view.expert + view.replica] = line
+                elapsed_s = time.monotonic() - self._since
+                self._console.print(f"{elapsed_s:6.1f} s  {line}", highlight=False, markup=False, soft_wrap=True)
+
+    def living(self, attempts: list[Attempt]) -> None:
+        """`down` as it goes."""
+        line = ", ".join(attempt.replica for attempt in attempts)
+        if self._live is not None:
+            self._live.update(Text(f"ending {line}" if line else ""))
+        elif line and self._told.get("") != line:
+            self._told[""] = line
+            self._console.print(f"ending {line}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _failure(view: ReplicaView) -> str:
+    return f"{view.reason.value}: {view.message or ''}" if view.reason is not None else ""

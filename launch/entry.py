@@ -1,0 +1,106 @@
+"""What the entry points share: Hydra's flags (`-m`, `--cfg job`, `--help`), our errors, our exit status.
+
+A plain call is composed and checked by us, so that every refusal is a line and status 2. With a flag Hydra runs, and
+each job of a sweep comes back here. Keys that are not the deployment's (`run=DIR`) belong to the entry point.
+"""
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from hpc_router.cli import told
+from hpc_router.compose import conf_folder, settle, user_folder
+from hpc_router.errors import ConfigError, suggest
+from hpc_router.provenance import parse_override
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One call of an entry point: overrides of the deployment, and the entry point's own keys."""
+
+    overrides: Sequence[str]
+    own: Mapping[str, str] = field(default_factory=dict)
+    config_dir: Path | None = None
+
+    def path(self, key: str) -> Path | None:
+        return Path(self.own[key]) if key in self.own else None
+
+    def required(self, key: str) -> str:
+        if not self.own.get(key):
+            raise ConfigError(f"{key}=... is missing (this entry point needs: {key})")
+        return self.own[key]
+
+
+def launch(body: Callable[[Call], int], *, own: Sequence[str], words: list[str] | None = None) -> int:
+    """Carry out the command line; the exit status."""
+    given = sys.argv[1:] if words is None else words
+    flags = get_args_parser().parse_args(given)
+    config_dir = Path(flags.config_dir) if flags.config_dir else None
+    if not _wants_hydra(flags):
+        return told(lambda: body(make_call(flags.overrides, own=own, config_dir=config_dir)))
+    return told(lambda: _through_hydra(body, given, flags.overrides, own=own, config_dir=config_dir))
+
+
+def make_call(overrides: Sequence[str], *, own: Sequence[str], config_dir: Path | None = None) -> Call:
+    rest, mine = [], {}
+    for text in overrides:
+        override = parse_override(text)
+        if override.key_or_group in own:
+            mine[override.key_or_group] = str(override.value())
+        else:
+            rest.append(text)
+    return Call(rest, mine, config_dir)
+
+
+def _wants_hydra(flags: Any) -> bool:
+    names = ("multirun", "cfg", "info", "help", "hydra_help", "version", "shell_completion")
+    refused = [f"--{n.replace('_', '-')}" for n in ("config_name", "config_path") if getattr(flags, n)]
+    if refused:
+        sys.stderr.write(f"hpc-router: {refused[0]} is not taken here{suggest(refused[0], ['--config-dir'])}\n")
+        sys.exit(2)
+    return any(getattr(flags, name, None) for name in names)
+
+
+def _through_hydra(
+    body: Callable[[Call], int],
+    words: Sequence[str],
+    overrides: Sequence[str],
+    *,
+    own: Sequence[str],
+    config_dir: Path | None,
+) -> int:
+    statuses: list[int] = []
+
+    @hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="deploy")
+    def job(_config: DictConfig) -> None:
+        task = [text.removeprefix("++") for text in HydraConfig.get().overrides.task]
+        statuses.append(told(lambda: body(make_call(task, own=own, config_dir=config_dir))))
+
+    settled = dict(zip(overrides, settle(overrides), strict=True))
+    before = sys.argv
+    sys.argv = [sys.argv[0], *_without_config_dir([settled.get(word, word) for word in words])]
+    sys.argv.append(f"hydra.job.name=launch.{body.__name__}")
+    try:
+        with user_folder(config_dir):
+            job()
+    finally:
+        sys.argv = before
+    return max(statuses, default=0)
+
+
+def _without_config_dir(words: Sequence[str]) -> list[str]:
+    """Ours is looked into first, Hydra's own flag would put it last."""
+    kept: list[str] = []
+    skip = False
+    for word in words:
+        if not skip and not word.startswith(("--config-dir=", "-cd=")) and word not in ("--config-dir", "-cd"):
+            kept.append(word)
+        skip = word in ("--config-dir", "-cd")
+    return kept

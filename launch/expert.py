@@ -1,0 +1,37 @@
+"""One replica of an expert, in the foreground: it joins a run beside those that `up` started, and the router finds it.
+
+    python -m launch.expert run=runs/mine name=math
+    python -m launch.expert run=runs/mine name=math experts.math.engine.options.ttft_ms=100
+
+A run that has a config gives the base, overrides go on top; else they are composed as for `up`. Ctrl-C drains it.
+"""
+
+import sys
+from pathlib import Path
+
+from hpc_router import compose
+from hpc_router.cluster.foreground import claim_expert
+from hpc_router.cluster.plan import make_plan, settled
+from hpc_router.errors import ConfigError, suggest
+from hpc_router.expert.job import main
+from hpc_router.rundir import make_run
+from launch.entry import Call, launch
+
+
+def expert(call: Call) -> int:
+    path, name = Path(call.required("run")), call.required("name")
+    if (path / "config.yaml").exists():
+        frozen = compose.read(path / "config.yaml")
+        deployment = compose.with_overrides(frozen, call.overrides, config_dir=call.config_dir)
+    else:
+        deployment = compose.load_deployment(call.overrides, config_dir=call.config_dir)
+    if name not in deployment.experts:
+        raise ConfigError(f"name={name}: no such expert{suggest(name, deployment.experts)}")
+    deployment = settled(deployment)
+    make_plan(deployment, ask_engines=False)
+    run = make_run(path)
+    return main(run.path, claim_expert(run, name), deployment)
+
+
+if __name__ == "__main__":
+    sys.exit(launch(expert, own=("run", "name")))

@@ -1,0 +1,59 @@
+"""A run directory, and small programs that stand in for agents: real processes, submitted by the real path."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from hpc_router.cluster.launcher import JobRequest
+from hpc_router.cluster.local import LocalLauncher
+from hpc_router.config import ResourceConfig
+from hpc_router.rundir import RunDir, make_run
+
+SERVICE = """
+import json, os, signal, sys, time
+out = sys.argv[1]
+def stop(number, frame):
+    open(out + ".stopped", "w").write(signal.Signals(number).name)
+    sys.exit(0)
+if sys.argv[2] == "polite":
+    signal.signal(signal.SIGTERM, stop)
+elif sys.argv[2] == "deaf":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+else:
+    sys.exit(3)
+facts = {
+    "pid": os.getpid(), "sid": os.getsid(0), "environ": dict(os.environ), "modules": sorted(sys.modules),
+    "umask": os.umask(0o077), "usr2": signal.getsignal(signal.SIGUSR2) is signal.SIG_DFL,
+}
+open(out + ".tmp", "w").write(json.dumps(facts))
+os.rename(out + ".tmp", out)
+while True:
+    signal.pause()
+"""
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    return make_run(tmp_path / "run")
+
+
+@pytest.fixture
+def service(run: RunDir) -> Path:
+    path = run.path / "service.py"
+    path.write_text(SERVICE)
+    return path
+
+
+@pytest.fixture
+def launcher(run: RunDir) -> Iterator[LocalLauncher]:
+    """Whatever a test leaves running is ended."""
+    launcher = LocalLauncher(run, gpus=4)
+    yield launcher
+    launcher.kill([folder.name for folder in run.jobs.iterdir()])
+
+
+def request_of(service: Path, replica: str, *, how: str = "polite", gpus: int = 0) -> JobRequest:
+    argv = (sys.executable, str(service), str(service.with_name(replica)), how)
+    return JobRequest(replica, argv, ResourceConfig(gpus=gpus))

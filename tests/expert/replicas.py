@@ -1,0 +1,118 @@
+"""Agents as real processes with simulated engines, and what their callers see."""
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+from hpc_router import compose, wire
+from hpc_router.auth import replica_key
+from hpc_router.config import ClusterConfig, Deployment, EngineConfig, ExpertConfig, PolicyConfig
+from hpc_router.jobdir import JobDir, Phase, Progress
+from hpc_router.registry import Reader, Record, State
+from hpc_router.rundir import RunDir
+from tests.waiting import GUARD_S, eventually
+
+REPLICA = "math-0.g1"
+
+
+def deployment(scratch: Path, *, options: dict[str, Any] | None = None, **engine: Any) -> Deployment:
+    quick = {"ttft_ms": 0.0, "itl_ms": 0.0, "extra": {"drain-s": 0}} | (options or {})
+    return Deployment(
+        experts={"math": ExpertConfig(model="m", engine=EngineConfig(kind="sim", options=quick, **engine))},
+        cluster=ClusterConfig(scratch=str(scratch), drain_s=GUARD_S, beat_s=0.05),
+        policy=PolicyConfig(kind="model_field"),
+    )
+
+
+@dataclass
+class Replica:
+    process: asyncio.subprocess.Process
+    run: RunDir
+
+    @property
+    def job(self) -> JobDir:
+        return JobDir(self.run, REPLICA)
+
+    @property
+    def record(self) -> Record | None:
+        return Reader(self.run.registry).snapshot().get(REPLICA)
+
+    async def reached(self, phase: Phase, *, restarts: int = 0) -> Progress:
+        """Its progress, once it is in this phase after so many restarts."""
+
+        def look() -> Progress | None:
+            progress = self.job.progress()
+            assert self.process.returncode is None or phase is Phase.DRAINING, self.log()
+            if progress is None or progress.pid != self.process.pid:
+                return None
+            return progress if (progress.phase, progress.restarts) == (phase, restarts) else None
+
+        return await eventually(look)
+
+    async def ready(self, *, restarts: int = 0) -> tuple[Progress, Record]:
+        progress = await self.reached(Phase.READY, restarts=restarts)
+        record = await eventually(lambda: (r := self.record) and r.state is State.READY and r)
+        assert isinstance(record, Record)
+        return progress, record
+
+    @asynccontextmanager
+    async def session(self) -> AsyncIterator[aiohttp.ClientSession]:
+        record = self.record
+        assert record is not None
+        assert record.nonce is not None
+        key = replica_key(self.run.secret(), record.nonce)
+        async with aiohttp.ClientSession(record.url, headers={"authorization": f"Bearer {key}"}) as session:
+            yield session
+
+    async def end(self) -> int:
+        async with asyncio.timeout(GUARD_S):
+            return await self.process.wait()
+
+    def log(self) -> str:
+        paths = (self.job.agent_log, self.job.engine_log)
+        return "\n".join(path.read_text() for path in paths if path.exists())
+
+
+@asynccontextmanager
+async def replica(run: RunDir, configured: Deployment) -> AsyncIterator[Replica]:
+    """A started agent; killed at the end if it still runs."""
+    run.config.write_text(compose.to_yaml(configured))
+    argv = [sys.executable, "-m", "hpc_router.expert", "--run", str(run.path), "--replica", REPLICA]
+    process = await asyncio.create_subprocess_exec(*argv)
+    try:
+        yield Replica(process, run)
+    finally:
+        if process.returncode is None:
+            process.send_signal(signal.SIGTERM)
+        async with asyncio.timeout(GUARD_S):
+            await process.wait()
+
+
+def chat(**more: Any) -> dict[str, Any]:
+    return {"model": "math", "messages": [{"role": "user", "content": "two and two"}], **more}
+
+
+@asynccontextmanager
+async def half_a_stream(session: aiohttp.ClientSession) -> AsyncIterator[aiohttp.ClientResponse]:
+    """A stream that stands still after its third token until the engine is told to go on."""
+    body = chat(stream=True, max_tokens=8, sim_fault={"kind": "hang", "at": 3, "for_s": 1.0})
+    async with session.post(wire.CHAT, json=body) as response:
+        assert response.status == 200
+        await response.content.readuntil(b"\n\n")
+        yield response
+
+
+def exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True

@@ -1,0 +1,224 @@
+"""The agent as a process with a simulated engine: born, serving, failing, draining, killed."""
+
+import os
+import signal
+from pathlib import Path
+
+import aiohttp
+import pytest
+
+from hpc_router import wire
+from hpc_router.auth import challenge_answer, replica_key
+from hpc_router.jobdir import Phase, Reason
+from hpc_router.registry import Kind, State
+from hpc_router.rundir import RunDir
+from tests.expert.replicas import REPLICA, chat, deployment, exists, half_a_stream, replica
+from tests.waiting import eventually
+
+
+async def test_a_life_from_its_record_to_its_exit(run: RunDir, scratch: Path) -> None:
+    async with replica(run, deployment(scratch)) as agent:
+        progress, record = await agent.ready()
+        assert (record.kind, record.replica, record.serves) == (Kind.EXPERT, REPLICA, {"math": "math"})
+        assert (record.capacity, record.job_id) == (256, str(agent.process.pid))
+        assert (record.engine.kind, record.engine.model) == ("sim", "m")
+        assert progress.ready_at is not None
+        first = record.beat or 0
+        await eventually(lambda: (now := agent.record) is not None and (now.beat or 0) > first)
+
+        async with agent.session() as session, session.get(wire.HEALTH, params={"challenge": "c"}) as response:
+            health = wire.Health.from_json(await response.json())
+            assert record.nonce is not None
+            answer = challenge_answer(replica_key(run.secret(), record.nonce), "c")
+            assert health == wire.Health(REPLICA, "ready", 0, ("math", "auto"), answer)
+        async with agent.session() as session, session.post(wire.CHAT, json=chat(model="auto")) as response:
+            assert response.status == 200
+
+        agent.process.terminate()
+        assert await agent.end() == 0
+        ended = agent.job.exit()
+        assert ended is not None
+        assert (ended.ok, ended.reason, ended.message) == (True, Reason.DRAINED, "drained after SIGTERM")
+        assert agent.record is None
+        assert progress.engine_pid is not None
+        assert not exists(progress.engine_pid)
+
+
+async def test_no_prompt_and_no_key_in_any_log(run: RunDir, scratch: Path) -> None:
+    async with replica(run, deployment(scratch)) as agent:
+        _, record = await agent.ready()
+        async with agent.session() as session:
+            body = chat(messages=[{"role": "user", "content": "a-secret-question"}])
+            async with session.post(wire.CHAT, json=body) as response:
+                assert response.status == 200
+            async with session.post(wire.CHAT, data=b"a-secret-question", headers={"x-api-key": "abc"}) as response:
+                assert response.status == 400
+        assert record.nonce is not None
+        log = agent.log()
+        for word in ("a-secret-question", run.secret(), replica_key(run.secret(), record.nonce)):
+            assert word not in log
+
+
+async def test_a_signal_lets_requests_finish(run: RunDir, scratch: Path) -> None:
+    async with replica(run, deployment(scratch)) as agent:
+        await agent.ready()
+        async with agent.session() as session, half_a_stream(session) as response:
+            for number in (signal.SIGCONT, signal.SIGUSR2, signal.SIGTERM, signal.SIGTERM):  # Slurm sends several
+                agent.process.send_signal(number)
+            await eventually(lambda: (now := agent.record) is not None and now.state is State.DRAINING)
+            async with session.post(wire.CHAT, json=chat()) as refused:
+                assert refused.status == 503
+                assert wire.DRAINING_HEADER in refused.headers
+            assert (await response.read()).endswith(b"data: [DONE]\n\n")
+        assert await agent.end() == 0
+        assert agent.record is None
+
+
+async def test_a_drain_call_does_the_same(run: RunDir, scratch: Path) -> None:
+    async with replica(run, deployment(scratch)) as agent:
+        await agent.ready()
+        async with agent.session() as session, session.post(wire.DRAIN) as response:
+            assert response.status == 202
+        assert await agent.end() == 0
+
+
+async def test_what_does_not_finish_in_time_is_cut_off(run: RunDir, scratch: Path) -> None:
+    configured = deployment(scratch)
+    configured.cluster.drain_s = 0.1
+    async with replica(run, configured) as agent:
+        await agent.ready()
+        async with agent.session() as session:
+            body = chat(stream=True, sim_fault={"kind": "hang", "at": 3})
+            async with session.post(wire.CHAT, json=body) as response:
+                agent.process.terminate()
+                with pytest.raises(aiohttp.ClientPayloadError):
+                    await response.read()
+        assert await agent.end() == 0
+
+
+async def test_draining_while_the_engine_loads(run: RunDir, scratch: Path) -> None:
+    async with replica(run, deployment(scratch, options={"load_s": 1000.0})) as agent:
+        progress = await agent.reached(Phase.LOADING)
+        async with agent.session() as session, session.post(wire.CHAT, json=chat()) as response:
+            assert response.status == 503
+            assert wire.STARTING_HEADER in response.headers
+        agent.process.send_signal(signal.SIGINT)
+        assert await agent.end() == 0
+        assert progress.engine_pid is not None
+        assert not exists(progress.engine_pid)
+
+
+async def test_a_killed_engine_is_started_again(run: RunDir, scratch: Path) -> None:
+    async with replica(run, deployment(scratch)) as agent:
+        progress, record = await agent.ready()
+        async with agent.session() as session:
+            async with half_a_stream(session) as response:
+                assert progress.engine_pid is not None
+                os.kill(progress.engine_pid, signal.SIGKILL)
+                with pytest.raises(aiohttp.ClientPayloadError):
+                    await response.read()
+            again, published = await agent.ready(restarts=1)
+            assert again.reason is Reason.KILLED
+            assert again.message is not None
+            assert "signal 9" in again.message
+            assert again.engine_pid != progress.engine_pid
+            assert again.ready_at == progress.ready_at
+            assert (published.url, published.nonce) == (record.url, record.nonce)
+            async with session.post(wire.CHAT, json=chat()) as response:
+                assert response.status == 200
+
+
+async def test_a_failure_that_no_restart_cures_gives_the_job_back(run: RunDir, scratch: Path) -> None:
+    options = {"faults": [{"kind": "load_fail", "reason": "weights"}]}
+    async with replica(run, deployment(scratch, options=options)) as agent:
+        assert await agent.end() == 1
+        ended = agent.job.exit()
+        assert ended is not None
+        assert (ended.ok, ended.reason) == (False, Reason.WEIGHTS)
+        assert ended.message == "RuntimeError: Cannot find any model weights with `/models/math`"
+        assert agent.record is None
+
+
+async def test_too_many_failures_in_a_row_as_well(run: RunDir, scratch: Path) -> None:
+    options = {"faults": [{"kind": "load_fail", "reason": "out_of_memory"}]}
+    async with replica(run, deployment(scratch, options=options, max_restarts=1)) as agent:
+        assert await agent.end() == 1
+        ended, progress = agent.job.exit(), agent.job.progress()
+        assert ended is not None
+        assert ended.reason is Reason.OUT_OF_MEMORY
+        assert progress is not None
+        assert progress.restarts == 1
+
+
+async def test_an_engine_that_never_answers(run: RunDir, scratch: Path) -> None:
+    configured = deployment(scratch, options={"load_s": 1000.0}, startup_timeout_s=0.5, max_restarts=0)
+    async with replica(run, configured) as agent:
+        assert await agent.end() == 1
+        ended = agent.job.exit()
+        assert ended is not None
+        assert ended.reason is Reason.TIMEOUT
+        assert "engine.startup_timeout_s=0.5" in ended.message
+
+
+async def test_an_interpreter_that_is_not_there(run: RunDir, scratch: Path) -> None:
+    async with replica(run, deployment(scratch, python="/no/such/python")) as agent:
+        assert await agent.end() == 1
+        ended = agent.job.exit()
+        assert ended is not None
+        assert ended.reason is Reason.INTERPRETER
+        assert "cannot run /no/such/python" in ended.message
+
+
+async def test_a_killed_agent_leaves_no_process_and_no_file(run: RunDir, scratch: Path) -> None:
+    async with replica(run, deployment(scratch)) as agent:
+        progress, _ = await agent.ready()
+        assert progress.engine_pid is not None
+        engine = progress.engine_pid
+        agent.process.kill()
+        await agent.end()
+        await eventually(lambda: not exists(engine))
+        (parent,) = scratch.iterdir()
+        await eventually(lambda: not any(parent.iterdir()))
+        assert agent.record is not None  # it could not withdraw it: readers see that its beat stands still
+
+
+async def test_agent_and_guard_killed_at_once(run: RunDir, scratch: Path) -> None:
+    """The folder stays, and the next agent sweeps it."""
+    async with replica(run, deployment(scratch)) as agent:
+        progress, _ = await agent.ready()
+        assert progress.engine_pid is not None
+        guard = int(Path(f"/proc/{progress.engine_pid}/stat").read_text().rpartition(")")[2].split()[1])
+        os.kill(guard, signal.SIGSTOP)  # so that it cannot clean up
+        agent.process.kill()
+        await agent.end()
+        os.kill(guard, signal.SIGKILL)
+        engine = progress.engine_pid
+        await eventually(lambda: not exists(engine))
+    (parent,) = scratch.iterdir()
+    (left,) = parent.iterdir()
+    async with replica(run, deployment(scratch)) as agent:
+        await agent.reached(Phase.READY)
+        assert not left.exists()
+
+
+async def test_a_killed_guard_is_a_restart_like_any_other(run: RunDir, scratch: Path) -> None:
+    async with replica(run, deployment(scratch)) as agent:
+        progress, _ = await agent.ready()
+        assert progress.engine_pid is not None
+        guard = int(Path(f"/proc/{progress.engine_pid}/stat").read_text().rpartition(")")[2].split()[1])
+        os.kill(guard, signal.SIGKILL)
+        again, _ = await agent.ready(restarts=1)
+        assert again.reason is Reason.KILLED
+        engine = progress.engine_pid
+        await eventually(lambda: not exists(engine))
+
+
+async def test_a_value_to_edit_exits_2(run: RunDir, scratch: Path) -> None:
+    configured = deployment(scratch)
+    configured.experts = {"code": configured.experts["math"]}
+    async with replica(run, configured) as agent:
+        assert await agent.end() == 2
+        ended = agent.job.exit()
+        assert ended is not None
+        assert ended.reason is Reason.BAD_OPTION
+        assert "no expert 'math'" in ended.message

@@ -1,0 +1,235 @@
+"""The gate in front of a real (simulated) engine: who may pass, what is said when not, and answers byte for byte."""
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+
+from hpc_router import wire
+from hpc_router.auth import challenge_answer
+from hpc_router.expert.agent import bind
+from hpc_router.expert.gate import HEADROOM, Gate, listening
+from hpc_router.expert.passthrough import ENGINE_LIMITS
+from hpc_router.expert.sim import SimEngine
+from hpc_router.registry import State
+from hpc_router.relay.upstream import UpstreamClient
+from tests.expert.sim.calls import GUARD_S, INSTANT, JsonObject, chat, faulty
+from tests.waiting import eventually
+
+KEY = "k" * 64
+BODY_LIMIT = 2**16
+
+
+@dataclass
+class Running:
+    engine: SimEngine
+    gate: Gate
+    session: aiohttp.ClientSession
+    drains: list[str] = field(default_factory=list)
+
+    async def post(self, path: str = wire.CHAT, body: JsonObject | bytes | None = None) -> tuple[int, Any, Any]:
+        data = body if isinstance(body, bytes) else json.dumps(body or chat()).encode()
+        async with self.session.post(path, data=data, headers={"content-type": "application/json"}) as response:
+            return response.status, response.headers, await response.json()
+
+
+@asynccontextmanager
+async def running(
+    scratch: Path, *, key: str | None = KEY, capacity: int = 4, lists: bool = True
+) -> AsyncIterator[Running]:
+    uds = scratch / "e.sock"
+    drains: list[str] = []
+    sock = bind("127.0.0.1")
+    headers = {} if key is None else {"authorization": f"Bearer {key}"}
+    async with (
+        SimEngine(replace(INSTANT, served_model_names=("sim", "auto")), uds=uds) as engine,
+        UpstreamClient(ENGINE_LIMITS, socket_path=str(uds)) as client,
+        aiohttp.ClientSession(f"http://127.0.0.1:{sock.getsockname()[1]}", headers=headers) as session,
+    ):
+        gate = Gate("math-0.g1", KEY, capacity, client, ("sim", "auto"), lists, drains.append, state=State.READY)
+        async with listening(gate, sock, max_body=BODY_LIMIT):
+            yield Running(engine, gate, session, drains)
+            await session.close()
+        assert gate.in_flight == 0
+
+
+@pytest.mark.parametrize("key", [None, "", "x" * 64, "Ω", KEY + "x"])
+async def test_every_path_but_health_wants_the_key(socket_folder: Path, key: str | None) -> None:
+    async with running(socket_folder, key=key) as at:
+        for method, path in [
+            ("GET", wire.MODELS),
+            ("GET", wire.METRICS),
+            ("POST", wire.CHAT),
+            ("POST", wire.DRAIN),
+            ("GET", "/x"),
+        ]:
+            async with at.session.request(method, path) as response:
+                assert response.status == 401
+                assert (await response.json())["error"]["type"] == "authentication_error"
+                assert response.headers["www-authenticate"] == "Bearer"
+        async with at.session.get(wire.HEALTH) as response:
+            assert response.status == 200
+        assert at.drains == []
+        assert at.engine.recent.last(1) == []
+
+
+async def test_health_answers_the_challenge(socket_folder: Path) -> None:
+    async with running(socket_folder, key=None) as at:
+        at.gate.models = ("math", "auto")
+        async with at.session.get(wire.HEALTH, params={"challenge": "abc"}) as response:
+            health = wire.Health.from_json(await response.json())
+        assert health == wire.Health("math-0.g1", "ready", 0, ("math", "auto"), challenge_answer(KEY, "abc"))
+        async with at.session.get(wire.HEALTH) as response:
+            assert (await response.json())["answer"] is None
+
+
+@pytest.mark.parametrize("path", ["/", "/v1/models/math", "/reset", "/sim/faults", "/v1/chat/completions/", "/docs"])
+async def test_only_the_api_paths_reach_the_engine(socket_folder: Path, path: str) -> None:
+    async with running(socket_folder) as at:
+        status, _, body = await at.post(path)
+        assert (status, body["error"]["code"]) == (404, "unknown_path")
+        async with at.session.get(wire.CHAT) as response:
+            assert response.status == 404
+        assert at.engine.recent.last(1) == []
+
+
+async def test_bodies_go_through_unchanged_and_without_the_key(socket_folder: Path) -> None:
+    raw = b'{ "model":"sim",\n "messages" :[{"role":"user","content":"\\u03c9"}], "future": [1,  2.50], "max_tokens":3}'
+    async with running(socket_folder) as at:
+        headers = {"content-type": "application/json", "x-request-id": "r-1", "cookie": "a=b"}
+        async with at.session.post(wire.CHAT, data=raw, headers=headers) as response:
+            assert response.status == 200
+            assert response.headers["x-simulated"] == "true"
+            assert (await response.json())["usage"]["completion_tokens"] == 3
+        (seen,) = at.engine.recent.last(1)
+        assert seen.body == raw
+        names = {name.decode().lower(): value.decode() for name, value in seen.headers}
+        assert names["x-request-id"] == "r-1"
+        assert not {"authorization", "cookie", "accept-encoding"} & set(names)
+
+
+async def test_a_stream_arrives_as_it_is_made(socket_folder: Path) -> None:
+    async with running(socket_folder) as at:
+        body = chat(stream=True, max_tokens=9, sim_fault={"kind": "hang", "at": 3})
+        async with at.session.post(wire.CHAT, json=body) as response:
+            assert response.content_type == "text/event-stream"
+            events = [await response.content.readuntil(b"\n\n") for _ in range(4)]  # the role and three tokens
+            assert all(event.startswith(b"data: {") for event in events)
+            assert at.gate.in_flight == 1
+        await asyncio.wait_for(at.gate.idle(), GUARD_S)
+
+
+async def test_models_and_metrics_are_the_engines_own(socket_folder: Path) -> None:
+    async with running(socket_folder) as at:
+        async with at.session.get(wire.MODELS) as response:
+            assert [card["id"] for card in (await response.json())["data"]] == ["sim", "auto"]
+        async with at.session.get(wire.METRICS) as response:
+            assert "vllm:" in await response.text()
+
+
+async def test_an_engine_that_lists_other_models_is_not_asked(socket_folder: Path) -> None:
+    async with running(socket_folder, lists=False) as at, at.session.get(wire.MODELS) as response:
+        assert [card["id"] for card in (await response.json())["data"]] == ["sim", "auto"]
+        assert at.engine.recent.last(1) == []
+
+
+@pytest.mark.parametrize(
+    ("state", "header"), [(State.STARTING, wire.STARTING_HEADER), (State.DRAINING, wire.DRAINING_HEADER)]
+)
+async def test_who_is_not_ready_says_so(socket_folder: Path, state: State, header: str) -> None:
+    async with running(socket_folder) as at:
+        at.gate.state = state
+        status, headers, body = await at.post()
+        assert (status, body["error"]["code"]) == (503, state.value)
+        assert header in headers
+        assert int(headers["retry-after"]) >= 1
+
+
+async def test_a_drain_call_is_passed_on(socket_folder: Path) -> None:
+    async with running(socket_folder) as at:
+        status, _, body = await at.post(wire.DRAIN)
+        assert (status, body["state"], at.drains) == (202, "draining", ["a drain call"])
+
+
+async def test_far_beyond_the_capacity_requests_are_refused(socket_folder: Path) -> None:
+    async with running(socket_folder, capacity=1) as at:
+        held = [asyncio.create_task(at.post(body=faulty(kind="hang", at="headers"))) for _ in range(HEADROOM)]
+        await eventually(lambda: at.engine.counts.faults["hang"] == HEADROOM)
+        status, headers, body = await at.post()
+        assert (status, body["error"]["code"], headers["retry-after"]) == (429, "overloaded", "1")
+        for task in held:
+            task.cancel()
+        await asyncio.gather(*held, return_exceptions=True)
+        await asyncio.wait_for(at.gate.idle(), GUARD_S)
+        assert (await at.post())[0] == 200
+
+
+@pytest.mark.parametrize(("size", "status"), [(BODY_LIMIT, 200), (BODY_LIMIT + 1, 413)])
+async def test_bodies_are_bounded(socket_folder: Path, size: int, status: int) -> None:
+    body = json.dumps(chat()).encode()
+    async with running(socket_folder) as at:
+        assert (await at.post(body=body + b" " * (size - len(body))))[0] == status
+
+
+@pytest.mark.parametrize(
+    ("body", "phase"),
+    [
+        (faulty(kind="hang", at="headers"), "before_first_token"),
+        (faulty(kind="hang", at="first_token"), "before_first_token"),
+        (faulty(kind="hang", at=4), "streaming"),
+        (chat(max_tokens=10, sim_fault={"kind": "hang", "at": 4}), "generating"),
+    ],
+)
+async def test_a_caller_that_leaves_frees_the_engine_at_once(socket_folder: Path, body: JsonObject, phase: str) -> None:
+    async with running(socket_folder) as at:
+        task = asyncio.create_task(at.session.post(wire.CHAT, json=body))
+        await eventually(lambda: at.engine.counts.faults["hang"] == 1)
+        if task.done():
+            task.result().close()
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+        async with asyncio.timeout(GUARD_S):
+            await at.engine.idle()
+            await at.gate.idle()
+        assert at.engine.counts.aborted == {phase: 1}
+
+
+@pytest.mark.parametrize("fault", [{"kind": "die", "at": 3}, {"kind": "cut", "at": 3}])
+async def test_an_engine_that_dies_in_the_midst_never_looks_complete(socket_folder: Path, fault: JsonObject) -> None:
+    async with running(socket_folder) as at:
+        async with at.session.post(wire.CHAT, json=faulty(**fault)) as response:
+            assert response.status == 200
+            with pytest.raises(aiohttp.ClientPayloadError):
+                await response.read()
+        await asyncio.wait_for(at.gate.idle(), GUARD_S)
+
+
+async def test_half_a_body_never_looks_complete(socket_folder: Path) -> None:
+    async with running(socket_folder) as at:
+        async with at.session.post(wire.CHAT, json=chat(sim_fault={"kind": "partial_body"})) as response:
+            with pytest.raises(aiohttp.ClientPayloadError):
+                await response.read()
+        await asyncio.wait_for(at.gate.idle(), GUARD_S)
+
+
+@pytest.mark.parametrize("kind", ["die", "reset", "garbage"])
+async def test_an_engine_that_dies_before_its_answer(socket_folder: Path, kind: str) -> None:
+    async with running(socket_folder) as at:
+        status, _, body = await at.post(body=chat(sim_fault={"kind": kind, "at": "headers"}))
+        assert (status, body["error"]["code"]) == (502, "engine_unavailable")
+
+
+async def test_the_engines_own_errors_pass_through(socket_folder: Path) -> None:
+    async with running(socket_folder) as at:
+        fault = {"kind": "status", "status": 429, "retry_after_s": 3}
+        status, headers, _ = await at.post(body=chat(sim_fault=fault))
+        assert (status, headers["retry-after"]) == (429, "3")
+        assert (await at.post(body=b"{"))[0] == 400

@@ -1,0 +1,109 @@
+"""The node-local folder: private, short, swept of what dead agents left, and never anybody else's."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from hpc_router.errors import ConfigError, LaunchError
+from hpc_router.expert.scratch import scratch_folder
+from hpc_router.files import read_json
+
+
+@pytest.fixture
+def parent(scratch: Path) -> Iterator[Path]:
+    folder = scratch / f"hpc-router-{os.getuid()}"
+    yield folder
+    if folder.is_symlink():
+        folder.unlink()
+    elif folder.exists():
+        shutil.rmtree(folder)
+
+
+def owned_folder(parent: Path, name: str, **changes: object) -> Path:
+    """A folder as an agent leaves it, with changes to its owner's description."""
+    with scratch_folder(parent.parent) as place:
+        owner = read_json(place.folder / "owner.json")
+    folder = parent / name
+    folder.mkdir()
+    (folder / "owner.json").write_text(json.dumps({**(owner or {}), **changes}))
+    return folder
+
+
+def test_it_is_private_and_gone_afterwards(scratch: Path, parent: Path) -> None:
+    with scratch_folder(scratch) as place:
+        for folder in (parent, place.folder, place.temporary, place.cache):
+            assert folder.stat().st_mode & 0o777 == 0o700
+    assert list(parent.iterdir()) == []
+
+
+def test_leftovers_of_dead_agents_are_swept(scratch: Path, parent: Path) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    left = owned_folder(parent, "left", pid=dead.pid)
+    reused = owned_folder(parent, "reused", start_ticks=1)
+    with scratch_folder(scratch):
+        assert not left.exists()
+        assert not reused.exists()
+
+
+def test_the_living_and_other_hosts_are_left_alone(scratch: Path, parent: Path) -> None:
+    alive = owned_folder(parent, "alive")
+    elsewhere = owned_folder(parent, "elsewhere", host="another", pid=1, start_ticks=1)
+    contained = owned_folder(parent, "contained", pid_namespace="pid:[1]", start_ticks=1)
+    fresh = parent / "fresh"
+    fresh.mkdir()
+    with scratch_folder(scratch):
+        assert all(folder.exists() for folder in (alive, elsewhere, contained, fresh))
+
+
+def test_a_folder_that_was_never_finished_is_swept_in_time(scratch: Path, parent: Path) -> None:
+    parent.mkdir(mode=0o700)
+    old = parent / "old"
+    old.mkdir()
+    os.utime(old, (time.time() - 100, time.time() - 100))
+    with scratch_folder(scratch):
+        assert not old.exists()
+
+
+def test_a_parent_open_to_others_is_refused(scratch: Path, parent: Path) -> None:
+    parent.mkdir()
+    parent.chmod(0o755)
+    with pytest.raises(LaunchError, match="open to other users"), scratch_folder(scratch):
+        pass
+
+
+def test_a_link_in_its_place_is_refused(scratch: Path, parent: Path) -> None:
+    (scratch / "theirs").mkdir(mode=0o700)
+    parent.symlink_to(scratch / "theirs")
+    with pytest.raises(LaunchError, match="not ours"), scratch_folder(scratch):
+        pass
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give a folder away")
+def test_somebody_elses_parent_is_refused(scratch: Path, parent: Path) -> None:
+    parent.mkdir(mode=0o700)
+    os.chown(parent, 12345, 12345)
+    with pytest.raises(LaunchError, match="belongs to uid 12345"), scratch_folder(scratch):
+        pass
+
+
+def test_a_path_too_long_for_a_socket_is_refused(scratch: Path) -> None:
+    long = scratch / ("x" * 30)
+    long.mkdir()
+    with pytest.raises(ConfigError, match=r"cluster\.scratch=.*too long"), scratch_folder(long):
+        pass
+    (empty,) = long.iterdir()
+    empty.rmdir()  # or it would not be empty
+    long.rmdir()
+
+
+def test_a_scratch_that_does_not_exist_is_named(scratch: Path) -> None:
+    with pytest.raises(ConfigError, match=r"cluster\.scratch=.*cannot make"), scratch_folder(scratch / "none"):
+        pass

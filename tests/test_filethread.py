@@ -1,0 +1,63 @@
+"""The thread for all writes: in order, and nobody hangs when it does."""
+
+import asyncio
+import logging
+import threading
+from pathlib import Path
+
+import pytest
+
+from hpc_router.filethread import FileThread, FileThreadHandler
+
+
+async def test_actions_run_in_order_and_give_their_results() -> None:
+    files, seen = FileThread("t"), list[int]()
+    for number in range(100):
+        files.post(lambda number=number: seen.append(number))  # type: ignore[misc]
+    assert await files.run(lambda: len(seen)) == 100
+    assert seen == sorted(seen)
+    files.close(timeout_s=5)
+
+
+async def test_failures_reach_who_waits_and_end_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    files = FileThread("t")
+
+    def fail(error: Exception) -> None:
+        raise error
+
+    files.post(lambda: fail(OSError("no space")))
+    files.post(lambda: fail(ValueError("a bug")))
+    with pytest.raises(OSError, match="gone"):
+        await files.run(lambda: fail(OSError("gone")))
+    assert "no space" in caplog.text
+    assert "a bug" in caplog.text
+    files.close(timeout_s=5)
+
+
+async def test_an_action_is_done_even_if_its_caller_gives_up() -> None:
+    files, hanging, done = FileThread("t"), threading.Event(), threading.Event()
+    files.post(hanging.wait)
+    task = asyncio.create_task(files.run(done.set))
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    hanging.set()
+    assert await asyncio.to_thread(done.wait, 5)
+    files.close(timeout_s=5)
+
+
+async def test_a_log_file_that_hangs_stops_nobody(tmp_path: Path) -> None:
+    files, hanging = FileThread("t"), threading.Event()
+    log = tmp_path / "log"
+    logger = logging.getLogger("hanging")
+    handler = FileThreadHandler(files, logging.FileHandler(log))
+    logger.addHandler(handler)
+    files.post(hanging.wait)
+    logger.warning("said %d", 1)
+    assert log.read_text() == ""
+    hanging.set()
+    logger.removeHandler(handler)
+    handler.close()
+    files.close(timeout_s=5)
+    assert log.read_text() == "said 1\n"

@@ -1,0 +1,99 @@
+"""A record that lives while it is renewed; a file system that hangs keeps nobody from working or leaving."""
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from hpc_router import lease as lease_module
+from hpc_router.filethread import FileThread
+from hpc_router.lease import Lease
+from hpc_router.registry import Kind, Reader, Record, State
+from tests.waiting import eventually
+
+HANG_S = 0.05
+
+
+def record(beat_s: float = 3600.0) -> Record:
+    return Record(Kind.EXPERT, "math-0.g1", "http://127.0.0.1:1", State.STARTING, {"math": "math"}, beat_s=beat_s)
+
+
+def published(folder: Path) -> Record | None:
+    return Reader(folder).snapshot().get("math-0.g1")
+
+
+@pytest.fixture
+def files() -> Iterator[FileThread]:
+    files = FileThread("t")
+    yield files
+    files.close(timeout_s=5)
+
+
+async def test_published_updated_withdrawn(tmp_path: Path) -> None:
+    async with Lease(tmp_path, record()) as lease:
+        assert published(tmp_path) == lease.record
+        await lease.update(state=State.READY)
+        now = published(tmp_path)
+        assert now is not None
+        assert (now.state, now.beat) == (State.READY, 0)
+        lease.change(state=State.DRAINING)
+        await eventually(lambda: published(tmp_path) == lease.record)
+    assert list(tmp_path.iterdir()) == []
+
+
+async def test_beats_grow(tmp_path: Path) -> None:
+    def beat() -> int:
+        seen = published(tmp_path)
+        return (seen and seen.beat) or 0
+
+    async with Lease(tmp_path, record(beat_s=0.01)):
+        first = await eventually(beat)
+        await eventually(lambda: beat() > first)
+
+
+async def test_a_folder_that_is_gone_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = tmp_path / "registry"
+    folder.mkdir()
+    async with Lease(folder, record()) as lease:
+        for path in folder.iterdir():
+            path.unlink()
+        folder.rmdir()
+        await lease.update(state=State.READY)
+        assert "cannot be published" in caplog.text
+        assert lease.record.state is State.READY
+
+
+async def test_while_the_file_system_hangs_work_goes_on_and_beats_do_not_pile_up(
+    tmp_path: Path, files: FileThread, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(lease_module, "PATIENCE_S", HANG_S)
+    hanging, beats = threading.Event(), list[int]()
+    publish = lease_module.publish
+
+    def noting(folder: Path, value: Record) -> None:
+        beats.append(value.beat or 0)
+        publish(folder, value)
+
+    async with Lease(tmp_path, record(beat_s=0.001), files) as lease:
+        files.post(hanging.wait)
+        monkeypatch.setattr(lease_module, "publish", noting)
+        await lease.update(state=State.DRAINING)
+        before = lease.record.beat or 0
+        await eventually(lambda: (lease.record.beat or 0) > before + 20)
+        assert "has not answered" in caplog.text
+        hanging.set()
+        await eventually(lambda: (seen := published(tmp_path)) and seen.state is State.DRAINING)
+        await eventually(lambda: len(beats) >= 2)
+        assert beats[1] - beats[0] > 20
+    assert published(tmp_path) is None
+
+
+async def test_leaving_does_not_wait_for_it(tmp_path: Path, files: FileThread, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease_module, "PATIENCE_S", HANG_S)
+    hanging = threading.Event()
+    async with asyncio.timeout(5), Lease(tmp_path, record(), files):
+        files.post(hanging.wait)
+    hanging.set()
+    await eventually(lambda: published(tmp_path) is None)
