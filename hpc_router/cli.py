@@ -230,19 +230,19 @@ def scale(arguments: argparse.Namespace) -> int:
 
 
 def register(arguments: argparse.Namespace) -> int:
-    from hpc_router.cluster.register import read_token
+    from hpc_router.cluster.register import examine, read_token
     from hpc_router.cluster.register import register as join
 
     given = read_token(arguments.token_file) if arguments.token_file is not None else None
+    endpoint = examine(expert=arguments.expert, url=arguments.url, model=arguments.model, token=given)
     named = arguments.run or (Path(os.environ["HPC_ROUTER_RUN"]) if "HPC_ROUTER_RUN" in os.environ else None)
     run = make_run(named) if named is not None and not named.exists() else find_run(arguments.run)
-    result = join(run, expert=arguments.expert, url=arguments.url, model=arguments.model, token=given)
-    if result.warning:
-        sys.stderr.write(f"hpc-router: warning: {result.warning}\n")
-    record = result.record
+    record = join(run, endpoint)
+    if endpoint.warning:
+        sys.stderr.write(f"hpc-router: warning: {endpoint.warning}\n")
     if arguments.json:
         return _print(record.to_json())
-    return _print_lines([f"{record.replica} {record.url} model {record.serves[arguments.expert] or 'not known yet'}"])
+    return _print_lines([f"{record.replica} {record.url} model {endpoint.model or 'not known yet'}"])
 
 
 def unregister(arguments: argparse.Namespace) -> int:

@@ -57,7 +57,7 @@ def _files(overrides: Sequence[str]) -> Iterator[tuple[str, str, Mapping[str, An
     chosen = loader.compute_defaults_list("deploy", list(overrides), RunMode.MULTIRUN)
     sources = [source for source in loader.get_sources() if source.scheme() == "file"]
     for default in chosen.defaults:
-        if default.config_path is None or default.is_self:
+        if default.config_path is None:
             continue
         for source in sources:
             path = Path(source.path) / f"{default.config_path}.yaml"

@@ -4,6 +4,7 @@ OmegaConf converts and finds what is wrong; its sentences speak of its own class
 dataclass says is expected at that key. Nothing here knows which dataclasses there are.
 """
 
+import re
 import types
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
@@ -52,10 +53,12 @@ def _in_our_words(error: OmegaConfBaseException, schema: type, value: Mapping[st
     if isinstance(error, KeyValidationError):
         return ConfigError(f"'{key}': a key is text here, so put it in quotes", key=key)
     if isinstance(error, InterpolationResolutionError):
-        return ConfigError(f"'{key}': {str(error).split(chr(10), 1)[0]}", key=key)
+        first = str(error).split("\n", 1)[0]
+        quoted = re.search(r'"(.+)"$', first)
+        return ConfigError(f"'{key}': {quoted[1] if quoted else first}", key=key)
     given, expected = _value_at(value, full_key.split(".")), _noun(_type_at(schema, full_key.split(".")))
     if given is MISSING or expected is None:
-        return ConfigError(f"'{key}': {str(error).split(chr(10), 1)[0]}", key=key)
+        return ConfigError(f"'{key}': {str(error).splitlines()[0]}", key=key)
     shown = "null" if given is None else repr(given)
     return ConfigError(f"'{key}': {shown} is not {expected}", key=key)
 

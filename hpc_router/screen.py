@@ -100,7 +100,7 @@ def _trouble(replica: Mapping[str, Any]) -> str:
 
 def why_text(causes: Sequence[Cause]) -> RenderableType:
     if not causes:
-        return Text("every replica is ready", style="green")
+        return Text("nothing is amiss: every replica that is wanted is ready", style="green")
     parts: list[RenderableType] = []
     for cause in causes:
         view = cause.view

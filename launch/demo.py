@@ -20,6 +20,7 @@ from rich.table import Table
 from hpc_router.expert import tiny_model
 from hpc_router.rundir import RunDir, open_run
 
+WIDTH: Final = 124
 EXPERTS: Final = ("code", "math", "medicine", "law", "generalist")
 PROMPTS: Final = (
     "Write a Python function that merges two sorted lists.",
@@ -32,7 +33,7 @@ PROMPTS: Final = (
     "Is it safe to take ibuprofen together with blood pressure medication?",
     "The landlord kept my deposit after the lease ended. Can the tenant sue for damages?",
     "Under what conditions is an oral contract enforceable in court?",
-    "Suggest a name for my grey kitten.",
+    "What is the capital of Australia?",
     "Ζητώ μια ιδέα για το Σαββατοκύριακο",
 )
 
@@ -46,6 +47,7 @@ def main() -> int:
         parser.error(f"{arguments.engine_python} does not exist: `make demo` makes it")
     folder = arguments.folder.absolute()
     console = Console()
+    console.width = max(console.width, WIDTH)
     make_models(folder / "models", python=arguments.engine_python, console=console)
     os.environ |= {"TINY_MODELS": str(folder / "models"), "ENGINE_PYTHON": str(arguments.engine_python.absolute())}
     run = folder / "run"

@@ -31,9 +31,9 @@ def log_files(run: RunDir, name: str | None) -> dict[str, list[Path]]:
         chosen = [name]
     else:
         chosen = [job for (expert, slot), job in newest.items() if name in (expert, f"{expert}-{slot}")]
-    if not chosen:
+    if not chosen and name is not None:
         names = {expert for expert, _ in newest} | set(jobs)
-        raise ConfigError(f"no job of this run is named '{name}'{suggest(name or '', names)}")
+        raise ConfigError(f"no job of this run is named '{name}'{suggest(name, names)}")
     files = {job: files_of(JobDir(run, job)) for job in chosen}
     control = run.logs / CONTROL_LOG
     if name in (None, ROUTER) and control.exists():

@@ -26,36 +26,43 @@ _V1: Final = re.compile(r"/v1/?$")
 
 
 @dataclass(frozen=True, slots=True)
-class Registered:
-    """`warning`: what could not be found out."""
+class Endpoint:
+    """An address that was looked at. `warning`: what could not be found out."""
 
-    record: Record
+    expert: str
+    url: str
+    model: str | None
+    token: str | None = None
     warning: str | None = None
 
 
-def register(run: RunDir, *, expert: str, url: str, model: str | None = None, token: str | None = None) -> Registered:
-    """Raises ConfigError."""
+def examine(*, expert: str, url: str, model: str | None = None, token: str | None = None) -> Endpoint:
+    """Raises ConfigError, before any run is touched."""
     if not EXPERT_NAME.fullmatch(expert) or expert in RESERVED_NAMES:
         raise ConfigError(
             f"--expert {expert}: cannot name an expert (valid: lower-case letters, digits, '-' and '_', "
             f"not {' or '.join(sorted(RESERVED_NAMES))})"
         )
-    base = base_url(url)
-    warning = None
+    base, warning = base_url(url), None
     if model is None:
         model, warning = _ask_model(base, token=token)
-    known = _known(run, expert=expert, url=base)
+    return Endpoint(expert, base, model, token, warning)
+
+
+def register(run: RunDir, endpoint: Endpoint) -> Record:
+    """The record, new or updated."""
+    known = _known(run, expert=endpoint.expert, url=endpoint.url)
     record = Record(
         kind=Kind.EXTERNAL,
-        replica=known or replica_name(expert, "x0", 1),
-        url=base,
+        replica=known or replica_name(endpoint.expert, "x0", 1),
+        url=endpoint.url,
         state=State.READY,
-        serves={expert: model},
-        engine=EngineInfo(model=model),
+        serves={endpoint.expert: endpoint.model},
+        engine=EngineInfo(model=endpoint.model),
     )
-    record = _publish(run, record, new=known is None, token=token)
-    run.event("registered", replica=record.replica, url=base)
-    return Registered(record, warning)
+    record = _publish(run, record, new=known is None, token=endpoint.token)
+    run.event("registered", replica=record.replica, url=record.url)
+    return record
 
 
 def unregister(

@@ -18,6 +18,7 @@ from yarl import URL
 from hpc_router import wire
 from hpc_router.config import RouterConfig
 from hpc_router.errors import UnavailableError, UpstreamConnectError, UpstreamError, UpstreamTimeoutError
+from hpc_router.registry import Kind
 from hpc_router.relay.downstream import Downstream, DownstreamGoneError
 from hpc_router.relay.headers import downstream_headers, upstream_headers
 from hpc_router.relay.upstream import UpstreamClient, UpstreamResponse
@@ -193,8 +194,10 @@ class Dispatcher:
         return upstream_headers(errand.request.headers, add=add)
 
     def _body(self, call: ApiCall, expert: str, replica: Replica) -> bytes:
-        """The client's own bytes wherever the replica answers to the requested name."""
-        wanted = replica.model_for(expert)
-        asked = call.model
-        aliased = asked in replica.models and len(replica.record.serves) == 1
+        """The client's own bytes wherever the replica answers to the requested name *for this expert*.
+
+        An engine of ours with one expert means it by every name it answers to; elsewhere the record says which name.
+        """
+        wanted, asked = replica.model_for(expert), call.model
+        aliased = replica.record.kind is Kind.EXPERT and len(replica.record.serves) == 1 and asked in replica.models
         return call.raw if wanted is None or asked == wanted or aliased else call.body(wanted)

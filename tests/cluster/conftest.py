@@ -1,5 +1,6 @@
 """A run directory, and small programs that stand in for agents: real processes, submitted by the real path."""
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 from hpc_router.cluster.launcher import JobRequest
 from hpc_router.cluster.local import LocalLauncher
 from hpc_router.config import ResourceConfig
+from hpc_router.jobdir import JobDir
 from hpc_router.rundir import RunDir, make_run
 
 SERVICE = """
@@ -51,7 +53,8 @@ def launcher(run: RunDir) -> Iterator[LocalLauncher]:
     """Whatever a test leaves running is ended."""
     launcher = LocalLauncher(run, gpus=4)
     yield launcher
-    launcher.kill([folder.name for folder in run.jobs.iterdir()])
+    infos = {folder.name: JobDir(run, folder.name).info() for folder in run.jobs.iterdir()}
+    launcher.kill([name for name, info in infos.items() if info is None or info.job_id != str(os.getpid())])
 
 
 def request_of(service: Path, replica: str, *, how: str = "polite", gpus: int = 0) -> JobRequest:

@@ -130,3 +130,16 @@ async def test_an_external_endpoint_is_probed_by_its_models(tmp_path: Path) -> N
             await ready(router)
             assert (await post(router, chat("math")))[0] == 200
             assert b'"theirs"' in fake.bodies[0]
+
+
+async def test_the_registered_model_name_wins_over_what_an_external_endpoint_lists(tmp_path: Path) -> None:
+    """It lists a model of the requested name too, which is another model there."""
+    run = a_run(tmp_path)
+    async with fake_replica(run, "math-x0.g1", models=("theirs", "math")) as fake:
+        record = registry.Reader(run.registry).snapshot()["math-x0.g1"]
+        run.keep_external_token("math-x0.g1", fake.key)
+        registry.publish(run.registry, replace(record, kind=Kind.EXTERNAL, nonce=None, serves={"math": "theirs"}))
+        async with a_router(run, a_deployment()) as router:
+            await ready(router)
+            assert (await post(router, chat("math")))[0] == 200
+            assert b'"theirs"' in fake.bodies[0]

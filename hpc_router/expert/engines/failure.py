@@ -61,7 +61,8 @@ OPTION: Final = signs(
 
 
 _BROKEN_INTERPRETER: Final = re.compile(r"No module named|ImportError: |cannot run .*: ")
-"""Only the very last line counts: imports that fail are often tried and survived."""
+"""Only in the last line that counts: imports that fail are often tried and survived."""
+_RAISED: Final = re.compile(r"^[\w.]*(Error|Exception)\b")
 _PREFIX: Final = re.compile(r"^(\(\w+ pid=\d+\) )?(\w+ ([\d-]+ [\d:]+ )?\[\S+:\d+\] )?")
 """What vLLM puts before a line: the process, level and time, the place in the source."""
 
@@ -77,7 +78,8 @@ def classify(status: int, tail: Sequence[str], table: Iterable[Sign]) -> Failure
         line = next((line for line in reversed(tail) if sign.pattern.search(line)), None)
         if line is not None:
             return Failure(sign.reason, _shorten(line))
-    last = next((_shorten(line) for line in reversed(tail) if line.strip()), "its log is empty")
+    said = [_shorten(line) for line in reversed(tail) if line.strip()]
+    last = next((line for line in said if _RAISED.search(line)), said[0] if said else "its log is empty")
     if status == CANNOT_RUN or _BROKEN_INTERPRETER.search(last):
         return Failure(Reason.INTERPRETER, last)
     if status > 128:

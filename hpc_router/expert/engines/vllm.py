@@ -23,17 +23,13 @@ _SIGNS: Final = (
     *signs(
         (r"No available memory for the cache blocks|Free memory on device .* is less than", Reason.OUT_OF_MEMORY),
         (r"KV cache is needed, which is larger than the available KV cache memory", Reason.OUT_OF_MEMORY),
-        (r"not enough (available )?memory", Reason.OUT_OF_MEMORY),
+        (r"Available memory on node .* is less than requested memory for kv", Reason.OUT_OF_MEMORY),
     ),
     *TORCH,
     *signs((r"Cannot find any model weights|[Ii]nvalid repository ID or local directory", Reason.WEIGHTS)),
     *HUB,
     *OPTION,
-    *signs(
-        (r"validation errors? for \w*Config", Reason.BAD_OPTION),
-        (r"User-specified max_model_len .* is greater than", Reason.BAD_OPTION),
-        (r"quantization method .*(does not match|not supported)|Unknown quantization method", Reason.BAD_OPTION),
-    ),
+    *signs((r"^  Value error, ", Reason.BAD_OPTION)),  # pydantic's, of one of its own configs
 )
 _OWNED: Final = {
     "model": "use experts.<name>.model",

@@ -1,0 +1,136 @@
+"""Two experts at once on each real engine, with tiny random models: the same tests for both."""
+
+import json
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from hpc_router.expert import tiny_model
+from tests.e2e.deployment import Deployed, deployed, kill
+from tests.needs import ROOT, engine_python
+from tests.waiting import eventually_sync
+
+pytestmark = pytest.mark.e2e
+
+QUESTION = "A shop sells 12 apples for 3 dollars. How many dollars do 20 apples cost?"
+MESSAGES: Any = [{"role": "user", "content": QUESTION}]
+OPTIONS = {
+    "transformers": ["device=cpu"],
+    "vllm": ["device=cpu", "dtype=bfloat16", "max_model_len=512", "extra.enforce-eager=true"],
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    python, folder = engine_python("transformers"), tmp_path_factory.mktemp("models")
+    for seed, name in enumerate(("code", "math")):
+        subprocess.run([python, tiny_model.__file__, folder / name, "--seed", str(seed)], check=True)
+    return folder
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param("transformers", marks=pytest.mark.transformers),
+        pytest.param("vllm", marks=pytest.mark.vllm),
+    ],
+)
+def pair(request: pytest.FixtureRequest, models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployed]:
+    engine = request.param
+    environment = {"PAIR_MODELS": str(models), "PAIR_ENGINE": engine, "PAIR_PYTHON": str(engine_python(engine))}
+    options = [f"experts.{e}.engine.options.{o}" for e in ("code", "math") for o in OPTIONS[engine]]
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        overrides = ["--config-dir", str(ROOT / "tests/e2e/conf"), "topology=pair", "cluster.reconcile_s=0.3", *options]
+        with deployed(tmp_path_factory.mktemp(engine), *overrides) as one:
+            yield one
+
+
+def test_prompts_are_routed_and_answered(pair: Deployed) -> None:
+    with pair.client() as client:
+        for prompt, expert in {QUESTION: "math", "Write a Python function that reverses a list.": "code"}.items():
+            raw = client.chat.completions.with_raw_response.create(
+                model="auto", messages=[{"role": "user", "content": prompt}], max_tokens=8
+            )
+            assert raw.headers["x-expert"] == expert
+            done = raw.parse()
+            assert done.choices[0].message.content
+            assert done.usage is not None
+            assert done.usage.completion_tokens == 8
+
+
+def test_streams_arrive_token_by_token_with_usage(pair: Deployed) -> None:
+    with pair.client() as client:
+        chunks = list(
+            client.chat.completions.create(
+                model="math", messages=MESSAGES, max_tokens=8, stream=True, stream_options={"include_usage": True}
+            )
+        )
+    pieces = [c.choices[0].delta.content for c in chunks if c.choices and c.choices[0].delta.content]
+    assert len(pieces) > 2
+    usage = chunks[-1].usage
+    assert usage is not None
+    assert usage.completion_tokens == 8
+
+
+def test_completions_and_named_experts(pair: Deployed) -> None:
+    with pair.client() as client:
+        for name in ("code", "math"):
+            raw = client.completions.with_raw_response.create(model=name, prompt="once", max_tokens=4)
+            assert raw.headers["x-expert"] == name
+            assert raw.parse().choices[0].text
+
+
+def test_tools_and_fields_reach_the_engine(pair: Deployed) -> None:
+    """The engine reads the tools: its prompt grows by them."""
+    tool: Any = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
+    with pair.client() as client:
+        plain = client.chat.completions.create(model="math", messages=MESSAGES, max_tokens=2)
+        tooled = client.chat.completions.create(
+            model="math", messages=MESSAGES, max_tokens=2, tools=[tool], tool_choice="none"
+        )
+    assert plain.usage is not None
+    assert tooled.usage is not None
+    assert tooled.usage.prompt_tokens >= plain.usage.prompt_tokens
+
+
+def test_the_engines_errors_are_the_clients_exceptions(pair: Deployed) -> None:
+    """What each engine refuses: vLLM a temperature that is no number, transformers a field it does not know."""
+    wrong: dict[str, Any] = {"vllm": {"temperature": "warm"}, "transformers": {"no_such_field": 1}}[engine_of(pair)]
+    with pair.client() as client, pytest.raises(openai.APIStatusError) as caught:
+        client.chat.completions.create(model="math", messages=MESSAGES, extra_body=wrong)
+    assert caught.value.status_code in (400, 422)
+
+
+def engines(one: Deployed) -> list[dict[str, Any]]:
+    records = json.loads((one.run / "registry.json").read_text())["records"]
+    return [r["engine"] for r in records if r["kind"] == "expert"]
+
+
+def engine_of(one: Deployed) -> str:
+    (kind,) = {e["kind"] for e in engines(one)}
+    return str(kind)
+
+
+def test_the_registry_says_what_computes(pair: Deployed) -> None:
+    assert len(engines(pair)) == 2
+    assert all(e["version"] and e["tensor_parallel_size"] == 1 for e in engines(pair))
+
+
+def test_a_killed_engine_fails_its_streams_and_comes_back(pair: Deployed) -> None:
+    """An error event for the stream in flight there; the other expert serves on; then capacity is back by itself."""
+    with pair.client() as client:
+        chunks = client.chat.completions.create(model="math", messages=MESSAGES, max_tokens=400, stream=True)
+        next(chunks)
+        kill(int(pair.progress("math-0.g1")["engine_pid"]))
+        with pytest.raises(openai.APIError, match="failed before it had finished"):
+            list(chunks)
+        assert client.completions.create(model="code", prompt="once", max_tokens=2).choices[0].text
+        eventually_sync(lambda: pair.progress("math-0.g1")["restarts"] == 1)
+        eventually_sync(lambda: pair.ready("math"), within_s=180)
+        assert client.completions.create(model="math", prompt="once", max_tokens=2).choices[0].text

@@ -1,0 +1,96 @@
+"""Exit status and last words -> reason and message, with lines that the engines really wrote (some cut short)."""
+
+import pytest
+
+from hpc_router.config import EngineConfig, ExpertConfig
+from hpc_router.expert.engines import Engine, build_engine, classify
+from hpc_router.expert.engines.failure import MESSAGE_LENGTH, Failure
+from hpc_router.jobdir import Reason
+
+PREFIX = "(EngineCore pid=19569) ERROR 11-22 18:20:12 [core.py:1510] "
+AFTER = [
+    "RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {'EngineCore': 1}",
+    "resource_tracker.py:254: UserWarning: resource_tracker: There appear to be 1 leaked semaphore objects",
+]
+"""How vLLM 0.32 ends: worker processes give the reason in prefixed lines, the server's own last lines give none."""
+
+SAFETENSORS = "safetensors._safetensors_rust.SafetensorError: Error while deserializing header: "
+VLLM = [
+    (Reason.OUT_OF_MEMORY, "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 896.00 MiB."),
+    (Reason.OUT_OF_MEMORY, "ValueError: No available memory for the cache blocks."),
+    (Reason.OUT_OF_MEMORY, "'Available memory on node 0 (12.23/14.84 GiB) is less than requested memory for kv'"),
+    (Reason.OUT_OF_MEMORY, "ValueError: Free memory on device (1.0/79.1 GiB) on startup is less than desired"),
+    (Reason.WEIGHTS, "RuntimeError: Cannot find any model weights with `/m`"),
+    (Reason.WEIGHTS, "  Value error, Invalid repository ID or local directory specified: '/m'."),
+    (Reason.WEIGHTS, "huggingface_hub.errors.HFValidationError: Repo id must be in the form 'repo_name'"),
+    (Reason.WEIGHTS, SAFETENSORS + "header too large"),
+    (Reason.BAD_OPTION, "api_server.py: error: unrecognized arguments: --bogus"),
+    (Reason.BAD_OPTION, "api_server.py: error: argument --dtype: invalid choice: 'floaty'"),
+    (Reason.BAD_OPTION, "  Value error, Total number of attention heads (2) must be divisible by tensor parallel"),
+    (Reason.BAD_OPTION, "  Value error, Unknown quantization method: bogus. Must be one of ['awq', 'fp8']"),
+    (Reason.CUDA, "RuntimeError: No CUDA GPUs are available"),
+    (Reason.CUDA, "torch.AcceleratorError: CUDA error: an illegal memory access was encountered"),
+    (Reason.CUDA, "RuntimeError: Failed to infer device type"),
+]
+TRANSFORMERS = [
+    (Reason.OUT_OF_MEMORY, "RuntimeError: DefaultCPUAllocator: not enough memory: you tried to allocate"),
+    (Reason.WEIGHTS, SAFETENSORS + "incomplete metadata, file not fully covered"),
+    (Reason.WEIGHTS, "OSError: Error no file named model.safetensors, or pytorch_model.bin, found in directory /m."),
+    (Reason.WEIGHTS, "ValueError: Unrecognized processing class in /m. Can't instantiate a processor"),
+    (Reason.WEIGHTS, "OSError: We couldn't connect to 'x', and couldn't find them in the cached files."),
+    (Reason.BAD_OPTION, "│ No such option: --bogus (Possible options: --host)   │"),
+    (Reason.BAD_OPTION, "│ Invalid value for '--model-timeout': Input should    │"),
+    (Reason.BAD_OPTION, "ValueError: Unsupported dtype: 'floaty'. Must be 'auto' or a valid torch dtype"),
+    (Reason.CUDA, "AssertionError: Torch not compiled with CUDA enabled"),
+]
+
+
+def engine_of(kind: str) -> Engine:
+    return build_engine("math", ExpertConfig(model="m", engine=EngineConfig(kind=kind)))
+
+
+@pytest.mark.parametrize(("reason", "line"), VLLM)
+def test_vllms_last_words(reason: Reason, line: str) -> None:
+    signs = engine_of("vllm").signs
+    assert classify(1, ["INFO starting", line, *AFTER], signs) == Failure(reason, line.strip())
+    if not line.startswith("  "):  # those come from the server's own process
+        assert classify(1, ["INFO starting", PREFIX + line, *AFTER], signs) == Failure(reason, line)
+
+
+@pytest.mark.parametrize(("reason", "line"), TRANSFORMERS)
+def test_the_last_words_of_transformers(reason: Reason, line: str) -> None:
+    tail = ["INFO starting", line, "╰──────────────────────────────────────╯"]
+    assert classify(1, tail, engine_of("transformers").signs) == Failure(reason, line.strip("│ "))
+
+
+@pytest.mark.parametrize("kind", ["vllm", "transformers", "sim"])
+@pytest.mark.parametrize("line", ["/usr/bin/python3: No module named vllm", "ModuleNotFoundError: No module named 'x'"])
+def test_an_interpreter_without_the_engine(kind: str, line: str) -> None:
+    assert classify(1, ["Traceback", line], engine_of(kind).signs) == Failure(Reason.INTERPRETER, line)
+
+
+def test_an_import_that_was_survived_means_nothing() -> None:
+    failure = classify(
+        1, ["ModuleNotFoundError: No module named 'optional'", "ValueError: why"], engine_of("vllm").signs
+    )
+    assert failure.reason is Reason.CRASHED
+
+
+@pytest.mark.parametrize(
+    ("status", "tail", "reason", "message"),
+    [
+        (127, ["hpc-router: cannot run /no: none"], Reason.INTERPRETER, "hpc-router: cannot run /no: none"),
+        (
+            137,
+            ["CUDA out of memory"],
+            Reason.KILLED,
+            "killed by signal 9: by hand, or by the kernel for lack of memory",
+        ),
+        (139, ["INFO last"], Reason.CRASHED, "ended by signal 11; last line: INFO last"),
+        (3, [], Reason.CRASHED, "ended with exit status 3; last line: its log is empty"),
+        (1, ["ValueError: why", "a warning"], Reason.CRASHED, "ended with exit status 1; last line: ValueError: why"),
+        (1, ["x" * 10_000], Reason.CRASHED, "ended with exit status 1; last line: " + "x" * MESSAGE_LENGTH),
+    ],
+)
+def test_without_a_sign_the_exit_status_tells(status: int, tail: list[str], reason: Reason, message: str) -> None:
+    assert classify(status, tail, engine_of("sim").signs) == Failure(reason, message)

@@ -1,0 +1,83 @@
+"""The agent with real engines and a tiny model: up, answering, told to go, gone. The same steps for each."""
+
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hpc_router import wire
+from hpc_router.config import ClusterConfig, Deployment, EngineConfig, ExpertConfig, PolicyConfig
+from hpc_router.expert.engines import Place, build_engine
+from hpc_router.jobdir import Phase, Reason
+from hpc_router.rundir import RunDir
+from tests.expert.replicas import chat, exists, replica
+from tests.needs import ROOT, engine_python
+from tests.waiting import eventually
+
+TINY_MODEL = ROOT / "hpc_router" / "expert" / "tiny_model.py"
+STARTUP_S = 300.0
+CPU = {"device": "cpu"}
+
+
+def expert_of(kind: str, options: dict[str, Any], *, model: Path) -> ExpertConfig:
+    engine = EngineConfig(kind=kind, options=options, python=str(engine_python(kind)), threads=1)
+    return ExpertConfig(model=str(model), engine=engine)
+
+
+def make_model(kind: str, folder: Path) -> Path:
+    subprocess.run([str(engine_python(kind)), str(TINY_MODEL), str(folder)], check=True)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        pytest.param("transformers", CPU, marks=pytest.mark.transformers),
+        # Minutes on two cores; the end-to-end test with two experts is the one that always runs.
+        pytest.param("vllm", CPU | {"max_model_len": 512}, marks=[pytest.mark.vllm, pytest.mark.long]),
+    ],
+)
+async def test_a_whole_life(kind: str, options: dict[str, Any], run: RunDir, scratch: Path, tmp_path: Path) -> None:
+    expert = expert_of(kind, options, model=make_model(kind, tmp_path / "tiny"))
+    configured = Deployment(
+        experts={"math": expert},
+        cluster=ClusterConfig(scratch=str(scratch)),
+        policy=PolicyConfig(kind="model_field"),
+    )
+    async with replica(run, configured) as agent:
+        await eventually(lambda: (p := agent.job.progress()) and p.phase is Phase.READY, within_s=STARTUP_S)
+        progress, record = await agent.ready()
+        assert record.engine.version
+        served = record.serves["math"]
+        async with agent.session() as session:
+            async with session.get(wire.MODELS) as response:
+                assert served in [card["id"] for card in (await response.json())["data"]]
+            for stream in (False, True):
+                async with session.post(wire.CHAT, json=chat(model=served, max_tokens=4, stream=stream)) as response:
+                    assert response.status == 200
+                    assert b"content" in await response.read()
+        agent.process.terminate()
+        assert await agent.end() == 0
+        ended = agent.job.exit()
+        assert ended is not None
+        assert ended.reason is Reason.DRAINED
+        assert progress.engine_pid is not None
+        assert not exists(progress.engine_pid)
+
+
+@pytest.mark.parametrize(
+    ("kind", "extra", "status"),
+    [
+        pytest.param("transformers", {}, 0, marks=pytest.mark.transformers),
+        pytest.param("transformers", {"no-such-flag": 1}, 2, marks=pytest.mark.transformers),
+        pytest.param("vllm", {"no-such-flag": 1}, 2, marks=pytest.mark.vllm),
+    ],
+)
+def test_its_own_interpreter_judges_the_flags(kind: str, extra: dict[str, Any], status: int, tmp_path: Path) -> None:
+    engine = build_engine("math", expert_of(kind, {**CPU, "extra": extra}, model=tmp_path))
+    command = engine.check_command(Place(tmp_path))
+    assert command is not None
+    answer = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert answer.returncode == status, answer.stderr
+    assert ("no-such-flag" in answer.stderr) == bool(extra)

@@ -1,0 +1,95 @@
+"""The supervisor's steps, with real processes and no real pauses."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hpc_router.config import EngineConfig, ExpertConfig
+from hpc_router.expert.engines import Failure, Place, build_engine, engine_environment
+from hpc_router.expert.passthrough import ENGINE_LIMITS
+from hpc_router.expert.process import Command
+from hpc_router.expert.restarts import Restarts
+from hpc_router.expert.supervisor import Supervisor
+from hpc_router.filethread import FileThread
+from hpc_router.jobdir import Phase, Reason
+from hpc_router.relay.upstream import UpstreamClient
+from tests.expert.replicas import exists
+from tests.waiting import GUARD_S
+
+
+@dataclass
+class Steps:
+    seen: list[tuple[Phase, Reason | None]] = field(default_factory=list)
+    pauses: list[float] = field(default_factory=list)
+    engine_pid: int | None = None
+    ready: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def moved(self, phase: Phase, *, failure: Failure | None = None, engine_pid: int | None = None) -> None:
+        self.seen.append((phase, failure.reason if failure else None))
+        self.engine_pid = engine_pid
+        if phase is Phase.READY:
+            self.ready.set()
+
+    async def sleep(self, delay_s: float) -> None:
+        self.pauses.append(delay_s)
+
+
+@asynccontextmanager
+async def supervised(folder: Path, *, max_restarts: int = 3, **options: Any) -> AsyncIterator[tuple[Supervisor, Steps]]:
+    config = ExpertConfig(model="m", engine=EngineConfig(kind="sim", options=options))
+    engine, place, steps, files = build_engine("math", config), Place(folder), Steps(), FileThread("t")
+    environment = engine_environment(engine, config, place, inherited={})
+    place.temporary.mkdir()
+    async with UpstreamClient(ENGINE_LIMITS, socket_path=str(place.socket)) as client:
+        yield (
+            Supervisor(
+                engine=engine,
+                command=Command(engine.argv(place), environment, place, folder / "log"),
+                client=client,
+                files=files,
+                observer=steps,
+                restarts=Restarts(max_restarts),
+                startup_timeout_s=GUARD_S,
+                sleep=steps.sleep,
+                chance=lambda: 0.0,
+            ),
+            steps,
+        )
+    files.close(timeout_s=5)
+
+
+async def test_two_failed_starts_then_ready_then_cancelled(socket_folder: Path) -> None:
+    fault = {"kind": "load_fail", "reason": "cuda", "times": 2, "counter": str(socket_folder / "count")}
+    async with supervised(socket_folder, faults=[fault]) as (supervisor, steps):
+        (socket_folder / "engine.sock").touch()  # what a killed engine leaves
+        task = asyncio.create_task(supervisor.run())
+        await asyncio.wait_for(steps.ready.wait(), GUARD_S)
+        assert steps.pauses == [1.0, 2.0]
+        failed = [(Phase.LOADING, None), (Phase.RESTARTING, Reason.CUDA)]
+        assert steps.seen == [*failed, *failed, (Phase.LOADING, None), (Phase.READY, None)]
+        engine = steps.engine_pid
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        assert engine is not None
+        assert not exists(engine)
+
+
+async def test_the_last_of_too_many_failures_is_returned(socket_folder: Path) -> None:
+    async with supervised(socket_folder, max_restarts=1, faults=[{"kind": "load_fail", "reason": "kv_cache"}]) as (
+        supervisor,
+        steps,
+    ):
+        failure = await asyncio.wait_for(supervisor.run(), GUARD_S)
+        assert failure.reason is Reason.OUT_OF_MEMORY
+        assert steps.pauses == [1.0]
+
+
+async def test_a_flag_the_engine_refuses_is_not_tried_again(socket_folder: Path) -> None:
+    async with supervised(socket_folder, extra={"bogus": True}) as (supervisor, steps):
+        failure = await asyncio.wait_for(supervisor.run(), GUARD_S)
+        assert failure.reason is Reason.BAD_OPTION
+        assert failure.message.endswith("error: unrecognized arguments: --bogus")
+        assert steps.pauses == []

@@ -1,0 +1,203 @@
+"""Every way a configuration can be wrong: one line that names the file or override, the key, and what is valid."""
+
+from itertools import product
+from pathlib import Path
+
+import pytest
+
+from hpc_router import compose
+from hpc_router.compose import conf_folder, differing_keys, load_deployment, with_overrides
+from hpc_router.config import Deployment
+from hpc_router.errors import ConfigError
+
+HEAD = "# @package _global_\n"
+EXPERT = "engine: {kind: sim}"
+
+OVERRIDES = [
+    # a key nobody knows, at every level
+    (["router.prot=1"], ["override 'router.prot=1'", "unknown key 'router.prot'", "did you mean 'port'?"]),
+    (["rooter.port=1"], ["override 'rooter.port=1'", "unknown key 'rooter'", "'router'?"]),
+    (["experts.math.replcas=3"], ["override", "unknown key 'experts.math.replcas'", "'replicas'?"]),
+    (["++router.prot=1"], ["override '++router.prot=1'", "'port'?"]),
+    (["experts.math.engine.options.ttft=3"], ["unknown key 'experts.math.engine.options.ttft'", "'ttft_ms'?"]),
+    # a value of the wrong type
+    (["router.port=abc"], ["override 'router.port=abc'", "'abc' is not a whole number"]),
+    (["experts.math.replicas=2.5"], ["'experts.math.replicas': 2.5 is not a whole number"]),
+    (["router.open=maybe"], ["'maybe' is not true or false"]),
+    (["router.probe_s=soon"], ["'soon' is not a number"]),
+    (["experts=3"], ["'experts': 3 is not a mapping"]),
+    (["experts.math=3"], ["'experts.math': 3 is not a mapping (keys: model,"]),
+    (["experts.math.exemplars=x"], ["'x' is not a list"]),
+    (["experts.math.model=null"], ["'experts.math.model': null is not text"]),
+    (["experts.math.engine.options.ttft_ms=abc"], ["override", "'experts.math.engine.options.ttft_ms'", "a number"]),
+    # a value that cannot be
+    (["router.port=70000"], ["override 'router.port=70000'", "valid: 0 to 65535"]),
+    (["router.workers=4"], ["router.workers=4", "valid: 1"]),
+    (["experts.math.replicas=-1"], ["override", "cannot be negative"]),
+    (["experts.math.capacity=0"], ["override", "must be above 0"]),
+    (["cluster.beat_s=0"], ["cluster.beat_s=0", "must be above 0"]),
+    (["policy.kind=nope"], ["policy.kind=nope", "valid: classifier, least_in_flight, model_field, round_robin"]),
+    (["policy.fallback=generalst"], ["no expert is named 'generalst'", "'generalist'?"]),
+    (["experts.math.engine.kind=vlm"], ["unknown engine 'vlm'", "'vllm'?", "sim, transformers, vllm"]),
+    (["name=a/b"], ["name=a/b", "cannot name a run directory"]),
+    (["router.port=${nope}"], ["'router.port'", "'nope' not found"]),
+    # experts' names
+    (["experts.Big={model: x, engine: {kind: sim}}"], ["'Big' cannot name an expert", "lower-case"]),
+    (["experts.auto={model: x, engine: {kind: sim}}"], ["'auto' cannot name an expert", "not auto or router"]),
+    (["experts.router={model: x, engine: {kind: sim}}"], ["'router' cannot name an expert"]),
+    (["experts.new.engine.kind=sim"], ["'experts.new.model' is missing"]),
+    # GPUs
+    (["experts.math.resources.gpus=2"], ["experts.math.resources.gpus=2", "cluster.gpus=0"]),
+    (["experts.math.resources.nodes=2"], ["experts.math.resources.nodes=2", "cluster=local is one node"]),
+    (
+        ["cluster.gpus=4", "experts.math.resources.gpus=2", "experts.math.engine={kind: vllm}"],
+        ["tensor_parallel_size 1 x pipeline_parallel_size 1 = 1 GPUs", "1 node(s) x 2 GPUs = 2"],
+    ),
+    # groups
+    (["topology=nope"], ["topology=nope: no such config", "valid:", "sim"]),
+    (["policy=clasifier"], ["policy=clasifier", "did you mean 'classifier'?"]),
+    (["topolgy=sim"], ["unknown key 'topolgy'", "did you mean 'topology'?"]),
+    # what is no override
+    (["topology"], ["override 'topology'", "valid: key=value"]),
+    (["a=b=c"], ["override 'a=b=c'"]),
+    (["router.port=[1"], ["override 'router.port=[1'"]),
+    (["~experts.lew"], ["experts.lew"]),
+    # a policy that has nothing to go by
+    (
+        ["topology=empty", "experts.a={model: x, engine: {kind: sim}}"],
+        ["policy=classifier needs", "policy=model_field"],
+    ),
+]
+
+FILES = [
+    ("experts:\n  a: {model: x\n  b: 3\n", ["mine.yaml:4", "not valid YAML"]),
+    ("experts:\n\ta: 1\n", ["mine.yaml:3", "not valid YAML"]),
+    (f"experts:\n  a: {{model: x, {EXPERT}}}\n  a: {{model: y}}\n", ["mine.yaml:4", "'a' is given twice"]),
+    (f"experts:\n  a: {{modl: x, {EXPERT}}}\n", ["mine.yaml: unknown key 'experts.a.modl'", "'model'?"]),
+    (f"experts:\n  a: {{model: x, replicas: many, {EXPERT}}}\n", ["mine.yaml: 'experts.a.replicas': 'many'"]),
+    (f"experts:\n  a: {{model: x, exemplars: no, {EXPERT}}}\n", ["mine.yaml", "is not a list"]),
+    ("experts:\n  a: {model: x, engine: {kind: sim, options: {foo: 1}}}\n", ["mine.yaml", "engine.options.foo'"]),
+    (f"experts:\n  123: {{model: x, {EXPERT}}}\n", ["'experts.123'", "quotes"]),
+    (f"experts:\n  A: {{model: x, {EXPERT}}}\n", ["mine.yaml: experts.A", "cannot name an expert"]),
+    ("defaults:\n - /expert/cod@_global_.experts.code\n", ["topology/mine.yaml names 'expert/cod'", "'code'?"]),
+    ("- a\n- b\n", ["topology/mine.yaml"]),
+]
+
+
+def refusal(overrides: list[str], config_dir: Path | None = None) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_deployment(overrides, config_dir=config_dir)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(("overrides", "said"), OVERRIDES, ids=lambda value: " ".join(value)[:60])
+def test_a_wrong_override_is_named(overrides: list[str], said: list[str]) -> None:
+    message = refusal(overrides)
+    assert all(part in message for part in said), message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(("content", "said"), FILES, ids=[content.split("\n")[1][:40] for content, _ in FILES])
+def test_a_wrong_file_is_named(tmp_path: Path, content: str, said: list[str]) -> None:
+    write(tmp_path, "topology/mine.yaml", HEAD + content)
+    message = refusal(["topology=mine"], tmp_path)
+    assert all(part in message for part in said), message
+    assert "\n" not in message
+
+
+def write(folder: Path, name: str, content: str) -> None:
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content)
+
+
+def test_a_file_without_its_head_is_explained(tmp_path: Path) -> None:
+    write(tmp_path, "topology/mine.yaml", "experts: {}\n")
+    assert "`# @package _global_`" in refusal(["topology=mine"], tmp_path)
+
+
+def test_an_absent_folder_is_named(tmp_path: Path) -> None:
+    assert "--config-dir" in refusal([], tmp_path / "nope")
+
+
+def test_a_users_folder_goes_before_ours(tmp_path: Path) -> None:
+    """A file of the same name replaces ours; a path with spaces and commas is a path like any other."""
+    folder = tmp_path / "my, 'own' conf"
+    write(folder, "expert/math.yaml", 'description: "mine"\nexemplars: ["one plus one"]\n')
+    write(folder, "topology/mine.yaml", f"{HEAD}experts:\n  a: {{model: x, {EXPERT}}}\n")
+    assert load_deployment([], config_dir=folder).experts["math"].description == "mine"
+    assert list(load_deployment(["topology=mine", "policy=model_field"], config_dir=folder).experts) == ["a"]
+    assert load_deployment([]).experts["math"].description != "mine"
+
+
+@pytest.fixture(autouse=True)
+def _models(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the topologies with real engines read from the environment."""
+    monkeypatch.setenv("TINY_MODELS", "/models")
+    monkeypatch.setenv("ENGINE_PYTHON", "/venv/bin/python")
+
+
+def names(group: str) -> list[str]:
+    return sorted(path.stem for path in (conf_folder() / group).glob("*.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("topology", "policy", "cluster", "router"),
+    list(product(names("topology"), names("policy"), names("cluster"), names("router"))),
+)
+def test_every_combination_composes(topology: str, policy: str, cluster: str, router: str) -> None:
+    choice = [f"topology={topology}", f"policy={policy}", f"cluster={cluster}", f"router={router}"]
+    deployment = load_deployment(choice)
+    assert deployment.policy.kind == policy
+    assert deployment.cluster.kind == cluster
+    assert bool(deployment.experts) == (topology != "empty")
+
+
+@pytest.mark.parametrize("expert", names("expert"))
+def test_every_expert_composes(expert: str) -> None:
+    deployment = load_deployment(
+        [
+            "topology=empty",
+            "policy=model_field",
+            f"+expert@experts.{expert}={expert}",
+            f"experts.{expert}.model=m",
+            f"experts.{expert}.engine.kind=sim",
+        ]
+    )
+    assert deployment.experts[expert].description
+
+
+@pytest.mark.parametrize("path", sorted(conf_folder().rglob("*.yaml")), ids=lambda path: path.stem)
+def test_every_file_opens_with_what_it_is(path: Path) -> None:
+    lines = [line for line in path.read_text().splitlines() if not line.startswith("# @package")]
+    assert lines[0].startswith("# ")
+    assert lines[1].startswith("#   ") or lines[2].startswith("#   "), "how to run it"
+
+
+def test_the_frozen_config_reads_back_equal(tmp_path: Path) -> None:
+    deployment = load_deployment(["experts.math.engine.options.extra.x='on'", "experts.math.engine.env.A='1'"])
+    (tmp_path / "config.yaml").write_text(compose.to_yaml(deployment))
+    assert compose.read(tmp_path / "config.yaml") == deployment
+
+
+@pytest.mark.parametrize("content", ["a: [", "a: 1\na: 2\n", "nope: 1\n", "- 1\n", "router: 3\n"])
+def test_a_damaged_frozen_config_is_named(tmp_path: Path, content: str) -> None:
+    (tmp_path / "config.yaml").write_text(content)
+    with pytest.raises(ConfigError, match=r"config\.yaml"):
+        compose.read(tmp_path / "config.yaml")
+
+
+def test_overrides_go_on_top_of_a_frozen_config() -> None:
+    base = load_deployment(["router.port=8000"])
+    changed = with_overrides(base, ["policy=round_robin", "experts.math.replicas=3", "experts.math.engine.env.A=b"])
+    assert (changed.policy.kind, changed.policy.fallback) == ("round_robin", "generalist")
+    assert (changed.router.port, changed.experts["math"].engine.env) == (8000, {"A": "b"})
+    env = "experts.math.engine.env"
+    assert differing_keys(base, changed) == [env, f"{env}.A", "experts.math.replicas", "policy.kind"]
+    with pytest.raises(ConfigError, match=r"override 'router\.prt=1': unknown key"):
+        with_overrides(base, ["router.prt=1"])
+
+
+def test_equal_deployments_differ_in_nothing() -> None:
+    assert differing_keys(load_deployment([]), load_deployment(["topology=sim"])) == []
+    assert differing_keys(Deployment(), Deployment(name="x")) == ["name"]
