@@ -64,7 +64,7 @@ def plan(arguments: argparse.Namespace) -> int:
     if arguments.run is not None and target.run is not None:
         deployment = scaled(deployment, desired_of(target.run, deployment))
     made = make_plan(deployment, run=target.run, ask_engines=not arguments.no_ask)
-    return _print(made.to_json() if arguments.json else plan_text(made))
+    return _print(made.to_json() if arguments.json else plan_text(made), fold=False)
 
 
 def up(arguments: argparse.Namespace) -> int:
@@ -283,15 +283,15 @@ def _stderr() -> "Console":
     return Console(stderr=True)
 
 
-def _print(value: "RenderableType | Mapping[str, Any] | list[Any]") -> int:
-    """JSON as JSON, anything else as rich shows it."""
+def _print(value: "RenderableType | Mapping[str, Any] | list[Any]", *, fold: bool = True) -> int:
+    """JSON as JSON, anything else as rich shows it; without `fold` long lines stay whole, to be copied."""
     if isinstance(value, Mapping | list):
         print(json.dumps(value, indent=1, ensure_ascii=False))
         return 0
     from rich.console import Console
 
     console = Console() if sys.stdout.isatty() else Console(width=WIDE)
-    console.print(value)
+    console.print(value, soft_wrap=not fold)
     return 0
 
 

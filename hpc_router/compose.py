@@ -7,28 +7,23 @@ key of the schema, whether a file mentions it or not, and every refusal is ours 
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, ClassVar, Final
+from typing import ClassVar
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, MissingConfigException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
-from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from hpc_router.checks import check
 from hpc_router.config import Deployment
 from hpc_router.errors import ConfigError, suggest
-from hpc_router.provenance import parse_override, place_of, shown
-from hpc_router.schema import parse
-
-GROUPS: Final = ("topology", "cluster", "policy", "router", "expert")
-_TOP: Final = frozenset(f.name for f in fields(Deployment))
-_LEFT_OUT: Final = ("hydra",)
+from hpc_router.frozen import GROUPS, LEFT_OUT, to_deployment, yaml_fault
+from hpc_router.provenance import parse_override, place_of
 
 
 def conf_folder() -> Path:
@@ -83,21 +78,6 @@ def with_overrides(base: Deployment, overrides: Sequence[str], *, config_dir: Pa
             raise ConfigError(f"{place_of(error.key, overrides)}{error}") from error
 
 
-def differing_keys(left: Deployment, right: Deployment) -> list[str]:
-    """Keys whose values differ."""
-    one, other = _flat(asdict(left)), _flat(asdict(right))
-    return sorted(key for key in one.keys() | other.keys() if one.get(key, MISSING) != other.get(key, MISSING))
-
-
-def _flat(value: Any, at: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict) or not value:
-        return {at: value}
-    flat: dict[str, Any] = {}
-    for key, item in value.items():
-        flat |= _flat(item, f"{at}.{key}" if at else str(key))
-    return flat
-
-
 class _UserFolder(SearchPathPlugin):
     """Hydra makes its own instance, so what it is to add stands at the class."""
 
@@ -121,21 +101,6 @@ def user_folder(config_dir: Path | None) -> Iterator[None]:
         _UserFolder.folder = None
 
 
-def to_deployment(composed: DictConfig, *, without: Sequence[str] = ()) -> Deployment:
-    """A composed config as a checked `Deployment`."""
-    plain = OmegaConf.to_container(composed)
-    if not isinstance(plain, dict):
-        raise ConfigError("not a mapping of keys to values")
-    left_out = {*_LEFT_OUT, *without}
-    for key in (str(key) for key in plain if key not in left_out and key not in _TOP):
-        if key in GROUPS:
-            raise ConfigError(f"a file of the group '{key}' does not begin with the line `# @package _global_`")
-        raise ConfigError(f"unknown key '{key}'{suggest(key, {*_TOP, *GROUPS})}", key=key)
-    deployment = parse(Deployment, {k: v for k, v in plain.items() if k not in left_out}, at="")
-    check(deployment)
-    return deployment
-
-
 def settle(overrides: Sequence[str]) -> list[str]:
     """Overrides as Hydra wants them: a value's gets `++`, for our files leave out what has a default.
 
@@ -145,28 +110,10 @@ def settle(overrides: Sequence[str]) -> list[str]:
     for text in overrides:
         override = parse_override(text)
         key = override.key_or_group
-        is_value = not (key in GROUPS or key.split(".")[0] in _LEFT_OUT or "/" in key or override.package is not None)
+        is_value = not (key in GROUPS or key.split(".")[0] in LEFT_OUT or "/" in key or override.package is not None)
         plain = override.input_line is not None and not override.input_line.startswith(("+", "~"))
         settled.append(f"++{text}" if is_value and plain else text)
     return settled
-
-
-def to_yaml(deployment: Deployment) -> str:
-    """What `config.yaml` of a run holds; equal deployments give equal texts."""
-    return OmegaConf.to_yaml(OmegaConf.structured(deployment), resolve=True)
-
-
-def read(path: Path) -> Deployment:
-    """The frozen `config.yaml` of a run."""
-    try:
-        loaded = OmegaConf.load(path)
-        return to_deployment(loaded if isinstance(loaded, DictConfig) else OmegaConf.create({"": None}))
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    except (YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(_yaml_fault(error, shown(path))) from error
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
 
 
 @contextmanager
@@ -179,7 +126,7 @@ def _told_in_our_words(config_dir: Path | None) -> Iterator[None]:
         said = str(error.__context__ if isinstance(error.__context__, OmegaConfBaseException) else error)
         raise ConfigError(f"{_composed_file(error)}{' '.join(said.split(chr(10), 1)[0].split())}") from error
     except (YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(_yaml_fault(error, "a config file")) from error
+        raise ConfigError(yaml_fault(error, "a config file")) from error
 
 
 def _missing(error: MissingConfigException, config_dir: Path | None) -> str:
@@ -202,14 +149,3 @@ def _folders(config_dir: Path | None) -> list[Path]:
 def _composed_file(error: BaseException) -> str:
     inside = re.match(r"In '([\w/.-]+)'", str(error))
     return f"{inside[1]}.yaml: " if inside else ""
-
-
-def _yaml_fault(error: YAMLError | UnicodeDecodeError, name: str) -> str:
-    """`file:line: what`, where the parser tells."""
-    mark: Any = getattr(error, "problem_mark", None)
-    problem = str(getattr(error, "problem", None) or error)
-    where = f"{shown(Path(mark.name))}:{mark.line + 1}" if mark is not None else name
-    duplicate = re.match(r"found duplicate key (.+)", problem)
-    if duplicate:
-        return f"{where}: '{duplicate[1]}' is given twice in one mapping"
-    return f"{where}: not valid YAML: {problem}"

@@ -16,6 +16,7 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 from hpc_router.errors import ConfigError
+from hpc_router.frozen import shown
 
 
 def parse_override(text: str) -> Override:
@@ -64,12 +65,6 @@ def _files(overrides: Sequence[str]) -> Iterator[tuple[str, str, Mapping[str, An
             if path.is_file():
                 yield shown(path), default.package or "", _content(path)
                 break
-
-
-def shown(path: Path) -> str:
-    """As the user would type it."""
-    here = Path.cwd()
-    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
 
 
 def _content(path: Path) -> Mapping[str, Any]:

@@ -31,6 +31,7 @@ def parse(schema: type[_T], value: Any, *, at: str) -> _T:
     errors."""
     if not isinstance(value, Mapping):
         raise ConfigError(f"'{at}' is not a mapping", key=at or None)
+    _check_sections(schema, value, at=at)
     try:
         merged = OmegaConf.merge(OmegaConf.structured(schema), value)
         absent = sorted(OmegaConf.missing_keys(merged))
@@ -42,6 +43,20 @@ def parse(schema: type[_T], value: Any, *, at: str) -> _T:
         raise _in_our_words(error, schema, value, at=at) from error
     assert isinstance(result, schema)
     return result
+
+
+def _check_sections(schema: type, value: Mapping[str, Any], *, at: str) -> None:
+    """A number where a section belongs: OmegaConf's error does not tell which."""
+    for name, kind in get_type_hints(schema).items():
+        if isinstance(kind, type) and is_dataclass(kind) and name in value:
+            key = _join(at, name)
+            if not isinstance(value[name], Mapping):
+                raise ConfigError(f"'{key}': {_shown(value[name])} is not {_noun(kind)}", key=key)
+            _check_sections(kind, value[name], at=key)
+
+
+def _shown(value: Any) -> str:
+    return "null" if value is None else repr(value)
 
 
 def _in_our_words(error: OmegaConfBaseException, schema: type, value: Mapping[str, Any], *, at: str) -> ConfigError:
@@ -59,8 +74,7 @@ def _in_our_words(error: OmegaConfBaseException, schema: type, value: Mapping[st
     given, expected = _value_at(value, full_key.split(".")), _noun(_type_at(schema, full_key.split(".")))
     if given is MISSING or expected is None:
         return ConfigError(f"'{key}': {str(error).splitlines()[0]}", key=key)
-    shown = "null" if given is None else repr(given)
-    return ConfigError(f"'{key}': {shown} is not {expected}", key=key)
+    return ConfigError(f"'{key}': {_shown(given)} is not {expected}", key=key)
 
 
 def _join(at: str, key: str) -> str:

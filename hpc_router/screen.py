@@ -3,18 +3,20 @@
 import shlex
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from hpc_router.cluster.plan import Plan, shown
 from hpc_router.cluster.slots import Attempt
 from hpc_router.cluster.view import ReplicaView, Standing
 from hpc_router.cluster.why import Cause
 from hpc_router.rundir import RunDir
+
+if TYPE_CHECKING:
+    from hpc_router.cluster.plan import Plan
 
 _STYLE: Final[Mapping[str, str]] = {
     "ready": "green",
@@ -39,7 +41,9 @@ def _state(name: str) -> Text:
     return Text(name, style=_STYLE.get(name, ""))
 
 
-def plan_text(plan: Plan) -> RenderableType:
+def plan_text(plan: "Plan") -> RenderableType:
+    from hpc_router.cluster.plan import shown
+
     table = _table("replica", "engine", "nodes", "GPUs", "CPUs", "memory")
     for replica in plan.replicas:
         ask = replica.request.resources
@@ -144,7 +148,7 @@ class Progress:
         if self._live is not None:
             self._live.__exit__(*exception)
 
-    def begin(self, run: RunDir, plan: Plan) -> None:
+    def begin(self, run: RunDir, plan: "Plan") -> None:
         self._console.print(f"run {run.path}", highlight=False, soft_wrap=True)
         for warning in plan.warnings:
             self._console.print(Text(f"note: {warning}", style="yellow"))

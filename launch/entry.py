@@ -41,7 +41,7 @@ class Call:
 def launch(body: Callable[[Call], int], *, own: Sequence[str], words: list[str] | None = None) -> int:
     """Carry out the command line; the exit status."""
     given = sys.argv[1:] if words is None else words
-    flags = get_args_parser().parse_args(given)
+    flags = get_args_parser().parse_intermixed_args(given)
     config_dir = Path(flags.config_dir) if flags.config_dir else None
     if not _wants_hydra(flags):
         return told(lambda: body(make_call(flags.overrides, own=own, config_dir=config_dir)))
@@ -83,10 +83,9 @@ def _through_hydra(
         task = [text.removeprefix("++") for text in HydraConfig.get().overrides.task]
         statuses.append(told(lambda: body(make_call(task, own=own, config_dir=config_dir))))
 
-    settled = dict(zip(overrides, settle(overrides), strict=True))
+    flags = _without_config_dir([word for word in words if word not in overrides])
     before = sys.argv
-    sys.argv = [sys.argv[0], *_without_config_dir([settled.get(word, word) for word in words])]
-    sys.argv.append(f"hydra.job.name=launch.{body.__name__}")
+    sys.argv = [sys.argv[0], *flags, *settle(overrides), f"hydra.job.name=launch.{body.__name__}"]
     try:
         with user_folder(config_dir):
             job()

@@ -9,7 +9,7 @@ A run that has a config gives the base, overrides go on top; else they are compo
 import sys
 from pathlib import Path
 
-from hpc_router import compose
+from hpc_router import compose, frozen
 from hpc_router.cluster.foreground import claim_expert
 from hpc_router.cluster.plan import make_plan, settled
 from hpc_router.errors import ConfigError, suggest
@@ -21,8 +21,8 @@ from launch.entry import Call, launch
 def expert(call: Call) -> int:
     path, name = Path(call.required("run")), call.required("name")
     if (path / "config.yaml").exists():
-        frozen = compose.read(path / "config.yaml")
-        deployment = compose.with_overrides(frozen, call.overrides, config_dir=call.config_dir)
+        base = frozen.read(path / "config.yaml")
+        deployment = compose.with_overrides(base, call.overrides, config_dir=call.config_dir)
     else:
         deployment = compose.load_deployment(call.overrides, config_dir=call.config_dir)
     if name not in deployment.experts:

@@ -10,7 +10,7 @@ import logging
 import sys
 from pathlib import Path
 
-from hpc_router import compose
+from hpc_router import compose, frozen
 from hpc_router.cluster.foreground import claim_router
 from hpc_router.cluster.plan import settled
 from hpc_router.cluster.up import train_classifier
@@ -34,8 +34,8 @@ def router(call: Call) -> int:
 def deployment_for(path: Path, call: Call) -> Deployment:
     """The run's own config with the overrides on top, or one without experts."""
     if (path / "config.yaml").exists():
-        frozen = compose.read(path / "config.yaml")
-        return compose.with_overrides(frozen, call.overrides, config_dir=call.config_dir)
+        base = frozen.read(path / "config.yaml")
+        return compose.with_overrides(base, call.overrides, config_dir=call.config_dir)
     keys = {parse_override(text).key_or_group for text in call.overrides}
     given = list(call.overrides)
     if "topology" not in keys:

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from hpc_router import compose
-from hpc_router.compose import conf_folder, differing_keys, load_deployment, with_overrides
+from hpc_router import frozen
+from hpc_router.compose import conf_folder, load_deployment, with_overrides
 from hpc_router.config import Deployment
 from hpc_router.errors import ConfigError
+from hpc_router.frozen import differing_keys
 
 HEAD = "# @package _global_\n"
 EXPERT = "engine: {kind: sim}"
@@ -80,6 +81,7 @@ FILES = [
     (f"experts:\n  123: {{model: x, {EXPERT}}}\n", ["'experts.123'", "quotes"]),
     (f"experts:\n  A: {{model: x, {EXPERT}}}\n", ["mine.yaml: experts.A", "cannot name an expert"]),
     ("defaults:\n - /expert/cod@_global_.experts.code\n", ["topology/mine.yaml names 'expert/cod'", "'code'?"]),
+    (f"router: 3\nexperts:\n  a: {{model: x, {EXPERT}}}\n", ["topology/mine.yaml"]),
     ("- a\n- b\n", ["topology/mine.yaml"]),
 ]
 
@@ -176,15 +178,15 @@ def test_every_file_opens_with_what_it_is(path: Path) -> None:
 
 def test_the_frozen_config_reads_back_equal(tmp_path: Path) -> None:
     deployment = load_deployment(["experts.math.engine.options.extra.x='on'", "experts.math.engine.env.A='1'"])
-    (tmp_path / "config.yaml").write_text(compose.to_yaml(deployment))
-    assert compose.read(tmp_path / "config.yaml") == deployment
+    (tmp_path / "config.yaml").write_text(frozen.to_yaml(deployment))
+    assert frozen.read(tmp_path / "config.yaml") == deployment
 
 
 @pytest.mark.parametrize("content", ["a: [", "a: 1\na: 2\n", "nope: 1\n", "- 1\n", "router: 3\n"])
 def test_a_damaged_frozen_config_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "config.yaml").write_text(content)
     with pytest.raises(ConfigError, match=r"config\.yaml"):
-        compose.read(tmp_path / "config.yaml")
+        frozen.read(tmp_path / "config.yaml")
 
 
 def test_overrides_go_on_top_of_a_frozen_config() -> None:

@@ -15,7 +15,7 @@ LAYERS = [
     {"files"},
     {"auth", "schema", "wire"},
     {"config"},
-    {"checks", "compose", "provenance", "registry", "rundir"},
+    {"checks", "compose", "frozen", "provenance", "registry", "rundir"},
     {"filethread", "jobdir", "lease"},
     {"relay", "routing"},
     {"expert", "router"},

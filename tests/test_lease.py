@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from hpc_router import lease as lease_module
+from hpc_router import registry
 from hpc_router.filethread import FileThread
 from hpc_router.lease import Lease
 from hpc_router.registry import Kind, Reader, Record, State
@@ -70,15 +71,14 @@ async def test_while_the_file_system_hangs_work_goes_on_and_beats_do_not_pile_up
 ) -> None:
     monkeypatch.setattr(lease_module, "PATIENCE_S", HANG_S)
     hanging, beats = threading.Event(), list[int]()
-    publish = lease_module.publish
 
     def noting(folder: Path, value: Record) -> None:
         beats.append(value.beat or 0)
-        publish(folder, value)
+        registry.publish(folder, value)
 
     async with Lease(tmp_path, record(beat_s=0.001), files) as lease:
         files.post(hanging.wait)
-        monkeypatch.setattr(lease_module, "publish", noting)
+        monkeypatch.setattr("hpc_router.lease.publish", noting)
         await lease.update(state=State.DRAINING)
         before = lease.record.beat or 0
         await eventually(lambda: (lease.record.beat or 0) > before + 20)

@@ -2,24 +2,20 @@
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import Final, TypeVar
 
 T = TypeVar("T")
 GUARD_S: Final = 30.0
 
 
-async def eventually(condition: Callable[[], T | None | Awaitable[T | None]], *, within_s: float = GUARD_S) -> T:
+async def eventually(condition: Callable[[], T | None], *, within_s: float = GUARD_S) -> T:
     """What `condition` returns once it is true; fails when it is not in time."""
     deadline = time.monotonic() + within_s
-    while True:
-        value = condition()
-        if isinstance(value, Awaitable):
-            value = await value
-        if value:
-            return value
+    while not (value := condition()):
         assert time.monotonic() < deadline, f"not within {within_s} s: {condition}"
         await asyncio.sleep(0.01)
+    return value
 
 
 def eventually_sync(condition: Callable[[], T | None], *, within_s: float = GUARD_S) -> T:

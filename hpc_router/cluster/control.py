@@ -62,17 +62,17 @@ class Control:
         self.observer = Observer(run, self.launcher)
         self._told: set[str] = set()
 
-    def look(self) -> Pass:
-        """What a pass would do, without doing it."""
+    def look(self, *, clear: bool = False) -> Pass:
+        """What a pass would do, without doing it. `clear`: nothing at all may stay."""
         observed = self.observer.look()
-        return self.decide(desired_of(self.run, self.deployment), observed)
+        return self.decide(replace(desired_of(self.run, self.deployment), clear=clear), observed)
 
     def decide(self, desired: Desired, observed: Observed) -> Pass:
         return Pass(desired, observed, reconcile(desired, observed, time.time()))
 
-    def once(self) -> Pass:
+    def once(self, *, clear: bool = False) -> Pass:
         """One pass. A refused submission is in the result, as an exit record it counts as a failure of its slot."""
-        seen = self.look()
+        seen = self.look(clear=clear)
         self._drain([a.replica for a in seen.actions if isinstance(a, Drain)])
         self._cancel([a.replica for a in seen.actions if isinstance(a, Cancel)])
         self._kill([a.replica for a in seen.actions if isinstance(a, Kill)])
@@ -149,11 +149,13 @@ def run_loop(run: RunDir, *, while_leading: str | None = None, tied: bool = Fals
 
     `tied`: also until stdin ends, so that the loop goes with the process that holds the other end.
     """
-    control = Control(run)
-    pause_s = control.deployment.cluster.reconcile_s
+    control, configured = Control(run), run.config.exists()
     with _stop_event(tied=tied) as stop:
         while not stop.is_set():
+            pause_s = control.deployment.cluster.reconcile_s
             try:
+                if run.config.exists() and not configured:  # `up` has joined a run of external endpoints
+                    control, configured = Control(run), True
                 if while_leading is None or control.leads(while_leading):
                     control.once()
             except Exception:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from hpc_router import compose
+from hpc_router import frozen
 from hpc_router.cluster.reconcile import Desired
 from hpc_router.cluster.slots import Observed
 from hpc_router.config import Deployment
@@ -17,7 +17,7 @@ from hpc_router.rundir import RunDir
 
 def deployment_of(run: RunDir) -> Deployment:
     """The run's frozen config; an empty deployment for a run that only joins endpoints."""
-    return compose.read(run.config) if run.config.exists() else Deployment()
+    return frozen.read(run.config) if run.config.exists() else Deployment()
 
 
 def desired_of(run: RunDir, deployment: Deployment) -> Desired:

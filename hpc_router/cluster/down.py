@@ -4,6 +4,7 @@ The deadlines are the control loop's own (`reconcile`), so this only repeats pas
 stays in `desired.json`: a `down` that was cut off is finished by the next one or by any control loop.
 """
 
+import logging
 import os
 import time
 from contextlib import suppress
@@ -15,10 +16,13 @@ from hpc_router.cluster.control import Control, Pass
 from hpc_router.cluster.desired import take_down
 from hpc_router.cluster.launcher import JobState
 from hpc_router.cluster.slots import Attempt
-from hpc_router.errors import LaunchError
+from hpc_router.config import Deployment
+from hpc_router.errors import ConfigError, LaunchError
 from hpc_router.expert.scratch import sweep
 from hpc_router.registry import Kind
 from hpc_router.rundir import RunDir
+
+logger = logging.getLogger(__name__)
 
 POLL_S: Final = 0.1
 CLAIM_PATIENCE_S: Final = 5.0
@@ -38,14 +42,19 @@ class Silent:
 def down(run: RunDir, *, watcher: Watcher | None = None) -> int:
     """How many jobs were ended. Raises LaunchError for jobs of another host."""
     take_down(run)
-    return empty(Control(run), watcher=watcher or Silent())
+    try:
+        control = Control(run)
+    except ConfigError as error:  # another version's, or damaged: no reason to let jobs run
+        logger.warning("%s; its jobs are ended all the same", error)
+        control = Control(run, deployment=Deployment())
+    return empty(control, watcher=watcher or Silent())
 
 
 def empty(control: Control, *, watcher: Watcher) -> int:
     """Repeat passes until nothing lives, then remove what the dead left."""
     ended: set[str] = set()
     while True:
-        seen = control.once()
+        seen = control.once(clear=True)
         left = living(seen)
         _refuse_far(left)
         ended |= {attempt.replica for attempt in left}

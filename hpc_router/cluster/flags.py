@@ -14,6 +14,8 @@ from hpc_router.config import ExpertConfig
 from hpc_router.expert.engines import Place, build_engine, engine_environment
 
 TIMEOUT_S: Final = 120.0
+_FRAME: Final = " \t│|"
+"""Some parsers draw a box around what they say."""
 REFUSED: Final = 2
 """The exit status of an argument parser that refuses."""
 
@@ -68,5 +70,6 @@ def _ask(name: str, expert: ExpertConfig) -> tuple[int, str]:
         return 1, f"no answer within {TIMEOUT_S:g} s"
     except OSError as error:
         return 1, str(error)
-    lines = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()]
-    return done.returncode, lines[-1].strip() if lines else f"exit status {done.returncode}"
+    lines = [line.strip(_FRAME) for line in (done.stderr or done.stdout).splitlines()]
+    spoken = [line for line in lines if any(map(str.isalnum, line))]
+    return done.returncode, spoken[-1] if spoken else f"exit status {done.returncode}"

@@ -5,7 +5,7 @@ Rules, one slot at a time:
 2. Failures in a row wait longer and longer, then give up; a reason no restart can cure gives up at once. A job that was
    ready for a while starts the count again, and so does the user with `up` or `scale` (`Desired.forgiven`).
 3. A claim without a job is abandoned after a minute. A surplus job drains, then ends, then is killed.
-4. Slots with a letter in their name are nobody's business here, except when everything goes down.
+4. Slots with a letter in their name and routers are left to those who started them, except when all is cleared.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,11 +27,16 @@ KILL_AFTER_S: Final = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Desired:
-    """`replicas` per expert; `forgiven`: failures up to this generation of a slot no longer count."""
+    """`replicas` per expert; `forgiven`: failures up to this generation of a slot no longer count.
+
+    `down`: nothing is wanted. `clear`: whatever lives must go, as only the verb `down` says: a loop that still runs
+    must not end a router that somebody started after it.
+    """
 
     replicas: Mapping[str, int] = field(default_factory=dict)
     router: bool = False
     down: bool = False
+    clear: bool = False
     forgiven: Mapping[str, int] = field(default_factory=dict)
     max_failures: int = 3
     drain_s: float = 30.0
@@ -106,7 +111,7 @@ def reconcile(desired: Desired, observed: Observed, now: float) -> list[Action]:
     for slot in wanted:
         actions.extend(_fill(slot, observed.get(slot, ()), desired, now))
     for slot in sorted(set(observed) - set(wanted)):
-        if desired.down or (slot.ours and slot.expert != ROUTER):
+        if desired.clear or (slot.ours and slot.expert != ROUTER):
             actions.extend(_empty(observed[slot], desired, now))
     return actions
 

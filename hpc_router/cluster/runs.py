@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from hpc_router import compose
+from hpc_router import compose, frozen
 from hpc_router.cluster.plan import settled
 from hpc_router.config import Deployment
 from hpc_router.errors import ConfigError
@@ -43,7 +43,7 @@ class Target:
         made = not self.path.exists()
         run = make_run(self.path.resolve())  # `latest` may name another run soon
         if not freeze(run, self.deployment):
-            _refuse_difference(run, compose.read(run.config), self.deployment)
+            _refuse_difference(run, frozen.read(run.config), self.deployment)
         return run, made
 
 
@@ -53,10 +53,10 @@ def find_target(given: Path | None, overrides: Sequence[str], *, config_dir: Pat
     path = given or (Path(named) if named else None)
     if path is not None and (path / "config.yaml").exists():
         run = open_run(path)
-        frozen = compose.read(run.config)
+        base = frozen.read(run.config)
         if overrides or config_dir is not None:
-            _refuse_difference(run, frozen, wanted(frozen, overrides, config_dir=config_dir))
-        return Target(frozen, path)
+            _refuse_difference(run, base, wanted(base, overrides, config_dir=config_dir))
+        return Target(base, path)
     deployment = settled(compose.load_deployment(overrides, config_dir=config_dir))
     if path is not None:
         if path.exists() and any(path.iterdir()):
@@ -66,17 +66,17 @@ def find_target(given: Path | None, overrides: Sequence[str], *, config_dir: Pat
     return Target(deployment, latest if _holds(latest, deployment) else None)
 
 
-def wanted(frozen: Deployment, overrides: Sequence[str], *, config_dir: Path | None = None) -> Deployment:
+def wanted(base: Deployment, overrides: Sequence[str], *, config_dir: Path | None = None) -> Deployment:
     """What these overrides ask of a run that has a config: with a group among them the config they make, which should
     be that run's own; values alone go on top of it."""
-    if config_dir is not None or any(parse_override(text).key_or_group in compose.GROUPS for text in overrides):
+    if config_dir is not None or any(parse_override(text).key_or_group in frozen.GROUPS for text in overrides):
         return settled(compose.load_deployment(overrides, config_dir=config_dir))
-    return settled(compose.with_overrides(frozen, overrides))
+    return settled(compose.with_overrides(base, overrides))
 
 
 def freeze(run: RunDir, deployment: Deployment) -> bool:
     """Write `config.yaml`; False when the run has one."""
-    return create_text(run.config, compose.to_yaml(deployment))
+    return create_text(run.config, frozen.to_yaml(deployment))
 
 
 def latest_of(runs: Path) -> str | None:
@@ -105,7 +105,7 @@ def _new_run(deployment: Deployment) -> tuple[RunDir, bool]:
     runs = Path(deployment.runs)
     run = make_run(new_run_path(runs, deployment.name))
     freeze(run, deployment)
-    digest = hashlib.sha256(compose.to_yaml(deployment).encode()).hexdigest()[:16]
+    digest = hashlib.sha256(frozen.to_yaml(deployment).encode()).hexdigest()[:16]
     claim = run.path.parent / f".new-{digest}"
     while True:
         try:
@@ -131,13 +131,13 @@ def _new_run(deployment: Deployment) -> tuple[RunDir, bool]:
 
 def _holds(path: Path, deployment: Deployment) -> bool:
     try:
-        return compose.read(open_run(path).config) == deployment
+        return frozen.read(open_run(path).config) == deployment
     except ConfigError:
         return False
 
 
-def _refuse_difference(run: RunDir, frozen: Deployment, asked: Deployment) -> None:
-    keys = compose.differing_keys(frozen, asked)
+def _refuse_difference(run: RunDir, base: Deployment, asked: Deployment) -> None:
+    keys = frozen.differing_keys(base, asked)
     if keys:
         more = f" and {len(keys) - SHOWN_KEYS} more" if len(keys) > SHOWN_KEYS else ""
         raise ConfigError(

@@ -1,8 +1,8 @@
 """Brings a deployment up and waits until it serves.
 
-The plan is checked before anything is made. While no router leads, passes of the control loop run here; once one does,
-its own loop goes on and this only watches. Ctrl-C takes back what this call began; a deployment of which nothing can
-serve is taken down.
+The plan is checked before anything is made. Passes of the control loop run here until the endpoint serves; from then on
+the one beside the router goes on. Ctrl-C takes back what this call began; a deployment of which nothing can serve is
+taken down.
 """
 
 import threading
@@ -12,14 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Protocol
 
-from hpc_router.cluster.control import Control, Pass
+from hpc_router.cluster.control import Control
 from hpc_router.cluster.desired import desired_of, scaled, start_over
 from hpc_router.cluster.down import Silent, down
 from hpc_router.cluster.http import Unreachable, ask
 from hpc_router.cluster.interrupt import interrupt_event
 from hpc_router.cluster.launcher import JobState
 from hpc_router.cluster.plan import Plan, make_plan, taught
-from hpc_router.cluster.router_access import live_router
 from hpc_router.cluster.runs import Target, discard, latest_of
 from hpc_router.cluster.slots import ROUTER
 from hpc_router.cluster.view import ReplicaView, Standing, of_experts, views
@@ -97,8 +96,9 @@ class _Effort:
         start_over(run, observed)
 
     def wait(self, *, wait_all: bool, reporter: Reporter, interrupted: threading.Event) -> Served:
-        while True:
-            seen = self._step()
+        while not interrupted.is_set():
+            seen = self._control.once()  # a router's own loop may do the same: claims decide
+            self._submitted |= set(seen.submitted)
             if seen.desired.down:
                 raise LaunchError(f"{self._run.path} was taken down meanwhile")
             shown = views(seen, self._control.observer.records)
@@ -110,19 +110,11 @@ class _Effort:
             if reasons and not seen.submitted:
                 self._take_back()
                 raise LaunchError(reasons)
-            if interrupted.wait(POLL_S):
-                self._take_back()
-                if self._made:
-                    discard(self._run, before=self._made_over)
-                raise Interrupted
-
-    def _step(self) -> Pass:
-        """Act while no router's own loop does."""
-        if self._control.deployment.router.reconcile and live_router(self._run) is not None:
-            return self._control.look()
-        seen = self._control.once()
-        self._submitted |= set(seen.submitted)
-        return seen
+            interrupted.wait(POLL_S)
+        self._take_back()
+        if self._made:
+            discard(self._run, before=self._made_over)
+        raise Interrupted
 
     def _serving(self, shown: Sequence[ReplicaView], *, wait_all: bool) -> str | None:
         """The router's address once what was asked for holds."""
@@ -141,7 +133,9 @@ class _Effort:
 
     def _take_back(self) -> None:
         """Everything, where nothing ran before and the router is ours; else only what this call submitted."""
-        if self._fresh and any(split_replica(name)[0] == ROUTER for name in self._submitted):
+        if self._fresh and not self._submitted:
+            take_down(self._run)
+        elif self._fresh and any(split_replica(name)[0] == ROUTER for name in self._submitted):
             down(self._run, watcher=Silent())
             return
         launcher, mine = self._control.launcher, sorted(self._submitted)

@@ -19,7 +19,7 @@ from hpc_router.auth import new_token, replica_key
 from hpc_router.config import Deployment
 from hpc_router.errors import ConfigError, HpcRouterError, suggest
 from hpc_router.expert.engines import Engine, Failure, Place, build_engine, engine_environment, version_command
-from hpc_router.expert.gate import Gate, listening
+from hpc_router.expert.gate import Gate
 from hpc_router.expert.passthrough import ENGINE_LIMITS
 from hpc_router.expert.phases import Life
 from hpc_router.expert.process import Command
@@ -30,6 +30,7 @@ from hpc_router.filethread import FileThread
 from hpc_router.jobdir import Exit, JobDir, Phase, Reason
 from hpc_router.lease import PATIENCE_S, Lease
 from hpc_router.registry import Kind, Record, State, split_replica
+from hpc_router.relay.server import listening
 from hpc_router.relay.upstream import UpstreamClient
 from hpc_router.rundir import RunDir
 
@@ -108,7 +109,7 @@ class Agent:
             gate = self._make_gate(client)
             sock = stack.enter_context(bind(cluster.address))
             max_body = int((router.max_body_mb + 1) * _MIB)  # the router's limit comes first
-            await stack.enter_async_context(listening(gate, sock, max_body=max_body))
+            await stack.enter_async_context(listening(gate.handle, sock, max_body=max_body))
             record = self._record(sock, version=await self._version())
             self._files.post(partial(self._job.write, self._life.progress()))
             self._lease = await stack.enter_async_context(Lease(self._run.registry, record, self._files))

@@ -24,6 +24,7 @@ PR_SET_CHILD_SUBREAPER = 36
 PR_GET_CHILD_SUBREAPER = 37
 CANNOT_RUN = 127
 KILL_PAUSE_S = 0.01
+TRACKERS_S = 5.0
 NOTICED = (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 """Signals that don't end the guard: the agent decides when the engine ends. Only the first two are acted on."""
 
@@ -103,9 +104,15 @@ def _reap(engine: int) -> int | None:
 
 
 def kill_descendants() -> None:
-    """SIGKILL, again and again, until none is left: orphans come to us, and new ones may be born meanwhile."""
+    """SIGKILL, again and again, until none is left: orphans come to us, and new ones may be born meanwhile.
+
+    Python's resource trackers go last: once all others are gone they remove their shared memory and end by themselves.
+    """
+    trackers_until = time.monotonic() + TRACKERS_S
     while True:
         for pid in descendants(os.getpid()):
+            if time.monotonic() < trackers_until and _is_tracker(pid):
+                continue
             try:
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:
@@ -116,6 +123,13 @@ def kill_descendants() -> None:
         except ChildProcessError:
             return
         time.sleep(KILL_PAUSE_S)
+
+
+def _is_tracker(pid: int) -> bool:
+    try:
+        return b"multiprocessing.resource_tracker" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
 
 
 def descendants(root: int) -> list[int]:

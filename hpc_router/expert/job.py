@@ -16,7 +16,7 @@ from typing import Final
 
 import uvloop
 
-from hpc_router import compose
+from hpc_router import frozen
 from hpc_router.config import Deployment
 from hpc_router.errors import HpcRouterError
 from hpc_router.expert.agent import Agent
@@ -62,7 +62,7 @@ def file_thread(job: JobDir) -> Iterator[FileThread]:
 
 async def _live(run: RunDir, replica: str, deployment: Deployment | None, files: FileThread) -> int:
     try:
-        agent = Agent(run, replica, deployment or compose.read(run.config), files=files, environment=os.environ)
+        agent = Agent(run, replica, deployment or frozen.read(run.config), files=files, environment=os.environ)
     except HpcRouterError as error:
         logger.error("%s", error)
         JobDir(run, replica).write(Exit(ok=False, reason=Reason.BAD_OPTION, message=str(error)))

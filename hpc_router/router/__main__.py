@@ -5,7 +5,7 @@ import logging
 import sys
 from pathlib import Path
 
-from hpc_router import compose
+from hpc_router import frozen
 from hpc_router.errors import HpcRouterError
 from hpc_router.jobdir import JobDir
 from hpc_router.router.service import main as serve
@@ -24,7 +24,7 @@ def main() -> int:
             level=logging.INFO,
             format="%(asctime)s %(levelname)s %(name)s: %(message)s",
         )
-        return serve(run, compose.read(run.config), replica=arguments.replica)
+        return serve(run, frozen.read(run.config), replica=arguments.replica)
     except HpcRouterError as error:
         logging.getLogger(__name__).error("%s", error)
         sys.stderr.write(f"{error}\n")

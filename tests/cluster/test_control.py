@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from hpc_router import compose, registry
+from hpc_router import frozen, registry
 from hpc_router.cluster import control as control_module
 from hpc_router.cluster import desired
 from hpc_router.cluster.control import Control
@@ -46,7 +46,7 @@ def control(run: RunDir, service: Path, launcher: LocalLauncher, monkeypatch: py
     deployment = Deployment(experts={name: ExpertConfig(model="m", engine=sim) for name in ("math", "code")})
     deployment.policy.kind = "model_field"
     deployment.cluster = replace(deployment.cluster, drain_s=0.1)
-    run.config.write_text(compose.to_yaml(deployment))
+    run.config.write_text(frozen.to_yaml(deployment))
     return Control(run)
 
 
@@ -92,7 +92,8 @@ def test_a_killed_job_is_replaced_and_its_record_removed(run: RunDir, control: C
 
 
 def test_loops_at_once_submit_each_job_once(run: RunDir, control: Control, launcher: LocalLauncher) -> None:
-    start, submitted = threading.Barrier(6), []
+    start = threading.Barrier(6)
+    submitted: list[str] = []
 
     def loop() -> None:
         own = Control(run, launcher=launcher)

@@ -1,18 +1,20 @@
 """A whole deployment with simulated engines: routed, broken on purpose, scaled, taken down."""
 
 import asyncio
+import base64
 import json
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import openai
 import pytest
 
 from hpc_router.registry import split_replica
 from tests.e2e.deployment import Deployed, cli, deployed, kill
-from tests.waiting import eventually, eventually_sync
+from tests.waiting import eventually_sync
 
 pytestmark = pytest.mark.e2e
 
@@ -172,11 +174,11 @@ async def test_only_the_killed_replicas_streams_fail_and_capacity_returns(sim: D
         ready = sim.ready("math")
         return len(ready) == 2 and slot in [split_replica(r)[:2] for r in ready]
 
-    await eventually(lambda: asyncio.to_thread(back))
+    await asyncio.to_thread(eventually_sync, back)
     if victim == "engine":
         assert sim.progress(target)["restarts"] >= 1
         assert sim.progress(target)["reason"] == "killed"
-    await eventually(lambda: asyncio.to_thread(gauges_are_zero, sim))
+    await asyncio.to_thread(eventually_sync, lambda: gauges_are_zero(sim))
 
 
 def test_a_killed_router_is_brought_back_by_up_and_the_experts_stay(sim: Deployed) -> None:
@@ -232,3 +234,36 @@ def test_an_external_endpoint_joins_and_leaves(sim: Deployed, tmp_path: Path) ->
         assert ask(client, "hi", model="numbers")[1]["x-expert"] == "numbers"
         sim.verb("unregister", "--expert", "numbers")
         eventually_sync(lambda: "numbers" not in [m.id for m in client.models.list()])
+
+
+def test_the_clients_bytes_reach_the_engine(sim: Deployed) -> None:
+    """Through router and agent: byte for byte what was sent, by name and by `auto`."""
+    for model in ("math", "auto"):
+        template = (
+            '{"x_new":  {"a": 1.0e2},"messages":[{"content":"QUESTION \\u00e9 é","role":"user"}],\n "model" : "MODEL" }'
+        )
+        body = template.replace("QUESTION", PROMPTS["math"]).replace("MODEL", model).encode()
+        headers = {"authorization": f"Bearer {sim.token}", "content-type": "application/json"}
+        with urllib.request.urlopen(urllib.request.Request(f"{sim.url}/v1/chat/completions", body, headers)) as answer:
+            assert answer.headers["x-simulated"] == "true"
+        sockets = sim.scratch.glob("*/*/engine.sock")
+        assert base64.b64encode(body).decode() in [last_body(socket) for socket in sockets]
+
+
+def last_body(socket_path: Path) -> str:
+    """What the simulated engine received last, in base64."""
+
+    async def ask() -> str:
+        async with (
+            aiohttp.ClientSession(connector=aiohttp.UnixConnector(str(socket_path))) as session,
+            session.get("http://engine/sim/last?n=1") as response,
+        ):
+            received = (await response.json())["requests"]
+        return str(received[-1]["body_base64"]) if received else ""
+
+    return asyncio.run(ask())
+
+
+def test_after_all_of_it_every_gauge_is_zero(sim: Deployed) -> None:
+    eventually_sync(lambda: gauges_are_zero(sim))
+    assert all(r["in_flight"] == 0 for e in sim.status()["experts"].values() for r in e["replicas"])

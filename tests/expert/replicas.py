@@ -12,7 +12,7 @@ from typing import Any
 
 import aiohttp
 
-from hpc_router import compose, wire
+from hpc_router import frozen, wire
 from hpc_router.auth import replica_key
 from hpc_router.config import ClusterConfig, Deployment, EngineConfig, ExpertConfig, PolicyConfig
 from hpc_router.jobdir import JobDir, Phase, Progress
@@ -84,7 +84,7 @@ class Replica:
 @asynccontextmanager
 async def replica(run: RunDir, configured: Deployment) -> AsyncIterator[Replica]:
     """A started agent; killed at the end if it still runs."""
-    run.config.write_text(compose.to_yaml(configured))
+    run.config.write_text(frozen.to_yaml(configured))
     argv = [sys.executable, "-m", "hpc_router.expert", "--run", str(run.path), "--replica", REPLICA]
     process = await asyncio.create_subprocess_exec(*argv)
     try:

@@ -15,10 +15,11 @@ import pytest
 from hpc_router import wire
 from hpc_router.auth import challenge_answer
 from hpc_router.expert.agent import bind
-from hpc_router.expert.gate import HEADROOM, Gate, listening
+from hpc_router.expert.gate import HEADROOM, Gate
 from hpc_router.expert.passthrough import ENGINE_LIMITS
 from hpc_router.expert.sim import SimEngine
 from hpc_router.registry import State
+from hpc_router.relay.server import listening
 from hpc_router.relay.upstream import UpstreamClient
 from tests.expert.sim.calls import GUARD_S, INSTANT, JsonObject, chat, faulty
 from tests.waiting import eventually
@@ -54,7 +55,7 @@ async def running(
         aiohttp.ClientSession(f"http://127.0.0.1:{sock.getsockname()[1]}", headers=headers) as session,
     ):
         gate = Gate("math-0.g1", KEY, capacity, client, ("sim", "auto"), lists, drains.append, state=State.READY)
-        async with listening(gate, sock, max_body=BODY_LIMIT):
+        async with listening(gate.handle, sock, max_body=BODY_LIMIT):
             yield Running(engine, gate, session, drains)
             await session.close()
         assert gate.in_flight == 0

@@ -38,6 +38,16 @@ signal.pause()
 """
 
 
+SHARED_MEMORY = """
+import os, signal, sys
+from multiprocessing.shared_memory import SharedMemory
+memory = SharedMemory(create=True, size=4096)
+sys.stderr.write(memory.name + "\\n")
+sys.stderr.flush()
+signal.pause()
+"""
+
+
 @dataclass
 class Guarded:
     guard: subprocess.Popen[bytes]
@@ -136,6 +146,23 @@ def test_other_signals_end_neither_guard_nor_engine(number: signal.Signals, tmp_
         tree.guard.send_signal(number)
         tree.guard.terminate()
         assert tree.guard.wait(GUARD_S) == 128 + signal.SIGTERM
+
+
+def test_shared_memory_of_a_killed_engine_is_removed() -> None:
+    guard = subprocess.Popen(
+        [sys.executable, "-I", "-S", str(GUARD), "--", sys.executable, "-c", SHARED_MEMORY],
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+    )
+    with guard:
+        assert guard.stderr is not None
+        memory = Path("/dev/shm") / guard.stderr.readline().decode().strip()
+        assert memory.exists()
+        assert guard.stdin is not None
+        guard.stdin.close()
+        assert guard.wait(GUARD_S) == 128 + signal.SIGKILL
+    assert not memory.exists()
 
 
 def test_no_program() -> None:

@@ -21,6 +21,7 @@ KEEP_ALIVE_S: Final = 3600
 _CHECK: Final = Path(__file__).with_name("inside") / "check_vllm.py"
 _SIGNS: Final = (
     *signs(
+        (r"died unexpectedly \(exit code: -9\)", Reason.KILLED),  # a worker; the server itself then ends with status 0
         (r"No available memory for the cache blocks|Free memory on device .* is less than", Reason.OUT_OF_MEMORY),
         (r"KV cache is needed, which is larger than the available KV cache memory", Reason.OUT_OF_MEMORY),
         (r"Available memory on node .* is less than requested memory for kv", Reason.OUT_OF_MEMORY),
@@ -109,7 +110,10 @@ class VllmEngine:
             "VLLM_CACHE_ROOT": str(place.cache / "vllm"),
             "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": str(KEEP_ALIVE_S),
             "VLLM_NO_USAGE_STATS": "1",
+            "DO_NOT_TRACK": "1",
         }
+        if self.config.resources.nodes == 1:
+            environment["VLLM_HOST_IP"] = "127.0.0.1"  # nothing of its inner traffic leaves the node
         if self.options.device == "cpu":
             environment["VLLM_CPU_KVCACHE_SPACE"] = str(self.options.kv_cache_gb)
             if self.config.engine.threads is not None:

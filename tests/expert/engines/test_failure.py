@@ -16,6 +16,7 @@ AFTER = [
 
 SAFETENSORS = "safetensors._safetensors_rust.SafetensorError: Error while deserializing header: "
 VLLM = [
+    (Reason.KILLED, "Worker proc VllmWorker-0 died unexpectedly (exit code: -9), shutting down executor."),
     (Reason.OUT_OF_MEMORY, "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 896.00 MiB."),
     (Reason.OUT_OF_MEMORY, "ValueError: No available memory for the cache blocks."),
     (Reason.OUT_OF_MEMORY, "'Available memory on node 0 (12.23/14.84 GiB) is less than requested memory for kv'"),

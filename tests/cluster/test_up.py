@@ -1,0 +1,267 @@
+"""`up` and `down` as a user has them: real agents with simulated engines, interrupted, repeated, refused, failing."""
+
+import json
+import os
+import pty
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.processes import with_word
+from tests.waiting import eventually_sync
+
+pytestmark = pytest.mark.e2e
+
+TOPOLOGY = """# @package _global_
+defaults:
+  - override /policy: model_field
+  - _self_
+experts:
+  a: {model: m, engine: {kind: sim}}
+  b: {model: m, engine: {kind: sim}}
+policy: {fallback: a}
+cluster: {reconcile_s: 0.3, beat_s: 0.5}
+"""
+BROKEN = "experts.b.engine.options.extra.nope=1"
+SLOW = "experts.{}.engine.options.load_s=1000"
+
+
+@dataclass
+class Place:
+    """A folder to work in, with a small topology of the user's own."""
+
+    folder: Path
+    scratch: Path
+
+    def words(self, verb: str, *arguments: str) -> list[str]:
+        extra = ["--config-dir", "conf", "topology=small", f"cluster.scratch={self.scratch}"] if verb == "up" else []
+        return [sys.executable, "-m", "hpc_router.cli", verb, *extra, *arguments]
+
+    def run(self, verb: str, *arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            self.words(verb, *arguments), cwd=self.folder, capture_output=True, text=True, timeout=120, check=False
+        )
+        assert done.returncode == code, f"{arguments}: {done.returncode}\n{done.stdout}\n{done.stderr}"
+        return done
+
+    def start(self, verb: str, *arguments: str) -> "subprocess.Popen[str]":
+        return subprocess.Popen(
+            self.words(verb, *arguments),
+            cwd=self.folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    @property
+    def runs(self) -> list[str]:
+        return sorted(p.name for p in (self.folder / "runs").glob("*") if p.name != "latest")
+
+    def jobs(self, run: str) -> list[str]:
+        return sorted(p.name for p in (self.folder / run / "jobs").glob("*"))
+
+    def processes(self) -> list[int]:
+        return with_word(str(self.folder)) + with_word(str(self.scratch))
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Iterator[Place]:
+    topology = tmp_path / "conf" / "topology" / "small.yaml"
+    topology.parent.mkdir(parents=True)
+    topology.write_text(TOPOLOGY)
+    scratch = Path(tempfile.mkdtemp(prefix="hpcr-", dir="/tmp"))
+    place = Place(tmp_path, scratch)
+    yield place
+    for run in {*tmp_path.glob("runs/*"), tmp_path / "run"}:
+        if (run / "registry").is_dir():
+            place.run("down", "--run", str(run))
+    eventually_sync(lambda: not place.processes())
+    shutil.rmtree(scratch)
+
+
+def test_up_again_and_down_again(place: Place) -> None:
+    first = place.run("up", "--wait", "all")
+    assert "serving at http://127.0.0.1:" in first.stdout
+    run = f"runs/{place.runs[0]}"
+    jobs = place.jobs(run)
+    assert jobs == ["a-0.g1", "b-0.g1", "router-0.g1"]
+    again = place.run("up")
+    assert again.stdout.splitlines()[0] == first.stdout.splitlines()[0]
+    assert place.jobs(run) == jobs
+    assert len(place.runs) == 1
+    refused = place.run("up", "--run", run, "experts.a.replicas=3", code=2)
+    assert "frozen and differs in experts.a.replicas" in refused.stderr
+    place.run("up", "--run", run)
+    status = json.loads(place.run("status", "--json").stdout)
+    assert {name: e["ready"] for name, e in status["experts"].items()} == {"a": 1, "b": 1}
+    assert "[a, " in place.run("chat", "hello").stderr
+    assert json.loads(place.run("route", "hello", "--json").stdout)["expert"] == "a"
+    assert place.run("url").stdout.strip() == status["router"]["url"]
+    assert "a-0.g1 |" in place.run("logs", "a").stdout
+    assert json.loads(place.run("why", "--json").stdout) == []
+    assert "3 jobs ended" in place.run("down").stdout
+    assert "nothing ran" in place.run("down").stdout
+    assert not place.processes()
+    stopped = json.loads(place.run("status", "--json").stdout)
+    assert stopped["down"]
+    assert stopped["router"]["url"] is None
+    place.run("up", "--wait", "all")  # the same run again, with new generations
+    assert place.jobs(run) == sorted([*jobs, "a-0.g2", "b-0.g2", "router-0.g2"])
+    assert len(place.runs) == 1
+
+
+def test_two_at_once_are_one(place: Place) -> None:
+    both = [place.start("up", "--wait", "all") for _ in range(2)]
+    said = [process.communicate(timeout=120) for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert said[0][0].splitlines()[0] == said[1][0].splitlines()[0]
+    assert len(place.runs) == 1
+    assert place.jobs(f"runs/{place.runs[0]}") == ["a-0.g1", "b-0.g1", "router-0.g1"]
+    assert sorted(p.name for p in (place.folder / "runs").iterdir() if p.name.startswith(".")) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_up_leaves_nothing(place: Place, number: signal.Signals) -> None:
+    up = place.start("up", SLOW.format("a"), SLOW.format("b"))
+    assert up.stderr is not None
+    while "loading" not in (line := up.stderr.readline()):
+        assert line, "up ended"
+    os.killpg(up.pid, number)
+    _, said = up.communicate(timeout=60)
+    assert up.returncode == 130, said
+    assert "interrupted" in said
+    assert not place.processes()
+    assert not (place.folder / "runs").exists()
+    assert [p for p in place.scratch.rglob("*") if not p.is_dir()] == []
+
+
+def test_ctrl_c_in_a_terminal(place: Place) -> None:
+    """The key itself, with the live table on the screen; a run that was there before stays, as it was."""
+    place.run("register", "--run", "run", "--expert", "big", "--url", "http://127.0.0.1:1", "--model", "m")
+    leader, follower = pty.openpty()
+    up = subprocess.Popen(
+        [*place.words("up", "--run", "run", SLOW.format("a"), "--wait", "all")],
+        cwd=place.folder,
+        stdin=follower,
+        stdout=follower,
+        stderr=follower,
+        preexec_fn=_take_terminal,
+    )
+    os.close(follower)
+    screen = b""
+    while b"ready" not in screen:
+        screen += os.read(leader, 4096)
+    os.write(leader, b"\x03")
+    while True:
+        try:
+            screen += os.read(leader, 4096)
+        except OSError:  # the terminal's last user has gone
+            break
+    os.close(leader)
+    assert up.wait(60) == 130, screen.decode()
+    eventually_sync(lambda: not place.processes())
+    assert sorted(p.name for p in (place.folder / "run" / "registry").iterdir()) == ["big-x0.g1.json"]
+
+
+def _take_terminal() -> None:
+    """A session of its own, with stdin as its terminal."""
+    import fcntl
+    import termios
+
+    os.setsid()
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
+def test_a_deployment_of_which_nothing_can_serve_is_taken_down(place: Place) -> None:
+    done = place.run("up", BROKEN, "experts.a.engine.options.extra.nope=1", code=1)
+    assert "nothing can serve" in done.stderr
+    assert "a-0.g1: bad_option" in done.stderr
+    assert not place.processes()
+    causes = {c["replica"]: c for c in json.loads(place.run("why", "--json").stdout)}
+    assert causes["a-0.g1"]["reason"] == "bad_option"
+    assert any("nope" in line for line in causes["a-0.g1"]["log"])
+    assert "edit the option" in causes["a-0.g1"]["advice"]
+
+
+def test_a_part_that_fails_is_told_and_the_rest_serves(place: Place) -> None:
+    done = place.run("up", "--wait", "all", BROKEN, code=1)
+    assert "serving at" in done.stdout
+    assert "b-0.g1 failed; the others serve" in done.stderr
+    status = json.loads(place.run("status", "--json").stdout)
+    assert [r["state"] for r in status["experts"]["b"]["replicas"]] == ["failed"]
+    assert status["experts"]["a"]["ready"] == 1
+    assert "unrecognized arguments: --nope" in place.run("why", "b").stdout
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("experts.a.engine.kind=vlm", "'vllm'?"),
+        ("experts.a.engine.python=/no/python", "experts.a.engine.python=/no/python: not an executable"),
+        ("policy.fallback=c", "no expert is named 'c'"),
+    ],
+)
+def test_a_refused_config_makes_nothing(place: Place, override: str, said: str) -> None:
+    assert said in place.run("up", override, code=2).stderr
+    assert sorted(p.name for p in place.folder.iterdir()) == ["conf"]
+
+
+def test_another_config_is_another_run(place: Place) -> None:
+    """And an interrupted second one gives `latest` back to the first."""
+    place.run("up")
+    latest = (place.folder / "runs" / "latest").readlink()
+    up = place.start("up", SLOW.format("a"), SLOW.format("b"))
+    eventually_sync(lambda: len(place.runs) == 2 and (place.folder / "runs" / "latest").readlink() != latest)
+    os.killpg(up.pid, signal.SIGINT)
+    up.communicate(timeout=60)
+    assert up.returncode == 130
+    assert (place.folder / "runs" / "latest").readlink() == latest
+    assert len(place.runs) == 1
+    assert json.loads(place.run("status", "--json").stdout)["router"]["answers"]
+
+
+def test_scale(place: Place) -> None:
+    place.run("up", "--wait", "all")
+    assert place.run("scale", "a=2", "b=0").stdout.split() == ["a=2", "b=0"]
+
+    def ready() -> dict[str, int]:
+        status = json.loads(place.run("status", "--json").stdout)
+        return {name: len(e["replicas"]) and e["ready"] for name, e in status["experts"].items()}
+
+    eventually_sync(lambda: ready() == {"a": 2, "b": 0})
+    assert "no expert is named 'c'" in place.run("scale", "c=1", code=2).stderr
+    assert "not EXPERT=N" in place.run("scale", "a=x", code=2).stderr
+
+
+def test_a_router_and_an_expert_by_hand(place: Place) -> None:
+    """`launch.router` and `launch.expert` join one run without `up`; each drains on Ctrl-C."""
+    overrides = ["--config-dir", "conf", "topology=small", f"cluster.scratch={place.scratch}"]
+
+    def launch(name: str, *words: str) -> "subprocess.Popen[bytes]":
+        command = [sys.executable, "-m", f"launch.{name}", "run=run", *words, *overrides]
+        return subprocess.Popen(command, cwd=place.folder, stderr=subprocess.DEVNULL, start_new_session=True)
+
+    both = [launch("router"), launch("expert", "name=a", "experts.a.engine.options.ttft_ms=1")]
+    try:
+        eventually_sync(lambda: "a-h0.g1" in _ready(place))
+        assert "[a, named, a-h0.g1]" in place.run("chat", "--run", "run", "--model", "a", "hello").stderr
+    finally:
+        for process in reversed(both):
+            process.send_signal(signal.SIGINT)
+            assert process.wait(30) == 0
+    assert list((place.folder / "run" / "registry").iterdir()) == []
+
+
+def _ready(place: Place) -> list[str]:
+    if not (place.folder / "run" / "registry").is_dir():
+        return []
+    experts = json.loads(place.run("status", "--run", "run", "--json").stdout)["experts"]
+    return [r["replica"] for e in experts.values() for r in e["replicas"] if r["state"] == "ready"]

@@ -1,0 +1,323 @@
+"""The command line as a stranger meets it: help, wrong words, absent runs, exit statuses; nothing is deployed."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import pytest
+
+from hpc_router.cli import VERBS, main
+from hpc_router.jobdir import Exit, JobDir, JobInfo, Reason
+from hpc_router.rundir import make_run, open_run
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("HPC_ROUTER_RUN", raising=False)
+    return tmp_path
+
+
+class Said:
+    """Status and output of one call."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str], *words: str) -> None:
+        try:
+            self.status = main(list(words))
+        except SystemExit as end:  # argparse
+            self.status = int(end.code or 0)
+        self.out, self.err = capsys.readouterr()
+
+
+def test_help_lists_what_works(capsys: pytest.CaptureFixture[str]) -> None:
+    said = Said(capsys, "--help")
+    assert said.status == 0
+    assert all(f"    {verb}" in said.out for verb in VERBS)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_explains_itself(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    said = Said(capsys, verb, "--help")
+    assert said.status == 0
+    assert f"hpc-router {verb}" in said.out.partition("examples:")[2] or verb in ("url", "token")
+    assert "--run DIR" in said.out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "required: VERB"),
+        (["nope"], "invalid choice: 'nope'"),
+        (["up", "--nope"], "unknown argument: --nope"),
+        (["status", "extra"], "unknown argument: extra"),
+        (["logs", "-n", "x"], "'x' is not a whole number"),
+        (["status"], "there is no run directory runs/latest"),
+        (["down", "--run", "nope"], "there is no run directory nope"),
+        (["plan", "topology=nope"], "topology=nope: no such config"),
+        (["plan", "--config-dir", "nope"], "--config-dir nope: no such folder"),
+        (["plan", "router.prot=1", "--json"], "did you mean 'port'?"),
+        (["up", "--wait", "all", "router.port=x"], "'x' is not a whole number"),
+        (["unregister"], "needs a REPLICA or --expert"),
+        (["register", "--run", "new", "--expert", "auto", "--url", "http://h:1"], "cannot name an expert"),
+        (["register", "--run", "new", "--expert", "m", "--url", "h:1"], "not an endpoint's address"),
+        (["register", "--run", "new", "--expert", "m", "--url", "http://u:p@h:1"], "not an endpoint's address"),
+        (["register", "--run", "new", "--expert", "m", "--url", "http://h:99999"], "not an endpoint's address"),
+        (["register", "--run", "new", "--expert", "m", "--url", "http://h", "--token-file", "no"], "cannot be read"),
+    ],
+)
+def test_what_the_user_must_edit(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str], elsewhere: Path
+) -> None:
+    """Status 2, one line, and nothing made."""
+    said = Said(capsys, *words)
+    assert said.status == 2
+    assert message in said.err
+    assert said.err.startswith("hpc-router: ")
+    assert said.err.count("\n") == 1
+    assert said.out == ""
+    assert list(elsewhere.iterdir()) == []
+
+
+@pytest.mark.parametrize("words", [["url"], ["route", "hi"], ["chat", "hi"]])
+def test_without_a_router_a_verb_fails(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    make_run(Path("run"))
+    said = Said(capsys, words[0], "--run", "run", *words[1:])
+    assert said.status == 1
+    assert "no router serves" in said.err
+
+
+def test_an_empty_run(capsys: pytest.CaptureFixture[str]) -> None:
+    """Every watching verb has an answer, `down` is content."""
+    make_run(Path("run"))
+    for verb in ("status", "logs", "why", "reconcile", "down"):
+        assert Said(capsys, verb, "--run", "run").status == 0, verb
+    assert Said(capsys, "logs", "--run", "run", "math").status == 2
+    assert Said(capsys, "why", "--run", "run", "math").status == 2
+
+
+def test_the_token_is_printed_alone(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(Path("run"))
+    assert Said(capsys, "token", "--run", "run").out == run.token() + "\n"
+    monkeypatch.setenv("HPC_ROUTER_RUN", "run")
+    assert Said(capsys, "token").out == run.token() + "\n"
+
+
+def test_plan_makes_nothing(capsys: pytest.CaptureFixture[str], elsewhere: Path) -> None:
+    said = Said(capsys, "plan", "topology=sim", "experts.math.replicas=2", "--json")
+    value = json.loads(said.out)
+    assert [r["replica"] for r in value["replicas"] if r["expert"] == "math"] == ["math-0.g1", "math-1.g1"]
+    assert value["replicas"][0]["replica"] == "router-0.g1"
+    text = Said(capsys, "plan", "topology=sim").out
+    assert "--served-model-name law auto" in text
+    assert list(elsewhere.iterdir()) == []
+
+
+def test_overrides_may_stand_between_options(capsys: pytest.CaptureFixture[str]) -> None:
+    value = json.loads(Said(capsys, "plan", "topology=sim", "--json", "experts.law.replicas=0", "~experts.code").out)
+    assert {r["expert"] for r in value["replicas"]} == {None, "math", "medicine", "generalist"}
+
+
+def test_logs_of_a_job_that_never_began(capsys: pytest.CaptureFixture[str]) -> None:
+    """submitit's own output is all there is; `-n` counts."""
+    job = JobDir(make_run(Path("run")), "math-0.g1")
+    job.claim()
+    (job.path / "12_0_log.err").write_text("one\ntwo\nthree\n")
+    assert Said(capsys, "logs", "--run", "run", "math", "-n", "2").out == "math-0.g1 | two\nmath-0.g1 | three\n"
+
+
+def test_logs_follow(elsewhere: Path) -> None:
+    """New lines, and files that come later; what is half a line waits."""
+    run = make_run(elsewhere / "run")
+    job = JobDir(run, "math-0.g1")
+    job.claim()
+    job.agent_log.write_text("before\n")
+    command = [sys.executable, "-m", "hpc_router.cli", "logs", "--run", "run", "-f"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as follower:
+        assert follower.stdout is not None
+        assert follower.stdout.readline() == "math-0.g1 | before\n"
+        with job.agent_log.open("a") as log:
+            log.write("after\nhal")
+            log.flush()
+            assert follower.stdout.readline() == "math-0.g1 | after\n"
+            log.write("f\n")
+        assert follower.stdout.readline() == "math-0.g1 | half\n"
+        job.engine_log.write_text("engine\n")
+        assert follower.stdout.readline() == "math-0.g1 | engine\n"
+        follower.terminate()
+
+
+def test_why_of_a_failed_job(capsys: pytest.CaptureFixture[str]) -> None:
+    run = make_run(Path("run"))
+    run.config.write_text(
+        "experts: {math: {model: m, engine: {kind: sim}}}\npolicy: {kind: model_field}\ncluster: {max_failures: 1}\n"
+    )
+    job = JobDir(run, "math-0.g1")
+    job.claim()
+    job.write(JobInfo(job_id="1", host=os.uname().nodename, start_ticks=-1))
+    job.write(Exit(ok=False, reason=Reason.OUT_OF_MEMORY, message="CUDA out of memory"))
+    job.engine_log.write_text("loading\nCUDA out of memory\n")
+    said = Said(capsys, "why", "--run", "run", "math")
+    assert "math-0.g1  failed" in said.out
+    assert "out_of_memory: CUDA out of memory" in said.out
+    assert "| loading" in said.out
+    assert "do: give it more memory" in said.out
+    status = json.loads(Said(capsys, "status", "--run", "run", "--json").out)
+    assert (
+        status["experts"]["math"]["replicas"][0] | {"state": "failed", "reason": "out_of_memory"}
+        == (status["experts"]["math"]["replicas"][0])
+    )
+
+
+@contextmanager
+def endpoint(body: Any, *, status: int = 200, token: str | None = None) -> Iterator[str]:
+    """A server whose `/v1/models` says this."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            allowed = token is None or self.headers.get("authorization") == f"Bearer {token}"
+            content = json.dumps(body).encode()
+            self.send_response(status if allowed and self.path == "/v1/models" else 401)
+            self.send_header("content-length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def models(*names: str) -> dict[str, Any]:
+    return {"object": "list", "data": [{"id": name} for name in names]}
+
+
+def record(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
+    said = Said(capsys, "register", "--run", "run", "--json", *words)
+    assert said.status == 0, said.err
+    value: dict[str, Any] = json.loads(said.out)
+    assert value == json.loads((Path("run") / "registry" / f"{value['replica']}.json").read_text())
+    return value
+
+
+@pytest.mark.parametrize("suffix", ["", "/", "/v1", "/v1/"])
+def test_register_makes_a_run_and_asks_the_model(suffix: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with endpoint(models("big-70b")) as url:
+        value = record(capsys, "--expert", "big", "--url", url + suffix)
+    assert (value["replica"], value["url"], value["kind"]) == ("big-x0.g1", url, "external")
+    assert value["serves"] == {"big": "big-70b"}
+    assert [value[key] for key in ("beat", "nonce", "expires_at")] == [None, None, None]
+    open_run(Path("run"))
+
+
+def test_register_again_updates_and_another_address_adds(capsys: pytest.CaptureFixture[str]) -> None:
+    first = ["--expert", "big", "--url", "http://127.0.0.1:1"]
+    assert record(capsys, *first, "--model", "a")["replica"] == "big-x0.g1"
+    again = record(capsys, *first, "--model", "b")
+    assert (again["replica"], again["serves"]) == ("big-x0.g1", {"big": "b"})
+    assert record(capsys, "--expert", "big", "--url", "http://127.0.0.1:2", "--model", "a")["replica"] == "big-x1.g1"
+    assert record(capsys, "--expert", "law", "--url", "http://127.0.0.1:1", "--model", "a")["replica"] == "law-x0.g1"
+    assert Said(capsys, "unregister", "--run", "run", "--expert", "big").out == "big-x0.g1\nbig-x1.g1\n"
+    assert Said(capsys, "unregister", "--run", "run", "big-x0").status == 2
+    assert Said(capsys, "unregister", "--run", "run", "law-x0").out == "law-x0.g1\n"
+
+
+def test_register_with_a_token(capsys: pytest.CaptureFixture[str]) -> None:
+    """Kept in a file of its own, replaced by a newer one, removed with the endpoint; never in the record."""
+    Path("f").write_text("hunter2\n")
+    with endpoint(models("m"), token="hunter2") as url:
+        value = record(capsys, "--expert", "big", "--url", url, "--token-file", "f")
+        assert value["serves"] == {"big": "m"}
+        assert "hunter2" not in json.dumps(value)
+        run = open_run(Path("run"))
+        assert run.external_token("big-x0.g1") == "hunter2"
+        Path("f").write_text("hunter3")
+        said = Said(capsys, "register", "--run", "run", "--expert", "big", "--url", url, "--token-file", "f")
+        assert "401" in said.err
+        assert run.external_token("big-x0.g1") == "hunter3"
+    Said(capsys, "unregister", "--run", "run", "big-x0")
+    assert run.external_token("big-x0.g1") is None
+
+
+def test_register_where_several_models_are(capsys: pytest.CaptureFixture[str], elsewhere: Path) -> None:
+    with endpoint(models("a", "b")) as url:
+        said = Said(capsys, "register", "--run", "run", "--expert", "big", "--url", url)
+    assert said.status == 2
+    assert "--model (valid: a, b)" in said.err
+    assert list(elsewhere.iterdir()) == []
+
+
+@pytest.mark.parametrize(("body", "status"), [({"data": 3}, 200), ([], 200), ("x", 200), (models("a"), 500)])
+def test_register_what_does_not_tell(body: Any, status: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """A warning; the router asks again."""
+    with endpoint(body, status=status) as url:
+        said = Said(capsys, "register", "--run", "run", "--expert", "big", "--url", url)
+    assert said.status == 0
+    assert "warning" in said.err
+    assert "model not known yet" in said.out
+
+
+def test_register_what_is_away(capsys: pytest.CaptureFixture[str]) -> None:
+    said = Said(capsys, "register", "--run", "run", "--expert", "big", "--url", "http://127.0.0.1:1")
+    assert said.status == 0
+    assert "does not answer now" in said.err
+    status = json.loads(Said(capsys, "status", "--run", "run", "--json").out)
+    assert [r["state"] for r in status["experts"]["big"]["replicas"]] == ["registered"]
+
+
+def test_a_pipe_that_has_seen_enough() -> None:
+    """`| head -1` is no failure."""
+    command = f"{sys.executable} -m hpc_router.cli plan topology=sim --json | head -1"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "{\n", "")
+
+
+@pytest.mark.parametrize(
+    ("module", "words", "status", "said"),
+    [
+        ("deploy", ["topology=nope"], 2, "topology=nope: no such config"),
+        ("deploy", ["wait=some"], 2, "wait=some: not known"),
+        ("deploy", ["--config-name", "x"], 2, "--config-name is not taken here"),
+        ("deploy", ["--cfg", "job", "topology=sim", "router.port=8000"], 0, "port: 8000"),
+        ("deploy", ["topology=sim", "--config-dir", "nope"], 2, "--config-dir nope: no such folder"),
+        ("deploy", ["--help"], 0, "topology:"),
+        ("router", ["router.port=0"], 2, "run=... is missing"),
+        ("router", ["run=run", "router.workers=2"], 2, "router.workers=2"),
+        ("router", ["run=run", "policy=classifier"], 2, "policy.artefact=DIR"),
+        ("expert", ["run=run", "name=mth"], 2, "did you mean 'math'?"),
+        ("expert", ["run=run", "name=math", "experts.math.modl=x"], 2, "did you mean 'model'?"),
+    ],
+)
+def test_entry_points_have_hydras_flags_and_our_errors(
+    module: str, words: list[str], status: int, said: str, elsewhere: Path
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", f"launch.{module}", *words], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, said in done.stdout + done.stderr) == (status, True), done.stdout + done.stderr
+    assert not (elsewhere / "outputs").exists()
+    assert not (elsewhere / ".hydra").exists()
+
+
+def test_a_sweep_runs_each_job_with_its_own_overrides() -> None:
+    """`-m`: every job comes back through our own composition, with our errors and the worst status."""
+    done = subprocess.run(
+        [sys.executable, "-m", "launch.deploy", "-m", "wait=some,none"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "wait=some: not known" in done.stderr
+    assert "wait=none: not known" in done.stderr

@@ -1,0 +1,153 @@
+"""The schema: conversions, and every refusal named by its key; and what no single dataclass can see."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from hpc_router.checks import check, check_fallback, check_router
+from hpc_router.config import (
+    Deployment,
+    EngineConfig,
+    ExpertConfig,
+    ResourceConfig,
+    RouterConfig,
+    VllmOptions,
+    options_of,
+)
+from hpc_router.errors import ConfigError
+from hpc_router.schema import parse
+
+
+@dataclass
+class Leaf:
+    number: int = 1
+    ratio: float = 0.5
+    maybe: int | None = None
+    words: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Root:
+    name: str = "x"
+    leaf: Leaf = field(default_factory=Leaf)
+    leaves: dict[str, Leaf] = field(default_factory=dict)
+    open: dict[str, Any] = field(default_factory=dict)
+
+
+def test_values_are_converted_where_nothing_is_lost() -> None:
+    root = parse(Root, {"leaf": {"number": "3", "ratio": 2}, "leaves": {"a": {"maybe": None}}}, at="")
+    assert (root.leaf.number, root.leaf.ratio) == (3, 2.0)
+    assert root.leaves["a"] == Leaf()
+
+
+def test_open_mappings_keep_what_they_are_given() -> None:
+    given = {"flag": True, "list": [1, "two"], "nested": {"on": "off"}}
+    assert parse(Root, {"open": given}, at="").open == given
+
+
+@pytest.mark.parametrize(
+    ("value", "key", "said"),
+    [
+        ({"nam": 1}, "nam", "unknown key 'nam'; did you mean 'name'?"),
+        ({"leaf": {"nuber": 1}}, "leaf.nuber", "unknown key 'leaf.nuber'; did you mean 'number'?"),
+        ({"leaves": {"a": {"nuber": 1}}}, "leaves.a.nuber", "did you mean 'number'?"),
+        ({"leaf": {"number": "x"}}, "leaf.number", "'leaf.number': 'x' is not a whole number"),
+        ({"leaf": {"number": 1.5}}, "leaf.number", "1.5 is not a whole number"),
+        ({"leaf": {"number": None}}, "leaf.number", "null is not a whole number"),
+        ({"leaf": {"maybe": "x"}}, "leaf.maybe", "'x' is not a whole number or null"),
+        ({"leaf": {"ratio": "x"}}, "leaf.ratio", "is not a number"),
+        ({"leaf": {"words": "x"}}, "leaf.words", "is not a list"),
+        ({"leaf": 3}, "leaf", "3 is not a mapping (keys: number, ratio, maybe, words)"),
+        ({"leaves": {"a": 3}}, "leaves.a", "3 is not a mapping"),
+        ({"leaves": 3}, "leaves", "3 is not a mapping"),
+        ({"leaves": {1: {}}}, "leaves.1", "in quotes"),
+        ({"name": "${nope}"}, "name", "'nope' not found"),
+        ({"name": "???", "leaf": {"number": "${oc.env:HPC_ROUTER_NOPE}"}}, "leaf.number", "HPC_ROUTER_NOPE"),
+    ],
+)
+@pytest.mark.parametrize("at", ["", "up.here"])
+def test_a_refusal_names_the_key(value: dict[str, Any], key: str, said: str, at: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse(Root, value, at=at)
+    full = f"{at}.{key}" if at else key
+    assert caught.value.key == full
+    assert said.replace(f"'{key}'", f"'{full}'") in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [3, None, ["a"], "x"])
+def test_what_is_no_mapping_is_refused(value: Any) -> None:
+    with pytest.raises(ConfigError, match="not a mapping"):
+        parse(Root, value, at="here")
+
+
+def test_a_value_without_a_default_must_be_given() -> None:
+    with pytest.raises(ConfigError, match=r"'experts\.a\.model' is missing"):
+        parse(Deployment, {"experts": {"a": {}}}, at="")
+
+
+def vllm(*, gpus: int = 0, nodes: int = 1, **options: Any) -> ExpertConfig:
+    engine = EngineConfig(kind="vllm", options=options)
+    return ExpertConfig(model="m", engine=engine, resources=ResourceConfig(gpus=gpus, nodes=nodes))
+
+
+def deployment(**experts: ExpertConfig) -> Deployment:
+    made = Deployment(experts=experts)
+    made.policy.kind = "model_field"
+    made.cluster.gpus = 8
+    return made
+
+
+@pytest.mark.parametrize(
+    ("expert", "fits"),
+    [
+        (vllm(gpus=1), True),
+        (vllm(gpus=4, tensor_parallel_size=4), True),
+        (vllm(gpus=4, tensor_parallel_size=2, pipeline_parallel_size=2), True),
+        (vllm(gpus=4, tensor_parallel_size=2), False),
+        (vllm(gpus=2, tensor_parallel_size=4), False),
+        (vllm(gpus=0), False),
+        (vllm(gpus=0, device="cpu"), True),
+        (vllm(gpus=0, device="cpu", tensor_parallel_size=2), True),
+    ],
+)
+def test_parallel_sizes_and_gpus_must_agree(expert: ExpertConfig, fits: bool) -> None:
+    if fits:
+        check(deployment(a=expert))
+        return
+    with pytest.raises(ConfigError, match=r"experts\.a: tensor_parallel_size . x pipeline_parallel_size"):
+        check(deployment(a=expert))
+
+
+def test_the_boundaries_are_valid() -> None:
+    for port in (0, 65535):
+        check_router(RouterConfig(port=port))
+    for port in (-1, 65536):
+        with pytest.raises(ConfigError, match=r"router\.port"):
+            check_router(RouterConfig(port=port))
+    check(deployment(**{"a" * 63: vllm(gpus=8, tensor_parallel_size=8), "0-_": vllm(gpus=1)}))
+    for name in ("a" * 64, "-a", "A", "a.b", "", "ä", "auto", "router"):
+        with pytest.raises(ConfigError, match="cannot name an expert"):
+            check(deployment(**{name: vllm(gpus=1)}))
+
+
+def test_zero_replicas_and_no_experts_are_valid() -> None:
+    check(Deployment())
+    check(deployment(a=ExpertConfig(model="m", replicas=0, engine=EngineConfig(kind="sim"))))
+
+
+def test_options_are_typed_by_the_engine() -> None:
+    options = options_of("a", EngineConfig(kind="vllm", options={"max_model_len": "4096"}))
+    assert isinstance(options, VllmOptions)
+    assert options.max_model_len == 4096
+    with pytest.raises(ConfigError, match=r"'experts\.a\.engine\.options\.itl_ms'"):
+        options_of("a", EngineConfig(kind="vllm", options={"itl_ms": 3}))
+    with pytest.raises(ConfigError, match=r"experts\.a\.engine\.kind: unknown engine 'ollama'"):
+        options_of("a", EngineConfig(kind="ollama"))
+
+
+def test_a_fallback_is_an_expert() -> None:
+    check_fallback(None, [])
+    check_fallback("a", ["a"])
+    with pytest.raises(ConfigError, match=r"policy\.fallback: no expert is named 'b' \(valid: a\)"):
+        check_fallback("b", ["a"])
