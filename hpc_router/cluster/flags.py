@@ -26,7 +26,7 @@ def check_flags(experts: Mapping[str, ExpertConfig]) -> tuple[list[str], list[st
     for name, expert in experts.items():
         command = build_engine(name, expert).check_command(_PLACE)
         if command is not None:
-            questions.setdefault(_without_names(command, name), []).append(name)
+            questions.setdefault(_flags_alone(command, name, expert.model), []).append(name)
     if not questions:
         return [], []
     with ThreadPoolExecutor(max_workers=max(2, (os.cpu_count() or 2) // 2)) as pool:
@@ -44,8 +44,9 @@ def check_flags(experts: Mapping[str, ExpertConfig]) -> tuple[list[str], list[st
 _PLACE: Final = Place(Path("/tmp/hpc-router-check"))
 
 
-def _without_names(command: list[str], expert: str) -> tuple[str, ...]:
-    return tuple("" if word == expert else word for word in command)
+def _flags_alone(command: list[str], *names: str) -> tuple[str, ...]:
+    """Parsers judge flags, not models: what differs only in names is one question."""
+    return tuple("" if word in names else word for word in command)
 
 
 def _ask(name: str, expert: ExpertConfig) -> tuple[int, str]:

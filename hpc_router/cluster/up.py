@@ -133,9 +133,7 @@ class _Effort:
 
     def _take_back(self) -> None:
         """Everything, where nothing ran before and the router is ours; else only what this call submitted."""
-        if self._fresh and not self._submitted:
-            take_down(self._run)
-        elif self._fresh and any(split_replica(name)[0] == ROUTER for name in self._submitted):
+        if self._fresh and any(split_replica(name)[0] == ROUTER for name in self._submitted):
             down(self._run, watcher=Silent())
             return
         launcher, mine = self._control.launcher, sorted(self._submitted)

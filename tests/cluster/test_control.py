@@ -156,6 +156,22 @@ def test_down_kills_what_does_not_end(
     assert live(control) == []
 
 
+def test_down_works_with_a_config_of_another_version(run: RunDir, control: Control) -> None:
+    control.once()
+    eventually_sync(lambda: started(run, "math-0.g1") and started(run, "code-0.g1"))
+    run.config.write_text("a_key_of_tomorrow: 1\n")
+    assert down(run) == 2
+
+
+def test_a_loop_of_a_run_that_is_down_ends_no_router(run: RunDir, control: Control, service: Path) -> None:
+    """Somebody may have started it after the `down`."""
+    desired.take_down(run)
+    control.launcher.submit([request_of(service, "router-0.g1"), request_of(service, "math-0.g1")])
+    eventually_sync(lambda: started(run, "router-0.g1") and started(run, "math-0.g1"))
+    eventually_sync(lambda: control.once() and live(control) == ["router-0.g1"])
+    assert down(run) == 1
+
+
 def test_down_cannot_reach_another_host(run: RunDir, control: Control) -> None:
     job = JobDir(run, "math-0.g1")
     job.claim()

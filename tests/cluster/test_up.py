@@ -167,7 +167,7 @@ def test_ctrl_c_in_a_terminal(place: Place) -> None:
             break
     os.close(leader)
     assert up.wait(60) == 130, screen.decode()
-    eventually_sync(lambda: not place.processes())
+    assert not place.processes()
     assert sorted(p.name for p in (place.folder / "run" / "registry").iterdir()) == ["big-x0.g1.json"]
 
 
