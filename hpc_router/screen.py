@@ -69,10 +69,10 @@ def plan_text(plan: "Plan") -> RenderableType:
 def status_text(value: Mapping[str, Any]) -> RenderableType:
     router = value["router"]
     head = Text.assemble(("router  ", "bold"), _state(router["state"]), f"  {router['url'] or '-'}  run {value['run']}")
-    table = _table("expert", "replica", "state", "in flight", "restarts", "node", "job", "address", "")
+    table = _table("expert", "replica", "state", "in flight", "restarts", "node", "job", "")
     for name, expert in value["experts"].items():
         if not expert["replicas"]:
-            table.add_row(name, "-", _state("stopped"), "", "", "", "", "", "no replicas wanted")
+            table.add_row(name, "-", _state("stopped"), "", "", "", "", "no replicas wanted")
         for replica in expert["replicas"]:
             table.add_row(
                 name,
@@ -82,8 +82,7 @@ def status_text(value: Mapping[str, Any]) -> RenderableType:
                 str(replica["restarts"]),
                 _shown(replica["node"]),
                 _shown(replica["job_id"]),
-                _shown(replica["url"]),
-                _trouble(replica),
+                _remark(replica),
             )
     parts: list[RenderableType] = [head, Text(), table]
     if value["down"]:
@@ -97,9 +96,11 @@ def _shown(value: object) -> str:
     return "-" if value is None else str(value)
 
 
-def _trouble(replica: Mapping[str, Any]) -> str:
+def _remark(replica: Mapping[str, Any]) -> str:
+    """What is wrong with it; where it is, if that is elsewhere."""
     told = replica["message"] or replica["trouble"]
-    return ": ".join(str(part) for part in (replica["reason"], told) if part)
+    where = replica["url"] if replica["kind"] == "external" else None
+    return ": ".join(str(part) for part in (where, replica["reason"], told) if part)
 
 
 def why_text(causes: Sequence[Cause]) -> RenderableType:

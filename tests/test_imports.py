@@ -19,7 +19,7 @@ LAYERS = [
     {"filethread", "jobdir", "lease"},
     {"relay", "routing"},
     {"expert", "router"},
-    {"cluster", "client", "bench"},
+    {"cluster"},
     {"arguments", "screen", "cli"},
 ]
 
