@@ -36,7 +36,7 @@ from hpc_router.router.dispatch import RETRY_AFTER_S, Dispatcher, Errand
 from hpc_router.router.metrics import Metrics
 from hpc_router.router.replicas import ReplicaTable
 from hpc_router.router.request import ApiCall, decode
-from hpc_router.router.status import status_of
+from hpc_router.router.status import status
 from hpc_router.routing.conversation import RequestError, prompt_text
 from hpc_router.routing.policy import Decision, Policy, Reason
 
@@ -134,7 +134,19 @@ class Gateway:
         return json_response({"ready": ready}, status=200 if ready else 503)
 
     async def _status(self, request: web.BaseRequest, request_id: str) -> web.Response:
-        return json_response(status_of(self))
+        policy = self.deployment.policy
+        return json_response(
+            status(
+                self.table,
+                self.dispatcher.discovery,
+                experts=sorted(self._experts()),
+                policy={"kind": policy.kind, "fallback": policy.fallback, "artefact": self.policy.version},
+                replica=self.replica,
+                uptime_s=round(time.time() - self.started_at, 3),
+                in_flight=self.in_flight,
+                open=self.token is None,
+            )
+        )
 
     async def _metrics(self, request: web.BaseRequest, request_id: str) -> web.Response:
         return web.Response(body=self.metrics.exposition(), headers=_HEADERS_NOT_JSON)

@@ -183,8 +183,8 @@ def _record(deployment: Deployment, replica: str, sock: socket.socket) -> Record
 
 
 def _control(run: RunDir, deployment: Deployment, job: JobDir) -> contextlib.AbstractAsyncContextManager[object]:
-    """The control loop, where there is a deployment to keep."""
-    if deployment.router.reconcile and run.config.exists():
+    """The control loop, which keeps up what `config.yaml` wants, as soon as there is one."""
+    if deployment.router.reconcile:
         return ControlLoop(run, replica=job.replica)
     return contextlib.nullcontext()
 

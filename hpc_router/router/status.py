@@ -1,44 +1,31 @@
 """`GET /status`: the router's whole state as one JSON object."""
 
-import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hpc_router import __version__
-from hpc_router.router.replicas import Replica
-
-if TYPE_CHECKING:
-    from hpc_router.router.app import Gateway
+from hpc_router.router.discovery import Discovery
+from hpc_router.router.replicas import Replica, ReplicaTable
 
 
-def status_of(gateway: "Gateway") -> dict[str, Any]:
-    table, deployment = gateway.table, gateway.deployment
-    names = sorted(table.experts() | set(deployment.experts))
+def status(
+    table: ReplicaTable, discovery: Discovery, *, experts: list[str], policy: dict[str, object], **router: object
+) -> dict[str, Any]:
+    """`experts`: all that exist or are configured; `router`: what the router says of itself."""
     return {
-        "router": {
-            "replica": gateway.replica,
-            "version": __version__,
-            "uptime_s": round(time.time() - gateway.started_at, 3),
-            "in_flight": gateway.in_flight,
-            "registry_age_s": round(gateway.dispatcher.discovery.registry_age_s(), 3),
-            "open": gateway.token is None,
-        },
-        "policy": {
-            "kind": deployment.policy.kind,
-            "fallback": deployment.policy.fallback,
-            "version": gateway.policy.version,
-        },
+        "router": {"version": __version__, "registry_age_s": round(discovery.registry_age_s(), 3), **router},
+        "policy": policy,
         "experts": {
             name: {
                 "ready": sum(r.standing == "ready" for r in table.of(name)),
                 "waiting": table.waiting(name),
-                "replicas": [_replica(r, gateway) for r in table.of(name)],
+                "replicas": [_replica(r, silent=discovery.is_silent(r)) for r in table.of(name)],
             }
-            for name in names
+            for name in experts
         },
     }
 
 
-def _replica(replica: Replica, gateway: "Gateway") -> dict[str, Any]:
+def _replica(replica: Replica, *, silent: bool) -> dict[str, Any]:
     record = replica.record
     return {
         "replica": replica.name,
@@ -49,7 +36,7 @@ def _replica(replica: Replica, gateway: "Gateway") -> dict[str, Any]:
         "url": record.url,
         "node": record.node,
         "job_id": record.job_id,
-        "silent": gateway.dispatcher.discovery.is_silent(replica),
+        "silent": silent,
         "trouble": replica.trouble,
         "models": list(replica.models),
     }

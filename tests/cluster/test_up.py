@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.processes import with_word
+from tests.processes import with_word
 from tests.waiting import eventually_sync
 
 pytestmark = pytest.mark.e2e

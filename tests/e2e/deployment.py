@@ -15,8 +15,8 @@ from typing import Any
 
 import openai
 
-from hpc_router.jobdir import start_ticks
 from tests.needs import ROOT
+from tests.processes import with_word
 from tests.waiting import eventually_sync
 
 LIMIT_S = 240
@@ -76,19 +76,8 @@ class Deployed:
         value: dict[str, Any] = json.loads((self.run / "jobs" / replica / "progress.json").read_text())
         return value
 
-    def processes(self) -> dict[int, str]:
-        """Living processes that have this run's folders in their command line or environment -> command line."""
-        found = {}
-        for entry in Path("/proc").iterdir():
-            if not entry.name.isdecimal() or int(entry.name) == os.getpid() or start_ticks(int(entry.name)) is None:
-                continue
-            try:
-                words = (entry / "cmdline").read_bytes() + (entry / "environ").read_bytes()
-            except OSError:
-                continue
-            if any(str(folder).encode() in words for folder in (self.run, self.scratch)):
-                found[int(entry.name)] = words[:200].replace(b"\0", b" ").decode(errors="replace")
-        return found
+    def processes(self) -> list[int]:
+        return with_word(str(self.run), str(self.scratch))
 
     def nothing_left(self) -> None:
         """No process, no socket, no record."""

@@ -1,4 +1,4 @@
-"""Living processes, found by a word in their command line or environment."""
+"""Living processes, found by words in their command line or environment."""
 
 import os
 from pathlib import Path
@@ -6,16 +6,16 @@ from pathlib import Path
 from hpc_router.jobdir import start_ticks
 
 
-def with_word(word: str) -> list[int]:
-    """Without ourselves and without corpses."""
+def with_word(*words: str) -> list[int]:
+    """Those that hold any of the words, without ourselves and without corpses."""
     found = []
     for entry in Path("/proc").iterdir():
         if not entry.name.isdecimal() or int(entry.name) == os.getpid() or start_ticks(int(entry.name)) is None:
             continue
         try:
-            words = (entry / "cmdline").read_bytes() + (entry / "environ").read_bytes()
+            text = (entry / "cmdline").read_bytes() + (entry / "environ").read_bytes()
         except OSError:
             continue
-        if word.encode() in words:
+        if any(word.encode() in text for word in words):
             found.append(int(entry.name))
-    return found
+    return sorted(found)
