@@ -7,6 +7,7 @@ status is 0 done, 1 failed, 2 a value to edit, 130 interrupted. Modules are load
 import argparse
 import asyncio
 import contextlib
+import io
 import json
 import logging
 import os
@@ -29,6 +30,8 @@ WIDE: Final = 240
 
 def main(words: list[str] | None = None) -> int:
     arguments = parse_arguments(words)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # `logs -f | grep` waits for lines, not for blocks
     logging.basicConfig(level=logging.WARNING, format="hpc-router: %(message)s")
     return told(lambda: VERBS[arguments.verb](arguments))
 

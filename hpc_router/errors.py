@@ -77,6 +77,10 @@ class BodyTooLargeError(RoutingError):
     """More bytes than `router.max_body_mb` admits."""
 
 
+class RequestTimeoutError(RoutingError):
+    """A body that does not arrive."""
+
+
 class OverloadedError(RoutingError):
     """As many requests as this router takes are in flight."""
 

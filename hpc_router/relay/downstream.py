@@ -5,6 +5,7 @@ complete, so until then a failure can go elsewhere. Once committed, only whole e
 stream with an error event (a stream) or with a broken connection (a long answer that was not held); never silently.
 """
 
+import asyncio
 from typing import Any
 
 from aiohttp import web
@@ -20,11 +21,15 @@ class DownstreamGoneError(HpcRouterError):
 
 
 class Downstream:
-    """Writes to the client of `request`. `response` is what the handler returns in the end."""
+    """Writes to the client of `request`. `response` is what the handler returns in the end.
 
-    def __init__(self, request: web.BaseRequest, *, hold_bytes: int) -> None:
+    A client that takes nothing for `write_s` seconds has gone as well: it holds a place on a replica.
+    """
+
+    def __init__(self, request: web.BaseRequest, *, hold_bytes: int, write_s: float) -> None:
         self._request = request
         self._hold_bytes = hold_bytes
+        self._write_s = write_s
         self._streaming_events = False
         self.response: web.StreamResponse | None = None
 
@@ -86,6 +91,11 @@ class Downstream:
     async def _write(self, data: bytes) -> None:
         assert self.response is not None
         try:
-            await self.response.write(data)
+            async with asyncio.timeout(self._write_s):
+                await self.response.write(data)
         except ConnectionError as error:
             raise DownstreamGoneError("the client has gone") from error
+        except TimeoutError as error:
+            if self._request.transport is not None:
+                self._request.transport.abort()
+            raise DownstreamGoneError("the client reads no more") from error

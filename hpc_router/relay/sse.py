@@ -27,7 +27,8 @@ class EventSplitter:
     def feed(self, chunk: bytes) -> bytes:
         """Every byte up to the end of the last whole event; empty when none ended yet."""
         data = self._tail + chunk if self._tail else chunk
-        end = max(at + len(mark) if (at := data.rfind(mark)) >= 0 else 0 for mark in _ENDS)
+        new = max(0, len(self._tail) - 3)  # the tail holds no end, but may hold the beginning of one
+        end = max(at + len(mark) if (at := data.rfind(mark, new)) >= 0 else 0 for mark in _ENDS)
         self._tail = data[end:]
         if len(self._tail) > MAX_EVENT_BYTES:
             raise EventTooLargeError(f"an event of more than {MAX_EVENT_BYTES} bytes")

@@ -6,7 +6,8 @@ Leaving the context early closes the connection, which is how an engine learns t
 
 import asyncio
 import io
-from collections.abc import AsyncIterator
+import math
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from types import TracebackType
@@ -34,25 +35,51 @@ class Limits:
     idle_s: float
 
 
+class Patience:
+    """How long the upstream may stay silent. The clock runs only while it is waited for, so that a slow client does
+    not make it look silent."""
+
+    def __init__(self, timeout: asyncio.Timeout) -> None:
+        self._timeout = timeout
+        self._most_s = math.inf
+        self._waiting = False
+
+    def wait(self, limit_s: float) -> None:
+        self._waiting = True
+        self._timeout.reschedule(asyncio.get_running_loop().time() + min(limit_s, self._most_s))
+
+    def rest(self) -> None:
+        self._waiting = False
+        self._timeout.reschedule(None)
+
+    def end(self) -> None:
+        """The exchange is over, whatever comes later."""
+        self._waiting = False
+
+    def shorten(self, limit_s: float) -> None:
+        """From now on no silence longer than this, whatever was asked for."""
+        self._most_s = limit_s
+        if self._waiting and not self._timeout.expired():
+            self.wait(limit_s)
+
+
 class UpstreamResponse:
     """Status and headers, then the body in chunks as they come."""
 
-    def __init__(self, response: aiohttp.ClientResponse, timeout: asyncio.Timeout, limits: Limits) -> None:
+    def __init__(self, response: aiohttp.ClientResponse, patience: Patience, limits: Limits) -> None:
         self._response = response
-        self._timeout = timeout
+        self._patience = patience
         self._limits = limits
         self.status = response.status
         self.headers: CIMultiDictProxy[str] = response.headers
         self.content_type = response.content_type
 
     async def chunks(self) -> AsyncIterator[bytes]:
-        """The clock runs only while the upstream is waited for, so a slow client does not make it look silent."""
-        loop = asyncio.get_running_loop()
         read = self._response.content.readany
         while chunk := await read():
-            self._timeout.reschedule(None)
+            self._patience.rest()
             yield chunk
-            self._timeout.reschedule(loop.time() + self._limits.idle_s)
+            self._patience.wait(self._limits.idle_s)
 
     async def read(self, limit: int) -> bytes:
         """The whole body; raises UpstreamError when it is longer than `limit` bytes."""
@@ -93,16 +120,32 @@ class UpstreamClient:
 
     @asynccontextmanager
     async def request(
-        self, method: str, url: URL, *, headers: CIMultiDict[str] | None = None, body: bytes | None = None
+        self,
+        method: str,
+        url: URL,
+        *,
+        headers: CIMultiDict[str] | None = None,
+        body: bytes | None = None,
+        watch: Callable[[Patience], None] | None = None,
     ) -> AsyncIterator[UpstreamResponse]:
-        """Raises UpstreamConnectError, UpstreamTimeoutError or UpstreamError, also from within the block."""
+        """Raises UpstreamConnectError, UpstreamTimeoutError or UpstreamError, also from within the block.
+
+        `watch` is given the request's patience, for whoever learns that the upstream is lost.
+        """
         data = io.BytesIO(body) if body is not None and len(body) > _IN_ONE_PIECE else body
         try:
-            async with (
-                asyncio.timeout(self._limits.first_byte_s) as timeout,
-                self._session.request(method, url, headers=headers, data=data, allow_redirects=False) as response,
-            ):
-                yield UpstreamResponse(response, timeout, self._limits)
+            async with asyncio.timeout(None) as timeout:
+                patience = Patience(timeout)
+                patience.wait(self._limits.first_byte_s)
+                if watch is not None:
+                    watch(patience)
+                try:
+                    async with self._session.request(
+                        method, url, headers=headers, data=data, allow_redirects=False
+                    ) as response:
+                        yield UpstreamResponse(response, patience, self._limits)
+                finally:
+                    patience.end()
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
             raise UpstreamConnectError(f"cannot connect to the replica: {type(error).__name__}") from error
         except TimeoutError as error:

@@ -23,6 +23,7 @@ from hpc_router.errors import (
     BodyTooLargeError,
     HpcRouterError,
     OverloadedError,
+    RequestTimeoutError,
     RoutingError,
     UnauthorizedError,
     UnavailableError,
@@ -31,7 +32,7 @@ from hpc_router.errors import (
     UpstreamError,
     suggest,
 )
-from hpc_router.relay.server import error_response, json_response
+from hpc_router.relay.server import error_response, json_response, read_body
 from hpc_router.router.dispatch import RETRY_AFTER_S, Dispatcher, Errand
 from hpc_router.router.metrics import Metrics
 from hpc_router.router.replicas import ReplicaTable
@@ -48,11 +49,14 @@ STATUS: Final[Mapping[type[HpcRouterError], tuple[int, str]]] = {
     UnauthorizedError: (401, "authentication_error"),
     UnknownModelError: (404, "invalid_request_error"),
     UnknownPathError: (404, "invalid_request_error"),
+    RequestTimeoutError: (408, "invalid_request_error"),
     BodyTooLargeError: (413, "invalid_request_error"),
     OverloadedError: (429, "rate_limit_error"),
     UpstreamError: (502, "upstream_error"),
     UnavailableError: (503, "service_unavailable"),
 }
+LONG_BODY: Final = 2**18
+"""From this size on, in bytes, a body is decoded beside the event loop."""
 _OPEN_PATHS: Final = frozenset({wire.HEALTH, "/ready"})
 _REQUEST_ID: Final = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 _HEADERS_NOT_JSON: Final = {"content-type": "text/plain; version=0.0.4; charset=utf-8"}
@@ -71,6 +75,7 @@ class Gateway:
     metrics: Metrics
     token: str | None
     replica: str
+    draining: bool = False
     in_flight: int = 0
     _idle: asyncio.Event = field(default_factory=asyncio.Event)
     started_at: float = field(default_factory=time.time)
@@ -92,14 +97,16 @@ class Gateway:
         given = request.headers.get(wire.REQUEST_ID_HEADER, "")
         request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         try:
-            handler = self._find(request)
-            return await handler(request, request_id)
+            response = await self._find(request)(request, request_id)
         except HpcRouterError as error:
-            return self._refuse(request, error, request_id)
+            response = self._refuse(request, error, request_id)
         except Exception:
-            logger.exception("%s: %s %s failed", request_id, request.method, request.path)
+            logger.exception("%s: %s %r failed", request_id, request.method, request.path[:200])
             failure = RoutingError("the router failed; its log says why")
-            return _error_response(500, "internal_error", failure, request_id)
+            response = _error_response(500, "internal_error", failure, request_id)
+        if self.draining and not response.prepared:
+            response.force_close()
+        return response
 
     async def idle(self) -> None:
         """Until no request is in flight."""
@@ -112,17 +119,17 @@ class Gateway:
             offered = bearer(request.headers.get("authorization"))
             if offered is None or not same(offered, self.token):
                 raise UnauthorizedError("this router wants its owner's token as `Authorization: Bearer ...`")
-        handler = self.routes.get((request.method, path))
+        handler = self.routes.get(("GET" if request.method == "HEAD" else request.method, path))
         if handler is None and request.method == "GET" and path.startswith(wire.MODELS + "/"):
             return self._model
         if handler is None:
             paths = sorted(f"{method} {path}" for method, path in self.routes)
-            raise UnknownPathError(f"{request.method} {request.path[:200]} is not served (valid: {', '.join(paths)})")
+            raise UnknownPathError(f"{request.method} {request.path[:200]!r} is not served (valid: {', '.join(paths)})")
         return handler
 
     def _refuse(self, request: web.BaseRequest, error: HpcRouterError, request_id: str) -> web.Response:
         status, kind = next(((s, k) for e, (s, k) in STATUS.items() if isinstance(error, e)), (500, "internal_error"))
-        logger.info("%s: %s %s refused with %d: %s", request_id, request.method, request.path[:200], status, error)
+        logger.info("%s: %s %r refused with %d: %s", request_id, request.method, request.path[:200], status, error)
         self.metrics.requests.labels("", "", str(status)).inc()
         return _error_response(status, kind, error, request_id)
 
@@ -130,7 +137,7 @@ class Gateway:
         return json_response({"status": "ok"})
 
     async def _ready(self, request: web.BaseRequest, request_id: str) -> web.Response:
-        ready = sorted(self.table.ready())
+        ready = [] if self.draining else sorted(self.table.ready())
         return json_response({"ready": ready}, status=200 if ready else 503)
 
     async def _status(self, request: web.BaseRequest, request_id: str) -> web.Response:
@@ -187,13 +194,8 @@ class Gateway:
         return response
 
     async def _read(self, request: web.BaseRequest) -> ApiCall:
-        if request.headers.get("content-encoding", "identity").lower() != "identity":
-            raise BadRequestError("compressed request bodies are not taken")
-        try:
-            return decode(await request.read())
-        except web.HTTPRequestEntityTooLarge as error:
-            limit = self.deployment.router.max_body_mb
-            raise BodyTooLargeError(f"the body is larger than router.max_body_mb={limit:g}") from error
+        body = await read_body(request, limit_s=self.deployment.router.idle_timeout_s)
+        return await asyncio.to_thread(decode, body) if len(body) > LONG_BODY else decode(body)
 
     def _errand(self, request: web.BaseRequest, request_id: str, call: ApiCall) -> Errand:
         path = request.path.rstrip("/")
@@ -218,7 +220,7 @@ class Gateway:
                     + suggest("", self._experts()),
                     param="model",
                 )
-        path_and_query = path + (f"?{request.query_string}" if request.query_string else "")
+        path_and_query = path + (f"?{request.rel_url.raw_query_string}" if request.query_string else "")
         return Errand(request, path_and_query, request_id, call, experts, reason)
 
     def _prompt(self, call: ApiCall) -> str:

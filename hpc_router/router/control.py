@@ -43,8 +43,11 @@ class ControlLoop:
 
     async def _keep(self) -> None:
         while True:
-            status = await self._run_once()
-            logger.warning("the control loop ended with status %d; it is started again", status)
+            try:
+                status = await self._run_once()
+                logger.warning("the control loop ended with status %d; it is started again", status)
+            except OSError as error:
+                logger.warning("the control loop cannot be started: %s", error)
             await asyncio.sleep(RESTART_PAUSE_S)
 
     async def _run_once(self) -> int:

@@ -7,10 +7,12 @@ system, so nobody is ejected for it. A replica leaves the table when its owner w
 
 import asyncio
 import contextlib
+import json
 import logging
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Final
 
 import aiohttp
@@ -18,6 +20,7 @@ import aiohttp
 from hpc_router import registry, wire
 from hpc_router.auth import challenge_answer, new_token, replica_key, same
 from hpc_router.config import RouterConfig
+from hpc_router.errors import ConfigError
 from hpc_router.filethread import FileThread
 from hpc_router.registry import Kind, Reader, Record
 from hpc_router.router.replicas import Event, Replica, ReplicaTable, Standing
@@ -28,6 +31,7 @@ logger = logging.getLogger(__name__)
 TIMEOUTS_BEFORE_EJECTION: Final = 3
 SILENT_BEATS: Final = 4
 """A beat is missed when it is this many intervals late."""
+MAX_PROBE_BYTES: Final = 2**20
 _EJECTED_PROBE_MAX_S: Final = 15.0
 _SAYS: Final[Mapping[str, Event]] = {
     "starting": Event.SAYS_STARTING,
@@ -68,6 +72,7 @@ class Discovery:
     _watches: dict[str, _Watch] = field(default_factory=dict)
     _scan: asyncio.Task[None] | None = None
     _session: aiohttp.ClientSession | None = None
+    _secret: str = ""
 
     async def __aenter__(self) -> "Discovery":
         timeout = aiohttp.ClientTimeout(total=self.config.probe_timeout_s)
@@ -77,6 +82,7 @@ class Discovery:
             connector=aiohttp.TCPConnector(limit=0, force_close=True),
         )
         self.last_read_at = self.clock()
+        self._secret = self.run.secret()
         self._scan = asyncio.create_task(self._scan_forever(), name="registry scan")
         return self
 
@@ -147,11 +153,7 @@ class Discovery:
             watch.look.set()
 
     def _begin(self, record: Record) -> None:
-        key = (
-            self.run.external_token(record.replica)
-            if record.kind is Kind.EXTERNAL
-            else replica_key(self.run.secret(), record.nonce or "")
-        )
+        key = None if record.kind is Kind.EXTERNAL else replica_key(self._secret, record.nonce or "")
         replica = Replica(record, key)
         self.table.put(replica)
         look = asyncio.Event()
@@ -197,7 +199,7 @@ class Discovery:
             replica.trouble = "does not answer probes"
             late = replica.failures >= TIMEOUTS_BEFORE_EJECTION or replica.standing is Standing.EJECTED
             return Event.FAILED if late else None
-        except (aiohttp.ClientError, OSError, ValueError) as error:
+        except (aiohttp.ClientError, OSError, ValueError, RecursionError) as error:
             replica.failures += 1
             replica.trouble = f"probe failed: {type(error).__name__}"
             return Event.FAILED
@@ -217,6 +219,9 @@ class Discovery:
         return _SAYS.get(health.state, Event.FAILED)
 
     async def _probe_external(self, replica: Replica) -> Event:
+        with contextlib.suppress(ConfigError, TimeoutError):  # a token may be given anew at any time
+            async with asyncio.timeout(self.config.probe_timeout_s):
+                replica.key = await self.files.run(partial(self.run.external_token, replica.name))
         headers = {"Authorization": f"Bearer {replica.key}"} if replica.key else {}
         answer = await self._get_json(replica.record.url + wire.MODELS, headers=headers)
         listed = answer.get("data")
@@ -227,7 +232,12 @@ class Discovery:
     async def _get_json(self, url: str, **options: Any) -> dict[str, Any]:
         assert self._session is not None
         async with self._session.get(url, raise_for_status=True, allow_redirects=False, **options) as response:
-            value = await response.json(content_type=None)
+            raw = b""
+            async for chunk in response.content.iter_any():
+                raw += chunk
+                if len(raw) > MAX_PROBE_BYTES:
+                    raise ValueError("an endless answer")
+        value = json.loads(raw)
         if not isinstance(value, dict):
             raise ValueError("not a JSON object")
         return value

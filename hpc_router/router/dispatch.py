@@ -21,7 +21,7 @@ from hpc_router.errors import UnavailableError, UpstreamConnectError, UpstreamEr
 from hpc_router.registry import Kind
 from hpc_router.relay.downstream import Downstream, DownstreamGoneError
 from hpc_router.relay.headers import downstream_headers, upstream_headers
-from hpc_router.relay.upstream import UpstreamClient, UpstreamResponse
+from hpc_router.relay.upstream import Patience, UpstreamClient, UpstreamResponse
 from hpc_router.router.discovery import Discovery
 from hpc_router.router.metrics import Metrics
 from hpc_router.router.replicas import Event, Hold, Replica, ReplicaTable
@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 MAX_ATTEMPTS: Final = 6
 RETRY_AFTER_S: Final = 2.0
+LOST_S: Final = 5.0
+"""A replica that has been ejected or has left may be silent for this long before its requests are given up."""
 _TRY_ELSEWHERE: Final = frozenset({429, 500, 502, 503, 504})
 _MAX_ERROR_BYTES: Final = 2**20
 
@@ -88,34 +90,29 @@ class Dispatcher:
         deadline = asyncio.get_running_loop().time() + self.config.queue_timeout_s
         attempts = 0
         while attempts < MAX_ATTEMPTS:
-            hold, expert = self._acquire(errand)
+            hold = self.table.acquire(errand.experts, avoid=errand.avoid)
+            if hold is None and errand.refusal is not None:
+                return errand.refusal
             if hold is None:
-                if errand.refusal is not None:
-                    return errand.refusal
                 errand.phase = "queued"
                 queue_limit.reschedule(deadline)
-                await self.table.wait(errand.experts)
-                queue_limit.reschedule(None)
-                errand.avoid.clear()
-                continue
-            attempts += 1
+                hold = await self.table.wait(errand.experts, avoid=errand.avoid)
             with hold:
+                queue_limit.reschedule(None)
+                attempts += 1
                 try:
-                    return await self._attempt(errand, expert, hold.replica)
+                    return await self._attempt(errand, hold)
                 except _TryElsewhereError:
                     continue
         if errand.refusal is not None:
             return errand.refusal
         raise UnavailableError(f"{attempts} replicas failed one after the other", retry_after_s=RETRY_AFTER_S)
 
-    def _acquire(self, errand: Errand) -> tuple[Hold | None, str]:
-        for expert in errand.experts:
-            if hold := self.table.acquire(expert, avoid=errand.avoid):
-                return hold, expert
-        return None, ""
-
-    async def _attempt(self, errand: Errand, expert: str, replica: Replica) -> web.StreamResponse:
-        downstream = Downstream(errand.request, hold_bytes=int(self.config.hold_mb * 2**20))
+    async def _attempt(self, errand: Errand, hold: Hold) -> web.StreamResponse:
+        replica, expert = hold.replica, hold.expert
+        downstream = Downstream(
+            errand.request, hold_bytes=int(self.config.hold_mb * 2**20), write_s=self.config.idle_timeout_s
+        )
         said = {
             wire.REQUEST_ID_HEADER: errand.request_id,
             "x-expert": expert,
@@ -126,7 +123,12 @@ class Dispatcher:
         try:
             url = URL(replica.record.url + errand.path, encoded=True)
             body = self._body(errand.call, expert, replica)
-            async with self.client.request("POST", url, headers=self._headers(errand, replica), body=body) as upstream:
+            headers = self._headers(errand, replica)
+
+            def watch(patience: Patience) -> None:
+                hold.on_lost = lambda: patience.shorten(LOST_S)
+
+            async with self.client.request("POST", url, headers=headers, body=body, watch=watch) as upstream:
                 await self._judge(errand, replica, upstream, said)
                 self.metrics.first_byte.labels(expert).observe(time.perf_counter() - errand.started)
                 errand.phase = "streaming"

@@ -1,13 +1,13 @@
 """The router's view of every replica: which may be used, and how many requests each has in flight. No I/O.
 
-A replica's standing is a state and changes only by the table below; an event not in it is an error. `acquire` hands
-out the replica with the fewest requests in flight as a `Hold`, whose release is idempotent, so that counters return to
-zero whatever happens to a request.
+A replica's standing is a state and changes only by the table below; an event not in it is an error. A request gets the
+replica with the fewest requests in flight as a `Hold`, whose release is idempotent, so that counters return to zero
+whatever happens to a request. A place that becomes free goes to the request that has waited longest for it, in the
+same step: newcomers cannot overtake, and no wake-up is lost.
 """
 
 import asyncio
-from collections import deque
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from types import TracebackType
@@ -62,10 +62,18 @@ class Replica:
     key: str | None
     standing: Standing = Standing.STARTING
     models: tuple[str, ...] = ()
-    in_flight: int = 0
     last_used: int = 0
     failures: int = 0  # in a row
     trouble: str | None = None  # what the last failure was
+    holds: "set[Hold]" = field(default_factory=set)
+
+    @property
+    def in_flight(self) -> int:
+        return len(self.holds)
+
+    @property
+    def has_room(self) -> bool:
+        return self.standing is Standing.READY and self.in_flight < self.capacity
 
     @property
     def name(self) -> str:
@@ -89,16 +97,17 @@ class Replica:
 
 @dataclass(slots=True, eq=False)
 class Hold:
-    """One request's place on a replica."""
+    """One request's place on a replica, got for `expert`. `on_lost` is called once if the replica is lost meanwhile."""
 
     replica: Replica
+    expert: str
     _table: "ReplicaTable"
-    _released: bool = False
+    on_lost: Callable[[], None] | None = None
 
     def release(self) -> None:
-        if not self._released:
-            self._released = True
-            self._table.put_back(self.replica)
+        if self in self.replica.holds:
+            self.replica.holds.remove(self)
+            self._table.offer(self.replica)
 
     def __enter__(self) -> Self:
         return self
@@ -109,12 +118,19 @@ class Hold:
         self.release()
 
 
+@dataclass(slots=True, eq=False)
+class _Waiter:
+    experts: Sequence[str]
+    avoid: Collection[Replica]
+    granted: asyncio.Future[Hold]
+
+
 @dataclass(slots=True)
 class ReplicaTable:
-    """All replicas by name, and the requests that wait for one."""
+    """All replicas by name, and the requests that wait for one, per expert in order of arrival."""
 
     _replicas: dict[str, Replica] = field(default_factory=dict)
-    _waiting: dict[str, deque[asyncio.Future[None]]] = field(default_factory=dict)
+    _waiting: dict[str, dict[_Waiter, None]] = field(default_factory=dict)
     _uses: int = 0
 
     def all(self) -> Collection[Replica]:
@@ -125,11 +141,14 @@ class ReplicaTable:
 
     def put(self, replica: Replica) -> None:
         """Add it, or replace its predecessor of the same name."""
+        self.remove(replica.name)
         self._replicas[replica.name] = replica
+        self.offer(replica)
 
     def remove(self, name: str) -> None:
-        """Forget it; a request that still holds it goes on and releases into nothing."""
-        self._replicas.pop(name, None)
+        """Forget it; a request that still holds it is told and releases into nothing."""
+        if replica := self._replicas.pop(name, None):
+            _tell_lost(replica)
 
     def of(self, expert: str) -> list[Replica]:
         return [r for r in self._replicas.values() if expert in r.record.serves and r.record.kind is not Kind.ROUTER]
@@ -147,60 +166,72 @@ class ReplicaTable:
         return load
 
     def apply(self, replica: Replica, event: Event) -> bool:
-        """True when its standing changed. Wakes everybody who waits for it once it is ready."""
+        """True when its standing changed. Once it is ready (again), whoever avoided it may have it."""
         before = replica.standing
         replica.apply(event)
-        if replica.standing is not before and replica.standing is Standing.READY:
-            for expert in replica.record.serves:
-                self._wake(expert, everybody=True)
-        return replica.standing is not before
+        if replica.standing is before:
+            return False
+        if replica.standing is Standing.READY:
+            self.offer(replica, forgiven=True)
+        elif replica.standing is Standing.EJECTED:
+            _tell_lost(replica)
+        return True
 
-    def acquire(self, expert: str, *, avoid: Collection[Replica] = ()) -> Hold | None:
-        """The ready replica with the fewest requests in flight (ties: the one not used for longest) with room."""
-        able = [
-            r for r in self.of(expert) if r.standing is Standing.READY and r.in_flight < r.capacity and r not in avoid
-        ]
-        if not able:
-            return None
-        replica = min(able, key=lambda r: (r.in_flight, r.last_used))
-        self._uses += 1
-        replica.last_used = self._uses
-        replica.in_flight += 1
-        return Hold(replica, self)
+    def acquire(self, experts: Sequence[str], *, avoid: Collection[Replica] = ()) -> Hold | None:
+        """A place with the first of these experts that has one, on its replica with the fewest requests in flight
+        (ties: the one not used for longest)."""
+        for expert in experts:
+            able = [r for r in self.of(expert) if r.has_room and r not in avoid]
+            if able:
+                return self._hold(min(able, key=lambda r: (r.in_flight, r.last_used)), expert)
+        return None
 
-    def put_back(self, replica: Replica) -> None:
-        replica.in_flight -= 1
-        assert replica.in_flight >= 0, replica
-        for expert in replica.record.serves:
-            self._wake(expert)
-
-    async def wait(self, experts: Iterable[str]) -> None:
-        """Until a replica of one of these experts may have room; spurious wake-ups happen, so ask `acquire` again."""
-        names = tuple(experts)
-        future = asyncio.get_running_loop().create_future()
-        for expert in names:
-            self._waiting.setdefault(expert, deque()).append(future)
+    async def wait(self, experts: Sequence[str], *, avoid: Collection[Replica] = ()) -> Hold:
+        """The next place that becomes free with one of these experts, in turn."""
+        waiter = _Waiter(experts, set(avoid), asyncio.get_running_loop().create_future())
+        for expert in experts:
+            self._waiting.setdefault(expert, {})[waiter] = None
         try:
-            await future
+            return await waiter.granted
         except asyncio.CancelledError:
-            if future.done() and not future.cancelled():  # the wake-up was ours to use: hand it on
-                for expert in names:
-                    self._wake(expert)
+            if waiter.granted.done() and not waiter.granted.cancelled():
+                waiter.granted.result().release()  # granted in the moment of leaving: to the next one
             raise
         finally:
-            for expert in names:
-                queue = self._waiting[expert]
-                if future in queue:
-                    queue.remove(future)
-                if not queue:
-                    del self._waiting[expert]
+            self._forget(waiter)
 
     def waiting(self, expert: str) -> int:
         return len(self._waiting.get(expert, ()))
 
-    def _wake(self, expert: str, *, everybody: bool = False) -> None:
-        for future in tuple(self._waiting.get(expert, ())):
-            if not future.done():
-                future.set_result(None)
-                if not everybody:
+    def offer(self, replica: Replica, *, forgiven: bool = False) -> None:
+        """Give its free places to those who wait for them."""
+        if self._replicas.get(replica.name) is not replica:
+            return
+        for expert in replica.record.serves:
+            for waiter in tuple(self._waiting.get(expert, ())):
+                if not replica.has_room:
                     return
+                if waiter.granted.done() or (replica in waiter.avoid and not forgiven):
+                    continue
+                self._forget(waiter)
+                waiter.granted.set_result(self._hold(replica, expert))
+
+    def _hold(self, replica: Replica, expert: str) -> Hold:
+        self._uses += 1
+        replica.last_used = self._uses
+        hold = Hold(replica, expert, self)
+        replica.holds.add(hold)
+        return hold
+
+    def _forget(self, waiter: _Waiter) -> None:
+        for expert in waiter.experts:
+            queue = self._waiting.get(expert, {})
+            queue.pop(waiter, None)
+            if not queue:
+                self._waiting.pop(expert, None)
+
+
+def _tell_lost(replica: Replica) -> None:
+    for hold in tuple(replica.holds):
+        if hold.on_lost is not None:
+            hold.on_lost()

@@ -5,14 +5,15 @@ knows the model by another name, the bytes of that one value can be replaced and
 """
 
 import json
+import re
 from dataclasses import dataclass
 from json.decoder import JSONDecoder, scanstring  # type: ignore[attr-defined]
-from typing import Any, Final
+from typing import Any
 
 from hpc_router.errors import BadRequestError
 
 _decode_value = JSONDecoder().raw_decode
-_SPACE: Final = " \t\n\r"
+_space = re.compile(r"[ \t\n\r]*").match
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +81,9 @@ def _walk(raw: bytes, text: str) -> ApiCall:
 
 
 def _skip_space(text: str, at: int) -> int:
-    while at < len(text) and text[at] in _SPACE:
-        at += 1
-    return at
+    found = _space(text, at)
+    assert found is not None  # it matches nothing as well
+    return found.end()
 
 
 def _expect(text: str, at: int, mark: str) -> int:

@@ -7,6 +7,7 @@ predecessor had, when that is free, so that clients which know only the address 
 import asyncio
 import contextlib
 import logging
+import resource
 import signal
 import socket
 import time
@@ -49,6 +50,7 @@ def main(run: RunDir, deployment: Deployment, *, replica: str) -> int:
     """Serve until told to stop; the exit status of the process."""
     job = JobDir(run, replica)
     job.claim()
+    raise_file_limit()
     files = FileThread("registry")
     try:
         uvloop.run(_live(run, deployment, job, files))
@@ -61,6 +63,13 @@ def main(run: RunDir, deployment: Deployment, *, replica: str) -> int:
     files.post(partial(job.write, Exit(ok=True, reason=Reason.DRAINED, message="stopped")))
     files.close(timeout_s=PATIENCE_S)
     return 0
+
+
+def raise_file_limit() -> None:
+    """Each stream takes two descriptors, and 1,024 is a common soft limit."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 async def _live(run: RunDir, deployment: Deployment, job: JobDir, files: FileThread) -> None:
@@ -78,6 +87,7 @@ async def _live(run: RunDir, deployment: Deployment, job: JobDir, files: FileThr
         files.post(partial(job.write, Progress(Phase.READY, ready_at=time.time())))
         logger.info("serving at %s", lease.record.url)
         await stop.wait()
+        gateway.draining = True
         logger.info("draining: %d requests in flight", gateway.in_flight)
         await lease.update(state=State.DRAINING)
         files.post(partial(job.write, Progress(Phase.DRAINING)))

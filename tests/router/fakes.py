@@ -37,11 +37,15 @@ class FakeReplica:
     url: str = ""
     bodies: list[bytes] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
+    queries: list[str] = field(default_factory=list)
+    silent: bool = False
     cancelled: int = 0
     arrived: asyncio.Event = field(default_factory=asyncio.Event)
     go_on: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        if self.silent:
+            await self.go_on.wait()
         if request.path == wire.HEALTH:
             answer = challenge_answer(self.key, request.query["challenge"])
             health = {"replica": self.replica, "state": self.state, "in_flight": 0, "models": self.models}
@@ -51,6 +55,7 @@ class FakeReplica:
             return web.json_response({"object": "list", "data": [{"id": m, "object": "model"} for m in self.models]})
         assert bearer(request.headers.get("authorization")) == self.key
         self.bodies.append(await request.content.read())
+        self.queries.append(request.rel_url.raw_query_string)
         self.headers.append({k.lower(): v for k, v in request.headers.items()})
         act = self.acts[0] if len(self.acts) == 1 else self.acts.popleft()
         self.arrived.set()

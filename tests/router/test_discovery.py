@@ -143,3 +143,16 @@ async def test_the_registered_model_name_wins_over_what_an_external_endpoint_lis
             await ready(router)
             assert (await post(router, chat("math")))[0] == 200
             assert b'"theirs"' in fake.bodies[0]
+
+
+async def test_a_new_token_for_an_external_endpoint_is_taken_up(tmp_path: Path) -> None:
+    run = a_run(tmp_path)
+    async with fake_replica(run, "math-x0.g1", models=("theirs",)) as fake:
+        record = registry.Reader(run.registry).snapshot()["math-x0.g1"]
+        run.keep_external_token("math-x0.g1", "wrong")
+        registry.publish(run.registry, replace(record, kind=Kind.EXTERNAL, nonce=None))
+        async with a_router(run, a_deployment()) as router:
+            await eventually(lambda: standing(router, "math-x0.g1") is Standing.EJECTED)
+            (run.path / "tokens" / "math-x0.g1").unlink()
+            run.keep_external_token("math-x0.g1", fake.key)
+            await ready(router)

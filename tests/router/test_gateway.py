@@ -11,6 +11,7 @@ from typing import Any
 import aiohttp
 import openai
 import pytest
+from yarl import URL
 
 from hpc_router.router.replicas import Standing
 from tests.router.fakes import (
@@ -440,3 +441,97 @@ async def test_status_metrics_and_route_tell_the_truth(tmp_path: Path) -> None:
         explained = (await post(router, {"prompt": "2+2"}, path="/route"))[1]
         assert set(explained) == {"id", "cluster", "expert", "score", "margin", "runner_up", "reason", "terms"}
         assert (explained["expert"], explained["reason"]) == ("math", "policy")
+
+
+async def test_a_hung_replica_is_left_for_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It answers neither probes nor requests: it is ejected, and what it had goes elsewhere."""
+    monkeypatch.setattr("hpc_router.router.dispatch.LOST_S", 0.1)
+    run = a_run(tmp_path)
+    deployment = a_deployment("math", "code", policy="round_robin", fallback="code", probe_timeout_s=0.1)
+    async with (
+        fake_replica(run, "math-0.g1", hang) as hung,
+        a_router(run, deployment) as router,
+    ):
+        await ready(router)
+        calls = [asyncio.create_task(post(router, chat(model))) for model in ("math", "auto")]
+        await eventually(lambda: len(hung.bodies) == 2)
+        async with fake_replica(run, "math-1.g1"), fake_replica(run, "code-0.g1"):
+            await ready(router, 3)
+            hung.silent = True
+            for status, value, _ in await asyncio.gather(*calls):
+                assert status == 200
+                assert value["choices"][0]["message"]["content"] != "math-0.g1"
+        hung.go_on.set()
+
+
+async def test_a_stream_of_a_lost_replica_ends_with_an_error_event(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hpc_router.router.dispatch.LOST_S", 0.1)
+    run = a_run(tmp_path)
+    act = stream([event("a")], then="hang")
+    async with (
+        fake_replica(run, "math-0.g1", act) as hung,
+        a_router(run, a_deployment("math", probe_timeout_s=0.1)) as router,
+    ):
+        await ready(router)
+        call = asyncio.create_task(post(router, chat(stream=True)))
+        await hung.arrived.wait()
+        hung.silent = True
+        _, raw, _ = await call
+        assert raw.startswith(event("a") + b'data: {"error"')
+        hung.go_on.set()
+
+
+async def test_the_query_goes_upstream_as_it_came(tmp_path: Path) -> None:
+    run = a_run(tmp_path)
+    async with fake_replica(run, "math-0.g1") as fake, a_router(run, a_deployment("math")) as router, session() as s:
+        await ready(router)
+        url = URL(f"{router.url}{CHAT}?x=a%20b&y=%c3%a9%23", encoded=True)
+        async with s.post(url, json=chat(), headers=router.headers) as response:
+            assert response.status == 200
+        assert fake.queries == ["x=a%20b&y=%c3%a9%23"]
+
+
+async def test_a_client_that_expects_to_be_told_to_go_on_is_told(tmp_path: Path) -> None:
+    run = a_run(tmp_path)
+    async with fake_replica(run, "math-0.g1"), a_router(run, a_deployment("math")) as router, session() as s:
+        await ready(router)
+        async with s.post(router.url + CHAT, json=chat(), headers=router.headers, expect100=True) as response:
+            assert response.status == 200
+
+
+async def test_head_and_draining(tmp_path: Path) -> None:
+    run = a_run(tmp_path)
+    async with fake_replica(run, "math-0.g1"), a_router(run, a_deployment("math")) as router, session() as s:
+        await ready(router)
+        async with s.head(router.url + "/ready") as response:
+            assert (response.status, await response.read()) == (200, b"")
+        router.gateway.draining = True
+        async with s.get(router.url + "/ready") as response:
+            assert (response.status, response.headers["connection"]) == (503, "close")
+
+
+async def test_an_unreadable_request_leaves_no_content_in_the_log(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = a_run(tmp_path)
+    async with a_router(run, a_deployment("math")) as router:
+        reader, writer = await asyncio.open_connection("127.0.0.1", int(router.url.rpartition(":")[2]))
+        writer.write(b"GET /status HTTP/1.1\r\nhost: x\r\nauthorization: Bearer SECRET\x01\r\n\r\n")
+        assert b" 400 " in await reader.readline()
+        writer.close()
+        await writer.wait_closed()
+    assert "SECRET" not in caplog.text
+
+
+async def test_a_client_that_sends_no_body_is_given_up(tmp_path: Path) -> None:
+    run = a_run(tmp_path)
+    async with a_router(run, a_deployment("math", idle_timeout_s=0.1)) as router:
+        reader, writer = await asyncio.open_connection("127.0.0.1", int(router.url.rpartition(":")[2]))
+        head = f"POST {CHAT} HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {router.token}\r\ncontent-length: 9\r\n\r\n"
+        writer.write(head.encode())
+        assert b" 408 " in await reader.readline()
+        writer.close()
+        await writer.wait_closed()
+        await eventually(lambda: all_gauges_zero(router))

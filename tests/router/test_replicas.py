@@ -44,19 +44,19 @@ def test_nothing_leads_from_draining_back_to_ready_but_being_ejected() -> None:
 
 def test_the_fewest_in_flight_wins_and_ties_take_turns() -> None:
     table = table_of(replica("math-0.g1"), replica("math-1.g1"))
-    holds = [table.acquire("math") for _ in range(4)]
+    holds = [table.acquire(["math"]) for _ in range(4)]
     assert [h.replica.name for h in holds if h] == ["math-0.g1", "math-1.g1", "math-0.g1", "math-1.g1"]
-    assert table.acquire("math") is None, "both are at their capacity"
+    assert table.acquire(["math"]) is None, "both are at their capacity"
     assert holds[1] is not None
     holds[1].release()
-    again = table.acquire("math")
+    again = table.acquire(["math"])
     assert again is not None
     assert again.replica.name == "math-1.g1"
 
 
 def test_a_release_counts_once() -> None:
     table = table_of(replica("math-0.g1"))
-    hold = table.acquire("math")
+    hold = table.acquire(["math"])
     assert hold is not None
     with hold:
         hold.release()
@@ -65,39 +65,98 @@ def test_a_release_counts_once() -> None:
 
 def test_a_replica_that_left_takes_its_counters_with_it() -> None:
     table = table_of(replica("math-0.g1"))
-    hold = table.acquire("math")
+    hold = table.acquire(["math"])
     assert hold is not None
     table.remove("math-0.g1")
     hold.release()
     assert (hold.replica.in_flight, table.experts()) == (0, set())
 
 
-async def test_a_release_wakes_one_and_a_cancelled_waiter_hands_its_turn_on() -> None:
-    """The wake-up of a request that is cancelled in the same moment goes to the next one."""
+async def test_a_free_place_goes_to_who_has_waited_longest() -> None:
+    """In the same step: a newcomer in the same turn cannot overtake."""
     table = table_of(replica("math-0.g1", capacity=1))
-    hold = table.acquire("math")
+    hold = table.acquire(["math"])
     assert hold is not None
     first, second = (asyncio.create_task(table.wait(["math"])) for _ in range(2))
     await asyncio.sleep(0)
     assert table.waiting("math") == 2
     hold.release()
-    first.cancel()
+    assert table.acquire(["math"]) is None
     async with asyncio.timeout(5):
-        await second
-    with pytest.raises(asyncio.CancelledError):
-        await first
+        got = await first
+        assert not second.done()
+        got.release()
+        (await second).release()
     assert table.waiting("math") == 0
 
 
-async def test_a_replica_that_becomes_ready_wakes_everybody() -> None:
+async def test_two_places_freed_at_once_serve_two_who_can_use_them() -> None:
+    """One waits for either expert, the others for one each: nobody sleeps beside an idle replica."""
+    a, b = replica("a-0.g1", experts=("a",), capacity=1), replica("b-0.g1", experts=("b",), capacity=1)
+    table = table_of(a, b)
+    holds = [table.acquire(["a"]), table.acquire(["b"])]
+    either = asyncio.create_task(table.wait(["b", "a"]))
+    await asyncio.sleep(0)
+    only_a = asyncio.create_task(table.wait(["a"]))
+    only_b = asyncio.create_task(table.wait(["b"]))
+    await asyncio.sleep(0)
+    for hold in holds:
+        assert hold is not None
+        hold.release()
+    async with asyncio.timeout(5):
+        assert (await either).replica is a
+        assert (await only_b).replica is b
+    assert not only_a.done()
+    either.result().release()
+    async with asyncio.timeout(5):
+        (await only_a).release()
+
+
+async def test_a_waiter_that_leaves_as_it_is_served_hands_its_place_on() -> None:
+    table = table_of(replica("math-0.g1", capacity=1))
+    hold = table.acquire(["math"])
+    assert hold is not None
+    first, second = (asyncio.create_task(table.wait(["math"])) for _ in range(2))
+    await asyncio.sleep(0)
+    hold.release()
+    first.cancel()
+    async with asyncio.timeout(5):
+        (await second).release()
+    with pytest.raises(asyncio.CancelledError):
+        await first
+    assert [r.in_flight for r in table.all()] == [0]
+    assert table.waiting("math") == 0
+
+
+async def test_a_replica_that_becomes_ready_serves_who_waits_and_is_forgiven() -> None:
     late = replica("math-0.g1", ready=False)
     table = table_of(late)
-    waiters = [asyncio.create_task(table.wait(["code", "math"])) for _ in range(3)]
+    waiters = [asyncio.create_task(table.wait(["code", "math"], avoid=[late])) for _ in range(2)]
     await asyncio.sleep(0)
     assert table.apply(late, Event.SAYS_READY)
     async with asyncio.timeout(5):
-        await asyncio.gather(*waiters)
+        assert [(await w).expert for w in waiters] == ["math", "math"]
     assert (table.waiting("math"), table.waiting("code")) == (0, 0)
+
+
+def test_holders_are_told_when_their_replica_is_lost() -> None:
+    """Once it is ejected or has left, not when it drains."""
+    for lost_by in ("ejection", "departure"):
+        one = replica("math-0.g1")
+        table = table_of(one)
+        told: list[str] = []
+        hold = table.acquire(["math"])
+        assert hold is not None
+        hold.on_lost = lambda told=told: told.append("lost")
+        table.apply(one, Event.SAYS_DRAINING)
+        assert not told
+        if lost_by == "ejection":
+            table.apply(one, Event.FAILED)
+        else:
+            table.remove(one.name)
+        assert told == ["lost"]
+        hold.release()
+        assert one.in_flight == 0
 
 
 class Juggling(RuleBasedStateMachine):
@@ -111,7 +170,7 @@ class Juggling(RuleBasedStateMachine):
 
     @rule()
     def arrive(self) -> None:
-        if hold := self.table.acquire("math"):
+        if hold := self.table.acquire(["math"]):
             assert hold.replica.standing is Standing.READY
             self.holds.append(hold)
 
@@ -155,6 +214,6 @@ def test_equal_replicas_share_equally(replicas: int, requests: int) -> None:
     """Requests that never end differ by at most one between replicas."""
     table = table_of(*(replica(f"math-{i}.g1", capacity=100) for i in range(replicas)))
     for _ in range(requests):
-        assert table.acquire("math")
+        assert table.acquire(["math"])
     load = [r.in_flight for r in table.all()]
     assert max(load) - min(load) <= 1
