@@ -26,14 +26,14 @@ check: .venv/.stamp ## format, lint, types, fast tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/pytest --numprocesses 2 -m 'not e2e and not long'
+	$(BIN)/pytest --numprocesses 2 -m 'not e2e and not slurm and not long'
 
 test: .venv/.stamp engines ## all that this machine can run
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/pytest --numprocesses 2 -m 'not e2e and not long'
-	$(BIN)/pytest -m 'e2e and not long'
+	$(BIN)/pytest --numprocesses 2 -m 'not e2e and not slurm and not long'
+	$(BIN)/pytest -m '(e2e or slurm) and not long'
 
 test-long: test ## and what takes minutes
 	$(BIN)/pytest -m long

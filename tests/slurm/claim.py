@@ -1,0 +1,168 @@
+"""What a test cluster holds of the machine outside its folder: a number, and a bridge and a user named after it.
+
+Rules: the folder is made by one `mkdir`, so two starters never share it. The claim is a symbolic link
+`/run/hpcr-slurm/NUMBER -> FOLDER`, made before anything else outside the folder, in one step, and removed last: what a
+starter killed at any moment has left is found from the claim alone. `FOLDER/owner` names the process that must be
+alive for the cluster to be wanted; a cluster that was brought up by hand, once up, has none and stays until `down`.
+Claiming and sweeping happen under a lock on the claims' folder. Nothing here knows Slurm.
+"""
+
+import contextlib
+import fcntl
+import os
+import pwd
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+from tests.slurm.host import SlurmClusterError, booted, command, power_off
+from tests.waiting import eventually_sync
+
+CLAIMS: Final = Path("/run/hpcr-slurm")
+NUMBERS: Final = range(1, 251)
+SHARED: Final = Path("/var/tmp")
+PREFIX: Final = "hpcr-slurm-"
+PRIVATE: Final = (Path("/tmp"), Path("/dev/shm"))
+MARK: Final = ".hpcr-slurm"
+OWNER: Final = "owner"
+
+
+def bridge_of(number: int) -> str:
+    return f"hpcr{number}"
+
+
+def user_of(number: int) -> str:
+    return f"hpcr-user{number}"
+
+
+def network_of(number: int) -> str:
+    """The first three bytes: of 198.18.0.0/15, which is for tests and met on no site."""
+    return f"198.18.{number}"
+
+
+@contextlib.contextmanager
+def _locked() -> Iterator[int]:
+    """The lock as a descriptor: a command that inherits it holds it on where its starter is killed."""
+    while True:
+        CLAIMS.mkdir(exist_ok=True)
+        folder = os.open(CLAIMS, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX)
+            if not (CLAIMS.exists() and os.path.samestat(os.fstat(folder), CLAIMS.stat())):
+                continue  # another process removed it while we waited
+            yield folder
+            with contextlib.suppress(OSError):  # not empty
+                CLAIMS.rmdir()
+            return
+        finally:
+            os.close(folder)
+
+
+def claims() -> dict[int, Path]:
+    """The clusters of this machine, whether up, half up or left over."""
+    found = {}
+    for claim in CLAIMS.glob("[0-9]*"):
+        with contextlib.suppress(FileNotFoundError):  # released meanwhile
+            found[int(claim.name)] = claim.readlink()
+    return found
+
+
+def claim(folder: Path) -> int:
+    """A number, and its bridge and user made, for a folder made by `make_folder`."""
+    with _locked() as lock:
+        taken = claims()
+        number = next((number for number in NUMBERS if number not in taken), None)
+        if number is None:
+            raise SlurmClusterError(f"{len(NUMBERS)} clusters are up: {CLAIMS} lists them")
+        (CLAIMS / str(number)).symlink_to(folder)
+        bridge = bridge_of(number)
+        command(["ip", "link", "add", bridge, "type", "bridge"], inherit=(lock,))
+        command(["ip", "address", "add", f"{network_of(number)}.254/24", "dev", bridge])
+        command(["ip", "link", "set", bridge, "up"])
+        if _user_exists(number):  # left by a machine that was switched off: /run forgets, /etc does not
+            command(["userdel", user_of(number)])
+        # fmt: off
+        command(["useradd", "--system", "--user-group", "--no-create-home", "--home-dir", str(folder / "home"),
+                 "--shell", "/bin/bash", user_of(number)], inherit=(lock,))
+        # fmt: on
+    return number
+
+
+def release(folder: Path) -> bool:
+    """Remove every trace of the cluster in `folder`, in whatever state it is; False where there was none."""
+    with _locked():
+        numbers = [number for number, claimed in claims().items() if claimed == folder]
+        for number in numbers:
+            _remove(number, folder)
+    unclaimed = (folder / MARK).exists()  # its starter came no further, or the machine was switched off since
+    if unclaimed:
+        shutil.rmtree(folder)
+    return bool(numbers) or unclaimed
+
+
+def _remove(number: int, folder: Path) -> None:
+    while hosts := booted(folder):  # again: a starter that still runs may boot another meanwhile
+        for pid in hosts.values():
+            power_off(pid)
+    bridge, devices = bridge_of(number), Path("/sys/class/net")
+    eventually_sync(lambda: not list(devices.glob(f"{bridge}[a-z]*")))  # the kernel takes its time with the links
+    if (devices / bridge).exists():
+        command(["ip", "link", "delete", bridge])
+    if _user_exists(number):
+        command(["userdel", user_of(number)])
+    if folder.exists():
+        shutil.rmtree(folder)
+    (CLAIMS / str(number)).unlink()
+
+
+def make_folder(given: Path | None) -> Path:
+    """A new folder, for a cluster that is wanted only while this process lives."""
+    if given is None:
+        folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=SHARED))
+    else:
+        folder = given.resolve()
+        if folder in claims().values():
+            raise SlurmClusterError(f"a cluster is up in {folder} already: take it down first, or give another folder")
+        if own := next((own for own in PRIVATE if folder.is_relative_to(own)), None):
+            raise SlurmClusterError(f"{folder}: every host has an {own} of its own; give a folder elsewhere")
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError as error:
+            raise SlurmClusterError(f"{folder} exists, and down would remove it: give a new folder") from error
+    folder.chmod(0o755)
+    (folder / MARK).touch()
+    (folder / OWNER).write_text(_identity(os.getpid()) or "")
+    return folder
+
+
+def keep(folder: Path) -> None:
+    """From here on the cluster stays up until somebody takes it down."""
+    (folder / OWNER).unlink()
+
+
+def sweep() -> list[Path]:
+    """Remove the clusters whose owner has ended without removing them."""
+    swept = []
+    for folder in {*claims().values(), *(mark.parent for mark in SHARED.glob(f"{PREFIX}*/{MARK}"))}:
+        try:
+            owner = (folder / OWNER).read_text()
+        except OSError:
+            continue  # brought up by hand, or just gone
+        if owner and _identity(int(owner.split()[0])) != owner and release(folder):
+            swept.append(folder)
+    return swept
+
+
+def _identity(pid: int) -> str | None:
+    """A pid and when its process started: a number used again is another process."""
+    try:
+        state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if state == "Z" else f"{pid} {rest[18]}"
+
+
+def _user_exists(number: int) -> bool:
+    return any(user.pw_name == user_of(number) for user in pwd.getpwall())

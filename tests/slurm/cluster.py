@@ -1,0 +1,223 @@
+"""A real Slurm on one machine, for tests and for trying things by hand: `python -m tests.slurm.cluster up|down|status`.
+
+A controller, three GPU nodes, a CPU node: each a host of its own (host.py) on one bridge. Needs root and Debian's
+Slurm. What it holds of the machine is one claim, one bridge, one user and one folder (claim.py), gone after `down`.
+The file system is shared by all hosts, except /tmp and /dev/shm: what jobs are to see lies outside them, for
+instance in `shared`, and so must this clone and its environment.
+"""
+
+import argparse
+import os
+import secrets
+import shlex
+import shutil
+import socket
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Self
+
+from tests.slurm import claim
+from tests.slurm.accounting import start_accounting
+from tests.slurm.configuration import CONTROLLER, LAST_BYTES, NODES, PARTITIONS, Shape, gpus_of
+from tests.slurm.host import NAMESPACES, Host, SlurmClusterError, answers, booted, command
+from tests.slurm.node import Node
+from tests.waiting import eventually_sync
+
+PROGRAMS: Final = (
+    *("slurmctld", "slurmd", "slurmdbd", "sbatch", "munged", "mariadbd", "mariadb-install-db"),
+    *("ip", "nsenter", "unshare", "setpriv", "setsid", "useradd"),
+)
+BY_HAND: Final = Path("/var/tmp/hpcr-slurm")
+FOLDERS: Final = ("etc", "log", "run", "state", "spool", "munge", "database", "gpus", "home", "shared")
+
+
+def lacking() -> str:
+    """What this machine lacks for a cluster, in words; empty where it has all."""
+    if os.geteuid() != 0:
+        return "root, for a Slurm test cluster"
+    absent = [name for name in PROGRAMS if shutil.which(name) is None]
+    if absent:
+        return f"{', '.join(absent)}, for a Slurm test cluster"
+    try:
+        command(["unshare", *NAMESPACES, "--fork", "mount", "-t", "tmpfs", "tmpfs", "/dev/shm"])
+    except SlurmClusterError as error:  # root of a container that may not
+        return f"namespaces and mounts, for a Slurm test cluster: {error}"
+    return ""
+
+
+class SlurmCluster:
+    """`with SlurmCluster() as cluster:`; `folder`, where given, is new or empty and outside /tmp."""
+
+    def __init__(self, folder: Path | None = None, *, accounting: bool = True, node_cpus: int = 8) -> None:
+        self._given = folder
+        self._accounting = accounting
+        self._node_cpus = node_cpus
+        self._hosts: dict[str, Host] = {}
+        self.partitions = PARTITIONS
+
+    def __enter__(self) -> Self:
+        self.up(owned=True)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.down()
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What to export, here or anywhere on the machine, to talk to the cluster."""
+        return environment_of(self.folder)
+
+    @property
+    def shared(self) -> Path:
+        """A folder that every host sees and every user may write."""
+        return self.folder / "shared"
+
+    @property
+    def controller(self) -> Host:
+        return self._hosts[CONTROLLER]
+
+    def node(self, name: str) -> Node:
+        if name not in NODES:
+            raise SlurmClusterError(f"no node {name!r}: there are {', '.join(NODES)}")
+        return Node(self._hosts[name])
+
+    def run(
+        self, argv: Sequence[str], *, user: str | None = None, folder: Path | None = None, timeout_s: float = 60.0
+    ) -> str:
+        """What `argv` printed on the controller's host, where it ran in `folder` (`shared`); raises if it failed."""
+        return self.controller.enter(argv, user=user, folder=folder, timeout_s=timeout_s)
+
+    def states(self) -> dict[str, str]:
+        """Slurm's word for each node: `idle`, `mixed`, `down*`, ..."""
+        lines = self.run(["sinfo", "--Node", "--noheader", "--format=%N %T"]).splitlines()
+        return {name: state for name, _, state in (line.partition(" ") for line in lines)}
+
+    def wait_idle(self, *, within_s: float = 30.0) -> None:
+        eventually_sync(lambda: set(self.states().values()) == {"idle"}, within_s=within_s)
+
+    def up(self, *, owned: bool) -> None:
+        """Returns with every node idle. An owned cluster is swept once this process has died without `down`."""
+        if lack := lacking():
+            raise SlurmClusterError(f"needs {lack}")
+        claim.sweep()
+        self.folder = claim.make_folder(self._given)
+        try:
+            self.number = claim.claim(self.folder)
+            self._furnish()
+            self._start()
+            if not owned:
+                claim.keep(self.folder)
+        except BaseException:
+            self.down()
+            raise
+
+    def down(self) -> None:
+        claim.release(self.folder)
+        for host in self._hosts.values():
+            host.halt()  # all are off by now: this collects their exit
+        self._hosts.clear()
+
+    def _furnish(self) -> None:
+        self.user = claim.user_of(self.number)
+        for name in FOLDERS:
+            (self.folder / name).mkdir()
+        (self.folder / "database").chmod(0o700)
+        self.shared.chmod(0o1777)
+        shutil.chown(self.folder / "home", self.user, self.user)
+        key = self.folder / "etc" / "munge.key"
+        key.touch(mode=0o600)
+        key.write_bytes(secrets.token_bytes(128))
+        self._shape = Shape(
+            folder=self.folder,
+            network=claim.network_of(self.number),
+            accounting=self._accounting,
+            node_cpus=self._node_cpus,
+            outside=socket.gethostname(),
+        )
+        self._shape.write()
+        for name in LAST_BYTES:
+            self._hosts[name] = Host(
+                folder=self.folder,
+                name=name,
+                address=self._shape.address(name),
+                bridge=claim.bridge_of(self.number),
+                gpus=gpus_of(name),
+            )
+
+    def _start(self) -> None:
+        controller, folder = self.controller, self.folder
+        controller.boot()
+        # fmt: off
+        controller.daemon(["munged", "--foreground", f"--key-file={folder}/etc/munge.key",
+                           f"--socket={self._shape.munge_socket}", f"--pid-file={folder}/munge/pid",
+                           f"--log-file={folder}/munge/log", f"--seed-file={folder}/munge/seed"])
+        # fmt: on
+        if self._accounting:
+            start_accounting(controller, self._shape, users=("root", self.user))
+        eventually_sync(lambda: answers(self._shape.munge_socket))
+        controller.daemon(["slurmctld", "-D"])
+        for name in NODES:
+            self.node(name).restart()
+        eventually_sync(lambda: answers((controller.address, 6817)))
+        self.wait_idle()
+
+
+def environment_of(folder: Path) -> dict[str, str]:
+    return {"SLURM_CONF": str(folder / "etc" / "slurm.conf")}
+
+
+def _up(folder: Path, *, accounting: bool, node_cpus: int) -> None:
+    cluster = SlurmCluster(folder, accounting=accounting, node_cpus=node_cpus)
+    cluster.up(owned=False)
+    pids = booted(folder)
+    enter = shlex.join(cluster.controller.inside(["bash"]))
+    print(f"# up: nodes {', '.join(NODES)}, partitions {', '.join(PARTITIONS)}, second user {cluster.user}")
+    print(f"# all nodes see {cluster.shared}; /tmp and /dev/shm are each node's own")
+    print(f"# a shell on the controller's host, where names resolve: {enter}")
+    print(f"# first processes: {', '.join(f'{name}={pid}' for name, pid in sorted(pids.items()))}")
+    for name, value in cluster.environment.items():
+        print(f"export {name}={shlex.quote(value)}")
+
+
+def _status() -> None:
+    claims = claim.claims()
+    for number, folder in sorted(claims.items()):
+        hosts = booted(folder)
+        print(f"{folder}: number {number}, hosts up: {', '.join(sorted(hosts)) or 'none'}")
+        if CONTROLLER in hosts:
+            print(command(["sinfo"], environment={**os.environ, **environment_of(folder)}), end="")
+    if not claims:
+        print("no cluster is up")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.slurm.cluster", description=__doc__.partition("\n")[0])
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    up = verbs.add_parser("up", help="bring a cluster up and print what to export: eval it")
+    up.add_argument("--no-accounting", action="store_true", help="without slurmdbd: sacct says nothing")
+    up.add_argument("--node-cpus", type=int, default=8, help="what each node claims to have (%(default)s)")
+    down = verbs.add_parser("down", help="remove it without a trace, in whatever state it is")
+    verbs.add_parser("status", help="all clusters of this machine")
+    for verb in (up, down):
+        verb.add_argument("--dir", type=Path, default=BY_HAND, help="the cluster's folder (%(default)s)")
+    chosen = parser.parse_args(argv)
+    try:
+        match chosen.verb:
+            case "up":
+                _up(chosen.dir.resolve(), accounting=not chosen.no_accounting, node_cpus=chosen.node_cpus)
+            case "down":
+                print("# gone" if claim.release(chosen.dir.resolve()) else f"# nothing is up in {chosen.dir}")
+            case "status":
+                _status()
+    except SlurmClusterError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,179 @@
+"""A host of the test cluster, seen from the machine it lives on: boot, power cut, cut off, enter.
+
+Rules: the process table is the record. A host is the process whose command line is `init.py FOLDER NAME GPUS` and
+that is number 1 of its namespace; no pid is written down, so nothing can point at somebody else's process, and a
+`down` finds the hosts of a starter that was killed at any moment. Everything runs inside a host, also munge and
+MariaDB, so hosts and one bridge are all there is to remove. Knows nothing of Slurm.
+"""
+
+import contextlib
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from tests.slurm import init
+from tests.waiting import eventually_sync
+
+INIT: Final = str(Path(init.__file__).resolve())
+NAMESPACES: Final = ("--mount", "--uts", "--ipc", "--net", "--pid")
+HALT_S: Final = 10.0
+
+
+class SlurmClusterError(RuntimeError):
+    """The test cluster can't do what was asked; the message says what to do about it."""
+
+
+def command(
+    argv: Sequence[str],
+    *,
+    timeout_s: float = 60.0,
+    environment: Mapping[str, str] | None = None,
+    inherit: tuple[int, ...] = (),
+) -> str:
+    """What `argv` printed; raises with what it complained about."""
+    # fmt: off
+    try:
+        done = subprocess.run(list(argv), stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout_s,
+                              env=environment, pass_fds=inherit)
+    # fmt: on
+    except subprocess.TimeoutExpired as error:
+        raise SlurmClusterError(f"{' '.join(argv)} did not end within {timeout_s} s") from error
+    if done.returncode:
+        raise SlurmClusterError(f"{' '.join(argv)} ended with {done.returncode}: {done.stderr or done.stdout}")
+    return done.stdout
+
+
+def booted(folder: Path) -> dict[str, int]:
+    """The pid of each host that is up, by name."""
+    found = {}
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            argv = (process / "cmdline").read_bytes().split(b"\0")
+            status = (process / "status").read_text()
+        except OSError:
+            continue  # it ended meanwhile
+        if len(argv) == 6 and argv[1:3] == [os.fsencode(INIT), os.fsencode(folder)]:
+            spaces = next(line for line in status.splitlines() if line.startswith("NSpid:")).split()
+            if spaces[-1] == "1" and "\nState:\tZ" not in status:
+                found[os.fsdecode(argv[3])] = int(process.name)
+    return found
+
+
+def power_off(pid: int) -> None:
+    """Returns when all that ran on the host has ended."""
+    try:
+        process = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    try:
+        signal.pidfd_send_signal(process, signal.SIGKILL)
+        if not select.select([process], [], [], HALT_S)[0]:
+            raise SlurmClusterError(f"host {pid} did not end within {HALT_S} s of SIGKILL")
+    except ProcessLookupError:
+        return
+    finally:
+        os.close(process)
+
+
+@dataclass(kw_only=True)
+class Host:
+    """One machine: `bridge` names the switch that it is plugged into, its link there is `bridge` + `name`."""
+
+    folder: Path
+    name: str
+    address: str
+    bridge: str
+    gpus: int = 0
+    _starter: subprocess.Popen[bytes] | None = None
+
+    @property
+    def link(self) -> str:
+        return f"{self.bridge}{self.name}"
+
+    @property
+    def pid(self) -> int | None:
+        return booted(self.folder).get(self.name)
+
+    def boot(self) -> None:
+        """Power on, with the network up; no daemon runs yet."""
+        if self.name in booted(self.folder):
+            raise SlurmClusterError(f"{self.name} is up already")
+        # fmt: off
+        argv = ["unshare", *NAMESPACES, "--fork", "--kill-child=SIGKILL", "--",
+                sys.executable, INIT, str(self.folder), self.name, str(self.gpus)]
+        # fmt: on
+        with (self.folder / "log" / f"{self.name}-init.log").open("ab") as log:
+            self._starter = subprocess.Popen(
+                argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, start_new_session=True, cwd="/"
+            )
+        assert self._starter.stdout is not None
+        with self._starter.stdout as said:
+            ready, pid = said.readline(), self.pid
+        if not ready or pid is None:
+            raise SlurmClusterError(f"{self.name} did not boot: {(self.folder / 'log' / log.name).read_text()}")
+        command(["ip", "link", "add", self.link, "type", "veth", "peer", "name", "eth0", "netns", str(pid)])
+        command(["ip", "link", "set", self.link, "master", self.bridge, "up"])
+        inside = ["nsenter", f"--net=/proc/{pid}/ns/net", "ip"]
+        command([*inside, "address", "add", f"{self.address}/24", "dev", "eth0"])
+        for device in ("lo", "eth0"):
+            command([*inside, "link", "set", device, "up"])
+
+    def halt(self) -> None:
+        """The power cut: SIGKILL to all that runs here; returns when it and the network link are gone."""
+        if (pid := self.pid) is not None:
+            power_off(pid)
+        if self._starter is not None:
+            self._starter.wait(HALT_S)
+            self._starter = None
+        eventually_sync(lambda: not Path("/sys/class/net", self.link).exists())
+
+    def cut_off(self) -> None:
+        """Pull the network cable: everything on the host goes on running, and still sees the shared file system."""
+        command(["ip", "link", "set", self.link, "down"])
+
+    def reconnect(self) -> None:
+        command(["ip", "link", "set", self.link, "up"])
+
+    def inside(self, argv: Sequence[str], *, user: str | None = None, folder: Path | None = None) -> list[str]:
+        """The command that runs `argv` on this host, for callers that want a process of their own."""
+        if (pid := self.pid) is None:
+            raise SlurmClusterError(f"{self.name} is down")
+        become = [] if user is None else ["setpriv", f"--reuid={user}", f"--regid={user}", "--init-groups", "--"]
+        where = f"--wdns={folder or self.folder / 'shared'}"
+        return ["nsenter", f"--target={pid}", *NAMESPACES, where, "--", *become, *argv]
+
+    def enter(
+        self, argv: Sequence[str], *, user: str | None = None, folder: Path | None = None, timeout_s: float = 60.0
+    ) -> str:
+        """What `argv` printed on this host, outside any job, with no SLURM_* of this process; raises if it failed."""
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+        return command(self.inside(argv, user=user, folder=folder), timeout_s=timeout_s, environment=environment)
+
+    def daemon(self, argv: Sequence[str], *, environment: Mapping[str, str] | None = None) -> None:
+        """Leave `argv` running here: the host's first process adopts it, and it dies with the host."""
+        with (self.folder / "log" / f"{self.name}-{Path(argv[0]).name}.out").open("ab") as log:
+            subprocess.run(
+                self.inside(["setsid", "--fork", *argv], folder=Path("/")),
+                check=True,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env={**os.environ, **(environment or {})},
+            )
+
+
+def answers(address: Path | tuple[str, int]) -> bool:
+    """Whether somebody listens there."""
+    family = socket.AF_UNIX if isinstance(address, Path) else socket.AF_INET
+    with socket.socket(family) as probe, contextlib.suppress(OSError):
+        probe.settimeout(1.0)
+        probe.connect(str(address) if isinstance(address, Path) else address)
+        return True
+    return False
