@@ -33,7 +33,7 @@ test: .venv/.stamp engines ## all that this machine can run
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/pytest --numprocesses 2 -m 'not e2e and not slurm and not long'
-	$(BIN)/pytest -m '(e2e or slurm) and not long'
+	$(BIN)/pytest --numprocesses 2 --dist loadfile -m '(e2e or slurm) and not long'
 
 test-long: test ## and what takes minutes
 	$(BIN)/pytest -m long

@@ -7,8 +7,12 @@ part. No locks: flock fails or lies on the parallel file systems this runs on.
 import json
 import os
 import secrets
+import stat
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
+
+LONGEST: Final = 2**20
+"""Bytes of a JSON file of ours; a longer one is not ours."""
 
 
 def replace_text(path: Path, text: str, *, mode: int = 0o600) -> None:
@@ -48,7 +52,30 @@ def replace_json(path: Path, value: Any, *, mode: int = 0o600) -> None:
 def read_json(path: Path) -> dict[str, Any] | None:
     """The JSON object at `path`; None when it is absent, half-copied or no object."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        return load_json(path)
     except (OSError, ValueError):
         return None
-    return value if isinstance(value, dict) else None
+
+
+def load_json(path: Path) -> dict[str, Any]:
+    """The same for those to whom absent and unreadable are not one. Raises OSError (FileNotFoundError) or ValueError.
+
+    Only a regular file of at most `LONGEST`: a pipe would hang its reader, a link may lead anywhere.
+    """
+    with open(path, "rb", opener=_open_itself) as stream:
+        if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+            raise ValueError("no regular file")
+        content = stream.read(LONGEST + 1)
+    if len(content) > LONGEST:
+        raise ValueError(f"longer than {LONGEST} bytes")
+    try:
+        value = json.loads(content)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    if not isinstance(value, dict):
+        raise ValueError("no JSON object")
+    return value
+
+
+def _open_itself(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)

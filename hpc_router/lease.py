@@ -1,7 +1,8 @@
 """A record in the registry that stays live only while its owner renews it.
 
 The beat counter in the record grows every `beat_s`; readers judge it by their own clocks. A write that fails or hangs
-is a warning: a stalled file system takes nobody out of service and stops nobody from leaving.
+is a warning: a stalled file system takes nobody out of service and stops nobody from leaving. Only a folder that is
+gone, beat after beat, is told to the owner: somebody removed the run directory, and nobody else could find the owner.
 """
 
 import asyncio
@@ -21,16 +22,31 @@ PATIENCE_S: Final = 5.0
 """A write may keep its caller waiting for so long; it is done when the file system comes back."""
 
 
-class Lease:
-    """Owns one registry file. `async with` publishes, renews, and withdraws it at the end."""
+GONE_BEATS: Final = 5
+"""The folder is gone when so many renewals in a row do not find it."""
 
-    def __init__(self, folder: Path, record: Record, files: FileThread | None = None) -> None:
+
+class Lease:
+    """Owns one registry file. `async with` publishes, renews, and withdraws it at the end.
+
+    `on_gone` is called once, in the event loop, when the folder is gone.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        record: Record,
+        files: FileThread | None = None,
+        *,
+        on_gone: Callable[[], None] | None = None,
+    ) -> None:
         assert record.beat_s is not None
         self._folder = folder
         self._record = replace(record, beat=0)
         self._beat_s = record.beat_s
         self._files = files or FileThread(f"lease of {record.replica}")
         self._owns_files = files is None
+        self._on_gone = on_gone
         self._write: asyncio.Future[None] | None = None
         self._renewal: asyncio.Task[None] | None = None
 
@@ -62,21 +78,29 @@ class Lease:
         self._files.post(partial(publish, self._folder, self._record))
 
     async def _renew_forever(self) -> None:
+        missed = 0
         while True:
             await asyncio.sleep(self._beat_s)
             self._record = replace(self._record, beat=(self._record.beat or 0) + 1)
             if self._write is None or self._write.done():  # while the file system hangs, beats don't pile up
-                await self._patiently(partial(publish, self._folder, self._record), "renewed")
+                error = await self._patiently(partial(publish, self._folder, self._record), "renewed")
+                missed = missed + 1 if isinstance(error, FileNotFoundError) else 0
+                if missed == GONE_BEATS and self._on_gone is not None:
+                    logger.error("%s is gone", self._folder)
+                    self._on_gone()
 
-    async def _patiently(self, action: Callable[[], None], done: str) -> None:
-        """The file thread keeps the order, so two writes never overtake each other."""
+    async def _patiently(self, action: Callable[[], None], done: str) -> OSError | None:
+        """Why it is not done, if so. The file thread keeps the order, so two writes never overtake each
+        other."""
         self._write = write = asyncio.ensure_future(self._files.run(action))
         await asyncio.wait({write}, timeout=PATIENCE_S)
+        failure: OSError | None = None
         if not write.done():
-            why = f"the file system has not answered for {PATIENCE_S:g} s"
+            failure = TimeoutError(f"the file system has not answered for {PATIENCE_S:g} s")
         elif isinstance(error := write.exception(), OSError):
-            why = str(error)
+            failure = error
         else:
-            return write.result()
-        logger.warning("the record of %s cannot be %s: %s", self._record.replica, done, why)
-        return None
+            write.result()
+        if failure is not None:
+            logger.warning("the record of %s cannot be %s: %s", self._record.replica, done, failure)
+        return failure

@@ -8,6 +8,7 @@ owner still lives is judged elsewhere, from the beat counter and the reader's ow
 import logging
 import os
 import re
+import stat
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from enum import StrEnum
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any, Final, Self
 
 from hpc_router.errors import RegistryError
-from hpc_router.files import read_json, replace_json
+from hpc_router.files import LONGEST, read_json, replace_json
 
 logger = logging.getLogger(__name__)
 
@@ -101,8 +102,9 @@ def _check_types(record: Record) -> None:
         value is None or (isinstance(value, int | float) and not isinstance(value, bool))
         for value in (record.beat, record.beat_s, record.expires_at, record.capacity)
     )
+    generation_ok = isinstance(record.generation, int) and not isinstance(record.generation, bool)
     url_ok = isinstance(record.url, str) and record.url.startswith(("http://", "https://"))
-    if not (serves_ok and numbers_ok and url_ok and isinstance(record.nonce, str | None)):
+    if not (serves_ok and numbers_ok and generation_ok and url_ok and isinstance(record.nonce, str | None)):
         raise RegistryError(f"record {record.replica!r} has a value of the wrong type")
     split_replica(record.replica)
 
@@ -161,6 +163,9 @@ class Reader:
             return before
         if status.st_uid != os.getuid():
             logger.warning("registry file %s belongs to uid %d: refused", name, status.st_uid)
+            return _Seen(stamp, None)
+        if not stat.S_ISREG(status.st_mode) or status.st_size > LONGEST:
+            logger.warning("registry file %s is no small regular file: refused", name)
             return _Seen(stamp, None)
         value = read_json(path)
         if value is None:

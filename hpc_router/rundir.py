@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from hpc_router.auth import new_token
-from hpc_router.errors import ConfigError
-from hpc_router.files import read_json, replace_json
+from hpc_router.errors import ConfigError, RegistryError
+from hpc_router.files import load_json, replace_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +54,14 @@ class RunDir:
         """The artefact trained at `up` from the experts' exemplars."""
         return self.path / "classifier"
 
+    def gone(self) -> bool:
+        """Whether somebody removed it; a file system that fails is no proof."""
+        try:
+            self.registry.lstat()
+        except OSError as error:
+            return isinstance(error, FileNotFoundError)
+        return False
+
     def token(self) -> str:
         """The owner's client token."""
         return _read_secret(self.path / "token")
@@ -80,7 +88,14 @@ class RunDir:
             stream.write(line + "\n")
 
     def read_desired(self) -> dict[str, Any]:
-        return read_json(self.desired) or {}
+        """The later wishes. Raises RegistryError for a file that cannot be read: that is not the wish for nothing."""
+        try:
+            return load_json(self.desired)
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError) as error:
+            why = getattr(error, "strerror", None) or error
+            raise RegistryError(f"cannot read {self.desired}: {why} (repair or remove it)") from error
 
     def write_desired(self, value: dict[str, Any]) -> None:
         replace_json(self.desired, value)

@@ -1,6 +1,8 @@
 """A record that lives while it is renewed; a file system that hangs keeps nobody from working or leaving."""
 
 import asyncio
+import errno
+import itertools
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -97,3 +99,29 @@ async def test_leaving_does_not_wait_for_it(tmp_path: Path, files: FileThread, m
         files.post(hanging.wait)
     hanging.set()
     await eventually(lambda: published(tmp_path) is None)
+
+
+async def test_its_owner_is_told_once_when_the_folder_is_gone_for_good(tmp_path: Path) -> None:
+    folder, told = tmp_path / "registry", list[int]()
+    folder.mkdir()
+    async with Lease(folder, record(beat_s=0.001), on_gone=lambda: told.append(lease.record.beat or 0)) as lease:
+        folder.rename(tmp_path / "away")
+        await eventually(lambda: told)
+        await eventually(lambda: (lease.record.beat or 0) > told[0] + 3 * lease_module.GONE_BEATS)
+    assert len(told) == 1
+
+
+async def test_a_file_system_that_fails_is_no_folder_that_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor is a folder that comes back."""
+    errors = itertools.cycle([*[FileNotFoundError()] * (lease_module.GONE_BEATS - 1), OSError(errno.EIO, "EIO")])
+    told: list[bool] = []
+
+    def failing(*_: object) -> None:
+        raise next(errors)
+
+    async with Lease(tmp_path, record(beat_s=0.001), on_gone=lambda: told.append(True)) as lease:
+        monkeypatch.setattr("hpc_router.lease.publish", failing)
+        await eventually(lambda: (lease.record.beat or 0) > 4 * lease_module.GONE_BEATS)
+    assert told == []

@@ -79,6 +79,10 @@ def test_keys_of_a_later_version_are_passed_over(tmp_path: Path) -> None:
         {"url": None},
         {"beat": "4"},
         {"capacity": True},
+        {"generation": "3"},
+        {"generation": 3.5},
+        {"generation": None},
+        {"generation": True},
         {"nonce": 5},
         {"engine": "vllm"},
         {"replica": "../../etc/passwd"},
@@ -146,3 +150,17 @@ def test_the_leader_is_the_ready_router_of_the_highest_generation() -> None:
     assert leader is not None
     assert leader.generation == 10
     assert leading_router({"math-0.g3": RECORD}) is None
+
+
+def test_what_is_no_small_regular_file_is_refused(tmp_path: Path) -> None:
+    """A pipe would hang the reader, a link may lead anywhere."""
+    (tmp_path / "registry").mkdir()
+    publish(tmp_path, RECORD)
+    folder, target = tmp_path / "registry", tmp_path / "math-0.g3.json"
+    os.mkfifo(folder / "math-1.g3.json")
+    (folder / "math-0.g3.json").symlink_to(target)
+    (folder / "math-2.g3.json").write_text(json.dumps(replace(RECORD, replica="math-2.g3").to_json()) + " " * 2**20)
+    (folder / "math-3.g3.json").write_text("[" * 100_000)
+    reader = Reader(folder)
+    assert reader.snapshot() == {}
+    assert reader.snapshot() == {}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hpc_router.errors import ConfigError
+from hpc_router.errors import ConfigError, RegistryError
 from hpc_router.rundir import find_run, make_run, open_run, point_latest
 
 
@@ -85,3 +85,19 @@ def test_a_verb_finds_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("HPC_ROUTER_RUN", str(three.path))
     assert find_run(None, runs=runs) == three
     assert find_run(one.path, runs=runs) == one
+
+
+@pytest.mark.parametrize("text", ["", '{"replicas": {', "[]", "[" * 100_000, " " * 2**20 + " {}"])
+def test_only_an_absent_wish_is_no_wish(tmp_path: Path, text: str) -> None:
+    run = make_run(tmp_path / "run")
+    assert run.read_desired() == {}
+    run.desired.write_text(text)
+    with pytest.raises(RegistryError, match=r"cannot read .*desired\.json"):
+        run.read_desired()
+
+
+def test_a_wish_that_cannot_be_opened_is_not_an_absent_one(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    run.desired.mkdir()
+    with pytest.raises(RegistryError, match=r"cannot read .*desired\.json: Is a directory"):
+        run.read_desired()

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from types import FrameType
+from typing import Final
 
 from hpc_router import registry
 from hpc_router.cluster.desired import deployment_of, desired_of
@@ -31,6 +32,9 @@ from hpc_router.registry import Kind, leading_router, split_replica
 from hpc_router.rundir import RunDir
 
 logger = logging.getLogger(__name__)
+
+GONE_PASSES: Final = 5
+"""A run directory that so many passes in a row do not find was removed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,13 +149,14 @@ class Control:
 
 
 def run_loop(run: RunDir, *, while_leading: str | None = None, tied: bool = False) -> None:
-    """A pass every `cluster.reconcile_s` until SIGTERM or SIGINT; with `while_leading` only while that router leads.
+    """A pass every `cluster.reconcile_s` until SIGTERM or SIGINT, or until the run directory has been removed; with
+    `while_leading` only while that router leads.
 
     `tied`: also until stdin ends, so that the loop goes with the process that holds the other end.
     """
-    control, configured = Control(run), run.config.exists()
+    control, configured, missed = Control(run), run.config.exists(), 0
     with _stop_event(tied=tied) as stop:
-        while not stop.is_set():
+        while not stop.is_set() and missed < GONE_PASSES:
             pause_s = control.deployment.cluster.reconcile_s
             try:
                 if run.config.exists() and not configured:  # `up` has joined a run of external endpoints
@@ -160,6 +165,7 @@ def run_loop(run: RunDir, *, while_leading: str | None = None, tied: bool = Fals
                     control.once()
             except Exception:
                 logger.exception("a pass of the control loop failed; the next one is in %.1f s", pause_s)
+            missed = missed + 1 if run.gone() else 0
             stop.wait(pause_s)
 
 

@@ -40,7 +40,7 @@ class Silent:
 
 
 def down(run: RunDir, *, watcher: Watcher | None = None) -> int:
-    """How many jobs were ended. Raises LaunchError for jobs of another host."""
+    """How many jobs were ended. Raises LaunchError for jobs of another host, and when an `up` comes in between."""
     take_down(run)
     try:
         control = Control(run)
@@ -55,6 +55,8 @@ def empty(control: Control, *, watcher: Watcher) -> int:
     ended: set[str] = set()
     while True:
         seen = control.once(clear=True)
+        if not seen.desired.down:
+            raise LaunchError(f"{control.run.path} was brought up again meanwhile")
         left = living(seen)
         _refuse_far(left)
         ended |= {attempt.replica for attempt in left}

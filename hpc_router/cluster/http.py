@@ -10,6 +10,7 @@ from typing import Any, Final
 import aiohttp
 
 QUICK_S: Final = 2.0
+LONGEST_ANSWER: Final = 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +30,7 @@ class Answer:
 
 
 class Unreachable(Exception):
-    """Nobody answered in time."""
+    """Nobody answered in time, or with more than anybody of ours says."""
 
 
 @asynccontextmanager
@@ -52,8 +53,12 @@ async def call(
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     try:
         async with client.request(method, url, headers=headers, json=body, allow_redirects=False) as response:
-            text = await response.text(errors="replace")
-            return Answer(response.status, _parsed(text))
+            text = bytearray()
+            async for chunk in response.content.iter_any():
+                text += chunk
+                if len(text) > LONGEST_ANSWER:
+                    raise Unreachable(f"the answer is longer than {LONGEST_ANSWER} bytes")
+            return Answer(response.status, _parsed(text.decode(errors="replace")))
     except (aiohttp.ClientError, TimeoutError, ValueError, OSError) as error:
         raise Unreachable(str(error) or type(error).__name__) from error
 
@@ -78,5 +83,5 @@ def ask(
 def _parsed(text: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text

@@ -13,15 +13,17 @@ from dataclasses import asdict
 from typing import Final
 
 from hpc_router.cluster.launcher import JobState, Launcher
+from hpc_router.cluster.pulse import Pulse
 from hpc_router.cluster.slots import Attempt, Observed, Slot
 from hpc_router.errors import RegistryError
 from hpc_router.files import create_text
 from hpc_router.jobdir import Exit, JobDir, Reason, Stop
-from hpc_router.registry import Reader, Record, split_replica
+from hpc_router.registry import Kind, Reader, Record, split_replica
 from hpc_router.rundir import RunDir
 
 logger = logging.getLogger(__name__)
 
+HUNG: Final = "its agent hung: no beat and no answer while its process lived; it was killed"
 VANISHED: Final = "the job ended and left no exit record: killed, or it died before it began"
 
 
@@ -33,6 +35,8 @@ class Observer:
         self._launcher = launcher
         self._reader = Reader(run.registry)
         self._ended: dict[str, Attempt] = {}
+        self._pulse = Pulse()
+        self._hung: set[str] = set()
         self.records: Mapping[str, Record] = {}
 
     def look(self) -> Observed:
@@ -41,12 +45,20 @@ class Observer:
         names = self._claimed()
         open_names = [name for name in names if name not in self._ended]
         states = self._launcher.observe(open_names)
+        self._feel(states)
         slots: dict[Slot, list[Attempt]] = defaultdict(list)
         for name in names:
             attempt = self._ended.get(name) or self._attempt(name, states[name])
             if attempt is not None:
                 slots[attempt.slot].append(attempt)
         return {slot: tuple(sorted(found, key=lambda a: a.generation)) for slot, found in slots.items()}
+
+    def _feel(self, states: Mapping[str, JobState]) -> None:
+        """Which agents hang. Routers are left out: this may run beside one, and would go with it."""
+        running = [name for name, state in states.items() if state is JobState.RUNNING]
+        records = [self.records[name] for name in running if name in self.records]
+        self._hung.difference_update(running)
+        self._hung |= self._pulse.hung([record for record in records if record.kind is Kind.EXPERT])
 
     def _claimed(self) -> list[str]:
         with os.scandir(self._run.jobs) as entries:
@@ -61,7 +73,8 @@ class Observer:
             return None
         end = job.exit()
         if state is JobState.ENDED and end is None:
-            end = leave_exit(job, Exit(ok=False, reason=Reason.VANISHED, message=VANISHED))
+            reason, message = (Reason.TIMEOUT, HUNG) if replica in self._hung else (Reason.VANISHED, VANISHED)
+            end = leave_exit(job, Exit(ok=False, reason=reason, message=message))
         record, info = self.records.get(replica), job.info()
         attempt = Attempt(
             slot=Slot(expert, slot),
@@ -75,6 +88,7 @@ class Observer:
             registered=record.state if record is not None else None,
             job_id=info.job_id if info is not None else None,
             node=info.host if info is not None else None,
+            hung=state is JobState.RUNNING and replica in self._hung,
         )
         if state is JobState.ENDED:
             self._ended[replica] = attempt

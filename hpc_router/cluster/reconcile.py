@@ -1,7 +1,8 @@
 """What to do so that the jobs that live become the jobs that are wanted. Pure: no I/O, time is an argument.
 
 Rules, one slot at a time:
-1. A slot that lives is left alone; one that ended or vanished gets its next generation at once.
+1. A slot that lives is left alone, unless it hangs: then it is ended, and killed if it must be. One that ended or
+   vanished gets its next generation at once.
 2. Failures in a row wait longer and longer, then give up; a reason no restart can cure gives up at once. A job that was
    ready for a while starts the count again, and so does the user with `up` or `scale` (`Desired.forgiven`).
 3. A claim without a job is abandoned after a minute. A surplus job drains, then ends, then is killed.
@@ -106,6 +107,8 @@ Action = Submit | Drain | Cancel | Kill | Wait | GiveUp
 
 
 def reconcile(desired: Desired, observed: Observed, now: float) -> list[Action]:
+    if desired.clear and not desired.down:  # brought up again meanwhile: what lives is not ours to end any more
+        return []
     wanted = desired.slots()
     actions: list[Action] = []
     for slot in wanted:
@@ -128,8 +131,8 @@ def _fill(slot: Slot, attempts: Sequence[Attempt], desired: Desired, now: float)
     newest = attempts[-1]
     live = [attempt for attempt in attempts if attempt.live]
     if live:
-        if live[-1].ready and slot.expert != ROUTER:  # an older router goes when its successor says so
-            yield from _empty(live[:-1], desired, now)
+        superseded = live[-1].ready and slot.expert != ROUTER  # an older router goes when its successor says so
+        yield from _empty([a for a in live if a.hung or (superseded and a is not live[-1])], desired, now)
         return
     if not newest.submitted and newest.exit is None and now < newest.claimed_at + CLAIM_S:
         yield Wait(newest.replica, newest.claimed_at + CLAIM_S, "claimed, not submitted yet")
@@ -174,7 +177,8 @@ def _empty(attempts: Sequence[Attempt], desired: Desired, now: float) -> Iterato
 
 
 def _retire(attempt: Attempt, desired: Desired, now: float) -> Action:
-    replica, stop, drain_s = attempt.replica, attempt.stop, desired.drain_limit_s(attempt.slot)
+    replica, stop = attempt.replica, attempt.stop
+    drain_s = 0.0 if attempt.hung else desired.drain_limit_s(attempt.slot)
     if stop.cancel_at is not None:
         kill_at = stop.cancel_at + drain_s + KILL_AFTER_S
         return Kill(replica) if now >= kill_at else Wait(replica, kill_at, "asked to end")

@@ -39,7 +39,7 @@ NOT_ASKED: Final = Stop()
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """One generation of a slot. `submitted`: there is a job, not only a claim."""
+    """One generation of a slot. `submitted`: there is a job, not only a claim. `hung`: it lives and does nothing."""
 
     slot: Slot
     generation: int
@@ -52,6 +52,7 @@ class Attempt:
     registered: State | None = None
     job_id: str | None = None
     node: str | None = None
+    hung: bool = False
 
     @property
     def replica(self) -> str:
@@ -63,7 +64,7 @@ class Attempt:
 
     @property
     def ready(self) -> bool:
-        return self.live and self.registered is State.READY
+        return self.live and self.registered is State.READY and not self.hung
 
 
 Observed = Mapping[Slot, tuple[Attempt, ...]]

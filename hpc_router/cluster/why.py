@@ -22,7 +22,8 @@ ADVICE: Final[Mapping[Reason, str]] = {
     Reason.CUDA: "check the node's GPU and driver (nvidia-smi there) and that the engine's build matches it",
     Reason.BAD_OPTION: "edit the option that the message names, then `hpc-router up` in a new run",
     Reason.INTERPRETER: "check experts.{expert}.engine.python: that interpreter must have the engine installed",
-    Reason.TIMEOUT: "raise experts.{expert}.engine.startup_timeout_s, or put the model on a faster file system",
+    Reason.TIMEOUT: "it did not answer in time: while it loads, raise experts.{expert}.engine.startup_timeout_s or put "
+    "the model on a faster file system; once it was ready, it hung: look at its log's end and at its node",
     Reason.KILLED: "something ended it from outside: the node's memory limit, a user, or the system; `dmesg` may tell",
     Reason.CRASHED: "read the log lines; `hpc-router up` tries again",
     Reason.DRAINED: "it was asked to stop; `hpc-router up` or `scale` starts it again",

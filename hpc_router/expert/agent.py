@@ -112,11 +112,14 @@ class Agent:
             await stack.enter_async_context(listening(gate.handle, sock, max_body=max_body))
             record = self._record(sock, version=await self._version())
             self._files.post(partial(self._job.write, self._life.progress()))
-            self._lease = await stack.enter_async_context(Lease(self._run.registry, record, self._files))
+            lease = Lease(
+                self._run.registry, record, self._files, on_gone=lambda: self.drain("its run directory was removed")
+            )
+            self._lease = await stack.enter_async_context(lease)
             self._gate = gate
             gate.state = self._life.state
             logger.info("%s listens at %s", record.replica, record.url)
-            failure = await self._serve(self._supervisor(place, client), gate)
+            failure = await self._serve(self._supervisor(place, client, gate), gate)
         if failure is not None:
             return Exit(ok=False, reason=failure.reason, message=failure.message)
         return Exit(ok=True, reason=Reason.DRAINED, message=f"drained after {self._drain_reason}")
@@ -151,7 +154,7 @@ class Agent:
             on_drain=self.drain,
         )
 
-    def _supervisor(self, place: Place, client: UpstreamClient) -> Supervisor:
+    def _supervisor(self, place: Place, client: UpstreamClient, gate: Gate) -> Supervisor:
         config = self._config.engine
         environment = engine_environment(self._engine, self._config, place, inherited=self._environment)
         command = Command(self._engine.argv(place), environment, place, self._job.engine_log)
@@ -163,6 +166,7 @@ class Agent:
             observer=self,
             restarts=Restarts(config.max_restarts),
             startup_timeout_s=config.startup_timeout_s,
+            progress=lambda: gate.progress,
         )
 
     def _record(self, sock: socket.socket, *, version: str | None) -> Record:

@@ -33,7 +33,8 @@ _STATE_HEADERS: Final = {State.STARTING: wire.STARTING_HEADER, State.DRAINING: w
 
 @dataclass(slots=True)
 class Gate:
-    """`state` and `models` are set by the agent; `on_drain` is called for `POST /drain`."""
+    """`state` and `models` are set by the agent; `on_drain` is called for `POST /drain`. `progress` counts the pieces
+    of answers that the engine sent."""
 
     replica: str
     key: str
@@ -45,6 +46,7 @@ class Gate:
     state: State = State.STARTING
     models: tuple[str, ...] | None = None
     in_flight: int = 0
+    progress: int = 0
     _idle: asyncio.Event = field(default_factory=asyncio.Event)
     _routes: Mapping[tuple[str, str], Handler] = field(init=False)
 
@@ -104,11 +106,14 @@ class Gate:
     async def _pass(self, request: web.BaseRequest) -> web.StreamResponse:
         """To the engine, whatever the state: metrics of a draining engine are of interest."""
         try:
-            return await pass_through(request, self.client)
+            return await pass_through(request, self.client, heard=self._heard)
         except UpstreamError as error:
             return error_response(
                 502, kind="upstream_error", code="engine_unavailable", message=f"no answer from the engine: {error}"
             )
+
+    def _heard(self) -> None:
+        self.progress += 1
 
     async def _generate(self, request: web.BaseRequest) -> web.StreamResponse:
         if self.state is not State.READY:

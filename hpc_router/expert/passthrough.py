@@ -5,6 +5,7 @@ an answer that was cut must never look complete. The router in front turns that 
 """
 
 import logging
+from collections.abc import Callable
 from typing import Final
 
 from aiohttp import hdrs, web
@@ -22,15 +23,20 @@ ENGINE_LIMITS: Final = Limits(connect_s=5.0, first_byte_s=_A_DAY_S, idle_s=_A_DA
 _ENGINE: Final = URL("http://engine")
 
 
-async def pass_through(request: web.BaseRequest, client: UpstreamClient) -> web.StreamResponse:
-    """Raises UpstreamError when the engine gives no answer, HTTPRequestEntityTooLarge for the body's size."""
+async def pass_through(
+    request: web.BaseRequest, client: UpstreamClient, *, heard: Callable[[], None]
+) -> web.StreamResponse:
+    """Calls `heard` for every piece of the answer.
+
+    Raises UpstreamError when the engine gives no answer, HTTPRequestEntityTooLarge for the body's size.
+    """
     body = await request.read() if request.body_exists else None
     headers = upstream_headers(request.headers, add={})
     response: web.StreamResponse | None = None
     try:
         async with client.request(request.method, engine_url(request.path_qs), headers=headers, body=body) as answer:
             response = _begin(answer)
-            await _copy(request, answer, response)
+            await _copy(request, answer, response, heard=heard)
     except UpstreamError as error:
         if response is None or not response.prepared:
             raise
@@ -52,12 +58,15 @@ def _begin(answer: UpstreamResponse) -> web.StreamResponse:
     return response
 
 
-async def _copy(request: web.BaseRequest, answer: UpstreamResponse, response: web.StreamResponse) -> None:
+async def _copy(
+    request: web.BaseRequest, answer: UpstreamResponse, response: web.StreamResponse, *, heard: Callable[[], None]
+) -> None:
     try:
         await response.prepare(request)
     except ConnectionError:
         return  # the caller has gone; its handler is about to be cancelled
     async for chunk in answer.chunks():
+        heard()
         try:
             await response.write(chunk)
         except ConnectionError:

@@ -4,7 +4,6 @@ The scratch folder is everybody's, so the parent is checked: a real folder, ours
 the process that a folder belongs to; folders of this host whose process has ended are removed at the next start.
 """
 
-import json
 import os
 import shutil
 import socket
@@ -18,7 +17,7 @@ from typing import Any, Final
 
 from hpc_router.errors import ConfigError, LaunchError
 from hpc_router.expert.engines import Place
-from hpc_router.files import read_json
+from hpc_router.files import load_json, replace_json
 from hpc_router.jobdir import start_ticks
 
 LONGEST_FOLDER: Final = 107 - len("/tmp/") - 40
@@ -37,7 +36,7 @@ def scratch_folder(scratch: str | Path) -> Iterator[Place]:
     try:
         if len(os.fsencode(folder)) > LONGEST_FOLDER:
             raise ConfigError(f"cluster.scratch={scratch}: too long for a socket's path (valid: a short one, as /tmp)")
-        (folder / _OWNER).write_text(json.dumps(_this_process()), encoding="utf-8")
+        replace_json(folder / _OWNER, _this_process())
         place.temporary.mkdir(mode=0o700)
         place.cache.mkdir(mode=0o700)
         yield place
@@ -46,21 +45,35 @@ def scratch_folder(scratch: str | Path) -> Iterator[Place]:
 
 
 def sweep(parent: Path) -> None:
-    """Remove what dead agents of this host left. Names are never used twice, so nobody else's can be hit."""
+    """Remove what dead agents of this host left. Names are never used twice, so nobody else's can be hit; a parent that
+    is not ours alone is left as it is."""
+    if (status := _own_folder(parent)) is None or status.st_mode & 0o077:
+        return
     for folder in parent.iterdir():
-        if _abandoned(folder):
+        if (status := _own_folder(folder)) is not None and _abandoned(folder, made_at=status.st_mtime):
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _abandoned(folder: Path) -> bool:
-    owner = read_json(folder / _OWNER)
-    if owner is None:  # just being made, or never finished
-        try:
-            return time.time() - folder.stat().st_mtime > _UNFINISHED_S
-        except FileNotFoundError:
-            return False
+def _own_folder(path: Path) -> os.stat_result | None:
+    """The status of a real folder of ours; None for anything else."""
+    try:
+        status = path.lstat()
+    except OSError:
+        return None
+    return status if stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() else None
+
+
+def _abandoned(folder: Path, *, made_at: float) -> bool:
+    """An owner that cannot be told may live."""
+    try:
+        owner = load_json(folder / _OWNER)
+    except FileNotFoundError:  # just being made, or never finished
+        return time.time() - made_at > _UNFINISHED_S
+    except (OSError, ValueError):
+        return False
+    pid, ticks = owner.get("pid"), owner.get("start_ticks")
     here = (owner.get("host"), owner.get("pid_namespace")) == (socket.gethostname(), _pid_namespace())
-    return here and start_ticks(int(owner["pid"])) != owner["start_ticks"]
+    return here and isinstance(pid, int) and isinstance(ticks, int) and start_ticks(pid) != ticks
 
 
 def _this_process() -> dict[str, Any]:

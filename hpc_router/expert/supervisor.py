@@ -26,6 +26,10 @@ logger = logging.getLogger(__name__)
 
 POLL_S: Final = 0.1
 POLL_TIMEOUT_S: Final = 5.0
+WATCH_S: Final = 3.0
+WATCH_TIMEOUT_S: Final = 7.0
+HUNG_MISSES: Final = 3
+"""A ready engine is asked so often and given so long; after so many misses in a row, half a minute, it hangs."""
 
 
 class Observer(Protocol):
@@ -35,6 +39,8 @@ class Observer(Protocol):
 
 @dataclass(slots=True)
 class Supervisor:
+    """`progress`: a number that changes while answers come, for an engine may be too busy to say that it is ready."""
+
     engine: Engine
     command: Command
     client: UpstreamClient
@@ -42,6 +48,7 @@ class Supervisor:
     observer: Observer
     restarts: Restarts
     startup_timeout_s: float
+    progress: Callable[[], int] = lambda: 0
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
     chance: Callable[[], float] = random.random
 
@@ -59,7 +66,7 @@ class Supervisor:
                     ready_at = clock()
                     self.observer.moved(Phase.READY, engine_pid=process.pid)
                     logger.info("engine ready")
-                    failure = await self._until_end(process)
+                    failure = await self._until_end_or_hung(process)
             ready_s = 0.0 if ready_at is None else clock() - ready_at
             logger.warning("engine failed (%s) after %.1f s ready: %s", failure.reason, ready_s, failure.message)
             delay_s = self.restarts.after_failure(failure.reason, ready_s=ready_s, chance=self.chance())
@@ -91,12 +98,32 @@ class Supervisor:
 
     async def _answers(self) -> None:
         """Until the engine says by HTTP that it can serve."""
-        url = engine_url(self.engine.ready_path)
-        while True:
-            try:
-                async with asyncio.timeout(POLL_TIMEOUT_S), self.client.request("GET", url) as answer:
-                    if answer.status == 200:
-                        return
-            except (UpstreamError, TimeoutError):
-                pass  # not yet
+        while not await self._says_ready(timeout_s=POLL_TIMEOUT_S):
             await asyncio.sleep(POLL_S)
+
+    async def _until_end_or_hung(self, process: EngineProcess) -> Failure:
+        async with asyncio.TaskGroup() as group:
+            end = group.create_task(self._until_end(process))
+            hung = group.create_task(self._until_hung())
+            await asyncio.wait({end, hung}, return_when=asyncio.FIRST_COMPLETED)
+            end.cancel()
+            hung.cancel()
+        return hung.result() if end.cancelled() else end.result()
+
+    async def _until_hung(self) -> Failure:
+        misses, before = 0, self.progress()
+        while misses < HUNG_MISSES:
+            await asyncio.sleep(WATCH_S)
+            alive = await self._says_ready(timeout_s=WATCH_TIMEOUT_S)
+            now = self.progress()
+            misses = 0 if alive or now != before else misses + 1
+            before = now
+        return Failure(Reason.TIMEOUT, f"the engine stopped answering: {misses} checks in a row failed")
+
+    async def _says_ready(self, *, timeout_s: float) -> bool:
+        url = engine_url(self.engine.ready_path)
+        try:
+            async with asyncio.timeout(timeout_s), self.client.request("GET", url) as answer:
+                return answer.status == 200
+        except (UpstreamError, TimeoutError):
+            return False

@@ -80,7 +80,7 @@ async def _live(run: RunDir, deployment: Deployment, job: JobDir, files: FileThr
     sock = bind(run, deployment, node=socket.gethostname())
     async with (
         serving(run, deployment, replica=job.replica, sock=sock, files=files) as gateway,
-        Lease(run.registry, _record(deployment, job.replica, sock), files) as lease,
+        Lease(run.registry, _record(deployment, job.replica, sock), files, on_gone=stop.set) as lease,
         _control(run, deployment, job),
     ):
         await lease.update(state=State.READY)

@@ -22,9 +22,9 @@ from hpc_router.cluster.local import LocalLauncher
 from hpc_router.cluster.observe import leave_exit
 from hpc_router.cluster.reconcile import Submit
 from hpc_router.cluster.router_access import live_router
-from hpc_router.cluster.slots import ROUTER_SLOT, Slot
+from hpc_router.cluster.slots import ROUTER_SLOT, Attempt, Slot
 from hpc_router.config import Deployment, EngineConfig, ExpertConfig
-from hpc_router.errors import ConfigError, LaunchError
+from hpc_router.errors import ConfigError, LaunchError, RegistryError
 from hpc_router.jobdir import Exit, JobDir, JobInfo, Reason, start_ticks
 from hpc_router.registry import Kind, Record, State
 from hpc_router.rundir import RunDir
@@ -89,6 +89,22 @@ def test_a_killed_job_is_replaced_and_its_record_removed(run: RunDir, control: C
     end = JobDir(run, "math-0.g1").exit()
     assert end is not None
     assert end.reason is Reason.VANISHED
+
+
+def test_a_hung_job_is_replaced(run: RunDir, control: Control, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stopped process is not dead; its beats stand still, and nobody answers at its address."""
+    monkeypatch.setattr("hpc_router.cluster.reconcile.KILL_AFTER_S", 0.0)
+    control.once()
+    eventually_sync(lambda: started(run, "math-0.g1"))
+    service = JobDir(run, "math-0.g1").process()
+    assert service is not None
+    os.kill(service.pid, signal.SIGSTOP)
+    registry.publish(run.registry, replace(record("math-0.g1"), beat=1, beat_s=0.001))
+    eventually_sync(lambda: "math-0.g2" in control.once().submitted)
+    end = JobDir(run, "math-0.g1").exit()
+    assert end is not None
+    assert end.reason is Reason.TIMEOUT
+    assert live(control) == ["code-0.g1", "math-0.g2"]
 
 
 def test_loops_at_once_submit_each_job_once(run: RunDir, control: Control, launcher: LocalLauncher) -> None:
@@ -161,6 +177,38 @@ def test_down_works_with_a_config_of_another_version(run: RunDir, control: Contr
     eventually_sync(lambda: started(run, "math-0.g1") and started(run, "code-0.g1"))
     run.config.write_text("a_key_of_tomorrow: 1\n")
     assert down(run) == 2
+
+
+def test_down_stops_when_it_is_brought_up_again(run: RunDir, control: Control) -> None:
+    """It neither fills nor empties then: what runs is wanted by somebody."""
+    control.once()
+    eventually_sync(lambda: started(run, "math-0.g1") and started(run, "code-0.g1"))
+
+    class Up:
+        def living(self, attempts: list[Attempt]) -> None:
+            desired.start_over(run, {})
+
+    with pytest.raises(LaunchError, match="brought up again meanwhile"):
+        down(run, watcher=Up())
+    assert not JobDir(run, "router-0.g1").path.exists()
+
+
+def test_an_unreadable_wish_skips_the_pass(run: RunDir, control: Control) -> None:
+    """It is not the wish for nothing: live replicas beyond the config's would drain."""
+    desired.scale(run, control.deployment, {"math": 2}, {})
+    control.once()
+    run.desired.write_text('{"replicas": {"ma')
+    with pytest.raises(RegistryError, match=r"desired\.json"):
+        control.once()
+    with pytest.raises(RegistryError, match=r"desired\.json"):
+        down(run)
+    assert all(JobDir(run, name).stop() is None for name in live(control_of_config(run)))
+
+
+def control_of_config(run: RunDir) -> Control:
+    """With the wishes taken away."""
+    run.desired.unlink()
+    return Control(run)
 
 
 def test_a_loop_of_a_run_that_is_down_ends_no_router(run: RunDir, control: Control, service: Path) -> None:
@@ -270,6 +318,23 @@ def test_a_failing_pass_does_not_end_the_loop(run: RunDir, control: Control) -> 
         loop.kill()
         loop.communicate()
     assert run.config.read_text() == config
+
+
+def test_the_loop_ends_with_its_run_directory(run: RunDir, tmp_path: Path) -> None:
+    deployment = Deployment()
+    deployment.cluster.reconcile_s = 0.01
+    run.config.write_text(frozen.to_yaml(deployment))
+    loop = subprocess.Popen(
+        [sys.executable, "-m", "hpc_router.cli", "reconcile", "--loop", "--run", str(run.path)],
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        eventually_sync(lambda: _handles(loop.pid, signal.SIGTERM))
+        run.path.rename(tmp_path / "away")
+        assert loop.wait(30) == 0
+    finally:
+        loop.kill()
+        loop.wait()
 
 
 def test_the_loop_ends_on_sigterm(run: RunDir) -> None:

@@ -146,6 +146,28 @@ def test_an_older_generation_goes_when_the_newer_is_ready() -> None:
     assert decide(ONE, old, replace(new, registered=State.READY)) == [Drain("math-0.g1")]
 
 
+def test_a_hung_replica_is_asked_to_end_then_killed_then_replaced() -> None:
+    """It drains nothing, so the time to drain is not waited for."""
+    hung = attempt(registered=State.READY, hung=True)
+    assert decide(ONE, hung) == [Cancel("math-0.g1")]
+    asked = replace(hung, stop=Stop(cancel_at=NOW))
+    kill_at = NOW + KILL_AFTER_S
+    assert decide(ONE, asked, now=kill_at - 1) == [Wait("math-0.g1", kill_at, "asked to end")]
+    assert decide(ONE, asked, now=kill_at) == [Kill("math-0.g1")]
+    assert decide(ONE, replace(asked, hung=False), now=kill_at) == [], "it woke up, and drains"
+    assert decide(ONE, failed(1, reason=Reason.TIMEOUT)) == [Submit(MATH, 2)]
+
+
+def test_a_hung_successor_retires_nobody() -> None:
+    old, new = attempt(1, registered=State.READY), attempt(2, registered=State.READY, hung=True)
+    assert decide(ONE, old, new) == [Cancel("math-0.g2")]
+    assert decide(ONE, replace(old, hung=True), replace(new, hung=False)) == [Cancel("math-0.g1")]
+
+
+def test_a_hung_replica_that_others_started_is_left_alone() -> None:
+    assert decide(ONE, attempt(registered=State.READY), attempt(slot=Slot("math", "h0"), hung=True)) == []
+
+
 def test_what_others_started_is_left_alone_until_all_is_cleared() -> None:
     by_hand = attempt(slot=Slot("math", "h0"), registered=State.READY)
     router = attempt(slot=ROUTER_SLOT, registered=State.READY)
@@ -159,6 +181,12 @@ def test_down_cancels_everything_and_starts_nothing() -> None:
     desired = replace(Desired(replicas={"math": 2}, router=True), down=True)
     assert decide(desired, attempt(registered=State.READY)) == [Cancel("math-0.g1")]
     assert decide(desired, failed(1)) == []
+
+
+def test_clearing_ends_nothing_and_starts_nothing_once_it_is_brought_up_again() -> None:
+    """What lives is the other's by then."""
+    desired = replace(Desired(replicas={"math": 2}, router=True), clear=True)
+    assert decide(desired, attempt(slot=Slot("math", "h0"), registered=State.READY), failed(1)) == []
 
 
 # Any sequence of failures, kills and wishes ends in what is wanted: a small world with a clock of its own.

@@ -182,6 +182,16 @@ async def test_a_killed_agent_leaves_no_process_and_no_file(run: RunDir, scratch
         assert agent.record is not None  # it could not withdraw it: readers see that its beat stands still
 
 
+async def test_a_run_directory_that_is_removed_ends_its_agents(run: RunDir, scratch: Path, tmp_path: Path) -> None:
+    """Or they would hold their GPUs where no `down` finds them."""
+    async with replica(run, deployment(scratch)) as agent:
+        progress, _ = await agent.ready()
+        run.path.rename(tmp_path / "away")
+        assert await agent.end() == 0
+        assert progress.engine_pid is not None
+        assert not exists(progress.engine_pid)
+
+
 async def test_agent_and_guard_killed_at_once(run: RunDir, scratch: Path) -> None:
     """The folder stays, and the next agent sweeps it."""
     async with replica(run, deployment(scratch)) as agent:

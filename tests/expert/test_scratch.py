@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from hpc_router.errors import ConfigError, LaunchError
-from hpc_router.expert.scratch import scratch_folder
+from hpc_router.expert.scratch import scratch_folder, sweep
 from hpc_router.files import read_json
 
 
@@ -107,3 +107,69 @@ def test_a_path_too_long_for_a_socket_is_refused(scratch: Path) -> None:
 def test_a_scratch_that_does_not_exist_is_named(scratch: Path) -> None:
     with pytest.raises(ConfigError, match=r"cluster\.scratch=.*cannot make"), scratch_folder(scratch / "none"):
         pass
+
+
+def old_folder(parent: Path, name: str) -> Path:
+    """One that was never finished, long enough ago to be swept."""
+    folder = parent / name
+    folder.mkdir(parents=True)
+    os.utime(folder, (time.time() - 100, time.time() - 100))
+    return folder
+
+
+def test_what_is_not_ours_alone_is_not_swept(scratch: Path, parent: Path) -> None:
+    """`down` sweeps a name in a folder that is everybody's: another user may have put a link there."""
+    theirs = scratch / "theirs"
+    old = old_folder(theirs, "old")
+    theirs.chmod(0o700)
+    parent.symlink_to(theirs)
+    sweep(parent)
+    theirs.chmod(0o755)
+    sweep(theirs)
+    sweep(old / "missing")
+    assert old.exists()
+    old.rmdir()
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give a folder away")
+def test_another_users_folders_are_not_swept(scratch: Path, parent: Path) -> None:
+    parent.mkdir(mode=0o700)
+    old = old_folder(parent, "old")
+    os.chown(old, 12345, 12345)
+    sweep(parent)
+    os.chown(parent, 12345, 12345)
+    os.chown(old, 0, 0)
+    sweep(parent)
+    assert old.exists()
+
+
+def test_a_link_among_the_folders_is_not_followed(scratch: Path, parent: Path) -> None:
+    parent.mkdir(mode=0o700)
+    old = old_folder(scratch, "elsewhere")
+    (parent / "link").symlink_to(old)
+    sweep(parent)
+    assert old.exists()
+    assert (parent / "link").is_symlink()
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"pid": "x"}', "[" * 100_000, '{"pid": 1e99, "start_ticks": 1}'])
+def test_an_owner_that_cannot_be_told_is_left_alone(scratch: Path, parent: Path, text: str) -> None:
+    folder = owned_folder(parent, "odd")
+    described = read_json(folder / "owner.json") or {}
+    odd = json.dumps({k: described[k] for k in ("host", "pid_namespace")} | json.loads(text)) if "{" in text else text
+    (folder / "owner.json").write_text(odd)
+    os.utime(folder, (time.time() - 100, time.time() - 100))
+    sweep(parent)
+    assert folder.exists()
+
+
+def test_an_owner_that_is_no_file_hangs_nobody(scratch: Path, parent: Path) -> None:
+    parent.mkdir(mode=0o700)
+    pipe, link = old_folder(parent, "pipe"), old_folder(parent, "link")
+    os.mkfifo(pipe / "owner.json")
+    (link / "owner.json").symlink_to("nowhere")
+    for folder in (pipe, link):
+        os.utime(folder, (time.time() - 100, time.time() - 100))
+    sweep(parent)
+    assert pipe.exists()
+    assert link.exists()

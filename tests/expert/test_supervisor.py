@@ -1,13 +1,19 @@
 """The supervisor's steps, with real processes and no real pauses."""
 
 import asyncio
+import itertools
+import os
+import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from hpc_router.config import EngineConfig, ExpertConfig
+from hpc_router.expert import supervisor as supervisor_module
 from hpc_router.expert.engines import Failure, Place, build_engine, engine_environment
 from hpc_router.expert.passthrough import ENGINE_LIMITS
 from hpc_router.expert.process import Command
@@ -93,3 +99,51 @@ async def test_a_flag_the_engine_refuses_is_not_tried_again(socket_folder: Path)
         assert failure.reason is Reason.BAD_OPTION
         assert failure.message.endswith("error: unrecognized arguments: --bogus")
         assert steps.pauses == []
+
+
+@pytest.fixture
+def quick_watch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor_module, "WATCH_S", 0.01)
+    monkeypatch.setattr(supervisor_module, "WATCH_TIMEOUT_S", 0.2)
+
+
+@pytest.mark.usefixtures("quick_watch")
+async def test_an_engine_that_stops_answering_is_started_again(socket_folder: Path) -> None:
+    """Its process lives, so its end alone would be waited for in vain."""
+    async with supervised(socket_folder) as (supervisor, steps):
+        supervisor.command = replace(supervisor.command, grace_s=0.1)
+        task = asyncio.create_task(supervisor.run())
+        await asyncio.wait_for(steps.ready.wait(), GUARD_S)
+        steps.ready.clear()
+        engine = steps.engine_pid
+        assert engine is not None
+        os.kill(engine, signal.SIGSTOP)
+        await asyncio.wait_for(steps.ready.wait(), GUARD_S)
+        assert (Phase.RESTARTING, Reason.TIMEOUT) in steps.seen
+        assert not exists(engine)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+@pytest.mark.usefixtures("quick_watch")
+async def test_an_engine_whose_answers_make_progress_does_not_hang(socket_folder: Path) -> None:
+    """A long prefill may keep an engine on a CPU from answering anything else."""
+    asked, busy = itertools.count(), asyncio.Event()
+
+    def progress() -> int:
+        number = next(asked)
+        if number > 3 * supervisor_module.HUNG_MISSES:
+            busy.set()
+        return number
+
+    async with supervised(socket_folder) as (supervisor, steps):
+        supervisor.command = replace(supervisor.command, grace_s=0.1)
+        supervisor.progress = progress
+        task = asyncio.create_task(supervisor.run())
+        await asyncio.wait_for(steps.ready.wait(), GUARD_S)
+        assert steps.engine_pid is not None
+        os.kill(steps.engine_pid, signal.SIGSTOP)
+        await asyncio.wait_for(busy.wait(), GUARD_S)
+        assert steps.seen[-1] == (Phase.READY, None)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)

@@ -1,0 +1,80 @@
+"""Who hangs: beats that stopped by our own clock, and nobody who answers."""
+
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from hpc_router.cluster.pulse import HUNG_BEATS, Pulse
+from hpc_router.registry import Kind, Record, State
+
+BEAT_S = 2.0
+LIMIT_S = HUNG_BEATS * BEAT_S
+NOBODY = "http://127.0.0.1:1"
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@contextmanager
+def answering(replica: str) -> Iterator[str]:
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps({"replica": replica}).encode())
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def record(url: str = NOBODY, *, beat: int | None = 1) -> Record:
+    return Record(Kind.EXPERT, "math-0.g1", url, State.READY, {}, nonce="n", beat=beat, beat_s=BEAT_S)
+
+
+def test_beats_that_stop_for_long_enough_are_missed() -> None:
+    clock = Clock()
+    pulse = Pulse(clock)
+    assert pulse.hung([record()]) == set()
+    clock.now += LIMIT_S - 0.1
+    assert pulse.hung([record()]) == set()
+    clock.now += 0.1
+    assert pulse.hung([record()]) == {"math-0.g1"}
+    assert pulse.hung([record(beat=2)]) == set()
+    clock.now += LIMIT_S
+    assert pulse.hung([replace(record(beat=2), nonce="m")]) == set(), "another life of the same name"
+
+
+def test_one_that_answers_does_not_hang() -> None:
+    """A stalled file system alone ends nobody; a stranger at its address does not count."""
+    clock = Clock()
+    pulse = Pulse(clock)
+    with answering("math-0.g1") as url, answering("code-0.g1") as stranger:
+        pulse.hung([record(url)])
+        clock.now += LIMIT_S
+        assert pulse.hung([record(url)]) == set()
+        assert pulse.hung([record(stranger)]) == {"math-0.g1"}
+
+
+def test_a_record_without_beats_is_not_judged() -> None:
+    clock = Clock()
+    pulse = Pulse(clock)
+    external = replace(record(beat=None), beat_s=None)
+    pulse.hung([external])
+    clock.now += 1e6
+    assert pulse.hung([external]) == set()
