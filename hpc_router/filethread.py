@@ -7,14 +7,21 @@ of the process waits for it. Callers either wait for their action under a time l
 import asyncio
 import logging
 import queue
+import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from logging.handlers import QueueHandler
-from typing import TypeVar
+from pathlib import Path
+from typing import Final, TypeVar
 
 logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
+
+PATIENCE_S: Final = 5.0
+"""A write may keep its caller waiting for so long; it is done when the file system comes back."""
+LOG_FORMAT: Final = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
 class FileThread:
@@ -74,3 +81,17 @@ class FileThreadHandler(QueueHandler):
     def close(self) -> None:
         self._files.post(self._target.close)
         super().close()
+
+
+@contextmanager
+def file_thread(name: str, *, log: Path) -> Iterator[FileThread]:
+    """The thread for all of a service's writes, its log among them; a terminal sees the log as well."""
+    files = FileThread(name)
+    handlers: list[logging.Handler] = [FileThreadHandler(files, logging.FileHandler(log, encoding="utf-8"))]
+    if sys.stderr.isatty():
+        handlers.append(logging.StreamHandler())
+    logging.basicConfig(level=logging.INFO, format=LOG_FORMAT, handlers=handlers, force=True)
+    try:
+        yield files
+    finally:
+        files.close(timeout_s=PATIENCE_S)

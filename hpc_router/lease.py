@@ -13,13 +13,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from hpc_router.filethread import FileThread
+from hpc_router.filethread import PATIENCE_S, FileThread
 from hpc_router.registry import Record, publish, withdraw
 
 logger = logging.getLogger(__name__)
-
-PATIENCE_S: Final = 5.0
-"""A write may keep its caller waiting for so long; it is done when the file system comes back."""
 
 
 GONE_BEATS: Final = 5
@@ -93,6 +90,7 @@ class Lease:
         """Why it is not done, if so. The file thread keeps the order, so two writes never overtake each
         other."""
         self._write = write = asyncio.ensure_future(self._files.run(action))
+        write.add_done_callback(lambda late: late.cancelled() or late.exception())  # it may outlive our patience
         await asyncio.wait({write}, timeout=PATIENCE_S)
         failure: OSError | None = None
         if not write.done():

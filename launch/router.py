@@ -6,7 +6,6 @@
 A run that has a config gives the base, overrides go on top; else there are no experts of our own. Ctrl-C drains it.
 """
 
-import logging
 import sys
 from pathlib import Path
 
@@ -25,7 +24,6 @@ def router(call: Call) -> int:
     deployment = settled(deployment_for(path, call))
     run = make_run(path)
     train_classifier(run, deployment)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", force=True)
     from hpc_router.router.service import main
 
     return main(run, deployment, replica=claim_router(run))

@@ -26,9 +26,9 @@ from hpc_router.expert.process import Command
 from hpc_router.expert.restarts import Restarts
 from hpc_router.expert.scratch import scratch_folder
 from hpc_router.expert.supervisor import Supervisor
-from hpc_router.filethread import FileThread
+from hpc_router.filethread import PATIENCE_S, FileThread
 from hpc_router.jobdir import Exit, JobDir, Phase, Reason
-from hpc_router.lease import PATIENCE_S, Lease
+from hpc_router.lease import Lease
 from hpc_router.registry import Kind, Record, State, split_replica
 from hpc_router.relay.server import listening
 from hpc_router.relay.upstream import UpstreamClient

@@ -9,8 +9,6 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
@@ -21,15 +19,13 @@ from hpc_router.config import Deployment
 from hpc_router.errors import HpcRouterError
 from hpc_router.expert.agent import Agent
 from hpc_router.expert.guard import become_subreaper
-from hpc_router.filethread import FileThread, FileThreadHandler
+from hpc_router.filethread import FileThread, file_thread
 from hpc_router.jobdir import Exit, JobDir, Reason
-from hpc_router.lease import PATIENCE_S
 from hpc_router.rundir import RunDir, open_run, private_umask
 
 logger = logging.getLogger(__name__)
 
 STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
-LOG_FORMAT: Final = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
 def main(run: Path, replica: str, deployment: Deployment | None = None) -> int:
@@ -39,25 +35,11 @@ def main(run: Path, replica: str, deployment: Deployment | None = None) -> int:
         job = JobDir(opened, replica)
         job.claim()  # a no-op for a job that was submitted
         become_subreaper()
-        with file_thread(job) as files, private_umask():
+        with file_thread(f"files of {replica}", log=job.agent_log) as files, private_umask():
             return uvloop.run(_live(opened, replica, deployment, files))
     except HpcRouterError as error:
         sys.stderr.write(f"{error}\n")
         return 2
-
-
-@contextmanager
-def file_thread(job: JobDir) -> Iterator[FileThread]:
-    """The thread for all writes, with the agent's log among them; a terminal sees the log as well."""
-    files = FileThread(f"files of {job.replica}")
-    handlers: list[logging.Handler] = [FileThreadHandler(files, logging.FileHandler(job.agent_log, encoding="utf-8"))]
-    if sys.stderr.isatty():
-        handlers.append(logging.StreamHandler())
-    logging.basicConfig(level=logging.INFO, format=LOG_FORMAT, handlers=handlers, force=True)
-    try:
-        yield files
-    finally:
-        files.close(timeout_s=PATIENCE_S)
 
 
 async def _live(run: RunDir, replica: str, deployment: Deployment | None, files: FileThread) -> int:

@@ -17,9 +17,8 @@ from hpc_router.expert.engines import Engine, Failure, classify
 from hpc_router.expert.passthrough import engine_url
 from hpc_router.expert.process import Command, EngineProcess
 from hpc_router.expert.restarts import Restarts
-from hpc_router.filethread import FileThread
+from hpc_router.filethread import PATIENCE_S, FileThread
 from hpc_router.jobdir import Phase, Reason
-from hpc_router.lease import PATIENCE_S
 from hpc_router.relay.upstream import UpstreamClient
 
 logger = logging.getLogger(__name__)

@@ -1,13 +1,11 @@
 """The router as a job: `python -m hpc_router.router --run DIR --replica router-0.g1`."""
 
 import argparse
-import logging
 import sys
 from pathlib import Path
 
 from hpc_router import frozen
 from hpc_router.errors import HpcRouterError
-from hpc_router.jobdir import JobDir
 from hpc_router.router.service import main as serve
 from hpc_router.rundir import open_run
 
@@ -19,14 +17,8 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         run = open_run(arguments.run)
-        logging.basicConfig(
-            filename=JobDir(run, arguments.replica).agent_log,
-            level=logging.INFO,
-            format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-        )
         return serve(run, frozen.read(run.config), replica=arguments.replica)
     except HpcRouterError as error:
-        logging.getLogger(__name__).error("%s", error)
         sys.stderr.write(f"{error}\n")
         return 2
 

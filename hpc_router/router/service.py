@@ -23,9 +23,9 @@ import uvloop
 from hpc_router.config import Deployment
 from hpc_router.errors import ConfigError
 from hpc_router.files import replace_json
-from hpc_router.filethread import FileThread
+from hpc_router.filethread import FileThread, file_thread
 from hpc_router.jobdir import Exit, JobDir, Phase, Progress, Reason
-from hpc_router.lease import PATIENCE_S, Lease
+from hpc_router.lease import Lease
 from hpc_router.registry import Kind, Reader, Record, State, leading_router, split_replica
 from hpc_router.relay.server import listening
 from hpc_router.relay.upstream import Limits, UpstreamClient
@@ -51,17 +51,18 @@ def main(run: RunDir, deployment: Deployment, *, replica: str) -> int:
     job = JobDir(run, replica)
     job.claim()
     raise_file_limit()
-    files = FileThread("registry")
-    try:
-        uvloop.run(_live(run, deployment, job, files))
-    except ConfigError as error:
-        job.write(Exit(ok=False, reason=Reason.BAD_OPTION, message=str(error)))
-        raise
-    except BaseException as error:
-        job.write(Exit(ok=False, reason=Reason.CRASHED, message=f"{type(error).__name__}: {error}"))
-        raise
-    files.post(partial(job.write, Exit(ok=True, reason=Reason.DRAINED, message="stopped")))
-    files.close(timeout_s=PATIENCE_S)
+    with file_thread(f"files of {replica}", log=job.agent_log) as files:
+        try:
+            uvloop.run(_live(run, deployment, job, files))
+        except ConfigError as error:
+            logger.error("%s", error)
+            job.write(Exit(ok=False, reason=Reason.BAD_OPTION, message=str(error)))
+            raise
+        except BaseException as error:
+            logger.exception("the router failed")
+            job.write(Exit(ok=False, reason=Reason.CRASHED, message=f"{type(error).__name__}: {error}"))
+            raise
+        files.post(partial(job.write, Exit(ok=True, reason=Reason.DRAINED, message="stopped")))
     return 0
 
 
