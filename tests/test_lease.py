@@ -115,11 +115,11 @@ async def test_a_file_system_that_fails_is_no_folder_that_is_gone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nor is a folder that comes back."""
-    errors = itertools.cycle([*[FileNotFoundError()] * (lease_module.GONE_BEATS - 1), OSError(errno.EIO, "EIO")])
+    numbers = itertools.cycle([*[errno.ENOENT] * (lease_module.GONE_BEATS - 1), errno.EIO])
     told: list[bool] = []
 
     def failing(*_: object) -> None:
-        raise next(errors)
+        raise OSError(next(numbers), "scripted")
 
     async with Lease(tmp_path, record(beat_s=0.001), on_gone=lambda: told.append(True)) as lease:
         monkeypatch.setattr("hpc_router.lease.publish", failing)
