@@ -109,6 +109,10 @@ def _check_types(record: Record) -> None:
     split_replica(record.replica)
 
 
+def http_url(host: str, port: int) -> str:
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
 def replica_name(expert: str, slot: int | str, generation: int) -> str:
     return f"{expert}-{slot}.g{generation}"
 

@@ -47,7 +47,7 @@ def status(run: RunDir) -> dict[str, Any]:
         "run": str(run.path),
         "down": down,
         "router": router,
-        "policy": told.get("policy") or {"kind": policy.kind, "fallback": policy.fallback, "version": None},
+        "policy": told.get("policy") or {"kind": policy.kind, "fallback": policy.fallback, "artefact": None},
         "experts": experts,
     }
 

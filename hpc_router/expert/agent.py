@@ -29,7 +29,7 @@ from hpc_router.expert.supervisor import Supervisor
 from hpc_router.filethread import PATIENCE_S, FileThread
 from hpc_router.jobdir import Exit, JobDir, Phase, Reason
 from hpc_router.lease import Lease
-from hpc_router.registry import Kind, Record, State, split_replica
+from hpc_router.registry import Kind, Record, State, http_url, split_replica
 from hpc_router.relay.server import listening
 from hpc_router.relay.upstream import UpstreamClient
 from hpc_router.rundir import RunDir
@@ -134,9 +134,9 @@ class Agent:
                 return supervising.result()
             try:
                 async with asyncio.timeout(self._deployment.cluster.drain_s):
-                    await gate.idle()
+                    await gate.in_flight.idle()
             except TimeoutError:
-                logger.warning("%d requests did not end within cluster.drain_s: cut off", gate.in_flight)
+                logger.warning("%d requests did not end within cluster.drain_s: cut off", gate.in_flight.count)
             return None
         finally:
             supervising.cancel()
@@ -174,7 +174,7 @@ class Agent:
         return Record(
             kind=Kind.EXPERT,
             replica=self._job.replica,
-            url=f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}",
+            url=http_url(host, port),
             state=State.STARTING,
             serves=self._engine.serves(),
             generation=self._generation,

@@ -5,11 +5,9 @@ replica is ready; otherwise the answer says whether it is starting or draining. 
 The router keeps replicas to their capacity; the gate refuses beyond `HEADROOM` times that, for callers that don't.
 """
 
-import asyncio
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Final
 
@@ -20,6 +18,7 @@ from hpc_router.auth import bearer, challenge_answer, same
 from hpc_router.errors import UpstreamError
 from hpc_router.expert.passthrough import pass_through
 from hpc_router.registry import State
+from hpc_router.relay.in_flight import InFlight
 from hpc_router.relay.server import Handler, error_response, json_response
 from hpc_router.relay.upstream import UpstreamClient
 
@@ -45,9 +44,8 @@ class Gate:
     on_drain: Callable[[str], None]
     state: State = State.STARTING
     models: tuple[str, ...] | None = None
-    in_flight: int = 0
+    in_flight: InFlight = field(default_factory=InFlight)
     progress: int = 0
-    _idle: asyncio.Event = field(default_factory=asyncio.Event)
     _routes: Mapping[tuple[str, str], Handler] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -83,21 +81,15 @@ class Gate:
                 500, kind="internal_error", code="internal", message="the agent failed; its log says why"
             )
 
-    async def idle(self) -> None:
-        """Until no request is in flight."""
-        while self.in_flight:
-            self._idle.clear()
-            await self._idle.wait()
-
     def _health(self, request: web.BaseRequest) -> web.Response:
         challenge = request.query.get("challenge", "")[:LONGEST_CHALLENGE]
         answer = challenge_answer(self.key, challenge) if challenge else None
-        health = wire.Health(self.replica, self.state.value, self.in_flight, self.models, answer)
+        health = wire.Health(self.replica, self.state.value, self.in_flight.count, self.models, answer)
         return json_response(asdict(health))
 
     async def _drain(self, request: web.BaseRequest) -> web.Response:
         self.on_drain("a drain call")
-        return json_response({"state": State.DRAINING.value, "in_flight": self.in_flight}, status=202)
+        return json_response({"state": State.DRAINING.value, "in_flight": self.in_flight.count}, status=202)
 
     async def _own_models(self, request: web.BaseRequest) -> web.Response:
         cards = [{"id": name, "object": "model", "created": 0, "owned_by": "hpc-router"} for name in self.names]
@@ -123,21 +115,14 @@ class Gate:
             response.headers[_STATE_HEADERS[self.state]] = "1"
             response.headers["retry-after"] = str(RETRY_AFTER_S[self.state])
             return response
-        if self.in_flight >= math.ceil(self.capacity * HEADROOM):
+        if self.in_flight.count >= math.ceil(self.capacity * HEADROOM):
             response = error_response(
-                429, kind="rate_limit_error", code="overloaded", message=f"{self.in_flight} requests are in flight here"
+                429,
+                kind="rate_limit_error",
+                code="overloaded",
+                message=f"{self.in_flight.count} requests are in flight here",
             )
             response.headers["retry-after"] = "1"
             return response
-        with self._counted():
+        with self.in_flight:
             return await self._pass(request)
-
-    @contextmanager
-    def _counted(self) -> Iterator[None]:
-        self.in_flight += 1
-        try:
-            yield
-        finally:
-            self.in_flight -= 1
-            if not self.in_flight:
-                self._idle.set()

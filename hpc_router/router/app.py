@@ -32,6 +32,7 @@ from hpc_router.errors import (
     UpstreamError,
     suggest,
 )
+from hpc_router.relay.in_flight import InFlight
 from hpc_router.relay.server import error_response, json_response, read_body
 from hpc_router.router.dispatch import RETRY_AFTER_S, Dispatcher, Errand
 from hpc_router.router.metrics import Metrics
@@ -76,8 +77,7 @@ class Gateway:
     token: str | None
     replica: str
     draining: bool = False
-    in_flight: int = 0
-    _idle: asyncio.Event = field(default_factory=asyncio.Event)
+    in_flight: InFlight = field(default_factory=InFlight)
     started_at: float = field(default_factory=time.time)
     routes: Mapping[tuple[str, str], Handler] = field(init=False)
 
@@ -107,11 +107,6 @@ class Gateway:
         if self.draining and not response.prepared:
             response.force_close()
         return response
-
-    async def idle(self) -> None:
-        """Until no request is in flight."""
-        if self.in_flight:
-            await self._idle.wait()
 
     def _find(self, request: web.BaseRequest) -> Handler:
         path = request.path.rstrip("/") or "/"
@@ -150,7 +145,7 @@ class Gateway:
                 policy={"kind": policy.kind, "fallback": policy.fallback, "artefact": self.policy.version},
                 replica=self.replica,
                 uptime_s=round(time.time() - self.started_at, 3),
-                in_flight=self.in_flight,
+                in_flight=self.in_flight.count,
                 open=self.token is None,
             )
         )
@@ -174,21 +169,15 @@ class Gateway:
         return json_response(explanation.to_dict(id=request_id))
 
     async def _generate(self, request: web.BaseRequest, request_id: str) -> web.StreamResponse:
-        if self.in_flight >= self.deployment.router.max_in_flight:
+        if self.in_flight.count >= self.deployment.router.max_in_flight:
             raise OverloadedError(
-                f"{self.in_flight} requests are in flight, as many as router.max_in_flight admits",
+                f"{self.in_flight.count} requests are in flight, as many as router.max_in_flight admits",
                 retry_after_s=RETRY_AFTER_S,
             )
-        self.in_flight += 1
-        self._idle.clear()
-        try:
+        with self.in_flight:
             call = await self._read(request)
             errand = self._errand(request, request_id, call)
             response = await self.dispatcher.run(errand)
-        finally:
-            self.in_flight -= 1
-            if not self.in_flight:
-                self._idle.set()
         expert, reason = response.headers.get("x-expert", ""), response.headers.get("x-route-reason", "")
         self.metrics.requests.labels(expert, reason, str(response.status)).inc()
         return response

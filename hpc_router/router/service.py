@@ -26,7 +26,7 @@ from hpc_router.files import replace_json
 from hpc_router.filethread import FileThread, file_thread
 from hpc_router.jobdir import Exit, JobDir, Phase, Progress, Reason
 from hpc_router.lease import Lease
-from hpc_router.registry import Kind, Reader, Record, State, leading_router, split_replica
+from hpc_router.registry import Kind, Reader, Record, State, http_url, leading_router, split_replica
 from hpc_router.relay.server import listening
 from hpc_router.relay.upstream import Limits, UpstreamClient
 from hpc_router.router.app import Gateway
@@ -89,7 +89,7 @@ async def _live(run: RunDir, deployment: Deployment, job: JobDir, files: FileThr
         logger.info("serving at %s", lease.record.url)
         await stop.wait()
         gateway.draining = True
-        logger.info("draining: %d requests in flight", gateway.in_flight)
+        logger.info("draining: %d requests in flight", gateway.in_flight.count)
         await lease.update(state=State.DRAINING)
         files.post(partial(job.write, Progress(Phase.DRAINING)))
     logger.info("stopped")
@@ -108,7 +108,7 @@ async def serving(
     discovery = Discovery(run, config, table, on_snapshot=keeper.keep, clock=clock, files=files)
     limits = Limits(config.connect_timeout_s, config.first_byte_timeout_s, config.idle_timeout_s)
     async with UpstreamClient(limits) as client, discovery:
-        metrics = Metrics(table, in_flight=lambda: gateway.in_flight, registry_age_s=discovery.registry_age_s)
+        metrics = Metrics(table, in_flight=lambda: gateway.in_flight.count, registry_age_s=discovery.registry_age_s)
         dispatcher = Dispatcher(table=table, discovery=discovery, client=client, metrics=metrics, config=config)
         token = None if config.open else run.token()
         gateway = Gateway(deployment, table, policy, dispatcher, metrics, token=token, replica=replica)
@@ -119,7 +119,7 @@ async def serving(
                 listener.close()
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(config.drain_s):
-                        await gateway.idle()
+                        await gateway.in_flight.idle()
 
 
 class RegistryFile:
@@ -180,11 +180,10 @@ def bind(run: RunDir, deployment: Deployment, *, node: str) -> socket.socket:
 def _record(deployment: Deployment, replica: str, sock: socket.socket) -> Record:
     host, port = sock.getsockname()[:2]
     address = deployment.cluster.address if host in _EVERYWHERE else host
-    shown = f"[{address}]" if ":" in address else address
     return Record(
         kind=Kind.ROUTER,
         replica=replica,
-        url=f"http://{shown}:{port}",
+        url=http_url(address, port),
         state=State.STARTING,
         serves={},
         generation=split_replica(replica)[2],

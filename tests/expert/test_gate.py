@@ -58,7 +58,7 @@ async def running(
         async with listening(gate.handle, sock, max_body=BODY_LIMIT):
             yield Running(engine, gate, session, drains)
             await session.close()
-        assert gate.in_flight == 0
+        assert gate.in_flight.count == 0
 
 
 @pytest.mark.parametrize("key", [None, "", "x" * 64, "Ω", KEY + "x"])
@@ -123,8 +123,8 @@ async def test_a_stream_arrives_as_it_is_made(socket_folder: Path) -> None:
             assert response.content_type == "text/event-stream"
             events = [await response.content.readuntil(b"\n\n") for _ in range(4)]  # the role and three tokens
             assert all(event.startswith(b"data: {") for event in events)
-            assert at.gate.in_flight == 1
-        await asyncio.wait_for(at.gate.idle(), GUARD_S)
+            assert at.gate.in_flight.count == 1
+        await asyncio.wait_for(at.gate.in_flight.idle(), GUARD_S)
 
 
 async def test_models_and_metrics_are_the_engines_own(socket_folder: Path) -> None:
@@ -168,7 +168,7 @@ async def test_far_beyond_the_capacity_requests_are_refused(socket_folder: Path)
         for task in held:
             task.cancel()
         await asyncio.gather(*held, return_exceptions=True)
-        await asyncio.wait_for(at.gate.idle(), GUARD_S)
+        await asyncio.wait_for(at.gate.in_flight.idle(), GUARD_S)
         assert (await at.post())[0] == 200
 
 
@@ -199,7 +199,7 @@ async def test_a_caller_that_leaves_frees_the_engine_at_once(socket_folder: Path
             await task
         async with asyncio.timeout(GUARD_S):
             await at.engine.idle()
-            await at.gate.idle()
+            await at.gate.in_flight.idle()
         assert at.engine.counts.aborted == {phase: 1}
 
 
@@ -210,7 +210,7 @@ async def test_an_engine_that_dies_in_the_midst_never_looks_complete(socket_fold
             assert response.status == 200
             with pytest.raises(aiohttp.ClientPayloadError):
                 await response.read()
-        await asyncio.wait_for(at.gate.idle(), GUARD_S)
+        await asyncio.wait_for(at.gate.in_flight.idle(), GUARD_S)
 
 
 async def test_half_a_body_never_looks_complete(socket_folder: Path) -> None:
@@ -218,7 +218,7 @@ async def test_half_a_body_never_looks_complete(socket_folder: Path) -> None:
         async with at.session.post(wire.CHAT, json=chat(sim_fault={"kind": "partial_body"})) as response:
             with pytest.raises(aiohttp.ClientPayloadError):
                 await response.read()
-        await asyncio.wait_for(at.gate.idle(), GUARD_S)
+        await asyncio.wait_for(at.gate.in_flight.idle(), GUARD_S)
 
 
 @pytest.mark.parametrize("kind", ["die", "reset", "garbage"])

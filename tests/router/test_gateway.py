@@ -69,7 +69,7 @@ async def ready(router: RunningRouter, count: int = 1) -> None:
 def all_gauges_zero(router: RunningRouter) -> bool:
     table = router.gateway.table
     return (
-        router.gateway.in_flight == 0
+        router.gateway.in_flight.count == 0
         and all(r.in_flight == 0 for r in table.all())
         and all(table.waiting(e) == 0 for e in table.experts())
     )
@@ -281,7 +281,7 @@ async def test_a_named_request_waits_for_its_expert_to_come_back(tmp_path: Path)
     run = a_run(tmp_path)
     async with a_router(run, a_deployment("math")) as router:
         waiting = asyncio.create_task(post(router, chat()))
-        await eventually(lambda: router.gateway.table.waiting("math") == 1 or router.gateway.in_flight == 1)
+        await eventually(lambda: router.gateway.table.waiting("math") == 1 or router.gateway.in_flight.count == 1)
         async with fake_replica(run, "math-0.g1"):
             status, _, _ = await waiting
         assert status == 200
@@ -380,7 +380,7 @@ async def test_a_client_that_leaves_the_queue_leaves_nothing(tmp_path: Path) -> 
     run = a_run(tmp_path)
     async with a_router(run, a_deployment("math")) as router:
         call = asyncio.create_task(post(router, chat()))
-        await eventually(lambda: router.gateway.in_flight == 1)
+        await eventually(lambda: router.gateway.in_flight.count == 1)
         call.cancel()
         await eventually(lambda: all_gauges_zero(router), within_s=5)
 

@@ -1,0 +1,30 @@
+"""How many requests are being served, and when the last of them has ended: what a drain waits for."""
+
+import asyncio
+from types import TracebackType
+
+
+class InFlight:
+    """`with in_flight:` around each request."""
+
+    __slots__ = ("_idle", "count")
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    def __enter__(self) -> None:
+        self.count += 1
+        self._idle.clear()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.count -= 1
+        if not self.count:
+            self._idle.set()
+
+    async def idle(self) -> None:
+        """Until no request is in flight."""
+        await self._idle.wait()
