@@ -74,7 +74,28 @@ class EngineConfig:
 
 
 @dataclass
-class ResourceConfig:
+class JobOptions:
+    """What Slurm is asked beside sizes. Null: the cluster's value for an expert, the site's default for the cluster.
+
+    `sbatch` and `srun` take any further option by its long name: `{"mail-type": "FAIL", "contiguous": true}`; an
+    expert's are added to the cluster's, and null takes one away.
+    """
+
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    reservation: str | None = None
+    exclude: str | None = None  # nodes, as Slurm lists them: n[1-3],n7
+    walltime: str | None = None  # as Slurm writes it: D-HH:MM:SS, HH:MM:SS, or minutes
+    exclusive: bool | None = None  # whole nodes
+    gpu_type: str | None = None
+    sbatch: dict[str, Any] = field(default_factory=dict)
+    srun: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class ResourceConfig(JobOptions):
     """What one replica asks for, per node."""
 
     nodes: int = 1
@@ -98,16 +119,42 @@ class ExpertConfig:
 
 
 @dataclass
-class ClusterConfig:
-    """Where jobs run."""
+class ContainerConfig:
+    """An Apptainer image that engines run in; agents and router stay outside."""
 
-    kind: str = "local"
-    gpus: int = 0  # GPUs per node
-    address: str = "127.0.0.1"  # what agents bind and publish
-    scratch: str = "/tmp"  # node-local folder for sockets and caches
+    image: str | None = None  # a .sif file, a folder, or an address such as docker://...
+    program: str = "apptainer"  # or singularity
+    binds: list[str] = field(default_factory=list)  # SOURCE[:TARGET[:ro]]
+    options: list[str] = field(default_factory=list)  # further words for `apptainer exec`, such as --nv
+
+
+CLUSTERS: Final = ("local", "slurm", "allocation")
+GPU_REQUESTS: Final = ("gres", "gpus_per_node")
+
+
+@dataclass
+class ClusterConfig(JobOptions):
+    """Where jobs run, and what they find there. The options are those of every job that does not say otherwise."""
+
+    kind: str = "local"  # local | slurm: jobs of their own | allocation: steps inside the job that `up` runs in
+    gpus: int | None = None  # GPUs per node; null: none on this machine, on Slurm what the partition has
+    gpu_request: str = "gres"  # gres: --gres=gpu:N | gpus_per_node: --gpus-per-node=N
+    replicas_per_job: int = 1  # more for sites that give whole nodes: so many replicas of one shape share a job
+    python: str | None = None  # the jobs' interpreter, seen by every node; the one of `up` when null
+    modules: list[str] = field(default_factory=list)  # `module load` these, in this order
+    setup: list[str] = field(default_factory=list)  # lines of bash, run in each job before its service
+    env: dict[str, str] = field(default_factory=dict)  # added to each job's environment
+    container: ContainerConfig = field(default_factory=ContainerConfig)
+    fabric: str | None = None  # what services bind and publish: an interface (ib0), a network (10.1.0.0/16), an address
+    trusted_network: bool = False  # engines of several nodes talk without authentication; true: on shared nodes as well
+    scratch: str = "/tmp"  # node-local folder for sockets and caches; $VARIABLES are the job's
+    offline: bool | None = None  # engines ask no hub and get no proxies; null: where the model is a local folder
+    login: str | None = None  # the host that `ssh` from outside reaches; this one when null
     drain_s: float = 30.0  # in-flight requests may take this long after SIGTERM
+    warn_s: float = 90.0  # jobs drain so long before their walltime ends
     beat_s: float = 2.0
     reconcile_s: float = 2.0
+    ask_s: float = 30.0  # Slurm's controller is asked no more often, however many replicas and watchers there are
     max_failures: int = 3  # failed jobs of one replica in a row before it is left alone
 
 
@@ -122,6 +169,7 @@ class PolicyConfig:
     margin: float | None = None  # null: the artefact's own threshold
 
 
+PLACES: Final = ("job", "here")
 POLICIES: Final = ("classifier", "model_field", "round_robin", "least_in_flight")
 
 
@@ -129,7 +177,9 @@ POLICIES: Final = ("classifier", "model_field", "round_robin", "least_in_flight"
 class RouterConfig:
     """The router process."""
 
-    host: str = "127.0.0.1"
+    place: str = "job"  # job: a job of its own | here: a process of the machine that runs `up`
+    resources: ResourceConfig = field(default_factory=ResourceConfig)
+    host: str | None = None  # null: the address that cluster.fabric means
     port: int = 0  # 0: the kernel gives a free one, the registry tells it
     workers: int = 1
     open: bool = False  # true: no token asked; anybody on the network may call

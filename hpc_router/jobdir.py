@@ -2,7 +2,8 @@
 
 Making the folder is the claim: whoever makes it submits, so two control loops never submit the same replica. Each file
 has one writer: `job.json` the submitter, `process.json` and `progress.json` the job itself, `exit.json` the job or,
-for one that ended without a word, whoever noticed first, `stop.json` whoever asks the job to go.
+for one that ended without a word, whoever noticed first, `ended.json` the batch script around the job, `stop.json`
+whoever asks the job to go.
 """
 
 import os
@@ -38,17 +39,40 @@ class Reason(StrEnum):
     TIMEOUT = "timeout"
     KILLED = "killed"
     CRASHED = "crashed"
+    PORT_TAKEN = "port_taken"
+    RANK_LOST = "rank_lost"  # of an engine on several nodes
+    SETUP = "setup"  # a module or setup line of the batch script failed
+    REFUSED = "refused"  # Slurm did not take the job
+    NODE_FAILED = "node_failed"
+    PREEMPTED = "preempted"
+    WALLTIME = "walltime"
+    CANCELLED = "cancelled"  # by somebody else than us
     DRAINED = "drained"  # asked to stop: no failure
     VANISHED = "vanished"  # the job ended and left no exit record
 
 
-PERMANENT: Final = frozenset({Reason.WEIGHTS, Reason.BAD_OPTION, Reason.INTERPRETER})
+PERMANENT: Final = frozenset(
+    {Reason.WEIGHTS, Reason.BAD_OPTION, Reason.INTERPRETER, Reason.SETUP, Reason.REFUSED},
+)
 """Failures that a restart cannot cure."""
+BLAMELESS: Final = frozenset({Reason.NODE_FAILED, Reason.PREEMPTED, Reason.WALLTIME, Reason.CANCELLED})
+"""Ends that say nothing about the replica: another is submitted at once, however often."""
+
+
+class Runner(StrEnum):
+    """Who runs a job, so who can be asked about it."""
+
+    PROCESS = "process"  # a process of one host; its job id is its process id
+    SLURM = "slurm"  # a Slurm job, perhaps shared with other replicas
+    STEP = "step"  # a step inside a job that is not ours to end
 
 
 @dataclass(frozen=True, slots=True)
 class JobInfo:
-    """Written at submission. A local job's id is a process id, so `start_ticks` guards against its reuse."""
+    """Written at submission, on `host`. A local job's id is a process id, so `start_ticks` guards against its reuse.
+
+    `shared`: the Slurm job carries other replicas as well, so this one is its step alone.
+    """
 
     job_id: str
     host: str
@@ -56,15 +80,27 @@ class JobInfo:
     submitted_at: float = field(default_factory=time.time)
     gpus: tuple[int, ...] = ()
     argv: tuple[str, ...] = ()
+    runner: Runner = Runner.PROCESS
+    shared: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Process:
-    """The job body's own process, written by itself before it becomes the agent or the router."""
+    """The job body's own process, written by itself before it becomes the agent or the router. `step_id`: Slurm's."""
 
     pid: int
     start_ticks: int
     host: str
+    step_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """The last word of the batch script: the service's exit status as a shell has it, or a setup line's."""
+
+    status: int
+    at: float
+    message: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +131,7 @@ class Stop:
     cancel_at: float | None = None
 
 
-_T = TypeVar("_T", JobInfo, Process, Progress, Exit, Stop)
+_T = TypeVar("_T", JobInfo, Process, Progress, Exit, Ended, Stop)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +163,7 @@ class JobDir:
     def claimed_at(self) -> float:
         return self.path.stat().st_mtime
 
-    def write(self, value: JobInfo | Process | Progress | Exit | Stop) -> None:
+    def write(self, value: JobInfo | Process | Progress | Exit | Ended | Stop) -> None:
         replace_json(self.path / _FILES[type(value)], asdict(value))
 
     def info(self) -> JobInfo | None:
@@ -139,6 +175,9 @@ class JobDir:
 
     def exit(self) -> Exit | None:
         return self._read(Exit)
+
+    def ended(self) -> Ended | None:
+        return self._read(Ended)
 
     def process(self) -> Process | None:
         return self._read(Process)
@@ -159,6 +198,7 @@ _FILES: Final[Mapping[type, str]] = {
     Process: "process.json",
     Progress: "progress.json",
     Exit: "exit.json",
+    Ended: "ended.json",
     Stop: "stop.json",
 }
 
@@ -168,6 +208,8 @@ def _enums(value: dict[str, Any]) -> dict[str, Any]:
         value["phase"] = Phase(value["phase"])
     if value.get("reason") is not None:
         value["reason"] = Reason(value["reason"])
+    if value.get("runner") is not None:
+        value["runner"] = Runner(value["runner"])
     return value
 
 

@@ -20,7 +20,7 @@ from hpc_router import registry
 from hpc_router.cluster.desired import deployment_of, desired_of
 from hpc_router.cluster.drain import ask_to_drain
 from hpc_router.cluster.launcher import JobState, Launcher
-from hpc_router.cluster.local import LocalLauncher
+from hpc_router.cluster.launchers import launcher_for
 from hpc_router.cluster.observe import Observer
 from hpc_router.cluster.reconcile import Action, Cancel, Desired, Drain, GiveUp, Kill, Submit, reconcile
 from hpc_router.cluster.requests import request_for
@@ -52,10 +52,6 @@ class Pass:
         return [action for action in self.actions if isinstance(action, GiveUp)]
 
 
-def launcher_for(run: RunDir, deployment: Deployment) -> Launcher:
-    return LocalLauncher(run, gpus=deployment.cluster.gpus)
-
-
 class Control:
     """The hands of the control loop on one run."""
 
@@ -66,17 +62,17 @@ class Control:
         self.observer = Observer(run, self.launcher)
         self._told: set[str] = set()
 
-    def look(self, *, clear: bool = False) -> Pass:
-        """What a pass would do, without doing it. `clear`: nothing at all may stay."""
-        observed = self.observer.look()
+    def look(self, *, clear: bool = False, fresh: bool = False) -> Pass:
+        """What a pass would do, without doing it. `clear`: nothing at all may stay. `fresh`: ask the controller."""
+        observed = self.observer.look(fresh=fresh)
         return self.decide(replace(desired_of(self.run, self.deployment), clear=clear), observed)
 
     def decide(self, desired: Desired, observed: Observed) -> Pass:
         return Pass(desired, observed, reconcile(desired, observed, time.time()))
 
-    def once(self, *, clear: bool = False) -> Pass:
+    def once(self, *, clear: bool = False, fresh: bool = False) -> Pass:
         """One pass. A refused submission is in the result, as an exit record it counts as a failure of its slot."""
-        seen = self.look(clear=clear)
+        seen = self.look(clear=clear, fresh=fresh)
         self._drain([a.replica for a in seen.actions if isinstance(a, Drain)])
         self._cancel([a.replica for a in seen.actions if isinstance(a, Cancel)])
         self._kill([a.replica for a in seen.actions if isinstance(a, Kill)])
@@ -131,8 +127,9 @@ class Control:
     def leads(self, replica: str) -> bool:
         """Whether `replica` is the leading router, or may become it: no other router that may live leads."""
         records = registry.Reader(self.run.registry).snapshot()
-        states = self.launcher.observe([name for name, r in records.items() if r.kind is Kind.ROUTER])
-        leader = leading_router({n: r for n, r in records.items() if states.get(n) is not JobState.ENDED})
+        reports = self.launcher.observe([name for name, r in records.items() if r.kind is Kind.ROUTER])
+        living = {n: r for n, r in records.items() if n not in reports or reports[n].state is not JobState.ENDED}
+        leader = leading_router(living)
         return leader is None or leader.generation <= split_replica(replica)[2]
 
     def _withdraw_dead(self, seen: Pass) -> None:
@@ -143,7 +140,7 @@ class Control:
             recorded = [attempt for attempt in attempts if attempt.replica in records]
             for attempt in recorded:
                 kept = slot == ROUTER_SLOT and attempt is recorded[-1] and not seen.desired.down
-                if attempt.job is JobState.ENDED and not kept:
+                if attempt.job in (JobState.ENDING, JobState.ENDED) and not kept:
                     registry.withdraw(self.run.registry, attempt.replica)
                     logger.info("removed the record of %s, which has ended", attempt.replica)
 

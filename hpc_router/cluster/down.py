@@ -25,6 +25,8 @@ from hpc_router.rundir import RunDir
 logger = logging.getLogger(__name__)
 
 POLL_S: Final = 0.1
+ASK_AGAIN_S: Final = 1.0
+"""Slurm takes a moment to clean up after a job whose processes have ended."""
 CLAIM_PATIENCE_S: Final = 5.0
 """A claim younger than this may still become a job."""
 
@@ -61,9 +63,9 @@ def empty(control: Control, *, watcher: Watcher) -> int:
         _refuse_far(left)
         ended |= {attempt.replica for attempt in left}
         watcher.living(left)
-        if not left:
+        if not left and not control.launcher.remaining(ended):
             break
-        time.sleep(POLL_S)
+        time.sleep(POLL_S if left else ASK_AGAIN_S)
     _clean(control.run)
     with suppress(OSError):  # what killed agents left; a missing folder is a clean one
         sweep(Path(control.deployment.cluster.scratch) / f"hpc-router-{os.getuid()}")
@@ -76,7 +78,7 @@ def living(seen: Pass) -> list[Attempt]:
     """Jobs that live, and claims that may become jobs."""
     now = time.time()
     attempts = [attempt for found in seen.observed.values() for attempt in found]
-    return [a for a in attempts if a.live or (_claimed(a) and now < a.claimed_at + CLAIM_PATIENCE_S)]
+    return [a for a in attempts if a.lingers or (_claimed(a) and now < a.claimed_at + CLAIM_PATIENCE_S)]
 
 
 def _claimed(attempt: Attempt) -> bool:

@@ -8,17 +8,18 @@ a terminal reaches no job, and several jobs share the cost of loading submitit, 
 import json
 import os
 import socket
+import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import submitit
 
 import hpc_router
 from hpc_router.cluster import body
-from hpc_router.jobdir import JobDir, JobInfo, start_ticks
+from hpc_router.jobdir import JobDir, JobInfo, Runner, start_ticks
 from hpc_router.rundir import RunDir
 
 A_YEAR_MIN: Final = 60 * 24 * 365
@@ -27,54 +28,83 @@ A_YEAR_MIN: Final = 60 * 24 * 365
 
 @dataclass(frozen=True, slots=True)
 class Submission:
-    """One claimed job with what was chosen for it."""
+    """Claimed replicas that share one job. `script`: the batch script that Slurm gets, None for this machine."""
 
     run: str
-    replica: str
-    argv: tuple[str, ...]
+    argv_of: dict[str, list[str]]
+    script: str | None = None
     gpus: tuple[int, ...] = ()
+
+    @property
+    def jobs(self) -> list[JobDir]:
+        return [JobDir(RunDir(Path(self.run)), replica) for replica in self.argv_of]
 
 
 @dataclass(frozen=True, slots=True)
 class Submitted:
     """`error` is None for a job that was submitted."""
 
-    replica: str
+    replicas: list[str]
     job_id: str | None = None
     error: str | None = None
 
 
-def batch_to_json(submissions: Sequence[Submission]) -> str:
+def to_json(submissions: Sequence[Submission]) -> str:
     return json.dumps([asdict(s) for s in submissions])
 
 
-def batch_from_json(text: str) -> list[Submission]:
-    return [Submission(s["run"], s["replica"], tuple(s["argv"]), tuple(s["gpus"])) for s in json.loads(text)]
+def from_json(text: str) -> list[Submission]:
+    return [Submission(s["run"], s["argv_of"], s["script"], tuple(s["gpus"])) for s in json.loads(text)]
 
 
-def submit_local(submission: Submission) -> Submitted:
-    """Start one job on this machine. The job id is the process id of submitit's controller."""
-    job = JobDir(RunDir(Path(submission.run)), submission.replica)
+def submit(submission: Submission) -> Submitted:
+    """One job. On this machine its id is the process id of submitit's controller."""
+    replicas = list(submission.argv_of)
     try:
-        executor = submitit.LocalExecutor(job.path)
-        executor.update_parameters(
-            timeout_min=A_YEAR_MIN, gpus_per_node=len(submission.gpus), visible_gpus=list(submission.gpus)
-        )
-        started = executor.submit(
-            body.start, submission.run, submission.replica, list(submission.argv), hpc_router.__version__
-        )
+        executor = _executor(submission)
+        job_id = executor.submit(body.start, submission.run, submission.argv_of, hpc_router.__version__).job_id
+    except subprocess.CalledProcessError as error:
+        return Submitted(replicas, error=(error.stderr or error.stdout or str(error)).strip())
+    except submitit.core.utils.FailedJobError as error:
+        return Submitted(replicas, error=str(error))
     except Exception as error:  # noqa: BLE001 - submitit raises what it likes; the caller gets it as text
-        return Submitted(submission.replica, error=f"{type(error).__name__}: {error}")
-    job.write(
-        JobInfo(
-            job_id=started.job_id,
-            host=socket.gethostname(),
-            start_ticks=start_ticks(int(started.job_id)),
-            gpus=submission.gpus,
-            argv=submission.argv,
+        return Submitted(replicas, error=f"{type(error).__name__}: {error}")
+    here, local = socket.gethostname(), submission.script is None
+    for job in submission.jobs:
+        job.write(
+            JobInfo(
+                job_id=job_id,
+                host=here,
+                start_ticks=start_ticks(int(job_id)) if local else None,
+                gpus=submission.gpus,
+                argv=tuple(submission.argv_of[job.replica]),
+                runner=Runner.PROCESS if local else Runner.SLURM,
+                shared=len(replicas) > 1,
+            )
         )
+    return Submitted(replicas, job_id=job_id)
+
+
+class _BatchExecutor(submitit.SlurmExecutor):
+    """submitit's, with a batch script that `cluster.batch` wrote."""
+
+    def __init__(self, folder: Path, script: str) -> None:
+        super().__init__(folder)
+        self._script = script
+
+    def _make_submission_file_text(self, command: str, uid: str) -> str:
+        return self._script
+
+
+def _executor(submission: Submission) -> Any:
+    folder = submission.jobs[0].path
+    if submission.script is not None:
+        return _BatchExecutor(folder, submission.script)
+    executor = submitit.LocalExecutor(folder)
+    executor.update_parameters(
+        timeout_min=A_YEAR_MIN, gpus_per_node=len(submission.gpus), visible_gpus=list(submission.gpus)
     )
-    return Submitted(submission.replica, job_id=started.job_id)
+    return executor
 
 
 def main() -> int:
@@ -84,7 +114,7 @@ def main() -> int:
     for stream in (0, 1, 2):  # controllers outlive us and our caller: they must hold none of its pipes
         os.dup2(nothing, stream)
     with answers:
-        json.dump([asdict(submit_local(s)) for s in batch_from_json(text)], answers)
+        json.dump([asdict(submit(s)) for s in from_json(text)], answers)
     return 0
 
 

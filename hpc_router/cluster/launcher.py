@@ -1,4 +1,4 @@
-"""The seam between the control loop and whatever runs jobs: this machine now, Slurm next.
+"""The seam between the control loop and whatever runs jobs: this machine, Slurm, or one Slurm job.
 
 A launcher submits, tells which jobs live, and stops them; it decides nothing. It reads and writes only `jobs/`, and it
 knows nothing of experts, prompts or HTTP.
@@ -7,9 +7,14 @@ knows nothing of experts, prompts or HTTP.
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Protocol
+from typing import Final, Protocol
 
 from hpc_router.config import ResourceConfig
+from hpc_router.jobdir import Exit
+from hpc_router.registry import split_replica
+
+ROUTER: Final = "router"
+"""Stands where an expert's name does, in the router's replicas."""
 
 
 class JobState(StrEnum):
@@ -17,8 +22,26 @@ class JobState(StrEnum):
 
     PENDING = "pending"  # claimed or queued, no process yet
     RUNNING = "running"
+    ENDING = "ending"  # it serves no more, and may still hold its resources
     ENDED = "ended"
     UNKNOWN = "unknown"  # it cannot be asked from here
+
+
+@dataclass(frozen=True, slots=True)
+class JobReport:
+    """One claimed job as the place that runs it tells it; unknown is None. Times are Unix seconds.
+
+    `pending`: Slurm's own word for why it waits (`Resources`); `starts_at`: its estimate. `end`: how it ended, for a
+    job that said nothing itself.
+    """
+
+    state: JobState
+    node: str | None = None
+    word: str | None = None  # the place's own word for the state, such as COMPLETING
+    pending: str | None = None
+    starts_at: float | None = None
+    ends_at: float | None = None
+    end: Exit | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +51,10 @@ class JobRequest:
     replica: str
     argv: tuple[str, ...]
     resources: ResourceConfig = field(default_factory=ResourceConfig)
+
+    @property
+    def is_router(self) -> bool:
+        return split_replica(self.replica)[0] == ROUTER
 
 
 class Launcher(Protocol):
@@ -39,10 +66,14 @@ class Launcher(Protocol):
         Raises LaunchError for a refusal, after an exit record was left in each refused job's folder.
         """
 
-    def observe(self, replicas: Iterable[str]) -> Mapping[str, JobState]: ...
+    def observe(self, replicas: Iterable[str], *, fresh: bool = False) -> Mapping[str, JobReport]:
+        """`fresh`: ask the controller now; else what it said within `cluster.ask_s` stands."""
 
     def cancel(self, replicas: Iterable[str]) -> None:
         """Ask these jobs to end (SIGTERM: they drain)."""
 
     def kill(self, replicas: Iterable[str]) -> None:
         """End exactly these jobs' processes now."""
+
+    def remaining(self, replicas: Iterable[str]) -> list[str]:
+        """The ids of jobs that still hold something, asked now: for whoever wants to see that nothing is left."""

@@ -7,26 +7,19 @@ process id is never hit. A job of another host is UNKNOWN, never ENDED.
 
 import contextlib
 import fcntl
-import json
 import logging
 import os
 import signal
 import socket
-import subprocess
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
 
-from hpc_router.cluster.body import scrubbed
-from hpc_router.cluster.launcher import JobRequest, JobState
-from hpc_router.errors import LaunchError
-from hpc_router.jobdir import Exit, JobDir, Process, Reason, start_ticks
-from hpc_router.rundir import RunDir, private_umask
+from hpc_router.cluster.child import keep_refusals, submit_all
+from hpc_router.cluster.launcher import JobReport, JobRequest, JobState
+from hpc_router.jobdir import JobDir, Process, Reason, start_ticks
+from hpc_router.rundir import RunDir
 
 logger = logging.getLogger(__name__)
-
-SUBMIT_TIMEOUT_S: Final = 120.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,18 +34,16 @@ class LocalLauncher:
             chosen = self._claim(requests)
             if not chosen:
                 return []
-            answers = self._submit_child(chosen)
-        failed = []
-        for replica, error in answers.items():
-            if error is not None:
-                JobDir(self.run, replica).write(Exit(ok=False, reason=Reason.CRASHED, message=error))
-                failed.append(f"{replica}: {error}")
-        if failed:
-            raise LaunchError("cannot be submitted: " + "; ".join(failed))
+            batch = [
+                {"run": str(self.run.path), "argv_of": {r.replica: r.argv}, "script": None, "gpus": gpus}
+                for r, gpus in chosen
+            ]
+            answers = submit_all(batch)
+        keep_refusals(self.run, answers, reason=Reason.CRASHED)
         return [request.replica for request, _ in chosen]
 
-    def observe(self, replicas: Iterable[str]) -> Mapping[str, JobState]:
-        return {replica: self._state(JobDir(self.run, replica)) for replica in replicas}
+    def observe(self, replicas: Iterable[str], *, fresh: bool = False) -> Mapping[str, JobReport]:
+        return {replica: self._report(JobDir(self.run, replica)) for replica in replicas}
 
     def cancel(self, replicas: Iterable[str]) -> None:
         for replica in replicas:
@@ -65,6 +56,9 @@ class LocalLauncher:
         for replica in replicas:
             for process in reversed(self._processes(JobDir(self.run, replica))):
                 _signal(process, signal.SIGKILL)
+
+    def remaining(self, replicas: Iterable[str]) -> list[str]:
+        return []  # a process that has ended holds nothing
 
     @contextlib.contextmanager
     def _choosing(self) -> Iterator[None]:
@@ -99,30 +93,9 @@ class LocalLauncher:
                 taken.update(info.gpus)
         return [number for number in range(self.gpus) if number not in taken]
 
-    def _submit_child(self, chosen: Sequence[tuple[JobRequest, tuple[int, ...]]]) -> dict[str, str | None]:
-        """Replica to what went wrong with it."""
-        batch = [
-            {"run": str(self.run.path), "replica": request.replica, "argv": request.argv, "gpus": gpus}
-            for request, gpus in chosen
-        ]
-        try:
-            with private_umask():
-                done = subprocess.run(
-                    [sys.executable, "-m", "hpc_router.cluster.jobs"],
-                    input=json.dumps(batch),
-                    env=scrubbed(dict(os.environ)),
-                    capture_output=True,
-                    check=True,
-                    start_new_session=True,
-                    text=True,
-                    timeout=SUBMIT_TIMEOUT_S,
-                )
-            answers = json.loads(done.stdout)
-        except (OSError, subprocess.SubprocessError, ValueError) as error:
-            said = (getattr(error, "stderr", None) or "").strip().rpartition("\n")[2]
-            message = f"the submitting process failed: {said or error}"
-            return {request.replica: message for request, _ in chosen}
-        return {answer["replica"]: answer["error"] for answer in answers}
+    def _report(self, job: JobDir) -> JobReport:
+        info = job.info()
+        return JobReport(self._state(job), node=info.host if info is not None else None)
 
     def _state(self, job: JobDir) -> JobState:
         hosts = {record.host for record in (job.info(), job.process()) if record is not None}

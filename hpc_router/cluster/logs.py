@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
-from hpc_router.cluster.slots import ROUTER
+from hpc_router.cluster.launcher import ROUTER
 from hpc_router.errors import ConfigError, RegistryError, suggest
 from hpc_router.jobdir import JobDir
 from hpc_router.registry import split_replica

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Final
 
-from hpc_router.cluster.launcher import JobState, Launcher
+from hpc_router.cluster.launcher import JobReport, JobState, Launcher
 from hpc_router.cluster.pulse import Pulse
 from hpc_router.cluster.slots import Attempt, Observed, Slot
 from hpc_router.errors import RegistryError
@@ -39,23 +39,23 @@ class Observer:
         self._hung: set[str] = set()
         self.records: Mapping[str, Record] = {}
 
-    def look(self) -> Observed:
-        """Raises OSError when the run directory cannot be read now."""
+    def look(self, *, fresh: bool = False) -> Observed:
+        """Raises OSError when the run directory cannot be read now. `fresh`: ask the controller anew."""
         self.records = self._reader.snapshot()
         names = self._claimed()
         open_names = [name for name in names if name not in self._ended]
-        states = self._launcher.observe(open_names)
-        self._feel(states)
+        reports = self._launcher.observe(open_names, fresh=fresh)
+        self._feel(reports)
         slots: dict[Slot, list[Attempt]] = defaultdict(list)
         for name in names:
-            attempt = self._ended.get(name) or self._attempt(name, states[name])
+            attempt = self._ended.get(name) or self._attempt(name, reports[name])
             if attempt is not None:
                 slots[attempt.slot].append(attempt)
         return {slot: tuple(sorted(found, key=lambda a: a.generation)) for slot, found in slots.items()}
 
-    def _feel(self, states: Mapping[str, JobState]) -> None:
+    def _feel(self, reports: Mapping[str, JobReport]) -> None:
         """Which agents hang. Routers are left out: this may run beside one, and would go with it."""
-        running = [name for name, state in states.items() if state is JobState.RUNNING]
+        running = [name for name, report in reports.items() if report.state is JobState.RUNNING]
         records = [self.records[name] for name in running if name in self.records]
         self._hung.difference_update(running)
         self._hung |= self._pulse.hung([record for record in records if record.kind is Kind.EXPERT])
@@ -64,22 +64,21 @@ class Observer:
         with os.scandir(self._run.jobs) as entries:
             return [entry.name for entry in entries if _is_replica(entry.name) and entry.is_dir()]
 
-    def _attempt(self, replica: str, state: JobState) -> Attempt | None:
+    def _attempt(self, replica: str, report: JobReport) -> Attempt | None:
         expert, slot, generation = split_replica(replica)
         job = JobDir(self._run, replica)
         try:
             claimed_at = job.claimed_at()
         except FileNotFoundError:
             return None
-        end = job.exit()
-        if state is JobState.ENDED and end is None:
-            reason, message = (Reason.TIMEOUT, HUNG) if replica in self._hung else (Reason.VANISHED, VANISHED)
-            end = leave_exit(job, Exit(ok=False, reason=reason, message=message))
+        end, state = job.exit(), report.state
+        if state in (JobState.ENDING, JobState.ENDED) and end is None:
+            end = leave_exit(job, self._end(replica, report))
         record, info = self.records.get(replica), job.info()
         attempt = Attempt(
             slot=Slot(expert, slot),
             generation=generation,
-            job=state,
+            report=report,
             claimed_at=claimed_at,
             submitted=state is not JobState.PENDING or info is not None,
             exit=end,
@@ -87,12 +86,20 @@ class Observer:
             stop=job.stop() or Stop(),
             registered=record.state if record is not None else None,
             job_id=info.job_id if info is not None else None,
-            node=info.host if info is not None else None,
+            node=report.node,
             hung=state is JobState.RUNNING and replica in self._hung,
         )
         if state is JobState.ENDED:
             self._ended[replica] = attempt
         return attempt
+
+    def _end(self, replica: str, report: JobReport) -> Exit:
+        """Of a job that said nothing itself."""
+        if report.end is not None and report.end.reason is not Reason.KILLED:
+            return report.end
+        if replica in self._hung:
+            return Exit(ok=False, reason=Reason.TIMEOUT, message=HUNG)
+        return report.end or Exit(ok=False, reason=Reason.VANISHED, message=VANISHED)
 
 
 def leave_exit(job: JobDir, end: Exit) -> Exit:

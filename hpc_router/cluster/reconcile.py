@@ -1,10 +1,11 @@
 """What to do so that the jobs that live become the jobs that are wanted. Pure: no I/O, time is an argument.
 
 Rules, one slot at a time:
-1. A slot that lives is left alone, unless it hangs: then it is ended, and killed if it must be. One that ended or
-   vanished gets its next generation at once.
+1. A slot that lives is left alone, unless it hangs: then it is ended, killed if it must be, and replaced without
+   waiting for that. One that ended or vanished gets its next generation at once.
 2. Failures in a row wait longer and longer, then give up; a reason no restart can cure gives up at once. A job that was
-   ready for a while starts the count again, and so does the user with `up` or `scale` (`Desired.forgiven`).
+   ready for a while starts the count again, and so does the user with `up` or `scale` (`Desired.forgiven`). An end
+   that says nothing about the replica (its node failed, it was preempted) is not counted.
 3. A claim without a job is abandoned after a minute. A surplus job drains, then ends, then is killed.
 4. Slots with a letter in their name and routers are left to those who started them, except when all is cleared.
 """
@@ -13,8 +14,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from hpc_router.cluster.slots import ROUTER, ROUTER_SLOT, Attempt, Observed, Slot
-from hpc_router.jobdir import PERMANENT, Exit, Reason
+from hpc_router.cluster.launcher import ROUTER
+from hpc_router.cluster.slots import ROUTER_SLOT, Attempt, Observed, Slot
+from hpc_router.jobdir import BLAMELESS, PERMANENT, Exit, Reason
 
 CLAIM_S: Final = 60.0
 """A claim that has no job after this long is abandoned."""
@@ -133,6 +135,7 @@ def _fill(slot: Slot, attempts: Sequence[Attempt], desired: Desired, now: float)
     if live:
         superseded = live[-1].ready and slot.expert != ROUTER  # an older router goes when its successor says so
         yield from _empty([a for a in live if a.hung or (superseded and a is not live[-1])], desired, now)
+    if any(not (a.hung and a.stop.cancel_at is not None) for a in live):
         return
     if not newest.submitted and newest.exit is None and now < newest.claimed_at + CLAIM_S:
         yield Wait(newest.replica, newest.claimed_at + CLAIM_S, "claimed, not submitted yet")
@@ -155,6 +158,8 @@ def _failures(attempts: Sequence[Attempt], *, forgiven: int) -> list[Exit]:
         end = _end(attempt)
         if attempt.generation <= forgiven or end.ok:
             break
+        if end.reason in BLAMELESS:
+            continue
         ends.append(end)
         ready_at = attempt.progress.ready_at if attempt.progress else None
         if ready_at is not None and end.at - ready_at >= STEADY_S:

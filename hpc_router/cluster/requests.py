@@ -1,17 +1,15 @@
 """The exact job of each replica: what `plan` prints is what is submitted."""
 
-import sys
-
-from hpc_router.cluster.launcher import JobRequest
-from hpc_router.cluster.slots import ROUTER
-from hpc_router.config import Deployment, ResourceConfig
+from hpc_router.cluster.batch import python_of
+from hpc_router.cluster.launcher import ROUTER, JobRequest
+from hpc_router.config import Deployment
 from hpc_router.registry import split_replica
 from hpc_router.rundir import RunDir
 
 
 def request_for(run: RunDir, deployment: Deployment, replica: str) -> JobRequest:
     expert = split_replica(replica)[0]
-    resources = ResourceConfig() if expert == ROUTER else deployment.experts[expert].resources
+    resources = deployment.router.resources if expert == ROUTER else deployment.experts[expert].resources
     module = "hpc_router.router" if expert == ROUTER else "hpc_router.expert"
-    argv = (sys.executable, "-m", module, "--run", str(run.path), "--replica", replica)
+    argv = (python_of(deployment.cluster), "-m", module, "--run", str(run.path), "--replica", replica)
     return JobRequest(replica, argv, resources)

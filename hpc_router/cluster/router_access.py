@@ -6,9 +6,11 @@ live is given the token.
 
 from dataclasses import dataclass
 
+from hpc_router.cluster.desired import deployment_of
 from hpc_router.cluster.launcher import JobState
-from hpc_router.cluster.local import LocalLauncher
-from hpc_router.errors import LaunchError
+from hpc_router.cluster.launchers import launcher_for
+from hpc_router.config import Deployment
+from hpc_router.errors import ConfigError, LaunchError
 from hpc_router.registry import Kind, Reader, Record, leading_router
 from hpc_router.rundir import RunDir
 
@@ -22,9 +24,13 @@ class RouterAccess:
 
 def live_router(run: RunDir) -> Record | None:
     """The leading router among those not known to have ended."""
+    try:
+        deployment = deployment_of(run)
+    except ConfigError:  # another version's, or damaged: its router may serve all the same
+        deployment = Deployment()
     records = {name: r for name, r in Reader(run.registry).snapshot().items() if r.kind is Kind.ROUTER}
-    states = LocalLauncher(run).observe(records)
-    return leading_router({name: r for name, r in records.items() if states[name] in _MAY_LIVE})
+    reports = launcher_for(run, deployment).observe(records)
+    return leading_router({name: r for name, r in records.items() if reports[name].state in _MAY_LIVE})
 
 
 _MAY_LIVE = (JobState.RUNNING, JobState.UNKNOWN)

@@ -8,11 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
-from hpc_router.cluster.launcher import JobState
+from hpc_router.cluster.launcher import ROUTER, JobReport, JobState
 from hpc_router.jobdir import Exit, Progress, Stop
 from hpc_router.registry import State, replica_name
-
-ROUTER: Final = "router"
 
 
 class Slot(NamedTuple):
@@ -35,6 +33,7 @@ ROUTER_SLOT: Final = Slot(ROUTER, "0")
 
 
 NOT_ASKED: Final = Stop()
+_OVER: Final = (JobState.ENDING, JobState.ENDED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +42,7 @@ class Attempt:
 
     slot: Slot
     generation: int
-    job: JobState
+    report: JobReport
     claimed_at: float
     submitted: bool = True
     exit: Exit | None = None
@@ -59,7 +58,17 @@ class Attempt:
         return self.slot.replica(self.generation)
 
     @property
+    def job(self) -> JobState:
+        return self.report.state
+
+    @property
     def live(self) -> bool:
+        """It serves, or may come to."""
+        return self.submitted and self.job not in _OVER
+
+    @property
+    def lingers(self) -> bool:
+        """It holds resources, if only for a moment."""
         return self.submitted and self.job is not JobState.ENDED
 
     @property

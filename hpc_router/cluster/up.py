@@ -17,10 +17,9 @@ from hpc_router.cluster.desired import desired_of, scaled, start_over
 from hpc_router.cluster.down import Silent, down
 from hpc_router.cluster.http import Unreachable, ask
 from hpc_router.cluster.interrupt import interrupt_event
-from hpc_router.cluster.launcher import JobState
+from hpc_router.cluster.launcher import ROUTER, JobState
 from hpc_router.cluster.plan import Plan, make_plan, taught
 from hpc_router.cluster.runs import Target, discard, latest_of
-from hpc_router.cluster.slots import ROUTER
 from hpc_router.cluster.view import ReplicaView, Standing, of_experts, views
 from hpc_router.config import Deployment
 from hpc_router.errors import ArtefactError, LaunchError
@@ -139,7 +138,7 @@ class _Effort:
         launcher, mine = self._control.launcher, sorted(self._submitted)
         launcher.cancel(mine)
         deadline = time.monotonic() + self._control.deployment.cluster.drain_s
-        while any(state is not JobState.ENDED for state in launcher.observe(mine).values()):
+        while any(report.state is not JobState.ENDED for report in launcher.observe(mine).values()):
             if time.monotonic() > deadline:
                 launcher.kill(mine)
             time.sleep(POLL_S)

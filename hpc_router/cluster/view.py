@@ -9,9 +9,9 @@ from enum import StrEnum
 from typing import Any
 
 from hpc_router.cluster.control import Pass
-from hpc_router.cluster.launcher import JobState
+from hpc_router.cluster.launcher import ROUTER, JobState
 from hpc_router.cluster.reconcile import GiveUp, Wait
-from hpc_router.cluster.slots import ROUTER, Attempt, Slot
+from hpc_router.cluster.slots import Attempt, Slot
 from hpc_router.jobdir import Phase, Reason
 from hpc_router.registry import Kind, Record, State
 
@@ -46,6 +46,10 @@ class ReplicaView:
     message: str | None = None
     restarts: int = 0
     kind: Kind = Kind.EXPERT
+    word: str | None = None  # the job's state in Slurm's own word
+    pending: str | None = None  # Slurm's reason why it waits
+    starts_at: float | None = None  # Slurm's estimate, Unix seconds
+    ends_at: float | None = None  # its walltime's end, Unix seconds
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -57,6 +61,10 @@ class ReplicaView:
             "restarts": self.restarts,
             "node": self.node,
             "job_id": self.job_id,
+            "job_state": self.word,
+            "pending": self.pending,
+            "starts_at": self.starts_at,
+            "ends_at": self.ends_at,
             "url": self.url,
         }
 
@@ -68,7 +76,7 @@ def views(seen: Pass, records: Mapping[str, Record]) -> list[ReplicaView]:
     given_up = {a.slot: a for a in seen.actions if isinstance(a, GiveUp)}
     shown = [_view(slot, seen.observed.get(slot, ()), records, given_up.get(slot), waits) for slot in wanted]
     for slot in sorted(set(seen.observed) - set(wanted)):
-        attempts = [attempt for attempt in seen.observed[slot] if attempt.live]
+        attempts = [attempt for attempt in seen.observed[slot] if attempt.lingers]
         if attempts:
             shown.append(_view(slot, attempts, records, None, waits))
     shown.extend(_external(record) for record in records.values() if record.kind is Kind.EXTERNAL)
@@ -110,6 +118,10 @@ def _view(
         message=message,
         restarts=progress.restarts if progress is not None else 0,
         kind=kind,
+        word=attempt.report.word if attempt.lingers else None,
+        pending=attempt.report.pending,
+        starts_at=attempt.report.starts_at,
+        ends_at=attempt.report.ends_at,
     )
 
 

@@ -30,7 +30,7 @@ def facts(service: Path, replica: str) -> dict[str, Any]:
 
 
 def state(launcher: LocalLauncher, replica: str) -> JobState:
-    return launcher.observe([replica])[replica]
+    return launcher.observe([replica])[replica].state
 
 
 def test_the_job_is_the_service_itself(
@@ -167,7 +167,7 @@ def test_another_version_refuses(run: RunDir, monkeypatch: pytest.MonkeyPatch) -
     job.claim()
     monkeypatch.setattr(hpc_router, "__version__", "9.9")
     with pytest.raises(SystemExit):
-        body.start(str(run.path), job.replica, ["/bin/true"], "0.1")
+        body.start(str(run.path), {job.replica: ["/bin/true"]}, "0.1")
     end = job.exit()
     assert end is not None
     assert end.reason is Reason.INTERPRETER

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpc_router.cluster.launcher import JobState
+from hpc_router.cluster.launcher import JobReport, JobState
 from hpc_router.cluster.reconcile import (
     BACKOFF_MAX_S,
     CLAIM_S,
@@ -35,7 +35,7 @@ NONE = Desired(replicas={"math": 0})
 
 
 def attempt(generation: int = 1, *, slot: Slot = MATH, job: JobState = JobState.RUNNING, **facts: object) -> Attempt:
-    base = Attempt(slot=slot, generation=generation, job=job, claimed_at=NOW - 100)
+    base = Attempt(slot=slot, generation=generation, report=JobReport(job), claimed_at=NOW - 100)
     return replace(base, **facts)  # type: ignore[arg-type]
 
 
@@ -146,14 +146,14 @@ def test_an_older_generation_goes_when_the_newer_is_ready() -> None:
     assert decide(ONE, old, replace(new, registered=State.READY)) == [Drain("math-0.g1")]
 
 
-def test_a_hung_replica_is_asked_to_end_then_killed_then_replaced() -> None:
-    """It drains nothing, so the time to drain is not waited for."""
+def test_a_hung_replica_is_asked_to_end_then_replaced_and_killed() -> None:
+    """It drains nothing, so neither the time to drain nor its end is waited for: its node may be lost."""
     hung = attempt(registered=State.READY, hung=True)
     assert decide(ONE, hung) == [Cancel("math-0.g1")]
     asked = replace(hung, stop=Stop(cancel_at=NOW))
     kill_at = NOW + KILL_AFTER_S
-    assert decide(ONE, asked, now=kill_at - 1) == [Wait("math-0.g1", kill_at, "asked to end")]
-    assert decide(ONE, asked, now=kill_at) == [Kill("math-0.g1")]
+    assert decide(ONE, asked, now=kill_at - 1) == [Wait("math-0.g1", kill_at, "asked to end"), Submit(MATH, 2)]
+    assert decide(ONE, asked, attempt(2), now=kill_at) == [Kill("math-0.g1")]
     assert decide(ONE, replace(asked, hung=False), now=kill_at) == [], "it woke up, and drains"
     assert decide(ONE, failed(1, reason=Reason.TIMEOUT)) == [Submit(MATH, 2)]
 
@@ -213,11 +213,15 @@ class World:
             case Submit(slot, generation):
                 attempts = self.jobs.setdefault(slot, [])
                 assert all(a.generation < generation for a in attempts)
-                attempts.append(Attempt(slot, generation, JobState.RUNNING, claimed_at=self.now))
+                attempts.append(Attempt(slot, generation, JobReport(JobState.RUNNING), claimed_at=self.now))
             case Drain(replica) | Cancel(replica):
-                self.change(replica, job=JobState.ENDED, exit=Exit(True, Reason.DRAINED, "asked", self.now))
+                self.change(
+                    replica, report=JobReport(JobState.ENDED), exit=Exit(True, Reason.DRAINED, "asked", self.now)
+                )
             case Kill(replica):
-                self.change(replica, job=JobState.ENDED, exit=Exit(False, Reason.KILLED, "killed", self.now))
+                self.change(
+                    replica, report=JobReport(JobState.ENDED), exit=Exit(False, Reason.KILLED, "killed", self.now)
+                )
             case Wait() | GiveUp():
                 pass
 
@@ -239,7 +243,7 @@ class World:
         live = self.live()
         if live:
             one = live[which % len(live)]
-            self.change(one.replica, job=JobState.ENDED, exit=Exit(False, reason, "it broke", self.now))
+            self.change(one.replica, report=JobReport(JobState.ENDED), exit=Exit(False, reason, "it broke", self.now))
 
     def ready(self) -> None:
         for one in self.live():

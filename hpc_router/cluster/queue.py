@@ -1,0 +1,152 @@
+"""What `squeue` says of all our jobs, asked once for everything and shared by everybody who looks at a run.
+
+The answer lies in the run directory, so however many replicas, loops and watchers there are, the controller is asked
+once per `cluster.ask_s`; who finds the answer old enough claims the next question by making a file. A verb asks afresh.
+A controller that does not answer leaves the last answer standing.
+"""
+
+import contextlib
+import logging
+import os
+import subprocess
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from datetime import datetime
+from typing import Any, Final
+
+from hpc_router.environment import scrubbed
+from hpc_router.files import read_json, replace_json
+from hpc_router.rundir import RunDir
+
+logger = logging.getLogger(__name__)
+
+TIMEOUT_S: Final = 30.0
+_FORMAT: Final = "%i|%T|%N|%S|%e|%r"
+
+
+@dataclass(frozen=True, slots=True)
+class QueuedJob:
+    """One job; times are Unix seconds. `starts_at` is Slurm's estimate for a job that waits."""
+
+    state: str
+    node: str | None = None
+    reason: str | None = None
+    starts_at: float | None = None
+    ends_at: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """The queue as it was at `asked_at`: all jobs of this user, those that ended a few minutes ago included."""
+
+    asked_at: float
+    jobs: Mapping[str, QueuedJob] = field(default_factory=dict)
+
+
+class Queue:
+    """One run's view of the queue."""
+
+    def __init__(self, run: RunDir, *, ask_s: float) -> None:
+        self._file = run.path / "squeue.json"
+        self._claim = run.path / ".squeue.asking"
+        self._ask_s = ask_s
+        self._view: View | None = None
+
+    def view(self, *, fresh: bool = False) -> View | None:
+        """None where nobody has ever been answered."""
+        if not fresh:
+            self._read()
+            if self._view is not None and time.time() - self._view.asked_at < self._ask_s:
+                return self._view
+        with self._asking(fresh=fresh) as mine:
+            if mine:
+                self._ask()
+        return self._view
+
+    def _ask(self) -> None:
+        asked_at = time.time()
+        try:
+            jobs = ask_squeue()
+        except (OSError, subprocess.SubprocessError) as error:
+            said = (getattr(error, "stderr", None) or "").strip().rpartition("\n")[2]
+            logger.warning("squeue cannot be asked: %s", said or error)
+            self._read()
+            return
+        self._view = View(asked_at, jobs)
+        with contextlib.suppress(OSError):  # a shared file system that stalls: our own view is good
+            replace_json(self._file, asdict(self._view))
+
+    def _read(self) -> None:
+        value = read_json(self._file)
+        view = None if value is None else _from_json(value)
+        if view is not None and (self._view is None or view.asked_at > self._view.asked_at):
+            self._view = view
+
+    @contextlib.contextmanager
+    def _asking(self, *, fresh: bool) -> Iterator[bool]:
+        """Whether it is ours to ask. A claim whose maker died is taken over when its question would be old."""
+        if fresh:
+            yield True
+            return
+        try:
+            os.close(os.open(self._claim, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+        except FileExistsError:
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - self._claim.stat().st_mtime > self._ask_s:
+                    self._claim.unlink()
+            yield False
+            return
+        except OSError:  # no place to claim in: better asked twice than never
+            yield True
+            return
+        try:
+            yield True
+        finally:
+            self._claim.unlink(missing_ok=True)
+
+
+def ask_squeue() -> dict[str, QueuedJob]:
+    """Raises OSError or SubprocessError."""
+    done = subprocess.run(
+        ["squeue", "--me", "--states=all", "--noheader", f"--format={_FORMAT}"],
+        env={**scrubbed(os.environ), "SLURM_TIME_FORMAT": "standard"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        check=True,
+        text=True,
+        timeout=TIMEOUT_S,
+    )
+    return parse_squeue(done.stdout)
+
+
+def parse_squeue(text: str) -> dict[str, QueuedJob]:
+    jobs = {}
+    for line in text.splitlines():
+        words = [word.strip() for word in line.split("|", 5)]
+        if len(words) == 6:
+            job_id, state, node, starts, ends, reason = words
+            jobs[job_id] = QueuedJob(
+                state=state,
+                node=node or None,
+                reason=None if reason in ("", "None") else reason,
+                starts_at=_unix(starts),
+                ends_at=_unix(ends),
+            )
+    return jobs
+
+
+def _unix(text: str) -> float | None:
+    """Slurm writes local time of the machine where it is asked; `N/A` and `Unknown` are no times."""
+    try:
+        return datetime.fromisoformat(text).timestamp()
+    except ValueError:
+        return None
+
+
+def _from_json(value: Mapping[str, Any]) -> View | None:
+    try:
+        jobs = {str(job_id): QueuedJob(**job) for job_id, job in value["jobs"].items()}
+        return View(float(value["asked_at"]), jobs)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return None
