@@ -18,10 +18,10 @@ async def eventually(condition: Callable[[], T | None], *, within_s: float = GUA
     return value
 
 
-def eventually_sync(condition: Callable[[], T | None], *, within_s: float = GUARD_S) -> T:
-    """The same outside an event loop."""
+def eventually_sync(condition: Callable[[], T | None], *, within_s: float = GUARD_S, every_s: float = 0.01) -> T:
+    """The same outside an event loop; `every_s` for a condition that is dear to ask."""
     deadline = time.monotonic() + within_s
     while not (value := condition()):
         assert time.monotonic() < deadline, f"not within {within_s} s: {condition}"
-        time.sleep(0.01)
+        time.sleep(every_s)
     return value

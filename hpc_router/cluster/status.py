@@ -21,7 +21,7 @@ _ROUTER_KNOWS = ("in_flight", "capacity", "models", "silent", "trouble")
 def status(run: RunDir) -> dict[str, Any]:
     """`{run, down, router, policy, experts}`; unknown values are None."""
     control = Control(run)
-    seen = control.look()
+    seen = control.look(fresh=True)
     down = seen.desired.down
     shown = standing_views(control, seen)
     access, told, trouble = _ask_router(run)

@@ -50,6 +50,7 @@ class ReplicaView:
     pending: str | None = None  # Slurm's reason why it waits
     starts_at: float | None = None  # Slurm's estimate, Unix seconds
     ends_at: float | None = None  # its walltime's end, Unix seconds
+    engine: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -65,6 +66,7 @@ class ReplicaView:
             "pending": self.pending,
             "starts_at": self.starts_at,
             "ends_at": self.ends_at,
+            "engine": self.engine,
             "url": self.url,
         }
 
@@ -122,6 +124,7 @@ def _view(
         pending=attempt.report.pending,
         starts_at=attempt.report.starts_at,
         ends_at=attempt.report.ends_at,
+        engine=record.engine.kind if record is not None else None,
     )
 
 
@@ -154,4 +157,6 @@ def _standing(attempt: Attempt, *, failed: bool) -> Standing:
 
 def _external(record: Record) -> ReplicaView:
     expert = next(iter(record.serves), record.replica)
-    return ReplicaView(expert, record.replica, Standing.REGISTERED, url=record.url, kind=Kind.EXTERNAL)
+    return ReplicaView(
+        expert, record.replica, Standing.REGISTERED, url=record.url, kind=Kind.EXTERNAL, engine=record.engine.kind
+    )

@@ -1,7 +1,7 @@
 """The test cluster's configuration files, from its shape: what a site's /etc/slurm holds.
 
 Rules: timeouts are as short as Slurm allows, because tests wait for them; everything else is what a plain site would
-have, so that what works here has no reason to fail there. Two partitions over all nodes: jobs of `urgent` preempt
+have, so that what works here has no reason to fail there. Two partitions over all nodes, the least loaded first: jobs of `urgent` preempt
 those of `batch`, which get GRACE_S between SIGTERM and SIGKILL and then are requeued, or cancelled if they forbid it.
 Nothing is enforced by cgroups: the machine's are not the cluster's to change.
 """
@@ -119,7 +119,7 @@ PreemptMode=REQUEUE
 {self._accounting()}
 {self._nodes()}
 PartitionName=batch Nodes=ALL Default=YES DefaultTime=01:00:00 MaxTime=1-00:00:00 PriorityTier=1 \
-PreemptMode=REQUEUE GraceTime={GRACE_S}
+LLN=YES PreemptMode=REQUEUE GraceTime={GRACE_S}
 PartitionName=urgent Nodes=ALL DefaultTime=01:00:00 MaxTime=1-00:00:00 PriorityTier=10 PreemptMode=OFF
 """
 

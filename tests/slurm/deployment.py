@@ -1,0 +1,133 @@
+"""A deployment on the test cluster, brought up and used through the command line on this machine, which reaches every
+node by its address. Whoever asks the controller anything is written down."""
+
+import json
+import os
+import subprocess
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from hpc_router.jobdir import JobDir
+from hpc_router.rundir import RunDir
+from tests.e2e.deployment import Deployed
+from tests.slurm.cluster import SlurmCluster
+from tests.waiting import eventually_sync
+
+ASKING: Final = ("squeue", "sacct", "scontrol", "sinfo", "sstat")
+_NOTE: Final = """\
+#!/bin/bash
+printf '%s\\t{name}\\t%s\\n' "$(date +%s.%N)" "$(tr '\\0' ' ' </proc/$PPID/cmdline)" >>{log}
+exec /usr/bin/{name} "$@"
+"""
+
+
+@dataclass(frozen=True)
+class Question:
+    """One call of a command that asks the controller; `by`: the caller's command line."""
+
+    at: float
+    command: str
+    by: str
+
+    @property
+    def by_loop(self) -> bool:
+        return "reconcile --loop" in self.by
+
+
+@dataclass
+class OnSlurm(Deployed):
+    cluster: SlurmCluster = field(kw_only=True)
+
+    def verb(self, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+        return super().verb(*arguments, env=self.environment, **options)
+
+    @property
+    def tools(self) -> Path:
+        return self.run.parent / "tools"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return os.environ | self.cluster.environment | {"PATH": f"{self.tools}:{os.environ['PATH']}"}
+
+    def write_questions_down(self) -> None:
+        self.tools.mkdir()
+        for name in ASKING:
+            tool = self.tools / name
+            tool.write_text(_NOTE.format(name=name, log=self.run.parent / "questions"))
+            tool.chmod(0o755)
+
+    def questions(self) -> list[Question]:
+        log = self.run.parent / "questions"
+        lines = log.read_text().splitlines() if log.exists() else []
+        return [Question(float(at), command, by) for at, command, by in (line.split("\t", 2) for line in lines)]
+
+    def job(self, replica: str) -> JobDir:
+        return JobDir(RunDir(self.run), replica)
+
+    def job_id(self, replica: str) -> str:
+        info = self.job(replica).info()
+        assert info is not None
+        return info.job_id
+
+    def newest(self, slot: str) -> str:
+        found = [folder.name for folder in (self.run / "jobs").iterdir() if folder.name.startswith(f"{slot}.g")]
+        return max(found, key=lambda name: int(name.rpartition(".g")[2]))
+
+    def record(self, replica: str) -> dict[str, Any] | None:
+        """Of the registry; None where there is none, or none that serves."""
+        path = self.run / "registry" / f"{replica}.json"
+        try:
+            record: dict[str, Any] = json.loads(path.read_text())
+        except FileNotFoundError:
+            return None
+        return record if record["state"] == "ready" else None
+
+    def until_ready(self, slot: str, *, after: str, within_s: float = 90) -> str:
+        """The first generation of the slot after that one, once it serves."""
+
+        def serving() -> str | None:
+            replica = self.newest(slot)
+            return replica if replica != after and self.record(replica) is not None else None
+
+        return eventually_sync(serving, within_s=within_s, every_s=0.1)
+
+    def start_to_ready_s(self, replica: str) -> float:
+        """From the start of its job, as Slurm saw it, to its first readiness."""
+        progress = self.job(replica).progress()
+        words = self.cluster.run(["scontrol", "--oneliner", "show", "job", self.job_id(replica)]).split()
+        start = next(word.partition("=")[2] for word in words if word.startswith("StartTime="))
+        started_at = float(self.cluster.run(["date", "--date", start, "+%s"]))
+        assert progress is not None
+        assert progress.ready_at is not None
+        return progress.ready_at - started_at
+
+    def queued(self) -> list[str]:
+        """Ids of this run's jobs that Slurm still has."""
+        ids = {info.job_id for folder in (self.run / "jobs").iterdir() if (info := self.job(folder.name).info())}
+        listed = self.cluster.run(["squeue", "--noheader", "--format=%i"]).split()
+        return sorted(ids & set(listed))
+
+    def nothing_left(self) -> None:
+        assert self.queued() == []
+        super().nothing_left()
+
+
+@contextmanager
+def on_slurm(cluster: SlurmCluster, name: str, *overrides: str, arguments: Sequence[str] = ()) -> Iterator[OnSlurm]:
+    """Up, then down whatever happened; afterwards nothing is left."""
+    folder = cluster.shared / name
+    folder.mkdir()
+    scratch = folder / "none"  # each node has its own /tmp, which dies with it
+    scratch.mkdir()
+    one = OnSlurm(folder / "run", scratch, ["cluster=slurm", *overrides], cluster=cluster)
+    one.write_questions_down()
+    try:
+        one.up("--wait", "all", *arguments)
+        yield one
+    finally:
+        if one.run.exists():
+            one.verb("down")
+    one.nothing_left()

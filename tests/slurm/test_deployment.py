@@ -1,0 +1,261 @@
+"""Four experts as four jobs on three nodes, the router as a job on the CPU node, requests from a fifth place.
+
+One deployment for the whole file, and what happens to it in a bad week: the tests follow each other.
+"""
+
+import concurrent.futures
+import itertools
+import json
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+
+from tests.needs import ROOT
+from tests.slurm.cluster import SlurmCluster
+from tests.slurm.deployment import OnSlurm, on_slurm
+from tests.waiting import eventually_sync
+
+pytestmark = pytest.mark.slurm
+
+EXPERTS: Final = ("code", "math", "medicine", "law")
+PROMPTS: Final = {
+    "code": "Write a Python function that reverses a linked list.",
+    "math": "What is the derivative of x^3 + 2x?",
+    "medicine": "What are the symptoms of iron deficiency, and how is it treated?",
+    "law": "Can my landlord keep the deposit after the lease has ended?",
+}
+CAPACITY_BACK_S: Final = 20.0
+OVERRIDES: Final = (
+    "topology=sim",
+    "experts.generalist.replicas=0",
+    "policy.fallback=null",
+    *(f"experts.{name}.resources.gpus=1" for name in EXPERTS),
+    "router.resources.sbatch={nodelist: c1}",
+    "cluster.walltime=30",
+    "cluster.warn_s=60",
+)
+
+
+@pytest.fixture(scope="module")
+def deployed(cluster: SlurmCluster) -> Iterator[OnSlurm]:
+    with on_slurm(cluster, "four", *OVERRIDES) as one:
+        yield one
+
+
+def ask(deployed: OnSlurm, *prompts: str) -> list[dict[str, str]]:
+    """From the controller's host, which runs none of the jobs."""
+    program = [sys.executable, str(Path(__file__).with_name("asking.py")), str(deployed.run), *prompts]
+    said = deployed.cluster.run(["env", f"PYTHONPATH={ROOT}", *program])
+    return [json.loads(line) for line in said.splitlines()]
+
+
+def everybody_answers(deployed: OnSlurm) -> None:
+    answers = ask(deployed, *PROMPTS.values())
+    assert [answer["x-expert"] for answer in answers] == list(PROMPTS)
+    assert {answer["x-route-reason"] for answer in answers} == {"classified"}
+    assert all(answer["answer"] for answer in answers)
+
+
+def nodes(deployed: OnSlurm) -> dict[str, str]:
+    listed = deployed.cluster.run(["squeue", "--noheader", "--states=RUNNING", "--format=%i %N"]).splitlines()
+    node_of = dict(line.split() for line in listed)
+    return {
+        slot: node_of[deployed.job_id(deployed.newest(slot))] for slot in [f"{e}-0" for e in EXPERTS] + ["router-0"]
+    }
+
+
+def test_four_jobs_on_three_nodes_and_the_router_on_the_fourth(deployed: OnSlurm) -> None:
+    where = nodes(deployed)
+    assert where.pop("router-0") == "c1"
+    assert set(where.values()) == {"n1", "n2", "n3"}
+    assert len({deployed.job_id(f"{name}-0.g1") for name in EXPERTS}) == len(EXPERTS)
+
+
+def test_every_expert_answers_what_is_of_its_domain(deployed: OnSlurm) -> None:
+    everybody_answers(deployed)
+
+
+def test_each_replica_has_a_gpu_that_no_other_has(deployed: OnSlurm) -> None:
+    """Two jobs share a node, and Slurm gives each its own."""
+    held = {}
+    for name in EXPERTS:
+        process = deployed.job(f"{name}-0.g1").process()
+        assert process is not None
+        environ = deployed.cluster.node(process.host).enter(["cat", f"/proc/{process.pid}/environ"])
+        held[name] = (
+            process.host,
+            dict(word.partition("=")[::2] for word in environ.split("\0"))["CUDA_VISIBLE_DEVICES"],
+        )
+    assert len(set(held.values())) == len(EXPERTS)
+
+
+def test_what_runs_has_the_job_but_not_its_variables(deployed: OnSlurm) -> None:
+    """A SLURM_CPU_BIND that leaks into engines, or into the jobs that the loop submits, puts all on one core."""
+    process = deployed.job("math-0.g1").process()
+    assert process is not None
+    words = deployed.cluster.node(process.host).enter(["cat", f"/proc/{process.pid}/environ"]).split("\0")
+    names = {word.partition("=")[0] for word in words}
+    assert {name for name in names if name.startswith(("SLURM_", "SUBMITIT_", "SBATCH_", "SRUN_"))} <= {"SLURM_CONF"}
+    assert f"HPC_ROUTER_JOB_ID={deployed.job_id('math-0.g1')}" in words
+
+
+def test_the_step_has_the_cpus_that_the_job_asked_for(deployed: OnSlurm, cluster: SlurmCluster) -> None:
+    """srun takes them from nowhere but its own words since Slurm 22.05."""
+    deployed.verb("scale", "math=0")
+    eventually_sync(lambda: deployed.job("math-0.g1").ended(), every_s=0.1)
+    deployed.verb("scale", "math=1")
+    replica = deployed.until_ready("math-0", after="math-0.g1")
+    shown = cluster.run(["scontrol", "--oneliner", "show", "step", f"{deployed.job_id(replica)}.0"])
+    assert " CPUs=1 " in f" {shown} "
+
+
+def test_up_again_twice_at_once_changes_nothing(deployed: OnSlurm) -> None:
+    before = sorted(folder.name for folder in (deployed.run / "jobs").iterdir())
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        list(pool.map(lambda _: deployed.up(), range(2)))
+    assert sorted(folder.name for folder in (deployed.run / "jobs").iterdir()) == before
+
+
+def test_status_is_one_screen_with_what_slurm_knows(deployed: OnSlurm) -> None:
+    before = len(deployed.questions())
+    told = deployed.status()
+    asked = [question for question in deployed.questions()[before:] if not question.by_loop]
+    assert [question.command for question in asked] == ["squeue"]
+    for name in EXPERTS:
+        (replica,) = told["experts"][name]["replicas"]
+        assert (replica["job_state"], replica["state"], replica["in_flight"]) == ("RUNNING", "ready", 0)
+        assert replica["node"] in ("n1", "n2", "n3")
+        assert 0 < replica["ends_at"] - time.time() <= 30 * 60
+    text = deployed.verb("status").stdout
+    assert "RUNNING" in text
+    assert "29 min" in text or "30 min" in text or "28 min" in text
+
+
+def test_the_line_for_ssh_names_the_routers_node(deployed: OnSlurm) -> None:
+    line = deployed.verb("url", "--ssh").stdout
+    assert f":{deployed.url.rpartition(':')[2]} " in line
+    assert deployed.cluster.node("c1").address in line
+
+
+def test_two_deployments_side_by_side_do_not_see_each_other(deployed: OnSlurm, cluster: SlurmCluster) -> None:
+    with on_slurm(cluster, "other", *OVERRIDES, "experts={math: {replicas: 1}}") as other:
+        ours, theirs = deployed.status(), other.status()
+        assert {r["job_id"] for e in ours["experts"].values() for r in e["replicas"]}.isdisjoint(
+            {r["job_id"] for e in theirs["experts"].values() for r in e["replicas"]}
+        )
+        script = 'curl -s -o /dev/null -w "%{http_code}" -H "Authorization: Bearer $(cat "$1")" "$2/v1/models"'
+        for token, url, status in [(other, other, "200"), (deployed, other, "401"), (other, deployed, "401")]:
+            said = cluster.run(["bash", "-c", script, "-", str(token.run / "token"), url.url])
+            assert said == status
+    everybody_answers(deployed)
+
+
+def test_a_second_user_reads_nothing_and_calls_nothing(deployed: OnSlurm, cluster: SlurmCluster) -> None:
+    for path in ("token", "secret", "config.yaml", "registry", "jobs", "logs", "registry.json"):
+        said = cluster.run(["bash", "-c", 'ls "$1" 2>&1 || true', "-", str(deployed.run / path)], user=cluster.user)
+        assert "Permission denied" in said
+    record = deployed.record(deployed.newest("law-0"))
+    assert record is not None
+    body = '{"model": "law", "messages": [{"role": "user", "content": "hello"}]}'
+    script = (
+        'curl -s -o /dev/null -w "%{http_code}" -H "Content-Type: application/json" -d "$2" "$1/v1/chat/completions"'
+    )
+    for url in (deployed.url, record["url"]):
+        assert cluster.run(["bash", "-c", script, "-", url, body], user=cluster.user) == "401"
+
+
+def test_an_agent_that_is_killed_is_replaced(deployed: OnSlurm) -> None:
+    replica = deployed.newest("code-0")
+    process = deployed.job(replica).process()
+    assert process is not None
+    deployed.cluster.node(process.host).enter(["kill", f"-{signal.SIGKILL.value}", str(process.pid)])
+    successor = deployed.until_ready("code-0", after=replica)
+    assert deployed.start_to_ready_s(successor) < CAPACITY_BACK_S
+    end = deployed.job(replica).exit()
+    assert end is not None
+    assert (end.reason, "signal 9" in end.message) == ("killed", True)
+
+
+def test_a_cancelled_job_drains_and_is_replaced(deployed: OnSlurm) -> None:
+    replica = deployed.newest("law-0")
+    deployed.cluster.run(["scancel", deployed.job_id(replica)])
+    successor = deployed.until_ready("law-0", after=replica)
+    assert deployed.start_to_ready_s(successor) < CAPACITY_BACK_S
+    end = deployed.job(replica).exit()
+    assert end is not None
+    assert (end.ok, end.reason) == (True, "drained")
+
+
+def test_near_its_walltime_a_job_drains_by_itself_and_submitit_counts_nothing(deployed: OnSlurm) -> None:
+    """SIGUSR2 is what Slurm sends then. submitit would requeue the job three times and then never again."""
+    replica = deployed.newest("law-0")
+    deployed.cluster.run(["scancel", "--signal=USR2", deployed.job_id(replica)])
+    successor = deployed.until_ready("law-0", after=replica)
+    assert deployed.job_id(successor) != deployed.job_id(replica)
+    assert not list((deployed.run / "jobs" / replica).glob("*_result.pkl"))
+    assert "requeue" not in (deployed.run / "logs" / f"{replica}.log").read_text().lower()
+
+
+def test_drain_ends_a_replica_and_the_next_takes_its_slot(deployed: OnSlurm) -> None:
+    replica = deployed.newest("code-0")
+    deployed.verb("drain", replica, "--wait")
+    end = deployed.job(replica).exit()
+    assert end is not None
+    assert end.ok
+    deployed.until_ready("code-0", after=replica)
+
+
+def test_a_node_cut_off_and_a_node_lost_are_replaced(deployed: OnSlurm, cluster: SlurmCluster) -> None:
+    where = nodes(deployed)
+    cut, lost = where["math-0"], where["medicine-0"]
+    before = {slot: deployed.newest(slot) for slot, node in where.items() if node in (cut, lost)}
+    assert {"math-0", "medicine-0"} <= set(before)
+    assert len({cut, lost}) == 2
+    cluster.node(cut).cut_off()
+    cluster.node(lost).kill()
+    try:
+        for slot, replica in before.items():
+            successor = deployed.until_ready(slot, after=replica, within_s=120)
+            assert deployed.start_to_ready_s(successor) < CAPACITY_BACK_S
+        everybody_answers(deployed)
+    finally:
+        cluster.node(cut).reconnect()
+        cluster.node(lost).restart()
+
+
+def test_in_steady_state_slurm_is_asked_once_per_half_minute(deployed: OnSlurm) -> None:
+    """The control loop of the deployment, over all that went on above; what it did itself it looks after once more."""
+    asked = [question for question in deployed.questions() if question.by_loop]
+    acted = [json.loads(line) for line in (deployed.run / "events.jsonl").read_text().splitlines()]
+    times = [event["at"] for event in acted if event["event"] in ("submitted", "cancel", "kill", "drain")]
+    quiet = [q.at for q in asked if not any(0 <= q.at - at <= 6 for at in times)]
+    assert {question.command for question in asked} == {"squeue"}
+    assert all(later - earlier >= 29 for earlier, later in itertools.pairwise(quiet)), quiet
+
+
+def test_why_tells_what_a_waiting_job_waits_for(deployed: OnSlurm, cluster: SlurmCluster) -> None:
+    deployed.verb("scale", "law=20")
+    try:
+
+        def told() -> list[dict[str, Any]]:
+            causes: list[dict[str, Any]] = json.loads(deployed.verb("why", "law", "--json").stdout)
+            return [cause for cause in causes if cause["pending"]]
+
+        cause = eventually_sync(told, every_s=1.0)[0]
+        assert cause["pending"] in ("Resources", "Priority")
+        assert cause["job_state"] == "PENDING"
+        assert "wait" in cause["what"]
+    finally:
+        deployed.verb("scale", "law=1")
+    eventually_sync(lambda: len(deployed.queued()) == len(EXPERTS) + 1, every_s=0.5)
+
+
+def test_down_leaves_nothing(deployed: OnSlurm) -> None:
+    done = deployed.verb("down")
+    assert "is down" in done.stdout
+    deployed.nothing_left()
