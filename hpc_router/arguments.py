@@ -144,7 +144,15 @@ def _using(verbs: "_Verbs[_Parser]") -> None:
     )
     chat.add_argument("--model", default="auto", help="an expert's name; auto: the policy decides (default)")
     chat.add_argument("prompt", nargs="?")
-    _verb(verbs, "url", "print the endpoint's address", "curl $(hpc-router url)/health")
+    address = _verb(
+        verbs,
+        "url",
+        "print the endpoint's address, or how to reach it from a laptop",
+        "curl $(hpc-router url)/health\nhpc-router url --ssh               the `ssh` line to run on the laptop",
+        json=True,
+    )
+    address.add_argument("--ssh", action="store_true", help="print the `ssh` line that brings it to a local port")
+    address.add_argument("--port", type=_count, default=8000, metavar="N", help="that port (default 8000)")
     _verb(
         verbs,
         "token",
@@ -156,6 +164,16 @@ def _using(verbs: "_Verbs[_Parser]") -> None:
 def _changing(verbs: "_Verbs[_Parser]") -> None:
     scale = _verb(verbs, "scale", "change how many replicas experts have", "hpc-router scale math=3 code=0", json=True)
     scale.add_argument("counts", nargs="+", metavar="EXPERT=N")
+    drain = _verb(
+        verbs,
+        "drain",
+        "let replicas finish what they have and end; fresh jobs take their places",
+        "hpc-router drain math-0\nhpc-router drain gpu17 --wait        whatever runs on that node, but no router\n"
+        "hpc-router drain router",
+        json=True,
+    )
+    drain.add_argument("names", nargs="+", metavar="REPLICA|SLOT|EXPERT|NODE|router")
+    drain.add_argument("--wait", action="store_true", help="return when they have ended")
     register = _verb(
         verbs,
         "register",

@@ -214,9 +214,16 @@ async def _answer(access: Any, messages: list[dict[str, str]], model: str) -> st
 
 def url(arguments: argparse.Namespace) -> int:
     from hpc_router.cluster.router_access import router_access
+    from hpc_router.cluster.ssh import tunnel_to
 
-    print(router_access(find_run(arguments.run)).url)
-    return 0
+    run = find_run(arguments.run)
+    if not arguments.ssh and not arguments.json:
+        return _print_lines([router_access(run).url])
+    tunnel = tunnel_to(run, port=arguments.port)
+    if arguments.json:
+        return _print({"url": tunnel.url, "ssh": list(tunnel.argv)})
+    sys.stderr.writelines(f"{note}\n" for note in tunnel.notes())
+    return _print_lines([tunnel.line])
 
 
 def token(arguments: argparse.Namespace) -> int:
@@ -230,6 +237,27 @@ def scale(arguments: argparse.Namespace) -> int:
 
     wanted = change(find_run(arguments.run), parse_counts(arguments.counts))
     return _print(dict(wanted)) if arguments.json else _print_lines(f"{name}={n}" for name, n in wanted.items())
+
+
+def drain(arguments: argparse.Namespace) -> int:
+    from hpc_router.cluster.control import Control
+    from hpc_router.cluster.retire import retire, wait
+
+    control = Control(find_run(arguments.run))
+    retired = retire(control, arguments.names)
+    if not retired.replicas:
+        raise LaunchError(f"nothing of {', '.join(arguments.names)} runs; `hpc-router status` shows what does")
+    if not arguments.json:
+        _print_lines(retired.lines())
+    if arguments.wait:
+        retired = wait(control, retired)
+    elif retired.needs_reconcile(control.run):
+        sys.stderr.write("hpc-router: no router will replace what ends; `hpc-router reconcile` does\n")
+    if arguments.json:
+        _print(retired.to_json())
+    if retired.left:
+        raise LaunchError(f"{', '.join(retired.left)} still there; `hpc-router why` may tell more")
+    return 0
 
 
 def register(arguments: argparse.Namespace) -> int:
@@ -275,7 +303,7 @@ VERBS: Final[Mapping[str, Callable[[argparse.Namespace], int]]] = {
     verb.__name__: verb
     for verb in (
         *(plan, up, down, status, logs, why, route, chat, url, token),
-        *(scale, register, unregister, reconcile),
+        *(scale, drain, register, unregister, reconcile),
     )
 }
 

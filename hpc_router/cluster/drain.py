@@ -1,4 +1,4 @@
-"""Asks agents over HTTP to drain. One that cannot be asked is cancelled later, which drains it too."""
+"""Asks agents over HTTP to drain. Whoever asks decides what becomes of one that cannot be asked."""
 
 import asyncio
 import logging
@@ -13,23 +13,24 @@ from hpc_router.wire import DRAIN
 logger = logging.getLogger(__name__)
 
 
-def ask_to_drain(run: RunDir, records: Sequence[Record]) -> None:
-    """All at once, two seconds at most."""
-    if records:
-        asyncio.run(_ask(run.secret(), records))
+def ask_to_drain(run: RunDir, records: Sequence[Record]) -> list[Record]:
+    """All at once, two seconds at most; those that did not agree."""
+    return asyncio.run(_ask(run.secret(), records)) if records else []
 
 
-async def _ask(secret: str, records: Sequence[Record]) -> None:
+async def _ask(secret: str, records: Sequence[Record]) -> list[Record]:
     async with session() as client:
 
-        async def one(record: Record) -> None:
+        async def agrees(record: Record) -> bool:
             key = replica_key(secret, record.nonce) if record.nonce else None
             try:
                 answer = await call(client, "POST", record.url + DRAIN, token=key)
             except Unreachable as error:
                 logger.warning("%s cannot be asked to drain: %s", record.replica, error)
-            else:
-                if answer.status >= 300:
-                    logger.warning("%s refused to drain: %s", record.replica, answer.message)
+                return False
+            if answer.status >= 300:
+                logger.warning("%s refused to drain: %s", record.replica, answer.message)
+            return answer.status < 300
 
-        await asyncio.gather(*(one(record) for record in records))
+        agreed = await asyncio.gather(*(agrees(record) for record in records))
+    return [record for record, agrees_to in zip(records, agreed, strict=True) if not agrees_to]

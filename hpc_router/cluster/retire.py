@@ -1,0 +1,149 @@
+"""Retires replicas that the user names: they drain and end, and the control loop fills their slots with fresh jobs.
+
+A replica that takes calls is asked over HTTP; one that does not yet, or cannot be reached, gets its job's signal, which
+drains it too. Routers go only when they are named themselves. Nothing is wanted differently afterwards: `scale` and
+`down` are for that.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+from hpc_router.cluster.control import Control, Pass
+from hpc_router.cluster.drain import ask_to_drain
+from hpc_router.cluster.launcher import ROUTER
+from hpc_router.cluster.reconcile import Wait
+from hpc_router.cluster.router_access import live_router
+from hpc_router.cluster.slots import Attempt, Observed
+from hpc_router.errors import ConfigError, suggest
+from hpc_router.jobdir import JobDir, Stop
+from hpc_router.registry import Kind, Record, split_replica
+from hpc_router.rundir import RunDir
+
+POLL_S: Final = 0.2
+MARGIN_S: Final = 30.0
+"""Beyond the time that a replica may drain."""
+
+
+@dataclass(frozen=True, slots=True)
+class Retired:
+    """`asked` over HTTP, `signalled` through their jobs. `left`: still there when the time was up; None: not waited."""
+
+    asked: tuple[str, ...]
+    signalled: tuple[str, ...]
+    left: tuple[str, ...] | None = None
+
+    @property
+    def replicas(self) -> tuple[str, ...]:
+        return tuple(sorted(self.asked + self.signalled))
+
+    def lines(self) -> list[str]:
+        return [
+            *(f"{replica} drains" for replica in self.asked),
+            *(f"{replica} gets its job's signal, and drains" for replica in self.signalled),
+        ]
+
+    def needs_reconcile(self, run: RunDir) -> bool:
+        """Whether nobody is there, or will be, to replace what ends: the control loop goes with its router."""
+        return any(split_replica(name)[0] == ROUTER for name in self.replicas) or live_router(run) is None
+
+    def to_json(self) -> dict[str, Any]:
+        left = None if self.left is None else list(self.left)
+        ended = None if self.left is None else [name for name in self.replicas if name not in self.left]
+        return {"asked": list(self.asked), "signalled": list(self.signalled), "ended": ended, "left": left}
+
+
+def named(
+    names: Iterable[str], observed: Observed, records: Mapping[str, Record], *, experts: Iterable[str]
+) -> list[Attempt]:
+    """The live jobs that replicas, slots, experts, nodes or the word `router` name. Raises ConfigError for others."""
+    attempts = [attempt for found in observed.values() for attempt in found]
+    live = [attempt for attempt in attempts if attempt.live]
+    nodes = {a.replica: _nodes(a, records.get(a.replica)) for a in live}
+    known = {*experts, ROUTER, *(a.replica for a in attempts), *(str(slot) for slot in observed), *_all(nodes)}
+    chosen: dict[str, Attempt] = {}
+    for name in names:
+        if name not in known:
+            _refuse(name, live, records, experts=experts, nodes=_all(nodes))
+        for attempt in live:
+            slot = attempt.slot
+            at_node = name in nodes[attempt.replica] and slot.expert != ROUTER
+            if name in (attempt.replica, str(slot), slot.expert) or at_node:
+                chosen[attempt.replica] = attempt
+    return [chosen[replica] for replica in sorted(chosen)]
+
+
+def retire(control: Control, names: Sequence[str]) -> Retired:
+    """Ask them; the result says how. Raises ConfigError for a name that nothing has."""
+    observed = control.look().observed
+    records = control.observer.records
+    chosen = named(names, observed, records, experts=control.deployment.experts)
+    told = [a for a in chosen if a.replica in records and a.slot.expert != ROUTER]
+    for attempt in told:
+        if attempt.stop.drain_at is None:
+            JobDir(control.run, attempt.replica).write(replace(attempt.stop, drain_at=time.time()))
+        control.run.event("drain", replica=attempt.replica)
+    deaf = {record.replica for record in ask_to_drain(control.run, [records[a.replica] for a in told])}
+    asked = tuple(a.replica for a in told if a.replica not in deaf)
+    signalled = tuple(a.replica for a in chosen if a.replica not in asked)
+    for replica in signalled:
+        job = JobDir(control.run, replica)
+        stop = job.stop() or Stop()
+        job.write(replace(stop, cancel_at=stop.cancel_at or time.time()))
+        control.run.event("cancel", replica=replica)
+    control.launcher.cancel(signalled)
+    return Retired(asked, signalled)
+
+
+def wait(
+    control: Control,
+    retired: Retired,
+    *,
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+) -> Retired:
+    """Until all have ended, or could have. Looks at files only; where no control loop runs, its passes are made."""
+    cluster, router = control.deployment.cluster, control.deployment.router
+    deadline = clock() + max(cluster.drain_s, router.drain_s) + MARGIN_S
+    unattended = retired.needs_reconcile(control.run)
+    left = retired.replicas
+    while (left := tuple(name for name in left if not _has_ended(control.run, name))) and clock() < deadline:
+        sleep(cluster.reconcile_s if unattended else POLL_S)
+        if unattended:
+            control.look()  # leaves an exit record for a job that ended without a word
+    if unattended:
+        while _unfilled(control.once(fresh=True), retired.replicas) and clock() < deadline:
+            sleep(cluster.reconcile_s)
+    return replace(retired, left=left)
+
+
+def _unfilled(seen: Pass, replicas: Sequence[str]) -> bool:
+    """Whether the pass came too early: a job is still seen, or its slot waits after failures."""
+    slots = {split_replica(name)[:2] for name in replicas}
+    live = any(a.live and a.replica in replicas for found in seen.observed.values() for a in found)
+    return live or any(isinstance(a, Wait) and split_replica(a.replica)[:2] in slots for a in seen.actions)
+
+
+def _has_ended(run: RunDir, replica: str) -> bool:
+    job = JobDir(run, replica)
+    return job.exit() is not None or job.ended() is not None or not job.path.exists()
+
+
+def _nodes(attempt: Attempt, record: Record | None) -> set[str]:
+    names = {attempt.node, attempt.report.node, record.node if record is not None else None} - {None}
+    return {str(name) for name in names} | {str(name).partition(".")[0] for name in names}
+
+
+def _all(nodes: Mapping[str, set[str]]) -> set[str]:
+    return set().union(*nodes.values())
+
+
+def _refuse(
+    name: str, live: Sequence[Attempt], records: Mapping[str, Record], *, experts: Iterable[str], nodes: set[str]
+) -> None:
+    external = [r.replica for r in records.values() if r.kind is Kind.EXTERNAL]
+    if name in external or f"{name}.g1" in external:
+        raise ConfigError(f"drain: {name} runs elsewhere and is not ours to end; `hpc-router unregister {name}`")
+    valid = [*experts, *(a.replica for a in live), *(str(a.slot) for a in live), *nodes]
+    raise ConfigError(f"drain: nothing here is named '{name}'{suggest(name, valid)}")

@@ -1,0 +1,614 @@
+"""The official openai client, sync and async, between a run directory and routers that move, drain, die and lie."""
+
+import asyncio
+import json
+import logging
+import os
+import subprocess
+import sys
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from aiohttp import web
+
+from hpc_router import follow
+from hpc_router.client import Endpoint, NoRouterError, async_openai_client, endpoint, openai_client
+from hpc_router.errors import ConfigError
+from hpc_router.files import replace_json
+from hpc_router.follow import Errand
+from hpc_router.leader import Leader
+from hpc_router.registry import SCHEMA, Kind, Reader, Record, State, publish, replica_name, withdraw
+from hpc_router.rundir import RunDir, make_run
+from hpc_router.wire import DRAINING_HEADER, HEALTH
+
+Act = Callable[["FakeRouter", web.BaseRequest], Awaitable[web.StreamResponse]]
+GUARD_S = 20.0
+
+
+@dataclass
+class FakeRouter:
+    """Wants the token that stands in the run directory now, then plays its acts, the last one for ever."""
+
+    run: RunDir
+    acts: deque[Act]
+    url: str = ""
+    stop_listening: Callable[[], Awaitable[None]] = field(default=lambda: asyncio.sleep(0))
+    die: Callable[[], Awaitable[None]] = field(default=lambda: asyncio.sleep(0))
+    offered: list[str | None] = field(default_factory=list)
+    hosts: list[str | None] = field(default_factory=list)
+    bodies: list[bytes] = field(default_factory=list)
+    asked: int = 0
+    dying: bool = False
+
+    async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        if request.path == HEALTH:
+            self.asked += 1
+            if self.dying:
+                return await hangs_up(self, request)
+            return web.json_response({"status": "ok"})
+        self.offered.append(request.headers.get("authorization"))
+        self.hosts.append(request.headers.get("host"))
+        self.bodies.append(await request.content.read())
+        if self.offered[-1] != f"Bearer {self.run.token()}":
+            return web.json_response({"error": {"message": "whose token is that?"}}, status=401)
+        act = self.acts[0] if len(self.acts) == 1 else self.acts.popleft()
+        return await act(self, request)
+
+
+async def answers(router: FakeRouter, request: web.BaseRequest) -> web.StreamResponse:
+    if not json.loads(router.bodies[-1] or b"{}").get("stream"):
+        message = {"role": "assistant", "content": f"from {router.url}"}
+        choice = {"index": 0, "message": message, "finish_reason": "stop"}
+        return web.json_response(
+            {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]}
+        )
+    response = web.StreamResponse(headers={"content-type": "text/event-stream"})
+    await response.prepare(request)
+    for word in ("from", " ", router.url):
+        await response.write(_event(word))
+    await response.write(b"data: [DONE]\n\n")
+    return response
+
+
+async def drains(router: FakeRouter, request: web.BaseRequest) -> web.StreamResponse:
+    return web.json_response({"error": {"message": "draining"}}, status=503, headers={DRAINING_HEADER: "1"})
+
+
+async def overloaded(router: FakeRouter, request: web.BaseRequest) -> web.StreamResponse:
+    return web.json_response({"error": {"message": "full"}}, status=503)
+
+
+async def hangs_up(router: FakeRouter, request: web.BaseRequest) -> web.StreamResponse:
+    assert request.transport is not None
+    request.transport.abort()
+    return web.Response()
+
+
+def leaves_after(act: Act) -> Act:
+    """The router's socket and this connection are gone once it has answered."""
+
+    async def do(router: FakeRouter, request: web.BaseRequest) -> web.StreamResponse:
+        response = await act(router, request)
+        response.force_close()
+        await router.stop_listening()
+        return response
+
+    return do
+
+
+def _event(word: str) -> bytes:
+    choice = {"index": 0, "delta": {"content": word}, "finish_reason": None}
+    chunk = {"id": "1", "object": "chat.completion.chunk", "created": 0, "model": "m", "choices": [choice]}
+    return b"data: " + json.dumps(chunk).encode() + b"\n\n"
+
+
+Starter = Callable[..., Awaitable[FakeRouter]]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    return make_run(tmp_path / "run")
+
+
+@pytest.fixture
+async def start(run: RunDir) -> AsyncIterator[Starter]:
+    """`await start(*acts)`: a router on a free port; the registry knows nothing of it yet."""
+    async with AsyncExitStack() as stack:
+
+        async def one(*acts: Act) -> FakeRouter:
+            return await stack.enter_async_context(fake_router(run, *acts))
+
+        yield one
+
+
+@asynccontextmanager
+async def fake_router(run: RunDir, *acts: Act) -> AsyncIterator[FakeRouter]:
+    router = FakeRouter(run, deque(acts or (answers,)))
+    server = web.Server(router.handle, access_log=None)
+    runner = web.ServerRunner(server, shutdown_timeout=0.1)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    router.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+    router.stop_listening, router.die = site.stop, runner.cleanup
+    try:
+        yield router
+    finally:
+        await runner.cleanup()
+
+
+def record_of(url: str, *, generation: int = 1, kind: Kind = Kind.ROUTER, state: State = State.READY) -> Record:
+    name = "router" if kind is Kind.ROUTER else "math"
+    return Record(kind, replica_name(name, 0, generation), url, state, {}, generation=generation, node="n1")
+
+
+def enter(run: RunDir, *records: Record) -> None:
+    """In the folder and, as the leading router does it, in `registry.json`."""
+    for record in records:
+        publish(run.registry, record)
+    write_summary(run, *Reader(run.registry).snapshot().values())
+
+
+def write_summary(run: RunDir, *records: Record) -> None:
+    replace_json(run.registry_json, {"schema": SCHEMA, "records": [record.to_json() for record in records]})
+
+
+@dataclass
+class Caller:
+    """One client, sync or async, asked in the same words."""
+
+    client: openai.OpenAI | openai.AsyncOpenAI
+
+    async def chat(self, *, stream: bool = False) -> str:
+        async with asyncio.timeout(GUARD_S):
+            if isinstance(self.client, openai.AsyncOpenAI):
+                return await _async_chat(self.client, stream=stream)
+            return await asyncio.to_thread(_sync_chat, self.client, stream=stream)
+
+    async def get(self, path: str) -> Any:
+        async with asyncio.timeout(GUARD_S):
+            if isinstance(self.client, openai.AsyncOpenAI):
+                return await self.client.get(path, cast_to=object)
+            return await asyncio.to_thread(self.client.get, path, cast_to=object)
+
+
+_MESSAGES: Any = [{"role": "user", "content": "2+2?"}]
+
+
+def _sync_chat(client: openai.OpenAI, *, stream: bool) -> str:
+    if stream:
+        pieces = client.chat.completions.create(model="auto", messages=_MESSAGES, stream=True)
+        return "".join(piece.choices[0].delta.content or "" for piece in pieces)
+    return str(client.chat.completions.create(model="auto", messages=_MESSAGES).choices[0].message.content)
+
+
+async def _async_chat(client: openai.AsyncOpenAI, *, stream: bool) -> str:
+    if stream:
+        pieces = await client.chat.completions.create(model="auto", messages=_MESSAGES, stream=True)
+        return "".join([piece.choices[0].delta.content or "" async for piece in pieces])
+    answer = await client.chat.completions.create(model="auto", messages=_MESSAGES)
+    return str(answer.choices[0].message.content)
+
+
+Make = Callable[..., Caller]
+
+
+@pytest.fixture(params=["sync", "async"])
+async def make(run: RunDir, request: pytest.FixtureRequest) -> AsyncIterator[Make]:
+    clients: list[openai.OpenAI | openai.AsyncOpenAI] = []
+
+    def one(**options: Any) -> Caller:
+        made = openai_client if request.param == "sync" else async_openai_client
+        clients.append(made(run.path, **options))
+        return Caller(clients[-1])
+
+    yield one
+    for client in clients:
+        if isinstance(client, openai.AsyncOpenAI):
+            await client.close()
+        else:
+            client.close()
+
+
+@dataclass
+class Pauses:
+    """Takes the place of sleeping between two looks: the test sees each pause begin, and ends it."""
+
+    begun: asyncio.Event
+    over: threading.Event = field(default_factory=threading.Event)
+    loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
+    lengths: list[float] = field(default_factory=list)
+
+    def sync(self, length_s: float) -> None:
+        self.lengths.append(length_s)
+        self.loop.call_soon_threadsafe(self.begun.set)
+        assert self.over.wait(GUARD_S)
+
+    async def wait(self, length_s: float) -> None:
+        await asyncio.to_thread(self.sync, length_s)
+
+    async def one(self) -> None:
+        """Until a request waits."""
+        async with asyncio.timeout(GUARD_S):
+            await self.begun.wait()
+
+
+@pytest.fixture
+async def pauses(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Pauses]:
+    pauses = Pauses(asyncio.Event())
+    monkeypatch.setattr(follow, "_sleep", pauses.sync)
+    monkeypatch.setattr(follow, "_async_sleep", pauses.wait)
+    yield pauses
+    pauses.over.set()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_request_finds_the_router(run: RunDir, start: Starter, make: Make, stream: bool) -> None:
+    """Its address and the token come from the run directory; the host header is the router's."""
+    router = await start()
+    enter(run, record_of(router.url))
+    caller = make()
+    assert await caller.chat(stream=stream) == f"from {router.url}"
+    assert router.offered == [f"Bearer {run.token()}"]
+    assert router.hosts == [router.url.removeprefix("http://")]
+    assert run.token() not in str(caller.client.api_key), "the client object itself holds no token"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_between_two_requests_the_router_moves(run: RunDir, start: Starter, make: Make, stream: bool) -> None:
+    """The old one still listens, and gets nothing more."""
+    old, new, caller = await start(), await start(), make()
+    enter(run, record_of(old.url))
+    assert await caller.chat(stream=stream) == f"from {old.url}"
+    enter(run, record_of(new.url, generation=2))
+    assert await caller.chat(stream=stream) == f"from {new.url}"
+    assert len(old.offered) == 1
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_router_dies_and_its_successor_comes_while_a_request_waits(
+    run: RunDir, start: Starter, make: Make, pauses: Pauses, stream: bool
+) -> None:
+    """The dead one's records stay behind, as after a kill."""
+    old, new, caller = await start(), await start(), make()
+    enter(run, record_of(old.url))
+    await caller.chat()
+    await old.die()
+    asked = asyncio.create_task(caller.chat(stream=stream))
+    await pauses.one()
+    enter(run, record_of(new.url, generation=2))
+    pauses.over.set()
+    assert await asked == f"from {new.url}"
+    assert len(new.offered) == 1
+
+
+async def test_the_first_router_comes_while_a_request_waits(
+    run: RunDir, start: Starter, make: Make, pauses: Pauses
+) -> None:
+    router, caller = await start(), make()
+    asked = asyncio.create_task(caller.chat())
+    await pauses.one()
+    enter(run, record_of(router.url))
+    pauses.over.set()
+    assert await asked == f"from {router.url}"
+
+
+async def test_a_successor_that_is_there_is_taken_without_a_pause(run: RunDir, start: Starter, make: Make) -> None:
+    """The summary still names the dead one; with follow_s=0 there is no pause to take."""
+    old, new, caller = await start(), await start(), make(follow_s=0)
+    enter(run, record_of(old.url))
+    publish(run.registry, record_of(new.url, generation=2))
+    await old.die()
+    assert await caller.chat() == f"from {new.url}"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_router_that_drains_is_left(run: RunDir, start: Starter, make: Make, stream: bool) -> None:
+    """Its 503 says that nothing was done: the next router gets the request, however often."""
+    old, older, new = await start(drains), await start(drains), await start()
+    enter(run, record_of(older.url))
+    caller = make(follow_s=0)
+    publish(run.registry, record_of(old.url, generation=2))
+    publish(run.registry, record_of(new.url, generation=3))
+    assert await caller.chat(stream=stream) == f"from {new.url}"
+    assert (len(older.bodies), len(old.bodies), len(new.bodies)) == (1, 0, 1)
+
+
+async def test_a_router_drains_before_its_successor_leads(
+    run: RunDir, start: Starter, make: Make, pauses: Pauses
+) -> None:
+    old, new, caller = await start(drains), await start(), make()
+    enter(run, record_of(old.url))
+    asked = asyncio.create_task(caller.chat())
+    await pauses.one()
+    enter(run, record_of(old.url, state=State.DRAINING), record_of(new.url, generation=2))
+    pauses.over.set()
+    assert await asked == f"from {new.url}"
+
+
+async def test_other_refusals_go_to_the_caller(run: RunDir, start: Starter, make: Make) -> None:
+    """A full router is asked again by the openai client alone, as its user told it."""
+    router = await start(overloaded)
+    enter(run, record_of(router.url))
+    with pytest.raises(openai.InternalServerError, match="full"):
+        await make(max_retries=0).chat()
+    assert len(router.bodies) == 1
+
+
+async def test_a_connection_that_ends_without_an_answer_is_tried_once_more(
+    run: RunDir, start: Starter, make: Make
+) -> None:
+    router = await start(hangs_up, answers)
+    enter(run, record_of(router.url))
+    assert await make(follow_s=0).chat() == f"from {router.url}"
+    assert len(router.bodies) == 2
+    assert router.bodies[0] == router.bodies[1]
+
+
+async def test_a_dying_router_is_not_given_the_request_again(
+    run: RunDir, start: Starter, make: Make, pauses: Pauses
+) -> None:
+    """For a moment a killed process still accepts connections; that must not use up the one attempt."""
+    old, new, caller = await start(hangs_up), await start(), make()
+    old.dying = True
+    enter(run, record_of(old.url))
+    asked = asyncio.create_task(caller.chat())
+    await pauses.one()
+    assert (len(old.bodies), old.asked) == (1, 1)
+    enter(run, record_of(new.url, generation=2))
+    pauses.over.set()
+    assert await asked == f"from {new.url}"
+    assert len(old.bodies) == 1
+
+
+async def test_but_only_once(run: RunDir, start: Starter, make: Make) -> None:
+    """Whatever `max_retries` says: each time it may have been worked on."""
+    router = await start(hangs_up)
+    enter(run, record_of(router.url))
+    with pytest.raises(openai.APIConnectionError, match=r"router-0\.g1 at .* ended without an answer"):
+        await make(max_retries=5).chat()
+    assert len(router.bodies) == 2
+
+
+async def test_a_new_token_is_taken(run: RunDir, start: Starter, make: Make) -> None:
+    """Also by many requests at once."""
+    router, caller, before = await start(), make(), run.token()
+    enter(run, record_of(router.url))
+    await caller.chat()
+    (run.path / "token").write_text("another\n")
+    assert await asyncio.gather(*(caller.chat() for _ in range(8))) == [f"from {router.url}"] * 8
+    assert set(router.offered) == {f"Bearer {before}", "Bearer another"}
+    assert await caller.chat() == f"from {router.url}"
+    assert router.offered[-1] == "Bearer another"
+
+
+async def test_a_token_that_is_refused_is_offered_once(run: RunDir, start: Starter, make: Make) -> None:
+    async def refuses(router: FakeRouter, request: web.BaseRequest) -> web.StreamResponse:
+        return web.json_response({"error": {"message": "no"}}, status=401)
+
+    router = await start(refuses)
+    enter(run, record_of(router.url))
+    with pytest.raises(openai.AuthenticationError):
+        await make().chat()
+    assert len(router.offered) == 1
+
+
+async def test_without_a_router_there_is_an_error_that_helps(run: RunDir, make: Make) -> None:
+    """At once with follow_s=0, and once: `max_retries` does not multiply the waiting."""
+    with pytest.raises(NoRouterError, match=f"no router serves {run.path}; `hpc-router up --run {run.path}`") as caught:
+        await make(follow_s=0).chat()
+    assert isinstance(caught.value, openai.APIConnectionError), "programs that know openai's errors catch it too"
+
+
+async def test_a_dead_router_is_named(run: RunDir, start: Starter, make: Make) -> None:
+    router = await start()
+    enter(run, record_of(router.url))
+    await router.die()
+    with pytest.raises(NoRouterError, match=rf"router-0\.g1 at {router.url} took no request within 0 s"):
+        await make(follow_s=0).chat()
+
+
+async def test_a_router_that_leaves_after_it_answered(run: RunDir, start: Starter, make: Make, pauses: Pauses) -> None:
+    """A connection that was kept for the next request is no reason to fail it."""
+    old, new, caller = await start(leaves_after(answers)), await start(), make()
+    enter(run, record_of(old.url))
+    assert await caller.chat() == f"from {old.url}"
+    asked = asyncio.create_task(caller.chat())
+    await pauses.one()
+    enter(run, record_of(new.url, generation=2))
+    pauses.over.set()
+    assert await asked == f"from {new.url}"
+
+
+class TestWhatAStrangerGets:
+    """Nothing that a stranger does or listens to brings him the token."""
+
+    @pytest.fixture
+    async def stranger(self, start: Starter) -> AsyncIterator[FakeRouter]:
+        stranger = await start()
+        yield stranger
+        assert stranger.offered == []
+
+    async def test_the_port_of_a_router_that_has_left(self, run: RunDir, stranger: FakeRouter, make: Make) -> None:
+        """`registry.json` outlives the last router: its own record is gone."""
+        enter(run, record_of(stranger.url))
+        withdraw(run.registry, "router-0.g1")
+        with pytest.raises(NoRouterError):
+            await make(follow_s=0).chat()
+
+    @pytest.mark.parametrize("state", [State.STARTING, State.DRAINING])
+    async def test_the_port_of_a_router_that_is_not_ready(
+        self, run: RunDir, stranger: FakeRouter, make: Make, state: State
+    ) -> None:
+        enter(run, record_of(stranger.url))
+        publish(run.registry, record_of(stranger.url, state=state))
+        with pytest.raises(NoRouterError):
+            await make(follow_s=0).chat()
+
+    async def test_an_older_summary(self, run: RunDir, start: Starter, stranger: FakeRouter, make: Make) -> None:
+        """The router's record names another address by now."""
+        router = await start()
+        enter(run, record_of(stranger.url))
+        publish(run.registry, record_of(router.url))
+        assert await make().chat() == f"from {router.url}"
+
+    async def test_an_endpoint_that_is_no_router(
+        self, run: RunDir, start: Starter, stranger: FakeRouter, make: Make
+    ) -> None:
+        router = await start()
+        enter(run, record_of(router.url), record_of(stranger.url, kind=Kind.EXTERNAL, generation=9))
+        assert await make().chat() == f"from {router.url}"
+
+    async def test_a_proxy(
+        self, run: RunDir, start: Starter, stranger: FakeRouter, monkeypatch: pytest.MonkeyPatch, make: Make
+    ) -> None:
+        router = await start()
+        enter(run, record_of(router.url))
+        for name in ("http_proxy", "HTTP_PROXY", "ALL_PROXY"):
+            monkeypatch.setenv(name, stranger.url)
+        monkeypatch.setenv("OPENAI_BASE_URL", stranger.url)
+        assert await make().chat() == f"from {router.url}"
+
+    async def test_a_redirection(self, run: RunDir, start: Starter, stranger: FakeRouter, make: Make) -> None:
+        async def redirects(router: FakeRouter, request: web.BaseRequest) -> web.StreamResponse:
+            return web.Response(status=307, headers={"location": stranger.url})
+
+        router = await start(redirects)
+        enter(run, record_of(router.url))
+        with pytest.raises(openai.APIStatusError):
+            await make(max_retries=0).chat()
+
+    async def test_an_address_in_the_request(
+        self, run: RunDir, start: Starter, stranger: FakeRouter, make: Make
+    ) -> None:
+        router = await start()
+        enter(run, record_of(router.url))
+        with pytest.raises(openai.APIConnectionError):
+            await make(max_retries=0).get(f"{stranger.url}/v1/models")
+        assert router.offered == []
+
+
+async def test_the_log_holds_no_token(
+    run: RunDir, start: Starter, make: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    router = await start()
+    enter(run, record_of(router.url))
+    await make().chat()
+    assert run.token() not in caplog.text
+
+
+async def test_another_users_files_name_nobody(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    enter(run, record_of("http://127.0.0.1:1"))
+    leader = Leader(run)
+    monkeypatch.setattr(os, "getuid", lambda: 12345)
+    assert leader.look() is None
+
+
+async def test_an_unreadable_registry_leaves_the_last_view(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    enter(run, record_of("http://127.0.0.1:1"))
+    leader = Leader(run)
+    seen = leader.look()
+
+    def stale(_self: Path) -> os.stat_result:
+        raise OSError("Stale file handle")
+
+    monkeypatch.setattr(Path, "lstat", stale)
+    assert leader.look() == seen
+    assert "Stale file handle" in caplog.text
+
+
+def test_without_a_summary_the_folder_tells(run: RunDir) -> None:
+    publish(run.registry, record_of("http://127.0.0.1:1"))
+    publish(run.registry, record_of("http://127.0.0.1:2", generation=2))
+    found = Leader(run).look()
+    assert found is not None
+    assert found.url == "http://127.0.0.1:2"
+
+
+def test_a_damaged_summary_is_passed_over(run: RunDir) -> None:
+    publish(run.registry, record_of("http://127.0.0.1:1"))
+    for content in ("{", "[]", '{"records": 3}', '{"records": [3, {"schema": 99}]}'):
+        run.registry_json.write_text(content)
+        assert Leader(run).look() == record_of("http://127.0.0.1:1")
+
+
+def test_a_run_that_was_removed(run: RunDir) -> None:
+    enter(run, record_of("http://127.0.0.1:1"))
+    leader = Leader(run)
+    assert leader.look() is not None
+    withdraw(run.registry, "router-0.g1")
+    run.registry.rmdir()
+    assert leader.look() is None
+
+
+def test_the_endpoint_for_other_libraries(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(NoRouterError):
+        endpoint(run.path)
+    enter(run, record_of("http://[::1]:8000"))
+    found = endpoint(str(run.path))
+    assert found == Endpoint("http://[::1]:8000", run.token())
+    assert found.base_url == "http://[::1]:8000/v1"
+    assert run.token() not in repr(found)
+    monkeypatch.setenv("HPC_ROUTER_RUN", str(run.path))
+    assert endpoint() == found
+
+
+@pytest.mark.parametrize("make_client", [openai_client, async_openai_client])
+def test_what_the_run_decides_is_no_option(run: RunDir, make_client: Any) -> None:
+    with pytest.raises(ConfigError, match="api_key, base_url: the run directory decides"):
+        make_client(run.path, base_url="http://h", api_key="k")
+    with pytest.raises(ConfigError, match="there is no run directory"):
+        make_client(run.path / "nope")
+
+
+def test_importing_it_is_cheap() -> None:
+    forbidden = ["openai", "httpx", "httpx2", "anyio", "aiohttp", "submitit", "torch", "hydra"]
+    program = f"import sys, hpc_router.client; print([m for m in {forbidden!r} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_without_openai_it_says_what_to_install(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with pytest.raises(ImportError, match=r"pip install 'hpc-router\[client\]'"):
+        openai_client(run.path)
+
+
+class TestErrand:
+    ROUTER = record_of("http://127.0.0.1:1")
+
+    @pytest.fixture
+    def errand(self) -> Errand:
+        return Errand(follow_s=10, now=0.0, replayable=True)
+
+    def test_pauses_grow_up_to_a_limit(self, errand: Errand) -> None:
+        assert [errand.pause_s(0.0, 1.0) for _ in range(6)] == [0.1, 0.2, 0.4, 0.8, 1.6, 2.0]
+        assert errand.pause_s(0.0, 0.0) == 1.0, "chance halves them at most"
+
+    @pytest.mark.parametrize(("now", "pause_s"), [(9.95, pytest.approx(0.05)), (10.0, None), (11.0, None)])
+    def test_the_deadline(self, errand: Errand, now: float, pause_s: float | None) -> None:
+        assert errand.pause_s(now, 1.0) == pause_s
+
+    def test_the_same_router_is_tried_again_after_a_pause_only(self, errand: Errand) -> None:
+        errand.took_nothing(self.ROUTER)
+        assert not errand.may_try(self.ROUTER)
+        assert errand.may_try(record_of("http://127.0.0.1:2", generation=2))
+        errand.pause_s(0.0, 0.5)
+        assert errand.may_try(self.ROUTER)
+
+    @pytest.mark.parametrize("replayable", [True, False])
+    def test_a_body_that_is_made_while_it_is_sent_cannot_be_sent_again(self, replayable: bool) -> None:
+        errand = Errand(follow_s=10, now=0.0, replayable=replayable)
+        assert errand.drains(503, {DRAINING_HEADER: "1"}) is replayable
+        assert (errand.may_resend(), errand.may_resend()) == (replayable, False)
+        assert (errand.may_renew(), errand.may_renew()) == (replayable, False)
