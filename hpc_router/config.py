@@ -184,6 +184,7 @@ class RouterConfig:
     workers: int = 1
     open: bool = False  # true: no token asked; anybody on the network may call
     reconcile: bool = True  # run the control loop beside the router
+    standby: bool = True  # on Slurm, a successor's job waits for the end of the router's
     max_body_mb: float = 32.0
     hold_mb: float = 8.0  # a non-streaming answer up to this size is held until complete, so it can fail over
     max_in_flight: int = 4096

@@ -42,7 +42,7 @@ def _state(name: str) -> Text:
 
 
 def plan_text(plan: "Plan") -> RenderableType:
-    from hpc_router.cluster.plan import shown
+    from hpc_router.cluster.plan import shown, shown_script
 
     table = _table("replica", "engine", "nodes", "GPUs", "CPUs", "memory")
     for replica in plan.replicas:
@@ -62,17 +62,24 @@ def plan_text(plan: "Plan") -> RenderableType:
         if replica.engine is not None:
             parts.append(Text("  engine  " + shlex.join(replica.engine.argv)))
             parts += [Text(f"  with    {key}={value}") for key, value in shown(replica.engine.environment).items()]
+    for alike in plan.alike():
+        parts += [Text(), Text(f"sbatch of {', '.join(alike[0].replicas)}", style="bold")]
+        parts += [Text(f"  {line}") for line in shown_script(alike[0]).splitlines()]
+        others = [replica for job in alike[1:] for replica in job.replicas]
+        parts += [Text(f"and so for {', '.join(others)}")] if others else []
     parts += [Text(f"note: {warning}", style="yellow") for warning in ("", *plan.warnings) if warning]
     return Group(*parts)
 
 
 def status_text(value: Mapping[str, Any]) -> RenderableType:
     router = value["router"]
-    head = Text.assemble(("router  ", "bold"), _state(router["state"]), f"  {router['url'] or '-'}  run {value['run']}")
-    table = _table("expert", "replica", "state", "in flight", "restarts", "node", "job", "")
+    next_one = f"  standby {router['standby']}" if router["standby"] else ""
+    where = f"  {router['url'] or '-'}  on {_shown(router.get('node'))}{next_one}  run {value['run']}"
+    head = Text.assemble(("router  ", "bold"), _state(router["state"]), where)
+    table = _table("expert", "replica", "state", "in flight", "restarts", "engine", "node", "job", "left", "")
     for name, expert in value["experts"].items():
         if not expert["replicas"]:
-            table.add_row(name, "-", _state("stopped"), "", "", "", "", "no replicas wanted")
+            table.add_row(name, "-", _state("stopped"), *[""] * 6, "no replicas wanted")
         for replica in expert["replicas"]:
             table.add_row(
                 name,
@@ -80,8 +87,10 @@ def status_text(value: Mapping[str, Any]) -> RenderableType:
                 _state(replica["state"]),
                 _shown(replica["in_flight"]),
                 str(replica["restarts"]),
+                _shown(replica["engine"]),
                 _shown(replica["node"]),
-                _shown(replica["job_id"]),
+                " ".join(filter(None, (_shown(replica["job_id"]), replica["job_state"]))),
+                _left(replica["ends_at"]),
                 _remark(replica),
             )
     parts: list[RenderableType] = [head, Text(), table]
@@ -96,9 +105,21 @@ def _shown(value: object) -> str:
     return "-" if value is None else str(value)
 
 
+def _left(ends_at: float | None) -> str:
+    """Until the walltime's end."""
+    if ends_at is None:
+        return "-"
+    minutes = max(0, int(ends_at - time.time())) // 60
+    if minutes < 90:
+        return f"{minutes} min"
+    hours = minutes // 60
+    return f"{hours} h" if hours < 48 else f"{hours // 24} days"
+
+
 def _remark(replica: Mapping[str, Any]) -> str:
     """What is wrong with it; where it is, if that is elsewhere."""
-    told = replica["message"] or replica["trouble"]
+    waits = f"waits: {replica['pending']}" if replica["pending"] else None
+    told = replica["message"] or replica["trouble"] or waits
     where = replica["url"] if replica["kind"] == "external" else None
     return ": ".join(str(part) for part in (where, replica["reason"], told) if part)
 

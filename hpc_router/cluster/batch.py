@@ -67,6 +67,7 @@ class BatchJob:
             "signal": f"USR2@{math.ceil(self.cluster.warn_s)}",
             "time": asked.walltime,
             "exclusive": asked.exclusive or None,
+            "dependency": f"afterany:{self.requests[0].after}" if self.requests[0].after else None,
             **{name: getattr(asked, name) for name in _PLAIN},
         }
         return {k: v for k, v in {**ours, **sizes, **asked.sbatch}.items() if v is not None and v is not False}

@@ -84,7 +84,9 @@ class Control:
     def _submit(self, wanted: Sequence[Submit]) -> tuple[list[str], str | None]:
         if not wanted:
             return [], None
-        requests = [request_for(self.run, self.deployment, action.replica) for action in wanted]
+        requests = [
+            replace(request_for(self.run, self.deployment, action.replica), after=action.after) for action in wanted
+        ]
         refused = None
         try:
             submitted = self.launcher.submit(requests)

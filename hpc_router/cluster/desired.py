@@ -27,12 +27,19 @@ def desired_of(run: RunDir, deployment: Deployment) -> Desired:
     return Desired(
         replicas=replicas,
         router=wishes.get("router") is True,
+        standby=_standby(deployment),
         down=wishes.get("down") is True,
         forgiven=_counts(wishes.get("forgiven")),
         max_failures=deployment.cluster.max_failures,
         drain_s=deployment.cluster.drain_s,
         router_drain_s=deployment.router.drain_s,
     )
+
+
+def _standby(deployment: Deployment) -> bool:
+    """Only Slurm can start a job when another has ended, and only a router's job with a loop needs it."""
+    router = deployment.router
+    return deployment.cluster.kind == "slurm" and router.place == "job" and router.standby and router.reconcile
 
 
 def start_over(run: RunDir, observed: Observed) -> None:

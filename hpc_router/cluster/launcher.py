@@ -46,11 +46,13 @@ class JobReport:
 
 @dataclass(frozen=True, slots=True)
 class JobRequest:
-    """One job as `plan` prints it: the replica, what it runs and what it asks for."""
+    """One job as `plan` prints it: the replica, what it runs and what it asks for. `after`: the job whose end it is to
+    wait for."""
 
     replica: str
     argv: tuple[str, ...]
     resources: ResourceConfig = field(default_factory=ResourceConfig)
+    after: str | None = None
 
     @property
     def is_router(self) -> bool:

@@ -4,16 +4,18 @@ A deployment on Slurm may have its router on this machine, and a run may be join
 hand, here or in a batch job of their own.
 """
 
+import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from hpc_router.cluster.allocation import AllocationLauncher
+from hpc_router.cluster.allocation import AllocationLauncher, held_job
 from hpc_router.cluster.launcher import JobReport, JobRequest, JobState, Launcher
 from hpc_router.cluster.local import LocalLauncher
 from hpc_router.cluster.queue import Queue
 from hpc_router.cluster.slurm import SlurmLauncher
 from hpc_router.config import Deployment
+from hpc_router.errors import ConfigError
 from hpc_router.jobdir import JobDir, Runner
 from hpc_router.rundir import RunDir
 
@@ -31,6 +33,15 @@ def launcher_for(run: RunDir, deployment: Deployment) -> Launcher:
         submitting=lambda request: here if request.is_router and deployment.router.place == "here" else new,
         running={Runner.PROCESS: here, Runner.SLURM: slurm, Runner.STEP: steps},
     )
+
+
+def check_reach(deployment: Deployment) -> None:
+    """Whether jobs can be submitted from here at all. Raises ConfigError."""
+    kind, key = deployment.cluster.kind, "cluster.kind"
+    if kind == "allocation" and held_job() is None:
+        raise ConfigError(f"{key}=allocation starts steps inside a Slurm job: run this in an sbatch or salloc", key=key)
+    if kind != "local" and shutil.which("srun" if kind == "allocation" else "sbatch") is None:
+        raise ConfigError(f"{key}={kind}: Slurm's commands are not on the PATH here (valid here: local)", key=key)
 
 
 @dataclass(frozen=True)

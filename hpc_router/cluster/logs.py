@@ -1,7 +1,7 @@
 """The log files of a run: whose they are, their last lines, and following them as they grow.
 
-An agent's file starts when the agent does; before that, and where it could not start, submitit's own output in the
-job's folder is all there is.
+An agent's file starts when the agent does; before that, and where it could not start, the job's own output in its
+folder is all there is: the batch script's and submitit's.
 """
 
 import os
@@ -43,8 +43,13 @@ def log_files(run: RunDir, name: str | None) -> dict[str, list[Path]]:
 
 def files_of(job: JobDir) -> list[Path]:
     """The job's own output only where it said something."""
-    early = [path for path in sorted(job.path.glob("*_log.*")) if path.stat().st_size and path.suffix == ".err"]
-    return [path for path in (*early, job.agent_log, job.engine_log) if path.exists()]
+    return [path for path in (*early_files(job), job.agent_log, job.engine_log) if path.exists()]
+
+
+def early_files(job: JobDir) -> list[Path]:
+    """What the batch script and submitit had to complain about."""
+    found = [*sorted(job.path.glob("*_batch.log")), *sorted(job.path.glob("*_log.err"))]
+    return [path for path in found if path.stat().st_size]
 
 
 def tail(path: Path, lines: int) -> list[str]:
@@ -90,8 +95,7 @@ def _parts(name: str) -> tuple[str, str, int] | None:
 def last_lines(run: RunDir, replica: str, *, lines: int) -> list[str]:
     """The end of the file that says most about a failure: the engine's, else the agent's, else submitit's."""
     job = JobDir(run, replica)
-    early = sorted(job.path.glob("*_log.err"))
-    for path in (job.engine_log, job.agent_log, *early):
+    for path in (job.engine_log, job.agent_log, *reversed(early_files(job))):
         if path.exists() and os.path.getsize(path):  # noqa: PTH202
             return tail(path, lines)
     return []

@@ -7,7 +7,9 @@ Rules, one slot at a time:
    ready for a while starts the count again, and so does the user with `up` or `scale` (`Desired.forgiven`). An end
    that says nothing about the replica (its node failed, it was preempted) is not counted.
 3. A claim without a job is abandoned after a minute. A surplus job drains, then ends, then is killed.
-4. Slots with a letter in their name and routers are left to those who started them, except when all is cleared.
+4. The loop runs beside the router and dies with it, so a router's successor is submitted while it serves, and Slurm
+   starts it when the router's job has ended.
+5. Slots with a letter in their name and routers are left to those who started them, except when all is cleared.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,7 +32,8 @@ KILL_AFTER_S: Final = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Desired:
-    """`replicas` per expert; `forgiven`: failures up to this generation of a slot no longer count.
+    """`replicas` per expert; `forgiven`: failures up to this generation of a slot no longer count. `standby`: a router
+    that has served for a while gets a successor that waits for its end.
 
     `down`: nothing is wanted. `clear`: whatever lives must go, as only the verb `down` says: a loop that still runs
     must not end a router that somebody started after it.
@@ -38,6 +41,7 @@ class Desired:
 
     replicas: Mapping[str, int] = field(default_factory=dict)
     router: bool = False
+    standby: bool = False
     down: bool = False
     clear: bool = False
     forgiven: Mapping[str, int] = field(default_factory=dict)
@@ -58,8 +62,11 @@ class Desired:
 
 @dataclass(frozen=True, slots=True)
 class Submit:
+    """`after`: the job whose end Slurm is to wait for."""
+
     slot: Slot
     generation: int
+    after: str | None = None
 
     @property
     def replica(self) -> str:
@@ -135,6 +142,8 @@ def _fill(slot: Slot, attempts: Sequence[Attempt], desired: Desired, now: float)
     if live:
         superseded = live[-1].ready and slot.expert != ROUTER  # an older router goes when its successor says so
         yield from _empty([a for a in live if a.hung or (superseded and a is not live[-1])], desired, now)
+        if slot == ROUTER_SLOT and desired.standby and _steady(live[-1], now):
+            yield Submit(slot, live[-1].generation + 1, after=live[-1].job_id)
     if any(not (a.hung and a.stop.cancel_at is not None) for a in live):
         return
     if not newest.submitted and newest.exit is None and now < newest.claimed_at + CLAIM_S:
@@ -149,6 +158,12 @@ def _fill(slot: Slot, attempts: Sequence[Attempt], desired: Desired, now: float)
         yield Wait(slot.replica(newest.generation + 1), due_at, f"{len(ends)} failures in a row")
     else:
         yield Submit(slot, newest.generation + 1)
+
+
+def _steady(router: Attempt, now: float) -> bool:
+    """Whether it has served long enough to be succeeded: one that fails again and again must not go on for ever."""
+    ready_at = router.progress.ready_at if router.progress else None
+    return router.ready and router.job_id is not None and ready_at is not None and now - ready_at >= STEADY_S
 
 
 def _failures(attempts: Sequence[Attempt], *, forgiven: int) -> list[Exit]:

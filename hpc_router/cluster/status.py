@@ -3,13 +3,14 @@
 The files tell how jobs stand even when no router runs; the router alone knows what is in flight and what it ejected.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from hpc_router.cluster.control import Control, Pass
 from hpc_router.cluster.http import Unreachable, ask
 from hpc_router.cluster.router_access import RouterAccess, router_access
+from hpc_router.cluster.slots import ROUTER_SLOT, Attempt
 from hpc_router.cluster.view import ReplicaView, Standing, of_experts, views
 from hpc_router.errors import LaunchError
 from hpc_router.registry import Kind
@@ -31,6 +32,7 @@ def status(run: RunDir) -> dict[str, Any]:
     if routers:
         router |= routers[-1].to_json()
     router |= told.get("router") or {}
+    router["standby"] = _standby(seen.observed.get(ROUTER_SLOT, ()), router["replica"])
     router |= {"url": access.url if access else router["url"], "answers": bool(told), "trouble": trouble}
     experts: dict[str, Any] = {
         name: {"replicas": [], "wanted": seen.desired.replicas.get(name, 0)} for name in control.deployment.experts
@@ -50,6 +52,12 @@ def status(run: RunDir) -> dict[str, Any]:
         "policy": told.get("policy") or {"kind": policy.kind, "fallback": policy.fallback, "artefact": None},
         "experts": experts,
     }
+
+
+def _standby(attempts: Sequence[Attempt], serving: str | None) -> str | None:
+    """The successor that waits for the router's end."""
+    waiting = [attempt.replica for attempt in attempts if attempt.live and not attempt.ready]
+    return next((replica for replica in waiting if serving is not None and replica != serving), None)
 
 
 def standing_views(control: Control, seen: Pass) -> list[ReplicaView]:

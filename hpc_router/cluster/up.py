@@ -18,6 +18,7 @@ from hpc_router.cluster.down import Silent, down
 from hpc_router.cluster.http import Unreachable, ask
 from hpc_router.cluster.interrupt import interrupt_event
 from hpc_router.cluster.launcher import ROUTER, JobState
+from hpc_router.cluster.launchers import check_reach
 from hpc_router.cluster.plan import Plan, make_plan, taught
 from hpc_router.cluster.runs import Target, discard, latest_of
 from hpc_router.cluster.view import ReplicaView, Standing, of_experts, views
@@ -61,6 +62,7 @@ def up(target: Target, *, wait_all: bool, reporter: Reporter) -> Served:
     """Raises ConfigError before anything is made, LaunchError when nothing can serve, Interrupted."""
     deployment, run = target.deployment, target.run
     wanted = deployment if run is None else scaled(deployment, desired_of(run, deployment))
+    check_reach(deployment)
     plan = make_plan(wanted, run=run)
     before = latest_of(Path(deployment.runs))
     with interrupt_event() as interrupted:

@@ -99,7 +99,10 @@ def _view(
     kind = Kind.ROUTER if slot.expert == ROUTER else Kind.EXPERT
     if not attempts:
         return ReplicaView(slot.expert, slot.replica(1), Standing.MISSING, kind=kind)
-    attempt = next((a for a in reversed(attempts) if a.live), attempts[-1])
+    living = [a for a in attempts if a.live]
+    if kind is Kind.ROUTER:  # a successor that only waits says nothing about the service
+        living = [a for a in living if a.ready] or living
+    attempt = living[-1] if living else attempts[-1]
     record = records.get(attempt.replica)
     progress = attempt.progress
     standing = _standing(attempt, failed=given_up is not None)

@@ -158,6 +158,24 @@ def test_a_hung_replica_is_asked_to_end_then_replaced_and_killed() -> None:
     assert decide(ONE, failed(1, reason=Reason.TIMEOUT)) == [Submit(MATH, 2)]
 
 
+def test_a_router_that_serves_steadily_has_a_successor_waiting_for_its_end() -> None:
+    desired = Desired(router=True, standby=True)
+    ready = Progress(Phase.READY, ready_at=NOW - STEADY_S)
+    router = attempt(slot=ROUTER_SLOT, registered=State.READY, progress=ready, job_id="7")
+    assert decide(desired, router) == [Submit(ROUTER_SLOT, 2, after="7")]
+    assert decide(desired, router, now=NOW - 1) == [], "not before it has proved itself"
+    waiting = attempt(2, slot=ROUTER_SLOT, job=JobState.PENDING, job_id="8")
+    assert decide(desired, router, waiting) == []
+    assert decide(replace(desired, standby=False), router) == []
+
+
+def test_a_waiting_successor_goes_with_its_deployment() -> None:
+    router = attempt(slot=ROUTER_SLOT, registered=State.READY, job_id="7")
+    waiting = attempt(2, slot=ROUTER_SLOT, job=JobState.PENDING, job_id="8")
+    cleared = decide(Desired(router=True, standby=True, down=True, clear=True), router, waiting)
+    assert cleared == [Cancel("router-0.g1"), Cancel("router-0.g2")]
+
+
 def test_a_hung_successor_retires_nobody() -> None:
     old, new = attempt(1, registered=State.READY), attempt(2, registered=State.READY, hung=True)
     assert decide(ONE, old, new) == [Cancel("math-0.g2")]

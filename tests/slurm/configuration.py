@@ -1,9 +1,9 @@
 """The test cluster's configuration files, from its shape: what a site's /etc/slurm holds.
 
 Rules: timeouts are as short as Slurm allows, because tests wait for them; everything else is what a plain site would
-have, so that what works here has no reason to fail there. Two partitions over all nodes, the least loaded first: jobs of `urgent` preempt
-those of `batch`, which get GRACE_S between SIGTERM and SIGKILL and then are requeued, or cancelled if they forbid it.
-Nothing is enforced by cgroups: the machine's are not the cluster's to change.
+have, so that what works here has no reason to fail there. Two partitions over all nodes, the least loaded of which is
+taken first: jobs of `urgent` preempt those of `batch`, which get GRACE_S between SIGTERM and SIGKILL and then are
+requeued, or cancelled if they forbid it. Nothing is enforced by cgroups: the machine's are not the cluster's to change.
 """
 
 from dataclasses import dataclass

@@ -4,7 +4,7 @@ node by its address. Whoever asks the controller anything is written down."""
 import json
 import os
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -73,8 +73,12 @@ class OnSlurm(Deployed):
         return info.job_id
 
     def newest(self, slot: str) -> str:
-        found = [folder.name for folder in (self.run / "jobs").iterdir() if folder.name.startswith(f"{slot}.g")]
-        return max(found, key=lambda name: int(name.rpartition(".g")[2]))
+        found = self.claimed(f"{slot}.g")
+        return max(found, key=_generation)
+
+    def serving(self, slot: str) -> str:
+        """The newest that serves: a router's successor may be waiting."""
+        return next(r for r in sorted(self.claimed(f"{slot}.g"), key=_generation, reverse=True) if self.record(r))
 
     def record(self, replica: str) -> dict[str, Any] | None:
         """Of the registry; None where there is none, or none that serves."""
@@ -104,9 +108,13 @@ class OnSlurm(Deployed):
         assert progress.ready_at is not None
         return progress.ready_at - started_at
 
-    def queued(self) -> list[str]:
+    def claimed(self, prefix: str = "") -> list[str]:
+        """Replicas that ever were."""
+        return sorted(f.name for f in (self.run / "jobs").iterdir() if f.name.startswith(prefix))
+
+    def queued(self, prefix: str = "") -> list[str]:
         """Ids of this run's jobs that Slurm still has."""
-        ids = {info.job_id for folder in (self.run / "jobs").iterdir() if (info := self.job(folder.name).info())}
+        ids = {info.job_id for replica in self.claimed(prefix) if (info := self.job(replica).info())}
         listed = self.cluster.run(["squeue", "--noheader", "--format=%i"]).split()
         return sorted(ids & set(listed))
 
@@ -115,8 +123,12 @@ class OnSlurm(Deployed):
         super().nothing_left()
 
 
+def _generation(replica: str) -> int:
+    return int(replica.rpartition(".g")[2])
+
+
 @contextmanager
-def on_slurm(cluster: SlurmCluster, name: str, *overrides: str, arguments: Sequence[str] = ()) -> Iterator[OnSlurm]:
+def on_slurm(cluster: SlurmCluster, name: str, *overrides: str, wait_all: bool = True) -> Iterator[OnSlurm]:
     """Up, then down whatever happened; afterwards nothing is left."""
     folder = cluster.shared / name
     folder.mkdir()
@@ -125,7 +137,7 @@ def on_slurm(cluster: SlurmCluster, name: str, *overrides: str, arguments: Seque
     one = OnSlurm(folder / "run", scratch, ["cluster=slurm", *overrides], cluster=cluster)
     one.write_questions_down()
     try:
-        one.up("--wait", "all", *arguments)
+        one.up(*(["--wait", "all"] if wait_all else []))
         yield one
     finally:
         if one.run.exists():

@@ -35,6 +35,7 @@ OVERRIDES: Final = (
     "experts.generalist.replicas=0",
     "policy.fallback=null",
     *(f"experts.{name}.resources.gpus=1" for name in EXPERTS),
+    "experts.math.resources.cpus=2",
     "router.resources.sbatch={nodelist: c1}",
     "cluster.walltime=30",
     "cluster.warn_s=60",
@@ -65,7 +66,7 @@ def nodes(deployed: OnSlurm) -> dict[str, str]:
     listed = deployed.cluster.run(["squeue", "--noheader", "--states=RUNNING", "--format=%i %N"]).splitlines()
     node_of = dict(line.split() for line in listed)
     return {
-        slot: node_of[deployed.job_id(deployed.newest(slot))] for slot in [f"{e}-0" for e in EXPERTS] + ["router-0"]
+        slot: node_of[deployed.job_id(deployed.serving(slot))] for slot in [f"{e}-0" for e in EXPERTS] + ["router-0"]
     }
 
 
@@ -111,14 +112,18 @@ def test_the_step_has_the_cpus_that_the_job_asked_for(deployed: OnSlurm, cluster
     deployed.verb("scale", "math=1")
     replica = deployed.until_ready("math-0", after="math-0.g1")
     shown = cluster.run(["scontrol", "--oneliner", "show", "step", f"{deployed.job_id(replica)}.0"])
-    assert " CPUs=1 " in f" {shown} "
+    assert " CPUs=2 " in f" {shown} "
 
 
 def test_up_again_twice_at_once_changes_nothing(deployed: OnSlurm) -> None:
-    before = sorted(folder.name for folder in (deployed.run / "jobs").iterdir())
+    def jobs() -> list[str]:
+        return [replica for name in EXPERTS for replica in deployed.claimed(name)]
+
+    before = jobs()
     with concurrent.futures.ThreadPoolExecutor() as pool:
         list(pool.map(lambda _: deployed.up(), range(2)))
-    assert sorted(folder.name for folder in (deployed.run / "jobs").iterdir()) == before
+    assert jobs() == before
+    assert deployed.job("router-0.g1").ended() is None
 
 
 def test_status_is_one_screen_with_what_slurm_knows(deployed: OnSlurm) -> None:
@@ -228,6 +233,18 @@ def test_a_node_cut_off_and_a_node_lost_are_replaced(deployed: OnSlurm, cluster:
         cluster.node(lost).restart()
 
 
+def test_the_routers_job_ends_and_its_successor_was_waiting(deployed: OnSlurm, cluster: SlurmCluster) -> None:
+    """The control loop ends with its router: nobody but Slurm could start another."""
+    standby = eventually_sync(lambda: deployed.status()["router"]["standby"], within_s=60, every_s=1.0)
+    assert standby == "router-0.g2"
+    cluster.run(["scancel", deployed.job_id("router-0.g1")])
+    assert deployed.until_ready("router-0", after="router-0.g1") == standby
+    everybody_answers(deployed)
+    replica = deployed.newest("law-0")
+    cluster.run(["scancel", deployed.job_id(replica)])
+    deployed.until_ready("law-0", after=replica)
+
+
 def test_in_steady_state_slurm_is_asked_once_per_half_minute(deployed: OnSlurm) -> None:
     """The control loop of the deployment, over all that went on above; what it did itself it looks after once more."""
     asked = [question for question in deployed.questions() if question.by_loop]
@@ -252,7 +269,7 @@ def test_why_tells_what_a_waiting_job_waits_for(deployed: OnSlurm, cluster: Slur
         assert "wait" in cause["what"]
     finally:
         deployed.verb("scale", "law=1")
-    eventually_sync(lambda: len(deployed.queued()) == len(EXPERTS) + 1, every_s=0.5)
+    eventually_sync(lambda: len(deployed.queued("law")) == 1, every_s=0.5)
 
 
 def test_down_leaves_nothing(deployed: OnSlurm) -> None:

@@ -1,0 +1,141 @@
+"""Other shapes of the same deployment: several replicas in one job, steps inside a job that somebody holds, jobs that
+come to nothing."""
+
+import signal
+import sys
+from typing import Final
+
+import pytest
+
+from tests.e2e.deployment import cli
+from tests.needs import ROOT
+from tests.slurm.cluster import SlurmCluster
+from tests.slurm.deployment import OnSlurm, on_slurm
+from tests.waiting import eventually_sync
+
+pytestmark = pytest.mark.slurm
+
+FOUR: Final = ("topology=sim", "experts.generalist.replicas=0", "policy.fallback=null")
+
+
+def answers(one: OnSlurm, expert: str) -> str:
+    """The replica that answered."""
+    raw = one.client().chat.completions.with_raw_response.create(
+        model=expert, messages=[{"role": "user", "content": "hello"}]
+    )
+    return raw.headers["x-replica"]
+
+
+def test_replicas_share_a_job_and_yet_live_and_die_alone(cluster: SlurmCluster) -> None:
+    sizes = ("experts.code.resources.gpus=1", "experts.math.resources.gpus=1", "cluster.replicas_per_job=2")
+    with on_slurm(cluster, "shared", *FOUR, *sizes) as one:
+        assert one.job_id("code-0.g1") == one.job_id("math-0.g1")
+        assert one.job_id("medicine-0.g1") == one.job_id("law-0.g1")
+        assert len({one.job_id(f"{name}-0.g1") for name in ("router", "code", "law")}) == 3
+        code = one.job("code-0.g1").process()
+        assert code is not None
+        node = cluster.node(code.host)
+        math = one.job("math-0.g1").process()
+        assert math is not None
+        environ = [node.enter(["cat", f"/proc/{p.pid}/environ"]).split("\0") for p in (code, math)]
+        gpus = [next(word for word in words if word.startswith("CUDA_VISIBLE_DEVICES=")) for words in environ]
+        assert gpus[0] != gpus[1], "each step has its own part of the node"
+
+        node.enter(["kill", f"-{signal.SIGKILL.value}", str(code.pid)])
+        successor = one.until_ready("code-0", after="code-0.g1")
+        assert one.job_id(successor) != one.job_id("code-0.g1"), "a fresh job"
+        assert answers(one, "math") == "math-0.g1"
+
+        one.verb("scale", "medicine=0")
+        eventually_sync(lambda: one.job("medicine-0.g1").ended(), every_s=0.1)
+        end = one.job("medicine-0.g1").exit()
+        assert end is not None
+        assert (end.ok, end.reason) == (True, "drained")
+        assert answers(one, "law") == "law-0.g1"
+
+
+HELD: Final = """\
+#!/bin/bash
+#SBATCH --nodes=2 --ntasks-per-node=1 --cpus-per-task=6 --gres=gpu:2 --time=10 --output={folder}/held-%j.log
+{python} -m hpc_router.cli up --run {run} {overrides} --wait all || exit 1
+touch {folder}/up
+while [[ ! -e {folder}/enough ]]; do sleep 0.2; done
+{python} -m hpc_router.cli down --run {run}
+touch {folder}/down
+"""
+
+
+def test_steps_inside_a_job_that_somebody_holds(cluster: SlurmCluster) -> None:
+    folder = cluster.shared / "held"
+    folder.mkdir()
+    run = folder / "run"
+    gpus = [f"experts.{name}.resources.gpus=1" for name in ("code", "math", "medicine", "law")]
+    overrides = [*FOUR, *gpus, "'router.resources={cpus: 1}'", "cluster=allocation"]
+    script = folder / "held.sbatch"
+    script.write_text(HELD.format(folder=folder, run=run, python=sys.executable, overrides=" ".join(overrides)))
+    job_id = cluster.run(["sbatch", "--parsable", f"--chdir={ROOT}", str(script)]).strip()
+    one = OnSlurm(run, folder, overrides, cluster=cluster)
+    one.write_questions_down()
+
+    def is_up() -> bool:
+        log = folder / f"held-{job_id}.log"
+        assert cluster.run(["squeue", "--noheader", f"--jobs={job_id}"]).strip(), log.read_text()
+        return (folder / "up").exists()
+
+    try:
+        eventually_sync(is_up, within_s=60, every_s=0.5)
+        replicas = [f"{name}-0.g1" for name in ("router", "code", "math", "medicine", "law")]
+        assert {one.job_id(replica) for replica in replicas} == {job_id}
+        processes = {replica: one.job(replica).process() for replica in replicas}
+        assert len({p.step_id for p in processes.values() if p is not None}) == len(replicas)
+        assert len({p.host for p in processes.values() if p is not None}) == 2, "on both nodes of the allocation"
+        assert answers(one, "math") == "math-0.g1"
+
+        victim = processes["math-0.g1"]
+        assert victim is not None
+        cluster.node(victim.host).enter(["kill", f"-{signal.SIGKILL.value}", str(victim.pid)])
+        one.until_ready("math-0", after="math-0.g1")
+        assert answers(one, "math") == "math-0.g2"
+        assert one.status()["experts"]["math"]["replicas"][0]["job_id"] == job_id
+    finally:
+        (folder / "enough").touch()
+        eventually_sync(
+            lambda: not cluster.run(["squeue", "--noheader", f"--jobs={job_id}"]).strip(), within_s=60, every_s=0.5
+        )
+    assert (folder / "down").exists(), (folder / f"held-{job_id}.log").read_text()
+    assert list((run / "registry").iterdir()) == []
+
+
+def test_outside_a_job_there_is_nothing_to_start_steps_in(cluster: SlurmCluster) -> None:
+    run = cluster.shared / "nowhere"
+    done = cli("up", "--run", str(run), *FOUR, "cluster=allocation", check=False)
+    assert done.returncode == 2
+    assert "sbatch or salloc" in done.stderr
+    assert not run.exists()
+
+
+def test_a_job_that_dies_at_start_says_why_and_holds_nothing(cluster: SlurmCluster) -> None:
+    """And within ten seconds."""
+    broken = "experts.math.engine.options.faults=[{kind: load_fail, reason: weights}]"
+    with on_slurm(cluster, "dead", *FOUR, broken, wait_all=False) as one:
+
+        def failed() -> dict[str, object] | None:
+            (replica,) = one.replicas("math")
+            return replica if replica["state"] == "failed" else None
+
+        told = eventually_sync(failed, within_s=10, every_s=0.5)
+        assert told["reason"] == "weights"
+        eventually_sync(lambda: one.job_id("math-0.g1") not in one.queued(), within_s=10, every_s=0.5)
+        assert answers(one, "law") == "law-0.g1"
+        assert "experts.math.model" in one.verb("why").stdout
+
+
+def test_a_setup_line_that_fails_is_the_value_to_edit(cluster: SlurmCluster) -> None:
+    run = cluster.shared / "setup"
+    lines = "cluster.setup=['true', 'ls /no/such/folder']"
+    one = OnSlurm(run, cluster.shared, ["cluster=slurm", *FOUR, lines], cluster=cluster)
+    done = cli("up", "--run", str(run), *one.overrides, check=False, env=one.environment)
+    assert done.returncode == 1
+    assert "cluster.setup[1] failed on" in done.stderr
+    assert "No such file" in one.verb("logs", "math").stdout
+    assert one.queued() == []
