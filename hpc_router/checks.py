@@ -3,25 +3,34 @@
 Every refusal names its key and what would have been valid. Nothing here looks at the machine: `cluster.plan` does.
 """
 
+import ipaddress
 import re
 from collections.abc import Iterable
 from dataclasses import fields
 from typing import Final
 
 from hpc_router.config import (
+    CLUSTERS,
     EXPERT_NAME,
+    GPU_REQUESTS,
+    PLACES,
     POLICIES,
     RESERVED_NAMES,
     ClusterConfig,
     Deployment,
     ExpertConfig,
+    ResourceConfig,
     RouterConfig,
     VllmOptions,
     options_of,
 )
 from hpc_router.errors import ConfigError, suggest
+from hpc_router.job_options import check_environment, check_options, check_script, filled
 
 _RUN_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+_INTERFACE: Final = re.compile(r"[A-Za-z][A-Za-z0-9_.:@-]{0,14}")
+_SPANS_NODES: Final = ("vllm", "sim")
+"""Engines that one replica can run on several nodes."""
 
 
 def check(deployment: Deployment) -> None:
@@ -29,10 +38,11 @@ def check(deployment: Deployment) -> None:
     if not _RUN_NAME.fullmatch(deployment.name):
         valid = "letters, digits, '.', '-' and '_', at most 63"
         raise ConfigError(f"name={deployment.name}: cannot name a run directory (valid: {valid})", key="name")
-    _one_of("cluster.kind", deployment.cluster.kind, ("local",))
+    filled("runs", deployment.runs)
     _one_of("policy.kind", deployment.policy.kind, POLICIES)
     _check_cluster(deployment.cluster)
     check_router(deployment.router)
+    _check_router_job(deployment.router.resources, deployment.cluster)
     _positive("policy.window", deployment.policy.window)
     for name, expert in deployment.experts.items():
         _check_expert(name, expert, deployment.cluster)
@@ -42,6 +52,9 @@ def check(deployment: Deployment) -> None:
 
 
 def check_router(router: RouterConfig) -> None:
+    _one_of("router.place", router.place, PLACES)
+    if router.host is not None:
+        filled("router.host", router.host)
     if router.workers != 1:
         key = "router.workers"
         raise ConfigError(f"{key}={router.workers}: this version runs one worker (valid: 1)", key=key)
@@ -60,11 +73,52 @@ def check_fallback(fallback: str | None, experts: Iterable[str]) -> None:
         raise ConfigError(f"{key}: no expert is named '{fallback}'{suggest(fallback, names)}", key=key)
 
 
+def check_fabric(fabric: str) -> None:
+    """An interface, a network or an address, whether a node has it or not."""
+    key, valid = "cluster.fabric", "an interface such as ib0, a network such as 10.1.0.0/16, an address"
+    filled(key, fabric)
+    try:
+        nearest = str(ipaddress.ip_network(fabric, strict=False))
+    except ValueError as error:
+        if _INTERFACE.fullmatch(fabric):
+            return
+        raise ConfigError(f"{key}={fabric}: {error} (valid: {valid})", key=key) from error
+    if "/" in fabric and nearest.partition("/")[0] != str(ipaddress.ip_interface(fabric).ip):
+        said = f"has bits beyond its mask; did you mean '{nearest}'? (valid: {valid})"
+        raise ConfigError(f"{key}={fabric}: {said}", key=key)
+
+
 def _check_cluster(cluster: ClusterConfig) -> None:
-    for name in ("beat_s", "reconcile_s", "max_failures"):
+    _one_of("cluster.kind", cluster.kind, CLUSTERS)
+    _one_of("cluster.gpu_request", cluster.gpu_request, GPU_REQUESTS)
+    for name in ("beat_s", "reconcile_s", "ask_s", "max_failures", "replicas_per_job"):
         _positive(f"cluster.{name}", getattr(cluster, name))
-    for name in ("gpus", "drain_s"):
+    for name in ("gpus", "drain_s", "warn_s"):
         _not_negative(f"cluster.{name}", getattr(cluster, name))
+    if cluster.fabric is not None:
+        check_fabric(cluster.fabric)
+    check_options("cluster", cluster, warn_s=cluster.warn_s)
+    check_script(cluster)
+
+
+def _check_router_job(resources: ResourceConfig, cluster: ClusterConfig) -> None:
+    _check_resources("router.resources", resources, cluster)
+    if resources.nodes != 1:
+        key = "router.resources.nodes"
+        raise ConfigError(f"{key}={resources.nodes}: a router runs on one node (valid: 1)", key=key)
+
+
+def _check_resources(at: str, resources: ResourceConfig, cluster: ClusterConfig) -> None:
+    """What each of router and experts asks for, by itself."""
+    _not_negative(f"{at}.gpus", resources.gpus)
+    for name in ("nodes", "cpus"):
+        _positive(f"{at}.{name}", getattr(resources, name))
+    if resources.memory_gb is not None:
+        _positive(f"{at}.memory_gb", resources.memory_gb)
+    check_options(at, resources, warn_s=cluster.warn_s)
+    have = 0 if cluster.gpus is None and cluster.kind == "local" else cluster.gpus
+    if have is not None and resources.gpus > have:
+        raise ConfigError(f"{at}.gpus={resources.gpus}: a node has cluster.gpus={have}", key=f"{at}.gpus")
 
 
 def _check_classifier(deployment: Deployment) -> None:
@@ -88,24 +142,36 @@ def _check_expert(name: str, expert: ExpertConfig, cluster: ClusterConfig) -> No
         )
     if not expert.model:
         raise ConfigError(f"{at}.model is empty (valid: a model folder or a hub id)", key=f"{at}.model")
-    for key, whole in {"replicas": expert.replicas, "resources.gpus": expert.resources.gpus}.items():
-        _not_negative(f"{at}.{key}", whole)
-    for key, value in {
-        "capacity": expert.capacity,
-        "resources.nodes": expert.resources.nodes,
-        "resources.cpus": expert.resources.cpus,
-        "engine.startup_timeout_s": expert.engine.startup_timeout_s,
-    }.items():
-        _positive(f"{at}.{key}", value)
+    _not_negative(f"{at}.replicas", expert.replicas)
+    _positive(f"{at}.capacity", expert.capacity)
+    _positive(f"{at}.engine.startup_timeout_s", expert.engine.startup_timeout_s)
+    check_environment(f"{at}.engine.env", expert.engine.env)
+    _check_resources(f"{at}.resources", expert.resources, cluster)
     options = options_of(name, expert.engine)
-    if cluster.kind == "local" and expert.resources.nodes > 1:
-        key = f"{at}.resources.nodes"
-        raise ConfigError(f"{key}={expert.resources.nodes}: cluster=local is one node", key=key)
-    if expert.resources.gpus > cluster.gpus:
-        key = f"{at}.resources.gpus"
-        raise ConfigError(f"{key}={expert.resources.gpus}: a node has cluster.gpus={cluster.gpus}", key=key)
+    if expert.resources.nodes > 1:
+        _check_several_nodes(at, expert, cluster)
     if isinstance(options, VllmOptions):
         _check_vllm(at, expert, options)
+
+
+def _check_several_nodes(at: str, expert: ExpertConfig, cluster: ClusterConfig) -> None:
+    key, nodes, kind = f"{at}.resources.nodes", expert.resources.nodes, expert.engine.kind
+    if cluster.kind == "local":
+        raise ConfigError(f"{key}={nodes}: cluster=local is one node", key=key)
+    if kind not in _SPANS_NODES:
+        valid = f"1, or engine.kind {' or '.join(_SPANS_NODES)}"
+        raise ConfigError(f"{key}={nodes}: the engine '{kind}' does not span nodes (valid: {valid})", key=key)
+    if cluster.replicas_per_job > 1:
+        said = f"cluster.replicas_per_job={cluster.replicas_per_job} puts several replicas on one node"
+        raise ConfigError(f"{key}={nodes}: {said} (valid: one of the two is 1)", key=key)
+    own = expert.resources.exclusive
+    if not (cluster.exclusive if own is None else own) and not cluster.trusted_network:
+        raise ConfigError(
+            f"{key}={nodes}: an engine's ranks talk to each other without authentication, so on shared nodes any user "
+            f"could join in (valid: {at}.resources.exclusive=true for whole nodes, or cluster.trusted_network=true "
+            f"where everybody on the network is trusted)",
+            key=key,
+        )
 
 
 def _check_vllm(at: str, expert: ExpertConfig, options: VllmOptions) -> None:
@@ -114,6 +180,12 @@ def _check_vllm(at: str, expert: ExpertConfig, options: VllmOptions) -> None:
     _positive(f"{at}.engine.options.tensor_parallel_size", tensor)
     _positive(f"{at}.engine.options.pipeline_parallel_size", pipeline)
     nodes, gpus = expert.resources.nodes, expert.resources.gpus
+    if options.device == "cpu" and nodes > 1 and tensor * pipeline != nodes:
+        raise ConfigError(
+            f"{at}: tensor_parallel_size {tensor} x pipeline_parallel_size {pipeline} = {tensor * pipeline} ranks, but "
+            f"{at}.resources.nodes={nodes}, and on CPUs each node runs one; make them equal",
+            key=f"{at}.engine.options",
+        )
     if options.device == "cuda" and tensor * pipeline != nodes * gpus:
         raise ConfigError(
             f"{at}: tensor_parallel_size {tensor} x pipeline_parallel_size {pipeline} = {tensor * pipeline} GPUs, but "
@@ -132,6 +204,6 @@ def _positive(key: str, value: float) -> None:
         raise ConfigError(f"{key}={value}: must be above 0", key=key)
 
 
-def _not_negative(key: str, value: float) -> None:
-    if value < 0:
+def _not_negative(key: str, value: float | None) -> None:
+    if value is not None and value < 0:
         raise ConfigError(f"{key}={value}: cannot be negative", key=key)

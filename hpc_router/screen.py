@@ -200,4 +200,7 @@ class Progress:
 
 
 def _failure(view: ReplicaView) -> str:
-    return f"{view.reason.value}: {view.message or ''}" if view.reason is not None else ""
+    """Why it does not serve."""
+    if view.reason is not None:
+        return f"{view.reason.value}: {view.message or ''}"
+    return f"waits: {view.pending}" if view.pending is not None else ""

@@ -1,5 +1,7 @@
 """Every way a configuration can be wrong: one line that names the file or override, the key, and what is valid."""
 
+import re
+from dataclasses import fields
 from itertools import product
 from pathlib import Path
 
@@ -7,7 +9,7 @@ import pytest
 
 from hpc_router import frozen
 from hpc_router.compose import conf_folder, load_deployment, with_overrides
-from hpc_router.config import Deployment
+from hpc_router.config import ClusterConfig, ContainerConfig, Deployment
 from hpc_router.errors import ConfigError
 from hpc_router.frozen import differing_keys
 
@@ -145,7 +147,7 @@ def names(group: str) -> list[str]:
 
 @pytest.mark.parametrize(
     ("topology", "policy", "cluster", "router"),
-    list(product(names("topology"), names("policy"), names("cluster"), names("router"))),
+    list(product(names("topology"), names("policy"), ("local", "slurm"), names("router"))),
 )
 def test_every_combination_composes(topology: str, policy: str, cluster: str, router: str) -> None:
     choice = [f"topology={topology}", f"policy={policy}", f"cluster={cluster}", f"router={router}"]
@@ -153,6 +155,25 @@ def test_every_combination_composes(topology: str, policy: str, cluster: str, ro
     assert deployment.policy.kind == policy
     assert deployment.cluster.kind == cluster
     assert bool(deployment.experts) == (topology != "empty")
+
+
+@pytest.mark.parametrize("cluster", names("cluster"))
+def test_every_cluster_composes(cluster: str) -> None:
+    """Each also takes another partition than the one it shows; those of sites are Slurm's."""
+    deployment = load_deployment(
+        [f"cluster={cluster}", "cluster.partition=mine", "experts.math.resources.partition=own"]
+    )
+    assert deployment.cluster.kind == ("slurm" if cluster.startswith("site_") else cluster)
+    assert deployment.cluster.partition == "mine"
+    assert deployment.experts["math"].resources.partition == "own"
+    assert with_overrides(load_deployment([]), [f"cluster={cluster}"]).cluster.kind == deployment.cluster.kind
+
+
+def test_the_plain_cluster_shows_every_key() -> None:
+    text = (conf_folder() / "cluster" / "slurm.yaml").read_text()
+    for schema in (ClusterConfig, ContainerConfig):
+        for key in (item.name for item in fields(schema)):
+            assert re.search(rf"^#? *{key}:", text, re.MULTILINE), key
 
 
 @pytest.mark.parametrize("expert", names("expert"))

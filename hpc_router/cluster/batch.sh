@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by every batch script of a deployment: each replica that the job carries leaves a record of its end, so
 # nobody has to ask the controller. Bash 4.2 is enough. The functions are called in this order:
 #   begin JOBS_FOLDER REPLICA...     from here on every end leaves a record

@@ -5,13 +5,16 @@ Only a clear no is a fault; an interpreter that cannot be asked here may still b
 
 import os
 import subprocess
+import tempfile
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
 
-from hpc_router.config import ExpertConfig
+from hpc_router.cluster.equipment import is_address
+from hpc_router.config import ClusterConfig, ExpertConfig
 from hpc_router.expert.engines import Place, build_engine, engine_environment
+from hpc_router.expert.engines.container import contained
 
 TIMEOUT_S: Final = 120.0
 _FRAME: Final = " \t│|"
@@ -20,28 +23,32 @@ REFUSED: Final = 2
 """The exit status of an argument parser that refuses."""
 
 
-def check_flags(experts: Mapping[str, ExpertConfig]) -> tuple[list[str], list[str]]:
+def check_flags(experts: Mapping[str, ExpertConfig], cluster: ClusterConfig) -> tuple[list[str], list[str]]:
     """Faults and warnings; equal questions are asked once, different ones at the same time."""
-    questions: dict[tuple[str, ...], list[str]] = {}
-    for name, expert in experts.items():
-        command = build_engine(name, expert).check_command(_PLACE)
-        if command is not None:
-            questions.setdefault(_flags_alone(command, name, expert.model), []).append(name)
-    if not questions:
-        return [], []
-    with ThreadPoolExecutor(max_workers=max(2, (os.cpu_count() or 2) // 2)) as pool:
-        answers = list(pool.map(lambda names: _ask(names[0], experts[names[0]]), questions.values()))
+    with tempfile.TemporaryDirectory(prefix="hpc-router-") as folder:
+        place = Place(Path(folder))
+        questions: dict[tuple[str, ...], list[str]] = {}
+        for name, expert in experts.items():
+            command = build_engine(name, expert).check_command(place)
+            if command is not None:
+                questions.setdefault(_flags_alone(command, name, expert.model), []).append(name)
+        if not questions:
+            return [], []
+        image = cluster.container.image
+        if image is not None and is_address(image):
+            return [], [f"the engines' options could not be checked: they are in {image}, which is not here yet"]
+        with ThreadPoolExecutor(max_workers=max(2, (os.cpu_count() or 2) // 2)) as pool:
+            first = [names[0] for names in questions.values()]
+            answers = list(pool.map(lambda name: _ask(name, experts[name], cluster, place), first))
     faults, warnings = [], []
     for names, (status, said) in zip(questions.values(), answers, strict=True):
         at = " and ".join(f"experts.{name}.engine.options" for name in names)
         if status == REFUSED:
             faults.append(f"{at}: the engine refuses: {said}")
         elif status != 0:
-            warnings.append(f"{at}: could not be checked with {experts[names[0]].engine.python or 'python'}: {said}")
+            where = image or experts[names[0]].engine.python or "python"
+            warnings.append(f"{at}: could not be checked with {where}: {said}")
     return faults, warnings
-
-
-_PLACE: Final = Place(Path("/tmp/hpc-router-check"))
 
 
 def _flags_alone(command: list[str], *names: str) -> tuple[str, ...]:
@@ -49,16 +56,16 @@ def _flags_alone(command: list[str], *names: str) -> tuple[str, ...]:
     return tuple("" if word in names else word for word in command)
 
 
-def _ask(name: str, expert: ExpertConfig) -> tuple[int, str]:
+def _ask(name: str, expert: ExpertConfig, cluster: ClusterConfig, place: Place) -> tuple[int, str]:
     """Exit status and the last line said."""
     engine = build_engine(name, expert)
-    command = engine.check_command(_PLACE)
+    command = engine.check_command(place)
     assert command is not None
-    environment = engine_environment(engine, expert, _PLACE, inherited=os.environ)
+    environment = engine_environment(engine, expert, place, inherited=os.environ, cluster=cluster)
     environment["TMPDIR"] = os.environ.get("TMPDIR", "/tmp")  # the agent's own folder does not exist yet
     try:
         done = subprocess.run(
-            command,
+            contained(command, cluster.container, place, expert),
             env=environment,
             stdin=subprocess.DEVNULL,
             capture_output=True,

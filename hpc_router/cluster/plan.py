@@ -1,25 +1,32 @@
-"""What a deployment would run, to the exact command, and what only the whole of it on this machine can show wrong.
+"""What a deployment would run, to the exact command and batch script, and all that can be known to be wrong with it.
 
 `up` makes the plan first: nothing starts when it is refused. All faults are told at once, each with the key to edit.
+The engines' own interpreters and Slurm are asked only about what is sound by itself.
 """
 
 import os
 import re
-import shutil
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
+from hpc_router.cluster.allocation import held_job
+from hpc_router.cluster.batch import BatchJob, batch_jobs
+from hpc_router.cluster.equipment import equipment_faults, is_address
+from hpc_router.cluster.faults import own_faults, own_warnings
+from hpc_router.cluster.fit import site_faults, site_warnings
 from hpc_router.cluster.flags import check_flags
 from hpc_router.cluster.launcher import JobRequest
 from hpc_router.cluster.requests import request_for
+from hpc_router.cluster.site import ask_site
 from hpc_router.cluster.slots import ROUTER_SLOT, Slot
-from hpc_router.config import Deployment, ExpertConfig
-from hpc_router.errors import ArtefactError, ConfigError, HpcRouterError
+from hpc_router.cluster.trial import UNASKED, try_jobs
+from hpc_router.config import ClusterConfig, Deployment, ExpertConfig
+from hpc_router.errors import ConfigError, LaunchError
 from hpc_router.expert.engines import Place, build_engine
-from hpc_router.routing import artefact, exemplars
-from hpc_router.routing.features import Features
+from hpc_router.expert.engines.container import contained
 from hpc_router.rundir import RunDir
 
 FOLDER: Final = "<job>"
@@ -63,22 +70,35 @@ class ReplicaPlan:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """`warnings`: what may be meant so."""
+    """`jobs`: what sbatch would get. `warnings`: what may be meant so, and what could not be asked."""
 
     deployment: Deployment
     replicas: tuple[ReplicaPlan, ...]
+    jobs: tuple[BatchJob, ...] = ()
     warnings: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
+        scripts = {replica: shown_script(job) for job in self.jobs for replica in job.replicas}
         return {
             "name": self.deployment.name,
             "cluster": self.deployment.cluster.kind,
             "policy": self.deployment.policy.kind,
             "fallback": self.deployment.policy.fallback,
             "gpus": sum(r.request.resources.gpus * r.request.resources.nodes for r in self.replicas),
-            "replicas": [replica.to_json() for replica in self.replicas],
+            "replicas": [{**r.to_json(), "script": scripts.get(r.request.replica)} for r in self.replicas],
+            "sbatch": [{"replicas": list(job.replicas), "script": shown_script(job)} for job in self.jobs],
             "warnings": list(self.warnings),
         }
+
+    def alike(self) -> list[list[BatchJob]]:
+        """Jobs whose scripts differ in the replicas' names alone stand together."""
+        found: dict[str, list[BatchJob]] = {}
+        for job in self.jobs:
+            script = job.script()
+            for number, replica in enumerate(job.replicas):
+                script = script.replace(replica, f"<{number}>")
+            found.setdefault(script, []).append(job)
+        return list(found.values())
 
 
 def shown(environment: Mapping[str, str]) -> dict[str, str]:
@@ -86,27 +106,58 @@ def shown(environment: Mapping[str, str]) -> dict[str, str]:
     return {key: "***" if _SECRET.search(key) else value for key, value in environment.items()}
 
 
+def shown_script(job: BatchJob) -> str:
+    """The same for a batch script."""
+    script = job.script()
+    for key, value in job.cluster.env.items():
+        if _SECRET.search(key):
+            script = script.replace(f"export {key}={shlex.quote(value)}\n", f"export {key}='***'\n")
+    return script
+
+
 def make_plan(deployment: Deployment, *, run: RunDir | None = None, ask_engines: bool = True) -> Plan:
-    """Raises ConfigError with one line per fault. `ask_engines`: let the engines' own interpreters check flags."""
-    faults = [*_machine_faults(deployment), *_policy_faults(deployment)]
-    for name, expert in deployment.experts.items():
-        faults.extend(_expert_faults(name, expert))
-    warnings = list(_warnings(deployment))
-    if ask_engines and not faults:
-        wrong, unsure = check_flags(deployment.experts)
-        faults.extend(wrong)
-        warnings.extend(unsure)
+    """Raises ConfigError with one line per fault. `ask_engines`: let the engines' own interpreters check flags, and
+    Slurm what it would be asked for."""
+    run = run or RunDir(NEW_RUN)
+    faults = list(own_faults(deployment, taught=taught(deployment)))
     if faults:
         raise ConfigError("\n".join(faults))
-    return Plan(deployment, tuple(_replicas(deployment, run or RunDir(NEW_RUN))), tuple(warnings))
+    replicas = tuple(_replicas(deployment, run))
+    jobs = tuple(_jobs(deployment, run, replicas))
+    warnings = list(own_warnings(deployment))
+    if ask_engines:
+        for wrong, unsure in (check_flags(deployment.experts, deployment.cluster), _asked(deployment, jobs)):
+            faults.extend(wrong)
+            warnings.extend(unsure)
+    if faults:
+        raise ConfigError("\n".join(faults))
+    return Plan(deployment, replicas, jobs, tuple(warnings))
+
+
+def _asked(deployment: Deployment, jobs: tuple[BatchJob, ...]) -> tuple[list[str], list[str]]:
+    """Faults and warnings of what jobs would find, by Slurm's word where it runs them."""
+    if deployment.cluster.kind == "local":
+        return [], []
+    faults, warnings = equipment_faults(deployment.cluster)
+    if deployment.cluster.kind == "allocation":
+        outside = "cluster=allocation: this is no job of Slurm; `up` must run in one (salloc, or an sbatch script)"
+        return faults, [*warnings, *([] if held_job() else [outside])]
+    try:
+        site = ask_site()
+    except LaunchError as error:
+        return faults, [*warnings, f"{UNASKED}{error}; `up` needs it"]
+    unfit = site_faults(deployment, site)
+    if unfit:
+        return [*faults, *unfit], warnings
+    refused, unsure = try_jobs(deployment, jobs)
+    return [*faults, *refused], [*warnings, *site_warnings(deployment, site), *unsure]
 
 
 def settled(deployment: Deployment) -> Deployment:
     """The same deployment whatever folder it is started from: local paths are made absolute."""
 
     def expert(config: ExpertConfig) -> ExpertConfig:
-        python = config.engine.python
-        engine = replace(config.engine, python=_absolute(python) if python and "/" in python else python)
+        engine = replace(config.engine, python=_interpreter(config.engine.python))
         model = config.model
         local = Path(model).expanduser()
         model = os.path.abspath(local) if local.is_dir() and config.engine.kind != "sim" else model  # noqa: PTH100
@@ -115,7 +166,20 @@ def settled(deployment: Deployment) -> Deployment:
     policy = deployment.policy
     if policy.artefact is not None:
         policy = replace(policy, artefact=_absolute(policy.artefact))
-    return replace(deployment, policy=policy, experts={n: expert(e) for n, e in deployment.experts.items()})
+    experts = {name: expert(config) for name, config in deployment.experts.items()}
+    return replace(deployment, policy=policy, cluster=_settled_cluster(deployment.cluster), experts=experts)
+
+
+def _settled_cluster(cluster: ClusterConfig) -> ClusterConfig:
+    container = cluster.container
+    if container.image is not None and not is_address(container.image):
+        container = replace(container, image=_absolute(container.image))
+    return replace(cluster, python=_interpreter(cluster.python), container=container)
+
+
+def _interpreter(python: str | None) -> str | None:
+    """One that is found on PATH stays so."""
+    return _absolute(python) if python and "/" in python else python
 
 
 def _absolute(path: str) -> str:
@@ -124,80 +188,27 @@ def _absolute(path: str) -> str:
 
 
 def _replicas(deployment: Deployment, run: RunDir) -> Iterator[ReplicaPlan]:
-    router = request_for(run, deployment, ROUTER_SLOT.replica(1))
-    yield ReplicaPlan(ROUTER_SLOT.expert, router)
-    place = Place(Path(deployment.cluster.scratch) / f"hpc-router-{os.getuid()}" / FOLDER)
+    yield ReplicaPlan(ROUTER_SLOT.expert, request_for(run, deployment, ROUTER_SLOT.replica(1)))
+    cluster = deployment.cluster
+    place = Place(Path(cluster.scratch) / f"hpc-router-{os.getuid()}" / FOLDER)
     for name, expert in deployment.experts.items():
         engine = build_engine(name, expert)
-        environment = {**engine.environment(place), **expert.engine.env}
+        argv = tuple(contained(engine.argv(place), cluster.container, place, expert))
+        environment = {**engine.environment(place), **cluster.env, **expert.engine.env}
         for number in range(expert.replicas):
             request = request_for(run, deployment, Slot(name, str(number)).replica(1))
-            yield ReplicaPlan(name, request, EnginePlan(tuple(engine.argv(place)), environment))
+            yield ReplicaPlan(name, request, EnginePlan(argv, environment))
 
 
-def _machine_faults(deployment: Deployment) -> Iterator[str]:
-    asked = {name: e.replicas * e.resources.gpus for name, e in deployment.experts.items() if e.resources.gpus}
-    gpus = deployment.cluster.gpus
-    if deployment.cluster.kind == "local" and sum(asked.values()) > gpus:
-        each = ", ".join(f"{name} {count}" for name, count in asked.items())
-        yield f"cluster.gpus={gpus}: this machine has fewer GPUs than all replicas need: {sum(asked.values())} ({each})"
-
-
-def _expert_faults(name: str, expert: ExpertConfig) -> Iterator[str]:
-    at = f"experts.{name}"
-    try:
-        build_engine(name, expert)
-    except HpcRouterError as error:
-        yield str(error)
-    python = expert.engine.python
-    if python is not None and not _executable(python):
-        yield f"{at}.engine.python={python}: not an executable file (valid: a Python interpreter that has the engine)"
-    if expert.engine.kind != "sim" and _looks_like_path(expert.model) and not Path(expert.model).expanduser().exists():
-        yield f"{at}.model={expert.model}: no such folder (valid: a model's folder, or a hub id such as org/name)"
-
-
-def _executable(python: str) -> bool:
-    path = python if "/" in python else shutil.which(python)
-    return path is not None and os.access(path, os.X_OK) and Path(path).is_file()
-
-
-def _looks_like_path(model: str) -> bool:
-    """A hub id is `name` or `org/name`."""
-    return model.startswith((".", "/", "~")) or model.endswith("/") or model.count("/") > 1
-
-
-def _policy_faults(deployment: Deployment) -> Iterator[str]:
-    policy = deployment.policy
-    if policy.kind != "classifier" or not deployment.experts:
-        return
-    try:
-        if policy.artefact is None:
-            exemplars.check(taught(deployment), features=Features())
-        else:
-            artefact.read(Path(policy.artefact))
-    except ArtefactError as error:
-        yield f"policy.artefact={policy.artefact}: {error}"
-    except ConfigError as error:
-        yield str(error)
+def _jobs(deployment: Deployment, run: RunDir, replicas: tuple[ReplicaPlan, ...]) -> list[BatchJob]:
+    """What sbatch would get."""
+    if deployment.cluster.kind != "slurm":
+        return []
+    here = deployment.router.place == "here"
+    requests = [r.request for r in replicas if not (here and r.request.is_router)]
+    return batch_jobs(run, deployment, requests)
 
 
 def taught(deployment: Deployment) -> dict[str, list[str]]:
     """The exemplars of the experts that have any."""
     return {name: list(expert.exemplars) for name, expert in deployment.experts.items() if expert.exemplars}
-
-
-def _warnings(deployment: Deployment) -> Iterator[str]:
-    if not deployment.experts:
-        yield "no experts: endpoints join through `hpc-router register`"
-    elif not any(expert.replicas for expert in deployment.experts.values()):
-        yield "every expert has replicas=0: nothing will serve until `hpc-router scale`"
-    fallback = deployment.policy.fallback
-    if fallback is not None and deployment.experts and deployment.experts[fallback].replicas == 0:
-        yield f"the fallback expert '{fallback}' has replicas=0"
-    unreached = [name for name, e in deployment.experts.items() if not e.exemplars and name != fallback]
-    if deployment.policy.kind == "classifier" and deployment.policy.artefact is None and unreached:
-        yield f"no exemplars, so `auto` never goes to: {', '.join(unreached)} (they answer by name)"
-    cpus = sum(e.replicas * e.resources.cpus for e in deployment.experts.values())
-    have = os.cpu_count() or 1
-    if deployment.cluster.kind == "local" and cpus > have:
-        yield f"the replicas ask for {cpus} CPUs, this machine has {have}: they will share"

@@ -1,12 +1,18 @@
-"""Why a replica does not serve: the class of its failure, the line that decided it, and what to do about it."""
+"""Why a replica does not serve: the class of its failure, the line that decided it, and what to do about it.
 
+For one that waits in Slurm's queue: what for, and until when Slurm thinks it will.
+"""
+
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, Final
 
 from hpc_router.cluster.control import Control
-from hpc_router.cluster.logs import last_lines
-from hpc_router.cluster.slots import ROUTER
+from hpc_router.cluster.launcher import ROUTER
+from hpc_router.cluster.logs import last_lines, tail
+from hpc_router.cluster.pending import in_words
 from hpc_router.cluster.status import standing_views
 from hpc_router.cluster.view import ReplicaView, Standing
 from hpc_router.errors import ConfigError, suggest
@@ -26,6 +32,18 @@ ADVICE: Final[Mapping[Reason, str]] = {
     "the model on a faster file system; once it was ready, it hung: look at its log's end and at its node",
     Reason.KILLED: "something ended it from outside: the node's memory limit, a user, or the system; `dmesg` may tell",
     Reason.CRASHED: "read the log lines; `hpc-router up` tries again",
+    Reason.PORT_TAKEN: "another process has the port: leave it to the kernel (router.port=0), or choose another",
+    Reason.RANK_LOST: "one of its nodes ended: the log of that rank tells why; `hpc-router up` tries again",
+    Reason.SETUP: "edit the line of cluster.setup or cluster.modules that the message names, then `hpc-router up` in a "
+    "new run",
+    Reason.UNANSWERED: "Slurm did not answer, or takes no more jobs of yours for now; it is tried again and again",
+    Reason.REFUSED: "edit the key that the message names (`hpc-router plan` tries it), then `hpc-router up` in a "
+    "new run",
+    Reason.NODE_FAILED: "its node failed: another is submitted; cluster.exclude leaves a bad node out",
+    Reason.PREEMPTED: "a job of higher priority took its place: another is submitted; another cluster.partition or "
+    "cluster.qos may not be preempted",
+    Reason.WALLTIME: "its walltime ended: another is submitted; a longer cluster.walltime makes that rarer",
+    Reason.CANCELLED: "somebody cancelled its job: another is submitted; `hpc-router scale` or `down` ends it for good",
     Reason.DRAINED: "it was asked to stop; `hpc-router up` or `scale` starts it again",
     Reason.VANISHED: "it was killed, or could not start: its log ends where it died; `hpc-router up` tries again",
 }
@@ -59,21 +77,50 @@ class Cause:
 def why(run: RunDir, name: str | None = None) -> list[Cause]:
     """A cause for each replica that is not ready, or for those of one expert or replica."""
     control = Control(run)
-    shown = standing_views(control, control.look())
+    shown = standing_views(control, control.look(fresh=True))
     if name is not None:
         names = {v.expert for v in shown} | {v.replica for v in shown} | {v.replica.rpartition(".")[0] for v in shown}
         if name not in names:
             raise ConfigError(f"no replica of this run is named '{name}'{suggest(name, names)}")
         shown = [v for v in shown if name in (v.expert, v.replica, v.replica.rpartition(".")[0])]
-    return [_cause(run, view) for view in shown if view.standing not in (Standing.READY, Standing.REGISTERED)]
+    now = time.time()
+    return [_cause(run, view, now=now) for view in shown if view.standing not in (Standing.READY, Standing.REGISTERED)]
 
 
-def _cause(run: RunDir, view: ReplicaView) -> Cause:
+def _cause(run: RunDir, view: ReplicaView, *, now: float) -> Cause:
+    if view.pending is not None and view.standing is Standing.SUBMITTED:
+        waiting = in_words(view.pending)
+        until = "so it will never start" if waiting.hopeless else expected(view.starts_at, now=now)
+        advice = waiting.advice and waiting.advice.replace("JOBID", view.job_id or "JOBID")
+        return Cause(view, f"its job waits: {waiting.what}; {until}", advice, ())
     advice = None
     if view.reason is not None:
         advice = ADVICE[view.reason].format(expert=view.expert)
         if view.expert == ROUTER and view.reason is Reason.BAD_OPTION:
             advice = _ROUTER_ADVICE
     failed = view.reason not in (None, Reason.DRAINED)
-    lines = last_lines(run, view.replica, lines=LOG_LINES) if failed else []
+    lines = _last_words(run, view) if failed else []
     return Cause(view, _STANDING[view.standing], advice, tuple(lines))
+
+
+def _last_words(run: RunDir, view: ReplicaView) -> list[str]:
+    """Of the service, or of the batch script around it, which lies with the first replica of the job."""
+    own = [] if view.reason is Reason.SETUP else last_lines(run, view.replica, lines=LOG_LINES)
+    scripts = run.jobs.glob(f"*/{view.job_id}_batch.log") if view.job_id else ()
+    return own or [line for path in scripts for line in tail(path, LOG_LINES)]
+
+
+def expected(starts_at: float | None, *, now: float) -> str:
+    """Slurm's estimate for people, in the time of this machine."""
+    if starts_at is None:
+        return "Slurm gives no estimate yet"
+    begin, today = datetime.fromtimestamp(starts_at), datetime.fromtimestamp(now)
+    day = "" if begin.date() == today.date() else f"{begin:%Y-%m-%d} "
+    minutes = round((starts_at - now) / 60)
+    if minutes < 1:
+        return f"Slurm expects to start it at {day}{begin:%H:%M}, which is now"
+    if minutes < 120:
+        left = "a minute" if minutes == 1 else f"{minutes} minutes"
+    else:
+        left = f"{round(minutes / 60)} hours" if minutes < 48 * 60 else f"{round(minutes / 1440)} days"
+    return f"Slurm expects to start it at {day}{begin:%H:%M}, in {left}"

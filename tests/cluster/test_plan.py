@@ -1,16 +1,22 @@
 """What would run, and what only the whole deployment on this machine can show wrong."""
 
+import io
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+from hpc_router.cli import WIDE
 from hpc_router.cluster import flags
-from hpc_router.cluster.plan import make_plan, settled
+from hpc_router.cluster.plan import Plan, make_plan, settled
 from hpc_router.compose import load_deployment
-from hpc_router.config import Deployment, EngineConfig, ExpertConfig, ResourceConfig
+from hpc_router.config import ClusterConfig, ContainerConfig, Deployment, EngineConfig, ExpertConfig, ResourceConfig
 from hpc_router.errors import ConfigError
+from hpc_router.screen import plan_text
+from tests.cluster.programs import Programs
 
 
 def deployment(**experts: ExpertConfig) -> Deployment:
@@ -140,3 +146,133 @@ def test_equal_questions_are_asked_once(tmp_path: Path) -> None:
     expert = interpreter(tmp_path, "counting", f"echo x >> {asked}")
     make_plan(deployment(a=expert, b=expert, c=expert))
     assert asked.read_text() == "x\n"
+
+
+def test_secrets_are_not_shown_in_scripts() -> None:
+    one = deployment(a=SIM)
+    one.cluster = ClusterConfig(kind="slurm", env={"HF_TOKEN": "hunter2 x", "LEVEL": "info"})
+    plan = make_plan(one, ask_engines=False)
+    assert "hunter2" in plan.jobs[0].script()
+    for told in (printed(plan), json.dumps(plan.to_json())):
+        assert "hunter2" not in told
+        assert "export HF_TOKEN='***'" in told
+        assert "export LEVEL=info" in told
+
+
+NODES = "batch|batch*|up|1-00:00:00|3|8|16000|idle|(null)|gpu:4"
+
+
+@pytest.fixture
+def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Programs:
+    """A site that takes whatever fits its nodes."""
+    programs = Programs(tmp_path / "bin", monkeypatch)
+    programs.add("sinfo", f"echo '{NODES}'")
+    programs.add("sbatch", "cat >/dev/null")
+    return programs
+
+
+def test_the_plan_shows_the_batch_scripts(slurm: Programs) -> None:
+    """Each job's whole script; those that differ in names alone stand together."""
+    plan = make_plan(
+        load_deployment(["topology=sim", "cluster=slurm", "experts.math={replicas: 2, resources: {gpus: 1}}"])
+    )
+    told = plan.to_json()
+    assert [job["replicas"] for job in told["sbatch"]][:3] == [["router-0.g1"], ["code-0.g1"], ["math-0.g1"]]
+    scripts = {replica["replica"]: replica["script"] for replica in told["replicas"]}
+    assert scripts["math-1.g1"] == plan.jobs[3].script()
+    assert "#SBATCH --gres=gpu:1" in scripts["math-1.g1"]
+    assert [[replica for job in alike for replica in job.replicas] for alike in plan.alike()] == [
+        ["router-0.g1", "code-0.g1", "medicine-0.g1", "law-0.g1", "generalist-0.g1"],
+        ["math-0.g1", "math-1.g1"],
+    ]
+    text = printed(plan)
+    assert text.count("#!/bin/bash") == 2
+    assert "and so for math-1.g1" in text
+    assert "  #SBATCH --gres=gpu:1" in text
+
+
+def test_replicas_that_share_a_job_stand_in_one_script(slurm: Programs) -> None:
+    plan = make_plan(load_deployment(["topology=sim", "cluster=slurm", "cluster.replicas_per_job=3"]))
+    assert [job.replicas for job in plan.jobs] == [
+        ("router-0.g1",),
+        ("code-0.g1", "math-0.g1", "medicine-0.g1"),
+        ("law-0.g1", "generalist-0.g1"),
+    ]
+
+
+def test_the_controller_is_asked_no_more_than_needed(slurm: Programs) -> None:
+    """Once what it has, once for each shape; and not at all with `--no-ask`."""
+    deployed = load_deployment(["topology=sim", "cluster=slurm", "experts.math.resources.gpus=1"])
+    make_plan(deployed, ask_engines=False)
+    assert (slurm.calls("sinfo"), slurm.calls("sbatch")) == ([], [])
+    make_plan(deployed)
+    assert (len(slurm.calls("sinfo")), len(slurm.calls("sbatch"))) == (1, 2)
+    deployed.experts["math"].resources.gpus = 8
+    assert faults(deployed) == ["experts.math.resources.gpus=8: partition batch has at most 4 per node"]
+    assert (len(slurm.calls("sinfo")), len(slurm.calls("sbatch"))) == (2, 2)
+
+
+def test_a_router_here_is_no_job(slurm: Programs) -> None:
+    plan = make_plan(load_deployment(["topology=sim", "cluster=slurm", "router.place=here"]))
+    assert "router-0.g1" not in [replica for job in plan.jobs for replica in job.replicas]
+    assert plan.to_json()["replicas"][0]["script"] is None
+
+
+def test_a_site_that_cannot_be_asked_is_a_note(slurm: Programs) -> None:
+    slurm.add("sinfo", "echo 'slurm_load_partitions: Unable to contact slurm controller (connect failure)' >&2; exit 1")
+    (note,) = make_plan(load_deployment(["topology=sim", "cluster=slurm"])).warnings
+    assert note == (
+        "could not be checked with Slurm: slurm_load_partitions: Unable to contact slurm controller (connect failure); "
+        "`up` needs it"
+    )
+
+
+def test_an_allocation_is_not_judged_by_partitions(slurm: Programs, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    deployed = load_deployment(["topology=sim", "cluster=allocation", "experts.math.resources.gpus=8"])
+    (note,) = make_plan(deployed).warnings
+    assert "`up` must run in one" in note
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    assert make_plan(deployed).warnings == ()
+    assert slurm.calls("sinfo") == []
+
+
+def test_an_engine_in_an_image(slurm: Programs, tmp_path: Path) -> None:
+    """Its interpreter is the image's: not looked for here, and asked about its flags in there."""
+    slurm.add("apptainer", "echo 'error: no such option: --x' >&2; exit 2")
+    image = tmp_path / "x.sif"
+    one = ExpertConfig(model="org/m", engine=EngineConfig(kind="transformers", python="/opt/python"))
+    made = deployment(a=one, b=SIM)
+    made.cluster = ClusterConfig(kind="slurm", container=ContainerConfig(image=str(image)))
+    assert faults(made)[0].startswith("experts.a.engine.options: the engine refuses: error: no such option: --x")
+    assert faults(made)[1].startswith(f"cluster.container.image={image}: no such file")
+    image.touch()
+    slurm.add("apptainer", "exit 0")
+    plan = make_plan(made)
+    argv = plan.replicas[1].engine
+    assert argv is not None
+    assert argv.argv[:2] == ("apptainer", "exec")
+    assert str(image) in argv.argv
+    assert "/opt/python" in argv.argv
+    sim = plan.replicas[2].engine
+    assert sim is not None
+    assert sim.argv[0] == sys.executable
+    made.cluster.container.image = "docker://a/b"
+    assert "could not be checked: they are in docker://a/b" in " ".join(make_plan(made).warnings)
+
+
+def test_the_jobs_interpreter_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = deployment(a=SIM)
+    wrong.cluster = ClusterConfig(python=str(tmp_path / "python"))
+    assert faults(wrong)[0].startswith(f"cluster.python={tmp_path}/python: not an executable file")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "python").symlink_to(sys.executable)
+    wrong.cluster = ClusterConfig(python="./python", container=ContainerConfig(image="x.sif"))
+    done = settled(wrong).cluster
+    assert (done.python, done.container.image) == (str(tmp_path / "python"), str(tmp_path / "x.sif"))
+
+
+def printed(plan: Plan) -> str:
+    console = Console(width=WIDE, record=True, file=io.StringIO())
+    console.print(plan_text(plan), soft_wrap=True)
+    return console.export_text()

@@ -25,7 +25,7 @@ from hpc_router.cluster.reconcile import (
     reconcile,
 )
 from hpc_router.cluster.slots import ROUTER_SLOT, Attempt, Slot
-from hpc_router.jobdir import Exit, Phase, Progress, Reason, Stop
+from hpc_router.jobdir import BLAMELESS, Exit, Phase, Progress, Reason, Stop
 from hpc_router.registry import State, split_replica
 
 NOW = 1000.0
@@ -154,8 +154,28 @@ def test_a_hung_replica_is_asked_to_end_then_replaced_and_killed() -> None:
     kill_at = NOW + KILL_AFTER_S
     assert decide(ONE, asked, now=kill_at - 1) == [Wait("math-0.g1", kill_at, "asked to end"), Submit(MATH, 2)]
     assert decide(ONE, asked, attempt(2), now=kill_at) == [Kill("math-0.g1")]
-    assert decide(ONE, replace(asked, hung=False), now=kill_at) == [], "it woke up, and drains"
+    awake = decide(ONE, replace(asked, hung=False), now=kill_at)
+    assert awake == [Wait("math-0.g1", kill_at + ONE.drain_s, "asked to end")], "it woke up, and drains"
     assert decide(ONE, failed(1, reason=Reason.TIMEOUT)) == [Submit(MATH, 2)]
+
+
+def test_a_replica_that_was_asked_to_drain_and_does_not_is_ended() -> None:
+    """The verb `drain` asks one that is wanted; its successor comes when it has gone."""
+    asked = attempt(registered=State.DRAINING, stop=Stop(drain_at=NOW))
+    assert decide(ONE, asked) == [Wait("math-0.g1", NOW + ONE.drain_s, "asked to drain")]
+    assert decide(ONE, asked, now=NOW + ONE.drain_s) == [Cancel("math-0.g1")]
+
+
+def test_a_submission_that_slurm_does_not_answer_is_tried_for_ever_but_slowly() -> None:
+    ends = [failed(n, reason=Reason.UNANSWERED) for n in range(1, 9)]
+    assert decide(ONE, *ends) == [Wait("math-0.g9", NOW + BACKOFF_MAX_S, "8 failures in a row")]
+    assert decide(ONE, *ends, now=NOW + BACKOFF_MAX_S) == [Submit(MATH, 9)]
+
+
+@pytest.mark.parametrize("reason", sorted(BLAMELESS))
+def test_an_end_that_says_nothing_about_the_replica_is_not_counted(reason: Reason) -> None:
+    ends = [failed(n, reason=reason) for n in range(1, 9)]
+    assert decide(ONE, *ends) == [Submit(MATH, 9)]
 
 
 def test_a_router_that_serves_steadily_has_a_successor_waiting_for_its_end() -> None:

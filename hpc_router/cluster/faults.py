@@ -1,0 +1,90 @@
+"""What is wrong with a deployment by itself or on this machine; neither engines nor Slurm are asked."""
+
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from hpc_router.config import Deployment, ExpertConfig
+from hpc_router.errors import ArtefactError, ConfigError, HpcRouterError
+from hpc_router.expert.engines import build_engine
+from hpc_router.routing import artefact, exemplars
+from hpc_router.routing.features import Features
+
+
+def own_faults(deployment: Deployment, *, taught: Mapping[str, list[str]]) -> Iterator[str]:
+    """`taught`: the exemplars of the experts that have any."""
+    yield from _machine_faults(deployment)
+    yield from _policy_faults(deployment, taught)
+    python = deployment.cluster.python
+    if python is not None and not executable(python):
+        yield f"cluster.python={python}: not an executable file (valid: a Python interpreter that has hpc_router)"
+    for name, expert in deployment.experts.items():
+        in_image = deployment.cluster.container.image is not None and expert.engine.kind != "sim"
+        yield from _expert_faults(name, expert, in_image=in_image)
+
+
+def _machine_faults(deployment: Deployment) -> Iterator[str]:
+    if deployment.cluster.kind != "local":
+        return
+    asked = {name: e.replicas * e.resources.gpus for name, e in deployment.experts.items() if e.resources.gpus}
+    gpus = deployment.cluster.gpus or 0
+    if sum(asked.values()) > gpus:
+        each = ", ".join(f"{name} {count}" for name, count in asked.items())
+        yield f"cluster.gpus={gpus}: this machine has fewer GPUs than all replicas need: {sum(asked.values())} ({each})"
+
+
+def _expert_faults(name: str, expert: ExpertConfig, *, in_image: bool) -> Iterator[str]:
+    at = f"experts.{name}"
+    try:
+        build_engine(name, expert)
+    except HpcRouterError as error:
+        yield str(error)
+    python = expert.engine.python
+    if python is not None and not in_image and not executable(python):
+        yield f"{at}.engine.python={python}: not an executable file (valid: a Python interpreter that has the engine)"
+    if expert.engine.kind != "sim" and _looks_like_path(expert.model) and not Path(expert.model).expanduser().exists():
+        yield f"{at}.model={expert.model}: no such folder (valid: a model's folder, or a hub id such as org/name)"
+
+
+def executable(python: str) -> bool:
+    path = python if "/" in python else shutil.which(python)
+    return path is not None and os.access(path, os.X_OK) and Path(path).is_file()
+
+
+def _looks_like_path(model: str) -> bool:
+    """A hub id is `name` or `org/name`."""
+    return model.startswith((".", "/", "~")) or model.endswith("/") or model.count("/") > 1
+
+
+def _policy_faults(deployment: Deployment, taught: Mapping[str, list[str]]) -> Iterator[str]:
+    policy = deployment.policy
+    if policy.kind != "classifier" or not deployment.experts:
+        return
+    try:
+        if policy.artefact is None:
+            exemplars.check(dict(taught), features=Features())
+        else:
+            artefact.read(Path(policy.artefact))
+    except ArtefactError as error:
+        yield f"policy.artefact={policy.artefact}: {error}"
+    except ConfigError as error:
+        yield str(error)
+
+
+def own_warnings(deployment: Deployment) -> Iterator[str]:
+    """What may be meant so."""
+    if not deployment.experts:
+        yield "no experts: endpoints join through `hpc-router register`"
+    elif not any(expert.replicas for expert in deployment.experts.values()):
+        yield "every expert has replicas=0: nothing will serve until `hpc-router scale`"
+    fallback = deployment.policy.fallback
+    if fallback is not None and deployment.experts and deployment.experts[fallback].replicas == 0:
+        yield f"the fallback expert '{fallback}' has replicas=0"
+    unreached = [name for name, e in deployment.experts.items() if not e.exemplars and name != fallback]
+    if deployment.policy.kind == "classifier" and deployment.policy.artefact is None and unreached:
+        yield f"no exemplars, so `auto` never goes to: {', '.join(unreached)} (they answer by name)"
+    cpus = sum(e.replicas * e.resources.cpus for e in deployment.experts.values())
+    have = os.cpu_count() or 1
+    if deployment.cluster.kind == "local" and cpus > have:
+        yield f"the replicas ask for {cpus} CPUs, this machine has {have}: they will share"

@@ -1,0 +1,181 @@
+"""What may stand in a batch script: options of Slurm, modules, setup lines, environment.
+
+Each becomes a line, so nothing may carry another line with it; and what `hpc_router.cluster.batch` sets itself is not
+to be set a second time beside it. Every refusal names its key and what to use instead.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any, Final
+
+from hpc_router.config import ClusterConfig, ContainerConfig, JobOptions
+from hpc_router.errors import ConfigError
+from hpc_router.walltime import VALID, clock, walltime_s
+
+_CONTROL: Final = re.compile(r"[\x00-\x1f\x7f\x85\u2028\u2029]")
+_UNFIT: Final = re.compile(r"[\s'\"\\#$`;]")
+"""In a word of sbatch, which has its own rules for quotes and comments."""
+_OPTION: Final = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
+_MODULE: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_./+:@=-]*")
+_VARIABLE: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_MINUTES: Final = 3600
+"""YAML takes HH:MM:SS for a number to the base 60, which has this size at least."""
+_WORDS: Final = ("partition", "account", "qos", "constraint", "reservation", "exclude", "gpu_type")
+
+_SIZES: Final = {
+    "nodes": "use resources.nodes",
+    "ntasks": "resources.nodes gives one task per node",
+    "ntasks-per-node": "resources.nodes gives one task per node",
+    "cpus-per-task": "use resources.cpus",
+    "mem": "use resources.memory_gb",
+    "mem-per-cpu": "use resources.memory_gb",
+    "mem-per-gpu": "use resources.memory_gb",
+    "gres": "use resources.gpus, resources.gpu_type and cluster.gpu_request",
+    "gpus": "use resources.gpus and resources.gpu_type",
+    "gpus-per-node": "use resources.gpus and cluster.gpu_request=gpus_per_node",
+    "gpus-per-task": "use resources.gpus and cluster.gpu_request",
+    "output": "logs lie in the job's folder, `hpc-router logs` shows them",
+    "error": "logs lie in the job's folder, `hpc-router logs` shows them",
+    "open-mode": "logs are appended to",
+    "job-name": "jobs are named after the deployment and the replica",
+    "chdir": "jobs begin in the run directory; `cd` in cluster.setup",
+}
+SBATCH_OWNED: Final = _SIZES | {
+    **{name: f"use resources.{name}, or cluster.{name} for all" for name in _WORDS if name != "gpu_type"},
+    "time": "use resources.walltime, or cluster.walltime for all",
+    "exclusive": "use resources.exclusive, or cluster.exclusive for all",
+    "signal": "use cluster.warn_s",
+    "requeue": "what ended is replaced by a fresh job",
+    "no-requeue": "it is always set",
+    "array": "every replica is a job of its own, or a step: cluster.replicas_per_job",
+    "wrap": "use cluster.setup",
+    "export": "use cluster.env",
+    "export-file": "use cluster.env",
+    "parsable": "the answer is read by a program",
+    "quiet": "the answer is read by a program",
+    "wait": "services do not end",
+    "test-only": "`hpc-router plan` does it",
+    "clusters": "set SLURM_CLUSTERS where `hpc-router` runs",
+}
+SRUN_OWNED: Final = _SIZES | {
+    "export": "use cluster.env",
+    "jobid": "a step runs in its own job",
+    "exact": "it is set where a job is shared",
+    "overlap": "it is set where a job is shared",
+    "kill-on-bad-exit": "it is always set",
+    "unbuffered": "it is always set",
+    "pty": "services have no terminal",
+    "multi-prog": "a step is one program",
+}
+
+
+def check_options(at: str, options: JobOptions, *, warn_s: float) -> None:
+    """`at`: where they stand, `cluster` or `experts.math.resources`. Raises ConfigError."""
+    for name in _WORDS:
+        _check_word(f"{at}.{name}", getattr(options, name))
+    _check_walltime(f"{at}.walltime", options.walltime, warn_s=warn_s)
+    _check_further(f"{at}.sbatch", options.sbatch, SBATCH_OWNED)
+    _check_further(f"{at}.srun", options.srun, SRUN_OWNED)
+
+
+def check_script(cluster: ClusterConfig) -> None:
+    """What jobs find there."""
+    for number, module in enumerate(cluster.modules):
+        if not _MODULE.fullmatch(module):
+            key = f"cluster.modules[{number}]"
+            raise ConfigError(f"{key}={module!r}: no name of a module (valid: such as cuda/12.4)", key=key)
+    for number, line in enumerate(cluster.setup):
+        key = f"cluster.setup[{number}]"
+        if not line.strip():
+            raise ConfigError(f"{key} is empty (valid: a line of bash)", key=key)
+        one_line(key, line.replace("\t", " "), instead="give each line as an entry of its own")
+    check_environment("cluster.env", cluster.env)
+    for name, value in cluster.env.items():
+        one_line(f"cluster.env.{name}", value)
+    for name in ("python", "scratch", "login"):
+        value = getattr(cluster, name)
+        if value is not None:
+            filled(f"cluster.{name}", value)
+    _check_container(cluster.container)
+
+
+def check_environment(at: str, environment: Mapping[str, str]) -> None:
+    for name in environment:
+        if not _VARIABLE.fullmatch(name):
+            valid = "letters, digits and '_', not beginning with a digit"
+            raise ConfigError(f"{at}.{name}: cannot name a variable (valid: {valid})", key=f"{at}.{name}")
+
+
+def filled(key: str, value: str) -> None:
+    """Text of one line that is not empty."""
+    if not value.strip():
+        raise ConfigError(f"{key} is empty", key=key)
+    one_line(key, value)
+
+
+def one_line(key: str, value: str, *, instead: str = "it has to be one line of plain text") -> None:
+    if found := _CONTROL.search(value):
+        raise ConfigError(f"{key}: has the control character {found[0]!r}; {instead}", key=key)
+
+
+def _check_word(key: str, value: str | None) -> None:
+    if value is None:
+        return
+    filled(key, value)
+    if found := _UNFIT.search(value):
+        valid = "as Slurm writes it, without blanks and quotes; null for none"
+        raise ConfigError(f"{key}={value}: {found[0]!r} cannot stand there (valid: {valid})", key=key)
+
+
+def _check_walltime(key: str, value: str | None, *, warn_s: float) -> None:
+    if value is None:
+        return
+    seconds = walltime_s(value)
+    if seconds is None:
+        raise ConfigError(f"{key}={value}: no time as Slurm writes it (valid: {VALID})", key=key)
+    if value.isdecimal() and int(value) >= _MINUTES:
+        read_as = clock(int(value))
+        raise ConfigError(
+            f"{key}={value}: so many minutes are refused, because it is also what YAML makes of {read_as} without "
+            f"quotes (valid: '{read_as}' in quotes if that is meant, else {VALID.partition(',')[0]})",
+            key=key,
+        )
+    if seconds <= warn_s:
+        raise ConfigError(
+            f"{key}={value}: jobs drain cluster.warn_s={warn_s:g} s before their end, so nothing would be left "
+            f"(valid: longer than that)",
+            key=key,
+        )
+
+
+def _check_further(at: str, options: Mapping[str, Any], owned: Mapping[str, str]) -> None:
+    for name, value in options.items():
+        key = f"{at}.{name}"
+        if not _OPTION.fullmatch(name):
+            valid = "a long option without its dashes, such as mail-type"
+            raise ConfigError(f"{key}: cannot be an option of Slurm (valid: {valid})", key=key)
+        for other, instead in owned.items():
+            if other.startswith(name):  # Slurm takes any beginning that is unique
+                said = "is not to be set here" if other == name else f"is short for --{other}, which is not set here"
+                raise ConfigError(f"{key}: {said}; {instead}", key=key)
+        if value is not None and not isinstance(value, str | int | bool):
+            raise ConfigError(f"{key}: {value!r} is not text, a whole number, true, false or null", key=key)
+        if isinstance(value, str):
+            one_line(key, value)
+            if "'" in value or "\\" in value:
+                raise ConfigError(f"{key}={value}: quotes and backslashes cannot stand in an option", key=key)
+
+
+def _check_container(container: ContainerConfig) -> None:
+    at = "cluster.container"
+    filled(f"{at}.program", container.program)
+    if container.image is not None:
+        filled(f"{at}.image", container.image)
+    for name, words in {"binds": container.binds, "options": container.options}.items():
+        for number, word in enumerate(words):
+            filled(f"{at}.{name}[{number}]", word)
+    for number, bind in enumerate(container.binds):
+        parts = bind.split(":")
+        if len(parts) > 3 or not all(parts) or (len(parts) == 3 and parts[2] not in ("ro", "rw")):
+            key = f"{at}.binds[{number}]"
+            raise ConfigError(f"{key}={bind}: (valid: SOURCE, SOURCE:TARGET or SOURCE:TARGET:ro)", key=key)

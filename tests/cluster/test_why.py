@@ -1,0 +1,85 @@
+"""Why a replica does not serve, for one that waits in the queue and for every way to fail."""
+
+from datetime import datetime, timedelta
+
+import pytest
+
+from hpc_router.cluster import why
+from hpc_router.cluster.view import ReplicaView, Standing
+from hpc_router.cluster.why import ADVICE, Cause, expected
+from hpc_router.jobdir import JobDir, Reason
+from hpc_router.rundir import RunDir
+
+NOON = datetime(2026, 3, 1, 12).timestamp()
+
+
+@pytest.mark.parametrize(
+    ("after", "said"),
+    [
+        (timedelta(seconds=-300), "at 11:55, which is now"),
+        (timedelta(seconds=20), "at 12:00, which is now"),
+        (timedelta(minutes=1), "at 12:01, in a minute"),
+        (timedelta(minutes=12), "at 12:12, in 12 minutes"),
+        (timedelta(minutes=119), "at 13:59, in 119 minutes"),
+        (timedelta(hours=5), "at 17:00, in 5 hours"),
+        (timedelta(hours=20), "at 2026-03-02 08:00, in 20 hours"),
+        (timedelta(days=3), "at 2026-03-04 12:00, in 3 days"),
+    ],
+)
+def test_the_estimate_is_told_for_people(after: timedelta, said: str) -> None:
+    assert expected(NOON + after.total_seconds(), now=NOON) == f"Slurm expects to start it {said}"
+
+
+def test_no_estimate() -> None:
+    assert expected(None, now=NOON) == "Slurm gives no estimate yet"
+
+
+def cause(run: RunDir, view: ReplicaView) -> Cause:
+    return why._cause(run, view, now=NOON)
+
+
+def waiting(pending: str, starts_at: float | None = None) -> ReplicaView:
+    return ReplicaView("math", "math-0.g1", Standing.SUBMITTED, job_id="7", pending=pending, starts_at=starts_at)
+
+
+def test_a_job_that_waits(run: RunDir) -> None:
+    told = cause(run, waiting("Priority", NOON + 720))
+    assert told.what == (
+        "its job waits: jobs of higher priority go first; Slurm expects to start it at 12:12, in 12 minutes"
+    )
+    assert told.advice is not None
+    assert cause(run, waiting("Resources")).what.endswith("become free; Slurm gives no estimate yet")
+
+
+def test_a_job_that_waits_in_vain(run: RunDir) -> None:
+    told = cause(run, waiting("PartitionTimeLimit", NOON))
+    assert told.what == "its job waits: it asks for more time than its partition allows; so it will never start"
+    assert told.advice == "edit cluster.walltime or cluster.partition, then `hpc-router up` in a new run"
+
+
+def test_a_held_job_is_named_in_the_advice(run: RunDir) -> None:
+    assert cause(run, waiting("JobHeldUser")).advice == "`scontrol release 7` lets it go"
+
+
+@pytest.mark.parametrize("reason", list(Reason))
+def test_every_reason_has_advice(reason: Reason, run: RunDir) -> None:
+    told = cause(run, ReplicaView("math", "math-0.g1", Standing.FAILED, reason=reason, message="m"))
+    assert told.advice
+    assert "{" not in told.advice
+    assert set(ADVICE) == set(Reason)
+
+
+def test_the_last_words(run: RunDir) -> None:
+    """Of the engine; of the batch script where it failed before, though it lie with another replica of the job."""
+    first, second = JobDir(run, "law-0.g1"), JobDir(run, "math-0.g1")
+    assert first.claim()
+    assert second.claim()
+    (first.path / "7_batch.log").write_text("module: not found\n")
+    view = ReplicaView("math", "math-0.g1", Standing.FAILED, job_id="7", reason=Reason.SETUP)
+    assert cause(run, view).lines == ("module: not found",)
+    second.engine_log.write_text("a\n" * 50 + "out of memory\n")
+    assert cause(run, view).lines == ("module: not found",)
+    crashed = ReplicaView("math", "math-0.g1", Standing.FAILED, job_id="7", reason=Reason.CRASHED)
+    assert cause(run, crashed).lines[-1] == "out of memory"
+    assert len(cause(run, crashed).lines) == why.LOG_LINES
+    assert cause(run, ReplicaView("math", "math-0.g1", Standing.STOPPED, reason=Reason.DRAINED)).lines == ()

@@ -1,0 +1,126 @@
+"""What `plan` finds wrong with a real Slurm: exit status 2, and the key to edit in the message."""
+
+import re
+
+import pytest
+
+from hpc_router.cli import main
+from hpc_router.cluster.pending import in_words
+from hpc_router.cluster.refusal import find, is_passing
+from hpc_router.cluster.site import ask_site
+from tests.slurm.cluster import SlurmCluster
+from tests.slurm.configuration import GPUS, MIB_PER_CPU
+from tests.slurm.host import SlurmClusterError
+from tests.waiting import eventually_sync
+
+pytestmark = pytest.mark.slurm
+MATH = "experts.math.resources"
+
+
+@pytest.fixture(autouse=True)
+def _on_the_cluster(cluster: SlurmCluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in cluster.environment.items():
+        monkeypatch.setenv(name, value)
+
+
+def plan(*overrides: str) -> int:
+    return main(["plan", "topology=sim", "cluster=slurm", *overrides])
+
+
+def test_the_site_as_it_is(cluster: SlurmCluster) -> None:
+    site = ask_site()
+    assert list(site.partitions) == ["batch", "urgent"]
+    assert site.default == "batch"
+    for partition in site.partitions.values():
+        assert partition.limit_s == 86400
+        assert sorted((kind.nodes, kind.gpus_of(None)) for kind in partition.kinds) == [(1, 0), (3, GPUS)]
+        assert {(kind.cpus, kind.memory_mb) for kind in partition.kinds} == {(8, 8 * MIB_PER_CPU)}
+        assert all(kind.usable for kind in partition.kinds)
+
+
+def test_what_fits_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = f"{{gpus: {GPUS}, cpus: 8, memory_gb: 15, walltime: 1-00:00:00, partition: urgent}}"
+    assert plan(f"{MATH}={sizes}", "cluster.account=test", "cluster.qos=normal") == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert "note:" not in out
+    assert f"#SBATCH --gres=gpu:{GPUS}" in out
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        ("cluster.partition=bath", "cluster.partition=bath: no partition is named 'bath'; did you mean 'batch'?"),
+        (f"{MATH}.partition=nope", f"{MATH}.partition=nope: no partition is named 'nope' (valid: batch, urgent)"),
+        (f"{MATH}.gpus=8", f"{MATH}.gpus=8: partition batch has at most 4 per node"),
+        (f"{MATH}.gpus=1 cluster.gpu_type=a100", "cluster.gpu_type=a100: no node of partition batch has such GPUs"),
+        (f"{MATH}.cpus=9", f"{MATH}.cpus=9: partition batch has at most 8 per node"),
+        (f"{MATH}.memory_gb=16", f"{MATH}.memory_gb=16: partition batch has at most 15.62 GB per node"),
+        ("cluster.walltime=1-00:00:01", "cluster.walltime=1-00:00:01: partition batch allows at most 1-00:00:00"),
+        ("cluster.constraint=fast", "cluster.constraint=fast: no node of partition batch has the feature 'fast'"),
+        ("cluster.account=nobodys", "cluster.account=nobodys: Slurm refuses it: Invalid account"),
+        ("cluster.qos=best", "cluster.qos=best: Slurm refuses it: Invalid qos"),
+        (f"{MATH}.reservation=ours", f"{MATH}.reservation=ours: Slurm refuses it: Requested reservation is invalid"),
+        ("cluster.exclude=m1", "cluster.exclude=m1: Slurm refuses it: Invalid node name"),
+        ("cluster.sbatch={licenses: x}", "cluster.sbatch.licenses=x: Slurm refuses it: Invalid license"),
+        ("cluster.sbatch={bogus: 1}", "cluster.sbatch.bogus=1: Slurm refuses it: unrecognized option '--bogus=1'"),
+        (
+            f"{MATH}.gpus=2 experts.math.replicas=4 cluster.replicas_per_job=4",
+            f"{MATH}.gpus=2: 4 replicas in one job need 8 GPUs per node: partition batch has at most 4 per node",
+        ),
+    ],
+)
+def test_what_does_not_is_refused(overrides: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan(*re.split(r" (?=\w+\.)", overrides)) == 2
+    assert told in capsys.readouterr().err
+
+
+SENTENCES = {
+    "--partition=nope": "partition",
+    "--account=nope": "account",
+    "--qos=nope": "qos",
+    "--gres=gpu:5": "gpus",
+    "--gres=fpga:1": "gpus",
+    "--constraint=nope": "constraint",
+    "--time=soon": "walltime",
+    "--time-min=2-0": "walltime",
+    "--mem=90G": "gpus",
+    "--mem=lots": "memory_gb",
+    "--mem=1 --mem-per-cpu=1": "memory_gb",
+    "--cpus-per-task=0": "cpus",
+    "--reservation=nope": "reservation",
+    "--exclude=nope": "exclude",
+    "--licenses=nope": "sbatch",
+    "--bogus": "sbatch",
+    "--begin=never": "sbatch",
+    "--mail-type=x": "sbatch",
+}
+"""Options that this Slurm refuses, and the key that is to blame first."""
+
+
+@pytest.mark.parametrize(("options", "key"), SENTENCES.items())
+def test_this_slurms_own_sentences_are_known(options: str, key: str, cluster: SlurmCluster) -> None:
+    with pytest.raises(SlurmClusterError) as caught:
+        cluster.run(["sbatch", "--test-only", *options.split(), "--wrap=true"])
+    found = find(str(caught.value))
+    assert found is not None
+    assert found.keys[0] == key
+    assert not is_passing(str(caught.value))
+
+
+@pytest.mark.parametrize(
+    ("options", "reason", "hopeless"),
+    [
+        ("--time=2-00:00:00", "PartitionTimeLimit", True),
+        ("--hold", "JobHeldUser", False),
+        ("--begin=now+1hour", "BeginTime", False),
+    ],
+)
+def test_why_a_job_waits(options: str, reason: str, hopeless: bool, cluster: SlurmCluster) -> None:
+    number = cluster.run(["sbatch", "--parsable", "--output=/dev/null", options, "--wrap=true"]).strip()
+    try:
+        asked = ["squeue", "--noheader", "--format=%r", f"--jobs={number}"]
+        eventually_sync(lambda: cluster.run(asked).strip() == reason, every_s=0.1)
+        assert in_words(reason).hopeless is hopeless
+    finally:
+        cluster.run(["scancel", number])

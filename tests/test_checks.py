@@ -1,0 +1,170 @@
+"""What the whole deployment shows to be wrong, before anybody looks at a machine or a cluster."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from hpc_router.checks import check, check_fabric
+from hpc_router.config import ClusterConfig, Deployment, EngineConfig, ExpertConfig, ResourceConfig
+from hpc_router.errors import ConfigError
+
+
+def deployment(cluster: ClusterConfig | None = None, **resources: Any) -> Deployment:
+    """One expert, on the simulated engine and on Slurm unless told otherwise."""
+    kind, options = resources.pop("kind", "sim"), resources.pop("options", {})
+    expert = ExpertConfig(model="m", engine=EngineConfig(kind=kind, options=options))
+    made = Deployment(experts={"math": replace(expert, resources=ResourceConfig(**resources))})
+    made.cluster = cluster or ClusterConfig(kind="slurm")
+    made.policy.kind = "model_field"
+    return made
+
+
+def refused(wrong: Deployment) -> str:
+    with pytest.raises(ConfigError) as caught:
+        check(wrong)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["local", "slurm", "allocation"])
+def test_every_kind_of_cluster_is_valid(kind: str) -> None:
+    check(deployment(ClusterConfig(kind=kind)))
+
+
+@pytest.mark.parametrize(
+    ("cluster", "said"),
+    [
+        (ClusterConfig(kind="slrum"), "cluster.kind=slrum: not known; did you mean 'slurm'?"),
+        (ClusterConfig(gpu_request="gpu"), "cluster.gpu_request=gpu: not known"),
+        (ClusterConfig(replicas_per_job=0), "cluster.replicas_per_job=0: must be above 0"),
+        (ClusterConfig(ask_s=0), "cluster.ask_s=0: must be above 0"),
+        (ClusterConfig(warn_s=-1), "cluster.warn_s=-1: cannot be negative"),
+        (ClusterConfig(gpus=-1), "cluster.gpus=-1: cannot be negative"),
+        (ClusterConfig(partition="a b"), "cluster.partition=a b"),
+        (ClusterConfig(setup=["a\nb"]), "cluster.setup[0]"),
+    ],
+)
+def test_a_cluster_is_refused(cluster: ClusterConfig, said: str) -> None:
+    assert said in refused(deployment(cluster))
+
+
+@pytest.mark.parametrize(
+    ("resources", "said"),
+    [
+        ({"walltime": "soon"}, "experts.math.resources.walltime=soon"),
+        (
+            {"sbatch": {"time": "1"}},
+            "experts.math.resources.sbatch.time: is not to be set here; use resources.walltime",
+        ),
+        ({"memory_gb": 0}, "experts.math.resources.memory_gb=0: must be above 0"),
+        ({"cpus": 0}, "experts.math.resources.cpus=0"),
+        ({"nodes": 0}, "experts.math.resources.nodes=0"),
+        ({"gpus": -1}, "experts.math.resources.gpus=-1"),
+    ],
+)
+def test_an_experts_resources_are_refused(resources: dict[str, Any], said: str) -> None:
+    assert said in refused(deployment(**resources))
+
+
+def test_the_router_asks_for_one_node() -> None:
+    wrong = deployment()
+    wrong.router.resources = ResourceConfig(nodes=2)
+    assert "router.resources.nodes=2" in refused(wrong)
+    wrong.router.resources = ResourceConfig(partition="")
+    assert "router.resources.partition is empty" in refused(wrong)
+    wrong.router.resources = ResourceConfig()
+    wrong.router.place = "there"
+    assert "router.place=there: not known" in refused(wrong)
+
+
+def test_gpus_of_a_node() -> None:
+    """Not known on Slurm before it is asked; on this machine there are none unless the config says so."""
+    check(deployment(gpus=8))
+    check(deployment(ClusterConfig(kind="slurm", gpus=8), gpus=8))
+    assert "a node has cluster.gpus=4" in refused(deployment(ClusterConfig(kind="slurm", gpus=4), gpus=8))
+    assert "a node has cluster.gpus=0" in refused(deployment(ClusterConfig(), gpus=1))
+
+
+SLURM = ClusterConfig(kind="slurm")
+
+
+@pytest.mark.parametrize(
+    ("cluster", "own", "valid"),
+    [
+        (SLURM, None, False),
+        (SLURM, True, True),
+        (replace(SLURM, exclusive=True), None, True),
+        (replace(SLURM, exclusive=True), False, False),
+        (replace(SLURM, trusted_network=True), None, True),
+    ],
+)
+def test_several_nodes_need_nobody_else_on_them(cluster: ClusterConfig, own: bool | None, valid: bool) -> None:
+    made = deployment(cluster, nodes=2, exclusive=own)
+    if valid:
+        check(made)
+        return
+    said = refused(made)
+    assert "without authentication" in said
+    assert "experts.math.resources.exclusive=true" in said
+    assert "cluster.trusted_network=true" in said
+
+
+def test_several_nodes_need_an_engine_that_spans_them() -> None:
+    cluster = replace(SLURM, exclusive=True)
+    assert "cluster=local is one node" in refused(deployment(ClusterConfig(), nodes=2))
+    assert "'transformers' does not span nodes" in refused(deployment(cluster, nodes=2, kind="transformers"))
+    shared = replace(cluster, replicas_per_job=2)
+    assert "cluster.replicas_per_job=2" in refused(deployment(shared, nodes=2))
+    check(deployment(shared, nodes=1))
+
+
+@pytest.mark.parametrize(
+    ("nodes", "gpus", "options", "valid"),
+    [
+        (2, 4, {"tensor_parallel_size": 8}, True),
+        (2, 4, {"tensor_parallel_size": 4, "pipeline_parallel_size": 2}, True),
+        (2, 4, {"tensor_parallel_size": 4}, False),
+        (2, 0, {"device": "cpu", "tensor_parallel_size": 2}, True),
+        (2, 0, {"device": "cpu", "pipeline_parallel_size": 2}, True),
+        (2, 0, {"device": "cpu"}, False),
+        (1, 0, {"device": "cpu", "tensor_parallel_size": 2}, True),
+    ],
+)
+def test_ranks_are_what_nodes_carry(nodes: int, gpus: int, options: dict[str, Any], valid: bool) -> None:
+    made = deployment(replace(SLURM, exclusive=True), nodes=nodes, gpus=gpus, kind="vllm", options=options)
+    if valid:
+        check(made)
+    else:
+        assert "experts.math: tensor_parallel_size" in refused(made)
+
+
+@pytest.mark.parametrize("fabric", ["ib0", "eth0.100", "10.1.0.0/16", "10.1.2.3", "fd00::/8", "fd00::1", "10.0.0.0/8"])
+def test_a_fabric_is_an_interface_a_network_or_an_address(fabric: str) -> None:
+    check_fabric(fabric)
+
+
+@pytest.mark.parametrize(
+    ("fabric", "said"),
+    [
+        ("10.1.2.3/16", "did you mean '10.1.0.0/16'?"),
+        ("10.1.0.0/33", "valid: an interface such as ib0"),
+        ("10.1.0", "valid: an interface such as ib0"),
+        ("10.1.0.300", "valid: an interface such as ib0"),
+        ("ib0 eth0", "valid: an interface such as ib0"),
+        ("a-name-too-long-for-linux", "valid: an interface such as ib0"),
+        ("", "is empty"),
+    ],
+)
+def test_any_other_fabric_is_refused(fabric: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=r"^cluster\.fabric") as caught:
+        check_fabric(fabric)
+    assert said in str(caught.value)
+
+
+def test_environments_have_names() -> None:
+    wrong = deployment()
+    wrong.experts["math"].engine.env = {"A-B": "x"}
+    assert "experts.math.engine.env.A-B: cannot name a variable" in refused(wrong)
+    wrong.experts["math"].engine.env = {"A": "two\nlines"}
+    check(wrong)

@@ -1,0 +1,147 @@
+"""Nothing gets into a batch script that could be more than its own line, or that stands there already."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from hpc_router.config import ClusterConfig, ContainerConfig, JobOptions, ResourceConfig
+from hpc_router.errors import ConfigError
+from hpc_router.job_options import SBATCH_OWNED, check_environment, check_options, check_script
+
+
+def refused(at: str = "cluster", **options: Any) -> str:
+    with pytest.raises(ConfigError) as caught:
+        check_options(at, JobOptions(**options), warn_s=90)
+    assert caught.value.key is not None
+    assert str(caught.value).startswith(caught.value.key)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def refused_script(**values: Any) -> str:
+    with pytest.raises(ConfigError) as caught:
+        check_script(ClusterConfig(**values))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_what_sites_want_is_valid() -> None:
+    check_options(
+        "cluster",
+        JobOptions(
+            partition="gpu,long",
+            account="p42-x",
+            qos="normal",
+            constraint="[a100*2&ib]|(h100&!old)",
+            reservation="course",
+            exclude="n[1-3,7],login-2.example.org",
+            walltime="1-00:00:00",
+            exclusive=True,
+            gpu_type="a100_3g.20gb",
+            sbatch={"mail-type": "FAIL", "contiguous": True, "nice": 100, "comment": "for tests", "licenses": None},
+            srun={"mpi": "none", "cpu-bind": "cores"},
+        ),
+        warn_s=90,
+    )
+    check_script(
+        ClusterConfig(
+            modules=["cuda/12.4", "python/3.11.5--gcc--12.3.0", "devel/cuda@12", "libstdc++/13"],
+            setup=["source ~/env.sh", "\tif true; then ulimit -n 4096; fi"],
+            env={"A_1": "two words 'and' \"quotes\" $(not run)", "_": ""},
+            scratch="$SLURM_TMPDIR",
+            container=ContainerConfig(image="x.sif", binds=["/a", "/a:/b", "/a:/b:ro"], options=["--nv"]),
+        )
+    )
+
+
+@pytest.mark.parametrize("name", ["partition", "account", "qos", "constraint", "reservation", "exclude", "gpu_type"])
+@pytest.mark.parametrize(
+    "value", ["a b", "a\n#SBATCH --uid=0", "a'", 'a"', "a\\", "a#b", "`a`", "$(a)", "a;b", "", " "]
+)
+def test_a_word_of_sbatch_is_one_word(name: str, value: str) -> None:
+    refused("experts.math.resources", **{name: value})
+
+
+@pytest.mark.parametrize("value", ["soon", "", "1h", "-1", "12:00:00 "])
+def test_a_walltime_has_slurms_form(value: str) -> None:
+    assert "valid: D-HH:MM:SS, HH:MM:SS, MM:SS, or minutes" in refused(walltime=value)
+
+
+def test_a_walltime_is_longer_than_its_warning() -> None:
+    assert "cluster.warn_s=90" in refused(walltime="00:01:30")
+    assert "cluster.warn_s=90" in refused(walltime="0")
+    check_options("cluster", JobOptions(walltime="00:01:31"), warn_s=90)
+
+
+def test_what_yaml_makes_of_a_clock_is_refused() -> None:
+    """`walltime: 12:00:00` without quotes is the number 43200, which Slurm would take for a month."""
+    assert "'12:00:00' in quotes" in refused(walltime="43200")
+    check_options("cluster", JobOptions(walltime="3599"), warn_s=90)
+
+
+@pytest.mark.parametrize(("name", "instead"), SBATCH_OWNED.items())
+def test_what_is_set_elsewhere_says_where(name: str, instead: str) -> None:
+    assert instead in refused("experts.math.resources", sbatch={name: "1"})
+
+
+@pytest.mark.parametrize(
+    ("short", "long"), [("part", "partition"), ("gre", "gres"), ("job-n", "job-name"), ("q", "qos")]
+)
+def test_nor_by_a_short_form(short: str, long: str) -> None:
+    assert f"is short for --{long}" in refused(sbatch={short: "1"})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"--mail-type": "x"}, {"mail type": "x"}, {"": 1}, {"MAIL": 1}, {"a=b": 1}, {"-": 1}, {"a\nb": 1}, {"a-": 1}],
+)
+def test_an_option_looks_like_one(options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="valid: a long option without its dashes"):
+        check_options("cluster", JobOptions(srun=options), warn_s=90)
+
+
+@pytest.mark.parametrize("value", ["a\nb", "a\rb", "a\x00", "it's", "a\\", 1.5, ["a"], {"a": 1}, "a\u2028b"])
+def test_a_value_is_plain(value: Any) -> None:
+    refused(sbatch={"comment": value})
+
+
+@pytest.mark.parametrize("module", ["", "cuda 12", "cuda;ls", "$(x)", "-x", "a\nb", "a'b", "a&b", "../x"])
+def test_a_module_is_a_name(module: str) -> None:
+    assert "cluster.modules[1]=" in refused_script(modules=["cuda/12.4", module])
+
+
+def test_lines_are_single() -> None:
+    assert "cluster.setup[1]: has the control character '\\n'; give each line as an entry" in refused_script(
+        setup=["true", "one\ntwo"]
+    )
+    assert "cluster.setup[0] is empty" in refused_script(setup=[" "])
+    assert "cluster.env.A" in refused_script(env={"A": "one\ntwo"})
+    for name in ("python", "scratch", "login"):
+        assert f"cluster.{name}" in refused_script(**{name: "a\nb"})
+        assert f"cluster.{name} is empty" in refused_script(**{name: ""})
+
+
+@pytest.mark.parametrize("name", ["1A", "A-B", "", "A B", "A=B", "Ä"])
+def test_a_variable_has_a_name(name: str) -> None:
+    with pytest.raises(ConfigError, match="cannot name a variable"):
+        check_environment("experts.math.engine.env", {name: "x"})
+
+
+@pytest.mark.parametrize(
+    ("container", "said"),
+    [
+        (ContainerConfig(program=""), "cluster.container.program is empty"),
+        (ContainerConfig(image=""), "cluster.container.image is empty"),
+        (ContainerConfig(options=["--nv", ""]), "cluster.container.options[1] is empty"),
+        (ContainerConfig(binds=["a:b:c"]), "cluster.container.binds[0]=a:b:c: (valid: SOURCE"),
+        (ContainerConfig(binds=["/a", ":b"]), "cluster.container.binds[1]=:b"),
+        (ContainerConfig(binds=["a:b:ro:x"]), "cluster.container.binds[0]"),
+    ],
+)
+def test_a_container_is_whole(container: ContainerConfig, said: str) -> None:
+    assert said in refused_script(container=container)
+
+
+def test_an_expert_has_the_same_options() -> None:
+    check_options("experts.math.resources", replace(ResourceConfig(), partition="big"), warn_s=0)
