@@ -43,6 +43,7 @@ class Reason(StrEnum):
     RANK_LOST = "rank_lost"  # of an engine on several nodes
     SETUP = "setup"  # a module or setup line of the batch script failed
     REFUSED = "refused"  # Slurm did not take the job
+    UNANSWERED = "unanswered"  # Slurm could not be asked, or is too busy now
     NODE_FAILED = "node_failed"
     PREEMPTED = "preempted"
     WALLTIME = "walltime"

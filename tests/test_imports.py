@@ -12,13 +12,14 @@ import hpc_router
 PACKAGE = Path(hpc_router.__file__).parent
 LAYERS = [
     {"errors"},
-    {"files"},
+    {"environment", "fabric", "files", "walltime"},
     {"auth", "schema", "wire"},
     {"config"},
-    {"checks", "compose", "frozen", "provenance", "registry", "rundir"},
-    {"filethread", "jobdir", "lease"},
+    {"checks", "compose", "frozen", "job_options", "provenance", "registry", "rundir"},
+    {"filethread", "jobdir", "leader", "lease"},
+    {"client", "follow"},
     {"relay", "routing"},
-    {"expert", "router"},
+    {"bench", "expert", "router"},
     {"cluster"},
     {"arguments", "screen", "cli"},
 ]

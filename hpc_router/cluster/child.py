@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from hpc_router.environment import scrubbed
 from hpc_router.errors import LaunchError
-from hpc_router.jobdir import Exit, JobDir, Reason
+from hpc_router.jobdir import Exit, JobDir
 from hpc_router.rundir import RunDir, private_umask
 
 TIMEOUT_S: Final = 60.0
@@ -39,11 +39,10 @@ def submit_all(batch: Sequence[Mapping[str, Any]]) -> dict[str, str | None]:
     return {replica: answer["error"] for answer in answers for replica in answer["replicas"]}
 
 
-def keep_refusals(run: RunDir, answers: Mapping[str, str | None], *, reason: Reason) -> None:
+def keep_refusals(run: RunDir, refused: Mapping[str, Exit]) -> None:
     """An exit record for each job that was refused. Raises LaunchError if there is any."""
-    refused = {replica: error for replica, error in answers.items() if error is not None}
-    for replica, error in refused.items():
-        JobDir(run, replica).write(Exit(ok=False, reason=reason, message=error))
+    for replica, end in refused.items():
+        JobDir(run, replica).write(end)
     if refused:
-        each = "; ".join(f"{replica}: {error}" for replica, error in refused.items())
+        each = "; ".join(f"{replica}: {end.message}" for replica, end in refused.items())
         raise LaunchError(f"cannot be submitted: {each}")

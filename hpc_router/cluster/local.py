@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from hpc_router.cluster.child import keep_refusals, submit_all
 from hpc_router.cluster.launcher import JobReport, JobRequest, JobState
-from hpc_router.jobdir import JobDir, Process, Reason, start_ticks
+from hpc_router.jobdir import Exit, JobDir, Process, Reason, start_ticks
 from hpc_router.rundir import RunDir
 
 logger = logging.getLogger(__name__)
@@ -39,7 +39,8 @@ class LocalLauncher:
                 for r, gpus in chosen
             ]
             answers = submit_all(batch)
-        keep_refusals(self.run, answers, reason=Reason.CRASHED)
+        refused = {replica: error for replica, error in answers.items() if error is not None}
+        keep_refusals(self.run, {r: Exit(ok=False, reason=Reason.CRASHED, message=e) for r, e in refused.items()})
         return [request.replica for request, _ in chosen]
 
     def observe(self, replicas: Iterable[str], *, fresh: bool = False) -> Mapping[str, JobReport]:

@@ -71,9 +71,9 @@ class Observer:
             claimed_at = job.claimed_at()
         except FileNotFoundError:
             return None
-        end, state = job.exit(), report.state
+        end, stop, state = job.exit(), job.stop() or Stop(), report.state
         if state in (JobState.ENDING, JobState.ENDED) and end is None:
-            end = leave_exit(job, self._end(replica, report))
+            end = leave_exit(job, self._end(replica, report, stop))
         record, info = self.records.get(replica), job.info()
         attempt = Attempt(
             slot=Slot(expert, slot),
@@ -83,7 +83,7 @@ class Observer:
             submitted=state is not JobState.PENDING or info is not None,
             exit=end,
             progress=job.progress(),
-            stop=job.stop() or Stop(),
+            stop=stop,
             registered=record.state if record is not None else None,
             job_id=info.job_id if info is not None else None,
             node=report.node,
@@ -93,8 +93,10 @@ class Observer:
             self._ended[replica] = attempt
         return attempt
 
-    def _end(self, replica: str, report: JobReport) -> Exit:
+    def _end(self, replica: str, report: JobReport, stop: Stop) -> Exit:
         """Of a job that said nothing itself."""
+        if (stop.drain_at or stop.cancel_at) is not None and replica not in self._hung:
+            return Exit(ok=True, reason=Reason.DRAINED, message="it was asked to end, and said nothing more")
         if report.end is not None and report.end.reason is not Reason.KILLED:
             return report.end
         if replica in self._hung:

@@ -1,8 +1,8 @@
 """What to do so that the jobs that live become the jobs that are wanted. Pure: no I/O, time is an argument.
 
 Rules, one slot at a time:
-1. A slot that lives is left alone, unless it hangs: then it is ended, killed if it must be, and replaced without
-   waiting for that. One that ended or vanished gets its next generation at once.
+1. A slot that lives is left alone, unless it was asked to stop, or hangs: then it is ended, and killed if it must be;
+   one that hangs is replaced without waiting for that. One that ended gets its next generation at once.
 2. Failures in a row wait longer and longer, then give up; a reason no restart can cure gives up at once. A job that was
    ready for a while starts the count again, and so does the user with `up` or `scale` (`Desired.forgiven`). An end
    that says nothing about the replica (its node failed, it was preempted) is not counted.
@@ -141,7 +141,8 @@ def _fill(slot: Slot, attempts: Sequence[Attempt], desired: Desired, now: float)
     live = [attempt for attempt in attempts if attempt.live]
     if live:
         superseded = live[-1].ready and slot.expert != ROUTER  # an older router goes when its successor says so
-        yield from _empty([a for a in live if a.hung or (superseded and a is not live[-1])], desired, now)
+        unwanted = [a for a in live if a.hung or a.asked_to_stop or (superseded and a is not live[-1])]
+        yield from _empty(unwanted, desired, now)
         if slot == ROUTER_SLOT and desired.standby and _steady(live[-1], now):
             yield Submit(slot, live[-1].generation + 1, after=live[-1].job_id)
     if any(not (a.hung and a.stop.cancel_at is not None) for a in live):
@@ -150,8 +151,9 @@ def _fill(slot: Slot, attempts: Sequence[Attempt], desired: Desired, now: float)
         yield Wait(newest.replica, newest.claimed_at + CLAIM_S, "claimed, not submitted yet")
         return
     ends = _failures(attempts, forgiven=desired.forgiven.get(str(slot), 0))
-    if ends and (ends[0].reason in PERMANENT or len(ends) >= desired.max_failures):
-        yield GiveUp(slot, len(ends), ends[0])
+    blamed = [end for end in ends if end.reason is not Reason.UNANSWERED]
+    if blamed and (blamed[0].reason in PERMANENT or len(blamed) >= desired.max_failures):
+        yield GiveUp(slot, len(blamed), blamed[0])
         return
     due_at = ends[0].at + backoff_s(len(ends)) if ends else now
     if now < due_at:

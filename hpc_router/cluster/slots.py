@@ -72,6 +72,10 @@ class Attempt:
         return self.submitted and self.job is not JobState.ENDED
 
     @property
+    def asked_to_stop(self) -> bool:
+        return self.stop != NOT_ASKED
+
+    @property
     def ready(self) -> bool:
         return self.live and self.registered is State.READY and not self.hung
 

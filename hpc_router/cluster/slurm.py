@@ -17,7 +17,7 @@ from hpc_router.cluster.batch import BatchJob, batch_jobs
 from hpc_router.cluster.child import keep_refusals, submit_all
 from hpc_router.cluster.launcher import JobReport, JobRequest, JobState
 from hpc_router.cluster.queue import Queue, QueuedJob, View
-from hpc_router.cluster.refusal import explain
+from hpc_router.cluster.refusal import explain, is_passing
 from hpc_router.config import Deployment
 from hpc_router.environment import scrubbed
 from hpc_router.jobdir import Ended, Exit, JobDir, JobInfo, Reason, Runner
@@ -69,7 +69,8 @@ class SlurmLauncher:
         if jobs:
             answers = submit_all([_submission(job) for job in jobs])
             self._look_again()
-            keep_refusals(self.run, self._explained(answers), reason=Reason.REFUSED)
+            refused = {replica: said for replica, said in answers.items() if said is not None}
+            keep_refusals(self.run, {replica: self._refusal(replica, said) for replica, said in refused.items()})
         return [request.replica for request in claimed]
 
     def observe(self, replicas: Iterable[str], *, fresh: bool = False) -> Mapping[str, JobReport]:
@@ -129,11 +130,9 @@ class SlurmLauncher:
         sharing = [job for job in jobs if (info := job.info()) is not None and info.job_id == job_id]
         return all(job.ended() is not None or ((s := job.stop()) is not None and s.cancel_at) for job in sharing)
 
-    def _explained(self, answers: Mapping[str, str | None]) -> dict[str, str | None]:
-        return {
-            replica: None if said is None else explain(said, self.deployment, split_replica(replica)[0])
-            for replica, said in answers.items()
-        }
+    def _refusal(self, replica: str, said: str) -> Exit:
+        reason = Reason.UNANSWERED if is_passing(said) else Reason.REFUSED
+        return Exit(ok=False, reason=reason, message=explain(said, self.deployment, split_replica(replica)[0]))
 
     def _look_again(self) -> None:
         self._look_again_at = time.monotonic() + LOOK_AGAIN_S

@@ -19,6 +19,7 @@ from hpc_router.cluster.http import Unreachable, ask
 from hpc_router.cluster.interrupt import interrupt_event
 from hpc_router.cluster.launcher import ROUTER, JobState
 from hpc_router.cluster.launchers import check_reach
+from hpc_router.cluster.pending import in_words
 from hpc_router.cluster.plan import Plan, make_plan, taught
 from hpc_router.cluster.runs import Target, discard, latest_of
 from hpc_router.cluster.view import ReplicaView, Standing, of_experts, views
@@ -123,7 +124,7 @@ class _Effort:
         if not routers or routers[-1].url is None:
             return None
         experts = of_experts(shown)
-        if wait_all and any(view.standing not in _SETTLED for view in experts):
+        if wait_all and any(view.standing not in _SETTLED and _stuck(view) is None for view in experts):
             return None
         url = routers[-1].url
         try:
@@ -148,10 +149,21 @@ class _Effort:
 
 def _hopeless(shown: Sequence[ReplicaView]) -> str | None:
     """Why nothing can ever serve."""
-    experts = of_experts(shown)
-    failed = [view for view in shown if view.standing is Standing.FAILED]
-    router_failed = any(view.kind is Kind.ROUTER for view in failed)
-    if not router_failed and (not experts or any(view.standing is not Standing.FAILED for view in experts)):
+    reasons = {view.replica: reason for view in shown if (reason := _lost(view)) is not None}
+    experts = [view.replica for view in of_experts(shown)]
+    router_lost = any(view.kind is Kind.ROUTER and view.replica in reasons for view in shown)
+    if not router_lost and (not experts or any(replica not in reasons for replica in experts)):
         return None
-    lines = [f"{view.replica}: {view.reason}: {view.message}" for view in failed]
+    lines = [f"{replica}: {reason}" for replica, reason in reasons.items()]
     return "\n".join([*lines, "nothing can serve"])
+
+
+def _lost(view: ReplicaView) -> str | None:
+    """Why it will never serve."""
+    return f"{view.reason}: {view.message}" if view.standing is Standing.FAILED else _stuck(view)
+
+
+def _stuck(view: ReplicaView) -> str | None:
+    """Why its job, as it is, will never start."""
+    waiting = in_words(view.pending) if view.pending is not None else None
+    return f"{view.pending}: {waiting.what}; {waiting.advice}" if waiting is not None and waiting.hopeless else None
