@@ -1,8 +1,9 @@
 # `make demo` and `make test` are all that a fresh machine needs: each makes the environments it uses.
 PYTHON ?= python3
 BIN := .venv/bin
+SCRIPTS = $(wildcard sbatch/*) .ci/run .ci/engine-env $(shell find hpc_router -name '*.sh')
 .DEFAULT_GOAL := help
-.PHONY: help venv engines demo check format test test-long clean .venv-transformers .venv-vllm
+.PHONY: help venv engines demo check shellcheck format test test-long clean .venv-transformers .venv-vllm
 
 help: ## this text
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,12 +27,23 @@ check: .venv/.stamp ## format, lint, types, fast tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(MAKE) --no-print-directory shellcheck
 	$(BIN)/pytest --numprocesses 2 -m 'not e2e and not slurm and not long'
+
+shellcheck: # where it is installed; CI installs it
+	@if command -v shellcheck >/dev/null; then \
+	  shellcheck --shell=bash --external-sources --source-path=SCRIPTDIR $(SCRIPTS); \
+	elif [ "$$CI" = true ]; then \
+	  echo 'shellcheck is not installed' >&2; exit 1; \
+	else \
+	  echo 'shellcheck is not installed: the shell scripts were not checked'; \
+	fi
 
 test: .venv/.stamp engines ## all that this machine can run
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(MAKE) --no-print-directory shellcheck
 	$(BIN)/pytest --numprocesses 2 -m 'not e2e and not slurm and not long'
 	$(BIN)/pytest --numprocesses 2 --dist loadfile -m '(e2e or slurm) and not long'
 

@@ -1,0 +1,171 @@
+"""From observed requests to figures: pure, and the one place where each figure is defined (docs/bench.md in words).
+
+Only requests that began in the steady window and succeeded have latencies; those that failed are counted by kind.
+Throughput counts whatever arrived inside the window, whoever asked for it, as long as it did not come to nothing.
+Times are seconds since the load of the point began.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Final, Self
+
+import numpy as np
+
+CUT: Final = "cut"
+"""The error of a filling request that was still running when the point was over: no failure of anybody."""
+
+
+class Part(StrEnum):
+    """When a request began, so what it counts for."""
+
+    WARM_UP = "warm_up"
+    MEASURED = "measured"
+    FILLING = "filling"  # keeps the load up until the last measured request has ended
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Observation:
+    """One request. `content_s`: when each event with content arrived; `tokens`: the engine's own count."""
+
+    part: Part
+    user: int
+    started_s: float
+    ended_s: float
+    content_s: Sequence[float] = ()
+    tokens: int | None = None
+    status: int | None = None
+    expert: str | None = None
+    replica: str | None = None
+    reason: str | None = None
+    domain: str | None = None
+    error: str | None = None  # its kind; None: it succeeded
+
+    @property
+    def token_count(self) -> int:
+        """The engine's count; where it gave none, one token per event."""
+        return len(self.content_s) if self.tokens is None else self.tokens
+
+    @property
+    def ttft_s(self) -> float:
+        return self.content_s[0] - self.started_s
+
+    @property
+    def e2e_s(self) -> float:
+        return self.ended_s - self.started_s
+
+    @property
+    def tpot_s(self) -> float | None:
+        """None for an answer of one token."""
+        if self.token_count < 2:
+            return None
+        return (self.content_s[-1] - self.content_s[0]) / (self.token_count - 1)
+
+    @property
+    def itl_s(self) -> list[float]:
+        """Gaps between events with content, each divided by the tokens that an event of this answer carries."""
+        per_event = max(1.0, self.token_count / len(self.content_s))
+        return [(b - a) / per_event for a, b in zip(self.content_s, self.content_s[1:], strict=False)]
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """The steady part of a point: after `start_s`, up to and including `end_s`."""
+
+    start_s: float
+    end_s: float
+
+    @property
+    def length_s(self) -> float:
+        return self.end_s - self.start_s
+
+    def holds(self, at_s: float) -> bool:
+        return self.start_s < at_s <= self.end_s
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """Percentiles interpolate linearly between the two nearest samples."""
+
+    count: int
+    mean: float
+    p50: float
+    p90: float
+    p99: float
+    max: float
+
+    @classmethod
+    def of(cls, samples: Iterable[float]) -> Self | None:
+        """None where there is no sample."""
+        values = np.fromiter(samples, dtype=np.float64)
+        if not values.size:
+            return None
+        p50, p90, p99 = (float(value) for value in np.percentile(values, (50, 90, 99)))
+        return cls(values.size, float(values.mean()), p50, p90, p99, float(values.max()))
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """Of one point. `tokens`, rates: of the window; everything else: of the measured requests."""
+
+    window_s: float
+    requests: int
+    succeeded: int
+    failed: int
+    errors: Mapping[str, int]
+    experts: Mapping[str, float]  # share of the successful requests
+    ttft_s: Spread | None
+    itl_s: Spread | None
+    tpot_s: Spread | None
+    e2e_s: Spread | None
+    session_tokens_per_s: Spread | None
+    tokens: float
+    tokens_per_s: float
+    requests_per_s: float
+    counted_by: str  # engine | events | both: who counted the tokens of the measured requests
+
+
+def figures(observations: Sequence[Observation], window: Window) -> Figures:
+    measured = [o for o in observations if o.part is Part.MEASURED]
+    good = [o for o in measured if o.error is None]
+    errors = Counter(o.error for o in measured if o.error is not None)
+    experts = Counter(o.expert or "unknown" for o in good)
+    tokens = _tokens_in(window, observations)
+    ended = sum(o.error is None and window.holds(o.ended_s) for o in observations)
+    length_s = window.length_s
+    return Figures(
+        window_s=length_s,
+        requests=len(measured),
+        succeeded=len(good),
+        failed=len(measured) - len(good),
+        errors=dict(sorted(errors.items())),
+        experts={name: count / len(good) for name, count in sorted(experts.items())},
+        ttft_s=Spread.of(o.ttft_s for o in good),
+        itl_s=Spread.of(gap for o in good for gap in o.itl_s),
+        tpot_s=Spread.of(tpot for o in good if (tpot := o.tpot_s) is not None),
+        e2e_s=Spread.of(o.e2e_s for o in good),
+        session_tokens_per_s=Spread.of(o.token_count / o.e2e_s for o in good if o.e2e_s > 0),
+        tokens=tokens,
+        tokens_per_s=tokens / length_s if length_s > 0 else 0.0,
+        requests_per_s=ended / length_s if length_s > 0 else 0.0,
+        counted_by=_counted_by(good),
+    )
+
+
+def _tokens_in(window: Window, observations: Sequence[Observation]) -> float:
+    """Each event with content counts for the tokens that the events of its answer carry on average."""
+    counted = [o for o in observations if o.error is None and o.tokens is not None]
+    events = sum(len(o.content_s) for o in counted)
+    usual = sum(o.tokens or 0 for o in counted) / events if events else 1.0  # for answers that nobody counted
+    total = 0.0
+    for o in observations:
+        if o.content_s and o.error in (None, CUT):
+            per_event = usual if o.tokens is None else o.tokens / len(o.content_s)
+            total += per_event * sum(window.holds(at_s) for at_s in o.content_s)
+    return total
+
+
+def _counted_by(good: Sequence[Observation]) -> str:
+    engine = {o.tokens is not None for o in good}
+    return "both" if len(engine) == 2 else "engine" if True in engine else "events"

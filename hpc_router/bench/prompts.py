@@ -1,0 +1,99 @@
+"""What the users ask: a prompt set and the order in which it is asked.
+
+The built-in prompts cover the domains of `topology=sim`, a few each, of no data set: enough to see each expert at
+work, too few to judge a classifier by. The order depends on seed and stream alone, so a repeated run asks the same.
+"""
+
+import json
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from hpc_router.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    text: str
+    domain: str | None = None
+
+
+_BUILT_IN: Final = {
+    "code": (
+        "Write a Python function that returns the longest word of a sentence, with a unit test.",
+        "Why does my C++ program leak memory when an exception leaves the constructor?",
+        "Write an SQL query that joins two tables and counts the rows of each group.",
+        "Explain what a deadlock between two threads is and how a lock order prevents it.",
+        "Refactor this JavaScript function so that it awaits the fetch calls in parallel.",
+        "Implement a binary search over a sorted array in Rust and state its complexity.",
+    ),
+    "math": (
+        "Solve the equation 3x^2 - 12x + 9 = 0 for x.",
+        "What is the derivative of x^3 sin(x)?",
+        "A tank fills in 6 hours and empties in 9 hours. How long does it take with both valves open?",
+        "What is the probability that two dice show a sum of 8?",
+        "Prove that the sum of two odd integers is even.",
+        "Find the area of a triangle whose sides are 7, 8 and 9 cm long.",
+    ),
+    "medicine": (
+        "Which symptoms distinguish viral from bacterial pneumonia, and how is each treated?",
+        "A patient with diabetes has a fasting glucose of 14 mmol/l. Which therapy comes first?",
+        "What are the side effects of beta blockers in elderly patients?",
+        "How is a deep vein thrombosis diagnosed?",
+        "Which vaccine does a pregnant woman need, and in which trimester?",
+        "What does an elevated troponin mean after chest pain?",
+    ),
+    "law": (
+        "Can a landlord evict a tenant who reported mould to the authorities?",
+        "What must a plaintiff prove to win damages for breach of contract?",
+        "Is a verbal agreement about the sale of a house enforceable in court?",
+        "When does a statute of limitations begin to run for a hidden defect?",
+        "May an employer dismiss a worker without notice after one theft?",
+        "What is the difference between a trademark and a copyright?",
+    ),
+    "general": (
+        "Suggest three things to do in Lisbon on a rainy Sunday.",
+        "How do I keep basil alive on a window sill?",
+        "Write a friendly note that thanks a neighbour for feeding the cat.",
+        "What makes sourdough bread taste sour?",
+        "Tell me a short story about a lighthouse keeper and a seagull.",
+        "Which films should somebody see who likes slow science fiction?",
+    ),
+}
+
+
+def built_in() -> list[Prompt]:
+    return [Prompt(text, domain) for domain, texts in _BUILT_IN.items() for text in texts]
+
+
+def read_prompts(path: Path) -> list[Prompt]:
+    """One JSON object per line: `prompt`, and `domain` where it is known. Raises ConfigError with file and line."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"bench.prompts={path}: {getattr(error, 'strerror', None) or error}") from error
+    found = [_prompt(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
+    if not found:
+        raise ConfigError(f"bench.prompts={path}: it holds no prompt")
+    return found
+
+
+def _prompt(line: str, place: str) -> Prompt:
+    try:
+        value: Any = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{place}: not JSON ({error})") from error
+    if not isinstance(value, dict) or not isinstance(value.get("prompt"), str) or not value["prompt"].strip():
+        raise ConfigError(f'{place}: no text at "prompt" (valid: {{"prompt": "...", "domain": "..."}})')
+    if not isinstance(value.get("domain"), str | None):
+        raise ConfigError(f'{place}: "domain" is not text')
+    return Prompt(value["prompt"], value.get("domain"))
+
+
+def deck(prompts: Sequence[Prompt], *, seed: int, stream: str) -> Iterator[Prompt]:
+    """For ever: all prompts in one order, then all in another; no prompt comes twice before each came once."""
+    source = random.Random(f"{seed}:{stream}")
+    while True:
+        yield from source.sample(prompts, len(prompts))

@@ -1,0 +1,131 @@
+"""A router that does what its script says: a real server on port 0 that speaks the event stream of the API."""
+
+import asyncio
+import json
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from aiohttp import web
+
+from hpc_router.bench.ask import Target
+
+Act = Callable[["FakeRouter", web.BaseRequest], Awaitable[web.StreamResponse]]
+HEADERS = {"x-expert": "math", "x-replica": "math-0.g1", "x-route-reason": "classified"}
+TOKEN = "the-owner's"
+
+
+@dataclass
+class FakeRouter:
+    """Plays its acts one per request, the last one for ever."""
+
+    acts: deque[Act]
+    bodies: list[dict[str, Any]] = field(default_factory=list)
+    running: int = 0
+    most_running: int = 0
+    cookies: list[str] = field(default_factory=list)
+    tokens: Counter[str] = field(default_factory=Counter)
+    url: str = ""
+    left: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def target(self) -> Target:
+        return Target(self.url, TOKEN)
+
+    async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        self.tokens[request.headers.get("authorization", "")] += 1
+        self.cookies += [request.headers[name] for name in request.headers if name.lower() == "cookie"]
+        self.bodies.append(json.loads(await request.content.read()))
+        act = self.acts[0] if len(self.acts) == 1 else self.acts.popleft()
+        self.running += 1
+        self.most_running = max(self.most_running, self.running)
+        try:
+            return await act(self, request)
+        except asyncio.CancelledError:
+            self.left.set()
+            raise
+        finally:
+            self.running -= 1
+
+
+@asynccontextmanager
+async def fake_router(*acts: Act) -> AsyncIterator[FakeRouter]:
+    fake = FakeRouter(deque(acts))
+    server = web.Server(fake.handle, handler_cancellation=True)
+    runner = web.ServerRunner(server)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    host, port = runner.addresses[0][:2]
+    fake.url = f"http://{host}:{port}"
+    try:
+        yield fake
+    finally:
+        await runner.cleanup()
+
+
+def piece(content: str | None, *, finish: str | None = None) -> bytes:
+    return event({"choices": [{"index": 0, "delta": {"content": content}, "finish_reason": finish}]})
+
+
+def usage(tokens: int) -> bytes:
+    return event({"choices": [], "usage": {"prompt_tokens": 5, "completion_tokens": tokens}})
+
+
+def event(value: dict[str, Any]) -> bytes:
+    return b"data: " + json.dumps(value).encode() + b"\n\n"
+
+
+DONE = b"data: [DONE]\n\n"
+ROLE = event({"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}]})
+WHOLE = (ROLE, piece("a"), piece(" b"), piece(" c"), piece(None, finish="stop"), DONE)
+
+
+def says(*chunks: bytes, content_type: str = "text/event-stream", status: int = 200) -> Act:
+    async def act(_fake: FakeRouter, request: web.BaseRequest) -> web.StreamResponse:
+        response = await _begin(request, content_type, status)
+        for chunk in chunks:
+            await response.write(chunk)
+        await response.write_eof()
+        return response
+
+    return act
+
+
+def breaks_off(*chunks: bytes) -> Act:
+    """The connection is reset in mid-stream."""
+
+    async def act(_fake: FakeRouter, request: web.BaseRequest) -> web.StreamResponse:
+        response = await _begin(request, "text/event-stream", 200)
+        for chunk in chunks:
+            await response.write(chunk)
+        assert request.transport is not None
+        request.transport.abort()
+        return response
+
+    return act
+
+
+def waits_after(*chunks: bytes, until: asyncio.Event, then: Sequence[bytes] = ()) -> Act:
+    """Silent once it has said so much, until the event is set."""
+
+    async def act(_fake: FakeRouter, request: web.BaseRequest) -> web.StreamResponse:
+        response = await _begin(request, "text/event-stream", 200)
+        for chunk in chunks:
+            await response.write(chunk)
+        await until.wait()
+        for chunk in then:
+            await response.write(chunk)
+        await response.write_eof()
+        return response
+
+    return act
+
+
+async def _begin(request: web.BaseRequest, content_type: str, status: int) -> web.StreamResponse:
+    response = web.StreamResponse(status=status, headers={**HEADERS, "content-type": content_type, "set-cookie": "a=b"})
+    response.enable_chunked_encoding()
+    await response.prepare(request)
+    return response

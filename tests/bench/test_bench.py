@@ -1,0 +1,151 @@
+"""`python -m launch.bench` as a user types it: a table, a record per point, exit statuses; and what a record holds."""
+
+import asyncio
+import io
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from hpc_router import frozen, registry
+from hpc_router.bench.measure import Observation, Part, Window, figures
+from hpc_router.bench.record import provenance
+from hpc_router.bench.table import Row, table
+from hpc_router.compose import load_deployment
+from hpc_router.jobdir import JobDir, JobInfo, start_ticks
+from hpc_router.registry import EngineInfo, Kind, Record, State
+from hpc_router.rundir import RunDir, make_run
+from launch.bench import resolved
+from tests.bench.fakes import WHOLE, FakeRouter, breaks_off, fake_router, piece, says
+from tests.needs import ROOT
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    return make_run(tmp_path / "run")
+
+
+def serves(run: RunDir, fake: FakeRouter) -> None:
+    """A run whose router is the fake one, in this process, with a simulated expert behind it."""
+    job = JobDir(run, "router-0.g1")
+    job.claim()
+    job.write(JobInfo(str(os.getpid()), socket.gethostname(), start_ticks(os.getpid())))
+    registry.publish(run.registry, Record(Kind.ROUTER, "router-0.g1", fake.url, State.READY, {}))
+    engine = EngineInfo(kind="sim", model="sim-math")
+    publish = Record(Kind.EXPERT, "math-0.g1", "http://127.0.0.1:1", State.READY, {"math": "math"}, engine=engine)
+    registry.publish(run.registry, publish)
+
+
+async def bench(run: RunDir, *words: str, folder: Path = ROOT) -> tuple[int | None, str, str]:
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "launch.bench", f"run={run.path}", *words),
+        cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    out, err = await process.communicate()
+    return process.returncode, out.decode(), err.decode()
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+async def test_points_records_and_raw_requests(run: RunDir, tmp_path: Path) -> None:
+    """Two points; the first answer breaks off, so it is an error and has no latency."""
+    folder = tmp_path / "results"
+    async with fake_router(breaks_off(piece("a")), says(*WHOLE)) as fake:
+        serves(run, fake)
+        status, out, err = await bench(
+            *(run, "bench.users=[1,2]", "bench.requests=5", "bench.warmup_s=0", "bench.seed=7"),
+            *(f"bench.output={folder}", "bench.raw=true"),
+        )
+    assert status == 0, err
+    assert "1 disconnected" in out
+    assert "simulated engine" in out
+    (path,) = [path for path in folder.iterdir() if not path.name.endswith(".requests.jsonl")]
+    assert str(path) in out
+    one, two = lines(path)
+    assert [(r["users"], r["requests"], r["failed"]) for r in (one, two)] == [(1, 5, 1), (2, 5, 0)]
+    assert one["errors"] == {"disconnected": 1}
+    assert (one["ttft_s"]["count"], two["ttft_s"]["count"]) == (4, 5)
+    assert two["experts"] == {"math": 1.0}
+    assert (one["seed"], one["simulated"], one["bench"]["raw"]) == (7, True, True)
+    origin = one["provenance"]
+    assert "launch.bench" in origin["command"]
+    assert origin["endpoints"][0]["engine"]["model"] == "sim-math"
+    assert {"python", "hpc-router", "aiohttp"} <= set(origin["versions"])
+    requests = lines(path.with_suffix(".requests.jsonl"))
+    measured = [r for r in requests if r["part"] == "measured"]
+    assert [sum(r["users"] == users for r in measured) for users in (1, 2)] == [5, 5]
+    assert {r["domain"] for r in measured} <= {"code", "math", "medicine", "law", "general"}
+    assert run.token() not in path.read_text() + path.with_suffix(".requests.jsonl").read_text() + out + err
+
+
+async def test_a_sweep_is_a_call_per_job(run: RunDir, tmp_path: Path) -> None:
+    """Hydra's own flag: each job writes a file of its own."""
+    async with fake_router(says(*WHOLE)) as fake:
+        serves(run, fake)
+        words = ("-m", "bench=smoke", "bench.users=[1],[2]", "bench.requests=2", "bench.warmup_s=0")
+        status, _, err = await bench(run, *words, folder=tmp_path)
+    assert status == 0, err
+    found = [lines(path)[0] for path in (run.path / "bench").iterdir()]
+    assert sorted(record["users"] for record in found) == [1, 2]
+    assert {record["bench"]["max_tokens"] for record in found} == {16}
+
+
+async def test_no_success_is_a_failure(run: RunDir) -> None:
+    async with fake_router(says(b"{}", content_type="application/json", status=503)) as fake:
+        serves(run, fake)
+        status, out, err = await bench(run, "bench=smoke", "bench.requests=3")
+    assert status == 1
+    assert "3 http_503" in out
+    assert "no request succeeded with 2 users" in err
+    (path,) = (run.path / "bench").iterdir()
+    assert lines(path)[0]["ttft_s"] is None
+
+
+async def test_values_to_edit(run: RunDir) -> None:
+    """Exit status 2 and one line, before anything is sent."""
+    status, out, err = await bench(run, "bench.user=3")
+    assert (status, out) == (2, "")
+    assert "did you mean 'users'" in err
+    assert len(err.splitlines()) == 1
+    status, _, err = await bench(run, "bench.users=[1]")
+    assert status == 1
+    assert "no router serves" in err
+
+
+def test_the_record_s_config_keeps_no_secret(run: RunDir) -> None:
+    assert resolved(run) is None
+    deployment = load_deployment(["topology=sim", "experts.math.engine.env={HF_TOKEN: abc, A: b}"])
+    run.config.write_text(frozen.to_yaml(deployment))
+    config = resolved(run)
+    assert config is not None
+    assert config["experts"]["math"]["engine"]["env"] == {"HF_TOKEN": "***", "A": "b"}
+
+
+def test_provenance_outside_a_clone(run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    found = provenance(run, None, code=tmp_path)
+    assert (found.git, found.job_id, found.config, found.simulated) == (None, "77", None, False)
+    assert found.hardware["cpus"] >= 1
+
+
+def test_a_load_generator_at_its_limit_is_told() -> None:
+    """Also that a point at which everything failed can be shown."""
+    found = figures(
+        [Observation(part=Part.MEASURED, user=0, started_s=1.0, ended_s=2.0, error="connect")], Window(0, 3)
+    )
+    console = Console(file=io.StringIO(), width=120)
+    console.print(table([Row(4, found, 0.2), Row(1000, found, 0.97)], simulated=False))
+    assert isinstance(console.file, io.StringIO)
+    told = console.file.getvalue()
+    assert "1000 users: the load generator used 97% of a core" in told
+    assert told.count("load generator") == 1
+    assert "4 users: answered by nobody" in told
+    assert "simulated" not in told
