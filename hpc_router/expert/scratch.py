@@ -10,9 +10,10 @@ import socket
 import stat
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from string import Template
 from typing import Any, Final
 
 from hpc_router.errors import ConfigError, LaunchError
@@ -24,6 +25,18 @@ LONGEST_FOLDER: Final = 107 - len("/tmp/") - 40
 """A socket's path has at most 107 bytes; engines put sockets named by a UUID into the folder for temporary files."""
 _OWNER: Final = "owner.json"
 _UNFINISHED_S: Final = 60.0
+
+
+def expanded(scratch: str, environment: Mapping[str, str]) -> Path:
+    """The folder that `cluster.scratch` means in this job. Raises ConfigError for a variable that it does not have."""
+    key = "cluster.scratch"
+    try:
+        path = Path(Template(scratch).substitute({name: value for name, value in environment.items() if value}))
+    except KeyError as error:
+        raise ConfigError(f"{key}={scratch}: ${error.args[0]} is not set in this job", key=key) from error
+    except ValueError as error:
+        raise ConfigError(f"{key}={scratch}: {error} (valid: $NAME or ${{NAME}}; $$ is a $)", key=key) from error
+    return path
 
 
 @contextmanager

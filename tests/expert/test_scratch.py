@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from hpc_router.errors import ConfigError, LaunchError
-from hpc_router.expert.scratch import scratch_folder, sweep
+from hpc_router.expert.scratch import expanded, scratch_folder, sweep
 from hpc_router.files import read_json
 
 
@@ -173,3 +173,17 @@ def test_an_owner_that_is_no_file_hangs_nobody(scratch: Path, parent: Path) -> N
     sweep(parent)
     assert pipe.exists()
     assert link.exists()
+
+
+@pytest.mark.parametrize(
+    ("scratch", "folder"), [("/tmp", "/tmp"), ("$TMPDIR", "/local/7"), ("/x/${JOB}_a", "/x/7_a"), ("/$$x", "/$x")]
+)
+def test_variables_of_the_job_name_the_folder(scratch: str, folder: str) -> None:
+    assert expanded(scratch, {"TMPDIR": "/local/7", "JOB": "7"}) == Path(folder)
+
+
+@pytest.mark.parametrize("scratch", ["$LOCAL", "/x/${EMPTY}", "/x/$"])
+def test_a_variable_that_the_job_does_not_have(scratch: str) -> None:
+    with pytest.raises(ConfigError, match=r"cluster\.scratch=") as caught:
+        expanded(scratch, {"EMPTY": ""})
+    assert caught.value.key == "cluster.scratch"
