@@ -17,6 +17,17 @@ from tests.slurm.cluster import SlurmCluster
 from tests.waiting import eventually_sync
 
 ASKING: Final = ("squeue", "sacct", "scontrol", "sinfo", "sstat")
+LEAKED: Final = {
+    "SLURM_JOB_ID": "99999",
+    "SLURM_CPU_BIND": "map_cpu:0",
+    "SBATCH_PARTITION": "of-another-job",
+    "SBATCH_REQUEUE": "1",
+    "SRUN_CPUS_PER_TASK": "7",
+    "SQUEUE_FORMAT": "%A",
+    "SCANCEL_STATE": "COMPLETING",
+    "SINFO_FORMAT": "%n",
+}
+"""As where `up` runs inside some other job: whatever gets through breaks the tests."""
 _NOTE: Final = """\
 #!/bin/bash
 printf '%s\\t{name}\\t%s\\n' "$(date +%s.%N)" "$(tr '\\0' ' ' </proc/$PPID/cmdline)" >>{log}
@@ -50,7 +61,7 @@ class OnSlurm(Deployed):
 
     @property
     def environment(self) -> dict[str, str]:
-        return os.environ | self.cluster.environment | {"PATH": f"{self.tools}:{os.environ['PATH']}"}
+        return os.environ | self.cluster.environment | LEAKED | {"PATH": f"{self.tools}:{os.environ['PATH']}"}
 
     def write_questions_down(self) -> None:
         self.tools.mkdir()

@@ -35,7 +35,6 @@ OVERRIDES: Final = (
     "experts.generalist.replicas=0",
     "policy.fallback=null",
     *(f"experts.{name}.resources.gpus=1" for name in EXPERTS),
-    "experts.math.resources.cpus=2",
     "router.resources.sbatch={nodelist: c1}",
     "cluster.walltime=30",
     "cluster.warn_s=60",
@@ -103,16 +102,6 @@ def test_what_runs_has_the_job_but_not_its_variables(deployed: OnSlurm) -> None:
     names = {word.partition("=")[0] for word in words}
     assert {name for name in names if name.startswith(("SLURM_", "SUBMITIT_", "SBATCH_", "SRUN_"))} <= {"SLURM_CONF"}
     assert f"HPC_ROUTER_JOB_ID={deployed.job_id('math-0.g1')}" in words
-
-
-def test_the_step_has_the_cpus_that_the_job_asked_for(deployed: OnSlurm, cluster: SlurmCluster) -> None:
-    """srun takes them from nowhere but its own words since Slurm 22.05."""
-    deployed.verb("scale", "math=0")
-    eventually_sync(lambda: deployed.job("math-0.g1").ended(), every_s=0.1)
-    deployed.verb("scale", "math=1")
-    replica = deployed.until_ready("math-0", after="math-0.g1")
-    shown = cluster.run(["scontrol", "--oneliner", "show", "step", f"{deployed.job_id(replica)}.0"])
-    assert " CPUs=2 " in f" {shown} "
 
 
 def test_up_again_twice_at_once_changes_nothing(deployed: OnSlurm) -> None:

@@ -27,8 +27,8 @@ def answers(one: OnSlurm, expert: str) -> str:
 
 
 def test_replicas_share_a_job_and_yet_live_and_die_alone(cluster: SlurmCluster) -> None:
-    sizes = ("experts.code.resources.gpus=1", "experts.math.resources.gpus=1", "cluster.replicas_per_job=2")
-    with on_slurm(cluster, "shared", *FOUR, *sizes) as one:
+    sizes = [f"experts.{name}.resources={{gpus: 1, cpus: 2}}" for name in ("code", "math")]
+    with on_slurm(cluster, "shared", *FOUR, *sizes, "cluster.replicas_per_job=2") as one:
         assert one.job_id("code-0.g1") == one.job_id("math-0.g1")
         assert one.job_id("medicine-0.g1") == one.job_id("law-0.g1")
         assert len({one.job_id(f"{name}-0.g1") for name in ("router", "code", "law")}) == 3
@@ -40,6 +40,9 @@ def test_replicas_share_a_job_and_yet_live_and_die_alone(cluster: SlurmCluster) 
         environ = [node.enter(["cat", f"/proc/{p.pid}/environ"]).split("\0") for p in (code, math)]
         gpus = [next(word for word in words if word.startswith("CUDA_VISIBLE_DEVICES=")) for words in environ]
         assert gpus[0] != gpus[1], "each step has its own part of the node"
+        for process in (code, math):
+            step = cluster.run(["scontrol", "show", "step", f"{one.job_id('code-0.g1')}.{process.step_id}"])
+            assert "CPUs=2 " in step, "srun takes the number from no variable of sbatch's since Slurm 22.05"
 
         node.enter(["kill", f"-{signal.SIGKILL.value}", str(code.pid)])
         successor = one.until_ready("code-0", after="code-0.g1")
