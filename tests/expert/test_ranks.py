@@ -19,6 +19,8 @@ from hpc_router.rundir import RunDir
 from tests.expert.replicas import REPLICA, chat, deployment, exists, half_a_stream, processes_below, rank, ranks
 from tests.waiting import eventually
 
+pytestmark = pytest.mark.e2e  # mostly waiting for silence
+
 
 async def test_two_ranks_serve_and_only_the_first_is_in_the_registry(run: RunDir, scratch: Path) -> None:
     configured = deployment(scratch, nodes=2)
