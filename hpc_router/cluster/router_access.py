@@ -1,7 +1,7 @@
 """The address of a run's router, for those who would send it the owner's token.
 
 A record outlives a router that was killed, and its port may be a stranger's by now: only a router whose job may still
-live is given the token.
+live, and that proves to be the one of its record, is given the token. Each call of a verb asks anew.
 """
 
 from dataclasses import dataclass
@@ -11,6 +11,7 @@ from hpc_router.cluster.launcher import JobState
 from hpc_router.cluster.launchers import launcher_for
 from hpc_router.config import Deployment
 from hpc_router.errors import ConfigError, LaunchError
+from hpc_router.proof import Finding, examine
 from hpc_router.registry import Kind, Reader, Record, leading_router
 from hpc_router.rundir import RunDir
 
@@ -37,8 +38,13 @@ _MAY_LIVE = (JobState.RUNNING, JobState.UNKNOWN)
 
 
 def router_access(run: RunDir) -> RouterAccess:
-    """Raises LaunchError when no router serves."""
+    """Raises LaunchError when no router serves, or something else answers at its address."""
     record = live_router(run)
     if record is None:
         raise LaunchError(f"no router serves {run.path}; `hpc-router up --run {run.path}` starts one")
+    finding = examine(record, run.secret())
+    if finding is not Finding.PROVEN:
+        raise LaunchError(
+            f"{record.replica} at {record.url}: {finding}; `hpc-router status --run {run.path}` shows more"
+        )
     return RouterAccess(record.url, run.token(), record.replica)
