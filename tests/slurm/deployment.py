@@ -83,6 +83,10 @@ class OnSlurm(Deployed):
         assert info is not None
         return info.job_id
 
+    def nodes_of(self, replica: str) -> str:
+        """As Slurm lists them: n[1-2]."""
+        return self.cluster.run(["squeue", "--noheader", "--format=%N", f"--jobs={self.job_id(replica)}"]).strip()
+
     def newest(self, slot: str) -> str:
         found = self.claimed(f"{slot}.g")
         return max(found, key=_generation)

@@ -1,4 +1,4 @@
-"""One expert on two nodes of a real Slurm, started by hand as a step: ranks meet over the network, and die together."""
+"""One expert on two nodes of a real Slurm, by hand and by `up`: ranks meet over the network, and die together."""
 
 import asyncio
 import subprocess
@@ -27,7 +27,7 @@ from hpc_router.rundir import RunDir, make_run
 from tests.needs import engine_python
 from tests.slurm.cluster import SlurmCluster
 from tests.slurm.configuration import SLURMD_TIMEOUT_S
-from tests.slurm.deployment import on_slurm
+from tests.slurm.deployment import OnSlurm, on_slurm
 from tests.slurm.host import SlurmClusterError
 from tests.waiting import eventually_sync
 
@@ -110,13 +110,17 @@ def left_as_found(cluster: SlurmCluster) -> Iterator[None]:
     """No job, and every node up. Slurm is told that a node was lost: by itself it would take longer to see it."""
     yield
     cluster.run(["scancel", "--user=root"])
-    for name in NODES:
+    bring_back(cluster)
+    cluster.wait_idle(within_s=4 * SLURMD_TIMEOUT_S)
+
+
+def bring_back(cluster: SlurmCluster) -> None:
+    for name in (*NODES, "n3"):
         try:
             cluster.node(name).enter(["true"])
         except SlurmClusterError:
             cluster.run(["scontrol", "update", f"NodeName={name}", "State=DOWN", "Reason=lost"])
             cluster.node(name).restart()
-    cluster.wait_idle(within_s=4 * SLURMD_TIMEOUT_S)
 
 
 @pytest.mark.usefixtures("left_as_found")
@@ -172,29 +176,75 @@ def test_a_killed_rank_ends_its_job_and_another_takes_its_place(cluster: SlurmCl
 
 @pytest.mark.vllm
 @pytest.mark.usefixtures("left_as_found")
-def test_vllm_on_two_nodes_answers_and_ends_when_the_second_is_lost(cluster: SlurmCluster) -> None:
+def test_vllm_on_two_nodes_serves_its_domain_and_outlives_the_loss_of_either(cluster: SlurmCluster) -> None:
+    """Both ranks end whichever node is lost, and the control loop starts the replica on the nodes that are left."""
     model = cluster.shared / "tiny"
     subprocess.run([engine_python("transformers"), tiny_model.__file__, model], check=True)
-    options = {
-        "device": "cpu",
-        "dtype": "bfloat16",
-        "max_model_len": 512,
-        "tensor_parallel_size": 2,
-        "extra": {"enforce-eager": True},
-    }
-    eager = {"TORCHDYNAMO_DISABLE": "1"}  # or the first answer waits half a minute for a compiler
-    engine = EngineConfig(kind="vllm", python=str(engine_python("vllm")), options=options, threads=1, env=eager)
-    expert = ExpertConfig(model=str(model), engine=engine, resources=ResourceConfig(nodes=2, cpus=2))
-    started = start(cluster, "second-lost", expert, beat_s=0.5)
-    record = started.ready(within_s=150)
-    assert record.node == "n1"
-    assert record.engine.tensor_parallel_size == 2
-    assert started.ask(record)
-    assert started.processes("n1", "vllm")
-    assert started.processes("n2", "--headless")
-    cluster.node("n2").kill()
-    eventually_sync(lambda: not started.processes("n1", "vllm"), within_s=2 * SLURMD_TIMEOUT_S)
-    end = started.ended(within_s=2 * SLURMD_TIMEOUT_S)
-    assert (end.ok, end.reason) == (False, Reason.RANK_LOST), started.log()
-    assert "rank 1 on n2" in end.message
-    assert started.record is None
+    options = "device: cpu, dtype: bfloat16, max_model_len: 512, tensor_parallel_size: 2, extra: {enforce-eager: true}"
+    eager = "TORCHDYNAMO_DISABLE: '1'"  # or the first answer waits half a minute for a compiler
+    overrides = (
+        "topology=sim",
+        "policy.fallback=null",
+        "experts.generalist.replicas=0",
+        f"experts.math.model={model}",
+        f"experts.math.engine={{kind: vllm, python: {engine_python('vllm')}, threads: 1, env: {{{eager}}}}}",
+        f"experts.math.engine.options={{{options}}}",
+        "experts.math.resources={nodes: 2, cpus: 2, gpus: 1}",
+        "router.resources.sbatch={nodelist: c1}",
+        "cluster.trusted_network=true",
+        "cluster.beat_s=0.5",
+    )
+    with on_slurm(cluster, "vllm", *overrides) as deployed:
+        try:
+            first = deployed.serving("math-0")
+            leader, other = leaders_node(deployed, first), other_rank(deployed, first)
+            answers_of_its_domain(deployed)
+            engines = engines_on(deployed, leader)
+            assert engines
+            cluster.node(other).kill()
+            eventually_sync(lambda: not engines & engines_on(deployed, leader), within_s=20, every_s=0.2)
+            second = deployed.until_ready("math-0", after=first, within_s=150)
+            end = deployed.job(first).exit()
+            assert end is not None
+            assert (end.ok, end.reason) == (False, Reason.RANK_LOST), end
+            answers_of_its_domain(deployed)
+            leader, follower = leaders_node(deployed, second), other_rank(deployed, second)
+            assert other not in (leader, follower)
+            engines = engines_on(deployed, follower)
+            assert engines
+            cluster.node(leader).kill()
+            eventually_sync(lambda: not engines & engines_on(deployed, follower), within_s=20, every_s=0.2)
+        finally:
+            bring_back(cluster)
+
+
+def leaders_node(deployed: OnSlurm, replica: str) -> str:
+    process = deployed.job(replica).process()
+    assert process is not None
+    return process.host
+
+
+def other_rank(deployed: OnSlurm, replica: str) -> str:
+    """The node of rank 1."""
+    shown = deployed.cluster.run(["scontrol", "show", "hostnames", deployed.nodes_of(replica)]).split()
+    (other,) = set(shown) - {leaders_node(deployed, replica)}
+    return other
+
+
+def engines_on(deployed: OnSlurm, node: str) -> set[str]:
+    """The processes of vLLM there."""
+    try:
+        return set(deployed.cluster.node(node).enter(["pgrep", "--full", "--", "vllm|VLLM"]).split())
+    except SlurmClusterError:
+        return set()
+
+
+def answers_of_its_domain(deployed: OnSlurm) -> None:
+    with deployed.client() as client:
+        raw = client.chat.completions.with_raw_response.create(
+            model="auto",
+            messages=[{"role": "user", "content": "What is the derivative of x^3 + 2x?"}],
+            max_tokens=8,
+        )
+        assert (raw.headers["x-expert"], raw.headers["x-route-reason"]) == ("math", "classified")
+        assert raw.parse().usage is not None
