@@ -7,6 +7,7 @@ from typing import Final
 
 import pytest
 
+from hpc_router.jobdir import Runner
 from tests.e2e.deployment import cli
 from tests.needs import ROOT
 from tests.slurm.cluster import SlurmCluster
@@ -107,6 +108,40 @@ def test_steps_inside_a_job_that_somebody_holds(cluster: SlurmCluster) -> None:
         )
     assert (folder / "down").exists(), (folder / f"held-{job_id}.log").read_text()
     assert list((run / "registry").iterdir()) == []
+
+
+MODULE: Final = """#%Module
+setenv FROM_A_MODULE yes
+"""
+
+
+def test_a_site_with_modules_a_fabric_and_no_sbatch_on_its_nodes(cluster: SlurmCluster) -> None:
+    """So the router and its control loop run where `up` does."""
+    modules = cluster.shared / "modules"
+    modules.mkdir()
+    (modules / "toolchain").write_text(MODULE)
+    site = (
+        "cluster.modules=[toolchain]",
+        "cluster.setup=['export FROM_SETUP=$FROM_A_MODULE']",
+        f"cluster.env={{MODULEPATH: {modules}, FROM_CONFIG: 'two words'}}",
+        "cluster.fabric=198.18.0.0/15",
+        "router.place=here",
+    )
+    with on_slurm(cluster, "site", *FOUR, *site) as one:
+        router, math = one.job("router-0.g1"), one.job("math-0.g1").process()
+        info = router.info()
+        assert info is not None
+        assert info.runner is Runner.PROCESS
+        assert math is not None
+        words = cluster.node(math.host).enter(["cat", f"/proc/{math.pid}/environ"]).split("\0")
+        assert {"FROM_A_MODULE=yes", "FROM_SETUP=yes", "FROM_CONFIG=two words"} <= set(words)
+        record = one.record("math-0.g1")
+        assert record is not None
+        assert record["url"].startswith(f"http://{cluster.node(math.host).address}:")
+        assert answers(one, "math") == "math-0.g1"
+        cluster.run(["scancel", one.job_id("math-0.g1")])
+        one.until_ready("math-0", after="math-0.g1")
+        assert one.status()["router"]["standby"] is None
 
 
 def test_outside_a_job_there_is_nothing_to_start_steps_in(cluster: SlurmCluster) -> None:
