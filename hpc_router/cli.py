@@ -221,9 +221,9 @@ def url(arguments: argparse.Namespace) -> int:
     run = find_run(arguments.run)
     if not arguments.ssh and not arguments.json:
         return _print_lines([router_access(run).url])
-    tunnel = tunnel_to(run, port=arguments.port)
+    tunnel = tunnel_to(run, port=arguments.port, unproven=arguments.ssh)
     if arguments.json:
-        return _print({"url": tunnel.url, "ssh": list(tunnel.argv)})
+        return _print({"url": tunnel.url, "ssh": list(tunnel.argv), "proven": tunnel.unproven is None})
     sys.stderr.writelines(f"{note}\n" for note in tunnel.notes())
     return _print_lines([tunnel.line])
 

@@ -18,9 +18,16 @@ from hpc_router.rundir import RunDir
 
 @dataclass(frozen=True, slots=True)
 class RouterAccess:
-    url: str
+    record: Record
     token: str
-    replica: str
+
+    @property
+    def url(self) -> str:
+        return self.record.url
+
+    @property
+    def replica(self) -> str:
+        return self.record.replica
 
 
 def live_router(run: RunDir) -> Record | None:
@@ -39,12 +46,22 @@ _MAY_LIVE = (JobState.RUNNING, JobState.UNKNOWN)
 
 def router_access(run: RunDir) -> RouterAccess:
     """Raises LaunchError when no router serves, or something else answers at its address."""
+    return proven(run, unproven_router(run))
+
+
+def unproven_router(run: RunDir) -> Record:
+    """The router by its record alone. Raises LaunchError when there is none."""
     record = live_router(run)
     if record is None:
         raise LaunchError(f"no router serves {run.path}; `hpc-router up --run {run.path}` starts one")
+    return record
+
+
+def proven(run: RunDir, record: Record) -> RouterAccess:
+    """Raises LaunchError when nobody or something else answers there."""
     finding = examine(record, run.secret())
     if finding is not Finding.PROVEN:
         raise LaunchError(
             f"{record.replica} at {record.url}: {finding}; `hpc-router status --run {run.path}` shows more"
         )
-    return RouterAccess(record.url, run.token(), record.replica)
+    return RouterAccess(record, run.token())

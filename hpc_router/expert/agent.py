@@ -1,12 +1,14 @@
 """The job body of a replica, from its port to its exit record; read `Agent._live` first.
 
-Listen, publish, start the engine, serve until told to drain or until the engine fails for good, then take all of it
-down in reverse. File writes go through one thread of their own: a shared file system that hangs stops nobody.
+Listen, publish, start the engine, serve until told to drain, until nobody wants it any more or until the engine fails
+for good, then take all of it down in reverse. File writes go through one thread of their own: a shared file system
+that hangs stops nobody.
 """
 
 import asyncio
 import logging
 import os
+import signal
 import socket
 from collections.abc import Mapping
 from contextlib import AsyncExitStack, suppress
@@ -17,7 +19,7 @@ from typing import Final
 from hpc_router import fabric
 from hpc_router.auth import new_token, replica_key
 from hpc_router.config import Deployment
-from hpc_router.errors import ConfigError, HpcRouterError
+from hpc_router.errors import ConfigError, HpcRouterError, RegistryError
 from hpc_router.expert.attempts import Alone, Attempts, Leading
 from hpc_router.expert.commands import Commands
 from hpc_router.expert.engines import Engine, Failure, Place, build_engine
@@ -38,6 +40,8 @@ from hpc_router.rundir import RunDir
 
 logger = logging.getLogger(__name__)
 
+WANTED_BEATS: Final = 5
+"""So often the agent looks whether it is still wanted: Slurm gives a job up whose node it cannot reach."""
 _MIB: Final = 2**20
 
 
@@ -62,18 +66,25 @@ class Agent:
         self._life = Life()
         self._draining = asyncio.Event()
         self._drain_reason = ""
+        self._from_outside = False  # the drain: by whoever may signal a job, perhaps us
+        self._signals: set[signal.Signals] = set()
         self._lost: Failure | None = None  # a rank, when the drain came: Slurm ends the job of a node that failed
         self._gate: Gate | None = None
         self._lease: Lease | None = None
 
-    def drain(self, why: str) -> None:
+    def signalled(self, number: signal.Signals) -> None:
+        """Drain. SIGINT is the user's at a terminal, SIGUSR2 Slurm's warning before the walltime ends."""
+        self._signals.add(number)
+        self.drain(number.name, from_outside=number is not signal.SIGINT)
+
+    def drain(self, why: str, *, from_outside: bool = False) -> None:
         """New requests are refused from now on; `run` returns when those in flight have ended."""
         if not self._draining.is_set():
             logger.info("draining: %s", why)
             if self._life.phase is Phase.RESTARTING and self._life.failure is not None:
                 self._lost = self._life.failure if self._life.failure.reason is Reason.RANK_LOST else None
             self.moved(Phase.DRAINING, engine_pid=self._life.engine_pid)
-            self._drain_reason = why
+            self._drain_reason, self._from_outside = why, from_outside
             self._draining.set()
 
     def moved(self, phase: Phase, *, failure: Failure | None = None, engine_pid: int | None = None) -> None:
@@ -103,8 +114,13 @@ class Agent:
         logger.info("exit: %s: %s", end.reason, end.message)
         with suppress(OSError, TimeoutError):
             async with asyncio.timeout(PATIENCE_S):
-                await self._files.run(partial(self._job.write, end))
+                await self._files.run(partial(self._leave, end))
         return end
+
+    def _leave(self, end: Exit) -> None:
+        """What others left of our end stands: it has been acted on."""
+        if self._job.exit() is None:
+            self._job.write(end)
 
     async def _live(self) -> Exit:
         cluster, router = self._deployment.cluster, self._deployment.router
@@ -129,12 +145,30 @@ class Agent:
             failure = await self._serve(self._supervisor(attempts, client, gate), gate) or self._lost
         if failure is not None:
             return Exit(ok=False, reason=failure.reason, message=failure.message)
-        return Exit(ok=True, reason=Reason.DRAINED, message=f"drained after {self._drain_reason}")
+        return await self._drained()
+
+    async def _drained(self) -> Exit:
+        """A job that was ended from outside before it ever served has failed, whatever ended it."""
+        if self._life.ready_at is not None or not self._from_outside or await self._asked():
+            return Exit(ok=True, reason=Reason.DRAINED, message=f"drained after {self._drain_reason}")
+        if signal.SIGUSR2 in self._signals:
+            said = "its walltime ended before its engine was ready: raise walltime, or shorten the start"
+            return Exit(ok=False, reason=Reason.WALLTIME, message=said)
+        said = "it was asked to end from outside before it was ready"
+        return Exit(ok=False, reason=Reason.CANCELLED, message=said)
+
+    async def _asked(self) -> bool:
+        """Whether it was us who asked this job to end."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(PATIENCE_S):
+                return await self._files.run(self._job.stop) is not None
+        return False
 
     async def _serve(self, supervisor: Supervisor, gate: Gate) -> Failure | None:
         """Until the engine fails for good (its failure) or the drain is complete (None); the engine has ended then."""
         supervising = asyncio.create_task(supervisor.run(), name="supervisor")
         draining = asyncio.create_task(self._draining.wait(), name="drain")
+        watching = asyncio.create_task(self._until_unwanted(), name="wanted")
         try:
             await asyncio.wait({supervising, draining}, return_when=asyncio.FIRST_COMPLETED)
             if supervising.done():
@@ -148,9 +182,29 @@ class Agent:
         finally:
             supervising.cancel()
             draining.cancel()
+            watching.cancel()
             if self._leading is not None:
                 self._lost = await self._leading.dismiss() or self._lost
-            await asyncio.gather(supervising, draining, return_exceptions=True)
+            await asyncio.gather(supervising, draining, watching, return_exceptions=True)
+
+    async def _until_unwanted(self) -> None:
+        """Drain then. While the file system hangs, one look waits for it."""
+        why = None
+        while why is None:
+            await asyncio.sleep(WANTED_BEATS * self._deployment.cluster.beat_s)
+            why = await self._files.run(self._unwanted)
+        self.drain(why)
+
+    def _unwanted(self) -> str | None:
+        """Why nobody wants this replica any more; None also for files that cannot be read."""
+        if (end := self._job.exit()) is not None:  # our own comes when we have left
+            return f"its job was given up: {end.message}"
+        if self._job.ended() is not None:
+            return "its batch script had ended"
+        with suppress(RegistryError):
+            if self._run.read_desired().get("down") is True:
+                return "the deployment was taken down"
+        return None
 
     def _make_gate(self, client: UpstreamClient) -> Gate:
         return Gate(
@@ -176,7 +230,7 @@ class Agent:
             interface=fabric.interface(self._address),
             beat_s=self._deployment.cluster.beat_s,
             command=lambda ranks: self._commands.at(replace(place, ranks=ranks)),
-            on_drain=self.drain,
+            on_drain=partial(self.drain, from_outside=True),
             clock=asyncio.get_running_loop().time,
         )
         return self._leading

@@ -9,6 +9,7 @@ nothing by itself: rank 0 has requests in flight that need this rank, so it is t
 import asyncio
 import json
 import logging
+import signal
 import socket
 from collections.abc import Mapping
 from contextlib import AsyncExitStack
@@ -43,7 +44,7 @@ _LONGEST_ORDER: Final = 64 * 1024
 
 
 class Follower:
-    """`run` lives the whole life; `drain` may be called at any time, and again."""
+    """`run` lives the whole life; `signalled` may be called at any time, and again."""
 
     def __init__(
         self,
@@ -74,9 +75,9 @@ class Follower:
         self._address = ""
         self._leaving = False
 
-    def drain(self, why: str) -> None:
+    def signalled(self, number: signal.Signals) -> None:
         if not self._leaving:
-            logger.info("%s: rank 0 is asked to drain", why)
+            logger.info("%s: rank 0 is asked to drain", number.name)
             self._leaving = True
 
     async def run(self) -> Exit:

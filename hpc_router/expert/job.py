@@ -71,7 +71,7 @@ async def _live(run: RunDir, replica: str, deployment: Deployment | None, files:
         raise
     loop = asyncio.get_running_loop()
     for number in STOP_SIGNALS:
-        loop.add_signal_handler(number, body.drain, number.name)
+        loop.add_signal_handler(number, body.signalled, number)
     end = await body.run()
     return 0 if end.ok else 1
 

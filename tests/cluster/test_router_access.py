@@ -26,7 +26,9 @@ async def test_the_router_of_the_record(tmp_path: Path, monkeypatch: pytest.Monk
     run = a_run(tmp_path)
     async with a_router(run, a_deployment("math")) as router:
         monkeypatch.setattr(access, "live_router", lambda _: record_of(router.url))
-        assert await asked(run) == RouterAccess(router.url, run.token(), "router-0.g1")
+        found = await asked(run)
+        assert found == RouterAccess(record_of(router.url), run.token())
+        assert (found.url, found.replica) == (router.url, "router-0.g1")
     with pytest.raises(LaunchError, match=rf"router-0\.g1 at {router.url}: nobody answers there"):
         await asked(run)
 

@@ -115,13 +115,12 @@ class OnSlurm(Deployed):
 
     def start_to_ready_s(self, replica: str) -> float:
         """From the start of its job, as Slurm saw it, to its first readiness."""
-        progress = self.job(replica).progress()
+        job = self.job(replica)
+        ready_at = eventually_sync(lambda: p.ready_at if (p := job.progress()) is not None else None)
         words = self.cluster.run(["scontrol", "--oneliner", "show", "job", self.job_id(replica)]).split()
         start = next(word.partition("=")[2] for word in words if word.startswith("StartTime="))
         started_at = float(self.cluster.run(["date", "--date", start, "+%s"]))
-        assert progress is not None
-        assert progress.ready_at is not None
-        return progress.ready_at - started_at
+        return ready_at - started_at
 
     def claimed(self, prefix: str = "") -> list[str]:
         """Replicas that ever were."""
