@@ -12,7 +12,7 @@ import logging
 import signal
 import socket
 from collections.abc import Mapping
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Final
@@ -23,7 +23,7 @@ from yarl import URL
 from hpc_router import fabric
 from hpc_router.auth import new_token
 from hpc_router.config import Deployment
-from hpc_router.errors import HpcRouterError, UpstreamError
+from hpc_router.errors import ConfigError, HpcRouterError, UpstreamError
 from hpc_router.expert.commands import Commands
 from hpc_router.expert.engines import Place, Ranks, build_engine
 from hpc_router.expert.group import ASSEMBLE_BEATS, SILENCE_BEATS
@@ -81,15 +81,26 @@ class Follower:
             self._leaving = True
 
     async def run(self) -> Exit:
-        """How it ended; the replica's exit record is rank 0's to write, as long as it can."""
+        """How it ended. The replica's exit record is rank 0's to write, as long as both live."""
         try:
             end = await self._live()
+        except ConfigError as error:
+            end = await self._failed(Reason.BAD_OPTION, str(error))
         except HpcRouterError as error:
-            end = Exit(ok=False, reason=Reason.BAD_OPTION, message=str(error))
-        except Exception as error:  # rank 0 will miss this one; its log says why
+            end = await self._failed(Reason.CRASHED, str(error))
+        except Exception as error:  # rank 0 will miss this one, and cannot know why
             logger.exception("rank %d failed", self._rank)
-            end = Exit(ok=False, reason=Reason.CRASHED, message=f"{type(error).__name__}: {error}")
+            end = await self._failed(Reason.CRASHED, f"{type(error).__name__}: {error}")
         logger.info("exit: %s: %s", end.reason, end.message)
+        return end
+
+    async def _failed(self, reason: Reason, message: str) -> Exit:
+        """Written down at once: rank 0 is ended with this one, and would say no more than that it was asked to."""
+        end = Exit(ok=False, reason=reason, message=f"rank {self._rank} on {socket.gethostname()}: {message}")
+        with suppress(OSError, TimeoutError):
+            async with asyncio.timeout(PATIENCE_S):
+                if await self._files.run(self._job.exit) is None:
+                    await self._files.run(partial(self._job.write, end))
         return end
 
     async def _live(self) -> Exit:

@@ -12,7 +12,7 @@ from hpc_router import frozen, wire
 from hpc_router.auth import replica_key
 from hpc_router.expert.agent import bind
 from hpc_router.expert.guard import descendants
-from hpc_router.jobdir import Phase, Reason
+from hpc_router.jobdir import JobDir, Phase, Reason
 from hpc_router.registry import Kind, Reader, Record, State, publish
 from hpc_router.relay.server import json_response, listening
 from hpc_router.rundir import RunDir
@@ -208,3 +208,17 @@ async def test_a_rank_that_cannot_be(run: RunDir, scratch: Path, value: str, mon
     monkeypatch.setenv("HPC_ROUTER_RANK", value)
     async with ranks(run, deployment(scratch)) as (agent, _):
         assert await agent.end() == 2
+
+
+async def test_a_rank_that_fails_before_it_has_reported_says_why(run: RunDir, scratch: Path) -> None:
+    """srun ends rank 0 with it: that one, asked to end before it was ready, would look as if nothing had been wrong."""
+    configured = deployment(scratch, nodes=2)
+    configured.cluster.scratch = "$NOT_SET_ON_THIS_NODE"
+    run.config.write_text(frozen.to_yaml(configured))
+    async with rank(run, 1) as other:
+        assert await other.wait() != 0
+    ended = JobDir(run, REPLICA).exit()
+    assert ended is not None
+    assert (ended.ok, ended.reason) == (False, Reason.BAD_OPTION)
+    assert ended.message.startswith("rank 1 on ")
+    assert "NOT_SET_ON_THIS_NODE" in ended.message
