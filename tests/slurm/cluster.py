@@ -3,7 +3,7 @@
 A controller, three GPU nodes, a CPU node: each a host of its own (host.py) on one bridge. Needs root and Debian's
 Slurm. What it holds of the machine is one claim, one bridge, one user and one folder (claim.py), gone after `down`.
 The file system is shared by all hosts, except /tmp and /dev/shm: what jobs are to see lies outside them, for
-instance in `shared`, and so must this clone and its environment.
+instance in `shared`. This clone with its environment is seen wherever it lies.
 """
 
 import argparse
@@ -30,7 +30,7 @@ PROGRAMS: Final = (
     *("ip", "nsenter", "unshare", "setpriv", "setsid", "useradd"),
 )
 BY_HAND: Final = Path("/var/tmp/hpcr-slurm")
-FOLDERS: Final = ("etc", "log", "run", "state", "spool", "munge", "database", "gpus", "home", "shared")
+FOLDERS: Final = ("etc", "log", "run", "state", "spool", "munge", "database", "gpus", "home", "shared", "clone")
 
 
 def lacking() -> str:

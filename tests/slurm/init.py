@@ -4,7 +4,8 @@
 descendant or was adopted by it, so one SIGKILL is a power cut and leaves nothing behind: no process, no mount, no
 device, no network. Run as a file, by any Python, with nothing but the standard library.
 Mounts are private to the host: its own /proc, /tmp and /dev/shm, the cluster's /etc/slurm and /etc/hosts, and null
-devices that Slurm takes for GPUs. Everything else is the machine's file system: the cluster's shared one.
+devices that Slurm takes for GPUs. Everything else is the machine's file system: the cluster's shared one, and on it the
+clone that this file belongs to, which is seen wherever it lies.
 """
 
 import os
@@ -15,6 +16,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+CLONE = Path(__file__).resolve().parents[2]
+OWN = ("/tmp", "/dev/shm")
+
 
 def mount(*arguments: str) -> None:
     subprocess.run(["mount", *arguments], check=True)
@@ -23,8 +27,14 @@ def mount(*arguments: str) -> None:
 def furnish(folder: Path, name: str, gpus: int) -> None:
     socket.sethostname(name)
     mount("-t", "proc", "proc", "/proc")
-    for own in ("/tmp", "/dev/shm"):
+    hidden = any(CLONE.is_relative_to(own) for own in OWN)
+    if hidden:
+        mount("--bind", str(CLONE), str(folder / "clone"))
+    for own in OWN:
         mount("-t", "tmpfs", "-o", "mode=1777", "tmpfs", own)
+    if hidden:
+        CLONE.mkdir(parents=True)
+        mount("--bind", str(folder / "clone"), str(CLONE))
     mount("--bind", str(folder / "etc"), "/etc/slurm")
     mount("--bind", str(folder / "etc" / "hosts"), "/etc/hosts")
     if gpus:
