@@ -19,9 +19,11 @@ from hpc_router import wire
 from hpc_router.config import RouterConfig
 from hpc_router.errors import UnavailableError, UpstreamConnectError, UpstreamError, UpstreamTimeoutError
 from hpc_router.registry import Kind
-from hpc_router.relay.downstream import Downstream, DownstreamGoneError
+from hpc_router.relay.delivery import DownstreamGoneError
+from hpc_router.relay.downstream import Downstream
+from hpc_router.relay.exchange import Upstream, UpstreamResponse
 from hpc_router.relay.headers import downstream_headers, upstream_headers
-from hpc_router.relay.upstream import Patience, UpstreamClient, UpstreamResponse
+from hpc_router.relay.patience import Patience
 from hpc_router.router.discovery import Discovery
 from hpc_router.router.metrics import Metrics
 from hpc_router.router.replicas import Event, Hold, Replica, ReplicaTable
@@ -67,7 +69,7 @@ class _TryElsewhereError(Exception):
 class Dispatcher:
     table: ReplicaTable
     discovery: Discovery
-    client: UpstreamClient
+    client: Upstream
     metrics: Metrics
     config: RouterConfig
 
