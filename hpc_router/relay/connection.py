@@ -9,7 +9,7 @@ import asyncio
 from collections.abc import Callable
 from typing import Final, cast
 
-from hpc_router.errors import UpstreamError
+from hpc_router.errors import UpstreamError, UpstreamTimeoutError
 from hpc_router.relay.exchange import Sink
 from hpc_router.relay.framing import ResponseFramer
 from hpc_router.relay.patience import Patience
@@ -62,6 +62,7 @@ class Connection(asyncio.Protocol):
         assert self._framer is None
         self._framer = ResponseFramer(head_only=head_only)
         self._patience, self.idle_s = patience, idle_s
+        patience.on_silence = self._give_up
         self._failure, self._sent, self._full, self._kept = None, False, False, 0
 
     async def send(self, head: bytes, body: bytes | None) -> None:
@@ -219,6 +220,10 @@ class Connection(asyncio.Protocol):
     def _fail(self, error: Exception) -> None:
         self._failure = error
         self.abort()
+
+    def _give_up(self) -> None:
+        self._fail(UpstreamTimeoutError("the replica fell silent"))
+        self._wake()
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():

@@ -7,15 +7,17 @@ too early, is set again.
 
 import asyncio
 import math
+from collections.abc import Callable
 
 
 class Patience:
-    """Ends the `asyncio.timeout` block that it was made for."""
+    """Calls `on_silence`, which its user sets, when the upstream has been silent for too long."""
 
-    __slots__ = ("_deadline", "_loop", "_most_s", "_rings_at", "_timeout", "_timer")
+    __slots__ = ("_deadline", "_loop", "_most_s", "_rings_at", "_timer", "on_silence", "spent")
 
-    def __init__(self, timeout: asyncio.Timeout) -> None:
-        self._timeout = timeout
+    def __init__(self, on_silence: Callable[[], None]) -> None:
+        self.on_silence = on_silence
+        self.spent = False
         self._loop = asyncio.get_running_loop()
         self._most_s = math.inf
         self._deadline: float | None = None  # None: nobody waits for the upstream
@@ -24,14 +26,12 @@ class Patience:
 
     def wait(self, limit_s: float) -> None:
         """From now on, silence for `limit_s` seconds is too long."""
-        self._deadline = deadline = self._loop.time() + min(limit_s, self._most_s)
+        self._deadline = deadline = self._loop.time() + (limit_s if limit_s < self._most_s else self._most_s)
         if deadline < self._rings_at:
             self._set(deadline)
 
     def rest(self) -> None:
         self._deadline = None
-        if self._timer is None:
-            self._unring()
 
     def end(self) -> None:
         """The exchange is over, whatever comes later."""
@@ -42,21 +42,14 @@ class Patience:
     def shorten(self, limit_s: float) -> None:
         """From now on no silence longer than this, whatever was asked for."""
         self._most_s = limit_s
-        if self._deadline is not None and not self._timeout.expired():
+        if self._deadline is not None and not self.spent:
             self.wait(limit_s)
 
     def _set(self, deadline: float) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        else:
-            self._unring()
         self._rings_at = deadline
         self._timer = self._loop.call_at(deadline, self._ring)
-
-    def _unring(self) -> None:
-        """It may have rung in this very step, and its block not know yet."""
-        if not self._timeout.expired():
-            self._timeout.reschedule(None)
 
     def _ring(self) -> None:
         self._timer, self._rings_at = None, math.inf
@@ -65,4 +58,5 @@ class Patience:
         if self._deadline > self._loop.time():
             self._set(self._deadline)
         else:
-            self._timeout.reschedule(self._deadline)
+            self.spent = True
+            self.on_silence()

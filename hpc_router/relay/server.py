@@ -51,6 +51,8 @@ async def read_body(request: web.BaseRequest, *, limit_s: float) -> bytes:
         await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         request.writer.output_size = 0  # what was sent is no part of the response
     try:
+        if request.content.is_eof():  # it came with its headers, as most do
+            return await request.read()
         async with asyncio.timeout(limit_s):
             return await request.read()
     except web.HTTPRequestEntityTooLarge as error:

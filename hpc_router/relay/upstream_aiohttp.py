@@ -85,7 +85,7 @@ class AiohttpClient:
         data = io.BytesIO(body) if body is not None and len(body) > _IN_ONE_PIECE else body
         try:
             async with asyncio.timeout(None) as timeout:
-                patience = Patience(timeout)
+                patience = Patience(lambda: timeout.reschedule(asyncio.get_running_loop().time()))
                 patience.wait(self._limits.first_byte_s)
                 if watch is not None:
                     watch(patience)

@@ -76,19 +76,12 @@ class Dispatcher:
     async def run(self, errand: Errand) -> web.StreamResponse:
         """Raises UnavailableError when no replica could be had in time."""
         try:
-            async with asyncio.timeout(None) as queue_limit:
-                return await self._attempts(errand, queue_limit)
+            return await self._attempts(errand)
         except asyncio.CancelledError:
             self.metrics.cancelled.labels(errand.phase).inc()
             raise
-        except TimeoutError as error:
-            waited = f"within {self.config.queue_timeout_s:g} s"
-            raise UnavailableError(
-                f"no replica of {' or '.join(errand.experts)} could take the request {waited}",
-                retry_after_s=RETRY_AFTER_S,
-            ) from error
 
-    async def _attempts(self, errand: Errand, queue_limit: asyncio.Timeout) -> web.StreamResponse:
+    async def _attempts(self, errand: Errand) -> web.StreamResponse:
         deadline = asyncio.get_running_loop().time() + self.config.queue_timeout_s
         attempts = 0
         while attempts < MAX_ATTEMPTS:
@@ -97,10 +90,8 @@ class Dispatcher:
                 return errand.refusal
             if hold is None:
                 errand.phase = "queued"
-                queue_limit.reschedule(deadline)
-                hold = await self.table.wait(errand.experts, avoid=errand.avoid)
+                hold = await self._wait(errand, deadline)
             with hold:
-                queue_limit.reschedule(None)
                 attempts += 1
                 try:
                     return await self._attempt(errand, hold)
@@ -109,6 +100,17 @@ class Dispatcher:
         if errand.refusal is not None:
             return errand.refusal
         raise UnavailableError(f"{attempts} replicas failed one after the other", retry_after_s=RETRY_AFTER_S)
+
+    async def _wait(self, errand: Errand, deadline: float) -> Hold:
+        try:
+            async with asyncio.timeout_at(deadline):
+                return await self.table.wait(errand.experts, avoid=errand.avoid)
+        except TimeoutError as error:
+            waited = f"within {self.config.queue_timeout_s:g} s"
+            raise UnavailableError(
+                f"no replica of {' or '.join(errand.experts)} could take the request {waited}",
+                retry_after_s=RETRY_AFTER_S,
+            ) from error
 
     async def _attempt(self, errand: Errand, hold: Hold) -> web.StreamResponse:
         replica, expert = hold.replica, hold.expert
