@@ -52,6 +52,7 @@ class ResponseFramer:
     def feed(self, data: bytes) -> None:
         """Raises UpstreamError; what came before the error is there all the same."""
         assert self._parser is not None
+        before = len(self.pieces)
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserError as error:
@@ -59,11 +60,10 @@ class ResponseFramer:
                 cause = error.__context__ if isinstance(error.__context__, UpstreamError) else error
                 raise UpstreamError(f"the replica's answer is malformed: {cause}") from error
             self.keep_alive = False  # the answer is whole, what follows it is not ours
-        if self.pieces:
+        if len(self.pieces) > before:
             self._bare = 0
             if self._head_only:
                 self.pieces.clear()
-                self.keep_alive = False
         else:
             self._bare += len(data)
             if self._bare > MAX_HEAD_BYTES and not self.complete:
@@ -112,7 +112,8 @@ class ResponseFramer:
         coding = ",".join(headers.getall("transfer-encoding", ())).lower()
         if coding and (coding != "chunked" or version == "1.0"):
             raise UpstreamError(f"transfer-encoding {coding[:40]!r} in HTTP/{version}")
-        self.keep_alive = self._parser.should_keep_alive()
+        # The parser takes what follows the answer to HEAD for its body, so nobody can tell whether anything does.
+        self.keep_alive = self._parser.should_keep_alive() and not self._head_only
         self._until_close = not (coding or "content-length" in headers or status in _WITHOUT_BODY)
         self.headers, self.status = CIMultiDictProxy(headers), status
         self.complete = self._head_only
