@@ -4,13 +4,15 @@ import asyncio
 import socket
 import struct
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 
 from yarl import URL
+
+from hpc_router.relay.exchange import Upstream
 
 
 class End(Enum):
@@ -20,6 +22,7 @@ class End(Enum):
 
 
 Answer = Sequence[bytes | End]
+MakeClient = Callable[..., AbstractAsyncContextManager[Upstream]]
 
 
 @dataclass

@@ -96,7 +96,7 @@ async def ask(client: Upstream, case: Case, *, by_sink: bool) -> Seen | None:
                     await got.flow(sink)
                 else:
                     sink.body = await got.read(2**20)
-                return got.status, list(got.headers.items()), sink.body
+                return got.status, [(name.lower(), value) for name, value in got.headers.items()], sink.body
         except UpstreamError:
             return None
 

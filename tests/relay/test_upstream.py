@@ -1,8 +1,6 @@
 """The upstream side against servers that send exactly what a script says: the client that serves, and its reference."""
 
 import asyncio
-from collections.abc import Callable
-from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +12,12 @@ from hpc_router.errors import UpstreamConnectError, UpstreamError, UpstreamTimeo
 from hpc_router.relay import upstream as upstream_module
 from hpc_router.relay.exchange import Limits, Upstream
 from hpc_router.relay.upstream import UpstreamClient, request_head
-from hpc_router.relay.upstream_aiohttp import AiohttpClient
 from tests.relay.malformed import ENDLESS, MALFORMED, TRUNCATED
-from tests.relay.scripted import CHUNKED, End, chunked, head, scripted, sized
+from tests.relay.scripted import CHUNKED, Answer, End, MakeClient, chunked, head, scripted, sized
 from tests.waiting import GUARD_S, eventually
 
 PATIENT = Limits(connect_s=GUARD_S, first_byte_s=GUARD_S, idle_s=GUARD_S)
 HASTY = Limits(connect_s=GUARD_S, first_byte_s=0.1, idle_s=0.1)
-MakeClient = Callable[..., AbstractAsyncContextManager[Upstream]]
-
-
-@pytest.fixture(params=[UpstreamClient, AiohttpClient])
-def make_client(request: pytest.FixtureRequest) -> MakeClient:
-    made: MakeClient = request.param
-    return made
 
 
 @pytest.fixture
@@ -110,7 +100,7 @@ async def test_what_has_no_end_is_refused(beginning: bytes, more: bytes) -> None
 
 async def test_what_came_before_the_garbage_is_passed_on(make_client: MakeClient) -> None:
     garbage = b"!garbage!\r\n"
-    answer = [head(CHUNKED), b"3\r\nabc\r\n", garbage, End.HANG]
+    answer: Answer = [head(CHUNKED), b"3\r\nabc\r\n", garbage, End.HANG]
     async with scripted(answer) as server, make_client(HASTY) as client:
         got: list[bytes] = []
         with pytest.raises(UpstreamError):
@@ -140,7 +130,7 @@ async def test_a_refused_connection(make_client: MakeClient, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("answer", [[End.HANG], [b"HTTP/1.1 200", End.HANG], [head(status=b"100 x"), End.HANG]])
-async def test_silence_before_the_answer(make_client: MakeClient, answer: Any) -> None:
+async def test_silence_before_the_answer(make_client: MakeClient, answer: Answer) -> None:
     async with scripted(answer) as server, make_client(HASTY) as client:
         with pytest.raises(UpstreamTimeoutError):
             await fetch(client, server.url)
@@ -183,7 +173,7 @@ async def test_bodies_go_out_as_they_are(make_client: MakeClient, size: int) -> 
 
 async def test_an_answer_before_the_body_is_taken_ends_the_sending() -> None:
     """An engine may refuse a body that it does not read; who goes on sending never sees why."""
-    answer = [sized(b"too large", status=b"413 x"), End.HANG]
+    answer: Answer = [sized(b"too large", status=b"413 x"), End.HANG]
     async with scripted(answer, reads_bodies=False) as server, UpstreamClient(PATIENT) as client:
         assert await fetch(client, server.url, "POST", body=b"x" * 2**26) == (413, b"too large")
         assert len(client.pool) == 0
@@ -205,7 +195,7 @@ async def test_names_and_ipv6_addresses(make_client: MakeClient, host: str, name
 @pytest.mark.parametrize(
     "answer", [[End.HANG], [head(CHUNKED) + b"3\r\nabc\r\n", End.HANG]], ids=["waiting", "reading"]
 )
-async def test_who_is_cancelled_has_closed_the_connection(make_client: MakeClient, answer: Any) -> None:
+async def test_who_is_cancelled_has_closed_the_connection(make_client: MakeClient, answer: Answer) -> None:
     async with scripted(answer) as server, make_client(PATIENT) as client:
         task = asyncio.create_task(fetch(client, server.url))
         await eventually(lambda: server.heads)
@@ -375,7 +365,7 @@ async def test_what_a_sink_raises_ends_the_exchange(make_client: MakeClient, at:
                 raise LookupError("enough")
             return True
 
-    steps = [head(CHUNKED), *[b"1\r\nx\r\n"] * 100_000, End.HANG]
+    steps: Answer = [head(CHUNKED), *[b"1\r\nx\r\n"] * 100_000, End.HANG]
     async with scripted(steps) as server, make_client(PATIENT) as client:
         with pytest.raises(LookupError):
             async with client.request("GET", server.url) as answer:

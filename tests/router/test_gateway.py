@@ -13,6 +13,8 @@ import openai
 import pytest
 from yarl import URL
 
+from hpc_router.relay.upstream import UpstreamClient
+from hpc_router.relay.upstream_aiohttp import AiohttpClient
 from hpc_router.router.replicas import Standing
 from tests.router.fakes import (
     RunningRouter,
@@ -35,6 +37,12 @@ CHAT = "/v1/chat/completions"
 
 def chat(model: str = "math", *, stream: bool = False, **fields: Any) -> dict[str, Any]:
     return {"model": model, "messages": [{"role": "user", "content": "2+2?"}], "stream": stream, **fields}
+
+
+@pytest.fixture(params=[UpstreamClient, AiohttpClient], autouse=True)
+def upstream_client(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test holds over the reference client as well."""
+    monkeypatch.setattr("tests.router.fakes.MAKE_CLIENT", request.param)
 
 
 @asynccontextmanager
