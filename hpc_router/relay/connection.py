@@ -158,8 +158,11 @@ class Connection(asyncio.Protocol):
         assert self._patience is not None
         self._patience.wait(self.idle_s)
         pieces = self._framer.pieces
-        data = pieces[0] if len(pieces) == 1 else b"".join(pieces)
-        pieces.clear()
+        if len(pieces) == 1:
+            data = pieces.pop()
+        else:
+            data = b"".join(pieces)
+            pieces.clear()
         self._kept = 0
         if not self._reading:
             self._resume_reading()

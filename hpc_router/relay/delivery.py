@@ -25,6 +25,7 @@ class Delivery:
     def __init__(self, request: web.BaseRequest, *, write_s: float | None = None) -> None:
         self._request = request
         self._write_s = write_s
+        self._protocol = request.protocol
         self._transport: asyncio.Transport | None = None
         self._chunked = False
 
@@ -51,7 +52,7 @@ class Delivery:
         if self._transport.is_closing():
             raise DownstreamGoneError("the client has gone")
         self._transport.write(b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
-        return not self._request.protocol.writing_paused
+        return not self._protocol.writing_paused
 
     async def drain(self) -> None:
         """Until the client has taken most of what was written."""

@@ -95,7 +95,9 @@ class _Events(_Body):
             events = self._splitter.feed(data)
         except EventTooLargeError as error:
             raise UpstreamError(str(error)) from error
-        return not events or super().take(events)
+        if not events:
+            return True
+        return self._delivery.write(events) if self._delivery is not None else super().take(events)
 
     def check_end(self) -> None:
         if self._splitter.tail:
