@@ -3,9 +3,9 @@
     python analysis/relay_cost.py --streams 300 --seconds 6 --tree before=/path/to/an/older/checkout
 
 The engine, the load and each router are processes of their own; what is measured is the router's CPU time alone
-(/proc/PID/task/*/schedstat), so the others only have to keep up, which the count of events per second shows. `floor` copies
-bytes blindly between two connections: the least that Python can do. `aiohttp` is this tree over the reference client.
-Every answer and every stream is checked to be complete.
+(/proc/PID/task/*/schedstat), so the others only have to keep up; the median hop shows whether they do. Events are
+counted while all streams are open. `floor` copies bytes blindly between two connections: the least that Python can do.
+`aiohttp` is this tree over the reference client. Every answer and every stream is checked to be complete.
 """
 
 import argparse
@@ -25,7 +25,9 @@ HERE = Path(__file__).resolve()
 MESSAGES = [{"role": "user", "content": "What is the sum of the first hundred odd numbers? " * 4}]
 ANSWER = json.dumps({"id": "c", "object": "chat.completion", "choices": [{"message": {"content": "x" * 200}}]}).encode()
 CARD = b'{"object":"list","data":[{"id":"math","object":"model"}]}'
-EVENT = b'data: {"id":"c","object":"chat.completion.chunk","choices":[{"index":0,"delta":{"content":" token"}}],"t":%d}\n\n'
+EVENT = (
+    b'data: {"id":"c","object":"chat.completion.chunk","choices":[{"index":0,"delta":{"content":" token"}}],"t":%d}\n\n'
+)
 PATH = "/v1/chat/completions"
 
 
@@ -56,7 +58,9 @@ class Engine(asyncio.Protocol):
         if not call["stream"]:
             self.transport.write(plain(ANSWER))
             return
-        self.transport.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n")
+        self.transport.write(
+            b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
+        )
         self.left, self.gap = call["max_tokens"], 1 / call["rate"]
         self.loop = asyncio.get_running_loop()
         self.at = self.loop.time()
@@ -176,6 +180,8 @@ async def every(
     for _ in range(count):
         clients.append((await loop.create_connection(lambda: Client(ask, over), "127.0.0.1", port))[1])
         await asyncio.sleep(spread_s / count)
+    if spread_s:
+        print("begun", flush=True)
     await asyncio.gather(*(client.done for client in clients))
     return clients
 
@@ -206,7 +212,7 @@ async def route(engine: int, *, reference: bool) -> None:
     registry.publish(run.registry, record)
     deployment = Deployment(
         experts={"math": ExpertConfig(model="m", engine=EngineConfig(kind="sim"))},
-        router=RouterConfig(discovery_s=0.1, probe_s=1.0, max_in_flight=100_000),
+        router=RouterConfig(discovery_s=1.0, max_in_flight=100_000),
     )
     deployment.policy.kind, deployment.policy.fallback = "model_field", "math"
     sock = socket.create_server(("127.0.0.1", 0))
@@ -218,15 +224,16 @@ async def route(engine: int, *, reference: bool) -> None:
 
 
 @contextmanager
-def process(role: str, *args: object, tree: Path | None = None) -> Iterator[tuple[int, list[str]]]:
-    """A role in a process of its own: its id and the words it says once it serves."""
+def process(role: str, *args: object, tree: Path | None = None) -> Iterator[tuple[int, Callable[[], list[str]]]]:
+    """A role in a process of its own: its id, and what reads the next line that it says."""
     environment = os.environ | {"PYTHONPATH": str(tree or HERE.parents[1])}
     started = subprocess.Popen(
         [sys.executable, str(HERE), role, *map(str, args)], env=environment, stdout=subprocess.PIPE, text=True
     )
     assert started.stdout is not None
+    lines = started.stdout
     try:
-        yield started.pid, started.stdout.readline().split()
+        yield started.pid, lambda: lines.readline().split()
     finally:
         started.kill()
         started.wait()
@@ -243,19 +250,24 @@ def private_mb(pid: int) -> float:
 
 
 def measure(name: str, pid: int, said: list[str], args: argparse.Namespace) -> None:
-    token = said[1] if len(said) > 1 else "none"
-    rows = []
-    for kind, load in (
-        ("short", ["short", said[0], token, args.connections, args.seconds]),
-        ("stream", ["stream", said[0], token, args.streams, args.rate, args.seconds]),
-    ):
-        before = cpu_s(pid)
-        with process(*load) as (_, words):
-            result = json.loads(" ".join(words))
-        rows.append(f"{kind} {(cpu_s(pid) - before) / result['count'] * 1e6:6.1f} us")
-        if kind == "stream":
-            rows.append(f"hop p50 {result['p50_ms']:.2f} p99 {result['p99_ms']:.2f} ms")
-    print(f"{name:10} {'   '.join(rows)}   private {private_mb(pid):.0f} MB", flush=True)
+    port, token = said[0], said[1] if len(said) > 1 else "none"
+    before = cpu_s(pid)
+    with process("short", port, token, args.connections, args.seconds) as (_, listen):
+        count = json.loads(" ".join(listen()))["count"]
+    short_us = (cpu_s(pid) - before) / count * 1e6
+    with process("stream", port, token, args.streams, args.rate, args.seconds + 3) as (_, listen):
+        assert listen() == ["begun"]
+        time.sleep(1)
+        before, begun_at = cpu_s(pid), time.monotonic()
+        time.sleep(args.seconds)  # the streams' own clock makes the events
+        event_us = (cpu_s(pid) - before) / (time.monotonic() - begun_at) / args.streams / args.rate * 1e6
+        memory_mb = private_mb(pid)
+        hops = json.loads(" ".join(listen()))
+    print(
+        f"{name:10} short {short_us:6.1f} us   event {event_us:6.1f} us   private {memory_mb:.0f} MB"
+        f"   hop p50 {hops['p50_ms']:.2f} p99 {hops['p99_ms']:.2f} ms",
+        flush=True,
+    )
 
 
 def main() -> None:
@@ -269,7 +281,8 @@ def main() -> None:
     parser.add_argument("--only", default="", help="names, comma-separated")
     args = parser.parse_args()
     trees = {name: Path(folder) for name, folder in (pair.split("=", 1) for pair in args.tree)}
-    with process("engine") as (_, [port]):
+    with process("engine") as (_, listen):
+        port = listen()[0]
         variants = {
             "floor": ("floor", port),
             **{name: ("route", port, folder) for name, folder in trees.items()},
@@ -279,8 +292,8 @@ def main() -> None:
         for _ in range(args.rounds):
             for name, (role, engine, *tree) in variants.items():
                 if not args.only or name in args.only.split(","):
-                    with process(role, engine, tree=tree[0] if tree else None) as (pid, said):
-                        measure(name, pid, said, args)
+                    with process(role, engine, tree=tree[0] if tree else None) as (pid, listen):
+                        measure(name, pid, listen(), args)
 
 
 def play(role: str, *given: str) -> None:
@@ -297,9 +310,7 @@ def play(role: str, *given: str) -> None:
             load = short_requests(int(given[0]), given[1], connections=int(given[2]), seconds=float(given[3]))
             print(json.dumps(uvloop.run(load)))
         case "stream":
-            load = streams(
-                int(given[0]), given[1], count=int(given[2]), rate=float(given[3]), seconds=float(given[4])
-            )
+            load = streams(int(given[0]), given[1], count=int(given[2]), rate=float(given[3]), seconds=float(given[4]))
             print(json.dumps(uvloop.run(load)))
 
 
