@@ -28,13 +28,16 @@ OWN_HEADERS: Final = ("host", "content-length", "transfer-encoding")
 
 
 class UpstreamClient:
-    """Connections to upstream servers, kept between requests. With a `socket_path` all of them go there."""
+    """Connections to upstream servers, kept between requests. With a `socket_path` all of them go there.
 
-    def __init__(self, limits: Limits, *, socket_path: str | None = None) -> None:
+    `tls`: whom to believe behind https; None: the system's certificates, read when first needed.
+    """
+
+    def __init__(self, limits: Limits, *, socket_path: str | None = None, tls: ssl.SSLContext | None = None) -> None:
         self.limits = limits
         self._socket_path = socket_path
         self.pool: Pool[Origin, Connection] = Pool(keep_s=KEEP_ALIVE_S)
-        self._tls: ssl.SSLContext | None = None
+        self._tls = tls
 
     async def __aenter__(self) -> Self:
         return self

@@ -2,6 +2,7 @@
 
 import asyncio
 import socket
+import ssl
 import struct
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -78,13 +79,17 @@ class Scripted:
 
 @asynccontextmanager
 async def scripted(
-    *answers: Answer, reads_bodies: bool = True, host: str = "127.0.0.1", path: Path | None = None
+    *answers: Answer,
+    reads_bodies: bool = True,
+    host: str = "127.0.0.1",
+    path: Path | None = None,
+    tls: ssl.SSLContext | None = None,
 ) -> AsyncIterator[Scripted]:
     made = Scripted(deque(answers), URL("http://engine/"), reads_bodies)
     if path is not None:
         server = await asyncio.start_unix_server(made.serve, path)
     else:
-        server = await asyncio.start_server(made.serve, host, 0)
+        server = await asyncio.start_server(made.serve, host, 0, ssl=tls)
         made.url = URL.build(scheme="http", host=host, port=server.sockets[0].getsockname()[1], path="/")
     try:
         yield made

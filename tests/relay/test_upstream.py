@@ -1,6 +1,9 @@
 """The upstream side against servers that send exactly what a script says: the client that serves, and its reference."""
 
 import asyncio
+import shutil
+import ssl
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -203,6 +206,30 @@ async def test_who_is_cancelled_has_closed_the_connection(make_client: MakeClien
         with pytest.raises(asyncio.CancelledError):
             await task
         await eventually(lambda: server.left == 1)
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl to make a certificate")
+async def test_https_believes_only_certificates_it_knows(short: Path) -> None:
+    key, certificate = short / "key", short / "certificate"
+    name = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]
+    make = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", *name]
+    await asyncio.to_thread(
+        subprocess.run, [*make, "-keyout", str(key), "-out", str(certificate)], check=True, capture_output=True
+    )
+    own = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    own.load_cert_chain(certificate, key)
+    known = ssl.create_default_context(cafile=certificate)
+    async with scripted([sized(b"abc")], tls=own) as server:
+        port = server.url.port
+        async with UpstreamClient(PATIENT, tls=known) as client:
+            for _ in range(2):
+                assert await fetch(client, URL(f"https://localhost:{port}/")) == (200, b"abc")
+            assert server.connections == 1
+            with pytest.raises(UpstreamConnectError):
+                await fetch(client, URL(f"https://127.0.0.1:{port}/"))
+        async with UpstreamClient(PATIENT) as stranger:
+            with pytest.raises(UpstreamConnectError):
+                await fetch(stranger, URL(f"https://localhost:{port}/"))
 
 
 async def test_leaving_early_closes_the_connection(make_client: MakeClient) -> None:
