@@ -5,7 +5,7 @@ complete, so until then a failure can go elsewhere. Once committed, only whole e
 stream with an error event (a stream) or with a broken connection (a long answer that was not held); never silently.
 """
 
-from typing import Any
+from typing import Any, Final
 
 from aiohttp import web
 from multidict import CIMultiDict
@@ -14,6 +14,9 @@ from hpc_router.errors import UpstreamError
 from hpc_router.relay.delivery import Delivery
 from hpc_router.relay.exchange import UpstreamResponse
 from hpc_router.relay.sse import CONTENT_TYPE, EventSplitter, EventTooLargeError, error_event
+
+_SHORT_BYTES: Final = 2**16
+"""What aiohttp may be left to send at its leisure."""
 
 
 class Downstream:
@@ -41,8 +44,13 @@ class Downstream:
             return
         body = _Body(self, upstream.status, headers, hold_bytes=self._hold_bytes)
         await upstream.flow(body)
-        if not self.committed:
+        if self.committed:
+            return
+        if len(body.held) <= _SHORT_BYTES:
             self.response = web.Response(status=upstream.status, headers=headers, body=bytes(body.held))
+        else:  # the client's place is held until it has taken most of it
+            body.length = len(body.held)
+            await body.make_room()
 
     async def break_off(self, error: dict[str, Any]) -> None:
         """End a committed response that cannot be completed."""
@@ -52,9 +60,10 @@ class Downstream:
         elif not self._delivery.write(error_event(error)):
             await self._delivery.drain()
 
-    async def commit(self, status: int, headers: CIMultiDict[str]) -> Delivery:
+    async def commit(self, status: int, headers: CIMultiDict[str], *, length: int | None = None) -> Delivery:
         """From here on there is no other replica to go to."""
         self.response = web.StreamResponse(status=status, headers=headers)
+        self.response.content_length = length
         await self._delivery.begin(self.response)
         return self._delivery
 
@@ -68,6 +77,7 @@ class _Body:
         self._hold_bytes = hold_bytes
         self._delivery: Delivery | None = None
         self.held = bytearray()
+        self.length: int | None = None  # once all of it is held
 
     def take(self, data: bytes) -> bool:
         if self._delivery is not None:
@@ -77,7 +87,7 @@ class _Body:
 
     async def make_room(self) -> None:
         if self._delivery is None:
-            self._delivery = await self._downstream.commit(*self._head)
+            self._delivery = await self._downstream.commit(*self._head, length=self.length)
             self._delivery.write(bytes(self.held))
             self.held.clear()
         await self._delivery.drain()

@@ -19,7 +19,7 @@ from hpc_router.relay.exchange import Limits
 from hpc_router.relay.server import Handler, listening
 from hpc_router.relay.sse import CONTENT_TYPE
 from hpc_router.relay.upstream import UpstreamClient
-from tests.relay.scripted import CHUNKED, Answer, End, MakeClient, Scripted, head, scripted
+from tests.relay.scripted import CHUNKED, Answer, End, MakeClient, Scripted, head, scripted, sized
 from tests.waiting import GUARD_S, eventually
 
 LIMITS = Limits(connect_s=GUARD_S, first_byte_s=GUARD_S, idle_s=GUARD_S)
@@ -115,10 +115,10 @@ class Relayed:
 
 @asynccontextmanager
 async def relayed(
-    *answers: Answer, make_client: MakeClient = UpstreamClient, write_s: float = GUARD_S
+    *answers: Answer, make_client: MakeClient = UpstreamClient, write_s: float = GUARD_S, hold_bytes: int = 2**20
 ) -> AsyncIterator[Relayed]:
     async def handler(request: web.BaseRequest) -> web.StreamResponse:
-        downstream = Downstream(request, hold_bytes=2**20, write_s=write_s)
+        downstream = Downstream(request, hold_bytes=hold_bytes, write_s=write_s)
         try:
             async with client.request("GET", server.url) as upstream:
                 await downstream.pass_on(upstream, CIMultiDict({"content-type": upstream.content_type}))
@@ -161,6 +161,27 @@ async def test_a_slow_client_stalls_its_own_upstream_and_nobody_else(make_client
         await eventually(lambda: at.ends == ["complete", "complete"])
         for writer in (slow_writer, swift_writer):
             writer.close()
+
+
+@pytest.mark.parametrize("size", [0, 2**16, 2**16 + 1, 2**20])
+async def test_an_answer_that_was_held_has_its_length(make_client: MakeClient, size: int) -> None:
+    async with relayed([sized(b"x" * size)], make_client=make_client) as at:
+        for _ in range(2):
+            reader, writer = await ask(at.port)
+            received = (await reader.readuntil(b"\r\n\r\n")).lower()
+            assert b"content-length: %d\r\n" % size in received
+            assert b"transfer-encoding" not in received
+            assert await reader.readexactly(size) == b"x" * size
+            writer.close()
+        assert at.ends == ["complete"] * 2
+
+
+async def test_a_client_that_does_not_take_a_held_answer_is_given_up(make_client: MakeClient) -> None:
+    """Its memory is not kept for ever."""
+    async with relayed([sized(PIECE * 256)], make_client=make_client, write_s=0.1, hold_bytes=2**30) as at:
+        _, writer = await ask(at.port)
+        await eventually(lambda: at.ends in (["the client reads no more"], ["cancelled"]))
+        writer.close()
 
 
 async def test_a_client_that_reads_no_more_is_given_up(make_client: MakeClient) -> None:
