@@ -216,7 +216,8 @@ async def route(engine: int, *, reference: bool) -> None:
     )
     deployment.policy.kind, deployment.policy.fallback = "model_field", "math"
     sock = socket.create_server(("127.0.0.1", 0))
-    async with serving(run, deployment, replica="router-0.g1", sock=sock, files=FileThread("f"), **options) as gateway:
+    parts = serving(run, deployment, replica="router-0.g1", nonce="n", sock=sock, files=FileThread("f"), **options)
+    async with parts as gateway:
         while not gateway.table.ready():
             await asyncio.sleep(0.05)
         print(sock.getsockname()[1], run.token(), flush=True)

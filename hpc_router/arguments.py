@@ -157,7 +157,8 @@ def _using(verbs: "_Verbs[_Parser]") -> None:
         verbs,
         "token",
         "print the owner's token",
-        'curl -H "Authorization: Bearer $(hpc-router token)" $(hpc-router url)/v1/models',
+        "curl --noproxy '*' -H @<(printf 'Authorization: Bearer %s\\n' \"$(hpc-router token)\") \\\n"
+        '     "$(hpc-router url)/v1/models"     # bash; everybody on a node can read what stands on a command line',
     )
 
 

@@ -97,8 +97,21 @@ def _check_cluster(cluster: ClusterConfig) -> None:
         _not_negative(f"cluster.{name}", getattr(cluster, name))
     if cluster.fabric is not None:
         check_fabric(cluster.fabric)
+    if cluster.kind == "local":
+        _check_no_slurm(cluster)
     check_options("cluster", cluster, warn_s=cluster.warn_s)
     check_script(cluster)
+
+
+def _check_no_slurm(cluster: ClusterConfig) -> None:
+    """A site's file that forgets `kind: slurm` would start its engines on the login node."""
+    for name in ("partition", "account", "qos", "reservation"):
+        if getattr(cluster, name) is not None:
+            key = f"cluster.{name}"
+            raise ConfigError(
+                f"{key}={getattr(cluster, name)}: only Slurm has that, and cluster.kind is local; say `kind: slurm`",
+                key=key,
+            )
 
 
 def _check_router_job(resources: ResourceConfig, cluster: ClusterConfig) -> None:

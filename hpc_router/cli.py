@@ -101,8 +101,9 @@ def _say_how(run: RunDir, url: str) -> None:
     name = shlex.quote(os.path.relpath(run.path) if run.path.is_relative_to(Path.cwd()) else str(run.path))
     print(f"serving at {url}/v1  (model: auto, or an expert's name)\n")
     print(f'  hpc-router chat --run {name} "Is 91 a prime?"')
-    print(f'  curl {url}/v1/chat/completions -H "Authorization: Bearer $(hpc-router token --run {name})" \\')
-    print("    -H 'Content-Type: application/json' \\")
+    print(f"  curl --noproxy '*' {url}/v1/chat/completions -H 'Content-Type: application/json' \\")
+    # bash; the token on curl's own command line could be read by everybody on the node
+    print(f"""    -H @<(printf 'Authorization: Bearer %s\\n' "$(hpc-router token --run {name})") \\""")
     print("""    -d '{"model": "auto", "messages": [{"role": "user", "content": "Is 91 a prime?"}]}'""")
     print(f"  OPENAI_BASE_URL={url}/v1 OPENAI_API_KEY=$(hpc-router token --run {name}) python your_program.py")
     print(f"  hpc-router down --run {name}")
@@ -171,12 +172,13 @@ def route(arguments: argparse.Namespace) -> int:
 def chat(arguments: argparse.Namespace) -> int:
     from hpc_router.cluster.router_access import router_access
 
-    access = router_access(find_run(arguments.run))
+    run = find_run(arguments.run)
     prompt = arguments.prompt if arguments.prompt is not None or sys.stdin.isatty() else sys.stdin.read()
     messages: list[dict[str, str]] = []
 
     def turn(text: str) -> None:
         messages.append({"role": "user", "content": text})
+        access = router_access(run)  # each time: the router may have moved, and its old port be a stranger's
         messages.append({"role": "assistant", "content": asyncio.run(_answer(access, messages, arguments.model))})
 
     if prompt is not None:
@@ -219,9 +221,9 @@ def url(arguments: argparse.Namespace) -> int:
     run = find_run(arguments.run)
     if not arguments.ssh and not arguments.json:
         return _print_lines([router_access(run).url])
-    tunnel = tunnel_to(run, port=arguments.port)
+    tunnel = tunnel_to(run, port=arguments.port, unproven=arguments.ssh)
     if arguments.json:
-        return _print({"url": tunnel.url, "ssh": list(tunnel.argv)})
+        return _print({"url": tunnel.url, "ssh": list(tunnel.argv), "proven": tunnel.unproven is None})
     sys.stderr.writelines(f"{note}\n" for note in tunnel.notes())
     return _print_lines([tunnel.line])
 

@@ -1,8 +1,8 @@
 """In-cluster clients: the official openai client, which finds a run's router by itself and follows it when it moves.
 
-The registry is asked at each request, so neither a router's new address nor a new token needs a restart. Nothing goes
-through proxies. Whoever uses another library takes `endpoint`, and takes it again when a call fails.
-Importing this loads neither openai nor an HTTP library.
+The registry is asked at each request, so neither a router's new address nor a new token needs a restart. The token goes
+to nothing that has not proven to be the router, and nothing goes through proxies. Whoever uses another library takes
+`endpoint`, and takes it again when a call fails. Importing this loads neither openai nor an HTTP library.
 """
 
 from dataclasses import dataclass, field
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from hpc_router.errors import ConfigError
 from hpc_router.leader import Leader, NoRouterError
+from hpc_router.proof import Finding, examine
 from hpc_router.rundir import RunDir, find_run
 
 if TYPE_CHECKING:
@@ -39,12 +40,18 @@ class Endpoint:
 
 
 def endpoint(run: str | PathLike[str] | None = None) -> Endpoint:
-    """Of the run directory `run` (default: $HPC_ROUTER_RUN, then runs/latest). Raises NoRouterError."""
+    """Of the run directory `run` (default: $HPC_ROUTER_RUN, then runs/latest).
+
+    Raises NoRouterError, also when what answers at the address does not prove to be the router.
+    """
     found = _run(run)
     leader = Leader(found)
-    router = leader.look()
+    router = leader.look(doubt=True)
     if router is None:
         raise leader.missing()
+    finding = examine(router, found.secret())
+    if finding is not Finding.PROVEN:
+        raise NoRouterError(f"{router.replica} at {router.url}: {finding}; {leader.missing()}")
     return Endpoint(router.url, found.token())
 
 

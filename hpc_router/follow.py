@@ -2,24 +2,27 @@
 
 Rules: what provably reached nobody (no connection, a router that drains) is tried again until a router takes it or
 `follow_s` is over; a request whose connection ended before any answer is sent once more, never twice more; whatever the
-router answered goes to the caller. The token is added here, once the address is known, so that it cannot go elsewhere.
+router answered goes to the caller. The token is added here, once what answers at the address has proven to be the
+router (`proof`), so that it cannot go elsewhere. One proof serves all requests of a client; what goes wrong ends it.
 Only `hpc_router.client` imports this, when it makes a client: it loads openai.
 """
 
 import importlib
 import random
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import TYPE_CHECKING, Final
 
 import anyio
 import anyio.to_thread
 import openai
 
+from hpc_router.errand import Errand
 from hpc_router.leader import Leader, NoRouterError
+from hpc_router.proof import Finding, Proof, examine
 from hpc_router.registry import Record
 from hpc_router.rundir import RunDir
-from hpc_router.wire import DRAINING_HEADER, HEALTH
 
 if TYPE_CHECKING:
     import httpx2 as http
@@ -28,10 +31,8 @@ else:  # whichever HTTP library the installed openai is made with
 
 NOWHERE: Final = "hpc-router.invalid"
 """The host that clients believe they talk to; it resolves nowhere."""
-FIRST_PAUSE_S: Final = 0.1
-LONGEST_PAUSE_S: Final = 2.0
 PATIENCE_S: Final = 2.0
-"""For a file system, whose last view stands afterwards, and for a router that should say that it is there."""
+"""For a file system, whose last view stands afterwards."""
 _LIMITS: Final = {"max_connections": 1000, "max_keepalive_connections": 100}
 
 
@@ -42,54 +43,6 @@ class NoRouterConnectionError(NoRouterError, openai.APIConnectionError):
         openai.APIConnectionError.__init__(self, message=message, request=request)
 
 
-class Errand:
-    """What one request has been through: whether it may be tried again, and when. Pure."""
-
-    def __init__(self, *, follow_s: float, now: float, replayable: bool) -> None:
-        self._deadline = now + follow_s
-        self._replayable = replayable
-        self._tried: set[str] = set()
-        self._pauses = 0
-        self._resent = False
-        self._renewed = False
-        self.doubt = False
-        self.unsure = False
-        """Whether the router must answer something harmless first: a dying one may accept connections for a moment."""
-
-    def may_try(self, router: Record) -> bool:
-        """A router that took nothing is tried again only after a pause; another one at once."""
-        return router.url not in self._tried
-
-    def took_nothing(self, router: Record) -> None:
-        self.doubt = True
-        self._tried.add(router.url)
-
-    def may_resend(self) -> bool:
-        """After a connection that ended without an answer: once."""
-        may, self._resent, self.doubt = self._replayable and not self._resent, True, True
-        self.unsure = may
-        return may
-
-    def may_renew(self) -> bool:
-        """After a 401: once, if the token has changed."""
-        may, self._renewed = self._replayable and not self._renewed, True
-        return may
-
-    def drains(self, status: int, headers: Mapping[str, str]) -> bool:
-        return self._replayable and status == 503 and DRAINING_HEADER in headers
-
-    def pause_s(self, now: float, chance: float) -> float | None:
-        """Before the next look; None: time is up. `chance` (0 to 1) spreads many clients that wait for one router."""
-        left_s = self._deadline - now
-        if left_s <= 0:
-            return None
-        pause_s = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2.0 ** min(self._pauses, 10)) * (0.5 + chance / 2)
-        self._pauses += 1
-        self._tried.clear()
-        self.doubt = True
-        return min(pause_s, left_s)
-
-
 class _Follower:
     """What both transports share: everything but waiting."""
 
@@ -98,6 +51,8 @@ class _Follower:
         self._leader = Leader(run)
         self._follow_s = follow_s
         self._token: str | None = None
+        self._secret: str | None = None
+        self._proof = Proof()
 
     def _begin(self, request: "http.Request") -> Errand:
         if request.url.host != NOWHERE:
@@ -111,8 +66,24 @@ class _Follower:
 
     def _renewed(self, token: str) -> bool:
         """Whether another one than this, which was refused, stands in the file now."""
+        self._doubt()
         self._token = self._run.token()
         return self._token != token
+
+    def _proven(self, router: Record, *, since: float) -> Finding | None:
+        return self._proof.of(router, since=since, now=time.monotonic())
+
+    def _examined(self, router: Record) -> Finding:
+        """Blocks."""
+        if self._secret is None:
+            self._secret = self._run.secret()
+        begun_at = time.monotonic()
+        finding = examine(router, self._secret)
+        self._proof.learn(router, finding, begun_at=begun_at, ended_at=time.monotonic())
+        return finding
+
+    def _doubt(self) -> None:
+        self._proof.doubt(time.monotonic())
 
     def _addressed(self, request: "http.Request", router: Record, token: str) -> "http.Request":
         """The same bytes to the router's address."""
@@ -125,16 +96,18 @@ class _Follower:
             request.method, url, headers=headers, stream=request.stream, extensions=dict(request.extensions)
         )
 
-    def _given_up(self, request: "http.Request", last: Record | None) -> NoRouterConnectionError:
+    def _given_up(self, request: "http.Request", errand: Errand, last: Record | None) -> NoRouterConnectionError:
         message = str(self._leader.missing())
         if last is not None:
-            message = f"{last.replica} at {last.url} took no request within {self._follow_s:g} s; {message}"
+            why = f": {errand.why}" if errand.why else ""
+            message = f"{last.replica} at {last.url} took no request within {self._follow_s:g} s{why}; {message}"
         return NoRouterConnectionError(message, request=request)
 
 
 class FollowingTransport(_Follower, http.BaseTransport):
     def __init__(self, run: RunDir, *, follow_s: float) -> None:
         super().__init__(run, follow_s=follow_s)
+        self._asking = threading.Lock()
         self._inner = http.HTTPTransport(trust_env=False, limits=http.Limits(**_LIMITS))
 
     def handle_request(self, request: "http.Request") -> "http.Response":
@@ -142,22 +115,27 @@ class FollowingTransport(_Follower, http.BaseTransport):
         router: Record | None = None
         while True:
             router = self._find(request, errand, last=router)
-            if errand.unsure and not self._answers(router):
-                errand.took_nothing(router)
+            finding = self._find_out(router)
+            if finding is not Finding.PROVEN:
+                errand.took_nothing(router, finding)
                 continue
-            errand.unsure = False
             token = self._known_token()
             try:
                 response = self._inner.handle_request(self._addressed(request, router, token))
-            except (http.ConnectError, http.ConnectTimeout):
-                errand.took_nothing(router)
+            except http.TransportError as error:
+                self._doubt()
+                if isinstance(error, http.ConnectError | http.ConnectTimeout):
+                    errand.took_nothing(router, Finding.NOBODY)
+                elif not isinstance(error, http.NetworkError | http.RemoteProtocolError):
+                    raise
+                elif not errand.may_resend():
+                    raise _lost(request, router) from error
                 continue
-            except (http.NetworkError, http.RemoteProtocolError) as error:
-                if errand.may_resend():
-                    continue
-                raise _lost(request, router) from error
+            assert isinstance(response.stream, http.SyncByteStream)
+            response.stream = _Watched(response.stream, self._doubt)
             if errand.drains(response.status_code, response.headers):
-                errand.took_nothing(router)
+                self._doubt()
+                errand.took_nothing(router, None)
             elif response.status_code != 401 or not errand.may_renew() or not self._renewed(token):
                 return response
             response.close()
@@ -165,12 +143,12 @@ class FollowingTransport(_Follower, http.BaseTransport):
     def close(self) -> None:
         self._inner.close()
 
-    def _answers(self, router: Record) -> bool:
-        try:
-            self._inner.handle_request(_health_of(router)).close()
-        except http.TransportError:
-            return False
-        return True
+    def _find_out(self, router: Record) -> Finding:
+        since = time.monotonic()
+        if finding := self._proven(router, since=since):
+            return finding
+        with self._asking:
+            return self._proven(router, since=since) or self._examined(router)
 
     def _find(self, request: "http.Request", errand: Errand, *, last: Record | None) -> Record:
         while True:
@@ -179,7 +157,7 @@ class FollowingTransport(_Follower, http.BaseTransport):
                 return router
             pause_s = errand.pause_s(time.monotonic(), random.random())
             if pause_s is None:
-                raise self._given_up(request, router and last)
+                raise self._given_up(request, errand, router and last)
             _sleep(pause_s)
 
 
@@ -188,6 +166,7 @@ class AsyncFollowingTransport(_Follower, http.AsyncBaseTransport):
 
     def __init__(self, run: RunDir, *, follow_s: float) -> None:
         super().__init__(run, follow_s=follow_s)
+        self._asking = anyio.Lock()
         self._inner = http.AsyncHTTPTransport(trust_env=False, limits=http.Limits(**_LIMITS))
 
     async def handle_async_request(self, request: "http.Request") -> "http.Response":
@@ -195,22 +174,27 @@ class AsyncFollowingTransport(_Follower, http.AsyncBaseTransport):
         router: Record | None = None
         while True:
             router = await self._find(request, errand, last=router)
-            if errand.unsure and not await self._answers(router):
-                errand.took_nothing(router)
+            finding = await self._find_out(router)
+            if finding is not Finding.PROVEN:
+                errand.took_nothing(router, finding)
                 continue
-            errand.unsure = False
             token = await anyio.to_thread.run_sync(self._known_token) if self._token is None else self._token
             try:
                 response = await self._inner.handle_async_request(self._addressed(request, router, token))
-            except (http.ConnectError, http.ConnectTimeout):
-                errand.took_nothing(router)
+            except http.TransportError as error:
+                self._doubt()
+                if isinstance(error, http.ConnectError | http.ConnectTimeout):
+                    errand.took_nothing(router, Finding.NOBODY)
+                elif not isinstance(error, http.NetworkError | http.RemoteProtocolError):
+                    raise
+                elif not errand.may_resend():
+                    raise _lost(request, router) from error
                 continue
-            except (http.NetworkError, http.RemoteProtocolError) as error:
-                if errand.may_resend():
-                    continue
-                raise _lost(request, router) from error
+            assert isinstance(response.stream, http.AsyncByteStream)
+            response.stream = _AsyncWatched(response.stream, self._doubt)
             if errand.drains(response.status_code, response.headers):
-                errand.took_nothing(router)
+                self._doubt()
+                errand.took_nothing(router, None)
             elif (
                 response.status_code != 401
                 or not errand.may_renew()
@@ -222,12 +206,14 @@ class AsyncFollowingTransport(_Follower, http.AsyncBaseTransport):
     async def aclose(self) -> None:
         await self._inner.aclose()
 
-    async def _answers(self, router: Record) -> bool:
-        try:
-            await (await self._inner.handle_async_request(_health_of(router))).aclose()
-        except http.TransportError:
-            return False
-        return True
+    async def _find_out(self, router: Record) -> Finding:
+        since = time.monotonic()
+        if finding := self._proven(router, since=since):
+            return finding
+        async with self._asking:
+            if finding := self._proven(router, since=since):
+                return finding
+            return await anyio.to_thread.run_sync(self._examined, router, abandon_on_cancel=True)
 
     async def _find(self, request: "http.Request", errand: Errand, *, last: Record | None) -> Record:
         while True:
@@ -236,7 +222,7 @@ class AsyncFollowingTransport(_Follower, http.AsyncBaseTransport):
                 return router
             pause_s = errand.pause_s(time.monotonic(), random.random())
             if pause_s is None:
-                raise self._given_up(request, router and last)
+                raise self._given_up(request, errand, router and last)
             await _async_sleep(pause_s)
 
     async def _look(self, *, doubt: bool) -> Record | None:
@@ -245,18 +231,45 @@ class AsyncFollowingTransport(_Follower, http.AsyncBaseTransport):
         return self._leader.view
 
 
+class _Watched(http.SyncByteStream):
+    """An answer's bytes; `on_break` hears when they end too early."""
+
+    def __init__(self, inner: "http.SyncByteStream", on_break: Callable[[], None]) -> None:
+        self._inner, self._on_break = inner, on_break
+
+    def __iter__(self) -> Iterator[bytes]:
+        try:
+            yield from self._inner
+        except http.TransportError:
+            self._on_break()
+            raise
+
+    def close(self) -> None:
+        self._inner.close()
+
+
+class _AsyncWatched(http.AsyncByteStream):
+    def __init__(self, inner: "http.AsyncByteStream", on_break: Callable[[], None]) -> None:
+        self._inner, self._on_break = inner, on_break
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        try:
+            async for piece in self._inner:
+                yield piece
+        except http.TransportError:
+            self._on_break()
+            raise
+
+    async def aclose(self) -> None:
+        await self._inner.aclose()
+
+
 def _replayable(request: "http.Request") -> bool:
     try:
         request.content  # noqa: B018 - raises for a body that is made while it is sent
     except http.RequestNotRead:
         return False
     return True
-
-
-def _health_of(router: Record) -> "http.Request":
-    """Needs no token."""
-    timeouts = dict.fromkeys(("connect", "read", "write", "pool"), PATIENCE_S)
-    return http.Request("GET", router.url + HEALTH, extensions={"timeout": timeouts})
 
 
 def _lost(request: "http.Request", router: Record) -> openai.APIConnectionError:

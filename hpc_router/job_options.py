@@ -6,6 +6,7 @@ to be set a second time beside it. Every refusal names its key and what to use i
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Final
 
 from hpc_router.config import ClusterConfig, ContainerConfig, JobOptions
@@ -20,6 +21,8 @@ _MODULE: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_./+:@=-]*")
 _VARIABLE: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _MINUTES: Final = 3600
 """YAML takes HH:MM:SS for a number to the base 60, which has this size at least."""
+_TICK_S: Final = 60
+"""Slurm looks at its clock once a minute, so a signal may come so much earlier than asked."""
 _WORDS: Final = ("partition", "account", "qos", "constraint", "reservation", "exclude", "gpu_type")
 
 _SIZES: Final = {
@@ -55,7 +58,7 @@ SBATCH_OWNED: Final = _SIZES | {
     "quiet": "the answer is read by a program",
     "wait": "services do not end",
     "test-only": "`hpc-router plan` does it",
-    "clusters": "set SLURM_CLUSTERS where `hpc-router` runs",
+    "clusters": "jobs go to the cluster of Slurm's configuration here; SLURM_CONF names another's",
 }
 SRUN_OWNED: Final = _SIZES | {
     "export": "use cluster.env",
@@ -75,6 +78,7 @@ def check_options(at: str, options: JobOptions, *, warn_s: float) -> None:
         _check_word(f"{at}.{name}", getattr(options, name))
     _check_walltime(f"{at}.walltime", options.walltime, warn_s=warn_s)
     _check_further(f"{at}.sbatch", options.sbatch, SBATCH_OWNED)
+    _check_dependency(f"{at}.sbatch", options.sbatch)
     _check_further(f"{at}.srun", options.srun, SRUN_OWNED)
 
 
@@ -104,6 +108,17 @@ def check_environment(at: str, environment: Mapping[str, str]) -> None:
         if not _VARIABLE.fullmatch(name):
             valid = "letters, digits and '_', not beginning with a digit"
             raise ConfigError(f"{at}.{name}: cannot name a variable (valid: {valid})", key=f"{at}.{name}")
+
+
+def check_run_path(path: Path, kind: str) -> None:
+    """Jobs of Slurm have their logs there, named by patterns that Slurm and submitit each fill in their own way."""
+    if kind == "local":
+        return
+    if found := re.search(r"[%\\]", str(path)) or _CONTROL.search(str(path)):
+        raise ConfigError(
+            f"the run directory {str(path)!r} has {found[0]!r}, which means something else in the names of Slurm's "
+            f"log files (valid: a path without '%', backslashes and control characters; `--run DIR` names another)"
+        )
 
 
 def filled(key: str, value: str) -> None:
@@ -140,10 +155,10 @@ def _check_walltime(key: str, value: str | None, *, warn_s: float) -> None:
             f"quotes (valid: '{read_as}' in quotes if that is meant, else {VALID.partition(',')[0]})",
             key=key,
         )
-    if seconds <= warn_s:
+    if seconds < warn_s + _TICK_S:
         raise ConfigError(
-            f"{key}={value}: jobs drain cluster.warn_s={warn_s:g} s before their end, so nothing would be left "
-            f"(valid: longer than that)",
+            f"{key}={value}: jobs drain cluster.warn_s={warn_s:g} s before their end, or up to a minute earlier, so "
+            f"nothing would be left (valid: at least {warn_s + _TICK_S:g} s, or a shorter cluster.warn_s)",
             key=key,
         )
 
@@ -164,6 +179,22 @@ def _check_further(at: str, options: Mapping[str, Any], owned: Mapping[str, str]
             one_line(key, value)
             if "'" in value or "\\" in value:
                 raise ConfigError(f"{key}={value}: quotes and backslashes cannot stand in an option", key=key)
+
+
+def _check_dependency(at: str, options: Mapping[str, Any]) -> None:
+    """`cluster.batch` puts another before it, for the successor of a router."""
+    for name, value in options.items():
+        key = f"{at}.{name}"
+        if name != "dependency" and "dependency".startswith(name):
+            raise ConfigError(f"{key}: is short for --dependency; write it out", key=key)
+        if name != "dependency" or value is None or value is False:
+            continue
+        valid = "such as singleton, or afterok:1:2,afterany:3"
+        if not isinstance(value, str) or not value.strip():
+            raise ConfigError(f"{key}={value}: no dependency as Slurm writes it (valid: {valid})", key=key)
+        if "?" in value:
+            said = "'?' (any of them) cannot be combined with a router's wait for its predecessor"
+            raise ConfigError(f"{key}={value}: {said} (valid: {valid})", key=key)
 
 
 def _check_container(container: ContainerConfig) -> None:

@@ -56,8 +56,8 @@ PERMANENT: Final = frozenset(
     {Reason.WEIGHTS, Reason.BAD_OPTION, Reason.INTERPRETER, Reason.SETUP, Reason.REFUSED},
 )
 """Failures that a restart cannot cure."""
-BLAMELESS: Final = frozenset({Reason.NODE_FAILED, Reason.PREEMPTED, Reason.WALLTIME, Reason.CANCELLED})
-"""Ends that say nothing about the replica: another is submitted at once, however often."""
+BLAMELESS: Final = frozenset({Reason.NODE_FAILED, Reason.PREEMPTED, Reason.CANCELLED, Reason.UNANSWERED})
+"""Ends that say nothing about the replica: another is submitted, however often."""
 
 
 class Runner(StrEnum):
@@ -83,6 +83,15 @@ class JobInfo:
     argv: tuple[str, ...] = ()
     runner: Runner = Runner.PROCESS
     shared: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Submitter:
+    """The process that is submitting a claimed job, while `job.json` is not there yet."""
+
+    pid: int
+    start_ticks: int
+    host: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,13 +135,14 @@ class Exit:
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """What a job was asked and when: to drain (over HTTP), then to end (SIGTERM)."""
+    """What a job was asked and when: to drain (over HTTP), to end (SIGTERM); when it was last killed."""
 
     drain_at: float | None = None
     cancel_at: float | None = None
+    kill_at: float | None = None
 
 
-_T = TypeVar("_T", JobInfo, Process, Progress, Exit, Ended, Stop)
+_T = TypeVar("_T", JobInfo, Submitter, Process, Progress, Exit, Ended, Stop)
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,12 +174,15 @@ class JobDir:
     def claimed_at(self) -> float:
         return self.path.stat().st_mtime
 
-    def write(self, value: JobInfo | Process | Progress | Exit | Ended | Stop) -> None:
+    def write(self, value: JobInfo | Submitter | Process | Progress | Exit | Ended | Stop) -> None:
         replace_json(self.path / _FILES[type(value)], asdict(value))
 
     def info(self) -> JobInfo | None:
         value = self._read(JobInfo)
         return value and JobInfo(**{**asdict(value), "gpus": tuple(value.gpus), "argv": tuple(value.argv)})
+
+    def submitter(self) -> Submitter | None:
+        return self._read(Submitter)
 
     def progress(self) -> Progress | None:
         return self._read(Progress)
@@ -196,6 +209,7 @@ class JobDir:
 
 _FILES: Final[Mapping[type, str]] = {
     JobInfo: "job.json",
+    Submitter: "submitter.json",
     Process: "process.json",
     Progress: "progress.json",
     Exit: "exit.json",

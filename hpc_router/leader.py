@@ -1,4 +1,5 @@
-"""Who the leading router is, as the registry says now: the only one that a client may send the owner's token to.
+"""Who the leading router is, as the registry says now: the only one that a client may send the owner's token to, once
+it has proven itself (`proof`).
 
 Rules: `registry.json` names the leader and the leader's own record must agree, for the file outlives a router that has
 left. Where they differ, or a request failed (`doubt`), the records in the folder decide. A file of another user names

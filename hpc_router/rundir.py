@@ -120,9 +120,9 @@ def open_run(path: Path) -> RunDir:
     if not path.is_dir():
         raise ConfigError(f"there is no run directory {path}; `hpc-router up` makes one, `--run DIR` names another")
     run = RunDir(path.resolve())
-    _check_owner(run.path)
     if not run.registry.is_dir():
         raise ConfigError(f"{path} is no run directory: it has no registry/ folder")
+    _check_owner(run.path)
     return run
 
 

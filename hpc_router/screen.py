@@ -63,7 +63,10 @@ def plan_text(plan: "Plan") -> RenderableType:
             parts.append(Text("  engine  " + shlex.join(replica.engine.argv)))
             parts += [Text(f"  with    {key}={value}") for key, value in shown(replica.engine.environment).items()]
     for alike in plan.alike():
-        parts += [Text(), Text(f"sbatch of {', '.join(alike[0].replicas)}", style="bold")]
+        parts += [
+            Text(),
+            Text(f"{'step' if alike[0].jobid else 'sbatch'} of {', '.join(alike[0].replicas)}", style="bold"),
+        ]
         parts += [Text(f"  {line}") for line in shown_script(alike[0]).splitlines()]
         others = [replica for job in alike[1:] for replica in job.replicas]
         parts += [Text(f"and so for {', '.join(others)}")] if others else []

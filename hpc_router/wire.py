@@ -1,15 +1,18 @@
-"""What router and agent say to each other over HTTP: paths, headers, the answer to a probe.
+"""What router and agent, and the agents of one engine's nodes, say to each other over HTTP.
 
 `GET /health?challenge=HEX` needs no token and is answered with a `Health` as JSON. `POST /drain` and the API paths need
 `Authorization: Bearer <replica key>`. A draining agent answers new requests with 503 and `DRAINING_HEADER`.
+`POST /rank` takes a `RankReport` with a token of its own and is answered with a `RankOrder`.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any, Final, Self
 
 HEALTH: Final = "/health"
 DRAIN: Final = "/drain"
+RANK: Final = "/rank"
 METRICS: Final = "/metrics"
 MODELS: Final = "/v1/models"
 CHAT: Final = "/v1/chat/completions"
@@ -47,3 +50,77 @@ class Health:
             models=None if models is None else tuple(str(m) for m in models),
             answer=str(value.get("answer")),
         )
+
+
+class RankState(StrEnum):
+    """What a rank's part of the engine does."""
+
+    IDLE = "idle"  # there is none
+    RUNNING = "running"
+    ENDED = "ended"  # by itself
+
+
+class Action(StrEnum):
+    """What a rank is to do."""
+
+    WAIT = "wait"  # run nothing; come again
+    RUN = "run"  # this attempt, once
+    STOP = "stop"  # end, and be gone
+
+
+@dataclass(frozen=True, slots=True)
+class RankReport:
+    """What another rank tells rank 0. `attempt`: the one that its engine runs or ran last; 0 before the first.
+
+    `instance` names the process that reports: another one has nothing of what the former ran. `challenge` is to be
+    answered by the order's proof. `leaving`: it was told to stop, and by itself would only break the others.
+    """
+
+    rank: int
+    instance: str
+    challenge: str
+    node: str
+    attempt: int
+    state: RankState
+    reason: str | None = None
+    message: str | None = None
+    leaving: bool = False
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Self:
+        """Raises ValueError for what is no report."""
+        try:
+            report = cls(**{**value, "state": RankState(value["state"])})
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"no report of a rank: {error}") from error
+        numbers = all(type(number) is int for number in (report.rank, report.attempt))
+        texts = all(isinstance(text, str) for text in (report.instance, report.challenge, report.node))
+        maybe = all(isinstance(text, str | None) for text in (report.reason, report.message))
+        if not (numbers and texts and maybe and isinstance(report.leaving, bool)):
+            raise ValueError("a report of a rank has a value of the wrong type")
+        return report
+
+
+@dataclass(frozen=True, slots=True)
+class RankOrder:
+    """Rank 0's answer; where the ranks of this attempt meet."""
+
+    action: Action
+    attempt: int = 0
+    master_address: str = ""
+    master_port: int = 0
+    proof: str = ""
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Self:
+        """Raises ValueError for what is no order."""
+        try:
+            return cls(
+                Action(value["action"]),
+                int(value["attempt"]),
+                str(value["master_address"]),
+                int(value["master_port"]),
+                str(value["proof"]),
+            )
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"no order for a rank: {error}") from error

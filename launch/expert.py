@@ -4,13 +4,17 @@
     python -m launch.expert run=runs/mine name=math experts.math.engine.options.ttft_ms=100
 
 A run that has a config gives the base, overrides go on top; else they are composed as for `up`. Ctrl-C drains it.
+An expert on several nodes is one step of a Slurm job, one task per node:
+
+    srun --nodes=2 --ntasks-per-node=1 python -m launch.expert run=runs/mine name=large
 """
 
+import os
 import sys
 from pathlib import Path
 
 from hpc_router import compose, frozen
-from hpc_router.cluster.foreground import claim_expert
+from hpc_router.cluster.foreground import claim_expert, join_expert, rank_of, step_of
 from hpc_router.cluster.plan import make_plan, settled
 from hpc_router.errors import ConfigError, suggest
 from hpc_router.expert.job import main
@@ -29,8 +33,11 @@ def expert(call: Call) -> int:
         raise ConfigError(f"name={name}: no such expert{suggest(name, deployment.experts)}")
     deployment = settled(deployment)
     make_plan(deployment, ask_engines=False)
+    step = step_of(os.environ)
+    rank = rank_of(step, name, nodes=deployment.experts[name].resources.nodes)
     run = make_run(path)
-    return main(run.path, claim_expert(run, name), deployment)
+    replica = join_expert(run, name, step) if step is not None and rank > 0 else claim_expert(run, name)
+    return main(run.path, replica, deployment, rank=rank)
 
 
 if __name__ == "__main__":

@@ -40,6 +40,9 @@ def test_every_kind_of_cluster_is_valid(kind: str) -> None:
         (ClusterConfig(replicas_per_job=0), "cluster.replicas_per_job=0: must be above 0"),
         (ClusterConfig(ask_s=0), "cluster.ask_s=0: must be above 0"),
         (ClusterConfig(warn_s=-1), "cluster.warn_s=-1: cannot be negative"),
+        (ClusterConfig(walltime="2", warn_s=61), "cluster.walltime=2: "),
+        (ClusterConfig(walltime="2", warn_s=61), "cluster.warn_s=61"),
+        (ClusterConfig(sbatch={"dependency": "a?b"}), "cluster.sbatch.dependency=a?b: "),
         (ClusterConfig(gpus=-1), "cluster.gpus=-1: cannot be negative"),
         (ClusterConfig(partition="a b"), "cluster.partition=a b"),
         (ClusterConfig(setup=["a\nb"]), "cluster.setup[0]"),
@@ -168,3 +171,10 @@ def test_environments_have_names() -> None:
     assert "experts.math.engine.env.A-B: cannot name a variable" in refused(wrong)
     wrong.experts["math"].engine.env = {"A": "two\nlines"}
     check(wrong)
+
+
+@pytest.mark.parametrize("key", ["partition", "account", "qos", "reservation"])
+def test_a_sites_file_without_its_kind_does_not_mean_this_machine(key: str) -> None:
+    """It would start engines on the login node."""
+    with pytest.raises(ConfigError, match=f"cluster.{key}=x: only Slurm has that"):
+        check(Deployment(cluster=replace(ClusterConfig(), **{key: "x"})))  # type: ignore[arg-type]

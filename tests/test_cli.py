@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from hpc_router.cli import VERBS, main
+from hpc_router.cli import VERBS, _say_how, main
 from hpc_router.jobdir import Exit, JobDir, JobInfo, Reason
 from hpc_router.rundir import make_run, open_run
 
@@ -107,6 +107,47 @@ def test_the_token_is_printed_alone(capsys: pytest.CaptureFixture[str], monkeypa
     assert Said(capsys, "token", "--run", "run").out == run.token() + "\n"
     monkeypatch.setenv("HPC_ROUTER_RUN", "run")
     assert Said(capsys, "token").out == run.token() + "\n"
+
+
+CURL = """#!/bin/sh
+echo "$@" >argv
+while [ $# -gt 1 ]; do
+  [ "$1" = -H ] && [ "${2#@}" != "$2" ] && cat "${2#@}" >headers
+  shift
+done
+"""
+
+
+def _in_bash(line: str, folder: Path, *, verbs: str) -> tuple[str, str]:
+    """What a curl that was started so got on its command line, and in files of headers. `verbs`: hpc-router's body."""
+    programs = folder / "programs"
+    programs.mkdir()
+    for name, body in {"curl": CURL, "hpc-router": f"#!/bin/sh\n{verbs}\n"}.items():
+        (programs / name).write_text(body)
+        (programs / name).chmod(0o755)
+    environment = os.environ | {"PATH": f"{programs}:{os.environ['PATH']}"}
+    subprocess.run(["bash", "-euc", line], cwd=folder, env=environment, check=True)
+    return (folder / "argv").read_text(), (folder / "headers").read_text()
+
+
+def test_the_example_of_token_shows_it_to_nobody(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Everybody on a node can read the arguments of every process."""
+    example = Said(capsys, "token", "--help").out.partition("examples:\n")[2]
+    argv, headers = _in_bash(example, tmp_path, verbs='case "$1" in url) echo http://h:1;; *) echo hunter2; esac')
+    assert headers == "Authorization: Bearer hunter2\n"
+    assert "hunter2" not in argv
+    assert argv.endswith("http://h:1/v1/models\n")
+
+
+def test_nor_does_what_up_says(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    run = make_run(tmp_path / "my run")
+    _say_how(run, "http://h:1")
+    said = capsys.readouterr().out
+    curl = said[said.index("  curl") : said.index("  OPENAI_BASE_URL")]
+    argv, headers = _in_bash(curl, tmp_path, verbs='[ "$1 $2 $3" = "token --run my run" ] && echo hunter2')
+    assert headers == "Authorization: Bearer hunter2\n"
+    assert "hunter2" not in argv
+    assert "http://h:1/v1/chat/completions" in argv
 
 
 def test_plan_makes_nothing(capsys: pytest.CaptureFixture[str], elsewhere: Path) -> None:

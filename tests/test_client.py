@@ -10,7 +10,7 @@ import threading
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,14 @@ import openai
 import pytest
 from aiohttp import web
 
-from hpc_router import follow
+from hpc_router import follow, proof
+from hpc_router.auth import challenge_answer, replica_key
 from hpc_router.client import Endpoint, NoRouterError, async_openai_client, endpoint, openai_client
+from hpc_router.errand import Errand
 from hpc_router.errors import ConfigError
 from hpc_router.files import replace_json
-from hpc_router.follow import Errand
 from hpc_router.leader import Leader
+from hpc_router.proof import Finding
 from hpc_router.registry import SCHEMA, Kind, Reader, Record, State, publish, replica_name, withdraw
 from hpc_router.rundir import RunDir, make_run
 from hpc_router.wire import DRAINING_HEADER, HEALTH
@@ -34,7 +36,11 @@ GUARD_S = 20.0
 
 @dataclass
 class FakeRouter:
-    """Wants the token that stands in the run directory now, then plays its acts, the last one for ever."""
+    """Wants the token that stands in the run directory now, then plays its acts, the last one for ever.
+
+    It proves to be the router of that address, with the nonce and the name of the record published last; a `stranger`
+    answers, but cannot.
+    """
 
     run: RunDir
     acts: deque[Act]
@@ -46,13 +52,17 @@ class FakeRouter:
     bodies: list[bytes] = field(default_factory=list)
     asked: int = 0
     dying: bool = False
+    stranger: bool = False
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         if request.path == HEALTH:
             self.asked += 1
             if self.dying:
                 return await hangs_up(self, request)
-            return web.json_response({"status": "ok"})
+            record = next(r for r in Reader(self.run.registry).snapshot().values() if r.url == self.url)
+            secret = "guessed" if self.stranger else self.run.secret()
+            answer = challenge_answer(replica_key(secret, record.nonce or ""), request.query["challenge"])
+            return web.json_response({"status": "ok", "replica": record.replica, "answer": answer})
         self.offered.append(request.headers.get("authorization"))
         self.hosts.append(request.headers.get("host"))
         self.bodies.append(await request.content.read())
@@ -89,6 +99,14 @@ async def hangs_up(router: FakeRouter, request: web.BaseRequest) -> web.StreamRe
     assert request.transport is not None
     request.transport.abort()
     return web.Response()
+
+
+async def breaks_off(router: FakeRouter, request: web.BaseRequest) -> web.StreamResponse:
+    """In the middle of a stream."""
+    response = web.StreamResponse(headers={"content-type": "text/event-stream"})
+    await response.prepare(request)
+    await response.write(_event("from"))
+    return await hangs_up(router, request)
 
 
 def leaves_after(act: Act) -> Act:
@@ -146,7 +164,8 @@ async def fake_router(run: RunDir, *acts: Act) -> AsyncIterator[FakeRouter]:
 
 def record_of(url: str, *, generation: int = 1, kind: Kind = Kind.ROUTER, state: State = State.READY) -> Record:
     name = "router" if kind is Kind.ROUTER else "math"
-    return Record(kind, replica_name(name, 0, generation), url, state, {}, generation=generation, node="n1")
+    replica = replica_name(name, 0, generation)
+    return Record(kind, replica, url, state, {}, generation=generation, node="n1", nonce=f"{url} {generation}")
 
 
 def enter(run: RunDir, *records: Record) -> None:
@@ -356,12 +375,16 @@ async def test_a_dying_router_is_not_given_the_request_again(
     run: RunDir, start: Starter, make: Make, pauses: Pauses
 ) -> None:
     """For a moment a killed process still accepts connections; that must not use up the one attempt."""
-    old, new, caller = await start(hangs_up), await start(), make()
-    old.dying = True
+
+    async def dies(router: FakeRouter, request: web.BaseRequest) -> web.StreamResponse:
+        router.dying = True
+        return await hangs_up(router, request)
+
+    old, new, caller = await start(dies), await start(), make()
     enter(run, record_of(old.url))
     asked = asyncio.create_task(caller.chat())
     await pauses.one()
-    assert (len(old.bodies), old.asked) == (1, 1)
+    assert (len(old.bodies), old.asked) == (1, 2)
     enter(run, record_of(new.url, generation=2))
     pauses.over.set()
     assert await asked == f"from {new.url}"
@@ -435,6 +458,52 @@ class TestWhatAStrangerGets:
         stranger = await start()
         yield stranger
         assert stranger.offered == []
+
+    async def test_the_port_of_a_router_that_was_killed(
+        self, run: RunDir, stranger: FakeRouter, make: Make, pauses: Pauses, start: Starter
+    ) -> None:
+        """Its record stands until a successor comes; a request waits for that one."""
+        stranger.stranger = True
+        enter(run, record_of(stranger.url))
+        with pytest.raises(NoRouterError, match=rf"router-0\.g1 at {stranger.url} .* something else answers there"):
+            await make(follow_s=0).chat()
+        asked = asyncio.create_task(make().chat())
+        await pauses.one()
+        router = await start()
+        enter(run, record_of(router.url, generation=2))
+        pauses.over.set()
+        assert await asked == f"from {router.url}"
+
+    async def test_the_port_of_a_router_that_was_known(self, run: RunDir, start: Starter, make: Make) -> None:
+        """It proved itself, and was killed: its last answer broke off. A stranger sat down there before the next."""
+        caller = make(follow_s=0, max_retries=0)
+        router = await start(answers, breaks_off)
+        enter(run, record_of(router.url))
+        assert await caller.chat() == f"from {router.url}"
+        with pytest.raises(Exception) as broken:
+            await caller.chat(stream=True)
+        assert type(broken.value).__name__ in ("APIConnectionError", "ReadError", "RemoteProtocolError"), (
+            "as openai has it"
+        )
+        router.stranger = True
+        with pytest.raises(NoRouterError, match="something else answers there"):
+            await caller.chat()
+        assert len(router.offered) == 2
+
+    async def test_the_port_of_a_router_of_an_older_version(
+        self, run: RunDir, stranger: FakeRouter, make: Make
+    ) -> None:
+        """Its record has nothing that could be proven."""
+        enter(run, replace(record_of(stranger.url), nonce=None))
+        with pytest.raises(NoRouterError, match="older version"):
+            await make(follow_s=0).chat()
+        assert stranger.asked == 0
+
+    async def test_the_endpoint_for_other_libraries(self, run: RunDir, stranger: FakeRouter) -> None:
+        stranger.stranger = True
+        enter(run, record_of(stranger.url))
+        with pytest.raises(NoRouterError, match="something else answers there"):
+            await asyncio.to_thread(endpoint, run.path)
 
     async def test_the_port_of_a_router_that_has_left(self, run: RunDir, stranger: FakeRouter, make: Make) -> None:
         """`registry.json` outlives the last router: its own record is gone."""
@@ -551,16 +620,47 @@ def test_a_run_that_was_removed(run: RunDir) -> None:
     assert leader.look() is None
 
 
-def test_the_endpoint_for_other_libraries(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(NoRouterError):
+async def test_the_endpoint_for_other_libraries(run: RunDir, start: Starter, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(NoRouterError, match="no router serves"):
         endpoint(run.path)
-    enter(run, record_of("http://[::1]:8000"))
-    found = endpoint(str(run.path))
-    assert found == Endpoint("http://[::1]:8000", run.token())
-    assert found.base_url == "http://[::1]:8000/v1"
+    router = await start()
+    enter(run, record_of(router.url))
+    found = await asyncio.to_thread(endpoint, str(run.path))
+    assert found == Endpoint(router.url, run.token())
+    assert found.base_url == f"{router.url}/v1"
     assert run.token() not in repr(found)
     monkeypatch.setenv("HPC_ROUTER_RUN", str(run.path))
-    assert endpoint() == found
+    assert await asyncio.to_thread(endpoint) == found
+    await router.die()
+    with pytest.raises(NoRouterError, match=f"router-0.g1 at {router.url}: nobody answers there; no router serves"):
+        await asyncio.to_thread(endpoint)
+
+
+async def test_many_requests_share_one_proof(run: RunDir, start: Starter, make: Make) -> None:
+    router, caller = await start(), make()
+    enter(run, record_of(router.url))
+    await asyncio.gather(*(caller.chat() for _ in range(50)))
+    await caller.chat()
+    assert (router.asked, len(router.offered)) == (1, 51)
+
+
+async def test_a_proof_grows_old(run: RunDir, start: Starter, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    router, caller = await start(), make()
+    enter(run, record_of(router.url))
+    await caller.chat()
+    monkeypatch.setattr(proof, "PROOF_S", -1.0)
+    await caller.chat()
+    assert router.asked == 2
+
+
+async def test_a_successor_on_the_same_port_proves_itself_anew(run: RunDir, start: Starter, make: Make) -> None:
+    router, caller = await start(), make()
+    enter(run, record_of(router.url))
+    await caller.chat()
+    withdraw(run.registry, "router-0.g1")
+    enter(run, record_of(router.url, generation=2))
+    await caller.chat()
+    assert router.asked == 2
 
 
 @pytest.mark.parametrize("make_client", [openai_client, async_openai_client])
@@ -600,7 +700,7 @@ class TestErrand:
         assert errand.pause_s(now, 1.0) == pause_s
 
     def test_the_same_router_is_tried_again_after_a_pause_only(self, errand: Errand) -> None:
-        errand.took_nothing(self.ROUTER)
+        errand.took_nothing(self.ROUTER, Finding.NOBODY)
         assert not errand.may_try(self.ROUTER)
         assert errand.may_try(record_of("http://127.0.0.1:2", generation=2))
         errand.pause_s(0.0, 0.5)

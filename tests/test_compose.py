@@ -160,11 +160,10 @@ def test_every_combination_composes(topology: str, policy: str, cluster: str, ro
 @pytest.mark.parametrize("cluster", names("cluster"))
 def test_every_cluster_composes(cluster: str) -> None:
     """Each also takes another partition than the one it shows; those of sites are Slurm's."""
-    deployment = load_deployment(
-        [f"cluster={cluster}", "cluster.partition=mine", "experts.math.resources.partition=own"]
-    )
+    of_slurm = [] if cluster == "local" else ["cluster.partition=mine"]
+    deployment = load_deployment([f"cluster={cluster}", *of_slurm, "experts.math.resources.partition=own"])
     assert deployment.cluster.kind == ("slurm" if cluster.startswith("site_") else cluster)
-    assert deployment.cluster.partition == "mine"
+    assert deployment.cluster.partition == ("mine" if of_slurm else None)
     assert deployment.experts["math"].resources.partition == "own"
     assert with_overrides(load_deployment([]), [f"cluster={cluster}"]).cluster.kind == deployment.cluster.kind
 

@@ -1,13 +1,14 @@
 """Nothing gets into a batch script that could be more than its own line, or that stands there already."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from hpc_router.config import ClusterConfig, ContainerConfig, JobOptions, ResourceConfig
 from hpc_router.errors import ConfigError
-from hpc_router.job_options import SBATCH_OWNED, check_environment, check_options, check_script
+from hpc_router.job_options import SBATCH_OWNED, check_environment, check_options, check_run_path, check_script
 
 
 def refused(at: str = "cluster", **options: Any) -> str:
@@ -68,10 +69,17 @@ def test_a_walltime_has_slurms_form(value: str) -> None:
     assert "valid: D-HH:MM:SS, HH:MM:SS, MM:SS, or minutes" in refused(walltime=value)
 
 
-def test_a_walltime_is_longer_than_its_warning() -> None:
-    assert "cluster.warn_s=90" in refused(walltime="00:01:30")
-    assert "cluster.warn_s=90" in refused(walltime="0")
-    check_options("cluster", JobOptions(walltime="00:01:31"), warn_s=90)
+@pytest.mark.parametrize("walltime", ["0", "00:01:30", "00:01:31", "00:02:29"])
+def test_a_walltime_is_a_minute_longer_than_its_warning(walltime: str) -> None:
+    """Slurm looks at its clock once a minute."""
+    said = refused(walltime=walltime)
+    assert said.startswith(f"cluster.walltime={walltime}: ")
+    assert "cluster.warn_s=90" in said
+
+
+@pytest.mark.parametrize("walltime", ["00:02:30", "3", "UNLIMITED"])
+def test_a_minute_is_enough(walltime: str) -> None:
+    check_options("cluster", JobOptions(walltime=walltime), warn_s=90)
 
 
 def test_what_yaml_makes_of_a_clock_is_refused() -> None:
@@ -90,6 +98,40 @@ def test_what_is_set_elsewhere_says_where(name: str, instead: str) -> None:
 )
 def test_nor_by_a_short_form(short: str, long: str) -> None:
     assert f"is short for --{long}" in refused(sbatch={short: "1"})
+
+
+def test_a_dependency_can_stand_beside_ours() -> None:
+    """Slurm does not mix ',' (all of them) and '?' (any of them), and a router's successor has one already."""
+    for fine in ("singleton", "afterok:1:2,afterany:3", None):
+        check_options("cluster", JobOptions(sbatch={"dependency": fine}), warn_s=90)
+    said = refused(sbatch={"dependency": "afterok:1?afterok:2"})
+    assert said.startswith("cluster.sbatch.dependency=afterok:1?afterok:2: ")
+    for short in ("dep", "dependenc"):
+        assert "is short for --dependency; write it out" in refused(sbatch={short: "singleton"})
+    for value in (True, 17, ""):
+        assert "cluster.sbatch.dependency" in refused(sbatch={"dependency": value})
+
+
+def test_the_cluster_is_chosen_by_what_reaches_slurm() -> None:
+    """Variables of Slurm's commands are kept from them; SLURM_CONF is not."""
+    said = refused(sbatch={"clusters": "other"})
+    assert "SLURM_CONF" in said
+    assert "SLURM_CLUSTERS" not in said
+
+
+@pytest.mark.parametrize("path", ["/runs/100%", "/runs/%j/mine", "/a\\b/mine", "/a\nb"])
+@pytest.mark.parametrize("kind", ["slurm", "allocation"])
+def test_a_run_directory_is_no_pattern_of_file_names(path: str, kind: str) -> None:
+    with pytest.raises(ConfigError, match="run directory") as caught:
+        check_run_path(Path(path), kind)
+    assert "\n" not in str(caught.value)
+    assert "valid: " in str(caught.value)
+    check_run_path(Path(path), "local")
+
+
+@pytest.mark.parametrize("kind", ["slurm", "allocation", "local"])
+def test_other_run_directories_are_fine(kind: str) -> None:
+    check_run_path(Path('/runs/it\'s "my" run, $HOME #1 ü'), kind)
 
 
 @pytest.mark.parametrize(

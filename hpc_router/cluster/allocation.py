@@ -1,63 +1,48 @@
 """Steps inside one Slurm job that somebody holds already: the job of an `sbatch` script or an `salloc` that runs `up`.
 
-Each replica is an `srun` of its own into that job, started on this host by the same script that a batch job would be.
+Each replica is an `srun` of its own into that job, started on this host by the same script that a batch job would be;
+once started, `SlurmLauncher` looks after it.
 The allocation is its owner's: nothing here ends it, and everything here ends with it.
 """
 
 import os
 import socket
 import subprocess
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import hpc_router
 from hpc_router.cluster.batch import BatchJob, python_of
-from hpc_router.cluster.launcher import JobReport, JobRequest
-from hpc_router.cluster.queue import Queue
-from hpc_router.cluster.slurm import SlurmLauncher
+from hpc_router.cluster.child import keep_refusals
+from hpc_router.cluster.command import last_words
+from hpc_router.cluster.launcher import JobRequest
 from hpc_router.config import Deployment
-from hpc_router.environment import scrubbed
+from hpc_router.environment import held_job, scrubbed
 from hpc_router.errors import LaunchError
 from hpc_router.files import replace_text
-from hpc_router.jobdir import JobDir, JobInfo, Runner
+from hpc_router.jobdir import Exit, JobDir, JobInfo, Reason, Runner
 from hpc_router.rundir import RunDir, private_umask
-
-
-def held_job(environment: Mapping[str, str] = os.environ) -> str | None:
-    """The job that this process runs in."""
-    return environment.get("HPC_ROUTER_JOB_ID") or environment.get("SLURM_JOB_ID")
 
 
 @dataclass(frozen=True)
 class AllocationLauncher:
     run: RunDir
     deployment: Deployment
-    queue: Queue
 
     def submit(self, requests: Sequence[JobRequest]) -> list[str]:
         job_id = held_job()
         if job_id is None:
             raise LaunchError("cluster=allocation starts steps inside a Slurm job: run this in an sbatch or salloc")
         claimed = [request for request in requests if JobDir(self.run, request.replica).claim()]
+        refused: dict[str, str | None] = {}
         for request in claimed:
-            self._start(request, job_id)
+            try:
+                self._start(request, job_id)
+            except (OSError, subprocess.SubprocessError) as error:
+                (JobDir(self.run, request.replica).path / "job.json").unlink(missing_ok=True)
+                refused[request.replica] = last_words(error)
+        keep_refusals(self.run, refused, lambda _, said: Exit(ok=False, reason=Reason.CRASHED, message=said))
         return [request.replica for request in claimed]
-
-    def observe(self, replicas: Iterable[str], *, fresh: bool = False) -> Mapping[str, JobReport]:
-        return self._steps.observe(replicas, fresh=fresh)
-
-    def cancel(self, replicas: Iterable[str]) -> None:
-        self._steps.cancel(replicas)
-
-    def kill(self, replicas: Iterable[str]) -> None:
-        self._steps.kill(replicas)
-
-    def remaining(self, replicas: Iterable[str]) -> list[str]:
-        return []
-
-    @property
-    def _steps(self) -> SlurmLauncher:
-        return SlurmLauncher(self.run, self.deployment, self.queue)
 
     def _start(self, request: JobRequest, job_id: str) -> None:
         job, cluster = JobDir(self.run, request.replica), self.deployment.cluster

@@ -1,4 +1,4 @@
-"""A request as the exact batch script that Slurm gets; pure, so that `plan` shows what `up` submits.
+"""A request as the exact batch script that Slurm gets; pure but for `setup_faults`, so `plan` shows what `up` submits.
 
 One job carries one replica, or several of one shape where a site gives whole nodes: then each is a step of its own,
 with its own share of the node, its own end and its own cancellation. What every script does around its steps stands in
@@ -6,7 +6,9 @@ with its own share of the node, its own end and its own cancellation. What every
 """
 
 import math
+import re
 import shlex
+import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -60,17 +62,19 @@ class BatchJob:
         }
         ours = {
             "job-name": self.name,
-            "chdir": _no_pattern(self.run.path),
+            "chdir": self.run.path,
             "output": f"{_no_pattern(self.folder)}/%j_batch.log",
             "open-mode": "append",
             "no-requeue": True,
             "signal": f"USR2@{math.ceil(self.cluster.warn_s)}",
             "time": asked.walltime,
             "exclusive": asked.exclusive or None,
-            "dependency": f"afterany:{self.requests[0].after}" if self.requests[0].after else None,
             **{name: getattr(asked, name) for name in _PLAIN},
         }
-        return {k: v for k, v in {**ours, **sizes, **asked.sbatch}.items() if v is not None and v is not False}
+        after, own = self.requests[0].after, asked.sbatch.get("dependency")
+        both = [f"afterany:{after}" if after else None, own]  # without ours, successors would have successors
+        further = {**asked.sbatch, "dependency": ",".join(str(each) for each in both if each) or None}
+        return {k: v for k, v in {**ours, **sizes, **further}.items() if v is not None and v is not False}
 
     def script(self) -> str:
         head = [] if self.jobid else [f"#SBATCH {word}" for word in option_words(self.options(), quoted=True)]
@@ -85,9 +89,10 @@ class BatchJob:
         if self.cluster.modules:
             yield f". {shlex.quote(str(MODULES))}"
             for number, module in enumerate(self.cluster.modules):
-                yield f"module load {shlex.quote(module)} || setup_failed 'cluster.modules[{number}]'"
+                yield from ("ready", f"module load {shlex.quote(module)} || setup_failed 'cluster.modules[{number}]'")
         for number, line in enumerate(self.cluster.setup):
-            yield from ("{", line, f"}} || setup_failed 'cluster.setup[{number}]'")
+            yield from ("ready", *_guarded(number, line))
+        yield "ready"
 
     def _steps(self) -> Iterator[str]:
         for request in self.requests:
@@ -158,6 +163,40 @@ def option_words(options: Mapping[str, Any], *, quoted: bool = False) -> list[st
     """`{"mem": "4G", "exclusive": True}` -> `--mem=4G --exclusive`."""
     quote = shlex.quote if quoted else str
     return [f"--{name}" if value is True else f"--{name}={quote(str(value))}" for name, value in options.items()]
+
+
+def setup_faults(setup: Sequence[str]) -> list[str]:
+    """One line for each setup line that is not whole bash, in bash's words: it would end the job before any record of
+    it is made. Reads and runs nothing of theirs; where there is no bash to ask, none is named."""
+    told = []
+    for number, line in enumerate(setup):
+        # By itself, because `} ; {` fits into the script; in the script, because a line may go on after its end.
+        said = _syntax_fault(line) or _syntax_fault("\n".join(_guarded(number, line)))
+        if said:
+            told.append(f"cluster.setup[{number}]: {said}")
+    return told
+
+
+def _guarded(number: int, line: str) -> tuple[str, ...]:
+    return ("{", line, f"}} || setup_failed 'cluster.setup[{number}]'")
+
+
+def _syntax_fault(text: str) -> str | None:
+    """What bash says of it first. `extglob`: it changes how bash reads, and an earlier line may have set it."""
+    try:
+        done = subprocess.run(
+            ["/bin/bash", "-O", "extglob", "-n"],
+            input=f"{text}\n",
+            env={"LC_ALL": "C"},
+            capture_output=True,
+            check=False,
+            encoding="utf-8",
+            errors="replace",
+        )
+    except OSError:
+        return None
+    said = done.stderr.strip().partition("\n")[0]  # a here-document without an end is a warning alone
+    return re.sub(r"^\S+: line \d+: ", "", said) or None
 
 
 def _grouped(requests: Sequence[JobRequest], cluster: ClusterConfig) -> Iterator[list[JobRequest]]:

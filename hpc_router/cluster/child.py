@@ -4,45 +4,69 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
-from hpc_router.environment import scrubbed
+from hpc_router.cluster.command import last_words
+from hpc_router.environment import JOB_ID, held_job, scrubbed
 from hpc_router.errors import LaunchError
-from hpc_router.jobdir import Exit, JobDir
+from hpc_router.jobdir import Exit, JobDir, Reason
 from hpc_router.rundir import RunDir, private_umask
 
 TIMEOUT_S: Final = 60.0
 """For the batch, and as much again for each job in it: a busy controller takes its time."""
+ASKED: Final = "it was asked to end before it was submitted"
+_OURS: Final = "the submitting process failed"
 
 
 def submit_all(batch: Sequence[Mapping[str, Any]]) -> dict[str, str | None]:
     """Replica -> what went wrong with it. `batch`: `jobs.Submission` as plain values, because only the child loads
     submitit."""
     replicas = [replica for submission in batch for replica in submission["argv_of"]]
+    held = held_job()
     try:
         with private_umask():
             done = subprocess.run(
                 [sys.executable, "-m", "hpc_router.cluster.jobs"],
-                input=json.dumps(batch),
-                env=scrubbed(os.environ),
+                input=json.dumps(batch).encode(),
+                env={**scrubbed(os.environ), **({JOB_ID: held} if held is not None else {})},
                 capture_output=True,
                 check=True,
                 start_new_session=True,
-                text=True,
                 timeout=TIMEOUT_S * (1 + len(batch)),
             )
-        answers = json.loads(done.stdout)
-    except (OSError, subprocess.SubprocessError, ValueError) as error:
-        said = (getattr(error, "stderr", None) or "").strip().rpartition("\n")[2]
-        return dict.fromkeys(replicas, f"the submitting process failed: {said or error}")
-    return {replica: answer["error"] for answer in answers for replica in answer["replicas"]}
+        said, otherwise = done.stdout, f"{_OURS}: it said nothing of this job"
+    except (OSError, subprocess.SubprocessError) as error:
+        said, otherwise = getattr(error, "stdout", None) or b"", f"{_OURS}: {last_words(error)}"
+    return {**dict.fromkeys(replicas, otherwise), **_answers(said)}
 
 
-def keep_refusals(run: RunDir, refused: Mapping[str, Exit]) -> None:
-    """An exit record for each job that was refused. Raises LaunchError if there is any."""
-    for replica, end in refused.items():
-        JobDir(run, replica).write(end)
+def _answers(said: bytes) -> dict[str, str | None]:
+    """A line for each job; the child may have been stopped in the middle of one."""
+    answers: dict[str, str | None] = {}
+    for line in said.splitlines():
+        try:
+            answer = json.loads(line)
+        except ValueError:
+            continue
+        answers |= dict.fromkeys(answer["replicas"], answer["error"])
+    return answers
+
+
+def keep_refusals(run: RunDir, answers: Mapping[str, str | None], explained: Callable[[str, str], Exit]) -> None:
+    """An exit record for each job that was not submitted; `explained(replica, said)` makes it, where it was not our own
+    fault. Raises LaunchError if there is any."""
+    refused: dict[str, Exit] = {}
+    for replica, said in answers.items():
+        job = JobDir(run, replica)
+        if said is None or job.info() is not None:  # submitted, even where the child came to grief afterwards
+            continue
+        if said == ASKED:
+            job.write(Exit(ok=True, reason=Reason.DRAINED, message=ASKED))
+            continue
+        ours = said.startswith(_OURS)
+        refused[replica] = Exit(False, Reason.UNANSWERED, said) if ours else explained(replica, said)
+        job.write(refused[replica])
     if refused:
         each = "; ".join(f"{replica}: {end.message}" for replica, end in refused.items())
         raise LaunchError(f"cannot be submitted: {each}")

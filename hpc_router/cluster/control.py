@@ -33,6 +33,8 @@ from hpc_router.rundir import RunDir
 
 logger = logging.getLogger(__name__)
 
+AT_ONCE: Final = 32
+"""Jobs submitted in one pass: between passes the loop hears that fewer are wanted."""
 GONE_PASSES: Final = 5
 """A run directory that so many passes in a row do not find was removed."""
 
@@ -74,8 +76,8 @@ class Control:
         """One pass. A refused submission is in the result, as an exit record it counts as a failure of its slot."""
         seen = self.look(clear=clear, fresh=fresh)
         self._drain([a.replica for a in seen.actions if isinstance(a, Drain)])
-        self._cancel([a.replica for a in seen.actions if isinstance(a, Cancel)])
-        self._kill([a.replica for a in seen.actions if isinstance(a, Kill)])
+        self.cancel([a.replica for a in seen.actions if isinstance(a, Cancel)])
+        self.kill([a.replica for a in seen.actions if isinstance(a, Kill)])
         self._tell(seen.given_up)
         self._withdraw_dead(seen)
         submitted, refused = self._submit([a for a in seen.actions if isinstance(a, Submit)])
@@ -85,7 +87,8 @@ class Control:
         if not wanted:
             return [], None
         requests = [
-            replace(request_for(self.run, self.deployment, action.replica), after=action.after) for action in wanted
+            replace(request_for(self.run, self.deployment, action.replica), after=action.after)
+            for action in wanted[:AT_ONCE]
         ]
         refused = None
         try:
@@ -105,17 +108,22 @@ class Control:
             self.run.event("drain", replica=replica)
         ask_to_drain(self.run, [self.observer.records[r] for r in replicas if r in self.observer.records])
 
-    def _cancel(self, replicas: Sequence[str]) -> None:
+    def cancel(self, replicas: Sequence[str]) -> None:
+        """Ask these jobs to end, also those that have not begun."""
         for replica in replicas:
             job = JobDir(self.run, replica)
             job.write(replace(job.stop() or Stop(), cancel_at=time.time()))
             self.run.event("cancel", replica=replica)
         self.launcher.cancel(replicas)
 
-    def _kill(self, replicas: Sequence[str]) -> None:
+    def kill(self, replicas: Sequence[str]) -> None:
         for replica in replicas:
-            logger.warning("%s did not end when asked: killed", replica)
-            self.run.event("kill", replica=replica)
+            job = JobDir(self.run, replica)
+            stop = job.stop() or Stop()
+            if stop.kill_at is None:  # told once, done as often as it takes
+                logger.warning("%s did not end when asked: killed", replica)
+                self.run.event("kill", replica=replica)
+            job.write(replace(stop, kill_at=time.time()))
         self.launcher.kill(replicas)
 
     def _tell(self, given_up: Sequence[GiveUp]) -> None:

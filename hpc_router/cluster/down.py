@@ -18,17 +18,17 @@ from hpc_router.cluster.launcher import JobState
 from hpc_router.cluster.slots import Attempt
 from hpc_router.config import Deployment
 from hpc_router.errors import ConfigError, LaunchError
-from hpc_router.expert.scratch import sweep
+from hpc_router.expert.scratch import expanded, sweep
 from hpc_router.registry import Kind
 from hpc_router.rundir import RunDir
 
 logger = logging.getLogger(__name__)
 
 POLL_S: Final = 0.1
-ASK_AGAIN_S: Final = 1.0
+ASK_AGAIN_S: Final = 2.0
 """Slurm takes a moment to clean up after a job whose processes have ended."""
 CLAIM_PATIENCE_S: Final = 5.0
-"""A claim younger than this may still become a job."""
+"""A claim younger than this may still become a job; so may one whose submitter lives."""
 
 
 class Watcher(Protocol):
@@ -67,8 +67,8 @@ def empty(control: Control, *, watcher: Watcher) -> int:
             break
         time.sleep(POLL_S if left else ASK_AGAIN_S)
     _clean(control.run)
-    with suppress(OSError):  # what killed agents left; a missing folder is a clean one
-        sweep(Path(control.deployment.cluster.scratch) / f"hpc-router-{os.getuid()}")
+    with suppress(OSError, ConfigError):  # what killed agents left; a missing folder is a clean one
+        sweep(Path(expanded(control.deployment.cluster.scratch, os.environ)) / f"hpc-router-{os.getuid()}")
     if ended:
         control.run.event("down", replicas=sorted(ended))
     return len(ended)
@@ -78,7 +78,9 @@ def living(seen: Pass) -> list[Attempt]:
     """Jobs that live, and claims that may become jobs."""
     now = time.time()
     attempts = [attempt for found in seen.observed.values() for attempt in found]
-    return [a for a in attempts if a.lingers or (_claimed(a) and now < a.claimed_at + CLAIM_PATIENCE_S)]
+    return [
+        a for a in attempts if a.lingers or (_claimed(a) and (a.submitting or now < a.claimed_at + CLAIM_PATIENCE_S))
+    ]
 
 
 def _claimed(attempt: Attempt) -> bool:

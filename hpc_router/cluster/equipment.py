@@ -1,7 +1,7 @@
 """Whether jobs will find what they are to use: modules, the container's image and program, their interpreter.
 
 Looked for on the machine that plans, which sees the shared file system as the nodes do. What only the nodes may have,
-such as a program, is a warning.
+such as a program, is a warning. On cluster=local this machine is all there is.
 """
 
 import os
@@ -24,7 +24,9 @@ _ADDRESS: Final = re.compile(r"[a-z][a-z0-9+.-]*:.*")
 
 def equipment_faults(cluster: ClusterConfig) -> tuple[list[str], list[str]]:
     """Faults and warnings."""
-    wrong, unsure = _modules(cluster)
+    wrong, unsure = (
+        _modules(cluster) if cluster.kind != "local" else ([], [])
+    )  # without batch scripts nobody loads them
     return [*_container_faults(cluster), *wrong], [*_container_warnings(cluster), *unsure]
 
 
@@ -48,7 +50,9 @@ def _modules(cluster: ClusterConfig) -> tuple[list[str], list[str]]:
             errors="replace",
             timeout=TIMEOUT_S,
         )
-    except (OSError, subprocess.TimeoutExpired) as error:
+    except subprocess.TimeoutExpired:
+        return [], [f"cluster.modules: could not be checked: no answer within {TIMEOUT_S:g} s"]
+    except OSError as error:
         return [], [f"cluster.modules: could not be checked: {error}"]
     if done.returncode == 0:
         return [], []
@@ -65,13 +69,21 @@ def _container_faults(cluster: ClusterConfig) -> Iterator[str]:
     if image is not None and not is_address(image) and not Path(image).expanduser().exists():
         valid = "a .sif file, a folder, or an address such as docker://..."
         yield f"cluster.container.image={image}: no such file (valid: {valid})"
+    if image is not None and cluster.kind == "local" and not _has_program(cluster):
+        program = cluster.container.program
+        yield f"cluster.container.program={program}: not on the PATH here (valid: apptainer or singularity, or a path)"
+
+
+def _has_program(cluster: ClusterConfig) -> bool:
+    """On the PATH that engines get."""
+    return shutil.which(cluster.container.program, path=cluster.env.get("PATH")) is not None
 
 
 def _container_warnings(cluster: ClusterConfig) -> Iterator[str]:
     container: ContainerConfig = cluster.container
     if container.image is None:
         return
-    if shutil.which(container.program) is None:
+    if cluster.kind != "local" and not _has_program(cluster):
         told = "a module may bring it" if cluster.modules else "the nodes must have it"
         yield f"cluster.container.program={container.program}: not found here; {told}"
     if is_address(container.image) and cluster.offline:

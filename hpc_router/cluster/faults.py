@@ -84,7 +84,17 @@ def own_warnings(deployment: Deployment) -> Iterator[str]:
     unreached = [name for name, e in deployment.experts.items() if not e.exemplars and name != fallback]
     if deployment.policy.kind == "classifier" and deployment.policy.artefact is None and unreached:
         yield f"no exemplars, so `auto` never goes to: {', '.join(unreached)} (they answer by name)"
+    yield from _without_effect(deployment)
     cpus = sum(e.replicas * e.resources.cpus for e in deployment.experts.values())
     have = os.cpu_count() or 1
     if deployment.cluster.kind == "local" and cpus > have:
         yield f"the replicas ask for {cpus} CPUs, this machine has {have}: they will share"
+
+
+def _without_effect(deployment: Deployment) -> Iterator[str]:
+    """What stands in batch scripts, where there are none."""
+    cluster = deployment.cluster
+    given = [f"cluster.{name}" for name in ("modules", "setup") if getattr(cluster, name)]
+    if cluster.kind == "local" and given:
+        have = "has" if len(given) == 1 else "have"
+        yield f"{' and '.join(given)} {have} no effect with cluster=local: load and set up before `up` starts the jobs"

@@ -1,8 +1,8 @@
 """Submission through submitit, in a process of its own: `python -m hpc_router.cluster.jobs`.
 
-Requests come as JSON on stdin, results go as JSON to stdout. The caller starts it in a new session, so that Ctrl-C in
-a terminal reaches no job, and several jobs share the cost of loading submitit, which nothing else imports. Each
-`job.json` is written here, right after its submission: a caller that dies in between leaves no unknown job behind.
+Requests come as JSON on stdin, results go to stdout, one JSON line per job. The caller starts it in a new session, so
+that Ctrl-C in a terminal reaches no job, and several jobs share the cost of loading submitit, which nothing else loads.
+Each `job.json` is written here, right after its submission: a caller that dies in between leaves no unknown job behind.
 """
 
 import json
@@ -19,7 +19,8 @@ import submitit
 
 import hpc_router
 from hpc_router.cluster import body
-from hpc_router.jobdir import JobDir, JobInfo, Runner, start_ticks
+from hpc_router.cluster.child import ASKED
+from hpc_router.jobdir import JobDir, JobInfo, Runner, Submitter, start_ticks
 from hpc_router.rundir import RunDir
 
 A_YEAR_MIN: Final = 60 * 24 * 365
@@ -60,6 +61,8 @@ def from_json(text: str) -> list[Submission]:
 def submit(submission: Submission) -> Submitted:
     """One job. On this machine its id is the process id of submitit's controller."""
     replicas = list(submission.argv_of)
+    if all((stop := job.stop()) is not None and stop.cancel_at is not None for job in submission.jobs):
+        return Submitted(replicas, error=ASKED)
     try:
         executor = _executor(submission)
         job_id = executor.submit(body.start, submission.run, submission.argv_of, hpc_router.__version__).job_id
@@ -69,6 +72,16 @@ def submit(submission: Submission) -> Submitted:
         return Submitted(replicas, error=str(error))
     except Exception as error:  # noqa: BLE001 - submitit raises what it likes; the caller gets it as text
         return Submitted(replicas, error=f"{type(error).__name__}: {error}")
+    try:
+        _write_down(submission, job_id)
+    except OSError as error:  # a job that nobody knows would run for ever
+        if submission.script is not None:
+            subprocess.run(["scancel", job_id], check=False)
+        return Submitted(replicas, error=f"{error.strerror}: its job {job_id} was cancelled")
+    return Submitted(replicas, job_id=job_id)
+
+
+def _write_down(submission: Submission, job_id: str) -> None:
     here, local = socket.gethostname(), submission.script is None
     for job in submission.jobs:
         job.write(
@@ -79,10 +92,9 @@ def submit(submission: Submission) -> Submitted:
                 gpus=submission.gpus,
                 argv=tuple(submission.argv_of[job.replica]),
                 runner=Runner.PROCESS if local else Runner.SLURM,
-                shared=len(replicas) > 1,
+                shared=len(submission.argv_of) > 1,
             )
         )
-    return Submitted(replicas, job_id=job_id)
 
 
 class _BatchExecutor(submitit.SlurmExecutor):
@@ -113,8 +125,14 @@ def main() -> int:
     text = sys.stdin.read()
     for stream in (0, 1, 2):  # controllers outlive us and our caller: they must hold none of its pipes
         os.dup2(nothing, stream)
+    submissions = from_json(text)
+    me = Submitter(os.getpid(), start_ticks(os.getpid()) or 0, socket.gethostname())
+    for job in (job for submission in submissions for job in submission.jobs):
+        job.write(me)
     with answers:
-        json.dump([asdict(submit(s)) for s in from_json(text)], answers)
+        for submission in submissions:  # a line for each, so that one who loses us knows how far we came
+            answers.write(json.dumps(asdict(submit(submission))) + "\n")
+            answers.flush()
     return 0
 
 

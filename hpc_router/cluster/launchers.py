@@ -9,12 +9,13 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from hpc_router.cluster.allocation import AllocationLauncher, held_job
-from hpc_router.cluster.launcher import JobReport, JobRequest, JobState, Launcher
+from hpc_router.cluster.allocation import AllocationLauncher
+from hpc_router.cluster.launcher import JobReport, JobRequest, JobState, Launcher, Submits
 from hpc_router.cluster.local import LocalLauncher
 from hpc_router.cluster.queue import Queue
 from hpc_router.cluster.slurm import SlurmLauncher
 from hpc_router.config import Deployment
+from hpc_router.environment import held_job
 from hpc_router.errors import ConfigError
 from hpc_router.jobdir import JobDir, Runner
 from hpc_router.rundir import RunDir
@@ -25,13 +26,14 @@ def launcher_for(run: RunDir, deployment: Deployment) -> Launcher:
     here = LocalLauncher(run, gpus=cluster.gpus or 0)
     queue = Queue(run, ask_s=cluster.ask_s)
     slurm = SlurmLauncher(run, deployment, queue)
-    steps = AllocationLauncher(run, deployment, queue)
-    kinds: Mapping[str, Launcher] = {"local": here, "slurm": slurm, "allocation": steps}
+    steps = AllocationLauncher(run, deployment)
+    kinds: Mapping[str, Submits] = {"local": here, "slurm": slurm, "allocation": steps}
     new = kinds[cluster.kind]
     return Launchers(
         run=run,
         submitting=lambda request: here if request.is_router and deployment.router.place == "here" else new,
-        running={Runner.PROCESS: here, Runner.SLURM: slurm, Runner.STEP: steps},
+        running={Runner.PROCESS: here, Runner.SLURM: slurm, Runner.STEP: slurm},
+        slurm=slurm if cluster.kind != "local" else None,
     )
 
 
@@ -49,8 +51,9 @@ class Launchers:
     """`submitting`: who gets a request; `running`: who looks after a job."""
 
     run: RunDir
-    submitting: Callable[[JobRequest], Launcher]
+    submitting: Callable[[JobRequest], Submits]
     running: Mapping[Runner, Launcher]
+    slurm: SlurmLauncher | None = None
 
     def submit(self, requests: Sequence[JobRequest]) -> list[str]:
         batches: dict[int, list[JobRequest]] = defaultdict(list)
@@ -74,7 +77,8 @@ class Launchers:
             launcher.kill(names)
 
     def remaining(self, replicas: Iterable[str]) -> list[str]:
-        return [job for launcher, names in self._by_runner(replicas) for job in launcher.remaining(names)]
+        names = list(replicas)
+        return self.slurm.remaining(names) if self.slurm is not None else []
 
     def _by_runner(self, replicas: Iterable[str]) -> list[tuple[Launcher, list[str]]]:
         """Those with a job; a claim alone belongs to nobody yet."""

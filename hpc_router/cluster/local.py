@@ -39,8 +39,7 @@ class LocalLauncher:
                 for r, gpus in chosen
             ]
             answers = submit_all(batch)
-        refused = {replica: error for replica, error in answers.items() if error is not None}
-        keep_refusals(self.run, {r: Exit(ok=False, reason=Reason.CRASHED, message=e) for r, e in refused.items()})
+        keep_refusals(self.run, answers, lambda _, said: Exit(ok=False, reason=Reason.CRASHED, message=said))
         return [request.replica for request, _ in chosen]
 
     def observe(self, replicas: Iterable[str], *, fresh: bool = False) -> Mapping[str, JobReport]:

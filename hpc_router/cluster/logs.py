@@ -43,7 +43,8 @@ def log_files(run: RunDir, name: str | None) -> dict[str, list[Path]]:
 
 def files_of(job: JobDir) -> list[Path]:
     """The job's own output only where it said something."""
-    return [path for path in (*early_files(job), job.agent_log, job.engine_log) if path.exists()]
+    ranks = sorted(job.run.logs.glob(f"{job.replica}.rank*.log"))  # of an engine on several nodes
+    return [path for path in (*early_files(job), job.agent_log, job.engine_log, *ranks) if path.exists()]
 
 
 def early_files(job: JobDir) -> list[Path]:

@@ -7,6 +7,7 @@ Jobs seen to have ended are not read again: a run that lived long has many.
 import json
 import logging
 import os
+import socket
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -17,13 +18,14 @@ from hpc_router.cluster.pulse import Pulse
 from hpc_router.cluster.slots import Attempt, Observed, Slot
 from hpc_router.errors import RegistryError
 from hpc_router.files import create_text
-from hpc_router.jobdir import Exit, JobDir, Reason, Stop
+from hpc_router.jobdir import Exit, JobDir, Reason, Runner, Stop, Submitter, start_ticks
 from hpc_router.registry import Kind, Reader, Record, split_replica
 from hpc_router.rundir import RunDir
 
 logger = logging.getLogger(__name__)
 
 HUNG: Final = "its agent hung: no beat and no answer while its process lived; it was killed"
+UNSEEN: Final = "its batch script could not even begin its log: do all nodes see the run directory"
 VANISHED: Final = "the job ended and left no exit record: killed, or it died before it began"
 
 
@@ -72,7 +74,7 @@ class Observer:
         except FileNotFoundError:
             return None
         end, stop, state = job.exit(), job.stop() or Stop(), report.state
-        if state in (JobState.ENDING, JobState.ENDED) and end is None:
+        if state is JobState.ENDED and end is None:
             end = leave_exit(job, self._end(replica, report, stop))
         record, info = self.records.get(replica), job.info()
         attempt = Attempt(
@@ -88,6 +90,8 @@ class Observer:
             job_id=info.job_id if info is not None else None,
             node=report.node,
             hung=state is JobState.RUNNING and replica in self._hung,
+            submitting=info is None and _lives(job.submitter()),
+            runner=info.runner if info is not None else None,
         )
         if state is JobState.ENDED:
             self._ended[replica] = attempt
@@ -101,6 +105,10 @@ class Observer:
             return report.end
         if replica in self._hung:
             return Exit(ok=False, reason=Reason.TIMEOUT, message=HUNG)
+        job = JobDir(self._run, replica)
+        info = job.info()
+        if info is not None and info.runner is Runner.SLURM and not any(job.path.glob("*_batch.log")):
+            return Exit(ok=False, reason=Reason.VANISHED, message=f"{UNSEEN} {self._run.path}?")
         return report.end or Exit(ok=False, reason=Reason.VANISHED, message=VANISHED)
 
 
@@ -108,6 +116,12 @@ def leave_exit(job: JobDir, end: Exit) -> Exit:
     """Write `exit.json` unless the job did so in the meantime; the one that stands."""
     create_text(job.path / "exit.json", json.dumps(asdict(end), indent=1, sort_keys=True) + "\n")
     return job.exit() or end
+
+
+def _lives(submitter: Submitter | None) -> bool:
+    """A submitter of another host cannot be asked: the claim's age decides."""
+    here = submitter is not None and submitter.host == socket.gethostname()
+    return here and submitter is not None and start_ticks(submitter.pid) == submitter.start_ticks
 
 
 def _is_replica(name: str) -> bool:

@@ -4,13 +4,13 @@ Slurm's reason is that of its last look at the job, so it changes; few mean that
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """`hopeless`: it will never start as it is, however long one waits. JOBID in `advice` stands for the job's id."""
+    """`hopeless`: it will never start as it is, however long one waits."""
 
     what: str
     advice: str | None = None
@@ -19,14 +19,18 @@ class Waiting:
 
 _EDIT: Final = "edit {}, then `hpc-router up` in a new run"
 _LIMIT: Final = "`sacctmgr show qos` and `scontrol show assoc_mgr` show the limits"
+_JOB: Final = "JOBID"
+"""Stands for the job's id, also where that is not known."""
 _HELD: Final = "`scontrol release JOBID` lets it go"
 
 _WORDS: Final[dict[str, Waiting]] = {
     "Resources": Waiting("it is next in line and waits for nodes to become free"),
     "Priority": Waiting("jobs of higher priority go first", "a shorter cluster.walltime lets it fill gaps sooner"),
-    "None": Waiting("Slurm has not looked at it yet"),
     "BeginTime": Waiting("its time to begin has not come, or it was requeued and waits two minutes"),
-    "Dependency": Waiting("it waits for another job", "see resources.sbatch.dependency"),
+    "Dependency": Waiting(
+        "it waits for another job: a standby router for the one that serves, others as sbatch.dependency says",
+        "`scontrol show job JOBID` names that job",
+    ),
     "DependencyNeverSatisfied": Waiting(
         "it waits for a job that cannot end as its dependency asks", _EDIT.format("resources.sbatch.dependency"), True
     ),
@@ -36,7 +40,6 @@ _WORDS: Final[dict[str, Waiting]] = {
     "JobHoldMaxRequeue": Waiting(
         "it was requeued too often and is held", "`scancel JOBID` and a fresh job replaces it", True
     ),
-    "JobArrayTaskLimit": Waiting("as many tasks of its array run as may"),
     "launch_failed_requeued_held": Waiting(
         "a node could not start it, so Slurm holds it", "`scancel JOBID` and a fresh job replaces it", True
     ),
@@ -112,14 +115,16 @@ _MEANT: Final = (
 )
 
 
-def in_words(reason: str) -> Waiting:
-    """Slurm's reason as squeue writes it; an unknown one is told as it is."""
+def in_words(reason: str, job_id: str | None = None) -> Waiting:
+    """Slurm's reason as squeue writes it; an unknown one is told as it is. `job_id`: whom the advice is about."""
     text = reason.strip().strip("()")
     word, _, detail = text.partition(",")
     word = "launch_failed_requeued_held" if word.replace(" ", "_") == "launch_failed_requeued_held" else word.strip()
     known = _WORDS.get(word) or _limit(word) or Waiting(f"Slurm says: {text or 'nothing'}")
     named = re.search(r"UnavailableNodes:(\S+)", detail)
-    return Waiting(f"{known.what} ({named[1]})", known.advice, known.hopeless) if named else known
+    what = f"{known.what} ({named[1]})" if named else known.what
+    advice = known.advice.replace(_JOB, job_id) if known.advice and job_id else known.advice
+    return replace(known, what=what, advice=advice)
 
 
 def _limit(word: str) -> Waiting | None:

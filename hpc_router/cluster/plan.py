@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-from hpc_router.cluster.allocation import held_job
-from hpc_router.cluster.batch import BatchJob, batch_jobs
+import hpc_router
+from hpc_router.cluster.batch import BatchJob, batch_jobs, python_of, setup_faults
 from hpc_router.cluster.equipment import equipment_faults, is_address
 from hpc_router.cluster.faults import own_faults, own_warnings
 from hpc_router.cluster.fit import site_faults, site_warnings
@@ -24,13 +24,16 @@ from hpc_router.cluster.site import ask_site
 from hpc_router.cluster.slots import ROUTER_SLOT, Slot
 from hpc_router.cluster.trial import UNASKED, try_jobs
 from hpc_router.config import ClusterConfig, Deployment, ExpertConfig
+from hpc_router.environment import held_job
 from hpc_router.errors import ConfigError, LaunchError
-from hpc_router.expert.engines import Place, build_engine
+from hpc_router.expert.engines import Place, build_engine, engine_environment
 from hpc_router.expert.engines.container import contained
 from hpc_router.rundir import RunDir
 
 FOLDER: Final = "<job>"
 """Stands in the plan for the folder that each agent makes on its node."""
+NO_JOB: Final = "<job>"
+"""Stands for the id of the job that `up` will run in."""
 NEW_RUN: Final = Path("<run>")
 
 
@@ -39,7 +42,7 @@ _SECRET: Final = re.compile(r"TOKEN|SECRET|PASSWORD|_KEY$", re.IGNORECASE)
 
 @dataclass(frozen=True, slots=True)
 class EnginePlan:
-    """The engine's process inside an expert's job."""
+    """The engine's process inside an expert's job. `environment`: what it gets beside the node's own."""
 
     argv: tuple[str, ...]
     environment: Mapping[str, str]
@@ -70,7 +73,8 @@ class ReplicaPlan:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """`jobs`: what sbatch would get. `warnings`: what may be meant so, and what could not be asked."""
+    """`jobs`: what sbatch would get; in an allocation, what bash would, to start a step. `warnings`: what may be meant
+    so, and what could not be asked."""
 
     deployment: Deployment
     replicas: tuple[ReplicaPlan, ...]
@@ -86,7 +90,9 @@ class Plan:
             "fallback": self.deployment.policy.fallback,
             "gpus": sum(r.request.resources.gpus * r.request.resources.nodes for r in self.replicas),
             "replicas": [{**r.to_json(), "script": scripts.get(r.request.replica)} for r in self.replicas],
-            "sbatch": [{"replicas": list(job.replicas), "script": shown_script(job)} for job in self.jobs],
+            "sbatch": [
+                {"replicas": list(job.replicas), "script": shown_script(job)} for job in self.jobs if job.jobid is None
+            ],
             "warnings": list(self.warnings),
         }
 
@@ -120,6 +126,8 @@ def make_plan(deployment: Deployment, *, run: RunDir | None = None, ask_engines:
     Slurm what it would be asked for."""
     run = run or RunDir(NEW_RUN)
     faults = list(own_faults(deployment, taught=taught(deployment)))
+    if deployment.cluster.kind != "local":
+        faults += setup_faults(deployment.cluster.setup)
     if faults:
         raise ConfigError("\n".join(faults))
     replicas = tuple(_replicas(deployment, run))
@@ -135,10 +143,10 @@ def make_plan(deployment: Deployment, *, run: RunDir | None = None, ask_engines:
 
 
 def _asked(deployment: Deployment, jobs: tuple[BatchJob, ...]) -> tuple[list[str], list[str]]:
-    """Faults and warnings of what jobs would find, by Slurm's word where it runs them."""
-    if deployment.cluster.kind == "local":
-        return [], []
+    """Faults and warnings of what jobs would find on this machine, by Slurm's word where it runs them."""
     faults, warnings = equipment_faults(deployment.cluster)
+    if deployment.cluster.kind == "local":
+        return faults, warnings
     if deployment.cluster.kind == "allocation":
         outside = "cluster=allocation: this is no job of Slurm; `up` must run in one (salloc, or an sbatch script)"
         return faults, [*warnings, *([] if held_job() else [outside])]
@@ -174,7 +182,14 @@ def _settled_cluster(cluster: ClusterConfig) -> ClusterConfig:
     container = cluster.container
     if container.image is not None and not is_address(container.image):
         container = replace(container, image=_absolute(container.image))
+    container = replace(container, binds=[_settled_bind(bind) for bind in container.binds])
     return replace(cluster, python=_interpreter(cluster.python), container=container)
+
+
+def _settled_bind(bind: str) -> str:
+    """SOURCE[:TARGET[:ro]]: the source is a path out here."""
+    source, colon, inside = bind.partition(":")
+    return _absolute(source) + colon + inside
 
 
 def _interpreter(python: str | None) -> str | None:
@@ -194,19 +209,34 @@ def _replicas(deployment: Deployment, run: RunDir) -> Iterator[ReplicaPlan]:
     for name, expert in deployment.experts.items():
         engine = build_engine(name, expert)
         argv = tuple(contained(engine.argv(place), cluster.container, place, expert))
-        environment = {**engine.environment(place), **cluster.env, **expert.engine.env}
+        environment = engine_environment(engine, expert, place, inherited={}, cluster=cluster)
         for number in range(expert.replicas):
             request = request_for(run, deployment, Slot(name, str(number)).replica(1))
             yield ReplicaPlan(name, request, EnginePlan(argv, environment))
 
 
 def _jobs(deployment: Deployment, run: RunDir, replicas: tuple[ReplicaPlan, ...]) -> list[BatchJob]:
-    """What sbatch would get."""
-    if deployment.cluster.kind != "slurm":
-        return []
+    """What Slurm would get."""
     here = deployment.router.place == "here"
     requests = [r.request for r in replicas if not (here and r.request.is_router)]
-    return batch_jobs(run, deployment, requests)
+    if deployment.cluster.kind == "slurm":
+        return batch_jobs(run, deployment, requests)
+    if deployment.cluster.kind == "allocation":
+        return [step_job(run, deployment, request, job_id=held_job() or NO_JOB) for request in requests]
+    return []
+
+
+def step_job(run: RunDir, deployment: Deployment, request: JobRequest, *, job_id: str) -> BatchJob:
+    """As `AllocationLauncher` makes it."""
+    command = (python_of(deployment.cluster), "-m", "hpc_router.cluster.body", str(run.path), request.replica)
+    return BatchJob(
+        run=run,
+        requests=(request,),
+        cluster=deployment.cluster,
+        name=request.replica,
+        command=(*command, hpc_router.__version__, "--", *request.argv),
+        jobid=job_id,
+    )
 
 
 def taught(deployment: Deployment) -> dict[str, list[str]]:

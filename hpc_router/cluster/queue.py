@@ -10,30 +10,35 @@ import logging
 import os
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from typing import Any, Final
 
-from hpc_router.environment import scrubbed
+from hpc_router.cluster.command import last_words, output_of
 from hpc_router.files import read_json, replace_json
 from hpc_router.rundir import RunDir
 
 logger = logging.getLogger(__name__)
 
 TIMEOUT_S: Final = 30.0
-_FORMAT: Final = "%i|%T|%N|%S|%e|%r"
+_FORMAT: Final = "%i\t%T\t%N\t%S\t%e\t%j\t%Z\t%r"
+AHEAD_S: Final = 5.0
+"""A view that was asked so long from now is of a clock that is wrong."""
 
 
 @dataclass(frozen=True, slots=True)
 class QueuedJob:
-    """One job; times are Unix seconds. `starts_at` is Slurm's estimate for a job that waits."""
+    """One job; times are Unix seconds. `starts_at` is Slurm's estimate for a job that waits. `name` and `folder`: the
+    job's name and where it runs, by which a job is known that nobody here knows the id of."""
 
     state: str
     node: str | None = None
     reason: str | None = None
     starts_at: float | None = None
     ends_at: float | None = None
+    name: str | None = None
+    folder: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +57,14 @@ class Queue:
         self._claim = run.path / ".squeue.asking"
         self._ask_s = ask_s
         self._view: View | None = None
+        self.answers = 0
+        """How often this process itself has been answered."""
 
     def view(self, *, fresh: bool = False) -> View | None:
         """None where nobody has ever been answered."""
         if not fresh:
             self._read()
-            if self._view is not None and time.time() - self._view.asked_at < self._ask_s:
+            if self._view is not None and abs(time.time() - self._view.asked_at) < self._ask_s:
                 return self._view
         with self._asking(fresh=fresh) as mine:
             if mine:
@@ -69,18 +76,20 @@ class Queue:
         try:
             jobs = ask_squeue()
         except (OSError, subprocess.SubprocessError) as error:
-            said = (getattr(error, "stderr", None) or "").strip().rpartition("\n")[2]
-            logger.warning("squeue cannot be asked: %s", said or error)
+            logger.warning("squeue cannot be asked: %s", last_words(error))
             self._read()
             return
         self._view = View(asked_at, jobs)
+        self.answers += 1
         with contextlib.suppress(OSError):  # a shared file system that stalls: our own view is good
             replace_json(self._file, asdict(self._view))
 
     def _read(self) -> None:
         value = read_json(self._file)
         view = None if value is None else _from_json(value)
-        if view is not None and (self._view is None or view.asked_at > self._view.asked_at):
+        if view is None or view.asked_at > time.time() + AHEAD_S:
+            return
+        if self._view is None or view.asked_at > self._view.asked_at:
             self._view = view
 
     @contextlib.contextmanager
@@ -108,30 +117,30 @@ class Queue:
 
 def ask_squeue() -> dict[str, QueuedJob]:
     """Raises OSError or SubprocessError."""
-    done = subprocess.run(
-        ["squeue", "--me", "--states=all", "--noheader", f"--format={_FORMAT}"],
-        env={**scrubbed(os.environ), "SLURM_TIME_FORMAT": "standard"},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        check=True,
-        text=True,
-        timeout=TIMEOUT_S,
-    )
-    return parse_squeue(done.stdout)
+    argv = ["squeue", "--me", "--states=all", "--noheader", f"--format={_FORMAT}"]
+    return parse_squeue(output_of(argv, timeout_s=TIMEOUT_S, also={"SLURM_TIME_FORMAT": "standard"}))
+
+
+def running_steps(job_ids: Iterable[str]) -> set[str]:
+    """`JOB.STEP` of each step that runs in these jobs. Raises OSError or SubprocessError."""
+    argv = ["squeue", "--steps", "--noheader", "--format=%i", f"--jobs={','.join(sorted(set(job_ids)))}"]
+    return set(output_of(argv, timeout_s=TIMEOUT_S).split())
 
 
 def parse_squeue(text: str) -> dict[str, QueuedJob]:
     jobs = {}
     for line in text.splitlines():
-        words = [word.strip() for word in line.split("|", 5)]
-        if len(words) == 6:
-            job_id, state, node, starts, ends, reason = words
+        words = [word.strip() for word in line.split("\t", 7)]
+        if len(words) == 8:
+            job_id, state, node, starts, ends, name, folder, reason = words
             jobs[job_id] = QueuedJob(
                 state=state,
                 node=node or None,
                 reason=None if reason in ("", "None") else reason,
                 starts_at=_unix(starts),
                 ends_at=_unix(ends),
+                name=name or None,
+                folder=folder or None,
             )
     return jobs
 

@@ -5,7 +5,7 @@ Rules, one slot at a time:
    one that hangs is replaced without waiting for that. One that ended gets its next generation at once.
 2. Failures in a row wait longer and longer, then give up; a reason no restart can cure gives up at once. A job that was
    ready for a while starts the count again, and so does the user with `up` or `scale` (`Desired.forgiven`). An end
-   that says nothing about the replica (its node failed, it was preempted) is not counted.
+   that says nothing about the replica (its node failed, it was preempted) only makes the next one wait.
 3. A claim without a job is abandoned after a minute. A surplus job drains, then ends, then is killed.
 4. The loop runs beside the router and dies with it, so a router's successor is submitted while it serves, and Slurm
    starts it when the router's job has ended.
@@ -16,18 +16,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from hpc_router.cluster.launcher import ROUTER
+from hpc_router.cluster.launcher import ROUTER, JobState
 from hpc_router.cluster.slots import ROUTER_SLOT, Attempt, Observed, Slot
-from hpc_router.jobdir import BLAMELESS, PERMANENT, Exit, Reason
+from hpc_router.jobdir import BLAMELESS, PERMANENT, Exit, Reason, Runner
 
 CLAIM_S: Final = 60.0
 """A claim that has no job after this long is abandoned."""
 STEADY_S: Final = 30.0
 """A job that was ready this long did not fail to start."""
+STANDBY_S: Final = 10.0
+"""A router that was ready this long gets its successor: one that always fails must not be followed for ever at once."""
 BACKOFF_S: Final = 2.0
 BACKOFF_MAX_S: Final = 60.0
 KILL_AFTER_S: Final = 10.0
 """Beyond the time a job may drain."""
+KILL_AGAIN_S: Final = 10.0
+"""Slurm may take so long, and a node that is lost much longer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +128,7 @@ def reconcile(desired: Desired, observed: Observed, now: float) -> list[Action]:
         actions.extend(_fill(slot, observed.get(slot, ()), desired, now))
     for slot in sorted(set(observed) - set(wanted)):
         if desired.clear or (slot.ours and slot.expert != ROUTER):
+            actions.extend(_clear_away(observed[slot], now))
             actions.extend(_empty(observed[slot], desired, now))
     return actions
 
@@ -137,46 +142,67 @@ def _fill(slot: Slot, attempts: Sequence[Attempt], desired: Desired, now: float)
     if not attempts:
         yield Submit(slot, 1)
         return
+    yield from _clear_away(attempts, now)
     newest = attempts[-1]
     live = [attempt for attempt in attempts if attempt.live]
-    if live:
-        superseded = live[-1].ready and slot.expert != ROUTER  # an older router goes when its successor says so
-        unwanted = [a for a in live if a.hung or a.asked_to_stop or (superseded and a is not live[-1])]
-        yield from _empty(unwanted, desired, now)
-        if slot == ROUTER_SLOT and desired.standby and _steady(live[-1], now):
-            yield Submit(slot, live[-1].generation + 1, after=live[-1].job_id)
-    if any(not (a.hung and a.stop.cancel_at is not None) for a in live):
-        return
-    if not newest.submitted and newest.exit is None and now < newest.claimed_at + CLAIM_S:
+    superseded = live[:-1] if live and live[-1].ready and slot.expert != ROUTER else []  # routers end by themselves
+    yield from _empty([a for a in live if a.hung or a.asked_to_stop or a in superseded], desired, now)
+    if not newest.submitted and newest.exit is None and (newest.submitting or now < newest.claimed_at + CLAIM_S):
         yield Wait(newest.replica, newest.claimed_at + CLAIM_S, "claimed, not submitted yet")
-        return
-    ends = _failures(attempts, forgiven=desired.forgiven.get(str(slot), 0))
-    blamed = [end for end in ends if end.reason is not Reason.UNANSWERED]
+    elif slot == ROUTER_SLOT and desired.standby and len(live) == 1 and _steady(live[0], now):
+        tried = [attempt for attempt in attempts if attempt.generation > live[0].generation]
+        waiting = _next(slot, newest.generation + 1, tried, desired, now, after=live[0].job_id)
+        yield from (action for action in waiting if not isinstance(action, GiveUp))  # the router itself serves
+    elif all(_as_good_as_gone(attempt) for attempt in live):
+        yield from _next(slot, newest.generation + 1, attempts, desired, now)
+
+
+def _next(
+    slot: Slot, generation: int, past: Sequence[Attempt], desired: Desired, now: float, *, after: str | None = None
+) -> Iterator[Action]:
+    """The next generation, after a pause where those in the `past` came to nothing."""
+    ends = _failures(past, forgiven=desired.forgiven.get(str(slot), 0))
+    blamed = [end for end in ends if end.reason not in BLAMELESS]
     if blamed and (blamed[0].reason in PERMANENT or len(blamed) >= desired.max_failures):
         yield GiveUp(slot, len(blamed), blamed[0])
         return
     due_at = ends[0].at + backoff_s(len(ends)) if ends else now
     if now < due_at:
-        yield Wait(slot.replica(newest.generation + 1), due_at, f"{len(ends)} failures in a row")
+        yield Wait(slot.replica(generation), due_at, f"{len(ends)} failures in a row")
     else:
-        yield Submit(slot, newest.generation + 1)
+        yield Submit(slot, generation, after)
+
+
+def _as_good_as_gone(attempt: Attempt) -> bool:
+    """Asked to end, and not able to do anything any more: it hangs, or has not begun."""
+    return attempt.stop.cancel_at is not None and (attempt.hung or attempt.job is JobState.PENDING)
+
+
+def _clear_away(attempts: Sequence[Attempt], now: float) -> Iterator[Action]:
+    """A job that has said its last word and does not end."""
+    for attempt in attempts:
+        if attempt.submitted and attempt.job is JobState.ENDING:
+            said_at = attempt.exit.at if attempt.exit is not None else attempt.claimed_at
+            if attempt.stop.cancel_at is not None:
+                yield _kill(attempt, attempt.stop.cancel_at + KILL_AFTER_S, now)
+            elif now >= said_at + KILL_AFTER_S:
+                yield Cancel(attempt.replica)
 
 
 def _steady(router: Attempt, now: float) -> bool:
-    """Whether it has served long enough to be succeeded: one that fails again and again must not go on for ever."""
+    """Whether it is a Slurm job that has served long enough to be succeeded: one that fails again and again must not go
+    on for ever."""
     ready_at = router.progress.ready_at if router.progress else None
-    return router.ready and router.job_id is not None and ready_at is not None and now - ready_at >= STEADY_S
+    return router.ready and router.runner is Runner.SLURM and ready_at is not None and now - ready_at >= STANDBY_S
 
 
 def _failures(attempts: Sequence[Attempt], *, forgiven: int) -> list[Exit]:
-    """The ends of the last failures in a row, newest first."""
+    """The ends of the last attempts in a row that came to nothing, newest first."""
     ends: list[Exit] = []
     for attempt in reversed(attempts):
         end = _end(attempt)
         if attempt.generation <= forgiven or end.ok:
             break
-        if end.reason in BLAMELESS:
-            continue
         ends.append(end)
         ready_at = attempt.progress.ready_at if attempt.progress else None
         if ready_at is not None and end.at - ready_at >= STEADY_S:
@@ -196,17 +222,24 @@ def _empty(attempts: Sequence[Attempt], desired: Desired, now: float) -> Iterato
     for attempt in attempts:
         if attempt.live:
             yield _retire(attempt, desired, now)
+        elif not attempt.submitted and attempt.exit is None and attempt.stop.cancel_at is None:
+            yield Cancel(attempt.replica)  # its job may be on the way: it finds that it is not wanted
 
 
 def _retire(attempt: Attempt, desired: Desired, now: float) -> Action:
     replica, stop = attempt.replica, attempt.stop
     drain_s = 0.0 if attempt.hung else desired.drain_limit_s(attempt.slot)
     if stop.cancel_at is not None:
-        kill_at = stop.cancel_at + drain_s + KILL_AFTER_S
-        return Kill(replica) if now >= kill_at else Wait(replica, kill_at, "asked to end")
+        return _kill(attempt, stop.cancel_at + drain_s + KILL_AFTER_S, now)
     if not desired.down:
         if stop.drain_at is None and attempt.ready:
             return Drain(replica)
         if stop.drain_at is not None and now < stop.drain_at + drain_s:
             return Wait(replica, stop.drain_at + drain_s, "asked to drain")
     return Cancel(replica)  # SIGTERM drains too: nothing in flight is lost
+
+
+def _kill(attempt: Attempt, kill_at: float, now: float) -> Action:
+    if attempt.stop.kill_at is not None:
+        kill_at = max(kill_at, attempt.stop.kill_at + KILL_AGAIN_S)
+    return Kill(attempt.replica) if now >= kill_at else Wait(attempt.replica, kill_at, "asked to end")

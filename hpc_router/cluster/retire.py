@@ -1,8 +1,8 @@
 """Retires replicas that the user names: they drain and end, and the control loop fills their slots with fresh jobs.
 
 A replica that takes calls is asked over HTTP; one that does not yet, or cannot be reached, gets its job's signal, which
-drains it too. Routers go only when they are named themselves. Nothing is wanted differently afterwards: `scale` and
-`down` are for that.
+drains it too. Routers go only when they are named themselves, and a standby only by its own full name: it is what
+follows the one that is meant. Nothing is wanted differently afterwards: `scale` and `down` are for that.
 """
 
 import time
@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from hpc_router.cluster.control import Control, Pass
 from hpc_router.cluster.drain import ask_to_drain
-from hpc_router.cluster.launcher import ROUTER
+from hpc_router.cluster.launcher import ROUTER, JobState
 from hpc_router.cluster.reconcile import Wait
 from hpc_router.cluster.router_access import live_router
 from hpc_router.cluster.slots import Attempt, Observed
@@ -28,11 +28,15 @@ MARGIN_S: Final = 30.0
 
 @dataclass(frozen=True, slots=True)
 class Retired:
-    """`asked` over HTTP, `signalled` through their jobs. `left`: still there when the time was up; None: not waited."""
+    """`asked` over HTTP, `signalled` through their jobs. `left`: still there when the time was up; None: not waited.
+
+    `successor`: the router that lives on, or will.
+    """
 
     asked: tuple[str, ...]
     signalled: tuple[str, ...]
     left: tuple[str, ...] | None = None
+    successor: str | None = None
 
     @property
     def replicas(self) -> tuple[str, ...]:
@@ -46,6 +50,8 @@ class Retired:
 
     def needs_reconcile(self, run: RunDir) -> bool:
         """Whether nobody is there, or will be, to replace what ends: the control loop goes with its router."""
+        if self.successor is not None:
+            return False
         return any(split_replica(name)[0] == ROUTER for name in self.replicas) or live_router(run) is None
 
     def to_json(self) -> dict[str, Any]:
@@ -63,15 +69,31 @@ def named(
     nodes = {a.replica: _nodes(a, records.get(a.replica)) for a in live}
     known = {*experts, ROUTER, *(a.replica for a in attempts), *(str(slot) for slot in observed), *_all(nodes)}
     chosen: dict[str, Attempt] = {}
+    standbys = {a.replica for found in observed.values() for a in _standbys(found)}
     for name in names:
         if name not in known:
             _refuse(name, live, records, experts=experts, nodes=_all(nodes))
         for attempt in live:
             slot = attempt.slot
             at_node = name in nodes[attempt.replica] and slot.expert != ROUTER
-            if name in (attempt.replica, str(slot), slot.expert) or at_node:
+            by_seat = name in (str(slot), slot.expert) and attempt.replica not in standbys
+            if name == attempt.replica or by_seat or at_node:
                 chosen[attempt.replica] = attempt
     return [chosen[replica] for replica in sorted(chosen)]
+
+
+def _standbys(attempts: Sequence[Attempt]) -> list[Attempt]:
+    """Of one slot: the routers that wait for the end of the one that serves, or still drains."""
+    routers = [a for a in attempts if a.live and a.slot.expert == ROUTER]
+    serving = [a for a in routers if a.ready] or [a for a in routers if a.job is not JobState.PENDING]
+    return [a for a in routers if serving and a not in serving]
+
+
+def successor(observed: Observed, chosen: Sequence[Attempt]) -> str | None:
+    """The newest router that lives and is not to end."""
+    routers = [a for found in observed.values() for a in found if a.live and a.slot.expert == ROUTER]
+    left = [a for a in routers if a not in chosen and not a.asked_to_stop]
+    return max(left, key=lambda a: a.generation).replica if left else None
 
 
 def retire(control: Control, names: Sequence[str]) -> Retired:
@@ -93,7 +115,7 @@ def retire(control: Control, names: Sequence[str]) -> Retired:
         job.write(replace(stop, cancel_at=stop.cancel_at or time.time()))
         control.run.event("cancel", replica=replica)
     control.launcher.cancel(signalled)
-    return Retired(asked, signalled)
+    return Retired(asked, signalled, successor=successor(observed, chosen))
 
 
 def wait(

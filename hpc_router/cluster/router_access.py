@@ -1,7 +1,7 @@
 """The address of a run's router, for those who would send it the owner's token.
 
 A record outlives a router that was killed, and its port may be a stranger's by now: only a router whose job may still
-live is given the token.
+live, and that proves to be the one of its record, is given the token. Each call of a verb asks anew.
 """
 
 from dataclasses import dataclass
@@ -11,15 +11,23 @@ from hpc_router.cluster.launcher import JobState
 from hpc_router.cluster.launchers import launcher_for
 from hpc_router.config import Deployment
 from hpc_router.errors import ConfigError, LaunchError
+from hpc_router.proof import Finding, examine
 from hpc_router.registry import Kind, Reader, Record, leading_router
 from hpc_router.rundir import RunDir
 
 
 @dataclass(frozen=True, slots=True)
 class RouterAccess:
-    url: str
+    record: Record
     token: str
-    replica: str
+
+    @property
+    def url(self) -> str:
+        return self.record.url
+
+    @property
+    def replica(self) -> str:
+        return self.record.replica
 
 
 def live_router(run: RunDir) -> Record | None:
@@ -37,8 +45,23 @@ _MAY_LIVE = (JobState.RUNNING, JobState.UNKNOWN)
 
 
 def router_access(run: RunDir) -> RouterAccess:
-    """Raises LaunchError when no router serves."""
+    """Raises LaunchError when no router serves, or something else answers at its address."""
+    return proven(run, unproven_router(run))
+
+
+def unproven_router(run: RunDir) -> Record:
+    """The router by its record alone. Raises LaunchError when there is none."""
     record = live_router(run)
     if record is None:
         raise LaunchError(f"no router serves {run.path}; `hpc-router up --run {run.path}` starts one")
-    return RouterAccess(record.url, run.token(), record.replica)
+    return record
+
+
+def proven(run: RunDir, record: Record) -> RouterAccess:
+    """Raises LaunchError when nobody or something else answers there."""
+    finding = examine(record, run.secret())
+    if finding is not Finding.PROVEN:
+        raise LaunchError(
+            f"{record.replica} at {record.url}: {finding}; `hpc-router status --run {run.path}` shows more"
+        )
+    return RouterAccess(record, run.token())

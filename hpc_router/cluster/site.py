@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
+from hpc_router.cluster.command import last_words
 from hpc_router.environment import scrubbed
 from hpc_router.errors import LaunchError
 from hpc_router.walltime import walltime_s
@@ -71,14 +72,15 @@ def ask_site() -> Site:
             capture_output=True,
             check=True,
             text=True,
+            errors="replace",
             timeout=TIMEOUT_S,
         )
     except FileNotFoundError as error:
         raise LaunchError("sinfo is not installed here") from error
     except subprocess.TimeoutExpired as error:
-        raise LaunchError(f"sinfo gave no answer within {TIMEOUT_S:g} s: {_said(error)}") from error
+        raise LaunchError(f"sinfo {unanswered(error)}") from error
     except (OSError, subprocess.SubprocessError) as error:
-        raise LaunchError(_said(error)) from error
+        raise LaunchError(last_words(error)) from error
     return parse_site(done.stdout)
 
 
@@ -129,8 +131,7 @@ def _count(text: str) -> int:
     return int(match[0]) if match else 0
 
 
-def _said(error: Exception) -> str:
-    """The last line that the program wrote; one that was cut short leaves bytes."""
-    said = getattr(error, "stderr", None) or b""
-    text = said.decode(errors="replace") if isinstance(said, bytes) else str(said)
-    return text.strip().rpartition("\n")[2] or str(error)
+def unanswered(error: subprocess.TimeoutExpired) -> str:
+    """What a command did that was stopped, with its last complaint if it had one."""
+    told = f": {last_words(error)}" if error.stderr else ""
+    return f"gave no answer within {error.timeout:g} s{told}"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 from hpc_router.cluster.launcher import ROUTER, JobReport, JobState
-from hpc_router.jobdir import Exit, Progress, Stop
+from hpc_router.jobdir import Exit, Progress, Runner, Stop
 from hpc_router.registry import State, replica_name
 
 
@@ -38,7 +38,8 @@ _OVER: Final = (JobState.ENDING, JobState.ENDED)
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """One generation of a slot. `submitted`: there is a job, not only a claim. `hung`: it lives and does nothing."""
+    """One generation of a slot. `submitted`: there is a job, not only a claim. `submitting`: the process that submits
+    it lives. `hung`: it lives and does nothing."""
 
     slot: Slot
     generation: int
@@ -52,6 +53,8 @@ class Attempt:
     job_id: str | None = None
     node: str | None = None
     hung: bool = False
+    submitting: bool = False
+    runner: Runner | None = None
 
     @property
     def replica(self) -> str:

@@ -6,7 +6,6 @@ A job asked to end gets SIGTERM alone and has its whole drain time; Slurm's own 
 """
 
 import logging
-import os
 import subprocess
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,11 +14,11 @@ from typing import Final
 
 from hpc_router.cluster.batch import BatchJob, batch_jobs
 from hpc_router.cluster.child import keep_refusals, submit_all
+from hpc_router.cluster.command import last_words, output_of
 from hpc_router.cluster.launcher import JobReport, JobRequest, JobState
-from hpc_router.cluster.queue import Queue, QueuedJob, View
+from hpc_router.cluster.queue import Queue, QueuedJob, View, running_steps
 from hpc_router.cluster.refusal import explain, is_passing
 from hpc_router.config import Deployment
-from hpc_router.environment import scrubbed
 from hpc_router.jobdir import Ended, Exit, JobDir, JobInfo, Reason, Runner
 from hpc_router.registry import split_replica
 from hpc_router.rundir import RunDir
@@ -29,8 +28,9 @@ logger = logging.getLogger(__name__)
 SCANCEL_TIMEOUT_S: Final = 60.0
 LOOK_AGAIN_S: Final = 3.0
 """After a submission or a cancellation Slurm is asked once more so soon."""
-PURGED_S: Final = 60.0
-"""A job that a view taken so long after its submission does not show is over; clocks may differ a little."""
+MISSING_ANSWERS: Final = 2
+SETTLE_S: Final = 10.0
+"""A job whose batch script has ended, and that said nothing itself, waits so long for Slurm's word on its end."""
 
 STATES: Final[Mapping[str, JobState]] = {
     **dict.fromkeys(("PENDING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD"), JobState.PENDING),
@@ -62,6 +62,9 @@ class SlurmLauncher:
     deployment: Deployment
     queue: Queue
     _look_again_at: float = field(default=float("inf"), init=False)
+    _looked_through: float = field(default=0.0, init=False)
+    _missed: dict[str, int] = field(default_factory=dict, init=False)
+    _orphans: set[str] = field(default_factory=set, init=False)
 
     def submit(self, requests: Sequence[JobRequest]) -> list[str]:
         claimed = [request for request in requests if JobDir(self.run, request.replica).claim()]
@@ -69,8 +72,7 @@ class SlurmLauncher:
         if jobs:
             answers = submit_all([_submission(job) for job in jobs])
             self._look_again()
-            refused = {replica: said for replica, said in answers.items() if said is not None}
-            keep_refusals(self.run, {replica: self._refusal(replica, said) for replica, said in refused.items()})
+            keep_refusals(self.run, answers, self._refusal)
         return [request.replica for request in claimed]
 
     def observe(self, replicas: Iterable[str], *, fresh: bool = False) -> Mapping[str, JobReport]:
@@ -81,7 +83,13 @@ class SlurmLauncher:
         if due:
             self._look_again_at = float("inf")
         view = self.queue.view(fresh=fresh or due)
-        return {job.replica: _report(job, view) for job in jobs}
+        if view is not None:
+            self._end_strangers(view)
+        reports = {job.replica: _report(job, view, purged=self._purged(job, view)) for job in jobs}
+        if any(report.state is JobState.ENDING for report in reports.values()):
+            self._look_again()
+        self._end_orphans(jobs, reports)
+        return reports
 
     def cancel(self, replicas: Iterable[str]) -> None:
         whole, steps = self._targets(replicas)
@@ -101,14 +109,77 @@ class SlurmLauncher:
         self._look_again()
 
     def remaining(self, replicas: Iterable[str]) -> list[str]:
-        jobs = {job_id for job_id, info in self._infos(replicas) if info.runner is Runner.SLURM}
-        view = self.queue.view(fresh=True) if jobs else None
-        queued = view.jobs if view is not None else {}
-        return sorted(j for j in jobs if j in queued and STATES.get(queued[j].state) is not JobState.ENDED)
+        """Also jobs that run in this run's folder and that nobody here knows, which are ended."""
+        infos = [info for replica in replicas if (info := JobDir(self.run, replica).info()) is not None]
+        jobs = {info.job_id for info in infos if info.runner is Runner.SLURM}
+        view = self.queue.view(fresh=True)
+        queued = {job_id for job_id, job in view.jobs.items() if _holds(job)} if view is not None else set()
+        strangers = self._end_strangers(view) if view is not None else set()
+        return sorted((jobs & queued) | strangers | self._steps_left(replicas))
 
-    def _infos(self, replicas: Iterable[str]) -> list[tuple[str, JobInfo]]:
-        infos = [JobDir(self.run, replica).info() for replica in replicas]
-        return [(info.job_id, info) for info in infos if info is not None]
+    def _steps_left(self, replicas: Iterable[str]) -> set[str]:
+        """Steps in jobs of somebody else that run on; they are killed."""
+        steps = {step: info for replica in replicas for step, info in self._steps(replica)}
+        held = {info.job_id for info in steps.values() if info.runner is Runner.STEP}
+        try:
+            left = steps.keys() & running_steps(held) if held else set()
+        except (OSError, subprocess.SubprocessError):  # the job that held them has ended
+            return set()
+        if left:
+            _scancel("--signal=KILL", *sorted(left))
+        return left
+
+    def _steps(self, replica: str) -> list[tuple[str, JobInfo]]:
+        job = JobDir(self.run, replica)
+        info, process = job.info(), job.process()
+        if info is None or process is None or process.step_id is None:
+            return []
+        return [(f"{info.job_id}.{process.step_id}", info)]
+
+    def _end_strangers(self, view: View) -> set[str]:
+        """Jobs in this run's folder that were given up before they came: sbatch may fail and yet have submitted."""
+        if view.asked_at == self._looked_through:
+            return set()
+        self._looked_through = view.asked_at
+        held = {job_id: queued for job_id, queued in view.jobs.items() if _holds(queued)}
+        strangers = {job_id for job_id, queued in held.items() if self._given_up(job_id, queued)}
+        for job_id in sorted(strangers):
+            logger.warning("job %s (%s) was given up and came all the same: cancelled", job_id, view.jobs[job_id].name)
+            _scancel(job_id)
+        return strangers
+
+    def _given_up(self, job_id: str, queued: QueuedJob) -> bool:
+        if queued.folder != str(self.run.path) or not queued.name:
+            return False
+        job = JobDir(self.run, queued.name.partition(":")[0])
+        info = job.info()
+        return job.exit() is not None and (info is None or info.job_id != job_id)
+
+    def _purged(self, job: JobDir, view: View | None) -> bool:
+        """Whether Slurm has forgotten the job. Clocks of two hosts are not compared: it has to be missing in two
+        answers that this process got itself, after it knew of the job."""
+        info = job.info()
+        if info is None or info.runner is not Runner.SLURM or view is None:
+            return False
+        if info.job_id in view.jobs:
+            self._missed.pop(info.job_id, None)
+            return False
+        first = self._missed.setdefault(info.job_id, self.queue.answers)
+        if self.queue.answers < first + MISSING_ANSWERS:
+            self._look_again()
+            return False
+        return True
+
+    def _end_orphans(self, jobs: Sequence[JobDir], reports: Mapping[str, JobReport]) -> None:
+        """Steps of a shared job whose srun was killed live on without it."""
+        for job in jobs:
+            ended = job.ended()
+            if reports[job.replica].state is not JobState.ENDED or ended is None or ended.status <= 128:
+                continue
+            for step, info in self._steps(job.replica):
+                if info.shared and step not in self._orphans:
+                    self._orphans.add(step)
+                    _scancel("--signal=KILL", step)
 
     def _targets(self, replicas: Iterable[str]) -> tuple[list[str], list[str]]:
         """Whole jobs, and steps of jobs that others share. A shared job that waits goes when all in it were asked to
@@ -127,7 +198,8 @@ class SlurmLauncher:
 
     def _all_stopped(self, job_id: str) -> bool:
         jobs = [JobDir(self.run, folder.name) for folder in self.run.jobs.iterdir()]
-        sharing = [job for job in jobs if (info := job.info()) is not None and info.job_id == job_id]
+        infos = {job: info for job in jobs if (info := job.info()) is not None and info.runner is Runner.SLURM}
+        sharing = [job for job, info in infos.items() if info.job_id == job_id]
         return all(job.ended() is not None or ((s := job.stop()) is not None and s.cancel_at) for job in sharing)
 
     def _refusal(self, replica: str, said: str) -> Exit:
@@ -135,7 +207,7 @@ class SlurmLauncher:
         return Exit(ok=False, reason=reason, message=explain(said, self.deployment, split_replica(replica)[0]))
 
     def _look_again(self) -> None:
-        self._look_again_at = time.monotonic() + LOOK_AGAIN_S
+        self._look_again_at = min(self._look_again_at, time.monotonic() + LOOK_AGAIN_S)
 
 
 def _submission(job: BatchJob) -> dict[str, object]:
@@ -143,13 +215,18 @@ def _submission(job: BatchJob) -> dict[str, object]:
     return {"run": str(job.run.path), "argv_of": argv_of, "script": job.script(), "gpus": ()}
 
 
-def _report(job: JobDir, view: View | None) -> JobReport:
+def _holds(queued: QueuedJob) -> bool:
+    """Whether it has or waits for resources."""
+    return STATES.get(queued.state) is not JobState.ENDED
+
+
+def _report(job: JobDir, view: View | None, *, purged: bool) -> JobReport:
     info, process, ended = job.info(), job.process(), job.ended()
     if info is None:
         return JobReport(JobState.PENDING)
     queued = view.jobs.get(info.job_id) if view is not None else None
     node = process.host if process is not None else queued.node if queued is not None else None
-    state = _state(job, info, view, started=process is not None)
+    state = JobState.ENDED if purged else _state(job, info, view, started=process is not None)
     running = state is JobState.RUNNING and queued is not None
     waiting = state is JobState.PENDING and queued is not None
     return JobReport(
@@ -164,14 +241,14 @@ def _report(job: JobDir, view: View | None) -> JobReport:
 
 
 def _state(job: JobDir, info: JobInfo, view: View | None, *, started: bool) -> JobState:
-    if job.ended() is not None:
-        return JobState.ENDED
     queued = view.jobs.get(info.job_id) if view is not None else None
     known = STATES.get(queued.state) if queued is not None else None
     if known is JobState.ENDED:
         return JobState.ENDED
-    if queued is None and view is not None and view.asked_at > info.submitted_at + PURGED_S:
-        return JobState.ENDED
+    ended = job.ended()
+    if ended is not None:
+        told = job.exit() is not None or ended.message is not None or info.shared or info.runner is Runner.STEP
+        return JobState.ENDED if told or abs(time.time() - ended.at) > SETTLE_S else JobState.ENDING
     if job.exit() is not None:
         return JobState.ENDED if info.runner is Runner.STEP else JobState.ENDING
     if known is JobState.ENDING:
@@ -188,29 +265,18 @@ def _end(queued: QueuedJob | None, ended: Ended | None) -> Exit | None:
         return Exit(ok=False, reason=reason, message=f"Slurm says {queued.state}{where}", at=at)
     if ended is None:
         return None
-    if ended.message is not None:
-        return Exit(ok=False, reason=Reason.SETUP, message=ended.message, at=at)
     if ended.status == 128 + 15:
         return Exit(ok=False, reason=Reason.CANCELLED, message="it was asked to end before it had begun", at=at)
-    if ended.status > 128:
+    if ended.message is not None:
+        return Exit(ok=False, reason=Reason.SETUP, message=ended.message, at=at)
+    if 128 < ended.status < 128 + 65:
         return Exit(ok=False, reason=Reason.KILLED, message=f"killed by signal {ended.status - 128}", at=at)
-    return Exit(ok=False, reason=Reason.CRASHED, message=f"its step ended with status {ended.status}", at=at)
+    return Exit(ok=False, reason=Reason.CRASHED, message=f"srun ended with status {ended.status}", at=at)
 
 
 def _scancel(*words: str) -> None:
     """Jobs that have ended meanwhile are no failure; whatever else is wrong, the next pass tries again."""
     try:
-        done = subprocess.run(
-            ["scancel", "--quiet", *words],
-            env=scrubbed(os.environ),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            check=False,
-            text=True,
-            timeout=SCANCEL_TIMEOUT_S,
-        )
+        output_of(["scancel", "--quiet", *words], timeout_s=SCANCEL_TIMEOUT_S)
     except (OSError, subprocess.SubprocessError) as error:
-        logger.warning("scancel %s: %s", " ".join(words), error)
-        return
-    if done.returncode:
-        logger.info("scancel %s: %s", " ".join(words), done.stderr.strip())
+        logger.info("scancel %s: %s", " ".join(words), last_words(error))

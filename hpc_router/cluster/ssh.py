@@ -1,21 +1,22 @@
 """The way from a laptop to a router that only the cluster's own machines can reach: one `ssh` line.
 
 The login host forwards a local port to the router's address. A router on a node's loopback is reached on that node,
-through the login host where the two differ.
+through the login host where the two differ. Only a router that proves itself is told; one on another node's loopback
+cannot be asked from here, and the line to it says so.
 """
 
 import getpass
 import shlex
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Final
 from urllib.parse import urlsplit
 
 from hpc_router.cluster.desired import deployment_of
-from hpc_router.cluster.router_access import live_router, router_access
-from hpc_router.errors import ConfigError, LaunchError
+from hpc_router.cluster.router_access import proven, unproven_router
+from hpc_router.errors import ConfigError
 from hpc_router.registry import Record
 from hpc_router.rundir import RunDir
 
@@ -37,7 +38,10 @@ class Here:
 
 @dataclass(frozen=True, slots=True)
 class Tunnel:
-    """`argv` runs on the laptop until it is interrupted; `login` is the host that has the run directory."""
+    """`argv` runs on the laptop until it is interrupted; `login` is the host that has the run directory.
+
+    `unproven`: the node on whose loopback the router could not be asked.
+    """
 
     url: str
     argv: tuple[str, ...]
@@ -45,6 +49,7 @@ class Tunnel:
     login: str
     run: Path
     guessed: bool = False
+    unproven: str | None = None
 
     @property
     def line(self) -> str:
@@ -61,6 +66,12 @@ class Tunnel:
         if self.guessed:
             lines.append("the config names no host that `ssh` from outside reaches, so this one stands there; else set")
             lines.append("cluster.login for the next run, or put the right host in its place")
+        if self.unproven is not None:
+            node = self.unproven
+            lines.append(
+                f"the router listens on the loopback of {node}, so from here it could not be proven that it is"
+            )
+            lines.append(f"the one that answers there; `hpc-router url` on {node} can")
         return [f"# {line}" for line in lines]
 
 
@@ -78,13 +89,21 @@ def tunnel(record: Record, *, login: str | None, here: Here, port: int, run: Pat
     return Tunnel(record.url, tuple(words), port, gate, run, guessed=login is None)
 
 
-def tunnel_to(run: RunDir, *, port: int) -> Tunnel:
-    """To the run's router. Raises LaunchError when none serves."""
-    record = live_router(run)
-    if record is None:
-        router_access(run)  # says so
-        raise LaunchError(f"the router of {run.path} has just gone; try again")
-    return tunnel(record, login=deployment_of(run).cluster.login, here=_here(), port=port, run=run.path)
+def tunnel_to(run: RunDir, *, port: int, unproven: bool = False) -> Tunnel:
+    """To the run's router. Raises LaunchError when none serves or proves itself; `unproven`: one that cannot be asked
+    from here will do."""
+    record, here = unproven_router(run), _here()
+    hidden = record.node if unproven and _is_hidden(record, here) else None
+    if hidden is None:
+        proven(run, record)
+    made = tunnel(record, login=deployment_of(run).cluster.login, here=here, port=port, run=run.path)
+    return replace(made, unproven=hidden)
+
+
+def _is_hidden(record: Record, here: Here) -> bool:
+    """On the loopback of a node that is not this one."""
+    loopback = _is_loopback(urlsplit(record.url).hostname or "")
+    return loopback and record.node is not None and record.node not in here.names
 
 
 def _here() -> Here:

@@ -11,6 +11,7 @@ from typing import Final
 
 from hpc_router.cluster.batch import BatchJob
 from hpc_router.cluster.refusal import explain, is_passing
+from hpc_router.cluster.site import unanswered
 from hpc_router.config import Deployment
 from hpc_router.environment import scrubbed
 from hpc_router.registry import split_replica
@@ -71,5 +72,5 @@ def _why(error: OSError | subprocess.TimeoutExpired) -> str:
     if isinstance(error, FileNotFoundError):
         return "sbatch is not installed here"
     if isinstance(error, subprocess.TimeoutExpired):
-        return f"sbatch gave no answer within {TIMEOUT_S:g} s"
+        return f"sbatch {unanswered(error)}"
     return str(error)

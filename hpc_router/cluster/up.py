@@ -25,11 +25,14 @@ from hpc_router.cluster.runs import Target, discard, latest_of
 from hpc_router.cluster.view import ReplicaView, Standing, of_experts, views
 from hpc_router.config import Deployment
 from hpc_router.errors import ArtefactError, LaunchError
+from hpc_router.job_options import check_run_path
 from hpc_router.registry import Kind, split_replica
 from hpc_router.routing import exemplars
-from hpc_router.rundir import RunDir
+from hpc_router.rundir import RunDir, private_umask
 
 POLL_S: Final = 0.2
+_GONE: Final = (JobState.ENDED, JobState.PENDING)
+"""Nothing more to wait for: one that has not begun finds that it is not wanted."""
 _SETTLED: Final = frozenset({Standing.READY, Standing.FAILED, Standing.REGISTERED})
 """Nothing to wait for."""
 
@@ -64,6 +67,7 @@ def up(target: Target, *, wait_all: bool, reporter: Reporter) -> Served:
     deployment, run = target.deployment, target.run
     wanted = deployment if run is None else scaled(deployment, desired_of(run, deployment))
     check_reach(deployment)
+    check_run_path((target.path or Path(deployment.runs)).absolute(), deployment.cluster.kind)
     plan = make_plan(wanted, run=run)
     before = latest_of(Path(deployment.runs))
     with interrupt_event() as interrupted:
@@ -80,7 +84,8 @@ def train_classifier(run: RunDir, deployment: Deployment) -> None:
     if policy.kind != "classifier" or policy.artefact is not None or not deployment.experts or run.classifier.is_dir():
         return
     try:
-        exemplars.train(taught(deployment)).write(run.classifier)
+        with private_umask():
+            exemplars.train(taught(deployment)).write(run.classifier)
     except ArtefactError:
         if not run.classifier.is_dir():  # another `up` may just have written the same one
             raise
@@ -138,13 +143,14 @@ class _Effort:
         if self._fresh and any(split_replica(name)[0] == ROUTER for name in self._submitted):
             down(self._run, watcher=Silent())
             return
-        launcher, mine = self._control.launcher, sorted(self._submitted)
-        launcher.cancel(mine)
-        deadline = time.monotonic() + self._control.deployment.cluster.drain_s
-        while any(report.state is not JobState.ENDED for report in launcher.observe(mine).values()):
-            if time.monotonic() > deadline:
-                launcher.kill(mine)
+        control, left = self._control, sorted(self._submitted)
+        control.cancel(left)
+        deadline = time.monotonic() + control.deployment.cluster.drain_s
+        while left and time.monotonic() < deadline:
             time.sleep(POLL_S)
+            left = [name for name, report in control.launcher.observe(left).items() if report.state not in _GONE]
+        if left:
+            control.kill(left)
 
 
 def _hopeless(shown: Sequence[ReplicaView]) -> str | None:
@@ -165,5 +171,5 @@ def _lost(view: ReplicaView) -> str | None:
 
 def _stuck(view: ReplicaView) -> str | None:
     """Why its job, as it is, will never start."""
-    waiting = in_words(view.pending) if view.pending is not None else None
+    waiting = in_words(view.pending, view.job_id) if view.pending is not None else None
     return f"{view.pending}: {waiting.what}; {waiting.advice}" if waiting is not None and waiting.hopeless else None

@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
 from typing import Any, Final
 
 from hpc_router.cluster.control import Control
@@ -20,6 +21,8 @@ from hpc_router.jobdir import Reason
 from hpc_router.rundir import RunDir
 
 LOG_LINES: Final = 12
+RANK_LINES: Final = 4
+"""Of each further rank."""
 
 ADVICE: Final[Mapping[Reason, str]] = {
     Reason.OUT_OF_MEMORY: "give it more memory: fewer tokens (max_model_len), a quantised model, more GPUs, or fewer "
@@ -33,7 +36,8 @@ ADVICE: Final[Mapping[Reason, str]] = {
     Reason.KILLED: "something ended it from outside: the node's memory limit, a user, or the system; `dmesg` may tell",
     Reason.CRASHED: "read the log lines; `hpc-router up` tries again",
     Reason.PORT_TAKEN: "another process has the port: leave it to the kernel (router.port=0), or choose another",
-    Reason.RANK_LOST: "one of its nodes ended: the log of that rank tells why; `hpc-router up` tries again",
+    Reason.RANK_LOST: "one of its nodes ended: the log of that rank tells why (`hpc-router logs {replica}` shows them "
+    "all); `hpc-router up` tries again",
     Reason.SETUP: "edit the line of cluster.setup or cluster.modules that the message names, then `hpc-router up` in a "
     "new run",
     Reason.UNANSWERED: "Slurm did not answer, or takes no more jobs of yours for now; it is tried again and again",
@@ -89,13 +93,12 @@ def why(run: RunDir, name: str | None = None) -> list[Cause]:
 
 def _cause(run: RunDir, view: ReplicaView, *, now: float) -> Cause:
     if view.pending is not None and view.standing is Standing.SUBMITTED:
-        waiting = in_words(view.pending)
+        waiting = in_words(view.pending, view.job_id)
         until = "so it will never start" if waiting.hopeless else expected(view.starts_at, now=now)
-        advice = waiting.advice and waiting.advice.replace("JOBID", view.job_id or "JOBID")
-        return Cause(view, f"its job waits: {waiting.what}; {until}", advice, ())
+        return Cause(view, f"its job waits: {waiting.what}; {until}", waiting.advice, ())
     advice = None
     if view.reason is not None:
-        advice = ADVICE[view.reason].format(expert=view.expert)
+        advice = ADVICE[view.reason].format(expert=view.expert, replica=view.replica)
         if view.expert == ROUTER and view.reason is Reason.BAD_OPTION:
             advice = _ROUTER_ADVICE
     failed = view.reason not in (None, Reason.DRAINED)
@@ -106,8 +109,21 @@ def _cause(run: RunDir, view: ReplicaView, *, now: float) -> Cause:
 def _last_words(run: RunDir, view: ReplicaView) -> list[str]:
     """Of the service, or of the batch script around it, which lies with the first replica of the job."""
     own = [] if view.reason is Reason.SETUP else last_lines(run, view.replica, lines=LOG_LINES)
+    if view.reason is Reason.RANK_LOST:
+        own += _ranks_last_words(run, view.replica)
     scripts = run.jobs.glob(f"*/{view.job_id}_batch.log") if view.job_id else ()
     return own or [line for path in scripts for line in tail(path, LOG_LINES)]
+
+
+def _ranks_last_words(run: RunDir, replica: str) -> list[str]:
+    """Of the engines of all ranks but the first, each line with its rank; of its agent where no engine spoke."""
+    logs: dict[int, Path] = {}
+    for suffix in (".log", ".engine.log"):
+        for path in run.logs.glob(f"{replica}.rank*{suffix}"):
+            rank = path.name.removeprefix(f"{replica}.rank").removesuffix(suffix)
+            if rank.isdecimal() and path.stat().st_size:
+                logs[int(rank)] = path
+    return [f"rank {rank}: {line}" for rank in sorted(logs) for line in tail(logs[rank], RANK_LINES)]
 
 
 def expected(starts_at: float | None, *, now: float) -> str:

@@ -1,42 +1,48 @@
 """The job body of a replica, from its port to its exit record; read `Agent._live` first.
 
-Listen, publish, start the engine, serve until told to drain or until the engine fails for good, then take all of it
-down in reverse. File writes go through one thread of their own: a shared file system that hangs stops nobody.
+Listen, publish, start the engine, serve until told to drain, until nobody wants it any more or until the engine fails
+for good, then take all of it down in reverse. File writes go through one thread of their own: a shared file system
+that hangs stops nobody.
 """
 
 import asyncio
 import logging
 import os
+import signal
 import socket
-import subprocess
 from collections.abc import Mapping
 from contextlib import AsyncExitStack, suppress
 from dataclasses import replace
 from functools import partial
 from typing import Final
 
+from hpc_router import fabric
 from hpc_router.auth import new_token, replica_key
 from hpc_router.config import Deployment
-from hpc_router.errors import ConfigError, HpcRouterError, suggest
-from hpc_router.expert.engines import Engine, Failure, Place, build_engine, engine_environment, version_command
+from hpc_router.errors import ConfigError, HpcRouterError, RegistryError
+from hpc_router.expert.attempts import Alone, Attempts, Leading
+from hpc_router.expert.commands import Commands
+from hpc_router.expert.engines import Engine, Failure, Place, build_engine
 from hpc_router.expert.gate import Gate
 from hpc_router.expert.passthrough import ENGINE_LIMITS
 from hpc_router.expert.phases import Life
-from hpc_router.expert.process import Command
+from hpc_router.expert.rank_auth import rank_key, report_token
 from hpc_router.expert.restarts import Restarts
-from hpc_router.expert.scratch import scratch_folder
+from hpc_router.expert.scratch import expanded, scratch_folder
 from hpc_router.expert.supervisor import Supervisor
 from hpc_router.filethread import PATIENCE_S, FileThread
 from hpc_router.jobdir import Exit, JobDir, Phase, Reason
 from hpc_router.lease import Lease
 from hpc_router.registry import Kind, Record, State, http_url, split_replica
+from hpc_router.relay.exchange import Upstream
 from hpc_router.relay.server import listening
 from hpc_router.relay.upstream import UpstreamClient
 from hpc_router.rundir import RunDir
 
 logger = logging.getLogger(__name__)
 
-VERSION_TIMEOUT_S: Final = 20.0
+WANTED_BEATS: Final = 5
+"""So often the agent looks whether it is still wanted: Slurm gives a job up whose node it cannot reach."""
 _MIB: Final = 2**20
 
 
@@ -47,8 +53,6 @@ class Agent:
         self, run: RunDir, replica: str, deployment: Deployment, *, files: FileThread, environment: Mapping[str, str]
     ) -> None:
         expert, _, self._generation = split_replica(replica)
-        if expert not in deployment.experts:
-            raise ConfigError(f"{run.config}: no expert '{expert}'{suggest(expert, deployment.experts)}")
         self._run = run
         self._job = JobDir(run, replica)
         self._deployment = deployment
@@ -56,19 +60,32 @@ class Agent:
         self._engine: Engine = build_engine(expert, self._config)
         self._files = files
         self._environment = environment
+        self._commands = Commands(self._engine, self._config, deployment.cluster, environment, self._job.engine_log)
+        self._address = ""
+        self._leading: Leading | None = None
         self._nonce = new_token()
         self._life = Life()
         self._draining = asyncio.Event()
         self._drain_reason = ""
+        self._from_outside = False  # the drain: by whoever may signal a job, perhaps us
+        self._signals: set[signal.Signals] = set()
+        self._lost: Failure | None = None  # a rank, when the drain came: Slurm ends the job of a node that failed
         self._gate: Gate | None = None
         self._lease: Lease | None = None
 
-    def drain(self, why: str) -> None:
+    def signalled(self, number: signal.Signals) -> None:
+        """Drain. SIGINT is the user's at a terminal, SIGUSR2 Slurm's warning before the walltime ends."""
+        self._signals.add(number)
+        self.drain(number.name, from_outside=number is not signal.SIGINT)
+
+    def drain(self, why: str, *, from_outside: bool = False) -> None:
         """New requests are refused from now on; `run` returns when those in flight have ended."""
         if not self._draining.is_set():
             logger.info("draining: %s", why)
+            if self._life.phase is Phase.RESTARTING and self._life.failure is not None:
+                self._lost = self._life.failure if self._life.failure.reason is Reason.RANK_LOST else None
             self.moved(Phase.DRAINING, engine_pid=self._life.engine_pid)
-            self._drain_reason = why
+            self._drain_reason, self._from_outside = why, from_outside
             self._draining.set()
 
     def moved(self, phase: Phase, *, failure: Failure | None = None, engine_pid: int | None = None) -> None:
@@ -98,19 +115,26 @@ class Agent:
         logger.info("exit: %s: %s", end.reason, end.message)
         with suppress(OSError, TimeoutError):
             async with asyncio.timeout(PATIENCE_S):
-                await self._files.run(partial(self._job.write, end))
+                await self._files.run(partial(self._leave, end))
         return end
+
+    def _leave(self, end: Exit) -> None:
+        """What others left of our end stands: it has been acted on."""
+        if self._job.exit() is None:
+            self._job.write(end)
 
     async def _live(self) -> Exit:
         cluster, router = self._deployment.cluster, self._deployment.router
         async with AsyncExitStack() as stack:
-            place = stack.enter_context(scratch_folder(cluster.scratch))
+            self._address = fabric.address(cluster.fabric, kind=cluster.kind)
+            place = stack.enter_context(scratch_folder(expanded(cluster.scratch, self._environment)))
             client = await stack.enter_async_context(UpstreamClient(ENGINE_LIMITS, socket_path=str(place.socket)))
+            attempts = self._attempts(place)
             gate = self._make_gate(client)
-            sock = stack.enter_context(bind(cluster.address))
+            sock = stack.enter_context(bind(self._address))
             max_body = int((router.max_body_mb + 1) * _MIB)  # the router's limit comes first
             await stack.enter_async_context(listening(gate.handle, sock, max_body=max_body))
-            record = self._record(sock, version=await self._version())
+            record = self._record(sock, version=await self._commands.version(place))
             self._files.post(partial(self._job.write, self._life.progress()))
             lease = Lease(
                 self._run.registry, record, self._files, on_gone=lambda: self.drain("its run directory was removed")
@@ -119,15 +143,33 @@ class Agent:
             self._gate = gate
             gate.state = self._life.state
             logger.info("%s listens at %s", record.replica, record.url)
-            failure = await self._serve(self._supervisor(place, client, gate), gate)
+            failure = await self._serve(self._supervisor(attempts, client, gate), gate) or self._lost
         if failure is not None:
             return Exit(ok=False, reason=failure.reason, message=failure.message)
-        return Exit(ok=True, reason=Reason.DRAINED, message=f"drained after {self._drain_reason}")
+        return await self._drained()
+
+    async def _drained(self) -> Exit:
+        """A job that was ended from outside before it ever served has failed, whatever ended it."""
+        if self._life.ready_at is not None or not self._from_outside or await self._asked():
+            return Exit(ok=True, reason=Reason.DRAINED, message=f"drained after {self._drain_reason}")
+        if signal.SIGUSR2 in self._signals:
+            said = "its walltime ended before its engine was ready: raise walltime, or shorten the start"
+            return Exit(ok=False, reason=Reason.WALLTIME, message=said)
+        said = "it was asked to end from outside before it was ready"
+        return Exit(ok=False, reason=Reason.CANCELLED, message=said)
+
+    async def _asked(self) -> bool:
+        """Whether it was us who asked this job to end."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(PATIENCE_S):
+                return await self._files.run(self._job.stop) is not None
+        return False
 
     async def _serve(self, supervisor: Supervisor, gate: Gate) -> Failure | None:
         """Until the engine fails for good (its failure) or the drain is complete (None); the engine has ended then."""
         supervising = asyncio.create_task(supervisor.run(), name="supervisor")
         draining = asyncio.create_task(self._draining.wait(), name="drain")
+        watching = asyncio.create_task(self._until_unwanted(), name="wanted")
         try:
             await asyncio.wait({supervising, draining}, return_when=asyncio.FIRST_COMPLETED)
             if supervising.done():
@@ -141,9 +183,31 @@ class Agent:
         finally:
             supervising.cancel()
             draining.cancel()
-            await asyncio.gather(supervising, draining, return_exceptions=True)
+            watching.cancel()
+            if self._leading is not None:
+                self._lost = await self._leading.dismiss() or self._lost
+            await asyncio.gather(supervising, draining, watching, return_exceptions=True)
 
-    def _make_gate(self, client: UpstreamClient) -> Gate:
+    async def _until_unwanted(self) -> None:
+        """Drain then. While the file system hangs, one look waits for it."""
+        why = None
+        while why is None:
+            await asyncio.sleep(WANTED_BEATS * self._deployment.cluster.beat_s)
+            why = await self._files.run(self._unwanted)
+        self.drain(why)
+
+    def _unwanted(self) -> str | None:
+        """Why nobody wants this replica any more; None also for files that cannot be read."""
+        if (end := self._job.exit()) is not None:  # our own comes when we have left
+            return f"its job was given up: {end.message}"
+        if self._job.ended() is not None:
+            return "its batch script had ended"
+        with suppress(RegistryError):
+            if self._run.read_desired().get("down") is True:
+                return "the deployment was taken down"
+        return None
+
+    def _make_gate(self, client: Upstream) -> Gate:
         return Gate(
             replica=self._job.replica,
             key=replica_key(self._run.secret(), self._nonce),
@@ -152,15 +216,31 @@ class Agent:
             names=tuple(self._engine.names()),
             lists_models=self._engine.lists_models,
             on_drain=self.drain,
+            on_rank=None if self._leading is None else self._leading.hear,
+            rank_token=None if self._leading is None else report_token(self._leading.key),
         )
 
-    def _supervisor(self, place: Place, client: UpstreamClient, gate: Gate) -> Supervisor:
+    def _attempts(self, place: Place) -> Attempts:
+        nodes = self._config.resources.nodes
+        if nodes == 1:
+            return Alone(self._commands.at(place))
+        self._leading = Leading(
+            nodes=nodes,
+            key=rank_key(self._run.secret(), self._nonce),
+            address=self._address,
+            interface=fabric.interface(self._address),
+            beat_s=self._deployment.cluster.beat_s,
+            command=lambda ranks: self._commands.at(replace(place, ranks=ranks)),
+            on_drain=partial(self.drain, from_outside=True),
+            clock=asyncio.get_running_loop().time,
+        )
+        return self._leading
+
+    def _supervisor(self, attempts: Attempts, client: Upstream, gate: Gate) -> Supervisor:
         config = self._config.engine
-        environment = engine_environment(self._engine, self._config, place, inherited=self._environment)
-        command = Command(self._engine.argv(place), environment, place, self._job.engine_log)
         return Supervisor(
             engine=self._engine,
-            command=command,
+            attempts=attempts,
             client=client,
             files=self._files,
             observer=self,
@@ -187,33 +267,11 @@ class Agent:
         )
 
     def _job_id(self) -> str:
-        for name in ("SLURM_JOB_ID", "SUBMITIT_LOCAL_JOB_ID"):
+        for name in ("HPC_ROUTER_JOB_ID", "SLURM_JOB_ID", "SUBMITIT_LOCAL_JOB_ID"):
             if name in self._environment:
                 return self._environment[name]
         info = self._job.info()
         return info.job_id if info else str(os.getpid())
-
-    async def _version(self) -> str | None:
-        """What the engine's interpreter has installed; None where it cannot say."""
-        try:
-            process = await asyncio.create_subprocess_exec(
-                *version_command(self._engine),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-            )
-        except OSError:
-            return None
-        try:
-            async with asyncio.timeout(VERSION_TIMEOUT_S):
-                output, _ = await process.communicate()
-        except TimeoutError:
-            return None
-        finally:
-            if process.returncode is None:
-                process.kill()
-                await process.wait()
-        return output.decode().strip() or None
 
 
 def bind(address: str) -> socket.socket:
@@ -223,5 +281,6 @@ def bind(address: str) -> socket.socket:
         sock.bind((address, 0))
     except OSError as error:
         sock.close()
-        raise ConfigError(f"cluster.address={address}: cannot listen there: {error.strerror}") from error
+        key = fabric.KEY
+        raise ConfigError(f"{key}: cannot listen at {address}: {error.strerror}", key=key) from error
     return sock

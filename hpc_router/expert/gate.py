@@ -5,6 +5,7 @@ replica is ready; otherwise the answer says whether it is starting or draining. 
 The router keeps replicas to their capacity; the gate refuses beyond `HEADROOM` times that, for callers that don't.
 """
 
+import json
 import logging
 import math
 from collections.abc import Callable, Mapping
@@ -33,7 +34,8 @@ _STATE_HEADERS: Final = {State.STARTING: wire.STARTING_HEADER, State.DRAINING: w
 @dataclass(slots=True)
 class Gate:
     """`state` and `models` are set by the agent; `on_drain` is called for `POST /drain`. `progress` counts the pieces
-    of answers that the engine sent."""
+    of answers that the engine sent. Where it has more ranks, `on_rank` is called for their reports, with
+    `rank_token`; it raises ValueError."""
 
     replica: str
     key: str
@@ -46,11 +48,14 @@ class Gate:
     models: tuple[str, ...] | None = None
     in_flight: InFlight = field(default_factory=InFlight)
     progress: int = 0
+    on_rank: Callable[[wire.RankReport], wire.RankOrder] | None = None
+    rank_token: str | None = None
     _routes: Mapping[tuple[str, str], Handler] = field(init=False)
 
     def __post_init__(self) -> None:
         self._routes = {
             ("POST", wire.DRAIN): self._drain,
+            ("POST", wire.RANK): self._rank,
             ("GET", wire.MODELS): self._pass if self.lists_models else self._own_models,
             ("GET", wire.METRICS): self._pass,
             **{("POST", path): self._generate for path in wire.GENERATE_PATHS},
@@ -61,7 +66,8 @@ class Gate:
         try:
             if request.path == wire.HEALTH:
                 return self._health(request)
-            if not same(bearer(request.headers.get("authorization")) or "", self.key):
+            wanted = self.rank_token or self.key if request.path == wire.RANK else self.key
+            if not same(bearer(request.headers.get("authorization")) or "", wanted):
                 return error_response(
                     401, kind="authentication_error", code="unauthorized", message="this replica wants its own key"
                 )
@@ -90,6 +96,15 @@ class Gate:
     async def _drain(self, request: web.BaseRequest) -> web.Response:
         self.on_drain("a drain call")
         return json_response({"state": State.DRAINING.value, "in_flight": self.in_flight.count}, status=202)
+
+    async def _rank(self, request: web.BaseRequest) -> web.Response:
+        try:
+            if self.on_rank is None:
+                raise ValueError("this engine has one rank")
+            order = self.on_rank(wire.RankReport.from_json(json.loads(await request.read())))
+        except ValueError as error:
+            return error_response(400, kind="invalid_request_error", code="bad_report", message=str(error))
+        return json_response(asdict(order))
 
     async def _own_models(self, request: web.BaseRequest) -> web.Response:
         cards = [{"id": name, "object": "model", "created": 0, "owned_by": "hpc-router"} for name in self.names]

@@ -1,4 +1,4 @@
-"""The agent as a process: configuration, logs, signals, exit status.
+"""The job body as a process: configuration, logs, signals, exit status; the agent, or what obeys it on another node.
 
 Exit status: 0 drained, 1 failed, 2 a value to edit. The log file is written by the file thread, so no log line waits
 for the shared file system. `main` takes the place of whatever signal handlers the job's launcher left.
@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
@@ -16,11 +17,13 @@ import uvloop
 
 from hpc_router import frozen
 from hpc_router.config import Deployment
-from hpc_router.errors import HpcRouterError
+from hpc_router.errors import ConfigError, HpcRouterError, suggest
 from hpc_router.expert.agent import Agent
+from hpc_router.expert.follower import Follower
 from hpc_router.expert.guard import become_subreaper
 from hpc_router.filethread import FileThread, file_thread
 from hpc_router.jobdir import Exit, JobDir, Reason
+from hpc_router.registry import split_replica
 from hpc_router.rundir import RunDir, open_run, private_umask
 
 logger = logging.getLogger(__name__)
@@ -28,29 +31,59 @@ logger = logging.getLogger(__name__)
 STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 
 
-def main(run: Path, replica: str, deployment: Deployment | None = None) -> int:
-    """Be this replica of the run until it ends. `deployment`: another than the run's own config."""
+RANK: Final = "HPC_ROUTER_RANK"
+"""Which of an engine's nodes this is, set by whoever starts one body on each."""
+
+
+def main(run: Path, replica: str, deployment: Deployment | None = None, *, rank: int | None = None) -> int:
+    """Be this replica of the run until it ends, or one rank of it: `rank`, else the environment's, else the first.
+
+    `deployment`: another than the run's own config.
+    """
     try:
         opened = open_run(run)
         job = JobDir(opened, replica)
+        rank = _rank(os.environ) if rank is None else rank
         job.claim()  # a no-op for a job that was submitted
         become_subreaper()
-        with file_thread(f"files of {replica}", log=job.agent_log) as files, private_umask():
-            return uvloop.run(_live(opened, replica, deployment, files))
+        log = job.agent_log if rank == 0 else job.agent_log.with_name(f"{replica}.rank{rank}.log")
+        with file_thread(f"files of {replica}", log=log) as files, private_umask():
+            return uvloop.run(_live(opened, replica, deployment, files, rank=rank))
     except HpcRouterError as error:
         sys.stderr.write(f"{error}\n")
         return 2
 
 
-async def _live(run: RunDir, replica: str, deployment: Deployment | None, files: FileThread) -> int:
+def _rank(environment: Mapping[str, str]) -> int:
+    text = environment.get(RANK, "0")
+    if not text.isdecimal():
+        raise ConfigError(f"{RANK}={text}: no rank (valid: 0, 1, ...)")
+    return int(text)
+
+
+async def _live(run: RunDir, replica: str, deployment: Deployment | None, files: FileThread, *, rank: int) -> int:
     try:
-        agent = Agent(run, replica, deployment or frozen.read(run.config), files=files, environment=os.environ)
+        body = _body(run, replica, deployment or frozen.read(run.config), files, rank=rank)
     except HpcRouterError as error:
         logger.error("%s", error)
-        JobDir(run, replica).write(Exit(ok=False, reason=Reason.BAD_OPTION, message=str(error)))
+        if rank == 0:
+            JobDir(run, replica).write(Exit(ok=False, reason=Reason.BAD_OPTION, message=str(error)))
         raise
     loop = asyncio.get_running_loop()
     for number in STOP_SIGNALS:
-        loop.add_signal_handler(number, agent.drain, number.name)
-    end = await agent.run()
+        loop.add_signal_handler(number, body.signalled, number)
+    end = await body.run()
     return 0 if end.ok else 1
+
+
+def _body(run: RunDir, replica: str, deployment: Deployment, files: FileThread, *, rank: int) -> Agent | Follower:
+    expert = split_replica(replica)[0]
+    if expert not in deployment.experts:
+        raise ConfigError(f"{run.config}: no expert '{expert}'{suggest(expert, deployment.experts)}")
+    nodes = deployment.experts[expert].resources.nodes
+    if rank >= nodes:
+        key = f"experts.{expert}.resources.nodes"
+        raise ConfigError(f"{key}={nodes}: there is no rank {rank} (valid: 0 to {nodes - 1}, one task per node)")
+    if rank == 0:
+        return Agent(run, replica, deployment, files=files, environment=os.environ)
+    return Follower(run, replica, deployment, rank=rank, files=files, environment=os.environ)

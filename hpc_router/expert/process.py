@@ -10,9 +10,10 @@ from functools import partial
 from pathlib import Path
 from typing import Final, Self
 
-from hpc_router.expert.engines import Place
+from hpc_router.expert.engines import Failure, Place, classify
+from hpc_router.expert.engines.failure import Sign
 from hpc_router.expert.guard import is_subreaper, kill_descendants
-from hpc_router.filethread import FileThread
+from hpc_router.filethread import PATIENCE_S, FileThread
 
 logger = logging.getLogger(__name__)
 
@@ -38,9 +39,12 @@ class Command:
 class EngineProcess:
     """`async with EngineProcess.start(...)`: leaving the block ends the engine and all its descendants."""
 
-    def __init__(self, guard: asyncio.subprocess.Process, command: Command, *, log_offset: int) -> None:
+    def __init__(
+        self, guard: asyncio.subprocess.Process, command: Command, files: FileThread, *, log_offset: int
+    ) -> None:
         self._guard = guard
         self._command = command
+        self._files = files
         self._log_offset = log_offset
         self.pid: int | None = None
 
@@ -58,7 +62,7 @@ class EngineProcess:
                 env=command.environment,
                 start_new_session=True,
             )
-        process = cls(guard, command, log_offset=offset)
+        process = cls(guard, command, files, log_offset=offset)
         assert guard.stdout is not None
         try:
             line = await guard.stdout.readline()
@@ -82,6 +86,15 @@ class EngineProcess:
         if is_subreaper():  # the guard itself was killed, so what it guarded is ours now; we have no other children
             await asyncio.to_thread(kill_descendants)
         return 128 - code
+
+    async def failure(self, signs: Sequence[Sign]) -> Failure:
+        """Waits for the end; why it came."""
+        status = await self.wait()
+        lines: list[str] = []
+        with suppress(OSError, TimeoutError):
+            async with asyncio.timeout(PATIENCE_S):
+                lines = await self._files.run(self.tail)
+        return classify(status, lines, signs)
 
     async def stop(self) -> None:
         """SIGTERM, then, after the grace time, the guard kills the whole tree."""

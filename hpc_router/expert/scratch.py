@@ -1,18 +1,22 @@
 """The agent's folder on its own node: `<scratch>/hpc-router-<uid>/<random>/`, 0700, short enough for a socket path.
 
-The scratch folder is everybody's, so the parent is checked: a real folder, ours, closed to others. `owner.json` names
-the process that a folder belongs to; folders of this host whose process has ended are removed at the next start.
+The scratch folder is everybody's, so the parent must be a real folder, ours, closed to others. Anybody may have taken
+its name before us: then the agent's folder is `<scratch>/hpc-router-<uid>-<random>/`. `owner.json` names the process
+that a folder belongs to; folders of this host whose process has ended are removed at the next start.
 """
 
+import logging
+import math
 import os
 import shutil
 import socket
 import stat
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from string import Template
 from typing import Any, Final
 
 from hpc_router.errors import ConfigError, LaunchError
@@ -20,18 +24,35 @@ from hpc_router.expert.engines import Place
 from hpc_router.files import load_json, replace_json
 from hpc_router.jobdir import start_ticks
 
+logger = logging.getLogger(__name__)
+
 LONGEST_FOLDER: Final = 107 - len("/tmp/") - 40
 """A socket's path has at most 107 bytes; engines put sockets named by a UUID into the folder for temporary files."""
 _OWNER: Final = "owner.json"
+_RANDOM: Final = "[a-z0-9_]" * 8
+"""What `tempfile.mkdtemp` puts behind its prefix, as a pattern for names."""
 _UNFINISHED_S: Final = 60.0
+
+
+def expanded(scratch: str, environment: Mapping[str, str]) -> Path:
+    """The folder that `cluster.scratch` means in this job. Raises ConfigError for a variable that it does not have."""
+    key = "cluster.scratch"
+    try:
+        path = Path(Template(scratch).substitute({name: value for name, value in environment.items() if value}))
+    except KeyError as error:
+        raise ConfigError(f"{key}={scratch}: ${error.args[0]} is not set in this job", key=key) from error
+    except ValueError as error:
+        raise ConfigError(f"{key}={scratch}: {error} (valid: $NAME or ${{NAME}}; $$ is a $)", key=key) from error
+    return path
 
 
 @contextmanager
 def scratch_folder(scratch: str | Path) -> Iterator[Place]:
     """A new folder for this process, gone at the end. Raises ConfigError or LaunchError."""
-    parent = _parent(Path(scratch))
+    parent = Path(scratch) / f"hpc-router-{os.getuid()}"
+    ours = _own_parent(parent)
     sweep(parent)
-    folder = Path(tempfile.mkdtemp(prefix="", dir=parent))
+    folder = _new_folder(parent, ours=ours)
     place = Place(folder)
     try:
         if len(os.fsencode(folder)) > LONGEST_FOLDER:
@@ -45,13 +66,15 @@ def scratch_folder(scratch: str | Path) -> Iterator[Place]:
 
 
 def sweep(parent: Path) -> None:
-    """Remove what dead agents of this host left. Names are never used twice, so nobody else's can be hit; a parent that
-    is not ours alone is left as it is."""
-    if (status := _own_folder(parent)) is None or status.st_mode & 0o077:
-        return
-    for folder in parent.iterdir():
-        if (status := _own_folder(folder)) is not None and _abandoned(folder, made_at=status.st_mtime):
+    """Remove what dead agents of this host left in the parent and beside it. Names are never used twice, so nobody
+    else's can be hit; a parent that is not ours alone is left as it is."""
+    for folder in parent.parent.glob(f"{parent.name}-{_RANDOM}"):
+        if _is_private(folder) and _abandoned(folder, made_at=math.inf):
             shutil.rmtree(folder, ignore_errors=True)
+    if _is_private(parent):
+        for folder in parent.iterdir():
+            if (status := _own_folder(folder)) is not None and _abandoned(folder, made_at=status.st_mtime):
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _own_folder(path: Path) -> os.stat_result | None:
@@ -63,8 +86,12 @@ def _own_folder(path: Path) -> os.stat_result | None:
     return status if stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() else None
 
 
+def _is_private(path: Path) -> bool:
+    return (status := _own_folder(path)) is not None and not status.st_mode & 0o077
+
+
 def _abandoned(folder: Path, *, made_at: float) -> bool:
-    """An owner that cannot be told may live."""
+    """An owner that cannot be told may live. One without an owner's name is judged by when it was made."""
     try:
         owner = load_json(folder / _OWNER)
     except FileNotFoundError:  # just being made, or never finished
@@ -91,15 +118,27 @@ def _pid_namespace() -> str:
     return str(Path("/proc/self/ns/pid").readlink())
 
 
-def _parent(scratch: Path) -> Path:
-    parent = scratch / f"hpc-router-{os.getuid()}"
+def _own_parent(parent: Path) -> bool:
+    """Make it, or close it to others again; False when it is not ours: somebody else was there first."""
     try:
         parent.mkdir(mode=0o700, exist_ok=True)
-        status = parent.lstat()
+        status = _own_folder(parent)
+        if status is not None and status.st_mode & 0o777 != 0o700:
+            logger.warning("%s had mode %o: closed to others", parent, stat.S_IMODE(status.st_mode))
+            parent.chmod(0o700)  # ours, so in a folder like /tmp nobody else can put a link in its place
+    except FileExistsError:
+        return False
     except OSError as error:
-        raise ConfigError(f"cluster.scratch={scratch}: cannot make {parent}: {error.strerror}") from error
-    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
-        raise LaunchError(f"{parent} is not ours: it belongs to uid {status.st_uid}; choose another cluster.scratch")
-    if status.st_mode & 0o077:
-        raise LaunchError(f"{parent} is open to other users: chmod 700 {parent}")
-    return parent
+        key = "cluster.scratch"
+        raise ConfigError(f"{key}={parent.parent}: cannot make {parent}: {error.strerror}", key=key) from error
+    return status is not None
+
+
+def _new_folder(parent: Path, *, ours: bool) -> Path:
+    where, prefix = (parent, "") if ours else (parent.parent, f"{parent.name}-")
+    if not ours:
+        logger.warning("%s is not ours; a folder beside it is used", parent)
+    try:
+        return Path(tempfile.mkdtemp(prefix=prefix, dir=where))
+    except OSError as error:
+        raise LaunchError(f"cannot make a folder {where}/{prefix}...: {error.strerror}") from error

@@ -8,16 +8,16 @@ import asyncio
 import logging
 import random
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final, Protocol
 
 from hpc_router.errors import UpstreamError
-from hpc_router.expert.engines import Engine, Failure, classify
+from hpc_router.expert.attempts import Attempts
+from hpc_router.expert.engines import Engine, Failure
 from hpc_router.expert.passthrough import engine_url
-from hpc_router.expert.process import Command, EngineProcess
+from hpc_router.expert.process import EngineProcess
 from hpc_router.expert.restarts import Restarts
-from hpc_router.filethread import PATIENCE_S, FileThread
+from hpc_router.filethread import FileThread
 from hpc_router.jobdir import Phase, Reason
 from hpc_router.relay.exchange import Upstream
 
@@ -41,7 +41,7 @@ class Supervisor:
     """`progress`: a number that changes while answers come, for an engine may be too busy to say that it is ready."""
 
     engine: Engine
-    command: Command
+    attempts: Attempts
     client: Upstream
     files: FileThread
     observer: Observer
@@ -55,7 +55,10 @@ class Supervisor:
         """Returns the failure that no restart can cure, or the last one of too many."""
         clock = asyncio.get_running_loop().time
         while True:
-            async with await EngineProcess.start(self.command, self.files) as process:
+            command = await self.attempts.begin()
+            if isinstance(command, Failure):
+                return command
+            async with await EngineProcess.start(command, self.files) as process:
                 ready_at: float | None = None
                 if process.pid is not None:
                     self.observer.moved(Phase.LOADING, engine_pid=process.pid)
@@ -66,6 +69,7 @@ class Supervisor:
                     self.observer.moved(Phase.READY, engine_pid=process.pid)
                     logger.info("engine ready")
                     failure = await self._until_end_or_hung(process)
+            failure = await self.attempts.over(failure)
             ready_s = 0.0 if ready_at is None else clock() - ready_at
             logger.warning("engine failed (%s) after %.1f s ready: %s", failure.reason, ready_s, failure.message)
             delay_s = self.restarts.after_failure(failure.reason, ready_s=ready_s, chance=self.chance())
@@ -88,12 +92,16 @@ class Supervisor:
         return None if end.cancelled() else end.result()
 
     async def _until_end(self, process: EngineProcess) -> Failure:
-        status = await process.wait()
-        lines: list[str] = []
-        with suppress(OSError, TimeoutError):
-            async with asyncio.timeout(PATIENCE_S):
-                lines = await self.files.run(process.tail)
-        return classify(status, lines, self.engine.signs)
+        """Why the engine has ended, or must."""
+        ended = asyncio.create_task(process.failure(self.engine.signs))
+        broken = asyncio.create_task(self.attempts.broken())
+        try:
+            await asyncio.wait({ended, broken}, return_when=asyncio.FIRST_COMPLETED)
+            return ended.result() if ended.done() else broken.result()
+        finally:
+            ended.cancel()
+            broken.cancel()
+            await asyncio.gather(ended, broken, return_exceptions=True)
 
     async def _answers(self) -> None:
         """Until the engine says by HTTP that it can serve."""

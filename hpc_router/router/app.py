@@ -1,7 +1,8 @@
 """The router's HTTP surface: paths, tokens, errors in OpenAI's shape.
 
-It sits on aiohttp's low-level server: one handler, one table of routes, one table of status codes. What a request
-means is decided in `Gateway`'s methods, how it is served in `dispatch`.
+It sits on aiohttp's low-level server: one handler, one table of routes, one table of status codes. `/health` answers a
+challenge, so that nobody sends his token to another process on this port. What a request means is decided in
+`Gateway`'s methods, how it is served in `dispatch`.
 """
 
 import asyncio
@@ -16,7 +17,7 @@ from typing import Any, Final
 from aiohttp import web
 
 from hpc_router import wire
-from hpc_router.auth import bearer, same
+from hpc_router.auth import bearer, challenge_answer, same
 from hpc_router.config import Deployment
 from hpc_router.errors import (
     BadRequestError,
@@ -59,15 +60,21 @@ STATUS: Final[Mapping[type[HpcRouterError], tuple[int, str]]] = {
 LONG_BODY: Final = 2**18
 """From this size on, in bytes, a body is decoded beside the event loop."""
 _OPEN_PATHS: Final = frozenset({wire.HEALTH, "/ready"})
+_WHILE_DRAINING: Final = _OPEN_PATHS | {"/status", wire.METRICS}
+_CHALLENGE: Final = re.compile(r"[0-9a-f]{1,256}")
 _REQUEST_ID: Final = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 _HEADERS_NOT_JSON: Final = {"content-type": "text/plain; version=0.0.4; charset=utf-8"}
 
 Handler = Callable[[web.BaseRequest, str], Awaitable[web.StreamResponse]]
 
 
+class DrainingError(UnavailableError):
+    """This router takes nothing new; its successor does."""
+
+
 @dataclass(slots=True)
 class Gateway:
-    """Answers every request of the router. `token` None: open to everybody."""
+    """Answers every request of the router. `token` None: open to everybody. `key` proves who answers."""
 
     deployment: Deployment
     table: ReplicaTable
@@ -76,6 +83,7 @@ class Gateway:
     metrics: Metrics
     token: str | None
     replica: str
+    key: str
     draining: bool = False
     in_flight: InFlight = field(default_factory=InFlight)
     started_at: float = field(default_factory=time.time)
@@ -114,6 +122,8 @@ class Gateway:
             offered = bearer(request.headers.get("authorization"))
             if offered is None or not same(offered, self.token):
                 raise UnauthorizedError("this router wants its owner's token as `Authorization: Bearer ...`")
+        if self.draining and path not in _WHILE_DRAINING:
+            raise DrainingError(f"{self.replica} is draining; ask its successor", retry_after_s=RETRY_AFTER_S)
         handler = self.routes.get(("GET" if request.method == "HEAD" else request.method, path))
         if handler is None and request.method == "GET" and path.startswith(wire.MODELS + "/"):
             return self._model
@@ -126,10 +136,17 @@ class Gateway:
         status, kind = next(((s, k) for e, (s, k) in STATUS.items() if isinstance(error, e)), (500, "internal_error"))
         logger.info("%s: %s %r refused with %d: %s", request_id, request.method, request.path[:200], status, error)
         self.metrics.requests.labels("", "", str(status)).inc()
-        return _error_response(status, kind, error, request_id)
+        response = _error_response(status, kind, error, request_id)
+        if isinstance(error, DrainingError):
+            response.headers[wire.DRAINING_HEADER] = "1"
+        return response
 
     async def _health(self, request: web.BaseRequest, request_id: str) -> web.Response:
-        return json_response({"status": "ok"})
+        challenge = request.query.get("challenge", "")
+        if challenge and not _CHALLENGE.fullmatch(challenge):
+            raise BadRequestError("a challenge has 1 to 256 digits of 0-9 and a-f", param="challenge")
+        answer = challenge_answer(self.key, challenge) if challenge else None
+        return json_response({"status": "ok", "replica": self.replica, "answer": answer})
 
     async def _ready(self, request: web.BaseRequest, request_id: str) -> web.Response:
         ready = [] if self.draining else sorted(self.table.ready())

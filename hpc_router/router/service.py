@@ -20,6 +20,8 @@ from typing import Any, Final
 
 import uvloop
 
+from hpc_router import fabric
+from hpc_router.auth import new_token, replica_key
 from hpc_router.config import Deployment
 from hpc_router.errors import ConfigError
 from hpc_router.files import replace_json
@@ -79,10 +81,11 @@ async def _live(run: RunDir, deployment: Deployment, job: JobDir, files: FileThr
     loop = asyncio.get_running_loop()
     for number in _STOP_SIGNALS:
         loop.add_signal_handler(number, stop.set)
-    sock = bind(run, deployment, node=socket.gethostname())
+    sock, nonce = bind(run, deployment, node=socket.gethostname()), new_token()
+    record = _record(deployment, job.replica, sock, nonce=nonce)
     async with (
-        serving(run, deployment, replica=job.replica, sock=sock, files=files) as gateway,
-        Lease(run.registry, _record(deployment, job.replica, sock), files, on_gone=stop.set) as lease,
+        serving(run, deployment, replica=job.replica, nonce=nonce, sock=sock, files=files) as gateway,
+        Lease(run.registry, record, files, on_gone=stop.set) as lease,
         _control(run, deployment, job),
     ):
         await lease.update(state=State.READY)
@@ -102,11 +105,15 @@ async def serving(
     deployment: Deployment,
     *,
     replica: str,
+    nonce: str,
     sock: socket.socket,
     files: FileThread,
     make_client: Callable[[Limits], AbstractAsyncContextManager[Upstream]] = UpstreamClient,
 ) -> AsyncIterator[Gateway]:
-    """The router's parts, wired and listening on `sock`; at the end in-flight requests get `router.drain_s`."""
+    """The router's parts, wired and listening on `sock`; at the end in-flight requests get `router.drain_s`.
+
+    It proves to be the router whose record has this `nonce`.
+    """
     config = deployment.router
     policy = load_policy(run, deployment)
     table = ReplicaTable()
@@ -118,11 +125,13 @@ async def serving(
         metrics = Metrics(table, in_flight=lambda: gateway.in_flight.count, registry_age_s=discovery.registry_age_s)
         dispatcher = Dispatcher(table=table, discovery=discovery, client=client, metrics=metrics, config=config)
         token = None if config.open else run.token()
-        gateway = Gateway(deployment, table, policy, dispatcher, metrics, token=token, replica=replica)
+        key = replica_key(run.secret(), nonce)
+        gateway = Gateway(deployment, table, policy, dispatcher, metrics, token=token, replica=replica, key=key)
         async with listening(gateway.handle, sock, max_body=int(config.max_body_mb * 2**20)) as listener:
             try:
                 yield gateway
             finally:
+                keeper.leave()
                 listener.close()
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(config.drain_s):
@@ -135,16 +144,29 @@ class RegistryFile:
     def __init__(self, run: RunDir, replica: str, files: FileThread) -> None:
         self._run, self._replica, self._files = run, replica, files
         self._content: Mapping[str, Any] | None = None
+        self._left = False
 
     def keep(self, snapshot: Mapping[str, Record]) -> None:
         """Write it in the background when something changed."""
         leader = leading_router(snapshot)
-        if leader is None or leader.replica != self._replica:
+        if leader is None or leader.replica != self._replica or self._left:
             return
         content = registry_file(snapshot)
         if content != self._content:
             self._content = content
             self._files.post(partial(replace_json, self._run.registry_json, content))
+
+    def leave(self) -> None:
+        """Once more, after the record was withdrawn: the file of one that led does not go on naming it."""
+        self._left = True
+        if self._content is not None:
+            self._files.post(self._write_last)
+
+    def _write_last(self) -> None:
+        others = {name: r for name, r in Reader(self._run.registry).snapshot().items() if name != self._replica}
+        leader = leading_router(others)
+        if leader is None or leader.generation < split_replica(self._replica)[2]:  # else it is the successor's file
+            replace_json(self._run.registry_json, registry_file(others))
 
 
 def load_policy(run: RunDir, deployment: Deployment) -> Policy:
@@ -169,24 +191,25 @@ def bind(run: RunDir, deployment: Deployment, *, node: str) -> socket.socket:
     """A bound socket: the configured port, else the predecessor's, else a free one."""
     config = deployment.router
     ports = [config.port] if config.port else [port for port in (_previous_port(run, node), 0) if port is not None]
-    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    host = _fabric(deployment) if config.host is None else config.host
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     for port in ports:
         sock = socket.socket(family, socket.SOCK_STREAM)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            sock.bind((config.host, port))
+            sock.bind((host, port))
         except OSError as error:
             sock.close()
             if port == ports[-1]:
-                raise ConfigError(f"router.host={config.host} router.port={port}: {error.strerror}") from error
+                raise ConfigError(f"router.host={host} router.port={port}: {error.strerror}") from error
         else:
             return sock
     raise AssertionError("unreachable: the last port either binds or raises")
 
 
-def _record(deployment: Deployment, replica: str, sock: socket.socket) -> Record:
+def _record(deployment: Deployment, replica: str, sock: socket.socket, *, nonce: str) -> Record:
     host, port = sock.getsockname()[:2]
-    address = deployment.cluster.address if host in _EVERYWHERE else host
+    address = _fabric(deployment) if host in _EVERYWHERE else host
     return Record(
         kind=Kind.ROUTER,
         replica=replica,
@@ -194,9 +217,14 @@ def _record(deployment: Deployment, replica: str, sock: socket.socket) -> Record
         state=State.STARTING,
         serves={},
         generation=split_replica(replica)[2],
+        nonce=nonce,
         node=socket.gethostname(),
         beat_s=deployment.cluster.beat_s,
     )
+
+
+def _fabric(deployment: Deployment) -> str:
+    return fabric.address(deployment.cluster.fabric, kind=deployment.cluster.kind)
 
 
 def _control(run: RunDir, deployment: Deployment, job: JobDir) -> contextlib.AbstractAsyncContextManager[object]:

@@ -10,6 +10,8 @@ from typing import Any
 
 from aiohttp import web
 
+from hpc_router import wire
+from hpc_router.auth import challenge_answer
 from hpc_router.bench.ask import Target
 
 Act = Callable[["FakeRouter", web.BaseRequest], Awaitable[web.StreamResponse]]
@@ -19,7 +21,7 @@ TOKEN = "the-owner's"
 
 @dataclass
 class FakeRouter:
-    """Plays its acts one per request, the last one for ever."""
+    """Plays its acts one per request, the last one for ever. `key`: it proves with it that it is the run's router."""
 
     acts: deque[Act]
     bodies: list[dict[str, Any]] = field(default_factory=list)
@@ -28,6 +30,7 @@ class FakeRouter:
     cookies: list[str] = field(default_factory=list)
     tokens: Counter[str] = field(default_factory=Counter)
     url: str = ""
+    key: str = ""
     left: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
@@ -35,6 +38,9 @@ class FakeRouter:
         return Target(self.url, TOKEN)
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        if request.path == wire.HEALTH:
+            answer = challenge_answer(self.key, request.query["challenge"])
+            return web.json_response({"replica": "router-0.g1", "answer": answer})
         self.tokens[request.headers.get("authorization", "")] += 1
         self.cookies += [request.headers[name] for name in request.headers if name.lower() == "cookie"]
         self.bodies.append(json.loads(await request.content.read()))

@@ -14,6 +14,7 @@ import pytest
 from rich.console import Console
 
 from hpc_router import frozen, registry
+from hpc_router.auth import replica_key
 from hpc_router.bench.measure import Observation, Part, Window, figures
 from hpc_router.bench.record import provenance
 from hpc_router.bench.table import Row, table
@@ -36,7 +37,8 @@ def serves(run: RunDir, fake: FakeRouter) -> None:
     job = JobDir(run, "router-0.g1")
     job.claim()
     job.write(JobInfo(str(os.getpid()), socket.gethostname(), start_ticks(os.getpid())))
-    registry.publish(run.registry, Record(Kind.ROUTER, "router-0.g1", fake.url, State.READY, {}))
+    fake.key = replica_key(run.secret(), "nonce")
+    registry.publish(run.registry, Record(Kind.ROUTER, "router-0.g1", fake.url, State.READY, {}, nonce="nonce"))
     engine = EngineInfo(kind="sim", model="sim-math")
     publish = Record(Kind.EXPERT, "math-0.g1", "http://127.0.0.1:1", State.READY, {"math": "math"}, engine=engine)
     registry.publish(run.registry, publish)

@@ -2,14 +2,16 @@
 
 import json
 import subprocess
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from hpc_router.cluster.batch import BatchJob, batch_jobs, effective
+from hpc_router.cluster.batch import BatchJob, batch_jobs, effective, setup_faults
 from hpc_router.cluster.launcher import JobRequest
 from hpc_router.config import ClusterConfig, Deployment, ResourceConfig
+from hpc_router.jobdir import Ended, Exit, JobDir, JobInfo, Reason, Runner
 from hpc_router.rundir import RunDir
 
 RUN = RunDir(Path("/runs/mine"))
@@ -124,12 +126,36 @@ def test_a_step_inside_an_allocation_names_it_and_has_no_header() -> None:
 def test_paths_may_hold_spaces_and_percent_signs() -> None:
     (job,) = batch_jobs(RunDir(Path("/runs/my run 100%")), Deployment(), [request()])
     assert "#SBATCH --output='/runs/my run 100%%/jobs/math-0.g1/%j_batch.log'" in job.script().splitlines()
+    assert "#SBATCH --chdir='/runs/my run 100%'" in job.script().splitlines()  # it is no pattern
+
+
+@pytest.mark.parametrize(
+    ("after", "own", "dependency"),
+    [
+        (None, None, None),
+        ("17", None, "afterany:17"),
+        (None, "singleton", "singleton"),
+        ("17", "singleton", "afterany:17,singleton"),
+        ("17", False, "afterany:17"),
+    ],
+)
+def test_a_successor_waits_for_its_predecessor_and_for_what_the_site_wants(
+    after: str | None, own: object, dependency: str | None
+) -> None:
+    """Without the first, each router's successor would have a successor while it waits, and so on."""
+    asked = replace(request("router-0.g2", sbatch={"dependency": own}), after=after)
+    assert jobs(asked)[0].options().get("dependency") == dependency
 
 
 def run_script(
-    tmp_path: Path, *requests: JobRequest, srun: str = 'shift $(($# - 5)); exec "$@"', **cluster: object
+    tmp_path: Path,
+    *requests: JobRequest,
+    srun: str = 'shift $(($# - 5)); exec "$@"',
+    before: Callable[[RunDir], object] = lambda _: None,
+    environment: Mapping[str, str] = {},
+    **cluster: object,
 ) -> int:
-    """Run the script with a stand-in for srun on the PATH; its exit status."""
+    """Run the script with a stand-in for srun on the PATH; its exit status. `before`: what is in the run already."""
     tools = tmp_path / "tools"
     tools.mkdir()
     (tools / "srun").write_text(f"#!/bin/bash\n{srun}\n")
@@ -137,14 +163,14 @@ def run_script(
     run = RunDir(tmp_path / "run")
     for each in requests:
         (run.jobs / each.replica).mkdir(parents=True)
+    before(run)
     deployment = Deployment(cluster=ClusterConfig(kind="slurm", **cluster))  # type: ignore[arg-type]
     (job,) = batch_jobs(run, deployment, requests)
     text = replace(job, command=("/bin/true", "2", "3", "4", "5")).script()
     path = tmp_path / "job.sh"
     path.write_text(text)
-    return subprocess.run(
-        ["/bin/bash", str(path)], env={"PATH": f"{tools}:/usr/bin:/bin"}, check=False, capture_output=True
-    ).returncode
+    told = {"PATH": f"{tools}:/usr/bin:/bin", **environment}
+    return subprocess.run(["/bin/bash", str(path)], env=told, check=False, capture_output=True).returncode
 
 
 def ended(tmp_path: Path, replica: str = "math-0.g1") -> dict[str, object]:
@@ -189,3 +215,170 @@ def test_sigterm_to_the_script_does_not_lose_the_record(tmp_path: Path) -> None:
     status = run_script(tmp_path, request(), srun='kill -TERM "$PPID" "$(ps -o ppid= -p "$PPID")"; exit 5')
     assert status == 5
     assert ended(tmp_path)["status"] == 5
+
+
+PAIR = (request("math-0.g1"), request("math-1.g1"))
+OPTIONS = (
+    "set -eu",
+    "set -o pipefail",
+    "set -o posix",
+    "trap 'true' EXIT",
+    "trap - EXIT",
+    "trap '' TERM",
+    "set -E; trap 'exit 9' ERR",
+)
+
+
+@pytest.mark.parametrize("line", OPTIONS)
+def test_options_and_traps_of_a_setup_line_are_its_own(tmp_path: Path, line: str) -> None:
+    srun = 'kill -TERM "$PPID" "$(ps -o ppid= -p "$PPID")"; [[ $HPC_ROUTER_REPLICA == math-0.g1 ]] || exit 3'
+    assert run_script(tmp_path, *PAIR, srun=srun, replicas_per_job=2, setup=[line, "true"]) == 3
+    assert ended(tmp_path, "math-0.g1")["status"] == 0
+    assert ended(tmp_path, "math-1.g1")["status"] == 3
+
+
+@pytest.mark.parametrize("line", OPTIONS)
+def test_a_line_that_fails_is_named_whatever_it_set(tmp_path: Path, line: str) -> None:
+    assert run_script(tmp_path, request(), setup=[line, f"{line}; true && false"]) == 1
+    assert str(ended(tmp_path)["message"]).startswith("cluster.setup[1] failed on ")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "bash -c 'kill -TERM $PPID; kill -TERM $$'",
+        "bash -c 'kill -TERM $PPID'",
+        "bash -c 'kill -TERM $PPID' || exit 4",
+        "bash -c 'kill -TERM $PPID; exit 4'",
+        "set -eu; trap 'true' EXIT; bash -c 'kill -TERM $PPID; exit 4'",
+    ],
+)
+def test_sigterm_during_setup_is_no_fault_of_the_setup(tmp_path: Path, line: str) -> None:
+    """Preemption and scancel: another job of the same shape would begin, so nothing permanent may be written."""
+    began = tmp_path / "began"
+    status = run_script(tmp_path, request(), setup=[line, f"touch {began}"], srun=f"touch {began}")
+    assert status in (143, 4)
+    assert (ended(tmp_path)["status"], ended(tmp_path)["message"]) == (143, None)
+    assert not began.exists()
+
+
+@pytest.mark.parametrize(
+    ("pause", "status", "message"),
+    [("kill -TERM $$", 143, None), (":", 1, "cluster.setup[1] failed on ")],
+)
+def test_a_child_may_hear_of_sigterm_first(tmp_path: Path, pause: str, status: int, message: str | None) -> None:
+    """Slurm signals one process after the other; a line that always ends so would for ever be tried again."""
+    setup = [f"sleep() {{ {pause}; }}", "bash -c 'kill -TERM $$'"]
+    assert run_script(tmp_path, request(), setup=setup) == status
+    record = ended(tmp_path)
+    assert record["status"] == status
+    assert (str(record["message"]).startswith(message)) if message else (record["message"] is None)
+
+
+def job_of(job_id: str) -> JobInfo:
+    return JobInfo(job_id=job_id, host="login", argv=('"job_id": "99",',), runner=Runner.SLURM)
+
+
+EXIT = Exit(ok=False, reason=Reason.UNANSWERED, message="sbatch timed out")
+
+
+@pytest.mark.parametrize("record", [EXIT, Ended(0, 1.0), job_of("16")])
+@pytest.mark.parametrize("replicas", [("math-0.g1",), ("math-0.g1", "math-1.g1")])
+def test_a_job_that_nobody_waits_for_ends_at_once(
+    tmp_path: Path, record: Exit | Ended | JobInfo, replicas: tuple[str, ...]
+) -> None:
+    """sbatch may be given up and yet be heard: by then another generation has been submitted."""
+    found: list[dict[Path, bytes]] = []
+
+    def contents() -> dict[Path, bytes]:
+        return {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+
+    def before(run: RunDir) -> None:
+        for replica in replicas:
+            JobDir(run, replica).write(record)
+        found.append(contents())
+
+    began = tmp_path / "began"
+    status = run_script(
+        tmp_path,
+        *map(request, replicas),
+        before=before,
+        srun=f"touch {began}",
+        setup=[f"touch {began}"],
+        replicas_per_job=2,
+        environment={"SLURM_JOB_ID": "17"},
+    )
+    assert status == 0
+    assert found == [contents()]
+    assert not began.exists()
+
+
+@pytest.mark.parametrize("environment", [{"SLURM_JOB_ID": "17"}, {}])
+def test_a_job_that_is_waited_for_begins(tmp_path: Path, environment: dict[str, str]) -> None:
+    """Its `job.json` comes a moment after sbatch has returned; a step of an allocation has no $SLURM_JOB_ID."""
+    job_id = environment.get("SLURM_JOB_ID", "16")
+    for number, infos in enumerate(([], [job_of(job_id)])):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+
+        def before(run: RunDir, infos: list[JobInfo] = infos) -> None:
+            for info in infos:
+                JobDir(run, "math-0.g1").write(info)
+
+        assert run_script(folder, request(), before=before, environment=environment, srun="exit 5") == 5
+        assert ended(folder)["status"] == 5
+
+
+def test_in_a_shared_job_only_those_waited_for_begin(tmp_path: Path) -> None:
+    status = run_script(
+        tmp_path,
+        *PAIR,
+        before=lambda run: JobDir(run, "math-0.g1").write(EXIT),
+        srun="[[ $HPC_ROUTER_REPLICA == math-1.g1 ]] || exit 3",
+        replicas_per_job=2,
+    )
+    assert status == 0
+    assert ended(tmp_path, "math-1.g1")["status"] == 0
+    assert [path.name for path in (tmp_path / "run" / "jobs" / "math-0.g1").iterdir()] == ["exit.json"]
+
+
+def test_a_full_disk_leaves_no_empty_files(tmp_path: Path) -> None:
+    assert run_script(tmp_path, request(), setup=["trap '' XFSZ", "ulimit -f 0"]) == 0
+    assert list((tmp_path / "run" / "jobs" / "math-0.g1").iterdir()) == []
+
+
+def test_lines_of_bash_have_no_faults() -> None:
+    fine = [
+        "true",
+        "if true; then ulimit -n 4096; fi",
+        "ls !(a) # a comment",
+        'echo "it\'s ü"',
+        "exit 4",
+        "\techo $((1))",
+    ]
+    assert setup_faults(fine) == []
+    assert setup_faults([]) == []
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("if true", "syntax error: unexpected end of file"),
+        ("echo 'x", "unexpected EOF while looking for matching"),
+        ("} || true; {", "syntax error near unexpected token `}'"),
+        ("cat <<EOF", "here-document"),
+        ("echo \\", "syntax error"),
+        ("fi", "syntax error near unexpected token `fi'"),
+    ],
+)
+def test_a_line_that_is_no_bash_is_named(line: str, said: str) -> None:
+    """Also what is whole by itself and would swallow the lines after it."""
+    (fault,) = setup_faults(["true", line])
+    assert fault.startswith("cluster.setup[1]: ")
+    assert said in fault
+    assert "\n" not in fault
+
+
+def test_checking_a_line_does_not_run_it(tmp_path: Path) -> None:
+    assert setup_faults([f"touch {tmp_path}/ran", f": $(touch {tmp_path}/ran)"]) == []
+    assert list(tmp_path.iterdir()) == []

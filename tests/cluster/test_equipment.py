@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from hpc_router.cluster import equipment
 from hpc_router.cluster.equipment import CHECK, equipment_faults, is_address
 from hpc_router.config import ClusterConfig, ContainerConfig
 from tests.cluster.programs import Programs
@@ -44,8 +45,8 @@ def test_a_shell_that_has_a_module_of_its_own(tmp_path: Path, monkeypatch: pytes
     """As Lmod says it, and as one that ends with 0 whatever happens."""
     programs = Programs(tmp_path / "bin", monkeypatch)
     programs.add("module", "[ $2 = good ] || echo 'Lmod has detected the following error: no such thing' >&2")
-    assert equipment_faults(ClusterConfig(modules=["good"])) == ([], [])
-    ((fault,), _) = equipment_faults(ClusterConfig(modules=["good", "bad"]))
+    assert equipment_faults(ClusterConfig(kind="slurm", modules=["good"])) == ([], [])
+    ((fault,), _) = equipment_faults(ClusterConfig(kind="slurm", modules=["good", "bad"]))
     assert "cluster.modules[1]=bad: does not load: Lmod has detected the following error: no such thing" in fault
     assert programs.calls("module") == ["load good", "load good", "load bad"]
 
@@ -54,7 +55,7 @@ def test_no_module_command_is_a_warning(tmp_path: Path, monkeypatch: pytest.Monk
     """A machine without: the static script says so by its exit status."""
     programs = Programs(tmp_path / "bin", monkeypatch)
     programs.add("bash", "exit 3")
-    assert equipment_faults(ClusterConfig(modules=["a"])) == (
+    assert equipment_faults(ClusterConfig(kind="slurm", modules=["a"])) == (
         [],
         ["cluster.modules: could not be checked: this machine has no `module` command"],
     )
@@ -83,13 +84,38 @@ def test_addresses_of_images(image: str, address: bool) -> None:
 def test_an_image_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Programs(tmp_path / "bin", monkeypatch).add("apptainer", "")
     absent = ContainerConfig(image=str(tmp_path / "no.sif"))
-    assert equipment_faults(ClusterConfig(container=absent))[0] == [
+    assert equipment_faults(ClusterConfig(kind="slurm", container=absent))[0] == [
         f"cluster.container.image={tmp_path}/no.sif: no such file "
         "(valid: a .sif file, a folder, or an address such as docker://...)"
     ]
     for image in (str(tmp_path), "docker://a/b"):
-        assert equipment_faults(ClusterConfig(container=ContainerConfig(image=image))) == ([], [])
-    offline = ClusterConfig(container=ContainerConfig(image="docker://a/b", program="no-program"), offline=True)
+        assert equipment_faults(ClusterConfig(kind="slurm", container=ContainerConfig(image=image))) == ([], [])
+    offline = ClusterConfig(
+        kind="slurm", container=ContainerConfig(image="docker://a/b", program="no-program"), offline=True
+    )
     _, (program, fetched) = equipment_faults(offline)
     assert program == "cluster.container.program=no-program: not found here; the nodes must have it"
     assert "nodes are offline" in fetched
+
+
+def test_on_this_machine_the_program_has_to_be_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the PATH that the engine gets; no module is loaded, so none is asked for."""
+    programs = Programs(tmp_path / "bin", monkeypatch)
+    programs.add("module", "exit 1")
+    cluster = ClusterConfig(container=ContainerConfig(image=str(tmp_path), program="no-program"), modules=["a"])
+    ((fault,), warnings) = equipment_faults(cluster)
+    assert fault.startswith("cluster.container.program=no-program: not on the PATH here")
+    assert warnings == []
+    assert programs.calls("module") == []
+    (tmp_path / "no-program").write_text("#!/bin/sh\n")
+    (tmp_path / "no-program").chmod(0o755)
+    cluster.env = {"PATH": str(tmp_path)}
+    assert equipment_faults(cluster) == ([], [])
+
+
+def test_modules_that_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Programs(tmp_path / "bin", monkeypatch).add("bash", "echo out; printf '\\377 err' >&2; exec sleep 60")
+    monkeypatch.setattr(equipment, "TIMEOUT_S", 0.3)
+    faults, (warning,) = equipment_faults(ClusterConfig(kind="slurm", modules=["a"]))
+    assert faults == []
+    assert warning == "cluster.modules: could not be checked: no answer within 0.3 s"

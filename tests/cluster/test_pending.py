@@ -7,7 +7,7 @@ import pytest
 from hpc_router.cluster.pending import in_words
 
 PASSING = (
-    "Resources Priority None BeginTime Dependency Licenses JobHeldUser JobHeldAdmin JobArrayTaskLimit NodeDown "
+    "Resources Priority BeginTime Dependency Licenses JobHeldUser JobHeldAdmin NodeDown "
     "ReqNodeNotAvail Reservation PartitionDown PartitionInactive QOSUsageThreshold Prolog Cleaning "
     "QOSMaxJobsPerUserLimit QOSMaxCpuPerUserLimit QOSMaxGRESPerUser QOSMaxNodePerUserLimit QOSMaxMemoryPerUser "
     "QOSGrpCpuLimit QOSGrpGRES QOSGrpNodeLimit QOSGrpGRESMinutes QOSGrpJobsLimit QOSGrpSubmitJobsLimit "
@@ -64,6 +64,16 @@ def test_whose_limit_it_is_and_of_what() -> None:
 )
 def test_the_forms_squeue_writes(reason: str, what: str) -> None:
     assert what in in_words(reason).what
+
+
+def test_the_job_is_named_in_the_advice() -> None:
+    assert in_words("JobHeldUser", "7").advice == "`scontrol release 7` lets it go"
+    assert in_words("JobHeldUser").advice == "`scontrol release JOBID` lets it go"
+    assert "scancel 7_1" in (in_words("launch failed requeued held", "7_1").advice or "")
+    assert in_words("Resources", "7").advice is None
+    told = in_words("ReqNodeNotAvail, UnavailableNodes:n1", "7")
+    assert "(n1)" in told.what
+    assert told.advice == in_words("ReqNodeNotAvail").advice
 
 
 def test_an_unknown_reason_is_not_hopeless() -> None:

@@ -11,10 +11,12 @@ from rich.console import Console
 
 from hpc_router.cli import WIDE
 from hpc_router.cluster import flags
-from hpc_router.cluster.plan import Plan, make_plan, settled
+from hpc_router.cluster.allocation import AllocationLauncher
+from hpc_router.cluster.plan import FOLDER, Plan, make_plan, settled
 from hpc_router.compose import load_deployment
 from hpc_router.config import ClusterConfig, ContainerConfig, Deployment, EngineConfig, ExpertConfig, ResourceConfig
 from hpc_router.errors import ConfigError
+from hpc_router.rundir import RunDir
 from hpc_router.screen import plan_text
 from tests.cluster.programs import Programs
 
@@ -95,7 +97,25 @@ def test_what_may_be_meant_so_is_a_note() -> None:
 def test_secrets_are_not_shown() -> None:
     one = replace(SIM, engine=EngineConfig(kind="sim", env={"HF_TOKEN": "hunter2", "LEVEL": "info"}))
     shown = make_plan(deployment(a=one)).to_json()["replicas"][1]["environment"]
-    assert shown == {"HF_TOKEN": "***", "LEVEL": "info"}
+    assert shown["HF_TOKEN"] == "***"
+    assert shown["LEVEL"] == "info"
+
+
+def test_the_engines_whole_environment_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the agent makes it, without what the node brings along."""
+    monkeypatch.setenv("SOMEBODYS", "own")
+    engine = EngineConfig(kind="transformers", threads=3, env={"LEVEL": "info"})
+    made = deployment(a=ExpertConfig(model=str(tmp_path), engine=engine))
+    made.cluster.env = {"LEVEL": "debug", "SITE": "s"}
+    shown = make_plan(made, ask_engines=False).to_json()["replicas"][1]["environment"]
+    assert {k: shown[k] for k in ("LEVEL", "SITE", "OMP_NUM_THREADS", "HF_HUB_OFFLINE")} == {
+        "LEVEL": "info",
+        "SITE": "s",
+        "OMP_NUM_THREADS": "3",
+        "HF_HUB_OFFLINE": "1",
+    }
+    assert shown["TMPDIR"].endswith(f"/{FOLDER}/tmp")
+    assert not {"SOMEBODYS", "PATH", "HOME"} & set(shown)
 
 
 def test_local_paths_are_settled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,6 +257,34 @@ def test_an_allocation_is_not_judged_by_partitions(slurm: Programs, monkeypatch:
     assert slurm.calls("sinfo") == []
 
 
+def test_a_step_of_an_allocation_is_shown_as_it_will_run(
+    slurm: Programs, run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the letter: the script that `up` starts with bash."""
+    monkeypatch.delenv("HPC_ROUTER_JOB_ID", raising=False)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    slurm.add("setsid", "")
+    deployed = load_deployment(["topology=sim", "cluster=allocation", "cluster.setup=[true]"])
+    plan = make_plan(deployed, run=run)
+    told = plan.to_json()
+    launcher = AllocationLauncher(run, deployed)
+    assert launcher.submit([replica.request for replica in plan.replicas])
+    for replica in told["replicas"]:
+        assert replica["script"] == (run.jobs / replica["replica"] / "step.sh").read_text()
+    assert "--jobid=7" in printed(plan)
+    assert told["sbatch"] == []
+
+
+def test_outside_of_any_job_the_steps_have_a_placeholder(slurm: Programs, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HPC_ROUTER_JOB_ID", "SLURM_JOB_ID"):
+        monkeypatch.delenv(name, raising=False)
+    deployed = load_deployment(["topology=sim", "cluster=allocation", "router.place=here"])
+    router, math, *_ = make_plan(deployed).to_json()["replicas"]
+    assert router["script"] is None
+    assert "--jobid='<job>'" in math["script"]
+    assert "#SBATCH" not in math["script"]
+
+
 def test_an_engine_in_an_image(slurm: Programs, tmp_path: Path) -> None:
     """Its interpreter is the image's: not looked for here, and asked about its flags in there."""
     slurm.add("apptainer", "echo 'error: no such option: --x' >&2; exit 2")
@@ -270,6 +318,53 @@ def test_the_jobs_interpreter_is_there(tmp_path: Path, monkeypatch: pytest.Monke
     wrong.cluster = ClusterConfig(python="./python", container=ContainerConfig(image="x.sif"))
     done = settled(wrong).cluster
     assert (done.python, done.container.image) == (str(tmp_path / "python"), str(tmp_path / "x.sif"))
+
+
+def test_a_containers_folders_are_settled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Apptainer knows neither `~` nor the folder that `up` was started in; what stands behind the colon is inside."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/ada")
+    binds = ["~/models", "data:/data:ro", "/project:/p", "~:/me"]
+    one = deployment(a=SIM)
+    one.cluster.container = ContainerConfig(image="x.sif", binds=binds)
+    done = settled(one)
+    assert done.cluster.container.binds == [
+        "/home/ada/models",
+        f"{tmp_path}/data:/data:ro",
+        "/project:/p",
+        "/home/ada:/me",
+    ]
+    assert settled(done) == done
+    assert one.cluster.container.binds == binds
+
+
+def test_a_container_on_this_machine_is_looked_for_too(tmp_path: Path) -> None:
+    """There are no other nodes that might have it."""
+    wrong = deployment(a=SIM)
+    wrong.cluster = ClusterConfig(container=ContainerConfig(image=str(tmp_path / "no.sif"), program="no-program"))
+    image, program = faults(wrong)
+    assert image.startswith(f"cluster.container.image={tmp_path}/no.sif: no such file")
+    assert program.startswith("cluster.container.program=no-program: not on the PATH here")
+
+
+def test_what_has_no_effect_on_this_machine_is_a_note() -> None:
+    """One line; and no module is loaded for it."""
+    made = deployment(a=SIM)
+    made.cluster = ClusterConfig(modules=["nope"], setup=["false"])
+    (note,) = make_plan(made).warnings
+    assert note.startswith("cluster.modules and cluster.setup have no effect with cluster=local")
+    made.cluster.modules = []
+    (note,) = make_plan(made, ask_engines=False).warnings
+    assert note.startswith("cluster.setup has no effect with cluster=local")
+
+
+def test_setup_lines_are_whole_bash() -> None:
+    wrong = deployment(a=SIM)
+    wrong.cluster = ClusterConfig(kind="slurm", setup=["true", "echo 'x"])
+    (fault,) = faults(wrong)
+    assert fault.startswith("cluster.setup[1]: ")
+    wrong.cluster.kind = "local"  # nothing reads them there
+    make_plan(wrong)
 
 
 def printed(plan: Plan) -> str:

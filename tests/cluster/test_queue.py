@@ -1,5 +1,6 @@
 """The shared view of the queue: how often Slurm is asked, and what its answers mean."""
 
+import time
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -32,18 +33,22 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def test_squeue_lines_are_read() -> None:
     text = (
-        "12|PENDING||2026-11-22T14:05:00|N/A|Resources\n"
-        "13|RUNNING|n[1-2]|2026-11-22T13:00:00|2026-11-22T15:00:00|None\n"
-        "14|PENDING||N/A|N/A|ReqNodeNotAvail, UnavailableNodes:n1|n2\n"
+        "12|PENDING||2026-11-22T14:05:00|N/A|math-0.g1:demo|/runs/x|Resources\n"
+        "13|RUNNING|n[1-2]|2026-11-22T13:00:00|2026-11-22T15:00:00|sh|/home|None\n"
+        "14|PENDING||N/A|N/A|sh|/home|ReqNodeNotAvail, UnavailableNodes:n1;n2\n"
         "nonsense\n"
     )
-    jobs = parse_squeue(text)
+    jobs = parse_squeue(text.replace("|", "\t"))
     assert jobs["12"] == QueuedJob(
-        "PENDING", reason="Resources", starts_at=datetime.fromisoformat("2026-11-22T14:05:00").timestamp()
+        "PENDING",
+        reason="Resources",
+        starts_at=datetime.fromisoformat("2026-11-22T14:05:00").timestamp(),
+        name="math-0.g1:demo",
+        folder="/runs/x",
     )
     assert jobs["13"].node == "n[1-2]"
     assert jobs["13"].ends_at == datetime.fromisoformat("2026-11-22T15:00:00").timestamp()
-    assert jobs["14"].reason == "ReqNodeNotAvail, UnavailableNodes:n1|n2"
+    assert jobs["14"].reason == "ReqNodeNotAvail, UnavailableNodes:n1;n2"
     assert set(jobs) == {"12", "13", "14"}
 
 
@@ -69,6 +74,23 @@ def test_an_old_answer_is_asked_again(run: RunDir, asked: list[int]) -> None:
     assert len(asked) == 1
     assert view is not None
     assert "7" in view.jobs
+
+
+def test_a_view_from_the_future_is_of_a_wrong_clock(run: RunDir, asked: list[int]) -> None:
+    replace_json(run.path / "squeue.json", asdict(View(asked_at=time.time() + 3600, jobs={})))
+    view = Queue(run, ask_s=30.0).view()
+    assert view is not None
+    assert "7" in view.jobs
+
+
+def test_a_squeue_that_hangs_leaves_the_last_view(run: RunDir, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What it said until it was stopped comes as bytes."""
+    tool = tmp_path / "squeue"
+    tool.write_text("#!/bin/bash\necho slow >&2\nexec sleep 60\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setattr(queue, "TIMEOUT_S", 0.2)
+    assert Queue(run, ask_s=30.0).view(fresh=True) is None
 
 
 def test_while_somebody_asks_the_old_answer_stands(run: RunDir, asked: list[int]) -> None:

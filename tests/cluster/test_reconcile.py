@@ -12,6 +12,8 @@ from hpc_router.cluster.reconcile import (
     BACKOFF_MAX_S,
     CLAIM_S,
     KILL_AFTER_S,
+    KILL_AGAIN_S,
+    STANDBY_S,
     STEADY_S,
     Action,
     Cancel,
@@ -25,7 +27,7 @@ from hpc_router.cluster.reconcile import (
     reconcile,
 )
 from hpc_router.cluster.slots import ROUTER_SLOT, Attempt, Slot
-from hpc_router.jobdir import BLAMELESS, Exit, Phase, Progress, Reason, Stop
+from hpc_router.jobdir import BLAMELESS, Exit, Phase, Progress, Reason, Runner, Stop
 from hpc_router.registry import State, split_replica
 
 NOW = 1000.0
@@ -175,18 +177,69 @@ def test_a_submission_that_slurm_does_not_answer_is_tried_for_ever_but_slowly() 
 @pytest.mark.parametrize("reason", sorted(BLAMELESS))
 def test_an_end_that_says_nothing_about_the_replica_is_not_counted(reason: Reason) -> None:
     ends = [failed(n, reason=reason) for n in range(1, 9)]
-    assert decide(ONE, *ends) == [Submit(MATH, 9)]
+    assert decide(ONE, *ends, now=NOW + BACKOFF_MAX_S) == [Submit(MATH, 9)], "however often"
+    assert decide(ONE, failed(1, reason=reason)) == [Submit(MATH, 2)], "at once"
+    (wait,) = decide(ONE, *ends)
+    assert isinstance(wait, Wait), "but a site that ends every job at its start is not asked every two seconds"
 
 
 def test_a_router_that_serves_steadily_has_a_successor_waiting_for_its_end() -> None:
     desired = Desired(router=True, standby=True)
-    ready = Progress(Phase.READY, ready_at=NOW - STEADY_S)
-    router = attempt(slot=ROUTER_SLOT, registered=State.READY, progress=ready, job_id="7")
+    ready = Progress(Phase.READY, ready_at=NOW - STANDBY_S)
+    router = attempt(slot=ROUTER_SLOT, registered=State.READY, progress=ready, job_id="7", runner=Runner.SLURM)
     assert decide(desired, router) == [Submit(ROUTER_SLOT, 2, after="7")]
     assert decide(desired, router, now=NOW - 1) == [], "not before it has proved itself"
     waiting = attempt(2, slot=ROUTER_SLOT, job=JobState.PENDING, job_id="8")
     assert decide(desired, router, waiting) == []
     assert decide(replace(desired, standby=False), router) == []
+    assert decide(desired, replace(router, runner=Runner.PROCESS)) == [], "a process id is no job to wait for"
+
+
+@pytest.mark.parametrize("reason", [Reason.CANCELLED, Reason.UNANSWERED])
+def test_a_successor_that_was_refused_or_cancelled_is_followed_by_the_next(reason: Reason) -> None:
+    desired = Desired(router=True, standby=True)
+    ready = Progress(Phase.READY, ready_at=NOW - STANDBY_S)
+    router = attempt(slot=ROUTER_SLOT, registered=State.READY, progress=ready, job_id="7", runner=Runner.SLURM)
+    lost = [replace(failed(n, reason=reason), slot=ROUTER_SLOT) for n in (2, 3)]
+    assert decide(desired, router, lost[0]) == [Submit(ROUTER_SLOT, 3, after="7")]
+    assert isinstance(decide(desired, router, *lost)[0], Wait)
+    refused = [replace(failed(n, reason=Reason.REFUSED), slot=ROUTER_SLOT) for n in (2, 3)]
+    assert decide(desired, router, *refused) == [], "the router itself has not failed"
+
+
+def test_a_job_that_has_said_its_last_word_and_does_not_end_is_ended() -> None:
+    end = Exit(False, Reason.CRASHED, "it broke", NOW)
+    lingering = attempt(job=JobState.ENDING, exit=end)
+    assert decide(NONE, lingering) == []
+    assert decide(NONE, lingering, now=NOW + KILL_AFTER_S) == [Cancel("math-0.g1")]
+    asked = replace(lingering, stop=Stop(cancel_at=NOW))
+    assert decide(NONE, asked, now=NOW + KILL_AFTER_S) == [Kill("math-0.g1")]
+    assert Submit(MATH, 2) in decide(ONE, lingering), "its slot does not wait for that"
+
+
+def test_a_kill_is_not_repeated_at_every_pass() -> None:
+    killed = attempt(stop=Stop(cancel_at=NOW - 100, kill_at=NOW))
+    assert decide(NONE, killed, now=NOW + 1) == [Wait("math-0.g1", NOW + KILL_AGAIN_S, "asked to end")]
+    assert decide(NONE, killed, now=NOW + KILL_AGAIN_S) == [Kill("math-0.g1")]
+
+
+def test_a_claim_that_is_not_wanted_any_more_is_told_so_before_its_job_comes() -> None:
+    claim = attempt(job=JobState.PENDING, submitted=False, claimed_at=NOW)
+    assert decide(NONE, claim) == [Cancel("math-0.g1")]
+    assert decide(NONE, replace(claim, stop=Stop(cancel_at=NOW))) == []
+
+
+def test_a_claim_whose_submitter_lives_is_waited_for() -> None:
+    """A busy controller may take its time with many jobs."""
+    claim = attempt(job=JobState.PENDING, submitted=False, claimed_at=NOW - 2 * CLAIM_S, submitting=True)
+    assert isinstance(decide(ONE, claim)[0], Wait)
+    assert decide(ONE, replace(claim, submitting=False)) == [Submit(MATH, 2)]
+
+
+def test_a_job_that_was_asked_to_end_before_it_began_does_not_hold_its_slot() -> None:
+    """A part of a job that others share cannot be taken out of the queue."""
+    doomed = attempt(job=JobState.PENDING, stop=Stop(cancel_at=NOW))
+    assert Submit(MATH, 2) in decide(ONE, doomed)
 
 
 def test_a_waiting_successor_goes_with_its_deployment() -> None:

@@ -4,6 +4,7 @@ import json
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,8 @@ from hpc_router.cli import main
 from hpc_router.cluster.control import Control
 from hpc_router.cluster.launcher import JobReport, JobState
 from hpc_router.cluster.local import LocalLauncher
-from hpc_router.cluster.retire import Retired, named, retire, wait
-from hpc_router.cluster.slots import ROUTER_SLOT, Attempt, Slot
+from hpc_router.cluster.retire import Retired, named, retire, successor, wait
+from hpc_router.cluster.slots import NOT_ASKED, ROUTER_SLOT, Attempt, Observed, Slot
 from hpc_router.config import Deployment, EngineConfig, ExpertConfig
 from hpc_router.errors import ConfigError
 from hpc_router.jobdir import Exit, JobDir, Reason, Stop
@@ -28,8 +29,17 @@ from tests.cluster.conftest import request_of
 from tests.waiting import eventually_sync
 
 
-def attempt(slot: Slot, *, node: str = "n1", job: JobState = JobState.RUNNING, generation: int = 1) -> Attempt:
-    return Attempt(slot, generation, report=JobReport(job, node=node), claimed_at=0.0)
+def attempt(
+    slot: Slot,
+    *,
+    node: str = "n1",
+    job: JobState = JobState.RUNNING,
+    generation: int = 1,
+    registered: State | None = None,
+    stop: Stop = NOT_ASKED,
+) -> Attempt:
+    report = JobReport(job, node=node)
+    return Attempt(slot, generation, report=report, claimed_at=0.0, registered=registered, stop=stop)
 
 
 MATH_0, MATH_1, CODE_0, HAND = Slot("math", "0"), Slot("math", "1"), Slot("code", "0"), Slot("math", "h0")
@@ -64,6 +74,43 @@ ELSEWHERE = Record(Kind.EXPERT, "code-0.g1", "http://h:1", State.READY, {}, node
 def test_what_a_name_means(names: list[str], meant: list[str]) -> None:
     records = {r.replica: r for r in (EXTERNAL, ELSEWHERE)}
     assert [a.replica for a in named(names, OBSERVED, records, experts=["math", "code", "law"])] == meant
+
+
+STANDBY = attempt(ROUTER_SLOT, job=JobState.PENDING, generation=2)
+
+
+def beside_a_standby(state: State | None, *, job: JobState = JobState.RUNNING) -> Observed:
+    return {ROUTER_SLOT: (attempt(ROUTER_SLOT, registered=state, job=job), STANDBY)}
+
+
+@pytest.mark.parametrize(
+    ("name", "observed", "meant"),
+    [
+        ("router", beside_a_standby(State.READY), ["router-0.g1"]),
+        ("router-0", beside_a_standby(State.READY), ["router-0.g1"]),
+        ("router-0.g2", beside_a_standby(State.READY), ["router-0.g2"]),
+        ("router", beside_a_standby(State.DRAINING), ["router-0.g1"]),  # asked a second time
+        ("router", beside_a_standby(None), ["router-0.g1"]),
+        ("router", beside_a_standby(None, job=JobState.PENDING), ["router-0.g1", "router-0.g2"]),
+        ("router", beside_a_standby(None, job=JobState.ENDED), ["router-0.g2"]),
+    ],
+)
+def test_a_standby_is_not_the_router(name: str, observed: Observed, meant: list[str]) -> None:
+    """It waits for the end of the one that serves, and takes over: unless it is named itself, it stays."""
+    assert [a.replica for a in named([name], observed, {}, experts=[])] == meant
+
+
+def test_a_standby_replaces_what_ends(run: RunDir) -> None:
+    serves, standby = beside_a_standby(State.READY)[ROUTER_SLOT]
+    observed = {ROUTER_SLOT: (serves, standby)}
+    assert successor(observed, [serves]) == "router-0.g2"
+    assert successor(observed, [standby]) == "router-0.g1"
+    assert successor(observed, [serves, standby]) is None
+    assert successor({ROUTER_SLOT: (serves, replace(standby, stop=Stop(cancel_at=1.0)))}, [serves]) is None
+    assert successor(OBSERVED, []) == "router-0.g1"
+    assert not Retired((), ("router-0.g1",), successor="router-0.g2").needs_reconcile(run)
+    assert Retired((), ("router-0.g1",)).needs_reconcile(run)
+    assert Retired(("math-0.g1",), ()).needs_reconcile(run)
 
 
 @pytest.mark.parametrize(

@@ -108,7 +108,10 @@ def test_one_question_whatever_the_users_settings(tmp_path: Path, monkeypatch: p
     [
         ("echo one >&2; echo 'Unable to contact slurm controller' >&2; exit 1", "^Unable to contact slurm controller$"),
         ("exit 1", "non-zero exit status 1"),
-        ("echo retrying >&2; exec sleep 60", r"no answer within 0\.3 s: retrying"),
+        ("echo retrying >&2; exec sleep 60", r"no answer within 0\.3 s: retrying$"),
+        ("echo out; printf 're\\377try\\n' >&2; exec sleep 60", "no answer within 0\\.3 s: re\ufffdtry$"),
+        ("echo out; exec sleep 60", r"no answer within 0\.3 s$"),
+        ("printf '\\377\\n' >&2; exit 1", "^\ufffd$"),
     ],
 )
 def test_no_answer(script: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,6 +120,13 @@ def test_no_answer(script: str, said: str, tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(site, "TIMEOUT_S", 0.3)
     with pytest.raises(LaunchError, match=said):
         ask_site()
+
+
+def test_an_answer_in_another_encoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A feature's name that is no UTF-8 does not hide the rest."""
+    program(tmp_path, "sinfo", "printf 'p|p*|up|1:00|1|8|1000|idle|\\377,fast|(null)\\n'")
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    assert "fast" in ask_site().partitions["p"].kinds[0].features
 
 
 def test_no_slurm_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from hpc_router.cluster.launcher import JobState
 from hpc_router.cluster.queue import Queue, QueuedJob, View
-from hpc_router.cluster.slurm import PURGED_S, SlurmLauncher
+from hpc_router.cluster.slurm import MISSING_ANSWERS, SETTLE_S, SlurmLauncher
 from hpc_router.config import Deployment
 from hpc_router.jobdir import Ended, Exit, JobDir, JobInfo, Process, Reason, Runner, Stop
 from hpc_router.rundir import RunDir, make_run
@@ -76,11 +76,47 @@ def test_its_own_files_are_newer_than_the_view(run: RunDir) -> None:
     assert observed(run, pending).state is JobState.ENDED
 
 
+def test_slurms_word_is_waited_for_where_the_job_itself_said_nothing(run: RunDir) -> None:
+    """A step that ends with status 0 on a node that was given up is no crash."""
+    job = submitted(run)
+    job.write(Ended(0, time.time()))
+    assert observed(run, QueuedJob("RUNNING")).state is JobState.ENDING
+    report = observed(run, QueuedJob("NODE_FAIL", node="n1"))
+    assert report.state is JobState.ENDED
+    assert report.end is not None
+    assert report.end.reason is Reason.NODE_FAILED
+    job.write(Ended(0, time.time() - SETTLE_S - 1))
+    assert observed(run, QueuedJob("RUNNING")).state is JobState.ENDED
+
+
 def test_a_job_submitted_after_the_view_is_not_lost(run: RunDir) -> None:
     submitted(run, at=NOW)
     assert observed(run, None, asked_at=NOW - 5).state is JobState.PENDING
-    assert observed(run, None, asked_at=NOW + PURGED_S).state is JobState.PENDING
-    assert observed(run, None, asked_at=NOW + PURGED_S + 1).state is JobState.ENDED
+    assert observed(run, None, asked_at=NOW + 3600).state is JobState.PENDING, "clocks of two hosts are not compared"
+
+
+def test_a_job_that_slurm_has_forgotten_is_missing_in_answers_of_ones_own(run: RunDir) -> None:
+    submitted(run)
+    queue = SeenQueue(run, {})
+    launcher = SlurmLauncher(run, Deployment(), queue)
+    for answered in range(MISSING_ANSWERS + 1):
+        queue.answers = answered
+        state = launcher.observe(["math-0.g1"])["math-0.g1"].state
+        assert state is (JobState.ENDED if answered == MISSING_ANSWERS else JobState.PENDING)
+
+
+def test_a_job_that_came_after_it_was_given_up_is_cancelled(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    """sbatch may time out and have submitted all the same."""
+    job = JobDir(run, "math-0.g1")
+    job.claim()
+    queued = QueuedJob("PENDING", name="math-0.g1:demo", folder=str(run.path))
+    launcher = SlurmLauncher(run, Deployment(), SeenQueue(run, {"7": queued}))
+    calls = calls_of(launcher, monkeypatch)
+    assert launcher.remaining(["math-0.g1"]) == []
+    job.write(Exit(ok=False, reason=Reason.UNANSWERED, message="Socket timed out"))
+    launcher = SlurmLauncher(run, Deployment(), SeenQueue(run, {"7": queued}))
+    assert launcher.remaining(["math-0.g1"]) == ["7"]
+    assert calls == [("7",)]
 
 
 def test_a_view_that_nobody_has_leaves_what_the_files_say(run: RunDir) -> None:
@@ -126,6 +162,7 @@ def test_the_batch_scripts_word_counts_where_slurm_says_nothing(run: RunDir, end
 
 def calls_of(launcher: SlurmLauncher, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
     calls: list[tuple[str, ...]] = []
+    monkeypatch.setattr("hpc_router.cluster.slurm.running_steps", lambda _: set())
     monkeypatch.setattr("hpc_router.cluster.slurm._scancel", lambda *words: calls.append(words))
     return calls
 

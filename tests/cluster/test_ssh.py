@@ -1,16 +1,24 @@
 """The `ssh` line from a laptop to the router, as text: nothing is connected."""
 
+import asyncio
+import getpass
+import json
+import socket
 from pathlib import Path
 
 import pytest
 
 from hpc_router import frozen
-from hpc_router.cluster import ssh
+from hpc_router.auth import new_token
+from hpc_router.cli import main
+from hpc_router.cluster import router_access
 from hpc_router.cluster.ssh import Here, Tunnel, tunnel
 from hpc_router.config import Deployment
-from hpc_router.errors import ConfigError, LaunchError
-from hpc_router.registry import Kind, Record, State, publish
+from hpc_router.errors import ConfigError
+from hpc_router.proof import Finding
+from hpc_router.registry import Kind, Record, State
 from hpc_router.rundir import RunDir
+from tests.router.fakes import NONCE, a_deployment, a_router, a_run
 
 HERE = Here("ada", "login1.hpc.example", frozenset({"login1", "login1.hpc.example"}))
 
@@ -64,14 +72,70 @@ def test_the_notes_are_comments_and_survive_both_shells() -> None:
     assert any("cluster.login" in note for note in to("http://n17:41000").notes())
 
 
-def test_of_a_run(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The router's record and the config's login host decide."""
-    with pytest.raises(LaunchError, match="no router serves"):
-        ssh.tunnel_to(run, port=8000)
+def configured(tmp_path: Path, *, login: str = "hpc") -> RunDir:
+    run = a_run(tmp_path)
     deployment = Deployment()
-    deployment.cluster.login = "hpc"
+    deployment.cluster.login = login
     run.config.write_text(frozen.to_yaml(deployment))
-    record = Record(Kind.ROUTER, "router-0.g1", "http://n17:41000", State.READY, {}, node="n17")
-    publish(run.registry, record)
-    monkeypatch.setattr(ssh, "live_router", lambda _run: record)
-    assert ssh.tunnel_to(run, port=8000).line == "ssh -N -L 8000:n17:41000 hpc"
+    return run
+
+
+def leads(monkeypatch: pytest.MonkeyPatch, url: str, *, node: str = socket.gethostname(), nonce: str = NONCE) -> None:
+    record = Record(Kind.ROUTER, "router-0.g1", url, State.READY, {}, nonce=nonce, node=node)
+    monkeypatch.setattr(router_access, "live_router", lambda _run: record)
+
+
+async def said(capsys: pytest.CaptureFixture[str], run: RunDir, *words: str) -> tuple[int, str, str]:
+    capsys.readouterr()
+    status = await asyncio.to_thread(main, ["url", "--run", str(run.path), *words])
+    return status, *capsys.readouterr()
+
+
+async def test_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The router's record and the config's login host decide; the router has proven itself."""
+    run = configured(tmp_path, login=socket.gethostname())
+    async with a_router(run, a_deployment("math")) as router:
+        leads(monkeypatch, router.url)
+        line = f"ssh -N -L 8000:{router.url.removeprefix('http://')} {socket.gethostname()}"
+        status, out, err = await said(capsys, run, "--ssh")
+        assert (status, out) == (0, f"{line}\n")
+        assert "could not be proven" not in err
+        status, out, _ = await said(capsys, run, "--json")
+        assert (status, json.loads(out)) == (0, {"url": router.url, "ssh": line.split(), "proven": True})
+        assert await said(capsys, run) == (0, f"{router.url}\n", "")
+
+
+@pytest.mark.parametrize("words", [(), ("--ssh",), ("--json",), ("--json", "--ssh")])
+async def test_what_does_not_prove_itself_is_not_printed(
+    words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = configured(tmp_path)
+    status, out, err = await said(capsys, run, *words)
+    assert (status, out) == (1, "")
+    assert "no router serves" in err
+    async with a_router(run, a_deployment("math")) as router:
+        leads(monkeypatch, router.url, nonce=new_token())
+        status, out, err = await said(capsys, run, *words)
+    assert (status, out) == (1, "")
+    assert "something else answers there" in err
+
+
+def test_on_the_loopback_of_another_node_it_cannot_be_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """So the line is printed with a note: nothing else leads there. The address alone would be of no use here."""
+    run = configured(tmp_path)
+    leads(monkeypatch, "http://127.0.0.1:41000", node="n17")
+    monkeypatch.setattr(router_access, "examine", lambda *_: pytest.fail("asked somebody on this node"))
+    assert main(["url", "--run", str(run.path), "--ssh"]) == 0
+    out, err = capsys.readouterr()
+    assert out == f"ssh -N -J hpc -L 8000:127.0.0.1:41000 {getpass.getuser()}@n17\n"
+    assert all(line.startswith("# ") for line in err.splitlines())
+    assert "# the router listens on the loopback of n17" in err
+    assert "could not be proven" in err
+    assert main(["url", "--run", str(run.path), "--ssh", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["proven"] is False
+    for words in ([], ["--json"]):
+        monkeypatch.setattr(router_access, "examine", lambda *_: Finding.NOBODY)
+        assert main(["url", "--run", str(run.path), *words]) == 1
+        assert capsys.readouterr().out == ""

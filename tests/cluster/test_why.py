@@ -83,3 +83,26 @@ def test_the_last_words(run: RunDir) -> None:
     assert cause(run, crashed).lines[-1] == "out of memory"
     assert len(cause(run, crashed).lines) == why.LOG_LINES
     assert cause(run, ReplicaView("math", "math-0.g1", Standing.STOPPED, reason=Reason.DRAINED)).lines == ()
+
+
+def test_a_lost_ranks_own_last_words(run: RunDir) -> None:
+    """Beside those of rank 0, which only says that the other is gone; its agent's where its engine never ran."""
+    job = JobDir(run, "math-0.g1")
+    assert job.claim()
+    job.engine_log.write_text("waiting for ranks\n")
+    for name, text in {
+        "rank1.engine.log": "x\n" * 50 + "CUDA error: unspecified launch failure\n",
+        "rank1.log": "rank 1 agent\n",
+        "rank2.log": "cannot reach rank 0\n",
+        "rank10.engine.log": "",
+    }.items():
+        (run.logs / f"math-0.g1.{name}").write_text(text)
+    (run.logs / "math-0.g11.rank1.engine.log").write_text("another's\n")
+    lost = ReplicaView("math", "math-0.g1", Standing.FAILED, job_id="7", reason=Reason.RANK_LOST)
+    told = cause(run, lost)
+    assert told.lines[0] == "waiting for ranks"
+    assert told.lines[-2:] == ("rank 1: CUDA error: unspecified launch failure", "rank 2: cannot reach rank 0")
+    assert len(told.lines) == 1 + why.RANK_LINES + 1
+    assert "`hpc-router logs math-0.g1`" in (told.advice or "")
+    crashed = ReplicaView("math", "math-0.g1", Standing.FAILED, job_id="7", reason=Reason.CRASHED)
+    assert cause(run, crashed).lines == ("waiting for ranks",)

@@ -5,8 +5,8 @@ import os
 import signal
 import sys
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,9 @@ import aiohttp
 
 from hpc_router import frozen, wire
 from hpc_router.auth import replica_key
-from hpc_router.config import ClusterConfig, Deployment, EngineConfig, ExpertConfig, PolicyConfig
+from hpc_router.config import ClusterConfig, Deployment, EngineConfig, ExpertConfig, PolicyConfig, ResourceConfig
+from hpc_router.expert.guard import descendants
+from hpc_router.expert.job import RANK
 from hpc_router.jobdir import JobDir, Phase, Progress
 from hpc_router.registry import Reader, Record, State
 from hpc_router.rundir import RunDir
@@ -23,11 +25,18 @@ from tests.waiting import GUARD_S, eventually
 REPLICA = "math-0.g1"
 
 
-def deployment(scratch: Path, *, options: dict[str, Any] | None = None, **engine: Any) -> Deployment:
+def deployment(scratch: Path, *, options: dict[str, Any] | None = None, nodes: int = 1, **engine: Any) -> Deployment:
+    """`nodes`: more than one are ranks on this machine, with the loopback network for a fabric."""
     quick = {"ttft_ms": 0.0, "itl_ms": 0.0, "extra": {"drain-s": 0}} | (options or {})
+    math = ExpertConfig(
+        model="m", engine=EngineConfig(kind="sim", options=quick, **engine), resources=ResourceConfig(nodes=nodes)
+    )
+    cluster = ClusterConfig(scratch=str(scratch), drain_s=GUARD_S, beat_s=0.05)
+    if nodes > 1:
+        cluster = replace(cluster, kind="slurm", fabric="127.0.0.1", trusted_network=True, beat_s=0.2)
     return Deployment(
-        experts={"math": ExpertConfig(model="m", engine=EngineConfig(kind="sim", options=quick, **engine))},
-        cluster=ClusterConfig(scratch=str(scratch), drain_s=GUARD_S, beat_s=0.05),
+        experts={"math": math},
+        cluster=cluster,
         policy=PolicyConfig(kind="model_field"),
     )
 
@@ -77,8 +86,8 @@ class Replica:
             return await self.process.wait()
 
     def log(self) -> str:
-        paths = (self.job.agent_log, self.job.engine_log)
-        return "\n".join(path.read_text() for path in paths if path.exists())
+        paths = sorted(self.run.logs.glob(f"{REPLICA}.*log"))
+        return "\n".join(path.read_text() for path in paths)
 
 
 @asynccontextmanager
@@ -96,6 +105,31 @@ async def replica(run: RunDir, configured: Deployment) -> AsyncIterator[Replica]
             await process.wait()
 
 
+@asynccontextmanager
+async def ranks(run: RunDir, configured: Deployment) -> AsyncIterator[tuple[Replica, list[asyncio.subprocess.Process]]]:
+    """A started agent, and the bodies of its other ranks, which end with it."""
+    run.config.write_text(frozen.to_yaml(configured))
+    async with AsyncExitStack() as stack:
+        others = [await stack.enter_async_context(rank(run, number)) for number in range(1, _nodes(configured))]
+        yield await stack.enter_async_context(replica(run, configured)), others
+
+
+def _nodes(configured: Deployment) -> int:
+    return configured.experts["math"].resources.nodes
+
+
+@asynccontextmanager
+async def rank(run: RunDir, number: int) -> AsyncIterator[asyncio.subprocess.Process]:
+    argv = [sys.executable, "-m", "hpc_router.expert", "--run", str(run.path), "--replica", REPLICA]
+    process = await asyncio.create_subprocess_exec(*argv, env={**os.environ, RANK: str(number)})
+    try:
+        yield process
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.wait()
+
+
 def chat(**more: Any) -> dict[str, Any]:
     return {"model": "math", "messages": [{"role": "user", "content": "two and two"}], **more}
 
@@ -108,6 +142,11 @@ async def half_a_stream(session: aiohttp.ClientSession) -> AsyncIterator[aiohttp
         assert response.status == 200
         await response.content.readuntil(b"\n\n")
         yield response
+
+
+def processes_below(process: asyncio.subprocess.Process) -> list[int]:
+    """An agent's guard and engine."""
+    return descendants(process.pid)
 
 
 def exists(pid: int) -> bool:

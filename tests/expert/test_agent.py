@@ -9,7 +9,8 @@ import pytest
 
 from hpc_router import wire
 from hpc_router.auth import challenge_answer, replica_key
-from hpc_router.jobdir import Phase, Reason
+from hpc_router.expert.agent import WANTED_BEATS
+from hpc_router.jobdir import Ended, Exit, Phase, Reason, Stop
 from hpc_router.registry import Kind, State
 from hpc_router.rundir import RunDir
 from tests.expert.replicas import REPLICA, chat, deployment, exists, half_a_stream, replica
@@ -106,6 +107,101 @@ async def test_draining_while_the_engine_loads(run: RunDir, scratch: Path) -> No
         assert await agent.end() == 0
         assert progress.engine_pid is not None
         assert not exists(progress.engine_pid)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "reason", "said"),
+    [
+        ([signal.SIGUSR2], Reason.WALLTIME, "its walltime ended before its engine was ready: raise walltime"),
+        ([signal.SIGUSR2, signal.SIGTERM], Reason.WALLTIME, "its walltime ended"),
+        ([signal.SIGTERM], Reason.CANCELLED, "asked to end from outside before it was ready"),
+    ],
+)
+async def test_an_end_before_the_engine_was_ever_ready_is_no_success(
+    run: RunDir, scratch: Path, numbers: list[signal.Signals], reason: Reason, said: str
+) -> None:
+    """Or a job whose walltime is shorter than its start would be submitted again for ever."""
+    async with replica(run, deployment(scratch, options={"load_s": 1000.0})) as agent:
+        await agent.reached(Phase.LOADING)
+        for number in numbers:
+            agent.process.send_signal(number)
+        assert await agent.end() == 1
+        ended, progress = agent.job.exit(), agent.job.progress()
+        assert ended is not None
+        assert (ended.ok, ended.reason) == (False, reason)
+        assert said in ended.message
+        assert progress is not None
+        assert progress.ready_at is None
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
+async def test_an_end_that_we_asked_for_is_one_whenever_it_comes(
+    run: RunDir, scratch: Path, number: signal.Signals
+) -> None:
+    async with replica(run, deployment(scratch, options={"load_s": 1000.0})) as agent:
+        await agent.reached(Phase.LOADING)
+        agent.job.write(Stop(cancel_at=1.0))
+        agent.process.send_signal(number)
+        assert await agent.end() == 0
+        ended = agent.job.exit()
+        assert ended is not None
+        assert (ended.ok, ended.reason) == (True, Reason.DRAINED)
+
+
+async def test_a_drain_call_before_it_is_ready_as_well(run: RunDir, scratch: Path) -> None:
+    async with replica(run, deployment(scratch, options={"load_s": 1000.0})) as agent:
+        await agent.reached(Phase.LOADING)
+        async with agent.session() as session, session.post(wire.DRAIN) as response:
+            assert response.status == 202
+        assert await agent.end() == 0
+
+
+GIVEN_UP = Exit(ok=False, reason=Reason.NODE_FAILED, message="Slurm says NODE_FAIL on n1")
+
+
+async def test_one_that_was_given_up_though_it_lives_leaves(run: RunDir, scratch: Path) -> None:
+    """Its node could not be reached, its successor serves; what was said of its end stands."""
+    async with replica(run, deployment(scratch)) as agent:
+        await agent.ready()
+        agent.job.write(GIVEN_UP)
+        assert await agent.end() == 0
+        assert agent.job.exit() == GIVEN_UP
+        assert agent.record is None
+        assert "drained after its job was given up: Slurm says NODE_FAIL on n1" in agent.log()
+
+
+async def test_one_whose_batch_script_has_ended_leaves(run: RunDir, scratch: Path) -> None:
+    async with replica(run, deployment(scratch)) as agent:
+        await agent.ready()
+        agent.job.write(Ended(status=143, at=1.0))
+        assert await agent.end() == 0
+        ended = agent.job.exit()
+        assert ended is not None
+        assert (ended.ok, ended.message) == (True, "drained after its batch script had ended")
+        assert agent.record is None
+
+
+async def test_one_that_down_could_not_reach_leaves(run: RunDir, scratch: Path) -> None:
+    async with replica(run, deployment(scratch, options={"load_s": 1000.0})) as agent:
+        await agent.reached(Phase.LOADING)
+        run.write_desired({"down": True})
+        assert await agent.end() == 0
+        ended = agent.job.exit()
+        assert ended is not None
+        assert (ended.ok, ended.message) == (True, "drained after the deployment was taken down")
+        assert agent.record is None
+
+
+async def test_a_wish_that_cannot_be_read_ends_nobody(run: RunDir, scratch: Path) -> None:
+    async with replica(run, deployment(scratch)) as agent:
+        _, record = await agent.ready()
+        run.desired.write_text('{"down": tru')
+        (agent.job.path / "exit.json").write_text("{")
+        looked = (record.beat or 0) + 3 * WANTED_BEATS
+        await eventually(lambda: (now := agent.record) is not None and (now.beat or 0) > looked)
+        assert agent.process.returncode is None
+        assert (now := agent.record) is not None
+        assert now.state is State.READY
 
 
 async def test_a_killed_engine_is_started_again(run: RunDir, scratch: Path) -> None:

@@ -5,7 +5,7 @@ import contextlib
 import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +80,7 @@ async def test_every_path_but_health_wants_the_key(socket_folder: Path, key: str
             ("GET", wire.METRICS),
             ("POST", wire.CHAT),
             ("POST", wire.DRAIN),
+            ("POST", wire.RANK),
             ("GET", "/x"),
         ]:
             async with at.session.request(method, path) as response:
@@ -245,3 +246,54 @@ async def test_the_engines_own_errors_pass_through(socket_folder: Path) -> None:
         status, headers, _ = await at.post(body=chat(sim_fault=fault))
         assert (status, headers["retry-after"]) == (429, "3")
         assert (await at.post(body=b"{"))[0] == 400
+
+
+REPORT = wire.RankReport(1, "a", "c", "n2", 3, wire.RankState.ENDED, "killed", "by hand", leaving=True)
+
+
+async def test_another_rank_reports_and_is_answered(socket_folder: Path) -> None:
+    async with running(socket_folder) as at:
+        heard: list[wire.RankReport] = []
+
+        def hear(report: wire.RankReport) -> wire.RankOrder:
+            heard.append(report)
+            return wire.RankOrder(wire.Action.RUN, 4, "10.0.0.1", 4000, "p")
+
+        at.gate.on_rank = hear
+        status, _, body = await at.post(wire.RANK, asdict(REPORT))
+        assert (status, heard) == (200, [REPORT])
+        assert wire.RankOrder.from_json(body) == wire.RankOrder(wire.Action.RUN, 4, "10.0.0.1", 4000, "p")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"[]",
+        b"{}",
+        {"rank": 1},
+        asdict(REPORT) | {"rank": "1"},
+        asdict(REPORT) | {"x": 1},
+        asdict(REPORT) | {"state": "x"},
+    ],
+)
+async def test_what_is_no_report_is_refused(socket_folder: Path, body: JsonObject | bytes) -> None:
+    async with running(socket_folder) as at:
+        at.gate.on_rank = lambda _: wire.RankOrder(wire.Action.WAIT)
+        status, _, said = await at.post(wire.RANK, body)
+        assert (status, said["error"]["code"]) == (400, "bad_report")
+
+
+async def test_an_engine_on_one_node_has_no_other_ranks(socket_folder: Path) -> None:
+    async with running(socket_folder) as at:
+        status, _, said = await at.post(wire.RANK, asdict(REPORT))
+        assert (status, said["error"]["message"]) == (400, "this engine has one rank")
+
+
+async def test_reports_have_a_token_of_their_own(socket_folder: Path) -> None:
+    """The replica's key opens everything else; whoever reports must not need it."""
+    async with running(socket_folder) as at:
+        at.gate.on_rank, at.gate.rank_token = lambda _: wire.RankOrder(wire.Action.WAIT), "t" * 64
+        assert (await at.post(wire.RANK, asdict(REPORT)))[0] == 401
+        at.gate.rank_token = KEY
+        assert (await at.post(wire.RANK, asdict(REPORT)))[0] == 200

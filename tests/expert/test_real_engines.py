@@ -19,6 +19,8 @@ TINY_MODEL = ROOT / "hpc_router" / "expert" / "tiny_model.py"
 STARTUP_S = 300.0
 CPU = {"device": "cpu"}
 
+pytestmark = pytest.mark.e2e
+
 
 def expert_of(kind: str, options: dict[str, Any], *, model: Path) -> ExpertConfig:
     engine = EngineConfig(kind=kind, options=options, python=str(engine_python(kind)), threads=1)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from hpc_router.errors import ConfigError, LaunchError
-from hpc_router.expert.scratch import scratch_folder, sweep
+from hpc_router.errors import ConfigError
+from hpc_router.expert.scratch import expanded, scratch_folder, sweep
 from hpc_router.files import read_json
 
 
@@ -20,7 +21,7 @@ from hpc_router.files import read_json
 def parent(scratch: Path) -> Iterator[Path]:
     folder = scratch / f"hpc-router-{os.getuid()}"
     yield folder
-    if folder.is_symlink():
+    if folder.is_symlink() or folder.is_file():
         folder.unlink()
     elif folder.exists():
         shutil.rmtree(folder)
@@ -72,26 +73,111 @@ def test_a_folder_that_was_never_finished_is_swept_in_time(scratch: Path, parent
         assert not old.exists()
 
 
-def test_a_parent_open_to_others_is_refused(scratch: Path, parent: Path) -> None:
+@pytest.mark.parametrize("mode", [0o755, 0o777, 0o500])
+def test_our_parent_with_a_wrong_mode_is_repaired(scratch: Path, parent: Path, mode: int) -> None:
     parent.mkdir()
-    parent.chmod(0o755)
-    with pytest.raises(LaunchError, match="open to other users"), scratch_folder(scratch):
-        pass
+    parent.chmod(mode)
+    with scratch_folder(scratch) as place:
+        assert parent.stat().st_mode & 0o777 == 0o700
+        assert place.folder.parent == parent
 
 
-def test_a_link_in_its_place_is_refused(scratch: Path, parent: Path) -> None:
-    (scratch / "theirs").mkdir(mode=0o700)
+def own_place(scratch: Path) -> Path:
+    """A place with no parent of ours: private, of an unguessable name, gone afterwards."""
+    with scratch_folder(scratch) as place:
+        assert place.folder.parent == scratch
+        assert re.fullmatch(rf"hpc-router-{os.getuid()}-\w{{8}}", place.folder.name)
+        for folder in (place.folder, place.temporary, place.cache):
+            assert folder.stat().st_mode & 0o777 == 0o700
+        assert (place.folder / "owner.json").exists()
+    assert not place.folder.exists()
+    return place.folder
+
+
+def test_a_link_in_its_place_keeps_nobody_away(scratch: Path, parent: Path) -> None:
+    (scratch / "theirs").mkdir(mode=0o755)
     parent.symlink_to(scratch / "theirs")
-    with pytest.raises(LaunchError, match="not ours"), scratch_folder(scratch):
-        pass
+    assert own_place(scratch) != own_place(scratch)
+    assert (scratch / "theirs").stat().st_mode & 0o777 == 0o755
+    assert list((scratch / "theirs").iterdir()) == []
+
+
+def test_nor_does_a_link_that_leads_nowhere(scratch: Path, parent: Path) -> None:
+    parent.symlink_to(scratch / "nowhere")
+    own_place(scratch)
+    assert not (scratch / "nowhere").exists()
+
+
+def test_nor_does_a_file(scratch: Path, parent: Path) -> None:
+    parent.write_text("")
+    own_place(scratch)
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can give a folder away")
-def test_somebody_elses_parent_is_refused(scratch: Path, parent: Path) -> None:
-    parent.mkdir(mode=0o700)
+@pytest.mark.parametrize("mode", [0o700, 0o777])
+def test_nor_does_somebody_elses_folder(scratch: Path, parent: Path, mode: int) -> None:
+    parent.mkdir()
+    parent.chmod(mode)
     os.chown(parent, 12345, 12345)
-    with pytest.raises(LaunchError, match="belongs to uid 12345"), scratch_folder(scratch):
+    own_place(scratch)
+    status = parent.stat()
+    assert (status.st_uid, status.st_mode & 0o777) == (12345, mode)
+    assert list(parent.iterdir()) == []
+
+
+def test_a_path_too_long_is_refused_there_as_well(scratch: Path) -> None:
+    long = scratch / ("x" * 30)
+    long.mkdir()
+    (long / f"hpc-router-{os.getuid()}").write_text("")
+    with pytest.raises(ConfigError, match=r"cluster\.scratch=.*too long"), scratch_folder(long):
         pass
+    assert [path.name for path in long.iterdir()] == [f"hpc-router-{os.getuid()}"]
+    shutil.rmtree(long)
+
+
+def beside(parent: Path, name: str, **changes: object) -> Path:
+    """What an agent without a parent of its own leaves."""
+    folder = owned_folder(parent, name, **changes).rename(parent.with_name(f"{parent.name}-{name}"))
+    folder.chmod(0o700)
+    return folder
+
+
+def test_what_dead_agents_left_beside_it_is_swept(scratch: Path, parent: Path) -> None:
+    left = beside(parent, "a0_bcdef", start_ticks=1)
+    parent.rmdir()
+    parent.symlink_to("nowhere")
+    sweep(parent)
+    assert not left.exists()
+
+
+def test_nothing_else_beside_it_is(scratch: Path, parent: Path) -> None:
+    alive = beside(parent, "alive000")
+    elsewhere = beside(parent, "elsewher", start_ticks=1, host="another")
+    longer = beside(parent, "longer000", start_ticks=1)
+    open_to_others = beside(parent, "open0000", start_ticks=1)
+    open_to_others.chmod(0o755)
+    unowned = old_folder(scratch, f"{parent.name}-unowned0")
+    unowned.chmod(0o700)
+    link = scratch / f"{parent.name}-link0000"
+    link.symlink_to(longer)
+    for path in (alive, elsewhere, longer, open_to_others, unowned):
+        os.utime(path, (time.time() - 100, time.time() - 100))
+    sweep(parent)
+    kept = (alive, elsewhere, longer, open_to_others, unowned)
+    assert all(folder.exists() for folder in kept)
+    assert link.is_symlink()
+    link.unlink()
+    for folder in kept:
+        shutil.rmtree(folder)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give a folder away")
+def test_nor_what_belongs_to_another_user(scratch: Path, parent: Path) -> None:
+    theirs = beside(parent, "theirs00", start_ticks=1)
+    os.chown(theirs, 12345, 12345)
+    sweep(parent)
+    assert theirs.exists()
+    shutil.rmtree(theirs)
 
 
 def test_a_path_too_long_for_a_socket_is_refused(scratch: Path) -> None:
@@ -173,3 +259,17 @@ def test_an_owner_that_is_no_file_hangs_nobody(scratch: Path, parent: Path) -> N
     sweep(parent)
     assert pipe.exists()
     assert link.exists()
+
+
+@pytest.mark.parametrize(
+    ("scratch", "folder"), [("/tmp", "/tmp"), ("$TMPDIR", "/local/7"), ("/x/${JOB}_a", "/x/7_a"), ("/$$x", "/$x")]
+)
+def test_variables_of_the_job_name_the_folder(scratch: str, folder: str) -> None:
+    assert expanded(scratch, {"TMPDIR": "/local/7", "JOB": "7"}) == Path(folder)
+
+
+@pytest.mark.parametrize("scratch", ["$LOCAL", "/x/${EMPTY}", "/x/$"])
+def test_a_variable_that_the_job_does_not_have(scratch: str) -> None:
+    with pytest.raises(ConfigError, match=r"cluster\.scratch=") as caught:
+        expanded(scratch, {"EMPTY": ""})
+    assert caught.value.key == "cluster.scratch"

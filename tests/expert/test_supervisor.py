@@ -14,6 +14,7 @@ import pytest
 
 from hpc_router.config import EngineConfig, ExpertConfig
 from hpc_router.expert import supervisor as supervisor_module
+from hpc_router.expert.attempts import Alone
 from hpc_router.expert.engines import Failure, Place, build_engine, engine_environment
 from hpc_router.expert.passthrough import ENGINE_LIMITS
 from hpc_router.expert.process import Command
@@ -53,7 +54,7 @@ async def supervised(folder: Path, *, max_restarts: int = 3, **options: Any) -> 
         yield (
             Supervisor(
                 engine=engine,
-                command=Command(engine.argv(place), environment, place, folder / "log"),
+                attempts=Alone(Command(engine.argv(place), environment, place, folder / "log")),
                 client=client,
                 files=files,
                 observer=steps,
@@ -101,6 +102,11 @@ async def test_a_flag_the_engine_refuses_is_not_tried_again(socket_folder: Path)
         assert steps.pauses == []
 
 
+def _impatient(supervisor: Supervisor) -> None:
+    assert isinstance(supervisor.attempts, Alone)
+    supervisor.attempts.command = replace(supervisor.attempts.command, grace_s=0.1)
+
+
 @pytest.fixture
 def quick_watch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supervisor_module, "WATCH_S", 0.01)
@@ -111,7 +117,7 @@ def quick_watch(monkeypatch: pytest.MonkeyPatch) -> None:
 async def test_an_engine_that_stops_answering_is_started_again(socket_folder: Path) -> None:
     """Its process lives, so its end alone would be waited for in vain."""
     async with supervised(socket_folder) as (supervisor, steps):
-        supervisor.command = replace(supervisor.command, grace_s=0.1)
+        _impatient(supervisor)
         task = asyncio.create_task(supervisor.run())
         await asyncio.wait_for(steps.ready.wait(), GUARD_S)
         steps.ready.clear()
@@ -137,7 +143,7 @@ async def test_an_engine_whose_answers_make_progress_does_not_hang(socket_folder
         return number
 
     async with supervised(socket_folder) as (supervisor, steps):
-        supervisor.command = replace(supervisor.command, grace_s=0.1)
+        _impatient(supervisor)
         supervisor.progress = progress
         task = asyncio.create_task(supervisor.run())
         await asyncio.wait_for(steps.ready.wait(), GUARD_S)

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from aiohttp import web
 
@@ -23,6 +23,7 @@ from hpc_router.router.app import Gateway
 from hpc_router.router.service import serving
 from hpc_router.rundir import RunDir, make_run
 
+NONCE: Final = "the router's"
 MAKE_CLIENT: Callable[[Limits], AbstractAsyncContextManager[Upstream]] = UpstreamClient
 """What the routers of these tests reach replicas with."""
 Act = Callable[["FakeReplica", web.BaseRequest], Awaitable[web.StreamResponse]]
@@ -182,7 +183,9 @@ class RunningRouter:
 async def a_router(run: RunDir, deployment: Deployment) -> AsyncIterator[RunningRouter]:
     sock = socket.create_server(("127.0.0.1", 0))
     files = FileThread("test")
-    parts = serving(run, deployment, replica="router-0.g1", sock=sock, files=files, make_client=MAKE_CLIENT)
+    parts = serving(
+        run, deployment, replica="router-0.g1", nonce=NONCE, sock=sock, files=files, make_client=MAKE_CLIENT
+    )
     async with parts as gateway:
         yield RunningRouter(gateway, f"http://127.0.0.1:{sock.getsockname()[1]}", run.token())
     files.close(timeout_s=5)

@@ -5,6 +5,7 @@ import io
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,13 @@ import openai
 import pytest
 from yarl import URL
 
+from hpc_router.proof import Finding, examine
+from hpc_router.registry import Kind, Record, State
 from hpc_router.relay.upstream import UpstreamClient
 from hpc_router.relay.upstream_aiohttp import AiohttpClient
 from hpc_router.router.replicas import Standing
 from tests.router.fakes import (
+    NONCE,
     RunningRouter,
     a_deployment,
     a_router,
@@ -518,6 +522,87 @@ async def test_head_and_draining(tmp_path: Path) -> None:
         router.gateway.draining = True
         async with s.get(router.url + "/ready") as response:
             assert (response.status, response.headers["connection"]) == (503, "close")
+
+
+API_CALLS = [
+    ("POST", CHAT),
+    ("POST", "/v1/embeddings"),
+    ("POST", "/route"),
+    ("GET", "/v1/models"),
+    ("GET", "/v1/models/math"),
+]
+
+
+async def test_while_it_drains_nothing_new_is_taken(tmp_path: Path) -> None:
+    """Its successor takes it: `follow` looks for the header. What is in flight ends, and one can watch it do so."""
+    run = a_run(tmp_path)
+    async with (
+        fake_replica(run, "math-0.g1", hang) as fake,
+        a_router(run, a_deployment("math")) as router,
+        session() as s,
+    ):
+        await ready(router)
+        last = asyncio.create_task(post(router, chat()))
+        await fake.arrived.wait()
+        router.gateway.draining = True
+        for method, path in API_CALLS:
+            body = json.dumps(chat()).encode() if method == "POST" else None
+            async with s.request(method, router.url + path, headers=router.headers, data=body) as response:
+                told = {
+                    name: response.headers.get(name) for name in ("x-hpc-router-draining", "retry-after", "connection")
+                }
+                error = (await response.json())["error"]
+            assert (response.status, told) == (
+                503, {"x-hpc-router-draining": "1", "retry-after": "2", "connection": "close"},
+            )  # fmt: skip
+            assert (error["type"], error["code"]) == ("service_unavailable", "draining")
+        async with s.post(router.url + CHAT, json=chat()) as response:
+            assert response.status == 401, "strangers are told nothing"
+        for path in ("/health", "/status", "/metrics"):
+            async with s.get(router.url + path, headers=router.headers) as response:
+                assert (path, response.status) == (path, 200)
+        fake.go_on.set()
+        assert (await last)[0] == 200
+        assert len(fake.bodies) == 1
+
+
+async def test_it_proves_to_be_the_router_of_its_record(tmp_path: Path) -> None:
+    """Without a token, also while it drains."""
+    run = a_run(tmp_path)
+    async with a_router(run, a_deployment("math")) as router:
+        record = Record(Kind.ROUTER, "router-0.g1", router.url, State.READY, {}, nonce=NONCE)
+        for draining in (False, True):
+            router.gateway.draining = draining
+            assert await asyncio.to_thread(examine, record, run.secret()) is Finding.PROVEN
+        assert await asyncio.to_thread(examine, replace(record, nonce="another"), run.secret()) is Finding.STRANGER
+        assert await asyncio.to_thread(examine, record, "guessed") is Finding.STRANGER
+
+
+@pytest.mark.parametrize(
+    ("query", "status"),
+    [
+        ("", 200),
+        ("?challenge=", 200),
+        ("?challenge=0a", 200),
+        (f"?challenge={'f' * 256}", 200),
+        (f"?challenge={'f' * 257}", 400),
+        ("?challenge=xyz", 400),
+        ("?challenge=%ED%A0%80", 400),
+        ("?challenge=0a%0A", 400),
+        ("?challenge=%D9%A1", 400),
+    ],
+)
+async def test_challenges_are_short_and_plain(tmp_path: Path, query: str, status: int) -> None:
+    async with (
+        a_router(a_run(tmp_path), a_deployment("math")) as router,
+        session() as s,
+        s.get(URL(f"{router.url}/health{query}", encoded=True)) as response,
+    ):
+        assert response.status == status
+        if status == 200:
+            said = await response.json()
+            assert (said["status"], said["replica"]) == ("ok", "router-0.g1")
+            assert (said["answer"] is not None) == (len(query) > len("?challenge="))
 
 
 async def test_an_unreadable_request_leaves_no_content_in_the_log(

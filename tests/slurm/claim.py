@@ -17,8 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-from tests.slurm.host import SlurmClusterError, booted, command, power_off
-from tests.waiting import eventually_sync
+from tests.slurm.host import SlurmClusterError, booted, command, power_off, unplug
 
 CLAIMS: Final = Path("/run/hpcr-slurm")
 NUMBERS: Final = range(1, 251)
@@ -107,7 +106,8 @@ def _remove(number: int, folder: Path) -> None:
         for pid in hosts.values():
             power_off(pid)
     bridge, devices = bridge_of(number), Path("/sys/class/net")
-    eventually_sync(lambda: not list(devices.glob(f"{bridge}[a-z]*")))  # the kernel takes its time with the links
+    for link in devices.glob(f"{bridge}[a-z]*"):
+        unplug(link.name)
     if (devices / bridge).exists():
         command(["ip", "link", "delete", bridge])
     if _user_exists(number):

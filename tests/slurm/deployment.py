@@ -17,6 +17,17 @@ from tests.slurm.cluster import SlurmCluster
 from tests.waiting import eventually_sync
 
 ASKING: Final = ("squeue", "sacct", "scontrol", "sinfo", "sstat")
+LEAKED: Final = {
+    "SLURM_JOB_ID": "99999",
+    "SLURM_CPU_BIND": "map_cpu:0",
+    "SBATCH_PARTITION": "of-another-job",
+    "SBATCH_REQUEUE": "1",
+    "SRUN_CPUS_PER_TASK": "7",
+    "SQUEUE_FORMAT": "%A",
+    "SCANCEL_STATE": "COMPLETING",
+    "SINFO_FORMAT": "%n",
+}
+"""As where `up` runs inside some other job: whatever gets through breaks the tests."""
 _NOTE: Final = """\
 #!/bin/bash
 printf '%s\\t{name}\\t%s\\n' "$(date +%s.%N)" "$(tr '\\0' ' ' </proc/$PPID/cmdline)" >>{log}
@@ -50,7 +61,7 @@ class OnSlurm(Deployed):
 
     @property
     def environment(self) -> dict[str, str]:
-        return os.environ | self.cluster.environment | {"PATH": f"{self.tools}:{os.environ['PATH']}"}
+        return os.environ | self.cluster.environment | LEAKED | {"PATH": f"{self.tools}:{os.environ['PATH']}"}
 
     def write_questions_down(self) -> None:
         self.tools.mkdir()
@@ -71,6 +82,10 @@ class OnSlurm(Deployed):
         info = self.job(replica).info()
         assert info is not None
         return info.job_id
+
+    def nodes_of(self, replica: str) -> str:
+        """As Slurm lists them: n[1-2]."""
+        return self.cluster.run(["squeue", "--noheader", "--format=%N", f"--jobs={self.job_id(replica)}"]).strip()
 
     def newest(self, slot: str) -> str:
         found = self.claimed(f"{slot}.g")
@@ -100,13 +115,12 @@ class OnSlurm(Deployed):
 
     def start_to_ready_s(self, replica: str) -> float:
         """From the start of its job, as Slurm saw it, to its first readiness."""
-        progress = self.job(replica).progress()
+        job = self.job(replica)
+        ready_at = eventually_sync(lambda: p.ready_at if (p := job.progress()) is not None else None)
         words = self.cluster.run(["scontrol", "--oneliner", "show", "job", self.job_id(replica)]).split()
         start = next(word.partition("=")[2] for word in words if word.startswith("StartTime="))
         started_at = float(self.cluster.run(["date", "--date", start, "+%s"]))
-        assert progress is not None
-        assert progress.ready_at is not None
-        return progress.ready_at - started_at
+        return ready_at - started_at
 
     def claimed(self, prefix: str = "") -> list[str]:
         """Replicas that ever were."""

@@ -35,7 +35,6 @@ OVERRIDES: Final = (
     "experts.generalist.replicas=0",
     "policy.fallback=null",
     *(f"experts.{name}.resources.gpus=1" for name in EXPERTS),
-    "experts.math.resources.cpus=2",
     "router.resources.sbatch={nodelist: c1}",
     "cluster.walltime=30",
     "cluster.warn_s=60",
@@ -103,16 +102,6 @@ def test_what_runs_has_the_job_but_not_its_variables(deployed: OnSlurm) -> None:
     names = {word.partition("=")[0] for word in words}
     assert {name for name in names if name.startswith(("SLURM_", "SUBMITIT_", "SBATCH_", "SRUN_"))} <= {"SLURM_CONF"}
     assert f"HPC_ROUTER_JOB_ID={deployed.job_id('math-0.g1')}" in words
-
-
-def test_the_step_has_the_cpus_that_the_job_asked_for(deployed: OnSlurm, cluster: SlurmCluster) -> None:
-    """srun takes them from nowhere but its own words since Slurm 22.05."""
-    deployed.verb("scale", "math=0")
-    eventually_sync(lambda: deployed.job("math-0.g1").ended(), every_s=0.1)
-    deployed.verb("scale", "math=1")
-    replica = deployed.until_ready("math-0", after="math-0.g1")
-    shown = cluster.run(["scontrol", "--oneliner", "show", "step", f"{deployed.job_id(replica)}.0"])
-    assert " CPUs=2 " in f" {shown} "
 
 
 def test_up_again_twice_at_once_changes_nothing(deployed: OnSlurm) -> None:
@@ -196,6 +185,22 @@ def test_a_cancelled_job_drains_and_is_replaced(deployed: OnSlurm) -> None:
     assert (end.ok, end.reason) == (True, "drained")
 
 
+def test_a_preempted_job_drains_and_is_replaced_elsewhere(deployed: OnSlurm) -> None:
+    """Slurm would requeue it, and let it wait for two minutes."""
+    replica, node = deployed.newest("math-0"), nodes(deployed)["math-0"]
+    urgent = ["sbatch", "--parsable", "--partition=urgent", f"--nodelist={node}", "--exclusive", "--wrap=sleep 60"]
+    number = deployed.cluster.run(urgent).strip()
+    try:
+        successor = deployed.until_ready("math-0", after=replica)
+        assert deployed.start_to_ready_s(successor) < CAPACITY_BACK_S
+        end = deployed.job(replica).exit()
+        assert end is not None
+        assert (end.ok, end.reason) == (True, "drained")
+        assert nodes(deployed)["math-0"] != node
+    finally:
+        deployed.cluster.run(["scancel", number])
+
+
 def test_near_its_walltime_a_job_drains_by_itself_and_submitit_counts_nothing(deployed: OnSlurm) -> None:
     """SIGUSR2 is what Slurm sends then. submitit would requeue the job three times and then never again."""
     replica = deployed.newest("law-0")
@@ -217,10 +222,9 @@ def test_drain_ends_a_replica_and_the_next_takes_its_slot(deployed: OnSlurm) -> 
 
 def test_a_node_cut_off_and_a_node_lost_are_replaced(deployed: OnSlurm, cluster: SlurmCluster) -> None:
     where = nodes(deployed)
-    cut, lost = where["math-0"], where["medicine-0"]
+    cut, lost = sorted({node for node in where.values() if node != "c1"})[:2]
     before = {slot: deployed.newest(slot) for slot, node in where.items() if node in (cut, lost)}
-    assert {"math-0", "medicine-0"} <= set(before)
-    assert len({cut, lost}) == 2
+    assert len(before) >= 2
     cluster.node(cut).cut_off()
     cluster.node(lost).kill()
     try:

@@ -7,6 +7,7 @@ from typing import Final
 
 import pytest
 
+from hpc_router.jobdir import Runner
 from tests.e2e.deployment import cli
 from tests.needs import ROOT
 from tests.slurm.cluster import SlurmCluster
@@ -27,8 +28,8 @@ def answers(one: OnSlurm, expert: str) -> str:
 
 
 def test_replicas_share_a_job_and_yet_live_and_die_alone(cluster: SlurmCluster) -> None:
-    sizes = ("experts.code.resources.gpus=1", "experts.math.resources.gpus=1", "cluster.replicas_per_job=2")
-    with on_slurm(cluster, "shared", *FOUR, *sizes) as one:
+    sizes = [f"experts.{name}.resources={{gpus: 1, cpus: 2}}" for name in ("code", "math")]
+    with on_slurm(cluster, "shared", *FOUR, *sizes, "cluster.replicas_per_job=2") as one:
         assert one.job_id("code-0.g1") == one.job_id("math-0.g1")
         assert one.job_id("medicine-0.g1") == one.job_id("law-0.g1")
         assert len({one.job_id(f"{name}-0.g1") for name in ("router", "code", "law")}) == 3
@@ -40,6 +41,9 @@ def test_replicas_share_a_job_and_yet_live_and_die_alone(cluster: SlurmCluster) 
         environ = [node.enter(["cat", f"/proc/{p.pid}/environ"]).split("\0") for p in (code, math)]
         gpus = [next(word for word in words if word.startswith("CUDA_VISIBLE_DEVICES=")) for words in environ]
         assert gpus[0] != gpus[1], "each step has its own part of the node"
+        for process in (code, math):
+            step = cluster.run(["scontrol", "show", "step", f"{one.job_id('code-0.g1')}.{process.step_id}"])
+            assert "CPUs=2 " in step, "srun takes the number from no variable of sbatch's since Slurm 22.05"
 
         node.enter(["kill", f"-{signal.SIGKILL.value}", str(code.pid)])
         successor = one.until_ready("code-0", after="code-0.g1")
@@ -104,6 +108,40 @@ def test_steps_inside_a_job_that_somebody_holds(cluster: SlurmCluster) -> None:
         )
     assert (folder / "down").exists(), (folder / f"held-{job_id}.log").read_text()
     assert list((run / "registry").iterdir()) == []
+
+
+MODULE: Final = """#%Module
+setenv FROM_A_MODULE yes
+"""
+
+
+def test_a_site_with_modules_a_fabric_and_no_sbatch_on_its_nodes(cluster: SlurmCluster) -> None:
+    """So the router and its control loop run where `up` does."""
+    modules = cluster.shared / "modules"
+    modules.mkdir()
+    (modules / "toolchain").write_text(MODULE)
+    site = (
+        "cluster.modules=[toolchain]",
+        "cluster.setup=['export FROM_SETUP=$FROM_A_MODULE']",
+        f"cluster.env={{MODULEPATH: {modules}, FROM_CONFIG: 'two words'}}",
+        "cluster.fabric=198.18.0.0/15",
+        "router.place=here",
+    )
+    with on_slurm(cluster, "site", *FOUR, *site) as one:
+        router, math = one.job("router-0.g1"), one.job("math-0.g1").process()
+        info = router.info()
+        assert info is not None
+        assert info.runner is Runner.PROCESS
+        assert math is not None
+        words = cluster.node(math.host).enter(["cat", f"/proc/{math.pid}/environ"]).split("\0")
+        assert {"FROM_A_MODULE=yes", "FROM_SETUP=yes", "FROM_CONFIG=two words"} <= set(words)
+        record = one.record("math-0.g1")
+        assert record is not None
+        assert record["url"].startswith(f"http://{cluster.node(math.host).address}:")
+        assert answers(one, "math") == "math-0.g1"
+        cluster.run(["scancel", one.job_id("math-0.g1")])
+        one.until_ready("math-0", after="math-0.g1")
+        assert one.status()["router"]["standby"] is None
 
 
 def test_outside_a_job_there_is_nothing_to_start_steps_in(cluster: SlurmCluster) -> None:

@@ -13,21 +13,41 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol
 
-from hpc_router.config import EngineConfig, ExpertConfig
+from hpc_router.config import ClusterConfig, EngineConfig, ExpertConfig
+from hpc_router.environment import scrubbed
 from hpc_router.errors import ConfigError
 from hpc_router.expert.engines.failure import Sign
 from hpc_router.registry import EngineInfo
 
 _PROXIES: Final = ("http_proxy", "https_proxy", "all_proxy", "no_proxy", "ftp_proxy")
 _THREADS: Final = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_MAX_THREADS")
-_ASK_VERSION: Final = Path(__file__).with_name("inside") / "ask_version.py"
+INSIDE: Final = Path(__file__).with_name("inside")
+"""Scripts of ours that run in the engine's interpreter."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """One rank's part in an engine that spans `nodes` nodes: rank 0 is the master, which the others look for.
+
+    `address` is this node's on the fabric, `interface` the one that carries it.
+    """
+
+    rank: int
+    nodes: int
+    address: str = "0.0.0.0"
+    interface: str | None = None
+    master_address: str = "0.0.0.0"
+    master_port: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """The node-local 0700 folder of one agent: the engine's socket, temporary files and caches."""
+    """Where one process of an engine runs. `folder`: the node-local 0700 folder of its agent, for the engine's socket,
+    temporary files and caches. `ranks`: None where one node is all, or where only the form of a command is wanted.
+    """
 
     folder: Path
+    ranks: Ranks | None = None
 
     @property
     def socket(self) -> Path:
@@ -84,25 +104,56 @@ class Engine(Protocol):
         one is wrong. None: cannot be asked."""
 
 
+def ranks_at(place: Place, *, nodes: int) -> Ranks | None:
+    """None for an engine on one node. A bare place stands for rank 0, wherever that will be."""
+    return None if nodes == 1 else place.ranks or Ranks(0, nodes)
+
+
+def rank_flags(ranks: Ranks | None) -> list[str]:
+    """As vLLM calls them, and the simulated engine after it."""
+    if ranks is None:
+        return []
+    return [
+        *("--nnodes", str(ranks.nodes)),
+        *("--node-rank", str(ranks.rank)),
+        *("--master-addr", ranks.master_address),
+        *("--master-port", str(ranks.master_port)),
+    ]
+
+
+def one_node_only(expert: str, config: ExpertConfig) -> None:
+    """For engines that cannot span nodes. Raises ConfigError."""
+    nodes, key = config.resources.nodes, f"experts.{expert}.resources.nodes"
+    if nodes > 1:
+        kind = config.engine.kind
+        raise ConfigError(f"{key}={nodes}: {kind} runs on one node (valid: 1, or another engine, as vllm)", key=key)
+
+
 def interpreter(config: EngineConfig) -> str:
     return config.python or sys.executable
 
 
 def version_command(engine: Engine) -> list[str]:
     """Prints the version, or nothing."""
-    return [engine.python, str(_ASK_VERSION), *engine.packages]
+    return [engine.python, str(INSIDE / "ask_version.py"), *engine.packages]
 
 
 def engine_environment(
-    engine: Engine, expert: ExpertConfig, place: Place, *, inherited: Mapping[str, str]
+    engine: Engine,
+    expert: ExpertConfig,
+    place: Place,
+    *,
+    inherited: Mapping[str, str],
+    cluster: ClusterConfig | None = None,
 ) -> dict[str, str]:
-    """The whole environment of the engine's process; the user's `engine.env` wins.
+    """The whole environment of the engine's process; the user's `engine.env` wins, then `cluster.env`.
 
-    A model in a local folder needs no network: no proxies, and the hub is not asked. A hub id keeps both.
+    Offline the hub is not asked and there are no proxies: by default for a model in a local folder.
     """
-    local = is_local(expert.model)
-    environment = {k: v for k, v in inherited.items() if not (local and k.lower() in _PROXIES)}
-    environment |= {"HF_HUB_OFFLINE": "1"} if local else {}
+    cluster = cluster or ClusterConfig()
+    offline = is_local(expert.model) if cluster.offline is None else cluster.offline
+    environment = {k: v for k, v in scrubbed(inherited).items() if not (offline and k.lower() in _PROXIES)}
+    environment |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"} if offline else {}
     environment |= {
         "TMPDIR": str(place.temporary),
         "TORCHINDUCTOR_CACHE_DIR": str(place.cache / "inductor"),
@@ -112,7 +163,7 @@ def engine_environment(
     }
     if expert.engine.threads is not None:
         environment |= dict.fromkeys(_THREADS, str(expert.engine.threads))
-    return environment | engine.environment(place) | expert.engine.env
+    return environment | engine.environment(place) | cluster.env | expert.engine.env
 
 
 def is_local(model: str) -> bool:

@@ -59,6 +59,8 @@ OPTION: Final = signs(
 )
 """argparse's and click's refusals."""
 
+PORT: Final = signs((r"EADDRINUSE|[Aa]ddress already in use", Reason.PORT_TAKEN))
+"""A port that was free when it was chosen; the next start has another."""
 
 _BROKEN_INTERPRETER: Final = re.compile(r"No module named|ImportError: |cannot run .*: ")
 """Only in the last line that counts: imports that fail are often tried and survived."""

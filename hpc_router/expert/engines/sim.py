@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from typing import Final
 
 from hpc_router.config import ExpertConfig, SimOptions
-from hpc_router.expert.engines.base import Place, flags, interpreter, refuse
-from hpc_router.expert.engines.failure import OPTION, TORCH, Sign, signs
+from hpc_router.expert.engines.base import Place, flags, interpreter, rank_flags, ranks_at, refuse
+from hpc_router.expert.engines.failure import OPTION, PORT, TORCH, Sign, signs
 from hpc_router.jobdir import Reason
 from hpc_router.registry import EngineInfo
 from hpc_router.wire import MODELS
 
 _SIGNS: Final = (
+    *PORT,
     *TORCH,
     *signs(
         (r"No available memory for the cache blocks", Reason.OUT_OF_MEMORY),
@@ -27,6 +28,8 @@ _OWNED: Final = {
     "port": "the engine listens on a unix socket",
     "served-model-name": "the expert's name is used",
     "faults": "use options.faults",
+    "nnodes": "use experts.<name>.resources.nodes",
+    **dict.fromkeys(("node-rank", "master-addr", "master-port"), "each node's agent sets it"),
 }
 
 
@@ -58,8 +61,12 @@ class SimEngine:
         options = self.options
         extra = refuse(options.extra, at=f"experts.{self.expert}.engine.options", owned=_OWNED)
         faults = ["--faults", json.dumps(options.faults)] if options.faults else []
+        ranks = ranks_at(place, nodes=self.config.resources.nodes)
+        if ranks is not None and ranks.rank > 0:
+            return [self.python, "-m", "hpc_router.expert.sim", *rank_flags(ranks)]
         return [
             *(self.python, "-m", "hpc_router.expert.sim"),
+            *rank_flags(ranks),
             *("--uds", str(place.socket)),
             *("--served-model-name", *self.names()),
             *("--seed", str(options.seed)),

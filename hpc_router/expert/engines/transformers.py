@@ -6,16 +6,15 @@ the request. Its `/v1/models` lists the hub's cache rather than what it serves.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final
 
 from hpc_router.config import ExpertConfig, TransformersOptions
-from hpc_router.expert.engines.base import Place, flags, interpreter, refuse
+from hpc_router.expert.engines.base import INSIDE, Place, flags, interpreter, one_node_only, refuse
 from hpc_router.expert.engines.failure import HUB, OPTION, TORCH, Sign, signs
 from hpc_router.jobdir import Reason
 from hpc_router.registry import EngineInfo
 
-_SERVE: Final = Path(__file__).with_name("inside") / "serve_transformers.py"
+_SERVE: Final = INSIDE / "serve_transformers.py"
 _SIGNS: Final = (
     *TORCH,
     *HUB,
@@ -74,6 +73,7 @@ class TransformersEngine:
         return [self.python, str(_SERVE), "--check", *self._flags()]
 
     def _flags(self) -> list[str]:
+        one_node_only(self.expert, self.config)
         extra = refuse(self.options.extra, at=f"experts.{self.expert}.engine.options", owned=_OWNED)
         return [self._model, "--device", self.options.device, "--dtype", self.options.dtype, *flags(extra)]
 

@@ -1,24 +1,24 @@
 """vLLM, GPU and CPU builds: `python -m vllm.entrypoints.openai.api_server`.
 
 The module form runs with both builds (the CPU build's console script looks for a package it does not have). Aliases
-make the engine answer to the expert's name and to `auto`, so the client's bytes can go upstream unchanged.
+make the engine answer to the expert's name and to `auto`, so the client's bytes can go upstream unchanged. Over several
+nodes it is the command `vllm serve`, also as a module: only that knows ranks without a server of their own.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final
 
 from hpc_router.config import ExpertConfig, VllmOptions
-from hpc_router.expert.engines.base import Place, flags, interpreter, refuse
-from hpc_router.expert.engines.failure import HUB, OPTION, TORCH, Sign, signs
+from hpc_router.expert.engines.base import INSIDE, Place, Ranks, flags, interpreter, rank_flags, ranks_at, refuse
+from hpc_router.expert.engines.failure import HUB, OPTION, PORT, TORCH, Sign, signs
 from hpc_router.jobdir import Reason
 from hpc_router.registry import EngineInfo
 
 KEEP_ALIVE_S: Final = 3600
 """The engine must not be the first to close an idle connection: its default of 5 s races with our next request."""
 
-_CHECK: Final = Path(__file__).with_name("inside") / "check_vllm.py"
+_CHECK: Final = INSIDE / "check_vllm.py"
 _SIGNS: Final = (
     *signs(
         (r"died unexpectedly \(exit code: -9\)", Reason.KILLED),  # a worker; the server itself then ends with status 0
@@ -31,6 +31,7 @@ _SIGNS: Final = (
     *HUB,
     *OPTION,
     *signs((r"^  Value error, ", Reason.BAD_OPTION)),  # pydantic's, of one of its own configs
+    *PORT,
 )
 _OWNED: Final = {
     "model": "use experts.<name>.model",
@@ -45,6 +46,8 @@ _OWNED: Final = {
     "dtype": "use options.dtype",
     "quantization": "use options.quantization",
     "max-model-len": "use options.max_model_len",
+    "nnodes": "use experts.<name>.resources.nodes",
+    **dict.fromkeys(("node-rank", "master-addr", "master-port", "headless"), "each node's agent sets it"),
 }
 
 
@@ -80,12 +83,17 @@ class VllmEngine:
         )
 
     def argv(self, place: Place) -> list[str]:
-        return [self.python, "-m", "vllm.entrypoints.openai.api_server", *self._flags(place)]
+        ranks = ranks_at(place, nodes=self.config.resources.nodes)
+        rest = self._flags(place, ranks)
+        if ranks is None:
+            return [self.python, "-m", "vllm.entrypoints.openai.api_server", "--model", self.config.model, *rest]
+        return [self.python, "-m", "vllm.entrypoints.cli.main", "serve", self.config.model, *rest]
 
     def check_command(self, place: Place) -> list[str] | None:
-        return [self.python, str(_CHECK), *self._flags(place)]
+        ranks = ranks_at(place, nodes=self.config.resources.nodes)
+        return [self.python, str(_CHECK), "--model", self.config.model, *self._flags(place, ranks)]
 
-    def _flags(self, place: Place) -> list[str]:
+    def _flags(self, place: Place, ranks: Ranks | None) -> list[str]:
         config, options = self.config, self.options
         extra = refuse(options.extra, at=f"experts.{self.expert}.engine.options", owned=_OWNED)
         set_or_not = {
@@ -94,8 +102,8 @@ class VllmEngine:
             "max-model-len": options.max_model_len,
         }
         return [
-            *("--model", config.model),
-            *("--uds", str(place.socket)),
+            *rank_flags(ranks),
+            *(("--headless",) if ranks is not None and ranks.rank > 0 else ("--uds", str(place.socket))),
             *("--served-model-name", *self.names()),
             *("--tensor-parallel-size", str(options.tensor_parallel_size)),
             *("--pipeline-parallel-size", str(options.pipeline_parallel_size)),
@@ -112,8 +120,13 @@ class VllmEngine:
             "VLLM_NO_USAGE_STATS": "1",
             "DO_NOT_TRACK": "1",
         }
-        if self.config.resources.nodes == 1:
+        ranks = ranks_at(place, nodes=self.config.resources.nodes)
+        if ranks is None:
             environment["VLLM_HOST_IP"] = "127.0.0.1"  # nothing of its inner traffic leaves the node
+        else:
+            environment["VLLM_HOST_IP"] = ranks.address
+            if ranks.interface is not None:
+                environment |= dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), ranks.interface)
         if self.options.device == "cpu":
             environment["VLLM_CPU_KVCACHE_SPACE"] = str(self.options.kv_cache_gb)
             if self.config.engine.threads is not None:

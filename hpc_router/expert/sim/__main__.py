@@ -22,6 +22,7 @@ from hpc_router.errors import ConfigError, HpcRouterError
 from hpc_router.expert.sim.config import SimConfig
 from hpc_router.expert.sim.faults import Kind, Rule, parse_rules
 from hpc_router.expert.sim.load_failure import strikes_this_start, traceback
+from hpc_router.expert.sim.ranks import LOST, Meeting, follow
 from hpc_router.expert.sim.server import SimEngine
 
 log = logging.getLogger("hpc_router.expert.sim")
@@ -87,6 +88,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--keepalive-s", float, default.keepalive_s, "S", "idle connections are closed after this")
     add("--drain-s", float, 5.0, "S", "at SIGTERM, running requests may finish for this long")
     parser.add_argument("--faults", metavar="JSON|@FILE", help="the script of faults, see below")
+    add("--nnodes", int, 1, "N", "ranks, one process each, that meet at the master's port before rank 0 loads")
+    add("--node-rank", int, 0, "R", "which of them this is; only rank 0 listens")
+    parser.add_argument("--master-addr", default="127.0.0.1", help="where rank 0 meets the others (default 127.0.0.1)")
+    add("--master-port", int, 29500, "PORT", "its port there")
     return parser
 
 
@@ -128,6 +133,37 @@ async def _serve(config: SimConfig, arguments: argparse.Namespace) -> int:
     stop, loop = asyncio.Event(), asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
+    if arguments.node_rank > 0:
+        if not await follow(arguments.master_addr, arguments.master_port, stop):
+            sys.stderr.write(f"{LOST}\n")
+            return 1
+        return 0
+    if arguments.nnodes == 1:
+        return await _serve_alone(config, arguments, stop)
+    async with Meeting(arguments.nnodes - 1, arguments.master_addr, arguments.master_port) as meeting:
+        if await _first(meeting.complete, stop) is stop:
+            return 0
+        serving = asyncio.create_task(_serve_alone(config, arguments, stop))
+        gone = asyncio.create_task(meeting.lost.wait())
+        await asyncio.wait({serving, gone}, return_when=asyncio.FIRST_COMPLETED)
+        gone.cancel()
+        if not serving.done() and not stop.is_set():
+            sys.stderr.write(f"{LOST}\n")
+            sys.stderr.flush()
+            os._exit(1)  # as a real engine, which serves nothing more
+        return await serving
+
+
+async def _first(*events: asyncio.Event) -> asyncio.Event:
+    waiting = {asyncio.create_task(event.wait()): event for event in events}
+    done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+    for task in waiting:
+        task.cancel()
+    return waiting[done.pop()]
+
+
+async def _serve_alone(config: SimConfig, arguments: argparse.Namespace, stop: asyncio.Event) -> int:
+    loop = asyncio.get_running_loop()
     failure = _load_failure(config)
     if failure is not None or not config.listen_while_loading:
         if await _stopped_within(stop, config.load_s):

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from hpc_router.config import EngineConfig, ExpertConfig
+from hpc_router.config import ClusterConfig, EngineConfig, ExpertConfig, ResourceConfig
 from hpc_router.errors import ConfigError
-from hpc_router.expert.engines import Engine, Place, build_engine, engine_environment, version_command
+from hpc_router.expert.engines import Engine, Place, Ranks, build_engine, engine_environment, version_command
 from hpc_router.expert.engines.base import flags
 from hpc_router.registry import EngineInfo
 
@@ -19,8 +19,8 @@ PLACE = Place(Path("/scratch/x"))
 def engine_of(
     kind: str, *, expert: str = "math", model: str = "org/model", **fields: Any
 ) -> tuple[Engine, ExpertConfig]:
-    revision = fields.pop("revision", None)
-    config = ExpertConfig(model=model, revision=revision, engine=EngineConfig(kind=kind, **fields))
+    revision, resources = fields.pop("revision", None), ResourceConfig(nodes=fields.pop("nodes", 1))
+    config = ExpertConfig(model=model, revision=revision, engine=EngineConfig(kind=kind, **fields), resources=resources)
     return build_engine(expert, config), config
 
 
@@ -69,13 +69,75 @@ def test_sim_takes_latencies_and_faults() -> None:
     assert argv[-2:] == ["--capacity", "2"]
 
 
+def on(rank: int) -> Place:
+    return Place(PLACE.folder, Ranks(rank, 2, f"10.0.0.{rank + 1}", "ib0", "10.0.0.1", 4000))
+
+
+def test_vllm_on_two_nodes_has_one_server_and_a_headless_rank() -> None:
+    engine, _ = engine_of("vllm", nodes=2, python="/env/bin/python", options={"tensor_parallel_size": 2})
+    serve = ["/env/bin/python", "-m", "vllm.entrypoints.cli.main", "serve", "org/model", "--nnodes", "2"]
+    meeting = ["--master-addr", "10.0.0.1", "--master-port", "4000"]
+    sizes = ["--tensor-parallel-size", "2", "--pipeline-parallel-size", "1", "--dtype", "auto"]
+    names = ["--served-model-name", "math", "auto"]
+    end = [*names, *sizes, "--disable-uvicorn-access-log"]
+    assert engine.argv(on(0)) == [*serve, "--node-rank", "0", *meeting, "--uds", "/scratch/x/engine.sock", *end]
+    assert engine.argv(on(1)) == [*serve, "--node-rank", "1", *meeting, "--headless", *end]
+
+
+def test_a_plan_shows_the_first_rank_wherever_it_will_be() -> None:
+    engine, config = engine_of("vllm", nodes=2)
+    argv, check = engine.argv(PLACE), engine.check_command(PLACE)
+    assert argv[argv.index("--node-rank") + 1] == "0"
+    assert "--uds" in argv
+    assert check is not None
+    assert {"--nnodes", "--master-port"} <= set(check)
+    assert "GLOO_SOCKET_IFNAME" not in engine_environment(engine, config, PLACE, inherited={})
+
+
+def test_ranks_talk_over_the_fabric_unless_the_user_says_otherwise() -> None:
+    engine, config = engine_of("vllm", nodes=2, env={"NCCL_SOCKET_IFNAME": "ib1"})
+    environment = engine_environment(engine, config, on(1), inherited={})
+    assert environment["VLLM_HOST_IP"] == "10.0.0.2"
+    assert (environment["GLOO_SOCKET_IFNAME"], environment["NCCL_SOCKET_IFNAME"]) == ("ib0", "ib1")
+
+
+def test_on_one_node_nothing_leaves_it() -> None:
+    engine, config = engine_of("vllm")
+    environment = engine_environment(engine, config, PLACE, inherited={})
+    assert environment["VLLM_HOST_IP"] == "127.0.0.1"
+    assert "--nnodes" not in engine.argv(PLACE)
+
+
+def test_only_the_first_simulated_rank_listens() -> None:
+    engine, _ = engine_of("sim", nodes=2)
+    assert "--uds" in engine.argv(on(0))
+    argv = engine.argv(on(1))
+    assert argv[3:] == ["--nnodes", "2", "--node-rank", "1", "--master-addr", "10.0.0.1", "--master-port", "4000"]
+
+
+def test_an_engine_that_cannot_span_nodes_says_so() -> None:
+    with pytest.raises(
+        ConfigError, match=r"experts\.math\.resources\.nodes=2: transformers runs on one node"
+    ) as caught:
+        engine_of("transformers", nodes=2)
+    assert caught.value.key == "experts.math.resources.nodes"
+
+
 def test_flags() -> None:
     given = {"seed": 1, "eager": True, "chunked": False, "left-out": None, "names": ["a", "b"], "json": {"x": 1}}
     assert flags(given) == ["--seed", "1", "--eager", "--no-chunked", "--names", "a", "b", "--json", '{"x": 1}']
 
 
 @pytest.mark.parametrize(
-    ("kind", "flag"), [("vllm", "uds"), ("vllm", "--tensor_parallel_size"), ("transformers", "port"), ("sim", "host")]
+    ("kind", "flag"),
+    [
+        ("vllm", "uds"),
+        ("vllm", "node_rank"),
+        ("sim", "nnodes"),
+        ("vllm", "--tensor_parallel_size"),
+        ("transformers", "port"),
+        ("sim", "host"),
+    ],
 )
 def test_a_flag_that_is_set_elsewhere_is_refused(kind: str, flag: str) -> None:
     with pytest.raises(ConfigError, match=r"experts\.math\.engine\.options\.extra\.[a-z-]+: not a flag to set here"):
@@ -101,6 +163,33 @@ def test_a_hub_model_keeps_proxies() -> None:
     environment = engine_environment(engine, config, PLACE, inherited={"HTTPS_PROXY": "http://p"})
     assert environment["HTTPS_PROXY"] == "http://p"
     assert "HF_HUB_OFFLINE" not in environment
+
+
+@pytest.mark.parametrize(
+    ("model", "offline", "asks"),
+    [("local", None, False), ("hub", None, True), ("hub", True, False), ("local", False, True)],
+)
+def test_offline_is_the_clusters_to_say(tmp_path: Path, model: str, offline: bool | None, asks: bool) -> None:
+    engine, config = engine_of("transformers", model=str(tmp_path) if model == "local" else "org/model")
+    cluster = ClusterConfig(offline=offline)
+    environment = engine_environment(engine, config, PLACE, inherited={"https_proxy": "http://p"}, cluster=cluster)
+    assert ("https_proxy" in environment) == asks
+    assert [name in environment for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")] == [not asks, not asks]
+
+
+def test_an_engine_is_no_task_of_the_job() -> None:
+    inherited = {"SLURM_PROCID": "1", "SLURM_CPU_BIND": "mask", "SLURM_CONF": "/etc/c", "SBATCH_X": "1", "PATH": "/bin"}
+    engine, config = engine_of("sim")
+    environment = engine_environment(engine, config, PLACE, inherited=inherited | {"CUDA_VISIBLE_DEVICES": "2"})
+    kept = {key: environment[key] for key in (*inherited, "CUDA_VISIBLE_DEVICES") if key in environment}
+    assert kept == {"SLURM_CONF": "/etc/c", "PATH": "/bin", "CUDA_VISIBLE_DEVICES": "2"}
+
+
+def test_the_clusters_environment_wins_over_ours_and_the_experts_over_both() -> None:
+    engine, config = engine_of("vllm", env={"A": "expert"})
+    cluster = ClusterConfig(env={"A": "cluster", "B": "cluster", "VLLM_NO_USAGE_STATS": "0"})
+    environment = engine_environment(engine, config, PLACE, inherited={"B": "job"}, cluster=cluster)
+    assert [environment[name] for name in ("A", "B", "VLLM_NO_USAGE_STATS")] == ["expert", "cluster", "0"]
 
 
 def test_the_users_environment_wins() -> None:

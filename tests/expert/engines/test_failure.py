@@ -32,6 +32,8 @@ VLLM = [
     (Reason.CUDA, "RuntimeError: No CUDA GPUs are available"),
     (Reason.CUDA, "torch.AcceleratorError: CUDA error: an illegal memory access was encountered"),
     (Reason.CUDA, "RuntimeError: Failed to infer device type"),
+    (Reason.PORT_TAKEN, "torch.distributed.DistNetworkError: port: 4000, code: -98, name: EADDRINUSE, message: in use"),
+    (Reason.PORT_TAKEN, "zmq.error.ZMQError: Address already in use (addr='tcp://10.0.0.1:4000')"),
 ]
 TRANSFORMERS = [
     (Reason.OUT_OF_MEMORY, "RuntimeError: DefaultCPUAllocator: not enough memory: you tried to allocate"),

@@ -1,0 +1,63 @@
+"""How an engine's process is started on this node: its command line, in its container or not, and its environment."""
+
+import asyncio
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from hpc_router.config import ClusterConfig, ExpertConfig
+from hpc_router.expert.engines import Engine, Place, engine_environment, version_command
+from hpc_router.expert.engines.container import contained
+from hpc_router.expert.process import ENGINE_GRACE_S, Command
+
+VERSION_TIMEOUT_S: Final = 20.0
+RANK_GRACE_S: Final = 3.0
+"""For one rank of several: the others are gone or going, and it can finish nothing without them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Commands:
+    """`inherited`: the job's environment; `log`: where the engine's words go."""
+
+    engine: Engine
+    expert: ExpertConfig
+    cluster: ClusterConfig
+    inherited: Mapping[str, str]
+    log: Path
+
+    def at(self, place: Place) -> Command:
+        return Command(
+            contained(self.engine.argv(place), self.cluster.container, place, self.expert),
+            self._environment(place),
+            place,
+            self.log,
+            grace_s=ENGINE_GRACE_S if place.ranks is None else RANK_GRACE_S,
+        )
+
+    async def version(self, place: Place) -> str | None:
+        """What the engine's interpreter has installed; None where it cannot say."""
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *contained(version_command(self.engine), self.cluster.container, place, self.expert),
+                env=self._environment(place),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+            )
+        except OSError:
+            return None
+        try:
+            async with asyncio.timeout(VERSION_TIMEOUT_S):
+                output, _ = await process.communicate()
+        except TimeoutError:
+            return None
+        finally:
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
+        return output.decode().strip() or None
+
+    def _environment(self, place: Place) -> dict[str, str]:
+        return engine_environment(self.engine, self.expert, place, inherited=self.inherited, cluster=self.cluster)

@@ -1,0 +1,203 @@
+"""The job body on every node but the first of an engine that spans nodes: it owns this rank's process, obeying rank 0.
+
+Rules: no record, no port of its own; rank 0's agent is found in the registry and told this rank's state every half
+beat, and its answers are the orders. An order not heard for `SILENCE_BEATS` ends the engine, for rank 0 has given it
+up as well; not for `GONE_BEATS`, or once rank 0 has left its exit record, and this process ends. A signal ends
+nothing by itself: rank 0 has requests in flight that need this rank, so it is told, and it drains.
+"""
+
+import asyncio
+import json
+import logging
+import signal
+import socket
+from collections.abc import Mapping
+from contextlib import AsyncExitStack, suppress
+from dataclasses import asdict, replace
+from functools import partial
+from typing import Final
+
+from multidict import CIMultiDict
+from yarl import URL
+
+from hpc_router import fabric
+from hpc_router.auth import new_token
+from hpc_router.config import Deployment
+from hpc_router.errors import ConfigError, HpcRouterError, UpstreamError
+from hpc_router.expert.commands import Commands
+from hpc_router.expert.engines import Place, Ranks, build_engine
+from hpc_router.expert.group import ASSEMBLE_BEATS, SILENCE_BEATS
+from hpc_router.expert.rank_auth import is_proven, rank_key, report_token
+from hpc_router.expert.rank_engine import RankEngine
+from hpc_router.expert.scratch import expanded, scratch_folder
+from hpc_router.filethread import PATIENCE_S, FileThread
+from hpc_router.jobdir import Exit, JobDir, Reason
+from hpc_router.registry import Reader, Record, split_replica
+from hpc_router.relay.exchange import Limits, Upstream
+from hpc_router.relay.upstream import UpstreamClient
+from hpc_router.rundir import RunDir
+from hpc_router.wire import RANK, Action, RankOrder, RankReport
+
+logger = logging.getLogger(__name__)
+
+GONE_BEATS: Final = 30
+_LONGEST_ORDER: Final = 64 * 1024
+
+
+class Follower:
+    """`run` lives the whole life; `signalled` may be called at any time, and again."""
+
+    def __init__(
+        self,
+        run: RunDir,
+        replica: str,
+        deployment: Deployment,
+        *,
+        rank: int,
+        files: FileThread,
+        environment: Mapping[str, str],
+    ) -> None:
+        self._run = run
+        self._job = JobDir(run, replica)
+        self._rank = rank
+        self._cluster = deployment.cluster
+        self._files = files
+        self._environment = environment
+        expert = split_replica(replica)[0]
+        config = deployment.experts[expert]
+        log = self._job.engine_log.with_name(f"{replica}.rank{rank}.engine.log")
+        self._nodes = config.resources.nodes
+        self._commands = Commands(build_engine(expert, config), config, deployment.cluster, environment, log)
+        self._engine = RankEngine(self._commands.engine, files)
+        self._reader = Reader(run.registry)
+        self._leader: Record | None = None
+        self._secret = run.secret()
+        self._instance = new_token()
+        self._address = ""
+        self._leaving = False
+
+    def signalled(self, number: signal.Signals) -> None:
+        if not self._leaving:
+            logger.info("%s: rank 0 is asked to drain", number.name)
+            self._leaving = True
+
+    async def run(self) -> Exit:
+        """How it ended. The replica's exit record is rank 0's to write, as long as both live."""
+        try:
+            end = await self._live()
+        except ConfigError as error:
+            end = await self._failed(Reason.BAD_OPTION, str(error))
+        except HpcRouterError as error:
+            end = await self._failed(Reason.CRASHED, str(error))
+        except Exception as error:  # rank 0 will miss this one, and cannot know why
+            logger.exception("rank %d failed", self._rank)
+            end = await self._failed(Reason.CRASHED, f"{type(error).__name__}: {error}")
+        logger.info("exit: %s: %s", end.reason, end.message)
+        return end
+
+    async def _failed(self, reason: Reason, message: str) -> Exit:
+        """Written down at once: rank 0 is ended with this one, and would say no more than that it was asked to."""
+        end = Exit(ok=False, reason=reason, message=f"rank {self._rank} on {socket.gethostname()}: {message}")
+        with suppress(OSError, TimeoutError):
+            async with asyncio.timeout(PATIENCE_S):
+                if await self._files.run(self._job.exit) is None:
+                    await self._files.run(partial(self._job.write, end))
+        return end
+
+    async def _live(self) -> Exit:
+        cluster = self._cluster
+        limits = Limits(2 * cluster.beat_s, 2 * cluster.beat_s, 2 * cluster.beat_s)
+        self._address = fabric.address(cluster.fabric, kind=cluster.kind)
+        async with AsyncExitStack() as stack:
+            place = stack.enter_context(scratch_folder(expanded(cluster.scratch, self._environment)))
+            client = await stack.enter_async_context(UpstreamClient(limits))
+            await stack.enter_async_context(self._engine)
+            return await self._follow(client, place)
+
+    async def _follow(self, client: Upstream, place: Place) -> Exit:
+        clock, beat_s = asyncio.get_running_loop().time, self._cluster.beat_s
+        heard_at, gone_s = clock(), ASSEMBLE_BEATS * beat_s
+        while True:
+            order = await self._ask(client)
+            silent_s = clock() - heard_at
+            if order is not None:
+                heard_at, gone_s = clock(), GONE_BEATS * beat_s
+                if order.action is Action.STOP:
+                    return Exit(ok=True, reason=Reason.DRAINED, message="rank 0 said stop")
+                self._obey(order, place)
+            elif (end := await self._exit_record()) is not None:
+                return end
+            elif silent_s >= gone_s:
+                return await self._bereaved(silent_s)
+            elif silent_s >= SILENCE_BEATS * beat_s:
+                self._engine.end("rank 0 is not heard of")
+            await asyncio.sleep(beat_s / 2)
+
+    def _obey(self, order: RankOrder, place: Place) -> None:
+        if order.action is Action.WAIT or (self._engine.running and order.attempt != self._engine.attempt):
+            self._engine.end("rank 0 said so")
+        elif order.attempt != self._engine.attempt:
+            here = self._address
+            meeting = (order.master_address, order.master_port)
+            ranks = Ranks(self._rank, self._nodes, here, fabric.interface(here), *meeting)
+            self._engine.start(order.attempt, self._commands.at(replace(place, ranks=ranks)))
+
+    async def _ask(self, client: Upstream) -> RankOrder | None:
+        """Rank 0's order; None when it cannot be had. Its record is read anew after every failure."""
+        if self._leader is None:
+            self._leader = await self._find()
+        leader = self._leader
+        if leader is None or leader.nonce is None:
+            return None
+        key, report = rank_key(self._secret, leader.nonce), self._report()
+        headers = CIMultiDict({"authorization": f"Bearer {report_token(key)}", "content-type": "application/json"})
+        body = json.dumps(asdict(report)).encode()
+        self._leader = None
+        try:
+            async with client.request("POST", URL(leader.url) / RANK[1:], headers=headers, body=body) as answer:
+                if answer.status != 200:
+                    logger.warning("rank 0 refuses this rank's report: status %d", answer.status)
+                    return None
+                order = RankOrder.from_json(json.loads(await answer.read(_LONGEST_ORDER)))
+            if not is_proven(key, report.challenge, order):
+                raise ValueError("a stranger answers in its place")
+        except (UpstreamError, ValueError) as error:
+            logger.warning("no word from rank 0: %s", error)
+            return None
+        self._leader = leader
+        return order
+
+    def _report(self) -> RankReport:
+        engine = self._engine
+        return RankReport(
+            self._rank,
+            self._instance,
+            new_token(),
+            socket.gethostname(),
+            engine.attempt,
+            engine.state,
+            None if engine.failure is None else engine.failure.reason.value,
+            None if engine.failure is None else engine.failure.message,
+            self._leaving,
+        )
+
+    async def _find(self) -> Record | None:
+        try:
+            async with asyncio.timeout(PATIENCE_S):
+                return (await self._files.run(self._reader.snapshot)).get(self._job.replica)
+        except (OSError, TimeoutError):
+            return None
+
+    async def _exit_record(self) -> Exit | None:
+        try:
+            async with asyncio.timeout(PATIENCE_S):
+                return await self._files.run(self._job.exit)
+        except (OSError, TimeoutError):
+            return None
+
+    async def _bereaved(self, silent_s: float) -> Exit:
+        """Rank 0 died without a word, so this rank writes down how the replica ended."""
+        said = f"rank 0 has not been heard of for {silent_s:.0f} s by rank {self._rank} on {socket.gethostname()}"
+        end = Exit(ok=False, reason=Reason.RANK_LOST, message=said)
+        self._files.post(partial(self._job.write, end))
+        return end

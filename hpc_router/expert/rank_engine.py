@@ -1,0 +1,67 @@
+"""One rank's part of an engine: at most one process at a time, started and ended without anybody waiting for it."""
+
+import asyncio
+import logging
+from types import TracebackType
+from typing import Self
+
+from hpc_router.expert.engines import Engine, Failure
+from hpc_router.expert.process import Command, EngineProcess
+from hpc_router.filethread import FileThread
+from hpc_router.jobdir import Reason
+from hpc_router.wire import RankState
+
+logger = logging.getLogger(__name__)
+
+
+class RankEngine:
+    """`attempt` is the one that runs or ran last; `failure` why it ended, when it did so by itself."""
+
+    def __init__(self, engine: Engine, files: FileThread) -> None:
+        self._engine = engine
+        self._files = files
+        self._task: asyncio.Task[None] | None = None
+        self.attempt = 0
+        self.failure: Failure | None = None
+
+    @property
+    def running(self) -> bool:
+        """Also while it is being ended."""
+        return self._task is not None and not self._task.done()
+
+    @property
+    def state(self) -> RankState:
+        if self.running:
+            return RankState.RUNNING
+        return RankState.IDLE if self.failure is None else RankState.ENDED
+
+    def start(self, attempt: int, command: Command) -> None:
+        assert not self.running, f"attempt {self.attempt} still runs"
+        self.attempt, self.failure = attempt, None
+        self._task = asyncio.create_task(self._live(command), name=f"attempt {attempt}")
+
+    def end(self, why: str) -> None:
+        """Returns at once; `running` tells when it has ended."""
+        if self._task is not None and not self._task.done() and not self._task.cancelling():
+            logger.info("ending the engine: %s", why)
+            self._task.cancel()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.end("this rank ends")
+        if self._task is not None:
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    async def _live(self, command: Command) -> None:
+        try:
+            async with await EngineProcess.start(command, self._files) as process:
+                logger.info("attempt %d: engine started, process %s", self.attempt, process.pid)
+                failure = await process.failure(self._engine.signs)
+        except OSError as error:
+            failure = Failure(Reason.CRASHED, f"cannot be started: {error}")
+        logger.warning("attempt %d: engine failed (%s): %s", self.attempt, failure.reason, failure.message)
+        self.failure = failure

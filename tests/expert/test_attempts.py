@@ -1,0 +1,185 @@
+"""Rank 0's lead, with a clock that its own sleeping moves."""
+
+import asyncio
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from hpc_router.config import ClusterConfig, EngineConfig, ExpertConfig, ResourceConfig
+from hpc_router.expert.attempts import Leading, free_port
+from hpc_router.expert.commands import Commands
+from hpc_router.expert.engines import Failure, Place, Ranks, build_engine
+from hpc_router.expert.passthrough import ENGINE_LIMITS
+from hpc_router.expert.process import Command
+from hpc_router.expert.rank_engine import RankEngine
+from hpc_router.expert.restarts import Restarts
+from hpc_router.expert.supervisor import Supervisor
+from hpc_router.filethread import FileThread
+from hpc_router.jobdir import Phase, Reason
+from hpc_router.relay.upstream import UpstreamClient
+from hpc_router.wire import Action, RankReport, RankState
+from tests.waiting import GUARD_S
+
+
+@dataclass
+class Time:
+    """`then`: what happens after so many seconds."""
+
+    now: float = 0.0
+    then: dict[float, Callable[[], object]] = field(default_factory=dict)
+
+    def __call__(self) -> float:
+        return self.now
+
+    async def sleep(self, delay_s: float) -> None:
+        self.now += delay_s
+        for at in sorted(at for at in self.then if at <= self.now):
+            self.then.pop(at)()
+        await asyncio.sleep(0)
+
+
+def leading(time: Time, drains: list[str] | None = None) -> Leading:
+    return Leading(
+        nodes=2,
+        key="k",
+        address="127.0.0.1",
+        interface="lo",
+        beat_s=2.0,
+        command=lambda ranks: Command([str(ranks.master_port)], {}, Place(Path("/x"), ranks), Path("/log")),
+        on_drain=([] if drains is None else drains).append,
+        clock=time,
+        sleep=time.sleep,
+        port=_ports(),
+    )
+
+
+def _ports() -> Callable[[str], int]:
+    numbers = iter(range(4000, 5000))
+    return lambda _: next(numbers)
+
+
+def report(state: RankState = RankState.IDLE, *, attempt: int = 0, leaving: bool = False) -> RankReport:
+    return RankReport(1, "a", "c", "n2", attempt, state, leaving=leaving)
+
+
+async def test_each_attempt_has_a_port_of_its_own() -> None:
+    time = Time()
+    lead = leading(time)
+    time.then = {1.0: lambda: lead.hear(report()), 50.0: lambda: lead.hear(report(attempt=1))}
+    first = await lead.begin()
+    assert isinstance(first, Command)
+    assert first.place.ranks == Ranks(0, 2, "127.0.0.1", "lo", "127.0.0.1", 4000)
+    assert lead.hear(report()).action is Action.RUN
+    lead.group.end()
+    time.now = 48.0
+    second = await lead.begin()
+    assert isinstance(second, Command)
+    assert second.argv == ["4001"]
+
+
+async def test_the_first_attempt_waits_two_minutes_a_later_one_half_of_one() -> None:
+    time = Time()
+    lead = leading(time)
+    assert await lead.begin() == Failure(Reason.RANK_LOST, "rank 1 did not report in within 120 s")
+    assert time.now == pytest.approx(120.0, abs=0.3)
+    lead.hear(report())
+    assert isinstance(await lead.begin(), Command)
+    time.now += 1000.0
+    assert await lead.begin() == Failure(Reason.RANK_LOST, "rank 1 on n2 did not report in within 30 s")
+
+
+async def test_a_lost_rank_breaks_the_attempt_ten_seconds_after_its_last_word() -> None:
+    time = Time()
+    lead = leading(time)
+    lead.hear(report())
+    await lead.begin()
+    time.then = {8.0: lambda: lead.hear(report(RankState.RUNNING, attempt=1))}
+    failure = await lead.broken()
+    assert failure.reason is Reason.RANK_LOST
+    assert time.now == pytest.approx(18.0, abs=0.5)
+    assert lead.hear(report(RankState.RUNNING, attempt=1)).action is Action.WAIT
+
+
+async def test_a_rank_that_was_told_to_stop_drains_them_all() -> None:
+    drains: list[str] = []
+    lead = leading(Time(), drains)
+    lead.hear(report(leaving=True))
+    assert drains == ["rank 1 on n2 was told to stop"]
+
+
+async def test_nobody_waits_long_for_the_dismissal_of_the_dead() -> None:
+    time = Time()
+    lead = leading(time)
+    lead.hear(report())
+    assert await lead.dismiss() == Failure(Reason.RANK_LOST, "rank 1 on n2 had gone before it was told to stop")
+    assert time.now == pytest.approx(4.0, abs=0.3)
+
+
+@dataclass
+class Steps:
+    seen: list[tuple[Phase, Reason | None]] = field(default_factory=list)
+    ready: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def moved(self, phase: Phase, *, failure: Failure | None = None, engine_pid: int | None = None) -> None:
+        self.seen.append((phase, failure.reason if failure else None))
+        if phase is Phase.READY:
+            self.ready.set()
+
+
+async def test_a_port_that_somebody_took_meanwhile_costs_one_attempt(socket_folder: Path) -> None:
+    """Two real simulated ranks; the port that rank 0 chose is bound by a stranger before its engine gets there."""
+    expert = ExpertConfig(model="m", engine=EngineConfig(kind="sim"), resources=ResourceConfig(nodes=2))
+    cluster = ClusterConfig(scratch=str(socket_folder))
+    engine, files, steps = build_engine("math", expert), FileThread("t"), Steps()
+    commands = Commands(engine, expert, cluster, {}, socket_folder / "log")
+    places = [Place(socket_folder / str(rank)) for rank in range(2)]
+    for place in places:
+        place.temporary.mkdir(parents=True)
+    with socket.create_server(("127.0.0.1", 0)) as stranger:
+        taken = stranger.getsockname()[1]
+        ports = iter([taken, free_port("127.0.0.1")])
+        lead = Leading(
+            nodes=2,
+            key="k",
+            address="127.0.0.1",
+            interface="lo",
+            beat_s=0.5,
+            command=lambda ranks: commands.at(Place(places[0].folder, ranks)),
+            on_drain=lambda _: None,
+            clock=asyncio.get_running_loop().time,
+            port=lambda _: next(ports),
+        )
+
+        async def follow(other: RankEngine) -> None:
+            while True:
+                order = lead.hear(RankReport(1, "a", "c", "n2", other.attempt, other.state))
+                if order.action is Action.WAIT:
+                    other.end("told to wait")
+                elif order.attempt != other.attempt:
+                    ranks = Ranks(1, 2, "127.0.0.1", "lo", order.master_address, order.master_port)
+                    other.start(order.attempt, commands.at(Place(places[1].folder, ranks)))
+                await asyncio.sleep(0.05)
+
+        async with (
+            UpstreamClient(ENGINE_LIMITS, socket_path=str(places[0].socket)) as client,
+            RankEngine(engine, files) as other,
+        ):
+            supervisor = Supervisor(
+                engine, lead, client, files, steps, Restarts(1), startup_timeout_s=GUARD_S, chance=lambda: 1.0
+            )
+            tasks = [asyncio.create_task(supervisor.run()), asyncio.create_task(follow(other))]
+            await asyncio.wait_for(steps.ready.wait(), GUARD_S)
+            assert steps.seen == [
+                (Phase.LOADING, None),
+                (Phase.RESTARTING, Reason.PORT_TAKEN),
+                (Phase.LOADING, None),
+                (Phase.READY, None),
+            ]
+            assert other.attempt == 2
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+    files.close(timeout_s=5)

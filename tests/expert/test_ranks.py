@@ -1,0 +1,224 @@
+"""An engine on two nodes, as two agents on this machine: they serve together, fail together and end together."""
+
+import os
+import signal
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+from aiohttp import web
+
+from hpc_router import frozen, wire
+from hpc_router.auth import replica_key
+from hpc_router.expert.agent import bind
+from hpc_router.expert.guard import descendants
+from hpc_router.jobdir import JobDir, Phase, Reason
+from hpc_router.registry import Kind, Reader, Record, State, publish
+from hpc_router.relay.server import json_response, listening
+from hpc_router.rundir import RunDir
+from tests.expert.replicas import REPLICA, chat, deployment, exists, half_a_stream, processes_below, rank, ranks
+from tests.waiting import eventually
+
+pytestmark = pytest.mark.e2e  # mostly waiting for silence
+
+
+async def test_two_ranks_serve_and_only_the_first_is_in_the_registry(run: RunDir, scratch: Path) -> None:
+    configured = deployment(scratch, nodes=2)
+    configured.cluster.beat_s = 0.5  # a farewell lasts two
+    async with ranks(run, configured) as (agent, (other,)):
+        progress, _ = await agent.ready()
+        assert list(Reader(run.registry).snapshot()) == [REPLICA]
+        engines = [progress.engine_pid, *processes_below(other)]
+        assert len(engines) == 3  # with the other rank's guard
+        async with agent.session() as session, session.post(wire.CHAT, json=chat()) as response:
+            assert response.status == 200
+        agent.process.terminate()
+        assert await agent.end() == 0
+        assert await other.wait() == 0
+        assert not any(pid is not None and exists(pid) for pid in engines)
+        ended = agent.job.exit()
+        assert ended is not None
+        assert ended.reason is Reason.DRAINED
+
+
+async def test_a_signal_to_any_rank_drains_all(run: RunDir, scratch: Path) -> None:
+    """Slurm signals every task; a request in flight needs them all until it has ended."""
+    configured = deployment(scratch, nodes=2)
+    configured.cluster.beat_s = 0.5  # a farewell lasts two
+    async with ranks(run, configured) as (agent, (other,)):
+        await agent.ready()
+        async with agent.session() as session, half_a_stream(session) as response:
+            other.send_signal(signal.SIGTERM)
+            await agent.reached(Phase.DRAINING)
+            assert (await response.read()).endswith(b"data: [DONE]\n\n")
+        assert await agent.end() == 0
+        assert await other.wait() == 0
+        ended = agent.job.exit()
+        assert ended is not None
+        assert ended.message.endswith("was told to stop")
+
+
+async def test_a_killed_engine_of_another_rank_is_why_all_start_again(run: RunDir, scratch: Path) -> None:
+    async with ranks(run, deployment(scratch, nodes=2)) as (agent, (other,)):
+        before, _ = await agent.ready()
+        _, engine = sorted(processes_below(other))
+        os.kill(engine, signal.SIGKILL)
+        after, _ = await agent.ready(restarts=1)
+        assert after.engine_pid != before.engine_pid
+        assert after.reason is Reason.KILLED
+        assert after.message is not None
+        assert after.message.startswith("rank 1 on ")
+        async with agent.session() as session, session.post(wire.CHAT, json=chat()) as response:
+            assert response.status == 200
+
+
+async def test_a_killed_engine_of_the_first_rank_starts_all_again(run: RunDir, scratch: Path) -> None:
+    async with ranks(run, deployment(scratch, nodes=2)) as (agent, (other,)):
+        before, _ = await agent.ready()
+        engines = processes_below(other)
+        assert before.engine_pid is not None
+        os.kill(before.engine_pid, signal.SIGKILL)
+        after, _ = await agent.ready(restarts=1)
+        assert after.reason is Reason.KILLED
+        assert not any(exists(pid) for pid in engines)
+
+
+async def test_a_lost_rank_that_does_not_return_ends_the_job(run: RunDir, scratch: Path) -> None:
+    async with ranks(run, deployment(scratch, nodes=2)) as (agent, (other,)):
+        progress, _ = await agent.ready()
+        engine = progress.engine_pid
+        assert engine is not None
+        below = descendants(other.pid)
+        other.kill()
+        await eventually(lambda: not exists(engine) and not any(exists(pid) for pid in below))
+        assert await agent.end() == 1
+        ended = agent.job.exit()
+        assert ended is not None
+        assert ended.reason is Reason.RANK_LOST
+        assert "did not report in within 3 s" in ended.message
+        assert agent.record is None
+
+
+async def test_a_silent_rank_is_a_lost_one(run: RunDir, scratch: Path) -> None:
+    """Its processes live and hold their connections, as those of a node that was cut off."""
+    async with ranks(run, deployment(scratch, nodes=2)) as (agent, (other,)):
+        await agent.ready()
+        frozen = [other.pid, *processes_below(other)]
+        for pid in frozen:
+            os.kill(pid, signal.SIGSTOP)
+        progress = await agent.reached(Phase.RESTARTING, restarts=1)
+        assert progress.reason is Reason.RANK_LOST
+        assert progress.message is not None
+        assert "has not been heard of for 1 s" in progress.message
+        for pid in frozen:
+            os.kill(pid, signal.SIGCONT)
+        await agent.ready(restarts=1)  # it was away for less than three seconds
+
+
+async def test_a_killed_leader_leaves_no_engine_and_no_follower(run: RunDir, scratch: Path) -> None:
+    async with ranks(run, deployment(scratch, nodes=2)) as (agent, (other,)):
+        await agent.ready()
+        engines = processes_below(other)
+        agent.process.kill()
+        await agent.process.wait()
+        await eventually(lambda: not any(exists(pid) for pid in engines))
+        assert await other.wait() == 1
+        ended = agent.job.exit()
+        assert ended is not None
+        assert ended.reason is Reason.RANK_LOST
+        assert ended.message.startswith("rank 0 has not been heard of for 6 s by rank 1 on ")
+
+
+async def test_a_leader_that_cannot_be_heard(run: RunDir, scratch: Path) -> None:
+    """As of a node that was cut off: the others end their engines, and take part again when it is back."""
+    async with ranks(run, deployment(scratch, nodes=2)) as (agent, (other,)):
+        await agent.ready()
+        engines = processes_below(other)
+        agent.process.send_signal(signal.SIGSTOP)
+        await eventually(lambda: not any(exists(pid) for pid in engines))
+        agent.process.send_signal(signal.SIGCONT)
+        await agent.ready(restarts=1)
+        assert processes_below(other)
+
+
+async def test_slurm_ends_the_job_of_a_lost_node_and_the_reason_stays(run: RunDir, scratch: Path) -> None:
+    """By SIGTERM, as any other; but nobody asked this replica to drain."""
+    async with ranks(run, deployment(scratch, nodes=2)) as (agent, (other,)):
+        await agent.ready()
+        other.kill()
+        await agent.reached(Phase.RESTARTING, restarts=1)
+        agent.process.terminate()
+        assert await agent.end() == 1
+        ended = agent.job.exit()
+        assert ended is not None
+        assert ended.reason is Reason.RANK_LOST
+
+
+async def test_a_lost_rank_is_why_the_others_are_told_to_end(run: RunDir, scratch: Path) -> None:
+    """`srun` ends a step by SIGTERM as soon as one of its tasks has died, before rank 0 can have missed it."""
+    async with ranks(run, deployment(scratch, nodes=2)) as (agent, (other,)):
+        await agent.ready()
+        other.kill()
+        await other.wait()
+        agent.process.terminate()
+        assert await agent.end() == 1
+        ended = agent.job.exit()
+        assert ended is not None
+        assert ended.reason is Reason.RANK_LOST
+
+
+async def test_a_stranger_at_the_leaders_port_gives_no_orders(run: RunDir, scratch: Path) -> None:
+    """It knows neither the key nor, from the reports, any token that others take."""
+    reports: list[str] = []
+
+    async def answer(request: web.BaseRequest) -> web.StreamResponse:
+        reports.append(request.headers["authorization"])
+        return json_response(asdict(wire.RankOrder(wire.Action.RUN, 1, "127.0.0.1", 9)))
+
+    configured = deployment(scratch, nodes=2)
+    configured.cluster.beat_s = 0.05
+    run.config.write_text(frozen.to_yaml(configured))
+    with bind("127.0.0.1") as sock:
+        url = f"http://127.0.0.1:{sock.getsockname()[1]}"
+        publish(run.registry, Record(Kind.EXPERT, REPLICA, url, State.STARTING, {"math": "math"}, nonce="n"))
+        async with listening(answer, sock, max_body=2**16), rank(run, 1) as other:
+            assert await other.wait() == 1
+    assert len(reports) > 10
+    assert {f"Bearer {replica_key(run.secret(), 'n')}"}.isdisjoint(reports)
+    log = (run.logs / f"{REPLICA}.rank1.log").read_text()
+    assert "a stranger answers in its place" in log
+    assert "engine started" not in log
+
+
+async def test_a_rank_that_never_comes(run: RunDir, scratch: Path) -> None:
+    configured = deployment(scratch, nodes=3)
+    configured.cluster.beat_s = 0.1
+    async with ranks(run, configured) as (agent, (first, second)):
+        first.kill()
+        assert await agent.end() == 1
+        ended = agent.job.exit()
+        assert ended is not None
+        assert (ended.reason, ended.message) == (Reason.RANK_LOST, "rank 1 did not report in within 6 s")
+        assert await second.wait() == 0
+
+
+@pytest.mark.parametrize("value", ["2", "-1", "one"])
+async def test_a_rank_that_cannot_be(run: RunDir, scratch: Path, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`srun` with two tasks for an expert on one node, for instance."""
+    monkeypatch.setenv("HPC_ROUTER_RANK", value)
+    async with ranks(run, deployment(scratch)) as (agent, _):
+        assert await agent.end() == 2
+
+
+async def test_a_rank_that_fails_before_it_has_reported_says_why(run: RunDir, scratch: Path) -> None:
+    """srun ends rank 0 with it: that one, asked to end before it was ready, would look as if nothing had been wrong."""
+    configured = deployment(scratch, nodes=2)
+    configured.cluster.scratch = "$NOT_SET_ON_THIS_NODE"
+    run.config.write_text(frozen.to_yaml(configured))
+    async with rank(run, 1) as other:
+        assert await other.wait() != 0
+    ended = JobDir(run, REPLICA).exit()
+    assert ended is not None
+    assert (ended.ok, ended.reason) == (False, Reason.BAD_OPTION)
+    assert ended.message.startswith("rank 1 on ")
+    assert "NOT_SET_ON_THIS_NODE" in ended.message

@@ -1,0 +1,116 @@
+"""Where a router listens, what it publishes, and what it leaves behind."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from hpc_router import fabric
+from hpc_router.config import ClusterConfig, Deployment, RouterConfig
+from hpc_router.errors import ConfigError
+from hpc_router.filethread import FileThread
+from hpc_router.registry import Kind, Reader, Record, State, publish, replica_name, withdraw
+from hpc_router.router import service
+from hpc_router.router.service import RegistryFile
+from hpc_router.rundir import RunDir, make_run
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    return make_run(tmp_path / "run")
+
+
+def configured(host: str | None, *, on: str | None = "127.0.0.0/8") -> Deployment:
+    return Deployment(router=RouterConfig(host=host), cluster=ClusterConfig(kind="slurm", fabric=on))
+
+
+@pytest.mark.parametrize(
+    ("host", "on", "bound", "published"),
+    [
+        (None, "127.0.0.0/8", "127.0.0.1", "http://127.0.0.1"),
+        (None, "::1", "::1", "http://[::1]"),
+        ("0.0.0.0", "127.0.0.0/8", "0.0.0.0", "http://127.0.0.1"),
+        ("::", "127.0.0.0/8", "::", "http://127.0.0.1"),
+        ("127.0.0.2", None, "127.0.0.2", "http://127.0.0.2"),
+    ],
+)
+def test_it_listens_on_the_fabric_unless_told_otherwise(
+    run: RunDir, host: str | None, on: str | None, bound: str, published: str
+) -> None:
+    if ":" in bound and fabric.interface("::1") is None:
+        pytest.skip("this machine has no IPv6")
+    deployment = configured(host, on=on)
+    with service.bind(run, deployment, node="n1") as sock:
+        name, port = sock.getsockname()[:2]
+        assert name == bound
+        assert service._record(deployment, "router-0.g1", sock, nonce="n").url == f"{published}:{port}"
+
+
+def test_a_host_that_is_not_this_nodes_is_the_users_to_edit(run: RunDir) -> None:
+    with pytest.raises(ConfigError, match=r"router\.host=192\.0\.2\.77"):
+        service.bind(run, configured("192.0.2.77"), node="n1")
+
+
+def a_record(generation: int, *, kind: Kind = Kind.ROUTER, state: State = State.READY) -> Record:
+    name = "router" if kind is Kind.ROUTER else "math"
+    return Record(kind, replica_name(name, 0, generation), "http://127.0.0.1:1", state, {}, generation=generation)
+
+
+class TestRegistryFile:
+    """Of router-0.g2."""
+
+    @pytest.fixture
+    def files(self) -> Iterator[FileThread]:
+        files = FileThread("test")
+        yield files
+        files.close(timeout_s=5)
+
+    @pytest.fixture
+    def keeper(self, run: RunDir, files: FileThread) -> RegistryFile:
+        publish(run.registry, a_record(2))
+        publish(run.registry, a_record(1, kind=Kind.EXPERT))
+        return RegistryFile(run, "router-0.g2", files)
+
+    def named(self, run: RunDir, files: FileThread) -> list[str] | None:
+        files.close(timeout_s=5)
+        if not run.registry_json.exists():
+            return None
+        return [record["replica"] for record in json.loads(run.registry_json.read_text())["records"]]
+
+    def leave(self, run: RunDir, keeper: RegistryFile) -> None:
+        withdraw(run.registry, "router-0.g2")
+        keeper.leave()
+
+    def test_while_it_leads(self, run: RunDir, keeper: RegistryFile, files: FileThread) -> None:
+        keeper.keep(Reader(run.registry).snapshot())
+        assert self.named(run, files) == ["math-0.g1", "router-0.g2"]
+
+    def test_when_it_leaves(self, run: RunDir, keeper: RegistryFile, files: FileThread) -> None:
+        """A look from before, told late, does not bring it back."""
+        seen = Reader(run.registry).snapshot()
+        keeper.keep(seen)
+        self.leave(run, keeper)
+        keeper.keep(seen | {"math-0.g1": replace(seen["math-0.g1"], beat=1)})
+        assert self.named(run, files) == ["math-0.g1"]
+
+    def test_its_successor_keeps_the_file(self, run: RunDir, keeper: RegistryFile, files: FileThread) -> None:
+        keeper.keep(Reader(run.registry).snapshot())
+        publish(run.registry, a_record(3))
+        self.leave(run, keeper)
+        assert self.named(run, files) == ["math-0.g1", "router-0.g2"], "the successor writes what follows"
+
+    @pytest.mark.parametrize("other", [a_record(1), a_record(3, state=State.STARTING)])
+    def test_one_that_does_not_lead_by_then_keeps_nothing(
+        self, run: RunDir, keeper: RegistryFile, files: FileThread, other: Record
+    ) -> None:
+        keeper.keep(Reader(run.registry).snapshot())
+        publish(run.registry, other)
+        self.leave(run, keeper)
+        assert self.named(run, files) == sorted(["math-0.g1", other.replica])
+
+    def test_a_standby_that_leaves(self, run: RunDir, keeper: RegistryFile, files: FileThread) -> None:
+        """It never led, so the file is another's."""
+        self.leave(run, keeper)
+        assert self.named(run, files) is None

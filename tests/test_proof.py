@@ -1,0 +1,162 @@
+"""A router proves itself to a real socket's other end, or is not given the token."""
+
+import asyncio
+import json
+import math
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from urllib.parse import parse_qs, urlsplit
+
+import pytest
+
+from hpc_router.auth import challenge_answer, replica_key
+from hpc_router.proof import LONGEST_ANSWER, PROOF_S, Finding, Proof, examine, proves
+from hpc_router.registry import Kind, Record, State
+
+SECRET = "the deployment's"
+RECORD = Record(Kind.ROUTER, "router-0.g1", "http://127.0.0.1:1", State.READY, {}, nonce="n1")
+Say = Callable[[str, asyncio.StreamWriter], Awaitable[None]]
+
+
+def answered(challenge: str, *, replica: str = RECORD.replica, secret: str = SECRET, nonce: str = "n1") -> str:
+    answer = challenge_answer(replica_key(secret, nonce), challenge)
+    return json.dumps({"status": "ok", "replica": replica, "answer": answer})
+
+
+def says(body: Callable[[str], str]) -> Say:
+    async def say(challenge: str, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\n\r\n" + body(challenge).encode())
+
+    return say
+
+
+@asynccontextmanager
+async def at(say: Say) -> AsyncIterator[Record]:
+    """The record's address, where `say` answers challenges."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        target = (await reader.readuntil(b"\r\n\r\n")).split()[1].decode()
+        try:
+            await say(parse_qs(urlsplit(target).query)["challenge"][0], writer)
+            await writer.drain()
+        except ConnectionError:  # it has heard enough
+            pass
+        finally:
+            writer.close()
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+        yield replace(RECORD, url=f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
+
+
+async def drips(challenge: str, writer: asyncio.StreamWriter) -> None:
+    """Never silent for long, never done."""
+    while True:
+        writer.write(b"x")
+        await writer.drain()
+        await asyncio.sleep(0.01)
+
+
+async def silent(challenge: str, writer: asyncio.StreamWriter) -> None:
+    await asyncio.Event().wait()
+
+
+@pytest.mark.parametrize(
+    ("say", "finding"),
+    [
+        (says(answered), Finding.PROVEN),
+        (says(lambda c: answered(c, nonce="another")), Finding.STRANGER),
+        (says(lambda c: answered(c, secret="guessed")), Finding.STRANGER),
+        (says(lambda c: answered(c, replica="router-0.g2")), Finding.STRANGER),
+        (says(lambda _: answered("an old challenge")), Finding.STRANGER),
+        (says(lambda _: '{"status": "ok"}'), Finding.STRANGER),
+        (says(lambda _: '{"replica": "router-0.g1", "answer": ["\\ud800"]}'), Finding.STRANGER),
+        (says(lambda _: "[]"), Finding.STRANGER),
+        (says(lambda _: "<html>"), Finding.STRANGER),
+        (says(lambda _: "[" * 50_000), Finding.STRANGER),
+        (says(lambda c: answered(c) + " " * LONGEST_ANSWER), Finding.STRANGER),
+        (says(lambda _: ""), Finding.STRANGER),
+    ],
+)
+async def test_what_answers_is_the_router_or_not(say: Say, finding: Finding) -> None:
+    async with at(say) as record:
+        assert await asyncio.to_thread(examine, record, SECRET) is finding
+
+
+@pytest.mark.parametrize("say", [silent, drips])
+async def test_one_limit_bounds_the_whole_question(say: Say) -> None:
+    """A stranger that drips would otherwise hold a client for ever."""
+    async with at(say) as record, asyncio.timeout(10):
+        assert await asyncio.to_thread(examine, record, SECRET, patience_s=0.1) is Finding.NOBODY
+
+
+async def test_what_hangs_up_is_nobody() -> None:
+    """As a killed process does for a moment."""
+
+    async def hangs_up(challenge: str, writer: asyncio.StreamWriter) -> None:
+        writer.transport.abort()
+
+    async with at(hangs_up) as record:
+        assert await asyncio.to_thread(examine, record, SECRET) is Finding.NOBODY
+
+
+def test_nobody_listens() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        url = f"http://127.0.0.1:{sock.getsockname()[1]}"
+    assert examine(replace(RECORD, url=url), SECRET) is Finding.NOBODY
+
+
+@pytest.mark.parametrize("url", ["https://127.0.0.1:1", "http://127.0.0.1:99999", "http://[::1", "http://"])
+def test_what_is_no_routers_address(url: str) -> None:
+    assert examine(replace(RECORD, url=url), SECRET) is not Finding.PROVEN
+
+
+@pytest.mark.parametrize("nonce", [None, ""])
+def test_a_record_without_a_nonce_proves_nothing(nonce: str | None) -> None:
+    """Of an older version. Whoever knows no secret could answer nothing else, so nobody is asked."""
+    older = replace(RECORD, nonce=nonce)
+    assert examine(older, SECRET) is Finding.OLDER
+    answer = json.loads(answered("c", nonce=nonce or ""))
+    assert not proves(answer, record=older, secret=SECRET, challenge="c")
+
+
+class TestProof:
+    """Who was asked when, and for whom that will do."""
+
+    @pytest.fixture
+    def proof(self) -> Proof:
+        proof = Proof()
+        proof.learn(RECORD, Finding.PROVEN, begun_at=100.0, ended_at=101.0)
+        return proof
+
+    def test_before_anybody_was_asked(self) -> None:
+        assert Proof().of(RECORD, since=0.0, now=0.0) is None
+
+    @pytest.mark.parametrize(("age_s", "holds"), [(0.0, True), (PROOF_S, True), (math.nextafter(PROOF_S, 99), False)])
+    def test_it_holds_for_a_while(self, proof: Proof, age_s: float, holds: bool) -> None:
+        """From when the question was put: the answer may have been made at once."""
+        proof = Proof()
+        proof.learn(RECORD, Finding.PROVEN, begun_at=0.0, ended_at=age_s)
+        assert proof.of(RECORD, since=age_s, now=age_s) is (Finding.PROVEN if holds else None)
+
+    @pytest.mark.parametrize("change", [{"url": "http://127.0.0.1:2"}, {"nonce": "n2"}, {"replica": "router-0.g2"}])
+    def test_of_that_router_only(self, proof: Proof, change: dict[str, str]) -> None:
+        assert proof.of(replace(RECORD, **change), since=101.0, now=101.0) is None  # type: ignore[arg-type]
+        assert proof.of(replace(RECORD, beat=7), since=101.0, now=101.0) is Finding.PROVEN
+
+    @pytest.mark.parametrize(("doubted_at", "holds"), [(99.0, True), (100.0, False), (100.5, False), (102.0, False)])
+    def test_a_doubt_ends_what_was_asked_before_it(self, proof: Proof, doubted_at: float, holds: bool) -> None:
+        proof.doubt(doubted_at)
+        proof.doubt(50.0)  # told late by another thread
+        assert proof.of(RECORD, since=103.0, now=103.0) is (Finding.PROVEN if holds else None)
+
+    @pytest.mark.parametrize(("since", "shared"), [(100.5, True), (101.0, True), (101.5, False)])
+    def test_a_failure_serves_those_who_waited_for_it(self, since: float, shared: bool) -> None:
+        proof = Proof()
+        proof.learn(RECORD, Finding.STRANGER, begun_at=100.0, ended_at=101.0)
+        assert proof.of(RECORD, since=since, now=102.0) is (Finding.STRANGER if shared else None)
+
+    def test_a_late_answer_does_not_replace_a_newer_one(self, proof: Proof) -> None:
+        proof.learn(RECORD, Finding.NOBODY, begun_at=99.0, ended_at=103.0)
+        assert proof.of(RECORD, since=102.0, now=103.0) is Finding.PROVEN
