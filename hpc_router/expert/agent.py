@@ -34,6 +34,7 @@ from hpc_router.filethread import PATIENCE_S, FileThread
 from hpc_router.jobdir import Exit, JobDir, Phase, Reason
 from hpc_router.lease import Lease
 from hpc_router.registry import Kind, Record, State, http_url, split_replica
+from hpc_router.relay.exchange import Upstream
 from hpc_router.relay.server import listening
 from hpc_router.relay.upstream import UpstreamClient
 from hpc_router.rundir import RunDir
@@ -206,7 +207,7 @@ class Agent:
                 return "the deployment was taken down"
         return None
 
-    def _make_gate(self, client: UpstreamClient) -> Gate:
+    def _make_gate(self, client: Upstream) -> Gate:
         return Gate(
             replica=self._job.replica,
             key=replica_key(self._run.secret(), self._nonce),
@@ -235,7 +236,7 @@ class Agent:
         )
         return self._leading
 
-    def _supervisor(self, attempts: Attempts, client: UpstreamClient, gate: Gate) -> Supervisor:
+    def _supervisor(self, attempts: Attempts, client: Upstream, gate: Gate) -> Supervisor:
         config = self._config.engine
         return Supervisor(
             engine=self._engine,

@@ -33,7 +33,8 @@ from hpc_router.expert.scratch import expanded, scratch_folder
 from hpc_router.filethread import PATIENCE_S, FileThread
 from hpc_router.jobdir import Exit, JobDir, Reason
 from hpc_router.registry import Reader, Record, split_replica
-from hpc_router.relay.upstream import Limits, UpstreamClient
+from hpc_router.relay.exchange import Limits, Upstream
+from hpc_router.relay.upstream import UpstreamClient
 from hpc_router.rundir import RunDir
 from hpc_router.wire import RANK, Action, RankOrder, RankReport
 
@@ -113,7 +114,7 @@ class Follower:
             await stack.enter_async_context(self._engine)
             return await self._follow(client, place)
 
-    async def _follow(self, client: UpstreamClient, place: Place) -> Exit:
+    async def _follow(self, client: Upstream, place: Place) -> Exit:
         clock, beat_s = asyncio.get_running_loop().time, self._cluster.beat_s
         heard_at, gone_s = clock(), ASSEMBLE_BEATS * beat_s
         while True:
@@ -141,7 +142,7 @@ class Follower:
             ranks = Ranks(self._rank, self._nodes, here, fabric.interface(here), *meeting)
             self._engine.start(order.attempt, self._commands.at(replace(place, ranks=ranks)))
 
-    async def _ask(self, client: UpstreamClient) -> RankOrder | None:
+    async def _ask(self, client: Upstream) -> RankOrder | None:
         """Rank 0's order; None when it cannot be had. Its record is read anew after every failure."""
         if self._leader is None:
             self._leader = await self._find()

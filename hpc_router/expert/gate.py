@@ -19,9 +19,9 @@ from hpc_router.auth import bearer, challenge_answer, same
 from hpc_router.errors import UpstreamError
 from hpc_router.expert.passthrough import pass_through
 from hpc_router.registry import State
+from hpc_router.relay.exchange import Upstream
 from hpc_router.relay.in_flight import InFlight
 from hpc_router.relay.server import Handler, error_response, json_response
-from hpc_router.relay.upstream import UpstreamClient
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ class Gate:
     replica: str
     key: str
     capacity: int
-    client: UpstreamClient
+    client: Upstream
     names: tuple[str, ...]
     lists_models: bool
     on_drain: Callable[[str], None]

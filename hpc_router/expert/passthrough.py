@@ -12,8 +12,9 @@ from aiohttp import hdrs, web
 from yarl import URL
 
 from hpc_router.errors import UpstreamError
+from hpc_router.relay.delivery import Delivery, DownstreamGoneError
+from hpc_router.relay.exchange import Limits, Upstream, UpstreamResponse
 from hpc_router.relay.headers import downstream_headers, upstream_headers
-from hpc_router.relay.upstream import Limits, UpstreamClient, UpstreamResponse
 
 logger = logging.getLogger(__name__)
 
@@ -23,9 +24,7 @@ ENGINE_LIMITS: Final = Limits(connect_s=5.0, first_byte_s=_A_DAY_S, idle_s=_A_DA
 _ENGINE: Final = URL("http://engine")
 
 
-async def pass_through(
-    request: web.BaseRequest, client: UpstreamClient, *, heard: Callable[[], None]
-) -> web.StreamResponse:
+async def pass_through(request: web.BaseRequest, client: Upstream, *, heard: Callable[[], None]) -> web.StreamResponse:
     """Calls `heard` for every piece of the answer.
 
     Raises UpstreamError when the engine gives no answer, HTTPRequestEntityTooLarge for the body's size.
@@ -33,16 +32,19 @@ async def pass_through(
     body = await request.read() if request.body_exists else None
     headers = upstream_headers(request.headers, add={})
     response: web.StreamResponse | None = None
+    delivery = Delivery(request)
     try:
         async with client.request(request.method, engine_url(request.path_qs), headers=headers, body=body) as answer:
-            response = _begin(answer)
-            await _copy(request, answer, response, heard=heard)
+            response = _response(answer)
+            await delivery.begin(response)
+            await answer.flow(_Copy(delivery, heard))
+    except DownstreamGoneError:
+        pass  # its handler is about to be cancelled
     except UpstreamError as error:
-        if response is None or not response.prepared:
+        if not delivery.begun:
             raise
         logger.warning("the engine failed in the midst of an answer: %s", error)
-        if request.transport is not None:
-            request.transport.abort()
+        delivery.abort()
     assert response is not None
     return response
 
@@ -51,23 +53,23 @@ def engine_url(path: str) -> URL:
     return _ENGINE.join(URL(path, encoded=True))
 
 
-def _begin(answer: UpstreamResponse) -> web.StreamResponse:
+def _response(answer: UpstreamResponse) -> web.StreamResponse:
     response = web.StreamResponse(status=answer.status, headers=downstream_headers(answer.headers, add={}))
     if (length := answer.headers.get(hdrs.CONTENT_LENGTH)) is not None:
         response.content_length = int(length)
     return response
 
 
-async def _copy(
-    request: web.BaseRequest, answer: UpstreamResponse, response: web.StreamResponse, *, heard: Callable[[], None]
-) -> None:
-    try:
-        await response.prepare(request)
-    except ConnectionError:
-        return  # the caller has gone; its handler is about to be cancelled
-    async for chunk in answer.chunks():
-        heard()
-        try:
-            await response.write(chunk)
-        except ConnectionError:
-            return
+class _Copy:
+    """A sink that writes what it is given."""
+
+    def __init__(self, delivery: Delivery, heard: Callable[[], None]) -> None:
+        self._delivery = delivery
+        self._heard = heard
+
+    def take(self, data: bytes) -> bool:
+        self._heard()
+        return self._delivery.write(data)
+
+    async def make_room(self) -> None:
+        await self._delivery.drain()

@@ -19,7 +19,7 @@ from hpc_router.expert.process import EngineProcess
 from hpc_router.expert.restarts import Restarts
 from hpc_router.filethread import FileThread
 from hpc_router.jobdir import Phase, Reason
-from hpc_router.relay.upstream import UpstreamClient
+from hpc_router.relay.exchange import Upstream
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ class Supervisor:
 
     engine: Engine
     attempts: Attempts
-    client: UpstreamClient
+    client: Upstream
     files: FileThread
     observer: Observer
     restarts: Restarts

@@ -5,31 +5,26 @@ complete, so until then a failure can go elsewhere. Once committed, only whole e
 stream with an error event (a stream) or with a broken connection (a long answer that was not held); never silently.
 """
 
-import asyncio
-from typing import Any
+from typing import Any, Final
 
 from aiohttp import web
 from multidict import CIMultiDict
 
-from hpc_router.errors import HpcRouterError, UpstreamError
+from hpc_router.errors import UpstreamError
+from hpc_router.relay.delivery import Delivery
+from hpc_router.relay.exchange import UpstreamResponse
 from hpc_router.relay.sse import CONTENT_TYPE, EventSplitter, EventTooLargeError, error_event
-from hpc_router.relay.upstream import UpstreamResponse
 
-
-class DownstreamGoneError(HpcRouterError):
-    """The client has closed its connection."""
+_SHORT_BYTES: Final = 2**16
+"""What aiohttp may be left to send at its leisure."""
 
 
 class Downstream:
-    """Writes to the client of `request`. `response` is what the handler returns in the end.
-
-    A client that takes nothing for `write_s` seconds has gone as well: it holds a place on a replica.
-    """
+    """Writes to the client of `request`. `response` is what the handler returns in the end."""
 
     def __init__(self, request: web.BaseRequest, *, hold_bytes: int, write_s: float) -> None:
-        self._request = request
         self._hold_bytes = hold_bytes
-        self._write_s = write_s
+        self._delivery = Delivery(request, write_s=write_s)
         self._streaming_events = False
         self.response: web.StreamResponse | None = None
 
@@ -38,64 +33,82 @@ class Downstream:
         return self.response is not None
 
     async def pass_on(self, upstream: UpstreamResponse, headers: CIMultiDict[str]) -> None:
-        """The whole response. Raises what `UpstreamResponse.chunks` raises, and DownstreamGoneError."""
+        """The whole response. Raises what `UpstreamResponse.flow` raises, and DownstreamGoneError."""
         if upstream.content_type == CONTENT_TYPE:
-            await self._pass_events(upstream, headers)
-        else:
-            await self._pass_body(upstream, headers)
+            self._streaming_events = True
+            events = _Events(self, upstream.status, headers, hold_bytes=0)
+            await upstream.flow(events)
+            events.check_end()
+            if not self.committed:
+                await self.commit(upstream.status, headers)
+            return
+        body = _Body(self, upstream.status, headers, hold_bytes=self._hold_bytes)
+        await upstream.flow(body)
+        if self.committed:
+            return
+        if len(body.held) <= _SHORT_BYTES:
+            self.response = web.Response(status=upstream.status, headers=headers, body=bytes(body.held))
+        else:  # the client's place is held until it has taken most of it
+            body.length = len(body.held)
+            await body.make_room()
 
     async def break_off(self, error: dict[str, Any]) -> None:
         """End a committed response that cannot be completed."""
         assert self.response is not None
-        if self._streaming_events:
-            await self._write(error_event(error))
-        elif self._request.transport is not None:
-            self._request.transport.abort()
+        if not self._streaming_events:
+            self._delivery.abort()
+        elif not self._delivery.write(error_event(error)):
+            await self._delivery.drain()
 
-    async def _pass_events(self, upstream: UpstreamResponse, headers: CIMultiDict[str]) -> None:
-        self._streaming_events = True
-        splitter = EventSplitter()
-        async for chunk in upstream.chunks():
-            try:
-                events = splitter.feed(chunk)
-            except EventTooLargeError as error:
-                raise UpstreamError(str(error)) from error
-            if events:
-                await self._commit(upstream.status, headers)
-                await self._write(events)
-        if splitter.tail:
-            raise UpstreamError("the replica's stream ended inside an event")
-        await self._commit(upstream.status, headers)
+    async def commit(self, status: int, headers: CIMultiDict[str], *, length: int | None = None) -> Delivery:
+        """From here on there is no other replica to go to."""
+        self.response = web.StreamResponse(status=status, headers=headers)
+        self.response.content_length = length
+        await self._delivery.begin(self.response)
+        return self._delivery
 
-    async def _pass_body(self, upstream: UpstreamResponse, headers: CIMultiDict[str]) -> None:
-        held = bytearray()
-        async for chunk in upstream.chunks():
-            if self.committed:
-                await self._write(chunk)
-                continue
-            held += chunk
-            if len(held) > self._hold_bytes:
-                await self._commit(upstream.status, headers)
-                await self._write(bytes(held))
-        if not self.committed:
-            self.response = web.Response(status=upstream.status, headers=headers, body=bytes(held))
 
-    async def _commit(self, status: int, headers: CIMultiDict[str]) -> None:
-        if self.response is None:
-            self.response = web.StreamResponse(status=status, headers=headers)
-            try:
-                await self.response.prepare(self._request)
-            except ConnectionError as error:
-                raise DownstreamGoneError("the client has gone") from error
+class _Body:
+    """A sink that holds up to `hold_bytes` bytes; more than that commits the response."""
 
-    async def _write(self, data: bytes) -> None:
-        assert self.response is not None
+    def __init__(self, downstream: Downstream, status: int, headers: CIMultiDict[str], *, hold_bytes: int) -> None:
+        self._downstream = downstream
+        self._head = status, headers
+        self._hold_bytes = hold_bytes
+        self._delivery: Delivery | None = None
+        self.held = bytearray()
+        self.length: int | None = None  # once all of it is held
+
+    def take(self, data: bytes) -> bool:
+        if self._delivery is not None:
+            return self._delivery.write(data)
+        self.held += data
+        return len(self.held) <= self._hold_bytes
+
+    async def make_room(self) -> None:
+        if self._delivery is None:
+            self._delivery = await self._downstream.commit(*self._head, length=self.length)
+            self._delivery.write(bytes(self.held))
+            self.held.clear()
+        await self._delivery.drain()
+
+
+class _Events(_Body):
+    """Lets whole events through only."""
+
+    def __init__(self, downstream: Downstream, status: int, headers: CIMultiDict[str], *, hold_bytes: int) -> None:
+        super().__init__(downstream, status, headers, hold_bytes=hold_bytes)
+        self._splitter = EventSplitter()
+
+    def take(self, data: bytes) -> bool:
         try:
-            async with asyncio.timeout(self._write_s):
-                await self.response.write(data)
-        except ConnectionError as error:
-            raise DownstreamGoneError("the client has gone") from error
-        except TimeoutError as error:
-            if self._request.transport is not None:
-                self._request.transport.abort()
-            raise DownstreamGoneError("the client reads no more") from error
+            events = self._splitter.feed(data)
+        except EventTooLargeError as error:
+            raise UpstreamError(str(error)) from error
+        if not events:
+            return True
+        return self._delivery.write(events) if self._delivery is not None else super().take(events)
+
+    def check_end(self) -> None:
+        if self._splitter.tail:
+            raise UpstreamError("the replica's stream ended inside an event")

@@ -43,8 +43,9 @@ def downstream_headers(upstream: CIMultiDictProxy[str], *, add: Mapping[str, str
 
 
 def _crossing(headers: CIMultiDictProxy[str], *, drop: frozenset[str], add: Mapping[str, str]) -> CIMultiDict[str]:
-    named = _connection_options(headers)
-    kept = CIMultiDict((k, v) for k, v in headers.items() if (low := k.lower()) not in drop and low not in named)
+    if "connection" in headers:
+        drop |= _connection_options(headers)
+    kept = CIMultiDict([field for field in headers.items() if field[0].lower() not in drop])
     kept.update(add)
     return kept
 

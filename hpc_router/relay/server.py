@@ -13,11 +13,15 @@ from aiohttp import HttpVersion11, web
 from hpc_router.errors import BadRequestError, BodyTooLargeError, RequestTimeoutError
 
 BACKLOG: Final = 4096
+KEEP_ALIVE_S: Final = 75.0
+"""How long a client may take to send a request's headers, after it has connected or had its last answer."""
 Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 
 
 @asynccontextmanager
-async def listening(handler: Handler, sock: socket.socket, *, max_body: int) -> AsyncIterator[asyncio.Server]:
+async def listening(
+    handler: Handler, sock: socket.socket, *, max_body: int, keep_alive_s: float = KEEP_ALIVE_S
+) -> AsyncIterator[asyncio.Server]:
     """Serve until the end of the block, where connections are closed and handlers still running are cancelled.
 
     Closing the yielded server before that only stops new connections. Bodies above `max_body` bytes raise
@@ -30,7 +34,12 @@ async def listening(handler: Handler, sock: socket.socket, *, max_body: int) -> 
 
     # A client that leaves cancels its handler, and with it the engine's work; aiohttp's own runners leave that off.
     server = web.Server(
-        handler, request_factory=make_request, handler_cancellation=True, access_log=None, logger=_logger()
+        handler,
+        request_factory=make_request,
+        handler_cancellation=True,
+        keepalive_timeout=keep_alive_s,
+        access_log=None,
+        logger=_logger(),
     )
     listener = await loop.create_server(server, sock=sock, backlog=BACKLOG)
     try:
@@ -51,6 +60,8 @@ async def read_body(request: web.BaseRequest, *, limit_s: float) -> bytes:
         await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         request.writer.output_size = 0  # what was sent is no part of the response
     try:
+        if request.content.is_eof():  # it came with its headers, as most do
+            return await request.read()
         async with asyncio.timeout(limit_s):
             return await request.read()
     except web.HTTPRequestEntityTooLarge as error:

@@ -26,6 +26,9 @@ class EventSplitter:
 
     def feed(self, chunk: bytes) -> bytes:
         """Every byte up to the end of the last whole event; empty when none ended yet."""
+        if chunk.endswith(_ENDS):  # as nearly every chunk does
+            data, self._tail = self._tail + chunk, b""
+            return data
         data = self._tail + chunk if self._tail else chunk
         new = max(0, len(self._tail) - 3)  # the tail holds no end, but may hold the beginning of one
         end = max(at + len(mark) if (at := data.rfind(mark, new)) >= 0 else 0 for mark in _ENDS)

@@ -8,8 +8,8 @@ challenge, so that nobody sends his token to another process on this port. What 
 import asyncio
 import logging
 import re
+import secrets
 import time
-import uuid
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -103,7 +103,7 @@ class Gateway:
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         """The handler of aiohttp's low-level server; never raises but for cancellation."""
         given = request.headers.get(wire.REQUEST_ID_HEADER, "")
-        request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        request_id = given if given and _REQUEST_ID.fullmatch(given) else secrets.token_hex(16)
         try:
             response = await self._find(request)(request, request_id)
         except HpcRouterError as error:

@@ -19,9 +19,11 @@ from hpc_router import wire
 from hpc_router.config import RouterConfig
 from hpc_router.errors import UnavailableError, UpstreamConnectError, UpstreamError, UpstreamTimeoutError
 from hpc_router.registry import Kind
-from hpc_router.relay.downstream import Downstream, DownstreamGoneError
+from hpc_router.relay.delivery import DownstreamGoneError
+from hpc_router.relay.downstream import Downstream
+from hpc_router.relay.exchange import Upstream, UpstreamResponse
 from hpc_router.relay.headers import downstream_headers, upstream_headers
-from hpc_router.relay.upstream import Patience, UpstreamClient, UpstreamResponse
+from hpc_router.relay.patience import Patience
 from hpc_router.router.discovery import Discovery
 from hpc_router.router.metrics import Metrics
 from hpc_router.router.replicas import Event, Hold, Replica, ReplicaTable
@@ -67,26 +69,19 @@ class _TryElsewhereError(Exception):
 class Dispatcher:
     table: ReplicaTable
     discovery: Discovery
-    client: UpstreamClient
+    client: Upstream
     metrics: Metrics
     config: RouterConfig
 
     async def run(self, errand: Errand) -> web.StreamResponse:
         """Raises UnavailableError when no replica could be had in time."""
         try:
-            async with asyncio.timeout(None) as queue_limit:
-                return await self._attempts(errand, queue_limit)
+            return await self._attempts(errand)
         except asyncio.CancelledError:
             self.metrics.cancelled.labels(errand.phase).inc()
             raise
-        except TimeoutError as error:
-            waited = f"within {self.config.queue_timeout_s:g} s"
-            raise UnavailableError(
-                f"no replica of {' or '.join(errand.experts)} could take the request {waited}",
-                retry_after_s=RETRY_AFTER_S,
-            ) from error
 
-    async def _attempts(self, errand: Errand, queue_limit: asyncio.Timeout) -> web.StreamResponse:
+    async def _attempts(self, errand: Errand) -> web.StreamResponse:
         deadline = asyncio.get_running_loop().time() + self.config.queue_timeout_s
         attempts = 0
         while attempts < MAX_ATTEMPTS:
@@ -95,10 +90,8 @@ class Dispatcher:
                 return errand.refusal
             if hold is None:
                 errand.phase = "queued"
-                queue_limit.reschedule(deadline)
-                hold = await self.table.wait(errand.experts, avoid=errand.avoid)
+                hold = await self._wait(errand, deadline)
             with hold:
-                queue_limit.reschedule(None)
                 attempts += 1
                 try:
                     return await self._attempt(errand, hold)
@@ -107,6 +100,17 @@ class Dispatcher:
         if errand.refusal is not None:
             return errand.refusal
         raise UnavailableError(f"{attempts} replicas failed one after the other", retry_after_s=RETRY_AFTER_S)
+
+    async def _wait(self, errand: Errand, deadline: float) -> Hold:
+        try:
+            async with asyncio.timeout_at(deadline):
+                return await self.table.wait(errand.experts, avoid=errand.avoid)
+        except TimeoutError as error:
+            waited = f"within {self.config.queue_timeout_s:g} s"
+            raise UnavailableError(
+                f"no replica of {' or '.join(errand.experts)} could take the request {waited}",
+                retry_after_s=RETRY_AFTER_S,
+            ) from error
 
     async def _attempt(self, errand: Errand, hold: Hold) -> web.StreamResponse:
         replica, expert = hold.replica, hold.expert

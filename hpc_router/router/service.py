@@ -11,8 +11,8 @@ import resource
 import signal
 import socket
 import time
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -29,8 +29,9 @@ from hpc_router.filethread import FileThread, file_thread
 from hpc_router.jobdir import Exit, JobDir, Phase, Progress, Reason
 from hpc_router.lease import Lease
 from hpc_router.registry import Kind, Reader, Record, State, http_url, leading_router, split_replica
+from hpc_router.relay.exchange import Limits, Upstream
 from hpc_router.relay.server import listening
-from hpc_router.relay.upstream import Limits, UpstreamClient
+from hpc_router.relay.upstream import UpstreamClient
 from hpc_router.router.app import Gateway
 from hpc_router.router.control import ControlLoop
 from hpc_router.router.discovery import Discovery, registry_file
@@ -100,7 +101,14 @@ async def _live(run: RunDir, deployment: Deployment, job: JobDir, files: FileThr
 
 @asynccontextmanager
 async def serving(
-    run: RunDir, deployment: Deployment, *, replica: str, nonce: str, sock: socket.socket, files: FileThread
+    run: RunDir,
+    deployment: Deployment,
+    *,
+    replica: str,
+    nonce: str,
+    sock: socket.socket,
+    files: FileThread,
+    make_client: Callable[[Limits], AbstractAsyncContextManager[Upstream]] = UpstreamClient,
 ) -> AsyncIterator[Gateway]:
     """The router's parts, wired and listening on `sock`; at the end in-flight requests get `router.drain_s`.
 
@@ -113,7 +121,7 @@ async def serving(
     keeper = RegistryFile(run, replica, files)
     discovery = Discovery(run, config, table, on_snapshot=keeper.keep, clock=clock, files=files)
     limits = Limits(config.connect_timeout_s, config.first_byte_timeout_s, config.idle_timeout_s)
-    async with UpstreamClient(limits) as client, discovery:
+    async with make_client(limits) as client, discovery:
         metrics = Metrics(table, in_flight=lambda: gateway.in_flight.count, registry_age_s=discovery.registry_age_s)
         dispatcher = Dispatcher(table=table, discovery=discovery, client=client, metrics=metrics, config=config)
         token = None if config.open else run.token()

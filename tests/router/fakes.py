@@ -5,7 +5,7 @@ import json
 import socket
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
@@ -17,11 +17,15 @@ from hpc_router.auth import bearer, challenge_answer, new_token, replica_key
 from hpc_router.config import Deployment, EngineConfig, ExpertConfig, PolicyConfig, RouterConfig
 from hpc_router.filethread import FileThread
 from hpc_router.registry import EngineInfo, Kind, Record, State
+from hpc_router.relay.exchange import Limits, Upstream
+from hpc_router.relay.upstream import UpstreamClient
 from hpc_router.router.app import Gateway
 from hpc_router.router.service import serving
 from hpc_router.rundir import RunDir, make_run
 
 NONCE: Final = "the router's"
+MAKE_CLIENT: Callable[[Limits], AbstractAsyncContextManager[Upstream]] = UpstreamClient
+"""What the routers of these tests reach replicas with."""
 Act = Callable[["FakeReplica", web.BaseRequest], Awaitable[web.StreamResponse]]
 
 
@@ -179,6 +183,9 @@ class RunningRouter:
 async def a_router(run: RunDir, deployment: Deployment) -> AsyncIterator[RunningRouter]:
     sock = socket.create_server(("127.0.0.1", 0))
     files = FileThread("test")
-    async with serving(run, deployment, replica="router-0.g1", nonce=NONCE, sock=sock, files=files) as gateway:
+    parts = serving(
+        run, deployment, replica="router-0.g1", nonce=NONCE, sock=sock, files=files, make_client=MAKE_CLIENT
+    )
+    async with parts as gateway:
         yield RunningRouter(gateway, f"http://127.0.0.1:{sock.getsockname()[1]}", run.token())
     files.close(timeout_s=5)

@@ -16,6 +16,8 @@ from yarl import URL
 
 from hpc_router.proof import Finding, examine
 from hpc_router.registry import Kind, Record, State
+from hpc_router.relay.upstream import UpstreamClient
+from hpc_router.relay.upstream_aiohttp import AiohttpClient
 from hpc_router.router.replicas import Standing
 from tests.router.fakes import (
     NONCE,
@@ -39,6 +41,12 @@ CHAT = "/v1/chat/completions"
 
 def chat(model: str = "math", *, stream: bool = False, **fields: Any) -> dict[str, Any]:
     return {"model": model, "messages": [{"role": "user", "content": "2+2?"}], "stream": stream, **fields}
+
+
+@pytest.fixture(params=[UpstreamClient, AiohttpClient], autouse=True)
+def upstream_client(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test holds over the reference client as well."""
+    monkeypatch.setattr("tests.router.fakes.MAKE_CLIENT", request.param)
 
 
 @asynccontextmanager

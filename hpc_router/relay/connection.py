@@ -1,0 +1,233 @@
+"""One connection to an upstream server: one exchange after another, each with one task that waits for it.
+
+Bytes are framed as they come and either go to the exchange's sink in the same step, or are kept until the task takes
+them; what is kept is bounded by no longer reading. Whatever goes wrong is stored and raised in the task, after what
+came before it has been taken.
+"""
+
+import asyncio
+from collections.abc import Callable
+from typing import Final, cast
+
+from hpc_router.errors import UpstreamError, UpstreamTimeoutError
+from hpc_router.relay.exchange import Sink
+from hpc_router.relay.framing import ResponseFramer
+from hpc_router.relay.patience import Patience
+
+KEPT_BYTES: Final = 2**16
+"""Beyond this no more is read; one more read may have been under way."""
+IN_ONE_PIECE: Final = 2**18
+"""A longer request body is written in pieces, so that it is not copied whole and does not hold up the event loop."""
+
+
+class Connection(asyncio.Protocol):
+    """`begin`, `send`, `head`, then `chunk` until it is empty or `flow`, and always `end`.
+
+    `on_lost` is called once, when the connection has closed, whoever closed it.
+    """
+
+    __slots__ = (
+        "_failure", "_framer", "_full", "_kept", "_loop", "_on_lost", "_patience", "_reading", "_sent",
+        "_take", "_transport", "_waiter", "_writable", "idle_s", "unanswered",
+    )  # fmt: skip
+
+    def __init__(self, on_lost: Callable[["Connection"], None]) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._on_lost = on_lost
+        self._transport: asyncio.Transport | None = None
+        self._framer: ResponseFramer | None = None
+        self._patience: Patience | None = None
+        self.idle_s = 0.0
+        self._take: Callable[[bytes], bool] | None = None  # of the sink that the body flows into
+        self._full = False  # the sink wants to be asked for room
+        self._kept = 0
+        self._reading = True
+        self._writable = True
+        self._sent = False
+        self._failure: Exception | None = None
+        self._waiter: asyncio.Future[None] | None = None
+        self.unanswered = False  # the last exchange ended without a byte from upstream
+
+    @property
+    def usable(self) -> bool:
+        return self._transport is not None and not self._transport.is_closing()
+
+    def abort(self) -> None:
+        if self._transport is not None:
+            self._transport.abort()
+
+    # The exchange's side.
+
+    def begin(self, patience: Patience, *, idle_s: float, head_only: bool) -> None:
+        assert self._framer is None
+        self._framer = ResponseFramer(head_only=head_only)
+        self._patience, self.idle_s = patience, idle_s
+        patience.on_silence = self._give_up
+        self._failure, self._sent, self._full, self._kept = None, False, False, 0
+
+    async def send(self, head: bytes, body: bytes | None) -> None:
+        """An answer that comes before all is sent ends the sending, and later the connection."""
+        if self._transport is None:
+            self._failure = UpstreamError("the replica had closed the connection")
+            return
+        if not body or len(body) <= IN_ONE_PIECE:
+            self._transport.write(head + body if body else head)
+            self._sent = True
+            return
+        self._transport.write(head)
+        rest = memoryview(body)
+        while rest:
+            while not self._writable and not self._answered:
+                await self._news()
+            if self._answered or self._transport is None:
+                return
+            self._transport.write(rest[:IN_ONE_PIECE])
+            rest = rest[IN_ONE_PIECE:]
+        self._sent = True
+
+    @property
+    def framer(self) -> ResponseFramer:
+        """What is known of this exchange's answer."""
+        assert self._framer is not None
+        return self._framer
+
+    async def head(self) -> None:
+        """Until status and headers are known."""
+        while not self.framer.status:
+            self._raise_failure()
+            await self._news()
+
+    async def chunk(self) -> bytes:
+        """The next of the body; empty at its end."""
+        assert self._framer is not None
+        while not self._framer.pieces:
+            self._raise_failure()
+            if self._framer.complete:
+                return b""
+            await self._news()
+        return self._kept_bytes()
+
+    async def flow(self, sink: Sink) -> None:
+        """The rest of the body into `sink`."""
+        assert self._framer is not None
+        assert self._patience is not None
+        while chunk := await self.chunk():
+            self._full = not sink.take(chunk)
+            while not self._full and not self._framer.complete and self._failure is None:
+                self._take = sink.take
+                try:
+                    await self._news()
+                finally:
+                    self._take = None
+            if self._full:
+                self._patience.rest()
+                await sink.make_room()
+                self._patience.wait(self.idle_s)
+
+    def end(self) -> bool:
+        """Whether another exchange may follow; if not, the connection is closed at once."""
+        assert self._framer is not None
+        framer, self._framer, self._patience = self._framer, None, None
+        self.unanswered = framer.untouched
+        framer.release()
+        reusable = framer.complete and framer.keep_alive and self._sent and self._failure is None and self.usable
+        if not reusable:
+            self.abort()
+        elif not self._reading:
+            self._resume_reading()
+        return reusable
+
+    @property
+    def _answered(self) -> bool:
+        return self._failure is not None or (self._framer is not None and self._framer.status != 0)
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+    async def _news(self) -> None:
+        self._waiter = self._loop.create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+
+    def _kept_bytes(self) -> bytes:
+        """What has come of the body and has not been taken; whoever calls this has heard from upstream."""
+        assert self._framer is not None
+        assert self._patience is not None
+        self._patience.wait(self.idle_s)
+        pieces = self._framer.pieces
+        if len(pieces) == 1:
+            data = pieces.pop()
+        else:
+            data = b"".join(pieces)
+            pieces.clear()
+        self._kept = 0
+        if not self._reading:
+            self._resume_reading()
+        return data
+
+    def _resume_reading(self) -> None:
+        self._reading = True
+        if self.usable:
+            assert self._transport is not None
+            self._transport.resume_reading()
+
+    # The event loop's side.
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+
+    def data_received(self, data: bytes) -> None:
+        framer = self._framer
+        if framer is None:
+            self.abort()  # nobody has asked
+            return
+        try:
+            framer.feed(data)
+            if self._take is not None and framer.pieces:
+                self._full = not self._take(self._kept_bytes())
+                if not self._full and not framer.complete:
+                    return
+                self._take = None
+        except Exception as error:  # noqa: BLE001  # it is raised where the exchange is waited for
+            self._fail(error)
+        if framer.pieces and self._take is None:
+            self._kept += len(data)
+            if self._kept > KEPT_BYTES and self._reading and self.usable:
+                assert self._transport is not None
+                self._reading = False
+                self._transport.pause_reading()
+        self._wake()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._transport = None
+        self._on_lost(self)
+        if self._framer is not None and not self._framer.complete and self._failure is None:
+            try:
+                if error is not None:
+                    raise UpstreamError(f"the replica broke off: {type(error).__name__}") from error
+                self._framer.feed_eof()
+            except UpstreamError as failure:
+                self._failure = failure
+        self._wake()
+
+    def pause_writing(self) -> None:
+        self._writable = False
+
+    def resume_writing(self) -> None:
+        self._writable = True
+        self._wake()
+
+    def _fail(self, error: Exception) -> None:
+        self._failure = error
+        self.abort()
+
+    def _give_up(self) -> None:
+        self._fail(UpstreamTimeoutError("the replica fell silent"))
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)

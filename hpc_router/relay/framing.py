@@ -1,0 +1,125 @@
+"""One response, from bytes to head, body pieces and end. No I/O.
+
+llhttp (through httptools) does the parsing and is strict by default: bare LF, two lengths, a length beside chunks,
+folded or malformed headers and bad chunk sizes are errors. What it leaves open is refused here: other protocol versions
+and transfer codings, protocol switches, and heads, trailers or chunk extensions without end.
+"""
+
+from typing import Final
+
+import httptools
+from multidict import CIMultiDict, CIMultiDictProxy
+
+from hpc_router.errors import UpstreamError
+
+MAX_HEAD_BYTES: Final = 2**16
+"""Also for all that may stand between two pieces of a body."""
+_WITHOUT_BODY: Final = frozenset({204, 304})
+_VERSIONS: Final = frozenset({"1.0", "1.1"})
+
+
+class ResponseFramer:
+    """Feed it until `complete`. `status` is 0 until the final response's head has come; interim ones are skipped.
+
+    Body pieces gather in `pieces` (one list for ever: the parser appends to it itself), for the owner to clear.
+    `keep_alive`: whether the connection may carry another exchange, once this one is complete.
+    """
+
+    __slots__ = (
+        "_bare", "_fields", "_head_only", "_interim", "_parser", "_until_close", "complete", "headers", "keep_alive",
+        "on_body", "pieces", "status",
+    )  # fmt: skip
+
+    def __init__(self, *, head_only: bool = False) -> None:
+        self.status = 0
+        self.headers: CIMultiDictProxy[str] = CIMultiDictProxy(CIMultiDict())
+        self.pieces: list[bytes] = []
+        self.on_body = self.pieces.append
+        self.complete = False
+        self.keep_alive = False
+        self._head_only = head_only  # the answer to HEAD: its length tells of a body that does not come
+        self._fields: list[tuple[str, str]] = []
+        self._interim = False
+        self._until_close = False
+        self._bare = 0  # bytes since the beginning or the last body piece
+        self._parser: httptools.HttpResponseParser | None = httptools.HttpResponseParser(self)
+
+    @property
+    def untouched(self) -> bool:
+        """Not a byte has come."""
+        return not self.status and not self._bare
+
+    def feed(self, data: bytes) -> None:
+        """Raises UpstreamError; what came before the error is there all the same."""
+        assert self._parser is not None
+        before = len(self.pieces)
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserError as error:
+            if not self.complete:
+                cause = error.__context__ if isinstance(error.__context__, UpstreamError) else error
+                raise UpstreamError(f"the replica's answer is malformed: {cause}") from error
+            self.keep_alive = False  # the answer is whole, what follows it is not ours
+        if len(self.pieces) > before:
+            self._bare = 0
+            if self._head_only:
+                self.pieces.clear()
+        else:
+            self._bare += len(data)
+            if self._bare > MAX_HEAD_BYTES and not self.complete:
+                raise UpstreamError(f"the replica sent more than {MAX_HEAD_BYTES} bytes of headers")
+
+    def feed_eof(self) -> None:
+        """The peer has closed in good order. Raises UpstreamError where that is no end."""
+        if self.complete:
+            return
+        if not self.status:
+            raise UpstreamError("the replica closed the connection without an answer")
+        if not self._until_close:
+            raise UpstreamError("the replica closed the connection inside its answer")
+        self.complete = True
+
+    def release(self) -> None:
+        """Parser and framer know each other; without this they would wait for the garbage collector."""
+        self._parser = None
+
+    # The parser's side.
+
+    def on_message_begin(self) -> None:
+        if self.complete:
+            raise UpstreamError("something follows its end")
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if not self.status:  # else it is a trailer
+            text = value.decode("utf-8", "surrogateescape").rstrip(" \t")
+            self._fields.append((name.decode("utf-8", "surrogateescape"), text))
+
+    def on_headers_complete(self) -> None:
+        assert self._parser is not None
+        status = self._parser.get_status_code()
+        version = self._parser.get_http_version()
+        if version not in _VERSIONS:
+            raise UpstreamError(f"HTTP/{version} is not spoken here")
+        if status == 101:
+            raise UpstreamError("it switches protocols unasked")
+        if status < 200:
+            self._interim = True
+            self._fields.clear()
+            return
+        if sum(len(name) + len(value) for name, value in self._fields) > MAX_HEAD_BYTES:
+            raise UpstreamError(f"more than {MAX_HEAD_BYTES} bytes of headers")
+        headers = CIMultiDict(self._fields)
+        coding = ",".join(headers.getall("transfer-encoding", ())).lower()
+        if coding and (coding != "chunked" or version == "1.0"):
+            raise UpstreamError(f"transfer-encoding {coding[:40]!r} in HTTP/{version}")
+        # The parser takes what follows the answer to HEAD for its body, so nobody can tell whether anything does.
+        self.keep_alive = self._parser.should_keep_alive() and not self._head_only
+        self._until_close = not (coding or "content-length" in headers or status in _WITHOUT_BODY)
+        self.headers, self.status = CIMultiDictProxy(headers), status
+        self.complete = self._head_only
+
+    def on_message_complete(self) -> None:
+        if self._interim:
+            self._interim = False
+        else:
+            self.complete = True

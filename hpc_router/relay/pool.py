@@ -1,0 +1,70 @@
+"""Idle connections, per address, until they are used again or have been idle for too long.
+
+The one idle for the shortest time is taken first: the engine is least likely to have closed it, and those beyond what
+the load needs age out. A server that closes an idle connection makes it leave by itself (`discard`).
+"""
+
+import asyncio
+from collections.abc import Hashable
+from typing import Generic, Protocol, TypeVar
+
+
+class Closable(Protocol):
+    @property
+    def usable(self) -> bool:
+        """False once the peer has closed it."""
+
+    def abort(self) -> None: ...
+
+
+A = TypeVar("A", bound=Hashable)
+C = TypeVar("C", bound=Closable)
+
+
+class Pool(Generic[A, C]):
+    """`keep_s`: how long a connection may be idle."""
+
+    def __init__(self, *, keep_s: float) -> None:
+        self._keep_s = keep_s
+        self._idle: dict[A, dict[C, float]] = {}  # with the time when each expires, in that order
+        self._sweep: asyncio.TimerHandle | None = None
+
+    def __len__(self) -> int:
+        return sum(map(len, self._idle.values()))
+
+    def take(self, address: A) -> C | None:
+        idle, now = self._idle.get(address), asyncio.get_running_loop().time()
+        while idle:
+            connection, expires_at = idle.popitem()
+            if connection.usable and now < expires_at:
+                return connection
+            connection.abort()
+        return None
+
+    def put(self, address: A, connection: C) -> None:
+        loop = asyncio.get_running_loop()
+        self._idle.setdefault(address, {})[connection] = loop.time() + self._keep_s
+        if self._sweep is None:
+            self._sweep = loop.call_later(self._keep_s, self._close_expired, loop)
+
+    def discard(self, connection: C) -> None:
+        for idle in self._idle.values():
+            idle.pop(connection, None)
+
+    def close(self) -> None:
+        if self._sweep is not None:
+            self._sweep.cancel()
+        for idle in self._idle.values():
+            for connection in tuple(idle):
+                connection.abort()
+        self._idle.clear()
+
+    def _close_expired(self, loop: asyncio.AbstractEventLoop) -> None:
+        now = loop.time()
+        for idle in self._idle.values():
+            for connection in [c for c, expires_at in idle.items() if expires_at <= now]:
+                del idle[connection]
+                connection.abort()
+        self._idle = {address: idle for address, idle in self._idle.items() if idle}
+        next_at = min((at for idle in self._idle.values() for at in idle.values()), default=None)
+        self._sweep = None if next_at is None else loop.call_at(next_at, self._close_expired, loop)

@@ -1,0 +1,104 @@
+"""The upstream side over aiohttp's client: the reference that `upstream` is compared with, by test and by benchmark.
+
+It is slower per request and per event, has no sink that is served without a task, and does not notice garbage in a
+chunked body before the idle limit.
+"""
+
+import asyncio
+import io
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from types import TracebackType
+from typing import Final, Self
+
+import aiohttp
+from multidict import CIMultiDict
+from yarl import URL
+
+from hpc_router.errors import UpstreamConnectError, UpstreamError, UpstreamTimeoutError
+from hpc_router.relay.exchange import Limits, UpstreamResponse
+from hpc_router.relay.patience import Patience
+
+_KEEP_ALIVE_S: Final = 4.0
+"""Shorter than the 5 s after which uvicorn, the server of both real engines, closes an idle connection."""
+_IN_ONE_PIECE: Final = 2**20
+"""A longer request body is written in pieces, so that it does not hold up the event loop."""
+_NO_AUTO_HEADERS: Final = ("Accept", "Accept-Encoding", "User-Agent", "Content-Type")
+
+
+class AiohttpResponse(UpstreamResponse):
+    def __init__(self, response: aiohttp.ClientResponse, patience: Patience, limits: Limits) -> None:
+        super().__init__(response.status, response.headers)
+        self._response = response
+        self._patience = patience
+        self._limits = limits
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        read = self._response.content.readany
+        while chunk := await read():
+            self._patience.rest()
+            yield chunk
+            self._patience.wait(self._limits.idle_s)
+
+
+class AiohttpClient:
+    """Connections to upstream servers, kept between requests."""
+
+    def __init__(self, limits: Limits, *, socket_path: str | None = None) -> None:
+        self._limits = limits
+        connector: aiohttp.BaseConnector = (
+            aiohttp.UnixConnector(socket_path, limit=0, keepalive_timeout=_KEEP_ALIVE_S)
+            if socket_path
+            else aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE_S)
+        )
+        self._session = aiohttp.ClientSession(
+            connector=connector,
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=limits.connect_s),
+            auto_decompress=False,
+            cookie_jar=aiohttp.DummyCookieJar(),
+            trust_env=False,
+            skip_auto_headers=_NO_AUTO_HEADERS,
+        )
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self._session.close()
+
+    @asynccontextmanager
+    async def request(
+        self,
+        method: str,
+        url: URL,
+        *,
+        headers: CIMultiDict[str] | None = None,
+        body: bytes | None = None,
+        watch: Callable[[Patience], None] | None = None,
+    ) -> AsyncIterator[UpstreamResponse]:
+        """Raises UpstreamConnectError, UpstreamTimeoutError or UpstreamError, also from within the block.
+
+        `watch` is given the request's patience, for whoever learns that the upstream is lost.
+        """
+        data = io.BytesIO(body) if body is not None and len(body) > _IN_ONE_PIECE else body
+        try:
+            async with asyncio.timeout(None) as timeout:
+                patience = Patience(lambda: timeout.reschedule(asyncio.get_running_loop().time()))
+                patience.wait(self._limits.first_byte_s)
+                if watch is not None:
+                    watch(patience)
+                try:
+                    async with self._session.request(
+                        method, url, headers=headers, data=data, allow_redirects=False
+                    ) as response:
+                        yield AiohttpResponse(response, patience, self._limits)
+                finally:
+                    patience.end()
+        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
+            raise UpstreamConnectError(f"cannot connect to the replica: {type(error).__name__}") from error
+        except TimeoutError as error:
+            raise UpstreamTimeoutError("the replica fell silent") from error
+        except (aiohttp.ClientError, OSError) as error:
+            raise UpstreamError(f"the replica broke off: {type(error).__name__}") from error
