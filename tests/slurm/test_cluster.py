@@ -75,8 +75,8 @@ def test_every_node_is_a_host_of_its_own(cluster: SlurmCluster) -> None:
     assert set(cluster.states()) == set(NODES)
     for node in NODES:
         cluster.node(node).enter(["touch", f"/tmp/of-{node}", f"/dev/shm/of-{node}"])
-        said = srun(cluster, node, "sh", "-c", "hostname; ls /tmp /dev/shm; getent hosts n2 ctl | wc -l")
-        assert said.split() == [node, "/dev/shm:", f"of-{node}", "/tmp:", f"of-{node}", "2"]
+        said = srun(cluster, node, "sh", "-c", "hostname; ls -d /tmp/of-* /dev/shm/of-*; getent hosts n2 ctl | wc -l")
+        assert said.split() == [node, f"/dev/shm/of-{node}", f"/tmp/of-{node}", "2"]
     assert not list(Path("/tmp").glob("of-*"))
 
 

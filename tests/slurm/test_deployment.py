@@ -260,7 +260,7 @@ def test_in_steady_state_slurm_is_asked_once_per_half_minute(deployed: OnSlurm) 
 
 
 def test_why_tells_what_a_waiting_job_waits_for(deployed: OnSlurm, cluster: SlurmCluster) -> None:
-    deployed.verb("scale", "law=20")
+    deployed.verb("scale", "law=12")
     try:
 
         def told() -> list[dict[str, Any]]:
@@ -273,7 +273,7 @@ def test_why_tells_what_a_waiting_job_waits_for(deployed: OnSlurm, cluster: Slur
         assert "wait" in cause["what"]
     finally:
         deployed.verb("scale", "law=1")
-    eventually_sync(lambda: len(deployed.queued("law")) == 1, every_s=0.5)
+    eventually_sync(lambda: len(deployed.queued("law")) == 1, within_s=90, every_s=0.5)
 
 
 def test_down_leaves_nothing(deployed: OnSlurm) -> None:
