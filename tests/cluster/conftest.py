@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 from hpc_router.cluster.launcher import JobRequest
 from hpc_router.cluster.local import LocalLauncher
 from hpc_router.config import ResourceConfig
-from hpc_router.jobdir import JobDir
+from hpc_router.jobdir import JobDir, Stop
 from hpc_router.rundir import RunDir, make_run
 
 SERVICE = """
@@ -53,8 +54,11 @@ def launcher(run: RunDir) -> Iterator[LocalLauncher]:
     """Whatever a test leaves running is ended."""
     launcher = LocalLauncher(run, gpus=4)
     yield launcher
-    infos = {folder.name: JobDir(run, folder.name).info() for folder in run.jobs.iterdir()}
-    launcher.kill([name for name, info in infos.items() if info is None or info.job_id != str(os.getpid())])
+    jobs = [JobDir(run, folder.name) for folder in run.jobs.iterdir()]
+    others = [job for job in jobs if (info := job.info()) is None or info.job_id != str(os.getpid())]
+    for job in others:
+        job.write(Stop(cancel_at=time.time()))  # for one that is only just beginning
+    launcher.kill([job.replica for job in others])
 
 
 def request_of(service: Path, replica: str, *, how: str = "polite", gpus: int = 0) -> JobRequest:
