@@ -111,7 +111,7 @@ def kill_descendants() -> None:
     trackers_until = time.monotonic() + TRACKERS_S
     while True:
         for pid in descendants(os.getpid()):
-            if time.monotonic() < trackers_until and _is_tracker(pid):
+            if time.monotonic() < trackers_until and _may_be_tracker(pid):
                 continue
             try:
                 os.kill(pid, signal.SIGKILL)
@@ -125,11 +125,13 @@ def kill_descendants() -> None:
         time.sleep(KILL_PAUSE_S)
 
 
-def _is_tracker(pid: int) -> bool:
+def _may_be_tracker(pid: int) -> bool:
+    """A program that is only just being started has no command line yet: it is looked at again."""
     try:
-        return b"multiprocessing.resource_tracker" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        command = Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
         return False
+    return not command or b"multiprocessing.resource_tracker" in command
 
 
 def descendants(root: int) -> list[int]:
