@@ -26,12 +26,20 @@ _FORGETFUL: Final = frozenset({"transformers"})
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """Where a session's last turn was answered. `reason`: why its first one went there."""
+    """Where a session's last turn was answered. `reason`: why its first one went there.
+
+    A name may come to stand for another server: `url` and `nonce` tell them apart.
+    """
 
     expert: str
     replica: str
+    url: str
     nonce: str | None
     reason: Reason
+
+    def is_at(self, replica: Replica) -> bool:
+        record = replica.record
+        return (self.url, self.nonce) == (record.url, record.nonce) and self.expert in record.serves
 
 
 @dataclass(slots=True)
@@ -58,7 +66,7 @@ class Sessions:
 
     def answered(self, session: str, replica: Replica, expert: str, reason: Reason) -> None:
         """The turn that began at this replica continues there."""
-        self.note(session, Turn(expert, replica.name, replica.record.nonce, reason))
+        self.note(session, Turn(expert, replica.name, replica.record.url, replica.record.nonce, reason))
 
     def continued(
         self, session: str | None, fields: Mapping[str, Any], table: ReplicaTable
@@ -87,7 +95,7 @@ class Sessions:
                 f"this session's responses are with {turn.expert!r} (valid: auto, {turn.expert})", param="model"
             )
         replica = table.get(turn.replica)
-        if replica is None or replica.record.nonce != turn.nonce or turn.expert not in replica.record.serves:
+        if replica is None or not turn.is_at(replica):
             raise not_found(f"{turn.replica}, which answered the last turn, is gone")
         if replica.standing is not Standing.READY:
             raise not_found(f"{turn.replica}, which answered the last turn, is {replica.standing.value}")
