@@ -215,12 +215,14 @@ class Gateway:
         if not isinstance(call.fields.get("stream", False), bool | None):
             raise BadRequestError("'stream' must be true or false", param="stream")
         path_and_query = path + (f"?{request.rel_url.raw_query_string}" if request.query_string else "")
-        session = session_id(request.headers.get(wire.SESSION_HEADER)) if path == wire.RESPONSES else None
-        continued = self.sessions.continued(session, call.fields, self.table) if path == wire.RESPONSES else None
-        if continued is not None:
-            turn, replica = continued
-            reason = turn.reason if call.model == "auto" else Reason.NAMED
-            return Errand(request, path_and_query, request_id, call, (turn.expert,), reason, only=replica)
+        session = None
+        if path == wire.RESPONSES:
+            session = session_id(request.headers.get(wire.SESSION_HEADER))
+            continued = self.sessions.continued(session, call.fields, self.table, model=call.model)
+            if continued is not None:
+                turn, replica = continued
+                reason = turn.reason if call.model == "auto" else Reason.NAMED
+                return Errand(request, path_and_query, request_id, call, (turn.expert,), reason, only=replica)
         if call.model != "auto":
             if call.model not in self._experts():
                 raise self._unknown(call.model)

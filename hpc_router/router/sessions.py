@@ -69,7 +69,7 @@ class Sessions:
         self.note(session, Turn(expert, replica.name, replica.record.url, replica.record.nonce, reason))
 
     def continued(
-        self, session: str | None, fields: Mapping[str, Any], table: ReplicaTable
+        self, session: str | None, fields: Mapping[str, Any], table: ReplicaTable, *, model: str
     ) -> tuple[Turn, Replica] | None:
         """The turn that a body continues, and the replica that has it; None for a body that continues nothing.
 
@@ -89,7 +89,6 @@ class Sessions:
         turn = self.find(session)
         if turn is None:
             raise not_found("this session has no earlier turn here")
-        model = fields.get("model")
         if model not in ("auto", turn.expert):
             raise BadRequestError(
                 f"this session's responses are with {turn.expert!r} (valid: auto, {turn.expert})", param="model"

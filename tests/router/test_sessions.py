@@ -63,29 +63,29 @@ def test_session_ids_that_are_none(header: str) -> None:
 
 def test_a_body_that_continues_nothing_goes_anywhere() -> None:
     for fields in ({}, {"previous_response_id": None}):
-        assert Sessions().continued(None, fields, a_table()) is None
+        assert Sessions().continued(None, fields, a_table(), model="auto") is None
 
 
 @pytest.mark.parametrize("model", ["auto", "math"])
 def test_a_turn_continues_where_it_was(model: str) -> None:
     sessions, table = Sessions(), a_table()
     sessions.note("s1", a_turn())
-    assert sessions.continued("s1", NEXT | {"model": model}, table) == (a_turn(), table.get("math-0.g1"))
+    assert sessions.continued("s1", NEXT, table, model=model) == (a_turn(), table.get("math-0.g1"))
 
 
 @pytest.mark.parametrize(
-    ("session", "fields", "says"),
+    ("session", "fields", "model", "says"),
     [
-        (None, NEXT, "needs the header x-session-id"),
-        ("s1", {"previous_response_id": 3}, "must be a string"),
-        ("s1", NEXT | {"model": "code"}, "valid: auto, math"),
+        (None, NEXT, "auto", "needs the header x-session-id"),
+        ("s1", {"previous_response_id": 3}, "auto", "must be a string"),
+        ("s1", NEXT, "code", "valid: auto, math"),
     ],
 )
-def test_turns_that_the_client_must_mend(session: str | None, fields: dict[str, Any], says: str) -> None:
+def test_turns_that_the_client_must_mend(session: str | None, fields: dict[str, Any], model: str, says: str) -> None:
     sessions = Sessions()
     sessions.note("s1", a_turn())
     with pytest.raises(BadRequestError, match=says) as caught:
-        sessions.continued(session, fields, a_table())
+        sessions.continued(session, fields, a_table(), model=model)
     assert not isinstance(caught.value, PreviousResponseNotFoundError)
 
 
@@ -104,7 +104,7 @@ def test_turns_that_nobody_can_continue(session: str, table: ReplicaTable, says:
     sessions = Sessions()
     sessions.note("s1", a_turn())
     with pytest.raises(PreviousResponseNotFoundError, match=f"{says}.*send the whole conversation"):
-        sessions.continued(session, NEXT, table)
+        sessions.continued(session, NEXT, table, model="auto")
 
 
 @pytest.mark.parametrize("event", [Event.SAYS_DRAINING, Event.SAYS_STARTING, Event.FAILED])
@@ -114,7 +114,7 @@ def test_a_replica_that_is_not_ready_continues_nothing(event: Event) -> None:
     for replica in table.all():
         table.apply(replica, event)
     with pytest.raises(PreviousResponseNotFoundError):
-        sessions.continued("s1", NEXT, table)
+        sessions.continued("s1", NEXT, table, model="auto")
 
 
 @pytest.mark.parametrize("streaming", [True, False])
@@ -175,6 +175,8 @@ async def test_what_cannot_be_continued_is_told_to_the_client(tmp_path: Path) ->
             await client.responses.create(model="math", input="x", previous_response_id=previous)
         with pytest.raises(openai.BadRequestError, match="valid: auto, math"):
             await asks.create(model="code", input="x", previous_response_id=previous)
+        with pytest.raises(openai.BadRequestError, match="'model' is missing"):
+            await asks.create(input="x", previous_response_id=previous)
         with pytest.raises(openai.BadRequestError, match="1 to 128"):
             await asks.create(model="math", input="x", extra_headers={wire.SESSION_HEADER: "a b"})
         with pytest.raises(openai.NotFoundError, match="'resp_0' not found"):  # the engine's own word
