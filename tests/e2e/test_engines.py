@@ -88,9 +88,12 @@ def test_completions_and_named_experts(pair: Deployed) -> None:
 
 
 def test_responses_and_their_continuation(pair: Deployed) -> None:
-    """transformers takes `previous_response_id` and ignores it, so the router refuses what would be forgotten."""
+    """transformers takes `previous_response_id` and ignores it, so the router refuses what would be forgotten.
+
+    It also streams where nothing is said about that.
+    """
     with pair.client().with_options(default_headers={"x-session-id": "s1"}) as client:
-        first = client.responses.create(model="auto", input=QUESTION, max_output_tokens=8)
+        first = client.responses.create(model="auto", input=QUESTION, max_output_tokens=8, stream=False)
         assert first.output_text
         assert first.usage is not None
         events = list(client.responses.create(model="math", input=QUESTION, max_output_tokens=8, stream=True))
