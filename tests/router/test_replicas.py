@@ -174,6 +174,12 @@ class Juggling(RuleBasedStateMachine):
             assert hold.replica.standing is Standing.READY
             self.holds.append(hold)
 
+    @rule(at=st.integers(0, 2))
+    def arrive_for_one(self, at: int) -> None:
+        if hold := self.table.acquire(["math"], only=self.replicas[at]):
+            assert hold.replica is self.replicas[at]
+            self.holds.append(hold)
+
     @rule(at=st.integers(0, 30), twice=st.booleans())
     def end(self, at: int, twice: bool) -> None:
         if self.holds:
