@@ -61,6 +61,10 @@ class BadRequestError(RoutingError):
     """The request itself is wrong; sending it again will not help."""
 
 
+class PreviousResponseNotFoundError(BadRequestError):
+    """What `previous_response_id` refers to is out of reach; the whole conversation would do."""
+
+
 class UnauthorizedError(RoutingError):
     """No token, or not the right one."""
 

@@ -18,13 +18,16 @@ MODELS: Final = "/v1/models"
 CHAT: Final = "/v1/chat/completions"
 COMPLETIONS: Final = "/v1/completions"
 EMBEDDINGS: Final = "/v1/embeddings"
-GENERATE_PATHS: Final = (CHAT, COMPLETIONS, EMBEDDINGS)
+RESPONSES: Final = "/v1/responses"
+MESSAGES: Final = "/v1/messages"
+GENERATE_PATHS: Final = (CHAT, COMPLETIONS, EMBEDDINGS, RESPONSES, MESSAGES)
 """The API paths that are classified and relayed, all POST."""
 
 DRAINING_HEADER: Final = "x-hpc-router-draining"
 STARTING_HEADER: Final = "x-hpc-router-starting"
 """On an agent's 503: its engine does not answer yet, or again."""
 REQUEST_ID_HEADER: Final = "x-request-id"
+SESSION_HEADER: Final = "x-session-id"
 
 
 @dataclass(frozen=True, slots=True)

@@ -69,7 +69,11 @@ class Gate:
             wanted = self.rank_token or self.key if request.path == wire.RANK else self.key
             if not same(bearer(request.headers.get("authorization")) or "", wanted):
                 return error_response(
-                    401, kind="authentication_error", code="unauthorized", message="this replica wants its own key"
+                    401,
+                    kind="authentication_error",
+                    code="unauthorized",
+                    message="this replica wants its own key",
+                    path=request.path,
                 )
             handler = self._routes.get((request.method, request.path))
             if handler is None:
@@ -79,12 +83,20 @@ class Gate:
             return await handler(request)
         except web.HTTPRequestEntityTooLarge:
             return error_response(
-                413, kind="invalid_request_error", code="body_too_large", message="the body is too large"
+                413,
+                kind="invalid_request_error",
+                code="body_too_large",
+                message="the body is too large",
+                path=request.path,
             )
         except Exception:
             logger.exception("%s %s failed", request.method, request.path[:200])
             return error_response(
-                500, kind="internal_error", code="internal", message="the agent failed; its log says why"
+                500,
+                kind="internal_error",
+                code="internal",
+                message="the agent failed; its log says why",
+                path=request.path,
             )
 
     def _health(self, request: web.BaseRequest) -> web.Response:
@@ -116,7 +128,11 @@ class Gate:
             return await pass_through(request, self.client, heard=self._heard)
         except UpstreamError as error:
             return error_response(
-                502, kind="upstream_error", code="engine_unavailable", message=f"no answer from the engine: {error}"
+                502,
+                kind="upstream_error",
+                code="engine_unavailable",
+                message=f"no answer from the engine: {error}",
+                path=request.path,
             )
 
     def _heard(self) -> None:
@@ -125,7 +141,11 @@ class Gate:
     async def _generate(self, request: web.BaseRequest) -> web.StreamResponse:
         if self.state is not State.READY:
             response = error_response(
-                503, kind="service_unavailable", code=self.state.value, message=f"{self.replica} is {self.state.value}"
+                503,
+                kind="service_unavailable",
+                code=self.state.value,
+                message=f"{self.replica} is {self.state.value}",
+                path=request.path,
             )
             response.headers[_STATE_HEADERS[self.state]] = "1"
             response.headers["retry-after"] = str(RETRY_AFTER_S[self.state])
@@ -136,6 +156,7 @@ class Gate:
                 kind="rate_limit_error",
                 code="overloaded",
                 message=f"{self.in_flight.count} requests are in flight here",
+                path=request.path,
             )
             response.headers["retry-after"] = "1"
             return response

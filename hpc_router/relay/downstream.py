@@ -5,7 +5,7 @@ complete, so until then a failure can go elsewhere. Once committed, only whole e
 stream with an error event (a stream) or with a broken connection (a long answer that was not held); never silently.
 """
 
-from typing import Any, Final
+from typing import Final
 
 from aiohttp import web
 from multidict import CIMultiDict
@@ -13,7 +13,7 @@ from multidict import CIMultiDict
 from hpc_router.errors import UpstreamError
 from hpc_router.relay.delivery import Delivery
 from hpc_router.relay.exchange import UpstreamResponse
-from hpc_router.relay.sse import CONTENT_TYPE, EventSplitter, EventTooLargeError, error_event
+from hpc_router.relay.sse import CONTENT_TYPE, EventSplitter, EventTooLargeError
 
 _SHORT_BYTES: Final = 2**16
 """What aiohttp may be left to send at its leisure."""
@@ -52,12 +52,12 @@ class Downstream:
             body.length = len(body.held)
             await body.make_room()
 
-    async def break_off(self, error: dict[str, Any]) -> None:
-        """End a committed response that cannot be completed."""
+    async def break_off(self, event: bytes) -> None:
+        """End a committed response that cannot be completed; `event` tells a stream's client."""
         assert self.response is not None
         if not self._streaming_events:
             self._delivery.abort()
-        elif not self._delivery.write(error_event(error)):
+        elif not self._delivery.write(event):
             await self._delivery.drain()
 
     async def commit(self, status: int, headers: CIMultiDict[str], *, length: int | None = None) -> Delivery:

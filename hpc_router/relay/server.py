@@ -1,4 +1,4 @@
-"""The client side of both processes: aiohttp's low-level server on a bound socket, and answers in OpenAI's shape."""
+"""The client side of both processes: aiohttp's low-level server on a bound socket, and answers its clients can read."""
 
 import asyncio
 import json
@@ -11,6 +11,7 @@ from typing import Any, Final
 from aiohttp import HttpVersion11, web
 
 from hpc_router.errors import BadRequestError, BodyTooLargeError, RequestTimeoutError
+from hpc_router.relay.dialects import Fault, dialect_of
 
 BACKLOG: Final = 4096
 KEEP_ALIVE_S: Final = 75.0
@@ -93,10 +94,12 @@ def json_response(value: Any, *, status: int = 200) -> web.Response:
     return web.Response(body=json.dumps(value).encode(), status=status, content_type="application/json")
 
 
-def error_response(status: int, *, kind: str, code: str, message: str, param: str | None = None) -> web.Response:
-    """An error as OpenAI's clients read it."""
-    error = {"message": message, "type": kind, "param": param, "code": code}
-    response = json_response({"error": error}, status=status)
+def error_response(
+    status: int, *, kind: str, code: str, message: str, param: str | None = None, path: str = ""
+) -> web.Response:
+    """An error as the clients of the API at `path` read it; OpenAI's, where that says nothing."""
+    body = dialect_of(path).body(Fault(status, kind, code, message, param))
+    response = json_response(body, status=status)
     if status == 401:
         response.headers["www-authenticate"] = "Bearer"
     return response

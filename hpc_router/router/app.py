@@ -1,4 +1,4 @@
-"""The router's HTTP surface: paths, tokens, errors in OpenAI's shape.
+"""The router's HTTP surface: paths, tokens, errors in the shape that each API's clients read.
 
 It sits on aiohttp's low-level server: one handler, one table of routes, one table of status codes. `/health` answers a
 challenge, so that nobody sends his token to another process on this port. What a request means is decided in
@@ -12,6 +12,7 @@ import secrets
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Final
 
 from aiohttp import web
@@ -33,12 +34,14 @@ from hpc_router.errors import (
     UpstreamError,
     suggest,
 )
+from hpc_router.relay.dialects import dialect_of
 from hpc_router.relay.in_flight import InFlight
 from hpc_router.relay.server import error_response, json_response, read_body
 from hpc_router.router.dispatch import RETRY_AFTER_S, Dispatcher, Errand
 from hpc_router.router.metrics import Metrics
 from hpc_router.router.replicas import ReplicaTable
 from hpc_router.router.request import ApiCall, decode
+from hpc_router.router.sessions import Sessions, session_id
 from hpc_router.router.status import status
 from hpc_router.routing.conversation import RequestError, prompt_text
 from hpc_router.routing.policy import Decision, Policy, Reason
@@ -86,6 +89,7 @@ class Gateway:
     key: str
     draining: bool = False
     in_flight: InFlight = field(default_factory=InFlight)
+    sessions: Sessions = field(default_factory=Sessions)
     started_at: float = field(default_factory=time.time)
     routes: Mapping[tuple[str, str], Handler] = field(init=False)
 
@@ -111,7 +115,7 @@ class Gateway:
         except Exception:
             logger.exception("%s: %s %r failed", request_id, request.method, request.path[:200])
             failure = RoutingError("the router failed; its log says why")
-            response = _error_response(500, "internal_error", failure, request_id)
+            response = _error_response(500, "internal_error", failure, request_id, path=request.path)
         if self.draining and not response.prepared:
             response.force_close()
         return response
@@ -119,9 +123,11 @@ class Gateway:
     def _find(self, request: web.BaseRequest) -> Handler:
         path = request.path.rstrip("/") or "/"
         if path not in _OPEN_PATHS and self.token is not None:
-            offered = bearer(request.headers.get("authorization"))
-            if offered is None or not same(offered, self.token):
-                raise UnauthorizedError("this router wants its owner's token as `Authorization: Bearer ...`")
+            offered = (bearer(request.headers.get("authorization")), request.headers.get("x-api-key"))
+            if not any(token is not None and same(token, self.token) for token in offered):
+                raise UnauthorizedError(
+                    "this router wants its owner's token as `Authorization: Bearer ...` or `x-api-key: ...`"
+                )
         if self.draining and path not in _WHILE_DRAINING:
             raise DrainingError(f"{self.replica} is draining; ask its successor", retry_after_s=RETRY_AFTER_S)
         handler = self.routes.get(("GET" if request.method == "HEAD" else request.method, path))
@@ -136,7 +142,7 @@ class Gateway:
         status, kind = next(((s, k) for e, (s, k) in STATUS.items() if isinstance(error, e)), (500, "internal_error"))
         logger.info("%s: %s %r refused with %d: %s", request_id, request.method, request.path[:200], status, error)
         self.metrics.requests.labels("", "", str(status)).inc()
-        response = _error_response(status, kind, error, request_id)
+        response = _error_response(status, kind, error, request_id, path=request.path)
         if isinstance(error, DrainingError):
             response.headers[wire.DRAINING_HEADER] = "1"
         return response
@@ -205,9 +211,18 @@ class Gateway:
 
     def _errand(self, request: web.BaseRequest, request_id: str, call: ApiCall) -> Errand:
         path = request.path.rstrip("/")
-        text = self._prompt(call)
+        text = self._prompt(call, first=dialect_of(path).conversation)
         if not isinstance(call.fields.get("stream", False), bool | None):
             raise BadRequestError("'stream' must be true or false", param="stream")
+        path_and_query = path + (f"?{request.rel_url.raw_query_string}" if request.query_string else "")
+        session = None
+        if path == wire.RESPONSES:
+            session = session_id(request.headers.get(wire.SESSION_HEADER))
+            continued = self.sessions.continued(session, call.fields, self.table, model=call.model)
+            if continued is not None:
+                turn, replica = continued
+                reason = turn.reason if call.model == "auto" else Reason.NAMED
+                return Errand(request, path_and_query, request_id, call, (turn.expert,), reason, only=replica)
         if call.model != "auto":
             if call.model not in self._experts():
                 raise self._unknown(call.model)
@@ -226,11 +241,11 @@ class Gateway:
                     + suggest("", self._experts()),
                     param="model",
                 )
-        path_and_query = path + (f"?{request.rel_url.raw_query_string}" if request.query_string else "")
-        return Errand(request, path_and_query, request_id, call, experts, reason)
+        on_answer = None if session is None else partial(self.sessions.answered, session)
+        return Errand(request, path_and_query, request_id, call, experts, reason, on_answer=on_answer)
 
-    def _prompt(self, call: ApiCall) -> str:
-        return prompt_text(call.fields, window=self.deployment.policy.window)
+    def _prompt(self, call: ApiCall, *, first: str = "messages") -> str:
+        return prompt_text(call.fields, window=self.deployment.policy.window, first=first)
 
     def _decide(self, text: str) -> Decision:
         started = time.perf_counter()
@@ -260,9 +275,9 @@ class Gateway:
         return UnknownModelError(f"no model is named {name[:100]!r}{suggest(name, self._model_names())}", param="model")
 
 
-def _error_response(status: int, kind: str, error: HpcRouterError, request_id: str) -> web.Response:
+def _error_response(status: int, kind: str, error: HpcRouterError, request_id: str, *, path: str) -> web.Response:
     param, retry_after_s = getattr(error, "param", None), getattr(error, "retry_after_s", None)
-    response = error_response(status, kind=kind, code=_code(error), message=str(error), param=param)
+    response = error_response(status, kind=kind, code=_code(error), message=str(error), param=param, path=path)
     response.headers[wire.REQUEST_ID_HEADER] = request_id
     if retry_after_s is not None:
         response.headers["retry-after"] = str(max(1, round(retry_after_s)))

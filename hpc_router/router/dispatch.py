@@ -8,6 +8,7 @@ another replica, the runner-up, the fallback; a named expert only to its own rep
 import asyncio
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -20,14 +21,16 @@ from hpc_router.config import RouterConfig
 from hpc_router.errors import UnavailableError, UpstreamConnectError, UpstreamError, UpstreamTimeoutError
 from hpc_router.registry import Kind
 from hpc_router.relay.delivery import DownstreamGoneError
+from hpc_router.relay.dialects import Fault, dialect_of
 from hpc_router.relay.downstream import Downstream
 from hpc_router.relay.exchange import Upstream, UpstreamResponse
 from hpc_router.relay.headers import downstream_headers, upstream_headers
 from hpc_router.relay.patience import Patience
 from hpc_router.router.discovery import Discovery
 from hpc_router.router.metrics import Metrics
-from hpc_router.router.replicas import Event, Hold, Replica, ReplicaTable
+from hpc_router.router.replicas import Event, Hold, Replica, ReplicaLostError, ReplicaTable
 from hpc_router.router.request import ApiCall
+from hpc_router.router.sessions import not_found
 from hpc_router.routing.policy import Reason
 
 logger = logging.getLogger(__name__)
@@ -42,7 +45,10 @@ _MAX_ERROR_BYTES: Final = 2**20
 
 @dataclass(slots=True)
 class Errand:
-    """A request on its way. `experts`: to be tried in this order; `reason`: how the first of them was chosen."""
+    """A request on its way. `experts`: to be tried in this order; `reason`: how the first of them was chosen.
+
+    `only`: the one replica it may go to. `on_answer` is told who answers with 2xx, before the client sees any of it.
+    """
 
     request: web.BaseRequest
     path: str
@@ -56,6 +62,8 @@ class Errand:
     disconnected: set[Replica] = field(default_factory=set)
     refusal: web.Response | None = None
     """The last error that a replica itself answered with; the client gets it when nobody does better."""
+    only: Replica | None = None
+    on_answer: Callable[[Replica, str, Reason], None] | None = None
 
     def reason_at(self, expert: str) -> Reason:
         return self.reason if expert == self.experts[0] else Reason.UNAVAILABLE
@@ -85,7 +93,7 @@ class Dispatcher:
         deadline = asyncio.get_running_loop().time() + self.config.queue_timeout_s
         attempts = 0
         while attempts < MAX_ATTEMPTS:
-            hold = self.table.acquire(errand.experts, avoid=errand.avoid)
+            hold = self.table.acquire(errand.experts, avoid=errand.avoid, only=errand.only)
             if hold is None and errand.refusal is not None:
                 return errand.refusal
             if hold is None:
@@ -104,7 +112,9 @@ class Dispatcher:
     async def _wait(self, errand: Errand, deadline: float) -> Hold:
         try:
             async with asyncio.timeout_at(deadline):
-                return await self.table.wait(errand.experts, avoid=errand.avoid)
+                return await self.table.wait(errand.experts, avoid=errand.avoid, only=errand.only)
+        except ReplicaLostError as error:
+            raise not_found(str(error)) from error
         except TimeoutError as error:
             waited = f"within {self.config.queue_timeout_s:g} s"
             raise UnavailableError(
@@ -134,6 +144,8 @@ class Dispatcher:
 
             async with self.client.request("POST", url, headers=headers, body=body, watch=watch) as upstream:
                 await self._judge(errand, replica, upstream, said)
+                if errand.on_answer is not None and 200 <= upstream.status < 300:
+                    errand.on_answer(replica, expert, errand.reason_at(expert))
                 self.metrics.first_byte.labels(expert).observe(time.perf_counter() - errand.started)
                 errand.phase = "streaming"
                 await downstream.pass_on(upstream, downstream_headers(upstream.headers, add=said))
@@ -187,9 +199,8 @@ class Dispatcher:
         self.discovery.look_again(replica)
         message = f"{replica.name} failed before it had finished: {error}"
         try:
-            await downstream.break_off(
-                {"message": message, "type": "upstream_error", "param": None, "code": "replica_failed"}
-            )
+            fault = Fault(502, "upstream_error", "replica_failed", message)
+            await downstream.break_off(dialect_of(errand.path.partition("?")[0]).event(fault))
         except DownstreamGoneError:
             self.metrics.cancelled.labels("streaming").inc()
 

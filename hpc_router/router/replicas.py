@@ -13,10 +13,15 @@ from enum import StrEnum
 from types import TracebackType
 from typing import Final, Self
 
+from hpc_router.errors import HpcRouterError
 from hpc_router.registry import Kind, Record
 
 DEFAULT_CAPACITY: Final = 1024
 """For endpoints that do not say how many requests they take at once."""
+
+
+class ReplicaLostError(HpcRouterError):
+    """The only replica that would do is ready no more."""
 
 
 class Standing(StrEnum):
@@ -122,6 +127,7 @@ class Hold:
 class _Waiter:
     experts: Sequence[str]
     avoid: Collection[Replica]
+    only: Replica | None
     granted: asyncio.Future[Hold]
 
 
@@ -149,6 +155,7 @@ class ReplicaTable:
         """Forget it; a request that still holds it is told and releases into nothing."""
         if replica := self._replicas.pop(name, None):
             _tell_lost(replica)
+            self._disappoint(replica)
 
     def of(self, expert: str) -> list[Replica]:
         return [r for r in self._replicas.values() if expert in r.record.serves and r.record.kind is not Kind.ROUTER]
@@ -173,29 +180,40 @@ class ReplicaTable:
             return False
         if replica.standing is Standing.READY:
             self.offer(replica, forgiven=True)
-        elif replica.standing is Standing.EJECTED:
+            return True
+        self._disappoint(replica)
+        if replica.standing is Standing.EJECTED:
             _tell_lost(replica)
         return True
 
-    def acquire(self, experts: Sequence[str], *, avoid: Collection[Replica] = ()) -> Hold | None:
+    def acquire(
+        self, experts: Sequence[str], *, avoid: Collection[Replica] = (), only: Replica | None = None
+    ) -> Hold | None:
         """A place with the first of these experts that has one, on its replica with the fewest requests in flight
-        (ties: the one not used for longest)."""
+        (ties: the one not used for longest). `only`: on no other replica than that."""
         for expert in experts:
-            able = [r for r in self.of(expert) if r.has_room and r not in avoid]
+            able = [r for r in self.of(expert) if r.has_room and r not in avoid and only in (None, r)]
             if able:
                 return self._hold(min(able, key=lambda r: (r.in_flight, r.last_used)), expert)
         return None
 
-    async def wait(self, experts: Sequence[str], *, avoid: Collection[Replica] = ()) -> Hold:
-        """The next place that becomes free with one of these experts, in turn."""
-        waiter = _Waiter(experts, set(avoid), asyncio.get_running_loop().create_future())
+    async def wait(
+        self, experts: Sequence[str], *, avoid: Collection[Replica] = (), only: Replica | None = None
+    ) -> Hold:
+        """The next place that becomes free with one of these experts, in turn.
+
+        With `only`, on that replica; raises ReplicaLostError as soon as it is not ready."""
+        if only is not None and (only.standing is not Standing.READY or self._replicas.get(only.name) is not only):
+            raise ReplicaLostError(f"{only.name} is not ready")
+        waiter = _Waiter(experts, set(avoid), only, asyncio.get_running_loop().create_future())
         for expert in experts:
             self._waiting.setdefault(expert, {})[waiter] = None
         try:
             return await waiter.granted
         except asyncio.CancelledError:
-            if waiter.granted.done() and not waiter.granted.cancelled():
-                waiter.granted.result().release()  # granted in the moment of leaving: to the next one
+            granted = waiter.granted
+            if granted.done() and not granted.cancelled() and granted.exception() is None:
+                granted.result().release()  # granted in the moment of leaving: to the next one
             raise
         finally:
             self._forget(waiter)
@@ -213,8 +231,18 @@ class ReplicaTable:
                     return
                 if waiter.granted.done() or (replica in waiter.avoid and not forgiven):
                     continue
+                if waiter.only not in (None, replica):
+                    continue
                 self._forget(waiter)
                 waiter.granted.set_result(self._hold(replica, expert))
+
+    def _disappoint(self, replica: Replica) -> None:
+        """Those who would take no other need not wait for it."""
+        for expert in replica.record.serves:
+            for waiter in tuple(self._waiting.get(expert, ())):
+                if waiter.only is replica and not waiter.granted.done():
+                    self._forget(waiter)
+                    waiter.granted.set_exception(ReplicaLostError(f"{replica.name} is not ready any more"))
 
     def _hold(self, replica: Replica, expert: str) -> Hold:
         self._uses += 1

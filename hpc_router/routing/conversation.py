@@ -6,7 +6,8 @@ Shapes are checked here as far as routing reads them and no further: the engine 
 field and the valid shape and never quotes a prompt. Nothing here knows HTTP, experts or terms.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Final
 
 from hpc_router.errors import HpcRouterError
 from hpc_router.routing.features import WINDOW_BYTES
@@ -18,21 +19,19 @@ class RequestError(HpcRouterError):
     """A request body of a shape that cannot be routed; the client must change it."""
 
 
-def prompt_text(body: object, *, window: int = WINDOW_BYTES) -> str:
+def prompt_text(body: object, *, window: int = WINDOW_BYTES, first: str = "messages") -> str:
     """The first `window` characters of what the user wrote in a decoded body of any of the APIs.
 
-    Chat has `messages`, completions and `POST /route` have `prompt`, responses and embeddings have `input`.
+    Chat and Anthropic's messages have `messages`, completions and `POST /route` have `prompt`, responses and embeddings
+    have `input`. Where a body has several, `first` names the one that its API reads; responses, for one, mean something
+    else by `prompt`.
     """
     if not isinstance(body, dict):
         raise RequestError(f"the body must be a JSON object, not {_kind(body)}")
-    if "messages" in body:
-        texts = _messages(body["messages"])
-    elif "prompt" in body:
-        texts = _prompts(body["prompt"])
-    elif "input" in body:
-        texts = _inputs(body["input"])
-    else:
+    name = next((name for name in (first, *_READERS) if name in body), None)
+    if name is None:
         raise RequestError("the body has no text to route: it needs 'messages' (chat), 'prompt' or 'input'")
+    texts = _READERS[name](body[name])
     kept: list[str] = []
     room = window
     for text in texts:  # to the end even when the window is full: a bad shape is an error wherever it stands
@@ -106,10 +105,18 @@ def _inputs(value: object) -> Iterator[str]:
         if isinstance(item, str):
             yield item
         elif isinstance(item, dict):
-            if "role" in item:  # the responses API also lists tool calls, reasoning and the like here
+            # The responses API also lists tool calls, reasoning and the like here.
+            if "role" in item and item.get("type", "message") == "message":
                 yield from _message(item, where=f"input[{index}]")
         elif not _token_ids(item):
             raise RequestError(f"'input[{index}]' must be a string, token ids or an object, not {_kind(item)}")
+
+
+_READERS: Final[Mapping[str, Callable[[object], Iterator[str]]]] = {
+    "messages": _messages,
+    "prompt": _prompts,
+    "input": _inputs,
+}
 
 
 def _token_ids(item: object) -> bool:

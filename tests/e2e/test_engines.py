@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import anthropic
 import openai
 import pytest
 
@@ -84,6 +85,44 @@ def test_completions_and_named_experts(pair: Deployed) -> None:
             raw = client.completions.with_raw_response.create(model=name, prompt="once", max_tokens=4)
             assert raw.headers["x-expert"] == name
             assert raw.parse().choices[0].text
+
+
+def test_responses_and_their_continuation(pair: Deployed) -> None:
+    """transformers takes `previous_response_id` and ignores it, so the router refuses what would be forgotten.
+
+    It also streams where nothing is said about that.
+    """
+    with pair.client().with_options(default_headers={"x-session-id": "s1"}) as client:
+        first = client.responses.create(model="auto", input=QUESTION, max_output_tokens=8, stream=False)
+        assert first.output_text
+        assert first.usage is not None
+        events = list(client.responses.create(model="math", input=QUESTION, max_output_tokens=8, stream=True))
+        assert events[-1].type == "response.completed"
+        assert any(e.type == "response.output_text.delta" for e in events)
+        if engine_of(pair) == "vllm":
+            then = client.responses.create(
+                model="auto", input="Why?", max_output_tokens=8, previous_response_id=first.id
+            )
+            assert then.usage is not None
+            assert then.usage.input_tokens > first.usage.input_tokens
+            with pytest.raises(openai.NotFoundError, match="resp_0"):
+                client.responses.create(model="math", input="Why?", previous_response_id="resp_0")
+        else:
+            with pytest.raises(openai.BadRequestError, match="keeps no responses") as caught:
+                client.responses.create(model="auto", input="Why?", previous_response_id=first.id)
+            assert caught.value.code == "previous_response_not_found"
+
+
+def test_messages_where_the_engine_has_them(pair: Deployed) -> None:
+    with anthropic.Anthropic(base_url=pair.url, api_key=pair.token, max_retries=0, timeout=60) as client:
+        if engine_of(pair) != "vllm":
+            with pytest.raises(anthropic.NotFoundError):
+                client.messages.create(model="auto", max_tokens=8, messages=MESSAGES)
+            return
+        told = client.messages.create(model="auto", max_tokens=8, messages=MESSAGES)
+        assert (told.stop_reason, told.usage.output_tokens) == ("max_tokens", 8)
+        with client.messages.stream(model="math", max_tokens=8, messages=MESSAGES) as stream:
+            assert stream.get_final_message().usage.output_tokens == 8
 
 
 def test_tools_and_fields_reach_the_engine(pair: Deployed) -> None:

@@ -113,6 +113,19 @@ async def test_only_the_api_paths_reach_the_engine(socket_folder: Path, path: st
         assert at.engine.recent.last(1) == []
 
 
+async def test_each_api_is_refused_in_its_own_words_and_served(socket_folder: Path) -> None:
+    body: JsonObject = {"model": "sim", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 3}
+    async with running(socket_folder) as at:
+        assert (await at.post(wire.MESSAGES, body))[2]["type"] == "message"
+        assert (await at.post(wire.RESPONSES, {"model": "sim", "input": "hi"}))[2]["object"] == "response"
+        at.gate.state = State.DRAINING
+        status, headers, refusal = await at.post(wire.MESSAGES, body)
+        assert (status, headers[wire.DRAINING_HEADER]) == (503, "1")
+        message = "math-0.g1 is draining"
+        assert refusal == {"type": "error", "error": {"type": "overloaded_error", "message": message}}
+        assert (await at.post(wire.RESPONSES, {"input": "hi"}))[2]["error"]["type"] == "service_unavailable"
+
+
 async def test_bodies_go_through_unchanged_and_without_the_key(socket_folder: Path) -> None:
     raw = b'{ "model":"sim",\n "messages" :[{"role":"user","content":"\\u03c9"}], "future": [1,  2.50], "max_tokens":3}'
     async with running(socket_folder) as at:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from hpc_router.registry import Kind, Record, State
-from hpc_router.router.replicas import TRANSITIONS, Event, Hold, Replica, ReplicaTable, Standing
+from hpc_router.router.replicas import TRANSITIONS, Event, Hold, Replica, ReplicaLostError, ReplicaTable, Standing
 
 
 def replica(name: str, *, experts: tuple[str, ...] = ("math",), capacity: int = 2, ready: bool = True) -> Replica:
@@ -174,6 +174,12 @@ class Juggling(RuleBasedStateMachine):
             assert hold.replica.standing is Standing.READY
             self.holds.append(hold)
 
+    @rule(at=st.integers(0, 2))
+    def arrive_for_one(self, at: int) -> None:
+        if hold := self.table.acquire(["math"], only=self.replicas[at]):
+            assert hold.replica is self.replicas[at]
+            self.holds.append(hold)
+
     @rule(at=st.integers(0, 30), twice=st.booleans())
     def end(self, at: int, twice: bool) -> None:
         if self.holds:
@@ -207,6 +213,56 @@ class Juggling(RuleBasedStateMachine):
 
 
 TestJuggling = Juggling.TestCase
+
+
+async def waiting(table: ReplicaTable, only: Replica) -> asyncio.Task[Hold]:
+    task = asyncio.create_task(table.wait(["math"], only=only))
+    await asyncio.sleep(0)
+    return task
+
+
+async def test_who_wants_one_replica_gets_no_other() -> None:
+    one, other = replica("math-0.g1", capacity=1), replica("math-1.g1")
+    table = table_of(one, other)
+    held = table.acquire(["math"], only=one)
+    assert held is not None
+    assert table.acquire(["math"], only=one) is None
+    waiter = await waiting(table, one)
+    table.offer(other)
+    assert table.waiting("math") == 1
+    held.release()
+    assert (await waiter).replica is one
+
+
+@pytest.mark.parametrize("event", [Event.SAYS_DRAINING, Event.SAYS_STARTING, Event.FAILED, None])
+async def test_who_wants_one_replica_is_told_when_it_is_lost(event: Event | None) -> None:
+    """Also who begins to wait after that; and who leaves in the moment of being told just leaves."""
+    one = replica("math-0.g1", capacity=1)
+    table = table_of(one, replica("math-1.g1"))
+    assert table.acquire(["math"], only=one)
+    waiter, leaving = await waiting(table, one), await waiting(table, one)
+    if event is None:
+        table.remove(one.name)
+    else:
+        table.apply(one, event)
+    leaving.cancel()
+    with pytest.raises(ReplicaLostError, match=r"math-0\.g1"):
+        await waiter
+    with pytest.raises(asyncio.CancelledError):
+        await leaving
+    with pytest.raises(ReplicaLostError):
+        await table.wait(["math"], only=one)
+    assert table.waiting("math") == 0
+
+
+async def test_others_go_on_waiting_when_a_replica_is_lost() -> None:
+    one = replica("math-0.g1", ready=False)
+    table = table_of(one)
+    waiter = asyncio.create_task(table.wait(["math"]))
+    await asyncio.sleep(0)
+    table.apply(one, Event.FAILED)
+    table.apply(one, Event.SAYS_READY)
+    assert (await waiter).replica is one
 
 
 @given(st.integers(1, 5), st.integers(1, 20))

@@ -35,6 +35,20 @@ def user(content: object) -> dict[str, object]:
         ({"input": [1, 2]}, ""),
         ({"input": [user([{"type": "input_text", "text": "a"}]), {"type": "function_call"}]}, "a"),
         ({"input": [{"role": "developer", "content": "x"}, user("b")]}, "b"),
+        ({"input": "hello", "instructions": "be brief", "previous_response_id": "resp_1"}, "hello"),
+        ({"input": [user("a"), {"type": "message", "role": "user", "content": "b"}]}, "a\nb"),
+        ({"input": [{"type": "message", "role": "assistant", "content": [{"type": "output_text"}]}, user("b")]}, "b"),
+        (
+            {"input": [user([{"type": "input_image"}, {"type": "input_text", "text": "a"}, {"type": "input_file"}])]},
+            "a",
+        ),
+        ({"input": [{"type": "function_call_output", "output": "x"}, user("b")]}, "b"),
+        ({"input": [{"type": "item_reference", "id": "i"}, {"type": "reasoning", "role": "user"}]}, ""),
+        ({"messages": [user("hello")], "system": "be brief"}, "hello"),
+        ({"messages": [user([{"type": "text", "text": "a"}])], "system": [{"type": "text", "text": "x"}]}, "a"),
+        ({"messages": [user([{"type": "tool_result", "content": [{"type": "text", "text": "x"}]}])]}, ""),
+        ({"messages": [user([{"type": "image", "source": {}}, {"type": "document"}]), user("b")]}, "b"),
+        ({"messages": [user("a"), {"role": "assistant", "content": [{"type": "thinking"}]}]}, "a"),
         ({"prompt": "hello", "unknown": {"field": 1}}, "hello"),
         ({"messages": [user("\ud800lone")]}, "\ud800lone"),
     ],
@@ -83,6 +97,16 @@ def test_the_users_words_decide(body: object, text: str) -> None:
 def test_a_shape_without_a_prompt_is_refused_by_name(body: object, named: str) -> None:
     with pytest.raises(RequestError, match=named):
         prompt_text(body)
+
+
+@pytest.mark.parametrize(
+    ("first", "text"), [("messages", "from messages"), ("prompt", "from prompt"), ("input", "from input")]
+)
+def test_of_several_fields_that_of_the_api_is_read(first: str, text: str) -> None:
+    body = {"prompt": "from prompt", "input": "from input", "messages": [user("from messages")]}
+    assert prompt_text(body, first=first) == text
+    del body[first]
+    assert prompt_text(body, first=first) in {"from messages", "from prompt"}
 
 
 def test_later_turns_leave_a_full_window_as_it_was() -> None:

@@ -1,4 +1,4 @@
-"""A refusal as vLLM's server sends it: OpenAI's error shape, so that clients raise their own exception classes."""
+"""A refusal as vLLM's server sends it: the API's error shape, so that clients raise their own exception classes."""
 
 import json
 from http import HTTPStatus
@@ -7,7 +7,7 @@ from hpc_router.errors import HpcRouterError
 
 
 class ApiError(HpcRouterError):
-    """A refusal in OpenAI's error shape."""
+    """A refusal, in the error shape of the path that was asked."""
 
     def __init__(
         self, message: str, *, status: int = 400, param: str | None = None, headers: dict[str, str] | None = None
@@ -15,15 +15,28 @@ class ApiError(HpcRouterError):
         super().__init__(message)
         self.status, self.param, self.headers = status, param, headers or {}
 
-    def body(self) -> bytes:
+    def body(self, path: str) -> bytes:
+        if path.startswith("/v1/messages"):
+            return messages_error_body(str(self), kind=_kind(self.status))
         return error_body(str(self), status=self.status, param=self.param)
 
 
 def error_body(message: str, *, status: int, param: str | None = None) -> bytes:
+    return json.dumps({"error": error_of(message, status=status, param=param), "simulated": True}).encode()
+
+
+def error_of(message: str, *, status: int, param: str | None = None) -> dict[str, object]:
+    return {"message": message, "type": _kind(status), "param": param, "code": status}
+
+
+def messages_error_body(message: str, *, kind: str) -> bytes:
+    """In Anthropic's shape, with vLLM's kinds."""
+    return json.dumps({"type": "error", "error": {"type": kind, "message": message}, "simulated": True}).encode()
+
+
+def _kind(status: int) -> str:
     try:
         name = HTTPStatus(status).phrase.replace(" ", "")
     except ValueError:
         name = "Unknown"
-    kind = name if name.endswith("Error") else f"{name}Error"
-    error = {"message": message, "type": kind, "param": param, "code": status}
-    return json.dumps({"error": error, "simulated": True}).encode()
+    return name if name.endswith("Error") else f"{name}Error"

@@ -1,6 +1,6 @@
 """The HTTP surface: vLLM's paths, plus `/sim/*` to script faults and to see what arrived.
 
-Errors of any kind leave as OpenAI error bodies through one boundary, which also records `/v1/*` requests and strikes
+Errors of any kind leave as the API's error bodies through one boundary, which also records `/v1/*` requests and strikes
 the faults of the paths that compute nothing. What computes is in `inference`.
 """
 
@@ -20,7 +20,7 @@ from hpc_router.expert.sim.strike import Severed, strike
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
-_COMPUTING = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/embeddings"})
+_COMPUTING = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses", "/v1/messages"})
 
 
 def make_app(core: Core) -> web.Application:
@@ -33,6 +33,8 @@ def make_app(core: Core) -> web.Application:
             web.post("/v1/chat/completions", inference.chat),
             web.post("/v1/completions", inference.completions),
             web.post("/v1/embeddings", inference.embeddings),
+            web.post("/v1/responses", inference.responses),
+            web.post("/v1/messages", inference.messages),
             web.get("/v1/models", surface.models),
             web.get("/health", surface.health),
             web.get("/version", surface.version),
@@ -64,10 +66,11 @@ class Surface:
             await self._before(request)
             return await handler(request)
         except ApiError as exc:
-            return _json(exc.body(), status=exc.status, headers=exc.headers)
+            return _json(exc.body(request.path), status=exc.status, headers=exc.headers)
         except web.HTTPException as exc:
             headers = {"Allow": exc.headers["Allow"]} if "Allow" in exc.headers else {}
-            return _json(ApiError(exc.reason, status=exc.status).body(), status=exc.status, headers=headers)
+            body = ApiError(exc.reason, status=exc.status).body(request.path)
+            return _json(body, status=exc.status, headers=headers)
         except (Severed, ConnectionError):
             # The connection is gone; aiohttp wants a response all the same and drops it.
             return web.Response()

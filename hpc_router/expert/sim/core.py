@@ -4,6 +4,7 @@ import random
 from dataclasses import dataclass, field
 
 from hpc_router.expert.sim.config import SimConfig
+from hpc_router.expert.sim.kept import Kept
 from hpc_router.expert.sim.latency import Clock, LatencyModel
 from hpc_router.expert.sim.recent import Recent
 from hpc_router.expert.sim.scheduler import Scheduler
@@ -21,4 +22,5 @@ class Core:
     script: FaultScript
     ids: random.Random
     recent: Recent = field(default_factory=Recent)
+    kept: Kept = field(default_factory=Kept)
     loaded: bool = False

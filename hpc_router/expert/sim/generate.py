@@ -4,7 +4,7 @@
 instead. A body is sent only when its last token is there, as vLLM does.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from aiohttp import web
@@ -23,7 +23,7 @@ _OUTCOMES = {"length": Outcome.LENGTH}
 
 @dataclass(slots=True, kw_only=True)
 class Job:
-    """What one admitted request needs to run."""
+    """What one admitted request needs to run. `keep` is called once the answer is there, before its end is sent."""
 
     request: web.Request
     ticket: Ticket
@@ -32,6 +32,7 @@ class Job:
     crash: Crash
     pace: Pace
     fault: Fault | None
+    keep: Callable[[], None] | None = None
 
     async def before_headers(self) -> None:
         await self._strike_at(HEADERS)
@@ -48,6 +49,8 @@ class Job:
     async def end(self, steps: int) -> None:
         """A fault at the length of the answer strikes after its last token, before its proper end."""
         await self._strike_at(steps)
+        if self.keep is not None:
+            self.keep()
 
     async def _strike_at(self, k: int) -> None:
         fault = self.fault
@@ -60,7 +63,7 @@ class Job:
 
 
 async def answer_whole(
-    job: Job, asked: Generation, completions: Sequence[Completion], *, envelope: shapes.Envelope
+    job: Job, asked: Generation, completions: Sequence[Completion], *, form: shapes.Form
 ) -> web.StreamResponse:
     await job.before_headers()
     steps = max(completion.tokens for completion in completions)
@@ -68,8 +71,7 @@ async def answer_whole(
         await job.step(k, prompt_tokens=asked.prompt_tokens, choices=_alive(completions, k))
         job.ticket.phase = Phase.GENERATING
     await job.end(steps)
-    body = shapes.whole_body(envelope, asked, completions)
-    return await _send_body(job, body, reason=completions[0].finish_reason)
+    return await _send_body(job, form.whole(completions), reason=completions[0].finish_reason)
 
 
 async def answer_embedding(job: Job, body: bytes, *, prompt_tokens: int) -> web.StreamResponse:
@@ -80,13 +82,12 @@ async def answer_embedding(job: Job, body: bytes, *, prompt_tokens: int) -> web.
 
 
 async def answer_stream(
-    job: Job, asked: Generation, completions: Sequence[Completion], *, envelope: shapes.Envelope
+    job: Job, asked: Generation, completions: Sequence[Completion], *, form: shapes.Form
 ) -> web.StreamResponse:
     await job.before_headers()
     response = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8"})
     await response.prepare(job.request)
-    frames = [shapes.Frame(envelope, api=asked.api, index=index, tool=asked.tool) for index in range(len(completions))]
-    closing = _closing(frames, asked, completions, envelope=envelope)
+    frames = [form.frame(index) for index in range(len(completions))]
     steps = max(completion.tokens for completion in completions)
     try:
         for k in range(steps):
@@ -96,9 +97,13 @@ async def answer_stream(
         await job.end(steps)
     except InStream as due:
         at = due.fault.at
-        next_events = _events(frames, completions, at) if at < steps else closing
-        return await _break_stream(job, response, due.fault, next_events=next_events)
-    await response.write_eof(closing)
+        next_events = _events(frames, completions, at) if at < steps else _closing(frames, completions, form=form)
+        if due.fault.kind is Kind.CUT:
+            await response.write(next_events[: len(next_events) // 2])
+            sever(job.request)
+        await response.write_eof(form.error(due.fault.message))
+        return response
+    await response.write_eof(_closing(frames, completions, form=form))
     job.finished(completions[0].finish_reason)
     return response
 
@@ -118,27 +123,9 @@ def _events(frames: Sequence[shapes.Frame], completions: Sequence[Completion], k
     return b"".join(events)
 
 
-def _closing(
-    frames: Sequence[shapes.Frame],
-    asked: Generation,
-    completions: Sequence[Completion],
-    *,
-    envelope: shapes.Envelope,
-) -> bytes:
+def _closing(frames: Sequence[shapes.Frame], completions: Sequence[Completion], *, form: shapes.Form) -> bytes:
     events = [frame.closing(completion) for frame, completion in zip(frames, completions, strict=True)]
-    if asked.include_usage:
-        events.append(shapes.usage_event(envelope, asked, completions))
-    return b"".join((*events, shapes.DONE))
-
-
-async def _break_stream(
-    job: Job, response: web.StreamResponse, fault: Fault, *, next_events: bytes
-) -> web.StreamResponse:
-    if fault.kind is Kind.CUT:
-        await response.write(next_events[: len(next_events) // 2])
-        sever(job.request)
-    await response.write_eof(shapes.error_event(fault.message) + shapes.DONE)
-    return response
+    return b"".join((*events, form.end(completions)))
 
 
 async def _send_body(job: Job, body: bytes, *, reason: str) -> web.StreamResponse:

@@ -4,10 +4,15 @@ A `status` fault refuses before the queue, as an engine that sheds load does; ev
 holds a place. The answer is decided before the first token is paced, so only time and faults are left to `generate`.
 """
 
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Final
+
 from aiohttp import web
 
 from hpc_router.errors import ConfigError, suggest
-from hpc_router.expert.sim import shapes
+from hpc_router.expert.sim import shapes, typed_shapes
 from hpc_router.expert.sim.api_error import ApiError
 from hpc_router.expert.sim.core import Core
 from hpc_router.expert.sim.faults import EXPRESSIBLE, Answer, Fault, Kind, parse_fault
@@ -22,12 +27,21 @@ from hpc_router.expert.sim.protocol import (
     parse_chat,
     parse_completion,
     parse_embedding,
+    parse_message,
+    parse_response,
 )
 from hpc_router.expert.sim.scheduler import Ticket
 from hpc_router.expert.sim.strike import strike
 from hpc_router.expert.sim.tokens import Completion, complete_text, complete_tool_call, unit_vector
 
 FAULT_HEADER = "x-sim-fault"
+_FORMS: Final[Mapping[Api, Callable[[shapes.Envelope, Generation], shapes.Form]]] = {
+    Api.CHAT: shapes.Choices,
+    Api.TEXT: shapes.Choices,
+    Api.RESPONSE: typed_shapes.Response,
+    Api.MESSAGE: typed_shapes.Message,
+}
+_ID_PREFIXES: Final = {Api.CHAT: "chatcmpl-", Api.TEXT: "cmpl-", Api.RESPONSE: "resp_", Api.MESSAGE: "msg_"}
 
 
 class Inference:
@@ -41,11 +55,24 @@ class Inference:
     async def completions(self, request: web.Request) -> web.StreamResponse:
         return await self._generate(request, parse_completion(await request.read()))
 
+    async def responses(self, request: web.Request) -> web.StreamResponse:
+        asked = parse_response(await request.read())
+        if asked.previous is not None:
+            prompt = self._core.kept.continued(asked.previous, asked.prompts[0])
+            if prompt is None:
+                message = f"Response with id '{asked.previous}' not found."
+                raise ApiError(message, status=404, param="response_id")
+            asked = replace(asked, prompts=(prompt,))
+        return await self._generate(request, asked)
+
+    async def messages(self, request: web.Request) -> web.StreamResponse:
+        return await self._generate(request, parse_message(await request.read()))
+
     async def embeddings(self, request: web.Request) -> web.StreamResponse:
         asked = parse_embedding(await request.read())
         self._check(asked.model, asked.inputs, max_tokens=None)
         factor, fault = await self._fault(request, asked, answer=Answer.BODY)
-        body = self._embed(asked, envelope=self._envelope(request, prefix="embd"))
+        body = self._embed(asked, envelope=self._envelope(request, prefix="embd-"))
         async with self._core.scheduler.admit(prompt_tokens=asked.prompt_tokens) as ticket:
             job = self._job(request, ticket, factor=factor, fault=fault)
             return await answer_embedding(job, body, prompt_tokens=asked.prompt_tokens)
@@ -55,11 +82,13 @@ class Inference:
         answer = Answer.STREAM if asked.stream else Answer.BODY
         factor, fault = await self._fault(request, asked, answer=answer)
         completions = [self._complete(asked, prompt, index) for prompt in asked.prompts for index in range(asked.n)]
-        envelope = self._envelope(request, prefix="chatcmpl" if asked.api is Api.CHAT else "cmpl")
+        envelope = self._envelope(request, prefix=_ID_PREFIXES[asked.api], own=asked.api is Api.RESPONSE)
         send = answer_stream if asked.stream else answer_whole
         async with self._core.scheduler.admit(prompt_tokens=asked.prompt_tokens) as ticket:
             job = self._job(request, ticket, factor=factor, fault=fault)
-            return await send(job, asked, completions, envelope=envelope)
+            if asked.store:
+                job.keep = partial(self._core.kept.add, envelope.id, asked.prompts[0], completions[0])
+            return await send(job, asked, completions, form=_FORMS[asked.api](envelope, asked))
 
     def _check(self, model: str | None, prompts: tuple[Prompt, ...], *, max_tokens: int | None) -> None:
         names = self._config.served_model_names
@@ -106,11 +135,12 @@ class Inference:
         ]
         return shapes.embeddings_body(envelope, vectors, as_base64=asked.base64, prompt_tokens=asked.prompt_tokens)
 
-    def _envelope(self, request: web.Request, *, prefix: str) -> shapes.Envelope:
-        """vLLM's ids: a prefix and the caller's x-request-id, or random digits."""
-        name = request.headers.get("x-request-id") or f"{self._core.ids.getrandbits(128):032x}"
+    def _envelope(self, request: web.Request, *, prefix: str, own: bool = False) -> shapes.Envelope:
+        """vLLM's ids: a prefix and the caller's x-request-id, or random digits; always these where ids are `own`."""
+        given = None if own else request.headers.get("x-request-id")
+        name = given or f"{self._core.ids.getrandbits(128):032x}"
         created = int(self._core.clock.unix_s())
-        return shapes.Envelope(id=f"{prefix}-{name}", created=created, model=self._config.model)
+        return shapes.Envelope(id=f"{prefix}{name}", created=created, model=self._config.model)
 
     def _job(self, request: web.Request, ticket: Ticket, *, factor: float, fault: Fault | None) -> Job:
         core = self._core

@@ -1,4 +1,4 @@
-"""What a request asks for: OpenAI request bodies checked and reduced to what the simulation needs.
+"""What a request asks for: OpenAI and Anthropic request bodies checked and reduced to what the simulation needs.
 
 Errors are vLLM's: status, `type` and `code` as its server sends them, the message naming the key. Unknown fields are
 accepted and ignored, as vLLM does. Nothing here knows the engine's state or the answer.
@@ -17,6 +17,8 @@ MOST_CHOICES = 128
 class Api(StrEnum):
     CHAT = "chat.completion"
     TEXT = "text_completion"
+    RESPONSE = "response"
+    MESSAGE = "message"
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +35,9 @@ class Tool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Generation:
-    """A chat or text completion; one choice per prompt and `n`. `tool` is set where a tool call is forced."""
+    """What is to be said; one choice per prompt and `n`. `tool` is set where a tool call is forced.
+
+    `previous`: the response that this one continues; `store`: whether it may be continued in turn."""
 
     api: Api
     model: str | None
@@ -45,6 +49,8 @@ class Generation:
     stream: bool = False
     include_usage: bool = False
     tool: Tool | None = None
+    previous: str | None = None
+    store: bool = False
     fault: object = None
 
     @property
@@ -110,7 +116,7 @@ def parse_chat(raw: bytes) -> Generation:
     return Generation(
         api=Api.CHAT,
         model=fields.text("model"),
-        prompts=(_conversation(fields.any("messages")),),
+        prompts=(_prompt(_messages(fields.any("messages"))),),
         n=fields.whole("n", least=1, most=MOST_CHOICES) or 1,
         max_tokens=fields.whole("max_tokens", least=1) if limit is None else limit,
         stop=_stop(fields.any("stop")),
@@ -136,6 +142,40 @@ def parse_completion(raw: bytes) -> Generation:
         seed=fields.whole("seed", least=-(2**63)) or 0,
         stream=stream,
         include_usage=_include_usage(fields.any("stream_options"), stream=stream),
+        fault=fields.any("sim_fault"),
+    )
+
+
+def parse_response(raw: bytes) -> Generation:
+    fields = Fields(raw)
+    instructions = fields.text("instructions")
+    spoken = [] if instructions is None else [("system", instructions)]
+    return Generation(
+        api=Api.RESPONSE,
+        model=fields.text("model"),
+        prompts=(_prompt(spoken + _items(fields.any("input"))),),
+        max_tokens=fields.whole("max_output_tokens", least=1),
+        stream=fields.flag("stream"),
+        previous=fields.text("previous_response_id"),
+        store=fields.any("store") is None or fields.flag("store"),
+        fault=fields.any("sim_fault"),
+    )
+
+
+def parse_message(raw: bytes) -> Generation:
+    fields = Fields(raw)
+    system = fields.any("system")
+    spoken = [] if system is None else [_message({"role": "system", "content": system}, where="system")]
+    limit = fields.whole("max_tokens", least=1)
+    if limit is None:
+        raise ApiError("'max_tokens' is required.", param="max_tokens")
+    return Generation(
+        api=Api.MESSAGE,
+        model=fields.text("model"),
+        prompts=(_prompt(spoken + _messages(fields.any("messages"))),),
+        max_tokens=limit,
+        stop=_stop(fields.any("stop_sequences")),
+        stream=fields.flag("stream"),
         fault=fields.any("sim_fault"),
     )
 
@@ -166,12 +206,25 @@ def check_length(prompt: Prompt, *, max_tokens: int | None, max_model_len: int) 
         )
 
 
-def _conversation(messages: object) -> Prompt:
+def _prompt(spoken: list[tuple[str, str]]) -> Prompt:
+    tokens = sum(count_tokens(content) for _, content in spoken)
+    return Prompt(text="\n".join(f"{role}: {content}" for role, content in spoken), tokens=max(1, tokens))
+
+
+def _messages(messages: object) -> list[tuple[str, str]]:
     if not isinstance(messages, list) or not messages:
         raise ApiError("'messages' must be a non-empty list of messages.", param="messages")
-    parts = [_message(message, where=f"messages[{index}]") for index, message in enumerate(messages)]
-    tokens = sum(count_tokens(content) for _, content in parts)
-    return Prompt(text="\n".join(f"{role}: {content}" for role, content in parts), tokens=max(1, tokens))
+    return [_message(message, where=f"messages[{index}]") for index, message in enumerate(messages)]
+
+
+def _items(value: object) -> list[tuple[str, str]]:
+    """The input of a response; of its items only messages are said to the model."""
+    if isinstance(value, str):
+        return [("user", value)]
+    if not isinstance(value, list) or not value or not all(isinstance(item, dict) for item in value):
+        raise ApiError("'input' must be a string or a non-empty list of items.", param="input")
+    spoken = enumerate(value)
+    return [_message(item, where=f"input[{i}]") for i, item in spoken if item.get("type", "message") == "message"]
 
 
 def _message(message: object, *, where: str) -> tuple[str, str]:

@@ -1,7 +1,8 @@
 """What answers look like: vLLM's bodies and SSE events, each labelled simulated.
 
 A streamed token must be cheap, so the JSON around it is serialised once per choice (`Frame`) and a token is two
-concatenations. Stream and body are built from the same completions, so their texts and usage agree.
+concatenations. Stream and body are built from the same completions, so their texts and usage agree. Here are the
+shapes of OpenAI's older APIs, whose events are all alike; `typed_shapes` has those whose events have names.
 """
 
 import base64
@@ -9,7 +10,7 @@ import json
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Protocol
 
 from hpc_router.expert.sim.api_error import error_body
 from hpc_router.expert.sim.protocol import Api, Generation, Tool
@@ -50,8 +51,56 @@ class Envelope:
         }
 
 
-class Frame:
+class Frame(Protocol):
     """The events of one choice of a stream."""
+
+    def opening(self) -> bytes:
+        """Before the first token."""
+
+    def piece(self, text: str) -> bytes:
+        """One token; called once for each, in order."""
+
+    def closing(self, completion: Completion) -> bytes:
+        """After the last token."""
+
+
+class Form(Protocol):
+    """How one API puts an answer."""
+
+    def frame(self, index: int) -> Frame: ...
+
+    def end(self, completions: Sequence[Completion]) -> bytes:
+        """What ends a stream, after every choice has ended."""
+
+    def error(self, message: str) -> bytes:
+        """What ends a stream that failed."""
+
+    def whole(self, completions: Sequence[Completion]) -> bytes:
+        """The answer in one piece."""
+
+
+class Choices:
+    """The form of chat and text completions."""
+
+    def __init__(self, envelope: Envelope, asked: Generation) -> None:
+        self._envelope, self._asked = envelope, asked
+
+    def frame(self, index: int) -> Frame:
+        return ChoiceFrame(self._envelope, api=self._asked.api, index=index, tool=self._asked.tool)
+
+    def end(self, completions: Sequence[Completion]) -> bytes:
+        usage = usage_event(self._envelope, self._asked, completions) if self._asked.include_usage else b""
+        return usage + DONE
+
+    def error(self, message: str) -> bytes:
+        return error_event(message) + DONE
+
+    def whole(self, completions: Sequence[Completion]) -> bytes:
+        return whole_body(self._envelope, self._asked, completions)
+
+
+class ChoiceFrame:
+    """The events of one choice of a completion."""
 
     def __init__(self, envelope: Envelope, *, api: Api, index: int, tool: Tool | None) -> None:
         self._envelope, self._api, self._index, self._tool = envelope, api, index, tool
