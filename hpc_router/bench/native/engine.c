@@ -19,7 +19,7 @@ enum { LONGEST_HEAD = 65536, NAME = 64, CLASSES = 32 };
 struct connection {
     struct timer timer; /* first: a timer is its connection */
     int fd;
-    bool answering, writing, dead;
+    bool answering, writing, dead, deaf; /* deaf: what else it sends could not be understood */
     struct buffer in, out;
     size_t out_done;
     uint64_t left;
@@ -257,7 +257,7 @@ static bool take_request(struct connection *one)
         length = (size_t)whole(value, value + found, 0);
     if ((value = header_value(head, head_length, "transfer-encoding", &found))) {
         answer(one, "411 Length Required", "application/json", "{\"error\":{\"message\":\"give a length\"}}");
-        end(one);
+        one->deaf = true;
         return false;
     }
     if (one->in.used < head_length + length)
@@ -288,6 +288,8 @@ static void heard(struct connection *one)
         end(one);
         return;
     }
+    if (one->deaf)
+        return;
     buffer_add(&one->in, piece, (size_t)got);
     while (!one->answering && !one->dead && take_request(one))
         ;

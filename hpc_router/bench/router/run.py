@@ -51,13 +51,14 @@ def bench(options: Options, console: Console) -> Results:
     """Measure, write both files, and return what they hold. Raises ConfigError and LaunchError."""
     known = [*peers(options.peers), *ours()]
     chosen = _chosen(known, options)
-    built("load"), built("engine")
     absent = {relay.name: why for relay in chosen if (why := relay.absent()) is not None}
     present = [relay for relay in chosen if relay.name not in absent]
     for name, why in absent.items():
         console.print(f"{name}: {why}", style="yellow", highlight=False)
     if not present:
         raise LaunchError("nothing of that is installed")
+    for program in ("load", "engine"):
+        built(program)
     _raise_file_limit(options.streams)
     cores = cores_of(list(os.sched_getaffinity(0)))
     if not cores.apart:
