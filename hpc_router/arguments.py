@@ -1,6 +1,7 @@
 """The command line's grammar: every verb with its options, its help and an example. No verb is carried out here."""
 
 import argparse
+import re
 from pathlib import Path
 from typing import Final, NoReturn
 
@@ -238,6 +239,14 @@ def _measuring(verbs: "_Verbs[_Parser]") -> None:
         "--soak", type=_count, default=0, metavar="N", help="then so many requests to this router: does memory grow?"
     )
     router.add_argument("--peers", type=Path, metavar="DIR", help="virtual environment with the routers from PyPI")
+    router.add_argument(
+        "--tree",
+        action="append",
+        type=_named,
+        default=[],
+        metavar="NAME=DIR",
+        help="another checkout of this router, measured beside it",
+    )
     router.add_argument("--out", type=Path, metavar="DIR", help="where the results go (default: analysis/results)")
     router.add_argument("--quick", action="store_true", help="one short round with few streams; figures mean little")
     router.add_argument("--json", action="store_true", help="print JSON")
@@ -245,6 +254,13 @@ def _measuring(verbs: "_Verbs[_Parser]") -> None:
 
 def _names(text: str) -> tuple[str, ...]:
     return tuple(name for name in text.split(",") if name)
+
+
+def _named(text: str) -> tuple[str, Path]:
+    name, _, folder = text.partition("=")
+    if not re.fullmatch(r"[a-z0-9][a-z0-9_.-]{0,30}", name) or not folder:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=DIR")
+    return name, Path(folder).absolute()
 
 
 def _count(text: str) -> int:

@@ -320,6 +320,7 @@ def _bench_router(arguments: argparse.Namespace) -> int:
         only=arguments.only,
         soak=arguments.soak,
         peers=arguments.peers or default_peers(),
+        trees=dict(arguments.tree),
         out=arguments.out or default_out(),
         quick=arguments.quick,
         **{**(QUICK if arguments.quick else {}), **given},

@@ -16,6 +16,7 @@ import pytest
 from hpc_router.cli import VERBS, _say_how, main
 from hpc_router.jobdir import Exit, JobDir, JobInfo, Reason
 from hpc_router.rundir import make_run, open_run
+from tests.needs import ROOT
 
 
 @pytest.fixture(autouse=True)
@@ -68,6 +69,9 @@ def test_every_verb_explains_itself(verb: str, capsys: pytest.CaptureFixture[str
         (["bench"], "required: BENCHMARK"),
         (["bench", "router", "--streams", "5000"], "--streams 5000: between 1 and 4000"),
         (["bench", "router", "--only", "ngnix"], "did you mean 'nginx'?"),
+        (["bench", "router", "--tree", "old"], "'old' is not NAME=DIR"),
+        (["bench", "router", "--tree", f"nginx={ROOT}"], "there is a relay of that name"),
+        (["bench", "router", "--tree", "old=nope"], "no checkout of hpc-router"),
         (["bench", "router", "--rate", "fast"], "invalid float value: 'fast'"),
         (["register", "--run", "new", "--expert", "auto", "--url", "http://h:1"], "cannot name an expert"),
         (["register", "--run", "new", "--expert", "m", "--url", "h:1"], "not an endpoint's address"),

@@ -1,7 +1,7 @@
 """What `hpc-router bench router` was asked for, and what it refuses."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Self
 
@@ -25,6 +25,7 @@ class Options:
     connections: int = 16
     soak: int = 0
     peers: Path | None = None
+    trees: Mapping[str, Path] = field(default_factory=dict)  # other checkouts of this router, by name
     out: Path
     quick: bool = False
 
@@ -39,6 +40,9 @@ class Options:
             raise ConfigError(f"--seconds {self.seconds:g}: between 0.1 and 600")
         if not 1 <= self.rounds <= 100:
             raise ConfigError(f"--rounds {self.rounds}: between 1 and 100")
+        for name, tree in self.trees.items():
+            if not (tree / "hpc_router" / "__init__.py").is_file():
+                raise ConfigError(f"--tree {name}={tree}: no checkout of hpc-router")
         return self
 
     @property

@@ -4,9 +4,10 @@ Its policy is the classifier of `topology=sim`, trained from the packaged exempl
 not classified, those for `auto` are. There is nothing for a control loop to keep up, so none runs beside it.
 """
 
+import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from hpc_router.registry import Kind, Reader, Record, State, leading_router
 from hpc_router.rundir import RunDir, make_run
 
 CAPACITY: Final = 100_000
-PACKAGE: Final = {"PYTHONPATH": str(Path(hpc_router.__file__).parents[1])}
+HERE: Final = Path(hpc_router.__file__).parents[1]
 OPTIONS: Final = ("topology=sim", "policy=classifier", "router.host=127.0.0.1", "router.reconcile=false")
 
 
@@ -35,12 +36,13 @@ class Router:
     classifies: bool = True
     hops: int = 1
     behind_socket: bool = False
+    tree: Path = HERE  # another checkout, to be measured beside this one
 
     def absent(self) -> str | None:
         return None
 
     def version(self) -> str:
-        return hpc_router.__version__
+        return hpc_router.__version__ if self.tree == HERE else ""
 
     @contextmanager
     def started(self, site: Site) -> Iterator[Started]:
@@ -49,7 +51,7 @@ class Router:
             registry.publish(run.registry, _external(expert, f"http://127.0.0.1:{site.engine.port}"))
         with group() as processes:
             with on(site.cores):
-                processes.start(router_argv(run), log=site.log, environment=PACKAGE)
+                processes.start(router_argv(run), log=site.log, environment=_from(self.tree))
             yield _await(run, processes, site, models=(*NAMES, "auto"))
 
 
@@ -74,13 +76,14 @@ class RouterAndAgent:
         assert site.engine.socket is not None
         with group() as processes:
             with on(site.cores):
-                processes.start(agent_argv(run, site.engine.socket), log=site.log, environment=PACKAGE)
-                processes.start(router_argv(run), log=site.log, environment=PACKAGE)
+                processes.start(agent_argv(run, site.engine.socket), log=site.log, environment=_from(HERE))
+                processes.start(router_argv(run), log=site.log, environment=_from(HERE))
             yield _await(run, processes, site, models=(requests.MODEL,))
 
 
-def ours() -> list[Relay]:
-    return [Router(), RouterAndAgent()]
+def ours(trees: Mapping[str, Path] | None = None) -> list[Relay]:
+    others = [Router(name=name, tree=tree) for name, tree in (trees or {}).items()]
+    return [Router(), RouterAndAgent(), *others]
 
 
 def router_argv(run: RunDir) -> list[str]:
@@ -91,6 +94,11 @@ def agent_argv(run: RunDir, socket: Path) -> list[str]:
     replica = registry.replica_name(requests.MODEL, 0, 1)
     words = ["--run", str(run.path), "--replica", replica, "--socket", str(socket)]
     return [sys.executable, "-m", "hpc_router.expert.hop", *words]
+
+
+def _from(tree: Path) -> dict[str, str]:
+    before = os.environ.get("PYTHONPATH")
+    return {"PYTHONPATH": f"{tree}{os.pathsep}{before}" if before else str(tree)}
 
 
 def _external(expert: str, url: str) -> Record:

@@ -53,6 +53,7 @@ class Group:
     roots: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     def start(self, argv: Sequence[str], *, log: Path, environment: Mapping[str, str] | None = None) -> None:
+        """In the folder of its log: Python would take modules from where we happen to be."""
         with log.open("ab") as stream:
             self.roots.append(
                 subprocess.Popen(
@@ -60,6 +61,7 @@ class Group:
                     stdin=subprocess.DEVNULL,
                     stdout=stream,
                     stderr=stream,
+                    cwd=log.parent,
                     env=None if environment is None else {**os.environ, **environment},
                     start_new_session=True,  # Ctrl-C is ours to answer
                 )

@@ -14,6 +14,7 @@ from hpc_router.bench.router import requests
 from hpc_router.bench.router.process import Group
 from hpc_router.errors import LaunchError
 
+SERVERS: Final = "/usr/local/sbin:/usr/sbin"
 START_S: Final = 60.0
 NO_TOKEN: Final = "0" * 64
 """For relays that ask for none: all requests are of one length."""
@@ -66,11 +67,11 @@ class Relay(Protocol):
 
 
 def find(command: str, folder: Path | None) -> Path | None:
-    """In a virtual environment at `folder`, then on PATH."""
+    """In a virtual environment at `folder`, then on PATH, then where servers lie, which no user's PATH has."""
     inside = folder / "bin" / command if folder is not None else None
     if inside is not None and inside.exists():
         return inside.absolute()
-    found = shutil.which(command)
+    found = shutil.which(command) or shutil.which(command, path=SERVERS)
     return Path(found) if found else None
 
 

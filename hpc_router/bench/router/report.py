@@ -98,22 +98,21 @@ def _added(results: Results, measured: Measured) -> Spread | None:
 
 
 def _classifying(results: Results) -> Sheet:
-    router, rows = results.measured.get("router"), []
-    for size in requests.SIZES:
-        name = f"short_{size.replace(' ', '')}"
-        both = [(router, f"{name}_auto_us"), (router, f"{name}_us")]
-        if router is not None and (extra := across(both, difference)):
-            rows.append(
-                [size, _told(spread(router, f"{name}_us")), _told(spread(router, f"{name}_auto_us")), _told(extra)]
-            )
-    return Sheet("Classifying: CPU us per short request", ["prompt", "model named", "auto", "more for auto"], rows)
+    rows = []
+    for name, measured in results.measured.items():
+        for size in requests.SIZES:
+            keys = [f"short_{size.replace(' ', '')}{kind}_us" for kind in ("_auto", "")]
+            if extra := across([(measured, key) for key in keys], difference):
+                auto, named = (_told(spread(measured, key)) for key in keys)
+                rows.append([name, size, named, auto, _told(extra)])
+    columns = ["relay", "prompt", "model named", "auto", "more for auto"]
+    return Sheet("Classifying: CPU us per short request", columns, rows)
 
 
 def _agent(results: Results) -> Sheet:
     rows = []
-    for name in ("router", "router+agent"):
-        measured = results.measured.get(name)
-        if measured is not None and spread(measured, "stream_lower_us"):
+    for name, measured in results.measured.items():
+        if spread(measured, "stream_lower_us"):
             keys = ("short_200B_us", "stream_lower_us", "stream_lower_hop_ms_p50", "stream_lower_hop_ms_p99",
                     "stream_lower_private_mb", "stream_lower_relay_share")  # fmt: skip
             rows.append([name, *(_told(spread(measured, key)) for key in keys)])
@@ -202,9 +201,7 @@ def to_json(results: Results) -> dict[str, Any]:
     value = {
         "schema": SCHEMA,
         **results.origin,
-        "options": {
-            key: str(item) if key in ("out", "peers") else item for key, item in asdict(results.options).items()
-        },
+        "options": {key: item for key, item in asdict(results.options).items() if key not in ("out", "peers", "trees")},
         "cores": {"relay": sorted(results.cores.relay), "load": sorted(results.cores.load)},
         "relays": {name: _relay_json(measured) for name, measured in results.measured.items()},
         "absent": dict(results.absent),

@@ -15,6 +15,7 @@ from types import FrameType
 from typing import Final
 
 from rich.console import Console
+from rich.status import Status
 
 import hpc_router
 from hpc_router.bench.native.build import built
@@ -49,7 +50,7 @@ def in_clone() -> bool:
 
 def bench(options: Options, console: Console) -> Results:
     """Measure, write both files, and return what they hold. Raises ConfigError and LaunchError."""
-    known = [*peers(options.peers), *ours()]
+    known = [*peers(options.peers), *ours(options.trees)]
     chosen = _chosen(known, options)
     absent = {relay.name: why for relay in chosen if (why := relay.absent()) is not None}
     present = [relay for relay in chosen if relay.name not in absent]
@@ -64,14 +65,14 @@ def bench(options: Options, console: Console) -> Results:
     if not cores.apart:
         console.print("one core for all: the figures say less", style="yellow")
     at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    with _sigterm_as_interrupt():
-        found = measure_all(present, options, cores, _teller(console))
+    with _sigterm_as_interrupt(), Steps(console) as steps:
+        found = measure_all(present, options, cores, steps.tell)
     origin = {
         "at": at,
         "command": shlex.join(["hpc-router", *sys.argv[1:]]),
         "versions": {"python": platform.python_version(), **dict(versions())},
         "git": git_state(ROOT),
-        "hardware": hardware(),
+        "hardware": {key: value for key, value in hardware().items() if key != "host"},
     }
     results = Results(options, cores, {one.relay.name: one for one in found}, absent, origin)
     _write(results, console)
@@ -80,6 +81,9 @@ def bench(options: Options, console: Console) -> Results:
 
 def _chosen(known: list[Relay], options: Options) -> list[Relay]:
     names = [relay.name for relay in known]
+    for name in options.trees:
+        if names.count(name) > 1:
+            raise ConfigError(f"--tree {name}=...: there is a relay of that name; give the checkout another")
     for name in options.only:
         if name not in names:
             raise ConfigError(f"--only {name}: no such relay{suggest(name, names)}")
@@ -104,15 +108,29 @@ def _raise_file_limit(streams: int) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-class _teller:
-    """A line for every step: one that is written over on a terminal."""
+class Steps:
+    """What is being done: a line that changes on a terminal, else a line for every step."""
 
     def __init__(self, console: Console) -> None:
         self._console, self._since = console, time.monotonic()
+        self._status: Status | None = None
 
-    def __call__(self, text: str) -> None:
+    def __enter__(self) -> "Steps":
+        if self._console.is_terminal:
+            self._status = self._console.status("")
+            self._status.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._status is not None:
+            self._status.stop()
+
+    def tell(self, text: str) -> None:
         told = f"{time.monotonic() - self._since:7.1f} s  {text}"
-        self._console.print(told, highlight=False, markup=False, soft_wrap=True)
+        if self._status is not None:
+            self._status.update(told)
+        else:
+            self._console.print(told, highlight=False, markup=False, soft_wrap=True)
 
 
 @contextmanager

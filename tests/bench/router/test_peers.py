@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from hpc_router.bench.router import relay
 from hpc_router.bench.router.options import Options
 from hpc_router.bench.router.ours import RouterAndAgent, agent_argv, ours, router_argv
 from hpc_router.bench.router.peers import haproxy_cfg, nginx_conf, package_argv, peers
@@ -84,7 +85,8 @@ def test_each_absent_one_is_named_with_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    said = {relay.name: relay.absent() for relay in (*peers(tmp_path), *ours())}
+    monkeypatch.setattr(relay, "SERVERS", str(tmp_path))
+    said = {one.name: one.absent() for one in (*peers(tmp_path), *ours())}
     assert {name for name, why in said.items() if why is None} == {"direct", "router", "router+agent"}
     assert all("not installed (" in why for why in said.values() if why)
     with pytest.raises(LaunchError, match="nothing of that is installed"):
