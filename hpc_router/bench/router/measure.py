@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
@@ -24,6 +24,9 @@ RUN_UP_S: Final = 0.3
 """Of short requests, before they count."""
 PER_S_RAMP: Final = 1000
 """Streams that begin in a second."""
+ASKED_S: Final = 2.0
+ASKS_PER_S: Final = 50
+"""How long, and how often, the time to first token is asked beside open streams."""
 NOTICE_S: Final = 10.0
 """An engine's connection that is still open so long after the client has left counts as not closed."""
 NO_ANSWER_MS: Final = 60_000
@@ -136,21 +139,31 @@ class Measurement:
             self._load(sent, connections=1, count=self.options.asks), self.place / "load", patience_s=60 + GUARD_S
         )
         self._check("first token", found)
-        good = found.requests[found.requests["first_event"] > 0]
-        took_ms = (good["first_event"] - good["begin"]) / 1e6
-        self._keep("ttft", ms_p50=_percentile(took_ms, 50), ms_p99=_percentile(took_ms, 99))
+        self._keep_first_token("ttft", found)
+
+    def first_token_beside(self, span_s: float) -> None:
+        """The same while all streams are open: requests at given times, few enough to be no load of their own."""
+        arrivals_s = np.arange(0, span_s, 1 / ASKS_PER_S).tolist()
+        sent = requests.streaming(self.started.port, token=self.started.token, events=1)
+        load = self._load(sent, "asks", connections=len(arrivals_s), arrivals_s=arrivals_s)
+        found = run(load, self.place / "asks", patience_s=span_s + load.timeout_s + GUARD_S)
+        self._check("first token beside streams", found)
+        self._keep_first_token("ttft_beside", found)
 
     def streams(self, count: int, *, suffix: str) -> None:
         """All open at once; what arrives while they are is counted."""
         options, ramp_s = self.options, max(0.2, count / PER_S_RAMP)
         self.tell(f"{count} streams")
-        events = max(1, round(options.rate * (ramp_s + 2 * options.settle_s + options.seconds)))
+        asked_s = ASKED_S if not suffix and not options.quick else 0.2 if not suffix else 0.0
+        events = max(1, round(options.rate * (ramp_s + 2 * options.settle_s + options.seconds + asked_s)))
         sent = requests.streaming(self.started.port, token=self.started.token, events=events)
         load = self._load(sent, connections=count, count=count, ramp_s=ramp_s, events=True)
         before = self.engine.lateness()
         with running(load, self.place / "load") as under_way:
             cost = self._cost(under_way, after_s=ramp_s + options.settle_s, span_s=options.seconds)
             memory_mb = self.started.group.private_mb() if self.started.group else 0.0
+            if asked_s:
+                self.first_token_beside(asked_s)
             found = under_way.wait(patience_s=events / options.rate + load.drain_s + load.timeout_s + GUARD_S)
         late = self.engine.lateness().since(before)
         rows = found.requests
@@ -185,7 +198,7 @@ class Measurement:
         self.tell(f"clients that leave {'in the midst of a stream' if when == 'mid' else 'before the first byte'}")
         names = [f"{when}-{number}" for number in range(self.options.leavers)]
         sent = requests.leaving(self.started.port, token=self.started.token, names=names, delay_ms=delay_ms)
-        leaving = {"leave_after_ms": 50.0} if delay_ms else {"leave_after_events": 3}
+        leaving: dict[str, Any] = {"leave_after_ms": 50} if delay_ms else {"leave_after_events": 3}
         load = self._load(sent, connections=min(5, len(names)), count=len(names), **leaving)
         found = run(load, self.place / "load", patience_s=60 + GUARD_S)
         rows = found.requests
@@ -212,10 +225,10 @@ class Measurement:
             points.append((done, self.started.group.private_mb()))
         return points
 
-    def _load(self, sent: list[bytes], *, connections: int | None = None, **how: float | bool) -> Load:
-        path = write_requests(self.place / "requests", sent)
+    def _load(self, sent: list[bytes], name: str = "load", *, connections: int | None = None, **how: Any) -> Load:
+        path = write_requests(self.place / f"{name}.requests", sent)
         given = self.options.connections if connections is None else connections
-        return Load(requests=path, port=self.started.port, connections=given, **how)  # type: ignore[arg-type]
+        return Load(requests=path, port=self.started.port, connections=given, **how)
 
     def _cost(self, under_way: Running, *, after_s: float, span_s: float) -> _Cost:
         _sleep_until(under_way.begun_ns + int(after_s * 1e9))
@@ -234,6 +247,11 @@ class Measurement:
         self.round.fail(workload, {"answers nobody asked for": int(found.summary["unsolicited"])})
         if not len(found.requests):
             self.round.fail(workload, {"no requests": 1})
+
+    def _keep_first_token(self, name: str, found: Recorded) -> None:
+        good = found.requests[found.requests["first_event"] > 0]
+        took_ms = (good["first_event"] - good["begin"]) / 1e6
+        self._keep(name, ms_p50=_percentile(took_ms, 50), ms_p99=_percentile(took_ms, 99))
 
     def _keep(self, name: str, **figures: float) -> None:
         self.round.figures |= {f"{name}_{key}": float(value) for key, value in figures.items()}

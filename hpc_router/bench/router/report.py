@@ -70,7 +70,8 @@ def _relays(results: Results) -> Sheet:
     columns = [
         ("relay", ""),
         ("CPU us per short request", "short_200B_us"),
-        ("added TTFT ms", "ttft"),
+        ("added TTFT ms", "ttft_ms_p50"),
+        (f"added TTFT ms, {n} streams open", "ttft_beside_ms_p50"),
         (f"CPU us per event, {n} x {rate}/s", "stream_us"),
         ("hop p50 ms", "stream_hop_ms_p50"),
         ("hop p99 ms", "stream_hop_ms_p99"),
@@ -83,18 +84,18 @@ def _relays(results: Results) -> Sheet:
     ]
     rows = []
     for name, measured in results.measured.items():
-        cells = [
-            _told(_added(results, measured) if key == "ttft" else spread(measured, key)) for _, key in columns[1:-1]
-        ]
-        if name == "direct":
-            cells[1] = f"({_told(spread(measured, 'ttft_ms_p50'))})"
+        cells = [_cell(results, measured, key) for _, key in columns[1:-1]]
         rows.append([f"{name} {measured.version}".strip(), *cells, str(measured.failed)])
     return Sheet("Relays: median (min-max) of the rounds", [title for title, _ in columns], rows)
 
 
-def _added(results: Results, measured: Measured) -> Spread | None:
-    direct = results.measured.get("direct")
-    return across([(measured, "ttft_ms_p50"), (direct, "ttft_ms_p50")], difference)
+def _cell(results: Results, measured: Measured, key: str) -> str:
+    """Times to first token: what they are more than those of `direct`, whose own stand in brackets."""
+    if not key.startswith("ttft"):
+        return _told(spread(measured, key))
+    if measured.relay.name == "direct":
+        return f"[{_told(spread(measured, key))}]"
+    return _told(across([(measured, key), (results.measured.get("direct"), key)], difference))
 
 
 def _classifying(results: Results) -> Sheet:

@@ -71,7 +71,7 @@ def bench(options: Options, console: Console) -> Results:
         "at": at,
         "command": shlex.join(["hpc-router", *sys.argv[1:]]),
         "versions": {"python": platform.python_version(), **dict(versions())},
-        "git": git_state(ROOT),
+        "git": git_state(ROOT) if in_clone() else None,
         "hardware": {key: value for key, value in hardware().items() if key != "host"},
     }
     results = Results(options, cores, {one.relay.name: one for one in found}, absent, origin)
