@@ -13,20 +13,20 @@ from typing import Any, Final
 import numpy as np
 
 from hpc_router.bench.native.engine import MockEngine
-from hpc_router.bench.native.load import GUARD_S, Load, Recorded, Running, run, running, write_requests
+from hpc_router.bench.native.load import GUARD_S, Load, Recorded, run, running, write_requests
 from hpc_router.bench.native.records import Error, Table, errors
 from hpc_router.bench.router import requests
+from hpc_router.bench.router.cost import Cost, Meter
 from hpc_router.bench.router.options import LOWER, Options
-from hpc_router.bench.router.process import Cores, busy_ns, cpu_ns
+from hpc_router.bench.router.process import Cores
 from hpc_router.bench.router.relay import Relay, Started
 
 RUN_UP_S: Final = 0.3
 """Of short requests, before they count."""
 PER_S_RAMP: Final = 1000
 """Streams that begin in a second."""
-ASKED_S: Final = 2.0
 ASKS_PER_S: Final = 50
-"""How long, and how often, the time to first token is asked beside open streams."""
+"""Requests for the time to first token beside open streams."""
 NOTICE_S: Final = 10.0
 """An engine's connection that is still open so long after the client has left counts as not closed."""
 NO_ANSWER_MS: Final = 60_000
@@ -46,30 +46,6 @@ class Round:
                 self.failed[key] = self.failed.get(key, 0) + count
 
 
-@dataclass(frozen=True, slots=True)
-class _Cost:
-    """CPU spent between two moments."""
-
-    begin_ns: int
-    end_ns: int
-    relay_ns: int
-    engine_ns: int
-    load_ns: int
-    core_ns: int
-
-    @property
-    def elapsed_ns(self) -> int:
-        return self.end_ns - self.begin_ns
-
-    def share(self, spent_ns: int) -> float:
-        return spent_ns / self.elapsed_ns
-
-    @property
-    def others_share(self) -> float:
-        """Of the relay's core: what everything else on this machine took of it."""
-        return max(0.0, self.share(self.core_ns - self.relay_ns))
-
-
 @dataclass(slots=True)
 class Measurement:
     """`place`: a folder of its own for what is sent and recorded."""
@@ -82,6 +58,10 @@ class Measurement:
     cores: Cores
     tell: Callable[[str], None]
     round: Round = field(default_factory=Round)
+
+    @property
+    def _meter(self) -> Meter:
+        return Meter(self.started.group, self.engine.pid, self.cores)
 
     def all(self) -> Round:
         streams = self.options.streams
@@ -110,25 +90,19 @@ class Measurement:
         sent = requests.short(self.started.port, token=self.started.token, size=size, model=model)
         load = self._load(sent, seconds=RUN_UP_S + span_s + 0.1)
         with running(load, self.place / "load") as under_way:
-            cost = self._cost(under_way, after_s=RUN_UP_S, span_s=span_s)
+            cost = self._meter.over(under_way, after_s=RUN_UP_S, span_s=span_s)
             found = under_way.wait(patience_s=load.drain_s + GUARD_S)
         self._check(name, found)
         if not keep:
             return
         ended = _within(found.requests, "end", cost)
         ended = ended[ended["error"] == Error.NONE]
-        count = max(1, len(ended))
         took_ms = (ended["end"] - ended["begin"]) / 1e6
         self._keep(
             name,
-            us=cost.relay_ns / count / 1e3,
-            per_s=count / cost.elapsed_ns * 1e9,
+            **cost.shares(len(ended)),
             ms_p50=_percentile(took_ms, 50),
             ms_p99=_percentile(took_ms, 99),
-            relay_share=cost.share(cost.relay_ns),
-            others_share=cost.others_share,
-            engine_us=cost.engine_ns / count / 1e3,
-            load_us=cost.load_ns / count / 1e3,
         )
 
     def first_token(self) -> None:
@@ -154,13 +128,13 @@ class Measurement:
         """All open at once; what arrives while they are is counted."""
         options, ramp_s = self.options, max(0.2, count / PER_S_RAMP)
         self.tell(f"{count} streams")
-        asked_s = ASKED_S if not suffix and not options.quick else 0.2 if not suffix else 0.0
+        asked_s = 0.0 if suffix else options.asked_s
         events = max(1, round(options.rate * (ramp_s + 2 * options.settle_s + options.seconds + asked_s)))
         sent = requests.streaming(self.started.port, token=self.started.token, events=events)
         load = self._load(sent, connections=count, count=count, ramp_s=ramp_s, events=True)
         before = self.engine.lateness()
         with running(load, self.place / "load") as under_way:
-            cost = self._cost(under_way, after_s=ramp_s + options.settle_s, span_s=options.seconds)
+            cost = self._meter.over(under_way, after_s=ramp_s + options.settle_s, span_s=options.seconds)
             memory_mb = self.started.group.private_mb() if self.started.group else 0.0
             if asked_s:
                 self.first_token_beside(asked_s)
@@ -168,28 +142,23 @@ class Measurement:
         late = self.engine.lateness().since(before)
         rows = found.requests
         self._check(f"{count} streams", found)
-        short_of = int(np.count_nonzero((rows["error"] == Error.NONE) & (rows["events"] != events)))
-        self.round.fail(f"{count} streams", {"incomplete": short_of})
+        ended_well = rows["error"] == Error.NONE
+        whole = np.count_nonzero(ended_well & (rows["events"] == events))
+        self.round.fail(f"{count} streams", {"incomplete": int(np.count_nonzero(ended_well) - whole)})
         arrived = _within(found.events, "at", cost)
-        hops_ms = arrived["hop"] / 1e6
+        hops_ms = arrived["hop"][arrived["hop"] >= 0] / 1e6
         begun = rows[rows["first_event"] > 0]
-        open_all = np.count_nonzero((rows["begin"] <= cost.begin_ns) & (rows["end"] >= cost.end_ns))
-        n = max(1, len(arrived))
+        open_all = np.count_nonzero((rows["begin"] <= cost.begin.at_ns) & (rows["end"] >= cost.end.at_ns))
         self._keep(
             f"stream{suffix}",
-            us=cost.relay_ns / n / 1e3,
-            per_s=n / cost.elapsed_ns * 1e9,
+            **cost.shares(len(arrived)),
             hop_ms_p50=_percentile(hops_ms, 50),
             hop_ms_p99=_percentile(hops_ms, 99),
             hop_ms_max=_percentile(hops_ms, 100),
             ttft_ms_p50=_percentile((begun["first_event"] - begun["begin"]) / 1e6, 50),
-            open=float(open_all),
-            complete=float(np.count_nonzero((rows["error"] == Error.NONE) & (rows["events"] == events))),
+            opened=float(open_all),
+            complete=float(whole),
             private_mb=memory_mb,
-            relay_share=cost.share(cost.relay_ns),
-            others_share=cost.others_share,
-            engine_us=cost.engine_ns / n / 1e3,
-            load_us=cost.load_ns / n / 1e3,
             engine_late_ms_p99=late.within_ms(0.99),
         )
 
@@ -230,18 +199,6 @@ class Measurement:
         given = self.options.connections if connections is None else connections
         return Load(requests=path, port=self.started.port, connections=given, **how)
 
-    def _cost(self, under_way: Running, *, after_s: float, span_s: float) -> _Cost:
-        _sleep_until(under_way.begun_ns + int(after_s * 1e9))
-        begin = self._spent(under_way)
-        _sleep_until(begin[0] + int(span_s * 1e9))
-        end = self._spent(under_way)
-        return _Cost(begin[0], end[0], *(after - before for after, before in zip(end[1:], begin[1:], strict=True)))
-
-    def _spent(self, under_way: Running) -> tuple[int, ...]:
-        relay = self.started.group.cpu_ns() if self.started.group else 0
-        spent = cpu_ns(self.engine.pid), cpu_ns(under_way.process.pid), busy_ns(self.cores.relay)
-        return time.monotonic_ns(), relay, *spent
-
     def _check(self, workload: str, found: Recorded) -> None:
         self.round.fail(workload, errors(found.requests))
         self.round.fail(workload, {"answers nobody asked for": int(found.summary["unsolicited"])})
@@ -257,15 +214,10 @@ class Measurement:
         self.round.figures |= {f"{name}_{key}": float(value) for key, value in figures.items()}
 
 
-def _within(rows: Table, column: str, cost: _Cost) -> Table:
-    return rows[(rows[column] >= cost.begin_ns) & (rows[column] < cost.end_ns)]
+def _within(rows: Table, column: str, cost: Cost) -> Table:
+    return rows[(rows[column] >= cost.begin.at_ns) & (rows[column] < cost.end.at_ns)]
 
 
 def _percentile(values: np.ndarray[tuple[int, ...], np.dtype[np.float64]], share: float) -> float:
     """NaN of nothing."""
     return float(np.percentile(values, share)) if len(values) else float("nan")
-
-
-def _sleep_until(at_ns: int) -> None:
-    while (left_ns := at_ns - time.monotonic_ns()) > 0:
-        time.sleep(left_ns / 1e9)

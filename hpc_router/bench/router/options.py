@@ -51,6 +51,11 @@ class Options:
         return 20 if self.quick else 300
 
     @property
+    def asked_s(self) -> float:
+        """How long the time to first token is asked beside open streams."""
+        return 0.2 if self.quick else 2.0
+
+    @property
     def leavers(self) -> int:
         return 5 if self.quick else 50
 

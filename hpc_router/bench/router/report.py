@@ -59,6 +59,11 @@ def notes(results: Results) -> list[str]:
             for kind, count in one.failed.items():
                 failed[kind] = failed.get(kind, 0) + count
         said += [f"{name}: failed: {count} x {kind}" for kind, count in failed.items()]
+        opened, wanted = spread(measured, "stream_opened"), results.options.streams
+        if opened is not None and opened.low < wanted:
+            said.append(f"{name}: only {opened.low:.0f} of {wanted} streams were open all the while")
+    if results.options.quick:
+        said.append("a quick run: it shows that everything works, its figures and checks mean little")
     if not results.cores.apart:
         said.append("one core for all: load generator and engine took time from the relays, so hops are too long")
     return said

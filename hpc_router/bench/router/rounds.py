@@ -64,6 +64,7 @@ def _one(measured: Measured, options: Options, cores: Cores, folder: Path, tell:
                 )
                 if number is None:
                     measured.soak = told.soak(options.soak)
+                    measured.broken += [f"{what}, {count} times" for what, count in told.round.failed.items()]
                 else:
                     measured.rounds[number] = told.all()
     except LaunchError as error:

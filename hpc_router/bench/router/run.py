@@ -117,7 +117,7 @@ class Steps:
 
     def __enter__(self) -> "Steps":
         if self._console.is_terminal:
-            self._status = self._console.status("")
+            self._status = self._console.status("", refresh_per_second=2)
             self._status.start()
         return self
 

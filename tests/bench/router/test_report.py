@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -144,6 +145,17 @@ def test_the_files_hold_all_of_it() -> None:
     tables = [block.splitlines() for block in text.split("\n\n") if block.startswith("|")]
     assert len(tables) == 6
     assert all(len({line.count("|") for line in table}) == 1 for table in tables), "rows are as wide as their heads"
+
+
+def test_streams_that_were_not_open_together_are_said() -> None:
+    found = results(measured(Router(), {"stream_opened": 1000.0}, {"stream_opened": 998.0}))
+    assert notes(found) == ["router: only 998 of 1000 streams were open all the while"]
+
+
+def test_a_quick_run_says_that_it_means_little() -> None:
+    found = full()
+    quick = Results(replace(found.options, quick=True), found.cores, found.measured, {}, ORIGIN)
+    assert any(note.startswith("a quick run") for note in notes(quick))
 
 
 def test_one_core_is_said() -> None:
