@@ -3,12 +3,13 @@
 import json
 import os
 import platform
+import re
 import resource
 import shlex
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -69,7 +70,7 @@ def bench(options: Options, console: Console) -> Results:
         found = measure_all(present, options, cores, steps.tell)
     origin = {
         "at": at,
-        "command": shlex.join(["hpc-router", *sys.argv[1:]]),
+        "command": shown_command(sys.argv[1:]),
         "versions": {"python": platform.python_version(), **dict(versions())},
         "git": git_state(ROOT) if in_clone() else None,
         "hardware": {key: value for key, value in hardware().items() if key != "host"},
@@ -77,6 +78,11 @@ def bench(options: Options, console: Console) -> Results:
     results = Results(options, cores, {one.relay.name: one for one in found}, absent, origin)
     _write(results, console)
     return results
+
+
+def shown_command(words: Sequence[str]) -> str:
+    """Results are shown around: of folders, their names alone."""
+    return shlex.join(["hpc-router", *(re.sub(r"(?<![^=])/(?:[^/]*/)*(?=[^/])", "", word) for word in words)])
 
 
 def _chosen(known: list[Relay], options: Options) -> list[Relay]:

@@ -18,6 +18,7 @@ from hpc_router.bench.router.relay import Relay
 from hpc_router.bench.router.report import Results, markdown, notes, to_json
 from hpc_router.bench.router.requests import SIZES, prompts, short
 from hpc_router.bench.router.rounds import Measured
+from hpc_router.bench.router.run import shown_command
 
 ORIGIN = {
     "at": "2026-01-02T03:04:05Z",
@@ -150,6 +151,11 @@ def test_the_files_hold_all_of_it() -> None:
 def test_streams_that_were_not_open_together_are_said() -> None:
     found = results(measured(Router(), {"stream_opened": 1000.0}, {"stream_opened": 998.0}))
     assert notes(found) == ["router: only 998 of 1000 streams were open all the while"]
+
+
+def test_results_name_no_folders_of_this_machine() -> None:
+    words = ["bench", "router", "--peers", "/home/me/my venv", "--tree", "old=/a/b/c-1", "--out=/x/y/", "--only", "a,b"]
+    assert shown_command(words) == "hpc-router bench router --peers 'my venv' --tree old=c-1 --out=y/ --only a,b"
 
 
 def test_a_quick_run_says_that_it_means_little() -> None:
