@@ -238,6 +238,13 @@ def _measuring(verbs: "_Verbs[_Parser]") -> None:
     router.add_argument(
         "--soak", type=_count, default=0, metavar="N", help="then so many requests to this router: does memory grow?"
     )
+    router.add_argument(
+        "--quiet",
+        type=float,
+        default=0.0,
+        metavar="S",
+        help="on a shared machine: before each measurement, wait up to S seconds until nothing else runs",
+    )
     router.add_argument("--peers", type=Path, metavar="DIR", help="virtual environment with the routers from PyPI")
     router.add_argument(
         "--tree",

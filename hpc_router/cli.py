@@ -319,6 +319,7 @@ def _bench_router(arguments: argparse.Namespace) -> int:
     options = Options(
         only=arguments.only,
         soak=arguments.soak,
+        quiet_s=arguments.quiet,
         peers=arguments.peers or default_peers(),
         trees=dict(arguments.tree),
         out=arguments.out or default_out(),

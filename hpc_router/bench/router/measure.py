@@ -16,7 +16,7 @@ from hpc_router.bench.native.engine import MockEngine
 from hpc_router.bench.native.load import GUARD_S, Load, Recorded, run, running, write_requests
 from hpc_router.bench.native.records import Error, Table, errors
 from hpc_router.bench.router import requests
-from hpc_router.bench.router.cost import Cost, Meter
+from hpc_router.bench.router.cost import Cost, Meter, await_quiet
 from hpc_router.bench.router.options import LOWER, Options
 from hpc_router.bench.router.process import Cores
 from hpc_router.bench.router.relay import Relay, Started
@@ -85,7 +85,7 @@ class Measurement:
     def short(self, *, size: str, model: str = requests.MODEL, seconds: float | None = None, keep: bool = True) -> None:
         """A closed loop of short answers over kept connections."""
         name = f"short_{size.replace(' ', '')}" + ("_auto" if model == "auto" else "")
-        self.tell(f"{size} requests for {'auto' if model == 'auto' else 'a named model'}")
+        self._begin(f"{size} requests for {'auto' if model == 'auto' else 'a named model'}")
         span_s = self.options.seconds if seconds is None else seconds
         sent = requests.short(self.started.port, token=self.started.token, size=size, model=model)
         load = self._load(sent, seconds=RUN_UP_S + span_s + 0.1)
@@ -107,7 +107,7 @@ class Measurement:
 
     def first_token(self) -> None:
         """One request at a time, one event each: from its begin to that event."""
-        self.tell("time to first token")
+        self._begin("time to first token")
         sent = requests.streaming(self.started.port, token=self.started.token, events=1)
         found = run(
             self._load(sent, connections=1, count=self.options.asks), self.place / "load", patience_s=60 + GUARD_S
@@ -127,7 +127,7 @@ class Measurement:
     def streams(self, count: int, *, suffix: str) -> None:
         """All open at once; what arrives while they are is counted."""
         options, ramp_s = self.options, max(0.2, count / PER_S_RAMP)
-        self.tell(f"{count} streams")
+        self._begin(f"{count} streams")
         asked_s = 0.0 if suffix else options.asked_s
         events = max(1, round(options.rate * (ramp_s + 2 * options.settle_s + options.seconds + asked_s)))
         sent = requests.streaming(self.started.port, token=self.started.token, events=events)
@@ -164,7 +164,7 @@ class Measurement:
 
     def leave(self, when: str, *, delay_ms: int) -> None:
         """Clients that close their connection: how long until the engine's is closed."""
-        self.tell(f"clients that leave {'in the midst of a stream' if when == 'mid' else 'before the first byte'}")
+        self._begin(f"clients that leave {'in the midst of a stream' if when == 'mid' else 'before the first byte'}")
         names = [f"{when}-{number}" for number in range(self.options.leavers)]
         sent = requests.leaving(self.started.port, token=self.started.token, names=names, delay_ms=delay_ms)
         leaving: dict[str, Any] = {"leave_after_ms": 50} if delay_ms else {"leave_after_events": 3}
@@ -187,12 +187,18 @@ class Measurement:
         points, done = [(0, self.started.group.private_mb())], 0
         while done < total:
             count = min(step, total - done)
-            self.tell(f"soak: {done} of {total} requests")
+            self.tell(f"{done} of {total} requests")
             found = run(self._load(sent, count=count), self.place / "load", patience_s=count / 100 + 60)
             self._check("soak", found)
             done += count
             points.append((done, self.started.group.private_mb()))
         return points
+
+    def _begin(self, what: str) -> None:
+        if self.options.quiet_s:
+            self.tell(f"{what}: waiting for others to rest")
+            await_quiet(self.cores, limit_s=self.options.quiet_s)
+        self.tell(what)
 
     def _load(self, sent: list[bytes], name: str = "load", *, connections: int | None = None, **how: Any) -> Load:
         path = write_requests(self.place / f"{name}.requests", sent)

@@ -24,6 +24,7 @@ class Options:
     rounds: int = 3
     connections: int = 16
     soak: int = 0
+    quiet_s: float = 0.0  # so long each measurement may wait until nothing else runs
     peers: Path | None = None
     trees: Mapping[str, Path] = field(default_factory=dict)  # other checkouts of this router, by name
     out: Path
@@ -38,6 +39,8 @@ class Options:
             raise ConfigError(f"--rate {self.rate:g}: between 0.1 and 1000 events per second and stream")
         if not 0.1 <= self.seconds <= 600:
             raise ConfigError(f"--seconds {self.seconds:g}: between 0.1 and 600")
+        if not 0 <= self.quiet_s <= 600:
+            raise ConfigError(f"--quiet {self.quiet_s:g}: between 0 and 600")
         if not 1 <= self.rounds <= 100:
             raise ConfigError(f"--rounds {self.rounds}: between 1 and 100")
         for name, tree in self.trees.items():

@@ -16,6 +16,9 @@ from hpc_router.bench.router.process import Cores
 from hpc_router.bench.router.rounds import Measured
 
 SCHEMA: Final = 1
+NOTHING: Final = Spread(0.0, 0.0, 0.0)
+DISTURBED: Final = 0.1
+"""Of a core: from here on it is said."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +65,25 @@ def notes(results: Results) -> list[str]:
         opened, wanted = spread(measured, "stream_opened"), results.options.streams
         if opened is not None and opened.low < wanted:
             said.append(f"{name}: only {opened.low:.0f} of {wanted} streams were open all the while")
+        said += _disturbed(measured)
     if results.options.quick:
         said.append("a quick run: it shows that everything works, its figures and checks mean little")
     if not results.cores.apart:
         said.append("one core for all: load generator and engine took time from the relays, so hops are too long")
+    return said
+
+
+def _disturbed(measured: Measured) -> list[str]:
+    """Whose figures other work on the machine has made worse, and by how much of a core at most."""
+    shares = {"load generator and engine": "load_others_share"}
+    if measured.relay.hops:
+        shares["the relay"] = "others_share"
+    said = []
+    for whose, key in shares.items():
+        worst = max((spread(measured, f"{kind}_{key}") or NOTHING for kind in ("short_200B", "stream")),
+                    key=lambda found: found.high)  # fmt: skip
+        if worst.high >= DISTURBED:
+            said.append(f"{measured.relay.name}: other work took {_told(worst)} of the core of {whose}")
     return said
 
 
@@ -91,7 +109,7 @@ def _relays(results: Results) -> Sheet:
     for name, measured in results.measured.items():
         cells = [_cell(results, measured, key) for _, key in columns[1:-1]]
         rows.append([f"{name} {measured.version}".strip(), *cells, str(measured.failed)])
-    return Sheet("Relays: median (min-max) of the rounds", [title for title, _ in columns], rows)
+    return Sheet("Relays: median (min\N{EN DASH}max) of the rounds", [title for title, _ in columns], rows)
 
 
 def _cell(results: Results, measured: Measured, key: str) -> str:
@@ -132,13 +150,13 @@ def _head_room(results: Results) -> Sheet:
     rows = []
     for name, measured in results.measured.items():
         keys = ("short_200B_per_s", "short_200B_load_us", "short_200B_engine_us", "stream_per_s", "stream_load_us",
-                "stream_engine_us", "stream_engine_late_ms_p99", "short_200B_others_share",
-                "stream_others_share")  # fmt: skip
+                "stream_engine_us", "stream_engine_late_ms_p99", "stream_others_share",
+                "stream_load_others_share")  # fmt: skip
         if measured.rounds:
             rows.append([name, *(_told(spread(measured, key)) for key in keys)])
     columns = ["relay", "requests/s", "load: us per request", "engine: us per request", "events/s",
                "load: us per event", "engine: us per event", "engine late p99 ms, at most",
-               "others on the relay's core, requests", "events"]  # fmt: skip
+               "others on the relay's core", "others on theirs"]  # fmt: skip
     return Sheet("Load generator and engine: their own CPU, and what they reached", columns, rows)
 
 
@@ -164,7 +182,7 @@ def _told(found: Spread | None) -> str:
         return "-"
     if found.low == found.high:
         return _number(found.median)
-    return f"{_number(found.median)} ({_number(found.low)}-{_number(found.high)})"
+    return f"{_number(found.median)} ({_number(found.low)}\N{EN DASH}{_number(found.high)})"
 
 
 def _number(value: float) -> str:

@@ -56,11 +56,12 @@ def test_one_that_is_gone_weighs_nothing() -> None:
 
 
 def test_cost_is_shared_by_what_was_done() -> None:
-    cost = Cost(Reading(0, 100, 200, 300, 1_000), Reading(1_000_000, 400_100, 100_200, 50_300, 601_000))
+    cost = Cost(Reading(0, 100, 200, 300, 1_000, 0), Reading(1_000_000, 400_100, 100_200, 50_300, 601_000, 250_000))
     found = cost.shares(10)
     assert (found["us"], found["engine_us"], found["load_us"]) == (40.0, 10.0, 5.0)
     assert (found["per_s"], found["relay_share"]) == (10_000.0, 0.4)
     assert found["others_share"] == pytest.approx(0.2)
+    assert found["load_others_share"] == pytest.approx(0.1)
     assert cost.shares(0)["us"] == 400.0
 
 

@@ -158,6 +158,15 @@ def test_results_name_no_folders_of_this_machine() -> None:
     assert shown_command(words) == "hpc-router bench router --peers 'my venv' --tree old=c-1 --out=y/ --only a,b"
 
 
+def test_other_work_on_the_machine_is_said() -> None:
+    router = measured(Router(), {"stream_others_share": 0.02}, {"stream_others_share": 0.3}, {"stream_others_share": 0})
+    direct = measured(Direct(), {"stream_others_share": 0.9, "stream_load_others_share": 0.1})
+    assert notes(results(router, direct)) == [
+        "router: other work took 0.02 (0\N{EN DASH}0.3) of the core of the relay",
+        "direct: other work took 0.1 of the core of load generator and engine",
+    ]
+
+
 def test_a_quick_run_says_that_it_means_little() -> None:
     found = full()
     quick = Results(replace(found.options, quick=True), found.cores, found.measured, {}, ORIGIN)
