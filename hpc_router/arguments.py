@@ -225,7 +225,7 @@ def _measuring(verbs: "_Verbs[_Parser]") -> None:
         help=summary,
         description=summary[0].upper() + summary[1:] + ". Whatever is not installed is named.",
         epilog="examples:\n  hpc-router bench router --quick                   does it work here?\n"
-        "  hpc-router bench router                           about ten minutes\n"
+        "  hpc-router bench router                           a quarter of an hour\n"
         "  hpc-router bench router --only nginx,router --seconds 10 --soak 1000000",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
