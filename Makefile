@@ -3,10 +3,11 @@ PYTHON ?= python3
 BIN := .venv/bin
 SCRIPTS = $(wildcard sbatch/*) .ci/run .ci/engine-env $(shell find hpc_router -name '*.sh')
 .DEFAULT_GOAL := help
-.PHONY: help venv engines demo check shellcheck format test test-long clean .venv-transformers .venv-vllm
+.PHONY: help venv engines demo check shellcheck format test test-long clean bench bench-peers .venv-transformers .venv-vllm \
+  .venv-bench-peers
 
 help: ## this text
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 .venv/.stamp: pyproject.toml .ci/constraints/dev.txt
 	$(PYTHON) -m venv .venv
@@ -15,10 +16,15 @@ help: ## this text
 
 venv: .venv/.stamp
 
-.venv-transformers .venv-vllm: # the script sees for itself whether there is anything to do
+.venv-transformers .venv-vllm .venv-bench-peers: # the script sees for itself whether there is anything to do
 	PYTHON=$(PYTHON) .ci/engine-env $(@:.venv-%=%)
 
 engines: .venv-transformers .venv-vllm ## the environments of the real engines (about 4 GB)
+
+bench-peers: .venv-bench-peers ## the routers from PyPI that `make bench` measures beside ours (100 MB)
+
+bench: .venv/.stamp .venv-bench-peers ## what relaying costs, beside nginx, haproxy and other routers (15 minutes)
+	$(BIN)/hpc-router bench router
 
 demo: .venv/.stamp .venv-transformers ## five experts and a router on this machine, a dozen prompts, then down
 	$(BIN)/python -m launch.demo
@@ -55,4 +61,4 @@ format: .venv/.stamp
 	$(BIN)/ruff check --fix .
 
 clean: ## remove the environments; run directories stay
-	rm -rf .venv .venv-transformers .venv-vllm build dist
+	rm -rf .venv .venv-transformers .venv-vllm .venv-bench-peers build dist

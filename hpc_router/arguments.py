@@ -1,6 +1,7 @@
 """The command line's grammar: every verb with its options, its help and an example. No verb is carried out here."""
 
 import argparse
+import re
 from pathlib import Path
 from typing import Final, NoReturn
 
@@ -49,6 +50,7 @@ def make_parser() -> argparse.ArgumentParser:
     _watching(verbs)
     _using(verbs)
     _changing(verbs)
+    _measuring(verbs)
     return parser
 
 
@@ -205,6 +207,67 @@ def _changing(verbs: "_Verbs[_Parser]") -> None:
     reconcile.add_argument("--loop", action="store_true", help="again and again, until SIGTERM")
     reconcile.add_argument("--while-leading", metavar="REPLICA", help="with --loop: only while this router leads")
     reconcile.add_argument("--tied", action="store_true", help="with --loop: end when stdin is closed")
+
+
+def _measuring(verbs: "_Verbs[_Parser]") -> None:
+    """A group: what is measured is a verb of its own. None of them needs a run."""
+    bench = verbs.add_parser(
+        "bench",
+        help="measure this installation; `hpc-router bench --help` lists what",
+        description="Measure this installation on this machine.",
+        epilog="examples:\n  hpc-router bench router --quick",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    benchmarks = bench.add_subparsers(dest="benchmark", metavar="BENCHMARK", required=True, parser_class=_Parser)
+    summary = "what relaying costs: this router beside nginx, haproxy, vllm-router, sglang-router and no router"
+    router = benchmarks.add_parser(
+        "router",
+        help=summary,
+        description=summary[0].upper() + summary[1:] + ". Whatever is not installed is named.",
+        epilog="examples:\n  hpc-router bench router --quick                   does it work here?\n"
+        "  hpc-router bench router                           a quarter of an hour\n"
+        "  hpc-router bench router --only nginx,router --seconds 10 --soak 1000000",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    router.add_argument("--only", type=_names, default=(), metavar="NAME,...", help="measure these alone")
+    router.add_argument("--streams", type=_count, metavar="N", help="concurrent streams (default 1000)")
+    router.add_argument("--rate", type=float, metavar="R", help="events per second and stream (default 40)")
+    router.add_argument("--seconds", type=float, metavar="S", help="of each measurement (default 5)")
+    router.add_argument("--rounds", type=_count, metavar="N", help="rounds, each with every relay (default 3)")
+    router.add_argument("--connections", type=_count, metavar="N", help="for short requests (default 16)")
+    router.add_argument(
+        "--soak", type=_count, default=0, metavar="N", help="then so many requests to this router: does memory grow?"
+    )
+    router.add_argument(
+        "--quiet",
+        type=float,
+        default=0.0,
+        metavar="S",
+        help="on a shared machine: before each measurement, wait up to S seconds until nothing else runs",
+    )
+    router.add_argument("--peers", type=Path, metavar="DIR", help="virtual environment with the routers from PyPI")
+    router.add_argument(
+        "--tree",
+        action="append",
+        type=_named,
+        default=[],
+        metavar="NAME=DIR",
+        help="another checkout of this router, measured beside it",
+    )
+    router.add_argument("--out", type=Path, metavar="DIR", help="where the results go (default: analysis/results)")
+    router.add_argument("--quick", action="store_true", help="one short round with few streams; figures mean little")
+    router.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name for name in text.split(",") if name)
+
+
+def _named(text: str) -> tuple[str, Path]:
+    name, _, folder = text.partition("=")
+    if not re.fullmatch(r"[a-z0-9][a-z0-9_.-]{0,30}", name) or not folder:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=DIR")
+    return name, Path(folder).absolute()
 
 
 def _count(text: str) -> int:

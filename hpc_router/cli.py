@@ -301,11 +301,42 @@ def reconcile(arguments: argparse.Namespace) -> int:
     return _print_lines(str(action) for action in done.actions)
 
 
+def bench(arguments: argparse.Namespace) -> int:
+    return BENCHMARKS[arguments.benchmark](arguments)
+
+
+def _bench_router(arguments: argparse.Namespace) -> int:
+    from hpc_router.bench.router.options import QUICK, Options
+    from hpc_router.bench.router.report import on_screen, to_json
+    from hpc_router.bench.router.run import bench as measure
+    from hpc_router.bench.router.run import default_out, default_peers
+
+    given = {
+        name: value
+        for name in ("streams", "rate", "seconds", "rounds", "connections")
+        if (value := getattr(arguments, name)) is not None
+    }
+    options = Options(
+        only=arguments.only,
+        soak=arguments.soak,
+        quiet_s=arguments.quiet,
+        peers=arguments.peers or default_peers(),
+        trees=dict(arguments.tree),
+        out=arguments.out or default_out(),
+        quick=arguments.quick,
+        **{**(QUICK if arguments.quick else {}), **given},
+    ).checked()
+    results = measure(options, _stderr())
+    _print(to_json(results) if arguments.json else on_screen(results))
+    return 1 if results.failed else 0
+
+
+BENCHMARKS: Final[Mapping[str, Callable[[argparse.Namespace], int]]] = {"router": _bench_router}
 VERBS: Final[Mapping[str, Callable[[argparse.Namespace], int]]] = {
     verb.__name__: verb
     for verb in (
         *(plan, up, down, status, logs, why, route, chat, url, token),
-        *(scale, drain, register, unregister, reconcile),
+        *(scale, drain, register, unregister, reconcile, bench),
     )
 }
 

@@ -16,6 +16,7 @@ import pytest
 from hpc_router.cli import VERBS, _say_how, main
 from hpc_router.jobdir import Exit, JobDir, JobInfo, Reason
 from hpc_router.rundir import make_run, open_run
+from tests.needs import ROOT
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +48,7 @@ def test_every_verb_explains_itself(verb: str, capsys: pytest.CaptureFixture[str
     said = Said(capsys, verb, "--help")
     assert said.status == 0
     assert f"hpc-router {verb}" in said.out.partition("examples:")[2] or verb in ("url", "token")
-    assert "--run DIR" in said.out
+    assert "--run DIR" in said.out or verb == "bench"
 
 
 @pytest.mark.parametrize(
@@ -65,6 +66,13 @@ def test_every_verb_explains_itself(verb: str, capsys: pytest.CaptureFixture[str
         (["plan", "router.prot=1", "--json"], "did you mean 'port'?"),
         (["up", "--wait", "all", "router.port=x"], "'x' is not a whole number"),
         (["unregister"], "needs a REPLICA or --expert"),
+        (["bench"], "required: BENCHMARK"),
+        (["bench", "router", "--streams", "5000"], "--streams 5000: between 1 and 4000"),
+        (["bench", "router", "--only", "ngnix"], "did you mean 'nginx'?"),
+        (["bench", "router", "--tree", "old"], "'old' is not NAME=DIR"),
+        (["bench", "router", "--tree", f"nginx={ROOT}"], "there is a relay of that name"),
+        (["bench", "router", "--tree", "old=nope"], "no checkout of hpc-router"),
+        (["bench", "router", "--rate", "fast"], "invalid float value: 'fast'"),
         (["register", "--run", "new", "--expert", "auto", "--url", "http://h:1"], "cannot name an expert"),
         (["register", "--run", "new", "--expert", "m", "--url", "h:1"], "not an endpoint's address"),
         (["register", "--run", "new", "--expert", "m", "--url", "http://u:p@h:1"], "not an endpoint's address"),

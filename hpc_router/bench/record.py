@@ -62,9 +62,9 @@ def provenance(run: RunDir, config: Mapping[str, Any] | None, *, code: Path) -> 
         endpoints=list(_endpoints(run)),
         command=shlex.join(sys.orig_argv),
         job_id=os.environ.get("SLURM_JOB_ID"),
-        versions={"python": platform.python_version(), **dict(_versions())},
-        git=_git_state(code),
-        hardware=_hardware(),
+        versions={"python": platform.python_version(), **dict(versions())},
+        git=git_state(code),
+        hardware=hardware(),
     )
 
 
@@ -133,7 +133,7 @@ def _endpoints(run: RunDir) -> Iterator[dict[str, Any]]:
             }
 
 
-def _versions() -> Iterator[tuple[str, str]]:
+def versions() -> Iterator[tuple[str, str]]:
     """Of what this interpreter has; an engine's own version stands at its endpoint."""
     for package in PACKAGES:
         try:
@@ -142,7 +142,7 @@ def _versions() -> Iterator[tuple[str, str]]:
             continue
 
 
-def _git_state(folder: Path) -> dict[str, Any] | None:
+def git_state(folder: Path) -> dict[str, Any] | None:
     """None outside a clone, or without git."""
     commit, changes = _git(folder, "rev-parse", "HEAD"), _git(folder, "status", "--porcelain", "--untracked-files=no")
     return None if commit is None or changes is None else {"commit": commit.strip(), "changed": bool(changes)}
@@ -157,7 +157,7 @@ def _git(folder: Path, *words: str) -> str | None:
         return None
 
 
-def _hardware() -> dict[str, Any]:
+def hardware() -> dict[str, Any]:
     """Of the machine that makes the load."""
     return {
         "host": socket.gethostname(),

@@ -1,0 +1,81 @@
+"""`hpc-router bench router --quick` over whatever is installed: everything is measured, nothing fails, nothing stays.
+
+Never how fast anything is: other work runs on the machine that tests run on.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from hpc_router.bench.native.build import compiler
+from tests.needs import ROOT, need
+from tests.processes import with_word
+
+pytestmark = pytest.mark.e2e
+
+TINY = ["--quick", "--streams", "12", "--seconds", "0.2", "--connections", "2"]
+
+
+@pytest.fixture
+def place() -> Iterator[Path]:
+    """For what it starts, under a name short enough for sockets, by which nothing of it is found afterwards."""
+    need(compiler() is not None, "a C compiler (gcc)")
+    with tempfile.TemporaryDirectory(prefix="br-") as folder:
+        yield Path(folder)
+        assert with_word(folder) == []
+        assert [path.name for path in Path(folder).iterdir()] in ([], ["out"])
+
+
+def started(place: Path, *words: str) -> "subprocess.Popen[str]":
+    argv = [sys.executable, "-m", "hpc_router.cli", "bench", "router", *TINY, "--out", str(place / "out"), *words]
+    environment = os.environ | {"TMPDIR": str(place), "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(argv, cwd=place, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_everything_is_measured(place: Path) -> None:
+    with started(place, "--soak", "300", "--json") as process:
+        out, said = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    value = json.loads(out)
+    assert set(value["relays"]) | set(value["absent"]) == {
+        *("direct", "nginx", "haproxy", "vllm-router", "sglang-router", "router", "router+agent")
+    }
+    assert {"direct", "router", "router+agent"} <= set(value["relays"])
+    for name in ("direct", "router", "router+agent"):
+        relay = value["relays"][name]
+        assert relay["broken"] == []
+        assert relay["rounds"]["0"]["failed"] == {}
+        figures = {key: found["median"] for key, found in relay["figures"].items()}
+        assert {"short_200B_us", "ttft_ms_p50", "leave_mid_ms_p50", "leave_before_ms_p50"} <= set(figures)
+        assert all(found >= 0 for found in figures.values())
+        open_streams = {key: found for key, found in figures.items() if key.endswith("_complete")}
+        wanted = {"stream_complete": 12, "stream_half_complete": 6, "stream_lower_complete": 3}
+        assert open_streams
+        assert all(count == wanted[key] for key, count in open_streams.items())
+    assert value["relays"]["router"]["figures"]["short_200KB_auto_us"]["median"] > 0
+    assert [count for count, _ in value["relays"]["router"]["soak"]] == [0, 300]
+    assert {check["met"] for check in value["checks"]} <= {True, False, None}
+    (written,) = (place / "out").glob("router-*.json")
+    assert json.loads(written.read_text()) == value
+    table = written.with_suffix(".md").read_text()
+    assert all(name in table for name in value["relays"])
+    assert all(f"{name}: not measured, {why}" in table for name, why in value["absent"].items())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_it_takes_everything_along(place: Path, number: signal.Signals) -> None:
+    with started(place, "--only", "router+agent") as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if "12 streams" in line or "3 streams" in line:
+                break
+        process.send_signal(number)
+        process.communicate(timeout=60)
+    assert process.returncode == 130
