@@ -5,6 +5,7 @@ expert*, because clusters of one expert do not compete. Experts come from the ar
 this deployment counts as none. It measures and never decides what a small margin means: that is the policy's.
 """
 
+import math
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -47,7 +48,7 @@ class Classifier:
         )  # by cluster
         self._vocabulary = Vocabulary(artefact.terms, features=artefact.features)
         self._weights = np.ascontiguousarray(artefact.weights)  # a gather of rows copies any other layout whole
-        self._squared_idf: Floats = np.square(artefact.idf)
+        self._idf: Floats = artefact.idf
         self._telling: Floats = artefact.telling.astype(np.float32)
         # rivals[c, d] is 0 where clusters c and d lead to different experts, and -inf where they do not compete.
         same = np.array([[a == b for b in self.experts] for a in self.experts])
@@ -63,16 +64,16 @@ class Classifier:
 
     def classify(self, text: str) -> Classification:
         ids, frequencies = self._vocabulary.row(text)
-        scores, _ = self._score(ids, frequencies)
+        scores, length = self._score(ids, frequencies)
         best, rival = self._best_two(scores)
-        score = float(scores[best])
+        score = float(scores[best]) / length
         return Classification(
             cluster=self.artefact.clusters[best],
             expert=self.experts[best],
             score=max(-1.0, min(1.0, score)),
-            margin=None if rival is None else score - float(scores[rival]),
+            margin=None if rival is None else score - float(scores[rival]) / length,
             runner_up=None if rival is None else self.experts[rival],
-            known_terms=int(self._telling.take(ids).sum()),
+            known_terms=int(np.add.reduce(self._telling.take(ids))),
         )
 
     def explain(self, text: str, *, limit: int = 10) -> tuple[Term, ...]:
@@ -89,15 +90,13 @@ class Classifier:
         return tuple(Term(terms[ids[i]], float(shares[i])) for i in order if shares[i] != 0)
 
     def _score(self, ids: Ids, frequencies: Floats) -> tuple[Floats, float]:
-        """Cosines of a row with all clusters, and the row's length (1 for a row of nothing)."""
-        length = float(np.square(frequencies) @ self._squared_idf.take(ids)) ** 0.5 or 1.0
-        scores: Floats = frequencies @ self._weights.take(ids, axis=0)
-        scores /= np.float32(length)
-        return scores, length
+        """The row's length (1 for a row of nothing), and its cosines with all clusters times that length."""
+        row = frequencies * self._idf.take(ids)
+        return frequencies @ self._weights.take(ids, axis=0), math.sqrt(row @ row) or 1.0
 
     def _best_two(self, scores: NDArray[np.float32]) -> tuple[int, int | None]:
         """The best cluster and the best one of another expert; ties go to the first."""
         best = int(scores.argmax())
         others = scores + self._rivals[best]
         rival = int(others.argmax())
-        return best, None if np.isneginf(others[rival]) else rival
+        return best, None if others[rival] == -np.inf else rival

@@ -28,7 +28,7 @@ def prompt_text(body: object, *, window: int = WINDOW_BYTES, first: str = "messa
     """
     if not isinstance(body, dict):
         raise RequestError(f"the body must be a JSON object, not {_kind(body)}")
-    name = next((name for name in (first, *_READERS) if name in body), None)
+    name = first if first in body else next((name for name in _READERS if name in body), None)
     if name is None:
         raise RequestError("the body has no text to route: it needs 'messages' (chat), 'prompt' or 'input'")
     texts = _READERS[name](body[name])
@@ -47,7 +47,10 @@ def _messages(value: object) -> Iterator[str]:
     if not value:
         raise RequestError("'messages' is empty; it needs at least one message object")
     for index, message in enumerate(value):
-        yield from _message(message, where=f"messages[{index}]")
+        if type(message) is dict and message.get("role") == "user" and type(content := message.get("content")) is str:
+            yield content  # as most are
+        else:
+            yield from _message(message, where=f"messages[{index}]")
 
 
 def _message(message: object, *, where: str) -> Iterator[str]:

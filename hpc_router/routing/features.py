@@ -3,24 +3,31 @@
 A token is a lower-cased word, number or single symbol: digits, one-letter words and operators stay, because maths and
 code are made of them; scripts written without spaces give one token per character. A term is a token, `a b` (two
 tokens in a row) or `diabe*` (a longer token's beginning); no token holds a space or mixes letters with `*`, so one
-string names each. The hot path is C loops (replace, split, dict lookups, Counter): no bytecode runs per token
-but for the prefixes. This module knows nothing of weights, clusters or experts.
+string names each. The hot path is C loops (replace, split, dict lookups, Counter): no bytecode runs for a token
+that has been met before. This module knows nothing of weights, clusters or experts.
 """
 
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
 WINDOW_BYTES = 2048
 
+MOST_TOKENS = 50_000
+LONGEST_TOKEN = 40
+"""Of those whose rows are kept: some 8 MB, whatever is asked."""
+
 Ids = NDArray[np.intp]
 Floats = NDArray[np.float32]
+
+# 1 + ln(count), by count. A window holds no more terms than this has places, unless it was made larger.
+_SUBLINEAR: Floats = np.concatenate(([0], 1 + np.log(np.arange(1, 2**14)))).astype(np.float32)
 
 # Han and kana: no spaces between words, so a character is a token.
 _SPACELESS = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
@@ -93,6 +100,7 @@ class Vocabulary:
                 self._prefixes[term[:-1]] = number
             else:
                 self._words[term] = number
+        self._rows = _Rows(self._words, self._prefixes, prefix=features.prefix)
 
     def __len__(self) -> int:
         return len(self.terms)
@@ -100,19 +108,30 @@ class Vocabulary:
     def row(self, text: str) -> tuple[Ids, Floats]:
         """The known terms of a text, each once, as row numbers and sublinear term frequencies 1 + ln(count)."""
         tokens = self.features.tokens(text)
-        counts = Counter(filter(None, map(self._words.get, tokens)))
-        if self._prefixes:
-            # A token shorter than the prefix is its own slice and no prefix is that short, so it finds nothing.
-            length = self.features.prefix
-            counts.update(filter(None, map(self._prefixes.get, [token[:length] for token in tokens])))
+        counts = Counter(chain.from_iterable(map(self._rows.__getitem__, tokens)))
         if self._pairs:
             counts.update(filter(None, map(self._pairs.get, pairwise(tokens))))
         ids = np.fromiter(counts, np.intp, len(counts))
         ids -= 1
-        frequencies = np.fromiter(counts.values(), np.float32, len(counts))
-        np.log(frequencies, out=frequencies)
-        frequencies += 1
-        return ids, frequencies
+        return ids, _SUBLINEAR.take(np.fromiter(counts.values(), np.intp, len(counts)), mode="clip")
+
+
+class _Rows(dict[str, tuple[int, ...]]):
+    """Token -> the numbers of its rows, of the word and of its beginning; what has once been looked up is kept."""
+
+    def __init__(self, words: Mapping[str, int], prefixes: Mapping[str, int], *, prefix: int) -> None:
+        super().__init__()
+        self._words = words
+        self._prefixes = prefixes
+        self._prefix = prefix
+
+    def __missing__(self, token: str) -> tuple[int, ...]:
+        # A token shorter than the prefix is its own slice and no prefix is that short, so it finds nothing.
+        found = self._words.get(token), self._prefixes.get(token[: self._prefix])
+        rows = tuple(filter(None, found))
+        if len(self) < MOST_TOKENS and len(token) <= LONGEST_TOKEN:
+            self[token] = rows
+        return rows
 
 
 def clip(text: str, *, window_bytes: int) -> str:

@@ -64,6 +64,9 @@ class Explanation:
 
 
 class Policy(Protocol):
+    weighs_load: bool
+    """Whether it looks at `ready` at all, which costs the router more, the more replicas there are."""
+
     @property
     def version(self) -> str | None:
         """What names the artefact behind the decisions, if there is one."""
@@ -79,6 +82,8 @@ class Policy(Protocol):
 
 class ClassifierPolicy:
     """The expert of the prompt's cluster; the fallback where the cluster is in doubt or has no expert."""
+
+    weighs_load = False
 
     def __init__(self, classifier: Classifier, *, fallback: str | None) -> None:
         self._classifier = classifier
@@ -118,6 +123,7 @@ class RoundRobin:
     """Ready experts in turn, by name, whoever comes and goes."""
 
     version = None
+    weighs_load = True
 
     def __init__(self, *, fallback: str | None = None) -> None:
         self._fallback = fallback
@@ -150,6 +156,7 @@ class ModelField:
     """Clients name their expert; `auto` means the fallback, and without one nobody (the router answers 404)."""
 
     version = None
+    weighs_load = False
 
     def __init__(self, *, fallback: str | None) -> None:
         self._fallback = fallback
