@@ -192,6 +192,7 @@ class RouterConfig:
     connect_timeout_s: float = 5.0
     first_byte_timeout_s: float = 600.0
     idle_timeout_s: float = 300.0
+    ping_s: float = 15.0  # a stream that pauses for longer gets a comment, so that nobody takes it for dead
     discovery_s: float = 0.5
     probe_s: float = 2.0
     probe_timeout_s: float = 2.0

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Final, Self
+from urllib.parse import parse_qs
 
 HEALTH: Final = "/health"
 DRAIN: Final = "/drain"
@@ -28,6 +29,11 @@ STARTING_HEADER: Final = "x-hpc-router-starting"
 """On an agent's 503: its engine does not answer yet, or again."""
 REQUEST_ID_HEADER: Final = "x-request-id"
 SESSION_HEADER: Final = "x-session-id"
+
+
+def challenge_in(query: str) -> str:
+    """The challenge of a query string; empty where there is none."""
+    return parse_qs(query).get("challenge", [""])[-1]
 
 
 @dataclass(frozen=True, slots=True)

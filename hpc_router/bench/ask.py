@@ -84,7 +84,7 @@ async def ask(client: aiohttp.ClientSession, body: Mapping[str, Any], answer: An
             answer.reason = headers.get("x-route-reason")
             if response.status != 200:
                 raise _Broken(f"http_{response.status}")
-            if response.content_type != CONTENT_TYPE:
+            if response.content_type != CONTENT_TYPE.decode():
                 raise _Broken("not_a_stream")
             splitter = EventSplitter()
             async for chunk in response.content.iter_any():

@@ -34,6 +34,7 @@ from hpc_router.filethread import PATIENCE_S, FileThread
 from hpc_router.jobdir import Exit, JobDir, Phase, Reason
 from hpc_router.lease import Lease
 from hpc_router.registry import Kind, Record, State, http_url, split_replica
+from hpc_router.relay import collector
 from hpc_router.relay.exchange import Upstream
 from hpc_router.relay.server import listening
 from hpc_router.relay.upstream import UpstreamClient
@@ -143,6 +144,7 @@ class Agent:
             self._gate = gate
             gate.state = self._life.state
             logger.info("%s listens at %s", record.replica, record.url)
+            collector.settle()
             failure = await self._serve(self._supervisor(attempts, client, gate), gate) or self._lost
         if failure is not None:
             return Exit(ok=False, reason=failure.reason, message=failure.message)

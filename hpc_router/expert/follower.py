@@ -17,9 +17,6 @@ from dataclasses import asdict, replace
 from functools import partial
 from typing import Final
 
-from multidict import CIMultiDict
-from yarl import URL
-
 from hpc_router import fabric
 from hpc_router.auth import new_token
 from hpc_router.config import Deployment
@@ -33,7 +30,8 @@ from hpc_router.expert.scratch import expanded, scratch_folder
 from hpc_router.filethread import PATIENCE_S, FileThread
 from hpc_router.jobdir import Exit, JobDir, Reason
 from hpc_router.registry import Reader, Record, split_replica
-from hpc_router.relay.exchange import Limits, Upstream
+from hpc_router.relay.exchange import Limits, Upstream, address_of
+from hpc_router.relay.headers import lines
 from hpc_router.relay.upstream import UpstreamClient
 from hpc_router.rundir import RunDir
 from hpc_router.wire import RANK, Action, RankOrder, RankReport
@@ -150,11 +148,11 @@ class Follower:
         if leader is None or leader.nonce is None:
             return None
         key, report = rank_key(self._secret, leader.nonce), self._report()
-        headers = CIMultiDict({"authorization": f"Bearer {report_token(key)}", "content-type": "application/json"})
+        head = lines({"authorization": f"Bearer {report_token(key)}", "content-type": "application/json"})
         body = json.dumps(asdict(report)).encode()
         self._leader = None
         try:
-            async with client.request("POST", URL(leader.url) / RANK[1:], headers=headers, body=body) as answer:
+            async with client.request("POST", address_of(leader.url), RANK, head=head, body=body) as answer:
                 if answer.status != 200:
                     logger.warning("rank 0 refuses this rank's report: status %d", answer.status)
                     return None

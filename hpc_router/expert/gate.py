@@ -12,16 +12,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Final
 
-from aiohttp import web
-
 from hpc_router import wire
 from hpc_router.auth import bearer, challenge_answer, same
-from hpc_router.errors import UpstreamError
+from hpc_router.errors import BadRequestError, BodyTooLargeError, UpstreamError
 from hpc_router.expert.passthrough import pass_through
 from hpc_router.registry import State
+from hpc_router.relay.downstream import Handler, Request, Response, error_response, json_response
 from hpc_router.relay.exchange import Upstream
 from hpc_router.relay.in_flight import InFlight
-from hpc_router.relay.server import Handler, error_response, json_response
 
 logger = logging.getLogger(__name__)
 
@@ -61,13 +59,13 @@ class Gate:
             **{("POST", path): self._generate for path in wire.GENERATE_PATHS},
         }
 
-    async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
-        """The handler of aiohttp's low-level server; never raises but for cancellation."""
+    async def handle(self, request: Request) -> Response | None:
+        """Never raises but for cancellation."""
         try:
             if request.path == wire.HEALTH:
                 return self._health(request)
             wanted = self.rank_token or self.key if request.path == wire.RANK else self.key
-            if not same(bearer(request.headers.get("authorization")) or "", wanted):
+            if not same(bearer(request.headers.text("authorization")) or "", wanted):
                 return error_response(
                     401,
                     kind="authentication_error",
@@ -81,13 +79,13 @@ class Gate:
                     404, kind="invalid_request_error", code="unknown_path", message="this path is not served here"
                 )
             return await handler(request)
-        except web.HTTPRequestEntityTooLarge:
+        except BodyTooLargeError as error:
             return error_response(
-                413,
-                kind="invalid_request_error",
-                code="body_too_large",
-                message="the body is too large",
-                path=request.path,
+                413, kind="invalid_request_error", code="body_too_large", message=str(error), path=request.path
+            )
+        except BadRequestError as error:
+            return error_response(
+                400, kind="invalid_request_error", code="bad_request", message=str(error), path=request.path
             )
         except Exception:
             logger.exception("%s %s failed", request.method, request.path[:200])
@@ -99,17 +97,17 @@ class Gate:
                 path=request.path,
             )
 
-    def _health(self, request: web.BaseRequest) -> web.Response:
-        challenge = request.query.get("challenge", "")[:LONGEST_CHALLENGE]
+    def _health(self, request: Request) -> Response:
+        challenge = wire.challenge_in(request.query)[:LONGEST_CHALLENGE]
         answer = challenge_answer(self.key, challenge) if challenge else None
         health = wire.Health(self.replica, self.state.value, self.in_flight.count, self.models, answer)
         return json_response(asdict(health))
 
-    async def _drain(self, request: web.BaseRequest) -> web.Response:
+    async def _drain(self, request: Request) -> Response:
         self.on_drain("a drain call")
         return json_response({"state": State.DRAINING.value, "in_flight": self.in_flight.count}, status=202)
 
-    async def _rank(self, request: web.BaseRequest) -> web.Response:
+    async def _rank(self, request: Request) -> Response:
         try:
             if self.on_rank is None:
                 raise ValueError("this engine has one rank")
@@ -118,11 +116,11 @@ class Gate:
             return error_response(400, kind="invalid_request_error", code="bad_report", message=str(error))
         return json_response(asdict(order))
 
-    async def _own_models(self, request: web.BaseRequest) -> web.Response:
+    async def _own_models(self, request: Request) -> Response:
         cards = [{"id": name, "object": "model", "created": 0, "owned_by": "hpc-router"} for name in self.names]
         return json_response({"object": "list", "data": cards})
 
-    async def _pass(self, request: web.BaseRequest) -> web.StreamResponse:
+    async def _pass(self, request: Request) -> Response | None:
         """To the engine, whatever the state: metrics of a draining engine are of interest."""
         try:
             return await pass_through(request, self.client, heard=self._heard)
@@ -138,7 +136,7 @@ class Gate:
     def _heard(self) -> None:
         self.progress += 1
 
-    async def _generate(self, request: web.BaseRequest) -> web.StreamResponse:
+    async def _generate(self, request: Request) -> Response | None:
         if self.state is not State.READY:
             response = error_response(
                 503,
@@ -147,8 +145,8 @@ class Gate:
                 message=f"{self.replica} is {self.state.value}",
                 path=request.path,
             )
-            response.headers[_STATE_HEADERS[self.state]] = "1"
-            response.headers["retry-after"] = str(RETRY_AFTER_S[self.state])
+            response.add(_STATE_HEADERS[self.state], "1")
+            response.add("retry-after", str(RETRY_AFTER_S[self.state]))
             return response
         if self.in_flight.count >= math.ceil(self.capacity * HEADROOM):
             response = error_response(
@@ -158,7 +156,7 @@ class Gate:
                 message=f"{self.in_flight.count} requests are in flight here",
                 path=request.path,
             )
-            response.headers["retry-after"] = "1"
+            response.add("retry-after", "1")
             return response
         with self.in_flight:
             return await self._pass(request)

@@ -8,68 +8,63 @@ import logging
 from collections.abc import Callable
 from typing import Final
 
-from aiohttp import hdrs, web
-from yarl import URL
-
 from hpc_router.errors import UpstreamError
-from hpc_router.relay.delivery import Delivery, DownstreamGoneError
-from hpc_router.relay.exchange import Limits, Upstream, UpstreamResponse
-from hpc_router.relay.headers import downstream_headers, upstream_headers
+from hpc_router.relay.downstream import DownstreamGoneError, Request, Response
+from hpc_router.relay.exchange import Limits, Upstream, address_of
+from hpc_router.relay.headers import NOT_DOWNSTREAM, NOT_UPSTREAM, crossing
 
 logger = logging.getLogger(__name__)
 
 _A_DAY_S: Final = 86_400.0
 ENGINE_LIMITS: Final = Limits(connect_s=5.0, first_byte_s=_A_DAY_S, idle_s=_A_DAY_S)
 """How long an answer may take is the router's to say; when it gives up, it leaves, and so do we."""
-_ENGINE: Final = URL("http://engine")
+_SHORT_BYTES: Final = 2**16
+"""What the server may be left to send at its leisure."""
+ENGINE: Final = address_of("http://engine")
 
 
-async def pass_through(request: web.BaseRequest, client: Upstream, *, heard: Callable[[], None]) -> web.StreamResponse:
-    """Calls `heard` for every piece of the answer.
+async def pass_through(request: Request, client: Upstream, *, heard: Callable[[], None]) -> Response | None:
+    """Answers `request`; None: what came went to the caller as it came. Calls `heard` for every piece of the answer.
 
-    Raises UpstreamError when the engine gives no answer, HTTPRequestEntityTooLarge for the body's size.
+    Raises UpstreamError when the engine gives no answer, and what `Request.read` raises.
     """
-    body = await request.read() if request.body_exists else None
-    headers = upstream_headers(request.headers, add={})
-    response: web.StreamResponse | None = None
-    delivery = Delivery(request)
+    body = request.ready()
+    if body is None:
+        body = await request.read()
+    head = crossing(request.headers, drop=NOT_UPSTREAM)
     try:
-        async with client.request(request.method, engine_url(request.path_qs), headers=headers, body=body) as answer:
-            response = _response(answer)
-            await delivery.begin(response)
-            await answer.flow(_Copy(delivery, heard))
+        async with client.request(request.method, ENGINE, request.target, head=head, body=body or None) as answer:
+            head = crossing(answer.headers, drop=NOT_DOWNSTREAM)
+            if (whole := answer.whole) is not None and len(whole) <= _SHORT_BYTES:
+                heard()
+                return Response(answer.status, head, whole)
+            await request.begin(answer.status, head, length=answer.length)
+            await answer.flow(_Copy(request, heard))
     except DownstreamGoneError:
         pass  # its handler is about to be cancelled
     except UpstreamError as error:
-        if not delivery.begun:
+        if not request.begun:
             raise
         logger.warning("the engine failed in the midst of an answer: %s", error)
-        delivery.abort()
-    assert response is not None
-    return response
-
-
-def engine_url(path: str) -> URL:
-    return _ENGINE.join(URL(path, encoded=True))
-
-
-def _response(answer: UpstreamResponse) -> web.StreamResponse:
-    response = web.StreamResponse(status=answer.status, headers=downstream_headers(answer.headers, add={}))
-    if (length := answer.headers.get(hdrs.CONTENT_LENGTH)) is not None:
-        response.content_length = int(length)
-    return response
+        request.abort()
+    return None
 
 
 class _Copy:
     """A sink that writes what it is given."""
 
-    def __init__(self, delivery: Delivery, heard: Callable[[], None]) -> None:
-        self._delivery = delivery
+    def __init__(self, request: Request, heard: Callable[[], None]) -> None:
+        self._request = request
         self._heard = heard
+        self._write_chunk = request.write_chunk
 
     def take(self, data: bytes) -> bool:
         self._heard()
-        return self._delivery.write(data)
+        return self._request.write(data)
+
+    def take_chunk(self, chunk: bytes) -> bool | None:
+        self._heard()
+        return None if self._write_chunk is None else self._write_chunk(chunk)
 
     async def make_room(self) -> None:
-        await self._delivery.drain()
+        await self._request.drain()

@@ -14,7 +14,7 @@ from typing import Final, Protocol
 from hpc_router.errors import UpstreamError
 from hpc_router.expert.attempts import Attempts
 from hpc_router.expert.engines import Engine, Failure
-from hpc_router.expert.passthrough import engine_url
+from hpc_router.expert.passthrough import ENGINE
 from hpc_router.expert.process import EngineProcess
 from hpc_router.expert.restarts import Restarts
 from hpc_router.filethread import FileThread
@@ -128,9 +128,11 @@ class Supervisor:
         return Failure(Reason.TIMEOUT, f"the engine stopped answering: {misses} checks in a row failed")
 
     async def _says_ready(self, *, timeout_s: float) -> bool:
-        url = engine_url(self.engine.ready_path)
         try:
-            async with asyncio.timeout(timeout_s), self.client.request("GET", url) as answer:
+            async with (
+                asyncio.timeout(timeout_s),
+                self.client.request("GET", ENGINE, self.engine.ready_path) as answer,
+            ):
                 return answer.status == 200
         except (UpstreamError, TimeoutError):
             return False

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from typing import Final, cast
 
 from hpc_router.errors import UpstreamError, UpstreamTimeoutError
-from hpc_router.relay.exchange import Sink
-from hpc_router.relay.framing import ResponseFramer
+from hpc_router.relay.exchange import Limits, Sink
+from hpc_router.relay.framing import ResponseFramer, chunk_prefix
 from hpc_router.relay.patience import Patience
 
 KEPT_BYTES: Final = 2**16
@@ -27,8 +27,8 @@ class Connection(asyncio.Protocol):
     """
 
     __slots__ = (
-        "_failure", "_framer", "_full", "_kept", "_loop", "_on_lost", "_patience", "_reading", "_sent",
-        "_take", "_transport", "_waiter", "_writable", "idle_s", "unanswered",
+        "_failure", "_framer", "_full", "_kept", "_loop", "_on_lost", "_reading", "_sent", "_sink", "_transport",
+        "_waiter", "_writable", "idle_s", "on_news", "patience", "unanswered",
     )  # fmt: skip
 
     def __init__(self, on_lost: Callable[["Connection"], None]) -> None:
@@ -36,9 +36,9 @@ class Connection(asyncio.Protocol):
         self._on_lost = on_lost
         self._transport: asyncio.Transport | None = None
         self._framer: ResponseFramer | None = None
-        self._patience: Patience | None = None
+        self.patience = Patience(self.give_up)
         self.idle_s = 0.0
-        self._take: Callable[[bytes], bool] | None = None  # of the sink that the body flows into
+        self._sink: Sink | None = None  # that the body flows into
         self._full = False  # the sink wants to be asked for room
         self._kept = 0
         self._reading = True
@@ -46,11 +46,13 @@ class Connection(asyncio.Protocol):
         self._sent = False
         self._failure: Exception | None = None
         self._waiter: asyncio.Future[None] | None = None
+        self.on_news: Callable[[], None] | None = None  # called once instead of waking a task
         self.unanswered = False  # the last exchange ended without a byte from upstream
 
     @property
     def usable(self) -> bool:
-        return self._transport is not None and not self._transport.is_closing()
+        transport = self._transport
+        return transport is not None and not transport.is_closing()
 
     def abort(self) -> None:
         if self._transport is not None:
@@ -58,24 +60,31 @@ class Connection(asyncio.Protocol):
 
     # The exchange's side.
 
-    def begin(self, patience: Patience, *, idle_s: float, head_only: bool) -> None:
+    def begin(self, limits: Limits, *, head_only: bool) -> None:
+        """The clock for the answer's first byte runs from now on."""
         assert self._framer is None
         self._framer = ResponseFramer(head_only=head_only)
-        self._patience, self.idle_s = patience, idle_s
-        patience.on_silence = self._give_up
+        self.idle_s = limits.idle_s
+        self.patience.begin(limits.first_byte_s)
         self._failure, self._sent, self._full, self._kept = None, False, False, 0
 
     async def send(self, head: bytes, body: bytes | None) -> None:
         """An answer that comes before all is sent ends the sending, and later the connection."""
         if self._transport is None:
             self._failure = UpstreamError("the replica had closed the connection")
-            return
-        if not body or len(body) <= IN_ONE_PIECE:
-            self._transport.write(head + body if body else head)
-            self._sent = True
-            return
-        self._transport.write(head)
-        rest = memoryview(body)
+        elif not body or len(body) <= IN_ONE_PIECE:
+            self.send_at_once(head, body)
+        else:
+            self._transport.write(head)
+            await self._send_rest(memoryview(body))
+
+    def send_at_once(self, head: bytes, body: bytes | None) -> None:
+        """For a connection that is `usable`, and a body of at most IN_ONE_PIECE bytes."""
+        assert self._transport is not None
+        self._transport.write(head + body if body else head)
+        self._sent = True
+
+    async def _send_rest(self, rest: memoryview) -> None:
         while rest:
             while not self._writable and not self._answered:
                 await self._news()
@@ -97,6 +106,13 @@ class Connection(asyncio.Protocol):
             self._raise_failure()
             await self._news()
 
+    def whole(self) -> bytes | None:
+        """The body, if all of it is there and in one piece."""
+        framer = self._framer
+        if framer is None or not framer.complete or len(framer.pieces) != 1 or self._failure is not None:
+            return None
+        return framer.pieces[0]
+
     async def chunk(self) -> bytes:
         """The next of the body; empty at its end."""
         assert self._framer is not None
@@ -110,24 +126,24 @@ class Connection(asyncio.Protocol):
     async def flow(self, sink: Sink) -> None:
         """The rest of the body into `sink`."""
         assert self._framer is not None
-        assert self._patience is not None
         while chunk := await self.chunk():
             self._full = not sink.take(chunk)
             while not self._full and not self._framer.complete and self._failure is None:
-                self._take = sink.take
+                self._sink = sink
                 try:
                     await self._news()
                 finally:
-                    self._take = None
+                    self._sink = None
             if self._full:
-                self._patience.rest()
+                self.patience.rest()
                 await sink.make_room()
-                self._patience.wait(self.idle_s)
+                self.patience.wait(self.idle_s)
 
     def end(self) -> bool:
         """Whether another exchange may follow; if not, the connection is closed at once."""
         assert self._framer is not None
-        framer, self._framer, self._patience = self._framer, None, None
+        framer, self._framer = self._framer, None
+        self.patience.rest()
         self.unanswered = framer.untouched
         framer.release()
         reusable = framer.complete and framer.keep_alive and self._sent and self._failure is None and self.usable
@@ -145,18 +161,15 @@ class Connection(asyncio.Protocol):
         if self._failure is not None:
             raise self._failure
 
-    async def _news(self) -> None:
-        self._waiter = self._loop.create_future()
-        try:
-            await self._waiter
-        finally:
-            self._waiter = None
+    def _news(self) -> asyncio.Future[None]:
+        """Awaited by the exchange's task: something has happened."""
+        self._waiter = waiter = self._loop.create_future()
+        return waiter
 
     def _kept_bytes(self) -> bytes:
         """What has come of the body and has not been taken; whoever calls this has heard from upstream."""
         assert self._framer is not None
-        assert self._patience is not None
-        self._patience.wait(self.idle_s)
+        self.patience.wait(self.idle_s)
         pieces = self._framer.pieces
         if len(pieces) == 1:
             data = pieces.pop()
@@ -184,16 +197,32 @@ class Connection(asyncio.Protocol):
         if framer is None:
             self.abort()  # nobody has asked
             return
+        sink = self._sink
         try:
+            if (
+                sink is not None
+                and framer.between
+                and data.startswith(chunk_prefix(len(data)))
+                and data.endswith(b"\r\n")
+            ):
+                taken = sink.take_chunk(data)  # a stream's events mostly come so, one by one
+                if taken:
+                    self.patience.heard = True
+                    return
+                if taken is not None:
+                    self.patience.heard = self._full = True
+                    self._sink = None
+                    self._wake()
+                    return
             framer.feed(data)
-            if self._take is not None and framer.pieces:
-                self._full = not self._take(self._kept_bytes())
+            if sink is not None and framer.pieces:
+                self._full = not sink.take(self._kept_bytes())
                 if not self._full and not framer.complete:
                     return
-                self._take = None
+                self._sink = None
         except Exception as error:  # noqa: BLE001  # it is raised where the exchange is waited for
             self._fail(error)
-        if framer.pieces and self._take is None:
+        if framer.pieces and self._sink is None:
             self._kept += len(data)
             if self._kept > KEPT_BYTES and self._reading and self.usable:
                 assert self._transport is not None
@@ -203,6 +232,7 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         self._transport = None
+        self.patience.end()
         self._on_lost(self)
         if self._framer is not None and not self._framer.complete and self._failure is None:
             try:
@@ -224,10 +254,15 @@ class Connection(asyncio.Protocol):
         self._failure = error
         self.abort()
 
-    def _give_up(self) -> None:
+    def give_up(self) -> None:
         self._fail(UpstreamTimeoutError("the replica fell silent"))
         self._wake()
 
     def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+        called, self.on_news = self.on_news, None
+        if called is not None:
+            called()
+            return
+        waiter, self._waiter = self._waiter, None
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)

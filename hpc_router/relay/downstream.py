@@ -1,114 +1,135 @@
-"""One response to one client, committed as late as possible.
+"""What router and agent see of a client: its request, and the way of the answer back to it.
 
-Nothing is sent before the first body byte has come from upstream, and a non-streaming answer is held until it is
-complete, so until then a failure can go elsewhere. Once committed, only whole events follow, and a failure ends the
-stream with an error event (a stream) or with a broken connection (a long answer that was not held); never silently.
+Two implementations stand behind these types and pass the same tests: `server`, which serves, and `server_aiohttp`, the
+reference it is compared with. Short answers are returned whole, as a `Response`; a stream is begun and written through
+the request itself, where its bytes arrive.
 """
 
-from typing import Final
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any, Final
 
-from aiohttp import web
-from multidict import CIMultiDict
+from hpc_router.errors import BadRequestError, HpcRouterError
+from hpc_router.relay.dialects import Fault, dialect_of
+from hpc_router.relay.headers import Headers, lines
 
-from hpc_router.errors import UpstreamError
-from hpc_router.relay.delivery import Delivery
-from hpc_router.relay.exchange import UpstreamResponse
-from hpc_router.relay.sse import CONTENT_TYPE, EventSplitter, EventTooLargeError
-
-_SHORT_BYTES: Final = 2**16
-"""What aiohttp may be left to send at its leisure."""
+KEEP_ALIVE_S: Final = 75.0
+"""How long a client may take to send a request's headers, after it has connected or had its last answer."""
+JSON: Final = b"content-type: application/json\r\n"
 
 
-class Downstream:
-    """Writes to the client of `request`. `response` is what the handler returns in the end."""
+class DownstreamGoneError(HpcRouterError):
+    """The client has closed its connection, or reads no more."""
 
-    def __init__(self, request: web.BaseRequest, *, hold_bytes: int, write_s: float) -> None:
-        self._hold_bytes = hold_bytes
-        self._delivery = Delivery(request, write_s=write_s)
-        self._streaming_events = False
-        self.response: web.StreamResponse | None = None
+
+@dataclass(slots=True)
+class Response:
+    """A whole answer. `head`: its header lines but for those of framing and connection."""
+
+    status: int
+    head: bytes = b""
+    body: bytes = b""
+
+    def add(self, name: str, value: str) -> None:
+        self.head += lines({name: value})
+
+
+class Request(ABC):
+    """`path` is decoded; `target` is path and query as they came. `keep_alive`: whether the client may ask again over
+    this connection; a handler may take that back before it answers.
+
+    To answer piece by piece: `begin`, then `write`, with a `drain` after each one that returned False, and return None.
+    """
+
+    __slots__ = ("begun_work", "headers", "keep_alive", "method", "path", "query", "target")
+
+    method: str
+    target: str
+    path: str
+    query: str
+    headers: Headers
+    keep_alive: bool
+    begun_work: object
+    """What `express` left for the handler; None else."""
+
+    def ready(self) -> bytes | None:
+        """The whole body, where that is known already; None: `read` it."""
+        return None
+
+    @abstractmethod
+    async def read(self, *, limit_s: float | None = None) -> bytes:
+        """The whole body. Raises BadRequestError, BodyTooLargeError, or RequestTimeoutError after `limit_s` seconds."""
+
+    def answer(self, response: Response) -> None:
+        """The end of what `express` began."""
+        raise NotImplementedError
+
+    def resume(self) -> None:
+        """Let the handler go on with what `express` began; it finds it in `begun_work`."""
+        raise NotImplementedError
 
     @property
-    def committed(self) -> bool:
-        return self.response is not None
+    @abstractmethod
+    def begun(self) -> bool:
+        """The head of an answer has been sent."""
 
-    async def pass_on(self, upstream: UpstreamResponse, headers: CIMultiDict[str]) -> None:
-        """The whole response. Raises what `UpstreamResponse.flow` raises, and DownstreamGoneError."""
-        if upstream.content_type == CONTENT_TYPE:
-            self._streaming_events = True
-            events = _Events(self, upstream.status, headers, hold_bytes=0)
-            await upstream.flow(events)
-            events.check_end()
-            if not self.committed:
-                await self.commit(upstream.status, headers)
-            return
-        body = _Body(self, upstream.status, headers, hold_bytes=self._hold_bytes)
-        await upstream.flow(body)
-        if self.committed:
-            return
-        if len(body.held) <= _SHORT_BYTES:
-            self.response = web.Response(status=upstream.status, headers=headers, body=bytes(body.held))
-        else:  # the client's place is held until it has taken most of it
-            body.length = len(body.held)
-            await body.make_room()
+    @abstractmethod
+    async def begin(self, status: int, head: bytes, *, length: int | None) -> None:
+        """Send the head. `length` of the body; None: its end will show."""
 
-    async def break_off(self, event: bytes) -> None:
-        """End a committed response that cannot be completed; `event` tells a stream's client."""
-        assert self.response is not None
-        if not self._streaming_events:
-            self._delivery.abort()
-        elif not self._delivery.write(event):
-            await self._delivery.drain()
+    @abstractmethod
+    def write(self, data: bytes) -> bool:
+        """A piece of the body. False: `drain` before the next one. Raises DownstreamGoneError."""
 
-    async def commit(self, status: int, headers: CIMultiDict[str], *, length: int | None = None) -> Delivery:
-        """From here on there is no other replica to go to."""
-        self.response = web.StreamResponse(status=status, headers=headers)
-        self.response.content_length = length
-        await self._delivery.begin(self.response)
-        return self._delivery
+    @property
+    def write_chunk(self) -> Callable[[bytes], bool] | None:
+        """The same for a piece in the framing of HTTP/1.1's chunks; None where this answer has another one."""
+        return None
+
+    @abstractmethod
+    async def drain(self, *, limit_s: float | None = None) -> None:
+        """Until the client has taken most of what was written. One that takes nothing for so long has gone as well:
+        it holds a place on a replica. Raises DownstreamGoneError."""
+
+    @abstractmethod
+    def abort(self) -> None:
+        """Break the connection: the only way to say that a body without events is incomplete."""
 
 
-class _Body:
-    """A sink that holds up to `hold_bytes` bytes; more than that commits the response."""
-
-    def __init__(self, downstream: Downstream, status: int, headers: CIMultiDict[str], *, hold_bytes: int) -> None:
-        self._downstream = downstream
-        self._head = status, headers
-        self._hold_bytes = hold_bytes
-        self._delivery: Delivery | None = None
-        self.held = bytearray()
-        self.length: int | None = None  # once all of it is held
-
-    def take(self, data: bytes) -> bool:
-        if self._delivery is not None:
-            return self._delivery.write(data)
-        self.held += data
-        return len(self.held) <= self._hold_bytes
-
-    async def make_room(self) -> None:
-        if self._delivery is None:
-            self._delivery = await self._downstream.commit(*self._head, length=self.length)
-            self._delivery.write(bytes(self.held))
-            self.held.clear()
-        await self._delivery.drain()
+Handler = Callable[[Request], Awaitable[Response | None]]
+"""Answers a request; None when the answer went through the request. A client that leaves cancels it."""
 
 
-class _Events(_Body):
-    """Lets whole events through only."""
+class Work(ABC):
+    """A request that is being served without a task."""
 
-    def __init__(self, downstream: Downstream, status: int, headers: CIMultiDict[str], *, hold_bytes: int) -> None:
-        super().__init__(downstream, status, headers, hold_bytes=hold_bytes)
-        self._splitter = EventSplitter()
+    @abstractmethod
+    def cancel(self) -> None:
+        """Its client has left."""
 
-    def take(self, data: bytes) -> bool:
-        try:
-            events = self._splitter.feed(data)
-        except EventTooLargeError as error:
-            raise UpstreamError(str(error)) from error
-        if not events:
-            return True
-        return self._delivery.write(events) if self._delivery is not None else super().take(events)
 
-    def check_end(self) -> None:
-        if self._splitter.tail:
-            raise UpstreamError("the replica's stream ended inside an event")
+Express = Callable[[Request], Work | None]
+"""Begins to serve a request at once, where nothing has to be waited for: then `Request.answer` is called later, or
+`Request.resume` for the handler to take over. None: the handler's from the beginning."""
+
+
+def check_encoding(headers: Headers) -> None:
+    """Raises BadRequestError for a body that would have to be decompressed."""
+    if b"content-encoding" in headers and any(e.lower() != b"identity" for e in headers.all(b"content-encoding")):
+        raise BadRequestError("compressed request bodies are not taken")
+
+
+def json_response(value: Any, *, status: int = 200) -> Response:
+    return Response(status, JSON, json.dumps(value).encode())
+
+
+def error_response(
+    status: int, *, kind: str, code: str, message: str, param: str | None = None, path: str = ""
+) -> Response:
+    """An error as the clients of the API at `path` read it; OpenAI's, where that says nothing."""
+    response = json_response(dialect_of(path).body(Fault(status, kind, code, message, param)), status=status)
+    if status == 401:
+        response.add("www-authenticate", "Bearer")
+    return response

@@ -5,15 +5,17 @@ the reference it is compared with. A body is either iterated (`chunks`) or poure
 an implementation hand a piece on the moment it has come, without waking a task.
 """
 
+from abc import abstractmethod
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from functools import lru_cache
+from typing import NamedTuple, Protocol
 
-from multidict import CIMultiDict, CIMultiDictProxy
 from yarl import URL
 
 from hpc_router.errors import UpstreamError
+from hpc_router.relay.headers import Headers
 from hpc_router.relay.patience import Patience
 
 
@@ -26,23 +28,59 @@ class Limits:
     idle_s: float
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Address:
+    """Where an upstream server is; made by `address_of`. Connections are kept per object.
+
+    `header` is its `Host`; `prefix` comes before every path.
+    """
+
+    host: str
+    port: int
+    tls: bool
+    header: bytes
+    prefix: str
+
+
+@lru_cache(maxsize=1024)
+def address_of(url: str) -> Address:
+    """The one of an http or https URL."""
+    parts = URL(url)
+    header = (parts.host_port_subcomponent or "").encode()
+    return Address(parts.raw_host or "", parts.port or 0, parts.scheme == "https", header, parts.raw_path.rstrip("/"))
+
+
 class Sink(Protocol):
     """Where a body goes. What either method raises ends the exchange and comes out of `flow`."""
 
     def take(self, data: bytes) -> bool:
         """Never blocks. False: nothing more before `make_room` has returned."""
 
+    def take_chunk(self, chunk: bytes) -> bool | None:
+        """The same for a piece in the framing of HTTP/1.1's chunks; None: it has to be taken out of it first."""
+
     async def make_room(self) -> None:
         """Until more may come. However long that takes, the upstream does not count as silent meanwhile."""
 
 
 class UpstreamResponse:
-    """Status and headers, then the body in chunks as they come."""
+    """Status and headers, then the body in chunks as they come. `length` of the body: None where the head is silent.
+    The headers may lack the one that tells it."""
 
-    def __init__(self, status: int, headers: CIMultiDictProxy[str]) -> None:
+    def __init__(self, status: int, headers: Headers, length: int | None) -> None:
         self.status = status
         self.headers = headers
-        self.content_type = headers.get("content-type", "").partition(";")[0].strip().lower()
+        self.length = length
+
+    @property
+    def content_type(self) -> bytes:
+        """Without its parameters, in lower case."""
+        return self.headers.content_type
+
+    @property
+    def whole(self) -> bytes | None:
+        """The whole body, when it has come with the head and was short."""
+        return None
 
     def chunks(self) -> AsyncIterator[bytes]:
         """Raises UpstreamError or UpstreamTimeoutError where the answer breaks off."""
@@ -64,20 +102,49 @@ class UpstreamResponse:
         return bytes(body)
 
 
+class WholeResponse(NamedTuple):
+    status: int
+    headers: Headers
+    body: bytes
+
+
+class Exchange(AbstractAsyncContextManager[UpstreamResponse]):
+    """A request that can do without a task: `start`, and when `on_news` has been called, `finish`; where that gives
+    nothing, `async with` goes on from there. Once started it must be one of these, or `abandon`."""
+
+    @abstractmethod
+    def start(self, on_news: Callable[[], None]) -> bool:
+        """Send it at once, if there is a connection for it. `on_news` is called once, with the first of the answer or
+        when there will be none."""
+
+    @abstractmethod
+    def finish(self, wanted: Callable[[int, bytes, int], bool]) -> WholeResponse | None:
+        """The response, if all of it has come and its status, content type and size are `wanted`."""
+
+    @abstractmethod
+    def abandon(self) -> None:
+        """End what was started."""
+
+
 class Upstream(Protocol):
     """Connections to upstream servers, kept between requests."""
+
+    def starts(self, address: Address) -> bool:
+        """Whether a request there is an `Exchange`, and hardly has to wait for a connection."""
 
     def request(
         self,
         method: str,
-        url: URL,
+        address: Address,
+        target: str,
         *,
-        headers: CIMultiDict[str] | None = None,
+        head: bytes = b"",
         body: bytes | None = None,
         watch: Callable[[Patience], None] | None = None,
     ) -> AbstractAsyncContextManager[UpstreamResponse]:
         """Raises UpstreamConnectError, UpstreamTimeoutError or UpstreamError, also from within the block.
 
-        Leaving the block early closes the connection at once: that is how an engine learns that its client has gone.
-        `watch` is given the request's patience, for whoever learns that the upstream is lost.
+        `target`: path and query; `head`: header lines but for those of framing (see `headers.lines`). Leaving the block
+        early closes the connection at once: that is how an engine learns that its client has gone. `watch` is given
+        the patience that is had with the upstream, at each attempt, for whoever learns that it is lost.
         """

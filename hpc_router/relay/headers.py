@@ -1,60 +1,91 @@
-"""Which headers cross the relay.
+"""Header fields, and which of them cross the relay.
 
-Hop-by-hop headers (RFC 9110, section 7.6.1) never do. Upstream the client's credentials stay behind, and compressed
-answers are not asked for, so that events can be told apart. Downstream the router speaks for itself about the server.
+Fields stay the bytes that came, so that those which cross cost no more than a copy. Hop-by-hop headers (RFC 9110,
+section 7.6.1) never cross. Upstream the client's credentials stay behind, and compressed answers are not asked for, so
+that events can be told apart. Downstream the router speaks for itself about the server.
 """
 
-from collections.abc import Iterator, Mapping
-from typing import Final
-
-from multidict import CIMultiDict, CIMultiDictProxy
+from collections.abc import Mapping
+from typing import Any, Final, overload
 
 HOP_BY_HOP: Final = frozenset(
     {
-        "connection",
-        "keep-alive",
-        "proxy-authenticate",
-        "proxy-authorization",
-        "proxy-connection",
-        "te",
-        "trailer",
-        "transfer-encoding",
-        "upgrade",
+        b"connection",
+        b"keep-alive",
+        b"proxy-authenticate",
+        b"proxy-authorization",
+        b"proxy-connection",
+        b"te",
+        b"trailer",
+        b"transfer-encoding",
+        b"upgrade",
     }
 )
-_NOT_UPSTREAM: Final = HOP_BY_HOP | {
-    "accept-encoding",
-    "authorization",
-    "content-length",
-    "cookie",
-    "expect",
-    "host",
-    "x-api-key",
+NOT_UPSTREAM: Final = HOP_BY_HOP | {
+    b"accept-encoding",
+    b"authorization",
+    b"content-length",
+    b"cookie",
+    b"expect",
+    b"host",
+    b"x-api-key",
 }
-_NOT_DOWNSTREAM: Final = HOP_BY_HOP | {"content-length", "date", "server", "set-cookie"}
+NOT_DOWNSTREAM: Final = HOP_BY_HOP | {b"content-length", b"date", b"server", b"set-cookie"}
 
 
-def upstream_headers(client: CIMultiDictProxy[str], *, add: Mapping[str, str]) -> CIMultiDict[str]:
-    return _crossing(client, drop=_NOT_UPSTREAM, add=add)
+class Headers:
+    """The fields of one message in their order, names in lower case. They never change.
+
+    `notes`: what has been made of them, for messages that share them (see `heads`).
+    """
+
+    __slots__ = ("_last", "content_type", "fields", "notes")
+
+    def __init__(self, fields: list[tuple[bytes, bytes]]) -> None:
+        self.fields = fields
+        self._last = dict(fields)
+        self.content_type = self.get(b"content-type", b"").partition(b";")[0].strip().lower()
+        self.notes: dict[object, Any] = {}
+
+    @overload
+    def get(self, name: bytes) -> bytes | None: ...
+
+    @overload
+    def get(self, name: bytes, default: bytes) -> bytes: ...
+
+    def get(self, name: bytes, default: bytes | None = None) -> bytes | None:
+        """The value; of several the last one."""
+        return self._last.get(name, default)
+
+    def text(self, name: str) -> str:
+        """The value, whatever bytes a stranger sends; empty where there is none."""
+        return self._last.get(name.encode(), b"").decode("utf-8", "surrogateescape")
+
+    def all(self, name: bytes) -> list[bytes]:
+        return [value for key, value in self.fields if key == name]
+
+    def __contains__(self, name: bytes) -> bool:
+        return name in self._last
 
 
-def downstream_headers(upstream: CIMultiDictProxy[str], *, add: Mapping[str, str]) -> CIMultiDict[str]:
-    return _crossing(upstream, drop=_NOT_DOWNSTREAM, add=add)
+def crossing(headers: Headers, *, drop: frozenset[bytes]) -> bytes:
+    """The lines of all fields but those in `drop` and those that `Connection:` declares to be hop-by-hop."""
+    made: bytes | None = headers.notes.get(drop)
+    if made is None:
+        made = headers.notes[drop] = _crossing(headers, drop)
+    return made
 
 
-def _crossing(headers: CIMultiDictProxy[str], *, drop: frozenset[str], add: Mapping[str, str]) -> CIMultiDict[str]:
-    if "connection" in headers:
-        drop |= _connection_options(headers)
-    kept = CIMultiDict([field for field in headers.items() if field[0].lower() not in drop])
-    kept.update(add)
-    return kept
+def _crossing(headers: Headers, drop: frozenset[bytes]) -> bytes:
+    if b"connection" in headers:
+        options = b",".join(headers.all(b"connection")).lower().split(b",")
+        drop |= {option.strip() for option in options}
+    return b"".join([b"%b: %b\r\n" % field for field in headers.fields if field[0] not in drop])
 
 
-def _connection_options(headers: CIMultiDictProxy[str]) -> frozenset[str]:
-    """Headers that `Connection:` declares to be hop-by-hop."""
-
-    def options() -> Iterator[str]:
-        for value in headers.getall("connection", ()):
-            yield from (option.strip().lower() for option in value.split(","))
-
-    return frozenset(options())
+def lines(fields: Mapping[str, str]) -> bytes:
+    """These fields as lines. Raises ValueError for what would break out of its line."""
+    text = "".join([f"{name}: {value}\r\n" for name, value in fields.items()])
+    if not text.count("\n") == text.count("\r") == len(fields) or "\0" in text:
+        raise ValueError("a control character in a header")
+    return text.encode("utf-8", "surrogateescape")

@@ -11,20 +11,21 @@ class InFlight:
 
     def __init__(self) -> None:
         self.count = 0
-        self._idle = asyncio.Event()
-        self._idle.set()
+        self._idle: asyncio.Event | None = None  # while somebody waits
 
     def __enter__(self) -> None:
         self.count += 1
-        self._idle.clear()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.count -= 1
-        if not self.count:
+        if not self.count and self._idle is not None:
             self._idle.set()
 
     async def idle(self) -> None:
         """Until no request is in flight."""
-        await self._idle.wait()
+        while self.count:
+            self._idle = self._idle or asyncio.Event()
+            self._idle.clear()
+            await self._idle.wait()

@@ -5,6 +5,7 @@ the load needs age out. A server that closes an idle connection makes it leave b
 """
 
 import asyncio
+import time
 from collections.abc import Hashable
 from typing import Generic, Protocol, TypeVar
 
@@ -32,8 +33,12 @@ class Pool(Generic[A, C]):
     def __len__(self) -> int:
         return sum(map(len, self._idle.values()))
 
+    def has(self, address: A) -> bool:
+        """Whether one is kept there, as far as is known."""
+        return bool(self._idle.get(address))
+
     def take(self, address: A) -> C | None:
-        idle, now = self._idle.get(address), asyncio.get_running_loop().time()
+        idle, now = self._idle.get(address), time.monotonic()
         while idle:
             connection, expires_at = idle.popitem()
             if connection.usable and now < expires_at:
@@ -42,10 +47,13 @@ class Pool(Generic[A, C]):
         return None
 
     def put(self, address: A, connection: C) -> None:
-        loop = asyncio.get_running_loop()
-        self._idle.setdefault(address, {})[connection] = loop.time() + self._keep_s
+        expires_at = time.monotonic() + self._keep_s
+        try:
+            self._idle[address][connection] = expires_at
+        except KeyError:
+            self._idle[address] = {connection: expires_at}
         if self._sweep is None:
-            self._sweep = loop.call_later(self._keep_s, self._close_expired, loop)
+            self._sweep = asyncio.get_running_loop().call_later(self._keep_s, self._close_expired)
 
     def discard(self, connection: C) -> None:
         for idle in self._idle.values():
@@ -59,12 +67,14 @@ class Pool(Generic[A, C]):
                 connection.abort()
         self._idle.clear()
 
-    def _close_expired(self, loop: asyncio.AbstractEventLoop) -> None:
-        now = loop.time()
+    def _close_expired(self) -> None:
+        now = time.monotonic()
         for idle in self._idle.values():
             for connection in [c for c, expires_at in idle.items() if expires_at <= now]:
                 del idle[connection]
                 connection.abort()
         self._idle = {address: idle for address, idle in self._idle.items() if idle}
         next_at = min((at for idle in self._idle.values() for at in idle.values()), default=None)
-        self._sweep = None if next_at is None else loop.call_at(next_at, self._close_expired, loop)
+        self._sweep = None
+        if next_at is not None:
+            self._sweep = asyncio.get_running_loop().call_later(max(0.0, next_at - now), self._close_expired)

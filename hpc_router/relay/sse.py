@@ -7,9 +7,11 @@ blank line and the tail is kept. Rules of the format: https://html.spec.whatwg.o
 import json
 from typing import Any, Final
 
-CONTENT_TYPE: Final = "text/event-stream"
+CONTENT_TYPE: Final = b"text/event-stream"
 MAX_EVENT_BYTES: Final = 16 * 2**20
-_ENDS: Final = (b"\n\n", b"\r\n\r\n", b"\r\r")
+PING: Final = b": ping\n\n"
+"""A comment, which readers of events skip: proxies and clients see that the connection lives."""
+EVENT_ENDS: Final = (b"\n\n", b"\r\n\r\n", b"\r\r")
 
 
 class EventTooLargeError(ValueError):
@@ -17,30 +19,25 @@ class EventTooLargeError(ValueError):
 
 
 class EventSplitter:
-    """Collects chunks and gives back whole events."""
+    """Collects chunks and gives back whole events. `tail`: what has come of an event that has not ended."""
 
-    __slots__ = ("_tail",)
+    __slots__ = ("tail",)
 
     def __init__(self) -> None:
-        self._tail = b""
+        self.tail = b""
 
     def feed(self, chunk: bytes) -> bytes:
         """Every byte up to the end of the last whole event; empty when none ended yet."""
-        if chunk.endswith(_ENDS):  # as nearly every chunk does
-            data, self._tail = self._tail + chunk, b""
+        if chunk.endswith(EVENT_ENDS):  # as nearly every chunk does
+            data, self.tail = self.tail + chunk, b""
             return data
-        data = self._tail + chunk if self._tail else chunk
-        new = max(0, len(self._tail) - 3)  # the tail holds no end, but may hold the beginning of one
-        end = max(at + len(mark) if (at := data.rfind(mark, new)) >= 0 else 0 for mark in _ENDS)
-        self._tail = data[end:]
-        if len(self._tail) > MAX_EVENT_BYTES:
+        data = self.tail + chunk if self.tail else chunk
+        new = max(0, len(self.tail) - 3)  # the tail holds no end, but may hold the beginning of one
+        end = max(at + len(mark) if (at := data.rfind(mark, new)) >= 0 else 0 for mark in EVENT_ENDS)
+        self.tail = data[end:]
+        if len(self.tail) > MAX_EVENT_BYTES:
             raise EventTooLargeError(f"an event of more than {MAX_EVENT_BYTES} bytes")
         return data[:end]
-
-    @property
-    def tail(self) -> bytes:
-        """What has come of an event that has not ended."""
-        return self._tail
 
 
 def error_event(error: dict[str, Any]) -> bytes:

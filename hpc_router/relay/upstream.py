@@ -6,25 +6,24 @@ before the response, while waiting for its first byte, or in its midst. It knows
 """
 
 import asyncio
+import math
 import ssl
 from collections.abc import AsyncIterator, Callable
 from functools import lru_cache
 from types import TracebackType
-from typing import Final, NamedTuple, Self
-
-from multidict import CIMultiDict
-from yarl import URL
+from typing import Final, Self
 
 from hpc_router.errors import UpstreamConnectError, UpstreamError, UpstreamTimeoutError
-from hpc_router.relay.connection import Connection
-from hpc_router.relay.exchange import Limits, Sink, UpstreamResponse
+from hpc_router.relay.connection import IN_ONE_PIECE, Connection
+from hpc_router.relay.exchange import Address, Exchange, Limits, Sink, UpstreamResponse, WholeResponse
 from hpc_router.relay.patience import Patience
 from hpc_router.relay.pool import Pool
 
 KEEP_ALIVE_S: Final = 4.0
 """Shorter than the 5 s after which uvicorn, the server of both real engines, closes an idle connection."""
+_SHORT_TARGET: Final = 256
+"""Characters; the lines of a longer one are not remembered."""
 _WITH_BODY: Final = frozenset({"POST", "PUT", "PATCH"})
-OWN_HEADERS: Final = ("host", "content-length", "transfer-encoding")
 
 
 class UpstreamClient:
@@ -36,7 +35,7 @@ class UpstreamClient:
     def __init__(self, limits: Limits, *, socket_path: str | None = None, tls: ssl.SSLContext | None = None) -> None:
         self.limits = limits
         self._socket_path = socket_path
-        self.pool: Pool[Origin, Connection] = Pool(keep_s=KEEP_ALIVE_S)
+        self.pool: Pool[Address | str, Connection] = Pool(keep_s=KEEP_ALIVE_S)
         self._tls = tls
 
     async def __aenter__(self) -> Self:
@@ -50,58 +49,80 @@ class UpstreamClient:
     def request(
         self,
         method: str,
-        url: URL,
+        address: Address,
+        target: str,
         *,
-        headers: CIMultiDict[str] | None = None,
+        head: bytes = b"",
         body: bytes | None = None,
         watch: Callable[[Patience], None] | None = None,
     ) -> "_Exchange":
         """See `exchange.Upstream`."""
-        origin = origin_of(url.scheme, url.raw_authority)
-        address = origin if self._socket_path is None else Origin(self._socket_path, 0, tls=False, header="")
-        head = request_head(method, url.raw_path_qs, origin.header, headers, body)
-        return _Exchange(self, _Call(address, head, body, head_only=method == "HEAD"), watch)
+        return _Exchange(
+            self, address, request_head(method, address, target, head, body), body, method == "HEAD", watch
+        )
 
-    async def answering(self, call: "_Call", patience: Patience) -> Connection:
+    def starts(self, address: Address) -> bool:
+        return self.pool.has(self._socket_path or address)
+
+    async def answering(self, call: "_Exchange") -> Connection:
         """A connection with the head of its answer there. The server may close a kept connection in the moment in
         which it is used again, so one that dies without a word costs nothing: the request goes over a new one."""
-        kept = self.pool.take(call.origin)
+        kept = call.started or self.take(call)
         if kept is not None:
             try:
-                return await self._ask(kept, call, patience)
+                return await self._ask(kept, call, sent=call.started is not None)
             except UpstreamError:
-                if not kept.unanswered or patience.spent:
+                if not kept.unanswered or kept.patience.spent:
                     raise
-        return await self._ask(await self._connect(call.origin, patience), call, patience)
+        return await self._ask(await self.connected(call.address, watch=call.watch), call)
 
-    async def _ask(self, connection: Connection, call: "_Call", patience: Patience) -> Connection:
-        connection.begin(patience, idle_s=self.limits.idle_s, head_only=call.head_only)
+    def take(self, call: "_Exchange") -> Connection | None:
+        return self.pool.take(self._socket_path or call.address)
+
+    def keep(self, connection: Connection, call: "_Exchange") -> None:
+        self.pool.put(self._socket_path or call.address, connection)
+
+    def begin(self, connection: Connection, call: "_Exchange") -> None:
+        connection.begin(self.limits, head_only=call.head_only)
+        if call.watch is not None:
+            call.watch(connection.patience)
+
+    async def _ask(self, connection: Connection, call: "_Exchange", *, sent: bool = False) -> Connection:
         try:
-            await connection.send(call.head, call.body)
+            if not sent:
+                self.begin(connection, call)
+                await connection.send(call.head, call.body)
             await connection.head()
         except BaseException:
             connection.end()
             raise
         return connection
 
-    async def _connect(self, origin: "Origin", patience: Patience) -> Connection:
+    async def connected(self, address: Address, *, watch: Callable[[Patience], None] | None = None) -> Connection:
+        """A new connection. Raises UpstreamConnectError, and UpstreamTimeoutError when patience was shortened."""
         loop = asyncio.get_running_loop()
         made = Connection(self.pool.discard)
+        patience = made.patience
         try:
             async with asyncio.timeout(self.limits.connect_s) as limit:
                 patience.on_silence = lambda: limit.reschedule(loop.time())
+                patience.begin(math.inf)  # the limit above holds, unless it is shortened
+                if watch is not None:
+                    watch(patience)
                 if self._socket_path is not None:
                     await loop.create_unix_connection(lambda: made, self._socket_path)
                 else:
-                    tls = await self._tls_context() if origin.tls else None
-                    await loop.create_connection(lambda: made, origin.host, origin.port, ssl=tls)
+                    tls = await self._tls_context() if address.tls else None
+                    await loop.create_connection(lambda: made, address.host, address.port, ssl=tls)
         except BaseException as error:
             made.abort()
+            patience.end()
             if patience.spent and isinstance(error, TimeoutError):
                 raise UpstreamTimeoutError("the replica fell silent") from error
             if isinstance(error, OSError | UnicodeError):  # a host name that is none is a UnicodeError
                 raise UpstreamConnectError(f"cannot connect to the replica: {type(error).__name__}") from error
             raise
+        patience.on_silence = made.give_up
         return made
 
     async def _tls_context(self) -> ssl.SSLContext:
@@ -110,96 +131,99 @@ class UpstreamClient:
         return self._tls
 
 
-class Origin(NamedTuple):
-    """Where connections are interchangeable; `header` is its `Host`."""
+class _Exchange(Exchange):
+    """The context of one request, and what goes over a connection."""
 
-    host: str
-    port: int
-    tls: bool
-    header: str
+    __slots__ = ("_client", "_connection", "address", "body", "head", "head_only", "started", "watch")
 
-
-class _Call(NamedTuple):
-    """What goes over a connection."""
-
-    origin: Origin
-    head: bytes
-    body: bytes | None
-    head_only: bool
-
-
-class _Exchange:
-    """The context of one request."""
-
-    __slots__ = ("_call", "_client", "_connection", "_patience", "_watch")
-
-    def __init__(self, client: UpstreamClient, call: _Call, watch: Callable[[Patience], None] | None) -> None:
+    def __init__(
+        self,
+        client: UpstreamClient,
+        address: Address,
+        head: bytes,
+        body: bytes | None,
+        head_only: bool,
+        watch: Callable[[Patience], None] | None,
+    ) -> None:
         self._client = client
-        self._call = call
-        self._watch = watch
-        self._patience = Patience(_nobody_waits)
         self._connection: Connection | None = None
+        self.started: Connection | None = None  # over which it goes already
+        self.address = address
+        self.head = head
+        self.body = body
+        self.head_only = head_only
+        self.watch = watch
+
+    def start(self, on_news: Callable[[], None]) -> bool:
+        client, body = self._client, self.body
+        if (body is not None and len(body) > IN_ONE_PIECE) or (connection := client.take(self)) is None:
+            return False
+        client.begin(connection, self)
+        connection.send_at_once(self.head, body)
+        connection.on_news = on_news
+        self.started = connection
+        return True
+
+    def finish(self, wanted: Callable[[int, bytes, int], bool]) -> WholeResponse | None:
+        assert self.started is not None
+        connection = self.started
+        framer, body = connection.framer, connection.whole()
+        if body is None or not wanted(framer.status, framer.headers.content_type, len(body)):
+            return None
+        if connection.end():
+            self._client.keep(connection, self)
+        return WholeResponse(framer.status, framer.headers, body)
+
+    def abandon(self) -> None:
+        if self.started is not None:
+            self.started.on_news = None
+            self.started.end()
 
     async def __aenter__(self) -> UpstreamResponse:
-        patience = self._patience
-        patience.wait(self._client.limits.first_byte_s)
-        if self._watch is not None:
-            self._watch(patience)
-        try:
-            self._connection = await self._client.answering(self._call, patience)
-        except BaseException:
-            patience.end()
-            raise
-        return _Response(self._connection, patience)
+        self._connection = await self._client.answering(self)
+        return _Response(self._connection)
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._patience.end()
         assert self._connection is not None
         if self._connection.end():
-            self._client.pool.put(self._call.origin, self._connection)
+            self._client.keep(self._connection, self)
 
 
 class _Response(UpstreamResponse):
-    def __init__(self, connection: Connection, patience: Patience) -> None:
-        super().__init__(connection.framer.status, connection.framer.headers)
+    def __init__(self, connection: Connection) -> None:
+        framer = connection.framer
+        self.status = framer.status
+        self.headers = framer.headers
+        self.length = framer.length
         self._connection = connection
-        self._patience = patience
+
+    @property
+    def whole(self) -> bytes | None:
+        return self._connection.whole()
 
     async def chunks(self) -> AsyncIterator[bytes]:
-        while chunk := await self._connection.chunk():
-            self._patience.rest()
+        connection = self._connection
+        while chunk := await connection.chunk():
+            connection.patience.rest()
             yield chunk
-            self._patience.wait(self._connection.idle_s)
+            connection.patience.wait(connection.idle_s)
 
     async def flow(self, sink: Sink) -> None:
         await self._connection.flow(sink)
 
 
-def _nobody_waits() -> None:
-    """Silence before there is anything to cut off."""
+def request_head(method: str, address: Address, target: str, head: bytes, body: bytes | None) -> bytes:
+    """Request line and headers. Raises ValueError for a target that would break out of its line."""
+    lines = (_lines if len(target) <= _SHORT_TARGET else _lines.__wrapped__)(method, address, target)
+    if body is None and method not in _WITH_BODY:
+        return b"%b%b\r\n" % (lines, head)
+    return b"%b%bcontent-length: %d\r\n\r\n" % (lines, head, len(body or b""))
 
 
-@lru_cache(maxsize=1024)
-def origin_of(scheme: str, authority: str) -> Origin:
-    url = URL.build(scheme=scheme, authority=authority, encoded=True)
-    return Origin(url.raw_host or "", url.port or 0, scheme == "https", url.host_port_subcomponent or "")
-
-
-def request_head(method: str, target: str, host: str, headers: CIMultiDict[str] | None, body: bytes | None) -> bytes:
-    """Request line and headers. Raises ValueError for what would break out of its line, and for framing headers."""
-    text, lines = f"{method} {target} HTTP/1.1\r\nHost: {host}\r\n", 3
-    if headers:
-        if any(name in headers for name in OWN_HEADERS):
-            raise ValueError(f"the upstream client sets these headers itself: {', '.join(OWN_HEADERS)}")
-        for name, value in headers.items():
-            text += f"{name}: {value}\r\n"
-        lines += len(headers)
-    if body is not None or method in _WITH_BODY:
-        text += f"Content-Length: {len(body or b'')}\r\n"
-        lines += 1
-    text += "\r\n"
-    if not text.count("\n") == text.count("\r") == lines or "\0" in text:
-        raise ValueError("a control character in a request line or header")
-    return text.encode("utf-8", "surrogateescape")
+@lru_cache(maxsize=512)
+def _lines(method: str, address: Address, target: str) -> bytes:
+    if not target.isascii() or not target.isprintable() or " " in target:
+        raise ValueError("a request target holds printable ASCII without spaces")
+    return b"%b\r\nhost: %b\r\n" % (f"{method} {address.prefix}{target} HTTP/1.1".encode(), address.header)

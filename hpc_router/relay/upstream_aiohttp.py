@@ -16,7 +16,8 @@ from multidict import CIMultiDict
 from yarl import URL
 
 from hpc_router.errors import UpstreamConnectError, UpstreamError, UpstreamTimeoutError
-from hpc_router.relay.exchange import Limits, UpstreamResponse
+from hpc_router.relay.exchange import Address, Limits, UpstreamResponse
+from hpc_router.relay.headers import Headers
 from hpc_router.relay.patience import Patience
 
 _KEEP_ALIVE_S: Final = 4.0
@@ -28,7 +29,8 @@ _NO_AUTO_HEADERS: Final = ("Accept", "Accept-Encoding", "User-Agent", "Content-T
 
 class AiohttpResponse(UpstreamResponse):
     def __init__(self, response: aiohttp.ClientResponse, patience: Patience, limits: Limits) -> None:
-        super().__init__(response.status, response.headers)
+        headers = Headers([(name.lower(), value) for name, value in response.raw_headers])
+        super().__init__(response.status, headers, response.content_length)
         self._response = response
         self._patience = patience
         self._limits = limits
@@ -68,20 +70,24 @@ class AiohttpClient:
     ) -> None:
         await self._session.close()
 
+    def starts(self, address: Address) -> bool:
+        return False
+
     @asynccontextmanager
     async def request(
         self,
         method: str,
-        url: URL,
+        address: Address,
+        target: str,
         *,
-        headers: CIMultiDict[str] | None = None,
+        head: bytes = b"",
         body: bytes | None = None,
         watch: Callable[[Patience], None] | None = None,
     ) -> AsyncIterator[UpstreamResponse]:
-        """Raises UpstreamConnectError, UpstreamTimeoutError or UpstreamError, also from within the block.
-
-        `watch` is given the request's patience, for whoever learns that the upstream is lost.
-        """
+        """See `exchange.Upstream`."""
+        scheme = "https" if address.tls else "http"
+        url = URL(f"{scheme}://{address.header.decode()}{address.prefix}{target}", encoded=True)
+        headers = fields_of(head)
         data = io.BytesIO(body) if body is not None and len(body) > _IN_ONE_PIECE else body
         try:
             async with asyncio.timeout(None) as timeout:
@@ -102,3 +108,9 @@ class AiohttpClient:
             raise UpstreamTimeoutError("the replica fell silent") from error
         except (aiohttp.ClientError, OSError) as error:
             raise UpstreamError(f"the replica broke off: {type(error).__name__}") from error
+
+
+def fields_of(head: bytes) -> CIMultiDict[str]:
+    """Header lines as aiohttp wants them."""
+    pairs = (line.partition(": ") for line in head.decode("utf-8", "surrogateescape").split("\r\n") if line)
+    return CIMultiDict([(name, value) for name, _, value in pairs])

@@ -1,21 +1,19 @@
 """The router's HTTP surface: paths, tokens, errors in the shape that each API's clients read.
 
-It sits on aiohttp's low-level server: one handler, one table of routes, one table of status codes. `/health` answers a
-challenge, so that nobody sends his token to another process on this port. What a request means is decided in
-`Gateway`'s methods, how it is served in `dispatch`.
+One handler, one table of routes, one table of status codes. `/health` answers a challenge, so that nobody sends his
+token to another process on this port. What a request means is decided in `Gateway`'s methods, how it is served in
+`dispatch`.
 """
 
 import asyncio
 import logging
+import random
 import re
-import secrets
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Final
-
-from aiohttp import web
+from typing import Any, Final, cast
 
 from hpc_router import wire
 from hpc_router.auth import bearer, challenge_answer, same
@@ -35,9 +33,11 @@ from hpc_router.errors import (
     suggest,
 )
 from hpc_router.relay.dialects import dialect_of
+from hpc_router.relay.downstream import Request, Response, Work, error_response, json_response
+from hpc_router.relay.headers import Headers
 from hpc_router.relay.in_flight import InFlight
-from hpc_router.relay.server import error_response, json_response, read_body
 from hpc_router.router.dispatch import RETRY_AFTER_S, Dispatcher, Errand
+from hpc_router.router.express import ExpressWork
 from hpc_router.router.metrics import Metrics
 from hpc_router.router.replicas import ReplicaTable
 from hpc_router.router.request import ApiCall, decode
@@ -64,11 +64,14 @@ LONG_BODY: Final = 2**18
 """From this size on, in bytes, a body is decoded beside the event loop."""
 _OPEN_PATHS: Final = frozenset({wire.HEALTH, "/ready"})
 _WHILE_DRAINING: Final = _OPEN_PATHS | {"/status", wire.METRICS}
+_EXPRESS_PATHS: Final = frozenset(wire.GENERATE_PATHS) - {wire.RESPONSES}
+_NAMED: Final = Reason.NAMED
+_YES_NO: Final = frozenset({bool, type(None)})
 _CHALLENGE: Final = re.compile(r"[0-9a-f]{1,256}")
 _REQUEST_ID: Final = re.compile(r"[\w.:-]{1,128}", re.ASCII)
-_HEADERS_NOT_JSON: Final = {"content-type": "text/plain; version=0.0.4; charset=utf-8"}
+_METRICS_HEAD: Final = b"content-type: text/plain; version=0.0.4; charset=utf-8\r\n"
 
-Handler = Callable[[web.BaseRequest, str], Awaitable[web.StreamResponse]]
+Handler = Callable[[Request, str], Awaitable[Response | None]]
 
 
 class DrainingError(UnavailableError):
@@ -104,30 +107,33 @@ class Gateway:
             **{("POST", path): self._generate for path in wire.GENERATE_PATHS},
         }
 
-    async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
-        """The handler of aiohttp's low-level server; never raises but for cancellation."""
-        given = request.headers.get(wire.REQUEST_ID_HEADER, "")
-        request_id = given if given and _REQUEST_ID.fullmatch(given) else secrets.token_hex(16)
+    async def handle(self, request: Request) -> Response | None:
+        """Never raises but for cancellation."""
+        begun, request.begun_work = cast(Errand | None, request.begun_work), None
+        request_id = self._request_id(request) if begun is None else begun.request_id
+        if self.draining:
+            request.keep_alive = False
         try:
-            response = await self._find(request)(request, request_id)
+            if begun is not None:
+                response = await self._go_on(begun)
+            else:
+                response = await self._find(request)(request, request_id)
         except HpcRouterError as error:
             response = self._refuse(request, error, request_id)
         except Exception:
             logger.exception("%s: %s %r failed", request_id, request.method, request.path[:200])
             failure = RoutingError("the router failed; its log says why")
             response = _error_response(500, "internal_error", failure, request_id, path=request.path)
-        if self.draining and not response.prepared:
-            response.force_close()
         return response
 
-    def _find(self, request: web.BaseRequest) -> Handler:
+    def _request_id(self, request: Request) -> str:
+        given = request.headers.text(wire.REQUEST_ID_HEADER)
+        return given if given and _REQUEST_ID.fullmatch(given) else f"{random.getrandbits(128):032x}"
+
+    def _find(self, request: Request) -> Handler:
         path = request.path.rstrip("/") or "/"
         if path not in _OPEN_PATHS and self.token is not None:
-            offered = (bearer(request.headers.get("authorization")), request.headers.get("x-api-key"))
-            if not any(token is not None and same(token, self.token) for token in offered):
-                raise UnauthorizedError(
-                    "this router wants its owner's token as `Authorization: Bearer ...` or `x-api-key: ...`"
-                )
+            self._check_token(request.headers, self.token)
         if self.draining and path not in _WHILE_DRAINING:
             raise DrainingError(f"{self.replica} is draining; ask its successor", retry_after_s=RETRY_AFTER_S)
         handler = self.routes.get(("GET" if request.method == "HEAD" else request.method, path))
@@ -138,27 +144,37 @@ class Gateway:
             raise UnknownPathError(f"{request.method} {request.path[:200]!r} is not served (valid: {', '.join(paths)})")
         return handler
 
-    def _refuse(self, request: web.BaseRequest, error: HpcRouterError, request_id: str) -> web.Response:
+    def _check_token(self, headers: Headers, token: str) -> None:
+        if token in headers.notes:
+            return
+        offered = bearer(headers.text("authorization")) or headers.text("x-api-key")
+        if not same(offered, token):
+            raise UnauthorizedError(
+                "this router wants its owner's token as `Authorization: Bearer ...` or `x-api-key: ...`"
+            )
+        headers.notes[token] = True
+
+    def _refuse(self, request: Request, error: HpcRouterError, request_id: str) -> Response:
         status, kind = next(((s, k) for e, (s, k) in STATUS.items() if isinstance(error, e)), (500, "internal_error"))
         logger.info("%s: %s %r refused with %d: %s", request_id, request.method, request.path[:200], status, error)
-        self.metrics.requests.labels("", "", str(status)).inc()
+        self.metrics.requests.add("", "", status)
         response = _error_response(status, kind, error, request_id, path=request.path)
         if isinstance(error, DrainingError):
-            response.headers[wire.DRAINING_HEADER] = "1"
+            response.add(wire.DRAINING_HEADER, "1")
         return response
 
-    async def _health(self, request: web.BaseRequest, request_id: str) -> web.Response:
-        challenge = request.query.get("challenge", "")
+    async def _health(self, request: Request, request_id: str) -> Response:
+        challenge = wire.challenge_in(request.query)
         if challenge and not _CHALLENGE.fullmatch(challenge):
             raise BadRequestError("a challenge has 1 to 256 digits of 0-9 and a-f", param="challenge")
         answer = challenge_answer(self.key, challenge) if challenge else None
         return json_response({"status": "ok", "replica": self.replica, "answer": answer})
 
-    async def _ready(self, request: web.BaseRequest, request_id: str) -> web.Response:
+    async def _ready(self, request: Request, request_id: str) -> Response:
         ready = [] if self.draining else sorted(self.table.ready())
         return json_response({"ready": ready}, status=200 if ready else 503)
 
-    async def _status(self, request: web.BaseRequest, request_id: str) -> web.Response:
+    async def _status(self, request: Request, request_id: str) -> Response:
         policy = self.deployment.policy
         return json_response(
             status(
@@ -173,84 +189,119 @@ class Gateway:
             )
         )
 
-    async def _metrics(self, request: web.BaseRequest, request_id: str) -> web.Response:
-        return web.Response(body=self.metrics.exposition(), headers=_HEADERS_NOT_JSON)
+    async def _metrics(self, request: Request, request_id: str) -> Response:
+        return Response(200, _METRICS_HEAD, self.metrics.exposition())
 
-    async def _models(self, request: web.BaseRequest, request_id: str) -> web.Response:
+    async def _models(self, request: Request, request_id: str) -> Response:
         return json_response({"object": "list", "data": [self._model_card(name) for name in self._model_names()]})
 
-    async def _model(self, request: web.BaseRequest, request_id: str) -> web.Response:
+    async def _model(self, request: Request, request_id: str) -> Response:
         name = request.path.removeprefix(wire.MODELS + "/")
         if name not in self._model_names():
             raise self._unknown(name)
         return json_response(self._model_card(name))
 
-    async def _route(self, request: web.BaseRequest, request_id: str) -> web.Response:
+    async def _route(self, request: Request, request_id: str) -> Response:
         """Explain where `auto` would send this prompt."""
         call = await self._read(request)
         explanation = self.policy.explain(self._prompt(call), ready=self.table.ready())
         return json_response(explanation.to_dict(id=request_id))
 
-    async def _generate(self, request: web.BaseRequest, request_id: str) -> web.StreamResponse:
+    async def _generate(self, request: Request, request_id: str) -> Response | None:
         if self.in_flight.count >= self.deployment.router.max_in_flight:
             raise OverloadedError(
                 f"{self.in_flight.count} requests are in flight, as many as router.max_in_flight admits",
                 retry_after_s=RETRY_AFTER_S,
             )
         with self.in_flight:
-            call = await self._read(request)
-            errand = self._errand(request, request_id, call)
-            response = await self.dispatcher.run(errand)
-        expert, reason = response.headers.get("x-expert", ""), response.headers.get("x-route-reason", "")
-        self.metrics.requests.labels(expert, reason, str(response.status)).inc()
-        return response
+            body = request.ready()
+            call = decode(body) if body is not None and len(body) <= LONG_BODY else await self._read(request)
+            return await self._serve(self._errand(request, request_id, call))
 
-    async def _read(self, request: web.BaseRequest) -> ApiCall:
-        body = await read_body(request, limit_s=self.deployment.router.idle_timeout_s)
+    async def _go_on(self, errand: Errand) -> Response | None:
+        """From where `express` has come."""
+        with self.in_flight:
+            if errand.work is not None:
+                errand.work.leave()
+            return await self._serve(errand)
+
+    async def _serve(self, errand: Errand) -> Response | None:
+        answered = await self.dispatcher.run(errand)
+        self.metrics.requests.add(answered.expert, str(answered.reason), answered.status)
+        return answered.response
+
+    def express(self, request: Request) -> Work | None:
+        """See `express`: the same as `handle`, as far as that goes without waiting. What it refuses, `handle` tells."""
+        body = request.ready()
+        if (
+            body is None
+            or len(body) > LONG_BODY
+            or request.method != "POST"
+            or request.path not in _EXPRESS_PATHS
+            or self.draining
+            or self.in_flight.count >= self.deployment.router.max_in_flight
+        ):
+            return None
+        try:
+            if self.token is not None:
+                self._check_token(request.headers, self.token)
+            errand = self._errand(request, self._request_id(request), decode(body))
+        except HpcRouterError:
+            return None
+        request.begun_work = errand
+        work = ExpressWork(self.dispatcher, errand, self.in_flight)
+        return work if work.begin() else None
+
+    async def _read(self, request: Request) -> ApiCall:
+        body = await request.read(limit_s=self.deployment.router.idle_timeout_s)
         return await asyncio.to_thread(decode, body) if len(body) > LONG_BODY else decode(body)
 
-    def _errand(self, request: web.BaseRequest, request_id: str, call: ApiCall) -> Errand:
-        path = request.path.rstrip("/")
-        text = self._prompt(call, first=dialect_of(path).conversation)
-        if not isinstance(call.fields.get("stream", False), bool | None):
+    def _errand(self, request: Request, request_id: str, call: ApiCall) -> Errand:
+        path, model = request.path.rstrip("/"), call.model
+        if type(call.fields.get("stream")) not in _YES_NO:
             raise BadRequestError("'stream' must be true or false", param="stream")
-        path_and_query = path + (f"?{request.rel_url.raw_query_string}" if request.query_string else "")
+        target = f"{path}?{request.query}" if request.query else path
         session = None
         if path == wire.RESPONSES:
-            session = session_id(request.headers.get(wire.SESSION_HEADER))
-            continued = self.sessions.continued(session, call.fields, self.table, model=call.model)
+            session = session_id(request.headers)
+            continued = self.sessions.continued(session, call.fields, self.table, model=model)
             if continued is not None:
                 turn, replica = continued
-                reason = turn.reason if call.model == "auto" else Reason.NAMED
-                return Errand(request, path_and_query, request_id, call, (turn.expert,), reason, only=replica)
-        if call.model != "auto":
-            if call.model not in self._experts():
-                raise self._unknown(call.model)
-            experts: tuple[str, ...] = (call.model,)
-            reason = Reason.NAMED
+                reason = turn.reason if model == "auto" else Reason.NAMED
+                return Errand(request, target, request_id, call, (turn.expert,), reason, only=replica)
+        if model != "auto":
+            if model not in self.deployment.experts and not self.table.of(model):
+                raise self._unknown(model)
+            experts: tuple[str, ...] = (model,)
+            reason = _NAMED
         else:
-            if path == wire.EMBEDDINGS:
-                raise BadRequestError(
-                    "'auto' cannot embed: the vector spaces of experts differ, so name one", param="model"
-                )
-            decision = self._decide(text)
-            experts, reason = self.policy.order(decision), decision.reason
-            if not experts:
-                raise UnknownModelError(
-                    "'auto' leads nowhere: no expert is ready to be chosen and policy.fallback names none"
-                    + suggest("", self._experts()),
-                    param="model",
-                )
+            experts, reason = self._chosen(path, call)
         on_answer = None if session is None else partial(self.sessions.answered, session)
-        return Errand(request, path_and_query, request_id, call, experts, reason, on_answer=on_answer)
+        return Errand(request, target, request_id, call, experts, reason, on_answer=on_answer)
+
+    def _chosen(self, path: str, call: ApiCall) -> tuple[tuple[str, ...], Reason]:
+        """By the policy: the experts to try in turn, and why the first of them."""
+        if path == wire.EMBEDDINGS:
+            raise BadRequestError(
+                "'auto' cannot embed: the vector spaces of experts differ, so name one", param="model"
+            )
+        decision = self._decide(self._prompt(call, first=dialect_of(path).conversation))
+        experts = self.policy.order(decision)
+        if not experts:
+            raise UnknownModelError(
+                "'auto' leads nowhere: no expert is ready to be chosen and policy.fallback names none"
+                + suggest("", self._experts()),
+                param="model",
+            )
+        return experts, decision.reason
 
     def _prompt(self, call: ApiCall, *, first: str = "messages") -> str:
         return prompt_text(call.fields, window=self.deployment.policy.window, first=first)
 
     def _decide(self, text: str) -> Decision:
         started = time.perf_counter()
-        decision = self.policy.select(text, ready=self.table.ready())
-        self.metrics.decision.observe(time.perf_counter() - started)
+        decision = self.policy.select(text, ready=self.table.ready() if self.policy.weighs_load else {})
+        self.metrics.decision.add(time.perf_counter() - started)
         return decision
 
     def _experts(self) -> set[str]:
@@ -275,12 +326,12 @@ class Gateway:
         return UnknownModelError(f"no model is named {name[:100]!r}{suggest(name, self._model_names())}", param="model")
 
 
-def _error_response(status: int, kind: str, error: HpcRouterError, request_id: str, *, path: str) -> web.Response:
+def _error_response(status: int, kind: str, error: HpcRouterError, request_id: str, *, path: str) -> Response:
     param, retry_after_s = getattr(error, "param", None), getattr(error, "retry_after_s", None)
     response = error_response(status, kind=kind, code=_code(error), message=str(error), param=param, path=path)
-    response.headers[wire.REQUEST_ID_HEADER] = request_id
+    response.add(wire.REQUEST_ID_HEADER, request_id)
     if retry_after_s is not None:
-        response.headers["retry-after"] = str(max(1, round(retry_after_s)))
+        response.add("retry-after", str(max(1, round(retry_after_s))))
     return response
 
 

@@ -148,7 +148,7 @@ class Discovery:
         state_changed = replica.record.state is not record.state
         if watch.beats.beat != record.beat:
             watch.beats = Beats(record.beat, self.clock())
-        replica.record = record
+        self.table.renew(replica, record)
         if state_changed:
             watch.look.set()
 

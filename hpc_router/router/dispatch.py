@@ -9,23 +9,19 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
-from typing import Final
-
-from aiohttp import web
-from multidict import CIMultiDict
-from yarl import URL
+from typing import Final, Protocol
 
 from hpc_router import wire
 from hpc_router.config import RouterConfig
 from hpc_router.errors import UnavailableError, UpstreamConnectError, UpstreamError, UpstreamTimeoutError
 from hpc_router.registry import Kind
-from hpc_router.relay.delivery import DownstreamGoneError
+from hpc_router.relay.answer import Answer, Answering
 from hpc_router.relay.dialects import Fault, dialect_of
-from hpc_router.relay.downstream import Downstream
-from hpc_router.relay.exchange import Upstream, UpstreamResponse
-from hpc_router.relay.headers import downstream_headers, upstream_headers
-from hpc_router.relay.patience import Patience
+from hpc_router.relay.downstream import DownstreamGoneError, Request, Response
+from hpc_router.relay.exchange import Exchange, Upstream, UpstreamResponse, WholeResponse
+from hpc_router.relay.headers import NOT_DOWNSTREAM, NOT_UPSTREAM, crossing
 from hpc_router.router.discovery import Discovery
 from hpc_router.router.metrics import Metrics
 from hpc_router.router.replicas import Event, Hold, Replica, ReplicaLostError, ReplicaTable
@@ -37,10 +33,11 @@ logger = logging.getLogger(__name__)
 
 MAX_ATTEMPTS: Final = 6
 RETRY_AFTER_S: Final = 2.0
-LOST_S: Final = 5.0
-"""A replica that has been ejected or has left may be silent for this long before its requests are given up."""
 _TRY_ELSEWHERE: Final = frozenset({429, 500, 502, 503, 504})
+JUDGED: Final = _TRY_ELSEWHERE | {401}
 _MAX_ERROR_BYTES: Final = 2**20
+_OWN_UPSTREAM: Final = NOT_UPSTREAM | {wire.REQUEST_ID_HEADER.encode()}
+_OWN_DOWNSTREAM: Final = NOT_DOWNSTREAM | {b"x-request-id", b"x-expert", b"x-replica", b"x-route-reason"}
 
 
 @dataclass(slots=True)
@@ -50,23 +47,41 @@ class Errand:
     `only`: the one replica it may go to. `on_answer` is told who answers with 2xx, before the client sees any of it.
     """
 
-    request: web.BaseRequest
-    path: str
+    request: Request
+    target: str
     request_id: str
     call: ApiCall
     experts: tuple[str, ...]
     reason: Reason
     started: float = field(default_factory=time.perf_counter)
     phase: str = "queued"
-    avoid: set[Replica] = field(default_factory=set)
-    disconnected: set[Replica] = field(default_factory=set)
-    refusal: web.Response | None = None
+    avoid: frozenset[Replica] = frozenset()
+    disconnected: frozenset[Replica] = frozenset()
+    refusal: "Answered | None" = None
     """The last error that a replica itself answered with; the client gets it when nobody does better."""
     only: Replica | None = None
     on_answer: Callable[[Replica, str, Reason], None] | None = None
+    begun: tuple[Hold, Exchange] | None = None
+    work: "Leaving | None" = None
+    """Where it was begun without a task: place and exchange to go on with, and what counted it."""
 
     def reason_at(self, expert: str) -> Reason:
         return self.reason if expert == self.experts[0] else Reason.UNAVAILABLE
+
+
+@dataclass(slots=True)
+class Answered:
+    """Who answered a request, and how. `response` None: it went to the client as it came."""
+
+    status: int
+    expert: str
+    reason: Reason
+    response: Response | None
+
+
+class Leaving(Protocol):
+    def leave(self) -> None:
+        """Count it no more."""
 
 
 class _TryElsewhereError(Exception):
@@ -80,20 +95,31 @@ class Dispatcher:
     client: Upstream
     metrics: Metrics
     config: RouterConfig
+    answering: Answering = field(init=False)
 
-    async def run(self, errand: Errand) -> web.StreamResponse:
+    def __post_init__(self) -> None:
+        config = self.config
+        self.answering = Answering(
+            hold_bytes=int(config.hold_mb * 2**20), write_s=config.idle_timeout_s, ping_s=config.ping_s
+        )
+
+    async def run(self, errand: Errand) -> Answered:
         """Raises UnavailableError when no replica could be had in time."""
         try:
             return await self._attempts(errand)
         except asyncio.CancelledError:
-            self.metrics.cancelled.labels(errand.phase).inc()
+            self.metrics.cancelled.add(errand.phase)
             raise
 
-    async def _attempts(self, errand: Errand) -> web.StreamResponse:
-        deadline = asyncio.get_running_loop().time() + self.config.queue_timeout_s
+    async def _attempts(self, errand: Errand) -> Answered:
+        deadline = errand.started + self.config.queue_timeout_s
         attempts = 0
         while attempts < MAX_ATTEMPTS:
-            hold = self.table.acquire(errand.experts, avoid=errand.avoid, only=errand.only)
+            begun, errand.begun = errand.begun, None
+            if begun is not None:
+                hold: Hold | None = begun[0]
+            else:
+                hold = self.table.acquire(errand.experts, avoid=errand.avoid, only=errand.only)
             if hold is None and errand.refusal is not None:
                 return errand.refusal
             if hold is None:
@@ -102,7 +128,7 @@ class Dispatcher:
             with hold:
                 attempts += 1
                 try:
-                    return await self._attempt(errand, hold)
+                    return await self._attempt(errand, hold, begun[1] if begun else self.exchange(errand, hold))
                 except _TryElsewhereError:
                     continue
         if errand.refusal is not None:
@@ -111,7 +137,7 @@ class Dispatcher:
 
     async def _wait(self, errand: Errand, deadline: float) -> Hold:
         try:
-            async with asyncio.timeout_at(deadline):
+            async with asyncio.timeout(deadline - time.perf_counter()):
                 return await self.table.wait(errand.experts, avoid=errand.avoid, only=errand.only)
         except ReplicaLostError as error:
             raise not_found(str(error)) from error
@@ -122,99 +148,101 @@ class Dispatcher:
                 retry_after_s=RETRY_AFTER_S,
             ) from error
 
-    async def _attempt(self, errand: Errand, hold: Hold) -> web.StreamResponse:
+    def exchange(self, errand: Errand, hold: Hold) -> AbstractAsyncContextManager[UpstreamResponse]:
+        replica = hold.replica
+        body = self._body(errand.call, hold.expert, replica)
+        head = self._head(errand, replica)
+        return self.client.request("POST", replica.address, errand.target, head=head, body=body, watch=hold.watch)
+
+    async def _attempt(
+        self, errand: Errand, hold: Hold, exchange: AbstractAsyncContextManager[UpstreamResponse]
+    ) -> Answered:
         replica, expert = hold.replica, hold.expert
-        downstream = Downstream(
-            errand.request, hold_bytes=int(self.config.hold_mb * 2**20), write_s=self.config.idle_timeout_s
-        )
-        said = {
-            wire.REQUEST_ID_HEADER: errand.request_id,
-            "x-expert": expert,
-            "x-replica": replica.name,
-            "x-route-reason": errand.reason_at(expert).value,
-        }
+        reason = errand.reason_at(expert)
+        answer = Answer(errand.request, self.answering)
         errand.phase = "before_first_byte"
+
         try:
-            url = URL(replica.record.url + errand.path, encoded=True)
-            body = self._body(errand.call, expert, replica)
-            headers = self._headers(errand, replica)
-
-            def watch(patience: Patience) -> None:
-                hold.on_lost = lambda: patience.shorten(LOST_S)
-
-            async with self.client.request("POST", url, headers=headers, body=body, watch=watch) as upstream:
-                await self._judge(errand, replica, upstream, said)
+            async with exchange as upstream:
+                if upstream.status in JUDGED:
+                    await self._judge(errand, hold, upstream)
                 if errand.on_answer is not None and 200 <= upstream.status < 300:
-                    errand.on_answer(replica, expert, errand.reason_at(expert))
-                self.metrics.first_byte.labels(expert).observe(time.perf_counter() - errand.started)
+                    errand.on_answer(replica, expert, reason)
+                self.metrics.first_byte.add(time.perf_counter() - errand.started, expert)
                 errand.phase = "streaming"
-                await downstream.pass_on(upstream, downstream_headers(upstream.headers, add=said))
+                await answer.pass_on(upstream, self.said(errand, hold, upstream))
         except DownstreamGoneError:
-            self.metrics.cancelled.labels("streaming").inc()
+            self.metrics.cancelled.add("streaming")
         except UpstreamError as error:
-            if not downstream.committed:
+            if not answer.committed:
                 self._note_failure(errand, replica, error)
                 raise _TryElsewhereError from error
-            await self._break_off(errand, expert, replica, downstream, error)
-        assert downstream.response is not None
-        return downstream.response
+            await self._break_off(errand, expert, replica, answer, error)
+        return Answered(answer.status, expert, reason, answer.response)
 
-    async def _judge(self, errand: Errand, replica: Replica, upstream: UpstreamResponse, said: dict[str, str]) -> None:
+    async def _judge(self, errand: Errand, hold: Hold, upstream: UpstreamResponse) -> None:
         """Go elsewhere when the status says so; nothing has been sent to the client yet."""
+        replica = hold.replica
         if upstream.status == 401 and replica.key is not None:
             raise UpstreamConnectError("the replica refuses our key")
         if upstream.status not in _TRY_ELSEWHERE:
             return
-        errand.avoid.add(replica)
-        self.metrics.failovers.labels(replica.name, str(upstream.status)).inc()
-        if wire.DRAINING_HEADER in upstream.headers:
+        errand.avoid |= {replica}
+        self.metrics.failovers.add(replica.name, upstream.status)
+        if wire.DRAINING_HEADER.encode() in upstream.headers:
             self.table.apply(replica, Event.SAYS_DRAINING)
-        elif wire.STARTING_HEADER in upstream.headers:
+        elif wire.STARTING_HEADER.encode() in upstream.headers:
             self.table.apply(replica, Event.SAYS_STARTING)
             self.discovery.look_again(replica)
         else:
             body = await upstream.read(_MAX_ERROR_BYTES)
-            headers = downstream_headers(upstream.headers, add=said)
-            errand.refusal = web.Response(status=upstream.status, headers=headers, body=body)
+            response = Response(upstream.status, self.said(errand, hold, upstream), body)
+            errand.refusal = Answered(upstream.status, hold.expert, errand.reason_at(hold.expert), response)
         raise _TryElsewhereError
 
     def _note_failure(self, errand: Errand, replica: Replica, error: UpstreamError) -> None:
         """A refused connection ejects; a connection that broke may have been a stale one and is tried once more."""
         logger.warning("%s: %s failed before its first byte: %s", errand.request_id, replica.name, error)
-        self.metrics.failovers.labels(replica.name, type(error).__name__).inc()
+        self.metrics.failovers.add(replica.name, type(error).__name__)
         if isinstance(error, UpstreamConnectError):
             self.discovery.doubt(replica, str(error))
         else:
             self.discovery.look_again(replica)
             if replica not in errand.disconnected and not isinstance(error, UpstreamTimeoutError):
-                errand.disconnected.add(replica)
+                errand.disconnected |= {replica}
                 return
-        errand.avoid.add(replica)
+        errand.avoid |= {replica}
 
     async def _break_off(
-        self, errand: Errand, expert: str, replica: Replica, downstream: Downstream, error: UpstreamError
+        self, errand: Errand, expert: str, replica: Replica, answer: Answer, error: UpstreamError
     ) -> None:
         logger.warning("%s: %s failed in the midst of its answer: %s", errand.request_id, replica.name, error)
-        self.metrics.broken.labels(expert).inc()
+        self.metrics.broken.add(expert)
         self.discovery.look_again(replica)
         message = f"{replica.name} failed before it had finished: {error}"
         try:
             fault = Fault(502, "upstream_error", "replica_failed", message)
-            await downstream.break_off(dialect_of(errand.path.partition("?")[0]).event(fault))
+            await answer.break_off(dialect_of(errand.target.partition("?")[0]).event(fault))
         except DownstreamGoneError:
-            self.metrics.cancelled.labels("streaming").inc()
+            self.metrics.cancelled.add("streaming")
 
-    def _headers(self, errand: Errand, replica: Replica) -> CIMultiDict[str]:
-        add = {wire.REQUEST_ID_HEADER: errand.request_id}
-        if replica.key is not None:
-            add["Authorization"] = f"Bearer {replica.key}"
-        return upstream_headers(errand.request.headers, add=add)
+    def _head(self, errand: Errand, replica: Replica) -> bytes:
+        head = crossing(errand.request.headers, drop=_OWN_UPSTREAM)
+        return b"%b%bx-request-id: %b\r\n" % (head, replica.authorization, errand.request_id.encode())
+
+    def said(self, errand: Errand, hold: Hold, upstream: UpstreamResponse | WholeResponse) -> bytes:
+        """The engine's headers, and ours."""
+        own = (
+            f"x-request-id: {errand.request_id}\r\nx-expert: {hold.expert}\r\n"
+            f"x-replica: {hold.replica.name}\r\nx-route-reason: {errand.reason_at(hold.expert)}\r\n"
+        )
+        return crossing(upstream.headers, drop=_OWN_DOWNSTREAM) + own.encode()
 
     def _body(self, call: ApiCall, expert: str, replica: Replica) -> bytes:
         """The client's own bytes wherever the replica answers to the requested name *for this expert*.
 
         An engine of ours with one expert means it by every name it answers to; elsewhere the record says which name.
         """
-        wanted, asked = replica.model_for(expert), call.model
+        wanted, asked = replica.model_for(expert), call.fields["model"]
         aliased = replica.record.kind is Kind.EXPERT and len(replica.record.serves) == 1 and asked in replica.models
         return call.raw if wanted is None or asked == wanted or aliased else call.body(wanted)

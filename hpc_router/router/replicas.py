@@ -7,15 +7,23 @@ same step: newcomers cannot overtake, and no wake-up is lost.
 """
 
 import asyncio
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import partial
 from types import TracebackType
 from typing import Final, Self
 
 from hpc_router.errors import HpcRouterError
 from hpc_router.registry import Kind, Record
+from hpc_router.relay.exchange import Address, address_of
+from hpc_router.relay.headers import lines
+from hpc_router.relay.patience import Patience
 
+LOST_S: Final = 5.0
+"""A replica that has been ejected or has left may be silent for this long before its requests are given up."""
+_FULL: Final = (math.inf, 0)
 DEFAULT_CAPACITY: Final = 1024
 """For endpoints that do not say how many requests they take at once."""
 
@@ -38,6 +46,7 @@ class Event(StrEnum):
     FAILED = "failed"  # a probe or a connection attempt
 
 
+_READY: Final = Standing.READY  # to look it up in the class costs more than all the rest of `has_room`
 _S, _E = Standing, Event
 TRANSITIONS: Final[Mapping[tuple[Standing, Event], Standing]] = {
     (_S.STARTING, _E.SAYS_STARTING): _S.STARTING,
@@ -71,6 +80,21 @@ class Replica:
     failures: int = 0  # in a row
     trouble: str | None = None  # what the last failure was
     holds: "set[Hold]" = field(default_factory=set)
+    address: Address = field(init=False)
+    capacity: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.renew(self.record)
+        self.address = address_of(self.record.url)
+
+    def renew(self, record: Record) -> None:
+        self.record = record
+        self.capacity = record.capacity or DEFAULT_CAPACITY
+
+    @property
+    def authorization(self) -> bytes:
+        """The header line that it wants."""
+        return b"" if self.key is None else lines({"authorization": f"Bearer {self.key}"})
 
     @property
     def in_flight(self) -> int:
@@ -78,15 +102,11 @@ class Replica:
 
     @property
     def has_room(self) -> bool:
-        return self.standing is Standing.READY and self.in_flight < self.capacity
+        return self.standing is _READY and len(self.holds) < self.capacity
 
     @property
     def name(self) -> str:
         return self.record.replica
-
-    @property
-    def capacity(self) -> int:
-        return self.record.capacity or DEFAULT_CAPACITY
 
     def model_for(self, expert: str) -> str | None:
         """The name its engine knows this expert by; an external endpoint with one model needs none in its record."""
@@ -102,12 +122,19 @@ class Replica:
 
 @dataclass(slots=True, eq=False)
 class Hold:
-    """One request's place on a replica, got for `expert`. `on_lost` is called once if the replica is lost meanwhile."""
+    """One request's place on a replica, got for `expert`. `on_lost` is called if the replica is lost meanwhile."""
 
     replica: Replica
     expert: str
     _table: "ReplicaTable"
     on_lost: Callable[[], None] | None = None
+    lost: bool = False
+
+    def watch(self, patience: Patience) -> None:
+        """With a replica that is lost there is little patience."""
+        self.on_lost = partial(patience.shorten, LOST_S)
+        if self.lost:
+            self.on_lost()
 
     def release(self) -> None:
         if self in self.replica.holds:
@@ -136,6 +163,7 @@ class ReplicaTable:
     """All replicas by name, and the requests that wait for one, per expert in order of arrival."""
 
     _replicas: dict[str, Replica] = field(default_factory=dict)
+    _by_expert: dict[str, list[Replica]] = field(default_factory=dict)
     _waiting: dict[str, dict[_Waiter, None]] = field(default_factory=dict)
     _uses: int = 0
 
@@ -149,16 +177,26 @@ class ReplicaTable:
         """Add it, or replace its predecessor of the same name."""
         self.remove(replica.name)
         self._replicas[replica.name] = replica
+        self._index()
         self.offer(replica)
+
+    def renew(self, replica: Replica, record: Record) -> None:
+        """What its owner says of it now; its address is the same."""
+        before = replica.record
+        replica.renew(record)
+        if record.serves != before.serves:
+            self._index()
+            self.offer(replica)
 
     def remove(self, name: str) -> None:
         """Forget it; a request that still holds it is told and releases into nothing."""
         if replica := self._replicas.pop(name, None):
+            self._index()
             _tell_lost(replica)
             self._disappoint(replica)
 
-    def of(self, expert: str) -> list[Replica]:
-        return [r for r in self._replicas.values() if expert in r.record.serves and r.record.kind is not Kind.ROUTER]
+    def of(self, expert: str) -> Collection[Replica]:
+        return self._by_expert.get(expert, ())
 
     def experts(self) -> set[str]:
         return {expert for replica in self._replicas.values() for expert in replica.record.serves}
@@ -189,13 +227,33 @@ class ReplicaTable:
     def acquire(
         self, experts: Sequence[str], *, avoid: Collection[Replica] = (), only: Replica | None = None
     ) -> Hold | None:
-        """A place with the first of these experts that has one, on its replica with the fewest requests in flight
-        (ties: the one not used for longest). `only`: on no other replica than that."""
+        """A place on the replica that `pick` names."""
+        picked = self.pick(experts, avoid=avoid, only=only)
+        return None if picked is None else self.hold(*picked)
+
+    def pick(
+        self, experts: Sequence[str], *, avoid: Collection[Replica] = (), only: Replica | None = None
+    ) -> tuple[Replica, str] | None:
+        """With the first of these experts that has room, its replica with the fewest requests in flight (ties: the one
+        not used for longest). `only`: no other replica than that."""
         for expert in experts:
-            able = [r for r in self.of(expert) if r.has_room and r not in avoid and only in (None, r)]
-            if able:
-                return self._hold(min(able, key=lambda r: (r.in_flight, r.last_used)), expert)
+            best, least = None, _FULL
+            for replica in self.of(expert):
+                if replica.has_room and replica not in avoid and (only is None or replica is only):
+                    load = (len(replica.holds), replica.last_used)
+                    if load < least:
+                        best, least = replica, load
+            if best is not None:
+                return best, expert
         return None
+
+    def hold(self, replica: Replica, expert: str) -> Hold:
+        """A place on a replica that has room."""
+        self._uses += 1
+        replica.last_used = self._uses
+        hold = Hold(replica, expert, self)
+        replica.holds.add(hold)
+        return hold
 
     async def wait(
         self, experts: Sequence[str], *, avoid: Collection[Replica] = (), only: Replica | None = None
@@ -223,7 +281,7 @@ class ReplicaTable:
 
     def offer(self, replica: Replica, *, forgiven: bool = False) -> None:
         """Give its free places to those who wait for them."""
-        if self._replicas.get(replica.name) is not replica:
+        if not self._waiting or self._replicas.get(replica.name) is not replica:
             return
         for expert in replica.record.serves:
             for waiter in tuple(self._waiting.get(expert, ())):
@@ -234,7 +292,7 @@ class ReplicaTable:
                 if waiter.only not in (None, replica):
                     continue
                 self._forget(waiter)
-                waiter.granted.set_result(self._hold(replica, expert))
+                waiter.granted.set_result(self.hold(replica, expert))
 
     def _disappoint(self, replica: Replica) -> None:
         """Those who would take no other need not wait for it."""
@@ -244,12 +302,12 @@ class ReplicaTable:
                     self._forget(waiter)
                     waiter.granted.set_exception(ReplicaLostError(f"{replica.name} is not ready any more"))
 
-    def _hold(self, replica: Replica, expert: str) -> Hold:
-        self._uses += 1
-        replica.last_used = self._uses
-        hold = Hold(replica, expert, self)
-        replica.holds.add(hold)
-        return hold
+    def _index(self) -> None:
+        self._by_expert = {}
+        for replica in self._replicas.values():
+            if replica.record.kind is not Kind.ROUTER:
+                for expert in replica.record.serves:
+                    self._by_expert.setdefault(expert, []).append(replica)
 
     def _forget(self, waiter: _Waiter) -> None:
         for expert in waiter.experts:
@@ -261,5 +319,6 @@ class ReplicaTable:
 
 def _tell_lost(replica: Replica) -> None:
     for hold in tuple(replica.holds):
+        hold.lost = True
         if hold.on_lost is not None:
             hold.on_lost()

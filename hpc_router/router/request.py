@@ -2,13 +2,14 @@
 
 The client's bytes are the truth and go upstream unchanged. They are walked member by member, so that when a replica
 knows the model by another name, the bytes of that one value can be replaced and nothing else. A short body, for which
-the walk costs most, is first left to the decoder's C code, and walked when that refuses it or the name matters.
+the walk costs most, is first left to the decoder's C code, and walked when that refuses it, when something else than
+one member may be named `model`, or when the name is to be replaced.
 """
 
-import contextlib
 import json
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from json.decoder import JSONDecoder, scanstring  # type: ignore[attr-defined]
 from typing import Any, Final
 
@@ -16,10 +17,12 @@ from hpc_router.errors import BadRequestError
 
 SHORT_BODY: Final = 2**14
 _decode_value = JSONDecoder().raw_decode
+_scan = JSONDecoder().scan_once  # type: ignore[attr-defined]
+_model_member = re.compile(r'"model"[ \t\n\r]*:[ \t\n\r]*(?=")').search
 _space = re.compile(r"[ \t\n\r]*").match
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ApiCall:
     """One API body: the client's bytes, as text, and the decoded fields. `spans`: where the walk found their values."""
 
@@ -31,6 +34,11 @@ class ApiCall:
     @property
     def model_span(self) -> tuple[int, int]:
         """The span of text in which the model's name stands."""
+        if self.spans is None and "\\u" not in self.text and (found := _model_member(self.text)):
+            start = found.end()
+            name, end = scanstring(self.text, start + 1)
+            if name == self.fields["model"]:  # the only member of this name, then, however deep it is looked for
+                return start, end
         spans = self.spans if self.spans is not None else _walk(self.text)[1]
         return spans["model"]
 
@@ -46,7 +54,16 @@ class ApiCall:
     def body(self, model: str) -> bytes:
         """The body with `model` as its model name."""
         start, end = self.model_span
-        return (self.text[:start] + json.dumps(model) + self.text[end:]).encode()
+        size = end - start
+        if len(self.text) != len(self.raw):  # in bytes it stands elsewhere
+            size = len(self.text[start:end].encode())
+            start = len(self.text[:start].encode())
+        return b"".join((self.raw[:start], _quoted(model), self.raw[start + size :]))
+
+
+@lru_cache(maxsize=256)
+def _quoted(model: str) -> bytes:
+    return json.dumps(model).encode()
 
 
 def decode(body: bytes) -> ApiCall:
@@ -55,11 +72,13 @@ def decode(body: bytes) -> ApiCall:
         text = body.decode("utf-8")
     except UnicodeDecodeError as error:
         raise BadRequestError("the body is not UTF-8") from error
-    if len(body) <= SHORT_BODY:
-        with contextlib.suppress(ValueError, RecursionError):
-            fields = _decode_object(text)
-            if type(fields) is dict:
-                return ApiCall(body, text, fields)
+    if len(body) <= SHORT_BODY and text.count('"model"') == 1:
+        try:
+            fields, end = _scan(text, 0)
+        except (ValueError, RecursionError, StopIteration):
+            end = -1  # what is wrong comes out below
+        if end == len(text) and type(fields) is dict:
+            return ApiCall(body, text, fields)
     try:
         return ApiCall(body, text, *_walk(text))
     except IndexError as error:
@@ -68,18 +87,6 @@ def decode(body: bytes) -> ApiCall:
         raise BadRequestError("the body is not a JSON object: it is nested too deeply") from error
     except ValueError as error:
         raise BadRequestError(f"the body is not a JSON object: {error}") from error
-
-
-class _Doubled(dict[str, Any]):
-    """An object in which a key stands twice."""
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    return made if len(made) == len(pairs) else _Doubled(made)
-
-
-_decode_object = JSONDecoder(object_pairs_hook=_object).decode
 
 
 def _walk(text: str) -> tuple[dict[str, Any], dict[str, tuple[int, int]]]:

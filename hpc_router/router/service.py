@@ -29,6 +29,7 @@ from hpc_router.filethread import FileThread, file_thread
 from hpc_router.jobdir import Exit, JobDir, Phase, Progress, Reason
 from hpc_router.lease import Lease
 from hpc_router.registry import Kind, Reader, Record, State, http_url, leading_router, split_replica
+from hpc_router.relay import collector
 from hpc_router.relay.exchange import Limits, Upstream
 from hpc_router.relay.server import listening
 from hpc_router.relay.upstream import UpstreamClient
@@ -91,6 +92,7 @@ async def _live(run: RunDir, deployment: Deployment, job: JobDir, files: FileThr
         await lease.update(state=State.READY)
         files.post(partial(job.write, Progress(Phase.READY, ready_at=time.time())))
         logger.info("serving at %s", lease.record.url)
+        collector.settle()
         await stop.wait()
         gateway.draining = True
         logger.info("draining: %d requests in flight", gateway.in_flight.count)
@@ -109,6 +111,7 @@ async def serving(
     sock: socket.socket,
     files: FileThread,
     make_client: Callable[[Limits], AbstractAsyncContextManager[Upstream]] = UpstreamClient,
+    listen: Callable[..., AbstractAsyncContextManager[asyncio.Server]] = listening,
 ) -> AsyncIterator[Gateway]:
     """The router's parts, wired and listening on `sock`; at the end in-flight requests get `router.drain_s`.
 
@@ -127,7 +130,9 @@ async def serving(
         token = None if config.open else run.token()
         key = replica_key(run.secret(), nonce)
         gateway = Gateway(deployment, table, policy, dispatcher, metrics, token=token, replica=replica, key=key)
-        async with listening(gateway.handle, sock, max_body=int(config.max_body_mb * 2**20)) as listener:
+        async with listen(
+            gateway.handle, sock, max_body=int(config.max_body_mb * 2**20), express=gateway.express
+        ) as listener:
             try:
                 yield gateway
             finally:

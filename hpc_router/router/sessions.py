@@ -14,6 +14,7 @@ from typing import Any, Final
 
 from hpc_router import wire
 from hpc_router.errors import BadRequestError, PreviousResponseNotFoundError
+from hpc_router.relay.headers import Headers
 from hpc_router.router.replicas import Replica, ReplicaTable, Standing
 from hpc_router.routing.policy import Reason
 
@@ -103,9 +104,12 @@ class Sessions:
         return turn, replica
 
 
-def session_id(header: str | None) -> str | None:
+def session_id(headers: Headers) -> str | None:
     """The session of a request. Raises BadRequestError for an id that is none."""
-    if header is not None and not _SESSION.fullmatch(header):
+    if wire.SESSION_HEADER.encode() not in headers:
+        return None
+    header = headers.text(wire.SESSION_HEADER)
+    if not _SESSION.fullmatch(header):
         raise BadRequestError(
             f"{wire.SESSION_HEADER} has 1 to 128 letters, digits and characters of _ . : @ / + = ~ -",
             param=wire.SESSION_HEADER,

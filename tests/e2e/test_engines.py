@@ -1,15 +1,20 @@
 """Two experts at once on each real engine, with tiny random models: the same tests for both."""
 
 import json
+import socket
 import subprocess
+import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import anthropic
 import openai
 import pytest
 
+from hpc_router.auth import replica_key
 from hpc_router.expert import tiny_model
 from tests.e2e.deployment import Deployed, deployed, kill
 from tests.needs import ROOT, engine_python
@@ -17,6 +22,7 @@ from tests.waiting import eventually_sync
 
 pytestmark = pytest.mark.e2e
 
+TOKENS = 400
 QUESTION = "A shop sells 12 apples for 3 dollars. How many dollars do 20 apples cost?"
 MESSAGES: Any = [{"role": "user", "content": QUESTION}]
 OPTIONS = {
@@ -146,9 +152,67 @@ def test_the_engines_errors_are_the_clients_exceptions(pair: Deployed) -> None:
     assert caught.value.status_code in (400, 422)
 
 
+@dataclass
+class Counts:
+    """What vLLM counts of one expert's requests, through its agent."""
+
+    url: str
+    key: str
+
+    def __call__(self, name: str, label: str = "") -> float:
+        request = urllib.request.Request(f"{self.url}/metrics", headers={"authorization": f"Bearer {self.key}"})
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            lines = answer.read().decode().splitlines()
+        return sum(float(x.rpartition(" ")[2]) for x in lines if x.startswith(f"vllm:{name}{{") and label in x)
+
+    def finished(self) -> float:
+        return self("request_success_total")
+
+
+def counts_of(one: Deployed, replica: str) -> Counts:
+    (record,) = (r for r in records(one) if r["replica"] == replica)
+    return Counts(record["url"], replica_key((one.run / "secret").read_text().strip(), record["nonce"]))
+
+
+@contextmanager
+def asking(one: Deployed, *, stream: bool) -> Iterator[BinaryIO]:
+    """A long request over a connection that is closed at the end of the block."""
+    body = json.dumps({
+        "model": "math", "messages": MESSAGES, "stream": stream, "max_tokens": TOKENS, "ignore_eos": True,
+    }).encode()  # fmt: skip
+    host, _, port = one.url.removeprefix("http://").rpartition(":")
+    with socket.create_connection((host, int(port)), timeout=60) as sock:
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {one.token}\r\n"
+        head += "content-type: application/json\r\n"
+        sock.sendall(head.encode() + b"content-length: %d\r\n\r\n%b" % (len(body), body))
+        with sock.makefile("rb") as answer:
+            yield answer
+
+
+@pytest.mark.parametrize("phase", ["before the answer", "before the first event", "in mid-stream"])
+def test_a_client_that_leaves_aborts_the_engines_work(pair: Deployed, phase: str) -> None:
+    """As the engine itself counts it. transformers computes a non-streaming answer to its end, and has no metrics."""
+    if engine_of(pair) != "vllm":
+        pytest.skip("transformers serve tells nothing of what it aborts")
+    counts = counts_of(pair, "math-0.g1")
+    finished, tokens = counts.finished(), counts("generation_tokens_total")
+    with asking(pair, stream=phase != "before the answer") as answer:
+        if phase == "in mid-stream":
+            while not answer.readline().startswith(b"data:"):
+                pass
+        else:
+            eventually_sync(lambda: counts("num_requests_running") == 1)
+    eventually_sync(lambda: not counts("num_requests_running"), within_s=5)
+    assert counts.finished() == finished, "vLLM counts no request as finished that was aborted"
+    assert counts("generation_tokens_total") - tokens < TOKENS
+
+
+def records(one: Deployed) -> list[dict[str, Any]]:
+    return list(json.loads((one.run / "registry.json").read_text())["records"])
+
+
 def engines(one: Deployed) -> list[dict[str, Any]]:
-    records = json.loads((one.run / "registry.json").read_text())["records"]
-    return [r["engine"] for r in records if r["kind"] == "expert"]
+    return [r["engine"] for r in records(one) if r["kind"] == "expert"]
 
 
 def engine_of(one: Deployed) -> str:

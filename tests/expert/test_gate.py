@@ -3,8 +3,8 @@
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,24 +19,21 @@ from hpc_router.expert.gate import HEADROOM, Gate
 from hpc_router.expert.passthrough import ENGINE_LIMITS
 from hpc_router.expert.sim import SimEngine
 from hpc_router.registry import State
-from hpc_router.relay.exchange import Upstream
-from hpc_router.relay.server import listening
-from hpc_router.relay.upstream import UpstreamClient
-from hpc_router.relay.upstream_aiohttp import AiohttpClient
 from tests.expert.sim.calls import GUARD_S, INSTANT, JsonObject, chat, faulty
+from tests.relays import OWN, RELAYS
 from tests.waiting import eventually
 
 KEY = "k" * 64
 BODY_LIMIT = 2**16
 
 
-MAKE_CLIENT: Callable[..., AbstractAsyncContextManager[Upstream]] = UpstreamClient
+RELAY = OWN
 
 
-@pytest.fixture(params=[UpstreamClient, AiohttpClient], autouse=True)
-def upstream_client(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every test holds over the reference client as well."""
-    monkeypatch.setattr("tests.expert.test_gate.MAKE_CLIENT", request.param)
+@pytest.fixture(params=list(RELAYS), autouse=True)
+def relay(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test holds over the reference as well."""
+    monkeypatch.setattr("tests.expert.test_gate.RELAY", RELAYS[request.param])
 
 
 @dataclass
@@ -62,11 +59,11 @@ async def running(
     headers = {} if key is None else {"authorization": f"Bearer {key}"}
     async with (
         SimEngine(replace(INSTANT, served_model_names=("sim", "auto")), uds=uds) as engine,
-        MAKE_CLIENT(ENGINE_LIMITS, socket_path=str(uds)) as client,
+        RELAY.make_client(ENGINE_LIMITS, socket_path=str(uds)) as client,
         aiohttp.ClientSession(f"http://127.0.0.1:{sock.getsockname()[1]}", headers=headers) as session,
     ):
         gate = Gate("math-0.g1", KEY, capacity, client, ("sim", "auto"), lists, drains.append, state=State.READY)
-        async with listening(gate.handle, sock, max_body=BODY_LIMIT):
+        async with RELAY.listen(gate.handle, sock, max_body=BODY_LIMIT):
             yield Running(engine, gate, session, drains)
             await session.close()
         assert gate.in_flight.count == 0

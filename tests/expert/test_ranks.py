@@ -6,7 +6,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-from aiohttp import web
 
 from hpc_router import frozen, wire
 from hpc_router.auth import replica_key
@@ -14,7 +13,8 @@ from hpc_router.expert.agent import bind
 from hpc_router.expert.guard import descendants
 from hpc_router.jobdir import JobDir, Phase, Reason
 from hpc_router.registry import Kind, Reader, Record, State, publish
-from hpc_router.relay.server import json_response, listening
+from hpc_router.relay.downstream import Request, Response, json_response
+from hpc_router.relay.server import listening
 from hpc_router.rundir import RunDir
 from tests.expert.replicas import REPLICA, chat, deployment, exists, half_a_stream, processes_below, rank, ranks
 from tests.waiting import eventually
@@ -171,8 +171,8 @@ async def test_a_stranger_at_the_leaders_port_gives_no_orders(run: RunDir, scrat
     """It knows neither the key nor, from the reports, any token that others take."""
     reports: list[str] = []
 
-    async def answer(request: web.BaseRequest) -> web.StreamResponse:
-        reports.append(request.headers["authorization"])
+    async def answer(request: Request) -> Response:
+        reports.append(request.headers.text("authorization"))
         return json_response(asdict(wire.RankOrder(wire.Action.RUN, 1, "127.0.0.1", 9)))
 
     configured = deployment(scratch, nodes=2)

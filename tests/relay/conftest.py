@@ -1,4 +1,4 @@
-"""Every asynchronous test here runs on asyncio's own event loop and on uvloop, which serves, and over either client."""
+"""Every asynchronous test here runs on asyncio's own event loop and on uvloop, which serves, and over either relay."""
 
 import asyncio
 from collections.abc import Callable, Mapping
@@ -6,9 +6,7 @@ from collections.abc import Callable, Mapping
 import pytest
 import uvloop
 
-from hpc_router.relay.upstream import UpstreamClient
-from hpc_router.relay.upstream_aiohttp import AiohttpClient
-from tests.relay.scripted import MakeClient
+from tests.relays import RELAYS, Listen, MakeClient, Relay
 
 
 def pytest_asyncio_loop_factories(
@@ -17,8 +15,18 @@ def pytest_asyncio_loop_factories(
     return {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
 
 
-@pytest.fixture(params=[UpstreamClient, AiohttpClient])
-def make_client(request: pytest.FixtureRequest) -> MakeClient:
-    """The client that serves, and its reference."""
-    made: MakeClient = request.param
+@pytest.fixture(params=list(RELAYS.values()), ids=list(RELAYS))
+def relay(request: pytest.FixtureRequest) -> Relay:
+    """The one that serves, and its reference."""
+    made: Relay = request.param
     return made
+
+
+@pytest.fixture
+def make_client(relay: Relay) -> MakeClient:
+    return relay.make_client
+
+
+@pytest.fixture
+def listen(relay: Relay) -> Listen:
+    return relay.listen

@@ -5,25 +5,24 @@ import socket
 import ssl
 import struct
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 
-from yarl import URL
-
-from hpc_router.relay.exchange import Upstream
+from hpc_router.relay.exchange import Address, address_of
 
 
 class End(Enum):
     CLOSE = "in good order"
     RESET = "with a reset"
     HANG = "until the client leaves"
+    READ = "once all that it sends has been read"
+    PAUSE = "not yet: until it is told to go on"
 
 
 Answer = Sequence[bytes | End]
-MakeClient = Callable[..., AbstractAsyncContextManager[Upstream]]
 
 
 @dataclass
@@ -31,7 +30,7 @@ class Scripted:
     """Plays its answers one per request, the last one for ever; without an end the connection is kept."""
 
     answers: deque[Answer]
-    url: URL
+    address: Address
     reads_bodies: bool = True
     connections: int = 0
     left: int = 0  # connections that the client closed
@@ -39,6 +38,7 @@ class Scripted:
     bodies: list[bytes] = field(default_factory=list)
     written: int = 0
     writers: list[asyncio.StreamWriter] = field(default_factory=list)
+    go_on: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(0))
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
@@ -72,6 +72,11 @@ class Scripted:
                     connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                     writer.transport.abort()
                     return False
+                case End.READ:
+                    await reader.read()
+                    raise ConnectionError
+                case End.PAUSE:
+                    await self.go_on.acquire()
                 case End.HANG:
                     await reader.readexactly(1)
         return True
@@ -85,12 +90,13 @@ async def scripted(
     path: Path | None = None,
     tls: ssl.SSLContext | None = None,
 ) -> AsyncIterator[Scripted]:
-    made = Scripted(deque(answers), URL("http://engine/"), reads_bodies)
+    made = Scripted(deque(answers), address_of("http://engine"), reads_bodies)
     if path is not None:
         server = await asyncio.start_unix_server(made.serve, path)
     else:
         server = await asyncio.start_server(made.serve, host, 0, ssl=tls)
-        made.url = URL.build(scheme="http", host=host, port=server.sockets[0].getsockname()[1], path="/")
+        name = f"[{host}]" if ":" in host else host
+        made.address = address_of(f"http://{name}:{server.sockets[0].getsockname()[1]}")
     try:
         yield made
     finally:

@@ -5,7 +5,7 @@ import json
 import socket
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
@@ -17,15 +17,16 @@ from hpc_router.auth import bearer, challenge_answer, new_token, replica_key
 from hpc_router.config import Deployment, EngineConfig, ExpertConfig, PolicyConfig, RouterConfig
 from hpc_router.filethread import FileThread
 from hpc_router.registry import EngineInfo, Kind, Record, State
-from hpc_router.relay.exchange import Limits, Upstream
 from hpc_router.relay.upstream import UpstreamClient
 from hpc_router.router.app import Gateway
+from hpc_router.router.replicas import Standing
 from hpc_router.router.service import serving
 from hpc_router.rundir import RunDir, make_run
+from tests.relays import OWN
 
 NONCE: Final = "the router's"
-MAKE_CLIENT: Callable[[Limits], AbstractAsyncContextManager[Upstream]] = UpstreamClient
-"""What the routers of these tests reach replicas with."""
+RELAY = OWN
+"""Between the clients and the replicas of these tests: what serves, or the reference."""
 Act = Callable[["FakeReplica", web.BaseRequest], Awaitable[web.StreamResponse]]
 
 
@@ -178,14 +179,24 @@ class RunningRouter:
     def headers(self) -> dict[str, str]:
         return {"authorization": f"Bearer {self.token}", "content-type": "application/json"}
 
+    async def warm(self, connections: int = 3) -> None:
+        """Connect to every replica that is ready, as earlier requests would have."""
+        client = self.gateway.dispatcher.client
+        assert isinstance(client, UpstreamClient)
+        for replica in self.gateway.table.all():
+            if replica.standing is Standing.READY:
+                for _ in range(connections):
+                    client.pool.put(replica.address, await client.connected(replica.address))
+
 
 @asynccontextmanager
 async def a_router(run: RunDir, deployment: Deployment) -> AsyncIterator[RunningRouter]:
     sock = socket.create_server(("127.0.0.1", 0))
     files = FileThread("test")
     parts = serving(
-        run, deployment, replica="router-0.g1", nonce=NONCE, sock=sock, files=files, make_client=MAKE_CLIENT
-    )
+        run, deployment, replica="router-0.g1", nonce=NONCE, sock=sock, files=files,
+        make_client=RELAY.make_client, listen=RELAY.listen,
+    )  # fmt: skip
     async with parts as gateway:
         yield RunningRouter(gateway, f"http://127.0.0.1:{sock.getsockname()[1]}", run.token())
     files.close(timeout_s=5)

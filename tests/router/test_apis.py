@@ -14,10 +14,9 @@ import pytest
 from hpc_router import registry, wire
 from hpc_router.expert.sim import SimConfig, SimEngine
 from hpc_router.registry import EngineInfo, Kind, Record, State
-from hpc_router.relay.upstream import UpstreamClient
-from hpc_router.relay.upstream_aiohttp import AiohttpClient
 from hpc_router.rundir import RunDir
 from tests.expert.sim.calls import INSTANT
+from tests.relays import RELAYS, WARM
 from tests.router.fakes import (
     RunningRouter,
     a_deployment,
@@ -48,10 +47,10 @@ def body(path: str, **fields: Any) -> dict[str, Any]:
     return {"model": "math", **BODIES[path], **fields}
 
 
-@pytest.fixture(params=[UpstreamClient, AiohttpClient], autouse=True)
-def upstream_client(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every test holds over the reference client as well."""
-    monkeypatch.setattr("tests.router.fakes.MAKE_CLIENT", request.param)
+@pytest.fixture(params=[*RELAYS, "warm"], autouse=True)
+def relay(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test holds over the reference as well."""
+    monkeypatch.setattr("tests.router.fakes.RELAY", {**RELAYS, "warm": WARM}[request.param])
 
 
 @asynccontextmanager
@@ -198,7 +197,7 @@ async def test_a_field_that_means_something_else_does_not_vote(tmp_path: Path) -
         await ready(router)
         sent = body(wire.RESPONSES, model="auto", prompt={"id": "pmpt_1"}, messages=None)
         assert (await post(router, sent, path=wire.RESPONSES))[0] == 200
-        assert (await post(router, {"model": "math", "prompt": {"id": "p"}}, path=wire.RESPONSES))[0] == 400
+        assert (await post(router, {"model": "auto", "prompt": {"id": "p"}}, path=wire.RESPONSES))[0] == 400
         assert len(fake.bodies) == 1
 
 

@@ -16,9 +16,9 @@ from yarl import URL
 
 from hpc_router.proof import Finding, examine
 from hpc_router.registry import Kind, Record, State
-from hpc_router.relay.upstream import UpstreamClient
-from hpc_router.relay.upstream_aiohttp import AiohttpClient
 from hpc_router.router.replicas import Standing
+from tests.relays import RELAYS, WARM
+from tests.router import fakes
 from tests.router.fakes import (
     NONCE,
     RunningRouter,
@@ -43,10 +43,10 @@ def chat(model: str = "math", *, stream: bool = False, **fields: Any) -> dict[st
     return {"model": model, "messages": [{"role": "user", "content": "2+2?"}], "stream": stream, **fields}
 
 
-@pytest.fixture(params=[UpstreamClient, AiohttpClient], autouse=True)
-def upstream_client(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every test holds over the reference client as well."""
-    monkeypatch.setattr("tests.router.fakes.MAKE_CLIENT", request.param)
+@pytest.fixture(params=[*RELAYS, "warm"], autouse=True)
+def relay(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test holds over the reference as well."""
+    monkeypatch.setattr("tests.router.fakes.RELAY", {**RELAYS, "warm": WARM}[request.param])
 
 
 @asynccontextmanager
@@ -76,6 +76,8 @@ async def post(router: RunningRouter, body: Any, *, path: str = CHAT, **headers:
 
 async def ready(router: RunningRouter, count: int = 1) -> None:
     await eventually(lambda: sum(r.standing is Standing.READY for r in router.gateway.table.all()) >= count)
+    if fakes.RELAY.warm:
+        await router.warm()
 
 
 def all_gauges_zero(router: RunningRouter) -> bool:
@@ -177,11 +179,11 @@ async def test_errors_are_the_clients_own_exceptions(tmp_path: Path) -> None:
         (b"{", 400, "ends too early"),
         (b"[]", 400, "JSON object"),
         (b"\xff", 400, "UTF-8"),
-        ({"model": "math"}, 400, "messages"),
-        ({"model": "math", "messages": []}, 400, "messages"),
-        ({"model": "math", "messages": "hi"}, 400, "messages"),
-        ({"model": "math", "messages": ["hi"]}, 400, "messages"),
-        ({"model": "math", "messages": [{"role": "user", "content": 3}]}, 400, "content"),
+        ({"model": "auto"}, 400, "messages"),
+        ({"model": "auto", "messages": []}, 400, "messages"),
+        ({"model": "auto", "messages": "hi"}, 400, "messages"),
+        ({"model": "auto", "messages": ["hi"]}, 400, "messages"),
+        ({"model": "auto", "messages": [{"role": "user", "content": 3}]}, 400, "content"),
         ({"messages": [{"role": "user", "content": "x"}]}, 400, "'model' is missing"),
         (chat(model="nobody"), 404, "valid: auto, math"),
         ({**chat(), "stream": "yes"}, 400, "'stream'"),
@@ -457,7 +459,7 @@ async def test_status_metrics_and_route_tell_the_truth(tmp_path: Path) -> None:
 
 async def test_a_hung_replica_is_left_for_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It answers neither probes nor requests: it is ejected, and what it had goes elsewhere."""
-    monkeypatch.setattr("hpc_router.router.dispatch.LOST_S", 0.1)
+    monkeypatch.setattr("hpc_router.router.replicas.LOST_S", 0.1)
     run = a_run(tmp_path)
     deployment = a_deployment("math", "code", policy="round_robin", fallback="code", probe_timeout_s=0.1)
     async with (
@@ -479,7 +481,7 @@ async def test_a_hung_replica_is_left_for_another(tmp_path: Path, monkeypatch: p
 async def test_a_stream_of_a_lost_replica_ends_with_an_error_event(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hpc_router.router.dispatch.LOST_S", 0.1)
+    monkeypatch.setattr("hpc_router.router.replicas.LOST_S", 0.1)
     run = a_run(tmp_path)
     act = stream([event("a")], then="hang")
     async with (

@@ -11,6 +11,7 @@ import pytest
 from hpc_router import registry, wire
 from hpc_router.errors import BadRequestError, PreviousResponseNotFoundError
 from hpc_router.registry import EngineInfo, Kind, Record, State
+from hpc_router.relay.headers import Headers
 from hpc_router.router.replicas import Event, Replica, ReplicaTable
 from hpc_router.router.sessions import Sessions, Turn, session_id
 from hpc_router.routing.policy import Reason
@@ -50,15 +51,19 @@ def test_the_session_unused_for_longest_is_forgotten() -> None:
     assert len(sessions) == 2
 
 
+def headers(session: str | None) -> Headers:
+    return Headers([] if session is None else [(b"x-session-id", session.encode())])
+
+
 @pytest.mark.parametrize("header", [None, "a", "A-b_c.d:e@f/g+h=i~j", "x" * 128])
 def test_session_ids_that_are(header: str | None) -> None:
-    assert session_id(header) == header
+    assert session_id(headers(header)) == header
 
 
 @pytest.mark.parametrize("header", ["", " ", "a b", "x" * 129, "\u00e9", "a\n", "a,b", '"'])
 def test_session_ids_that_are_none(header: str) -> None:
     with pytest.raises(BadRequestError, match="1 to 128"):
-        session_id(header)
+        session_id(headers(header))
 
 
 def test_a_body_that_continues_nothing_goes_anywhere() -> None:

@@ -1,0 +1,180 @@
+"""One upstream response to one client, committed as late as possible.
+
+Nothing is sent before the first body byte has come from upstream, and a non-streaming answer is held until it is
+complete, so until then a failure can go elsewhere. Once committed, only whole events follow, with a comment between
+them where the stream pauses, and a failure ends the stream with an error event (a stream) or with a broken connection
+(a long answer that was not held); never silently.
+"""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from hpc_router.errors import UpstreamError
+from hpc_router.relay.downstream import DownstreamGoneError, Request, Response
+from hpc_router.relay.exchange import UpstreamResponse
+from hpc_router.relay.sse import CONTENT_TYPE, EVENT_ENDS, PING, EventSplitter, EventTooLargeError
+
+_EVENT_CHUNK_ENDS: Final = tuple(end + b"\r\n" for end in EVENT_ENDS)
+_SHORT_BYTES: Final = 2**16
+"""What the server may be left to send at its leisure."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answering:
+    """How much of an answer may be held, how long a client may take nothing, and how long a stream may pause before a
+    comment is sent."""
+
+    hold_bytes: int
+    write_s: float
+    ping_s: float
+
+
+class Answer:
+    """The answer to `request`. `response` is what its handler returns in the end."""
+
+    __slots__ = ("_limits", "_request", "_streaming_events", "response", "status")
+
+    def __init__(self, request: Request, limits: Answering) -> None:
+        self._request = request
+        self._limits = limits
+        self._streaming_events = False
+        self.status = 0
+        self.response: Response | None = None
+
+    @property
+    def committed(self) -> bool:
+        return self.response is not None or self._request.begun
+
+    async def pass_on(self, upstream: UpstreamResponse, head: bytes) -> None:
+        """The whole of it. Raises what `UpstreamResponse.flow` raises, and DownstreamGoneError."""
+        self.status = upstream.status
+        if upstream.content_type == CONTENT_TYPE:
+            self._streaming_events = True
+            events = _Events(self._request, self.status, head, self._limits)
+            try:
+                await upstream.flow(events)
+                await events.end()
+            finally:
+                events.stop_pings()
+            return
+        whole = upstream.whole
+        if whole is not None and len(whole) <= _SHORT_BYTES:
+            self.response = Response(self.status, head, whole)
+            return
+        body = _Held(self._request, self.status, head, self._limits)
+        await upstream.flow(body)
+        if self._request.begun:
+            return
+        if len(body.held) <= _SHORT_BYTES:
+            self.response = Response(self.status, head, bytes(body.held))
+        else:  # the client's place is held until it has taken most of it
+            body.length = len(body.held)
+            await body.make_room()
+
+    async def break_off(self, event: bytes) -> None:
+        """End a committed answer that cannot be completed; `event` tells why."""
+        if not self._streaming_events:
+            self._request.abort()
+        elif not self._request.write(event):
+            await self._request.drain(limit_s=self._limits.write_s)
+
+
+class _Held:
+    """A sink that holds up to `hold_bytes` bytes; more than that commits the answer."""
+
+    def __init__(self, request: Request, status: int, head: bytes, limits: Answering) -> None:
+        self._request = request
+        self._head = status, head
+        self._limits = limits
+        self.held = bytearray()
+        self.length: int | None = None  # once all of it is held
+
+    def take(self, data: bytes) -> bool:
+        if self._request.begun:
+            return self._request.write(data)
+        self.held += data
+        return len(self.held) <= self._limits.hold_bytes
+
+    def take_chunk(self, chunk: bytes) -> bool | None:
+        write = self._request.write_chunk if self._request.begun else None
+        return None if write is None else write(chunk)
+
+    async def make_room(self) -> None:
+        if not self._request.begun:
+            await self._request.begin(*self._head, length=self.length)
+            self._request.write(bytes(self.held))
+            self.held.clear()
+        await self._request.drain(limit_s=self._limits.write_s)
+
+
+class _Events:
+    """A sink that lets whole events through only. The first of them commits the answer."""
+
+    def __init__(self, request: Request, status: int, head: bytes, limits: Answering) -> None:
+        self._request = request
+        self._head = status, head
+        self._limits = limits
+        self._splitter = EventSplitter()
+        self._first = b""  # what has come before the answer is begun
+        self._begun = False
+        self._write_chunk: Callable[[bytes], bool] | None = None
+        self._quiet = False  # since the alarm was set
+        self._alarm: asyncio.TimerHandle | None = None
+
+    def take(self, data: bytes) -> bool:
+        try:
+            events = self._splitter.feed(data)
+        except EventTooLargeError as error:
+            raise UpstreamError(str(error)) from error
+        if not events:
+            return True
+        self._quiet = False
+        if self._begun:
+            return self._request.write(events)
+        self._first += events
+        return False
+
+    def take_chunk(self, chunk: bytes) -> bool | None:
+        if self._write_chunk is None or self._splitter.tail or not chunk.endswith(_EVENT_CHUNK_ENDS):
+            return None
+        self._quiet = False
+        return self._write_chunk(chunk)
+
+    async def make_room(self) -> None:
+        if not self._begun:
+            await self._begin()
+        self.stop_pings()
+        await self._request.drain(limit_s=self._limits.write_s)
+        self._set_alarm()
+
+    async def end(self) -> None:
+        if self._splitter.tail:
+            raise UpstreamError("the replica's stream ended inside an event")
+        if not self._begun:
+            await self._begin()
+
+    def stop_pings(self) -> None:
+        if self._alarm is not None:
+            self._alarm.cancel()
+
+    async def _begin(self) -> None:
+        await self._request.begin(*self._head, length=None)
+        self._begun = True
+        self._write_chunk = self._request.write_chunk
+        if self._first:
+            self._request.write(self._first)
+
+    def _set_alarm(self) -> None:
+        self._quiet = True
+        self._alarm = asyncio.get_running_loop().call_later(self._limits.ping_s, self._ring)
+
+    def _ring(self) -> None:
+        """The clock of an event is not looked at: a pause is noticed after one to two times `ping_s`."""
+        if self._quiet:
+            try:
+                self._request.write(PING)
+            except DownstreamGoneError:
+                return  # the next event, or the end, meets it as well
+        self._set_alarm()

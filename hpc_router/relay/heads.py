@@ -1,0 +1,62 @@
+"""Heads seen before: found by their bytes, so that they need not be parsed again.
+
+The heads that one client or one engine sends differ in hardly more than their content length. So a head is looked up
+without its length's digits, and what was once made of the same bytes, and says nothing of the length, holds again. Only
+a message that came in one piece, head and body, is answered from here; everything else goes to the parser, which also
+judges what is a message at all. A head is parsed for the table when it comes for the second time, with its body, so
+that the parser has said where that ends; many come only once. The table is bounded.
+"""
+
+import re
+from collections.abc import Callable
+from typing import Final, Generic, TypeVar
+
+MOST: Final = 512
+LONGEST: Final = 2**11
+"""Bytes; a longer head is not looked for."""
+_LENGTH: Final = re.compile(rb"\r\n[Cc]ontent-[Ll]ength: (\d{1,15})\r\n")
+H = TypeVar("H")
+
+
+class Heads(Generic[H]):
+    """`parse` makes something of the head of a whole message, or None of what is not exactly one message, or not to be
+    answered from here."""
+
+    __slots__ = ("_known", "_once", "_parse")
+
+    def __init__(self, parse: Callable[[bytes], H | None]) -> None:
+        self._parse = parse
+        self._known: dict[bytes, H | None] = {}
+        self._once: set[bytes] = set()
+
+    def whole(self, data: bytes) -> tuple[H, bytes] | None:
+        """The head and the body of a message, when `data` is exactly that; None: ask the parser."""
+        end = data.find(b"\r\n\r\n", 0, LONGEST) + 4
+        if end < 4:
+            return None
+        length = _LENGTH.search(data, 0, end)
+        if length is None:
+            if len(data) != end:
+                return None
+            key = data
+        else:
+            if len(data) - end != int(length[1]):
+                return None
+            key = data[: length.start(1)] + data[length.end(1) : end - 1]  # no head ends so: it is no other head's key
+        try:
+            head = self._known[key]
+        except KeyError:
+            head = self._meet(key, data)
+        return None if head is None else (head, data[end:])
+
+    def _meet(self, key: bytes, data: bytes) -> H | None:
+        if key not in self._once:
+            if len(self._once) >= MOST:
+                self._once.clear()
+            self._once.add(key)
+            return None
+        self._once.discard(key)
+        if len(self._known) >= MOST:
+            self._known.clear()
+        made = self._known[key] = self._parse(data)
+        return made

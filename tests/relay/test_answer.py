@@ -1,0 +1,175 @@
+"""A response's body straight into the client's connection, seen from the client's side of the socket."""
+
+import asyncio
+from itertools import pairwise
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hpc_router.relay.downstream import Handler
+from hpc_router.relay.sse import CONTENT_TYPE
+from tests.relay.scripted import CHUNKED, Answer, End, head, sized
+from tests.relay.serving import STUCK, Client, relayed, sends, served
+from tests.relays import OWN, Listen, Relay
+from tests.waiting import eventually
+
+PIECE = b"x" * 2**16
+GONE = (["the client reads no more"], ["cancelled"])
+EVENTS = head(CHUNKED, b"content-type: " + CONTENT_TYPE)
+
+
+def chunk(data: bytes) -> bytes:
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+def events(count: int) -> list[bytes]:
+    return [EVENTS, *[chunk(b"data: " + PIECE + b"\n\n")] * count, b"0\r\n\r\n"]
+
+
+async def test_chunks_end_and_the_connection_serves_on(listen: Listen) -> None:
+    async with served(listen, sends(b"a", b"bc")) as port, Client(port) as client:
+        for _ in range(2):
+            await client.get()
+            assert b"\r\ntransfer-encoding: chunked\r\n" in await client.head()
+            assert await client.until(b"0\r\n\r\n") == b"1\r\na\r\n2\r\nbc\r\n0\r\n\r\n"
+
+
+@pytest.mark.parametrize("fields", [(), ("Connection: keep-alive",)])
+async def test_an_http_1_0_client_gets_bare_bytes_until_the_connections_end(
+    listen: Listen, fields: tuple[str, ...]
+) -> None:
+    async with served(listen, sends(b"a", b"bc")) as port, Client(port) as client:
+        await client.get(*fields, version="1.0")
+        received = await client.head()
+        assert b"transfer-encoding" not in received
+        assert b"keep-alive" not in received
+        assert await client.rest() == b"abc"
+
+
+async def test_a_known_length_is_sent_as_it_is(listen: Listen) -> None:
+    async with served(listen, sends(b"a", b"bc", length=3)) as port, Client(port) as client:
+        await client.get("Connection: close")
+        assert b"\r\ncontent-length: 3\r\n" in await client.head()
+        assert await client.rest() == b"abc"
+
+
+@pytest.mark.parametrize("handler", [sends(b"abc"), sends(b"abc", length=3)], ids=["stream", "sized"])
+async def test_the_answer_to_head_is_a_head(listen: Listen, handler: Handler) -> None:
+    async with served(listen, handler) as port, Client(port) as client:
+        for _ in range(2):
+            await client.send(b"HEAD / HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert await client.status() == 200
+        await client.get("Connection: close")
+        assert await client.status() == 200
+        assert b"abc" in await client.rest()
+
+
+async def test_a_slow_client_stalls_its_own_upstream_and_nobody_else(relay: Relay) -> None:
+    async with relayed(relay, events(1024)) as at, Client(at.port) as slow, Client(at.port) as swift:
+        await slow.get()
+        await slow.head()
+        still, last = 0, -1
+        while still < 500:
+            await asyncio.sleep(0)
+            still, last = (still + 1 if at.upstream.written == last else 0), at.upstream.written
+        assert at.upstream.written < STUCK
+        await swift.get("Connection: close")
+        assert (await swift.rest()).count(b"data: ") == 1024
+        assert at.ends == ["complete"]
+        assert (await slow.until(b"\r\n0\r\n\r\n")).count(b"data: ") == 1024
+        await eventually(lambda: at.ends == ["complete", "complete"])
+
+
+@pytest.mark.parametrize("size", [0, 2**16, 2**16 + 1, 2**20])
+async def test_an_answer_that_was_held_has_its_length(relay: Relay, size: int) -> None:
+    async with relayed(relay, [sized(b"x" * size)]) as at, Client(at.port) as client:
+        for _ in range(3):
+            await client.get()
+            received = await client.head()
+            assert b"\r\ncontent-length: %d\r\n" % size in received
+            assert b"transfer-encoding" not in received
+            assert await client.reader.readexactly(size) == b"x" * size
+        assert at.ends == ["complete"] * 3
+
+
+async def test_an_answer_that_is_too_long_to_be_held_is_streamed(relay: Relay) -> None:
+    async with relayed(relay, [sized(b"x" * 2**20)], hold_bytes=2**10) as at, Client(at.port) as client:
+        await client.get(version="1.0")
+        assert b"content-length" not in await client.head()
+        assert await client.rest() == b"x" * 2**20
+
+
+@pytest.mark.parametrize("hold_bytes", [2**30, 2**10], ids=["held", "streamed"])
+async def test_a_client_that_does_not_take_an_answer_is_given_up(relay: Relay, hold_bytes: int) -> None:
+    """Its memory is not kept for ever."""
+    answer: Answer = [sized(PIECE * 256)]
+    async with relayed(relay, answer, write_s=0.1, hold_bytes=hold_bytes) as at, Client(at.port) as client:
+        await client.get()
+        await eventually(lambda: at.ends in GONE)
+
+
+async def test_a_client_that_reads_no_more_is_given_up(relay: Relay) -> None:
+    """It holds a place on a replica; the upstream is closed with it, and others are served meanwhile."""
+    async with relayed(relay, events(1024), [sized(b"ok")], write_s=0.1) as at:
+        async with Client(at.port) as stuck, Client(at.port) as other:
+            await stuck.get()
+            await eventually(lambda: at.upstream.written)
+            await other.get("Connection: close")
+            assert (await other.rest()).endswith(b"ok")
+            await eventually(lambda: at.upstream.left == 1)
+            await eventually(lambda: any(end in at.ends for end in ("the client reads no more", "cancelled")))
+        assert at.upstream.written < STUCK
+
+
+@pytest.mark.parametrize(
+    ("answer", "last"),
+    [
+        ([EVENTS, chunk(b"data: a\n\ndata: b"), End.RESET], b"event: error\n\n\r\n0\r\n\r\n"),
+        ([EVENTS, chunk(b"data: a\n\ndata: b"), b"0\r\n\r\n"], b"event: error\n\n\r\n0\r\n\r\n"),
+        ([head(CHUNKED), chunk(PIECE), End.RESET], b""),
+    ],
+    ids=["events", "inside an event", "no events"],
+)
+async def test_a_failure_after_the_beginning_shows(relay: Relay, answer: Answer, last: bytes) -> None:
+    async with relayed(relay, answer, hold_bytes=10) as at, Client(at.port) as client:
+        await client.get()
+        assert await client.status() == 200
+        if last:
+            received = await client.until(last)
+            assert b"data: a" in received
+            assert b"data: b" not in received
+        else:
+            assert not (await client.rest()).endswith(b"0\r\n\r\n")
+        await eventually(lambda: at.ends == ["UpstreamError"])
+
+
+async def test_what_fails_before_the_beginning_can_still_be_answered(relay: Relay) -> None:
+    answer: Answer = [EVENTS, chunk(b"data: no end"), End.RESET]
+    async with relayed(relay, answer) as at, Client(at.port) as client:
+        await client.get()
+        assert await client.status() == 502
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.binary(max_size=20).map(lambda b: b.replace(b"\n", b"").replace(b"\r", b"")), min_size=1, max_size=8),
+    st.lists(st.integers(0, 400), max_size=12),
+)
+def test_events_come_through_whole_however_they_are_cut(payloads: list[bytes], cuts: list[int]) -> None:
+    """Every chunk that the client gets ends with an event's end."""
+    whole = b"".join(b"data: " + payload + b"\n\n" for payload in payloads)
+    pieces = [whole[a:b] for a, b in pairwise(sorted({0, len(whole), *(cut for cut in cuts if cut < len(whole))}))]
+
+    async def run() -> None:
+        async with relayed(OWN, [EVENTS, *map(chunk, pieces), b"0\r\n\r\n"]) as at, Client(at.port) as client:
+            await client.get()
+            await client.head()
+            received = b""
+            while (size := int(await client.reader.readline(), 16)) > 0:
+                received += await client.reader.readexactly(size)
+                assert received.endswith(b"\n\n")
+                await client.reader.readline()
+            assert received == whole
+
+    asyncio.run(run())

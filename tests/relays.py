@@ -1,0 +1,27 @@
+"""The two ways to relay that every test of the data path holds for: the one that serves, and its reference."""
+
+import asyncio
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+
+from hpc_router.relay import server, server_aiohttp
+from hpc_router.relay.exchange import Upstream
+from hpc_router.relay.upstream import UpstreamClient
+from hpc_router.relay.upstream_aiohttp import AiohttpClient
+
+MakeClient = Callable[..., AbstractAsyncContextManager[Upstream]]
+Listen = Callable[..., AbstractAsyncContextManager[asyncio.Server]]
+
+
+@dataclass(frozen=True)
+class Relay:
+    make_client: MakeClient
+    listen: Listen
+    warm: bool = False
+    """With connections kept from the beginning, so that a request need not wait for one."""
+
+
+OWN = Relay(UpstreamClient, server.listening)
+WARM = Relay(UpstreamClient, server.listening, warm=True)
+RELAYS = {"relay": OWN, "aiohttp": Relay(AiohttpClient, server_aiohttp.listening)}
