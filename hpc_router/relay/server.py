@@ -215,16 +215,19 @@ class _Connection(asyncio.Protocol):
     async def _next(self) -> _Request | None:
         """None: there will be no other one."""
         waiting = self._framer.waiting
-        if not waiting and self._refusal is None and not self._server.stopping:
-            if self._work is None:
-                self._deadline = self._loop.time() + self._server.keep_alive_s
-            while not waiting and self._refusal is None and self._resumed is None:
-                await self.news()
-            self._deadline = None
-        request, self._resumed, self._work = self._resumed, None, None
-        if request is None and waiting:
-            request = _Request(waiting.popleft(), self)
-        return request
+        if self._work is None:
+            self._deadline = self._loop.time() + self._server.keep_alive_s
+        while self._resumed is None and (self._work is not None or not self._anything_waits):
+            await self.news()
+        self._deadline = None
+        if self._resumed is not None:
+            request, self._resumed, self._work = self._resumed, None, None
+            return request
+        return _Request(waiting.popleft(), self) if waiting else None
+
+    @property
+    def _anything_waits(self) -> bool:
+        return bool(self._framer.waiting) or self._refusal is not None or self._server.stopping
 
     def _refuse(self, error: RefusedError) -> None:
         response = error_response(error.status, kind="invalid_request_error", code="bad_request", message=str(error))
@@ -260,7 +263,7 @@ class _Connection(asyncio.Protocol):
         self._deadline = self._loop.time() + self._server.keep_alive_s
         if not request.keep_alive or not self._writable:
             self._resumed = request
-        if self._resumed is not None or self._framer.waiting or self._refusal is not None:
+        if self._resumed is not None or self._anything_waits:
             self._wake()
 
     def resume(self, request: _Request) -> None:
@@ -310,8 +313,8 @@ class _Connection(asyncio.Protocol):
             self._framer.feed(data)
         except RefusedError as refusal:
             self._refusal = refusal
-        if self._work is not None:
-            return
+        if self._work is not None or self._resumed is not None:
+            return  # its turn comes
         if self._deadline is not None and self._server.express is not None and self._begin(self._server.express):
             return
         self._wake()

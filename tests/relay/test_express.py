@@ -1,0 +1,133 @@
+"""Requests that are served without a task, and their handing over to one: the order of answers, and who leaves."""
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+from hpc_router.relay.downstream import Request, Response, Work
+from hpc_router.relay.server import listening
+from tests.waiting import eventually
+
+GET = b"GET /%d HTTP/1.1\r\nHost: x\r\n\r\n"
+
+
+@dataclass
+class Pending(Work):
+    """One that waits for the test."""
+
+    request: Request
+    cancelled: bool = False
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+    def answer(self) -> None:
+        self.request.answer(Response(200, body=f"<express {self.request.path}>".encode()))
+
+
+@dataclass
+class Served:
+    """Begins every request without a task whose path is in `express`."""
+
+    express: set[str]
+    works: list[Pending] = field(default_factory=list)
+    handled: list[str] = field(default_factory=list)
+    port: int = 0
+
+    async def handle(self, request: Request) -> Response:
+        self.handled.append(request.path)
+        return Response(200, body=f"<task {request.path}>".encode())
+
+    def begin(self, request: Request) -> Work | None:
+        if request.path not in self.express:
+            return None
+        self.works.append(Pending(request))
+        return self.works[-1]
+
+
+@asynccontextmanager
+async def serving(*express: str) -> AsyncIterator[tuple[Served, asyncio.StreamReader, asyncio.StreamWriter]]:
+    sock = socket.create_server(("127.0.0.1", 0))
+    served = Served(set(express))
+    async with listening(served.handle, sock, max_body=2**16, express=served.begin):
+        reader, writer = await asyncio.open_connection(*sock.getsockname())
+        yield served, reader, writer
+        writer.transport.abort()
+
+
+async def bodies(reader: asyncio.StreamReader, count: int) -> list[bytes]:
+    return [(await reader.readuntil(b">")).rpartition(b"<")[2].rstrip(b">") for _ in range(count)]
+
+
+async def test_one_after_the_other_over_one_connection() -> None:
+    async with serving("/1", "/3") as (served, reader, writer):
+        for number, kind in ((1, b"express"), (2, b"task"), (3, b"express")):
+            writer.write(GET % number)
+            if kind == b"express":
+                await eventually(lambda: bool(served.works) and served.works[-1].request.path == f"/{number}")
+                served.works[-1].answer()
+            assert await bodies(reader, 1) == [b"%b /%d" % (kind, number)]
+
+
+async def test_what_follows_waits_for_its_turn() -> None:
+    """Whatever wakes the connection's task meanwhile."""
+    async with serving("/1") as (served, reader, writer):
+        writer.write(GET % 1)
+        await eventually(lambda: bool(served.works))
+        writer.write(GET % 2 + GET % 3)
+        connection: asyncio.Protocol = served.works[0].request._connection  # type: ignore[attr-defined]
+        await eventually(lambda: len(connection._framer.waiting) == 2)  # type: ignore[attr-defined]
+        connection.pause_writing()
+        connection.resume_writing()
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert not served.handled
+        served.works[0].answer()
+        assert await bodies(reader, 3) == [b"express /1", b"task /2", b"task /3"]
+
+
+async def test_all_that_comes_at_once_is_answered_in_order() -> None:
+    async with serving("/1") as (served, reader, writer):
+        writer.write(GET % 1 + GET % 2)
+        await eventually(lambda: bool(served.works))
+        served.works[0].answer()
+        assert await bodies(reader, 2) == [b"express /1", b"task /2"]
+
+
+async def test_the_handler_takes_over() -> None:
+    async with serving("/1") as (served, reader, writer):
+        writer.write(GET % 1)
+        await eventually(lambda: bool(served.works))
+        served.works[0].request.resume()
+        assert await bodies(reader, 1) == [b"task /1"]
+        assert not served.works[0].cancelled
+
+
+async def test_a_client_that_leaves_cancels_it_once() -> None:
+    async with serving("/1") as (served, _, writer):
+        writer.write(GET % 1)
+        await eventually(lambda: bool(served.works))
+        writer.close()
+        await eventually(lambda: served.works[0].cancelled)
+        assert not served.handled
+
+
+async def test_one_who_leaves_while_it_is_being_handed_over() -> None:
+    async with serving("/1") as (served, _, writer):
+        writer.write(GET % 1)
+        await eventually(lambda: bool(served.works))
+        served.works[0].request.abort()
+        served.works[0].request.resume()
+        await eventually(lambda: served.works[0].cancelled)
+        assert not served.handled
+        writer.close()
+
+
+async def test_the_last_answer_of_a_connection_closes_it() -> None:
+    async with serving("/1") as (served, reader, writer):
+        writer.write(b"GET /1 HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        await eventually(lambda: bool(served.works))
+        served.works[0].answer()
+        assert (await reader.read()).endswith(b"<express /1>")
