@@ -22,12 +22,12 @@ from tests.waiting import eventually_sync
 
 pytestmark = pytest.mark.e2e
 
-TOKENS = 400
+TOKENS = 1900
 QUESTION = "A shop sells 12 apples for 3 dollars. How many dollars do 20 apples cost?"
 MESSAGES: Any = [{"role": "user", "content": QUESTION}]
 OPTIONS = {
     "transformers": ["device=cpu"],
-    "vllm": ["device=cpu", "dtype=bfloat16", "max_model_len=512", "extra.enforce-eager=true"],
+    "vllm": ["device=cpu", "dtype=bfloat16", "max_model_len=2048", "extra.enforce-eager=true"],
 }
 
 
