@@ -1,4 +1,4 @@
-"""The client side over aiohttp's low-level server: the reference that `server` is compared with, by test and benchmark.
+"""The client side over aiohttp's low-level server: the reference that `server` is compared with by test.
 
 aiohttp reads requests and makes heads and ends of answers. Between them its `write` costs a coroutine and several
 calls per piece; pieces go into the transport past it, from where the upstream's bytes arrive.

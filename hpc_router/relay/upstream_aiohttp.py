@@ -1,4 +1,4 @@
-"""The upstream side over aiohttp's client: the reference that `upstream` is compared with, by test and by benchmark.
+"""The upstream side over aiohttp's client: the reference that `upstream` is compared with, by test.
 
 It is slower per request and per event, has no sink that is served without a task, and does not notice garbage in a
 chunked body before the idle limit.
