@@ -27,8 +27,8 @@ class Connection(asyncio.Protocol):
     """
 
     __slots__ = (
-        "_failure", "_framer", "_full", "_kept", "_loop", "_on_lost", "_reading", "_sent", "_sink", "_transport",
-        "_waiter", "_writable", "idle_s", "on_news", "patience", "unanswered",
+        "_asked_at", "_failure", "_framer", "_full", "_kept", "_loop", "_on_lost", "_reading", "_sent", "_sink",
+        "_transport", "_waiter", "_writable", "idle_s", "on_news", "patience", "unanswered",
     )  # fmt: skip
 
     def __init__(self, on_lost: Callable[["Connection"], None]) -> None:
@@ -38,6 +38,7 @@ class Connection(asyncio.Protocol):
         self._framer: ResponseFramer | None = None
         self.patience = Patience(self.give_up)
         self.idle_s = 0.0
+        self._asked_at = 0.0
         self._sink: Sink | None = None  # that the body flows into
         self._full = False  # the sink wants to be asked for room
         self._kept = 0
@@ -54,6 +55,10 @@ class Connection(asyncio.Protocol):
         transport = self._transport
         return transport is not None and not transport.is_closing()
 
+    def asked_s(self) -> float:
+        """Since the present exchange began, or the last one did."""
+        return self._loop.time() - self._asked_at
+
     def abort(self) -> None:
         if self._transport is not None:
             self._transport.abort()
@@ -64,6 +69,7 @@ class Connection(asyncio.Protocol):
         """The clock for the answer's first byte runs from now on."""
         assert self._framer is None
         self._framer = ResponseFramer(head_only=head_only)
+        self._asked_at = self._loop.time()
         self.idle_s = limits.idle_s
         self.patience.begin(limits.first_byte_s)
         self._failure, self._sent, self._full, self._kept = None, False, False, 0

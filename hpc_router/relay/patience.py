@@ -31,7 +31,7 @@ class Patience:
 
     def begin(self, limit_s: float) -> None:
         """Wait in another exchange."""
-        self.spent = False
+        self.spent = self.heard = False
         self._most_s = math.inf
         self.wait(limit_s)
 
@@ -55,6 +55,7 @@ class Patience:
     def shorten(self, limit_s: float) -> None:
         """From now on no silence longer than this, whatever was asked for."""
         self._most_s = limit_s
+        self.heard = False
         if self._deadline is not None and not self.spent:
             self.wait(limit_s)
 

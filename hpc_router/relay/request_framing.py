@@ -20,6 +20,7 @@ MAX_HEAD_BYTES: Final = 2**16
 MAX_FIELDS: Final = 256
 MAX_WAITING: Final = 64
 """Requests that a client may have sent before the answer to the first."""
+MAX_PIECES: Final = 256
 _VERSIONS: Final = frozenset({"1.0", "1.1"})
 
 
@@ -56,7 +57,7 @@ class Message:
     def __init__(self, head: RequestHead, *pieces: bytes, complete: bool = False) -> None:
         self.head = head
         self.keep_alive = head.keep_alive
-        self.pieces = list(pieces)
+        self.pieces: list[bytes | bytearray] = list(pieces)
         self.size = 0
         self.complete = complete
         self.failure: RoutingError | None = None
@@ -190,6 +191,11 @@ class RequestFramer:
         self._bare = 0
         message.pieces.append(piece)
         message.size += len(piece)
+        if len(message.pieces) > MAX_PIECES:  # tiny chunks would cost many times their size
+            whole = message.pieces[0]
+            whole = whole if isinstance(whole, bytearray) else bytearray(whole)
+            whole += b"".join(message.pieces[1:])
+            message.pieces[:] = [whole]
         if message.size > self._max_body:
             self._too_large()
 

@@ -78,7 +78,7 @@ class _Request(Request):
         message = self._message
         if not message.complete or len(message.pieces) != 1 or b"content-encoding" in self.headers:
             return None
-        return message.pieces[0]
+        return b"".join(message.pieces)
 
     async def read(self, *, limit_s: float | None = None) -> bytes:
         message = self._message
@@ -94,8 +94,7 @@ class _Request(Request):
                 raise RequestTimeoutError(f"the body did not arrive within {limit_s:g} s") from error
             if message.failure is not None:
                 raise message.failure
-        pieces = message.pieces
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        return b"".join(message.pieces)
 
     async def begin(self, status: int, head: bytes, *, length: int | None) -> None:
         self._begin(status, head, length)
@@ -181,8 +180,8 @@ class _Connection(asyncio.Protocol):
 
     def stop(self) -> None:
         """No request after the present one."""
-        if self._deadline is not None:
-            self.abort()
+        if self._deadline is not None and self._transport is not None:
+            self._transport.close()  # when the last answer is out
 
     @property
     def task(self) -> "asyncio.Task[None] | None":
@@ -201,6 +200,7 @@ class _Connection(asyncio.Protocol):
                 if not request.keep_alive:
                     await self._end(linger=not request.whole)
                     return
+                request = response = None  # or the bodies would be kept until the next one comes
             if self._refusal is not None:
                 self._refuse(self._refusal)
                 await self._end(linger=True)
@@ -339,15 +339,16 @@ class _Connection(asyncio.Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         self._transport = None
-        self._server.connections.discard(self)
+        self._server.left(self)
         self._framer.release()
         if self._alarm is not None:
             self._alarm.cancel()
         if self._work is not None:
             self._work.cancel()
-            self._work = None
-        if self._task is not None:
-            self._task.cancel()
+        self._work = self._resumed = None
+        task, self._task = self._task, None  # a cancelled task knows its frames, and they us
+        if task is not None:
+            task.cancel()
 
     def pause_writing(self) -> None:
         self._writable = False
@@ -379,9 +380,15 @@ class _Server:
         self.loop = asyncio.get_running_loop()
         self.connections: set[_Connection] = set()
         self.stopping = False
+        self._all_left: asyncio.Future[None] | None = None
 
     def connection(self) -> _Connection:
         return _Connection(self)
+
+    def left(self, connection: _Connection) -> None:
+        self.connections.discard(connection)
+        if self._all_left is not None and not self.connections and not self._all_left.done():
+            self._all_left.set_result(None)
 
     async def shut_down(self) -> None:
         self.stopping = True
@@ -393,8 +400,13 @@ class _Server:
             for task in running:
                 task.cancel()
             await asyncio.gather(*running, return_exceptions=True)
+        if self.connections:  # some clients have not taken all of their answers yet
+            self._all_left = self.loop.create_future()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(SHUTDOWN_S):
+                    await self._all_left
         for connection in tuple(self.connections):
-            connection.abort()  # its client does not take the rest
+            connection.abort()
 
 
 @asynccontextmanager

@@ -21,6 +21,8 @@ from hpc_router.relay.pool import Pool
 
 KEEP_ALIVE_S: Final = 4.0
 """Shorter than the 5 s after which uvicorn, the server of both real engines, closes an idle connection."""
+STALE_S: Final = 1.0
+"""A kept connection that the server had closed shows so within this time; later the request may have been begun."""
 _SHORT_TARGET: Final = 256
 """Characters; the lines of a longer one are not remembered."""
 _WITH_BODY: Final = frozenset({"POST", "PUT", "PATCH"})
@@ -65,14 +67,16 @@ class UpstreamClient:
         return self.pool.has(self._socket_path or address)
 
     async def answering(self, call: "_Exchange") -> Connection:
-        """A connection with the head of its answer there. The server may close a kept connection in the moment in
-        which it is used again, so one that dies without a word costs nothing: the request goes over a new one."""
+        """A connection with the head of its answer there.
+
+        The server may close a kept connection in the moment in which it is used again, so one that dies at once without
+        a word costs nothing: the request goes over a new one."""
         kept = call.started or self.take(call)
         if kept is not None:
             try:
                 return await self._ask(kept, call, sent=call.started is not None)
             except UpstreamError:
-                if not kept.unanswered or kept.patience.spent:
+                if not kept.unanswered or kept.patience.spent or kept.asked_s() > STALE_S:
                     raise
         return await self._ask(await self.connected(call.address, watch=call.watch), call)
 
@@ -177,7 +181,8 @@ class _Exchange(Exchange):
     def abandon(self) -> None:
         if self.started is not None:
             self.started.on_news = None
-            self.started.end()
+            if self.started.end():
+                self._client.keep(self.started, self)
 
     async def __aenter__(self) -> UpstreamResponse:
         self._connection = await self._client.answering(self)

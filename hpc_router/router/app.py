@@ -33,7 +33,7 @@ from hpc_router.errors import (
     suggest,
 )
 from hpc_router.relay.dialects import dialect_of
-from hpc_router.relay.downstream import Request, Response, Work, error_response, json_response
+from hpc_router.relay.downstream import DownstreamGoneError, Request, Response, Work, error_response, json_response
 from hpc_router.relay.headers import Headers
 from hpc_router.relay.in_flight import InFlight
 from hpc_router.router.dispatch import RETRY_AFTER_S, Dispatcher, Errand
@@ -108,7 +108,7 @@ class Gateway:
         }
 
     async def handle(self, request: Request) -> Response | None:
-        """Never raises but for cancellation."""
+        """Raises nothing but DownstreamGoneError, where nobody is left to answer."""
         begun, request.begun_work = cast(Errand | None, request.begun_work), None
         request_id = self._request_id(request) if begun is None else begun.request_id
         if self.draining:
@@ -118,6 +118,8 @@ class Gateway:
                 response = await self._go_on(begun)
             else:
                 response = await self._find(request)(request, request_id)
+        except DownstreamGoneError:
+            raise
         except HpcRouterError as error:
             response = self._refuse(request, error, request_id)
         except Exception:
@@ -221,8 +223,9 @@ class Gateway:
     async def _go_on(self, errand: Errand) -> Response | None:
         """From where `express` has come."""
         with self.in_flight:
-            if errand.work is not None:
-                errand.work.leave()
+            work, errand.work = errand.work, None  # they know each other
+            if work is not None:
+                work.leave()
             return await self._serve(errand)
 
     async def _serve(self, errand: Errand) -> Response | None:
@@ -246,11 +249,12 @@ class Gateway:
             if self.token is not None:
                 self._check_token(request.headers, self.token)
             errand = self._errand(request, self._request_id(request), decode(body))
-        except HpcRouterError:
+            work = ExpressWork(self.dispatcher, errand, self.in_flight)
+            begun = work.begin()
+        except Exception:  # noqa: BLE001  # `handle` meets it as well, and tells
             return None
         request.begun_work = errand
-        work = ExpressWork(self.dispatcher, errand, self.in_flight)
-        return work if work.begin() else None
+        return work if begun else None
 
     async def _read(self, request: Request) -> ApiCall:
         body = await request.read(limit_s=self.deployment.router.idle_timeout_s)

@@ -9,9 +9,10 @@ import time
 from typing import TYPE_CHECKING, Final, cast
 
 from hpc_router.relay.downstream import Response, Work
-from hpc_router.relay.exchange import Exchange
+from hpc_router.relay.exchange import Exchange, WholeResponse
 from hpc_router.relay.sse import CONTENT_TYPE
 from hpc_router.router.dispatch import JUDGED, Dispatcher, Errand
+from hpc_router.router.replicas import Hold
 
 if TYPE_CHECKING:
     from hpc_router.relay.in_flight import InFlight
@@ -21,7 +22,7 @@ LONGEST_ANSWER: Final = 2**16
 
 
 class ExpressWork(Work):
-    """Counts as in flight until its `errand` is done, or the handler has taken it over."""
+    """Once begun it counts as in flight until its `errand` is done, or the handler has taken it over."""
 
     __slots__ = ("_dispatcher", "_errand", "_in_flight")
 
@@ -29,20 +30,22 @@ class ExpressWork(Work):
         self._dispatcher = dispatcher
         self._errand = errand
         self._in_flight = in_flight
-        in_flight.__enter__()
 
     def begin(self) -> bool:
-        """False: it is the handler's."""
+        """False: it is the handler's, and not counted. So it is when something is raised."""
         dispatcher, errand = self._dispatcher, self._errand
         picked = dispatcher.table.pick(errand.experts)
         if picked is not None and dispatcher.client.starts(picked[0].address):
             hold = dispatcher.table.hold(*picked)
-            exchange = cast(Exchange, dispatcher.exchange(errand, hold))
-            if exchange.start(self._on_news):
-                errand.phase, errand.begun = "before_first_byte", (hold, exchange)
-                return True
-            hold.release()
-        self.leave()
+            try:
+                exchange = cast(Exchange, dispatcher.exchange(errand, hold))
+                if exchange.start(self._on_news):
+                    errand.phase, errand.begun = "before_first_byte", (hold, exchange)
+                    self._in_flight.__enter__()
+                    return True
+            finally:
+                if errand.begun is None:
+                    hold.release()
         return False
 
     def leave(self) -> None:
@@ -52,14 +55,14 @@ class ExpressWork(Work):
         errand = self._errand
         assert errand.begun is not None
         hold, exchange = errand.begun
-        errand.request.begun_work = None
+        errand.request.begun_work = errand.work = None
         exchange.abandon()
         hold.release()
         self._dispatcher.metrics.cancelled.add(errand.phase)
         self.leave()
 
     def _on_news(self) -> None:
-        dispatcher, errand = self._dispatcher, self._errand
+        errand = self._errand
         assert errand.begun is not None
         hold, exchange = errand.begun
         upstream = exchange.finish(_is_plain)
@@ -68,13 +71,18 @@ class ExpressWork(Work):
             errand.request.resume()
             return
         errand.request.begun_work = None  # or the two would wait for the garbage collector
-        metrics, expert = dispatcher.metrics, hold.expert
-        metrics.first_byte.add(time.perf_counter() - errand.started, expert)
-        response = Response(upstream.status, dispatcher.said(errand, hold, upstream), upstream.body)
-        hold.release()
-        self.leave()
-        metrics.requests.add(expert, str(errand.reason), upstream.status)
+        try:
+            response = self._answered(hold, upstream)
+        finally:
+            hold.release()
+            self.leave()
         errand.request.answer(response)
+
+    def _answered(self, hold: Hold, upstream: WholeResponse) -> Response:
+        errand, expert, metrics = self._errand, hold.expert, self._dispatcher.metrics
+        metrics.first_byte.add(time.perf_counter() - errand.started, expert)
+        metrics.requests.add(expert, str(errand.reason_at(expert)), upstream.status)
+        return Response(upstream.status, self._dispatcher.said(errand, hold, upstream), upstream.body)
 
 
 def _is_plain(status: int, content_type: bytes, size: int) -> bool:

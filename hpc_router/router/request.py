@@ -33,14 +33,15 @@ class ApiCall:
 
     @property
     def model_span(self) -> tuple[int, int]:
-        """The span of text in which the model's name stands."""
+        """The span of text in which the model's name stands. Raises BadRequestError where a key stands twice."""
         if self.spans is None and "\\u" not in self.text and (found := _model_member(self.text)):
             start = found.end()
             name, end = scanstring(self.text, start + 1)
             if name == self.fields["model"]:  # the only member of this name, then, however deep it is looked for
                 return start, end
-        spans = self.spans if self.spans is not None else _walk(self.text)[1]
-        return spans["model"]
+        if self.spans is None:
+            self.spans = _walked(self.text)[1]
+        return self.spans["model"]
 
     @property
     def model(self) -> str:
@@ -79,8 +80,13 @@ def decode(body: bytes) -> ApiCall:
             end = -1  # what is wrong comes out below
         if end == len(text) and type(fields) is dict:
             return ApiCall(body, text, fields)
+    return ApiCall(body, text, *_walked(text))
+
+
+def _walked(text: str) -> tuple[dict[str, Any], dict[str, tuple[int, int]]]:
+    """Raises BadRequestError."""
     try:
-        return ApiCall(body, text, *_walk(text))
+        return _walk(text)
     except IndexError as error:
         raise BadRequestError("the body is not a JSON object: it ends too early") from error
     except RecursionError as error:

@@ -129,7 +129,9 @@ class _Rows(dict[str, tuple[int, ...]]):
         # A token shorter than the prefix is its own slice and no prefix is that short, so it finds nothing.
         found = self._words.get(token), self._prefixes.get(token[: self._prefix])
         rows = tuple(filter(None, found))
-        if len(self) < MOST_TOKENS and len(token) <= LONGEST_TOKEN:
+        if len(token) <= LONGEST_TOKEN:
+            if len(self) >= MOST_TOKENS:
+                self.clear()
             self[token] = rows
         return rows
 

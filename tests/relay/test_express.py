@@ -133,3 +133,32 @@ async def test_the_last_answer_of_a_connection_closes_it() -> None:
         await eventually(lambda: bool(served.works))
         served.works[0].answer()
         assert (await reader.read()).endswith(b"<express /1>")
+
+
+async def test_the_end_of_serving_waits_for_an_answer_to_be_taken() -> None:
+    """By a client that reads slowly: the last of it is in the transport's buffer, and nobody is being served."""
+    sock = socket.create_server(("127.0.0.1", 0))
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    body = b"x" * 60_000
+
+    async def handle(request: Request) -> Response:
+        return Response(200, body=body)
+
+    async with listening(handle, sock, max_body=2**16):
+        client = socket.socket()
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.setblocking(False)
+        loop = asyncio.get_running_loop()
+        await loop.sock_connect(client, sock.getsockname())
+        await loop.sock_sendall(client, GET % 1)
+        received = await loop.sock_recv(client, 1024)
+        reading = asyncio.create_task(rest(client))
+    assert (received + await reading).endswith(body)
+    client.close()
+
+
+async def rest(client: socket.socket) -> bytes:
+    received = b""
+    while data := await asyncio.get_running_loop().sock_recv(client, 4096):
+        received += data
+    return received

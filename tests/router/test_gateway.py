@@ -1,6 +1,7 @@
 """The router between a real client and replicas that misbehave on script."""
 
 import asyncio
+import gc
 import io
 import json
 from collections.abc import AsyncIterator
@@ -16,6 +17,8 @@ from yarl import URL
 
 from hpc_router.proof import Finding, examine
 from hpc_router.registry import Kind, Record, State
+from hpc_router.router.dispatch import Errand
+from hpc_router.router.express import ExpressWork
 from hpc_router.router.replicas import Standing
 from tests.relays import RELAYS, WARM
 from tests.router import fakes
@@ -630,3 +633,39 @@ async def test_a_client_that_sends_no_body_is_given_up(tmp_path: Path) -> None:
         writer.close()
         await writer.wait_closed()
         await eventually(lambda: all_gauges_zero(router))
+
+
+async def test_a_doubled_key_is_told_and_holds_no_place(tmp_path: Path) -> None:
+    """Where the model's name has to be replaced, which needs to know where it stands."""
+    run = a_run(tmp_path)
+    body = b'{"model":"math","n":1,"n":1,"messages":[{"role":"user","content":"caf\\u00e9"}]}'
+    async with (
+        fake_replica(run, "math-0.g1", models=("theirs",)) as fake,
+        a_router(run, a_deployment("math")) as router,
+    ):
+        await ready(router)
+        for _ in range(3):
+            status, value, _ = await post(router, body)
+            assert (status, "stands twice" in value["error"]["message"]) == (400, True)
+            await eventually(lambda: all_gauges_zero(router))
+        assert not fake.bodies
+
+
+async def test_finished_requests_wait_for_no_garbage_collector(tmp_path: Path) -> None:
+    """Their bodies would pile up: what a request made is gone with its answer, streamed or not."""
+    run = a_run(tmp_path)
+    async with (
+        fake_replica(run, "math-0.g1", stream([event("a")]), answer) as fake,
+        a_router(run, a_deployment("math")) as router,
+    ):
+        await ready(router)
+        gc.collect()
+        gc.disable()
+        try:
+            for streaming in (True, False):
+                assert (await post(router, chat(stream=streaming)))[0] == 200
+            await eventually(lambda: all_gauges_zero(router))
+            left = [thing for thing in gc.get_objects() if isinstance(thing, Errand | ExpressWork)]
+        finally:
+            gc.enable()
+        assert (left, len(fake.bodies)) == ([], 2)

@@ -12,6 +12,7 @@ import pytest
 import submitit
 
 from tests.needs import ROOT
+from tests.processes import with_word
 from tests.slurm import claim
 from tests.slurm.cluster import SlurmCluster
 from tests.slurm.configuration import GRACE_S, NODES, SLURMD_TIMEOUT_S
@@ -188,6 +189,7 @@ def test_a_killed_starter_is_swept(stage: str) -> None:
     eventually_sync(lambda: (folder / stage).exists())
     starter.send_signal(signal.SIGKILL)
     starter.wait(10)
+    eventually_sync(lambda: not with_word(script))  # a child that it had just begun still goes by its name
     assert folder in claim.sweep()
     assert traces(folder, number, set()) == []
 
