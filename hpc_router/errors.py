@@ -28,14 +28,6 @@ class LaunchError(HpcRouterError):
     """A job that could not be submitted, or that did not come up."""
 
 
-class ExpertStartupError(HpcRouterError):
-    """An engine that does not start; `reason` is its class (`out_of_memory`, `weights`, `cuda`, ...)."""
-
-    def __init__(self, message: str, *, reason: str) -> None:
-        super().__init__(message)
-        self.reason = reason
-
-
 class ArtefactError(HpcRouterError):
     """A classifier artefact that is missing, damaged or of another version."""
 

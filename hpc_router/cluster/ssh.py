@@ -11,7 +11,6 @@ import socket
 from dataclasses import dataclass, replace
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Final
 from urllib.parse import urlsplit
 
 from hpc_router.cluster.desired import deployment_of
@@ -19,8 +18,6 @@ from hpc_router.cluster.router_access import proven, unproven_router
 from hpc_router.errors import ConfigError
 from hpc_router.registry import Record
 from hpc_router.rundir import RunDir
-
-LOCAL_PORT: Final = 8000
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Final
 
 from hpc_router.errors import UpstreamError
-from hpc_router.relay.downstream import DownstreamGoneError, Request, Response
+from hpc_router.relay.downstream import SHORT_BYTES, DownstreamGoneError, Request, Response
 from hpc_router.relay.exchange import Limits, Upstream, address_of
 from hpc_router.relay.headers import NOT_DOWNSTREAM, NOT_UPSTREAM, crossing
 
@@ -18,8 +18,6 @@ logger = logging.getLogger(__name__)
 _A_DAY_S: Final = 86_400.0
 ENGINE_LIMITS: Final = Limits(connect_s=5.0, first_byte_s=_A_DAY_S, idle_s=_A_DAY_S)
 """How long an answer may take is the router's to say; when it gives up, it leaves, and so do we."""
-_SHORT_BYTES: Final = 2**16
-"""What the server may be left to send at its leisure."""
 ENGINE: Final = address_of("http://engine")
 
 
@@ -35,7 +33,7 @@ async def pass_through(request: Request, client: Upstream, *, heard: Callable[[]
     try:
         async with client.request(request.method, ENGINE, request.target, head=head, body=body or None) as answer:
             head = crossing(answer.headers, drop=NOT_DOWNSTREAM)
-            if (whole := answer.whole) is not None and len(whole) <= _SHORT_BYTES:
+            if (whole := answer.whole) is not None and len(whole) <= SHORT_BYTES:
                 heard()
                 return Response(answer.status, head, whole)
             await request.begin(answer.status, head, length=answer.length)

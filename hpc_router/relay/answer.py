@@ -12,13 +12,11 @@ from dataclasses import dataclass
 from typing import Final
 
 from hpc_router.errors import UpstreamError
-from hpc_router.relay.downstream import DownstreamGoneError, Request, Response
+from hpc_router.relay.downstream import SHORT_BYTES, DownstreamGoneError, Request, Response
 from hpc_router.relay.exchange import UpstreamResponse
 from hpc_router.relay.sse import CONTENT_TYPE, EVENT_ENDS, PING, EventSplitter, EventTooLargeError
 
 _EVENT_CHUNK_ENDS: Final = tuple(end + b"\r\n" for end in EVENT_ENDS)
-_SHORT_BYTES: Final = 2**16
-"""What the server may be left to send at its leisure."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,14 +58,14 @@ class Answer:
                 events.stop_pings()
             return
         whole = upstream.whole
-        if whole is not None and len(whole) <= _SHORT_BYTES:
+        if whole is not None and len(whole) <= SHORT_BYTES:
             self.response = Response(self.status, head, whole)
             return
         body = _Held(self._request, self.status, head, self._limits)
         await upstream.flow(body)
         if self._request.begun:
             return
-        if len(body.held) <= _SHORT_BYTES:
+        if len(body.held) <= SHORT_BYTES:
             self.response = Response(self.status, head, bytes(body.held))
         else:  # the client's place is held until it has taken most of it
             body.length = len(body.held)

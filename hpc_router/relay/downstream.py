@@ -17,6 +17,8 @@ from hpc_router.relay.headers import Headers, lines
 
 KEEP_ALIVE_S: Final = 75.0
 """How long a client may take to send a request's headers, after it has connected or had its last answer."""
+SHORT_BYTES: Final = 2**16
+"""What a server may be left to send at its leisure; a client's place is held until it has taken most of more."""
 JSON: Final = b"content-type: application/json\r\n"
 
 

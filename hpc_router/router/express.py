@@ -6,19 +6,14 @@ Everything else is the dispatcher's: it goes on from where this has come, and no
 """
 
 import time
-from typing import TYPE_CHECKING, Final, cast
+from typing import cast
 
-from hpc_router.relay.downstream import Response, Work
+from hpc_router.relay.downstream import SHORT_BYTES, Response, Work
 from hpc_router.relay.exchange import Exchange, WholeResponse
+from hpc_router.relay.in_flight import InFlight
 from hpc_router.relay.sse import CONTENT_TYPE
 from hpc_router.router.dispatch import JUDGED, Dispatcher, Errand
 from hpc_router.router.replicas import Hold
-
-if TYPE_CHECKING:
-    from hpc_router.relay.in_flight import InFlight
-
-LONGEST_ANSWER: Final = 2**16
-"""Bytes; a client's place is held until it has taken most of a longer one."""
 
 
 class ExpressWork(Work):
@@ -26,7 +21,7 @@ class ExpressWork(Work):
 
     __slots__ = ("_dispatcher", "_errand", "_in_flight")
 
-    def __init__(self, dispatcher: Dispatcher, errand: Errand, in_flight: "InFlight") -> None:
+    def __init__(self, dispatcher: Dispatcher, errand: Errand, in_flight: InFlight) -> None:
         self._dispatcher = dispatcher
         self._errand = errand
         self._in_flight = in_flight
@@ -86,4 +81,4 @@ class ExpressWork(Work):
 
 
 def _is_plain(status: int, content_type: bytes, size: int) -> bool:
-    return status not in JUDGED and content_type != CONTENT_TYPE and size <= LONGEST_ANSWER
+    return status not in JUDGED and content_type != CONTENT_TYPE and size <= SHORT_BYTES
