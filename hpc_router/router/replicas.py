@@ -70,7 +70,11 @@ TRANSITIONS: Final[Mapping[tuple[Standing, Event], Standing]] = {
 
 @dataclass(slots=True, eq=False)
 class Replica:
-    """One endpoint. `key`: the token it is called with; `models`: the names its engine said it answers to."""
+    """One endpoint. `key`: the token it is called with; `models`: the names its engine said it answers to.
+
+    `others`: requests in flight on it through the router's other workers. Whatever weighs or bounds it looks at `load`,
+    the sum of theirs and ours.
+    """
 
     record: Record
     key: str | None
@@ -80,6 +84,7 @@ class Replica:
     failures: int = 0  # in a row
     trouble: str | None = None  # what the last failure was
     holds: "set[Hold]" = field(default_factory=set)
+    others: int = 0
     address: Address = field(init=False)
     capacity: int = field(init=False)
 
@@ -98,11 +103,17 @@ class Replica:
 
     @property
     def in_flight(self) -> int:
+        """Through this process."""
         return len(self.holds)
 
     @property
+    def load(self) -> int:
+        """Through the whole router."""
+        return len(self.holds) + self.others
+
+    @property
     def has_room(self) -> bool:
-        return self.standing is _READY and len(self.holds) < self.capacity
+        return self.standing is _READY and len(self.holds) + self.others < self.capacity
 
     @property
     def name(self) -> str:
@@ -117,7 +128,7 @@ class Replica:
         self.standing = TRANSITIONS[self.standing, event]
 
     def __repr__(self) -> str:
-        return f"<Replica {self.name} {self.standing} {self.in_flight}/{self.capacity}>"
+        return f"<Replica {self.name} {self.standing} {self.load}/{self.capacity}>"
 
 
 @dataclass(slots=True, eq=False)
@@ -160,8 +171,12 @@ class _Waiter:
 
 @dataclass(slots=True)
 class ReplicaTable:
-    """All replicas by name, and the requests that wait for one, per expert in order of arrival."""
+    """All replicas by name, and the requests that wait for one, per expert in order of arrival.
 
+    `others_waiting`: those in the router's other workers, by expert.
+    """
+
+    others_waiting: dict[str, int] = field(default_factory=dict)
     _replicas: dict[str, Replica] = field(default_factory=dict)
     _by_expert: dict[str, list[Replica]] = field(default_factory=dict)
     _waiting: dict[str, dict[_Waiter, None]] = field(default_factory=dict)
@@ -188,6 +203,13 @@ class ReplicaTable:
             self._index()
             self.offer(replica)
 
+    def note_others(self, replica: Replica, others: int) -> None:
+        """What the router's other workers have in flight on it now; a place that they left is given away here."""
+        less = others < replica.others
+        replica.others = others
+        if less:
+            self.offer(replica)
+
     def remove(self, name: str) -> None:
         """Forget it; a request that still holds it is told and releases into nothing."""
         if replica := self._replicas.pop(name, None):
@@ -207,7 +229,7 @@ class ReplicaTable:
         for replica in self._replicas.values():
             if replica.standing is Standing.READY:
                 for expert in replica.record.serves:
-                    load[expert] = load.get(expert, 0) + replica.in_flight
+                    load[expert] = load.get(expert, 0) + replica.load
         return load
 
     def apply(self, replica: Replica, event: Event) -> bool:
@@ -240,7 +262,7 @@ class ReplicaTable:
             best, least = None, _FULL
             for replica in self.of(expert):
                 if replica.has_room and replica not in avoid and (only is None or replica is only):
-                    load = (len(replica.holds), replica.last_used)
+                    load = (len(replica.holds) + replica.others, replica.last_used)
                     if load < least:
                         best, least = replica, load
             if best is not None:
@@ -277,6 +299,10 @@ class ReplicaTable:
             self._forget(waiter)
 
     def waiting(self, expert: str) -> int:
+        """In the whole router."""
+        return len(self._waiting.get(expert, ())) + self.others_waiting.get(expert, 0)
+
+    def waiting_here(self, expert: str) -> int:
         return len(self._waiting.get(expert, ()))
 
     def offer(self, replica: Replica, *, forgiven: bool = False) -> None:

@@ -72,6 +72,29 @@ def test_a_replica_that_left_takes_its_counters_with_it() -> None:
     assert (hold.replica.in_flight, table.experts()) == (0, set())
 
 
+def test_requests_of_other_workers_count_in_balance_and_capacity() -> None:
+    busy, idle = replica("math-0.g1"), replica("math-1.g1")
+    table = table_of(busy, idle)
+    table.note_others(busy, 1)
+    holds = [table.acquire(["math"]) for _ in range(3)]
+    assert [h.replica.name for h in holds if h] == ["math-1.g1", "math-0.g1", "math-1.g1"]
+    assert (busy.load, busy.in_flight, table.ready()) == (2, 1, {"math": 4})
+    assert table.acquire(["math"]) is None, "with what others have both are at their capacity"
+
+
+async def test_a_place_that_another_worker_leaves_goes_to_who_waits() -> None:
+    one = replica("math-0.g1", capacity=1)
+    table = table_of(one)
+    table.note_others(one, 1)
+    waiter = asyncio.create_task(table.wait(["math"]))
+    await asyncio.sleep(0)
+    table.note_others(one, 2)
+    assert table.waiting("math") == 1
+    table.note_others(one, 0)
+    (await waiter).release()
+    assert one.load == 0
+
+
 async def test_a_free_place_goes_to_who_has_waited_longest() -> None:
     """In the same step: a newcomer in the same turn cannot overtake."""
     table = table_of(replica("math-0.g1", capacity=1))
