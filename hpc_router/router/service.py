@@ -119,7 +119,7 @@ async def serving(
     """
     config = deployment.router
     policy = load_policy(run, deployment)
-    table = ReplicaTable()
+    table = ReplicaTable(pin_bound=config.pin_bound)
     clock = asyncio.get_running_loop().time
     keeper = RegistryFile(run, replica, files)
     discovery = Discovery(run, config, table, on_snapshot=keeper.keep, clock=clock, files=files)
