@@ -165,15 +165,17 @@ class Dispatcher:
                 attempts += 1
                 try:
                     return await self._attempt(errand, hold, begun[1] if begun else self.exchange(errand, hold))
-                except _TryElsewhereError:
-                    if not self._may_retry(hold.replica):
+                except _TryElsewhereError as error:
+                    broken = isinstance(error.__cause__, UpstreamError)
+                    if not (attempts == 1 and broken) and not self._may_retry(hold.replica):
                         break
         if errand.refusal is not None:
             return errand.refusal
         raise UnavailableError(f"{attempts} replicas failed one after the other", retry_after_s=RETRY_AFTER_S)
 
     def _may_retry(self, replica: Replica) -> bool:
-        """A replica that was lost by it costs nothing: it will not be met again."""
+        """A replica that was lost by it costs nothing: it will not be met again. Nor does the first connection of a
+        request that breaks, when a replica that dies takes all it had down at once."""
         if replica.standing is not Standing.READY:
             return True
         if self.retries.take(time.monotonic(), requests=self.table.uses):

@@ -1,7 +1,7 @@
 """How many failed attempts may be made up for elsewhere, so that trouble is not multiplied. No I/O, no clock.
 
 A share of the requests within a window, plus a minimum for when there are few. An attempt whose replica was lost by it
-is not counted: that ends by itself, because each replica is lost once.
+need not be counted: that ends by itself, because each replica is lost once.
 """
 
 from dataclasses import dataclass

@@ -125,7 +125,7 @@ async def test_a_lack_of_descriptors_here_is_no_replicas_fault(tmp_path: Path, m
 
 
 async def test_many_requests_survive_the_loss_of_a_replica_at_once(tmp_path: Path) -> None:
-    """However small the budget: each of them failed with a replica that is gone by then."""
+    """However small the budget: its connections break together, before anybody knows that it is gone."""
     run = a_run(tmp_path)
     config: dict[str, Any] = {"retry_share": 0, "retry_least_per_s": 0.01}
     async with (
