@@ -2,24 +2,35 @@
 
 import asyncio
 from types import TracebackType
+from typing import Protocol
+
+
+class Cell(Protocol):
+    """Where others read it."""
+
+    def __setitem__(self, at: int, value: int, /) -> None: ...
 
 
 class InFlight:
     """`with in_flight:` around each request."""
 
-    __slots__ = ("_idle", "count")
+    __slots__ = ("_at", "_cells", "_idle", "count")
 
-    def __init__(self) -> None:
+    def __init__(self, cells: Cell | None = None, at: int = 0) -> None:
         self.count = 0
+        self._cells: Cell = [0] if cells is None else cells
+        self._at = at
         self._idle: asyncio.Event | None = None  # while somebody waits
 
     def __enter__(self) -> None:
         self.count += 1
+        self._cells[self._at] = self.count
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.count -= 1
+        self._cells[self._at] = self.count
         if not self.count and self._idle is not None:
             self._idle.set()
 

@@ -17,7 +17,7 @@ from typing import Any, Final
 
 import aiohttp
 
-from hpc_router import registry, wire
+from hpc_router import wire
 from hpc_router.auth import challenge_answer, new_token, replica_key, same
 from hpc_router.config import RouterConfig
 from hpc_router.errors import ConfigError
@@ -74,6 +74,9 @@ class Discovery:
     _session: aiohttp.ClientSession | None = None
     _secret: str = ""
 
+    seeds: dict[str, Replica] = field(default_factory=dict)
+    """What is known already, from before this process began."""
+
     async def __aenter__(self) -> "Discovery":
         timeout = aiohttp.ClientTimeout(total=self.config.probe_timeout_s)
         self._session = aiohttp.ClientSession(
@@ -83,6 +86,8 @@ class Discovery:
         )
         self.last_read_at = self.clock()
         self._secret = self.run.secret()
+        for known in tuple(self.seeds.values()):
+            self._begin(known.record)
         self._scan = asyncio.create_task(self._scan_forever(), name="registry scan")
         return self
 
@@ -140,7 +145,7 @@ class Discovery:
 
     def _take_one(self, name: str, record: Record) -> None:
         replica, watch = self.table.get(name), self._watches.get(name)
-        if replica is None or watch is None or not _same_endpoint(replica.record, record):
+        if replica is None or watch is None or not replica.is_at(record):
             if watch is not None:
                 watch.task.cancel()
             self._begin(record)
@@ -155,6 +160,9 @@ class Discovery:
     def _begin(self, record: Record) -> None:
         key = None if record.kind is Kind.EXTERNAL else replica_key(self._secret, record.nonce or "")
         replica = Replica(record, key)
+        known = self.seeds.pop(record.replica, None)
+        if known is not None and known.is_at(record):
+            replica = known
         self.table.put(replica)
         look = asyncio.Event()
         task = asyncio.create_task(self._watch_forever(replica, look), name=f"probe {record.replica}")
@@ -246,12 +254,3 @@ class Discovery:
         if self.table.get(replica.name) is replica and self.table.apply(replica, event):
             because = f" ({replica.trouble})" if replica.trouble and replica.standing is Standing.EJECTED else ""
             logger.info("%s is %s%s", replica.name, replica.standing, because)
-
-
-def _same_endpoint(old: Record, new: Record) -> bool:
-    return (old.url, old.nonce, old.generation, old.kind) == (new.url, new.nonce, new.generation, new.kind)
-
-
-def registry_file(records: Mapping[str, Record]) -> dict[str, Any]:
-    """The content of `registry.json`."""
-    return {"schema": registry.SCHEMA, "records": [records[name].to_json() for name in sorted(records)]}

@@ -22,7 +22,6 @@ from hpc_router.relay.dialects import Fault, dialect_of
 from hpc_router.relay.downstream import DownstreamGoneError, Request, Response
 from hpc_router.relay.exchange import Exchange, Upstream, UpstreamResponse, WholeResponse
 from hpc_router.relay.headers import NOT_DOWNSTREAM, NOT_UPSTREAM, crossing
-from hpc_router.router.discovery import Discovery
 from hpc_router.router.metrics import Metrics
 from hpc_router.router.replicas import Event, Hold, Replica, ReplicaLostError, ReplicaTable
 from hpc_router.router.request import ApiCall
@@ -84,6 +83,19 @@ class Leaving(Protocol):
         """Count it no more."""
 
 
+class Witness(Protocol):
+    """Told what a request has seen of a replica."""
+
+    def doubt(self, replica: Replica, trouble: str) -> None:
+        """It could not be reached: out of the pool at once."""
+
+    def heard(self, replica: Replica, event: Event) -> None:
+        """What it said of itself."""
+
+    def look_again(self, replica: Replica) -> None:
+        """Something failed that may be its fault."""
+
+
 class _TryElsewhereError(Exception):
     """This attempt is over, nothing was sent; what is known has been noted."""
 
@@ -91,7 +103,7 @@ class _TryElsewhereError(Exception):
 @dataclass(slots=True)
 class Dispatcher:
     table: ReplicaTable
-    discovery: Discovery
+    witness: Witness
     client: Upstream
     metrics: Metrics
     config: RouterConfig
@@ -190,10 +202,9 @@ class Dispatcher:
         errand.avoid |= {replica}
         self.metrics.failovers.add(replica.name, upstream.status)
         if wire.DRAINING_HEADER.encode() in upstream.headers:
-            self.table.apply(replica, Event.SAYS_DRAINING)
+            self.witness.heard(replica, Event.SAYS_DRAINING)
         elif wire.STARTING_HEADER.encode() in upstream.headers:
-            self.table.apply(replica, Event.SAYS_STARTING)
-            self.discovery.look_again(replica)
+            self.witness.heard(replica, Event.SAYS_STARTING)
         else:
             body = await upstream.read(_MAX_ERROR_BYTES)
             response = Response(upstream.status, self.said(errand, hold, upstream), body)
@@ -205,9 +216,9 @@ class Dispatcher:
         logger.warning("%s: %s failed before its first byte: %s", errand.request_id, replica.name, error)
         self.metrics.failovers.add(replica.name, type(error).__name__)
         if isinstance(error, UpstreamConnectError):
-            self.discovery.doubt(replica, str(error))
+            self.witness.doubt(replica, str(error))
         else:
-            self.discovery.look_again(replica)
+            self.witness.look_again(replica)
             if replica not in errand.disconnected and not isinstance(error, UpstreamTimeoutError):
                 errand.disconnected |= {replica}
                 return
@@ -218,7 +229,7 @@ class Dispatcher:
     ) -> None:
         logger.warning("%s: %s failed in the midst of its answer: %s", errand.request_id, replica.name, error)
         self.metrics.broken.add(expert)
-        self.discovery.look_again(replica)
+        self.witness.look_again(replica)
         message = f"{replica.name} failed before it had finished: {error}"
         try:
             fault = Fault(502, "upstream_error", "replica_failed", message)

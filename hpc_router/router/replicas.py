@@ -8,8 +8,9 @@ same step: newcomers cannot overtake, and no wake-up is lost.
 
 import asyncio
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import partial
 from types import TracebackType
@@ -20,10 +21,13 @@ from hpc_router.registry import Kind, Record
 from hpc_router.relay.exchange import Address, address_of
 from hpc_router.relay.headers import lines
 from hpc_router.relay.patience import Patience
+from hpc_router.router.counters import NOWHERE, Cells
 
 LOST_S: Final = 5.0
 """A replica that has been ejected or has left may be silent for this long before its requests are given up."""
 _FULL: Final = (math.inf, 0)
+OTHERS_LOOK_S: Final = 0.005
+"""A place that another worker gave back is noticed so soon by those who wait for it here."""
 DEFAULT_CAPACITY: Final = 1024
 """For endpoints that do not say how many requests they take at once."""
 
@@ -80,6 +84,8 @@ class Replica:
     failures: int = 0  # in a row
     trouble: str | None = None  # what the last failure was
     holds: "set[Hold]" = field(default_factory=set)
+    others: int = 0  # in flight in the router's other workers, when last looked at
+    column: int = NOWHERE  # where the workers count its requests
     address: Address = field(init=False)
     capacity: int = field(init=False)
 
@@ -91,6 +97,13 @@ class Replica:
         self.record = record
         self.capacity = record.capacity or DEFAULT_CAPACITY
 
+    def is_at(self, record: Record) -> bool:
+        """Whether the record tells of the same server."""
+        own = self.record
+        return (own.url, own.nonce, own.generation, own.kind) == (
+            record.url, record.nonce, record.generation, record.kind,
+        )  # fmt: skip
+
     @property
     def authorization(self) -> bytes:
         """The header line that it wants."""
@@ -98,11 +111,11 @@ class Replica:
 
     @property
     def in_flight(self) -> int:
-        return len(self.holds)
+        return len(self.holds) + self.others
 
     @property
     def has_room(self) -> bool:
-        return self.standing is _READY and len(self.holds) < self.capacity
+        return self.standing is _READY and len(self.holds) + self.others < self.capacity
 
     @property
     def name(self) -> str:
@@ -137,9 +150,11 @@ class Hold:
             self.on_lost()
 
     def release(self) -> None:
-        if self in self.replica.holds:
-            self.replica.holds.remove(self)
-            self._table.offer(self.replica)
+        replica, table = self.replica, self._table
+        if self in replica.holds:
+            replica.holds.remove(self)
+            table.cells[replica.column] = len(replica.holds)
+            table.offer(replica)
 
     def __enter__(self) -> Self:
         return self
@@ -160,12 +175,21 @@ class _Waiter:
 
 @dataclass(slots=True)
 class ReplicaTable:
-    """All replicas by name, and the requests that wait for one, per expert in order of arrival."""
+    """All replicas by name, and the requests that wait for one, per expert in order of arrival.
 
+    What is in flight and what waits is written to this process's `cells`, the others' are read from `peers`; `queues`:
+    the columns of what waits, per expert. `on_change` is told when there is something new to know of a replica.
+    """
+
+    cells: Cells = field(default_factory=lambda: defaultdict(int))
+    peers: Sequence[Cells] = ()
+    queues: Mapping[str, int] = field(default_factory=dict)
+    on_change: Callable[[], None] | None = None
     _replicas: dict[str, Replica] = field(default_factory=dict)
     _by_expert: dict[str, list[Replica]] = field(default_factory=dict)
     _waiting: dict[str, dict[_Waiter, None]] = field(default_factory=dict)
     _uses: int = 0
+    _looking: asyncio.TimerHandle | None = None
 
     def all(self) -> Collection[Replica]:
         return self._replicas.values()
@@ -178,6 +202,7 @@ class ReplicaTable:
         self.remove(replica.name)
         self._replicas[replica.name] = replica
         self._index()
+        self._changed()
         self.offer(replica)
 
     def renew(self, replica: Replica, record: Record) -> None:
@@ -187,6 +212,8 @@ class ReplicaTable:
         if record.serves != before.serves:
             self._index()
             self.offer(replica)
+        if replace(record, beat=before.beat) != before:
+            self._changed()
 
     def remove(self, name: str) -> None:
         """Forget it; a request that still holds it is told and releases into nothing."""
@@ -194,6 +221,7 @@ class ReplicaTable:
             self._index()
             _tell_lost(replica)
             self._disappoint(replica)
+            self._changed()
 
     def of(self, expert: str) -> Collection[Replica]:
         return self._by_expert.get(expert, ())
@@ -201,8 +229,25 @@ class ReplicaTable:
     def experts(self) -> set[str]:
         return {expert for replica in self._replicas.values() for expert in replica.record.serves}
 
+    def look(self, replicas: Iterable[Replica]) -> None:
+        """What the other workers have in flight there now."""
+        for replica in replicas:
+            column, others = replica.column, 0
+            for row in self.peers:
+                others += row[column]
+            replica.others = others
+
+    def move(self, replica: Replica, column: int) -> None:
+        """Count it there."""
+        if column != replica.column:
+            self.cells[replica.column] = 0
+            self.cells[column] = len(replica.holds)
+            replica.column = column
+
     def ready(self) -> dict[str, int]:
         """Experts with a ready replica -> requests in flight on all their replicas."""
+        if self.peers:
+            self.look(self.all())
         load: dict[str, int] = {}
         for replica in self._replicas.values():
             if replica.standing is Standing.READY:
@@ -214,8 +259,17 @@ class ReplicaTable:
         """True when its standing changed. Once it is ready (again), whoever avoided it may have it."""
         before = replica.standing
         replica.apply(event)
+        return self._stands(replica, before)
+
+    def adopt(self, replica: Replica, standing: Standing) -> bool:
+        """What the process that watches it has decided; the same as `apply` else."""
+        before, replica.standing = replica.standing, standing
+        return self._stands(replica, before)
+
+    def _stands(self, replica: Replica, before: Standing) -> bool:
         if replica.standing is before:
             return False
+        self._changed()
         if replica.standing is Standing.READY:
             self.offer(replica, forgiven=True)
             return True
@@ -238,9 +292,12 @@ class ReplicaTable:
         not used for longest). `only`: no other replica than that."""
         for expert in experts:
             best, least = None, _FULL
-            for replica in self.of(expert):
+            replicas = self.of(expert)
+            if self.peers:
+                self.look(replicas)
+            for replica in replicas:
                 if replica.has_room and replica not in avoid and (only is None or replica is only):
-                    load = (len(replica.holds), replica.last_used)
+                    load = (replica.in_flight, replica.last_used)
                     if load < least:
                         best, least = replica, load
             if best is not None:
@@ -253,6 +310,7 @@ class ReplicaTable:
         replica.last_used = self._uses
         hold = Hold(replica, expert, self)
         replica.holds.add(hold)
+        self.cells[replica.column] = len(replica.holds)
         return hold
 
     async def wait(
@@ -266,6 +324,9 @@ class ReplicaTable:
         waiter = _Waiter(experts, set(avoid), only, asyncio.get_running_loop().create_future())
         for expert in experts:
             self._waiting.setdefault(expert, {})[waiter] = None
+            self._count_waiting(expert)
+        if self.peers and self._looking is None:
+            self._looking = asyncio.get_running_loop().call_later(OTHERS_LOOK_S, self._look_for_places)
         try:
             return await waiter.granted
         except asyncio.CancelledError:
@@ -277,12 +338,26 @@ class ReplicaTable:
             self._forget(waiter)
 
     def waiting(self, expert: str) -> int:
-        return len(self._waiting.get(expert, ()))
+        """In all workers."""
+        column = self.queues.get(expert, NOWHERE)
+        others = sum(row[column] for row in self.peers) if column != NOWHERE else 0
+        return len(self._waiting.get(expert, ())) + others
+
+    def count_queues(self, queues: Mapping[str, int]) -> None:
+        """Count what waits in these columns from now on."""
+        for expert, column in self.queues.items():
+            if queues.get(expert) != column:
+                self.cells[column] = 0
+        self.queues = queues
+        for expert in queues:
+            self._count_waiting(expert)
 
     def offer(self, replica: Replica, *, forgiven: bool = False) -> None:
         """Give its free places to those who wait for them."""
         if not self._waiting or self._replicas.get(replica.name) is not replica:
             return
+        if self.peers:
+            self.look((replica,))
         for expert in replica.record.serves:
             for waiter in tuple(self._waiting.get(expert, ())):
                 if not replica.has_room:
@@ -315,6 +390,25 @@ class ReplicaTable:
             queue.pop(waiter, None)
             if not queue:
                 self._waiting.pop(expert, None)
+            self._count_waiting(expert)
+
+    def _count_waiting(self, expert: str) -> None:
+        self.cells[self.queues.get(expert, NOWHERE)] = len(self._waiting.get(expert, ()))
+
+    def _look_for_places(self) -> None:
+        """Nobody says when another worker gives a place back: look for it as long as somebody waits."""
+        self._looking = None
+        if self._waiting:
+            replicas = {replica for expert in self._waiting for replica in self.of(expert)}
+            self.look(replicas)
+            for replica in replicas:
+                self.offer(replica)
+        if self._waiting:
+            self._looking = asyncio.get_running_loop().call_later(OTHERS_LOOK_S, self._look_for_places)
+
+    def _changed(self) -> None:
+        if self.on_change is not None:
+            self.on_change()
 
 
 def _tell_lost(replica: Replica) -> None:
