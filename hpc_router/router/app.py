@@ -36,7 +36,6 @@ from hpc_router.relay.dialects import dialect_of
 from hpc_router.relay.downstream import DownstreamGoneError, Request, Response, Work, error_response, json_response
 from hpc_router.relay.headers import Headers
 from hpc_router.relay.in_flight import InFlight
-from hpc_router.router.counters import IN_FLIGHT
 from hpc_router.router.dispatch import RETRY_AFTER_S, Dispatcher, Errand
 from hpc_router.router.express import ExpressWork
 from hpc_router.router.link import ControlLink
@@ -199,9 +198,9 @@ class Gateway:
         return json_response(explanation.to_dict(id=request_id))
 
     async def _generate(self, request: Request, request_id: str) -> Response | None:
-        if self._is_full():
+        if self.in_flight.count + self.in_flight.others >= self.deployment.router.max_in_flight:
             raise OverloadedError(
-                f"{self.deployment.router.max_in_flight} requests are in flight, as many as router.max_in_flight admits",
+                f"{self.deployment.router.max_in_flight} requests are in flight, as many as are admitted",
                 retry_after_s=RETRY_AFTER_S,
             )
         with self.in_flight:
@@ -235,7 +234,7 @@ class Gateway:
             or request.method != "POST"
             or request.path not in _EXPRESS_PATHS
             or self.draining
-            or self._is_full()
+            or self.in_flight.count + self.in_flight.others >= self.deployment.router.max_in_flight
         ):
             return None
         try:
@@ -248,13 +247,6 @@ class Gateway:
             return None
         request.begun_work = errand
         return work if begun else None
-
-    def _is_full(self) -> bool:
-        """In all workers together."""
-        count = self.in_flight.count
-        for row in self.table.peers:
-            count += row[IN_FLIGHT]
-        return count >= self.deployment.router.max_in_flight
 
     async def _read(self, request: Request) -> ApiCall:
         body = await request.read(limit_s=self.deployment.router.idle_timeout_s)

@@ -146,9 +146,9 @@ class Control:
         )
 
     def _worker_status(self, member: Member) -> dict[str, Any]:
-        seen = {"worker": member.worker, "pid": member.pid, "serving": member.serving.is_set()}
+        seen: dict[str, Any] = {"worker": member.worker, "pid": member.pid, "serving": member.serving.is_set()}
         seen["in_flight"] = self.counters.row(member.worker)[IN_FLIGHT]
-        return seen | self.processes.get(worker_name(member.worker), {})
+        return seen | dict(self.processes.get(worker_name(member.worker), {}))
 
     async def metrics(self) -> str:
         """Of all workers, those included that have ended."""

@@ -8,7 +8,9 @@ control process says; it hands one out again only after all others, and only whe
 
 import mmap
 from collections.abc import Collection, Sequence
-from typing import Final, Protocol
+from typing import Final
+
+from hpc_router.relay.in_flight import Cells
 
 COLUMNS: Final = 2**15
 NOWHERE: Final = 0
@@ -17,13 +19,6 @@ IN_FLIGHT: Final = 1
 """Requests that a worker serves."""
 _FIRST: Final = 2
 _CELL: Final = 8
-
-
-class Cells(Protocol):
-    """A worker's row."""
-
-    def __getitem__(self, column: int, /) -> int: ...
-    def __setitem__(self, column: int, value: int, /) -> None: ...
 
 
 class Counters:

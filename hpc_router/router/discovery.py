@@ -173,8 +173,7 @@ class Discovery:
         self.table.remove(name)
         watch = self._watches.pop(name)
         watch.task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await watch.task
+        await asyncio.gather(watch.task, return_exceptions=True)  # our own cancellation comes through
 
     async def _watch_forever(self, replica: Replica, look: asyncio.Event) -> None:
         while True:

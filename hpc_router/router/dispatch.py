@@ -22,10 +22,12 @@ from hpc_router.relay.dialects import Fault, dialect_of
 from hpc_router.relay.downstream import DownstreamGoneError, Request, Response
 from hpc_router.relay.exchange import Exchange, Upstream, UpstreamResponse, WholeResponse
 from hpc_router.relay.headers import NOT_DOWNSTREAM, NOT_UPSTREAM, crossing
+from hpc_router.router.balance import KEY_CHARS, slot_of
 from hpc_router.router.metrics import Metrics
 from hpc_router.router.replicas import Event, Hold, Replica, ReplicaLostError, ReplicaTable
 from hpc_router.router.request import ApiCall
 from hpc_router.router.sessions import not_found
+from hpc_router.routing.conversation import opening
 from hpc_router.routing.policy import Reason
 
 logger = logging.getLogger(__name__)
@@ -34,6 +36,7 @@ MAX_ATTEMPTS: Final = 6
 RETRY_AFTER_S: Final = 2.0
 _TRY_ELSEWHERE: Final = frozenset({429, 500, 502, 503, 504})
 JUDGED: Final = _TRY_ELSEWHERE | {401}
+_SESSION: Final = wire.SESSION_HEADER.encode()
 _MAX_ERROR_BYTES: Final = 2**20
 _OWN_UPSTREAM: Final = NOT_UPSTREAM | {wire.REQUEST_ID_HEADER.encode()}
 _OWN_DOWNSTREAM: Final = NOT_DOWNSTREAM | {b"x-request-id", b"x-expert", b"x-replica", b"x-route-reason"}
@@ -66,6 +69,14 @@ class Errand:
 
     def reason_at(self, expert: str) -> Reason:
         return self.reason if expert == self.experts[0] else Reason.UNAVAILABLE
+
+    def slot(self) -> int | None:
+        """Where its conversation belongs (see `balance`): by its session, else by what its user said first."""
+        session = self.request.headers.get(_SESSION)
+        if session is not None:
+            return slot_of(session)
+        text = opening(self.call.fields)
+        return None if text is None else slot_of(text[:KEY_CHARS].encode("utf-8", "backslashreplace"))
 
 
 @dataclass(slots=True)
@@ -131,7 +142,7 @@ class Dispatcher:
             if begun is not None:
                 hold: Hold | None = begun[0]
             else:
-                hold = self.table.acquire(errand.experts, avoid=errand.avoid, only=errand.only)
+                hold = self.table.acquire(errand.experts, avoid=errand.avoid, only=errand.only, slot=errand.slot)
             if hold is None and errand.refusal is not None:
                 return errand.refusal
             if hold is None:

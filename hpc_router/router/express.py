@@ -29,7 +29,7 @@ class ExpressWork(Work):
     def begin(self) -> bool:
         """False: it is the handler's, and not counted. So it is when something is raised."""
         dispatcher, errand = self._dispatcher, self._errand
-        picked = dispatcher.table.pick(errand.experts)
+        picked = dispatcher.table.pick(errand.experts, slot=errand.slot)
         if picked is not None and dispatcher.client.starts(picked[0].address):
             hold = dispatcher.table.hold(*picked)
             try:

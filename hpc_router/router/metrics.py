@@ -141,7 +141,7 @@ def gauges(table: ReplicaTable, *, in_flight: int, registry_age_s: float, worker
     )
     table.look(table.all())
     for replica in table.all():
-        load.add_metric((replica.name,), replica.in_flight)
+        load.add_metric((replica.name,), replica.load)
     for expert in sorted(table.experts()):
         waiting.add_metric((expert,), table.waiting(expert))
         for kind in Standing:

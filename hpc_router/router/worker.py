@@ -37,9 +37,9 @@ class Identity:
 
 
 @asynccontextmanager
-async def linked(counters: Counters, worker: int) -> AsyncIterator[ControlLink]:
+async def linked(counters: Counters, worker: int, *, pin_bound: float | None = None) -> AsyncIterator[ControlLink]:
     """What a worker knows of the replicas, once it is attached to a control process."""
-    table = ReplicaTable(cells=counters.row(worker), peers=counters.others(worker))
+    table = ReplicaTable(pin_bound, cells=counters.row(worker), peers=counters.others(worker))
     link = ControlLink(table, Sessions(), Metrics())
     try:
         yield link
@@ -68,7 +68,7 @@ async def working(
         gateway = Gateway(
             deployment, link.table, policy, dispatcher, link.metrics, link,
             token=identity.token, replica=identity.replica, key=identity.key, started_at=identity.started_at,
-            in_flight=InFlight(link.table.cells, IN_FLIGHT),
+            in_flight=InFlight(link.table.cells, link.table.peers, IN_FLIGHT),
         )  # fmt: skip
         max_body = int(config.max_body_mb * 2**20)
         async with listen(gateway.handle, sock, max_body=max_body, express=gateway.express) as listener:
