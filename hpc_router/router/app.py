@@ -180,7 +180,7 @@ class Gateway:
         return json_response(await self.link.ask("status"))
 
     async def _metrics(self, request: Request, request_id: str) -> Response:
-        return Response(200, _METRICS_HEAD, (await self.link.ask("exposition")).encode())
+        return Response(200, _METRICS_HEAD, (await self.link.ask("metrics of all")).encode())
 
     async def _models(self, request: Request, request_id: str) -> Response:
         return json_response({"object": "list", "data": [self._model_card(name) for name in self._model_names()]})

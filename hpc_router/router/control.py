@@ -82,6 +82,7 @@ class Control:
     _view: View | None = None
     _number: int = 0
     _due: asyncio.Handle | None = None
+    _informed: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
         self.table = ReplicaTable(peers=self.counters.all(), on_change=self._changed)
@@ -128,7 +129,8 @@ class Control:
         for member in self.members:
             member.tell("release")
 
-    def status(self) -> dict[str, Any]:
+    async def status(self) -> dict[str, Any]:
+        await self._informed.wait()
         policy = self.deployment.policy
         self.table.look(self.table.all())
         return status(
@@ -152,6 +154,7 @@ class Control:
 
     async def metrics(self) -> str:
         """Of all workers, those included that have ended."""
+        await self._informed.wait()
         await asyncio.gather(*map(self._count, self.members))
         counted = Metrics()
         for member in self.members:
@@ -167,6 +170,7 @@ class Control:
     async def recall(self, session: str) -> list[Any] | None:
         """Where the session's last turn was answered. What a worker told before it answered its client is there by
         then, however busy we are: each is asked, and has nothing to say but what it told before."""
+        await self._informed.wait()
         await asyncio.gather(*(self._ask(member, "sync") for member in self.members))
         turn = self.sessions.find(session)
         return None if turn is None else turn.to_json()
@@ -191,7 +195,7 @@ class Control:
                 return self.recall(value)
             case "status":
                 return self.status()
-            case "exposition":
+            case "metrics of all":
                 return self.metrics()
             case _:
                 raise ValueError(f"the control process knows no {kind!r}")
@@ -260,6 +264,7 @@ class Control:
         view = self._told()
         changed = view != self._view
         self._view = view
+        self._informed.set()
         for member in self.members:
             if changed or member.stale:
                 self._send(member)

@@ -68,7 +68,7 @@ class Discovery:
     on_snapshot: Callable[[Mapping[str, Record]], None]
     clock: Callable[[], float]
     files: FileThread
-    last_read_at: float = 0.0
+    last_read_at: float = field(init=False)
     _watches: dict[str, _Watch] = field(default_factory=dict)
     _scan: asyncio.Task[None] | None = None
     _session: aiohttp.ClientSession | None = None
@@ -77,6 +77,9 @@ class Discovery:
     seeds: dict[str, Replica] = field(default_factory=dict)
     """What is known already, from before this process began."""
 
+    def __post_init__(self) -> None:
+        self.last_read_at = self.clock()
+
     async def __aenter__(self) -> "Discovery":
         timeout = aiohttp.ClientTimeout(total=self.config.probe_timeout_s)
         self._session = aiohttp.ClientSession(
@@ -84,7 +87,6 @@ class Discovery:
             cookie_jar=aiohttp.DummyCookieJar(),
             connector=aiohttp.TCPConnector(limit=0, force_close=True),
         )
-        self.last_read_at = self.clock()
         self._secret = self.run.secret()
         for known in tuple(self.seeds.values()):
             self._begin(known.record)
