@@ -22,6 +22,7 @@ from hpc_router.registry import Record
 from hpc_router.router.channel import Channel, ChannelClosedError, open_channel
 from hpc_router.router.counters import IN_FLIGHT, NOWHERE, Counters
 from hpc_router.router.discovery import Discovery
+from hpc_router.router.ejection import Incident
 from hpc_router.router.metrics import Metrics, gauges
 from hpc_router.router.registry_file import RegistryFile
 from hpc_router.router.replicas import Event, Replica, ReplicaTable, Standing
@@ -89,7 +90,7 @@ class Control:
         self.keeper = RegistryFile(self.run, self.replica, self.files)
         self.discovery = Discovery(
             self.run, self.deployment.router, self.table, on_snapshot=self._looked, files=self.files,
-            clock=asyncio.get_running_loop().time, seeds=self._seeds,
+            clock=asyncio.get_running_loop().time, seeds=self._seeds, on_well=self._well,
         )  # fmt: skip
         self.members = [Member(worker) for worker in range(self.counters.workers)]
 
@@ -236,18 +237,30 @@ class Control:
             self._owners = {s: self._owners[s] for s, _ in self.sessions if s in self._owners}
 
     def _hear(
-        self, member: Member, said: int, name: str, nonce: str | None, event: str | None, trouble: str | None
+        self, member: Member, said: int, name: str, nonce: str | None, seen: str | None, trouble: str | None
     ) -> None:
         member.said, member.stale = said, True
         replica = self.table.get(name)
         if replica is not None and replica.record.nonce == nonce:
-            if event == Event.FAILED:
-                self.discovery.doubt(replica, trouble or "it failed")
-            elif event is not None:
-                self.table.apply(replica, Event(event))
-            self.discovery.look_again(replica)
-        if event is not None:
+            match seen:
+                case Incident.NO_CONNECTION:
+                    self.discovery.doubt(replica, trouble or "")
+                case Incident.ERROR:
+                    self.discovery.erred(replica, trouble or "")
+                case Incident.ANSWERED:
+                    self.discovery.answered(replica)
+                case None:
+                    self.discovery.look_again(replica)
+                case event:
+                    self.discovery.heard(replica, Event(event))
+        if seen is not None:
             self._changed()
+
+    def _well(self, replica: Replica) -> None:
+        """Whoever waits and had avoided it may have it."""
+        if any(self.table.waiting(expert) for expert in replica.record.serves):
+            for member in self.members:
+                member.tell("well", replica.name)
 
     def _looked(self, snapshot: Mapping[str, Record]) -> None:
         self.keeper.keep(snapshot)

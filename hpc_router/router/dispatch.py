@@ -2,10 +2,12 @@
 
 select an expert -> acquire a replica -> relay; until the first body byte any failure goes elsewhere. `auto` may go to
 another replica, the runner-up, the fallback; a named expert only to its own replicas, for which it waits up to
-`router.queue_timeout_s`. A 429 says nothing about a replica's health; a refused connection ejects it at once.
+`router.queue_timeout_s`. What was met at a replica is told to its `Witness`, who judges its health: a 429 says nothing
+about that. Retries have a budget.
 """
 
 import asyncio
+import errno
 import logging
 import time
 from collections.abc import Callable
@@ -15,7 +17,7 @@ from typing import Final, Protocol
 
 from hpc_router import wire
 from hpc_router.config import RouterConfig
-from hpc_router.errors import UnavailableError, UpstreamConnectError, UpstreamError, UpstreamTimeoutError
+from hpc_router.errors import UnavailableError, UpstreamConnectError, UpstreamError
 from hpc_router.registry import Kind
 from hpc_router.relay.answer import Answer, Answering
 from hpc_router.relay.dialects import Fault, dialect_of
@@ -24,8 +26,9 @@ from hpc_router.relay.exchange import Exchange, Upstream, UpstreamResponse, Whol
 from hpc_router.relay.headers import NOT_DOWNSTREAM, NOT_UPSTREAM, crossing
 from hpc_router.router.balance import KEY_CHARS, slot_of
 from hpc_router.router.metrics import Metrics
-from hpc_router.router.replicas import Event, Hold, Replica, ReplicaLostError, ReplicaTable
+from hpc_router.router.replicas import Event, Hold, Replica, ReplicaLostError, ReplicaTable, Standing
 from hpc_router.router.request import ApiCall
+from hpc_router.router.retries import RetryBudget
 from hpc_router.router.sessions import not_found
 from hpc_router.routing.conversation import opening
 from hpc_router.routing.policy import Reason
@@ -34,6 +37,9 @@ logger = logging.getLogger(__name__)
 
 MAX_ATTEMPTS: Final = 6
 RETRY_AFTER_S: Final = 2.0
+_BUSY: Final = 429
+_OUR_OWN: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.EADDRNOTAVAIL, errno.ENOBUFS, errno.ENOMEM})
+"""Why no connection is made here, whoever is asked."""
 _TRY_ELSEWHERE: Final = frozenset({429, 500, 502, 503, 504})
 JUDGED: Final = _TRY_ELSEWHERE | {401}
 _SESSION: Final = wire.SESSION_HEADER.encode()
@@ -58,7 +64,6 @@ class Errand:
     started: float = field(default_factory=time.perf_counter)
     phase: str = "queued"
     avoid: frozenset[Replica] = frozenset()
-    disconnected: frozenset[Replica] = frozenset()
     refusal: "Answered | None" = None
     """The last error that a replica itself answered with; the client gets it when nobody does better."""
     only: Replica | None = None
@@ -98,7 +103,13 @@ class Witness(Protocol):
     """Told what a request has seen of a replica."""
 
     def doubt(self, replica: Replica, trouble: str) -> None:
-        """It could not be reached: out of the pool at once."""
+        """It could not be reached: out of the pool."""
+
+    def erred(self, replica: Replica, trouble: str) -> None:
+        """It answered with an error, or not at all."""
+
+    def answered(self, replica: Replica) -> None:
+        """Well, after it had erred."""
 
     def heard(self, replica: Replica, event: Event) -> None:
         """What it said of itself."""
@@ -119,9 +130,11 @@ class Dispatcher:
     metrics: Metrics
     config: RouterConfig
     answering: Answering = field(init=False)
+    retries: RetryBudget = field(init=False)
 
     def __post_init__(self) -> None:
         config = self.config
+        self.retries = RetryBudget(share=config.retry_share, least_per_s=config.retry_least_per_s)
         self.answering = Answering(
             hold_bytes=int(config.hold_mb * 2**20), write_s=config.idle_timeout_s, ping_s=config.ping_s
         )
@@ -152,11 +165,23 @@ class Dispatcher:
                 attempts += 1
                 try:
                     return await self._attempt(errand, hold, begun[1] if begun else self.exchange(errand, hold))
-                except _TryElsewhereError:
-                    continue
+                except _TryElsewhereError as error:
+                    broken = isinstance(error.__cause__, UpstreamError)
+                    if not (attempts == 1 and broken) and not self._may_retry(hold.replica):
+                        break
         if errand.refusal is not None:
             return errand.refusal
         raise UnavailableError(f"{attempts} replicas failed one after the other", retry_after_s=RETRY_AFTER_S)
+
+    def _may_retry(self, replica: Replica) -> bool:
+        """A replica that was lost by it costs nothing: it will not be met again. Nor does the first connection of a
+        request that breaks, when a replica that dies takes all it had down at once."""
+        if replica.standing is not Standing.READY:
+            return True
+        if self.retries.take(time.monotonic(), requests=self.table.uses):
+            return True
+        self.metrics.retries_refused.add()
+        return False
 
     async def _wait(self, errand: Errand, deadline: float) -> Hold:
         try:
@@ -189,6 +214,8 @@ class Dispatcher:
             async with exchange as upstream:
                 if upstream.status in JUDGED:
                     await self._judge(errand, hold, upstream)
+                elif replica.suspect:
+                    self.witness.answered(replica)
                 if errand.on_answer is not None and 200 <= upstream.status < 300:
                     errand.on_answer(replica, expert, reason)
                 self.metrics.first_byte.add(time.perf_counter() - errand.started, expert)
@@ -217,23 +244,24 @@ class Dispatcher:
         elif wire.STARTING_HEADER.encode() in upstream.headers:
             self.witness.heard(replica, Event.SAYS_STARTING)
         else:
+            if upstream.status != _BUSY:
+                self.witness.erred(replica, f"answered {upstream.status}")
             body = await upstream.read(_MAX_ERROR_BYTES)
             response = Response(upstream.status, self.said(errand, hold, upstream), body)
             errand.refusal = Answered(upstream.status, hold.expert, errand.reason_at(hold.expert), response)
         raise _TryElsewhereError
 
     def _note_failure(self, errand: Errand, replica: Replica, error: UpstreamError) -> None:
-        """A refused connection ejects; a connection that broke may have been a stale one and is tried once more."""
         logger.warning("%s: %s failed before its first byte: %s", errand.request_id, replica.name, error)
         self.metrics.failovers.add(replica.name, type(error).__name__)
+        errand.avoid |= {replica}
+        cause = error.__cause__
+        if isinstance(cause, OSError) and cause.errno in _OUR_OWN:
+            return
         if isinstance(error, UpstreamConnectError):
             self.witness.doubt(replica, str(error))
         else:
-            self.witness.look_again(replica)
-            if replica not in errand.disconnected and not isinstance(error, UpstreamTimeoutError):
-                errand.disconnected |= {replica}
-                return
-        errand.avoid |= {replica}
+            self.witness.erred(replica, str(error))
 
     async def _break_off(
         self, errand: Errand, expert: str, replica: Replica, answer: Answer, error: UpstreamError

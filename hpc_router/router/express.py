@@ -75,6 +75,8 @@ class ExpressWork(Work):
 
     def _answered(self, hold: Hold, upstream: WholeResponse) -> Response:
         errand, expert, metrics = self._errand, hold.expert, self._dispatcher.metrics
+        if hold.replica.suspect:
+            self._dispatcher.witness.answered(hold.replica)
         metrics.first_byte.add(time.perf_counter() - errand.started, expert)
         metrics.requests.add(expert, str(errand.reason_at(expert)), upstream.status)
         return Response(upstream.status, self._dispatcher.said(errand, hold, upstream), upstream.body)

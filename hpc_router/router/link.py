@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from hpc_router.router.channel import Channel, ChannelClosedError, open_channel
+from hpc_router.router.ejection import Incident
 from hpc_router.router.metrics import Metrics
-from hpc_router.router.replicas import Event, Replica, ReplicaTable
+from hpc_router.router.replicas import Event, Replica, ReplicaTable, Standing
 from hpc_router.router.sessions import Sessions, Turn
 from hpc_router.router.view import take_over, view_of
 
@@ -25,11 +26,13 @@ _REPORT_S: Final = 1.0
 
 @dataclass(slots=True)
 class ControlLink:
-    """`informed` is set once there is a view; `released` once nobody is sent here any more."""
+    """`ejects_at_once`: a connection that could not be made is enough. `informed` is set once there is a view,
+    `released` once nobody is sent here any more."""
 
     table: ReplicaTable
     sessions: Sessions
     metrics: Metrics
+    ejects_at_once: bool = True
     informed: asyncio.Event = field(default_factory=asyncio.Event)
     released: asyncio.Event = field(default_factory=asyncio.Event)
     serving: bool = False
@@ -100,24 +103,35 @@ class ControlLink:
             self.sessions.learn(session, Turn.from_json(turn))
 
     def doubt(self, replica: Replica, trouble: str) -> None:
-        """A request could not reach it: out of the pool at once."""
         replica.trouble = trouble
-        self.heard(replica, Event.FAILED)
+        if self.ejects_at_once:
+            self._apply(replica, Event.FAILED)
+        self._report(replica, Incident.NO_CONNECTION)
+
+    def erred(self, replica: Replica, trouble: str) -> None:
+        replica.suspect, replica.trouble = True, trouble
+        self._report(replica, Incident.ERROR)
+
+    def answered(self, replica: Replica) -> None:
+        replica.suspect = False
+        self._report(replica, Incident.ANSWERED)
 
     def heard(self, replica: Replica, event: Event) -> None:
-        """What it said of itself, or its failure."""
-        if self.table.get(replica.name) is replica:
-            self.table.apply(replica, event)
-            self._report(replica, event)
+        self._apply(replica, event)
+        self._report(replica, event)
 
     def look_again(self, replica: Replica) -> None:
         self._report(replica, None)
 
-    def _report(self, replica: Replica, event: Event | None) -> None:
+    def _apply(self, replica: Replica, event: Event) -> None:
+        if self.table.get(replica.name) is replica:
+            self.table.apply(replica, event)
+
+    def _report(self, replica: Replica, seen: Event | Incident | None) -> None:
         self._said += 1
-        if event is not None:
+        if seen is not None:
             self._unheard[replica] = self._said
-        told = [self._said, replica.name, replica.record.nonce, event and event.value, replica.trouble]
+        told = [self._said, replica.name, replica.record.nonce, seen and seen.value, replica.trouble]
         self._tell("saw", told)
 
     def _take(self, kind: str, value: Any) -> Awaitable[Any] | Any:
@@ -130,6 +144,10 @@ class ControlLink:
                     self.sessions.learn(session, Turn.from_json(turn))
             case "metrics":
                 return self.metrics.dump()
+            case "well":
+                replica = self.table.get(value)
+                if replica is not None and replica.standing is Standing.READY:
+                    self.table.offer(replica, forgiven=True)
             case "sync":
                 return None
             case "release":

@@ -89,6 +89,7 @@ class Metrics:
     def __init__(self) -> None:
         self.requests = Tally("hpc_router_requests", "Requests answered.", ("expert", "reason", "status"))
         self.failovers = Tally("hpc_router_failovers", "Attempts that failed and went elsewhere.", ("replica", "cause"))
+        self.retries_refused = Tally("hpc_router_retries_refused", "Attempts that the budget had no retry for.", ())
         self.broken = Tally("hpc_router_broken_responses", "Responses that failed after their first byte.", ("expert",))
         self.cancelled = Tally("hpc_router_cancelled_requests", "Requests whose client left.", ("phase",))
         self.first_byte = Spread(

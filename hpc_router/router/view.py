@@ -4,11 +4,13 @@ A worker's table is made as the view says. Where the worker has seen something i
 its own finding stands.
 """
 
+import time
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import astuple, replace
 from typing import Any
 
 from hpc_router.registry import Record
+from hpc_router.router.ejection import Health
 from hpc_router.router.replicas import Replica, ReplicaTable, Standing
 
 View = Sequence[Mapping[str, Any]]
@@ -29,12 +31,12 @@ def take_over(table: ReplicaTable, view: View, *, known_better: Collection[str] 
             replica = Replica(record, told["key"])
             _update(table, replica, told)
             table.put(replica)
-            table.adopt(replica, Standing(told["standing"]))
+            table.adopt(replica, Standing(told["standing"]), lost=told["lost"])
             continue
         _update(table, replica, told)
         table.renew(replica, record)
         if record.replica not in known_better:
-            table.adopt(replica, Standing(told["standing"]))
+            table.adopt(replica, Standing(told["standing"]), lost=told["lost"])
     for name in gone:
         table.remove(name)
 
@@ -46,10 +48,14 @@ def _told(replica: Replica) -> dict[str, Any]:
         "standing": replica.standing.value,
         "models": list(replica.models),
         "trouble": replica.trouble,
+        "suspect": replica.suspect,
+        "lost": replica.standing is Standing.EJECTED and replica.health.counts(time.monotonic()),
+        "health": astuple(replica.health),
         "column": replica.column,
     }
 
 
 def _update(table: ReplicaTable, replica: Replica, told: Mapping[str, Any]) -> None:
     replica.key, replica.models, replica.trouble = told["key"], tuple(told["models"]), told["trouble"]
+    replica.suspect, replica.health = told["suspect"], Health(*told["health"])
     table.move(replica, told["column"])

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 
-from hpc_router.config import Deployment
+from hpc_router.config import Deployment, RouterConfig
 from hpc_router.relay.exchange import Limits, Upstream
 from hpc_router.relay.in_flight import InFlight
 from hpc_router.relay.server import listening
@@ -37,10 +37,10 @@ class Identity:
 
 
 @asynccontextmanager
-async def linked(counters: Counters, worker: int, *, pin_bound: float | None = None) -> AsyncIterator[ControlLink]:
+async def linked(config: RouterConfig, counters: Counters, worker: int) -> AsyncIterator[ControlLink]:
     """What a worker knows of the replicas, once it is attached to a control process."""
-    table = ReplicaTable(pin_bound, cells=counters.row(worker), peers=counters.others(worker))
-    link = ControlLink(table, Sessions(), Metrics())
+    table = ReplicaTable(config.pin_bound, cells=counters.row(worker), peers=counters.others(worker))
+    link = ControlLink(table, Sessions(), Metrics(), ejects_at_once=config.eject_connect_errors == 1)
     try:
         yield link
     finally:
