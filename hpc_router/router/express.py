@@ -65,6 +65,8 @@ class ExpressWork(Work):
             errand.work = self
             errand.request.resume()
             return
+        if self._in_flight.closing:
+            errand.request.keep_alive = False
         errand.request.begun_work = None  # or the two would wait for the garbage collector
         try:
             response = self._answered(hold, upstream)
