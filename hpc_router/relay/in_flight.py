@@ -19,6 +19,9 @@ class InFlight:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self.leave()
+
+    def leave(self) -> None:
         self.count -= 1
         if not self.count and self._idle is not None:
             self._idle.set()
