@@ -64,6 +64,10 @@ def check_router(router: RouterConfig) -> None:
     for item in fields(router):
         if item.name.endswith(("_s", "_mb")) or item.name == "max_in_flight":
             _positive(f"router.{item.name}", getattr(router, item.name))
+    if router.pin_bound is not None and not router.pin_bound >= 1:
+        key = "router.pin_bound"
+        valid = "1 or more, times the average load of an expert's replicas; null pins nothing"
+        raise ConfigError(f"{key}={router.pin_bound:g}: out of range (valid: {valid})", key=key)
 
 
 def check_fallback(fallback: str | None, experts: Iterable[str]) -> None:

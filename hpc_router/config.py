@@ -188,6 +188,9 @@ class RouterConfig:
     max_body_mb: float = 32.0
     hold_mb: float = 8.0  # a non-streaming answer up to this size is held until complete, so it can fail over
     max_in_flight: int = 4096
+    pin_bound: float | None = (
+        1.25  # a conversation stays on its replica below so many times the average load; null: never
+    )
     queue_timeout_s: float = 30.0  # wait for a replica of the expert
     connect_timeout_s: float = 5.0
     first_byte_timeout_s: float = 600.0

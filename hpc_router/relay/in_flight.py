@@ -5,12 +5,13 @@ from types import TracebackType
 
 
 class InFlight:
-    """`with in_flight:` around each request."""
+    """`with in_flight:` around each request. `others`: how many the other processes of the same service serve."""
 
-    __slots__ = ("_idle", "count")
+    __slots__ = ("_idle", "count", "others")
 
     def __init__(self) -> None:
         self.count = 0
+        self.others = 0
         self._idle: asyncio.Event | None = None  # while somebody waits
 
     def __enter__(self) -> None:

@@ -186,7 +186,7 @@ class Gateway:
                 policy={"kind": policy.kind, "fallback": policy.fallback, "artefact": self.policy.version},
                 replica=self.replica,
                 uptime_s=round(time.time() - self.started_at, 3),
-                in_flight=self.in_flight.count,
+                in_flight=self.in_flight.count + self.in_flight.others,
                 open=self.token is None,
             )
         )
@@ -210,9 +210,10 @@ class Gateway:
         return json_response(explanation.to_dict(id=request_id))
 
     async def _generate(self, request: Request, request_id: str) -> Response | None:
-        if self.in_flight.count >= self.deployment.router.max_in_flight:
+        in_flight = self.in_flight.count + self.in_flight.others
+        if in_flight >= self.deployment.router.max_in_flight:
             raise OverloadedError(
-                f"{self.in_flight.count} requests are in flight, as many as router.max_in_flight admits",
+                f"{in_flight} requests are in flight, as many as router.max_in_flight admits",
                 retry_after_s=RETRY_AFTER_S,
             )
         with self.in_flight:
@@ -242,7 +243,7 @@ class Gateway:
             or request.method != "POST"
             or request.path not in _EXPRESS_PATHS
             or self.draining
-            or self.in_flight.count >= self.deployment.router.max_in_flight
+            or self.in_flight.count + self.in_flight.others >= self.deployment.router.max_in_flight
         ):
             return None
         try:

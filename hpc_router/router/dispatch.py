@@ -23,11 +23,13 @@ from hpc_router.relay.dialects import Fault, dialect_of
 from hpc_router.relay.downstream import DownstreamGoneError, Request, Response
 from hpc_router.relay.exchange import Asker, Started, Upstream, UpstreamResponse
 from hpc_router.relay.headers import NOT_DOWNSTREAM, NOT_UPSTREAM, Headers, crossing
+from hpc_router.router.balance import KEY_CHARS, slot_of
 from hpc_router.router.discovery import Discovery
 from hpc_router.router.metrics import Metrics
 from hpc_router.router.replicas import Event, Hold, Replica, ReplicaLostError, ReplicaTable
 from hpc_router.router.request import ApiCall
 from hpc_router.router.sessions import not_found
+from hpc_router.routing.conversation import opening
 from hpc_router.routing.policy import Reason
 
 logger = logging.getLogger(__name__)
@@ -36,6 +38,7 @@ MAX_ATTEMPTS: Final = 6
 RETRY_AFTER_S: Final = 2.0
 _TRY_ELSEWHERE: Final = frozenset({429, 500, 502, 503, 504})
 JUDGED: Final = _TRY_ELSEWHERE | {401}
+_SESSION: Final = wire.SESSION_HEADER.encode()
 _MAX_ERROR_BYTES: Final = 2**20
 _OWN_UPSTREAM: Final = NOT_UPSTREAM | {wire.REQUEST_ID_HEADER.encode()}
 _OWN_DOWNSTREAM: Final = NOT_DOWNSTREAM | {b"x-request-id", b"x-expert", b"x-replica", b"x-route-reason"}
@@ -69,6 +72,14 @@ class Errand:
 
     def reason_at(self, expert: str) -> Reason:
         return self.reason if expert == self.experts[0] else Reason.UNAVAILABLE
+
+    def slot(self) -> int | None:
+        """Where its conversation belongs (see `balance`): by its session, else by what its user said first."""
+        session = self.request.headers.get(_SESSION)
+        if session is not None:
+            return slot_of(session)
+        text = opening(self.call.fields)
+        return None if text is None else slot_of(text[:KEY_CHARS].encode("utf-8", "backslashreplace"))
 
 
 @dataclass(slots=True)
@@ -121,7 +132,7 @@ class Dispatcher:
             if begun is not None:
                 hold: Hold | None = begun[0]
             else:
-                hold = self.table.acquire(errand.experts, avoid=errand.avoid, only=errand.only)
+                hold = self.table.acquire(errand.experts, avoid=errand.avoid, only=errand.only, slot=errand.slot)
             if hold is None and errand.refusal is not None:
                 return errand.refusal
             if hold is None:
@@ -152,19 +163,15 @@ class Dispatcher:
 
     def start(self, errand: Errand, hold: Hold, asker: Asker) -> Started | None:
         """Without a task, where a connection is kept."""
-        replica = hold.replica
-        body = self._body(errand.call, hold.expert, replica)
-        head = self._head(errand, replica)
-        return self.client.start("POST", replica.address, errand.target, head=head, body=body, asker=asker)
+        head, body = self._request(errand, hold)
+        return self.client.start("POST", hold.replica.address, errand.target, head=head, body=body, asker=asker)
 
     def exchange(
         self, errand: Errand, hold: Hold, started: Started | None = None
     ) -> AbstractAsyncContextManager[UpstreamResponse]:
-        replica = hold.replica
-        body = self._body(errand.call, hold.expert, replica)
-        head = self._head(errand, replica)
+        head, body = self._request(errand, hold)
         return self.client.request(
-            "POST", replica.address, errand.target, head=head, body=body, watch=hold.watch, started=started
+            "POST", hold.replica.address, errand.target, head=head, body=body, watch=hold.watch, started=started
         )
 
     async def _attempt(
@@ -239,9 +246,15 @@ class Dispatcher:
         except DownstreamGoneError:
             self.metrics.cancelled.add("streaming")
 
-    def _head(self, errand: Errand, replica: Replica) -> bytes:
-        head = crossing(errand.request.headers, drop=_OWN_UPSTREAM)
-        return b"%b%bx-request-id: %b\r\n" % (head, replica.authorization, errand.request_id.encode())
+    def _request(self, errand: Errand, hold: Hold) -> tuple[bytes, bytes]:
+        """Header lines and body."""
+        replica = hold.replica
+        head = b"%b%bx-request-id: %b\r\n" % (
+            crossing(errand.request.headers, drop=_OWN_UPSTREAM),
+            replica.authorization,
+            errand.request_id.encode(),
+        )
+        return head, self._body(errand.call, hold.expert, replica)
 
     def said(self, errand: Errand, hold: Hold, headers: Headers) -> bytes:
         """The engine's headers, and ours."""

@@ -21,6 +21,9 @@ class ExpressWork(Work, Asker):
 
     __slots__ = ("_dispatcher", "_errand", "_hold", "_in_flight", "_started")
 
+    _hold: Hold
+    _started: Started
+
     def __init__(self, dispatcher: Dispatcher, errand: Errand, in_flight: InFlight) -> None:
         self._dispatcher = dispatcher
         self._errand = errand
@@ -29,7 +32,7 @@ class ExpressWork(Work, Asker):
     def begin(self) -> bool:
         """False: it is the handler's, and not counted. So it is when something is raised."""
         dispatcher, errand = self._dispatcher, self._errand
-        hold = dispatcher.table.acquire(errand.experts)
+        hold = dispatcher.table.acquire(errand.experts, slot=errand.slot)
         if hold is None:
             return False
         started: Started | None = None

@@ -107,7 +107,7 @@ class _LiveGauges(Collector):
             "hpc_router_requests_waiting", "Requests that wait for a replica of an expert.", labels=("expert",)
         )
         for replica in self._table.all():
-            load.add_metric((replica.name,), replica.in_flight)
+            load.add_metric((replica.name,), replica.load)
         for expert in sorted(self._table.experts()):
             waiting.add_metric((expert,), self._table.waiting(expert))
             for kind in Standing:

@@ -1,17 +1,19 @@
 """The router's view of every replica: which may be used, and how many requests each has in flight. No I/O.
 
-A replica's standing is a state and changes only by the table below; an event not in it is an error. A request gets the
-replica with the fewest requests in flight as a `Hold`, whose release is idempotent, so that counters return to zero
-whatever happens to a request. A place that becomes free goes to the request that has waited longest for it, in the
-same step: newcomers cannot overtake, and no wake-up is lost.
+A replica's standing is a state and changes only by the table below; an event not in it is an error. A request gets a
+replica (which one, `balance` says) as a `Hold`, whose release is idempotent, so that counters return to zero whatever
+happens to a request. A place that becomes free goes to the request that has waited longest for it, in the same step:
+newcomers cannot overtake, and no wake-up is lost. Who asks for several experts waits for the first of them that has a
+ready replica, however busy, and for the next ones only once it has none.
 """
 
 import asyncio
-import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from functools import lru_cache
+from functools import lru_cache, partial
+from operator import attrgetter
+from random import Random
 from types import TracebackType
 from typing import Final, Self
 
@@ -20,10 +22,10 @@ from hpc_router.registry import Kind, Record
 from hpc_router.relay.exchange import Address, address_of
 from hpc_router.relay.headers import lines
 from hpc_router.relay.patience import Patience
+from hpc_router.router.balance import lighter_of_two, load_bound, pinned, rendezvous
 
 LOST_S: Final = 5.0
 """A replica that has been ejected or has left may be silent for this long before its requests are given up."""
-_FULL: Final = (math.inf, 0)
 DEFAULT_CAPACITY: Final = 1024
 """For endpoints that do not say how many requests they take at once."""
 
@@ -46,6 +48,8 @@ class Event(StrEnum):
     FAILED = "failed"  # a probe or a connection attempt
 
 
+Slot = Callable[[], int | None]
+_has_room: Final[Callable[["Replica"], bool]] = attrgetter("has_room")
 _READY: Final = Standing.READY  # to look it up in the class costs more than all the rest of `has_room`
 _S, _E = Standing, Event
 TRANSITIONS: Final[Mapping[tuple[Standing, Event], Standing]] = {
@@ -70,7 +74,11 @@ TRANSITIONS: Final[Mapping[tuple[Standing, Event], Standing]] = {
 
 @dataclass(slots=True, eq=False)
 class Replica:
-    """One endpoint. `key`: the token it is called with; `models`: the names its engine said it answers to."""
+    """One endpoint. `key`: the token it is called with; `models`: the names its engine said it answers to.
+
+    `others`: requests in flight on it through the router's other workers. Whatever weighs or bounds it looks at `load`,
+    the sum of theirs and ours.
+    """
 
     record: Record
     key: str | None
@@ -80,6 +88,7 @@ class Replica:
     failures: int = 0  # in a row
     trouble: str | None = None  # what the last failure was
     holds: "set[Hold]" = field(default_factory=set)
+    others: int = 0
     address: Address = field(init=False)
     capacity: int = field(init=False)
 
@@ -98,15 +107,26 @@ class Replica:
 
     @property
     def in_flight(self) -> int:
+        """Through this process."""
         return len(self.holds)
 
     @property
+    def load(self) -> int:
+        """Through the whole router."""
+        return len(self.holds) + self.others
+
+    @property
     def has_room(self) -> bool:
-        return self.standing is _READY and len(self.holds) < self.capacity
+        return self.standing is _READY and len(self.holds) + self.others < self.capacity
 
     @property
     def name(self) -> str:
         return self.record.replica
+
+    @property
+    def place(self) -> str:
+        """Its name without the generation: what takes a replica's place takes its conversations as well."""
+        return self.record.replica.rpartition(".")[0]
 
     def model_for(self, expert: str) -> str | None:
         """The name its engine knows this expert by; an external endpoint with one model needs none in its record."""
@@ -117,7 +137,7 @@ class Replica:
         self.standing = TRANSITIONS[self.standing, event]
 
     def __repr__(self) -> str:
-        return f"<Replica {self.name} {self.standing} {self.in_flight}/{self.capacity}>"
+        return f"<Replica {self.name} {self.standing} {self.load}/{self.capacity}>"
 
 
 @dataclass(slots=True, eq=False)
@@ -157,7 +177,10 @@ class Hold:
 
 @dataclass(slots=True, eq=False)
 class _Waiter:
-    experts: Sequence[str]
+    """`experts`: those it waits for by now; `later`: those it turns to when none of these has a ready replica."""
+
+    experts: list[str]
+    later: list[str]
     avoid: Collection[Replica]
     only: Replica | None
     granted: asyncio.Future[Hold]
@@ -165,10 +188,18 @@ class _Waiter:
 
 @dataclass(slots=True)
 class ReplicaTable:
-    """All replicas by name, and the requests that wait for one, per expert in order of arrival."""
+    """All replicas by name, and the requests that wait for one, per expert in order of arrival.
 
+    `pin_bound`: times the average load that a replica may have and still be given a conversation that belongs to it;
+    None: they belong nowhere. `others_waiting`: the requests that wait in the router's other workers, by expert.
+    """
+
+    pin_bound: float | None = None
+    random: Random = field(default_factory=Random)
+    others_waiting: dict[str, int] = field(default_factory=dict)
     _replicas: dict[str, Replica] = field(default_factory=dict)
     _by_expert: dict[str, list[Replica]] = field(default_factory=dict)
+    _orders: dict[str, dict[int, list[Replica]]] = field(default_factory=dict)  # as `rendezvous` has them, by slot
     _waiting: dict[str, dict[_Waiter, None]] = field(default_factory=dict)
     _uses: int = 0
 
@@ -193,6 +224,13 @@ class ReplicaTable:
             self._index()
             self.offer(replica)
 
+    def note_others(self, replica: Replica, others: int) -> None:
+        """What the router's other workers have in flight on it now; a place that they left is given away here."""
+        less = others < replica.others
+        replica.others = others
+        if less:
+            self.offer(replica)
+
     def remove(self, name: str) -> None:
         """Forget it; a request that still holds it is told and releases into nothing."""
         if replica := self._replicas.pop(name, None):
@@ -200,7 +238,7 @@ class ReplicaTable:
             _tell_lost(replica)
             self._disappoint(replica)
 
-    def of(self, expert: str) -> Collection[Replica]:
+    def of(self, expert: str) -> Sequence[Replica]:
         return self._by_expert.get(expert, ())
 
     def experts(self) -> set[str]:
@@ -212,7 +250,7 @@ class ReplicaTable:
         for replica in self._replicas.values():
             if replica.standing is Standing.READY:
                 for expert in replica.record.serves:
-                    load[expert] = load.get(expert, 0) + replica.in_flight
+                    load[expert] = load.get(expert, 0) + replica.load
         return load
 
     def apply(self, replica: Replica, event: Event) -> bool:
@@ -230,27 +268,61 @@ class ReplicaTable:
         return True
 
     def acquire(
-        self, experts: Sequence[str], *, avoid: Collection[Replica] = (), only: Replica | None = None
+        self,
+        experts: Sequence[str],
+        *,
+        avoid: Collection[Replica] = (),
+        only: Replica | None = None,
+        slot: Slot | None = None,
     ) -> Hold | None:
         """A place on the replica that `pick` names."""
-        picked = self.pick(experts, avoid=avoid, only=only)
+        picked = self.pick(experts, avoid=avoid, only=only, slot=slot)
         return None if picked is None else self.hold(*picked)
 
     def pick(
-        self, experts: Sequence[str], *, avoid: Collection[Replica] = (), only: Replica | None = None
+        self,
+        experts: Sequence[str],
+        *,
+        avoid: Collection[Replica] = (),
+        only: Replica | None = None,
+        slot: Slot | None = None,
     ) -> tuple[Replica, str] | None:
-        """With the first of these experts that has room, its replica with the fewest requests in flight (ties: the one
-        not used for longest). `only`: no other replica than that."""
+        """A replica with room, of the first of these experts that has a ready one. `only`: no other replica than that.
+        `slot`: asked for where the conversation belongs, if that matters."""
         for expert in experts:
-            best, least = None, _FULL
-            for replica in self.of(expert):
-                if replica.has_room and replica not in avoid and (only is None or replica is only):
-                    load = (len(replica.holds), replica.last_used)
-                    if load < least:
-                        best, least = replica, load
-            if best is not None:
-                return best, expert
+            replicas = self._by_expert.get(expert, ())
+            if len(replicas) == 1:
+                replica = replicas[0]
+                if replica in avoid or replica is not (only or replica) or replica.standing is not _READY:
+                    continue
+                return (replica, expert) if replica.has_room else None
+            if replicas:
+                fits = _has_room if only is None and not avoid else partial(_would_do, avoid=avoid, only=only)
+                best = self._pinned(expert, replicas, slot(), fits) if slot is not None and self.pin_bound else None
+                best = best or lighter_of_two(replicas, fits=fits, random=self.random)
+                if best is not None:
+                    return best, expert
+                if self._serves(expert, avoid):
+                    return None
         return None
+
+    def _pinned(
+        self, expert: str, replicas: Sequence[Replica], slot: int | None, fits: Callable[[Replica], bool]
+    ) -> Replica | None:
+        """The one that a conversation belongs to, or the next one where that has more than its share."""
+        if slot is None:
+            return None
+        orders = self._orders.setdefault(expert, {})
+        order = orders.get(slot)
+        if order is None:
+            order = orders[slot] = [replicas[at] for at in rendezvous([r.place for r in replicas], slot)]
+        ready = [replica.load for replica in replicas if replica.standing is _READY]
+        bound = load_bound(total=sum(ready), replicas=len(ready), factor=self.pin_bound or 0)
+        return pinned(order, fits=fits, bound=bound)
+
+    def _serves(self, expert: str, avoid: Collection[Replica]) -> bool:
+        """Whether it is worth waiting for."""
+        return any(r.standing is _READY and r not in avoid for r in self._by_expert.get(expert, ()))
 
     def hold(self, replica: Replica, expert: str) -> Hold:
         """A place on a replica that has room."""
@@ -263,14 +335,13 @@ class ReplicaTable:
     async def wait(
         self, experts: Sequence[str], *, avoid: Collection[Replica] = (), only: Replica | None = None
     ) -> Hold:
-        """The next place that becomes free with one of these experts, in turn.
+        """The next place that becomes free with the first of these experts that serves, in turn.
 
         With `only`, on that replica; raises ReplicaLostError as soon as it is not ready."""
         if only is not None and (only.standing is not Standing.READY or self._replicas.get(only.name) is not only):
             raise ReplicaLostError(f"{only.name} is not ready")
-        waiter = _Waiter(experts, set(avoid), only, asyncio.get_running_loop().create_future())
-        for expert in experts:
-            self._waiting.setdefault(expert, {})[waiter] = None
+        waiter = _Waiter([], list(experts), set(avoid), only, asyncio.get_running_loop().create_future())
+        self._widen(waiter)
         try:
             return await waiter.granted
         except asyncio.CancelledError:
@@ -282,6 +353,10 @@ class ReplicaTable:
             self._forget(waiter)
 
     def waiting(self, expert: str) -> int:
+        """In the whole router."""
+        return len(self._waiting.get(expert, ())) + self.others_waiting.get(expert, 0)
+
+    def waiting_here(self, expert: str) -> int:
         return len(self._waiting.get(expert, ()))
 
     def offer(self, replica: Replica, *, forgiven: bool = False) -> None:
@@ -300,14 +375,31 @@ class ReplicaTable:
                 waiter.granted.set_result(self.hold(replica, expert))
 
     def _disappoint(self, replica: Replica) -> None:
-        """Those who would take no other need not wait for it."""
+        """Those who would take no other need not wait for it; others may have to turn to another expert."""
         for expert in replica.record.serves:
             for waiter in tuple(self._waiting.get(expert, ())):
-                if waiter.only is replica and not waiter.granted.done():
+                if waiter.granted.done():
+                    continue
+                if waiter.only is replica:
                     self._forget(waiter)
                     waiter.granted.set_exception(ReplicaLostError(f"{replica.name} is not ready any more"))
+                elif waiter.later:
+                    self._widen(waiter)
+
+    def _widen(self, waiter: _Waiter) -> None:
+        """Wait for more experts, until one of them has a replica that would do."""
+        before = len(waiter.experts)
+        while waiter.later and not any(self._serves(expert, waiter.avoid) for expert in waiter.experts):
+            expert = waiter.later.pop(0)
+            waiter.experts.append(expert)
+            self._waiting.setdefault(expert, {})[waiter] = None
+        if before:
+            for expert in waiter.experts[before:]:
+                for replica in self.of(expert):
+                    self.offer(replica)
 
     def _index(self) -> None:
+        self._orders.clear()
         self._by_expert = {}
         for replica in self._replicas.values():
             if replica.record.kind is not Kind.ROUTER:
@@ -320,6 +412,10 @@ class ReplicaTable:
             queue.pop(waiter, None)
             if not queue:
                 self._waiting.pop(expert, None)
+
+
+def _would_do(replica: Replica, *, avoid: Collection[Replica], only: Replica | None) -> bool:
+    return replica.has_room and replica not in avoid and (only is None or replica is only)
 
 
 def _tell_lost(replica: Replica) -> None:

@@ -119,13 +119,17 @@ async def serving(
     """
     config = deployment.router
     policy = load_policy(run, deployment)
-    table = ReplicaTable()
+    table = ReplicaTable(pin_bound=config.pin_bound)
     clock = asyncio.get_running_loop().time
     keeper = RegistryFile(run, replica, files)
     discovery = Discovery(run, config, table, on_snapshot=keeper.keep, clock=clock, files=files)
     limits = Limits(config.connect_timeout_s, config.first_byte_timeout_s, config.idle_timeout_s)
     async with make_client(limits) as client, discovery:
-        metrics = Metrics(table, in_flight=lambda: gateway.in_flight.count, registry_age_s=discovery.registry_age_s)
+        metrics = Metrics(
+            table,
+            in_flight=lambda: gateway.in_flight.count + gateway.in_flight.others,
+            registry_age_s=discovery.registry_age_s,
+        )
         dispatcher = Dispatcher(table=table, discovery=discovery, client=client, metrics=metrics, config=config)
         token = None if config.open else run.token()
         key = replica_key(run.secret(), nonce)
