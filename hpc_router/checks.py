@@ -29,6 +29,7 @@ from hpc_router.job_options import check_environment, check_options, check_scrip
 
 _RUN_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _INTERFACE: Final = re.compile(r"[A-Za-z][A-Za-z0-9_.:@-]{0,14}")
+_COUNTS: Final = ("max_in_flight", "eject_connect_errors", "eject_errors")
 _SPANS_NODES: Final = ("vllm", "sim")
 """Engines that one replica can run on several nodes."""
 
@@ -62,8 +63,16 @@ def check_router(router: RouterConfig) -> None:
         key = "router.port"
         raise ConfigError(f"{key}={router.port}: not a port (valid: 0 to 65535; 0 takes a free one)", key=key)
     for item in fields(router):
-        if item.name.endswith(("_s", "_mb")) or item.name == "max_in_flight":
+        if item.name.endswith(("_s", "_mb")) or item.name in _COUNTS:
             _positive(f"router.{item.name}", getattr(router, item.name))
+    for name in ("eject_share", "retry_share"):
+        if not 0 <= getattr(router, name) <= 1:
+            key = f"router.{name}"
+            raise ConfigError(f"{key}={getattr(router, name):g}: no share (valid: 0 to 1)", key=key)
+    if router.eject_most_s < router.eject_s:
+        key = "router.eject_most_s"
+        valid = f"router.eject_s={router.eject_s:g} or more"
+        raise ConfigError(f"{key}={router.eject_most_s:g}: less than the first time (valid: {valid})", key=key)
     if router.pin_bound is not None and not router.pin_bound >= 1:
         key = "router.pin_bound"
         valid = "1 or more, times the average load of an expert's replicas; null pins nothing"

@@ -36,6 +36,7 @@ from hpc_router.relay.dialects import dialect_of
 from hpc_router.relay.downstream import DownstreamGoneError, Request, Response, Work, error_response, json_response
 from hpc_router.relay.headers import Headers
 from hpc_router.relay.in_flight import InFlight
+from hpc_router.router.discovery import Discovery
 from hpc_router.router.dispatch import RETRY_AFTER_S, Dispatcher, Errand
 from hpc_router.router.express import ExpressWork
 from hpc_router.router.metrics import Metrics
@@ -86,6 +87,7 @@ class Gateway:
     table: ReplicaTable
     policy: Policy
     dispatcher: Dispatcher
+    discovery: Discovery
     metrics: Metrics
     token: str | None
     replica: str
@@ -181,7 +183,7 @@ class Gateway:
         return json_response(
             status(
                 self.table,
-                self.dispatcher.discovery,
+                self.discovery,
                 experts=sorted(self._experts()),
                 policy={"kind": policy.kind, "fallback": policy.fallback, "artefact": self.policy.version},
                 replica=self.replica,

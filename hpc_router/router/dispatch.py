@@ -2,10 +2,12 @@
 
 select an expert -> acquire a replica -> relay; until the first body byte any failure goes elsewhere. `auto` may go to
 another replica, the runner-up, the fallback; a named expert only to its own replicas, for which it waits up to
-`router.queue_timeout_s`. A 429 says nothing about a replica's health; a refused connection ejects it at once.
+`router.queue_timeout_s`. What was met at a replica is told to its `Witness`, who judges its health: a 429 says nothing
+about that. Retries have a budget.
 """
 
 import asyncio
+import errno
 import logging
 import time
 from collections.abc import Callable
@@ -16,7 +18,7 @@ from typing import Final, Protocol
 
 from hpc_router import wire
 from hpc_router.config import RouterConfig
-from hpc_router.errors import UnavailableError, UpstreamConnectError, UpstreamError, UpstreamTimeoutError
+from hpc_router.errors import UnavailableError, UpstreamConnectError, UpstreamError
 from hpc_router.registry import Kind
 from hpc_router.relay.answer import Answer, Answering
 from hpc_router.relay.dialects import Fault, dialect_of
@@ -24,10 +26,10 @@ from hpc_router.relay.downstream import DownstreamGoneError, Request, Response
 from hpc_router.relay.exchange import Asker, Started, Upstream, UpstreamResponse
 from hpc_router.relay.headers import NOT_DOWNSTREAM, NOT_UPSTREAM, Headers, crossing
 from hpc_router.router.balance import KEY_CHARS, slot_of
-from hpc_router.router.discovery import Discovery
 from hpc_router.router.metrics import Metrics
-from hpc_router.router.replicas import Event, Hold, Replica, ReplicaLostError, ReplicaTable
+from hpc_router.router.replicas import Event, Hold, Replica, ReplicaLostError, ReplicaTable, Standing
 from hpc_router.router.request import ApiCall
+from hpc_router.router.retries import RetryBudget
 from hpc_router.router.sessions import not_found
 from hpc_router.routing.conversation import opening
 from hpc_router.routing.policy import Reason
@@ -36,6 +38,9 @@ logger = logging.getLogger(__name__)
 
 MAX_ATTEMPTS: Final = 6
 RETRY_AFTER_S: Final = 2.0
+_BUSY: Final = 429
+_OUR_OWN: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.EADDRNOTAVAIL, errno.ENOBUFS, errno.ENOMEM})
+"""Why no connection is made here, whoever is asked."""
 _TRY_ELSEWHERE: Final = frozenset({429, 500, 502, 503, 504})
 JUDGED: Final = _TRY_ELSEWHERE | {401}
 _SESSION: Final = wire.SESSION_HEADER.encode()
@@ -63,7 +68,6 @@ class Errand:
     on_answer: Callable[[Replica, str, Reason], None] | None = None
     phase: str = field(init=False, default="queued")
     avoid: frozenset[Replica] = field(init=False, default=frozenset())
-    disconnected: frozenset[Replica] = field(init=False, default=frozenset())
     refusal: "Answered | None" = field(init=False, default=None)
     """The last error that a replica itself answered with; the client gets it when nobody does better."""
     begun: tuple[Hold, AbstractAsyncContextManager[UpstreamResponse]] | None = field(init=False, default=None)
@@ -97,6 +101,25 @@ class Leaving(Protocol):
         """Count it no more."""
 
 
+class Witness(Protocol):
+    """Told what a request has seen of a replica."""
+
+    def doubt(self, replica: Replica, trouble: str) -> None:
+        """It could not be reached: out of the pool."""
+
+    def erred(self, replica: Replica, trouble: str) -> None:
+        """It answered with an error, or not at all."""
+
+    def answered(self, replica: Replica) -> None:
+        """Well, after it had erred."""
+
+    def heard(self, replica: Replica, event: Event) -> None:
+        """What it said of itself."""
+
+    def look_again(self, replica: Replica) -> None:
+        """Something failed that may be its fault."""
+
+
 class _TryElsewhereError(Exception):
     """This attempt is over, nothing was sent; what is known has been noted."""
 
@@ -104,14 +127,16 @@ class _TryElsewhereError(Exception):
 @dataclass(slots=True)
 class Dispatcher:
     table: ReplicaTable
-    discovery: Discovery
+    witness: Witness
     client: Upstream
     metrics: Metrics
     config: RouterConfig
     answering: Answering = field(init=False)
+    retries: RetryBudget = field(init=False)
 
     def __post_init__(self) -> None:
         config = self.config
+        self.retries = RetryBudget(share=config.retry_share, least_per_s=config.retry_least_per_s)
         self.answering = Answering(
             hold_bytes=int(config.hold_mb * 2**20), write_s=config.idle_timeout_s, ping_s=config.ping_s
         )
@@ -142,11 +167,23 @@ class Dispatcher:
                 attempts += 1
                 try:
                     return await self._attempt(errand, hold, begun[1] if begun else self.exchange(errand, hold))
-                except _TryElsewhereError:
-                    continue
+                except _TryElsewhereError as error:
+                    broken = isinstance(error.__cause__, UpstreamError)
+                    if not (attempts == 1 and broken) and not self._may_retry(hold.replica):
+                        break
         if errand.refusal is not None:
             return errand.refusal
         raise UnavailableError(f"{attempts} replicas failed one after the other", retry_after_s=RETRY_AFTER_S)
+
+    def _may_retry(self, replica: Replica) -> bool:
+        """A replica that was lost by it costs nothing: it will not be met again. Nor does the first connection of a
+        request that breaks, when a replica that dies takes all it had down at once."""
+        if replica.standing is not Standing.READY:
+            return True
+        if self.retries.take(time.monotonic(), requests=self.table.uses):
+            return True
+        self.metrics.retries_refused.add()
+        return False
 
     async def _wait(self, errand: Errand, deadline: float) -> Hold:
         try:
@@ -186,6 +223,8 @@ class Dispatcher:
             async with exchange as upstream:
                 if upstream.status in JUDGED:
                     await self._judge(errand, hold, upstream)
+                elif replica.suspect:
+                    self.witness.answered(replica)
                 if errand.on_answer is not None and 200 <= upstream.status < 300:
                     errand.on_answer(replica, expert, reason)
                 self.metrics.first_byte.add(time.perf_counter() - errand.started, expert)
@@ -210,35 +249,35 @@ class Dispatcher:
         errand.avoid |= {replica}
         self.metrics.failovers.add(replica.name, upstream.status)
         if wire.DRAINING_HEADER.encode() in upstream.headers:
-            self.table.apply(replica, Event.SAYS_DRAINING)
+            self.witness.heard(replica, Event.SAYS_DRAINING)
         elif wire.STARTING_HEADER.encode() in upstream.headers:
-            self.table.apply(replica, Event.SAYS_STARTING)
-            self.discovery.look_again(replica)
+            self.witness.heard(replica, Event.SAYS_STARTING)
         else:
+            if upstream.status != _BUSY:
+                self.witness.erred(replica, f"answered {upstream.status}")
             body = await upstream.read(_MAX_ERROR_BYTES)
             response = Response(upstream.status, self.said(errand, hold, upstream.headers), body)
             errand.refusal = Answered(upstream.status, hold.expert, errand.reason_at(hold.expert), response)
         raise _TryElsewhereError
 
     def _note_failure(self, errand: Errand, replica: Replica, error: UpstreamError) -> None:
-        """A refused connection ejects; a connection that broke may have been a stale one and is tried once more."""
         logger.warning("%s: %s failed before its first byte: %s", errand.request_id, replica.name, error)
         self.metrics.failovers.add(replica.name, type(error).__name__)
-        if isinstance(error, UpstreamConnectError):
-            self.discovery.doubt(replica, str(error))
-        else:
-            self.discovery.look_again(replica)
-            if replica not in errand.disconnected and not isinstance(error, UpstreamTimeoutError):
-                errand.disconnected |= {replica}
-                return
         errand.avoid |= {replica}
+        cause = error.__cause__
+        if isinstance(cause, OSError) and cause.errno in _OUR_OWN:
+            return
+        if isinstance(error, UpstreamConnectError):
+            self.witness.doubt(replica, str(error))
+        else:
+            self.witness.erred(replica, str(error))
 
     async def _break_off(
         self, errand: Errand, expert: str, replica: Replica, answer: Answer, error: UpstreamError
     ) -> None:
         logger.warning("%s: %s failed in the midst of its answer: %s", errand.request_id, replica.name, error)
         self.metrics.broken.add(expert)
-        self.discovery.look_again(replica)
+        self.witness.look_again(replica)
         message = f"{replica.name} failed before it had finished: {error}"
         try:
             fault = Fault(502, "upstream_error", "replica_failed", message)

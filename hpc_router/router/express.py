@@ -67,6 +67,8 @@ class ExpressWork(Work, Asker):
         request = errand.request
         request.begun_work = None  # or the two would wait for the garbage collector
         try:
+            if hold.replica.suspect:
+                dispatcher.witness.answered(hold.replica)
             head = dispatcher.said(errand, hold, headers)
             dispatcher.metrics.first_byte.add(time.perf_counter() - errand.started, hold.expert)
             dispatcher.metrics.requests.add(hold.expert, str(errand.reason_at(hold.expert)), status)

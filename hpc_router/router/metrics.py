@@ -68,6 +68,7 @@ class Metrics:
     ) -> None:
         self.requests = Tally("hpc_router_requests", "Requests answered.", ("expert", "reason", "status"))
         self.failovers = Tally("hpc_router_failovers", "Attempts that failed and went elsewhere.", ("replica", "cause"))
+        self.retries_refused = Tally("hpc_router_retries_refused", "Attempts that the budget had no retry for.", ())
         self.broken = Tally("hpc_router_broken_responses", "Responses that failed after their first byte.", ("expert",))
         self.cancelled = Tally("hpc_router_cancelled_requests", "Requests whose client left.", ("phase",))
         self.first_byte = Spread(
@@ -80,7 +81,8 @@ class Metrics:
         self._registry = CollectorRegistry()
         gauges = _LiveGauges(table, in_flight, registry_age_s)
         for collector in (
-            self.requests, self.failovers, self.broken, self.cancelled, self.first_byte, self.decision, gauges,
+            self.requests, self.failovers, self.retries_refused, self.broken, self.cancelled,
+            self.first_byte, self.decision, gauges,
         ):  # fmt: skip
             self._registry.register(collector)
 

@@ -23,6 +23,7 @@ from hpc_router.relay.exchange import Address, address_of
 from hpc_router.relay.headers import lines
 from hpc_router.relay.patience import Patience
 from hpc_router.router.balance import lighter_of_two, load_bound, pinned, rendezvous
+from hpc_router.router.ejection import Health
 
 LOST_S: Final = 5.0
 """A replica that has been ejected or has left may be silent for this long before its requests are given up."""
@@ -38,7 +39,7 @@ class Standing(StrEnum):
     STARTING = "starting"  # its engine does not answer yet, or nobody has asked
     READY = "ready"
     DRAINING = "draining"  # finishes what it has, takes nothing new
-    EJECTED = "ejected"  # does not answer, or not as itself
+    EJECTED = "ejected"  # does not answer, or not as itself, or with one error after the other
 
 
 class Event(StrEnum):
@@ -46,6 +47,7 @@ class Event(StrEnum):
     SAYS_READY = "says_ready"
     SAYS_DRAINING = "says_draining"
     FAILED = "failed"  # a probe or a connection attempt
+    EXCLUDED = "excluded"  # it answers with errors
 
 
 Slot = Callable[[], int | None]
@@ -69,6 +71,10 @@ TRANSITIONS: Final[Mapping[tuple[Standing, Event], Standing]] = {
     (_S.EJECTED, _E.SAYS_READY): _S.READY,
     (_S.EJECTED, _E.SAYS_DRAINING): _S.DRAINING,
     (_S.EJECTED, _E.FAILED): _S.EJECTED,
+    (_S.STARTING, _E.EXCLUDED): _S.STARTING,  # it has said itself by now that something is wrong
+    (_S.READY, _E.EXCLUDED): _S.EJECTED,
+    (_S.DRAINING, _E.EXCLUDED): _S.DRAINING,
+    (_S.EJECTED, _E.EXCLUDED): _S.EJECTED,
 }
 
 
@@ -85,7 +91,8 @@ class Replica:
     standing: Standing = Standing.STARTING
     models: tuple[str, ...] = ()
     last_used: int = 0
-    failures: int = 0  # in a row
+    health: Health = field(default_factory=Health)
+    suspect: bool = False  # it has erred: who is answered well is to tell
     trouble: str | None = None  # what the last failure was
     holds: "set[Hold]" = field(default_factory=set)
     others: int = 0
@@ -238,6 +245,11 @@ class ReplicaTable:
             _tell_lost(replica)
             self._disappoint(replica)
 
+    @property
+    def uses(self) -> int:
+        """How many places there ever were."""
+        return self._uses
+
     def of(self, expert: str) -> Sequence[Replica]:
         return self._by_expert.get(expert, ())
 
@@ -263,7 +275,7 @@ class ReplicaTable:
             self.offer(replica, forgiven=True)
             return True
         self._disappoint(replica)
-        if replica.standing is Standing.EJECTED:
+        if event is Event.FAILED:
             _tell_lost(replica)
         return True
 

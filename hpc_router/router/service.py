@@ -130,10 +130,12 @@ async def serving(
             in_flight=lambda: gateway.in_flight.count + gateway.in_flight.others,
             registry_age_s=discovery.registry_age_s,
         )
-        dispatcher = Dispatcher(table=table, discovery=discovery, client=client, metrics=metrics, config=config)
+        dispatcher = Dispatcher(table=table, witness=discovery, client=client, metrics=metrics, config=config)
         token = None if config.open else run.token()
         key = replica_key(run.secret(), nonce)
-        gateway = Gateway(deployment, table, policy, dispatcher, metrics, token=token, replica=replica, key=key)
+        gateway = Gateway(
+            deployment, table, policy, dispatcher, discovery, metrics, token=token, replica=replica, key=key
+        )
         async with listen(
             gateway.handle, sock, max_body=int(config.max_body_mb * 2**20), express=gateway.express
         ) as listener:
