@@ -27,6 +27,7 @@ from hpc_router.config import (
 from hpc_router.errors import ConfigError, suggest
 from hpc_router.job_options import check_environment, check_options, check_script, filled
 
+MOST_WORKERS: Final = 256
 _RUN_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _INTERFACE: Final = re.compile(r"[A-Za-z][A-Za-z0-9_.:@-]{0,14}")
 _COUNTS: Final = ("max_in_flight", "eject_connect_errors", "eject_errors")
@@ -56,9 +57,9 @@ def check_router(router: RouterConfig) -> None:
     _one_of("router.place", router.place, PLACES)
     if router.host is not None:
         filled("router.host", router.host)
-    if router.workers != 1:
+    if router.workers is not None and not 1 <= router.workers <= MOST_WORKERS:
         key = "router.workers"
-        raise ConfigError(f"{key}={router.workers}: this version runs one worker (valid: 1)", key=key)
+        raise ConfigError(f"{key}={router.workers}: valid are 1 to {MOST_WORKERS}", key=key)
     if not 0 <= router.port <= 65535:
         key = "router.port"
         raise ConfigError(f"{key}={router.port}: not a port (valid: 0 to 65535; 0 takes a free one)", key=key)

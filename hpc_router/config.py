@@ -181,7 +181,7 @@ class RouterConfig:
     resources: ResourceConfig = field(default_factory=ResourceConfig)
     host: str | None = None  # null: the address that cluster.fabric means
     port: int = 0  # 0: the kernel gives a free one, the registry tells it
-    workers: int = 1
+    workers: int | None = None  # data-plane processes; null: as many as the job has CPUs
     open: bool = False  # true: no token asked; anybody on the network may call
     reconcile: bool = True  # run the control loop beside the router
     standby: bool = True  # on Slurm, a successor's job waits for the end of the router's

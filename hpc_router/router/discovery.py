@@ -17,7 +17,7 @@ from typing import Any, Final
 
 import aiohttp
 
-from hpc_router import registry, wire
+from hpc_router import wire
 from hpc_router.auth import challenge_answer, new_token, replica_key, same
 from hpc_router.config import RouterConfig
 from hpc_router.errors import ConfigError
@@ -68,14 +68,20 @@ class Discovery:
     on_snapshot: Callable[[Mapping[str, Record]], None]
     clock: Callable[[], float]
     files: FileThread
-    last_read_at: float = 0.0
+    last_read_at: float = field(init=False)
     _watches: dict[str, _Watch] = field(default_factory=dict)
     _scan: asyncio.Task[None] | None = None
     _session: aiohttp.ClientSession | None = None
     _secret: str = ""
     _rules: Rules = field(init=False)
 
+    seeds: dict[str, Replica] = field(default_factory=dict)
+    """What is known already, from before this process began."""
+    on_well: Callable[[Replica], None] | None = None
+    """Told of each probe that finds one ready."""
+
     def __post_init__(self) -> None:
+        self.last_read_at = self.clock()
         config = self.config
         self._rules = Rules(
             connections=config.eject_connect_errors,
@@ -92,8 +98,9 @@ class Discovery:
             cookie_jar=aiohttp.DummyCookieJar(),
             connector=aiohttp.TCPConnector(limit=0, force_close=True),
         )
-        self.last_read_at = self.clock()
         self._secret = self.run.secret()
+        for known in tuple(self.seeds.values()):
+            self._begin(known.record)
         self._scan = asyncio.create_task(self._scan_forever(), name="registry scan")
         return self
 
@@ -167,7 +174,7 @@ class Discovery:
 
     def _take_one(self, name: str, record: Record) -> None:
         replica, watch = self.table.get(name), self._watches.get(name)
-        if replica is None or watch is None or not _same_endpoint(replica.record, record):
+        if replica is None or watch is None or not replica.is_at(record):
             if watch is not None:
                 watch.task.cancel()
             self._begin(record)
@@ -182,6 +189,9 @@ class Discovery:
     def _begin(self, record: Record) -> None:
         key = None if record.kind is Kind.EXTERNAL else replica_key(self._secret, record.nonce or "")
         replica = Replica(record, key)
+        known = self.seeds.pop(record.replica, None)
+        if known is not None and known.is_at(record):
+            replica = known
         self.table.put(replica)
         look = asyncio.Event()
         task = asyncio.create_task(self._watch_forever(replica, look), name=f"probe {record.replica}")
@@ -192,8 +202,7 @@ class Discovery:
         self.table.remove(name)
         watch = self._watches.pop(name)
         watch.task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await watch.task
+        await asyncio.gather(watch.task, return_exceptions=True)  # our own cancellation comes through
 
     async def _watch_forever(self, replica: Replica, look: asyncio.Event) -> None:
         while True:
@@ -228,6 +237,8 @@ class Discovery:
         self._apply(replica, says)
         if replica.standing is Standing.READY:
             self.table.offer(replica, forgiven=True)  # to whoever avoided it for a connection that broke
+            if self.on_well is not None:
+                self.on_well(replica)
 
     async def _probe(self, replica: Replica) -> Event | Incident:
         """What the endpoint says of itself, or what came instead."""
@@ -295,12 +306,3 @@ class Discovery:
         if self.table.get(replica.name) is replica and self.table.apply(replica, event):
             because = f" ({replica.trouble})" if replica.trouble and replica.standing is Standing.EJECTED else ""
             logger.info("%s is %s%s", replica.name, replica.standing, because)
-
-
-def _same_endpoint(old: Record, new: Record) -> bool:
-    return (old.url, old.nonce, old.generation, old.kind) == (new.url, new.nonce, new.generation, new.kind)
-
-
-def registry_file(records: Mapping[str, Record]) -> dict[str, Any]:
-    """The content of `registry.json`."""
-    return {"schema": registry.SCHEMA, "records": [records[name].to_json() for name in sorted(records)]}

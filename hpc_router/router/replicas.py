@@ -8,8 +8,9 @@ ready replica, however busy, and for the next ones only once it has none.
 """
 
 import asyncio
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import lru_cache, partial
 from operator import attrgetter
@@ -21,12 +22,16 @@ from hpc_router.errors import HpcRouterError
 from hpc_router.registry import Kind, Record
 from hpc_router.relay.exchange import Address, address_of
 from hpc_router.relay.headers import lines
+from hpc_router.relay.in_flight import Cells
 from hpc_router.relay.patience import Patience
 from hpc_router.router.balance import lighter_of_two, load_bound, pinned, rendezvous
+from hpc_router.router.counters import NOWHERE
 from hpc_router.router.ejection import Health
 
 LOST_S: Final = 5.0
 """A replica that has been ejected or has left may be silent for this long before its requests are given up."""
+OTHERS_LOOK_S: Final = 0.005
+"""A place that another worker gave back is noticed so soon by those who wait for it here."""
 DEFAULT_CAPACITY: Final = 1024
 """For endpoints that do not say how many requests they take at once."""
 
@@ -96,6 +101,7 @@ class Replica:
     trouble: str | None = None  # what the last failure was
     holds: "set[Hold]" = field(default_factory=set)
     others: int = 0
+    column: int = NOWHERE  # where the workers count its requests
     address: Address = field(init=False)
     capacity: int = field(init=False)
 
@@ -106,6 +112,13 @@ class Replica:
     def renew(self, record: Record) -> None:
         self.record = record
         self.capacity = record.capacity or DEFAULT_CAPACITY
+
+    def is_at(self, record: Record) -> bool:
+        """Whether the record tells of the same server."""
+        own = self.record
+        return (own.url, own.nonce, own.generation, own.kind) == (
+            record.url, record.nonce, record.generation, record.kind,
+        )  # fmt: skip
 
     @property
     def authorization(self) -> bytes:
@@ -169,9 +182,11 @@ class Hold:
             self.patience.shorten(LOST_S)
 
     def release(self) -> None:
-        if self in self.replica.holds:
-            self.replica.holds.remove(self)
-            self._table.offer(self.replica)
+        replica, table = self.replica, self._table
+        if self in replica.holds:
+            replica.holds.remove(self)
+            table.cells[replica.column] = len(replica.holds)
+            table.offer(replica)
 
     def __enter__(self) -> Self:
         return self
@@ -198,17 +213,23 @@ class ReplicaTable:
     """All replicas by name, and the requests that wait for one, per expert in order of arrival.
 
     `pin_bound`: times the average load that a replica may have and still be given a conversation that belongs to it;
-    None: they belong nowhere. `others_waiting`: the requests that wait in the router's other workers, by expert.
+    None: they belong nowhere. What is in flight and what waits here is counted in `cells`, what does in the router's
+    other workers is read from `peers`; `queues`: the columns of what waits, by expert. `on_change` is told when there
+    is something new to know of a replica.
     """
 
     pin_bound: float | None = None
     random: Random = field(default_factory=Random)
-    others_waiting: dict[str, int] = field(default_factory=dict)
+    cells: Cells = field(default_factory=lambda: defaultdict[int, int](int))
+    peers: Sequence[Cells] = ()
+    queues: Mapping[str, int] = field(default_factory=dict)
+    on_change: Callable[[], None] | None = None
     _replicas: dict[str, Replica] = field(default_factory=dict)
     _by_expert: dict[str, list[Replica]] = field(default_factory=dict)
     _orders: dict[str, dict[int, list[Replica]]] = field(default_factory=dict)  # as `rendezvous` has them, by slot
     _waiting: dict[str, dict[_Waiter, None]] = field(default_factory=dict)
     _uses: int = 0
+    _looking: asyncio.TimerHandle | None = None
 
     def all(self) -> Collection[Replica]:
         return self._replicas.values()
@@ -221,6 +242,7 @@ class ReplicaTable:
         self.remove(replica.name)
         self._replicas[replica.name] = replica
         self._index()
+        self._changed()
         self.offer(replica)
 
     def renew(self, replica: Replica, record: Record) -> None:
@@ -230,13 +252,23 @@ class ReplicaTable:
         if record.serves != before.serves:
             self._index()
             self.offer(replica)
+        if replace(record, beat=before.beat) != before:
+            self._changed()
 
-    def note_others(self, replica: Replica, others: int) -> None:
-        """What the router's other workers have in flight on it now; a place that they left is given away here."""
-        less = others < replica.others
-        replica.others = others
-        if less:
-            self.offer(replica)
+    def look(self, replicas: Iterable[Replica]) -> None:
+        """What the router's other workers have in flight there now."""
+        for replica in replicas:
+            column, others = replica.column, 0
+            for row in self.peers:
+                others += row[column]
+            replica.others = others
+
+    def move(self, replica: Replica, column: int) -> None:
+        """Count it there."""
+        if column != replica.column:
+            self.cells[replica.column] = 0
+            self.cells[column] = len(replica.holds)
+            replica.column = column
 
     def remove(self, name: str) -> None:
         """Forget it; a request that still holds it is told and releases into nothing."""
@@ -244,6 +276,7 @@ class ReplicaTable:
             self._index()
             _tell_lost(replica)
             self._disappoint(replica)
+            self._changed()
 
     @property
     def uses(self) -> int:
@@ -258,6 +291,8 @@ class ReplicaTable:
 
     def ready(self) -> dict[str, int]:
         """Experts with a ready replica -> requests in flight on all their replicas."""
+        if self.peers:
+            self.look(self.all())
         load: dict[str, int] = {}
         for replica in self._replicas.values():
             if replica.standing is Standing.READY:
@@ -269,13 +304,22 @@ class ReplicaTable:
         """True when its standing changed. Once it is ready (again), whoever avoided it may have it."""
         before = replica.standing
         replica.apply(event)
+        return self._stands(replica, before, lost=event is Event.FAILED)
+
+    def adopt(self, replica: Replica, standing: Standing, *, lost: bool) -> bool:
+        """What the process that watches it has decided; else the same as `apply`."""
+        before, replica.standing = replica.standing, standing
+        return self._stands(replica, before, lost=lost)
+
+    def _stands(self, replica: Replica, before: Standing, *, lost: bool) -> bool:
         if replica.standing is before:
             return False
+        self._changed()
         if replica.standing is Standing.READY:
             self.offer(replica, forgiven=True)
             return True
         self._disappoint(replica)
-        if event is Event.FAILED:
+        if lost:
             _tell_lost(replica)
         return True
 
@@ -303,6 +347,8 @@ class ReplicaTable:
         `slot`: asked for where the conversation belongs, if that matters."""
         for expert in experts:
             replicas = self._by_expert.get(expert, ())
+            if self.peers:
+                self.look(replicas)
             if len(replicas) == 1:
                 replica = replicas[0]
                 if replica in avoid or replica is not (only or replica) or replica.standing is not _READY:
@@ -342,6 +388,7 @@ class ReplicaTable:
         replica.last_used = self._uses
         hold = Hold(replica, expert, self)
         replica.holds.add(hold)
+        self.cells[replica.column] = len(replica.holds)
         return hold
 
     async def wait(
@@ -354,6 +401,8 @@ class ReplicaTable:
             raise ReplicaLostError(f"{only.name} is not ready")
         waiter = _Waiter([], list(experts), set(avoid), only, asyncio.get_running_loop().create_future())
         self._widen(waiter)
+        if self.peers and self._looking is None:
+            self._looking = asyncio.get_running_loop().call_later(OTHERS_LOOK_S, self._look_for_places)
         try:
             return await waiter.granted
         except asyncio.CancelledError:
@@ -366,15 +415,28 @@ class ReplicaTable:
 
     def waiting(self, expert: str) -> int:
         """In the whole router."""
-        return len(self._waiting.get(expert, ())) + self.others_waiting.get(expert, 0)
+        column = self.queues.get(expert, NOWHERE)
+        others = sum(row[column] for row in self.peers) if column != NOWHERE else 0
+        return len(self._waiting.get(expert, ())) + others
 
     def waiting_here(self, expert: str) -> int:
         return len(self._waiting.get(expert, ()))
+
+    def count_queues(self, queues: Mapping[str, int]) -> None:
+        """Count what waits in these columns from now on."""
+        for expert, column in self.queues.items():
+            if queues.get(expert) != column:
+                self.cells[column] = 0
+        self.queues = queues
+        for expert in queues:
+            self._count_waiting(expert)
 
     def offer(self, replica: Replica, *, forgiven: bool = False) -> None:
         """Give its free places to those who wait for them."""
         if not self._waiting or self._replicas.get(replica.name) is not replica:
             return
+        if self.peers:
+            self.look((replica,))
         for expert in replica.record.serves:
             for waiter in tuple(self._waiting.get(expert, ())):
                 if not replica.has_room:
@@ -405,6 +467,7 @@ class ReplicaTable:
             expert = waiter.later.pop(0)
             waiter.experts.append(expert)
             self._waiting.setdefault(expert, {})[waiter] = None
+            self._count_waiting(expert)
         if before:
             for expert in waiter.experts[before:]:
                 for replica in self.of(expert):
@@ -424,6 +487,23 @@ class ReplicaTable:
             queue.pop(waiter, None)
             if not queue:
                 self._waiting.pop(expert, None)
+            self._count_waiting(expert)
+
+    def _count_waiting(self, expert: str) -> None:
+        self.cells[self.queues.get(expert, NOWHERE)] = self.waiting_here(expert)
+
+    def _look_for_places(self) -> None:
+        """Nobody says when another worker gives a place back: look for it as long as somebody waits."""
+        self._looking = None
+        if self._waiting:
+            for replica in {replica for expert in self._waiting for replica in self.of(expert)}:
+                self.offer(replica)
+        if self._waiting:
+            self._looking = asyncio.get_running_loop().call_later(OTHERS_LOOK_S, self._look_for_places)
+
+    def _changed(self) -> None:
+        if self.on_change is not None:
+            self.on_change()
 
 
 def _would_do(replica: Replica, *, avoid: Collection[Replica], only: Replica | None) -> bool:

@@ -101,7 +101,7 @@ async def test_without_a_budget_a_failure_is_passed_on(tmp_path: Path) -> None:
         assert seen.count(200) == 8 - seen.count(500)
         refused = seen.count(500)
         assert refused > 0
-        assert f"hpc_router_retries_refused_total {refused}.0" in router.gateway.metrics.exposition().decode()
+        assert f"hpc_router_retries_refused_total {refused}.0" in router.gateway.metrics.exposition(()).decode()
 
 
 async def test_a_lack_of_descriptors_here_is_no_replicas_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
