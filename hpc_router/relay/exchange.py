@@ -127,7 +127,9 @@ class Exchange(AbstractAsyncContextManager[UpstreamResponse]):
 
 
 class Upstream(Protocol):
-    """Connections to upstream servers, kept between requests."""
+    """Connections to upstream servers, kept between requests. `limits` hold for what begins from then on."""
+
+    limits: Limits
 
     def starts(self, address: Address) -> bool:
         """Whether a request there is an `Exchange`, and hardly has to wait for a connection."""

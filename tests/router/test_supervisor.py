@@ -1,15 +1,15 @@
 """The router's processes: each is replaced when it dies, the others serve on, none outlives the supervisor."""
 
 import asyncio
+import http.client
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
-import urllib.error
-import urllib.request
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,8 @@ from typing import Any
 
 import pytest
 
+from hpc_router.cluster.settings import change, parse_settings
+from hpc_router.errors import ConfigError
 from hpc_router.registry import Kind, Reader, leading_router
 from hpc_router.router.supervisor import LONGEST_PAUSE_S, pause_s
 from hpc_router.rundir import RunDir, make_run
@@ -43,22 +45,44 @@ class Serving:
         return await asyncio.to_thread(self.get_now, path)
 
     def get_now(self, path: str) -> Any:
-        headers = {"authorization": f"Bearer {self.run.token()}"}
-        with urllib.request.urlopen(urllib.request.Request(self.url + path, headers=headers), timeout=20) as got:
-            raw = got.read()
-        return json.loads(raw) if got.headers.get_content_type() == "application/json" else raw.decode()
+        """Whatever the status."""
+        with closing(http.client.HTTPConnection(*self.address, timeout=20)) as connection:
+            connection.request("GET", path, headers={"authorization": f"Bearer {self.run.token()}"})
+            with connection.getresponse() as got:
+                raw, kind = got.read(), got.getheader("content-type", "")
+        return json.loads(raw) if kind == "application/json" else raw.decode()
 
     async def router(self) -> dict[str, Any]:
         value: dict[str, Any] = (await self.get("/status"))["router"]
         return value
 
+    async def ask(self, *, model: str = "math") -> int:
+        """A short request over a connection of its own -> its status; 0 where it hangs."""
+        body = json.dumps({"model": model, "messages": [{"role": "user", "content": "hi"}]}).encode()
+        reader, writer = await asyncio.open_connection(*self.address)
+        try:
+            writer.write(self.head(body) + body)
+            async with asyncio.timeout(0.5):
+                return int((await reader.readline()).split()[1])
+        except TimeoutError:
+            return 0
+        finally:
+            writer.close()
+
+    @property
+    def address(self) -> tuple[str, int]:
+        host, _, port = self.url.removeprefix("http://").partition(":")
+        return host, int(port)
+
+    def head(self, body: bytes) -> bytes:
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {self.run.token()}\r\n"
+        return head.encode() + f"content-length: {len(body)}\r\n\r\n".encode()
+
     async def open(self, *, model: str = "math") -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         """A stream, up to its first event."""
-        host, _, port = self.url.removeprefix("http://").partition(":")
-        reader, writer = await asyncio.open_connection(host, int(port))
+        reader, writer = await asyncio.open_connection(*self.address)
         body = json.dumps({"model": model, "stream": True, "messages": [{"role": "user", "content": "hi"}]}).encode()
-        head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {self.run.token()}\r\n"
-        writer.write(head.encode() + f"content-length: {len(body)}\r\n\r\n".encode() + body)
+        writer.write(self.head(body) + body)
         await reader.readuntil(b"\n\n\r\n")
         return reader, writer
 
@@ -146,9 +170,8 @@ async def is_reset(stream: tuple[asyncio.StreamReader, asyncio.StreamWriter]) ->
 
 async def eventually_ready(one: Serving, expert: str = "math") -> None:
     while True:
-        with suppress(urllib.error.HTTPError):  # 503 as long as none is
-            if expert in (await one.get("/ready"))["ready"]:
-                return
+        if expert in (await one.get("/ready"))["ready"]:
+            return
         await asyncio.sleep(0.05)
 
 
@@ -159,3 +182,53 @@ async def zeros(one: Serving) -> None:
         if told["router"]["in_flight"] == 0 and all(line.endswith(" 0.0") for line in lines):
             return
         await asyncio.sleep(0.05)
+
+
+async def test_settings_are_taken_over_without_an_end_to_a_stream(run: RunDir) -> None:
+    """In every worker, by the file that changed or by SIGHUP; a worker that comes later has them as well."""
+    acts = stream([event("a")], then="hang")
+    async with fake_replica(run, "math-0.g1", acts, capacity=64) as fake, serving(run) as one:
+        await eventually_ready(one)
+        streams = [await one.open() for _ in range(8)]
+        await set_(run, "router.max_in_flight=8")
+        one.process.send_signal(signal.SIGHUP)
+        while not await refuses_everywhere(one):
+            await asyncio.sleep(0.05)
+        os.kill(pids(await settled(one))["control"], signal.SIGKILL)
+        await settled(one)
+        assert await refuses_everywhere(one), "the next control process knows them as well"
+        await set_(run, "router.max_in_flight=")
+        while await refuses_everywhere(one):
+            await asyncio.sleep(0.05)
+        fake.go_on.set()
+        for reader, writer in streams:
+            assert (await reader.read(10_000)).endswith(b"0\r\n\r\n")
+            writer.close()
+        await zeros(one)
+
+
+async def set_(run: RunDir, word: str) -> None:
+    await asyncio.to_thread(lambda: change(run, *parse_settings([word])))
+
+
+async def refuses_everywhere(one: Serving) -> bool:
+    """So many requests that every worker has some of them."""
+    return set(await asyncio.gather(*(one.ask() for _ in range(12)))) == {429}
+
+
+@pytest.mark.parametrize(
+    ("word", "says"),
+    [
+        ("router.port=8000", "router.port holds"),
+        ("router.max_in_flight=many", "'router.max_in_flight'"),
+        ("router.max_in_flight=0", "router.max_in_flight"),
+        ("router.max_in_fligth=5", "did you mean 'router.max_in_flight'"),
+        ("policy.kind=nope", "valid: classifier"),
+        ("experts.math.replicas=2", "cannot be set"),
+        ("nonsense", "KEY=VALUE"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(run: RunDir, word: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(says)):
+        change(run, *parse_settings([word]))
+    assert run.read_desired() == {}
