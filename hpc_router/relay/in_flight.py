@@ -32,6 +32,9 @@ class InFlight:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self.leave()
+
+    def leave(self) -> None:
         self.count -= 1
         self._cells[self._at] = self.count
         if not self.count and self._idle is not None:

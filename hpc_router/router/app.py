@@ -265,6 +265,7 @@ class Gateway:
         return await asyncio.to_thread(decode, body) if len(body) > LONG_BODY else decode(body)
 
     def _errand(self, request: Request, request_id: str, call: ApiCall) -> Errand:
+        started = time.perf_counter()
         path, model = request.path.rstrip("/"), call.model
         if type(call.fields.get("stream")) not in _YES_NO:
             raise BadRequestError("'stream' must be true or false", param="stream")
@@ -276,7 +277,7 @@ class Gateway:
             if continued is not None:
                 turn, replica = continued
                 reason = turn.reason if model == "auto" else Reason.NAMED
-                return Errand(request, target, request_id, call, (turn.expert,), reason, only=replica)
+                return Errand(request, target, request_id, call, (turn.expert,), reason, started, only=replica)
         if model != "auto":
             if model not in self.deployment.experts and not self.table.of(model):
                 raise self._unknown(model)
@@ -285,7 +286,7 @@ class Gateway:
         else:
             experts, reason = self._chosen(path, call)
         on_answer = None if session is None else partial(self.link.sessions.answered, session)
-        return Errand(request, target, request_id, call, experts, reason, on_answer=on_answer)
+        return Errand(request, target, request_id, call, experts, reason, started, on_answer=on_answer)
 
     def _chosen(self, path: str, call: ApiCall) -> tuple[tuple[str, ...], Reason]:
         """By the policy: the experts to try in turn, and why the first of them."""

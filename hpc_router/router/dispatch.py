@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Final, Protocol
 
 from hpc_router import wire
@@ -22,8 +23,8 @@ from hpc_router.registry import Kind
 from hpc_router.relay.answer import Answer, Answering
 from hpc_router.relay.dialects import Fault, dialect_of
 from hpc_router.relay.downstream import DownstreamGoneError, Request, Response
-from hpc_router.relay.exchange import Exchange, Upstream, UpstreamResponse, WholeResponse
-from hpc_router.relay.headers import NOT_DOWNSTREAM, NOT_UPSTREAM, crossing
+from hpc_router.relay.exchange import Asker, Started, Upstream, UpstreamResponse
+from hpc_router.relay.headers import NOT_DOWNSTREAM, NOT_UPSTREAM, Headers, crossing
 from hpc_router.router.balance import KEY_CHARS, slot_of
 from hpc_router.router.metrics import Metrics
 from hpc_router.router.replicas import Event, Hold, Replica, ReplicaLostError, ReplicaTable, Standing
@@ -48,11 +49,12 @@ _OWN_UPSTREAM: Final = NOT_UPSTREAM | {wire.REQUEST_ID_HEADER.encode()}
 _OWN_DOWNSTREAM: Final = NOT_DOWNSTREAM | {b"x-request-id", b"x-expert", b"x-replica", b"x-route-reason"}
 
 
-@dataclass(slots=True)
+@dataclass(eq=False)
 class Errand:
     """A request on its way. `experts`: to be tried in this order; `reason`: how the first of them was chosen.
 
     `only`: the one replica it may go to. `on_answer` is told who answers with 2xx, before the client sees any of it.
+    What most requests never have stays with the class, since one of these is made for each.
     """
 
     request: Request
@@ -61,15 +63,15 @@ class Errand:
     call: ApiCall
     experts: tuple[str, ...]
     reason: Reason
-    started: float = field(default_factory=time.perf_counter)
-    phase: str = "queued"
-    avoid: frozenset[Replica] = frozenset()
-    refusal: "Answered | None" = None
-    """The last error that a replica itself answered with; the client gets it when nobody does better."""
+    started: float
     only: Replica | None = None
     on_answer: Callable[[Replica, str, Reason], None] | None = None
-    begun: tuple[Hold, Exchange] | None = None
-    work: "Leaving | None" = None
+    phase: str = field(init=False, default="queued")
+    avoid: frozenset[Replica] = field(init=False, default=frozenset())
+    refusal: "Answered | None" = field(init=False, default=None)
+    """The last error that a replica itself answered with; the client gets it when nobody does better."""
+    begun: tuple[Hold, AbstractAsyncContextManager[UpstreamResponse]] | None = field(init=False, default=None)
+    work: "Leaving | None" = field(init=False, default=None)
     """Where it was begun without a task: place and exchange to go on with, and what counted it."""
 
     def reason_at(self, expert: str) -> Reason:
@@ -200,11 +202,18 @@ class Dispatcher:
                 retry_after_s=RETRY_AFTER_S,
             ) from error
 
-    def exchange(self, errand: Errand, hold: Hold) -> AbstractAsyncContextManager[UpstreamResponse]:
-        replica = hold.replica
-        body = self._body(errand.call, hold.expert, replica)
-        head = self._head(errand, replica)
-        return self.client.request("POST", replica.address, errand.target, head=head, body=body, watch=hold.watch)
+    def start(self, errand: Errand, hold: Hold, asker: Asker) -> Started | None:
+        """Without a task, where a connection is kept."""
+        head, body = self._request(errand, hold)
+        return self.client.start("POST", hold.replica.address, errand.target, head=head, body=body, asker=asker)
+
+    def exchange(
+        self, errand: Errand, hold: Hold, started: Started | None = None
+    ) -> AbstractAsyncContextManager[UpstreamResponse]:
+        head, body = self._request(errand, hold)
+        return self.client.request(
+            "POST", hold.replica.address, errand.target, head=head, body=body, watch=hold.watch, started=started
+        )
 
     async def _attempt(
         self, errand: Errand, hold: Hold, exchange: AbstractAsyncContextManager[UpstreamResponse]
@@ -224,7 +233,7 @@ class Dispatcher:
                     errand.on_answer(replica, expert, reason)
                 self.metrics.first_byte.add(time.perf_counter() - errand.started, expert)
                 errand.phase = "streaming"
-                await answer.pass_on(upstream, self.said(errand, hold, upstream))
+                await answer.pass_on(upstream, self.said(errand, hold, upstream.headers))
         except DownstreamGoneError:
             self.metrics.cancelled.add("streaming")
         except UpstreamError as error:
@@ -251,7 +260,7 @@ class Dispatcher:
             if upstream.status != _BUSY:
                 self.witness.erred(replica, f"answered {upstream.status}")
             body = await upstream.read(_MAX_ERROR_BYTES)
-            response = Response(upstream.status, self.said(errand, hold, upstream), body)
+            response = Response(upstream.status, self.said(errand, hold, upstream.headers), body)
             errand.refusal = Answered(upstream.status, hold.expert, errand.reason_at(hold.expert), response)
         raise _TryElsewhereError
 
@@ -280,17 +289,23 @@ class Dispatcher:
         except DownstreamGoneError:
             self.metrics.cancelled.add("streaming")
 
-    def _head(self, errand: Errand, replica: Replica) -> bytes:
-        head = crossing(errand.request.headers, drop=_OWN_UPSTREAM)
-        return b"%b%bx-request-id: %b\r\n" % (head, replica.authorization, errand.request_id.encode())
-
-    def said(self, errand: Errand, hold: Hold, upstream: UpstreamResponse | WholeResponse) -> bytes:
-        """The engine's headers, and ours."""
-        own = (
-            f"x-request-id: {errand.request_id}\r\nx-expert: {hold.expert}\r\n"
-            f"x-replica: {hold.replica.name}\r\nx-route-reason: {errand.reason_at(hold.expert)}\r\n"
+    def _request(self, errand: Errand, hold: Hold) -> tuple[bytes, bytes]:
+        """Header lines and body."""
+        replica = hold.replica
+        head = b"%b%bx-request-id: %b\r\n" % (
+            crossing(errand.request.headers, drop=_OWN_UPSTREAM),
+            replica.authorization,
+            errand.request_id.encode(),
         )
-        return crossing(upstream.headers, drop=_OWN_DOWNSTREAM) + own.encode()
+        return head, self._body(errand.call, hold.expert, replica)
+
+    def said(self, errand: Errand, hold: Hold, headers: Headers) -> bytes:
+        """The engine's headers, and ours."""
+        return b"%bx-request-id: %b\r\n%b" % (
+            crossing(headers, drop=_OWN_DOWNSTREAM),
+            errand.request_id.encode(),
+            _answered_by(hold.expert, hold.replica.record.replica, errand.reason_at(hold.expert)),
+        )
 
     def _body(self, call: ApiCall, expert: str, replica: Replica) -> bytes:
         """The client's own bytes wherever the replica answers to the requested name *for this expert*.
@@ -300,3 +315,8 @@ class Dispatcher:
         wanted, asked = replica.model_for(expert), call.fields["model"]
         aliased = replica.record.kind is Kind.EXPERT and len(replica.record.serves) == 1 and asked in replica.models
         return call.raw if wanted is None or asked == wanted or aliased else call.body(wanted)
+
+
+@lru_cache(maxsize=1024)
+def _answered_by(expert: str, replica: str, reason: Reason) -> bytes:
+    return f"x-expert: {expert}\r\nx-replica: {replica}\r\nx-route-reason: {reason}\r\n".encode()

@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from functools import partial
+from functools import lru_cache, partial
 from operator import attrgetter
 from random import Random
 from types import TracebackType
@@ -123,7 +123,7 @@ class Replica:
     @property
     def authorization(self) -> bytes:
         """The header line that it wants."""
-        return b"" if self.key is None else lines({"authorization": f"Bearer {self.key}"})
+        return _authorization(self.key)
 
     @property
     def in_flight(self) -> int:
@@ -162,19 +162,24 @@ class Replica:
 
 @dataclass(slots=True, eq=False)
 class Hold:
-    """One request's place on a replica, got for `expert`. `on_lost` is called if the replica is lost meanwhile."""
+    """One request's place on a replica, got for `expert`. With a replica that is lost there is little patience."""
 
     replica: Replica
     expert: str
     _table: "ReplicaTable"
-    on_lost: Callable[[], None] | None = None
+    patience: Patience | None = None
     lost: bool = False
 
     def watch(self, patience: Patience) -> None:
-        """With a replica that is lost there is little patience."""
-        self.on_lost = partial(patience.shorten, LOST_S)
+        self.patience = patience
         if self.lost:
-            self.on_lost()
+            patience.shorten(LOST_S)
+
+    def lose(self) -> None:
+        """Its replica is lost."""
+        self.lost = True
+        if self.patience is not None:
+            self.patience.shorten(LOST_S)
 
     def release(self) -> None:
         replica, table = self.replica, self._table
@@ -507,6 +512,9 @@ def _would_do(replica: Replica, *, avoid: Collection[Replica], only: Replica | N
 
 def _tell_lost(replica: Replica) -> None:
     for hold in tuple(replica.holds):
-        hold.lost = True
-        if hold.on_lost is not None:
-            hold.on_lost()
+        hold.lose()
+
+
+@lru_cache(maxsize=1024)
+def _authorization(key: str | None) -> bytes:
+    return b"" if key is None else lines({"authorization": f"Bearer {key}"})

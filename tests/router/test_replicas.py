@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from hpc_router.registry import Kind, Record, State
+from hpc_router.relay.patience import Patience
 from hpc_router.router.replicas import TRANSITIONS, Event, Hold, Replica, ReplicaLostError, ReplicaTable, Standing
 
 
@@ -176,24 +177,37 @@ async def test_a_replica_that_becomes_ready_serves_who_waits_and_is_forgiven() -
     assert (table.waiting("math"), table.waiting("code")) == (0, 0)
 
 
-def test_holders_are_told_when_their_replica_is_lost() -> None:
-    """Once it is ejected or has left, not when it drains."""
+async def test_little_patience_is_had_with_a_replica_that_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once it is ejected or has left, not when it drains; also where it was lost before it was asked."""
+    monkeypatch.setattr("hpc_router.router.replicas.LOST_S", 0.0)
     for lost_by in ("ejection", "departure"):
         one = replica("math-0.g1")
         table = table_of(one)
-        told: list[str] = []
         hold = table.acquire(["math"])
         assert hold is not None
-        hold.on_lost = lambda told=told: told.append("lost")
+        early = given_up(hold)
         table.apply(one, Event.SAYS_DRAINING)
-        assert not told
+        await asyncio.sleep(0)
+        assert not early.is_set()
         if lost_by == "ejection":
             table.apply(one, Event.FAILED)
         else:
             table.remove(one.name)
-        assert told == ["lost"]
+        late = given_up(hold)
+        async with asyncio.timeout(10):
+            await early.wait()
+            await late.wait()
         hold.release()
         assert one.in_flight == 0
+
+
+def given_up(hold: Hold) -> asyncio.Event:
+    """Set when the patience that this hold watches is at its end."""
+    event = asyncio.Event()
+    patience = Patience(event.set)
+    patience.begin(3600.0)
+    hold.watch(patience)
+    return event
 
 
 class Juggling(RuleBasedStateMachine):
