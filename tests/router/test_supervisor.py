@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, closing
+from contextlib import asynccontextmanager, closing, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from hpc_router.cluster.settings import change, parse_settings
 from hpc_router.errors import ConfigError
 from hpc_router.registry import Kind, Reader, leading_router
 from hpc_router.router.supervisor import LONGEST_PAUSE_S, pause_s
+from hpc_router.routing import exemplars
 from hpc_router.rundir import RunDir, make_run
 from tests.needs import ROOT
 from tests.processes import with_word
@@ -46,11 +47,19 @@ class Serving:
 
     def get_now(self, path: str) -> Any:
         """Whatever the status."""
+        return self._ask("GET", path, None, {})[1]
+
+    async def post(self, path: str, body: Any, **headers: str) -> tuple[int, Any]:
+        return await asyncio.to_thread(self._ask, "POST", path, json.dumps(body), headers)
+
+    def _ask(self, method: str, path: str, body: str | None, headers: dict[str, str]) -> tuple[int, Any]:
+        """Over a connection of its own, so any worker may be the one that answers."""
         with closing(http.client.HTTPConnection(*self.address, timeout=20)) as connection:
-            connection.request("GET", path, headers={"authorization": f"Bearer {self.run.token()}"})
+            told = {"authorization": f"Bearer {self.run.token()}", **headers}
+            connection.request(method, path, body, headers=told)
             with connection.getresponse() as got:
                 raw, kind = got.read(), got.getheader("content-type", "")
-        return json.loads(raw) if kind == "application/json" else raw.decode()
+        return got.status, json.loads(raw) if kind == "application/json" else raw.decode()
 
     async def router(self) -> dict[str, Any]:
         value: dict[str, Any] = (await self.get("/status"))["router"]
@@ -118,11 +127,12 @@ def all_serve(router: dict[str, Any]) -> bool:
 
 
 async def settled(one: Serving) -> dict[str, Any]:
-    """Once every process is there."""
+    """Once every process is there; one that is being killed may still accept a connection, and reset it."""
     while True:
-        router = await one.router()
-        if all_serve(router):
-            return router
+        with suppress(ConnectionError):
+            router = await one.router()
+            if all_serve(router):
+                return router
         await asyncio.sleep(0.02)
 
 
@@ -232,3 +242,78 @@ def test_settings_that_cannot_be_are_refused(run: RunDir, word: str, says: str) 
     with pytest.raises(ConfigError, match=re.escape(says)):
         change(run, *parse_settings([word]))
     assert run.read_desired() == {}
+
+
+async def test_sessions_and_counts_outlive_the_processes_that_kept_them(run: RunDir) -> None:
+    """Any worker knows where a session's last turn was answered, and what all have counted."""
+    said = {"x-session-id": "s1"}
+    async with (
+        fake_replica(run, "math-0.g1"),
+        fake_replica(run, "math-1.g1"),
+        serving(run) as one,
+    ):
+        await eventually_ready(one)
+        assert (await one.post("/v1/responses", {"model": "math", "input": "hi"}, **said))[0] == 200
+        turns, victims = 1, ["control", "worker 0", "worker 1", "control", "worker 1", "worker 0"]
+        for victim in [None, *victims]:
+            if victim is not None:
+                await told(one, turns)
+                os.kill(pids(await settled(one))[victim], signal.SIGKILL)
+                await replaced(one, victim)
+            for _ in range(4):
+                body = {"model": "math", "input": "more", "previous_response_id": "r"}
+                status, answer = await one.post("/v1/responses", body, **said)
+                assert status == 200, (victim, answer)
+                turns += 1
+        assert await counted(one) == turns
+        await zeros(one)
+
+
+async def counted(one: Serving) -> float:
+    lines = (await one.get("/metrics")).splitlines()
+    return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith("hpc_router_requests_total{"))
+
+
+async def told(one: Serving, turns: int) -> None:
+    """Workers say once a second what they have counted, and when they are asked."""
+    while await counted(one) != turns:
+        await asyncio.sleep(0.05)
+
+
+async def replaced(one: Serving, victim: str) -> None:
+    while True:
+        router = await settled(one)
+        process = router["control"] if victim == "control" else router["workers"][int(victim[-1])]
+        if process["last_end"] is not None and process["pid"] == pids(router)[victim]:
+            return
+        await asyncio.sleep(0.02)
+
+
+async def test_an_artefact_that_was_trained_anew_is_taken_over(run: RunDir) -> None:
+    """Every worker decides by it, and says so."""
+    prompts = {
+        "code": ["def f(x): return x", "sort a python list"],
+        "math": ["solve x + 1 = 2", "what is 3 times 4"],
+    }
+    first = train(run, prompts)
+    overrides = ["policy=classifier"]
+    async with (
+        fake_replica(run, "math-0.g1"),
+        fake_replica(run, "code-0.g1"),
+        serving(run, *overrides) as one,
+    ):
+        await eventually_ready(one)
+        assert (await one.get("/status"))["policy"]["artefact"] == first
+        second = train(run, {"math": prompts["code"], "code": prompts["math"]})
+        assert second != first
+        while (await one.get("/status"))["policy"]["artefact"] != second:
+            await asyncio.sleep(0.05)
+        while {(await one.post("/route", {"prompt": "solve x + 1 = 2"}))[1]["expert"] for _ in range(8)} != {"code"}:
+            await asyncio.sleep(0.05)
+
+
+def train(run: RunDir, prompts: dict[str, list[str]]) -> str | None:
+    """-> its version."""
+    artefact = exemplars.train(prompts)
+    artefact.write(run.classifier)
+    return artefact.version
