@@ -35,9 +35,10 @@ from hpc_router.errors import (
 )
 from hpc_router.relay.dialects import dialect_of
 from hpc_router.relay.downstream import DownstreamGoneError, Request, Response, Work, error_response, json_response
+from hpc_router.relay.exchange import Limits
 from hpc_router.relay.headers import Headers
 from hpc_router.relay.in_flight import InFlight
-from hpc_router.router.admission import worth_leaving
+from hpc_router.router.admission import bounds_of, worth_leaving
 from hpc_router.router.dispatch import RETRY_AFTER_S, Dispatcher, Errand
 from hpc_router.router.express import ExpressWork
 from hpc_router.router.link import ControlLink
@@ -115,6 +116,17 @@ class Gateway:
             ("POST", "/route"): self._route,
             **{("POST", path): self._generate for path in wire.GENERATE_PATHS},
         }
+
+    def reconfigure(self, deployment: Deployment, policy: Policy) -> None:
+        """From the next request on."""
+        config = deployment.router
+        self.deployment, self.policy = deployment, policy
+        self.table.pin_bound, self.table.bounds = config.pin_bound, bounds_of(deployment)
+        self.link.ejects_at_once = config.eject_connect_errors == 1
+        self.dispatcher.configure(config)
+        self.dispatcher.client.limits = Limits(
+            config.connect_timeout_s, config.first_byte_timeout_s, config.idle_timeout_s
+        )
 
     async def handle(self, request: Request) -> Response | None:
         """Raises nothing but DownstreamGoneError, where nobody is left to answer."""

@@ -25,7 +25,7 @@ from hpc_router.errors import LaunchError
 from hpc_router.rundir import RunDir
 
 START_S: Final = 300.0
-ASK_S: Final = 2.0
+ASK_S: Final = 5.0
 
 
 @dataclass(slots=True)
@@ -36,11 +36,13 @@ class Site:
     token: str
     router: str
     keep: bool = False
+    _seen: dict[str, Any] | None = None  # what it said last
 
     def status(self) -> dict[str, Any] | None:
         """None when it does not answer just now."""
         text = self._get("/status")
         value = None if text is None else json.loads(text)
+        self._seen = value or self._seen
         return value if isinstance(value, dict) else None
 
     def gauges(self) -> dict[str, float] | None:
@@ -49,11 +51,15 @@ class Site:
         if text is None:
             return None
         pairs = (line.rpartition(" ") for line in text.splitlines() if not line.startswith("#"))
-        return {name: float(value) for name, _, value in pairs if "in_flight" in name or "waiting" in name}
+        return {
+            name: float(value)
+            for name, _, value in pairs
+            if name.partition("{")[0].endswith(("requests_in_flight", "requests_waiting"))
+        }
 
     def strike(self, target: Target, *, turn: int) -> str | None:
         """Kill the next one of these; its name. None: there is none to be killed now."""
-        status = self.status()
+        status = self.status() or self._seen
         if status is None:
             return None
         pids = self.replicas(status) if target is Target.REPLICA else self.processes(status, target)
@@ -91,7 +97,7 @@ class Site:
         try:
             progress = json.loads((self.run.jobs / replica / "progress.json").read_text())
             pid = int(progress["pid"])
-            return pid if str(self.run.path) in psutil.Process(pid).cmdline() else None
+            return pid if any(str(self.run.path) in word for word in psutil.Process(pid).cmdline()) else None
         except (OSError, ValueError, KeyError, TypeError, psutil.Error):
             return None
 
