@@ -41,6 +41,7 @@ class ExpressWork(Work, Asker):
         finally:
             if started is None:
                 hold.release()
+                hold.replica.last_used = 0  # it was not: the handler is to get the same one, and not always the other
         if started is None:
             return False
         self._hold, self._started = hold, started

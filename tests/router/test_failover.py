@@ -97,8 +97,9 @@ async def test_without_a_budget_a_failure_is_passed_on(tmp_path: Path) -> None:
     ):
         await ready(router, 2)
         seen: list[int] = []
-        while len(sick.bodies) < 4:
-            seen += await statuses(router, 1)
+        async with asyncio.timeout(60):
+            while len(sick.bodies) < 4:
+                seen += await statuses(router, 1)
         assert seen.count(500) == len(sick.bodies) - 1, "one retry is within 0.01 per second for 10 s, rounded up"
         assert seen.count(200) == len(seen) - seen.count(500)
         refused = seen.count(500)
