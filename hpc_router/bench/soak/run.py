@@ -160,10 +160,9 @@ class _Watch:
 
     def _strike(self, target: Target) -> None:
         """What cannot be struck now stays due."""
-        before_ns = time.monotonic_ns()
-        name = self._site.strike(target, turn=sum(one.target is target for one in self.struck))
-        if name is not None:
-            self.struck.append(Struck(target, name, before_ns))
+        struck = self._site.strike(target, turn=sum(one.target is target for one in self.struck))
+        if struck is not None:
+            self.struck.append(struck)
             self.due.pop(0)
 
 
