@@ -19,8 +19,9 @@ LAYERS = [
     {"filethread", "jobdir", "leader", "lease", "proof"},
     {"client", "errand", "follow"},
     {"relay", "routing"},
-    {"bench", "expert", "router"},
+    {"expert", "router"},
     {"cluster"},
+    {"bench"},
     {"arguments", "screen", "cli"},
 ]
 

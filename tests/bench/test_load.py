@@ -3,10 +3,10 @@
 import asyncio
 
 import pytest
+from hpc_router.bench.ask import Answer, Clock
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpc_router.bench.ask import Answer, Clock
 from hpc_router.bench.config import BenchConfig, read_config
 from hpc_router.bench.load import Ask, Course, Load, apply_load, closed_loop
 from hpc_router.bench.measure import CUT, Observation, Part
