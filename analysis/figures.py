@@ -12,7 +12,7 @@ from typing import Any, Final
 import matplotlib as mpl
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 
 from analysis.results import EVIDENCE, Group, Series, Value
 
@@ -29,7 +29,7 @@ STYLES: Final = (
 )
 HATCHES: Final = ("", "///", "...", "xxx", "\\\\\\", "ooo", "---", "+++")
 GREYS: Final = ("#f2f2f2", "#bdbdbd", "#e0e0e0", "#8f8f8f", "#d0d0d0", "#ffffff", "#a8a8a8", "#c8c8c8")
-RC: Final = {
+RC: Final[Any] = {
     "font.size": 10.5,
     "axes.titlesize": 11,
     "axes.titleweight": "bold",
@@ -108,6 +108,8 @@ def _curve(curve: Curve, series: Sequence[Series]) -> Drawn | None:
         if curve.log and positive:
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter(FuncFormatter(_plain))
+            low, high = axes.get_ylim()
+            axes.yaxis.set_minor_formatter(FuncFormatter(_plain) if high < 10 * low else NullFormatter())
         elif positive:
             axes.set_ylim(bottom=0)
         axes.set_ylabel(curve.unit)

@@ -112,8 +112,8 @@ def _head(title: str, records: Sequence[Record]) -> str:
 def _warnings(records: Sequence[Record], series: Sequence[Series]) -> Iterator[str]:
     if any(record["evidence"] == "simulated" for record in records):
         yield (
-            '<div class="warning"><b>Simulated points are predictions</b> of a roofline model of engines on GPUs, or of '
-            "fixed latencies; they are no evidence of what GPUs do. Points marked measured are.</div>"
+            '<div class="warning"><b>Simulated points are predictions</b> of a roofline model of engines on GPUs, or '
+            "of fixed latencies; they are no evidence of what GPUs do. Points marked measured are.</div>"
         )
     invalid = [(one, group) for one in series for group in one.groups if not group.valid]
     if invalid:
@@ -122,7 +122,8 @@ def _warnings(records: Sequence[Record], series: Sequence[Series]) -> Iterator[s
             for one, group in invalid
             for reason in dict.fromkeys(group.reasons)
         )
-        yield f'<div class="warning"><b>Invalid: not to be trusted</b>, crossed in figures and tables<ul>{items}</ul></div>'
+        told = "<b>Invalid: not to be trusted</b>, crossed in figures and tables"
+        yield f'<div class="warning">{told}<ul>{items}</ul></div>'
     versions = {str(record["provenance"]["git"]) for record in records}
     if len(versions) > 1:
         yield '<div class="warning">These points were measured by different versions of the code (see below).</div>'
@@ -212,8 +213,8 @@ def _balances(series: Sequence[Series]) -> str:
                         f"<td>{_value(share)}</td><td>{_value(even)}</td></tr>")  # fmt: skip
     load = "users" if series[0].by == "users" else "requests/s"
     return (
-        "<details><summary>Balance per expert at the highest load</summary><p>Busiest replica: its requests over the mean "
-        'of the replicas of its expert that answered; 1 is even.</p><div class="scroll"><table><thead><tr>'
+        "<details><summary>Balance per expert at the highest load</summary><p>Busiest replica: its requests over the "
+        'mean of the replicas of its expert that answered; 1 is even.</p><div class="scroll"><table><thead><tr>'
         f"<th>deployment</th><th>{load}</th><th>expert</th><th>share<br>%</th><th>busiest<br>replica</th></tr></thead>"
         f"<tbody>{''.join(rows)}</tbody></table></div></details>"
     )
@@ -226,8 +227,8 @@ def _definitions() -> str:
         "<li><b>ITL</b>: gaps between two events with content, per token they carry.</li>"
         "<li><b>TPOT</b>: (last content - first content) / (tokens - 1), per answer.</li>"
         "<li><b>E2E</b>: from the start of a request to the end of its stream.</li>"
-        "<li><b>Router adds</b>: the median through the router less the median straight at its replicas, expert by expert, "
-        "in the same run.</li>"
+        "<li><b>Router adds</b>: the median through the router less the median straight at its replicas, expert by "
+        "expert, in the same run.</li>"
         "<li><b>Goodput</b>: answers per second within the limits of bench.good.</li></ul>"
         "<p>docs/bench.md has each definition in full.</p>"
     )
@@ -242,7 +243,8 @@ def _origin(records: Sequence[Record]) -> str:
         machine = origin["hardware"]
         engines = sorted({_engine(endpoint["engine"]) for endpoint in origin["endpoints"]})
         job = f", job {origin['job_id']}" if origin["job_id"] else ""
-        text = f"{machine['cpu']}, {machine['cpus']} CPUs, {machine['memory_gb']} GB{job}; code {state}; {', '.join(engines)}"
+        where = f"{machine['cpu']}, {machine['cpus']} CPUs, {machine['memory_gb']} GB{job}"
+        text = f"{where}; code {state}; {', '.join(engines)}"
         seen.setdefault(f"<li>{html.escape(text)}<br><code>{html.escape(origin['command'])}</code></li>")
     return f"<h2>Where it was measured, and by what</h2><ul>{''.join(seen)}</ul>"
 

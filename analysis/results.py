@@ -5,13 +5,15 @@ A record that was marked invalid stays, marked; figures and tables say so. Knows
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, Final
 
 Record = Mapping[str, Any]
+_WHERE: Final = ("cluster.", "simulate.", "router.", "name=", "runs=")
+"""Overrides that do not say what is measured."""
 SCHEMA: Final = 2
 EVIDENCE: Final[Mapping[str, str]] = {
     "gpu": "GPU, measured",
@@ -146,19 +148,14 @@ def series_of(records: Iterable[Record]) -> list[Series]:
         key = (record["evidence"], name_of(record), by)
         found.setdefault(key, {}).setdefault(load, []).append(record)
     order = list(EVIDENCE)
-    return [
-        Series(
-            name,
-            evidence,
-            by,
-            next(iter(loads.values()))[0]["gpus"],
-            tuple(Group(at, loads[at]) for at in sorted(loads)),
-        )
-        for (evidence, name, by), loads in sorted(found.items(), key=lambda item: (order.index(item[0][0]), item[0]))
-    ]
+    made = []
+    for (evidence, name, by), loads in sorted(found.items(), key=lambda item: (order.index(item[0][0]), item[0])):
+        groups = tuple(Group(load, loads[load]) for load in sorted(loads))
+        made.append(Series(name, evidence, by, groups[0].records[0]["gpus"], groups))
+    return made
 
 
-def _namer(records: Sequence[Record]) -> Any:
+def _namer(records: Sequence[Record]) -> Callable[[Record], str]:
     """A series is called by its topology, and by whatever else differs between records: policy, overrides, model."""
     policies = {record["policy"] for record in records if record["topology"] is None or _chose(record, "policy")}
 

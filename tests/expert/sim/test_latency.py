@@ -1,7 +1,7 @@
 import random
 import statistics
 
-from hpc_router.expert.sim.latency import JitteredLatency, LatencyModel, SpacedPace, RealClock
+from hpc_router.expert.sim.latency import JitteredLatency, LatencyModel, RealClock, SpacedPace
 from tests.expert.sim.calls import SteppedClock
 
 
