@@ -106,9 +106,12 @@ def _curve(curve: Curve, series: Sequence[Series]) -> Drawn | None:
         _load_axis(axes, by, sorted({g.load for _, points in found for g, _ in points}))
         positive = all(value.mean > 0 for _, points in found for _, value in points)
         if curve.log and positive:
+            shown = [v.mean for one in series for key in (curve.key, curve.upper) if key
+                     for _, v in one.points(key, scale=curve.scale)]  # fmt: skip
+            low, high = min(shown) / 1.25, max(shown) * 1.25
+            axes.set_ylim(low, high)
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter(FuncFormatter(_plain))
-            low, high = axes.get_ylim()
             axes.yaxis.set_minor_formatter(FuncFormatter(_plain) if high < 10 * low else NullFormatter())
         elif positive:
             axes.set_ylim(bottom=0)

@@ -579,6 +579,8 @@ static bool may_begin(void)
 
 static void next_of(struct user *one)
 {
+    if (measuring && measured_all && !measured_active)
+        told_to_stop = 1;
     if (arrivals) {
         if (waiting && !told_to_stop) {
             waiting--;
