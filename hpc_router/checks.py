@@ -27,8 +27,10 @@ from hpc_router.config import (
 from hpc_router.errors import ConfigError, suggest
 from hpc_router.job_options import check_environment, check_options, check_script, filled
 
+MOST_WORKERS: Final = 256
 _RUN_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _INTERFACE: Final = re.compile(r"[A-Za-z][A-Za-z0-9_.:@-]{0,14}")
+_COUNTS: Final = ("max_in_flight", "eject_connect_errors", "eject_errors")
 _SPANS_NODES: Final = ("vllm", "sim")
 """Engines that one replica can run on several nodes."""
 
@@ -55,15 +57,27 @@ def check_router(router: RouterConfig) -> None:
     _one_of("router.place", router.place, PLACES)
     if router.host is not None:
         filled("router.host", router.host)
-    if router.workers != 1:
+    if router.workers is not None and not 1 <= router.workers <= MOST_WORKERS:
         key = "router.workers"
-        raise ConfigError(f"{key}={router.workers}: this version runs one worker (valid: 1)", key=key)
+        raise ConfigError(f"{key}={router.workers}: valid are 1 to {MOST_WORKERS}", key=key)
     if not 0 <= router.port <= 65535:
         key = "router.port"
         raise ConfigError(f"{key}={router.port}: not a port (valid: 0 to 65535; 0 takes a free one)", key=key)
     for item in fields(router):
-        if item.name.endswith(("_s", "_mb")) or item.name == "max_in_flight":
+        if item.name.endswith(("_s", "_mb")) or item.name in _COUNTS:
             _positive(f"router.{item.name}", getattr(router, item.name))
+    for name in ("eject_share", "retry_share"):
+        if not 0 <= getattr(router, name) <= 1:
+            key = f"router.{name}"
+            raise ConfigError(f"{key}={getattr(router, name):g}: no share (valid: 0 to 1)", key=key)
+    if router.eject_most_s < router.eject_s:
+        key = "router.eject_most_s"
+        valid = f"router.eject_s={router.eject_s:g} or more"
+        raise ConfigError(f"{key}={router.eject_most_s:g}: less than the first time (valid: {valid})", key=key)
+    if router.pin_bound is not None and not router.pin_bound >= 1:
+        key = "router.pin_bound"
+        valid = "1 or more, times the average load of an expert's replicas; null pins nothing"
+        raise ConfigError(f"{key}={router.pin_bound:g}: out of range (valid: {valid})", key=key)
 
 
 def check_fallback(fallback: str | None, experts: Iterable[str]) -> None:

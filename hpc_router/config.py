@@ -198,13 +198,23 @@ class RouterConfig:
     resources: ResourceConfig = field(default_factory=ResourceConfig)
     host: str | None = None  # null: the address that cluster.fabric means
     port: int = 0  # 0: the kernel gives a free one, the registry tells it
-    workers: int = 1
+    workers: int | None = None  # data-plane processes; null: as many as the job has CPUs
     open: bool = False  # true: no token asked; anybody on the network may call
     reconcile: bool = True  # run the control loop beside the router
     standby: bool = True  # on Slurm, a successor's job waits for the end of the router's
     max_body_mb: float = 32.0
     hold_mb: float = 8.0  # a non-streaming answer up to this size is held until complete, so it can fail over
     max_in_flight: int = 4096
+    pin_bound: float | None = (
+        1.25  # a conversation stays on its replica below so many times the average load; null: never
+    )
+    eject_connect_errors: int = 1  # a replica is out of use after so many connections in a row that could not be made
+    eject_errors: int = 5  # or so many answers in a row with 5xx, as long as its expert can spare it
+    eject_share: float = 0.5  # of an expert's replicas may be out for errors, and never the last that is ready
+    eject_s: float = 10.0  # so long, doubled each time
+    eject_most_s: float = 300.0
+    retry_share: float = 0.2  # failed attempts that may be made up for elsewhere, of all requests
+    retry_least_per_s: float = 10.0  # and so many in any case
     queue_timeout_s: float = 30.0  # wait for a replica of the expert
     connect_timeout_s: float = 5.0
     first_byte_timeout_s: float = 600.0

@@ -84,13 +84,20 @@ class FileThreadHandler(QueueHandler):
 
 
 @contextmanager
-def file_thread(name: str, *, log: Path) -> Iterator[FileThread]:
-    """The thread for all of a service's writes, its log among them; a terminal sees the log as well."""
+def file_thread(name: str, *, log: Path, label: str = "") -> Iterator[FileThread]:
+    """The thread for all of a service's writes, its log among them; a terminal sees the log as well.
+
+    `label`: who writes, where several processes have one log."""
     files = FileThread(name)
     handlers: list[logging.Handler] = [FileThreadHandler(files, logging.FileHandler(log, encoding="utf-8"))]
     if sys.stderr.isatty():
         handlers.append(logging.StreamHandler())
-    logging.basicConfig(level=logging.INFO, format=LOG_FORMAT, handlers=handlers, force=True)
+    logging.basicConfig(
+        level=logging.INFO,
+        format=LOG_FORMAT if not label else LOG_FORMAT.replace(" %(name)s", f" {label}: %(name)s"),
+        handlers=handlers,
+        force=True,
+    )
     try:
         yield files
     finally:

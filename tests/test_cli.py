@@ -345,7 +345,7 @@ def test_a_pipe_that_has_seen_enough() -> None:
         ("deploy", ["topology=sim", "--config-dir", "nope"], 2, "--config-dir nope: no such folder"),
         ("deploy", ["--help"], 0, "topology:"),
         ("router", ["router.port=0"], 2, "run=... is missing"),
-        ("router", ["run=run", "router.workers=2"], 2, "router.workers=2"),
+        ("router", ["run=run", "router.workers=0"], 2, "router.workers=0"),
         ("router", ["run=run", "policy=classifier"], 2, "policy.artefact=DIR"),
         ("expert", ["run=run", "name=mth"], 2, "did you mean 'math'?"),
         ("expert", ["run=run", "name=math", "experts.math.modl=x"], 2, "did you mean 'model'?"),

@@ -35,7 +35,7 @@ OVERRIDES = [
     (["experts.math.engine.options.ttft_ms=abc"], ["override", "'experts.math.engine.options.ttft_ms'", "a number"]),
     # a value that cannot be
     (["router.port=70000"], ["override 'router.port=70000'", "valid: 0 to 65535"]),
-    (["router.workers=4"], ["router.workers=4", "valid: 1"]),
+    (["router.workers=0"], ["router.workers=0", "1 to 256"]),
     (["experts.math.replicas=-1"], ["override", "cannot be negative"]),
     (["experts.math.capacity=0"], ["override", "must be above 0"]),
     (["cluster.beat_s=0"], ["cluster.beat_s=0", "must be above 0"]),

@@ -94,9 +94,10 @@ class ClientRequest(Request):
         return b"".join(message.pieces)
 
     async def begin(self, status: int, head: bytes, *, length: int | None) -> None:
-        self._begin(status, head, length)
+        self.send(status, head, length)
 
-    def _begin(self, status: int, head: bytes, length: int | None, body: bytes = b"") -> None:
+    def send(self, status: int, head: bytes, length: int | None, body: bytes = b"") -> None:
+        """The head and what is known of the body."""
         self._begun = True
         message = self._message
         if not message.keep_alive or not message.complete:
@@ -133,8 +134,8 @@ class ClientRequest(Request):
     def abort(self) -> None:
         self._connection.abort()
 
-    def answer(self, response: Response) -> None:
-        self._connection.answer(self, response)
+    def answer(self, status: int, head: bytes, body: bytes) -> None:
+        self._connection.answer(self, status, head, body)
 
     def resume(self) -> None:
         self._connection.resume(self)
@@ -145,7 +146,7 @@ class ClientRequest(Request):
         if response is not None:
             if self._begun:
                 raise AssertionError("the handler has returned a second answer")
-            self._begin(response.status, response.head, len(response.body), response.body)
+            self.send(response.status, response.head, len(response.body), response.body)
         elif not self._begun:
             raise AssertionError("the handler has neither answered nor returned an answer")
         elif self._chunked:
@@ -249,12 +250,13 @@ class ClientConnection(asyncio.Protocol):
 
     # The request's side.
 
-    def answer(self, request: ClientRequest, response: Response) -> None:
+    def answer(self, request: ClientRequest, status: int, head: bytes, body: bytes) -> None:
         self._work = None
         if self._server.stopping:
             request.keep_alive = False
+        request.answered = True
         try:
-            request.finish(response)
+            request.send(status, head, len(body), body)
         except DownstreamGoneError:
             return
         self._deadline = self._loop.time() + self._server.keep_alive_s

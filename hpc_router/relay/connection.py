@@ -6,12 +6,11 @@ came before it has been taken.
 """
 
 import asyncio
-from collections.abc import Callable
-from typing import Final, cast
+from typing import Final, Protocol, cast
 
 from hpc_router.errors import UpstreamError, UpstreamTimeoutError
-from hpc_router.relay.exchange import Limits, Sink
-from hpc_router.relay.framing import ResponseFramer, chunk_prefix
+from hpc_router.relay.exchange import Address, Asker, Limits, Sink, Started
+from hpc_router.relay.framing import ResponseFramer, chunk_prefix, whole_answer
 from hpc_router.relay.patience import Patience
 
 KEPT_BYTES: Final = 2**16
@@ -20,25 +19,35 @@ IN_ONE_PIECE: Final = 2**18
 """A longer request body is written in pieces, so that it is not copied whole and does not hold up the event loop."""
 
 
-class Connection(asyncio.Protocol):
+class Connections(Protocol):
+    """Whose connection it is."""
+
+    def put(self, address: Address | str, connection: "Connection") -> None:
+        """It may be used again."""
+
+    def discard(self, connection: "Connection") -> None:
+        """It has closed, whoever closed it; called once."""
+
+
+class Connection(asyncio.Protocol, Started):
     """`begin`, `send`, `head`, then `chunk` until it is empty or `flow`, and always `end`.
 
-    `on_lost` is called once, when the connection has closed, whoever closed it.
+    Or `ask`, which needs no task: the end comes by itself, with a whole answer, or the exchange goes on from `head`.
     """
 
     __slots__ = (
-        "_asked_at", "_failure", "_framer", "_full", "_kept", "_loop", "_on_lost", "_reading", "_sent", "_sink",
-        "_transport", "_waiter", "_writable", "idle_s", "on_news", "patience", "unanswered",
+        "_asker", "_failure", "_framer", "_full", "_kept", "_loop", "_owner", "_reading", "_sent", "_sink",
+        "_transport", "_waiter", "_writable", "address", "idle_s", "patience", "unanswered",
     )  # fmt: skip
 
-    def __init__(self, on_lost: Callable[["Connection"], None]) -> None:
+    def __init__(self, owner: Connections, address: Address | str) -> None:
         self._loop = asyncio.get_running_loop()
-        self._on_lost = on_lost
+        self._owner = owner
+        self.address = address
         self._transport: asyncio.Transport | None = None
         self._framer: ResponseFramer | None = None
         self.patience = Patience(self.give_up)
         self.idle_s = 0.0
-        self._asked_at = 0.0
         self._sink: Sink | None = None  # that the body flows into
         self._full = False  # the sink wants to be asked for room
         self._kept = 0
@@ -47,7 +56,7 @@ class Connection(asyncio.Protocol):
         self._sent = False
         self._failure: Exception | None = None
         self._waiter: asyncio.Future[None] | None = None
-        self.on_news: Callable[[], None] | None = None  # called once instead of waking a task
+        self._asker: Asker | None = None  # instead of a task
         self.unanswered = False  # the last exchange ended without a byte from upstream
 
     @property
@@ -57,7 +66,7 @@ class Connection(asyncio.Protocol):
 
     def asked_s(self) -> float:
         """Since the present exchange began, or the last one did."""
-        return self._loop.time() - self._asked_at
+        return self._loop.time() - self.patience.begun_at
 
     def abort(self) -> None:
         if self._transport is not None:
@@ -69,26 +78,34 @@ class Connection(asyncio.Protocol):
         """The clock for the answer's first byte runs from now on."""
         assert self._framer is None
         self._framer = ResponseFramer(head_only=head_only)
-        self._asked_at = self._loop.time()
         self.idle_s = limits.idle_s
         self.patience.begin(limits.first_byte_s)
-        self._failure, self._sent, self._full, self._kept = None, False, False, 0
+        self._failure, self._sent = None, False
 
     async def send(self, head: bytes, body: bytes | None) -> None:
         """An answer that comes before all is sent ends the sending, and later the connection."""
         if self._transport is None:
             self._failure = UpstreamError("the replica had closed the connection")
         elif not body or len(body) <= IN_ONE_PIECE:
-            self.send_at_once(head, body)
+            self._transport.write(head + body if body else head)
+            self._sent = True
         else:
             self._transport.write(head)
             await self._send_rest(memoryview(body))
 
-    def send_at_once(self, head: bytes, body: bytes | None) -> None:
-        """For a connection that is `usable`, and a body of at most IN_ONE_PIECE bytes."""
+    def ask(self, request: bytes, asker: Asker, limits: Limits) -> None:
+        """An exchange without a task, over a connection that was kept. `request` is short."""
         assert self._transport is not None
-        self._transport.write(head + body if body else head)
+        self._asker = asker
+        self.idle_s = limits.idle_s
+        self.patience.begin(limits.first_byte_s)
+        self._transport.write(request)
         self._sent = True
+
+    def abandon(self) -> None:
+        self._asker = None
+        self.patience.rest()
+        self.abort()
 
     async def _send_rest(self, rest: memoryview) -> None:
         while rest:
@@ -151,6 +168,7 @@ class Connection(asyncio.Protocol):
         framer, self._framer = self._framer, None
         self.patience.rest()
         self.unanswered = framer.untouched
+        self._full, self._kept = False, 0
         framer.release()
         reusable = framer.complete and framer.keep_alive and self._sent and self._failure is None and self.usable
         if not reusable:
@@ -201,7 +219,8 @@ class Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         framer = self._framer
         if framer is None:
-            self.abort()  # nobody has asked
+            if not self._take_answer(data):
+                self.abort()  # nobody has asked
             return
         sink = self._sink
         try:
@@ -236,10 +255,39 @@ class Connection(asyncio.Protocol):
                 self._transport.pause_reading()
         self._wake()
 
+    def _take_answer(self, data: bytes) -> bool:
+        """The first of the answer to what was asked; False: nothing was."""
+        asker = self._asker
+        if asker is None:
+            return False
+        found = whole_answer(data)
+        if found is not None:
+            (status, headers, keep_alive), body = found
+            if asker.on_answer(status, headers, body):
+                self._asker = None
+                self.patience.rest()
+                if keep_alive:
+                    self._owner.put(self.address, self)
+                else:
+                    self.abort()
+                return True
+        self._framer = ResponseFramer()
+        self.data_received(data)
+        return True
+
+    def _tell(self, asker: Asker) -> None:
+        framer, body = self.framer, self.whole()
+        if body is None or not asker.on_answer(framer.status, framer.headers, body):
+            asker.on_news()
+        elif self.end():
+            self._owner.put(self.address, self)
+
     def connection_lost(self, error: Exception | None) -> None:
         self._transport = None
         self.patience.end()
-        self._on_lost(self)
+        self._owner.discard(self)
+        if self._asker is not None and self._framer is None:
+            self._framer = ResponseFramer()
         if self._framer is not None and not self._framer.complete and self._failure is None:
             try:
                 if error is not None:
@@ -261,13 +309,15 @@ class Connection(asyncio.Protocol):
         self.abort()
 
     def give_up(self) -> None:
+        if self._asker is not None and self._framer is None:
+            self._framer = ResponseFramer()
         self._fail(UpstreamTimeoutError("the replica fell silent"))
         self._wake()
 
     def _wake(self) -> None:
-        called, self.on_news = self.on_news, None
-        if called is not None:
-            called()
+        asker, self._asker = self._asker, None
+        if asker is not None:
+            self._tell(asker)
             return
         waiter, self._waiter = self._waiter, None
         if waiter is not None and not waiter.done():

@@ -64,8 +64,8 @@ class Request(ABC):
     async def read(self, *, limit_s: float | None = None) -> bytes:
         """The whole body. Raises BadRequestError, BodyTooLargeError, or RequestTimeoutError after `limit_s` seconds."""
 
-    def answer(self, response: Response) -> None:
-        """The end of what `express` began."""
+    def answer(self, status: int, head: bytes, body: bytes) -> None:
+        """The end of what `express` began, as in `Response`."""
         raise NotImplementedError
 
     def resume(self) -> None:

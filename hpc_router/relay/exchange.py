@@ -5,12 +5,12 @@ the reference it is compared with. A body is either iterated (`chunks`) or poure
 an implementation hand a piece on the moment it has come, without waking a task.
 """
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from yarl import URL
 
@@ -102,35 +102,36 @@ class UpstreamResponse:
         return bytes(body)
 
 
-class WholeResponse(NamedTuple):
-    status: int
-    headers: Headers
-    body: bytes
+class Asker(ABC):
+    """Who waits without a task for the answer to what `Upstream.start` has sent. It hears once, or is handed over."""
 
-
-class Exchange(AbstractAsyncContextManager[UpstreamResponse]):
-    """A request that can do without a task: `start`, and when `on_news` has been called, `finish`; where that gives
-    nothing, `async with` goes on from there. Once started it must be one of these, or `abandon`."""
+    __slots__ = ()
 
     @abstractmethod
-    def start(self, on_news: Callable[[], None]) -> bool:
-        """Send it at once, if there is a connection for it. `on_news` is called once, with the first of the answer or
-        when there will be none."""
+    def on_answer(self, status: int, headers: Headers, body: bytes) -> bool:
+        """All of the answer came at once. False: it is not to be taken so; `on_news` follows."""
 
     @abstractmethod
-    def finish(self, wanted: Callable[[int, bytes, int], bool]) -> WholeResponse | None:
-        """The response, if all of it has come and its status, content type and size are `wanted`."""
+    def on_news(self) -> None:
+        """The first of the answer has come, or there will be none: a `request` has to go on with it."""
 
-    @abstractmethod
+
+class Started(Protocol):
+    """A request that was sent and that no task waits for yet."""
+
+    patience: Patience
+
     def abandon(self) -> None:
-        """End what was started."""
+        """Nobody wants its answer any more."""
 
 
 class Upstream(Protocol):
     """Connections to upstream servers, kept between requests."""
 
-    def starts(self, address: Address) -> bool:
-        """Whether a request there is an `Exchange`, and hardly has to wait for a connection."""
+    def start(
+        self, method: str, address: Address, target: str, *, head: bytes, body: bytes, asker: Asker
+    ) -> Started | None:
+        """Send a request at once, if a connection is kept for it."""
 
     def request(
         self,
@@ -141,10 +142,12 @@ class Upstream(Protocol):
         head: bytes = b"",
         body: bytes | None = None,
         watch: Callable[[Patience], None] | None = None,
+        started: Started | None = None,
     ) -> AbstractAsyncContextManager[UpstreamResponse]:
         """Raises UpstreamConnectError, UpstreamTimeoutError or UpstreamError, also from within the block.
 
         `target`: path and query; `head`: header lines but for those of framing (see `headers.lines`). Leaving the block
         early closes the connection at once: that is how an engine learns that its client has gone. `watch` is given
-        the patience that is had with the upstream, at each attempt, for whoever learns that it is lost.
+        the patience that is had with the upstream, at each attempt, for whoever learns that it is lost. `started`: the
+        same request, as far as `start` has brought it.
         """

@@ -62,7 +62,7 @@ class ResponseFramer:
             if self.complete:
                 self.keep_alive = False  # the answer is whole, what follows it is not ours
                 return
-            if not self._head_only and (found := _HEADS.whole(data)) is not None:
+            if not self._head_only and (found := whole_answer(data)) is not None:
                 head, body = found
                 self.status, self.headers, self.keep_alive = head
                 self.length = len(body)
@@ -179,6 +179,8 @@ def _known_head(data: bytes) -> _Head | None:
 
 
 _HEADS: Final = Heads(_known_head)
+whole_answer: Final = _HEADS.whole
+"""Status, headers and whether the connection may be kept, and the body, where the head is known and all is there."""
 
 
 @lru_cache(maxsize=2**14)

@@ -16,12 +16,15 @@ class Patience:
     It may serve one exchange after another (`begin`), and then needs a new timer for hardly any of them.
     """
 
-    __slots__ = ("_deadline", "_limit_s", "_loop", "_most_s", "_rings_at", "_timer", "heard", "on_silence", "spent")
+    __slots__ = (
+        "_deadline", "_limit_s", "_loop", "_most_s", "_rings_at", "_timer", "begun_at", "heard", "on_silence", "spent",
+    )  # fmt: skip
 
     def __init__(self, on_silence: Callable[[], None]) -> None:
         self.on_silence = on_silence
         self.spent = False
         self.heard = False  # since the timer was set
+        self.begun_at = 0.0  # on the loop's clock
         self._limit_s = math.inf
         self._loop = asyncio.get_running_loop()
         self._most_s = math.inf
@@ -33,7 +36,11 @@ class Patience:
         """Wait in another exchange."""
         self.spent = self.heard = False
         self._most_s = math.inf
-        self.wait(limit_s)
+        self._limit_s = limit_s
+        self.begun_at = now = self._loop.time()
+        self._deadline = deadline = now + limit_s
+        if deadline < self._rings_at:
+            self._set(deadline)
 
     def wait(self, limit_s: float) -> None:
         """From now on, silence for `limit_s` seconds is too long."""

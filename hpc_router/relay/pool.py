@@ -33,10 +33,6 @@ class Pool(Generic[A, C]):
     def __len__(self) -> int:
         return sum(map(len, self._idle.values()))
 
-    def has(self, address: A) -> bool:
-        """Whether one is kept there, as far as is known."""
-        return bool(self._idle.get(address))
-
     def take(self, address: A) -> C | None:
         idle, now = self._idle.get(address), time.monotonic()
         while idle:

@@ -9,13 +9,14 @@ import asyncio
 import math
 import ssl
 from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager
 from functools import lru_cache
 from types import TracebackType
 from typing import Final, Self
 
 from hpc_router.errors import UpstreamConnectError, UpstreamError, UpstreamTimeoutError
 from hpc_router.relay.connection import IN_ONE_PIECE, Connection
-from hpc_router.relay.exchange import Address, Exchange, Limits, Sink, UpstreamResponse, WholeResponse
+from hpc_router.relay.exchange import Address, Asker, Limits, Sink, Started, UpstreamResponse
 from hpc_router.relay.patience import Patience
 from hpc_router.relay.pool import Pool
 
@@ -57,21 +58,29 @@ class UpstreamClient:
         head: bytes = b"",
         body: bytes | None = None,
         watch: Callable[[Patience], None] | None = None,
+        started: Started | None = None,
     ) -> "_Exchange":
         """See `exchange.Upstream`."""
+        assert started is None or isinstance(started, Connection)
         return _Exchange(
-            self, address, request_head(method, address, target, head, body), body, method == "HEAD", watch
+            self, address, request_head(method, address, target, head, body), body, method == "HEAD", watch, started
         )
 
-    def starts(self, address: Address) -> bool:
-        return self.pool.has(self._socket_path or address)
+    def start(
+        self, method: str, address: Address, target: str, *, head: bytes, body: bytes, asker: Asker
+    ) -> Connection | None:
+        """See `exchange.Upstream`."""
+        if len(body) > IN_ONE_PIECE or (connection := self.pool.take(self._socket_path or address)) is None:
+            return None
+        connection.ask(request_head(method, address, target, head, body) + body, asker, self.limits)
+        return connection
 
     async def answering(self, call: "_Exchange") -> Connection:
         """A connection with the head of its answer there.
 
         The server may close a kept connection in the moment in which it is used again, so one that dies at once without
         a word costs nothing: the request goes over a new one."""
-        kept = call.started or self.take(call)
+        kept = call.started or self.pool.take(self._socket_path or call.address)
         if kept is not None:
             try:
                 return await self._ask(kept, call, sent=call.started is not None)
@@ -80,21 +89,12 @@ class UpstreamClient:
                     raise
         return await self._ask(await self.connected(call.address, watch=call.watch), call)
 
-    def take(self, call: "_Exchange") -> Connection | None:
-        return self.pool.take(self._socket_path or call.address)
-
-    def keep(self, connection: Connection, call: "_Exchange") -> None:
-        self.pool.put(self._socket_path or call.address, connection)
-
-    def begin(self, connection: Connection, call: "_Exchange") -> None:
-        connection.begin(self.limits, head_only=call.head_only)
-        if call.watch is not None:
-            call.watch(connection.patience)
-
     async def _ask(self, connection: Connection, call: "_Exchange", *, sent: bool = False) -> Connection:
         try:
             if not sent:
-                self.begin(connection, call)
+                connection.begin(self.limits, head_only=call.head_only)
+                if call.watch is not None:
+                    call.watch(connection.patience)
                 await connection.send(call.head, call.body)
             await connection.head()
         except BaseException:
@@ -105,7 +105,7 @@ class UpstreamClient:
     async def connected(self, address: Address, *, watch: Callable[[Patience], None] | None = None) -> Connection:
         """A new connection. Raises UpstreamConnectError, and UpstreamTimeoutError when patience was shortened."""
         loop = asyncio.get_running_loop()
-        made = Connection(self.pool.discard)
+        made = Connection(self.pool, self._socket_path or address)
         patience = made.patience
         try:
             async with asyncio.timeout(self.limits.connect_s) as limit:
@@ -135,7 +135,7 @@ class UpstreamClient:
         return self._tls
 
 
-class _Exchange(Exchange):
+class _Exchange(AbstractAsyncContextManager[UpstreamResponse]):
     """The context of one request, and what goes over a connection."""
 
     __slots__ = ("_client", "_connection", "address", "body", "head", "head_only", "started", "watch")
@@ -148,41 +148,16 @@ class _Exchange(Exchange):
         body: bytes | None,
         head_only: bool,
         watch: Callable[[Patience], None] | None,
+        started: Connection | None,
     ) -> None:
         self._client = client
         self._connection: Connection | None = None
-        self.started: Connection | None = None  # over which it goes already
+        self.started = started  # over which it goes already
         self.address = address
         self.head = head
         self.body = body
         self.head_only = head_only
         self.watch = watch
-
-    def start(self, on_news: Callable[[], None]) -> bool:
-        client, body = self._client, self.body
-        if (body is not None and len(body) > IN_ONE_PIECE) or (connection := client.take(self)) is None:
-            return False
-        client.begin(connection, self)
-        connection.send_at_once(self.head, body)
-        connection.on_news = on_news
-        self.started = connection
-        return True
-
-    def finish(self, wanted: Callable[[int, bytes, int], bool]) -> WholeResponse | None:
-        assert self.started is not None
-        connection = self.started
-        framer, body = connection.framer, connection.whole()
-        if body is None or not wanted(framer.status, framer.headers.content_type, len(body)):
-            return None
-        if connection.end():
-            self._client.keep(connection, self)
-        return WholeResponse(framer.status, framer.headers, body)
-
-    def abandon(self) -> None:
-        if self.started is not None:
-            self.started.on_news = None
-            if self.started.end():
-                self._client.keep(self.started, self)
 
     async def __aenter__(self) -> UpstreamResponse:
         self._connection = await self._client.answering(self)
@@ -193,7 +168,7 @@ class _Exchange(Exchange):
     ) -> None:
         assert self._connection is not None
         if self._connection.end():
-            self._client.keep(self._connection, self)
+            self._client.pool.put(self._connection.address, self._connection)
 
 
 class _Response(UpstreamResponse):

@@ -16,7 +16,7 @@ from multidict import CIMultiDict
 from yarl import URL
 
 from hpc_router.errors import UpstreamConnectError, UpstreamError, UpstreamTimeoutError
-from hpc_router.relay.exchange import Address, Limits, UpstreamResponse
+from hpc_router.relay.exchange import Address, Limits, Started, UpstreamResponse
 from hpc_router.relay.headers import Headers
 from hpc_router.relay.patience import Patience
 
@@ -70,8 +70,8 @@ class AiohttpClient:
     ) -> None:
         await self._session.close()
 
-    def starts(self, address: Address) -> bool:
-        return False
+    def start(self, *request: object, **rest: object) -> None:
+        """Nothing goes without a task here."""
 
     @asynccontextmanager
     async def request(
@@ -83,6 +83,7 @@ class AiohttpClient:
         head: bytes = b"",
         body: bytes | None = None,
         watch: Callable[[Patience], None] | None = None,
+        started: Started | None = None,
     ) -> AsyncIterator[UpstreamResponse]:
         """See `exchange.Upstream`."""
         scheme = "https" if address.tls else "http"

@@ -38,11 +38,11 @@ from hpc_router.relay.headers import Headers
 from hpc_router.relay.in_flight import InFlight
 from hpc_router.router.dispatch import RETRY_AFTER_S, Dispatcher, Errand
 from hpc_router.router.express import ExpressWork
+from hpc_router.router.link import ControlLink
 from hpc_router.router.metrics import Metrics
 from hpc_router.router.replicas import ReplicaTable
 from hpc_router.router.request import ApiCall, decode
-from hpc_router.router.sessions import Sessions, session_id
-from hpc_router.router.status import status
+from hpc_router.router.sessions import PARAM, session_id
 from hpc_router.routing.conversation import RequestError, prompt_text
 from hpc_router.routing.policy import Decision, Policy, Reason
 
@@ -87,12 +87,12 @@ class Gateway:
     policy: Policy
     dispatcher: Dispatcher
     metrics: Metrics
+    link: ControlLink
     token: str | None
     replica: str
     key: str
     draining: bool = False
     in_flight: InFlight = field(default_factory=InFlight)
-    sessions: Sessions = field(default_factory=Sessions)
     started_at: float = field(default_factory=time.time)
     routes: Mapping[tuple[str, str], Handler] = field(init=False)
 
@@ -177,22 +177,10 @@ class Gateway:
         return json_response({"ready": ready}, status=200 if ready else 503)
 
     async def _status(self, request: Request, request_id: str) -> Response:
-        policy = self.deployment.policy
-        return json_response(
-            status(
-                self.table,
-                self.dispatcher.discovery,
-                experts=sorted(self._experts()),
-                policy={"kind": policy.kind, "fallback": policy.fallback, "artefact": self.policy.version},
-                replica=self.replica,
-                uptime_s=round(time.time() - self.started_at, 3),
-                in_flight=self.in_flight.count,
-                open=self.token is None,
-            )
-        )
+        return json_response(await self.link.ask("status"))
 
     async def _metrics(self, request: Request, request_id: str) -> Response:
-        return Response(200, _METRICS_HEAD, self.metrics.exposition())
+        return Response(200, _METRICS_HEAD, (await self.link.ask("metrics of all")).encode())
 
     async def _models(self, request: Request, request_id: str) -> Response:
         return json_response({"object": "list", "data": [self._model_card(name) for name in self._model_names()]})
@@ -210,14 +198,18 @@ class Gateway:
         return json_response(explanation.to_dict(id=request_id))
 
     async def _generate(self, request: Request, request_id: str) -> Response | None:
-        if self.in_flight.count >= self.deployment.router.max_in_flight:
+        if self.in_flight.count + self.in_flight.others >= self.deployment.router.max_in_flight:
             raise OverloadedError(
-                f"{self.in_flight.count} requests are in flight, as many as router.max_in_flight admits",
+                f"{self.deployment.router.max_in_flight} requests are in flight, as many as are admitted",
                 retry_after_s=RETRY_AFTER_S,
             )
         with self.in_flight:
             body = request.ready()
             call = decode(body) if body is not None and len(body) <= LONG_BODY else await self._read(request)
+            if request.path.rstrip("/") == wire.RESPONSES and call.fields.get(PARAM) is not None:
+                session = session_id(request.headers)
+                if session is not None:
+                    await self.link.recall(session)
             return await self._serve(self._errand(request, request_id, call))
 
     async def _go_on(self, errand: Errand) -> Response | None:
@@ -242,7 +234,7 @@ class Gateway:
             or request.method != "POST"
             or request.path not in _EXPRESS_PATHS
             or self.draining
-            or self.in_flight.count >= self.deployment.router.max_in_flight
+            or self.in_flight.count + self.in_flight.others >= self.deployment.router.max_in_flight
         ):
             return None
         try:
@@ -261,6 +253,7 @@ class Gateway:
         return await asyncio.to_thread(decode, body) if len(body) > LONG_BODY else decode(body)
 
     def _errand(self, request: Request, request_id: str, call: ApiCall) -> Errand:
+        started = time.perf_counter()
         path, model = request.path.rstrip("/"), call.model
         if type(call.fields.get("stream")) not in _YES_NO:
             raise BadRequestError("'stream' must be true or false", param="stream")
@@ -268,11 +261,11 @@ class Gateway:
         session = None
         if path == wire.RESPONSES:
             session = session_id(request.headers)
-            continued = self.sessions.continued(session, call.fields, self.table, model=model)
+            continued = self.link.sessions.continued(session, call.fields, self.table, model=model)
             if continued is not None:
                 turn, replica = continued
                 reason = turn.reason if model == "auto" else Reason.NAMED
-                return Errand(request, target, request_id, call, (turn.expert,), reason, only=replica)
+                return Errand(request, target, request_id, call, (turn.expert,), reason, started, only=replica)
         if model != "auto":
             if model not in self.deployment.experts and not self.table.of(model):
                 raise self._unknown(model)
@@ -280,8 +273,8 @@ class Gateway:
             reason = _NAMED
         else:
             experts, reason = self._chosen(path, call)
-        on_answer = None if session is None else partial(self.sessions.answered, session)
-        return Errand(request, target, request_id, call, experts, reason, on_answer=on_answer)
+        on_answer = None if session is None else partial(self.link.sessions.answered, session)
+        return Errand(request, target, request_id, call, experts, reason, started, on_answer=on_answer)
 
     def _chosen(self, path: str, call: ApiCall) -> tuple[tuple[str, ...], Reason]:
         """By the policy: the experts to try in turn, and why the first of them."""

@@ -1,69 +1,334 @@
-"""Runs the control loop beside the router, as a process of its own.
+"""What the router does once, however many workers it has: watch the replicas, add up what the workers count.
 
-The data path must not wait for a file system or a controller, and a fault in one must not take the other down. The
-loop dies with its router: it holds the other end of a pipe.
+It discovers and probes, and sends its workers the replicas' view whenever that changes. `/status` and `/metrics` are
+told here, so they say the same whichever worker is asked. It owns nothing that it could not ask its workers for: one
+that takes the place of another begins with what they know, and until then they go on with the last view.
 """
 
 import asyncio
-import contextlib
 import logging
-import sys
-from pathlib import Path
-from typing import Final
+import os
+import socket
+import time
+from collections.abc import AsyncIterator, Awaitable, Iterable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Final
 
+from hpc_router.config import Deployment
+from hpc_router.filethread import FileThread
+from hpc_router.registry import Record
+from hpc_router.router.channel import Channel, ChannelClosedError, open_channel
+from hpc_router.router.counters import IN_FLIGHT, NOWHERE, Counters
+from hpc_router.router.discovery import Discovery
+from hpc_router.router.ejection import Incident
+from hpc_router.router.metrics import Metrics, gauges
+from hpc_router.router.registry_file import RegistryFile
+from hpc_router.router.replicas import Event, Replica, ReplicaTable, Standing
+from hpc_router.router.sessions import Sessions, Turn
+from hpc_router.router.status import status
+from hpc_router.router.supervisor import CONTROL, worker_name
+from hpc_router.router.view import View, take_over, view_of
 from hpc_router.rundir import RunDir
 
 logger = logging.getLogger(__name__)
 
-RESTART_PAUSE_S: Final = 5.0
-STOP_S: Final = 10.0
+HELLO_S: Final = 1.0
+"""Workers that are there already are given so long to tell what they know."""
+ANSWER_S: Final = 1.0
+"""And so long to say what they have counted."""
 
 
-def control_argv(run: RunDir, replica: str) -> list[str]:
-    verb = ["reconcile", "--loop", "--tied", "--while-leading", replica, "--run", str(run.path)]
-    return [sys.executable, "-m", "hpc_router.cli", *verb]
+@dataclass(slots=True)
+class Member:
+    """A worker. `number` of the view it was sent last, and whether it has `taken` it; `said` counts its reports."""
+
+    worker: int
+    channel: Channel | None = None
+    greeted: asyncio.Event = field(default_factory=asyncio.Event)
+    serving: asyncio.Event = field(default_factory=asyncio.Event)
+    pid: int | None = None
+    said: int = 0
+    taken: bool = True
+    stale: bool = False
+    counted: Mapping[str, Any] = field(default_factory=dict)
+
+    def tell(self, kind: str, value: Any = None) -> None:
+        if self.channel is not None:
+            self.channel.tell(kind, value)
 
 
-class ControlLoop:
-    """`async with` keeps it running; it is started again when it dies."""
+@dataclass(slots=True)
+class Control:
+    """`started_at`: when the router began; `processes`: what the supervisor says of each, by name."""
 
-    def __init__(self, run: RunDir, *, replica: str) -> None:
-        self._argv = control_argv(run, replica)
-        self._log: Path = run.logs / "reconcile.log"
-        self._keeper: asyncio.Task[None] | None = None
+    run: RunDir
+    deployment: Deployment
+    counters: Counters
+    files: FileThread
+    replica: str
+    started_at: float
+    policy_version: str | None
+    draining: bool = False
+    processes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    table: ReplicaTable = field(init=False)
+    discovery: Discovery = field(init=False)
+    keeper: RegistryFile = field(init=False)
+    sessions: Sessions = field(default_factory=Sessions)
+    members: list[Member] = field(init=False)
+    _owners: dict[str, int] = field(default_factory=dict)
+    _seeds: dict[str, Replica] = field(default_factory=dict)
+    _queues: dict[str, int] = field(default_factory=dict)
+    _view: View | None = None
+    _number: int = 0
+    _due: asyncio.Handle | None = None
+    _informed: asyncio.Event = field(default_factory=asyncio.Event)
 
-    async def __aenter__(self) -> "ControlLoop":
-        self._keeper = asyncio.create_task(self._keep(), name="control loop")
-        return self
+    def __post_init__(self) -> None:
+        self.table = ReplicaTable(peers=self.counters.all(), on_change=self._changed)
+        self.keeper = RegistryFile(self.run, self.replica, self.files)
+        self.discovery = Discovery(
+            self.run, self.deployment.router, self.table, on_snapshot=self._looked, files=self.files,
+            clock=asyncio.get_running_loop().time, seeds=self._seeds, on_well=self._well,
+        )  # fmt: skip
+        self.members = [Member(worker) for worker in range(self.counters.workers)]
 
-    async def __aexit__(self, *_: object) -> None:
-        assert self._keeper is not None
-        self._keeper.cancel()
-        await asyncio.gather(self._keeper, return_exceptions=True)
-
-    async def _keep(self) -> None:
-        while True:
+    @asynccontextmanager
+    async def watching(self, present: Mapping[int, socket.socket]) -> AsyncIterator[None]:
+        """Discover and probe until the end of the block. `present`: the way to the workers that are there already."""
+        for worker, sock in present.items():
+            await self.attach(worker, sock)
+        await _all(self.members[worker].greeted for worker in present)
+        async with self.discovery:
+            if self.table.all():
+                self._changed()
             try:
-                status = await self._run_once()
-                logger.warning("the control loop ended with status %d; it is started again", status)
-            except OSError as error:
-                logger.warning("the control loop cannot be started: %s", error)
-            await asyncio.sleep(RESTART_PAUSE_S)
+                yield
+            finally:
+                for member in self.members:
+                    if member.channel is not None:
+                        member.channel.close()
 
-    async def _run_once(self) -> int:
-        with self._log.open("ab") as log:
-            process = await asyncio.create_subprocess_exec(
-                *self._argv, stdin=asyncio.subprocess.PIPE, stdout=log, stderr=log, start_new_session=True
-            )
+    async def attach(self, worker: int, sock: socket.socket) -> None:
+        """A way to a worker that has just begun, or that has lost its control process."""
+        member = self.members[worker]
+        if member.channel is not None:
+            member.channel.close()
+        member.serving.clear()
+        channel: Channel
+        channel = await open_channel(sock, partial(self._take, member), on_end=lambda: self._detach(member, channel))
+        member.channel, member.taken, member.stale, member.said = channel, True, False, 0
+
+    async def served(self, *, limit_s: float) -> None:
+        """Until all workers serve, or the time is over."""
+        await _all((member.serving for member in self.members), limit_s=limit_s)
+
+    def leave(self) -> None:
+        """The record has been withdrawn: nobody is sent here any more."""
+        self.keeper.leave()
+        for member in self.members:
+            member.tell("release")
+
+    async def status(self) -> dict[str, Any]:
+        await self._informed.wait()
+        policy = self.deployment.policy
+        self.table.look(self.table.all())
+        return status(
+            self.table,
+            self.discovery,
+            experts=sorted(self.table.experts() | set(self.deployment.experts)),
+            policy={"kind": policy.kind, "fallback": policy.fallback, "artefact": self.policy_version},
+            replica=self.replica,
+            draining=self.draining,
+            in_flight=self.counters.total(IN_FLIGHT),
+            uptime_s=round(time.time() - self.started_at, 3),
+            open=self.deployment.router.open,
+            workers=list(map(self._worker_status, self.members)),
+            control={"pid": os.getpid(), **self.processes.get(CONTROL, {})},
+        )
+
+    def _worker_status(self, member: Member) -> dict[str, Any]:
+        seen: dict[str, Any] = {"worker": member.worker, "pid": member.pid, "serving": member.serving.is_set()}
+        seen["in_flight"] = self.counters.row(member.worker)[IN_FLIGHT]
+        return seen | dict(self.processes.get(worker_name(member.worker), {}))
+
+    async def metrics(self) -> str:
+        """Of all workers, those included that have ended."""
+        await self._informed.wait()
+        await asyncio.gather(*map(self._count, self.members))
+        counted = Metrics()
+        for member in self.members:
+            counted.absorb(member.counted)
+        read = gauges(
+            self.table,
+            in_flight=self.counters.total(IN_FLIGHT),
+            registry_age_s=self.discovery.registry_age_s(),
+            workers=sum(member.serving.is_set() for member in self.members),
+        )
+        return counted.exposition(read).decode()
+
+    async def recall(self, session: str) -> list[Any] | None:
+        """Where the session's last turn was answered. What a worker told before it answered its client is there by
+        then, however busy we are: each is asked, and has nothing to say but what it told before."""
+        await self._informed.wait()
+        await asyncio.gather(*(self._ask(member, "sync") for member in self.members))
+        turn = self.sessions.find(session)
+        return None if turn is None else turn.to_json()
+
+    def _take(self, member: Member, kind: str, value: Any) -> Awaitable[Any] | Any:
+        match kind:
+            case "hello":
+                self._greet(member, value)
+            case "serving":
+                member.serving.set()
+            case "taken":
+                member.taken = True
+                if member.stale:
+                    self._send(member)
+            case "saw":
+                self._hear(member, *value)
+            case "turn":
+                self._learn(member, *value)
+            case "metrics":
+                member.counted = value
+            case "recall":
+                return self.recall(value)
+            case "status":
+                return self.status()
+            case "metrics of all":
+                return self.metrics()
+            case _:
+                raise ValueError(f"the control process knows no {kind!r}")
+        return None
+
+    def _greet(self, member: Member, hello: Mapping[str, Any]) -> None:
+        """A worker that takes the place of another goes on with what that one had counted and served."""
+        replaced = member.pid not in (None, hello["pid"])
+        member.pid = hello["pid"]
+        if replaced:
+            turns = [[s, turn.to_json()] for s, turn in self.sessions if self._owners.get(s) == member.worker]
+            member.tell("inherit", {"metrics": member.counted, "turns": turns})
+        else:
+            member.counted = hello["metrics"]
+        for session, turn in hello["turns"]:
+            self._learn(member, session, turn)
+        if hello["view"] is not None and self._view is None:
+            self._seed(hello["view"])
+            self._queues |= hello["queues"]
+        if hello["serving"]:
+            member.serving.set()
+        member.greeted.set()
+        self._send(member)
+
+    def _seed(self, view: View) -> None:
+        """From several workers: what any of them has found not to answer, does not."""
+        told = ReplicaTable()
+        take_over(told, view)
+        for replica in told.all():
+            known = self._seeds.get(replica.name)
+            if known is None or replica.standing is Standing.EJECTED:
+                self._seeds[replica.name] = replica
+
+    def _learn(self, member: Member, session: str, turn: list[Any]) -> None:
+        self.sessions.learn(session, Turn.from_json(turn))
+        self._owners[session] = member.worker
+        if len(self._owners) > 2 * self.sessions.most:
+            self._owners = {s: self._owners[s] for s, _ in self.sessions if s in self._owners}
+
+    def _hear(
+        self, member: Member, said: int, name: str, nonce: str | None, seen: str | None, trouble: str | None
+    ) -> None:
+        member.said, member.stale = said, True
+        replica = self.table.get(name)
+        if replica is not None and replica.record.nonce == nonce:
+            match seen:
+                case Incident.NO_CONNECTION:
+                    self.discovery.doubt(replica, trouble or "")
+                case Incident.ERROR:
+                    self.discovery.erred(replica, trouble or "")
+                case Incident.ANSWERED:
+                    self.discovery.answered(replica)
+                case None:
+                    self.discovery.look_again(replica)
+                case event:
+                    self.discovery.heard(replica, Event(event))
+        if seen is not None:
+            self._changed()
+
+    def _well(self, replica: Replica) -> None:
+        """Whoever waits and had avoided it may have it."""
+        if any(self.table.waiting(expert) for expert in replica.record.serves):
+            for member in self.members:
+                member.tell("well", replica.name)
+
+    def _looked(self, snapshot: Mapping[str, Record]) -> None:
+        self.keeper.keep(snapshot)
+        if self._view is None or self._view != self._told():
+            self._publish()
+
+    def _changed(self) -> None:
+        """Once the present step is over, whatever else changes in it."""
+        if self._due is None:
+            self._due = asyncio.get_running_loop().call_soon(self._publish)
+
+    def _publish(self) -> None:
+        self._due = None
+        view = self._told()
+        changed = view != self._view
+        self._view = view
+        self._informed.set()
+        for member in self.members:
+            if changed or member.stale:
+                self._send(member)
+
+    def _told(self) -> View:
+        """Each replica and each expert with a column of its own in the table of counters."""
+        taken = {replica.column for replica in self.table.all()} | set(self._queues.values())
+        for replica in self.table.all():
+            if replica.column == NOWHERE:
+                replica.column = self.counters.allocate(taken)
+        experts = self.table.experts() | set(self.deployment.experts)
+        if experts != self._queues.keys():
+            self._queues = {e: self._queues.get(e) or self.counters.allocate(taken) for e in experts}
+            self.table.queues = self._queues
+        return view_of(self.table)
+
+    def _send(self, member: Member) -> None:
+        """One after the other: a worker that is slow gets the newest, not all of them."""
+        if self._view is None or not member.greeted.is_set():
+            return
+        member.stale = not member.taken
+        if member.taken:
+            self._number += 1
+            member.taken = False
+            value = {"number": self._number, "heard": member.said, "replicas": self._view, "queues": self._queues}
+            member.tell("view", value)
+
+    async def _count(self, member: Member) -> None:
+        counted = await self._ask(member, "metrics")
+        if counted is not None:
+            member.counted = counted
+
+    async def _ask(self, member: Member, kind: str) -> Any:
+        """None when it does not answer."""
+        if member.channel is None:
+            return None
         try:
-            return await process.wait()
-        finally:
-            if process.returncode is None:
-                with contextlib.suppress(ProcessLookupError):
-                    process.terminate()
-                try:
-                    async with asyncio.timeout(STOP_S):
-                        await process.wait()
-                except TimeoutError:
-                    process.kill()
-                    await process.wait()
+            return await member.channel.ask(kind, limit_s=ANSWER_S)
+        except ChannelClosedError:
+            return None
+
+    def _detach(self, member: Member, channel: Channel) -> None:
+        if member.channel is channel:
+            member.channel = None
+            member.serving.clear()
+            member.greeted.clear()
+
+
+async def _all(events: Iterable[asyncio.Event], *, limit_s: float = HELLO_S) -> None:
+    waits = [asyncio.ensure_future(event.wait()) for event in events]
+    if waits:
+        _, late = await asyncio.wait(waits, timeout=limit_s)
+        for wait in late:
+            wait.cancel()

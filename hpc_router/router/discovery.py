@@ -17,18 +17,18 @@ from typing import Any, Final
 
 import aiohttp
 
-from hpc_router import registry, wire
+from hpc_router import wire
 from hpc_router.auth import challenge_answer, new_token, replica_key, same
 from hpc_router.config import RouterConfig
 from hpc_router.errors import ConfigError
 from hpc_router.filethread import FileThread
 from hpc_router.registry import Kind, Reader, Record
+from hpc_router.router.ejection import Incident, Rules, Verdict, spare
 from hpc_router.router.replicas import Event, Replica, ReplicaTable, Standing
 from hpc_router.rundir import RunDir
 
 logger = logging.getLogger(__name__)
 
-TIMEOUTS_BEFORE_EJECTION: Final = 3
 SILENT_BEATS: Final = 4
 """A beat is missed when it is this many intervals late."""
 MAX_PROBE_BYTES: Final = 2**20
@@ -68,11 +68,28 @@ class Discovery:
     on_snapshot: Callable[[Mapping[str, Record]], None]
     clock: Callable[[], float]
     files: FileThread
-    last_read_at: float = 0.0
+    last_read_at: float = field(init=False)
     _watches: dict[str, _Watch] = field(default_factory=dict)
     _scan: asyncio.Task[None] | None = None
     _session: aiohttp.ClientSession | None = None
     _secret: str = ""
+    _rules: Rules = field(init=False)
+
+    seeds: dict[str, Replica] = field(default_factory=dict)
+    """What is known already, from before this process began."""
+    on_well: Callable[[Replica], None] | None = None
+    """Told of each probe that finds one ready."""
+
+    def __post_init__(self) -> None:
+        self.last_read_at = self.clock()
+        config = self.config
+        self._rules = Rules(
+            connections=config.eject_connect_errors,
+            errors=config.eject_errors,
+            out_s=config.eject_s,
+            most_out_s=config.eject_most_s,
+            share=config.eject_share,
+        )
 
     async def __aenter__(self) -> "Discovery":
         timeout = aiohttp.ClientTimeout(total=self.config.probe_timeout_s)
@@ -81,8 +98,9 @@ class Discovery:
             cookie_jar=aiohttp.DummyCookieJar(),
             connector=aiohttp.TCPConnector(limit=0, force_close=True),
         )
-        self.last_read_at = self.clock()
         self._secret = self.run.secret()
+        for known in tuple(self.seeds.values()):
+            self._begin(known.record)
         self._scan = asyncio.create_task(self._scan_forever(), name="registry scan")
         return self
 
@@ -96,9 +114,25 @@ class Discovery:
         await self._session.close()
 
     def doubt(self, replica: Replica, trouble: str) -> None:
-        """A request could not reach it: out of the pool at once, and look again soon."""
+        """A request could not reach it: out of the pool, and look again soon."""
         replica.trouble = trouble
-        self._apply(replica, Event.FAILED)
+        self._note(replica, Incident.NO_CONNECTION)
+        self.look_again(replica)
+
+    def erred(self, replica: Replica, trouble: str) -> None:
+        """A request got an error from it, or nothing."""
+        replica.suspect, replica.trouble = True, trouble
+        self._note(replica, Incident.ERROR)
+        self.look_again(replica)
+
+    def answered(self, replica: Replica) -> None:
+        """A request got what it wanted from one that had erred."""
+        replica.suspect = False
+        self._note(replica, Incident.ANSWERED)
+
+    def heard(self, replica: Replica, event: Event) -> None:
+        """What it said of itself in the answer to a request."""
+        self._apply(replica, event)
         self.look_again(replica)
 
     def look_again(self, replica: Replica) -> None:
@@ -140,7 +174,7 @@ class Discovery:
 
     def _take_one(self, name: str, record: Record) -> None:
         replica, watch = self.table.get(name), self._watches.get(name)
-        if replica is None or watch is None or not _same_endpoint(replica.record, record):
+        if replica is None or watch is None or not replica.is_at(record):
             if watch is not None:
                 watch.task.cancel()
             self._begin(record)
@@ -155,6 +189,9 @@ class Discovery:
     def _begin(self, record: Record) -> None:
         key = None if record.kind is Kind.EXTERNAL else replica_key(self._secret, record.nonce or "")
         replica = Replica(record, key)
+        known = self.seeds.pop(record.replica, None)
+        if known is not None and known.is_at(record):
+            replica = known
         self.table.put(replica)
         look = asyncio.Event()
         task = asyncio.create_task(self._watch_forever(replica, look), name=f"probe {record.replica}")
@@ -165,15 +202,12 @@ class Discovery:
         self.table.remove(name)
         watch = self._watches.pop(name)
         watch.task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await watch.task
+        await asyncio.gather(watch.task, return_exceptions=True)  # our own cancellation comes through
 
     async def _watch_forever(self, replica: Replica, look: asyncio.Event) -> None:
         while True:
             try:
-                event = await self._probe(replica)
-                if event is not None:
-                    self._apply(replica, event)
+                await self._judge(replica)
             except Exception:
                 logger.exception("probe of %s failed", replica.name)
             look.clear()
@@ -186,37 +220,48 @@ class Discovery:
         if replica.standing is Standing.STARTING:
             base /= 2
         elif replica.standing is Standing.EJECTED:
-            base = min(base * 1.5 ** min(replica.failures, 8), _EJECTED_PROBE_MAX_S)
+            base = min(base * 1.5 ** min(replica.health.failed_probes, 8), _EJECTED_PROBE_MAX_S)
         return base * random.uniform(0.8, 1.2)  # probes of many replicas must not fall together
 
-    async def _probe(self, replica: Replica) -> Event | None:
-        """What the endpoint says of itself; None: too early to judge."""
+    async def _judge(self, replica: Replica) -> None:
+        """Probe it, and act on what it says."""
+        says = await self._probe(replica)
+        if isinstance(says, Incident):
+            self._note(replica, says)
+            return
+        self._note(replica, Incident.PROBE_OK)
+        if says is Event.SAYS_READY and not replica.health.counts(self.clock()):
+            return
+        if not replica.suspect:
+            replica.trouble = None
+        self._apply(replica, says)
+        if replica.standing is Standing.READY:
+            self.table.offer(replica, forgiven=True)  # to whoever avoided it for a connection that broke
+            if self.on_well is not None:
+                self.on_well(replica)
+
+    async def _probe(self, replica: Replica) -> Event | Incident:
+        """What the endpoint says of itself, or what came instead."""
         try:
             external = replica.record.kind is Kind.EXTERNAL
-            event = await (self._probe_external(replica) if external else self._probe_agent(replica))
+            return await (self._probe_external(replica) if external else self._probe_agent(replica))
         except TimeoutError:
-            replica.failures += 1
             replica.trouble = "does not answer probes"
-            late = replica.failures >= TIMEOUTS_BEFORE_EJECTION or replica.standing is Standing.EJECTED
-            return Event.FAILED if late else None
+            return Incident.PROBE_LATE
         except (aiohttp.ClientError, OSError, ValueError, RecursionError) as error:
-            replica.failures += 1
             replica.trouble = f"probe failed: {type(error).__name__}"
-            return Event.FAILED
-        if event is not Event.FAILED:
-            replica.failures, replica.trouble = 0, None
-        return event
+            return Incident.PROBE_FAILED
 
-    async def _probe_agent(self, replica: Replica) -> Event:
+    async def _probe_agent(self, replica: Replica) -> Event | Incident:
         challenge = new_token()
         answer = await self._get_json(replica.record.url + wire.HEALTH, params={"challenge": challenge})
         health = wire.Health.from_json(answer)
         expected = challenge_answer(replica.key or "", challenge)
         if health is None or health.replica != replica.name or not same(health.answer or "", expected):
             replica.trouble = "another process answers at its address"
-            return Event.FAILED
+            return Incident.PROBE_FAILED
         replica.models = health.models or ()
-        return _SAYS.get(health.state, Event.FAILED)
+        return _SAYS.get(health.state, Incident.PROBE_FAILED)
 
     async def _probe_external(self, replica: Replica) -> Event:
         with contextlib.suppress(ConfigError, TimeoutError):  # a token may be given anew at any time
@@ -242,16 +287,22 @@ class Discovery:
             raise ValueError("not a JSON object")
         return value
 
+    def _note(self, replica: Replica, incident: Incident) -> None:
+        """Whatever has been met there, by a request or a probe."""
+        now = self.clock()
+        may = incident is Incident.ERROR and all(self._spares(replica, e, now) for e in replica.record.serves)
+        match replica.health.note(incident, now=now, rules=self._rules, spare=may):
+            case Verdict.EJECT:
+                self._apply(replica, Event.FAILED)
+            case Verdict.EXCLUDE:
+                self._apply(replica, Event.EXCLUDED)
+
+    def _spares(self, replica: Replica, expert: str, now: float) -> bool:
+        others = [r for r in self.table.of(expert) if r is not replica]
+        seen = [(r.standing is Standing.READY, r.health.is_out(now)) for r in others]
+        return spare(others=seen, share=self._rules.share)
+
     def _apply(self, replica: Replica, event: Event) -> None:
         if self.table.get(replica.name) is replica and self.table.apply(replica, event):
             because = f" ({replica.trouble})" if replica.trouble and replica.standing is Standing.EJECTED else ""
             logger.info("%s is %s%s", replica.name, replica.standing, because)
-
-
-def _same_endpoint(old: Record, new: Record) -> bool:
-    return (old.url, old.nonce, old.generation, old.kind) == (new.url, new.nonce, new.generation, new.kind)
-
-
-def registry_file(records: Mapping[str, Record]) -> dict[str, Any]:
-    """The content of `registry.json`."""
-    return {"schema": registry.SCHEMA, "records": [records[name].to_json() for name in sorted(records)]}

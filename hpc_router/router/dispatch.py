@@ -2,49 +2,59 @@
 
 select an expert -> acquire a replica -> relay; until the first body byte any failure goes elsewhere. `auto` may go to
 another replica, the runner-up, the fallback; a named expert only to its own replicas, for which it waits up to
-`router.queue_timeout_s`. A 429 says nothing about a replica's health; a refused connection ejects it at once.
+`router.queue_timeout_s`. What was met at a replica is told to its `Witness`, who judges its health: a 429 says nothing
+about that. Retries have a budget.
 """
 
 import asyncio
+import errno
 import logging
 import time
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Final, Protocol
 
 from hpc_router import wire
 from hpc_router.config import RouterConfig
-from hpc_router.errors import UnavailableError, UpstreamConnectError, UpstreamError, UpstreamTimeoutError
+from hpc_router.errors import UnavailableError, UpstreamConnectError, UpstreamError
 from hpc_router.registry import Kind
 from hpc_router.relay.answer import Answer, Answering
 from hpc_router.relay.dialects import Fault, dialect_of
 from hpc_router.relay.downstream import DownstreamGoneError, Request, Response
-from hpc_router.relay.exchange import Exchange, Upstream, UpstreamResponse, WholeResponse
-from hpc_router.relay.headers import NOT_DOWNSTREAM, NOT_UPSTREAM, crossing
-from hpc_router.router.discovery import Discovery
+from hpc_router.relay.exchange import Asker, Started, Upstream, UpstreamResponse
+from hpc_router.relay.headers import NOT_DOWNSTREAM, NOT_UPSTREAM, Headers, crossing
+from hpc_router.router.balance import KEY_CHARS, slot_of
 from hpc_router.router.metrics import Metrics
-from hpc_router.router.replicas import Event, Hold, Replica, ReplicaLostError, ReplicaTable
+from hpc_router.router.replicas import Event, Hold, Replica, ReplicaLostError, ReplicaTable, Standing
 from hpc_router.router.request import ApiCall
+from hpc_router.router.retries import RetryBudget
 from hpc_router.router.sessions import not_found
+from hpc_router.routing.conversation import opening
 from hpc_router.routing.policy import Reason
 
 logger = logging.getLogger(__name__)
 
 MAX_ATTEMPTS: Final = 6
 RETRY_AFTER_S: Final = 2.0
+_BUSY: Final = 429
+_OUR_OWN: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.EADDRNOTAVAIL, errno.ENOBUFS, errno.ENOMEM})
+"""Why no connection is made here, whoever is asked."""
 _TRY_ELSEWHERE: Final = frozenset({429, 500, 502, 503, 504})
 JUDGED: Final = _TRY_ELSEWHERE | {401}
+_SESSION: Final = wire.SESSION_HEADER.encode()
 _MAX_ERROR_BYTES: Final = 2**20
 _OWN_UPSTREAM: Final = NOT_UPSTREAM | {wire.REQUEST_ID_HEADER.encode()}
 _OWN_DOWNSTREAM: Final = NOT_DOWNSTREAM | {b"x-request-id", b"x-expert", b"x-replica", b"x-route-reason"}
 
 
-@dataclass(slots=True)
+@dataclass(eq=False)
 class Errand:
     """A request on its way. `experts`: to be tried in this order; `reason`: how the first of them was chosen.
 
     `only`: the one replica it may go to. `on_answer` is told who answers with 2xx, before the client sees any of it.
+    What most requests never have stays with the class, since one of these is made for each.
     """
 
     request: Request
@@ -53,20 +63,27 @@ class Errand:
     call: ApiCall
     experts: tuple[str, ...]
     reason: Reason
-    started: float = field(default_factory=time.perf_counter)
-    phase: str = "queued"
-    avoid: frozenset[Replica] = frozenset()
-    disconnected: frozenset[Replica] = frozenset()
-    refusal: "Answered | None" = None
-    """The last error that a replica itself answered with; the client gets it when nobody does better."""
+    started: float
     only: Replica | None = None
     on_answer: Callable[[Replica, str, Reason], None] | None = None
-    begun: tuple[Hold, Exchange] | None = None
-    work: "Leaving | None" = None
+    phase: str = field(init=False, default="queued")
+    avoid: frozenset[Replica] = field(init=False, default=frozenset())
+    refusal: "Answered | None" = field(init=False, default=None)
+    """The last error that a replica itself answered with; the client gets it when nobody does better."""
+    begun: tuple[Hold, AbstractAsyncContextManager[UpstreamResponse]] | None = field(init=False, default=None)
+    work: "Leaving | None" = field(init=False, default=None)
     """Where it was begun without a task: place and exchange to go on with, and what counted it."""
 
     def reason_at(self, expert: str) -> Reason:
         return self.reason if expert == self.experts[0] else Reason.UNAVAILABLE
+
+    def slot(self) -> int | None:
+        """Where its conversation belongs (see `balance`): by its session, else by what its user said first."""
+        session = self.request.headers.get(_SESSION)
+        if session is not None:
+            return slot_of(session)
+        text = opening(self.call.fields)
+        return None if text is None else slot_of(text[:KEY_CHARS].encode("utf-8", "backslashreplace"))
 
 
 @dataclass(slots=True)
@@ -84,6 +101,25 @@ class Leaving(Protocol):
         """Count it no more."""
 
 
+class Witness(Protocol):
+    """Told what a request has seen of a replica."""
+
+    def doubt(self, replica: Replica, trouble: str) -> None:
+        """It could not be reached: out of the pool."""
+
+    def erred(self, replica: Replica, trouble: str) -> None:
+        """It answered with an error, or not at all."""
+
+    def answered(self, replica: Replica) -> None:
+        """Well, after it had erred."""
+
+    def heard(self, replica: Replica, event: Event) -> None:
+        """What it said of itself."""
+
+    def look_again(self, replica: Replica) -> None:
+        """Something failed that may be its fault."""
+
+
 class _TryElsewhereError(Exception):
     """This attempt is over, nothing was sent; what is known has been noted."""
 
@@ -91,14 +127,16 @@ class _TryElsewhereError(Exception):
 @dataclass(slots=True)
 class Dispatcher:
     table: ReplicaTable
-    discovery: Discovery
+    witness: Witness
     client: Upstream
     metrics: Metrics
     config: RouterConfig
     answering: Answering = field(init=False)
+    retries: RetryBudget = field(init=False)
 
     def __post_init__(self) -> None:
         config = self.config
+        self.retries = RetryBudget(share=config.retry_share, least_per_s=config.retry_least_per_s)
         self.answering = Answering(
             hold_bytes=int(config.hold_mb * 2**20), write_s=config.idle_timeout_s, ping_s=config.ping_s
         )
@@ -119,7 +157,7 @@ class Dispatcher:
             if begun is not None:
                 hold: Hold | None = begun[0]
             else:
-                hold = self.table.acquire(errand.experts, avoid=errand.avoid, only=errand.only)
+                hold = self.table.acquire(errand.experts, avoid=errand.avoid, only=errand.only, slot=errand.slot)
             if hold is None and errand.refusal is not None:
                 return errand.refusal
             if hold is None:
@@ -129,11 +167,23 @@ class Dispatcher:
                 attempts += 1
                 try:
                     return await self._attempt(errand, hold, begun[1] if begun else self.exchange(errand, hold))
-                except _TryElsewhereError:
-                    continue
+                except _TryElsewhereError as error:
+                    broken = isinstance(error.__cause__, UpstreamError)
+                    if not (attempts == 1 and broken) and not self._may_retry(hold.replica):
+                        break
         if errand.refusal is not None:
             return errand.refusal
         raise UnavailableError(f"{attempts} replicas failed one after the other", retry_after_s=RETRY_AFTER_S)
+
+    def _may_retry(self, replica: Replica) -> bool:
+        """A replica that was lost by it costs nothing: it will not be met again. Nor does the first connection of a
+        request that breaks, when a replica that dies takes all it had down at once."""
+        if replica.standing is not Standing.READY:
+            return True
+        if self.retries.take(time.monotonic(), requests=self.table.uses):
+            return True
+        self.metrics.retries_refused.add()
+        return False
 
     async def _wait(self, errand: Errand, deadline: float) -> Hold:
         try:
@@ -148,11 +198,18 @@ class Dispatcher:
                 retry_after_s=RETRY_AFTER_S,
             ) from error
 
-    def exchange(self, errand: Errand, hold: Hold) -> AbstractAsyncContextManager[UpstreamResponse]:
-        replica = hold.replica
-        body = self._body(errand.call, hold.expert, replica)
-        head = self._head(errand, replica)
-        return self.client.request("POST", replica.address, errand.target, head=head, body=body, watch=hold.watch)
+    def start(self, errand: Errand, hold: Hold, asker: Asker) -> Started | None:
+        """Without a task, where a connection is kept."""
+        head, body = self._request(errand, hold)
+        return self.client.start("POST", hold.replica.address, errand.target, head=head, body=body, asker=asker)
+
+    def exchange(
+        self, errand: Errand, hold: Hold, started: Started | None = None
+    ) -> AbstractAsyncContextManager[UpstreamResponse]:
+        head, body = self._request(errand, hold)
+        return self.client.request(
+            "POST", hold.replica.address, errand.target, head=head, body=body, watch=hold.watch, started=started
+        )
 
     async def _attempt(
         self, errand: Errand, hold: Hold, exchange: AbstractAsyncContextManager[UpstreamResponse]
@@ -166,11 +223,13 @@ class Dispatcher:
             async with exchange as upstream:
                 if upstream.status in JUDGED:
                     await self._judge(errand, hold, upstream)
+                elif replica.suspect:
+                    self.witness.answered(replica)
                 if errand.on_answer is not None and 200 <= upstream.status < 300:
                     errand.on_answer(replica, expert, reason)
                 self.metrics.first_byte.add(time.perf_counter() - errand.started, expert)
                 errand.phase = "streaming"
-                await answer.pass_on(upstream, self.said(errand, hold, upstream))
+                await answer.pass_on(upstream, self.said(errand, hold, upstream.headers))
         except DownstreamGoneError:
             self.metrics.cancelled.add("streaming")
         except UpstreamError as error:
@@ -190,35 +249,35 @@ class Dispatcher:
         errand.avoid |= {replica}
         self.metrics.failovers.add(replica.name, upstream.status)
         if wire.DRAINING_HEADER.encode() in upstream.headers:
-            self.table.apply(replica, Event.SAYS_DRAINING)
+            self.witness.heard(replica, Event.SAYS_DRAINING)
         elif wire.STARTING_HEADER.encode() in upstream.headers:
-            self.table.apply(replica, Event.SAYS_STARTING)
-            self.discovery.look_again(replica)
+            self.witness.heard(replica, Event.SAYS_STARTING)
         else:
+            if upstream.status != _BUSY:
+                self.witness.erred(replica, f"answered {upstream.status}")
             body = await upstream.read(_MAX_ERROR_BYTES)
-            response = Response(upstream.status, self.said(errand, hold, upstream), body)
+            response = Response(upstream.status, self.said(errand, hold, upstream.headers), body)
             errand.refusal = Answered(upstream.status, hold.expert, errand.reason_at(hold.expert), response)
         raise _TryElsewhereError
 
     def _note_failure(self, errand: Errand, replica: Replica, error: UpstreamError) -> None:
-        """A refused connection ejects; a connection that broke may have been a stale one and is tried once more."""
         logger.warning("%s: %s failed before its first byte: %s", errand.request_id, replica.name, error)
         self.metrics.failovers.add(replica.name, type(error).__name__)
-        if isinstance(error, UpstreamConnectError):
-            self.discovery.doubt(replica, str(error))
-        else:
-            self.discovery.look_again(replica)
-            if replica not in errand.disconnected and not isinstance(error, UpstreamTimeoutError):
-                errand.disconnected |= {replica}
-                return
         errand.avoid |= {replica}
+        cause = error.__cause__
+        if isinstance(cause, OSError) and cause.errno in _OUR_OWN:
+            return
+        if isinstance(error, UpstreamConnectError):
+            self.witness.doubt(replica, str(error))
+        else:
+            self.witness.erred(replica, str(error))
 
     async def _break_off(
         self, errand: Errand, expert: str, replica: Replica, answer: Answer, error: UpstreamError
     ) -> None:
         logger.warning("%s: %s failed in the midst of its answer: %s", errand.request_id, replica.name, error)
         self.metrics.broken.add(expert)
-        self.discovery.look_again(replica)
+        self.witness.look_again(replica)
         message = f"{replica.name} failed before it had finished: {error}"
         try:
             fault = Fault(502, "upstream_error", "replica_failed", message)
@@ -226,17 +285,23 @@ class Dispatcher:
         except DownstreamGoneError:
             self.metrics.cancelled.add("streaming")
 
-    def _head(self, errand: Errand, replica: Replica) -> bytes:
-        head = crossing(errand.request.headers, drop=_OWN_UPSTREAM)
-        return b"%b%bx-request-id: %b\r\n" % (head, replica.authorization, errand.request_id.encode())
-
-    def said(self, errand: Errand, hold: Hold, upstream: UpstreamResponse | WholeResponse) -> bytes:
-        """The engine's headers, and ours."""
-        own = (
-            f"x-request-id: {errand.request_id}\r\nx-expert: {hold.expert}\r\n"
-            f"x-replica: {hold.replica.name}\r\nx-route-reason: {errand.reason_at(hold.expert)}\r\n"
+    def _request(self, errand: Errand, hold: Hold) -> tuple[bytes, bytes]:
+        """Header lines and body."""
+        replica = hold.replica
+        head = b"%b%bx-request-id: %b\r\n" % (
+            crossing(errand.request.headers, drop=_OWN_UPSTREAM),
+            replica.authorization,
+            errand.request_id.encode(),
         )
-        return crossing(upstream.headers, drop=_OWN_DOWNSTREAM) + own.encode()
+        return head, self._body(errand.call, hold.expert, replica)
+
+    def said(self, errand: Errand, hold: Hold, headers: Headers) -> bytes:
+        """The engine's headers, and ours."""
+        return b"%bx-request-id: %b\r\n%b" % (
+            crossing(headers, drop=_OWN_DOWNSTREAM),
+            errand.request_id.encode(),
+            _answered_by(hold.expert, hold.replica.record.replica, errand.reason_at(hold.expert)),
+        )
 
     def _body(self, call: ApiCall, expert: str, replica: Replica) -> bytes:
         """The client's own bytes wherever the replica answers to the requested name *for this expert*.
@@ -246,3 +311,8 @@ class Dispatcher:
         wanted, asked = replica.model_for(expert), call.fields["model"]
         aliased = replica.record.kind is Kind.EXPERT and len(replica.record.serves) == 1 and asked in replica.models
         return call.raw if wanted is None or asked == wanted or aliased else call.body(wanted)
+
+
+@lru_cache(maxsize=1024)
+def _answered_by(expert: str, replica: str, reason: Reason) -> bytes:
+    return f"x-expert: {expert}\r\nx-replica: {replica}\r\nx-route-reason: {reason}\r\n".encode()

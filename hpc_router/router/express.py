@@ -6,20 +6,23 @@ Everything else is the dispatcher's: it goes on from where this has come, and no
 """
 
 import time
-from typing import cast
 
-from hpc_router.relay.downstream import SHORT_BYTES, Response, Work
-from hpc_router.relay.exchange import Exchange, WholeResponse
+from hpc_router.relay.downstream import SHORT_BYTES, Work
+from hpc_router.relay.exchange import Asker, Started
+from hpc_router.relay.headers import Headers
 from hpc_router.relay.in_flight import InFlight
 from hpc_router.relay.sse import CONTENT_TYPE
 from hpc_router.router.dispatch import JUDGED, Dispatcher, Errand
 from hpc_router.router.replicas import Hold
 
 
-class ExpressWork(Work):
+class ExpressWork(Work, Asker):
     """Once begun it counts as in flight until its `errand` is done, or the handler has taken it over."""
 
-    __slots__ = ("_dispatcher", "_errand", "_in_flight")
+    __slots__ = ("_dispatcher", "_errand", "_hold", "_in_flight", "_started")
+
+    _hold: Hold
+    _started: Started
 
     def __init__(self, dispatcher: Dispatcher, errand: Errand, in_flight: InFlight) -> None:
         self._dispatcher = dispatcher
@@ -29,56 +32,54 @@ class ExpressWork(Work):
     def begin(self) -> bool:
         """False: it is the handler's, and not counted. So it is when something is raised."""
         dispatcher, errand = self._dispatcher, self._errand
-        picked = dispatcher.table.pick(errand.experts)
-        if picked is not None and dispatcher.client.starts(picked[0].address):
-            hold = dispatcher.table.hold(*picked)
-            try:
-                exchange = cast(Exchange, dispatcher.exchange(errand, hold))
-                if exchange.start(self._on_news):
-                    errand.phase, errand.begun = "before_first_byte", (hold, exchange)
-                    self._in_flight.__enter__()
-                    return True
-            finally:
-                if errand.begun is None:
-                    hold.release()
-        return False
+        hold = dispatcher.table.acquire(errand.experts, slot=errand.slot)
+        if hold is None:
+            return False
+        started: Started | None = None
+        try:
+            started = dispatcher.start(errand, hold, self)
+        finally:
+            if started is None:
+                hold.release()
+        if started is None:
+            return False
+        self._hold, self._started = hold, started
+        hold.watch(started.patience)
+        errand.phase = "before_first_byte"
+        self._in_flight.count += 1
+        return True
 
     def leave(self) -> None:
-        self._in_flight.__exit__(None, None, None)
+        self._in_flight.leave()
 
     def cancel(self) -> None:
         errand = self._errand
-        assert errand.begun is not None
-        hold, exchange = errand.begun
-        errand.request.begun_work = errand.work = None
-        exchange.abandon()
-        hold.release()
+        errand.request.begun_work = errand.work = errand.begun = None
+        self._started.abandon()
+        self._hold.release()
         self._dispatcher.metrics.cancelled.add(errand.phase)
         self.leave()
 
-    def _on_news(self) -> None:
-        errand = self._errand
-        assert errand.begun is not None
-        hold, exchange = errand.begun
-        upstream = exchange.finish(_is_plain)
-        if upstream is None:
-            errand.work = self
-            errand.request.resume()
-            return
-        errand.request.begun_work = None  # or the two would wait for the garbage collector
+    def on_answer(self, status: int, headers: Headers, body: bytes) -> bool:
+        if status in JUDGED or headers.content_type == CONTENT_TYPE or len(body) > SHORT_BYTES:
+            return False
+        errand, hold, dispatcher = self._errand, self._hold, self._dispatcher
+        request = errand.request
+        request.begun_work = None  # or the two would wait for the garbage collector
         try:
-            response = self._answered(hold, upstream)
+            if hold.replica.suspect:
+                dispatcher.witness.answered(hold.replica)
+            head = dispatcher.said(errand, hold, headers)
+            dispatcher.metrics.first_byte.add(time.perf_counter() - errand.started, hold.expert)
+            dispatcher.metrics.requests.add(hold.expert, str(errand.reason_at(hold.expert)), status)
         finally:
             hold.release()
-            self.leave()
-        errand.request.answer(response)
+            self._in_flight.leave()
+        request.answer(status, head, body)
+        return True
 
-    def _answered(self, hold: Hold, upstream: WholeResponse) -> Response:
-        errand, expert, metrics = self._errand, hold.expert, self._dispatcher.metrics
-        metrics.first_byte.add(time.perf_counter() - errand.started, expert)
-        metrics.requests.add(expert, str(errand.reason_at(expert)), upstream.status)
-        return Response(upstream.status, self._dispatcher.said(errand, hold, upstream), upstream.body)
-
-
-def _is_plain(status: int, content_type: bytes, size: int) -> bool:
-    return status not in JUDGED and content_type != CONTENT_TYPE and size <= SHORT_BYTES
+    def on_news(self) -> None:
+        errand = self._errand
+        errand.begun = self._hold, self._dispatcher.exchange(errand, self._hold, self._started)
+        errand.work = self
+        errand.request.resume()

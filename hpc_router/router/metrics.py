@@ -1,9 +1,12 @@
-"""What the router counts, under the names of docs/metrics.md. Gauges are read from the live state when asked for."""
+"""What the router counts, under the names of docs/metrics.md. Gauges are read from the live state when asked for.
+
+Each worker counts for itself; the control process adds up what they counted, and knows the gauges.
+"""
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
-from typing import Final
+from typing import Any, Final
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -26,6 +29,14 @@ class Tally(Collector):
     def add(self, *labels: object) -> None:
         counts = self._counts
         counts[labels] = counts.get(labels, 0) + 1
+
+    def dump(self) -> Any:
+        return [[labels, count] for labels, count in self._counts.items()]
+
+    def absorb(self, dumped: Any) -> None:
+        for labels, count in dumped:
+            key = tuple(labels)
+            self._counts[key] = self._counts.get(key, 0) + count
 
     def collect(self) -> Iterator[Metric]:
         name, text, labels = self._about
@@ -53,6 +64,16 @@ class Spread(Collector):
             self._sums[labels] = 0.0
             self.add(value, *labels)
 
+    def dump(self) -> Any:
+        return [[labels, counts, self._sums[labels]] for labels, counts in self._counts.items()]
+
+    def absorb(self, dumped: Any) -> None:
+        for labels, counts, added in dumped:
+            key = tuple(labels)
+            before = self._counts.get(key, [0] * len(counts))
+            self._counts[key] = [a + b for a, b in zip(before, counts, strict=True)]
+            self._sums[key] = self._sums.get(key, 0.0) + added
+
     def collect(self) -> Iterator[Metric]:
         name, text, labels = self._about
         family = HistogramMetricFamily(name, text, labels=labels)
@@ -63,11 +84,12 @@ class Spread(Collector):
 
 
 class Metrics:
-    def __init__(
-        self, table: ReplicaTable, *, in_flight: Callable[[], int], registry_age_s: Callable[[], float]
-    ) -> None:
+    """What one worker counted, or all of them."""
+
+    def __init__(self) -> None:
         self.requests = Tally("hpc_router_requests", "Requests answered.", ("expert", "reason", "status"))
         self.failovers = Tally("hpc_router_failovers", "Attempts that failed and went elsewhere.", ("replica", "cause"))
+        self.retries_refused = Tally("hpc_router_retries_refused", "Attempts that the budget had no retry for.", ())
         self.broken = Tally("hpc_router_broken_responses", "Responses that failed after their first byte.", ("expert",))
         self.cancelled = Tally("hpc_router_cancelled_requests", "Requests whose client left.", ("phase",))
         self.first_byte = Spread(
@@ -77,39 +99,52 @@ class Metrics:
             bounds=_LATENCY_S,
         )
         self.decision = Spread("hpc_router_decision_seconds", "What choosing an expert took.", (), bounds=_DECISION_S)
-        self._registry = CollectorRegistry()
-        gauges = _LiveGauges(table, in_flight, registry_age_s)
-        for collector in (
-            self.requests, self.failovers, self.broken, self.cancelled, self.first_byte, self.decision, gauges,
-        ):  # fmt: skip
-            self._registry.register(collector)
+        self._counted: dict[str, Tally | Spread] = {
+            name: each for name, each in vars(self).items() if isinstance(each, Tally | Spread)
+        }
 
-    def exposition(self) -> bytes:
-        return generate_latest(self._registry)
+    def dump(self) -> dict[str, Any]:
+        """As JSON values."""
+        return {name: each.dump() for name, each in self._counted.items()}
+
+    def absorb(self, dumped: Mapping[str, Any]) -> None:
+        """Add what another process counted, one of another version perhaps."""
+        for name, each in self._counted.items():
+            each.absorb(dumped.get(name, ()))
+
+    def exposition(self, gauges: Iterable[Metric]) -> bytes:
+        registry = CollectorRegistry()
+        for each in (*self._counted.values(), Gauges(tuple(gauges))):
+            registry.register(each)
+        return generate_latest(registry)
 
 
-class _LiveGauges(Collector):
-    def __init__(self, table: ReplicaTable, in_flight: Callable[[], int], registry_age_s: Callable[[], float]) -> None:
-        self._table, self._in_flight, self._registry_age_s = table, in_flight, registry_age_s
+class Gauges(Collector):
+    def __init__(self, read: Sequence[Metric]) -> None:
+        self._read = read
 
-    def collect(self) -> Iterator[Metric]:
-        yield GaugeMetricFamily("hpc_router_requests_in_flight", "Requests being served.", self._in_flight())
-        yield GaugeMetricFamily(
-            "hpc_router_registry_age_seconds", "Since the registry was read.", self._registry_age_s()
-        )
-        load = GaugeMetricFamily(
-            "hpc_router_replica_requests_in_flight", "Requests in flight on a replica.", labels=("replica",)
-        )
-        standing = GaugeMetricFamily(
-            "hpc_router_replicas", "Replicas of an expert by standing.", labels=("expert", "standing")
-        )
-        waiting = GaugeMetricFamily(
-            "hpc_router_requests_waiting", "Requests that wait for a replica of an expert.", labels=("expert",)
-        )
-        for replica in self._table.all():
-            load.add_metric((replica.name,), replica.in_flight)
-        for expert in sorted(self._table.experts()):
-            waiting.add_metric((expert,), self._table.waiting(expert))
-            for kind in Standing:
-                standing.add_metric((expert, kind), sum(r.standing is kind for r in self._table.of(expert)))
-        yield from (load, standing, waiting)
+    def collect(self) -> Iterable[Metric]:
+        return self._read
+
+
+def gauges(table: ReplicaTable, *, in_flight: int, registry_age_s: float, workers: int) -> Iterator[Metric]:
+    yield GaugeMetricFamily("hpc_router_requests_in_flight", "Requests being served.", in_flight)
+    yield GaugeMetricFamily("hpc_router_registry_age_seconds", "Since the registry was read.", registry_age_s)
+    yield GaugeMetricFamily("hpc_router_workers", "Workers that serve.", workers)
+    load = GaugeMetricFamily(
+        "hpc_router_replica_requests_in_flight", "Requests in flight on a replica.", labels=("replica",)
+    )
+    standing = GaugeMetricFamily(
+        "hpc_router_replicas", "Replicas of an expert by standing.", labels=("expert", "standing")
+    )
+    waiting = GaugeMetricFamily(
+        "hpc_router_requests_waiting", "Requests that wait for a replica of an expert.", labels=("expert",)
+    )
+    table.look(table.all())
+    for replica in table.all():
+        load.add_metric((replica.name,), replica.load)
+    for expert in sorted(table.experts()):
+        waiting.add_metric((expert,), table.waiting(expert))
+        for kind in Standing:
+            standing.add_metric((expert, kind), sum(r.standing is kind for r in table.of(expert)))
+    yield from (load, standing, waiting)

@@ -1,17 +1,20 @@
 """The router's view of every replica: which may be used, and how many requests each has in flight. No I/O.
 
-A replica's standing is a state and changes only by the table below; an event not in it is an error. A request gets the
-replica with the fewest requests in flight as a `Hold`, whose release is idempotent, so that counters return to zero
-whatever happens to a request. A place that becomes free goes to the request that has waited longest for it, in the
-same step: newcomers cannot overtake, and no wake-up is lost.
+A replica's standing is a state and changes only by the table below; an event not in it is an error. A request gets a
+replica (which one, `balance` says) as a `Hold`, whose release is idempotent, so that counters return to zero whatever
+happens to a request. A place that becomes free goes to the request that has waited longest for it, in the same step:
+newcomers cannot overtake, and no wake-up is lost. Who asks for several experts waits for the first of them that has a
+ready replica, however busy, and for the next ones only once it has none.
 """
 
 import asyncio
-import math
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from functools import partial
+from functools import lru_cache, partial
+from operator import attrgetter
+from random import Random
 from types import TracebackType
 from typing import Final, Self
 
@@ -19,11 +22,16 @@ from hpc_router.errors import HpcRouterError
 from hpc_router.registry import Kind, Record
 from hpc_router.relay.exchange import Address, address_of
 from hpc_router.relay.headers import lines
+from hpc_router.relay.in_flight import Cells
 from hpc_router.relay.patience import Patience
+from hpc_router.router.balance import lighter_of_two, load_bound, pinned, rendezvous
+from hpc_router.router.counters import NOWHERE
+from hpc_router.router.ejection import Health
 
 LOST_S: Final = 5.0
 """A replica that has been ejected or has left may be silent for this long before its requests are given up."""
-_FULL: Final = (math.inf, 0)
+OTHERS_LOOK_S: Final = 0.005
+"""A place that another worker gave back is noticed so soon by those who wait for it here."""
 DEFAULT_CAPACITY: Final = 1024
 """For endpoints that do not say how many requests they take at once."""
 
@@ -36,7 +44,7 @@ class Standing(StrEnum):
     STARTING = "starting"  # its engine does not answer yet, or nobody has asked
     READY = "ready"
     DRAINING = "draining"  # finishes what it has, takes nothing new
-    EJECTED = "ejected"  # does not answer, or not as itself
+    EJECTED = "ejected"  # does not answer, or not as itself, or with one error after the other
 
 
 class Event(StrEnum):
@@ -44,8 +52,11 @@ class Event(StrEnum):
     SAYS_READY = "says_ready"
     SAYS_DRAINING = "says_draining"
     FAILED = "failed"  # a probe or a connection attempt
+    EXCLUDED = "excluded"  # it answers with errors
 
 
+Slot = Callable[[], int | None]
+_has_room: Final[Callable[["Replica"], bool]] = attrgetter("has_room")
 _READY: Final = Standing.READY  # to look it up in the class costs more than all the rest of `has_room`
 _S, _E = Standing, Event
 TRANSITIONS: Final[Mapping[tuple[Standing, Event], Standing]] = {
@@ -65,21 +76,32 @@ TRANSITIONS: Final[Mapping[tuple[Standing, Event], Standing]] = {
     (_S.EJECTED, _E.SAYS_READY): _S.READY,
     (_S.EJECTED, _E.SAYS_DRAINING): _S.DRAINING,
     (_S.EJECTED, _E.FAILED): _S.EJECTED,
+    (_S.STARTING, _E.EXCLUDED): _S.STARTING,  # it has said itself by now that something is wrong
+    (_S.READY, _E.EXCLUDED): _S.EJECTED,
+    (_S.DRAINING, _E.EXCLUDED): _S.DRAINING,
+    (_S.EJECTED, _E.EXCLUDED): _S.EJECTED,
 }
 
 
 @dataclass(slots=True, eq=False)
 class Replica:
-    """One endpoint. `key`: the token it is called with; `models`: the names its engine said it answers to."""
+    """One endpoint. `key`: the token it is called with; `models`: the names its engine said it answers to.
+
+    `others`: requests in flight on it through the router's other workers. Whatever weighs or bounds it looks at `load`,
+    the sum of theirs and ours.
+    """
 
     record: Record
     key: str | None
     standing: Standing = Standing.STARTING
     models: tuple[str, ...] = ()
     last_used: int = 0
-    failures: int = 0  # in a row
+    health: Health = field(default_factory=Health)
+    suspect: bool = False  # it has erred: who is answered well is to tell
     trouble: str | None = None  # what the last failure was
     holds: "set[Hold]" = field(default_factory=set)
+    others: int = 0
+    column: int = NOWHERE  # where the workers count its requests
     address: Address = field(init=False)
     capacity: int = field(init=False)
 
@@ -91,22 +113,40 @@ class Replica:
         self.record = record
         self.capacity = record.capacity or DEFAULT_CAPACITY
 
+    def is_at(self, record: Record) -> bool:
+        """Whether the record tells of the same server."""
+        own = self.record
+        return (own.url, own.nonce, own.generation, own.kind) == (
+            record.url, record.nonce, record.generation, record.kind,
+        )  # fmt: skip
+
     @property
     def authorization(self) -> bytes:
         """The header line that it wants."""
-        return b"" if self.key is None else lines({"authorization": f"Bearer {self.key}"})
+        return _authorization(self.key)
 
     @property
     def in_flight(self) -> int:
+        """Through this process."""
         return len(self.holds)
 
     @property
+    def load(self) -> int:
+        """Through the whole router."""
+        return len(self.holds) + self.others
+
+    @property
     def has_room(self) -> bool:
-        return self.standing is _READY and len(self.holds) < self.capacity
+        return self.standing is _READY and len(self.holds) + self.others < self.capacity
 
     @property
     def name(self) -> str:
         return self.record.replica
+
+    @property
+    def place(self) -> str:
+        """Its name without the generation: what takes a replica's place takes its conversations as well."""
+        return self.record.replica.rpartition(".")[0]
 
     def model_for(self, expert: str) -> str | None:
         """The name its engine knows this expert by; an external endpoint with one model needs none in its record."""
@@ -117,29 +157,36 @@ class Replica:
         self.standing = TRANSITIONS[self.standing, event]
 
     def __repr__(self) -> str:
-        return f"<Replica {self.name} {self.standing} {self.in_flight}/{self.capacity}>"
+        return f"<Replica {self.name} {self.standing} {self.load}/{self.capacity}>"
 
 
 @dataclass(slots=True, eq=False)
 class Hold:
-    """One request's place on a replica, got for `expert`. `on_lost` is called if the replica is lost meanwhile."""
+    """One request's place on a replica, got for `expert`. With a replica that is lost there is little patience."""
 
     replica: Replica
     expert: str
     _table: "ReplicaTable"
-    on_lost: Callable[[], None] | None = None
+    patience: Patience | None = None
     lost: bool = False
 
     def watch(self, patience: Patience) -> None:
-        """With a replica that is lost there is little patience."""
-        self.on_lost = partial(patience.shorten, LOST_S)
+        self.patience = patience
         if self.lost:
-            self.on_lost()
+            patience.shorten(LOST_S)
+
+    def lose(self) -> None:
+        """Its replica is lost."""
+        self.lost = True
+        if self.patience is not None:
+            self.patience.shorten(LOST_S)
 
     def release(self) -> None:
-        if self in self.replica.holds:
-            self.replica.holds.remove(self)
-            self._table.offer(self.replica)
+        replica, table = self.replica, self._table
+        if self in replica.holds:
+            replica.holds.remove(self)
+            table.cells[replica.column] = len(replica.holds)
+            table.offer(replica)
 
     def __enter__(self) -> Self:
         return self
@@ -152,7 +199,10 @@ class Hold:
 
 @dataclass(slots=True, eq=False)
 class _Waiter:
-    experts: Sequence[str]
+    """`experts`: those it waits for by now; `later`: those it turns to when none of these has a ready replica."""
+
+    experts: list[str]
+    later: list[str]
     avoid: Collection[Replica]
     only: Replica | None
     granted: asyncio.Future[Hold]
@@ -160,12 +210,26 @@ class _Waiter:
 
 @dataclass(slots=True)
 class ReplicaTable:
-    """All replicas by name, and the requests that wait for one, per expert in order of arrival."""
+    """All replicas by name, and the requests that wait for one, per expert in order of arrival.
 
+    `pin_bound`: times the average load that a replica may have and still be given a conversation that belongs to it;
+    None: they belong nowhere. What is in flight and what waits here is counted in `cells`, what does in the router's
+    other workers is read from `peers`; `queues`: the columns of what waits, by expert. `on_change` is told when there
+    is something new to know of a replica.
+    """
+
+    pin_bound: float | None = None
+    random: Random = field(default_factory=Random)
+    cells: Cells = field(default_factory=lambda: defaultdict[int, int](int))
+    peers: Sequence[Cells] = ()
+    queues: Mapping[str, int] = field(default_factory=dict)
+    on_change: Callable[[], None] | None = None
     _replicas: dict[str, Replica] = field(default_factory=dict)
     _by_expert: dict[str, list[Replica]] = field(default_factory=dict)
+    _orders: dict[str, dict[int, list[Replica]]] = field(default_factory=dict)  # as `rendezvous` has them, by slot
     _waiting: dict[str, dict[_Waiter, None]] = field(default_factory=dict)
     _uses: int = 0
+    _looking: asyncio.TimerHandle | None = None
 
     def all(self) -> Collection[Replica]:
         return self._replicas.values()
@@ -178,6 +242,7 @@ class ReplicaTable:
         self.remove(replica.name)
         self._replicas[replica.name] = replica
         self._index()
+        self._changed()
         self.offer(replica)
 
     def renew(self, replica: Replica, record: Record) -> None:
@@ -187,6 +252,23 @@ class ReplicaTable:
         if record.serves != before.serves:
             self._index()
             self.offer(replica)
+        if replace(record, beat=before.beat) != before:
+            self._changed()
+
+    def look(self, replicas: Iterable[Replica]) -> None:
+        """What the router's other workers have in flight there now."""
+        for replica in replicas:
+            column, others = replica.column, 0
+            for row in self.peers:
+                others += row[column]
+            replica.others = others
+
+    def move(self, replica: Replica, column: int) -> None:
+        """Count it there."""
+        if column != replica.column:
+            self.cells[replica.column] = 0
+            self.cells[column] = len(replica.holds)
+            replica.column = column
 
     def remove(self, name: str) -> None:
         """Forget it; a request that still holds it is told and releases into nothing."""
@@ -194,8 +276,14 @@ class ReplicaTable:
             self._index()
             _tell_lost(replica)
             self._disappoint(replica)
+            self._changed()
 
-    def of(self, expert: str) -> Collection[Replica]:
+    @property
+    def uses(self) -> int:
+        """How many places there ever were."""
+        return self._uses
+
+    def of(self, expert: str) -> Sequence[Replica]:
         return self._by_expert.get(expert, ())
 
     def experts(self) -> set[str]:
@@ -203,49 +291,96 @@ class ReplicaTable:
 
     def ready(self) -> dict[str, int]:
         """Experts with a ready replica -> requests in flight on all their replicas."""
+        if self.peers:
+            self.look(self.all())
         load: dict[str, int] = {}
         for replica in self._replicas.values():
             if replica.standing is Standing.READY:
                 for expert in replica.record.serves:
-                    load[expert] = load.get(expert, 0) + replica.in_flight
+                    load[expert] = load.get(expert, 0) + replica.load
         return load
 
     def apply(self, replica: Replica, event: Event) -> bool:
         """True when its standing changed. Once it is ready (again), whoever avoided it may have it."""
         before = replica.standing
         replica.apply(event)
+        return self._stands(replica, before, lost=event is Event.FAILED)
+
+    def adopt(self, replica: Replica, standing: Standing, *, lost: bool) -> bool:
+        """What the process that watches it has decided; else the same as `apply`."""
+        before, replica.standing = replica.standing, standing
+        return self._stands(replica, before, lost=lost)
+
+    def _stands(self, replica: Replica, before: Standing, *, lost: bool) -> bool:
         if replica.standing is before:
             return False
+        self._changed()
         if replica.standing is Standing.READY:
             self.offer(replica, forgiven=True)
             return True
         self._disappoint(replica)
-        if replica.standing is Standing.EJECTED:
+        if lost:
             _tell_lost(replica)
         return True
 
     def acquire(
-        self, experts: Sequence[str], *, avoid: Collection[Replica] = (), only: Replica | None = None
+        self,
+        experts: Sequence[str],
+        *,
+        avoid: Collection[Replica] = (),
+        only: Replica | None = None,
+        slot: Slot | None = None,
     ) -> Hold | None:
         """A place on the replica that `pick` names."""
-        picked = self.pick(experts, avoid=avoid, only=only)
+        picked = self.pick(experts, avoid=avoid, only=only, slot=slot)
         return None if picked is None else self.hold(*picked)
 
     def pick(
-        self, experts: Sequence[str], *, avoid: Collection[Replica] = (), only: Replica | None = None
+        self,
+        experts: Sequence[str],
+        *,
+        avoid: Collection[Replica] = (),
+        only: Replica | None = None,
+        slot: Slot | None = None,
     ) -> tuple[Replica, str] | None:
-        """With the first of these experts that has room, its replica with the fewest requests in flight (ties: the one
-        not used for longest). `only`: no other replica than that."""
+        """A replica with room, of the first of these experts that has a ready one. `only`: no other replica than that.
+        `slot`: asked for where the conversation belongs, if that matters."""
         for expert in experts:
-            best, least = None, _FULL
-            for replica in self.of(expert):
-                if replica.has_room and replica not in avoid and (only is None or replica is only):
-                    load = (len(replica.holds), replica.last_used)
-                    if load < least:
-                        best, least = replica, load
-            if best is not None:
-                return best, expert
+            replicas = self._by_expert.get(expert, ())
+            if self.peers:
+                self.look(replicas)
+            if len(replicas) == 1:
+                replica = replicas[0]
+                if replica in avoid or replica is not (only or replica) or replica.standing is not _READY:
+                    continue
+                return (replica, expert) if replica.has_room else None
+            if replicas:
+                fits = _has_room if only is None and not avoid else partial(_would_do, avoid=avoid, only=only)
+                best = self._pinned(expert, replicas, slot(), fits) if slot is not None and self.pin_bound else None
+                best = best or lighter_of_two(replicas, fits=fits, random=self.random)
+                if best is not None:
+                    return best, expert
+                if self._serves(expert, avoid):
+                    return None
         return None
+
+    def _pinned(
+        self, expert: str, replicas: Sequence[Replica], slot: int | None, fits: Callable[[Replica], bool]
+    ) -> Replica | None:
+        """The one that a conversation belongs to, or the next one where that has more than its share."""
+        if slot is None:
+            return None
+        orders = self._orders.setdefault(expert, {})
+        order = orders.get(slot)
+        if order is None:
+            order = orders[slot] = [replicas[at] for at in rendezvous([r.place for r in replicas], slot)]
+        ready = [replica.load for replica in replicas if replica.standing is _READY]
+        bound = load_bound(total=sum(ready), replicas=len(ready), factor=self.pin_bound or 0)
+        return pinned(order, fits=fits, bound=bound)
+
+    def _serves(self, expert: str, avoid: Collection[Replica]) -> bool:
+        """Whether it is worth waiting for."""
+        return any(r.standing is _READY and r not in avoid for r in self._by_expert.get(expert, ()))
 
     def hold(self, replica: Replica, expert: str) -> Hold:
         """A place on a replica that has room."""
@@ -253,19 +388,21 @@ class ReplicaTable:
         replica.last_used = self._uses
         hold = Hold(replica, expert, self)
         replica.holds.add(hold)
+        self.cells[replica.column] = len(replica.holds)
         return hold
 
     async def wait(
         self, experts: Sequence[str], *, avoid: Collection[Replica] = (), only: Replica | None = None
     ) -> Hold:
-        """The next place that becomes free with one of these experts, in turn.
+        """The next place that becomes free with the first of these experts that serves, in turn.
 
         With `only`, on that replica; raises ReplicaLostError as soon as it is not ready."""
         if only is not None and (only.standing is not Standing.READY or self._replicas.get(only.name) is not only):
             raise ReplicaLostError(f"{only.name} is not ready")
-        waiter = _Waiter(experts, set(avoid), only, asyncio.get_running_loop().create_future())
-        for expert in experts:
-            self._waiting.setdefault(expert, {})[waiter] = None
+        waiter = _Waiter([], list(experts), set(avoid), only, asyncio.get_running_loop().create_future())
+        self._widen(waiter)
+        if self.peers and self._looking is None:
+            self._looking = asyncio.get_running_loop().call_later(OTHERS_LOOK_S, self._look_for_places)
         try:
             return await waiter.granted
         except asyncio.CancelledError:
@@ -277,12 +414,29 @@ class ReplicaTable:
             self._forget(waiter)
 
     def waiting(self, expert: str) -> int:
+        """In the whole router."""
+        column = self.queues.get(expert, NOWHERE)
+        others = sum(row[column] for row in self.peers) if column != NOWHERE else 0
+        return len(self._waiting.get(expert, ())) + others
+
+    def waiting_here(self, expert: str) -> int:
         return len(self._waiting.get(expert, ()))
+
+    def count_queues(self, queues: Mapping[str, int]) -> None:
+        """Count what waits in these columns from now on."""
+        for expert, column in self.queues.items():
+            if queues.get(expert) != column:
+                self.cells[column] = 0
+        self.queues = queues
+        for expert in queues:
+            self._count_waiting(expert)
 
     def offer(self, replica: Replica, *, forgiven: bool = False) -> None:
         """Give its free places to those who wait for them."""
         if not self._waiting or self._replicas.get(replica.name) is not replica:
             return
+        if self.peers:
+            self.look((replica,))
         for expert in replica.record.serves:
             for waiter in tuple(self._waiting.get(expert, ())):
                 if not replica.has_room:
@@ -295,14 +449,32 @@ class ReplicaTable:
                 waiter.granted.set_result(self.hold(replica, expert))
 
     def _disappoint(self, replica: Replica) -> None:
-        """Those who would take no other need not wait for it."""
+        """Those who would take no other need not wait for it; others may have to turn to another expert."""
         for expert in replica.record.serves:
             for waiter in tuple(self._waiting.get(expert, ())):
-                if waiter.only is replica and not waiter.granted.done():
+                if waiter.granted.done():
+                    continue
+                if waiter.only is replica:
                     self._forget(waiter)
                     waiter.granted.set_exception(ReplicaLostError(f"{replica.name} is not ready any more"))
+                elif waiter.later:
+                    self._widen(waiter)
+
+    def _widen(self, waiter: _Waiter) -> None:
+        """Wait for more experts, until one of them has a replica that would do."""
+        before = len(waiter.experts)
+        while waiter.later and not any(self._serves(expert, waiter.avoid) for expert in waiter.experts):
+            expert = waiter.later.pop(0)
+            waiter.experts.append(expert)
+            self._waiting.setdefault(expert, {})[waiter] = None
+            self._count_waiting(expert)
+        if before:
+            for expert in waiter.experts[before:]:
+                for replica in self.of(expert):
+                    self.offer(replica)
 
     def _index(self) -> None:
+        self._orders.clear()
         self._by_expert = {}
         for replica in self._replicas.values():
             if replica.record.kind is not Kind.ROUTER:
@@ -315,10 +487,34 @@ class ReplicaTable:
             queue.pop(waiter, None)
             if not queue:
                 self._waiting.pop(expert, None)
+            self._count_waiting(expert)
+
+    def _count_waiting(self, expert: str) -> None:
+        self.cells[self.queues.get(expert, NOWHERE)] = self.waiting_here(expert)
+
+    def _look_for_places(self) -> None:
+        """Nobody says when another worker gives a place back: look for it as long as somebody waits."""
+        self._looking = None
+        if self._waiting:
+            for replica in {replica for expert in self._waiting for replica in self.of(expert)}:
+                self.offer(replica)
+        if self._waiting:
+            self._looking = asyncio.get_running_loop().call_later(OTHERS_LOOK_S, self._look_for_places)
+
+    def _changed(self) -> None:
+        if self.on_change is not None:
+            self.on_change()
+
+
+def _would_do(replica: Replica, *, avoid: Collection[Replica], only: Replica | None) -> bool:
+    return replica.has_room and replica not in avoid and (only is None or replica is only)
 
 
 def _tell_lost(replica: Replica) -> None:
     for hold in tuple(replica.holds):
-        hold.lost = True
-        if hold.on_lost is not None:
-            hold.on_lost()
+        hold.lose()
+
+
+@lru_cache(maxsize=1024)
+def _authorization(key: str | None) -> bytes:
+    return b"" if key is None else lines({"authorization": f"Bearer {key}"})

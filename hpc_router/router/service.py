@@ -1,22 +1,20 @@
-"""A router's life: bind, discover, publish, serve, drain, leave.
+"""A router's life: take the address, run its processes, leave.
 
 The address is published only once the server listens. A router that comes back on the same host takes the port its
 predecessor had, when that is free, so that clients which know only the address find it again.
 """
 
-import asyncio
 import contextlib
 import logging
+import os
 import resource
-import signal
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import uvloop
 
@@ -24,21 +22,13 @@ from hpc_router import fabric
 from hpc_router.auth import new_token, replica_key
 from hpc_router.config import Deployment
 from hpc_router.errors import ConfigError
-from hpc_router.files import replace_json
-from hpc_router.filethread import FileThread, file_thread
-from hpc_router.jobdir import Exit, JobDir, Phase, Progress, Reason
-from hpc_router.lease import Lease
-from hpc_router.registry import Kind, Reader, Record, State, http_url, leading_router, split_replica
-from hpc_router.relay import collector
-from hpc_router.relay.exchange import Limits, Upstream
-from hpc_router.relay.server import listening
-from hpc_router.relay.upstream import UpstreamClient
-from hpc_router.router.app import Gateway
-from hpc_router.router.control import ControlLoop
-from hpc_router.router.discovery import Discovery, registry_file
-from hpc_router.router.dispatch import Dispatcher
-from hpc_router.router.metrics import Metrics
-from hpc_router.router.replicas import ReplicaTable
+from hpc_router.filethread import PATIENCE_S, FileThread, file_thread
+from hpc_router.jobdir import Exit, JobDir, Reason
+from hpc_router.registry import Kind, Reader, Record, State, http_url, split_replica, withdraw
+from hpc_router.router.counters import Counters
+from hpc_router.router.processes import Router, control, work
+from hpc_router.router.supervisor import Supervisor
+from hpc_router.router.worker import Identity
 from hpc_router.routing.artefact import read
 from hpc_router.routing.classifier import Classifier
 from hpc_router.routing.policy import Policy, build_policy
@@ -47,7 +37,7 @@ from hpc_router.rundir import RunDir
 logger = logging.getLogger(__name__)
 
 _EVERYWHERE: Final = frozenset({"", "0.0.0.0", "::"})
-_STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+_MARGIN_S: Final = 3.0
 
 
 def main(run: RunDir, deployment: Deployment, *, replica: str) -> int:
@@ -55,19 +45,26 @@ def main(run: RunDir, deployment: Deployment, *, replica: str) -> int:
     job = JobDir(run, replica)
     job.claim()
     raise_file_limit()
-    with file_thread(f"files of {replica}", log=job.agent_log) as files:
-        try:
-            uvloop.run(_live(run, deployment, job, files))
-        except ConfigError as error:
-            logger.error("%s", error)
-            job.write(Exit(ok=False, reason=Reason.BAD_OPTION, message=str(error)))
-            raise
-        except BaseException as error:
-            logger.exception("the router failed")
-            job.write(Exit(ok=False, reason=Reason.CRASHED, message=f"{type(error).__name__}: {error}"))
-            raise
+    try:
+        supervise(run, deployment, job)
+    except BaseException as error:
+        bad = isinstance(error, ConfigError)
+        message = str(error) if bad else f"{type(error).__name__}: {error}"
+        with _last_words(job) as files:
+            logger.error("the router failed: %s", message, exc_info=None if bad else error)
+            files.post(partial(job.write, Exit(False, Reason.BAD_OPTION if bad else Reason.CRASHED, message)))
+        raise
+    with _last_words(job) as files:
         files.post(partial(job.write, Exit(ok=True, reason=Reason.DRAINED, message="stopped")))
     return 0
+
+
+@contextlib.contextmanager
+def _last_words(job: JobDir) -> Iterator[FileThread]:
+    """Nothing is forked any more, so there may be a thread. The record goes, where no control process was left."""
+    with file_thread(f"files of {job.replica}", log=job.agent_log) as files:
+        files.post(partial(withdraw, job.run.registry, job.replica))
+        yield files
 
 
 def raise_file_limit() -> None:
@@ -77,101 +74,51 @@ def raise_file_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-async def _live(run: RunDir, deployment: Deployment, job: JobDir, files: FileThread) -> None:
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in _STOP_SIGNALS:
-        loop.add_signal_handler(number, stop.set)
-    sock, nonce = bind(run, deployment, node=socket.gethostname()), new_token()
-    record = _record(deployment, job.replica, sock, nonce=nonce)
-    async with (
-        serving(run, deployment, replica=job.replica, nonce=nonce, sock=sock, files=files) as gateway,
-        Lease(run.registry, record, files, on_gone=stop.set) as lease,
-        _control(run, deployment, job),
-    ):
-        await lease.update(state=State.READY)
-        files.post(partial(job.write, Progress(Phase.READY, ready_at=time.time())))
-        logger.info("serving at %s", lease.record.url)
-        collector.settle()
-        await stop.wait()
-        gateway.draining = True
-        logger.info("draining: %d requests in flight", gateway.in_flight.count)
-        await lease.update(state=State.DRAINING)
-        files.post(partial(job.write, Progress(Phase.DRAINING)))
-    logger.info("stopped")
-
-
-@asynccontextmanager
-async def serving(
-    run: RunDir,
-    deployment: Deployment,
-    *,
-    replica: str,
-    nonce: str,
-    sock: socket.socket,
-    files: FileThread,
-    make_client: Callable[[Limits], AbstractAsyncContextManager[Upstream]] = UpstreamClient,
-    listen: Callable[..., AbstractAsyncContextManager[asyncio.Server]] = listening,
-) -> AsyncIterator[Gateway]:
-    """The router's parts, wired and listening on `sock`; at the end in-flight requests get `router.drain_s`.
-
-    It proves to be the router whose record has this `nonce`.
-    """
+def supervise(run: RunDir, deployment: Deployment, job: JobDir) -> None:
+    """Raises ConfigError, and LaunchError where the router's processes do not stay alive."""
     config = deployment.router
     policy = load_policy(run, deployment)
-    table = ReplicaTable()
-    clock = asyncio.get_running_loop().time
-    keeper = RegistryFile(run, replica, files)
-    discovery = Discovery(run, config, table, on_snapshot=keeper.keep, clock=clock, files=files)
-    limits = Limits(config.connect_timeout_s, config.first_byte_timeout_s, config.idle_timeout_s)
-    async with make_client(limits) as client, discovery:
-        metrics = Metrics(table, in_flight=lambda: gateway.in_flight.count, registry_age_s=discovery.registry_age_s)
-        dispatcher = Dispatcher(table=table, discovery=discovery, client=client, metrics=metrics, config=config)
-        token = None if config.open else run.token()
-        key = replica_key(run.secret(), nonce)
-        gateway = Gateway(deployment, table, policy, dispatcher, metrics, token=token, replica=replica, key=key)
-        async with listen(
-            gateway.handle, sock, max_body=int(config.max_body_mb * 2**20), express=gateway.express
-        ) as listener:
-            try:
-                yield gateway
-            finally:
-                keeper.leave()
-                listener.close()
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(config.drain_s):
-                        await gateway.in_flight.idle()
+    workers = config.workers or usable_cpus(os.environ, asked=config.resources.cpus)
+    nonce = new_token()
+    with bind(run, deployment, node=socket.gethostname()) as reserved:
+        reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)  # only now, or we would share another's port
+        identity = Identity(
+            replica=job.replica,
+            key=replica_key(run.secret(), nonce),
+            token=None if config.open else run.token(),
+            started_at=time.time(),
+        )
+        record = _record(deployment, job.replica, reserved, nonce=nonce)
+        router = Router(run, deployment, job, record, identity, policy, Counters(workers=workers))
+        Supervisor(
+            control=lambda birth: uvloop.run(control(router, birth)),
+            worker=lambda birth: uvloop.run(work(router, birth)),
+            listen=partial(beside, reserved),
+            counters=router.counters,
+            stop_s=config.drain_s + 2 * PATIENCE_S + _MARGIN_S,
+        ).run()
 
 
-class RegistryFile:
-    """Keeps `registry.json` while this router leads: the whole registry in one file, for people and scripts."""
+def usable_cpus(environment: Mapping[str, str], *, asked: int) -> int:
+    """How many CPUs this job has. Outside Slurm a machine is shared: no more than were asked for."""
+    usable = len(os.sched_getaffinity(0))
+    if "SLURM_JOB_ID" not in environment:
+        return max(1, min(usable, asked))
+    given = environment.get("SLURM_CPUS_PER_TASK", "")
+    return max(1, min(usable, int(given) if given.isdecimal() else asked))
 
-    def __init__(self, run: RunDir, replica: str, files: FileThread) -> None:
-        self._run, self._replica, self._files = run, replica, files
-        self._content: Mapping[str, Any] | None = None
-        self._left = False
 
-    def keep(self, snapshot: Mapping[str, Record]) -> None:
-        """Write it in the background when something changed."""
-        leader = leading_router(snapshot)
-        if leader is None or leader.replica != self._replica or self._left:
-            return
-        content = registry_file(snapshot)
-        if content != self._content:
-            self._content = content
-            self._files.post(partial(replace_json, self._run.registry_json, content))
-
-    def leave(self) -> None:
-        """Once more, after the record was withdrawn: the file of one that led does not go on naming it."""
-        self._left = True
-        if self._content is not None:
-            self._files.post(self._write_last)
-
-    def _write_last(self) -> None:
-        others = {name: r for name, r in Reader(self._run.registry).snapshot().items() if name != self._replica}
-        leader = leading_router(others)
-        if leader is None or leader.generation < split_replica(self._replica)[2]:  # else it is the successor's file
-            replace_json(self._run.registry_json, registry_file(others))
+def beside(reserved: socket.socket) -> socket.socket:
+    """Another socket on the same address; the kernel deals connections out to all that listen there."""
+    sock = socket.socket(reserved.family, socket.SOCK_STREAM)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        sock.bind(reserved.getsockname())
+    except BaseException:
+        sock.close()
+        raise
+    return sock
 
 
 def load_policy(run: RunDir, deployment: Deployment) -> Policy:
@@ -230,13 +177,6 @@ def _record(deployment: Deployment, replica: str, sock: socket.socket, *, nonce:
 
 def _fabric(deployment: Deployment) -> str:
     return fabric.address(deployment.cluster.fabric, kind=deployment.cluster.kind)
-
-
-def _control(run: RunDir, deployment: Deployment, job: JobDir) -> contextlib.AbstractAsyncContextManager[object]:
-    """The control loop, which keeps up what `config.yaml` wants, as soon as there is one."""
-    if deployment.router.reconcile:
-        return ControlLoop(run, replica=job.replica)
-    return contextlib.nullcontext()
 
 
 def _previous_port(run: RunDir, node: str) -> int | None:

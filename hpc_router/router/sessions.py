@@ -3,14 +3,16 @@
 An engine keeps the responses it gave, and no other engine has them. So the turn of `/v1/responses` that names an
 earlier one goes to exactly the replica that answered before, or nowhere: the client is told to send the whole
 conversation, which goes anywhere. `x-session-id` says which turns belong together. Memory only, and bounded: the
-session unused for longest is forgotten first, and a router that starts anew knows none.
+session unused for longest is forgotten first, and a router that starts anew knows none. Each worker keeps the turns it
+served, the control process those of all.
 """
 
 import re
+import time
 from collections import OrderedDict
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Final
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import astuple, dataclass, field
+from typing import Any, Final, Self
 
 from hpc_router import wire
 from hpc_router.errors import BadRequestError, PreviousResponseNotFoundError
@@ -37,6 +39,15 @@ class Turn:
     url: str
     nonce: str | None
     reason: Reason
+    at: float = field(default=0.0, compare=False)  # on the clock that all processes of a host share
+
+    def to_json(self) -> list[Any]:
+        return list(astuple(self))
+
+    @classmethod
+    def from_json(cls, value: list[Any]) -> Self:
+        expert, replica, url, nonce, reason, at = value
+        return cls(expert, replica, url, nonce, Reason(reason), at)
 
     def is_at(self, replica: Replica) -> bool:
         record = replica.record
@@ -45,13 +56,24 @@ class Turn:
 
 @dataclass(slots=True)
 class Sessions:
-    """Session id -> its last turn, for the `most` sessions used last."""
+    """Session id -> its last turn, for the `most` sessions used last. `on_turn` is told of each new one."""
 
     most: int = MOST
+    on_turn: Callable[[str, Turn], None] | None = None
     _turns: OrderedDict[str, Turn] = field(default_factory=OrderedDict)
 
     def __len__(self) -> int:
         return len(self._turns)
+
+    def __iter__(self) -> Iterator[tuple[str, Turn]]:
+        """The one used last comes last."""
+        return iter(self._turns.items())
+
+    def learn(self, session: str, turn: Turn) -> None:
+        """What another process noted; the later turn counts."""
+        known = self._turns.get(session)
+        if known is None or known.at <= turn.at:
+            self.note(session, turn)
 
     def note(self, session: str, turn: Turn) -> None:
         self._turns[session] = turn
@@ -67,7 +89,11 @@ class Sessions:
 
     def answered(self, session: str, replica: Replica, expert: str, reason: Reason) -> None:
         """The turn that began at this replica continues there."""
-        self.note(session, Turn(expert, replica.name, replica.record.url, replica.record.nonce, reason))
+        record = replica.record
+        turn = Turn(expert, replica.name, record.url, record.nonce, reason, at=time.monotonic())
+        self.note(session, turn)
+        if self.on_turn is not None:
+            self.on_turn(session, turn)
 
     def continued(
         self, session: str | None, fields: Mapping[str, Any], table: ReplicaTable, *, model: str

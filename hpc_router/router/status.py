@@ -31,7 +31,7 @@ def _replica(replica: Replica, *, silent: bool) -> dict[str, Any]:
         "replica": replica.name,
         "kind": record.kind.value,
         "state": replica.standing.value,
-        "in_flight": replica.in_flight,
+        "in_flight": replica.load,
         "capacity": replica.capacity,
         "url": record.url,
         "node": record.node,

@@ -41,6 +41,23 @@ def prompt_text(body: object, *, window: int = WINDOW_BYTES, first: str = "messa
     return "\n".join(kept)
 
 
+def opening(fields: Mapping[str, object]) -> str | None:
+    """What the user said first, of a conversation in any of the APIs; every later turn has it too. None: there is none,
+    or not in a shape that could be read."""
+    turns = fields.get("messages", fields.get("input"))
+    if isinstance(turns, str):
+        return turns
+    for turn in turns if isinstance(turns, list) else ():
+        if isinstance(turn, dict) and turn.get("role") == "user":
+            content = turn.get("content")
+            if isinstance(content, str):
+                return content
+            parts = content if isinstance(content, list) else ()
+            texts = (part.get("text") for part in parts if isinstance(part, dict))
+            return next((text for text in texts if isinstance(text, str)), None)
+    return None
+
+
 def _messages(value: object) -> Iterator[str]:
     if not isinstance(value, list):
         raise RequestError(f"'messages' must be a list of message objects, not {_kind(value)}")

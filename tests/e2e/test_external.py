@@ -91,7 +91,7 @@ def test_model_field_without_a_fallback_answers_auto_with_404(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
-        (["router.workers=2"], "router.workers"),
+        (["router.workers=0"], "router.workers"),
         (["router.port=99999"], "router.port"),
         (["policy=classifier"], "policy.artefact"),
         (["policy=classifier", "policy.artefact=/nowhere"], "/nowhere"),

@@ -24,7 +24,7 @@ class Pending(Work):
         self.cancelled = True
 
     def answer(self) -> None:
-        self.request.answer(Response(200, body=f"<express {self.request.path}>".encode()))
+        self.request.answer(200, b"", f"<express {self.request.path}>".encode())
 
 
 @dataclass

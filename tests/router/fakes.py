@@ -3,6 +3,7 @@
 import asyncio
 import json
 import socket
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -19,8 +20,11 @@ from hpc_router.filethread import FileThread
 from hpc_router.registry import EngineInfo, Kind, Record, State
 from hpc_router.relay.upstream import UpstreamClient
 from hpc_router.router.app import Gateway
+from hpc_router.router.control import Control
+from hpc_router.router.counters import Counters
 from hpc_router.router.replicas import Standing
-from hpc_router.router.service import serving
+from hpc_router.router.service import load_policy
+from hpc_router.router.worker import Identity, linked, working
 from hpc_router.rundir import RunDir, make_run
 from tests.relays import OWN
 
@@ -172,6 +176,7 @@ def a_deployment(*experts: str, policy: str = "model_field", fallback: str | Non
 @dataclass
 class RunningRouter:
     gateway: Gateway
+    control: Control
     url: str
     token: str
 
@@ -191,12 +196,27 @@ class RunningRouter:
 
 @asynccontextmanager
 async def a_router(run: RunDir, deployment: Deployment) -> AsyncIterator[RunningRouter]:
+    """A control process and a worker, in this process."""
     sock = socket.create_server(("127.0.0.1", 0))
     files = FileThread("test")
-    parts = serving(
-        run, deployment, replica="router-0.g1", nonce=NONCE, sock=sock, files=files,
-        make_client=RELAY.make_client, listen=RELAY.listen,
+    counters = Counters(workers=1)
+    policy = load_policy(run, deployment)
+    identity = Identity(
+        replica="router-0.g1", key=replica_key(run.secret(), NONCE), started_at=time.time(),
+        token=None if deployment.router.open else run.token(),
     )  # fmt: skip
-    async with parts as gateway:
-        yield RunningRouter(gateway, f"http://127.0.0.1:{sock.getsockname()[1]}", run.token())
+    control = Control(
+        run, deployment, counters, files, "router-0.g1",
+        started_at=identity.started_at, policy_version=policy.version,
+    )  # fmt: skip
+    here, there = socket.socketpair()
+    async with linked(deployment.router, counters, 0) as link:
+        await link.attach(there)
+        async with control.watching({0: here}):
+            worker = working(
+                deployment, policy, link, identity=identity, sock=sock,
+                make_client=RELAY.make_client, listen=RELAY.listen,
+            )  # fmt: skip
+            async with worker as gateway:
+                yield RunningRouter(gateway, control, f"http://127.0.0.1:{sock.getsockname()[1]}", run.token())
     files.close(timeout_s=5)

@@ -58,7 +58,7 @@ async def test_a_dead_jobs_record_is_ejected_and_comes_back_with_its_owner(tmp_p
         await eventually(lambda: standing(router, "math-0.g1") is Standing.EJECTED)
         replica = router.gateway.table.get("math-0.g1")
         assert replica is not None
-        await eventually(lambda: router.gateway.dispatcher.discovery.is_silent(replica))
+        await eventually(lambda: router.control.discovery.is_silent(replica))
         async with fake_replica(run, "math-0.g1") as back:
             assert back.url != gone.url
             await ready(router)
@@ -70,8 +70,8 @@ async def test_a_registry_that_cannot_be_read_ejects_nobody(tmp_path: Path) -> N
     async with fake_replica(run, "math-0.g1"), a_router(run, a_deployment("math")) as router:
         await ready(router)
         hidden = run.registry.rename(run.path / "hidden")
-        before = router.gateway.dispatcher.discovery.registry_age_s()
-        await eventually(lambda: router.gateway.dispatcher.discovery.registry_age_s() > before + 0.1)
+        before = router.control.discovery.registry_age_s()
+        await eventually(lambda: router.control.discovery.registry_age_s() > before + 0.1)
         assert (await post(router, chat("math")))[0] == 200
         hidden.rename(run.registry)
 

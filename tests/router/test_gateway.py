@@ -313,6 +313,7 @@ async def test_requests_beyond_the_capacity_wait_their_turn(tmp_path: Path) -> N
         await ready(router)
         tasks = [asyncio.create_task(post(router, chat())) for _ in range(3)]
         await eventually(lambda: router.gateway.table.waiting("math") == 2)
+        await fake.arrived.wait()
         assert len(fake.bodies) == 1
         fake.go_on.set()
         assert [status for status, _, _ in await asyncio.gather(*tasks)] == [200, 200, 200]

@@ -13,7 +13,7 @@ from hpc_router.errors import ConfigError
 from hpc_router.filethread import FileThread
 from hpc_router.registry import Kind, Reader, Record, State, publish, replica_name, withdraw
 from hpc_router.router import service
-from hpc_router.router.service import RegistryFile
+from hpc_router.router.registry_file import RegistryFile
 from hpc_router.rundir import RunDir, make_run
 
 

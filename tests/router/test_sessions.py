@@ -268,7 +268,7 @@ async def test_a_session_that_failed_is_not_noted(tmp_path: Path) -> None:
         await ready(router)
         await post(router, {"model": "math", "input": "hi"}, path=wire.RESPONSES, **HEADERS)
         await post(router, {"model": "math", "prompt": "hi"}, path=wire.COMPLETIONS, **HEADERS)
-        assert len(router.gateway.sessions) == 0
+        assert len(router.gateway.link.sessions) == 0
 
 
 async def test_a_withdrawn_replica_takes_its_sessions_along(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpc_router.routing.conversation import RequestError, prompt_text
+from hpc_router.routing.conversation import RequestError, opening, prompt_text
 
 
 def user(content: object) -> dict[str, object]:
@@ -139,3 +139,23 @@ JSON = st.recursive(
 def test_any_json_gives_a_short_text_or_a_request_error(body: object, window: int) -> None:
     with suppress(RequestError):
         assert len(prompt_text(body, window=window)) <= window
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "a"}]}, "a"),
+        ({"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]}, "a"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}, {"type": "text", "text": "a"}]}]}, "a"),
+        ({"input": "a"}, "a"),
+        ({"input": [{"role": "user", "content": [{"type": "input_text", "text": "a"}]}]}, "a"),
+        ({"prompt": "no conversation"}, None),
+        ({"messages": []}, None),
+        ({"messages": "?"}, "?"),
+        ({"messages": [1, {"role": "user"}]}, None),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, None),
+        ({"input": [[1, 2]]}, None),
+    ],
+)
+def test_the_opening_is_what_every_later_turn_has_too(fields: dict[str, object], said: str | None) -> None:
+    assert opening(fields) == said

@@ -94,11 +94,11 @@ class Recorded:
 class Running:
     """A load that is under way. `begun_ns`: CLOCK_MONOTONIC."""
 
-    def __init__(self, process: subprocess.Popen[str], load: Load, folder: Path) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], load: Load, folder: Path) -> None:
         self.process, self._load, self._folder = process, load, folder
         assert process.stdout is not None
         words = process.stdout.readline().split()
-        if words[:1] != ["begun"]:
+        if words[:1] != [b"begun"]:
             self.wait(patience_s=GUARD_S)
             raise LaunchError("the load generator did not begin")
         self.begun_ns = int(words[1])
@@ -113,7 +113,7 @@ class Running:
         except subprocess.TimeoutExpired as error:
             raise LaunchError(f"the load generator did not end within {patience_s} s") from error
         if self.process.returncode != 0:
-            raise LaunchError(f"the load generator failed: {said.strip() or self.process.returncode}")
+            raise LaunchError(f"the load generator failed: {said.decode().strip() or self.process.returncode}")
         events = read_events(self._folder / "events") if self._load.events else np.empty(0, dtype=EVENT)
         return Recorded(read_requests(self._folder / "records"), events, json.loads(out))
 
@@ -126,7 +126,8 @@ def running(load: Load, folder: Path) -> Iterator[Running]:
     with private_umask():
         folder.mkdir(parents=True, exist_ok=True)
     command = [str(built("load")), *load.argv(folder)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # Unbuffered: what a buffer had read beyond the first line would be lost to `communicate`.
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0)
     try:
         yield Running(process, load, folder)
     finally:

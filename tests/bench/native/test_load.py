@@ -1,13 +1,15 @@
 """The load generator against servers that do what real ones may: it counts right, and it hides nothing."""
 
+import os
 import signal
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from hpc_router.bench.native.engine import mock_engine
-from hpc_router.bench.native.load import Load, Recorded, run, running, write_requests
+from hpc_router.bench.native.load import Load, Recorded, Running, run, running, write_requests
 from hpc_router.bench.native.records import REUSED, STREAM, Error, errors
 from hpc_router.bench.router.relay import free_port
 from hpc_router.errors import LaunchError
@@ -135,6 +137,20 @@ def test_what_goes_wrong_has_a_kind(tmp_path: Path, answer: list[bytes], kind: s
     with s.scripted(answer) as (port, _):
         found = ask(tmp_path, port, count=2)
     assert errors(found.requests) == {kind: 2}
+
+
+def test_one_that_ends_before_anybody_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it said at the end lies in the pipe behind its first line, and neither is lost."""
+
+    class Late(Running):
+        def __init__(self, process: subprocess.Popen[bytes], load: Load, folder: Path) -> None:
+            os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+            super().__init__(process, load, folder)
+
+    monkeypatch.setattr("hpc_router.bench.native.load.Running", Late)
+    with s.scripted([s.plain()]) as (port, _):
+        found = ask(tmp_path, port, count=2)
+    assert found.summary["requests"] == 2
 
 
 def test_more_than_was_asked_for_is_said(tmp_path: Path) -> None:

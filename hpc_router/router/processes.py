@@ -1,0 +1,120 @@
+"""The router's children from their birth to their end: one control process, N workers.
+
+The record in the registry is the control process's: it is ready once the workers serve, and withdrawn before they
+close their sockets. A control process that takes the place of another finds the record there and goes on renewing it.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final
+
+from hpc_router.config import Deployment
+from hpc_router.filethread import PATIENCE_S, file_thread
+from hpc_router.jobdir import JobDir, Phase, Progress
+from hpc_router.lease import Lease
+from hpc_router.registry import Record, State
+from hpc_router.relay import collector
+from hpc_router.router.control import Control
+from hpc_router.router.control_loop import ControlLoop
+from hpc_router.router.counters import IN_FLIGHT, Counters
+from hpc_router.router.orders import Orders
+from hpc_router.router.supervisor import CONTROL, Birth, worker_name
+from hpc_router.router.worker import Identity, linked, working
+from hpc_router.routing.policy import Policy
+from hpc_router.rundir import RunDir
+
+logger = logging.getLogger(__name__)
+
+BEGIN_S: Final = 10.0
+"""Workers that do not serve by then are not waited for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Router:
+    """What is settled before the first process is forked."""
+
+    run: RunDir
+    deployment: Deployment
+    job: JobDir
+    record: Record
+    identity: Identity
+    policy: Policy
+    counters: Counters
+
+
+async def control(router: Router, birth: Birth) -> None:
+    """The control process."""
+    run, job = router.run, router.job
+    supervisor = os.getppid()
+    with file_thread(f"files of {job.replica}", log=job.agent_log, label=CONTROL) as files:
+        parts = Control(
+            run, router.deployment, router.counters, files, job.replica,
+            started_at=router.identity.started_at, policy_version=router.policy.version, processes=birth.processes,
+        )  # fmt: skip
+        for news in birth.news:
+            logger.warning("%s", news)
+        lease = Lease(run.registry, router.record, files, on_gone=lambda: os.kill(supervisor, signal.SIGTERM))
+        orders = Orders(birth.orders, partial(_attach, parts), on_note=partial(_note, parts))
+        async with orders, parts.watching(birth.ways):
+            async with lease, _control_loop(router):
+                await parts.served(limit_s=BEGIN_S)
+                await lease.update(state=State.READY)
+                files.post(partial(job.write, Progress(Phase.READY, pid=supervisor, ready_at=time.time())))
+                logger.info("serving at %s with %d workers", lease.record.url, router.counters.workers)
+                collector.settle()
+                await orders.drain.wait()
+                parts.draining = True
+                logger.info("draining: %d requests in flight", router.counters.total(IN_FLIGHT))
+                await lease.update(state=State.DRAINING)
+                files.post(partial(job.write, Progress(Phase.DRAINING, pid=supervisor)))
+            parts.leave()
+            await orders.end.wait()
+        logger.info("stopped")
+
+
+async def work(router: Router, birth: Birth) -> None:
+    """A worker."""
+    assert birth.worker is not None
+    assert birth.listener is not None
+    name = worker_name(birth.worker)
+    with file_thread(f"log of {name}", log=router.job.agent_log, label=name):
+        async with linked(router.deployment.router, router.counters, birth.worker) as link:
+            orders = Orders(birth.orders, lambda _, way: link.attach(way))
+            async with orders:
+                for way in birth.ways.values():
+                    await link.attach(way)
+                async with working(
+                    router.deployment, router.policy, link, identity=router.identity, sock=birth.listener
+                ) as gateway:
+                    collector.settle()
+                    await orders.drain.wait()
+                    gateway.draining = True
+                    with contextlib.suppress(TimeoutError):  # there may be no control process any more
+                        async with asyncio.timeout(2 * PATIENCE_S):
+                            await link.released.wait()
+
+
+async def _attach(parts: Control, worker: int | None, way: socket.socket) -> None:
+    assert worker is not None
+    await parts.attach(worker, way)
+
+
+def _note(parts: Control, note: Mapping[str, Any]) -> None:
+    parts.processes = note["processes"]
+    if note["news"] is not None:
+        logger.warning("%s", note["news"])
+
+
+def _control_loop(router: Router) -> contextlib.AbstractAsyncContextManager[object]:
+    """The loop that keeps up what `config.yaml` wants, as soon as there is one."""
+    if router.deployment.router.reconcile:
+        return ControlLoop(router.run, replica=router.job.replica)
+    return contextlib.nullcontext()

@@ -1,0 +1,46 @@
+"""`registry.json`: the whole registry in one file, for people and scripts, kept by the router that leads."""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from hpc_router.files import replace_json
+from hpc_router.filethread import FileThread
+from hpc_router.registry import SCHEMA, Reader, Record, leading_router, split_replica
+from hpc_router.rundir import RunDir
+
+
+class RegistryFile:
+    """Keeps `registry.json` while this router leads: the whole registry in one file, for people and scripts."""
+
+    def __init__(self, run: RunDir, replica: str, files: FileThread) -> None:
+        self._run, self._replica, self._files = run, replica, files
+        self._content: Mapping[str, Any] | None = None
+        self._left = False
+
+    def keep(self, snapshot: Mapping[str, Record]) -> None:
+        """Write it in the background when something changed."""
+        leader = leading_router(snapshot)
+        if leader is None or leader.replica != self._replica or self._left:
+            return
+        content = registry_file(snapshot)
+        if content != self._content:
+            self._content = content
+            self._files.post(partial(replace_json, self._run.registry_json, content))
+
+    def leave(self) -> None:
+        """Once more, after the record was withdrawn: the file of one that led does not go on naming it."""
+        self._left = True
+        if self._content is not None:
+            self._files.post(self._write_last)
+
+    def _write_last(self) -> None:
+        others = {name: r for name, r in Reader(self._run.registry).snapshot().items() if name != self._replica}
+        leader = leading_router(others)
+        if leader is None or leader.generation < split_replica(self._replica)[2]:  # else it is the successor's file
+            replace_json(self._run.registry_json, registry_file(others))
+
+
+def registry_file(records: Mapping[str, Record]) -> dict[str, Any]:
+    """The content of `registry.json`."""
+    return {"schema": SCHEMA, "records": [records[name].to_json() for name in sorted(records)]}

@@ -1,0 +1,61 @@
+"""What the control process knows of the replicas, as its workers take it over: JSON values, and no I/O.
+
+A worker's table is made as the view says. Where the worker has seen something itself that the view does not know yet,
+its own finding stands.
+"""
+
+import time
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import astuple, replace
+from typing import Any
+
+from hpc_router.registry import Record
+from hpc_router.router.ejection import Health
+from hpc_router.router.replicas import Replica, ReplicaTable, Standing
+
+View = Sequence[Mapping[str, Any]]
+
+
+def view_of(table: ReplicaTable) -> list[dict[str, Any]]:
+    return [_told(replica) for replica in table.all()]
+
+
+def take_over(table: ReplicaTable, view: View, *, known_better: Collection[str] = ()) -> None:
+    """`known_better`: the replicas whose standing the view cannot know yet, by name."""
+    gone = {replica.name for replica in table.all()}
+    for told in view:
+        record = Record.from_json(told["record"])
+        gone.discard(record.replica)
+        replica = table.get(record.replica)
+        if replica is None or not replica.is_at(record):
+            replica = Replica(record, told["key"])
+            _update(table, replica, told)
+            table.put(replica)
+            table.adopt(replica, Standing(told["standing"]), lost=told["lost"])
+            continue
+        _update(table, replica, told)
+        table.renew(replica, record)
+        if record.replica not in known_better:
+            table.adopt(replica, Standing(told["standing"]), lost=told["lost"])
+    for name in gone:
+        table.remove(name)
+
+
+def _told(replica: Replica) -> dict[str, Any]:
+    return {
+        "record": replace(replica.record, beat=None).to_json(),
+        "key": replica.key,
+        "standing": replica.standing.value,
+        "models": list(replica.models),
+        "trouble": replica.trouble,
+        "suspect": replica.suspect,
+        "lost": replica.standing is Standing.EJECTED and replica.health.counts(time.monotonic()),
+        "health": astuple(replica.health),
+        "column": replica.column,
+    }
+
+
+def _update(table: ReplicaTable, replica: Replica, told: Mapping[str, Any]) -> None:
+    replica.key, replica.models, replica.trouble = told["key"], tuple(told["models"]), told["trouble"]
+    replica.suspect, replica.health = told["suspect"], Health(*told["health"])
+    table.move(replica, told["column"])
