@@ -4,6 +4,7 @@ import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -60,6 +61,10 @@ def test_it_says_what_it_is_worth() -> None:
     assert "±" in text
 
 
+def loads_of(line: Any) -> list[float]:
+    return list(line.get_xdata())
+
+
 def test_figures_are_told_apart_without_colour() -> None:
     assert len({str(line) for _, line, _ in STYLES}) == len({marker for _, _, marker in STYLES}) == len(STYLES)
     simulated = [one for one in series_of(RECORDS) if one.evidence == "simulated"]
@@ -68,7 +73,7 @@ def test_figures_are_told_apart_without_colour() -> None:
         assert re.search(r"ms|s$|/s|%|users", axes.get_ylabel()), "a unit"
         assert axes.get_xlabel() == "concurrent users"
         assert axes.get_title() == "SIMULATED, a prediction"
-        lines = [line for line in axes.get_lines() if line.get_marker() in "osD^" and len(line.get_xdata()) > 1]
+        lines = [line for line in axes.get_lines() if line.get_marker() in list("osD^") and len(loads_of(line)) > 1]
         assert len({(line.get_linestyle(), line.get_marker()) for line in lines}) == len(lines)
     names = {drawn.name for drawn in curves(simulated)}
     assert {
@@ -86,7 +91,7 @@ def test_an_invalid_point_is_crossed_and_the_legend_says_so() -> None:
     simulated = [one for one in series_of(RECORDS) if one.evidence == "simulated"]
     throughput = next(drawn for drawn in curves(simulated) if drawn.name.endswith("throughput"))
     crosses = [line for line in throughput.figure.axes[0].get_lines() if line.get_marker() == "x"]
-    assert [list(line.get_xdata()) for line in crosses] == [[10], []]
+    assert [loads_of(line) for line in crosses] == [[10], []]
     (legend,) = throughput.figure.legends
     assert any("INVALID" in text.get_text() for text in legend.get_texts())
 
@@ -98,5 +103,5 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "7 points, 1 of them INVALID" in capsys.readouterr().out
     kinds = {path.suffix for path in (tmp_path / "figures").iterdir()}
     assert kinds == {".svg", ".png"}
-    assert report.main([str(tmp_path / "nothing")]) == 2
+    assert report.main([str(tmp_path / "figures")]) == 2
     assert "no result records" in capsys.readouterr().err
