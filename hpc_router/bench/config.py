@@ -82,6 +82,7 @@ class BenchConfig:
     load_jobs: int = 1  # load generators that share the users or the rate
     load_place: str = "here"  # or slurm: a job of its own for each
     load_options: dict[str, Any] = field(default_factory=dict)  # their options of sbatch, {partition: cpu}
+    retry: bool = False  # of a sweep: measure again what is there but invalid
     output: str | None = None  # folder of the result files; null: RUN/bench, of a sweep: results
     raw: bool = False  # keep every request as well, one JSON line each
 

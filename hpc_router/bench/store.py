@@ -30,7 +30,19 @@ from hpc_router.rundir import RunDir, private_umask
 BEAT_S: Final = 5.0
 STILL_S: Final = 60.0
 """A claim of another host whose heart has not beaten for so long is nobody's."""
-_HOW: Final = ("users", "rates", "trace", "repeats", "output", "raw", "load_place", "load_options", "trust", "drain_s")
+_HOW: Final = (
+    "users",
+    "rates",
+    "trace",
+    "repeats",
+    "output",
+    "raw",
+    "load_place",
+    "load_options",
+    "trust",
+    "drain_s",
+    "retry",
+)
 """Keys of `bench` that do not change what one point measures."""
 
 
@@ -47,8 +59,11 @@ class Store:
     def path(self, key: str) -> Path:
         return self.folder / f"{key}.jsonl"
 
-    def has(self, key: str) -> bool:
-        return self.path(key).exists()
+    def has(self, key: str, *, valid: bool = False) -> bool:
+        """Whether the point is finished; with `valid`, one that cannot be trusted is not."""
+        if not valid:
+            return self.path(key).exists()
+        return bool((read_json(self.path(key)) or {}).get("valid"))
 
     def add(self, key: str, record: Mapping[str, Any], raw: list[dict[str, Any]] | None) -> None:
         """Raw requests first: a point without them is not finished where they were asked for."""

@@ -46,7 +46,7 @@ class Leg:
         return [(self.store.key(self.deployment, self.config, p), p) for p in points_of(self.config)]
 
     def missing(self) -> list[tuple[str, Point]]:
-        return [(key, point) for key, point in self.points() if not self.store.has(key)]
+        return [(key, point) for key, point in self.points() if not self.store.has(key, valid=self.config.retry)]
 
 
 def measure(leg: Leg, *, reporter: Reporter, around: Around, origin: Callable[[RunDir], Provenance]) -> list[Measured]:

@@ -35,6 +35,15 @@ def test_a_finished_point_is_not_missing(tmp_path: Path) -> None:
     assert json.loads((tmp_path / f"{first}.jsonl").read_text()) == {"a": 1}
 
 
+def test_what_is_invalid_is_measured_again_where_that_is_asked(tmp_path: Path) -> None:
+    one = leg(tmp_path)
+    (first, _), (second, _) = one.points()
+    one.store.add(first, {"valid": False}, None)
+    one.store.add(second, {"valid": True}, None)
+    assert one.missing() == []
+    assert [key for key, _ in leg(tmp_path, retry=True).missing()] == [first]
+
+
 def test_what_is_another_question_has_another_key(tmp_path: Path) -> None:
     base = {key for key, _ in leg(tmp_path).points()}
     others = [
