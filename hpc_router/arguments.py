@@ -167,6 +167,15 @@ def _using(verbs: "_Verbs[_Parser]") -> None:
 def _changing(verbs: "_Verbs[_Parser]") -> None:
     scale = _verb(verbs, "scale", "change how many replicas experts have", "hpc-router scale math=3 code=0", json=True)
     scale.add_argument("counts", nargs="+", metavar="EXPERT=N")
+    change = _verb(
+        verbs,
+        "set",
+        "change limits and policy of a router that serves; no stream ends for it",
+        "hpc-router set router.max_in_flight=500 policy.margin=0.05\n"
+        "hpc-router set router.max_in_flight=        as in the config again",
+        json=True,
+    )
+    change.add_argument("settings", nargs="+", metavar="KEY=VALUE")
     drain = _verb(
         verbs,
         "drain",

@@ -241,6 +241,13 @@ def scale(arguments: argparse.Namespace) -> int:
     return _print(dict(wanted)) if arguments.json else _print_lines(f"{name}={n}" for name, n in wanted.items())
 
 
+def set_(arguments: argparse.Namespace) -> int:
+    from hpc_router.cluster.settings import change, parse_settings
+
+    settings = change(find_run(arguments.run), *parse_settings(arguments.settings))
+    return _print(settings) if arguments.json else _print_lines(f"{key}={value}" for key, value in settings.items())
+
+
 def drain(arguments: argparse.Namespace) -> int:
     from hpc_router.cluster.control import Control
     from hpc_router.cluster.retire import retire, wait
@@ -333,10 +340,10 @@ def _bench_router(arguments: argparse.Namespace) -> int:
 
 BENCHMARKS: Final[Mapping[str, Callable[[argparse.Namespace], int]]] = {"router": _bench_router}
 VERBS: Final[Mapping[str, Callable[[argparse.Namespace], int]]] = {
-    verb.__name__: verb
+    verb.__name__.rstrip("_"): verb
     for verb in (
         *(plan, up, down, status, logs, why, route, chat, url, token),
-        *(scale, drain, register, unregister, reconcile, bench),
+        *(scale, set_, drain, register, unregister, reconcile, bench),
     )
 }
 

@@ -96,12 +96,27 @@ def status_text(value: Mapping[str, Any]) -> RenderableType:
                 _left(replica["ends_at"]),
                 _remark(replica),
             )
-    parts: list[RenderableType] = [head, Text(), table]
+    parts: list[RenderableType] = [head, *map(Text, workers_lines(router)), Text(), table]
     if value["down"]:
         parts.append(Text("this deployment is down; `hpc-router up` brings it up again"))
     elif router["trouble"]:
         parts.append(Text(router["trouble"], style="yellow"))
     return Group(*parts)
+
+
+def workers_lines(router: Mapping[str, Any]) -> list[str]:
+    """Of a router that answers: its processes, and which of them was started again and why."""
+    workers = router.get("workers") or ()
+    loads = ", ".join(_shown(w["in_flight"]) if w["serving"] else "being started" for w in workers)
+    lines = [f"workers {len(workers)}  in flight {loads}"] if workers else []
+    named = [(f"worker {w['worker']}", w) for w in workers] + [("control process", router.get("control") or {})]
+    for name, process in named:
+        if process.get("restarts"):
+            times = "once" if process["restarts"] == 1 else f"{process['restarts']} times"
+            lines.append(f"{name} was started again {times}: the last one {process['last_end']}")
+    if router.get("settings_trouble"):
+        lines.append(f"a change is not taken over: {router['settings_trouble']}")
+    return lines
 
 
 def _shown(value: object) -> str:

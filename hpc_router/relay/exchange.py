@@ -126,7 +126,9 @@ class Started(Protocol):
 
 
 class Upstream(Protocol):
-    """Connections to upstream servers, kept between requests."""
+    """Connections to upstream servers, kept between requests. `limits` hold for what begins from then on."""
+
+    limits: Limits
 
     def start(
         self, method: str, address: Address, target: str, *, head: bytes, body: bytes, asker: Asker

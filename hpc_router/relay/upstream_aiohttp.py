@@ -47,7 +47,7 @@ class AiohttpClient:
     """Connections to upstream servers, kept between requests."""
 
     def __init__(self, limits: Limits, *, socket_path: str | None = None) -> None:
-        self._limits = limits
+        self.limits = limits
         connector: aiohttp.BaseConnector = (
             aiohttp.UnixConnector(socket_path, limit=0, keepalive_timeout=_KEEP_ALIVE_S)
             if socket_path
@@ -93,14 +93,14 @@ class AiohttpClient:
         try:
             async with asyncio.timeout(None) as timeout:
                 patience = Patience(lambda: timeout.reschedule(asyncio.get_running_loop().time()))
-                patience.wait(self._limits.first_byte_s)
+                patience.wait(self.limits.first_byte_s)
                 if watch is not None:
                     watch(patience)
                 try:
                     async with self._session.request(
                         method, url, headers=headers, data=data, allow_redirects=False
                     ) as response:
-                        yield AiohttpResponse(response, patience, self._limits)
+                        yield AiohttpResponse(response, patience, self.limits)
                 finally:
                     patience.end()
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:

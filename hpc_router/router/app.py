@@ -34,6 +34,7 @@ from hpc_router.errors import (
 )
 from hpc_router.relay.dialects import dialect_of
 from hpc_router.relay.downstream import DownstreamGoneError, Request, Response, Work, error_response, json_response
+from hpc_router.relay.exchange import Limits
 from hpc_router.relay.headers import Headers
 from hpc_router.relay.in_flight import InFlight
 from hpc_router.router.dispatch import RETRY_AFTER_S, Dispatcher, Errand
@@ -107,6 +108,17 @@ class Gateway:
             ("POST", "/route"): self._route,
             **{("POST", path): self._generate for path in wire.GENERATE_PATHS},
         }
+
+    def reconfigure(self, deployment: Deployment, policy: Policy) -> None:
+        """From the next request on."""
+        config = deployment.router
+        self.deployment, self.policy = deployment, policy
+        self.table.pin_bound = config.pin_bound
+        self.link.ejects_at_once = config.eject_connect_errors == 1
+        self.dispatcher.configure(config)
+        self.dispatcher.client.limits = Limits(
+            config.connect_timeout_s, config.first_byte_timeout_s, config.idle_timeout_s
+        )
 
     async def handle(self, request: Request) -> Response | None:
         """Raises nothing but DownstreamGoneError, where nobody is left to answer."""

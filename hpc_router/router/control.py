@@ -12,15 +12,16 @@ import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Iterable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any, Final
 
 from hpc_router.config import Deployment
 from hpc_router.filethread import FileThread
 from hpc_router.registry import Record
+from hpc_router.router.changes import Changes
 from hpc_router.router.channel import Channel, ChannelClosedError, open_channel
-from hpc_router.router.counters import IN_FLIGHT, NOWHERE, Counters
+from hpc_router.router.counters import IN_FLIGHT, Counters
 from hpc_router.router.discovery import Discovery
 from hpc_router.router.ejection import Incident
 from hpc_router.router.metrics import Metrics, gauges
@@ -29,7 +30,8 @@ from hpc_router.router.replicas import Event, Replica, ReplicaTable, Standing
 from hpc_router.router.sessions import Sessions, Turn
 from hpc_router.router.status import status
 from hpc_router.router.supervisor import CONTROL, worker_name
-from hpc_router.router.view import View, take_over, view_of
+from hpc_router.router.view import View, give_columns, take_over, view_of
+from hpc_router.routing.policy import Policy
 from hpc_router.rundir import RunDir
 
 logger = logging.getLogger(__name__)
@@ -61,25 +63,27 @@ class Member:
 
 @dataclass(slots=True)
 class Control:
-    """`started_at`: when the router began; `processes`: what the supervisor says of each, by name."""
+    """`base`: the deployment that the router was started with, `deployment`: with the settings made since then;
+    `started_at`: when the router began; `processes`: what the supervisor says of each, by name."""
 
     run: RunDir
+    base: Deployment
     deployment: Deployment
     counters: Counters
     files: FileThread
     replica: str
     started_at: float
-    policy_version: str | None
+    artefact: str | None
     draining: bool = False
     processes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     table: ReplicaTable = field(init=False)
     discovery: Discovery = field(init=False)
+    changes: Changes = field(init=False)
     keeper: RegistryFile = field(init=False)
     sessions: Sessions = field(default_factory=Sessions)
     members: list[Member] = field(init=False)
     _owners: dict[str, int] = field(default_factory=dict)
     _seeds: dict[str, Replica] = field(default_factory=dict)
-    _queues: dict[str, int] = field(default_factory=dict)
     _view: View | None = None
     _number: int = 0
     _due: asyncio.Handle | None = None
@@ -92,6 +96,7 @@ class Control:
             self.run, self.deployment.router, self.table, on_snapshot=self._looked, files=self.files,
             clock=asyncio.get_running_loop().time, seeds=self._seeds, on_well=self._well,
         )  # fmt: skip
+        self.changes = Changes(self.run, self.base, self.files, self._take_over)
         self.members = [Member(worker) for worker in range(self.counters.workers)]
 
     @asynccontextmanager
@@ -100,7 +105,7 @@ class Control:
         for worker, sock in present.items():
             await self.attach(worker, sock)
         await _all(self.members[worker].greeted for worker in present)
-        async with self.discovery:
+        async with self.discovery, self.changes.watching():
             if self.table.all():
                 self._changed()
             try:
@@ -138,12 +143,13 @@ class Control:
             self.table,
             self.discovery,
             experts=sorted(self.table.experts() | set(self.deployment.experts)),
-            policy={"kind": policy.kind, "fallback": policy.fallback, "artefact": self.policy_version},
+            policy={"kind": policy.kind, "fallback": policy.fallback, "artefact": self.artefact},
             replica=self.replica,
             draining=self.draining,
             in_flight=self.counters.total(IN_FLIGHT),
             uptime_s=round(time.time() - self.started_at, 3),
             open=self.deployment.router.open,
+            settings_trouble=self.changes.trouble,
             workers=list(map(self._worker_status, self.members)),
             control={"pid": os.getpid(), **self.processes.get(CONTROL, {})},
         )
@@ -213,13 +219,32 @@ class Control:
             member.counted = hello["metrics"]
         for session, turn in hello["turns"]:
             self._learn(member, session, turn)
+        member.tell("settings", self._settings())
         if hello["view"] is not None and self._view is None:
             self._seed(hello["view"])
-            self._queues |= hello["queues"]
+            self.table.queues = {**hello["queues"], **self.table.queues}
         if hello["serving"]:
             member.serving.set()
         member.greeted.set()
         self._send(member)
+
+    def _take_over(self, deployment: Deployment, policy: Policy) -> None:
+        """What holds from now on."""
+        before = self._settings()
+        self.deployment, self.artefact = deployment, policy.version
+        if self._settings() != before:
+            logger.info("settings have changed, artefact %s", policy.version)
+            self.discovery.configure(deployment.router)
+            for member in self.members:
+                member.tell("settings", self._settings())
+
+    def _settings(self) -> dict[str, Any]:
+        deployment = self.deployment
+        return {
+            "policy": asdict(deployment.policy),
+            "router": asdict(deployment.router),
+            "artefact": self.artefact,
+        }
 
     def _seed(self, view: View) -> None:
         """From several workers: what any of them has found not to answer, does not."""
@@ -283,15 +308,7 @@ class Control:
                 self._send(member)
 
     def _told(self) -> View:
-        """Each replica and each expert with a column of its own in the table of counters."""
-        taken = {replica.column for replica in self.table.all()} | set(self._queues.values())
-        for replica in self.table.all():
-            if replica.column == NOWHERE:
-                replica.column = self.counters.allocate(taken)
-        experts = self.table.experts() | set(self.deployment.experts)
-        if experts != self._queues.keys():
-            self._queues = {e: self._queues.get(e) or self.counters.allocate(taken) for e in experts}
-            self.table.queues = self._queues
+        give_columns(self.table, self.counters, experts=self.deployment.experts)
         return view_of(self.table)
 
     def _send(self, member: Member) -> None:
@@ -302,7 +319,7 @@ class Control:
         if member.taken:
             self._number += 1
             member.taken = False
-            value = {"number": self._number, "heard": member.said, "replicas": self._view, "queues": self._queues}
+            value = {"number": self._number, "heard": member.said, "replicas": self._view, "queues": self.table.queues}
             member.tell("view", value)
 
     async def _count(self, member: Member) -> None:

@@ -12,7 +12,7 @@ from typing import Final
 
 from hpc_router.relay.in_flight import Cells
 
-COLUMNS: Final = 2**15
+COLUMNS: Final = 2**13
 NOWHERE: Final = 0
 """Written by whoever has no column yet, read by nobody."""
 IN_FLIGHT: Final = 1
@@ -57,9 +57,13 @@ class Counters:
                 return column
         raise AssertionError("unreachable: there are more columns than replicas and experts")
 
+    def counts(self, worker: int) -> list[int]:
+        """Whatever it counts, without saying where."""
+        return self._row(worker).tolist()[NOWHERE + 1 :]
+
     def nonzero(self) -> int:
         """Cells of all workers that are not zero."""
-        return sum(1 for row in map(self._row, range(self.workers)) for value in row.tolist()[1:] if value)
+        return sum(1 for worker in range(self.workers) for count in self.counts(worker) if count)
 
     def _row(self, worker: int) -> memoryview:
         return self._cells[worker * COLUMNS : (worker + 1) * COLUMNS]

@@ -82,7 +82,11 @@ class Discovery:
 
     def __post_init__(self) -> None:
         self.last_read_at = self.clock()
-        config = self.config
+        self.configure(self.config)
+
+    def configure(self, config: RouterConfig) -> None:
+        """From now on."""
+        self.config = config
         self._rules = Rules(
             connections=config.eject_connect_errors,
             errors=config.eject_errors,
@@ -92,9 +96,7 @@ class Discovery:
         )
 
     async def __aenter__(self) -> "Discovery":
-        timeout = aiohttp.ClientTimeout(total=self.config.probe_timeout_s)
         self._session = aiohttp.ClientSession(
-            timeout=timeout,
             cookie_jar=aiohttp.DummyCookieJar(),
             connector=aiohttp.TCPConnector(limit=0, force_close=True),
         )
@@ -276,7 +278,9 @@ class Discovery:
 
     async def _get_json(self, url: str, **options: Any) -> dict[str, Any]:
         assert self._session is not None
-        async with self._session.get(url, raise_for_status=True, allow_redirects=False, **options) as response:
+        limit = aiohttp.ClientTimeout(total=self.config.probe_timeout_s)
+        asked = self._session.get(url, raise_for_status=True, allow_redirects=False, timeout=limit, **options)
+        async with asked as response:
             raw = b""
             async for chunk in response.content.iter_any():
                 raw += chunk

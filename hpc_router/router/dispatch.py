@@ -135,7 +135,11 @@ class Dispatcher:
     retries: RetryBudget = field(init=False)
 
     def __post_init__(self) -> None:
-        config = self.config
+        self.configure(self.config)
+
+    def configure(self, config: RouterConfig) -> None:
+        """From now on. What is under way keeps the limits that it began with."""
+        self.config = config
         self.retries = RetryBudget(share=config.retry_share, least_per_s=config.retry_least_per_s)
         self.answering = Answering(
             hold_bytes=int(config.hold_mb * 2**20), write_s=config.idle_timeout_s, ping_s=config.ping_s

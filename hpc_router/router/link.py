@@ -8,7 +8,7 @@ is lost with its predecessor.
 import asyncio
 import os
 import socket
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -36,6 +36,8 @@ class ControlLink:
     informed: asyncio.Event = field(default_factory=asyncio.Event)
     released: asyncio.Event = field(default_factory=asyncio.Event)
     serving: bool = False
+    settings: Mapping[str, Any] | None = None
+    on_settings: Callable[[], None] | None = None
     _channel: Channel | None = None
     _attached: asyncio.Event = field(default_factory=asyncio.Event)
     _said: int = 0
@@ -138,6 +140,10 @@ class ControlLink:
         match kind:
             case "view":
                 self._view(value)
+            case "settings":
+                self.settings = value
+                if self.on_settings is not None:
+                    self.on_settings()
             case "inherit":
                 self.metrics.absorb(value["metrics"])
                 for session, turn in value["turns"]:

@@ -39,9 +39,10 @@ BEGIN_S: Final = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Router:
-    """What is settled before the first process is forked."""
+    """What is settled before the first process is forked. `deployment`: `base` with the settings of `desired.json`."""
 
     run: RunDir
+    base: Deployment
     deployment: Deployment
     job: JobDir
     record: Record
@@ -56,13 +57,15 @@ async def control(router: Router, birth: Birth) -> None:
     supervisor = os.getppid()
     with file_thread(f"files of {job.replica}", log=job.agent_log, label=CONTROL) as files:
         parts = Control(
-            run, router.deployment, router.counters, files, job.replica,
-            started_at=router.identity.started_at, policy_version=router.policy.version, processes=birth.processes,
+            run, router.base, router.deployment, router.counters, files, job.replica,
+            started_at=router.identity.started_at, artefact=router.policy.version, processes=birth.processes,
         )  # fmt: skip
         for news in birth.news:
             logger.warning("%s", news)
         lease = Lease(run.registry, router.record, files, on_gone=lambda: os.kill(supervisor, signal.SIGTERM))
-        orders = Orders(birth.orders, partial(_attach, parts), on_note=partial(_note, parts))
+        orders = Orders(
+            birth.orders, partial(_attach, parts), on_note=partial(_note, parts), on_reload=parts.changes.look_now
+        )
         async with orders, parts.watching(birth.ways):
             async with lease, _control_loop(router):
                 await parts.served(limit_s=BEGIN_S)
@@ -84,7 +87,7 @@ async def work(router: Router, birth: Birth) -> None:
     """A worker."""
     assert birth.worker is not None
     assert birth.listener is not None
-    name = worker_name(birth.worker)
+    run, name = router.run, worker_name(birth.worker)
     with file_thread(f"log of {name}", log=router.job.agent_log, label=name):
         async with linked(router.deployment.router, router.counters, birth.worker) as link:
             orders = Orders(birth.orders, lambda _, way: link.attach(way))
@@ -92,7 +95,7 @@ async def work(router: Router, birth: Birth) -> None:
                 for way in birth.ways.values():
                     await link.attach(way)
                 async with working(
-                    router.deployment, router.policy, link, identity=router.identity, sock=birth.listener
+                    run, router.deployment, router.policy, link, identity=router.identity, sock=birth.listener
                 ) as gateway:
                     collector.settle()
                     await orders.drain.wait()

@@ -11,9 +11,7 @@ import resource
 import socket
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Final
 
 import uvloop
@@ -21,17 +19,16 @@ import uvloop
 from hpc_router import fabric
 from hpc_router.auth import new_token, replica_key
 from hpc_router.config import Deployment
-from hpc_router.errors import ConfigError
+from hpc_router.errors import ConfigError, RegistryError
 from hpc_router.filethread import PATIENCE_S, FileThread, file_thread
 from hpc_router.jobdir import Exit, JobDir, Reason
 from hpc_router.registry import Kind, Reader, Record, State, http_url, split_replica, withdraw
 from hpc_router.router.counters import Counters
+from hpc_router.router.policies import load_policy
 from hpc_router.router.processes import Router, control, work
+from hpc_router.router.settings import settings_in, with_settings
 from hpc_router.router.supervisor import Supervisor
 from hpc_router.router.worker import Identity
-from hpc_router.routing.artefact import read
-from hpc_router.routing.classifier import Classifier
-from hpc_router.routing.policy import Policy, build_policy
 from hpc_router.rundir import RunDir
 
 logger = logging.getLogger(__name__)
@@ -76,6 +73,7 @@ def raise_file_limit() -> None:
 
 def supervise(run: RunDir, deployment: Deployment, job: JobDir) -> None:
     """Raises ConfigError, and LaunchError where the router's processes do not stay alive."""
+    base, deployment = deployment, _with_settings(run, deployment)
     config = deployment.router
     policy = load_policy(run, deployment)
     workers = config.workers or usable_cpus(os.environ, asked=config.resources.cpus)
@@ -89,7 +87,7 @@ def supervise(run: RunDir, deployment: Deployment, job: JobDir) -> None:
             started_at=time.time(),
         )
         record = _record(deployment, job.replica, reserved, nonce=nonce)
-        router = Router(run, deployment, job, record, identity, policy, Counters(workers=workers))
+        router = Router(run, base, deployment, job, record, identity, policy, Counters(workers=workers))
         Supervisor(
             control=lambda birth: uvloop.run(control(router, birth)),
             worker=lambda birth: uvloop.run(work(router, birth)),
@@ -97,6 +95,14 @@ def supervise(run: RunDir, deployment: Deployment, job: JobDir) -> None:
             counters=router.counters,
             stop_s=config.drain_s + 2 * PATIENCE_S + _MARGIN_S,
         ).run()
+
+
+def _with_settings(run: RunDir, deployment: Deployment) -> Deployment:
+    """A file that cannot be used keeps nobody from serving: the control process tells what is wrong with it."""
+    try:
+        return with_settings(deployment, settings_in(run.read_desired()))
+    except (ConfigError, RegistryError):
+        return deployment
 
 
 def usable_cpus(environment: Mapping[str, str], *, asked: int) -> int:
@@ -119,24 +125,6 @@ def beside(reserved: socket.socket) -> socket.socket:
         sock.close()
         raise
     return sock
-
-
-def load_policy(run: RunDir, deployment: Deployment) -> Policy:
-    """The configured policy with its classifier. Raises ConfigError or ArtefactError."""
-    config = deployment.policy
-    if config.kind != "classifier":
-        return build_policy(kind=config.kind, fallback=config.fallback)
-    folder = run.classifier if config.artefact is None else Path(config.artefact)
-    if not folder.is_dir():
-        raise ConfigError(
-            f"policy=classifier finds no artefact at {folder}: give policy.artefact=DIR, or experts with exemplars "
-            "and start with `hpc-router up`"
-        )
-    artefact = read(folder)
-    if config.margin is not None:
-        artefact = replace(artefact, margin_threshold=config.margin)
-    classifier = Classifier(artefact, experts=deployment.experts or None)
-    return build_policy(kind=config.kind, classifier=classifier, fallback=config.fallback)
 
 
 def bind(run: RunDir, deployment: Deployment, *, node: str) -> socket.socket:

@@ -29,6 +29,8 @@ STEADY_S: Final = 10.0
 """A child that lived for so long begins with a clean record."""
 FIRST_PAUSE_S: Final = 0.1
 LONGEST_PAUSE_S: Final = 10.0
+HELD_S: Final = 1.0
+"""New clients of a dead worker wait so long for the next one; else they are reset, and the kernel deals out no more."""
 MOST_IN_A_ROW: Final = 8
 STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 _PR_SET_PDEATHSIG: Final = 1
@@ -73,7 +75,7 @@ class Child:
         self.in_a_row = 1 if now - self.begun_at >= STEADY_S else self.in_a_row + 1
         self.due_at = now + pause_s(self.in_a_row)
         self.pid, self.last_end = 0, why
-        if self.listener is not None and self.due_at > now:  # its clients need not wait for it: others serve
+        if self.listener is not None and self.due_at > now + HELD_S:
             self.listener.close()
             self.listener = None
 

@@ -5,11 +5,12 @@ its own finding stands.
 """
 
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import astuple, replace
 from typing import Any
 
 from hpc_router.registry import Record
+from hpc_router.router.counters import NOWHERE, Counters
 from hpc_router.router.ejection import Health
 from hpc_router.router.replicas import Replica, ReplicaTable, Standing
 
@@ -39,6 +40,17 @@ def take_over(table: ReplicaTable, view: View, *, known_better: Collection[str] 
             table.adopt(replica, Standing(told["standing"]), lost=told["lost"])
     for name in gone:
         table.remove(name)
+
+
+def give_columns(table: ReplicaTable, counters: Counters, *, experts: Iterable[str] = ()) -> None:
+    """To each replica, and to what waits for each expert, a column of its own; who has one keeps it."""
+    taken = {replica.column for replica in table.all()} | set(table.queues.values())
+    for replica in table.all():
+        if replica.column == NOWHERE:
+            replica.column = counters.allocate(taken)
+    wanted = table.experts() | set(experts)
+    if wanted != table.queues.keys():
+        table.queues = {e: table.queues.get(e) or counters.allocate(taken) for e in wanted}
 
 
 def _told(replica: Replica) -> dict[str, Any]:

@@ -6,12 +6,15 @@ nobody is sent here any more.
 
 import asyncio
 import contextlib
+import logging
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
-from hpc_router.config import Deployment, RouterConfig
+from hpc_router.config import Deployment, PolicyConfig, RouterConfig
+from hpc_router.errors import HpcRouterError
 from hpc_router.relay.exchange import Limits, Upstream
 from hpc_router.relay.in_flight import InFlight
 from hpc_router.relay.server import listening
@@ -21,9 +24,14 @@ from hpc_router.router.counters import IN_FLIGHT, Counters
 from hpc_router.router.dispatch import Dispatcher
 from hpc_router.router.link import ControlLink
 from hpc_router.router.metrics import Metrics
+from hpc_router.router.policies import load_policy
 from hpc_router.router.replicas import ReplicaTable
 from hpc_router.router.sessions import Sessions
 from hpc_router.routing.policy import Policy
+from hpc_router.rundir import RunDir
+from hpc_router.schema import parse
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +57,7 @@ async def linked(config: RouterConfig, counters: Counters, worker: int) -> Async
 
 @asynccontextmanager
 async def working(
+    run: RunDir,
     deployment: Deployment,
     policy: Policy,
     link: ControlLink,
@@ -74,9 +83,50 @@ async def working(
         async with listen(gateway.handle, sock, max_body=max_body, express=gateway.express) as listener:
             link.begin_to_serve()
             try:
-                yield gateway
+                async with following(gateway, link, run):
+                    yield gateway
             finally:
                 listener.close()
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(config.drain_s):
                         await gateway.in_flight.idle()
+
+
+@asynccontextmanager
+async def following(gateway: Gateway, link: ControlLink, run: RunDir) -> AsyncIterator[None]:
+    """Take over the settings that the control process tells, one after the other; streams go on as they began."""
+    told = asyncio.Event()
+
+    async def follow() -> None:
+        while True:
+            await told.wait()
+            told.clear()
+            try:
+                await _take_over(gateway, link.settings or {}, run)
+            except (HpcRouterError, OSError) as error:
+                logger.warning("settings are not taken over: %s", error)
+
+    link.on_settings = told.set
+    if link.settings is not None:
+        told.set()
+    task = asyncio.create_task(follow(), name="settings")
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def _take_over(gateway: Gateway, settings: Mapping[str, Any], run: RunDir) -> None:
+    deployment = replace(
+        gateway.deployment,
+        policy=parse(PolicyConfig, settings["policy"], at="policy"),
+        router=parse(RouterConfig, settings["router"], at="router"),
+    )
+    policy = gateway.policy
+    if deployment == gateway.deployment and settings["artefact"] == policy.version:
+        return
+    if deployment.policy != gateway.deployment.policy or settings["artefact"] != policy.version:
+        policy = await asyncio.to_thread(load_policy, run, deployment)
+    gateway.reconfigure(deployment, policy)
+    logger.info("settings are taken over, artefact %s", policy.version)

@@ -45,10 +45,10 @@ def test_everything_is_measured(place: Path) -> None:
     assert process.returncode == 0, said
     value = json.loads(out)
     assert set(value["relays"]) | set(value["absent"]) == {
-        *("direct", "nginx", "haproxy", "vllm-router", "sglang-router", "router", "router+agent")
+        *("direct", "nginx", "haproxy", "vllm-router", "sglang-router", "router", "router-2-workers", "router+agent")
     }
-    assert {"direct", "router", "router+agent"} <= set(value["relays"])
-    for name in ("direct", "router", "router+agent"):
+    assert {"direct", "router", "router-2-workers", "router+agent"} <= set(value["relays"])
+    for name in ("direct", "router", "router-2-workers", "router+agent"):
         relay = value["relays"][name]
         assert relay["broken"] == []
         assert relay["rounds"]["0"]["failed"] == {}

@@ -22,8 +22,8 @@ from hpc_router.relay.upstream import UpstreamClient
 from hpc_router.router.app import Gateway
 from hpc_router.router.control import Control
 from hpc_router.router.counters import Counters
+from hpc_router.router.policies import load_policy
 from hpc_router.router.replicas import Standing
-from hpc_router.router.service import load_policy
 from hpc_router.router.worker import Identity, linked, working
 from hpc_router.rundir import RunDir, make_run
 from tests.relays import OWN
@@ -206,15 +206,15 @@ async def a_router(run: RunDir, deployment: Deployment) -> AsyncIterator[Running
         token=None if deployment.router.open else run.token(),
     )  # fmt: skip
     control = Control(
-        run, deployment, counters, files, "router-0.g1",
-        started_at=identity.started_at, policy_version=policy.version,
+        run, deployment, deployment, counters, files, "router-0.g1",
+        started_at=identity.started_at, artefact=policy.version,
     )  # fmt: skip
     here, there = socket.socketpair()
     async with linked(deployment.router, counters, 0) as link:
         await link.attach(there)
         async with control.watching({0: here}):
             worker = working(
-                deployment, policy, link, identity=identity, sock=sock,
+                run, deployment, policy, link, identity=identity, sock=sock,
                 make_client=RELAY.make_client, listen=RELAY.listen,
             )  # fmt: skip
             async with worker as gateway:

@@ -1,15 +1,15 @@
 """The router's processes: each is replaced when it dies, the others serve on, none outlives the supervisor."""
 
 import asyncio
+import http.client
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
-import urllib.error
-import urllib.request
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, closing, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,8 +17,11 @@ from typing import Any
 
 import pytest
 
+from hpc_router.cluster.settings import change, parse_settings
+from hpc_router.errors import ConfigError
 from hpc_router.registry import Kind, Reader, leading_router
 from hpc_router.router.supervisor import LONGEST_PAUSE_S, pause_s
+from hpc_router.routing import exemplars
 from hpc_router.rundir import RunDir, make_run
 from tests.needs import ROOT
 from tests.processes import with_word
@@ -43,22 +46,52 @@ class Serving:
         return await asyncio.to_thread(self.get_now, path)
 
     def get_now(self, path: str) -> Any:
-        headers = {"authorization": f"Bearer {self.run.token()}"}
-        with urllib.request.urlopen(urllib.request.Request(self.url + path, headers=headers), timeout=20) as got:
-            raw = got.read()
-        return json.loads(raw) if got.headers.get_content_type() == "application/json" else raw.decode()
+        """Whatever the status."""
+        return self._ask("GET", path, None, {})[1]
+
+    async def post(self, path: str, body: Any, **headers: str) -> tuple[int, Any]:
+        return await asyncio.to_thread(self._ask, "POST", path, json.dumps(body), headers)
+
+    def _ask(self, method: str, path: str, body: str | None, headers: dict[str, str]) -> tuple[int, Any]:
+        """Over a connection of its own, so any worker may be the one that answers."""
+        with closing(http.client.HTTPConnection(*self.address, timeout=20)) as connection:
+            told = {"authorization": f"Bearer {self.run.token()}", **headers}
+            connection.request(method, path, body, headers=told)
+            with connection.getresponse() as got:
+                raw, kind = got.read(), got.getheader("content-type", "")
+        return got.status, json.loads(raw) if kind == "application/json" else raw.decode()
 
     async def router(self) -> dict[str, Any]:
         value: dict[str, Any] = (await self.get("/status"))["router"]
         return value
 
+    async def ask(self, *, model: str = "math") -> int:
+        """A short request over a connection of its own -> its status; 0 where it hangs."""
+        body = json.dumps({"model": model, "messages": [{"role": "user", "content": "hi"}]}).encode()
+        reader, writer = await asyncio.open_connection(*self.address)
+        try:
+            writer.write(self.head(body) + body)
+            async with asyncio.timeout(0.5):
+                return int((await reader.readline()).split()[1])
+        except TimeoutError:
+            return 0
+        finally:
+            writer.close()
+
+    @property
+    def address(self) -> tuple[str, int]:
+        host, _, port = self.url.removeprefix("http://").partition(":")
+        return host, int(port)
+
+    def head(self, body: bytes) -> bytes:
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {self.run.token()}\r\n"
+        return head.encode() + f"content-length: {len(body)}\r\n\r\n".encode()
+
     async def open(self, *, model: str = "math") -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         """A stream, up to its first event."""
-        host, _, port = self.url.removeprefix("http://").partition(":")
-        reader, writer = await asyncio.open_connection(host, int(port))
+        reader, writer = await asyncio.open_connection(*self.address)
         body = json.dumps({"model": model, "stream": True, "messages": [{"role": "user", "content": "hi"}]}).encode()
-        head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {self.run.token()}\r\n"
-        writer.write(head.encode() + f"content-length: {len(body)}\r\n\r\n".encode() + body)
+        writer.write(self.head(body) + body)
         await reader.readuntil(b"\n\n\r\n")
         return reader, writer
 
@@ -94,11 +127,12 @@ def all_serve(router: dict[str, Any]) -> bool:
 
 
 async def settled(one: Serving) -> dict[str, Any]:
-    """Once every process is there."""
+    """Once every process is there; one that is being killed may still accept a connection, and reset it."""
     while True:
-        router = await one.router()
-        if all_serve(router):
-            return router
+        with suppress(ConnectionError):
+            router = await one.router()
+            if all_serve(router):
+                return router
         await asyncio.sleep(0.02)
 
 
@@ -146,9 +180,8 @@ async def is_reset(stream: tuple[asyncio.StreamReader, asyncio.StreamWriter]) ->
 
 async def eventually_ready(one: Serving, expert: str = "math") -> None:
     while True:
-        with suppress(urllib.error.HTTPError):  # 503 as long as none is
-            if expert in (await one.get("/ready"))["ready"]:
-                return
+        if expert in (await one.get("/ready"))["ready"]:
+            return
         await asyncio.sleep(0.05)
 
 
@@ -159,3 +192,128 @@ async def zeros(one: Serving) -> None:
         if told["router"]["in_flight"] == 0 and all(line.endswith(" 0.0") for line in lines):
             return
         await asyncio.sleep(0.05)
+
+
+async def test_settings_are_taken_over_without_an_end_to_a_stream(run: RunDir) -> None:
+    """In every worker, by the file that changed or by SIGHUP; a worker that comes later has them as well."""
+    acts = stream([event("a")], then="hang")
+    async with fake_replica(run, "math-0.g1", acts, capacity=64) as fake, serving(run) as one:
+        await eventually_ready(one)
+        streams = [await one.open() for _ in range(8)]
+        await set_(run, "router.max_in_flight=8")
+        one.process.send_signal(signal.SIGHUP)
+        while not await refuses_everywhere(one):
+            await asyncio.sleep(0.05)
+        os.kill(pids(await settled(one))["control"], signal.SIGKILL)
+        await settled(one)
+        assert await refuses_everywhere(one), "the next control process knows them as well"
+        await set_(run, "router.max_in_flight=")
+        while await refuses_everywhere(one):
+            await asyncio.sleep(0.05)
+        fake.go_on.set()
+        for reader, writer in streams:
+            assert (await reader.read(10_000)).endswith(b"0\r\n\r\n")
+            writer.close()
+        await zeros(one)
+
+
+async def set_(run: RunDir, word: str) -> None:
+    await asyncio.to_thread(lambda: change(run, *parse_settings([word])))
+
+
+async def refuses_everywhere(one: Serving) -> bool:
+    """So many requests that every worker has some of them."""
+    return set(await asyncio.gather(*(one.ask() for _ in range(12)))) == {429}
+
+
+@pytest.mark.parametrize(
+    ("word", "says"),
+    [
+        ("router.port=8000", "router.port holds"),
+        ("router.max_in_flight=many", "'router.max_in_flight'"),
+        ("router.max_in_flight=0", "router.max_in_flight"),
+        ("router.max_in_fligth=5", "did you mean 'router.max_in_flight'"),
+        ("policy.kind=nope", "valid: classifier"),
+        ("experts.math.replicas=2", "cannot be set"),
+        ("nonsense", "KEY=VALUE"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(run: RunDir, word: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(says)):
+        change(run, *parse_settings([word]))
+    assert run.read_desired() == {}
+
+
+async def test_sessions_and_counts_outlive_the_processes_that_kept_them(run: RunDir) -> None:
+    """Any worker knows where a session's last turn was answered, and what all have counted."""
+    said = {"x-session-id": "s1"}
+    async with (
+        fake_replica(run, "math-0.g1"),
+        fake_replica(run, "math-1.g1"),
+        serving(run) as one,
+    ):
+        await eventually_ready(one)
+        assert (await one.post("/v1/responses", {"model": "math", "input": "hi"}, **said))[0] == 200
+        turns, victims = 1, ["control", "worker 0", "worker 1", "control", "worker 1", "worker 0"]
+        for victim in [None, *victims]:
+            if victim is not None:
+                await told(one, turns)
+                os.kill(pids(await settled(one))[victim], signal.SIGKILL)
+                await replaced(one, victim)
+            for _ in range(4):
+                body = {"model": "math", "input": "more", "previous_response_id": "r"}
+                status, answer = await one.post("/v1/responses", body, **said)
+                assert status == 200, (victim, answer)
+                turns += 1
+        assert await counted(one) == turns
+        await zeros(one)
+
+
+async def counted(one: Serving) -> float:
+    lines = (await one.get("/metrics")).splitlines()
+    return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith("hpc_router_requests_total{"))
+
+
+async def told(one: Serving, turns: int) -> None:
+    """Workers say once a second what they have counted, and when they are asked."""
+    while await counted(one) != turns:
+        await asyncio.sleep(0.05)
+
+
+async def replaced(one: Serving, victim: str) -> None:
+    while True:
+        router = await settled(one)
+        process = router["control"] if victim == "control" else router["workers"][int(victim[-1])]
+        if process["last_end"] is not None and process["pid"] == pids(router)[victim]:
+            return
+        await asyncio.sleep(0.02)
+
+
+async def test_an_artefact_that_was_trained_anew_is_taken_over(run: RunDir) -> None:
+    """Every worker decides by it, and says so."""
+    prompts = {
+        "code": ["def f(x): return x", "sort a python list"],
+        "math": ["solve x + 1 = 2", "what is 3 times 4"],
+    }
+    first = train(run, prompts)
+    overrides = ["policy=classifier"]
+    async with (
+        fake_replica(run, "math-0.g1"),
+        fake_replica(run, "code-0.g1"),
+        serving(run, *overrides) as one,
+    ):
+        await eventually_ready(one)
+        assert (await one.get("/status"))["policy"]["artefact"] == first
+        second = train(run, {"math": prompts["code"], "code": prompts["math"]})
+        assert second != first
+        while (await one.get("/status"))["policy"]["artefact"] != second:
+            await asyncio.sleep(0.05)
+        while {(await one.post("/route", {"prompt": "solve x + 1 = 2"}))[1]["expert"] for _ in range(8)} != {"code"}:
+            await asyncio.sleep(0.05)
+
+
+def train(run: RunDir, prompts: dict[str, list[str]]) -> str | None:
+    """-> its version."""
+    artefact = exemplars.train(prompts)
+    artefact.write(run.classifier)
+    return artefact.version

@@ -1,4 +1,4 @@
-"""This router as a user starts it: a run directory, endpoints in its registry, `python -m launch.router`, one worker.
+"""This router as a user starts it: a run directory, endpoints in its registry, `python -m launch.router`.
 
 Its policy is the classifier of `topology=sim`, trained from the packaged exemplars; requests that name their model are
 not classified, those for `auto` are. There is nothing for a control loop to keep up, so none runs beside it.
@@ -37,6 +37,7 @@ class Router:
     hops: int = 1
     behind_socket: bool = False
     tree: Path = HERE  # another checkout, to be measured beside this one
+    workers: int = 1  # all on the relay's core
 
     def absent(self) -> str | None:
         return None
@@ -51,7 +52,7 @@ class Router:
             registry.publish(run.registry, _external(expert, f"http://127.0.0.1:{site.engine.port}"))
         with group() as processes:
             with on(site.cores):
-                processes.start(router_argv(run), log=site.log, environment=_from(self.tree))
+                processes.start(router_argv(run, workers=self.workers), log=site.log, environment=_from(self.tree))
             yield _await(run, processes, site, models=(*NAMES, "auto"))
 
 
@@ -83,11 +84,11 @@ class RouterAndAgent:
 
 def ours(trees: Mapping[str, Path] | None = None) -> list[Relay]:
     others = [Router(name=name, tree=tree) for name, tree in (trees or {}).items()]
-    return [Router(), RouterAndAgent(), *others]
+    return [Router(), Router(name="router-2-workers", classifies=False, workers=2), RouterAndAgent(), *others]
 
 
-def router_argv(run: RunDir) -> list[str]:
-    return [sys.executable, "-m", "launch.router", f"run={run.path}", *OPTIONS]
+def router_argv(run: RunDir, *, workers: int = 1) -> list[str]:
+    return [sys.executable, "-m", "launch.router", f"run={run.path}", f"router.workers={workers}", *OPTIONS]
 
 
 def agent_argv(run: RunDir, socket: Path) -> list[str]:

@@ -1,7 +1,8 @@
 """Processes of a benchmark: begun on given cores, weighed while they run, ended by their ids whatever happens.
 
-CPU is what the kernel's scheduler counted for every thread (`schedstat`, nanoseconds), memory what no other process
-shares (`Private_*` of `smaps_rollup`), both over a process and all its descendants.
+CPU is what the kernel's scheduler counted for every thread (`schedstat`, nanoseconds), memory what nobody else shares
+(`smaps_rollup`), both over a process and all its descendants. Processes that were forked share what was there before:
+it is counted once, in parts (`Pss_Anon`).
 """
 
 import os
@@ -15,6 +16,7 @@ from typing import Final
 import psutil
 
 STOP_S: Final = 5.0
+_PRIVATE: Final = ("Private_Clean", "Pss_Anon", "Pss_Shmem")
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,5 +129,5 @@ def private_mb(pid: int) -> float:
     """In MiB; 0 for one that is gone."""
     with suppress(OSError):
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-        return sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) / 1024
+        return sum(int(line.split()[1]) for line in lines if line.startswith(_PRIVATE)) / 1024
     return 0.0

@@ -38,7 +38,11 @@ class Results:
     @property
     def failed(self) -> bool:
         """Whether anything of ours, or of the benchmark's own, failed."""
-        return any(self.measured[name].failed for name in ("direct", "router", "router+agent") if name in self.measured)
+        return any(
+            self.measured[name].failed
+            for name in ("direct", "router", "router-2-workers", "router+agent")
+            if name in self.measured
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -87,7 +87,12 @@ def test_each_absent_one_is_named_with_what_to_install(
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(relay, "SERVERS", str(tmp_path))
     said = {one.name: one.absent() for one in (*peers(tmp_path), *ours())}
-    assert {name for name, why in said.items() if why is None} == {"direct", "router", "router+agent"}
+    assert {name for name, why in said.items() if why is None} == {
+        "direct",
+        "router",
+        "router-2-workers",
+        "router+agent",
+    }
     assert all("not installed (" in why for why in said.values() if why)
     with pytest.raises(LaunchError, match="nothing of that is installed"):
         bench(Options(only=("nginx", "haproxy"), out=tmp_path / "out"), Console(stderr=True))

@@ -1,0 +1,98 @@
+"""Notices what may change while a router serves: the settings in `desired.json`, the classifier's artefact.
+
+It looks every second at the stamps of both files, and at once when it is told to. What cannot be used is said and
+changes nothing.
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from hpc_router.config import Deployment
+from hpc_router.errors import HpcRouterError
+from hpc_router.filethread import FileThread
+from hpc_router.router.policies import artefact_folder, load_policy
+from hpc_router.router.settings import settings_in, with_settings
+from hpc_router.routing.artefact import MANIFEST
+from hpc_router.routing.policy import Policy
+from hpc_router.rundir import RunDir
+
+logger = logging.getLogger(__name__)
+
+LOOK_S: Final = 1.0
+
+Stamp = tuple[tuple[int, int, int] | None, ...]
+
+
+@dataclass(slots=True)
+class Changes:
+    """`base`: the deployment that the router was started with. `on_change` gets what holds from now on."""
+
+    run: RunDir
+    base: Deployment
+    files: FileThread
+    on_change: Callable[[Deployment, Policy], None]
+    trouble: str | None = None
+    _seen: Stamp | None = None
+    _folder: Path | None = None
+    _now: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def look_now(self) -> None:
+        self._seen = None
+        self._now.set()
+
+    @asynccontextmanager
+    async def watching(self) -> AsyncIterator[None]:
+        task = asyncio.create_task(self._look_forever(), name="changes")
+        try:
+            yield
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    async def _look_forever(self) -> None:
+        while True:
+            try:
+                await self._look()
+            except (HpcRouterError, OSError) as error:
+                self.trouble = str(error)
+                logger.warning("a change is not taken over: %s", error)
+            except Exception:
+                logger.exception("looking for changes failed")
+            self._now.clear()
+            try:
+                async with asyncio.timeout(LOOK_S):
+                    await self._now.wait()
+            except TimeoutError:
+                continue
+
+    async def _look(self) -> None:
+        stamp = await self.files.run(self._stamp)
+        if stamp == self._seen:
+            return
+        self._seen = stamp
+        deployment, policy = await self.files.run(self._load)
+        self._seen = await self.files.run(self._stamp)  # the artefact may be another one now
+        self.trouble = None
+        self.on_change(deployment, policy)
+
+    def _load(self) -> tuple[Deployment, Policy]:
+        deployment = with_settings(self.base, settings_in(self.run.read_desired()))
+        self._folder = artefact_folder(self.run, deployment)
+        return deployment, load_policy(self.run, deployment)
+
+    def _stamp(self) -> Stamp:
+        folder = self._folder or artefact_folder(self.run, self.base)
+        return tuple(map(_stamp_of, (self.run.desired, folder / MANIFEST)))
+
+
+def _stamp_of(path: Path) -> tuple[int, int, int] | None:
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_mtime_ns, status.st_ino, status.st_size

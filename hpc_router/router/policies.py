@@ -1,0 +1,35 @@
+"""The policy that a config means, with the classifier that it needs."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from hpc_router.config import Deployment
+from hpc_router.errors import ConfigError
+from hpc_router.routing.artefact import read
+from hpc_router.routing.classifier import Classifier
+from hpc_router.routing.policy import Policy, build_policy
+from hpc_router.rundir import RunDir
+
+
+def artefact_folder(run: RunDir, deployment: Deployment) -> Path:
+    """Where the classifier lies, if there is one."""
+    given = deployment.policy.artefact
+    return run.classifier if given is None else Path(given)
+
+
+def load_policy(run: RunDir, deployment: Deployment) -> Policy:
+    """The configured policy with its classifier. Raises ConfigError or ArtefactError."""
+    config = deployment.policy
+    if config.kind != "classifier":
+        return build_policy(kind=config.kind, fallback=config.fallback)
+    folder = artefact_folder(run, deployment)
+    if not folder.is_dir():
+        raise ConfigError(
+            f"policy=classifier finds no artefact at {folder}: give policy.artefact=DIR, or experts with exemplars "
+            "and start with `hpc-router up`"
+        )
+    artefact = read(folder)
+    if config.margin is not None:
+        artefact = replace(artefact, margin_threshold=config.margin)
+    classifier = Classifier(artefact, experts=deployment.experts or None)
+    return build_policy(kind=config.kind, classifier=classifier, fallback=config.fallback)

@@ -1,0 +1,52 @@
+"""What of a router's config may change while it serves, and a config with such changes on top. No I/O.
+
+The changes are kept in `desired.json` under `settings`: a key of the config and its value. What a process is built
+around from its first moment (its address, how many there are, who may call) stays until the router is started anew.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, fields, replace
+from typing import Any, Final
+
+from hpc_router.checks import check
+from hpc_router.config import Deployment, PolicyConfig, RouterConfig
+from hpc_router.errors import ConfigError, suggest
+from hpc_router.schema import parse
+
+KEY: Final = "settings"
+_FIXED: Final = frozenset(
+    {"place", "resources", "host", "port", "workers", "open", "reconcile", "standby", "drain_s", "max_body_mb"}
+)
+LIVE: Final = (
+    *(f"policy.{item.name}" for item in fields(PolicyConfig)),
+    *(f"router.{item.name}" for item in fields(RouterConfig) if item.name not in _FIXED),
+)
+
+
+def with_settings(deployment: Deployment, settings: Mapping[str, Any]) -> Deployment:
+    """Raises ConfigError for a key that cannot change, and for a value that cannot be."""
+    sections: dict[str, dict[str, Any]] = {"policy": asdict(deployment.policy), "router": asdict(deployment.router)}
+    for key, value in settings.items():
+        section, _, name = key.partition(".")
+        if key not in LIVE:
+            if section == "router" and name in _FIXED:
+                raise ConfigError(
+                    f"{key} holds from a router's start to its end: drain it, or start a new run", key=key
+                )
+            raise ConfigError(f"'{key}' cannot be set while a router serves{suggest(key, LIVE)}", key=key)
+        sections[section][name] = value
+    changed = replace(
+        deployment,
+        policy=parse(PolicyConfig, sections["policy"], at="policy"),
+        router=parse(RouterConfig, sections["router"], at="router"),
+    )
+    check(changed)
+    return changed
+
+
+def settings_in(desired: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Raises ConfigError for what is no mapping."""
+    value = desired.get(KEY, {})
+    if not isinstance(value, dict):
+        raise ConfigError(f"desired.json: '{KEY}' is not a mapping of keys to values")
+    return value
