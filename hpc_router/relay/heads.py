@@ -7,6 +7,7 @@ judges what is a message at all. A head is parsed for the table when it comes fo
 that the parser has said where that ends; many come only once. The table is bounded.
 """
 
+import itertools
 from collections.abc import Callable
 from typing import Final, Generic, TypeVar
 
@@ -14,7 +15,7 @@ MOST: Final = 512
 LONGEST: Final = 2**11
 """Bytes; a longer head is not looked for."""
 _LENGTH: Final = b"ength: "
-_LENGTH_BEGINS: Final = frozenset(b"\r\n%bontent-%b" % (c, l) for c in (b"C", b"c") for l in (b"L", b"l"))
+_LENGTH_BEGINS: Final = frozenset({b"\r\n%bontent-%b" % pair for pair in itertools.product((b"C", b"c"), (b"L", b"l"))})
 _MOST_DIGITS: Final = 15
 H = TypeVar("H")
 
