@@ -21,7 +21,7 @@ LAYERS = [
     {"relay", "routing"},
     {"bench", "expert", "router"},
     {"cluster"},
-    {"arguments", "screen", "cli"},
+    {"arguments", "classify", "screen", "screen_classify", "cli"},
 ]
 
 
