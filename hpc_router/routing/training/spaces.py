@@ -21,6 +21,9 @@ CBTM_DIMENSIONS: Final = 100
 LEXICAL_DIMENSIONS: Final = 128
 RIDGE: Final = 1.0
 WORD_WEIGHT: Final = 1.0
+ENOUGH_TEXTS: Final = 2000
+MOST_WEIGHT: Final = 16.0
+"""Fewer prompts than enough weigh more, up to so much each, or the words of the vocabulary would drown them."""
 MOST_TERMS: Final = 120_000
 SOLVER_STEPS: Final = 80
 SOLVER_TOLERANCE: Final = 1e-3
@@ -158,7 +161,7 @@ def distilled(texts: Sequence[str], *, corpus: Sequence[str], encoder: Encoder, 
     idf = smooth_idf(read)
     # Solved in rows of TF-IDF; the idf is multiplied into the weights at the end.
     rows = sparse.vstack([rows_of(read, idf), rows_of(counts_of(words, vocabulary=vocabulary), idf)]).tocsr()
-    weight = np.ones(rows.shape[0])
+    weight = np.full(rows.shape[0], np.sqrt(min(max(ENOUGH_TEXTS / (len(texts) + len(corpus)), 1.0), MOST_WEIGHT)))
     weight[len(texts) + len(corpus) :] = np.sqrt(WORD_WEIGHT)
     return Student(
         vocabulary=vocabulary,
