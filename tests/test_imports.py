@@ -15,12 +15,14 @@ LAYERS = [
     {"environment", "fabric", "files", "walltime"},
     {"auth", "schema", "wire"},
     {"config"},
+    {"simulate"},
     {"checks", "compose", "frozen", "job_options", "provenance", "registry", "rundir"},
     {"filethread", "jobdir", "leader", "lease", "proof"},
     {"client", "errand", "follow"},
     {"relay", "routing"},
-    {"bench", "expert", "router"},
+    {"expert", "router"},
     {"cluster"},
+    {"bench"},
     {"arguments", "classify", "screen", "screen_classify", "cli"},
 ]
 
