@@ -59,7 +59,8 @@ class Part:
 
     @property
     def _answered(self) -> Table:
-        return self.requests[self.requests["error"] == Error.NONE]
+        answered: Table = self.requests[self.requests["error"] == Error.NONE]
+        return answered
 
     def to_json(self) -> dict[str, Any]:
         done = self.requests[self.requests["error"] == Error.NONE]
