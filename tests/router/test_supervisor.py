@@ -76,7 +76,7 @@ class Serving:
         except TimeoutError:
             return 0
         finally:
-            writer.close()
+            await closed(writer)
 
     @property
     def address(self) -> tuple[str, int]:
@@ -94,6 +94,12 @@ class Serving:
         writer.write(self.head(body) + body)
         await reader.readuntil(b"\n\n\r\n")
         return reader, writer
+
+
+async def closed(writer: asyncio.StreamWriter) -> None:
+    writer.close()
+    with suppress(ConnectionError):
+        await writer.wait_closed()
 
 
 @pytest.fixture
@@ -163,7 +169,7 @@ async def test_a_killed_process_is_replaced_and_the_others_serve_on(run: RunDir)
         for reader, writer in streams:
             if (reader, writer) not in reset:
                 assert (await reader.read(10_000)).endswith(b"0\r\n\r\n")
-            writer.close()
+            await closed(writer)
         await zeros(one)
 
 
@@ -213,7 +219,7 @@ async def test_settings_are_taken_over_without_an_end_to_a_stream(run: RunDir) -
         fake.go_on.set()
         for reader, writer in streams:
             assert (await reader.read(10_000)).endswith(b"0\r\n\r\n")
-            writer.close()
+            await closed(writer)
         await zeros(one)
 
 
