@@ -87,11 +87,12 @@ class ControlLink:
             async with asyncio.timeout(PATIENCE_S):
                 while True:
                     await self._attached.wait()
-                    assert self._channel is not None
+                    channel = self._channel
+                    assert channel is not None
                     try:
-                        return await self._channel.ask(kind, value, limit_s=PATIENCE_S)
+                        return await channel.ask(kind, value, limit_s=PATIENCE_S)
                     except ChannelClosedError:
-                        if self._attached.is_set():
+                        if self._channel is channel:  # else it has ended: its successor may know
                             raise
         except (TimeoutError, ChannelClosedError) as error:
             raise ChannelClosedError(
