@@ -1,10 +1,11 @@
 """A trained classifier as a folder: `artefact.json` (settings, clusters, experts) and `tables.safetensors`.
 
-Every training method writes this one format and one run time reads it. A prompt's score for a cluster is
-    sum over its terms of tf * weights[term, cluster]  /  | tf * idf |        (norm kind `terms`)
-where `weights` is everything linear folded into one vocabulary x clusters table. A method with another length, such
-as a student of a sentence encoder, adds a norm kind and its own tensors beside these. No pickles, no clock: the same
-training gives the same bytes. Read whole and checked, not mapped: a stalled or replaced shared file must not fault
+Every training method writes this one format and one run time reads it. A prompt's value for a cluster is
+    sum over its terms of weights[term, cluster]  /  length  +  offset[cluster]
+where `weights` is everything linear folded into one vocabulary x clusters table. The length is that of the prompt's
+TF-IDF row, sqrt(sum of idf^2) (norm kind `terms`), or of its place in the space of the clusters, |sum of space[term]|
+(norm kind `space`). Offsets are 0, or -|centre|^2 / 2 where the nearest centre is wanted. No pickles, no clock: the
+same training gives the same bytes. Read whole and checked, not mapped: a stalled or replaced shared file must not fault
 the router. This module knows no policy and no deployment.
 """
 
@@ -25,12 +26,20 @@ from safetensors.numpy import load, save
 from hpc_router.errors import ArtefactError
 from hpc_router.routing.features import Features
 
-SCHEMA = 1
+SCHEMA = 2
 MANIFEST = "artefact.json"
 TABLES = "tables.safetensors"
 NORM_TERMS = "terms"
+NORM_SPACE = "space"
 
-_DTYPES = {"vocabulary": "uint8", "weights": "float32", "idf": "float32", "telling": "uint8"}
+_DTYPES = {
+    "vocabulary": "uint8",
+    "weights": "float32",
+    "idf": "float32",
+    "telling": "uint8",
+    "offsets": "float32",
+    "space": "float32",
+}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -50,10 +59,16 @@ class Artefact:
     weights: NDArray[np.float32]
     idf: NDArray[np.float32]
     telling: NDArray[np.uint8]
+    offsets: NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, np.float32))
+    space: NDArray[np.float32] = field(default_factory=lambda: np.zeros((0, 0), np.float32))
     norm: str = NORM_TERMS
     training: Mapping[str, object] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if not self.offsets.size:
+            object.__setattr__(self, "offsets", np.zeros(len(self.clusters), np.float32))
+        if not self.space.size:
+            object.__setattr__(self, "space", np.zeros((len(self.terms), 0), np.float32))
         _check(self)
 
     @cached_property
@@ -66,6 +81,8 @@ class Artefact:
                     "weights": np.ascontiguousarray(self.weights),
                     "idf": np.ascontiguousarray(self.idf),
                     "telling": np.ascontiguousarray(self.telling),
+                    "offsets": np.ascontiguousarray(self.offsets),
+                    "space": np.ascontiguousarray(self.space),
                 }
             )
         )
@@ -163,6 +180,8 @@ def _parse(manifest: Mapping[str, object], tensors: Mapping[str, NDArray[np.gene
         weights=tensors["weights"].astype(np.float32, copy=False),
         idf=tensors["idf"].astype(np.float32, copy=False),
         telling=tensors["telling"].astype(np.uint8, copy=False),
+        offsets=tensors["offsets"].astype(np.float32, copy=False),
+        space=tensors["space"].astype(np.float32, copy=False),
         norm=_string(manifest, "norm"),
         training=training if isinstance(training, dict) else {},
     )
@@ -176,10 +195,18 @@ def _check(artefact: Artefact) -> None:
         raise ValueError(f"{columns} clusters need {columns} entries in experts, not {len(artefact.experts)}")
     if len(set(artefact.terms)) != rows:
         raise ValueError("the vocabulary holds a term twice")
-    if artefact.norm != NORM_TERMS:
-        raise ValueError(f"norm is '{artefact.norm}'; this version knows '{NORM_TERMS}'")
-    shapes = {"weights": (rows, columns), "idf": (rows,), "telling": (rows,)}
-    for name, table in (("weights", artefact.weights), ("idf", artefact.idf), ("telling", artefact.telling)):
+    if artefact.norm not in (NORM_TERMS, NORM_SPACE):
+        raise ValueError(f"norm is '{artefact.norm}'; this version knows '{NORM_TERMS}' and '{NORM_SPACE}'")
+    dimensions = artefact.space.shape[1] if artefact.norm == NORM_SPACE else 0
+    shapes: dict[str, tuple[int, ...]] = {
+        "weights": (rows, columns),
+        "idf": (rows,),
+        "telling": (rows,),
+        "offsets": (columns,),
+        "space": (rows, dimensions),
+    }
+    for name in shapes:
+        table = getattr(artefact, name)
         if table.shape != shapes[name]:
             raise ValueError(f"tensor '{name}' has shape {table.shape}, not {shapes[name]}")
         if not np.isfinite(table).all():

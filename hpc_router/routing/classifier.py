@@ -1,23 +1,25 @@
 """The run time of every artefact: tokenise, gather rows, sum, divide by a length. Numpy only, no state, no I/O.
 
-Score: the cosine between the prompt's TF-IDF row and a cluster. Margin: the distance to the best cluster of *another
-expert*, because clusters of one expert do not compete. Experts come from the artefact's table; one that is not in
-this deployment counts as none. It measures and never decides what a small margin means: that is the policy's.
+Score: the cosine between the prompt and a cluster (of a student of an encoder: what it expects the encoder's to be).
+Margin: the distance to the best cluster of *another expert*, because clusters of one expert do not compete. Experts
+come from the artefact's table; one that is not in this deployment counts as none. It measures and never decides what a
+small margin means: that is the policy's. What a decision costs is the number of calls into numpy: one table holds all
+that is summed, and what follows is done on a list.
 """
 
 import math
 from collections.abc import Collection
-from dataclasses import dataclass
+from typing import Final, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-from hpc_router.routing.artefact import Artefact
-from hpc_router.routing.features import Floats, Ids, Vocabulary
+from hpc_router.routing.artefact import NORM_SPACE, Artefact
+from hpc_router.routing.features import Vocabulary
+
+_LOWEST: Final = -math.inf
 
 
-@dataclass(frozen=True, slots=True)
-class Classification:
+class Classification(NamedTuple):
     """`known_terms` counts the telling ones; at 0 the rest says nothing about the prompt.
 
     `margin` is None where all clusters lead to one expert. `runner_up` is the expert of the other cluster.
@@ -31,8 +33,7 @@ class Classification:
     known_terms: int
 
 
-@dataclass(frozen=True, slots=True)
-class Term:
+class Term(NamedTuple):
     """`weight`: what the term adds to the margin. All terms of a prompt add up to it."""
 
     term: str
@@ -46,13 +47,24 @@ class Classifier:
         self.experts = tuple(
             name if experts is None or name in experts else None for name in artefact.experts
         )  # by cluster
+        self._clusters = len(artefact.clusters)
         self._vocabulary = Vocabulary(artefact.terms, features=artefact.features)
-        self._weights = np.ascontiguousarray(artefact.weights)  # a gather of rows copies any other layout whole
-        self._idf: Floats = artefact.idf
-        self._telling: Floats = artefact.telling.astype(np.float32)
-        # rivals[c, d] is 0 where clusters c and d lead to different experts, and -inf where they do not compete.
-        same = np.array([[a == b for b in self.experts] for a in self.experts])
-        self._rivals = np.where(same, np.float32(-np.inf), np.float32(0))
+        # Columns: a cluster each, then what adds up to the squared length, then the telling terms, then the space.
+        self._table = self._vocabulary.joined(
+            np.hstack(
+                [
+                    artefact.weights,
+                    np.square(artefact.idf)[:, None],
+                    artefact.telling[:, None].astype(np.float32),
+                    artefact.space,
+                ]
+            )
+        )
+        self._ones = np.ones(4096, np.float32)
+        self._in_space = artefact.norm == NORM_SPACE
+        self._offsets: list[float] | None = artefact.offsets.tolist() if artefact.offsets.any() else None
+        # By cluster: those that lead to the same expert, itself included.
+        self._own = [[d for d, b in enumerate(self.experts) if a == b] for a in self.experts]
 
     @property
     def version(self) -> str:
@@ -63,40 +75,71 @@ class Classifier:
         return self.artefact.margin_threshold
 
     def classify(self, text: str) -> Classification:
-        ids, frequencies = self._vocabulary.row(text)
-        scores, length = self._score(ids, frequencies)
-        best, rival = self._best_two(scores)
-        score = float(scores[best]) / length
+        values, length, known = self._values(text)
+        best, top = self._best(values)
+        for cluster in self._own[best]:
+            values[cluster] = _LOWEST
+        rival, second = self._best(values)
+        if self._offsets is not None:  # values are per unit of length already, and a centre's length is not 1
+            offset = self._offsets[best]
+            score = (top - offset) / (math.sqrt(-2 * offset) or 1.0)
+            margin = top - second
+        else:
+            score, margin = top / length, (top - second) / length
         return Classification(
-            cluster=self.artefact.clusters[best],
-            expert=self.experts[best],
-            score=max(-1.0, min(1.0, score)),
-            margin=None if rival is None else score - float(scores[rival]) / length,
-            runner_up=None if rival is None else self.experts[rival],
-            known_terms=int(np.add.reduce(self._telling.take(ids))),
+            self.artefact.clusters[best],
+            self.experts[best],
+            max(-1.0, min(1.0, score)),
+            None if second == _LOWEST else margin,
+            None if second == _LOWEST else self.experts[rival],
+            known,
         )
 
+    def scores(self, text: str) -> list[float]:
+        """Of every cluster: what `classify` compares."""
+        values, length, _ = self._values(text)
+        return values if self._offsets is not None else [value / length for value in values]
+
     def explain(self, text: str, *, limit: int = 10) -> tuple[Term, ...]:
-        """The terms that decided between the chosen cluster and the runner-up, the heaviest first."""
-        ids, frequencies = self._vocabulary.row(text)
-        scores, length = self._score(ids, frequencies)
-        best, rival = self._best_two(scores)
-        advantage = self._weights[ids, best]
-        if rival is not None:
-            advantage = advantage - self._weights[ids, rival]
-        shares = frequencies * advantage / length
-        order = np.argsort(-np.abs(shares), kind="stable")[:limit]
-        terms = self._vocabulary.terms
-        return tuple(Term(terms[ids[i]], float(shares[i])) for i in order if shares[i] != 0)
+        """The tokens that decided between the chosen cluster and the runner-up, the heaviest first.
 
-    def _score(self, ids: Ids, frequencies: Floats) -> tuple[Floats, float]:
-        """The row's length (1 for a row of nothing), and its cosines with all clusters times that length."""
-        row = frequencies * self._idf.take(ids)
-        return frequencies @ self._weights.take(ids, axis=0), math.sqrt(row @ row) or 1.0
+        A word brings its beginning's part along; one that is not known has its beginning's (`diabe*`) or none.
+        """
+        values, length, _ = self._values(text)
+        best, _ = self._best(values)
+        for cluster in self._own[best]:
+            values[cluster] = _LOWEST
+        rival, second = self._best(values)
+        ids = self._vocabulary.ids(text)
+        advantage = self._table[ids, best]
+        if second != _LOWEST:
+            advantage = advantage - self._table[ids, rival]
+        merged: dict[str, float] = {}
+        for row, share in zip(ids.tolist(), (advantage / np.float32(length)).tolist(), strict=True):
+            if share:
+                name = self._vocabulary.terms[row]
+                merged[name] = merged.get(name, 0.0) + share
+        return tuple(Term(*pair) for pair in sorted(merged.items(), key=lambda pair: -abs(pair[1]))[:limit])
 
-    def _best_two(self, scores: NDArray[np.float32]) -> tuple[int, int | None]:
-        """The best cluster and the best one of another expert; ties go to the first."""
-        best = int(scores.argmax())
-        others = scores + self._rivals[best]
-        rival = int(others.argmax())
-        return best, None if others[rival] == -np.inf else rival
+    def _values(self, text: str) -> tuple[list[float], float, int]:
+        """A value for each cluster, the length they are still to be divided by, and the number of telling terms."""
+        ids = self._vocabulary.ids(text)
+        count = len(ids)
+        if count > len(self._ones):
+            self._ones = np.ones(count, np.float32)
+        sums: list[float] = (self._ones[:count] @ self._table.take(ids, axis=0)).tolist()
+        clusters = self._clusters
+        values = sums[:clusters]
+        if self._in_space:
+            length = math.sqrt(math.fsum(value * value for value in sums[clusters + 2 :])) or 1.0
+        else:
+            length = math.sqrt(sums[clusters]) or 1.0
+        if self._offsets is not None:
+            values = [value / length + offset for value, offset in zip(values, self._offsets, strict=True)]
+        return values, length, int(sums[clusters + 1])
+
+    @staticmethod
+    def _best(values: list[float]) -> tuple[int, float]:
+        """The highest and where it stands; ties go to the first."""
+        top = max(values)
+        return values.index(top), top

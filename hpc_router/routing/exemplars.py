@@ -13,35 +13,19 @@ import json
 import platform
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hpc_router.errors import ConfigError
 from hpc_router.routing.artefact import Artefact
-from hpc_router.routing.features import Features, Ids, Vocabulary, vocabulary_of
+from hpc_router.routing.features import Counts, Features, Ids, counts_of, vocabulary_of
 
 LOST_SHARE = 0.05  # of held-out exemplars decided rightly, how many may be sent to the fallback all the same
 MAX_FOLDS = 200  # leave-one-out up to here, then this many folds
 
 Doubles = NDArray[np.float64]
-
-
-@dataclass(frozen=True, slots=True)
-class Rows:
-    """Sparse rows: entry i says that prompt `prompt[i]` has term `term[i]` with frequency `frequency[i]`."""
-
-    prompt: Ids
-    term: Ids
-    frequency: Doubles
-    prompts: int
-    terms: int
-
-    def without(self, prompts: NDArray[np.bool_]) -> "Rows":
-        """The same numbering, those prompts without entries."""
-        kept = ~prompts[self.prompt]
-        return Rows(self.prompt[kept], self.term[kept], self.frequency[kept], self.prompts, self.terms)
 
 
 def train(exemplars: Mapping[str, Sequence[str]], *, features: Features | None = None) -> Artefact:
@@ -52,7 +36,7 @@ def train(exemplars: Mapping[str, Sequence[str]], *, features: Features | None =
     texts = [text for name in names for text in usable[name]]
     label = np.repeat(np.arange(len(names)), [len(usable[name]) for name in names])
     vocabulary = vocabulary_of(texts, features=features)
-    rows = _rows(texts, vocabulary=vocabulary)
+    rows = counts_of(texts, vocabulary=vocabulary)
     idf = _idf(rows, prompts=len(texts))
     centroids = _centroids(rows, idf, label=label, clusters=len(names))
     decided, margins = _left_out(rows, label=label, clusters=len(names))
@@ -120,62 +104,56 @@ def check(exemplars: Mapping[str, Sequence[str]], *, features: Features) -> dict
     return usable
 
 
-def _rows(texts: Sequence[str], *, vocabulary: Vocabulary) -> Rows:
-    found = [vocabulary.row(text) for text in texts]
-    return Rows(
-        prompt=np.repeat(np.arange(len(texts)), [len(ids) for ids, _ in found]),
-        term=np.concatenate([ids for ids, _ in found]),
-        frequency=np.concatenate([frequencies for _, frequencies in found]).astype(np.float64),
-        prompts=len(texts),
-        terms=len(vocabulary),
-    )
+def _without(rows: Counts, texts: NDArray[np.bool_]) -> Counts:
+    """The same numbering, those texts without entries."""
+    kept = ~texts[rows.text]
+    return replace(rows, text=rows.text[kept], term=rows.term[kept], count=rows.count[kept])
 
 
-def _idf(rows: Rows, *, prompts: int) -> Doubles:
+def _idf(rows: Counts, *, prompts: int) -> Doubles:
     """Per term, from the `prompts` that have entries; 0 for a term that none of them has."""
     holders = np.bincount(rows.term, minlength=rows.terms)
     idf: Doubles = np.where(holders > 0, np.log((prompts + 1) / np.maximum(holders, 1)), 0.0)
     return idf
 
 
-def _unit(rows: Rows, idf: Doubles) -> Doubles:
-    """Entries times idf, each prompt's row scaled to length one (a row of nothing stays nothing)."""
-    weighted = rows.frequency * idf[rows.term]
-    length = np.sqrt(np.bincount(rows.prompt, weights=weighted**2, minlength=rows.prompts))
-    unit: Doubles = weighted / np.where(length > 0, length, 1.0)[rows.prompt]
+def _unit(rows: Counts, idf: Doubles) -> Doubles:
+    """Entries times idf, each prompt's row by its length (a row of nothing stays nothing)."""
+    weighted = rows.count * idf[rows.term]
+    # A beginning that two of a prompt's words share counts for each of them, as it does at run time.
+    length = np.sqrt(np.bincount(rows.text, weights=weighted * idf[rows.term], minlength=rows.texts))
+    unit: Doubles = weighted / np.where(length > 0, length, 1.0)[rows.text]
     return unit
 
 
-def _centroids(rows: Rows, idf: Doubles, *, label: Ids, clusters: int) -> Doubles:
+def _centroids(rows: Counts, idf: Doubles, *, label: Ids, clusters: int) -> Doubles:
     """clusters x terms: the sum of each cluster's unit rows, at length one."""
-    cell = label[rows.prompt] * rows.terms + rows.term
+    cell = label[rows.text] * rows.terms + rows.term
     sums = np.bincount(cell, weights=_unit(rows, idf), minlength=clusters * rows.terms).reshape(clusters, rows.terms)
     length = np.sqrt(np.square(sums).sum(axis=1, keepdims=True))
     centroids: Doubles = sums / np.where(length > 0, length, 1.0)
     return centroids
 
 
-def _left_out(rows: Rows, *, label: Ids, clusters: int) -> tuple[Ids, Doubles]:
+def _left_out(rows: Counts, *, label: Ids, clusters: int) -> tuple[Ids, Doubles]:
     """Each prompt's cluster and margin as decided by a training on the others."""
-    folds = min(rows.prompts, MAX_FOLDS)
-    fold = np.arange(rows.prompts) % folds
-    scores = np.zeros((rows.prompts, clusters))
+    folds = min(rows.texts, MAX_FOLDS)
+    fold = np.arange(rows.texts) % folds
+    scores = np.zeros((rows.texts, clusters))
     for number in range(folds):
         held = fold == number
-        rest, out = rows.without(held), rows.without(~held)
+        rest, out = _without(rows, held), _without(rows, ~held)
         idf = _idf(rest, prompts=int(np.count_nonzero(~held)))
         centroids = _centroids(rest, idf, label=label, clusters=clusters)
         unit = _unit(out, idf)
         for c in range(clusters):
-            scores[held, c] = np.bincount(out.prompt, weights=unit * centroids[c][out.term], minlength=rows.prompts)[
-                held
-            ]
+            scores[held, c] = np.bincount(out.text, weights=unit * centroids[c][out.term], minlength=rows.texts)[held]
     ranked = np.sort(scores, axis=1)
     return scores.argmax(axis=1), ranked[:, -1] - ranked[:, -2]
 
 
-def _telling(rows: Rows, *, label: Ids, clusters: int) -> NDArray[np.uint8]:
-    pairs = Counter(term for _, term in set(zip(label[rows.prompt].tolist(), rows.term.tolist(), strict=True)))
+def _telling(rows: Counts, *, label: Ids, clusters: int) -> NDArray[np.uint8]:
+    pairs = Counter(term for _, term in set(zip(label[rows.text].tolist(), rows.term.tolist(), strict=True)))
     return np.array([pairs[term] <= (clusters + 1) // 2 for term in range(rows.terms)], np.uint8)
 
 

@@ -1,46 +1,72 @@
-"""Text -> terms -> the row of a TF-IDF matrix, the same for training and for a decision.
+"""Text -> terms -> the rows of a table, the same for training and for a decision.
 
-A token is a lower-cased word, number or single symbol: digits, one-letter words and operators stay, because maths and
-code are made of them; scripts written without spaces give one token per character. A term is a token, `a b` (two
-tokens in a row) or `diabe*` (a longer token's beginning); no token holds a space or mixes letters with `*`, so one
-string names each. The hot path is C loops (replace, split, dict lookups, Counter): no bytecode runs for a token
-that has been met before. This module knows nothing of weights, clusters or experts.
+`lexical`: a token is a lower-cased word or number, or a single symbol; digits, one-letter words and operators stay,
+because maths and code are made of them; scripts written without spaces give one token per character. A text is the set
+of its tokens: how often a prompt repeats a word says little. A term is a token, `diabe*` (a longer token's beginning)
+or `a b` (two words in a row); no token holds a space or mixes letters with `*`, so one string names each.
+`cbtm`: words of two characters and more with their counts, as c-BTM (arXiv 2303.14177) reads a document.
+The hot path is C loops (translate, split, dict lookups): no bytecode runs for a token that has been met before, and a
+token's rows were added up when the table was loaded. This module knows nothing of weights, clusters or experts.
 """
 
 import re
 import unicodedata
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain, pairwise
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-WINDOW_BYTES = 2048
+KINDS: Final = ("lexical", "cbtm")
+WINDOW_BYTES: Final = 2048
 
-MOST_TOKENS = 50_000
-LONGEST_TOKEN = 40
-"""Of those whose rows are kept: some 8 MB, whatever is asked."""
+MOST_TOKENS: Final = 50_000
+LONGEST_TOKEN: Final = 40
+"""Of those that are no word of the vocabulary and whose rows are kept: some 8 MB, whatever is asked."""
 
 Ids = NDArray[np.intp]
 Floats = NDArray[np.float32]
 
-# 1 + ln(count), by count. A window holds no more terms than this has places, unless it was made larger.
-_SUBLINEAR: Floats = np.concatenate(([0], 1 + np.log(np.arange(1, 2**14)))).astype(np.float32)
-
 # Han and kana: no spaces between words, so a character is a token.
-_SPACELESS = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-_TOKEN = re.compile(rf"[^\W{_SPACELESS}]+|\S")
-_ASCII_SYMBOLS = tuple(c for c in map(chr, range(128)) if not (c.isalnum() or c.isspace() or c == "_"))
+_SPACELESS: Final = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+# What is a token by itself: these, and any symbol beyond ASCII.
+_ALONE: Final = re.compile(rf"[^\w\x00-\x7f]|[{_SPACELESS}]")
+_CBTM_WORD: Final = re.compile(r"(?u)\b\w\w+\b")
+_WORD_BYTES: Final = b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_"
+_SYMBOLS: Final = bytes(c for c in range(33, 127) if c not in _WORD_BYTES)
+_NO_SYMBOLS: Final = bytes(c for c in range(256) if c not in _SYMBOLS)
+# What word processors make of ASCII's marks; most texts that are not ASCII have nothing else.
+_TYPOGRAPHIC: Final = (
+    ("’", "'"),
+    ("‘", "'"),
+    ("“", '"'),
+    ("”", '"'),
+    ("–", "-"),
+    ("—", "-"),
+    ("…", "..."),
+    ("\u00a0", " "),
+)
+
+
+def _word_table(*, fold_numbers: bool) -> bytes:
+    """For bytes.translate: letters in lower case, digits as `0` if wanted, a space for the rest of ASCII."""
+    table = bytearray(b" " * 128) + bytes(range(128, 256))
+    for byte in _WORD_BYTES:
+        table[byte] = ord("0") if fold_numbers and chr(byte).isdigit() else ord(chr(byte).lower())
+    return bytes(table)
+
+
+_WORDS: Final = {fold: _word_table(fold_numbers=fold) for fold in (False, True)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Features:
     """How a text becomes terms; an artefact carries these settings and never mixes them.
 
-    `ngrams`: 1, or 2 for pairs of neighbours as well. `prefix`: tokens this long or longer also give their first
-    `prefix` letters (0: off). `fold_numbers`: any run of digits reads as `0`.
+    `ngrams`: 1, or 2 for pairs of neighbouring words as well. `prefix`: tokens this long or longer also give their
+    first `prefix` letters (0: off). `fold_numbers`: every digit reads as `0`. `cbtm` has none of these.
     """
 
     kind: str = "lexical"
@@ -50,90 +76,139 @@ class Features:
     fold_numbers: bool = True
 
     def __post_init__(self) -> None:
-        if self.kind != "lexical":
-            raise ValueError(f"features.kind is {self.kind!r}; valid: 'lexical'")
+        if self.kind not in KINDS:
+            raise ValueError(f"features.kind is {self.kind!r}; valid: {', '.join(KINDS)}")
         if self.window_bytes < 1:
             raise ValueError(f"features.window_bytes is {self.window_bytes}; valid: 1 or more")
         if self.ngrams not in (1, 2):
             raise ValueError(f"features.ngrams is {self.ngrams}; valid: 1 or 2")
         if self.prefix < 0:
             raise ValueError(f"features.prefix is {self.prefix}; valid: 0 (off) or more")
+        if self.kind == "cbtm" and (self.ngrams, self.prefix) != (1, 0):
+            raise ValueError("features.kind 'cbtm' has neither pairs nor prefixes: ngrams=1 prefix=0")
 
-    def tokens(self, text: str) -> list[str]:
-        text = clip(text, window_bytes=self.window_bytes)
+    def split(self, text: str) -> tuple[list[bytes], bytes]:
+        """The words in UTF-8, in order and with repeats, symbols beyond ASCII among them; and the ASCII symbols."""
+        if self.kind == "cbtm":
+            text = clip(text, window_bytes=self.window_bytes).lower()
+            return [word.encode() for word in _CBTM_WORD.findall(text) if not word[0].isdigit()], b""
+        try:
+            raw = text[: self.window_bytes].encode("ascii")
+        except UnicodeEncodeError:
+            return self._split_any(clip(text, window_bytes=self.window_bytes))
+        return raw.translate(_WORDS[self.fold_numbers]).split(), raw.translate(None, _NO_SYMBOLS)
+
+    def _split_any(self, text: str) -> tuple[list[bytes], bytes]:
+        for mark, plain in _TYPOGRAPHIC:
+            text = text.replace(mark, plain)
         if not text.isascii():
-            text = unicodedata.normalize("NFKC", text)
-        text = text.lower()
-        if self.fold_numbers:
-            for digit in "123456789":  # str.translate is slower, and 40 x slower where a letter is not ASCII
-                text = text.replace(digit, "0")
-            while "00" in text:
-                text = text.replace("00", "0")
-        return split(text)
+            if not unicodedata.is_normalized("NFKC", text):
+                text = unicodedata.normalize("NFKC", text)
+            text = " ".join(text.lower().split())  # bytes know no other spaces than ASCII's
+            text = _ALONE.sub(r" \g<0> ", text)
+        raw = text.encode()
+        return raw.translate(_WORDS[self.fold_numbers]).split(), raw.translate(None, _NO_SYMBOLS)
 
     def terms(self, text: str) -> list[str]:
-        """Every term of the text by name, repeats included."""
-        tokens = self.tokens(text)
-        terms = list(tokens)
+        """Every term of the text by name; each token once (`cbtm`: as often as it stands there)."""
+        words, symbols = self.split(text)
+        if self.kind == "cbtm":
+            return [word.decode() for word in words]
+        names = [word.decode() for word in dict.fromkeys(words)]
+        terms = [*names, *(chr(symbol) for symbol in dict.fromkeys(symbols))]
         if self.prefix:
-            terms += [f"{token[: self.prefix]}*" for token in tokens if len(token) >= self.prefix]
+            terms += [f"{name[: self.prefix]}*" for name in names if len(name) >= self.prefix]
         if self.ngrams == 2:
-            terms += [f"{a} {b}" for a, b in pairwise(tokens)]
+            terms += [f"{a.decode()} {b.decode()}" for a, b in dict.fromkeys(pairwise(words))]
         return terms
 
 
 class Vocabulary:
-    """The terms that have a row in a table, in row order, and the lookup of a text's rows among them."""
+    """The terms that have a row in a table, in row order, and the lookup of a text's rows in the table of `joined`."""
 
     def __init__(self, terms: Sequence[str], *, features: Features) -> None:
         self.terms = tuple(terms)
         self.features = features
-        # Numbered from 1: `filter(None, ...)` then drops the unknown (None) and nothing else.
-        self._words: dict[str, int] = {}
-        self._prefixes: dict[str, int] = {}
-        self._pairs: dict[tuple[str, str], int] = {}
-        for number, term in enumerate(self.terms, start=1):
+        self._nothing = len(self.terms)
+        words: dict[bytes, int] = {}
+        prefixes: dict[str, int] = {}
+        self._symbols = [self._nothing] * 256
+        self._pairs: dict[tuple[bytes, bytes], int] = {}
+        for number, term in enumerate(self.terms):
             first, space, second = term.partition(" ")
             if space:
-                self._pairs[first, second] = number
+                self._pairs[first.encode(), second.encode()] = number
             elif len(term) > 1 and term.endswith("*"):
-                self._prefixes[term[:-1]] = number
+                prefixes[term[:-1]] = number
+            elif len(term) == 1 and ord(term) < 128 and ord(term) in _SYMBOLS:
+                self._symbols[ord(term)] = number
             else:
-                self._words[term] = number
-        self._rows = _Rows(self._words, self._prefixes, prefix=features.prefix)
+                words[term.encode()] = number
+        self._words = words
+        self._prefixes = prefixes
+        self._rows = _Rows(words, prefixes, prefix=features.prefix, nothing=self._nothing)
+        self._repeats = features.kind == "cbtm"
 
     def __len__(self) -> int:
         return len(self.terms)
 
-    def row(self, text: str) -> tuple[Ids, Floats]:
-        """The known terms of a text, each once, as row numbers and sublinear term frequencies 1 + ln(count)."""
-        tokens = self.features.tokens(text)
-        counts = Counter(chain.from_iterable(map(self._rows.__getitem__, tokens)))
+    def joined(self, table: Floats) -> Floats:
+        """The table that `ids` speak of: a word's row with its beginning's added; at the end a row of zeros."""
+        joined = np.zeros((len(self.terms) + 1, table.shape[1]), np.float32)
+        joined[:-1] = table
+        if self._prefixes:
+            size = self.features.prefix
+            both = [
+                (row, beginning)
+                for word, row in self._words.items()
+                if len(word) >= size and (beginning := self._beginning(word)) is not None
+            ]
+            if both:
+                rows, beginnings = np.array(both).T
+                joined[rows] += table[beginnings]
+        return joined
+
+    def _beginning(self, word: bytes) -> int | None:
+        text = word.decode()
+        return self._prefixes.get(text[: self.features.prefix]) if len(text) >= self.features.prefix else None
+
+    def ids(self, text: str) -> Ids:
+        """A text's rows: of each distinct token, of each known pair. What is unknown has the row of zeros."""
+        words, symbols = self.features.split(text)
+        # A list first: numpy takes one twice as fast as it takes an iterator.
+        if self._repeats:
+            return np.array([*map(self._rows.__getitem__, words)], np.intp)
+        known, symbol = self._rows.__getitem__, self._symbols.__getitem__
+        rows = [*map(known, dict.fromkeys(words)), *map(symbol, dict.fromkeys(symbols))]
         if self._pairs:
-            counts.update(filter(None, map(self._pairs.get, pairwise(tokens))))
-        ids = np.fromiter(counts, np.intp, len(counts))
-        ids -= 1
-        return ids, _SUBLINEAR.take(np.fromiter(counts.values(), np.intp, len(counts)), mode="clip")
+            rows += self._known_pairs(words)
+        return np.array(rows, np.intp)
+
+    def _known_pairs(self, words: Sequence[bytes]) -> Iterable[int]:
+        found = map(self._pairs.get, dict.fromkeys(pairwise(words)))
+        return (row for row in found if row is not None)
 
 
-class _Rows(dict[str, tuple[int, ...]]):
-    """Token -> the numbers of its rows, of the word and of its beginning; what has once been looked up is kept."""
+class _Rows(dict[bytes, int]):
+    """Token -> its row: of the word, else of its beginning, else of nothing; what has once been looked up is kept."""
 
-    def __init__(self, words: Mapping[str, int], prefixes: Mapping[str, int], *, prefix: int) -> None:
-        super().__init__()
+    def __init__(self, words: Mapping[bytes, int], prefixes: Mapping[str, int], *, prefix: int, nothing: int) -> None:
+        super().__init__(words)
         self._words = words
         self._prefixes = prefixes
         self._prefix = prefix
+        self._nothing = nothing
+        self._most = len(words) + MOST_TOKENS
 
-    def __missing__(self, token: str) -> tuple[int, ...]:
-        # A token shorter than the prefix is its own slice and no prefix is that short, so it finds nothing.
-        found = self._words.get(token), self._prefixes.get(token[: self._prefix])
-        rows = tuple(filter(None, found))
+    def __missing__(self, token: bytes) -> int:
+        # A token shorter than the prefix is its own slice, and no prefix is that short, so it finds nothing.
+        row = self._prefixes.get(token.decode()[: self._prefix], self._nothing)
         if len(token) <= LONGEST_TOKEN:
-            if len(self) >= MOST_TOKENS:
+            if len(self) >= self._most:
                 self.clear()
-            self[token] = rows
-        return rows
+                self.update(self._words)
+            self[token] = row
+        return row
 
 
 def clip(text: str, *, window_bytes: int) -> str:
@@ -144,16 +219,36 @@ def clip(text: str, *, window_bytes: int) -> str:
     return text.encode("utf-8", "ignore")[:window_bytes].decode("utf-8", "ignore")
 
 
-def split(text: str) -> list[str]:
-    """Tokens of a text. For ASCII, spaces put around each symbol that occurs are 2 x faster than the expression."""
-    if not text.isascii():
-        return _TOKEN.findall(text)
-    for symbol in _ASCII_SYMBOLS:
-        if symbol in text:
-            text = text.replace(symbol, f" {symbol} ")
-    return text.split()
-
-
 def vocabulary_of(texts: Iterable[str], *, features: Features) -> Vocabulary:
     """All terms of the texts, in sorted order."""
     return Vocabulary(sorted({term for text in texts for term in features.terms(text)}), features=features)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Counts:
+    """Sparse rows: entry i says that text `text[i]` has term `term[i]` so often."""
+
+    text: Ids
+    term: Ids
+    count: NDArray[np.float64]
+    texts: int
+    terms: int = field(default=0)
+
+
+def counts_of(texts: Sequence[str], *, vocabulary: Vocabulary) -> Counts:
+    number = {term: row for row, term in enumerate(vocabulary.terms)}
+    found: list[dict[int, int]] = []
+    for text in texts:
+        row: dict[int, int] = {}
+        for term in vocabulary.features.terms(text):
+            if (at := number.get(term)) is not None:
+                row[at] = row.get(at, 0) + 1
+        found.append(row)
+    entries = sum(map(len, found))
+    return Counts(
+        text=np.repeat(np.arange(len(texts)), [len(row) for row in found]),
+        term=np.fromiter(chain.from_iterable(found), np.intp, entries),
+        count=np.fromiter(chain.from_iterable(row.values() for row in found), np.float64, entries),
+        texts=len(texts),
+        terms=len(vocabulary),
+    )

@@ -11,7 +11,7 @@ without one the best expert); `unavailable`: the prompt's cluster has no expert 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from hpc_router.errors import ConfigError, suggest
 from hpc_router.routing.classifier import Classifier, Term
@@ -29,8 +29,7 @@ class Reason(StrEnum):
     UNAVAILABLE = "unavailable"
 
 
-@dataclass(frozen=True, slots=True)
-class Decision:
+class Decision(NamedTuple):
     """`expert` None: nobody can take the prompt. `margin` lies between the cluster's expert and `runner_up`."""
 
     expert: str | None
@@ -89,6 +88,7 @@ class ClassifierPolicy:
         self._classifier = classifier
         self._fallback = fallback
         self._expert_of = dict(zip(classifier.artefact.clusters, classifier.experts, strict=True))
+        self._orders: dict[tuple[str | None, str | None, str | None], tuple[str, ...]] = {}
 
     @property
     def version(self) -> str | None:
@@ -115,8 +115,11 @@ class ClassifierPolicy:
         return Explanation(decision, self._classifier.explain(text))
 
     def order(self, decision: Decision) -> tuple[str, ...]:
-        best = None if decision.cluster is None else self._expert_of[decision.cluster]
-        return _distinct(decision.expert, best, decision.runner_up, self._fallback)
+        key = decision.expert, decision.cluster, decision.runner_up
+        if key not in self._orders:
+            best = None if decision.cluster is None else self._expert_of[decision.cluster]
+            self._orders[key] = _distinct(decision.expert, best, decision.runner_up, self._fallback)
+        return self._orders[key]
 
 
 class RoundRobin:
