@@ -141,13 +141,11 @@ async def test_a_killed_process_is_replaced_and_the_others_serve_on(run: RunDir)
         assert (before["in_flight"], all_serve(before)) == (12, True)
         on = {w["worker"]: w["in_flight"] for w in before["workers"]}
         assert all(on.values()), "the kernel dealt them out"
-        os.kill(before["control"]["pid"], signal.SIGKILL)
-        after = await replaced(one, "control")
+        after = await killed(one, "control")
         assert pids(after)["control"] != pids(before)["control"]
         assert (after["in_flight"], after["control"]["restarts"]) == (12, 1)
         assert (await one.get("/status"))["experts"]["math"]["replicas"][0]["state"] == "ready"
-        os.kill(pids(before)["worker 0"], signal.SIGKILL)
-        after = await replaced(one, "worker 0")
+        after = await killed(one, "worker 0")
         assert (after["in_flight"], after["workers"][0]["restarts"]) == (on[1], 1)
         assert pids(after)["worker 0"] != pids(before)["worker 0"]
         assert await end(streams, fake) == on[0]
@@ -203,8 +201,7 @@ async def test_settings_are_taken_over_without_an_end_to_a_stream(run: RunDir) -
         one.process.send_signal(signal.SIGHUP)
         while await fallbacks(one) != {"math"}:
             await asyncio.sleep(0.05)
-        os.kill(pids(await settled(one))["worker 0"], signal.SIGKILL)
-        await replaced(one, "worker 0")
+        await killed(one, "worker 0")
         while await fallbacks(one) != {"math"}:
             await asyncio.sleep(0.05)
         await set_(run, "policy.fallback=")
@@ -256,8 +253,7 @@ async def test_sessions_and_counts_outlive_the_processes_that_kept_them(run: Run
         for victim in [None, *victims]:
             if victim is not None:
                 await told(one, turns)
-                os.kill(pids(await settled(one))[victim], signal.SIGKILL)
-                await replaced(one, victim)
+                await killed(one, victim)
             for _ in range(4):
                 body = {"model": "math", "input": "more", "previous_response_id": "r"}
                 status, answer = await one.post("/v1/responses", body, **said)
@@ -278,11 +274,13 @@ async def told(one: Serving, turns: int) -> None:
         await asyncio.sleep(0.05)
 
 
-async def replaced(one: Serving, victim: str) -> dict[str, Any]:
+async def killed(one: Serving, victim: str) -> dict[str, Any]:
+    """-> what the router says of itself once another has taken its place."""
+    pid = pids(await settled(one))[victim]
+    os.kill(pid, signal.SIGKILL)
     while True:
         router = await settled(one)
-        process = router["control"] if victim == "control" else router["workers"][int(victim[-1])]
-        if process["last_end"] is not None and process["pid"] == pids(router)[victim]:
+        if pids(router)[victim] not in (None, pid):
             return router
         await asyncio.sleep(0.02)
 
