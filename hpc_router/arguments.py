@@ -224,7 +224,7 @@ def _measuring(verbs: "_Verbs[_Parser]") -> None:
         "bench",
         help="measure this installation; `hpc-router bench --help` lists what",
         description="Measure this installation on this machine.",
-        epilog="examples:\n  hpc-router bench router --quick",
+        epilog="examples:\n  hpc-router bench router --quick\n  hpc-router bench soak",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     benchmarks = bench.add_subparsers(dest="benchmark", metavar="BENCHMARK", required=True, parser_class=_Parser)
@@ -266,6 +266,35 @@ def _measuring(verbs: "_Verbs[_Parser]") -> None:
     router.add_argument("--out", type=Path, metavar="DIR", help="where the results go (default: analysis/results)")
     router.add_argument("--quick", action="store_true", help="one short round with few streams; figures mean little")
     router.add_argument("--json", action="store_true", help="print JSON")
+    _add_soak(benchmarks)
+
+
+def _add_soak(benchmarks: "argparse._SubParsersAction[_Parser]") -> None:
+    summary = "traffic over a deployment of its own whose processes are killed again and again: what fails?"
+    soak = benchmarks.add_parser(
+        "soak",
+        help=summary,
+        description=summary[0].upper() + summary[1:] + " Exit code 1 when anything failed that the strikes do not "
+        "explain, when a gauge is not zero at the end, or when memory or descriptors grow.",
+        epilog="examples:\n  hpc-router bench soak                             a minute\n"
+        "  hpc-router bench soak --seconds 600               the long form\n"
+        "  hpc-router bench soak --strike replica=10 --strike worker=30",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    soak.add_argument("--seconds", type=float, metavar="S", help="of load (default 60)")
+    soak.add_argument("--rate", type=float, metavar="R", help="short requests per second (default 100)")
+    soak.add_argument("--streams", type=_count, metavar="N", help="streams open at any time (default 200)")
+    soak.add_argument("--workers", type=_count, metavar="N", help="of the router (default 2)")
+    soak.add_argument(
+        "--strike",
+        action="append",
+        metavar="KIND=SECONDS",
+        help="kill a replica, a worker or the control process every so many seconds, or `once`; again for more kinds; "
+        "`none`: nothing (default: replica=5, worker=60, control=once)",
+    )
+    soak.add_argument("--seed", type=int, metavar="N", help="of arrivals (default 0)")
+    soak.add_argument("--out", type=Path, metavar="DIR", help="where the report goes (default: analysis/results)")
+    soak.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -30,7 +30,7 @@ from hpc_router.job_options import check_environment, check_options, check_scrip
 MOST_WORKERS: Final = 256
 _RUN_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _INTERFACE: Final = re.compile(r"[A-Za-z][A-Za-z0-9_.:@-]{0,14}")
-_COUNTS: Final = ("max_in_flight", "eject_connect_errors", "eject_errors")
+_COUNTS: Final = ("max_in_flight", "max_waiting", "eject_connect_errors", "eject_errors")
 _SPANS_NODES: Final = ("vllm", "sim")
 """Engines that one replica can run on several nodes."""
 
@@ -46,6 +46,8 @@ def check(deployment: Deployment) -> None:
     check_router(deployment.router)
     _check_router_job(deployment.router.resources, deployment.cluster)
     _positive("policy.window", deployment.policy.window)
+    if deployment.policy.spill_per_s is not None:
+        _positive("policy.spill_per_s", deployment.policy.spill_per_s)
     for name, expert in deployment.experts.items():
         _check_expert(name, expert, deployment.cluster)
     if deployment.experts:
@@ -171,6 +173,8 @@ def _check_expert(name: str, expert: ExpertConfig, cluster: ClusterConfig) -> No
         raise ConfigError(f"{at}.model is empty (valid: a model folder or a hub id)", key=f"{at}.model")
     _not_negative(f"{at}.replicas", expert.replicas)
     _positive(f"{at}.capacity", expert.capacity)
+    if expert.max_in_flight is not None:
+        _positive(f"{at}.max_in_flight", expert.max_in_flight)
     _positive(f"{at}.engine.startup_timeout_s", expert.engine.startup_timeout_s)
     check_environment(f"{at}.engine.env", expert.engine.env)
     _check_resources(f"{at}.resources", expert.resources, cluster)

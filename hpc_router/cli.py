@@ -338,7 +338,25 @@ def _bench_router(arguments: argparse.Namespace) -> int:
     return 1 if results.failed else 0
 
 
-BENCHMARKS: Final[Mapping[str, Callable[[argparse.Namespace], int]]] = {"router": _bench_router}
+def _bench_soak(arguments: argparse.Namespace) -> int:
+    from hpc_router.bench.router.run import default_out
+    from hpc_router.bench.soak.options import Options, strikes_of
+    from hpc_router.bench.soak.report import markdown, to_json
+    from hpc_router.bench.soak.run import soak
+
+    names = ("seconds", "rate", "streams", "workers", "seed")
+    given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    if arguments.strike is not None:
+        given["strikes"] = [one for text in arguments.strike if (one := strikes_of(text)) is not None]
+    results = soak(Options(out=arguments.out or default_out(), **given).checked(), _stderr())
+    if arguments.json:
+        _print(to_json(results))
+    else:
+        print(markdown(results, plot="soak.svg").rpartition("\n![")[0].strip())
+    return 1 if results.failed else 0
+
+
+BENCHMARKS: Final[Mapping[str, Callable[[argparse.Namespace], int]]] = {"router": _bench_router, "soak": _bench_soak}
 VERBS: Final[Mapping[str, Callable[[argparse.Namespace], int]]] = {
     verb.__name__.rstrip("_"): verb
     for verb in (

@@ -113,6 +113,7 @@ class ExpertConfig:
     description: str = ""
     replicas: int = 1
     capacity: int = 256  # requests in flight per replica
+    max_in_flight: int | None = None  # on all its replicas; null: what they take. More wait
     engine: EngineConfig = field(default_factory=EngineConfig)
     resources: ResourceConfig = field(default_factory=ResourceConfig)
     exemplars: list[str] = field(default_factory=list)
@@ -167,6 +168,9 @@ class PolicyConfig:
     fallback: str | None = None  # the expert for what nobody knows
     window: int = 2048  # characters of the user's messages that are looked at
     margin: float | None = None  # null: the artefact's own threshold
+    # What a second of waiting is worth, in score: a prompt whose expert is busy goes to the runner-up where that loses
+    # less. Null: it waits.
+    spill_per_s: float | None = None
 
 
 PLACES: Final = ("job", "here")
@@ -187,10 +191,9 @@ class RouterConfig:
     standby: bool = True  # on Slurm, a successor's job waits for the end of the router's
     max_body_mb: float = 32.0
     hold_mb: float = 8.0  # a non-streaming answer up to this size is held until complete, so it can fail over
-    max_in_flight: int = 4096
-    pin_bound: float | None = (
-        1.25  # a conversation stays on its replica below so many times the average load; null: never
-    )
+    max_in_flight: int = 4096  # requests, those that wait included; more get 429
+    max_waiting: int = 1024  # requests that wait for a replica of one expert; more get 429
+    pin_bound: float | None = 1.25  # times the average load, up to which a conversation stays; null: it never does
     eject_connect_errors: int = 1  # a replica is out of use after so many connections in a row that could not be made
     eject_errors: int = 5  # or so many answers in a row with 5xx, as long as its expert can spare it
     eject_share: float = 0.5  # of an expert's replicas may be out for errors, and never the last that is ready
@@ -198,7 +201,7 @@ class RouterConfig:
     eject_most_s: float = 300.0
     retry_share: float = 0.2  # failed attempts that may be made up for elsewhere, of all requests
     retry_least_per_s: float = 10.0  # and so many in any case
-    queue_timeout_s: float = 30.0  # wait for a replica of the expert
+    queue_timeout_s: float = 30.0  # so long a request waits for a replica of its expert, then 503
     connect_timeout_s: float = 5.0
     first_byte_timeout_s: float = 600.0
     idle_timeout_s: float = 300.0

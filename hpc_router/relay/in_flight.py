@@ -14,12 +14,14 @@ class Cells(Protocol):
 
 
 class InFlight:
-    """`with in_flight:` around each request. Counted in a cell of `cells`, the other processes' in those of `peers`."""
+    """`with in_flight:` around each request. Counted in a cell of `cells`, the other processes' in those of `peers`.
+    `closing`: no connection is to bring another one."""
 
-    __slots__ = ("_at", "_cells", "_idle", "_peers", "count")
+    __slots__ = ("_at", "_cells", "_idle", "_peers", "closing", "count")
 
     def __init__(self, cells: Cells | None = None, peers: Sequence[Cells] = (), at: int = 0) -> None:
         self.count = 0
+        self.closing = False
         self._cells: Cells = [0] if cells is None else cells
         self._peers = peers
         self._at = at

@@ -7,6 +7,7 @@ token to another process on this port. What a request means is decided in `Gatew
 
 import asyncio
 import logging
+import math
 import random
 import re
 import time
@@ -37,6 +38,7 @@ from hpc_router.relay.downstream import DownstreamGoneError, Request, Response, 
 from hpc_router.relay.exchange import Limits
 from hpc_router.relay.headers import Headers
 from hpc_router.relay.in_flight import InFlight
+from hpc_router.router.admission import bounds_of, worth_leaving
 from hpc_router.router.dispatch import RETRY_AFTER_S, Dispatcher, Errand
 from hpc_router.router.express import ExpressWork
 from hpc_router.router.link import ControlLink
@@ -92,10 +94,17 @@ class Gateway:
     token: str | None
     replica: str
     key: str
-    draining: bool = False
     in_flight: InFlight = field(default_factory=InFlight)
     started_at: float = field(default_factory=time.time)
     routes: Mapping[tuple[str, str], Handler] = field(init=False)
+
+    @property
+    def draining(self) -> bool:
+        return self.in_flight.closing
+
+    @draining.setter
+    def draining(self, value: bool) -> None:
+        self.in_flight.closing = value
 
     def __post_init__(self) -> None:
         self.routes = {
@@ -112,7 +121,7 @@ class Gateway:
         """From the next request on."""
         config = deployment.router
         self.deployment, self.policy = deployment, policy
-        self.table.pin_bound = config.pin_bound
+        self.table.pin_bound, self.table.bounds = config.pin_bound, bounds_of(deployment)
         self.link.ejects_at_once = config.eject_connect_errors == 1
         self.dispatcher.configure(config)
         self.dispatcher.client.limits = Limits(
@@ -210,11 +219,7 @@ class Gateway:
         return json_response(explanation.to_dict(id=request_id))
 
     async def _generate(self, request: Request, request_id: str) -> Response | None:
-        if self.in_flight.count + self.in_flight.others >= self.deployment.router.max_in_flight:
-            raise OverloadedError(
-                f"{self.deployment.router.max_in_flight} requests are in flight, as many as are admitted",
-                retry_after_s=RETRY_AFTER_S,
-            )
+        self._admit()
         with self.in_flight:
             body = request.ready()
             call = decode(body) if body is not None and len(body) <= LONG_BODY else await self._read(request)
@@ -226,11 +231,20 @@ class Gateway:
 
     async def _go_on(self, errand: Errand) -> Response | None:
         """From where `express` has come."""
+        work, errand.work = errand.work, None  # they know each other
+        if work is not None:
+            work.leave()
+        else:
+            self._admit()  # others have come since it was looked at
         with self.in_flight:
-            work, errand.work = errand.work, None  # they know each other
-            if work is not None:
-                work.leave()
             return await self._serve(errand)
+
+    def _admit(self) -> None:
+        if self.in_flight.count + self.in_flight.others >= self.deployment.router.max_in_flight:
+            raise OverloadedError(
+                f"{self.deployment.router.max_in_flight} requests are in flight, as many as are admitted",
+                retry_after_s=self.table.longest_wait_s(),
+            )
 
     async def _serve(self, errand: Errand) -> Response | None:
         answered = await self.dispatcher.run(errand)
@@ -245,7 +259,7 @@ class Gateway:
             or len(body) > LONG_BODY
             or request.method != "POST"
             or request.path not in _EXPRESS_PATHS
-            or self.draining
+            or self.in_flight.closing
             or self.in_flight.count + self.in_flight.others >= self.deployment.router.max_in_flight
         ):
             return None
@@ -302,7 +316,19 @@ class Gateway:
                 + suggest("", self._experts()),
                 param="model",
             )
+        if self.deployment.policy.spill_per_s is not None and self._spills(decision):
+            assert decision.runner_up is not None
+            return tuple(dict.fromkeys((decision.runner_up, *experts))), Reason.SPILLED
         return experts, decision.reason
+
+    def _spills(self, decision: Decision) -> bool:
+        """Whether its expert is busy, the runner-up is not, and waiting costs more than the score it loses."""
+        expert, other, per_s = decision.expert, decision.runner_up, self.deployment.policy.spill_per_s
+        if decision.reason is not Reason.CLASSIFIED or expert is None or other is None or per_s is None:
+            return False
+        if self.table.pick((expert,)) is not None or self.table.pick((other,)) is None:
+            return False
+        return worth_leaving(margin=decision.margin or 0.0, wait_s=self.table.wait_s(expert), per_s=per_s)
 
     def _prompt(self, call: ApiCall, *, first: str = "messages") -> str:
         return prompt_text(call.fields, window=self.deployment.policy.window, first=first)
@@ -340,7 +366,7 @@ def _error_response(status: int, kind: str, error: HpcRouterError, request_id: s
     response = error_response(status, kind=kind, code=_code(error), message=str(error), param=param, path=path)
     response.add(wire.REQUEST_ID_HEADER, request_id)
     if retry_after_s is not None:
-        response.add("retry-after", str(max(1, round(retry_after_s))))
+        response.add("retry-after", str(max(1, math.ceil(retry_after_s))))
     return response
 
 

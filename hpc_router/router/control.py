@@ -19,12 +19,14 @@ from typing import Any, Final
 from hpc_router.config import Deployment
 from hpc_router.filethread import FileThread
 from hpc_router.registry import Record
+from hpc_router.router.admission import Pace, bounds_of
 from hpc_router.router.changes import Changes
 from hpc_router.router.channel import Channel, ChannelClosedError, open_channel
 from hpc_router.router.counters import IN_FLIGHT, Counters
 from hpc_router.router.discovery import Discovery
 from hpc_router.router.ejection import Incident
-from hpc_router.router.metrics import Metrics, gauges
+from hpc_router.router.link import REPORT_S
+from hpc_router.router.metrics import Metrics, departures, gauges
 from hpc_router.router.registry_file import RegistryFile
 from hpc_router.router.replicas import Event, Replica, ReplicaTable, Standing
 from hpc_router.router.sessions import Sessions, Turn
@@ -84,13 +86,14 @@ class Control:
     members: list[Member] = field(init=False)
     _owners: dict[str, int] = field(default_factory=dict)
     _seeds: dict[str, Replica] = field(default_factory=dict)
+    _paces: dict[str, Pace] = field(default_factory=dict)
     _view: View | None = None
     _number: int = 0
     _due: asyncio.Handle | None = None
     _informed: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
-        self.table = ReplicaTable(peers=self.counters.all(), on_change=self._changed)
+        self.table = ReplicaTable(bounds=bounds_of(self.deployment), peers=self.counters.all(), on_change=self._changed)
         self.keeper = RegistryFile(self.run, self.replica, self.files)
         self.discovery = Discovery(
             self.run, self.deployment.router, self.table, on_snapshot=self._looked, files=self.files,
@@ -146,7 +149,10 @@ class Control:
             policy={"kind": policy.kind, "fallback": policy.fallback, "artefact": self.artefact},
             replica=self.replica,
             draining=self.draining,
+            paces=self._paces,
+            now=asyncio.get_running_loop().time(),
             in_flight=self.counters.total(IN_FLIGHT),
+            max_in_flight=self.deployment.router.max_in_flight,
             uptime_s=round(time.time() - self.started_at, 3),
             open=self.deployment.router.open,
             settings_trouble=self.changes.trouble,
@@ -169,10 +175,22 @@ class Control:
         read = gauges(
             self.table,
             in_flight=self.counters.total(IN_FLIGHT),
+            max_in_flight=self.deployment.router.max_in_flight,
             registry_age_s=self.discovery.registry_age_s(),
             workers=sum(member.serving.is_set() for member in self.members),
         )
         return counted.exposition(read).decode()
+
+    def _measure(self, member: Member, counted: Mapping[str, Any]) -> None:
+        """Take what a worker has counted; the queues' pace is in it."""
+        before, now = departures(member.counted), asyncio.get_running_loop().time()
+        for expert, count in departures(counted).items():
+            pace, more = self._paces.setdefault(expert, Pace()), count - before.get(expert, 0)
+            if more > 0:
+                if pace.per_s(now) is None:
+                    pace.began(now - REPORT_S)
+                pace.left(now, more)
+        member.counted = counted
 
     async def recall(self, session: str) -> list[Any] | None:
         """Where the session's last turn was answered. What a worker told before it answered its client is there by
@@ -197,7 +215,7 @@ class Control:
             case "turn":
                 self._learn(member, *value)
             case "metrics":
-                member.counted = value
+                self._measure(member, value)
             case "recall":
                 return self.recall(value)
             case "status":
@@ -235,6 +253,7 @@ class Control:
         if self._settings() != before:
             logger.info("settings have changed, artefact %s", policy.version)
             self.discovery.configure(deployment.router)
+            self.table.bounds = bounds_of(deployment)
             for member in self.members:
                 member.tell("settings", self._settings())
 

@@ -18,7 +18,7 @@ from typing import Final, Protocol
 
 from hpc_router import wire
 from hpc_router.config import RouterConfig
-from hpc_router.errors import UnavailableError, UpstreamConnectError, UpstreamError
+from hpc_router.errors import OverloadedError, UnavailableError, UpstreamConnectError, UpstreamError
 from hpc_router.registry import Kind
 from hpc_router.relay.answer import Answer, Answering
 from hpc_router.relay.dialects import Fault, dialect_of
@@ -27,7 +27,7 @@ from hpc_router.relay.exchange import Asker, Started, Upstream, UpstreamResponse
 from hpc_router.relay.headers import NOT_DOWNSTREAM, NOT_UPSTREAM, Headers, crossing
 from hpc_router.router.balance import KEY_CHARS, slot_of
 from hpc_router.router.metrics import Metrics
-from hpc_router.router.replicas import Event, Hold, Replica, ReplicaLostError, ReplicaTable, Standing
+from hpc_router.router.replicas import Event, Hold, QueueFullError, Replica, ReplicaLostError, ReplicaTable, Standing
 from hpc_router.router.request import ApiCall
 from hpc_router.router.retries import RetryBudget
 from hpc_router.router.sessions import not_found
@@ -190,17 +190,23 @@ class Dispatcher:
         return False
 
     async def _wait(self, errand: Errand, deadline: float) -> Hold:
+        begun = time.perf_counter()
         try:
-            async with asyncio.timeout(deadline - time.perf_counter()):
-                return await self.table.wait(errand.experts, avoid=errand.avoid, only=errand.only)
+            async with asyncio.timeout(deadline - begun):
+                hold = await self.table.wait(errand.experts, avoid=errand.avoid, only=errand.only)
         except ReplicaLostError as error:
             raise not_found(str(error)) from error
+        except QueueFullError as error:
+            kind = OverloadedError if error.serves else UnavailableError
+            raise kind(str(error), retry_after_s=self.table.wait_s(error.expert)) from error
         except TimeoutError as error:
             waited = f"within {self.config.queue_timeout_s:g} s"
             raise UnavailableError(
                 f"no replica of {' or '.join(errand.experts)} could take the request {waited}",
-                retry_after_s=RETRY_AFTER_S,
+                retry_after_s=max(map(self.table.wait_s, errand.experts)),
             ) from error
+        self.metrics.queued.add(time.perf_counter() - begun, hold.expert)
+        return hold
 
     def start(self, errand: Errand, hold: Hold, asker: Asker) -> Started | None:
         """Without a task, where a connection is kept."""

@@ -41,6 +41,7 @@ class ExpressWork(Work, Asker):
         finally:
             if started is None:
                 hold.release()
+                hold.replica.last_used = 0  # it was not: the handler is to get the same one, and not always the other
         if started is None:
             return False
         self._hold, self._started = hold, started
@@ -66,6 +67,8 @@ class ExpressWork(Work, Asker):
         errand, hold, dispatcher = self._errand, self._hold, self._dispatcher
         request = errand.request
         request.begun_work = None  # or the two would wait for the garbage collector
+        if self._in_flight.closing:
+            request.keep_alive = False
         try:
             if hold.replica.suspect:
                 dispatcher.witness.answered(hold.replica)

@@ -21,7 +21,7 @@ from hpc_router.router.view import take_over, view_of
 
 PATIENCE_S: Final = 5.0
 """A client waits so long for what only the control process knows."""
-_REPORT_S: Final = 1.0
+REPORT_S: Final = 1.0
 
 
 @dataclass(slots=True)
@@ -180,8 +180,10 @@ class ControlLink:
             self._channel.tell(kind, value)
 
     def _report_on(self) -> None:
+        present = {replica.name for replica in self.table.all()}
+        self.metrics.forget(present=present, now=asyncio.get_running_loop().time())
         counted = self.metrics.dump()
         if counted != self._reported:
             self._reported = counted
             self._tell("metrics", counted)
-        self._pulse = asyncio.get_running_loop().call_later(_REPORT_S, self._report_on)
+        self._pulse = asyncio.get_running_loop().call_later(REPORT_S, self._report_on)

@@ -4,7 +4,7 @@ Each worker counts for itself; the control process adds up what they counted, an
 """
 
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import Any, Final
 
@@ -16,6 +16,8 @@ from prometheus_client.registry import Collector
 from hpc_router.router.replicas import ReplicaTable, Standing
 
 _LATENCY_S: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+KEEP_S: Final = 600.0
+"""What was counted of a replica that has left can be read for so long."""
 _DECISION_S: Final = (1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 5e-3)
 
 
@@ -25,6 +27,13 @@ class Tally(Collector):
     def __init__(self, name: str, text: str, labels: Sequence[str]) -> None:
         self._about = name, text, labels
         self._counts: dict[tuple[object, ...], int] = {}
+
+    def labels(self) -> Collection[tuple[object, ...]]:
+        return self._counts.keys()
+
+    def drop(self, first: str) -> None:
+        """All series whose first label this is."""
+        self._counts = {labels: count for labels, count in self._counts.items() if labels[0] != first}
 
     def add(self, *labels: object) -> None:
         counts = self._counts
@@ -98,10 +107,23 @@ class Metrics:
             ("expert",),
             bounds=_LATENCY_S,
         )
+        self.queued = Spread(
+            "hpc_router_queue_seconds", "What requests waited that got a replica.", ("expert",), bounds=_LATENCY_S
+        )
         self.decision = Spread("hpc_router_decision_seconds", "What choosing an expert took.", (), bounds=_DECISION_S)
+        self._gone: dict[str, float] = {}  # replicas, since when
         self._counted: dict[str, Tally | Spread] = {
             name: each for name, each in vars(self).items() if isinstance(each, Tally | Spread)
         }
+
+    def forget(self, *, present: Collection[str], now: float) -> None:
+        """The series of replicas that have been gone for `KEEP_S`."""
+        for name in {str(labels[0]) for labels in self.failovers.labels()}:
+            if name in present:
+                self._gone.pop(name, None)
+            elif now - self._gone.setdefault(name, now) > KEEP_S:
+                del self._gone[name]
+                self.failovers.drop(name)
 
     def dump(self) -> dict[str, Any]:
         """As JSON values."""
@@ -119,6 +141,11 @@ class Metrics:
         return generate_latest(registry)
 
 
+def departures(dumped: Mapping[str, Any]) -> dict[str, int]:
+    """How many requests have left each expert's queue for a replica, of what was dumped."""
+    return {labels[0]: sum(counts) for labels, counts, _ in dumped.get("queued", ())}
+
+
 class Gauges(Collector):
     def __init__(self, read: Sequence[Metric]) -> None:
         self._read = read
@@ -127,12 +154,27 @@ class Gauges(Collector):
         return self._read
 
 
-def gauges(table: ReplicaTable, *, in_flight: int, registry_age_s: float, workers: int) -> Iterator[Metric]:
+def gauges(
+    table: ReplicaTable, *, in_flight: int, max_in_flight: int, registry_age_s: float, workers: int
+) -> Iterator[Metric]:
     yield GaugeMetricFamily("hpc_router_requests_in_flight", "Requests being served.", in_flight)
+    yield GaugeMetricFamily("hpc_router_requests_bound", "Requests that may be served at once.", max_in_flight)
     yield GaugeMetricFamily("hpc_router_registry_age_seconds", "Since the registry was read.", registry_age_s)
     yield GaugeMetricFamily("hpc_router_workers", "Workers that serve.", workers)
     load = GaugeMetricFamily(
         "hpc_router_replica_requests_in_flight", "Requests in flight on a replica.", labels=("replica",)
+    )
+    capacity = GaugeMetricFamily(
+        "hpc_router_replica_capacity", "Requests that a replica takes at once.", labels=("replica",)
+    )
+    at_experts = GaugeMetricFamily(
+        "hpc_router_expert_requests_in_flight", "Requests in flight on all replicas of an expert.", labels=("expert",)
+    )
+    expert_bound = GaugeMetricFamily(
+        "hpc_router_expert_requests_bound", "Requests that may be in flight on them.", labels=("expert",)
+    )
+    waiting_bound = GaugeMetricFamily(
+        "hpc_router_requests_waiting_bound", "Requests that may wait for a replica of an expert.", labels=("expert",)
     )
     standing = GaugeMetricFamily(
         "hpc_router_replicas", "Replicas of an expert by standing.", labels=("expert", "standing")
@@ -143,8 +185,13 @@ def gauges(table: ReplicaTable, *, in_flight: int, registry_age_s: float, worker
     table.look(table.all())
     for replica in table.all():
         load.add_metric((replica.name,), replica.load)
+        capacity.add_metric((replica.name,), replica.capacity)
     for expert in sorted(table.experts()):
         waiting.add_metric((expert,), table.waiting(expert))
+        waiting_bound.add_metric((expert,), table.bounds.waiting)
+        at_experts.add_metric((expert,), table.load(expert))
+        if expert in table.bounds.in_flight:
+            expert_bound.add_metric((expert,), table.bounds.in_flight[expert])
         for kind in Standing:
             standing.add_metric((expert, kind), sum(r.standing is kind for r in table.of(expert)))
-    yield from (load, standing, waiting)
+    yield from (load, capacity, at_experts, expert_bound, standing, waiting, waiting_bound)

@@ -89,7 +89,7 @@ async def work(router: Router, birth: Birth) -> None:
     assert birth.listener is not None
     run, name = router.run, worker_name(birth.worker)
     with file_thread(f"log of {name}", log=router.job.agent_log, label=name):
-        async with linked(router.deployment.router, router.counters, birth.worker) as link:
+        async with linked(router.deployment, router.counters, birth.worker) as link:
             orders = Orders(birth.orders, lambda _, way: link.attach(way))
             async with orders:
                 for way in birth.ways.values():

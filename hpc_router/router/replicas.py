@@ -8,6 +8,7 @@ ready replica, however busy, and for the next ones only once it has none.
 """
 
 import asyncio
+import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,6 +25,7 @@ from hpc_router.relay.exchange import Address, address_of
 from hpc_router.relay.headers import lines
 from hpc_router.relay.in_flight import Cells
 from hpc_router.relay.patience import Patience
+from hpc_router.router.admission import SOONEST_S, UNKNOWN_S, Bounds, Pace
 from hpc_router.router.balance import lighter_of_two, load_bound, pinned, rendezvous
 from hpc_router.router.counters import NOWHERE
 from hpc_router.router.ejection import Health
@@ -32,12 +34,21 @@ LOST_S: Final = 5.0
 """A replica that has been ejected or has left may be silent for this long before its requests are given up."""
 OTHERS_LOOK_S: Final = 0.005
 """A place that another worker gave back is noticed so soon by those who wait for it here."""
+DEFAULT_WAITING: Final = 1024
 DEFAULT_CAPACITY: Final = 1024
 """For endpoints that do not say how many requests they take at once."""
 
 
 class ReplicaLostError(HpcRouterError):
     """The only replica that would do is ready no more."""
+
+
+class QueueFullError(HpcRouterError):
+    """As many wait for the expert as may. `serves`: it has a ready replica."""
+
+    def __init__(self, expert: str, *, serves: bool) -> None:
+        super().__init__(f"as many requests wait for {expert} as router.max_waiting admits")
+        self.expert, self.serves = expert, serves
 
 
 class Standing(StrEnum):
@@ -213,13 +224,15 @@ class ReplicaTable:
     """All replicas by name, and the requests that wait for one, per expert in order of arrival.
 
     `pin_bound`: times the average load that a replica may have and still be given a conversation that belongs to it;
-    None: they belong nowhere. What is in flight and what waits here is counted in `cells`, what does in the router's
-    other workers is read from `peers`; `queues`: the columns of what waits, by expert. `on_change` is told when there
-    is something new to know of a replica.
+    None: they belong nowhere. `bounds`: see `admission`. What is in flight and what waits here is counted in `cells`,
+    what does in the router's other workers is read from `peers`; `queues`: the columns of what waits, by expert.
+    `on_change` is told when there is something new to know of a replica.
     """
 
     pin_bound: float | None = None
+    bounds: Bounds = field(default_factory=lambda: Bounds(waiting=DEFAULT_WAITING))
     random: Random = field(default_factory=Random)
+    clock: Callable[[], float] = time.monotonic
     cells: Cells = field(default_factory=lambda: defaultdict[int, int](int))
     peers: Sequence[Cells] = ()
     queues: Mapping[str, int] = field(default_factory=dict)
@@ -228,6 +241,7 @@ class ReplicaTable:
     _by_expert: dict[str, list[Replica]] = field(default_factory=dict)
     _orders: dict[str, dict[int, list[Replica]]] = field(default_factory=dict)  # as `rendezvous` has them, by slot
     _waiting: dict[str, dict[_Waiter, None]] = field(default_factory=dict)
+    _paces: dict[str, Pace] = field(default_factory=dict)
     _uses: int = 0
     _looking: asyncio.TimerHandle | None = None
 
@@ -349,6 +363,13 @@ class ReplicaTable:
             replicas = self._by_expert.get(expert, ())
             if self.peers:
                 self.look(replicas)
+                if expert in self._waiting:  # what another worker has given back is theirs first
+                    for replica in replicas:
+                        self.offer(replica)
+            if self.bounds.in_flight and self._at_bound(expert):
+                if self._serves(expert, avoid):
+                    return None
+                continue
             if len(replicas) == 1:
                 replica = replicas[0]
                 if replica in avoid or replica is not (only or replica) or replica.standing is not _READY:
@@ -378,6 +399,14 @@ class ReplicaTable:
         bound = load_bound(total=sum(ready), replicas=len(ready), factor=self.pin_bound or 0)
         return pinned(order, fits=fits, bound=bound)
 
+    def _at_bound(self, expert: str) -> bool:
+        bound = self.bounds.in_flight.get(expert)
+        return bound is not None and self.load(expert) >= bound
+
+    def load(self, expert: str) -> int:
+        """What is in flight on its replicas."""
+        return sum(replica.load for replica in self._by_expert.get(expert, ()))
+
     def _serves(self, expert: str, avoid: Collection[Replica]) -> bool:
         """Whether it is worth waiting for."""
         return any(r.standing is _READY and r not in avoid for r in self._by_expert.get(expert, ()))
@@ -396,11 +425,15 @@ class ReplicaTable:
     ) -> Hold:
         """The next place that becomes free with the first of these experts that serves, in turn.
 
-        With `only`, on that replica; raises ReplicaLostError as soon as it is not ready."""
+        With `only`, on that replica; raises ReplicaLostError as soon as it is not ready. Raises QueueFullError."""
         if only is not None and (only.standing is not Standing.READY or self._replicas.get(only.name) is not only):
             raise ReplicaLostError(f"{only.name} is not ready")
         waiter = _Waiter([], list(experts), set(avoid), only, asyncio.get_running_loop().create_future())
         self._widen(waiter)
+        full = next((expert for expert in waiter.experts if self.waiting(expert) > self.bounds.waiting), None)
+        if full is not None:
+            self._forget(waiter)
+            raise QueueFullError(full, serves=self._serves(full, waiter.avoid))
         if self.peers and self._looking is None:
             self._looking = asyncio.get_running_loop().call_later(OTHERS_LOOK_S, self._look_for_places)
         try:
@@ -422,6 +455,14 @@ class ReplicaTable:
     def waiting_here(self, expert: str) -> int:
         return len(self._waiting.get(expert, ()))
 
+    def wait_s(self, expert: str) -> float:
+        """How long those who wait here now will take, at the pace of late; for one that comes again after that."""
+        pace = self._paces.get(expert)
+        return UNKNOWN_S if pace is None else pace.wait_s(self.waiting_here(expert), self.clock())
+
+    def longest_wait_s(self) -> float:
+        return max(map(self.wait_s, self._waiting), default=SOONEST_S)
+
     def count_queues(self, queues: Mapping[str, int]) -> None:
         """Count what waits in these columns from now on."""
         for expert, column in self.queues.items():
@@ -441,11 +482,14 @@ class ReplicaTable:
             for waiter in tuple(self._waiting.get(expert, ())):
                 if not replica.has_room:
                     return
+                if self.bounds.in_flight and self._at_bound(expert):
+                    break
                 if waiter.granted.done() or (replica in waiter.avoid and not forgiven):
                     continue
                 if waiter.only not in (None, replica):
                     continue
                 self._forget(waiter)
+                self._paces[expert].left(self.clock())
                 waiter.granted.set_result(self.hold(replica, expert))
 
     def _disappoint(self, replica: Replica) -> None:
@@ -466,6 +510,8 @@ class ReplicaTable:
         while waiter.later and not any(self._serves(expert, waiter.avoid) for expert in waiter.experts):
             expert = waiter.later.pop(0)
             waiter.experts.append(expert)
+            if expert not in self._waiting:
+                self._paces.setdefault(expert, Pace()).began(self.clock())
             self._waiting.setdefault(expert, {})[waiter] = None
             self._count_waiting(expert)
         if before:

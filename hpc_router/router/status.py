@@ -1,28 +1,48 @@
 """`GET /status`: the router's whole state as one JSON object."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from hpc_router import __version__
+from hpc_router.router.admission import Pace
 from hpc_router.router.discovery import Discovery
 from hpc_router.router.replicas import Replica, ReplicaTable
 
 
 def status(
-    table: ReplicaTable, discovery: Discovery, *, experts: list[str], policy: dict[str, object], **router: object
+    table: ReplicaTable,
+    discovery: Discovery,
+    *,
+    experts: list[str],
+    policy: dict[str, object],
+    paces: Mapping[str, Pace],
+    now: float,
+    **router: object,
 ) -> dict[str, Any]:
-    """`experts`: all that exist or are configured; `router`: what the router says of itself."""
+    """`experts`: all that exist or are configured; `paces` of their queues; `router`: what it says of itself."""
     return {
         "router": {"version": __version__, "registry_age_s": round(discovery.registry_age_s(), 3), **router},
         "policy": policy,
         "experts": {
             name: {
                 "ready": sum(r.standing == "ready" for r in table.of(name)),
+                "in_flight": table.load(name),
+                "max_in_flight": table.bounds.in_flight.get(name),
                 "waiting": table.waiting(name),
+                "max_waiting": table.bounds.waiting,
+                **_moves(paces.get(name), table.waiting(name), now),
                 "replicas": [_replica(r, silent=discovery.is_silent(r)) for r in table.of(name)],
             }
             for name in experts
         },
     }
+
+
+def _moves(pace: Pace | None, waiting: int, now: float) -> dict[str, float | None]:
+    """How fast its queue moves, and how long those who wait will take; null: nobody waits, or nobody has left."""
+    per_s = None if pace is None else pace.per_s(now)
+    wait_s = None if pace is None or not waiting else round(pace.wait_s(waiting, now), 3)
+    return {"pace_per_s": None if per_s is None else round(per_s, 3), "wait_s": wait_s}
 
 
 def _replica(replica: Replica, *, silent: bool) -> dict[str, Any]:

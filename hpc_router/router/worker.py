@@ -19,6 +19,7 @@ from hpc_router.relay.exchange import Limits, Upstream
 from hpc_router.relay.in_flight import InFlight
 from hpc_router.relay.server import listening
 from hpc_router.relay.upstream import UpstreamClient
+from hpc_router.router.admission import bounds_of
 from hpc_router.router.app import Gateway
 from hpc_router.router.counters import IN_FLIGHT, Counters
 from hpc_router.router.dispatch import Dispatcher
@@ -45,9 +46,12 @@ class Identity:
 
 
 @asynccontextmanager
-async def linked(config: RouterConfig, counters: Counters, worker: int) -> AsyncIterator[ControlLink]:
+async def linked(deployment: Deployment, counters: Counters, worker: int) -> AsyncIterator[ControlLink]:
     """What a worker knows of the replicas, once it is attached to a control process."""
-    table = ReplicaTable(config.pin_bound, cells=counters.row(worker), peers=counters.others(worker))
+    config = deployment.router
+    table = ReplicaTable(
+        config.pin_bound, bounds_of(deployment), cells=counters.row(worker), peers=counters.others(worker)
+    )
     link = ControlLink(table, Sessions(), Metrics(), ejects_at_once=config.eject_connect_errors == 1)
     try:
         yield link

@@ -42,7 +42,7 @@ def metrics(one: Deployed) -> dict[str, float]:
 
 
 def gauges_are_zero(one: Deployed) -> bool:
-    gauges = {k: v for k, v in metrics(one).items() if "in_flight" in k or "waiting" in k}
+    gauges = {k: v for k, v in metrics(one).items() if "requests_in_flight" in k or "requests_waiting{" in k}
     return bool(gauges) and not any(gauges.values())
 
 

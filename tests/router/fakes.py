@@ -210,7 +210,7 @@ async def a_router(run: RunDir, deployment: Deployment) -> AsyncIterator[Running
         started_at=identity.started_at, artefact=policy.version,
     )  # fmt: skip
     here, there = socket.socketpair()
-    async with linked(deployment.router, counters, 0) as link:
+    async with linked(deployment, counters, 0) as link:
         await link.attach(there)
         async with control.watching({0: here}):
             worker = working(

@@ -66,7 +66,7 @@ def bench(options: Options, console: Console) -> Results:
     if not cores.apart:
         console.print("one core for all: the figures say less", style="yellow")
     at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    with _sigterm_as_interrupt(), Steps(console) as steps:
+    with sigterm_as_interrupt(), Steps(console) as steps:
         found = measure_all(present, options, cores, steps.tell)
     origin = {
         "at": at,
@@ -140,7 +140,7 @@ class Steps:
 
 
 @contextmanager
-def _sigterm_as_interrupt() -> Iterator[None]:
+def sigterm_as_interrupt() -> Iterator[None]:
     """So that everything that was started is ended by the same way out."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:

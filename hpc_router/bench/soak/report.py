@@ -1,0 +1,161 @@
+"""What a soak found, as JSON, as Markdown and as a plot; all made of the same value."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Final
+
+import numpy as np
+
+from hpc_router.bench.native.records import Error, Table
+from hpc_router.bench.soak.options import Options, Target
+from hpc_router.bench.soak.plot import Panel, svg
+from hpc_router.bench.soak.verdict import NS, Failure, Flat, Sample, Struck
+
+SCHEMA: Final = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One of the loads. `recovered`: requests sent again over a new connection, as theirs had been closed."""
+
+    name: str
+    requests: Table
+    failures: Sequence[Failure]
+    begun_ns: int
+
+    @property
+    def answered(self) -> int:
+        return int((self.requests["error"] == Error.NONE).sum())
+
+    def to_json(self) -> dict[str, Any]:
+        done = self.requests[self.requests["error"] == Error.NONE]
+        first = (done["first_byte"] - done["due"]) / 1e6
+        shares = {f"first_byte_ms_p{p:g}": round(float(np.percentile(first, p)), 2) for p in (50, 90, 99, 99.9)}
+        return {
+            "requests": len(self.requests),
+            "answered": self.answered,
+            "events": int(self.requests["events"].sum()),
+            "failed": dict(Counter(one.cause for one in self.failures)),
+            **(shares if len(done) else {}),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Results:
+    """`complaints`: why it failed; none: it passed. `origin`: versions, machine, git state, command, time."""
+
+    options: Options
+    parts: Sequence[Part]
+    struck: Sequence[Struck]
+    samples: Sequence[Sample]
+    flats: Sequence[Flat]
+    gauges: Mapping[str, float] | None
+    idle_fds: tuple[int, int] | None
+    begun_ns: int
+    complaints: Sequence[str]
+    origin: Mapping[str, Any]
+
+    @property
+    def failed(self) -> bool:
+        return bool(self.complaints)
+
+    def struck_at(self, strike: Struck) -> float:
+        return (strike.at_ns - self.begun_ns) / NS
+
+
+def to_json(results: Results) -> dict[str, Any]:
+    options = results.options
+    return {
+        "schema": SCHEMA,
+        "passed": not results.failed,
+        "complaints": list(results.complaints),
+        "options": {name: getattr(options, name) for name in ("seconds", "rate", "streams", "workers", "seed")},
+        "loads": {part.name: part.to_json() for part in results.parts},
+        "failures": [asdict(one) for part in results.parts for one in part.failures],
+        "struck": [
+            {"target": one.target.value, "name": one.name, "at_s": round(results.struck_at(one), 3)}
+            for one in results.struck
+        ],
+        "gauges_at_the_end": results.gauges,
+        "descriptors_idle": None if results.idle_fds is None else dict(zip(("before", "after"), results.idle_fds)),  # noqa: B905
+        "flat": [asdict(one) for one in results.flats],
+        "samples": [asdict(one) for one in results.samples],
+        "provenance": dict(results.origin),
+    }
+
+
+def markdown(results: Results, *, plot: str) -> str:
+    """`plot`: the name of its file."""
+    options, counted = results.options, Counter(one.target for one in results.struck)
+    strikes = ", ".join(f"{counted[target]} x {target}" for target in Target if counted[target]) or "none"
+    ready = [one.ready for one in results.samples if one.ready is not None]
+    lines = [
+        f"# Soak: {'passed' if not results.failed else 'FAILED'}",
+        "",
+        f"`{results.origin['command']}` at {results.origin['at']}, {results.origin['hardware']['cpus']} x "
+        f"{results.origin['hardware']['cpu']}; simulated engines.",
+        "",
+        f"{options.seconds:g} s of {options.rate:g} short requests per second and {options.streams} streams through "
+        f"{options.workers} workers; killed: {strikes}.",
+        "",
+        "| load | requests | answered | failed | first byte p50 / p99 / p99.9 ms |",
+        "|---|---|---|---|---|",
+    ]
+    for part in results.parts:
+        told = part.to_json()
+        latency = " / ".join(f"{told.get(f'first_byte_ms_p{p}', 0):g}" for p in ("50", "99", "99.9"))
+        lines.append(f"| {part.name} | {told['requests']} | {told['answered']} | {len(part.failures)} | {latency} |")
+    causes = Counter((one.cause, one.allowed is not None) for part in results.parts for one in part.failures)
+    if causes:
+        lines += ["", "| failures | number | allowed |", "|---|---|---|"]
+        lines += [f"| {cause} | {n} | {'yes' if may else '**no**'} |" for (cause, may), n in sorted(causes.items())]
+    lines += ["", "| flat | early | late | at most |", "|---|---|---|---|"]
+    lines += [f"| {one.what} | {one.early:g} | {one.late:g} | {one.most:g} |" for one in results.flats]
+    if ready:
+        lines += ["", f"Replicas ready: {min(ready)} to {max(ready)}."]
+    if results.complaints:
+        lines += ["", "## Why it failed", "", *(f"- {one}" for one in results.complaints[:50])]
+    return "\n".join([*lines, "", f"![over time]({plot})", ""])
+
+
+def plot(results: Results) -> str:
+    seconds = results.options.seconds
+    bins = np.arange(0, seconds + 1)
+    rates: dict[str, list[tuple[float, float]]] = {}
+    failed: dict[str, list[tuple[float, float]]] = {}
+    for part in results.parts:
+        ends = (part.requests["end"][part.requests["error"] == Error.NONE] - results.begun_ns) / NS
+        rates[part.name] = _line(bins, np.histogram(ends, bins)[0])
+        failed[part.name] = _line(bins, np.histogram([one.at_s for one in part.failures], bins)[0])
+    samples = results.samples
+    panels = [
+        Panel("answered per second", rates),
+        Panel("failed per second, allowed ones included", failed),
+        Panel("replicas ready", {"ready": [(s.at_s, float(s.ready)) for s in samples if s.ready is not None]}),
+        Panel(
+            "requests in the router",
+            {
+                "in flight": [(s.at_s, float(s.in_flight)) for s in samples if s.in_flight is not None],
+                "waiting": [(s.at_s, float(s.waiting)) for s in samples if s.waiting is not None],
+            },
+        ),
+        Panel("memory, MiB resident", _by_process(samples, "rss_mb")),
+        Panel("open descriptors", _by_process(samples, "fds")),
+    ]
+    marks: dict[str, list[float]] = {}
+    for one in results.struck:
+        marks.setdefault(one.target.value, []).append(results.struck_at(one))
+    return svg(f"soak, {results.origin['at']}", panels, seconds=seconds, marks=marks)
+
+
+def _line(bins: Any, counts: Any) -> list[tuple[float, float]]:
+    return [(float(at) + 0.5, float(count)) for at, count in zip(bins, counts, strict=False)]
+
+
+def _by_process(samples: Sequence[Sample], what: str) -> dict[str, list[tuple[float, float]]]:
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for sample in samples:
+        for name, value in getattr(sample, what).items():
+            lines.setdefault(name, []).append((sample.at_s, float(value)))
+    return dict(sorted(lines.items()))

@@ -1,0 +1,142 @@
+"""The deployment that is struck: brought up and taken down by the command line, as anybody would, and looked at.
+
+It lies in a folder of its own with a short name, so that sockets fit; the folder goes with it unless it is to be kept.
+"""
+
+import http.client
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+import psutil
+
+from hpc_router.bench.soak.options import Target
+from hpc_router.errors import LaunchError
+from hpc_router.rundir import RunDir
+
+START_S: Final = 300.0
+ASK_S: Final = 5.0
+
+
+@dataclass(slots=True)
+class Site:
+    run: RunDir
+    host: str
+    port: int
+    token: str
+    router: str
+    keep: bool = False
+    _seen: dict[str, Any] | None = None  # what it said last
+
+    def status(self) -> dict[str, Any] | None:
+        """None when it does not answer just now."""
+        text = self._get("/status")
+        value = None if text is None else json.loads(text)
+        self._seen = value or self._seen
+        return value if isinstance(value, dict) else None
+
+    def gauges(self) -> dict[str, float] | None:
+        """What must be zero when nobody asks for anything."""
+        text = self._get("/metrics")
+        if text is None:
+            return None
+        pairs = (line.rpartition(" ") for line in text.splitlines() if not line.startswith("#"))
+        return {
+            name: float(value)
+            for name, _, value in pairs
+            if name.partition("{")[0].endswith(("requests_in_flight", "requests_waiting"))
+        }
+
+    def strike(self, target: Target, *, turn: int) -> str | None:
+        """Kill the next one of these; its name. None: there is none to be killed now."""
+        status = self.status() or self._seen
+        if status is None:
+            return None
+        pids = self.replicas(status) if target is Target.REPLICA else self.processes(status, target)
+        if not pids:
+            return None
+        name = sorted(pids)[turn % len(pids)]
+        with suppress(ProcessLookupError):
+            os.kill(pids[name], signal.SIGKILL)
+            return name
+        return None
+
+    def replicas(self, status: dict[str, Any]) -> dict[str, int]:
+        """The agents of those that are ready, and not the last of their expert: by place, so that each has its turn."""
+        pids = {}
+        for expert in status["experts"].values():
+            ready = [replica["replica"] for replica in expert["replicas"] if replica["state"] == "ready"]
+            for name in ready if len(ready) > 1 else ():
+                if (pid := self._pid(name)) is not None:
+                    pids[name] = pid
+        return pids
+
+    def processes(self, status: dict[str, Any], target: Target | None = None) -> dict[str, int]:
+        """Those of the router, or of one kind, by name."""
+        workers = [worker for worker in status["router"].get("workers") or () if worker.get("serving")]
+        found = {f"worker {worker['worker']}": worker["pid"] for worker in workers}
+        control = {"control": pid} if (pid := (status["router"].get("control") or {}).get("pid")) else {}
+        if target is Target.WORKER:
+            return found
+        if target is Target.CONTROL:
+            return control
+        main = self._pid(self.router)
+        return found | control | ({} if main is None else {"router": main})
+
+    def _pid(self, replica: str) -> int | None:
+        try:
+            progress = json.loads((self.run.jobs / replica / "progress.json").read_text())
+            pid = int(progress["pid"])
+            return pid if any(str(self.run.path) in word for word in psutil.Process(pid).cmdline()) else None
+        except (OSError, ValueError, KeyError, TypeError, psutil.Error):
+            return None
+
+    def _get(self, path: str) -> str | None:
+        connection = http.client.HTTPConnection(self.host, self.port, timeout=ASK_S)
+        try:
+            connection.request("GET", path, headers={"authorization": f"Bearer {self.token}"})
+            response = connection.getresponse()
+            text = response.read().decode()
+            return text if response.status == 200 else None
+        except (OSError, http.client.HTTPException):
+            return None
+        finally:
+            connection.close()
+
+
+@contextmanager
+def deployed(overrides: Sequence[str]) -> Iterator[Site]:
+    """Up until the end of the block, with every replica. Raises LaunchError."""
+    folder = Path(tempfile.mkdtemp(prefix="soak-"))
+    run = folder / "run"
+    site: Site | None = None
+    try:
+        _verb("up", "--run", str(run), "--wait", "all", f"cluster.scratch={folder}", *overrides)
+        url = urlsplit(_verb("url", "--run", str(run)).strip())
+        made = RunDir(run)
+        router = json.loads(_verb("status", "--run", str(run), "--json"))["router"]["replica"]
+        site = Site(made, url.hostname or "", url.port or 0, made.token(), router)
+        yield site
+    finally:
+        if run.exists():
+            _verb("down", "--run", str(run), check=False)
+        if site is None or not site.keep:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _verb(*words: str, check: bool = True) -> str:
+    argv = [sys.executable, "-m", "hpc_router.cli", *words]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=START_S, check=False)
+    if check and done.returncode:
+        raise LaunchError(f"hpc-router {words[0]} failed: {done.stderr.strip()[-2000:]}")
+    return done.stdout
