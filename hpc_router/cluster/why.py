@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from hpc_router.cluster.control import Control
+from hpc_router.cluster.findings import findings
 from hpc_router.cluster.launcher import ROUTER
 from hpc_router.cluster.logs import last_lines, tail
 from hpc_router.cluster.pending import in_words
-from hpc_router.cluster.status import standing_views
+from hpc_router.cluster.status import asked, standing_views
 from hpc_router.cluster.view import ReplicaView, Standing
 from hpc_router.errors import ConfigError, suggest
 from hpc_router.jobdir import Reason
@@ -79,7 +80,8 @@ class Cause:
 
 
 def why(run: RunDir, name: str | None = None) -> list[Cause]:
-    """A cause for each replica that is not ready, or for those of one expert or replica."""
+    """A cause for each replica that is not ready, or for those of one expert or replica; and what a router that serves
+    has found amiss with those that are."""
     control = Control(run)
     shown = standing_views(control, control.look(fresh=True))
     if name is not None:
@@ -88,7 +90,9 @@ def why(run: RunDir, name: str | None = None) -> list[Cause]:
             raise ConfigError(f"no replica of this run is named '{name}'{suggest(name, names)}")
         shown = [v for v in shown if name in (v.expert, v.replica, v.replica.rpartition(".")[0])]
     now = time.time()
-    return [_cause(run, view, now=now) for view in shown if view.standing not in (Standing.READY, Standing.REGISTERED)]
+    causes = [_cause(run, v, now=now) for v in shown if v.standing not in (Standing.READY, Standing.REGISTERED)]
+    found = findings(shown, asked(run)[1])
+    return [*causes, *(Cause(one.view, one.what, one.advice, ()) for one in found)]
 
 
 def _cause(run: RunDir, view: ReplicaView, *, now: float) -> Cause:
