@@ -7,14 +7,16 @@ judges what is a message at all. A head is parsed for the table when it comes fo
 that the parser has said where that ends; many come only once. The table is bounded.
 """
 
-import re
+import itertools
 from collections.abc import Callable
 from typing import Final, Generic, TypeVar
 
 MOST: Final = 512
 LONGEST: Final = 2**11
 """Bytes; a longer head is not looked for."""
-_LENGTH: Final = re.compile(rb"\r\n[Cc]ontent-[Ll]ength: (\d{1,15})\r\n")
+_LENGTH: Final = b"ength: "
+_LENGTH_BEGINS: Final = frozenset({b"\r\n%bontent-%b" % pair for pair in itertools.product((b"C", b"c"), (b"L", b"l"))})
+_MOST_DIGITS: Final = 15
 H = TypeVar("H")
 
 
@@ -34,15 +36,18 @@ class Heads(Generic[H]):
         end = data.find(b"\r\n\r\n", 0, LONGEST) + 4
         if end < 4:
             return None
-        length = _LENGTH.search(data, 0, end)
-        if length is None:
+        at = data.find(_LENGTH, 0, end)
+        if at < 0:
             if len(data) != end:
                 return None
             key = data
         else:
-            if len(data) - end != int(length[1]):
+            first = at + len(_LENGTH)
+            last = data.find(b"\r\n", first, first + _MOST_DIGITS + 2)
+            digits = data[first:last]
+            if data[at - 11 : at] not in _LENGTH_BEGINS or not digits.isdigit() or int(digits) != len(data) - end:
                 return None
-            key = data[: length.start(1)] + data[length.end(1) : end - 1]  # no head ends so: it is no other head's key
+            key = data[:first] + data[last : end - 1]  # no head ends so: it is no other head's key
         try:
             head = self._known[key]
         except KeyError:

@@ -28,13 +28,16 @@ class InFlight:
         self._idle: asyncio.Event | None = None  # while somebody waits
 
     def __enter__(self) -> None:
-        self.count += 1
-        self._cells[self._at] = self.count
+        self.enter()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.leave()
+
+    def enter(self) -> None:
+        self.count += 1
+        self._cells[self._at] = self.count
 
     def leave(self) -> None:
         self.count -= 1
@@ -43,9 +46,9 @@ class InFlight:
             self._idle.set()
 
     @property
-    def others(self) -> int:
-        """How many the other processes of the same service serve now."""
-        count = 0
+    def total(self) -> int:
+        """With those that the other processes of the same service serve now."""
+        count = self.count
         for row in self._peers:
             count += row[self._at]
         return count

@@ -37,7 +37,7 @@ class Pool(Generic[A, C]):
         idle, now = self._idle.get(address), time.monotonic()
         while idle:
             connection, expires_at = idle.popitem()
-            if connection.usable and now < expires_at:
+            if now < expires_at and connection.usable:
                 return connection
             connection.abort()
         return None

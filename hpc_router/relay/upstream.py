@@ -72,7 +72,8 @@ class UpstreamClient:
         """See `exchange.Upstream`."""
         if len(body) > IN_ONE_PIECE or (connection := self.pool.take(self._socket_path or address)) is None:
             return None
-        connection.ask(request_head(method, address, target, head, body) + body, asker, self.limits)
+        request = b"%b%bcontent-length: %d\r\n\r\n%b" % (_line(method, address, target), head, len(body), body)
+        connection.ask(request, asker, self.limits)
         return connection
 
     async def answering(self, call: "_Exchange") -> Connection:
@@ -196,10 +197,15 @@ class _Response(UpstreamResponse):
 
 def request_head(method: str, address: Address, target: str, head: bytes, body: bytes | None) -> bytes:
     """Request line and headers. Raises ValueError for a target that would break out of its line."""
-    lines = (_lines if len(target) <= _SHORT_TARGET else _lines.__wrapped__)(method, address, target)
+    line = _line(method, address, target)
     if body is None and method not in _WITH_BODY:
-        return b"%b%b\r\n" % (lines, head)
-    return b"%b%bcontent-length: %d\r\n\r\n" % (lines, head, len(body or b""))
+        return b"%b%b\r\n" % (line, head)
+    return b"%b%bcontent-length: %d\r\n\r\n" % (line, head, len(body or b""))
+
+
+def _line(method: str, address: Address, target: str) -> bytes:
+    """And the host."""
+    return (_lines if len(target) <= _SHORT_TARGET else _lines.__wrapped__)(method, address, target)
 
 
 @lru_cache(maxsize=512)

@@ -71,6 +71,7 @@ _EXPRESS_PATHS: Final = frozenset(wire.GENERATE_PATHS) - {wire.RESPONSES}
 _NAMED: Final = Reason.NAMED
 _YES_NO: Final = frozenset({bool, type(None)})
 _CHALLENGE: Final = re.compile(r"[0-9a-f]{1,256}")
+_REQUEST_ID_HEADER: Final = wire.REQUEST_ID_HEADER.encode()
 _REQUEST_ID: Final = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 _METRICS_HEAD: Final = b"content-type: text/plain; version=0.0.4; charset=utf-8\r\n"
 
@@ -81,7 +82,7 @@ class DrainingError(UnavailableError):
     """This router takes nothing new; its successor does."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Gateway:
     """Answers every request of the router. `token` None: open to everybody. `key` proves who answers."""
 
@@ -150,8 +151,11 @@ class Gateway:
         return response
 
     def _request_id(self, request: Request) -> str:
-        given = request.headers.text(wire.REQUEST_ID_HEADER)
-        return given if given and _REQUEST_ID.fullmatch(given) else f"{random.getrandbits(128):032x}"
+        if _REQUEST_ID_HEADER in request.headers:
+            given = request.headers.text(wire.REQUEST_ID_HEADER)
+            if _REQUEST_ID.fullmatch(given):
+                return given
+        return f"{random.getrandbits(128):032x}"
 
     def _find(self, request: Request) -> Handler:
         path = request.path.rstrip("/") or "/"
@@ -240,7 +244,7 @@ class Gateway:
             return await self._serve(errand)
 
     def _admit(self) -> None:
-        if self.in_flight.count + self.in_flight.others >= self.deployment.router.max_in_flight:
+        if self.in_flight.total >= self.deployment.router.max_in_flight:
             raise OverloadedError(
                 f"{self.deployment.router.max_in_flight} requests are in flight, as many as are admitted",
                 retry_after_s=self.table.longest_wait_s(),
@@ -254,18 +258,13 @@ class Gateway:
     def express(self, request: Request) -> Work | None:
         """See `express`: the same as `handle`, as far as that goes without waiting. What it refuses, `handle` tells."""
         body = request.ready()
-        if (
-            body is None
-            or len(body) > LONG_BODY
-            or request.method != "POST"
-            or request.path not in _EXPRESS_PATHS
-            or self.in_flight.closing
-            or self.in_flight.count + self.in_flight.others >= self.deployment.router.max_in_flight
-        ):
+        if body is None or len(body) > LONG_BODY or self.in_flight.closing:
+            return None
+        if self.in_flight.total >= self.deployment.router.max_in_flight:
             return None
         try:
-            if self.token is not None:
-                self._check_token(request.headers, self.token)
+            if not self._goes_express(request):
+                return None
             errand = self._errand(request, self._request_id(request), decode(body))
             work = ExpressWork(self.dispatcher, errand, self.in_flight)
             begun = work.begin()
@@ -273,6 +272,17 @@ class Gateway:
             return None
         request.begun_work = errand
         return work if begun else None
+
+    def _goes_express(self, request: Request) -> bool:
+        """By its head, which is asked once where it comes again and again. Raises what the handler would."""
+        notes = request.headers.notes
+        known: bool | None = notes.get(self)
+        if known is None:
+            known = request.method == "POST" and request.path in _EXPRESS_PATHS
+            if known and self.token is not None:
+                self._check_token(request.headers, self.token)
+            notes[self] = known
+        return known
 
     async def _read(self, request: Request) -> ApiCall:
         body = await request.read(limit_s=self.deployment.router.idle_timeout_s)

@@ -47,7 +47,7 @@ class ExpressWork(Work, Asker):
         self._hold, self._started = hold, started
         hold.watch(started.patience)
         errand.phase = "before_first_byte"
-        self._in_flight.count += 1
+        self._in_flight.enter()
         return True
 
     def leave(self) -> None:

@@ -6,6 +6,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Final
@@ -34,6 +35,7 @@ STREAM_TOKENS: Final = 60
 SETTLE_S: Final = 20.0
 DRAIN_S: Final = 60.0
 LOOK_S: Final = 1.0
+TELL_S: Final = 10.0
 TICK_S: Final = 0.1
 
 
@@ -146,24 +148,30 @@ class _Watch:
         return (time.monotonic_ns() - self._begun_ns) / NS
 
     def until_over(self, steps: Steps) -> None:
-        look_at = 0.0
-        while any(load.process.poll() is None for load in self._loads):
-            now = self.elapsed_s
-            if self.due and self.due[0][0] <= now < self._seconds:
-                self._strike(self.due[0][1])
-            if now >= look_at:
-                look_at = now + LOOK_S
-                self.samples.append(_sample(self._site, now))
-                if len(self.samples) % 10 == 1:
+        """Looking has a thread of its own: a router that answers late must not delay what is due."""
+        look_at, tell_at = 0.0, 0.0
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="look") as looker:
+            looking: Future[Sample] | None = None
+            while any(load.process.poll() is None for load in self._loads):
+                now = self.elapsed_s
+                if self.due and self.due[0][0] <= now < self._seconds:
+                    self._strike(self.due[0][1])
+                if looking is not None and looking.done():
+                    self.samples.append(looking.result())
+                    looking = None
+                if looking is None and now >= look_at:
+                    look_at = now + LOOK_S
+                    looking = looker.submit(_sample, self._site, now)
+                if now >= tell_at:
+                    tell_at = now + TELL_S
                     steps.tell(f"{now:.0f} of {self._seconds:g} s, {len(self.struck)} struck")
-            time.sleep(TICK_S)
+                time.sleep(TICK_S)
 
     def _strike(self, target: Target) -> None:
         """What cannot be struck now stays due."""
-        before_ns = time.monotonic_ns()
-        name = self._site.strike(target, turn=sum(one.target is target for one in self.struck))
-        if name is not None:
-            self.struck.append(Struck(target, name, before_ns))
+        struck = self._site.strike(target, turn=sum(one.target is target for one in self.struck))
+        if struck is not None:
+            self.struck.append(struck)
             self.due.pop(0)
 
 

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from urllib.parse import urlsplit
 import psutil
 
 from hpc_router.bench.soak.options import Target
+from hpc_router.bench.soak.verdict import Struck
 from hpc_router.errors import LaunchError
 from hpc_router.rundir import RunDir
 
@@ -57,18 +59,19 @@ class Site:
             if name.partition("{")[0].endswith(("requests_in_flight", "requests_waiting"))
         }
 
-    def strike(self, target: Target, *, turn: int) -> str | None:
-        """Kill the next one of these; its name. None: there is none to be killed now."""
-        status = self.status() or self._seen
+    def strike(self, target: Target, *, turn: int) -> Struck | None:
+        """Kill the next one of these, by what was seen last. None: there is none to be killed now."""
+        status = self._seen or self.status()
         if status is None:
             return None
         pids = self.replicas(status) if target is Target.REPLICA else self.processes(status, target)
         if not pids:
             return None
         name = sorted(pids)[turn % len(pids)]
+        struck = Struck(target, name, time.monotonic_ns())
         with suppress(ProcessLookupError):
             os.kill(pids[name], signal.SIGKILL)
-            return name
+            return struck
         return None
 
     def replicas(self, status: dict[str, Any]) -> dict[str, int]:

@@ -14,7 +14,9 @@ from hpc_router.bench.soak.options import Target
 
 NS: Final = 1e9
 SOON_S: Final = 2.0
-"""A failure that a strike explains comes so soon after it."""
+"""So soon after a worker's end its connections show it."""
+LOST_S: Final = 20.0
+"""So soon the streams of a replica end that nobody hears of any more; there is no other of its name."""
 BROKEN: Final = frozenset({Error.DISCONNECTED, Error.CUT, Error.UNFINISHED})
 MORE_SHARE: Final = 0.1
 MORE_MB: Final = 10.0
@@ -65,11 +67,13 @@ def failures(
 
 def _allowed(error: Error, replica: str | None, begin: int, end: int, struck: Sequence[Struck]) -> str | None:
     for strike in struck:
-        if not begin <= strike.at_ns + 0.1 * NS or not strike.at_ns <= end <= strike.at_ns + SOON_S * NS:
+        after_s = (end - strike.at_ns) / NS
+        if after_s < 0 or begin > strike.at_ns + 0.1 * NS:
             continue
-        if strike.target is Target.REPLICA and error is Error.STREAM_ERROR and replica == strike.name:
+        lost = strike.target is Target.REPLICA and replica == strike.name
+        if lost and error is Error.STREAM_ERROR and after_s <= LOST_S:
             return "in flight on a killed replica"
-        if strike.target is Target.WORKER and error in BROKEN:
+        if strike.target is Target.WORKER and error in BROKEN and after_s <= SOON_S:
             return "connection of a killed worker"
     return None
 

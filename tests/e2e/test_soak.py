@@ -1,0 +1,79 @@
+"""`hpc-router bench soak`: only what the strikes explain fails, and nothing stays; a minute, and the long form."""
+
+import json
+import signal
+import subprocess
+import sys
+import tempfile
+import xml.etree.ElementTree as ET
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hpc_router.bench.native.build import compiler
+from tests.e2e.deployment import cli
+from tests.needs import ROOT, need
+from tests.processes import with_word
+
+pytestmark = pytest.mark.e2e
+
+
+@pytest.fixture
+def place(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    need(compiler() is not None, "a C compiler (gcc)")
+    with tempfile.TemporaryDirectory(prefix="so-") as folder:
+        monkeypatch.setenv("TMPDIR", folder)
+        yield Path(folder)
+        assert with_word(folder) == []
+
+
+def soaked(place: Path, *words: str, timeout_s: float) -> dict[str, Any]:
+    done = cli("bench", "soak", "--json", "--out", str(place / "out"), *words, timeout_s=timeout_s, check=False)
+    assert done.returncode == 0, f"{done.stderr}\n{json.loads(done.stdout)['complaints'] if done.stdout else ''}"
+    value: dict[str, Any] = json.loads(done.stdout)
+    return value
+
+
+def struck(value: dict[str, Any], target: str) -> int:
+    return sum(one["target"] == target for one in value["struck"])
+
+
+@pytest.mark.timeout(400)
+def test_a_minute_of_strikes(place: Path) -> None:
+    value = soaked(place, "--seconds", "60", timeout_s=380)
+    assert value["passed"]
+    assert (struck(value, "replica"), struck(value, "worker"), struck(value, "control")) == (11, 1, 1)
+    assert value["loads"]["short"]["answered"] > 5000
+    assert value["loads"]["streams"]["answered"] > 200
+    assert all(one["allowed"] for one in value["failures"])
+    assert not any(value["gauges_at_the_end"].values())
+    assert value["gauges_at_the_end"]
+    (written,) = (place / "out").glob("soak-*.json")
+    assert json.loads(written.read_text()) == value
+    assert "# Soak: passed" in written.with_suffix(".md").read_text()
+    drawn = ET.parse(written.with_suffix(".svg")).getroot()
+    assert len(list(drawn.iter("{http://www.w3.org/2000/svg}polyline"))) >= 10
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1200)
+def test_ten_minutes_of_strikes(place: Path) -> None:
+    value = soaked(place, "--seconds", "600", timeout_s=1100)
+    assert value["passed"]
+    assert struck(value, "replica") >= 110
+    assert struck(value, "worker") >= 9
+    assert struck(value, "control") == 1
+
+
+def test_interrupted_it_takes_its_deployment_along(place: Path) -> None:
+    argv = [sys.executable, "-m", "hpc_router.cli", "bench", "soak", "--out", str(place / "out")]
+    with subprocess.Popen(argv, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if "bringing the deployment up" in line:
+                break
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=120)
+    assert process.returncode == 130
