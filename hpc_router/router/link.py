@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from hpc_router.router.channel import Channel, ChannelClosedError, open_channel
+from hpc_router.router.channel import Channel, ChannelClosedError
 from hpc_router.router.ejection import Incident
 from hpc_router.router.metrics import Metrics
 from hpc_router.router.replicas import Event, Replica, ReplicaTable, Standing
@@ -54,8 +54,12 @@ class ControlLink:
             self._channel.close()
         self._said = 0
         self._unheard.clear()
-        channel: Channel
-        self._channel = channel = await open_channel(sock, self._take, on_end=lambda: self._detach(channel))
+        channel = Channel(self._take, lambda: self._detach(channel))
+        self._channel = channel
+        await channel.open(sock)
+        if self._channel is not channel:  # there is a newer one by now, or it has ended
+            channel.close()
+            return
         self._reported = self.metrics.dump()
         hello = {
             "pid": os.getpid(),
