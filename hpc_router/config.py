@@ -41,12 +41,29 @@ class TransformersOptions:
 
 
 @dataclass
+class Roofline:
+    """The engine that a simulated one stands for: its latencies are then a prediction for that model on those GPUs."""
+
+    model: str = "llama3-8b"  # or llama3-70b, or a model folder
+    gpu: str = "h100-sxm"
+    tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
+    quantization: str = "bf16"  # bf16 | fp8 | awq
+    gpus_per_node: int = 8  # more ranks than that talk over the network
+    max_num_seqs: int | None = None  # null: vLLM's default on such a GPU
+    max_num_batched_tokens: int | None = None  # the same
+    slowdown: float = 1.0  # wall seconds per simulated second, for machines that cannot keep up
+
+
+@dataclass
 class SimOptions:
-    """The simulated engine: latencies in milliseconds, faults as its own `--faults` takes them."""
+    """The simulated engine: latencies in milliseconds, faults as its own `--faults` takes them. With `roofline` they
+    come from a model of an engine on GPUs, and `ttft_ms` and `itl_ms` mean nothing."""
 
     seed: int = 0
     ttft_ms: float = 20.0
     itl_ms: float = 5.0
+    roofline: Roofline | None = None
     load_s: float = 0.0
     faults: list[Any] = field(default_factory=list)
     extra: dict[str, Any] = field(default_factory=dict)
@@ -213,6 +230,14 @@ class RouterConfig:
 
 
 @dataclass
+class Simulate:
+    """With a GPU's name, every vLLM engine is replaced by a simulated one that stands for it: a prediction."""
+
+    gpu: str | None = None  # h100-sxm | h200-sxm | a100-sxm | l40s
+    slowdown: float = 1.0  # wall seconds per simulated second, for machines that cannot keep up
+
+
+@dataclass
 class Deployment:
     """The config root: all that one launch creates."""
 
@@ -222,6 +247,7 @@ class Deployment:
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     router: RouterConfig = field(default_factory=RouterConfig)
+    simulate: Simulate = field(default_factory=Simulate)
 
 
 def options_of(expert: str, engine: EngineConfig) -> EngineOptions:

@@ -16,6 +16,7 @@ from hpc_router.checks import check
 from hpc_router.config import Deployment
 from hpc_router.errors import ConfigError, suggest
 from hpc_router.schema import parse
+from hpc_router.simulate import simulated
 
 GROUPS: Final = ("topology", "cluster", "policy", "router", "expert")
 """Folders of `conf/`."""
@@ -33,7 +34,7 @@ def to_deployment(composed: DictConfig, *, without: Sequence[str] = ()) -> Deplo
         if key in GROUPS:
             raise ConfigError(f"a file of the group '{key}' does not begin with the line `# @package _global_`")
         raise ConfigError(f"unknown key '{key}'{suggest(key, {*_TOP, *GROUPS})}", key=key)
-    deployment = parse(Deployment, {k: v for k, v in plain.items() if k not in left_out}, at="")
+    deployment = simulated(parse(Deployment, {k: v for k, v in plain.items() if k not in left_out}, at=""))
     check(deployment)
     return deployment
 

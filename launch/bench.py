@@ -1,51 +1,62 @@
-"""Load on a running deployment, and what it measured: a table here, a record per point in a file.
+"""Load on a deployment, and what it measured: a table here, a record per point in a file.
 
-    python -m launch.bench run=runs/latest
-    python -m launch.bench run=runs/latest bench.users=[1,10,100] bench.duration_s=60
-    python -m launch.bench run=runs/latest bench=smoke bench.model=math
+    python -m launch.bench run=runs/latest bench.users=[1,10,100]               of one that runs
+    python -m launch.bench topology=sim bench=smoke                             brings one up, and takes it down again
+    python -m launch.bench -m topology=a,b bench.users=[1,4,16]                 a sweep; began again, it goes on
+    python -m launch.bench -m hydra/launcher=submitit_slurm topology=a,b ...    the same as Slurm jobs
 
 `bench=NAME` takes values of conf/bench/NAME.yaml, `bench.KEY=VALUE` goes on top; docs/bench.md defines every figure.
-Exit status 1 when at some point no request succeeded.
+Exit status 1 when something could not be measured, or at some point no request succeeded.
 """
 
 import sys
+import tempfile
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-import uvloop
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from yaml import YAMLError
 
-from hpc_router import frozen
-from hpc_router.bench.ask import Target
+from hpc_router import compose, frozen
 from hpc_router.bench.config import BenchConfig, group_file, read_config
-from hpc_router.bench.load import apply_load
+from hpc_router.bench.crew import crew
+from hpc_router.bench.load import Target
+from hpc_router.bench.point import Bench, Measured, slowdown_of
 from hpc_router.bench.progress import progress
 from hpc_router.bench.prompts import Prompt, built_in, read_prompts
-from hpc_router.bench.record import Results, provenance
-from hpc_router.bench.table import Row, table
-from hpc_router.cluster.plan import shown
+from hpc_router.bench.record import Provenance, Results, provenance
+from hpc_router.bench.store import Store
+from hpc_router.bench.sweep import Leg, sim_options
+from hpc_router.bench.sweep import measure as measure_leg
+from hpc_router.bench.table import table
+from hpc_router.bench.workload import Point, points_of
+from hpc_router.cluster.plan import settled, shown
 from hpc_router.cluster.router_access import router_access
 from hpc_router.compose import conf_folder
 from hpc_router.errors import ConfigError, suggest
+from hpc_router.frozen import GROUPS
 from hpc_router.provenance import parse_override
 from hpc_router.router.service import raise_file_limit
 from hpc_router.rundir import RunDir, open_run
+from hpc_router.screen import Progress
 from launch.entry import Call, launch
 
 OWN = ("run", "bench")
-WIDTH = 120
+WIDTH = 132
+RESULTS: Final = "results"
 
 
 def bench(call: Call) -> int:
-    run = open_run(Path(call.required("run")))
     config = config_of(call)
     prompts = built_in() if config.prompts is None else read_prompts(Path(config.prompts))
-    access = router_access(run)
     raise_file_limit()
-    return measure(run, config, prompts, Target(access.url, access.token))
+    if "run" in call.own:
+        return measure_run(open_run(Path(call.required("run"))), config, prompts)
+    return measure_new(call, config, prompts)
 
 
 def config_of(call: Call) -> BenchConfig:
@@ -60,30 +71,81 @@ def config_of(call: Call) -> BenchConfig:
         raise ConfigError(f"{frozen.shown(path)}: not a mapping of keys to values")
     for override in map(parse_override, call.overrides):
         group, _, key = override.key_or_group.partition(".")
-        if group != "bench" or not key:
+        if group != "bench":
+            if "run" in call.own:
+                raise ConfigError(f"'{override.key_or_group}': not a key of bench{suggest(group, ('bench', 'run'))}")
+            continue
+        if not key:
             raise ConfigError(f"'{override.key_or_group}': not a key of bench{suggest(group, ('bench', 'run'))}")
         if override.is_delete():
             raise ConfigError(f"'{override.input_line}': give a value instead")
         OmegaConf.update(merged, key, override.value(), merge=True, force_add=True)
-    return read_config({str(key): value for key, value in merged.items()})
+    return read_config({str(key): value for key, value in OmegaConf.to_container(merged).items()})  # type: ignore[union-attr]
 
 
-def measure(run: RunDir, config: BenchConfig, prompts: list[Prompt], target: Target) -> int:
+def measure_run(run: RunDir, config: BenchConfig, prompts: list[Prompt]) -> int:
+    """A deployment that runs already; it stays as it is. Every call measures anew."""
+    access = router_access(run)
+    config_then = resolved(run)
+    origin = provenance(run, config_then, code=Path(__file__).parent)
+    results = Results(run.path / "bench" if config.output is None else Path(config.output).absolute(), config.raw)
+    rows: list[Measured] = []
+    options = [] if config_then is None else sim_options(config_then)
+    with tempfile.TemporaryDirectory(prefix="hpc-router-bench-") as scratch, crew(config, shared=run.path) as makers:
+        target = Target(access.url, access.token)
+        one = Bench(run, target, config, prompts, makers, Path(scratch), slowdown_of(options))
+        todo = points_of(config)
+        for point in todo:
+            with progress(_console(), config, point, done=len(rows), total=len(todo)):
+                rows.append(one.measure(point))
+            results.add(rows[-1], config=config, origin=origin)
+    return _tell(rows, origin, results.path)
+
+
+def measure_new(call: Call, config: BenchConfig, prompts: list[Prompt]) -> int:
+    """A deployment of its own: up, measured, down. What is there already is not measured again."""
+    overrides = [text for text in call.overrides if parse_override(text).key_or_group.partition(".")[0] != "bench"]
+    choices = {o.key_or_group: str(o.value()) for o in map(parse_override, overrides) if o.key_or_group in GROUPS}
+    if "topology" not in choices:
+        raise ConfigError("run=DIR or topology=NAME is missing: what is to be measured")
+    deployment = settled(compose.load_deployment(overrides, config_dir=call.config_dir))
+    store = Store(Path(config.output or RESULTS).absolute())
+    leg = Leg(store, deployment, config, prompts)
+    label = " ".join(overrides)
+    missing = len(leg.missing())
+    if not missing:
+        print(f"{label}: all {len(leg.points())} points are in {store.folder} (bench.output=DIR measures anew)")
+        return 0
+    values = [text for text in overrides if parse_override(text).key_or_group not in GROUPS]
+    told: list[Provenance] = []
+
+    def origin(run: RunDir) -> Provenance:
+        told.append(provenance(run, resolved(run), code=Path(__file__).parent, choices=choices, overrides=values))
+        return told[0]
+
+    def around(point: Point, done: int) -> AbstractContextManager[None]:
+        return progress(_console(), config, point, done=done, total=len(leg.points()), label=label)
+
+    print(f"{label}: {missing} of {len(leg.points())} points to measure")
+    sys.stdout.flush()
+    with Progress(Console(stderr=True)) as reporter:
+        rows = measure_leg(leg, reporter=reporter, around=around, origin=origin)
+    return _tell(rows, told[0], store.folder)
+
+
+def _tell(rows: Sequence[Measured], origin: Provenance, path: Path) -> int:
+    _console().print(table(rows, simulated=origin.simulated))
+    print(f"records: {path}")
+    without = [row.point.name for row in rows if not row.found.succeeded]
+    if without:
+        sys.stderr.write(f"hpc-router: no request succeeded with {', '.join(without)}\n")
+    return 1 if without else 0
+
+
+def _console() -> Console:
     console = Console()
     console.width = max(console.width, WIDTH)
-    origin = provenance(run, resolved(run), code=Path(__file__).parent)
-    results = Results(run.path / "bench" if config.output is None else Path(config.output).absolute(), config.raw)
-    rows = []
-    for users in config.users:
-        with progress(console, config, users=users) as watcher:
-            load = uvloop.run(apply_load(target, config, prompts, users=users, watcher=watcher))
-        rows.append(Row(users, results.add(load, config=config, origin=origin), load.cpu_share))
-    console.print(table(rows, simulated=origin.simulated))
-    print(f"records: {results.path}")
-    without = [str(row.users) for row in rows if not row.found.succeeded]
-    if without:
-        sys.stderr.write(f"hpc-router: no request succeeded with {', '.join(without)} users\n")
-    return 1 if without else 0
+    return console
 
 
 def resolved(run: RunDir) -> dict[str, Any] | None:

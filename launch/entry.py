@@ -4,20 +4,23 @@ A plain call is composed and checked by us, so that every refusal is a line and 
 each job of a sweep comes back here. Keys that are not the deployment's (`run=DIR`) belong to the entry point.
 """
 
+import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import hydra
 from hydra._internal.utils import get_args_parser
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from hpc_router.cli import told
+from hpc_router.cli import INTERRUPTED, told
 from hpc_router.compose import conf_folder, settle, user_folder
-from hpc_router.errors import ConfigError, suggest
+from hpc_router.errors import ConfigError, LaunchError, suggest
 from hpc_router.provenance import parse_override
 
 
@@ -81,7 +84,13 @@ def _through_hydra(
     @hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="deploy")
     def job(_config: DictConfig) -> None:
         task = [text.removeprefix("++") for text in HydraConfig.get().overrides.task]
-        statuses.append(told(lambda: body(make_call(task, own=own, config_dir=config_dir))))
+        with _room_to_compose():
+            status = told(lambda: body(make_call(task, own=own, config_dir=config_dir)))
+        if status == INTERRUPTED:
+            raise KeyboardInterrupt  # what the sweep still holds is not begun
+        if status and "SUBMITIT_EXECUTOR" in os.environ:
+            raise LaunchError(f"this job of the sweep ended with status {status}")  # nobody else would hear of it
+        statuses.append(status)
 
     flags = _without_config_dir([word for word in words if word not in overrides])
     before = sys.argv
@@ -92,6 +101,18 @@ def _through_hydra(
     finally:
         sys.argv = before
     return max(statuses, default=0)
+
+
+@contextmanager
+def _room_to_compose() -> Iterator[None]:
+    """Hydra composes for one at a time, and here it is in the midst of its own."""
+    instance = GlobalHydra.instance()
+    before = instance.hydra
+    instance.hydra = None
+    try:
+        yield
+    finally:
+        instance.hydra = before
 
 
 def _without_config_dir(words: Sequence[str]) -> list[str]:

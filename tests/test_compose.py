@@ -1,6 +1,7 @@
 """Every way a configuration can be wrong: one line that names the file or override, the key, and what is valid."""
 
 import re
+import sys
 from dataclasses import fields
 from itertools import product
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from hpc_router import frozen
+from hpc_router.cluster.plan import make_plan
 from hpc_router.compose import conf_folder, load_deployment, with_overrides
 from hpc_router.config import ClusterConfig, ContainerConfig, Deployment
 from hpc_router.errors import ConfigError
@@ -147,7 +149,7 @@ def names(group: str) -> list[str]:
 
 @pytest.mark.parametrize(
     ("topology", "policy", "cluster", "router"),
-    list(product(names("topology"), names("policy"), ("local", "slurm"), names("router"))),
+    list(product(("empty", "sim", "tiny"), names("policy"), ("local", "slurm"), names("router"))),
 )
 def test_every_combination_composes(topology: str, policy: str, cluster: str, router: str) -> None:
     choice = [f"topology={topology}", f"policy={policy}", f"cluster={cluster}", f"router={router}"]
@@ -155,6 +157,27 @@ def test_every_combination_composes(topology: str, policy: str, cluster: str, ro
     assert deployment.policy.kind == policy
     assert deployment.cluster.kind == cluster
     assert bool(deployment.experts) == (topology != "empty")
+
+
+@pytest.mark.parametrize("topology", [name for name in names("topology") if name != "empty"])
+def test_every_topology_passes_plan_and_says_what_it_is(
+    topology: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its head names its GPUs and the command; engines over several nodes are Slurm's by default."""
+    for expert in ("code", "math", "medicine", "law", "generalist"):
+        (tmp_path / expert).mkdir()
+    monkeypatch.setenv("TINY_MODELS", str(tmp_path))
+    monkeypatch.setenv("ENGINE_PYTHON", sys.executable)
+    deployment = load_deployment([f"topology={topology}"])
+    make_plan(deployment, ask_engines=False)
+    head = (conf_folder() / "topology" / f"{topology}.yaml").read_text().split("\n\n")[0]
+    assert f"topology={topology}" in head
+    if any(expert.resources.gpus for expert in deployment.experts.values()):
+        assert "# GPUs: " in head
+    if topology.startswith("llama3"):
+        predicted = load_deployment([f"topology={topology}", "cluster=local", "simulate.gpu=h100-sxm"])
+        plan = make_plan(predicted, ask_engines=False)
+        assert sum(replica.request.resources.gpus for replica in plan.replicas) == 0
 
 
 @pytest.mark.parametrize("cluster", names("cluster"))

@@ -15,13 +15,15 @@ LAYERS = [
     {"environment", "fabric", "files", "walltime"},
     {"auth", "schema", "wire"},
     {"config"},
+    {"simulate"},
     {"checks", "compose", "frozen", "job_options", "provenance", "registry", "rundir"},
     {"filethread", "jobdir", "leader", "lease", "proof"},
     {"client", "errand", "follow"},
     {"relay", "routing"},
-    {"bench", "expert", "router"},
+    {"expert", "router"},
     {"cluster"},
-    {"arguments", "screen", "cli"},
+    {"bench"},
+    {"arguments", "classify", "screen", "screen_classify", "cli"},
 ]
 
 

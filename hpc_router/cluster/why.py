@@ -15,7 +15,7 @@ from hpc_router.cluster.findings import findings
 from hpc_router.cluster.launcher import ROUTER
 from hpc_router.cluster.logs import last_lines, tail
 from hpc_router.cluster.pending import in_words
-from hpc_router.cluster.status import asked, standing_views
+from hpc_router.cluster.status import ask_router, standing_views
 from hpc_router.cluster.view import ReplicaView, Standing
 from hpc_router.errors import ConfigError, suggest
 from hpc_router.jobdir import Reason
@@ -67,6 +67,9 @@ _STANDING: Final[Mapping[Standing, str]] = {
 _ROUTER_ADVICE: Final = "edit router.* as the message says, then `hpc-router up` in a new run"
 
 
+_SICK_ADVICE = "`hpc-router logs {replica}` may tell why; `hpc-router drain {replica}` replaces it"
+
+
 @dataclass(frozen=True, slots=True)
 class Cause:
     view: ReplicaView
@@ -90,9 +93,25 @@ def why(run: RunDir, name: str | None = None) -> list[Cause]:
             raise ConfigError(f"no replica of this run is named '{name}'{suggest(name, names)}")
         shown = [v for v in shown if name in (v.expert, v.replica, v.replica.rpartition(".")[0])]
     now = time.time()
-    causes = [_cause(run, v, now=now) for v in shown if v.standing not in (Standing.READY, Standing.REGISTERED)]
-    found = findings(shown, asked(run)[1])
-    return [*causes, *(Cause(one.view, one.what, one.advice, ()) for one in found)]
+    fine = (Standing.READY, Standing.REGISTERED)
+    causes = [_cause(run, view, now=now) for view in shown if view.standing not in fine]
+    told = ask_router(run)[1]
+    causes += [Cause(one.view, one.what, one.advice, ()) for one in findings(shown, told)]
+    return causes + _sick([view for view in shown if view.standing in fine and view.expert != ROUTER], told)
+
+
+def _sick(shown: list[ReplicaView], told: Mapping[str, Any]) -> list[Cause]:
+    """Those that count as ready and are not of use, which only the router knows."""
+    known = {r["replica"]: r for e in (told.get("experts") or {}).values() for r in e.get("replicas", ())}
+    causes = []
+    for view in shown:
+        seen = known.get(view.replica) or {}
+        if seen.get("state") == "ejected":
+            what = f"the router has it out of use: {seen.get('trouble') or 'it does not answer'}"
+            causes.append(Cause(view, what, _SICK_ADVICE.format(replica=view.replica), ()))
+        elif seen.get("sick"):
+            causes.append(Cause(view, f"it {seen['sick']}", _SICK_ADVICE.format(replica=view.replica), ()))
+    return causes
 
 
 def _cause(run: RunDir, view: ReplicaView, *, now: float) -> Cause:

@@ -12,7 +12,7 @@ from aiohttp import web
 
 from hpc_router import wire
 from hpc_router.auth import challenge_answer
-from hpc_router.bench.ask import Target
+from hpc_router.bench.load import Target
 
 Act = Callable[["FakeRouter", web.BaseRequest], Awaitable[web.StreamResponse]]
 HEADERS = {"x-expert": "math", "x-replica": "math-0.g1", "x-route-reason": "classified"}

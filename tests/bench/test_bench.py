@@ -15,9 +15,12 @@ from rich.console import Console
 
 from hpc_router import frozen, registry
 from hpc_router.auth import replica_key
+from hpc_router.bench.load import Load
 from hpc_router.bench.measure import Observation, Part, Window, figures
+from hpc_router.bench.point import Measured
 from hpc_router.bench.record import provenance
-from hpc_router.bench.table import Row, table
+from hpc_router.bench.table import table
+from hpc_router.bench.workload import Point
 from hpc_router.compose import load_deployment
 from hpc_router.jobdir import JobDir, JobInfo, start_ticks
 from hpc_router.registry import EngineInfo, Kind, Record, State
@@ -81,6 +84,8 @@ async def test_points_records_and_raw_requests(run: RunDir, tmp_path: Path) -> N
     assert "launch.bench" in origin["command"]
     assert origin["endpoints"][0]["engine"]["model"] == "sim-math"
     assert {"python", "hpc-router", "aiohttp"} <= set(origin["versions"])
+    assert (one["valid"], one["evidence"]) == (False, "simulated")
+    assert any("requests failed" in reason for reason in one["invalid"])
     requests = lines(path.with_suffix(".requests.jsonl"))
     measured = [r for r in requests if r["part"] == "measured"]
     assert [sum(r["users"] == users for r in measured) for users in (1, 2)] == [5, 5]
@@ -138,16 +143,17 @@ def test_provenance_outside_a_clone(run: RunDir, tmp_path: Path, monkeypatch: py
     assert found.hardware["cpus"] >= 1
 
 
-def test_a_load_generator_at_its_limit_is_told() -> None:
+def test_an_invalid_point_is_told() -> None:
     """Also that a point at which everything failed can be shown."""
-    found = figures(
-        [Observation(part=Part.MEASURED, user=0, started_s=1.0, ended_s=2.0, error="connect")], Window(0, 3)
-    )
-    console = Console(file=io.StringIO(), width=120)
-    console.print(table([Row(4, found, 0.2), Row(1000, found, 0.97)], simulated=False))
+    failed = Observation(part=Part.MEASURED, user=0, started_s=1.0, ended_s=2.0, error="connect")
+    found = figures([failed], Window(0, 3))
+    load = Load(0.0, [failed], Window(0, 3), 0.2, 0.0)
+    rows = [Measured(Point(users=4), load, found, ()), Measured(Point(users=1000), load, found, ("its reason",))]
+    console = Console(file=io.StringIO(), width=132)
+    console.print(table(rows, simulated=False))
     assert isinstance(console.file, io.StringIO)
     told = console.file.getvalue()
-    assert "1000 users: the load generator used 97% of a core" in told
-    assert told.count("load generator") == 1
+    assert "1000 users: INVALID: its reason" in told
+    assert told.count("INVALID") == 1
     assert "4 users: answered by nobody" in told
     assert "simulated" not in told

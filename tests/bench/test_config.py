@@ -31,7 +31,6 @@ from launch.entry import make_call
         ("bench=nope", ["bench=nope", "smoke", "ladder"]),
         ("bench", ["override 'bench'"]),
         ("~bench.users", ["~bench.users"]),
-        ("topology=sim", ["'topology'", "bench"]),
     ],
 )
 def test_refusals(override: str, told: list[str]) -> None:

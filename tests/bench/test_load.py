@@ -1,185 +1,196 @@
-"""The closed loop: who asks when, which requests count, and that the load holds until the last of them has ended."""
+"""Load on a real server: what ends how, which requests count, and that the same seed asks the same."""
 
 import asyncio
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from hpc_router.bench.ask import Answer, Clock
 from hpc_router.bench.config import BenchConfig, read_config
-from hpc_router.bench.load import Ask, Course, Load, apply_load, closed_loop
+from hpc_router.bench.crew import crew
+from hpc_router.bench.load import Load, Target, carry_out, from_json, merged, to_json, window_of
 from hpc_router.bench.measure import CUT, Observation, Part
-from hpc_router.bench.prompts import Prompt, built_in
-from tests.bench.fakes import WHOLE, fake_router, piece, says, waits_after
-from tests.waiting import eventually
+from hpc_router.bench.prompts import built_in
+from hpc_router.bench.workload import Point, workload
+from hpc_router.errors import LaunchError
+from tests.bench.fakes import (
+    DONE,
+    HEADERS,
+    ROLE,
+    TOKEN,
+    WHOLE,
+    Act,
+    FakeRouter,
+    breaks_off,
+    event,
+    fake_router,
+    piece,
+    says,
+    usage,
+    waits_after,
+)  # fmt: skip
 
 PROMPTS = built_in()
 
 
-class Seen:
-    def __init__(self) -> None:
-        self.observations: list[Observation] = []
-
-    def ended(self, observation: Observation) -> None:
-        self.observations.append(observation)
+async def loaded(fake: FakeRouter, folder: Path, *, users: int = 1, repeat: int = 0, **values: object) -> Load:
+    config = read_config({"warmup_s": 0.0, **({} if "duration_s" in values else {"requests": 1}), **values})
+    work = workload(config, PROMPTS, Point(users=users, repeat=repeat))
+    return await asyncio.to_thread(carry_out, fake.target, config, work, folder)
 
 
-class Stepped:
-    """A clock that moves by what answers take, not by itself."""
-
-    def __init__(self) -> None:
-        self.now_s = 100.0
-
-    def __call__(self) -> float:
-        return self.now_s
+def measured(load: Load) -> list[Observation]:
+    return [o for o in load.observations if o.part is Part.MEASURED]
 
 
-async def loop_of(one: Ask, clock: Clock, *, users: int = 1, **values: object) -> Load:
-    config = read_config({"warmup_s": 0.0, **values})
-    return await closed_loop(one, config, PROMPTS, users=users, watcher=Seen(), clock=clock)
+async def test_an_answer_is_timed_by_its_content(tmp_path: Path) -> None:
+    """The role, empty content and the end carry no token; the router's headers tell who answered."""
+    async with fake_router(says(ROLE, piece(""), piece("a b"), piece(" c d", finish="length"), usage(4), DONE)) as fake:
+        (one,) = measured(await loaded(fake, tmp_path))
+    assert one.error is None
+    assert (len(one.content_s), one.tokens, one.prompt_tokens) == (2, 4, 5)
+    assert (one.expert, one.replica, one.reason) == tuple(HEADERS.values())
+    assert 0 <= one.started_s <= one.content_s[0] <= one.content_s[1] <= one.ended_s
+    assert set(fake.tokens) == {f"Bearer {TOKEN}"}
+    assert one.domain in {"code", "math", "medicine", "law", "general"}
+    assert not (tmp_path / "requests").exists(), "it held the token"
 
 
-def parts(load: Load) -> list[Part]:
-    return [o.part for o in load.observations]
+@pytest.mark.parametrize(
+    ("act", "kind", "pieces"),
+    [
+        (says(piece("a"), event({"error": {"message": "the replica died"}})), "stream_error", 1),
+        (breaks_off(piece("a"), piece("b")), "disconnected", 2),
+        (breaks_off(), "disconnected", 0),
+        (says(piece("a"), piece("b")), "unfinished", 2),
+        (says(ROLE, piece(None, finish="stop"), DONE), "no_content", 0),
+        (says(b'{"choices": []}', content_type="application/json"), "not_a_stream", 0),
+        (says(b"{}", content_type="application/json", status=429), "http_429", 0),
+        (says(b"{}", content_type="application/json", status=503), "http_503", 0),
+    ],
+)
+async def test_an_answer_that_is_not_whole_is_an_error(tmp_path: Path, act: Act, kind: str, pieces: int) -> None:
+    async with fake_router(act) as fake:
+        (one,) = measured(await loaded(fake, tmp_path))
+    assert (one.error, len(one.content_s)) == (kind, pieces)
 
 
-async def test_warm_up_measured_then_filling() -> None:
-    """One user, answers of a second each: two seconds of warm-up, three measured; nothing follows the last one."""
-    clock = Stepped()
-
-    async def one(_prompt: Prompt, answer: Answer) -> None:
-        clock.now_s += 1.0
-        answer.content_at.append(clock())
-        await asyncio.sleep(0)
-
-    load = await loop_of(one, clock, warmup_s=2.0, requests=3)
-    assert parts(load)[:5] == [Part.WARM_UP] * 2 + [Part.MEASURED] * 3
-    assert set(parts(load)[5:]) <= {Part.FILLING}
-    assert (load.window.start_s, load.window.end_s) == (2.0, 5.0)
+async def test_an_end_without_done_is_one_where_the_finish_was_told(tmp_path: Path) -> None:
+    async with fake_router(says(piece("a"), piece("b", finish="length"))) as fake:
+        (one,) = measured(await loaded(fake, tmp_path))
+    assert one.error is None
 
 
-async def test_load_is_held_until_the_slowest_measured_request_has_ended() -> None:
-    """The first prompt's answer takes until ten others came, though only two requests are measured."""
-    clock = Stepped()
-    others = 0
-    enough = asyncio.Event()
-    slow = asyncio.Event()
-
-    async def one(_prompt: Prompt, answer: Answer) -> None:
-        nonlocal others
-        if not slow.is_set():
-            slow.set()
-            await enough.wait()
-        else:
-            others += 1
-            if others == 10:
-                enough.set()
-            await asyncio.sleep(0)
-        clock.now_s += 0.1
-        answer.content_at.append(clock())
-
-    load = await loop_of(one, clock, users=2, requests=2)
-    assert sum(part is Part.MEASURED for part in parts(load)) == 2
-    assert sum(part is Part.FILLING for part in parts(load)) >= 9
-    assert all(o.error in (None, CUT) for o in load.observations)
-    assert load.window.end_s == max(o.ended_s for o in load.observations if o.part is Part.MEASURED)
-
-
-async def test_an_error_of_the_load_generator_is_raised() -> None:
-    async def one(_prompt: Prompt, _answer: Answer) -> None:
-        raise ZeroDivisionError
-
-    with pytest.raises(ZeroDivisionError):
-        await loop_of(one, Stepped(), users=3, requests=3)
-
-
-async def test_a_window_without_any_request_ends_all_the_same() -> None:
-    """Every user is still at its warm-up request when the window closes."""
-
-    async def one(_prompt: Prompt, _answer: Answer) -> None:
-        await asyncio.Event().wait()
-
-    load = await loop_of(one, Stepped(), users=2, warmup_s=0.01, duration_s=0.01)
-    assert parts(load) == [Part.WARM_UP] * 2
-    assert {o.error for o in load.observations} == {CUT}
-
-
-async def test_the_same_seed_asks_the_same() -> None:
-    async def asked(seed: int, warmup_s: float) -> list[str]:
-        clock, texts = Stepped(), []
-
-        async def one(prompt: Prompt, answer: Answer) -> None:
-            if clock.now_s >= 100.0 + warmup_s:
-                texts.append(prompt.text)
-            clock.now_s += 1.0
-            await asyncio.sleep(0)
-
-        await loop_of(one, clock, seed=seed, requests=8, warmup_s=warmup_s)
-        return texts[:8]
-
-    assert await asked(1, 0.0) == await asked(1, 3.0)
-    assert await asked(1, 0.0) != await asked(2, 0.0)
-
-
-async def test_users_against_a_real_server() -> None:
-    """So many at once and never more; one bad answer is an error, no latency; the watcher sees every end."""
-    async with fake_router(says(piece("a")), says(*WHOLE)) as fake:
-        seen = Seen()
-        config = read_config({"requests": 12, "warmup_s": 0.0, "model": "math", "extra": {"temperature": 0}})
-        load = await apply_load(fake.target, config, PROMPTS, users=3, watcher=seen)
-    assert fake.most_running <= 3
-    assert seen.observations == load.observations
-    measured = [o for o in load.observations if o.part is Part.MEASURED]
-    assert sorted(o.error or "" for o in measured) == [""] * 11 + ["unfinished"]
-    assert all((body["model"], body["temperature"]) == ("math", 0) for body in fake.bodies)
-    good = [o for o in measured if o.error is None]
-    assert all(0 <= o.started_s <= o.content_s[0] <= o.content_s[-1] <= o.ended_s for o in good)
-
-
-async def test_cancelling_leaves_no_request_behind() -> None:
+async def test_silence_is_an_error(tmp_path: Path) -> None:
     for_ever = asyncio.Event()
     async with fake_router(waits_after(piece("a"), until=for_ever)) as fake:
-        config = read_config({"requests": 4})
-        point = asyncio.create_task(apply_load(fake.target, config, PROMPTS, users=2, watcher=Seen()))
-        await eventually(lambda: fake.running == 2)
-        point.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await point
-        await eventually(lambda: fake.running == 0)
+        (one,) = measured(await loaded(fake, tmp_path, timeout_s=0.2))
+        for_ever.set()
+    assert one.error == "timeout"
 
 
-@given(
-    ends=st.lists(st.tuples(st.integers(1, 9), st.floats(0.01, 3.0)), max_size=60),
-    requests=st.integers(1, 10),
-    warm_up_s=st.floats(0.0, 5.0),
-)
-def test_a_course_measures_as_many_as_it_should(ends: list[tuple[int, float]], requests: int, warm_up_s: float) -> None:
-    """Whatever the order in which requests begin and end: never more than asked, over exactly when all have ended."""
-    course, now_s, running = Course(warm_up_s, requests), 0.0, []
-    for batch, step_s in ends:
-        for _ in range(batch):
-            running.append(course.begin(now_s))
-        now_s += step_s
-        for _ in range(min(batch, len(running))):
-            course.end(running.pop(0))
-        alive = sum(part is Part.MEASURED for part in running)
-        assert course.running == alive
-        assert course.begun <= requests
-        assert course.over.is_set() == (course.begun == requests and alive == 0)
+async def test_nobody_there_is_an_error(tmp_path: Path) -> None:
+    async with fake_router(says()) as fake:
+        pass
+    (one,) = measured(await loaded(fake, tmp_path))
+    assert one.error == "connect"
 
 
-def test_a_course_by_time_closes_exactly_at_its_end() -> None:
-    course = Course(1.0, None, 3.0)
-    assert [course.begin(at) for at in (0.99, 1.0, 2.99, 3.0)] == [
-        Part.WARM_UP,
-        Part.MEASURED,
-        Part.MEASURED,
-        Part.FILLING,
-    ]
+async def test_load_is_held_until_the_slowest_measured_request_has_ended(tmp_path: Path) -> None:
+    """The first answer waits until ten others came, though only two requests are measured."""
+    enough, others = asyncio.Event(), 0
+
+    async def counted(fake: FakeRouter, request: object) -> object:
+        nonlocal others
+        others += 1
+        if others == 10:
+            enough.set()
+        return await says(*WHOLE)(fake, request)  # type: ignore[arg-type]
+
+    async with fake_router(waits_after(piece("a"), until=enough, then=WHOLE), counted) as fake:  # type: ignore[arg-type]
+        load = await loaded(fake, tmp_path, users=2, requests=2)
+    assert len(measured(load)) == 2
+    assert sum(o.part is Part.FILLING for o in load.observations) >= 8
+    assert {o.error for o in load.observations} <= {None, CUT}
+    assert load.window.end_s == max(o.ended_s for o in measured(load))
 
 
-def test_defaults_measure_by_time() -> None:
-    assert read_config({}).duration_s == 30.0
-    assert read_config({"requests": 5}).duration_s is None
-    assert BenchConfig().model == "auto"
+async def test_parts_by_time(tmp_path: Path) -> None:
+    """What begins in the window is measured, and nothing else; the window is what was asked for."""
+    async with fake_router(says(*WHOLE)) as fake:
+        load = await loaded(fake, tmp_path, users=3, warmup_s=0.3, duration_s=0.3)
+    for one in load.observations:
+        due = Part.WARM_UP if one.started_s < 0.3 else Part.MEASURED if one.started_s < 0.6 else Part.FILLING
+        assert one.part is due
+    assert {Part.WARM_UP, Part.MEASURED} <= {o.part for o in load.observations}
+    assert (load.window.start_s, load.window.end_s) == (0.3, 0.6)
+    assert fake.most_running <= 3
+
+
+async def test_the_same_seed_measures_the_same_whatever_the_warm_up_took(tmp_path: Path) -> None:
+    async def asked(**values: object) -> list[int | None]:
+        async with fake_router(says(*WHOLE)) as fake:
+            load = await loaded(fake, tmp_path, requests=8, **values)  # type: ignore[arg-type]
+        return [o.question for o in measured(load)]
+
+    first = await asked(seed=1)
+    assert first == await asked(seed=1, warmup_s=0.1)
+    assert first != await asked(seed=2)
+    assert first != await asked(seed=1, repeat=1)
+
+
+async def test_an_open_loop_counts_from_when_a_request_was_due(tmp_path: Path) -> None:
+    """One connection, arrivals faster than answers: the wait for it is in the latency."""
+
+    async def slow(fake: FakeRouter, request: object) -> object:
+        await asyncio.sleep(0.05)
+        return await says(*WHOLE)(fake, request)  # type: ignore[arg-type]
+
+    config = read_config({"rates": [60.0], "warmup_s": 0.0, "duration_s": 0.5, "connections": 1})
+    async with fake_router(slow) as fake:  # type: ignore[arg-type]
+        work = workload(config, PROMPTS, Point(rate_per_s=60.0))
+        load = await asyncio.to_thread(carry_out, fake.target, config, work, tmp_path)
+    waits = [o.e2e_s for o in measured(load)]
+    assert len(waits) > 15
+    assert max(waits) > 4 * min(waits)
+    assert all(o.started_s < 0.5 for o in measured(load))
+
+
+async def test_several_load_jobs_share_the_users(tmp_path: Path) -> None:
+    """Three processes, four users: all asked at once, merged into one."""
+    config = read_config({"load_jobs": 3, "requests": 12, "warmup_s": 0.0})
+    all_here = asyncio.Event()
+
+    async def together(fake: FakeRouter, request: object) -> object:
+        if fake.running == 4:
+            all_here.set()
+        async with asyncio.timeout(20):
+            await all_here.wait()
+        return await says(*WHOLE)(fake, request)  # type: ignore[arg-type]
+
+    def load(target: Target) -> Load:
+        with crew(config, shared=tmp_path) as makers:
+            return makers.load(target, config, PROMPTS, Point(users=4))
+
+    async with fake_router(together) as fake:  # type: ignore[arg-type]
+        found = await asyncio.to_thread(load, fake.target)
+        assert fake.most_running == 4
+    assert len(measured(found)) == 12
+    assert {o.error for o in measured(found)} == {None}
+    assert list(tmp_path.iterdir()) == [], "orders held the token"
+
+
+def test_loads_survive_being_sent() -> None:
+    config = replace(BenchConfig(), requests=1)
+    one = Observation(part=Part.MEASURED, user=0, started_s=1.0, ended_s=2.0, content_s=[1.5], tokens=3)
+    load = Load(5.0, [one], window_of(config, [one]), 0.1, 0.2)
+    assert from_json(to_json(load)) == load
+    both = merged([load, replace(load, started_at=4.0, cpu_share=0.5)])
+    assert (both.started_at, len(both.observations), both.cpu_share) == (4.0, 2, 0.5)
+
+
+def test_addresses() -> None:
+    assert TOKEN not in repr(Target("http://127.0.0.1:1", TOKEN))
+    assert Target("http://127.0.0.1:81", "").address == ("127.0.0.1", 81)
+    with pytest.raises(LaunchError, match="plain HTTP"):
+        _ = Target("https://127.0.0.1:1", "").address

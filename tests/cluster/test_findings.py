@@ -1,4 +1,4 @@
-"""What the router has found amiss, in words."""
+"""What is amiss with the router's processes, in words."""
 
 from typing import Any
 
@@ -9,14 +9,12 @@ from hpc_router.cluster.view import ReplicaView, Standing
 from hpc_router.registry import Kind
 
 ROUTER = ReplicaView("router", "router-0.g1", Standing.READY, kind=Kind.ROUTER)
-MATH = ReplicaView("math", "math-0.g1", Standing.READY)
 
 
-def told(*, replica: dict[str, Any] | None = None, **router: Any) -> dict[str, Any]:
+def told(**router: Any) -> dict[str, Any]:
     worker = {"worker": 0, "pid": 1, "serving": True, "in_flight": 0, "restarts": 0, "last_end": None}
     about = {"replica": "router-0.g1", "workers": [worker], "control": {"restarts": 0}, "settings_trouble": None}
-    known = {"replica": "math-0.g1", "state": "ready", "trouble": None} | (replica or {})
-    return {"router": about | router, "experts": {"math": {"replicas": [known]}}}
+    return {"router": about | router}
 
 
 @pytest.mark.parametrize(
@@ -24,8 +22,6 @@ def told(*, replica: dict[str, Any] | None = None, **router: Any) -> dict[str, A
     [
         (told(), []),
         ({}, []),
-        (told(replica={"state": "ejected", "trouble": "answered 500"}), ["does not use it (ejected): answered 500"]),
-        (told(replica={"trouble": "answered 500"}), ["still uses it: answered 500"]),
         (told(workers=[{"worker": 1, "serving": False}]), ["worker 1 does not serve: it is being started"]),
         (
             told(control={"restarts": 2, "last_end": "was killed by signal 9"}),
@@ -35,13 +31,8 @@ def told(*, replica: dict[str, Any] | None = None, **router: Any) -> dict[str, A
     ],
 )
 def test_what_is_amiss(status: dict[str, Any], says: list[str]) -> None:
-    found = findings([ROUTER, MATH], status)
+    found = findings([ROUTER], status)
     assert len(found) == len(says)
     for one, words in zip(found, says, strict=True):
         assert words in one.what
         assert one.advice
-
-
-def test_who_is_not_ready_by_its_own_word_is_told_by_the_files() -> None:
-    loading = ReplicaView("math", "math-0.g1", Standing.LOADING)
-    assert findings([ROUTER, loading], told(replica={"state": "starting"})) == []

@@ -1,8 +1,9 @@
 /* A load generator for OpenAI's interface: thousands of connections, one thread.
  *
  *   load --requests FILE --records FILE (--tcp PORT [--host ADDRESS] | --unix PATH) --connections N
- *        [--seconds S] [--count M] [--arrivals FILE] [--order FILE] [--think FILE] [--ramp S]
- *        [--leave-after-events K | --leave-after-ms T] [--events FILE] [--label HEADER] [--timeout S] [--drain S]
+ *        [--seconds S] [--count M] [--arrivals FILE] [--order FILE] [--think FILE] [--ramp S] [--measure S]
+ *        [--others FILE] [--leave-after-events K | --leave-after-ms T] [--events FILE] [--label HEADER[,HEADER...]]
+ *        [--timeout S] [--drain S]
  *
  * --requests  whole HTTP requests, each after its length as 32 bits; they are sent as they are, in --order (32-bit
  *             numbers) or as they come, again from the first when all were sent
@@ -11,6 +12,9 @@
  *             --count have begun
  * open loop:  requests are due at --arrivals (doubles, seconds from the start); one that finds all connections taken
  *             waits, and its record says so
+ * measuring:  with --measure, requests that begin (open loop: are due) from then until --seconds, or --count of them, are
+ *             the measured ones; load goes on until the last of them has ended, and what still runs then is stopped.
+ *             --order is theirs, --others that of all the rest
  * leaving:    the connection is closed after K events, or T milliseconds after the request began
  * --records   one `struct record` per request; --events one `struct event` per event with content
  *
@@ -32,15 +36,18 @@ enum { LONGEST_HEAD = 65536, LONGEST_LINE = 1 << 22, MOST_LABELS = 250, LABEL = 
 enum error {
     NONE, CONNECT, DISCONNECTED, BAD_HTTP, HTTP_STATUS, CUT, UNFINISHED, STREAM_ERROR, TIMEOUT, LEFT, STOPPED
 };
-enum { REUSED = 1, RETRIED = 2, STREAM = 4 };
+enum { REUSED = 1, RETRIED = 2, STREAM = 4, MEASURED = 8, FILLING = 16 };
+enum { HEADERS = 3 };
+#define UNKNOWN UINT32_MAX
 
 struct record {
     uint64_t sequence;
     int64_t due, begin, first_byte, first_event, end;
     uint64_t bytes;
     uint32_t prompt, connection, events;
-    uint16_t status, label;
-    uint8_t error, flags, padding[6];
+    uint16_t status, label[HEADERS];
+    uint8_t error, flags, padding[2];
+    uint32_t prompt_tokens, tokens; /* the engine's own counts */
 };
 
 struct event {
@@ -73,13 +80,15 @@ struct request {
 
 static struct {
     const char *requests, *records, *events, *unix_path, *host, *label;
-    const char *arrivals, *order, *think;
-    double port, connections, seconds, count, ramp, leave_events, leave_ms, timeout, drain;
-} given = {.host = "127.0.0.1", .connections = 1, .seconds = -1, .count = -1, .timeout = 60, .drain = 30};
+    const char *arrivals, *order, *others, *think;
+    double port, connections, seconds, count, ramp, measure, leave_events, leave_ms, timeout, drain;
+} given = {
+    .host = "127.0.0.1", .connections = 1, .seconds = -1, .count = -1, .measure = -1, .timeout = 60, .drain = 30
+};
 
 static struct request *requests;
-static size_t request_count, order_count, think_count, arrival_count;
-static uint32_t *order;
+static size_t request_count, order_count, others_count, think_count, arrival_count;
+static uint32_t *order, *others;
 static double *think, *arrivals;
 
 static struct user *users;
@@ -87,13 +96,17 @@ static uint32_t user_count;
 static uint32_t *idle; /* open loop: connections without a request, the last used first */
 static uint32_t idle_count, active_count, retired;
 static uint64_t issued, most, arrived, waiting;
-static int64_t begun_at, stop_at;
+static bool measuring, measured_all; /* measured_all: what begins from now on is not measured */
+static uint64_t measured_begun, measured_active, others_begun;
+static int64_t begun_at, stop_at, measure_at;
 static struct timer arrival, sweep;
 static int epoll;
 static FILE *records, *events;
 static uint64_t idle_closed, unsolicited, finished, connects;
 static char labels[MOST_LABELS][LABEL];
 static uint16_t label_count;
+static char headers[HEADERS][LABEL];
+static int header_count;
 static volatile sig_atomic_t told_to_stop;
 static char *output_buffers[2];
 
@@ -133,6 +146,7 @@ static void finish(struct user *one, enum error error)
         fail(given.records);
     one->active = false;
     active_count--;
+    measured_active -= (one->record.flags & MEASURED) != 0;
     finished++;
     next_of(one);
 }
@@ -169,8 +183,9 @@ static void read_head(struct user *one, size_t length)
     if ((value = header_value(head, length, "content-type", &found)) && found >= 17 &&
         !strncasecmp(value, "text/event-stream", 17))
         one->record.flags |= STREAM;
-    if (given.label && (value = header_value(head, length, given.label, &found)))
-        one->record.label = label_of(value, found);
+    for (int i = 0; i < header_count; i++)
+        if ((value = header_value(head, length, headers[i], &found)))
+            one->record.label[i] = label_of(value, found);
     if ((value = header_value(head, length, "transfer-encoding", &found)) && has_word(value, found, "chunked"))
         one->part = CHUNK_SIZE;
     else if ((value = header_value(head, length, "content-length", &found))) {
@@ -225,6 +240,31 @@ static int64_t stamp_of(const char *data, size_t length)
     return value > 0 ? value : -1;
 }
 
+/* The number after `name`, which ends in a colon; `otherwise` where there is none. */
+static uint32_t number_after(const char *data, size_t length, const char *name, size_t wanted, uint32_t otherwise)
+{
+    const char *at = memmem(data, length, name, wanted), *end = data + length;
+    uint32_t value = 0;
+    if (!at)
+        return otherwise;
+    for (at += wanted; at < end && *at == ' ';)
+        at++;
+    if (at == end || *at < '0' || *at > '9')
+        return otherwise;
+    for (; at < end && *at >= '0' && *at <= '9'; at++)
+        value = value * 10 + (uint32_t)(*at - '0');
+    return value;
+}
+
+static void read_usage(struct user *one, const char *line, size_t length)
+{
+    if (!memmem(line, length, "_tokens\"", 8))
+        return;
+    struct record *record = &one->record;
+    record->tokens = number_after(line, length, "\"completion_tokens\":", 20, record->tokens);
+    record->prompt_tokens = number_after(line, length, "\"prompt_tokens\":", 16, record->prompt_tokens);
+}
+
 static void read_line(struct user *one, const char *line, size_t length)
 {
     if (length && line[length - 1] == '\r')
@@ -257,6 +297,8 @@ static void read_line(struct user *one, const char *line, size_t length)
     }
     one->has_content |= has_text(line, length, "\"content\":", 10) || has_text(line, length, "\"text\":", 7);
     one->stamp = stamp_of(line, length);
+    one->is_done |= has_text(line, length, "\"finish_reason\":", 16);
+    read_usage(one, line, length);
     if (length && *line == '{') {
         do
             line++, length--;
@@ -468,17 +510,50 @@ static void send_on(struct user *one)
     watch(one, false);
 }
 
+/* Whether requests that begin now are measured no more. */
+static bool closed(int64_t now)
+{
+    if (stop_at >= 0 && now >= stop_at)
+        measured_all = true;
+    return measured_all;
+}
+
+/* What a request that begins, or is due, at that time counts for. */
+static uint8_t part_at(int64_t at)
+{
+    if (!measuring || at < measure_at)
+        return 0;
+    if (arrivals ? at >= stop_at : closed(at))
+        return FILLING;
+    return MEASURED;
+}
+
+static uint32_t prompt_of(uint64_t sequence, uint8_t part)
+{
+    if (!measuring)
+        return order_count ? order[sequence % order_count] : (uint32_t)(sequence % request_count);
+    uint64_t turn = part == MEASURED ? measured_begun++ : others_begun++;
+    if (part == MEASURED)
+        return order_count ? order[turn % order_count] : (uint32_t)(turn % request_count);
+    return others_count ? others[turn % others_count] : (uint32_t)(turn % request_count);
+}
+
 static void begin(struct user *one)
 {
     uint64_t sequence = issued++;
     active_count++;
     memset(&one->record, 0, sizeof one->record);
     one->record.sequence = sequence;
-    one->record.prompt =
-        order_count ? order[sequence % order_count] : (uint32_t)(sequence % request_count);
     one->record.connection = one->number;
     one->record.begin = one->heard_at = now_ns();
     one->record.due = arrivals ? begun_at + (int64_t)(arrivals[sequence] * SECOND) : one->record.begin;
+    one->record.flags = part_at(one->record.due);
+    one->record.prompt = prompt_of(sequence, one->record.flags);
+    one->record.prompt_tokens = one->record.tokens = UNKNOWN;
+    if (one->record.flags == MEASURED && !arrivals) {
+        measured_active++;
+        measured_all |= measured_begun == most;
+    }
     one->active = true;
     one->sent = 0;
     one->part = HEAD;
@@ -499,11 +574,13 @@ static void begin(struct user *one)
 
 static bool may_begin(void)
 {
-    return !told_to_stop && issued < most && (stop_at < 0 || now_ns() < stop_at);
+    return !told_to_stop && (measuring || (issued < most && (stop_at < 0 || now_ns() < stop_at)));
 }
 
 static void next_of(struct user *one)
 {
+    if (measuring && measured_all && !measured_active)
+        told_to_stop = 1;
     if (arrivals) {
         if (waiting && !told_to_stop) {
             waiting--;
@@ -526,6 +603,7 @@ static void due_now(struct timer *one, int64_t now)
 {
     if (one == &arrival) {
         timer_clear(one);
+        measured_active += part_at(begun_at + (int64_t)(arrivals[arrived] * SECOND)) == MEASURED;
         arrived++;
         if (idle_count)
             begin(&users[idle[--idle_count]]);
@@ -622,11 +700,13 @@ static void run(void)
         struct timer *first;
         for (int taken = 0; taken < 256 && (first = timer_first()) && first->at <= now; taken++)
             due_now(first, now);
-        bool ending = told_to_stop || (stop_at >= 0 && now >= stop_at) || issued >= most ||
+        if (measuring && closed(now) && !measured_active)
+            told_to_stop = 1;
+        bool ending = measuring ? measured_all : told_to_stop || (stop_at >= 0 && now >= stop_at) || issued >= most ||
                       (arrivals && arrived == arrival_count && !waiting);
         if (ending && give_up_at == INT64_MAX) {
             give_up_at = now + (int64_t)(given.drain * SECOND);
-            if (!arrivals)
+            if (!arrivals && !measuring)
                 dismiss();
         }
         if (told_to_stop || now >= give_up_at) {
@@ -693,14 +773,25 @@ static void read_requests(void)
         refuse("no requests", given.requests);
 }
 
-static void read_order(void)
+static uint32_t *order_of(const char *path, size_t *count)
 {
     size_t length;
-    order = (uint32_t *)(void *)content_of(given.order, &length);
-    order_count = length / sizeof *order;
-    for (size_t i = 0; i < order_count; i++)
-        if (order[i] >= request_count)
-            refuse("a number beyond the last request", given.order);
+    uint32_t *found = (uint32_t *)(void *)content_of(path, &length);
+    *count = length / sizeof *found;
+    for (size_t i = 0; i < *count; i++)
+        if (found[i] >= request_count)
+            refuse("a number beyond the last request", path);
+    return found;
+}
+
+static void read_headers(void)
+{
+    for (const char *at = given.label; at; at = (at = strchr(at, ',')) ? at + 1 : NULL) {
+        size_t length = strcspn(at, ",");
+        if (header_count == HEADERS || !length || length >= LABEL)
+            refuse("--label takes up to three names of headers", given.label);
+        memcpy(headers[header_count++], at, length);
+    }
 }
 
 static void read_words(int count, char **words)
@@ -714,6 +805,7 @@ static void read_words(int count, char **words)
         {"--host", &given.host, NULL},            {"--label", &given.label, NULL},
         {"--arrivals", &given.arrivals, NULL},    {"--order", &given.order, NULL},
         {"--think", &given.think, NULL},          {"--tcp", NULL, &given.port},
+        {"--others", &given.others, NULL},        {"--measure", NULL, &given.measure},
         {"--connections", NULL, &given.connections}, {"--seconds", NULL, &given.seconds},
         {"--count", NULL, &given.count},          {"--ramp", NULL, &given.ramp},
         {"--leave-after-events", NULL, &given.leave_events}, {"--leave-after-ms", NULL, &given.leave_ms},
@@ -740,6 +832,8 @@ static void read_words(int count, char **words)
         refuse("--connections", "between 1 and 100000");
     if (!given.arrivals && given.seconds < 0 && given.count < 0)
         refuse("needed", "--seconds, --count or --arrivals");
+    if (given.measure >= 0 && given.arrivals && given.seconds < 0)
+        refuse("needed", "--seconds, beside --measure and --arrivals");
 }
 
 static FILE *output(const char *path, int which)
@@ -753,16 +847,29 @@ static FILE *output(const char *path, int which)
     return made;
 }
 
+/* Seconds that this thread could have run and was not let. */
+static double waited_s(void)
+{
+    unsigned long long ran, waited = 0;
+    FILE *file = fopen("/proc/thread-self/schedstat", "r");
+    if (file) {
+        if (fscanf(file, "%llu %llu", &ran, &waited) != 2)
+            waited = 0;
+        fclose(file);
+    }
+    return (double)waited / 1e9;
+}
+
 static void tell(void)
 {
     struct rusage used;
     getrusage(RUSAGE_SELF, &used);
     double cpu_s = (double)(used.ru_utime.tv_sec + used.ru_stime.tv_sec) +
                    (double)(used.ru_utime.tv_usec + used.ru_stime.tv_usec) / 1e6;
-    printf("{\"begun\":%lld,\"ended\":%lld,\"cpu_s\":%.6f,\"requests\":%llu,\"connects\":%llu,\"idle_closed\":%llu,"
+    printf("{\"begun\":%lld,\"ended\":%lld,\"cpu_s\":%.6f,\"waited_s\":%.6f,\"requests\":%llu,\"connects\":%llu,\"idle_closed\":%llu,"
            "\"unsolicited\":%llu,\"labels\":[",
-           (long long)begun_at, (long long)now_ns(), cpu_s, (unsigned long long)finished, (unsigned long long)connects,
-           (unsigned long long)idle_closed, (unsigned long long)unsolicited);
+           (long long)begun_at, (long long)now_ns(), cpu_s, waited_s(), (unsigned long long)finished,
+           (unsigned long long)connects, (unsigned long long)idle_closed, (unsigned long long)unsolicited);
     for (uint16_t i = 0; i < label_count; i++)
         printf("%s\"%s\"", i ? "," : "", labels[i]);
     printf("]}\n");
@@ -770,12 +877,15 @@ static void tell(void)
 
 int main(int count, char **words)
 {
-    _Static_assert(sizeof(struct record) == 80 && sizeof(struct event) == 24, "Python reads these");
+    _Static_assert(sizeof(struct record) == 88 && sizeof(struct event) == 24, "Python reads these");
     read_words(count, words);
     prctl(PR_SET_PDEATHSIG, SIGKILL);
     read_requests();
     if (given.order)
-        read_order();
+        order = order_of(given.order, &order_count);
+    if (given.others)
+        others = order_of(given.others, &others_count);
+    read_headers();
     if (given.think)
         think = doubles_of(given.think, &think_count);
     if (given.arrivals)
@@ -794,7 +904,9 @@ int main(int count, char **words)
         fail("memory");
     begun_at = now_ns();
     most = arrivals ? arrival_count : given.count < 0 ? UINT64_MAX : (uint64_t)given.count;
-    stop_at = given.seconds < 0 || arrivals ? -1 : begun_at + (int64_t)(given.seconds * SECOND);
+    measuring = given.measure >= 0;
+    measure_at = begun_at + (int64_t)(given.measure * SECOND);
+    stop_at = given.seconds < 0 || (arrivals && !measuring) ? -1 : begun_at + (int64_t)(given.seconds * SECOND);
     for (uint32_t i = 0; i < user_count; i++) {
         users[i].number = i;
         users[i].fd = -1;

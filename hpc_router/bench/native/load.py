@@ -24,7 +24,8 @@ GUARD_S: Final = 30.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
-    """Closed loop: `seconds` or `count`; open loop: `arrivals_s`. `requests` is a file of `write_requests`."""
+    """Closed loop: `seconds` or `count`; open loop: `arrivals_s`. `requests` is a file of `write_requests`. With
+    `measure_s` what begins from then on is measured, in `order`; all the rest comes in that of `others`."""
 
     requests: Path
     port: int | None = None  # on loopback, unless `host` says otherwise
@@ -35,12 +36,14 @@ class Load:
     count: int | None = None
     arrivals_s: Sequence[float] | None = None
     order: Sequence[int] | None = None
+    others: Sequence[int] | None = None
+    measure_s: float | None = None
     think_s: Sequence[float] | None = None
     ramp_s: float = 0.0
     leave_after_events: int | None = None
     leave_after_ms: float | None = None
     events: bool = False
-    label: str | None = None
+    label: str | None = None  # a header, or up to three, with commas
     timeout_s: float = 60.0
     drain_s: float = 30.0
 
@@ -57,6 +60,8 @@ class Load:
             "count": self.count,
             "arrivals": _listed(folder / "arrivals", self.arrivals_s, "f8"),
             "order": _listed(folder / "order", self.order, "u4"),
+            "others": _listed(folder / "others", self.others, "u4"),
+            "measure": self.measure_s,
             "think": _listed(folder / "think", self.think_s, "f8"),
             "ramp": self.ramp_s,
             "leave-after-events": self.leave_after_events,
@@ -102,11 +107,11 @@ class Running:
         """What is under way is recorded as stopped."""
         self.process.terminate()
 
-    def wait(self, *, patience_s: float) -> Recorded:
+    def wait(self, *, patience_s: float | None) -> Recorded:
         try:
             out, said = self.process.communicate(timeout=patience_s)
         except subprocess.TimeoutExpired as error:
-            raise LaunchError(f"the load generator did not end within {patience_s:g} s") from error
+            raise LaunchError(f"the load generator did not end within {patience_s} s") from error
         if self.process.returncode != 0:
             raise LaunchError(f"the load generator failed: {said.decode().strip() or self.process.returncode}")
         events = read_events(self._folder / "events") if self._load.events else np.empty(0, dtype=EVENT)

@@ -27,7 +27,12 @@ class Error(IntEnum):
 REUSED: Final = 1
 RETRIED: Final = 2
 STREAM: Final = 4
-"""Bits of `flags`: over a kept connection; sent again as that was closed meanwhile; answered by an event stream."""
+MEASURED: Final = 8
+FILLING: Final = 16
+"""Bits of `flags`: over a kept connection; sent again as that was closed meanwhile; answered by an event stream; with
+`measure_s`, what it counts for, neither bit meaning the warm-up."""
+UNKNOWN: Final = 2**32 - 1
+"""A number of tokens that the engine did not tell."""
 
 REQUEST: Final = np.dtype(
     [
@@ -42,10 +47,14 @@ REQUEST: Final = np.dtype(
         ("connection", "u4"),
         ("events", "u4"),  # with content
         ("status", "u2"),
-        ("label", "u2"),  # 0: none; else a position, from one, in the summary's labels
+        ("label", "u2"),  # of the first header asked for; 0: none, else a position, from one, in the summary's labels
+        ("second", "u2"),  # of the next ones
+        ("third", "u2"),
         ("error", "u1"),
         ("flags", "u1"),
-        ("padding", "V6"),
+        ("padding", "V2"),
+        ("prompt_tokens", "u4"),
+        ("tokens", "u4"),
     ]
 )
 EVENT: Final = np.dtype([("sequence", "u8"), ("at", "i8"), ("hop", "i8")])

@@ -2,12 +2,13 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Final
 
 from hpc_router.config import ExpertConfig, SimOptions
 from hpc_router.expert.engines.base import Place, flags, interpreter, rank_flags, ranks_at, refuse
 from hpc_router.expert.engines.failure import OPTION, PORT, TORCH, Sign, signs
+from hpc_router.expert.sim import roofline
 from hpc_router.jobdir import Reason
 from hpc_router.registry import EngineInfo
 from hpc_router.wire import MODELS
@@ -28,6 +29,7 @@ _OWNED: Final = {
     "port": "the engine listens on a unix socket",
     "served-model-name": "the expert's name is used",
     "faults": "use options.faults",
+    "roofline": "use options.roofline",
     "nnodes": "use experts.<name>.resources.nodes",
     **dict.fromkeys(("node-rank", "master-addr", "master-port"), "each node's agent sets it"),
 }
@@ -55,12 +57,22 @@ class SimEngine:
         return (self.expert, "auto")
 
     def info(self) -> EngineInfo:
-        return EngineInfo(kind="sim", model=self.config.model, revision=self.config.revision)
+        stands_for = self.options.roofline
+        return EngineInfo(
+            kind="sim",
+            model=self.config.model,
+            revision=self.config.revision,
+            quantization=None if stands_for is None else stands_for.quantization,
+            tensor_parallel_size=None if stands_for is None else stands_for.tensor_parallel_size,
+            pipeline_parallel_size=None if stands_for is None else stands_for.pipeline_parallel_size,
+        )
 
     def argv(self, place: Place) -> list[str]:
         options = self.options
         extra = refuse(options.extra, at=f"experts.{self.expert}.engine.options", owned=_OWNED)
         faults = ["--faults", json.dumps(options.faults)] if options.faults else []
+        if options.roofline is not None:
+            roofline.Engine(options.roofline)  # refuses what is not known or does not fit
         ranks = ranks_at(place, nodes=self.config.resources.nodes)
         if ranks is not None and ranks.rank > 0:
             return [self.python, "-m", "hpc_router.expert.sim", *rank_flags(ranks)]
@@ -73,6 +85,7 @@ class SimEngine:
             *("--ttft-ms", f"{options.ttft_ms:g}"),
             *("--itl-ms", f"{options.itl_ms:g}"),
             *("--load-s", f"{options.load_s:g}"),
+            *(("--roofline", json.dumps(asdict(options.roofline))) if options.roofline is not None else ()),
             *faults,
             *flags(extra),
         ]

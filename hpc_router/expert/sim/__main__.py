@@ -18,12 +18,14 @@ from pathlib import Path
 
 import uvloop
 
+from hpc_router.config import Roofline
 from hpc_router.errors import ConfigError, HpcRouterError
 from hpc_router.expert.sim.config import SimConfig
 from hpc_router.expert.sim.faults import Kind, Rule, parse_rules
 from hpc_router.expert.sim.load_failure import strikes_this_start, traceback
 from hpc_router.expert.sim.ranks import LOST, Meeting, follow
 from hpc_router.expert.sim.server import SimEngine
+from hpc_router.schema import parse
 
 log = logging.getLogger("hpc_router.expert.sim")
 
@@ -87,6 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--embedding-dimensions", int, default.embedding_dimensions, "N", "length of embedding vectors")
     add("--keepalive-s", float, default.keepalive_s, "S", "idle connections are closed after this")
     add("--drain-s", float, 5.0, "S", "at SIGTERM, running requests may finish for this long")
+    parser.add_argument("--roofline", metavar="JSON", help="the engine on GPUs that it stands for (docs/simulation.md)")
     parser.add_argument("--faults", metavar="JSON|@FILE", help="the script of faults, see below")
     add("--nnodes", int, 1, "N", "ranks, one process each, that meet at the master's port before rank 0 loads")
     add("--node-rank", int, 0, "R", "which of them this is; only rank 0 listens")
@@ -115,7 +118,18 @@ def _config(arguments: argparse.Namespace) -> SimConfig:
         keepalive_s=arguments.keepalive_s,
         drain_s=arguments.drain_s,
         faults=_rules(arguments.faults),
+        roofline=_roofline(arguments.roofline),
     )
+
+
+def _roofline(text: str | None) -> Roofline | None:
+    if text is None:
+        return None
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"--roofline: not JSON: {error}") from error
+    return parse(Roofline, value, at="roofline")
 
 
 def _rules(text: str | None) -> tuple[Rule, ...]:

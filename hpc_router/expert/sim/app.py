@@ -52,7 +52,13 @@ class Surface:
 
     def __init__(self, core: Core) -> None:
         self._core = core
-        self._metrics = EngineMetrics(core.scheduler.counts, model=core.config.model, capacity=core.config.capacity)
+        batching = core.batching
+        self._metrics = EngineMetrics(
+            core.scheduler.counts,
+            model=core.config.model,
+            capacity=core.config.capacity,
+            steps=None if batching is None else lambda: (batching.step_s, batching.lost_s),
+        )
         self._created = int(core.clock.unix_s())
 
         @web.middleware

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from hpc_router.config import Roofline
 from hpc_router.errors import ConfigError
 from hpc_router.expert.sim.faults import Rule
 
@@ -24,6 +25,8 @@ class SimConfig:
     # How long running requests may finish after the order to stop; 0 aborts them.
     drain_s: float = 0.0
     faults: tuple[Rule, ...] = ()
+    # An engine on GPUs to stand for; then ttft_s, itl_s and jitter mean nothing.
+    roofline: Roofline | None = None
 
     def __post_init__(self) -> None:
         if not self.served_model_names or not all(self.served_model_names):

@@ -3,6 +3,7 @@
 import random
 from dataclasses import dataclass, field
 
+from hpc_router.expert.sim.batching import Batching
 from hpc_router.expert.sim.config import SimConfig
 from hpc_router.expert.sim.kept import Kept
 from hpc_router.expert.sim.latency import Clock, LatencyModel
@@ -23,4 +24,5 @@ class Core:
     ids: random.Random
     recent: Recent = field(default_factory=Recent)
     kept: Kept = field(default_factory=Kept)
+    batching: Batching | None = None  # where it stands for an engine on GPUs
     loaded: bool = False

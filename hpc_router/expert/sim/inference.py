@@ -5,6 +5,7 @@ holds a place. The answer is decided before the first token is paced, so only ti
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Final
@@ -17,7 +18,7 @@ from hpc_router.expert.sim.api_error import ApiError
 from hpc_router.expert.sim.core import Core
 from hpc_router.expert.sim.faults import EXPRESSIBLE, Answer, Fault, Kind, parse_fault
 from hpc_router.expert.sim.generate import Job, answer_embedding, answer_stream, answer_whole
-from hpc_router.expert.sim.latency import Pace
+from hpc_router.expert.sim.latency import Pace, SpacedPace
 from hpc_router.expert.sim.protocol import (
     Api,
     Embedding,
@@ -73,8 +74,11 @@ class Inference:
         self._check(asked.model, asked.inputs, max_tokens=None)
         factor, fault = await self._fault(request, asked, answer=Answer.BODY)
         body = self._embed(asked, envelope=self._envelope(request, prefix="embd-"))
-        async with self._core.scheduler.admit(prompt_tokens=asked.prompt_tokens) as ticket:
-            job = self._job(request, ticket, factor=factor, fault=fault)
+        async with (
+            self._core.scheduler.admit(prompt_tokens=asked.prompt_tokens) as ticket,
+            self._pace(asked.prompt_tokens, factor) as pace,
+        ):
+            job = self._job(request, ticket, pace=pace, fault=fault)
             return await answer_embedding(job, body, prompt_tokens=asked.prompt_tokens)
 
     async def _generate(self, request: web.Request, asked: Generation) -> web.StreamResponse:
@@ -84,8 +88,11 @@ class Inference:
         completions = [self._complete(asked, prompt, index) for prompt in asked.prompts for index in range(asked.n)]
         envelope = self._envelope(request, prefix=_ID_PREFIXES[asked.api], own=asked.api is Api.RESPONSE)
         send = answer_stream if asked.stream else answer_whole
-        async with self._core.scheduler.admit(prompt_tokens=asked.prompt_tokens) as ticket:
-            job = self._job(request, ticket, factor=factor, fault=fault)
+        async with (
+            self._core.scheduler.admit(prompt_tokens=asked.prompt_tokens) as ticket,
+            self._pace(asked.prompt_tokens, factor) as pace,
+        ):
+            job = self._job(request, ticket, pace=pace, fault=fault)
             if asked.store:
                 job.keep = partial(self._core.kept.add, envelope.id, asked.prompts[0], completions[0])
             return await send(job, asked, completions, form=_FORMS[asked.api](envelope, asked))
@@ -142,7 +149,14 @@ class Inference:
         created = int(self._core.clock.unix_s())
         return shapes.Envelope(id=f"{prefix}{name}", created=created, model=self._config.model)
 
-    def _job(self, request: web.Request, ticket: Ticket, *, factor: float, fault: Fault | None) -> Job:
+    def _pace(self, prompt_tokens: int, factor: float) -> AbstractAsyncContextManager[Pace]:
+        """When the request's tokens come. In a batch all share its steps: there `slow` slows nobody."""
+        core = self._core
+        if core.batching is not None:
+            return core.batching.seat(prompt_tokens)
+        return nullcontext(SpacedPace(core.latency, clock=core.clock, factor=factor))
+
+    def _job(self, request: web.Request, ticket: Ticket, *, pace: Pace, fault: Fault | None) -> Job:
         core = self._core
         return Job(
             request=request,
@@ -150,7 +164,7 @@ class Inference:
             counts=core.scheduler.counts,
             clock=core.clock,
             crash=core.crash,
-            pace=Pace(core.latency, clock=core.clock, factor=factor),
+            pace=pace,
             fault=fault,
         )
 

@@ -61,8 +61,18 @@ class JitteredLatency:
         return mean_s * self._rng.lognormvariate(-self._jitter * self._jitter / 2, self._jitter)
 
 
-class Pace:
+class Pace(Protocol):
     """The token schedule of one request."""
+
+    async def first(self, prompt_tokens: int, *, running: int) -> None:
+        """Returns when its first token is due."""
+
+    async def next(self, *, running: int) -> None:
+        """Returns when the next one is."""
+
+
+class SpacedPace:
+    """By a latency model, whoever else is there."""
 
     def __init__(self, latency: LatencyModel, *, clock: Clock, factor: float) -> None:
         self._latency, self._clock, self._factor = latency, clock, factor

@@ -5,7 +5,7 @@ in a registry of the engine's own, so several engines fit in one process.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -44,8 +44,15 @@ class Counts:
 
 
 class EngineMetrics(Collector):
-    def __init__(self, counts: Counts, *, model: str, capacity: int | None) -> None:
-        self._counts, self._model, self._capacity = counts, model, capacity
+    def __init__(
+        self,
+        counts: Counts,
+        *,
+        model: str,
+        capacity: int | None,
+        steps: Callable[[], tuple[float, float]] | None = None,
+    ) -> None:
+        self._counts, self._model, self._capacity, self._steps = counts, model, capacity, steps
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(self)
 
@@ -66,6 +73,10 @@ class EngineMetrics(Collector):
         yield self._by_label(
             "hpc_router_sim_aborted_requests", "Clients that left.", label="phase", names=Phase, values=counts.aborted
         )
+        if self._steps is not None:
+            step_s, lost_s = self._steps()
+            yield self._counter("hpc_router_sim_step_seconds", "Seconds that steps were to last.", value=step_s)
+            yield self._counter("hpc_router_sim_lost_seconds", "Seconds by which steps lagged.", value=lost_s)
         yield self._by_label(
             "hpc_router_sim_faults", "Faults struck.", label="kind", names=sorted(counts.faults), values=counts.faults
         )

@@ -15,11 +15,13 @@ from aiohttp import web
 
 from hpc_router.errors import ConfigError, LaunchError
 from hpc_router.expert.sim.app import make_app
+from hpc_router.expert.sim.batching import Batching
 from hpc_router.expert.sim.config import SimConfig
 from hpc_router.expert.sim.core import Core
 from hpc_router.expert.sim.latency import Clock, JitteredLatency, LatencyModel, RealClock
 from hpc_router.expert.sim.metrics import Counts
 from hpc_router.expert.sim.recent import Recent
+from hpc_router.expert.sim.roofline import Engine
 from hpc_router.expert.sim.scheduler import Scheduler
 from hpc_router.expert.sim.script import FaultScript
 from hpc_router.expert.sim.strike import Crash, ResetAtOnce
@@ -48,14 +50,16 @@ class SimEngine:
         self.uds = uds
         self.died = asyncio.Event()
         self._host, self._port = host, port
+        clock = clock or RealClock()
         self._core = Core(
             config=config,
-            clock=clock or RealClock(),
+            clock=clock,
             latency=latency or _default_latency(config),
             crash=crash or self._crash,
             scheduler=Scheduler(capacity=config.capacity),
             script=FaultScript(config.faults, seed=config.seed),
             ids=random.Random(),  # unseeded: replicas of one seed must not share ids
+            batching=None if config.roofline is None else Batching(Engine(config.roofline), clock),
         )
         self._runner: web.AppRunner | None = None
         self._listener: asyncio.Server | None = None
@@ -136,6 +140,8 @@ class SimEngine:
         self._close_listener()
         await self._drain(self._runner)
         await self._runner.cleanup()
+        if self._core.batching is not None:
+            await self._core.batching.close()
         if self.uds is not None:
             self.uds.unlink(missing_ok=True)
 

@@ -1,0 +1,232 @@
+"""Figures of a result set: one panel each, narrow enough for a phone, told apart without colour by line and marker.
+
+An invalid point is drawn hollow and crossed, and the legend says so. Every axis has its unit; every figure says whether
+it shows a simulation, CPUs or GPUs.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
+
+from analysis.results import EVIDENCE, Group, Series, Value
+
+WIDTH_IN: Final = 5.0
+STYLES: Final = (
+    ("#000000", "-", "o"),
+    ("#0072B2", "--", "s"),
+    ("#D55E00", "-.", "^"),
+    ("#009E73", ":", "D"),
+    ("#CC79A7", (0, (6, 1, 1, 1, 1, 1)), "v"),
+    ("#555555", (0, (1, 1)), "P"),
+    ("#E69F00", (0, (8, 2)), "X"),
+    ("#56B4E9", (0, (3, 1, 1, 1)), "*"),
+)
+HATCHES: Final = ("", "///", "...", "xxx", "\\\\\\", "ooo", "---", "+++")
+GREYS: Final = ("#f2f2f2", "#bdbdbd", "#e0e0e0", "#8f8f8f", "#d0d0d0", "#ffffff", "#a8a8a8", "#c8c8c8")
+RC: Final[Any] = {
+    "font.size": 10.5,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.labelsize": 10.5,
+    "legend.fontsize": 9,
+    "svg.fonttype": "path",
+    "svg.hashsalt": "hpc_router",
+    "font.family": "DejaVu Sans",
+    "lines.linewidth": 1.6,
+    "lines.markersize": 6,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """A finished figure. `told`: what it shows, in a sentence, for those who cannot see it."""
+
+    name: str
+    title: str
+    told: str
+    figure: Figure
+
+    def save(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        with mpl.rc_context(RC):
+            self.figure.savefig(folder / f"{self.name}.svg", metadata={"Date": None})
+            self.figure.savefig(folder / f"{self.name}.png", dpi=144)
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """One figure over the load: a key of the records, or two of them as a line and a fainter one above."""
+
+    name: str
+    title: str
+    unit: str
+    key: str
+    upper: str | None = None  # drawn thin, without markers
+    scale: float = 1.0
+    log: bool = True
+
+
+CURVES: Final = (
+    Curve("throughput", "System throughput", "output tokens/s", "tokens_per_s"),
+    Curve("session", "Session throughput, median", "output tokens/s per user", "session_tokens_per_s.p50"),
+    Curve("ttft", "Time to first token: median, thin: p99", "ms", "ttft_s.p50", "ttft_s.p99", 1e3),
+    Curve("itl", "Inter-token latency: median, thin: p99", "ms per token", "itl_s.p50", "itl_s.p99", 1e3),
+    Curve("e2e", "End-to-end latency: median, thin: p99", "s", "e2e_s.p50", "e2e_s.p99"),
+    Curve("goodput", "Goodput: answers within the limits", "requests/s", "goodput_per_s", log=False),
+    Curve("router", "What the router adds to the first token", "ms, difference of medians", "router.ttft_s.added_s",
+          scale=1e3, log=False),
+    Curve("router_share", "The router's share of time to first token", "% of the median", "router.ttft_s.share",
+          scale=100, log=False),
+)  # fmt: skip
+
+
+def curves(series: Sequence[Series]) -> list[Drawn]:
+    """All of one kind of evidence and one kind of load; what no record has is not drawn."""
+    return [drawn for curve in CURVES if (drawn := _curve(curve, series)) is not None]
+
+
+def _curve(curve: Curve, series: Sequence[Series]) -> Drawn | None:
+    found = [(one, one.points(curve.key, scale=curve.scale)) for one in series]
+    if not any(points for _, points in found):
+        return None
+    evidence, by = series[0].evidence, series[0].by
+    with mpl.rc_context(RC):
+        figure, axes = _panel(f"{curve.title}", evidence, rows=len(found))
+        some_invalid = False
+        for number, (one, points) in enumerate(found):
+            if points:
+                upper = one.points(curve.upper, scale=curve.scale) if curve.upper else []
+                some_invalid |= _line(axes, one.name, number, points, upper)
+        _load_axis(axes, by, sorted({g.load for _, points in found for g, _ in points}))
+        positive = all(value.mean > 0 for _, points in found for _, value in points)
+        if curve.log and positive:
+            shown = [v.mean for one in series for key in (curve.key, curve.upper) if key
+                     for _, v in one.points(key, scale=curve.scale)]  # fmt: skip
+            low, high = min(shown) / 1.25, max(shown) * 1.25
+            axes.set_ylim(low, high)
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(FuncFormatter(_plain))
+            axes.yaxis.set_minor_formatter(FuncFormatter(_plain) if high < 10 * low else NullFormatter())
+        elif positive:
+            axes.set_ylim(bottom=0)
+        axes.set_ylabel(curve.unit)
+        axes.grid(visible=True, which="major", color="#d8d8d8", linewidth=0.6)
+        _legend(axes, some_invalid)
+    return Drawn(f"{evidence}-{by}-{curve.name}", curve.title, _told(curve, found, by), figure)
+
+
+def _line(
+    axes: Any, name: str, number: int, points: list[tuple[Group, Value]], upper: list[tuple[Group, Value]]
+) -> bool:
+    """Whether a point of it is invalid."""
+    colour, line, marker = STYLES[number % len(STYLES)]
+    loads, means = [g.load for g, _ in points], [v.mean for _, v in points]
+    axes.plot(loads, means, color=colour, linestyle=line, marker=marker, label=name, zorder=3)
+    spread = [(g.load, v.mean, v.half) for g, v in points if v.half is not None]
+    if spread:
+        at, mean, half = zip(*spread, strict=True)
+        axes.errorbar(at, mean, yerr=half, color=colour, linestyle="none", capsize=3, linewidth=1, zorder=3)
+    if upper:
+        axes.plot([g.load for g, _ in upper], [v.mean for _, v in upper], color=colour, linestyle=line, linewidth=0.7)
+    invalid = [(g.load, v.mean) for g, v in points if not g.valid]
+    if invalid:
+        at, mean = zip(*invalid, strict=True)
+        axes.plot(at, mean, linestyle="none", marker=marker, markersize=9, markerfacecolor="white",
+                  markeredgecolor=colour, zorder=4)  # fmt: skip
+        axes.plot(at, mean, linestyle="none", marker="x", markersize=7, color="black", zorder=5)
+    return bool(invalid)
+
+
+def balance(series: Sequence[Series]) -> Drawn | None:
+    """Who answered how much, at the highest load of each."""
+    rows = [(one, one.groups[-1]) for one in series if one.groups]
+    experts = sorted({name for _, group in rows for record in group.records for name in record["experts"]})
+    if not experts or len(experts) < 2:
+        return None
+    with mpl.rc_context(RC):
+        figure, axes = _panel("Share of requests per expert", series[0].evidence, rows=len(experts), bars=len(rows))
+        for number, (_, group) in enumerate(rows):
+            left = 0.0
+            for place, expert in enumerate(experts):
+                value = group.value(f"experts.{expert}", scale=100)
+                if value is None:
+                    continue
+                axes.barh(number, value.mean, left=left, height=0.6, color=GREYS[place % len(GREYS)],
+                          hatch=HATCHES[place % len(HATCHES)], edgecolor="black", linewidth=0.8)  # fmt: skip
+                left += value.mean
+        labels = [f"{_folded(one.name)}\n({_load(one.by, group.load)})" for one, group in rows]
+        axes.set_yticks(range(len(rows)), labels, fontsize=8.5)
+        axes.invert_yaxis()
+        axes.set_xlim(0, 100)
+        axes.set_xlabel("% of the successful requests")
+        handles = [
+            Patch(facecolor=GREYS[i % len(GREYS)], hatch=HATCHES[i % len(HATCHES)], edgecolor="black", label=e)
+            for i, e in enumerate(experts)
+        ]
+        figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, handlelength=2.4)
+    told = "Horizontal bars, one per deployment, divided by expert."
+    return Drawn(f"{series[0].evidence}-{series[0].by}-balance", "Share of requests per expert", told, figure)
+
+
+def _panel(title: str, evidence: str, *, rows: int, bars: int = 0) -> tuple[Figure, Any]:
+    height = 1.5 + 0.62 * bars + 0.25 * (rows // 3 + 1) if bars else 3.1 + 0.19 * rows
+    figure = Figure(figsize=(WIDTH_IN, height), layout="constrained")
+    axes = figure.add_subplot()
+    figure.suptitle(title, fontsize=11, fontweight="bold")
+    axes.set_title(EVIDENCE[evidence], fontsize=9.5, fontweight="normal")
+    return figure, axes
+
+
+def _load_axis(axes: Any, by: str, loads: list[float]) -> None:
+    axes.set_xscale("log")
+    axes.set_xticks(_apart(loads), [f"{load:g}" for load in _apart(loads)])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlabel("concurrent users" if by == "users" else "requests/s asked for")
+
+
+def _apart(loads: list[float]) -> list[float]:
+    """Ticks that do not run into each other: at least a factor of 1.6 between two."""
+    kept: list[float] = []
+    for load in loads:
+        if not kept or load >= 1.6 * kept[-1]:
+            kept.append(load)
+    return kept
+
+
+def _legend(axes: Any, some_invalid: bool) -> None:
+    if some_invalid:
+        axes.plot([], [], linestyle="none", marker="x", color="black", label="crossed: INVALID, not to be trusted")
+    axes.figure.legend(loc="outside lower left", ncols=1, frameon=False, handlelength=4.5)
+
+
+def _folded(name: str) -> str:
+    """Long names over two lines, at an underscore or a space near their middle."""
+    if len(name) <= 22:
+        return name
+    places = [i for i, c in enumerate(name) if c in "_ "]
+    at = min(places, key=lambda i: abs(i - len(name) // 2), default=len(name) // 2)
+    return f"{name[: at + 1]}\n{name[at + 1 :]}"
+
+
+def _load(by: str, load: float) -> str:
+    return f"{load:g} user{'s' if load != 1 else ''}" if by == "users" else f"{load:g}/s"
+
+
+def _plain(value: float, _position: object) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:g}"
+
+
+def _told(curve: Curve, found: Sequence[tuple[Series, list[tuple[Group, Value]]]], by: str) -> str:
+    parts = []
+    for one, points in found:
+        if points:
+            first, last = points[0], points[-1]
+            shown = f"{first[1].mean:.3g} at {_load(by, first[0].load)}"
+            parts.append(f"{one.name}: {shown}, {last[1].mean:.3g} at {_load(by, last[0].load)}")
+    return f"{curve.title} in {curve.unit}. " + "; ".join(parts) + "."

@@ -1,0 +1,272 @@
+"""Results of `python -m launch.bench` as one self-contained HTML page, and as figures.
+
+    python -m analysis.report results --out report.html [--figures DIR] [--title TEXT]
+
+RESULTS is the folder of a sweep, or one result file; several are put together. Needs the extra `analysis`.
+"""
+
+import argparse
+import html
+import io
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from analysis.results import EVIDENCE, NoResultsError, Record, Series, Value, read, saturation, series_of
+
+_CSS: Final = """
+:root { color-scheme: light; }
+body { font: 16px/1.5 system-ui, sans-serif; color: #111; background: #fff; margin: 0 auto; max-width: 1240px;
+  padding: 1rem; }
+h1 { font-size: 1.5rem; line-height: 1.25; margin: .2rem 0 .6rem; }
+h2 { font-size: 1.2rem; margin: 2rem 0 .4rem; border-bottom: 2px solid #111; padding-bottom: .2rem; }
+h3 { font-size: 1rem; margin: 1.4rem 0 .3rem; }
+p, li { max-width: 75ch; }
+.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 340px), 1fr)); gap: 1rem; }
+figure { margin: 0; border: 1px solid #bbb; padding: .4rem; break-inside: avoid; }
+figure svg { width: 100%; height: auto; display: block; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .87rem; }
+th, td { padding: .25rem .6rem; text-align: right; border-bottom: 1px solid #ccc; white-space: nowrap; }
+th { border-bottom: 2px solid #111; vertical-align: bottom; }
+th:first-child, td:first-child { text-align: left; }
+.label { border: 2px solid #111; padding: .1rem .5rem; font-weight: 700; font-size: .85rem; white-space: nowrap; }
+.invalid { text-decoration: line-through; }
+.warning { border: 3px double #111; padding: .5rem .8rem; margin: 1rem 0; }
+code { font-size: .9em; overflow-wrap: anywhere; }
+details { margin: .4rem 0; }
+@media print { .scroll { overflow: visible; } }
+"""
+_COLUMNS: Final = (
+    ("TTFT p50\nms", "ttft_s.p50", 1e3),
+    ("TTFT p99\nms", "ttft_s.p99", 1e3),
+    ("ITL p50\nms/token", "itl_s.p50", 1e3),
+    ("ITL p99\nms/token", "itl_s.p99", 1e3),
+    ("TPOT p50\nms/token", "tpot_s.p50", 1e3),
+    ("E2E p50\ns", "e2e_s.p50", 1.0),
+    ("session\ntokens/s", "session_tokens_per_s.p50", 1.0),
+    ("system\ntokens/s", "tokens_per_s", 1.0),
+    ("requests/s", "requests_per_s", 1.0),
+    ("goodput\nrequests/s", "goodput_per_s", 1.0),
+    ("router adds\nTTFT ms", "router.ttft_s.added_s", 1e3),
+    ("router adds\n% of TTFT", "router.ttft_s.share", 100.0),
+    ("failed\n%", "failed_share", 100.0),
+)
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m analysis.report", description=__doc__.split("\n", 1)[0])
+    parser.add_argument("results", nargs="+", type=Path, metavar="RESULTS", help="folder of a sweep, or a result file")
+    parser.add_argument("--out", type=Path, default=Path("report.html"), metavar="FILE")
+    parser.add_argument("--figures", type=Path, metavar="DIR", help="also each figure there, as SVG and PNG")
+    parser.add_argument("--title", default="Experiment report")
+    arguments = parser.parse_args(words)
+    try:
+        records = [record for path in arguments.results for record in read(path)]
+        page = report(records, title=arguments.title, figures=arguments.figures)
+    except NoResultsError as error:
+        sys.stderr.write(f"analysis.report: {error}\n")
+        return 2
+    except ModuleNotFoundError as error:
+        sys.stderr.write(f"analysis.report: {error.name} is missing: pip install 'hpc-router[analysis]'\n")
+        return 1
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(page, encoding="utf-8")
+    invalid = sum(not record["valid"] for record in records)
+    print(f"{arguments.out}: {len(records)} points" + (f", {invalid} of them INVALID" if invalid else ""))
+    return 0
+
+
+def report(records: Sequence[Record], *, title: str, figures: Path | None = None) -> str:
+    """The page. Raises ModuleNotFoundError without matplotlib."""
+    given = [{**record, "failed_share": _failed(record)} for record in records]
+    series = series_of(given)
+    parts = [_head(title, given), *_warnings(given, series)]
+    for evidence, told in EVIDENCE.items():
+        for by in ("users", "rate_per_s", "trace"):
+            some = [one for one in series if (one.evidence, one.by) == (evidence, by)]
+            if some:
+                parts += _section(some, told, figures)
+    parts += [_definitions(), _origin(given), "</body></html>"]
+    return "\n".join(parts)
+
+
+def _failed(record: Record) -> float:
+    return float(record["failed"]) / record["requests"] if record["requests"] else 1.0
+
+
+def _head(title: str, records: Sequence[Record]) -> str:
+    kinds = " ".join(
+        f'<span class="label">{html.escape(told)}</span>'
+        for kind, told in EVIDENCE.items()
+        if any(record["evidence"] == kind for record in records)
+    )
+    return (
+        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{html.escape(title)}</title>'
+        f"<style>{_CSS}</style></head><body><h1>{html.escape(title)}</h1><p>{kinds}</p>"
+    )
+
+
+def _warnings(records: Sequence[Record], series: Sequence[Series]) -> Iterator[str]:
+    if any(record["evidence"] == "simulated" for record in records):
+        yield (
+            '<div class="warning"><b>Simulated points are predictions</b> of a roofline model of engines on GPUs, or '
+            "of fixed latencies; they are no evidence of what GPUs do. Points marked measured are.</div>"
+        )
+    invalid = [(one, group) for one in series for group in one.groups if not group.valid]
+    if invalid:
+        items = "".join(
+            f"<li>{html.escape(one.name)}, {_load(one, group.load)}: {html.escape(reason)}</li>"
+            for one, group in invalid
+            for reason in dict.fromkeys(group.reasons)
+        )
+        told = "<b>Invalid: not to be trusted</b>, crossed in figures and tables"
+        yield f'<div class="warning">{told}<ul>{items}</ul></div>'
+    versions = {str(record["provenance"]["git"]) for record in records}
+    if len(versions) > 1:
+        yield '<div class="warning">These points were measured by different versions of the code (see below).</div>'
+
+
+def _section(series: Sequence[Series], told: str, figures: Path | None) -> Iterator[str]:
+    from analysis.figures import balance, curves
+
+    by = {"users": "concurrent users", "rate_per_s": "request rate", "trace": "a trace"}[series[0].by]
+    yield f"<h2>{html.escape(told)}: by {by}</h2>"
+    drawn = [*curves(series), *([bars] if (bars := balance(series)) is not None else [])]
+    yield '<div class="figures">'
+    for one in drawn:
+        if figures is not None:
+            one.save(figures)
+        yield f'<figure role="img" aria-label="{html.escape(one.told, quote=True)}">{_svg(one)}</figure>'
+    yield "</div>"
+    yield _saturations(series)
+    yield _table(series)
+    yield _balances(series)
+
+
+def _svg(drawn: Any) -> str:
+    import matplotlib as mpl
+
+    from analysis.figures import RC
+
+    text = io.StringIO()
+    with mpl.rc_context(RC):
+        drawn.figure.savefig(text, format="svg", metadata={"Date": None})
+    whole = text.getvalue()
+    return _own_ids(whole[whole.index("<svg") :], drawn.name)
+
+
+def _own_ids(svg: str, name: str) -> str:
+    """Ids are unique within a figure only, and a page has many."""
+    return svg.replace('id="', f'id="{name}-').replace("url(#", f"url(#{name}-").replace('href="#', f'href="#{name}-')
+
+
+def _saturations(series: Sequence[Series]) -> str:
+    rows = []
+    for one in series:
+        found = saturation(one)
+        if found is None:
+            continue
+        where = _load(one, found.load) if found.reached else f"not reached up to {_load(one, one.groups[-1].load)}"
+        gpus = str(one.gpus) if one.gpus else "-"
+        each = f"{found.tokens_per_s / one.gpus:,.0f}" if one.gpus else "-"
+        rows.append(f"<tr><td>{html.escape(one.name)}</td><td>{gpus}</td><td>{where}</td>"
+                    f"<td>{found.tokens_per_s:,.0f}</td><td>{each}</td></tr>")  # fmt: skip
+    if not rows:
+        return ""
+    return (
+        "<h3>Saturation</h3><p>The least load that has at least 90&nbsp;% of the highest throughput seen; valid points "
+        'only.</p><div class="scroll"><table><thead><tr><th>deployment</th><th>GPUs</th><th>saturates at</th>'
+        "<th>tokens/s there</th><th>tokens/s per GPU</th></tr></thead><tbody>"
+        + "".join(rows)
+        + "</tbody></table></div>"
+    )
+
+
+def _table(series: Sequence[Series]) -> str:
+    used = [c for c in _COLUMNS if any(one.points(c[1]) for one in series)]
+    head = "".join(f"<th>{html.escape(title).replace(chr(10), '<br>')}</th>" for title, _, _ in used)
+    rows = []
+    for one in series:
+        for group in one.groups:
+            mark = "" if group.valid else ' class="invalid"'
+            cells = "".join(f"<td{mark}>{_value(group.value(key, scale=scale))}</td>" for _, key, scale in used)
+            name = f"{html.escape(one.name)}</td><td>{group.load:g}</td><td>{len(group.records)}"
+            rows.append(f"<tr><td>{name}</td>{cells}</tr>")
+    load = "users" if series[0].by == "users" else "requests/s"
+    return (
+        "<h3>Figures</h3><p>Means over repeats, ± half of the 95&nbsp;% confidence interval (Student's t) where there "
+        'are several.</p><div class="scroll"><table><thead><tr><th>deployment</th><th>'
+        f"{load}</th><th>repeats</th>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+    )
+
+
+def _balances(series: Sequence[Series]) -> str:
+    rows = []
+    for one in series:
+        group = one.groups[-1]
+        for expert in sorted({name for record in group.records for name in record["balance"]}):
+            share, even = group.value(f"experts.{expert}", scale=100), group.value(f"balance.{expert}")
+            rows.append(f"<tr><td>{html.escape(one.name)}</td><td>{group.load:g}</td><td>{html.escape(expert)}</td>"
+                        f"<td>{_value(share)}</td><td>{_value(even)}</td></tr>")  # fmt: skip
+    load = "users" if series[0].by == "users" else "requests/s"
+    return (
+        "<details><summary>Balance per expert at the highest load</summary><p>Busiest replica: its requests over the "
+        'mean of the replicas of its expert that answered; 1 is even.</p><div class="scroll"><table><thead><tr>'
+        f"<th>deployment</th><th>{load}</th><th>expert</th><th>share<br>%</th><th>busiest<br>replica</th></tr></thead>"
+        f"<tbody>{''.join(rows)}</tbody></table></div></details>"
+    )
+
+
+def _definitions() -> str:
+    return (
+        "<h2>What the words mean</h2><ul>"
+        "<li><b>TTFT</b>: from the start of a request to the arrival of its first non-empty content.</li>"
+        "<li><b>ITL</b>: gaps between two events with content, per token they carry.</li>"
+        "<li><b>TPOT</b>: (last content - first content) / (tokens - 1), per answer.</li>"
+        "<li><b>E2E</b>: from the start of a request to the end of its stream.</li>"
+        "<li><b>Router adds</b>: the median through the router less the median straight at its replicas, expert by "
+        "expert, in the same run.</li>"
+        "<li><b>Goodput</b>: answers per second within the limits of bench.good.</li></ul>"
+        "<p>docs/bench.md has each definition in full.</p>"
+    )
+
+
+def _origin(records: Sequence[Record]) -> str:
+    seen: dict[str, None] = {}
+    for record in records:
+        origin = record["provenance"]
+        git = origin["git"] or {}
+        state = f"{git.get('commit', 'no git')[:12]}{' with changes' if git.get('changed') else ''}"
+        machine = origin["hardware"]
+        engines = sorted({_engine(endpoint["engine"]) for endpoint in origin["endpoints"]})
+        job = f", job {origin['job_id']}" if origin["job_id"] else ""
+        where = f"{machine['cpu']}, {machine['cpus']} CPUs, {machine['memory_gb']} GB{job}"
+        text = f"{where}; code {state}; {', '.join(engines)}"
+        seen.setdefault(f"<li>{html.escape(text)}<br><code>{html.escape(origin['command'])}</code></li>")
+    return f"<h2>Where it was measured, and by what</h2><ul>{''.join(seen)}</ul>"
+
+
+def _engine(engine: Record) -> str:
+    words = [str(engine["kind"]), str(engine["version"] or ""), Path(str(engine["model"])).name]
+    return " ".join(word for word in words if word)
+
+
+def _load(one: Series, load: float) -> str:
+    return f"{load:g} user{'s' if load != 1 else ''}" if one.by == "users" else f"{load:g} requests/s"
+
+
+def _value(value: Value | None) -> str:
+    if value is None:
+        return "-"
+    return _number(value.mean) if value.half is None else f"{_number(value.mean)} ± {_number(value.half)}"
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

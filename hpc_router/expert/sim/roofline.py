@@ -1,0 +1,237 @@
+"""How long one step of continuous batching takes on which GPUs: a small roofline. Prediction, never evidence.
+
+A step computes some tokens of some sequences. It lasts as long as the slower of arithmetic and memory traffic
+(Williams, Waterman, Patterson, "Roofline", CACM 52(4), 2009), plus what tensor-parallel ranks say to each other, plus
+the host's work. Every constant names its source; those of no source are marked ASSUMED. docs/simulation.md has the
+formulas.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from hpc_router.config import Roofline
+from hpc_router.errors import ConfigError, suggest
+
+GB: Final = 1e9
+TERA: Final = 1e12
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """Peaks of a data sheet: dense arithmetic (half of what is printed "with sparsity"), one direction of the link.
+    `fp8_flops` is None where its tensor cores know no FP8. `seqs`, `tokens`: vLLM 0.32's defaults for its API server
+    on such a card (vllm/engine/arg_utils.py)."""
+
+    memory_gb: float
+    bandwidth: float  # bytes/s
+    bf16_flops: float
+    fp8_flops: float | None
+    link: float  # bytes/s
+    seqs: int
+    tokens: int
+
+
+GPUS: Final[Mapping[str, Gpu]] = {
+    # NVIDIA H100 Tensor Core GPU data sheet (SXM5): 80 GB, 3.35 TB/s, 1,979 TFLOPS BF16 and 3,958 FP8 with sparsity,
+    # NVLink 900 GB/s both ways.
+    "h100-sxm": Gpu(80, 3.35 * TERA, 989.5 * TERA, 1979 * TERA, 450 * GB, 1024, 8192),
+    # NVIDIA H200 data sheet (SXM): the same arithmetic, 141 GB, 4.8 TB/s.
+    "h200-sxm": Gpu(141, 4.8 * TERA, 989.5 * TERA, 1979 * TERA, 450 * GB, 1024, 8192),
+    # NVIDIA A100 80GB data sheet (SXM4): 2,039 GB/s, 312 TFLOPS BF16 (dense), NVLink 600 GB/s both ways.
+    "a100-sxm": Gpu(80, 2.039 * TERA, 312 * TERA, None, 300 * GB, 256, 2048),
+    # NVIDIA L40S data sheet: 48 GB, 864 GB/s, 362 TFLOPS BF16 and 733 FP8 (dense), PCIe 4 x16: 32 GB/s each way.
+    "l40s": Gpu(48, 864 * GB, 362 * TERA, 733 * TERA, 32 * GB, 256, 2048),
+}
+
+MEMORY_EFFICIENCY: Final = 0.8
+"""Of the peak bandwidth. Measured on an H100 SXM: 2.6 to 2.8 of 3.35 TB/s for weights, 78 to 84 %
+(mikamirai.com/blog/gpu-memory-bandwidth, March 2026)."""
+COMPUTE_EFFICIENCY: Final = 0.6
+"""Of the peak arithmetic. ASSUMED for whole layers; the best single kernels reach about 75 % (FlashAttention-3,
+arXiv 2407.08608)."""
+LINK_EFFICIENCY: Final = 0.77
+"""Of one direction of the link, for all-reduces of large messages, as measured on 4 H100 with NCCL
+(waynehacking8.github.io/blog/nccl-nvlink-bandwidth, May 2026)."""
+HOP_S: Final = 10e-6
+"""Least time of one all-reduce inside a node. ASSUMED: NCCL's floor for small messages is of that order."""
+FABRIC_HOP_S: Final = 30e-6
+"""The same between nodes. ASSUMED."""
+FABRIC: Final = 50 * GB
+"""Bytes/s of one direction between nodes, per GPU: an NDR InfiniBand port of 400 Gb/s (NVIDIA ConnectX-7)."""
+HOST_S: Final = 1e-3
+"""Scheduling, launching and sampling per step. ASSUMED."""
+MEMORY_USED: Final = 0.92
+"""vLLM 0.32's default of `gpu_memory_utilization` (vllm/config/cache.py)."""
+ACTIVATIONS_GB: Final = 4.0
+"""Per GPU, for activations and CUDA graphs. ASSUMED."""
+BLOCK: Final = 16
+"""Tokens per block of the KV cache: vLLM's default (PagedAttention, arXiv 2309.06180)."""
+
+WEIGHT_BYTES: Final[Mapping[str, float]] = {
+    "bf16": 2.0,
+    "fp8": 1.0,
+    # AWQ (arXiv 2306.00978): 4 bits, and per group of 128 weights a scale of 16 bits and a zero of 4.
+    "awq": (4 + (16 + 4) / 128) / 8,
+}
+"""Per parameter of the linear layers; embeddings and the output layer stay bf16 in all of them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """A dense transformer of Llama's kind, as its config.json describes it."""
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    intermediate: int
+    vocabulary: int
+
+    @property
+    def head(self) -> int:
+        return self.hidden // self.heads
+
+    @property
+    def linear_parameters(self) -> int:
+        """Query and output, key and value, and the three matrices of the gated feed-forward network, per layer."""
+        attention = 2 * self.hidden * self.hidden + 2 * self.hidden * self.kv_heads * self.head
+        return self.layers * (attention + 3 * self.hidden * self.intermediate)
+
+    @property
+    def output_parameters(self) -> int:
+        return self.hidden * self.vocabulary
+
+    @property
+    def kv_bytes(self) -> int:
+        """Per token of context: keys and values of every layer, two bytes each."""
+        return 2 * self.layers * self.kv_heads * self.head * 2
+
+
+MODELS: Final[Mapping[str, Shape]] = {
+    # config.json of meta-llama/Meta-Llama-3-8B and -70B; "The Llama 3 Herd of Models", arXiv 2407.21783, table 3.
+    "llama3-8b": Shape(32, 4096, 32, 8, 14336, 128256),
+    "llama3-70b": Shape(80, 8192, 64, 8, 28672, 128256),
+}
+
+
+def shape_of(model: str) -> Shape:
+    """By name, or of a model folder's config.json. Raises ConfigError."""
+    known = model if model in MODELS else _known(model)
+    if known is not None:
+        return MODELS[known]
+    path = Path(model) / "config.json"
+    if not path.is_file():
+        valid = f"{suggest(model, MODELS)}, nor a folder with config.json"
+        raise ConfigError(f"roofline.model={model}: no such model{valid}")
+    given: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        heads = int(given["num_attention_heads"])
+        return Shape(
+            int(given["num_hidden_layers"]),
+            int(given["hidden_size"]),
+            heads,
+            int(given.get("num_key_value_heads") or heads),
+            int(given["intermediate_size"]),
+            int(given["vocab_size"]),
+        )
+    except (KeyError, ValueError, TypeError) as error:
+        raise ConfigError(f"{path}: no transformer of Llama's kind: {error}") from error
+
+
+def _known(model: str) -> str | None:
+    """Of a hub id such as `meta-llama/Meta-Llama-3-8B-Instruct`."""
+    plain = model.lower().replace("-", "").replace("_", "").replace(".", "")
+    for name in MODELS:
+        family, _, size = name.partition("-")
+        if family in plain and size in plain and not Path(model).is_dir():
+            return name
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What one sequence has computed in a step: `new` tokens, on top of a context of `context` tokens."""
+
+    new: int
+    context: int
+
+
+class Engine:
+    """One replica: a model in some precision over some GPUs. Raises ConfigError when it does not fit."""
+
+    def __init__(self, options: Roofline) -> None:
+        if options.gpu not in GPUS:
+            raise ConfigError(f"roofline.gpu={options.gpu}: not known{suggest(options.gpu, GPUS)}")
+        if options.quantization not in WEIGHT_BYTES:
+            said = f"roofline.quantization={options.quantization}: not known"
+            raise ConfigError(f"{said}{suggest(options.quantization, WEIGHT_BYTES)}")
+        if options.tensor_parallel_size < 1 or options.pipeline_parallel_size < 1 or options.gpus_per_node < 1:
+            raise ConfigError("roofline: parallel sizes and gpus_per_node are whole numbers from 1")
+        if not options.slowdown > 0:
+            raise ConfigError(f"roofline.slowdown={options.slowdown}: must be above 0")
+        self.options, self.gpu, self.shape = options, GPUS[options.gpu], shape_of(options.model)
+        self.tp, self.pp = options.tensor_parallel_size, options.pipeline_parallel_size
+        self.linear_bytes = self.shape.linear_parameters * WEIGHT_BYTES[options.quantization]
+        self.output_bytes = self.shape.output_parameters * 2.0
+        self.max_seqs = options.max_num_seqs or self.gpu.seqs
+        self.max_tokens = options.max_num_batched_tokens or self.gpu.tokens
+        self.kv_tokens = self._kv_tokens()
+
+    def _kv_tokens(self) -> int:
+        """Tokens of context that fit beside the weights (embedding and output layer, each once) on all GPUs."""
+        gpus = self.tp * self.pp
+        weights = self.linear_bytes + 2 * self.output_bytes
+        free = gpus * (self.gpu.memory_gb * GB * MEMORY_USED - ACTIVATIONS_GB * GB) - weights
+        tokens = int(free / self.shape.kv_bytes) // BLOCK * BLOCK
+        if tokens < BLOCK:
+            raise ConfigError(
+                f"roofline: {self.options.model} in {self.options.quantization} needs {weights / GB:.0f} GB for its "
+                f"weights alone, and {gpus} x {self.options.gpu} have {gpus * self.gpu.memory_gb:.0f} GB"
+            )
+        return tokens
+
+    def step_s(self, pieces: Sequence[Piece]) -> float:
+        """Seconds of one step. With pipeline stages the batch is cut in as many, which follow each other through the
+        stages, so each reads all weights once and a share of the batch."""
+        new = sum(piece.new for piece in pieces) / self.pp
+        reached = sum(piece.context + piece.new for piece in pieces) / self.pp
+        return max(self._arithmetic_s(pieces, new), self._memory_s(reached)) + self._talk_s(new) + HOST_S
+
+    def _arithmetic_s(self, pieces: Sequence[Piece], new: float) -> float:
+        """2 operations per parameter and token (Kaplan et al., arXiv 2001.08361), and attention's 4 per layer, hidden
+        dimension, token and token of its context; one token of each piece passes the output layer."""
+        shape = self.shape
+        peak = self.gpu.bf16_flops
+        if self.options.quantization == "fp8" and self.gpu.fp8_flops is not None:
+            peak_linear = self.gpu.fp8_flops
+        else:
+            peak_linear = peak
+        linear = 2 * shape.linear_parameters * new
+        pairs = sum(piece.new * (piece.context + piece.new / 2) for piece in pieces) / self.pp
+        rest = 4 * shape.layers * shape.hidden * pairs + 2 * shape.output_parameters * len(pieces) / self.pp
+        return (linear / peak_linear + rest / peak) / (self.tp * COMPUTE_EFFICIENCY)
+
+    def _memory_s(self, reached: float) -> float:
+        """All weights of the step, and the keys and values of every context, cross the memory's bus once (Pope et al.,
+        arXiv 2211.05102)."""
+        moved = self.linear_bytes + self.output_bytes + reached * self.shape.kv_bytes
+        return moved / (self.tp * self.gpu.bandwidth * MEMORY_EFFICIENCY)
+
+    def _talk_s(self, new: float) -> float:
+        """Two all-reduces of the hidden state per layer (Megatron-LM, arXiv 1909.08053), each moving 2(n-1)/n of its
+        bytes over the slowest link (ring; Patarasuk and Yuan, JPDC 69(2), 2009); stages hand it on once each."""
+        message = new * self.shape.hidden * 2
+        inside = self.tp <= self.options.gpus_per_node
+        link, hop_s = (self.gpu.link, HOP_S) if inside else (min(FABRIC, self.gpu.link), FABRIC_HOP_S)
+        talk_s = 0.0
+        if self.tp > 1:
+            once_s = 2 * (self.tp - 1) / self.tp * message / (link * LINK_EFFICIENCY) + hop_s
+            talk_s += 2 * self.shape.layers * once_s
+        if self.pp > 1:
+            across = self.tp * self.pp > self.options.gpus_per_node
+            between, hop_s = (FABRIC, FABRIC_HOP_S) if across else (self.gpu.link, HOP_S)
+            talk_s += (self.pp - 1) * (message / (min(between, self.gpu.link) * LINK_EFFICIENCY) + hop_s)
+        return talk_s

@@ -1,0 +1,50 @@
+"""Result records as `launch.bench` writes them, made from figures that tests choose."""
+
+from dataclasses import replace
+from typing import Any
+
+from hpc_router.bench.config import BenchConfig
+from hpc_router.bench.load import Load
+from hpc_router.bench.measure import Observation, Part, Window, figures
+from hpc_router.bench.point import Measured
+from hpc_router.bench.record import Provenance, record
+from hpc_router.bench.workload import Point
+
+ORIGIN = Provenance(
+    run="/runs/r",
+    choices={"topology": "four_small"},
+    overrides=[],
+    config=None,
+    endpoints=[{"engine": {"kind": "sim", "version": "1", "model": "/models/m"}}],
+    command="python -m launch.bench <&>",
+    job_id="7",
+    versions={},
+    git={"commit": "0123456789abcdef", "changed": False},
+    hardware={"host": "h", "cpu": "a CPU", "cpus": 2, "memory_gb": 8.0, "kernel": "6"},
+)
+
+
+def made(
+    users: int,
+    *,
+    topology: str = "four_small",
+    ttft_s: float = 0.1,
+    repeat: int = 0,
+    invalid: tuple[str, ...] = (),
+    evidence: str = "simulated",
+    added_s: float | None = None,
+) -> dict[str, Any]:
+    """`users` answers of 8 tokens, a tenth of a second apart, in a window of 10 s."""
+    seen = [
+        Observation(
+            part=Part.MEASURED, user=n, started_s=1.0, ended_s=1.0 + ttft_s + 0.8,
+            content_s=[1.0 + ttft_s + k / 10 for k in range(8)], tokens=8,
+            expert=("code", "math")[n % 2], replica=f"{('code', 'math')[n % 2]}-0.g1",
+        )
+        for n in range(users)
+    ]  # fmt: skip
+    load = Load(0.0, seen, Window(0.0, 10.0), 0.1, 0.0)
+    added = None if added_s is None else {"ttft_s": {"added_s": added_s, "share": added_s / ttft_s}}
+    point = Measured(Point(users=users, repeat=repeat), load, figures(seen, load.window), invalid, None, added)
+    origin = replace(ORIGIN, choices={"topology": topology})
+    return record("p", point, config=BenchConfig(), origin=origin) | {"evidence": evidence}

@@ -1,0 +1,107 @@
+"""The page holds all it needs and says what cannot be trusted; its figures tell series apart without colour."""
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from analysis import report
+from analysis.figures import STYLES, balance, curves
+from analysis.results import series_of
+from tests.analysis.made import made
+
+RECORDS = [
+    *(made(users, repeat=repeat, ttft_s=0.1 + 0.01 * repeat, added_s=0.002) for users in (1, 10) for repeat in (0, 1)),
+    made(1, topology="one_large <b>"),
+    made(10, topology="one_large <b>", invalid=("the window is too short: 3 answers",)),
+    made(4, topology="here", evidence="cpu", added_s=-0.001),
+]
+
+
+class Page(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.ids: list[str] = []
+        self.links: list[str] = []
+        self.tags: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        for name, value in attrs:
+            if name == "id":
+                self.ids.append(value or "")
+            if name in ("src", "href", "xlink:href"):
+                self.links.append(value or "")
+
+
+def test_a_page_of_its_own() -> None:
+    text = report.report(RECORDS, title="A <title>")
+    page = Page()
+    page.feed(text)
+    assert all(link.startswith("#") for link in page.links), "it loads nothing"
+    assert set(page.links) <= {f"#{name}" for name in page.ids}
+    assert len(page.ids) == len(set(page.ids))
+    assert not {"script", "img", "link"} & set(page.tags)
+    assert "A &lt;title&gt;" in text
+    assert "one_large &lt;b&gt;" in text
+    assert "&lt;&amp;&gt;" in text
+    assert "width=device-width" in text
+
+
+def test_it_says_what_it_is_worth() -> None:
+    text = report.report(RECORDS, title="t")
+    assert "SIMULATED, a prediction" in text
+    assert "CPU, measured" in text
+    assert "GPU, measured" not in text
+    assert "one_large &lt;b&gt;, 10 users: the window is too short: 3 answers" in text
+    assert text.count('class="invalid"') > 5
+    assert "±" in text
+
+
+def loads_of(line: Any) -> list[float]:
+    return list(line.get_xdata())
+
+
+def test_figures_are_told_apart_without_colour() -> None:
+    assert len({str(line) for _, line, _ in STYLES}) == len({marker for _, _, marker in STYLES}) == len(STYLES)
+    simulated = [one for one in series_of(RECORDS) if one.evidence == "simulated"]
+    for drawn in curves(simulated):
+        axes = drawn.figure.axes[0]
+        assert re.search(r"ms|s$|/s|%|users", axes.get_ylabel()), "a unit"
+        assert axes.get_xlabel() == "concurrent users"
+        assert axes.get_title() == "SIMULATED, a prediction"
+        lines = [line for line in axes.get_lines() if line.get_marker() in list("osD^") and len(loads_of(line)) > 1]
+        assert len({(line.get_linestyle(), line.get_marker()) for line in lines}) == len(lines)
+    names = {drawn.name for drawn in curves(simulated)}
+    assert {
+        "simulated-users-throughput",
+        "simulated-users-ttft",
+        "simulated-users-itl",
+        "simulated-users-router",
+    } <= names
+    bars = balance(simulated)
+    assert bars is not None
+    assert bars.figure.axes[0].get_xlabel() == "% of the successful requests"
+
+
+def test_an_invalid_point_is_crossed_and_the_legend_says_so() -> None:
+    simulated = [one for one in series_of(RECORDS) if one.evidence == "simulated"]
+    throughput = next(drawn for drawn in curves(simulated) if drawn.name.endswith("throughput"))
+    crosses = [line for line in throughput.figure.axes[0].get_lines() if line.get_marker() == "x"]
+    assert [loads_of(line) for line in crosses] == [[10], []]
+    (legend,) = throughput.figure.legends
+    assert any("INVALID" in text.get_text() for text in legend.get_texts())
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "r.jsonl").write_text("".join(json.dumps(one) + "\n" for one in RECORDS))
+    words = [str(tmp_path), "--out", str(tmp_path / "out" / "r.html"), "--figures", str(tmp_path / "figures")]
+    assert report.main(words) == 0
+    assert "7 points, 1 of them INVALID" in capsys.readouterr().out
+    kinds = {path.suffix for path in (tmp_path / "figures").iterdir()}
+    assert kinds == {".svg", ".png"}
+    assert report.main([str(tmp_path / "figures")]) == 2
+    assert "no result records" in capsys.readouterr().err

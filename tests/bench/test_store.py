@@ -1,0 +1,97 @@
+"""A sweep's results: what is finished is found again, whatever is asked beside it; one call at a time."""
+
+import json
+import os
+import socket
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from hpc_router.bench.config import read_config
+from hpc_router.bench.prompts import built_in
+from hpc_router.bench.store import Store
+from hpc_router.bench.sweep import Leg
+from hpc_router.bench.workload import Point
+from hpc_router.compose import load_deployment
+from hpc_router.errors import LaunchError
+from hpc_router.jobdir import start_ticks
+
+SIM = load_deployment(["topology=sim"])
+
+
+def leg(folder: Path, *overrides: str, **values: object) -> Leg:
+    deployment = load_deployment(["topology=sim", *overrides])
+    return Leg(Store(folder), deployment, read_config({"users": [1, 4], **values}), built_in())
+
+
+def test_a_finished_point_is_not_missing(tmp_path: Path) -> None:
+    one = leg(tmp_path)
+    (first, _), second = one.missing()
+    one.store.add(first, {"a": 1}, None)
+    assert one.missing() == [second]
+    more = leg(tmp_path, users=[1, 4, 16])
+    assert [point.users for _, point in more.missing()] == [4, 16]
+    assert json.loads((tmp_path / f"{first}.jsonl").read_text()) == {"a": 1}
+
+
+def test_what_is_invalid_is_measured_again_where_that_is_asked(tmp_path: Path) -> None:
+    one = leg(tmp_path)
+    (first, _), (second, _) = one.points()
+    one.store.add(first, {"valid": False}, None)
+    one.store.add(second, {"valid": True}, None)
+    assert one.missing() == []
+    assert [key for key, _ in leg(tmp_path, retry=True).missing()] == [first]
+
+
+def test_what_is_another_question_has_another_key(tmp_path: Path) -> None:
+    base = {key for key, _ in leg(tmp_path).points()}
+    others = [
+        leg(tmp_path, "experts.math.replicas=2"),
+        leg(tmp_path, "policy=round_robin"),
+        leg(tmp_path, max_tokens=8),
+        leg(tmp_path, seed=3),
+        leg(tmp_path, duration_s=5.0),
+    ]
+    for other in others:
+        assert base.isdisjoint(key for key, _ in other.points())
+    same = [leg(tmp_path, "name=another"), leg(tmp_path, repeats=2), leg(tmp_path, output="x")]
+    for other in same:
+        assert base <= {key for key, _ in other.points()}
+
+
+def test_raw_requests_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call killed between the two files has not finished the point."""
+    store = Store(tmp_path)
+    key = store.key(SIM, read_config({}), Point(users=1))
+    store.add(key, {}, [{"user": 0}])
+    found = sorted(tmp_path.glob("*.jsonl"), key=lambda path: path.stat().st_mtime_ns)
+    assert [path.name for path in found] == [f"{key}.requests.jsonl", f"{key}.jsonl"]
+
+
+def test_one_call_at_a_time(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    parent = {"host": socket.gethostname(), "pid": os.getppid(), "ticks": start_ticks(os.getppid())}
+    with store.claim(SIM):
+        (claim,) = store.runs.glob("*.claim")
+    assert not claim.exists()
+    claim.write_text(json.dumps(parent))
+    with pytest.raises(LaunchError, match=f"process {os.getppid()} on .* measures this deployment"), store.claim(SIM):
+        pass
+    assert claim.exists()
+
+
+def test_what_a_dead_call_left_is_taken_over(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    with store.claim(SIM):
+        (claim,) = store.runs.glob("*.claim")
+    dead = {"host": socket.gethostname(), "pid": os.getppid(), "ticks": 1}
+    claim.write_text(json.dumps(dead))
+    with store.claim(SIM):
+        assert json.loads(claim.read_text())["pid"] == os.getpid()
+    claim.write_text(json.dumps({**dead, "host": "elsewhere"}))
+    with pytest.raises(LaunchError, match="on elsewhere"), store.claim(SIM):
+        pass
+    os.utime(claim, (1.0, 1.0))
+    with store.claim(replace(SIM, name="renamed")):
+        pass
