@@ -4,7 +4,7 @@ BIN := .venv/bin
 SCRIPTS = $(wildcard sbatch/*) .ci/run .ci/engine-env $(shell find hpc_router -name '*.sh')
 .DEFAULT_GOAL := help
 .PHONY: help venv engines demo check shellcheck format test test-long clean bench bench-peers .venv-transformers .venv-vllm \
-  .venv-bench-peers
+  .venv-train .venv-bench-peers
 
 help: ## this text
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -16,10 +16,10 @@ help: ## this text
 
 venv: .venv/.stamp
 
-.venv-transformers .venv-vllm .venv-bench-peers: # the script sees for itself whether there is anything to do
+.venv-transformers .venv-vllm .venv-train .venv-bench-peers: # the script sees for itself whether there is anything to do
 	PYTHON=$(PYTHON) .ci/engine-env $(@:.venv-%=%)
 
-engines: .venv-transformers .venv-vllm ## the environments of the real engines (about 4 GB)
+engines: .venv-transformers .venv-vllm .venv-train ## the environments of the real engines (about 4 GB)
 
 bench-peers: .venv-bench-peers ## the routers from PyPI that `make bench` measures beside ours (100 MB)
 
@@ -61,4 +61,4 @@ format: .venv/.stamp
 	$(BIN)/ruff check --fix .
 
 clean: ## remove the environments; run directories stay
-	rm -rf .venv .venv-transformers .venv-vllm .venv-bench-peers build dist
+	rm -rf .venv .venv-transformers .venv-vllm .venv-train .venv-bench-peers build dist

@@ -51,6 +51,7 @@ def make_parser() -> argparse.ArgumentParser:
     _using(verbs)
     _changing(verbs)
     _measuring(verbs)
+    _classifying(verbs)
     return parser
 
 
@@ -216,6 +217,67 @@ def _changing(verbs: "_Verbs[_Parser]") -> None:
     reconcile.add_argument("--loop", action="store_true", help="again and again, until SIGTERM")
     reconcile.add_argument("--while-leading", metavar="REPLICA", help="with --loop: only while this router leads")
     reconcile.add_argument("--tied", action="store_true", help="with --loop: end when stdin is closed")
+
+
+def _classifying(verbs: "_Verbs[_Parser]") -> None:
+    classify = verbs.add_parser(
+        "classify",
+        help="what a classifier says of prompts and is worth; `hpc-router classify --help` lists how",
+        description="Ask a classifier about prompts. Training: `python -m launch.train_classifier --help`.",
+        epilog="examples:\n  hpc-router classify predict my-classifier prompts.jsonl\n"
+        "  hpc-router classify eval my-classifier test.jsonl --fit train.jsonl",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    tasks = classify.add_subparsers(dest="task", metavar="TASK", required=True, parser_class=_Parser)
+    known = {}
+    for name, summary in (
+        ("eval", "accuracy, confusion, balance, coverage, latency; for measured ones cost and quality"),
+        ("predict", "print one decision per prompt, a JSON line each"),
+        ("pack", "move clusters between experts until none has more load than it can carry"),
+        ("assign", "say which expert serves which cluster"),
+    ):
+        known[name] = tasks.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+        known[name].add_argument("artefact", type=Path, metavar="ARTEFACT", help="folder of the artefact")
+        if name != "assign":
+            known[name].add_argument(
+                "prompts", type=Path, metavar="PROMPTS.jsonl", help="prompts, a JSON object a line"
+            )
+    known["eval"].add_argument("--fit", type=Path, metavar="FILE", help="name clusters by these labelled prompts")
+    known["eval"].add_argument(
+        "--cost", action="append", type=_amount, default=[], metavar="EXPERT=X", help="what an answer of it costs"
+    )
+    known["eval"].add_argument("--json", action="store_true", help="print JSON")
+    known["predict"].add_argument("--fallback", metavar="EXPERT", help="as policy.fallback")
+    known["pack"].add_argument(
+        "--capacity", action="append", type=_amount, default=[], metavar="EXPERT=N", help="default: all the same"
+    )
+    known["pack"].add_argument(
+        "--limit", type=float, default=1.0, metavar="F", help="times its capacity share that an expert may get (1)"
+    )
+    known["pack"].add_argument(
+        "--max-loss", type=float, default=0.1, metavar="X", help="in accuracy over all prompts (0.1)"
+    )
+    known["pack"].add_argument("--output", type=Path, metavar="DIR", help="write the artefact with the packed table")
+    known["assign"].add_argument("table", nargs="+", type=_assigned, metavar="CLUSTER=EXPERT", help="CLUSTER= : none")
+    known["assign"].add_argument("--output", type=Path, metavar="DIR", help="default: the artefact itself")
+
+
+def _assigned(text: str) -> tuple[str, str | None]:
+    name, mark, value = text.partition("=")
+    if not mark or not name:
+        raise argparse.ArgumentTypeError(f"'{text}' is not CLUSTER=EXPERT")
+    return name, value or None
+
+
+def _amount(text: str) -> tuple[str, float]:
+    name, _, value = text.partition("=")
+    try:
+        number = float(value)
+    except ValueError:
+        number = -1.0
+    if not name or not 0 <= number < float("inf"):
+        raise argparse.ArgumentTypeError(f"'{text}' is not EXPERT=NUMBER")
+    return name, number
 
 
 def _measuring(verbs: "_Verbs[_Parser]") -> None:

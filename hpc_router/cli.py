@@ -338,6 +338,30 @@ def _bench_router(arguments: argparse.Namespace) -> int:
     return 1 if results.failed else 0
 
 
+def classify(arguments: argparse.Namespace) -> int:
+    from hpc_router import classify as task
+
+    if arguments.task == "predict":
+        return _print_lines(
+            json.dumps(decision, ensure_ascii=False)
+            for decision in task.predict(arguments.artefact, arguments.prompts, fallback=arguments.fallback)
+        )
+    if arguments.task == "eval":
+        from hpc_router.screen_classify import evaluation_text
+
+        found = task.evaluate(arguments.artefact, arguments.prompts, fit=arguments.fit, costs=dict(arguments.cost))
+        return _print(found if arguments.json else evaluation_text(found))
+    if arguments.task == "pack":
+        return _print(
+            task.repack(
+                arguments.artefact, arguments.prompts, capacity=dict(arguments.capacity), limit=arguments.limit,
+                most_loss=arguments.max_loss, output=arguments.output,
+            )
+        )  # fmt: skip
+    output = arguments.output or arguments.artefact
+    return _print(task.assign(arguments.artefact, dict(arguments.table), output=output))
+
+
 def _bench_soak(arguments: argparse.Namespace) -> int:
     from hpc_router.bench.router.run import default_out
     from hpc_router.bench.soak.options import Options, strikes_of
@@ -361,7 +385,7 @@ VERBS: Final[Mapping[str, Callable[[argparse.Namespace], int]]] = {
     verb.__name__.rstrip("_"): verb
     for verb in (
         *(plan, up, down, status, logs, why, route, chat, url, token),
-        *(scale, set_, drain, register, unregister, reconcile, bench),
+        *(scale, set_, drain, register, unregister, reconcile, bench, classify),
     )
 }
 

@@ -1,6 +1,7 @@
 # Sourced by the scripts beside it; not to be submitted. Bash 4.2 is enough. They set `home` and `usage` before.
 #   refuse WHY                       exit status 2
 #   prepare new|existing RUN         checks what every job needs
+#   alone WORD...                    the same for jobs without a run directory; WORDs stand first
 #   service                          for jobs that carry a replica: its end leaves a record, other nodes reach it
 #   start MODULE NODES OVERRIDE...   one task on each node; returns with its exit status
 
@@ -10,13 +11,17 @@ refuse() {
 }
 
 prepare() {
-    [[ -n ${SLURM_JOB_ID:-} ]] || refuse 'this is a Slurm job: submit it with sbatch'
     [[ -n $2 ]] || refuse 'the run directory has no name'
-    python=${HPC_ROUTER_PYTHON:-python3}
-    command -v "$python" >/dev/null || refuse "HPC_ROUTER_PYTHON=$python: no such program on $(uname -n)"
     run=$(realpath --canonicalize-missing -- "$2")
     [[ $1 == new || -d $run ]] || refuse "there is no run directory $run on $(uname -n) (is it on a shared file system?)"
-    words=("run='${run//\'/\\\'}'")
+    alone "run='${run//\'/\\\'}'"
+}
+
+alone() {
+    [[ -n ${SLURM_JOB_ID:-} ]] || refuse 'this is a Slurm job: submit it with sbatch'
+    python=${HPC_ROUTER_PYTHON:-python3}
+    command -v "$python" >/dev/null || refuse "HPC_ROUTER_PYTHON=$python: no such program on $(uname -n)"
+    words=("$@")
     umask 077
     PYTHONPATH=$(realpath -- "${home:?}")${PYTHONPATH:+:$PYTHONPATH}
     export PYTHONPATH

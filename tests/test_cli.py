@@ -48,7 +48,7 @@ def test_every_verb_explains_itself(verb: str, capsys: pytest.CaptureFixture[str
     said = Said(capsys, verb, "--help")
     assert said.status == 0
     assert f"hpc-router {verb}" in said.out.partition("examples:")[2] or verb in ("url", "token")
-    assert "--run DIR" in said.out or verb == "bench"
+    assert "--run DIR" in said.out or verb in ("bench", "classify")
 
 
 @pytest.mark.parametrize(
@@ -67,6 +67,8 @@ def test_every_verb_explains_itself(verb: str, capsys: pytest.CaptureFixture[str
         (["up", "--wait", "all", "router.port=x"], "'x' is not a whole number"),
         (["unregister"], "needs a REPLICA or --expert"),
         (["bench"], "required: BENCHMARK"),
+        (["classify"], "required: TASK"),
+        (["classify", "assign", "a", "x"], "is not CLUSTER=EXPERT"),
         (["bench", "router", "--streams", "5000"], "--streams 5000: between 1 and 4000"),
         (["bench", "router", "--only", "ngnix"], "did you mean 'nginx'?"),
         (["bench", "router", "--tree", "old"], "'old' is not NAME=DIR"),

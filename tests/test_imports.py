@@ -23,7 +23,7 @@ LAYERS = [
     {"expert", "router"},
     {"cluster"},
     {"bench"},
-    {"arguments", "screen", "cli"},
+    {"arguments", "classify", "screen", "screen_classify", "cli"},
 ]
 
 

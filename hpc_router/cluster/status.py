@@ -16,7 +16,7 @@ from hpc_router.errors import LaunchError
 from hpc_router.registry import Kind
 from hpc_router.rundir import RunDir
 
-_ROUTER_KNOWS = ("in_flight", "capacity", "models", "silent", "trouble")
+_ROUTER_KNOWS = ("in_flight", "capacity", "models", "silent", "trouble", "error_share", "first_byte_s", "sick")
 
 
 def status(run: RunDir) -> dict[str, Any]:
@@ -25,7 +25,7 @@ def status(run: RunDir) -> dict[str, Any]:
     seen = control.look(fresh=True)
     down = seen.desired.down
     shown = standing_views(control, seen)
-    access, told, trouble = _ask_router(run)
+    access, told, trouble = ask_router(run)
     known = {r["replica"]: r for e in (told.get("experts") or {}).values() for r in e.get("replicas", ())}
     routers = [view for view in shown if view.kind is Kind.ROUTER]
     router: dict[str, Any] = {"url": None, "state": "down" if down else "missing", "replica": None}
@@ -70,7 +70,7 @@ def standing_views(control: Control, seen: Pass) -> list[ReplicaView]:
     return [replace(v, standing=Standing.STOPPED) if v.standing in gone else v for v in shown]
 
 
-def _ask_router(run: RunDir) -> tuple[RouterAccess | None, Mapping[str, Any], str | None]:
+def ask_router(run: RunDir) -> tuple[RouterAccess | None, Mapping[str, Any], str | None]:
     """Access, its answer, and why there is none."""
     try:
         access = router_access(run)

@@ -14,7 +14,7 @@ from hpc_router.cluster.control import Control
 from hpc_router.cluster.launcher import ROUTER
 from hpc_router.cluster.logs import last_lines, tail
 from hpc_router.cluster.pending import in_words
-from hpc_router.cluster.status import standing_views
+from hpc_router.cluster.status import ask_router, standing_views
 from hpc_router.cluster.view import ReplicaView, Standing
 from hpc_router.errors import ConfigError, suggest
 from hpc_router.jobdir import Reason
@@ -66,6 +66,9 @@ _STANDING: Final[Mapping[Standing, str]] = {
 _ROUTER_ADVICE: Final = "edit router.* as the message says, then `hpc-router up` in a new run"
 
 
+_SICK_ADVICE = "`hpc-router logs {replica}` may tell why; `hpc-router drain {replica}` replaces it"
+
+
 @dataclass(frozen=True, slots=True)
 class Cause:
     view: ReplicaView
@@ -88,7 +91,24 @@ def why(run: RunDir, name: str | None = None) -> list[Cause]:
             raise ConfigError(f"no replica of this run is named '{name}'{suggest(name, names)}")
         shown = [v for v in shown if name in (v.expert, v.replica, v.replica.rpartition(".")[0])]
     now = time.time()
-    return [_cause(run, view, now=now) for view in shown if view.standing not in (Standing.READY, Standing.REGISTERED)]
+    fine = (Standing.READY, Standing.REGISTERED)
+    causes = [_cause(run, view, now=now) for view in shown if view.standing not in fine]
+    return causes + _sick([view for view in shown if view.standing in fine and view.expert != ROUTER], run)
+
+
+def _sick(shown: list[ReplicaView], run: RunDir) -> list[Cause]:
+    """Those that count as ready and are not of use, which only the router knows."""
+    _, told, _ = ask_router(run)
+    known = {r["replica"]: r for e in (told.get("experts") or {}).values() for r in e.get("replicas", ())}
+    causes = []
+    for view in shown:
+        seen = known.get(view.replica) or {}
+        if seen.get("state") == "ejected":
+            what = f"the router has it out of use: {seen.get('trouble') or 'it does not answer'}"
+            causes.append(Cause(view, what, _SICK_ADVICE.format(replica=view.replica), ()))
+        elif seen.get("sick"):
+            causes.append(Cause(view, f"it {seen['sick']}", _SICK_ADVICE.format(replica=view.replica), ()))
+    return causes
 
 
 def _cause(run: RunDir, view: ReplicaView, *, now: float) -> Cause:

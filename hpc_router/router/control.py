@@ -27,6 +27,7 @@ from hpc_router.router.discovery import Discovery
 from hpc_router.router.ejection import Incident
 from hpc_router.router.link import REPORT_S
 from hpc_router.router.metrics import Metrics, departures, gauges
+from hpc_router.router.recent import Recent, newly, totals
 from hpc_router.router.registry_file import RegistryFile
 from hpc_router.router.replicas import Event, Replica, ReplicaTable, Standing
 from hpc_router.router.sessions import Sessions, Turn
@@ -87,6 +88,7 @@ class Control:
     _owners: dict[str, int] = field(default_factory=dict)
     _seeds: dict[str, Replica] = field(default_factory=dict)
     _paces: dict[str, Pace] = field(default_factory=dict)
+    _recent: dict[str, Recent] = field(default_factory=dict)
     _view: View | None = None
     _number: int = 0
     _due: asyncio.Handle | None = None
@@ -150,6 +152,7 @@ class Control:
             replica=self.replica,
             draining=self.draining,
             paces=self._paces,
+            recent=self._recent,
             now=asyncio.get_running_loop().time(),
             in_flight=self.counters.total(IN_FLIGHT),
             max_in_flight=self.deployment.router.max_in_flight,
@@ -190,6 +193,10 @@ class Control:
                 if pace.per_s(now) is None:
                     pace.began(now - REPORT_S)
                 pace.left(now, more)
+        for name, (answered, seconds, errors) in newly(totals(counted), totals(member.counted)).items():
+            self._recent.setdefault(name, Recent()).add(answered, seconds, errors, now=now)
+        for name in [name for name in self._recent if self.table.get(name) is None]:
+            del self._recent[name]
         member.counted = counted
 
     async def recall(self, session: str) -> list[Any] | None:

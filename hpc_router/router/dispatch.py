@@ -237,7 +237,7 @@ class Dispatcher:
                     self.witness.answered(replica)
                 if errand.on_answer is not None and 200 <= upstream.status < 300:
                     errand.on_answer(replica, expert, reason)
-                self.metrics.first_byte.add(time.perf_counter() - errand.started, expert)
+                self.metrics.first_byte.add(time.perf_counter() - errand.started, expert, replica.name)
                 errand.phase = "streaming"
                 await answer.pass_on(upstream, self.said(errand, hold, upstream.headers))
         except DownstreamGoneError:

@@ -73,7 +73,7 @@ class ExpressWork(Work, Asker):
             if hold.replica.suspect:
                 dispatcher.witness.answered(hold.replica)
             head = dispatcher.said(errand, hold, headers)
-            dispatcher.metrics.first_byte.add(time.perf_counter() - errand.started, hold.expert)
+            dispatcher.metrics.first_byte.add(time.perf_counter() - errand.started, hold.expert, hold.replica.name)
             dispatcher.metrics.requests.add(hold.expert, str(errand.reason_at(hold.expert)), status)
         finally:
             hold.release()

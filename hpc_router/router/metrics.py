@@ -59,6 +59,7 @@ class Spread(Collector):
     """A histogram, for the same reason."""
 
     def __init__(self, name: str, text: str, labels: Sequence[str], *, bounds: Sequence[float]) -> None:
+        """What is added may have more labels than are shown."""
         self._about = name, text, labels
         self._bounds = bounds
         self._counts: dict[tuple[str, ...], list[int]] = {}
@@ -87,9 +88,26 @@ class Spread(Collector):
         name, text, labels = self._about
         family = HistogramMetricFamily(name, text, labels=labels)
         bounds = [*(str(float(bound)) for bound in self._bounds), "+Inf"]
+        shown: dict[tuple[str, ...], list[int]] = {}
+        sums: dict[tuple[str, ...], float] = {}
         for values, counts in self._counts.items():
-            family.add_metric(values, list(zip(bounds, accumulate(counts), strict=True)), self._sums[values])
+            key = values[: len(labels)]
+            before = shown.get(key, [0] * len(counts))
+            shown[key] = [a + b for a, b in zip(before, counts, strict=True)]
+            sums[key] = sums.get(key, 0.0) + self._sums[values]
+        for key, counts in shown.items():
+            family.add_metric(key, list(zip(bounds, accumulate(counts), strict=True)), sums[key])
         yield family
+
+    def fold(self, last: str) -> None:
+        """Count what has this last label without it from now on."""
+        gone = [(labels, counts, self._sums[labels]) for labels, counts in self._counts.items() if labels[-1] == last]
+        for labels, counts, added in gone:
+            del self._counts[labels], self._sums[labels]
+            self.absorb([[(*labels[:-1], ""), counts, added]])
+
+    def last_labels(self) -> set[str]:
+        return {labels[-1] for labels in self._counts} - {""}
 
 
 class Metrics:
@@ -118,12 +136,13 @@ class Metrics:
 
     def forget(self, *, present: Collection[str], now: float) -> None:
         """The series of replicas that have been gone for `KEEP_S`."""
-        for name in {str(labels[0]) for labels in self.failovers.labels()}:
+        for name in {str(labels[0]) for labels in self.failovers.labels()} | self.first_byte.last_labels():
             if name in present:
                 self._gone.pop(name, None)
             elif now - self._gone.setdefault(name, now) > KEEP_S:
                 del self._gone[name]
                 self.failovers.drop(name)
+                self.first_byte.fold(name)
 
     def dump(self) -> dict[str, Any]:
         """As JSON values."""

@@ -1,11 +1,12 @@
 """`GET /status`: the router's whole state as one JSON object."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hpc_router import __version__
 from hpc_router.router.admission import Pace
 from hpc_router.router.discovery import Discovery
+from hpc_router.router.recent import Recent, sickness
 from hpc_router.router.replicas import Replica, ReplicaTable
 
 
@@ -16,6 +17,7 @@ def status(
     experts: list[str],
     policy: dict[str, object],
     paces: Mapping[str, Pace],
+    recent: Mapping[str, Recent],
     now: float,
     **router: object,
 ) -> dict[str, Any]:
@@ -31,7 +33,10 @@ def status(
                 "waiting": table.waiting(name),
                 "max_waiting": table.bounds.waiting,
                 **_moves(paces.get(name), table.waiting(name), now),
-                "replicas": [_replica(r, silent=discovery.is_silent(r)) for r in table.of(name)],
+                "replicas": [
+                    _replica(r, silent=discovery.is_silent(r)) | _of_late(r, table.of(name), recent)
+                    for r in table.of(name)
+                ],
             }
             for name in experts
         },
@@ -43,6 +48,17 @@ def _moves(pace: Pace | None, waiting: int, now: float) -> dict[str, float | Non
     per_s = None if pace is None else pace.per_s(now)
     wait_s = None if pace is None or not waiting else round(pace.wait_s(waiting, now), 3)
     return {"pace_per_s": None if per_s is None else round(per_s, 3), "wait_s": wait_s}
+
+
+def _of_late(replica: Replica, all_of_expert: Sequence[Replica], recent: Mapping[str, Recent]) -> dict[str, Any]:
+    """How it has answered lately; null: too seldom to say."""
+    one = recent.get(replica.name) or Recent()
+    others = [known for r in all_of_expert if r is not replica and (known := recent.get(r.name)) is not None]
+    return {
+        "error_share": None if one.error_share is None else round(one.error_share, 3),
+        "first_byte_s": None if one.first_byte_s is None else round(one.first_byte_s, 3),
+        "sick": sickness(one, others),
+    }
 
 
 def _replica(replica: Replica, *, silent: bool) -> dict[str, Any]:

@@ -1,0 +1,213 @@
+"""Where prompts lie, and how a direction there folds into one weight per term.
+
+`cbtm`: TF-IDF of words, truncated SVD to 100, length one, as c-BTM (arXiv 2303.14177) does it. `lexical`: the same
+idea over sets of tokens with digits, symbols, pairs and beginnings kept. `distilled`: the vectors of a sentence
+encoder; a ridge regression from the lexical row to what the encoder says stands in for it at run time. It learns from
+the prompts, from any further text, and from each word of the encoder's vocabulary alone, which is what lets it place
+prompts of which no word was in the training. All three are linear in the terms, so a centre costs a column of a table.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hpc_router.routing.features import Counts, Features, Floats, Vocabulary, counts_of
+from hpc_router.routing.training.encoder import Encoder, Progress
+
+CBTM_DIMENSIONS: Final = 100
+LEXICAL_DIMENSIONS: Final = 128
+RIDGE: Final = 1.0
+WORD_WEIGHT: Final = 1.0
+ENOUGH_TEXTS: Final = 2000
+MOST_WEIGHT: Final = 16.0
+"""Fewer prompts than enough weigh more, up to so much each, or the words of the vocabulary would drown them."""
+MOST_TERMS: Final = 120_000
+SOLVER_STEPS: Final = 80
+SOLVER_TOLERANCE: Final = 1e-3
+
+Doubles = NDArray[np.float64]
+
+
+class Space(Protocol):
+    vocabulary: Vocabulary
+    idf: Doubles
+    spherical: bool
+    """Whether centres have length one; else they are means, and the nearest is wanted."""
+
+    @property
+    def vectors(self) -> Floats:
+        """Of the training prompts, of length one."""
+
+    @property
+    def dimensions(self) -> Floats | None:
+        """Term by term, where the length of a prompt in the space must be known."""
+
+    def fold(self, centres: Floats, *, without: NDArray[np.bool_] | None = None) -> Floats:
+        """terms x centres; `without`: training prompts that must not be learnt from."""
+
+
+def rows_of(counts: Counts, idf: Doubles) -> Any:
+    """Sparse TF-IDF rows by their lengths, which are what the run time divides by."""
+    from scipy import sparse
+
+    squared = np.bincount(counts.text, weights=counts.count * np.square(idf[counts.term]), minlength=counts.texts)
+    length = np.sqrt(np.where(squared > 0, squared, 1.0))
+    values = counts.count * idf[counts.term] / length[counts.text]
+    return sparse.csr_matrix((values, (counts.text, counts.term)), shape=(counts.texts, counts.terms))
+
+
+def smooth_idf(counts: Counts) -> Doubles:
+    holders = np.bincount(counts.term, minlength=counts.terms)
+    idf: Doubles = np.log((1 + counts.texts) / (1 + holders)) + 1
+    return idf
+
+
+@dataclass(kw_only=True)
+class SvdSpace:
+    vocabulary: Vocabulary
+    idf: Doubles
+    spherical: bool
+    vectors: Floats
+    components: Doubles
+    """terms x dimensions, idf included."""
+
+    @property
+    def dimensions(self) -> Floats | None:
+        return None if self.spherical else self.components.astype(np.float32)
+
+    def fold(self, centres: Floats, *, without: NDArray[np.bool_] | None = None) -> Floats:
+        return (self.components @ centres.T.astype(np.float64)).astype(np.float32)
+
+
+def cbtm(texts: Sequence[str], *, seed: int) -> SvdSpace:
+    """As published, with scikit-learn: `TfidfVectorizer -> TruncatedSVD(100) -> Normalizer`, English stop words."""
+    from sklearn.decomposition import TruncatedSVD
+    from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS, TfidfVectorizer
+
+    features = Features(kind="cbtm", prefix=0)
+    tfidf = TfidfVectorizer(analyzer=lambda text: [t for t in features.terms(text) if t not in ENGLISH_STOP_WORDS])
+    rows = tfidf.fit_transform(texts)
+    svd = TruncatedSVD(min(CBTM_DIMENSIONS, *(n - 1 for n in rows.shape)), random_state=seed).fit(rows)
+    return SvdSpace(
+        vocabulary=Vocabulary(tfidf.get_feature_names_out().tolist(), features=features),
+        idf=tfidf.idf_,
+        spherical=False,
+        vectors=_unit(svd.transform(rows)),
+        components=tfidf.idf_[:, None] * svd.components_.T,
+    )
+
+
+def lexical(texts: Sequence[str], *, seed: int) -> SvdSpace:
+    from sklearn.decomposition import TruncatedSVD
+
+    vocabulary = vocabulary_for(texts, features=Features(ngrams=2), least=2)
+    counts = counts_of(texts, vocabulary=vocabulary)
+    idf = smooth_idf(counts)
+    rows = rows_of(counts, idf)
+    svd = TruncatedSVD(min(LEXICAL_DIMENSIONS, *(n - 1 for n in rows.shape)), random_state=seed).fit(rows)
+    return SvdSpace(
+        vocabulary=vocabulary,
+        idf=idf,
+        spherical=True,
+        vectors=_unit(svd.transform(rows)),
+        components=idf[:, None] * svd.components_.T,
+    )
+
+
+@dataclass(kw_only=True)
+class Student:
+    vocabulary: Vocabulary
+    idf: Doubles
+    vectors: Floats
+    rows: Any
+    """Sparse: the training prompts first."""
+    taught: Floats
+    weight: Doubles
+    """Of each row in the regression, as the root that it is multiplied with."""
+    encoder: str
+    spherical: bool = True
+    dimensions: Floats | None = None
+    folds: int = field(default=0)
+
+    def fold(self, centres: Floats, *, without: NDArray[np.bool_] | None = None) -> Floats:
+        """A column of the regression per centre: what the encoder's cosine with it is expected to be."""
+        weight = self.weight.copy()
+        if without is not None:
+            weight[: len(self.vectors)][without] = 0
+        wanted = (self.taught @ centres.T) * weight[:, None]
+        from scipy import sparse
+
+        solved = ridge(sparse.diags_array(weight) @ self.rows, wanted.astype(np.float32), strength=RIDGE)
+        return (solved * self.idf[:, None]).astype(np.float32)
+
+
+def distilled(texts: Sequence[str], *, corpus: Sequence[str], encoder: Encoder, progress: Progress) -> Student:
+    from scipy import sparse
+
+    words = encoder.words()
+    taught = np.vstack(
+        [
+            encoder.encode(texts, what="prompts", progress=progress),
+            encoder.encode(corpus, what="corpus", progress=progress),
+            encoder.encode(words, what="words", progress=progress),
+        ]
+    )
+    features = Features()
+    vocabulary = vocabulary_for([*texts, *corpus, *words], features=features, least=1)
+    read = counts_of([*texts, *corpus], vocabulary=vocabulary)
+    idf = smooth_idf(read)
+    # Solved in rows of TF-IDF; the idf is multiplied into the weights at the end.
+    rows = sparse.vstack([rows_of(read, idf), rows_of(counts_of(words, vocabulary=vocabulary), idf)]).tocsr()
+    weight = np.full(rows.shape[0], np.sqrt(min(max(ENOUGH_TEXTS / (len(texts) + len(corpus)), 1.0), MOST_WEIGHT)))
+    weight[len(texts) + len(corpus) :] = np.sqrt(WORD_WEIGHT)
+    return Student(
+        vocabulary=vocabulary,
+        idf=idf,
+        vectors=taught[: len(texts)],
+        rows=rows,
+        taught=taught,
+        weight=weight,
+        encoder=encoder.fingerprint(),
+    )
+
+
+def ridge(rows: Any, wanted: Floats, *, strength: float) -> Floats:
+    """Conjugate gradients on the normal equations, all columns at once, each with steps of its own."""
+    rows = rows.astype(np.float32).tocsr()
+    turned = rows.T.tocsr()
+    residual: Floats = turned @ wanted
+    solved = np.zeros_like(residual)
+    step, squared = residual.copy(), np.square(residual).sum(axis=0)
+    enough = squared * SOLVER_TOLERANCE**2
+    for _ in range(SOLVER_STEPS):
+        image = turned @ (rows @ step) + np.float32(strength) * step
+        size = squared / np.maximum((step * image).sum(axis=0), 1e-30)
+        solved += size * step
+        residual -= size * image
+        now = np.square(residual).sum(axis=0)
+        if (now <= enough).all():
+            break
+        step = residual + now / np.maximum(squared, 1e-30) * step
+        squared = now
+    return solved
+
+
+def vocabulary_for(texts: Sequence[str], *, features: Features, least: int) -> Vocabulary:
+    """The terms that at least so many of the texts hold, in sorted order; of too many, those that most hold."""
+    holders: dict[str, int] = {}
+    for text in texts:
+        for term in dict.fromkeys(features.terms(text)):
+            holders[term] = holders.get(term, 0) + 1
+    kept = [term for term, count in holders.items() if count >= least]
+    if len(kept) > MOST_TERMS:
+        kept = sorted(kept, key=lambda term: (-holders[term], term))[:MOST_TERMS]
+    return Vocabulary(sorted(kept), features=features)
+
+
+def _unit(vectors: NDArray[np.floating[Any]]) -> Floats:
+    length = np.linalg.norm(vectors, axis=1, keepdims=True)
+    unit: Floats = (vectors / np.where(length > 0, length, 1.0)).astype(np.float32)
+    return unit

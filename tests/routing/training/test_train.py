@@ -1,0 +1,150 @@
+"""Artefacts from files of prompts: the same bytes each time, the unfolded pipelines' values, errors in words."""
+
+import re
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.decomposition import TruncatedSVD
+from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS, TfidfVectorizer
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import Normalizer
+
+from hpc_router.errors import ConfigError
+from hpc_router.routing.artefact import read
+from hpc_router.routing.classifier import Classifier
+from hpc_router.routing.features import Floats, counts_of
+from hpc_router.routing.training import spaces
+from hpc_router.routing.training.centres import MOST_OF_SHARE, balanced_centres
+from hpc_router.routing.training.train import TrainConfig, train
+from tests.routing.training.samples import SHARED, WORDS, prompts, written
+
+TEXTS = [str(row["prompt"]) for row in prompts()]
+WORD = st.sampled_from([*SHARED, *chain.from_iterable(WORDS.values())]) | st.text(st.characters(), max_size=6)
+ANY = st.lists(WORD, max_size=40).map(" ".join) | st.text(st.characters(), max_size=200)
+CBTM = spaces.cbtm(TEXTS, seed=0)
+PUBLISHED = make_pipeline(
+    TfidfVectorizer(
+        stop_words=list(ENGLISH_STOP_WORDS.union(["#NUMBER"])),
+        tokenizer=lambda text: [
+            "#NUMBER" if word[0].isdigit() else word for word in re.findall(r"(?u)\b\w\w+\b", text)
+        ],
+        token_pattern=None,
+    ),
+    TruncatedSVD(CBTM.vectors.shape[1], random_state=0),
+    Normalizer(),
+).fit(TEXTS)
+LEXICAL = spaces.lexical(TEXTS, seed=0)
+
+
+def quiet(what: str, done: int, total: int) -> None:
+    pass
+
+
+def trained(tmp_path: Path, **options: object) -> Classifier:
+    data = written(tmp_path / "data.jsonl", prompts())
+    config = TrainConfig(**{"data": str(data), "output": str(tmp_path / "a"), "clusters": 3, **options})  # type: ignore[arg-type]
+    made = train(config, progress=quiet)
+    made.write(tmp_path / "a")
+    again = train(config, progress=quiet)
+    assert (made.version, made.tables) == (again.version, again.tables)
+    return Classifier(read(tmp_path / "a"))
+
+
+@pytest.mark.parametrize("features", ["lexical", "cbtm"])
+def test_discovered_clusters_are_the_domains(tmp_path: Path, features: str) -> None:
+    classifier = trained(tmp_path, features=features)
+    for domain, words in WORDS.items():
+        found = {classifier.classify(f"{a} {b}").cluster for a in words for b in words if a != b}
+        assert len(found) == 1, domain
+    assert classifier.experts == (None, None, None)
+    assert classifier.margin_threshold > 0
+    assert classifier.classify("Πού; 12 + 3 = ?").known_terms == 0
+
+
+@pytest.mark.parametrize("features", ["lexical", "cbtm"])
+def test_exemplars_name_the_clusters(tmp_path: Path, features: str) -> None:
+    classifier = trained(tmp_path, features=features, method="exemplars")
+    assert classifier.experts == tuple(sorted(WORDS))
+    assert classifier.classify("a comet near the moon").expert == "astronomy"
+
+
+def test_measured_clusters_go_to_whom_they_are_worth_it(tmp_path: Path) -> None:
+    rows = prompts()
+    for row in rows:
+        row["correct"] = {"big": True, "small": row["domain"] != "sailing"}
+        row["cost"] = {"big": 1.0, "small": 0.0}
+    data = written(tmp_path / "m.jsonl", rows)
+    options = TrainConfig(data=str(data), output="x", features="lexical", method="measured", clusters=3, weight=0.2)
+    classifier = Classifier(train(options, progress=quiet))
+    assert classifier.classify("mast and rudder in the harbour").expert == "big"
+    assert classifier.classify("butter in the oven").expert == "small"
+
+
+@settings(deadline=None)
+@given(ANY)
+def test_the_run_time_is_the_published_pipeline(text: str) -> None:
+    """c-BTM: scikit-learn's vectorizer, SVD and normalizer, then the nearest centre."""
+    place = PUBLISHED.transform([text])[0]
+    centres = CBTM_CENTRES
+    expected = place @ centres.T - 0.5 * np.square(centres).sum(axis=1)
+    assert CBTM_CLASSIFIER.scores(text) == pytest.approx(expected, abs=1e-5)
+
+
+@settings(deadline=None)
+@given(ANY)
+def test_the_run_time_is_the_unfolded_projection(text: str) -> None:
+    counts = counts_of([text], vocabulary=LEXICAL.vocabulary)
+    row = spaces.rows_of(counts, LEXICAL.idf).toarray()[0] / np.where(LEXICAL.idf > 0, LEXICAL.idf, 1)
+    expected = (row @ LEXICAL.components) @ LEXICAL_CENTRES.T
+    assert LEXICAL_CLASSIFIER.scores(text) == pytest.approx(expected, abs=1e-5)
+
+
+def test_no_cluster_holds_much_more_than_its_share() -> None:
+    rng = np.random.default_rng(0)
+    crowd, few = rng.normal([4, 0, 0], 0.3, (300, 3)), rng.normal([0, 4, 0], 0.3, (30, 3))
+    vectors = np.vstack([crowd, few]).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    centres, held = balanced_centres(vectors, clusters=6, seed=0)
+    assert np.bincount(held, minlength=6).max() <= MOST_OF_SHARE * len(vectors) / 6
+    assert np.array_equal(centres, balanced_centres(vectors, clusters=6, seed=0)[0])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"data": ""}, "data=... is missing"),
+        ({"method": "discover"}, "did you mean 'discovered'"),
+        ({"features": "tfidf"}, "features=tfidf: unknown"),
+        ({"features": "distilled"}, "needs encoder=PATH"),
+        ({"clusters": 1}, "needs two or more"),
+        ({"clusters": 80}, "90 different prompts are too few for clusters=80"),
+        ({"method": "measured"}, r'data.jsonl:1: no "correct"'),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_trained_is_said(tmp_path: Path, options: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        trained(tmp_path, **{"features": "lexical", **options})
+
+
+def test_one_expert_alone_is_refused(tmp_path: Path) -> None:
+    data = written(tmp_path / "one.jsonl", [{"prompt": f"p{n}", "expert": "only"} for n in range(4)])
+    with pytest.raises(ConfigError, match=r"at least two experts.*'only'"):
+        trained(tmp_path, data=str(data), features="lexical", method="exemplars")
+
+
+def _classifier(space: spaces.SvdSpace, centres: Floats) -> Classifier:
+    from hpc_router.routing.training.train import _artefact
+
+    names = ("a", "b", "c")
+    return Classifier(_artefact(TrainConfig(), space, names, names, centres, None))
+
+
+CBTM_CENTRES = balanced_centres(CBTM.vectors, clusters=3, seed=0, spherical=False)[0]
+LEXICAL_CENTRES = balanced_centres(LEXICAL.vectors, clusters=3, seed=0)[0]
+CBTM_CLASSIFIER = _classifier(CBTM, CBTM_CENTRES)
+LEXICAL_CLASSIFIER = _classifier(LEXICAL, LEXICAL_CENTRES)

@@ -1,0 +1,63 @@
+"""`launch.train_classifier` and `hpc-router classify` as a user meets them."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from hpc_router.cli import main
+from launch import train_classifier
+from tests.routing.training.samples import prompts, written
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """An artefact and the prompts that it was trained on."""
+    folder = tmp_path_factory.mktemp("classify")
+    data = written(folder / "prompts.jsonl", prompts())
+    words = [f"data={data}", "features=lexical", "clusters=6", f"output={folder / 'a'}"]
+    assert train_classifier.main(words) == 0
+    return folder / "a", data
+
+
+def test_predict_prints_a_line_for_each_prompt(trained: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    """*contract*: the keys, in this order; `id` is the line from 0; a cluster without expert is its own."""
+    artefact, data = trained
+    assert main(["classify", "predict", str(artefact), str(data)]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert list(lines[0]) == ["id", "cluster", "expert", "score", "margin", "runner_up", "reason"]
+    assert [line["id"] for line in lines] == list(range(90))
+    assert all(line["expert"] == line["cluster"] and line["cluster"].startswith("cluster-") for line in lines)
+
+
+def test_eval_says_what_it_is_worth(trained: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    artefact, data = trained
+    assert main(["classify", "eval", str(artefact), str(data), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["accuracy"] > 0.9
+    assert found["nmi"] > 0.5
+    assert set(found["confusion"]) == {"astronomy", "cooking", "sailing"}
+    assert main(["classify", "eval", str(artefact), str(data), "--fit", str(data)]) == 0
+    assert "accuracy" in capsys.readouterr().out
+
+
+def test_clusters_are_assigned_and_packed(
+    trained: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    artefact, data = trained
+    out = tmp_path / "b"
+    assert main(["classify", "assign", str(artefact), "cluster-0=sailing", "--output", str(out)]) == 0
+    assert json.loads(capsys.readouterr().out)["experts"]["cluster-0"] == "sailing"
+    assert main(["classify", "assign", str(artefact), "cluster-9=x", "--output", str(out)]) == 2
+    assert "no cluster" in capsys.readouterr().err
+    words = ["classify", "pack", str(artefact), str(data), "--limit", "1.3", "--output", str(tmp_path / "c")]
+    assert main(words) == 0
+    assert json.loads(capsys.readouterr().out)["largest_over_capacity"] <= 1.3
+
+
+def test_what_is_wrong_is_said_in_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["classify", "predict", str(tmp_path), str(tmp_path / "p")]) == 1
+    assert "artefact.json is missing" in capsys.readouterr().err
+    assert train_classifier.main(["data=x", "feature=lexical"]) == 2
+    assert "did you mean 'features'" in capsys.readouterr().err
+    assert train_classifier.main(["--help"]) == 0
