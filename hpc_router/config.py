@@ -182,6 +182,7 @@ class PolicyConfig:
 
     kind: str = "classifier"  # classifier | model_field | round_robin | least_in_flight
     artefact: str | None = None  # null: trained at `up` from the experts' exemplars
+    shadow: str | None = None  # another artefact, which decides beside it and is only counted: how often it disagrees
     fallback: str | None = None  # the expert for what nobody knows
     window: int = 2048  # characters of the user's messages that are looked at
     margin: float | None = None  # null: the artefact's own threshold
@@ -210,7 +211,9 @@ class RouterConfig:
     hold_mb: float = 8.0  # a non-streaming answer up to this size is held until complete, so it can fail over
     max_in_flight: int = 4096  # requests, those that wait included; more get 429
     max_waiting: int = 1024  # requests that wait for a replica of one expert; more get 429
-    pin_bound: float | None = 1.25  # times the average load, up to which a conversation stays; null: it never does
+    # Times the average load of an expert's replicas, up to which a conversation stays on its own; null: it never does.
+    # At 1.1 two replicas have a Jain index of 0.99, however conversations fall on them.
+    pin_bound: float | None = 1.1
     eject_connect_errors: int = 1  # a replica is out of use after so many connections in a row that could not be made
     eject_errors: int = 5  # or so many answers in a row with 5xx, as long as its expert can spare it
     eject_share: float = 0.5  # of an expert's replicas may be out for errors, and never the last that is ready

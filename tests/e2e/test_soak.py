@@ -67,6 +67,20 @@ def test_ten_minutes_of_strikes(place: Path) -> None:
     assert struck(value, "control") == 1
 
 
+@pytest.mark.long
+@pytest.mark.timeout(600)
+def test_a_thousand_users_at_once(place: Path) -> None:
+    """Streams of a thousand users through two workers, nothing struck: nobody fails, replicas of an expert have the
+    same to do, and conversations stay where they are."""
+    value = soaked(place, "--seconds", "40", "--streams", "1000", "--rate", "1", "--strike", "none", timeout_s=580)
+    assert value["failures"] == []
+    streams = value["loads"]["streams"]
+    assert streams["answered"] >= 1000
+    assert len(streams["fairness"]) == 4
+    assert min(streams["fairness"].values()) >= 0.99
+    assert streams["moved_share"] <= 0.2
+
+
 def test_interrupted_it_takes_its_deployment_along(place: Path) -> None:
     argv = [sys.executable, "-m", "hpc_router.cli", "bench", "soak", "--out", str(place / "out")]
     with subprocess.Popen(argv, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:

@@ -1,11 +1,16 @@
 """Balance decides alike in every process, and within its bounds."""
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
 
 import pytest
 
+from hpc_router.config import RouterConfig
 from hpc_router.router.balance import lighter_of_two, load_bound, pinned, rendezvous, slot_of
+from hpc_router.router.replicas import Hold, ReplicaTable
+from tests.router.test_replicas import replica
 
 
 @dataclass
@@ -64,3 +69,47 @@ def test_every_worker_has_the_same_order() -> None:
         [1, 0, 2],
     ]
     assert (slot_of(b"session-1"), slot_of("Grüße".encode())) == (3630, 113)
+
+
+def jain(counts: Sequence[int]) -> float:
+    return sum(counts) ** 2 / (len(counts) * sum(n * n for n in counts))
+
+
+def test_a_thousand_users_load_the_replicas_of_each_expert_alike() -> None:
+    """Conversations of several turns over 8 experts with two replicas each: by what is in flight and what was served,
+    Jain's index is 0.99; and a turn leaves the replica of its conversation only where that is at its bound."""
+    random = Random(5)
+    bound = RouterConfig().pin_bound
+    assert bound is not None
+    table = ReplicaTable(bound)
+    experts = [f"e{n}" for n in range(8)]
+    for expert in experts:
+        for n in range(2):
+            table.put(replica(f"{expert}-{n}.g1", experts=(expert,), capacity=1000))
+    served: Counter[str] = Counter()
+    under_way: list[tuple[int, Hold]] = []
+    moved = 0
+    for turn in range(8000):
+        user = turn if turn < 1000 else 0
+        if turn >= 1000:  # somebody has his answer, and says the next thing; every fifth time in another conversation
+            at = int(random.random() * len(under_way))
+            under_way[at], under_way[-1] = under_way[-1], under_way[at]
+            user, hold = under_way.pop()
+            hold.release()
+            user += 1000 if random.random() < 0.2 else 0
+        expert = experts[user % 8]
+        slot = slot_of(b"user %d" % user)
+        home = table.of(expert)[rendezvous([r.place for r in table.of(expert)], slot)[0]]
+        total = sum(r.load for r in table.of(expert))
+        picked = table.acquire([expert], slot=lambda slot=slot: slot)  # type: ignore[misc]
+        assert picked is not None
+        if picked.replica is not home:
+            moved += 1
+            assert home.load >= load_bound(total=total, replicas=2, factor=bound)
+        served[picked.replica.name] += 1
+        under_way.append((user, picked))
+        if turn >= 1000:
+            assert jain([r.load for r in table.of(expert)]) >= 0.988  # 0.99 but for rounding up
+    for expert in experts:
+        assert jain([served[f"{expert}-{n}.g1"] for n in range(2)]) >= 0.99
+    assert moved < 0.1 * 8000

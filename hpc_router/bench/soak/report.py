@@ -15,6 +15,11 @@ from hpc_router.bench.soak.verdict import NS, Failure, Flat, Sample, Struck
 SCHEMA: Final = 1
 
 
+def jain(counts: Sequence[int]) -> float:
+    """1 where all have the same, 1/n where one has all."""
+    return sum(counts) ** 2 / (len(counts) * sum(count * count for count in counts))
+
+
 @dataclass(frozen=True, slots=True)
 class Part:
     """One of the loads. `recovered`: requests sent again over a new connection, as theirs had been closed."""
@@ -23,10 +28,39 @@ class Part:
     requests: Table
     failures: Sequence[Failure]
     begun_ns: int
+    labels: Sequence[str] = ()
 
     @property
     def answered(self) -> int:
         return int((self.requests["error"] == Error.NONE).sum())
+
+    @property
+    def served(self) -> dict[str, Counter[str]]:
+        """Requests by the expert that answered and its replicas; generations count as one."""
+        found: dict[str, Counter[str]] = {}
+        for label, count in zip(*np.unique(self._answered["label"], return_counts=True), strict=True):
+            if 0 < label <= len(self.labels):
+                place = self.labels[label - 1].rpartition(".")[0]
+                found.setdefault(place.rpartition("-")[0], Counter())[place] += int(count)
+        return found
+
+    @property
+    def moved_share(self) -> float:
+        """Of the requests whose conversation was answered before: how many were not where most of it was."""
+        pairs, counts = np.unique(self._answered[["prompt", "label"]], return_counts=True)
+        most: dict[int, int] = {}
+        all_: dict[int, int] = {}
+        for pair, count in zip(pairs, counts, strict=True):
+            prompt = int(pair["prompt"])
+            most[prompt] = max(most.get(prompt, 0), int(count))
+            all_[prompt] = all_.get(prompt, 0) + int(count)
+        later = sum(count - 1 for count in all_.values())
+        return round(sum(all_[prompt] - most[prompt] for prompt in all_) / later, 4) if later else 0.0
+
+    @property
+    def _answered(self) -> Table:
+        answered: Table = self.requests[self.requests["error"] == Error.NONE]
+        return answered
 
     def to_json(self) -> dict[str, Any]:
         done = self.requests[self.requests["error"] == Error.NONE]
@@ -37,6 +71,8 @@ class Part:
             "answered": self.answered,
             "events": int(self.requests["events"].sum()),
             "failed": dict(Counter(one.cause for one in self.failures)),
+            "fairness": {expert: round(jain(list(by.values())), 4) for expert, by in self.served.items()},
+            "moved_share": self.moved_share,
             **(shares if len(done) else {}),
         }
 

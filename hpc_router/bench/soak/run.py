@@ -29,7 +29,7 @@ from hpc_router.files import replace_text
 
 TOPOLOGY: Final = "soak"
 EXPERTS: Final = ("code", "math", "law", "generalist", "auto", "auto")
-VARIETY: Final = 256
+VARIETY: Final = 1000
 SHORT_TOKENS: Final = 4
 STREAM_TOKENS: Final = 60
 SETTLE_S: Final = 20.0
@@ -217,7 +217,7 @@ def _descriptors(site: Site, *, at_most: int | None = None) -> int | None:
 def _part(name: str, load: Recorded, begun_ns: int, struck: Sequence[Struck]) -> Part:
     labels = [str(label) for label in load.summary.get("labels", [])]
     found = failures(name, load.requests, labels=labels, struck=struck, begun_ns=begun_ns)
-    return Part(name, load.requests, found, begun_ns)
+    return Part(name, load.requests, found, begun_ns, labels)
 
 
 def _write(results: Results, console: Console) -> None:

@@ -68,7 +68,7 @@ def sampled(*, grows_mb: float = 0.0, grows_fds: int = 0, workers: int = 2) -> l
 def test_growth_shows() -> None:
     assert [one.met for one in flat(sampled(), seconds=100)] == [True, True]
     assert [one.met for one in flat(sampled(grows_mb=30), seconds=100)] == [False, True]
-    assert [one.met for one in flat(sampled(grows_fds=100), seconds=100)] == [True, False]
+    assert [one.met for one in flat(sampled(grows_fds=300), seconds=100)] == [True, False]
     assert [one.met for one in flat([], seconds=100)] == [None, None]
 
 
