@@ -182,6 +182,7 @@ class PolicyConfig:
 
     kind: str = "classifier"  # classifier | model_field | round_robin | least_in_flight
     artefact: str | None = None  # null: trained at `up` from the experts' exemplars
+    shadow: str | None = None  # another artefact, which decides beside it and is only counted: how often it disagrees
     fallback: str | None = None  # the expert for what nobody knows
     window: int = 2048  # characters of the user's messages that are looked at
     margin: float | None = None  # null: the artefact's own threshold

@@ -347,6 +347,13 @@ class Gateway:
         started = time.perf_counter()
         decision = self.policy.select(text, ready=self.table.ready() if self.policy.weighs_load else {})
         self.metrics.decision.add(time.perf_counter() - started)
+        version = self.policy.version
+        if version is not None:
+            self.metrics.decided.add(version, decision.cluster or "", decision.reason)
+            shadow = self.policy.shadow
+            if shadow is not None:  # it only counts
+                agreed = shadow.select(text, ready={}).expert == decision.expert
+                self.metrics.shadowed.add(version, shadow.version, "yes" if agreed else "no")
         return decision
 
     def _experts(self) -> set[str]:

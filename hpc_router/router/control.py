@@ -17,16 +17,19 @@ from functools import partial
 from typing import Any, Final
 
 from hpc_router.config import Deployment
+from hpc_router.errors import HpcRouterError
 from hpc_router.filethread import FileThread
 from hpc_router.registry import Record
 from hpc_router.router.admission import Pace, bounds_of
 from hpc_router.router.changes import Changes
-from hpc_router.router.channel import Channel, ChannelClosedError, open_channel
+from hpc_router.router.channel import Channel, ChannelClosedError
 from hpc_router.router.counters import IN_FLIGHT, Counters
 from hpc_router.router.discovery import Discovery
+from hpc_router.router.drift import Drift, drift
 from hpc_router.router.ejection import Incident
 from hpc_router.router.link import REPORT_S
 from hpc_router.router.metrics import Metrics, departures, gauges
+from hpc_router.router.policies import artefact_folder
 from hpc_router.router.recent import Recent, newly, totals
 from hpc_router.router.registry_file import RegistryFile
 from hpc_router.router.replicas import Event, Replica, ReplicaTable, Standing
@@ -34,6 +37,7 @@ from hpc_router.router.sessions import Sessions, Turn
 from hpc_router.router.status import status
 from hpc_router.router.supervisor import CONTROL, worker_name
 from hpc_router.router.view import View, give_columns, take_over, view_of
+from hpc_router.routing.artefact import training_of
 from hpc_router.routing.policy import Policy
 from hpc_router.rundir import RunDir
 
@@ -90,6 +94,7 @@ class Control:
     _paces: dict[str, Pace] = field(default_factory=dict)
     _recent: dict[str, Recent] = field(default_factory=dict)
     _view: View | None = None
+    _trained: tuple[str, Mapping[str, Any]] = ("", {})
     _number: int = 0
     _due: asyncio.Handle | None = None
     _informed: asyncio.Event = field(default_factory=asyncio.Event)
@@ -126,9 +131,9 @@ class Control:
         if member.channel is not None:
             member.channel.close()
         member.serving.clear()
-        channel: Channel
-        channel = await open_channel(sock, partial(self._take, member), on_end=lambda: self._detach(member, channel))
+        channel = Channel(partial(self._take, member), lambda: self._detach(member, channel))
         member.channel, member.taken, member.stale, member.said = channel, True, False, 0
+        await channel.open(sock)
 
     async def served(self, *, limit_s: float) -> None:
         """Until all workers serve, or the time is over."""
@@ -143,12 +148,19 @@ class Control:
     async def status(self) -> dict[str, Any]:
         await self._informed.wait()
         policy = self.deployment.policy
+        seen = await self._drift(await self._counted())
         self.table.look(self.table.all())
         return status(
             self.table,
             self.discovery,
             experts=sorted(self.table.experts() | set(self.deployment.experts)),
-            policy={"kind": policy.kind, "fallback": policy.fallback, "artefact": self.artefact},
+            policy={
+                "kind": policy.kind,
+                "fallback": policy.fallback,
+                "artefact": self.artefact,
+                "shadow": policy.shadow,
+                "drift": None if seen is None else seen.to_json(),
+            },
             replica=self.replica,
             draining=self.draining,
             paces=self._paces,
@@ -171,10 +183,8 @@ class Control:
     async def metrics(self) -> str:
         """Of all workers, those included that have ended."""
         await self._informed.wait()
-        await asyncio.gather(*map(self._count, self.members))
-        counted = Metrics()
-        for member in self.members:
-            counted.absorb(member.counted)
+        counted = await self._counted()
+        seen = await self._drift(counted)
         read = gauges(
             self.table,
             in_flight=self.counters.total(IN_FLIGHT),
@@ -182,7 +192,26 @@ class Control:
             registry_age_s=self.discovery.registry_age_s(),
             workers=sum(member.serving.is_set() for member in self.members),
         )
-        return counted.exposition(read).decode()
+        return counted.exposition((*read, *(() if seen is None else seen.gauges()))).decode()
+
+    async def _counted(self) -> Metrics:
+        await asyncio.gather(*map(self._count, self.members))
+        counted = Metrics()
+        for member in self.members:
+            counted.absorb(member.counted)
+        return counted
+
+    async def _drift(self, counted: Metrics) -> Drift | None:
+        if self.artefact is None:
+            return None
+        if self._trained[0] != self.artefact:
+            folder = artefact_folder(self.run, self.deployment)
+            try:
+                self._trained = await self.files.run(partial(training_of, folder))
+            except HpcRouterError:  # it is being replaced, or unreadable: the routers decide from memory
+                return None
+        version, training = self._trained
+        return drift(counted.decided.items(), artefact=version, training=training)
 
     def _measure(self, member: Member, counted: Mapping[str, Any]) -> None:
         """Take what a worker has counted; the queues' pace is in it."""

@@ -39,6 +39,10 @@ class Tally(Collector):
         counts = self._counts
         counts[labels] = counts.get(labels, 0) + 1
 
+    def items(self) -> Iterator[tuple[tuple[str, ...], int]]:
+        for labels, count in self._counts.items():
+            yield tuple(map(str, labels)), count
+
     def dump(self) -> Any:
         return [[labels, count] for labels, count in self._counts.items()]
 
@@ -129,6 +133,10 @@ class Metrics:
             "hpc_router_queue_seconds", "What requests waited that got a replica.", ("expert",), bounds=_LATENCY_S
         )
         self.decision = Spread("hpc_router_decision_seconds", "What choosing an expert took.", (), bounds=_DECISION_S)
+        self.decided = Tally("hpc_router_decisions", "Decisions of a classifier.", ("artefact", "cluster", "reason"))
+        self.shadowed = Tally(
+            "hpc_router_shadow_decisions", "Decisions beside those of the shadow.", ("artefact", "shadow", "agreed")
+        )
         self._gone: dict[str, float] = {}  # replicas, since when
         self._counted: dict[str, Tally | Spread] = {
             name: each for name, each in vars(self).items() if isinstance(each, Tally | Spread)

@@ -28,8 +28,14 @@ def load_policy(run: RunDir, deployment: Deployment) -> Policy:
             f"policy=classifier finds no artefact at {folder}: give policy.artefact=DIR, or experts with exemplars "
             "and start with `hpc-router up`"
         )
+    shadow = None if config.shadow is None else _by_classifier(deployment, Path(config.shadow))
+    return _by_classifier(deployment, folder, shadow=shadow)
+
+
+def _by_classifier(deployment: Deployment, folder: Path, *, shadow: Policy | None = None) -> Policy:
+    config = deployment.policy
     artefact = read(folder)
     if config.margin is not None:
         artefact = replace(artefact, margin_threshold=config.margin)
     classifier = Classifier(artefact, experts=deployment.experts or None)
-    return build_policy(kind=config.kind, classifier=classifier, fallback=config.fallback)
+    return build_policy(kind=config.kind, classifier=classifier, fallback=config.fallback, shadow=shadow)

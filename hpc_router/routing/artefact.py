@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -139,6 +140,13 @@ def read(folder: Path) -> Artefact:
     # Known already, and computing it again from the parsed values would only repeat the check.
     artefact.__dict__["version"] = manifest["version"]
     return artefact
+
+
+def training_of(folder: Path) -> tuple[str, dict[str, Any]]:
+    """The version of an artefact and what its training said, without its tables."""
+    manifest = _manifest(folder / MANIFEST)
+    training = manifest.get("training")
+    return str(manifest["version"]), training if isinstance(training, dict) else {}
 
 
 def _manifest(path: Path) -> dict[str, object]:

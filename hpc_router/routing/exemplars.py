@@ -57,8 +57,8 @@ def train(exemplars: Mapping[str, Sequence[str]], *, features: Features | None =
             "settings": {"lost_share": LOST_SHARE, "folds": min(len(texts), MAX_FOLDS)},
             "scores": {
                 "left_out_accuracy": float(np.mean(decided == label)),
-                "left_out_low_margin_share": float(np.mean(margins < threshold)),
-                "left_out_share": {name: float(np.mean(decided == c)) for c, name in enumerate(names)},
+                "low_margin_share": float(np.mean(margins < threshold)),
+                "cluster_share": {name: float(np.mean(decided == c)) for c, name in enumerate(names)},
             },
             "packages": {"numpy": np.__version__, "python": platform.python_version()},
         },

@@ -67,6 +67,10 @@ class Policy(Protocol):
     """Whether it looks at `ready` at all, which costs the router more, the more replicas there are."""
 
     @property
+    def shadow(self) -> "Policy | None":
+        """What decides beside it and has no say."""
+
+    @property
     def version(self) -> str | None:
         """What names the artefact behind the decisions, if there is one."""
 
@@ -84,7 +88,8 @@ class ClassifierPolicy:
 
     weighs_load = False
 
-    def __init__(self, classifier: Classifier, *, fallback: str | None) -> None:
+    def __init__(self, classifier: Classifier, *, fallback: str | None, shadow: "Policy | None" = None) -> None:
+        self.shadow = shadow
         self._classifier = classifier
         self._fallback = fallback
         self._expert_of = dict(zip(classifier.artefact.clusters, classifier.experts, strict=True))
@@ -127,6 +132,7 @@ class RoundRobin:
 
     version = None
     weighs_load = True
+    shadow = None
 
     def __init__(self, *, fallback: str | None = None) -> None:
         self._fallback = fallback
@@ -160,6 +166,7 @@ class ModelField:
 
     version = None
     weighs_load = False
+    shadow = None
 
     def __init__(self, *, fallback: str | None) -> None:
         self._fallback = fallback
@@ -174,14 +181,16 @@ class ModelField:
         return _distinct(decision.expert)
 
 
-def build_policy(*, kind: str, classifier: Classifier | None = None, fallback: str | None = None) -> Policy:
+def build_policy(
+    *, kind: str, classifier: Classifier | None = None, fallback: str | None = None, shadow: Policy | None = None
+) -> Policy:
     match kind:
         case "classifier":
             if classifier is None:
                 raise ConfigError(
                     "policy=classifier has no classifier: give the experts exemplars or name one with policy.artefact"
                 )
-            return ClassifierPolicy(classifier, fallback=fallback)
+            return ClassifierPolicy(classifier, fallback=fallback, shadow=shadow)
         case "round_robin":
             return RoundRobin(fallback=fallback)
         case "least_in_flight":

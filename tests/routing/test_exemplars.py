@@ -53,7 +53,7 @@ def test_the_threshold_lies_below_nearly_all_right_margins() -> None:
     assert isinstance(scores, dict)
     assert scores["left_out_accuracy"] > 0.9
     assert 0 < made.margin_threshold < 1
-    assert 0.03 < scores["left_out_low_margin_share"] < 0.15
+    assert 0.03 < scores["low_margin_share"] < 0.15
 
 
 def test_one_exemplar_each_is_enough_to_train() -> None:

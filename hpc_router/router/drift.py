@@ -1,0 +1,71 @@
+"""How far the prompts of now are from those that the classifier was trained on. Pure.
+
+The mix of clusters is compared by total variation: the share of prompts that would have to lie elsewhere, 0 to 1.
+What was decided by an earlier artefact does not count.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from prometheus_client.core import GaugeMetricFamily, Metric
+
+from hpc_router.routing.policy import Reason
+
+Counted = Iterable[tuple[tuple[str, ...], int]]
+"""(artefact, cluster, reason) -> decisions."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drift:
+    """None where the training did not say."""
+
+    decisions: int
+    cluster_distance: float | None
+    low_margin_share: float
+    trained_low_margin_share: float | None
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "decisions": self.decisions,
+            "cluster_distance": None if self.cluster_distance is None else round(self.cluster_distance, 4),
+            "low_margin_share": round(self.low_margin_share, 4),
+            "trained_low_margin_share": self.trained_low_margin_share,
+        }
+
+    def gauges(self) -> Iterator[Metric]:
+        if self.cluster_distance is not None:
+            text = "Between the clusters of the prompts and those of the training: 0 the same, 1 nothing in common."
+            yield GaugeMetricFamily("hpc_router_drift_cluster_distance", text, self.cluster_distance)
+        text = "Of the decisions, those with a margin below the threshold."
+        yield GaugeMetricFamily("hpc_router_drift_low_margin_share", text, self.low_margin_share)
+        if self.trained_low_margin_share is not None:
+            text = "The same, as it was in training."
+            yield GaugeMetricFamily("hpc_router_drift_trained_low_margin_share", text, self.trained_low_margin_share)
+
+
+def drift(counted: Counted, *, artefact: str, training: Mapping[str, Any]) -> Drift | None:
+    """None before the first decision."""
+    clusters: dict[str, int] = {}
+    low = total = 0
+    for (version, cluster, reason), count in counted:
+        if version == artefact:
+            total += count
+            clusters[cluster] = clusters.get(cluster, 0) + count
+            low += count if reason == Reason.LOW_MARGIN.value else 0
+    if not total:
+        return None
+    scores = training.get("scores", {})
+    trained = scores.get("cluster_share")
+    share = scores.get("low_margin_share")
+    return Drift(
+        decisions=total,
+        cluster_distance=None if not trained else _distance(clusters, total, trained),
+        low_margin_share=low / total,
+        trained_low_margin_share=share,
+    )
+
+
+def _distance(counts: Mapping[str, int], total: int, trained: Mapping[str, float]) -> float:
+    names = counts.keys() | trained.keys()
+    return 0.5 * sum(abs(counts.get(name, 0) / total - trained.get(name, 0.0)) for name in names)
