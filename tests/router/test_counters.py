@@ -223,4 +223,4 @@ TestInterleaving = Interleaving.TestCase
 
 @pytest.mark.long
 def test_many_interleavings() -> None:
-    run_state_machine_as_test(Interleaving, settings=settings(max_examples=3000, stateful_step_count=80, deadline=None))
+    run_state_machine_as_test(Interleaving, settings=settings(max_examples=300, stateful_step_count=60, deadline=None))
