@@ -12,7 +12,7 @@ from typing import Any, Final
 import matplotlib as mpl
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from analysis.results import EVIDENCE, Group, Series, Value
 
@@ -106,13 +106,14 @@ def _curve(curve: Curve, series: Sequence[Series]) -> Drawn | None:
         _load_axis(axes, by, sorted({g.load for _, points in found for g, _ in points}))
         positive = all(value.mean > 0 for _, points in found for _, value in points)
         if curve.log and positive:
-            shown = [v.mean for one in series for key in (curve.key, curve.upper) if key
-                     for _, v in one.points(key, scale=curve.scale)]  # fmt: skip
-            low, high = min(shown) / 1.25, max(shown) * 1.25
+            keys = [key for key in (curve.key, curve.upper) if key]
+            shown = [v for one in series for key in keys for _, v in one.points(key, scale=curve.scale)]
+            low, high = min(v.mean for v in shown) / 1.25, max(v.mean + (v.half or 0.0) for v in shown) * 1.25
             axes.set_ylim(low, high)
             axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 200 * low else (1,)))
             axes.yaxis.set_major_formatter(FuncFormatter(_plain))
-            axes.yaxis.set_minor_formatter(FuncFormatter(_plain) if high < 10 * low else NullFormatter())
+            axes.yaxis.set_minor_formatter(NullFormatter())
         elif positive:
             axes.set_ylim(bottom=0)
         axes.set_ylabel(curve.unit)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from hpc_router.cluster.control import Control
+from hpc_router.cluster.findings import findings
 from hpc_router.cluster.launcher import ROUTER
 from hpc_router.cluster.logs import last_lines, tail
 from hpc_router.cluster.pending import in_words
@@ -82,7 +83,8 @@ class Cause:
 
 
 def why(run: RunDir, name: str | None = None) -> list[Cause]:
-    """A cause for each replica that is not ready, or for those of one expert or replica."""
+    """A cause for each replica that is not ready, or for those of one expert or replica; and what a router that serves
+    has found amiss with those that are."""
     control = Control(run)
     shown = standing_views(control, control.look(fresh=True))
     if name is not None:
@@ -93,12 +95,13 @@ def why(run: RunDir, name: str | None = None) -> list[Cause]:
     now = time.time()
     fine = (Standing.READY, Standing.REGISTERED)
     causes = [_cause(run, view, now=now) for view in shown if view.standing not in fine]
-    return causes + _sick([view for view in shown if view.standing in fine and view.expert != ROUTER], run)
+    told = ask_router(run)[1]
+    causes += [Cause(one.view, one.what, one.advice, ()) for one in findings(shown, told)]
+    return causes + _sick([view for view in shown if view.standing in fine and view.expert != ROUTER], told)
 
 
-def _sick(shown: list[ReplicaView], run: RunDir) -> list[Cause]:
+def _sick(shown: list[ReplicaView], told: Mapping[str, Any]) -> list[Cause]:
     """Those that count as ready and are not of use, which only the router knows."""
-    _, told, _ = ask_router(run)
     known = {r["replica"]: r for e in (told.get("experts") or {}).values() for r in e.get("replicas", ())}
     causes = []
     for view in shown:

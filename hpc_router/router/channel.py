@@ -33,7 +33,7 @@ Handle = Callable[[str, Any], Awaitable[Any] | Any]
 
 
 class Channel(asyncio.Protocol):
-    """`open_channel` makes one."""
+    """Made at once, so that its owner has it before the first message comes; `open` connects it."""
 
     def __init__(self, handle: Handle, on_end: Callable[[], None]) -> None:
         self._handle, self._on_end = handle, on_end
@@ -42,6 +42,11 @@ class Channel(asyncio.Protocol):
         self._numbers = itertools.count(1)
         self._asked: dict[int, asyncio.Future[Any]] = {}
         self._answering: set[asyncio.Task[None]] = set()
+
+    async def open(self, sock: socket.socket) -> None:
+        """Over one of a pair of connected unix sockets."""
+        sock.setblocking(False)
+        await asyncio.get_running_loop().create_unix_connection(lambda: self, sock=sock)
 
     def tell(self, kind: str, value: Any = None) -> None:
         self._send(kind, None, value)
@@ -130,11 +135,3 @@ class Channel(asyncio.Protocol):
             return
         content = json.dumps([kind, number, value], separators=(",", ":")).encode()
         transport.write(len(content).to_bytes(_LENGTH) + content)
-
-
-async def open_channel(sock: socket.socket, handle: Handle, *, on_end: Callable[[], None]) -> Channel:
-    """Over one of a pair of connected unix sockets."""
-    loop = asyncio.get_running_loop()
-    sock.setblocking(False)
-    _, channel = await loop.create_unix_connection(lambda: Channel(handle, on_end), sock=sock)
-    return channel

@@ -22,7 +22,7 @@ from hpc_router.filethread import FileThread
 from hpc_router.registry import Record
 from hpc_router.router.admission import Pace, bounds_of
 from hpc_router.router.changes import Changes
-from hpc_router.router.channel import Channel, ChannelClosedError, open_channel
+from hpc_router.router.channel import Channel, ChannelClosedError
 from hpc_router.router.counters import IN_FLIGHT, Counters
 from hpc_router.router.discovery import Discovery
 from hpc_router.router.drift import Drift, drift
@@ -131,9 +131,9 @@ class Control:
         if member.channel is not None:
             member.channel.close()
         member.serving.clear()
-        channel: Channel
-        channel = await open_channel(sock, partial(self._take, member), on_end=lambda: self._detach(member, channel))
+        channel = Channel(partial(self._take, member), lambda: self._detach(member, channel))
         member.channel, member.taken, member.stale, member.said = channel, True, False, 0
+        await channel.open(sock)
 
     async def served(self, *, limit_s: float) -> None:
         """Until all workers serve, or the time is over."""

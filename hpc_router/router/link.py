@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from hpc_router.router.channel import Channel, ChannelClosedError, open_channel
+from hpc_router.router.channel import Channel, ChannelClosedError
 from hpc_router.router.ejection import Incident
 from hpc_router.router.metrics import Metrics
 from hpc_router.router.replicas import Event, Replica, ReplicaTable, Standing
@@ -54,8 +54,12 @@ class ControlLink:
             self._channel.close()
         self._said = 0
         self._unheard.clear()
-        channel: Channel
-        self._channel = channel = await open_channel(sock, self._take, on_end=lambda: self._detach(channel))
+        channel = Channel(self._take, lambda: self._detach(channel))
+        self._channel = channel
+        await channel.open(sock)
+        if self._channel is not channel:  # there is a newer one by now, or it has ended
+            channel.close()
+            return
         self._reported = self.metrics.dump()
         hello = {
             "pid": os.getpid(),
@@ -87,11 +91,12 @@ class ControlLink:
             async with asyncio.timeout(PATIENCE_S):
                 while True:
                     await self._attached.wait()
-                    assert self._channel is not None
+                    channel = self._channel
+                    assert channel is not None
                     try:
-                        return await self._channel.ask(kind, value, limit_s=PATIENCE_S)
+                        return await channel.ask(kind, value, limit_s=PATIENCE_S)
                     except ChannelClosedError:
-                        if self._attached.is_set():
+                        if self._channel is channel:  # else it has ended: its successor may know
                             raise
         except (TimeoutError, ChannelClosedError) as error:
             raise ChannelClosedError(

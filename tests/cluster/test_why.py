@@ -108,7 +108,7 @@ def test_a_lost_ranks_own_last_words(run: RunDir) -> None:
     assert cause(run, crashed).lines == ("waiting for ranks",)
 
 
-def test_who_is_ready_and_sick_is_told_by_the_router(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_is_ready_and_sick_is_told_by_the_router() -> None:
     """Out of use, slow or with errors; nothing is said of the others, nor without a router that answers."""
     seen = [
         {"replica": "math-0.g1", "state": "ejected", "trouble": "does not answer probes", "sick": None},
@@ -116,13 +116,11 @@ def test_who_is_ready_and_sick_is_told_by_the_router(run: RunDir, monkeypatch: p
         {"replica": "math-2.g1", "state": "ready", "trouble": None, "sick": None},
     ]
     views = [ReplicaView("math", f"math-{n}.g1", Standing.READY) for n in range(4)]
-    monkeypatch.setattr(why, "ask_router", lambda _: (None, {"experts": {"math": {"replicas": seen}}}, None))
-    told = {cause.view.replica: cause for cause in why._sick(views, run)}
+    told = {cause.view.replica: cause for cause in why._sick(views, {"experts": {"math": {"replicas": seen}}})}
     assert {replica: cause.what for replica, cause in told.items()} == {
         "math-0.g1": "the router has it out of use: does not answer probes",
         "math-1.g1": "it is slow: 1 s to the first byte",
     }
     assert told["math-1.g1"].advice is not None
     assert "hpc-router drain math-1.g1" in told["math-1.g1"].advice
-    monkeypatch.setattr(why, "ask_router", lambda _: (None, {}, "it does not answer"))
-    assert why._sick(views, run) == []
+    assert why._sick(views, {}) == []

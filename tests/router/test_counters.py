@@ -2,6 +2,7 @@
 
 import asyncio
 from dataclasses import dataclass, field, replace
+from random import Random
 
 import pytest
 from hypothesis import settings
@@ -10,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_stat
 
 from hpc_router.relay.in_flight import InFlight
 from hpc_router.router.counters import COLUMNS, IN_FLIGHT, NOWHERE, Counters
-from hpc_router.router.replicas import Event, Hold, ReplicaTable
+from hpc_router.router.replicas import OTHERS_LOOK_S, Event, Hold, ReplicaTable
 from hpc_router.router.view import give_columns, take_over, view_of
 from tests.router.test_replicas import replica
 
@@ -68,7 +69,8 @@ class Interleaving(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.loop = asyncio.new_event_loop()
+        self.loop, self.now = asyncio.new_event_loop(), 0.0
+        setattr(self.loop, "time", lambda: self.now)  # noqa: B010  # time passes where it is told to
         self.counters = Counters(workers=WORKERS)
         self.control = ReplicaTable(peers=self.counters.all())
         self.generations = dict.fromkeys(EXPERTS, 1)
@@ -84,7 +86,8 @@ class Interleaving(RuleBasedStateMachine):
 
     def _born(self, at: int) -> Worker:
         row, peers = self.counters.row(at), self.counters.others(at)
-        return Worker(ReplicaTable(cells=row, peers=peers), InFlight(row, peers, IN_FLIGHT))
+        table = ReplicaTable(cells=row, peers=peers, random=Random(at))
+        return Worker(table, InFlight(row, peers, IN_FLIGHT))
 
     def _step(self) -> None:
         """What waits may have been granted."""
@@ -107,6 +110,13 @@ class Interleaving(RuleBasedStateMachine):
             assert len(same) < hold.replica.capacity, "bounded by what all workers have"
             worker.holds.append(hold)
             worker.in_flight.__enter__()
+        self._step()
+
+    @rule()
+    def pass_time(self) -> None:
+        """Until those who wait have looked for what other workers gave back."""
+        self.now += 2 * OTHERS_LOOK_S
+        self._step()
 
     @rule(at=st.integers(0, WORKERS - 1), expert=st.sampled_from(["math", "code"]))
     def wait(self, at: int, expert: str) -> None:
@@ -213,4 +223,4 @@ TestInterleaving = Interleaving.TestCase
 
 @pytest.mark.long
 def test_many_interleavings() -> None:
-    run_state_machine_as_test(Interleaving, settings=settings(max_examples=3000, stateful_step_count=80, deadline=None))
+    run_state_machine_as_test(Interleaving, settings=settings(max_examples=300, stateful_step_count=60, deadline=None))

@@ -31,7 +31,7 @@ class Worker:
         self.table.count_queues(QUEUES)
         self.replicas: list[Replica] = []
         for column, (name, experts) in enumerate(SPOTS, start=3):
-            one = replica(name, experts=experts, capacity=2)
+            one = replica(name, experts=experts, capacity=1)
             self.table.move(one, column)
             self.table.put(one)
             self.replicas.append(one)
@@ -160,4 +160,4 @@ class Juggling(RuleBasedStateMachine):
 
 
 TestJuggling = Juggling.TestCase
-TestJuggling.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
+TestJuggling.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)

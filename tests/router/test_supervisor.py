@@ -25,7 +25,7 @@ from hpc_router.routing import exemplars
 from hpc_router.rundir import RunDir, make_run
 from tests.needs import ROOT
 from tests.processes import with_word
-from tests.router.fakes import event, fake_replica, stream
+from tests.router.fakes import FakeReplica, event, fake_replica, stream
 from tests.waiting import eventually
 
 
@@ -65,19 +65,6 @@ class Serving:
         value: dict[str, Any] = (await self.get("/status"))["router"]
         return value
 
-    async def ask(self, *, model: str = "math") -> int:
-        """A short request over a connection of its own -> its status; 0 where it hangs."""
-        body = json.dumps({"model": model, "messages": [{"role": "user", "content": "hi"}]}).encode()
-        reader, writer = await asyncio.open_connection(*self.address)
-        try:
-            writer.write(self.head(body) + body)
-            async with asyncio.timeout(0.5):
-                return int((await reader.readline()).split()[1])
-        except TimeoutError:
-            return 0
-        finally:
-            writer.close()
-
     @property
     def address(self) -> tuple[str, int]:
         host, _, port = self.url.removeprefix("http://").partition(":")
@@ -94,6 +81,12 @@ class Serving:
         writer.write(self.head(body) + body)
         await reader.readuntil(b"\n\n\r\n")
         return reader, writer
+
+
+async def closed(writer: asyncio.StreamWriter) -> None:
+    writer.close()
+    with suppress(ConnectionError):
+        await writer.wait_closed()
 
 
 @pytest.fixture
@@ -148,30 +141,33 @@ async def test_a_killed_process_is_replaced_and_the_others_serve_on(run: RunDir)
         assert (before["in_flight"], all_serve(before)) == (12, True)
         on = {w["worker"]: w["in_flight"] for w in before["workers"]}
         assert all(on.values()), "the kernel dealt them out"
-        os.kill(before["control"]["pid"], signal.SIGKILL)
-        after = await settled(one)
+        after = await killed(one, "control")
         assert pids(after)["control"] != pids(before)["control"]
         assert (after["in_flight"], after["control"]["restarts"]) == (12, 1)
         assert (await one.get("/status"))["experts"]["math"]["replicas"][0]["state"] == "ready"
-        os.kill(pids(before)["worker 0"], signal.SIGKILL)
-        reset = [s for s in streams if await is_reset(s)]
-        assert len(reset) == on[0]
-        after = await settled(one)
+        after = await killed(one, "worker 0")
         assert (after["in_flight"], after["workers"][0]["restarts"]) == (on[1], 1)
         assert pids(after)["worker 0"] != pids(before)["worker 0"]
-        fake.go_on.set()
-        for reader, writer in streams:
-            if (reader, writer) not in reset:
-                assert (await reader.read(10_000)).endswith(b"0\r\n\r\n")
-            writer.close()
+        assert await end(streams, fake) == on[0]
         await zeros(one)
 
 
-async def is_reset(stream: tuple[asyncio.StreamReader, asyncio.StreamWriter]) -> bool:
+async def end(streams: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]], fake: FakeReplica) -> int:
+    """How many of them were reset; the others come to their proper end."""
+    resets = await asyncio.gather(*(is_reset(reader) for reader, _ in streams))
+    fake.go_on.set()
+    for (reader, writer), reset in zip(streams, resets, strict=True):
+        if not reset:
+            await reader.readuntil(b"0\r\n\r\n")
+        await closed(writer)
+    return sum(resets)
+
+
+async def is_reset(reader: asyncio.StreamReader) -> bool:
     """Within the time that the kernel needs to say so."""
     try:
         async with asyncio.timeout(0.5):
-            return not await stream[0].read(1)
+            return not await reader.read(1)
     except TimeoutError:
         return False
     except ConnectionError:
@@ -200,20 +196,18 @@ async def test_settings_are_taken_over_without_an_end_to_a_stream(run: RunDir) -
     async with fake_replica(run, "math-0.g1", acts, capacity=64) as fake, serving(run) as one:
         await eventually_ready(one)
         streams = [await one.open() for _ in range(8)]
-        await set_(run, "router.max_in_flight=8")
+        on = {w["worker"]: w["in_flight"] for w in (await one.router())["workers"]}
+        await set_(run, "policy.fallback=math")
         one.process.send_signal(signal.SIGHUP)
-        while not await refuses_everywhere(one):
+        while await fallbacks(one) != {"math"}:
             await asyncio.sleep(0.05)
-        os.kill(pids(await settled(one))["control"], signal.SIGKILL)
-        await settled(one)
-        assert await refuses_everywhere(one), "the next control process knows them as well"
-        await set_(run, "router.max_in_flight=")
-        while await refuses_everywhere(one):
+        await killed(one, "worker 0")
+        while await fallbacks(one) != {"math"}:
             await asyncio.sleep(0.05)
-        fake.go_on.set()
-        for reader, writer in streams:
-            assert (await reader.read(10_000)).endswith(b"0\r\n\r\n")
-            writer.close()
+        await set_(run, "policy.fallback=")
+        while await fallbacks(one) != {None}:
+            await asyncio.sleep(0.05)
+        assert await end(streams, fake) == on[0], "of the killed worker alone"
         await zeros(one)
 
 
@@ -221,9 +215,10 @@ async def set_(run: RunDir, word: str) -> None:
     await asyncio.to_thread(lambda: change(run, *parse_settings([word])))
 
 
-async def refuses_everywhere(one: Serving) -> bool:
-    """So many requests that every worker has some of them."""
-    return set(await asyncio.gather(*(one.ask() for _ in range(12)))) == {429}
+async def fallbacks(one: Serving) -> set[str | None]:
+    """As told over so many connections that every worker has some of them."""
+    told = [await one.post("/route", {"prompt": "x"}) for _ in range(10)]
+    return {answer.get("expert") for _, answer in told}
 
 
 @pytest.mark.parametrize(
@@ -258,8 +253,7 @@ async def test_sessions_and_counts_outlive_the_processes_that_kept_them(run: Run
         for victim in [None, *victims]:
             if victim is not None:
                 await told(one, turns)
-                os.kill(pids(await settled(one))[victim], signal.SIGKILL)
-                await replaced(one, victim)
+                await killed(one, victim)
             for _ in range(4):
                 body = {"model": "math", "input": "more", "previous_response_id": "r"}
                 status, answer = await one.post("/v1/responses", body, **said)
@@ -280,12 +274,14 @@ async def told(one: Serving, turns: int) -> None:
         await asyncio.sleep(0.05)
 
 
-async def replaced(one: Serving, victim: str) -> None:
+async def killed(one: Serving, victim: str) -> dict[str, Any]:
+    """-> what the router says of itself once another has taken its place."""
+    pid = pids(await settled(one))[victim]
+    os.kill(pid, signal.SIGKILL)
     while True:
         router = await settled(one)
-        process = router["control"] if victim == "control" else router["workers"][int(victim[-1])]
-        if process["last_end"] is not None and process["pid"] == pids(router)[victim]:
-            return
+        if pids(router)[victim] not in (None, pid):
+            return router
         await asyncio.sleep(0.02)
 
 
