@@ -27,7 +27,7 @@ PROMPTS: Final = {
     "code": "Write a Python function that reverses a linked list.",
     "math": "What is the derivative of x^3 + 2x?",
     "medicine": "What are the symptoms of iron deficiency, and how is it treated?",
-    "law": "Can my landlord keep the deposit after the lease has ended?",
+    "law": "Can the tenant sue the landlord who keeps the deposit after the lease has ended?",
 }
 CAPACITY_BACK_S: Final = 20.0
 OVERRIDES: Final = (
