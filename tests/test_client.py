@@ -31,7 +31,7 @@ from hpc_router.rundir import RunDir, make_run
 from hpc_router.wire import DRAINING_HEADER, HEALTH
 
 Act = Callable[["FakeRouter", web.BaseRequest], Awaitable[web.StreamResponse]]
-GUARD_S = 20.0
+GUARD_S = 60.0
 
 
 @dataclass

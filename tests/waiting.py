@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Final, TypeVar
 
 T = TypeVar("T")
-GUARD_S: Final = 30.0
+GUARD_S: Final = 60.0
 
 
 async def eventually(condition: Callable[[], T | None], *, within_s: float = GUARD_S) -> T:

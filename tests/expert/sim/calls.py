@@ -10,7 +10,7 @@ import aiohttp
 from hpc_router.expert.sim import SimConfig, SimEngine
 
 INSTANT = SimConfig(ttft_s=0.0, itl_s=0.0, jitter=0.0)
-GUARD_S = 10.0
+GUARD_S = 60.0
 
 JsonObject = dict[str, object]
 DISCONNECTED = (aiohttp.ClientError, ConnectionError)
