@@ -4,17 +4,15 @@ A point is kept the moment it is finished. A deployment that a killed call left 
 fresh; one with nothing left to measure is not brought up at all.
 """
 
-import signal
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from hpc_router.bench.config import BenchConfig
 from hpc_router.bench.crew import crew
+from hpc_router.bench.interrupt import sigterm_as_interrupt
 from hpc_router.bench.load import Target
 from hpc_router.bench.point import Bench, Measured, slowdown_of
 from hpc_router.bench.prompts import Prompt
@@ -53,7 +51,7 @@ def measure(leg: Leg, *, reporter: Reporter, around: Around, origin: Callable[[R
     """The points that were measured now. Raises ConfigError, LaunchError, KeyboardInterrupt."""
     if not leg.missing():
         return []
-    with leg.store.claim(leg.deployment), _sigterm_as_interrupt():
+    with leg.store.claim(leg.deployment), sigterm_as_interrupt():
         run = leg.store.run_of(leg.deployment)
         _remove(leg, run)
         try:
@@ -102,17 +100,3 @@ def _points(leg: Leg, run: RunDir, around: Around, origin: Provenance) -> list[M
 def sim_options(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     engines = [expert["engine"] for expert in config["experts"].values()]
     return [engine["options"] for engine in engines if engine["kind"] == "sim"]
-
-
-@contextmanager
-def _sigterm_as_interrupt() -> Iterator[None]:
-    """Slurm ends jobs with it, and what was brought up is to be taken down all the same."""
-
-    def interrupt(_number: int, _frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -177,6 +177,11 @@ class Connection(asyncio.Protocol, Started):
             self._resume_reading()
         return reusable
 
+    def finish(self) -> None:
+        """`end`, and keep it where another exchange may follow."""
+        if self.end():
+            self._owner.put(self.address, self)
+
     @property
     def _answered(self) -> bool:
         return self._failure is not None or (self._framer is not None and self._framer.status != 0)
@@ -271,7 +276,7 @@ class Connection(asyncio.Protocol, Started):
                 else:
                     self.abort()
                 return True
-        self._framer = ResponseFramer()
+        self._frame_for_a_task()
         self.data_received(data)
         return True
 
@@ -279,15 +284,19 @@ class Connection(asyncio.Protocol, Started):
         framer, body = self.framer, self.whole()
         if body is None or not asker.on_answer(framer.status, framer.headers, body):
             asker.on_news()
-        elif self.end():
-            self._owner.put(self.address, self)
+        else:
+            self.finish()
+
+    def _frame_for_a_task(self) -> None:
+        """Something else than a whole answer has become of what was asked."""
+        if self._asker is not None and self._framer is None:
+            self._framer = ResponseFramer()
 
     def connection_lost(self, error: Exception | None) -> None:
         self._transport = None
         self.patience.end()
         self._owner.discard(self)
-        if self._asker is not None and self._framer is None:
-            self._framer = ResponseFramer()
+        self._frame_for_a_task()
         if self._framer is not None and not self._framer.complete and self._failure is None:
             try:
                 if error is not None:
@@ -309,8 +318,7 @@ class Connection(asyncio.Protocol, Started):
         self.abort()
 
     def give_up(self) -> None:
-        if self._asker is not None and self._framer is None:
-            self._framer = ResponseFramer()
+        self._frame_for_a_task()
         self._fail(UpstreamTimeoutError("the replica fell silent"))
         self._wake()
 

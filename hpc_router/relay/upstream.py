@@ -168,8 +168,7 @@ class _Exchange(AbstractAsyncContextManager[UpstreamResponse]):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         assert self._connection is not None
-        if self._connection.end():
-            self._client.pool.put(self._connection.address, self._connection)
+        self._connection.finish()
 
 
 class _Response(UpstreamResponse):

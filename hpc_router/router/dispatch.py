@@ -23,7 +23,7 @@ from hpc_router.registry import Kind
 from hpc_router.relay.answer import Answer, Answering
 from hpc_router.relay.dialects import Fault, dialect_of
 from hpc_router.relay.downstream import DownstreamGoneError, Request, Response
-from hpc_router.relay.exchange import Asker, Started, Upstream, UpstreamResponse
+from hpc_router.relay.exchange import Started, Upstream, UpstreamResponse
 from hpc_router.relay.headers import NOT_DOWNSTREAM, NOT_UPSTREAM, Headers, crossing
 from hpc_router.router.balance import KEY_CHARS, slot_of
 from hpc_router.router.metrics import Metrics
@@ -170,7 +170,8 @@ class Dispatcher:
             with hold:
                 attempts += 1
                 try:
-                    return await self._attempt(errand, hold, begun[1] if begun else self.exchange(errand, hold))
+                    exchange = begun[1] if begun else self.exchange(errand, hold, self.request_for(errand, hold))
+                    return await self._attempt(errand, hold, exchange)
                 except _TryElsewhereError as error:
                     broken = isinstance(error.__cause__, UpstreamError)
                     if not (attempts == 1 and broken) and not self._may_retry(hold.replica):
@@ -208,15 +209,11 @@ class Dispatcher:
         self.metrics.queued.add(time.perf_counter() - begun, hold.expert)
         return hold
 
-    def start(self, errand: Errand, hold: Hold, asker: Asker) -> Started | None:
-        """Without a task, where a connection is kept."""
-        head, body = self._request(errand, hold)
-        return self.client.start("POST", hold.replica.address, errand.target, head=head, body=body, asker=asker)
-
     def exchange(
-        self, errand: Errand, hold: Hold, started: Started | None = None
+        self, errand: Errand, hold: Hold, request: tuple[bytes, bytes], started: Started | None = None
     ) -> AbstractAsyncContextManager[UpstreamResponse]:
-        head, body = self._request(errand, hold)
+        """`request`: of `request_for`. `started`: how far it has come already."""
+        head, body = request
         return self.client.request(
             "POST", hold.replica.address, errand.target, head=head, body=body, watch=hold.watch, started=started
         )
@@ -295,8 +292,8 @@ class Dispatcher:
         except DownstreamGoneError:
             self.metrics.cancelled.add("streaming")
 
-    def _request(self, errand: Errand, hold: Hold) -> tuple[bytes, bytes]:
-        """Header lines and body."""
+    def request_for(self, errand: Errand, hold: Hold) -> tuple[bytes, bytes]:
+        """Header lines and body, as this replica gets them."""
         replica = hold.replica
         head = b"%b%bx-request-id: %b\r\n" % (
             crossing(errand.request.headers, drop=_OWN_UPSTREAM),

@@ -19,9 +19,10 @@ from hpc_router.router.replicas import Hold
 class ExpressWork(Work, Asker):
     """Once begun it counts as in flight until its `errand` is done, or the handler has taken it over."""
 
-    __slots__ = ("_dispatcher", "_errand", "_hold", "_in_flight", "_started")
+    __slots__ = ("_dispatcher", "_errand", "_hold", "_in_flight", "_request", "_started")
 
     _hold: Hold
+    _request: tuple[bytes, bytes]
     _started: Started
 
     def __init__(self, dispatcher: Dispatcher, errand: Errand, in_flight: InFlight) -> None:
@@ -37,7 +38,10 @@ class ExpressWork(Work, Asker):
             return False
         started: Started | None = None
         try:
-            started = dispatcher.start(errand, hold, self)
+            self._request = head, body = dispatcher.request_for(errand, hold)
+            started = dispatcher.client.start(
+                "POST", hold.replica.address, errand.target, head=head, body=body, asker=self
+            )
         finally:
             if started is None:
                 hold.release()
@@ -83,6 +87,6 @@ class ExpressWork(Work, Asker):
 
     def on_news(self) -> None:
         errand = self._errand
-        errand.begun = self._hold, self._dispatcher.exchange(errand, self._hold, self._started)
+        errand.begun = self._hold, self._dispatcher.exchange(errand, self._hold, self._request, self._started)
         errand.work = self
         errand.request.resume()

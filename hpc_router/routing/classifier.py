@@ -76,10 +76,7 @@ class Classifier:
 
     def classify(self, text: str) -> Classification:
         values, length, known = self._values(text)
-        best, top = self._best(values)
-        for cluster in self._own[best]:
-            values[cluster] = _LOWEST
-        rival, second = self._best(values)
+        best, top, rival, second = self._best_and_rival(values)
         if self._offsets is not None:  # values are per unit of length already, and a centre's length is not 1
             offset = self._offsets[best]
             score = (top - offset) / (math.sqrt(-2 * offset) or 1.0)
@@ -106,10 +103,7 @@ class Classifier:
         A word brings its beginning's part along; one that is not known has its beginning's (`diabe*`) or none.
         """
         values, length, _ = self._values(text)
-        best, _ = self._best(values)
-        for cluster in self._own[best]:
-            values[cluster] = _LOWEST
-        rival, second = self._best(values)
+        best, _, rival, second = self._best_and_rival(values)
         ids = self._vocabulary.ids(text)
         advantage = self._table[ids, best]
         if second != _LOWEST:
@@ -137,6 +131,13 @@ class Classifier:
         if self._offsets is not None:
             values = [value / length + offset for value, offset in zip(values, self._offsets, strict=True)]
         return values, length, int(sums[clusters + 1])
+
+    def _best_and_rival(self, values: list[float]) -> tuple[int, float, int, float]:
+        """The best cluster and its value, and the same of the best of another expert. Spoils the list."""
+        best, top = self._best(values)
+        for cluster in self._own[best]:
+            values[cluster] = _LOWEST
+        return best, top, *self._best(values)
 
     @staticmethod
     def _best(values: list[float]) -> tuple[int, float]:

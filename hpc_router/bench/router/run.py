@@ -6,19 +6,17 @@ import platform
 import re
 import resource
 import shlex
-import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
-from typing import Final
+from typing import Any, Final
 
 from rich.console import Console
 from rich.status import Status
 
 import hpc_router
+from hpc_router.bench.interrupt import sigterm_as_interrupt
 from hpc_router.bench.native.build import built
 from hpc_router.bench.record import git_state, hardware, versions
 from hpc_router.bench.router.options import Options
@@ -68,16 +66,20 @@ def bench(options: Options, console: Console) -> Results:
     at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     with sigterm_as_interrupt(), Steps(console) as steps:
         found = measure_all(present, options, cores, steps.tell)
-    origin = {
+    results = Results(options, cores, {one.relay.name: one for one in found}, absent, origin_of(at))
+    _write(results, console)
+    return results
+
+
+def origin_of(at: str) -> dict[str, Any]:
+    """Where figures of this machine come from: the call, versions, git state, hardware."""
+    return {
         "at": at,
         "command": shown_command(sys.argv[1:]),
         "versions": {"python": platform.python_version(), **dict(versions())},
         "git": git_state(ROOT) if in_clone() else None,
         "hardware": {key: value for key, value in hardware().items() if key != "host"},
     }
-    results = Results(options, cores, {one.relay.name: one for one in found}, absent, origin)
-    _write(results, console)
-    return results
 
 
 def shown_command(words: Sequence[str]) -> str:
@@ -137,17 +139,3 @@ class Steps:
             self._status.update(told)
         else:
             self._console.print(told, highlight=False, markup=False, soft_wrap=True)
-
-
-@contextmanager
-def sigterm_as_interrupt() -> Iterator[None]:
-    """So that everything that was started is ended by the same way out."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

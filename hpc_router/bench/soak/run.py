@@ -1,8 +1,6 @@
 """One soak, from its options to its files: deploy, load, strike and look, settle, judge."""
 
 import json
-import platform
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -15,12 +13,12 @@ import numpy as np
 import psutil
 from rich.console import Console
 
+from hpc_router.bench.interrupt import sigterm_as_interrupt
 from hpc_router.bench.native.build import built
 from hpc_router.bench.native.load import Load, Recorded, Running, running, write_requests
 from hpc_router.bench.prompts import built_in
-from hpc_router.bench.record import git_state, hardware, versions
 from hpc_router.bench.router.requests import request
-from hpc_router.bench.router.run import ROOT, Steps, in_clone, shown_command, sigterm_as_interrupt
+from hpc_router.bench.router.run import Steps, origin_of
 from hpc_router.bench.soak.options import Options, Target
 from hpc_router.bench.soak.report import Part, Results, markdown, plot, to_json
 from hpc_router.bench.soak.site import Site, deployed
@@ -72,13 +70,7 @@ def _measured(options: Options, site: Site, steps: Steps, at: str) -> Results:
     loads = [_part(name, load, begun, watch.struck) for name, begun, load in recorded]
     flats = flat(watch.samples, seconds=options.seconds)
     idle_fds = None if descriptors is None or after is None else (descriptors, after)
-    origin = {
-        "at": at,
-        "command": shown_command(sys.argv[1:]),
-        "versions": {"python": platform.python_version(), **dict(versions())},
-        "git": git_state(ROOT) if in_clone() else None,
-        "hardware": {key: value for key, value in hardware().items() if key != "host"},
-    }
+    origin = origin_of(at)
     said = complaints(
         unexplained=[one for part in loads for one in part.failures if one.allowed is None],
         missed=watch.due,
