@@ -161,7 +161,7 @@ class _Watch:
 
     def _strike(self, target: Target) -> None:
         """What cannot be struck now stays due."""
-        struck = self._site.strike(target, turn=sum(one.target is target for one in self.struck))
+        struck = self._site.strike(target)
         if struck is not None:
             self.struck.append(struck)
             self.due.pop(0)

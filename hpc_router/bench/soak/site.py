@@ -12,9 +12,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlsplit
@@ -39,6 +39,7 @@ class Site:
     router: str
     keep: bool = False
     _seen: dict[str, Any] | None = None  # what it said last
+    _struck: dict[str, int] = field(default_factory=dict)  # by name, in what order
 
     def status(self) -> dict[str, Any] | None:
         """None when it does not answer just now."""
@@ -59,15 +60,16 @@ class Site:
             if name.partition("{")[0].endswith(("requests_in_flight", "requests_waiting"))
         }
 
-    def strike(self, target: Target, *, turn: int) -> Struck | None:
-        """Kill the next one of these, by what was seen last. None: there is none to be killed now."""
+    def strike(self, target: Target) -> Struck | None:
+        """Kill the one of these whose turn it is, by what was seen last. None: there is none to be killed now."""
         status = self._seen or self.status()
         if status is None:
             return None
         pids = self.replicas(status) if target is Target.REPLICA else self.processes(status, target)
         if not pids:
             return None
-        name = sorted(pids)[turn % len(pids)]
+        name = whose_turn(pids, self._struck)
+        self._struck[name] = len(self._struck)
         struck = Struck(target, name, time.monotonic_ns())
         with suppress(ProcessLookupError):
             os.kill(pids[name], signal.SIGKILL)
@@ -75,14 +77,9 @@ class Site:
         return None
 
     def replicas(self, status: dict[str, Any]) -> dict[str, int]:
-        """The agents of those that are ready, and not the last of their expert: by place, so that each has its turn."""
-        pids = {}
-        for expert in status["experts"].values():
-            ready = [replica["replica"] for replica in expert["replicas"] if replica["state"] == "ready"]
-            for name in ready if len(ready) > 1 else ():
-                if (pid := self._pid(name)) is not None:
-                    pids[name] = pid
-        return pids
+        """The agents of those that may be killed."""
+        found = {name: self._pid(name) for name in spare(status["experts"], struck=self._struck)}
+        return {name: pid for name, pid in found.items() if pid is not None}
 
     def processes(self, status: dict[str, Any], target: Target | None = None) -> dict[str, int]:
         """Those of the router, or of one kind, by name."""
@@ -115,6 +112,27 @@ class Site:
             return None
         finally:
             connection.close()
+
+
+def spare(experts: Mapping[str, Any], *, struck: Collection[str]) -> list[str]:
+    """The replicas that are ready, and not the last of their expert; the router may not know yet who was struck."""
+    found = []
+    for expert in experts.values():
+        ready = [r["replica"] for r in expert["replicas"] if r["state"] == "ready" and r["replica"] not in struck]
+        found += ready if len(ready) > 1 else []
+    return found
+
+
+def whose_turn(names: Collection[str], struck: Mapping[str, int]) -> str:
+    """Where nobody was struck, or not for longest: a generation takes the place of the one before."""
+    last: dict[str, int] = {}
+    for name, order in struck.items():
+        last[_place(name)] = max(order, last.get(_place(name), -1))
+    return min(sorted(names), key=lambda name: last.get(_place(name), -1))
+
+
+def _place(name: str) -> str:
+    return name.rpartition(".")[0] or name
 
 
 @contextmanager
