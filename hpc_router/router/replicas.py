@@ -210,8 +210,12 @@ class Hold:
 
 @dataclass(slots=True, eq=False)
 class _Waiter:
-    """`experts`: those it waits for by now; `later`: those it turns to when none of these has a ready replica."""
+    """`experts`: those it waits for by now; `later`: those it turns to when none of these has a ready replica.
 
+    `number`: in the order of arrival.
+    """
+
+    number: int
     experts: list[str]
     later: list[str]
     avoid: Collection[Replica]
@@ -243,6 +247,7 @@ class ReplicaTable:
     _waiting: dict[str, dict[_Waiter, None]] = field(default_factory=dict)
     _paces: dict[str, Pace] = field(default_factory=dict)
     _uses: int = 0
+    _arrivals: int = 0
     _looking: asyncio.TimerHandle | None = None
 
     def all(self) -> Collection[Replica]:
@@ -363,7 +368,7 @@ class ReplicaTable:
             replicas = self._by_expert.get(expert, ())
             if self.peers:
                 self.look(replicas)
-                if expert in self._waiting:  # what another worker has given back is theirs first
+                if self._waiting:  # what another worker has given back is theirs first
                     for replica in replicas:
                         self.offer(replica)
             if self.bounds.in_flight and self._at_bound(expert):
@@ -428,7 +433,10 @@ class ReplicaTable:
         With `only`, on that replica; raises ReplicaLostError as soon as it is not ready. Raises QueueFullError."""
         if only is not None and (only.standing is not Standing.READY or self._replicas.get(only.name) is not only):
             raise ReplicaLostError(f"{only.name} is not ready")
-        waiter = _Waiter([], list(experts), set(avoid), only, asyncio.get_running_loop().create_future())
+        self._arrivals += 1
+        waiter = _Waiter(
+            self._arrivals, [], list(experts), set(avoid), only, asyncio.get_running_loop().create_future()
+        )
         self._widen(waiter)
         full = next((expert for expert in waiter.experts if self.waiting(expert) > self.bounds.waiting), None)
         if full is not None:
@@ -478,19 +486,26 @@ class ReplicaTable:
             return
         if self.peers:
             self.look((replica,))
-        for expert in replica.record.serves:
-            for waiter in tuple(self._waiting.get(expert, ())):
-                if not replica.has_room:
-                    return
-                if self.bounds.in_flight and self._at_bound(expert):
-                    break
-                if waiter.granted.done() or (replica in waiter.avoid and not forgiven):
-                    continue
-                if waiter.only not in (None, replica):
-                    continue
-                self._forget(waiter)
-                self._paces[expert].left(self.clock())
-                waiter.granted.set_result(self.hold(replica, expert))
+        for waiter, expert in self._in_turn(replica):
+            if not replica.has_room:
+                return
+            if self.bounds.in_flight and self._at_bound(expert):
+                continue
+            if waiter.granted.done() or (replica in waiter.avoid and not forgiven):
+                continue
+            if waiter.only not in (None, replica):
+                continue
+            self._forget(waiter)
+            self._paces[expert].left(self.clock())
+            waiter.granted.set_result(self.hold(replica, expert))
+
+    def _in_turn(self, replica: Replica) -> Sequence[tuple[_Waiter, str]]:
+        """Who waits for an expert that it serves, and for which, in the order in which they came."""
+        queues = [(expert, self._waiting[expert]) for expert in replica.record.serves if expert in self._waiting]
+        waiting = [(waiter, expert) for expert, queue in queues for waiter in queue]
+        if len(queues) > 1:
+            waiting.sort(key=lambda one: one[0].number)
+        return waiting
 
     def _disappoint(self, replica: Replica) -> None:
         """Those who would take no other need not wait for it; others may have to turn to another expert."""

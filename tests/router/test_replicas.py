@@ -126,6 +126,37 @@ async def test_a_free_place_goes_to_who_has_waited_longest() -> None:
     assert table.waiting("math") == 0
 
 
+async def test_experts_of_one_replica_wait_in_one_line() -> None:
+    """Whichever of them the record names first."""
+    table = table_of(replica("base-0.g1", experts=("base", "math", "law"), capacity=1))
+    hold = table.acquire(["base"])
+    assert hold is not None
+    waiters = []
+    for expert in ("law", "math", "base", "law"):
+        waiters.append(asyncio.create_task(table.wait([expert])))
+        await asyncio.sleep(0)
+    for waiter, expert in zip(waiters, ("law", "math", "base", "law"), strict=True):
+        hold.release()
+        hold = await waiter
+        assert hold.expert == expert
+        assert [table.waiting(name) for name in ("base", "math", "law")] == [
+            sum(not w.done() and e == name for w, e in zip(waiters, ("law", "math", "base", "law"), strict=True))
+            for name in ("base", "math", "law")
+        ]
+    hold.release()
+
+
+async def test_what_another_worker_gives_back_is_not_for_newcomers_of_another_expert() -> None:
+    one = replica("base-0.g1", experts=("base", "math"), capacity=1)
+    table = table_of(one)
+    another_worker_has(table, one, 1)
+    waiter = asyncio.create_task(table.wait(["base"]))
+    await asyncio.sleep(0)
+    another_worker_has(table, one, 0)
+    assert table.acquire(["math"]) is None
+    (await waiter).release()
+
+
 async def test_who_asks_for_several_experts_waits_for_the_first_while_that_serves() -> None:
     """However busy it is; and for the next one as well from the moment in which it has no ready replica left."""
     a, b = replica("a-0.g1", experts=("a",), capacity=1), replica("b-0.g1", experts=("b",), capacity=1)
