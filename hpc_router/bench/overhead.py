@@ -5,10 +5,11 @@ experts had through the router.
 """
 
 from collections.abc import Mapping
-from typing import Final
+from typing import Final, TypeVar
 
 from hpc_router.bench.measure import Figures
 
+K = TypeVar("K", str, tuple[str, str])
 WHAT: Final = ("ttft_s", "tpot_s", "e2e_s")
 
 
@@ -34,12 +35,12 @@ def _of(name: str, through: Figures, direct: Figures) -> dict[str, float] | None
     return {"added_s": with_router - without, "share": (with_router - without) / with_router if with_router else 0.0}
 
 
-def split(users: int, shares: Mapping[str, float]) -> dict[str, int]:
-    """So many users over replicas by their shares: whole numbers that add up, the largest remainders rounded up."""
+def split(users: int, shares: Mapping[K, float]) -> dict[K, int]:
+    """So many users over what has these shares: whole numbers that add up, the largest remainders rounded up."""
     whole = sum(shares.values())
     exact = {name: users * share / whole for name, share in shares.items()}
     given = {name: int(value) for name, value in exact.items()}
-    left = sorted(exact, key=lambda name: (given[name] - exact[name], name))
+    left = sorted(exact, key=lambda name: (given[name] - exact[name], str(name)))
     for name in left[: users - sum(given.values())]:
         given[name] += 1
     return {name: count for name, count in given.items() if count}

@@ -30,23 +30,28 @@ STEPS: Final = "hpc_router_sim_step_seconds_total"
 LOST: Final = "hpc_router_sim_lost_seconds_total"
 
 
+Served = tuple[str, str]
+"""A replica, and one of the experts that it serves."""
+
+
 @dataclass(frozen=True, slots=True)
 class Split:
-    """Through the router: each replica's share, and which questions its expert got."""
+    """Through the router, of each expert on each replica: its share, and which questions it got."""
 
-    shares: Mapping[str, float]
-    questions: Mapping[str, Sequence[int]]
+    shares: Mapping[Served, float]
+    questions: Mapping[Served, Sequence[int]]
 
     @classmethod
     def of(cls, seen: Sequence[Observation]) -> "Split":
         good = [o for o in seen if o.part is Part.MEASURED and o.error is None and o.replica]
-        asked: dict[str, set[int]] = {}
-        counts: dict[str, int] = {}
+        asked: dict[Served, set[int]] = {}
+        counts: dict[Served, int] = {}
         for o in good:
             assert o.replica is not None
-            counts[o.replica] = counts.get(o.replica, 0) + 1
+            at = (o.replica, o.expert or "")
+            counts[at] = counts.get(at, 0) + 1
             if o.question is not None:
-                asked.setdefault(o.replica, set()).add(o.question)
+                asked.setdefault(at, set()).add(o.question)
         return cls(
             {name: count / len(good) for name, count in sorted(counts.items())},
             {name: sorted(found) for name, found in asked.items()},
@@ -118,35 +123,38 @@ class Bench:
         return True
 
     def _direct(self, point: Point, found: Split, notes: list[str]) -> Figures | None:
-        """All replicas at the same time, each with its share of the users."""
+        """All replicas at the same time, each of their experts with its share of the users."""
         assert point.users is not None
-        replicas = {name: self._replica(name) for name in found.shares}
-        known = {name: at for name, at in replicas.items() if at is not None}
+        replicas = {name: self._replica(name) for name, _ in found.shares}
+        known = {
+            (name, expert): at
+            for name, expert in found.shares
+            if (at := replicas[name]) is not None and expert in at[0].serves
+        }
         if not known:
             notes.append("what the router adds was not measured: no replica can be asked without it")
             return None
         everybody = point.users
-        users = split(everybody, {name: found.shares[name] for name in known})
+        users = split(everybody, {served: found.shares[served] for served in known})
 
-        def one(name: str) -> Load:
-            record, target = known[name]
-            expert = next(iter(record.serves))
+        def one(served: Served) -> Load:
+            (name, expert), (record, target) = served, known[served]
             config = replace(self.config, load_jobs=1, model=record.serves[expert] or expert)
-            work = workload(config, self.prompts, replace(point, users=users[name]))
-            asked = set(found.questions.get(name, ()))
+            work = workload(config, self.prompts, replace(point, users=users[served]))
+            asked = set(found.questions.get(served, ()))
             order = [number for number in work.order if number in asked] or work.order
-            count = None if config.requests is None else max(1, round(config.requests * users[name] / everybody))
+            count = None if config.requests is None else max(1, round(config.requests * users[served] / everybody))
             work = replace(work, order=order, others=order, count=count)
-            load = carry_out(target, config, work, self.folder / name)
+            load = carry_out(target, config, work, self.folder / f"{name}.{expert}")
             return replace(load, observations=[replace(o, expert=expert, replica=name) for o in load.observations])
 
         with ThreadPoolExecutor(len(users)) as pool:
             return self._figures(merged(list(pool.map(one, users))))
 
     def _replica(self, name: str) -> tuple[Record, Target] | None:
-        """A replica that can be asked without the router: one of ours, that serves one expert."""
+        """A replica that can be asked without the router: one of ours."""
         record = Reader(self.run.registry).snapshot().get(name)
-        if record is None or record.kind is not Kind.EXPERT or record.nonce is None or len(record.serves) != 1:
+        if record is None or record.kind is not Kind.EXPERT or record.nonce is None:
             return None
         return record, Target(record.url, replica_key(self.run.secret(), record.nonce))
 

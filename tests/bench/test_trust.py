@@ -7,6 +7,7 @@ import pytest
 from hpc_router.bench.config import Trust
 from hpc_router.bench.measure import Figures, Limits, Observation, Part, Window, figures
 from hpc_router.bench.overhead import overhead
+from hpc_router.bench.point import Split
 from hpc_router.bench.trust import Conditions, doubts
 
 GOOD = Conditions(users=4, cpu_share=0.3, wait_share=0.1, late_share=None, halves=(50, 50))
@@ -44,6 +45,19 @@ def test_good_figures_stand() -> None:
 def test_each_doubt(figures_: Figures, seen: Conditions, said: str) -> None:
     told = doubts(figures_, seen, Trust())
     assert (len(told), said in " ".join(told)) == (int(bool(said)), True)
+
+
+def test_what_experts_of_one_replica_got_is_told_apart() -> None:
+    """Each has its users, its prompts and its name there when the replica is asked without the router."""
+    seen = [
+        Observation(
+            part=Part.MEASURED, user=0, started_s=0.0, ended_s=1.0, expert=expert, replica="base-0.g1", question=number
+        )
+        for number, expert in enumerate(("math", "law", "math", "math"))
+    ]
+    split = Split.of([*seen, replace(seen[0], error="http_503"), replace(seen[0], part=Part.WARM_UP)])
+    assert split.shares == {("base-0.g1", "law"): 0.25, ("base-0.g1", "math"): 0.75}
+    assert split.questions == {("base-0.g1", "law"): [1], ("base-0.g1", "math"): [0, 2, 3]}
 
 
 def test_an_open_loop_s_window_must_hold_answers() -> None:
