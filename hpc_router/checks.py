@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import fields
 from typing import Final
 
+from hpc_router.adapters import check_adapter
 from hpc_router.config import (
     CLUSTERS,
     EXPERT_NAME,
@@ -49,6 +50,8 @@ def check(deployment: Deployment) -> None:
     if deployment.policy.spill_per_s is not None:
         _positive("policy.spill_per_s", deployment.policy.spill_per_s)
     for name, expert in deployment.experts.items():
+        if expert.adapter_of is not None:
+            check_adapter(name, deployment.experts)
         _check_expert(name, expert, deployment.cluster)
     if deployment.experts:
         check_fallback(deployment.policy.fallback, deployment.experts)
@@ -178,6 +181,8 @@ def _check_expert(name: str, expert: ExpertConfig, cluster: ClusterConfig) -> No
     _positive(f"{at}.engine.startup_timeout_s", expert.engine.startup_timeout_s)
     check_environment(f"{at}.engine.env", expert.engine.env)
     _check_resources(f"{at}.resources", expert.resources, cluster)
+    if expert.adapter_of is not None:
+        return
     options = options_of(name, expert.engine)
     if expert.resources.nodes > 1:
         _check_several_nodes(at, expert, cluster)
@@ -210,6 +215,8 @@ def _check_vllm(at: str, expert: ExpertConfig, options: VllmOptions) -> None:
     tensor, pipeline = options.tensor_parallel_size, options.pipeline_parallel_size
     _positive(f"{at}.engine.options.tensor_parallel_size", tensor)
     _positive(f"{at}.engine.options.pipeline_parallel_size", pipeline)
+    if options.max_loras is not None:
+        _positive(f"{at}.engine.options.max_loras", options.max_loras)
     nodes, gpus = expert.resources.nodes, expert.resources.gpus
     if options.device == "cpu" and nodes > 1 and tensor * pipeline != nodes:
         raise ConfigError(

@@ -131,17 +131,19 @@ def status(arguments: argparse.Namespace) -> int:
 
 
 def logs(arguments: argparse.Namespace) -> int:
+    from hpc_router.cluster.desired import with_jobs
     from hpc_router.cluster.logs import follow, log_files, sizes, tail
 
     run = find_run(arguments.run)
-    files = log_files(run, arguments.name)
+    name = None if arguments.name is None else with_jobs(run, arguments.name)
+    files = log_files(run, name)
     shown = sizes(files)
     for replica, paths in files.items():
         for path in paths:
             for line in tail(path, arguments.lines):
                 print(f"{replica} | {line}")
     if arguments.follow:
-        for replica, line in follow(run, arguments.name, seen=shown):
+        for replica, line in follow(run, name, seen=shown):
             print(f"{replica} | {line}", flush=True)
     return 0
 

@@ -26,6 +26,8 @@ class VllmOptions:
     dtype: str = "auto"
     quantization: str | None = None
     max_model_len: int | None = None
+    max_loras: int | None = None  # adapters in one batch; null: all that the expert has
+    max_lora_rank: int | None = None  # null: the largest of the adapters' own; 16 counts for one on the hub
     device: str = "cuda"  # cuda | cpu: the build of vLLM that the interpreter has
     kv_cache_gb: int = 1  # cpu only
     extra: dict[str, Any] = field(default_factory=dict)
@@ -123,9 +125,13 @@ class ResourceConfig(JobOptions):
 
 @dataclass
 class ExpertConfig:
-    """A named specialised model. `exemplars`: a few prompts of its domain; none: reachable by name or as fallback."""
+    """A named specialised model. `exemplars`: a few prompts of its domain; none: reachable by name or as fallback.
+
+    `adapter_of`: `model` is a LoRA adapter, which the engine of that expert serves as well; it has no jobs of its own.
+    """
 
     model: str = MISSING
+    adapter_of: str | None = None
     revision: str | None = None
     description: str = ""
     replicas: int = 1

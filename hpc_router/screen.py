@@ -59,6 +59,8 @@ def plan_text(plan: "Plan") -> RenderableType:
             Text(replica.request.replica, style="bold"),
             Text("  job     " + shlex.join(replica.request.argv)),
         ]
+        if len(replica.serves) > 1:
+            parts.append(Text("  serves  " + ", ".join(replica.serves)))
         if replica.engine is not None:
             parts.append(Text("  engine  " + shlex.join(replica.engine.argv)))
             parts += [Text(f"  with    {key}={value}") for key, value in shown(replica.engine.environment).items()]

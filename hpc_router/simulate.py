@@ -30,7 +30,7 @@ def simulated(deployment: Deployment) -> Deployment:
 
 def _expert(name: str, config: ExpertConfig, how: Simulate) -> ExpertConfig:
     options = options_of(name, config.engine)
-    if not isinstance(options, VllmOptions):
+    if config.adapter_of is not None or not isinstance(options, VllmOptions):
         return config
     if options.quantization not in PRECISION:
         key = f"experts.{name}.engine.options.quantization"

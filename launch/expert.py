@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 from hpc_router import compose, frozen
+from hpc_router.adapters import host_of
 from hpc_router.cluster.foreground import claim_expert, join_expert, rank_of, step_of
 from hpc_router.cluster.plan import make_plan, settled
 from hpc_router.errors import ConfigError, suggest
@@ -31,6 +32,9 @@ def expert(call: Call) -> int:
         deployment = compose.load_deployment(call.overrides, config_dir=call.config_dir)
     if name not in deployment.experts:
         raise ConfigError(f"name={name}: no such expert{suggest(name, deployment.experts)}")
+    host = host_of(deployment.experts, name)
+    if host != name:
+        raise ConfigError(f"name={name}: an adapter on the engine of '{host}', which serves both: name={host}")
     deployment = settled(deployment)
     make_plan(deployment, ask_engines=False)
     step = step_of(os.environ)

@@ -166,6 +166,7 @@ def test_every_topology_passes_plan_and_says_what_it_is(
     """Its head names its GPUs and the command; engines over several nodes are Slurm's by default."""
     for expert in ("code", "math", "medicine", "law", "generalist"):
         (tmp_path / expert).mkdir()
+        (tmp_path / expert / "adapter_config.json").write_text('{"r": 8}')
     monkeypatch.setenv("TINY_MODELS", str(tmp_path))
     monkeypatch.setenv("ENGINE_PYTHON", sys.executable)
     deployment = load_deployment([f"topology={topology}"])

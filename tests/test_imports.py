@@ -15,7 +15,7 @@ LAYERS = [
     {"environment", "fabric", "files", "walltime"},
     {"auth", "schema", "wire"},
     {"config"},
-    {"simulate"},
+    {"adapters", "simulate"},
     {"checks", "compose", "frozen", "job_options", "provenance", "registry", "rundir"},
     {"filethread", "jobdir", "leader", "lease", "proof"},
     {"client", "errand", "follow"},

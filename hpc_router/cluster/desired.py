@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from hpc_router import frozen
+from hpc_router.adapters import host_of, hosts
 from hpc_router.cluster.reconcile import Desired
 from hpc_router.cluster.slots import Observed
 from hpc_router.config import Deployment
@@ -20,9 +21,18 @@ def deployment_of(run: RunDir) -> Deployment:
     return frozen.read(run.config) if run.config.exists() else Deployment()
 
 
+def with_jobs(run: RunDir, name: str) -> str:
+    """The expert whose jobs a name means, where it is an adapter's; else the name, also in a run of another version."""
+    try:
+        experts = deployment_of(run).experts
+    except ConfigError:
+        return name
+    return host_of(experts, name) if name in experts else name
+
+
 def desired_of(run: RunDir, deployment: Deployment) -> Desired:
     wishes = run.read_desired()
-    replicas = {name: expert.replicas for name, expert in deployment.experts.items()}
+    replicas = {name: expert.replicas for name, expert in hosts(deployment.experts).items()}
     replicas |= {n: c for n, c in _counts(wishes.get("replicas")).items() if n in replicas}
     return Desired(
         replicas=replicas,
@@ -62,6 +72,9 @@ def check_counts(deployment: Deployment, counts: Mapping[str, int]) -> None:
     for name, count in counts.items():
         if name not in deployment.experts:
             raise ConfigError(f"scale: no expert is named '{name}'{suggest(name, deployment.experts)}")
+        host = host_of(deployment.experts, name)
+        if host != name:
+            raise ConfigError(f"scale: {name} is an adapter on the engine of {host}; scale that: {host}={count}")
         if count < 0:
             raise ConfigError(f"scale: {name}={count} cannot be negative")
 

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from hpc_router.adapters import adapters_of, host_of, hosts
 from hpc_router.config import Deployment, ExpertConfig
 from hpc_router.errors import ArtefactError, ConfigError, HpcRouterError
 from hpc_router.expert.engines import build_engine
@@ -19,9 +20,10 @@ def own_faults(deployment: Deployment, *, taught: Mapping[str, list[str]]) -> It
     python = deployment.cluster.python
     if python is not None and not executable(python):
         yield f"cluster.python={python}: not an executable file (valid: a Python interpreter that has hpc_router)"
-    for name, expert in deployment.experts.items():
+    for name, expert in hosts(deployment.experts).items():
         in_image = deployment.cluster.container.image is not None and expert.engine.kind != "sim"
-        yield from _expert_faults(name, expert, in_image=in_image)
+        adapters = adapters_of(deployment.experts, name)
+        yield from _expert_faults(name, expert, adapters, in_image=in_image)
 
 
 def _machine_faults(deployment: Deployment) -> Iterator[str]:
@@ -34,17 +36,21 @@ def _machine_faults(deployment: Deployment) -> Iterator[str]:
         yield f"cluster.gpus={gpus}: this machine has fewer GPUs than all replicas need: {sum(asked.values())} ({each})"
 
 
-def _expert_faults(name: str, expert: ExpertConfig, *, in_image: bool) -> Iterator[str]:
+def _expert_faults(name: str, expert: ExpertConfig, adapters: Mapping[str, str], *, in_image: bool) -> Iterator[str]:
     at = f"experts.{name}"
     try:
-        build_engine(name, expert)
+        build_engine(name, expert, adapters=adapters)
     except HpcRouterError as error:
         yield str(error)
     python = expert.engine.python
     if python is not None and not in_image and not executable(python):
         yield f"{at}.engine.python={python}: not an executable file (valid: a Python interpreter that has the engine)"
-    if expert.engine.kind != "sim" and _looks_like_path(expert.model) and not Path(expert.model).expanduser().exists():
-        yield f"{at}.model={expert.model}: no such folder (valid: a model's folder, or a hub id such as org/name)"
+    if expert.engine.kind == "sim":
+        return
+    for one, model, what in ((name, expert.model, "a model"), *((n, m, "an adapter") for n, m in adapters.items())):
+        if _looks_like_path(model) and not Path(model).expanduser().exists():
+            valid = f"{what}'s folder, or a hub id such as org/name"
+            yield f"experts.{one}.model={model}: no such folder (valid: {valid})"
 
 
 def executable(python: str) -> bool:
@@ -74,18 +80,22 @@ def _policy_faults(deployment: Deployment, taught: Mapping[str, list[str]]) -> I
 
 def own_warnings(deployment: Deployment) -> Iterator[str]:
     """What may be meant so."""
+    with_jobs = hosts(deployment.experts)
     if not deployment.experts:
         yield "no experts: endpoints join through `hpc-router register`"
-    elif not any(expert.replicas for expert in deployment.experts.values()):
+    elif not any(expert.replicas for expert in with_jobs.values()):
         yield "every expert has replicas=0: nothing will serve until `hpc-router scale`"
     fallback = deployment.policy.fallback
-    if fallback is not None and deployment.experts and deployment.experts[fallback].replicas == 0:
-        yield f"the fallback expert '{fallback}' has replicas=0"
+    if fallback is not None and deployment.experts:
+        host = host_of(deployment.experts, fallback)
+        if with_jobs[host].replicas == 0:
+            whose = f"the fallback expert '{fallback}'"
+            yield f"{whose} has replicas=0" if host == fallback else f"{whose} is served by '{host}': replicas=0"
     unreached = [name for name, e in deployment.experts.items() if not e.exemplars and name != fallback]
     if deployment.policy.kind == "classifier" and deployment.policy.artefact is None and unreached:
         yield f"no exemplars, so `auto` never goes to: {', '.join(unreached)} (they answer by name)"
     yield from _without_effect(deployment)
-    cpus = sum(e.replicas * e.resources.cpus for e in deployment.experts.values())
+    cpus = sum(e.replicas * e.resources.cpus for e in with_jobs.values())
     have = os.cpu_count() or 1
     if deployment.cluster.kind == "local" and cpus > have:
         yield f"the replicas ask for {cpus} CPUs, this machine has {have}: they will share"

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from hpc_router.adapters import hosts
 from hpc_router.cluster.launcher import ROUTER
 from hpc_router.cluster.site import NodeKind, Partition, Site
 from hpc_router.config import ClusterConfig, Deployment, ResourceConfig
@@ -73,7 +74,7 @@ class _Wish:
 def _wishes(deployment: Deployment) -> Iterator[_Wish]:
     if deployment.router.place == "job":
         yield _Wish(*resources_of(deployment, ROUTER), deployment.cluster, 1)
-    for name, expert in deployment.experts.items():
+    for name, expert in hosts(deployment.experts).items():
         together = min(deployment.cluster.replicas_per_job, max(1, expert.replicas))
         yield _Wish(*resources_of(deployment, name), deployment.cluster, together)
 

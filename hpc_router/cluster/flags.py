@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
 
+from hpc_router.adapters import adapters_of, hosts
 from hpc_router.cluster.equipment import is_address
 from hpc_router.config import ClusterConfig, ExpertConfig
 from hpc_router.expert.engines import Place, build_engine, engine_environment
@@ -28,8 +29,8 @@ def check_flags(experts: Mapping[str, ExpertConfig], cluster: ClusterConfig) -> 
     with tempfile.TemporaryDirectory(prefix="hpc-router-") as folder:
         place = Place(Path(folder))
         questions: dict[tuple[str, ...], list[str]] = {}
-        for name, expert in experts.items():
-            command = build_engine(name, expert).check_command(place)
+        for name, expert in hosts(experts).items():
+            command = build_engine(name, expert, adapters=adapters_of(experts, name)).check_command(place)
             if command is not None:
                 questions.setdefault(_flags_alone(command, name, expert.model), []).append(name)
         if not questions:
@@ -39,7 +40,7 @@ def check_flags(experts: Mapping[str, ExpertConfig], cluster: ClusterConfig) -> 
             return [], [f"the engines' options could not be checked: they are in {image}, which is not here yet"]
         with ThreadPoolExecutor(max_workers=max(2, (os.cpu_count() or 2) // 2)) as pool:
             first = [names[0] for names in questions.values()]
-            answers = list(pool.map(lambda name: _ask(name, experts[name], cluster, place), first))
+            answers = list(pool.map(lambda name: _ask(name, experts, cluster, place), first))
     faults, warnings = [], []
     for names, (status, said) in zip(questions.values(), answers, strict=True):
         at = " and ".join(f"experts.{name}.engine.options" for name in names)
@@ -56,16 +57,17 @@ def _flags_alone(command: list[str], *names: str) -> tuple[str, ...]:
     return tuple("" if word in names else word for word in command)
 
 
-def _ask(name: str, expert: ExpertConfig, cluster: ClusterConfig, place: Place) -> tuple[int, str]:
+def _ask(name: str, experts: Mapping[str, ExpertConfig], cluster: ClusterConfig, place: Place) -> tuple[int, str]:
     """Exit status and the last line said."""
-    engine = build_engine(name, expert)
+    expert = experts[name]
+    engine = build_engine(name, expert, adapters=adapters_of(experts, name))
     command = engine.check_command(place)
     assert command is not None
     environment = engine_environment(engine, expert, place, inherited=os.environ, cluster=cluster)
     environment["TMPDIR"] = os.environ.get("TMPDIR", "/tmp")  # the agent's own folder does not exist yet
     try:
         done = subprocess.run(
-            contained(command, cluster.container, place, expert),
+            contained(command, cluster.container, place, expert, models=engine.models),
             env=environment,
             stdin=subprocess.DEVNULL,
             capture_output=True,

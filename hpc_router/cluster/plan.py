@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import hpc_router
+from hpc_router.adapters import adapters_of, host_of, hosts
 from hpc_router.cluster.batch import BatchJob, batch_jobs, python_of, setup_faults
 from hpc_router.cluster.equipment import equipment_faults, is_address
 from hpc_router.cluster.faults import own_faults, own_warnings
@@ -50,17 +51,19 @@ class EnginePlan:
 
 @dataclass(frozen=True, slots=True)
 class ReplicaPlan:
-    """`engine` is None for the router."""
+    """`engine` is None for the router. `serves`: the expert, and those that are adapters on its engine."""
 
     expert: str
     request: JobRequest
     engine: EnginePlan | None = None
+    serves: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         resources = self.request.resources
         return {
             "replica": self.request.replica,
             "expert": None if self.engine is None else self.expert,
+            "serves": list(self.serves),
             "nodes": resources.nodes,
             "gpus": resources.gpus,
             "cpus": resources.cpus,
@@ -164,17 +167,17 @@ def _asked(deployment: Deployment, jobs: tuple[BatchJob, ...]) -> tuple[list[str
 def settled(deployment: Deployment) -> Deployment:
     """The same deployment whatever folder it is started from: local paths are made absolute."""
 
-    def expert(config: ExpertConfig) -> ExpertConfig:
+    def expert(name: str, config: ExpertConfig) -> ExpertConfig:
         engine = replace(config.engine, python=_interpreter(config.engine.python))
-        model = config.model
+        model, kind = config.model, deployment.experts[host_of(deployment.experts, name)].engine.kind
         local = Path(model).expanduser()
-        model = os.path.abspath(local) if local.is_dir() and config.engine.kind != "sim" else model  # noqa: PTH100
+        model = os.path.abspath(local) if local.is_dir() and kind != "sim" else model  # noqa: PTH100
         return replace(config, model=model, engine=engine)
 
     policy = deployment.policy
     if policy.artefact is not None:
         policy = replace(policy, artefact=_absolute(policy.artefact))
-    experts = {name: expert(config) for name, config in deployment.experts.items()}
+    experts = {name: expert(name, config) for name, config in deployment.experts.items()}
     return replace(deployment, policy=policy, cluster=_settled_cluster(deployment.cluster), experts=experts)
 
 
@@ -206,13 +209,13 @@ def _replicas(deployment: Deployment, run: RunDir) -> Iterator[ReplicaPlan]:
     yield ReplicaPlan(ROUTER_SLOT.expert, request_for(run, deployment, ROUTER_SLOT.replica(1)))
     cluster = deployment.cluster
     place = Place(Path(cluster.scratch) / f"hpc-router-{os.getuid()}" / FOLDER)
-    for name, expert in deployment.experts.items():
-        engine = build_engine(name, expert)
-        argv = tuple(contained(engine.argv(place), cluster.container, place, expert))
+    for name, expert in hosts(deployment.experts).items():
+        engine = build_engine(name, expert, adapters=adapters_of(deployment.experts, name))
+        argv = tuple(contained(engine.argv(place), cluster.container, place, expert, models=engine.models))
         environment = engine_environment(engine, expert, place, inherited={}, cluster=cluster)
         for number in range(expert.replicas):
             request = request_for(run, deployment, Slot(name, str(number)).replica(1))
-            yield ReplicaPlan(name, request, EnginePlan(argv, environment))
+            yield ReplicaPlan(name, request, EnginePlan(argv, environment), tuple(engine.serves()))
 
 
 def _jobs(deployment: Deployment, run: RunDir, replicas: tuple[ReplicaPlan, ...]) -> list[BatchJob]:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
+from hpc_router.adapters import host_of, hosts
 from hpc_router.cluster.control import Control, Pass
 from hpc_router.cluster.drain import ask_to_drain
 from hpc_router.cluster.launcher import ROUTER, JobState
@@ -100,7 +101,13 @@ def retire(control: Control, names: Sequence[str]) -> Retired:
     """Ask them; the result says how. Raises ConfigError for a name that nothing has."""
     observed = control.look().observed
     records = control.observer.records
-    chosen = named(names, observed, records, experts=control.deployment.experts)
+    experts = control.deployment.experts
+    for name in names:
+        if name in experts and host_of(experts, name) != name:
+            host = host_of(experts, name)
+            said = f"{name} is an adapter on the engine of {host}; drain that, and with it all that it serves: {host}"
+            raise ConfigError(f"drain: {said}")
+    chosen = named(names, observed, records, experts=hosts(experts))
     told = [a for a in chosen if a.replica in records and a.slot.expert != ROUTER]
     for attempt in told:
         if attempt.stop.drain_at is None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from hpc_router.adapters import host_of
 from hpc_router.cluster.control import Control, Pass
 from hpc_router.cluster.http import Unreachable, ask
 from hpc_router.cluster.router_access import RouterAccess, router_access
@@ -34,12 +35,22 @@ def status(run: RunDir) -> dict[str, Any]:
     router |= told.get("router") or {}
     router["standby"] = _standby(seen.observed.get(ROUTER_SLOT, ()), router["replica"])
     router |= {"url": access.url if access else router["url"], "answers": bool(told), "trouble": trouble}
+    configured = control.deployment.experts
     experts: dict[str, Any] = {
-        name: {"replicas": [], "wanted": seen.desired.replicas.get(name, 0)} for name in control.deployment.experts
+        name: {
+            "replicas": [],
+            "wanted": seen.desired.replicas.get(host_of(configured, name), 0),
+            "adapter_of": expert.adapter_of,
+        }
+        for name, expert in configured.items()
     }
     for view in of_experts(shown):
-        entry = experts.setdefault(view.expert, {"replicas": [], "wanted": 0})
+        entry = experts.setdefault(view.expert, {"replicas": [], "wanted": 0, "adapter_of": None})
         entry["replicas"].append(_merged(view, known.get(view.replica)))
+    for entry in experts.values():
+        host = entry["adapter_of"]
+        if host is not None:  # beside endpoints of its own that run elsewhere
+            entry["replicas"] += experts[host]["replicas"]
     for name, entry in experts.items():
         said = (told.get("experts") or {}).get(name) or {}
         entry["ready"] = sum(r["state"] == Standing.READY for r in entry["replicas"])

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from hpc_router.cluster.control import Control
+from hpc_router.cluster.desired import with_jobs
 from hpc_router.cluster.findings import findings
 from hpc_router.cluster.launcher import ROUTER
 from hpc_router.cluster.logs import last_lines, tail
@@ -88,6 +89,7 @@ def why(run: RunDir, name: str | None = None) -> list[Cause]:
     control = Control(run)
     shown = standing_views(control, control.look(fresh=True))
     if name is not None:
+        name = with_jobs(run, name)
         names = {v.expert for v in shown} | {v.replica for v in shown} | {v.replica.rpartition(".")[0] for v in shown}
         if name not in names:
             raise ConfigError(f"no replica of this run is named '{name}'{suggest(name, names)}")

@@ -17,6 +17,7 @@ from functools import partial
 from typing import Final
 
 from hpc_router import fabric
+from hpc_router.adapters import adapters_of
 from hpc_router.auth import new_token, replica_key
 from hpc_router.config import Deployment
 from hpc_router.errors import ConfigError, HpcRouterError, RegistryError
@@ -58,7 +59,7 @@ class Agent:
         self._job = JobDir(run, replica)
         self._deployment = deployment
         self._config = deployment.experts[expert]
-        self._engine: Engine = build_engine(expert, self._config)
+        self._engine: Engine = build_engine(expert, self._config, adapters=adapters_of(deployment.experts, expert))
         self._files = files
         self._environment = environment
         self._commands = Commands(self._engine, self._config, deployment.cluster, environment, self._job.engine_log)

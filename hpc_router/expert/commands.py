@@ -2,7 +2,7 @@
 
 import asyncio
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -29,7 +29,7 @@ class Commands:
 
     def at(self, place: Place) -> Command:
         return Command(
-            contained(self.engine.argv(place), self.cluster.container, place, self.expert),
+            self._contained(self.engine.argv(place), place),
             self._environment(place),
             place,
             self.log,
@@ -40,7 +40,7 @@ class Commands:
         """What the engine's interpreter has installed; None where it cannot say."""
         try:
             process = await asyncio.create_subprocess_exec(
-                *contained(version_command(self.engine), self.cluster.container, place, self.expert),
+                *self._contained(version_command(self.engine), place),
                 env=self._environment(place),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
@@ -58,6 +58,9 @@ class Commands:
                 process.kill()
                 await process.wait()
         return output.decode().strip() or None
+
+    def _contained(self, argv: Sequence[str], place: Place) -> list[str]:
+        return contained(argv, self.cluster.container, place, self.expert, models=self.engine.models)
 
     def _environment(self, place: Place) -> dict[str, str]:
         return engine_environment(self.engine, self.expert, place, inherited=self.inherited, cluster=self.cluster)

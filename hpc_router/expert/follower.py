@@ -18,6 +18,7 @@ from functools import partial
 from typing import Final
 
 from hpc_router import fabric
+from hpc_router.adapters import adapters_of
 from hpc_router.auth import new_token
 from hpc_router.config import Deployment
 from hpc_router.errors import ConfigError, HpcRouterError, UpstreamError
@@ -65,7 +66,8 @@ class Follower:
         config = deployment.experts[expert]
         log = self._job.engine_log.with_name(f"{replica}.rank{rank}.engine.log")
         self._nodes = config.resources.nodes
-        self._commands = Commands(build_engine(expert, config), config, deployment.cluster, environment, log)
+        engine = build_engine(expert, config, adapters=adapters_of(deployment.experts, expert))
+        self._commands = Commands(engine, config, deployment.cluster, environment, log)
         self._engine = RankEngine(self._commands.engine, files)
         self._reader = Reader(run.registry)
         self._leader: Record | None = None

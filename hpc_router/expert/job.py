@@ -16,6 +16,7 @@ from typing import Final
 import uvloop
 
 from hpc_router import frozen
+from hpc_router.adapters import host_of
 from hpc_router.config import Deployment
 from hpc_router.errors import ConfigError, HpcRouterError, suggest
 from hpc_router.expert.agent import Agent
@@ -80,6 +81,9 @@ def _body(run: RunDir, replica: str, deployment: Deployment, files: FileThread, 
     expert = split_replica(replica)[0]
     if expert not in deployment.experts:
         raise ConfigError(f"{run.config}: no expert '{expert}'{suggest(expert, deployment.experts)}")
+    host = host_of(deployment.experts, expert)
+    if host != expert:
+        raise ConfigError(f"'{expert}' is an adapter on the engine of '{host}', which serves both: start that")
     nodes = deployment.experts[expert].resources.nodes
     if rank >= nodes:
         key = f"experts.{expert}.resources.nodes"

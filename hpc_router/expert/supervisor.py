@@ -5,6 +5,7 @@ requests do meanwhile is not its concern.
 """
 
 import asyncio
+import json
 import logging
 import random
 from collections.abc import Awaitable, Callable
@@ -20,6 +21,7 @@ from hpc_router.expert.restarts import Restarts
 from hpc_router.filethread import FileThread
 from hpc_router.jobdir import Phase, Reason
 from hpc_router.relay.exchange import Upstream
+from hpc_router.wire import MODELS
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +29,7 @@ POLL_S: Final = 0.1
 POLL_TIMEOUT_S: Final = 5.0
 WATCH_S: Final = 3.0
 WATCH_TIMEOUT_S: Final = 7.0
+_LONGEST_LIST: Final = 2**20
 HUNG_MISSES: Final = 3
 """A ready engine is asked so often and given so long; after so many misses in a row, half a minute, it hangs."""
 
@@ -89,7 +92,7 @@ class Supervisor:
                 end.cancel()
         except TimeoutError:
             return Failure(Reason.TIMEOUT, f"no answer within engine.startup_timeout_s={self.startup_timeout_s:g}")
-        return None if end.cancelled() else end.result()
+        return answers.result() if end.cancelled() else end.result()
 
     async def _until_end(self, process: EngineProcess) -> Failure:
         """Why the engine has ended, or must."""
@@ -103,10 +106,29 @@ class Supervisor:
             broken.cancel()
             await asyncio.gather(ended, broken, return_exceptions=True)
 
-    async def _answers(self) -> None:
-        """Until the engine says by HTTP that it can serve."""
+    async def _answers(self) -> Failure | None:
+        """Until the engine says by HTTP that it can serve. Adapters that it then has not are a failure: nobody may be
+        told that it serves their experts."""
         while not await self._says_ready(timeout_s=POLL_TIMEOUT_S):
             await asyncio.sleep(POLL_S)
+        serves = self.engine.serves()
+        if len(serves) == 1:
+            return None
+        while (listed := await self._listed()) is None:
+            await asyncio.sleep(POLL_S)
+        absent = [expert for expert, model in serves.items() if model not in listed]
+        return Failure(Reason.WEIGHTS, f"the engine has not loaded {', '.join(absent)}") if absent else None
+
+    async def _listed(self) -> set[str] | None:
+        """The models that it says to have; None: no such answer."""
+        try:
+            async with (
+                asyncio.timeout(POLL_TIMEOUT_S),
+                self.client.request("GET", ENGINE, MODELS) as answer,
+            ):
+                return {card["id"] for card in json.loads(await answer.read(_LONGEST_LIST))["data"]}
+        except (UpstreamError, TimeoutError, ValueError, KeyError, TypeError):
+            return None
 
     async def _until_end_or_hung(self, process: EngineProcess) -> Failure:
         async with asyncio.TaskGroup() as group:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
+from hpc_router.adapters import host_of
 from hpc_router.config import Deployment
 
 SPAN_S: Final = 30.0
@@ -31,8 +32,10 @@ class Bounds:
 
 
 def bounds_of(deployment: Deployment) -> Bounds:
-    bounded = {name: e.max_in_flight for name, e in deployment.experts.items() if e.max_in_flight is not None}
-    return Bounds(deployment.router.max_waiting, bounded)
+    """Experts on one engine have one bound, on all that is in flight there together."""
+    experts = deployment.experts
+    bounds = {name: experts[host_of(experts, name)].max_in_flight for name in experts}
+    return Bounds(deployment.router.max_waiting, {name: most for name, most in bounds.items() if most is not None})
 
 
 def worth_leaving(*, margin: float, wait_s: float, per_s: float) -> bool:

@@ -142,6 +142,13 @@ def test_scaling_what_is_not_there_is_refused(run: RunDir, control: Control) -> 
         desired.scale(run, control.deployment, {"mth": 2}, {})
 
 
+def test_an_adapter_is_scaled_with_its_host(run: RunDir, control: Control) -> None:
+    control.deployment.experts["law"] = ExpertConfig(model="a", adapter_of="math")
+    assert sorted(control.once().submitted) == ["code-0.g1", "math-0.g1"]
+    with pytest.raises(ConfigError, match=r"law is an adapter on the engine of math; scale that: math=3"):
+        desired.scale(run, control.deployment, {"law": 3}, {})
+
+
 def test_a_desired_file_edited_by_hand_breaks_nothing(run: RunDir, control: Control) -> None:
     run.desired.write_text('{"replicas": {"math": "many", "code": -1, "nope": 4}, "down": "yes", "forgiven": 3}')
     assert sorted(control.once().submitted) == ["code-0.g1", "math-0.g1"]

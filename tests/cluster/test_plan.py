@@ -73,6 +73,33 @@ def test_all_faults_are_told_at_once(tmp_path: Path) -> None:
     assert len(said) == 5
 
 
+def test_adapters_have_no_jobs_of_their_own() -> None:
+    plan = make_plan(load_deployment(["topology=sim_lora"]))
+    assert [replica.request.replica for replica in plan.replicas] == ["router-0.g1", "base-0.g1", "base-1.g1"]
+    assert plan.to_json()["replicas"][1]["serves"] == ["base", "math", "law", "medicine"]
+    assert "serves  base, math, law, medicine" in printed(plan)
+    predicted = ["topology=llama3_8b_4lora_bf16", "simulate.gpu=h100-sxm"]
+    plan = make_plan(load_deployment(predicted))
+    assert [replica.request.replica for replica in plan.replicas] == ["router-0.g1", "base-0.g1"]
+    engine = plan.replicas[1].engine
+    assert engine is not None
+    assert {"--roofline", "--lora-modules"} <= set(engine.argv)
+
+
+def test_an_adapter_is_looked_for_like_a_model(tmp_path: Path) -> None:
+    (tmp_path / "bare").mkdir()
+    engine = EngineConfig(kind="vllm", options={"device": "cpu"})
+    wrong = deployment(
+        base=ExpertConfig(model="org/name", engine=engine),
+        a=ExpertConfig(model=str(tmp_path / "bare"), adapter_of="base"),
+        b=ExpertConfig(model="/no/adapter", adapter_of="base"),
+    )
+    assert faults(wrong) == [
+        f"experts.a.model={tmp_path}/bare: it has no adapter_config.json, so it is no LoRA adapter",
+        "experts.b.model=/no/adapter: no such folder (valid: an adapter's folder, or a hub id such as org/name)",
+    ]
+
+
 @pytest.mark.parametrize("model", ["org/name", "name", "org/name-1.5_x"])
 def test_a_hub_id_is_no_path(model: str) -> None:
     make_plan(deployment(a=ExpertConfig(model=model, engine=EngineConfig(kind="transformers"))), ask_engines=False)
@@ -91,6 +118,10 @@ def test_what_may_be_meant_so_is_a_note() -> None:
     assert "the fallback expert 'generalist' has replicas=0" in notes
     notes = " ".join(make_plan(load_deployment(["topology=sim", "experts.math.exemplars=[]"])).warnings)
     assert "`auto` never goes to: math" in notes
+    lora = ["topology=sim_lora", "experts.base.replicas=0", "policy.fallback=math"]
+    notes = " ".join(make_plan(load_deployment(lora)).warnings)
+    assert "every expert has replicas=0" in notes
+    assert "the fallback expert 'math' is served by 'base': replicas=0" in notes
     assert "no experts" in " ".join(make_plan(load_deployment(["topology=empty"])).warnings)
 
 
@@ -124,12 +155,19 @@ def test_local_paths_are_settled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     (tmp_path / "model").mkdir()
     (tmp_path / "python").symlink_to(sys.executable)
     engine = EngineConfig(kind="transformers", python="./python")
-    one = deployment(a=ExpertConfig(model="model", engine=engine), b=ExpertConfig(model="org/name"), c=SIM)
+    one = deployment(
+        a=ExpertConfig(model="model", engine=engine),
+        b=ExpertConfig(model="org/name"),
+        c=SIM,
+        on_b=ExpertConfig(model="model", adapter_of="b"),
+        on_c=ExpertConfig(model="model", adapter_of="c"),
+    )
     one.policy.artefact = "artefact"
     done = settled(one)
     assert done.experts["a"].model == str(tmp_path / "model")
     assert done.experts["a"].engine.python == str(tmp_path / "python")
     assert (done.experts["b"].model, done.experts["c"].model) == ("org/name", "m")
+    assert (done.experts["on_b"].model, done.experts["on_c"].model) == (str(tmp_path / "model"), "model")
     assert done.policy.artefact == str(tmp_path / "artefact")
     assert settled(done) == done
 

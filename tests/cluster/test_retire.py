@@ -195,6 +195,13 @@ def test_an_agent_is_asked(run: RunDir, control: Control) -> None:
     assert JobDir(run, "math-1.g1").stop() is None
 
 
+def test_an_adapter_goes_only_with_its_host(run: RunDir, control: Control) -> None:
+    control.deployment.experts["law"] = ExpertConfig(model="a", adapter_of="math")
+    with pytest.raises(ConfigError, match=r"drain: law is an adapter on the engine of math; drain that, .*: math$"):
+        retire(control, ["law"])
+    assert JobDir(run, "math-0.g1").stop() is None
+
+
 def test_a_second_time_does_not_move_its_deadline(run: RunDir, control: Control) -> None:
     JobDir(run, "math-0.g1").write(Stop(drain_at=1.0))
     with agent(run, "math-0.g1") as offered:

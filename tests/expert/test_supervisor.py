@@ -94,6 +94,16 @@ async def test_the_last_of_too_many_failures_is_returned(socket_folder: Path) ->
         assert steps.pauses == [1.0]
 
 
+async def test_an_engine_without_one_of_its_adapters_is_never_ready(socket_folder: Path) -> None:
+    """It may have started all the same: then nobody is told that it serves that expert."""
+    async with supervised(socket_folder) as (supervisor, steps):
+        config = ExpertConfig(model="m", engine=EngineConfig(kind="sim"))
+        supervisor.engine = build_engine("math", config, adapters={"law": "/adapters/law"})
+        failure = await asyncio.wait_for(supervisor.run(), GUARD_S)
+        assert failure == Failure(Reason.WEIGHTS, "the engine has not loaded law")
+        assert steps.seen == [(Phase.LOADING, None)]
+
+
 async def test_a_flag_the_engine_refuses_is_not_tried_again(socket_folder: Path) -> None:
     async with supervised(socket_folder, extra={"bogus": True}) as (supervisor, steps):
         failure = await asyncio.wait_for(supervisor.run(), GUARD_S)

@@ -134,6 +134,32 @@ async def test_only_the_model_value_is_replaced_where_the_engine_has_another_nam
         assert fake.bodies == [body.replace(b'"auto" ', b'"/m@main" ')]
 
 
+async def test_an_engine_of_several_experts_is_always_told_which_one_is_meant(tmp_path: Path) -> None:
+    """By its name for it, whatever else it answers to: `auto` and the name of an expert that is gone are not its."""
+    run = a_run(tmp_path)
+    serves = {"base": "base", "math": "/adapters/math"}
+    deployment = a_deployment("base", "math", "code", policy="round_robin")
+    async with (
+        fake_replica(run, "base-0.g1", models=("base", "math", "auto", "code"), serves=serves) as fake,
+        a_router(run, deployment) as router,
+        client_of(router) as client,
+    ):
+        await ready(router)
+        answered = [(await post(router, chat(name)))[2] for name in ("base", "math", "auto", "auto")]
+        assert [(h["x-expert"], h["x-replica"]) for h in answered] == [
+            (expert, "base-0.g1") for expert in ("base", "math", "base", "math")
+        ]
+        asked = [json.loads(body)["model"] for body in fake.bodies]
+        assert asked == ["base", "/adapters/math", "base", "/adapters/math"]
+        listed = {m.id: m.model_dump().get("ready_replicas") async for m in client.models.list()}
+        assert listed == {"auto": None, "base": 1, "code": 0, "math": 1}
+        async with session() as s, s.get(router.url + "/status", headers=router.headers) as response:
+            told = (await response.json())["experts"]
+        shown = {name: [replica["replica"] for replica in expert["replicas"]] for name, expert in told.items()}
+        assert shown == {"base": ["base-0.g1"], "math": ["base-0.g1"], "code": []}
+        await eventually(lambda: all_gauges_zero(router))
+
+
 async def test_the_openai_client_chats_streams_and_lists(tmp_path: Path) -> None:
     run = a_run(tmp_path)
     events = [event("a"), event("b")[:10], event("b")[10:] + event("c"), b"data: [DONE]\n\n"]

@@ -1,6 +1,8 @@
 """The engines: vLLM, `transformers serve`, and a simulated one, behind one small interface."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Final
 
 from hpc_router.config import ExpertConfig, SimOptions, TransformersOptions, VllmOptions, options_of
@@ -13,18 +15,19 @@ from hpc_router.expert.engines.vllm import VllmEngine
 __all__ = ["Engine", "Failure", "Place", "Ranks", "build_engine", "classify", "engine_environment", "version_command"]
 
 _NOWHERE: Final = Path("/nowhere")
+_NONE: Final[Mapping[str, str]] = MappingProxyType({})
 
 
-def build_engine(expert: str, config: ExpertConfig) -> Engine:
-    """Raises ConfigError for options that cannot be."""
+def build_engine(expert: str, config: ExpertConfig, *, adapters: Mapping[str, str] = _NONE) -> Engine:
+    """`adapters`: of the experts that it serves beside this one. Raises ConfigError for options that cannot be."""
     options = options_of(expert, config.engine)
     engine: Engine
     match options:
         case VllmOptions():
-            engine = VllmEngine(expert, config, options)
+            engine = VllmEngine(expert, config, options, adapters)
         case TransformersOptions():
             engine = TransformersEngine(expert, config, options)
         case SimOptions():
-            engine = SimEngine(expert, config, options)
+            engine = SimEngine(expert, config, options, adapters)
     engine.argv(Place(_NOWHERE))  # refuses flags that are not the user's to set
     return engine

@@ -63,7 +63,7 @@ class Place:
 
 
 class Engine(Protocol):
-    """One engine of one expert. `build_engine` makes them."""
+    """One engine: of an expert, and of those that are adapters on it. `build_engine` makes them."""
 
     @property
     def python(self) -> str:
@@ -80,6 +80,10 @@ class Engine(Protocol):
     @property
     def packages(self) -> Sequence[str]:
         """Distributions whose version is the engine's; the first that is installed counts."""
+
+    @property
+    def models(self) -> Sequence[str]:
+        """Folders and hub ids of what it loads: its model, and adapters."""
 
     @property
     def signs(self) -> Sequence[Sign]:
@@ -121,6 +125,19 @@ def rank_flags(ranks: Ranks | None) -> list[str]:
     ]
 
 
+def own_names(expert: str, adapters: Mapping[str, str]) -> tuple[str, ...]:
+    """What an engine's own model is called. With adapters `auto` may mean any of them: then it has no such name."""
+    return (expert,) if adapters else (expert, "auto")
+
+
+def lora_modules(adapters: Mapping[str, str]) -> list[str]:
+    """As vLLM calls them, and the simulated engine after it: `NAME=PATH`, or JSON where that could be read wrongly."""
+    if not adapters:
+        return []
+    told = [json.dumps({"name": n, "path": path}) if "," in path else f"{n}={path}" for n, path in adapters.items()]
+    return ["--lora-modules", *told]
+
+
 def one_node_only(expert: str, config: ExpertConfig) -> None:
     """For engines that cannot span nodes. Raises ConfigError."""
     nodes, key = config.resources.nodes, f"experts.{expert}.resources.nodes"
@@ -148,10 +165,10 @@ def engine_environment(
 ) -> dict[str, str]:
     """The whole environment of the engine's process; the user's `engine.env` wins, then `cluster.env`.
 
-    Offline the hub is not asked and there are no proxies: by default for a model in a local folder.
+    Offline the hub is not asked and there are no proxies: by default where all it loads is in local folders.
     """
     cluster = cluster or ClusterConfig()
-    offline = is_local(expert.model) if cluster.offline is None else cluster.offline
+    offline = all(map(is_local, engine.models)) if cluster.offline is None else cluster.offline
     environment = {k: v for k, v in scrubbed(inherited).items() if not (offline and k.lower() in _PROXIES)}
     environment |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"} if offline else {}
     environment |= {

@@ -1,12 +1,21 @@
 """The simulated engine, `python -m hpc_router.expert.sim`: the API without a model."""
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Final
 
 from hpc_router.config import ExpertConfig, SimOptions
-from hpc_router.expert.engines.base import Place, flags, interpreter, rank_flags, ranks_at, refuse
+from hpc_router.expert.engines.base import (
+    Place,
+    flags,
+    interpreter,
+    lora_modules,
+    own_names,
+    rank_flags,
+    ranks_at,
+    refuse,
+)
 from hpc_router.expert.engines.failure import OPTION, PORT, TORCH, Sign, signs
 from hpc_router.expert.sim import roofline
 from hpc_router.jobdir import Reason
@@ -28,6 +37,7 @@ _OWNED: Final = {
     "host": "the engine listens on a unix socket",
     "port": "the engine listens on a unix socket",
     "served-model-name": "the expert's name is used",
+    "lora-modules": "use experts.<name>.adapter_of",
     "faults": "use options.faults",
     "roofline": "use options.roofline",
     "nnodes": "use experts.<name>.resources.nodes",
@@ -40,6 +50,7 @@ class SimEngine:
     expert: str
     config: ExpertConfig
     options: SimOptions
+    adapters: Mapping[str, str] = field(default_factory=dict)
 
     ready_path = MODELS
     lists_models = True
@@ -50,11 +61,15 @@ class SimEngine:
     def python(self) -> str:
         return interpreter(self.config.engine)
 
+    @property
+    def models(self) -> tuple[str, ...]:
+        return (self.config.model, *self.adapters.values())
+
     def serves(self) -> dict[str, str]:
-        return {self.expert: self.expert}
+        return {name: name for name in (self.expert, *self.adapters)}
 
     def names(self) -> tuple[str, ...]:
-        return (self.expert, "auto")
+        return (*own_names(self.expert, self.adapters), *self.adapters)
 
     def info(self) -> EngineInfo:
         stands_for = self.options.roofline
@@ -80,7 +95,8 @@ class SimEngine:
             *(self.python, "-m", "hpc_router.expert.sim"),
             *rank_flags(ranks),
             *("--uds", str(place.socket)),
-            *("--served-model-name", *self.names()),
+            *("--served-model-name", *own_names(self.expert, self.adapters)),
+            *lora_modules(self.adapters),
             *("--seed", str(options.seed)),
             *("--ttft-ms", f"{options.ttft_ms:g}"),
             *("--itl-ms", f"{options.itl_ms:g}"),

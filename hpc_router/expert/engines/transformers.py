@@ -45,6 +45,10 @@ class TransformersEngine:
         return interpreter(self.config.engine)
 
     @property
+    def models(self) -> tuple[str, ...]:
+        return (self.config.model,)
+
+    @property
     def _model(self) -> str:
         revision = self.config.revision
         return self.config.model if revision is None else f"{self.config.model}@{revision}"

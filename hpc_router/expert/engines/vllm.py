@@ -5,12 +5,27 @@ make the engine answer to the expert's name and to `auto`, so the client's bytes
 nodes it is the command `vllm serve`, also as a module: only that knows ranks without a server of their own.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Final
 
+from hpc_router.adapters import own_rank
 from hpc_router.config import ExpertConfig, VllmOptions
-from hpc_router.expert.engines.base import INSIDE, Place, Ranks, flags, interpreter, rank_flags, ranks_at, refuse
+from hpc_router.errors import ConfigError
+from hpc_router.expert.engines.base import (
+    INSIDE,
+    Place,
+    Ranks,
+    flags,
+    interpreter,
+    is_local,
+    lora_modules,
+    own_names,
+    rank_flags,
+    ranks_at,
+    refuse,
+)
 from hpc_router.expert.engines.failure import HUB, OPTION, PORT, TORCH, Sign, signs
 from hpc_router.jobdir import Reason
 from hpc_router.registry import EngineInfo
@@ -18,6 +33,10 @@ from hpc_router.registry import EngineInfo
 KEEP_ALIVE_S: Final = 3600
 """The engine must not be the first to close an idle connection: its default of 5 s races with our next request."""
 
+LORA_RANKS: Final = (8, 16, 32, 64, 128, 256, 320, 512)
+"""What `--max-lora-rank` may be."""
+HUB_LORA_RANK: Final = 16
+"""vLLM's default, for adapters that cannot be looked at."""
 _CHECK: Final = INSIDE / "check_vllm.py"
 _SIGNS: Final = (
     *signs(
@@ -43,6 +62,10 @@ _OWNED: Final = {
     "served-model-name": "the expert's name is used",
     "tensor-parallel-size": "use options.tensor_parallel_size",
     "pipeline-parallel-size": "use options.pipeline_parallel_size",
+    "enable-lora": "an expert with adapter_of does it",
+    "lora-modules": "use experts.<name>.adapter_of",
+    "max-loras": "use options.max_loras",
+    "max-lora-rank": "use options.max_lora_rank",
     "dtype": "use options.dtype",
     "quantization": "use options.quantization",
     "max-model-len": "use options.max_model_len",
@@ -56,6 +79,7 @@ class VllmEngine:
     expert: str
     config: ExpertConfig
     options: VllmOptions
+    adapters: Mapping[str, str] = field(default_factory=dict)
 
     ready_path = "/health"
     lists_models = True
@@ -66,11 +90,15 @@ class VllmEngine:
     def python(self) -> str:
         return interpreter(self.config.engine)
 
+    @property
+    def models(self) -> tuple[str, ...]:
+        return (self.config.model, *self.adapters.values())
+
     def serves(self) -> dict[str, str]:
-        return {self.expert: self.expert}
+        return {name: name for name in (self.expert, *self.adapters)}
 
     def names(self) -> tuple[str, ...]:
-        return (self.expert, "auto")
+        return (*own_names(self.expert, self.adapters), *self.adapters)
 
     def info(self) -> EngineInfo:
         return EngineInfo(
@@ -104,14 +132,45 @@ class VllmEngine:
         return [
             *rank_flags(ranks),
             *(("--headless",) if ranks is not None and ranks.rank > 0 else ("--uds", str(place.socket))),
-            *("--served-model-name", *self.names()),
+            *("--served-model-name", *own_names(self.expert, self.adapters)),
             *("--tensor-parallel-size", str(options.tensor_parallel_size)),
             *("--pipeline-parallel-size", str(options.pipeline_parallel_size)),
             *("--dtype", options.dtype),
             "--disable-uvicorn-access-log",
+            *self._lora_flags(),
             *flags(set_or_not),
             *flags(extra),
         ]
+
+    def _lora_flags(self) -> list[str]:
+        if not self.adapters:
+            return []
+        return [
+            *("--enable-lora", *lora_modules(self.adapters)),
+            *("--max-loras", str(self.options.max_loras or len(self.adapters))),
+            *("--max-lora-rank", str(self._lora_rank())),
+        ]
+
+    def _lora_rank(self) -> int:
+        """The smallest that vLLM has for all adapters, unless the user has chosen one."""
+        ranks = {name: self._rank_of(name, model) for name, model in self.adapters.items()}
+        key, chosen = f"experts.{self.expert}.engine.options.max_lora_rank", self.options.max_lora_rank
+        limit = LORA_RANKS[-1] if chosen is None else chosen
+        for name, rank in ranks.items():
+            if rank is not None and rank > limit:
+                said = f"the adapter '{name}' has rank {rank}" + (", more than vLLM takes" if chosen is None else "")
+                raise ConfigError(f"{key}={limit}: {said}", key=key)
+        least = max(rank or HUB_LORA_RANK for rank in ranks.values())
+        return chosen or next(rank for rank in LORA_RANKS if rank >= least)
+
+    @staticmethod
+    def _rank_of(expert: str, adapter: str) -> int | None:
+        """None for one that is in no folder here."""
+        try:
+            return own_rank(Path(adapter)) if is_local(adapter) else None
+        except ValueError as error:
+            key = f"experts.{expert}.model"
+            raise ConfigError(f"{key}={adapter}: {error}", key=key) from error
 
     def environment(self, place: Place) -> dict[str, str]:
         environment = {

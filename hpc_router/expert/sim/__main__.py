@@ -77,6 +77,10 @@ def _parser() -> argparse.ArgumentParser:
         "--served-model-name", nargs="+", metavar="NAME", default=list(default.served_model_names),
         help="names it answers to; the first is the one it calls itself (default sim)",
     )  # fmt: skip
+    parser.add_argument(
+        "--lora-modules", nargs="+", metavar="NAME=PATH", default=[],
+        help="names under which it answers as another model, as vLLM takes them; the paths are not looked at",
+    )  # fmt: skip
     add("--seed", int, default.seed, "N", "seed of answers, latencies and faults")
     add("--ttft-ms", float, default.ttft_s * 1e3, "MS", "mean time to the first token")
     add("--itl-ms", float, default.itl_s * 1e3, "MS", "mean time between tokens")
@@ -105,6 +109,7 @@ def _config(arguments: argparse.Namespace) -> SimConfig:
         raise ConfigError(f"--uds: the folder {arguments.uds.parent} does not exist")
     return SimConfig(
         served_model_names=tuple(arguments.served_model_name),
+        adapters=tuple(map(_adapter, arguments.lora_modules)),
         seed=arguments.seed,
         ttft_s=arguments.ttft_ms / 1e3,
         itl_s=arguments.itl_ms / 1e3,
@@ -120,6 +125,14 @@ def _config(arguments: argparse.Namespace) -> SimConfig:
         faults=_rules(arguments.faults),
         roofline=_roofline(arguments.roofline),
     )
+
+
+def _adapter(text: str) -> str:
+    """The name in `NAME=PATH`, or in vLLM's JSON."""
+    try:
+        return str(json.loads(text)["name"]) if text.startswith("{") else text.partition("=")[0]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"--lora-modules: {text}: not NAME=PATH, and not JSON with a name") from error
 
 
 def _roofline(text: str | None) -> Roofline | None:

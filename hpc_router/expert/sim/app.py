@@ -106,9 +106,7 @@ class Surface:
 
     async def models(self, _: web.Request) -> web.Response:
         config = self._core.config
-        return _json(
-            shapes.models_body(config.served_model_names, created=self._created, max_model_len=config.max_model_len)
-        )
+        return _json(shapes.models_body(config.names, created=self._created, max_model_len=config.max_model_len))
 
     async def health(self, _: web.Request) -> web.Response:
         return web.Response()

@@ -10,6 +10,7 @@ from hpc_router.expert.sim.faults import Rule
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SimConfig:
     served_model_names: tuple[str, ...] = ("sim",)
+    adapters: tuple[str, ...] = ()  # names under which another model answers, at the same pace
     seed: int = 0
     ttft_s: float = 0.020
     itl_s: float = 0.005
@@ -31,6 +32,8 @@ class SimConfig:
     def __post_init__(self) -> None:
         if not self.served_model_names or not all(self.served_model_names):
             raise ConfigError("served_model_names: at least one name, none of them empty")
+        if len(set(self.names)) < len(self.names) or not all(self.adapters):
+            raise ConfigError("adapters: each needs a name that nothing else has")
         for name in ("ttft_s", "itl_s", "jitter", "load_s", "keepalive_s", "drain_s"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ConfigError(f"{name}: {getattr(self, name)} is not a finite number of 0 or more")
@@ -43,3 +46,12 @@ class SimConfig:
     def model(self) -> str:
         """The name the engine calls itself, whatever alias a request used: vLLM's habit."""
         return self.served_model_names[0]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All that it answers to."""
+        return (*self.served_model_names, *self.adapters)
+
+    def answering(self, asked: str | None) -> str:
+        """Who answers a request for this model: an adapter says so."""
+        return asked if asked in self.adapters else self.model

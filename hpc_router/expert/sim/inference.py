@@ -73,7 +73,7 @@ class Inference:
         asked = parse_embedding(await request.read())
         self._check(asked.model, asked.inputs, max_tokens=None)
         factor, fault = await self._fault(request, asked, answer=Answer.BODY)
-        body = self._embed(asked, envelope=self._envelope(request, prefix="embd-"))
+        body = self._embed(asked, envelope=self._envelope(request, asked, prefix="embd-"))
         async with (
             self._core.scheduler.admit(prompt_tokens=asked.prompt_tokens) as ticket,
             self._pace(asked.prompt_tokens, factor) as pace,
@@ -86,7 +86,7 @@ class Inference:
         answer = Answer.STREAM if asked.stream else Answer.BODY
         factor, fault = await self._fault(request, asked, answer=answer)
         completions = [self._complete(asked, prompt, index) for prompt in asked.prompts for index in range(asked.n)]
-        envelope = self._envelope(request, prefix=_ID_PREFIXES[asked.api], own=asked.api is Api.RESPONSE)
+        envelope = self._envelope(request, asked, prefix=_ID_PREFIXES[asked.api], own=asked.api is Api.RESPONSE)
         send = answer_stream if asked.stream else answer_whole
         async with (
             self._core.scheduler.admit(prompt_tokens=asked.prompt_tokens) as ticket,
@@ -98,7 +98,7 @@ class Inference:
             return await send(job, asked, completions, form=_FORMS[asked.api](envelope, asked))
 
     def _check(self, model: str | None, prompts: tuple[Prompt, ...], *, max_tokens: int | None) -> None:
-        names = self._config.served_model_names
+        names = self._config.names
         if model is not None and model not in names:
             message = f"The model `{model}` does not exist{suggest(model, names)}."
             raise ApiError(message, status=404, param="model")
@@ -127,7 +127,7 @@ class Inference:
             return complete_tool_call(asked.tool.parameters, limit=asked.max_tokens)
         return complete_text(
             prompt.text,
-            model=self._config.model,
+            model=self._config.answering(asked.model),
             seed=f"{self._config.seed}/{asked.seed}/{index}",
             limit=asked.max_tokens,
             default=min(self._config.max_tokens_default, self._config.max_model_len - prompt.tokens),
@@ -137,17 +137,21 @@ class Inference:
     def _embed(self, asked: Embedding, *, envelope: shapes.Envelope) -> bytes:
         dimensions = asked.dimensions or self._config.embedding_dimensions
         vectors = [
-            unit_vector(item.text, model=self._config.model, seed=self._config.seed, dimensions=dimensions)
+            unit_vector(
+                item.text, model=self._config.answering(asked.model), seed=self._config.seed, dimensions=dimensions
+            )
             for item in asked.inputs
         ]
         return shapes.embeddings_body(envelope, vectors, as_base64=asked.base64, prompt_tokens=asked.prompt_tokens)
 
-    def _envelope(self, request: web.Request, *, prefix: str, own: bool = False) -> shapes.Envelope:
+    def _envelope(
+        self, request: web.Request, asked: Generation | Embedding, *, prefix: str, own: bool = False
+    ) -> shapes.Envelope:
         """vLLM's ids: a prefix and the caller's x-request-id, or random digits; always these where ids are `own`."""
         given = None if own else request.headers.get("x-request-id")
         name = given or f"{self._core.ids.getrandbits(128):032x}"
         created = int(self._core.clock.unix_s())
-        return shapes.Envelope(id=f"{prefix}{name}", created=created, model=self._config.model)
+        return shapes.Envelope(id=f"{prefix}{name}", created=created, model=self._config.answering(asked.model))
 
     def _pace(self, prompt_tokens: int, factor: float) -> AbstractAsyncContextManager[Pace]:
         """When the request's tokens come. In a batch all share its steps: there `slow` slows nobody."""

@@ -33,19 +33,24 @@ def expert(model: str = "org/model", *, gpus: int = 0, **engine: str) -> ExpertC
 
 
 def test_without_an_image_nothing_changes() -> None:
-    assert contained(["python", "x"], ContainerConfig(), PLACE, expert()) == ["python", "x"]
+    assert contained(["python", "x"], ContainerConfig(), PLACE, expert(), models=()) == ["python", "x"]
 
 
 def test_the_simulated_engine_is_ours_and_stays_outside() -> None:
     container = ContainerConfig(image="vllm.sif")
-    assert contained(["python", "x"], container, PLACE, expert(kind="sim")) == ["python", "x"]
+    assert contained(["python", "x"], container, PLACE, expert(kind="sim"), models=()) == ["python", "x"]
 
 
 def test_an_image_is_given_the_folders_that_both_sides_use(tmp_path: Path) -> None:
+    """Those of the model and of its adapters once each; a hub id is no folder."""
     container = ContainerConfig(image="vllm.sif", binds=["/data:/data:ro"], options=["--cleanenv"])
-    assert contained(["/venv/bin/python", "-m", "vllm"], container, PLACE, expert(str(tmp_path), gpus=2)) == [
+    (tmp_path / "a").mkdir()
+    models = (str(tmp_path), str(tmp_path / "a"), str(tmp_path / "a"), "org/adapter")
+    argv = ["/venv/bin/python", "-m", "vllm"]
+    assert contained(argv, container, PLACE, expert(str(tmp_path), gpus=2), models=models) == [
         *("apptainer", "exec", "--nv", "--bind", "/scratch/x", "--bind", f"{INSIDE}:{INSIDE}:ro"),
-        *("--bind", f"{tmp_path}:{tmp_path}:ro", "--bind", "/data:/data:ro", "--cleanenv", "vllm.sif"),
+        *("--bind", f"{tmp_path}:{tmp_path}:ro", "--bind", f"{tmp_path}/a:{tmp_path}/a:ro"),
+        *("--bind", "/data:/data:ro", "--cleanenv", "vllm.sif"),
         *("python3", "-m", "vllm"),
     ]
 
@@ -53,14 +58,14 @@ def test_an_image_is_given_the_folders_that_both_sides_use(tmp_path: Path) -> No
 @pytest.mark.parametrize(("gpus", "options", "given"), [(0, [], 0), (1, ["--nv"], 1), (1, ["--rocm"], 0), (1, [], 1)])
 def test_gpus_are_passed_through_once(gpus: int, options: list[str], given: int) -> None:
     container = ContainerConfig(image="vllm.sif", options=options, program="singularity")
-    words = contained(["python"], container, PLACE, expert(gpus=gpus))
+    words = contained(["python"], container, PLACE, expert(gpus=gpus), models=())
     assert words[0] == "singularity"
     assert words.count("--nv") == given
 
 
 def test_the_interpreter_named_by_the_expert_is_the_images() -> None:
     container = ContainerConfig(image="vllm.sif")
-    assert contained(["/opt/python", "-m"], container, PLACE, expert(python="/opt/python"))[-2:] == [
+    assert contained(["/opt/python", "-m"], container, PLACE, expert(python="/opt/python"), models=())[-2:] == [
         "/opt/python",
         "-m",
     ]
@@ -88,5 +93,6 @@ def test_the_stand_in_runs_what_it_is_given(tmp_path: Path) -> None:
     program = tmp_path / "apptainer"
     program.write_text(STAND_IN.format(python=sys.executable, log=str(tmp_path / "words"), image="i"))
     program.chmod(0o700)
-    words = contained(["python", "-c", "print(7)"], ContainerConfig(image="i", program=str(program)), PLACE, expert())
+    image = ContainerConfig(image="i", program=str(program))
+    words = contained(["python", "-c", "print(7)"], image, PLACE, expert(), models=())
     assert subprocess.run(words, check=True, capture_output=True, text=True).stdout == "7\n", shlex.join(words)

@@ -1,5 +1,6 @@
 """Command lines and environments, as tables; options that cannot be."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -37,6 +38,94 @@ def test_vllm_answers_to_the_expert_and_to_auto_behind_a_socket() -> None:
     assert engine.serves() == {"math": "math"}
     assert engine.names() == ("math", "auto")
     assert engine.info() == EngineInfo("vllm", None, "org/model", "v1", "awq", 2, 1)
+
+
+def adapter(folder: Path, rank: int, *, name: str = "a") -> str:
+    """As PEFT leaves one, without weights."""
+    path = folder / name
+    path.mkdir()
+    (path / "adapter_config.json").write_text(json.dumps({"r": rank}))
+    return str(path)
+
+
+def with_adapters(kind: str, adapters: dict[str, str], **options: Any) -> Engine:
+    config = ExpertConfig(model="org/model", engine=EngineConfig(kind=kind, options=options))
+    return build_engine("base", config, adapters=adapters)
+
+
+def word_after(argv: list[str], flag: str) -> str:
+    return argv[argv.index(flag) + 1]
+
+
+def test_vllm_serves_adapters_beside_its_model(tmp_path: Path) -> None:
+    """Each by its expert's name. `auto` may mean any of them, so the engine does not know it."""
+    math, law = adapter(tmp_path, 8, name="math"), adapter(tmp_path, 24, name="law,v2")
+    engine = with_adapters("vllm", {"math": math, "law": law})
+    argv = engine.argv(PLACE)
+    at = argv.index("--enable-lora")
+    assert argv[at : at + 8] == [
+        *("--enable-lora", "--lora-modules", f"math={math}", json.dumps({"name": "law", "path": law})),
+        *("--max-loras", "2", "--max-lora-rank", "32"),
+    ]
+    names = argv.index("--served-model-name")
+    assert argv[names : names + 3] == ["--served-model-name", "base", "--tensor-parallel-size"]
+    assert engine.serves() == {"base": "base", "math": "math", "law": "law"}
+    assert engine.names() == ("base", "math", "law")
+    assert engine.models == ("org/model", math, law)
+    check = engine.check_command(PLACE)
+    assert check is not None
+    assert "--lora-modules" in check
+
+
+@pytest.mark.parametrize(
+    ("ranks", "chosen", "given"),
+    [
+        ([1], None, "8"),
+        ([8], None, "8"),
+        ([9], None, "16"),
+        ([16, 512], None, "512"),
+        ([8], 64, "64"),
+        ([], None, "16"),
+    ],
+)
+def test_the_rank_is_one_that_vllm_has(tmp_path: Path, ranks: list[int], chosen: int | None, given: str) -> None:
+    """An adapter on the hub counts with vLLM's default."""
+    local = {f"e{n}": adapter(tmp_path, rank, name=f"e{n}") for n, rank in enumerate(ranks)}
+    options = {} if chosen is None else {"max_lora_rank": chosen}
+    engine = with_adapters("vllm", local or {"hub": "org/adapter"}, **options)
+    assert word_after(engine.argv(PLACE), "--max-lora-rank") == given
+
+
+def test_a_rank_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    adapters = {"math": adapter(tmp_path, 1024)}
+    with pytest.raises(ConfigError, match="max_lora_rank=512: the adapter 'math' has rank 1024, more than vLLM takes"):
+        with_adapters("vllm", adapters)
+    with pytest.raises(ConfigError, match=r"max_lora_rank=8: the adapter 'math' has rank 1024$") as caught:
+        with_adapters("vllm", adapters, max_lora_rank=8)
+    assert caught.value.key == "experts.base.engine.options.max_lora_rank"
+
+
+def test_fewer_adapters_may_share_a_batch(tmp_path: Path) -> None:
+    adapters = {name: adapter(tmp_path, 8, name=name) for name in ("math", "law")}
+    assert word_after(with_adapters("vllm", adapters, max_loras=1).argv(PLACE), "--max-loras") == "1"
+    assert "--max-loras" not in with_adapters("vllm", {}, max_loras=1).argv(PLACE)
+
+
+def test_the_simulated_engine_serves_adapters_too() -> None:
+    engine = with_adapters("sim", {"math": "sim-math"})
+    argv = engine.argv(PLACE)
+    at = argv.index("--served-model-name")
+    assert argv[at : at + 4] == ["--served-model-name", "base", "--lora-modules", "math=sim-math"]
+    assert engine.names() == ("base", "math")
+
+
+@pytest.mark.parametrize("local", [True, False])
+def test_the_hub_is_asked_for_an_adapter_that_is_there(tmp_path: Path, local: bool) -> None:
+    """Though the model is in a folder."""
+    config = ExpertConfig(model=str(tmp_path), engine=EngineConfig(kind="vllm"))
+    engine = build_engine("base", config, adapters={"math": adapter(tmp_path, 8) if local else "org/adapter"})
+    environment = engine_environment(engine, config, PLACE, inherited={"https_proxy": "http://p"})
+    assert ("HF_HUB_OFFLINE" in environment, "https_proxy" in environment) == (local, not local)
 
 
 def test_vllm_on_the_cpu_gets_its_cache_size_and_leaves_the_cores_to_threads() -> None:
@@ -133,6 +222,9 @@ def test_flags() -> None:
     [
         ("vllm", "uds"),
         ("vllm", "node_rank"),
+        ("vllm", "enable_lora"),
+        ("vllm", "max-lora-rank"),
+        ("sim", "lora-modules"),
         ("sim", "nnodes"),
         ("vllm", "--tensor_parallel_size"),
         ("transformers", "port"),

@@ -167,6 +167,32 @@ async def test_embeddings_come_as_floats_and_as_base64_of_the_same_numbers(start
     assert at(floats, "usage", "prompt_tokens") == 3
 
 
+async def test_an_adapter_answers_as_a_model_of_its_own(start: Start) -> None:
+    """An alias does not."""
+    names = replace(INSTANT, served_model_names=("base", "alias"), adapters=("math",))
+    _, session = await start(names)
+    async with session.get("/v1/models") as response:
+        assert [card["id"] for card in (await response.json())["data"]] == ["base", "alias", "math"]
+    said = {}
+    for name in ("base", "alias", "math"):
+        _, body = await post(session, CHAT, chat(max_tokens=5) | {"model": name})
+        said[name] = (at(body, "model"), at(body, "choices", 0, "message", "content"))
+    assert said["alias"] == said["base"]
+    assert (said["base"][0], said["math"][0]) == ("base", "math")
+    assert said["math"][1] != said["base"][1]
+    vectors = [
+        at((await post(session, "/v1/embeddings", {"model": name, "input": "one"}))[1], "data", 0, "embedding")
+        for name in ("base", "math")
+    ]
+    assert vectors[0] != vectors[1]
+
+
+@pytest.mark.parametrize("adapters", [("base",), ("a", "a"), ("",)])
+def test_an_adapter_has_a_name_of_its_own(adapters: tuple[str, ...]) -> None:
+    with pytest.raises(ConfigError, match="adapters: each needs a name"):
+        SimConfig(served_model_names=("base",), adapters=adapters)
+
+
 async def test_what_arrived_can_be_read_back_byte_for_byte(start: Start) -> None:
     engine, session = await start(INSTANT)
     raw = b'{"prompt": "h\\u00e9",  "unknown":\t[1.0e3], "max_tokens":1}'
