@@ -29,7 +29,8 @@ RANK_LINES: Final = 4
 ADVICE: Final[Mapping[Reason, str]] = {
     Reason.OUT_OF_MEMORY: "give it more memory: fewer tokens (max_model_len), a quantised model, more GPUs, or fewer "
     "replicas on one node",
-    Reason.WEIGHTS: "check experts.{expert}.model: the folder or hub id, and whether its files are complete",
+    Reason.WEIGHTS: "check experts.{expert}.model, or that of the adapter which the message names: the folder or hub "
+    "id, and whether its files are complete",
     Reason.CUDA: "check the node's GPU and driver (nvidia-smi there) and that the engine's build matches it",
     Reason.BAD_OPTION: "edit the option that the message names, then `hpc-router up` in a new run",
     Reason.INTERPRETER: "check experts.{expert}.engine.python: that interpreter must have the engine installed",

@@ -46,6 +46,11 @@ _SIGNS: Final = (
         (r"Available memory on node .* is less than requested memory for kv", Reason.OUT_OF_MEMORY),
     ),
     *TORCH,
+    *signs(
+        (r"LoRA rank \d+ is greater than max_lora_rank", Reason.BAD_OPTION),
+        (r"Loading lora .* failed: No adapter found|[ ']/\S+ doesn't contain tensors", Reason.WEIGHTS),
+        (r"Call to add_lora method failed", Reason.WEIGHTS),
+    ),
     *signs((r"Cannot find any model weights|[Ii]nvalid repository ID or local directory", Reason.WEIGHTS)),
     *HUB,
     *OPTION,

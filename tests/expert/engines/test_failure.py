@@ -22,6 +22,9 @@ VLLM = [
     (Reason.OUT_OF_MEMORY, "'Available memory on node 0 (12.23/14.84 GiB) is less than requested memory for kv'"),
     (Reason.OUT_OF_MEMORY, "ValueError: Free memory on device (1.0/79.1 GiB) on startup is less than desired"),
     (Reason.WEIGHTS, "RuntimeError: Cannot find any model weights with `/m`"),
+    (Reason.WEIGHTS, "ValueError: Loading lora math failed: No adapter found for org/adapter"),
+    (Reason.WEIGHTS, "ValueError: Call to add_lora method failed: Worker failed with error 'vLLM does not yet support"),
+    (Reason.BAD_OPTION, "ValueError: Call to add_lora method failed: 'LoRA rank 32 is greater than max_lora_rank 8.'"),
     (Reason.WEIGHTS, "  Value error, Invalid repository ID or local directory specified: '/m'."),
     (Reason.WEIGHTS, "huggingface_hub.errors.HFValidationError: Repo id must be in the form 'repo_name'"),
     (Reason.WEIGHTS, SAFETENSORS + "header too large"),
@@ -58,6 +61,14 @@ def test_vllms_last_words(reason: Reason, line: str) -> None:
     assert classify(1, ["INFO starting", line, *AFTER], signs) == Failure(reason, line.strip())
     if not line.startswith("  "):  # those come from the server's own process
         assert classify(1, ["INFO starting", PREFIX + line, *AFTER], signs) == Failure(reason, line)
+
+
+def test_an_adapter_without_weights_is_told_by_its_folder() -> None:
+    """The server's own last line leaves the path out."""
+    end = " doesn't contain tensors', please check the stack trace above for the root cause"
+    worker, server = f"Worker failed with error '/adapters/math{end}", "Worker failed with error '<path>" + end
+    tail = [f"{PREFIX}RuntimeError: {worker}", f"ValueError: Call to add_lora method failed: {server}"]
+    assert classify(1, tail, engine_of("vllm").signs) == Failure(Reason.WEIGHTS, f"RuntimeError: {worker}")
 
 
 @pytest.mark.parametrize(("reason", "line"), TRANSFORMERS)
