@@ -1,4 +1,4 @@
-"""A tiny random Llama on disk, so that the real engines run offline, on a CPU, in seconds.
+"""A tiny random Llama on disk, or a LoRA adapter for one, so that the real engines run offline, on a CPU, in seconds.
 
 Run by path with an *engine's* interpreter (`PYTHON hpc_router/expert/tiny_model.py OUT --seed 1`): that interpreter has
 transformers, tokenizers and torch and no hpc_router, so this file imports nothing of ours.
@@ -9,10 +9,12 @@ always as long as `max_tokens` asks: see `_steer`.
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -67,17 +69,58 @@ def build(out: Path, *, seed: int, layers: int, hidden: int, max_length: int) ->
     """Write model and tokenizer to `out`, which must not exist yet or be empty; it appears complete or not at all."""
     if hidden % HEAD_DIM or hidden < HEAD_DIM or layers < 1:
         raise ValueError(f"hidden must be a multiple of {HEAD_DIM} and layers at least 1, not {hidden} and {layers}")
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise FileExistsError(f"{out} exists: remove it, or name another folder")
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    with _whole(out) as folder:
+        tokenizer = _tokenizer(max_length=max_length)
+        tokenizer.save_pretrained(folder)
+        _model(tokenizer, seed=seed, layers=layers, hidden=hidden, max_length=max_length).save_pretrained(folder)
+
+
+def build_adapter(out: Path, *, model: Path, seed: int, rank: int) -> None:
+    """Write a LoRA adapter for the tiny `model` to `out`, in PEFT's format. Its weights are as large as the model's, so
+    that it answers otherwise."""
+    import torch
+    from safetensors.torch import save_file
+
+    shape = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    hidden, inner = shape["hidden_size"], shape["intermediate_size"]
+    generator = torch.Generator().manual_seed(seed)
+
+    def drawn(rows: int, columns: int) -> Any:
+        return torch.randn(rows, columns, generator=generator) / columns**0.5
+
+    weights: dict[str, Any] = {}
+    for layer in range(shape["num_hidden_layers"]):
+        for module, width in (("self_attn.o_proj", hidden), ("mlp.down_proj", inner)):
+            at = f"base_model.model.model.layers.{layer}.{module}"
+            raised = 4.0 * drawn(hidden, rank)
+            raised[0] = 0.0  # the channel that `_steer` keeps constant
+            weights |= {f"{at}.lora_A.weight": drawn(rank, width), f"{at}.lora_B.weight": raised}
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": str(model),
+        "target_modules": ["o_proj", "down_proj"],
+        "r": rank,
+        "lora_alpha": rank,
+        "bias": "none",
+    }
+    with _whole(out) as folder:
+        (folder / "adapter_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+        save_file(weights, folder / "adapter_model.safetensors")
+
+
+@contextmanager
+def _whole(out: Path) -> Iterator[Path]:
+    """A folder to fill, which becomes `out` when it is complete."""
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise FileExistsError(f"{out} exists: remove it, or name another folder")
     out.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
-        tokenizer = _tokenizer(max_length=max_length)
-        tokenizer.save_pretrained(unfinished)
-        _model(tokenizer, seed=seed, layers=layers, hidden=hidden, max_length=max_length).save_pretrained(unfinished)
+        yield unfinished
         unfinished.chmod(0o755)
         unfinished.replace(out)
     finally:
@@ -179,10 +222,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--hidden", type=int, default=64, help=f"a multiple of {HEAD_DIM}")
     parser.add_argument("--max-length", type=int, default=2048, metavar="TOKENS", help="prompt and answer together")
+    parser.add_argument("--adapter-of", type=Path, metavar="MODEL", help="make a LoRA adapter for this tiny model")
+    parser.add_argument("--rank", type=int, default=8, help="of the adapter")
     chosen = parser.parse_args(arguments)
     try:
+        if chosen.adapter_of is not None:
+            build_adapter(chosen.out, model=chosen.adapter_of, seed=chosen.seed, rank=chosen.rank)
+            return 0
         build(chosen.out, seed=chosen.seed, layers=chosen.layers, hidden=chosen.hidden, max_length=chosen.max_length)
-    except (ValueError, FileExistsError) as error:
+    except (ValueError, OSError) as error:
         parser.error(str(error))  # exits with 2: a value the user must edit
     return 0
 

@@ -1,4 +1,5 @@
-"""Two experts at once on each real engine, with tiny random models: the same tests for both."""
+"""Two experts at once on each real engine, with tiny random models: the same tests for both. On vLLM two more are LoRA
+adapters on one of these."""
 
 import json
 import socket
@@ -24,7 +25,10 @@ pytestmark = pytest.mark.e2e
 
 TOKENS = 1900
 QUESTION = "A shop sells 12 apples for 3 dollars. How many dollars do 20 apples cost?"
+SUED = "The tenant sued the landlord for breach of contract. Can the plaintiff recover damages?"
 MESSAGES: Any = [{"role": "user", "content": QUESTION}]
+ADAPTERS = ("law", "medicine")
+TOPOLOGY = {"transformers": "pair", "vllm": "pair_lora"}
 OPTIONS = {
     "transformers": ["device=cpu"],
     "vllm": ["device=cpu", "dtype=bfloat16", "max_model_len=2048", "extra.enforce-eager=true"],
@@ -36,6 +40,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     python, folder = engine_python("transformers"), tmp_path_factory.mktemp("models")
     for seed, name in enumerate(("code", "math")):
         subprocess.run([python, tiny_model.__file__, folder / name, "--seed", str(seed)], check=True)
+    for seed, name in enumerate(ADAPTERS):
+        words: list[str | Path] = [folder / name, "--adapter-of", folder / "math", "--seed", str(seed)]
+        subprocess.run([python, tiny_model.__file__, *words], check=True)
     return folder
 
 
@@ -53,7 +60,8 @@ def pair(request: pytest.FixtureRequest, models: Path, tmp_path_factory: pytest.
     with pytest.MonkeyPatch.context() as patch:
         for name, value in environment.items():
             patch.setenv(name, value)
-        overrides = ["--config-dir", str(ROOT / "tests/e2e/conf"), "topology=pair", "cluster.reconcile_s=0.3", *options]
+        chosen = ["--config-dir", str(ROOT / "tests/e2e/conf"), f"topology={TOPOLOGY[engine]}"]
+        overrides = [*chosen, "cluster.reconcile_s=0.3", *options]
         with deployed(tmp_path_factory.mktemp(engine), *overrides) as one:
             yield one
 
@@ -69,6 +77,28 @@ def test_prompts_are_routed_and_answered(pair: Deployed) -> None:
             assert done.choices[0].message.content
             assert done.usage is not None
             assert done.usage.completion_tokens == 8
+
+
+def test_adapters_answer_under_their_names_and_otherwise_than_their_base(pair: Deployed) -> None:
+    """Their weights are drawn as large as the model's, so with the likeliest tokens all say something else."""
+    if engine_of(pair) != "vllm":
+        pytest.skip("transformers serve has no adapters")
+
+    def asked(client: openai.OpenAI, model: str, prompt: str) -> tuple[str, str, str | None]:
+        raw = client.chat.completions.with_raw_response.create(
+            model=model, messages=[{"role": "user", "content": prompt}], max_tokens=12, temperature=0.0
+        )
+        done = raw.parse()
+        return raw.headers["x-expert"], done.model, done.choices[0].message.content
+
+    with pair.client() as client:
+        said = {name: asked(client, name, SUED) for name in ("math", *ADAPTERS)}
+        assert {name: (expert, model) for name, (expert, model, _) in said.items()} == {n: (n, n) for n in said}
+        assert len({text for _, _, text in said.values()}) == 3
+        assert asked(client, "auto", SUED) == said["law"]
+        assert {m.id for m in client.models.list()} == {"auto", "code", "math", *ADAPTERS}
+    served = {r["replica"]: set(r["serves"]) for r in records(pair) if r["kind"] == "expert"}
+    assert served == {"code-0.g1": {"code"}, "math-0.g1": {"math", *ADAPTERS}}
 
 
 def test_streams_arrive_token_by_token_with_usage(pair: Deployed) -> None:
