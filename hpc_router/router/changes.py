@@ -1,6 +1,6 @@
-"""Notices what may change while a router serves: the settings in `desired.json`, the classifier's artefact.
+"""Notices what may change while a router serves: the settings in `desired.json`, the classifier's artefact, its shadow.
 
-It looks every second at the stamps of both files, and at once when it is told to. What cannot be used is said and
+It looks every second at the stamps of these files, and at once when it is told to. What cannot be used is said and
 changes nothing.
 """
 
@@ -15,7 +15,7 @@ from typing import Final
 from hpc_router.config import Deployment
 from hpc_router.errors import HpcRouterError
 from hpc_router.filethread import FileThread
-from hpc_router.router.policies import artefact_folder, load_policy
+from hpc_router.router.policies import artefact_folders, load_policy
 from hpc_router.router.settings import settings_in, with_settings
 from hpc_router.routing.artefact import MANIFEST
 from hpc_router.routing.policy import Policy
@@ -38,7 +38,7 @@ class Changes:
     on_change: Callable[[Deployment, Policy], None]
     trouble: str | None = None
     _seen: Stamp | None = None
-    _folder: Path | None = None
+    _folders: tuple[Path, ...] | None = None
     _now: asyncio.Event = field(default_factory=asyncio.Event)
 
     def look_now(self) -> None:
@@ -76,18 +76,18 @@ class Changes:
             return
         self._seen = stamp
         deployment, policy = await self.files.run(self._load)
-        self._seen = await self.files.run(self._stamp)  # the artefact may be another one now
         self.trouble = None
         self.on_change(deployment, policy)
 
     def _load(self) -> tuple[Deployment, Policy]:
         deployment = with_settings(self.base, settings_in(self.run.read_desired()))
-        self._folder = artefact_folder(self.run, deployment)
+        self._folders = artefact_folders(self.run, deployment)
+        self._seen = self._stamp()  # they may be others now; before they are read, so that none is missed
         return deployment, load_policy(self.run, deployment)
 
     def _stamp(self) -> Stamp:
-        folder = self._folder or artefact_folder(self.run, self.base)
-        return tuple(map(_stamp_of, (self.run.desired, folder / MANIFEST)))
+        folders = self._folders or artefact_folders(self.run, self.base)
+        return tuple(map(_stamp_of, (self.run.desired, *(folder / MANIFEST for folder in folders))))
 
 
 def _stamp_of(path: Path) -> tuple[int, int, int] | None:

@@ -38,7 +38,7 @@ from hpc_router.router.status import status
 from hpc_router.router.supervisor import CONTROL, worker_name
 from hpc_router.router.view import View, give_columns, take_over, view_of
 from hpc_router.routing.artefact import training_of
-from hpc_router.routing.policy import Policy
+from hpc_router.routing.policy import Policy, versions
 from hpc_router.rundir import RunDir
 
 logger = logging.getLogger(__name__)
@@ -81,6 +81,7 @@ class Control:
     replica: str
     started_at: float
     artefact: str | None
+    shadow: str | None = None
     draining: bool = False
     processes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     table: ReplicaTable = field(init=False)
@@ -285,7 +286,8 @@ class Control:
     def _take_over(self, deployment: Deployment, policy: Policy) -> None:
         """What holds from now on."""
         before = self._settings()
-        self.deployment, self.artefact = deployment, policy.version
+        self.deployment = deployment
+        self.artefact, self.shadow = versions(policy)
         if self._settings() != before:
             logger.info("settings have changed, artefact %s", policy.version)
             self.discovery.configure(deployment.router)
@@ -299,6 +301,7 @@ class Control:
             "policy": asdict(deployment.policy),
             "router": asdict(deployment.router),
             "artefact": self.artefact,
+            "shadow": self.shadow,
         }
 
     def _seed(self, view: View) -> None:

@@ -1,6 +1,5 @@
 """The policy that a config means, with the classifier that it needs."""
 
-from dataclasses import replace
 from pathlib import Path
 
 from hpc_router.config import Deployment
@@ -15,6 +14,12 @@ def artefact_folder(run: RunDir, deployment: Deployment) -> Path:
     """Where the classifier lies, if there is one."""
     given = deployment.policy.artefact
     return run.classifier if given is None else Path(given)
+
+
+def artefact_folders(run: RunDir, deployment: Deployment) -> tuple[Path, ...]:
+    """The classifier's, and its shadow's if it has one."""
+    shadow = deployment.policy.shadow
+    return (artefact_folder(run, deployment), *(() if shadow is None else (Path(shadow),)))
 
 
 def load_policy(run: RunDir, deployment: Deployment) -> Policy:
@@ -34,8 +39,5 @@ def load_policy(run: RunDir, deployment: Deployment) -> Policy:
 
 def _by_classifier(deployment: Deployment, folder: Path, *, shadow: Policy | None = None) -> Policy:
     config = deployment.policy
-    artefact = read(folder)
-    if config.margin is not None:
-        artefact = replace(artefact, margin_threshold=config.margin)
-    classifier = Classifier(artefact, experts=deployment.experts or None)
+    classifier = Classifier(read(folder), experts=deployment.experts or None, margin_threshold=config.margin)
     return build_policy(kind=config.kind, classifier=classifier, fallback=config.fallback, shadow=shadow)

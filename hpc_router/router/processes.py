@@ -28,7 +28,7 @@ from hpc_router.router.counters import IN_FLIGHT, Counters
 from hpc_router.router.orders import Orders
 from hpc_router.router.supervisor import CONTROL, Birth, worker_name
 from hpc_router.router.worker import Identity, linked, working
-from hpc_router.routing.policy import Policy
+from hpc_router.routing.policy import Policy, versions
 from hpc_router.rundir import RunDir
 
 logger = logging.getLogger(__name__)
@@ -55,10 +55,11 @@ async def control(router: Router, birth: Birth) -> None:
     """The control process."""
     run, job = router.run, router.job
     supervisor = os.getppid()
+    artefact, shadow = versions(router.policy)
     with file_thread(f"files of {job.replica}", log=job.agent_log, label=CONTROL) as files:
         parts = Control(
             run, router.base, router.deployment, router.counters, files, job.replica,
-            started_at=router.identity.started_at, artefact=router.policy.version, processes=birth.processes,
+            started_at=router.identity.started_at, artefact=artefact, shadow=shadow, processes=birth.processes,
         )  # fmt: skip
         for news in birth.news:
             logger.warning("%s", news)

@@ -28,7 +28,7 @@ from hpc_router.router.metrics import Metrics
 from hpc_router.router.policies import load_policy
 from hpc_router.router.replicas import ReplicaTable
 from hpc_router.router.sessions import Sessions
-from hpc_router.routing.policy import Policy
+from hpc_router.routing.policy import Policy, versions
 from hpc_router.rundir import RunDir
 from hpc_router.schema import parse
 
@@ -128,9 +128,10 @@ async def _take_over(gateway: Gateway, settings: Mapping[str, Any], run: RunDir)
         router=parse(RouterConfig, settings["router"], at="router"),
     )
     policy = gateway.policy
-    if deployment == gateway.deployment and settings["artefact"] == policy.version:
+    same_artefacts = (settings["artefact"], settings["shadow"]) == versions(policy)
+    if deployment == gateway.deployment and same_artefacts:
         return
-    if deployment.policy != gateway.deployment.policy or settings["artefact"] != policy.version:
+    if deployment.policy != gateway.deployment.policy or not same_artefacts:
         policy = await asyncio.to_thread(load_policy, run, deployment)
     gateway.reconfigure(deployment, policy)
     logger.info("settings are taken over, artefact %s", policy.version)

@@ -41,9 +41,12 @@ class Term(NamedTuple):
 
 
 class Classifier:
-    def __init__(self, artefact: Artefact, *, experts: Collection[str] | None = None) -> None:
-        """`experts`: those of this deployment (default: all the artefact names)."""
+    def __init__(
+        self, artefact: Artefact, *, experts: Collection[str] | None = None, margin_threshold: float | None = None
+    ) -> None:
+        """`experts`: those of this deployment (default: all the artefact names); the threshold: the artefact's."""
         self.artefact = artefact
+        self.margin_threshold = artefact.margin_threshold if margin_threshold is None else margin_threshold
         self.experts = tuple(
             name if experts is None or name in experts else None for name in artefact.experts
         )  # by cluster
@@ -69,10 +72,6 @@ class Classifier:
     @property
     def version(self) -> str:
         return self.artefact.version
-
-    @property
-    def margin_threshold(self) -> float:
-        return self.artefact.margin_threshold
 
     def classify(self, text: str) -> Classification:
         values, length, known = self._values(text)

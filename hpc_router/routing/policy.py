@@ -83,6 +83,11 @@ class Policy(Protocol):
         """Experts to try in turn: the chosen one, then who would do in its place."""
 
 
+def versions(policy: Policy) -> tuple[str | None, str | None]:
+    """Of the artefact that decides, and of its shadow's."""
+    return policy.version, None if policy.shadow is None else policy.shadow.version
+
+
 class ClassifierPolicy:
     """The expert of the prompt's cluster; the fallback where the cluster is in doubt or has no expert."""
 

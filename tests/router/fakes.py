@@ -25,6 +25,7 @@ from hpc_router.router.counters import Counters
 from hpc_router.router.policies import load_policy
 from hpc_router.router.replicas import Standing
 from hpc_router.router.worker import Identity, linked, working
+from hpc_router.routing.policy import versions
 from hpc_router.rundir import RunDir, make_run
 from tests.relays import OWN
 
@@ -205,9 +206,10 @@ async def a_router(run: RunDir, deployment: Deployment) -> AsyncIterator[Running
         replica="router-0.g1", key=replica_key(run.secret(), NONCE), started_at=time.time(),
         token=None if deployment.router.open else run.token(),
     )  # fmt: skip
+    artefact, shadow = versions(policy)
     control = Control(
         run, deployment, deployment, counters, files, "router-0.g1",
-        started_at=identity.started_at, artefact=policy.version,
+        started_at=identity.started_at, artefact=artefact, shadow=shadow,
     )  # fmt: skip
     here, there = socket.socketpair()
     async with linked(deployment, counters, 0) as link:
