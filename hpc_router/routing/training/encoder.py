@@ -7,7 +7,7 @@ passage that the student can learn from, so that it knows words which no trainin
 import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import numpy as np
 
@@ -20,6 +20,17 @@ MOST_WORDS: Final = 40_000
 
 Progress = Callable[[str, int, int], None]
 """What is done, how far, of how much."""
+
+
+class Teacher(Protocol):
+    """What a student needs of an encoder."""
+
+    def words(self) -> list[str]: ...
+
+    def encode(self, texts: Sequence[str], *, what: str, progress: Progress) -> Floats:
+        """texts x dimensions, of length one."""
+
+    def fingerprint(self) -> str: ...
 
 
 class Encoder:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hpc_router.routing.features import Counts, Features, Floats, Vocabulary, counts_of
-from hpc_router.routing.training.encoder import Encoder, Progress
+from hpc_router.routing.training.encoder import Progress, Teacher
 
 CBTM_DIMENSIONS: Final = 100
 LEXICAL_DIMENSIONS: Final = 128
@@ -144,7 +144,7 @@ class Student:
         return (solved * self.idf[:, None]).astype(np.float32)
 
 
-def distilled(texts: Sequence[str], *, corpus: Sequence[str], encoder: Encoder, progress: Progress) -> Student:
+def distilled(texts: Sequence[str], *, corpus: Sequence[str], encoder: Teacher, progress: Progress) -> Student:
     from scipy import sparse
 
     words = encoder.words()

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
+from scipy import sparse
 from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS, TfidfVectorizer
 from sklearn.pipeline import make_pipeline
@@ -20,6 +22,7 @@ from hpc_router.routing.features import Floats, counts_of
 from hpc_router.routing.training import spaces
 from hpc_router.routing.training.centres import MOST_OF_SHARE, balanced_centres
 from hpc_router.routing.training.train import TrainConfig, train
+from tests.routing.training.encoders import WordSums
 from tests.routing.training.samples import SHARED, WORDS, prompts, written
 
 TEXTS = [str(row["prompt"]) for row in prompts()]
@@ -38,6 +41,12 @@ PUBLISHED = make_pipeline(
     Normalizer(),
 ).fit(TEXTS)
 LEXICAL = spaces.lexical(TEXTS, seed=0)
+STUDENT = spaces.distilled(
+    TEXTS,
+    corpus=["zeppelin over the harbour"],
+    encoder=WordSums(["zeppelin", "anchor", "sauce"]),
+    progress=lambda *_: None,
+)
 
 
 def quiet(what: str, done: int, total: int) -> None:
@@ -103,6 +112,24 @@ def test_the_run_time_is_the_unfolded_projection(text: str) -> None:
     assert LEXICAL_CLASSIFIER.scores(text) == pytest.approx(expected, abs=1e-5)
 
 
+@settings(deadline=None)
+@given(ANY)
+def test_the_run_time_is_the_unfolded_student(text: str) -> None:
+    """The sparse row, through the whole ridge regression to the encoder's dimensions, onto the centres."""
+    row = spaces.rows_of(counts_of([text], vocabulary=STUDENT.vocabulary), STUDENT.idf).toarray()[0]
+    expected = (row @ STUDENT_REGRESSION) @ STUDENT_CENTRES.T
+    assert STUDENT_CLASSIFIER.scores(text) == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_solver_finds_the_regression() -> None:
+    """Against the normal equations solved at once in double precision, within the tolerance that training asks for."""
+    rows = sparse.diags_array(STUDENT.weight) @ STUDENT.rows
+    wanted = (STUDENT.taught * STUDENT.weight[:, None]).astype(np.float32)
+    found = spaces.ridge(rows, wanted, strength=spaces.RIDGE)
+    largest = np.abs(STUDENT_REGRESSION).max()
+    assert np.abs(found - STUDENT_REGRESSION).max() < 10 * spaces.SOLVER_TOLERANCE * largest
+
+
 def test_no_cluster_holds_much_more_than_its_share() -> None:
     rng = np.random.default_rng(0)
     crowd, few = rng.normal([4, 0, 0], 0.3, (300, 3)), rng.normal([0, 4, 0], 0.3, (30, 3))
@@ -137,7 +164,15 @@ def test_one_expert_alone_is_refused(tmp_path: Path) -> None:
         trained(tmp_path, data=str(data), features="lexical", method="exemplars")
 
 
-def _classifier(space: spaces.SvdSpace, centres: Floats) -> Classifier:
+def _regression(student: spaces.Student) -> NDArray[np.float64]:
+    """terms x dimensions, solved without steps."""
+    rows = (sparse.diags_array(student.weight) @ student.rows).toarray().astype(np.float64)
+    wanted = student.taught * student.weight[:, None]
+    solved: NDArray[np.float64] = np.linalg.solve(rows.T @ rows + spaces.RIDGE * np.eye(rows.shape[1]), rows.T @ wanted)
+    return solved
+
+
+def _classifier(space: spaces.Space, centres: Floats) -> Classifier:
     from hpc_router.routing.training.train import _artefact
 
     names = ("a", "b", "c")
@@ -148,3 +183,8 @@ CBTM_CENTRES = balanced_centres(CBTM.vectors, clusters=3, seed=0, spherical=Fals
 LEXICAL_CENTRES = balanced_centres(LEXICAL.vectors, clusters=3, seed=0)[0]
 CBTM_CLASSIFIER = _classifier(CBTM, CBTM_CENTRES)
 LEXICAL_CLASSIFIER = _classifier(LEXICAL, LEXICAL_CENTRES)
+STUDENT_CENTRES = balanced_centres(STUDENT.vectors, clusters=3, seed=0)[0]
+with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(spaces, "SOLVER_TOLERANCE", 1e-9)  # else what is compared is the solver's tolerance
+    STUDENT_CLASSIFIER = _classifier(STUDENT, STUDENT_CENTRES)
+STUDENT_REGRESSION = _regression(STUDENT)
