@@ -30,6 +30,7 @@ def tokens(text: str, **options: object) -> list[str]:
         ("inﬂuence ｆｕｌｌ e\u0301", ["influence", "full", "é"]),
         ("∫ √2", ["∫", "√", "0"]),
         ("a\x1cb\x00c", ["a", "b", "c"]),
+        ("a\u2028b\x85c\u1680d\u2003e\u00a0é", ["a", "b", "c", "d", "e", "é"]),
         ("It’s “so” – really…", ["it", "s", "so", "really", "'", '"', "-", "."]),
     ],
 )
