@@ -8,6 +8,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Final
 
 import numpy as np
@@ -110,6 +111,7 @@ def cost_quality(
 
     The curve: for a share of prompts, those with the largest expected gain go to the dearer one (ties by chance).
     Random mixing sends the same share by chance: a straight line between the two. The oracle knows who is right.
+    `low`, `high`: the interval of what the curve is above random mixing.
     """
     dear, cheap = int(np.argmax(cost)), int(np.argmin(cost))
     rng = np.random.default_rng(seed)
@@ -117,15 +119,18 @@ def cost_quality(
     ranks = {share: _chosen(gain, chance, share) for share in SHARES}
     difference = right[:, dear] - right[:, cheap]
 
+    def above_at(share: float, rows: NDArray[np.intp]) -> float:
+        return float((difference[rows] * ranks[share][rows]).mean() - share * difference[rows].mean())
+
     def above(rows: NDArray[np.intp]) -> float:
-        base = difference[rows].mean()
-        return float(np.mean([(difference[rows] * ranks[s][rows]).mean() - s * base for s in SHARES]))
+        return float(np.mean([above_at(share, rows) for share in SHARES]))
 
     def curve(chosen: NDArray[np.bool_]) -> float:
         return float(np.where(chosen, right[:, dear], right[:, cheap]).mean())
 
     everyone = np.arange(len(gain))
     low, high = interval(above, rows=len(gain), seed=seed)
+    around = {s: interval(partial(above_at, s), rows=len(gain), seed=seed) for s in SHARES}
     mixing = {s: float(right[:, cheap].mean() + s * difference.mean()) for s in SHARES}
     return {
         "dear": experts[dear],
@@ -139,6 +144,8 @@ def cost_quality(
                 "accuracy": curve(ranks[s]),
                 "random": mixing[s],
                 "oracle": curve(_chosen(difference, chance, s)),
+                "low": around[s][0],
+                "high": around[s][1],
             }
             for s in SHARES
         ],

@@ -36,6 +36,7 @@ def test_a_gain_that_is_known_beats_random_mixing_and_the_oracle_bounds_it() -> 
     assert found["single"] == {"cheap": 0.5, "dear": 1.0}
     assert found["above_random_mixing"]["low"] > 0
     for row in found["curve"]:
+        assert row["low"] < row["accuracy"] - row["random"] < row["high"]
         assert row["accuracy"] == pytest.approx(row["oracle"])
         assert row["random"] <= row["accuracy"]
     blind = evaluation.cost_quality(
