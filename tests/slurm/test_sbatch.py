@@ -15,9 +15,12 @@ import pytest
 from hpc_router.cluster.http import Unreachable, ask
 from hpc_router.jobdir import JobDir, Reason
 from hpc_router.registry import Kind, Reader, Record, State
+from hpc_router.routing.artefact import read
+from hpc_router.routing.classifier import Classifier
 from hpc_router.rundir import RunDir
 from tests.needs import ROOT
 from tests.processes import with_word
+from tests.routing.training.samples import prompts, written
 from tests.slurm.cluster import SlurmCluster
 from tests.waiting import eventually_sync
 
@@ -170,6 +173,33 @@ def test_a_bench_measures_from_a_node(by_hand: ByHand) -> None:
     origin = found["provenance"]
     assert (origin["job_id"], origin["hardware"]["host"]) == (number, "n1")
     assert str(path) in by_hand.said(number)
+
+
+def test_a_training_makes_an_artefact(by_hand: ByHand) -> None:
+    """From names that a shell could trip over; a bad row is named in the job's log."""
+    pytest.importorskip("sklearn", reason="features=lexical needs scikit-learn")
+    folder = by_hand.cluster.shared / "it's trained"
+    folder.mkdir()
+    data, output = written(folder / "the prompts.jsonl", prompts()), folder / "the artefact"
+    words = (str(data), str(output), "features=lexical")
+    number = by_hand.submit("train.sbatch", *words, "method=exemplars", options=("--nodelist=n1",))
+    refused = by_hand.submit("train.sbatch", *words, "clusters=1", options=("--nodelist=c1",))
+    assert by_hand.ended(number)["ExitCode"] == "0:0", by_hand.said(number)
+    assert Classifier(read(output)).classify("a comet near the moon").expert == "astronomy"
+    assert str(output) in by_hand.said(number)
+    assert by_hand.ended(refused)["ExitCode"] == "2:0"
+    assert "a classifier needs two or more" in by_hand.said(refused)
+
+
+def test_a_training_without_data_or_output_is_refused() -> None:
+    environment = {"PATH": os.environ["PATH"], "SLURM_JOB_ID": "1"}
+    done = subprocess.run(
+        ["bash", "sbatch/train.sbatch", "prompts.jsonl"], cwd=ROOT, env=environment, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "DATA and OUTPUT are needed" in done.stderr
+    assert "sbatch/train.sbatch DATA OUTPUT" in done.stderr
 
 
 def test_an_expert_over_two_nodes_is_one_endpoint(by_hand: ByHand) -> None:
