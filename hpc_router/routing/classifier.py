@@ -1,6 +1,7 @@
 """The run time of every artefact: tokenise, gather rows, sum, divide by a length. Numpy only, no state, no I/O.
 
-Score: the cosine between the prompt and a cluster (of a student of an encoder: what it expects the encoder's to be).
+Score: the cosine between the prompt and a cluster (of a student of an encoder: what it expects of the encoder, less
+what is usual).
 Margin: the distance to the best cluster of *another expert*, because clusters of one expert do not compete. Experts
 come from the artefact's table; one that is not in this deployment counts as none. It measures and never decides what a
 small margin means: that is the policy's. What a decision costs is the number of calls into numpy: one table holds all

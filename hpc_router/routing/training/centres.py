@@ -14,6 +14,7 @@ STEPS: Final = 40
 BEGINNINGS: Final = 4
 MOST_OF_SHARE: Final = 2.0
 """How many times its even share a cluster may hold."""
+STRENGTH: Final = 1.0
 _ROUNDS: Final = 60
 
 Floats = NDArray[np.float32]
@@ -50,6 +51,17 @@ def centres_of(vectors: Floats, held: Ids, *, clusters: int, spherical: bool, be
     if spherical:
         means /= np.maximum(np.linalg.norm(means, axis=1, keepdims=True), 1e-12)
     return means.astype(np.float32)
+
+
+def discriminants(vectors: Floats, held: Ids, *, clusters: int) -> Floats:
+    """For each cluster the direction, of length one, in which its vectors differ from the others', as ridge regression
+    finds it; of strength without end, that of its mean. A cluster without vectors has none: zeros."""
+    own = np.eye(clusters)[held]
+    apart = vectors.astype(np.float64) - vectors.mean(axis=0)
+    gram = apart.T @ apart + STRENGTH * np.eye(apart.shape[1])
+    found = np.linalg.solve(gram, apart.T @ (own - own.mean(axis=0))).T
+    found /= np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-12)
+    return found.astype(np.float32)
 
 
 def _likeness(vectors: Floats, centres: Floats) -> Floats:

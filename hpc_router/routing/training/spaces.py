@@ -4,26 +4,36 @@
 idea over sets of tokens with digits, symbols, pairs and beginnings kept. `distilled`: the vectors of a sentence
 encoder; a ridge regression from the lexical row to what the encoder says stands in for it at run time. It learns from
 the prompts, from any further text, and from each word of the encoder's vocabulary alone, which is what lets it place
-prompts of which no word was in the training. All three are linear in the terms, so a centre costs a column of a table.
+prompts of which no word was in the training; few prompts are eked out by parts of them and by words put together. What
+all texts of a kind have in common is taken off: that a text is one word says nothing of where it lies. All three are
+linear in the terms, so a centre costs a column of a table.
 """
 
+import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import cycle, islice
 from typing import Any, Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hpc_router.routing.features import Counts, Features, Floats, Vocabulary, counts_of
+from hpc_router.routing.features import Counts, Features, Floats, Ids, Vocabulary, counts_of
 from hpc_router.routing.training.encoder import Progress, Teacher
 
 CBTM_DIMENSIONS: Final = 100
 LEXICAL_DIMENSIONS: Final = 128
 RIDGE: Final = 1.0
 WORD_WEIGHT: Final = 1.0
+WORD_WEIGHT_OF_FEW: Final = 0.5
+"""Where few texts are eked out."""
+LABEL_WEIGHT: Final = 0.1
+"""What an exemplar's label counts beside the encoder's cosines."""
 ENOUGH_TEXTS: Final = 2000
+GROUPS_PER_VARIANT: Final = 4
 MOST_WEIGHT: Final = 16.0
 """Fewer prompts than enough weigh more, up to so much each, or the words of the vocabulary would drown them."""
+LONGEST_VARIANT: Final = 12
 MOST_TERMS: Final = 120_000
 SOLVER_STEPS: Final = 80
 SOLVER_TOLERANCE: Final = 1e-3
@@ -125,53 +135,95 @@ class Student:
     rows: Any
     """Sparse: the training prompts first."""
     taught: Floats
+    """What the encoder says of each row, less what it says on average of such rows."""
     weight: Doubles
     """Of each row in the regression, as the root that it is multiplied with."""
+    source: Ids
+    """Of each row: the training prompt that it was made of, or -1."""
     encoder: str
+    labels: Ids | None = None
+    """Of the training prompts, by column, where they count themselves."""
     spherical: bool = True
     dimensions: Floats | None = None
-    folds: int = field(default=0)
 
     def fold(self, centres: Floats, *, without: NDArray[np.bool_] | None = None) -> Floats:
-        """A column of the regression per centre: what the encoder's cosine with it is expected to be."""
+        """A column of the regression per centre: the encoder's cosine with it, less what is usual."""
         weight = self.weight.copy()
         if without is not None:
-            weight[: len(self.vectors)][without] = 0
-        wanted = (self.taught @ centres.T) * weight[:, None]
+            weight[np.append(without, np.False_)[self.source]] = 0
+        wanted = self.taught @ centres.T
+        if self.labels is not None:
+            own = np.eye(len(centres), dtype=np.float32)[self.labels]
+            wanted[: len(own)] += LABEL_WEIGHT * (own - own.mean(axis=0))
         from scipy import sparse
 
-        solved = ridge(sparse.diags_array(weight) @ self.rows, wanted.astype(np.float32), strength=RIDGE)
+        wanted = (wanted * weight[:, None]).astype(np.float32)
+        solved = ridge(sparse.diags_array(weight) @ self.rows, wanted, strength=RIDGE)
         return (solved * self.idf[:, None]).astype(np.float32)
 
 
-def distilled(texts: Sequence[str], *, corpus: Sequence[str], encoder: Teacher, progress: Progress) -> Student:
+def distilled(
+    texts: Sequence[str], *, corpus: Sequence[str], encoder: Teacher, seed: int, progress: Progress
+) -> Student:
     from scipy import sparse
 
-    words = encoder.words()
-    taught = np.vstack(
-        [
-            encoder.encode(texts, what="prompts", progress=progress),
-            encoder.encode(corpus, what="corpus", progress=progress),
-            encoder.encode(words, what="words", progress=progress),
-        ]
-    )
-    features = Features()
-    vocabulary = vocabulary_for([*texts, *corpus, *words], features=features, least=1)
-    read = counts_of([*texts, *corpus], vocabulary=vocabulary)
-    idf = smooth_idf(read)
+    words, read = encoder.words(), [*texts, *corpus]
+    lacking = max(ENOUGH_TEXTS - len(read), 0)
+    made = variants(texts, words, count=lacking, seed=seed)
+    groups = word_groups(words, count=GROUPS_PER_VARIANT * lacking, seed=seed)
+    others = [*(text for _, text in made), *groups, *words]
+    kinds = {
+        "prompts": texts,
+        "corpus": corpus,
+        "variants": others[: len(made)],
+        "word groups": groups,
+        "words": words,
+    }
+    taught = [encoder.encode(part, what=what, progress=progress) for what, part in kinds.items() if part]
+    vocabulary = vocabulary_for([*read, *others], features=Features(), least=1)
+    counts = counts_of(read, vocabulary=vocabulary)
+    idf = smooth_idf(counts)
     # Solved in rows of TF-IDF; the idf is multiplied into the weights at the end.
-    rows = sparse.vstack([rows_of(read, idf), rows_of(counts_of(words, vocabulary=vocabulary), idf)]).tocsr()
-    weight = np.full(rows.shape[0], np.sqrt(min(max(ENOUGH_TEXTS / (len(texts) + len(corpus)), 1.0), MOST_WEIGHT)))
-    weight[len(texts) + len(corpus) :] = np.sqrt(WORD_WEIGHT)
+    rows = sparse.vstack([rows_of(counts, idf), rows_of(counts_of(others, vocabulary=vocabulary), idf)]).tocsr()
+    weight = np.ones(rows.shape[0])
+    weight[: len(read)] = np.sqrt(min(max(ENOUGH_TEXTS / len(read), 1.0), MOST_WEIGHT))
+    weight[len(read) + len(made) + len(groups) :] = np.sqrt(WORD_WEIGHT_OF_FEW if lacking else WORD_WEIGHT)
+    source = np.full(rows.shape[0], -1)
+    source[: len(texts)] = np.arange(len(texts))
+    source[len(read) : len(read) + len(made)] = [number for number, _ in made]
     return Student(
         vocabulary=vocabulary,
         idf=idf,
-        vectors=taught[: len(texts)],
+        vectors=taught[0],
         rows=rows,
-        taught=taught,
+        taught=np.vstack([part - part.mean(axis=0) for part in taught]),
         weight=weight,
+        source=source,
         encoder=encoder.fingerprint(),
     )
+
+
+def word_groups(words: Sequence[str], *, count: int, seed: int) -> list[str]:
+    """Two to four words of the encoder's vocabulary, which have nothing to do with each other."""
+    rng = random.Random(seed)
+    return [" ".join(rng.sample(words, min(len(words), rng.randint(2, 4)))) for _ in range(count)]
+
+
+def variants(texts: Sequence[str], words: Sequence[str], *, count: int, seed: int) -> list[tuple[int, str]]:
+    """Further texts to ask the encoder about, each with the number of the one it is made of.
+
+    Some words in a row of a text, in any order among as many words of the encoder's vocabulary.
+    """
+    rng = random.Random(seed)
+    found = []
+    for number in islice(cycle(range(len(texts))), count):
+        tokens = texts[number].split()
+        length = min(len(tokens), rng.randint(1, LONGEST_VARIANT))
+        start = rng.randint(0, len(tokens) - length)
+        mixed = tokens[start : start + length] + rng.sample(words, min(len(words), rng.randint(0, length)))
+        rng.shuffle(mixed)
+        found.append((number, " ".join(mixed)))
+    return found
 
 
 def ridge(rows: Any, wanted: Floats, *, strength: float) -> Floats:

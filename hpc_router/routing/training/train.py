@@ -1,10 +1,10 @@
 """Rows -> an artefact: choose the space, find or name the clusters, fold, set the margin, measure.
 
 *discovered*: balanced k-means over all prompts; rows that name an expert give it to the cluster where it is the
-commonest. *exemplars*: a cluster per label, at the mean of its prompts. *measured*: discovered clusters, each for the
-expert whose measured correctness, less `weight` times its cost, is highest there. The margin's threshold comes from
-prompts that were held out: one in twenty of those decided rightly may fall below it. The same rows, settings, versions
-and one BLAS thread give the same bytes.
+commonest. *exemplars*: a cluster per label, at the mean of its prompts, or where what sets them apart is known, there.
+*measured*: discovered clusters, each for the expert whose measured correctness, less `weight` times its cost, is the
+highest there. The margin's threshold comes from prompts that were held out: one in twenty of those decided rightly may
+fall below it. The same rows, settings, versions and one BLAS thread give the same bytes.
 """
 
 import platform
@@ -23,7 +23,7 @@ from hpc_router.routing.artefact import NORM_SPACE, NORM_TERMS, Artefact
 from hpc_router.routing.classifier import Classifier
 from hpc_router.routing.features import Floats, Ids
 from hpc_router.routing.training import spaces
-from hpc_router.routing.training.centres import balanced_centres, centres_of
+from hpc_router.routing.training.centres import balanced_centres, centres_of, discriminants
 from hpc_router.routing.training.encoder import Encoder, Progress
 from hpc_router.routing.training.measured import Quality, measure
 from hpc_router.routing.training.rows import Row, distinct, fingerprint, read_corpus, read_rows
@@ -138,7 +138,8 @@ def _clusters(config: TrainConfig, rows: Sequence[Row]) -> int:
 
 def _space(config: TrainConfig, texts: Sequence[str], corpus: Sequence[str], progress: Progress) -> spaces.Space:
     if config.features == "distilled":
-        return spaces.distilled(texts, corpus=corpus, encoder=Encoder(str(config.encoder)), progress=progress)
+        encoder = Encoder(str(config.encoder))
+        return spaces.distilled(texts, corpus=corpus, encoder=encoder, seed=config.seed, progress=progress)
     try:
         make = spaces.cbtm if config.features == "cbtm" else spaces.lexical
         return make(texts, seed=config.seed)
@@ -154,9 +155,18 @@ def _grouped(
     if config.method == "exemplars":
         names = tuple(sorted({str(row.label) for row in rows}))
         held = np.array([names.index(str(row.label)) for row in rows])
-        return names, held, centres_of(space.vectors, held, clusters=clusters, spherical=space.spherical)
+        if isinstance(space, spaces.Student):
+            space.labels = held
+        return names, held, _named_centres(space, held, np.ones(len(rows), np.bool_), clusters=clusters)
     centres, held = balanced_centres(space.vectors, clusters=clusters, seed=config.seed, spherical=space.spherical)
     return tuple(f"cluster-{number}" for number in range(clusters)), held, centres
+
+
+def _named_centres(space: spaces.Space, held: Ids, kept: NDArray[np.bool_], *, clusters: int) -> Floats:
+    """Where those of a label lie; for a student, what sets them apart: the encoder knows more than it need be told."""
+    if isinstance(space, spaces.Student):
+        return discriminants(space.vectors[kept], held[kept], clusters=clusters)
+    return centres_of(space.vectors[kept], held[kept], clusters=clusters, spherical=space.spherical)
 
 
 def _experts(
@@ -233,9 +243,10 @@ def _held_out(
         progress("held out", number, asked)
         out = fold == number
         known = np.isin(np.arange(len(names)), held[~out])
-        rest = centres_of(
-            space.vectors[~out], held[~out], clusters=len(names), spherical=space.spherical, before=centres
-        )
+        if config.method == "exemplars":
+            rest = _named_centres(space, held, ~out, clusters=len(names))
+        else:
+            rest = centres_of(space.vectors[~out], held[~out], clusters=len(names), spherical=space.spherical)
         made = _artefact(config, space, names, names, np.where(known[:, None], rest, centres), out)
         classifier = Classifier(made)
         for i in np.flatnonzero(out).tolist():

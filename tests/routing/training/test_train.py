@@ -1,8 +1,10 @@
 """Artefacts from files of prompts: the same bytes each time, the unfolded pipelines' values, errors in words."""
 
 import re
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +22,7 @@ from hpc_router.routing.artefact import read
 from hpc_router.routing.classifier import Classifier
 from hpc_router.routing.features import Floats, counts_of
 from hpc_router.routing.training import spaces
-from hpc_router.routing.training.centres import MOST_OF_SHARE, balanced_centres
+from hpc_router.routing.training.centres import MOST_OF_SHARE, balanced_centres, discriminants
 from hpc_router.routing.training.train import TrainConfig, train
 from tests.routing.training.encoders import WordSums
 from tests.routing.training.samples import SHARED, WORDS, prompts, written
@@ -45,6 +47,7 @@ STUDENT = spaces.distilled(
     TEXTS,
     corpus=["zeppelin over the harbour"],
     encoder=WordSums(["zeppelin", "anchor", "sauce"]),
+    seed=0,
     progress=lambda *_: None,
 )
 
@@ -130,6 +133,38 @@ def test_the_solver_finds_the_regression() -> None:
     assert np.abs(found - STUDENT_REGRESSION).max() < 10 * spaces.SOLVER_TOLERANCE * largest
 
 
+def test_few_texts_are_eked_out_by_variants_of_them() -> None:
+    words = ["alpha", "beta", "gamma"]
+    found = spaces.variants(["one two three", "four"], words, count=50, seed=0)
+    assert [number for number, _ in found] == [0, 1] * 25
+    for number, text in found:
+        own = [{"one", "two", "three"}, {"four"}][number]
+        assert set(text.split()) <= own | set(words)
+        assert set(text.split()) & own
+    assert found == spaces.variants(["one two three", "four"], words, count=50, seed=0)
+    assert found != spaces.variants(["one two three", "four"], words, count=50, seed=1)
+
+
+def test_what_is_held_out_teaches_nothing() -> None:
+    """Neither a prompt nor what was made of it."""
+    out = np.arange(len(TEXTS)) == 3
+    of_it = STUDENT.source == 3
+    assert of_it.sum() > 1
+    other = replace(STUDENT, taught=np.where(of_it[:, None], 1.0, STUDENT.taught).astype(np.float32))
+    assert np.array_equal(other.fold(STUDENT_CENTRES, without=out), STUDENT.fold(STUDENT_CENTRES, without=out))
+    assert not np.array_equal(other.fold(STUDENT_CENTRES), STUDENT.fold(STUDENT_CENTRES))
+
+
+def test_discriminants_point_from_the_others_to_their_own() -> None:
+    rng = np.random.default_rng(0)
+    held = np.repeat([0, 2], 30)
+    vectors = (rng.normal(0, 0.1, (60, 4)) + np.eye(4)[held]).astype(np.float32)
+    found = discriminants(vectors, held, clusters=3)
+    scores = (vectors - vectors.mean(axis=0)) @ found.T
+    assert (scores.argmax(axis=1) == held).mean() > 0.95
+    assert np.linalg.norm(found, axis=1) == pytest.approx([1, 0, 1])
+
+
 def test_no_cluster_holds_much_more_than_its_share() -> None:
     rng = np.random.default_rng(0)
     crowd, few = rng.normal([4, 0, 0], 0.3, (300, 3)), rng.normal([0, 4, 0], 0.3, (30, 3))
@@ -164,12 +199,13 @@ def test_one_expert_alone_is_refused(tmp_path: Path) -> None:
         trained(tmp_path, data=str(data), features="lexical", method="exemplars")
 
 
-def _regression(student: spaces.Student) -> NDArray[np.float64]:
-    """terms x dimensions, solved without steps."""
-    rows = (sparse.diags_array(student.weight) @ student.rows).toarray().astype(np.float64)
-    wanted = student.taught * student.weight[:, None]
-    solved: NDArray[np.float64] = np.linalg.solve(rows.T @ rows + spaces.RIDGE * np.eye(rows.shape[1]), rows.T @ wanted)
-    return solved
+def _solved(rows: Any, wanted: NDArray[np.floating[Any]], *, strength: float) -> NDArray[np.float64]:
+    """The regression without steps, in double precision."""
+    dense = rows.toarray().astype(np.float64)
+    found: NDArray[np.float64] = np.linalg.solve(
+        dense.T @ dense + strength * np.eye(dense.shape[1]), dense.T @ wanted.astype(np.float64)
+    )
+    return found
 
 
 def _classifier(space: spaces.Space, centres: Floats) -> Classifier:
@@ -184,7 +220,9 @@ LEXICAL_CENTRES = balanced_centres(LEXICAL.vectors, clusters=3, seed=0)[0]
 CBTM_CLASSIFIER = _classifier(CBTM, CBTM_CENTRES)
 LEXICAL_CLASSIFIER = _classifier(LEXICAL, LEXICAL_CENTRES)
 STUDENT_CENTRES = balanced_centres(STUDENT.vectors, clusters=3, seed=0)[0]
+STUDENT_REGRESSION = _solved(
+    sparse.diags_array(STUDENT.weight) @ STUDENT.rows, STUDENT.taught * STUDENT.weight[:, None], strength=spaces.RIDGE
+)
 with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(spaces, "SOLVER_TOLERANCE", 1e-9)  # else what is compared is the solver's tolerance
+    patch.setattr(spaces, "ridge", _solved)  # how near the solver comes is another question
     STUDENT_CLASSIFIER = _classifier(STUDENT, STUDENT_CENTRES)
-STUDENT_REGRESSION = _regression(STUDENT)
