@@ -26,6 +26,7 @@ from typing import Any, Final
 ROOT: Final = Path(__file__).parent.parent
 DRAWS: Final = range(6)
 EACH: Final = 20
+RUNS: Final = 7
 TRANSFER: Final = {"computing": "code", "law": "law", "math": "math", "medicine": "medicine"}
 """Domains of mmlu that experts of the other files have, and the names they have there."""
 DEARER: Final = "gpt-4-1106-preview"
@@ -170,11 +171,19 @@ def packed(bench: Bench, features: str) -> Found:
     return {"command": command, **json.loads(printed)}
 
 
+def latency(bench: Bench) -> Found:
+    """Several times, in processes of their own: a shared machine is not always as fast."""
+    prompts = bench.file("domains_test")
+    runs = [bench.evaluate("discovered-distilled", prompts) for _ in range(RUNS)]
+    return {"command": runs[0]["command"], "runs": [run["latency"] for run in runs]}
+
+
 STEPS: Final[Mapping[str, Callable[[Bench], Found]]] = {
     **{f"discovered-{f}": partial(discovered, features=f) for f in ("distilled", "lexical", "cbtm")},
     **{f"exemplars-{n}": partial(exemplified, number=n) for n in DRAWS},
     "corpus-0": partial(exemplified, number=0, corpus=True),
     "measured": measured,
+    "latency": latency,
     **{f"packed-{f}": partial(packed, features=f) for f in ("distilled", "lexical")},
 }
 

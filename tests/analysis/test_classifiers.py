@@ -63,6 +63,7 @@ def test_the_report_says_what_is_met_and_what_is_not(
         "moves": [],
     }
     steps: dict[str, Any] = {name: packed if name.startswith("packed") else trained(0.975) for name in STEPS}
+    steps["latency"] = {"runs": [trained(0.9)["test"]["latency"]]}
     drawn = figures.confusion(steps["measured"]["test"]["confusion"])
     monkeypatch.setattr(figures, "cluster_map", lambda *_: drawn)  # t-SNE wants more prompts than these
     write(bench, steps, out=tmp_path / "out")

