@@ -93,7 +93,7 @@ def cost_quality(found: Mapping[str, Any]) -> Drawn:
         axes.plot(at, random, color="black", linestyle="--", linewidth=1.2, label="random mixing")
         axes.plot(at, whole("oracle", cheap, found["oracle"]), color="black", linestyle=":", marker="^",
                   markerfacecolor="white", label="oracle")  # fmt: skip
-        axes.set_xlabel(f"share of prompts sent to {found['dear']} (its cost is 1, the other's 0)")
+        axes.set_xlabel(f"cost: share of the prompts sent to {found['dear']}")
         axes.set_ylabel("% of the answers that are right")
         axes.grid(visible=True, color="#d8d8d8", linewidth=0.6)
         axes.legend(loc="lower right", frameon=False)

@@ -52,7 +52,9 @@ class Classifier:
             name if experts is None or name in experts else None for name in artefact.experts
         )  # by cluster
         self._clusters = len(artefact.clusters)
-        self._vocabulary = Vocabulary(artefact.terms, features=artefact.features)
+        # The commonest terms first: what most prompts touch lies close together, and a core's cache holds it.
+        order = np.argsort(artefact.idf, kind="stable")
+        self._vocabulary = Vocabulary([artefact.terms[row] for row in order], features=artefact.features)
         # Columns: a cluster each, then what adds up to the squared length, then the telling terms, then the space.
         self._table = self._vocabulary.joined(
             np.hstack(
@@ -62,7 +64,7 @@ class Classifier:
                     artefact.telling[:, None].astype(np.float32),
                     artefact.space,
                 ]
-            )
+            )[order]
         )
         self._ones = np.ones(4096, np.float32)
         self._in_space = artefact.norm == NORM_SPACE
