@@ -22,7 +22,7 @@ MOST_MB: Final = 40
 
 def write(bench: Bench, steps: Mapping[str, Found], *, out: Path) -> None:
     result = {
-        "command": shlex.join(["python", "-m", *_shown(bench)]),
+        "command": bench.without_folders(shlex.join(["python", *sys.orig_argv[1:]])),
         "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "git": git_state(ROOT),
         "hardware": {key: value for key, value in hardware().items() if key != "host"},
@@ -38,14 +38,9 @@ def write(bench: Bench, steps: Mapping[str, Found], *, out: Path) -> None:
     ]
     for figure in drawn:
         figure.save(out)
-    (out / "classifiers.json").write_text(json.dumps(result, indent=1) + "\n")
+    (out / "classifiers.json").write_text(bench.without_folders(json.dumps(result, indent=1)) + "\n")
     told = "\n".join(f"![{one.title}]({one.name}.png)\n\n{one.told}\n" for one in drawn)
     (out / "classifiers.md").write_text("\n".join(_markdown(result)) + "\n\n" + told)
-
-
-def _shown(bench: Bench) -> list[str]:
-    words = [word.replace(bench.encoder, "ENCODER") for word in sys.orig_argv[2:]]
-    return [word.replace(str(bench.data), "DATA") for word in words]
 
 
 def _brief(found: Found) -> Found:

@@ -96,10 +96,12 @@ class Bench:
     def _shown(self, argv: Sequence[str]) -> str:
         """Without the folders of this machine."""
         known = {self.python: "python", sys.executable: "python", self.encoder: "ENCODER"}
-        words = [known.get(word, word) for word in argv]
+        return self.without_folders(shlex.join(known.get(word, word) for word in argv))
+
+    def without_folders(self, text: str) -> str:
         for folder, name in ((self.work, "WORK"), (self.data, "DATA"), (self.encoder, "ENCODER")):
-            words = [word.replace(str(folder), name) for word in words]
-        return shlex.join(words)
+            text = text.replace(str(folder), name)
+        return text
 
 
 def read(path: Path) -> list[Prompt]:
