@@ -39,7 +39,7 @@ def write(bench: Bench, steps: Mapping[str, Found], *, out: Path) -> None:
     for figure in drawn:
         figure.save(out)
     (out / "classifiers.json").write_text(bench.without_folders(json.dumps(result, indent=1)) + "\n")
-    told = "\n".join(f"![{one.title}]({one.name}.png)\n\n{one.told}\n" for one in drawn)
+    told = "\n".join(f"![{one.title}]({one.name}.svg)\n\n{one.told}\n" for one in drawn)
     (out / "classifiers.md").write_text("\n".join(_markdown(result)) + "\n\n" + told)
 
 
