@@ -96,7 +96,7 @@ def cost_quality(found: Mapping[str, Any]) -> Drawn:
         axes.set_xlabel(f"cost: share of the prompts sent to {found['dear']}")
         axes.set_ylabel("% of the answers that are right")
         axes.grid(visible=True, color="#d8d8d8", linewidth=0.6)
-        axes.legend(loc="lower right", frameon=False)
+        axes.legend(loc="center right", bbox_to_anchor=(1, 0.78), frameon=False)
         figure.suptitle("What quality costs, two models", fontsize=11, fontweight="bold")
     above = found["above_random_mixing"]
     told = (
