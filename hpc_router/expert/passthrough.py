@@ -9,9 +9,11 @@ from collections.abc import Callable
 from typing import Final
 
 from hpc_router.errors import UpstreamError
-from hpc_router.relay.downstream import SHORT_BYTES, DownstreamGoneError, Request, Response
-from hpc_router.relay.exchange import Limits, Upstream, address_of
-from hpc_router.relay.headers import NOT_DOWNSTREAM, NOT_UPSTREAM, crossing
+from hpc_router.relay.downstream import SHORT_BYTES, DownstreamGoneError, Request, Response, Work
+from hpc_router.relay.exchange import Asker, Limits, Started, Upstream, address_of
+from hpc_router.relay.headers import NOT_DOWNSTREAM, NOT_UPSTREAM, Headers, crossing
+from hpc_router.relay.in_flight import InFlight
+from hpc_router.relay.sse import CONTENT_TYPE
 
 logger = logging.getLogger(__name__)
 
@@ -21,17 +23,68 @@ ENGINE_LIMITS: Final = Limits(connect_s=5.0, first_byte_s=_A_DAY_S, idle_s=_A_DA
 ENGINE: Final = address_of("http://engine")
 
 
-async def pass_through(request: Request, client: Upstream, *, heard: Callable[[], None]) -> Response | None:
+class Passing(Work, Asker):
+    """A request to the engine that no task waits for, as long as its answer may come whole: see the router's
+    `express`, of which this is the agent's half."""
+
+    __slots__ = ("_heard", "_in_flight", "_request", "started")
+
+    started: Started
+
+    def __init__(self, request: Request, in_flight: InFlight, heard: Callable[[], None]) -> None:
+        self._request = request
+        self._in_flight = in_flight
+        self._heard = heard
+
+    def begin(self, client: Upstream, body: bytes) -> bool:
+        """False: it is the handler's, and not counted."""
+        request = self._request
+        started = client.start(request.method, ENGINE, request.target, head=_head(request), body=body, asker=self)
+        if started is None:
+            return False
+        self.started = started
+        self._in_flight.enter()
+        return True
+
+    def leave(self) -> None:
+        """Count it no more."""
+        self._in_flight.leave()
+
+    def cancel(self) -> None:
+        self._request.begun_work = None
+        self.started.abandon()
+        self.leave()
+
+    def on_answer(self, status: int, headers: Headers, body: bytes) -> bool:
+        if headers.content_type == CONTENT_TYPE or len(body) > SHORT_BYTES:
+            return False
+        request = self._request
+        request.begun_work = None
+        self._heard()
+        self.leave()
+        request.answer(status, crossing(headers, drop=NOT_DOWNSTREAM), body)
+        return True
+
+    def on_news(self) -> None:
+        self._request.resume()
+
+
+async def pass_through(
+    request: Request, client: Upstream, *, heard: Callable[[], None], started: Started | None = None
+) -> Response | None:
     """Answers `request`; None: what came went to the caller as it came. Calls `heard` for every piece of the answer.
+    `started`: how far `Passing` has come with it.
 
     Raises UpstreamError when the engine gives no answer, and what `Request.read` raises.
     """
     body = request.ready()
     if body is None:
         body = await request.read()
-    head = crossing(request.headers, drop=NOT_UPSTREAM)
+    head = _head(request)
     try:
-        async with client.request(request.method, ENGINE, request.target, head=head, body=body or None) as answer:
+        async with client.request(
+            request.method, ENGINE, request.target, head=head, body=body or None, started=started
+        ) as answer:
             head = crossing(answer.headers, drop=NOT_DOWNSTREAM)
             if (whole := answer.whole) is not None and len(whole) <= SHORT_BYTES:
                 heard()
@@ -46,6 +99,11 @@ async def pass_through(request: Request, client: Upstream, *, heard: Callable[[]
         logger.warning("the engine failed in the midst of an answer: %s", error)
         request.abort()
     return None
+
+
+def _head(request: Request) -> bytes:
+    lines = crossing(request.headers, drop=NOT_UPSTREAM)
+    return b"%bx-request-id: %b\r\n" % (lines, request.request_id) if request.request_id else lines
 
 
 class _Copy:

@@ -55,6 +55,7 @@ class ClientRequest(Request):
         self.path = head.path
         self.query = head.query
         self.headers = head.headers
+        self.request_id = message.request_id
         self.keep_alive = message.keep_alive
         self.begun_work = None
         self.answered = False

@@ -267,7 +267,7 @@ class Connection(asyncio.Protocol, Started):
             return False
         found = whole_answer(data)
         if found is not None:
-            (status, headers, keep_alive), body = found
+            (status, headers, keep_alive), body, _ = found
             if asker.on_answer(status, headers, body):
                 self._asker = None
                 self.patience.rest()

@@ -40,18 +40,20 @@ class Response:
 
 class Request(ABC):
     """`path` is decoded; `target` is path and query as they came. `keep_alive`: whether the client may ask again over
-    this connection; a handler may take that back before it answers.
+    this connection; a handler may take that back before it answers. `request_id`: what its `x-request-id` says, which
+    is not among the headers, since it is all that many requests differ in.
 
     To answer piece by piece: `begin`, then `write`, with a `drain` after each one that returned False, and return None.
     """
 
-    __slots__ = ("begun_work", "headers", "keep_alive", "method", "path", "query", "target")
+    __slots__ = ("begun_work", "headers", "keep_alive", "method", "path", "query", "request_id", "target")
 
     method: str
     target: str
     path: str
     query: str
     headers: Headers
+    request_id: bytes
     keep_alive: bool
     begun_work: object
     """What `express` left for the handler; None else."""

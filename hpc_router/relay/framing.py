@@ -63,7 +63,7 @@ class ResponseFramer:
                 self.keep_alive = False  # the answer is whole, what follows it is not ours
                 return
             if not self._head_only and (found := whole_answer(data)) is not None:
-                head, body = found
+                head, body, _ = found
                 self.status, self.headers, self.keep_alive = head
                 self.length = len(body)
                 if body:

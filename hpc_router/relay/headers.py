@@ -30,6 +30,7 @@ NOT_UPSTREAM: Final = HOP_BY_HOP | {
     b"host",
     b"x-api-key",
 }
+REQUEST_ID: Final = b"x-request-id"
 NOT_DOWNSTREAM: Final = HOP_BY_HOP | {b"content-length", b"date", b"server", b"set-cookie"}
 
 
@@ -66,6 +67,12 @@ class Headers:
 
     def __contains__(self, name: bytes) -> bool:
         return name in self._last
+
+
+def without_id(fields: list[tuple[bytes, bytes]]) -> tuple[list[tuple[bytes, bytes]], bytes]:
+    """The fields but for `x-request-id`, and its value; of several the last one, of none nothing."""
+    ids = [value for name, value in fields if name == REQUEST_ID]
+    return ([field for field in fields if field[0] != REQUEST_ID], ids[-1]) if ids else (fields, b"")
 
 
 def crossing(headers: Headers, *, drop: frozenset[bytes]) -> bytes:

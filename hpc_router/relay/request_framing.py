@@ -12,7 +12,7 @@ from urllib.parse import unquote, urlsplit
 import httptools
 
 from hpc_router.errors import BadRequestError, BodyTooLargeError, RoutingError
-from hpc_router.relay.headers import Headers
+from hpc_router.relay.headers import REQUEST_ID, Headers, without_id
 from hpc_router.relay.heads import Heads
 
 MAX_HEAD_BYTES: Final = 2**16
@@ -52,10 +52,11 @@ class RequestHead:
 class Message:
     """One request as far as it has come. `failure`: why its body will not be complete."""
 
-    __slots__ = ("complete", "failure", "head", "keep_alive", "pieces", "size")
+    __slots__ = ("complete", "failure", "head", "keep_alive", "pieces", "request_id", "size")
 
-    def __init__(self, head: RequestHead, *pieces: bytes, complete: bool = False) -> None:
+    def __init__(self, head: RequestHead, *pieces: bytes, request_id: bytes, complete: bool = False) -> None:
         self.head = head
+        self.request_id = request_id  # its own, where the head may be another's as well
         self.keep_alive = head.keep_alive
         self.pieces: list[bytes | bytearray] = list(pieces)
         self.size = 0
@@ -85,7 +86,8 @@ class RequestFramer:
         if not self._bare and self._current is None and len(data) <= self._max_body and not self.waiting:
             found = _HEADS.whole(data)
             if found is not None:
-                self.waiting.append(Message(*found, complete=True))
+                head, body, request_id = found
+                self.waiting.append(Message(head, body, request_id=request_id, complete=True))
                 return
         self.parse(data)
 
@@ -114,6 +116,8 @@ class RequestFramer:
         self.waiting.pop()
         head = message.head
         fields = [b"%b: %b\r\n" % field for field in head.headers.fields if field[0] != b"upgrade"]
+        if message.request_id:
+            fields.append(b"x-request-id: %b\r\n" % message.request_id)
         line = f"{head.method} {head.target} HTTP/{'1.0' if head.http_1_0 else '1.1'}\r\n".encode()
         self._parser = httptools.HttpRequestParser(self)
         self._bare = 0
@@ -163,7 +167,8 @@ class RequestFramer:
             raise RefusedError("HTTP/1.1 is spoken here", status=505)
         if len(self._fields) > MAX_FIELDS or self._head_bytes() > MAX_HEAD_BYTES:
             raise RefusedError(f"more than {MAX_FIELDS} headers or {MAX_HEAD_BYTES} bytes of them", status=431)
-        headers = Headers(self._fields)
+        fields, request_id = without_id(self._fields)
+        headers = Headers(fields)
         if version == "1.1" and len(headers.all(b"host")) != 1:
             raise RefusedError("HTTP/1.1 wants one Host header")
         if b"transfer-encoding" in headers:
@@ -177,7 +182,7 @@ class RequestFramer:
             http_1_0=version == "1.0",
             keep_alive=self._parser.should_keep_alive(),
         )
-        message = Message(head)
+        message = Message(head, request_id=request_id)
         self.waiting.append(message)
         self._current = message
         self._bare = 0
@@ -227,13 +232,14 @@ def _known_head(data: bytes) -> RequestHead | None:
         return None
     finally:
         framer.release()
-    if len(framer.waiting) != 1 or not framer.waiting[0].complete:
+    if len(framer.waiting) != 1 or not framer.waiting[0].complete or data.lower().count(REQUEST_ID) > 1:
         return None
-    head = framer.waiting[0].head
+    (message,) = framer.waiting
+    head = message.head
     if head.method == "CONNECT" or head.expects or b"transfer-encoding" in head.headers or b"upgrade" in head.headers:
         return None
     fields = [field for field in head.headers.fields if field[0] != b"content-length"]  # the next one's is another
     return RequestHead(head.method, head.target, Headers(fields), http_1_0=head.http_1_0, keep_alive=head.keep_alive)
 
 
-_HEADS: Final = Heads(_known_head)
+_HEADS: Final = Heads(_known_head, ids=True)

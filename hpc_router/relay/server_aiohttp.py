@@ -23,7 +23,7 @@ from hpc_router.relay.downstream import (
     Response,
     check_encoding,
 )
-from hpc_router.relay.headers import Headers
+from hpc_router.relay.headers import Headers, without_id
 from hpc_router.relay.server import BACKLOG, SHUTDOWN_S
 from hpc_router.relay.upstream_aiohttp import fields_of
 
@@ -34,7 +34,8 @@ class _Request(Request):
         self.method = request.method
         self.target = request.raw_path
         self.path, self.query = request.path, request.rel_url.raw_query_string
-        self.headers = Headers([(name.lower(), value) for name, value in request.raw_headers])
+        fields, self.request_id = without_id([(name.lower(), value) for name, value in request.raw_headers])
+        self.headers = Headers(fields)
         self.keep_alive = request.keep_alive
         self.begun_work = None
         self._transport: asyncio.Transport | None = None

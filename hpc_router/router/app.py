@@ -71,8 +71,7 @@ _EXPRESS_PATHS: Final = frozenset(wire.GENERATE_PATHS) - {wire.RESPONSES}
 _NAMED: Final = Reason.NAMED
 _YES_NO: Final = frozenset({bool, type(None)})
 _CHALLENGE: Final = re.compile(r"[0-9a-f]{1,256}")
-_REQUEST_ID_HEADER: Final = wire.REQUEST_ID_HEADER.encode()
-_REQUEST_ID: Final = re.compile(r"[\w.:-]{1,128}", re.ASCII)
+_REQUEST_ID: Final = re.compile(rb"[\w.:-]{1,128}")
 _METRICS_HEAD: Final = b"content-type: text/plain; version=0.0.4; charset=utf-8\r\n"
 
 Handler = Callable[[Request, str], Awaitable[Response | None]]
@@ -151,10 +150,8 @@ class Gateway:
         return response
 
     def _request_id(self, request: Request) -> str:
-        if _REQUEST_ID_HEADER in request.headers:
-            given = request.headers.text(wire.REQUEST_ID_HEADER)
-            if _REQUEST_ID.fullmatch(given):
-                return given
+        if request.request_id and _REQUEST_ID.fullmatch(request.request_id):
+            return request.request_id.decode()
         return f"{random.getrandbits(128):032x}"
 
     def _find(self, request: Request) -> Handler:

@@ -45,7 +45,6 @@ _TRY_ELSEWHERE: Final = frozenset({429, 500, 502, 503, 504})
 JUDGED: Final = _TRY_ELSEWHERE | {401}
 _SESSION: Final = wire.SESSION_HEADER.encode()
 _MAX_ERROR_BYTES: Final = 2**20
-_OWN_UPSTREAM: Final = NOT_UPSTREAM | {wire.REQUEST_ID_HEADER.encode()}
 _OWN_DOWNSTREAM: Final = NOT_DOWNSTREAM | {b"x-request-id", b"x-expert", b"x-replica", b"x-route-reason"}
 
 
@@ -296,7 +295,7 @@ class Dispatcher:
         """Header lines and body, as this replica gets them."""
         replica = hold.replica
         head = b"%b%bx-request-id: %b\r\n" % (
-            crossing(errand.request.headers, drop=_OWN_UPSTREAM),
+            crossing(errand.request.headers, drop=NOT_UPSTREAM),
             replica.authorization,
             errand.request_id.encode(),
         )

@@ -63,7 +63,7 @@ async def running(
         aiohttp.ClientSession(f"http://127.0.0.1:{sock.getsockname()[1]}", headers=headers) as session,
     ):
         gate = Gate("math-0.g1", KEY, capacity, client, ("sim", "auto"), lists, drains.append, state=State.READY)
-        async with RELAY.listen(gate.handle, sock, max_body=BODY_LIMIT):
+        async with RELAY.listen(gate.handle, sock, max_body=BODY_LIMIT, express=gate.express):
             yield Running(engine, gate, session, drains)
             await session.close()
         assert gate.in_flight.count == 0

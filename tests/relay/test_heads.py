@@ -23,7 +23,7 @@ POST = b"POST / HTTP/1.1\r\nHost: x\r\n"
 
 @pytest.fixture(autouse=True)
 def empty_tables(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(request_framing, "_HEADS", Heads(request_framing._known_head))
+    monkeypatch.setattr(request_framing, "_HEADS", Heads(request_framing._known_head, ids=True))
     monkeypatch.setattr(framing, "_HEADS", Heads(framing._known_head))
 
 
@@ -33,6 +33,7 @@ class Seen:
 
     line: tuple[str, str, str, str]
     fields: list[tuple[bytes, bytes]]
+    request_id: bytes
     keep_alive: bool
     expects: bool
     body: bytes
@@ -57,7 +58,8 @@ def requests(*pieces: bytes, parse: bool = False) -> list[Seen | int]:
         line = head.method, head.target, head.path, head.query
         body = b"".join(message.pieces) if message.complete else b""
         failure = None if message.failure is None else type(message.failure)
-        seen.append(Seen(line, fields, message.keep_alive, head.expects, body, message.complete, failure))
+        keep = message.keep_alive
+        seen.append(Seen(line, fields, message.request_id, keep, head.expects, body, message.complete, failure))
         if not message.keep_alive:
             return seen  # what follows is nobody's
     return [*seen, refused] if refused else seen
@@ -85,6 +87,8 @@ OTHERS = [
     "A: b", "Authorization: Bearer t", "X: Content-Length: 3", "X: \tContent-Length: 3", "Connection: close",
     "Connection: keep-alive", "Transfer-Encoding: chunked", "Expect: 100-continue", "Connection: upgrade",
     "Upgrade: h2c", "Host: y", "A: b\r\n c", "Content-Length: ", "Content-Length: \0",
+    "x-request-id: 1a", "x-request-id: 2-b", "X-Request-Id: 3", "x-request-id: 4 ", "x-request-id: ",
+    "x-request-id: 5\r\n 6",
 ]  # fmt: skip
 BODIES = [
     b"",
@@ -110,7 +114,7 @@ STATUS_LINES = [
 @st.composite
 def messages(draw: st.DrawFn, first_lines: list[str]) -> bytes:
     """Well-formed ones, and others that look much like them."""
-    fields = draw(st.lists(st.sampled_from(OTHERS), max_size=2))
+    fields = draw(st.lists(st.sampled_from(OTHERS), max_size=3))
     body = draw(st.sampled_from(BODIES))
     kind = draw(st.sampled_from(["right", "right", "any", "none"]))
     if kind != "none":
@@ -248,6 +252,19 @@ def test_heads_that_differ_in_a_credential_share_nothing() -> None:
         assert not other.headers.notes
 
 
+def test_heads_that_differ_in_the_request_s_id_are_one() -> None:
+    def ask(request_id: bytes) -> request_framing.Message:
+        framer = RequestFramer(max_body=MAX_BODY)
+        framer.feed(POST + b"x-request-id: %b\r\nContent-Length: 3\r\n\r\nabc" % request_id)
+        return framer.waiting[0]
+
+    ask(b"1")
+    first, second = ask(b"22"), ask(b"333-4")
+    assert first.head is second.head
+    assert (first.request_id, second.request_id) == (b"22", b"333-4")
+    assert b"x-request-id" not in second.head.headers
+
+
 def test_the_table_is_bounded() -> None:
     """In heads and in bytes: long heads are not looked for."""
     parsed: list[bytes] = []
@@ -267,4 +284,4 @@ def test_the_table_is_bounded() -> None:
 def test_a_body_may_be_far_longer_than_a_head() -> None:
     heads: Heads[int] = Heads(len)
     data = POST + b"Content-Length: %d\r\n\r\n" % 2**20 + b"x" * 2**20
-    assert [heads.whole(data) for _ in range(2)] == [None, (len(data), b"x" * 2**20)]
+    assert [heads.whole(data) for _ in range(2)] == [None, (len(data), b"x" * 2**20, b"")]

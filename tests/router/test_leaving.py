@@ -90,7 +90,10 @@ async def a_chain(folder: Path, relay: Relay, config: SimConfig) -> AsyncIterato
             nonce=nonce, engine=EngineInfo(kind="sim"),
         )  # fmt: skip
         registry.publish(run.registry, record)
-        async with relay.listen(gate.handle, sock, max_body=2**20), a_router(run, a_deployment("math")) as router:
+        async with (
+            relay.listen(gate.handle, sock, max_body=2**20, express=gate.express),
+            a_router(run, a_deployment("math")) as router,
+        ):
             await ready(router)
             yield Chain(router, gate, engine)
 
