@@ -17,31 +17,49 @@ import orjson
 from hpc_router.errors import BadRequestError
 
 _MODEL: Final = b'"model"'
-_model_member = re.compile(rb'"model"[ \t\n\r]*:[ \t\n\r]*(?=")').search
+_model_member = re.compile(rb'"model"[ \t\n\r]*:[ \t\n\r]*(?=")').match
+_FIRST: Final = 16
+"""Bytes, at most, before a body's first member."""
 _decode_value = JSONDecoder().raw_decode
 _space = re.compile(r"[ \t\n\r]*").match
 
 
 @dataclass(slots=True)
 class ApiCall:
-    """One API body: the client's bytes and the decoded fields."""
+    """One API body: the client's bytes and the decoded fields. `member`: where the only `"model"` is, or -1."""
 
     raw: bytes
     fields: dict[str, Any]
+    member: int = -1
 
     @property
     def model_span(self) -> tuple[int, int]:
         """The span of bytes in which the model's name stands. Raises BadRequestError where a key stands twice."""
         raw = self.raw
-        if raw.count(_MODEL) == 1 and b"\\u" not in raw and (found := _model_member(raw)):
+        if self.member > 0 and self._on_top and (found := _model_member(raw, self.member)):
             start = found.end()
             name = b'"%b"' % self.fields["model"].encode()
-            if raw.startswith(name, start):  # the only member of this name, then, however deep it is looked for
+            if raw.startswith(name, start):
                 return start, start + len(name)
         text = raw.decode()
         start, end = _walked(text)[1]["model"]
         before = len(text[:start].encode())
         return before, before + len(text[start:end].encode())
+
+    @property
+    def _on_top(self) -> bool:
+        """Whether what stands at `member` is a member of the body itself: nothing but its brace comes before, or what
+        follows closes no other."""
+        raw, at = self.raw, self.member
+        if at <= _FIRST and raw[:at].strip() == b"{":
+            return True
+        if raw[at - 1 : at] == b"\\":  # a quote within a string
+            return False
+        try:
+            orjson.loads(b"{" + raw[at:])
+        except orjson.JSONDecodeError:
+            return False
+        return True
 
     @property
     def model(self) -> str:
@@ -65,14 +83,15 @@ def _quoted(model: str) -> bytes:
 
 def decode(body: bytes) -> ApiCall:
     """Decode a JSON object. Raises BadRequestError for anything else."""
-    if body.count(_MODEL) == 1:
+    member = body.find(_MODEL)
+    if member >= 0 and body.find(_MODEL, member + 1) < 0:
         try:
             fields = orjson.loads(body)
         except orjson.JSONDecodeError:
             pass  # what is wrong comes out below
         else:
             if type(fields) is dict:
-                return ApiCall(body, fields)
+                return ApiCall(body, fields, member)
     try:
         text = body.decode("utf-8")
     except UnicodeDecodeError as error:

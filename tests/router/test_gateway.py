@@ -665,7 +665,7 @@ async def test_a_client_that_sends_no_body_is_given_up(tmp_path: Path) -> None:
 async def test_a_doubled_key_is_told_and_holds_no_place(tmp_path: Path) -> None:
     """Where the model's name has to be replaced, which needs to know where it stands."""
     run = a_run(tmp_path)
-    body = b'{"model":"math","n":1,"n":1,"messages":[{"role":"user","content":"caf\\u00e9"}]}'
+    body = b'{"a":{"model":"x"},"mode\\u006c":"math","n":1,"n":1,"messages":[{"role":"user","content":"Hello"}]}'
     async with (
         fake_replica(run, "math-0.g1", models=("theirs",)) as fake,
         a_router(run, a_deployment("math")) as router,

@@ -77,6 +77,10 @@ def test_a_model_that_is_named_elsewhere_as_well() -> None:
         b'{"metadata":{"model":"math"},"model":"math"}',
         b'{"metadata":{"model":"math"},"mode\\u006c":"math"}',
         b'{"prompt":"{\\"model\\":\\"math\\"}","model" : "math"}',
+        b'{"mode\\u006c":"math","a\\"model":"math"}',
+        b'{"mode\\u006c":"math","a":[{"model":"math"}]}',
+        b'{"a":[{"model":"math","b":{}}],"mode\\u006c":"math"}',
+        b' { "model":"math","a":{"mode\\u006c":"math"}}',
     ):
         call = decode(raw)
         assert call.model == "math"
