@@ -2,7 +2,8 @@
 
     python -m launch.bench run=runs/latest bench.users=[1,10,100]               of one that runs
     python -m launch.bench topology=sim bench=smoke                             brings one up, and takes it down again
-    python -m launch.bench -m topology=a,b bench.users=[1,4,16]                 a sweep; began again, it goes on
+    python -m launch.bench -m topology=a,b bench.users=[1,4,16]                 a sweep; it ends in results/report.html,
+                                                                                and goes on when begun again
     python -m launch.bench -m hydra/launcher=submitit_slurm topology=a,b ...    the same as Slurm jobs
 
 `bench=NAME` takes values of conf/bench/NAME.yaml, `bench.KEY=VALUE` goes on top; docs/bench.md defines every figure.
@@ -133,6 +134,23 @@ def measure_new(call: Call, config: BenchConfig, prompts: list[Prompt]) -> int:
     return _tell(rows, told[0], store.folder)
 
 
+def swept(call: Call) -> int:
+    """What a sweep ends in: the report on all that its result folder holds."""
+    given = [o for o in map(parse_override, call.overrides) if o.key_or_group == "bench.output"]
+    if "run" in call.own or any(o.is_sweep_override() for o in given):
+        return 0  # no folder that holds all of it
+    folder = Path(str(given[-1].value()) if given else RESULTS)
+    try:
+        import matplotlib  # noqa: F401
+
+        from analysis import report
+    except ModuleNotFoundError as error:
+        sys.stderr.write(f"no report, as {error.name} is missing: pip install 'hpc-router[analysis]', then\n"
+                         f"  python -m analysis.report {folder} --out {folder}/report.html\n")  # fmt: skip
+        return 0
+    return report.main([str(folder), "--out", str(folder / "report.html")])
+
+
 def _tell(rows: Sequence[Measured], origin: Provenance, path: Path) -> int:
     _console().print(table(rows, simulated=origin.simulated))
     print(f"records: {path}")
@@ -165,4 +183,4 @@ def added(words: list[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(launch(bench, own=OWN, words=added(sys.argv[1:])))
+    sys.exit(launch(bench, own=OWN, words=added(sys.argv[1:]), swept=swept))

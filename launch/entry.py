@@ -41,14 +41,23 @@ class Call:
         return self.own[key]
 
 
-def launch(body: Callable[[Call], int], *, own: Sequence[str], words: list[str] | None = None) -> int:
-    """Carry out the command line; the exit status."""
+def launch(
+    body: Callable[[Call], int],
+    *,
+    own: Sequence[str],
+    words: list[str] | None = None,
+    swept: Callable[[Call], int] | None = None,
+) -> int:
+    """Carry out the command line; the exit status. `swept`: what a sweep ends in, called with what all its jobs got."""
     given = sys.argv[1:] if words is None else words
     flags = get_args_parser().parse_intermixed_args(given)
     config_dir = Path(flags.config_dir) if flags.config_dir else None
     if not _wants_hydra(flags):
         return told(lambda: body(make_call(flags.overrides, own=own, config_dir=config_dir)))
-    return told(lambda: _through_hydra(body, given, flags.overrides, own=own, config_dir=config_dir))
+    status = told(lambda: _through_hydra(body, given, flags.overrides, own=own, config_dir=config_dir))
+    if swept is None or status not in (0, 1) or not flags.multirun or _asks(flags):
+        return status
+    return max(status, told(lambda: swept(make_call(flags.overrides, own=own, config_dir=config_dir))))
 
 
 def make_call(overrides: Sequence[str], *, own: Sequence[str], config_dir: Path | None = None) -> Call:
@@ -63,11 +72,16 @@ def make_call(overrides: Sequence[str], *, own: Sequence[str], config_dir: Path 
 
 
 def _wants_hydra(flags: Any) -> bool:
-    names = ("multirun", "cfg", "info", "help", "hydra_help", "version", "shell_completion")
     refused = [f"--{n.replace('_', '-')}" for n in ("config_name", "config_path") if getattr(flags, n)]
     if refused:
         sys.stderr.write(f"hpc-router: {refused[0]} is not taken here{suggest(refused[0], ['--config-dir'])}\n")
         sys.exit(2)
+    return flags.multirun or _asks(flags)
+
+
+def _asks(flags: Any) -> bool:
+    """Hydra only shows something."""
+    names = ("cfg", "info", "help", "hydra_help", "version", "shell_completion")
     return any(getattr(flags, name, None) for name in names)
 
 

@@ -29,6 +29,8 @@ def test_every_config_is_in_it(installed: Path) -> None:
     assert shipped == {p.relative_to(ROOT / "conf") for p in (ROOT / "conf").rglob("*.yaml")}
     assert shipped
     assert not (installed / "tests").exists()
+    assert (installed / "analysis/report.py").exists()
+    assert not (installed / "analysis/results").exists()
 
 
 def test_the_sources_in_c_are_in_it(installed: Path) -> None:
