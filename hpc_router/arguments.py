@@ -329,6 +329,7 @@ def _measuring(verbs: "_Verbs[_Parser]") -> None:
     router.add_argument("--quick", action="store_true", help="one short round with few streams; figures mean little")
     router.add_argument("--json", action="store_true", help="print JSON")
     _add_soak(benchmarks)
+    _add_agreement(benchmarks)
 
 
 def _add_soak(benchmarks: "argparse._SubParsersAction[_Parser]") -> None:
@@ -357,6 +358,23 @@ def _add_soak(benchmarks: "argparse._SubParsersAction[_Parser]") -> None:
     soak.add_argument("--seed", type=int, metavar="N", help="of arrivals (default 0)")
     soak.add_argument("--out", type=Path, metavar="DIR", help="where the report goes (default: analysis/results)")
     soak.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _add_agreement(benchmarks: "argparse._SubParsersAction[_Parser]") -> None:
+    agreement = _verb(
+        benchmarks,
+        "agreement",
+        "the load generator's figures beside those of `vllm bench serve`, on a deployment that runs",
+        "hpc-router bench agreement --vllm .venv-vllm/bin/python --tokenizer /models/llama",
+    )
+    agreement.add_argument("--vllm", required=True, metavar="PYTHON", help="interpreter that has vLLM")
+    agreement.add_argument("--tokenizer", type=Path, required=True, metavar="FOLDER", help="a model folder, any")
+    agreement.add_argument("--model", metavar="EXPERT", help="who is asked (default auto)")
+    agreement.add_argument("--users", type=_count, metavar="N", help="at once (default 8)")
+    agreement.add_argument("--requests", type=_count, metavar="N", help="of each tool in each round (default 200)")
+    agreement.add_argument("--tokens", type=_count, metavar="N", help="of each answer, at most (default 32)")
+    agreement.add_argument("--rounds", type=_count, metavar="N", help="with both, in turn (default 3)")
+    agreement.add_argument("--out", type=Path, metavar="DIR", help="where the result goes (default: analysis/results)")
 
 
 def _names(text: str) -> tuple[str, ...]:

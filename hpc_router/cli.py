@@ -382,7 +382,23 @@ def _bench_soak(arguments: argparse.Namespace) -> int:
     return 1 if results.failed else 0
 
 
-BENCHMARKS: Final[Mapping[str, Callable[[argparse.Namespace], int]]] = {"router": _bench_router, "soak": _bench_soak}
+def _bench_agreement(arguments: argparse.Namespace) -> int:
+    from hpc_router.bench.agreement import Options, agreement
+    from hpc_router.bench.router.run import default_out
+
+    names = ("model", "users", "requests", "tokens", "rounds")
+    given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    vllm, tokenizer = str(Path(arguments.vllm).absolute()), arguments.tokenizer.absolute()
+    options = Options(vllm=vllm, tokenizer=tokenizer, out=arguments.out or default_out(), **given)
+    print(agreement(find_run(arguments.run), options))
+    return 0
+
+
+BENCHMARKS: Final[Mapping[str, Callable[[argparse.Namespace], int]]] = {
+    "router": _bench_router,
+    "soak": _bench_soak,
+    "agreement": _bench_agreement,
+}
 VERBS: Final[Mapping[str, Callable[[argparse.Namespace], int]]] = {
     verb.__name__.rstrip("_"): verb
     for verb in (
