@@ -202,7 +202,7 @@ def done(bench: Bench, step: str) -> Found:
 
 
 def main(words: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m analysis.classifiers", description="")
+    parser = argparse.ArgumentParser(prog="python -m analysis.classifiers", description=__doc__.split("\n", 1)[0])
     parser.add_argument("data", type=Path)
     parser.add_argument("--encoder", required=True, metavar="MODEL")
     parser.add_argument("--python", default=sys.executable, help="what trains (default: this one)")

@@ -8,6 +8,8 @@ that events can be told apart. Downstream the router speaks for itself about the
 from collections.abc import Mapping
 from typing import Any, Final, overload
 
+from hpc_router.wire import REQUEST_ID_HEADER
+
 HOP_BY_HOP: Final = frozenset(
     {
         b"connection",
@@ -30,7 +32,7 @@ NOT_UPSTREAM: Final = HOP_BY_HOP | {
     b"host",
     b"x-api-key",
 }
-REQUEST_ID: Final = b"x-request-id"
+REQUEST_ID: Final = REQUEST_ID_HEADER.encode()
 NOT_DOWNSTREAM: Final = HOP_BY_HOP | {b"content-length", b"date", b"server", b"set-cookie"}
 
 

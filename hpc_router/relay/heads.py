@@ -12,13 +12,15 @@ import itertools
 from collections.abc import Callable
 from typing import Final, Generic, TypeVar
 
+from hpc_router.relay.headers import REQUEST_ID
+
 MOST: Final = 512
 LONGEST: Final = 2**11
 """Bytes; a longer head is not looked for."""
 _LENGTH: Final = b"ength: "
 _LENGTH_BEGINS: Final = frozenset({b"\r\n%bontent-%b" % pair for pair in itertools.product((b"C", b"c"), (b"L", b"l"))})
 _MOST_DIGITS: Final = 15
-_ID: Final = b"\r\nx-request-id: "
+_ID: Final = b"\r\n%b: " % REQUEST_ID
 _LONGEST_ID: Final = 128
 H = TypeVar("H")
 

@@ -24,7 +24,7 @@ from hpc_router.relay.answer import Answer, Answering
 from hpc_router.relay.dialects import Fault, dialect_of
 from hpc_router.relay.downstream import DownstreamGoneError, Request, Response
 from hpc_router.relay.exchange import Started, Upstream, UpstreamResponse
-from hpc_router.relay.headers import NOT_DOWNSTREAM, NOT_UPSTREAM, Headers, crossing
+from hpc_router.relay.headers import NOT_DOWNSTREAM, NOT_UPSTREAM, REQUEST_ID, Headers, crossing
 from hpc_router.router.balance import KEY_CHARS, slot_of
 from hpc_router.router.metrics import Metrics
 from hpc_router.router.replicas import Event, Hold, QueueFullError, Replica, ReplicaLostError, ReplicaTable, Standing
@@ -45,7 +45,7 @@ _TRY_ELSEWHERE: Final = frozenset({429, 500, 502, 503, 504})
 JUDGED: Final = _TRY_ELSEWHERE | {401}
 _SESSION: Final = wire.SESSION_HEADER.encode()
 _MAX_ERROR_BYTES: Final = 2**20
-_OWN_DOWNSTREAM: Final = NOT_DOWNSTREAM | {b"x-request-id", b"x-expert", b"x-replica", b"x-route-reason"}
+_OWN_DOWNSTREAM: Final = NOT_DOWNSTREAM | {REQUEST_ID, b"x-expert", b"x-replica", b"x-route-reason"}
 
 
 @dataclass(eq=False)

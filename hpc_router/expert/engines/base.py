@@ -125,6 +125,24 @@ def rank_flags(ranks: Ranks | None) -> list[str]:
     ]
 
 
+class TakesAdapters:
+    """What engines that serve adapters beside their own model have in common."""
+
+    expert: str
+    config: ExpertConfig
+    adapters: Mapping[str, str]
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        return (self.config.model, *self.adapters.values())
+
+    def serves(self) -> dict[str, str]:
+        return {name: name for name in (self.expert, *self.adapters)}
+
+    def names(self) -> tuple[str, ...]:
+        return (*own_names(self.expert, self.adapters), *self.adapters)
+
+
 def own_names(expert: str, adapters: Mapping[str, str]) -> tuple[str, ...]:
     """What an engine's own model is called. With adapters `auto` may mean any of them: then it has no such name."""
     return (expert,) if adapters else (expert, "auto")

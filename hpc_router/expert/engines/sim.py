@@ -8,6 +8,7 @@ from typing import Final
 from hpc_router.config import ExpertConfig, SimOptions
 from hpc_router.expert.engines.base import (
     Place,
+    TakesAdapters,
     flags,
     interpreter,
     lora_modules,
@@ -46,7 +47,7 @@ _OWNED: Final = {
 
 
 @dataclass(frozen=True)
-class SimEngine:
+class SimEngine(TakesAdapters):
     expert: str
     config: ExpertConfig
     options: SimOptions
@@ -60,16 +61,6 @@ class SimEngine:
     @property
     def python(self) -> str:
         return interpreter(self.config.engine)
-
-    @property
-    def models(self) -> tuple[str, ...]:
-        return (self.config.model, *self.adapters.values())
-
-    def serves(self) -> dict[str, str]:
-        return {name: name for name in (self.expert, *self.adapters)}
-
-    def names(self) -> tuple[str, ...]:
-        return (*own_names(self.expert, self.adapters), *self.adapters)
 
     def info(self) -> EngineInfo:
         stands_for = self.options.roofline

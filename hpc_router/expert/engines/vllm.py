@@ -17,6 +17,7 @@ from hpc_router.expert.engines.base import (
     INSIDE,
     Place,
     Ranks,
+    TakesAdapters,
     flags,
     interpreter,
     is_local,
@@ -80,7 +81,7 @@ _OWNED: Final = {
 
 
 @dataclass(frozen=True)
-class VllmEngine:
+class VllmEngine(TakesAdapters):
     expert: str
     config: ExpertConfig
     options: VllmOptions
@@ -94,16 +95,6 @@ class VllmEngine:
     @property
     def python(self) -> str:
         return interpreter(self.config.engine)
-
-    @property
-    def models(self) -> tuple[str, ...]:
-        return (self.config.model, *self.adapters.values())
-
-    def serves(self) -> dict[str, str]:
-        return {name: name for name in (self.expert, *self.adapters)}
-
-    def names(self) -> tuple[str, ...]:
-        return (*own_names(self.expert, self.adapters), *self.adapters)
 
     def info(self) -> EngineInfo:
         return EngineInfo(
