@@ -68,12 +68,13 @@ def verb(*arguments: str) -> int:
 
 
 def make_models(folder: Path, *, python: Path, console: Console) -> None:
-    """One random model per expert, with a seed of its own; what is there already is kept."""
-    for seed, expert in enumerate(EXPERTS):
-        if not (folder / expert / "config.json").exists():
-            console.print(f"making a tiny random model: {expert}")
-            maker = [str(python), tiny_model.__file__, str(folder / expert), "--seed", str(seed)]
-            subprocess.run(maker, check=True, stdout=subprocess.DEVNULL)
+    """One random model per expert, with a seed of its own; what is there already is kept. They are made in order."""
+    missing = [expert for expert in EXPERTS if not (folder / expert / "config.json").exists()]
+    if missing:
+        console.print(f"making tiny random models: {', '.join(missing)}")
+        seed = str(EXPERTS.index(missing[0]))
+        maker = [str(python), tiny_model.__file__, *(str(folder / expert) for expert in missing), "--seed", seed]
+        subprocess.run(maker, check=True, stdout=subprocess.DEVNULL)
 
 
 def ask_all(run: RunDir, *, console: Console) -> Table:

@@ -103,7 +103,8 @@ def _through_hydra(
         if status == INTERRUPTED:
             raise KeyboardInterrupt  # what the sweep still holds is not begun
         if status and "SUBMITIT_EXECUTOR" in os.environ:
-            raise LaunchError(f"this job of the sweep ended with status {status}")  # nobody else would hear of it
+            logs = Path(HydraConfig.get().sweep.dir).absolute() / ".submitit"
+            raise LaunchError(f"a job of the sweep ended with status {status}; its words are in {logs}")  # else unheard
         statuses.append(status)
 
     flags = _without_config_dir([word for word in words if word not in overrides])

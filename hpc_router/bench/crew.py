@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -19,7 +19,7 @@ from hpc_router.bench.config import BenchConfig
 from hpc_router.bench.load import Load, Target, carry_out, from_json, merged
 from hpc_router.bench.loader import order
 from hpc_router.bench.prompts import Prompt
-from hpc_router.bench.workload import Point, workload
+from hpc_router.bench.workload import Point, jobs_for, workload
 from hpc_router.environment import scrubbed
 from hpc_router.errors import LaunchError
 from hpc_router.files import replace_json
@@ -57,13 +57,15 @@ class Jobs:
 
     def load(self, target: Target, config: BenchConfig, prompts: Sequence[Prompt], point: Point) -> Load:
         number, self._number = self._number, self._number + 1
-        given = order(target, asdict(config), list(prompts), point, time.time() + AHEAD_S)
+        shared = replace(config, load_jobs=jobs_for(point, config))
+        given = order(target, asdict(shared), list(prompts), point, time.time() + AHEAD_S)
         path = self._folder / f"order-{number}.json"
         replace_json(path, given)
         try:
-            parts = [self._answer(self._folder / f"load-{number}.{job}.json", config) for job in range(self._jobs)]
+            answers = [self._answer(self._folder / f"load-{number}.{job}.json", config) for job in range(self._jobs)]
         finally:
             path.unlink()  # it holds the token
+        parts = [answer for answer in answers if answer is not None]
         begun = [part.started_at for part in parts]
         if max(begun) - min(begun) > APART_S:
             raise LaunchError(
@@ -71,14 +73,15 @@ class Jobs:
             )
         return merged(parts)
 
-    def _answer(self, path: Path, config: BenchConfig) -> Load:
+    def _answer(self, path: Path, config: BenchConfig) -> Load | None:
+        """None of a job that had nothing to do."""
         longest_s = config.warmup_s + (config.duration_s or config.timeout_s) + config.drain_s + 60.0
         _wait_for(path, longest_s, "a load job gave no answer")
         text = path.read_text(encoding="utf-8")
-        failed = json.loads(text).get("failed")
-        if failed is not None:
-            raise LaunchError(f"a load job failed: {failed}")
-        return from_json(text)
+        told = json.loads(text)
+        if "failed" in told:
+            raise LaunchError(f"a load job failed: {told['failed']}")
+        return None if "idle" in told else from_json(text)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ Orders are `order-<n>.json`, answered by `load-<n>.<job>.json`; both are replace
 enough. It ends when `stop` lies there, or when the caller's `beat` has been still for a minute.
 """
 
+import json
 import sys
 import time
 from dataclasses import asdict
@@ -54,6 +55,8 @@ def serve(folder: Path, job: int) -> int:
 
 def _carried_out(given: dict[str, Any], folder: Path, job: int) -> str:
     config = read_config(given["config"])
+    if job >= config.load_jobs:
+        return json.dumps({"idle": True})
     work = workload(config, [Prompt(**one) for one in given["prompts"]], Point(**given["point"]), job=job)
     time.sleep(max(0.0, given["begin_at"] - time.time()))
     return to_json(carry_out(Target(given["url"], given["token"]), config, work, folder))

@@ -92,6 +92,11 @@ def workload(config: BenchConfig, prompts: Sequence[Prompt], point: Point, *, jo
     )
 
 
+def jobs_for(point: Point, config: BenchConfig) -> int:
+    """How many load jobs there is something to do for: a user, and a request of those that are counted, for each."""
+    return min(n for n in (config.load_jobs, point.users, config.requests) if n is not None)
+
+
 def share_of(whole: int, job: int, jobs: int) -> int:
     """Shares differ by one at most, and add up."""
     return whole // jobs + (job < whole % jobs)

@@ -217,7 +217,7 @@ def _steer(model: Any, *, spoken: list[int]) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="tiny_model", description="Write a tiny random Llama for offline engines.")
-    parser.add_argument("out", type=Path, metavar="OUT", help="folder to make")
+    parser.add_argument("out", type=Path, metavar="OUT", nargs="+", help="folder to make; each takes the next seed")
     parser.add_argument("--seed", type=int, default=0, help="another seed, another model")
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--hidden", type=int, default=64, help=f"a multiple of {HEAD_DIM}")
@@ -226,10 +226,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rank", type=int, default=8, help="of the adapter")
     chosen = parser.parse_args(arguments)
     try:
-        if chosen.adapter_of is not None:
-            build_adapter(chosen.out, model=chosen.adapter_of, seed=chosen.seed, rank=chosen.rank)
-            return 0
-        build(chosen.out, seed=chosen.seed, layers=chosen.layers, hidden=chosen.hidden, max_length=chosen.max_length)
+        for seed, out in enumerate(chosen.out, start=chosen.seed):
+            if chosen.adapter_of is not None:
+                build_adapter(out, model=chosen.adapter_of, seed=seed, rank=chosen.rank)
+            else:
+                build(out, seed=seed, layers=chosen.layers, hidden=chosen.hidden, max_length=chosen.max_length)
     except (ValueError, OSError) as error:
         parser.error(str(error))  # exits with 2: a value the user must edit
     return 0

@@ -180,6 +180,19 @@ async def test_several_load_jobs_share_the_users(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [], "orders held the token"
 
 
+async def test_load_jobs_without_a_user_are_idle_and_work_at_the_next_point(tmp_path: Path) -> None:
+    config = read_config({"load_jobs": 2, "requests": 4, "warmup_s": 0.0})
+
+    def load(target: Target) -> list[Load]:
+        with crew(config, shared=tmp_path) as makers:
+            return [makers.load(target, config, PROMPTS, Point(users=users)) for users in (1, 2)]
+
+    async with fake_router(says(*WHOLE)) as fake:
+        found = await asyncio.to_thread(load, fake.target)
+    assert [len(measured(one)) for one in found] == [4, 4]
+    assert {o.error for one in found for o in measured(one)} == {None}
+
+
 def test_loads_survive_being_sent() -> None:
     config = replace(BenchConfig(), requests=1)
     one = Observation(part=Part.MEASURED, user=0, started_s=1.0, ended_s=2.0, content_s=[1.5], tokens=3)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hpc_router.bench.config import Lengths, read_config
 from hpc_router.bench.overhead import split
 from hpc_router.bench.prompts import Prompt
-from hpc_router.bench.workload import Point, length, points_of, resized, share_of, workload
+from hpc_router.bench.workload import Point, jobs_for, length, points_of, resized, share_of, workload
 from hpc_router.errors import ConfigError
 
 PROMPTS = [Prompt(f"prompt number {n}", "d") for n in range(5)]
@@ -88,6 +88,14 @@ def test_shares_add_up(whole: int, jobs: int) -> None:
     shares = [share_of(whole, job, jobs) for job in range(jobs)]
     assert sum(shares) == whole
     assert max(shares) - min(shares) <= 1
+
+
+@pytest.mark.parametrize(
+    ("point", "requests", "jobs"),
+    [(Point(users=1), None, 1), (Point(users=9), None, 4), (Point(users=9), 3, 3), (Point(rate_per_s=1.0), None, 4)],
+)
+def test_no_load_job_without_something_to_do(point: Point, requests: int | None, jobs: int) -> None:
+    assert jobs_for(point, read_config({"load_jobs": 4, "requests": requests})) == jobs
 
 
 @given(users=st.integers(1, 2000), weights=st.lists(st.floats(0.001, 1.0), min_size=1, max_size=8))

@@ -18,7 +18,7 @@ import pytest
 from hpc_router.auth import replica_key
 from hpc_router.expert import tiny_model
 from tests.e2e.deployment import Deployed, deployed, kill
-from tests.needs import ROOT, engine_python
+from tests.needs import ROOT, VLLM_ENV, engine_python
 from tests.waiting import eventually_sync
 
 pytestmark = pytest.mark.e2e
@@ -38,11 +38,8 @@ OPTIONS = {
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     python, folder = engine_python("transformers"), tmp_path_factory.mktemp("models")
-    for seed, name in enumerate(("code", "math")):
-        subprocess.run([python, tiny_model.__file__, folder / name, "--seed", str(seed)], check=True)
-    for seed, name in enumerate(ADAPTERS):
-        words: list[str | Path] = [folder / name, "--adapter-of", folder / "math", "--seed", str(seed)]
-        subprocess.run([python, tiny_model.__file__, *words], check=True)
+    for words in (("code", "math"), (*ADAPTERS, "--adapter-of", "math")):
+        subprocess.run([python, tiny_model.__file__, *words], cwd=folder, check=True)
     return folder
 
 
@@ -61,7 +58,7 @@ def pair(request: pytest.FixtureRequest, models: Path, tmp_path_factory: pytest.
         for name, value in environment.items():
             patch.setenv(name, value)
         chosen = ["--config-dir", str(ROOT / "tests/e2e/conf"), f"topology={TOPOLOGY[engine]}"]
-        overrides = [*chosen, "cluster.reconcile_s=0.3", *options]
+        overrides = [*chosen, "cluster.reconcile_s=0.3", f"cluster.env={VLLM_ENV}", *options]
         with deployed(tmp_path_factory.mktemp(engine), *overrides) as one:
             yield one
 

@@ -24,7 +24,7 @@ from hpc_router.expert import tiny_model
 from hpc_router.jobdir import Exit, JobDir, Reason, Runner
 from hpc_router.registry import Reader, Record, State
 from hpc_router.rundir import RunDir, make_run
-from tests.needs import engine_python
+from tests.needs import VLLM_ENV, engine_python
 from tests.slurm.cluster import SlurmCluster
 from tests.slurm.configuration import SLURMD_TIMEOUT_S
 from tests.slurm.deployment import OnSlurm, on_slurm
@@ -193,6 +193,7 @@ def test_vllm_on_two_nodes_serves_its_domain_and_outlives_the_loss_of_either(clu
         "router.resources.sbatch={nodelist: c1}",
         "cluster.trusted_network=true",
         "cluster.beat_s=0.5",
+        f"cluster.env={VLLM_ENV}",
     )
     with on_slurm(cluster, "vllm", *overrides) as deployed:
         try:
