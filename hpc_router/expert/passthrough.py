@@ -10,7 +10,7 @@ from typing import Final
 
 from hpc_router.errors import UpstreamError
 from hpc_router.relay.downstream import SHORT_BYTES, DownstreamGoneError, Request, Response, Work
-from hpc_router.relay.exchange import Asker, Limits, Started, Upstream, address_of
+from hpc_router.relay.exchange import CHUNK_ENDS, Asker, Limits, Passage, Started, Upstream, address_of
 from hpc_router.relay.headers import NOT_DOWNSTREAM, NOT_UPSTREAM, Headers, crossing
 from hpc_router.relay.in_flight import InFlight
 from hpc_router.relay.sse import CONTENT_TYPE
@@ -113,14 +113,19 @@ class _Copy:
         self._request = request
         self._heard = heard
         self._write_chunk = request.write_chunk
+        self._passage = None if self._write_chunk is None else Passage(self._pass, CHUNK_ENDS)
 
     def take(self, data: bytes) -> bool:
         self._heard()
         return self._request.write(data)
 
-    def take_chunk(self, chunk: bytes) -> bool | None:
+    def passage(self) -> Passage | None:
+        return self._passage
+
+    def _pass(self, chunk: bytes) -> bool:
+        assert self._write_chunk is not None
         self._heard()
-        return None if self._write_chunk is None else self._write_chunk(chunk)
+        return self._write_chunk(chunk)
 
     async def make_room(self) -> None:
         await self._request.drain()

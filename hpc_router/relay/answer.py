@@ -7,16 +7,15 @@ them where the stream pauses, and a failure ends the stream with an error event 
 """
 
 import asyncio
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
 from hpc_router.errors import UpstreamError
 from hpc_router.relay.downstream import SHORT_BYTES, DownstreamGoneError, Request, Response
-from hpc_router.relay.exchange import UpstreamResponse
+from hpc_router.relay.exchange import CHUNK_ENDS, Passage, UpstreamResponse
 from hpc_router.relay.sse import CONTENT_TYPE, EVENT_ENDS, PING, EventSplitter, EventTooLargeError
 
-_EVENT_CHUNK_ENDS: Final = tuple(end + b"\r\n" for end in EVENT_ENDS)
+_EVENT_CHUNK_ENDS: Final = tuple(end + CHUNK_ENDS[0] for end in EVENT_ENDS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,9 +94,9 @@ class _Held:
         self.held += data
         return len(self.held) <= self._limits.hold_bytes
 
-    def take_chunk(self, chunk: bytes) -> bool | None:
+    def passage(self) -> Passage | None:
         write = self._request.write_chunk if self._request.begun else None
-        return None if write is None else write(chunk)
+        return None if write is None else Passage(write, CHUNK_ENDS)
 
     async def make_room(self) -> None:
         if not self._request.begun:
@@ -117,8 +116,7 @@ class _Events:
         self._splitter = EventSplitter()
         self._first = b""  # what has come before the answer is begun
         self._begun = False
-        self._write_chunk: Callable[[bytes], bool] | None = None
-        self._quiet = False  # since the alarm was set
+        self._passage: Passage | None = None
         self._alarm: asyncio.TimerHandle | None = None
 
     def take(self, data: bytes) -> bool:
@@ -128,17 +126,13 @@ class _Events:
             raise UpstreamError(str(error)) from error
         if not events:
             return True
-        self._quiet = False
         if self._begun:
             return self._request.write(events)
         self._first += events
         return False
 
-    def take_chunk(self, chunk: bytes) -> bool | None:
-        if self._write_chunk is None or self._splitter.tail or not chunk.endswith(_EVENT_CHUNK_ENDS):
-            return None
-        self._quiet = False
-        return self._write_chunk(chunk)
+    def passage(self) -> Passage | None:
+        return None if self._splitter.tail else self._passage
 
     async def make_room(self) -> None:
         if not self._begun:
@@ -160,17 +154,18 @@ class _Events:
     async def _begin(self) -> None:
         await self._request.begin(*self._head, length=None)
         self._begun = True
-        self._write_chunk = self._request.write_chunk
+        write = self._request.write_chunk
+        self._passage = None if write is None else Passage(write, _EVENT_CHUNK_ENDS)
         if self._first:
             self._request.write(self._first)
 
     def _set_alarm(self) -> None:
-        self._quiet = True
+        self._request.quiet = True
         self._alarm = asyncio.get_running_loop().call_later(self._limits.ping_s, self._ring)
 
     def _ring(self) -> None:
         """The clock of an event is not looked at: a pause is noticed after one to two times `ping_s`."""
-        if self._quiet:
+        if self._request.quiet:
             try:
                 self._request.write(PING)
             except DownstreamGoneError:

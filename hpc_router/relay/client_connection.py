@@ -68,6 +68,14 @@ class ClientRequest(Request):
         return self._begun
 
     @property
+    def quiet(self) -> bool:
+        return self._connection.quiet
+
+    @quiet.setter
+    def quiet(self, yes: bool) -> None:
+        self._connection.quiet = yes
+
+    @property
     def whole(self) -> bool:
         """All of it has come."""
         return self._message.complete
@@ -157,7 +165,7 @@ class ClientRequest(Request):
 class ClientConnection(asyncio.Protocol):
     __slots__ = (
         "_alarm", "_deadline", "_framer", "_lingering", "_loop", "_refusal", "_resumed", "_server", "_task",
-        "_transport", "_waiter", "_work", "_writable",
+        "_transport", "_waiter", "_work", "_writable", "quiet",
     )  # fmt: skip
 
     def __init__(self, server: "Server") -> None:
@@ -174,6 +182,7 @@ class ClientConnection(asyncio.Protocol):
         self._resumed: ClientRequest | None = None  # for the task to go on with
         self._writable = True
         self._lingering = False
+        self.quiet = False  # nothing was written since this was set
 
     # The server's side.
 
@@ -279,6 +288,7 @@ class ClientConnection(asyncio.Protocol):
         transport = self._transport
         if transport is None or transport.is_closing():
             raise DownstreamGoneError("the client has gone")
+        self.quiet = False
         transport.write(data)
         return self._writable
 

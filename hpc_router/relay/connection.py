@@ -6,6 +6,7 @@ came before it has been taken.
 """
 
 import asyncio
+from collections.abc import Callable
 from typing import Final, Protocol, cast
 
 from hpc_router.errors import UpstreamError, UpstreamTimeoutError
@@ -36,8 +37,8 @@ class Connection(asyncio.Protocol, Started):
     """
 
     __slots__ = (
-        "_asker", "_failure", "_framer", "_full", "_kept", "_loop", "_owner", "_reading", "_sent", "_sink",
-        "_transport", "_waiter", "_writable", "address", "idle_s", "patience", "unanswered",
+        "_asker", "_ends", "_failure", "_framer", "_full", "_kept", "_loop", "_owner", "_pass", "_reading", "_sent",
+        "_sink", "_transport", "_waiter", "_writable", "address", "idle_s", "patience", "unanswered",
     )  # fmt: skip
 
     def __init__(self, owner: Connections, address: Address | str) -> None:
@@ -49,6 +50,8 @@ class Connection(asyncio.Protocol, Started):
         self.patience = Patience(self.give_up)
         self.idle_s = 0.0
         self._sink: Sink | None = None  # that the body flows into
+        self._pass: Callable[[bytes], bool] | None = None  # its passage, while a chunk is to come
+        self._ends: tuple[bytes, ...] = ()
         self._full = False  # the sink wants to be asked for room
         self._kept = 0
         self._reading = True
@@ -156,7 +159,7 @@ class Connection(asyncio.Protocol, Started):
                 try:
                     await self._news()
                 finally:
-                    self._sink = None
+                    self._sink = self._pass = None
             if self._full:
                 self.patience.rest()
                 await sink.make_room()
@@ -222,32 +225,31 @@ class Connection(asyncio.Protocol, Started):
         self._transport = cast(asyncio.Transport, transport)
 
     def data_received(self, data: bytes) -> None:
+        write = self._pass
+        if write is not None and data.startswith(chunk_prefix(len(data))) and data.endswith(self._ends):
+            self.patience.heard = True  # a stream's events mostly come so, one by one
+            try:
+                if write(data):
+                    return
+                self._full = True
+            except Exception as error:  # noqa: BLE001  # it is raised where the exchange is waited for
+                self._fail(error)
+            self._sink = self._pass = None
+            self._wake()
+            return
         framer = self._framer
         if framer is None:
             if not self._take_answer(data):
                 self.abort()  # nobody has asked
             return
-        sink = self._sink
+        sink, self._pass = self._sink, None
         try:
-            if (
-                sink is not None
-                and framer.between
-                and data.startswith(chunk_prefix(len(data)))
-                and data.endswith(b"\r\n")
-            ):
-                taken = sink.take_chunk(data)  # a stream's events mostly come so, one by one
-                if taken:
-                    self.patience.heard = True
-                    return
-                if taken is not None:
-                    self.patience.heard = self._full = True
-                    self._sink = None
-                    self._wake()
-                    return
             framer.feed(data)
             if sink is not None and framer.pieces:
                 self._full = not sink.take(self._kept_bytes())
                 if not self._full and not framer.complete:
+                    if framer.between and (passage := sink.passage()) is not None:
+                        self._pass, self._ends = passage
                     return
                 self._sink = None
         except Exception as error:  # noqa: BLE001  # it is raised where the exchange is waited for

@@ -46,7 +46,7 @@ class Request(ABC):
     To answer piece by piece: `begin`, then `write`, with a `drain` after each one that returned False, and return None.
     """
 
-    __slots__ = ("begun_work", "headers", "keep_alive", "method", "path", "query", "request_id", "target")
+    __slots__ = ("begun_work", "headers", "keep_alive", "method", "path", "query", "quiet", "request_id", "target")
 
     method: str
     target: str
@@ -57,6 +57,8 @@ class Request(ABC):
     keep_alive: bool
     begun_work: object
     """What `express` left for the handler; None else."""
+    quiet: bool
+    """Nothing was written since this was set."""
 
     def ready(self) -> bytes | None:
         """The whole body, where that is known already; None: `read` it."""

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Protocol
+from typing import Final, NamedTuple, Protocol
 
 from yarl import URL
 
@@ -50,14 +50,25 @@ def address_of(url: str) -> Address:
     return Address(parts.raw_host or "", parts.port or 0, parts.scheme == "https", header, parts.raw_path.rstrip("/"))
 
 
+CHUNK_ENDS: Final = (b"\r\n",)
+
+
+class Passage(NamedTuple):
+    """Where a piece of a body that is one whole chunk of HTTP/1.1 may go in its framing, if it ends with one of `ends`
+    (each of them with a line break). `write` is as `Sink.take`."""
+
+    write: Callable[[bytes], bool]
+    ends: tuple[bytes, ...]
+
+
 class Sink(Protocol):
-    """Where a body goes. What either method raises ends the exchange and comes out of `flow`."""
+    """Where a body goes. What its methods raise ends the exchange and comes out of `flow`."""
 
     def take(self, data: bytes) -> bool:
         """Never blocks. False: nothing more before `make_room` has returned."""
 
-    def take_chunk(self, chunk: bytes) -> bool | None:
-        """The same for a piece in the framing of HTTP/1.1's chunks; None: it has to be taken out of it first."""
+    def passage(self) -> Passage | None:
+        """A shorter way for what comes until the next `take` or `make_room`; asked after a `take`."""
 
     async def make_room(self) -> None:
         """Until more may come. However long that takes, the upstream does not count as silent meanwhile."""

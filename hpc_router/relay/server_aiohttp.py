@@ -39,7 +39,7 @@ class _Request(Request):
         self.keep_alive = request.keep_alive
         self.begun_work = None
         self._transport: asyncio.Transport | None = None
-        self._chunked = False
+        self._chunked = self.quiet = False
         self.sent: web.StreamResponse | None = None
 
     @property
@@ -80,6 +80,7 @@ class _Request(Request):
         assert self._transport is not None
         if self._transport.is_closing():
             raise DownstreamGoneError("the client has gone")
+        self.quiet = False
         if self.method != "HEAD":
             self._transport.write(b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
         return not self._request.protocol.writing_paused

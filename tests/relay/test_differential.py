@@ -84,7 +84,7 @@ async def ask(client: Upstream, case: Case, *, by_sink: bool) -> Seen | None:
             self.body += data
             return len(self.body) % 3 != 0
 
-        def take_chunk(self, chunk: bytes) -> bool | None:
+        def passage(self) -> None:
             return None
 
         async def make_room(self) -> None:

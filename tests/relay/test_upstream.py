@@ -327,7 +327,7 @@ class Collector:
         self.left -= 1
         return self.left > 0
 
-    def take_chunk(self, chunk: bytes) -> bool | None:
+    def passage(self) -> None:
         return None
 
     async def make_room(self) -> None:
