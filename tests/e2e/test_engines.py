@@ -202,10 +202,10 @@ def counts_of(one: Deployed, replica: str) -> Counts:
 
 
 @contextmanager
-def asking(one: Deployed, *, stream: bool) -> Iterator[BinaryIO]:
+def asking(one: Deployed, *, stream: bool, tokens: int = TOKENS) -> Iterator[BinaryIO]:
     """A long request over a connection that is closed at the end of the block."""
     body = json.dumps({
-        "model": "math", "messages": MESSAGES, "stream": stream, "max_tokens": TOKENS, "ignore_eos": True,
+        "model": "math", "messages": MESSAGES, "stream": stream, "max_tokens": tokens, "ignore_eos": True,
     }).encode()  # fmt: skip
     host, _, port = one.url.removeprefix("http://").rpartition(":")
     with socket.create_connection((host, int(port)), timeout=60) as sock:
@@ -216,7 +216,7 @@ def asking(one: Deployed, *, stream: bool) -> Iterator[BinaryIO]:
             yield answer
 
 
-@pytest.mark.parametrize("phase", ["before the answer", "before the first event", "in mid-stream"])
+@pytest.mark.parametrize("phase", ["at once", "before the answer", "before the first event", "in mid-stream"])
 def test_a_client_that_leaves_aborts_the_engines_work(pair: Deployed, phase: str) -> None:
     """As the engine itself counts it. transformers computes a non-streaming answer to its end, and has no metrics."""
     if engine_of(pair) != "vllm":
@@ -227,11 +227,29 @@ def test_a_client_that_leaves_aborts_the_engines_work(pair: Deployed, phase: str
         if phase == "in mid-stream":
             while not answer.readline().startswith(b"data:"):
                 pass
-        else:
+        elif phase != "at once":
             eventually_sync(lambda: counts("num_requests_running") == 1)
+    if phase == "at once":  # the router may not have begun; whoever comes next finds nothing of it
+        with pair.client() as client:
+            client.completions.create(model="math", prompt="once", max_tokens=2)
+        finished += 1
     eventually_sync(lambda: not counts("num_requests_running"), within_s=5)
     assert counts.finished() == finished, "vLLM counts no request as finished that was aborted"
     assert counts("generation_tokens_total") - tokens < TOKENS
+
+
+def test_a_client_that_leaves_at_the_end_takes_nothing_with_it(pair: Deployed) -> None:
+    """The stream's last event is there, its connection not yet at rest."""
+    if engine_of(pair) != "vllm":
+        pytest.skip("transformers serve tells nothing of what it finishes")
+    counts = counts_of(pair, "math-0.g1")
+    finished = counts.finished()
+    with asking(pair, stream=True, tokens=2) as answer:
+        while b"[DONE]" not in answer.readline():
+            pass
+    eventually_sync(lambda: counts.finished() == finished + 1 and not counts("num_requests_running"), within_s=5)
+    with pair.client() as client:
+        assert client.completions.create(model="math", prompt="once", max_tokens=2).choices[0].text
 
 
 def records(one: Deployed) -> list[dict[str, Any]]:
