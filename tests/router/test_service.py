@@ -114,3 +114,22 @@ class TestRegistryFile:
         """It never led, so the file is another's."""
         self.leave(run, keeper)
         assert self.named(run, files) is None
+
+
+@pytest.mark.parametrize(
+    ("environment", "asked", "cpus"),
+    [
+        ({}, 1, 1),  # a machine that is shared: no more than was asked for
+        ({}, 8, 4),
+        ({"SLURM_JOB_ID": "7", "SLURM_CPUS_PER_TASK": "3"}, 1, 3),
+        ({"SLURM_JOB_ID": "7", "SLURM_CPUS_PER_TASK": "64"}, 1, 4),  # more than the job's cgroup gives
+        ({"SLURM_JOB_ID": "7"}, 2, 2),
+        ({"SLURM_JOB_ID": "7", "SLURM_CPUS_PER_TASK": "many"}, 0, 1),
+    ],
+)
+def test_workers_follow_the_jobs_cpus_and_not_the_machines(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], asked: int, cpus: int
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1, 2, 3})
+    monkeypatch.setattr("os.cpu_count", lambda: 128)
+    assert service.usable_cpus(environment, asked=asked) == cpus
