@@ -128,7 +128,8 @@ def _line(
     """Whether a point of it is invalid."""
     colour, line, marker = STYLES[number % len(STYLES)]
     loads, means = [g.load for g, _ in points], [v.mean for _, v in points]
-    axes.plot(loads, means, color=colour, linestyle=line, marker=marker, label=name, zorder=3)
+    face = colour if number // len(STYLES) % 2 == 0 else "white"  # the next round of them is hollow
+    axes.plot(loads, means, color=colour, linestyle=line, marker=marker, markerfacecolor=face, label=name, zorder=3)
     spread = [(g.load, v.mean, v.half) for g, v in points if v.half is not None]
     if spread:
         at, mean, half = zip(*spread, strict=True)
