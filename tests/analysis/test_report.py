@@ -70,7 +70,9 @@ def test_figures_are_told_apart_without_colour() -> None:
     assert len({str(line) for _, line, _ in STYLES}) == len({marker for _, _, marker in STYLES}) == len(STYLES)
     simulated = [one for one in series_of(RECORDS) if one.evidence == "simulated"]
     many = [replace(simulated[0], name=f"topology {n}") for n in range(2 * len(STYLES))]
-    lines = [line for line in curves(many)[0].figure.axes[0].get_lines() if line.get_label().startswith("topology")]
+    lines = [
+        line for line in curves(many)[0].figure.axes[0].get_lines() if str(line.get_label()).startswith("topology")
+    ]
     seen = {(line.get_marker(), line.get_markerfacecolor()) for line in lines}
     assert len(seen) == len(lines) == len(many)
     for drawn in curves(simulated):
