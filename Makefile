@@ -51,7 +51,7 @@ test: .venv/.stamp engines ## all that this machine can run
 	$(BIN)/mypy
 	$(MAKE) --no-print-directory shellcheck
 	$(BIN)/pytest --numprocesses 2 -m 'not e2e and not slurm and not long'
-	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m '(e2e or slurm) and not long'
+	$(BIN)/pytest --numprocesses 2 --dist loadfile -m '(e2e or slurm) and not long'
 
 test-long: test ## and what takes minutes
 	$(BIN)/pytest -m long

@@ -2,12 +2,6 @@
 
 import os
 import signal
-from typing import Final
-
-import pytest
-
-LONG_FILES: Final = ("test_multinode.py", "test_engines.py", "test_sweep.py", "test_soak.py", "test_shapes.py")
-"""Where one worker runs a whole file: begun last, they would leave the other one idle."""
 
 
 def pytest_configure() -> None:
@@ -15,8 +9,3 @@ def pytest_configure() -> None:
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.pop("PYTHONUNBUFFERED", None)
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    rank = {name: at for at, name in enumerate(LONG_FILES)}
-    items.sort(key=lambda item: rank.get(item.path.name, len(rank)))

@@ -175,6 +175,7 @@ def test_a_killed_rank_ends_its_job_and_another_takes_its_place(cluster: SlurmCl
 
 
 @pytest.mark.vllm
+@pytest.mark.timeout(800)  # two starts of vLLM on two nodes, beside whatever else the machine runs
 @pytest.mark.usefixtures("left_as_found")
 def test_vllm_on_two_nodes_serves_its_domain_and_outlives_the_loss_of_either(cluster: SlurmCluster) -> None:
     """Both ranks end whichever node is lost, and the control loop starts the replica on the nodes that are left."""
