@@ -77,11 +77,10 @@ class Jobs:
         """None of a job that had nothing to do."""
         longest_s = config.warmup_s + (config.duration_s or config.timeout_s) + config.drain_s + 60.0
         _wait_for(path, longest_s, "a load job gave no answer")
-        text = path.read_text(encoding="utf-8")
-        told = json.loads(text)
+        told = json.loads(path.read_bytes())
         if "failed" in told:
             raise LaunchError(f"a load job failed: {told['failed']}")
-        return None if "idle" in told else from_json(text)
+        return None if "idle" in told else from_json(told)
 
 
 @contextmanager

@@ -4,7 +4,6 @@
 array of requests with wall-clock zero, so that several jobs can be merged. Knows nothing of deployments.
 """
 
-import json
 import socket
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -183,11 +182,10 @@ def merged(loads: Sequence[Load]) -> Load:
     )
 
 
-def to_json(load: Load) -> str:
-    return json.dumps(asdict(load))
+def to_json(load: Load) -> dict[str, Any]:
+    return asdict(load)
 
 
-def from_json(text: str) -> Load:
-    value = json.loads(text)
+def from_json(value: Mapping[str, Any]) -> Load:
     seen = [Observation(**{**one, "part": Part(one["part"])}) for one in value["observations"]]
     return Load(value["started_at"], seen, Window(**value["window"]), value["cpu_share"], value["wait_share"])

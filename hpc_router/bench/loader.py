@@ -18,7 +18,7 @@ from hpc_router.bench.load import Target, carry_out, to_json
 from hpc_router.bench.prompts import Prompt
 from hpc_router.bench.workload import Point, workload
 from hpc_router.errors import HpcRouterError
-from hpc_router.files import load_json, replace_json, replace_text
+from hpc_router.files import replace_json
 
 POLL_S: Final = 0.1
 STILL_S: Final = 60.0
@@ -46,17 +46,20 @@ def serve(folder: Path, job: int) -> int:
             continue
         answer = folder / f"load-{number}.{job}.json"
         try:
-            replace_text(answer, _carried_out(load_json(path), folder / f"job-{job}", job))
+            replace_json(answer, _carried_out(json.loads(path.read_bytes()), folder / f"job-{job}", job))
         except HpcRouterError as error:
             replace_json(answer, {"failed": str(error)})
+        except Exception as error:  # a defect: whoever waits for the answer must hear of it
+            replace_json(answer, {"failed": f"{type(error).__name__}: {error}"})
+            raise
         number += 1
     return 0
 
 
-def _carried_out(given: dict[str, Any], folder: Path, job: int) -> str:
+def _carried_out(given: dict[str, Any], folder: Path, job: int) -> dict[str, Any]:
     config = read_config(given["config"])
     if job >= config.load_jobs:
-        return json.dumps({"idle": True})
+        return {"idle": True}
     work = workload(config, [Prompt(**one) for one in given["prompts"]], Point(**given["point"]), job=job)
     time.sleep(max(0.0, given["begin_at"] - time.time()))
     return to_json(carry_out(Target(given["url"], given["token"]), config, work, folder))

@@ -1,6 +1,7 @@
 """Load on a real server: what ends how, which requests count, and that the same seed asks the same."""
 
 import asyncio
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from hpc_router.bench.config import BenchConfig, read_config
 from hpc_router.bench.crew import crew
 from hpc_router.bench.load import Load, Target, carry_out, from_json, merged, to_json, window_of
 from hpc_router.bench.measure import CUT, Observation, Part
-from hpc_router.bench.prompts import built_in
+from hpc_router.bench.prompts import Prompt, built_in
 from hpc_router.bench.workload import Point, workload
 from hpc_router.errors import LaunchError
 from tests.bench.fakes import (
@@ -193,11 +194,24 @@ async def test_load_jobs_without_a_user_are_idle_and_work_at_the_next_point(tmp_
     assert {o.error for one in found for o in measured(one)} == {None}
 
 
+async def test_load_jobs_take_prompts_of_any_size(tmp_path: Path) -> None:
+    config = read_config({"load_jobs": 2, "requests": 2, "warmup_s": 0.0})
+    prompts = [*PROMPTS, *(Prompt("x" * 2**16, "code") for _ in range(20))]
+
+    def load(target: Target) -> Load:
+        with crew(config, shared=tmp_path) as makers:
+            return makers.load(target, config, prompts, Point(users=2))
+
+    async with fake_router(says(*WHOLE)) as fake:
+        found = await asyncio.to_thread(load, fake.target)
+    assert {o.error for o in measured(found)} == {None}
+
+
 def test_loads_survive_being_sent() -> None:
     config = replace(BenchConfig(), requests=1)
     one = Observation(part=Part.MEASURED, user=0, started_s=1.0, ended_s=2.0, content_s=[1.5], tokens=3)
     load = Load(5.0, [one], window_of(config, [one]), 0.1, 0.2)
-    assert from_json(to_json(load)) == load
+    assert from_json(json.loads(json.dumps(to_json(load)))) == load
     both = merged([load, replace(load, started_at=4.0, cpu_share=0.5)])
     assert (both.started_at, len(both.observations), both.cpu_share) == (4.0, 2, 0.5)
 
