@@ -12,10 +12,10 @@ from typing import Final
 
 from hpc_router.errors import UpstreamError
 from hpc_router.relay.downstream import SHORT_BYTES, DownstreamGoneError, Request, Response
-from hpc_router.relay.exchange import CHUNK_ENDS, Passage, UpstreamResponse
+from hpc_router.relay.exchange import CHUNK_END, CHUNK_ENDS, Passage, UpstreamResponse
 from hpc_router.relay.sse import CONTENT_TYPE, EVENT_ENDS, PING, EventSplitter, EventTooLargeError
 
-_EVENT_CHUNK_ENDS: Final = tuple(end + CHUNK_ENDS[0] for end in EVENT_ENDS)
+_EVENT_CHUNK_ENDS: Final = tuple(end + CHUNK_END for end in EVENT_ENDS)
 
 
 @dataclass(frozen=True, slots=True)

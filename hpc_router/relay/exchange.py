@@ -50,7 +50,8 @@ def address_of(url: str) -> Address:
     return Address(parts.raw_host or "", parts.port or 0, parts.scheme == "https", header, parts.raw_path.rstrip("/"))
 
 
-CHUNK_ENDS: Final = (b"\r\n",)
+CHUNK_END: Final = b"\r\n"
+CHUNK_ENDS: Final = (CHUNK_END,)
 
 
 class Passage(NamedTuple):
