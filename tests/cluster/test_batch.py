@@ -217,6 +217,12 @@ def test_sigterm_to_the_script_does_not_lose_the_record(tmp_path: Path) -> None:
     assert ended(tmp_path)["status"] == 5
 
 
+def test_the_steps_own_records_are_believed_before_bash(tmp_path: Path) -> None:
+    """Where a signal met the end of a step, `wait` of bash 5.2 told 0 for 7 of 900 that had failed."""
+    setup = ['wait() { builtin wait "$@"; return 0; }']
+    assert run_script(tmp_path, *PAIR, srun="exit 3", replicas_per_job=2, setup=setup) == 3
+
+
 PAIR = (request("math-0.g1"), request("math-1.g1"))
 OPTIONS = (
     "set -eu",
