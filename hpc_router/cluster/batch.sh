@@ -72,25 +72,25 @@ hpc_router_step() {
 }
 
 finish() {
-    local step pid status worst=0
-    for step in "${!hpc_router_pids[@]}"; do
-        pid=${hpc_router_pids[step]}
+    local index pid status worst=0
+    for index in "${!hpc_router_pids[@]}"; do
+        pid=${hpc_router_pids[index]}
         while kill -0 "$pid" 2>/dev/null; do
             wait "$pid" # a signal cuts it short
         done
         wait "$pid"
         status=$?
         # Where a signal met the end of the step, bash (5.2) may tell another status: its record counts.
-        status=$(hpc_router_recorded "${hpc_router_replicas[step]}" || printf '%d' "$status")
+        ! hpc_router_recorded "${hpc_router_replicas[index]}" || status=${BASH_REMATCH[1]}
         ((status <= worst)) || worst=$status
     done
     exit "$worst"
 }
 
+# The status that a replica's step has left, in BASH_REMATCH[1].
 hpc_router_recorded() {
-    local record pattern='"status": ([0-9]+)'
-    [[ -r $hpc_router_jobs/$1/ended.json ]] && record=$(<"$hpc_router_jobs/$1/ended.json") || return 1
-    [[ $record =~ $pattern ]] && printf '%d' "${BASH_REMATCH[1]}"
+    local pattern='"status": ([0-9]+)'
+    [[ -r $hpc_router_jobs/$1/ended.json && $(<"$hpc_router_jobs/$1/ended.json") =~ $pattern ]]
 }
 
 hpc_router_plain() {
