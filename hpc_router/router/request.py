@@ -17,7 +17,6 @@ import orjson
 from hpc_router.errors import BadRequestError
 
 _MODEL: Final = b'"model"'
-_model_member = re.compile(rb'"model"[ \t\n\r]*:[ \t\n\r]*(?=")').match
 _FIRST: Final = 16
 """Bytes, at most, before a body's first member."""
 _decode_value = JSONDecoder().raw_decode
@@ -35,18 +34,17 @@ class ApiCall:
     @property
     def model_span(self) -> tuple[int, int]:
         """The span of bytes in which the model's name stands. Raises BadRequestError where a key stands twice."""
-        raw = self.raw
-        if self.member > 0 and self._on_top and (found := _model_member(raw, self.member)):
-            start = found.end()
+        raw, member = self.raw, self.member
+        if member > 0:
             name = b'"%b"' % self.fields["model"].encode()
-            if raw.startswith(name, start):
+            start = raw.find(name, member + len(_MODEL))
+            if raw[member + len(_MODEL) : start].strip() == b":" and self._on_top():
                 return start, start + len(name)
         text = raw.decode()
         start, end = _walked(text)[1]["model"]
         before = len(text[:start].encode())
         return before, before + len(text[start:end].encode())
 
-    @property
     def _on_top(self) -> bool:
         """Whether what stands at `member` is a member of the body itself: nothing but its brace comes before, or what
         follows closes no other."""

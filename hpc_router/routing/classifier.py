@@ -1,11 +1,11 @@
-"""The run time of every artefact: tokenise, gather rows, sum, divide by a length. Numpy only, no state, no I/O.
+"""The run time of every artefact: tokenise, sum, divide by a length. No state, no I/O.
 
 Score: the cosine between the prompt and a cluster (of a student of an encoder: what it expects of the encoder, less
 what is usual).
 Margin: the distance to the best cluster of *another expert*, because clusters of one expert do not compete. Experts
 come from the artefact's table; one that is not in this deployment counts as none. It measures and never decides what a
-small margin means: that is the policy's. What a decision costs is the number of calls into numpy: one table holds all
-that is summed, and what follows is done on a list.
+small margin means: that is the policy's. One table holds all that is summed (see `sums`), and what follows is done on
+a list: calls into numpy, beside a relay, would cost more than they do.
 """
 
 import math
@@ -15,7 +15,7 @@ from typing import Final, NamedTuple
 import numpy as np
 
 from hpc_router.routing.artefact import NORM_SPACE, Artefact
-from hpc_router.routing.features import Vocabulary
+from hpc_router.routing.sums import TermSums
 
 _LOWEST: Final = -math.inf
 
@@ -52,21 +52,14 @@ class Classifier:
             name if experts is None or name in experts else None for name in artefact.experts
         )  # by cluster
         self._clusters = len(artefact.clusters)
-        # The commonest terms first: what most prompts touch lies close together, and a core's cache holds it.
         order = np.argsort(artefact.idf, kind="stable")
-        self._vocabulary = Vocabulary([artefact.terms[row] for row in order], features=artefact.features)
         # Columns: a cluster each, then what adds up to the squared length, then the telling terms, then the space.
-        self._table = self._vocabulary.joined(
-            np.hstack(
-                [
-                    artefact.weights,
-                    np.square(artefact.idf)[:, None],
-                    artefact.telling[:, None].astype(np.float32),
-                    artefact.space,
-                ]
-            )[order]
+        columns = [artefact.weights, np.square(artefact.idf)[:, None], artefact.telling[:, None], artefact.space]
+        self._sums = TermSums(
+            [artefact.terms[row] for row in order],
+            np.hstack(columns, dtype=np.float32, casting="unsafe")[order],
+            features=artefact.features,
         )
-        self._ones = np.ones(4096, np.float32)
         self._in_space = artefact.norm == NORM_SPACE
         self._offsets: list[float] | None = artefact.offsets.tolist() if artefact.offsets.any() else None
         # By cluster: those that lead to the same expert, itself included.
@@ -100,49 +93,31 @@ class Classifier:
         return values if self._offsets is not None else [value / length for value in values]
 
     def explain(self, text: str, *, limit: int = 10) -> tuple[Term, ...]:
-        """The tokens that decided between the chosen cluster and the runner-up, the heaviest first.
-
-        A word brings its beginning's part along; one that is not known has its beginning's (`diabe*`) or none.
-        """
+        """The terms that decided between the chosen cluster and the runner-up, the heaviest first."""
         values, length, _ = self._values(text)
         best, _, rival, second = self._best_and_rival(values)
-        ids = self._vocabulary.ids(text)
-        advantage = self._table[ids, best]
-        if second != _LOWEST:
-            advantage = advantage - self._table[ids, rival]
-        merged: dict[str, float] = {}
-        for row, share in zip(ids.tolist(), (advantage / np.float32(length)).tolist(), strict=True):
-            if share:
-                name = self._vocabulary.terms[row]
-                merged[name] = merged.get(name, 0.0) + share
-        return tuple(Term(*pair) for pair in sorted(merged.items(), key=lambda pair: -abs(pair[1]))[:limit])
+        found = []
+        for term, adds in self._sums.by_term(text).items():
+            weight = (adds[best] - (0.0 if second == _LOWEST else adds[rival])) / length
+            if weight:
+                found.append(Term(term, weight))
+        return tuple(sorted(found, key=lambda term: -abs(term.weight))[:limit])
 
     def _values(self, text: str) -> tuple[list[float], float, int]:
         """A value for each cluster, the length they are still to be divided by, and the number of telling terms."""
-        ids = self._vocabulary.ids(text)
-        count = len(ids)
-        if count > len(self._ones):
-            self._ones = np.ones(count, np.float32)
-        sums: list[float] = (self._ones[:count] @ self._table.take(ids, axis=0)).tolist()
+        sums = self._sums.of(text)
         clusters = self._clusters
         values = sums[:clusters]
-        if self._in_space:
-            length = math.sqrt(math.fsum(value * value for value in sums[clusters + 2 :])) or 1.0
-        else:
-            length = math.sqrt(sums[clusters]) or 1.0
+        length = (math.hypot(*sums[clusters + 2 :]) if self._in_space else math.sqrt(sums[clusters])) or 1.0
         if self._offsets is not None:
             values = [value / length + offset for value, offset in zip(values, self._offsets, strict=True)]
         return values, length, int(sums[clusters + 1])
 
     def _best_and_rival(self, values: list[float]) -> tuple[int, float, int, float]:
         """The best cluster and its value, and the same of the best of another expert. Spoils the list."""
-        best, top = self._best(values)
+        top = max(values)
+        best = values.index(top)  # ties go to the first
         for cluster in self._own[best]:
             values[cluster] = _LOWEST
-        return best, top, *self._best(values)
-
-    @staticmethod
-    def _best(values: list[float]) -> tuple[int, float]:
-        """The highest and where it stands; ties go to the first."""
-        top = max(values)
-        return values.index(top), top
+        second = max(values)
+        return best, top, values.index(second), second

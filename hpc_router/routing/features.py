@@ -5,13 +5,12 @@ because maths and code are made of them; scripts written without spaces give one
 of its tokens: how often a prompt repeats a word says little. A term is a token, `diabe*` (a longer token's beginning)
 or `a b` (two words in a row); no token holds a space or mixes letters with `*`, so one string names each.
 `cbtm`: words of two characters and more with their counts, as c-BTM (arXiv 2303.14177) reads a document.
-The hot path is C loops (translate, split, dict lookups): no bytecode runs for a token that has been met before, and a
-token's rows were added up when the table was loaded. This module knows nothing of weights, clusters or experts.
+Splitting is C loops (translate, split). This module knows nothing of weights, clusters or experts.
 """
 
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, pairwise
 from typing import Final
@@ -22,10 +21,6 @@ from numpy.typing import NDArray
 KINDS: Final = ("lexical", "cbtm")
 WINDOW_BYTES: Final = 2048
 
-MOST_TOKENS: Final = 50_000
-LONGEST_TOKEN: Final = 40
-"""Of those that are no word of the vocabulary and whose rows are kept: some 8 MB, whatever is asked."""
-
 Ids = NDArray[np.intp]
 Floats = NDArray[np.float32]
 
@@ -35,8 +30,8 @@ _SPACELESS: Final = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020
 _ALONE: Final = re.compile(rf"([^\x00-\x7f])(?<![^\W{_SPACELESS}])")
 _CBTM_WORD: Final = re.compile(r"(?u)\b\w\w+\b")
 _WORD_BYTES: Final = b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_"
-_SYMBOLS: Final = bytes(c for c in range(33, 127) if c not in _WORD_BYTES)
-_NO_SYMBOLS: Final = bytes(c for c in range(256) if c not in _SYMBOLS)
+SYMBOLS: Final = bytes(c for c in range(33, 127) if c not in _WORD_BYTES)
+_NO_SYMBOLS: Final = bytes(c for c in range(256) if c not in SYMBOLS)
 # What word processors make of ASCII's marks; most texts that are not ASCII have nothing else.
 _TYPOGRAPHIC: Final = (
     ("’", "'"),
@@ -126,92 +121,15 @@ class Features:
         return terms
 
 
+@dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """The terms that have a row in a table, in row order, and the lookup of a text's rows in the table of `joined`."""
+    """The terms that have a row in a table, in row order."""
 
-    def __init__(self, terms: Sequence[str], *, features: Features) -> None:
-        self.terms = tuple(terms)
-        self.features = features
-        self._nothing = len(self.terms)
-        words: dict[bytes, int] = {}
-        prefixes: dict[str, int] = {}
-        self._symbols = [self._nothing] * 256
-        self._pairs: dict[tuple[bytes, bytes], int] = {}
-        for number, term in enumerate(self.terms):
-            first, space, second = term.partition(" ")
-            if space:
-                self._pairs[first.encode(), second.encode()] = number
-            elif len(term) > 1 and term.endswith("*"):
-                prefixes[term[:-1]] = number
-            elif len(term) == 1 and ord(term) < 128 and ord(term) in _SYMBOLS:
-                self._symbols[ord(term)] = number
-            else:
-                words[term.encode()] = number
-        self._words = words
-        self._prefixes = prefixes
-        self._rows = _Rows(words, prefixes, prefix=features.prefix, nothing=self._nothing)
-        self._repeats = features.kind == "cbtm"
+    terms: tuple[str, ...]
+    features: Features
 
     def __len__(self) -> int:
         return len(self.terms)
-
-    def joined(self, table: Floats) -> Floats:
-        """The table that `ids` speak of: a word's row with its beginning's added; at the end a row of zeros."""
-        joined = np.zeros((len(self.terms) + 1, table.shape[1]), np.float32)
-        joined[:-1] = table
-        if self._prefixes:
-            size = self.features.prefix
-            both = [
-                (row, beginning)
-                for word, row in self._words.items()
-                if len(word) >= size and (beginning := self._beginning(word)) is not None
-            ]
-            if both:
-                rows, beginnings = np.array(both).T
-                joined[rows] += table[beginnings]
-        return joined
-
-    def _beginning(self, word: bytes) -> int | None:
-        text = word.decode()
-        return self._prefixes.get(text[: self.features.prefix]) if len(text) >= self.features.prefix else None
-
-    def ids(self, text: str) -> Ids:
-        """A text's rows: of each distinct token, of each known pair. What is unknown has the row of zeros."""
-        words, symbols = self.features.split(text)
-        # A list first: numpy takes one twice as fast as it takes an iterator.
-        if self._repeats:
-            return np.array([*map(self._rows.__getitem__, words)], np.intp)
-        known, symbol = self._rows.__getitem__, self._symbols.__getitem__
-        rows = [*map(known, dict.fromkeys(words)), *map(symbol, dict.fromkeys(symbols))]
-        if self._pairs:
-            rows += self._known_pairs(words)
-        return np.array(rows, np.intp)
-
-    def _known_pairs(self, words: Sequence[bytes]) -> Iterable[int]:
-        found = map(self._pairs.get, dict.fromkeys(pairwise(words)))
-        return (row for row in found if row is not None)
-
-
-class _Rows(dict[bytes, int]):
-    """Token -> its row: of the word, else of its beginning, else of nothing; what has once been looked up is kept."""
-
-    def __init__(self, words: Mapping[bytes, int], prefixes: Mapping[str, int], *, prefix: int, nothing: int) -> None:
-        super().__init__(words)
-        self._words = words
-        self._prefixes = prefixes
-        self._prefix = prefix
-        self._nothing = nothing
-        self._most = len(words) + MOST_TOKENS
-
-    def __missing__(self, token: bytes) -> int:
-        # A token shorter than the prefix is its own slice, and no prefix is that short, so it finds nothing.
-        row = self._prefixes.get(token.decode()[: self._prefix], self._nothing)
-        if len(token) <= LONGEST_TOKEN:
-            if len(self) >= self._most:
-                self.clear()
-                self.update(self._words)
-            self[token] = row
-        return row
 
 
 def clip(text: str, *, window_bytes: int) -> str:
@@ -224,7 +142,7 @@ def clip(text: str, *, window_bytes: int) -> str:
 
 def vocabulary_of(texts: Iterable[str], *, features: Features) -> Vocabulary:
     """All terms of the texts, in sorted order."""
-    return Vocabulary(sorted({term for text in texts for term in features.terms(text)}), features=features)
+    return Vocabulary(tuple(sorted({term for text in texts for term in features.terms(text)})), features)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -95,14 +95,11 @@ class ClassifierPolicy:
 
     def __init__(self, classifier: Classifier, *, fallback: str | None, shadow: "Policy | None" = None) -> None:
         self.shadow = shadow
+        self.version = classifier.version
         self._classifier = classifier
         self._fallback = fallback
         self._expert_of = dict(zip(classifier.artefact.clusters, classifier.experts, strict=True))
         self._orders: dict[tuple[str | None, str | None, str | None], tuple[str, ...]] = {}
-
-    @property
-    def version(self) -> str | None:
-        return self._classifier.version
 
     def select(self, text: str, *, ready: Mapping[str, int]) -> Decision:
         found = self._classifier.classify(text)

@@ -1,14 +1,10 @@
-"""Text -> terms: what is kept, in which scripts, and that the fast ways agree with the plain ones."""
+"""Text -> terms: what is kept, and in which scripts."""
 
-from collections import Counter
-
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpc_router.routing import features
-from hpc_router.routing.features import Features, Vocabulary, clip, counts_of, vocabulary_of
+from hpc_router.routing.features import Features, clip
 
 ANY_TEXT = st.text(st.characters(), max_size=300)
 
@@ -77,25 +73,6 @@ def test_clip_gives_the_longest_start_that_fits(text: str, window_bytes: int) ->
         assert len((clipped + clean[len(clipped)]).encode()) > window_bytes
 
 
-FEATURES = st.builds(
-    Features, prefix=st.integers(0, 6), ngrams=st.sampled_from([1, 2]), fold_numbers=st.booleans()
-) | st.just(Features(kind="cbtm", prefix=0))
-
-
-@settings(deadline=None)
-@given(st.lists(ANY_TEXT, min_size=1, max_size=5), ANY_TEXT, FEATURES)
-def test_the_rows_add_up_to_those_of_the_terms(texts: list[str], text: str, features: Features) -> None:
-    """The lookups of the hot path find exactly the terms that training names, however odd the text."""
-    vocabulary = vocabulary_of(texts, features=features)
-    table = vocabulary.joined(np.eye(len(vocabulary), dtype=np.float32))
-    for each in [*texts, text]:
-        sums = table[vocabulary.ids(each)].sum(axis=0)
-        found = {term: int(n) for term, n in zip(vocabulary.terms, sums, strict=True) if n}
-        assert found == {term: n for term, n in Counter(features.terms(each)).items() if term in vocabulary.terms}
-        counts = counts_of([each], vocabulary=vocabulary)
-        assert {vocabulary.terms[t]: int(n) for t, n in zip(counts.term, counts.count, strict=True)} == found
-
-
 @settings(deadline=None)
 @given(ANY_TEXT)
 def test_no_term_is_ambiguous_or_breaks_a_line(text: str) -> None:
@@ -104,21 +81,6 @@ def test_no_term_is_ambiguous_or_breaks_a_line(text: str) -> None:
         assert "\n" not in term
         assert term.count(" ") <= 1
         term.encode()
-
-
-def test_a_vocabulary_without_terms_knows_nothing() -> None:
-    vocabulary = Vocabulary((), features=Features())
-    assert not vocabulary.joined(np.ones((0, 3), np.float32))[vocabulary.ids("some text")].any()
-
-
-def test_what_is_kept_of_unknown_words_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(features, "MOST_TOKENS", 10)
-    vocabulary = vocabulary_of(["diabetes"], features=Features())
-    for number in range(100):
-        vocabulary.ids(f"word{chr(97 + number % 26)}{chr(97 + number // 26)}")
-        assert len(vocabulary._rows) <= 11
-    assert vocabulary.terms[vocabulary.ids("diabetes")[0]] == "diabetes"
-    assert vocabulary.terms[vocabulary.ids("diabetic")[0]] == "diabe*"
 
 
 @pytest.mark.parametrize(

@@ -102,7 +102,7 @@ def cbtm(texts: Sequence[str], *, seed: int) -> SvdSpace:
     rows = tfidf.fit_transform(texts)
     svd = TruncatedSVD(min(CBTM_DIMENSIONS, *(n - 1 for n in rows.shape)), random_state=seed).fit(rows)
     return SvdSpace(
-        vocabulary=Vocabulary(tfidf.get_feature_names_out().tolist(), features=features),
+        vocabulary=Vocabulary(tuple(tfidf.get_feature_names_out().tolist()), features),
         idf=tfidf.idf_,
         spherical=False,
         vectors=_unit(svd.transform(rows)),
@@ -256,7 +256,7 @@ def vocabulary_for(texts: Sequence[str], *, features: Features, least: int) -> V
     kept = [term for term, count in holders.items() if count >= least]
     if len(kept) > MOST_TERMS:
         kept = sorted(kept, key=lambda term: (-holders[term], term))[:MOST_TERMS]
-    return Vocabulary(sorted(kept), features=features)
+    return Vocabulary(tuple(sorted(kept)), features)
 
 
 def _unit(vectors: NDArray[np.floating[Any]]) -> Floats:
