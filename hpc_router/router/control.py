@@ -32,7 +32,8 @@ from hpc_router.router.metrics import Metrics, departures, gauges
 from hpc_router.router.policies import artefact_folder
 from hpc_router.router.recent import Recent, newly, totals
 from hpc_router.router.registry_file import RegistryFile
-from hpc_router.router.replicas import Event, Replica, ReplicaTable, Standing
+from hpc_router.router.replica import Event, Replica, Standing
+from hpc_router.router.replicas import ReplicaTable
 from hpc_router.router.sessions import Sessions, Turn
 from hpc_router.router.status import status
 from hpc_router.router.supervisor import CONTROL, worker_name

@@ -24,7 +24,8 @@ from hpc_router.errors import ConfigError
 from hpc_router.filethread import FileThread
 from hpc_router.registry import Kind, Reader, Record
 from hpc_router.router.ejection import Incident, Rules, Verdict, spare
-from hpc_router.router.replicas import Event, Replica, ReplicaTable, Standing
+from hpc_router.router.replica import Event, Replica, Standing
+from hpc_router.router.replicas import ReplicaTable
 from hpc_router.rundir import RunDir
 
 logger = logging.getLogger(__name__)

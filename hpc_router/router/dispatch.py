@@ -27,7 +27,8 @@ from hpc_router.relay.exchange import Started, Upstream, UpstreamResponse
 from hpc_router.relay.headers import NOT_DOWNSTREAM, NOT_UPSTREAM, REQUEST_ID, Headers, crossing
 from hpc_router.router.balance import KEY_CHARS, slot_of
 from hpc_router.router.metrics import Metrics
-from hpc_router.router.replicas import Event, Hold, QueueFullError, Replica, ReplicaLostError, ReplicaTable, Standing
+from hpc_router.router.replica import Event, Hold, Replica, Standing
+from hpc_router.router.replicas import QueueFullError, ReplicaLostError, ReplicaTable
 from hpc_router.router.request import ApiCall
 from hpc_router.router.retries import RetryBudget
 from hpc_router.router.sessions import not_found

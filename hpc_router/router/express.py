@@ -13,7 +13,7 @@ from hpc_router.relay.headers import Headers
 from hpc_router.relay.in_flight import InFlight
 from hpc_router.relay.sse import CONTENT_TYPE
 from hpc_router.router.dispatch import JUDGED, Dispatcher, Errand
-from hpc_router.router.replicas import Hold
+from hpc_router.router.replica import Hold
 
 
 class ExpressWork(Work, Asker):

@@ -15,7 +15,8 @@ from typing import Any, Final
 from hpc_router.router.channel import Channel, ChannelClosedError
 from hpc_router.router.ejection import Incident
 from hpc_router.router.metrics import Metrics
-from hpc_router.router.replicas import Event, Replica, ReplicaTable, Standing
+from hpc_router.router.replica import Event, Replica, Standing
+from hpc_router.router.replicas import ReplicaTable
 from hpc_router.router.sessions import Sessions, Turn
 from hpc_router.router.view import take_over, view_of
 

@@ -13,7 +13,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector
 
-from hpc_router.router.replicas import ReplicaTable, Standing
+from hpc_router.router.replica import Standing
+from hpc_router.router.replicas import ReplicaTable
 
 _LATENCY_S: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 KEEP_S: Final = 600.0

@@ -17,7 +17,8 @@ from typing import Any, Final, Self
 from hpc_router import wire
 from hpc_router.errors import BadRequestError, PreviousResponseNotFoundError
 from hpc_router.relay.headers import Headers
-from hpc_router.router.replicas import Replica, ReplicaTable, Standing
+from hpc_router.router.replica import Replica, Standing
+from hpc_router.router.replicas import ReplicaTable
 from hpc_router.routing.policy import Reason
 
 MOST: Final = 100_000

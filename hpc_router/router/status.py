@@ -7,7 +7,8 @@ from hpc_router import __version__
 from hpc_router.router.admission import Pace
 from hpc_router.router.discovery import Discovery
 from hpc_router.router.recent import Recent, sickness
-from hpc_router.router.replicas import Replica, ReplicaTable
+from hpc_router.router.replica import Replica
+from hpc_router.router.replicas import ReplicaTable
 
 
 def status(

@@ -12,7 +12,8 @@ from typing import Any
 from hpc_router.registry import Record
 from hpc_router.router.counters import NOWHERE, Counters
 from hpc_router.router.ejection import Health
-from hpc_router.router.replicas import Replica, ReplicaTable, Standing
+from hpc_router.router.replica import Replica, Standing
+from hpc_router.router.replicas import ReplicaTable
 
 View = Sequence[Mapping[str, Any]]
 

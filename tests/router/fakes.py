@@ -23,7 +23,7 @@ from hpc_router.router.app import Gateway
 from hpc_router.router.control import Control
 from hpc_router.router.counters import Counters
 from hpc_router.router.policies import load_policy
-from hpc_router.router.replicas import Standing
+from hpc_router.router.replica import Standing
 from hpc_router.router.worker import Identity, linked, working
 from hpc_router.routing.policy import versions
 from hpc_router.rundir import RunDir, make_run

@@ -9,7 +9,8 @@ import pytest
 
 from hpc_router.config import RouterConfig
 from hpc_router.router.balance import lighter_of_two, load_bound, pinned, rendezvous, slot_of
-from hpc_router.router.replicas import Hold, ReplicaTable
+from hpc_router.router.replica import Hold
+from hpc_router.router.replicas import ReplicaTable
 from tests.router.test_replicas import replica
 
 

@@ -14,7 +14,7 @@ from hpc_router.filethread import FileThread
 from hpc_router.router import changes
 from hpc_router.router.changes import Changes
 from hpc_router.router.policies import load_policy
-from hpc_router.router.replicas import Standing
+from hpc_router.router.replica import Standing
 from hpc_router.routing import exemplars
 from hpc_router.routing.policy import Policy, versions
 from hpc_router.rundir import RunDir

@@ -11,7 +11,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_stat
 
 from hpc_router.relay.in_flight import InFlight
 from hpc_router.router.counters import COLUMNS, IN_FLIGHT, NOWHERE, Counters
-from hpc_router.router.replicas import OTHERS_LOOK_S, Event, Hold, ReplicaTable
+from hpc_router.router.replica import Event, Hold
+from hpc_router.router.replicas import OTHERS_LOOK_S, ReplicaTable
 from hpc_router.router.view import give_columns, take_over, view_of
 from tests.router.test_replicas import replica
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from hpc_router import registry
 from hpc_router.auth import new_token
 from hpc_router.registry import Kind
-from hpc_router.router.replicas import Standing
+from hpc_router.router.replica import Standing
 from tests.router.fakes import RunningRouter, a_deployment, a_router, a_run, fake_replica, reset
 from tests.router.test_gateway import chat, post, ready
 from tests.waiting import eventually

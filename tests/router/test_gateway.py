@@ -19,7 +19,7 @@ from hpc_router.proof import Finding, examine
 from hpc_router.registry import Kind, Record, State
 from hpc_router.router.dispatch import Errand
 from hpc_router.router.express import ExpressWork
-from hpc_router.router.replicas import Standing
+from hpc_router.router.replica import Standing
 from tests.relays import RELAYS, WARM
 from tests.router import fakes
 from tests.router.fakes import (
@@ -489,7 +489,7 @@ async def test_status_metrics_and_route_tell_the_truth(tmp_path: Path) -> None:
 
 async def test_a_hung_replica_is_left_for_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It answers neither probes nor requests: it is ejected, and what it had goes elsewhere."""
-    monkeypatch.setattr("hpc_router.router.replicas.LOST_S", 0.1)
+    monkeypatch.setattr("hpc_router.router.replica.LOST_S", 0.1)
     run = a_run(tmp_path)
     deployment = a_deployment("math", "code", policy="round_robin", fallback="code", probe_timeout_s=0.1)
     async with (
@@ -511,7 +511,7 @@ async def test_a_hung_replica_is_left_for_another(tmp_path: Path, monkeypatch: p
 async def test_a_stream_of_a_lost_replica_ends_with_an_error_event(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hpc_router.router.replicas.LOST_S", 0.1)
+    monkeypatch.setattr("hpc_router.router.replica.LOST_S", 0.1)
     run = a_run(tmp_path)
     act = stream([event("a")], then="hang")
     async with (

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from hpc_router.router.admission import Bounds
-from hpc_router.router.replicas import Event, Hold, QueueFullError, Replica, ReplicaTable, Standing
+from hpc_router.router.replica import Event, Hold, Replica, Standing
+from hpc_router.router.replicas import QueueFullError, ReplicaTable
 from tests.router.test_replicas import replica
 
 EXPERTS = ("math", "code")

@@ -11,7 +11,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from hpc_router.registry import Kind, Record, State
 from hpc_router.relay.patience import Patience
-from hpc_router.router.replicas import TRANSITIONS, Event, Hold, Replica, ReplicaLostError, ReplicaTable, Standing
+from hpc_router.router.replica import TRANSITIONS, Event, Hold, Replica, Standing
+from hpc_router.router.replicas import ReplicaLostError, ReplicaTable
 
 
 def replica(name: str, *, experts: tuple[str, ...] = ("math",), capacity: int = 2, ready: bool = True) -> Replica:
@@ -210,7 +211,7 @@ async def test_a_replica_that_becomes_ready_serves_who_waits_and_is_forgiven() -
 
 async def test_little_patience_is_had_with_a_replica_that_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     """Once it is ejected or has left, not when it drains; also where it was lost before it was asked."""
-    monkeypatch.setattr("hpc_router.router.replicas.LOST_S", 0.0)
+    monkeypatch.setattr("hpc_router.router.replica.LOST_S", 0.0)
     for lost_by in ("ejection", "departure"):
         one = replica("math-0.g1")
         table = table_of(one)

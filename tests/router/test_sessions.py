@@ -12,7 +12,8 @@ from hpc_router import registry, wire
 from hpc_router.errors import BadRequestError, PreviousResponseNotFoundError
 from hpc_router.registry import EngineInfo, Kind, Record, State
 from hpc_router.relay.headers import Headers
-from hpc_router.router.replicas import Event, Replica, ReplicaTable
+from hpc_router.router.replica import Event, Replica
+from hpc_router.router.replicas import ReplicaTable
 from hpc_router.router.sessions import Sessions, Turn, session_id
 from hpc_router.routing.policy import Reason
 from tests.router.fakes import a_deployment, a_router, a_run, answer, fake_replica, hang, refuse

@@ -182,13 +182,12 @@ def test_vllm_on_two_nodes_serves_its_domain_and_outlives_the_loss_of_either(clu
     model = cluster.shared / "tiny"
     subprocess.run([engine_python("transformers"), tiny_model.__file__, model], check=True)
     options = "device: cpu, dtype: bfloat16, max_model_len: 512, tensor_parallel_size: 2, extra: {enforce-eager: true}"
-    eager = "TORCHDYNAMO_DISABLE: '1'"  # or the first answer waits half a minute for a compiler
     overrides = (
         "topology=sim",
         "policy.fallback=null",
         "experts.generalist.replicas=0",
         f"experts.math.model={model}",
-        f"experts.math.engine={{kind: vllm, python: {engine_python('vllm')}, threads: 1, env: {{{eager}}}}}",
+        f"experts.math.engine={{kind: vllm, python: {engine_python('vllm')}, threads: 1}}",
         f"experts.math.engine.options={{{options}}}",
         "experts.math.resources={nodes: 2, cpus: 2, gpus: 1}",
         "router.resources.sbatch={nodelist: c1}",
