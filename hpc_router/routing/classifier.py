@@ -52,6 +52,7 @@ class Classifier:
             name if experts is None or name in experts else None for name in artefact.experts
         )  # by cluster
         self._clusters = len(artefact.clusters)
+        self._in_space = artefact.norm == NORM_SPACE  # there a length may come out close to zero
         order = np.argsort(artefact.idf, kind="stable")
         # Columns: a cluster each, then what adds up to the squared length, then the telling terms, then the space.
         columns = [artefact.weights, np.square(artefact.idf)[:, None], artefact.telling[:, None], artefact.space]
@@ -59,8 +60,8 @@ class Classifier:
             [artefact.terms[row] for row in order],
             np.hstack(columns, dtype=np.float32, casting="unsafe")[order],
             features=artefact.features,
+            fine=self._in_space,
         )
-        self._in_space = artefact.norm == NORM_SPACE
         self._offsets: list[float] | None = artefact.offsets.tolist() if artefact.offsets.any() else None
         # By cluster: those that lead to the same expert, itself included.
         self._own = [[d for d, b in enumerate(self.experts) if a == b] for a in self.experts]

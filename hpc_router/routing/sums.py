@@ -1,9 +1,9 @@
 """What the terms of a text add up to: the columns of a table, summed over its rows.
 
-A token is one integer: each column's value in fixed point, a lane of 32 bits for each. To add all columns of all tokens
-is then one `sum` of integers, in C, and exact: in whatever order, on whatever machine, the result is the same. What a
-decision costs beside a relay is how much code and data it draws into the caches, and this is the least. A token's rows
-(its word's and its beginning's) were added up when the table was loaded.
+A token is one integer: each column's value in fixed point, a lane of 32 or 64 bits for each. To add all columns of all
+tokens is then one `sum` of integers, in C, and exact: in whatever order, on whatever machine, the result is the same.
+What a decision costs beside a relay is how much code and data it draws into the caches, and this is the least. A
+token's rows (its word's and its beginning's) were added up when the table was loaded.
 """
 
 import struct
@@ -16,18 +16,18 @@ import numpy as np
 
 from hpc_router.routing.features import SYMBOLS, Features, Floats
 
-LANE_BITS: Final = 32
 MOST_TOKENS: Final = 50_000
 LONGEST_TOKEN: Final = 40
 """Of those that are no word of the vocabulary and are kept with their integers: some 8 MB, whatever is asked."""
 
-_HALF: Final = 2 ** (LANE_BITS - 1)
-"""Added to each lane, so that none is ever below zero and takes from its neighbour."""
-
 
 class TermSums:
-    def __init__(self, terms: Sequence[str], table: Floats, *, features: Features) -> None:
-        """`table`: terms x columns. The commonest terms first: then what most prompts touch lies close together."""
+    def __init__(self, terms: Sequence[str], table: Floats, *, features: Features, fine: bool = False) -> None:
+        """`table`: terms x columns. The commonest terms first: then what most prompts touch lies close together.
+
+        A value is off by 2^-20 of its column's largest at most; with `fine` by 2^-52, in lanes twice as wide: where a
+        sum may be next to nothing and counts all the same.
+        """
         self._features = features
         self._repeats = features.kind == "cbtm"
         # Of words; normalising can make more of a window than it had, but not of what people write.
@@ -46,16 +46,17 @@ class TermSums:
             else:
                 words[term.encode()] = number
         joined = _joined(table, words, prefixes, size=features.prefix)
-        columns = table.shape[1]
+        columns, size = table.shape[1], 8 if fine else 4
+        half = 2 ** (8 * size - 1)  # added to each lane, so that none is ever below zero and takes from its neighbour
         # As many terms as a text can have, each with a column's largest value, still fit its lane.
         most = features.ngrams * self._most + len(SYMBOLS)
         largest = np.abs(joined).max(axis=0, initial=2.0**-60).astype(np.float64)
-        scales = np.exp2(np.floor(np.log2((_HALF / most - 1) / largest)))
+        scales = np.exp2(np.floor(np.log2((half / most - 1) / largest)))
         self._steps: list[float] = (1 / scales).tolist()
-        self._unpack = struct.Struct(f"<{columns}i").unpack
-        self._bytes = columns * LANE_BITS // 8
-        self._zero = int.from_bytes(np.full(columns, _HALF, "<u4").tobytes(), "little")
-        lanes = (np.rint(joined * scales).astype(np.int64) + _HALF).astype("<u4")
+        self._unpack = struct.Struct(f"<{columns}{'q' if fine else 'i'}").unpack
+        self._bytes = columns * size
+        self._zero = int.from_bytes(np.full(columns, half, f"<u{size}").tobytes(), "little")
+        lanes = np.rint(joined * scales).astype(f"<i{size}").view(f"<u{size}") ^ half
         rows = [int.from_bytes(lane.tobytes(), "little") - self._zero for lane in lanes]
         known: dict[bytes | int, int] = dict.fromkeys(SYMBOLS, 0)
         known |= {word: rows[number] for word, number in words.items()}

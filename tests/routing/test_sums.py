@@ -44,27 +44,28 @@ def tables(draw: st.DrawFn) -> tuple[list[str], Floats]:
 
 
 @settings(deadline=None)
-@given(tables(), st.lists(st.text("abcde", min_size=1, max_size=7), max_size=60))
+@given(tables(), st.lists(st.text("abcde", min_size=1, max_size=7), max_size=60), st.booleans())
 def test_the_sums_are_as_near_as_the_largest_value_of_their_column_allows(
-    table: tuple[list[str], Floats], words: list[str]
+    table: tuple[list[str], Floats], words: list[str], fine: bool
 ) -> None:
     terms, values = table
-    added = TermSums(terms, values, features=Features(prefix=0))
+    added = TermSums(terms, values, features=Features(prefix=0), fine=fine)
     known = [values[terms.index(word)].astype(float) for word in set(words) if word in terms]
-    near = np.abs(values).max(axis=0).astype(float) * 2**-20 * max(1, len(known)) + 2.0**-70
+    near = np.abs(values).max(axis=0).astype(float) * 2.0 ** (-52 if fine else -20) * max(1, len(known)) + 2.0**-70
     assert (np.abs(np.array(added.of(" ".join(words))) - sum(known, np.zeros(3))) <= near).all()
 
 
+@pytest.mark.parametrize("fine", [False, True])
 @pytest.mark.parametrize("ngrams", [1, 2])
 @pytest.mark.parametrize("sign", [1, -1])
-def test_no_text_is_too_long_for_its_lanes(sign: int, ngrams: int) -> None:
+def test_no_text_is_too_long_for_its_lanes(sign: int, ngrams: int, fine: bool) -> None:
     """As many terms as a window holds, each at the largest value, and a column beside it that must not notice."""
     words = [chr(a) + chr(b) for a in range(0x4E00, 0x4E40) for b in range(0x61, 0x7B)]
     text = "".join(words)
     features = Features(prefix=0, ngrams=ngrams)
     terms = vocabulary_of([text], features=features).terms
     table = np.array([[0, sign * 3.7, 0]] * len(terms), np.float32)
-    below, value, above = TermSums(terms, table, features=features).of(text)
+    below, value, above = TermSums(terms, table, features=features, fine=fine).of(text)
     assert value == pytest.approx(sign * 3.7 * len(features.terms(text)), rel=1e-5)
     assert (below, above) == (0, 0)
 
