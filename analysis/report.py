@@ -30,7 +30,7 @@ figure svg { width: 100%; height: auto; display: block; }
 table { border-collapse: collapse; font-size: .87rem; }
 th, td { padding: .25rem .6rem; text-align: right; border-bottom: 1px solid #ccc; white-space: nowrap; }
 th { border-bottom: 2px solid #111; vertical-align: bottom; }
-th:first-child, td:first-child { text-align: left; }
+th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: #fff; }
 .label { border: 2px solid #111; padding: .1rem .5rem; font-weight: 700; font-size: .85rem; white-space: nowrap; }
 .invalid { text-decoration: line-through; }
 .warning { border: 3px double #111; padding: .5rem .8rem; margin: 1rem 0; }
@@ -38,19 +38,21 @@ code { font-size: .9em; overflow-wrap: anywhere; }
 details { margin: .4rem 0; }
 @media print { .scroll { overflow: visible; } }
 """
-_COLUMNS: Final = (
+_LATENCIES: Final = (
     ("TTFT p50\nms", "ttft_s.p50", 1e3),
     ("TTFT p99\nms", "ttft_s.p99", 1e3),
     ("ITL p50\nms/token", "itl_s.p50", 1e3),
     ("ITL p99\nms/token", "itl_s.p99", 1e3),
     ("TPOT p50\nms/token", "tpot_s.p50", 1e3),
     ("E2E p50\ns", "e2e_s.p50", 1.0),
+    ("router adds\nTTFT ms", "router.ttft_s.added_s", 1e3),
+    ("router adds\n% of TTFT", "router.ttft_s.share", 100.0),
+)
+_RATES: Final = (
     ("session\ntokens/s", "session_tokens_per_s.p50", 1.0),
     ("system\ntokens/s", "tokens_per_s", 1.0),
     ("requests/s", "requests_per_s", 1.0),
     ("goodput\nrequests/s", "goodput_per_s", 1.0),
-    ("router adds\nTTFT ms", "router.ttft_s.added_s", 1e3),
-    ("router adds\n% of TTFT", "router.ttft_s.share", 100.0),
     ("failed\n%", "failed_share", 100.0),
 )
 
@@ -142,7 +144,12 @@ def _section(series: Sequence[Series], told: str, figures: Path | None) -> Itera
         yield f'<figure role="img" aria-label="{html.escape(one.told, quote=True)}">{_svg(one)}</figure>'
     yield "</div>"
     yield _saturations(series)
-    yield _table(series)
+    yield (
+        "<p>The tables: means over repeats, ± half of the 95&nbsp;% confidence interval (Student's t) where there are "
+        "several.</p>"
+    )
+    yield _table("Latencies", _LATENCIES, series)
+    yield _table("Rates", _RATES, series)
     yield _balances(series)
 
 
@@ -185,9 +192,9 @@ def _saturations(series: Sequence[Series]) -> str:
     )
 
 
-def _table(series: Sequence[Series]) -> str:
-    used = [c for c in _COLUMNS if any(one.points(c[1]) for one in series)]
-    head = "".join(f"<th>{html.escape(title).replace(chr(10), '<br>')}</th>" for title, _, _ in used)
+def _table(title: str, columns: Sequence[tuple[str, str, float]], series: Sequence[Series]) -> str:
+    used = [c for c in columns if any(one.points(c[1]) for one in series)]
+    head = "".join(f"<th>{html.escape(name).replace(chr(10), '<br>')}</th>" for name, _, _ in used)
     rows = []
     for one in series:
         for group in one.groups:
@@ -197,8 +204,7 @@ def _table(series: Sequence[Series]) -> str:
             rows.append(f"<tr><td>{name}</td>{cells}</tr>")
     load = "users" if series[0].by == "users" else "requests/s"
     return (
-        "<h3>Figures</h3><p>Means over repeats, ± half of the 95&nbsp;% confidence interval (Student's t) where there "
-        'are several.</p><div class="scroll"><table><thead><tr><th>deployment</th><th>'
+        f'<h3>{title}</h3><div class="scroll"><table><thead><tr><th>deployment</th><th>'
         f"{load}</th><th>repeats</th>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
     )
 

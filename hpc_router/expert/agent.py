@@ -145,7 +145,7 @@ class Agent:
             self._gate = gate
             gate.state = self._life.state
             logger.info("%s listens at %s", record.replica, record.url)
-            collector.settle()
+            collector.settle_to_relay()
             failure = await self._serve(self._supervisor(attempts, client, gate), gate) or self._lost
         if failure is not None:
             return Exit(ok=False, reason=failure.reason, message=failure.message)

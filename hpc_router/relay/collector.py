@@ -1,4 +1,4 @@
-"""Python's garbage collector in processes that relay.
+"""Python's garbage collector in processes that are forked once and run for long.
 
 A request makes a hundred small objects and hardly a cycle among them. With the collector's own thresholds the young
 generation would be searched for every few requests, and everything that is loaded now and then, for tens of
@@ -13,7 +13,12 @@ YOUNG: Final = 20_000
 
 
 def settle() -> None:
-    """What is loaded is there to stay, and is not searched again."""
+    """What is loaded is there to stay, and is not searched again: pages that are shared stay so."""
     gc.collect()
     gc.freeze()
+
+
+def settle_to_relay() -> None:
+    """As `settle`, and searches are rare."""
+    settle()
     gc.set_threshold(YOUNG, 20, 50)

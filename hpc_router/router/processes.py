@@ -98,7 +98,7 @@ async def work(router: Router, birth: Birth) -> None:
                 async with working(
                     run, router.deployment, router.policy, link, identity=router.identity, sock=birth.listener
                 ) as gateway:
-                    collector.settle()
+                    collector.settle_to_relay()
                     await orders.drain.wait()
                     gateway.draining = True
                     with contextlib.suppress(TimeoutError):  # there may be no control process any more
