@@ -1,12 +1,10 @@
 """`hpc-router bench soak`: only what the strikes explain fails, and nothing stays; a minute, and the long form."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
 import tempfile
-import time
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,10 +13,6 @@ from typing import Any
 import pytest
 
 from hpc_router.bench.native.build import compiler
-from hpc_router.bench.native.engine import mock_engine
-from hpc_router.bench.router import ours
-from hpc_router.bench.router.process import cores_of
-from hpc_router.bench.router.relay import Site
 from tests.e2e.deployment import cli
 from tests.needs import ROOT, need
 from tests.processes import with_word
@@ -85,27 +79,6 @@ def test_a_thousand_users_at_once(place: Path) -> None:
     assert len(streams["fairness"]) == 4
     assert min(streams["fairness"].values()) >= 0.99
     assert streams["moved_share"] <= 0.2
-
-
-@pytest.mark.long
-@pytest.mark.timeout(1000)
-def test_the_memory_of_an_idle_router_comes_to_rest(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hours of it, hurried: registry and replicas are looked at 25 and 40 times as often as they would be. Pages that
-    were shared before the fork become private, and Python's free lists fill up; then nothing more."""
-    hurried = ("router.discovery_s=0.02", "router.probe_s=0.05")
-    monkeypatch.setattr(ours, "OPTIONS", (*ours.OPTIONS, *hurried))
-    cores = cores_of(sorted(os.sched_getaffinity(0)))
-    with (
-        mock_engine(place, rate=40, socket=None) as engine,
-        ours.Router().started(Site(engine, place, cores.relay)) as started,
-    ):
-        assert started.group is not None
-        private = [started.group.private_mb()]
-        for _ in range(24):
-            time.sleep(30)
-            private.append(started.group.private_mb())
-    assert max(private[-6:]) - private[-7] <= 0.25, private
-    assert max(private) - private[0] <= 8, private
 
 
 def test_interrupted_it_takes_its_deployment_along(place: Path) -> None:
