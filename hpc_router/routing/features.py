@@ -1,4 +1,4 @@
-"""Text -> terms -> the rows of a table, the same for training and for a decision.
+"""Text -> terms, the same for training and for a decision.
 
 `lexical`: a token is a lower-cased word or number, or a single symbol; digits, one-letter words and operators stay,
 because maths and code are made of them; scripts written without spaces give one token per character. A text is the set

@@ -25,8 +25,8 @@ class TermSums:
     def __init__(self, terms: Sequence[str], table: Floats, *, features: Features, fine: bool = False) -> None:
         """`table`: terms x columns. The commonest terms first: then what most prompts touch lies close together.
 
-        A value is off by 2^-20 of its column's largest at most; with `fine` by 2^-52, in lanes twice as wide: where a
-        sum may be next to nothing and counts all the same.
+        With a window of 2 KiB a value is off by some 2^-20 of its column's largest at most; with `fine` by 2^-52, in
+        lanes twice as wide: where a sum may be next to nothing and counts all the same.
         """
         self._features = features
         self._repeats = features.kind == "cbtm"
