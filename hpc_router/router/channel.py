@@ -126,9 +126,9 @@ class Channel(asyncio.Protocol):
 
     def _send(self, kind: str, number: int | None, value: Any) -> None:
         transport = self._transport
-        if transport is None or transport.is_closing():
-            if number is not None:
-                raise ChannelClosedError("the peer has ended")
+        if transport is None and number is not None:
+            raise ChannelClosedError("the peer has ended")
+        if transport is None or transport.is_closing():  # who asks is told so with all others, in `connection_lost`
             return
         if transport.get_write_buffer_size() > MOST_UNREAD:
             logger.warning("%r is not told: the other process reads nothing", kind)

@@ -47,6 +47,24 @@ async def test_what_is_told_comes_in_order_and_what_is_asked_is_answered() -> No
     one.close()
 
 
+@pytest.mark.parametrize("run_in", [asyncio.run, uvloop.run])
+def test_who_asks_a_peer_that_was_found_dead_hears_it_after_the_owner(run_in: Any) -> None:
+    """Else the owner would still hold the channel for good, and not wait for the peer's successor."""
+    run_in(_asked_of_the_dead())
+
+
+async def _asked_of_the_dead() -> None:
+    ended: list[str] = []
+    here, there = socket.socketpair()
+    one = Channel(lambda *_: None, lambda: ended.append("ended"))
+    await one.open(here)
+    there.close()
+    one.tell("note")  # finds that nobody is there
+    with pytest.raises(ChannelClosedError, match="has ended"):
+        await one.ask("note", limit_s=LIMIT_S)
+    assert ended == ["ended"]
+
+
 async def test_what_cannot_be_answered_is_told_to_who_asked() -> None:
     def fail(kind: str, value: Any) -> Any:
         raise ValueError(kind)
