@@ -7,6 +7,7 @@ stays in `desired.json`: a `down` that was cut off is finished by the next one o
 import logging
 import os
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Final, Protocol
@@ -43,18 +44,20 @@ class Silent:
 
 def down(run: RunDir, *, watcher: Watcher | None = None) -> int:
     """How many jobs were ended. Raises LaunchError for jobs of another host, and when an `up` comes in between."""
-    take_down(run)
     try:
         control = Control(run)
     except ConfigError as error:  # another version's, or damaged: no reason to let jobs run
         logger.warning("%s; its jobs are ended all the same", error)
         control = Control(run, deployment=Deployment())
-    return empty(control, watcher=watcher or Silent())
+    before = living(control.look())  # from here on the deployment's own control loop may end them, and not we
+    take_down(run)
+    return empty(control, before, watcher=watcher or Silent())
 
 
-def empty(control: Control, *, watcher: Watcher) -> int:
-    """Repeat passes until nothing lives, then remove what the dead left."""
-    ended: set[str] = set()
+def empty(control: Control, before: Sequence[Attempt] = (), *, watcher: Watcher) -> int:
+    """Repeat passes until nothing lives, then remove what the dead left. How many jobs were ended, those included that
+    lived `before`."""
+    ended = {attempt.replica for attempt in before}
     while True:
         seen = control.once(clear=True)
         if not seen.desired.down:

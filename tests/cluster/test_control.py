@@ -169,6 +169,20 @@ def test_down_ends_everything_and_cleans_up(run: RunDir, control: Control) -> No
     assert control.once().submitted == []  # it stays down
 
 
+def test_down_counts_what_the_control_loop_ends_before_it(
+    run: RunDir, control: Control, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    control.once()
+    eventually_sync(lambda: started(run, "math-0.g1") and started(run, "code-0.g1"))
+
+    def overtaken(run: RunDir) -> None:
+        desired.take_down(run)
+        eventually_sync(lambda: control.once(clear=True) and not live(control))
+
+    monkeypatch.setattr("hpc_router.cluster.down.take_down", overtaken)
+    assert down(run) == 2
+
+
 def test_down_kills_what_does_not_end(
     run: RunDir, control: Control, service: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
