@@ -7,7 +7,6 @@ stays in `desired.json`: a `down` that was cut off is finished by the next one o
 import logging
 import os
 import time
-from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Final, Protocol
@@ -49,15 +48,15 @@ def down(run: RunDir, *, watcher: Watcher | None = None) -> int:
     except ConfigError as error:  # another version's, or damaged: no reason to let jobs run
         logger.warning("%s; its jobs are ended all the same", error)
         control = Control(run, deployment=Deployment())
-    before = living(control.look())  # from here on the deployment's own control loop may end them, and not we
+    before = {a.replica for a in living(control.look())}  # once it is asked for, the control loop may end them first
     take_down(run)
     return empty(control, before, watcher=watcher or Silent())
 
 
-def empty(control: Control, before: Sequence[Attempt] = (), *, watcher: Watcher) -> int:
-    """Repeat passes until nothing lives, then remove what the dead left. How many jobs were ended, those included that
-    lived `before`."""
-    ended = {attempt.replica for attempt in before}
+def empty(control: Control, before: set[str], *, watcher: Watcher) -> int:
+    """Repeat passes until nothing lives, then remove what the dead left. How many jobs were ended, those `before`
+    included."""
+    ended = set(before)
     while True:
         seen = control.once(clear=True)
         if not seen.desired.down:

@@ -1,8 +1,8 @@
-"""Python's garbage collector in processes that are forked once and run for long.
+"""Python's garbage collector in processes that run for long.
 
-A request makes a hundred small objects and hardly a cycle among them. With the collector's own thresholds the young
-generation would be searched for every few requests, and everything that is loaded now and then, for tens of
-milliseconds in which no stream moves.
+In those that relay, a request makes a hundred small objects and hardly a cycle among them. With the collector's own
+thresholds the young generation would be searched for every few requests, and everything that is loaded now and then,
+for tens of milliseconds in which no stream moves.
 """
 
 import gc
@@ -19,6 +19,6 @@ def settle() -> None:
 
 
 def settle_to_relay() -> None:
-    """As `settle`, and searches are rare."""
+    """As `settle`, and what comes after it is searched rarely."""
     settle()
     gc.set_threshold(YOUNG, 20, 50)

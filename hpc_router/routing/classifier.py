@@ -53,12 +53,12 @@ class Classifier:
         )  # by cluster
         self._clusters = len(artefact.clusters)
         self._in_space = artefact.norm == NORM_SPACE  # there a length may come out close to zero
-        order = np.argsort(artefact.idf, kind="stable")
+        order = np.argsort(artefact.idf, kind="stable")  # the commonest terms first
         # Columns: a cluster each, then what adds up to the squared length, then the telling terms, then the space.
         columns = [artefact.weights, np.square(artefact.idf)[:, None], artefact.telling[:, None], artefact.space]
         self._sums = TermSums(
             [artefact.terms[row] for row in order],
-            np.hstack(columns, dtype=np.float32, casting="unsafe")[order],
+            np.hstack(columns)[order],
             features=artefact.features,
             fine=self._in_space,
         )
