@@ -54,20 +54,23 @@ class Replica:
     def record(self) -> Record | None:
         return Reader(self.run.registry).snapshot().get(REPLICA)
 
-    async def reached(self, phase: Phase, *, restarts: int = 0) -> Progress:
-        """Its progress, once it is in this phase after so many restarts."""
+    async def reached(self, phase: Phase, *, after: Progress | None = None) -> Progress:
+        """Its progress, once it is in this phase; `after`: and has been restarted since.
+
+        How often does not matter: on a busy machine a rank may be silent for a second, and the engine starts anew.
+        """
 
         def look() -> Progress | None:
             progress = self.job.progress()
             assert self.process.returncode is None or phase is Phase.DRAINING, self.log()
-            if progress is None or progress.pid != self.process.pid:
+            if progress is None or progress.pid != self.process.pid or progress.phase is not phase:
                 return None
-            return progress if (progress.phase, progress.restarts) == (phase, restarts) else None
+            return progress if after is None or progress.restarts > after.restarts else None
 
         return await eventually(look)
 
-    async def ready(self, *, restarts: int = 0) -> tuple[Progress, Record]:
-        progress = await self.reached(Phase.READY, restarts=restarts)
+    async def ready(self, *, after: Progress | None = None) -> tuple[Progress, Record]:
+        progress = await self.reached(Phase.READY, after=after)
         record = await eventually(lambda: (r := self.record) and r.state is State.READY and r)
         assert isinstance(record, Record)
         return progress, record

@@ -213,8 +213,8 @@ async def test_a_killed_engine_is_started_again(run: RunDir, scratch: Path) -> N
                 os.kill(progress.engine_pid, signal.SIGKILL)
                 with pytest.raises(aiohttp.ClientPayloadError):
                     await response.read()
-            again, published = await agent.ready(restarts=1)
-            assert again.reason is Reason.KILLED
+            again, published = await agent.ready(after=progress)
+            assert (again.restarts, again.reason) == (1, Reason.KILLED)
             assert again.message is not None
             assert "signal 9" in again.message
             assert again.engine_pid != progress.engine_pid
@@ -313,8 +313,8 @@ async def test_a_killed_guard_is_a_restart_like_any_other(run: RunDir, scratch: 
         assert progress.engine_pid is not None
         guard = int(Path(f"/proc/{progress.engine_pid}/stat").read_text().rpartition(")")[2].split()[1])
         os.kill(guard, signal.SIGKILL)
-        again, _ = await agent.ready(restarts=1)
-        assert again.reason is Reason.KILLED
+        again, _ = await agent.ready(after=progress)
+        assert (again.restarts, again.reason) == (1, Reason.KILLED)
         engine = progress.engine_pid
         await eventually(lambda: not exists(engine))
 

@@ -63,7 +63,7 @@ async def test_a_killed_engine_of_another_rank_is_why_all_start_again(run: RunDi
         before, _ = await agent.ready()
         _, engine = sorted(processes_below(other))
         os.kill(engine, signal.SIGKILL)
-        after, _ = await agent.ready(restarts=1)
+        after, _ = await agent.ready(after=before)
         assert after.engine_pid != before.engine_pid
         assert after.reason is Reason.KILLED
         assert after.message is not None
@@ -78,7 +78,7 @@ async def test_a_killed_engine_of_the_first_rank_starts_all_again(run: RunDir, s
         engines = processes_below(other)
         assert before.engine_pid is not None
         os.kill(before.engine_pid, signal.SIGKILL)
-        after, _ = await agent.ready(restarts=1)
+        after, _ = await agent.ready(after=before)
         assert after.reason is Reason.KILLED
         assert not any(exists(pid) for pid in engines)
 
@@ -102,17 +102,17 @@ async def test_a_lost_rank_that_does_not_return_ends_the_job(run: RunDir, scratc
 async def test_a_silent_rank_is_a_lost_one(run: RunDir, scratch: Path) -> None:
     """Its processes live and hold their connections, as those of a node that was cut off."""
     async with ranks(run, deployment(scratch, nodes=2)) as (agent, (other,)):
-        await agent.ready()
+        before, _ = await agent.ready()
         frozen = [other.pid, *processes_below(other)]
         for pid in frozen:
             os.kill(pid, signal.SIGSTOP)
-        progress = await agent.reached(Phase.RESTARTING, restarts=1)
+        progress = await agent.reached(Phase.RESTARTING, after=before)
         assert progress.reason is Reason.RANK_LOST
         assert progress.message is not None
         assert "has not been heard of for 1 s" in progress.message
         for pid in frozen:
             os.kill(pid, signal.SIGCONT)
-        await agent.ready(restarts=1)  # it was away for less than three seconds
+        await agent.ready(after=before)  # it was away for less than three seconds
 
 
 async def test_a_killed_leader_leaves_no_engine_and_no_follower(run: RunDir, scratch: Path) -> None:
@@ -132,21 +132,21 @@ async def test_a_killed_leader_leaves_no_engine_and_no_follower(run: RunDir, scr
 async def test_a_leader_that_cannot_be_heard(run: RunDir, scratch: Path) -> None:
     """As of a node that was cut off: the others end their engines, and take part again when it is back."""
     async with ranks(run, deployment(scratch, nodes=2)) as (agent, (other,)):
-        await agent.ready()
+        before, _ = await agent.ready()
         engines = processes_below(other)
         agent.process.send_signal(signal.SIGSTOP)
         await eventually(lambda: not any(exists(pid) for pid in engines))
         agent.process.send_signal(signal.SIGCONT)
-        await agent.ready(restarts=1)
+        await agent.ready(after=before)
         assert processes_below(other)
 
 
 async def test_slurm_ends_the_job_of_a_lost_node_and_the_reason_stays(run: RunDir, scratch: Path) -> None:
     """By SIGTERM, as any other; but nobody asked this replica to drain."""
     async with ranks(run, deployment(scratch, nodes=2)) as (agent, (other,)):
-        await agent.ready()
+        before, _ = await agent.ready()
         other.kill()
-        await agent.reached(Phase.RESTARTING, restarts=1)
+        await agent.reached(Phase.RESTARTING, after=before)
         agent.process.terminate()
         assert await agent.end() == 1
         ended = agent.job.exit()
