@@ -31,14 +31,9 @@ def prompt_text(body: object, *, window: int = WINDOW_BYTES, first: str = "messa
     name = first if first in body else next((name for name in _READERS if name in body), None)
     if name is None:
         raise RequestError("the body has no text to route: it needs 'messages' (chat), 'prompt' or 'input'")
-    texts = _READERS[name](body[name])
-    kept: list[str] = []
-    room = window
-    for text in texts:  # to the end even when the window is full: a bad shape is an error wherever it stands
-        if room > 0 and text:
-            kept.append(text[:room])
-            room -= len(text) + 1
-    return "\n".join(kept)
+    # To the end even when the window is full: a bad shape is an error wherever it stands.
+    texts = [text[:window] for text in _READERS[name](body[name]) if text]
+    return "\n".join(texts)[:window]
 
 
 def opening(fields: Mapping[str, object]) -> str | None:
