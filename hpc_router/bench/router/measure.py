@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any, Final
 
 import numpy as np
@@ -23,6 +24,7 @@ from hpc_router.bench.router.relay import Relay, Started
 
 RUN_UP_S: Final = 0.3
 """Of short requests, before they count."""
+TURNS: Final = 5
 PER_S_RAMP: Final = 1000
 """Streams that begin in a second."""
 ASKS_PER_S: Final = 50
@@ -65,14 +67,10 @@ class Measurement:
 
     def all(self) -> Round:
         streams = self.options.streams
-        self.short(size="200 B", seconds=min(1.0, self.options.seconds), keep=False)
+        self._short("200 B", requests.MODEL, span_s=min(1.0, self.options.seconds))  # and forget it
         self.first_token()
-        self.short(size="200 B")
-        if self.relay.classifies:
-            for size in requests.SIZES:
-                if size != "200 B":
-                    self.short(size=size)
-                self.short(size=size, model="auto")
+        for size in requests.SIZES if self.relay.classifies else ("200 B",):
+            self.short(size)
         if self.relay.hops < 2:
             self.streams(streams, suffix="")
             self.streams(max(1, streams // 2), suffix="_half")
@@ -82,28 +80,34 @@ class Measurement:
         self.leave("before", delay_ms=NO_ANSWER_MS)
         return self.round
 
-    def short(self, *, size: str, model: str = requests.MODEL, seconds: float | None = None, keep: bool = True) -> None:
-        """A closed loop of short answers over kept connections."""
-        name = f"short_{size.replace(' ', '')}" + ("_auto" if model == "auto" else "")
-        self._begin(f"{size} requests for {'auto' if model == 'auto' else 'a named model'}")
-        span_s = self.options.seconds if seconds is None else seconds
+    def short(self, size: str) -> None:
+        """Closed loops of short answers over kept connections: for a named model, and beside it for `auto`, in turns,
+        so that both meet the machine in the same mood. A figure is the median of its turns."""
+        models = (requests.MODEL, "auto") if self.relay.classifies else (requests.MODEL,)
+        turns: dict[str, list[dict[str, float]]] = {model: [] for model in models}
+        for _ in range(TURNS):
+            self._begin(f"short requests of {size}")
+            for model, found in turns.items():
+                found.append(self._short(size, model, span_s=self.options.seconds / TURNS))
+        for model, found in turns.items():
+            name = f"short_{size.replace(' ', '')}" + ("_auto" if model == "auto" else "")
+            self._keep(name, **{key: median(one[key] for one in found) for key in found[0]})
+
+    def _short(self, size: str, model: str, *, span_s: float) -> dict[str, float]:
         sent = requests.short(self.started.port, token=self.started.token, size=size, model=model)
         load = self._load(sent, seconds=RUN_UP_S + span_s + 0.1)
         with running(load, self.place / "load") as under_way:
             cost = self._meter.over(under_way, after_s=RUN_UP_S, span_s=span_s)
             found = under_way.wait(patience_s=load.drain_s + GUARD_S)
-        self._check(name, found)
-        if not keep:
-            return
+        self._check(f"{size} requests for {model}", found)
         ended = _within(found.requests, "end", cost)
         ended = ended[ended["error"] == Error.NONE]
         took_ms = (ended["end"] - ended["begin"]) / 1e6
-        self._keep(
-            name,
+        return {
             **cost.shares(len(ended)),
-            ms_p50=_percentile(took_ms, 50),
-            ms_p99=_percentile(took_ms, 99),
-        )
+            "ms_p50": _percentile(took_ms, 50),
+            "ms_p99": _percentile(took_ms, 99),
+        }
 
     def first_token(self) -> None:
         """One request at a time, one event each: from its begin to that event."""
