@@ -8,8 +8,9 @@ import json
 import os
 import secrets
 import stat
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, BinaryIO, Final
 
 LONGEST: Final = 2**20
 """Bytes of a JSON file of ours; a longer one is not ours."""
@@ -62,7 +63,7 @@ def load_json(path: Path) -> dict[str, Any]:
 
     Only a regular file of at most `LONGEST`: a pipe would hang its reader, a link may lead anywhere.
     """
-    with open(path, "rb", opener=_open_itself) as stream:
+    with _opened(path) as stream:
         if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
             raise ValueError("no regular file")
         content = stream.read(LONGEST + 1)
@@ -75,6 +76,30 @@ def load_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError("no JSON object")
     return value
+
+
+def _look_anew(folder: Path) -> None:
+    """To be called before it is believed that a file is not there yet. Raises OSError.
+
+    An NFS client remembers for half a minute or more that `folder` had no such name (`lookupcache` and `acdirmin` in
+    nfs(5)); it asks the server once the folder itself is opened.
+    """
+    os.close(os.open(folder, os.O_RDONLY | os.O_DIRECTORY))
+
+
+def is_there(path: Path) -> bool:
+    """Now, and not when this host last looked."""
+    with suppress(OSError):
+        _look_anew(path.parent)
+    return path.exists()
+
+
+def _opened(path: Path) -> BinaryIO:
+    try:
+        return open(path, "rb", opener=_open_itself)
+    except FileNotFoundError:
+        _look_anew(path.parent)
+        return open(path, "rb", opener=_open_itself)
 
 
 def _open_itself(path: str, flags: int) -> int:

@@ -22,15 +22,15 @@ from hpc_router.bench.prompts import Prompt
 from hpc_router.bench.workload import Point, jobs_for, workload
 from hpc_router.environment import scrubbed
 from hpc_router.errors import LaunchError
-from hpc_router.files import replace_json
+from hpc_router.files import is_there, replace_json
 from hpc_router.rundir import private_umask
 
 POLL_S: Final = 0.1
 BEAT_S: Final = 5.0
-AHEAD_S: Final = 1.0
+AHEAD_S: Final = 2.0
 """An order is given so long before the load begins, for every job to have read it."""
 START_S: Final = 600.0
-APART_S: Final = 1.0
+APART_S: Final = 2.0
 """Jobs that began further apart did not load at the same time."""
 
 
@@ -172,7 +172,7 @@ def options_of(options: Mapping[str, Any]) -> list[str]:
 
 def _wait_for(path: Path, patience_s: float, why: str) -> None:
     deadline = time.monotonic() + patience_s
-    while not path.exists():
+    while not is_there(path):
         if time.monotonic() > deadline:
             raise LaunchError(f"{why} within {patience_s:g} s ({path.parent.name})")
         time.sleep(POLL_S)

@@ -18,7 +18,7 @@ from hpc_router.bench.load import Target, carry_out, to_json
 from hpc_router.bench.prompts import Prompt
 from hpc_router.bench.workload import Point, workload
 from hpc_router.errors import HpcRouterError
-from hpc_router.files import replace_json
+from hpc_router.files import is_there, replace_json
 
 POLL_S: Final = 0.1
 STILL_S: Final = 60.0
@@ -41,7 +41,7 @@ def serve(folder: Path, job: int) -> int:
     number = 0
     while not _over(folder):
         path = folder / f"order-{number}.json"
-        if not path.exists():
+        if not is_there(path):
             time.sleep(POLL_S)
             continue
         answer = folder / f"load-{number}.{job}.json"
@@ -66,7 +66,7 @@ def _carried_out(given: dict[str, Any], folder: Path, job: int) -> dict[str, Any
 
 
 def _over(folder: Path) -> bool:
-    if (folder / "stop").exists():
+    if is_there(folder / "stop"):
         return True
     try:
         return time.time() - (folder / "beat").stat().st_mtime > STILL_S

@@ -27,6 +27,7 @@ from hpc_router.cluster.requests import request_for
 from hpc_router.cluster.slots import ROUTER_SLOT, Observed
 from hpc_router.config import Deployment
 from hpc_router.errors import LaunchError
+from hpc_router.files import is_there
 from hpc_router.jobdir import JobDir, Stop
 from hpc_router.registry import Kind, leading_router, split_replica
 from hpc_router.rundir import RunDir
@@ -166,7 +167,7 @@ def run_loop(run: RunDir, *, while_leading: str | None = None, tied: bool = Fals
         while not stop.is_set() and missed < GONE_PASSES:
             pause_s = control.deployment.cluster.reconcile_s
             try:
-                if run.config.exists() and not configured:  # `up` has joined a run of external endpoints
+                if not configured and is_there(run.config):  # `up` has joined a run of external endpoints
                     control, configured = Control(run), True
                 if while_leading is None or control.leads(while_leading):
                     control.once()

@@ -1,0 +1,63 @@
+"""Files that another host has just written."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hpc_router.files import is_there, read_json, replace_json
+
+
+@pytest.fixture
+def remembering(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As an NFS client: a name that was not there stays absent until its folder is opened."""
+    absent: set[Path] = set()
+    plain_open, plain_stat = os.open, os.stat
+
+    def known(path: Any) -> None:
+        if Path(path) in absent:
+            raise FileNotFoundError(path)
+
+    def opened(path: Any, flags: int, *others: Any, **more: Any) -> int:
+        if flags & os.O_DIRECTORY:
+            absent.difference_update([one for one in absent if one.parent == Path(path)])
+        known(path)
+        try:
+            return plain_open(path, flags, *others, **more)
+        except FileNotFoundError:
+            absent.add(Path(path))
+            raise
+
+    def asked(path: Any, **more: Any) -> os.stat_result:
+        known(path)
+        try:
+            return plain_stat(path, **more)
+        except FileNotFoundError:
+            absent.add(Path(path))
+            raise
+
+    monkeypatch.setattr(os, "open", opened)
+    monkeypatch.setattr(os, "stat", asked)
+
+
+@pytest.mark.usefixtures("remembering")
+def test_a_file_that_has_come_meanwhile_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "exit.json"
+    assert read_json(path) is None
+    replace_json(path, {"ok": True})
+    assert read_json(path) == {"ok": True}
+
+
+@pytest.mark.usefixtures("remembering")
+def test_a_file_that_has_come_meanwhile_is_there(tmp_path: Path) -> None:
+    path = tmp_path / "stop"
+    assert not is_there(path)
+    replace_json(path, {})
+    assert is_there(path)
+
+
+def test_nothing_is_there_in_a_folder_that_is_not(tmp_path: Path) -> None:
+    path = tmp_path / "gone" / "stop"
+    assert not is_there(path)
+    assert read_json(path) is None
