@@ -1,7 +1,13 @@
-"""What every test may rely on: processes it starts take Ctrl-C and buffer their output, as a user's do."""
+"""What every test may rely on: processes it starts take Ctrl-C and buffer their output, as a user's do; and no example
+of hypothesis is too slow, for how fast this machine is today says nothing about the code."""
 
 import os
 import signal
+
+from hypothesis import HealthCheck, settings
+
+settings.register_profile("any machine", settings.default, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 
 
 def pytest_configure() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from hpc_router.bench import crew as crew_module
 from hpc_router.bench.config import BenchConfig, read_config
 from hpc_router.bench.crew import crew
 from hpc_router.bench.load import Load, Target, carry_out, from_json, merged, to_json, window_of
@@ -30,8 +31,14 @@ from tests.bench.fakes import (
     usage,
     waits_after,
 )  # fmt: skip
+from tests.waiting import GUARD_S
 
 PROMPTS = built_in()
+
+
+@pytest.fixture(autouse=True)
+def a_machine_that_may_stall(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(crew_module, "APART_S", GUARD_S)
 
 
 async def loaded(fake: FakeRouter, folder: Path, *, users: int = 1, repeat: int = 0, **values: object) -> Load:
@@ -119,12 +126,12 @@ async def test_load_is_held_until_the_slowest_measured_request_has_ended(tmp_pat
 async def test_parts_by_time(tmp_path: Path) -> None:
     """What begins in the window is measured, and nothing else; the window is what was asked for."""
     async with fake_router(says(*WHOLE)) as fake:
-        load = await loaded(fake, tmp_path, users=3, warmup_s=0.3, duration_s=0.3)
+        load = await loaded(fake, tmp_path, users=3, warmup_s=0.3, duration_s=1.5)
     for one in load.observations:
-        due = Part.WARM_UP if one.started_s < 0.3 else Part.MEASURED if one.started_s < 0.6 else Part.FILLING
+        due = Part.WARM_UP if one.started_s < 0.3 else Part.MEASURED if one.started_s < 1.8 else Part.FILLING
         assert one.part is due
     assert {Part.WARM_UP, Part.MEASURED} <= {o.part for o in load.observations}
-    assert (load.window.start_s, load.window.end_s) == (0.3, 0.6)
+    assert (load.window.start_s, load.window.end_s) == (0.3, 1.8)
     assert fake.most_running <= 3
 
 
@@ -205,6 +212,19 @@ async def test_load_jobs_take_prompts_of_any_size(tmp_path: Path) -> None:
     async with fake_router(says(*WHOLE)) as fake:
         found = await asyncio.to_thread(load, fake.target)
     assert {o.error for o in measured(found)} == {None}
+
+
+async def test_load_jobs_that_began_apart_are_no_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = read_config({"load_jobs": 2, "requests": 2, "warmup_s": 0.0})
+    monkeypatch.setattr(crew_module, "APART_S", -1.0)
+
+    def load(target: Target) -> Load:
+        with crew(config, shared=tmp_path) as makers:
+            return makers.load(target, config, PROMPTS, Point(users=2))
+
+    async with fake_router(says(*WHOLE)) as fake:
+        with pytest.raises(LaunchError, match="s apart"):
+            await asyncio.to_thread(load, fake.target)
 
 
 def test_loads_survive_being_sent() -> None:

@@ -108,16 +108,16 @@ def test_one_question_whatever_the_users_settings(tmp_path: Path, monkeypatch: p
     [
         ("echo one >&2; echo 'Unable to contact slurm controller' >&2; exit 1", "^Unable to contact slurm controller$"),
         ("exit 1", "non-zero exit status 1"),
-        ("echo retrying >&2; exec sleep 60", r"no answer within 0\.3 s: retrying$"),
-        ("echo out; printf 're\\377try\\n' >&2; exec sleep 60", "no answer within 0\\.3 s: re\ufffdtry$"),
-        ("echo out; exec sleep 60", r"no answer within 0\.3 s$"),
+        ("echo retrying >&2; exec sleep 60", r"no answer within 2 s: retrying$"),
+        ("echo out; printf 're\\377try\\n' >&2; exec sleep 60", "no answer within 2 s: re\ufffdtry$"),
+        ("echo out; exec sleep 60", r"no answer within 2 s$"),
         ("printf '\\377\\n' >&2; exit 1", "^\ufffd$"),
     ],
 )
 def test_no_answer(script: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program(tmp_path, "sinfo", script)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setattr(site, "TIMEOUT_S", 0.3)
+    monkeypatch.setattr(site, "TIMEOUT_S", 2.0)
     with pytest.raises(LaunchError, match=said):
         ask_site()
 

@@ -140,7 +140,7 @@ def agent_and_engine(one: Deployed, replica: str) -> tuple[int, int]:
 async def stream_until(client: openai.AsyncOpenAI, *, model: str, started: asyncio.Event) -> tuple[str, str]:
     """A long stream -> (its replica, how it ended)."""
     async with client.chat.completions.with_streaming_response.create(
-        model=model, messages=[{"role": "user", "content": "hi"}], max_tokens=400, stream=True
+        model=model, messages=[{"role": "user", "content": "hi"}], max_tokens=800, stream=True
     ) as response:
         replica = response.headers["x-replica"]
         try:
@@ -176,7 +176,7 @@ async def test_only_the_killed_replicas_streams_fail_and_capacity_returns(sim: D
 
     await asyncio.to_thread(eventually_sync, back)
     if victim == "engine":
-        assert sim.progress(target)["restarts"] >= 1
+        await asyncio.to_thread(eventually_sync, lambda: sim.progress(target)["restarts"] >= 1)
         assert sim.progress(target)["reason"] == "killed"
     await asyncio.to_thread(eventually_sync, lambda: gauges_are_zero(sim))
 

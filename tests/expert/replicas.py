@@ -138,9 +138,9 @@ def chat(**more: Any) -> dict[str, Any]:
 
 
 @asynccontextmanager
-async def half_a_stream(session: aiohttp.ClientSession) -> AsyncIterator[aiohttp.ClientResponse]:
-    """A stream that stands still after its third token until the engine is told to go on."""
-    body = chat(stream=True, max_tokens=8, sim_fault={"kind": "hang", "at": 3, "for_s": 1.0})
+async def half_a_stream(session: aiohttp.ClientSession, *, for_s: float) -> AsyncIterator[aiohttp.ClientResponse]:
+    """A stream that stands still for so long after its third token."""
+    body = chat(stream=True, max_tokens=8, sim_fault={"kind": "hang", "at": 3, "for_s": for_s})
     async with session.post(wire.CHAT, json=body) as response:
         assert response.status == 200
         await response.content.readuntil(b"\n\n")

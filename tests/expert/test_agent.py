@@ -14,7 +14,7 @@ from hpc_router.jobdir import Ended, Exit, Phase, Reason, Stop
 from hpc_router.registry import Kind, State
 from hpc_router.rundir import RunDir
 from tests.expert.replicas import REPLICA, chat, deployment, exists, half_a_stream, replica
-from tests.waiting import eventually
+from tests.waiting import GUARD_S, eventually
 
 
 async def test_a_life_from_its_record_to_its_exit(run: RunDir, scratch: Path) -> None:
@@ -63,7 +63,7 @@ async def test_no_prompt_and_no_key_in_any_log(run: RunDir, scratch: Path) -> No
 async def test_a_signal_lets_requests_finish(run: RunDir, scratch: Path) -> None:
     async with replica(run, deployment(scratch)) as agent:
         await agent.ready()
-        async with agent.session() as session, half_a_stream(session) as response:
+        async with agent.session() as session, half_a_stream(session, for_s=4.0) as response:
             for number in (signal.SIGCONT, signal.SIGUSR2, signal.SIGTERM, signal.SIGTERM):  # Slurm sends several
                 agent.process.send_signal(number)
             await eventually(lambda: (now := agent.record) is not None and now.state is State.DRAINING)
@@ -208,7 +208,7 @@ async def test_a_killed_engine_is_started_again(run: RunDir, scratch: Path) -> N
     async with replica(run, deployment(scratch)) as agent:
         progress, record = await agent.ready()
         async with agent.session() as session:
-            async with half_a_stream(session) as response:
+            async with half_a_stream(session, for_s=GUARD_S) as response:
                 assert progress.engine_pid is not None
                 os.kill(progress.engine_pid, signal.SIGKILL)
                 with pytest.raises(aiohttp.ClientPayloadError):

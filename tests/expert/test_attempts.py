@@ -146,7 +146,7 @@ async def test_a_port_that_somebody_took_meanwhile_costs_one_attempt(socket_fold
             key="k",
             address="127.0.0.1",
             interface="lo",
-            beat_s=0.5,
+            beat_s=2.0,
             command=lambda ranks: commands.at(Place(places[0].folder, ranks)),
             on_drain=lambda _: None,
             clock=asyncio.get_running_loop().time,

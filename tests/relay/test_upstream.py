@@ -366,7 +366,7 @@ async def test_a_sink_without_room_stops_the_upstream(make_client: MakeClient) -
 
     piece, count = b"x" * 2**16, 1024
     answer = [head(b"content-length: %d" % (len(piece) * count)), *[piece] * count]
-    limits = Limits(connect_s=GUARD_S, first_byte_s=GUARD_S, idle_s=0.05)
+    limits = Limits(connect_s=GUARD_S, first_byte_s=GUARD_S, idle_s=1.0)
     async with scripted(answer) as server, scripted([End.HANG]) as silent, make_client(limits) as client:
         sink = Stuck()
 
@@ -376,9 +376,10 @@ async def test_a_sink_without_room_stops_the_upstream(make_client: MakeClient) -
 
         task = asyncio.create_task(run())
         await sink.stuck.wait()
-        async with make_client(HASTY) as other:
+        longer = Limits(connect_s=GUARD_S, first_byte_s=2.0, idle_s=GUARD_S)
+        async with make_client(longer) as other:
             with pytest.raises(UpstreamTimeoutError):
-                await fetch(other, silent.address)  # longer than the limit on silence
+                await fetch(other, silent.address)
         assert server.written < 2**25
         assert not task.done()
         sink.go_on.set()

@@ -42,7 +42,7 @@ async def test_errors_in_a_row_put_a_replica_out_until_its_time_is_over(tmp_path
     """No client sees them; its agent's word that it is ready does not count before, and brings it back after."""
     run = a_run(tmp_path)
     ill = [refuse(500), refuse(502), refuse(500)]
-    config: dict[str, Any] = {"eject_errors": 3, "eject_s": 3.0, "pin_bound": None}
+    config: dict[str, Any] = {"eject_errors": 3, "eject_s": 5.0, "pin_bound": None}
     async with (
         fake_replica(run, "math-0.g1", *ill, answer) as sick,
         fake_replica(run, "math-1.g1"),
