@@ -151,6 +151,8 @@ def repack(
     labels = sorted({row.label for row in rows if row.label is not None})
     experts = list(capacity) or (list(quality.experts) if quality is not None else labels)
     if len(experts) < 2:
+        if capacity:
+            raise ConfigError("--capacity names one expert; it must name all of them, or be left out")
         raise ConfigError(f'{prompts}: no "expert" or "domain" says which experts there are; give --capacity EXPERT=N')
     if quality is not None and set(experts) <= set(quality.experts):
         score = quality.rate[:, [quality.experts.index(name) for name in experts]]

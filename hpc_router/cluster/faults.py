@@ -91,14 +91,30 @@ def own_warnings(deployment: Deployment) -> Iterator[str]:
         if with_jobs[host].replicas == 0:
             whose = f"the fallback expert '{fallback}'"
             yield f"{whose} has replicas=0" if host == fallback else f"{whose} is served by '{host}': replicas=0"
-    unreached = [name for name, e in deployment.experts.items() if not e.exemplars and name != fallback]
-    if deployment.policy.kind == "classifier" and deployment.policy.artefact is None and unreached:
-        yield f"no exemplars, so `auto` never goes to: {', '.join(unreached)} (they answer by name)"
+    yield from _unreached(deployment)
     yield from _without_effect(deployment)
     cpus = sum(e.replicas * e.resources.cpus for e in with_jobs.values())
     have = os.cpu_count() or 1
     if deployment.cluster.kind == "local" and cpus > have:
         yield f"the replicas ask for {cpus} CPUs, this machine has {have}: they will share"
+
+
+def _unreached(deployment: Deployment) -> Iterator[str]:
+    policy = deployment.policy
+    if policy.kind != "classifier":
+        return
+    if policy.artefact is None:
+        reached = {name for name, expert in deployment.experts.items() if expert.exemplars}
+        why, cure = "no exemplars", "they answer by name"
+    else:
+        try:
+            reached = {expert for expert in artefact.read(Path(policy.artefact)).experts if expert is not None}
+        except ArtefactError:
+            return  # which is a fault
+        why, cure = f"no cluster of policy.artefact={policy.artefact} is theirs", "`hpc-router classify assign`"
+    unreached = [name for name in deployment.experts if name not in reached and name != policy.fallback]
+    if unreached:
+        yield f"{why}, so `auto` never goes to: {', '.join(unreached)} ({cure})"
 
 
 def _without_effect(deployment: Deployment) -> Iterator[str]:

@@ -19,6 +19,7 @@ from hpc_router.errors import ConfigError
 from hpc_router.rundir import RunDir
 from hpc_router.screen import plan_text
 from tests.cluster.programs import Programs
+from tests.routing.samples import artefact
 
 
 def deployment(**experts: ExpertConfig) -> Deployment:
@@ -123,6 +124,14 @@ def test_what_may_be_meant_so_is_a_note() -> None:
     assert "every expert has replicas=0" in notes
     assert "the fallback expert 'math' is served by 'base': replicas=0" in notes
     assert "no experts" in " ".join(make_plan(load_deployment(["topology=empty"])).warnings)
+
+
+def test_an_expert_without_a_cluster_is_a_note(tmp_path: Path) -> None:
+    artefact().write(tmp_path / "made")
+    one = load_deployment(["topology=sim", f"policy.artefact={tmp_path}/made"])
+    (note,) = (note for note in make_plan(one).warnings if "auto" in note)
+    assert "so `auto` never goes to: law (" in note
+    assert "classify assign" in note
 
 
 def test_secrets_are_not_shown() -> None:
