@@ -49,7 +49,7 @@ class ApiCall:
         """Whether what stands at `member` is a member of the body itself: nothing but its brace comes before, or what
         follows closes no other."""
         raw, at = self.raw, self.member
-        if at <= _FIRST and raw[:at].strip() == b"{":
+        if at == 1 or (at <= _FIRST and raw[:at].strip() == b"{"):
             return True
         if raw[at - 1 : at] == b"\\":  # a quote within a string
             return False
@@ -71,7 +71,8 @@ class ApiCall:
     def body(self, model: str) -> bytes:
         """The body with `model` as its model name."""
         start, end = self.model_span
-        return b"".join((self.raw[:start], _quoted(model), self.raw[end:]))
+        raw = memoryview(self.raw)  # or what follows would be copied twice
+        return b"".join((raw[:start], _quoted(model), raw[end:]))
 
 
 @lru_cache(maxsize=256)
