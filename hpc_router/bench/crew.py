@@ -30,7 +30,7 @@ BEAT_S: Final = 5.0
 AHEAD_S: Final = 2.0
 """An order is given so long before the load begins, for every job to have read it."""
 START_S: Final = 600.0
-APART_S: Final = 2.0
+APART_S: Final = 1.0
 """Jobs that began further apart did not load at the same time."""
 
 

@@ -171,12 +171,14 @@ async def test_only_the_killed_replicas_streams_fail_and_capacity_returns(sim: D
     slot = split_replica(target)[:2]
 
     def back() -> bool:
+        if victim == "engine" and not sim.progress(target)["restarts"]:
+            return False  # its agent has not noticed
         ready = sim.ready("math")
         return len(ready) == 2 and slot in [split_replica(r)[:2] for r in ready]
 
     await asyncio.to_thread(eventually_sync, back)
     if victim == "engine":
-        await asyncio.to_thread(eventually_sync, lambda: sim.progress(target)["restarts"] >= 1)
+        assert sim.progress(target)["restarts"] >= 1
         assert sim.progress(target)["reason"] == "killed"
     await asyncio.to_thread(eventually_sync, lambda: gauges_are_zero(sim))
 

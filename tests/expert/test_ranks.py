@@ -1,7 +1,6 @@
 """An engine on two nodes, as two agents on this machine: they serve together, fail together and end together."""
 
 import os
-import re
 import signal
 from dataclasses import asdict
 from pathlib import Path
@@ -67,6 +66,7 @@ async def test_a_killed_engine_of_another_rank_is_why_all_start_again(run: RunDi
         _, engine = sorted(processes_below(other))
         os.kill(engine, signal.SIGKILL)
         after, _ = await agent.ready(after=before)
+        assert after.restarts == 1
         assert after.engine_pid != before.engine_pid
         assert after.reason is Reason.KILLED
         assert after.message is not None
@@ -84,6 +84,7 @@ async def test_a_killed_engine_of_the_first_rank_starts_all_again(run: RunDir, s
         assert before.engine_pid is not None
         os.kill(before.engine_pid, signal.SIGKILL)
         after, _ = await agent.ready(after=before)
+        assert after.restarts == 1
         assert after.reason is Reason.KILLED
         assert not any(exists(pid) for pid in engines)
 
@@ -133,7 +134,7 @@ async def test_a_killed_leader_leaves_no_engine_and_no_follower(run: RunDir, scr
         ended = agent.job.exit()
         assert ended is not None
         assert ended.reason is Reason.RANK_LOST
-        assert re.match(r"rank 0 has not been heard of for \d+ s by rank 1 on ", ended.message)
+        assert ended.message.startswith("rank 0 has not been heard of for 6 s by rank 1 on ")
 
 
 async def test_a_leader_that_cannot_be_heard(run: RunDir, scratch: Path) -> None:
@@ -190,7 +191,7 @@ async def test_a_stranger_at_the_leaders_port_gives_no_orders(run: RunDir, scrat
         publish(run.registry, Record(Kind.EXPERT, REPLICA, url, State.STARTING, {"math": "math"}, nonce="n"))
         async with listening(answer, sock, max_body=2**16), rank(run, 1) as other:
             assert await other.wait() == 1
-    assert reports
+    assert len(reports) > 10
     assert {f"Bearer {replica_key(run.secret(), 'n')}"}.isdisjoint(reports)
     log = (run.logs / f"{REPLICA}.rank1.log").read_text()
     assert "a stranger answers in its place" in log
@@ -199,15 +200,14 @@ async def test_a_stranger_at_the_leaders_port_gives_no_orders(run: RunDir, scrat
 
 async def test_a_rank_that_never_comes(run: RunDir, scratch: Path) -> None:
     configured = deployment(scratch, nodes=3)
-    configured.cluster.beat_s = 0.1
+    configured.cluster.beat_s = 0.2
     async with ranks(run, configured) as (agent, (first, second)):
         first.kill()
         assert await agent.end() == 1
         ended = agent.job.exit()
         assert ended is not None
-        assert ended.reason is Reason.RANK_LOST
-        assert re.fullmatch(r"rank 1(, rank 2 on \S+)? did not report in within 6 s", ended.message)
-        assert await second.wait() in (0, 1)  # told to stop, or too slow to hear it
+        assert (ended.reason, ended.message) == (Reason.RANK_LOST, "rank 1 did not report in within 12 s")
+        assert await second.wait() == 0
 
 
 @pytest.mark.parametrize("value", ["2", "-1", "one"])

@@ -65,7 +65,7 @@ async def test_others_feel_nothing_of_the_sick_and_they_are_named(tmp_path: Path
         crowd = [asyncio.create_task(ask("math")) for _ in range(8)]
         await asyncio.wait(crowd, timeout=1)
         beside = await p99_s()
-        assert beside <= max(3 * before, before + 0.3), f"p99 {before * 1e3:.1f} ms, then {beside * 1e3:.1f} ms"
+        assert beside <= max(3 * before, before + 0.1), f"p99 {before * 1e3:.1f} ms, then {beside * 1e3:.1f} ms"
         for _ in range(12):
             crowd += [asyncio.create_task(ask("math")) for _ in range(8)]
             await asyncio.wait(crowd[-8:], timeout=1)

@@ -6,7 +6,6 @@ One deployment for the whole file, and what happens to it in a bad week: the tes
 import concurrent.futures
 import itertools
 import json
-import re
 import signal
 import sys
 import time
@@ -128,7 +127,7 @@ def test_status_is_one_screen_with_what_slurm_knows(deployed: OnSlurm) -> None:
         assert 0 < replica["ends_at"] - time.time() <= 30 * 60
     text = deployed.verb("status").stdout
     assert "RUNNING" in text
-    assert re.search(r"\b(2\d|30) min", text)
+    assert "29 min" in text or "30 min" in text or "28 min" in text
 
 
 def test_the_line_for_ssh_names_the_routers_node(deployed: OnSlurm) -> None:
@@ -255,9 +254,9 @@ def test_in_steady_state_slurm_is_asked_once_per_half_minute(deployed: OnSlurm) 
     asked = [question for question in deployed.questions() if question.by_loop]
     acted = [json.loads(line) for line in (deployed.run / "events.jsonl").read_text().splitlines()]
     times = [event["at"] for event in acted if event["event"] in ("submitted", "cancel", "kill", "drain")]
-    quiet = [q.at for q in asked if not any(0 <= q.at - at <= 15 for at in times)]
+    quiet = [q.at for q in asked if not any(0 <= q.at - at <= 6 for at in times)]
     assert {question.command for question in asked} == {"squeue"}
-    assert all(later - earlier >= 25 for earlier, later in itertools.pairwise(quiet)), quiet
+    assert all(later - earlier >= 29 for earlier, later in itertools.pairwise(quiet)), quiet
 
 
 def test_why_tells_what_a_waiting_job_waits_for(deployed: OnSlurm, cluster: SlurmCluster) -> None:
