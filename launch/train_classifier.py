@@ -34,7 +34,6 @@ def train_classifier(config: TrainConfig) -> int:
 
         artefact = train(config, progress=progress)
     artefact.write(Path(config.output))
-    nobodys = [name for name, expert in zip(artefact.clusters, artefact.experts, strict=True) if expert is None]
     scores = artefact.training["scores"]
     assert isinstance(scores, dict)
     print(
@@ -43,6 +42,7 @@ def train_classifier(config: TrainConfig) -> int:
     print(
         f"held out: {scores['held_out_agreement']:.3f} as trained; margin below {artefact.margin_threshold:.4f} is low"
     )
+    nobodys = [name for name, expert in zip(artefact.clusters, artefact.experts, strict=True) if expert is None]
     if nobodys:
         cure = f"hpc-router classify assign {config.output} {nobodys[0]}=NAME ..."
         print(f"{len(nobodys)} clusters have no expert: `{cure}`")

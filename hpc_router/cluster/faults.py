@@ -100,6 +100,7 @@ def own_warnings(deployment: Deployment) -> Iterator[str]:
 
 
 def _unreached(deployment: Deployment) -> Iterator[str]:
+    """Of a deployment without faults, whose artefact can be read."""
     policy = deployment.policy
     if policy.kind != "classifier":
         return
@@ -107,10 +108,7 @@ def _unreached(deployment: Deployment) -> Iterator[str]:
         reached = {name for name, expert in deployment.experts.items() if expert.exemplars}
         why, cure = "no exemplars", "they answer by name"
     else:
-        try:
-            reached = {expert for expert in artefact.read(Path(policy.artefact)).experts if expert is not None}
-        except ArtefactError:
-            return  # which is a fault
+        reached = artefact.experts_of(Path(policy.artefact))
         why, cure = f"no cluster of policy.artefact={policy.artefact} is theirs", "`hpc-router classify assign`"
     unreached = [name for name in deployment.experts if name not in reached and name != policy.fallback]
     if unreached:

@@ -49,7 +49,7 @@ class ApiCall:
         """Whether what stands at `member` is a member of the body itself: nothing but its brace comes before, or what
         follows closes no other."""
         raw, at = self.raw, self.member
-        if at == 1 or (at <= _FIRST and raw[:at].strip() == b"{"):
+        if at <= _FIRST and raw[:at].strip() == b"{":
             return True
         if raw[at - 1 : at] == b"\\":  # a quote within a string
             return False

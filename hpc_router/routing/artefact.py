@@ -149,6 +149,13 @@ def training_of(folder: Path) -> tuple[str, dict[str, Any]]:
     return str(manifest["version"]), training if isinstance(training, dict) else {}
 
 
+def experts_of(folder: Path) -> set[str]:
+    """Those to whom the clusters of an artefact that was read before lead, without its tables."""
+    experts = _manifest(folder / MANIFEST)["experts"]
+    assert isinstance(experts, list)
+    return {expert for expert in experts if expert is not None}
+
+
 def _manifest(path: Path) -> dict[str, object]:
     try:
         manifest = json.loads(_bytes(path))
