@@ -20,7 +20,8 @@ LONGEST: Final = 2**11
 _LENGTH: Final = b"ength: "
 _LENGTH_BEGINS: Final = frozenset({b"\r\n%bontent-%b" % pair for pair in itertools.product((b"C", b"c"), (b"L", b"l"))})
 _MOST_DIGITS: Final = 15
-_ID: Final = b"\r\n%b: " % REQUEST_ID
+ID_LINE: Final = b"\r\n%b: " % REQUEST_ID
+"""The only spelling of an id that is cut out of a head."""
 _LONGEST_ID: Final = 128
 H = TypeVar("H")
 
@@ -56,8 +57,8 @@ class Heads(Generic[H]):
                 return None
             key = data[:first] + data[last : end - 1]  # no head ends so: it is no other head's key
         request_id = b""
-        if self._ids and (at := key.find(_ID)) >= 0:
-            first = at + len(_ID)
+        if self._ids and (at := key.find(ID_LINE)) >= 0:
+            first = at + len(ID_LINE)
             request_id = key[first : key.find(b"\r", first)]
             if len(request_id) > _LONGEST_ID or not request_id.replace(b"-", b"").isalnum():
                 return None

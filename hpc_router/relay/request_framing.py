@@ -13,7 +13,7 @@ import httptools
 
 from hpc_router.errors import BadRequestError, BodyTooLargeError, RoutingError
 from hpc_router.relay.headers import REQUEST_ID, Headers, without_id
-from hpc_router.relay.heads import Heads
+from hpc_router.relay.heads import ID_LINE, Heads
 
 MAX_HEAD_BYTES: Final = 2**16
 """Also for chunk extensions and trailers."""
@@ -232,7 +232,10 @@ def _known_head(data: bytes) -> RequestHead | None:
         return None
     finally:
         framer.release()
-    if len(framer.waiting) != 1 or not framer.waiting[0].complete or data.lower().count(REQUEST_ID) > 1:
+    if len(framer.waiting) != 1 or not framer.waiting[0].complete:
+        return None
+    ids = data.lower().count(REQUEST_ID)
+    if ids > 1 or ids != data.count(ID_LINE):  # the table does not cut such an id out
         return None
     (message,) = framer.waiting
     head = message.head

@@ -233,6 +233,14 @@ def test_the_rest_of_a_head_is_no_request() -> None:
     assert (b"x", b"GET / HTTP/1.1") in second.fields
 
 
+@pytest.mark.parametrize("line", [b"X-Request-Id: 3", b"X-REQUEST-ID: 3", b"x-request-id:3"])
+def test_an_id_in_any_spelling_is_kept_however_often_its_head_comes(line: bytes) -> None:
+    for _ in range(4):
+        (got,) = requests(GET + line + b"\r\n\r\n")
+        assert isinstance(got, Seen)
+        assert got.request_id == b"3"
+
+
 # What heads share, and how many there are.
 
 
