@@ -112,10 +112,15 @@ class Control:
     def cancel(self, replicas: Sequence[str]) -> None:
         """Ask these jobs to end, also those that have not begun."""
         for replica in replicas:
-            job = JobDir(self.run, replica)
-            job.write(replace(job.stop() or Stop(), cancel_at=time.time()))
+            self._stamp_cancel(replica)
             self.run.event("cancel", replica=replica)
         self.launcher.cancel(replicas)
+        for replica in replicas:
+            self._stamp_cancel(replica)  # again: the controller may take a minute, and the time to drain begins now
+
+    def _stamp_cancel(self, replica: str) -> None:
+        job = JobDir(self.run, replica)
+        job.write(replace(job.stop() or Stop(), cancel_at=time.time()))
 
     def kill(self, replicas: Sequence[str]) -> None:
         for replica in replicas:

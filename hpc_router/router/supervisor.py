@@ -137,11 +137,12 @@ class Supervisor:
             elif now >= self._stopping_until:
                 for child in self._living():
                     os.kill(child.pid, signal.SIGKILL)
-            self._wait(now)
+            self._wait()
             self._reap()
 
-    def _wait(self, now: float) -> None:
+    def _wait(self) -> None:
         """For a signal, or until something is due."""
+        now = self.clock()
         due = [child.due_at for child in self.children if not child.pid and self._stopping_until is None]
         if self._stopping_until is not None:
             due.append(max(self._stopping_until, now + 0.1))
@@ -150,7 +151,7 @@ class Supervisor:
             return
         signals = os.read(self._wakeups[0], 256)
         if any(number in signals for number in STOP_SIGNALS) and self._stopping_until is None:
-            self._stopping_until = now + self.stop_s
+            self._stopping_until = self.clock() + self.stop_s  # `now` is as old as the router was quiet
             self._tell_all({"do": "drain"})
             for child in self.children:
                 if child.listener is not None:

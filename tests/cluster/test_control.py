@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import threading
+import time
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,10 +19,11 @@ from hpc_router.cluster import desired
 from hpc_router.cluster.control import Control
 from hpc_router.cluster.down import down
 from hpc_router.cluster.foreground import claim_expert, claim_router
-from hpc_router.cluster.launcher import JobRequest
+from hpc_router.cluster.launcher import JobRequest, Launcher
 from hpc_router.cluster.local import LocalLauncher
 from hpc_router.cluster.observe import leave_exit
 from hpc_router.cluster.reconcile import Submit
+from hpc_router.cluster.retire import retire
 from hpc_router.cluster.router_access import live_router
 from hpc_router.cluster.slots import ROUTER_SLOT, Attempt, Slot
 from hpc_router.config import Deployment, EngineConfig, ExpertConfig
@@ -167,6 +170,37 @@ def test_down_ends_everything_and_cleans_up(run: RunDir, control: Control) -> No
     assert not run.registry_json.exists()
     assert down(run) == 0
     assert control.once().submitted == []  # it stays down
+
+
+class SlowToCancel:
+    """A controller that takes its time before it passes a signal on."""
+
+    def __init__(self, launcher: Launcher) -> None:
+        self.observe, self.submit, self.kill, self.remaining = (
+            launcher.observe, launcher.submit, launcher.kill, launcher.remaining,
+        )  # fmt: skip
+        self._cancel = launcher.cancel
+        self.done_at = 0.0
+
+    def cancel(self, replicas: Iterable[str]) -> None:
+        self._cancel(replicas)
+        self.done_at = time.time()
+
+
+@pytest.mark.parametrize("by", ["loop", "drain"])
+def test_the_time_to_drain_begins_when_the_job_was_asked(run: RunDir, control: Control, by: str) -> None:
+    """Not when the controller was: it may take a minute, and what is late is killed."""
+    control.once()
+    eventually_sync(lambda: started(run, "math-0.g1"))
+    control.launcher = slow = SlowToCancel(control.launcher)
+    if by == "drain":
+        retire(control, ["math-0"])
+    else:
+        control.cancel(["math-0.g1"])
+    stop = JobDir(run, "math-0.g1").stop()
+    assert stop is not None
+    assert stop.cancel_at is not None
+    assert stop.cancel_at >= slow.done_at > 0
 
 
 def test_down_counts_what_the_control_loop_ends_before_it(

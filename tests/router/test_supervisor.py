@@ -36,6 +36,59 @@ def test_it_is_started_again_at_once_then_after_longer_and_longer_pauses() -> No
     assert pauses[-1] == LONGEST_PAUSE_S
 
 
+QUIET_FOR_LONG = """
+import mmap, os, signal, struct, time
+from pathlib import Path
+from hpc_router.router.counters import Counters
+from hpc_router.router.orders import take
+from hpc_router.router.service import beside
+from hpc_router.router.supervisor import Supervisor
+import socket
+
+AGE = mmap.mmap(-1, 8)  # seconds, seen by all processes
+ROUTER = os.getpid()
+
+def clock():
+    return time.monotonic() + struct.unpack("d", AGE)[0]
+
+def until_told(birth, word):
+    while (told := take(birth.orders)) is not None and told[0]["do"] != word:
+        if told[1] is not None:
+            told[1].close()
+
+def until_it_waits():
+    while Path(f"/proc/{ROUTER}/stat").read_text().rpartition(")")[2].split()[0] != "S":
+        time.sleep(0)
+
+def control(birth):
+    until_told(birth, "attach")  # the worker runs
+    until_told(birth, "note")
+    until_it_waits()
+    AGE[:] = struct.pack("d", 1e6)
+    os.kill(ROUTER, STOP_SIGNAL)
+    until_told(birth, "end")
+    print("control ended", flush=True)
+
+def worker(birth):
+    until_told(birth, "drain")
+    until_it_waits()  # by then the router has looked whether the time to drain is over
+    print("worker drained", flush=True)
+
+with socket.socket() as reserved:
+    reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    reserved.bind(("127.0.0.1", 0))
+    Supervisor(control, worker, lambda: beside(reserved), Counters(workers=1), stop_s=60.0, clock=clock).run()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2, signal.SIGINT])
+def test_a_router_that_was_quiet_for_long_still_gives_its_workers_time_to_drain(number: signal.Signals) -> None:
+    """The time to drain begins with the signal, not with the last thing that happened before it."""
+    program = QUIET_FOR_LONG.replace("STOP_SIGNAL", str(number.value))
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.splitlines() == ["worker drained", "control ended"]
+
+
 @dataclass
 class Serving:
     run: RunDir
