@@ -184,7 +184,8 @@ def run_loop(run: RunDir, *, while_leading: str | None = None, tied: bool = Fals
 
 @contextlib.contextmanager
 def _stop_event(*, tied: bool) -> Iterator[threading.Event]:
-    """Set by SIGTERM, SIGINT and, where tied, the end of stdin; handlers are put back afterwards."""
+    """Set by SIGTERM, SIGINT and, where tied, the end of stdin; handlers are put back afterwards. SIGUSR2 is ignored:
+    it is for the router beside which the loop runs, and some sites' Slurm sends it to every process of a job."""
     event = threading.Event()
 
     def stop(_number: int, _frame: FrameType | None) -> None:
@@ -196,6 +197,7 @@ def _stop_event(*, tied: bool) -> Iterator[threading.Event]:
         event.set()
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    before[signal.SIGUSR2] = signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     if tied:
         threading.Thread(target=watch, name="tie", daemon=True).start()
     try:

@@ -43,7 +43,7 @@ def main(run: RunDir, deployment: Deployment, *, replica: str) -> int:
     job.claim()
     raise_file_limit()
     try:
-        supervise(run, deployment, job)
+        cut = supervise(run, deployment, job)
     except BaseException as error:
         bad = isinstance(error, ConfigError)
         message = str(error) if bad else f"{type(error).__name__}: {error}"
@@ -52,7 +52,7 @@ def main(run: RunDir, deployment: Deployment, *, replica: str) -> int:
             files.post(partial(job.write, Exit(False, Reason.BAD_OPTION if bad else Reason.CRASHED, message)))
         raise
     with _last_words(job) as files:
-        files.post(partial(job.write, Exit(ok=True, reason=Reason.DRAINED, message="stopped")))
+        files.post(partial(job.write, Exit.drained("stopped", cut=cut)))
     return 0
 
 
@@ -71,8 +71,9 @@ def raise_file_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def supervise(run: RunDir, deployment: Deployment, job: JobDir) -> None:
-    """Raises ConfigError, and LaunchError where the router's processes do not stay alive."""
+def supervise(run: RunDir, deployment: Deployment, job: JobDir) -> int:
+    """Serve until told to stop; how many requests were cut off then. Raises ConfigError, and LaunchError where the
+    router's processes do not stay alive."""
     base, deployment = deployment, _with_settings(run, deployment)
     config = deployment.router
     policy = load_policy(run, deployment)
@@ -88,13 +89,15 @@ def supervise(run: RunDir, deployment: Deployment, job: JobDir) -> None:
         )
         record = _record(deployment, job.replica, reserved, nonce=nonce)
         router = Router(run, base, deployment, job, record, identity, policy, Counters(workers=workers))
-        Supervisor(
+        supervisor = Supervisor(
             control=lambda birth: uvloop.run(control(router, birth)),
             worker=lambda birth: uvloop.run(work(router, birth)),
             listen=partial(beside, reserved),
             counters=router.counters,
             stop_s=config.drain_s + 2 * PATIENCE_S + _MARGIN_S,
-        ).run()
+        )
+        supervisor.run()
+        return supervisor.cut
 
 
 def _with_settings(run: RunDir, deployment: Deployment) -> Deployment:

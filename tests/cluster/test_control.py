@@ -393,18 +393,28 @@ def test_the_loop_ends_with_its_run_directory(run: RunDir, tmp_path: Path) -> No
 
 
 def test_the_loop_ends_on_sigterm(run: RunDir) -> None:
+    """And not on the walltime warning of its router's job, which has a lower number."""
     run.desired.write_text(json.dumps({"down": True}))
     loop = subprocess.Popen(
         [sys.executable, "-m", "hpc_router.cli", "reconcile", "--loop", "--run", str(run.path)],
         stderr=subprocess.DEVNULL,
     )
-    eventually_sync(lambda: _handles(loop.pid, signal.SIGTERM))
+    eventually_sync(lambda: _handles(loop.pid, signal.SIGTERM) and _ignores(loop.pid, signal.SIGUSR2))
+    loop.send_signal(signal.SIGUSR2)
     loop.terminate()
     assert loop.wait(20) == 0
     assert start_ticks(loop.pid) is None
 
 
 def _handles(pid: int, number: signal.Signals) -> bool:
+    return _has(pid, "SigCgt", number)
+
+
+def _ignores(pid: int, number: signal.Signals) -> bool:
+    return _has(pid, "SigIgn", number)
+
+
+def _has(pid: int, mask: str, number: signal.Signals) -> bool:
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    caught = next(int(line.split()[1], 16) for line in lines if line.startswith("SigCgt"))
-    return bool(caught >> (number - 1) & 1)
+    found = next(int(line.split()[1], 16) for line in lines if line.startswith(mask))
+    return bool(found >> (number - 1) & 1)

@@ -19,6 +19,7 @@ import pytest
 
 from hpc_router.cluster.settings import change, parse_settings
 from hpc_router.errors import ConfigError
+from hpc_router.jobdir import JobDir, Phase, Reason
 from hpc_router.registry import Kind, Reader, leading_router
 from hpc_router.router.supervisor import LONGEST_PAUSE_S, pause_s
 from hpc_router.routing import exemplars
@@ -203,6 +204,30 @@ async def test_a_killed_process_is_replaced_and_the_others_serve_on(run: RunDir)
         assert pids(after)["worker 0"] != pids(before)["worker 0"]
         assert await end(streams, fake) == on[0]
         await zeros(one)
+
+
+@pytest.mark.parametrize("killed_too", [False, True])
+async def test_a_router_says_how_many_answers_its_end_cut(run: RunDir, killed_too: bool) -> None:
+    """Those that its workers gave up after `router.drain_s`, and those of a worker that died meanwhile."""
+    limit = "router.drain_s=2" if killed_too else "router.drain_s=0.1"
+    acts = stream([event("a")], then="hang")
+    async with fake_replica(run, "math-0.g1", acts, capacity=64), serving(run, limit) as one:
+        await eventually_ready(one)
+        streams = [await one.open() for _ in range(8)]
+        router = await one.router()
+        job = JobDir(run, router["replica"])
+        one.process.terminate()
+        if killed_too:
+            await eventually(lambda: (at := job.progress()) is not None and at.phase is Phase.DRAINING)
+            os.kill(pids(router)["worker 0"], signal.SIGKILL)
+        for reader, writer in streams:
+            with suppress(ConnectionError):
+                await reader.read()
+            await closed(writer)
+    end = job.exit()
+    assert end is not None
+    assert (end.ok, end.reason, end.cut) == (True, Reason.DRAINED, 8)
+    assert end.message == "stopped; 8 answers were cut off"
 
 
 async def end(streams: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]], fake: FakeReplica) -> int:
