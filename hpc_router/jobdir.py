@@ -115,6 +115,8 @@ class Ended:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
+    """`url`, `node`: where a router serves; its record in the registry goes with it."""
+
     phase: Phase
     reason: Reason | None = None  # of the last engine failure
     message: str | None = None
@@ -123,6 +125,8 @@ class Progress:
     engine_pid: int | None = None
     at: float = field(default_factory=time.time)
     ready_at: float | None = None  # the first time
+    url: str | None = None
+    node: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

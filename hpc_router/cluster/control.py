@@ -24,7 +24,7 @@ from hpc_router.cluster.launchers import launcher_for
 from hpc_router.cluster.observe import Observer
 from hpc_router.cluster.reconcile import Action, Cancel, Desired, Drain, GiveUp, Kill, Submit, reconcile
 from hpc_router.cluster.requests import request_for
-from hpc_router.cluster.slots import ROUTER_SLOT, Observed
+from hpc_router.cluster.slots import Observed
 from hpc_router.config import Deployment
 from hpc_router.errors import LaunchError
 from hpc_router.files import is_there
@@ -149,14 +149,11 @@ class Control:
         return leader is None or leader.generation <= split_replica(replica)[2]
 
     def _withdraw_dead(self, seen: Pass) -> None:
-        """Records of jobs known to have ended. The last router's stays until the next has its own: that one takes
-        over its port."""
-        records = self.observer.records
-        for slot, attempts in seen.observed.items():
-            recorded = [attempt for attempt in attempts if attempt.replica in records]
-            for attempt in recorded:
-                kept = slot == ROUTER_SLOT and attempt is recorded[-1] and not seen.desired.down
-                if attempt.job in (JobState.ENDING, JobState.ENDED) and not kept:
+        """Records of jobs known to have ended."""
+        for attempts in seen.observed.values():
+            for attempt in attempts:
+                over = attempt.job in (JobState.ENDING, JobState.ENDED)
+                if over and attempt.replica in self.observer.records:
                     registry.withdraw(self.run.registry, attempt.replica)
                     logger.info("removed the record of %s, which has ended", attempt.replica)
 

@@ -1,7 +1,8 @@
 """A router's life: take the address, run its processes, leave.
 
-The address is published only once the server listens. A router that comes back on the same host takes the port its
-predecessor had, when that is free, so that clients which know only the address find it again.
+The address is published only once the server listens. A router that comes back on the same node takes the port of the
+one before it, however that one ended, unless another process has the port: clients that know only the address find the
+router again.
 """
 
 import contextlib
@@ -13,6 +14,7 @@ import time
 from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Final
+from urllib.parse import urlsplit
 
 import uvloop
 
@@ -22,7 +24,7 @@ from hpc_router.config import Deployment
 from hpc_router.errors import ConfigError, RegistryError
 from hpc_router.filethread import PATIENCE_S, FileThread, file_thread
 from hpc_router.jobdir import Exit, JobDir, Reason
-from hpc_router.registry import Kind, Reader, Record, State, http_url, split_replica, withdraw
+from hpc_router.registry import Kind, Record, State, http_url, split_replica, withdraw
 from hpc_router.router.counters import Counters
 from hpc_router.router.policies import load_policy
 from hpc_router.router.processes import Router, control, work
@@ -171,8 +173,10 @@ def _fabric(deployment: Deployment) -> str:
 
 
 def _previous_port(run: RunDir, node: str) -> int | None:
-    """The port of the latest router that this host had."""
-    routers = [r for r in Reader(run.registry).snapshot().values() if r.kind is Kind.ROUTER and r.node == node]
-    latest = max(routers, key=lambda r: r.generation, default=None)
-    port = latest.url.rpartition(":")[2] if latest else ""
-    return int(port) if port.isdecimal() else None
+    """The port of the latest router that served on this node, however it ended."""
+    routers = [folder.name for folder in run.jobs.glob(f"{Kind.ROUTER}-0.g*")]
+    for replica in sorted(routers, key=lambda name: split_replica(name)[2], reverse=True):
+        progress = JobDir(run, replica).progress()
+        if progress is not None and progress.node == node and progress.url is not None:
+            return urlsplit(progress.url).port
+    return None

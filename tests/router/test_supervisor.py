@@ -206,6 +206,17 @@ async def test_a_killed_process_is_replaced_and_the_others_serve_on(run: RunDir)
         await zeros(one)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
+async def test_a_router_that_ends_in_order_leaves_its_port_to_the_next_one(run: RunDir, number: signal.Signals) -> None:
+    """Clients that know only the address find the next one there."""
+    async with serving(run) as one:
+        await settled(one)
+        one.process.send_signal(number)
+        await asyncio.to_thread(one.process.wait, 30)
+    async with serving(run) as two:
+        assert two.url == one.url
+
+
 @pytest.mark.parametrize("killed_too", [False, True])
 async def test_a_router_says_how_many_answers_its_end_cut(run: RunDir, killed_too: bool) -> None:
     """Those that its workers gave up after `router.drain_s`, and those of a worker that died meanwhile."""
