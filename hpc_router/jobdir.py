@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Self, TypeVar
 
 from hpc_router.files import read_json, replace_json
 from hpc_router.rundir import RunDir, private_umask
@@ -115,6 +115,8 @@ class Ended:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
+    """`url`, `node`: where a router serves; its record in the registry goes with it."""
+
     phase: Phase
     reason: Reason | None = None  # of the last engine failure
     message: str | None = None
@@ -123,14 +125,25 @@ class Progress:
     engine_pid: int | None = None
     at: float = field(default_factory=time.time)
     ready_at: float | None = None  # the first time
+    url: str | None = None
+    node: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Exit:
+    """`cut`: how many answers a drain did not let finish."""
+
     ok: bool
     reason: Reason
     message: str
     at: float = field(default_factory=time.time)
+    cut: int = 0
+
+    @classmethod
+    def drained(cls, message: str, *, cut: int) -> Self:
+        """The end of a service that was asked to stop."""
+        said = f"; {cut} answer{'s were' if cut > 1 else ' was'} cut off" if cut else ""
+        return cls(ok=True, reason=Reason.DRAINED, message=f"{message}{said}", cut=cut)
 
 
 @dataclass(frozen=True, slots=True)

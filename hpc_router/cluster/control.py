@@ -24,7 +24,7 @@ from hpc_router.cluster.launchers import launcher_for
 from hpc_router.cluster.observe import Observer
 from hpc_router.cluster.reconcile import Action, Cancel, Desired, Drain, GiveUp, Kill, Submit, reconcile
 from hpc_router.cluster.requests import request_for
-from hpc_router.cluster.slots import ROUTER_SLOT, Observed
+from hpc_router.cluster.slots import Observed
 from hpc_router.config import Deployment
 from hpc_router.errors import LaunchError
 from hpc_router.files import is_there
@@ -112,10 +112,15 @@ class Control:
     def cancel(self, replicas: Sequence[str]) -> None:
         """Ask these jobs to end, also those that have not begun."""
         for replica in replicas:
-            job = JobDir(self.run, replica)
-            job.write(replace(job.stop() or Stop(), cancel_at=time.time()))
+            self._stamp_cancel(replica)
             self.run.event("cancel", replica=replica)
         self.launcher.cancel(replicas)
+        for replica in replicas:
+            self._stamp_cancel(replica)  # again: the controller may take a minute, and the time to drain begins now
+
+    def _stamp_cancel(self, replica: str) -> None:
+        job = JobDir(self.run, replica)
+        job.write(replace(job.stop() or Stop(), cancel_at=time.time()))
 
     def kill(self, replicas: Sequence[str]) -> None:
         for replica in replicas:
@@ -144,14 +149,11 @@ class Control:
         return leader is None or leader.generation <= split_replica(replica)[2]
 
     def _withdraw_dead(self, seen: Pass) -> None:
-        """Records of jobs known to have ended. The last router's stays until the next has its own: that one takes
-        over its port."""
-        records = self.observer.records
-        for slot, attempts in seen.observed.items():
-            recorded = [attempt for attempt in attempts if attempt.replica in records]
-            for attempt in recorded:
-                kept = slot == ROUTER_SLOT and attempt is recorded[-1] and not seen.desired.down
-                if attempt.job in (JobState.ENDING, JobState.ENDED) and not kept:
+        """Records of jobs known to have ended."""
+        for attempts in seen.observed.values():
+            for attempt in attempts:
+                over = attempt.job in (JobState.ENDING, JobState.ENDED)
+                if over and attempt.replica in self.observer.records:
                     registry.withdraw(self.run.registry, attempt.replica)
                     logger.info("removed the record of %s, which has ended", attempt.replica)
 
@@ -179,7 +181,8 @@ def run_loop(run: RunDir, *, while_leading: str | None = None, tied: bool = Fals
 
 @contextlib.contextmanager
 def _stop_event(*, tied: bool) -> Iterator[threading.Event]:
-    """Set by SIGTERM, SIGINT and, where tied, the end of stdin; handlers are put back afterwards."""
+    """Set by SIGTERM, SIGINT and, where tied, the end of stdin; handlers are put back afterwards. SIGUSR2 is ignored:
+    it is for the router beside which the loop runs, and some sites' Slurm sends it to every process of a job."""
     event = threading.Event()
 
     def stop(_number: int, _frame: FrameType | None) -> None:
@@ -191,6 +194,7 @@ def _stop_event(*, tied: bool) -> Iterator[threading.Event]:
         event.set()
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    before[signal.SIGUSR2] = signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     if tied:
         threading.Thread(target=watch, name="tie", daemon=True).start()
     try:

@@ -8,8 +8,9 @@ import json
 import logging
 import os
 import socket
+import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Final
 
@@ -32,8 +33,9 @@ VANISHED: Final = "the job ended and left no exit record: killed, or it died bef
 class Observer:
     """Looks at one run again and again."""
 
-    def __init__(self, run: RunDir, launcher: Launcher) -> None:
+    def __init__(self, run: RunDir, launcher: Launcher, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._run = run
+        self._clock = clock
         self._launcher = launcher
         self._reader = Reader(run.registry)
         self._ended: dict[str, Attempt] = {}
@@ -43,11 +45,12 @@ class Observer:
 
     def look(self, *, fresh: bool = False) -> Observed:
         """Raises OSError when the run directory cannot be read now. `fresh`: ask the controller anew."""
-        self.records = self._reader.snapshot()
         names = self._claimed()
         open_names = [name for name in names if name not in self._ended]
         reports = self._launcher.observe(open_names, fresh=fresh)
-        self._feel(reports)
+        read_at = self._clock()  # before the records are read, and after the controller, which may take half a minute
+        self.records = self._reader.snapshot()
+        self._feel(reports, read_at=read_at)
         slots: dict[Slot, list[Attempt]] = defaultdict(list)
         for name in names:
             attempt = self._ended.get(name) or self._attempt(name, reports[name])
@@ -55,12 +58,12 @@ class Observer:
                 slots[attempt.slot].append(attempt)
         return {slot: tuple(sorted(found, key=lambda a: a.generation)) for slot, found in slots.items()}
 
-    def _feel(self, reports: Mapping[str, JobReport]) -> None:
+    def _feel(self, reports: Mapping[str, JobReport], *, read_at: float) -> None:
         """Which agents hang. Routers are left out: this may run beside one, and would go with it."""
         running = [name for name, report in reports.items() if report.state is JobState.RUNNING]
         records = [self.records[name] for name in running if name in self.records]
         self._hung.difference_update(running)
-        self._hung |= self._pulse.hung([record for record in records if record.kind is Kind.EXPERT])
+        self._hung |= self._pulse.hung([record for record in records if record.kind is Kind.EXPERT], read_at=read_at)
 
     def _claimed(self) -> list[str]:
         with os.scandir(self._run.jobs) as entries:

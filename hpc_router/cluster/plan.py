@@ -23,6 +23,7 @@ from hpc_router.cluster.launcher import JobRequest
 from hpc_router.cluster.requests import request_for
 from hpc_router.cluster.site import ask_site
 from hpc_router.cluster.slots import ROUTER_SLOT, Slot
+from hpc_router.cluster.tracking import signals_note
 from hpc_router.cluster.trial import UNASKED, try_jobs
 from hpc_router.config import ClusterConfig, Deployment, ExpertConfig
 from hpc_router.environment import held_job
@@ -152,7 +153,7 @@ def _asked(deployment: Deployment, jobs: tuple[BatchJob, ...]) -> tuple[list[str
         return faults, warnings
     if deployment.cluster.kind == "allocation":
         outside = "cluster=allocation: this is no job of Slurm; `up` must run in one (salloc, or an sbatch script)"
-        return faults, [*warnings, *([] if held_job() else [outside])]
+        return faults, [*warnings, *(_signals() if held_job() else [outside])]
     try:
         site = ask_site()
     except LaunchError as error:
@@ -161,7 +162,12 @@ def _asked(deployment: Deployment, jobs: tuple[BatchJob, ...]) -> tuple[list[str
     if unfit:
         return [*faults, *unfit], warnings
     refused, unsure = try_jobs(deployment, jobs)
-    return [*faults, *refused], [*warnings, *site_warnings(deployment, site), *unsure]
+    return [*faults, *refused], [*warnings, *site_warnings(deployment, site), *_signals(), *unsure]
+
+
+def _signals() -> list[str]:
+    note = signals_note()
+    return [] if note is None else [note]
 
 
 def settled(deployment: Deployment) -> Deployment:

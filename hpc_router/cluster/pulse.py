@@ -5,8 +5,7 @@ has just begun to look knows no beats and judges nobody.
 """
 
 import asyncio
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 from hpc_router.cluster.http import Unreachable, call, session
@@ -23,20 +22,19 @@ class _Beat(NamedTuple):
 
 
 class Pulse:
-    """Fed with every look's records; `clock` is monotonic."""
+    """Fed with every look's records."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
+    def __init__(self) -> None:
         self._beats: dict[str, _Beat] = {}
 
-    def hung(self, records: Sequence[Record]) -> set[str]:
-        """The replicas that hang; two seconds at most, and only where beats have stopped."""
-        now = self._clock()
-        self._beats = {record.replica: self._beat(record, now) for record in records}
+    def hung(self, records: Sequence[Record], *, read_at: float) -> set[str]:
+        """The replicas that hang; two seconds at most, and only where beats have stopped. `read_at`: the monotonic
+        time at which the records were read; later than that they say nothing."""
+        self._beats = {record.replica: self._beat(record, read_at) for record in records}
         silent = [
             record
             for record in records
-            if record.beat_s is not None and now - self._beats[record.replica].seen_at >= HUNG_BEATS * record.beat_s
+            if record.beat_s is not None and read_at - self._beats[record.replica].seen_at >= HUNG_BEATS * record.beat_s
         ]
         return asyncio.run(_unanswering(silent)) if silent else set()
 

@@ -18,7 +18,7 @@ from hpc_router.cluster.reconcile import Wait
 from hpc_router.cluster.router_access import live_router
 from hpc_router.cluster.slots import Attempt, Observed
 from hpc_router.errors import ConfigError, suggest
-from hpc_router.jobdir import JobDir, Stop
+from hpc_router.jobdir import JobDir
 from hpc_router.registry import Kind, Record, split_replica
 from hpc_router.rundir import RunDir
 
@@ -116,12 +116,7 @@ def retire(control: Control, names: Sequence[str]) -> Retired:
     deaf = {record.replica for record in ask_to_drain(control.run, [records[a.replica] for a in told])}
     asked = tuple(a.replica for a in told if a.replica not in deaf)
     signalled = tuple(a.replica for a in chosen if a.replica not in asked)
-    for replica in signalled:
-        job = JobDir(control.run, replica)
-        stop = job.stop() or Stop()
-        job.write(replace(stop, cancel_at=stop.cancel_at or time.time()))
-        control.run.event("cancel", replica=replica)
-    control.launcher.cancel(signalled)
+    control.cancel(signalled)
     return Retired(asked, signalled, successor=successor(observed, chosen))
 
 

@@ -4,8 +4,8 @@ For one that waits in Slurm's queue: what for, and until when Slurm thinks it wi
 """
 
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
@@ -16,13 +16,17 @@ from hpc_router.cluster.findings import findings
 from hpc_router.cluster.launcher import ROUTER
 from hpc_router.cluster.logs import last_lines, tail
 from hpc_router.cluster.pending import in_words
+from hpc_router.cluster.slots import Observed, Slot
 from hpc_router.cluster.status import ask_router, standing_views
+from hpc_router.cluster.tracking import signals_note
 from hpc_router.cluster.view import ReplicaView, Standing
 from hpc_router.errors import ConfigError, suggest
 from hpc_router.jobdir import Reason
+from hpc_router.registry import split_replica
 from hpc_router.rundir import RunDir
 
 LOG_LINES: Final = 12
+RECENT_S: Final = 3600.0
 RANK_LINES: Final = 4
 """Of each further rank."""
 
@@ -88,7 +92,8 @@ def why(run: RunDir, name: str | None = None) -> list[Cause]:
     """A cause for each replica that is not ready, or for those of one expert or replica; and what a router that serves
     has found amiss with those that are."""
     control = Control(run)
-    shown = standing_views(control, control.look(fresh=True))
+    seen = control.look(fresh=True)
+    shown = standing_views(control, seen)
     if name is not None:
         name = with_jobs(run, name)
         names = {v.expert for v in shown} | {v.replica for v in shown} | {v.replica.rpartition(".")[0] for v in shown}
@@ -98,9 +103,39 @@ def why(run: RunDir, name: str | None = None) -> list[Cause]:
     now = time.time()
     fine = (Standing.READY, Standing.REGISTERED)
     causes = [_cause(run, view, now=now) for view in shown if view.standing not in fine]
+    causes += _cut(shown, seen.observed, now=now)
+    if control.deployment.cluster.kind != "local":
+        causes = _with_signals_note(causes)
     told = ask_router(run)[1]
     causes += [Cause(one.view, one.what, one.advice, ()) for one in findings(shown, told)]
     return causes + _sick([view for view in shown if view.standing in fine and view.expert != ROUTER], told)
+
+
+def _cut(shown: Sequence[ReplicaView], observed: Observed, *, now: float) -> list[Cause]:
+    """Drains of the last hour that did not let all answers finish, one per slot: the newest."""
+    causes = []
+    for view in shown:
+        attempts = observed.get(Slot(*split_replica(view.replica)[:2]), ())
+        last = next((a for a in reversed(attempts) if a.exit is not None), None)
+        if last is None or last.exit is None or not last.exit.cut or now - last.exit.at > RECENT_S:
+            continue
+        key = "router.drain_s" if view.expert == ROUTER else "cluster.drain_s"
+        advice = f"{key} is how long a drain waits; preemption allows no more than the partition's GraceTime"
+        causes.append(Cause(view, f"{last.replica} {last.exit.message}", advice, ()))
+    return causes
+
+
+def _with_signals_note(causes: list[Cause]) -> list[Cause]:
+    """Where jobs were signalled from outside: whether their engines were as well."""
+    note = signals_note() if any(_signalled(cause) for cause in causes) else None
+    if note is None:
+        return causes
+    return [replace(c, advice=f"{c.advice}; {note}" if c.advice else note) if _signalled(c) else c for c in causes]
+
+
+def _signalled(cause: Cause) -> bool:
+    cut = cause.what.endswith("cut off")
+    return cause.view.expert != ROUTER and (cut or cause.view.reason in (Reason.CANCELLED, Reason.PREEMPTED))
 
 
 def _sick(shown: list[ReplicaView], told: Mapping[str, Any]) -> list[Cause]:

@@ -72,6 +72,7 @@ class Agent:
         self._from_outside = False  # the drain: by whoever may signal a job, perhaps us
         self._signals: set[signal.Signals] = set()
         self._lost: Failure | None = None  # a rank, when the drain came: Slurm ends the job of a node that failed
+        self._cut = 0  # answers that the drain did not let finish
         self._gate: Gate | None = None
         self._lease: Lease | None = None
 
@@ -154,7 +155,7 @@ class Agent:
     async def _drained(self) -> Exit:
         """A job that was ended from outside before it ever served has failed, whatever ended it."""
         if self._life.ready_at is not None or not self._from_outside or await self._asked():
-            return Exit(ok=True, reason=Reason.DRAINED, message=f"drained after {self._drain_reason}")
+            return Exit.drained(f"drained after {self._drain_reason}", cut=self._cut)
         if signal.SIGUSR2 in self._signals:
             said = "its walltime ended before its engine was ready: raise walltime, or shorten the start"
             return Exit(ok=False, reason=Reason.WALLTIME, message=said)
@@ -177,11 +178,13 @@ class Agent:
             await asyncio.wait({supervising, draining}, return_when=asyncio.FIRST_COMPLETED)
             if supervising.done():
                 return supervising.result()
+            cut_before = gate.cut
             try:
                 async with asyncio.timeout(self._deployment.cluster.drain_s):
                     await gate.in_flight.idle()
             except TimeoutError:
                 logger.warning("%d requests did not end within cluster.drain_s: cut off", gate.in_flight.count)
+            self._cut = gate.cut - cut_before + gate.in_flight.count
             return None
         finally:
             supervising.cancel()

@@ -32,8 +32,8 @@ _STATE_HEADERS: Final = {State.STARTING: wire.STARTING_HEADER, State.DRAINING: w
 @dataclass(slots=True)
 class Gate:
     """`state` and `models` are set by the agent; `on_drain` is called for `POST /drain`. `progress` counts the pieces
-    of answers that the engine sent. Where it has more ranks, `on_rank` is called for their reports, with
-    `rank_token`; it raises ValueError."""
+    of answers that the engine sent, `cut` the answers that it did not give or not finish. Where it has more ranks,
+    `on_rank` is called for their reports, with `rank_token`; it raises ValueError."""
 
     replica: str
     key: str
@@ -46,6 +46,7 @@ class Gate:
     models: tuple[str, ...] | None = None
     in_flight: InFlight = field(default_factory=InFlight)
     progress: int = 0
+    cut: int = 0
     on_rank: Callable[[wire.RankReport], wire.RankOrder] | None = None
     rank_token: str | None = None
     _routes: Mapping[tuple[str, str], Handler] = field(init=False)
@@ -154,6 +155,9 @@ class Gate:
         try:
             return await pass_through(request, self.client, heard=self._heard, started=started)
         except UpstreamError as error:
+            self.cut += request.path in wire.GENERATE_PATHS
+            if request.begun:
+                return None
             return error_response(
                 502,
                 kind="upstream_error",

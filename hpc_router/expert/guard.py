@@ -48,10 +48,15 @@ def main() -> int:
 
 
 def start(argv: list[str]) -> int:
-    """The engine's process id: its own process group, no stdin, all its output to our stderr."""
+    """The engine's process id: its own process group, no stdin, all its output to our stderr.
+
+    The engine and its descendants ignore SIGUSR2: Slurm's warning before the walltime ends is for the agent, and some
+    sites' Slurm (proctrack/linuxproc) sends it to every process of a job.
+    """
     guard = os.getpid()
 
-    def die_with_guard() -> None:
+    def before_exec() -> None:
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)
         _prctl(PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL))
         if os.getppid() != guard:
             os._exit(CANNOT_RUN)
@@ -60,7 +65,7 @@ def start(argv: list[str]) -> int:
         argv,
         stdin=subprocess.DEVNULL,
         stdout=sys.stderr.fileno(),
-        preexec_fn=die_with_guard,  # safe: this process has one thread
+        preexec_fn=before_exec,  # safe: this process has one thread
         process_group=0,
         restore_signals=True,
     )
@@ -160,7 +165,7 @@ def _wake_on_signals() -> int:
     os.set_blocking(writing, False)
     signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
     for number in NOTICED:
-        signal.signal(number, lambda *_: None)  # SIG_IGN would be inherited by the engine
+        signal.signal(number, lambda *_: None)  # SIG_IGN would be inherited by the engine, which may want some of them
     return reading
 
 

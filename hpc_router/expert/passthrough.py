@@ -75,7 +75,8 @@ async def pass_through(
     """Answers `request`; None: what came went to the caller as it came. Calls `heard` for every piece of the answer.
     `started`: how far `Passing` has come with it.
 
-    Raises UpstreamError when the engine gives no answer, and what `Request.read` raises.
+    Raises UpstreamError when the engine gives no answer or fails within one (then the caller's connection is broken
+    already), and what `Request.read` raises.
     """
     body = request.ready()
     if body is None:
@@ -94,10 +95,10 @@ async def pass_through(
     except DownstreamGoneError:
         pass  # its handler is about to be cancelled
     except UpstreamError as error:
-        if not request.begun:
-            raise
-        logger.warning("the engine failed in the midst of an answer: %s", error)
-        request.abort()
+        if request.begun:
+            logger.warning("the engine failed in the midst of an answer: %s", error)
+            request.abort()
+        raise
     return None
 
 

@@ -8,6 +8,7 @@ import asyncio
 import json
 import logging
 import random
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Final, Protocol
@@ -53,27 +54,27 @@ class Supervisor:
     progress: Callable[[], int] = lambda: 0
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
     chance: Callable[[], float] = random.random
+    clock: Callable[[], float] = time.monotonic
 
     async def run(self) -> Failure:
         """Returns the failure that no restart can cure, or the last one of too many."""
-        clock = asyncio.get_running_loop().time
         while True:
             command = await self.attempts.begin()
             if isinstance(command, Failure):
                 return command
+            ready_s = 0.0
             async with await EngineProcess.start(command, self.files) as process:
-                ready_at: float | None = None
                 if process.pid is not None:
                     self.observer.moved(Phase.LOADING, engine_pid=process.pid)
                     logger.info("engine started, process %d", process.pid)
                 failure = await self._until_ready(process)
                 if failure is None:
-                    ready_at = clock()
+                    ready_at = self.clock()
                     self.observer.moved(Phase.READY, engine_pid=process.pid)
                     logger.info("engine ready")
                     failure = await self._until_end_or_hung(process)
+                    ready_s = self.clock() - ready_at  # now: to end it, and to ask the other ranks, may take a minute
             failure = await self.attempts.over(failure)
-            ready_s = 0.0 if ready_at is None else clock() - ready_at
             logger.warning("engine failed (%s) after %.1f s ready: %s", failure.reason, ready_s, failure.message)
             delay_s = self.restarts.after_failure(failure.reason, ready_s=ready_s, chance=self.chance())
             if delay_s is None:

@@ -17,7 +17,9 @@ NOWHERE: Final = 0
 """Written by whoever has no column yet, read by nobody."""
 IN_FLIGHT: Final = 1
 """Requests that a worker serves."""
-_FIRST: Final = 2
+CUT: Final = 2
+"""Requests that a worker cut off at the end of its time to drain."""
+_FIRST: Final = 3
 _CELL: Final = 8
 
 

@@ -12,7 +12,7 @@ import signal
 import socket
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Final
 
@@ -71,14 +71,16 @@ async def control(router: Router, birth: Birth) -> None:
             async with lease, _control_loop(router):
                 await parts.served(limit_s=BEGIN_S)
                 await lease.update(state=State.READY)
-                files.post(partial(job.write, Progress(Phase.READY, pid=supervisor, ready_at=time.time())))
-                logger.info("serving at %s with %d workers", lease.record.url, router.counters.workers)
+                url, node = lease.record.url, lease.record.node
+                ready = Progress(Phase.READY, pid=supervisor, ready_at=time.time(), url=url, node=node)
+                files.post(partial(job.write, ready))
+                logger.info("serving at %s with %d workers", url, router.counters.workers)
                 collector.settle()
                 await orders.drain.wait()
                 parts.draining = True
                 logger.info("draining: %d requests in flight", router.counters.total(IN_FLIGHT))
                 await lease.update(state=State.DRAINING)
-                files.post(partial(job.write, Progress(Phase.DRAINING, pid=supervisor)))
+                files.post(partial(job.write, replace(ready, phase=Phase.DRAINING, at=time.time())))
             parts.leave()
             await orders.end.wait()
         logger.info("stopped")

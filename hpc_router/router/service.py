@@ -1,7 +1,8 @@
 """A router's life: take the address, run its processes, leave.
 
-The address is published only once the server listens. A router that comes back on the same host takes the port its
-predecessor had, when that is free, so that clients which know only the address find it again.
+The address is published only once the server listens. A router that comes back on the same node takes the port of the
+one before it, however that one ended, unless another process has the port: clients that know only the address find the
+router again.
 """
 
 import contextlib
@@ -13,6 +14,7 @@ import time
 from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Final
+from urllib.parse import urlsplit
 
 import uvloop
 
@@ -22,7 +24,7 @@ from hpc_router.config import Deployment
 from hpc_router.errors import ConfigError, RegistryError
 from hpc_router.filethread import PATIENCE_S, FileThread, file_thread
 from hpc_router.jobdir import Exit, JobDir, Reason
-from hpc_router.registry import Kind, Reader, Record, State, http_url, split_replica, withdraw
+from hpc_router.registry import Kind, Record, State, http_url, split_replica, withdraw
 from hpc_router.router.counters import Counters
 from hpc_router.router.policies import load_policy
 from hpc_router.router.processes import Router, control, work
@@ -43,7 +45,7 @@ def main(run: RunDir, deployment: Deployment, *, replica: str) -> int:
     job.claim()
     raise_file_limit()
     try:
-        supervise(run, deployment, job)
+        cut = supervise(run, deployment, job)
     except BaseException as error:
         bad = isinstance(error, ConfigError)
         message = str(error) if bad else f"{type(error).__name__}: {error}"
@@ -52,7 +54,7 @@ def main(run: RunDir, deployment: Deployment, *, replica: str) -> int:
             files.post(partial(job.write, Exit(False, Reason.BAD_OPTION if bad else Reason.CRASHED, message)))
         raise
     with _last_words(job) as files:
-        files.post(partial(job.write, Exit(ok=True, reason=Reason.DRAINED, message="stopped")))
+        files.post(partial(job.write, Exit.drained("stopped", cut=cut)))
     return 0
 
 
@@ -71,8 +73,9 @@ def raise_file_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def supervise(run: RunDir, deployment: Deployment, job: JobDir) -> None:
-    """Raises ConfigError, and LaunchError where the router's processes do not stay alive."""
+def supervise(run: RunDir, deployment: Deployment, job: JobDir) -> int:
+    """Serve until told to stop; how many requests were cut off then. Raises ConfigError, and LaunchError where the
+    router's processes do not stay alive."""
     base, deployment = deployment, _with_settings(run, deployment)
     config = deployment.router
     policy = load_policy(run, deployment)
@@ -88,13 +91,15 @@ def supervise(run: RunDir, deployment: Deployment, job: JobDir) -> None:
         )
         record = _record(deployment, job.replica, reserved, nonce=nonce)
         router = Router(run, base, deployment, job, record, identity, policy, Counters(workers=workers))
-        Supervisor(
+        supervisor = Supervisor(
             control=lambda birth: uvloop.run(control(router, birth)),
             worker=lambda birth: uvloop.run(work(router, birth)),
             listen=partial(beside, reserved),
             counters=router.counters,
             stop_s=config.drain_s + 2 * PATIENCE_S + _MARGIN_S,
-        ).run()
+        )
+        supervisor.run()
+        return supervisor.cut
 
 
 def _with_settings(run: RunDir, deployment: Deployment) -> Deployment:
@@ -168,8 +173,10 @@ def _fabric(deployment: Deployment) -> str:
 
 
 def _previous_port(run: RunDir, node: str) -> int | None:
-    """The port of the latest router that this host had."""
-    routers = [r for r in Reader(run.registry).snapshot().values() if r.kind is Kind.ROUTER and r.node == node]
-    latest = max(routers, key=lambda r: r.generation, default=None)
-    port = latest.url.rpartition(":")[2] if latest else ""
-    return int(port) if port.isdecimal() else None
+    """The port of the latest router that served on this node, however it ended."""
+    routers = [folder.name for folder in run.jobs.glob(f"{Kind.ROUTER}-0.g*")]
+    for replica in sorted(routers, key=lambda name: split_replica(name)[2], reverse=True):
+        progress = JobDir(run, replica).progress()
+        if progress is not None and progress.node == node and progress.url is not None:
+            return urlsplit(progress.url).port
+    return None

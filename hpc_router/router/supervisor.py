@@ -22,7 +22,7 @@ from typing import Any, Final, NoReturn
 
 from hpc_router.errors import LaunchError
 from hpc_router.router import orders
-from hpc_router.router.counters import Counters
+from hpc_router.router.counters import CUT, IN_FLIGHT, Counters
 
 CONTROL: Final = "control"
 STEADY_S: Final = 10.0
@@ -90,7 +90,9 @@ def pause_s(in_a_row: int) -> float:
 
 @dataclass(slots=True)
 class Supervisor:
-    """`run` returns when it was told to stop and all children have ended; what is left after `stop_s` is killed."""
+    """`run` returns when it was told to stop and all children have ended; what is left after `stop_s` is killed.
+    `cut`: requests that the workers had not finished when they ended.
+    """
 
     control: Callable[[Birth], None]
     worker: Callable[[Birth], None]
@@ -99,6 +101,7 @@ class Supervisor:
     stop_s: float
     clock: Callable[[], float] = time.monotonic
     children: list[Child] = field(init=False)
+    cut: int = 0
     _stopping_until: float | None = None
     _wakeups: tuple[int, int] = (-1, -1)
     _unheard: list[str] = field(default_factory=list)
@@ -137,11 +140,12 @@ class Supervisor:
             elif now >= self._stopping_until:
                 for child in self._living():
                     os.kill(child.pid, signal.SIGKILL)
-            self._wait(now)
+            self._wait()
             self._reap()
 
-    def _wait(self, now: float) -> None:
+    def _wait(self) -> None:
         """For a signal, or until something is due."""
+        now = self.clock()
         due = [child.due_at for child in self.children if not child.pid and self._stopping_until is None]
         if self._stopping_until is not None:
             due.append(max(self._stopping_until, now + 0.1))
@@ -150,7 +154,7 @@ class Supervisor:
             return
         signals = os.read(self._wakeups[0], 256)
         if any(number in signals for number in STOP_SIGNALS) and self._stopping_until is None:
-            self._stopping_until = now + self.stop_s
+            self._stopping_until = self.clock() + self.stop_s  # `now` is as old as the router was quiet
             self._tell_all({"do": "drain"})
             for child in self.children:
                 if child.listener is not None:
@@ -167,6 +171,9 @@ class Supervisor:
                 if child.orders is not None:
                     child.orders.close()
                 if child.worker is not None:
+                    if self._stopping_until is not None:
+                        cells = self.counters.row(child.worker)
+                        self.cut += max(cells[CUT], cells[IN_FLIGHT])  # the latter of one that was killed
                     self.counters.clear(child.worker)
                 if self._stopping_until is None:
                     self._give_up_on(child)

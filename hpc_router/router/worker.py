@@ -5,7 +5,6 @@ nobody is sent here any more.
 """
 
 import asyncio
-import contextlib
 import logging
 import socket
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -21,7 +20,7 @@ from hpc_router.relay.server import listening
 from hpc_router.relay.upstream import UpstreamClient
 from hpc_router.router.admission import bounds_of
 from hpc_router.router.app import Gateway
-from hpc_router.router.counters import IN_FLIGHT, Counters
+from hpc_router.router.counters import CUT, IN_FLIGHT, Counters
 from hpc_router.router.dispatch import Dispatcher
 from hpc_router.router.link import ControlLink
 from hpc_router.router.metrics import Metrics
@@ -91,9 +90,12 @@ async def working(
                     yield gateway
             finally:
                 listener.close()
-                with contextlib.suppress(TimeoutError):
+                try:
                     async with asyncio.timeout(config.drain_s):
                         await gateway.in_flight.idle()
+                except TimeoutError:
+                    link.table.cells[CUT] = gateway.in_flight.count
+                    logger.warning("%d requests did not end within router.drain_s: cut off", gateway.in_flight.count)
 
 
 @asynccontextmanager

@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import threading
+import time
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,10 +19,11 @@ from hpc_router.cluster import desired
 from hpc_router.cluster.control import Control
 from hpc_router.cluster.down import down
 from hpc_router.cluster.foreground import claim_expert, claim_router
-from hpc_router.cluster.launcher import JobRequest
+from hpc_router.cluster.launcher import JobRequest, Launcher
 from hpc_router.cluster.local import LocalLauncher
 from hpc_router.cluster.observe import leave_exit
 from hpc_router.cluster.reconcile import Submit
+from hpc_router.cluster.retire import retire
 from hpc_router.cluster.router_access import live_router
 from hpc_router.cluster.slots import ROUTER_SLOT, Attempt, Slot
 from hpc_router.config import Deployment, EngineConfig, ExpertConfig
@@ -169,6 +172,37 @@ def test_down_ends_everything_and_cleans_up(run: RunDir, control: Control) -> No
     assert control.once().submitted == []  # it stays down
 
 
+class SlowToCancel:
+    """A controller that takes its time before it passes a signal on."""
+
+    def __init__(self, launcher: Launcher) -> None:
+        self.observe, self.submit, self.kill, self.remaining = (
+            launcher.observe, launcher.submit, launcher.kill, launcher.remaining,
+        )  # fmt: skip
+        self._cancel = launcher.cancel
+        self.done_at = 0.0
+
+    def cancel(self, replicas: Iterable[str]) -> None:
+        self._cancel(replicas)
+        self.done_at = time.time()
+
+
+@pytest.mark.parametrize("by", ["loop", "drain"])
+def test_the_time_to_drain_begins_when_the_job_was_asked(run: RunDir, control: Control, by: str) -> None:
+    """Not when the controller was: it may take a minute, and what is late is killed."""
+    control.once()
+    eventually_sync(lambda: started(run, "math-0.g1"))
+    control.launcher = slow = SlowToCancel(control.launcher)
+    if by == "drain":
+        retire(control, ["math-0"])
+    else:
+        control.cancel(["math-0.g1"])
+    stop = JobDir(run, "math-0.g1").stop()
+    assert stop is not None
+    assert stop.cancel_at is not None
+    assert stop.cancel_at >= slow.done_at > 0
+
+
 def test_down_counts_what_the_control_loop_ends_before_it(
     run: RunDir, control: Control, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -264,22 +298,19 @@ def _dead(run: RunDir, replica: str) -> None:
     job.write(JobInfo(job_id="1", host=os.uname().nodename, start_ticks=-1))
 
 
-def test_the_last_routers_record_stays_for_its_successor(run: RunDir, control: Control) -> None:
-    """Which takes over its port; and nobody sends the owner's token to that address meanwhile."""
+def test_a_dead_routers_record_goes(run: RunDir, control: Control) -> None:
+    """And before that nobody sends the owner's token to its address."""
     for generation in (1, 2):
         _dead(run, f"router-0.g{generation}")
         registry.publish(run.registry, record(f"router-0.g{generation}", kind=Kind.ROUTER))
-    control.once()
-    assert "router-0.g1.json" not in records_of(run)
-    assert "router-0.g2.json" in records_of(run)
     assert live_router(run) is None
+    control.once()
+    assert [name for name in records_of(run) if name.startswith("router")] == []
     mine = claim_router(run)
     assert mine == "router-0.g3"
-    control.once()
-    assert "router-0.g2.json" in records_of(run)
     registry.publish(run.registry, record(mine, kind=Kind.ROUTER))
     control.once()
-    assert "router-0.g2.json" not in records_of(run)
+    assert f"{mine}.json" in records_of(run)
     found = live_router(run)
     assert found is not None
     assert found.replica == mine
@@ -359,18 +390,28 @@ def test_the_loop_ends_with_its_run_directory(run: RunDir, tmp_path: Path) -> No
 
 
 def test_the_loop_ends_on_sigterm(run: RunDir) -> None:
+    """And not on the walltime warning of its router's job, which has a lower number."""
     run.desired.write_text(json.dumps({"down": True}))
     loop = subprocess.Popen(
         [sys.executable, "-m", "hpc_router.cli", "reconcile", "--loop", "--run", str(run.path)],
         stderr=subprocess.DEVNULL,
     )
-    eventually_sync(lambda: _handles(loop.pid, signal.SIGTERM))
+    eventually_sync(lambda: _handles(loop.pid, signal.SIGTERM) and _ignores(loop.pid, signal.SIGUSR2))
+    loop.send_signal(signal.SIGUSR2)
     loop.terminate()
     assert loop.wait(20) == 0
     assert start_ticks(loop.pid) is None
 
 
 def _handles(pid: int, number: signal.Signals) -> bool:
+    return _has(pid, "SigCgt", number)
+
+
+def _ignores(pid: int, number: signal.Signals) -> bool:
+    return _has(pid, "SigIgn", number)
+
+
+def _has(pid: int, mask: str, number: signal.Signals) -> bool:
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    caught = next(int(line.split()[1], 16) for line in lines if line.startswith("SigCgt"))
-    return bool(caught >> (number - 1) & 1)
+    found = next(int(line.split()[1], 16) for line in lines if line.startswith(mask))
+    return bool(found >> (number - 1) & 1)

@@ -49,32 +49,32 @@ def record(url: str = NOBODY, *, beat: int | None = 1) -> Record:
 
 def test_beats_that_stop_for_long_enough_are_missed() -> None:
     clock = Clock()
-    pulse = Pulse(clock)
-    assert pulse.hung([record()]) == set()
+    pulse = Pulse()
+    assert pulse.hung([record()], read_at=clock()) == set()
     clock.now += LIMIT_S - 0.1
-    assert pulse.hung([record()]) == set()
+    assert pulse.hung([record()], read_at=clock()) == set()
     clock.now += 0.1
-    assert pulse.hung([record()]) == {"math-0.g1"}
-    assert pulse.hung([record(beat=2)]) == set()
+    assert pulse.hung([record()], read_at=clock()) == {"math-0.g1"}
+    assert pulse.hung([record(beat=2)], read_at=clock()) == set()
     clock.now += LIMIT_S
-    assert pulse.hung([replace(record(beat=2), nonce="m")]) == set(), "another life of the same name"
+    assert pulse.hung([replace(record(beat=2), nonce="m")], read_at=clock()) == set(), "another life of the same name"
 
 
 def test_one_that_answers_does_not_hang() -> None:
     """A stalled file system alone ends nobody; a stranger at its address does not count."""
     clock = Clock()
-    pulse = Pulse(clock)
+    pulse = Pulse()
     with answering("math-0.g1") as url, answering("code-0.g1") as stranger:
-        pulse.hung([record(url)])
+        pulse.hung([record(url)], read_at=clock())
         clock.now += LIMIT_S
-        assert pulse.hung([record(url)]) == set()
-        assert pulse.hung([record(stranger)]) == {"math-0.g1"}
+        assert pulse.hung([record(url)], read_at=clock()) == set()
+        assert pulse.hung([record(stranger)], read_at=clock()) == {"math-0.g1"}
 
 
 def test_a_record_without_beats_is_not_judged() -> None:
     clock = Clock()
-    pulse = Pulse(clock)
+    pulse = Pulse()
     external = replace(record(beat=None), beat_s=None)
-    pulse.hung([external])
+    pulse.hung([external], read_at=clock())
     clock.now += 1e6
-    assert pulse.hung([external]) == set()
+    assert pulse.hung([external], read_at=clock()) == set()

@@ -1,8 +1,10 @@
 """The agent as a process with a simulated engine: born, serving, failing, draining, killed."""
 
+import asyncio
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import pytest
@@ -13,7 +15,7 @@ from hpc_router.expert.agent import WANTED_BEATS
 from hpc_router.jobdir import Ended, Exit, Phase, Reason, Stop
 from hpc_router.registry import Kind, State
 from hpc_router.rundir import RunDir
-from tests.expert.replicas import REPLICA, chat, deployment, exists, half_a_stream, replica
+from tests.expert.replicas import REPLICA, chat, deployment, exists, half_a_stream, processes_below, replica
 from tests.waiting import GUARD_S, eventually
 
 
@@ -95,6 +97,56 @@ async def test_what_does_not_finish_in_time_is_cut_off(run: RunDir, scratch: Pat
                 with pytest.raises(aiohttp.ClientPayloadError):
                     await response.read()
         assert await agent.end() == 0
+        ended = agent.job.exit()
+        assert ended is not None
+        assert (ended.ok, ended.cut, ended.message) == (True, 1, "drained after SIGTERM; 1 answer was cut off")
+
+
+async def test_a_walltime_warning_to_every_process_of_the_job_cuts_nothing(run: RunDir, scratch: Path) -> None:
+    """As Slurm sends it where it tracks processes by proctrack/linuxproc."""
+    async with replica(run, deployment(scratch)) as agent:
+        await agent.ready()
+        async with agent.session() as session, half_a_stream(session, for_s=1.0) as response:
+            for pid in [agent.process.pid, *processes_below(agent.process)]:
+                os.kill(pid, signal.SIGUSR2)
+            assert (await response.read()).endswith(b"data: [DONE]\n\n")
+        assert await agent.end() == 0
+        ended = agent.job.exit()
+        assert ended is not None
+        assert (ended.cut, ended.message) == (0, "drained after SIGUSR2")
+
+
+async def test_a_drain_whose_engine_dies_says_how_many_answers_it_cost(run: RunDir, scratch: Path) -> None:
+    """A stream and an answer that had not begun; an engine may have had the job's SIGTERM, too."""
+    async with replica(run, deployment(scratch)) as agent:
+        progress, _ = await agent.ready()
+        assert progress.engine_pid is not None
+        async with agent.session() as session, half_a_stream(session, for_s=GUARD_S) as response:
+            whole = asyncio.create_task(_status(session, chat(sim_fault={"kind": "hang", "at": 0})))
+            await eventually_in_flight(session, 2)
+            agent.process.terminate()
+            await eventually(lambda: (now := agent.record) is not None and now.state is State.DRAINING)
+            os.kill(progress.engine_pid, signal.SIGKILL)
+            with pytest.raises(aiohttp.ClientPayloadError):
+                await response.read()
+            assert await whole == 502
+        assert await agent.end() == 0
+        ended = agent.job.exit()
+        assert ended is not None
+        assert (ended.ok, ended.cut) == (True, 2)
+        assert ended.message == "drained after SIGTERM; 2 answers were cut off"
+
+
+async def _status(session: aiohttp.ClientSession, body: dict[str, Any]) -> int:
+    async with session.post(wire.CHAT, json=body) as response:
+        return response.status
+
+
+async def eventually_in_flight(session: aiohttp.ClientSession, count: int) -> None:
+    while True:
+        async with session.get(wire.HEALTH) as response:
+            if (await response.json())["in_flight"] == count:
+                return
 
 
 async def test_draining_while_the_engine_loads(run: RunDir, scratch: Path) -> None:

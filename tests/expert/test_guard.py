@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from hpc_router.expert.guard import descendants
 from hpc_router.expert.process import GUARD
 from tests.waiting import GUARD_S
 
@@ -144,6 +145,16 @@ def test_other_signals_end_neither_guard_nor_engine(number: signal.Signals, tmp_
     with guarded(at=tmp_path) as tree:
         tree.started()
         tree.guard.send_signal(number)
+        tree.guard.terminate()
+        assert tree.guard.wait(GUARD_S) == 128 + signal.SIGTERM
+
+
+def test_the_whole_tree_ignores_the_walltime_warning(tmp_path: Path) -> None:
+    """It is for the agent; some sites' Slurm sends it to every process of a job."""
+    with guarded(at=tmp_path) as tree:
+        engine = tree.started()
+        for pid in [engine, *descendants(engine)]:
+            os.kill(pid, signal.SIGUSR2)  # has the lower number, so it would end them before SIGTERM does
         tree.guard.terminate()
         assert tree.guard.wait(GUARD_S) == 128 + signal.SIGTERM
 

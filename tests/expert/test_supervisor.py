@@ -112,6 +112,32 @@ async def test_a_flag_the_engine_refuses_is_not_tried_again(socket_folder: Path)
         assert steps.pauses == []
 
 
+class SlowToEnd(Alone):
+    """The clock goes on by an hour between an engine's failure and the next decision, as with a rank that is lost."""
+
+    now = 0.0
+
+    async def over(self, own: Failure) -> Failure:
+        self.now += 3600.0
+        return own
+
+
+async def test_the_time_that_an_engine_takes_to_end_is_not_time_in_service(socket_folder: Path) -> None:
+    """Else an engine that always fails at once would look as if it had served, and be started again for ever."""
+    async with supervised(socket_folder, max_restarts=1) as (supervisor, steps):
+        assert isinstance(supervisor.attempts, Alone)
+        slow = SlowToEnd(supervisor.attempts.command)
+        supervisor.attempts, supervisor.clock = slow, lambda: slow.now
+        task = asyncio.create_task(supervisor.run())
+        for _ in range(2):
+            await asyncio.wait_for(steps.ready.wait(), GUARD_S)
+            steps.ready.clear()
+            assert steps.engine_pid is not None
+            os.kill(steps.engine_pid, signal.SIGKILL)
+        failure = await asyncio.wait_for(task, GUARD_S)
+        assert (failure.reason, steps.pauses) == (Reason.KILLED, [1.0])
+
+
 def _impatient(supervisor: Supervisor) -> None:
     assert isinstance(supervisor.attempts, Alone)
     supervisor.attempts.command = replace(supervisor.attempts.command, grace_s=0.1)

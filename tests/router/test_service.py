@@ -1,6 +1,7 @@
 """Where a router listens, what it publishes, and what it leaves behind."""
 
 import json
+import socket
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from hpc_router import fabric
 from hpc_router.config import ClusterConfig, Deployment, RouterConfig
 from hpc_router.errors import ConfigError
 from hpc_router.filethread import FileThread
+from hpc_router.jobdir import JobDir, Phase, Progress
 from hpc_router.registry import Kind, Reader, Record, State, publish, replica_name, withdraw
 from hpc_router.router import service
 from hpc_router.router.registry_file import RegistryFile
@@ -51,6 +53,48 @@ def test_it_listens_on_the_fabric_unless_told_otherwise(
 def test_a_host_that_is_not_this_nodes_is_the_users_to_edit(run: RunDir) -> None:
     with pytest.raises(ConfigError, match=r"router\.host=192\.0\.2\.77"):
         service.bind(run, configured("192.0.2.77"), node="n1")
+
+
+def served(run: RunDir, generation: int, url: str, *, node: str = "n1", phase: Phase = Phase.DRAINING) -> None:
+    """A router that was ready there, by what its job left."""
+    job = JobDir(run, replica_name("router", 0, generation))
+    job.claim()
+    job.write(Progress(phase, url=url, node=node))
+
+
+def port_of(run: RunDir, *, node: str = "n1", configured_port: int = 0) -> int:
+    deployment = Deployment(router=RouterConfig(host="127.0.0.1", port=configured_port))
+    with service.bind(run, deployment, node=node) as sock:
+        port: int = sock.getsockname()[1]
+        return port
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port: int = server.getsockname()[1]
+        return port
+
+
+def test_the_port_of_the_last_router_of_this_node_is_taken_again(run: RunDir) -> None:
+    """Of the newest generation, and not of one that ended before it served."""
+    old, last = free_port(), free_port()
+    served(run, 9, f"http://127.0.0.1:{old}")
+    served(run, 10, f"http://[::1]:{last}")
+    JobDir(run, "router-0.g11").claim()
+    JobDir(run, "router-0.g12").claim()
+    JobDir(run, "router-0.g12").write(Progress(Phase.STARTING))
+    assert port_of(run) == last
+    assert port_of(run, node="n2") not in (old, last)
+    other = free_port()
+    assert port_of(run, configured_port=other) == other
+
+
+def test_a_port_that_another_process_has_is_left_to_it(run: RunDir) -> None:
+    """A router that overlaps its predecessor cannot have its port."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        served(run, 1, f"http://127.0.0.1:{port}", phase=Phase.READY)
+        assert port_of(run) != port
 
 
 def a_record(generation: int, *, kind: Kind = Kind.ROUTER, state: State = State.READY) -> Record:

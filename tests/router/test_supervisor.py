@@ -19,6 +19,7 @@ import pytest
 
 from hpc_router.cluster.settings import change, parse_settings
 from hpc_router.errors import ConfigError
+from hpc_router.jobdir import JobDir, Phase, Reason
 from hpc_router.registry import Kind, Reader, leading_router
 from hpc_router.router.supervisor import LONGEST_PAUSE_S, pause_s
 from hpc_router.routing import exemplars
@@ -34,6 +35,59 @@ def test_it_is_started_again_at_once_then_after_longer_and_longer_pauses() -> No
     assert pauses[0] == 0
     assert pauses == sorted(pauses)
     assert pauses[-1] == LONGEST_PAUSE_S
+
+
+QUIET_FOR_LONG = """
+import mmap, os, signal, struct, time
+from pathlib import Path
+from hpc_router.router.counters import Counters
+from hpc_router.router.orders import take
+from hpc_router.router.service import beside
+from hpc_router.router.supervisor import Supervisor
+import socket
+
+AGE = mmap.mmap(-1, 8)  # seconds, seen by all processes
+ROUTER = os.getpid()
+
+def clock():
+    return time.monotonic() + struct.unpack("d", AGE)[0]
+
+def until_told(birth, word):
+    while (told := take(birth.orders)) is not None and told[0]["do"] != word:
+        if told[1] is not None:
+            told[1].close()
+
+def until_it_waits():
+    while Path(f"/proc/{ROUTER}/stat").read_text().rpartition(")")[2].split()[0] != "S":
+        time.sleep(0)
+
+def control(birth):
+    until_told(birth, "attach")  # the worker runs
+    until_told(birth, "note")
+    until_it_waits()
+    AGE[:] = struct.pack("d", 1e6)
+    os.kill(ROUTER, STOP_SIGNAL)
+    until_told(birth, "end")
+    print("control ended", flush=True)
+
+def worker(birth):
+    until_told(birth, "drain")
+    until_it_waits()  # by then the router has looked whether the time to drain is over
+    print("worker drained", flush=True)
+
+with socket.socket() as reserved:
+    reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    reserved.bind(("127.0.0.1", 0))
+    Supervisor(control, worker, lambda: beside(reserved), Counters(workers=1), stop_s=60.0, clock=clock).run()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2, signal.SIGINT])
+def test_a_router_that_was_quiet_for_long_still_gives_its_workers_time_to_drain(number: signal.Signals) -> None:
+    """The time to drain begins with the signal, not with the last thing that happened before it."""
+    program = QUIET_FOR_LONG.replace("STOP_SIGNAL", str(number.value))
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.splitlines() == ["worker drained", "control ended"]
 
 
 @dataclass
@@ -150,6 +204,41 @@ async def test_a_killed_process_is_replaced_and_the_others_serve_on(run: RunDir)
         assert pids(after)["worker 0"] != pids(before)["worker 0"]
         assert await end(streams, fake) == on[0]
         await zeros(one)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
+async def test_a_router_that_ends_in_order_leaves_its_port_to_the_next_one(run: RunDir, number: signal.Signals) -> None:
+    """Clients that know only the address find the next one there."""
+    async with serving(run) as one:
+        await settled(one)
+        one.process.send_signal(number)
+        await asyncio.to_thread(one.process.wait, 30)
+    async with serving(run) as two:
+        assert two.url == one.url
+
+
+@pytest.mark.parametrize("killed_too", [False, True])
+async def test_a_router_says_how_many_answers_its_end_cut(run: RunDir, killed_too: bool) -> None:
+    """Those that its workers gave up after `router.drain_s`, and those of a worker that died meanwhile."""
+    limit = "router.drain_s=2" if killed_too else "router.drain_s=0.1"
+    acts = stream([event("a")], then="hang")
+    async with fake_replica(run, "math-0.g1", acts, capacity=64), serving(run, limit) as one:
+        await eventually_ready(one)
+        streams = [await one.open() for _ in range(8)]
+        router = await one.router()
+        job = JobDir(run, router["replica"])
+        one.process.terminate()
+        if killed_too:
+            await eventually(lambda: (at := job.progress()) is not None and at.phase is Phase.DRAINING)
+            os.kill(pids(router)["worker 0"], signal.SIGKILL)
+        for reader, writer in streams:
+            with suppress(ConnectionError):
+                await reader.read()
+            await closed(writer)
+    end = job.exit()
+    assert end is not None
+    assert (end.ok, end.reason, end.cut) == (True, Reason.DRAINED, 8)
+    assert end.message == "stopped; 8 answers were cut off"
 
 
 async def end(streams: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]], fake: FakeReplica) -> int:

@@ -1,4 +1,5 @@
-"""What a test cluster holds of the machine outside its folder: a number, and a bridge and a user named after it.
+"""What a test cluster holds of the machine outside its folder: a number; a bridge, a user and, where it has cgroups, a
+folder of the freezer are named after it.
 
 Rules: the folder is made by one `mkdir`, so two starters never share it. The claim is a symbolic link
 `/run/hpcr-slurm/NUMBER -> FOLDER`, made before anything else outside the folder, in one step, and removed last: what a
@@ -26,6 +27,29 @@ PREFIX: Final = "hpcr-slurm-"
 PRIVATE: Final = (Path("/tmp"), Path("/dev/shm"))
 MARK: Final = ".hpcr-slurm"
 OWNER: Final = "owner"
+
+
+def freezer() -> Path | None:
+    """Where cgroup v1's freezer is mounted on this machine."""
+    for line in Path("/proc/self/mounts").read_text().splitlines():
+        _, where, kind, options, *_ = line.split()
+        if kind == "cgroup" and "freezer" in options.split(","):
+            return Path(where)
+    return None
+
+
+def freezer_of(number: int) -> Path | None:
+    root = freezer()
+    return None if root is None else root / f"hpcr{number}"
+
+
+def make_freezer(number: int) -> Path:
+    """For the hosts of a cluster with cgroups, one folder each."""
+    folder = freezer_of(number)
+    if folder is None:
+        raise SlurmClusterError("this machine has no freezer of cgroup v1")
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 def bridge_of(number: int) -> str:
@@ -105,6 +129,11 @@ def _remove(number: int, folder: Path) -> None:
     while hosts := booted(folder):  # again: a starter that still runs may boot another meanwhile
         for pid in hosts.values():
             power_off(pid)
+    frozen = freezer_of(number)
+    if frozen is not None and frozen.exists():
+        for path in sorted((path for path in frozen.rglob("*") if path.is_dir()), reverse=True):
+            path.rmdir()
+        frozen.rmdir()
     bridge, devices = bridge_of(number), Path("/sys/class/net")
     for link in devices.glob(f"{bridge}[a-z]*"):
         unplug(link.name)

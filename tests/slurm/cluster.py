@@ -1,7 +1,8 @@
 """A real Slurm on one machine, for tests and for trying things by hand: `python -m tests.slurm.cluster up|down|status`.
 
 A controller, three GPU nodes, a CPU node: each a host of its own (host.py) on one bridge. Needs root and Debian's
-Slurm. What it holds of the machine is one claim, one bridge, one user and one folder (claim.py), gone after `down`.
+Slurm. What it holds of the machine is one claim, one bridge, one user, one folder and, with proctrack=cgroup, one
+folder of the freezer (claim.py), gone after `down`.
 The file system is shared by all hosts, except /tmp and /dev/shm: what jobs are to see lies outside them, for
 instance in `shared`. This clone with its environment is seen wherever it lies.
 """
@@ -20,7 +21,7 @@ from typing import Final, Self
 
 from tests.slurm import claim
 from tests.slurm.accounting import start_accounting
-from tests.slurm.configuration import CONTROLLER, LAST_BYTES, NODES, PARTITIONS, Shape, gpus_of
+from tests.slurm.configuration import CONTROLLER, LAST_BYTES, NODES, PARTITIONS, PROCTRACKS, Proctrack, Shape, gpus_of
 from tests.slurm.host import NAMESPACES, Host, SlurmClusterError, answers, booted, command
 from tests.slurm.node import Node
 from tests.waiting import eventually_sync
@@ -33,7 +34,7 @@ BY_HAND: Final = Path("/var/tmp/hpcr-slurm")
 FOLDERS: Final = ("etc", "log", "run", "state", "spool", "munge", "database", "gpus", "home", "shared", "clone")
 
 
-def lacking() -> str:
+def lacking(proctrack: Proctrack = "linuxproc") -> str:
     """What this machine lacks for a cluster, in words; empty where it has all."""
     if os.geteuid() != 0:
         return "root, for a Slurm test cluster"
@@ -44,14 +45,24 @@ def lacking() -> str:
         command(["unshare", *NAMESPACES, "--fork", "mount", "-t", "tmpfs", "tmpfs", "/dev/shm"])
     except SlurmClusterError as error:  # root of a container that may not
         return f"namespaces and mounts, for a Slurm test cluster: {error}"
+    if proctrack == "cgroup" and claim.freezer() is None:
+        return "the freezer of cgroup v1, for a Slurm test cluster with proctrack=cgroup"
     return ""
 
 
 class SlurmCluster:
     """`with SlurmCluster() as cluster:`; `folder`, where given, is new or empty and outside /tmp."""
 
-    def __init__(self, folder: Path | None = None, *, accounting: bool = True, node_cpus: int = 8) -> None:
+    def __init__(
+        self,
+        folder: Path | None = None,
+        *,
+        accounting: bool = True,
+        node_cpus: int = 8,
+        proctrack: Proctrack = "linuxproc",
+    ) -> None:
         self._given = folder
+        self._proctrack = proctrack
         self._accounting = accounting
         self._node_cpus = node_cpus
         self._hosts: dict[str, Host] = {}
@@ -101,7 +112,7 @@ class SlurmCluster:
 
     def up(self, *, owned: bool) -> None:
         """Returns with every node idle. An owned cluster is swept once this process has died without `down`."""
-        if lack := lacking():
+        if lack := lacking(self._proctrack):
             raise SlurmClusterError(f"needs {lack}")
         claim.sweep()
         self.folder = claim.make_folder(self._given)
@@ -136,9 +147,11 @@ class SlurmCluster:
             network=claim.network_of(self.number),
             accounting=self._accounting,
             node_cpus=self._node_cpus,
+            proctrack=self._proctrack,
             outside=socket.gethostname(),
         )
         self._shape.write()
+        frozen = claim.make_freezer(self.number) if self._proctrack == "cgroup" else None
         for name in LAST_BYTES:
             self._hosts[name] = Host(
                 folder=self.folder,
@@ -146,6 +159,7 @@ class SlurmCluster:
                 address=self._shape.address(name),
                 bridge=claim.bridge_of(self.number),
                 gpus=gpus_of(name),
+                freezer=frozen and frozen / name,
             )
 
     def _start(self) -> None:
@@ -170,8 +184,8 @@ def environment_of(folder: Path) -> dict[str, str]:
     return {"SLURM_CONF": str(folder / "etc" / "slurm.conf")}
 
 
-def _up(folder: Path, *, accounting: bool, node_cpus: int) -> None:
-    cluster = SlurmCluster(folder, accounting=accounting, node_cpus=node_cpus)
+def _up(folder: Path, *, accounting: bool, node_cpus: int, proctrack: Proctrack) -> None:
+    cluster = SlurmCluster(folder, accounting=accounting, node_cpus=node_cpus, proctrack=proctrack)
     cluster.up(owned=False)
     pids = booted(folder)
     enter = shlex.join(cluster.controller.inside(["bash"]))
@@ -200,6 +214,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     up = verbs.add_parser("up", help="bring a cluster up and print what to export: eval it")
     up.add_argument("--no-accounting", action="store_true", help="without slurmdbd: sacct says nothing")
     up.add_argument("--node-cpus", type=int, default=8, help="what each node claims to have (%(default)s)")
+    up.add_argument(
+        "--proctrack", choices=PROCTRACKS, default="linuxproc", help="how Slurm tracks a job's processes (%(default)s)"
+    )
     down = verbs.add_parser("down", help="remove it without a trace, in whatever state it is")
     verbs.add_parser("status", help="all clusters of this machine")
     for verb in (up, down):
@@ -208,7 +225,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         match chosen.verb:
             case "up":
-                _up(chosen.dir.resolve(), accounting=not chosen.no_accounting, node_cpus=chosen.node_cpus)
+                _up(
+                    chosen.dir.resolve(),
+                    accounting=not chosen.no_accounting,
+                    node_cpus=chosen.node_cpus,
+                    proctrack=chosen.proctrack,
+                )
             case "down":
                 print("# gone" if claim.release(chosen.dir.resolve()) else f"# nothing is up in {chosen.dir}")
             case "status":

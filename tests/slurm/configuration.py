@@ -4,17 +4,20 @@ Rules: timeouts are as short as Slurm allows, because tests wait for them; every
 have, so that what works here has no reason to fail there. Two partitions over all nodes, the least loaded of which is
 taken first: jobs of `urgent` preempt those of `batch`, which get GRACE_S between SIGTERM and SIGKILL and then are
 requeued, or cancelled if they forbid it. Nothing is enforced by cgroups: the machine's are not the cluster's to change.
+`proctrack` decides which processes of a step get its signals: all of them with linuxproc, the task alone with cgroup.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 SLURMD_TIMEOUT_S: Final = 10
 GRACE_S: Final = 5
 KILL_WAIT_S: Final = 5
 CONTROLLER: Final = "ctl"
 ACCOUNT: Final = "test"
+Proctrack = Literal["linuxproc", "cgroup"]
+PROCTRACKS: Final[tuple[Proctrack, ...]] = ("linuxproc", "cgroup")
 PARTITIONS: Final = ("batch", "urgent")
 GPUS: Final = 4
 MIB_PER_CPU: Final = 2000
@@ -34,6 +37,7 @@ class Shape:
     network: str
     accounting: bool
     node_cpus: int
+    proctrack: Proctrack
     outside: str
 
     def address(self, name: str) -> str:
@@ -97,7 +101,7 @@ SlurmctldPidFile={folder}/run/slurmctld.pid
 SlurmdPidFile={folder}/run/%n.pid
 SlurmctldLogFile={folder}/log/slurmctld.log
 SlurmdLogFile={folder}/log/%n.log
-ProctrackType=proctrack/linuxproc
+ProctrackType=proctrack/{self.proctrack}
 TaskPlugin=task/none
 SwitchType=switch/none
 SlurmdParameters=config_overrides

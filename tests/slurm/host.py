@@ -1,6 +1,6 @@
 """A host of the test cluster, seen from the machine it lives on: boot, power cut, cut off, enter.
 
-Rules: the process table is the record. A host is the process whose command line is `init.py FOLDER NAME GPUS` and
+Rules: the process table is the record. A host is the process with the command line `init.py FOLDER NAME GPUS CGROUP`
 that is number 1 of its namespace; no pid is written down, so nothing can point at somebody else's process, and a
 `down` finds the hosts of a starter that was killed at any moment. Everything runs inside a host, also munge and
 MariaDB, so hosts and one bridge are all there is to remove. Knows nothing of Slurm.
@@ -59,7 +59,7 @@ def booted(folder: Path) -> dict[str, int]:
             status = (process / "status").read_text()
         except OSError:
             continue  # it ended meanwhile
-        if len(argv) == 6 and argv[1:3] == [os.fsencode(INIT), os.fsencode(folder)]:
+        if len(argv) == 7 and argv[1:3] == [os.fsencode(INIT), os.fsencode(folder)]:
             spaces = next(line for line in status.splitlines() if line.startswith("NSpid:")).split()
             if spaces[-1] == "1" and "\nState:\tZ" not in status:
                 found[os.fsdecode(argv[3])] = int(process.name)
@@ -97,18 +97,24 @@ def unplug(link: str) -> None:
 
 @dataclass(kw_only=True)
 class Host:
-    """One machine: `bridge` names the switch that it is plugged into, its link there is `bridge` + `name`."""
+    """One machine: `bridge` names the switch that it is plugged into, its link there is `bridge` + `name`. `freezer`:
+    the folder of cgroup v1's freezer that is the root of the host's own; None: it has no cgroups."""
 
     folder: Path
     name: str
     address: str
     bridge: str
     gpus: int = 0
+    freezer: Path | None = None
     _starter: subprocess.Popen[bytes] | None = None
 
     @property
     def link(self) -> str:
         return f"{self.bridge}{self.name}"
+
+    @property
+    def _namespaces(self) -> tuple[str, ...]:
+        return NAMESPACES if self.freezer is None else (*NAMESPACES, "--cgroup")
 
     @property
     def pid(self) -> int | None:
@@ -119,9 +125,12 @@ class Host:
         if self.name in booted(self.folder):
             raise SlurmClusterError(f"{self.name} is up already")
         # fmt: off
-        argv = ["unshare", *NAMESPACES, "--fork", "--kill-child=SIGKILL", "--",
-                sys.executable, INIT, str(self.folder), self.name, str(self.gpus)]
+        argv = ["unshare", *self._namespaces, "--fork", "--kill-child=SIGKILL", "--",
+                sys.executable, INIT, str(self.folder), self.name, str(self.gpus), "freezer" if self.freezer else "-"]
         # fmt: on
+        if self.freezer is not None:  # a new cgroup namespace has its root where its maker is
+            self.freezer.mkdir(exist_ok=True)
+            argv = ["sh", "-c", 'echo $$ >"$0" && exec "$@"', str(self.freezer / "cgroup.procs"), *argv]
         with (self.folder / "log" / f"{self.name}-init.log").open("ab") as log:
             self._starter = subprocess.Popen(
                 argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, start_new_session=True, cwd="/"
@@ -160,7 +169,7 @@ class Host:
             raise SlurmClusterError(f"{self.name} is down")
         become = [] if user is None else ["setpriv", f"--reuid={user}", f"--regid={user}", "--init-groups", "--"]
         where = f"--wdns={folder or self.folder / 'shared'}"
-        return ["nsenter", f"--target={pid}", *NAMESPACES, where, "--", *become, *argv]
+        return ["nsenter", f"--target={pid}", *self._namespaces, where, "--", *become, *argv]
 
     def enter(
         self, argv: Sequence[str], *, user: str | None = None, folder: Path | None = None, timeout_s: float = 60.0

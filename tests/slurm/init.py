@@ -3,9 +3,9 @@
 `unshare` starts it in new network, host name, mount, process and IPC namespaces; whatever runs on the host is its
 descendant or was adopted by it, so one SIGKILL is a power cut and leaves nothing behind: no process, no mount, no
 device, no network. Run as a file, by any Python, with nothing but the standard library.
-Mounts are private to the host: its own /proc, /tmp and /dev/shm, the cluster's /etc/slurm and /etc/hosts, and null
-devices that Slurm takes for GPUs. Everything else is the machine's file system: the cluster's shared one, and on it the
-clone that this file belongs to, which is seen wherever it lies.
+Mounts are private to the host: its own /proc, /tmp and /dev/shm, the cluster's /etc/slurm and /etc/hosts, null devices
+that Slurm takes for GPUs and, where it has cgroups, its own part of the freezer. Everything else is the machine's file
+system: the cluster's shared one, and on it the clone that this file belongs to, which is seen wherever it lies.
 """
 
 import os
@@ -24,7 +24,7 @@ def mount(*arguments: str) -> None:
     subprocess.run(["mount", *arguments], check=True)
 
 
-def furnish(folder: Path, name: str, gpus: int) -> None:
+def furnish(folder: Path, name: str, gpus: int, *, freezer: bool) -> None:
     socket.sethostname(name)
     mount("-t", "proc", "proc", "/proc")
     hidden = any(CLONE.is_relative_to(own) for own in OWN)
@@ -35,6 +35,10 @@ def furnish(folder: Path, name: str, gpus: int) -> None:
     if hidden:
         CLONE.mkdir(parents=True)
         mount("--bind", str(folder / "clone"), str(CLONE))
+    if freezer:
+        mount("-t", "tmpfs", "-o", "mode=755", "tmpfs", "/sys/fs/cgroup")
+        Path("/sys/fs/cgroup/freezer").mkdir()
+        mount("-t", "cgroup", "-o", "freezer", "cgroup", "/sys/fs/cgroup/freezer")
     mount("--bind", str(folder / "etc"), "/etc/slurm")
     mount("--bind", str(folder / "etc" / "hosts"), "/etc/hosts")
     if gpus:
@@ -56,9 +60,9 @@ def reap_for_ever() -> None:
 
 
 def main() -> None:
-    folder, name, gpus = sys.argv[1:]
+    folder, name, gpus, cgroup = sys.argv[1:]
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
-    furnish(Path(folder), name, int(gpus))
+    furnish(Path(folder), name, int(gpus), freezer=cgroup == "freezer")
     os.write(1, b"ready\n")  # raises where the starter has been killed: nobody would ever take this host down
     quiet = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import submitit
 
-from tests.needs import ROOT
+from tests.needs import ROOT, need
 from tests.processes import with_word
 from tests.slurm import claim
-from tests.slurm.cluster import SlurmCluster
-from tests.slurm.configuration import GRACE_S, NODES, SLURMD_TIMEOUT_S
+from tests.slurm.cluster import SlurmCluster, lacking
+from tests.slurm.configuration import GRACE_S, NODES, PROCTRACKS, SLURMD_TIMEOUT_S, Proctrack
 from tests.slurm.host import SlurmClusterError, booted
 from tests.waiting import eventually_sync
 
@@ -62,7 +62,8 @@ def traces(folder: Path, number: int, processes: set[int]) -> list[str]:
     left += [name for _, name in socket.if_nameindex() if re.fullmatch(rf"hpcr{number}([a-z]\w*)?", name)]
     left += [line for line in Path("/proc/self/mounts").read_text().splitlines() if str(folder) in line]
     left += [line for line in Path("/etc/passwd").read_text().splitlines() if line.startswith(f"hpcr-user{number}:")]
-    left += [str(path) for path in (folder, claim.CLAIMS / str(number)) if path.exists() or path.is_symlink()]
+    ours = [folder, claim.CLAIMS / str(number), *filter(None, [claim.freezer_of(number)])]
+    left += [str(path) for path in ours if path.exists() or path.is_symlink()]
     for process in Path("/proc").glob("[0-9]*"):
         try:
             if os.fsencode(folder) in (process / "cmdline").read_bytes() and int(process.name) != os.getpid():
@@ -163,9 +164,14 @@ def test_nodes_lost_by_power_cut_or_network_come_back(cluster: SlurmCluster) -> 
     assert [srun(cluster, node.name, "hostname") for node in (dead, deaf)] == ["n1", "n2"]
 
 
-def test_down_leaves_nothing_and_clusters_do_not_meet(cluster: SlurmCluster) -> None:
+@pytest.mark.parametrize("proctrack", PROCTRACKS)
+def test_down_leaves_nothing_and_clusters_do_not_meet(cluster: SlurmCluster, proctrack: Proctrack) -> None:
     """A second cluster beside the first, without accounting: a job runs on it, and with it goes all that was there."""
-    with SlurmCluster(accounting=False) as second:
+    lack = lacking(proctrack)
+    need(not lack, lack)
+    with SlurmCluster(accounting=False, proctrack=proctrack) as second:
+        config = second.run(["scontrol", "show", "config"])
+        assert re.search(rf"^ProctrackType +=+ proctrack/{proctrack}$", config, re.MULTILINE)
         assert srun(second, "n1", "hostname") == "n1"
         number = second.run(["sbatch", "--parsable", "--wrap=setsid sleep 300"]).strip()
         running(second, number)

@@ -241,8 +241,10 @@ def test_the_routers_job_ends_and_its_successor_was_waiting(deployed: OnSlurm, c
     """The control loop ends with its router: nobody but Slurm could start another."""
     standby = eventually_sync(lambda: deployed.status()["router"]["standby"], within_s=60, every_s=1.0)
     assert standby == "router-0.g2"
+    address = deployed.url
     cluster.run(["scancel", deployed.job_id("router-0.g1")])
     assert deployed.until_ready("router-0", after="router-0.g1") == standby
+    assert deployed.url == address, "on the same node it takes the port of the one before"
     everybody_answers(deployed)
     replica = deployed.newest("law-0")
     cluster.run(["scancel", deployed.job_id(replica)])

@@ -43,7 +43,9 @@ def test_what_fits_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
     assert plan(f"{MATH}={sizes}", "cluster.account=test", "cluster.qos=normal") == 0
     out, err = capsys.readouterr()
     assert err == ""
-    assert "note:" not in out
+    notes = [line for line in out.splitlines() if "note:" in line]
+    assert len(notes) == 1
+    assert "(proctrack/linuxproc) sends a job's SIGTERM to the engine too" in " ".join(out.split())
     assert f"#SBATCH --gres=gpu:{GPUS}" in out
 
 
