@@ -6,7 +6,6 @@ Every refusal names its key and what would have been valid. Nothing here looks a
 import ipaddress
 import re
 from collections.abc import Iterable
-from dataclasses import fields
 from typing import Final
 
 from hpc_router.adapters import check_adapter
@@ -27,17 +26,17 @@ from hpc_router.config import (
 )
 from hpc_router.errors import ConfigError, suggest
 from hpc_router.job_options import check_environment, check_options, check_script, filled
+from hpc_router.schema import check_bounds
 
-MOST_WORKERS: Final = 256
 _RUN_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _INTERFACE: Final = re.compile(r"[A-Za-z][A-Za-z0-9_.:@-]{0,14}")
-_COUNTS: Final = ("max_in_flight", "max_waiting", "eject_connect_errors", "eject_errors")
 _SPANS_NODES: Final = ("vllm", "sim")
 """Engines that one replica can run on several nodes."""
 
 
 def check(deployment: Deployment) -> None:
     """Raises ConfigError."""
+    check_bounds(deployment, at="")
     if not _RUN_NAME.fullmatch(deployment.name):
         valid = "letters, digits, '.', '-' and '_', at most 63"
         raise ConfigError(f"name={deployment.name}: cannot name a run directory (valid: {valid})", key="name")
@@ -46,9 +45,6 @@ def check(deployment: Deployment) -> None:
     _check_cluster(deployment.cluster)
     check_router(deployment.router)
     _check_router_job(deployment.router.resources, deployment.cluster)
-    _positive("policy.window", deployment.policy.window)
-    if deployment.policy.spill_per_s is not None:
-        _positive("policy.spill_per_s", deployment.policy.spill_per_s)
     for name, expert in deployment.experts.items():
         if expert.adapter_of is not None:
             check_adapter(name, deployment.experts)
@@ -62,27 +58,10 @@ def check_router(router: RouterConfig) -> None:
     _one_of("router.place", router.place, PLACES)
     if router.host is not None:
         filled("router.host", router.host)
-    if router.workers is not None and not 1 <= router.workers <= MOST_WORKERS:
-        key = "router.workers"
-        raise ConfigError(f"{key}={router.workers}: valid are 1 to {MOST_WORKERS}", key=key)
-    if not 0 <= router.port <= 65535:
-        key = "router.port"
-        raise ConfigError(f"{key}={router.port}: not a port (valid: 0 to 65535; 0 takes a free one)", key=key)
-    for item in fields(router):
-        if item.name.endswith(("_s", "_mb")) or item.name in _COUNTS:
-            _positive(f"router.{item.name}", getattr(router, item.name))
-    for name in ("eject_share", "retry_share"):
-        if not 0 <= getattr(router, name) <= 1:
-            key = f"router.{name}"
-            raise ConfigError(f"{key}={getattr(router, name):g}: no share (valid: 0 to 1)", key=key)
     if router.eject_most_s < router.eject_s:
         key = "router.eject_most_s"
         valid = f"router.eject_s={router.eject_s:g} or more"
         raise ConfigError(f"{key}={router.eject_most_s:g}: less than the first time (valid: {valid})", key=key)
-    if router.pin_bound is not None and not router.pin_bound >= 1:
-        key = "router.pin_bound"
-        valid = "1 or more, times the average load of an expert's replicas; null pins nothing"
-        raise ConfigError(f"{key}={router.pin_bound:g}: out of range (valid: {valid})", key=key)
 
 
 def check_fallback(fallback: str | None, experts: Iterable[str]) -> None:
@@ -110,10 +89,6 @@ def check_fabric(fabric: str) -> None:
 def _check_cluster(cluster: ClusterConfig) -> None:
     _one_of("cluster.kind", cluster.kind, CLUSTERS)
     _one_of("cluster.gpu_request", cluster.gpu_request, GPU_REQUESTS)
-    for name in ("beat_s", "reconcile_s", "ask_s", "max_failures", "replicas_per_job"):
-        _positive(f"cluster.{name}", getattr(cluster, name))
-    for name in ("gpus", "drain_s", "warn_s"):
-        _not_negative(f"cluster.{name}", getattr(cluster, name))
     if cluster.fabric is not None:
         check_fabric(cluster.fabric)
     if cluster.kind == "local":
@@ -142,11 +117,6 @@ def _check_router_job(resources: ResourceConfig, cluster: ClusterConfig) -> None
 
 def _check_resources(at: str, resources: ResourceConfig, cluster: ClusterConfig) -> None:
     """What each of router and experts asks for, by itself."""
-    _not_negative(f"{at}.gpus", resources.gpus)
-    for name in ("nodes", "cpus"):
-        _positive(f"{at}.{name}", getattr(resources, name))
-    if resources.memory_gb is not None:
-        _positive(f"{at}.memory_gb", resources.memory_gb)
     check_options(at, resources, warn_s=cluster.warn_s)
     have = 0 if cluster.gpus is None and cluster.kind == "local" else cluster.gpus
     if have is not None and resources.gpus > have:
@@ -174,11 +144,6 @@ def _check_expert(name: str, expert: ExpertConfig, cluster: ClusterConfig) -> No
         )
     if not expert.model:
         raise ConfigError(f"{at}.model is empty (valid: a model folder or a hub id)", key=f"{at}.model")
-    _not_negative(f"{at}.replicas", expert.replicas)
-    _positive(f"{at}.capacity", expert.capacity)
-    if expert.max_in_flight is not None:
-        _positive(f"{at}.max_in_flight", expert.max_in_flight)
-    _positive(f"{at}.engine.startup_timeout_s", expert.engine.startup_timeout_s)
     check_environment(f"{at}.engine.env", expert.engine.env)
     _check_resources(f"{at}.resources", expert.resources, cluster)
     if expert.adapter_of is not None:
@@ -213,10 +178,6 @@ def _check_several_nodes(at: str, expert: ExpertConfig, cluster: ClusterConfig) 
 def _check_vllm(at: str, expert: ExpertConfig, options: VllmOptions) -> None:
     _one_of(f"{at}.engine.options.device", options.device, ("cuda", "cpu"))
     tensor, pipeline = options.tensor_parallel_size, options.pipeline_parallel_size
-    _positive(f"{at}.engine.options.tensor_parallel_size", tensor)
-    _positive(f"{at}.engine.options.pipeline_parallel_size", pipeline)
-    if options.max_loras is not None:
-        _positive(f"{at}.engine.options.max_loras", options.max_loras)
     nodes, gpus = expert.resources.nodes, expert.resources.gpus
     if options.device == "cpu" and nodes > 1 and tensor * pipeline != nodes:
         raise ConfigError(
@@ -235,13 +196,3 @@ def _check_vllm(at: str, expert: ExpertConfig, options: VllmOptions) -> None:
 def _one_of(key: str, value: str, valid: tuple[str, ...]) -> None:
     if value not in valid:
         raise ConfigError(f"{key}={value}: not known{suggest(value, valid)}", key=key)
-
-
-def _positive(key: str, value: float) -> None:
-    if not value > 0:
-        raise ConfigError(f"{key}={value}: must be above 0", key=key)
-
-
-def _not_negative(key: str, value: float | None) -> None:
-    if value is not None and value < 0:
-        raise ConfigError(f"{key}={value}: cannot be negative", key=key)

@@ -5,11 +5,11 @@ key of the schema, whether a file mentions it or not, and every refusal is ours 
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar, Final
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_search_path import ConfigSearchPath
@@ -17,13 +17,14 @@ from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, MissingConfigException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 from yaml import YAMLError
 
-from hpc_router.config import Deployment
+from hpc_router.as_written import as_written
+from hpc_router.config import Deployment, ExpertConfig
 from hpc_router.errors import ConfigError, suggest
 from hpc_router.frozen import GROUPS, LEFT_OUT, to_deployment, yaml_fault
-from hpc_router.provenance import parse_override, place_of
+from hpc_router.provenance import Sources, composed_files, parse_override, place_of
 
 
 def conf_folder() -> Path:
@@ -46,12 +47,8 @@ def load_deployment(
         initialize_config_dir(str(conf_folder()), version_base="1.3"),
     ):
         composed = compose("deploy", settled)
-        try:
-            return to_deployment(composed, without=without)
-        except ConfigError as error:
-            if error.key is None:
-                raise
-            raise ConfigError(f"{place_of(error.key, overrides)}{error}") from error
+        sources = Sources(overrides, composed_files(overrides))
+        return _deployment(composed, sources, overrides, without=without)
 
 
 def with_overrides(base: Deployment, overrides: Sequence[str], *, config_dir: Path | None = None) -> Deployment:
@@ -59,7 +56,7 @@ def with_overrides(base: Deployment, overrides: Sequence[str], *, config_dir: Pa
     settled = settle(overrides)
     chosen = [override for override in map(parse_override, settled) if override.key_or_group in GROUPS]
     values = [override for override in map(parse_override, settled) if override.key_or_group not in GROUPS]
-    merged: DictConfig | ListConfig = OmegaConf.create(asdict(base))
+    merged: DictConfig | ListConfig = OmegaConf.create(_escaped(asdict(base)))
     with (
         _told_in_our_words(config_dir),
         user_folder(config_dir),
@@ -69,13 +66,66 @@ def with_overrides(base: Deployment, overrides: Sequence[str], *, config_dir: Pa
             merged = OmegaConf.merge(merged, compose(f"{override.key_or_group}/{override.value()}"))
         for override in values:
             OmegaConf.update(merged, override.key_or_group, override.value(), merge=True, force_add=True)
-        try:
-            assert isinstance(merged, DictConfig)
-            return to_deployment(merged)
-        except ConfigError as error:
-            if error.key is None:
-                raise
-            raise ConfigError(f"{place_of(error.key, overrides)}{error}") from error
+        assert isinstance(merged, DictConfig)
+        names = {(override.key_or_group, override.value()) for override in chosen}
+        files = [file for file in composed_files(overrides) if (file[0].parent.name, file[0].stem) in names]
+        return _deployment(merged, Sources(overrides, files), overrides)
+
+
+def _deployment(
+    composed: DictConfig, sources: Sources, overrides: Sequence[str], *, without: Sequence[str] = ()
+) -> Deployment:
+    """A composed config as a checked `Deployment`: interpolations are resolved here, once. Call it while Hydra is
+    initialised, since errors name the file."""
+    with _located(overrides):
+        plain = _resolved(composed)
+    plain = as_written(Deployment, plain, sources.find)
+    with _located(overrides):
+        return to_deployment(plain, without=without)
+
+
+@contextmanager
+def _located(overrides: Sequence[str]) -> Iterator[None]:
+    """Puts the override or file before the message of an error that names a key."""
+    try:
+        yield
+    except ConfigError as error:
+        if error.key is None:
+            raise
+        raise ConfigError(f"{place_of(error.key, overrides)}{error}") from error
+
+
+def _resolved(composed: DictConfig) -> dict[str, Any]:
+    """Plain values. An interpolation may name any key of the schema, whether a file mentions it or not."""
+    experts = composed.get("experts") if OmegaConf.is_dict(composed.get("experts")) else {}
+    defaults = asdict(Deployment()) | {"experts": {name: asdict(ExpertConfig()) for name in experts or {}}}
+    merged = OmegaConf.merge(OmegaConf.create(defaults), composed)
+    assert isinstance(merged, DictConfig)
+    return {str(key): resolved(merged, key) for key in composed}
+
+
+def resolved(config: DictConfig, key: Any) -> Any:
+    """The plain value at `key`. Raises ConfigError for an interpolation that leads nowhere."""
+    try:
+        value = config[key]
+        return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+    except InterpolationResolutionError as error:
+        first, key = str(error).split("\n", 1)[0], str(error.full_key)
+        quoted = re.search(r'"(.+)"$', first)
+        hint = r"a dollar sign that the job's shell is to see is written as \${NAME}"
+        raise ConfigError(f"'{key}': {quoted[1] if quoted else first}; {hint}", key=key) from error
+
+
+_INTERPOLATION: Final = re.compile(r"(\\*)\$\{")
+
+
+def _escaped(value: Any) -> Any:
+    """Plain values as OmegaConf resolves to the same ones again."""
+    if isinstance(value, Mapping):
+        return {name: _escaped(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_escaped(item) for item in value]
+    return _INTERPOLATION.sub(r"\1\1\\${", value) if isinstance(value, str) else value
 
 
 class _UserFolder(SearchPathPlugin):

@@ -4,12 +4,12 @@ Hydra composes it once, in `compose`; nobody who only reads it loads Hydra.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TextIO
 
-from omegaconf import MISSING, DictConfig, OmegaConf
+import yaml
 from yaml import YAMLError
 
 from hpc_router.checks import check
@@ -22,12 +22,25 @@ GROUPS: Final = ("topology", "cluster", "policy", "router", "expert")
 """Folders of `conf/`."""
 LEFT_OUT: Final = ("hydra",)
 _TOP: Final = frozenset(f.name for f in fields(Deployment))
+_WIDTH: Final = 120
 
 
-def to_deployment(composed: DictConfig, *, without: Sequence[str] = ()) -> Deployment:
-    """A composed config as a checked `Deployment`."""
-    plain = OmegaConf.to_container(composed)
-    if not isinstance(plain, dict):
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]
+    """Refuses a key that is given twice, where PyYAML takes the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"found duplicate key {key.value}", key.start_mark)
+            seen.add(key.value)
+        made: dict[Any, Any] = super().construct_mapping(node, deep=deep)
+        return made
+
+
+def to_deployment(plain: Any, *, without: Sequence[str] = ()) -> Deployment:
+    """A config of resolved values as a checked `Deployment`."""
+    if not isinstance(plain, Mapping):
         raise ConfigError("not a mapping of keys to values")
     left_out = {*LEFT_OUT, *without}
     for key in (str(key) for key in plain if key not in left_out and key not in _TOP):
@@ -40,15 +53,22 @@ def to_deployment(composed: DictConfig, *, without: Sequence[str] = ()) -> Deplo
 
 
 def to_yaml(deployment: Deployment) -> str:
-    """What `config.yaml` of a run holds; equal deployments give equal texts."""
-    return OmegaConf.to_yaml(OmegaConf.structured(deployment), resolve=True)
+    """What `config.yaml` of a run holds; equal deployments give equal texts. Every text stands for itself: nothing in
+    it is resolved when it is read."""
+    text: str = yaml.safe_dump(asdict(deployment), sort_keys=False, allow_unicode=True, width=_WIDTH)
+    return text
+
+
+def from_yaml(text: str | TextIO) -> Deployment:
+    """Of `to_yaml`. Raises ConfigError and YAMLError."""
+    return to_deployment(yaml.load(text, Loader=_Loader))
 
 
 def read(path: Path) -> Deployment:
     """The frozen `config.yaml` of a run."""
     try:
-        loaded = OmegaConf.load(path)
-        return to_deployment(loaded if isinstance(loaded, DictConfig) else OmegaConf.create({"": None}))
+        with path.open(encoding="utf-8") as stream:
+            return from_yaml(stream)
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
     except (YAMLError, UnicodeDecodeError) as error:
@@ -59,8 +79,8 @@ def read(path: Path) -> Deployment:
 
 def differing_keys(left: Deployment, right: Deployment) -> list[str]:
     """Keys whose values differ."""
-    one, other = _flat(asdict(left)), _flat(asdict(right))
-    return sorted(key for key in one.keys() | other.keys() if one.get(key, MISSING) != other.get(key, MISSING))
+    one, other, absent = _flat(asdict(left)), _flat(asdict(right)), object()
+    return sorted(key for key in one.keys() | other.keys() if one.get(key, absent) != other.get(key, absent))
 
 
 def _flat(value: Any, at: str = "") -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from hpc_router.config import ClusterConfig, ContainerConfig, JobOptions
 from hpc_router.errors import ConfigError
-from hpc_router.walltime import VALID, clock, walltime_s
+from hpc_router.walltime import VALID, walltime_s
 
 _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f\x85\u2028\u2029]")
 _UNFIT: Final = re.compile(r"[\s'\"\\#$`;]")
@@ -19,8 +19,6 @@ _UNFIT: Final = re.compile(r"[\s'\"\\#$`;]")
 _OPTION: Final = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 _MODULE: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_./+:@=-]*")
 _VARIABLE: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_MINUTES: Final = 3600
-"""YAML takes HH:MM:SS for a number to the base 60, which has this size at least."""
 _TICK_S: Final = 60
 """Slurm looks at its clock once a minute, so a signal may come so much earlier than asked."""
 _WORDS: Final = ("partition", "account", "qos", "constraint", "reservation", "exclude", "gpu_type")
@@ -148,13 +146,6 @@ def _check_walltime(key: str, value: str | None, *, warn_s: float) -> None:
     seconds = walltime_s(value)
     if seconds is None:
         raise ConfigError(f"{key}={value}: no time as Slurm writes it (valid: {VALID})", key=key)
-    if value.isdecimal() and int(value) >= _MINUTES:
-        read_as = clock(int(value))
-        raise ConfigError(
-            f"{key}={value}: so many minutes are refused, because it is also what YAML makes of {read_as} without "
-            f"quotes (valid: '{read_as}' in quotes if that is meant, else {VALID.partition(',')[0]})",
-            key=key,
-        )
     if seconds < warn_s + _TICK_S:
         raise ConfigError(
             f"{key}={value}: jobs drain cluster.warn_s={warn_s:g} s before their end, or up to a minute earlier, so "

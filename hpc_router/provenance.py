@@ -1,22 +1,31 @@
-"""Where a config value came from: the override or the file to edit.
+"""Where a config value came from: the override or the file to edit, and the text that stands there.
 
-Asked only after something was found wrong. Hydra's composed result does not know, so its own list of files is walked
-again, last winner first. Whatever Hydra cannot tell is left out of the message, never guessed.
+Hydra's composed result does not know, so its own list of files is walked again, last winner first. Whatever Hydra
+cannot tell is left out of the message, never guessed.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import yaml
+from hydra._internal.grammar.functions import Functions
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.overrides_visitor import HydraOverrideVisitor
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
+from hydra.grammar.gen.OverrideLexer import CommonTokenStream, InputStream, OverrideLexer  # type: ignore[attr-defined]
+from hydra.grammar.gen.OverrideParser import OverrideParser
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
+from hpc_router import as_written
+from hpc_router.as_written import Written
 from hpc_router.errors import ConfigError
-from hpc_router.frozen import shown
+from hpc_router.frozen import GROUPS, shown
 
 
 def parse_override(text: str) -> Override:
@@ -31,6 +40,115 @@ def parse_override(text: str) -> Override:
         ) from error
 
 
+@dataclass
+class Sources:
+    """Finds the text of a value. `files`: path and package of each, in the order of their composition."""
+
+    overrides: Sequence[str]
+    files: Iterable[tuple[Path, str]]
+
+    def find(self, path: as_written.Path, value: object) -> Written | None:
+        """The last source whose scalar at `path` is read as `value`; None for an interpolation or a default."""
+        for text, key, parts, typed in self._parsed_overrides:
+            if path[: len(key)] == key and _is(_at(typed, path[len(key) :]), value):
+                written = _at(parts, path[len(key) :])
+                if isinstance(written, str):
+                    return Written(written, f"override '{text}'")
+        for file, package, root in self._parsed_files:
+            if path[: len(package)] == package:
+                node = _node_at(root, path[len(package) :])
+                if isinstance(node, yaml.ScalarNode) and _is(_typed(node), value):
+                    return Written(node.value, f"{shown(file)}:{node.start_mark.line + 1}")
+        return None
+
+    @cached_property
+    def _parsed_overrides(self) -> list[tuple[str, as_written.Path, Any, Any]]:
+        """Of those that set a value, last first: as typed, key, value with the text of its scalars, value."""
+        found: list[tuple[str, as_written.Path, Any, Any]] = []
+        for text in reversed(self.overrides):
+            override = parse_override(text)
+            if override.package is None and not override.is_delete() and not override.is_sweep_override():
+                key = tuple(override.key_or_group.split("."))
+                found.append((text, key, _with_text(text).value(), override.value()))
+        return found
+
+    @cached_property
+    def _parsed_files(self) -> list[tuple[Path, as_written.Path, yaml.Node | None]]:
+        found: list[tuple[Path, as_written.Path, yaml.Node | None]] = []
+        for path, package in self.files:
+            with path.open(encoding="utf-8") as stream:
+                below = tuple(package.split(".")) if package else ()
+                found.append((path, below, yaml.compose(stream, Loader=yaml.SafeLoader)))
+        return found[::-1]
+
+
+class _WithText(HydraOverrideVisitor):
+    """Reads numbers and truth values as the text that they are written in."""
+
+    def _createPrimitive(self, ctx: Any) -> Any:
+        value = super()._createPrimitive(ctx)
+        return ctx.getText().strip() if isinstance(value, bool | int | float) else value
+
+
+def _with_text(text: str) -> Override:
+    """`parse_override` with the text of all scalars; a function's value is not known then."""
+    lexer = OverrideLexer(InputStream(text))
+    parser = OverrideParser(CommonTokenStream(lexer))
+    try:
+        override = _WithText(Functions()).visit(parser.override())  # type: ignore[no-untyped-call]
+    except HydraException:  # a function
+        return Override(type=None, key_or_group="", value_type=None, _value=None)  # type: ignore[arg-type]
+    assert isinstance(override, Override)
+    return override
+
+
+def _is(found: object, value: object) -> bool:
+    return type(found) is type(value) and found == value
+
+
+def _at(value: Any, path: as_written.Path) -> Any:
+    """The part of a parsed override at `path`; None where there is none."""
+    for part in path:
+        if isinstance(value, Mapping):
+            value = {str(name): item for name, item in value.items()}.get(str(part))
+        elif isinstance(value, list) and isinstance(part, int) and part < len(value):
+            value = value[part]
+        else:
+            return None
+    return value
+
+
+def _node_at(node: yaml.Node | None, path: as_written.Path) -> yaml.Node | None:
+    for part in path:
+        if isinstance(node, yaml.MappingNode):
+            node = _entry(node, str(part))
+        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+            node = node.value[part]
+        else:
+            return None
+    return node
+
+
+def _entry(node: yaml.MappingNode, name: str) -> yaml.Node | None:
+    """The value of a key; of a merged mapping (`<<`) where the mapping has no such key itself."""
+    for key, value in node.value:
+        if key.value == name:
+            assert isinstance(value, yaml.Node)
+            return value
+    for key, value in node.value:
+        if key.tag == "tag:yaml.org,2002:merge":
+            for merged in value.value if isinstance(value, yaml.SequenceNode) else [value]:
+                found = _entry(merged, name) if isinstance(merged, yaml.MappingNode) else None
+                if found is not None:
+                    return found
+    return None
+
+
+def _typed(node: yaml.ScalarNode) -> object:
+    """What OmegaConf makes of a scalar; None for text in quotes, which is no number."""
+    return OmegaConf.create(f"- {node.value}")[0] if node.style is None and node.value else None
+
+
 def place_of(key: str, overrides: Sequence[str]) -> str:
     """`override 'router.port=x': ` or `my/topology/a.yaml: ` for the value at `key`; empty when nobody knows.
 
@@ -38,11 +156,12 @@ def place_of(key: str, overrides: Sequence[str]) -> str:
     """
     for text in reversed(overrides):
         override = parse_override(text)
-        if _touches(override.key_or_group, key):
+        chooses_file = override.key_or_group in GROUPS and isinstance(override.value(), str)
+        if not chooses_file and _touches(override.key_or_group, key):
             return f"override '{text}': "
-    for path, package, content in reversed(list(_files(overrides))):
-        if _has(content, _below(key, package)):
-            return f"{path}: "
+    for path, package in reversed(list(composed_files(overrides))):
+        if _has(_content(path), _below(key, package)):
+            return f"{shown(path)}: "
     return ""
 
 
@@ -50,8 +169,8 @@ def _touches(overridden: str, key: str) -> bool:
     return key == overridden or key.startswith(f"{overridden}.") or overridden.startswith(f"{key}.")
 
 
-def _files(overrides: Sequence[str]) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
-    """Every file of the composition: where it lies, the key it is put below, what it says."""
+def composed_files(overrides: Sequence[str]) -> Iterator[tuple[Path, str]]:
+    """Every file of the composition and the key it is put below. Call it while Hydra is initialised."""
     hydra = GlobalHydra.instance().hydra
     assert hydra is not None
     loader = hydra.config_loader
@@ -63,7 +182,7 @@ def _files(overrides: Sequence[str]) -> Iterator[tuple[str, str, Mapping[str, An
         for source in sources:
             path = Path(source.path) / f"{default.config_path}.yaml"
             if path.is_file():
-                yield shown(path), default.package or "", _content(path)
+                yield path, default.package or ""
                 break
 
 

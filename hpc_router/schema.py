@@ -1,21 +1,23 @@
 """Plain values into dataclasses, with refusals that name the key, the value and what would have been valid.
 
-OmegaConf converts and finds what is wrong; its sentences speak of its own classes, so they are replaced by what the
-dataclass says is expected at that key. Nothing here knows which dataclasses there are.
+Values are final: nothing in them is resolved, unescaped or interpolated here, so a config can be written, read and
+parsed again without a change. A numeric field states its range in its metadata (`bounded`); `check_bounds` holds for
+every dataclass. Nothing here knows which dataclasses there are.
 """
 
+import math
 import re
 import types
-from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from typing import Any, Final, TypeVar, Union, get_args, get_origin, get_type_hints
-
-from omegaconf import MISSING, OmegaConf
-from omegaconf.errors import ConfigKeyError, InterpolationResolutionError, KeyValidationError, OmegaConfBaseException
 
 from hpc_router.errors import ConfigError, suggest
 
 _T = TypeVar("_T")
+REQUIRED: Final = "???"
+"""Default of a field that has to be given; also OmegaConf's mark for one."""
+_BOUNDS: Final = "bounds"
 _NOUNS: Final[Mapping[Any, str]] = {
     int: "a whole number",
     float: "a number",
@@ -24,96 +26,191 @@ _NOUNS: Final[Mapping[Any, str]] = {
     list: "a list",
     dict: "a mapping",
 }
+_WHOLE: Final = re.compile(r"[-+]?[0-9]+")
+_BOOLEANS: Final[Mapping[str, bool]] = {
+    **dict.fromkeys(("true", "yes", "on", "y", "1"), True),
+    **dict.fromkeys(("false", "no", "off", "n", "0"), False),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """The range of a numeric field, both ends included; of a list's field, the range of its items."""
+
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{number_text(self.low)} to {number_text(self.high)}"
+
+    def hold(self, value: float) -> bool:
+        return self.low <= value <= self.high
+
+
+def within(low: float, high: float) -> dict[str, Bounds]:
+    """Metadata of a field with a range."""
+    return {_BOUNDS: Bounds(low, high)}
+
+
+def bounded(default: _T, low: float, high: float) -> _T:
+    """A numeric field with a range. The declared type is the default's, as for `dataclasses.field`."""
+    return field(default=default, metadata=within(low, high))
+
+
+def bounds_of(schema: type, name: str) -> Bounds | None:
+    """The range of a numeric field; None for a field without one."""
+    return next((_bounds(item) for item in _fields(schema) if item.name == name), None)
+
+
+def number_text(value: float) -> str:
+    """As a person writes it: 4096, 0.5, 1e+12."""
+    if abs(value) < 1e15 and value == int(value):
+        return str(int(value))
+    return f"{value:g}" if isinstance(value, float) else "more than 1e15" if value > 0 else "less than -1e15"
 
 
 def parse(schema: type[_T], value: Any, *, at: str) -> _T:
-    """`value` as an instance of the dataclass `schema`: refuses typos, converts types. `at` stands before keys in
-    errors."""
+    """`value` as an instance of the dataclass `schema`: refuses typos and values out of range, converts types. `at`
+    stands before keys in errors."""
     if not isinstance(value, Mapping):
         raise ConfigError(f"'{at}' is not a mapping", key=at or None)
-    _check_sections(schema, value, at=at)
-    try:
-        merged = OmegaConf.merge(OmegaConf.structured(schema), value)
-        absent = sorted(OmegaConf.missing_keys(merged))
-        if absent:
-            key = _join(at, absent[0])
-            raise ConfigError(f"'{key}' is missing: it has no default", key=key)
-        result = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
-        raise _in_our_words(error, schema, value, at=at) from error
+    result = _section(schema, value, at)
+    check_bounds(result, at=at)
     assert isinstance(result, schema)
     return result
 
 
-def _check_sections(schema: type, value: Mapping[str, Any], *, at: str) -> None:
-    """A number where a section belongs: OmegaConf's error does not tell which."""
-    for name, kind in get_type_hints(schema).items():
-        if isinstance(kind, type) and is_dataclass(kind) and name in value:
-            key = _join(at, name)
-            if not isinstance(value[name], Mapping):
-                raise ConfigError(f"'{key}': {_shown(value[name])} is not {_noun(kind)}", key=key)
-            _check_sections(kind, value[name], at=key)
+def check_bounds(instance: Any, *, at: str) -> None:
+    """Raises ConfigError for the first number, at any depth, that is not finite or outside its field's range."""
+    for item in _fields(type(instance)):
+        for key, value in _leaves(getattr(instance, item.name), _join(at, item.name)):
+            if is_dataclass(value):
+                check_bounds(value, at=key)
+            elif isinstance(value, int | float) and not isinstance(value, bool):
+                _check_number(value, _bounds(item), key)
+
+
+def _check_number(value: float, bounds: Bounds | None, key: str) -> None:
+    if bounds is not None and not bounds.hold(value):
+        raise ConfigError(f"{key}={number_text(value)}: out of range (valid: {bounds})", key=key)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{key}={value}: not a finite number", key=key)
+
+
+def _leaves(value: Any, at: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        for name, item in value.items():
+            yield from _leaves(item, _join(at, str(name)))
+    elif isinstance(value, list):
+        for number, item in enumerate(value):
+            yield from _leaves(item, f"{at}[{number}]")
+    else:
+        yield at, value
+
+
+def _section(schema: type, value: Mapping[Any, Any], at: str) -> Any:
+    kinds = get_type_hints(schema)
+    names = [item.name for item in _fields(schema)]
+    for name in value:
+        key = _text_key(name, at)
+        if name not in names:
+            raise ConfigError(f"unknown key '{key}'{suggest(name, names)}", key=key)
+    given = {name: _value(kinds[name], item, _join(at, name)) for name, item in value.items()}
+    for item in _fields(schema):
+        required = item.default == REQUIRED or (item.default is MISSING and item.default_factory is MISSING)
+        if required and given.get(item.name, REQUIRED) == REQUIRED:
+            key = _join(at, item.name)
+            raise ConfigError(f"'{key}' is missing: it has no default", key=key)
+    return schema(**given)
+
+
+def _value(kind: Any, value: Any, at: str) -> Any:
+    """`value` as the declared type `kind`."""
+    bare = without_none(kind)
+    if bare is Any or (value is None and bare is not kind):
+        return value
+    if isinstance(bare, type) and is_dataclass(bare) and isinstance(value, Mapping):
+        return _section(bare, value, at)
+    if get_origin(bare) is dict and isinstance(value, Mapping):
+        return {_in(name, at): _value(get_args(bare)[1], item, _text_key(name, at)) for name, item in value.items()}
+    if get_origin(bare) is list and isinstance(value, list):
+        return [_value(get_args(bare)[0], item, f"{at}[{number}]") for number, item in enumerate(value)]
+    converted = _scalar(bare, value)
+    if isinstance(converted, str) and not converted.isascii():
+        _check_encodable(converted, at)
+    if converted is None:
+        raise ConfigError(f"'{at}': {_shown(value)} is not {_noun(kind)}", key=at)
+    return converted
+
+
+def _scalar(kind: Any, value: Any) -> str | bool | int | float | None:
+    """None for a value of another type."""
+    text = value.strip() if isinstance(value, str) else None
+    if kind is str:
+        return value if isinstance(value, str) else None
+    if kind is bool:
+        return value if isinstance(value, bool) else _BOOLEANS.get(text.lower()) if text is not None else None
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        return None
+    try:
+        if kind is float:
+            return float(value)
+        if kind is int:
+            return int(value) if isinstance(value, int) or (text is not None and _WHOLE.fullmatch(text)) else None
+    except (ValueError, OverflowError):
+        pass
+    return None
+
+
+def _check_encodable(text: str, key: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"'{key}': {text!r} is not valid UTF-8 text", key=key) from error
+
+
+def _in(name: Any, at: str) -> str:
+    _text_key(name, at)
+    return str(name)
+
+
+def _text_key(name: Any, at: str) -> str:
+    """The full key of an entry of a mapping."""
+    key = _join(at, str(name))
+    if not isinstance(name, str):
+        raise ConfigError(f"'{key}': a key is text here, so put it in quotes", key=key)
+    return key
 
 
 def _shown(value: Any) -> str:
     return "null" if value is None else repr(value)
 
 
-def _in_our_words(error: OmegaConfBaseException, schema: type, value: Mapping[str, Any], *, at: str) -> ConfigError:
-    full_key = str(error.full_key or error.key or "")
-    key = _join(at, full_key)
-    owner = error.object_type
-    if isinstance(error, ConfigKeyError) and isinstance(owner, type) and is_dataclass(owner):
-        return ConfigError(f"unknown key '{key}'{suggest(str(error.key), (f.name for f in fields(owner)))}", key=key)
-    if isinstance(error, KeyValidationError):
-        return ConfigError(f"'{key}': a key is text here, so put it in quotes", key=key)
-    if isinstance(error, InterpolationResolutionError):
-        first = str(error).split("\n", 1)[0]
-        quoted = re.search(r'"(.+)"$', first)
-        return ConfigError(f"'{key}': {quoted[1] if quoted else first}", key=key)
-    given, expected = _value_at(value, full_key.split(".")), _noun(_type_at(schema, full_key.split(".")))
-    if given is MISSING or expected is None:
-        return ConfigError(f"'{key}': {str(error).splitlines()[0]}", key=key)
-    return ConfigError(f"'{key}': {_shown(given)} is not {expected}", key=key)
-
-
 def _join(at: str, key: str) -> str:
     return f"{at}.{key}" if at and key else at or key
 
 
-def _value_at(value: Any, path: list[str]) -> Any:
-    for part in path:
-        if not isinstance(value, Mapping):
-            return MISSING
-        value = {str(name): item for name, item in value.items()}.get(part, MISSING)
-    return value
-
-
-def _type_at(schema: Any, path: list[str]) -> Any:
-    """The declared type at a key; None where the schema says nothing."""
-    kind: Any = schema
-    for part in path:
-        kind = _without_none(kind)
-        if isinstance(kind, type) and is_dataclass(kind):
-            kind = get_type_hints(kind).get(part)
-        elif get_origin(kind) is dict:
-            kind = get_args(kind)[1]
-        else:
-            return None
-    return kind
-
-
-def _noun(kind: Any) -> str | None:
-    bare = _without_none(kind)
+def _noun(kind: Any) -> str:
+    bare = without_none(kind)
     nullable = " or null" if bare is not kind else ""
     if isinstance(bare, type) and is_dataclass(bare):
         return f"a mapping (keys: {', '.join(f.name for f in fields(bare))}){nullable}"
-    noun = _NOUNS.get(get_origin(bare) or bare)
-    return f"{noun}{nullable}" if noun else None
+    return f"{_NOUNS[get_origin(bare) or bare]}{nullable}"
 
 
-def _without_none(kind: Any) -> Any:
+def without_none(kind: Any) -> Any:
+    """`int` of `int | None`."""
     if get_origin(kind) in (Union, types.UnionType):
         rest = [item for item in get_args(kind) if item is not type(None)]
         return rest[0] if len(rest) == 1 else kind
     return kind
+
+
+def _fields(schema: Any) -> tuple[Field[Any], ...]:
+    return fields(schema)
+
+
+def _bounds(item: Field[Any]) -> Bounds | None:
+    found = item.metadata.get(_BOUNDS)
+    assert found is None or isinstance(found, Bounds)
+    return found

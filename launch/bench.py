@@ -23,6 +23,7 @@ from rich.console import Console
 from yaml import YAMLError
 
 from hpc_router import compose, frozen
+from hpc_router.as_written import as_written
 from hpc_router.bench.config import BenchConfig, group_file, read_config
 from hpc_router.bench.crew import crew
 from hpc_router.bench.load import Target
@@ -40,7 +41,7 @@ from hpc_router.cluster.router_access import router_access
 from hpc_router.compose import conf_folder
 from hpc_router.errors import ConfigError, suggest
 from hpc_router.frozen import GROUPS
-from hpc_router.provenance import parse_override
+from hpc_router.provenance import Sources, parse_override
 from hpc_router.router.service import raise_file_limit
 from hpc_router.rundir import RunDir, open_run
 from hpc_router.screen import Progress
@@ -81,7 +82,10 @@ def config_of(call: Call) -> BenchConfig:
         if override.is_delete():
             raise ConfigError(f"'{override.input_line}': give a value instead")
         OmegaConf.update(merged, key, override.value(), merge=True, force_add=True)
-    return read_config({str(key): value for key, value in OmegaConf.to_container(merged).items()})  # type: ignore[union-attr]
+    sources = Sources(call.overrides, [(path, "bench")])
+    plain = {key: compose.resolved(merged, key) for key in merged}
+    values = as_written(BenchConfig, plain, lambda key, value: sources.find(("bench", *key), value), at="bench")
+    return read_config(values)
 
 
 def measure_run(run: RunDir, config: BenchConfig, prompts: list[Prompt]) -> int:

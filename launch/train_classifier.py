@@ -15,9 +15,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from hpc_router.as_written import as_written
 from hpc_router.cli import told
 from hpc_router.errors import ConfigError, suggest
-from hpc_router.provenance import parse_override
+from hpc_router.provenance import Sources, parse_override
 from hpc_router.routing.training.train import TrainConfig, train
 from hpc_router.schema import parse
 
@@ -59,7 +60,7 @@ def config_of(words: list[str]) -> TrainConfig:
         if key not in valid:
             raise ConfigError(f"'{key}': not a key of a training{suggest(key, valid)}")
         given[key] = override.value()
-    return parse(TrainConfig, given, at="")
+    return parse(TrainConfig, as_written(TrainConfig, given, Sources(words, ()).find), at="")
 
 
 def main(words: list[str]) -> int:

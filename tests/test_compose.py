@@ -38,9 +38,9 @@ OVERRIDES = [
     # a value that cannot be
     (["router.port=70000"], ["override 'router.port=70000'", "valid: 0 to 65535"]),
     (["router.workers=0"], ["router.workers=0", "1 to 256"]),
-    (["experts.math.replicas=-1"], ["override", "cannot be negative"]),
-    (["experts.math.capacity=0"], ["override", "must be above 0"]),
-    (["cluster.beat_s=0"], ["cluster.beat_s=0", "must be above 0"]),
+    (["experts.math.replicas=-1"], ["override", "valid: 0 to 1024"]),
+    (["experts.math.capacity=0"], ["override", "valid: 1 to 1000000"]),
+    (["cluster.beat_s=0"], ["cluster.beat_s=0", "valid: 0.001 to 3600"]),
     (["policy.kind=nope"], ["policy.kind=nope", "valid: classifier, least_in_flight, model_field, round_robin"]),
     (["policy.fallback=generalst"], ["no expert is named 'generalst'", "'generalist'?"]),
     (["experts.math.engine.kind=vlm"], ["unknown engine 'vlm'", "'vllm'?", "sim, transformers, vllm"]),
@@ -247,3 +247,8 @@ def test_overrides_go_on_top_of_a_frozen_config() -> None:
 def test_equal_deployments_differ_in_nothing() -> None:
     assert differing_keys(load_deployment([]), load_deployment(["topology=sim"])) == []
     assert differing_keys(Deployment(), Deployment(name="x")) == ["name"]
+
+
+def test_a_chosen_file_is_named_and_not_the_choice(tmp_path: Path) -> None:
+    write(tmp_path, "cluster/mine.yaml", "kind: slurm\nwalltime: soon\n")
+    assert refusal(["cluster=mine"], tmp_path).startswith(f"{tmp_path}/cluster/mine.yaml: cluster.walltime=soon")

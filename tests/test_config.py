@@ -1,12 +1,15 @@
 """The schema: conversions, and every refusal named by its key; and what no single dataclass can see."""
 
-from dataclasses import dataclass, field
-from typing import Any
+import math
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, get_args, get_type_hints
 
 import pytest
 
-from hpc_router.checks import check, check_fallback, check_router
+from hpc_router.bench.config import BenchConfig
+from hpc_router.checks import check, check_fallback
 from hpc_router.config import (
+    OPTIONS,
     Deployment,
     EngineConfig,
     ExpertConfig,
@@ -16,7 +19,8 @@ from hpc_router.config import (
     options_of,
 )
 from hpc_router.errors import ConfigError
-from hpc_router.schema import parse
+from hpc_router.routing.training.train import TrainConfig
+from hpc_router.schema import bounded, bounds_of, parse, within
 
 
 @dataclass
@@ -28,11 +32,18 @@ class Leaf:
 
 
 @dataclass
+class Limits:
+    small: int = bounded(3, 0, 10)
+    each: list[float] | None = field(default=None, metadata=within(0.5, 2.5))
+
+
+@dataclass
 class Root:
     name: str = "x"
     leaf: Leaf = field(default_factory=Leaf)
     leaves: dict[str, Leaf] = field(default_factory=dict)
     open: dict[str, Any] = field(default_factory=dict)
+    limits: Limits = field(default_factory=Limits)
 
 
 def test_values_are_converted_where_nothing_is_lost() -> None:
@@ -62,8 +73,13 @@ def test_open_mappings_keep_what_they_are_given() -> None:
         ({"leaves": {"a": 3}}, "leaves.a", "3 is not a mapping"),
         ({"leaves": 3}, "leaves", "3 is not a mapping"),
         ({"leaves": {1: {}}}, "leaves.1", "in quotes"),
-        ({"name": "${nope}"}, "name", "'nope' not found"),
-        ({"name": "???", "leaf": {"number": "${oc.env:HPC_ROUTER_NOPE}"}}, "leaf.number", "HPC_ROUTER_NOPE"),
+        ({"name": "a\udcff"}, "name", "is not valid UTF-8 text"),
+        ({"name": 1.1}, "name", "1.1 is not text"),
+        ({"leaf": {"ratio": float("inf")}}, "leaf.ratio", "not a finite number"),
+        ({"open": {"a": [1, {"b": float("nan")}]}}, "open.a[1].b", "not a finite number"),
+        ({"limits": {"small": 11}}, "limits.small", "limits.small=11: out of range (valid: 0 to 10)"),
+        ({"limits": {"small": 10**400}}, "limits.small", "out of range (valid: 0 to 10)"),
+        ({"limits": {"each": [1, 0.4]}}, "limits.each[1]", "each[1]=0.4: out of range (valid: 0.5 to 2.5)"),
     ],
 )
 @pytest.mark.parametrize("at", ["", "up.here"])
@@ -121,10 +137,10 @@ def test_parallel_sizes_and_gpus_must_agree(expert: ExpertConfig, fits: bool) ->
 
 def test_the_boundaries_are_valid() -> None:
     for port in (0, 65535):
-        check_router(RouterConfig(port=port))
+        check(Deployment(router=RouterConfig(port=port)))
     for port in (-1, 65536):
         with pytest.raises(ConfigError, match=r"router\.port"):
-            check_router(RouterConfig(port=port))
+            check(Deployment(router=RouterConfig(port=port)))
     check(deployment(**{"a" * 63: vllm(gpus=8, tensor_parallel_size=8), "0-_": vllm(gpus=1)}))
     for name in ("a" * 64, "-a", "A", "a.b", "", "ä", "auto", "router"):
         with pytest.raises(ConfigError, match="cannot name an expert"):
@@ -151,3 +167,29 @@ def test_a_fallback_is_an_expert() -> None:
     check_fallback("a", ["a"])
     with pytest.raises(ConfigError, match=r"policy\.fallback: no expert is named 'b' \(valid: a\)"):
         check_fallback("b", ["a"])
+
+
+def schemas(root: type) -> set[type]:
+    """The dataclasses that a config is made of, with those that are its base classes or options."""
+    found = {root}
+    for kind in get_type_hints(root).values():
+        for part in (kind, *get_args(kind), *(inner for each in get_args(kind) for inner in get_args(each))):
+            if is_dataclass(part) and isinstance(part, type):
+                found |= schemas(part)
+    return found
+
+
+@pytest.mark.parametrize("root", [Deployment, BenchConfig, TrainConfig, *OPTIONS.values()])
+def test_every_number_of_every_config_has_a_range(root: type) -> None:
+    """Both ends are finite, and the default lies between them."""
+    for schema in schemas(root):
+        for name, kind in get_type_hints(schema).items():
+            scalars = {kind, *get_args(kind), *(inner for part in get_args(kind) for inner in get_args(part))}
+            if not scalars & {int, float} or bool in scalars or kind == list[int]:
+                continue
+            bounds = bounds_of(schema, name)
+            assert bounds is not None, f"{schema.__name__}.{name}"
+            assert math.isfinite(bounds.low)
+            assert math.isfinite(bounds.high)
+            default = next(item.default for item in fields(schema) if item.name == name)
+            assert default is None or bounds.hold(default), f"{schema.__name__}.{name}"  # type: ignore[arg-type]

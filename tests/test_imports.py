@@ -14,6 +14,7 @@ LAYERS = [
     {"errors"},
     {"environment", "fabric", "files", "walltime"},
     {"auth", "schema", "wire"},
+    {"as_written"},
     {"config"},
     {"adapters", "simulate"},
     {"checks", "compose", "frozen", "job_options", "provenance", "registry", "rundir"},

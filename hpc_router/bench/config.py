@@ -4,13 +4,13 @@ It is no part of a deployment's config: a run is measured, not changed, by these
 cannot say is said by `check`.
 """
 
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from hpc_router.config import DAY_S
 from hpc_router.errors import ConfigError, suggest
-from hpc_router.schema import parse
+from hpc_router.schema import bounded, parse, within
 
 OURS: Final = frozenset({"model", "messages", "stream", "stream_options", "max_tokens"})
 """Fields of a request body that `extra` may not replace."""
@@ -26,30 +26,31 @@ class Lengths:
     """fixed: `mean` always; uniform: `low` to `high`; lognormal: of that mean and sigma, cut to `low` to `high`."""
 
     kind: str = "fixed"
-    mean: float = 64.0
-    sigma: float = 0.5
-    low: int = 1
-    high: int = 4096
+    mean: float = bounded(64.0, 1e-3, 10**6)
+    sigma: float = bounded(0.5, 1e-6, 10)
+    low: int = bounded(1, 1, 10**6)
+    high: int = bounded(4096, 1, 10**6)
 
 
 @dataclass
 class Good:
     """When an answer counts for the goodput: within every limit that is not null."""
 
-    ttft_s: float | None = 1.0
-    tpot_s: float | None = 0.1
-    e2e_s: float | None = None
+    ttft_s: float | None = bounded(1.0, 0, DAY_S)
+    tpot_s: float | None = bounded(0.1, 0, DAY_S)
+    e2e_s: float | None = bounded(None, 0, DAY_S)
 
 
 @dataclass
 class Trust:
     """When figures are no figures."""
 
-    error_share: float = 0.01  # of the measured requests; more failed: invalid
-    load_share: float = 0.9  # of one core that the load generator used or waited for
-    rounds: float = 2.0  # answers per user that the window must have seen on average; open loop: lengths of an answer
-    answers: int = 20  # measured answers, at least
-    late_share: float = 0.05  # of the simulated engines' time by which they lagged behind their model
+    error_share: float = bounded(0.01, 0, 1)  # of the measured requests; more failed: invalid
+    load_share: float = bounded(0.9, 0, 1)  # of one core that the load generator used or waited for
+    # Answers per user that the window must have seen on average; open loop: lengths of an answer.
+    rounds: float = bounded(2.0, 0, 10**6)
+    answers: int = bounded(20, 0, 10**9)  # measured answers, at least
+    late_share: float = bounded(0.05, 0, 1)  # of the simulated engines' time by which they lagged behind their model
 
 
 @dataclass
@@ -57,29 +58,32 @@ class BenchConfig:
     """Closed loop by default: each user sends its next request when the answer to the last one has ended."""
 
     users: list[int] = field(default_factory=lambda: [1, 4])  # one point each, in this order
-    rates: list[float] | None = None  # open loop instead: so many requests per second, Poisson, one point each
+    # Open loop instead: so many requests per second, Poisson, one point each.
+    rates: list[float] | None = field(default=None, metadata=within(1e-6, 10**6))
     trace: str | None = None  # open loop instead: JSON lines with `at_s`, one point
-    connections: int = 2000  # open loop: requests at once; more wait, which their latency shows
-    think_s: float = 0.0  # closed loop: a user's mean pause before its next request
+    # Open loop: requests at once; more wait, which their latency shows.
+    connections: int = bounded(2000, 1, MOST_AT_ONCE)
+    think_s: float = bounded(0.0, 0, DAY_S)  # closed loop: a user's mean pause before its next request
     think: str = "exponential"  # or fixed
-    requests: int | None = None  # measured requests per point; null: all that begin within duration_s
-    duration_s: float | None = None  # null: 30 s, where requests says nothing either
-    warmup_s: float = 2.0  # load without measurement, before each point; users begin spread over it
-    drain_s: float = 120.0  # measured requests may take this long after the window
-    repeats: int = 1  # of each point
+    # Measured requests per point; null: all that begin within duration_s.
+    requests: int | None = bounded(None, 1, 10**9)
+    duration_s: float | None = bounded(None, 1e-3, 7 * DAY_S)  # null: 30 s, where requests says nothing either
+    warmup_s: float = bounded(2.0, 0, DAY_S)  # load without measurement, before each point; users begin spread over it
+    drain_s: float = bounded(120.0, 1e-3, DAY_S)  # measured requests may take this long after the window
+    repeats: int = bounded(1, 1, 1000)  # of each point
     prompts: str | None = None  # JSON lines with `prompt` and `domain`; null: the built-in ones
     input_words: Lengths | None = None  # prompts are repeated or cut to so many words; null: as they are
     output_tokens: Lengths | None = None  # max_tokens of each request; null: `max_tokens`
     model: str = "auto"  # or an expert's name
-    max_tokens: int = 64
+    max_tokens: int = bounded(64, 1, 10**7)
     usage: bool = True  # ask the engine for its token counts; false for engines that refuse the question
     extra: dict[str, Any] = field(default_factory=dict)  # further fields of each request, such as {temperature: 0}
     direct: bool = False  # measure the replicas without the router as well, beside each point
     good: Good = field(default_factory=Good)
     trust: Trust = field(default_factory=Trust)
-    seed: int = 0
-    timeout_s: float = 600.0  # silence on a connection that counts as an error
-    load_jobs: int = 1  # load generators that share the users or the rate
+    seed: int = bounded(0, 0, 2**63 - 1)
+    timeout_s: float = bounded(600.0, 1e-3, DAY_S)  # silence on a connection that counts as an error
+    load_jobs: int = bounded(1, 1, 1000)  # load generators that share the users or the rate
     load_place: str = "here"  # or slurm: a job of its own for each
     load_options: dict[str, Any] = field(default_factory=dict)  # their options of sbatch, {partition: cpu}
     retry: bool = False  # of a sweep: measure again what is there but invalid
@@ -107,15 +111,6 @@ def check(config: BenchConfig) -> None:
             raise _refused("users", config.users, f"whole numbers from 1 to {MOST_AT_ONCE} per load job")
     if config.requests is not None and config.duration_s is not None:
         raise ConfigError("bench.requests and bench.duration_s: give one of them", key="bench.requests")
-    for name in ("requests", "duration_s", "timeout_s", "drain_s", "max_tokens", "repeats", "load_jobs", "connections"):
-        value = getattr(config, name)
-        if value is not None and not 0 < value < math.inf:
-            raise _refused(name, value, "more than 0")
-    for name in ("warmup_s", "think_s"):
-        if not 0 <= getattr(config, name) < math.inf:
-            raise _refused(name, getattr(config, name), "0 or more")
-    if config.connections > MOST_AT_ONCE:
-        raise _refused("connections", config.connections, f"at most {MOST_AT_ONCE}")
     _check_open(config)
     for name, valid in (("think", PAUSES), ("load_place", PLACES)):
         if getattr(config, name) not in valid:
@@ -142,7 +137,7 @@ def _check_open(config: BenchConfig) -> None:
         raise ConfigError(f"bench.requests and bench.{given[0]}: an open loop goes by duration_s", key="bench.requests")
     if config.load_jobs > 1 and config.trace is not None:
         raise ConfigError("bench.trace takes one load job (valid: bench.load_jobs=1)", key="bench.load_jobs")
-    if config.rates is not None and not (config.rates and all(0 < rate < math.inf for rate in config.rates)):
+    if config.rates == []:
         raise _refused("rates", config.rates, "numbers above 0, such as [0.5,2,8]")
 
 
@@ -153,11 +148,8 @@ def _check_lengths(name: str, lengths: Lengths | None) -> None:
         raise ConfigError(
             f"bench.{name}.kind={lengths.kind}: not known{suggest(lengths.kind, KINDS)}", key=f"bench.{name}.kind"
         )
-    if not 1 <= lengths.low <= lengths.high:
+    if lengths.low > lengths.high:
         raise _refused(f"{name}.low", lengths.low, f"1 to bench.{name}.high={lengths.high}")
-    for part in ("mean", "sigma"):
-        if not 0 < getattr(lengths, part) < math.inf:
-            raise _refused(f"{name}.{part}", getattr(lengths, part), "more than 0")
 
 
 def _refused(name: str, value: object, valid: str) -> ConfigError:

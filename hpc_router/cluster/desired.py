@@ -11,9 +11,10 @@ from hpc_router import frozen
 from hpc_router.adapters import host_of, hosts
 from hpc_router.cluster.reconcile import Desired
 from hpc_router.cluster.slots import Observed
-from hpc_router.config import Deployment
+from hpc_router.config import Deployment, ExpertConfig
 from hpc_router.errors import ConfigError, suggest
 from hpc_router.rundir import RunDir
+from hpc_router.schema import bounds_of, check_bounds
 
 
 def deployment_of(run: RunDir) -> Deployment:
@@ -33,7 +34,9 @@ def with_jobs(run: RunDir, name: str) -> str:
 def desired_of(run: RunDir, deployment: Deployment) -> Desired:
     wishes = run.read_desired()
     replicas = {name: expert.replicas for name, expert in hosts(deployment.experts).items()}
-    replicas |= {n: c for n, c in _counts(wishes.get("replicas")).items() if n in replicas}
+    bounds = bounds_of(ExpertConfig, "replicas")
+    assert bounds is not None
+    replicas |= {n: c for n, c in _counts(wishes.get("replicas")).items() if n in replicas and bounds.hold(c)}
     return Desired(
         replicas=replicas,
         router=wishes.get("router") is True,
@@ -75,8 +78,7 @@ def check_counts(deployment: Deployment, counts: Mapping[str, int]) -> None:
         host = host_of(deployment.experts, name)
         if host != name:
             raise ConfigError(f"scale: {name} is an adapter on the engine of {host}; scale that: {host}={count}")
-        if count < 0:
-            raise ConfigError(f"scale: {name}={count} cannot be negative")
+        check_bounds(replace(deployment.experts[name], replicas=count), at=f"experts.{name}")
 
 
 def scaled(deployment: Deployment, desired: Desired) -> Deployment:

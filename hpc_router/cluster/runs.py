@@ -102,10 +102,10 @@ def discard(run: RunDir, *, before: str | None) -> None:
 
 def _new_run(deployment: Deployment) -> tuple[RunDir, bool]:
     """Make it, then claim to be the new `latest`: of two at once with one config, one finds the other's run."""
-    runs = Path(deployment.runs)
+    runs, text = Path(deployment.runs), frozen.to_yaml(deployment)
+    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
     run = make_run(new_run_path(runs, deployment.name))
-    freeze(run, deployment)
-    digest = hashlib.sha256(frozen.to_yaml(deployment).encode()).hexdigest()[:16]
+    create_text(run.config, text)
     claim = run.path.parent / f".new-{digest}"
     while True:
         try:

@@ -1,5 +1,6 @@
 """How many replicas experts have from now on: kept in `desired.json`, carried out by the control loop."""
 
+import re
 from collections.abc import Mapping, Sequence
 
 from hpc_router.cluster import desired
@@ -15,7 +16,7 @@ def parse_counts(words: Sequence[str]) -> dict[str, int]:
     counts: dict[str, int] = {}
     for word in words:
         name, _, count = word.partition("=")
-        if not name or not count.isdecimal():
+        if not name or not re.fullmatch(r"[0-9]{1,9}", count):
             raise ConfigError(f"scale: '{word}' is not EXPERT=N (valid: an expert and a whole number, such as math=3)")
         counts[name] = int(count)
     return counts

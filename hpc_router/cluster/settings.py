@@ -1,41 +1,48 @@
 """Settings of a router that serves: kept in `desired.json`, taken over by the router, without an end to any stream."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
-
 from hpc_router.cluster.desired import deployment_of
+from hpc_router.config import Deployment
 from hpc_router.errors import ConfigError
 from hpc_router.router.settings import KEY, settings_in, with_settings
 from hpc_router.rundir import RunDir
 
 
-def parse_settings(words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """`router.max_in_flight=100` -> the value; `router.max_in_flight=` -> a key to be as in the config again."""
-    values: dict[str, Any] = {}
+def parse_settings(words: Sequence[str]) -> tuple[dict[str, str | None], list[str]]:
+    """`router.max_in_flight=100` -> its text; `router.max_in_flight=` -> a key to be as in the config again."""
+    values: dict[str, str | None] = {}
     back: list[str] = []
     for word in words:
         key, equals, text = word.partition("=")
         if not key or not equals:
             raise ConfigError(f"set: '{word}' is not KEY=VALUE (valid: such as router.max_in_flight=500)")
-        if not text:
+        if text:
+            values[key] = _scalar(text)
+        else:
             back.append(key)
-            continue
-        try:
-            values[key] = OmegaConf.to_container(OmegaConf.create(f"value: {text}"))["value"]  # type: ignore[index, call-overload]
-        except (OmegaConfBaseException, YAMLError) as error:
-            raise ConfigError(f"set: '{word}': the value cannot be read", key=key) from error
     return values, back
 
 
-def change(run: RunDir, values: dict[str, Any], back: Sequence[str]) -> dict[str, Any]:
-    """All settings that differ from the config's now. Raises ConfigError."""
+def _scalar(text: str) -> str | None:
+    """A value as typed; without its quotes, and None for null."""
+    if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
+        return text[1:-1]
+    return None if text.lower() in ("null", "~") else text
+
+
+def change(run: RunDir, values: Mapping[str, Any], back: Sequence[str]) -> dict[str, Any]:
+    """All settings that differ from the config's now, as their fields hold them. Raises ConfigError."""
     wishes = run.read_desired()
-    settings = {k: v for k, v in {**settings_in(wishes), **values}.items() if k not in back}
-    with_settings(deployment_of(run), settings)
+    given = {k: v for k, v in {**settings_in(wishes), **values}.items() if k not in back}
+    changed = with_settings(deployment_of(run), given)
+    settings = {key: _held(changed, key) for key in given}
     run.write_desired({**wishes, KEY: settings})
     run.event("set", settings=settings)
     return settings
+
+
+def _held(deployment: Deployment, key: str) -> Any:
+    section, _, name = key.partition(".")
+    return getattr(getattr(deployment, section), name)

@@ -27,6 +27,7 @@ from hpc_router.routing.training.centres import balanced_centres, centres_of, di
 from hpc_router.routing.training.encoder import Encoder, Progress
 from hpc_router.routing.training.measured import Quality, measure
 from hpc_router.routing.training.rows import Row, distinct, fingerprint, read_corpus, read_rows
+from hpc_router.schema import bounded
 
 METHODS: Final = ("discovered", "exemplars", "measured")
 FEATURES: Final = ("cbtm", "lexical", "distilled")
@@ -46,12 +47,12 @@ class TrainConfig:
     data: str = ""
     method: str = "discovered"
     features: str = "distilled"
-    clusters: int = 16
-    seed: int = 0
+    clusters: int = bounded(16, 1, 10**5)
+    seed: int = bounded(0, 0, 2**32 - 1)
     encoder: str | None = None  # a folder or hub id; features=distilled needs one
     corpus: str | None = None  # further text for the student: JSON lines or a passage a line
     output: str = ""
-    weight: float = 0.0  # measured: how many units of correctness a unit of cost is worth
+    weight: float = bounded(0.0, 0, 1e9)  # measured: how many units of correctness a unit of cost is worth
 
 
 def train(config: TrainConfig, *, progress: Progress) -> Artefact:
