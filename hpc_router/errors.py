@@ -95,3 +95,10 @@ class UpstreamConnectError(UpstreamError):
 
 class UpstreamTimeoutError(UpstreamError):
     """The replica did not send a first byte, or fell silent, for too long."""
+
+
+class UpstreamAbortedError(UpstreamError):
+    """The engine cut the answer and ended it in good form, as vLLM does when it is stopped."""
+
+    def __init__(self) -> None:
+        super().__init__("its engine was stopped and cut the answer")

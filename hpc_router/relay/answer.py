@@ -3,17 +3,26 @@
 Nothing is sent before the first body byte has come from upstream, and a non-streaming answer is held until it is
 complete, so until then a failure can go elsewhere. Once committed, only whole events follow, with a comment between
 them where the stream pauses, and a failure ends the stream with an error event (a stream) or with a broken connection
-(a long answer that was not held); never silently.
+(a long answer that was not held, or a stream without events); never silently.
 """
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
 from hpc_router.errors import UpstreamError
+from hpc_router.relay.aborted import Ending, Unheld
 from hpc_router.relay.downstream import SHORT_BYTES, DownstreamGoneError, Request, Response
-from hpc_router.relay.exchange import CHUNK_END, CHUNK_ENDS, Passage, UpstreamResponse
-from hpc_router.relay.sse import CONTENT_TYPE, EVENT_ENDS, PING, EventSplitter, EventTooLargeError
+from hpc_router.relay.exchange import CHUNK_END, Passage, UpstreamResponse
+from hpc_router.relay.sse import (
+    CONTENT_TYPE,
+    EVENT_ENDS,
+    PING,
+    EventSplitter,
+    EventTooLargeError,
+    UnfinishedEventError,
+)
 
 _EVENT_CHUNK_ENDS: Final = tuple(end + CHUNK_END for end in EVENT_ENDS)
 
@@ -29,13 +38,19 @@ class Answering:
 
 
 class Answer:
-    """The answer to `request`. `response` is what its handler returns in the end."""
+    """The answer to `request`. `response` is what its handler returns in the end.
 
-    __slots__ = ("_limits", "_request", "_streaming_events", "response", "status")
+    `ending`: of the API that it belongs to. `stream`: the request asks for one, so a body without a length is passed on
+    as it comes, whatever its content type.
+    """
 
-    def __init__(self, request: Request, limits: Answering) -> None:
+    __slots__ = ("_ending", "_limits", "_request", "_stream", "_streaming_events", "response", "status")
+
+    def __init__(self, request: Request, limits: Answering, ending: type[Ending], *, stream: bool) -> None:
         self._request = request
         self._limits = limits
+        self._ending = ending
+        self._stream = stream
         self._streaming_events = False
         self.status = 0
         self.response: Response | None = None
@@ -45,11 +60,11 @@ class Answer:
         return self.response is not None or self._request.begun
 
     async def pass_on(self, upstream: UpstreamResponse, head: bytes) -> None:
-        """The whole of it. Raises what `UpstreamResponse.flow` raises, and DownstreamGoneError."""
+        """The whole of it. Raises what `UpstreamResponse.flow` raises, UpstreamAbortedError and DownstreamGoneError."""
         self.status = upstream.status
         if upstream.content_type == CONTENT_TYPE:
             self._streaming_events = True
-            events = _Events(self._request, self.status, head, self._limits)
+            events = _Events(self._request, self.status, head, self._limits, self._ending())
             try:
                 await upstream.flow(events)
                 await events.end()
@@ -58,12 +73,17 @@ class Answer:
             return
         whole = upstream.whole
         if whole is not None and len(whole) <= SHORT_BYTES:
+            self._ending().check_whole(whole)
             self.response = Response(self.status, head, whole)
             return
-        body = _Held(self._request, self.status, head, self._limits)
+        passes = self._stream and upstream.length is None and 200 <= self.status < 300
+        body = _Held(
+            self._request, self.status, head, self._limits, hold_bytes=0 if passes else self._limits.hold_bytes
+        )
         await upstream.flow(body)
         if self._request.begun:
             return
+        self._ending().check_whole(body.held)
         if len(body.held) <= SHORT_BYTES:
             self.response = Response(self.status, head, bytes(body.held))
         else:  # the client's place is held until it has taken most of it
@@ -81,27 +101,32 @@ class Answer:
 class _Held:
     """A sink that holds up to `hold_bytes` bytes; more than that commits the answer."""
 
-    def __init__(self, request: Request, status: int, head: bytes, limits: Answering) -> None:
+    def __init__(self, request: Request, status: int, head: bytes, limits: Answering, *, hold_bytes: int) -> None:
         self._request = request
         self._head = status, head
         self._limits = limits
+        self._hold_bytes = hold_bytes
+        self._unheld = Unheld()
         self.held = bytearray()
         self.length: int | None = None  # once all of it is held
 
     def take(self, data: bytes) -> bool:
         if self._request.begun:
+            self._unheld.check(data)
             return self._request.write(data)
         self.held += data
-        return len(self.held) <= self._limits.hold_bytes
+        return len(self.held) <= self._hold_bytes
 
-    def passage(self) -> Passage | None:
-        write = self._request.write_chunk if self._request.begun else None
-        return None if write is None else Passage(write, CHUNK_ENDS)
+    def passage(self) -> None:
+        """None: what is passed on unheld is looked at, without the framing of chunks in between."""
 
     async def make_room(self) -> None:
         if not self._request.begun:
+            held = bytes(self.held)
+            if self.length is None:
+                self._unheld.check(held)
             await self._request.begin(*self._head, length=self.length)
-            self._request.write(bytes(self.held))
+            self._request.write(held)
             self.held.clear()
         await self._request.drain(limit_s=self._limits.write_s)
 
@@ -109,14 +134,17 @@ class _Held:
 class _Events:
     """A sink that lets whole events through only. The first of them commits the answer."""
 
-    def __init__(self, request: Request, status: int, head: bytes, limits: Answering) -> None:
+    def __init__(self, request: Request, status: int, head: bytes, limits: Answering, ending: Ending) -> None:
         self._request = request
         self._head = status, head
         self._limits = limits
+        self._ending = ending
+        self._mark = ending.event_mark
         self._splitter = EventSplitter()
         self._first = b""  # what has come before the answer is begun
         self._begun = False
         self._passage: Passage | None = None
+        self._write_chunk: Callable[[bytes], bool] | None = None
         self._alarm: asyncio.TimerHandle | None = None
 
     def take(self, data: bytes) -> bool:
@@ -126,6 +154,8 @@ class _Events:
             raise UpstreamError(str(error)) from error
         if not events:
             return True
+        if self._mark in events:
+            self._ending.check_events(events)
         if self._begun:
             return self._request.write(events)
         self._first += events
@@ -142,10 +172,24 @@ class _Events:
         self._set_alarm()
 
     async def end(self) -> None:
-        if self._splitter.tail:
-            raise UpstreamError("the replica's stream ended inside an event")
+        """The upstream's body has ended as it should."""
+        try:
+            last = self._splitter.end()
+        except UnfinishedEventError as error:
+            raise UpstreamError(f"the replica's stream is cut: {error}") from error
+        self._ending.check_events(last)
         if not self._begun:
+            self._first += last
             await self._begin()
+        elif last:
+            self._request.write(last)
+
+    def _pass(self, chunk: bytes) -> bool:
+        """`chunk`: whole events in one chunk of HTTP/1.1, whose framing is no field of an event."""
+        if self._mark in chunk:
+            self._ending.check_events(chunk)
+        assert self._write_chunk is not None
+        return self._write_chunk(chunk)
 
     def stop_pings(self) -> None:
         if self._alarm is not None:
@@ -154,8 +198,8 @@ class _Events:
     async def _begin(self) -> None:
         await self._request.begin(*self._head, length=None)
         self._begun = True
-        write = self._request.write_chunk
-        self._passage = None if write is None else Passage(write, _EVENT_CHUNK_ENDS)
+        self._write_chunk = self._request.write_chunk
+        self._passage = None if self._write_chunk is None else Passage(self._pass, _EVENT_CHUNK_ENDS)
         if self._first:
             self._request.write(self._first)
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from hpc_router import wire
-from hpc_router.relay import sse
+from hpc_router.relay import aborted, sse
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,11 +27,12 @@ class Fault:
 
 @dataclass(frozen=True, slots=True)
 class Dialect:
-    """`conversation`: the field of a body that is read first."""
+    """`conversation`: the field of a body that is read first. `ending`: how an answer says that it was cut."""
 
     conversation: str
     body: Callable[[Fault], dict[str, Any]]
     event: Callable[[Fault], bytes]
+    ending: type[aborted.Ending]
 
 
 def dialect_of(path: str) -> Dialect:
@@ -82,11 +83,11 @@ def _named_event(data: dict[str, Any]) -> bytes:
     return b"event: error\ndata: " + json.dumps(data).encode() + b"\n\n"
 
 
-_ANTHROPIC: Final = Dialect("messages", _anthropic_body, _anthropic_event)
+_ANTHROPIC: Final = Dialect("messages", _anthropic_body, _anthropic_event, aborted.Message)
 _DIALECTS: Final[Mapping[str, Dialect]] = {
-    wire.CHAT: Dialect("messages", _openai_body, _openai_event),
-    wire.COMPLETIONS: Dialect("prompt", _openai_body, _openai_event),
-    wire.EMBEDDINGS: Dialect("input", _openai_body, _openai_event),
-    wire.RESPONSES: Dialect("input", _openai_body, _responses_event),
+    wire.CHAT: Dialect("messages", _openai_body, _openai_event, aborted.Choices),
+    wire.COMPLETIONS: Dialect("prompt", _openai_body, _openai_event, aborted.Choices),
+    wire.EMBEDDINGS: Dialect("input", _openai_body, _openai_event, aborted.Choices),
+    wire.RESPONSES: Dialect("input", _openai_body, _responses_event, aborted.Response),
     wire.MESSAGES: _ANTHROPIC,
 }

@@ -291,6 +291,7 @@ class Gateway:
         if type(call.fields.get("stream")) not in _YES_NO:
             raise BadRequestError("'stream' must be true or false", param="stream")
         target = f"{path}?{request.query}" if request.query else path
+        dialect = dialect_of(path)
         session = None
         if path == wire.RESPONSES:
             session = session_id(request.headers)
@@ -298,24 +299,24 @@ class Gateway:
             if continued is not None:
                 turn, replica = continued
                 reason = turn.reason if model == "auto" else Reason.NAMED
-                return Errand(request, target, request_id, call, (turn.expert,), reason, started, only=replica)
+                return Errand(request, target, dialect, request_id, call, (turn.expert,), reason, started, only=replica)
         if model != "auto":
             if model not in self.deployment.experts and not self.table.of(model):
                 raise self._unknown(model)
             experts: tuple[str, ...] = (model,)
             reason = _NAMED
         else:
-            experts, reason = self._chosen(path, call)
+            experts, reason = self._chosen(path, call, first=dialect.conversation)
         on_answer = None if session is None else partial(self.link.sessions.answered, session)
-        return Errand(request, target, request_id, call, experts, reason, started, on_answer=on_answer)
+        return Errand(request, target, dialect, request_id, call, experts, reason, started, on_answer=on_answer)
 
-    def _chosen(self, path: str, call: ApiCall) -> tuple[tuple[str, ...], Reason]:
+    def _chosen(self, path: str, call: ApiCall, *, first: str) -> tuple[tuple[str, ...], Reason]:
         """By the policy: the experts to try in turn, and why the first of them."""
         if path == wire.EMBEDDINGS:
             raise BadRequestError(
                 "'auto' cannot embed: the vector spaces of experts differ, so name one", param="model"
             )
-        decision = self._decide(self._prompt(call, first=dialect_of(path).conversation))
+        decision = self._decide(self._prompt(call, first=first))
         experts = self.policy.order(decision)
         if not experts:
             raise UnknownModelError(

@@ -18,11 +18,17 @@ from typing import Final, Protocol
 
 from hpc_router import wire
 from hpc_router.config import RouterConfig
-from hpc_router.errors import OverloadedError, UnavailableError, UpstreamConnectError, UpstreamError
+from hpc_router.errors import (
+    OverloadedError,
+    UnavailableError,
+    UpstreamAbortedError,
+    UpstreamConnectError,
+    UpstreamError,
+)
 from hpc_router.registry import Kind
 from hpc_router.relay.answer import Answer, Answering
-from hpc_router.relay.dialects import Fault, dialect_of
-from hpc_router.relay.downstream import DownstreamGoneError, Request, Response
+from hpc_router.relay.dialects import Dialect, Fault
+from hpc_router.relay.downstream import DownstreamGoneError, Request, Response, json_response
 from hpc_router.relay.exchange import Started, Upstream, UpstreamResponse
 from hpc_router.relay.headers import NOT_DOWNSTREAM, NOT_UPSTREAM, REQUEST_ID, Headers, crossing
 from hpc_router.router.balance import KEY_CHARS, slot_of
@@ -59,6 +65,7 @@ class Errand:
 
     request: Request
     target: str
+    dialect: Dialect
     request_id: str
     call: ApiCall
     experts: tuple[str, ...]
@@ -223,7 +230,8 @@ class Dispatcher:
     ) -> Answered:
         replica, expert = hold.replica, hold.expert
         reason = errand.reason_at(expert)
-        answer = Answer(errand.request, self.answering)
+        stream = errand.call.fields.get("stream") is True
+        answer = Answer(errand.request, self.answering, errand.dialect.ending, stream=stream)
         errand.phase = "before_first_byte"
 
         try:
@@ -242,6 +250,10 @@ class Dispatcher:
         except UpstreamError as error:
             if not answer.committed:
                 self._note_failure(errand, replica, error)
+                if isinstance(error, UpstreamAbortedError):  # the next attempt may cost as much again
+                    response = json_response(errand.dialect.body(_fault(replica, error)), status=502)
+                    response.add(wire.REQUEST_ID_HEADER, errand.request_id)
+                    errand.refusal = Answered(502, expert, reason, response)
                 raise _TryElsewhereError from error
             await self._break_off(errand, expert, replica, answer, error)
         return Answered(answer.status, expert, reason, answer.response)
@@ -285,10 +297,8 @@ class Dispatcher:
         logger.warning("%s: %s failed in the midst of its answer: %s", errand.request_id, replica.name, error)
         self.metrics.broken.add(expert)
         self.witness.look_again(replica)
-        message = f"{replica.name} failed before it had finished: {error}"
         try:
-            fault = Fault(502, "upstream_error", "replica_failed", message)
-            await answer.break_off(dialect_of(errand.target.partition("?")[0]).event(fault))
+            await answer.break_off(errand.dialect.event(_fault(replica, error)))
         except DownstreamGoneError:
             self.metrics.cancelled.add("streaming")
 
@@ -318,6 +328,11 @@ class Dispatcher:
         wanted, asked = replica.model_for(expert), call.fields["model"]
         aliased = replica.record.kind is Kind.EXPERT and len(replica.record.serves) == 1 and asked in replica.models
         return call.raw if wanted is None or asked == wanted or aliased else call.body(wanted)
+
+
+def _fault(replica: Replica, error: UpstreamError) -> Fault:
+    message = f"{replica.name} failed before it had finished: {error}"
+    return Fault(502, "upstream_error", "replica_failed", message)
 
 
 @lru_cache(maxsize=1024)

@@ -66,9 +66,11 @@ class ExpressWork(Work, Asker):
         self.leave()
 
     def on_answer(self, status: int, headers: Headers, body: bytes) -> bool:
+        errand, hold, dispatcher = self._errand, self._hold, self._dispatcher
         if status in JUDGED or headers.content_type == CONTENT_TYPE or len(body) > SHORT_BYTES:
             return False
-        errand, hold, dispatcher = self._errand, self._hold, self._dispatcher
+        if errand.dialect.ending.may_be_aborted(body):
+            return False
         request = errand.request
         request.begun_work = None  # or the two would wait for the garbage collector
         if self._in_flight.closing:

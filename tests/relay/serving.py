@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
+from hpc_router import wire
 from hpc_router.errors import UpstreamError
 from hpc_router.relay.answer import Answer, Answering
+from hpc_router.relay.dialects import dialect_of
 from hpc_router.relay.downstream import DownstreamGoneError, Handler, Request, Response
 from hpc_router.relay.exchange import Limits
 from hpc_router.relay.headers import NOT_DOWNSTREAM, crossing
@@ -132,10 +134,12 @@ async def relayed(
     hold_bytes: int = 2**20,
     limits: Limits = PATIENT,
     reads_bodies: bool = True,
+    stream: bool = False,
+    path: str = wire.CHAT,
 ) -> AsyncIterator[Relayed]:
     async def handler(request: Request) -> Response | None:
         made.begun += 1
-        answer = Answer(request, Answering(hold_bytes, write_s, ping_s))
+        answer = Answer(request, Answering(hold_bytes, write_s, ping_s), dialect_of(path).ending, stream=stream)
         try:
             body = await request.read() if request.method == "POST" else None
             async with client.request(request.method, made.upstream.address, request.target, body=body) as upstream:

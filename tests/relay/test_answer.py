@@ -1,6 +1,7 @@
 """A response's body straight into the client's connection, seen from the client's side of the socket."""
 
 import asyncio
+from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
@@ -16,7 +17,8 @@ from tests.waiting import eventually
 
 PIECE = b"x" * 2**16
 GONE = (["the client reads no more"], ["cancelled"])
-EVENTS = head(CHUNKED, b"content-type: " + CONTENT_TYPE)
+TYPE = b"content-type: " + CONTENT_TYPE
+EVENTS = head(CHUNKED, TYPE)
 
 
 def chunk(data: bytes) -> bytes:
@@ -142,6 +144,80 @@ async def test_a_failure_after_the_beginning_shows(relay: Relay, answer: Answer,
         else:
             assert not (await client.rest()).endswith(b"0\r\n\r\n")
         await eventually(lambda: at.ends == ["UpstreamError"])
+
+
+COMPLETE = {
+    "[DONE] and LF": b"data: [DONE]\n",
+    "[DONE] and CRLF": b"data: [DONE]\r\n",
+    "[DONE] and CR": b"data: [DONE]\r",
+    "[DONE] alone": b"data: [DONE]",
+    "a chunk": b'data: {"choices": []}\n',
+    "a named event": b'event: message_stop\ndata: {"type": "message_stop"}\n',
+}
+FRAMINGS = {
+    "chunked": lambda body: [EVENTS, *map(chunk, body), b"0\r\n\r\n"],
+    "sized": lambda body: [head(b"content-length: %d" % len(b"".join(body)), TYPE), *body],
+    "until the close": lambda body: [head(TYPE), *body, End.CLOSE],
+}
+
+
+@pytest.mark.parametrize("framing", FRAMINGS.values(), ids=FRAMINGS)
+@pytest.mark.parametrize("first", [b"data: a\n\n", b""], ids=["after another", "alone"])
+@pytest.mark.parametrize("last", COMPLETE.values(), ids=COMPLETE)
+async def test_a_last_event_without_its_blank_line_is_complete_at_a_clean_end(
+    relay: Relay, framing: Callable[[list[bytes]], Answer], first: bytes, last: bytes
+) -> None:
+    """The blank line is added: readers drop an event that lacks it."""
+    body = [first, last] if first else [last]
+    async with relayed(relay, framing(body)) as at, Client(at.port) as client:
+        await client.get("Connection: close", version="1.0")
+        received = await client.head() + await client.rest()
+        assert received.split(b" ", 2)[1] == b"200"
+        whole = received.partition(b"\r\n\r\n")[2]
+        assert whole.rstrip(b"\r\n") == (first + last).rstrip(b"\r\n")
+        assert whole.endswith((b"\n\n", b"\n\r\n", b"\r\r"))
+        assert at.ends == ["complete"]
+
+
+@pytest.mark.parametrize("last", [b'data: {"choices": [', b"data: [DON", b"event: message_stop\n"])
+async def test_a_cut_last_event_is_an_error_at_a_clean_end(relay: Relay, last: bytes) -> None:
+    answer: Answer = [EVENTS, chunk(b"data: a\n\n"), chunk(last), b"0\r\n\r\n"]
+    async with relayed(relay, answer) as at, Client(at.port) as client:
+        await client.get()
+        await client.head()
+        assert await client.until(b"0\r\n\r\n") == chunk(b"data: a\n\n") + chunk(b"event: error\n\n") + b"0\r\n\r\n"
+        assert at.ends == ["UpstreamError"]
+
+
+@pytest.mark.parametrize("field", [b"content-type: application/json", b"content-type: text/plain", b"x-nothing: 1"])
+async def test_a_stream_passes_as_it_comes_whatever_its_type(relay: Relay, field: bytes) -> None:
+    """The first piece is there while the upstream waits with the second; a failure breaks the connection."""
+    answer: Answer = [head(CHUNKED, field), chunk(b"one"), End.PAUSE, chunk(b"two"), End.PAUSE, End.RESET]
+    async with relayed(relay, answer, stream=True) as at, Client(at.port) as client:
+        await client.get()
+        assert b"\r\ntransfer-encoding: chunked\r\n" in await client.head()
+        for piece in (b"one", b"two"):
+            assert await client.until(chunk(piece)) == chunk(piece)
+            at.upstream.go_on.release()
+        assert await client.rest() == b""
+        await eventually(lambda: at.ends == ["UpstreamError"])
+
+
+@pytest.mark.parametrize(
+    ("stream", "begun"),
+    [
+        (False, head(CHUNKED)),
+        (True, head(b"content-length: 6")),
+        (True, head(CHUNKED, status=b"400 Bad Request")),
+    ],
+    ids=["not asked for", "of a known length", "an error"],
+)
+async def test_what_is_no_stream_is_held(relay: Relay, stream: bool, begun: bytes) -> None:
+    """So its failure can still be answered."""
+    pieces = [chunk(b"one"), chunk(b"two")] if CHUNKED in begun else [b"one"]
+    async with relayed(relay, [begun, *pieces, End.RESET], stream=stream) as at, Client(at.port) as client:
+        await client.get()
+        assert await client.status() == 502
 
 
 async def test_what_fails_before_the_beginning_can_still_be_answered(relay: Relay) -> None:

@@ -1,0 +1,124 @@
+"""Finds the answer that an engine has cut and ended in good form, so that it is not taken for a complete one.
+
+vLLM ends running answers so when it is stopped. Nobody asked for that: a client that asks has left, and gets no answer.
+What says so depends on the API: a choice's `finish_reason` is `abort`; a response's `status` is `cancelled`; a message
+ends without a `stop_reason`. A piece of an answer is only searched for a few bytes, and JSON is decoded where they are
+found. The quotes within these bytes cannot occur inside a JSON string, where they are escaped.
+"""
+
+import json
+import re
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar, Final
+
+from hpc_router.errors import UpstreamAbortedError
+from hpc_router.relay.sse import payloads
+
+_ABORT: Final = b'"abort"'
+_FINISHED_SO: Final = re.compile(rb'"finish_reason"\s*:\s*"abort"')
+_BORDER: Final = 64
+"""Bytes that are kept from one piece of a body for the next; the pattern above is shorter in any real answer."""
+
+
+class Ending(ABC):
+    """How the answers of one API end. `event_mark`: without these bytes an event says nothing of the end. One per
+    stream, since an end may take several events."""
+
+    event_mark: ClassVar[bytes]
+
+    @staticmethod
+    @abstractmethod
+    def may_be_aborted(body: bytes | bytearray) -> bool:
+        """False: this whole answer was not aborted. A search for bytes."""
+
+    @abstractmethod
+    def is_abort(self, value: dict[str, Any]) -> bool:
+        """Whether this event, or this whole answer, says so."""
+
+    def check_events(self, events: bytes) -> None:
+        """Whole events, in order, of which one has the mark. Raises UpstreamAbortedError."""
+        for data in payloads(events):
+            if self.event_mark in data:
+                self._check(data)
+
+    def check_whole(self, body: bytes | bytearray) -> None:
+        """Raises UpstreamAbortedError."""
+        if self.may_be_aborted(body):
+            self._check(body)
+
+    def _check(self, data: bytes | bytearray) -> None:
+        try:
+            value = json.loads(data)
+        except (ValueError, RecursionError):
+            return
+        if isinstance(value, dict) and self.is_abort(value):
+            raise UpstreamAbortedError
+
+
+class Choices(Ending):
+    """Chat and text completions, and whatever else has choices."""
+
+    event_mark = _ABORT
+
+    @staticmethod
+    def may_be_aborted(body: bytes | bytearray) -> bool:
+        return _ABORT in body
+
+    def is_abort(self, value: dict[str, Any]) -> bool:
+        choices = value.get("choices")
+        return isinstance(choices, list) and any(
+            isinstance(choice, dict) and choice.get("finish_reason") == "abort" for choice in choices
+        )
+
+
+class Response(Ending):
+    """`/v1/responses`."""
+
+    event_mark = b'"cancelled"'
+
+    @staticmethod
+    def may_be_aborted(body: bytes | bytearray) -> bool:
+        return b'"cancelled"' in body
+
+    def is_abort(self, value: dict[str, Any]) -> bool:
+        response = value.get("response", value)
+        return isinstance(response, dict) and response.get("status") == "cancelled"
+
+
+class Message(Ending):
+    """`/v1/messages`. In a stream `message_delta` events bring the reason, and `message_stop` is the end."""
+
+    event_mark = b'"message_'
+
+    def __init__(self) -> None:
+        self._reason: object = ""  # None: a null was sent for it
+
+    @staticmethod
+    def may_be_aborted(body: bytes | bytearray) -> bool:
+        return b'"stop_reason":null' in body or b'"stop_reason": null' in body
+
+    def is_abort(self, value: dict[str, Any]) -> bool:
+        match value:
+            case {"type": "message_delta", "delta": {"stop_reason": reason}}:
+                self._reason = self._reason or reason
+            case {"type": "message_stop"}:
+                return self._reason is None
+            case {"type": "message"}:
+                return value.get("stop_reason", "") is None
+        return False
+
+
+class Unheld:
+    """A body that is passed on as it comes, in a form that is not known: only what a choice says is looked for."""
+
+    __slots__ = ("_border",)
+
+    def __init__(self) -> None:
+        self._border = b""
+
+    def check(self, data: bytes) -> None:
+        """The next piece. Raises UpstreamAbortedError."""
+        border = self._border + data[:_BORDER]
+        if (_ABORT in data and _FINISHED_SO.search(data)) or (_ABORT in border and _FINISHED_SO.search(border)):
+            raise UpstreamAbortedError
+        self._border = (border if len(data) < _BORDER else data)[-_BORDER:]
