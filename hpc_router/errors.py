@@ -90,7 +90,10 @@ class UpstreamError(RoutingError):
 
 
 class UpstreamConnectError(UpstreamError):
-    """Nobody listens at the replica's address, or a stranger does."""
+    """Nobody listens at the replica's address, or a stranger does. `sent`: over an earlier connection, which broke, the
+    request had been sent, so it may have been begun."""
+
+    sent = False
 
 
 class UpstreamTimeoutError(UpstreamError):

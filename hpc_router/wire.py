@@ -26,7 +26,8 @@ GENERATE_PATHS: Final = (CHAT, COMPLETIONS, EMBEDDINGS, RESPONSES, MESSAGES)
 
 DRAINING_HEADER: Final = "x-hpc-router-draining"
 STARTING_HEADER: Final = "x-hpc-router-starting"
-"""On an agent's 503: its engine does not answer yet, or again."""
+"""On an agent's 503: its engine does not answer yet, or again, and nothing was begun. On its 502: the engine had the
+request, and went away before the first byte of its answer."""
 REQUEST_ID_HEADER: Final = "x-request-id"
 SESSION_HEADER: Final = "x-session-id"
 

@@ -253,6 +253,7 @@ class Agent:
             restarts=Restarts(config.max_restarts),
             startup_timeout_s=config.startup_timeout_s,
             progress=lambda: gate.progress,
+            engine_lost=gate.engine_lost,
         )
 
     def _record(self, sock: socket.socket, *, version: str | None) -> Record:

@@ -5,6 +5,7 @@ replica is ready; otherwise the answer says whether it is starting or draining. 
 The router keeps replicas to their capacity; the gate refuses beyond `HEADROOM` times that, for callers that don't.
 """
 
+import asyncio
 import json
 import logging
 import math
@@ -14,7 +15,7 @@ from typing import Final
 
 from hpc_router import wire
 from hpc_router.auth import bearer, challenge_answer, same
-from hpc_router.errors import BadRequestError, BodyTooLargeError, UpstreamError
+from hpc_router.errors import BadRequestError, BodyTooLargeError, UpstreamConnectError, UpstreamError
 from hpc_router.expert.passthrough import Passing, pass_through
 from hpc_router.registry import State
 from hpc_router.relay.downstream import Handler, Request, Response, Work, error_response, json_response
@@ -33,7 +34,9 @@ _STATE_HEADERS: Final = {State.STARTING: wire.STARTING_HEADER, State.DRAINING: w
 class Gate:
     """`state` and `models` are set by the agent; `on_drain` is called for `POST /drain`. `progress` counts the pieces
     of answers that the engine sent, `cut` the answers that it did not give or not finish. Where it has more ranks,
-    `on_rank` is called for their reports, with `rank_token`; it raises ValueError."""
+    `on_rank` is called for their reports, with `rank_token`; it raises ValueError. `engine_lost` is set when the engine
+    refuses a connection or drops a request; while it is set, a ready replica counts as starting. The supervisor clears
+    it once the engine answers."""
 
     replica: str
     key: str
@@ -47,6 +50,7 @@ class Gate:
     in_flight: InFlight = field(default_factory=InFlight)
     progress: int = 0
     cut: int = 0
+    engine_lost: asyncio.Event = field(default_factory=asyncio.Event)
     on_rank: Callable[[wire.RankReport], wire.RankOrder] | None = None
     rank_token: str | None = None
     _routes: Mapping[tuple[str, str], Handler] = field(init=False)
@@ -124,13 +128,17 @@ class Gate:
         return known
 
     @property
+    def _shown_state(self) -> State:
+        return State.STARTING if self.state is State.READY and self.engine_lost.is_set() else self.state
+
+    @property
     def _full(self) -> bool:
         return self.in_flight.count >= math.ceil(self.capacity * HEADROOM)
 
     def _health(self, request: Request) -> Response:
         challenge = wire.challenge_in(request.query)[:LONGEST_CHALLENGE]
         answer = challenge_answer(self.key, challenge) if challenge else None
-        health = wire.Health(self.replica, self.state.value, self.in_flight.count, self.models, answer)
+        health = wire.Health(self.replica, self._shown_state.value, self.in_flight.count, self.models, answer)
         return json_response(asdict(health))
 
     async def _drain(self, request: Request) -> Response:
@@ -151,36 +159,49 @@ class Gate:
         return json_response({"object": "list", "data": cards})
 
     async def _pass(self, request: Request, *, started: Started | None = None) -> Response | None:
-        """To the engine, whatever the state: metrics of a draining engine are of interest."""
+        """To the engine, whatever the state: metrics of a draining engine are of interest.
+
+        Without a connection nothing was begun, so the answer is the same 503 as while the engine starts. A request that
+        was sent and lost is a 502, and says too that the engine has to be waited for.
+        """
         try:
             return await pass_through(request, self.client, heard=self._heard, started=started)
         except UpstreamError as error:
+            self.engine_lost.set()
+            if isinstance(error, UpstreamConnectError) and not error.sent:
+                return self._refuse(request, State.STARTING)
             self.cut += request.path in wire.GENERATE_PATHS
             if request.begun:
                 return None
-            return error_response(
+            response = error_response(
                 502,
                 kind="upstream_error",
                 code="engine_unavailable",
                 message=f"no answer from the engine: {error}",
                 path=request.path,
             )
+            response.add(wire.STARTING_HEADER, "1")
+            return response
 
     def _heard(self) -> None:
         self.progress += 1
 
+    def _refuse(self, request: Request, state: State) -> Response:
+        """A replica in this state takes no request."""
+        response = error_response(
+            503,
+            kind="service_unavailable",
+            code=state.value,
+            message=f"{self.replica} is {state.value}",
+            path=request.path,
+        )
+        response.add(_STATE_HEADERS[state], "1")
+        response.add("retry-after", str(RETRY_AFTER_S[state]))
+        return response
+
     async def _generate(self, request: Request) -> Response | None:
-        if self.state is not State.READY:
-            response = error_response(
-                503,
-                kind="service_unavailable",
-                code=self.state.value,
-                message=f"{self.replica} is {self.state.value}",
-                path=request.path,
-            )
-            response.add(_STATE_HEADERS[self.state], "1")
-            response.add("retry-after", str(RETRY_AFTER_S[self.state]))
-            return response
+        if (state := self._shown_state) is not State.READY:
+            return self._refuse(request, state)
         if self._full:
             response = error_response(
                 429,

@@ -10,7 +10,7 @@ import logging
 import random
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, Protocol
 
 from hpc_router.errors import UpstreamError
@@ -42,7 +42,8 @@ class Observer(Protocol):
 
 @dataclass(slots=True)
 class Supervisor:
-    """`progress`: a number that changes while answers come, for an engine may be too busy to say that it is ready."""
+    """`progress`: a number that changes while answers come, for an engine may be too busy to say that it is ready.
+    `engine_lost`: set by the gate when the engine did not take a request; cleared here when the engine answers."""
 
     engine: Engine
     attempts: Attempts
@@ -52,6 +53,7 @@ class Supervisor:
     restarts: Restarts
     startup_timeout_s: float
     progress: Callable[[], int] = lambda: 0
+    engine_lost: asyncio.Event = field(default_factory=asyncio.Event)
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
     chance: Callable[[], float] = random.random
     clock: Callable[[], float] = time.monotonic
@@ -70,6 +72,7 @@ class Supervisor:
                 failure = await self._until_ready(process)
                 if failure is None:
                     ready_at = self.clock()
+                    self.engine_lost.clear()
                     self.observer.moved(Phase.READY, engine_pid=process.pid)
                     logger.info("engine ready")
                     failure = await self._until_end_or_hung(process)
@@ -135,9 +138,10 @@ class Supervisor:
         async with asyncio.TaskGroup() as group:
             end = group.create_task(self._until_end(process))
             hung = group.create_task(self._until_hung())
+            finding = group.create_task(self._find_again())
             await asyncio.wait({end, hung}, return_when=asyncio.FIRST_COMPLETED)
-            end.cancel()
-            hung.cancel()
+            for task in (end, hung, finding):
+                task.cancel()
         return hung.result() if end.cancelled() else end.result()
 
     async def _until_hung(self) -> Failure:
@@ -149,6 +153,15 @@ class Supervisor:
             misses = 0 if alive or now != before else misses + 1
             before = now
         return Failure(Reason.TIMEOUT, f"the engine stopped answering: {misses} checks in a row failed")
+
+    async def _find_again(self) -> None:
+        """Clear `engine_lost` as soon as the engine answers; never ends."""
+        while True:
+            await self.engine_lost.wait()
+            if await self._says_ready(timeout_s=POLL_TIMEOUT_S):
+                self.engine_lost.clear()
+            else:
+                await asyncio.sleep(POLL_S)
 
     async def _says_ready(self, *, timeout_s: float) -> bool:
         try:

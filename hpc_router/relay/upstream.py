@@ -88,7 +88,12 @@ class UpstreamClient:
             except UpstreamError:
                 if not kept.unanswered or kept.patience.spent or kept.asked_s() > STALE_S:
                     raise
-        return await self._ask(await self.connected(call.address, watch=call.watch), call)
+        try:
+            connection = await self.connected(call.address, watch=call.watch)
+        except UpstreamConnectError as error:
+            error.sent = kept is not None
+            raise
+        return await self._ask(connection, call)
 
     async def _ask(self, connection: Connection, call: "_Exchange", *, sent: bool = False) -> Connection:
         try:

@@ -46,9 +46,13 @@ logger = logging.getLogger(__name__)
 MAX_ATTEMPTS: Final = 6
 RETRY_AFTER_S: Final = 2.0
 _BUSY: Final = 429
+_LOST: Final = 502
+"""Beside the header that says "starting": the engine had got the request, and dropped it."""
 _OUR_OWN: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.EADDRNOTAVAIL, errno.ENOBUFS, errno.ENOMEM})
 """Why no connection is made here, whoever is asked."""
 _TRY_ELSEWHERE: Final = frozenset({429, 500, 502, 503, 504})
+_MAX_LOST: Final = 2
+"""A request that loses its engine so often may be the cause, and must not end all engines of its expert."""
 JUDGED: Final = _TRY_ELSEWHERE | {401}
 _SESSION: Final = wire.SESSION_HEADER.encode()
 _MAX_ERROR_BYTES: Final = 2**20
@@ -77,6 +81,8 @@ class Errand:
     avoid: frozenset[Replica] = field(init=False, default=frozenset())
     refusal: "Answered | None" = field(init=False, default=None)
     """The last error that a replica itself answered with; the client gets it when nobody does better."""
+    lost: int = field(init=False, default=0)
+    """Replicas whose engine went away while it had this request."""
     begun: tuple[Hold, AbstractAsyncContextManager[UpstreamResponse]] | None = field(init=False, default=None)
     work: "Leaving | None" = field(init=False, default=None)
     """Where it was begun without a task: place and exchange to go on with, and what counted it."""
@@ -237,7 +243,9 @@ class Dispatcher:
         try:
             async with exchange as upstream:
                 if upstream.status in JUDGED:
-                    await self._judge(errand, hold, upstream)
+                    refusal = await self._judge(errand, hold, upstream)
+                    if refusal is not None:
+                        return refusal
                 elif replica.suspect:
                     self.witness.answered(replica)
                 if errand.on_answer is not None and 200 <= upstream.status < 300:
@@ -258,26 +266,35 @@ class Dispatcher:
             await self._break_off(errand, expert, replica, answer, error)
         return Answered(answer.status, expert, reason, answer.response)
 
-    async def _judge(self, errand: Errand, hold: Hold, upstream: UpstreamResponse) -> None:
-        """Go elsewhere when the status says so; nothing has been sent to the client yet."""
-        replica = hold.replica
-        if upstream.status == 401 and replica.key is not None:
+    async def _judge(self, errand: Errand, hold: Hold, upstream: UpstreamResponse) -> Answered | None:
+        """Go elsewhere when the status says so; nothing has been sent to the client yet. Else what the client gets;
+        None: the response as it comes."""
+        replica, status, headers = hold.replica, upstream.status, upstream.headers
+        if status == 401 and replica.key is not None:
             raise UpstreamConnectError("the replica refuses our key")
-        if upstream.status not in _TRY_ELSEWHERE:
-            return
+        if status not in _TRY_ELSEWHERE:
+            return None
         errand.avoid |= {replica}
-        self.metrics.failovers.add(replica.name, upstream.status)
-        if wire.DRAINING_HEADER.encode() in upstream.headers:
+        if wire.DRAINING_HEADER.encode() in headers:
+            self.metrics.failovers.add(replica.name, "draining")
             self.witness.heard(replica, Event.SAYS_DRAINING)
-        elif wire.STARTING_HEADER.encode() in upstream.headers:
+        elif wire.STARTING_HEADER.encode() in headers:
+            self.metrics.failovers.add(replica.name, "starting")
             self.witness.heard(replica, Event.SAYS_STARTING)
+            errand.lost += status == _LOST
+            if errand.lost >= _MAX_LOST:
+                return await self._refusal(errand, hold, upstream)
         else:
-            if upstream.status != _BUSY:
-                self.witness.erred(replica, f"answered {upstream.status}")
-            body = await upstream.read(_MAX_ERROR_BYTES)
-            response = Response(upstream.status, self.said(errand, hold, upstream.headers), body)
-            errand.refusal = Answered(upstream.status, hold.expert, errand.reason_at(hold.expert), response)
+            self.metrics.failovers.add(replica.name, status)
+            if status != _BUSY:
+                self.witness.erred(replica, f"answered {status}")
+            errand.refusal = await self._refusal(errand, hold, upstream)
         raise _TryElsewhereError
+
+    async def _refusal(self, errand: Errand, hold: Hold, upstream: UpstreamResponse) -> Answered:
+        body = await upstream.read(_MAX_ERROR_BYTES)
+        response = Response(upstream.status, self.said(errand, hold, upstream.headers), body)
+        return Answered(upstream.status, hold.expert, errand.reason_at(hold.expert), response)
 
     def _note_failure(self, errand: Errand, replica: Replica, error: UpstreamError) -> None:
         logger.warning("%s: %s failed before its first byte: %s", errand.request_id, replica.name, error)

@@ -16,7 +16,8 @@ SLOW_TIMES: Final = 3.0
 SLOW_S: Final = 0.1
 """Slow is so many times what the others take, and so much longer at least."""
 
-_BUSY: Final = 429
+_NO_ERRORS: Final = frozenset({429, "starting", "draining"})
+"""Causes of failovers that say nothing against a replica."""
 
 Totals = Mapping[str, tuple[int, float, int]]
 """By replica: answers, the seconds to their first bytes together, errors."""
@@ -66,7 +67,7 @@ def totals(dumped: Mapping[str, Any]) -> dict[str, tuple[int, float, int]]:
         answered, before_s, errors = found.get(replica, (0, 0.0, 0))
         found[replica] = answered + sum(counts), before_s + seconds, errors
     for (replica, cause), count in dumped.get("failovers", ()):
-        if cause != _BUSY:
+        if cause not in _NO_ERRORS:
             answered, seconds, errors = found.get(replica, (0, 0.0, 0))
             found[replica] = answered, seconds, errors + count
     return found

@@ -246,8 +246,31 @@ async def test_half_a_body_never_looks_complete(socket_folder: Path) -> None:
 @pytest.mark.parametrize("kind", ["die", "reset", "garbage"])
 async def test_an_engine_that_dies_before_its_answer(socket_folder: Path, kind: str) -> None:
     async with running(socket_folder) as at:
-        status, _, body = await at.post(body=chat(sim_fault={"kind": kind, "at": "headers"}))
+        status, headers, body = await at.post(body=chat(sim_fault={"kind": kind, "at": "headers"}))
         assert (status, body["error"]["code"]) == (502, "engine_unavailable")
+        assert wire.STARTING_HEADER in headers, (
+            "the engine may have gone; its replica counts as starting until it answers"
+        )
+
+
+@pytest.mark.parametrize(("method", "path"), [("POST", wire.CHAT), ("GET", wire.MODELS), ("GET", wire.METRICS)])
+async def test_a_connection_that_cannot_be_made_means_starting(socket_folder: Path, method: str, path: str) -> None:
+    """Nothing was begun: the caller may wait or go elsewhere. A draining replica goes on saying that it drains."""
+    async with running(socket_folder) as at:
+        await at.post(body=chat(sim_fault={"kind": "die", "at": "headers"}))
+        at.gate.engine_lost.clear()
+        for _ in range(2):
+            async with at.session.request(
+                method, path, data=json.dumps(chat()) if method == "POST" else None
+            ) as response:
+                assert (response.status, (await response.json())["error"]["code"]) == (503, "starting")
+                assert wire.STARTING_HEADER in response.headers
+                assert response.headers["retry-after"] == "5"
+        async with at.session.get(wire.HEALTH) as response:
+            assert (await response.json())["state"] == "starting"
+        at.gate.state = State.DRAINING
+        async with at.session.get(wire.HEALTH) as response:
+            assert (await response.json())["state"] == "draining"
 
 
 async def test_the_engines_own_errors_pass_through(socket_folder: Path) -> None:

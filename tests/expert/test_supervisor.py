@@ -24,7 +24,7 @@ from hpc_router.filethread import FileThread
 from hpc_router.jobdir import Phase, Reason
 from hpc_router.relay.upstream import UpstreamClient
 from tests.expert.replicas import exists
-from tests.waiting import GUARD_S
+from tests.waiting import GUARD_S, eventually
 
 
 @dataclass
@@ -187,5 +187,18 @@ async def test_an_engine_whose_answers_make_progress_does_not_hang(socket_folder
         os.kill(steps.engine_pid, signal.SIGSTOP)
         await asyncio.wait_for(busy.wait(), GUARD_S)
         assert steps.seen[-1] == (Phase.READY, None)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_an_engine_that_dropped_a_request_is_looked_at_at_once(socket_folder: Path) -> None:
+    """Long before the next regular check; a process that lives and answers is not started again."""
+    async with supervised(socket_folder) as (supervisor, steps):
+        task = asyncio.create_task(supervisor.run())
+        await asyncio.wait_for(steps.ready.wait(), GUARD_S)
+        supervisor.engine_lost.set()
+        async with asyncio.timeout(supervisor_module.WATCH_S):
+            await eventually(lambda: not supervisor.engine_lost.is_set())
+        assert steps.seen == [(Phase.LOADING, None), (Phase.READY, None)]
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
