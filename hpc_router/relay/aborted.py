@@ -38,7 +38,7 @@ class Ending(ABC):
     def check_events(self, events: bytes) -> None:
         """Whole events, in order, of which one has the mark. Raises UpstreamAbortedError."""
         for data in payloads(events):
-            if self.event_mark in data:
+            if data.rfind(self.event_mark) >= 0:
                 self._check(data)
 
     def check_whole(self, body: bytes | bytearray) -> None:
@@ -62,7 +62,7 @@ class Choices(Ending):
 
     @staticmethod
     def may_be_aborted(body: bytes | bytearray) -> bool:
-        return _ABORT in body
+        return body.rfind(_ABORT) >= 0
 
     def is_abort(self, value: dict[str, Any]) -> bool:
         choices = value.get("choices")
@@ -78,7 +78,7 @@ class Response(Ending):
 
     @staticmethod
     def may_be_aborted(body: bytes | bytearray) -> bool:
-        return b'"cancelled"' in body
+        return body.rfind(b'"cancelled"') >= 0
 
     def is_abort(self, value: dict[str, Any]) -> bool:
         response = value.get("response", value)
@@ -95,7 +95,7 @@ class Message(Ending):
 
     @staticmethod
     def may_be_aborted(body: bytes | bytearray) -> bool:
-        return b'"stop_reason":null' in body or b'"stop_reason": null' in body
+        return body.rfind(b'"stop_reason":null') >= 0 or body.rfind(b'"stop_reason": null') >= 0
 
     def is_abort(self, value: dict[str, Any]) -> bool:
         match value:
