@@ -250,6 +250,7 @@ class Agent:
             restarts=Restarts(config.max_restarts),
             startup_timeout_s=config.startup_timeout_s,
             progress=lambda: gate.progress,
+            break_off=gate.break_off,
         )
 
     def _record(self, sock: socket.socket, *, version: str | None) -> Record:

@@ -41,7 +41,8 @@ class Observer(Protocol):
 
 @dataclass(slots=True)
 class Supervisor:
-    """`progress`: a number that changes while answers come, for an engine may be too busy to say that it is ready."""
+    """`progress`: a number that changes while answers come, for an engine may be too busy to say that it is ready.
+    `break_off` is called before an engine is stopped, and after one has ended by itself."""
 
     engine: Engine
     attempts: Attempts
@@ -51,6 +52,7 @@ class Supervisor:
     restarts: Restarts
     startup_timeout_s: float
     progress: Callable[[], int] = lambda: 0
+    break_off: Callable[[], None] = lambda: None
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
     chance: Callable[[], float] = random.random
 
@@ -63,15 +65,18 @@ class Supervisor:
                 return command
             async with await EngineProcess.start(command, self.files) as process:
                 ready_at: float | None = None
-                if process.pid is not None:
-                    self.observer.moved(Phase.LOADING, engine_pid=process.pid)
-                    logger.info("engine started, process %d", process.pid)
-                failure = await self._until_ready(process)
-                if failure is None:
-                    ready_at = clock()
-                    self.observer.moved(Phase.READY, engine_pid=process.pid)
-                    logger.info("engine ready")
-                    failure = await self._until_end_or_hung(process)
+                try:
+                    if process.pid is not None:
+                        self.observer.moved(Phase.LOADING, engine_pid=process.pid)
+                        logger.info("engine started, process %d", process.pid)
+                    failure = await self._until_ready(process)
+                    if failure is None:
+                        ready_at = clock()
+                        self.observer.moved(Phase.READY, engine_pid=process.pid)
+                        logger.info("engine ready")
+                        failure = await self._until_end_or_hung(process)
+                finally:
+                    self.break_off()
             failure = await self.attempts.over(failure)
             ready_s = 0.0 if ready_at is None else clock() - ready_at
             logger.warning("engine failed (%s) after %.1f s ready: %s", failure.reason, ready_s, failure.message)
