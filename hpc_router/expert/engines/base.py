@@ -100,6 +100,9 @@ class Engine(Protocol):
 
     def argv(self, place: Place) -> list[str]: ...
 
+    def drain_flags(self, drain_s: int, *, version: str | None) -> list[str]:
+        """What makes it finish running answers for so long after SIGTERM; empty where this version cannot."""
+
     def environment(self, place: Place) -> dict[str, str]:
         """What is added to the job's environment."""
 

@@ -97,6 +97,10 @@ class SimEngine(TakesAdapters):
             *flags(extra),
         ]
 
+    def drain_flags(self, drain_s: int, *, version: str | None) -> list[str]:
+        named = {name.lstrip("-").replace("_", "-") for name in self.options.extra}
+        return [] if "drain-s" in named else ["--drain-s", str(drain_s)]
+
     def environment(self, place: Place) -> dict[str, str]:
         return {}
 
