@@ -16,6 +16,7 @@ from hpc_router.relay.sse import payloads
 
 _ABORT: Final = b'"abort"'
 _FINISHED_SO: Final = re.compile(rb'"finish_reason"\s*:\s*"abort"')
+_NO_TOKENS: Final = re.compile(rb'"output_tokens"\s*:\s*0')
 _BORDER: Final = 64
 """Bytes that are kept from one piece of a body for the next; the pattern above is shorter in any real answer."""
 
@@ -72,17 +73,30 @@ class Choices(Ending):
 
 
 class Response(Ending):
-    """`/v1/responses`."""
+    """`/v1/responses`. vLLM says `completed` of most that it cuts; one that it refuses while it stops is empty, without
+    even the token that ends an answer."""
 
-    event_mark = b'"cancelled"'
+    event_mark = b'"response.completed"'
 
     @staticmethod
     def may_be_aborted(body: bytes | bytearray) -> bool:
-        return body.rfind(b'"cancelled"') >= 0
+        return body.rfind(b'"cancelled"') >= 0 or _NO_TOKENS.search(body) is not None
 
     def is_abort(self, value: dict[str, Any]) -> bool:
-        response = value.get("response", value)
-        return isinstance(response, dict) and response.get("status") == "cancelled"
+        match value.get("response", value):
+            case {"status": "cancelled"}:
+                return True
+            case {"status": "completed", "usage": {"output_tokens": 0}, "output": [*items]}:
+                return not any(map(_says_something, items))
+        return False
+
+
+def _says_something(item: object) -> bool:
+    """An item of a response's output."""
+    match item:
+        case {"type": "message", "content": [*parts]}:
+            return any(isinstance(part, dict) and bool(part.get("text")) for part in parts)
+    return True
 
 
 class Message(Ending):

@@ -49,7 +49,7 @@ def anthropic_client(one: Deployed) -> anthropic.Anthropic:
 
 def test_an_engine_that_gets_sigterm_finishes_what_runs_and_takes_nothing_new(one: Deployed) -> None:
     """As where Slurm signals every process of a step. vLLM refuses what comes then with an answer that is empty and in
-    good form, which the router takes for a failure in every API that says so; a response does not."""
+    good form, which the router takes for a failure in every API."""
     with one.client() as client, anthropic_client(one) as messages:
         running = client.chat.completions.create(
             model="math", messages=MESSAGES, max_tokens=600, stream=True, extra_body=ENDLESS
@@ -63,6 +63,7 @@ def test_an_engine_that_gets_sigterm_finishes_what_runs_and_takes_nothing_new(on
             "stream": lambda: list(
                 client.chat.completions.create(model="math", messages=MESSAGES, max_tokens=5, stream=True)
             ),
+            "response": lambda: client.responses.create(model="math", input="hi", max_output_tokens=5),
             "message": lambda: messages.messages.create(model="math", max_tokens=5, messages=MESSAGES),
         }
         for ask in late.values():

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ import pytest
 from aiohttp import web
 
 from hpc_router import wire
+from tests.expert.sim.calls import INSTANT
 from tests.relays import RELAYS, WARM
 from tests.router.fakes import FakeReplica, a_deployment, a_router, a_run, answer, event, fake_replica, stream
+from tests.router.test_apis import sim_replica
 from tests.router.test_gateway import all_gauges_zero, chat, client_of, post, ready, session
 from tests.waiting import eventually
 
@@ -102,6 +105,32 @@ async def test_a_stream_that_the_engine_cut_ends_with_an_error_event(tmp_path: P
         fake.go_on.set()
         with pytest.raises(openai.APIError, match="its engine was stopped and cut the answer"):
             await anext(chunks)
+        await eventually(lambda: all_gauges_zero(router))
+
+
+@pytest.mark.parametrize("path", [wire.CHAT, wire.COMPLETIONS, wire.MESSAGES])
+async def test_what_runs_on_an_engine_that_somebody_else_stops_fails(tmp_path: Path, path: str) -> None:
+    """An endpoint of a colleague, where no agent breaks connections off: the simulated engine stops as vLLM does."""
+    run = a_run(tmp_path)
+    body = asked(path) | {"max_tokens": 100_000}
+    async with (
+        sim_replica(run, "math-0.g1", replace(INSTANT, itl_s=0.01)) as engine,
+        a_router(run, a_deployment("math")) as router,
+        session() as made,
+    ):
+        await ready(router)
+        whole = asyncio.create_task(post(router, body, path=path))
+        data = json.dumps(body | {"stream": True}).encode()
+        async with made.post(router.url + path, data=data, headers=router.headers) as response:
+            received = await response.content.readuntil(b"\n\n")
+            await eventually(lambda: engine.counts.running == 2)
+            await engine.stop()
+            received += await response.read()
+        status, value, _ = await whole
+        assert (status, "cut the answer" in value["error"]["message"]) == (502, True)
+        assert b"cut the answer" in received.strip().rpartition(b"\n\n")[2]
+        for end in (b"[DONE]", b"message_stop", b'"abort"'):
+            assert end not in received
         await eventually(lambda: all_gauges_zero(router))
 
 

@@ -136,6 +136,10 @@ class SimEngine:
     async def __aexit__(
         self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
     ) -> None:
+        await self.stop()
+
+    async def stop(self) -> None:
+        """As SIGTERM stops it. May be called again."""
         assert self._runner is not None
         if self._loading is not None:
             self._loading.cancel()
