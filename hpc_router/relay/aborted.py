@@ -1,9 +1,10 @@
 """Finds the answer that an engine has cut and ended in good form, so that it is not taken for a complete one.
 
-vLLM ends running answers so when it is stopped. Nobody asked for that: a client that asks has left, and gets no answer.
-What says so depends on the API: a choice's `finish_reason` is `abort`; a response's `status` is `cancelled`; a message
-ends without a `stop_reason`. A piece of an answer is only searched for a few bytes, and JSON is decoded where they are
-found. The quotes within these bytes cannot occur inside a JSON string, where they are escaped.
+vLLM does this to running answers when it is stopped. A client that cancels its request has left and gets no answer, so
+an abort that reaches a client is never one that the client asked for. The mark depends on the API: a choice's
+`finish_reason` is `abort`; a response's `status` is `cancelled`; a message ends without a `stop_reason`. Each piece of
+an answer is searched for a few bytes, and JSON is decoded only where they are found. The quotes within these bytes
+cannot occur inside a JSON string, where quotes are escaped.
 """
 
 import json
@@ -22,8 +23,10 @@ _BORDER: Final = 64
 
 
 class Ending(ABC):
-    """How the answers of one API end. `event_mark`: without these bytes an event says nothing of the end. One per
-    stream, since an end may take several events."""
+    """How the answers of one API end. One object per answer, since the end of a stream may take several events.
+
+    `event_mark`: an event without these bytes says nothing about the end.
+    """
 
     event_mark: ClassVar[bytes]
 

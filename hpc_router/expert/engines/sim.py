@@ -9,6 +9,7 @@ from hpc_router.config import ExpertConfig, SimOptions
 from hpc_router.expert.engines.base import (
     Place,
     TakesAdapters,
+    flag_name,
     flags,
     interpreter,
     lora_modules,
@@ -98,7 +99,7 @@ class SimEngine(TakesAdapters):
         ]
 
     def drain_flags(self, drain_s: int, *, version: str | None) -> list[str]:
-        named = {name.lstrip("-").replace("_", "-") for name in self.options.extra}
+        named = map(flag_name, self.options.extra)
         return [] if "drain-s" in named else ["--drain-s", str(drain_s)]
 
     def environment(self, place: Place) -> dict[str, str]:

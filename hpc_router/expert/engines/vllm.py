@@ -19,6 +19,7 @@ from hpc_router.expert.engines.base import (
     Place,
     Ranks,
     TakesAdapters,
+    flag_name,
     flags,
     interpreter,
     is_local,
@@ -147,7 +148,7 @@ class VllmEngine(TakesAdapters):
         known = _VERSION.match(version or "")
         if known is None or tuple(map(int, known.groups())) < SHUTDOWN_TIMEOUT_SINCE:
             return []
-        named = {name.lstrip("-").replace("_", "-") for name in self.options.extra}
+        named = map(flag_name, self.options.extra)
         return [] if "shutdown-timeout" in named else ["--shutdown-timeout", str(drain_s)]
 
     def _lora_flags(self) -> list[str]:
