@@ -10,6 +10,7 @@ import aiohttp
 from hpc_router.cluster.http import session
 from hpc_router.cluster.router_access import RouterAccess
 from hpc_router.errors import HpcRouterError
+from hpc_router.relay.sse import DONE, EventSplitter, EventTooLargeError, UnfinishedEventError, payloads
 from hpc_router.wire import CHAT
 
 IDLE_S: Final = 600.0
@@ -43,27 +44,28 @@ async def chat(access: RouterAccess, messages: Sequence[Message], *, model: str)
                 raise ChatError(_message(await response.text(errors="replace"), status=response.status))
             given = response.headers
             yield Head(given.get("x-expert"), given.get("x-replica"), given.get("x-route-reason"))
-            async for line in response.content:
-                piece = _piece(line.decode("utf-8", "replace"))
-                if piece:
+            splitter = EventSplitter()
+            async for received in response.content.iter_any():
+                for piece in filter(None, map(_piece, payloads(splitter.feed(received)))):
                     yield piece
+            for piece in filter(None, map(_piece, payloads(splitter.end()))):
+                yield piece
+    except (EventTooLargeError, UnfinishedEventError) as error:
+        raise ChatError(f"the router at {access.url} sent a broken stream: {error}") from error
     except (aiohttp.ClientError, TimeoutError, OSError) as error:
         raise ChatError(f"the router at {access.url} broke off: {error or type(error).__name__}") from error
 
 
-def _piece(line: str) -> str:
-    """The text that one line of the event stream adds."""
-    if not line.startswith("data:"):
-        return ""
-    data = line.removeprefix("data:").strip()
-    if data == "[DONE]":
+def _piece(data: bytes) -> str:
+    """The text that one event adds."""
+    if data == DONE:
         return ""
     try:
         event: Any = json.loads(data)
     except ValueError:
         return ""
     if isinstance(event, dict) and event.get("error"):
-        raise ChatError(_message(data, status=200))
+        raise ChatError(_message(data.decode("utf-8", "replace"), status=200))
     choices = event.get("choices") if isinstance(event, dict) else None
     delta = choices[0].get("delta") or {} if choices else {}
     return str(delta.get("content") or "")

@@ -28,6 +28,7 @@ from hpc_router.cluster.trial import UNASKED, try_jobs
 from hpc_router.config import ClusterConfig, Deployment, ExpertConfig
 from hpc_router.environment import held_job
 from hpc_router.errors import ConfigError, LaunchError
+from hpc_router.expert.commands import drain_limit_s
 from hpc_router.expert.engines import Place, build_engine, engine_environment
 from hpc_router.expert.engines.container import contained
 from hpc_router.rundir import RunDir
@@ -217,7 +218,8 @@ def _replicas(deployment: Deployment, run: RunDir) -> Iterator[ReplicaPlan]:
     place = Place(Path(cluster.scratch) / f"hpc-router-{os.getuid()}" / FOLDER)
     for name, expert in hosts(deployment.experts).items():
         engine = build_engine(name, expert, adapters=adapters_of(deployment.experts, name))
-        argv = tuple(contained(engine.argv(place), cluster.container, place, expert, models=engine.models))
+        command = [*engine.argv(place), *engine.drain_flags(drain_limit_s(cluster), version=None)]
+        argv = tuple(contained(command, cluster.container, place, expert, models=engine.models))
         environment = engine_environment(engine, expert, place, inherited={}, cluster=cluster)
         for number in range(expert.replicas):
             request = request_for(run, deployment, Slot(name, str(number)).replica(1))

@@ -64,6 +64,7 @@ class Agent:
         self._environment = environment
         self._commands = Commands(self._engine, self._config, deployment.cluster, environment, self._job.engine_log)
         self._address = ""
+        self._version: str | None = None  # of the engine
         self._leading: Leading | None = None
         self._nonce = new_token()
         self._life = Life()
@@ -131,13 +132,14 @@ class Agent:
         async with AsyncExitStack() as stack:
             self._address = fabric.address(cluster.fabric, kind=cluster.kind)
             place = stack.enter_context(scratch_folder(expanded(cluster.scratch, self._environment)))
+            self._version = await self._commands.version(place)
             client = await stack.enter_async_context(UpstreamClient(ENGINE_LIMITS, socket_path=str(place.socket)))
             attempts = self._attempts(place)
             gate = self._make_gate(client)
             sock = stack.enter_context(bind(self._address))
             max_body = int((router.max_body_mb + 1) * _MIB)  # the router's limit comes first
             await stack.enter_async_context(listening(gate.handle, sock, max_body=max_body, express=gate.express))
-            record = self._record(sock, version=await self._commands.version(place))
+            record = self._record(sock)
             self._files.post(partial(self._job.write, self._life.progress()))
             lease = Lease(
                 self._run.registry, record, self._files, on_gone=lambda: self.drain("its run directory was removed")
@@ -229,14 +231,14 @@ class Agent:
     def _attempts(self, place: Place) -> Attempts:
         nodes = self._config.resources.nodes
         if nodes == 1:
-            return Alone(self._commands.at(place))
+            return Alone(self._commands.at(place, version=self._version))
         self._leading = Leading(
             nodes=nodes,
             key=rank_key(self._run.secret(), self._nonce),
             address=self._address,
             interface=fabric.interface(self._address),
             beat_s=self._deployment.cluster.beat_s,
-            command=lambda ranks: self._commands.at(replace(place, ranks=ranks)),
+            command=lambda ranks: self._commands.at(replace(place, ranks=ranks), version=self._version),
             on_drain=partial(self.drain, from_outside=True),
             clock=asyncio.get_running_loop().time,
         )
@@ -254,9 +256,10 @@ class Agent:
             startup_timeout_s=config.startup_timeout_s,
             progress=lambda: gate.progress,
             engine_lost=gate.engine_lost,
+            break_off=gate.break_off,
         )
 
-    def _record(self, sock: socket.socket, *, version: str | None) -> Record:
+    def _record(self, sock: socket.socket) -> Record:
         host, port = sock.getsockname()[:2]
         return Record(
             kind=Kind.EXPERT,
@@ -270,7 +273,7 @@ class Agent:
             node=socket.gethostname(),
             beat_s=self._deployment.cluster.beat_s,
             capacity=self._config.capacity,
-            engine=replace(self._engine.info(), version=version),
+            engine=replace(self._engine.info(), version=self._version),
         )
 
     def _job_id(self) -> str:

@@ -1,6 +1,7 @@
 """How an engine's process is started on this node: its command line, in its container or not, and its environment."""
 
 import asyncio
+import math
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,11 @@ RANK_GRACE_S: Final = 3.0
 """For one rank of several: the others are gone or going, and it can finish nothing without them."""
 
 
+def drain_limit_s(cluster: ClusterConfig) -> int:
+    """How long an engine that gets SIGTERM may finish running answers. The agent breaks them off before that."""
+    return math.ceil(cluster.drain_s + ENGINE_GRACE_S)
+
+
 @dataclass(frozen=True, slots=True)
 class Commands:
     """`inherited`: the job's environment; `log`: where the engine's words go."""
@@ -27,9 +33,13 @@ class Commands:
     inherited: Mapping[str, str]
     log: Path
 
-    def at(self, place: Place) -> Command:
+    def at(self, place: Place, *, version: str | None = None) -> Command:
+        """`version`: of the engine, where it is known."""
+        argv = self.engine.argv(place)
+        if place.ranks is None or place.ranks.rank == 0:
+            argv += self.engine.drain_flags(drain_limit_s(self.cluster), version=version)
         return Command(
-            self._contained(self.engine.argv(place), place),
+            self._contained(argv, place),
             self._environment(place),
             place,
             self.log,

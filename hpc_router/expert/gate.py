@@ -53,6 +53,8 @@ class Gate:
     engine_lost: asyncio.Event = field(default_factory=asyncio.Event)
     on_rank: Callable[[wire.RankReport], wire.RankOrder] | None = None
     rank_token: str | None = None
+    _relayed: set[Request] = field(init=False, default_factory=set)
+    """Requests whose answers the engine has not given in full."""
     _routes: Mapping[tuple[str, str], Handler] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -112,11 +114,22 @@ class Gate:
         body = request.ready()
         if body is None or not self._goes_express(request) or self.state is not State.READY or self._full:
             return None
-        passing = Passing(request, self.in_flight, self._heard)
+        passing = Passing(request, self.in_flight, self._relayed, self._heard)
         if not passing.begin(self.client, body):
             return None
         request.begun_work = passing
         return passing
+
+    def break_off(self) -> None:
+        """Abort the connection of every request that the engine still answers, and take none until the agent says that
+        it is ready again. Called before the engine is stopped: one that ends running answers in good form, as vLLM
+        does, would make them look complete."""
+        if self.state is State.READY:
+            self.state = State.STARTING
+        if self._relayed:
+            logger.warning("%d requests are broken off: the engine is stopped", len(self._relayed))
+        for request in tuple(self._relayed):
+            request.abort()
 
     def _goes_express(self, request: Request) -> bool:
         """By its head, which is asked once where it comes again and again."""
@@ -164,6 +177,7 @@ class Gate:
         Without a connection nothing was begun, so the answer is the same 503 as while the engine starts. A request that
         was sent and lost is a 502, and says too that the engine has to be waited for.
         """
+        self._relayed.add(request)
         try:
             return await pass_through(request, self.client, heard=self._heard, started=started)
         except UpstreamError as error:
@@ -182,6 +196,8 @@ class Gate:
             )
             response.add(wire.STARTING_HEADER, "1")
             return response
+        finally:
+            self._relayed.discard(request)
 
     def _heard(self) -> None:
         self.progress += 1

@@ -27,13 +27,14 @@ class Passing(Work, Asker):
     """A request to the engine that no task waits for, as long as its answer may come whole: see the router's
     `express`, of which this is the agent's half."""
 
-    __slots__ = ("_heard", "_in_flight", "_request", "started")
+    __slots__ = ("_heard", "_in_flight", "_relayed", "_request", "started")
 
     started: Started
 
-    def __init__(self, request: Request, in_flight: InFlight, heard: Callable[[], None]) -> None:
+    def __init__(self, request: Request, in_flight: InFlight, relayed: set[Request], heard: Callable[[], None]) -> None:
         self._request = request
         self._in_flight = in_flight
+        self._relayed = relayed
         self._heard = heard
 
     def begin(self, client: Upstream, body: bytes) -> bool:
@@ -44,11 +45,13 @@ class Passing(Work, Asker):
             return False
         self.started = started
         self._in_flight.enter()
+        self._relayed.add(request)
         return True
 
     def leave(self) -> None:
         """Count it no more."""
         self._in_flight.leave()
+        self._relayed.discard(self._request)
 
     def cancel(self) -> None:
         self._request.begun_work = None

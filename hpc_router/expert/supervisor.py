@@ -43,7 +43,8 @@ class Observer(Protocol):
 @dataclass(slots=True)
 class Supervisor:
     """`progress`: a number that changes while answers come, for an engine may be too busy to say that it is ready.
-    `engine_lost`: set by the gate when the engine did not take a request; cleared here when the engine answers."""
+    `engine_lost`: set by the gate when the engine did not take a request; cleared here when the engine answers.
+    `break_off` is called before an engine is stopped, and after one has ended by itself."""
 
     engine: Engine
     attempts: Attempts
@@ -54,6 +55,7 @@ class Supervisor:
     startup_timeout_s: float
     progress: Callable[[], int] = lambda: 0
     engine_lost: asyncio.Event = field(default_factory=asyncio.Event)
+    break_off: Callable[[], None] = lambda: None
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
     chance: Callable[[], float] = random.random
     clock: Callable[[], float] = time.monotonic
@@ -66,17 +68,20 @@ class Supervisor:
                 return command
             ready_s = 0.0
             async with await EngineProcess.start(command, self.files) as process:
-                if process.pid is not None:
-                    self.observer.moved(Phase.LOADING, engine_pid=process.pid)
-                    logger.info("engine started, process %d", process.pid)
-                failure = await self._until_ready(process)
-                if failure is None:
-                    ready_at = self.clock()
-                    self.engine_lost.clear()
-                    self.observer.moved(Phase.READY, engine_pid=process.pid)
-                    logger.info("engine ready")
-                    failure = await self._until_end_or_hung(process)
-                    ready_s = self.clock() - ready_at  # now: to end it, and to ask the other ranks, may take a minute
+                try:
+                    if process.pid is not None:
+                        self.observer.moved(Phase.LOADING, engine_pid=process.pid)
+                        logger.info("engine started, process %d", process.pid)
+                    failure = await self._until_ready(process)
+                    if failure is None:
+                        ready_at = self.clock()
+                        self.engine_lost.clear()
+                        self.observer.moved(Phase.READY, engine_pid=process.pid)
+                        logger.info("engine ready")
+                        failure = await self._until_end_or_hung(process)
+                        ready_s = self.clock() - ready_at  # before the engine and its other ranks are ended
+                finally:
+                    self.break_off()
             failure = await self.attempts.over(failure)
             logger.warning("engine failed (%s) after %.1f s ready: %s", failure.reason, ready_s, failure.message)
             delay_s = self.restarts.after_failure(failure.reason, ready_s=ready_s, chance=self.chance())

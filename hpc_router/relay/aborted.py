@@ -1,9 +1,10 @@
 """Finds the answer that an engine has cut and ended in good form, so that it is not taken for a complete one.
 
-vLLM ends running answers so when it is stopped. Nobody asked for that: a client that asks has left, and gets no answer.
-What says so depends on the API: a choice's `finish_reason` is `abort`; a response's `status` is `cancelled`; a message
-ends without a `stop_reason`. A piece of an answer is only searched for a few bytes, and JSON is decoded where they are
-found. The quotes within these bytes cannot occur inside a JSON string, where they are escaped.
+vLLM does this to running answers when it is stopped. A client that cancels its request has left and gets no answer, so
+an abort that reaches a client is never one that the client asked for. The mark depends on the API: a choice's
+`finish_reason` is `abort`; a response's `status` is `cancelled`; a message ends without a `stop_reason`. Each piece of
+an answer is searched for a few bytes, and JSON is decoded only where they are found. The quotes within these bytes
+cannot occur inside a JSON string, where quotes are escaped.
 """
 
 import json
@@ -16,13 +17,16 @@ from hpc_router.relay.sse import payloads
 
 _ABORT: Final = b'"abort"'
 _FINISHED_SO: Final = re.compile(rb'"finish_reason"\s*:\s*"abort"')
+_NO_TOKENS: Final = re.compile(rb'"output_tokens"\s*:\s*0')
 _BORDER: Final = 64
 """Bytes that are kept from one piece of a body for the next; the pattern above is shorter in any real answer."""
 
 
 class Ending(ABC):
-    """How the answers of one API end. `event_mark`: without these bytes an event says nothing of the end. One per
-    stream, since an end may take several events."""
+    """How the answers of one API end. One object per answer, since the end of a stream may take several events.
+
+    `event_mark`: an event without these bytes says nothing about the end.
+    """
 
     event_mark: ClassVar[bytes]
 
@@ -38,7 +42,7 @@ class Ending(ABC):
     def check_events(self, events: bytes) -> None:
         """Whole events, in order, of which one has the mark. Raises UpstreamAbortedError."""
         for data in payloads(events):
-            if self.event_mark in data:
+            if data.rfind(self.event_mark) >= 0:
                 self._check(data)
 
     def check_whole(self, body: bytes | bytearray) -> None:
@@ -62,7 +66,7 @@ class Choices(Ending):
 
     @staticmethod
     def may_be_aborted(body: bytes | bytearray) -> bool:
-        return _ABORT in body
+        return body.rfind(_ABORT) >= 0
 
     def is_abort(self, value: dict[str, Any]) -> bool:
         choices = value.get("choices")
@@ -72,17 +76,30 @@ class Choices(Ending):
 
 
 class Response(Ending):
-    """`/v1/responses`."""
+    """`/v1/responses`. vLLM says `completed` of most that it cuts; one that it refuses while it stops is empty, without
+    even the token that ends an answer."""
 
-    event_mark = b'"cancelled"'
+    event_mark = b'"response.completed"'
 
     @staticmethod
     def may_be_aborted(body: bytes | bytearray) -> bool:
-        return b'"cancelled"' in body
+        return body.rfind(b'"cancelled"') >= 0 or _NO_TOKENS.search(body) is not None
 
     def is_abort(self, value: dict[str, Any]) -> bool:
-        response = value.get("response", value)
-        return isinstance(response, dict) and response.get("status") == "cancelled"
+        match value.get("response", value):
+            case {"status": "cancelled"}:
+                return True
+            case {"status": "completed", "usage": {"output_tokens": 0}, "output": [*items]}:
+                return not any(map(_says_something, items))
+        return False
+
+
+def _says_something(item: object) -> bool:
+    """An item of a response's output."""
+    match item:
+        case {"type": "message", "content": [*parts]}:
+            return any(isinstance(part, dict) and bool(part.get("text")) for part in parts)
+    return True
 
 
 class Message(Ending):
@@ -95,7 +112,7 @@ class Message(Ending):
 
     @staticmethod
     def may_be_aborted(body: bytes | bytearray) -> bool:
-        return b'"stop_reason":null' in body or b'"stop_reason": null' in body
+        return body.rfind(b'"stop_reason":null') >= 0 or body.rfind(b'"stop_reason": null') >= 0
 
     def is_abort(self, value: dict[str, Any]) -> bool:
         match value:

@@ -7,7 +7,6 @@ them where the stream pauses, and a failure ends the stream with an error event 
 """
 
 import asyncio
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -144,7 +143,6 @@ class _Events:
         self._first = b""  # what has come before the answer is begun
         self._begun = False
         self._passage: Passage | None = None
-        self._write_chunk: Callable[[bytes], bool] | None = None
         self._alarm: asyncio.TimerHandle | None = None
 
     def take(self, data: bytes) -> bool:
@@ -154,7 +152,7 @@ class _Events:
             raise UpstreamError(str(error)) from error
         if not events:
             return True
-        if self._mark in events:
+        if events.rfind(self._mark) >= 0:
             self._ending.check_events(events)
         if self._begun:
             return self._request.write(events)
@@ -184,13 +182,6 @@ class _Events:
         elif last:
             self._request.write(last)
 
-    def _pass(self, chunk: bytes) -> bool:
-        """`chunk`: whole events in one chunk of HTTP/1.1, whose framing is no field of an event."""
-        if self._mark in chunk:
-            self._ending.check_events(chunk)
-        assert self._write_chunk is not None
-        return self._write_chunk(chunk)
-
     def stop_pings(self) -> None:
         if self._alarm is not None:
             self._alarm.cancel()
@@ -198,8 +189,8 @@ class _Events:
     async def _begin(self) -> None:
         await self._request.begin(*self._head, length=None)
         self._begun = True
-        self._write_chunk = self._request.write_chunk
-        self._passage = None if self._write_chunk is None else Passage(self._pass, _EVENT_CHUNK_ENDS)
+        write = self._request.write_chunk
+        self._passage = None if write is None else Passage(write, _EVENT_CHUNK_ENDS, self._mark)
         if self._first:
             self._request.write(self._first)
 

@@ -37,8 +37,8 @@ class Connection(asyncio.Protocol, Started):
     """
 
     __slots__ = (
-        "_asker", "_ends", "_failure", "_framer", "_full", "_kept", "_loop", "_owner", "_pass", "_reading", "_sent",
-        "_sink", "_transport", "_waiter", "_writable", "address", "idle_s", "patience", "unanswered",
+        "_asker", "_ends", "_failure", "_framer", "_full", "_kept", "_loop", "_mark", "_owner", "_pass", "_reading",
+        "_sent", "_sink", "_transport", "_waiter", "_writable", "address", "idle_s", "patience", "unanswered",
     )  # fmt: skip
 
     def __init__(self, owner: Connections, address: Address | str) -> None:
@@ -52,6 +52,7 @@ class Connection(asyncio.Protocol, Started):
         self._sink: Sink | None = None  # that the body flows into
         self._pass: Callable[[bytes], bool] | None = None  # its passage, while a chunk is to come
         self._ends: tuple[bytes, ...] = ()
+        self._mark: bytes | None = None
         self._full = False  # the sink wants to be asked for room
         self._kept = 0
         self._reading = True
@@ -225,8 +226,13 @@ class Connection(asyncio.Protocol, Started):
         self._transport = cast(asyncio.Transport, transport)
 
     def data_received(self, data: bytes) -> None:
-        write = self._pass
-        if write is not None and data.startswith(chunk_prefix(len(data))) and data.endswith(self._ends):
+        write, mark = self._pass, self._mark
+        if (
+            write is not None
+            and data.startswith(chunk_prefix(len(data)))
+            and data.endswith(self._ends)
+            and (mark is None or data.rfind(mark) < 0)  # `in` takes twice the time of this
+        ):
             self.patience.heard = True  # a stream's events mostly come so, one by one
             try:
                 if write(data):
@@ -249,7 +255,7 @@ class Connection(asyncio.Protocol, Started):
                 self._full = not sink.take(self._kept_bytes())
                 if not self._full and not framer.complete:
                     if framer.between and (passage := sink.passage()) is not None:
-                        self._pass, self._ends = passage
+                        self._pass, self._ends, self._mark = passage
                     return
                 self._sink = None
         except Exception as error:  # noqa: BLE001  # it is raised where the exchange is waited for

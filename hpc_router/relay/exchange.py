@@ -56,10 +56,11 @@ CHUNK_ENDS: Final = (CHUNK_END,)
 
 class Passage(NamedTuple):
     """Where a piece of a body that is one whole chunk of HTTP/1.1 may go in its framing, if it ends with one of `ends`
-    (each of them with a line break). `write` is as `Sink.take`."""
+    (each of them with a line break) and does not contain `mark`. `write` is as `Sink.take`."""
 
     write: Callable[[bytes], bool]
     ends: tuple[bytes, ...]
+    mark: bytes | None = None
 
 
 class Sink(Protocol):

@@ -1,8 +1,10 @@
 """The agent as a process with a simulated engine: born, serving, failing, draining, killed."""
 
 import asyncio
+import contextlib
 import os
 import signal
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +149,74 @@ async def eventually_in_flight(session: aiohttp.ClientSession, count: int) -> No
         async with session.get(wire.HEALTH) as response:
             if (await response.json())["in_flight"] == count:
                 return
+
+
+PATHS: dict[str, dict[str, Any]] = {
+    wire.CHAT: {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 1000},
+    wire.COMPLETIONS: {"prompt": "hi", "max_tokens": 1000},
+    wire.MESSAGES: {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 1000},
+    wire.RESPONSES: {"input": "hi", "max_output_tokens": 1000},
+}
+
+
+@pytest.mark.parametrize("options", [{}, {"extra": {}}], ids=["aborts at once", "as the agent starts it"])
+async def test_answers_are_broken_off_before_the_engine_is_stopped(
+    run: RunDir, scratch: Path, options: dict[str, Any]
+) -> None:
+    """An engine that is stopped ends running answers in good form, as vLLM does: none of that gets out."""
+    configured = deployment(scratch, options={"itl_ms": 20.0, **options})
+    configured.cluster.drain_s = 0.2
+    async with replica(run, configured) as agent:
+        await agent.ready()
+        async with agent.session() as session, AsyncExitStack() as stack:
+            bodies = {path: {"model": "math", **body} for path, body in PATHS.items()}
+            wholes = [asyncio.create_task(outcome(session, path, body)) for path, body in bodies.items()]
+            streams = [
+                await stack.enter_async_context(session.post(path, json=body | {"stream": True}))
+                for path, body in bodies.items()
+            ]
+            reading = [asyncio.create_task(until_broken(response)) for response in streams]
+            agent.process.terminate()
+            for received in await asyncio.gather(*reading):
+                assert received.count(b"\n\n") > 2
+                for end in (b"abort", b"[DONE]", b"message_stop", b"response.completed"):
+                    assert end not in received
+            assert await asyncio.gather(*wholes) == ["broken off"] * len(PATHS)
+        assert await agent.end() == 0
+
+
+async def until_broken(response: aiohttp.ClientResponse) -> bytes:
+    received = b""
+    with contextlib.suppress(aiohttp.ClientPayloadError):
+        while piece := await response.content.readany():
+            received += piece
+        raise AssertionError(f"it ended in good form: {received[-300:]!r}")
+    return received
+
+
+async def outcome(session: aiohttp.ClientSession, path: str, body: dict[str, Any]) -> str:
+    try:
+        async with session.post(path, json=body) as response:
+            return f"{response.status} {await response.text()}"
+    except aiohttp.ClientError:
+        return "broken off"
+
+
+async def test_an_engine_that_gets_sigterm_itself_finishes_its_answers(run: RunDir, scratch: Path) -> None:
+    """As where Slurm signals every process of a step: the agent has given it the time that it drains itself."""
+    configured = deployment(scratch, options={"itl_ms": 20.0, "extra": {}})
+    async with replica(run, configured) as agent:
+        progress, _ = await agent.ready()
+        body = chat(stream=True, max_tokens=50)
+        async with agent.session() as session, session.post(wire.CHAT, json=body) as response:
+            await response.content.readuntil(b"\n\n")
+            assert progress.engine_pid is not None
+            os.kill(progress.engine_pid, signal.SIGTERM)
+            agent.process.terminate()
+            received = await response.read()
+        assert await agent.end() == 0
+    assert b'"finish_reason":"length"' in received
+    assert received.endswith(b"data: [DONE]\n\n")
 
 
 async def test_draining_while_the_engine_loads(run: RunDir, scratch: Path) -> None:

@@ -175,6 +175,34 @@ async def test_who_is_not_ready_says_so(socket_folder: Path, state: State, heade
         assert int(headers["retry-after"]) >= 1
 
 
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+async def test_what_the_engine_still_answers_is_broken_off(socket_folder: Path, stream: bool) -> None:
+    """At once and with nothing more of the answer; what comes then is told that the engine is not ready."""
+    body = chat(stream=stream, max_tokens=10, sim_fault={"kind": "hang", "at": 4})
+    async with running(socket_folder) as at:
+        task = asyncio.create_task(at.post(body=body))
+        await eventually(lambda: at.engine.counts.faults["hang"] == 1)
+        at.gate.break_off()
+        with pytest.raises(aiohttp.ClientError):
+            await task
+        await asyncio.wait_for(at.gate.in_flight.idle(), GUARD_S)
+        async with asyncio.timeout(GUARD_S):
+            await at.engine.idle()
+        status, headers, _ = await at.post()
+        assert (status, wire.STARTING_HEADER in headers) == (503, True)
+
+
+async def test_nothing_is_broken_off_that_has_been_answered(socket_folder: Path) -> None:
+    """The connection is kept, and a draining replica stays one."""
+    async with running(socket_folder) as at:
+        assert (await at.post())[0] == 200
+        at.gate.state = State.DRAINING
+        at.gate.break_off()
+        assert at.gate.state is State.DRAINING
+        status, headers, _ = await at.post()
+        assert (status, wire.DRAINING_HEADER in headers) == (503, True)
+
+
 async def test_a_drain_call_is_passed_on(socket_folder: Path) -> None:
     async with running(socket_folder) as at:
         status, _, body = await at.post(wire.DRAIN)

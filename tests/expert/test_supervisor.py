@@ -84,6 +84,24 @@ async def test_two_failed_starts_then_ready_then_cancelled(socket_folder: Path) 
         assert not exists(engine)
 
 
+async def test_answers_are_broken_off_while_the_engine_still_runs(socket_folder: Path) -> None:
+    """Before it is told to stop, since it could end them in good form then."""
+    async with supervised(socket_folder) as (supervisor, steps):
+        alive: list[bool] = []
+
+        def break_off() -> None:
+            assert steps.engine_pid is not None
+            status = Path(f"/proc/{steps.engine_pid}/stat").read_text()
+            alive.append(status.rpartition(")")[2].split()[0] in "RS")
+
+        supervisor.break_off = break_off
+        task = asyncio.create_task(supervisor.run())
+        await asyncio.wait_for(steps.ready.wait(), GUARD_S)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        assert alive == [True]
+
+
 async def test_the_last_of_too_many_failures_is_returned(socket_folder: Path) -> None:
     async with supervised(socket_folder, max_restarts=1, faults=[{"kind": "load_fail", "reason": "kv_cache"}]) as (
         supervisor,

@@ -50,7 +50,11 @@ def message(reason: str | None) -> dict[str, Any]:
 
 
 def response(status: str, **more: Any) -> dict[str, Any]:
-    return {"object": "response", "status": status, "output": [], **more}
+    return {"object": "response", "status": status} | {"output": []} | more
+
+
+def says(words: str) -> dict[str, Any]:
+    return {"output": [{"type": "message", "content": [{"type": "output_text", "text": words}]}]}
 
 
 STARTED = {"type": "message_start", "message": message(None)}
@@ -81,6 +85,13 @@ CUT_STREAMS: dict[str, tuple[str, list[bytes]]] = {
         [
             event({"type": "response.created", "response": response("in_progress")}),
             event({"type": "response.completed", "response": response("cancelled")}),
+        ],
+    ),
+    "responses that are empty": (
+        wire.RESPONSES,
+        [
+            event({"type": "response.created", "response": response("in_progress")}),
+            event({"type": "response.completed", "response": response("completed", usage={"output_tokens": 0})}),
         ],
     ),
 }
@@ -150,6 +161,8 @@ CUT_BODIES = {
     "text": (wire.COMPLETIONS, text("so far", "abort")),
     "messages": (wire.MESSAGES, message(None)),
     "responses": (wire.RESPONSES, response("cancelled")),
+    "responses that are empty": (wire.RESPONSES, response("completed", usage={"output_tokens": 0})),
+    "responses with an empty text": (wire.RESPONSES, response("completed", **says(""), usage={"output_tokens": 0})),
 }
 WHOLE_BODIES = {
     "chat": (wire.CHAT, completion("stop", content="abort")),
@@ -158,6 +171,12 @@ WHOLE_BODIES = {
     "messages": (wire.MESSAGES, message("end_turn")),
     "messages that hold another": (wire.MESSAGES, message("tool_use") | {"content": [message(None)]}),
     "responses": (wire.RESPONSES, response("completed", metadata={"status": "cancelled"})),
+    "responses that end at once": (wire.RESPONSES, response("completed", usage={"output_tokens": 1})),
+    "responses that are not counted": (wire.RESPONSES, response("completed", **says("hi"), usage={"output_tokens": 0})),
+    "responses that call a tool": (
+        wire.RESPONSES,
+        response("completed", output=[{"type": "function_call"}], usage={"output_tokens": 0}),
+    ),
 }
 
 

@@ -203,9 +203,16 @@ static void read_head(struct user *one, size_t length)
     }
 }
 
+static void read_line(struct user *one, const char *line, size_t length);
+
+/* The body has ended as it should. A last event that lacks its blank line is one all the same if it ends the stream. */
 static void over(struct user *one)
 {
     enum error error = NONE;
+    if (one->line.used)
+        read_line(one, one->line.data, one->line.used);
+    if (one->is_done)
+        read_line(one, "", 0);
     if (one->status != 200)
         error = HTTP_STATUS;
     else if (one->failed)
@@ -297,7 +304,11 @@ static void read_line(struct user *one, const char *line, size_t length)
     }
     one->has_content |= has_text(line, length, "\"content\":", 10) || has_text(line, length, "\"text\":", 7);
     one->stamp = stamp_of(line, length);
-    one->is_done |= has_text(line, length, "\"finish_reason\":", 16);
+    if (has_text(line, length, "\"finish_reason\":", 16)) {
+        one->is_done = true; /* vLLM ends what it cuts when it is stopped in this form as well */
+        one->is_error |= memmem(line, length, "\"finish_reason\":\"abort\"", 23) != NULL;
+        one->is_error |= memmem(line, length, "\"finish_reason\": \"abort\"", 24) != NULL;
+    }
     read_usage(one, line, length);
     if (length && *line == '{') {
         do

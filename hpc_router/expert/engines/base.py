@@ -100,6 +100,9 @@ class Engine(Protocol):
 
     def argv(self, place: Place) -> list[str]: ...
 
+    def drain_flags(self, drain_s: int, *, version: str | None) -> list[str]:
+        """What makes it finish running answers for so long after SIGTERM; empty where this version cannot."""
+
     def environment(self, place: Place) -> dict[str, str]:
         """What is added to the job's environment."""
 
@@ -220,9 +223,14 @@ def flags(extra: Mapping[str, Any]) -> list[str]:
     return words
 
 
+def flag_name(name: str) -> str:
+    """A name in `extra` as the flag has it."""
+    return name.lstrip("-").replace("_", "-")
+
+
 def refuse(extra: Mapping[str, Any], *, at: str, owned: Mapping[str, str]) -> dict[str, Any]:
     """`extra` with its names in the form flags have. Raises ConfigError for a flag that is set elsewhere."""
-    named = {name.lstrip("-").replace("_", "-"): value for name, value in extra.items()}
+    named = {flag_name(name): value for name, value in extra.items()}
     for name in named:
         if name in owned:
             raise ConfigError(f"{at}.extra.{name}: not a flag to set here; {owned[name]}")

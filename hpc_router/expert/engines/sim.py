@@ -9,6 +9,7 @@ from hpc_router.config import ExpertConfig, SimOptions
 from hpc_router.expert.engines.base import (
     Place,
     TakesAdapters,
+    flag_name,
     flags,
     interpreter,
     lora_modules,
@@ -96,6 +97,10 @@ class SimEngine(TakesAdapters):
             *faults,
             *flags(extra),
         ]
+
+    def drain_flags(self, drain_s: int, *, version: str | None) -> list[str]:
+        named = map(flag_name, self.options.extra)
+        return [] if "drain-s" in named else ["--drain-s", str(drain_s)]
 
     def environment(self, place: Place) -> dict[str, str]:
         return {}

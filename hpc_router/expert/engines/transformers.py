@@ -81,5 +81,8 @@ class TransformersEngine:
         extra = refuse(self.options.extra, at=f"experts.{self.expert}.engine.options", owned=_OWNED)
         return [self._model, "--device", self.options.device, "--dtype", self.options.dtype, *flags(extra)]
 
+    def drain_flags(self, drain_s: int, *, version: str | None) -> list[str]:
+        return []
+
     def environment(self, place: Place) -> dict[str, str]:
         return {}

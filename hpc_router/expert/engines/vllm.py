@@ -5,6 +5,7 @@ make the engine answer to the expert's name and to `auto`, so the client's bytes
 nodes it is the command `vllm serve`, also as a module: only that knows ranks without a server of their own.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ from hpc_router.expert.engines.base import (
     Place,
     Ranks,
     TakesAdapters,
+    flag_name,
     flags,
     interpreter,
     is_local,
@@ -34,6 +36,10 @@ from hpc_router.registry import EngineInfo
 KEEP_ALIVE_S: Final = 3600
 """The engine must not be the first to close an idle connection: its default of 5 s races with our next request."""
 
+SHUTDOWN_TIMEOUT_SINCE: Final = (0, 18)
+"""The release that brought `--shutdown-timeout` (https://github.com/vllm-project/vllm/pull/36666). Without the flag
+SIGTERM ends running answers at once."""
+_VERSION: Final = re.compile(r"(\d+)\.(\d+)")
 LORA_RANKS: Final = (8, 16, 32, 64, 128, 256, 320, 512)
 """What `--max-lora-rank` may be."""
 HUB_LORA_RANK: Final = 16
@@ -137,6 +143,13 @@ class VllmEngine(TakesAdapters):
             *flags(set_or_not),
             *flags(extra),
         ]
+
+    def drain_flags(self, drain_s: int, *, version: str | None) -> list[str]:
+        known = _VERSION.match(version or "")
+        if known is None or tuple(map(int, known.groups())) < SHUTDOWN_TIMEOUT_SINCE:
+            return []
+        named = map(flag_name, self.options.extra)
+        return [] if "shutdown-timeout" in named else ["--shutdown-timeout", str(drain_s)]
 
     def _lora_flags(self) -> list[str]:
         if not self.adapters:

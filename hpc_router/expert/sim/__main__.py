@@ -1,8 +1,8 @@
 """The simulated engine as a process: parse, load, listen, serve until a signal.
 
 Exit codes: 0 stopped by SIGTERM or SIGINT, 1 failed (it cannot listen, or a scripted load failure), 2 a value to
-edit. Both drain; a second SIGINT aborts what still runs. Logs go to stderr; stdout carries nothing but the one line of
-`--announce`.
+edit. Both stop it as SIGTERM stops vLLM: see `server`. A second SIGINT breaks off what still runs. Logs go to
+stderr; stdout carries nothing but the one line of `--announce`.
 """
 
 import argparse
@@ -92,7 +92,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--max-model-len", int, default.max_model_len, "N", "longest prompt plus answer, in words")
     add("--embedding-dimensions", int, default.embedding_dimensions, "N", "length of embedding vectors")
     add("--keepalive-s", float, default.keepalive_s, "S", "idle connections are closed after this")
-    add("--drain-s", float, 5.0, "S", "at SIGTERM, running requests may finish for this long")
+    add(
+        "--drain-s", float, default.drain_s, "S", "at SIGTERM, running requests may finish for this long; 0: abort them"
+    )
     parser.add_argument("--roofline", metavar="JSON", help="the engine on GPUs that it stands for (docs/simulation.md)")
     parser.add_argument("--faults", metavar="JSON|@FILE", help="the script of faults, see below")
     add("--nnodes", int, 1, "N", "ranks, one process each, that meet at the master's port before rank 0 loads")

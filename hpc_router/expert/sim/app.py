@@ -16,6 +16,7 @@ from hpc_router.expert.sim.core import Core
 from hpc_router.expert.sim.faults import Answer
 from hpc_router.expert.sim.inference import Inference
 from hpc_router.expert.sim.metrics import EngineMetrics
+from hpc_router.expert.sim.scheduler import Stopped
 from hpc_router.expert.sim.strike import Severed, strike
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -77,6 +78,10 @@ class Surface:
             headers = {"Allow": exc.headers["Allow"]} if "Allow" in exc.headers else {}
             body = ApiError(exc.reason, status=exc.status).body(request.path)
             return _json(body, status=exc.status, headers=headers)
+        except Stopped:  # an embedding has no form for it
+            if request.transport is not None:
+                request.transport.abort()
+            return web.Response()
         except (Severed, ConnectionError):
             # The connection is gone; aiohttp wants a response all the same and drops it.
             return web.Response()

@@ -23,7 +23,7 @@ class SimConfig:
     max_model_len: int = 131_072
     embedding_dimensions: int = 64
     keepalive_s: float = 75.0
-    # How long running requests may finish after the order to stop; 0 aborts them.
+    # How long running requests may finish after the order to stop; 0 ends them at once with `abort`.
     drain_s: float = 0.0
     faults: tuple[Rule, ...] = ()
     # An engine on GPUs to stand for; then ttft_s, itl_s and jitter mean nothing.

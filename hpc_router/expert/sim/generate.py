@@ -1,7 +1,8 @@
 """One request from admission to its last byte: pace the tokens, strike the fault, count, send.
 
 `step` is shared by streams and bodies: token k has been produced when it returns, and a fault due at k has struck
-instead. A body is sent only when its last token is there, as vLLM does.
+instead. A body is sent only when its last token is there, as vLLM does. When the engine stops, an answer ends after the
+tokens that it has, in good form and with the finish reason `abort`, as vLLM's do.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,11 +15,11 @@ from hpc_router.expert.sim.faults import HEADERS, Fault, Kind
 from hpc_router.expert.sim.latency import Clock, Pace
 from hpc_router.expert.sim.metrics import Counts, Outcome, Phase
 from hpc_router.expert.sim.protocol import Generation
-from hpc_router.expert.sim.scheduler import Ticket
+from hpc_router.expert.sim.scheduler import Stopped, Ticket
 from hpc_router.expert.sim.strike import Crash, InStream, sever, strike
 from hpc_router.expert.sim.tokens import Completion
 
-_OUTCOMES = {"length": Outcome.LENGTH}
+_OUTCOMES = {"length": Outcome.LENGTH, "abort": Outcome.ABORT}
 
 
 @dataclass(slots=True, kw_only=True)
@@ -39,10 +40,11 @@ class Job:
 
     async def step(self, k: int, *, prompt_tokens: int, choices: int) -> None:
         """Produce token k of every choice that still has one."""
-        if k == 0:
-            await self.pace.first(prompt_tokens, running=self.counts.running)
-        else:
-            await self.pace.next(running=self.counts.running)
+        if self.ticket.stopped:
+            raise Stopped
+        running = self.counts.running
+        due = self.pace.first(prompt_tokens, running=running) if k == 0 else self.pace.next(running=running)
+        await self.ticket.wait(due)
         await self._strike_at(k)
         self.counts.generation_tokens += choices
 
@@ -67,10 +69,14 @@ async def answer_whole(
 ) -> web.StreamResponse:
     await job.before_headers()
     steps = max(completion.tokens for completion in completions)
-    for k in range(steps):
-        await job.step(k, prompt_tokens=asked.prompt_tokens, choices=_alive(completions, k))
-        job.ticket.phase = Phase.GENERATING
-    await job.end(steps)
+    k = 0
+    try:
+        for k in range(steps):
+            await job.step(k, prompt_tokens=asked.prompt_tokens, choices=_alive(completions, k))
+            job.ticket.phase = Phase.GENERATING
+        await job.end(steps)
+    except Stopped:
+        completions = [completion.aborted(k) for completion in completions]
     return await _send_body(job, form.whole(completions), reason=completions[0].finish_reason)
 
 
@@ -89,6 +95,7 @@ async def answer_stream(
     await response.prepare(job.request)
     frames = [form.frame(index) for index in range(len(completions))]
     steps = max(completion.tokens for completion in completions)
+    k = 0
     try:
         for k in range(steps):
             await job.step(k, prompt_tokens=asked.prompt_tokens, choices=_alive(completions, k))
@@ -103,6 +110,10 @@ async def answer_stream(
             sever(job.request)
         await response.write_eof(form.error(due.fault.message))
         return response
+    except Stopped:
+        completions = [completion.aborted(k) for completion in completions]
+        if k == 0:
+            await response.write(b"".join(frame.opening() for frame in frames))
     await response.write_eof(_closing(frames, completions, form=form))
     job.finished(completions[0].finish_reason)
     return response

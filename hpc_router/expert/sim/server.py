@@ -1,8 +1,9 @@
 """The engine's life: load, listen, serve, stop. In-process it is an async context manager that gives its address.
 
 Connections are accepted by a factory of our own, so that a fault can reset one before a byte is read. Stopping closes
-the listener first, lets running requests finish for `drain_s`, and aborts what is left. In-process, `die` closes the
-listener and aborts every connection, which is what a killed process looks like from outside.
+the listener first and lets running requests finish for `drain_s`. With a `drain_s` of 0, vLLM's default, running
+answers end at once in good form, with the finish reason `abort`. What is left is broken off. In-process, `die` closes
+the listener and aborts every connection, which is what a killed process looks like from outside.
 """
 
 import asyncio
@@ -28,6 +29,8 @@ from hpc_router.expert.sim.strike import Crash, ResetAtOnce
 
 # sun_path holds 108 bytes with the final zero.
 LONGEST_SOCKET_PATH = 107
+_ABORT_S = 1.0
+"""For the ends of aborted answers to be taken."""
 
 
 class SimEngine:
@@ -133,6 +136,10 @@ class SimEngine:
     async def __aexit__(
         self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
     ) -> None:
+        await self.stop()
+
+    async def stop(self) -> None:
+        """As SIGTERM stops it. May be called again."""
         assert self._runner is not None
         if self._loading is not None:
             self._loading.cancel()
@@ -169,8 +176,13 @@ class SimEngine:
     async def _drain(self, runner: web.AppRunner) -> None:
         if runner.server is not None:
             runner.server.pre_shutdown()
+        scheduler, drain_s = self._core.scheduler, self.config.drain_s
+        if drain_s:
+            scheduler.refuse()
+        else:
+            scheduler.stop()
         try:
-            async with asyncio.timeout(self.config.drain_s):
+            async with asyncio.timeout(drain_s or _ABORT_S):
                 await self.idle()
         except TimeoutError:
             self.abort()

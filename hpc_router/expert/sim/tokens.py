@@ -40,6 +40,12 @@ class Completion:
     def text(self) -> str:
         return "".join(self.pieces)
 
+    def aborted(self, tokens: int) -> "Completion":
+        """As the engine ends it when it stops after so many tokens; whole where that is all of it."""
+        if tokens >= self.tokens:
+            return self
+        return Completion(pieces=self.pieces[:tokens], tokens=tokens, finish_reason="abort")
+
 
 def complete_text(
     prompt: str, *, model: str, seed: str, limit: int | None, default: int, stop: tuple[str, ...] = ()

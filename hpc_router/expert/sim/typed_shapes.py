@@ -2,7 +2,8 @@
 
 As in `shapes`, a token is a few concatenations, body and stream come from the same completion, and everything is
 labelled simulated. Both APIs have one answer of one text. Stop reasons and statuses are vLLM's: a response that was
-cut at its limit ends in `response.completed` all the same, with the status `incomplete`.
+cut at its limit ends in `response.completed` all the same, with the status `incomplete`; one that was aborted says
+`completed`, and a message that was aborted has no stop reason.
 """
 
 from collections.abc import Sequence
@@ -208,4 +209,5 @@ def _part(text: str) -> dict[str, object]:
 def _stop_of(completion: Completion) -> dict[str, str | None]:
     if completion.stop_reason is not None:
         return {"stop_reason": "stop_sequence", "stop_sequence": completion.stop_reason}
-    return {"stop_reason": "max_tokens" if completion.finish_reason == "length" else "end_turn", "stop_sequence": None}
+    reason = {"length": "max_tokens", "abort": None}.get(completion.finish_reason, "end_turn")
+    return {"stop_reason": reason, "stop_sequence": None}

@@ -66,6 +66,9 @@ def awkward_stream() -> bytes:
     return s.STREAM + first + s.chunks(*cut[1:], end=b"0\r\nx-trailer: 1\r\n\r\n")
 
 
+ABORTED = b'data: {"choices":[{"index":0,"delta":{},"finish_reason":"abort"}]}\n\n'
+
+
 @pytest.mark.parametrize("pieces", [s.by_bytes(awkward_stream()), [awkward_stream()]], ids=["bytes", "whole"])
 def test_events_are_counted_however_they_are_cut(tmp_path: Path, pieces: list[bytes]) -> None:
     with s.scripted(pieces) as (port, server):
@@ -98,6 +101,15 @@ def test_a_server_that_does_not_keep_connections(tmp_path: Path, head: bytes) ->
     assert server.connections == found.summary["connects"] == 3
 
 
+@pytest.mark.parametrize("last", [b"data: [DONE]\n", b"data: [DONE]\r\n", b"data: [DONE]"], ids=["LF", "CRLF", "none"])
+def test_a_last_event_without_its_blank_line_is_an_end(tmp_path: Path, last: bytes) -> None:
+    with s.scripted([s.STREAM + s.chunks(s.event("a"), last)]) as (port, server):
+        found = ask(tmp_path, port, count=2)
+    assert errors(found.requests) == {}
+    assert found.requests["events"].tolist() == [1, 1]
+    assert server.connections == 1
+
+
 def test_one_that_closes_kept_connections_without_a_word(tmp_path: Path) -> None:
     """Whether that is seen before the next request goes out or after it: the request is sent again, once."""
     with s.scripted([s.plain(), s.HANG_UP]) as (port, _):
@@ -121,6 +133,9 @@ def test_interim_answers_are_not_the_answer(tmp_path: Path) -> None:
         ([b"HTTP/1.1 204 No Content\r\n\r\n"], "http_204"),
         ([s.STREAM + s.chunks(s.event("a"))], "unfinished"),
         ([s.STREAM + s.chunks(s.event("a"), b'data: {"error": {"message": "x"}}\n\n', s.DONE)], "stream_error"),
+        ([s.STREAM + s.chunks(s.event("a"), ABORTED, s.DONE)], "stream_error"),
+        ([s.STREAM + s.chunks(s.event("a"), ABORTED.replace(b":", b": "), s.DONE)], "stream_error"),
+        ([s.STREAM + s.chunks(s.event("a"), b"data: [DON")], "unfinished"),
         ([s.STREAM + s.chunks(s.event("a"), end=b""), s.HANG_UP], "cut"),
         ([s.plain(b"x" * 10)[:-1], s.HANG_UP], "cut"),
         ([s.HANG_UP], "disconnected"),

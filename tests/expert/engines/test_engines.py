@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 
 from hpc_router.config import ClusterConfig, EngineConfig, ExpertConfig, ResourceConfig
 from hpc_router.errors import ConfigError
+from hpc_router.expert.commands import Commands
 from hpc_router.expert.engines import Engine, Place, Ranks, build_engine, engine_environment, version_command
 from hpc_router.expert.engines.base import flags
 from hpc_router.registry import EngineInfo
@@ -38,6 +40,44 @@ def test_vllm_answers_to_the_expert_and_to_auto_behind_a_socket() -> None:
     assert engine.serves() == {"math": "math"}
     assert engine.names() == ("math", "auto")
     assert engine.info() == EngineInfo("vllm", None, "org/model", "v1", "awq", 2, 1)
+
+
+@pytest.mark.parametrize(
+    ("version", "given"),
+    [
+        ("0.32.0", ["--shutdown-timeout", "40"]),
+        ("0.18.0+cpu", ["--shutdown-timeout", "40"]),
+        ("1.0.0", ["--shutdown-timeout", "40"]),
+        ("0.17.9", []),
+        ("dev", []),
+        (None, []),
+    ],
+)
+def test_vllm_may_finish_running_answers_where_it_can(version: str | None, given: list[str]) -> None:
+    """An unknown flag would end its start."""
+    assert engine_of("vllm")[0].drain_flags(40, version=version) == given
+
+
+@pytest.mark.parametrize("name", ["shutdown-timeout", "shutdown_timeout", "--shutdown-timeout"])
+def test_the_users_own_shutdown_timeout_stands(name: str) -> None:
+    engine, _ = engine_of("vllm", options={"extra": {name: 3}})
+    assert engine.drain_flags(40, version="0.32.0") == []
+
+
+def test_the_simulated_engine_may_finish_them_too() -> None:
+    assert engine_of("sim")[0].drain_flags(40, version=None) == ["--drain-s", "40"]
+    assert engine_of("sim", options={"extra": {"drain-s": 0}})[0].drain_flags(40, version=None) == []
+    assert engine_of("transformers")[0].drain_flags(40, version="5.24.0") == []
+
+
+def test_an_engine_gets_more_time_than_the_agent_drains(tmp_path: Path) -> None:
+    """So that the agent breaks off what is left. Only the first of several ranks serves."""
+    engine, config = engine_of("vllm", nodes=2)
+    commands = Commands(engine, config, ClusterConfig(drain_s=30.5), {}, tmp_path / "log")
+    first, other = (replace(PLACE, ranks=Ranks(rank, 2)) for rank in (0, 1))
+    assert word_after(list(commands.at(first, version="0.32.0").argv), "--shutdown-timeout") == "41"
+    assert "--shutdown-timeout" not in commands.at(first).argv
+    assert "--shutdown-timeout" not in commands.at(other, version="0.32.0").argv
 
 
 def adapter(folder: Path, rank: int, *, name: str = "a") -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 import aiohttp
 import pytest
 
-from tests.expert.sim.calls import GUARD_S, chat, decoded, events, faulty, stream, stream_until_broken
+from tests.expert.sim.calls import GUARD_S, at, chat, decoded, events, faulty, post, stream, stream_until_broken
 
 INSTANT_FLAGS = ("--ttft-ms", "0", "--itl-ms", "0")
 
@@ -162,3 +162,86 @@ async def test_it_loads_neither_an_engine_nor_numpy() -> None:
     process = await asyncio.create_subprocess_exec(sys.executable, "-c", program, stderr=PIPE)
     _, errors = await process.communicate()
     assert process.returncode == 0, errors
+
+
+APIS: dict[str, dict[str, object]] = {
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 1000},
+    "/v1/completions": {"prompt": "hi", "max_tokens": 1000},
+    "/v1/messages": {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 1000},
+    "/v1/responses": {"input": "hi", "max_output_tokens": 1000},
+}
+
+
+async def begun(response: aiohttp.ClientResponse, tokens: int) -> bytes:
+    """What has come of a stream when it has so many tokens."""
+    received = b""
+    while received.count(b"\n\n") < tokens + 6:
+        received += await response.content.readany()
+    return received
+
+
+@pytest.mark.parametrize("path", APIS)
+async def test_sigterm_ends_running_answers_in_good_form_as_vllm_does(path: str) -> None:
+    """Streams and whole answers, in each API's words; the engine then ends with status 0."""
+    async with (
+        spawned("--announce", "--itl-ms", "20", "--ttft-ms", "0") as process,
+        aiohttp.ClientSession(await address(process)) as session,
+    ):
+        whole = asyncio.create_task(post(session, path, {"model": "sim", **APIS[path]}))
+        async with session.post(path, json={"model": "sim", "stream": True, **APIS[path]}) as response:
+            received = await begun(response, tokens=3)
+            process.send_signal(signal.SIGTERM)
+            received += await response.read()
+        status, answer = await whole
+        assert (await ended(process))[0] == 0
+    assert status == 200
+    last = events(received)[-1]
+    if path == "/v1/messages":
+        assert last == 'event: message_stop\ndata: {"type":"message_stop","simulated":true}'
+        assert b'"delta":{"stop_reason":null' in received
+        assert answer["stop_reason"] is None
+    elif path == "/v1/responses":
+        assert last.startswith("event: response.completed\n")
+        assert answer["status"] == "completed"
+    else:
+        assert last == "[DONE]"
+        assert received.count(b'"finish_reason":"abort"') == 1
+        assert at(answer, "choices", 0, "finish_reason") == "abort"
+        assert 0 < int(str(at(answer, "usage", "completion_tokens"))) < 1000
+
+
+async def test_sigterm_ends_what_waits_for_a_place_as_well() -> None:
+    async with (
+        spawned("--announce", "--capacity", "1", "--itl-ms", "20", "--ttft-ms", "0") as process,
+        aiohttp.ClientSession(await address(process)) as session,
+        session.post("/v1/chat/completions", json=chat(stream=True, max_tokens=1000)) as running,
+    ):
+        received = await begun(running, tokens=1)
+        waiting = asyncio.create_task(post(session, "/v1/chat/completions", chat(max_tokens=5)))
+        while 'vllm:num_requests_waiting{engine="0",model_name="sim"} 1.0' not in await metrics(session):
+            pass
+        process.send_signal(signal.SIGTERM)
+        received += await running.read()
+        _, answer = await waiting
+    assert b'"finish_reason":"abort"' in received
+    assert at(answer, "choices", 0, "finish_reason") == "abort"
+    assert at(answer, "choices", 0, "message", "content") == ""
+
+
+async def test_with_time_to_drain_running_answers_finish() -> None:
+    async with (
+        spawned("--announce", "--drain-s", "600", "--itl-ms", "5", "--ttft-ms", "0") as process,
+        aiohttp.ClientSession(await address(process)) as session,
+        session.post("/v1/chat/completions", json=chat(stream=True, max_tokens=100)) as response,
+    ):
+        received = await begun(response, tokens=3)
+        process.send_signal(signal.SIGTERM)
+        received += await response.read()
+        assert (await ended(process))[0] == 0
+    assert len(events(received)) == 1 + 100 + 2
+    assert b'"finish_reason":"length"' in received
+
+
+async def metrics(session: aiohttp.ClientSession) -> str:
+    async with session.get("/metrics") as response:
+        return await response.text()
