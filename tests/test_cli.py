@@ -15,6 +15,7 @@ import pytest
 
 from hpc_router.cli import VERBS, _say_how, main
 from hpc_router.jobdir import Exit, JobDir, JobInfo, Reason
+from hpc_router.logfile import previous
 from hpc_router.rundir import make_run, open_run
 from tests.needs import ROOT
 
@@ -202,6 +203,40 @@ def test_logs_follow(elsewhere: Path) -> None:
         job.engine_log.write_text("engine\n")
         assert follower.stdout.readline() == "math-0.g1 | engine\n"
         follower.terminate()
+
+
+def test_logs_go_on_where_a_log_is_rotated(elsewhere: Path) -> None:
+    """The end of the older file comes before the newer one; `logs` reads both."""
+    run = make_run(elsewhere / "run")
+    job = JobDir(run, "math-0.g1")
+    job.claim()
+    job.agent_log.write_text("before\n")
+    command = [sys.executable, "-m", "hpc_router.cli", "logs", "--run", "run", "-f"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as follower:
+        assert follower.stdout is not None
+        assert follower.stdout.readline() == "math-0.g1 | before\n"
+        with job.agent_log.open("a") as log:
+            log.write("last\nlines\n")
+        job.agent_log.replace(previous(job.agent_log))
+        job.agent_log.write_text("first\n")
+        assert [follower.stdout.readline() for _ in range(3)] == [
+            f"math-0.g1 | {line}\n" for line in ("last", "lines", "first")
+        ]
+        follower.terminate()
+    shown = subprocess.run(command[:-1], stdout=subprocess.PIPE, text=True, check=True)
+    assert shown.stdout == "".join(f"math-0.g1 | {line}\n" for line in ("before", "last", "lines", "first"))
+
+
+def test_logs_of_a_router_are_those_of_all_its_processes(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each writes a file of its own."""
+    job = JobDir(make_run(Path("run")), "router-0.g1")
+    job.claim()
+    job.agent_log.write_text("control\n")
+    job.worker_log(0).write_text("worker\n")
+    job.reconcile_log.write_text("loop\n")
+    said = "router-0.g1 | control\nrouter-0.g1 | worker\nreconcile | loop\n"
+    assert Said(capsys, "logs", "--run", "run", "router").out == said
+    assert Said(capsys, "logs", "--run", "run").out == said
 
 
 def test_why_of_a_failed_job(capsys: pytest.CaptureFixture[str]) -> None:
