@@ -229,7 +229,8 @@ class RouterConfig:
     retry_least_per_s: float = 10.0  # and so many in any case
     queue_timeout_s: float = 30.0  # so long a request waits for a replica of its expert, then 503
     connect_timeout_s: float = 5.0
-    first_byte_timeout_s: float = 600.0
+    first_byte_timeout_s: float = 600.0  # of a streamed answer
+    answer_timeout_s: float = 3600.0  # of an answer that is not streamed, from the request to its first byte
     idle_timeout_s: float = 300.0
     ping_s: float = 15.0  # a stream that pauses for longer gets a comment, so that nobody takes it for dead
     discovery_s: float = 0.5

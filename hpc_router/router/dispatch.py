@@ -12,18 +12,25 @@ import logging
 import time
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Final, Protocol
 
 from hpc_router import wire
 from hpc_router.config import RouterConfig
-from hpc_router.errors import OverloadedError, UnavailableError, UpstreamConnectError, UpstreamError
+from hpc_router.errors import (
+    AnswerTimeoutError,
+    OverloadedError,
+    UnavailableError,
+    UpstreamConnectError,
+    UpstreamError,
+    UpstreamTimeoutError,
+)
 from hpc_router.registry import Kind
 from hpc_router.relay.answer import Answer, Answering
 from hpc_router.relay.dialects import Fault, dialect_of
 from hpc_router.relay.downstream import DownstreamGoneError, Request, Response
-from hpc_router.relay.exchange import Started, Upstream, UpstreamResponse
+from hpc_router.relay.exchange import Limits, Started, Upstream, UpstreamResponse
 from hpc_router.relay.headers import NOT_DOWNSTREAM, NOT_UPSTREAM, REQUEST_ID, Headers, crossing
 from hpc_router.router.balance import KEY_CHARS, slot_of
 from hpc_router.router.metrics import Metrics
@@ -51,6 +58,10 @@ JUDGED: Final = _TRY_ELSEWHERE | {401}
 _SESSION: Final = wire.SESSION_HEADER.encode()
 _MAX_ERROR_BYTES: Final = 2**20
 _OWN_DOWNSTREAM: Final = NOT_DOWNSTREAM | {REQUEST_ID, b"x-expert", b"x-replica", b"x-route-reason"}
+
+
+def stream_limits(config: RouterConfig) -> Limits:
+    return Limits(config.connect_timeout_s, config.first_byte_timeout_s, config.idle_timeout_s)
 
 
 @dataclass(eq=False)
@@ -138,6 +149,8 @@ class Dispatcher:
     metrics: Metrics
     config: RouterConfig
     answering: Answering = field(init=False)
+    streamed: Limits = field(init=False)
+    whole: Limits = field(init=False)
     retries: RetryBudget = field(init=False)
 
     def __post_init__(self) -> None:
@@ -146,6 +159,8 @@ class Dispatcher:
     def configure(self, config: RouterConfig) -> None:
         """From now on. What is under way keeps the limits that it began with."""
         self.config = config
+        self.client.limits = self.streamed = stream_limits(config)
+        self.whole = replace(self.streamed, first_byte_s=config.answer_timeout_s)
         self.retries = RetryBudget(share=config.retry_share, least_per_s=config.retry_least_per_s)
         self.answering = Answering(
             hold_bytes=int(config.hold_mb * 2**20), write_s=config.idle_timeout_s, ping_s=config.ping_s
@@ -184,7 +199,9 @@ class Dispatcher:
                         break
         if errand.refusal is not None:
             return errand.refusal
-        raise UnavailableError(f"{attempts} replicas failed one after the other", retry_after_s=RETRY_AFTER_S)
+        times = "1 attempt" if attempts == 1 else f"{attempts} attempts"
+        where = ", ".join(sorted(replica.name for replica in errand.avoid))
+        raise UnavailableError(f"{times} failed, on {where}", retry_after_s=RETRY_AFTER_S)
 
     def _may_retry(self, replica: Replica) -> bool:
         """A replica that was lost by it costs nothing: it will not be met again. Nor does the first connection of a
@@ -221,8 +238,13 @@ class Dispatcher:
         """`request`: of `request_for`. `started`: how far it has come already."""
         head, body = request
         return self.client.request(
-            "POST", hold.replica.address, errand.target, head=head, body=body, watch=hold.watch, started=started
-        )
+            "POST", hold.replica.address, errand.target, head=head, body=body, watch=hold.watch, started=started,
+            limits=self.limits_of(errand),
+        )  # fmt: skip
+
+    def limits_of(self, errand: Errand) -> Limits:
+        """An answer that is not streamed comes as a whole, so the wait for its first byte has a limit of its own."""
+        return self.streamed if errand.call.fields.get("stream") else self.whole
 
     async def _attempt(
         self, errand: Errand, hold: Hold, exchange: AbstractAsyncContextManager[UpstreamResponse]
@@ -247,11 +269,21 @@ class Dispatcher:
                 await answer.pass_on(upstream, self.said(errand, hold, upstream.headers))
         except DownstreamGoneError:
             self.metrics.cancelled.add("streaming")
+        except UpstreamTimeoutError as error:
+            if hold.lost and not answer.committed:
+                self._note_failure(errand, replica, error)
+                raise _TryElsewhereError from error
+            late = self._late(errand, replica, answered=answer.status != 0)
+            if not answer.committed:
+                raise late from error
+            await self._break_off(errand, expert, answer, Fault(504, "timeout_error", "answer_timeout", str(late)))
         except UpstreamError as error:
             if not answer.committed:
                 self._note_failure(errand, replica, error)
                 raise _TryElsewhereError from error
-            await self._break_off(errand, expert, replica, answer, error)
+            self.witness.look_again(replica)
+            message = f"{replica.name} failed before it had finished: {error}"
+            await self._break_off(errand, expert, answer, Fault(502, "upstream_error", "replica_failed", message))
         return Answered(answer.status, expert, reason, answer.response)
 
     async def _judge(self, errand: Errand, hold: Hold, upstream: UpstreamResponse) -> Answered | None:
@@ -296,15 +328,21 @@ class Dispatcher:
         else:
             self.witness.erred(replica, str(error))
 
-    async def _break_off(
-        self, errand: Errand, expert: str, replica: Replica, answer: Answer, error: UpstreamError
-    ) -> None:
-        logger.warning("%s: %s failed in the midst of its answer: %s", errand.request_id, replica.name, error)
+    def _late(self, errand: Errand, replica: Replica, *, answered: bool) -> AnswerTimeoutError:
+        """The replica is alive, as far as its probes know: the timeout says nothing against it."""
+        if answered:
+            key, limit_s, what = "idle_timeout_s", self.config.idle_timeout_s, "paused for longer than"
+        elif errand.call.fields.get("stream"):
+            key, limit_s, what = "first_byte_timeout_s", self.config.first_byte_timeout_s, "did not begin within"
+        else:
+            key, limit_s, what = "answer_timeout_s", self.config.answer_timeout_s, "was not complete within"
+        advice = "raise that key, or ask for less" + (", or stream it" if key == "answer_timeout_s" else "")
+        return AnswerTimeoutError(f"the answer of {replica.name} {what} router.{key}={limit_s:g}: {advice}")
+
+    async def _break_off(self, errand: Errand, expert: str, answer: Answer, fault: Fault) -> None:
+        logger.warning("%s: broken off: %s", errand.request_id, fault.message)
         self.metrics.broken.add(expert)
-        self.witness.look_again(replica)
-        message = f"{replica.name} failed before it had finished: {error}"
         try:
-            fault = Fault(502, "upstream_error", "replica_failed", message)
             await answer.break_off(dialect_of(errand.target.partition("?")[0]).event(fault))
         except DownstreamGoneError:
             self.metrics.cancelled.add("streaming")
