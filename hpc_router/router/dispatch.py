@@ -2,8 +2,9 @@
 
 select an expert -> acquire a replica -> relay; until the first body byte any failure goes elsewhere. `auto` may go to
 another replica, the runner-up, the fallback; a named expert only to its own replicas, for which it waits up to
-`router.queue_timeout_s`. What was met at a replica is told to its `Witness`, who judges its health: a 429 says nothing
-about that. Retries have a budget.
+`router.queue_timeout_s`. What was met at a replica is told to its `Witness`, which judges its health. Back-pressure (429,
+or 503 with `Retry-After`) says nothing about that, and an error speaks against a replica only where another one of the
+same expert answers the same request well. Retries have a budget.
 """
 
 import asyncio
@@ -47,6 +48,8 @@ logger = logging.getLogger(__name__)
 MAX_ATTEMPTS: Final = 6
 RETRY_AFTER_S: Final = 2.0
 _BUSY: Final = 429
+_AWAY: Final = 503
+_FAILED: Final = 500
 _LOST: Final = 502
 """Beside the header that says "starting": the engine had got the request, and dropped it."""
 _OUR_OWN: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.EADDRNOTAVAIL, errno.ENOBUFS, errno.ENOMEM})
@@ -85,6 +88,9 @@ class Errand:
     avoid: frozenset[Replica] = field(init=False, default=frozenset())
     refusal: "Answered | None" = field(init=False, default=None)
     """The last error that a replica itself answered with; the client gets it when nobody does better."""
+    accused: tuple[tuple[Replica, str, int | str], ...] = field(init=False, default=())
+    """What replicas did with it, by expert: a status, or how the connection broke. It speaks against them only once
+    another replica of the same expert answers well."""
     lost: int = field(init=False, default=0)
     """Replicas whose engine went away while it had this request."""
     begun: tuple[Hold, AbstractAsyncContextManager[UpstreamResponse]] | None = field(init=False, default=None)
@@ -262,6 +268,8 @@ class Dispatcher:
                         return refusal
                 elif replica.suspect:
                     self.witness.answered(replica)
+                if errand.accused and 200 <= upstream.status < 300:
+                    self._convict(errand, expert)
                 if errand.on_answer is not None and 200 <= upstream.status < 300:
                     errand.on_answer(replica, expert, reason)
                 self.metrics.first_byte.add(time.perf_counter() - errand.started, expert, replica.name)
@@ -271,7 +279,7 @@ class Dispatcher:
             self.metrics.cancelled.add("streaming")
         except UpstreamTimeoutError as error:
             if hold.lost and not answer.committed:
-                self._note_failure(errand, replica, error)
+                self._note_failure(errand, hold, error)
                 raise _TryElsewhereError from error
             late = self._late(errand, replica, answered=answer.status != 0)
             if not answer.committed:
@@ -279,7 +287,7 @@ class Dispatcher:
             await self._break_off(errand, expert, answer, Fault(504, "timeout_error", "answer_timeout", str(late)))
         except UpstreamError as error:
             if not answer.committed:
-                self._note_failure(errand, replica, error)
+                self._note_failure(errand, hold, error)
                 raise _TryElsewhereError from error
             self.witness.look_again(replica)
             message = f"{replica.name} failed before it had finished: {error}"
@@ -304,19 +312,31 @@ class Dispatcher:
             errand.lost += status == _LOST
             if errand.lost >= _MAX_LOST:
                 return await self._refusal(errand, hold, upstream)
+        elif status == _BUSY or (status == _AWAY and b"retry-after" in headers):
+            self.metrics.failovers.add(replica.name, _BUSY if status == _BUSY else "busy")
+            errand.refusal = await self._refusal(errand, hold, upstream)
         else:
             self.metrics.failovers.add(replica.name, status)
-            if status != _BUSY:
-                self.witness.erred(replica, f"answered {status}")
             errand.refusal = await self._refusal(errand, hold, upstream)
+            if status == _FAILED and any(seen == _FAILED for _, _, seen in errand.accused):
+                return errand.refusal  # two replicas agree: it belongs to the request
+            errand.accused += ((replica, hold.expert, status),)
         raise _TryElsewhereError
+
+    def _convict(self, errand: Errand, expert: str) -> None:
+        """A replica of this expert has answered well what others did not."""
+        for replica, of, seen in errand.accused:
+            if of == expert:
+                self.witness.erred(replica, f"answered {seen}" if isinstance(seen, int) else seen)
+        errand.accused = ()
 
     async def _refusal(self, errand: Errand, hold: Hold, upstream: UpstreamResponse) -> Answered:
         body = await upstream.read(_MAX_ERROR_BYTES)
         response = Response(upstream.status, self.said(errand, hold, upstream.headers), body)
         return Answered(upstream.status, hold.expert, errand.reason_at(hold.expert), response)
 
-    def _note_failure(self, errand: Errand, replica: Replica, error: UpstreamError) -> None:
+    def _note_failure(self, errand: Errand, hold: Hold, error: UpstreamError) -> None:
+        replica, expert = hold.replica, hold.expert
         logger.warning("%s: %s failed before its first byte: %s", errand.request_id, replica.name, error)
         self.metrics.failovers.add(replica.name, type(error).__name__)
         errand.avoid |= {replica}
@@ -326,7 +346,8 @@ class Dispatcher:
         if isinstance(error, UpstreamConnectError):
             self.witness.doubt(replica, str(error))
         else:
-            self.witness.erred(replica, str(error))
+            errand.accused += ((replica, expert, str(error)),)
+            self.witness.look_again(replica)
 
     def _late(self, errand: Errand, replica: Replica, *, answered: bool) -> AnswerTimeoutError:
         """The replica is alive, as far as its probes know: the timeout says nothing against it."""

@@ -90,7 +90,7 @@ async def test_a_replica_that_is_lost_is_another_matter(tmp_path: Path, monkeypa
     """It does not answer its probes either: the request goes elsewhere, long before its limit."""
     monkeypatch.setattr("hpc_router.router.replica.LOST_S", SHORT_S)
     run = a_run(tmp_path)
-    limits = {"answer_timeout_s": LONG_S, "first_byte_timeout_s": LONG_S, "probe_timeout_s": 0.1}
+    limits: dict[str, Any] = {"answer_timeout_s": LONG_S, "first_byte_timeout_s": LONG_S, "probe_timeout_s": 0.1}
     async with (
         fake_replica(run, "math-0.g1", hang) as gone,
         fake_replica(run, "math-1.g1"),
