@@ -276,7 +276,9 @@ def register(arguments: argparse.Namespace) -> int:
     from hpc_router.cluster.register import register as join
 
     given = read_token(arguments.token_file) if arguments.token_file is not None else None
-    endpoint = examine(expert=arguments.expert, url=arguments.url, model=arguments.model, token=given)
+    endpoint = examine(
+        expert=arguments.expert, url=arguments.url, model=arguments.model, token=given, probe=arguments.probe_path
+    )
     named = arguments.run or (Path(os.environ["HPC_ROUTER_RUN"]) if "HPC_ROUTER_RUN" in os.environ else None)
     run = make_run(named) if named is not None and not named.exists() else find_run(arguments.run)
     record = join(run, endpoint)

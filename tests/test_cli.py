@@ -16,6 +16,7 @@ import pytest
 from hpc_router.cli import VERBS, _say_how, main
 from hpc_router.jobdir import Exit, JobDir, JobInfo, Reason
 from hpc_router.logfile import previous
+from hpc_router.registry import Reader
 from hpc_router.rundir import make_run, open_run
 from tests.needs import ROOT
 
@@ -77,6 +78,10 @@ def test_every_verb_explains_itself(verb: str, capsys: pytest.CaptureFixture[str
         (["bench", "router", "--tree", "old=nope"], "no checkout of hpc-router"),
         (["bench", "router", "--rate", "fast"], "invalid float value: 'fast'"),
         (["register", "--run", "new", "--expert", "auto", "--url", "http://h:1"], "cannot name an expert"),
+        (
+            ["register", "--run", "new", "--expert", "m", "--url", "http://h:1", "--probe-path", "x y"],
+            "--probe-path x y",
+        ),
         (["register", "--run", "new", "--expert", "m", "--url", "h:1"], "not an endpoint's address"),
         (["register", "--run", "new", "--expert", "m", "--url", "http://u:p@h:1"], "not an endpoint's address"),
         (["register", "--run", "new", "--expert", "m", "--url", "http://h:99999"], "not an endpoint's address"),
@@ -337,6 +342,17 @@ def test_register_with_a_token(capsys: pytest.CaptureFixture[str]) -> None:
         assert run.external_token("big-x0.g1") == "hunter3"
     Said(capsys, "unregister", "--run", "run", "big-x0")
     assert run.external_token("big-x0.g1") is None
+
+
+@pytest.mark.parametrize(
+    ("words", "probe"), [([], "/v1/models"), (["--probe-path", "/health"], "/health"), (["--no-probe"], None)]
+)
+def test_register_says_how_it_is_probed(
+    words: list[str], probe: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url = ["--expert", "big", "--url", "http://127.0.0.1:1", "--model", "m"]
+    assert record(capsys, *url, *words)["probe"] == probe
+    assert Reader(Path("run/registry")).snapshot()["big-x0.g1"].probe == probe
 
 
 def test_register_where_several_models_are(capsys: pytest.CaptureFixture[str], elsewhere: Path) -> None:

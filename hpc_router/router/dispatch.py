@@ -2,9 +2,9 @@
 
 select an expert -> acquire a replica -> relay; until the first body byte any failure goes elsewhere. `auto` may go to
 another replica, the runner-up, the fallback; a named expert only to its own replicas, for which it waits up to
-`router.queue_timeout_s`. What was met at a replica is told to its `Witness`, which judges its health. Back-pressure (429,
-or 503 with `Retry-After`) says nothing about that, and an error speaks against a replica only where another one of the
-same expert answers the same request well. Retries have a budget.
+`router.queue_timeout_s`. What was met at a replica is told to its `Witness`, which judges its health. Back-pressure
+(429, or 503 with `Retry-After`) says nothing about that, and an error speaks against a replica only where another one
+of the same expert answers the same request well. Retries have a budget.
 """
 
 import asyncio
@@ -30,7 +30,7 @@ from hpc_router.errors import (
 from hpc_router.registry import Kind
 from hpc_router.relay.answer import Answer, Answering
 from hpc_router.relay.dialects import Fault, dialect_of
-from hpc_router.relay.downstream import DownstreamGoneError, Request, Response
+from hpc_router.relay.downstream import DownstreamGoneError, Request, Response, error_response
 from hpc_router.relay.exchange import Limits, Started, Upstream, UpstreamResponse
 from hpc_router.relay.headers import NOT_DOWNSTREAM, NOT_UPSTREAM, REQUEST_ID, Headers, crossing
 from hpc_router.router.balance import KEY_CHARS, slot_of
@@ -298,6 +298,12 @@ class Dispatcher:
         """Go elsewhere when the status says so; nothing has been sent to the client yet. Else what the client gets;
         None: the response as it comes."""
         replica, status, headers = hold.replica, upstream.status, upstream.headers
+        external = replica.record.kind is Kind.EXTERNAL
+        if status == 401 and external:  # the client's own token is right
+            errand.avoid |= {replica}
+            self.metrics.failovers.add(replica.name, status)
+            errand.refusal = self._wants_token(errand, hold)
+            raise _TryElsewhereError
         if status == 401 and replica.key is not None:
             raise UpstreamConnectError("the replica refuses our key")
         if status not in _TRY_ELSEWHERE:
@@ -305,7 +311,8 @@ class Dispatcher:
         errand.avoid |= {replica}
         if wire.DRAINING_HEADER.encode() in headers:
             self.metrics.failovers.add(replica.name, "draining")
-            self.witness.heard(replica, Event.SAYS_DRAINING)
+            # An address that is not ours may have a successor there.
+            self.witness.heard(replica, Event.SAYS_STARTING if external else Event.SAYS_DRAINING)
         elif wire.STARTING_HEADER.encode() in headers:
             self.metrics.failovers.add(replica.name, "starting")
             self.witness.heard(replica, Event.SAYS_STARTING)
@@ -327,8 +334,16 @@ class Dispatcher:
         """A replica of this expert has answered well what others did not."""
         for replica, of, seen in errand.accused:
             if of == expert:
-                self.witness.erred(replica, f"answered {seen}" if isinstance(seen, int) else seen)
+                self.witness.erred(replica, f"{replica.record.url} answered {seen}" if isinstance(seen, int) else seen)
         errand.accused = ()
+
+    def _wants_token(self, errand: Errand, hold: Hold) -> Answered:
+        message = f"{hold.replica.record.url} answered 401: `hpc-router register` it again with --token-file"
+        reason, path = errand.reason_at(hold.expert), errand.target.partition("?")[0]
+        response = error_response(502, kind="upstream_error", code="endpoint_unauthorized", message=message, path=path)
+        response.add(wire.REQUEST_ID_HEADER, errand.request_id)
+        response.head += _answered_by(hold.expert, hold.replica.record.replica, reason)
+        return Answered(502, hold.expert, reason, response)
 
     async def _refusal(self, errand: Errand, hold: Hold, upstream: UpstreamResponse) -> Answered:
         body = await upstream.read(_MAX_ERROR_BYTES)
@@ -344,7 +359,7 @@ class Dispatcher:
         if isinstance(cause, OSError) and cause.errno in _OUR_OWN:
             return
         if isinstance(error, UpstreamConnectError):
-            self.witness.doubt(replica, str(error))
+            self.witness.doubt(replica, f"{replica.record.url}: {error}")
         else:
             errand.accused += ((replica, expert, str(error)),)
             self.witness.look_again(replica)
