@@ -36,7 +36,7 @@ from hpc_router.errors import (
 )
 from hpc_router.relay.dialects import dialect_of
 from hpc_router.relay.downstream import DownstreamGoneError, Request, Response, Work, error_response, json_response
-from hpc_router.relay.headers import Headers
+from hpc_router.relay.headers import MAX_RETRY_AFTER_S, Headers
 from hpc_router.relay.in_flight import InFlight
 from hpc_router.router.admission import bounds_of, worth_leaving
 from hpc_router.router.dispatch import RETRY_AFTER_S, Dispatcher, Errand
@@ -378,7 +378,7 @@ def _error_response(status: int, kind: str, error: HpcRouterError, request_id: s
     response = error_response(status, kind=kind, code=_code(error), message=str(error), param=param, path=path)
     response.add(wire.REQUEST_ID_HEADER, request_id)
     if retry_after_s is not None:
-        response.add("retry-after", str(max(1, math.ceil(retry_after_s))))
+        response.add("retry-after", str(min(max(1, math.ceil(retry_after_s)), MAX_RETRY_AFTER_S)))
     if isinstance(error, AnswerTimeoutError):
         response.add("x-should-retry", "false")  # obeyed by the openai and anthropic clients
     return response
