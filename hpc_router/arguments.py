@@ -199,6 +199,20 @@ def _changing(verbs: "_Verbs[_Parser]") -> None:
     register.add_argument("--url", required=True, help="its address, with or without /v1")
     register.add_argument("--model", help="the model's name there (default: asked from /v1/models)")
     register.add_argument("--token-file", type=Path, metavar="F", help="file with the token that it wants")
+    probing = register.add_mutually_exclusive_group()
+    probing.add_argument(
+        "--probe-path",
+        metavar="PATH",
+        default="/v1/models",
+        help="what the router asks to see whether it lives (default /v1/models); any HTTP answer will do",
+    )
+    probing.add_argument(
+        "--no-probe",
+        dest="probe_path",
+        action="store_const",
+        const=None,
+        help="ask nothing: only see whether its port takes connections",
+    )
     unregister = _verb(
         verbs,
         "unregister",

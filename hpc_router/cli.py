@@ -132,18 +132,18 @@ def status(arguments: argparse.Namespace) -> int:
 
 def logs(arguments: argparse.Namespace) -> int:
     from hpc_router.cluster.desired import with_jobs
-    from hpc_router.cluster.logs import follow, log_files, sizes, tail
+    from hpc_router.cluster.logs import ends, follow, log_files, tail
 
     run = find_run(arguments.run)
     name = None if arguments.name is None else with_jobs(run, arguments.name)
     files = log_files(run, name)
-    shown = sizes(files)
+    shown = ends(files)
     for replica, paths in files.items():
         for path in paths:
             for line in tail(path, arguments.lines):
                 print(f"{replica} | {line}")
     if arguments.follow:
-        for replica, line in follow(run, name, seen=shown):
+        for replica, line in follow(run, name, since=shown):
             print(f"{replica} | {line}", flush=True)
     return 0
 
@@ -276,7 +276,9 @@ def register(arguments: argparse.Namespace) -> int:
     from hpc_router.cluster.register import register as join
 
     given = read_token(arguments.token_file) if arguments.token_file is not None else None
-    endpoint = examine(expert=arguments.expert, url=arguments.url, model=arguments.model, token=given)
+    endpoint = examine(
+        expert=arguments.expert, url=arguments.url, model=arguments.model, token=given, probe=arguments.probe_path
+    )
     named = arguments.run or (Path(os.environ["HPC_ROUTER_RUN"]) if "HPC_ROUTER_RUN" in os.environ else None)
     run = make_run(named) if named is not None and not named.exists() else find_run(arguments.run)
     record = join(run, endpoint)

@@ -247,7 +247,9 @@ class RouterConfig:
     # So long a request waits for a replica of its expert, then 503.
     queue_timeout_s: float = bounded(30.0, SHORTEST_S, DAY_S)
     connect_timeout_s: float = bounded(5.0, SHORTEST_S, HOUR_S)
-    first_byte_timeout_s: float = bounded(600.0, SHORTEST_S, DAY_S)
+    first_byte_timeout_s: float = bounded(600.0, SHORTEST_S, DAY_S)  # of a streamed answer
+    # Of an answer that is not streamed, from the request to its first byte.
+    answer_timeout_s: float = bounded(3600.0, SHORTEST_S, DAY_S)
     idle_timeout_s: float = bounded(300.0, SHORTEST_S, DAY_S)
     # A stream that pauses for longer gets a comment, so that nobody takes it for dead.
     ping_s: float = bounded(15.0, SHORTEST_S, DAY_S)

@@ -85,6 +85,10 @@ class UnavailableError(RoutingError):
     """No replica could serve the request in time."""
 
 
+class AnswerTimeoutError(RoutingError):
+    """A replica is alive and did not answer in time. Another attempt would take as long, so there is none."""
+
+
 class UpstreamError(RoutingError):
     """A replica failed before the first body byte; another one may be tried."""
 

@@ -12,15 +12,21 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
+from functools import partial
 from logging.handlers import QueueHandler
 from pathlib import Path
 from typing import Final, TypeVar
+
+from hpc_router.logfile import LogFile, LogFileHandler, RateLimit
 
 logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 PATIENCE_S: Final = 5.0
 """A write may keep its caller waiting for so long; it is done when the file system comes back."""
+MAX_UNWRITTEN_BYTES: Final = 4 * 2**20
+"""Output of a process that waits for a file system that hangs; what comes beyond that is dropped and counted."""
+_READ_BYTES: Final = 2**16
 LOG_FORMAT: Final = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
@@ -83,13 +89,53 @@ class FileThreadHandler(QueueHandler):
         super().close()
 
 
+class OutputLog:
+    """Copies the output of a process from its pipe to a log file, through the file thread.
+
+    The process never waits for the file system, and its log is bounded however much it says. `tail` holds its last
+    `tail_bytes` bytes.
+    """
+
+    def __init__(self, files: FileThread, path: Path, *, tail_bytes: int = 0) -> None:
+        self._files = files
+        self._log = LogFile(path)
+        self._tail_bytes = tail_bytes
+        self._posted = self._written = self._dropped = 0  # bytes
+        self.tail = b""
+
+    async def copy(self, stream: asyncio.StreamReader) -> None:
+        """Until the end of the stream."""
+        try:
+            while data := await stream.read(_READ_BYTES):
+                self._take(data)
+        finally:
+            self._files.post(self._log.close)
+
+    def _take(self, data: bytes) -> None:
+        if self._tail_bytes:
+            self.tail = (self.tail + data)[-self._tail_bytes :]
+        if self._posted - self._written > MAX_UNWRITTEN_BYTES:
+            self._dropped += len(data)
+            return
+        self._posted += len(data)
+        dropped, self._dropped = self._dropped, 0
+        self._files.post(partial(self._write, data, dropped))
+
+    def _write(self, data: bytes, dropped: int) -> None:
+        self._log.skip(dropped)
+        self._log.write(data)
+        self._written += len(data)
+
+
 @contextmanager
 def file_thread(name: str, *, log: Path, label: str = "") -> Iterator[FileThread]:
     """The thread for all of a service's writes, its log among them; a terminal sees the log as well.
 
-    `label`: who writes, where several processes have one log."""
+    `log`: written by this process alone. `label`: names the process in each line."""
     files = FileThread(name)
-    handlers: list[logging.Handler] = [FileThreadHandler(files, logging.FileHandler(log, encoding="utf-8"))]
+    to_file = FileThreadHandler(files, LogFileHandler(LogFile(log)))
+    to_file.addFilter(RateLimit())
+    handlers: list[logging.Handler] = [to_file]
     if sys.stderr.isatty():
         handlers.append(logging.StreamHandler())
     logging.basicConfig(

@@ -171,6 +171,15 @@ class JobDir:
     def agent_log(self) -> Path:
         return self.run.logs / f"{self.replica}.log"
 
+    def worker_log(self, worker: int) -> Path:
+        """Of one of a router's workers; `agent_log` is that of its control process."""
+        return self.run.logs / f"{self.replica}.worker{worker}.log"
+
+    @property
+    def reconcile_log(self) -> Path:
+        """Of the control loop beside a router."""
+        return self.run.logs / f"{self.replica}.reconcile.log"
+
     @property
     def engine_log(self) -> Path:
         return self.run.logs / f"{self.replica}.engine.log"

@@ -17,6 +17,7 @@ from typing import Any, Final, Self
 
 from hpc_router.errors import RegistryError
 from hpc_router.files import LONGEST, read_json, replace_json
+from hpc_router.wire import MODELS
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +52,10 @@ class EngineInfo:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One endpoint. `serves` maps an expert's name to the model name its engine answers to; None: to be asked."""
+    """One endpoint. `serves` maps an expert's name to the model name its engine answers to; None: to be asked.
+
+    `probe`: of an external endpoint, the path that the router asks; None: only whether its port takes connections.
+    """
 
     kind: Kind
     replica: str
@@ -68,10 +72,14 @@ class Record:
     beat_s: float | None = None
     capacity: int | None = None
     engine: EngineInfo = EngineInfo()
+    probe: str | None = MODELS
     schema: int = SCHEMA
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        value = asdict(self)
+        if self.kind is not Kind.EXTERNAL:
+            del value["probe"]
+        return value
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
@@ -104,7 +112,8 @@ def _check_types(record: Record) -> None:
     )
     generation_ok = isinstance(record.generation, int) and not isinstance(record.generation, bool)
     url_ok = isinstance(record.url, str) and record.url.startswith(("http://", "https://"))
-    if not (serves_ok and numbers_ok and generation_ok and url_ok and isinstance(record.nonce, str | None)):
+    texts_ok = isinstance(record.nonce, str | None) and isinstance(record.probe, str | None)
+    if not (serves_ok and numbers_ok and generation_ok and url_ok and texts_ok):
         raise RegistryError(f"record {record.replica!r} has a value of the wrong type")
     split_replica(record.replica)
 

@@ -12,11 +12,15 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from hpc_router.auth import new_token
 from hpc_router.errors import ConfigError, RegistryError
 from hpc_router.files import load_json, replace_json
+from hpc_router.logfile import LOG_BYTES, previous
+
+ROTATION_S: Final = 60.0
+"""A claim to rotate `events.jsonl` that is older was left by a process that died."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +54,10 @@ class RunDir:
         return self.path / "logs"
 
     @property
+    def events(self) -> Path:
+        return self.path / "events.jsonl"
+
+    @property
     def classifier(self) -> Path:
         """The artefact trained at `up` from the experts' exemplars."""
         return self.path / "classifier"
@@ -80,12 +88,33 @@ class RunDir:
         _write_secret(self.path / "tokens" / replica, token)
 
     def event(self, kind: str, **facts: Any) -> None:
-        """One line in `events.jsonl`; only the control loop and the verbs call this, one write each."""
-        line = json.dumps({"at": round(time.time(), 3), "event": kind, **facts}, sort_keys=True)
+        """One line in `events.jsonl`, in one write; only the control loop and the verbs call this."""
+        line = json.dumps({"at": round(time.time(), 3), "event": kind, **facts}, sort_keys=True) + "\n"
         with private_umask():
-            descriptor = os.open(self.path / "events.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
-            stream.write(line + "\n")
+            descriptor = os.open(self.events, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            os.write(descriptor, line.encode())
+            full = os.fstat(descriptor).st_size > LOG_BYTES
+        finally:
+            os.close(descriptor)
+        if full:
+            self._rotate_events()
+
+    def _rotate_events(self) -> None:
+        """The folder is a claim: of several writers exactly one renames the file, and only while it is too long."""
+        claim = self.path / ".events.rotating"
+        try:
+            claim.mkdir()
+        except FileExistsError:
+            with contextlib.suppress(OSError):
+                if time.time() - claim.stat().st_mtime > ROTATION_S:
+                    claim.rmdir()
+            return
+        try:
+            if self.events.stat().st_size > LOG_BYTES:
+                self.events.replace(previous(self.events))
+        finally:
+            claim.rmdir()
 
     def read_desired(self) -> dict[str, Any]:
         """The later wishes. Raises RegistryError for a file that cannot be read: that is not the wish for nothing."""

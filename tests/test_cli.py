@@ -15,6 +15,8 @@ import pytest
 
 from hpc_router.cli import VERBS, _say_how, main
 from hpc_router.jobdir import Exit, JobDir, JobInfo, Reason
+from hpc_router.logfile import previous
+from hpc_router.registry import Reader
 from hpc_router.rundir import make_run, open_run
 from tests.needs import ROOT
 
@@ -76,6 +78,10 @@ def test_every_verb_explains_itself(verb: str, capsys: pytest.CaptureFixture[str
         (["bench", "router", "--tree", "old=nope"], "no checkout of hpc-router"),
         (["bench", "router", "--rate", "fast"], "invalid float value: 'fast'"),
         (["register", "--run", "new", "--expert", "auto", "--url", "http://h:1"], "cannot name an expert"),
+        (
+            ["register", "--run", "new", "--expert", "m", "--url", "http://h:1", "--probe-path", "x y"],
+            "--probe-path x y",
+        ),
         (["register", "--run", "new", "--expert", "m", "--url", "h:1"], "not an endpoint's address"),
         (["register", "--run", "new", "--expert", "m", "--url", "http://u:p@h:1"], "not an endpoint's address"),
         (["register", "--run", "new", "--expert", "m", "--url", "http://h:99999"], "not an endpoint's address"),
@@ -204,6 +210,40 @@ def test_logs_follow(elsewhere: Path) -> None:
         follower.terminate()
 
 
+def test_logs_go_on_where_a_log_is_rotated(elsewhere: Path) -> None:
+    """The end of the older file comes before the newer one; `logs` reads both."""
+    run = make_run(elsewhere / "run")
+    job = JobDir(run, "math-0.g1")
+    job.claim()
+    job.agent_log.write_text("before\n")
+    command = [sys.executable, "-m", "hpc_router.cli", "logs", "--run", "run", "-f"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as follower:
+        assert follower.stdout is not None
+        assert follower.stdout.readline() == "math-0.g1 | before\n"
+        with job.agent_log.open("a") as log:
+            log.write("last\nlines\n")
+        job.agent_log.replace(previous(job.agent_log))
+        job.agent_log.write_text("first\n")
+        assert [follower.stdout.readline() for _ in range(3)] == [
+            f"math-0.g1 | {line}\n" for line in ("last", "lines", "first")
+        ]
+        follower.terminate()
+    shown = subprocess.run(command[:-1], stdout=subprocess.PIPE, text=True, check=True)
+    assert shown.stdout == "".join(f"math-0.g1 | {line}\n" for line in ("before", "last", "lines", "first"))
+
+
+def test_logs_of_a_router_are_those_of_all_its_processes(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each writes a file of its own."""
+    job = JobDir(make_run(Path("run")), "router-0.g1")
+    job.claim()
+    job.agent_log.write_text("control\n")
+    job.worker_log(0).write_text("worker\n")
+    job.reconcile_log.write_text("loop\n")
+    said = "router-0.g1 | control\nrouter-0.g1 | worker\nreconcile | loop\n"
+    assert Said(capsys, "logs", "--run", "run", "router").out == said
+    assert Said(capsys, "logs", "--run", "run").out == said
+
+
 def test_why_of_a_failed_job(capsys: pytest.CaptureFixture[str]) -> None:
     run = make_run(Path("run"))
     run.config.write_text(
@@ -302,6 +342,17 @@ def test_register_with_a_token(capsys: pytest.CaptureFixture[str]) -> None:
         assert run.external_token("big-x0.g1") == "hunter3"
     Said(capsys, "unregister", "--run", "run", "big-x0")
     assert run.external_token("big-x0.g1") is None
+
+
+@pytest.mark.parametrize(
+    ("words", "probe"), [([], "/v1/models"), (["--probe-path", "/health"], "/health"), (["--no-probe"], None)]
+)
+def test_register_says_how_it_is_probed(
+    words: list[str], probe: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url = ["--expert", "big", "--url", "http://127.0.0.1:1", "--model", "m"]
+    assert record(capsys, *url, *words)["probe"] == probe
+    assert Reader(Path("run/registry")).snapshot()["big-x0.g1"].probe == probe
 
 
 def test_register_where_several_models_are(capsys: pytest.CaptureFixture[str], elsewhere: Path) -> None:

@@ -1,5 +1,6 @@
 """The run directory keeps its secrets, whatever the umask, and says what is wrong with one that is not right."""
 
+import json
 import os
 import stat
 import threading
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from hpc_router.errors import ConfigError, RegistryError
+from hpc_router.logfile import previous
 from hpc_router.rundir import find_run, make_run, open_run, point_latest
 
 
@@ -101,3 +103,23 @@ def test_a_wish_that_cannot_be_opened_is_not_an_absent_one(tmp_path: Path) -> No
     run.desired.mkdir()
     with pytest.raises(RegistryError, match=r"cannot read .*desired\.json: Is a directory"):
         run.read_desired()
+
+
+def test_events_are_rotated_by_exactly_one_writer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The claim of one that died is taken back, and a long line is one write."""
+    monkeypatch.setattr("hpc_router.rundir.LOG_BYTES", 20_000)
+    run = make_run(tmp_path / "run")
+    claim = run.path / ".events.rotating"
+    claim.mkdir()
+    run.event("down", replicas=["x" * 30_000])
+    assert run.events.exists(), "another one rotates it"
+    os.utime(claim, (0, 0))
+    run.event("one")
+    assert not claim.exists()
+    run.event("two")
+    assert not run.events.exists()
+    run.event("three")
+    older = [json.loads(line)["event"] for line in previous(run.events).read_text().splitlines()]
+    assert older == ["down", "one", "two"]
+    assert [json.loads(line)["event"] for line in run.events.read_text().splitlines()] == ["three"]
+    assert not claim.exists()

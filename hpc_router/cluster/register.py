@@ -22,6 +22,7 @@ from hpc_router.registry import EngineInfo, Kind, Reader, Record, State, replica
 from hpc_router.rundir import RunDir
 from hpc_router.wire import MODELS
 
+_PROBE: Final = re.compile(r"/[!-~]*")
 _V1: Final = re.compile(r"/v1/?$")
 
 
@@ -34,10 +35,15 @@ class Endpoint:
     model: str | None
     token: str | None = None
     warning: str | None = None
+    probe: str | None = MODELS
 
 
-def examine(*, expert: str, url: str, model: str | None = None, token: str | None = None) -> Endpoint:
-    """Raises ConfigError, before any run is touched."""
+def examine(
+    *, expert: str, url: str, model: str | None = None, token: str | None = None, probe: str | None = MODELS
+) -> Endpoint:
+    """Raises ConfigError, before any run is touched. `probe`: see `Record`."""
+    if probe is not None and not _PROBE.fullmatch(probe):
+        raise ConfigError(f"--probe-path {probe}: not a path (valid: /health, /v1/models, ...)")
     if not EXPERT_NAME.fullmatch(expert) or expert in RESERVED_NAMES:
         raise ConfigError(
             f"--expert {expert}: cannot name an expert (valid: lower-case letters, digits, '-' and '_', "
@@ -46,7 +52,7 @@ def examine(*, expert: str, url: str, model: str | None = None, token: str | Non
     base, warning = base_url(url), None
     if model is None:
         model, warning = _ask_model(base, token=token)
-    return Endpoint(expert, base, model, token, warning)
+    return Endpoint(expert, base, model, token, warning, probe)
 
 
 def register(run: RunDir, endpoint: Endpoint) -> Record:
@@ -59,6 +65,7 @@ def register(run: RunDir, endpoint: Endpoint) -> Record:
         state=State.READY,
         serves={endpoint.expert: endpoint.model},
         engine=EngineInfo(model=endpoint.model),
+        probe=endpoint.probe,
     )
     record = _publish(run, record, new=known is None, token=endpoint.token)
     run.event("registered", replica=record.replica, url=record.url)

@@ -73,7 +73,11 @@ _STANDING: Final[Mapping[Standing, str]] = {
 _ROUTER_ADVICE: Final = "edit router.* as the message says, then `hpc-router up` in a new run"
 
 
-_SICK_ADVICE = "`hpc-router logs {replica}` may tell why; `hpc-router drain {replica}` replaces it"
+_SICK_ADVICE: Final = "`hpc-router logs {replica}` may tell why; `hpc-router drain {replica}` replaces it"
+_EXTERNAL_ADVICE: Final = (
+    "start or repair the server there, or `hpc-router unregister {replica}`; if it does serve, `hpc-router register` "
+    "it again with --probe-path, --no-probe or --token-file"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,11 +148,13 @@ def _sick(shown: list[ReplicaView], told: Mapping[str, Any]) -> list[Cause]:
     causes = []
     for view in shown:
         seen = known.get(view.replica) or {}
+        external = seen.get("kind") == "external"
+        advice = (_EXTERNAL_ADVICE if external else _SICK_ADVICE).format(replica=view.replica)
         if seen.get("state") == "ejected":
             what = f"the router has it out of use: {seen.get('trouble') or 'it does not answer'}"
-            causes.append(Cause(view, what, _SICK_ADVICE.format(replica=view.replica), ()))
+            causes.append(Cause(view, what, advice, ()))
         elif seen.get("sick"):
-            causes.append(Cause(view, f"it {seen['sick']}", _SICK_ADVICE.format(replica=view.replica), ()))
+            causes.append(Cause(view, f"it {seen['sick']}", advice, ()))
     return causes
 
 

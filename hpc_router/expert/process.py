@@ -6,14 +6,13 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Final, Self
 
 from hpc_router.expert.engines import Failure, Place, classify
 from hpc_router.expert.engines.failure import Sign
 from hpc_router.expert.guard import is_subreaper, kill_descendants
-from hpc_router.filethread import PATIENCE_S, FileThread
+from hpc_router.filethread import FileThread, OutputLog
 
 logger = logging.getLogger(__name__)
 
@@ -21,6 +20,8 @@ GUARD: Final = Path(__file__).with_name("guard.py")
 TAIL_BYTES: Final = 128 * 1024
 ENGINE_GRACE_S: Final = 10.0
 """From SIGTERM to SIGKILL, for an engine that has nothing in flight any more."""
+OUTPUT_S: Final = 2.0
+"""For the rest of the output of an engine that has ended."""
 KILL_S: Final = 30.0
 """A killed process may need that long to give back its memory; one that needs longer hangs in the kernel."""
 
@@ -39,30 +40,27 @@ class Command:
 class EngineProcess:
     """`async with EngineProcess.start(...)`: leaving the block ends the engine and all its descendants."""
 
-    def __init__(
-        self, guard: asyncio.subprocess.Process, command: Command, files: FileThread, *, log_offset: int
-    ) -> None:
+    def __init__(self, guard: asyncio.subprocess.Process, command: Command, files: FileThread) -> None:
+        assert guard.stderr is not None
         self._guard = guard
         self._command = command
-        self._files = files
-        self._log_offset = log_offset
+        self._output = OutputLog(files, command.log, tail_bytes=TAIL_BYTES)
+        self._copying = asyncio.create_task(self._output.copy(guard.stderr), name="engine output")
         self.pid: int | None = None
 
     @classmethod
     async def start(cls, command: Command, files: FileThread) -> Self:
         command.place.socket.unlink(missing_ok=True)  # a killed engine leaves it, and vLLM does not replace it
-        with await files.run(partial(command.log.open, "ab")) as log:
-            offset = log.tell()
-            guard = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-I", "-S", str(GUARD)),
-                *("--grace-s", str(command.grace_s), "--folder", str(command.place.folder), "--", *command.argv),
-                stdin=asyncio.subprocess.PIPE,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=log,
-                env=command.environment,
-                start_new_session=True,
-            )
-        process = cls(guard, command, files, log_offset=offset)
+        guard = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-I", "-S", str(GUARD)),
+            *("--grace-s", str(command.grace_s), "--folder", str(command.place.folder), "--", *command.argv),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            env=command.environment,
+            start_new_session=True,
+        )
+        process = cls(guard, command, files)
         assert guard.stdout is not None
         try:
             line = await guard.stdout.readline()
@@ -90,11 +88,8 @@ class EngineProcess:
     async def failure(self, signs: Sequence[Sign]) -> Failure:
         """Waits for the end; why it came."""
         status = await self.wait()
-        lines: list[str] = []
-        with suppress(OSError, TimeoutError):
-            async with asyncio.timeout(PATIENCE_S):
-                lines = await self._files.run(self.tail)
-        return classify(status, lines, signs)
+        await self._copied()
+        return classify(status, self.tail(), signs)
 
     async def stop(self) -> None:
         """SIGTERM, then, after the grace time, the guard kills the whole tree."""
@@ -105,12 +100,16 @@ class EngineProcess:
                 await self._guard.wait()
         except TimeoutError:
             logger.error("the engine cannot be killed: it hangs in the kernel; process %s is left behind", self.pid)
+        await self._copied()
+        self._copying.cancel()
+        await asyncio.gather(self._copying, return_exceptions=True)
         assert self._guard.stdin is not None
         self._guard.stdin.close()
 
+    async def _copied(self) -> None:
+        """Until all output has been read; a process that outlives the guard may keep the pipe open."""
+        await asyncio.wait({self._copying}, timeout=OUTPUT_S)
+
     def tail(self) -> list[str]:
-        """The last lines of this run's log."""
-        with self._command.log.open("rb") as stream:
-            size = stream.seek(0, 2)
-            stream.seek(max(self._log_offset, size - TAIL_BYTES))
-            return stream.read().decode("utf-8", "replace").splitlines()
+        """The last lines of this run's output."""
+        return self._output.tail.decode("utf-8", "replace").splitlines()

@@ -144,9 +144,17 @@ class Upstream(Protocol):
     limits: Limits
 
     def start(
-        self, method: str, address: Address, target: str, *, head: bytes, body: bytes, asker: Asker
+        self,
+        method: str,
+        address: Address,
+        target: str,
+        *,
+        head: bytes,
+        body: bytes,
+        asker: Asker,
+        limits: Limits | None = None,
     ) -> Started | None:
-        """Send a request at once, if a connection is kept for it."""
+        """Send a request at once, if a connection is kept for it. `limits`: other than the client's own."""
 
     def request(
         self,
@@ -158,11 +166,12 @@ class Upstream(Protocol):
         body: bytes | None = None,
         watch: Callable[[Patience], None] | None = None,
         started: Started | None = None,
+        limits: Limits | None = None,
     ) -> AbstractAsyncContextManager[UpstreamResponse]:
         """Raises UpstreamConnectError, UpstreamTimeoutError or UpstreamError, also from within the block.
 
         `target`: path and query; `head`: header lines but for those of framing (see `headers.lines`). Leaving the block
         early closes the connection at once: that is how an engine learns that its client has gone. `watch` is given
         the patience that is had with the upstream, at each attempt, for whoever learns that it is lost. `started`: the
-        same request, as far as `start` has brought it.
+        same request, as far as `start` has brought it. `limits`: other than the client's own, but for the connection.
         """

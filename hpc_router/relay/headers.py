@@ -32,6 +32,8 @@ NOT_UPSTREAM: Final = HOP_BY_HOP | {
     b"host",
     b"x-api-key",
 }
+MAX_RETRY_AFTER_S: Final = 60
+"""Official clients sleep for whatever an answer says, silently and beyond their own timeout (see docs/clients.md)."""
 REQUEST_ID: Final = REQUEST_ID_HEADER.encode()
 NOT_DOWNSTREAM: Final = HOP_BY_HOP | {b"content-length", b"date", b"server", b"set-cookie"}
 
@@ -78,7 +80,8 @@ def without_id(fields: list[tuple[bytes, bytes]]) -> tuple[list[tuple[bytes, byt
 
 
 def crossing(headers: Headers, *, drop: frozenset[bytes]) -> bytes:
-    """The lines of all fields but those in `drop` and those that `Connection:` declares to be hop-by-hop."""
+    """The lines of all fields but those in `drop` and those that `Connection:` declares to be hop-by-hop. `Retry-After`
+    is at most `MAX_RETRY_AFTER_S`."""
     made: bytes | None = headers.notes.get(drop)
     if made is None:
         made = headers.notes[drop] = _crossing(headers, drop)
@@ -89,7 +92,22 @@ def _crossing(headers: Headers, drop: frozenset[bytes]) -> bytes:
     if b"connection" in headers:
         options = b",".join(headers.all(b"connection")).lower().split(b",")
         drop |= {option.strip() for option in options}
-    return b"".join([b"%b: %b\r\n" % field for field in headers.fields if field[0] not in drop])
+    fields = headers.fields
+    if b"retry-after" in headers or b"retry-after-ms" in headers:
+        fields = [(name, _bounded(name, value)) for name, value in fields]
+    return b"".join([b"%b: %b\r\n" % field for field in fields if field[0] not in drop])
+
+
+def _bounded(name: bytes, value: bytes) -> bytes:
+    """`Retry-After` holds seconds or an HTTP date, which counts as far away; OpenAI's `retry-after-ms` milliseconds."""
+    most = {b"retry-after": MAX_RETRY_AFTER_S, b"retry-after-ms": 1000 * MAX_RETRY_AFTER_S}.get(name)
+    if most is None:
+        return value
+    try:
+        near = float(value) <= most
+    except ValueError:
+        near = False
+    return value if near else b"%d" % most
 
 
 def lines(fields: Mapping[str, str]) -> bytes:

@@ -59,21 +59,29 @@ class UpstreamClient:
         body: bytes | None = None,
         watch: Callable[[Patience], None] | None = None,
         started: Started | None = None,
+        limits: Limits | None = None,
     ) -> "_Exchange":
         """See `exchange.Upstream`."""
         assert started is None or isinstance(started, Connection)
-        return _Exchange(
-            self, address, request_head(method, address, target, head, body), body, method == "HEAD", watch, started
-        )
+        request = request_head(method, address, target, head, body)
+        return _Exchange(self, address, request, body, method == "HEAD", watch, started, limits or self.limits)
 
     def start(
-        self, method: str, address: Address, target: str, *, head: bytes, body: bytes, asker: Asker
+        self,
+        method: str,
+        address: Address,
+        target: str,
+        *,
+        head: bytes,
+        body: bytes,
+        asker: Asker,
+        limits: Limits | None = None,
     ) -> Connection | None:
         """See `exchange.Upstream`."""
         if len(body) > IN_ONE_PIECE or (connection := self.pool.take(self._socket_path or address)) is None:
             return None
         request = b"%b%bcontent-length: %d\r\n\r\n%b" % (_line(method, address, target), head, len(body), body)
-        connection.ask(request, asker, self.limits)
+        connection.ask(request, asker, limits or self.limits)
         return connection
 
     async def answering(self, call: "_Exchange") -> Connection:
@@ -98,7 +106,7 @@ class UpstreamClient:
     async def _ask(self, connection: Connection, call: "_Exchange", *, sent: bool = False) -> Connection:
         try:
             if not sent:
-                connection.begin(self.limits, head_only=call.head_only)
+                connection.begin(call.limits, head_only=call.head_only)
                 if call.watch is not None:
                     call.watch(connection.patience)
                 await connection.send(call.head, call.body)
@@ -144,7 +152,7 @@ class UpstreamClient:
 class _Exchange(AbstractAsyncContextManager[UpstreamResponse]):
     """The context of one request, and what goes over a connection."""
 
-    __slots__ = ("_client", "_connection", "address", "body", "head", "head_only", "started", "watch")
+    __slots__ = ("_client", "_connection", "address", "body", "head", "head_only", "limits", "started", "watch")
 
     def __init__(
         self,
@@ -155,6 +163,7 @@ class _Exchange(AbstractAsyncContextManager[UpstreamResponse]):
         head_only: bool,
         watch: Callable[[Patience], None] | None,
         started: Connection | None,
+        limits: Limits,
     ) -> None:
         self._client = client
         self._connection: Connection | None = None
@@ -164,6 +173,7 @@ class _Exchange(AbstractAsyncContextManager[UpstreamResponse]):
         self.body = body
         self.head_only = head_only
         self.watch = watch
+        self.limits = limits
 
     async def __aenter__(self) -> UpstreamResponse:
         self._connection = await self._client.answering(self)

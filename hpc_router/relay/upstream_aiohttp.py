@@ -84,8 +84,10 @@ class AiohttpClient:
         body: bytes | None = None,
         watch: Callable[[Patience], None] | None = None,
         started: Started | None = None,
+        limits: Limits | None = None,
     ) -> AsyncIterator[UpstreamResponse]:
         """See `exchange.Upstream`."""
+        limits = limits or self.limits
         scheme = "https" if address.tls else "http"
         url = URL(f"{scheme}://{address.header.decode()}{address.prefix}{target}", encoded=True)
         headers = fields_of(head)
@@ -93,14 +95,14 @@ class AiohttpClient:
         try:
             async with asyncio.timeout(None) as timeout:
                 patience = Patience(lambda: timeout.reschedule(asyncio.get_running_loop().time()))
-                patience.wait(self.limits.first_byte_s)
+                patience.wait(limits.first_byte_s)
                 if watch is not None:
                     watch(patience)
                 try:
                     async with self._session.request(
                         method, url, headers=headers, data=data, allow_redirects=False
                     ) as response:
-                        yield AiohttpResponse(response, patience, self.limits)
+                        yield AiohttpResponse(response, patience, limits)
                 finally:
                     patience.end()
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:

@@ -20,6 +20,7 @@ from hpc_router import wire
 from hpc_router.auth import bearer, challenge_answer, same
 from hpc_router.config import Deployment
 from hpc_router.errors import (
+    AnswerTimeoutError,
     BadRequestError,
     BodyTooLargeError,
     HpcRouterError,
@@ -35,8 +36,7 @@ from hpc_router.errors import (
 )
 from hpc_router.relay.dialects import dialect_of
 from hpc_router.relay.downstream import DownstreamGoneError, Request, Response, Work, error_response, json_response
-from hpc_router.relay.exchange import Limits
-from hpc_router.relay.headers import Headers
+from hpc_router.relay.headers import MAX_RETRY_AFTER_S, Headers
 from hpc_router.relay.in_flight import InFlight
 from hpc_router.router.admission import bounds_of, worth_leaving
 from hpc_router.router.dispatch import RETRY_AFTER_S, Dispatcher, Errand
@@ -62,6 +62,7 @@ STATUS: Final[Mapping[type[HpcRouterError], tuple[int, str]]] = {
     OverloadedError: (429, "rate_limit_error"),
     UpstreamError: (502, "upstream_error"),
     UnavailableError: (503, "service_unavailable"),
+    AnswerTimeoutError: (504, "timeout_error"),
 }
 LONG_BODY: Final = 2**18
 """From this size on, in bytes, a body is decoded beside the event loop."""
@@ -124,9 +125,6 @@ class Gateway:
         self.table.pin_bound, self.table.bounds = config.pin_bound, bounds_of(deployment)
         self.link.ejects_at_once = config.eject_connect_errors == 1
         self.dispatcher.configure(config)
-        self.dispatcher.client.limits = Limits(
-            config.connect_timeout_s, config.first_byte_timeout_s, config.idle_timeout_s
-        )
 
     async def handle(self, request: Request) -> Response | None:
         """Raises nothing but DownstreamGoneError, where nobody is left to answer."""
@@ -381,7 +379,9 @@ def _error_response(status: int, kind: str, error: HpcRouterError, request_id: s
     response = error_response(status, kind=kind, code=_code(error), message=str(error), param=param, path=path)
     response.add(wire.REQUEST_ID_HEADER, request_id)
     if retry_after_s is not None:
-        response.add("retry-after", str(max(1, math.ceil(retry_after_s))))
+        response.add("retry-after", str(min(max(1, math.ceil(retry_after_s)), MAX_RETRY_AFTER_S)))
+    if isinstance(error, AnswerTimeoutError):
+        response.add("x-should-retry", "false")  # obeyed by the openai and anthropic clients
     return response
 
 

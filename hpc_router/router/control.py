@@ -226,6 +226,8 @@ class Control:
                 pace.left(now, more)
         for name, (answered, seconds, errors) in newly(totals(counted), totals(member.counted)).items():
             self._recent.setdefault(name, Recent()).add(answered, seconds, errors, now=now)
+            if answered:
+                self.discovery.served(name)
         for name in [name for name in self._recent if self.table.get(name) is None]:
             del self._recent[name]
         member.counted = counted

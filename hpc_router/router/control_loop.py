@@ -8,15 +8,18 @@ import asyncio
 import contextlib
 import logging
 import sys
-from pathlib import Path
 from typing import Final
 
+from hpc_router.filethread import FileThread, OutputLog
+from hpc_router.jobdir import JobDir
 from hpc_router.rundir import RunDir
 
 logger = logging.getLogger(__name__)
 
 RESTART_PAUSE_S: Final = 5.0
 STOP_S: Final = 10.0
+OUTPUT_S: Final = 2.0
+"""For the rest of the output of a loop that has ended."""
 
 
 def control_argv(run: RunDir, replica: str) -> list[str]:
@@ -27,9 +30,10 @@ def control_argv(run: RunDir, replica: str) -> list[str]:
 class ControlLoop:
     """`async with` keeps it running; it is started again when it dies."""
 
-    def __init__(self, run: RunDir, *, replica: str) -> None:
+    def __init__(self, run: RunDir, files: FileThread, *, replica: str) -> None:
         self._argv = control_argv(run, replica)
-        self._log: Path = run.logs / "reconcile.log"
+        self._files = files
+        self._log = JobDir(run, replica).reconcile_log
         self._keeper: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> "ControlLoop":
@@ -51,10 +55,17 @@ class ControlLoop:
             await asyncio.sleep(RESTART_PAUSE_S)
 
     async def _run_once(self) -> int:
-        with self._log.open("ab") as log:
-            process = await asyncio.create_subprocess_exec(
-                *self._argv, stdin=asyncio.subprocess.PIPE, stdout=log, stderr=log, start_new_session=True
-            )
+        process = await asyncio.create_subprocess_exec(
+            *self._argv,
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+            start_new_session=True,
+        )
+        assert process.stdout is not None
+        copying = asyncio.create_task(
+            OutputLog(self._files, self._log).copy(process.stdout), name="control loop output"
+        )
         try:
             return await process.wait()
         finally:
@@ -67,3 +78,6 @@ class ControlLoop:
                 except TimeoutError:
                     process.kill()
                     await process.wait()
+            await asyncio.wait({copying}, timeout=OUTPUT_S)
+            copying.cancel()
+            await asyncio.gather(copying, return_exceptions=True)

@@ -1,7 +1,8 @@
 """Keeps the replica table true: reads the registry, probes every endpoint.
 
 Two sources, neither trusted alone. The registry says what exists; a probe says whether it answers, as itself: an agent
-proves its key (`auth`), an external endpoint lists its models. Beats that stop while probes pass mean a stalled file
+proves its key (`auth`). An external endpoint is probed no more strictly than it is used: whatever it answers by HTTP
+proves that it lives, and so do the requests that it answers. Beats that stop while probes pass mean a stalled file
 system, so nobody is ejected for it. A replica leaves the table when its owner withdraws its record.
 """
 
@@ -9,6 +10,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import math
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -33,6 +35,8 @@ logger = logging.getLogger(__name__)
 SILENT_BEATS: Final = 4
 """A beat is missed when it is this many intervals late."""
 MAX_PROBE_BYTES: Final = 2**20
+EXTERNAL_PROBE_S: Final = 15.0
+"""An endpoint that is not ours may need this long to answer a probe; its connection has `router.probe_timeout_s`."""
 _EJECTED_PROBE_MAX_S: Final = 15.0
 _SAYS: Final[Mapping[str, Event]] = {
     "starting": Event.SAYS_STARTING,
@@ -54,9 +58,12 @@ class Beats:
 
 @dataclass(slots=True)
 class _Watch:
+    """`served_at`: when a request was last known to have been answered, on the reader's clock."""
+
     task: asyncio.Task[None]
     look: asyncio.Event
     beats: Beats
+    served_at: float = -math.inf
 
 
 @dataclass(slots=True)
@@ -137,6 +144,11 @@ class Discovery:
         """What it said of itself in the answer to a request."""
         self._apply(replica, event)
         self.look_again(replica)
+
+    def served(self, name: str) -> None:
+        """It has answered requests since this was last said."""
+        if watch := self._watches.get(name):
+            watch.served_at = self.clock()
 
     def look_again(self, replica: Replica) -> None:
         if watch := self._watches.get(replica.name):
@@ -227,8 +239,12 @@ class Discovery:
         return base * random.uniform(0.8, 1.2)  # probes of many replicas must not fall together
 
     async def _judge(self, replica: Replica) -> None:
-        """Probe it, and act on what it says."""
+        """Probe it, and act on what it says. A probe that is late says nothing where requests were answered."""
+        begun = self.clock()
         says = await self._probe(replica)
+        if says is Incident.PROBE_LATE and self._has_served(replica, since=begun):
+            replica.trouble = None
+            return
         if isinstance(says, Incident):
             self._note(replica, says)
             return
@@ -245,15 +261,26 @@ class Discovery:
 
     async def _probe(self, replica: Replica) -> Event | Incident:
         """What the endpoint says of itself, or what came instead."""
+        external, url = replica.record.kind is Kind.EXTERNAL, replica.record.url
         try:
-            external = replica.record.kind is Kind.EXTERNAL
             return await (self._probe_external(replica) if external else self._probe_agent(replica))
         except TimeoutError:
-            replica.trouble = "does not answer probes"
+            replica.trouble = f"{url}{replica.record.probe if external else wire.HEALTH} does not answer probes in time"
             return Incident.PROBE_LATE
-        except (aiohttp.ClientError, OSError, ValueError, RecursionError) as error:
-            replica.trouble = f"probe failed: {type(error).__name__}"
+        except aiohttp.ClientResponseError as error:
+            replica.trouble = f"{url} answered a probe with {error.status}"
             return Incident.PROBE_FAILED
+        except (aiohttp.ClientError, OSError, ValueError, RecursionError) as error:
+            connected = isinstance(error, aiohttp.ClientError) and not isinstance(error, aiohttp.ClientConnectorError)
+            if isinstance(error, OSError) and not connected:
+                replica.trouble = f"{url} cannot be connected to: {error.strerror or type(error).__name__}"
+                return Incident.PROBE_FAILED
+            replica.trouble = f"{url} broke off a probe: {type(error).__name__}"
+            return Incident.PROBE_LATE if external else Incident.PROBE_FAILED
+
+    def _has_served(self, replica: Replica, *, since: float) -> bool:
+        watch = self._watches.get(replica.name)
+        return replica.record.kind is Kind.EXTERNAL and watch is not None and watch.served_at >= since
 
     async def _probe_agent(self, replica: Replica) -> Event | Incident:
         challenge = new_token()
@@ -267,14 +294,31 @@ class Discovery:
         return _SAYS.get(health.state, Incident.PROBE_FAILED)
 
     async def _probe_external(self, replica: Replica) -> Event:
+        """Whatever it answers, it lives."""
         with contextlib.suppress(ConfigError, TimeoutError):  # a token may be given anew at any time
             async with asyncio.timeout(self.config.probe_timeout_s):
                 replica.key = await self.files.run(partial(self.run.external_token, replica.name))
+        record = replica.record
+        if record.probe is None:
+            return await self._connects(replica)
+        assert self._session is not None
         headers = {"Authorization": f"Bearer {replica.key}"} if replica.key else {}
-        answer = await self._get_json(replica.record.url + wire.MODELS, headers=headers)
-        listed = answer.get("data")
-        models = [m.get("id") for m in listed if isinstance(m, dict)] if isinstance(listed, list) else []
-        replica.models = tuple(m for m in models if isinstance(m, str))
+        limit = aiohttp.ClientTimeout(total=EXTERNAL_PROBE_S, sock_connect=self.config.probe_timeout_s)
+        asked = self._session.get(record.url + record.probe, headers=headers, allow_redirects=False, timeout=limit)
+        async with asked as response:
+            if wire.DRAINING_HEADER in response.headers or wire.STARTING_HEADER in response.headers:
+                return Event.SAYS_STARTING  # another router of ours, or an agent: it says when it serves again
+            if response.status == 200:
+                with contextlib.suppress(ValueError, RecursionError):
+                    replica.models = _models(await _json(response)) or replica.models
+        return Event.SAYS_READY
+
+    async def _connects(self, replica: Replica) -> Event:
+        """Ask nothing. Raises OSError or TimeoutError."""
+        address = replica.address
+        async with asyncio.timeout(self.config.probe_timeout_s):
+            _, writer = await asyncio.open_connection(address.host, address.port)
+        writer.close()
         return Event.SAYS_READY
 
     async def _get_json(self, url: str, **options: Any) -> dict[str, Any]:
@@ -282,12 +326,7 @@ class Discovery:
         limit = aiohttp.ClientTimeout(total=self.config.probe_timeout_s)
         asked = self._session.get(url, raise_for_status=True, allow_redirects=False, timeout=limit, **options)
         async with asked as response:
-            raw = b""
-            async for chunk in response.content.iter_any():
-                raw += chunk
-                if len(raw) > MAX_PROBE_BYTES:
-                    raise ValueError("an endless answer")
-        value = json.loads(raw)
+            value = await _json(response)
         if not isinstance(value, dict):
             raise ValueError("not a JSON object")
         return value
@@ -311,3 +350,20 @@ class Discovery:
         if self.table.get(replica.name) is replica and self.table.apply(replica, event):
             because = f" ({replica.trouble})" if replica.trouble and replica.standing is Standing.EJECTED else ""
             logger.info("%s is %s%s", replica.name, replica.standing, because)
+
+
+async def _json(response: aiohttp.ClientResponse) -> Any:
+    """Raises ValueError."""
+    raw = b""
+    async for chunk in response.content.iter_any():
+        raw += chunk
+        if len(raw) > MAX_PROBE_BYTES:
+            raise ValueError("an endless answer")
+    return json.loads(raw)
+
+
+def _models(value: Any) -> tuple[str, ...]:
+    """The names in a list of models, bare or as OpenAI wraps it."""
+    listed = value.get("data") if isinstance(value, dict) else value
+    named = [m.get("id") if isinstance(m, dict) else m for m in listed] if isinstance(listed, list) else []
+    return tuple(m for m in named if isinstance(m, str))

@@ -2,8 +2,9 @@
 
 select an expert -> acquire a replica -> relay; until the first body byte any failure goes elsewhere. `auto` may go to
 another replica, the runner-up, the fallback; a named expert only to its own replicas, for which it waits up to
-`router.queue_timeout_s`. What was met at a replica is told to its `Witness`, who judges its health: a 429 says nothing
-about that. Retries have a budget.
+`router.queue_timeout_s`. What was met at a replica is told to its `Witness`, which judges its health. Back-pressure
+(429, or 503 with `Retry-After`) says nothing about that, and an error speaks against a replica only where another one
+of the same expert answers the same request well. Retries have a budget.
 """
 
 import asyncio
@@ -12,24 +13,26 @@ import logging
 import time
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Final, Protocol
 
 from hpc_router import wire
 from hpc_router.config import RouterConfig
 from hpc_router.errors import (
+    AnswerTimeoutError,
     OverloadedError,
     UnavailableError,
     UpstreamAbortedError,
     UpstreamConnectError,
     UpstreamError,
+    UpstreamTimeoutError,
 )
 from hpc_router.registry import Kind
 from hpc_router.relay.answer import Answer, Answering
 from hpc_router.relay.dialects import Dialect, Fault
-from hpc_router.relay.downstream import DownstreamGoneError, Request, Response, json_response
-from hpc_router.relay.exchange import Started, Upstream, UpstreamResponse
+from hpc_router.relay.downstream import DownstreamGoneError, Request, Response, error_response, json_response
+from hpc_router.relay.exchange import Limits, Started, Upstream, UpstreamResponse
 from hpc_router.relay.headers import NOT_DOWNSTREAM, NOT_UPSTREAM, REQUEST_ID, Headers, crossing
 from hpc_router.router.balance import KEY_CHARS, slot_of
 from hpc_router.router.metrics import Metrics
@@ -46,6 +49,8 @@ logger = logging.getLogger(__name__)
 MAX_ATTEMPTS: Final = 6
 RETRY_AFTER_S: Final = 2.0
 _BUSY: Final = 429
+_AWAY: Final = 503
+_FAILED: Final = 500
 _LOST: Final = 502
 """Beside the header that says "starting": the engine had got the request, and dropped it."""
 _OUR_OWN: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.EADDRNOTAVAIL, errno.ENOBUFS, errno.ENOMEM})
@@ -57,6 +62,10 @@ JUDGED: Final = _TRY_ELSEWHERE | {401}
 _SESSION: Final = wire.SESSION_HEADER.encode()
 _MAX_ERROR_BYTES: Final = 2**20
 _OWN_DOWNSTREAM: Final = NOT_DOWNSTREAM | {REQUEST_ID, b"x-expert", b"x-replica", b"x-route-reason"}
+
+
+def stream_limits(config: RouterConfig) -> Limits:
+    return Limits(config.connect_timeout_s, config.first_byte_timeout_s, config.idle_timeout_s)
 
 
 @dataclass(eq=False)
@@ -81,6 +90,9 @@ class Errand:
     avoid: frozenset[Replica] = field(init=False, default=frozenset())
     refusal: "Answered | None" = field(init=False, default=None)
     """The last error that a replica itself answered with; the client gets it when nobody does better."""
+    accused: tuple[tuple[Replica, str, int | str], ...] = field(init=False, default=())
+    """What replicas did with it, by expert: a status, or how the connection broke. It speaks against them only once
+    another replica of the same expert answers well."""
     lost: int = field(init=False, default=0)
     """Replicas whose engine went away while it had this request."""
     begun: tuple[Hold, AbstractAsyncContextManager[UpstreamResponse]] | None = field(init=False, default=None)
@@ -145,6 +157,8 @@ class Dispatcher:
     metrics: Metrics
     config: RouterConfig
     answering: Answering = field(init=False)
+    streamed: Limits = field(init=False)
+    whole: Limits = field(init=False)
     retries: RetryBudget = field(init=False)
 
     def __post_init__(self) -> None:
@@ -153,6 +167,8 @@ class Dispatcher:
     def configure(self, config: RouterConfig) -> None:
         """From now on. What is under way keeps the limits that it began with."""
         self.config = config
+        self.client.limits = self.streamed = stream_limits(config)
+        self.whole = replace(self.streamed, first_byte_s=config.answer_timeout_s)
         self.retries = RetryBudget(share=config.retry_share, least_per_s=config.retry_least_per_s)
         self.answering = Answering(
             hold_bytes=int(config.hold_mb * 2**20), write_s=config.idle_timeout_s, ping_s=config.ping_s
@@ -191,7 +207,9 @@ class Dispatcher:
                         break
         if errand.refusal is not None:
             return errand.refusal
-        raise UnavailableError(f"{attempts} replicas failed one after the other", retry_after_s=RETRY_AFTER_S)
+        times = "1 attempt" if attempts == 1 else f"{attempts} attempts"
+        where = ", ".join(sorted(replica.name for replica in errand.avoid))
+        raise UnavailableError(f"{times} failed, on {where}", retry_after_s=RETRY_AFTER_S)
 
     def _may_retry(self, replica: Replica) -> bool:
         """A replica that was lost by it costs nothing: it will not be met again. Nor does the first connection of a
@@ -228,8 +246,13 @@ class Dispatcher:
         """`request`: of `request_for`. `started`: how far it has come already."""
         head, body = request
         return self.client.request(
-            "POST", hold.replica.address, errand.target, head=head, body=body, watch=hold.watch, started=started
-        )
+            "POST", hold.replica.address, errand.target, head=head, body=body, watch=hold.watch, started=started,
+            limits=self.limits_of(errand),
+        )  # fmt: skip
+
+    def limits_of(self, errand: Errand) -> Limits:
+        """An answer that is not streamed comes as a whole, so the wait for its first byte has a limit of its own."""
+        return self.streamed if errand.call.fields.get("stream") else self.whole
 
     async def _attempt(
         self, errand: Errand, hold: Hold, exchange: AbstractAsyncContextManager[UpstreamResponse]
@@ -248,6 +271,8 @@ class Dispatcher:
                         return refusal
                 elif replica.suspect:
                     self.witness.answered(replica)
+                if errand.accused and 200 <= upstream.status < 300:
+                    self._convict(errand, expert)
                 if errand.on_answer is not None and 200 <= upstream.status < 300:
                     errand.on_answer(replica, expert, reason)
                 self.metrics.first_byte.add(time.perf_counter() - errand.started, expert, replica.name)
@@ -255,21 +280,36 @@ class Dispatcher:
                 await answer.pass_on(upstream, self.said(errand, hold, upstream.headers))
         except DownstreamGoneError:
             self.metrics.cancelled.add("streaming")
+        except UpstreamTimeoutError as error:
+            if hold.lost and not answer.committed:
+                self._note_failure(errand, hold, error)
+                raise _TryElsewhereError from error
+            late = self._late(errand, replica, answered=answer.status != 0)
+            if not answer.committed:
+                raise late from error
+            await self._break_off(errand, expert, answer, Fault(504, "timeout_error", "answer_timeout", str(late)))
         except UpstreamError as error:
             if not answer.committed:
-                self._note_failure(errand, replica, error)
+                self._note_failure(errand, hold, error)
                 if isinstance(error, UpstreamAbortedError):  # the next attempt may cost as much again
                     response = json_response(errand.dialect.body(_fault(replica, error)), status=502)
                     response.add(wire.REQUEST_ID_HEADER, errand.request_id)
                     errand.refusal = Answered(502, expert, reason, response)
                 raise _TryElsewhereError from error
-            await self._break_off(errand, expert, replica, answer, error)
+            self.witness.look_again(replica)
+            await self._break_off(errand, expert, answer, _fault(replica, error))
         return Answered(answer.status, expert, reason, answer.response)
 
     async def _judge(self, errand: Errand, hold: Hold, upstream: UpstreamResponse) -> Answered | None:
         """Go elsewhere when the status says so; nothing has been sent to the client yet. Else what the client gets;
         None: the response as it comes."""
         replica, status, headers = hold.replica, upstream.status, upstream.headers
+        external = replica.record.kind is Kind.EXTERNAL
+        if status == 401 and external:  # the client's own token is right
+            errand.avoid |= {replica}
+            self.metrics.failovers.add(replica.name, status)
+            errand.refusal = self._wants_token(errand, hold)
+            raise _TryElsewhereError
         if status == 401 and replica.key is not None:
             raise UpstreamConnectError("the replica refuses our key")
         if status not in _TRY_ELSEWHERE:
@@ -277,26 +317,47 @@ class Dispatcher:
         errand.avoid |= {replica}
         if wire.DRAINING_HEADER.encode() in headers:
             self.metrics.failovers.add(replica.name, "draining")
-            self.witness.heard(replica, Event.SAYS_DRAINING)
+            # An address that is not ours may have a successor there.
+            self.witness.heard(replica, Event.SAYS_STARTING if external else Event.SAYS_DRAINING)
         elif wire.STARTING_HEADER.encode() in headers:
             self.metrics.failovers.add(replica.name, "starting")
             self.witness.heard(replica, Event.SAYS_STARTING)
             errand.lost += status == _LOST
             if errand.lost >= _MAX_LOST:
                 return await self._refusal(errand, hold, upstream)
+        elif status == _BUSY or (status == _AWAY and b"retry-after" in headers):
+            self.metrics.failovers.add(replica.name, _BUSY if status == _BUSY else "busy")
+            errand.refusal = await self._refusal(errand, hold, upstream)
         else:
             self.metrics.failovers.add(replica.name, status)
-            if status != _BUSY:
-                self.witness.erred(replica, f"answered {status}")
             errand.refusal = await self._refusal(errand, hold, upstream)
+            if status == _FAILED and any(seen == _FAILED for _, _, seen in errand.accused):
+                return errand.refusal  # two replicas agree: it belongs to the request
+            errand.accused += ((replica, hold.expert, status),)
         raise _TryElsewhereError
+
+    def _convict(self, errand: Errand, expert: str) -> None:
+        """A replica of this expert has answered well what others did not."""
+        for replica, of, seen in errand.accused:
+            if of == expert:
+                self.witness.erred(replica, f"{replica.record.url} answered {seen}" if isinstance(seen, int) else seen)
+        errand.accused = ()
+
+    def _wants_token(self, errand: Errand, hold: Hold) -> Answered:
+        message = f"{hold.replica.record.url} answered 401: `hpc-router register` it again with --token-file"
+        reason, path = errand.reason_at(hold.expert), errand.target.partition("?")[0]
+        response = error_response(502, kind="upstream_error", code="endpoint_unauthorized", message=message, path=path)
+        response.add(wire.REQUEST_ID_HEADER, errand.request_id)
+        response.head += _answered_by(hold.expert, hold.replica.record.replica, reason)
+        return Answered(502, hold.expert, reason, response)
 
     async def _refusal(self, errand: Errand, hold: Hold, upstream: UpstreamResponse) -> Answered:
         body = await upstream.read(_MAX_ERROR_BYTES)
         response = Response(upstream.status, self.said(errand, hold, upstream.headers), body)
         return Answered(upstream.status, hold.expert, errand.reason_at(hold.expert), response)
 
-    def _note_failure(self, errand: Errand, replica: Replica, error: UpstreamError) -> None:
+    def _note_failure(self, errand: Errand, hold: Hold, error: UpstreamError) -> None:
+        replica, expert = hold.replica, hold.expert
         logger.warning("%s: %s failed before its first byte: %s", errand.request_id, replica.name, error)
         self.metrics.failovers.add(replica.name, type(error).__name__)
         errand.avoid |= {replica}
@@ -304,18 +365,27 @@ class Dispatcher:
         if isinstance(cause, OSError) and cause.errno in _OUR_OWN:
             return
         if isinstance(error, UpstreamConnectError):
-            self.witness.doubt(replica, str(error))
+            self.witness.doubt(replica, f"{replica.record.url}: {error}")
         else:
-            self.witness.erred(replica, str(error))
+            errand.accused += ((replica, expert, str(error)),)
+            self.witness.look_again(replica)
 
-    async def _break_off(
-        self, errand: Errand, expert: str, replica: Replica, answer: Answer, error: UpstreamError
-    ) -> None:
-        logger.warning("%s: %s failed in the midst of its answer: %s", errand.request_id, replica.name, error)
+    def _late(self, errand: Errand, replica: Replica, *, answered: bool) -> AnswerTimeoutError:
+        """The replica is alive, as far as its probes know: the timeout says nothing against it."""
+        if answered:
+            key, limit_s, what = "idle_timeout_s", self.config.idle_timeout_s, "paused for longer than"
+        elif errand.call.fields.get("stream"):
+            key, limit_s, what = "first_byte_timeout_s", self.config.first_byte_timeout_s, "did not begin within"
+        else:
+            key, limit_s, what = "answer_timeout_s", self.config.answer_timeout_s, "was not complete within"
+        advice = "raise that key, or ask for less" + (", or stream it" if key == "answer_timeout_s" else "")
+        return AnswerTimeoutError(f"the answer of {replica.name} {what} router.{key}={limit_s:g}: {advice}")
+
+    async def _break_off(self, errand: Errand, expert: str, answer: Answer, fault: Fault) -> None:
+        logger.warning("%s: broken off: %s", errand.request_id, fault.message)
         self.metrics.broken.add(expert)
-        self.witness.look_again(replica)
         try:
-            await answer.break_off(errand.dialect.event(_fault(replica, error)))
+            await answer.break_off(errand.dialect.event(fault))
         except DownstreamGoneError:
             self.metrics.cancelled.add("streaming")
 

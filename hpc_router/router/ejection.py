@@ -2,8 +2,9 @@
 
 Rules: a connection that cannot be made ejects at once or after so many in a row; so do probes that fail. Errors in its
 answers eject only after several in a row, for a time that doubles, and only while it can be spared: a share of an
-expert's replicas at most, never the last that is ready, because what all of them answer is hardly their own fault. A
-429 is no error. Whoever sees something tells it as an `Incident`, requests and probes alike; clocks are arguments.
+expert's replicas at most, never the last that is ready, because what all of them answer is hardly their own fault. What
+counts as an error of a replica, and not of the request, is decided in `dispatch`. Whoever sees something tells it as an
+`Incident`, requests and probes alike; clocks are arguments.
 """
 
 import math

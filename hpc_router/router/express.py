@@ -40,8 +40,9 @@ class ExpressWork(Work, Asker):
         try:
             self._request = head, body = dispatcher.request_for(errand, hold)
             started = dispatcher.client.start(
-                "POST", hold.replica.address, errand.target, head=head, body=body, asker=self
-            )
+                "POST", hold.replica.address, errand.target, head=head, body=body, asker=self,
+                limits=dispatcher.limits_of(errand),
+            )  # fmt: skip
         finally:
             if started is None:
                 hold.release()

@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any, Final
 
 from hpc_router.config import Deployment
-from hpc_router.filethread import PATIENCE_S, file_thread
+from hpc_router.filethread import PATIENCE_S, FileThread, file_thread
 from hpc_router.jobdir import JobDir, Phase, Progress
 from hpc_router.lease import Lease
 from hpc_router.registry import Record, State
@@ -68,7 +68,7 @@ async def control(router: Router, birth: Birth) -> None:
             birth.orders, partial(_attach, parts), on_note=partial(_note, parts), on_reload=parts.changes.look_now
         )
         async with orders, parts.watching(birth.ways):
-            async with lease, _control_loop(router):
+            async with lease, _control_loop(router, files):
                 await parts.served(limit_s=BEGIN_S)
                 await lease.update(state=State.READY)
                 url, node = lease.record.url, lease.record.node
@@ -91,7 +91,7 @@ async def work(router: Router, birth: Birth) -> None:
     assert birth.worker is not None
     assert birth.listener is not None
     run, name = router.run, worker_name(birth.worker)
-    with file_thread(f"log of {name}", log=router.job.agent_log, label=name):
+    with file_thread(f"log of {name}", log=router.job.worker_log(birth.worker), label=name):
         async with linked(router.deployment, router.counters, birth.worker) as link:
             orders = Orders(birth.orders, lambda _, way: link.attach(way))
             async with orders:
@@ -119,8 +119,8 @@ def _note(parts: Control, note: Mapping[str, Any]) -> None:
         logger.warning("%s", note["news"])
 
 
-def _control_loop(router: Router) -> contextlib.AbstractAsyncContextManager[object]:
+def _control_loop(router: Router, files: FileThread) -> contextlib.AbstractAsyncContextManager[object]:
     """The loop that keeps up what `config.yaml` wants, as soon as there is one."""
     if router.deployment.router.reconcile:
-        return ControlLoop(router.run, replica=router.job.replica)
+        return ControlLoop(router.run, files, replica=router.job.replica)
     return contextlib.nullcontext()

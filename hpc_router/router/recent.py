@@ -1,7 +1,7 @@
 """What the replicas have answered of late, and which of them are sick though they are ready. No I/O, no clock.
 
-Older answers count less and less. A replica is sick that answers much with errors, or begins its answers much later
-than the others of its expert do; with too few answers, or nobody to compare it with, nothing is said.
+Older answers count less and less. A replica is sick that answers more with errors than the others of its expert do, or
+begins its answers much later than they do; with too few answers, or nobody to compare it with, nothing is said.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,11 +12,13 @@ from typing import Any, Final
 HALF_LIFE_S: Final = 30.0
 ENOUGH: Final = 10.0
 ERROR_SHARE: Final = 0.05
+WORSE_TIMES: Final = 2.0
+"""Errors that the other replicas of an expert answer as often belong to the requests."""
 SLOW_TIMES: Final = 3.0
 SLOW_S: Final = 0.1
 """Slow is so many times what the others take, and so much longer at least."""
 
-_NO_ERRORS: Final = frozenset({429, "starting", "draining"})
+_NO_ERRORS: Final = frozenset({429, "busy", "starting", "draining"})
 """Causes of failovers that say nothing against a replica."""
 
 Totals = Mapping[str, tuple[int, float, int]]
@@ -50,7 +52,9 @@ class Recent:
 def sickness(one: Recent, others: Sequence[Recent]) -> str | None:
     """In words. `others`: of the same expert."""
     share, first_byte_s = one.error_share, one.first_byte_s
-    if share is not None and share >= ERROR_SHARE:
+    their_shares = [other.error_share for other in others if other.error_share is not None]
+    alone = not their_shares or (share or 0.0) >= WORSE_TIMES * median(their_shares)
+    if share is not None and share >= ERROR_SHARE and alone:
         return f"answers {share:.0%} of its requests with errors"
     theirs = [other.first_byte_s for other in others if other.first_byte_s is not None]
     if first_byte_s is not None and theirs:

@@ -21,7 +21,7 @@ from hpc_router.relay.upstream import UpstreamClient
 from hpc_router.router.admission import bounds_of
 from hpc_router.router.app import Gateway
 from hpc_router.router.counters import CUT, IN_FLIGHT, Counters
-from hpc_router.router.dispatch import Dispatcher
+from hpc_router.router.dispatch import Dispatcher, stream_limits
 from hpc_router.router.link import ControlLink
 from hpc_router.router.metrics import Metrics
 from hpc_router.router.policies import load_policy
@@ -73,9 +73,7 @@ async def working(
     """Serves on `sock` within the block; at its end in-flight requests get `router.drain_s`."""
     config = deployment.router
     await link.informed.wait()
-    async with make_client(
-        Limits(config.connect_timeout_s, config.first_byte_timeout_s, config.idle_timeout_s)
-    ) as client:
+    async with make_client(stream_limits(config)) as client:
         dispatcher = Dispatcher(table=link.table, witness=link, client=client, metrics=link.metrics, config=config)
         gateway = Gateway(
             deployment, link.table, policy, dispatcher, link.metrics, link,

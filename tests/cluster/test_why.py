@@ -124,3 +124,14 @@ def test_who_is_ready_and_sick_is_told_by_the_router() -> None:
     assert told["math-1.g1"].advice is not None
     assert "hpc-router drain math-1.g1" in told["math-1.g1"].advice
     assert why._sick(views, {}) == []
+
+
+def test_advice_for_an_external_endpoint_can_be_followed() -> None:
+    """It has no log here, and no job that could be drained."""
+    seen = {"replica": "big-x0.g1", "kind": "external", "state": "ejected", "trouble": "http://h:1 answered 404"}
+    view = ReplicaView("big", "big-x0.g1", Standing.REGISTERED)
+    (cause,) = why._sick([view], {"experts": {"big": {"replicas": [seen]}}})
+    assert cause.advice is not None
+    assert "hpc-router unregister big-x0.g1" in cause.advice
+    assert "drain" not in cause.advice
+    assert "logs" not in cause.advice

@@ -4,6 +4,7 @@ import asyncio
 import itertools
 import os
 import signal
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
@@ -12,12 +13,13 @@ from typing import Any
 
 import pytest
 
+from hpc_router import logfile
 from hpc_router.config import EngineConfig, ExpertConfig
 from hpc_router.expert import supervisor as supervisor_module
 from hpc_router.expert.attempts import Alone
 from hpc_router.expert.engines import Failure, Place, build_engine, engine_environment
 from hpc_router.expert.passthrough import ENGINE_LIMITS
-from hpc_router.expert.process import Command
+from hpc_router.expert.process import Command, EngineProcess
 from hpc_router.expert.restarts import Restarts
 from hpc_router.expert.supervisor import Supervisor
 from hpc_router.filethread import FileThread
@@ -220,3 +222,23 @@ async def test_an_engine_that_dropped_a_request_is_looked_at_at_once(socket_fold
         assert steps.seen == [(Phase.LOADING, None), (Phase.READY, None)]
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_the_log_of_a_talkative_engine_stays_small(socket_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the reason of its end is read from what it said last, whatever has become of its log."""
+    monkeypatch.setattr(logfile.LogFile.__init__, "__kwdefaults__", {"limit": 50_000})
+    config = ExpertConfig(model="m", engine=EngineConfig(kind="sim"))
+    files = FileThread("t")
+    place, said = Place(socket_folder), socket_folder / "log"
+    program = (
+        "for n in range(20_000): print('line', n, flush=True)\nraise SystemExit('RuntimeError: CUDA error: no device')"
+    )
+    command = Command([sys.executable, "-c", program], dict(os.environ), place, said)
+    async with await EngineProcess.start(command, files) as process:
+        failure = await asyncio.wait_for(process.failure(build_engine("math", config).signs), GUARD_S)
+    await files.run(lambda: None)
+    files.close(timeout_s=5)
+    assert failure.message == "RuntimeError: CUDA error: no device"
+    sizes = [path.stat().st_size for path in (said, logfile.previous(said))]
+    assert all(0 < size < 50_000 + 2 * 2**16 for size in sizes)
+    assert said.read_text().endswith("RuntimeError: CUDA error: no device\n")

@@ -61,29 +61,57 @@ async def test_errors_in_a_row_put_a_replica_out_until_its_time_is_over(tmp_path
             assert await statuses(router, 1) == [200]
 
 
-async def test_the_last_ready_replica_is_never_put_out_for_errors(tmp_path: Path) -> None:
+async def test_an_error_that_two_replicas_agree_on_belongs_to_the_request(tmp_path: Path) -> None:
+    """It is passed on after the second, however many there are, and none of them is put out for it."""
     run = a_run(tmp_path)
+    config: dict[str, Any] = {"eject_errors": 1, "eject_share": 1.0, "pin_bound": None}
     async with (
-        fake_replica(run, "math-0.g1", refuse(500)),
-        fake_replica(run, "math-1.g1", refuse(500)),
-        a_router(run, a_deployment("math", eject_errors=2, eject_share=1.0)) as router,
+        fake_replica(run, "math-0.g1", refuse(500)) as first,
+        fake_replica(run, "math-1.g1", refuse(500)) as second,
+        fake_replica(run, "math-2.g1", refuse(500)) as third,
+        a_router(run, a_deployment("math", **config)) as router,
     ):
-        await ready(router, 2)
+        await ready(router, 3)
         assert await statuses(router, 6) == [500] * 6
-        stand = sorted(standing(router, f"math-{n}.g1") for n in range(2))
-        assert stand == [Standing.EJECTED, Standing.READY]
+        assert sum(len(fake.bodies) for fake in (first, second, third)) == 12
+        told = await router.control.status()
+        assert [one["state"] for one in told["experts"]["math"]["replicas"]] == ["ready"] * 3
+        assert [one["sick"] for one in told["experts"]["math"]["replicas"]] == [None] * 3
 
 
-async def test_a_429_is_nobodys_illness(tmp_path: Path) -> None:
+async def test_an_error_of_the_only_replica_is_no_mark_on_it(tmp_path: Path) -> None:
+    """Nor is what another expert makes of the same request a difference between replicas."""
     run = a_run(tmp_path)
     async with (
-        fake_replica(run, "math-0.g1", refuse(429)),
-        fake_replica(run, "math-1.g1"),
-        a_router(run, a_deployment("math", eject_errors=1)) as router,
+        fake_replica(run, "math-0.g1", refuse(500)) as fake,
+        fake_replica(run, "law-0.g1"),
+        a_router(run, a_deployment("math", "law", policy="round_robin", fallback="law", eject_errors=1)) as router,
     ):
         await ready(router, 2)
-        assert await statuses(router, 8) == [200] * 8
-        assert standing(router, "math-0.g1") is Standing.READY
+        assert (await post(router, chat("math")))[0] == 500
+        while len(fake.bodies) < 2:
+            assert (await post(router, chat("auto")))[0] == 200
+        replica = router.gateway.table.get("math-0.g1")
+        assert replica is not None
+        assert (replica.standing, replica.suspect) == (Standing.READY, False)
+
+
+async def test_only_a_good_answer_of_another_replica_is_a_mark(tmp_path: Path) -> None:
+    """Different errors are not: neither of the two has shown that the request can be answered."""
+    run = a_run(tmp_path)
+    async with (
+        fake_replica(run, "math-0.g1", refuse(500), answer) as one,
+        fake_replica(run, "math-1.g1", refuse(502), answer),
+        a_router(run, a_deployment("math", eject_errors=1, pin_bound=None)) as router,
+    ):
+        await ready(router, 2)
+        assert (await statuses(router, 1))[0] in (500, 502)
+        assert {r.suspect for r in router.gateway.table.all()} == {False}
+        one.acts.appendleft(refuse(500))
+        while len(one.acts) > 1:
+            assert await statuses(router, 1) == [200]
+        assert standing(router, "math-0.g1") is Standing.EJECTED
+        assert standing(router, "math-1.g1") is Standing.READY
 
 
 async def test_without_a_budget_a_failure_is_passed_on(tmp_path: Path) -> None:

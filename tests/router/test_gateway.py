@@ -429,18 +429,6 @@ async def test_a_client_that_leaves_the_queue_leaves_nothing(tmp_path: Path) -> 
         await eventually(lambda: all_gauges_zero(router), within_s=5)
 
 
-async def test_a_silent_replica_is_given_up(tmp_path: Path) -> None:
-    run = a_run(tmp_path)
-    async with (
-        fake_replica(run, "math-0.g1", hang),
-        fake_replica(run, "math-1.g1"),
-        a_router(run, a_deployment("math", first_byte_timeout_s=0.2)) as router,
-    ):
-        await ready(router, 2)
-        for _ in range(2):
-            assert (await post(router, chat()))[1]["choices"][0]["message"]["content"] == "math-1.g1"
-
-
 async def test_a_stream_that_falls_silent_ends_with_an_error_event(tmp_path: Path) -> None:
     run = a_run(tmp_path)
     async with (

@@ -8,7 +8,7 @@ from typing import Any
 import aiohttp
 
 from hpc_router.routing.policy import Decision, Reason
-from tests.router.fakes import RunningRouter, a_deployment, a_router, a_run, answer, fake_replica, hang
+from tests.router.fakes import RunningRouter, a_deployment, a_router, a_run, answer, fake_replica, hang, refuse
 from tests.router.test_gateway import all_gauges_zero, chat, client_of, post, ready
 from tests.waiting import eventually
 
@@ -160,3 +160,24 @@ async def get(router: RunningRouter, path: str) -> Any:
 
 async def metrics(router: RunningRouter) -> list[str]:
     return str(await get(router, "/metrics")).splitlines()
+
+
+async def test_the_time_to_come_again_is_at_most_a_minute(tmp_path: Path) -> None:
+    """However long the queue is expected to take, and whatever an engine says itself."""
+    run = a_run(tmp_path)
+    far = {"retry-after": "3600"}
+    async with (
+        fake_replica(run, "math-0.g1", hang, capacity=1),
+        fake_replica(run, "law-0.g1", refuse(429, headers=far)),
+        a_router(run, a_deployment("math", "law", max_waiting=1)) as router,
+    ):
+        await ready(router, 2)
+        tasks = [asyncio.create_task(post(router, chat())) for _ in range(2)]
+        await eventually(lambda: router.gateway.table.waiting("math") == 1)
+        since = router.gateway.table.clock()
+        router.gateway.table.clock = lambda: since + 3600
+        assert (await post(router, chat()))[2]["retry-after"] == "60"
+        assert (await post(router, chat("law")))[2]["retry-after"] == "60"
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

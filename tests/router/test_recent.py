@@ -19,6 +19,8 @@ def seen(answered: int, *, each_s: float = 0.1, errors: int = 0) -> Recent:
     [
         (seen(80, errors=20), [], "answers 20% of its requests with errors"),
         (seen(96, errors=4), [], None),
+        (seen(80, errors=20), [seen(99, errors=1), seen(80, errors=20)], None),  # errors belong to the requests
+        (seen(80, errors=20), [seen(91, errors=9)], "answers 20% of its requests with errors"),
         (seen(5, errors=4), [], None),  # too few to say
         (seen(50, each_s=1.0), [seen(50), seen(50)], "is slow: 1 s to the first byte, 0.1 s on the others"),
         (seen(50, each_s=0.31), [seen(50)], "is slow"),

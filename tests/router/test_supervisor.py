@@ -20,6 +20,7 @@ import pytest
 from hpc_router.cluster.settings import change, parse_settings
 from hpc_router.errors import ConfigError
 from hpc_router.jobdir import JobDir, Phase, Reason
+from hpc_router.logfile import BURST
 from hpc_router.registry import Kind, Reader, leading_router
 from hpc_router.router.supervisor import LONGEST_PAUSE_S, pause_s
 from hpc_router.routing import exemplars
@@ -402,3 +403,29 @@ def train(run: RunDir, prompts: dict[str, list[str]]) -> str | None:
     artefact = exemplars.train(prompts)
     artefact.write(run.classifier)
     return artefact.version
+
+
+async def test_a_flood_of_refused_requests_is_counted_and_hardly_logged(run: RunDir) -> None:
+    """Without a token, with a wrong one, and with the right one on a path that does not exist."""
+    count = 1000
+    async with serving(run, workers=1) as one:
+        reader, writer = await asyncio.open_connection(*one.address)
+        heads = [
+            "GET /v1/models HTTP/1.1\r\nhost: x\r\n",
+            f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nx-api-key: {'x' * 64}\r\ncontent-length: 0\r\n",
+            f"GET /nowhere HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {run.token()}\r\n",
+        ]
+        for head in heads:
+            for _ in range(count):
+                writer.write(head.encode() + b"\r\n")
+                answer = await reader.readuntil(b"\r\n\r\n")
+                length = re.search(rb"content-length: (\d+)", answer)
+                assert length is not None
+                await reader.readexactly(int(length[1]))
+        await closed(writer)
+        metrics = await one.get("/metrics")
+    assert f'requests_total{{expert="",reason="",status="401"}} {2 * count}.0' in metrics
+    assert f'requests_total{{expert="",reason="",status="404"}} {count}.0' in metrics
+    logs = {path.name: path.read_text() for path in run.logs.iterdir()}
+    assert sorted(logs) == ["router-0.g1.log", "router-0.g1.worker0.log"], "one writer each"
+    assert BURST <= logs["router-0.g1.worker0.log"].count(" refused with ") < 2 * BURST
