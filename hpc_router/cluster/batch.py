@@ -70,6 +70,7 @@ class BatchJob:
             "time": asked.walltime,
             "exclusive": asked.exclusive or None,
             **{name: getattr(asked, name) for name in _PLAIN},
+            "exclude": ",".join(filter(None, [asked.exclude, *self.requests[0].exclude])) or None,
         }
         after, own = self.requests[0].after, asked.sbatch.get("dependency")
         if self.requests[0].dependency_met and isinstance(own, str):
