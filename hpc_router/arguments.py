@@ -182,11 +182,12 @@ def _changing(verbs: "_Verbs[_Parser]") -> None:
         "drain",
         "let replicas finish what they have and end; fresh jobs take their places",
         "hpc-router drain math-0\nhpc-router drain gpu17 --wait        whatever runs on that node, but no router\n"
-        "hpc-router drain router",
+        "hpc-router drain gpu17 --undo        let jobs start on that node again\nhpc-router drain router",
         json=True,
     )
     drain.add_argument("names", nargs="+", metavar="REPLICA|SLOT|EXPERT|NODE|router")
     drain.add_argument("--wait", action="store_true", help="return when they have ended")
+    drain.add_argument("--undo", action="store_true", help="drain nothing: let jobs start on these nodes again")
     register = _verb(
         verbs,
         "register",

@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -239,8 +239,14 @@ def scale(arguments: argparse.Namespace) -> int:
     from hpc_router.cluster.scale import parse_counts
     from hpc_router.cluster.scale import scale as change
 
-    wanted = change(find_run(arguments.run), parse_counts(arguments.counts))
+    wanted, warnings = change(find_run(arguments.run), parse_counts(arguments.counts))
+    _warn(warnings)
     return _print(dict(wanted)) if arguments.json else _print_lines(f"{name}={n}" for name, n in wanted.items())
+
+
+def _warn(warnings: Iterable[str]) -> None:
+    for warning in warnings:
+        sys.stderr.write(f"hpc-router: warning: {warning}\n")
 
 
 def set_(arguments: argparse.Namespace) -> int:
@@ -252,14 +258,19 @@ def set_(arguments: argparse.Namespace) -> int:
 
 def drain(arguments: argparse.Namespace) -> int:
     from hpc_router.cluster.control import Control
+    from hpc_router.cluster.desired import include_nodes
     from hpc_router.cluster.retire import retire, wait
 
     control = Control(find_run(arguments.run))
+    if arguments.undo:
+        include_nodes(control.run, arguments.names)
+        return 0
     retired = retire(control, arguments.names)
     if not retired.replicas:
         raise LaunchError(f"nothing of {', '.join(arguments.names)} runs; `hpc-router status` shows what does")
     if not arguments.json:
         _print_lines(retired.lines())
+    _warn(retired.warnings)
     if arguments.wait:
         retired = wait(control, retired)
     elif retired.needs_reconcile(control.run):

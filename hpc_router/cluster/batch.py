@@ -70,8 +70,11 @@ class BatchJob:
             "time": asked.walltime,
             "exclusive": asked.exclusive or None,
             **{name: getattr(asked, name) for name in _PLAIN},
+            "exclude": ",".join(filter(None, [asked.exclude, *self.requests[0].exclude])) or None,
         }
         after, own = self.requests[0].after, asked.sbatch.get("dependency")
+        if self.requests[0].dependency_met and isinstance(own, str):
+            own = lasting(own)
         both = [f"afterany:{after}" if after else None, own]  # without ours, successors would have successors
         further = {**asked.sbatch, "dependency": ",".join(str(each) for each in both if each) or None}
         return {k: v for k, v in {**ours, **sizes, **further}.items() if v is not None and v is not False}
@@ -157,6 +160,12 @@ def effective(cluster: ClusterConfig, resources: ResourceConfig) -> JobOptions:
         general, own = getattr(cluster, item.name), getattr(resources, item.name)
         values[item.name] = {**general, **own} if isinstance(own, dict) else (general if own is None else own)
     return JobOptions(**values)
+
+
+def lasting(dependency: str) -> str | None:
+    """The parts of a dependency that name no other jobs, such as `singleton`: those hold for each job anew."""
+    parts = [part for part in dependency.split(",") if not part.strip().lower().startswith("after")]
+    return ",".join(parts) or None
 
 
 def option_words(options: Mapping[str, Any], *, quoted: bool = False) -> list[str]:

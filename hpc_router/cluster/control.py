@@ -76,6 +76,8 @@ class Control:
     def once(self, *, clear: bool = False, fresh: bool = False) -> Pass:
         """One pass. A refused submission is in the result, as an exit record it counts as a failure of its slot."""
         seen = self.look(clear=clear, fresh=fresh)
+        for replica in self.observer.lost:
+            self.run.event("lost", replica=replica)
         self._drain([a.replica for a in seen.actions if isinstance(a, Drain)])
         self.cancel([a.replica for a in seen.actions if isinstance(a, Cancel)])
         self.kill([a.replica for a in seen.actions if isinstance(a, Kill)])

@@ -3,7 +3,9 @@
 Writers are the verbs, each in one atomic replace; the last one wins. What the file leaves out is as in the config.
 """
 
-from collections.abc import Mapping
+import getpass
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -89,6 +91,32 @@ def scaled(deployment: Deployment, desired: Desired) -> Deployment:
 def with_counts(deployment: Deployment, counts: Mapping[str, int]) -> Deployment:
     experts = {name: replace(e, replicas=counts.get(name, e.replicas)) for name, e in deployment.experts.items()}
     return replace(deployment, experts=experts)
+
+
+def excluded_nodes(run: RunDir) -> tuple[str, ...]:
+    """The nodes on which no further job is to start."""
+    value = run.read_desired().get("excluded_nodes")
+    return tuple(sorted(value)) if isinstance(value, dict) else ()
+
+
+def exclude_nodes(run: RunDir, nodes: Sequence[str], *, reason: str) -> None:
+    facts = {"reason": reason, "by": getpass.getuser(), "at": round(time.time(), 3)}
+    before = run.read_desired().get("excluded_nodes")
+    known = before if isinstance(before, dict) else {}
+    _update(run, excluded_nodes={**dict.fromkeys(nodes, facts), **known})
+    for node in nodes:
+        if node not in known:
+            run.event("node_excluded", node=node, reason=reason, by=facts["by"])
+
+
+def include_nodes(run: RunDir, nodes: Sequence[str]) -> None:
+    """Let jobs run there again. Raises ConfigError for a node that is not excluded."""
+    known = excluded_nodes(run)
+    for node in nodes:
+        if node not in known:
+            raise ConfigError(f"drain: node {node} is not excluded{suggest(node, known)}")
+    left = {node: facts for node, facts in run.read_desired()["excluded_nodes"].items() if node not in nodes}
+    _update(run, excluded_nodes=left)
 
 
 def _update(run: RunDir, **wishes: Any) -> None:

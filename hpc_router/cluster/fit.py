@@ -47,7 +47,25 @@ def site_warnings(deployment: Deployment, site: Site) -> list[str]:
             elif not any(kind.usable for kind in partition.kinds):
                 states = ", ".join(sorted({kind.state for kind in partition.kinds})) or "it has none"
                 told.append(f"no node of partition {partition.name} can run jobs now ({states})")
-    return list(dict.fromkeys(told))
+    return [*dict.fromkeys(told), *capacity_warnings(deployment, site)]
+
+
+def capacity_warnings(deployment: Deployment, site: Site) -> list[str]:
+    """Experts whose replicas need more GPUs than their partitions have, however long they wait."""
+    told = []
+    for name, expert in hosts(deployment.experts).items():
+        wish = _Wish(*resources_of(deployment, name), deployment.cluster, 1)
+        each = wish.resources.gpus * wish.resources.nodes
+        partitions = _partitions(wish, site)
+        gpu_type = wish.option("gpu_type")[1]
+        have = sum(kind.nodes * kind.gpus_of(gpu_type) for p in partitions for kind in p.kinds if _fits(wish, kind))
+        if partitions and have < each * expert.replicas:
+            called = " or ".join(partition.name for partition in partitions)
+            told.append(
+                f"{name}: {expert.replicas} replicas need {each * expert.replicas} GPUs, partition {called} has {have} "
+                f"that fit: {expert.replicas - have // each} of them can never run beside the others"
+            )
+    return told
 
 
 @dataclass(frozen=True, slots=True)

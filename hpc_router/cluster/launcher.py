@@ -47,12 +47,15 @@ class JobReport:
 @dataclass(frozen=True, slots=True)
 class JobRequest:
     """One job as `plan` prints it: the replica, what it runs and what it asks for. `after`: the job whose end it is to
-    wait for."""
+    wait for. `dependency_met`: an earlier job with the same `sbatch.dependency` has begun. `exclude`: nodes that
+    were drained."""
 
     replica: str
     argv: tuple[str, ...]
     resources: ResourceConfig = field(default_factory=ResourceConfig)
     after: str | None = None
+    dependency_met: bool = False
+    exclude: tuple[str, ...] = ()
 
     @property
     def is_router(self) -> bool:

@@ -6,11 +6,12 @@ Jobs seen to have ended are not read again: a run that lived long has many.
 
 import json
 import logging
+import math
 import os
 import socket
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Final
 
@@ -25,6 +26,8 @@ from hpc_router.rundir import RunDir
 
 logger = logging.getLogger(__name__)
 
+ASK_LOST_S: Final = 5.0
+"""For replicas that were lost, the controller is asked no more often than this."""
 HUNG: Final = "its agent hung: no beat and no answer while its process lived; it was killed"
 UNSEEN: Final = "its batch script could not even begin its log: do all nodes see the run directory"
 VANISHED: Final = "the job ended and left no exit record: killed, or it died before it began"
@@ -41,7 +44,11 @@ class Observer:
         self._ended: dict[str, Attempt] = {}
         self._pulse = Pulse()
         self._hung: set[str] = set()
+        self._asked: set[str] = set()  # the lost ones for which the controller was asked
+        self._asked_at = -math.inf
         self.records: Mapping[str, Record] = {}
+        self.lost: Sequence[str] = ()
+        """The replicas for which the last look asked the controller."""
 
     def look(self, *, fresh: bool = False) -> Observed:
         """Raises OSError when the run directory cannot be read now. `fresh`: ask the controller anew."""
@@ -50,7 +57,9 @@ class Observer:
         reports = self._launcher.observe(open_names, fresh=fresh)
         read_at = self._clock()  # before the records are read, and after the controller, which may take half a minute
         self.records = self._reader.snapshot()
-        self._feel(reports, read_at=read_at)
+        self.lost = self._lost(reports, read_at=read_at)
+        if self.lost:
+            reports = self._launcher.observe(open_names, fresh=True)
         slots: dict[Slot, list[Attempt]] = defaultdict(list)
         for name in names:
             attempt = self._ended.get(name) or self._attempt(name, reports[name])
@@ -58,12 +67,22 @@ class Observer:
                 slots[attempt.slot].append(attempt)
         return {slot: tuple(sorted(found, key=lambda a: a.generation)) for slot, found in slots.items()}
 
-    def _feel(self, reports: Mapping[str, JobReport], *, read_at: float) -> None:
-        """Which agents hang. Routers are left out: this may run beside one, and would go with it."""
+    def _lost(self, reports: Mapping[str, JobReport], *, read_at: float) -> list[str]:
+        """The replicas for which the controller is to be asked now: once for each that falls silent, since its job may
+        have ended without a word. Routers are left out: this may run beside one, and would go with it."""
         running = [name for name, report in reports.items() if report.state is JobState.RUNNING]
         records = [self.records[name] for name in running if name in self.records]
+        silent = self._pulse.silent([record for record in records if record.kind is Kind.EXPERT], read_at=read_at)
         self._hung.difference_update(running)
-        self._hung |= self._pulse.hung([record for record in records if record.kind is Kind.EXPERT], read_at=read_at)
+        self._hung |= silent.hung
+        self._asked &= silent.lost
+        news = silent.lost - self._asked
+        if not news or read_at - self._asked_at < ASK_LOST_S:
+            return []
+        logger.warning("no beat and no answer: Slurm is asked for the jobs of %s", ", ".join(sorted(news)))
+        self._asked |= news
+        self._asked_at = read_at
+        return sorted(news)
 
     def _claimed(self) -> list[str]:
         with os.scandir(self._run.jobs) as entries:

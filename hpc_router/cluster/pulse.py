@@ -1,6 +1,7 @@
-"""Which agents hang: their process lives, their beats have stopped by our own clock, and nobody answers at `/health`.
+"""Which agents are lost or hang: their beats have stopped by our own clock, and nothing answers at `/health`.
 
-Either alone condemns nobody: a file system that stalls stops beats, and a busy node may answer late. An observer that
+Slurm may know the end of one that is lost; one whose job still runs after HUNG_BEATS hangs. Either sign alone condemns
+nobody: a file system that stalls stops beats, and a busy node may answer late. An observer that
 has just begun to look knows no beats and judges nobody.
 """
 
@@ -12,8 +13,16 @@ from hpc_router.cluster.http import Unreachable, call, session
 from hpc_router.registry import Record
 from hpc_router.wire import HEALTH
 
+LOST_BEATS: Final = 2
 HUNG_BEATS: Final = 8
 """Intervals without a new beat."""
+
+
+class Silent(NamedTuple):
+    """Replicas whose beats have stopped and that do not answer; `hung` are those of `lost` that did so for long."""
+
+    lost: set[str]
+    hung: set[str]
 
 
 class _Beat(NamedTuple):
@@ -27,16 +36,18 @@ class Pulse:
     def __init__(self) -> None:
         self._beats: dict[str, _Beat] = {}
 
-    def hung(self, records: Sequence[Record], *, read_at: float) -> set[str]:
-        """The replicas that hang; two seconds at most, and only where beats have stopped. `read_at`: the monotonic
-        time at which the records were read; later than that they say nothing."""
+    def silent(self, records: Sequence[Record], *, read_at: float) -> Silent:
+        """Takes two seconds at most, and only where beats have stopped. `read_at`: the monotonic time at which the
+        records were read; later than that they say nothing."""
         self._beats = {record.replica: self._beat(record, read_at) for record in records}
-        silent = [
-            record
+        beats = {
+            record.replica: (read_at - self._beats[record.replica].seen_at) / record.beat_s
             for record in records
-            if record.beat_s is not None and read_at - self._beats[record.replica].seen_at >= HUNG_BEATS * record.beat_s
-        ]
-        return asyncio.run(_unanswering(silent)) if silent else set()
+            if record.beat_s is not None
+        }
+        late = [record for record in records if beats.get(record.replica, 0.0) >= LOST_BEATS]
+        lost = asyncio.run(_unanswering(late)) if late else set()
+        return Silent(lost, {replica for replica in lost if beats[replica] >= HUNG_BEATS})
 
     def _beat(self, record: Record, now: float) -> _Beat:
         before, beat = self._beats.get(record.replica), (record.beat, record.nonce)

@@ -195,6 +195,12 @@ TABLE: Final = (
     ),
     _refusal("sbatch", "`scontrol show licenses` lists them", r"Invalid license"),
     _refusal(
+        "sbatch.dependency",
+        "Slurm knows no such job, or has forgotten it: five minutes after its end by default; `sacct --jobs=ID` tells "
+        "how it ended, and a dependency that was met can be left out",
+        r"Job dependency problem",
+    ),
+    _refusal(
         "sbatch",
         "`sbatch --help` lists the options of this version",
         r"unrecognized option",
@@ -203,7 +209,6 @@ TABLE: Final = (
         r"ambiguous option",
         r"Invalid --[\w-]+ specification",
         r"mutually exclusive",
-        r"Job dependency problem",
         r"Invalid directive",
     ),
     _refusal(
@@ -268,6 +273,8 @@ def _told(name: str, deployment: Deployment, expert: str) -> list[tuple[str, str
         return [(name, deployment.runs, True)]
     if name == "sbatch":
         return _further(at, resources, deployment)
+    if name.startswith("sbatch."):
+        return [told for told in _further(at, resources, deployment) if told[0].endswith(f".{name}")]
     if name in _SIZES:
         value = getattr(resources, name)
         return [(f"{at}.{name}", f"{value or 0:g}", bool(value))]

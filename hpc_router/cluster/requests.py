@@ -1,6 +1,8 @@
 """The exact job of each replica: what `plan` prints is what is submitted."""
 
 from hpc_router.cluster.batch import python_of
+from hpc_router.cluster.dependency import was_met
+from hpc_router.cluster.desired import excluded_nodes
 from hpc_router.cluster.launcher import ROUTER, JobRequest
 from hpc_router.config import Deployment
 from hpc_router.registry import split_replica
@@ -12,4 +14,10 @@ def request_for(run: RunDir, deployment: Deployment, replica: str) -> JobRequest
     resources = deployment.router.resources if expert == ROUTER else deployment.experts[expert].resources
     module = "hpc_router.router" if expert == ROUTER else "hpc_router.expert"
     argv = (python_of(deployment.cluster), "-m", module, "--run", str(run.path), "--replica", replica)
-    return JobRequest(replica, argv, resources)
+    return JobRequest(
+        replica,
+        argv,
+        resources,
+        dependency_met=was_met(run, deployment, resources),
+        exclude=excluded_nodes(run),
+    )

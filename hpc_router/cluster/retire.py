@@ -2,16 +2,18 @@
 
 A replica that takes calls is asked over HTTP; one that does not yet, or cannot be reached, gets its job's signal, which
 drains it too. Routers go only when they are named themselves, and a standby only by its own full name: it is what
-follows the one that is meant. Nothing is wanted differently afterwards: `scale` and `down` are for that.
+follows the one that is meant. A node that is drained is excluded from later submissions until `drain --undo`. Nothing
+else is wanted differently afterwards: `scale` and `down` are for that.
 """
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from hpc_router.adapters import host_of, hosts
 from hpc_router.cluster.control import Control, Pass
+from hpc_router.cluster.desired import exclude_nodes
 from hpc_router.cluster.drain import ask_to_drain
 from hpc_router.cluster.launcher import ROUTER, JobState
 from hpc_router.cluster.reconcile import Wait
@@ -31,13 +33,15 @@ MARGIN_S: Final = 30.0
 class Retired:
     """`asked` over HTTP, `signalled` through their jobs. `left`: still there when the time was up; None: not waited.
 
-    `successor`: the router that lives on, or will.
+    `successor`: the router that lives on, or will. `excluded`: nodes that get no further jobs.
     """
 
     asked: tuple[str, ...]
     signalled: tuple[str, ...]
     left: tuple[str, ...] | None = None
     successor: str | None = None
+    excluded: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     @property
     def replicas(self) -> tuple[str, ...]:
@@ -47,6 +51,10 @@ class Retired:
         return [
             *(f"{replica} drains" for replica in self.asked),
             *(f"{replica} gets its job's signal, and drains" for replica in self.signalled),
+            *(
+                f"node {node} gets no further jobs; `hpc-router drain --undo {node}` ends that"
+                for node in self.excluded
+            ),
         ]
 
     def needs_reconcile(self, run: RunDir) -> bool:
@@ -108,6 +116,11 @@ def retire(control: Control, names: Sequence[str]) -> Retired:
             said = f"{name} is an adapter on the engine of {host}; drain that, and with it all that it serves: {host}"
             raise ConfigError(f"drain: {said}")
     chosen = named(names, observed, records, experts=hosts(experts))
+    excluded = _nodes_among(names, observed, records, experts=hosts(experts))
+    if control.deployment.cluster.kind != "slurm":
+        excluded = ()
+    if excluded:  # before anything ends: what takes its place is submitted at once
+        exclude_nodes(control.run, excluded, reason="drain")
     told = [a for a in chosen if a.replica in records and a.slot.expert != ROUTER]
     for attempt in told:
         if attempt.stop.drain_at is None:
@@ -117,7 +130,17 @@ def retire(control: Control, names: Sequence[str]) -> Retired:
     asked = tuple(a.replica for a in told if a.replica not in deaf)
     signalled = tuple(a.replica for a in chosen if a.replica not in asked)
     control.cancel(signalled)
-    return Retired(asked, signalled, successor=successor(observed, chosen))
+    warnings = tuple(without_ready(observed, chosen, records.values()))
+    return Retired(asked, signalled, successor=successor(observed, chosen), excluded=excluded, warnings=warnings)
+
+
+def without_ready(observed: Observed, going: Sequence[Attempt], records: Iterable[Record]) -> Iterator[str]:
+    """A warning for each expert that loses its last ready replica with those that go."""
+    elsewhere = {expert for record in records if record.kind is Kind.EXTERNAL for expert in record.serves}
+    for expert in sorted({attempt.slot.expert for attempt in going} - {ROUTER} - elsewhere):
+        ready = [a for found in observed.values() for a in found if a.ready and a.slot.expert == expert]
+        if ready and all(attempt in going for attempt in ready):
+            yield f"{expert} has no ready replica until another has started; requests for it wait until then or fail"
 
 
 def wait(
@@ -157,6 +180,16 @@ def _has_ended(run: RunDir, replica: str) -> bool:
 def _nodes(attempt: Attempt, record: Record | None) -> set[str]:
     names = {attempt.node, attempt.report.node, record.node if record is not None else None} - {None}
     return {str(name) for name in names} | {str(name).partition(".")[0] for name in names}
+
+
+def _nodes_among(
+    names: Iterable[str], observed: Observed, records: Mapping[str, Record], *, experts: Iterable[str]
+) -> tuple[str, ...]:
+    """Those of the names that mean nodes, as Slurm knows them."""
+    attempts = [attempt for found in observed.values() for attempt in found]
+    others = {*experts, ROUTER, *(a.replica for a in attempts), *(str(slot) for slot in observed)}
+    nodes = _all({a.replica: _nodes(a, records.get(a.replica)) for a in attempts if a.live})
+    return tuple(name.partition(".")[0] for name in dict.fromkeys(names) if name in nodes and name not in others)
 
 
 def _all(nodes: Mapping[str, set[str]]) -> set[str]:

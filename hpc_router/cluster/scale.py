@@ -1,13 +1,18 @@
 """How many replicas experts have from now on: kept in `desired.json`, carried out by the control loop."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from hpc_router.cluster import desired
-from hpc_router.cluster.control import Control
+from hpc_router.cluster.control import Control, Pass
+from hpc_router.cluster.fit import capacity_warnings
 from hpc_router.cluster.plan import make_plan
+from hpc_router.cluster.retire import without_ready
 from hpc_router.cluster.router_access import live_router
-from hpc_router.errors import ConfigError
+from hpc_router.cluster.site import ask_site
+from hpc_router.config import Deployment
+from hpc_router.errors import ConfigError, LaunchError
+from hpc_router.registry import Record
 from hpc_router.rundir import RunDir
 
 
@@ -22,15 +27,38 @@ def parse_counts(words: Sequence[str]) -> dict[str, int]:
     return counts
 
 
-def scale(run: RunDir, counts: Mapping[str, int]) -> Mapping[str, int]:
-    """Every expert's wanted count. Refuses what the cluster cannot hold; acts at once where no router's loop will."""
+def scale(run: RunDir, counts: Mapping[str, int]) -> tuple[Mapping[str, int], list[str]]:
+    """Every expert's wanted count, and warnings. Refuses what the cluster cannot hold; acts at once where no router's
+    loop will."""
     control = Control(run)
     seen = control.look()
     desired.check_counts(control.deployment, counts)
     asked = {**seen.desired.replicas, **counts}
-    make_plan(desired.with_counts(control.deployment, asked), run=run, ask_engines=False)
+    wanted = desired.with_counts(control.deployment, asked)
+    make_plan(wanted, run=run, ask_engines=False)
     desired.scale(run, control.deployment, counts, seen.observed)
     run.event("scale", **counts)
     if not seen.desired.down and live_router(run) is None:
         control.once()
-    return asked
+    return asked, [*_left_without(seen, counts, control.observer.records), *_never_fits(wanted, counts)]
+
+
+def _left_without(seen: Pass, counts: Mapping[str, int], records: Mapping[str, Record]) -> Iterator[str]:
+    """Experts that lose their last ready replica."""
+    for expert, count in counts.items():
+        own = [attempt for slot, found in seen.observed.items() if slot.expert == expert for attempt in found]
+        going = [a for a in own if a.live and a.slot.ours and int(a.slot.name) >= count]
+        yield from (
+            without_ready(seen.observed, going, records.values())
+            if count
+            else [f"{expert}=0: it has no replica any more, and requests for it fail until it is scaled again"]
+        )
+
+
+def _never_fits(wanted: Deployment, counts: Mapping[str, int]) -> list[str]:
+    if wanted.cluster.kind != "slurm" or not any(counts.values()):
+        return []
+    try:
+        return capacity_warnings(wanted, ask_site())
+    except LaunchError:
+        return []

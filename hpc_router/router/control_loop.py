@@ -8,15 +8,17 @@ import asyncio
 import contextlib
 import logging
 import sys
+import time
+from collections.abc import Awaitable, Callable
 from typing import Final
 
 from hpc_router.filethread import FileThread, OutputLog
 from hpc_router.jobdir import JobDir
+from hpc_router.router.supervisor import STEADY_S, pause_s
 from hpc_router.rundir import RunDir
 
 logger = logging.getLogger(__name__)
 
-RESTART_PAUSE_S: Final = 5.0
 STOP_S: Final = 10.0
 OUTPUT_S: Final = 2.0
 """For the rest of the output of a loop that has ended."""
@@ -28,9 +30,19 @@ def control_argv(run: RunDir, replica: str) -> list[str]:
 
 
 class ControlLoop:
-    """`async with` keeps it running; it is started again when it dies."""
+    """`async with` keeps it running; it is started again when it dies: at once the first time in a while, then after
+    longer and longer pauses."""
 
-    def __init__(self, run: RunDir, files: FileThread, *, replica: str) -> None:
+    def __init__(
+        self,
+        run: RunDir,
+        files: FileThread,
+        *,
+        replica: str,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
+        self._clock, self._sleep = clock, sleep
         self._argv = control_argv(run, replica)
         self._files = files
         self._log = JobDir(run, replica).reconcile_log
@@ -46,13 +58,16 @@ class ControlLoop:
         await asyncio.gather(self._keeper, return_exceptions=True)
 
     async def _keep(self) -> None:
+        in_a_row = 0
         while True:
+            begun_at = self._clock()
             try:
                 status = await self._run_once()
                 logger.warning("the control loop ended with status %d; it is started again", status)
             except OSError as error:
                 logger.warning("the control loop cannot be started: %s", error)
-            await asyncio.sleep(RESTART_PAUSE_S)
+            in_a_row = 1 if self._clock() - begun_at >= STEADY_S else in_a_row + 1
+            await self._sleep(pause_s(in_a_row))
 
     async def _run_once(self) -> int:
         process = await asyncio.create_subprocess_exec(

@@ -147,6 +147,25 @@ def test_a_successor_waits_for_its_predecessor_and_for_what_the_site_wants(
     assert jobs(asked)[0].options().get("dependency") == dependency
 
 
+@pytest.mark.parametrize(
+    ("own", "left"),
+    [
+        ("afterok:17", None),
+        ("afterok:17:18,afterany:19", None),
+        ("after:17+5,aftercorr:18", None),
+        ("singleton", "singleton"),
+        ("afterok:17,singleton", "singleton"),
+        (False, None),
+    ],
+)
+def test_a_dependency_that_was_met_is_left_out(own: object, left: str | None) -> None:
+    """Slurm 24.11 and later refuse it once they have forgotten the job; what holds for each job anew stays."""
+    asked = replace(request(sbatch={"dependency": own}), dependency_met=True)
+    assert jobs(asked)[0].options().get("dependency") == left
+    successor = replace(request("router-0.g2", sbatch={"dependency": own}), after="20", dependency_met=True)
+    assert jobs(successor)[0].options()["dependency"] == f"afterany:20{f',{left}' if left else ''}"
+
+
 def run_script(
     tmp_path: Path,
     *requests: JobRequest,

@@ -25,6 +25,7 @@ from hpc_router.cluster.observe import leave_exit
 from hpc_router.cluster.reconcile import Submit
 from hpc_router.cluster.retire import retire
 from hpc_router.cluster.router_access import live_router
+from hpc_router.cluster.scale import scale
 from hpc_router.cluster.slots import ROUTER_SLOT, Attempt, Slot
 from hpc_router.config import Deployment, EngineConfig, ExpertConfig
 from hpc_router.errors import ConfigError, LaunchError, RegistryError
@@ -138,6 +139,19 @@ def test_scaling_adds_and_drains(run: RunDir, control: Control) -> None:
     assert JobDir(run, "math-1.g1").stop() is not None
     eventually_sync(lambda: control.once() and live(control) == ["math-0.g1"])
     assert (run.path / "math-1.g1.stopped").read_text() == "SIGTERM"
+
+
+def test_scaling_tells_who_is_left_without_a_replica(run: RunDir, control: Control) -> None:
+    desired.scale(run, control.deployment, {"math": 2}, {})
+    control.once()
+    eventually_sync(lambda: started(run, "math-0.g1") and started(run, "math-1.g1"))
+    registry.publish(run.registry, record("math-1.g1"))
+    assert scale(run, {"math": 3})[1] == []
+    (warning,) = scale(run, {"math": 1})[1]
+    assert warning.startswith("math has no ready replica until another has started")
+    counts, warnings = scale(run, {"math": 0})
+    assert counts["math"] == 0
+    assert warnings == ["math=0: it has no replica any more, and requests for it fail until it is scaled again"]
 
 
 def test_scaling_what_is_not_there_is_refused(run: RunDir, control: Control) -> None:

@@ -31,6 +31,30 @@ def deployment(*, replicas: int = 1, cluster: dict[str, Any] | None = None, **re
 
 
 @pytest.mark.parametrize(
+    ("replicas", "resources", "said"),
+    [
+        (12, {"gpus": 1}, None),
+        (
+            20,
+            {"gpus": 1},
+            "math: 20 replicas need 20 GPUs, partition batch has 12 that fit: 8 of them can never run",
+        ),
+        (
+            5,
+            {"gpus": 4, "nodes": 1, "gpu_type": "a100", "partition": "big"},
+            "math: 5 replicas need 20 GPUs, partition big has 8 that fit: 3 of them can never run beside the others",
+        ),
+        (3, {"gpus": 4, "nodes": 2, "partition": "batch"}, "2 of them can never run beside the others"),
+        (99999, {}, None),
+    ],
+)
+def test_what_can_never_run_at_once_is_told(replicas: int, resources: dict[str, Any], said: str | None) -> None:
+    told = site_warnings(deployment(replicas=replicas, **resources), SITE)
+    assert len(told) == (said is not None)
+    assert said is None or said in told[0]
+
+
+@pytest.mark.parametrize(
     "resources",
     [
         {},

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from hpc_router.cluster.pulse import HUNG_BEATS, Pulse
+from hpc_router.cluster.pulse import HUNG_BEATS, LOST_BEATS, Pulse
 from hpc_router.registry import Kind, Record, State
 
 BEAT_S = 2.0
@@ -50,14 +50,29 @@ def record(url: str = NOBODY, *, beat: int | None = 1) -> Record:
 def test_beats_that_stop_for_long_enough_are_missed() -> None:
     clock = Clock()
     pulse = Pulse()
-    assert pulse.hung([record()], read_at=clock()) == set()
+    assert pulse.silent([record()], read_at=clock()).hung == set()
     clock.now += LIMIT_S - 0.1
-    assert pulse.hung([record()], read_at=clock()) == set()
+    assert pulse.silent([record()], read_at=clock()).hung == set()
     clock.now += 0.1
-    assert pulse.hung([record()], read_at=clock()) == {"math-0.g1"}
-    assert pulse.hung([record(beat=2)], read_at=clock()) == set()
+    assert pulse.silent([record()], read_at=clock()).hung == {"math-0.g1"}
+    assert pulse.silent([record(beat=2)], read_at=clock()).hung == set()
     clock.now += LIMIT_S
-    assert pulse.hung([replace(record(beat=2), nonce="m")], read_at=clock()) == set(), "another life of the same name"
+    assert pulse.silent([replace(record(beat=2), nonce="m")], read_at=clock()).hung == set(), (
+        "another life of the same name"
+    )
+
+
+def test_one_is_lost_before_it_hangs() -> None:
+    """Then its job may have ended, which Slurm knows."""
+    clock = Clock()
+    pulse = Pulse()
+    pulse.silent([record()], read_at=clock())
+    clock.now += LOST_BEATS * BEAT_S - 0.1
+    assert pulse.silent([record()], read_at=clock()) == (set(), set())
+    clock.now += 0.1
+    assert pulse.silent([record()], read_at=clock()) == ({"math-0.g1"}, set())
+    with answering("math-0.g1") as url:
+        assert pulse.silent([record(url)], read_at=clock()) == (set(), set())
 
 
 def test_one_that_answers_does_not_hang() -> None:
@@ -65,16 +80,16 @@ def test_one_that_answers_does_not_hang() -> None:
     clock = Clock()
     pulse = Pulse()
     with answering("math-0.g1") as url, answering("code-0.g1") as stranger:
-        pulse.hung([record(url)], read_at=clock())
+        pulse.silent([record(url)], read_at=clock())
         clock.now += LIMIT_S
-        assert pulse.hung([record(url)], read_at=clock()) == set()
-        assert pulse.hung([record(stranger)], read_at=clock()) == {"math-0.g1"}
+        assert pulse.silent([record(url)], read_at=clock()).hung == set()
+        assert pulse.silent([record(stranger)], read_at=clock()).hung == {"math-0.g1"}
 
 
 def test_a_record_without_beats_is_not_judged() -> None:
     clock = Clock()
     pulse = Pulse()
     external = replace(record(beat=None), beat_s=None)
-    pulse.hung([external], read_at=clock())
+    pulse.silent([external], read_at=clock())
     clock.now += 1e6
-    assert pulse.hung([external], read_at=clock()) == set()
+    assert pulse.silent([external], read_at=clock()).hung == set()

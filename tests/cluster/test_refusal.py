@@ -46,6 +46,7 @@ LIMIT = "Job violates accounting/QOS policy (job submit limit, user's size and/o
         ("allocation failure: Invalid license specification", "sbatch"),
         ("sbatch: unrecognized option '--bogus=1'\nTry \"sbatch --help\" for more information", "sbatch"),
         ("sbatch: error: Invalid --signal specification", "sbatch"),
+        ("sbatch: error: Batch job submission failed: Job dependency problem", "sbatch.dependency"),
         (f"sbatch: error: QOSMaxSubmitJobPerUserLimit\nallocation failure: {LIMIT}", "qos"),
         (f"sbatch: error: AssocMaxSubmitJobLimit\nallocation failure: {LIMIT}", "qos"),
         (f"sbatch: error: QOSMaxWallDurationPerJobLimit\nallocation failure: {LIMIT}", "walltime"),
@@ -104,6 +105,15 @@ def test_further_options_are_told_one_by_one() -> None:
     made = deployment({"sbatch": {"bogus": 1, "nice": 5}}, sbatch={"nice": None, "hold": True})
     told = explain("sbatch: unrecognized option '--bogus=1'", made, "math")
     assert "cluster.sbatch.bogus=1, experts.math.resources.sbatch.hold=True: Slurm refuses it" in told
+
+
+def test_a_dependency_that_is_refused_is_told_alone() -> None:
+    made = deployment({"sbatch": {"dependency": "afterok:17", "nice": 5}})
+    told = explain("sbatch: error: Batch job submission failed: Job dependency problem", made, "math")
+    assert told.startswith(
+        "cluster.sbatch.dependency=afterok:17: Slurm refuses it: Job dependency problem (Slurm knows no such job"
+    )
+    assert "sacct --jobs=ID" in told
 
 
 def test_a_sites_own_words_are_passed_on_with_all_that_was_asked_for() -> None:

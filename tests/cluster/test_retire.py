@@ -1,5 +1,6 @@
 """`drain NAME`: which jobs a name means, and what becomes of them. Jobs are processes, the agent is a real server."""
 
+import getpass
 import json
 import threading
 from collections.abc import Callable, Iterator
@@ -14,10 +15,12 @@ import pytest
 from hpc_router import frozen
 from hpc_router.auth import replica_key
 from hpc_router.cli import main
+from hpc_router.cluster.batch import batch_jobs
 from hpc_router.cluster.control import Control
 from hpc_router.cluster.launcher import JobReport, JobState
 from hpc_router.cluster.local import LocalLauncher
-from hpc_router.cluster.retire import Retired, named, retire, successor, wait
+from hpc_router.cluster.requests import request_for
+from hpc_router.cluster.retire import Retired, named, retire, successor, wait, without_ready
 from hpc_router.cluster.slots import NOT_ASKED, ROUTER_SLOT, Attempt, Observed, Slot
 from hpc_router.config import Deployment, EngineConfig, ExpertConfig
 from hpc_router.errors import ConfigError
@@ -186,7 +189,7 @@ def test_an_agent_is_asked(run: RunDir, control: Control) -> None:
     """With its own key; the others stay."""
     with agent(run, "math-0.g1") as offered:
         retired = retire(control, ["math-0"])
-    assert retired == Retired(asked=("math-0.g1",), signalled=())
+    assert (retired.asked, retired.signalled) == (("math-0.g1",), ())
     assert offered == [f"Bearer {replica_key(run.secret(), 'n')}"]
     stop = JobDir(run, "math-0.g1").stop()
     assert stop is not None
@@ -221,9 +224,71 @@ def test_one_that_serves_nothing_yet_gets_its_jobs_signal(run: RunDir, control: 
 
 def test_one_that_refuses_gets_its_jobs_signal(run: RunDir, control: Control, caplog: pytest.LogCaptureFixture) -> None:
     with agent(run, "math-0.g1", status=500):
-        assert retire(control, ["n7"]) == Retired(asked=(), signalled=("math-0.g1",))
+        retired = retire(control, ["n7"])
+    assert (retired.asked, retired.signalled) == ((), ("math-0.g1",))
     eventually_sync(stopped(run, "math-0.g1"))
     assert "math-0.g1 refused to drain" in caplog.text
+
+
+def on_slurm(control: Control) -> Control:
+    """The same, as a deployment on Slurm: only submissions differ."""
+    control.deployment.cluster.kind = "slurm"
+    return control
+
+
+def exclusions(control: Control, replica: str) -> str | None:
+    (job,) = batch_jobs(control.run, control.deployment, [request_for(control.run, control.deployment, replica)])
+    found: str | None = job.options().get("exclude")
+    return found
+
+
+def test_a_node_that_is_drained_gets_no_further_jobs(run: RunDir, control: Control) -> None:
+    """Until that is taken back; a node that the site excludes stays so."""
+    on_slurm(control).deployment.cluster.exclude = "n[1-2]"
+    with agent(run, "math-0.g1"):
+        retired = retire(control, ["n7"])
+    assert (retired.asked, retired.excluded) == (("math-0.g1",), ("n7",))
+    assert "node n7 gets no further jobs; `hpc-router drain --undo n7` ends that" in retired.lines()
+    facts = run.read_desired()["excluded_nodes"]["n7"]
+    assert (facts["reason"], facts["by"]) == ("drain", getpass.getuser())
+    assert exclusions(control, "math-0.g2") == "n[1-2],n7"
+    assert exclusions(control, "router-0.g1") == "n[1-2],n7"
+    assert [e for e in events(run) if e["event"] == "node_excluded"]
+    assert main(["drain", "--run", str(run.path), "--undo", "n7"]) == 0
+    assert exclusions(control, "math-0.g2") == "n[1-2]"
+    assert main(["drain", "--run", str(run.path), "--undo", "n7"]) == 2
+
+
+def events(run: RunDir) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run.path / "events.jsonl").read_text().splitlines()]
+
+
+def test_a_replica_that_is_drained_excludes_no_node(run: RunDir, control: Control) -> None:
+    with agent(run, "math-0.g1"):
+        assert retire(on_slurm(control), ["math-0"]).excluded == ()
+    assert exclusions(control, "math-0.g2") is None
+
+
+def test_one_machine_is_not_excluded(run: RunDir, control: Control) -> None:
+    """Nothing could run any more."""
+    with agent(run, "math-0.g1"):
+        assert retire(control, ["n7"]).excluded == ()
+
+
+def test_an_expert_that_loses_its_last_ready_replica_is_told(run: RunDir, control: Control) -> None:
+    with agent(run, "math-0.g1"), agent(run, "math-1.g1"):
+        assert retire(control, ["math-0"]).warnings == ()
+    with agent(run, "code-0.g1"):
+        (warning,) = retire(control, ["code"]).warnings
+    assert warning.startswith("code has no ready replica until another has started")
+
+
+def test_an_endpoint_elsewhere_goes_on_serving() -> None:
+    ready = attempt(CODE_0, registered=State.READY)
+    observed = {CODE_0: (ready,)}
+    assert list(without_ready(observed, [ready], []))
+    external = Record(Kind.EXTERNAL, "code-x0.g1", "http://h:1", State.READY, {"code": None})
+    assert list(without_ready(observed, [ready], [external])) == []
 
 
 def test_waiting_ends_with_the_last_one_and_fills_the_slots(run: RunDir, control: Control) -> None:

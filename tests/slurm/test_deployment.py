@@ -30,6 +30,7 @@ PROMPTS: Final = {
     "law": "Can the tenant sue the landlord who keeps the deposit after the lease has ended?",
 }
 CAPACITY_BACK_S: Final = 20.0
+NOTICED_S: Final = 12.0
 OVERRIDES: Final = (
     "topology=sim",
     "experts.generalist.replicas=0",
@@ -175,6 +176,46 @@ def test_an_agent_that_is_killed_is_replaced(deployed: OnSlurm) -> None:
     assert (end.reason, "signal 9" in end.message) == ("killed", True)
 
 
+def kill_without_a_word(deployed: OnSlurm, replica: str) -> None:
+    """The agent and the batch script around it at once, as the kernel does for memory: only Slurm knows."""
+    process = deployed.job(replica).process()
+    assert process is not None
+    node = deployed.cluster.node(process.host)
+    scripts = node.enter(["pgrep", "--full", "--", f"/job0*{deployed.job_id(replica)}/slurm_script"]).split()
+    node.enter(["kill", "-KILL", str(process.pid), *scripts])
+
+
+def noticed_s(deployed: OnSlurm, replica: str, *, since: float) -> float:
+    """Until its successor was submitted; nothing of its job has told its end."""
+    slot = replica.partition(".")[0]
+    eventually_sync(lambda: deployed.newest(slot) != replica, within_s=60, every_s=0.05)
+    took_s = time.monotonic() - since
+    assert deployed.job(replica).ended() is None
+    deployed.until_ready(slot, after=replica)
+    return took_s
+
+
+def test_a_job_that_dies_without_a_word_is_replaced_within_seconds(deployed: OnSlurm) -> None:
+    """Slurm is asked as soon as the agent falls silent."""
+    replica, killed_at = deployed.newest("code-0"), time.monotonic()
+    kill_without_a_word(deployed, replica)
+    took_s = noticed_s(deployed, replica, since=killed_at)
+    print(f"replaced after {took_s:.1f} s")
+    assert took_s < NOTICED_S
+
+
+def test_a_killed_control_loop_is_back_at_once(deployed: OnSlurm) -> None:
+    """A job that dies without a word meanwhile is replaced hardly later."""
+    replica, killed_at = deployed.newest("law-0"), time.monotonic()
+    node = deployed.cluster.node("c1")
+    (loop,) = node.enter(["pgrep", "--full", "--", f"reconcile --loop .*{deployed.run}"]).split()
+    node.enter(["kill", "-KILL", loop])
+    kill_without_a_word(deployed, replica)
+    took_s = noticed_s(deployed, replica, since=killed_at)
+    print(f"replaced after {took_s:.1f} s")
+    assert took_s < NOTICED_S
+
+
 def test_a_cancelled_job_drains_and_is_replaced(deployed: OnSlurm) -> None:
     replica = deployed.newest("law-0")
     deployed.cluster.run(["scancel", deployed.job_id(replica)])
@@ -252,11 +293,12 @@ def test_the_routers_job_ends_and_its_successor_was_waiting(deployed: OnSlurm, c
 
 
 def test_in_steady_state_slurm_is_asked_once_per_half_minute(deployed: OnSlurm) -> None:
-    """The control loop of the deployment, over all that went on above; what it did itself it looks after once more."""
+    """The control loop of the deployment, over all that went on above. It asks at other times only around what it does:
+    before it replaces a job that fell silent or ended, and once more after it has submitted or ended one."""
     asked = [question for question in deployed.questions() if question.by_loop]
     acted = [json.loads(line) for line in (deployed.run / "events.jsonl").read_text().splitlines()]
-    times = [event["at"] for event in acted if event["event"] in ("submitted", "cancel", "kill", "drain")]
-    quiet = [q.at for q in asked if not any(0 <= q.at - at <= 6 for at in times)]
+    times = [event["at"] for event in acted if event["event"] in ("submitted", "cancel", "kill", "drain", "lost")]
+    quiet = [q.at for q in asked if not any(-3 <= q.at - at <= 6 for at in times)]
     assert {question.command for question in asked} == {"squeue"}
     assert all(later - earlier >= 29 for earlier, later in itertools.pairwise(quiet)), quiet
 

@@ -93,6 +93,7 @@ SENTENCES = {
     "--reservation=nope": "reservation",
     "--exclude=nope": "exclude",
     "--licenses=nope": "sbatch",
+    "--dependency=nope": "sbatch.dependency",
     "--bogus": "sbatch",
     "--begin=never": "sbatch",
     "--mail-type=x": "sbatch",

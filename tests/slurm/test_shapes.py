@@ -17,6 +17,7 @@ from tests.waiting import eventually_sync
 pytestmark = pytest.mark.slurm
 
 FOUR: Final = ("topology=sim", "experts.generalist.replicas=0", "policy.fallback=null")
+ONLY_MATH: Final = tuple(f"experts.{name}.replicas=0" for name in ("code", "medicine", "law"))
 
 
 def answers(one: OnSlurm, expert: str) -> str:
@@ -177,3 +178,22 @@ def test_a_setup_line_that_fails_is_the_value_to_edit(cluster: SlurmCluster) -> 
     assert "cluster.setup[1] failed on" in done.stderr
     assert "No such file" in one.verb("logs", "math").stdout
     assert one.queued() == []
+
+
+def test_a_dependency_that_was_met_is_not_asked_for_again(cluster: SlurmCluster) -> None:
+    """By successors of all kinds: Slurm 24.11 and later refuse it once they have forgotten that job."""
+    before = cluster.run(["sbatch", "--parsable", "--begin=now+5", "--output=/dev/null", "--wrap=true"]).strip()
+    wish = f"cluster.sbatch={{dependency: afterok:{before}}}"
+    with on_slurm(cluster, "dependent", *FOUR, *ONLY_MATH, wish, "router.place=here", wait_all=False) as one:
+        first = one.newest("math-0")
+        assert script_of(one, first) & {f"#SBATCH --dependency=afterok:{before}"}
+        cluster.run(["scancel", one.job_id(first)])
+        second = one.until_ready("math-0", after=first)
+        assert not [line for line in script_of(one, second) if "--dependency" in line]
+        assert "--dependency" not in one.verb("plan", *one.overrides).stdout
+
+
+def script_of(one: OnSlurm, replica: str) -> set[str]:
+    """The lines of its batch script, as it was submitted."""
+    (path,) = one.job(replica).path.glob("*_submission.sh")
+    return set(path.read_text().splitlines())
