@@ -80,8 +80,9 @@ class RunDir:
         _write_secret(self.path / "tokens" / replica, token)
 
     def event(self, kind: str, **facts: Any) -> None:
-        """One line in `events.jsonl`; only the control loop and the verbs call this, one write each."""
-        line = json.dumps({"at": round(time.time(), 3), "event": kind, **facts}, sort_keys=True)
+        """One line in `events.jsonl`, in one write. Only the control loop, the verbs and the router's control process
+        call this."""
+        line = json.dumps({"at": round(time.time(), 3), "event": kind, "kind": kind, **facts}, sort_keys=True)
         with private_umask():
             descriptor = os.open(self.path / "events.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
         with os.fdopen(descriptor, "w", encoding="utf-8") as stream:

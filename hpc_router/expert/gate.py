@@ -14,6 +14,7 @@ from typing import Final
 
 from hpc_router import wire
 from hpc_router.auth import bearer, challenge_answer, same
+from hpc_router.background import TaskFailures
 from hpc_router.errors import BadRequestError, BodyTooLargeError, UpstreamError
 from hpc_router.expert.passthrough import Passing, pass_through
 from hpc_router.registry import State
@@ -48,6 +49,7 @@ class Gate:
     progress: int = 0
     on_rank: Callable[[wire.RankReport], wire.RankOrder] | None = None
     rank_token: str | None = None
+    failures: TaskFailures = field(default_factory=TaskFailures)
     _routes: Mapping[tuple[str, str], Handler] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -129,7 +131,8 @@ class Gate:
     def _health(self, request: Request) -> Response:
         challenge = wire.challenge_in(request.query)[:LONGEST_CHALLENGE]
         answer = challenge_answer(self.key, challenge) if challenge else None
-        health = wire.Health(self.replica, self.state.value, self.in_flight.count, self.models, answer)
+        count, failures = self.in_flight.count, self.failures.seen
+        health = wire.Health(self.replica, self.state.value, count, self.models, answer, failures)
         return json_response(asdict(health))
 
     async def _drain(self, request: Request) -> Response:

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Final
 
+from hpc_router.background import OnFailure, restarting
 from hpc_router.rundir import RunDir
 
 logger = logging.getLogger(__name__)
@@ -27,13 +28,16 @@ def control_argv(run: RunDir, replica: str) -> list[str]:
 class ControlLoop:
     """`async with` keeps it running; it is started again when it dies."""
 
-    def __init__(self, run: RunDir, *, replica: str) -> None:
+    def __init__(self, run: RunDir, *, replica: str, on_failure: OnFailure = lambda task, error: None) -> None:
         self._argv = control_argv(run, replica)
         self._log: Path = run.logs / "reconcile.log"
+        self._on_failure = on_failure
         self._keeper: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> "ControlLoop":
-        self._keeper = asyncio.create_task(self._keep(), name="control loop")
+        self._keeper = asyncio.create_task(
+            restarting("control loop", self._keep, self._on_failure), name="control loop"
+        )
         return self
 
     async def __aexit__(self, *_: object) -> None:

@@ -138,6 +138,9 @@ class Metrics:
         self.shadowed = Tally(
             "hpc_router_shadow_decisions", "Decisions beside those of the shadow.", ("artefact", "shadow", "agreed")
         )
+        self.task_failures = Tally(
+            "hpc_router_background_task_failures", "Background tasks that failed and were started again.", ("task",)
+        )
         self._gone: dict[str, float] = {}  # replicas, since when
         self._counted: dict[str, Tally | Spread] = {
             name: each for name, each in vars(self).items() if isinstance(each, Tally | Spread)
