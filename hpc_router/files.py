@@ -8,9 +8,12 @@ import json
 import os
 import secrets
 import stat
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Final
+
+from hpc_router.errors import ConfigError
 
 LONGEST: Final = 2**20
 """Bytes of a JSON file of ours; a longer one is not ours."""
@@ -76,6 +79,21 @@ def load_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError("no JSON object")
     return value
+
+
+def lines_of(path: Path) -> Iterator[tuple[int, str]]:
+    """Number and text of each line that is not blank. Lines end at a line feed alone, as JSON lines do: text may hold
+    U+2028, U+0085 and other characters at which `str.splitlines` splits. Raises ConfigError with file and line."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror or error}") from error
+    for number, line in enumerate(content.split(b"\n"), 1):
+        if line.strip():
+            try:
+                yield number, line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise ConfigError(f"{path}:{number}: not UTF-8 (byte {error.start} of the line)") from error
 
 
 def _look_anew(folder: Path) -> None:
