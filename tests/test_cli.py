@@ -89,6 +89,22 @@ def test_every_verb_explains_itself(verb: str, capsys: pytest.CaptureFixture[str
         (["bench", "router", "--rate", "fast"], "'fast' is not a number"),
         (["register", "--run", "new", "--expert", "auto", "--url", "http://h:1"], "cannot name an expert"),
         (["register", "--run", "new", "--expert", "m", "--url", "h:1"], "not an endpoint's address"),
+        (["register", "--run", "new", "--expert", "m", "--url", "http://h:1\r"], "has '\\r' at position 10"),
+        (["register", "--run", "new", "--expert", "m", "--url", " http://h:1"], "has ' ' at position 0"),
+        (["register", "--run", "new", "--expert", "m", "--url", "http://h :1"], "has ' ' at position 8"),
+        (["unregister", "--run", "new", "--expert", "m", "--url", "http://h:1\n"], "no run directory"),
+        (
+            ["plan", "experts.math.engine.options.faults=[{kind: x}]"],
+            "options.faults[0]: unknown kind",
+        ),
+        (
+            ["plan", "experts.math.engine.options.roofline={gpu: h1}"],
+            "experts.math.engine.options.roofline.gpu=h1",
+        ),
+        (
+            ["plan", "experts.math.engine.options.extra={capacity: 0}"],
+            "options: the engine refuses: ",
+        ),
         (["register", "--run", "new", "--expert", "m", "--url", "http://u:p@h:1"], "not an endpoint's address"),
         (["register", "--run", "new", "--expert", "m", "--url", "http://h:99999"], "not an endpoint's address"),
         (["register", "--run", "new", "--expert", "m", "--url", "http://h", "--token-file", "no"], "cannot be read"),

@@ -7,6 +7,7 @@ system misbehaves.
 
 import contextlib
 import logging
+import os
 import signal
 import sys
 import threading
@@ -180,13 +181,13 @@ def run_loop(run: RunDir, *, while_leading: str | None = None, tied: bool = Fals
 @contextlib.contextmanager
 def _stop_event(*, tied: bool) -> Iterator[threading.Event]:
     """Set by SIGTERM, SIGINT and, where tied, the end of stdin; handlers are put back afterwards."""
-    event = threading.Event()
+    event, descriptor = threading.Event(), sys.stdin.fileno() if tied else -1
 
     def stop(_number: int, _frame: FrameType | None) -> None:
         event.set()
 
     def watch() -> None:
-        while sys.stdin.buffer.read(4096):
+        while os.read(descriptor, 4096):  # no buffered reader: its lock, held at the interpreter's end, aborts it
             pass
         event.set()
 

@@ -251,11 +251,19 @@ class Discovery:
             external = replica.record.kind is Kind.EXTERNAL
             return await (self._probe_external(replica) if external else self._probe_agent(replica))
         except TimeoutError:
-            replica.trouble = "does not answer probes"
+            replica.trouble = f"GET {self._probed_url(replica)}: no answer within {self.config.probe_timeout_s:g} s"
             return Incident.PROBE_LATE
-        except (aiohttp.ClientError, OSError, ValueError, RecursionError) as error:
-            replica.trouble = f"probe failed: {type(error).__name__}"
+        except aiohttp.ClientResponseError as error:
+            replica.trouble = f"GET {self._probed_url(replica)} answers with status {error.status}"
             return Incident.PROBE_FAILED
+        except (aiohttp.ClientError, OSError, ValueError, RecursionError) as error:
+            said = str(error) or type(error).__name__
+            replica.trouble = f"GET {self._probed_url(replica)}: {said}"
+            return Incident.PROBE_FAILED
+
+    def _probed_url(self, replica: Replica) -> str:
+        path = wire.MODELS if replica.record.kind is Kind.EXTERNAL else wire.HEALTH
+        return f"{replica.record.url}{path}"
 
     async def _probe_agent(self, replica: Replica) -> Event | Incident:
         challenge = new_token()
