@@ -9,7 +9,7 @@ import os
 import secrets
 import stat
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
@@ -19,12 +19,23 @@ LONGEST: Final = 2**20
 """Bytes of a JSON file of ours; a longer one is not ours."""
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Errors of a write inside name the file: `write` and `fsync` on a full disk do not."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
 def replace_text(path: Path, text: str, *, mode: int = 0o600) -> None:
     """Put `text` at `path` atomically, with exactly `mode` whatever the umask."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
+        with naming(path), os.fdopen(descriptor, "w", encoding="utf-8") as stream:
             os.fchmod(stream.fileno(), mode)
             stream.write(text)
             stream.flush()

@@ -48,6 +48,8 @@ class Lease:
         self._on_gone = on_gone
         self._on_failure = on_failure
         self._missed = 0
+        self.trouble: str | None = None
+        """Why the record could not be written last time."""
         self._write: asyncio.Future[None] | None = None
         self._renewal: asyncio.Task[None] | None = None
 
@@ -103,6 +105,7 @@ class Lease:
             failure = error
         else:
             write.result()
+        self.trouble = None if failure is None else str(failure)
         if failure is not None:
             logger.warning("the record of %s cannot be %s: %s", self._record.replica, done, failure)
         return failure

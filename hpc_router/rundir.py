@@ -12,11 +12,14 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from hpc_router.auth import new_token
 from hpc_router.errors import ConfigError, RegistryError
-from hpc_router.files import load_json, replace_json
+from hpc_router.files import load_json, naming, replace_json
+
+LEAST_FREE: Final = 2**20
+"""Bytes below which a file system counts as full."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +57,19 @@ class RunDir:
         """The artefact trained at `up` from the experts' exemplars."""
         return self.path / "classifier"
 
+    def full(self) -> str | None:
+        """Why nothing can be written, where the file system says so; a quota does not show here."""
+        try:
+            space = os.statvfs(self.path)
+        except OSError as error:
+            return f"{self.path} cannot be read: {error.strerror}"
+        free = space.f_bavail * space.f_frsize
+        if free < LEAST_FREE and space.f_blocks:
+            return f"the file system of {self.path} is full: {free} bytes are free"
+        if space.f_files and not space.f_favail:
+            return f"the file system of {self.path} has no room for another file: all its inodes are in use"
+        return None
+
     def gone(self) -> bool:
         """Whether somebody removed it; a file system that fails is no proof."""
         try:
@@ -85,7 +101,7 @@ class RunDir:
         line = json.dumps({"at": round(time.time(), 3), "event": kind, "kind": kind, **facts}, sort_keys=True)
         with private_umask():
             descriptor = os.open(self.path / "events.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
+        with naming(self.path / "events.jsonl"), os.fdopen(descriptor, "w", encoding="utf-8") as stream:
             stream.write(line + "\n")
 
     def read_desired(self) -> dict[str, Any]:
@@ -176,11 +192,13 @@ def _write_secret(path: Path, value: str) -> None:
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     with private_umask():
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
-        stream.write(value + "\n")
-    with contextlib.suppress(FileExistsError):
-        path.hardlink_to(temporary)
-    temporary.unlink()
+    try:
+        with naming(path), os.fdopen(descriptor, "w", encoding="utf-8") as stream:
+            stream.write(value + "\n")
+        with contextlib.suppress(FileExistsError):
+            path.hardlink_to(temporary)
+    finally:
+        temporary.unlink()
 
 
 def _read_secret(path: Path) -> str:

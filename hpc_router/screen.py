@@ -99,6 +99,8 @@ def status_text(value: Mapping[str, Any]) -> RenderableType:
                 _remark(replica),
             )
     parts: list[RenderableType] = [head, *map(Text, workers_lines(router)), Text(), table]
+    if trouble := value.get("full") or router.get("write_trouble"):
+        parts.append(Text(trouble, style="red"))
     if value["down"]:
         parts.append(Text("this deployment is down; `hpc-router up` brings it up again"))
     elif router["trouble"]:

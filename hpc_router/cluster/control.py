@@ -57,13 +57,20 @@ class Pass:
 
 
 class Control:
-    """The hands of the control loop on one run."""
+    """The hands of the control loop on one run. `reading`: for verbs that only look, which write nothing."""
 
-    def __init__(self, run: RunDir, *, deployment: Deployment | None = None, launcher: Launcher | None = None) -> None:
+    def __init__(
+        self,
+        run: RunDir,
+        *,
+        deployment: Deployment | None = None,
+        launcher: Launcher | None = None,
+        reading: bool = False,
+    ) -> None:
         self.run = run
         self.deployment = deployment or deployment_of(run)
         self.launcher = launcher or launcher_for(run, self.deployment)
-        self.observer = Observer(run, self.launcher)
+        self.observer = Observer(run, self.launcher, reading=reading)
         self._told: set[str] = set()
 
     def look(self, *, clear: bool = False, fresh: bool = False) -> Pass:

@@ -87,7 +87,7 @@ class Cause:
 def why(run: RunDir, name: str | None = None) -> list[Cause]:
     """A cause for each replica that is not ready, or for those of one expert or replica; and what a router that serves
     has found amiss with those that are."""
-    control = Control(run)
+    control = Control(run, reading=True)
     shown = standing_views(control, control.look(fresh=True))
     if name is not None:
         name = with_jobs(run, name)
@@ -99,8 +99,18 @@ def why(run: RunDir, name: str | None = None) -> list[Cause]:
     fine = (Standing.READY, Standing.REGISTERED)
     causes = [_cause(run, view, now=now) for view in shown if view.standing not in fine]
     told = ask_router(run)[1]
+    causes += _unwritable(run, shown, told)
     causes += [Cause(one.view, one.what, one.advice, ()) for one in findings(shown, told)]
     return causes + _sick([view for view in shown if view.standing in fine and view.expert != ROUTER], told)
+
+
+def _unwritable(run: RunDir, shown: list[ReplicaView], told: Mapping[str, Any]) -> list[Cause]:
+    """That nothing can be written to the run directory: by its file system's word, or by the router's (a quota)."""
+    what = run.full() or (told.get("router") or {}).get("write_trouble")
+    if what is None or not shown:
+        return []
+    view = next((view for view in shown if view.expert == ROUTER), shown[0])
+    return [Cause(view, what, "free space or raise the quota: records, logs and the control loop need it", ())]
 
 
 def _sick(shown: list[ReplicaView], told: Mapping[str, Any]) -> list[Cause]:

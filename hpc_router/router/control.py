@@ -19,6 +19,7 @@ from typing import Any, Final
 from hpc_router.config import Deployment
 from hpc_router.errors import HpcRouterError
 from hpc_router.filethread import FileThread
+from hpc_router.lease import Lease
 from hpc_router.registry import Record, split_replica
 from hpc_router.router.admission import Pace, bounds_of
 from hpc_router.router.changes import Changes
@@ -91,6 +92,7 @@ class Control:
     keeper: RegistryFile = field(init=False)
     sessions: Sessions = field(default_factory=Sessions)
     members: list[Member] = field(init=False)
+    lease: Lease | None = None
     own: Metrics = field(default_factory=Metrics)
     """What this process counts itself."""
     _errors: dict[str, str] = field(default_factory=dict)
@@ -195,6 +197,7 @@ class Control:
             uptime_s=round(time.time() - self.started_at, 3),
             open=self.deployment.router.open,
             settings_trouble=self.changes.trouble,
+            write_trouble=None if self.lease is None else self.lease.trouble,
             task_failures=[
                 {"task": task, "count": count, "last_error": self._errors.get(task)}
                 for (task,), count in counted.task_failures.items()

@@ -70,6 +70,7 @@ async def control(router: Router, birth: Birth) -> None:
             on_gone=lambda: os.kill(supervisor, signal.SIGTERM),
             on_failure=parts.task_failed,
         )
+        parts.lease = lease
         orders = Orders(
             birth.orders, partial(_attach, parts), on_note=partial(_note, parts), on_reload=parts.changes.look_now
         )
