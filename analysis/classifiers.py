@@ -23,6 +23,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
+from hpc_router.files import lines_of
+
 ROOT: Final = Path(__file__).parent.parent
 DRAWS: Final = range(6)
 EACH: Final = 20
@@ -79,7 +81,7 @@ class Bench:
     def predict_accuracy(self, name: str, prompts: Path) -> Found:
         """Of the expert that `predict` names; without a fallback a low margin changes nothing."""
         command, printed = self.classify("predict", self.work / name, prompts)
-        experts = [json.loads(line)["expert"] for line in printed.splitlines()]
+        experts = [json.loads(line)["expert"] for line in printed.split("\n") if line]
         right = [e == row["domain"] for e, row in zip(experts, read(prompts), strict=True)]
         return {"command": command, "accuracy": sum(right) / len(right), "prompts": len(right)}
 
@@ -105,7 +107,7 @@ class Bench:
 
 
 def read(path: Path) -> list[Prompt]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for _, line in lines_of(path)]
 
 
 def exemplars(bench: Bench, number: str) -> Iterable[Prompt]:

@@ -11,6 +11,9 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, Final
 
+from hpc_router.errors import ConfigError
+from hpc_router.files import lines_of
+
 Record = Mapping[str, Any]
 _WHERE: Final = ("cluster.", "simulate.", "router.", "name=", "runs=")
 """Overrides that do not say what is measured."""
@@ -116,11 +119,10 @@ def read(path: Path) -> list[Record]:
         if file.name.endswith(".requests.jsonl"):
             continue
         try:
-            lines = file.read_text(encoding="utf-8").splitlines()
-        except OSError as error:
-            raise NoResultsError(f"{file}: {error.strerror}") from error
-        for number, line in enumerate(lines, 1):
-            found += [_record(line, f"{file}:{number}")] if line.strip() else []
+            lines = list(lines_of(file))
+        except ConfigError as error:
+            raise NoResultsError(str(error)) from error
+        found += [_record(line, f"{file}:{number}") for number, line in lines]
     if not found:
         raise NoResultsError(f"{path}: no result records (*.jsonl of `python -m launch.bench`)")
     return found

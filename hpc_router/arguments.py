@@ -1,6 +1,7 @@
 """The command line's grammar: every verb with its options, its help and an example. No verb is carried out here."""
 
 import argparse
+import math
 import re
 from pathlib import Path
 from typing import Final, NoReturn
@@ -155,7 +156,7 @@ def _using(verbs: "_Verbs[_Parser]") -> None:
         json=True,
     )
     address.add_argument("--ssh", action="store_true", help="print the `ssh` line that brings it to a local port")
-    address.add_argument("--port", type=_count, default=8000, metavar="N", help="that port (default 8000)")
+    address.add_argument("--port", type=_port, default=8000, metavar="N", help="that port (default 8000)")
     _verb(
         verbs,
         "token",
@@ -267,10 +268,10 @@ def _classifying(verbs: "_Verbs[_Parser]") -> None:
         "--capacity", action="append", type=_amount, default=[], metavar="EXPERT=N", help="default: all the same"
     )
     known["pack"].add_argument(
-        "--limit", type=float, default=1.0, metavar="F", help="times its capacity share that an expert may get (1)"
+        "--limit", type=_number, default=1.0, metavar="F", help="times its capacity share that an expert may get (1)"
     )
     known["pack"].add_argument(
-        "--max-loss", type=float, default=0.1, metavar="X", help="in accuracy over all prompts (0.1)"
+        "--max-loss", type=_number, default=0.1, metavar="X", help="in accuracy over all prompts (0.1)"
     )
     known["pack"].add_argument("--output", type=Path, metavar="DIR", help="write the artefact with the packed table")
     known["assign"].add_argument("table", nargs="+", type=_assigned, metavar="CLUSTER=EXPERT", help="CLUSTER= : none")
@@ -286,13 +287,9 @@ def _assigned(text: str) -> tuple[str, str | None]:
 
 def _amount(text: str) -> tuple[str, float]:
     name, _, value = text.partition("=")
-    try:
-        number = float(value)
-    except ValueError:
-        number = -1.0
-    if not name or not 0 <= number < float("inf"):
+    if not name or not value:
         raise argparse.ArgumentTypeError(f"'{text}' is not EXPERT=NUMBER")
-    return name, number
+    return name, _number(value)
 
 
 def _measuring(verbs: "_Verbs[_Parser]") -> None:
@@ -317,8 +314,8 @@ def _measuring(verbs: "_Verbs[_Parser]") -> None:
     )
     router.add_argument("--only", type=_names, default=(), metavar="NAME,...", help="measure these alone")
     router.add_argument("--streams", type=_count, metavar="N", help="concurrent streams (default 1000)")
-    router.add_argument("--rate", type=float, metavar="R", help="events per second and stream (default 40)")
-    router.add_argument("--seconds", type=float, metavar="S", help="of each measurement (default 5)")
+    router.add_argument("--rate", type=_number, metavar="R", help="events per second and stream (default 40)")
+    router.add_argument("--seconds", type=_number, metavar="S", help="of each measurement (default 5)")
     router.add_argument("--rounds", type=_count, metavar="N", help="rounds, each with every relay (default 3)")
     router.add_argument("--connections", type=_count, metavar="N", help="for short requests (default 16)")
     router.add_argument(
@@ -326,7 +323,7 @@ def _measuring(verbs: "_Verbs[_Parser]") -> None:
     )
     router.add_argument(
         "--quiet",
-        type=float,
+        type=_number,
         default=0.0,
         metavar="S",
         help="on a shared machine: before each measurement, wait up to S seconds until nothing else runs",
@@ -359,8 +356,8 @@ def _add_soak(benchmarks: "argparse._SubParsersAction[_Parser]") -> None:
         "  hpc-router bench soak --strike replica=10 --strike worker=30",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    soak.add_argument("--seconds", type=float, metavar="S", help="of load (default 60)")
-    soak.add_argument("--rate", type=float, metavar="R", help="short requests per second (default 100)")
+    soak.add_argument("--seconds", type=_number, metavar="S", help="of load (default 60)")
+    soak.add_argument("--rate", type=_number, metavar="R", help="short requests per second (default 100)")
     soak.add_argument("--streams", type=_count, metavar="N", help="streams open at any time (default 200)")
     soak.add_argument("--workers", type=_count, metavar="N", help="of the router (default 2)")
     soak.add_argument(
@@ -404,6 +401,22 @@ def _named(text: str) -> tuple[str, Path]:
 
 
 def _count(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
+    if not re.fullmatch(r"[0-9]{1,9}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number below 10^9")
     return int(text)
+
+
+def _port(text: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,5}", text) or not 1 <= int(text) <= 65_535:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port (valid: 1 to 65535)")
+    return int(text)
+
+
+def _number(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 <= number <= 1e9:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number (valid: 0 to 10^9)")
+    return number

@@ -29,6 +29,9 @@ from hpc_router.job_options import check_environment, check_options, check_scrip
 from hpc_router.schema import check_bounds
 
 _RUN_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+_HOST: Final = re.compile(
+    r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?(\.[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?)*"
+)
 _INTERFACE: Final = re.compile(r"[A-Za-z][A-Za-z0-9_.:@-]{0,14}")
 _SPANS_NODES: Final = ("vllm", "sim")
 """Engines that one replica can run on several nodes."""
@@ -57,11 +60,23 @@ def check(deployment: Deployment) -> None:
 def check_router(router: RouterConfig) -> None:
     _one_of("router.place", router.place, PLACES)
     if router.host is not None:
-        filled("router.host", router.host)
+        check_host("router.host", router.host)
     if router.eject_most_s < router.eject_s:
         key = "router.eject_most_s"
         valid = f"router.eject_s={router.eject_s:g} or more"
         raise ConfigError(f"{key}={router.eject_most_s:g}: less than the first time (valid: {valid})", key=key)
+
+
+def check_host(key: str, host: str) -> None:
+    """A host's name or address, whether it exists or not."""
+    filled(key, host)
+    try:
+        ipaddress.ip_address(host)
+    except ValueError as error:
+        if not _HOST.fullmatch(host) or len(host) > 253 or host.replace(".", "").isdecimal():
+            valid = "a host's name such as node7, or an address such as 10.1.2.3 or 0.0.0.0; the port is router.port"
+            said = f"{key}={host}: neither a host's name nor an address (valid: {valid})"
+            raise ConfigError(said, key=key) from error
 
 
 def check_fallback(fallback: str | None, experts: Iterable[str]) -> None:

@@ -9,10 +9,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar, Final, get_origin
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.override_parser.types import Override, ValueType
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, MissingConfigException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
@@ -23,8 +24,9 @@ from yaml import YAMLError
 from hpc_router.as_written import as_written
 from hpc_router.config import Deployment, ExpertConfig
 from hpc_router.errors import ConfigError, suggest
-from hpc_router.frozen import GROUPS, LEFT_OUT, to_deployment, yaml_fault
+from hpc_router.frozen import GROUPS, LEFT_OUT, TOP, shown, to_deployment, yaml_fault
 from hpc_router.provenance import Sources, composed_files, parse_override, place_of
+from hpc_router.schema import type_at
 
 
 def conf_folder() -> Path:
@@ -40,6 +42,7 @@ def load_deployment(
 
     A user's folder goes before ours: a file of the same name replaces it. Keys in `without` are somebody else's.
     """
+    overrides = single_values(overrides)
     settled = settle(overrides)
     with (
         _told_in_our_words(config_dir),
@@ -53,6 +56,7 @@ def load_deployment(
 
 def with_overrides(base: Deployment, overrides: Sequence[str], *, config_dir: Path | None = None) -> Deployment:
     """`base` with overrides on top: first what the chosen groups' files say, then the values."""
+    overrides = single_values(overrides)
     settled = settle(overrides)
     chosen = [override for override in map(parse_override, settled) if override.key_or_group in GROUPS]
     values = [override for override in map(parse_override, settled) if override.key_or_group not in GROUPS]
@@ -151,6 +155,24 @@ def user_folder(config_dir: Path | None) -> Iterator[None]:
         _UserFolder.folder = None
 
 
+def single_values(overrides: Sequence[str]) -> list[str]:
+    """Overrides with a comma list in quotes where the key holds text: Hydra takes `partition=a,b` for two values of a
+    sweep. Raises ConfigError for other sweeps, which only `python -m launch... -m` carries out."""
+    return [_single_value(text, parse_override(text)) for text in overrides]
+
+
+def _single_value(text: str, override: Override) -> str:
+    if not override.is_sweep_override():
+        return text
+    key, _, value = text.partition("=")
+    kind = type_at(Deployment, override.key_or_group.split("."))
+    if kind in (str, Any) and override.value_type is ValueType.SIMPLE_CHOICE_SWEEP and not set(value) & set("'\"\\"):
+        return f"{key}='{value.strip()}'"
+    valid = f"{key}=[{value}] for a list" if get_origin(kind) is list else f"{key}=VALUE"
+    said = "several values, which only a sweep takes (`python -m launch.deploy -m`)"
+    raise ConfigError(f"override '{text}': {said}; valid here: {valid}", key=override.key_or_group)
+
+
 def settle(overrides: Sequence[str]) -> list[str]:
     """Overrides as Hydra wants them: a value's gets `++`, for our files leave out what has a default.
 
@@ -160,6 +182,10 @@ def settle(overrides: Sequence[str]) -> list[str]:
     for text in overrides:
         override = parse_override(text)
         key = override.key_or_group
+        first, dot, rest = key.partition(".")
+        if dot and first in GROUPS and first not in TOP:
+            valid = f"; did you mean 'experts.{rest}'?" if first == "expert" else suggest(first, TOP)
+            raise ConfigError(f"override '{text}': unknown key '{key}'{valid}", key=key)
         is_value = not (key in GROUPS or key.split(".")[0] in LEFT_OUT or "/" in key or override.package is not None)
         plain = override.input_line is not None and not override.input_line.startswith(("+", "~"))
         settled.append(f"++{text}" if is_value and plain else text)
@@ -176,7 +202,16 @@ def _told_in_our_words(config_dir: Path | None) -> Iterator[None]:
         said = str(error.__context__ if isinstance(error.__context__, OmegaConfBaseException) else error)
         raise ConfigError(f"{_composed_file(error)}{' '.join(said.split(chr(10), 1)[0].split())}") from error
     except (YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(yaml_fault(error, "a config file")) from error
+        raise ConfigError(yaml_fault(error, _undecodable(error, config_dir))) from error
+
+
+def _undecodable(error: YAMLError | UnicodeDecodeError, config_dir: Path | None) -> str:
+    """The user's file that is not UTF-8; Hydra's error has its bytes and not its name."""
+    if isinstance(error, UnicodeDecodeError) and config_dir is not None:
+        for path in sorted(config_dir.rglob("*.yaml")):
+            if path.read_bytes().startswith(error.object):
+                return shown(path)
+    return "a config file"
 
 
 def _missing(error: MissingConfigException, config_dir: Path | None) -> str:

@@ -8,12 +8,26 @@ import json
 import os
 import secrets
 import stat
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
+from hpc_router.errors import ConfigError
+
 LONGEST: Final = 2**20
 """Bytes of a JSON file of ours; a longer one is not ours."""
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Errors of a write inside name the file: `write` and `fsync` on a full disk do not."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def replace_text(path: Path, text: str, *, mode: int = 0o600) -> None:
@@ -21,7 +35,7 @@ def replace_text(path: Path, text: str, *, mode: int = 0o600) -> None:
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
+        with naming(path), os.fdopen(descriptor, "w", encoding="utf-8") as stream:
             os.fchmod(stream.fileno(), mode)
             stream.write(text)
             stream.flush()
@@ -76,6 +90,21 @@ def load_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError("no JSON object")
     return value
+
+
+def lines_of(path: Path) -> Iterator[tuple[int, str]]:
+    """Number and text of each line that is not blank. Lines end at a line feed alone, as JSON lines do: text may hold
+    U+2028, U+0085 and other characters at which `str.splitlines` splits. Raises ConfigError with file and line."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror or error}") from error
+    for number, line in enumerate(content.split(b"\n"), 1):
+        if line.strip():
+            try:
+                yield number, line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise ConfigError(f"{path}:{number}: not UTF-8 (byte {error.start} of the line)") from error
 
 
 def _look_anew(folder: Path) -> None:

@@ -21,7 +21,8 @@ from hpc_router.simulate import simulated
 GROUPS: Final = ("topology", "cluster", "policy", "router", "expert")
 """Folders of `conf/`."""
 LEFT_OUT: Final = ("hydra",)
-_TOP: Final = frozenset(f.name for f in fields(Deployment))
+TOP: Final = frozenset(f.name for f in fields(Deployment))
+"""Keys at the root of a config."""
 _WIDTH: Final = 120
 
 
@@ -43,10 +44,10 @@ def to_deployment(plain: Any, *, without: Sequence[str] = ()) -> Deployment:
     if not isinstance(plain, Mapping):
         raise ConfigError("not a mapping of keys to values")
     left_out = {*LEFT_OUT, *without}
-    for key in (str(key) for key in plain if key not in left_out and key not in _TOP):
+    for key in (str(key) for key in plain if key not in left_out and key not in TOP):
         if key in GROUPS:
             raise ConfigError(f"a file of the group '{key}' does not begin with the line `# @package _global_`")
-        raise ConfigError(f"unknown key '{key}'{suggest(key, {*_TOP, *GROUPS})}", key=key)
+        raise ConfigError(f"unknown key '{key}'{suggest(key, {*TOP, *GROUPS})}", key=key)
     deployment = simulated(parse(Deployment, {k: v for k, v in plain.items() if k not in left_out}, at=""))
     check(deployment)
     return deployment
@@ -94,6 +95,8 @@ def _flat(value: Any, at: str = "") -> dict[str, Any]:
 
 def yaml_fault(error: YAMLError | UnicodeDecodeError, name: str) -> str:
     """`file:line: what`, where the parser tells."""
+    if isinstance(error, UnicodeDecodeError):
+        return f"{name}: not UTF-8 text (byte {error.start}); save the file as UTF-8"
     mark: Any = getattr(error, "problem_mark", None)
     problem = str(getattr(error, "problem", None) or error)
     where = f"{shown(Path(mark.name))}:{mark.line + 1}" if mark is not None else name

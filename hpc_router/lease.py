@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
+from hpc_router.background import OnFailure, restarting
 from hpc_router.filethread import PATIENCE_S, FileThread
 from hpc_router.registry import Record, publish, withdraw
 
@@ -26,7 +27,7 @@ GONE_BEATS: Final = 5
 class Lease:
     """Owns one registry file. `async with` publishes, renews, and withdraws it at the end.
 
-    `on_gone` is called once, in the event loop, when the folder is gone.
+    `on_gone` is called once, in the event loop, when the folder is gone; `on_failure` as in `background`.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class Lease:
         files: FileThread | None = None,
         *,
         on_gone: Callable[[], None] | None = None,
+        on_failure: OnFailure = lambda task, error: None,
     ) -> None:
         assert record.beat_s is not None
         self._folder = folder
@@ -44,6 +46,10 @@ class Lease:
         self._files = files or FileThread(f"lease of {record.replica}")
         self._owns_files = files is None
         self._on_gone = on_gone
+        self._on_failure = on_failure
+        self._missed = 0
+        self.trouble: str | None = None
+        """Why the record could not be written last time."""
         self._write: asyncio.Future[None] | None = None
         self._renewal: asyncio.Task[None] | None = None
 
@@ -53,7 +59,8 @@ class Lease:
 
     async def __aenter__(self) -> "Lease":
         await self._files.run(partial(publish, self._folder, self._record))
-        self._renewal = asyncio.create_task(self._renew_forever(), name=f"lease of {self._record.replica}")
+        renewal = restarting("lease", self._renew_forever, self._on_failure)
+        self._renewal = asyncio.create_task(renewal, name=f"lease of {self._record.replica}")
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -75,14 +82,13 @@ class Lease:
         self._files.post(partial(publish, self._folder, self._record))
 
     async def _renew_forever(self) -> None:
-        missed = 0
         while True:
             await asyncio.sleep(self._beat_s)
             self._record = replace(self._record, beat=(self._record.beat or 0) + 1)
             if self._write is None or self._write.done():  # while the file system hangs, beats don't pile up
                 error = await self._patiently(partial(publish, self._folder, self._record), "renewed")
-                missed = missed + 1 if isinstance(error, FileNotFoundError) else 0
-                if missed == GONE_BEATS and self._on_gone is not None:
+                self._missed = self._missed + 1 if isinstance(error, FileNotFoundError) else 0
+                if self._missed == GONE_BEATS and self._on_gone is not None:
                     logger.error("%s is gone", self._folder)
                     self._on_gone()
 
@@ -99,6 +105,7 @@ class Lease:
             failure = error
         else:
             write.result()
+        self.trouble = None if failure is None else str(failure)
         if failure is not None:
             logger.warning("the record of %s cannot be %s: %s", self._record.replica, done, failure)
         return failure

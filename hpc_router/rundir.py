@@ -16,11 +16,13 @@ from typing import Any, Final
 
 from hpc_router.auth import new_token
 from hpc_router.errors import ConfigError, RegistryError
-from hpc_router.files import load_json, replace_json
+from hpc_router.files import load_json, naming, replace_json
 from hpc_router.logfile import LOG_BYTES, previous
 
 ROTATION_S: Final = 60.0
 """A claim to rotate `events.jsonl` that is older was left by a process that died."""
+LEAST_FREE: Final = 2**20
+"""Bytes below which a file system counts as full."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +64,19 @@ class RunDir:
         """The artefact trained at `up` from the experts' exemplars."""
         return self.path / "classifier"
 
+    def full(self) -> str | None:
+        """Why nothing can be written, where the file system says so; a quota does not show here."""
+        try:
+            space = os.statvfs(self.path)
+        except OSError as error:
+            return f"{self.path} cannot be read: {error.strerror}"
+        free = space.f_bavail * space.f_frsize
+        if free < LEAST_FREE and space.f_blocks:
+            return f"the file system of {self.path} is full: {free} bytes are free"
+        if space.f_files and not space.f_favail:
+            return f"the file system of {self.path} has no room for another file: all its inodes are in use"
+        return None
+
     def gone(self) -> bool:
         """Whether somebody removed it; a file system that fails is no proof."""
         try:
@@ -88,15 +103,16 @@ class RunDir:
         _write_secret(self.path / "tokens" / replica, token)
 
     def event(self, kind: str, **facts: Any) -> None:
-        """One line in `events.jsonl`, in one write; only the control loop and the verbs call this."""
-        line = json.dumps({"at": round(time.time(), 3), "event": kind, **facts}, sort_keys=True) + "\n"
-        with private_umask():
+        """One line in `events.jsonl`, in one write. Only the control loop, the verbs and the router's control process
+        call this."""
+        line = json.dumps({"at": round(time.time(), 3), "event": kind, "kind": kind, **facts}, sort_keys=True) + "\n"
+        with naming(self.events), private_umask():
             descriptor = os.open(self.events, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            os.write(descriptor, line.encode())
-            full = os.fstat(descriptor).st_size > LOG_BYTES
-        finally:
-            os.close(descriptor)
+            try:
+                os.write(descriptor, line.encode())
+                full = os.fstat(descriptor).st_size > LOG_BYTES
+            finally:
+                os.close(descriptor)
         if full:
             self._rotate_events()
 
@@ -204,11 +220,13 @@ def _write_secret(path: Path, value: str) -> None:
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     with private_umask():
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
-        stream.write(value + "\n")
-    with contextlib.suppress(FileExistsError):
-        path.hardlink_to(temporary)
-    temporary.unlink()
+    try:
+        with naming(path), os.fdopen(descriptor, "w", encoding="utf-8") as stream:
+            stream.write(value + "\n")
+        with contextlib.suppress(FileExistsError):
+            path.hardlink_to(temporary)
+    finally:
+        temporary.unlink()
 
 
 def _read_secret(path: Path) -> str:

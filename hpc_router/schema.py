@@ -8,7 +8,7 @@ every dataclass. Nothing here knows which dataclasses there are.
 import math
 import re
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from typing import Any, Final, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -196,6 +196,19 @@ def _noun(kind: Any) -> str:
     if isinstance(bare, type) and is_dataclass(bare):
         return f"a mapping (keys: {', '.join(f.name for f in fields(bare))}){nullable}"
     return f"{_NOUNS[get_origin(bare) or bare]}{nullable}"
+
+
+def type_at(schema: Any, path: Sequence[str]) -> Any:
+    """The declared type at a key, without None; None for a key that the schema does not have."""
+    kind = schema
+    for part in path:
+        if isinstance(kind, type) and is_dataclass(kind):
+            kind = without_none(get_type_hints(kind).get(part))
+        elif get_origin(kind) is dict:
+            kind = without_none(get_args(kind)[1])
+        elif kind is not Any:
+            return None
+    return kind
 
 
 def without_none(kind: Any) -> Any:

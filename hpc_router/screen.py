@@ -99,6 +99,8 @@ def status_text(value: Mapping[str, Any]) -> RenderableType:
                 _remark(replica),
             )
     parts: list[RenderableType] = [head, *map(Text, workers_lines(router)), Text(), table]
+    if trouble := value.get("full") or router.get("write_trouble"):
+        parts.append(Text(trouble, style="red"))
     if value["down"]:
         parts.append(Text("this deployment is down; `hpc-router up` brings it up again"))
     elif router["trouble"]:
@@ -116,6 +118,10 @@ def workers_lines(router: Mapping[str, Any]) -> list[str]:
         if process.get("restarts"):
             times = "once" if process["restarts"] == 1 else f"{process['restarts']} times"
             lines.append(f"{name} was started again {times}: the last one {process['last_end']}")
+    for failure in router.get("task_failures") or ():
+        times = "once" if failure["count"] == 1 else f"{failure['count']} times"
+        last = f": {failure['last_error']}" if failure["last_error"] else ""
+        lines.append(f"background task '{failure['task']}' failed {times} and was started again{last}")
     if router.get("settings_trouble"):
         lines.append(f"a change is not taken over: {router['settings_trouble']}")
     return lines

@@ -6,7 +6,7 @@
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Final, Self
 from urllib.parse import parse_qs
@@ -46,6 +46,8 @@ class Health:
     in_flight: int
     models: tuple[str, ...] | None
     answer: str | None
+    task_failures: Mapping[str, tuple[int, str]] = field(default_factory=dict)
+    """Failures of the agent's background tasks: number and last error by the task's name."""
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self | None:
@@ -59,7 +61,19 @@ class Health:
             in_flight=value["in_flight"] if isinstance(value.get("in_flight"), int) else 0,
             models=None if models is None else tuple(str(m) for m in models),
             answer=str(value.get("answer")),
+            task_failures=_task_failures(value.get("task_failures")),
         )
+
+
+def _task_failures(value: object) -> dict[str, tuple[int, str]]:
+    """Of a health answer; empty for an agent of another version."""
+    if not isinstance(value, dict):
+        return {}
+    return {
+        str(task): (seen[0], str(seen[1]))
+        for task, seen in value.items()
+        if isinstance(seen, list) and len(seen) == 2 and type(seen[0]) is int
+    }
 
 
 class RankState(StrEnum):

@@ -14,6 +14,9 @@ from typing import Any
 import pytest
 
 from hpc_router.cli import VERBS, _say_how, main
+from hpc_router.cluster.scale import parse_counts
+from hpc_router.cluster.settings import change, parse_settings
+from hpc_router.errors import ConfigError
 from hpc_router.jobdir import Exit, JobDir, JobInfo, Reason
 from hpc_router.logfile import previous
 from hpc_router.registry import Reader
@@ -61,6 +64,15 @@ def test_every_verb_explains_itself(verb: str, capsys: pytest.CaptureFixture[str
         (["up", "--nope"], "unknown argument: --nope"),
         (["status", "extra"], "unknown argument: extra"),
         (["logs", "-n", "x"], "'x' is not a whole number"),
+        (["logs", "-n", "9" * 5000], "is not a whole number"),
+        (["logs", "-n", "\N{ARABIC-INDIC DIGIT THREE}"], "is not a whole number"),
+        (["url", "--port", "65536"], "'65536' is not a port (valid: 1 to 65535)"),
+        (["classify", "pack", "a", "b", "--limit", "nan"], "'nan' is not a number"),
+        (["classify", "pack", "a", "b", "--capacity", "x=inf"], "'inf' is not a number"),
+        (["bench", "router", "--rate", "inf"], "'inf' is not a number"),
+        (["bench", "soak", "--seconds", "nan"], "'nan' is not a number"),
+        (["plan", "experts.math.replicas=1000000000"], "valid: 0 to 1024"),
+        (["plan", "router.hold_mb=inf"], "valid: 1e-06 to 4096"),
         (["status"], "there is no run directory runs/latest"),
         (["down", "--run", "nope"], "there is no run directory nope"),
         (["plan", "topology=nope"], "topology=nope: no such config"),
@@ -76,13 +88,29 @@ def test_every_verb_explains_itself(verb: str, capsys: pytest.CaptureFixture[str
         (["bench", "router", "--tree", "old"], "'old' is not NAME=DIR"),
         (["bench", "router", "--tree", f"nginx={ROOT}"], "there is a relay of that name"),
         (["bench", "router", "--tree", "old=nope"], "no checkout of hpc-router"),
-        (["bench", "router", "--rate", "fast"], "invalid float value: 'fast'"),
+        (["bench", "router", "--rate", "fast"], "'fast' is not a number"),
         (["register", "--run", "new", "--expert", "auto", "--url", "http://h:1"], "cannot name an expert"),
         (
             ["register", "--run", "new", "--expert", "m", "--url", "http://h:1", "--probe-path", "x y"],
             "--probe-path x y",
         ),
         (["register", "--run", "new", "--expert", "m", "--url", "h:1"], "not an endpoint's address"),
+        (["register", "--run", "new", "--expert", "m", "--url", "http://h:1\r"], "has '\\r' at position 10"),
+        (["register", "--run", "new", "--expert", "m", "--url", " http://h:1"], "has ' ' at position 0"),
+        (["register", "--run", "new", "--expert", "m", "--url", "http://h :1"], "has ' ' at position 8"),
+        (["unregister", "--run", "new", "--expert", "m", "--url", "http://h:1\n"], "no run directory"),
+        (
+            ["plan", "experts.math.engine.options.faults=[{kind: x}]"],
+            "options.faults[0]: unknown kind",
+        ),
+        (
+            ["plan", "experts.math.engine.options.roofline={gpu: h1}"],
+            "experts.math.engine.options.roofline.gpu=h1",
+        ),
+        (
+            ["plan", "experts.math.engine.options.extra={capacity: 0}"],
+            "options: the engine refuses: ",
+        ),
         (["register", "--run", "new", "--expert", "m", "--url", "http://u:p@h:1"], "not an endpoint's address"),
         (["register", "--run", "new", "--expert", "m", "--url", "http://h:99999"], "not an endpoint's address"),
         (["register", "--run", "new", "--expert", "m", "--url", "http://h", "--token-file", "no"], "cannot be read"),
@@ -423,3 +451,44 @@ def test_a_sweep_runs_each_job_with_its_own_overrides() -> None:
     assert done.returncode == 2
     assert "wait=some: not known" in done.stderr
     assert "wait=none: not known" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "word", ["math=99999999999999999999", "math=-1", "math=\N{ARABIC-INDIC DIGIT THREE}", "math=", "=3"]
+)
+def test_a_count_is_a_plain_number(word: str) -> None:
+    with pytest.raises(ConfigError, match=r"is not EXPERT=N"):
+        parse_counts([word])
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("router.hold_mb=inf", "router.hold_mb=inf: out of range"),
+        ("router.hold_mb=nan", "router.hold_mb=nan: out of range"),
+        ("router.max_in_flight=1e400", "'1e400' is not a whole number"),
+        ("router.max_in_flight=" + "9" * 5000, "is not a whole number"),
+        ("router.max_in_flight=2000000000000000000", "out of range (valid: 1 to 1000000)"),
+        ("router.ping_s=0", "router.ping_s=0: out of range (valid: 0.001 to 86400)"),
+        ("policy.margin=inf", "policy.margin=inf: out of range"),
+        ("router.port=1", "holds from a router's start"),
+    ],
+)
+def test_a_setting_has_a_range(tmp_path: Path, word: str, said: str) -> None:
+    """A value that is refused is not written."""
+    run = make_run(tmp_path / "run")
+    with pytest.raises(ConfigError) as refused:
+        change(run, *parse_settings([word]))
+    assert said in str(refused.value)
+    assert not run.desired.exists()
+
+
+def test_settings_are_kept_as_their_fields_hold_them(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    words = ["router.hold_mb=4", "policy.kind=model_field", "router.max_in_flight='5'", "policy.margin=0.050"]
+    kept = {"router.hold_mb": 4.0, "policy.kind": "model_field", "router.max_in_flight": 5, "policy.margin": 0.05}
+    assert change(run, *parse_settings(words)) == kept
+    assert run.read_desired()["settings"] == kept
+    assert change(run, *parse_settings(["policy.margin=null", "router.hold_mb="])) == {
+        "policy.kind": "model_field", "router.max_in_flight": 5, "policy.margin": None,
+    }  # fmt: skip

@@ -35,6 +35,19 @@ OVERRIDES = [
     (["experts.math.exemplars=x"], ["'x' is not a list"]),
     (["experts.math.model=null"], ["'experts.math.model': null is not text"]),
     (["experts.math.engine.options.ttft_ms=abc"], ["override", "'experts.math.engine.options.ttft_ms'", "a number"]),
+    (["expert.math.replicas=3"], ["override 'expert.math.replicas=3'", "did you mean 'experts.math.replicas'?"]),
+    (["topology.name=x"], ["override 'topology.name=x'", "unknown key 'topology.name'", "valid: cluster, experts"]),
+    # several values
+    (["experts.math.replicas=1,2"], ["override 'experts.math.replicas=1,2'", "several values", "launch.deploy -m"]),
+    (["cluster.modules=a,b"], ["several values", "cluster.modules=[a,b]"]),
+    (["cluster=local,slurm"], ["override 'cluster=local,slurm'", "several values"]),
+    (["router.port=range(1,3)"], ["several values"]),
+    # a host
+    (["router.host='a b'"], ["router.host=a b: neither a host's name nor an address"]),
+    (["router.host='http://x'"], ["neither a host's name nor an address"]),
+    (["router.host='10.1.2'"], ["neither a host's name nor an address"]),
+    (["router.host='h:80'"], ["neither a host's name nor an address", "router.port"]),
+    (["cluster.setup=['echo ${HOME}']"], ["'cluster.setup[0]'", "'HOME' not found", "written as \\${NAME}"]),
     # a value that cannot be
     (["router.port=70000"], ["override 'router.port=70000'", "valid: 0 to 65535"]),
     (["router.workers=0"], ["router.workers=0", "1 to 256"]),
@@ -252,3 +265,28 @@ def test_equal_deployments_differ_in_nothing() -> None:
 def test_a_chosen_file_is_named_and_not_the_choice(tmp_path: Path) -> None:
     write(tmp_path, "cluster/mine.yaml", "kind: slurm\nwalltime: soon\n")
     assert refusal(["cluster=mine"], tmp_path).startswith(f"{tmp_path}/cluster/mine.yaml: cluster.walltime=soon")
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "latin-1"])
+def test_a_file_in_another_encoding_is_named(tmp_path: Path, encoding: str) -> None:
+    write(tmp_path, "topology/good.yaml", HEAD)
+    (tmp_path / "topology" / "a.yaml").write_bytes(b"\xfc")
+    (tmp_path / "topology" / "mine.yaml").write_bytes(f"{HEAD}# \xe9\n".encode(encoding))
+    assert refusal(["topology=mine"], tmp_path).startswith(f"{tmp_path}/topology/mine.yaml: not UTF-8 text (byte ")
+
+
+@pytest.mark.parametrize("host", ["node7", "node-7.cluster.example", "0.0.0.0", "::", "fd00::1", "10.1.2.3", "7up"])
+def test_a_host_is_a_name_or_an_address(host: str) -> None:
+    assert load_deployment([f"router.host='{host}'"]).router.host == host
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("partition", "batch,urgent"), ("exclude", "n1,n2"), ("sbatch.mail-type", "BEGIN,END"), ("login", "a, b")],
+)
+def test_a_comma_is_part_of_a_text(key: str, value: str) -> None:
+    """As Slurm writes it, without quotes."""
+    cluster = load_deployment(["cluster=slurm", f"cluster.{key}={value}"]).cluster
+    found = cluster.sbatch["mail-type"] if key.startswith("sbatch") else getattr(cluster, key)
+    assert found == value
+    assert with_overrides(load_deployment(["cluster=slurm"]), [f"cluster.{key}={value}"]).cluster == cluster

@@ -12,7 +12,7 @@ import hpc_router
 PACKAGE = Path(hpc_router.__file__).parent
 LAYERS = [
     {"errors"},
-    {"environment", "fabric", "files", "logfile", "walltime"},
+    {"background", "environment", "fabric", "files", "logfile", "walltime"},
     {"auth", "schema", "wire"},
     {"as_written"},
     {"config"},

@@ -11,6 +11,7 @@ import pytest
 
 from hpc_router import lease as lease_module
 from hpc_router import registry
+from hpc_router.background import TaskFailures
 from hpc_router.filethread import FileThread
 from hpc_router.lease import Lease
 from hpc_router.registry import Kind, Reader, Record, State
@@ -125,3 +126,19 @@ async def test_a_file_system_that_fails_is_no_folder_that_is_gone(
         monkeypatch.setattr("hpc_router.lease.publish", failing)
         await eventually(lambda: (lease.record.beat or 0) > 4 * lease_module.GONE_BEATS)
     assert told == []
+
+
+async def test_renewal_goes_on_after_a_fault_of_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    faults = iter([ZeroDivisionError("a fault of ours")])
+    real = registry.publish
+
+    def publish(folder: Path, record: Record) -> None:
+        if record.beat and (fault := next(faults, None)) is not None:
+            raise fault
+        real(folder, record)
+
+    monkeypatch.setattr(lease_module, "publish", publish)
+    failures = TaskFailures()
+    async with Lease(tmp_path, record(beat_s=0.001), on_failure=failures.note):
+        await eventually(lambda: ((now := published(tmp_path)) is not None and (now.beat or 0) >= 3) or None)
+    assert failures.seen == {"lease": (1, "ZeroDivisionError: a fault of ours")}

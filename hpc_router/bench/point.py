@@ -178,7 +178,7 @@ def _metrics(target: Target) -> str:
 
 
 def _value(text: str, name: str) -> float:
-    return sum(float(line.rpartition(" ")[2]) for line in text.splitlines() if line.startswith(name))
+    return sum(float(line.rpartition(" ")[2]) for line in text.split("\n") if line.startswith(name))
 
 
 def _late(before: Mapping[str, tuple[float, float]], after: Mapping[str, tuple[float, float]]) -> float | None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from hpc_router.errors import ConfigError
+from hpc_router.files import lines_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,11 +71,7 @@ def built_in() -> list[Prompt]:
 
 def read_prompts(path: Path) -> list[Prompt]:
     """One JSON object per line: `prompt`, and `domain` where it is known. Raises ConfigError with file and line."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"bench.prompts={path}: {getattr(error, 'strerror', None) or error}") from error
-    found = [_prompt(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
+    found = [_prompt(line, f"{path}:{number}") for number, line in lines_of(path)]
     if not found:
         raise ConfigError(f"bench.prompts={path}: it holds no prompt")
     return found

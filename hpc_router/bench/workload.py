@@ -5,6 +5,7 @@ whatever the warm-up took: measured requests have an order of their own. Knows n
 """
 
 import json
+import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import Any, Final
 from hpc_router.bench.config import BenchConfig, Lengths
 from hpc_router.bench.prompts import Prompt
 from hpc_router.errors import ConfigError
+from hpc_router.files import lines_of
 
 POOL: Final = 2048
 """Different requests, where lengths are drawn."""
@@ -176,14 +178,15 @@ def _pauses(config: BenchConfig, stream: str) -> list[float]:
 def read_trace(path: Path) -> list[float]:
     """Times of arrival in seconds. Raises ConfigError with file and line."""
     found: list[float] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
+    for number, line in lines_of(path):
         try:
             value: Mapping[str, Any] = json.loads(line)
-            found.append(float(value["at_s"]))
-        except (ValueError, TypeError, KeyError) as error:
+            at_s = float(value["at_s"])
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise ConfigError(f'{path}:{number}: no number at "at_s" (valid: {{"at_s": 1.5}})') from error
+        if not math.isfinite(at_s):
+            raise ConfigError(f'{path}:{number}: "at_s" is {at_s}, not a finite number')
+        found.append(at_s)
     if not found or min(found) < 0:
         raise ConfigError(f"bench.trace={path}: {'no arrival' if not found else 'arrivals before 0 s'}")
     return sorted(found)

@@ -7,6 +7,7 @@ system misbehaves.
 
 import contextlib
 import logging
+import os
 import signal
 import sys
 import threading
@@ -56,13 +57,20 @@ class Pass:
 
 
 class Control:
-    """The hands of the control loop on one run."""
+    """The hands of the control loop on one run. `reading`: for verbs that only look, which write nothing."""
 
-    def __init__(self, run: RunDir, *, deployment: Deployment | None = None, launcher: Launcher | None = None) -> None:
+    def __init__(
+        self,
+        run: RunDir,
+        *,
+        deployment: Deployment | None = None,
+        launcher: Launcher | None = None,
+        reading: bool = False,
+    ) -> None:
         self.run = run
         self.deployment = deployment or deployment_of(run)
         self.launcher = launcher or launcher_for(run, self.deployment)
-        self.observer = Observer(run, self.launcher)
+        self.observer = Observer(run, self.launcher, reading=reading)
         self._told: set[str] = set()
 
     def look(self, *, clear: bool = False, fresh: bool = False) -> Pass:
@@ -185,13 +193,13 @@ def run_loop(run: RunDir, *, while_leading: str | None = None, tied: bool = Fals
 def _stop_event(*, tied: bool) -> Iterator[threading.Event]:
     """Set by SIGTERM, SIGINT and, where tied, the end of stdin; handlers are put back afterwards. SIGUSR2 is ignored:
     it is for the router beside which the loop runs, and some sites' Slurm sends it to every process of a job."""
-    event = threading.Event()
+    event, descriptor = threading.Event(), sys.stdin.fileno() if tied else -1
 
     def stop(_number: int, _frame: FrameType | None) -> None:
         event.set()
 
     def watch() -> None:
-        while sys.stdin.buffer.read(4096):
+        while os.read(descriptor, 4096):  # no buffered reader: its lock, held at the interpreter's end, aborts it
             pass
         event.set()
 

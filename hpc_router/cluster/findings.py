@@ -33,6 +33,9 @@ def findings(shown: Sequence[ReplicaView], told: Mapping[str, Any]) -> list[Find
         if process.get("restarts"):
             times = "once" if process["restarts"] == 1 else f"{process['restarts']} times"
             found.append(Finding(view, f"{name} was started again {times}: the last one {process['last_end']}", _LOG))
+    for failure in router.get("task_failures") or ():
+        what = f"the background task '{failure['task']}' failed and was started again: {failure['last_error']}"
+        found.append(Finding(view, what, _LOG))
     if router.get("settings_trouble"):
         advice = "`hpc-router set KEY=` takes a setting back; an artefact may be trained anew"
         found.append(Finding(view, f"a change is not taken over: {router['settings_trouble']}", advice))

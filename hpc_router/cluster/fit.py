@@ -114,10 +114,12 @@ def _faults(wish: _Wish, site: Site) -> Iterator[str]:
         yield f"{key}={value}: no partition is named '{name}'{suggest(name, site.partitions)}"
     if unknown:
         return
-    partitions = _partitions(wish, site)
-    if not partitions:
-        yield f"{key}: this Slurm has no default partition{suggest('', site.partitions)}"
-        return
+    # where there is no default partition a submit plugin may choose one: only what none of them has is a fault
+    yield from _unfit(wish, _partitions(wish, site) or list(site.partitions.values()))
+
+
+def _unfit(wish: _Wish, partitions: Sequence[Partition]) -> Iterator[str]:
+    """What none of these partitions can fulfil."""
     called = f"partition {' or '.join(partition.name for partition in partitions)}"
     kinds = [kind for partition in partitions for kind in partition.kinds]
     alone = [*_size_faults(wish, kinds, called), *_constraint_faults(wish, kinds, called)]
@@ -155,7 +157,7 @@ def _constraint_faults(wish: _Wish, kinds: Sequence[NodeKind], called: str) -> I
 
 def _walltime_faults(wish: _Wish, partitions: Sequence[Partition], called: str) -> Iterator[str]:
     key, value = wish.option("walltime")
-    limit = max(partition.limit_s for partition in partitions)
+    limit = max((partition.limit_s for partition in partitions), default=math.inf)
     if value is not None and (walltime_s(value) or 0) > limit:
         yield f"{key}={value}: {called} allows at most {clock(limit)}"
 

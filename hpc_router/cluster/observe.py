@@ -34,10 +34,13 @@ VANISHED: Final = "the job ended and left no exit record: killed, or it died bef
 
 
 class Observer:
-    """Looks at one run again and again."""
+    """Looks at one run again and again. `reading`: nothing is written, not even the exit record of a job that ended
+    without one."""
 
-    def __init__(self, run: RunDir, launcher: Launcher, *, clock: Callable[[], float] = time.monotonic) -> None:
-        self._run = run
+    def __init__(
+        self, run: RunDir, launcher: Launcher, *, clock: Callable[[], float] = time.monotonic, reading: bool = False
+    ) -> None:
+        self._run, self._reading = run, reading
         self._clock = clock
         self._launcher = launcher
         self._reader = Reader(run.registry)
@@ -97,7 +100,8 @@ class Observer:
             return None
         end, stop, state = job.exit(), job.stop() or Stop(), report.state
         if state is JobState.ENDED and end is None:
-            end = leave_exit(job, self._end(replica, report, stop))
+            end = self._end(replica, report, stop)
+            end = end if self._reading else leave_exit(job, end)
         record, info = self.records.get(replica), job.info()
         attempt = Attempt(
             slot=Slot(expert, slot),

@@ -15,11 +15,12 @@ from typing import Any, Final
 import hpc_router
 from hpc_router.adapters import adapters_of, host_of, hosts
 from hpc_router.cluster.batch import BatchJob, batch_jobs, python_of, setup_faults
-from hpc_router.cluster.equipment import equipment_faults, is_address
+from hpc_router.cluster.equipment import is_address
 from hpc_router.cluster.faults import own_faults, own_warnings
 from hpc_router.cluster.fit import site_faults, site_warnings
 from hpc_router.cluster.flags import check_flags
 from hpc_router.cluster.launcher import JobRequest
+from hpc_router.cluster.prerequisites import prerequisites
 from hpc_router.cluster.requests import request_for
 from hpc_router.cluster.site import ask_site
 from hpc_router.cluster.slots import ROUTER_SLOT, Slot
@@ -137,7 +138,10 @@ def make_plan(deployment: Deployment, *, run: RunDir | None = None, ask_engines:
         raise ConfigError("\n".join(faults))
     replicas = tuple(_replicas(deployment, run))
     jobs = tuple(_jobs(deployment, run, replicas))
-    warnings = list(own_warnings(deployment))
+    runs = Path(deployment.runs) if run.path == NEW_RUN else run.path
+    needed = prerequisites(deployment.cluster, runs, ask=ask_engines)
+    faults += needed.faults
+    warnings = [*own_warnings(deployment), *needed.warnings]
     if ask_engines:
         for wrong, unsure in (check_flags(deployment.experts, deployment.cluster), _asked(deployment, jobs)):
             faults.extend(wrong)
@@ -149,7 +153,8 @@ def make_plan(deployment: Deployment, *, run: RunDir | None = None, ask_engines:
 
 def _asked(deployment: Deployment, jobs: tuple[BatchJob, ...]) -> tuple[list[str], list[str]]:
     """Faults and warnings of what jobs would find on this machine, by Slurm's word where it runs them."""
-    faults, warnings = equipment_faults(deployment.cluster)
+    faults: list[str] = []
+    warnings: list[str] = []
     if deployment.cluster.kind == "local":
         return faults, warnings
     if deployment.cluster.kind == "allocation":

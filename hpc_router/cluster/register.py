@@ -98,6 +98,10 @@ def unregister(
 
 def base_url(url: str) -> str:
     """The address without `/v1`, as records have it. Raises ConfigError."""
+    if odd := re.search(r"[\s\x00-\x1f\x7f]", url):  # `urlsplit` drops some of these without a word
+        raise ConfigError(
+            f"--url {url!r}: has {odd[0]!r} at position {odd.start()} (valid: http://host:port or http://host:port/v1)"
+        )
     try:
         parts = urlsplit(url)
         usable = parts.scheme in ("http", "https") and parts.hostname and (parts.port is None or parts.port > 0)

@@ -41,8 +41,14 @@ class Target:
         if self.path is None:
             return _new_run(self.deployment)
         made = not self.path.exists()
-        run = make_run(self.path.resolve())  # `latest` may name another run soon
-        if not freeze(run, self.deployment):
+        try:
+            run = make_run(self.path.resolve())  # `latest` may name another run soon
+            frozen_now = freeze(run, self.deployment)
+        except OSError:
+            if made:
+                shutil.rmtree(self.path, ignore_errors=True)
+            raise
+        if not frozen_now:
             _refuse_difference(run, frozen.read(run.config), self.deployment)
         return run, made
 
@@ -104,8 +110,13 @@ def _new_run(deployment: Deployment) -> tuple[RunDir, bool]:
     """Make it, then claim to be the new `latest`: of two at once with one config, one finds the other's run."""
     runs, text = Path(deployment.runs), frozen.to_yaml(deployment)
     digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-    run = make_run(new_run_path(runs, deployment.name))
-    create_text(run.config, text)
+    path = new_run_path(runs, deployment.name)
+    try:
+        run = make_run(path)
+        create_text(run.config, text)
+    except BaseException:
+        shutil.rmtree(path, ignore_errors=True)
+        raise
     claim = run.path.parent / f".new-{digest}"
     while True:
         try:

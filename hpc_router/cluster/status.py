@@ -21,8 +21,8 @@ _ROUTER_KNOWS = ("in_flight", "capacity", "models", "silent", "trouble", "error_
 
 
 def status(run: RunDir) -> dict[str, Any]:
-    """`{run, down, router, policy, experts}`; unknown values are None."""
-    control = Control(run)
+    """`{run, down, full, router, policy, experts}`; unknown values are None."""
+    control = Control(run, reading=True)
     seen = control.look(fresh=True)
     down = seen.desired.down
     shown = standing_views(control, seen)
@@ -59,6 +59,7 @@ def status(run: RunDir) -> dict[str, Any]:
     return {
         "run": str(run.path),
         "down": down,
+        "full": run.full(),
         "router": router,
         "policy": told.get("policy") or {"kind": policy.kind, "fallback": policy.fallback, "artefact": None},
         "experts": experts,

@@ -24,7 +24,7 @@ from hpc_router.cluster.plan import Plan, make_plan, taught
 from hpc_router.cluster.runs import Target, discard, latest_of
 from hpc_router.cluster.view import ReplicaView, Standing, of_experts, views
 from hpc_router.config import Deployment
-from hpc_router.errors import ArtefactError, LaunchError
+from hpc_router.errors import ArtefactError, HpcRouterError, LaunchError
 from hpc_router.job_options import check_run_path
 from hpc_router.registry import Kind, split_replica
 from hpc_router.routing import exemplars
@@ -72,9 +72,14 @@ def up(target: Target, *, wait_all: bool, reporter: Reporter) -> Served:
     before = latest_of(Path(deployment.runs))
     with interrupt_event() as interrupted:
         run, made = target.open()
-        effort = _Effort(run, deployment, made_over=before if made else None, made=made)
-        reporter.begin(run, plan)
-        train_classifier(run, deployment)
+        try:
+            effort = _Effort(run, deployment, made_over=before if made else None, made=made)
+            reporter.begin(run, plan)
+            train_classifier(run, deployment)
+        except (OSError, HpcRouterError):
+            if made:  # nothing was submitted yet
+                discard(run, before=before)
+            raise
         return effort.wait(wait_all=wait_all, reporter=reporter, interrupted=interrupted)
 
 

@@ -95,7 +95,7 @@ class Cause:
 def why(run: RunDir, name: str | None = None) -> list[Cause]:
     """A cause for each replica that is not ready, or for those of one expert or replica; and what a router that serves
     has found amiss with those that are."""
-    control = Control(run)
+    control = Control(run, reading=True)
     seen = control.look(fresh=True)
     shown = standing_views(control, seen)
     if name is not None:
@@ -111,6 +111,7 @@ def why(run: RunDir, name: str | None = None) -> list[Cause]:
     if control.deployment.cluster.kind != "local":
         causes = _with_signals_note(causes)
     told = ask_router(run)[1]
+    causes += _unwritable(run, shown, told)
     causes += [Cause(one.view, one.what, one.advice, ()) for one in findings(shown, told)]
     return causes + _sick([view for view in shown if view.standing in fine and view.expert != ROUTER], told)
 
@@ -140,6 +141,15 @@ def _with_signals_note(causes: list[Cause]) -> list[Cause]:
 def _signalled(cause: Cause) -> bool:
     cut = cause.what.endswith("cut off")
     return cause.view.expert != ROUTER and (cut or cause.view.reason in (Reason.CANCELLED, Reason.PREEMPTED))
+
+
+def _unwritable(run: RunDir, shown: list[ReplicaView], told: Mapping[str, Any]) -> list[Cause]:
+    """That nothing can be written to the run directory: by its file system's word, or by the router's (a quota)."""
+    what = run.full() or (told.get("router") or {}).get("write_trouble")
+    if what is None or not shown:
+        return []
+    view = next((view for view in shown if view.expert == ROUTER), shown[0])
+    return [Cause(view, what, "free space or raise the quota: records, logs and the control loop need it", ())]
 
 
 def _sick(shown: list[ReplicaView], told: Mapping[str, Any]) -> list[Cause]:

@@ -19,6 +19,7 @@ from typing import Final
 from hpc_router import fabric
 from hpc_router.adapters import adapters_of
 from hpc_router.auth import new_token, replica_key
+from hpc_router.background import TaskFailures, restarting
 from hpc_router.config import Deployment
 from hpc_router.errors import ConfigError, HpcRouterError, RegistryError
 from hpc_router.expert.attempts import Alone, Attempts, Leading
@@ -75,6 +76,7 @@ class Agent:
         self._lost: Failure | None = None  # a rank, when the drain came: Slurm ends the job of a node that failed
         self._cut = 0  # answers that the drain did not let finish
         self._gate: Gate | None = None
+        self._failures = TaskFailures()
         self._lease: Lease | None = None
 
     def signalled(self, number: signal.Signals) -> None:
@@ -142,7 +144,11 @@ class Agent:
             record = self._record(sock)
             self._files.post(partial(self._job.write, self._life.progress()))
             lease = Lease(
-                self._run.registry, record, self._files, on_gone=lambda: self.drain("its run directory was removed")
+                self._run.registry,
+                record,
+                self._files,
+                on_gone=lambda: self.drain("its run directory was removed"),
+                on_failure=self._failures.note,
             )
             self._lease = await stack.enter_async_context(lease)
             self._gate = gate
@@ -175,7 +181,8 @@ class Agent:
         """Until the engine fails for good (its failure) or the drain is complete (None); the engine has ended then."""
         supervising = asyncio.create_task(supervisor.run(), name="supervisor")
         draining = asyncio.create_task(self._draining.wait(), name="drain")
-        watching = asyncio.create_task(self._until_unwanted(), name="wanted")
+        wanted = restarting("wanted", self._until_unwanted, self._failures.note)
+        watching = asyncio.create_task(wanted, name="wanted")
         try:
             await asyncio.wait({supervising, draining}, return_when=asyncio.FIRST_COMPLETED)
             if supervising.done():
@@ -226,6 +233,7 @@ class Agent:
             on_drain=self.drain,
             on_rank=None if self._leading is None else self._leading.hear,
             rank_token=None if self._leading is None else report_token(self._leading.key),
+            failures=self._failures,
         )
 
     def _attempts(self, place: Place) -> Attempts:

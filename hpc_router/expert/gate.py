@@ -15,6 +15,7 @@ from typing import Final
 
 from hpc_router import wire
 from hpc_router.auth import bearer, challenge_answer, same
+from hpc_router.background import TaskFailures
 from hpc_router.errors import BadRequestError, BodyTooLargeError, UpstreamConnectError, UpstreamError
 from hpc_router.expert.passthrough import Passing, pass_through
 from hpc_router.registry import State
@@ -53,6 +54,7 @@ class Gate:
     engine_lost: asyncio.Event = field(default_factory=asyncio.Event)
     on_rank: Callable[[wire.RankReport], wire.RankOrder] | None = None
     rank_token: str | None = None
+    failures: TaskFailures = field(default_factory=TaskFailures)
     _relayed: set[Request] = field(init=False, default_factory=set)
     """Requests whose answers the engine has not given in full."""
     _routes: Mapping[tuple[str, str], Handler] = field(init=False)
@@ -151,7 +153,8 @@ class Gate:
     def _health(self, request: Request) -> Response:
         challenge = wire.challenge_in(request.query)[:LONGEST_CHALLENGE]
         answer = challenge_answer(self.key, challenge) if challenge else None
-        health = wire.Health(self.replica, self._shown_state.value, self.in_flight.count, self.models, answer)
+        count, failures = self.in_flight.count, self.failures.seen
+        health = wire.Health(self.replica, self._shown_state.value, count, self.models, answer, failures)
         return json_response(asdict(health))
 
     async def _drain(self, request: Request) -> Response:

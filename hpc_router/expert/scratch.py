@@ -46,17 +46,41 @@ def expanded(scratch: str, environment: Mapping[str, str]) -> Path:
     return path
 
 
+def path_fault(scratch: Path) -> str | None:
+    """Why no socket can lie below this folder, by its name alone."""
+    folder = scratch / f"hpc-router-{os.getuid()}" / ("x" * 8)
+    if (length := len(os.fsencode(folder))) > LONGEST_FOLDER:
+        most = len(os.fsencode(scratch)) - (length - LONGEST_FOLDER)
+        return f"too long for a socket's path (valid: at most {most} bytes, as /tmp)"
+    return None if scratch.is_absolute() else "not an absolute path (valid: such as /tmp)"
+
+
+def unusable(scratch: Path) -> str | None:
+    """Why this host's folder cannot be used."""
+    if not scratch.is_dir():
+        return f"no such folder on {socket.gethostname()} (valid: a folder that every node has, such as /tmp)"
+    if not os.access(scratch, os.W_OK | os.X_OK):
+        return f"not writable on {socket.gethostname()}"
+    if os.statvfs(scratch).f_flag & os.ST_NOEXEC:
+        return (
+            f"its file system is mounted noexec on {socket.gethostname()}, and engines load compiled code from there "
+            f"(valid: a folder that programs may run from)"
+        )
+    return None
+
+
 @contextmanager
 def scratch_folder(scratch: str | Path) -> Iterator[Place]:
     """A new folder for this process, gone at the end. Raises ConfigError or LaunchError."""
+    fault = path_fault(Path(scratch)) or unusable(Path(scratch))
+    if fault is not None:
+        raise ConfigError(f"cluster.scratch={scratch}: {fault}", key="cluster.scratch")
     parent = Path(scratch) / f"hpc-router-{os.getuid()}"
     ours = _own_parent(parent)
     sweep(parent)
     folder = _new_folder(parent, ours=ours)
     place = Place(folder)
     try:
-        if len(os.fsencode(folder)) > LONGEST_FOLDER:
-            raise ConfigError(f"cluster.scratch={scratch}: too long for a socket's path (valid: a short one, as /tmp)")
         replace_json(folder / _OWNER, _this_process())
         place.temporary.mkdir(mode=0o700)
         place.cache.mkdir(mode=0o700)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+from hpc_router.background import OnFailure, background
 from hpc_router.config import Deployment
 from hpc_router.errors import HpcRouterError
 from hpc_router.filethread import FileThread
@@ -36,6 +37,7 @@ class Changes:
     base: Deployment
     files: FileThread
     on_change: Callable[[Deployment, Policy], None]
+    on_failure: OnFailure = lambda task, error: None
     trouble: str | None = None
     _seen: Stamp | None = None
     _folders: tuple[Path, ...] | None = None
@@ -47,12 +49,8 @@ class Changes:
 
     @asynccontextmanager
     async def watching(self) -> AsyncIterator[None]:
-        task = asyncio.create_task(self._look_forever(), name="changes")
-        try:
+        async with background("config watcher", self._look_forever, self.on_failure):
             yield
-        finally:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
 
     async def _look_forever(self) -> None:
         while True:
@@ -61,8 +59,6 @@ class Changes:
             except (HpcRouterError, OSError) as error:
                 self.trouble = str(error)
                 logger.warning("a change is not taken over: %s", error)
-            except Exception:
-                logger.exception("looking for changes failed")
             self._now.clear()
             try:
                 async with asyncio.timeout(LOOK_S):

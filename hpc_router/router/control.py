@@ -19,7 +19,8 @@ from typing import Any, Final
 from hpc_router.config import Deployment
 from hpc_router.errors import HpcRouterError
 from hpc_router.filethread import FileThread
-from hpc_router.registry import Record
+from hpc_router.lease import Lease
+from hpc_router.registry import Record, split_replica
 from hpc_router.router.admission import Pace, bounds_of
 from hpc_router.router.changes import Changes
 from hpc_router.router.channel import Channel, ChannelClosedError
@@ -91,6 +92,10 @@ class Control:
     keeper: RegistryFile = field(init=False)
     sessions: Sessions = field(default_factory=Sessions)
     members: list[Member] = field(init=False)
+    lease: Lease | None = None
+    own: Metrics = field(default_factory=Metrics)
+    """What this process counts itself."""
+    _errors: dict[str, str] = field(default_factory=dict)
     _owners: dict[str, int] = field(default_factory=dict)
     _seeds: dict[str, Replica] = field(default_factory=dict)
     _paces: dict[str, Pace] = field(default_factory=dict)
@@ -107,8 +112,9 @@ class Control:
         self.discovery = Discovery(
             self.run, self.deployment.router, self.table, on_snapshot=self._looked, files=self.files,
             clock=asyncio.get_running_loop().time, seeds=self._seeds, on_well=self._well,
+            on_failure=self.task_failed, on_agent_failure=self._agent_task_failed,
         )  # fmt: skip
-        self.changes = Changes(self.run, self.base, self.files, self._take_over)
+        self.changes = Changes(self.run, self.base, self.files, self._take_over, self.task_failed)
         self.members = [Member(worker) for worker in range(self.counters.workers)]
 
     @asynccontextmanager
@@ -147,10 +153,28 @@ class Control:
         for member in self.members:
             member.tell("release")
 
+    def task_failed(self, task: str, error: str) -> None:
+        """A background task of this process failed and starts again."""
+        self.own.task_failures.add(task)
+        self._record_failure(task, error)
+
+    def _agent_task_failed(self, replica: Replica, task: str, times: int, error: str) -> None:
+        for _ in range(times):
+            self.own.task_failures.add(task)
+        self._record_failure(task, error, replica=replica.name, expert=split_replica(replica.name)[0])
+
+    def _record_failure(self, task: str, error: str, *, replica: str | None = None, expert: str | None = None) -> None:
+        self._errors[task] = error
+        reason, named = f"{task}: {error}", replica or self.replica
+        self.files.post(
+            partial(self.run.event, "task_failed", replica=named, expert=expert, reason=reason, by=self.replica)
+        )
+
     async def status(self) -> dict[str, Any]:
         await self._informed.wait()
         policy = self.deployment.policy
-        seen = await self._drift(await self._counted())
+        counted = await self._counted()
+        seen = await self._drift(counted)
         self.table.look(self.table.all())
         return status(
             self.table,
@@ -173,6 +197,11 @@ class Control:
             uptime_s=round(time.time() - self.started_at, 3),
             open=self.deployment.router.open,
             settings_trouble=self.changes.trouble,
+            write_trouble=None if self.lease is None else self.lease.trouble,
+            task_failures=[
+                {"task": task, "count": count, "last_error": self._errors.get(task)}
+                for (task,), count in counted.task_failures.items()
+            ],
             workers=list(map(self._worker_status, self.members)),
             control={"pid": os.getpid(), **self.processes.get(CONTROL, {})},
         )
@@ -199,6 +228,7 @@ class Control:
     async def _counted(self) -> Metrics:
         await asyncio.gather(*map(self._count, self.members))
         counted = Metrics()
+        counted.absorb(self.own.dump())
         for member in self.members:
             counted.absorb(member.counted)
         return counted
@@ -256,6 +286,8 @@ class Control:
                 self._learn(member, *value)
             case "metrics":
                 self._measure(member, value)
+            case "task failed":
+                self._record_failure(*value)
             case "recall":
                 return self.recall(value)
             case "status":

@@ -12,6 +12,7 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Final
 
+from hpc_router.background import OnFailure, restarting
 from hpc_router.filethread import FileThread, OutputLog
 from hpc_router.jobdir import JobDir
 from hpc_router.router.supervisor import STEADY_S, pause_s
@@ -39,6 +40,7 @@ class ControlLoop:
         files: FileThread,
         *,
         replica: str,
+        on_failure: OnFailure = lambda task, error: None,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
@@ -46,10 +48,13 @@ class ControlLoop:
         self._argv = control_argv(run, replica)
         self._files = files
         self._log = JobDir(run, replica).reconcile_log
+        self._on_failure = on_failure
         self._keeper: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> "ControlLoop":
-        self._keeper = asyncio.create_task(self._keep(), name="control loop")
+        self._keeper = asyncio.create_task(
+            restarting("control loop", self._keep, self._on_failure), name="control loop"
+        )
         return self
 
     async def __aexit__(self, *_: object) -> None:

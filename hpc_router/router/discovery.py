@@ -21,6 +21,7 @@ import aiohttp
 
 from hpc_router import wire
 from hpc_router.auth import challenge_answer, new_token, replica_key, same
+from hpc_router.background import OnFailure, restarting
 from hpc_router.config import RouterConfig
 from hpc_router.errors import ConfigError
 from hpc_router.filethread import FileThread
@@ -64,6 +65,7 @@ class _Watch:
     look: asyncio.Event
     beats: Beats
     served_at: float = -math.inf
+    failures: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -87,6 +89,9 @@ class Discovery:
     """What is known already, from before this process began."""
     on_well: Callable[[Replica], None] | None = None
     """Told of each probe that finds one ready."""
+    on_failure: OnFailure = lambda task, error: None
+    on_agent_failure: Callable[[Replica, str, int, str], None] = lambda replica, task, count, error: None
+    """Called with a replica, a background task of its agent, how often it failed since the last probe, the error."""
 
     def __post_init__(self) -> None:
         self.last_read_at = self.clock()
@@ -111,7 +116,8 @@ class Discovery:
         self._secret = self.run.secret()
         for known in tuple(self.seeds.values()):
             self._begin(known.record)
-        self._scan = asyncio.create_task(self._scan_forever(), name="registry scan")
+        scan = restarting("registry scan", self._scan_forever, self.on_failure)
+        self._scan = asyncio.create_task(scan, name="registry scan")
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -175,8 +181,6 @@ class Discovery:
                 self.on_snapshot(snapshot)
             except OSError as error:
                 logger.warning("the registry cannot be read, the last view stands: %s", error)
-            except Exception:
-                logger.exception("registry scan failed")
             await asyncio.sleep(self.config.discovery_s)
 
     async def _take(self, snapshot: Mapping[str, Record]) -> None:
@@ -209,7 +213,8 @@ class Discovery:
             replica = known
         self.table.put(replica)
         look = asyncio.Event()
-        task = asyncio.create_task(self._watch_forever(replica, look), name=f"probe {record.replica}")
+        watching = restarting("probe", partial(self._watch_forever, replica, look), self.on_failure)
+        task = asyncio.create_task(watching, name=f"probe {record.replica}")
         self._watches[record.replica] = _Watch(task, look, Beats(record.beat, self.clock()))
         logger.info("%s discovered at %s", record.replica, record.url)
 
@@ -221,10 +226,7 @@ class Discovery:
 
     async def _watch_forever(self, replica: Replica, look: asyncio.Event) -> None:
         while True:
-            try:
-                await self._judge(replica)
-            except Exception:
-                logger.exception("probe of %s failed", replica.name)
+            await self._judge(replica)
             look.clear()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._pause_s(replica)):
@@ -262,20 +264,21 @@ class Discovery:
     async def _probe(self, replica: Replica) -> Event | Incident:
         """What the endpoint says of itself, or what came instead."""
         external, url = replica.record.kind is Kind.EXTERNAL, replica.record.url
+        path = replica.record.probe if external else wire.HEALTH
+        probed = f"connection to {url}" if path is None else f"GET {url}{path}"
         try:
             return await (self._probe_external(replica) if external else self._probe_agent(replica))
         except TimeoutError:
-            replica.trouble = f"{url}{replica.record.probe if external else wire.HEALTH} does not answer probes in time"
+            replica.trouble = f"{probed}: no answer within {self.config.probe_timeout_s:g} s"
             return Incident.PROBE_LATE
         except aiohttp.ClientResponseError as error:
-            replica.trouble = f"{url} answered a probe with {error.status}"
+            replica.trouble = f"{probed} answers with status {error.status}"
             return Incident.PROBE_FAILED
         except (aiohttp.ClientError, OSError, ValueError, RecursionError) as error:
+            replica.trouble = f"{probed}: {str(error) or type(error).__name__}"
             connected = isinstance(error, aiohttp.ClientError) and not isinstance(error, aiohttp.ClientConnectorError)
             if isinstance(error, OSError) and not connected:
-                replica.trouble = f"{url} cannot be connected to: {error.strerror or type(error).__name__}"
                 return Incident.PROBE_FAILED
-            replica.trouble = f"{url} broke off a probe: {type(error).__name__}"
             return Incident.PROBE_LATE if external else Incident.PROBE_FAILED
 
     def _has_served(self, replica: Replica, *, since: float) -> bool:
@@ -291,7 +294,18 @@ class Discovery:
             replica.trouble = "another process answers at its address"
             return Incident.PROBE_FAILED
         replica.models = health.models or ()
+        self._take_failures(replica, health.task_failures)
         return _SAYS.get(health.state, Incident.PROBE_FAILED)
+
+    def _take_failures(self, replica: Replica, told: Mapping[str, tuple[int, str]]) -> None:
+        watch = self._watches.get(replica.name)
+        if watch is None:
+            return
+        for task, (count, error) in told.items():
+            more = count - watch.failures.get(task, 0)
+            watch.failures[task] = count
+            if more > 0:
+                self.on_agent_failure(replica, task, more, error)
 
     async def _probe_external(self, replica: Replica) -> Event:
         """Whatever it answers, it lives."""

@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from hpc_router.background import restarting
 from hpc_router.router.channel import Channel, ChannelClosedError
 from hpc_router.router.ejection import Incident
 from hpc_router.router.metrics import Metrics
@@ -44,7 +45,7 @@ class ControlLink:
     _said: int = 0
     _unheard: dict[Replica, int] = field(default_factory=dict)
     _reported: Any = None
-    _pulse: asyncio.TimerHandle | None = None
+    _reporting: asyncio.Task[None] | None = None
 
     def __post_init__(self) -> None:
         self.sessions.on_turn = lambda session, turn: self._tell("turn", [session, turn.to_json()])
@@ -72,15 +73,21 @@ class ControlLink:
         }
         channel.tell("hello", hello)
         self._attached.set()
-        if self._pulse is None:
-            self._report_on()
+        if self._reporting is None:
+            reporting = restarting("metrics report", self._report_forever, self.task_failed)
+            self._reporting = asyncio.create_task(reporting, name="metrics report")
 
     def close(self) -> None:
-        if self._pulse is not None:
-            self._pulse.cancel()
+        if self._reporting is not None:
+            self._reporting.cancel()
         if self._channel is not None:
             self._tell("metrics", self.metrics.dump())
             self._channel.close()
+
+    def task_failed(self, task: str, error: str) -> None:
+        """A background task of this worker failed and starts again."""
+        self.metrics.task_failures.add(task)
+        self._tell("task failed", [task, error])
 
     def begin_to_serve(self) -> None:
         self.serving = True
@@ -184,11 +191,12 @@ class ControlLink:
         if self._channel is not None:
             self._channel.tell(kind, value)
 
-    def _report_on(self) -> None:
-        present = {replica.name for replica in self.table.all()}
-        self.metrics.forget(present=present, now=asyncio.get_running_loop().time())
-        counted = self.metrics.dump()
-        if counted != self._reported:
-            self._reported = counted
-            self._tell("metrics", counted)
-        self._pulse = asyncio.get_running_loop().call_later(REPORT_S, self._report_on)
+    async def _report_forever(self) -> None:
+        while True:
+            present = {replica.name for replica in self.table.all()}
+            self.metrics.forget(present=present, now=asyncio.get_running_loop().time())
+            counted = self.metrics.dump()
+            if counted != self._reported:
+                self._reported = counted
+                self._tell("metrics", counted)
+            await asyncio.sleep(REPORT_S)

@@ -16,10 +16,33 @@ from prometheus_client.registry import Collector
 from hpc_router.router.replica import Standing
 from hpc_router.router.replicas import ReplicaTable
 
-_LATENCY_S: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+_LATENCY_S: Final = (
+    0.005,
+    0.01,
+    0.025,
+    0.05,
+    0.1,
+    0.25,
+    0.5,
+    1,
+    2.5,
+    5,
+    10,
+    30,
+    60,
+    120,
+    300,
+    600,
+    1800,
+    3600,
+    14400,
+    86400,
+    259200,
+)
+"""The last edge lies beyond `router.queue_timeout_s` and `router.first_byte_timeout_s` at their largest, together."""
 KEEP_S: Final = 600.0
 """What was counted of a replica that has left can be read for so long."""
-_DECISION_S: Final = (1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 5e-3)
+_DECISION_S: Final = (1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 5e-3, 2.5e-2, 0.1, 1)
 
 
 class Tally(Collector):
@@ -137,6 +160,9 @@ class Metrics:
         self.decided = Tally("hpc_router_decisions", "Decisions of a classifier.", ("artefact", "cluster", "reason"))
         self.shadowed = Tally(
             "hpc_router_shadow_decisions", "Decisions beside those of the shadow.", ("artefact", "shadow", "agreed")
+        )
+        self.task_failures = Tally(
+            "hpc_router_background_task_failures", "Background tasks that failed and were started again.", ("task",)
         )
         self._gone: dict[str, float] = {}  # replicas, since when
         self._counted: dict[str, Tally | Spread] = {

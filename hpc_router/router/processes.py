@@ -63,12 +63,19 @@ async def control(router: Router, birth: Birth) -> None:
         )  # fmt: skip
         for news in birth.news:
             logger.warning("%s", news)
-        lease = Lease(run.registry, router.record, files, on_gone=lambda: os.kill(supervisor, signal.SIGTERM))
+        lease = Lease(
+            run.registry,
+            router.record,
+            files,
+            on_gone=lambda: os.kill(supervisor, signal.SIGTERM),
+            on_failure=parts.task_failed,
+        )
+        parts.lease = lease
         orders = Orders(
             birth.orders, partial(_attach, parts), on_note=partial(_note, parts), on_reload=parts.changes.look_now
         )
         async with orders, parts.watching(birth.ways):
-            async with lease, _control_loop(router, files):
+            async with lease, _control_loop(router, parts, files):
                 await parts.served(limit_s=BEGIN_S)
                 await lease.update(state=State.READY)
                 url, node = lease.record.url, lease.record.node
@@ -119,8 +126,8 @@ def _note(parts: Control, note: Mapping[str, Any]) -> None:
         logger.warning("%s", note["news"])
 
 
-def _control_loop(router: Router, files: FileThread) -> contextlib.AbstractAsyncContextManager[object]:
+def _control_loop(router: Router, parts: Control, files: FileThread) -> contextlib.AbstractAsyncContextManager[object]:
     """The loop that keeps up what `config.yaml` wants, as soon as there is one."""
     if router.deployment.router.reconcile:
-        return ControlLoop(router.run, files, replica=router.job.replica)
+        return ControlLoop(router.run, files, replica=router.job.replica, on_failure=parts.task_failed)
     return contextlib.nullcontext()

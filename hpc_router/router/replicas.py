@@ -392,11 +392,12 @@ class ReplicaTable:
     def _look_for_places(self) -> None:
         """Nobody says when another worker gives a place back: look for it as long as somebody waits."""
         self._looking = None
-        if self._waiting:
+        try:
             for replica in {replica for expert in self._waiting for replica in self.of(expert)}:
                 self.offer(replica)
-        if self._waiting:
-            self._looking = asyncio.get_running_loop().call_later(OTHERS_LOOK_S, self._look_for_places)
+        finally:  # a fault in one look does not end the looking
+            if self._waiting:
+                self._looking = asyncio.get_running_loop().call_later(OTHERS_LOOK_S, self._look_for_places)
 
     def _changed(self) -> None:
         if self.on_change is not None:

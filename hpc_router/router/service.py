@@ -143,10 +143,11 @@ def bind(run: RunDir, deployment: Deployment, *, node: str) -> socket.socket:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             sock.bind((host, port))
-        except OSError as error:
+        except (OSError, UnicodeError) as error:
             sock.close()
             if port == ports[-1]:
-                raise ConfigError(f"router.host={host} router.port={port}: {error.strerror}") from error
+                why = getattr(error, "strerror", None) or error
+                raise ConfigError(f"router.host={host} router.port={port}: {why}") from error
         else:
             return sock
     raise AssertionError("unreachable: the last port either binds or raises")

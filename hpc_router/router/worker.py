@@ -12,6 +12,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+from hpc_router.background import background
 from hpc_router.config import Deployment, PolicyConfig, RouterConfig
 from hpc_router.errors import HpcRouterError
 from hpc_router.relay.exchange import Limits, Upstream
@@ -113,12 +114,8 @@ async def following(gateway: Gateway, link: ControlLink, run: RunDir) -> AsyncIt
     link.on_settings = told.set
     if link.settings is not None:
         told.set()
-    task = asyncio.create_task(follow(), name="settings")
-    try:
+    async with background("settings", follow, link.task_failed):
         yield
-    finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
 
 
 async def _take_over(gateway: Gateway, settings: Mapping[str, Any], run: RunDir) -> None:

@@ -64,6 +64,30 @@ async def test_an_answer_is_timed_by_its_content(tmp_path: Path) -> None:
     assert not (tmp_path / "requests").exists(), "it held the token"
 
 
+def delta(**fields: object) -> bytes:
+    return event({"choices": [{"index": 0, "delta": fields}]})
+
+
+CALL = {"index": 0, "id": "c", "type": "function", "function": {"name": "look_up", "arguments": ""}}
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        [delta(reasoning_content="so"), delta(reasoning_content=" on")],
+        [delta(reasoning="so"), delta(reasoning=" on")],
+        [delta(tool_calls=[CALL]), delta(tool_calls=[{"index": 0, "function": {"arguments": "{}"}}])],
+        [delta(content=None, reasoning="so"), delta(content="", tool_calls=[CALL])],
+    ],
+)
+async def test_reasoning_and_tool_calls_are_output_too(tmp_path: Path, pieces: list[bytes]) -> None:
+    """An answer without text is whole; a delta whose fields are all empty carries no token."""
+    empty = delta(content=None, reasoning_content="", reasoning=None, tool_calls=[])
+    async with fake_router(says(ROLE, empty, *pieces, piece(None, finish="tool_calls"), usage(2), DONE)) as fake:
+        (one,) = measured(await loaded(fake, tmp_path))
+    assert (one.error, len(one.content_s), one.tokens) == (None, 2, 2)
+
+
 @pytest.mark.parametrize(
     ("act", "kind", "pieces"),
     [

@@ -157,6 +157,10 @@ def test_scaling_tells_who_is_left_without_a_replica(run: RunDir, control: Contr
 def test_scaling_what_is_not_there_is_refused(run: RunDir, control: Control) -> None:
     with pytest.raises(ConfigError, match=r"no expert is named 'mth'; did you mean 'math'\?"):
         desired.scale(run, control.deployment, {"mth": 2}, {})
+    for count in (-1, 1025, 99_999_999):
+        with pytest.raises(ConfigError, match=rf"experts\.math\.replicas={count}: out of range \(valid: 0 to 1024\)"):
+            desired.scale(run, control.deployment, {"math": count}, {})
+    assert not run.desired.exists()
 
 
 def test_an_adapter_is_scaled_with_its_host(run: RunDir, control: Control) -> None:
@@ -167,7 +171,9 @@ def test_an_adapter_is_scaled_with_its_host(run: RunDir, control: Control) -> No
 
 
 def test_a_desired_file_edited_by_hand_breaks_nothing(run: RunDir, control: Control) -> None:
-    run.desired.write_text('{"replicas": {"math": "many", "code": -1, "nope": 4}, "down": "yes", "forgiven": 3}')
+    run.desired.write_text(
+        '{"replicas": {"math": "many", "code": 1000000000, "nope": 4}, "down": "yes", "forgiven": 3}'
+    )
     assert sorted(control.once().submitted) == ["code-0.g1", "math-0.g1"]
 
 

@@ -139,11 +139,14 @@ def test_replicas_that_share_a_job() -> None:
     assert site_faults(deployment(replicas=2, gpus=2, cpus=3, cluster=shared), SITE) == []
 
 
-def test_no_default_partition() -> None:
+def test_without_a_named_partition_slurm_decides() -> None:
+    """A submit plugin may choose one: only what no partition of the site has is a fault."""
     nowhere = parse_site("batch|batch|up|1:00:00|3|8|16000|idle|(null)|(null)")
-    assert site_faults(deployment(), nowhere) == [
-        "cluster.partition: this Slurm has no default partition (valid: batch)"
-    ]
+    assert site_faults(deployment(), nowhere) == []
+    assert site_faults(deployment(cpus=9), nowhere) == [f"{AT}.cpus=9: partition batch has at most 8 per node"]
+    two = parse_site("cpu|cpu|up|1:00:00|3|8|16000|idle|(null)|(null)\ngpu|gpu|up|2:00:00|3|8|16000|idle|(null)|gpu:4")
+    assert site_faults(deployment(gpus=4, walltime="1:30:00"), two) == []
+    assert site_faults(deployment(gpus=5), two) == [f"{AT}.gpus=5: partition cpu or gpu has at most 4 per node"]
 
 
 def test_what_would_wait_is_a_warning() -> None:

@@ -96,6 +96,11 @@ async def test_health_answers_the_challenge(socket_folder: Path) -> None:
         async with at.session.get(wire.HEALTH, params={"challenge": "abc"}) as response:
             health = wire.Health.from_json(await response.json())
         assert health == wire.Health("math-0.g1", "ready", 0, ("math", "auto"), challenge_answer(KEY, "abc"))
+        at.gate.failures.note("lease", "OSError: x")
+        async with at.session.get(wire.HEALTH) as response:
+            health = wire.Health.from_json(await response.json())
+        assert health is not None
+        assert health.task_failures == {"lease": (1, "OSError: x")}
         async with at.session.get(wire.HEALTH) as response:
             assert (await response.json())["answer"] is None
 

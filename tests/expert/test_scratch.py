@@ -185,13 +185,11 @@ def test_a_path_too_long_for_a_socket_is_refused(scratch: Path) -> None:
     long.mkdir()
     with pytest.raises(ConfigError, match=r"cluster\.scratch=.*too long"), scratch_folder(long):
         pass
-    (empty,) = long.iterdir()
-    empty.rmdir()  # or it would not be empty
-    long.rmdir()
+    assert list(long.iterdir()) == []
 
 
 def test_a_scratch_that_does_not_exist_is_named(scratch: Path) -> None:
-    with pytest.raises(ConfigError, match=r"cluster\.scratch=.*cannot make"), scratch_folder(scratch / "none"):
+    with pytest.raises(ConfigError, match=r"cluster\.scratch=.*no such folder"), scratch_folder(scratch / "none"):
         pass
 
 

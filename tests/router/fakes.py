@@ -51,6 +51,8 @@ class FakeReplica:
     queries: list[str] = field(default_factory=list)
     silent: bool = False
     cancelled: int = 0
+    probes: int = 0
+    health: dict[str, Any] = field(default_factory=dict)
     arrived: asyncio.Event = field(default_factory=asyncio.Event)
     go_on: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -60,7 +62,8 @@ class FakeReplica:
         if request.path == wire.HEALTH:
             answer = challenge_answer(self.key, request.query["challenge"])
             health = {"replica": self.replica, "state": self.state, "in_flight": 0, "models": self.models}
-            return web.json_response(health | {"answer": answer})
+            self.probes += 1
+            return web.json_response(health | {"answer": answer} | self.health)
         if request.path == wire.MODELS:
             assert bearer(request.headers.get("authorization")) == self.key
             return web.json_response({"object": "list", "data": [{"id": m, "object": "model"} for m in self.models]})

@@ -236,6 +236,21 @@ static bool has_text(const char *data, size_t length, const char *name, size_t w
     return false;
 }
 
+/* Whether the array after `name`, which ends in a colon, has an element. */
+static bool has_element(const char *data, size_t length, const char *name, size_t wanted)
+{
+    const char *at = memmem(data, length, name, wanted), *end = data + length;
+    if (!at)
+        return false;
+    for (at += wanted; at < end && *at == ' ';)
+        at++;
+    if (at == end || *at++ != '[')
+        return false;
+    while (at < end && *at == ' ')
+        at++;
+    return at < end && *at != ']';
+}
+
 static int64_t stamp_of(const char *data, size_t length)
 {
     const char *at = memmem(data, length, "\"t\":", 4), *end = data + length;
@@ -302,7 +317,10 @@ static void read_line(struct user *one, const char *line, size_t length)
         one->is_done = true;
         return;
     }
-    one->has_content |= has_text(line, length, "\"content\":", 10) || has_text(line, length, "\"text\":", 7);
+    /* text, reasoning under both of its names, and calls of tools are output of the model alike */
+    one->has_content |= has_text(line, length, "\"content\":", 10) || has_text(line, length, "\"text\":", 7) ||
+                        has_text(line, length, "\"reasoning_content\":", 20) ||
+                        has_text(line, length, "\"reasoning\":", 12) || has_element(line, length, "\"tool_calls\":", 13);
     one->stamp = stamp_of(line, length);
     if (has_text(line, length, "\"finish_reason\":", 16)) {
         one->is_done = true; /* vLLM ends what it cuts when it is stopped in this form as well */

@@ -53,7 +53,7 @@ class Site:
         text = self._get("/metrics")
         if text is None:
             return None
-        pairs = (line.rpartition(" ") for line in text.splitlines() if not line.startswith("#"))
+        pairs = (line.rpartition(" ") for line in text.split("\n") if not line.startswith("#"))
         return {
             name: float(value)
             for name, _, value in pairs

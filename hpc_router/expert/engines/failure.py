@@ -65,6 +65,8 @@ PORT: Final = signs((r"EADDRINUSE|[Aa]ddress already in use", Reason.PORT_TAKEN)
 _BROKEN_INTERPRETER: Final = re.compile(r"No module named|ImportError: |cannot run .*: ")
 """Only in the last line that counts: imports that fail are often tried and survived."""
 _RAISED: Final = re.compile(r"^[\w.]*(Error|Exception)\b")
+LAST_LINES: Final = 20
+"""An exception that more lines follow was survived: it is not the cause of the end."""
 _PREFIX: Final = re.compile(r"^(\(\w+ pid=\d+\) )?(\w+ ([\d-]+ [\d:]+ )?\[\S+:\d+\] )?")
 """What vLLM puts before a line: the process, level and time, the place in the source."""
 
@@ -81,7 +83,8 @@ def classify(status: int, tail: Sequence[str], table: Iterable[Sign]) -> Failure
         if line is not None:
             return Failure(sign.reason, _shorten(line))
     said = [_shorten(line) for line in reversed(tail) if line.strip()]
-    last = next((line for line in said if _RAISED.search(line)), said[0] if said else "its log is empty")
+    raised = next((line for line in said[:LAST_LINES] if _RAISED.search(line)), None)
+    last = raised or (said[0] if said else "its log is empty")
     if status == CANNOT_RUN or _BROKEN_INTERPRETER.search(last):
         return Failure(Reason.INTERPRETER, last)
     if status > 128:

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Final
 
 from hpc_router.config import ExpertConfig, SimOptions
+from hpc_router.errors import ConfigError
 from hpc_router.expert.engines.base import (
     Place,
     TakesAdapters,
@@ -20,6 +21,7 @@ from hpc_router.expert.engines.base import (
 )
 from hpc_router.expert.engines.failure import OPTION, PORT, TORCH, Sign, signs
 from hpc_router.expert.sim import roofline
+from hpc_router.expert.sim.faults import parse_rules
 from hpc_router.jobdir import Reason
 from hpc_router.registry import EngineInfo
 from hpc_router.wire import MODELS
@@ -78,8 +80,12 @@ class SimEngine(TakesAdapters):
         options = self.options
         extra = refuse(options.extra, at=f"experts.{self.expert}.engine.options", owned=_OWNED)
         faults = ["--faults", json.dumps(options.faults)] if options.faults else []
-        if options.roofline is not None:
-            roofline.Engine(options.roofline)  # refuses what is not known or does not fit
+        try:
+            parse_rules(options.faults)
+            if options.roofline is not None:
+                roofline.Engine(options.roofline)  # refuses what is not known or does not fit
+        except ConfigError as error:
+            raise ConfigError(f"experts.{self.expert}.engine.options.{error}", key=self._key) from error
         ranks = ranks_at(place, nodes=self.config.resources.nodes)
         if ranks is not None and ranks.rank > 0:
             return [self.python, "-m", "hpc_router.expert.sim", *rank_flags(ranks)]
@@ -98,6 +104,10 @@ class SimEngine(TakesAdapters):
             *flags(extra),
         ]
 
+    @property
+    def _key(self) -> str:
+        return f"experts.{self.expert}.engine.options"
+
     def drain_flags(self, drain_s: int, *, version: str | None) -> list[str]:
         named = map(flag_name, self.options.extra)
         return [] if "drain-s" in named else ["--drain-s", str(drain_s)]
@@ -106,4 +116,5 @@ class SimEngine(TakesAdapters):
         return {}
 
     def check_command(self, place: Place) -> list[str] | None:
-        return None
+        """Only further flags need a parser; the rest is checked as values."""
+        return [*self.argv(place), "--check"] if self.options.extra else None

@@ -8,12 +8,13 @@ corpus may also be plain text, one passage a line.
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 from hpc_router.errors import ConfigError
+from hpc_router.files import lines_of
 from hpc_router.routing.conversation import RequestError, prompt_text
 
 LABELS: Final = ("expert", "domain")
@@ -39,7 +40,7 @@ class Row:
 
 def read_rows(path: Path) -> list[Row]:
     """All rows in order, those without text included. Raises ConfigError naming file and line."""
-    rows = [_row(line, number, f"{path}:{number}") for number, line in _lines(path)]
+    rows = [_row(line, number, f"{path}:{number}") for number, line in lines_of(path)]
     if not rows:
         raise ConfigError(f"{path}: it holds no prompt")
     return rows
@@ -47,7 +48,7 @@ def read_rows(path: Path) -> list[Row]:
 
 def read_corpus(path: Path) -> list[str]:
     """Distinct passages in order. JSON lines, when the first line is a JSON object, else plain text."""
-    lines = list(_lines(path))
+    lines = list(lines_of(path))
     if lines and lines[0][1].lstrip().startswith("{"):
         texts = [_row(line, number, f"{path}:{number}").text for number, line in lines]
     else:
@@ -77,20 +78,6 @@ def distinct(rows: Sequence[Row], *, path: Path, need_label: bool) -> tuple[list
 def fingerprint(rows: Sequence[Row]) -> str:
     content = [[row.text, row.domain, row.expert, dict(row.correct), dict(row.cost)] for row in rows]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror or error}") from error
-    for number, line in enumerate(content.split(b"\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            yield number, line.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise ConfigError(f"{path}:{number}: not UTF-8 (byte {error.start} of the line)") from error
 
 
 def _row(line: str, number: int, place: str) -> Row:

@@ -4,7 +4,7 @@ import pytest
 
 from hpc_router.config import EngineConfig, ExpertConfig
 from hpc_router.expert.engines import Engine, build_engine, classify
-from hpc_router.expert.engines.failure import MESSAGE_LENGTH, Failure
+from hpc_router.expert.engines.failure import LAST_LINES, MESSAGE_LENGTH, Failure
 from hpc_router.jobdir import Reason
 
 PREFIX = "(EngineCore pid=19569) ERROR 11-22 18:20:12 [core.py:1510] "
@@ -108,3 +108,12 @@ def test_an_import_that_was_survived_means_nothing() -> None:
 )
 def test_without_a_sign_the_exit_status_tells(status: int, tail: list[str], reason: Reason, message: str) -> None:
     assert classify(status, tail, engine_of("sim").signs) == Failure(reason, message)
+
+
+def test_an_exception_that_was_survived_is_not_the_cause_of_a_later_end() -> None:
+    old = ["Traceback (most recent call last):", '  File "x.py", line 1', "ValueError: a bad request"]
+    after = [f"INFO: request {number} served" for number in range(LAST_LINES)]
+    signs = engine_of("vllm").signs
+    assert classify(143, [*old, *after], signs).message == f"ended by signal 15; last line: {after[-1]}"
+    message = classify(1, [*old, *after[: LAST_LINES - 1]], signs).message
+    assert message == "ended with exit status 1; last line: ValueError: a bad request"

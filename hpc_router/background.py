@@ -1,0 +1,57 @@
+"""Background tasks that start again after an unexpected exception.
+
+A body that raises is logged with its traceback and reported to its owner, which counts it; it starts again after a
+pause that doubles up to `MAX_PAUSE_S`, so that a lasting fault fills no log. Cancellation ends it, as does a return.
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Final
+
+logger = logging.getLogger(__name__)
+
+FIRST_PAUSE_S: Final = 0.1
+MAX_PAUSE_S: Final = 30.0
+
+OnFailure = Callable[[str, str], None]
+"""Called with the task's name and the error; the name is a metric's label, so it names a kind of task."""
+
+
+async def restarting(task: str, body: Callable[[], Awaitable[None]], on_failure: OnFailure) -> None:
+    """Run `body` until it returns. The pause is short again once a run has lasted longer than `MAX_PAUSE_S`."""
+    clock, pause_s = asyncio.get_running_loop().time, FIRST_PAUSE_S
+    while True:
+        begun_at = clock()
+        try:
+            await body()
+            return
+        except Exception as error:
+            pause_s = FIRST_PAUSE_S if clock() - begun_at > MAX_PAUSE_S else pause_s
+            logger.exception("the background task '%s' failed; it starts again in %g s", task, pause_s)
+            on_failure(task, f"{type(error).__name__}: {error}")
+        await asyncio.sleep(pause_s)
+        pause_s = min(2 * pause_s, MAX_PAUSE_S)
+
+
+@asynccontextmanager
+async def background(task: str, body: Callable[[], Awaitable[None]], on_failure: OnFailure) -> AsyncIterator[None]:
+    """`restarting` beside the block; cancelled and awaited at its end."""
+    running = asyncio.create_task(restarting(task, body, on_failure), name=task)
+    try:
+        yield
+    finally:
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+
+
+@dataclass(slots=True)
+class TaskFailures:
+    """Counts the failures of a process's tasks: number and last error by the task's name."""
+
+    seen: dict[str, tuple[int, str]] = field(default_factory=dict)
+
+    def note(self, task: str, error: str) -> None:
+        self.seen[task] = (self.seen.get(task, (0, ""))[0] + 1, error)
