@@ -107,10 +107,6 @@ def test_every_verb_explains_itself(verb: str, capsys: pytest.CaptureFixture[str
             ["plan", "experts.math.engine.options.roofline={gpu: h1}"],
             "experts.math.engine.options.roofline.gpu=h1",
         ),
-        (
-            ["plan", "experts.math.engine.options.extra={capacity: 0}"],
-            "options: the engine refuses: ",
-        ),
         (["register", "--run", "new", "--expert", "m", "--url", "http://u:p@h:1"], "not an endpoint's address"),
         (["register", "--run", "new", "--expert", "m", "--url", "http://h:99999"], "not an endpoint's address"),
         (["register", "--run", "new", "--expert", "m", "--url", "http://h", "--token-file", "no"], "cannot be read"),

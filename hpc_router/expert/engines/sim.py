@@ -116,5 +116,4 @@ class SimEngine(TakesAdapters):
         return {}
 
     def check_command(self, place: Place) -> list[str] | None:
-        """Only further flags need a parser; the rest is checked as values."""
-        return [*self.argv(place), "--check"] if self.options.extra else None
+        return None

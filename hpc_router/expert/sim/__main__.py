@@ -47,8 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(levelname)s %(message)s")
     try:
         arguments = _parser().parse_args(argv)
-        config = _config(arguments)
-        return 0 if arguments.check else uvloop.run(_serve(config, arguments))
+        return uvloop.run(_serve(_config(arguments), arguments))
     except ConfigError as exc:
         sys.stderr.write(f"error: {exc}\n")
         return 2
@@ -71,7 +70,6 @@ def _parser() -> argparse.ArgumentParser:
         parser.add_argument(flag, type=kind, default=value, metavar=metavar, help=f"{text} (default {shown})")
 
     parser.add_argument("--uds", type=Path, metavar="PATH", help="listen on this unix socket instead of a TCP port")
-    parser.add_argument("--check", action="store_true", help="check the options and exit")
     parser.add_argument("--host", default="127.0.0.1", help="TCP address (default 127.0.0.1)")
     add("--port", int, 0, "PORT", "TCP port; 0: one the kernel gives")
     parser.add_argument("--announce", action="store_true", help='print {"listening": ADDRESS} on stdout once it is so')
