@@ -1,12 +1,14 @@
 """The documents say what the code does: links lead somewhere, named tests exist, generated pages are current."""
 
 import re
+import textwrap
 from pathlib import Path
 
 import pytest
 
 from docs import configuration
 from hpc_router.cli import VERBS
+from hpc_router.compose import load_deployment
 from tests.needs import ROOT
 
 PAGES = sorted(
@@ -50,3 +52,18 @@ def test_the_readme_lists_every_verb() -> None:
 
 def test_the_configuration_reference_is_current() -> None:
     assert configuration.PAGE.read_text() == configuration.page(), "run `python docs/configuration.py`"
+
+
+def topologies() -> list[tuple[str, str]]:
+    """Every example topology of the documents, with the name of its page."""
+    blocks = re.compile(r"^ *```yaml\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
+    found = [(page.name, textwrap.dedent(block)) for page in PAGES for block in blocks.findall(page.read_text())]
+    return [(name, block) for name, block in found if block.startswith("# @package _global_")]
+
+
+@pytest.mark.parametrize("example", topologies(), ids=lambda example: str(example[0]))
+def test_example_topologies_compose(example: tuple[str, str], tmp_path: Path) -> None:
+    (tmp_path / "topology").mkdir()
+    (tmp_path / "topology" / "mine.yaml").write_text(example[1])
+    deployment = load_deployment(["topology=mine", "cluster.gpus=8"], config_dir=tmp_path)
+    assert deployment.policy.fallback in deployment.experts
