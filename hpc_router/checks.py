@@ -74,7 +74,7 @@ def check_router(router: RouterConfig) -> None:
     for name in ("eject_share", "retry_share"):
         if not 0 <= getattr(router, name) <= 1:
             key = f"router.{name}"
-            raise ConfigError(f"{key}={getattr(router, name):g}: no share (valid: 0 to 1)", key=key)
+            raise ConfigError(f"{key}={getattr(router, name):g}: not a share (valid: 0 to 1)", key=key)
     if router.eject_most_s < router.eject_s:
         key = "router.eject_most_s"
         valid = f"router.eject_s={router.eject_s:g} or more"
@@ -128,7 +128,7 @@ def _check_no_slurm(cluster: ClusterConfig) -> None:
         if getattr(cluster, name) is not None:
             key = f"cluster.{name}"
             raise ConfigError(
-                f"{key}={getattr(cluster, name)}: only Slurm has that, and cluster.kind is local; say `kind: slurm`",
+                f"{key}={getattr(cluster, name)}: this is a key of Slurm, and cluster.kind is local; set `kind: slurm`",
                 key=key,
             )
 

@@ -121,7 +121,7 @@ def split_replica(name: str) -> tuple[str, str, int]:
     """`math-0.g3` -> ("math", "0", 3)."""
     match = _REPLICA.fullmatch(name) if isinstance(name, str) else None
     if match is None:
-        raise RegistryError(f"{name!r} is no replica name such as 'math-0.g3'")
+        raise RegistryError(f"{name!r} is not a replica name such as 'math-0.g3'")
     return match["expert"], match["slot"], int(match["generation"])
 
 

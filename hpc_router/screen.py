@@ -100,7 +100,7 @@ def status_text(value: Mapping[str, Any]) -> RenderableType:
             )
     parts: list[RenderableType] = [head, *map(Text, workers_lines(router)), Text(), table]
     if value["down"]:
-        parts.append(Text("this deployment is down; `hpc-router up` brings it up again"))
+        parts.append(Text("this deployment is down; `hpc-router up` starts it again"))
     elif router["trouble"]:
         parts.append(Text(router["trouble"], style="yellow"))
     return Group(*parts)
@@ -117,7 +117,7 @@ def workers_lines(router: Mapping[str, Any]) -> list[str]:
             times = "once" if process["restarts"] == 1 else f"{process['restarts']} times"
             lines.append(f"{name} was started again {times}: the last one {process['last_end']}")
     if router.get("settings_trouble"):
-        lines.append(f"a change is not taken over: {router['settings_trouble']}")
+        lines.append(f"a change was not applied: {router['settings_trouble']}")
     return lines
 
 
@@ -146,7 +146,7 @@ def _remark(replica: Mapping[str, Any]) -> str:
 
 def why_text(causes: Sequence[Cause]) -> RenderableType:
     if not causes:
-        return Text("nothing is amiss: every replica that is wanted is ready", style="green")
+        return Text("no problem found: every wanted replica is ready", style="green")
     parts: list[RenderableType] = []
     for cause in causes:
         view = cause.view

@@ -76,7 +76,7 @@ def read_prompts(path: Path) -> list[Prompt]:
         raise ConfigError(f"bench.prompts={path}: {getattr(error, 'strerror', None) or error}") from error
     found = [_prompt(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
     if not found:
-        raise ConfigError(f"bench.prompts={path}: it holds no prompt")
+        raise ConfigError(f"bench.prompts={path}: it contains no prompt")
     return found
 
 

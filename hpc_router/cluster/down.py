@@ -60,7 +60,7 @@ def empty(control: Control, before: set[str], *, watcher: Watcher) -> int:
     while True:
         seen = control.once(clear=True)
         if not seen.desired.down:
-            raise LaunchError(f"{control.run.path} was brought up again meanwhile")
+            raise LaunchError(f"{control.run.path} was started again in the meantime")
         left = living(seen)
         _refuse_far(left)
         ended |= {attempt.replica for attempt in left}

@@ -34,6 +34,6 @@ def findings(shown: Sequence[ReplicaView], told: Mapping[str, Any]) -> list[Find
             times = "once" if process["restarts"] == 1 else f"{process['restarts']} times"
             found.append(Finding(view, f"{name} was started again {times}: the last one {process['last_end']}", _LOG))
     if router.get("settings_trouble"):
-        advice = "`hpc-router set KEY=` takes a setting back; an artefact may be trained anew"
-        found.append(Finding(view, f"a change is not taken over: {router['settings_trouble']}", advice))
+        advice = "`hpc-router set KEY=` restores the configured value; an artefact can be trained again"
+        found.append(Finding(view, f"a change was not applied: {router['settings_trouble']}", advice))
     return found

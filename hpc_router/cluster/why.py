@@ -69,7 +69,7 @@ _STANDING: Final[Mapping[Standing, str]] = {
 _ROUTER_ADVICE: Final = "edit router.* as the message says, then `hpc-router up` in a new run"
 
 
-_SICK_ADVICE = "`hpc-router logs {replica}` may tell why; `hpc-router drain {replica}` replaces it"
+_SICK_ADVICE = "`hpc-router logs {replica}` may show the reason; `hpc-router drain {replica}` replaces it"
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +110,7 @@ def _sick(shown: list[ReplicaView], told: Mapping[str, Any]) -> list[Cause]:
     for view in shown:
         seen = known.get(view.replica) or {}
         if seen.get("state") == "ejected":
-            what = f"the router has it out of use: {seen.get('trouble') or 'it does not answer'}"
+            what = f"the router has ejected it: {seen.get('trouble') or 'it does not answer'}"
             causes.append(Cause(view, what, _SICK_ADVICE.format(replica=view.replica), ()))
         elif seen.get("sick"):
             causes.append(Cause(view, f"it {seen['sick']}", _SICK_ADVICE.format(replica=view.replica), ()))

@@ -56,7 +56,9 @@ def scratch_folder(scratch: str | Path) -> Iterator[Place]:
     place = Place(folder)
     try:
         if len(os.fsencode(folder)) > LONGEST_FOLDER:
-            raise ConfigError(f"cluster.scratch={scratch}: too long for a socket's path (valid: a short one, as /tmp)")
+            raise ConfigError(
+                f"cluster.scratch={scratch}: too long for a socket's path (valid: a short path such as /tmp)"
+            )
         replace_json(folder / _OWNER, _this_process())
         place.temporary.mkdir(mode=0o700)
         place.cache.mkdir(mode=0o700)

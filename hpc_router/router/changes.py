@@ -60,7 +60,7 @@ class Changes:
                 await self._look()
             except (HpcRouterError, OSError) as error:
                 self.trouble = str(error)
-                logger.warning("a change is not taken over: %s", error)
+                logger.warning("a change was not applied: %s", error)
             except Exception:
                 logger.exception("looking for changes failed")
             self._now.clear()

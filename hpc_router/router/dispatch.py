@@ -250,7 +250,7 @@ class Dispatcher:
         """Go elsewhere when the status says so; nothing has been sent to the client yet."""
         replica = hold.replica
         if upstream.status == 401 and replica.key is not None:
-            raise UpstreamConnectError("the replica refuses our key")
+            raise UpstreamConnectError("the replica refused the router's key")
         if upstream.status not in _TRY_ELSEWHERE:
             return
         errand.avoid |= {replica}
