@@ -169,7 +169,7 @@ class Reader:
             logger.warning("registry file %s belongs to uid %d: refused", name, status.st_uid)
             return _Seen(stamp, None)
         if not stat.S_ISREG(status.st_mode) or status.st_size > LONGEST:
-            logger.warning("registry file %s is no small regular file: refused", name)
+            logger.warning("registry file %s is not a small regular file: refused", name)
             return _Seen(stamp, None)
         value = read_json(path)
         if value is None:

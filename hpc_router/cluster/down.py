@@ -46,7 +46,7 @@ def down(run: RunDir, *, watcher: Watcher | None = None) -> int:
     try:
         control = Control(run)
     except ConfigError as error:  # another version's, or damaged: no reason to let jobs run
-        logger.warning("%s; its jobs are ended all the same", error)
+        logger.warning("%s; its jobs are ended anyway", error)
         control = Control(run, deployment=Deployment())
     before = {a.replica for a in living(control.look())}  # once it is asked for, the control loop may end them first
     take_down(run)

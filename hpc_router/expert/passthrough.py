@@ -96,7 +96,7 @@ async def pass_through(
     except UpstreamError as error:
         if not request.begun:
             raise
-        logger.warning("the engine failed in the midst of an answer: %s", error)
+        logger.warning("the engine failed during a response: %s", error)
         request.abort()
     return None
 

@@ -58,7 +58,7 @@ def test_a_job_that_waits_in_vain(run: RunDir) -> None:
 
 
 def test_a_held_job_is_named_in_the_advice(run: RunDir) -> None:
-    assert cause(run, waiting("JobHeldUser")).advice == "`scontrol release 7` lets it go"
+    assert cause(run, waiting("JobHeldUser")).advice == "`scontrol release 7` releases it"
 
 
 @pytest.mark.parametrize("reason", list(Reason))
