@@ -88,9 +88,7 @@ def _launching(verbs: "_Verbs[_Parser]") -> None:
         "hpc-router up topology=sim\nhpc-router up --wait all policy=round_robin router.port=8000\n"
         "hpc-router up --run runs/mine          complete that run: start again what has ended",
     )
-    up.add_argument(
-        "--wait", choices=("any", "all"), default="any", help="return when any expert is ready (default), or all are"
-    )
+    up.add_argument("--wait", choices=("any", "all"), default="any", help="return when any expert is ready, or all")
     for parser in (plan, up):
         parser.add_argument(
             "--config-dir", type=Path, metavar="DIR", help="folder with topology/, expert/ ... of your own"
@@ -118,7 +116,7 @@ def _watching(verbs: "_Verbs[_Parser]") -> None:
     logs.add_argument("name", nargs="?", metavar="REPLICA|EXPERT|router", help="of which process (default: all)")
     logs.add_argument("-f", "--follow", action="store_true", help="print new lines as they are written")
     logs.add_argument(
-        "-n", "--lines", type=_count, default=20, metavar="N", help="number of last lines of each file (default 20)"
+        "-n", "--lines", type=_count, default=20, metavar="N", help="last lines of each file (default 20)"
     )
     reason = _verb(
         verbs,
@@ -148,12 +146,7 @@ def _using(verbs: "_Verbs[_Parser]") -> None:
         'hpc-router chat "Is 91 a prime?"\nhpc-router chat --model law',
     )
     chat.add_argument("--model", default="auto", help="name of an expert; auto: the policy decides (default)")
-    chat.add_argument(
-        "prompt",
-        nargs="?",
-        metavar="PROMPT",
-        help="the prompt (default: standard input, or a conversation in a terminal)",
-    )
+    chat.add_argument("prompt", nargs="?", metavar="PROMPT", help="default: standard input, or a conversation")
     address = _verb(
         verbs,
         "url",
@@ -238,10 +231,7 @@ def _classifying(verbs: "_Verbs[_Parser]") -> None:
     tasks = classify.add_subparsers(dest="task", metavar="TASK", required=True, parser_class=_Parser)
     known = {}
     for name, summary in (
-        (
-            "eval",
-            "print accuracy, confusion, balance, coverage, latency; where `correct` is known also cost and quality",
-        ),
+        ("eval", "print accuracy, confusion, balance, coverage and latency; cost and quality if measured"),
         ("predict", "print one decision per prompt, as a JSON line"),
         ("pack", "move clusters between experts until no expert exceeds its share of the load"),
         ("assign", "give a cluster to another expert, without training"),
@@ -252,9 +242,7 @@ def _classifying(verbs: "_Verbs[_Parser]") -> None:
             known[name].add_argument(
                 "prompts", type=Path, metavar="PROMPTS.jsonl", help="prompts, one JSON object per line"
             )
-    known["eval"].add_argument(
-        "--fit", type=Path, metavar="FILE", help="name the clusters after the labels of these prompts"
-    )
+    known["eval"].add_argument("--fit", type=Path, metavar="FILE", help="name the clusters by these labelled prompts")
     known["eval"].add_argument(
         "--cost", action="append", type=_amount, default=[], metavar="EXPERT=X", help="cost of an answer of this expert"
     )
@@ -266,29 +254,19 @@ def _classifying(verbs: "_Verbs[_Parser]") -> None:
         type=_amount,
         default=[],
         metavar="EXPERT=N",
-        help="capacity of an expert (default: all equal)",
+        help="its capacity (default: all equal)",
     )
     known["pack"].add_argument(
-        "--limit",
-        type=float,
-        default=1.0,
-        metavar="F",
-        help="highest load of an expert, as a multiple of its capacity share (default 1)",
+        "--limit", type=float, default=1.0, metavar="F", help="highest load / capacity share (default 1)"
     )
     known["pack"].add_argument(
-        "--max-loss",
-        type=float,
-        default=0.1,
-        metavar="X",
-        help="highest loss of accuracy over all prompts (default 0.1)",
+        "--max-loss", type=float, default=0.1, metavar="X", help="highest loss of accuracy (default 0.1)"
     )
     known["pack"].add_argument("--output", type=Path, metavar="DIR", help="write the artefact with the new table here")
     known["assign"].add_argument(
         "table", nargs="+", type=_assigned, metavar="CLUSTER=EXPERT", help="CLUSTER= removes its expert"
     )
-    known["assign"].add_argument(
-        "--output", type=Path, metavar="DIR", help="write the artefact here (default: in place)"
-    )
+    known["assign"].add_argument("--output", type=Path, metavar="DIR", help="where to write it (default: in place)")
 
 
 def _assigned(text: str) -> tuple[str, str | None]:
@@ -336,11 +314,7 @@ def _measuring(verbs: "_Verbs[_Parser]") -> None:
     router.add_argument("--rounds", type=_count, metavar="N", help="rounds, each with every relay (default 3)")
     router.add_argument("--connections", type=_count, metavar="N", help="connections for short requests (default 16)")
     router.add_argument(
-        "--soak",
-        type=_count,
-        default=0,
-        metavar="N",
-        help="afterwards send N requests to this router: does its memory grow?",
+        "--soak", type=_count, default=0, metavar="N", help="then send N requests: does its memory grow?"
     )
     router.add_argument(
         "--quiet",
@@ -359,9 +333,7 @@ def _measuring(verbs: "_Verbs[_Parser]") -> None:
         help="another checkout of this router, measured beside it",
     )
     router.add_argument("--out", type=Path, metavar="DIR", help="folder for the results (default: analysis/results)")
-    router.add_argument(
-        "--quick", action="store_true", help="one short round with few streams; the figures mean little"
-    )
+    router.add_argument("--quick", action="store_true", help="one short round; the figures mean little")
     router.add_argument("--json", action="store_true", help="print JSON")
     _add_soak(benchmarks)
     _add_agreement(benchmarks)
@@ -403,14 +375,10 @@ def _add_agreement(benchmarks: "argparse._SubParsersAction[_Parser]") -> None:
         "hpc-router bench agreement --vllm .venv-vllm/bin/python --tokenizer /models/llama",
     )
     agreement.add_argument("--vllm", required=True, metavar="PYTHON", help="interpreter that has vLLM")
-    agreement.add_argument(
-        "--tokenizer", type=Path, required=True, metavar="FOLDER", help="any folder with a tokenizer"
-    )
+    agreement.add_argument("--tokenizer", type=Path, required=True, metavar="FOLDER", help="a tokenizer's folder")
     agreement.add_argument("--model", metavar="EXPERT", help="the model to ask (default auto)")
     agreement.add_argument("--users", type=_count, metavar="N", help="number of users (default 8)")
-    agreement.add_argument(
-        "--requests", type=_count, metavar="N", help="requests of each tool in each round (default 200)"
-    )
+    agreement.add_argument("--requests", type=_count, metavar="N", help="requests per tool and round (default 200)")
     agreement.add_argument("--tokens", type=_count, metavar="N", help="maximum tokens of an answer (default 32)")
     agreement.add_argument("--rounds", type=_count, metavar="N", help="rounds, each with both tools (default 3)")
     agreement.add_argument("--out", type=Path, metavar="DIR", help="folder for the result (default: analysis/results)")
