@@ -1,7 +1,7 @@
 # `make demo` and `make test` are all that a fresh machine needs: each makes the environments it uses.
 PYTHON ?= python3
 BIN := .venv/bin
-SCRIPTS = $(wildcard sbatch/*) .ci/run .ci/engine-env $(shell find hpc_router -name '*.sh')
+SCRIPTS = $(wildcard sbatch/* findings/*.sh) .ci/run .ci/engine-env $(shell find hpc_router -name '*.sh')
 .DEFAULT_GOAL := help
 .PHONY: help venv engines demo check shellcheck format test test-long clean bench bench-peers .venv-transformers .venv-vllm \
   .venv-train .venv-bench-peers

@@ -70,7 +70,7 @@ def own_rank(folder: Path) -> int:
     except OSError as error:
         raise ValueError(f"its {CONFIG} cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"its {CONFIG} does not tell a rank, `r`") from error
+        raise ValueError(f"its {CONFIG} has no rank `r`") from error
     if not all(isinstance(rank, int) and not isinstance(rank, bool) and rank > 0 for rank in ranks):
-        raise ValueError(f"its {CONFIG} does not tell a rank, `r`")
+        raise ValueError(f"its {CONFIG} has no rank `r`")
     return int(max(ranks))

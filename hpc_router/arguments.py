@@ -11,10 +11,10 @@ from hpc_router import __version__
 _RUN_HELP: Final = "run directory (default: $HPC_ROUTER_RUN, then runs/latest)"
 _EPILOG: Final = """\
 begin with
-  hpc-router plan topology=sim          what would run
-  hpc-router up topology=sim            run it; prints the address of the endpoint
-  hpc-router chat "Is 91 a prime?"      ask it something
-  hpc-router down                       end it, nothing stays behind
+  hpc-router plan topology=sim          show what would run
+  hpc-router up topology=sim            run it, and print the address of the endpoint
+  hpc-router chat "Is 91 a prime?"      send a prompt
+  hpc-router down                       end it, and leave nothing behind
 
 exit status: 0 done, 1 failed, 2 a value to edit, 130 interrupted
 `hpc-router VERB --help` explains a verb.
@@ -41,7 +41,7 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
 def make_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="hpc-router",
-        description="Many specialised LLMs behind one OpenAI-compatible endpoint: each prompt to the expert for it.",
+        description="Several specialised LLMs behind one OpenAI-compatible endpoint; each prompt goes to its expert.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -81,21 +81,21 @@ def _launching(verbs: "_Verbs[_Parser]") -> None:
         "hpc-router plan topology=sim experts.math.replicas=3\nhpc-router plan --config-dir my topology=mine --json",
         json=True,
     )
-    plan.add_argument("--no-ask", action="store_true", help="don't let the engines check their flags (quicker)")
+    plan.add_argument("--no-ask", action="store_true", help="do not let the engines check their flags (faster)")
     up = _verb(
         verbs,
         "up",
-        "bring a deployment up, or complete one; returns when the endpoint serves",
+        "start a deployment, or complete one; returns when the endpoint serves",
         "hpc-router up topology=sim\nhpc-router up --wait all policy=round_robin router.port=8000\n"
-        "hpc-router up --run runs/mine          complete that run: what died is started again",
+        "hpc-router up --run runs/mine          complete that run: start again what has ended",
     )
     up.add_argument("--wait", choices=("any", "all"), default="any", help="return when any expert is ready, or all")
     for parser in (plan, up):
         parser.add_argument(
-            "--config-dir", type=Path, metavar="DIR", help="folder with your own topology/, expert/ ..."
+            "--config-dir", type=Path, metavar="DIR", help="folder with topology/, expert/ ... of your own"
         )
         parser.add_argument(
-            "overrides", nargs="*", metavar="OVERRIDE", help="key=value, or a group's choice: topology=sim"
+            "overrides", nargs="*", metavar="OVERRIDE", help="key=value, or the choice of a group: topology=sim"
         )
     _verb(verbs, "down", "end a deployment: drain, end all jobs, leave nothing", "hpc-router down --run runs/mine")
 
@@ -114,20 +114,20 @@ def _watching(verbs: "_Verbs[_Parser]") -> None:
         "print the logs of agents, engines and router",
         "hpc-router logs math -n 50\nhpc-router logs router -f",
     )
-    logs.add_argument("name", nargs="?", metavar="REPLICA|EXPERT|router", help="whose (default: all)")
-    logs.add_argument("-f", "--follow", action="store_true", help="go on as they grow")
+    logs.add_argument("name", nargs="?", metavar="REPLICA|EXPERT|router", help="of which process (default: all)")
+    logs.add_argument("-f", "--follow", action="store_true", help="print new lines as they are written")
     logs.add_argument(
         "-n", "--lines", type=_count, default=20, metavar="N", help="last lines of each file (default 20)"
     )
     reason = _verb(
         verbs,
         "why",
-        "say why replicas are not ready, and what to do",
+        "explain why replicas are not ready, and what to do",
         "hpc-router why\nhpc-router why math",
         json=True,
     )
     reason.add_argument(
-        "name", nargs="?", metavar="REPLICA|EXPERT|router", help="whose (default: all that are not ready)"
+        "name", nargs="?", metavar="REPLICA|EXPERT|router", help="of which replica (default: all that are not ready)"
     )
 
 
@@ -139,30 +139,30 @@ def _using(verbs: "_Verbs[_Parser]") -> None:
         'hpc-router route "What is the derivative of x^2?"',
         json=True,
     )
-    route.add_argument("prompt")
+    route.add_argument("prompt", metavar="PROMPT", help="the prompt; it is not sent to any expert")
     chat = _verb(
         verbs,
         "chat",
-        "ask the deployment; without a prompt: a conversation",
+        "ask the deployment; without PROMPT: a conversation",
         'hpc-router chat "Is 91 a prime?"\nhpc-router chat --model law',
     )
-    chat.add_argument("--model", default="auto", help="an expert's name; auto: the policy decides (default)")
-    chat.add_argument("prompt", nargs="?")
+    chat.add_argument("--model", default="auto", help="name of an expert; auto: the policy decides (default)")
+    chat.add_argument("prompt", nargs="?", metavar="PROMPT", help="default: standard input, or a conversation")
     address = _verb(
         verbs,
         "url",
         "print the endpoint's address, or how to reach it from a laptop",
-        "curl $(hpc-router url)/health\nhpc-router url --ssh               the `ssh` line to run on the laptop",
+        "curl $(hpc-router url)/health\nhpc-router url --ssh               the `ssh` command to run on the laptop",
         json=True,
     )
-    address.add_argument("--ssh", action="store_true", help="print the `ssh` line that brings it to a local port")
-    address.add_argument("--port", type=_port, default=8000, metavar="N", help="that port (default 8000)")
+    address.add_argument("--ssh", action="store_true", help="print the `ssh` command that forwards a local port to it")
+    address.add_argument("--port", type=_port, default=8000, metavar="N", help="the local port (default 8000)")
     _verb(
         verbs,
         "token",
         "print the owner's token",
         "curl --noproxy '*' -H @<(printf 'Authorization: Bearer %s\\n' \"$(hpc-router token)\") \\\n"
-        '     "$(hpc-router url)/v1/models"     # bash; everybody on a node can read what stands on a command line',
+        '     "$(hpc-router url)/v1/models"     # bash; every user of a node can read its command lines',
     )
 
 
@@ -172,65 +172,65 @@ def _changing(verbs: "_Verbs[_Parser]") -> None:
     change = _verb(
         verbs,
         "set",
-        "change limits and policy of a router that serves; no stream ends for it",
+        "change limits and policy while the router serves, without ending a request",
         "hpc-router set router.max_in_flight=500 policy.margin=0.05\n"
-        "hpc-router set router.max_in_flight=        as in the config again",
+        "hpc-router set router.max_in_flight=        back to the configured value",
         json=True,
     )
     change.add_argument("settings", nargs="+", metavar="KEY=VALUE")
     drain = _verb(
         verbs,
         "drain",
-        "let replicas finish what they have and end; fresh jobs take their places",
-        "hpc-router drain math-0\nhpc-router drain gpu17 --wait        whatever runs on that node, but no router\n"
+        "let replicas finish their requests and end; new jobs replace them",
+        "hpc-router drain math-0\nhpc-router drain gpu17 --wait        all replicas on that node, but no router\n"
         "hpc-router drain gpu17 --undo        let jobs start on that node again\nhpc-router drain router",
         json=True,
     )
     drain.add_argument("names", nargs="+", metavar="REPLICA|SLOT|EXPERT|NODE|router")
-    drain.add_argument("--wait", action="store_true", help="return when they have ended")
+    drain.add_argument("--wait", action="store_true", help="return when the replicas have ended")
     drain.add_argument("--undo", action="store_true", help="drain nothing: let jobs start on these nodes again")
     register = _verb(
         verbs,
         "register",
-        "let an endpoint that runs elsewhere join a run, made if it is new",
+        "add an endpoint that runs elsewhere to a run, which is created if it is new",
         "hpc-router register --run runs/mine --expert math --url http://node7:8000/v1\n"
         "hpc-router register --expert big --url https://api.example.org --model big-70b --token-file ~/.api-token",
         json=True,
     )
     register.add_argument("--expert", required=True, metavar="NAME", help="the expert's name")
     register.add_argument("--url", required=True, help="its address, with or without /v1")
-    register.add_argument("--model", help="the model's name there (default: asked from /v1/models)")
-    register.add_argument("--token-file", type=Path, metavar="F", help="file with the token that it wants")
+    register.add_argument("--model", help="name of the model there (default: the one in its /v1/models)")
+    register.add_argument("--token-file", type=Path, metavar="F", help="file with the token that the endpoint requires")
     probing = register.add_mutually_exclusive_group()
     probing.add_argument(
         "--probe-path",
         metavar="PATH",
         default="/v1/models",
-        help="what the router asks to see whether it lives (default /v1/models); any HTTP answer will do",
+        help="path of the router's probe (default /v1/models); any HTTP answer proves that the endpoint is alive",
     )
     probing.add_argument(
         "--no-probe",
         dest="probe_path",
         action="store_const",
         const=None,
-        help="ask nothing: only see whether its port takes connections",
+        help="send no probe: only check that its port accepts connections",
     )
     unregister = _verb(
         verbs,
         "unregister",
-        "take an external endpoint out of a run",
+        "remove an external endpoint from a run",
         "hpc-router unregister math-x0\nhpc-router unregister --expert math --url http://node7:8000",
     )
     unregister.add_argument("replica", nargs="?", metavar="REPLICA")
     unregister.add_argument("--expert", metavar="NAME", help="all external endpoints of this expert")
-    unregister.add_argument("--url", help="those at this address")
+    unregister.add_argument("--url", help="only those at this address")
     reconcile = _verb(
         verbs,
         "reconcile",
         "submit what is missing and end what is surplus, once or in a loop",
-        "hpc-router reconcile\nhpc-router reconcile --loop          as the router's job does",
+        "hpc-router reconcile\nhpc-router reconcile --loop          what the router's job runs",
     )
-    reconcile.add_argument("--loop", action="store_true", help="again and again, until SIGTERM")
+    reconcile.add_argument("--loop", action="store_true", help="repeat until SIGTERM")
     reconcile.add_argument("--while-leading", metavar="REPLICA", help="with --loop: only while this router leads")
     reconcile.add_argument("--tied", action="store_true", help="with --loop: end when stdin is closed")
 
@@ -238,8 +238,8 @@ def _changing(verbs: "_Verbs[_Parser]") -> None:
 def _classifying(verbs: "_Verbs[_Parser]") -> None:
     classify = verbs.add_parser(
         "classify",
-        help="what a classifier says of prompts and is worth; `hpc-router classify --help` lists how",
-        description="Ask a classifier about prompts. Training: `python -m launch.train_classifier --help`.",
+        help="examine and edit a classifier; `hpc-router classify --help` lists the tasks",
+        description="Examine and edit a classifier. To train one: `python -m launch.train_classifier --help`.",
         epilog="examples:\n  hpc-router classify predict my-classifier prompts.jsonl\n"
         "  hpc-router classify eval my-classifier test.jsonl --fit train.jsonl",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -247,35 +247,42 @@ def _classifying(verbs: "_Verbs[_Parser]") -> None:
     tasks = classify.add_subparsers(dest="task", metavar="TASK", required=True, parser_class=_Parser)
     known = {}
     for name, summary in (
-        ("eval", "accuracy, confusion, balance, coverage, latency; for measured ones cost and quality"),
-        ("predict", "print one decision per prompt, a JSON line each"),
-        ("pack", "move clusters between experts until none has more load than it can carry"),
-        ("assign", "say which expert serves which cluster"),
+        ("eval", "print accuracy, confusion, balance, coverage and latency; cost and quality if measured"),
+        ("predict", "print one decision per prompt, as a JSON line"),
+        ("pack", "move clusters between experts until no expert exceeds its share of the load"),
+        ("assign", "give a cluster to another expert, without training"),
     ):
         known[name] = tasks.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
         known[name].add_argument("artefact", type=Path, metavar="ARTEFACT", help="folder of the artefact")
         if name != "assign":
             known[name].add_argument(
-                "prompts", type=Path, metavar="PROMPTS.jsonl", help="prompts, a JSON object a line"
+                "prompts", type=Path, metavar="PROMPTS.jsonl", help="prompts, one JSON object per line"
             )
-    known["eval"].add_argument("--fit", type=Path, metavar="FILE", help="name clusters by these labelled prompts")
+    known["eval"].add_argument("--fit", type=Path, metavar="FILE", help="name the clusters by these labelled prompts")
     known["eval"].add_argument(
-        "--cost", action="append", type=_amount, default=[], metavar="EXPERT=X", help="what an answer of it costs"
+        "--cost", action="append", type=_amount, default=[], metavar="EXPERT=X", help="cost of an answer of this expert"
     )
     known["eval"].add_argument("--json", action="store_true", help="print JSON")
-    known["predict"].add_argument("--fallback", metavar="EXPERT", help="as policy.fallback")
+    known["predict"].add_argument("--fallback", metavar="EXPERT", help="the fallback expert, as policy.fallback")
     known["pack"].add_argument(
-        "--capacity", action="append", type=_amount, default=[], metavar="EXPERT=N", help="default: all the same"
+        "--capacity",
+        action="append",
+        type=_amount,
+        default=[],
+        metavar="EXPERT=N",
+        help="its capacity (default: all equal)",
     )
     known["pack"].add_argument(
-        "--limit", type=_number, default=1.0, metavar="F", help="times its capacity share that an expert may get (1)"
+        "--limit", type=_number, default=1.0, metavar="F", help="highest load / capacity share (default 1)"
     )
     known["pack"].add_argument(
-        "--max-loss", type=_number, default=0.1, metavar="X", help="in accuracy over all prompts (0.1)"
+        "--max-loss", type=_number, default=0.1, metavar="X", help="highest loss of accuracy (default 0.1)"
     )
-    known["pack"].add_argument("--output", type=Path, metavar="DIR", help="write the artefact with the packed table")
-    known["assign"].add_argument("table", nargs="+", type=_assigned, metavar="CLUSTER=EXPERT", help="CLUSTER= : none")
-    known["assign"].add_argument("--output", type=Path, metavar="DIR", help="default: the artefact itself")
+    known["pack"].add_argument("--output", type=Path, metavar="DIR", help="write the artefact with the new table here")
+    known["assign"].add_argument(
+        "table", nargs="+", type=_assigned, metavar="CLUSTER=EXPERT", help="CLUSTER= removes its expert"
+    )
+    known["assign"].add_argument("--output", type=Path, metavar="DIR", help="where to write it (default: in place)")
 
 
 def _assigned(text: str) -> tuple[str, str | None]:
@@ -296,30 +303,30 @@ def _measuring(verbs: "_Verbs[_Parser]") -> None:
     """A group: what is measured is a verb of its own. None of them needs a run."""
     bench = verbs.add_parser(
         "bench",
-        help="measure this installation; `hpc-router bench --help` lists what",
+        help="measure this installation; `hpc-router bench --help` lists the benchmarks",
         description="Measure this installation on this machine.",
         epilog="examples:\n  hpc-router bench router --quick\n  hpc-router bench soak",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     benchmarks = bench.add_subparsers(dest="benchmark", metavar="BENCHMARK", required=True, parser_class=_Parser)
-    summary = "what relaying costs: this router beside nginx, haproxy, vllm-router, sglang-router and no router"
+    summary = "the cost of relaying: this router beside nginx, haproxy, vllm-router, sglang-router and no router"
     router = benchmarks.add_parser(
         "router",
         help=summary,
-        description=summary[0].upper() + summary[1:] + ". Whatever is not installed is named.",
-        epilog="examples:\n  hpc-router bench router --quick                   does it work here?\n"
+        description=summary[0].upper() + summary[1:] + ". Relays that are not installed are named and skipped.",
+        epilog="examples:\n  hpc-router bench router --quick                   half a minute: does it work here?\n"
         "  hpc-router bench router                           a quarter of an hour\n"
         "  hpc-router bench router --only nginx,router --seconds 10 --soak 1000000",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    router.add_argument("--only", type=_names, default=(), metavar="NAME,...", help="measure these alone")
+    router.add_argument("--only", type=_names, default=(), metavar="NAME,...", help="measure only these relays")
     router.add_argument("--streams", type=_count, metavar="N", help="concurrent streams (default 1000)")
     router.add_argument("--rate", type=_number, metavar="R", help="events per second and stream (default 40)")
-    router.add_argument("--seconds", type=_number, metavar="S", help="of each measurement (default 5)")
+    router.add_argument("--seconds", type=_number, metavar="S", help="duration of each measurement (default 5)")
     router.add_argument("--rounds", type=_count, metavar="N", help="rounds, each with every relay (default 3)")
-    router.add_argument("--connections", type=_count, metavar="N", help="for short requests (default 16)")
+    router.add_argument("--connections", type=_count, metavar="N", help="connections for short requests (default 16)")
     router.add_argument(
-        "--soak", type=_count, default=0, metavar="N", help="then so many requests to this router: does memory grow?"
+        "--soak", type=_count, default=0, metavar="N", help="then send N requests: does its memory grow?"
     )
     router.add_argument(
         "--quiet",
@@ -328,7 +335,7 @@ def _measuring(verbs: "_Verbs[_Parser]") -> None:
         metavar="S",
         help="on a shared machine: before each measurement, wait up to S seconds until nothing else runs",
     )
-    router.add_argument("--peers", type=Path, metavar="DIR", help="virtual environment with the routers from PyPI")
+    router.add_argument("--peers", type=Path, metavar="DIR", help="virtual environment that has the routers from PyPI")
     router.add_argument(
         "--tree",
         action="append",
@@ -337,38 +344,38 @@ def _measuring(verbs: "_Verbs[_Parser]") -> None:
         metavar="NAME=DIR",
         help="another checkout of this router, measured beside it",
     )
-    router.add_argument("--out", type=Path, metavar="DIR", help="where the results go (default: analysis/results)")
-    router.add_argument("--quick", action="store_true", help="one short round with few streams; figures mean little")
+    router.add_argument("--out", type=Path, metavar="DIR", help="folder for the results (default: analysis/results)")
+    router.add_argument("--quick", action="store_true", help="one short round; the figures mean little")
     router.add_argument("--json", action="store_true", help="print JSON")
     _add_soak(benchmarks)
     _add_agreement(benchmarks)
 
 
 def _add_soak(benchmarks: "argparse._SubParsersAction[_Parser]") -> None:
-    summary = "traffic over a deployment of its own whose processes are killed again and again: what fails?"
+    summary = "load on a deployment of its own while its processes are killed: what fails?"
     soak = benchmarks.add_parser(
         "soak",
         help=summary,
-        description=summary[0].upper() + summary[1:] + " Exit code 1 when anything failed that the strikes do not "
-        "explain, when a gauge is not zero at the end, or when memory or descriptors grow.",
+        description=summary[0].upper() + summary[1:] + " Exit status 1 if a request failed that no kill "
+        "explains, if a gauge is not zero at the end, or if memory or descriptors grow.",
         epilog="examples:\n  hpc-router bench soak                             a minute\n"
         "  hpc-router bench soak --seconds 600               the long form\n"
         "  hpc-router bench soak --strike replica=10 --strike worker=30",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    soak.add_argument("--seconds", type=_number, metavar="S", help="of load (default 60)")
+    soak.add_argument("--seconds", type=_number, metavar="S", help="duration of the load (default 60)")
     soak.add_argument("--rate", type=_number, metavar="R", help="short requests per second (default 100)")
     soak.add_argument("--streams", type=_count, metavar="N", help="streams open at any time (default 200)")
-    soak.add_argument("--workers", type=_count, metavar="N", help="of the router (default 2)")
+    soak.add_argument("--workers", type=_count, metavar="N", help="workers of the router (default 2)")
     soak.add_argument(
         "--strike",
         action="append",
         metavar="KIND=SECONDS",
-        help="kill a replica, a worker or the control process every so many seconds, or `once`; again for more kinds; "
-        "`none`: nothing (default: replica=5, worker=60, control=once)",
+        help="kill a replica, a worker or the control process every SECONDS, or `once`; repeat for more kinds; `none`: "
+        "nothing (default: replica=5, worker=60, control=once)",
     )
-    soak.add_argument("--seed", type=int, metavar="N", help="of arrivals (default 0)")
-    soak.add_argument("--out", type=Path, metavar="DIR", help="where the report goes (default: analysis/results)")
+    soak.add_argument("--seed", type=int, metavar="N", help="seed of the arrivals (default 0)")
+    soak.add_argument("--out", type=Path, metavar="DIR", help="folder for the report (default: analysis/results)")
     soak.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -376,17 +383,17 @@ def _add_agreement(benchmarks: "argparse._SubParsersAction[_Parser]") -> None:
     agreement = _verb(
         benchmarks,
         "agreement",
-        "the load generator's figures beside those of `vllm bench serve`, on a deployment that runs",
+        "the load generator's figures beside those of `vllm bench serve`, on a running deployment",
         "hpc-router bench agreement --vllm .venv-vllm/bin/python --tokenizer /models/llama",
     )
     agreement.add_argument("--vllm", required=True, metavar="PYTHON", help="interpreter that has vLLM")
-    agreement.add_argument("--tokenizer", type=Path, required=True, metavar="FOLDER", help="a model folder, any")
-    agreement.add_argument("--model", metavar="EXPERT", help="who is asked (default auto)")
-    agreement.add_argument("--users", type=_count, metavar="N", help="at once (default 8)")
-    agreement.add_argument("--requests", type=_count, metavar="N", help="of each tool in each round (default 200)")
-    agreement.add_argument("--tokens", type=_count, metavar="N", help="of each answer, at most (default 32)")
-    agreement.add_argument("--rounds", type=_count, metavar="N", help="with both, in turn (default 3)")
-    agreement.add_argument("--out", type=Path, metavar="DIR", help="where the result goes (default: analysis/results)")
+    agreement.add_argument("--tokenizer", type=Path, required=True, metavar="FOLDER", help="a tokenizer's folder")
+    agreement.add_argument("--model", metavar="EXPERT", help="the model to ask (default auto)")
+    agreement.add_argument("--users", type=_count, metavar="N", help="number of users (default 8)")
+    agreement.add_argument("--requests", type=_count, metavar="N", help="requests per tool and round (default 200)")
+    agreement.add_argument("--tokens", type=_count, metavar="N", help="maximum tokens of an answer (default 32)")
+    agreement.add_argument("--rounds", type=_count, metavar="N", help="rounds, each with both tools (default 3)")
+    agreement.add_argument("--out", type=Path, metavar="DIR", help="folder for the result (default: analysis/results)")
 
 
 def _names(text: str) -> tuple[str, ...]:

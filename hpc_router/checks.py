@@ -118,7 +118,7 @@ def _check_no_slurm(cluster: ClusterConfig) -> None:
         if getattr(cluster, name) is not None:
             key = f"cluster.{name}"
             raise ConfigError(
-                f"{key}={getattr(cluster, name)}: only Slurm has that, and cluster.kind is local; say `kind: slurm`",
+                f"{key}={getattr(cluster, name)}: this is a key of Slurm, and cluster.kind is local; set `kind: slurm`",
                 key=key,
             )
 

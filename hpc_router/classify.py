@@ -42,7 +42,7 @@ def evaluate(folder: Path, prompts: Path, *, fit: Path | None = None, costs: Map
     classifier = Classifier(named(artefact))
     rows = [row for row in read_rows(prompts) if row.text.strip()]
     if not rows:
-        raise ConfigError(f"{prompts}: it holds no prompt with text")
+        raise ConfigError(f"{prompts}: it contains no prompt with text")
     found = [classifier.classify(row.text) for row in rows]
     clusters = [each.cluster for each in found]
     margins = [each.margin for each in found]
@@ -152,7 +152,7 @@ def repack(
     experts = list(capacity) or (list(quality.experts) if quality is not None else labels)
     if len(experts) < 2:
         if capacity:
-            raise ConfigError("--capacity names one expert; it must name all of them, or be left out")
+            raise ConfigError("--capacity names one expert; it must name all experts, or be omitted")
         raise ConfigError(f'{prompts}: no "expert" or "domain" says which experts there are; give --capacity EXPERT=N')
     if quality is not None and set(experts) <= set(quality.experts):
         score = quality.rate[:, [quality.experts.index(name) for name in experts]]

@@ -91,7 +91,7 @@ def run_up(given: Path | None, overrides: list[str], *, config_dir: Path | None,
     _say_how(served.run, served.url)
     if served.failed:
         names = ", ".join(view.replica for view in served.failed)
-        sys.stderr.write(f"hpc-router: {names} failed; the others serve. `hpc-router why` tells more\n")
+        sys.stderr.write(f"hpc-router: {names} failed; the others serve. `hpc-router why` shows the reason\n")
     return 1 if served.failed and wait_all else 0
 
 
@@ -167,7 +167,7 @@ def route(arguments: argparse.Namespace) -> int:
     except Unreachable as error:
         raise LaunchError(f"the router does not answer at {access.url}: {error}") from error
     if answer.status != 200:
-        raise LaunchError(f"the router refuses: {answer.message}")
+        raise LaunchError(f"the router refused the request: {answer.message}")
     return _print(answer.body if arguments.json else route_text(answer.body))
 
 
@@ -267,7 +267,7 @@ def drain(arguments: argparse.Namespace) -> int:
         return 0
     retired = retire(control, arguments.names)
     if not retired.replicas:
-        raise LaunchError(f"nothing of {', '.join(arguments.names)} runs; `hpc-router status` shows what does")
+        raise LaunchError(f"nothing of {', '.join(arguments.names)} runs; `hpc-router status` shows the jobs that do")
     if not arguments.json:
         _print_lines(retired.lines())
     _warn(retired.warnings)
@@ -278,7 +278,7 @@ def drain(arguments: argparse.Namespace) -> int:
     if arguments.json:
         _print(retired.to_json())
     if retired.left:
-        raise LaunchError(f"{', '.join(retired.left)} still there; `hpc-router why` may tell more")
+        raise LaunchError(f"{', '.join(retired.left)} did not end; `hpc-router why` may show the reason")
     return 0
 
 

@@ -98,8 +98,7 @@ def _check(options: dict[str, Any]) -> None:
     given = sorted(set(options) & set(_OURS))
     if given:
         raise ConfigError(
-            f"{', '.join(given)}: the run directory decides that; "
-            "for another address make the client with `openai.OpenAI(...)` itself"
+            f"{', '.join(given)}: the run directory decides this; for another address use `openai.OpenAI(...)` itself"
         )
 
 

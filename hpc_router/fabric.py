@@ -30,7 +30,7 @@ def address(fabric: str | None, *, kind: str) -> str:
         return LOOPBACK
     found = _of_own_name() or _of_default_route()
     if found is None:
-        raise ConfigError(f"{KEY}: no address to be seen by other nodes {_has(interfaces())}", key=KEY)
+        raise ConfigError(f"{KEY}: no address that other nodes can reach {_has(interfaces())}", key=KEY)
     return found
 
 

@@ -79,7 +79,7 @@ def load_json(path: Path) -> dict[str, Any]:
     """
     with _opened(path) as stream:
         if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
-            raise ValueError("no regular file")
+            raise ValueError("not a regular file")
         content = stream.read(LONGEST + 1)
     if len(content) > LONGEST:
         raise ValueError(f"longer than {LONGEST} bytes")
@@ -88,7 +88,7 @@ def load_json(path: Path) -> dict[str, Any]:
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
     if not isinstance(value, dict):
-        raise ValueError("no JSON object")
+        raise ValueError("not a JSON object")
     return value
 
 

@@ -85,7 +85,7 @@ def check_script(cluster: ClusterConfig) -> None:
     for number, module in enumerate(cluster.modules):
         if not _MODULE.fullmatch(module):
             key = f"cluster.modules[{number}]"
-            raise ConfigError(f"{key}={module!r}: no name of a module (valid: such as cuda/12.4)", key=key)
+            raise ConfigError(f"{key}={module!r}: not the name of a module (valid: for example cuda/12.4)", key=key)
     for number, line in enumerate(cluster.setup):
         key = f"cluster.setup[{number}]"
         if not line.strip():
@@ -145,7 +145,7 @@ def _check_walltime(key: str, value: str | None, *, warn_s: float) -> None:
         return
     seconds = walltime_s(value)
     if seconds is None:
-        raise ConfigError(f"{key}={value}: no time as Slurm writes it (valid: {VALID})", key=key)
+        raise ConfigError(f"{key}={value}: not a time in Slurm's format (valid: {VALID})", key=key)
     if seconds < warn_s + _TICK_S:
         raise ConfigError(
             f"{key}={value}: jobs drain cluster.warn_s={warn_s:g} s before their end, or up to a minute earlier, so "
@@ -169,7 +169,7 @@ def _check_further(at: str, options: Mapping[str, Any], owned: Mapping[str, str]
         if isinstance(value, str):
             one_line(key, value)
             if "'" in value or "\\" in value:
-                raise ConfigError(f"{key}={value}: quotes and backslashes cannot stand in an option", key=key)
+                raise ConfigError(f"{key}={value}: quotes and backslashes are not possible in an option", key=key)
 
 
 def _check_dependency(at: str, options: Mapping[str, Any]) -> None:
@@ -182,7 +182,7 @@ def _check_dependency(at: str, options: Mapping[str, Any]) -> None:
             continue
         valid = "such as singleton, or afterok:1:2,afterany:3"
         if not isinstance(value, str) or not value.strip():
-            raise ConfigError(f"{key}={value}: no dependency as Slurm writes it (valid: {valid})", key=key)
+            raise ConfigError(f"{key}={value}: not a dependency in Slurm's format (valid: {valid})", key=key)
         if "?" in value:
             said = "'?' (any of them) cannot be combined with a router's wait for its predecessor"
             raise ConfigError(f"{key}={value}: {said} (valid: {valid})", key=key)

@@ -27,9 +27,9 @@ class Finding(StrEnum):
     """Who is at the address, in words that follow "router-0.g1 at http://...: "."""
 
     PROVEN = "it is the router"
-    NOBODY = "nobody answers there"
+    NOBODY = "no process answers there"
     STRANGER = "something else answers there, and was not given the token"
-    OLDER = "an older version started it, without a nonce in its record to prove itself with; start it anew"
+    OLDER = "it was started by an older version and has no nonce to prove itself with; restart it"
 
 
 def proves(answer: object, *, record: Record, secret: str, challenge: str) -> bool:
@@ -59,7 +59,7 @@ def _get(url: str, target: str, *, deadline: float) -> bytes:
     """The body, by HTTP/1.0, where it ends with the connection. By hand: no library bounds the whole of it."""
     at = urlsplit(url)
     if at.scheme != "http" or not at.hostname:
-        raise ValueError(f"{url!r} is no router's address")
+        raise ValueError(f"{url!r} is not the address of a router")
     with socket.create_connection((at.hostname, at.port or 80), timeout=_left_s(deadline)) as sock:
         sock.sendall(f"GET {target} HTTP/1.0\r\nHost: {at.netloc}\r\n\r\n".encode("ascii"))
         raw = b""

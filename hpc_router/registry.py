@@ -130,7 +130,7 @@ def split_replica(name: str) -> tuple[str, str, int]:
     """`math-0.g3` -> ("math", "0", 3)."""
     match = _REPLICA.fullmatch(name) if isinstance(name, str) else None
     if match is None:
-        raise RegistryError(f"{name!r} is no replica name such as 'math-0.g3'")
+        raise RegistryError(f"{name!r} is not a replica name such as 'math-0.g3'")
     return match["expert"], match["slot"], int(match["generation"])
 
 
@@ -178,7 +178,7 @@ class Reader:
             logger.warning("registry file %s belongs to uid %d: refused", name, status.st_uid)
             return _Seen(stamp, None)
         if not stat.S_ISREG(status.st_mode) or status.st_size > LONGEST:
-            logger.warning("registry file %s is no small regular file: refused", name)
+            logger.warning("registry file %s is not a small regular file: refused", name)
             return _Seen(stamp, None)
         value = read_json(path)
         if value is None:

@@ -163,7 +163,7 @@ def make_run(path: Path) -> RunDir:
 def open_run(path: Path) -> RunDir:
     """An existing run directory; ConfigError says what is wrong with it."""
     if not path.is_dir():
-        raise ConfigError(f"there is no run directory {path}; `hpc-router up` makes one, `--run DIR` names another")
+        raise ConfigError(f"there is no run directory {path}; `hpc-router up` creates one, `--run DIR` names another")
     run = RunDir(path.resolve())
     if not run.registry.is_dir():
         raise ConfigError(f"{path} is no run directory: it has no registry/ folder")

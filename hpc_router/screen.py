@@ -102,7 +102,7 @@ def status_text(value: Mapping[str, Any]) -> RenderableType:
     if trouble := value.get("full") or router.get("write_trouble"):
         parts.append(Text(trouble, style="red"))
     if value["down"]:
-        parts.append(Text("this deployment is down; `hpc-router up` brings it up again"))
+        parts.append(Text("this deployment is down; `hpc-router up` starts it again"))
     elif router["trouble"]:
         parts.append(Text(router["trouble"], style="yellow"))
     return Group(*parts)
@@ -123,7 +123,7 @@ def workers_lines(router: Mapping[str, Any]) -> list[str]:
         last = f": {failure['last_error']}" if failure["last_error"] else ""
         lines.append(f"background task '{failure['task']}' failed {times} and was started again{last}")
     if router.get("settings_trouble"):
-        lines.append(f"a change is not taken over: {router['settings_trouble']}")
+        lines.append(f"a change was not applied: {router['settings_trouble']}")
     return lines
 
 
@@ -152,7 +152,7 @@ def _remark(replica: Mapping[str, Any]) -> str:
 
 def why_text(causes: Sequence[Cause]) -> RenderableType:
     if not causes:
-        return Text("nothing is amiss: every replica that is wanted is ready", style="green")
+        return Text("no problem found: every wanted replica is ready", style="green")
     parts: list[RenderableType] = []
     for cause in causes:
         view = cause.view

@@ -119,7 +119,7 @@ def measure_new(call: Call, config: BenchConfig, prompts: list[Prompt]) -> int:
     label = " ".join(overrides)
     missing = len(leg.missing())
     if not missing:
-        print(f"{label}: all {len(leg.points())} points are in {store.folder} (bench.output=DIR measures anew)")
+        print(f"{label}: all {len(leg.points())} points are in {store.folder} (bench.output=DIR measures again)")
         return 0
     values = [text for text in overrides if parse_override(text).key_or_group not in GROUPS]
     told: list[Provenance] = []

@@ -1,9 +1,9 @@
-# Sourced by the scripts beside it; not to be submitted. Bash 4.2 is enough. They set `home` and `usage` before.
+# Sourced by the scripts in this folder, which set `home` and `usage` first; not to be submitted. Requires bash 4.2.
 #   refuse WHY                       exit status 2
-#   prepare new|existing RUN         checks what every job needs
-#   alone WORD...                    the same for jobs without a run directory; WORDs stand first
-#   service                          for jobs that carry a replica: its end leaves a record, other nodes reach it
-#   start MODULE NODES OVERRIDE...   one task on each node; returns with its exit status
+#   prepare new|existing RUN         check what every job needs
+#   alone WORD...                    the same for jobs without a run directory; WORDs are the first arguments
+#   service                          for jobs with a replica or router: record its end, reachable from other nodes
+#   start MODULE NODES OVERRIDE...   run one task on each node; return its exit status
 
 refuse() {
     printf '%s: %s\n%s\n' "${SLURM_JOB_NAME:-hpc_router}" "$1" "${usage:?}" >&2
@@ -28,17 +28,17 @@ alone() {
 }
 
 service() {
-    # A run without a config does not say that it is a cluster's, where nobody reaches a service on the loopback.
+    # Without a config the default is cluster=local, whose services listen on the loopback only.
     [[ -e $run/config.yaml ]] || words+=(cluster.kind=slurm)
-    # What the service cannot say when it is killed. In an allocation others may run: only of a batch job.
+    # A service that is killed cannot write its record. Only for batch jobs: in an allocation other steps may run.
     if [[ ${SLURM_TASK_PID:-} == "$$" ]]; then
         trap 'record $?' EXIT
-        trap : TERM # the service is asked to end as well; its record is still to be written
+        trap : TERM # the service gets SIGTERM as well; this shell must live to write the record
     fi
 }
 
 start() {
-    # Slurm 22.05 and later: srun takes the number of CPUs from nowhere else.
+    # From Slurm 22.05 on srun takes the number of CPUs only from here.
     export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
     srun --nodes="$2" --ntasks="$2" --ntasks-per-node=1 --cpus-per-task="$SRUN_CPUS_PER_TASK" --kill-on-bad-exit=1 \
         --export=ALL --unbuffered "$python" -m "$1" "${words[@]}" "${@:3}"

@@ -115,5 +115,5 @@ def test_a_config_without_a_rank_is_none(tmp_path: Path, text: str) -> None:
     with pytest.raises(ValueError, match=r"it has no adapter_config\.json"):
         own_rank(tmp_path)
     (tmp_path / "adapter_config.json").write_text(text)
-    with pytest.raises(ValueError, match="does not tell a rank"):
+    with pytest.raises(ValueError, match="has no rank"):
         own_rank(tmp_path)

@@ -632,7 +632,7 @@ async def test_the_endpoint_for_other_libraries(run: RunDir, start: Starter, mon
     monkeypatch.setenv("HPC_ROUTER_RUN", str(run.path))
     assert await asyncio.to_thread(endpoint) == found
     await router.die()
-    with pytest.raises(NoRouterError, match=f"router-0.g1 at {router.url}: nobody answers there; no router serves"):
+    with pytest.raises(NoRouterError, match=f"router-0.g1 at {router.url}: no process answers there; no router serves"):
         await asyncio.to_thread(endpoint)
 
 

@@ -81,5 +81,5 @@ def test_then_the_default_route(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_node_that_nobody_can_reach(monkeypatch: pytest.MonkeyPatch) -> None:
     _named(monkeypatch, "127.0.1.1")
     monkeypatch.setattr(fabric, "_of_default_route", lambda: None)
-    with pytest.raises(ConfigError, match=r"cluster\.fabric: no address to be seen by other nodes"):
+    with pytest.raises(ConfigError, match=r"cluster\.fabric: no address that other nodes can reach"):
         fabric.address(None, kind="slurm")

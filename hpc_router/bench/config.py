@@ -124,7 +124,7 @@ def check(config: BenchConfig) -> None:
     _check_lengths("output_tokens", config.output_tokens)
     taken = sorted(OURS & config.extra.keys())
     if taken:
-        raise ConfigError(f"bench.extra.{taken[0]}: the load generator's own", key="bench.extra")
+        raise ConfigError(f"bench.extra.{taken[0]}: the load generator sets this field itself", key="bench.extra")
 
 
 def _check_open(config: BenchConfig) -> None:

@@ -73,7 +73,7 @@ def read_prompts(path: Path) -> list[Prompt]:
     """One JSON object per line: `prompt`, and `domain` where it is known. Raises ConfigError with file and line."""
     found = [_prompt(line, f"{path}:{number}") for number, line in lines_of(path)]
     if not found:
-        raise ConfigError(f"bench.prompts={path}: it holds no prompt")
+        raise ConfigError(f"bench.prompts={path}: it contains no prompt")
     return found
 
 

@@ -43,7 +43,7 @@ def _head(simulated: bool) -> list[Text]:
 def _remarks(row: Measured) -> Iterator[Text]:
     found, at = row.found, f"{row.point.name}: "
     shares = "  ".join(f"{name} {share:.0%}" for name, share in found.experts.items())
-    yield Text(f"{at}answered by {shares or 'nobody'}")
+    yield Text(f"{at}answered by {shares or 'no expert'}")
     if found.failed:
         errors = ", ".join(f"{count} {kind}" for kind, count in found.errors.items())
         yield Text(f"{at}{found.failed} of {found.requests} requests failed: {errors}", style="red")

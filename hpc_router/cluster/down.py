@@ -46,7 +46,7 @@ def down(run: RunDir, *, watcher: Watcher | None = None) -> int:
     try:
         control = Control(run)
     except ConfigError as error:  # another version's, or damaged: no reason to let jobs run
-        logger.warning("%s; its jobs are ended all the same", error)
+        logger.warning("%s; its jobs are ended anyway", error)
         control = Control(run, deployment=Deployment())
     before = {a.replica for a in living(control.look())}  # once it is asked for, the control loop may end them first
     take_down(run)
@@ -60,7 +60,7 @@ def empty(control: Control, before: set[str], *, watcher: Watcher) -> int:
     while True:
         seen = control.once(clear=True)
         if not seen.desired.down:
-            raise LaunchError(f"{control.run.path} was brought up again meanwhile")
+            raise LaunchError(f"{control.run.path} was started again in the meantime")
         left = living(seen)
         _refuse_far(left)
         ended |= {attempt.replica for attempt in left}

@@ -37,6 +37,6 @@ def findings(shown: Sequence[ReplicaView], told: Mapping[str, Any]) -> list[Find
         what = f"the background task '{failure['task']}' failed and was started again: {failure['last_error']}"
         found.append(Finding(view, what, _LOG))
     if router.get("settings_trouble"):
-        advice = "`hpc-router set KEY=` takes a setting back; an artefact may be trained anew"
-        found.append(Finding(view, f"a change is not taken over: {router['settings_trouble']}", advice))
+        advice = "`hpc-router set KEY=` restores the configured value; an artefact can be trained again"
+        found.append(Finding(view, f"a change was not applied: {router['settings_trouble']}", advice))
     return found

@@ -21,20 +21,20 @@ _EDIT: Final = "edit {}, then `hpc-router up` in a new run"
 _LIMIT: Final = "`sacctmgr show qos` and `scontrol show assoc_mgr` show the limits"
 _JOB: Final = "JOBID"
 """Stands for the job's id, also where that is not known."""
-_HELD: Final = "`scontrol release JOBID` lets it go"
+_HELD: Final = "`scontrol release JOBID` releases it"
 
 _WORDS: Final[dict[str, Waiting]] = {
     "Resources": Waiting("it is next in line and waits for nodes to become free"),
     "Priority": Waiting("jobs of higher priority go first", "a shorter cluster.walltime lets it fill gaps sooner"),
     "BeginTime": Waiting("its time to begin has not come, or it was requeued and waits two minutes"),
     "Dependency": Waiting(
-        "it waits for another job: a standby router for the one that serves, others as sbatch.dependency says",
+        "it waits for another job: a standby router for the serving router, other jobs as sbatch.dependency says",
         "`scontrol show job JOBID` names that job",
     ),
     "DependencyNeverSatisfied": Waiting(
         "it waits for a job that cannot end as its dependency asks", _EDIT.format("resources.sbatch.dependency"), True
     ),
-    "Licenses": Waiting("it waits for a license", "`scontrol show licenses` tells who has them"),
+    "Licenses": Waiting("it waits for a license", "`scontrol show licenses` shows which are in use"),
     "JobHeldUser": Waiting("it is held by its owner", _HELD),
     "JobHeldAdmin": Waiting("it is held by an administrator", "ask the site's support why"),
     "JobHoldMaxRequeue": Waiting(
@@ -46,14 +46,14 @@ _WORDS: Final[dict[str, Waiting]] = {
     "NodeDown": Waiting("a node it needs is down", "wait, or leave the node out with cluster.exclude"),
     "ReqNodeNotAvail": Waiting(
         "nodes it needs are down, drained or reserved, often for maintenance: a job that would run into one waits",
-        "a shorter cluster.walltime may fit in; `scontrol show reservation` and `sinfo --list-reasons` tell more",
+        "a shorter cluster.walltime may fit in; `scontrol show reservation` and `sinfo --list-reasons` show more",
     ),
     "Nodes required for job are DOWN": Waiting(
-        "nodes it needs are down, drained or reserved for jobs of higher priority", "`sinfo --list-reasons` tells more"
+        "nodes it needs are down, drained or reserved for jobs of higher priority", "`sinfo --list-reasons` shows more"
     ),
-    "Reservation": Waiting("its reservation has not begun or is full", "`scontrol show reservation` tells when"),
+    "Reservation": Waiting("its reservation has not begun or is full", "`scontrol show reservation` shows when"),
     "ReservationDeleted": Waiting("its reservation is gone", _EDIT.format("cluster.reservation"), True),
-    "PartitionDown": Waiting("its partition is closed", "`sinfo` tells more; another cluster.partition may be open"),
+    "PartitionDown": Waiting("its partition is closed", "`sinfo` shows more; another cluster.partition may be open"),
     "PartitionInactive": Waiting("its partition takes no jobs now", "another cluster.partition may be open"),
     "PartitionTimeLimit": Waiting(
         "it asks for more time than its partition allows", _EDIT.format("cluster.walltime or cluster.partition"), True
@@ -90,10 +90,10 @@ _WORDS: Final[dict[str, Waiting]] = {
     "BurstBufferStageIn": Waiting("its data are copied to a burst buffer"),
     "AssociationTimeLimit": Waiting("its account allows less time", _EDIT.format("cluster.walltime"), True),
     "AssociationResourceLimit": Waiting("its account is at a limit", _LIMIT),
-    "AssociationJobLimit": Waiting("its account runs as many jobs as it may", _LIMIT),
+    "AssociationJobLimit": Waiting("its account already runs the maximum number of jobs", _LIMIT),
     "QOSTimeLimit": Waiting("its qos allows less time", _EDIT.format("cluster.walltime or cluster.qos"), True),
     "QOSResourceLimit": Waiting("its qos is at a limit", _LIMIT),
-    "QOSJobLimit": Waiting("as many jobs of its qos run as may", _LIMIT),
+    "QOSJobLimit": Waiting("its qos already runs the maximum number of jobs", _LIMIT),
 }
 _OF: Final = {
     "QOS": ("qos", "cluster.qos"),

@@ -83,7 +83,7 @@ TABLE: Final = (
     ),
     _passing(
         "partition reservation",
-        "it is closed now; `sinfo` tells more",
+        "it is closed now; `sinfo` shows more",
         r"Required partition not available",
         r"Partition in DOWN state",
         r"System submissions disabled",

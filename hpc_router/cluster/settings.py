@@ -17,7 +17,7 @@ def parse_settings(words: Sequence[str]) -> tuple[dict[str, str | None], list[st
     for word in words:
         key, equals, text = word.partition("=")
         if not key or not equals:
-            raise ConfigError(f"set: '{word}' is not KEY=VALUE (valid: such as router.max_in_flight=500)")
+            raise ConfigError(f"set: '{word}' is not KEY=VALUE (valid: for example router.max_in_flight=500)")
         if text:
             values[key] = _scalar(text)
         else:

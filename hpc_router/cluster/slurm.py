@@ -144,7 +144,7 @@ class SlurmLauncher:
         held = {job_id: queued for job_id, queued in view.jobs.items() if _holds(queued)}
         strangers = {job_id for job_id, queued in held.items() if self._given_up(job_id, queued)}
         for job_id in sorted(strangers):
-            logger.warning("job %s (%s) was given up and came all the same: cancelled", job_id, view.jobs[job_id].name)
+            logger.warning("job %s (%s) was given up but started anyway: cancelled", job_id, view.jobs[job_id].name)
             _scancel(job_id)
         return strangers
 

@@ -112,7 +112,7 @@ class _Effort:
             seen = self._control.once()  # a router's own loop may do the same: claims decide
             self._submitted |= set(seen.submitted)
             if seen.desired.down:
-                raise LaunchError(f"{self._run.path} was taken down meanwhile")
+                raise LaunchError(f"{self._run.path} was taken down in the meantime")
             shown = views(seen, self._control.observer.records)
             reporter.show(shown)
             url = self._serving(shown, wait_all=wait_all)

@@ -40,40 +40,41 @@ ADVICE: Final[Mapping[Reason, str]] = {
     Reason.INTERPRETER: "check experts.{expert}.engine.python: that interpreter must have the engine installed",
     Reason.TIMEOUT: "it did not answer in time: while it loads, raise experts.{expert}.engine.startup_timeout_s or put "
     "the model on a faster file system; once it was ready, it hung: look at its log's end and at its node",
-    Reason.KILLED: "something ended it from outside: the node's memory limit, a user, or the system; `dmesg` may tell",
+    Reason.KILLED: "it was killed from outside: by the node's memory limit, a user, or the system; `dmesg` may show it",
     Reason.CRASHED: "read the log lines; `hpc-router up` tries again",
     Reason.PORT_TAKEN: "another process has the port: leave it to the kernel (router.port=0), or choose another",
-    Reason.RANK_LOST: "one of its nodes ended: the log of that rank tells why (`hpc-router logs {replica}` shows them "
-    "all); `hpc-router up` tries again",
+    Reason.RANK_LOST: "one of its nodes ended: the log of that rank shows the reason (`hpc-router logs {replica}` "
+    "prints all of them); `hpc-router up` tries again",
     Reason.SETUP: "edit the line of cluster.setup or cluster.modules that the message names, then `hpc-router up` in a "
     "new run",
-    Reason.UNANSWERED: "Slurm did not answer, or takes no more jobs of yours for now; it is tried again and again",
+    Reason.UNANSWERED: "Slurm did not answer, or takes no more jobs of yours for now; the submission is retried",
     Reason.REFUSED: "edit the key that the message names (`hpc-router plan` tries it), then `hpc-router up` in a "
     "new run",
     Reason.NODE_FAILED: "its node failed: another is submitted; cluster.exclude leaves a bad node out",
     Reason.PREEMPTED: "a job of higher priority took its place: another is submitted; another cluster.partition or "
     "cluster.qos may not be preempted",
     Reason.WALLTIME: "its walltime ended: another is submitted; a longer cluster.walltime makes that rarer",
-    Reason.CANCELLED: "somebody cancelled its job: another is submitted; `hpc-router scale` or `down` ends it for good",
+    Reason.CANCELLED: "a user or an administrator cancelled its job: another is submitted; `hpc-router scale` or "
+    "`down` ends it for good",
     Reason.DRAINED: "it was asked to stop; `hpc-router up` or `scale` starts it again",
     Reason.VANISHED: "it was killed, or could not start: its log ends where it died; `hpc-router up` tries again",
 }
 _STANDING: Final[Mapping[Standing, str]] = {
-    Standing.MISSING: "nothing was submitted yet: `hpc-router up` or `hpc-router reconcile` does",
+    Standing.MISSING: "no job was submitted yet: `hpc-router up` or `hpc-router reconcile` submits one",
     Standing.SUBMITTED: "its job was submitted and has not begun yet",
     Standing.STARTING: "it is starting",
     Standing.LOADING: "its engine is loading the model",
     Standing.RESTARTING: "its engine failed and is started again",
     Standing.DRAINING: "it takes no new requests and ends after those in flight",
     Standing.WAITING: "it failed and is submitted again after a pause",
-    Standing.FAILED: "it failed too often, or for a reason no restart can cure",
+    Standing.FAILED: "it failed too often, or for a reason that a restart cannot fix",
     Standing.STOPPED: "it is not running",
-    Standing.REGISTERED: "it runs elsewhere: `hpc-router status` tells whether the router reaches it",
+    Standing.REGISTERED: "it runs elsewhere: `hpc-router status` shows whether the router reaches it",
 }
 _ROUTER_ADVICE: Final = "edit router.* as the message says, then `hpc-router up` in a new run"
 
 
-_SICK_ADVICE: Final = "`hpc-router logs {replica}` may tell why; `hpc-router drain {replica}` replaces it"
+_SICK_ADVICE: Final = "`hpc-router logs {replica}` may show the reason; `hpc-router drain {replica}` replaces it"
 _EXTERNAL_ADVICE: Final = (
     "start or repair the server there, or `hpc-router unregister {replica}`; if it does serve, `hpc-router register` "
     "it again with --probe-path, --no-probe or --token-file"
@@ -161,7 +162,7 @@ def _sick(shown: list[ReplicaView], told: Mapping[str, Any]) -> list[Cause]:
         external = seen.get("kind") == "external"
         advice = (_EXTERNAL_ADVICE if external else _SICK_ADVICE).format(replica=view.replica)
         if seen.get("state") == "ejected":
-            what = f"the router has it out of use: {seen.get('trouble') or 'it does not answer'}"
+            what = f"the router has ejected it: {seen.get('trouble') or 'it does not answer'}"
             causes.append(Cause(view, what, advice, ()))
         elif seen.get("sick"):
             causes.append(Cause(view, f"it {seen['sick']}", advice, ()))

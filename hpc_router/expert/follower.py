@@ -162,7 +162,7 @@ class Follower:
             if not is_proven(key, report.challenge, order):
                 raise ValueError("a stranger answers in its place")
         except (UpstreamError, ValueError) as error:
-            logger.warning("no word from rank 0: %s", error)
+            logger.warning("no answer from rank 0: %s", error)
             return None
         self._leader = leader
         return order

@@ -87,7 +87,7 @@ class Group:
                 return Failure(Reason.RANK_LOST, f"{self._name(rank)} has not been heard of for {self.silence_s:g} s")
             report = self._heard[rank].report
             if report.instance != self._taking_part.get(rank):
-                return Failure(Reason.RANK_LOST, f"{self._name(rank)} was started anew")
+                return Failure(Reason.RANK_LOST, f"{self._name(rank)} was restarted")
             if report.attempt == self.attempt and report.state is RankState.ENDED:
                 return Failure(_reason(report.reason), f"{self._name(rank)}: {report.message}")
         return None

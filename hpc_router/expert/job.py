@@ -58,7 +58,7 @@ def main(run: Path, replica: str, deployment: Deployment | None = None, *, rank:
 def _rank(environment: Mapping[str, str]) -> int:
     text = environment.get(RANK, "0")
     if not text.isdecimal():
-        raise ConfigError(f"{RANK}={text}: no rank (valid: 0, 1, ...)")
+        raise ConfigError(f"{RANK}={text}: not a rank (valid: 0, 1, ...)")
     return int(text)
 
 

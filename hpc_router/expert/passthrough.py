@@ -99,7 +99,7 @@ async def pass_through(
         pass  # its handler is about to be cancelled
     except UpstreamError as error:
         if request.begun:
-            logger.warning("the engine failed in the midst of an answer: %s", error)
+            logger.warning("the engine failed during a response: %s", error)
             request.abort()
         raise
     return None

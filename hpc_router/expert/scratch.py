@@ -161,7 +161,7 @@ def _own_parent(parent: Path) -> bool:
 def _new_folder(parent: Path, *, ours: bool) -> Path:
     where, prefix = (parent, "") if ours else (parent.parent, f"{parent.name}-")
     if not ours:
-        logger.warning("%s is not ours; a folder beside it is used", parent)
+        logger.warning("%s belongs to another user; a folder beside it is used", parent)
     try:
         return Path(tempfile.mkdtemp(prefix=prefix, dir=where))
     except OSError as error:

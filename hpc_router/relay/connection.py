@@ -308,7 +308,7 @@ class Connection(asyncio.Protocol, Started):
         if self._framer is not None and not self._framer.complete and self._failure is None:
             try:
                 if error is not None:
-                    raise UpstreamError(f"the replica broke off: {type(error).__name__}") from error
+                    raise UpstreamError(f"the connection to the replica broke: {type(error).__name__}") from error
                 self._framer.feed_eof()
             except UpstreamError as failure:
                 self._failure = failure
@@ -327,7 +327,7 @@ class Connection(asyncio.Protocol, Started):
 
     def give_up(self) -> None:
         self._frame_for_a_task()
-        self._fail(UpstreamTimeoutError("the replica fell silent"))
+        self._fail(UpstreamTimeoutError("the replica sent nothing within the timeout"))
         self._wake()
 
     def _wake(self) -> None:

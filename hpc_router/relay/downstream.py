@@ -124,7 +124,7 @@ Express = Callable[[Request], Work | None]
 def check_encoding(headers: Headers) -> None:
     """Raises BadRequestError for a body that would have to be decompressed."""
     if b"content-encoding" in headers and any(e.lower() != b"identity" for e in headers.all(b"content-encoding")):
-        raise BadRequestError("compressed request bodies are not taken")
+        raise BadRequestError("compressed request bodies are not supported")
 
 
 def json_response(value: Any, *, status: int = 200) -> Response:

@@ -112,7 +112,7 @@ class ResponseFramer:
 
     def on_message_begin(self) -> None:
         if self.complete:
-            raise UpstreamError("something follows its end")
+            raise UpstreamError("there is data after its end")
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if not self.status:  # else it is a trailer
@@ -123,9 +123,9 @@ class ResponseFramer:
         status = self._parser.get_status_code()
         version = self._parser.get_http_version()
         if version not in _VERSIONS:
-            raise UpstreamError(f"HTTP/{version} is not spoken here")
+            raise UpstreamError(f"HTTP/{version} is not supported")
         if status == 101:
-            raise UpstreamError("it switches protocols unasked")
+            raise UpstreamError("it switches protocols without being asked")
         if status < 200:
             self._interim = True
             self._fields.clear()

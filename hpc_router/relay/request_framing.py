@@ -164,17 +164,17 @@ class RequestFramer:
         assert self._parser is not None
         version = self._parser.get_http_version()
         if version not in _VERSIONS:
-            raise RefusedError("HTTP/1.1 is spoken here", status=505)
+            raise RefusedError("only HTTP/1.1 is supported", status=505)
         if len(self._fields) > MAX_FIELDS or self._head_bytes() > MAX_HEAD_BYTES:
             raise RefusedError(f"more than {MAX_FIELDS} headers or {MAX_HEAD_BYTES} bytes of them", status=431)
         fields, request_id = without_id(self._fields)
         headers = Headers(fields)
         if version == "1.1" and len(headers.all(b"host")) != 1:
-            raise RefusedError("HTTP/1.1 wants one Host header")
+            raise RefusedError("HTTP/1.1 requires one Host header")
         if b"transfer-encoding" in headers:
             codings = headers.all(b"transfer-encoding")
             if version == "1.0" or len(codings) != 1 or codings[0].lower() != b"chunked":
-                raise RefusedError("the only transfer encoding taken is chunked, in HTTP/1.1", status=501)
+                raise RefusedError("the only supported transfer encoding is chunked, in HTTP/1.1", status=501)
         head = RequestHead(
             self._parser.get_method().decode(),
             self._target.decode("utf-8", "surrogateescape"),
@@ -211,7 +211,7 @@ class RequestFramer:
             self._current = None
 
     def _too_large(self) -> None:
-        self._fail(BodyTooLargeError("the body is larger than router.max_body_mb admits"))
+        self._fail(BodyTooLargeError("the body is larger than router.max_body_mb"))
 
     def _head_bytes(self) -> int:
         return len(self._target) + sum([len(name) + len(value) for name, value in self._fields])

@@ -56,7 +56,7 @@ class _Request(Request):
             async with asyncio.timeout(limit_s):
                 return await request.read()
         except web.HTTPRequestEntityTooLarge as error:
-            raise BodyTooLargeError("the body is larger than router.max_body_mb admits") from error
+            raise BodyTooLargeError("the body is larger than router.max_body_mb") from error
         except web.RequestPayloadError as error:
             raise BadRequestError("the body cannot be read") from error
         except TimeoutError as error:

@@ -136,7 +136,7 @@ class UpstreamClient:
             made.abort()
             patience.end()
             if patience.spent and isinstance(error, TimeoutError):
-                raise UpstreamTimeoutError("the replica fell silent") from error
+                raise UpstreamTimeoutError("the replica sent nothing within the timeout") from error
             if isinstance(error, OSError | UnicodeError):  # a host name that is none is a UnicodeError
                 raise UpstreamConnectError(f"cannot connect to the replica: {type(error).__name__}") from error
             raise

@@ -108,9 +108,9 @@ class AiohttpClient:
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
             raise UpstreamConnectError(f"cannot connect to the replica: {type(error).__name__}") from error
         except TimeoutError as error:
-            raise UpstreamTimeoutError("the replica fell silent") from error
+            raise UpstreamTimeoutError("the replica sent nothing within the timeout") from error
         except (aiohttp.ClientError, OSError) as error:
-            raise UpstreamError(f"the replica broke off: {type(error).__name__}") from error
+            raise UpstreamError(f"the connection to the replica broke: {type(error).__name__}") from error
 
 
 def fields_of(head: bytes) -> CIMultiDict[str]:

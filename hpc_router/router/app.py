@@ -318,7 +318,7 @@ class Gateway:
         experts = self.policy.order(decision)
         if not experts:
             raise UnknownModelError(
-                "'auto' leads nowhere: no expert is ready to be chosen and policy.fallback names none"
+                "no expert is available for model 'auto', and policy.fallback is not set"
                 + suggest("", self._experts()),
                 param="model",
             )

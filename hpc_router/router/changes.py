@@ -58,7 +58,7 @@ class Changes:
                 await self._look()
             except (HpcRouterError, OSError) as error:
                 self.trouble = str(error)
-                logger.warning("a change is not taken over: %s", error)
+                logger.warning("a change was not applied: %s", error)
             self._now.clear()
             try:
                 async with asyncio.timeout(LOOK_S):

@@ -131,7 +131,7 @@ class Channel(asyncio.Protocol):
         if transport is None or transport.is_closing():  # who asks is told so with all others, in `connection_lost`
             return
         if transport.get_write_buffer_size() > MOST_UNREAD:
-            logger.warning("%r is not told: the other process reads nothing", kind)
+            logger.warning("%r was not sent: the other process does not read", kind)
             return
         content = json.dumps([kind, number, value], separators=(",", ":")).encode()
         transport.write(len(content).to_bytes(_LENGTH) + content)

@@ -311,7 +311,7 @@ class Dispatcher:
             errand.refusal = self._wants_token(errand, hold)
             raise _TryElsewhereError
         if status == 401 and replica.key is not None:
-            raise UpstreamConnectError("the replica refuses our key")
+            raise UpstreamConnectError("the replica refused the router's key")
         if status not in _TRY_ELSEWHERE:
             return None
         errand.avoid |= {replica}

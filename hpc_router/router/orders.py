@@ -83,4 +83,4 @@ class Orders:
             case "reload" if self.on_reload is not None:
                 self.on_reload()
             case other:
-                logger.warning("an order is not understood: %s", other)
+                logger.warning("unknown command ignored: %s", other)

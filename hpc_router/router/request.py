@@ -129,7 +129,7 @@ def _walk(text: str) -> tuple[dict[str, Any], dict[str, tuple[int, int]]]:
         spans[key] = (start, end)
         at = _skip_space(text, end)
     if _skip_space(text, at + 1) != len(text):
-        raise ValueError("something follows its end")
+        raise ValueError("there is data after its end")
     return fields, spans
 
 

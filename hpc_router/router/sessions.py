@@ -119,7 +119,7 @@ class Sessions:
             raise not_found("this session has no earlier turn here")
         if model not in ("auto", turn.expert):
             raise BadRequestError(
-                f"this session's responses are with {turn.expert!r} (valid: auto, {turn.expert})", param="model"
+                f"the responses of this session are kept by {turn.expert!r} (valid: auto, {turn.expert})", param="model"
             )
         replica = table.get(turn.replica)
         if replica is None or not turn.is_at(replica):

@@ -31,7 +31,7 @@ def with_settings(deployment: Deployment, settings: Mapping[str, Any]) -> Deploy
         if key not in LIVE:
             if section == "router" and name in _FIXED:
                 raise ConfigError(
-                    f"{key} holds from a router's start to its end: drain it, or start a new run", key=key
+                    f"{key} cannot change while a router runs: drain the router, or start a new run", key=key
                 )
             raise ConfigError(f"'{key}' cannot be set while a router serves{suggest(key, LIVE)}", key=key)
         sections[section][name] = value

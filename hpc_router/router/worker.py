@@ -109,7 +109,7 @@ async def following(gateway: Gateway, link: ControlLink, run: RunDir) -> AsyncIt
             try:
                 await _take_over(gateway, link.settings or {}, run)
             except (HpcRouterError, OSError) as error:
-                logger.warning("settings are not taken over: %s", error)
+                logger.warning("settings were not applied: %s", error)
 
     link.on_settings = told.set
     if link.settings is not None:
@@ -131,4 +131,4 @@ async def _take_over(gateway: Gateway, settings: Mapping[str, Any], run: RunDir)
     if deployment.policy != gateway.deployment.policy or not same_artefacts:
         policy = await asyncio.to_thread(load_policy, run, deployment)
     gateway.reconfigure(deployment, policy)
-    logger.info("settings are taken over, artefact %s", policy.version)
+    logger.info("settings applied, artefact %s", policy.version)

@@ -155,5 +155,5 @@ def test_an_invalid_point_is_told() -> None:
     told = console.file.getvalue()
     assert "1000 users: INVALID: its reason" in told
     assert told.count("INVALID") == 1
-    assert "4 users: answered by nobody" in told
+    assert "4 users: answered by no expert" in told
     assert "simulated" not in told

@@ -263,7 +263,7 @@ def test_down_stops_when_it_is_brought_up_again(run: RunDir, control: Control) -
         def living(self, attempts: list[Attempt]) -> None:
             desired.start_over(run, {})
 
-    with pytest.raises(LaunchError, match="brought up again meanwhile"):
+    with pytest.raises(LaunchError, match="started again in the meantime"):
         down(run, watcher=Up())
     assert not JobDir(run, "router-0.g1").path.exists()
 

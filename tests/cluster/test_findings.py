@@ -27,7 +27,7 @@ def told(**router: Any) -> dict[str, Any]:
             told(control={"restarts": 2, "last_end": "was killed by signal 9"}),
             ["the control process was started again 2 times: the last one was killed by signal 9"],
         ),
-        (told(settings_trouble="policy.kind=nope"), ["a change is not taken over: policy.kind=nope"]),
+        (told(settings_trouble="policy.kind=nope"), ["a change was not applied: policy.kind=nope"]),
     ],
 )
 def test_what_is_amiss(status: dict[str, Any], says: list[str]) -> None:

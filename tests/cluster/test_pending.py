@@ -67,8 +67,8 @@ def test_the_forms_squeue_writes(reason: str, what: str) -> None:
 
 
 def test_the_job_is_named_in_the_advice() -> None:
-    assert in_words("JobHeldUser", "7").advice == "`scontrol release 7` lets it go"
-    assert in_words("JobHeldUser").advice == "`scontrol release JOBID` lets it go"
+    assert in_words("JobHeldUser", "7").advice == "`scontrol release 7` releases it"
+    assert in_words("JobHeldUser").advice == "`scontrol release JOBID` releases it"
     assert "scancel 7_1" in (in_words("launch failed requeued held", "7_1").advice or "")
     assert in_words("Resources", "7").advice is None
     told = in_words("ReqNodeNotAvail, UnavailableNodes:n1", "7")

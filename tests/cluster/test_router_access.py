@@ -28,7 +28,7 @@ async def test_the_router_of_the_record(tmp_path: Path, monkeypatch: pytest.Monk
         found = await asked(run)
         assert found == RouterAccess(record_of(router.url), run.token())
         assert (found.url, found.replica) == (router.url, "router-0.g1")
-    with pytest.raises(LaunchError, match=rf"router-0\.g1 at {router.url}: nobody answers there"):
+    with pytest.raises(LaunchError, match=rf"router-0\.g1 at {router.url}: no process answers there"):
         await asked(run)
 
 

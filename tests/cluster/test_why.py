@@ -58,7 +58,7 @@ def test_a_job_that_waits_in_vain(run: RunDir) -> None:
 
 
 def test_a_held_job_is_named_in_the_advice(run: RunDir) -> None:
-    assert cause(run, waiting("JobHeldUser")).advice == "`scontrol release 7` lets it go"
+    assert cause(run, waiting("JobHeldUser")).advice == "`scontrol release 7` releases it"
 
 
 @pytest.mark.parametrize("reason", list(Reason))
@@ -118,7 +118,7 @@ def test_who_is_ready_and_sick_is_told_by_the_router() -> None:
     views = [ReplicaView("math", f"math-{n}.g1", Standing.READY) for n in range(4)]
     told = {cause.view.replica: cause for cause in why._sick(views, {"experts": {"math": {"replicas": seen}}})}
     assert {replica: cause.what for replica, cause in told.items()} == {
-        "math-0.g1": "the router has it out of use: does not answer probes",
+        "math-0.g1": "the router has ejected it: does not answer probes",
         "math-1.g1": "it is slow: 1 s to the first byte",
     }
     assert told["math-1.g1"].advice is not None

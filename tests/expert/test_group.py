@@ -73,7 +73,7 @@ def test_another_process_than_before_has_nothing_of_the_engine() -> None:
     group = begun()
     anew = report(instance="b")
     assert group.heard(anew, now=1.0).action is Action.WAIT
-    assert group.trouble(now=1.0) == Failure(Reason.RANK_LOST, "rank 1 on n1 was started anew")
+    assert group.trouble(now=1.0) == Failure(Reason.RANK_LOST, "rank 1 on n1 was restarted")
     group.end()
     assert group.absent(now=1.0) == []
     group.begin("10.0.0.1", 4001)

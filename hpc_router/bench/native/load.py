@@ -100,7 +100,7 @@ class Running:
         words = process.stdout.readline().split()
         if words[:1] != [b"begun"]:
             self.wait(patience_s=GUARD_S)
-            raise LaunchError("the load generator did not begin")
+            raise LaunchError("the load generator did not start")
         self.begun_ns = int(words[1])
 
     def stop(self) -> None:

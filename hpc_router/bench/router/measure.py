@@ -211,7 +211,7 @@ class Measurement:
 
     def _check(self, workload: str, found: Recorded) -> None:
         self.round.fail(workload, errors(found.requests))
-        self.round.fail(workload, {"answers nobody asked for": int(found.summary["unsolicited"])})
+        self.round.fail(workload, {"unsolicited answers": int(found.summary["unsolicited"])})
         if not len(found.requests):
             self.round.fail(workload, {"no requests": 1})
 

@@ -56,7 +56,7 @@ def bench(options: Options, console: Console) -> Results:
     for name, why in absent.items():
         console.print(f"{name}: {why}", style="yellow", highlight=False)
     if not present:
-        raise LaunchError("nothing of that is installed")
+        raise LaunchError("none of the selected relays is installed")
     for program in ("load", "engine"):
         built(program)
     _raise_file_limit(options.streams)
@@ -111,7 +111,7 @@ def _raise_file_limit(streams: int) -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard != resource.RLIM_INFINITY and hard < streams * DESCRIPTORS // 2:
         raise LaunchError(
-            f"{streams} streams want {streams * DESCRIPTORS // 2} open files per process, {hard} are allowed"
+            f"{streams} streams need {streams * DESCRIPTORS // 2} open files per process, and {hard} are allowed"
         )
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 

@@ -42,7 +42,7 @@ def read_rows(path: Path) -> list[Row]:
     """All rows in order, those without text included. Raises ConfigError naming file and line."""
     rows = [_row(line, number, f"{path}:{number}") for number, line in lines_of(path)]
     if not rows:
-        raise ConfigError(f"{path}: it holds no prompt")
+        raise ConfigError(f"{path}: it contains no prompt")
     return rows
 
 

@@ -94,7 +94,7 @@ def test_each_absent_one_is_named_with_what_to_install(
         "router+agent",
     }
     assert all("not installed (" in why for why in said.values() if why)
-    with pytest.raises(LaunchError, match="nothing of that is installed"):
+    with pytest.raises(LaunchError, match="none of the selected relays is installed"):
         bench(Options(only=("nginx", "haproxy"), out=tmp_path / "out"), Console(stderr=True))
     said_there = capsys.readouterr().err
     assert "nginx: not installed" in said_there

@@ -41,7 +41,7 @@ def test_a_bad_line_is_named(tmp_path: Path, line: bytes, message: str) -> None:
 
 def test_an_empty_or_absent_file_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "a").touch()
-    with pytest.raises(ConfigError, match="holds no prompt"):
+    with pytest.raises(ConfigError, match="contains no prompt"):
         read_rows(tmp_path / "a")
     with pytest.raises(ConfigError, match="No such file"):
         read_rows(tmp_path / "b")
