@@ -157,8 +157,8 @@ def why(arguments: argparse.Namespace) -> int:
 
 
 def route(arguments: argparse.Namespace) -> int:
-    from hpc_router.cluster.http import Unreachable, ask
     from hpc_router.cluster.router_access import router_access
+    from hpc_router.net.http_client import Unreachable, ask
     from hpc_router.screen import route_text
 
     access = router_access(find_run(arguments.run))

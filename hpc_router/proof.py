@@ -14,9 +14,9 @@ from enum import StrEnum
 from typing import Any, Final
 from urllib.parse import urlsplit
 
-from hpc_router.auth import challenge_answer, new_token, replica_key, same
+from hpc_router.net.auth import challenge_answer, new_token, replica_key, same
+from hpc_router.net.protocol import HEALTH, Health
 from hpc_router.registry import Record
-from hpc_router.wire import HEALTH, Health
 
 PROOF_S: Final = 10.0
 PATIENCE_S: Final = 2.0

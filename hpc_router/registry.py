@@ -17,7 +17,7 @@ from typing import Any, Final, Self
 
 from hpc_router.errors import RegistryError
 from hpc_router.files import LONGEST, read_json, replace_json
-from hpc_router.wire import MODELS
+from hpc_router.net.protocol import MODELS
 
 logger = logging.getLogger(__name__)
 

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from hpc_router.auth import new_token
 from hpc_router.errors import ConfigError, RegistryError
 from hpc_router.files import load_json, naming, replace_json
 from hpc_router.logfile import LOG_BYTES, previous
+from hpc_router.net.auth import new_token
 
 ROTATION_S: Final = 60.0
 """A claim to rotate `events.jsonl` that is older was left by a process that died."""

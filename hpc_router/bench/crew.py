@@ -20,9 +20,9 @@ from hpc_router.bench.load import Load, Target, carry_out, from_json, merged
 from hpc_router.bench.loader import order
 from hpc_router.bench.prompts import Prompt
 from hpc_router.bench.workload import Point, jobs_for, workload
-from hpc_router.environment import scrubbed
 from hpc_router.errors import LaunchError
 from hpc_router.files import is_there, replace_json
+from hpc_router.net.job_environment import scrubbed
 from hpc_router.rundir import private_umask
 
 POLL_S: Final = 0.1

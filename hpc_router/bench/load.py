@@ -20,7 +20,7 @@ from hpc_router.bench.native import load as native
 from hpc_router.bench.native.records import FILLING, MEASURED, STREAM, UNKNOWN, Error
 from hpc_router.bench.workload import Workload, request
 from hpc_router.errors import LaunchError
-from hpc_router.wire import CHAT
+from hpc_router.net.protocol import CHAT
 
 LABELS: Final = "x-expert,x-replica,x-route-reason"
 _KINDS: Final[Mapping[Error, str]] = {

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
-from hpc_router.auth import replica_key
 from hpc_router.bench.config import BenchConfig
 from hpc_router.bench.crew import Crew
 from hpc_router.bench.load import Load, Target, carry_out, merged
@@ -20,11 +19,12 @@ from hpc_router.bench.overhead import overhead, split
 from hpc_router.bench.prompts import Prompt
 from hpc_router.bench.trust import Conditions, doubts
 from hpc_router.bench.workload import Point, workload
-from hpc_router.cluster.http import Unreachable, ask
 from hpc_router.errors import LaunchError
+from hpc_router.net.auth import replica_key
+from hpc_router.net.http_client import Unreachable, ask
+from hpc_router.net.protocol import METRICS
 from hpc_router.registry import Kind, Reader, Record, State
 from hpc_router.rundir import RunDir
-from hpc_router.wire import METRICS
 
 STEPS: Final = "hpc_router_sim_step_seconds_total"
 LOST: Final = "hpc_router_sim_lost_seconds_total"

@@ -17,10 +17,10 @@ from hpc_router.cluster.child import keep_refusals
 from hpc_router.cluster.command import last_words
 from hpc_router.cluster.launcher import JobRequest
 from hpc_router.config import Deployment
-from hpc_router.environment import held_job, scrubbed
 from hpc_router.errors import LaunchError
 from hpc_router.files import replace_text
 from hpc_router.jobdir import Exit, JobDir, JobInfo, Reason, Runner
+from hpc_router.net.job_environment import held_job, scrubbed
 from hpc_router.rundir import RunDir, private_umask
 
 

@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import hpc_router
-from hpc_router.environment import scrubbed
 from hpc_router.jobdir import Exit, JobDir, Process, Reason, start_ticks
+from hpc_router.net.job_environment import scrubbed
 from hpc_router.rundir import RunDir
 
 

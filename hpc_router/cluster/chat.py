@@ -7,11 +7,11 @@ from typing import Any, Final
 
 import aiohttp
 
-from hpc_router.cluster.http import session
 from hpc_router.cluster.router_access import RouterAccess
 from hpc_router.errors import HpcRouterError
+from hpc_router.net.http_client import session
+from hpc_router.net.protocol import CHAT
 from hpc_router.relay.sse import DONE, EventSplitter, EventTooLargeError, UnfinishedEventError, payloads
-from hpc_router.wire import CHAT
 
 IDLE_S: Final = 600.0
 Message = dict[str, str]

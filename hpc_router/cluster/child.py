@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 from hpc_router.cluster.command import last_words
-from hpc_router.environment import JOB_ID, held_job, scrubbed
 from hpc_router.errors import LaunchError
 from hpc_router.jobdir import Exit, JobDir, Reason
+from hpc_router.net.job_environment import JOB_ID, held_job, scrubbed
 from hpc_router.rundir import RunDir, private_umask
 
 TIMEOUT_S: Final = 60.0

@@ -4,7 +4,7 @@ import os
 import subprocess
 from collections.abc import Mapping, Sequence
 
-from hpc_router.environment import scrubbed
+from hpc_router.net.job_environment import scrubbed
 
 
 def output_of(argv: Sequence[str], *, timeout_s: float, also: Mapping[str, str] | None = None) -> str:

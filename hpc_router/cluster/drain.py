@@ -4,11 +4,11 @@ import asyncio
 import logging
 from collections.abc import Sequence
 
-from hpc_router.auth import replica_key
-from hpc_router.cluster.http import Unreachable, call, session
+from hpc_router.net.auth import replica_key
+from hpc_router.net.http_client import Unreachable, call, session
+from hpc_router.net.protocol import DRAIN
 from hpc_router.registry import Record
 from hpc_router.rundir import RunDir
-from hpc_router.wire import DRAIN
 
 logger = logging.getLogger(__name__)
 

@@ -27,11 +27,11 @@ from hpc_router.cluster.slots import ROUTER_SLOT, Slot
 from hpc_router.cluster.tracking import signals_note
 from hpc_router.cluster.trial import UNASKED, try_jobs
 from hpc_router.config import ClusterConfig, Deployment, ExpertConfig
-from hpc_router.environment import held_job
 from hpc_router.errors import ConfigError, LaunchError
 from hpc_router.expert.commands import drain_limit_s
 from hpc_router.expert.engines import Place, build_engine, engine_environment
 from hpc_router.expert.engines.container import contained
+from hpc_router.net.job_environment import held_job
 from hpc_router.rundir import RunDir
 
 FOLDER: Final = "<job>"

@@ -9,9 +9,9 @@ import asyncio
 from collections.abc import Sequence
 from typing import Final, NamedTuple
 
-from hpc_router.cluster.http import Unreachable, call, session
+from hpc_router.net.http_client import Unreachable, call, session
+from hpc_router.net.protocol import HEALTH
 from hpc_router.registry import Record
-from hpc_router.wire import HEALTH
 
 LOST_BEATS: Final = 2
 HUNG_BEATS: Final = 8

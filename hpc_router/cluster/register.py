@@ -14,13 +14,13 @@ from typing import Final
 from urllib.parse import urlsplit
 
 from hpc_router import registry
-from hpc_router.cluster.http import QUICK_S, Unreachable, ask
 from hpc_router.config import EXPERT_NAME, RESERVED_NAMES
 from hpc_router.errors import ConfigError, suggest
 from hpc_router.files import create_text
+from hpc_router.net.http_client import QUICK_S, Unreachable, ask
+from hpc_router.net.protocol import MODELS
 from hpc_router.registry import EngineInfo, Kind, Reader, Record, State, replica_name, split_replica
 from hpc_router.rundir import RunDir
-from hpc_router.wire import MODELS
 
 _PROBE: Final = re.compile(r"/[!-~]*")
 _V1: Final = re.compile(r"/v1/?$")

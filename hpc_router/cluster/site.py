@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from hpc_router.cluster.command import last_words
-from hpc_router.environment import scrubbed
 from hpc_router.errors import LaunchError
+from hpc_router.net.job_environment import scrubbed
 from hpc_router.walltime import walltime_s
 
 TIMEOUT_S: Final = 30.0

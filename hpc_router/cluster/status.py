@@ -9,11 +9,11 @@ from typing import Any
 
 from hpc_router.adapters import host_of
 from hpc_router.cluster.control import Control, Pass
-from hpc_router.cluster.http import Unreachable, ask
 from hpc_router.cluster.router_access import RouterAccess, router_access
 from hpc_router.cluster.slots import ROUTER_SLOT, Attempt
 from hpc_router.cluster.view import ReplicaView, Standing, of_experts, views
 from hpc_router.errors import LaunchError
+from hpc_router.net.http_client import Unreachable, ask
 from hpc_router.registry import Kind
 from hpc_router.rundir import RunDir
 

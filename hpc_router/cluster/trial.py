@@ -13,7 +13,7 @@ from hpc_router.cluster.batch import BatchJob
 from hpc_router.cluster.refusal import explain, is_passing
 from hpc_router.cluster.site import unanswered
 from hpc_router.config import Deployment
-from hpc_router.environment import scrubbed
+from hpc_router.net.job_environment import scrubbed
 from hpc_router.registry import split_replica
 
 TIMEOUT_S: Final = 30.0

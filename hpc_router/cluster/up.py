@@ -15,7 +15,6 @@ from typing import Final, Protocol
 from hpc_router.cluster.control import Control
 from hpc_router.cluster.desired import desired_of, scaled, start_over
 from hpc_router.cluster.down import Silent, down
-from hpc_router.cluster.http import Unreachable, ask
 from hpc_router.cluster.interrupt import interrupt_event
 from hpc_router.cluster.launcher import ROUTER, JobState
 from hpc_router.cluster.launchers import check_reach
@@ -26,6 +25,7 @@ from hpc_router.cluster.view import ReplicaView, Standing, of_experts, views
 from hpc_router.config import Deployment
 from hpc_router.errors import ArtefactError, HpcRouterError, LaunchError
 from hpc_router.job_options import check_run_path
+from hpc_router.net.http_client import Unreachable, ask
 from hpc_router.registry import Kind, split_replica
 from hpc_router.routing import exemplars
 from hpc_router.rundir import RunDir, private_umask

@@ -16,9 +16,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Final
 
-from hpc_router import fabric
 from hpc_router.adapters import adapters_of
-from hpc_router.auth import new_token, replica_key
 from hpc_router.background import TaskFailures, restarting
 from hpc_router.config import Deployment
 from hpc_router.errors import ConfigError, HpcRouterError, RegistryError
@@ -35,6 +33,8 @@ from hpc_router.expert.supervisor import Supervisor
 from hpc_router.filethread import PATIENCE_S, FileThread
 from hpc_router.jobdir import Exit, JobDir, Phase, Reason
 from hpc_router.lease import Lease
+from hpc_router.net import addresses
+from hpc_router.net.auth import new_token, replica_key
 from hpc_router.registry import Kind, Record, State, http_url, split_replica
 from hpc_router.relay import collector
 from hpc_router.relay.exchange import Upstream
@@ -132,7 +132,7 @@ class Agent:
     async def _live(self) -> Exit:
         cluster, router = self._deployment.cluster, self._deployment.router
         async with AsyncExitStack() as stack:
-            self._address = fabric.address(cluster.fabric, kind=cluster.kind)
+            self._address = addresses.address(cluster.fabric, kind=cluster.kind)
             place = stack.enter_context(scratch_folder(expanded(cluster.scratch, self._environment)))
             self._version = await self._commands.version(place)
             client = await stack.enter_async_context(UpstreamClient(ENGINE_LIMITS, socket_path=str(place.socket)))
@@ -244,7 +244,7 @@ class Agent:
             nodes=nodes,
             key=rank_key(self._run.secret(), self._nonce),
             address=self._address,
-            interface=fabric.interface(self._address),
+            interface=addresses.interface(self._address),
             beat_s=self._deployment.cluster.beat_s,
             command=lambda ranks: self._commands.at(replace(place, ranks=ranks), version=self._version),
             on_drain=partial(self.drain, from_outside=True),
@@ -299,6 +299,6 @@ def bind(address: str) -> socket.socket:
         sock.bind((address, 0))
     except OSError as error:
         sock.close()
-        key = fabric.KEY
+        key = addresses.KEY
         raise ConfigError(f"{key}: cannot listen at {address}: {error.strerror}", key=key) from error
     return sock

@@ -15,7 +15,7 @@ from hpc_router.expert.engines import Failure, Ranks
 from hpc_router.expert.group import ASSEMBLE_BEATS, FAREWELL_BEATS, RETURN_BEATS, SILENCE_BEATS, Group
 from hpc_router.expert.process import Command
 from hpc_router.expert.rank_auth import proof
-from hpc_router.wire import RankOrder, RankReport
+from hpc_router.net.protocol import RankOrder, RankReport
 
 logger = logging.getLogger(__name__)
 

@@ -17,9 +17,7 @@ from dataclasses import asdict, replace
 from functools import partial
 from typing import Final
 
-from hpc_router import fabric
 from hpc_router.adapters import adapters_of
-from hpc_router.auth import new_token
 from hpc_router.config import Deployment
 from hpc_router.errors import ConfigError, HpcRouterError, UpstreamError
 from hpc_router.expert.commands import Commands
@@ -30,12 +28,14 @@ from hpc_router.expert.rank_engine import RankEngine
 from hpc_router.expert.scratch import expanded, scratch_folder
 from hpc_router.filethread import PATIENCE_S, FileThread
 from hpc_router.jobdir import Exit, JobDir, Reason
+from hpc_router.net import addresses
+from hpc_router.net.auth import new_token
+from hpc_router.net.protocol import RANK, Action, RankOrder, RankReport
 from hpc_router.registry import Reader, Record, split_replica
 from hpc_router.relay.exchange import Limits, Upstream, address_of
 from hpc_router.relay.headers import lines
 from hpc_router.relay.upstream import UpstreamClient
 from hpc_router.rundir import RunDir
-from hpc_router.wire import RANK, Action, RankOrder, RankReport
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +107,7 @@ class Follower:
     async def _live(self) -> Exit:
         cluster = self._cluster
         limits = Limits(2 * cluster.beat_s, 2 * cluster.beat_s, 2 * cluster.beat_s)
-        self._address = fabric.address(cluster.fabric, kind=cluster.kind)
+        self._address = addresses.address(cluster.fabric, kind=cluster.kind)
         async with AsyncExitStack() as stack:
             place = stack.enter_context(scratch_folder(expanded(cluster.scratch, self._environment)))
             client = await stack.enter_async_context(UpstreamClient(limits))
@@ -139,7 +139,7 @@ class Follower:
         elif order.attempt != self._engine.attempt:
             here = self._address
             meeting = (order.master_address, order.master_port)
-            ranks = Ranks(self._rank, self._nodes, here, fabric.interface(here), *meeting)
+            ranks = Ranks(self._rank, self._nodes, here, addresses.interface(here), *meeting)
             self._engine.start(order.attempt, self._commands.at(replace(place, ranks=ranks)))
 
     async def _ask(self, client: Upstream) -> RankOrder | None:

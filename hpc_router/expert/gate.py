@@ -13,11 +13,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Final
 
-from hpc_router import wire
-from hpc_router.auth import bearer, challenge_answer, same
 from hpc_router.background import TaskFailures
 from hpc_router.errors import BadRequestError, BodyTooLargeError, UpstreamConnectError, UpstreamError
 from hpc_router.expert.passthrough import Passing, pass_through
+from hpc_router.net import protocol
+from hpc_router.net.auth import bearer, challenge_answer, same
 from hpc_router.registry import State
 from hpc_router.relay.downstream import Handler, Request, Response, Work, error_response, json_response
 from hpc_router.relay.exchange import Started, Upstream
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 HEADROOM: Final = 2
 LONGEST_CHALLENGE: Final = 256
 RETRY_AFTER_S: Final[Mapping[State, int]] = {State.STARTING: 5, State.DRAINING: 1}
-_STATE_HEADERS: Final = {State.STARTING: wire.STARTING_HEADER, State.DRAINING: wire.DRAINING_HEADER}
+_STATE_HEADERS: Final = {State.STARTING: protocol.STARTING_HEADER, State.DRAINING: protocol.DRAINING_HEADER}
 
 
 @dataclass(slots=True)
@@ -52,7 +52,7 @@ class Gate:
     progress: int = 0
     cut: int = 0
     engine_lost: asyncio.Event = field(default_factory=asyncio.Event)
-    on_rank: Callable[[wire.RankReport], wire.RankOrder] | None = None
+    on_rank: Callable[[protocol.RankReport], protocol.RankOrder] | None = None
     rank_token: str | None = None
     failures: TaskFailures = field(default_factory=TaskFailures)
     _relayed: set[Request] = field(init=False, default_factory=set)
@@ -61,11 +61,11 @@ class Gate:
 
     def __post_init__(self) -> None:
         self._routes = {
-            ("POST", wire.DRAIN): self._drain,
-            ("POST", wire.RANK): self._rank,
-            ("GET", wire.MODELS): self._pass if self.lists_models else self._own_models,
-            ("GET", wire.METRICS): self._pass,
-            **{("POST", path): self._generate for path in wire.GENERATE_PATHS},
+            ("POST", protocol.DRAIN): self._drain,
+            ("POST", protocol.RANK): self._rank,
+            ("GET", protocol.MODELS): self._pass if self.lists_models else self._own_models,
+            ("GET", protocol.METRICS): self._pass,
+            **{("POST", path): self._generate for path in protocol.GENERATE_PATHS},
         }
 
     async def handle(self, request: Request) -> Response | None:
@@ -76,9 +76,9 @@ class Gate:
                 begun.leave()
                 with self.in_flight:
                     return await self._pass(request, started=begun.started)
-            if request.path == wire.HEALTH:
+            if request.path == protocol.HEALTH:
                 return self._health(request)
-            wanted = self.rank_token or self.key if request.path == wire.RANK else self.key
+            wanted = self.rank_token or self.key if request.path == protocol.RANK else self.key
             if not _holds(request, wanted):
                 return error_response(
                     401,
@@ -138,7 +138,7 @@ class Gate:
         notes = request.headers.notes
         known: bool | None = notes.get(self.key)
         if known is None:
-            generates = request.method == "POST" and request.path in wire.GENERATE_PATHS
+            generates = request.method == "POST" and request.path in protocol.GENERATE_PATHS
             known = notes[self.key] = generates and _holds(request, self.key)
         return known
 
@@ -151,10 +151,10 @@ class Gate:
         return self.in_flight.count >= math.ceil(self.capacity * HEADROOM)
 
     def _health(self, request: Request) -> Response:
-        challenge = wire.challenge_in(request.query)[:LONGEST_CHALLENGE]
+        challenge = protocol.challenge_in(request.query)[:LONGEST_CHALLENGE]
         answer = challenge_answer(self.key, challenge) if challenge else None
         count, failures = self.in_flight.count, self.failures.seen
-        health = wire.Health(self.replica, self._shown_state.value, count, self.models, answer, failures)
+        health = protocol.Health(self.replica, self._shown_state.value, count, self.models, answer, failures)
         return json_response(asdict(health))
 
     async def _drain(self, request: Request) -> Response:
@@ -165,7 +165,7 @@ class Gate:
         try:
             if self.on_rank is None:
                 raise ValueError("this engine has one rank")
-            order = self.on_rank(wire.RankReport.from_json(json.loads(await request.read())))
+            order = self.on_rank(protocol.RankReport.from_json(json.loads(await request.read())))
         except ValueError as error:
             return error_response(400, kind="invalid_request_error", code="bad_report", message=str(error))
         return json_response(asdict(order))
@@ -187,7 +187,7 @@ class Gate:
             self.engine_lost.set()
             if isinstance(error, UpstreamConnectError) and not error.sent:
                 return self._refuse(request, State.STARTING)
-            self.cut += request.path in wire.GENERATE_PATHS
+            self.cut += request.path in protocol.GENERATE_PATHS
             if request.begun:
                 return None
             response = error_response(
@@ -197,7 +197,7 @@ class Gate:
                 message=f"no answer from the engine: {error}",
                 path=request.path,
             )
-            response.add(wire.STARTING_HEADER, "1")
+            response.add(protocol.STARTING_HEADER, "1")
             return response
         finally:
             self._relayed.discard(request)

@@ -11,7 +11,7 @@ from typing import Final
 
 from hpc_router.expert.engines import Failure
 from hpc_router.jobdir import Reason
-from hpc_router.wire import Action, RankOrder, RankReport, RankState
+from hpc_router.net.protocol import Action, RankOrder, RankReport, RankState
 
 SILENCE_BEATS: Final = 5
 """A rank that is not heard of for so many beats (`cluster.beat_s`, so 10 s) is lost, and so is rank 0 to the others."""

@@ -7,8 +7,8 @@ is none that the open challenge of `/health` could be asked to use.
 
 from typing import Final
 
-from hpc_router.auth import challenge_answer, replica_key, same
-from hpc_router.wire import RankOrder
+from hpc_router.net.auth import challenge_answer, replica_key, same
+from hpc_router.net.protocol import RankOrder
 
 _REPORT: Final = "report"
 

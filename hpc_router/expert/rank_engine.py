@@ -9,7 +9,7 @@ from hpc_router.expert.engines import Engine, Failure
 from hpc_router.expert.process import Command, EngineProcess
 from hpc_router.filethread import FileThread
 from hpc_router.jobdir import Reason
-from hpc_router.wire import RankState
+from hpc_router.net.protocol import RankState
 
 logger = logging.getLogger(__name__)
 

@@ -21,8 +21,8 @@ from hpc_router.expert.process import EngineProcess
 from hpc_router.expert.restarts import Restarts
 from hpc_router.filethread import FileThread
 from hpc_router.jobdir import Phase, Reason
+from hpc_router.net.protocol import MODELS
 from hpc_router.relay.exchange import Upstream
-from hpc_router.wire import MODELS
 
 logger = logging.getLogger(__name__)
 

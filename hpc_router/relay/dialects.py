@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from hpc_router import wire
+from hpc_router.net import protocol
 from hpc_router.relay import aborted, sse
 
 
@@ -37,7 +37,7 @@ class Dialect:
 
 def dialect_of(path: str) -> Dialect:
     """OpenAI's chat for what is no path of the table, where errors are all that is ever said."""
-    return _DIALECTS.get(path) or (_ANTHROPIC if path.startswith(wire.MESSAGES + "/") else _DIALECTS[wire.CHAT])
+    return _DIALECTS.get(path) or (_ANTHROPIC if path.startswith(protocol.MESSAGES + "/") else _DIALECTS[protocol.CHAT])
 
 
 def _openai_error(fault: Fault) -> dict[str, Any]:
@@ -86,9 +86,9 @@ def _named_event(data: dict[str, Any]) -> bytes:
 
 _ANTHROPIC: Final = Dialect("messages", _anthropic_body, _anthropic_event, aborted.Message)
 _DIALECTS: Final[Mapping[str, Dialect]] = {
-    wire.CHAT: Dialect("messages", _openai_body, _openai_event, aborted.Choices),
-    wire.COMPLETIONS: Dialect("prompt", _openai_body, _openai_event, aborted.Choices),
-    wire.EMBEDDINGS: Dialect("input", _openai_body, _openai_event, aborted.Choices),
-    wire.RESPONSES: Dialect("input", _openai_body, _responses_event, aborted.Response),
-    wire.MESSAGES: _ANTHROPIC,
+    protocol.CHAT: Dialect("messages", _openai_body, _openai_event, aborted.Choices),
+    protocol.COMPLETIONS: Dialect("prompt", _openai_body, _openai_event, aborted.Choices),
+    protocol.EMBEDDINGS: Dialect("input", _openai_body, _openai_event, aborted.Choices),
+    protocol.RESPONSES: Dialect("input", _openai_body, _responses_event, aborted.Response),
+    protocol.MESSAGES: _ANTHROPIC,
 }

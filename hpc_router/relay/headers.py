@@ -8,7 +8,7 @@ that events can be told apart. Downstream the router speaks for itself about the
 from collections.abc import Mapping
 from typing import Any, Final, overload
 
-from hpc_router.wire import REQUEST_ID_HEADER
+from hpc_router.net.protocol import REQUEST_ID_HEADER
 
 HOP_BY_HOP: Final = frozenset(
     {

@@ -16,8 +16,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final, cast
 
-from hpc_router import wire
-from hpc_router.auth import bearer, challenge_answer, same
 from hpc_router.config import Deployment
 from hpc_router.errors import (
     AnswerTimeoutError,
@@ -34,6 +32,8 @@ from hpc_router.errors import (
     UpstreamError,
     suggest,
 )
+from hpc_router.net import protocol
+from hpc_router.net.auth import bearer, challenge_answer, same
 from hpc_router.relay.dialects import dialect_of
 from hpc_router.relay.downstream import DownstreamGoneError, Request, Response, Work, error_response, json_response
 from hpc_router.relay.headers import MAX_RETRY_AFTER_S, Headers
@@ -66,9 +66,9 @@ STATUS: Final[Mapping[type[HpcRouterError], tuple[int, str]]] = {
 }
 LONG_BODY: Final = 2**18
 """From this size on, in bytes, a body is decoded beside the event loop."""
-_OPEN_PATHS: Final = frozenset({wire.HEALTH, "/ready"})
-_WHILE_DRAINING: Final = _OPEN_PATHS | {"/status", wire.METRICS}
-_EXPRESS_PATHS: Final = frozenset(wire.GENERATE_PATHS) - {wire.RESPONSES}
+_OPEN_PATHS: Final = frozenset({protocol.HEALTH, "/ready"})
+_WHILE_DRAINING: Final = _OPEN_PATHS | {"/status", protocol.METRICS}
+_EXPRESS_PATHS: Final = frozenset(protocol.GENERATE_PATHS) - {protocol.RESPONSES}
 _NAMED: Final = Reason.NAMED
 _YES_NO: Final = frozenset({bool, type(None)})
 _CHALLENGE: Final = re.compile(r"[0-9a-f]{1,256}")
@@ -109,13 +109,13 @@ class Gateway:
 
     def __post_init__(self) -> None:
         self.routes = {
-            ("GET", wire.HEALTH): self._health,
+            ("GET", protocol.HEALTH): self._health,
             ("GET", "/ready"): self._ready,
             ("GET", "/status"): self._status,
-            ("GET", wire.METRICS): self._metrics,
-            ("GET", wire.MODELS): self._models,
+            ("GET", protocol.METRICS): self._metrics,
+            ("GET", protocol.MODELS): self._models,
             ("POST", "/route"): self._route,
-            **{("POST", path): self._generate for path in wire.GENERATE_PATHS},
+            **{("POST", path): self._generate for path in protocol.GENERATE_PATHS},
         }
 
     def reconfigure(self, deployment: Deployment, policy: Policy) -> None:
@@ -159,7 +159,7 @@ class Gateway:
         if self.draining and path not in _WHILE_DRAINING:
             raise DrainingError(f"{self.replica} is draining; ask its successor", retry_after_s=RETRY_AFTER_S)
         handler = self.routes.get(("GET" if request.method == "HEAD" else request.method, path))
-        if handler is None and request.method == "GET" and path.startswith(wire.MODELS + "/"):
+        if handler is None and request.method == "GET" and path.startswith(protocol.MODELS + "/"):
             return self._model
         if handler is None:
             paths = sorted(f"{method} {path}" for method, path in self.routes)
@@ -182,11 +182,11 @@ class Gateway:
         self.metrics.requests.add("", "", status)
         response = _error_response(status, kind, error, request_id, path=request.path)
         if isinstance(error, DrainingError):
-            response.add(wire.DRAINING_HEADER, "1")
+            response.add(protocol.DRAINING_HEADER, "1")
         return response
 
     async def _health(self, request: Request, request_id: str) -> Response:
-        challenge = wire.challenge_in(request.query)
+        challenge = protocol.challenge_in(request.query)
         if challenge and not _CHALLENGE.fullmatch(challenge):
             raise BadRequestError("a challenge has 1 to 256 digits of 0-9 and a-f", param="challenge")
         answer = challenge_answer(self.key, challenge) if challenge else None
@@ -206,7 +206,7 @@ class Gateway:
         return json_response({"object": "list", "data": [self._model_card(name) for name in self._model_names()]})
 
     async def _model(self, request: Request, request_id: str) -> Response:
-        name = request.path.removeprefix(wire.MODELS + "/")
+        name = request.path.removeprefix(protocol.MODELS + "/")
         if name not in self._model_names():
             raise self._unknown(name)
         return json_response(self._model_card(name))
@@ -222,7 +222,7 @@ class Gateway:
         with self.in_flight:
             body = request.ready()
             call = decode(body) if body is not None and len(body) <= LONG_BODY else await self._read(request)
-            if request.path.rstrip("/") == wire.RESPONSES and call.fields.get(PARAM) is not None:
+            if request.path.rstrip("/") == protocol.RESPONSES and call.fields.get(PARAM) is not None:
                 session = session_id(request.headers)
                 if session is not None:
                     await self.link.recall(session)
@@ -291,7 +291,7 @@ class Gateway:
         target = f"{path}?{request.query}" if request.query else path
         dialect = dialect_of(path)
         session = None
-        if path == wire.RESPONSES:
+        if path == protocol.RESPONSES:
             session = session_id(request.headers)
             continued = self.link.sessions.continued(session, call.fields, self.table, model=model)
             if continued is not None:
@@ -310,7 +310,7 @@ class Gateway:
 
     def _chosen(self, path: str, call: ApiCall, *, first: str) -> tuple[tuple[str, ...], Reason]:
         """By the policy: the experts to try in turn, and why the first of them."""
-        if path == wire.EMBEDDINGS:
+        if path == protocol.EMBEDDINGS:
             raise BadRequestError(
                 "'auto' cannot embed: the vector spaces of experts differ, so name one", param="model"
             )
@@ -377,7 +377,7 @@ class Gateway:
 def _error_response(status: int, kind: str, error: HpcRouterError, request_id: str, *, path: str) -> Response:
     param, retry_after_s = getattr(error, "param", None), getattr(error, "retry_after_s", None)
     response = error_response(status, kind=kind, code=_code(error), message=str(error), param=param, path=path)
-    response.add(wire.REQUEST_ID_HEADER, request_id)
+    response.add(protocol.REQUEST_ID_HEADER, request_id)
     if retry_after_s is not None:
         response.add("retry-after", str(min(max(1, math.ceil(retry_after_s)), MAX_RETRY_AFTER_S)))
     if isinstance(error, AnswerTimeoutError):

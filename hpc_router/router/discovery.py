@@ -19,12 +19,12 @@ from typing import Any, Final
 
 import aiohttp
 
-from hpc_router import wire
-from hpc_router.auth import challenge_answer, new_token, replica_key, same
 from hpc_router.background import OnFailure, restarting
 from hpc_router.config import RouterConfig
 from hpc_router.errors import ConfigError
 from hpc_router.filethread import FileThread
+from hpc_router.net import protocol
+from hpc_router.net.auth import challenge_answer, new_token, replica_key, same
 from hpc_router.registry import Kind, Reader, Record
 from hpc_router.router.ejection import Incident, Rules, Verdict, spare
 from hpc_router.router.replica import Event, Replica, Standing
@@ -264,7 +264,7 @@ class Discovery:
     async def _probe(self, replica: Replica) -> Event | Incident:
         """What the endpoint says of itself, or what came instead."""
         external, url = replica.record.kind is Kind.EXTERNAL, replica.record.url
-        path = replica.record.probe if external else wire.HEALTH
+        path = replica.record.probe if external else protocol.HEALTH
         probed = f"connection to {url}" if path is None else f"GET {url}{path}"
         try:
             return await (self._probe_external(replica) if external else self._probe_agent(replica))
@@ -287,8 +287,8 @@ class Discovery:
 
     async def _probe_agent(self, replica: Replica) -> Event | Incident:
         challenge = new_token()
-        answer = await self._get_json(replica.record.url + wire.HEALTH, params={"challenge": challenge})
-        health = wire.Health.from_json(answer)
+        answer = await self._get_json(replica.record.url + protocol.HEALTH, params={"challenge": challenge})
+        health = protocol.Health.from_json(answer)
         expected = challenge_answer(replica.key or "", challenge)
         if health is None or health.replica != replica.name or not same(health.answer or "", expected):
             replica.trouble = "another process answers at its address"
@@ -320,7 +320,7 @@ class Discovery:
         limit = aiohttp.ClientTimeout(total=EXTERNAL_PROBE_S, sock_connect=self.config.probe_timeout_s)
         asked = self._session.get(record.url + record.probe, headers=headers, allow_redirects=False, timeout=limit)
         async with asked as response:
-            if wire.DRAINING_HEADER in response.headers or wire.STARTING_HEADER in response.headers:
+            if protocol.DRAINING_HEADER in response.headers or protocol.STARTING_HEADER in response.headers:
                 return Event.SAYS_STARTING  # another router of ours, or an agent: it says when it serves again
             if response.status == 200:
                 with contextlib.suppress(ValueError, RecursionError):

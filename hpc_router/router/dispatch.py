@@ -17,7 +17,6 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Final, Protocol
 
-from hpc_router import wire
 from hpc_router.config import RouterConfig
 from hpc_router.errors import (
     AnswerTimeoutError,
@@ -28,6 +27,7 @@ from hpc_router.errors import (
     UpstreamError,
     UpstreamTimeoutError,
 )
+from hpc_router.net import protocol
 from hpc_router.registry import Kind
 from hpc_router.relay.answer import Answer, Answering
 from hpc_router.relay.dialects import Dialect, Fault
@@ -59,7 +59,7 @@ _TRY_ELSEWHERE: Final = frozenset({429, 500, 502, 503, 504})
 _MAX_LOST: Final = 2
 """A request that loses its engine so often may be the cause, and must not end all engines of its expert."""
 JUDGED: Final = _TRY_ELSEWHERE | {401}
-_SESSION: Final = wire.SESSION_HEADER.encode()
+_SESSION: Final = protocol.SESSION_HEADER.encode()
 _MAX_ERROR_BYTES: Final = 2**20
 _OWN_DOWNSTREAM: Final = NOT_DOWNSTREAM | {REQUEST_ID, b"x-expert", b"x-replica", b"x-route-reason"}
 
@@ -293,7 +293,7 @@ class Dispatcher:
                 self._note_failure(errand, hold, error)
                 if isinstance(error, UpstreamAbortedError):  # the next attempt may cost as much again
                     response = json_response(errand.dialect.body(_fault(replica, error)), status=502)
-                    response.add(wire.REQUEST_ID_HEADER, errand.request_id)
+                    response.add(protocol.REQUEST_ID_HEADER, errand.request_id)
                     errand.refusal = Answered(502, expert, reason, response)
                 raise _TryElsewhereError from error
             self.witness.look_again(replica)
@@ -315,11 +315,11 @@ class Dispatcher:
         if status not in _TRY_ELSEWHERE:
             return None
         errand.avoid |= {replica}
-        if wire.DRAINING_HEADER.encode() in headers:
+        if protocol.DRAINING_HEADER.encode() in headers:
             self.metrics.failovers.add(replica.name, "draining")
             # An address that is not ours may have a successor there.
             self.witness.heard(replica, Event.SAYS_STARTING if external else Event.SAYS_DRAINING)
-        elif wire.STARTING_HEADER.encode() in headers:
+        elif protocol.STARTING_HEADER.encode() in headers:
             self.metrics.failovers.add(replica.name, "starting")
             self.witness.heard(replica, Event.SAYS_STARTING)
             errand.lost += status == _LOST
@@ -347,7 +347,7 @@ class Dispatcher:
         message = f"{hold.replica.record.url} answered 401: `hpc-router register` it again with --token-file"
         reason, path = errand.reason_at(hold.expert), errand.target.partition("?")[0]
         response = error_response(502, kind="upstream_error", code="endpoint_unauthorized", message=message, path=path)
-        response.add(wire.REQUEST_ID_HEADER, errand.request_id)
+        response.add(protocol.REQUEST_ID_HEADER, errand.request_id)
         response.head += _answered_by(hold.expert, hold.replica.record.replica, reason)
         return Answered(502, hold.expert, reason, response)
 

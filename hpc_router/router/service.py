@@ -18,12 +18,12 @@ from urllib.parse import urlsplit
 
 import uvloop
 
-from hpc_router import fabric
-from hpc_router.auth import new_token, replica_key
 from hpc_router.config import Deployment
 from hpc_router.errors import ConfigError, RegistryError
 from hpc_router.filethread import PATIENCE_S, FileThread, file_thread
 from hpc_router.jobdir import Exit, JobDir, Reason
+from hpc_router.net import addresses
+from hpc_router.net.auth import new_token, replica_key
 from hpc_router.registry import Kind, Record, State, http_url, split_replica, withdraw
 from hpc_router.router.counters import Counters
 from hpc_router.router.policies import load_policy
@@ -170,7 +170,7 @@ def _record(deployment: Deployment, replica: str, sock: socket.socket, *, nonce:
 
 
 def _fabric(deployment: Deployment) -> str:
-    return fabric.address(deployment.cluster.fabric, kind=deployment.cluster.kind)
+    return addresses.address(deployment.cluster.fabric, kind=deployment.cluster.kind)
 
 
 def _previous_port(run: RunDir, node: str) -> int | None:

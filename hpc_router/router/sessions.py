@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import astuple, dataclass, field
 from typing import Any, Final, Self
 
-from hpc_router import wire
 from hpc_router.errors import BadRequestError, PreviousResponseNotFoundError
+from hpc_router.net import protocol
 from hpc_router.relay.headers import Headers
 from hpc_router.router.replica import Replica, Standing
 from hpc_router.router.replicas import ReplicaTable
@@ -110,7 +110,7 @@ class Sessions:
             raise BadRequestError(f"'{PARAM}' must be a string", param=PARAM)
         if session is None:
             raise BadRequestError(
-                f"'{PARAM}' needs the header {wire.SESSION_HEADER}, the same in every turn, because the response is "
+                f"'{PARAM}' needs the header {protocol.SESSION_HEADER}, the same in every turn, because the response is "
                 "kept where it was made; or send the whole conversation as 'input'",
                 param=PARAM,
             )
@@ -133,13 +133,13 @@ class Sessions:
 
 def session_id(headers: Headers) -> str | None:
     """The session of a request. Raises BadRequestError for an id that is none."""
-    if wire.SESSION_HEADER.encode() not in headers:
+    if protocol.SESSION_HEADER.encode() not in headers:
         return None
-    header = headers.text(wire.SESSION_HEADER)
+    header = headers.text(protocol.SESSION_HEADER)
     if not _SESSION.fullmatch(header):
         raise BadRequestError(
-            f"{wire.SESSION_HEADER} has 1 to 128 letters, digits and characters of _ . : @ / + = ~ -",
-            param=wire.SESSION_HEADER,
+            f"{protocol.SESSION_HEADER} has 1 to 128 letters, digits and characters of _ . : @ / + = ~ -",
+            param=protocol.SESSION_HEADER,
         )
     return header
 

@@ -10,9 +10,9 @@ from typing import Any
 
 from aiohttp import web
 
-from hpc_router import wire
-from hpc_router.auth import challenge_answer
 from hpc_router.bench.load import Target
+from hpc_router.net import protocol
+from hpc_router.net.auth import challenge_answer
 
 Act = Callable[["FakeRouter", web.BaseRequest], Awaitable[web.StreamResponse]]
 HEADERS = {"x-expert": "math", "x-replica": "math-0.g1", "x-route-reason": "classified"}
@@ -38,7 +38,7 @@ class FakeRouter:
         return Target(self.url, TOKEN)
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
-        if request.path == wire.HEALTH:
+        if request.path == protocol.HEALTH:
             answer = challenge_answer(self.key, request.query["challenge"])
             return web.json_response({"replica": "router-0.g1", "answer": answer})
         self.tokens[request.headers.get("authorization", "")] += 1

@@ -14,7 +14,6 @@ import pytest
 from rich.console import Console
 
 from hpc_router import frozen, registry
-from hpc_router.auth import replica_key
 from hpc_router.bench.load import Load
 from hpc_router.bench.measure import Observation, Part, Window, figures
 from hpc_router.bench.point import Measured
@@ -23,6 +22,7 @@ from hpc_router.bench.table import table
 from hpc_router.bench.workload import Point
 from hpc_router.compose import load_deployment
 from hpc_router.jobdir import JobDir, JobInfo, start_ticks
+from hpc_router.net.auth import replica_key
 from hpc_router.registry import EngineInfo, Kind, Record, State
 from hpc_router.rundir import RunDir, make_run
 from launch.bench import resolved

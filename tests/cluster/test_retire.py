@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 
 from hpc_router import frozen
-from hpc_router.auth import replica_key
 from hpc_router.cli import main
 from hpc_router.cluster.batch import batch_jobs
 from hpc_router.cluster.control import Control
@@ -25,9 +24,10 @@ from hpc_router.cluster.slots import NOT_ASKED, ROUTER_SLOT, Attempt, Observed, 
 from hpc_router.config import Deployment, EngineConfig, ExpertConfig
 from hpc_router.errors import ConfigError
 from hpc_router.jobdir import Exit, JobDir, Reason, Stop
+from hpc_router.net.auth import replica_key
+from hpc_router.net.protocol import DRAIN
 from hpc_router.registry import Kind, Record, State, publish
 from hpc_router.rundir import RunDir
-from hpc_router.wire import DRAIN
 from tests.cluster.conftest import request_of
 from tests.waiting import eventually_sync
 

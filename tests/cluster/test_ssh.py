@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from hpc_router import frozen
-from hpc_router.auth import new_token
 from hpc_router.cli import main
 from hpc_router.cluster import router_access
 from hpc_router.cluster.ssh import Here, Tunnel, tunnel
 from hpc_router.config import Deployment
 from hpc_router.errors import ConfigError
+from hpc_router.net.auth import new_token
 from hpc_router.proof import Finding
 from hpc_router.registry import Kind, Record, State
 from hpc_router.rundir import RunDir

@@ -12,12 +12,13 @@ from typing import Any
 
 import aiohttp
 
-from hpc_router import frozen, wire
-from hpc_router.auth import replica_key
+from hpc_router import frozen
 from hpc_router.config import ClusterConfig, Deployment, EngineConfig, ExpertConfig, PolicyConfig, ResourceConfig
 from hpc_router.expert.guard import descendants
 from hpc_router.expert.job import RANK
 from hpc_router.jobdir import JobDir, Phase, Progress
+from hpc_router.net import protocol
+from hpc_router.net.auth import replica_key
 from hpc_router.registry import Reader, Record, State
 from hpc_router.rundir import RunDir
 from tests.waiting import GUARD_S, eventually
@@ -141,7 +142,7 @@ def chat(**more: Any) -> dict[str, Any]:
 async def half_a_stream(session: aiohttp.ClientSession, *, for_s: float) -> AsyncIterator[aiohttp.ClientResponse]:
     """A stream that stands still for so long after its third token."""
     body = chat(stream=True, max_tokens=8, sim_fault={"kind": "hang", "at": 3, "for_s": for_s})
-    async with session.post(wire.CHAT, json=body) as response:
+    async with session.post(protocol.CHAT, json=body) as response:
         assert response.status == 200
         await response.content.readuntil(b"\n\n")
         yield response

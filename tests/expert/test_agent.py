@@ -11,10 +11,10 @@ from typing import Any
 import aiohttp
 import pytest
 
-from hpc_router import wire
-from hpc_router.auth import challenge_answer, replica_key
 from hpc_router.expert.agent import WANTED_BEATS
 from hpc_router.jobdir import Ended, Exit, Phase, Reason, Stop
+from hpc_router.net import protocol
+from hpc_router.net.auth import challenge_answer, replica_key
 from hpc_router.registry import Kind, State
 from hpc_router.rundir import RunDir
 from tests.expert.replicas import REPLICA, chat, deployment, exists, half_a_stream, processes_below, replica
@@ -31,12 +31,12 @@ async def test_a_life_from_its_record_to_its_exit(run: RunDir, scratch: Path) ->
         first = record.beat or 0
         await eventually(lambda: (now := agent.record) is not None and (now.beat or 0) > first)
 
-        async with agent.session() as session, session.get(wire.HEALTH, params={"challenge": "c"}) as response:
-            health = wire.Health.from_json(await response.json())
+        async with agent.session() as session, session.get(protocol.HEALTH, params={"challenge": "c"}) as response:
+            health = protocol.Health.from_json(await response.json())
             assert record.nonce is not None
             answer = challenge_answer(replica_key(run.secret(), record.nonce), "c")
-            assert health == wire.Health(REPLICA, "ready", 0, ("math", "auto"), answer)
-        async with agent.session() as session, session.post(wire.CHAT, json=chat(model="auto")) as response:
+            assert health == protocol.Health(REPLICA, "ready", 0, ("math", "auto"), answer)
+        async with agent.session() as session, session.post(protocol.CHAT, json=chat(model="auto")) as response:
             assert response.status == 200
 
         agent.process.terminate()
@@ -54,9 +54,9 @@ async def test_no_prompt_and_no_key_in_any_log(run: RunDir, scratch: Path) -> No
         _, record = await agent.ready()
         async with agent.session() as session:
             body = chat(messages=[{"role": "user", "content": "a-secret-question"}])
-            async with session.post(wire.CHAT, json=body) as response:
+            async with session.post(protocol.CHAT, json=body) as response:
                 assert response.status == 200
-            async with session.post(wire.CHAT, data=b"a-secret-question", headers={"x-api-key": "abc"}) as response:
+            async with session.post(protocol.CHAT, data=b"a-secret-question", headers={"x-api-key": "abc"}) as response:
                 assert response.status == 400
         assert record.nonce is not None
         log = agent.log()
@@ -71,9 +71,9 @@ async def test_a_signal_lets_requests_finish(run: RunDir, scratch: Path) -> None
             for number in (signal.SIGCONT, signal.SIGUSR2, signal.SIGTERM, signal.SIGTERM):  # Slurm sends several
                 agent.process.send_signal(number)
             await eventually(lambda: (now := agent.record) is not None and now.state is State.DRAINING)
-            async with session.post(wire.CHAT, json=chat()) as refused:
+            async with session.post(protocol.CHAT, json=chat()) as refused:
                 assert refused.status == 503
-                assert wire.DRAINING_HEADER in refused.headers
+                assert protocol.DRAINING_HEADER in refused.headers
             assert (await response.read()).endswith(b"data: [DONE]\n\n")
         assert await agent.end() == 0
         assert agent.record is None
@@ -82,7 +82,7 @@ async def test_a_signal_lets_requests_finish(run: RunDir, scratch: Path) -> None
 async def test_a_drain_call_does_the_same(run: RunDir, scratch: Path) -> None:
     async with replica(run, deployment(scratch)) as agent:
         await agent.ready()
-        async with agent.session() as session, session.post(wire.DRAIN) as response:
+        async with agent.session() as session, session.post(protocol.DRAIN) as response:
             assert response.status == 202
         assert await agent.end() == 0
 
@@ -94,7 +94,7 @@ async def test_what_does_not_finish_in_time_is_cut_off(run: RunDir, scratch: Pat
         await agent.ready()
         async with agent.session() as session:
             body = chat(stream=True, sim_fault={"kind": "hang", "at": 3})
-            async with session.post(wire.CHAT, json=body) as response:
+            async with session.post(protocol.CHAT, json=body) as response:
                 agent.process.terminate()
                 with pytest.raises(aiohttp.ClientPayloadError):
                     await response.read()
@@ -140,22 +140,22 @@ async def test_a_drain_whose_engine_dies_says_how_many_answers_it_cost(run: RunD
 
 
 async def _status(session: aiohttp.ClientSession, body: dict[str, Any]) -> int:
-    async with session.post(wire.CHAT, json=body) as response:
+    async with session.post(protocol.CHAT, json=body) as response:
         return response.status
 
 
 async def eventually_in_flight(session: aiohttp.ClientSession, count: int) -> None:
     while True:
-        async with session.get(wire.HEALTH) as response:
+        async with session.get(protocol.HEALTH) as response:
             if (await response.json())["in_flight"] == count:
                 return
 
 
 PATHS: dict[str, dict[str, Any]] = {
-    wire.CHAT: {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 1000},
-    wire.COMPLETIONS: {"prompt": "hi", "max_tokens": 1000},
-    wire.MESSAGES: {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 1000},
-    wire.RESPONSES: {"input": "hi", "max_output_tokens": 1000},
+    protocol.CHAT: {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 1000},
+    protocol.COMPLETIONS: {"prompt": "hi", "max_tokens": 1000},
+    protocol.MESSAGES: {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 1000},
+    protocol.RESPONSES: {"input": "hi", "max_output_tokens": 1000},
 }
 
 
@@ -208,7 +208,7 @@ async def test_an_engine_that_gets_sigterm_itself_finishes_its_answers(run: RunD
     async with replica(run, configured) as agent:
         progress, _ = await agent.ready()
         body = chat(stream=True, max_tokens=50)
-        async with agent.session() as session, session.post(wire.CHAT, json=body) as response:
+        async with agent.session() as session, session.post(protocol.CHAT, json=body) as response:
             await response.content.readuntil(b"\n\n")
             assert progress.engine_pid is not None
             os.kill(progress.engine_pid, signal.SIGTERM)
@@ -222,9 +222,9 @@ async def test_an_engine_that_gets_sigterm_itself_finishes_its_answers(run: RunD
 async def test_draining_while_the_engine_loads(run: RunDir, scratch: Path) -> None:
     async with replica(run, deployment(scratch, options={"load_s": 1000.0})) as agent:
         progress = await agent.reached(Phase.LOADING)
-        async with agent.session() as session, session.post(wire.CHAT, json=chat()) as response:
+        async with agent.session() as session, session.post(protocol.CHAT, json=chat()) as response:
             assert response.status == 503
-            assert wire.STARTING_HEADER in response.headers
+            assert protocol.STARTING_HEADER in response.headers
         agent.process.send_signal(signal.SIGINT)
         assert await agent.end() == 0
         assert progress.engine_pid is not None
@@ -273,7 +273,7 @@ async def test_an_end_that_we_asked_for_is_one_whenever_it_comes(
 async def test_a_drain_call_before_it_is_ready_as_well(run: RunDir, scratch: Path) -> None:
     async with replica(run, deployment(scratch, options={"load_s": 1000.0})) as agent:
         await agent.reached(Phase.LOADING)
-        async with agent.session() as session, session.post(wire.DRAIN) as response:
+        async with agent.session() as session, session.post(protocol.DRAIN) as response:
             assert response.status == 202
         assert await agent.end() == 0
 
@@ -342,7 +342,7 @@ async def test_a_killed_engine_is_started_again(run: RunDir, scratch: Path) -> N
             assert again.engine_pid != progress.engine_pid
             assert again.ready_at == progress.ready_at
             assert (published.url, published.nonce) == (record.url, record.nonce)
-            async with session.post(wire.CHAT, json=chat()) as response:
+            async with session.post(protocol.CHAT, json=chat()) as response:
                 assert response.status == 200
 
 

@@ -19,8 +19,8 @@ from hpc_router.expert.restarts import Restarts
 from hpc_router.expert.supervisor import Supervisor
 from hpc_router.filethread import FileThread
 from hpc_router.jobdir import Phase, Reason
+from hpc_router.net.protocol import Action, RankReport, RankState
 from hpc_router.relay.upstream import UpstreamClient
-from hpc_router.wire import Action, RankReport, RankState
 from tests.waiting import GUARD_S
 
 

@@ -12,12 +12,12 @@ from typing import Any
 import aiohttp
 import pytest
 
-from hpc_router import wire
-from hpc_router.auth import challenge_answer
 from hpc_router.expert.agent import bind
 from hpc_router.expert.gate import HEADROOM, Gate
 from hpc_router.expert.passthrough import ENGINE_LIMITS
 from hpc_router.expert.sim import SimEngine
+from hpc_router.net import protocol
+from hpc_router.net.auth import challenge_answer
 from hpc_router.registry import State
 from tests.expert.sim.calls import GUARD_S, INSTANT, JsonObject, chat, faulty
 from tests.relays import OWN, RELAYS
@@ -43,7 +43,7 @@ class Running:
     session: aiohttp.ClientSession
     drains: list[str] = field(default_factory=list)
 
-    async def post(self, path: str = wire.CHAT, body: JsonObject | bytes | None = None) -> tuple[int, Any, Any]:
+    async def post(self, path: str = protocol.CHAT, body: JsonObject | bytes | None = None) -> tuple[int, Any, Any]:
         data = body if isinstance(body, bytes) else json.dumps(body or chat()).encode()
         async with self.session.post(path, data=data, headers={"content-type": "application/json"}) as response:
             return response.status, response.headers, await response.json()
@@ -73,18 +73,18 @@ async def running(
 async def test_every_path_but_health_wants_the_key(socket_folder: Path, key: str | None) -> None:
     async with running(socket_folder, key=key) as at:
         for method, path in [
-            ("GET", wire.MODELS),
-            ("GET", wire.METRICS),
-            ("POST", wire.CHAT),
-            ("POST", wire.DRAIN),
-            ("POST", wire.RANK),
+            ("GET", protocol.MODELS),
+            ("GET", protocol.METRICS),
+            ("POST", protocol.CHAT),
+            ("POST", protocol.DRAIN),
+            ("POST", protocol.RANK),
             ("GET", "/x"),
         ]:
             async with at.session.request(method, path) as response:
                 assert response.status == 401
                 assert (await response.json())["error"]["type"] == "authentication_error"
                 assert response.headers["www-authenticate"] == "Bearer"
-        async with at.session.get(wire.HEALTH) as response:
+        async with at.session.get(protocol.HEALTH) as response:
             assert response.status == 200
         assert at.drains == []
         assert at.engine.recent.last(1) == []
@@ -93,15 +93,15 @@ async def test_every_path_but_health_wants_the_key(socket_folder: Path, key: str
 async def test_health_answers_the_challenge(socket_folder: Path) -> None:
     async with running(socket_folder, key=None) as at:
         at.gate.models = ("math", "auto")
-        async with at.session.get(wire.HEALTH, params={"challenge": "abc"}) as response:
-            health = wire.Health.from_json(await response.json())
-        assert health == wire.Health("math-0.g1", "ready", 0, ("math", "auto"), challenge_answer(KEY, "abc"))
+        async with at.session.get(protocol.HEALTH, params={"challenge": "abc"}) as response:
+            health = protocol.Health.from_json(await response.json())
+        assert health == protocol.Health("math-0.g1", "ready", 0, ("math", "auto"), challenge_answer(KEY, "abc"))
         at.gate.failures.note("lease", "OSError: x")
-        async with at.session.get(wire.HEALTH) as response:
-            health = wire.Health.from_json(await response.json())
+        async with at.session.get(protocol.HEALTH) as response:
+            health = protocol.Health.from_json(await response.json())
         assert health is not None
         assert health.task_failures == {"lease": (1, "OSError: x")}
-        async with at.session.get(wire.HEALTH) as response:
+        async with at.session.get(protocol.HEALTH) as response:
             assert (await response.json())["answer"] is None
 
 
@@ -110,7 +110,7 @@ async def test_only_the_api_paths_reach_the_engine(socket_folder: Path, path: st
     async with running(socket_folder) as at:
         status, _, body = await at.post(path)
         assert (status, body["error"]["code"]) == (404, "unknown_path")
-        async with at.session.get(wire.CHAT) as response:
+        async with at.session.get(protocol.CHAT) as response:
             assert response.status == 404
         assert at.engine.recent.last(1) == []
 
@@ -118,21 +118,21 @@ async def test_only_the_api_paths_reach_the_engine(socket_folder: Path, path: st
 async def test_each_api_is_refused_in_its_own_words_and_served(socket_folder: Path) -> None:
     body: JsonObject = {"model": "sim", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 3}
     async with running(socket_folder) as at:
-        assert (await at.post(wire.MESSAGES, body))[2]["type"] == "message"
-        assert (await at.post(wire.RESPONSES, {"model": "sim", "input": "hi"}))[2]["object"] == "response"
+        assert (await at.post(protocol.MESSAGES, body))[2]["type"] == "message"
+        assert (await at.post(protocol.RESPONSES, {"model": "sim", "input": "hi"}))[2]["object"] == "response"
         at.gate.state = State.DRAINING
-        status, headers, refusal = await at.post(wire.MESSAGES, body)
-        assert (status, headers[wire.DRAINING_HEADER]) == (503, "1")
+        status, headers, refusal = await at.post(protocol.MESSAGES, body)
+        assert (status, headers[protocol.DRAINING_HEADER]) == (503, "1")
         message = "math-0.g1 is draining"
         assert refusal == {"type": "error", "error": {"type": "overloaded_error", "message": message}}
-        assert (await at.post(wire.RESPONSES, {"input": "hi"}))[2]["error"]["type"] == "service_unavailable"
+        assert (await at.post(protocol.RESPONSES, {"input": "hi"}))[2]["error"]["type"] == "service_unavailable"
 
 
 async def test_bodies_go_through_unchanged_and_without_the_key(socket_folder: Path) -> None:
     raw = b'{ "model":"sim",\n "messages" :[{"role":"user","content":"\\u03c9"}], "future": [1,  2.50], "max_tokens":3}'
     async with running(socket_folder) as at:
         headers = {"content-type": "application/json", "x-request-id": "r-1", "cookie": "a=b"}
-        async with at.session.post(wire.CHAT, data=raw, headers=headers) as response:
+        async with at.session.post(protocol.CHAT, data=raw, headers=headers) as response:
             assert response.status == 200
             assert response.headers["x-simulated"] == "true"
             assert (await response.json())["usage"]["completion_tokens"] == 3
@@ -146,7 +146,7 @@ async def test_bodies_go_through_unchanged_and_without_the_key(socket_folder: Pa
 async def test_a_stream_arrives_as_it_is_made(socket_folder: Path) -> None:
     async with running(socket_folder) as at:
         body = chat(stream=True, max_tokens=9, sim_fault={"kind": "hang", "at": 3})
-        async with at.session.post(wire.CHAT, json=body) as response:
+        async with at.session.post(protocol.CHAT, json=body) as response:
             assert response.content_type == "text/event-stream"
             events = [await response.content.readuntil(b"\n\n") for _ in range(4)]  # the role and three tokens
             assert all(event.startswith(b"data: {") for event in events)
@@ -156,20 +156,20 @@ async def test_a_stream_arrives_as_it_is_made(socket_folder: Path) -> None:
 
 async def test_models_and_metrics_are_the_engines_own(socket_folder: Path) -> None:
     async with running(socket_folder) as at:
-        async with at.session.get(wire.MODELS) as response:
+        async with at.session.get(protocol.MODELS) as response:
             assert [card["id"] for card in (await response.json())["data"]] == ["sim", "auto"]
-        async with at.session.get(wire.METRICS) as response:
+        async with at.session.get(protocol.METRICS) as response:
             assert "vllm:" in await response.text()
 
 
 async def test_an_engine_that_lists_other_models_is_not_asked(socket_folder: Path) -> None:
-    async with running(socket_folder, lists=False) as at, at.session.get(wire.MODELS) as response:
+    async with running(socket_folder, lists=False) as at, at.session.get(protocol.MODELS) as response:
         assert [card["id"] for card in (await response.json())["data"]] == ["sim", "auto"]
         assert at.engine.recent.last(1) == []
 
 
 @pytest.mark.parametrize(
-    ("state", "header"), [(State.STARTING, wire.STARTING_HEADER), (State.DRAINING, wire.DRAINING_HEADER)]
+    ("state", "header"), [(State.STARTING, protocol.STARTING_HEADER), (State.DRAINING, protocol.DRAINING_HEADER)]
 )
 async def test_who_is_not_ready_says_so(socket_folder: Path, state: State, header: str) -> None:
     async with running(socket_folder) as at:
@@ -194,7 +194,7 @@ async def test_what_the_engine_still_answers_is_broken_off(socket_folder: Path, 
         async with asyncio.timeout(GUARD_S):
             await at.engine.idle()
         status, headers, _ = await at.post()
-        assert (status, wire.STARTING_HEADER in headers) == (503, True)
+        assert (status, protocol.STARTING_HEADER in headers) == (503, True)
 
 
 async def test_nothing_is_broken_off_that_has_been_answered(socket_folder: Path) -> None:
@@ -205,12 +205,12 @@ async def test_nothing_is_broken_off_that_has_been_answered(socket_folder: Path)
         at.gate.break_off()
         assert at.gate.state is State.DRAINING
         status, headers, _ = await at.post()
-        assert (status, wire.DRAINING_HEADER in headers) == (503, True)
+        assert (status, protocol.DRAINING_HEADER in headers) == (503, True)
 
 
 async def test_a_drain_call_is_passed_on(socket_folder: Path) -> None:
     async with running(socket_folder) as at:
-        status, _, body = await at.post(wire.DRAIN)
+        status, _, body = await at.post(protocol.DRAIN)
         assert (status, body["state"], at.drains) == (202, "draining", ["a drain call"])
 
 
@@ -245,7 +245,7 @@ async def test_bodies_are_bounded(socket_folder: Path, size: int, status: int) -
 )
 async def test_a_caller_that_leaves_frees_the_engine_at_once(socket_folder: Path, body: JsonObject, phase: str) -> None:
     async with running(socket_folder) as at:
-        task = asyncio.create_task(at.session.post(wire.CHAT, json=body))
+        task = asyncio.create_task(at.session.post(protocol.CHAT, json=body))
         await eventually(lambda: at.engine.counts.faults["hang"] == 1)
         if task.done():
             task.result().close()
@@ -261,7 +261,7 @@ async def test_a_caller_that_leaves_frees_the_engine_at_once(socket_folder: Path
 @pytest.mark.parametrize("fault", [{"kind": "die", "at": 3}, {"kind": "cut", "at": 3}])
 async def test_an_engine_that_dies_in_the_midst_never_looks_complete(socket_folder: Path, fault: JsonObject) -> None:
     async with running(socket_folder) as at:
-        async with at.session.post(wire.CHAT, json=faulty(**fault)) as response:
+        async with at.session.post(protocol.CHAT, json=faulty(**fault)) as response:
             assert response.status == 200
             with pytest.raises(aiohttp.ClientPayloadError):
                 await response.read()
@@ -270,7 +270,7 @@ async def test_an_engine_that_dies_in_the_midst_never_looks_complete(socket_fold
 
 async def test_half_a_body_never_looks_complete(socket_folder: Path) -> None:
     async with running(socket_folder) as at:
-        async with at.session.post(wire.CHAT, json=chat(sim_fault={"kind": "partial_body"})) as response:
+        async with at.session.post(protocol.CHAT, json=chat(sim_fault={"kind": "partial_body"})) as response:
             with pytest.raises(aiohttp.ClientPayloadError):
                 await response.read()
         await asyncio.wait_for(at.gate.in_flight.idle(), GUARD_S)
@@ -281,12 +281,14 @@ async def test_an_engine_that_dies_before_its_answer(socket_folder: Path, kind: 
     async with running(socket_folder) as at:
         status, headers, body = await at.post(body=chat(sim_fault={"kind": kind, "at": "headers"}))
         assert (status, body["error"]["code"]) == (502, "engine_unavailable")
-        assert wire.STARTING_HEADER in headers, (
+        assert protocol.STARTING_HEADER in headers, (
             "the engine may have gone; its replica counts as starting until it answers"
         )
 
 
-@pytest.mark.parametrize(("method", "path"), [("POST", wire.CHAT), ("GET", wire.MODELS), ("GET", wire.METRICS)])
+@pytest.mark.parametrize(
+    ("method", "path"), [("POST", protocol.CHAT), ("GET", protocol.MODELS), ("GET", protocol.METRICS)]
+)
 async def test_a_connection_that_cannot_be_made_means_starting(socket_folder: Path, method: str, path: str) -> None:
     """Nothing was begun: the caller may wait or go elsewhere. A draining replica goes on saying that it drains."""
     async with running(socket_folder) as at:
@@ -297,12 +299,12 @@ async def test_a_connection_that_cannot_be_made_means_starting(socket_folder: Pa
                 method, path, data=json.dumps(chat()) if method == "POST" else None
             ) as response:
                 assert (response.status, (await response.json())["error"]["code"]) == (503, "starting")
-                assert wire.STARTING_HEADER in response.headers
+                assert protocol.STARTING_HEADER in response.headers
                 assert response.headers["retry-after"] == "5"
-        async with at.session.get(wire.HEALTH) as response:
+        async with at.session.get(protocol.HEALTH) as response:
             assert (await response.json())["state"] == "starting"
         at.gate.state = State.DRAINING
-        async with at.session.get(wire.HEALTH) as response:
+        async with at.session.get(protocol.HEALTH) as response:
             assert (await response.json())["state"] == "draining"
 
 
@@ -314,21 +316,21 @@ async def test_the_engines_own_errors_pass_through(socket_folder: Path) -> None:
         assert (await at.post(body=b"{"))[0] == 400
 
 
-REPORT = wire.RankReport(1, "a", "c", "n2", 3, wire.RankState.ENDED, "killed", "by hand", leaving=True)
+REPORT = protocol.RankReport(1, "a", "c", "n2", 3, protocol.RankState.ENDED, "killed", "by hand", leaving=True)
 
 
 async def test_another_rank_reports_and_is_answered(socket_folder: Path) -> None:
     async with running(socket_folder) as at:
-        heard: list[wire.RankReport] = []
+        heard: list[protocol.RankReport] = []
 
-        def hear(report: wire.RankReport) -> wire.RankOrder:
+        def hear(report: protocol.RankReport) -> protocol.RankOrder:
             heard.append(report)
-            return wire.RankOrder(wire.Action.RUN, 4, "10.0.0.1", 4000, "p")
+            return protocol.RankOrder(protocol.Action.RUN, 4, "10.0.0.1", 4000, "p")
 
         at.gate.on_rank = hear
-        status, _, body = await at.post(wire.RANK, asdict(REPORT))
+        status, _, body = await at.post(protocol.RANK, asdict(REPORT))
         assert (status, heard) == (200, [REPORT])
-        assert wire.RankOrder.from_json(body) == wire.RankOrder(wire.Action.RUN, 4, "10.0.0.1", 4000, "p")
+        assert protocol.RankOrder.from_json(body) == protocol.RankOrder(protocol.Action.RUN, 4, "10.0.0.1", 4000, "p")
 
 
 @pytest.mark.parametrize(
@@ -345,21 +347,21 @@ async def test_another_rank_reports_and_is_answered(socket_folder: Path) -> None
 )
 async def test_what_is_no_report_is_refused(socket_folder: Path, body: JsonObject | bytes) -> None:
     async with running(socket_folder) as at:
-        at.gate.on_rank = lambda _: wire.RankOrder(wire.Action.WAIT)
-        status, _, said = await at.post(wire.RANK, body)
+        at.gate.on_rank = lambda _: protocol.RankOrder(protocol.Action.WAIT)
+        status, _, said = await at.post(protocol.RANK, body)
         assert (status, said["error"]["code"]) == (400, "bad_report")
 
 
 async def test_an_engine_on_one_node_has_no_other_ranks(socket_folder: Path) -> None:
     async with running(socket_folder) as at:
-        status, _, said = await at.post(wire.RANK, asdict(REPORT))
+        status, _, said = await at.post(protocol.RANK, asdict(REPORT))
         assert (status, said["error"]["message"]) == (400, "this engine has one rank")
 
 
 async def test_reports_have_a_token_of_their_own(socket_folder: Path) -> None:
     """The replica's key opens everything else; whoever reports must not need it."""
     async with running(socket_folder) as at:
-        at.gate.on_rank, at.gate.rank_token = lambda _: wire.RankOrder(wire.Action.WAIT), "t" * 64
-        assert (await at.post(wire.RANK, asdict(REPORT)))[0] == 401
+        at.gate.on_rank, at.gate.rank_token = lambda _: protocol.RankOrder(protocol.Action.WAIT), "t" * 64
+        assert (await at.post(protocol.RANK, asdict(REPORT)))[0] == 401
         at.gate.rank_token = KEY
-        assert (await at.post(wire.RANK, asdict(REPORT)))[0] == 200
+        assert (await at.post(protocol.RANK, asdict(REPORT)))[0] == 200

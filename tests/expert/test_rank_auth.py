@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from hpc_router.auth import challenge_answer, replica_key
 from hpc_router.expert.rank_auth import is_proven, proof, rank_key, report_token
-from hpc_router.wire import Action, RankOrder
+from hpc_router.net.auth import challenge_answer, replica_key
+from hpc_router.net.protocol import Action, RankOrder
 
 KEY = rank_key("secret", "aa")
 ORDER = RankOrder(Action.RUN, 3, "10.0.0.1", 4000)

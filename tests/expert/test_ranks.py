@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from hpc_router import frozen, wire
-from hpc_router.auth import replica_key
+from hpc_router import frozen
 from hpc_router.expert.agent import bind
 from hpc_router.expert.guard import descendants
 from hpc_router.jobdir import JobDir, Phase, Reason
+from hpc_router.net import protocol
+from hpc_router.net.auth import replica_key
 from hpc_router.registry import Kind, Reader, Record, State, publish
 from hpc_router.relay.downstream import Request, Response, json_response
 from hpc_router.relay.server import listening
@@ -30,7 +31,7 @@ async def test_two_ranks_serve_and_only_the_first_is_in_the_registry(run: RunDir
         assert list(Reader(run.registry).snapshot()) == [REPLICA]
         engines = [progress.engine_pid, *processes_below(other)]
         assert len(engines) == 3  # with the other rank's guard
-        async with agent.session() as session, session.post(wire.CHAT, json=chat()) as response:
+        async with agent.session() as session, session.post(protocol.CHAT, json=chat()) as response:
             assert response.status == 200
         agent.process.terminate()
         assert await agent.end() == 0
@@ -71,7 +72,7 @@ async def test_a_killed_engine_of_another_rank_is_why_all_start_again(run: RunDi
         assert after.reason is Reason.KILLED
         assert after.message is not None
         assert after.message.startswith("rank 1 on ")
-        async with agent.session() as session, session.post(wire.CHAT, json=chat()) as response:
+        async with agent.session() as session, session.post(protocol.CHAT, json=chat()) as response:
             assert response.status == 200
 
 
@@ -181,7 +182,7 @@ async def test_a_stranger_at_the_leaders_port_gives_no_orders(run: RunDir, scrat
 
     async def answer(request: Request) -> Response:
         reports.append(request.headers.text("authorization"))
-        return json_response(asdict(wire.RankOrder(wire.Action.RUN, 1, "127.0.0.1", 9)))
+        return json_response(asdict(protocol.RankOrder(protocol.Action.RUN, 1, "127.0.0.1", 9)))
 
     configured = deployment(scratch, nodes=2)
     configured.cluster.beat_s = 0.05

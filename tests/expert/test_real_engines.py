@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from hpc_router import wire
 from hpc_router.config import ClusterConfig, Deployment, EngineConfig, ExpertConfig, PolicyConfig
 from hpc_router.expert.engines import Place, build_engine
 from hpc_router.jobdir import Phase, Reason
+from hpc_router.net import protocol
 from hpc_router.rundir import RunDir
 from tests.expert.replicas import chat, exists, replica
 from tests.needs import ROOT, engine_python
@@ -53,10 +53,12 @@ async def test_a_whole_life(kind: str, options: dict[str, Any], run: RunDir, scr
         assert record.engine.version
         served = record.serves["math"]
         async with agent.session() as session:
-            async with session.get(wire.MODELS) as response:
+            async with session.get(protocol.MODELS) as response:
                 assert served in [card["id"] for card in (await response.json())["data"]]
             for stream in (False, True):
-                async with session.post(wire.CHAT, json=chat(model=served, max_tokens=4, stream=stream)) as response:
+                async with session.post(
+                    protocol.CHAT, json=chat(model=served, max_tokens=4, stream=stream)
+                ) as response:
                     assert response.status == 200
                     assert b"content" in await response.read()
         agent.process.terminate()

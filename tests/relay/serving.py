@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
-from hpc_router import wire
 from hpc_router.errors import UpstreamError
+from hpc_router.net import protocol
 from hpc_router.relay.answer import Answer, Answering
 from hpc_router.relay.dialects import dialect_of
 from hpc_router.relay.downstream import DownstreamGoneError, Handler, Request, Response
@@ -135,7 +135,7 @@ async def relayed(
     limits: Limits = PATIENT,
     reads_bodies: bool = True,
     stream: bool = False,
-    path: str = wire.CHAT,
+    path: str = protocol.CHAT,
 ) -> AsyncIterator[Relayed]:
     async def handler(request: Request) -> Response | None:
         made.begun += 1

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpc_router import wire
 from hpc_router.errors import UpstreamAbortedError
+from hpc_router.net import protocol
 from hpc_router.relay.aborted import Choices, Unheld
 from hpc_router.relay.sse import CONTENT_TYPE
 from tests.relay.scripted import CHUNKED, Answer, End, head, sized
@@ -68,27 +68,27 @@ def reason_is(reason: str | None) -> dict[str, Any]:
 
 
 CUT_STREAMS: dict[str, tuple[str, list[bytes]]] = {
-    "chat": (wire.CHAT, [event(delta("so")), event(delta("", "abort")), DONE]),
-    "chat with spaces": (wire.CHAT, [event(delta("so")), event(delta("", "abort"), compact=False), DONE]),
+    "chat": (protocol.CHAT, [event(delta("so")), event(delta("", "abort")), DONE]),
+    "chat with spaces": (protocol.CHAT, [event(delta("so")), event(delta("", "abort"), compact=False), DONE]),
     "chat, one of two choices": (
-        wire.CHAT,
+        protocol.CHAT,
         [event(delta("so")), event(delta("", "stop")), event(delta("", "abort", index=1)), DONE],
     ),
-    "text": (wire.COMPLETIONS, [event(text("so")), event(text("", "abort")), DONE]),
-    "messages": (wire.MESSAGES, [event(STARTED), event(DELTA), event(reason_is(None)), event(STOPPED)]),
+    "text": (protocol.COMPLETIONS, [event(text("so")), event(text("", "abort")), DONE]),
+    "messages": (protocol.MESSAGES, [event(STARTED), event(DELTA), event(reason_is(None)), event(STOPPED)]),
     "messages with spaces": (
-        wire.MESSAGES,
+        protocol.MESSAGES,
         [event(STARTED), event(reason_is(None), compact=False), event(STOPPED, compact=False)],
     ),
     "responses": (
-        wire.RESPONSES,
+        protocol.RESPONSES,
         [
             event({"type": "response.created", "response": response("in_progress")}),
             event({"type": "response.completed", "response": response("cancelled")}),
         ],
     ),
     "responses that are empty": (
-        wire.RESPONSES,
+        protocol.RESPONSES,
         [
             event({"type": "response.created", "response": response("in_progress")}),
             event({"type": "response.completed", "response": response("completed", usage={"output_tokens": 0})}),
@@ -96,20 +96,20 @@ CUT_STREAMS: dict[str, tuple[str, list[bytes]]] = {
     ),
 }
 WHOLE_STREAMS: dict[str, tuple[str, list[bytes]]] = {
-    "chat": (wire.CHAT, [event(delta("so")), event(delta("", "stop")), DONE]),
-    "a token that is the word": (wire.CHAT, [event(delta("abort")), event(delta("", "stop")), DONE]),
+    "chat": (protocol.CHAT, [event(delta("so")), event(delta("", "stop")), DONE]),
+    "a token that is the word": (protocol.CHAT, [event(delta("abort")), event(delta("", "stop")), DONE]),
     "a text that quotes an end": (
-        wire.CHAT,
+        protocol.CHAT,
         [event(delta('{"finish_reason":"abort"}')), event(delta("", "length")), DONE],
     ),
-    "messages": (wire.MESSAGES, [event(STARTED), event(DELTA), event(reason_is("end_turn")), event(STOPPED)]),
+    "messages": (protocol.MESSAGES, [event(STARTED), event(DELTA), event(reason_is("end_turn")), event(STOPPED)]),
     "messages whose reason comes first": (
-        wire.MESSAGES,
+        protocol.MESSAGES,
         [event(STARTED), event(reason_is("max_tokens")), event(reason_is(None)), event(STOPPED)],
     ),
-    "messages without reasons": (wire.MESSAGES, [event(STARTED), event(DELTA), event(STOPPED)]),
+    "messages without reasons": (protocol.MESSAGES, [event(STARTED), event(DELTA), event(STOPPED)]),
     "responses that quote a status": (
-        wire.RESPONSES,
+        protocol.RESPONSES,
         [event({"type": "response.completed", "response": response("completed", metadata={"status": "cancelled"})})],
     ),
 }
@@ -157,24 +157,27 @@ async def test_an_end_that_the_engine_did_not_close_is_looked_at_as_well(relay: 
 
 
 CUT_BODIES = {
-    "chat": (wire.CHAT, completion("abort")),
-    "text": (wire.COMPLETIONS, text("so far", "abort")),
-    "messages": (wire.MESSAGES, message(None)),
-    "responses": (wire.RESPONSES, response("cancelled")),
-    "responses that are empty": (wire.RESPONSES, response("completed", usage={"output_tokens": 0})),
-    "responses with an empty text": (wire.RESPONSES, response("completed", **says(""), usage={"output_tokens": 0})),
+    "chat": (protocol.CHAT, completion("abort")),
+    "text": (protocol.COMPLETIONS, text("so far", "abort")),
+    "messages": (protocol.MESSAGES, message(None)),
+    "responses": (protocol.RESPONSES, response("cancelled")),
+    "responses that are empty": (protocol.RESPONSES, response("completed", usage={"output_tokens": 0})),
+    "responses with an empty text": (protocol.RESPONSES, response("completed", **says(""), usage={"output_tokens": 0})),
 }
 WHOLE_BODIES = {
-    "chat": (wire.CHAT, completion("stop", content="abort")),
-    "chat without choices": (wire.CHAT, {"error": "abort"}),
-    "embeddings": (wire.EMBEDDINGS, {"object": "list", "data": [], "model": "abort"}),
-    "messages": (wire.MESSAGES, message("end_turn")),
-    "messages that hold another": (wire.MESSAGES, message("tool_use") | {"content": [message(None)]}),
-    "responses": (wire.RESPONSES, response("completed", metadata={"status": "cancelled"})),
-    "responses that end at once": (wire.RESPONSES, response("completed", usage={"output_tokens": 1})),
-    "responses that are not counted": (wire.RESPONSES, response("completed", **says("hi"), usage={"output_tokens": 0})),
+    "chat": (protocol.CHAT, completion("stop", content="abort")),
+    "chat without choices": (protocol.CHAT, {"error": "abort"}),
+    "embeddings": (protocol.EMBEDDINGS, {"object": "list", "data": [], "model": "abort"}),
+    "messages": (protocol.MESSAGES, message("end_turn")),
+    "messages that hold another": (protocol.MESSAGES, message("tool_use") | {"content": [message(None)]}),
+    "responses": (protocol.RESPONSES, response("completed", metadata={"status": "cancelled"})),
+    "responses that end at once": (protocol.RESPONSES, response("completed", usage={"output_tokens": 1})),
+    "responses that are not counted": (
+        protocol.RESPONSES,
+        response("completed", **says("hi"), usage={"output_tokens": 0}),
+    ),
     "responses that call a tool": (
-        wire.RESPONSES,
+        protocol.RESPONSES,
         response("completed", output=[{"type": "function_call"}], usage={"output_tokens": 0}),
     ),
 }

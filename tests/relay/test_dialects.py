@@ -6,14 +6,14 @@ import anthropic.types
 import pytest
 from openai.types.responses import ResponseErrorEvent
 
-from hpc_router import wire
+from hpc_router.net import protocol
 from hpc_router.relay.dialects import Fault, dialect_of
 from hpc_router.relay.sse import EventSplitter
 
 LOST = Fault(502, "upstream_error", "replica_failed", "lost")
 
 
-@pytest.mark.parametrize("path", wire.GENERATE_PATHS)
+@pytest.mark.parametrize("path", protocol.GENERATE_PATHS)
 def test_every_path_has_one_whole_event_with_the_error_in_it(path: str) -> None:
     event = dialect_of(path).event(LOST)
     assert EventSplitter().feed(event) == event
@@ -21,7 +21,9 @@ def test_every_path_has_one_whole_event_with_the_error_in_it(path: str) -> None:
     assert said["error"]["message"] == "lost"
 
 
-@pytest.mark.parametrize("path", ["", "/v1/models", "/nowhere", wire.CHAT, wire.COMPLETIONS, wire.EMBEDDINGS])
+@pytest.mark.parametrize(
+    "path", ["", "/v1/models", "/nowhere", protocol.CHAT, protocol.COMPLETIONS, protocol.EMBEDDINGS]
+)
 def test_openai_is_the_rule(path: str) -> None:
     error = {"message": "lost", "type": "upstream_error", "param": None, "code": "replica_failed"}
     assert dialect_of(path).body(LOST) == {"error": error}
@@ -29,14 +31,14 @@ def test_openai_is_the_rule(path: str) -> None:
 
 
 def test_the_error_of_a_response_is_a_typed_event() -> None:
-    assert dialect_of(wire.RESPONSES).body(LOST) == dialect_of(wire.CHAT).body(LOST)
-    name, _, data = dialect_of(wire.RESPONSES).event(LOST).partition(b"\ndata: ")
+    assert dialect_of(protocol.RESPONSES).body(LOST) == dialect_of(protocol.CHAT).body(LOST)
+    name, _, data = dialect_of(protocol.RESPONSES).event(LOST).partition(b"\ndata: ")
     assert name == b"event: error"
     event = ResponseErrorEvent.model_construct(**json.loads(data))
     assert (event.type, event.message, event.code, event.param) == ("error", "lost", "replica_failed", None)
 
 
-@pytest.mark.parametrize("path", [wire.MESSAGES, wire.MESSAGES + "/", wire.MESSAGES + "/count_tokens"])
+@pytest.mark.parametrize("path", [protocol.MESSAGES, protocol.MESSAGES + "/", protocol.MESSAGES + "/count_tokens"])
 @pytest.mark.parametrize(
     ("status", "kind"),
     [
@@ -59,6 +61,6 @@ def test_anthropics_kinds(path: str, status: int, kind: str) -> None:
 
 
 def test_anthropics_error_event() -> None:
-    name, _, data = dialect_of(wire.MESSAGES).event(LOST).partition(b"\ndata: ")
+    name, _, data = dialect_of(protocol.MESSAGES).event(LOST).partition(b"\ndata: ")
     assert name == b"event: error"
     assert json.loads(data) == {"type": "error", "error": {"type": "api_error", "message": "lost"}}

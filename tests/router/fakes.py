@@ -13,10 +13,11 @@ from typing import Any, Final
 
 from aiohttp import web
 
-from hpc_router import registry, wire
-from hpc_router.auth import bearer, challenge_answer, new_token, replica_key
+from hpc_router import registry
 from hpc_router.config import Deployment, EngineConfig, ExpertConfig, PolicyConfig, RouterConfig
 from hpc_router.filethread import FileThread
+from hpc_router.net import protocol
+from hpc_router.net.auth import bearer, challenge_answer, new_token, replica_key
 from hpc_router.registry import EngineInfo, Kind, Record, State
 from hpc_router.relay.upstream import UpstreamClient
 from hpc_router.router.app import Gateway
@@ -59,12 +60,12 @@ class FakeReplica:
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         if self.silent:
             await self.go_on.wait()
-        if request.path == wire.HEALTH:
+        if request.path == protocol.HEALTH:
             answer = challenge_answer(self.key, request.query["challenge"])
             health = {"replica": self.replica, "state": self.state, "in_flight": 0, "models": self.models}
             self.probes += 1
             return web.json_response(health | {"answer": answer} | self.health)
-        if request.path == wire.MODELS:
+        if request.path == protocol.MODELS:
             assert bearer(request.headers.get("authorization")) == self.key
             return web.json_response({"object": "list", "data": [{"id": m, "object": "model"} for m in self.models]})
         assert bearer(request.headers.get("authorization")) == self.key

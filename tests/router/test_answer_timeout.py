@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from hpc_router import wire
+from hpc_router.net import protocol
 from hpc_router.router.dispatch import MAX_ATTEMPTS
 from hpc_router.router.replica import Standing
 from tests.router.fakes import (
@@ -39,9 +39,9 @@ async def late(fake: FakeReplica, request: web.BaseRequest) -> web.StreamRespons
 @pytest.mark.parametrize(
     ("streamed", "path", "key"),
     [
-        (False, wire.CHAT, "router.answer_timeout_s=0.1"),
-        (True, wire.CHAT, "router.first_byte_timeout_s=0.1"),
-        (False, wire.MESSAGES, "router.answer_timeout_s=0.1"),
+        (False, protocol.CHAT, "router.answer_timeout_s=0.1"),
+        (True, protocol.CHAT, "router.first_byte_timeout_s=0.1"),
+        (False, protocol.MESSAGES, "router.answer_timeout_s=0.1"),
     ],
 )
 async def test_a_timeout_is_a_504_that_nobody_repeats(
@@ -60,8 +60,8 @@ async def test_a_timeout_is_a_504_that_nobody_repeats(
         status, body, headers = await post(router, chat(model, stream=streamed), path=path)
         assert (status, headers["x-should-retry"]) == (504, "false")
         assert key in body["error"]["message"]
-        assert path == wire.MESSAGES or body["error"]["code"] == "answer_timeout"
-        assert path == wire.CHAT or body["error"]["type"] == "timeout_error"
+        assert path == protocol.MESSAGES or body["error"]["code"] == "answer_timeout"
+        assert path == protocol.CHAT or body["error"]["type"] == "timeout_error"
         assert len(first.bodies) + len(second.bodies) == 1, "one request is one generation"
         assert other.bodies == []
         await eventually(lambda: first.cancelled + second.cancelled == 1)

@@ -11,8 +11,9 @@ import anthropic
 import openai
 import pytest
 
-from hpc_router import registry, wire
+from hpc_router import registry
 from hpc_router.expert.sim import SimConfig, SimEngine
+from hpc_router.net import protocol
 from hpc_router.registry import EngineInfo, Kind, Record, State
 from hpc_router.rundir import RunDir
 from tests.expert.sim.calls import INSTANT
@@ -33,14 +34,14 @@ from tests.waiting import eventually
 
 TURNS = [{"role": "user", "content": "2+2?"}]
 BODIES: dict[str, dict[str, Any]] = {
-    wire.CHAT: {"messages": TURNS},
-    wire.COMPLETIONS: {"prompt": "2+2?"},
-    wire.EMBEDDINGS: {"input": "2+2?"},
-    wire.RESPONSES: {"input": TURNS},
-    wire.MESSAGES: {"messages": TURNS, "max_tokens": 5},
+    protocol.CHAT: {"messages": TURNS},
+    protocol.COMPLETIONS: {"prompt": "2+2?"},
+    protocol.EMBEDDINGS: {"input": "2+2?"},
+    protocol.RESPONSES: {"input": TURNS},
+    protocol.MESSAGES: {"messages": TURNS, "max_tokens": 5},
 }
 EVENTS = [b"event: one\ndata: {}\n\n", b"data: two\n\n"]
-every_path = pytest.mark.parametrize("path", wire.GENERATE_PATHS)
+every_path = pytest.mark.parametrize("path", protocol.GENERATE_PATHS)
 
 
 def body(path: str, **fields: Any) -> dict[str, Any]:
@@ -134,10 +135,10 @@ async def test_a_stream_that_breaks_ends_with_the_error_event_of_its_api(tmp_pat
         last = got.removeprefix(b"".join(EVENTS))
         assert last.endswith(b"\n\n")
         name, _, data = last.decode().rpartition("data: ")
-        assert name == ("event: error\n" if path in (wire.RESPONSES, wire.MESSAGES) else "")
+        assert name == ("event: error\n" if path in (protocol.RESPONSES, protocol.MESSAGES) else "")
         said = json.loads(data)
         assert "failed before it had finished" in said["error"]["message"]
-        assert said["error"]["type"] == ("api_error" if path == wire.MESSAGES else "upstream_error")
+        assert said["error"]["type"] == ("api_error" if path == protocol.MESSAGES else "upstream_error")
         assert said.get("type") == ("error" if name else None)
         await eventually(lambda: all_gauges_zero(router))
 
@@ -161,7 +162,7 @@ async def test_refusals_have_the_shape_of_their_api(tmp_path: Path, path: str) -
             status, value, told = await post(router, sent, path=path, **headers)
             assert status == expected
             assert "x-request-id" in told or status == 413
-            if path == wire.MESSAGES:
+            if path == protocol.MESSAGES:
                 assert (value["type"], value["error"]["type"]) == ("error", anthropic_kind)
                 assert set(value["error"]) == {"type", "message"}
             else:
@@ -172,7 +173,7 @@ async def test_refusals_have_the_shape_of_their_api(tmp_path: Path, path: str) -
 
 
 @pytest.mark.parametrize("given", ["authorization", "x-api-key"])
-@pytest.mark.parametrize("path", [wire.MESSAGES, wire.CHAT])
+@pytest.mark.parametrize("path", [protocol.MESSAGES, protocol.CHAT])
 async def test_the_token_comes_either_way_and_goes_no_further(tmp_path: Path, path: str, given: str) -> None:
     run = a_run(tmp_path)
     async with (
@@ -195,9 +196,9 @@ async def test_a_field_that_means_something_else_does_not_vote(tmp_path: Path) -
     run = a_run(tmp_path)
     async with fake_replica(run, "math-0.g1") as fake, a_router(run, a_deployment("math", fallback="math")) as router:
         await ready(router)
-        sent = body(wire.RESPONSES, model="auto", prompt={"id": "pmpt_1"}, messages=None)
-        assert (await post(router, sent, path=wire.RESPONSES))[0] == 200
-        assert (await post(router, {"model": "auto", "prompt": {"id": "p"}}, path=wire.RESPONSES))[0] == 400
+        sent = body(protocol.RESPONSES, model="auto", prompt={"id": "pmpt_1"}, messages=None)
+        assert (await post(router, sent, path=protocol.RESPONSES))[0] == 200
+        assert (await post(router, {"model": "auto", "prompt": {"id": "p"}}, path=protocol.RESPONSES))[0] == 400
         assert len(fake.bodies) == 1
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import aiohttp
 import pytest
 
-from hpc_router import wire
 from hpc_router.cluster.settings import change, parse_settings
+from hpc_router.net import protocol
 from hpc_router.router import worker
 from hpc_router.router.changes import Changes
 from hpc_router.router.discovery import Discovery
@@ -101,7 +101,7 @@ async def test_what_an_agents_tasks_failed_at_is_counted_once(tmp_path: Path) ->
 
 @pytest.mark.parametrize("value", [None, 3, {"lease": 1}, {"lease": [True, "x"]}, {"lease": ["1", "x"]}, {"a": [1]}])
 def test_an_agent_of_another_version_tells_of_no_failures(value: object) -> None:
-    health = wire.Health.from_json({"replica": "a-0.g1", "models": [], "task_failures": value})
+    health = protocol.Health.from_json({"replica": "a-0.g1", "models": [], "task_failures": value})
     assert health is not None
     assert health.task_failures == {}
 

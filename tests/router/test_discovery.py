@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from hpc_router import registry
-from hpc_router.auth import new_token
+from hpc_router.net.auth import new_token
 from hpc_router.registry import Kind
 from hpc_router.router.replica import Standing
 from tests.router.fakes import RunningRouter, a_deployment, a_router, a_run, fake_replica, reset

@@ -11,7 +11,7 @@ import openai
 import pytest
 from aiohttp import web
 
-from hpc_router import wire
+from hpc_router.net import protocol
 from tests.expert.sim.calls import INSTANT
 from tests.relays import RELAYS, WARM
 from tests.router.fakes import FakeReplica, a_deployment, a_router, a_run, answer, event, fake_replica, stream
@@ -31,9 +31,9 @@ def relay(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
 
 def cut(path: str) -> dict[str, Any]:
     """A whole answer of this API that vLLM cut when it was told to stop."""
-    if path == wire.MESSAGES:
+    if path == protocol.MESSAGES:
         return {"type": "message", "content": [{"type": "text", "text": "so"}], "stop_reason": None}
-    if path == wire.RESPONSES:
+    if path == protocol.RESPONSES:
         return {"object": "response", "status": "cancelled", "output": []}
     return {"object": "any", "choices": [{"index": 0, "text": "so", "finish_reason": "abort"}]}
 
@@ -43,7 +43,7 @@ def asked(path: str) -> dict[str, Any]:
     return {"model": "math", "messages": turns, "prompt": "2+2?", "input": "2+2?", "max_tokens": 4}
 
 
-GENERATE = pytest.mark.parametrize("path", [p for p in wire.GENERATE_PATHS if p != wire.EMBEDDINGS])
+GENERATE = pytest.mark.parametrize("path", [p for p in protocol.GENERATE_PATHS if p != protocol.EMBEDDINGS])
 
 
 @GENERATE
@@ -72,7 +72,7 @@ async def test_an_answer_that_the_only_engine_cut_is_502_at_once(tmp_path: Path,
         status, value, headers = await post(router, asked(path), path=path, **{"x-request-id": "r-1"})
         assert (status, headers["x-request-id"]) == (502, "r-1")
         assert "its engine was stopped and cut the answer" in value["error"]["message"]
-        assert value["error"]["type"] == ("api_error" if path == wire.MESSAGES else "upstream_error")
+        assert value["error"]["type"] == ("api_error" if path == protocol.MESSAGES else "upstream_error")
         assert len(stopped.bodies) == 1
         await eventually(lambda: all_gauges_zero(router))
 
@@ -108,7 +108,7 @@ async def test_a_stream_that_the_engine_cut_ends_with_an_error_event(tmp_path: P
         await eventually(lambda: all_gauges_zero(router))
 
 
-@pytest.mark.parametrize("path", [wire.CHAT, wire.COMPLETIONS, wire.MESSAGES])
+@pytest.mark.parametrize("path", [protocol.CHAT, protocol.COMPLETIONS, protocol.MESSAGES])
 async def test_what_runs_on_an_engine_that_somebody_else_stops_fails(tmp_path: Path, path: str) -> None:
     """An endpoint of a colleague, where no agent breaks connections off: the simulated engine stops as vLLM does."""
     run = a_run(tmp_path)
@@ -160,7 +160,7 @@ async def test_a_stream_passes_as_it_comes_whatever_its_type(tmp_path: Path, con
     ):
         await ready(router)
         body = json.dumps(chat(stream=True)).encode()
-        async with made.post(router.url + wire.CHAT, data=body, headers=router.headers) as response:
+        async with made.post(router.url + protocol.CHAT, data=body, headers=router.headers) as response:
             assert response.status == 200
             assert await response.content.readline() == b'{"a": 1}\n'
             fake.go_on.set()

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 
-from hpc_router import registry, wire
+from hpc_router import registry
+from hpc_router.net import protocol
 from hpc_router.registry import Kind, Record, State
 from hpc_router.router import discovery
 from hpc_router.router.ejection import PROBES_LATE
@@ -46,7 +47,7 @@ class Endpoint:
 
 
 @asynccontextmanager
-async def registered(run: RunDir, endpoint: Endpoint, *, probe: str | None = wire.MODELS) -> AsyncIterator[None]:
+async def registered(run: RunDir, endpoint: Endpoint, *, probe: str | None = protocol.MODELS) -> AsyncIterator[None]:
     """At the same port again, where it had one."""
     runner = web.ServerRunner(web.Server(endpoint.handle, handler_cancellation=True), shutdown_timeout=0.1)
     await runner.setup()
@@ -144,7 +145,7 @@ async def test_a_connection_that_fails_ejects_and_it_comes_back(tmp_path: Path, 
             assert await ask(router) == 200
 
 
-@pytest.mark.parametrize("header", [wire.DRAINING_HEADER, wire.STARTING_HEADER])
+@pytest.mark.parametrize("header", [protocol.DRAINING_HEADER, protocol.STARTING_HEADER])
 async def test_one_that_drained_comes_back_when_it_is_ready(tmp_path: Path, header: str) -> None:
     """A router of ours may be one: its successor answers at the same address."""
     run, endpoint = a_run(tmp_path), Endpoint()

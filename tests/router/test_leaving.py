@@ -14,14 +14,15 @@ from pathlib import Path
 import pytest
 from yarl import URL
 
-from hpc_router import registry, wire
-from hpc_router.auth import new_token, replica_key
+from hpc_router import registry
 from hpc_router.expert.agent import bind
 from hpc_router.expert.gate import Gate
 from hpc_router.expert.passthrough import ENGINE_LIMITS
 from hpc_router.expert.sim.config import SimConfig
 from hpc_router.expert.sim.metrics import Outcome, Phase
 from hpc_router.expert.sim.server import SimEngine
+from hpc_router.net import protocol
+from hpc_router.net.auth import new_token, replica_key
 from hpc_router.registry import EngineInfo, Kind, Record, State
 from tests.relays import RELAYS, WARM, Relay
 from tests.router.fakes import RunningRouter, a_deployment, a_router, a_run
@@ -60,7 +61,7 @@ class Chain:
         assert url.host is not None
         assert url.port is not None
         reader, writer = await asyncio.open_connection(url.host, url.port)
-        fields = [f"POST {wire.CHAT} HTTP/1.1", "Host: x", f"Content-Length: {len(body)}"]
+        fields = [f"POST {protocol.CHAT} HTTP/1.1", "Host: x", f"Content-Length: {len(body)}"]
         fields += [f"{name}: {value}" for name, value in self.router.headers.items()]
         writer.write("\r\n".join([*fields, "", ""]).encode() + body[: len(body) - cut])
         try:

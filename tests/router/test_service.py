@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from hpc_router import fabric
 from hpc_router.config import ClusterConfig, Deployment, RouterConfig
 from hpc_router.errors import ConfigError
 from hpc_router.filethread import FileThread
 from hpc_router.jobdir import JobDir, Phase, Progress
+from hpc_router.net import addresses
 from hpc_router.registry import Kind, Reader, Record, State, publish, replica_name, withdraw
 from hpc_router.router import service
 from hpc_router.router.registry_file import RegistryFile
@@ -41,7 +41,7 @@ def configured(host: str | None, *, on: str | None = "127.0.0.0/8") -> Deploymen
 def test_it_listens_on_the_fabric_unless_told_otherwise(
     run: RunDir, host: str | None, on: str | None, bound: str, published: str
 ) -> None:
-    if ":" in bound and fabric.interface("::1") is None:
+    if ":" in bound and addresses.interface("::1") is None:
         pytest.skip("this machine has no IPv6")
     deployment = configured(host, on=on)
     with service.bind(run, deployment, node="n1") as sock:

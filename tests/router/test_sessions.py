@@ -8,8 +8,9 @@ from typing import Any
 import openai
 import pytest
 
-from hpc_router import registry, wire
+from hpc_router import registry
 from hpc_router.errors import BadRequestError, PreviousResponseNotFoundError
+from hpc_router.net import protocol
 from hpc_router.registry import EngineInfo, Kind, Record, State
 from hpc_router.relay.headers import Headers
 from hpc_router.router.replica import Event, Replica
@@ -21,7 +22,7 @@ from tests.router.test_apis import sim_replica
 from tests.router.test_gateway import all_gauges_zero, client_of, post, ready
 from tests.waiting import eventually
 
-HEADERS = {wire.SESSION_HEADER: "s1"}
+HEADERS = {protocol.SESSION_HEADER: "s1"}
 NEXT = {"model": "auto", "input": "and then?", "previous_response_id": "resp_1"}
 
 
@@ -136,7 +137,7 @@ async def test_a_chain_stays_with_the_engine_that_has_it(tmp_path: Path, streami
     ):
         await ready(router, 2)
         for name in ("s1", "s2", "s3"):
-            asks = client.with_options(default_headers={wire.SESSION_HEADER: name}).responses
+            asks = client.with_options(default_headers={protocol.SESSION_HEADER: name}).responses
             previous: Any = openai.omit
             replicas, reasons, lengths = set(), set(), []
             for model in ("auto", "auto", "math", "auto"):
@@ -184,7 +185,7 @@ async def test_what_cannot_be_continued_is_told_to_the_client(tmp_path: Path) ->
         with pytest.raises(openai.BadRequestError, match="'model' is missing"):
             await asks.create(input="x", previous_response_id=previous)
         with pytest.raises(openai.BadRequestError, match="1 to 128"):
-            await asks.create(model="math", input="x", extra_headers={wire.SESSION_HEADER: "a b"})
+            await asks.create(model="math", input="x", extra_headers={protocol.SESSION_HEADER: "a b"})
         with pytest.raises(openai.NotFoundError, match="'resp_0' not found"):  # the engine's own word
             await asks.create(model="math", input="x", previous_response_id="resp_0")
         replica = router.gateway.table.get(first.headers["x-replica"])
@@ -199,7 +200,7 @@ async def test_what_cannot_be_continued_is_told_to_the_client(tmp_path: Path) ->
 async def pinned(run: Any, router: Any) -> None:
     """Let session s1 begin at math-0, the only replica so far."""
     await ready(router)
-    assert (await post(router, {"model": "math", "input": "hi"}, path=wire.RESPONSES, **HEADERS))[0] == 200
+    assert (await post(router, {"model": "math", "input": "hi"}, path=protocol.RESPONSES, **HEADERS))[0] == 200
 
 
 async def test_a_full_replica_is_waited_for(tmp_path: Path) -> None:
@@ -209,11 +210,11 @@ async def test_a_full_replica_is_waited_for(tmp_path: Path) -> None:
         a_router(run, a_deployment("math")) as router,
     ):
         await pinned(run, router)
-        busy = asyncio.create_task(post(router, {"model": "math", "prompt": "x"}, path=wire.COMPLETIONS))
+        busy = asyncio.create_task(post(router, {"model": "math", "prompt": "x"}, path=protocol.COMPLETIONS))
         await eventually(lambda: len(fake.bodies) == 2)
         async with fake_replica(run, "math-1.g1") as other:
             await ready(router, 2)
-            call = asyncio.create_task(post(router, NEXT, path=wire.RESPONSES, **HEADERS))
+            call = asyncio.create_task(post(router, NEXT, path=protocol.RESPONSES, **HEADERS))
             await eventually(lambda: router.gateway.table.waiting("math") == 1)
             fake.go_on.set()
             status, _, headers = await call
@@ -230,9 +231,9 @@ async def test_who_waits_is_told_at_once_that_the_replica_is_lost(tmp_path: Path
         a_router(run, a_deployment("math")) as router,
     ):
         await pinned(run, router)
-        busy = asyncio.create_task(post(router, {"model": "math", "prompt": "x"}, path=wire.COMPLETIONS))
+        busy = asyncio.create_task(post(router, {"model": "math", "prompt": "x"}, path=protocol.COMPLETIONS))
         await eventually(lambda: len(fake.bodies) == 2)
-        call = asyncio.create_task(post(router, NEXT, path=wire.RESPONSES, **HEADERS))
+        call = asyncio.create_task(post(router, NEXT, path=protocol.RESPONSES, **HEADERS))
         await eventually(lambda: router.gateway.table.waiting("math") == 1)
         replica = router.gateway.table.get("math-0.g1")
         assert replica is not None
@@ -247,7 +248,7 @@ async def test_who_waits_is_told_at_once_that_the_replica_is_lost(tmp_path: Path
 @pytest.mark.parametrize(
     ("act", "status", "code"),
     [
-        (refuse(503, headers={wire.DRAINING_HEADER: "1"}), 400, "previous_response_not_found"),
+        (refuse(503, headers={protocol.DRAINING_HEADER: "1"}), 400, "previous_response_not_found"),
         (refuse(500), 500, None),
         (refuse(404), 404, None),
     ],
@@ -258,7 +259,7 @@ async def test_no_other_replica_takes_the_turn(tmp_path: Path, act: Any, status:
         await pinned(run, router)
         async with fake_replica(run, "math-1.g1") as other:
             await ready(router, 2)
-            got, value, _ = await post(router, NEXT, path=wire.RESPONSES, **HEADERS)
+            got, value, _ = await post(router, NEXT, path=protocol.RESPONSES, **HEADERS)
             assert (got, value["error"]["code"]) == (status, code)
             assert not other.bodies
 
@@ -267,8 +268,8 @@ async def test_a_session_that_failed_is_not_noted(tmp_path: Path) -> None:
     run = a_run(tmp_path)
     async with fake_replica(run, "math-0.g1", refuse(400)), a_router(run, a_deployment("math")) as router:
         await ready(router)
-        await post(router, {"model": "math", "input": "hi"}, path=wire.RESPONSES, **HEADERS)
-        await post(router, {"model": "math", "prompt": "hi"}, path=wire.COMPLETIONS, **HEADERS)
+        await post(router, {"model": "math", "input": "hi"}, path=protocol.RESPONSES, **HEADERS)
+        await post(router, {"model": "math", "prompt": "hi"}, path=protocol.COMPLETIONS, **HEADERS)
         assert len(router.gateway.link.sessions) == 0
 
 
@@ -279,5 +280,5 @@ async def test_a_withdrawn_replica_takes_its_sessions_along(tmp_path: Path) -> N
             await pinned(run, router)
         registry.withdraw(run.registry, "math-0.g1")
         await eventually(lambda: router.gateway.table.get("math-0.g1") is None)
-        _, value, _ = await post(router, NEXT, path=wire.RESPONSES, **HEADERS)
+        _, value, _ = await post(router, NEXT, path=protocol.RESPONSES, **HEADERS)
         assert value["error"]["code"] == "previous_response_not_found"

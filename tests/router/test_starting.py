@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from hpc_router import wire
 from hpc_router.expert.gate import RETRY_AFTER_S
+from hpc_router.net import protocol
 from hpc_router.registry import State
 from hpc_router.router.replica import Standing
 from hpc_router.rundir import RunDir
@@ -29,7 +29,7 @@ def starting(status: int) -> Act:
 
     async def act(fake: FakeReplica, request: web.BaseRequest) -> web.StreamResponse:
         fake.state = "starting"
-        headers = {wire.STARTING_HEADER: "1", "retry-after": str(RETRY_AFTER_S[State.STARTING])}
+        headers = {protocol.STARTING_HEADER: "1", "retry-after": str(RETRY_AFTER_S[State.STARTING])}
         return web.json_response({"error": {"message": "no engine"}}, status=status, headers=headers)
 
     return act

@@ -7,7 +7,7 @@ from typing import Any, Final
 
 import pytest
 
-from hpc_router.cluster.http import ask
+from hpc_router.net.http_client import ask
 from tests.slurm.cluster import SlurmCluster
 from tests.slurm.deployment import on_slurm
 from tests.waiting import eventually_sync

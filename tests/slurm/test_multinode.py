@@ -10,8 +10,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from hpc_router import frozen, wire
-from hpc_router.auth import replica_key
+from hpc_router import frozen
 from hpc_router.config import (
     ClusterConfig,
     Deployment,
@@ -22,6 +21,8 @@ from hpc_router.config import (
 )
 from hpc_router.expert import tiny_model
 from hpc_router.jobdir import Exit, JobDir, Reason, Runner
+from hpc_router.net import protocol
+from hpc_router.net.auth import replica_key
 from hpc_router.registry import Reader, Record, State
 from hpc_router.rundir import RunDir, make_run
 from tests.needs import VLLM_ENV, engine_python
@@ -85,7 +86,10 @@ class Started:
 async def _ask(url: str, key: str) -> str:
     headers = {"authorization": f"Bearer {key}"}
     body: dict[str, Any] = {"model": "big", "messages": [{"role": "user", "content": "two and two"}], "max_tokens": 8}
-    async with aiohttp.ClientSession(url, headers=headers) as session, session.post(wire.CHAT, json=body) as response:
+    async with (
+        aiohttp.ClientSession(url, headers=headers) as session,
+        session.post(protocol.CHAT, json=body) as response,
+    ):
         assert response.status == 200
         return str((await response.json())["choices"][0]["message"]["content"])
 

@@ -12,8 +12,8 @@ from typing import Any
 import openai
 import pytest
 
-from hpc_router.cluster.http import Unreachable, ask
 from hpc_router.jobdir import JobDir, Reason
+from hpc_router.net.http_client import Unreachable, ask
 from hpc_router.registry import Kind, Reader, Record, State
 from hpc_router.routing.artefact import read
 from hpc_router.routing.classifier import Classifier

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from hpc_router.bench.prompts import built_in
-from hpc_router.wire import CHAT
+from hpc_router.net.protocol import CHAT
 
 SIZES: Final = {"200 B": 200, "2 KB": 2_000, "200 KB": 200_000}
 """Prompts by name, in characters."""

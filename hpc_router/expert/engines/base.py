@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, Final, Protocol
 
 from hpc_router.config import ClusterConfig, EngineConfig, ExpertConfig
-from hpc_router.environment import scrubbed
 from hpc_router.errors import ConfigError
 from hpc_router.expert.engines.failure import Sign
+from hpc_router.net.job_environment import scrubbed
 from hpc_router.registry import EngineInfo
 
 _PROXIES: Final = ("http_proxy", "https_proxy", "all_proxy", "no_proxy", "ftp_proxy")

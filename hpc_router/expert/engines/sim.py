@@ -23,8 +23,8 @@ from hpc_router.expert.engines.failure import OPTION, PORT, TORCH, Sign, signs
 from hpc_router.expert.sim import roofline
 from hpc_router.expert.sim.faults import parse_rules
 from hpc_router.jobdir import Reason
+from hpc_router.net.protocol import MODELS
 from hpc_router.registry import EngineInfo
-from hpc_router.wire import MODELS
 
 _SIGNS: Final = (
     *PORT,

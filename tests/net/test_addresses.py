@@ -5,9 +5,9 @@ import socket
 
 import pytest
 
-from hpc_router import fabric
 from hpc_router.errors import ConfigError
-from hpc_router.fabric import Interfaces
+from hpc_router.net import addresses as fabric
+from hpc_router.net.addresses import Interfaces
 
 NODE: Interfaces = {
     name: [ipaddress.ip_address(text) for text in texts]

@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 import pytest
 from aiohttp import web
 
-from hpc_router.cluster.http import LONGEST_ANSWER, Unreachable, call, session
+from hpc_router.net.http_client import LONGEST_ANSWER, Unreachable, call, session
 
 
 @asynccontextmanager

@@ -2,7 +2,7 @@
 
 import pytest
 
-from hpc_router.auth import bearer, challenge_answer, new_token, replica_key, same
+from hpc_router.net.auth import bearer, challenge_answer, new_token, replica_key, same
 
 
 def test_a_key_belongs_to_one_secret_and_one_nonce() -> None:
