@@ -23,7 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from hpc_router.files import lines_of
+from hpc_router.state.atomic_files import lines_of
 
 ROOT: Final = Path(__file__).parent.parent
 DRAWS: Final = range(6)

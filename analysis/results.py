@@ -12,7 +12,7 @@ from statistics import fmean, stdev
 from typing import Any, Final
 
 from hpc_router.errors import ConfigError
-from hpc_router.files import lines_of
+from hpc_router.state.atomic_files import lines_of
 
 Record = Mapping[str, Any]
 _WHERE: Final = ("cluster.", "simulate.", "router.", "name=", "runs=")

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from hpc_router.arguments import parse_arguments
 from hpc_router.errors import ConfigError, HpcRouterError, LaunchError
-from hpc_router.rundir import RunDir, find_run, make_run
+from hpc_router.state.run_directory import RunDir, find_run, make_run
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 from hpc_router.errors import ConfigError
 from hpc_router.leader import Leader, NoRouterError
 from hpc_router.proof import Finding, examine
-from hpc_router.rundir import RunDir, find_run
+from hpc_router.state.run_directory import RunDir, find_run
 
 if TYPE_CHECKING:
     import openai

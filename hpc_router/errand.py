@@ -5,7 +5,7 @@ from typing import Final
 
 from hpc_router.net.protocol import DRAINING_HEADER
 from hpc_router.proof import Finding
-from hpc_router.registry import Record
+from hpc_router.state.registry import Record
 
 FIRST_PAUSE_S: Final = 0.1
 LONGEST_PAUSE_S: Final = 2.0

@@ -21,8 +21,8 @@ import openai
 from hpc_router.errand import Errand
 from hpc_router.leader import Leader, NoRouterError
 from hpc_router.proof import Finding, Proof, examine
-from hpc_router.registry import Record
-from hpc_router.rundir import RunDir
+from hpc_router.state.registry import Record
+from hpc_router.state.run_directory import RunDir
 
 if TYPE_CHECKING:
     import httpx2 as http

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from hpc_router.errors import HpcRouterError, RegistryError
-from hpc_router.files import read_json
-from hpc_router.registry import Kind, Reader, Record, State, leading_router
-from hpc_router.rundir import RunDir
+from hpc_router.state.atomic_files import read_json
+from hpc_router.state.registry import Kind, Reader, Record, State, leading_router
+from hpc_router.state.run_directory import RunDir
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 from hpc_router.net.auth import challenge_answer, new_token, replica_key, same
 from hpc_router.net.protocol import HEALTH, Health
-from hpc_router.registry import Record
+from hpc_router.state.registry import Record
 
 PROOF_S: Final = 10.0
 PATIENCE_S: Final = 2.0

@@ -13,7 +13,7 @@ from rich.text import Text
 from hpc_router.cluster.slots import Attempt
 from hpc_router.cluster.view import ReplicaView, Standing
 from hpc_router.cluster.why import Cause
-from hpc_router.rundir import RunDir
+from hpc_router.state.run_directory import RunDir
 
 if TYPE_CHECKING:
     from hpc_router.cluster.plan import Plan

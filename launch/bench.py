@@ -43,8 +43,8 @@ from hpc_router.errors import ConfigError, suggest
 from hpc_router.frozen import GROUPS
 from hpc_router.provenance import Sources, parse_override
 from hpc_router.router.service import raise_file_limit
-from hpc_router.rundir import RunDir, open_run
 from hpc_router.screen import Progress
+from hpc_router.state.run_directory import RunDir, open_run
 from launch.entry import Call, launch
 
 OWN = ("run", "bench")

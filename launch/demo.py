@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hpc_router.expert import tiny_model
-from hpc_router.rundir import RunDir, open_run
+from hpc_router.state.run_directory import RunDir, open_run
 
 WIDTH: Final = 124
 EXPERTS: Final = ("code", "math", "medicine", "law", "generalist")

@@ -19,7 +19,7 @@ from hpc_router.cluster.foreground import claim_expert, join_expert, rank_of, st
 from hpc_router.cluster.plan import make_plan, settled
 from hpc_router.errors import ConfigError, suggest
 from hpc_router.expert.job import main
-from hpc_router.rundir import make_run
+from hpc_router.state.run_directory import make_run
 from launch.entry import Call, launch
 
 

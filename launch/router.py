@@ -15,7 +15,7 @@ from hpc_router.cluster.plan import settled
 from hpc_router.cluster.up import train_classifier
 from hpc_router.config import Deployment
 from hpc_router.provenance import parse_override
-from hpc_router.rundir import make_run
+from hpc_router.state.run_directory import make_run
 from launch.entry import Call, launch
 
 

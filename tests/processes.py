@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from hpc_router.jobdir import start_ticks
+from hpc_router.state.job_records import start_ticks
 
 
 def with_word(*words: str) -> list[int]:

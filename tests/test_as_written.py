@@ -16,7 +16,7 @@ from hpc_router.compose import load_deployment, with_overrides
 from hpc_router.config import ClusterConfig, Deployment, EngineConfig, ExpertConfig, PolicyConfig
 from hpc_router.errors import ConfigError
 from hpc_router.router.settings import with_settings
-from hpc_router.rundir import RunDir
+from hpc_router.state.run_directory import RunDir
 from launch.bench import config_of as bench_config_of
 from launch.entry import make_call
 from launch.train_classifier import config_of as train_config_of

@@ -17,10 +17,10 @@ from hpc_router.cli import VERBS, _say_how, main
 from hpc_router.cluster.scale import parse_counts
 from hpc_router.cluster.settings import change, parse_settings
 from hpc_router.errors import ConfigError
-from hpc_router.jobdir import Exit, JobDir, JobInfo, Reason
-from hpc_router.logfile import previous
-from hpc_router.registry import Reader
-from hpc_router.rundir import make_run, open_run
+from hpc_router.state.job_records import Exit, JobDir, JobInfo, Reason
+from hpc_router.state.log_file import previous
+from hpc_router.state.registry import Reader
+from hpc_router.state.run_directory import make_run, open_run
 from tests.needs import ROOT
 
 

@@ -22,13 +22,13 @@ from hpc_router import follow, proof
 from hpc_router.client import Endpoint, NoRouterError, async_openai_client, endpoint, openai_client
 from hpc_router.errand import Errand
 from hpc_router.errors import ConfigError
-from hpc_router.files import replace_json
 from hpc_router.leader import Leader
 from hpc_router.net.auth import challenge_answer, replica_key
 from hpc_router.net.protocol import DRAINING_HEADER, HEALTH
 from hpc_router.proof import Finding
-from hpc_router.registry import SCHEMA, Kind, Reader, Record, State, publish, replica_name, withdraw
-from hpc_router.rundir import RunDir, make_run
+from hpc_router.state.atomic_files import replace_json
+from hpc_router.state.registry import SCHEMA, Kind, Reader, Record, State, publish, replica_name, withdraw
+from hpc_router.state.run_directory import RunDir, make_run
 
 Act = Callable[["FakeRouter", web.BaseRequest], Awaitable[web.StreamResponse]]
 GUARD_S = 60.0

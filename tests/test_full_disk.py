@@ -13,9 +13,9 @@ from hpc_router.cluster.control import Control
 from hpc_router.cluster.status import status
 from hpc_router.cluster.why import why
 from hpc_router.config import Deployment, EngineConfig, ExpertConfig
-from hpc_router.files import create_text, replace_text
-from hpc_router.jobdir import JobDir, JobInfo
-from hpc_router.rundir import RunDir, make_run
+from hpc_router.state.atomic_files import create_text, replace_text
+from hpc_router.state.job_records import JobDir, JobInfo
+from hpc_router.state.run_directory import RunDir, make_run
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import pytest
 
 from hpc_router.net.auth import challenge_answer, replica_key
 from hpc_router.proof import LONGEST_ANSWER, PROOF_S, Finding, Proof, examine, proves
-from hpc_router.registry import Kind, Record, State
+from hpc_router.state.registry import Kind, Record, State
 
 SECRET = "the deployment's"
 RECORD = Record(Kind.ROUTER, "router-0.g1", "http://127.0.0.1:1", State.READY, {}, nonce="n1")

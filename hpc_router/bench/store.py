@@ -23,9 +23,9 @@ from hpc_router.bench.config import BenchConfig
 from hpc_router.bench.workload import Point
 from hpc_router.config import Deployment
 from hpc_router.errors import LaunchError
-from hpc_router.files import read_json, replace_json, replace_text
-from hpc_router.jobdir import start_ticks
-from hpc_router.rundir import RunDir, private_umask
+from hpc_router.state.atomic_files import read_json, replace_json, replace_text
+from hpc_router.state.job_records import start_ticks
+from hpc_router.state.run_directory import RunDir, private_umask
 
 BEAT_S: Final = 5.0
 STILL_S: Final = 60.0

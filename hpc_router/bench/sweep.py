@@ -25,7 +25,7 @@ from hpc_router.cluster.runs import Target as RunTarget
 from hpc_router.cluster.up import Interrupted, Reporter, up
 from hpc_router.config import Deployment
 from hpc_router.errors import LaunchError
-from hpc_router.rundir import RunDir
+from hpc_router.state.run_directory import RunDir
 
 Around = Callable[[Point, int], Any]
 """A context in which a point is measured: the point, and how many are done."""

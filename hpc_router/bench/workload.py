@@ -16,7 +16,7 @@ from typing import Any, Final
 from hpc_router.bench.config import BenchConfig, Lengths
 from hpc_router.bench.prompts import Prompt
 from hpc_router.errors import ConfigError
-from hpc_router.files import lines_of
+from hpc_router.state.atomic_files import lines_of
 
 POOL: Final = 2048
 """Different requests, where lengths are drawn."""

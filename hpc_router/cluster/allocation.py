@@ -18,10 +18,10 @@ from hpc_router.cluster.command import last_words
 from hpc_router.cluster.launcher import JobRequest
 from hpc_router.config import Deployment
 from hpc_router.errors import LaunchError
-from hpc_router.files import replace_text
-from hpc_router.jobdir import Exit, JobDir, JobInfo, Reason, Runner
 from hpc_router.net.job_environment import held_job, scrubbed
-from hpc_router.rundir import RunDir, private_umask
+from hpc_router.state.atomic_files import replace_text
+from hpc_router.state.job_records import Exit, JobDir, JobInfo, Reason, Runner
+from hpc_router.state.run_directory import RunDir, private_umask
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from typing import Any, Final
 
 from hpc_router.cluster.launcher import JobRequest
 from hpc_router.config import ClusterConfig, Deployment, JobOptions, ResourceConfig
-from hpc_router.rundir import RunDir
+from hpc_router.state.run_directory import RunDir
 
 LIBRARY: Final = Path(__file__).with_name("batch.sh")
 MODULES: Final = Path(__file__).with_name("modules.sh")

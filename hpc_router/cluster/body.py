@@ -13,9 +13,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import hpc_router
-from hpc_router.jobdir import Exit, JobDir, Process, Reason, start_ticks
 from hpc_router.net.job_environment import scrubbed
-from hpc_router.rundir import RunDir
+from hpc_router.state.job_records import Exit, JobDir, Process, Reason, start_ticks
+from hpc_router.state.run_directory import RunDir
 
 
 def start(run: str, argv_of: Mapping[str, list[str]], version: str) -> None:

@@ -9,9 +9,9 @@ from typing import Any, Final
 
 from hpc_router.cluster.command import last_words
 from hpc_router.errors import LaunchError
-from hpc_router.jobdir import Exit, JobDir, Reason
 from hpc_router.net.job_environment import JOB_ID, held_job, scrubbed
-from hpc_router.rundir import RunDir, private_umask
+from hpc_router.state.job_records import Exit, JobDir, Reason
+from hpc_router.state.run_directory import RunDir, private_umask
 
 TIMEOUT_S: Final = 60.0
 """For the batch, and as much again for each job in it: a busy controller takes its time."""

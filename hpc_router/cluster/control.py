@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 from types import FrameType
 from typing import Final
 
-from hpc_router import registry
 from hpc_router.cluster.desired import deployment_of, desired_of
 from hpc_router.cluster.drain import ask_to_drain
 from hpc_router.cluster.launcher import JobState, Launcher
@@ -28,10 +27,11 @@ from hpc_router.cluster.requests import request_for
 from hpc_router.cluster.slots import Observed
 from hpc_router.config import Deployment
 from hpc_router.errors import LaunchError
-from hpc_router.files import is_there
-from hpc_router.jobdir import JobDir, Stop
-from hpc_router.registry import Kind, leading_router, split_replica
-from hpc_router.rundir import RunDir
+from hpc_router.state import registry
+from hpc_router.state.atomic_files import is_there
+from hpc_router.state.job_records import JobDir, Stop
+from hpc_router.state.registry import Kind, leading_router, split_replica
+from hpc_router.state.run_directory import RunDir
 
 logger = logging.getLogger(__name__)
 

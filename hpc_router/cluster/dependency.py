@@ -8,9 +8,9 @@ from typing import Final
 
 from hpc_router.cluster.batch import effective
 from hpc_router.config import Deployment, ResourceConfig
-from hpc_router.jobdir import JobDir, Runner
-from hpc_router.registry import Kind, split_replica
-from hpc_router.rundir import RunDir
+from hpc_router.state.job_records import JobDir, Runner
+from hpc_router.state.registry import Kind, split_replica
+from hpc_router.state.run_directory import RunDir
 
 OPTION: Final = "dependency"
 

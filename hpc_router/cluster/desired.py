@@ -15,8 +15,8 @@ from hpc_router.cluster.reconcile import Desired
 from hpc_router.cluster.slots import Observed
 from hpc_router.config import Deployment, ExpertConfig
 from hpc_router.errors import ConfigError, suggest
-from hpc_router.rundir import RunDir
 from hpc_router.schema import bounds_of, check_bounds
+from hpc_router.state.run_directory import RunDir
 
 
 def deployment_of(run: RunDir) -> Deployment:

@@ -11,7 +11,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final, Protocol
 
-from hpc_router import registry
 from hpc_router.cluster.control import Control, Pass
 from hpc_router.cluster.desired import take_down
 from hpc_router.cluster.launcher import JobState
@@ -19,8 +18,9 @@ from hpc_router.cluster.slots import Attempt
 from hpc_router.config import Deployment
 from hpc_router.errors import ConfigError, LaunchError
 from hpc_router.expert.scratch import expanded, sweep
-from hpc_router.registry import Kind
-from hpc_router.rundir import RunDir
+from hpc_router.state import registry
+from hpc_router.state.registry import Kind
+from hpc_router.state.run_directory import RunDir
 
 logger = logging.getLogger(__name__)
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from hpc_router.net.auth import replica_key
 from hpc_router.net.http_client import Unreachable, call, session
 from hpc_router.net.protocol import DRAIN
-from hpc_router.registry import Record
-from hpc_router.rundir import RunDir
+from hpc_router.state.registry import Record
+from hpc_router.state.run_directory import RunDir
 
 logger = logging.getLogger(__name__)
 

@@ -19,9 +19,9 @@ from hpc_router.cluster.slots import ROUTER_SLOT, Observed, Slot
 from hpc_router.config import Deployment
 from hpc_router.errors import ConfigError, LaunchError
 from hpc_router.expert.job import RANK
-from hpc_router.jobdir import JobDir, JobInfo, Process, Runner, start_ticks
-from hpc_router.registry import split_replica
-from hpc_router.rundir import RunDir
+from hpc_router.state.job_records import JobDir, JobInfo, Process, Runner, start_ticks
+from hpc_router.state.registry import split_replica
+from hpc_router.state.run_directory import RunDir
 
 JOIN_S: Final = 120.0
 """The tasks of a step start within this time of each other."""

@@ -20,8 +20,8 @@ import submitit
 import hpc_router
 from hpc_router.cluster import body
 from hpc_router.cluster.child import ASKED
-from hpc_router.jobdir import JobDir, JobInfo, Runner, Submitter, start_ticks
-from hpc_router.rundir import RunDir
+from hpc_router.state.job_records import JobDir, JobInfo, Runner, Submitter, start_ticks
+from hpc_router.state.run_directory import RunDir
 
 A_YEAR_MIN: Final = 60 * 24 * 365
 """submitit's local default is two minutes, after which it kills the service."""

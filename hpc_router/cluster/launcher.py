@@ -10,8 +10,8 @@ from enum import StrEnum
 from typing import Final, Protocol
 
 from hpc_router.config import ResourceConfig
-from hpc_router.jobdir import Exit
-from hpc_router.registry import split_replica
+from hpc_router.state.job_records import Exit
+from hpc_router.state.registry import split_replica
 
 ROUTER: Final = "router"
 """Stands where an expert's name does, in the router's replicas."""

@@ -16,9 +16,9 @@ from hpc_router.cluster.queue import Queue
 from hpc_router.cluster.slurm import SlurmLauncher
 from hpc_router.config import Deployment
 from hpc_router.errors import ConfigError
-from hpc_router.jobdir import JobDir, Runner
 from hpc_router.net.job_environment import held_job
-from hpc_router.rundir import RunDir
+from hpc_router.state.job_records import JobDir, Runner
+from hpc_router.state.run_directory import RunDir
 
 
 def launcher_for(run: RunDir, deployment: Deployment) -> Launcher:

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 
 from hpc_router.cluster.child import keep_refusals, submit_all
 from hpc_router.cluster.launcher import JobReport, JobRequest, JobState
-from hpc_router.jobdir import Exit, JobDir, Process, Reason, start_ticks
-from hpc_router.rundir import RunDir
+from hpc_router.state.job_records import Exit, JobDir, Process, Reason, start_ticks
+from hpc_router.state.run_directory import RunDir
 
 logger = logging.getLogger(__name__)
 

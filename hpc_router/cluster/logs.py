@@ -16,10 +16,10 @@ from typing import Final
 
 from hpc_router.cluster.launcher import ROUTER
 from hpc_router.errors import ConfigError, RegistryError, suggest
-from hpc_router.jobdir import JobDir
-from hpc_router.logfile import previous
-from hpc_router.registry import split_replica
-from hpc_router.rundir import RunDir
+from hpc_router.state.job_records import JobDir
+from hpc_router.state.log_file import previous
+from hpc_router.state.registry import split_replica
+from hpc_router.state.run_directory import RunDir
 
 POLL_S: Final = 0.3
 

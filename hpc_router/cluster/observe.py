@@ -19,10 +19,10 @@ from hpc_router.cluster.launcher import JobReport, JobState, Launcher
 from hpc_router.cluster.pulse import Pulse
 from hpc_router.cluster.slots import Attempt, Observed, Slot
 from hpc_router.errors import RegistryError
-from hpc_router.files import create_text
-from hpc_router.jobdir import Exit, JobDir, Reason, Runner, Stop, Submitter, start_ticks
-from hpc_router.registry import Kind, Reader, Record, split_replica
-from hpc_router.rundir import RunDir
+from hpc_router.state.atomic_files import create_text
+from hpc_router.state.job_records import Exit, JobDir, Reason, Runner, Stop, Submitter, start_ticks
+from hpc_router.state.registry import Kind, Reader, Record, split_replica
+from hpc_router.state.run_directory import RunDir
 
 logger = logging.getLogger(__name__)
 

@@ -32,7 +32,7 @@ from hpc_router.expert.commands import drain_limit_s
 from hpc_router.expert.engines import Place, build_engine, engine_environment
 from hpc_router.expert.engines.container import contained
 from hpc_router.net.job_environment import held_job
-from hpc_router.rundir import RunDir
+from hpc_router.state.run_directory import RunDir
 
 FOLDER: Final = "<job>"
 """Stands in the plan for the folder that each agent makes on its node."""

@@ -11,7 +11,7 @@ from typing import Final, NamedTuple
 
 from hpc_router.net.http_client import Unreachable, call, session
 from hpc_router.net.protocol import HEALTH
-from hpc_router.registry import Record
+from hpc_router.state.registry import Record
 
 LOST_BEATS: Final = 2
 HUNG_BEATS: Final = 8

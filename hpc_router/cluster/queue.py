@@ -16,8 +16,8 @@ from datetime import datetime
 from typing import Any, Final
 
 from hpc_router.cluster.command import last_words, output_of
-from hpc_router.files import read_json, replace_json
-from hpc_router.rundir import RunDir
+from hpc_router.state.atomic_files import read_json, replace_json
+from hpc_router.state.run_directory import RunDir
 
 logger = logging.getLogger(__name__)
 

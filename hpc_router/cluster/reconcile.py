@@ -18,7 +18,7 @@ from typing import Final
 
 from hpc_router.cluster.launcher import ROUTER, JobState
 from hpc_router.cluster.slots import ROUTER_SLOT, Attempt, Observed, Slot
-from hpc_router.jobdir import BLAMELESS, PERMANENT, Exit, Reason, Runner
+from hpc_router.state.job_records import BLAMELESS, PERMANENT, Exit, Reason, Runner
 
 CLAIM_S: Final = 60.0
 """A claim that has no job after this long is abandoned."""

@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import urlsplit
 
-from hpc_router import registry
 from hpc_router.config import EXPERT_NAME, RESERVED_NAMES
 from hpc_router.errors import ConfigError, suggest
-from hpc_router.files import create_text
 from hpc_router.net.http_client import QUICK_S, Unreachable, ask
 from hpc_router.net.protocol import MODELS
-from hpc_router.registry import EngineInfo, Kind, Reader, Record, State, replica_name, split_replica
-from hpc_router.rundir import RunDir
+from hpc_router.state import registry
+from hpc_router.state.atomic_files import create_text
+from hpc_router.state.registry import EngineInfo, Kind, Reader, Record, State, replica_name, split_replica
+from hpc_router.state.run_directory import RunDir
 
 _PROBE: Final = re.compile(r"/[!-~]*")
 _V1: Final = re.compile(r"/v1/?$")

@@ -5,8 +5,8 @@ from hpc_router.cluster.dependency import was_met
 from hpc_router.cluster.desired import excluded_nodes
 from hpc_router.cluster.launcher import ROUTER, JobRequest
 from hpc_router.config import Deployment
-from hpc_router.registry import split_replica
-from hpc_router.rundir import RunDir
+from hpc_router.state.registry import split_replica
+from hpc_router.state.run_directory import RunDir
 
 
 def request_for(run: RunDir, deployment: Deployment, replica: str) -> JobRequest:

@@ -20,9 +20,9 @@ from hpc_router.cluster.reconcile import Wait
 from hpc_router.cluster.router_access import live_router
 from hpc_router.cluster.slots import Attempt, Observed
 from hpc_router.errors import ConfigError, suggest
-from hpc_router.jobdir import JobDir
-from hpc_router.registry import Kind, Record, split_replica
-from hpc_router.rundir import RunDir
+from hpc_router.state.job_records import JobDir
+from hpc_router.state.registry import Kind, Record, split_replica
+from hpc_router.state.run_directory import RunDir
 
 POLL_S: Final = 0.2
 MARGIN_S: Final = 30.0

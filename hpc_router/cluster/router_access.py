@@ -12,8 +12,8 @@ from hpc_router.cluster.launchers import launcher_for
 from hpc_router.config import Deployment
 from hpc_router.errors import ConfigError, LaunchError
 from hpc_router.proof import Finding, examine
-from hpc_router.registry import Kind, Reader, Record, leading_router
-from hpc_router.rundir import RunDir
+from hpc_router.state.registry import Kind, Reader, Record, leading_router
+from hpc_router.state.run_directory import RunDir
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,9 +17,9 @@ from hpc_router import compose, frozen
 from hpc_router.cluster.plan import settled
 from hpc_router.config import Deployment
 from hpc_router.errors import ConfigError
-from hpc_router.files import create_text
 from hpc_router.provenance import parse_override
-from hpc_router.rundir import RunDir, make_run, new_run_path, open_run, point_latest
+from hpc_router.state.atomic_files import create_text
+from hpc_router.state.run_directory import RunDir, make_run, new_run_path, open_run, point_latest
 
 SHOWN_KEYS: Final = 5
 

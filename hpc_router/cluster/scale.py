@@ -12,8 +12,8 @@ from hpc_router.cluster.router_access import live_router
 from hpc_router.cluster.site import ask_site
 from hpc_router.config import Deployment
 from hpc_router.errors import ConfigError, LaunchError
-from hpc_router.registry import Record
-from hpc_router.rundir import RunDir
+from hpc_router.state.registry import Record
+from hpc_router.state.run_directory import RunDir
 
 
 def parse_counts(words: Sequence[str]) -> dict[str, int]:

@@ -7,7 +7,7 @@ from hpc_router.cluster.desired import deployment_of
 from hpc_router.config import Deployment
 from hpc_router.errors import ConfigError
 from hpc_router.router.settings import KEY, settings_in, with_settings
-from hpc_router.rundir import RunDir
+from hpc_router.state.run_directory import RunDir
 
 
 def parse_settings(words: Sequence[str]) -> tuple[dict[str, str | None], list[str]]:

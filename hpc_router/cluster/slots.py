@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 from hpc_router.cluster.launcher import ROUTER, JobReport, JobState
-from hpc_router.jobdir import Exit, Progress, Runner, Stop
-from hpc_router.registry import State, replica_name
+from hpc_router.state.job_records import Exit, Progress, Runner, Stop
+from hpc_router.state.registry import State, replica_name
 
 
 class Slot(NamedTuple):

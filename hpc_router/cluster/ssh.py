@@ -16,8 +16,8 @@ from urllib.parse import urlsplit
 from hpc_router.cluster.desired import deployment_of
 from hpc_router.cluster.router_access import proven, unproven_router
 from hpc_router.errors import ConfigError
-from hpc_router.registry import Record
-from hpc_router.rundir import RunDir
+from hpc_router.state.registry import Record
+from hpc_router.state.run_directory import RunDir
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,8 +14,8 @@ from hpc_router.cluster.slots import ROUTER_SLOT, Attempt
 from hpc_router.cluster.view import ReplicaView, Standing, of_experts, views
 from hpc_router.errors import LaunchError
 from hpc_router.net.http_client import Unreachable, ask
-from hpc_router.registry import Kind
-from hpc_router.rundir import RunDir
+from hpc_router.state.registry import Kind
+from hpc_router.state.run_directory import RunDir
 
 _ROUTER_KNOWS = ("in_flight", "capacity", "models", "silent", "trouble", "error_share", "first_byte_s", "sick")
 

@@ -14,7 +14,7 @@ from hpc_router.cluster.refusal import explain, is_passing
 from hpc_router.cluster.site import unanswered
 from hpc_router.config import Deployment
 from hpc_router.net.job_environment import scrubbed
-from hpc_router.registry import split_replica
+from hpc_router.state.registry import split_replica
 
 TIMEOUT_S: Final = 30.0
 MOST: Final = 8

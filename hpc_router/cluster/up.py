@@ -26,9 +26,9 @@ from hpc_router.config import Deployment
 from hpc_router.errors import ArtefactError, HpcRouterError, LaunchError
 from hpc_router.job_options import check_run_path
 from hpc_router.net.http_client import Unreachable, ask
-from hpc_router.registry import Kind, split_replica
 from hpc_router.routing import exemplars
-from hpc_router.rundir import RunDir, private_umask
+from hpc_router.state.registry import Kind, split_replica
+from hpc_router.state.run_directory import RunDir, private_umask
 
 POLL_S: Final = 0.2
 _GONE: Final = (JobState.ENDED, JobState.PENDING)

@@ -12,8 +12,8 @@ from hpc_router.cluster.control import Pass
 from hpc_router.cluster.launcher import ROUTER, JobState
 from hpc_router.cluster.reconcile import GiveUp, Wait
 from hpc_router.cluster.slots import Attempt, Slot
-from hpc_router.jobdir import Phase, Reason
-from hpc_router.registry import Kind, Record, State
+from hpc_router.state.job_records import Phase, Reason
+from hpc_router.state.registry import Kind, Record, State
 
 
 class Standing(StrEnum):

@@ -21,9 +21,9 @@ from hpc_router.cluster.status import ask_router, standing_views
 from hpc_router.cluster.tracking import signals_note
 from hpc_router.cluster.view import ReplicaView, Standing
 from hpc_router.errors import ConfigError, suggest
-from hpc_router.jobdir import Reason
-from hpc_router.registry import split_replica
-from hpc_router.rundir import RunDir
+from hpc_router.state.job_records import Reason
+from hpc_router.state.registry import split_replica
+from hpc_router.state.run_directory import RunDir
 
 LOG_LINES: Final = 12
 RECENT_S: Final = 3600.0

@@ -17,7 +17,7 @@ from functools import partial
 from typing import Final
 
 from hpc_router.adapters import adapters_of
-from hpc_router.background import TaskFailures, restarting
+from hpc_router.background_tasks import TaskFailures, restarting
 from hpc_router.config import Deployment
 from hpc_router.errors import ConfigError, HpcRouterError, RegistryError
 from hpc_router.expert.attempts import Alone, Attempts, Leading
@@ -30,17 +30,17 @@ from hpc_router.expert.rank_auth import rank_key, report_token
 from hpc_router.expert.restarts import Restarts
 from hpc_router.expert.scratch import expanded, scratch_folder
 from hpc_router.expert.supervisor import Supervisor
-from hpc_router.filethread import PATIENCE_S, FileThread
-from hpc_router.jobdir import Exit, JobDir, Phase, Reason
-from hpc_router.lease import Lease
 from hpc_router.net import addresses
 from hpc_router.net.auth import new_token, replica_key
-from hpc_router.registry import Kind, Record, State, http_url, split_replica
 from hpc_router.relay import collector
 from hpc_router.relay.exchange import Upstream
 from hpc_router.relay.server import listening
 from hpc_router.relay.upstream import UpstreamClient
-from hpc_router.rundir import RunDir
+from hpc_router.state.io_thread import PATIENCE_S, FileThread
+from hpc_router.state.job_records import Exit, JobDir, Phase, Reason
+from hpc_router.state.lease import Lease
+from hpc_router.state.registry import Kind, Record, State, http_url, split_replica
+from hpc_router.state.run_directory import RunDir
 
 logger = logging.getLogger(__name__)
 

@@ -13,15 +13,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Final
 
-from hpc_router.background import TaskFailures
+from hpc_router.background_tasks import TaskFailures
 from hpc_router.errors import BadRequestError, BodyTooLargeError, UpstreamConnectError, UpstreamError
 from hpc_router.expert.passthrough import Passing, pass_through
 from hpc_router.net import protocol
 from hpc_router.net.auth import bearer, challenge_answer, same
-from hpc_router.registry import State
 from hpc_router.relay.downstream import Handler, Request, Response, Work, error_response, json_response
 from hpc_router.relay.exchange import Started, Upstream
 from hpc_router.relay.in_flight import InFlight
+from hpc_router.state.registry import State
 
 logger = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from hpc_router.expert.engines import Failure
-from hpc_router.jobdir import Reason
 from hpc_router.net.protocol import Action, RankOrder, RankReport, RankState
+from hpc_router.state.job_records import Reason
 
 SILENCE_BEATS: Final = 5
 """A rank that is not heard of for so many beats (`cluster.beat_s`, so 10 s) is lost, and so is rank 0 to the others."""

@@ -19,14 +19,14 @@ from hpc_router.errors import HpcRouterError
 from hpc_router.expert.agent import bind
 from hpc_router.expert.gate import Gate
 from hpc_router.expert.passthrough import ENGINE_LIMITS
-from hpc_router.filethread import file_thread
-from hpc_router.lease import Lease
 from hpc_router.net.addresses import LOOPBACK
 from hpc_router.net.auth import new_token, replica_key
-from hpc_router.registry import Kind, Record, State, http_url, split_replica
 from hpc_router.relay.server import listening
 from hpc_router.relay.upstream import UpstreamClient
-from hpc_router.rundir import RunDir, open_run
+from hpc_router.state.io_thread import file_thread
+from hpc_router.state.lease import Lease
+from hpc_router.state.registry import Kind, Record, State, http_url, split_replica
+from hpc_router.state.run_directory import RunDir, open_run
 
 CAPACITY = 100_000
 

@@ -22,10 +22,10 @@ from hpc_router.errors import ConfigError, HpcRouterError, suggest
 from hpc_router.expert.agent import Agent
 from hpc_router.expert.follower import Follower
 from hpc_router.expert.guard import become_subreaper
-from hpc_router.filethread import FileThread, file_thread
-from hpc_router.jobdir import Exit, JobDir, Reason
-from hpc_router.registry import split_replica
-from hpc_router.rundir import RunDir, open_run, private_umask
+from hpc_router.state.io_thread import FileThread, file_thread
+from hpc_router.state.job_records import Exit, JobDir, Reason
+from hpc_router.state.registry import split_replica
+from hpc_router.state.run_directory import RunDir, open_run, private_umask
 
 logger = logging.getLogger(__name__)
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from hpc_router.expert.engines import Failure
-from hpc_router.jobdir import Phase, Progress
-from hpc_router.registry import State
+from hpc_router.state.job_records import Phase, Progress
+from hpc_router.state.registry import State
 
 _NEXT: Final = {
     Phase.STARTING: {Phase.LOADING, Phase.RESTARTING, Phase.DRAINING},

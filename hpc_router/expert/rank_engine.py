@@ -7,9 +7,9 @@ from typing import Self
 
 from hpc_router.expert.engines import Engine, Failure
 from hpc_router.expert.process import Command, EngineProcess
-from hpc_router.filethread import FileThread
-from hpc_router.jobdir import Reason
 from hpc_router.net.protocol import RankState
+from hpc_router.state.io_thread import FileThread
+from hpc_router.state.job_records import Reason
 
 logger = logging.getLogger(__name__)
 

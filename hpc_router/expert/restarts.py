@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Final
 
-from hpc_router.jobdir import PERMANENT, Reason
+from hpc_router.state.job_records import PERMANENT, Reason
 
 STABLE_S: Final = 60.0
 """An engine that was ready for so long starts with a clean record."""

@@ -21,8 +21,8 @@ from typing import Any, Final
 
 from hpc_router.errors import ConfigError, LaunchError
 from hpc_router.expert.engines import Place
-from hpc_router.files import load_json, replace_json
-from hpc_router.jobdir import start_ticks
+from hpc_router.state.atomic_files import load_json, replace_json
+from hpc_router.state.job_records import start_ticks
 
 logger = logging.getLogger(__name__)
 

@@ -19,10 +19,10 @@ from hpc_router.expert.engines import Engine, Failure
 from hpc_router.expert.passthrough import ENGINE
 from hpc_router.expert.process import EngineProcess
 from hpc_router.expert.restarts import Restarts
-from hpc_router.filethread import FileThread
-from hpc_router.jobdir import Phase, Reason
 from hpc_router.net.protocol import MODELS
 from hpc_router.relay.exchange import Upstream
+from hpc_router.state.io_thread import FileThread
+from hpc_router.state.job_records import Phase, Reason
 
 logger = logging.getLogger(__name__)
 

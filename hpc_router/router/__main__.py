@@ -7,7 +7,7 @@ from pathlib import Path
 from hpc_router import frozen
 from hpc_router.errors import HpcRouterError
 from hpc_router.router.service import main as serve
-from hpc_router.rundir import open_run
+from hpc_router.state.run_directory import open_run
 
 
 def main() -> int:

@@ -12,15 +12,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from hpc_router.background import OnFailure, background
+from hpc_router.background_tasks import OnFailure, background
 from hpc_router.config import Deployment
 from hpc_router.errors import HpcRouterError
-from hpc_router.filethread import FileThread
 from hpc_router.router.policies import artefact_folders, load_policy
 from hpc_router.router.settings import settings_in, with_settings
 from hpc_router.routing.artefact import MANIFEST
 from hpc_router.routing.policy import Policy
-from hpc_router.rundir import RunDir
+from hpc_router.state.io_thread import FileThread
+from hpc_router.state.run_directory import RunDir
 
 logger = logging.getLogger(__name__)
 

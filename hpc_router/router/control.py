@@ -18,9 +18,6 @@ from typing import Any, Final
 
 from hpc_router.config import Deployment
 from hpc_router.errors import HpcRouterError
-from hpc_router.filethread import FileThread
-from hpc_router.lease import Lease
-from hpc_router.registry import Record, split_replica
 from hpc_router.router.admission import Pace, bounds_of
 from hpc_router.router.changes import Changes
 from hpc_router.router.channel import Channel, ChannelClosedError
@@ -41,7 +38,10 @@ from hpc_router.router.supervisor import CONTROL, worker_name
 from hpc_router.router.view import View, give_columns, take_over, view_of
 from hpc_router.routing.artefact import training_of
 from hpc_router.routing.policy import Policy, versions
-from hpc_router.rundir import RunDir
+from hpc_router.state.io_thread import FileThread
+from hpc_router.state.lease import Lease
+from hpc_router.state.registry import Record, split_replica
+from hpc_router.state.run_directory import RunDir
 
 logger = logging.getLogger(__name__)
 

@@ -12,11 +12,11 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Final
 
-from hpc_router.background import OnFailure, restarting
-from hpc_router.filethread import FileThread, OutputLog
-from hpc_router.jobdir import JobDir
+from hpc_router.background_tasks import OnFailure, restarting
 from hpc_router.router.supervisor import STEADY_S, pause_s
-from hpc_router.rundir import RunDir
+from hpc_router.state.io_thread import FileThread, OutputLog
+from hpc_router.state.job_records import JobDir
+from hpc_router.state.run_directory import RunDir
 
 logger = logging.getLogger(__name__)
 

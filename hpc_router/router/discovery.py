@@ -19,17 +19,17 @@ from typing import Any, Final
 
 import aiohttp
 
-from hpc_router.background import OnFailure, restarting
+from hpc_router.background_tasks import OnFailure, restarting
 from hpc_router.config import RouterConfig
 from hpc_router.errors import ConfigError
-from hpc_router.filethread import FileThread
 from hpc_router.net import protocol
 from hpc_router.net.auth import challenge_answer, new_token, replica_key, same
-from hpc_router.registry import Kind, Reader, Record
 from hpc_router.router.ejection import Incident, Rules, Verdict, spare
 from hpc_router.router.replica import Event, Replica, Standing
 from hpc_router.router.replicas import ReplicaTable
-from hpc_router.rundir import RunDir
+from hpc_router.state.io_thread import FileThread
+from hpc_router.state.registry import Kind, Reader, Record
+from hpc_router.state.run_directory import RunDir
 
 logger = logging.getLogger(__name__)
 

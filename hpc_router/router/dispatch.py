@@ -28,7 +28,6 @@ from hpc_router.errors import (
     UpstreamTimeoutError,
 )
 from hpc_router.net import protocol
-from hpc_router.registry import Kind
 from hpc_router.relay.answer import Answer, Answering
 from hpc_router.relay.dialects import Dialect, Fault
 from hpc_router.relay.downstream import DownstreamGoneError, Request, Response, error_response, json_response
@@ -43,6 +42,7 @@ from hpc_router.router.retries import RetryBudget
 from hpc_router.router.sessions import not_found
 from hpc_router.routing.conversation import opening
 from hpc_router.routing.policy import Reason
+from hpc_router.state.registry import Kind
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from hpc_router.background import restarting
+from hpc_router.background_tasks import restarting
 from hpc_router.router.channel import Channel, ChannelClosedError
 from hpc_router.router.ejection import Incident
 from hpc_router.router.metrics import Metrics

@@ -7,7 +7,7 @@ from hpc_router.errors import ConfigError
 from hpc_router.routing.artefact import read
 from hpc_router.routing.classifier import Classifier
 from hpc_router.routing.policy import Policy, build_policy
-from hpc_router.rundir import RunDir
+from hpc_router.state.run_directory import RunDir
 
 
 def artefact_folder(run: RunDir, deployment: Deployment) -> Path:

@@ -17,10 +17,6 @@ from functools import partial
 from typing import Any, Final
 
 from hpc_router.config import Deployment
-from hpc_router.filethread import PATIENCE_S, FileThread, file_thread
-from hpc_router.jobdir import JobDir, Phase, Progress
-from hpc_router.lease import Lease
-from hpc_router.registry import Record, State
 from hpc_router.relay import collector
 from hpc_router.router.control import Control
 from hpc_router.router.control_loop import ControlLoop
@@ -29,7 +25,11 @@ from hpc_router.router.orders import Orders
 from hpc_router.router.supervisor import CONTROL, Birth, worker_name
 from hpc_router.router.worker import Identity, linked, working
 from hpc_router.routing.policy import Policy, versions
-from hpc_router.rundir import RunDir
+from hpc_router.state.io_thread import PATIENCE_S, FileThread, file_thread
+from hpc_router.state.job_records import JobDir, Phase, Progress
+from hpc_router.state.lease import Lease
+from hpc_router.state.registry import Record, State
+from hpc_router.state.run_directory import RunDir
 
 logger = logging.getLogger(__name__)
 

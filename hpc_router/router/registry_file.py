@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from hpc_router.files import replace_json
-from hpc_router.filethread import FileThread
-from hpc_router.registry import SCHEMA, Reader, Record, leading_router, split_replica
-from hpc_router.rundir import RunDir
+from hpc_router.state.atomic_files import replace_json
+from hpc_router.state.io_thread import FileThread
+from hpc_router.state.registry import SCHEMA, Reader, Record, leading_router, split_replica
+from hpc_router.state.run_directory import RunDir
 
 
 class RegistryFile:

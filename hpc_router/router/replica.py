@@ -11,13 +11,13 @@ from functools import lru_cache
 from types import TracebackType
 from typing import Final, Protocol, Self
 
-from hpc_router.registry import Record
 from hpc_router.relay.exchange import Address, address_of
 from hpc_router.relay.headers import lines
 from hpc_router.relay.in_flight import Cells
 from hpc_router.relay.patience import Patience
 from hpc_router.router.counters import NOWHERE
 from hpc_router.router.ejection import Health
+from hpc_router.state.registry import Record
 
 LOST_S: Final = 5.0
 """A replica that has been ejected or has left may be silent for this long before its requests are given up."""

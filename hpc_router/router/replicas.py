@@ -16,12 +16,12 @@ from random import Random
 from typing import Final
 
 from hpc_router.errors import HpcRouterError
-from hpc_router.registry import Kind, Record
 from hpc_router.relay.in_flight import Cells
 from hpc_router.router.admission import SOONEST_S, UNKNOWN_S, Bounds, Pace
 from hpc_router.router.balance import lighter_of_two, load_bound, pinned, rendezvous
 from hpc_router.router.counters import NOWHERE
 from hpc_router.router.replica import READY, Event, Hold, Replica, Standing
+from hpc_router.state.registry import Kind, Record
 
 OTHERS_LOOK_S: Final = 0.005
 """A place that another worker gave back is noticed so soon by those who wait for it here."""

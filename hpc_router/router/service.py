@@ -20,18 +20,18 @@ import uvloop
 
 from hpc_router.config import Deployment
 from hpc_router.errors import ConfigError, RegistryError
-from hpc_router.filethread import PATIENCE_S, FileThread, file_thread
-from hpc_router.jobdir import Exit, JobDir, Reason
 from hpc_router.net import addresses
 from hpc_router.net.auth import new_token, replica_key
-from hpc_router.registry import Kind, Record, State, http_url, split_replica, withdraw
 from hpc_router.router.counters import Counters
 from hpc_router.router.policies import load_policy
 from hpc_router.router.processes import Router, control, work
 from hpc_router.router.settings import settings_in, with_settings
 from hpc_router.router.supervisor import Supervisor
 from hpc_router.router.worker import Identity
-from hpc_router.rundir import RunDir
+from hpc_router.state.io_thread import PATIENCE_S, FileThread, file_thread
+from hpc_router.state.job_records import Exit, JobDir, Reason
+from hpc_router.state.registry import Kind, Record, State, http_url, split_replica, withdraw
+from hpc_router.state.run_directory import RunDir
 
 logger = logging.getLogger(__name__)
 

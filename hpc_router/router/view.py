@@ -9,11 +9,11 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import astuple, replace
 from typing import Any
 
-from hpc_router.registry import Record
 from hpc_router.router.counters import NOWHERE, Counters
 from hpc_router.router.ejection import Health
 from hpc_router.router.replica import Replica, Standing
 from hpc_router.router.replicas import ReplicaTable
+from hpc_router.state.registry import Record
 
 View = Sequence[Mapping[str, Any]]
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from hpc_router import frozen, registry
+from hpc_router import frozen
 from hpc_router.bench.load import Load
 from hpc_router.bench.measure import Observation, Part, Window, figures
 from hpc_router.bench.point import Measured
@@ -21,10 +21,11 @@ from hpc_router.bench.record import provenance
 from hpc_router.bench.table import table
 from hpc_router.bench.workload import Point
 from hpc_router.compose import load_deployment
-from hpc_router.jobdir import JobDir, JobInfo, start_ticks
 from hpc_router.net.auth import replica_key
-from hpc_router.registry import EngineInfo, Kind, Record, State
-from hpc_router.rundir import RunDir, make_run
+from hpc_router.state import registry
+from hpc_router.state.job_records import JobDir, JobInfo, start_ticks
+from hpc_router.state.registry import EngineInfo, Kind, Record, State
+from hpc_router.state.run_directory import RunDir, make_run
 from launch.bench import resolved
 from tests.bench.fakes import WHOLE, FakeRouter, breaks_off, fake_router, piece, says
 from tests.needs import ROOT

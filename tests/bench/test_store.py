@@ -15,7 +15,7 @@ from hpc_router.bench.sweep import Leg
 from hpc_router.bench.workload import Point
 from hpc_router.compose import load_deployment
 from hpc_router.errors import LaunchError
-from hpc_router.jobdir import start_ticks
+from hpc_router.state.job_records import start_ticks
 
 SIM = load_deployment(["topology=sim"])
 

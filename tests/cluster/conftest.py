@@ -11,8 +11,8 @@ import pytest
 from hpc_router.cluster.launcher import JobRequest
 from hpc_router.cluster.local import LocalLauncher
 from hpc_router.config import ResourceConfig
-from hpc_router.jobdir import JobDir, Stop
-from hpc_router.rundir import RunDir, make_run
+from hpc_router.state.job_records import JobDir, Stop
+from hpc_router.state.run_directory import RunDir, make_run
 
 SERVICE = """
 import json, os, signal, sys, time

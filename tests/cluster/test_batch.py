@@ -11,8 +11,8 @@ import pytest
 from hpc_router.cluster.batch import BatchJob, batch_jobs, effective, setup_faults
 from hpc_router.cluster.launcher import JobRequest
 from hpc_router.config import ClusterConfig, Deployment, ResourceConfig
-from hpc_router.jobdir import Ended, Exit, JobDir, JobInfo, Reason, Runner
-from hpc_router.rundir import RunDir
+from hpc_router.state.job_records import Ended, Exit, JobDir, JobInfo, Reason, Runner
+from hpc_router.state.run_directory import RunDir
 
 RUN = RunDir(Path("/runs/mine"))
 

@@ -6,7 +6,7 @@ import pytest
 
 from hpc_router.cluster.chat import ChatError, Head, chat
 from hpc_router.cluster.router_access import RouterAccess
-from hpc_router.registry import Kind, Record, State
+from hpc_router.state.registry import Kind, Record, State
 from tests.relay.scripted import CHUNKED, Answer, chunked, head, scripted
 
 EVENTS = head(CHUNKED, b"content-type: text/event-stream")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from hpc_router import frozen, registry
+from hpc_router import frozen
 from hpc_router.cluster import control as control_module
 from hpc_router.cluster import desired
 from hpc_router.cluster.control import Control
@@ -29,9 +29,10 @@ from hpc_router.cluster.scale import scale
 from hpc_router.cluster.slots import ROUTER_SLOT, Attempt, Slot
 from hpc_router.config import Deployment, EngineConfig, ExpertConfig
 from hpc_router.errors import ConfigError, LaunchError, RegistryError
-from hpc_router.jobdir import Exit, JobDir, JobInfo, Reason, start_ticks
-from hpc_router.registry import Kind, Record, State
-from hpc_router.rundir import RunDir
+from hpc_router.state import registry
+from hpc_router.state.job_records import Exit, JobDir, JobInfo, Reason, start_ticks
+from hpc_router.state.registry import Kind, Record, State
+from hpc_router.state.run_directory import RunDir
 from tests.cluster.conftest import request_of
 from tests.waiting import eventually_sync
 

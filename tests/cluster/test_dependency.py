@@ -7,8 +7,8 @@ import pytest
 from hpc_router.cluster.batch import batch_jobs
 from hpc_router.cluster.requests import request_for
 from hpc_router.config import ClusterConfig, Deployment, ExpertConfig, ResourceConfig, RouterConfig
-from hpc_router.jobdir import Ended, JobDir, JobInfo, Process, Runner
-from hpc_router.rundir import RunDir
+from hpc_router.state.job_records import Ended, JobDir, JobInfo, Process, Runner
+from hpc_router.state.run_directory import RunDir
 
 WANTED = "afterok:17"
 

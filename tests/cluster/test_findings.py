@@ -6,7 +6,7 @@ import pytest
 
 from hpc_router.cluster.findings import findings
 from hpc_router.cluster.view import ReplicaView, Standing
-from hpc_router.registry import Kind
+from hpc_router.state.registry import Kind
 
 ROUTER = ReplicaView("router", "router-0.g1", Standing.READY, kind=Kind.ROUTER)
 

@@ -8,8 +8,8 @@ import pytest
 
 from hpc_router.cluster.foreground import Step, claim_expert, join_expert, rank_of, step_of
 from hpc_router.errors import ConfigError, LaunchError
-from hpc_router.jobdir import JobDir, Runner, start_ticks
-from hpc_router.rundir import make_run
+from hpc_router.state.job_records import JobDir, Runner, start_ticks
+from hpc_router.state.run_directory import make_run
 
 TASK = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "2", "SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"}
 STEP = Step("7", "2", task=1, tasks=2)

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from hpc_router.cluster.jobs import Submission, to_json
-from hpc_router.jobdir import Runner
-from hpc_router.rundir import make_run
+from hpc_router.state.job_records import Runner
+from hpc_router.state.run_directory import make_run
 from tests.waiting import eventually_sync
 
 

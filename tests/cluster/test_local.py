@@ -15,8 +15,8 @@ import hpc_router
 from hpc_router.cluster.launcher import JobState
 from hpc_router.cluster.local import LocalLauncher
 from hpc_router.errors import LaunchError
-from hpc_router.jobdir import JobDir, JobInfo, Process, Reason, start_ticks
-from hpc_router.rundir import RunDir
+from hpc_router.state.job_records import JobDir, JobInfo, Process, Reason, start_ticks
+from hpc_router.state.run_directory import RunDir
 from tests.cluster.conftest import request_of
 from tests.waiting import eventually_sync
 
@@ -65,7 +65,7 @@ def test_any_process_of_the_user_can_cancel(run: RunDir, service: Path, launcher
     launcher.submit([request_of(service, "math-0.g1")])
     facts(service, "math-0.g1")
     program = (
-        "import sys; from pathlib import Path; from hpc_router.rundir import RunDir;"
+        "import sys; from pathlib import Path; from hpc_router.state.run_directory import RunDir;"
         "from hpc_router.cluster.local import LocalLauncher;"
         "LocalLauncher(RunDir(Path(sys.argv[1]))).cancel(['math-0.g1'])"
     )

@@ -6,9 +6,9 @@ from dataclasses import replace
 from hpc_router.cluster.launcher import JobReport, JobState
 from hpc_router.cluster.observe import ASK_LOST_S, Observer
 from hpc_router.cluster.pulse import HUNG_BEATS, LOST_BEATS
-from hpc_router.jobdir import JobDir, JobInfo, Runner
-from hpc_router.registry import Kind, Record, State, publish
-from hpc_router.rundir import RunDir
+from hpc_router.state.job_records import JobDir, JobInfo, Runner
+from hpc_router.state.registry import Kind, Record, State, publish
+from hpc_router.state.run_directory import RunDir
 
 BEAT_S = 2.0
 RECORD = Record(Kind.EXPERT, "math-0.g1", "http://127.0.0.1:1", State.READY, {}, nonce="n", beat=1, beat_s=BEAT_S)

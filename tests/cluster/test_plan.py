@@ -16,8 +16,8 @@ from hpc_router.cluster.plan import FOLDER, Plan, make_plan, settled
 from hpc_router.compose import load_deployment
 from hpc_router.config import ClusterConfig, ContainerConfig, Deployment, EngineConfig, ExpertConfig, ResourceConfig
 from hpc_router.errors import ConfigError
-from hpc_router.rundir import RunDir
 from hpc_router.screen import plan_text
+from hpc_router.state.run_directory import RunDir
 from tests.cluster.programs import Programs
 from tests.routing.samples import artefact
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from hpc_router.cluster.pulse import HUNG_BEATS, LOST_BEATS, Pulse
-from hpc_router.registry import Kind, Record, State
+from hpc_router.state.registry import Kind, Record, State
 
 BEAT_S = 2.0
 LIMIT_S = HUNG_BEATS * BEAT_S

@@ -9,8 +9,8 @@ import pytest
 
 from hpc_router.cluster import queue
 from hpc_router.cluster.queue import Queue, QueuedJob, View, parse_squeue
-from hpc_router.files import replace_json
-from hpc_router.rundir import RunDir, make_run
+from hpc_router.state.atomic_files import replace_json
+from hpc_router.state.run_directory import RunDir, make_run
 
 
 @pytest.fixture

@@ -27,8 +27,8 @@ from hpc_router.cluster.reconcile import (
     reconcile,
 )
 from hpc_router.cluster.slots import ROUTER_SLOT, Attempt, Slot
-from hpc_router.jobdir import BLAMELESS, Exit, Phase, Progress, Reason, Runner, Stop
-from hpc_router.registry import State, split_replica
+from hpc_router.state.job_records import BLAMELESS, Exit, Phase, Progress, Reason, Runner, Stop
+from hpc_router.state.registry import State, split_replica
 
 NOW = 1000.0
 MATH = Slot("math", "0")

@@ -23,11 +23,11 @@ from hpc_router.cluster.retire import Retired, named, retire, successor, wait, w
 from hpc_router.cluster.slots import NOT_ASKED, ROUTER_SLOT, Attempt, Observed, Slot
 from hpc_router.config import Deployment, EngineConfig, ExpertConfig
 from hpc_router.errors import ConfigError
-from hpc_router.jobdir import Exit, JobDir, Reason, Stop
 from hpc_router.net.auth import replica_key
 from hpc_router.net.protocol import DRAIN
-from hpc_router.registry import Kind, Record, State, publish
-from hpc_router.rundir import RunDir
+from hpc_router.state.job_records import Exit, JobDir, Reason, Stop
+from hpc_router.state.registry import Kind, Record, State, publish
+from hpc_router.state.run_directory import RunDir
 from tests.cluster.conftest import request_of
 from tests.waiting import eventually_sync
 

@@ -8,8 +8,8 @@ import pytest
 from hpc_router.cluster import router_access as access
 from hpc_router.cluster.router_access import RouterAccess, router_access
 from hpc_router.errors import LaunchError
-from hpc_router.registry import Kind, Record, State
-from hpc_router.rundir import RunDir
+from hpc_router.state.registry import Kind, Record, State
+from hpc_router.state.run_directory import RunDir
 from tests.router.fakes import NONCE, a_deployment, a_router, a_run
 
 

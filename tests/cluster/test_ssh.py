@@ -16,8 +16,8 @@ from hpc_router.config import Deployment
 from hpc_router.errors import ConfigError
 from hpc_router.net.auth import new_token
 from hpc_router.proof import Finding
-from hpc_router.registry import Kind, Record, State
-from hpc_router.rundir import RunDir
+from hpc_router.state.registry import Kind, Record, State
+from hpc_router.state.run_directory import RunDir
 from tests.router.fakes import NONCE, a_deployment, a_router, a_run
 
 HERE = Here("ada", "login1.hpc.example", frozenset({"login1", "login1.hpc.example"}))

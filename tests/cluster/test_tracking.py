@@ -10,7 +10,7 @@ from hpc_router.cluster.slots import Attempt, Observed, Slot
 from hpc_router.cluster.tracking import process_tracking, signals_note
 from hpc_router.cluster.view import ReplicaView, Standing
 from hpc_router.cluster.why import RECENT_S, Cause
-from hpc_router.jobdir import Exit, Reason
+from hpc_router.state.job_records import Exit, Reason
 from tests.cluster.programs import Programs
 
 CONFIG = """\

@@ -11,7 +11,7 @@ from hpc_router.cluster.batch import BatchJob, batch_jobs
 from hpc_router.cluster.requests import request_for
 from hpc_router.cluster.trial import MOST, try_jobs
 from hpc_router.config import ClusterConfig, Deployment, EngineConfig, ExpertConfig, ResourceConfig
-from hpc_router.rundir import RunDir
+from hpc_router.state.run_directory import RunDir
 from tests.cluster.programs import Programs
 
 SIM = ExpertConfig(model="m", engine=EngineConfig(kind="sim"))

@@ -7,8 +7,8 @@ import pytest
 from hpc_router.cluster import why
 from hpc_router.cluster.view import ReplicaView, Standing
 from hpc_router.cluster.why import ADVICE, Cause, expected
-from hpc_router.jobdir import JobDir, Reason
-from hpc_router.rundir import RunDir
+from hpc_router.state.job_records import JobDir, Reason
+from hpc_router.state.run_directory import RunDir
 
 NOON = datetime(2026, 3, 1, 12).timestamp()
 

@@ -12,7 +12,7 @@ import aiohttp
 import openai
 import pytest
 
-from hpc_router.registry import split_replica
+from hpc_router.state.registry import split_replica
 from tests.e2e.deployment import Deployed, cli, deployed, kill
 from tests.waiting import eventually_sync
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hpc_router.rundir import RunDir, make_run
+from hpc_router.state.run_directory import RunDir, make_run
 
 
 @pytest.fixture

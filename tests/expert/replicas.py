@@ -16,11 +16,11 @@ from hpc_router import frozen
 from hpc_router.config import ClusterConfig, Deployment, EngineConfig, ExpertConfig, PolicyConfig, ResourceConfig
 from hpc_router.expert.guard import descendants
 from hpc_router.expert.job import RANK
-from hpc_router.jobdir import JobDir, Phase, Progress
 from hpc_router.net import protocol
 from hpc_router.net.auth import replica_key
-from hpc_router.registry import Reader, Record, State
-from hpc_router.rundir import RunDir
+from hpc_router.state.job_records import JobDir, Phase, Progress
+from hpc_router.state.registry import Reader, Record, State
+from hpc_router.state.run_directory import RunDir
 from tests.waiting import GUARD_S, eventually
 
 REPLICA = "math-0.g1"

@@ -12,11 +12,11 @@ import aiohttp
 import pytest
 
 from hpc_router.expert.agent import WANTED_BEATS
-from hpc_router.jobdir import Ended, Exit, Phase, Reason, Stop
 from hpc_router.net import protocol
 from hpc_router.net.auth import challenge_answer, replica_key
-from hpc_router.registry import Kind, State
-from hpc_router.rundir import RunDir
+from hpc_router.state.job_records import Ended, Exit, Phase, Reason, Stop
+from hpc_router.state.registry import Kind, State
+from hpc_router.state.run_directory import RunDir
 from tests.expert.replicas import REPLICA, chat, deployment, exists, half_a_stream, processes_below, replica
 from tests.waiting import GUARD_S, eventually
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from hpc_router.expert.engines import Failure
 from hpc_router.expert.group import Group
-from hpc_router.jobdir import Reason
 from hpc_router.net.protocol import Action, RankOrder, RankReport, RankState
+from hpc_router.state.job_records import Reason
 
 SILENCE_S: Final = 10.0
 CRASHED: Final = Failure(Reason.CRASHED, "ended with exit status 1")

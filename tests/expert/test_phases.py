@@ -4,8 +4,8 @@ import pytest
 
 from hpc_router.expert.engines import Failure
 from hpc_router.expert.phases import Life
-from hpc_router.jobdir import Phase, Reason
-from hpc_router.registry import State
+from hpc_router.state.job_records import Phase, Reason
+from hpc_router.state.registry import State
 
 
 def test_a_life_with_a_restart() -> None:

@@ -8,9 +8,9 @@ import pytest
 
 from hpc_router.config import ClusterConfig, Deployment, EngineConfig, ExpertConfig, PolicyConfig
 from hpc_router.expert.engines import Place, build_engine
-from hpc_router.jobdir import Phase, Reason
 from hpc_router.net import protocol
-from hpc_router.rundir import RunDir
+from hpc_router.state.job_records import Phase, Reason
+from hpc_router.state.run_directory import RunDir
 from tests.expert.replicas import chat, exists, replica
 from tests.needs import ROOT, engine_python
 from tests.waiting import eventually

@@ -3,7 +3,7 @@
 import pytest
 
 from hpc_router.expert.restarts import STABLE_S, Restarts
-from hpc_router.jobdir import PERMANENT, Reason
+from hpc_router.state.job_records import PERMANENT, Reason
 
 
 def test_pauses_double_and_then_it_gives_up() -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from hpc_router.errors import ConfigError
 from hpc_router.expert.scratch import expanded, scratch_folder, sweep
-from hpc_router.files import read_json
+from hpc_router.state.atomic_files import read_json
 
 
 @pytest.fixture

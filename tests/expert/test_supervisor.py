@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 
-from hpc_router import logfile
 from hpc_router.config import EngineConfig, ExpertConfig
 from hpc_router.expert import supervisor as supervisor_module
 from hpc_router.expert.attempts import Alone
@@ -22,9 +21,10 @@ from hpc_router.expert.passthrough import ENGINE_LIMITS
 from hpc_router.expert.process import Command, EngineProcess
 from hpc_router.expert.restarts import Restarts
 from hpc_router.expert.supervisor import Supervisor
-from hpc_router.filethread import FileThread
-from hpc_router.jobdir import Phase, Reason
 from hpc_router.relay.upstream import UpstreamClient
+from hpc_router.state import log_file
+from hpc_router.state.io_thread import FileThread
+from hpc_router.state.job_records import Phase, Reason
 from tests.expert.replicas import exists
 from tests.waiting import GUARD_S, eventually
 
@@ -226,7 +226,7 @@ async def test_an_engine_that_dropped_a_request_is_looked_at_at_once(socket_fold
 
 async def test_the_log_of_a_talkative_engine_stays_small(socket_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And the reason of its end is read from what it said last, whatever has become of its log."""
-    monkeypatch.setattr(logfile.LogFile.__init__, "__kwdefaults__", {"limit": 50_000})
+    monkeypatch.setattr(log_file.LogFile.__init__, "__kwdefaults__", {"limit": 50_000})
     config = ExpertConfig(model="m", engine=EngineConfig(kind="sim"))
     files = FileThread("t")
     place, said = Place(socket_folder), socket_folder / "log"
@@ -239,6 +239,6 @@ async def test_the_log_of_a_talkative_engine_stays_small(socket_folder: Path, mo
     await files.run(lambda: None)
     files.close(timeout_s=5)
     assert failure.message == "RuntimeError: CUDA error: no device"
-    sizes = [path.stat().st_size for path in (said, logfile.previous(said))]
+    sizes = [path.stat().st_size for path in (said, log_file.previous(said))]
     assert all(0 < size < 50_000 + 2 * 2**16 for size in sizes)
     assert said.read_text().endswith("RuntimeError: CUDA error: no device\n")

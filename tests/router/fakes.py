@@ -13,12 +13,9 @@ from typing import Any, Final
 
 from aiohttp import web
 
-from hpc_router import registry
 from hpc_router.config import Deployment, EngineConfig, ExpertConfig, PolicyConfig, RouterConfig
-from hpc_router.filethread import FileThread
 from hpc_router.net import protocol
 from hpc_router.net.auth import bearer, challenge_answer, new_token, replica_key
-from hpc_router.registry import EngineInfo, Kind, Record, State
 from hpc_router.relay.upstream import UpstreamClient
 from hpc_router.router.app import Gateway
 from hpc_router.router.control import Control
@@ -27,7 +24,10 @@ from hpc_router.router.policies import load_policy
 from hpc_router.router.replica import Standing
 from hpc_router.router.worker import Identity, linked, working
 from hpc_router.routing.policy import versions
-from hpc_router.rundir import RunDir, make_run
+from hpc_router.state import registry
+from hpc_router.state.io_thread import FileThread
+from hpc_router.state.registry import EngineInfo, Kind, Record, State
+from hpc_router.state.run_directory import RunDir, make_run
 from tests.relays import OWN
 
 NONCE: Final = "the router's"

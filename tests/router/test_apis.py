@@ -11,11 +11,11 @@ import anthropic
 import openai
 import pytest
 
-from hpc_router import registry
 from hpc_router.expert.sim import SimConfig, SimEngine
 from hpc_router.net import protocol
-from hpc_router.registry import EngineInfo, Kind, Record, State
-from hpc_router.rundir import RunDir
+from hpc_router.state import registry
+from hpc_router.state.registry import EngineInfo, Kind, Record, State
+from hpc_router.state.run_directory import RunDir
 from tests.expert.sim.calls import INSTANT
 from tests.relays import RELAYS, WARM
 from tests.router.fakes import (

@@ -14,7 +14,7 @@ from hpc_router.router import worker
 from hpc_router.router.changes import Changes
 from hpc_router.router.discovery import Discovery
 from hpc_router.router.link import ControlLink
-from hpc_router.rundir import RunDir
+from hpc_router.state.run_directory import RunDir
 from tests.router.fakes import RunningRouter, a_deployment, a_router, a_run, fake_replica
 from tests.waiting import eventually as until
 

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import uvloop
 
-from hpc_router.filethread import FileThread
 from hpc_router.router.channel import Channel, ChannelClosedError
 from hpc_router.router.control import Control
 from hpc_router.router.counters import Counters
@@ -15,7 +14,8 @@ from hpc_router.router.link import ControlLink
 from hpc_router.router.metrics import Metrics
 from hpc_router.router.replicas import ReplicaTable
 from hpc_router.router.sessions import Sessions
-from hpc_router.rundir import RunDir
+from hpc_router.state.io_thread import FileThread
+from hpc_router.state.run_directory import RunDir
 from tests.router.fakes import a_deployment, a_run
 
 LIMIT_S = 10.0

@@ -10,14 +10,14 @@ import aiohttp
 import pytest
 
 from hpc_router.config import Deployment
-from hpc_router.filethread import FileThread
 from hpc_router.router import changes
 from hpc_router.router.changes import Changes
 from hpc_router.router.policies import load_policy
 from hpc_router.router.replica import Standing
 from hpc_router.routing import exemplars
 from hpc_router.routing.policy import Policy, versions
-from hpc_router.rundir import RunDir
+from hpc_router.state.io_thread import FileThread
+from hpc_router.state.run_directory import RunDir
 from tests.router.fakes import RunningRouter, a_deployment, a_router, a_run, fake_replica
 from tests.waiting import eventually
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from hpc_router.filethread import FileThread
 from hpc_router.router import control_loop
 from hpc_router.router.control_loop import ControlLoop
 from hpc_router.router.supervisor import LONGEST_PAUSE_S, STEADY_S
-from hpc_router.rundir import RunDir, make_run
+from hpc_router.state.io_thread import FileThread
+from hpc_router.state.run_directory import RunDir, make_run
 from tests.processes import with_word
 from tests.waiting import eventually
 

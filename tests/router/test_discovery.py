@@ -4,10 +4,10 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from hpc_router import registry
 from hpc_router.net.auth import new_token
-from hpc_router.registry import Kind
 from hpc_router.router.replica import Standing
+from hpc_router.state import registry
+from hpc_router.state.registry import Kind
 from tests.router.fakes import RunningRouter, a_deployment, a_router, a_run, fake_replica, reset
 from tests.router.test_gateway import chat, post, ready
 from tests.waiting import eventually

@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 
-from hpc_router import registry
 from hpc_router.net import protocol
-from hpc_router.registry import Kind, Record, State
 from hpc_router.router import discovery
 from hpc_router.router.ejection import PROBES_LATE
 from hpc_router.router.link import REPORT_S
 from hpc_router.router.replica import Standing
-from hpc_router.rundir import RunDir
+from hpc_router.state import registry
+from hpc_router.state.registry import Kind, Record, State
+from hpc_router.state.run_directory import RunDir
 from tests.router.fakes import RunningRouter, a_deployment, a_router, a_run, completion
 from tests.router.test_gateway import chat, post, ready
 from tests.waiting import eventually

@@ -16,10 +16,10 @@ import pytest
 from yarl import URL
 
 from hpc_router.proof import Finding, examine
-from hpc_router.registry import Kind, Record, State
 from hpc_router.router.dispatch import Errand
 from hpc_router.router.express import ExpressWork
 from hpc_router.router.replica import Standing
+from hpc_router.state.registry import Kind, Record, State
 from tests.relays import RELAYS, WARM
 from tests.router import fakes
 from tests.router.fakes import (

@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 from yarl import URL
 
-from hpc_router import registry
 from hpc_router.expert.agent import bind
 from hpc_router.expert.gate import Gate
 from hpc_router.expert.passthrough import ENGINE_LIMITS
@@ -23,7 +22,8 @@ from hpc_router.expert.sim.metrics import Outcome, Phase
 from hpc_router.expert.sim.server import SimEngine
 from hpc_router.net import protocol
 from hpc_router.net.auth import new_token, replica_key
-from hpc_router.registry import EngineInfo, Kind, Record, State
+from hpc_router.state import registry
+from hpc_router.state.registry import EngineInfo, Kind, Record, State
 from tests.relays import RELAYS, WARM, Relay
 from tests.router.fakes import RunningRouter, a_deployment, a_router, a_run
 from tests.router.test_gateway import all_gauges_zero, ready

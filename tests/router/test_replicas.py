@@ -9,10 +9,10 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from hpc_router.registry import Kind, Record, State
 from hpc_router.relay.patience import Patience
 from hpc_router.router.replica import TRANSITIONS, Event, Hold, Replica, Standing
 from hpc_router.router.replicas import ReplicaLostError, ReplicaTable
+from hpc_router.state.registry import Kind, Record, State
 
 
 def replica(name: str, *, experts: tuple[str, ...] = ("math",), capacity: int = 2, ready: bool = True) -> Replica:

@@ -10,13 +10,13 @@ import pytest
 
 from hpc_router.config import ClusterConfig, Deployment, RouterConfig
 from hpc_router.errors import ConfigError
-from hpc_router.filethread import FileThread
-from hpc_router.jobdir import JobDir, Phase, Progress
 from hpc_router.net import addresses
-from hpc_router.registry import Kind, Reader, Record, State, publish, replica_name, withdraw
 from hpc_router.router import service
 from hpc_router.router.registry_file import RegistryFile
-from hpc_router.rundir import RunDir, make_run
+from hpc_router.state.io_thread import FileThread
+from hpc_router.state.job_records import JobDir, Phase, Progress
+from hpc_router.state.registry import Kind, Reader, Record, State, publish, replica_name, withdraw
+from hpc_router.state.run_directory import RunDir, make_run
 
 
 @pytest.fixture

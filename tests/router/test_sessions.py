@@ -8,15 +8,15 @@ from typing import Any
 import openai
 import pytest
 
-from hpc_router import registry
 from hpc_router.errors import BadRequestError, PreviousResponseNotFoundError
 from hpc_router.net import protocol
-from hpc_router.registry import EngineInfo, Kind, Record, State
 from hpc_router.relay.headers import Headers
 from hpc_router.router.replica import Event, Replica
 from hpc_router.router.replicas import ReplicaTable
 from hpc_router.router.sessions import Sessions, Turn, session_id
 from hpc_router.routing.policy import Reason
+from hpc_router.state import registry
+from hpc_router.state.registry import EngineInfo, Kind, Record, State
 from tests.router.fakes import a_deployment, a_router, a_run, answer, fake_replica, hang, refuse
 from tests.router.test_apis import sim_replica
 from tests.router.test_gateway import all_gauges_zero, client_of, post, ready

@@ -11,9 +11,9 @@ from aiohttp import web
 
 from hpc_router.expert.gate import RETRY_AFTER_S
 from hpc_router.net import protocol
-from hpc_router.registry import State
 from hpc_router.router.replica import Standing
-from hpc_router.rundir import RunDir
+from hpc_router.state.registry import State
+from hpc_router.state.run_directory import RunDir
 from tests.expert.conftest import scratch as scratch  # the agent's fixture
 from tests.expert.replicas import deployment, replica
 from tests.router.fakes import Act, FakeReplica, a_deployment, a_router, a_run, answer, fake_replica

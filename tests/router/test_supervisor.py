@@ -19,12 +19,12 @@ import pytest
 
 from hpc_router.cluster.settings import change, parse_settings
 from hpc_router.errors import ConfigError
-from hpc_router.jobdir import JobDir, Phase, Reason
-from hpc_router.logfile import BURST
-from hpc_router.registry import Kind, Reader, leading_router
 from hpc_router.router.supervisor import LONGEST_PAUSE_S, pause_s
 from hpc_router.routing import exemplars
-from hpc_router.rundir import RunDir, make_run
+from hpc_router.state.job_records import JobDir, Phase, Reason
+from hpc_router.state.log_file import BURST
+from hpc_router.state.registry import Kind, Reader, leading_router
+from hpc_router.state.run_directory import RunDir, make_run
 from tests.needs import ROOT
 from tests.processes import with_word
 from tests.router.fakes import FakeReplica, event, fake_replica, stream

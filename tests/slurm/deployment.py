@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from hpc_router.jobdir import JobDir
-from hpc_router.rundir import RunDir
+from hpc_router.state.job_records import JobDir
+from hpc_router.state.run_directory import RunDir
 from tests.e2e.deployment import Deployed
 from tests.slurm.cluster import SlurmCluster
 from tests.waiting import eventually_sync

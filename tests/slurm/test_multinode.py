@@ -20,11 +20,11 @@ from hpc_router.config import (
     ResourceConfig,
 )
 from hpc_router.expert import tiny_model
-from hpc_router.jobdir import Exit, JobDir, Reason, Runner
 from hpc_router.net import protocol
 from hpc_router.net.auth import replica_key
-from hpc_router.registry import Reader, Record, State
-from hpc_router.rundir import RunDir, make_run
+from hpc_router.state.job_records import Exit, JobDir, Reason, Runner
+from hpc_router.state.registry import Reader, Record, State
+from hpc_router.state.run_directory import RunDir, make_run
 from tests.needs import VLLM_ENV, engine_python
 from tests.slurm.cluster import SlurmCluster
 from tests.slurm.configuration import SLURMD_TIMEOUT_S

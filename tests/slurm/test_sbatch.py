@@ -12,12 +12,12 @@ from typing import Any
 import openai
 import pytest
 
-from hpc_router.jobdir import JobDir, Reason
 from hpc_router.net.http_client import Unreachable, ask
-from hpc_router.registry import Kind, Reader, Record, State
 from hpc_router.routing.artefact import read
 from hpc_router.routing.classifier import Classifier
-from hpc_router.rundir import RunDir
+from hpc_router.state.job_records import JobDir, Reason
+from hpc_router.state.registry import Kind, Reader, Record, State
+from hpc_router.state.run_directory import RunDir
 from tests.needs import ROOT
 from tests.processes import with_word
 from tests.routing.training.samples import prompts, written

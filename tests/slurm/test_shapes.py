@@ -7,7 +7,7 @@ from typing import Final
 
 import pytest
 
-from hpc_router.jobdir import Runner
+from hpc_router.state.job_records import Runner
 from tests.e2e.deployment import cli
 from tests.needs import ROOT
 from tests.slurm.cluster import SlurmCluster

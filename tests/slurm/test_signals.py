@@ -13,7 +13,7 @@ from typing import Any
 import openai
 import pytest
 
-from hpc_router.jobdir import Exit
+from hpc_router.state.job_records import Exit
 from tests.needs import need
 from tests.slurm.cluster import SlurmCluster, lacking
 from tests.slurm.configuration import PROCTRACKS, Proctrack

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 from hpc_router.errors import LaunchError
-from hpc_router.rundir import private_umask
+from hpc_router.state.run_directory import private_umask
 
 Program = Literal["load", "engine"]
 SOURCES: Final = Path(__file__).parent

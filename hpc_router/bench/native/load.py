@@ -15,7 +15,7 @@ import numpy as np
 from hpc_router.bench.native.build import built
 from hpc_router.bench.native.records import EVENT, Table, read_events, read_requests
 from hpc_router.errors import LaunchError
-from hpc_router.rundir import private_umask
+from hpc_router.state.run_directory import private_umask
 
 MOST_CONNECTIONS: Final = 4000
 GUARD_S: Final = 30.0

@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Final
 
 import hpc_router
-from hpc_router import registry
 from hpc_router.bench.native.engine import NAMES
 from hpc_router.bench.router import requests
 from hpc_router.bench.router.process import Group, group, on
 from hpc_router.bench.router.relay import START_S, Relay, Site, Started, answers, last_words
 from hpc_router.errors import LaunchError
-from hpc_router.registry import Kind, Reader, Record, State, leading_router
-from hpc_router.rundir import RunDir, make_run
+from hpc_router.state import registry
+from hpc_router.state.registry import Kind, Reader, Record, State, leading_router
+from hpc_router.state.run_directory import RunDir, make_run
 
 CAPACITY: Final = 100_000
 HERE: Final = Path(hpc_router.__file__).parents[1]

@@ -15,7 +15,7 @@ from typing import Final
 
 from hpc_router.bench.router.process import group, on
 from hpc_router.bench.router.relay import Relay, Site, Started, await_answer, find, free_port
-from hpc_router.rundir import private_umask
+from hpc_router.state.run_directory import private_umask
 
 KEPT: Final = 4096
 """Connections to the engine that a relay may keep open."""

@@ -27,7 +27,7 @@ from hpc_router.bench.router.relay import Relay
 from hpc_router.bench.router.report import Results, markdown, to_json
 from hpc_router.bench.router.rounds import measure_all
 from hpc_router.errors import ConfigError, LaunchError, suggest
-from hpc_router.files import replace_text
+from hpc_router.state.atomic_files import replace_text
 
 ROOT: Final = Path(hpc_router.__file__).parents[1]
 PEERS: Final = ".venv-bench-peers"

@@ -23,7 +23,7 @@ from hpc_router.bench.soak.options import Options, Target
 from hpc_router.bench.soak.report import Part, Results, markdown, plot, to_json
 from hpc_router.bench.soak.site import Site, deployed
 from hpc_router.bench.soak.verdict import NS, Sample, Struck, complaints, failures, flat
-from hpc_router.files import replace_text
+from hpc_router.state.atomic_files import replace_text
 
 TOPOLOGY: Final = "soak"
 EXPERTS: Final = ("code", "math", "law", "generalist", "auto", "auto")

@@ -24,7 +24,7 @@ import psutil
 from hpc_router.bench.soak.options import Target
 from hpc_router.bench.soak.verdict import Struck
 from hpc_router.errors import LaunchError
-from hpc_router.rundir import RunDir
+from hpc_router.state.run_directory import RunDir
 
 START_S: Final = 300.0
 ASK_S: Final = 5.0

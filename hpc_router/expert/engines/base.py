@@ -17,7 +17,7 @@ from hpc_router.config import ClusterConfig, EngineConfig, ExpertConfig
 from hpc_router.errors import ConfigError
 from hpc_router.expert.engines.failure import Sign
 from hpc_router.net.job_environment import scrubbed
-from hpc_router.registry import EngineInfo
+from hpc_router.state.registry import EngineInfo
 
 _PROXIES: Final = ("http_proxy", "https_proxy", "all_proxy", "no_proxy", "ftp_proxy")
 _THREADS: Final = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_MAX_THREADS")

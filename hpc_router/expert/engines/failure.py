@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from hpc_router.jobdir import Reason
+from hpc_router.state.job_records import Reason
 
 MESSAGE_LENGTH: Final = 300
 CANNOT_RUN: Final = 127

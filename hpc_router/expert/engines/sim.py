@@ -22,9 +22,9 @@ from hpc_router.expert.engines.base import (
 from hpc_router.expert.engines.failure import OPTION, PORT, TORCH, Sign, signs
 from hpc_router.expert.sim import roofline
 from hpc_router.expert.sim.faults import parse_rules
-from hpc_router.jobdir import Reason
 from hpc_router.net.protocol import MODELS
-from hpc_router.registry import EngineInfo
+from hpc_router.state.job_records import Reason
+from hpc_router.state.registry import EngineInfo
 
 _SIGNS: Final = (
     *PORT,

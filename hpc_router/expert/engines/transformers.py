@@ -11,8 +11,8 @@ from typing import Final
 from hpc_router.config import ExpertConfig, TransformersOptions
 from hpc_router.expert.engines.base import INSIDE, Place, flags, interpreter, one_node_only, refuse
 from hpc_router.expert.engines.failure import HUB, OPTION, TORCH, Sign, signs
-from hpc_router.jobdir import Reason
-from hpc_router.registry import EngineInfo
+from hpc_router.state.job_records import Reason
+from hpc_router.state.registry import EngineInfo
 
 _SERVE: Final = INSIDE / "serve_transformers.py"
 _SIGNS: Final = (

@@ -30,8 +30,8 @@ from hpc_router.expert.engines.base import (
     refuse,
 )
 from hpc_router.expert.engines.failure import HUB, OPTION, PORT, TORCH, Sign, signs
-from hpc_router.jobdir import Reason
-from hpc_router.registry import EngineInfo
+from hpc_router.state.job_records import Reason
+from hpc_router.state.registry import EngineInfo
 
 KEEP_ALIVE_S: Final = 3600
 """The engine must not be the first to close an idle connection: its default of 5 s races with our next request."""

@@ -13,7 +13,7 @@ from hpc_router.bench.router.peers import haproxy_cfg, nginx_conf, package_argv,
 from hpc_router.bench.router.relay import find
 from hpc_router.bench.router.run import bench
 from hpc_router.errors import ConfigError, LaunchError
-from hpc_router.rundir import make_run
+from hpc_router.state.run_directory import make_run
 from tests.needs import need
 
 

@@ -14,7 +14,7 @@ from hpc_router.errors import ConfigError
 from hpc_router.expert.commands import Commands
 from hpc_router.expert.engines import Engine, Place, Ranks, build_engine, engine_environment, version_command
 from hpc_router.expert.engines.base import flags
-from hpc_router.registry import EngineInfo
+from hpc_router.state.registry import EngineInfo
 
 PLACE = Place(Path("/scratch/x"))
 

@@ -5,7 +5,7 @@ import pytest
 from hpc_router.config import EngineConfig, ExpertConfig
 from hpc_router.expert.engines import Engine, build_engine, classify
 from hpc_router.expert.engines.failure import LAST_LINES, MESSAGE_LENGTH, Failure
-from hpc_router.jobdir import Reason
+from hpc_router.state.job_records import Reason
 
 PREFIX = "(EngineCore pid=19569) ERROR 11-22 18:20:12 [core.py:1510] "
 AFTER = [

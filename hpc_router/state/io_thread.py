@@ -17,7 +17,7 @@ from logging.handlers import QueueHandler
 from pathlib import Path
 from typing import Final, TypeVar
 
-from hpc_router.logfile import LogFile, LogFileHandler, RateLimit
+from hpc_router.state.log_file import LogFile, LogFileHandler, RateLimit
 
 logger = logging.getLogger(__name__)
 _T = TypeVar("_T")

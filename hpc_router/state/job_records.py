@@ -14,8 +14,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Final, Self, TypeVar
 
-from hpc_router.files import read_json, replace_json
-from hpc_router.rundir import RunDir, private_umask
+from hpc_router.state.atomic_files import read_json, replace_json
+from hpc_router.state.run_directory import RunDir, private_umask
 
 
 class Phase(StrEnum):

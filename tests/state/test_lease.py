@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from hpc_router import lease as lease_module
-from hpc_router import registry
-from hpc_router.background import TaskFailures
-from hpc_router.filethread import FileThread
-from hpc_router.lease import Lease
-from hpc_router.registry import Kind, Reader, Record, State
+from hpc_router.background_tasks import TaskFailures
+from hpc_router.state import lease as lease_module
+from hpc_router.state import registry
+from hpc_router.state.io_thread import FileThread
+from hpc_router.state.lease import Lease
+from hpc_router.state.registry import Kind, Reader, Record, State
 from tests.waiting import eventually
 
 HANG_S = 0.05
@@ -81,7 +81,7 @@ async def test_while_the_file_system_hangs_work_goes_on_and_beats_do_not_pile_up
 
     async with Lease(tmp_path, record(beat_s=0.001), files) as lease:
         files.post(hanging.wait)
-        monkeypatch.setattr("hpc_router.lease.publish", noting)
+        monkeypatch.setattr("hpc_router.state.lease.publish", noting)
         await lease.update(state=State.DRAINING)
         before = lease.record.beat or 0
         await eventually(lambda: (lease.record.beat or 0) > before + 20)
@@ -123,7 +123,7 @@ async def test_a_file_system_that_fails_is_no_folder_that_is_gone(
         raise OSError(next(numbers), "scripted")
 
     async with Lease(tmp_path, record(beat_s=0.001), on_gone=lambda: told.append(True)) as lease:
-        monkeypatch.setattr("hpc_router.lease.publish", failing)
+        monkeypatch.setattr("hpc_router.state.lease.publish", failing)
         await eventually(lambda: (lease.record.beat or 0) > 4 * lease_module.GONE_BEATS)
     assert told == []
 

@@ -3,7 +3,7 @@
 import logging
 from pathlib import Path
 
-from hpc_router.logfile import BURST, LogFile, LogFileHandler, RateLimit, previous
+from hpc_router.state.log_file import BURST, LogFile, LogFileHandler, RateLimit, previous
 
 
 def test_a_log_is_rotated_by_rename_and_one_older_file_is_kept(tmp_path: Path) -> None:

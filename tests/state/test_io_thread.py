@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hpc_router.filethread import FileThread, FileThreadHandler
+from hpc_router.state.io_thread import FileThread, FileThreadHandler
 
 
 async def test_actions_run_in_order_and_give_their_results() -> None:

@@ -11,10 +11,10 @@ from hpc_router.bench.prompts import read_prompts
 from hpc_router.bench.workload import read_trace
 from hpc_router.config import RouterConfig
 from hpc_router.errors import ConfigError
-from hpc_router.files import lines_of
 from hpc_router.router.metrics import Metrics
 from hpc_router.routing.training.rows import read_corpus, read_rows
 from hpc_router.schema import bounds_of
+from hpc_router.state.atomic_files import lines_of
 
 ODD = "a\u2028b\u2029c\x85d\x0be\x0cf\x1cg\x1dh\x1ei"
 """Every character beside the line feed and the carriage return at which `str.splitlines` splits."""

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, Final, Self
 
 from hpc_router.errors import RegistryError
-from hpc_router.files import LONGEST, read_json, replace_json
 from hpc_router.net.protocol import MODELS
+from hpc_router.state.atomic_files import LONGEST, read_json, replace_json
 
 logger = logging.getLogger(__name__)
 

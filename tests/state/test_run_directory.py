@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from hpc_router.errors import ConfigError, RegistryError
-from hpc_router.logfile import previous
-from hpc_router.rundir import find_run, make_run, open_run, point_latest
+from hpc_router.state.log_file import previous
+from hpc_router.state.run_directory import find_run, make_run, open_run, point_latest
 
 
 @pytest.fixture(params=[0o000, 0o022, 0o777])
@@ -107,7 +107,7 @@ def test_a_wish_that_cannot_be_opened_is_not_an_absent_one(tmp_path: Path) -> No
 
 def test_events_are_rotated_by_exactly_one_writer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The claim of one that died is taken back, and a long line is one write."""
-    monkeypatch.setattr("hpc_router.rundir.LOG_BYTES", 20_000)
+    monkeypatch.setattr("hpc_router.state.run_directory.LOG_BYTES", 20_000)
     run = make_run(tmp_path / "run")
     claim = run.path / ".events.rotating"
     claim.mkdir()

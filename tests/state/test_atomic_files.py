@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from hpc_router.files import is_there, read_json, replace_json
+from hpc_router.state.atomic_files import is_there, read_json, replace_json
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hpc_router.errors import RegistryError
-from hpc_router.registry import (
+from hpc_router.state.registry import (
     EngineInfo,
     Kind,
     Reader,

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from hpc_router.errors import ConfigError, RegistryError
-from hpc_router.files import load_json, naming, replace_json
-from hpc_router.logfile import LOG_BYTES, previous
 from hpc_router.net.auth import new_token
+from hpc_router.state.atomic_files import load_json, naming, replace_json
+from hpc_router.state.log_file import LOG_BYTES, previous
 
 ROTATION_S: Final = 60.0
 """A claim to rotate `events.jsonl` that is older was left by a process that died."""

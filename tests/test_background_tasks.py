@@ -5,8 +5,8 @@ import logging
 
 import pytest
 
-from hpc_router import background
-from hpc_router.background import TaskFailures, restarting
+from hpc_router import background_tasks
+from hpc_router.background_tasks import TaskFailures, restarting
 
 
 class Body:
@@ -25,7 +25,7 @@ class Body:
 
 async def test_it_is_reported_logged_and_started_again(caplog: pytest.LogCaptureFixture) -> None:
     failures, body = TaskFailures(), Body(ValueError("one"), KeyError("two"))
-    async with asyncio.timeout(5), background.background("scan", body, failures.note):
+    async with asyncio.timeout(5), background_tasks.background("scan", body, failures.note):
         await body.settled.wait()
     assert failures.seen == {"scan": (2, "KeyError: 'two'")}
     assert [record.levelno for record in caplog.records] == [logging.ERROR] * 2
@@ -48,7 +48,7 @@ async def test_the_pause_doubles_to_its_limit(monkeypatch: pytest.MonkeyPatch) -
 
     await restarting("scan", body, lambda task, error: None)
     assert pauses[:4] == [0.1, 0.2, 0.4, 0.8]
-    assert pauses[-1] == background.MAX_PAUSE_S
+    assert pauses[-1] == background_tasks.MAX_PAUSE_S
 
 
 async def test_cancellation_and_a_return_end_it() -> None:

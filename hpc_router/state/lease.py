@@ -13,9 +13,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from hpc_router.background import OnFailure, restarting
-from hpc_router.filethread import PATIENCE_S, FileThread
-from hpc_router.registry import Record, publish, withdraw
+from hpc_router.background_tasks import OnFailure, restarting
+from hpc_router.state.io_thread import PATIENCE_S, FileThread
+from hpc_router.state.registry import Record, publish, withdraw
 
 logger = logging.getLogger(__name__)
 
