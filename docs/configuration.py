@@ -16,7 +16,7 @@ from types import UnionType
 from typing import Any, Final, Union, get_args, get_origin, get_type_hints
 
 from hpc_router.bench.config import BenchConfig
-from hpc_router.config import OPTIONS, Deployment
+from hpc_router.config.schema import OPTIONS, Deployment
 from hpc_router.router.settings import LIVE
 
 _NOUNS: Final[Mapping[Any, str]] = {

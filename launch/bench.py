@@ -22,8 +22,6 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from yaml import YAMLError
 
-from hpc_router import compose, frozen
-from hpc_router.as_written import as_written
 from hpc_router.bench.config import BenchConfig, group_file, read_config
 from hpc_router.bench.crew import crew
 from hpc_router.bench.load import Target
@@ -38,10 +36,12 @@ from hpc_router.bench.table import table
 from hpc_router.bench.workload import Point, points_of
 from hpc_router.cluster.plan import settled, shown
 from hpc_router.cluster.router_access import router_access
-from hpc_router.compose import conf_folder
+from hpc_router.config import compose, frozen
+from hpc_router.config.as_written import as_written
+from hpc_router.config.compose import conf_folder
+from hpc_router.config.frozen import GROUPS
+from hpc_router.config.sources import Sources, parse_override
 from hpc_router.errors import ConfigError, suggest
-from hpc_router.frozen import GROUPS
-from hpc_router.provenance import Sources, parse_override
 from hpc_router.router.service import raise_file_limit
 from hpc_router.screen import Progress
 from hpc_router.state.run_directory import RunDir, open_run

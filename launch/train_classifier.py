@@ -15,12 +15,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from hpc_router.as_written import as_written
 from hpc_router.cli import told
+from hpc_router.config.as_written import as_written
+from hpc_router.config.parsing import parse
+from hpc_router.config.sources import Sources, parse_override
 from hpc_router.errors import ConfigError, suggest
-from hpc_router.provenance import Sources, parse_override
 from hpc_router.routing.training.train import TrainConfig, train
-from hpc_router.schema import parse
 
 
 def train_classifier(config: TrainConfig) -> int:

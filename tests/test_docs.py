@@ -8,7 +8,7 @@ import pytest
 
 from docs import configuration
 from hpc_router.cli import VERBS
-from hpc_router.compose import load_deployment
+from hpc_router.config.compose import load_deployment
 from tests.needs import ROOT
 
 PAGES = sorted(

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from hpc_router import frozen
 from hpc_router.cli import main
 from hpc_router.cluster.control import Control
 from hpc_router.cluster.status import status
 from hpc_router.cluster.why import why
-from hpc_router.config import Deployment, EngineConfig, ExpertConfig
+from hpc_router.config import frozen
+from hpc_router.config.schema import Deployment, EngineConfig, ExpertConfig
 from hpc_router.state.atomic_files import create_text, replace_text
 from hpc_router.state.job_records import JobDir, JobInfo
 from hpc_router.state.run_directory import RunDir, make_run

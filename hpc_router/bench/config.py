@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from hpc_router.config import DAY_S
+from hpc_router.config.parsing import bounded, parse, within
+from hpc_router.config.schema import DAY_S
 from hpc_router.errors import ConfigError, suggest
-from hpc_router.schema import bounded, parse, within
 
 OURS: Final = frozenset({"model", "messages", "stream", "stream_options", "max_tokens"})
 """Fields of a request body that `extra` may not replace."""

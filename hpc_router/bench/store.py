@@ -21,7 +21,7 @@ from typing import Any, Final
 
 from hpc_router.bench.config import BenchConfig
 from hpc_router.bench.workload import Point
-from hpc_router.config import Deployment
+from hpc_router.config.schema import Deployment
 from hpc_router.errors import LaunchError
 from hpc_router.state.atomic_files import read_json, replace_json, replace_text
 from hpc_router.state.job_records import start_ticks

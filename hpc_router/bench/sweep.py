@@ -23,7 +23,7 @@ from hpc_router.cluster.down import down
 from hpc_router.cluster.router_access import router_access
 from hpc_router.cluster.runs import Target as RunTarget
 from hpc_router.cluster.up import Interrupted, Reporter, up
-from hpc_router.config import Deployment
+from hpc_router.config.schema import Deployment
 from hpc_router.errors import LaunchError
 from hpc_router.state.run_directory import RunDir
 

@@ -16,7 +16,7 @@ from hpc_router.cluster.batch import BatchJob, python_of
 from hpc_router.cluster.child import keep_refusals
 from hpc_router.cluster.command import last_words
 from hpc_router.cluster.launcher import JobRequest
-from hpc_router.config import Deployment
+from hpc_router.config.schema import Deployment
 from hpc_router.errors import LaunchError
 from hpc_router.net.job_environment import held_job, scrubbed
 from hpc_router.state.atomic_files import replace_text

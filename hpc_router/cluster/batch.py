@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from hpc_router.cluster.launcher import JobRequest
-from hpc_router.config import ClusterConfig, Deployment, JobOptions, ResourceConfig
+from hpc_router.config.schema import ClusterConfig, Deployment, JobOptions, ResourceConfig
 from hpc_router.state.run_directory import RunDir
 
 LIBRARY: Final = Path(__file__).with_name("batch.sh")

@@ -25,7 +25,7 @@ from hpc_router.cluster.observe import Observer
 from hpc_router.cluster.reconcile import Action, Cancel, Desired, Drain, GiveUp, Kill, Submit, reconcile
 from hpc_router.cluster.requests import request_for
 from hpc_router.cluster.slots import Observed
-from hpc_router.config import Deployment
+from hpc_router.config.schema import Deployment
 from hpc_router.errors import LaunchError
 from hpc_router.state import registry
 from hpc_router.state.atomic_files import is_there

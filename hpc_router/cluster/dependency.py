@@ -7,7 +7,7 @@ have forgotten (MinJobAge, five minutes). So it is left out as soon as one job o
 from typing import Final
 
 from hpc_router.cluster.batch import effective
-from hpc_router.config import Deployment, ResourceConfig
+from hpc_router.config.schema import Deployment, ResourceConfig
 from hpc_router.state.job_records import JobDir, Runner
 from hpc_router.state.registry import Kind, split_replica
 from hpc_router.state.run_directory import RunDir

@@ -9,13 +9,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from hpc_router import frozen
-from hpc_router.adapters import host_of, hosts
 from hpc_router.cluster.reconcile import Desired
 from hpc_router.cluster.slots import Observed
-from hpc_router.config import Deployment, ExpertConfig
+from hpc_router.config import frozen
+from hpc_router.config.adapters import host_of, hosts
+from hpc_router.config.parsing import bounds_of, check_bounds
+from hpc_router.config.schema import Deployment, ExpertConfig
 from hpc_router.errors import ConfigError, suggest
-from hpc_router.schema import bounds_of, check_bounds
 from hpc_router.state.run_directory import RunDir
 
 

@@ -15,7 +15,7 @@ from hpc_router.cluster.control import Control, Pass
 from hpc_router.cluster.desired import take_down
 from hpc_router.cluster.launcher import JobState
 from hpc_router.cluster.slots import Attempt
-from hpc_router.config import Deployment
+from hpc_router.config.schema import Deployment
 from hpc_router.errors import ConfigError, LaunchError
 from hpc_router.expert.scratch import expanded, sweep
 from hpc_router.state import registry

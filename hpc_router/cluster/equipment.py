@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from hpc_router.cluster.batch import MODULES
-from hpc_router.config import ClusterConfig, ContainerConfig
+from hpc_router.config.schema import ClusterConfig, ContainerConfig
 
 CHECK: Final = MODULES.with_name("check_modules.sh")
 TIMEOUT_S: Final = 120.0

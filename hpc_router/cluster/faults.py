@@ -5,8 +5,8 @@ import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from hpc_router.adapters import adapters_of, host_of, hosts
-from hpc_router.config import Deployment, ExpertConfig
+from hpc_router.config.adapters import adapters_of, host_of, hosts
+from hpc_router.config.schema import Deployment, ExpertConfig
 from hpc_router.errors import ArtefactError, ConfigError, HpcRouterError
 from hpc_router.expert.engines import build_engine
 from hpc_router.routing import artefact, exemplars

@@ -9,12 +9,12 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from hpc_router.adapters import hosts
 from hpc_router.cluster.launcher import ROUTER
 from hpc_router.cluster.site import NodeKind, Partition, Site
-from hpc_router.config import ClusterConfig, Deployment, ResourceConfig
+from hpc_router.config.adapters import hosts
+from hpc_router.config.schema import ClusterConfig, Deployment, ResourceConfig
+from hpc_router.config.walltime import clock, walltime_s
 from hpc_router.errors import suggest
-from hpc_router.walltime import clock, walltime_s
 
 
 def stands_at(at: str, resources: ResourceConfig, cluster: ClusterConfig, name: str) -> tuple[str, str | None]:

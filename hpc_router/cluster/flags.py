@@ -11,9 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
 
-from hpc_router.adapters import adapters_of, hosts
 from hpc_router.cluster.equipment import is_address
-from hpc_router.config import ClusterConfig, ExpertConfig
+from hpc_router.config.adapters import adapters_of, hosts
+from hpc_router.config.schema import ClusterConfig, ExpertConfig
 from hpc_router.expert.engines import Place, build_engine, engine_environment
 from hpc_router.expert.engines.container import contained
 

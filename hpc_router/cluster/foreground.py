@@ -16,7 +16,7 @@ from typing import Final
 
 from hpc_router.cluster.control import Control
 from hpc_router.cluster.slots import ROUTER_SLOT, Observed, Slot
-from hpc_router.config import Deployment
+from hpc_router.config.schema import Deployment
 from hpc_router.errors import ConfigError, LaunchError
 from hpc_router.expert.job import RANK
 from hpc_router.state.job_records import JobDir, JobInfo, Process, Runner, start_ticks

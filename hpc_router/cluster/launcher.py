@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Final, Protocol
 
-from hpc_router.config import ResourceConfig
+from hpc_router.config.schema import ResourceConfig
 from hpc_router.state.job_records import Exit
 from hpc_router.state.registry import split_replica
 

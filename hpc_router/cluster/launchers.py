@@ -14,7 +14,7 @@ from hpc_router.cluster.launcher import JobReport, JobRequest, JobState, Launche
 from hpc_router.cluster.local import LocalLauncher
 from hpc_router.cluster.queue import Queue
 from hpc_router.cluster.slurm import SlurmLauncher
-from hpc_router.config import Deployment
+from hpc_router.config.schema import Deployment
 from hpc_router.errors import ConfigError
 from hpc_router.net.job_environment import held_job
 from hpc_router.state.job_records import JobDir, Runner

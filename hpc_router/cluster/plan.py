@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Final
 
 import hpc_router
-from hpc_router.adapters import adapters_of, host_of, hosts
 from hpc_router.cluster.batch import BatchJob, batch_jobs, python_of, setup_faults
 from hpc_router.cluster.equipment import is_address
 from hpc_router.cluster.faults import own_faults, own_warnings
@@ -26,7 +25,8 @@ from hpc_router.cluster.site import ask_site
 from hpc_router.cluster.slots import ROUTER_SLOT, Slot
 from hpc_router.cluster.tracking import signals_note
 from hpc_router.cluster.trial import UNASKED, try_jobs
-from hpc_router.config import ClusterConfig, Deployment, ExpertConfig
+from hpc_router.config.adapters import adapters_of, host_of, hosts
+from hpc_router.config.schema import ClusterConfig, Deployment, ExpertConfig
 from hpc_router.errors import ConfigError, LaunchError
 from hpc_router.expert.commands import drain_limit_s
 from hpc_router.expert.engines import Place, build_engine, engine_environment

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from hpc_router.cluster.equipment import equipment_faults
-from hpc_router.config import ClusterConfig
+from hpc_router.config.schema import ClusterConfig
 from hpc_router.errors import ConfigError
 from hpc_router.expert.scratch import expanded, path_fault, unusable
 

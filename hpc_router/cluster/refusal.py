@@ -11,7 +11,7 @@ from typing import Final
 
 from hpc_router.cluster.batch import effective
 from hpc_router.cluster.fit import resources_of, stands_at
-from hpc_router.config import Deployment, ResourceConfig
+from hpc_router.config.schema import Deployment, ResourceConfig
 
 _OPTIONS: Final = ("partition", "account", "qos", "constraint", "reservation", "exclude", "walltime", "gpu_type")
 _SIZES: Final = ("nodes", "gpus", "cpus", "memory_gb")

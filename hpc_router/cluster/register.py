@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import urlsplit
 
-from hpc_router.config import EXPERT_NAME, RESERVED_NAMES
+from hpc_router.config.schema import EXPERT_NAME, RESERVED_NAMES
 from hpc_router.errors import ConfigError, suggest
 from hpc_router.net.http_client import QUICK_S, Unreachable, ask
 from hpc_router.net.protocol import MODELS

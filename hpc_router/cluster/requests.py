@@ -4,7 +4,7 @@ from hpc_router.cluster.batch import python_of
 from hpc_router.cluster.dependency import was_met
 from hpc_router.cluster.desired import excluded_nodes
 from hpc_router.cluster.launcher import ROUTER, JobRequest
-from hpc_router.config import Deployment
+from hpc_router.config.schema import Deployment
 from hpc_router.state.registry import split_replica
 from hpc_router.state.run_directory import RunDir
 

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from hpc_router.adapters import host_of, hosts
 from hpc_router.cluster.control import Control, Pass
 from hpc_router.cluster.desired import exclude_nodes
 from hpc_router.cluster.drain import ask_to_drain
@@ -19,6 +18,7 @@ from hpc_router.cluster.launcher import ROUTER, JobState
 from hpc_router.cluster.reconcile import Wait
 from hpc_router.cluster.router_access import live_router
 from hpc_router.cluster.slots import Attempt, Observed
+from hpc_router.config.adapters import host_of, hosts
 from hpc_router.errors import ConfigError, suggest
 from hpc_router.state.job_records import JobDir
 from hpc_router.state.registry import Kind, Record, split_replica

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from hpc_router import compose, frozen
 from hpc_router.cluster.plan import settled
-from hpc_router.config import Deployment
+from hpc_router.config import compose, frozen
+from hpc_router.config.schema import Deployment
+from hpc_router.config.sources import parse_override
 from hpc_router.errors import ConfigError
-from hpc_router.provenance import parse_override
 from hpc_router.state.atomic_files import create_text
 from hpc_router.state.run_directory import RunDir, make_run, new_run_path, open_run, point_latest
 

@@ -10,7 +10,7 @@ from hpc_router.cluster.plan import make_plan
 from hpc_router.cluster.retire import without_ready
 from hpc_router.cluster.router_access import live_router
 from hpc_router.cluster.site import ask_site
-from hpc_router.config import Deployment
+from hpc_router.config.schema import Deployment
 from hpc_router.errors import ConfigError, LaunchError
 from hpc_router.state.registry import Record
 from hpc_router.state.run_directory import RunDir

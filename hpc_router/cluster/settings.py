@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hpc_router.cluster.desired import deployment_of
-from hpc_router.config import Deployment
+from hpc_router.config.schema import Deployment
 from hpc_router.errors import ConfigError
 from hpc_router.router.settings import KEY, settings_in, with_settings
 from hpc_router.state.run_directory import RunDir

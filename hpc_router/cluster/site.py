@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import Final
 
 from hpc_router.cluster.command import last_words
+from hpc_router.config.walltime import walltime_s
 from hpc_router.errors import LaunchError
 from hpc_router.net.job_environment import scrubbed
-from hpc_router.walltime import walltime_s
 
 TIMEOUT_S: Final = 30.0
 FORMAT: Final = "%R|%P|%a|%l|%D|%c|%m|%t|%f|%G"

@@ -18,7 +18,7 @@ from hpc_router.cluster.command import last_words, output_of
 from hpc_router.cluster.launcher import JobReport, JobRequest, JobState
 from hpc_router.cluster.queue import Queue, QueuedJob, View, running_steps
 from hpc_router.cluster.refusal import explain, is_passing
-from hpc_router.config import Deployment
+from hpc_router.config.schema import Deployment
 from hpc_router.state.job_records import Ended, Exit, JobDir, JobInfo, Reason, Runner
 from hpc_router.state.registry import split_replica
 from hpc_router.state.run_directory import RunDir

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from hpc_router.adapters import host_of
 from hpc_router.cluster.control import Control, Pass
 from hpc_router.cluster.router_access import RouterAccess, router_access
 from hpc_router.cluster.slots import ROUTER_SLOT, Attempt
 from hpc_router.cluster.view import ReplicaView, Standing, of_experts, views
+from hpc_router.config.adapters import host_of
 from hpc_router.errors import LaunchError
 from hpc_router.net.http_client import Unreachable, ask
 from hpc_router.state.registry import Kind

@@ -12,7 +12,7 @@ from typing import Final
 from hpc_router.cluster.batch import BatchJob
 from hpc_router.cluster.refusal import explain, is_passing
 from hpc_router.cluster.site import unanswered
-from hpc_router.config import Deployment
+from hpc_router.config.schema import Deployment
 from hpc_router.net.job_environment import scrubbed
 from hpc_router.state.registry import split_replica
 

@@ -22,9 +22,9 @@ from hpc_router.cluster.pending import in_words
 from hpc_router.cluster.plan import Plan, make_plan, taught
 from hpc_router.cluster.runs import Target, discard, latest_of
 from hpc_router.cluster.view import ReplicaView, Standing, of_experts, views
-from hpc_router.config import Deployment
+from hpc_router.config.schema import Deployment
+from hpc_router.config.slurm_options import check_run_path
 from hpc_router.errors import ArtefactError, HpcRouterError, LaunchError
-from hpc_router.job_options import check_run_path
 from hpc_router.net.http_client import Unreachable, ask
 from hpc_router.routing import exemplars
 from hpc_router.state.registry import Kind, split_replica

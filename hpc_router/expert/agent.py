@@ -16,9 +16,9 @@ from dataclasses import replace
 from functools import partial
 from typing import Final
 
-from hpc_router.adapters import adapters_of
 from hpc_router.background_tasks import TaskFailures, restarting
-from hpc_router.config import Deployment
+from hpc_router.config.adapters import adapters_of
+from hpc_router.config.schema import Deployment
 from hpc_router.errors import ConfigError, HpcRouterError, RegistryError
 from hpc_router.expert.attempts import Alone, Attempts, Leading
 from hpc_router.expert.commands import Commands

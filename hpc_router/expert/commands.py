@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from hpc_router.config import ClusterConfig, ExpertConfig
+from hpc_router.config.schema import ClusterConfig, ExpertConfig
 from hpc_router.expert.engines import Engine, Place, engine_environment, version_command
 from hpc_router.expert.engines.container import contained
 from hpc_router.expert.process import ENGINE_GRACE_S, Command

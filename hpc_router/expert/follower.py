@@ -17,8 +17,8 @@ from dataclasses import asdict, replace
 from functools import partial
 from typing import Final
 
-from hpc_router.adapters import adapters_of
-from hpc_router.config import Deployment
+from hpc_router.config.adapters import adapters_of
+from hpc_router.config.schema import Deployment
 from hpc_router.errors import ConfigError, HpcRouterError, UpstreamError
 from hpc_router.expert.commands import Commands
 from hpc_router.expert.engines import Place, Ranks, build_engine

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import uvloop
 
-from hpc_router.config import Deployment
+from hpc_router.config.schema import Deployment
 from hpc_router.errors import HpcRouterError
 from hpc_router.expert.agent import bind
 from hpc_router.expert.gate import Gate

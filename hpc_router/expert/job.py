@@ -15,9 +15,9 @@ from typing import Final
 
 import uvloop
 
-from hpc_router import frozen
-from hpc_router.adapters import host_of
-from hpc_router.config import Deployment
+from hpc_router.config import frozen
+from hpc_router.config.adapters import host_of
+from hpc_router.config.schema import Deployment
 from hpc_router.errors import ConfigError, HpcRouterError, suggest
 from hpc_router.expert.agent import Agent
 from hpc_router.expert.follower import Follower

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
-from hpc_router.adapters import host_of
-from hpc_router.config import Deployment
+from hpc_router.config.adapters import host_of
+from hpc_router.config.schema import Deployment
 
 SPAN_S: Final = 30.0
 """What a queue did before that says nothing of now."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from hpc_router.background_tasks import OnFailure, background
-from hpc_router.config import Deployment
+from hpc_router.config.schema import Deployment
 from hpc_router.errors import HpcRouterError
 from hpc_router.router.policies import artefact_folders, load_policy
 from hpc_router.router.settings import settings_in, with_settings

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any, Final
 
-from hpc_router.config import Deployment
+from hpc_router.config.schema import Deployment
 from hpc_router.errors import HpcRouterError
 from hpc_router.router.admission import Pace, bounds_of
 from hpc_router.router.changes import Changes

@@ -20,7 +20,7 @@ from typing import Any, Final
 import aiohttp
 
 from hpc_router.background_tasks import OnFailure, restarting
-from hpc_router.config import RouterConfig
+from hpc_router.config.schema import RouterConfig
 from hpc_router.errors import ConfigError
 from hpc_router.net import protocol
 from hpc_router.net.auth import challenge_answer, new_token, replica_key, same

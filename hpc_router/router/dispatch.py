@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Final, Protocol
 
-from hpc_router.config import RouterConfig
+from hpc_router.config.schema import RouterConfig
 from hpc_router.errors import (
     AnswerTimeoutError,
     OverloadedError,

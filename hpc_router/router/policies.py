@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from hpc_router.config import Deployment
+from hpc_router.config.schema import Deployment
 from hpc_router.errors import ConfigError
 from hpc_router.routing.artefact import read
 from hpc_router.routing.classifier import Classifier

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Final
 
-from hpc_router.config import Deployment
+from hpc_router.config.schema import Deployment
 from hpc_router.relay import collector
 from hpc_router.router.control import Control
 from hpc_router.router.control_loop import ControlLoop

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 import uvloop
 
-from hpc_router.config import Deployment
+from hpc_router.config.schema import Deployment
 from hpc_router.errors import ConfigError, RegistryError
 from hpc_router.net import addresses
 from hpc_router.net.auth import new_token, replica_key

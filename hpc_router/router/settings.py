@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from typing import Any, Final
 
-from hpc_router.checks import check
-from hpc_router.config import Deployment, PolicyConfig, RouterConfig
+from hpc_router.config.parsing import parse
+from hpc_router.config.schema import Deployment, PolicyConfig, RouterConfig
+from hpc_router.config.validation import check
 from hpc_router.errors import ConfigError, suggest
-from hpc_router.schema import parse
 
 KEY: Final = "settings"
 _FIXED: Final = frozenset(

@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from hpc_router.background_tasks import background
-from hpc_router.config import Deployment, PolicyConfig, RouterConfig
+from hpc_router.config.parsing import parse
+from hpc_router.config.schema import Deployment, PolicyConfig, RouterConfig
 from hpc_router.errors import HpcRouterError
 from hpc_router.relay.exchange import Limits, Upstream
 from hpc_router.relay.in_flight import InFlight
@@ -29,7 +30,6 @@ from hpc_router.router.policies import load_policy
 from hpc_router.router.replicas import ReplicaTable
 from hpc_router.router.sessions import Sessions
 from hpc_router.routing.policy import Policy, versions
-from hpc_router.schema import parse
 from hpc_router.state.run_directory import RunDir
 
 logger = logging.getLogger(__name__)

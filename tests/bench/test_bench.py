@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from hpc_router import frozen
 from hpc_router.bench.load import Load
 from hpc_router.bench.measure import Observation, Part, Window, figures
 from hpc_router.bench.point import Measured
 from hpc_router.bench.record import provenance
 from hpc_router.bench.table import table
 from hpc_router.bench.workload import Point
-from hpc_router.compose import load_deployment
+from hpc_router.config import frozen
+from hpc_router.config.compose import load_deployment
 from hpc_router.net.auth import replica_key
 from hpc_router.state import registry
 from hpc_router.state.job_records import JobDir, JobInfo, start_ticks

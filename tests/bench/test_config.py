@@ -8,7 +8,7 @@ import pytest
 
 from hpc_router.bench.config import group_file, read_config
 from hpc_router.bench.prompts import Prompt, built_in, deck, read_prompts
-from hpc_router.compose import conf_folder
+from hpc_router.config.compose import conf_folder
 from hpc_router.errors import ConfigError
 from launch.bench import OWN, config_of
 from launch.entry import make_call

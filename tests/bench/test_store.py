@@ -13,7 +13,7 @@ from hpc_router.bench.prompts import built_in
 from hpc_router.bench.store import Store
 from hpc_router.bench.sweep import Leg
 from hpc_router.bench.workload import Point
-from hpc_router.compose import load_deployment
+from hpc_router.config.compose import load_deployment
 from hpc_router.errors import LaunchError
 from hpc_router.state.job_records import start_ticks
 

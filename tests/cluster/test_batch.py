@@ -10,7 +10,7 @@ import pytest
 
 from hpc_router.cluster.batch import BatchJob, batch_jobs, effective, setup_faults
 from hpc_router.cluster.launcher import JobRequest
-from hpc_router.config import ClusterConfig, Deployment, ResourceConfig
+from hpc_router.config.schema import ClusterConfig, Deployment, ResourceConfig
 from hpc_router.state.job_records import Ended, Exit, JobDir, JobInfo, Reason, Runner
 from hpc_router.state.run_directory import RunDir
 

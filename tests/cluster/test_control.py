@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 
-from hpc_router import frozen
 from hpc_router.cluster import control as control_module
 from hpc_router.cluster import desired
 from hpc_router.cluster.control import Control
@@ -27,7 +26,8 @@ from hpc_router.cluster.retire import retire
 from hpc_router.cluster.router_access import live_router
 from hpc_router.cluster.scale import scale
 from hpc_router.cluster.slots import ROUTER_SLOT, Attempt, Slot
-from hpc_router.config import Deployment, EngineConfig, ExpertConfig
+from hpc_router.config import frozen
+from hpc_router.config.schema import Deployment, EngineConfig, ExpertConfig
 from hpc_router.errors import ConfigError, LaunchError, RegistryError
 from hpc_router.state import registry
 from hpc_router.state.job_records import Exit, JobDir, JobInfo, Reason, start_ticks

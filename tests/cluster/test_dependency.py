@@ -6,7 +6,7 @@ import pytest
 
 from hpc_router.cluster.batch import batch_jobs
 from hpc_router.cluster.requests import request_for
-from hpc_router.config import ClusterConfig, Deployment, ExpertConfig, ResourceConfig, RouterConfig
+from hpc_router.config.schema import ClusterConfig, Deployment, ExpertConfig, ResourceConfig, RouterConfig
 from hpc_router.state.job_records import Ended, JobDir, JobInfo, Process, Runner
 from hpc_router.state.run_directory import RunDir
 

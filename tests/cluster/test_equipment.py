@@ -8,7 +8,7 @@ import pytest
 
 from hpc_router.cluster import equipment
 from hpc_router.cluster.equipment import CHECK, equipment_faults, is_address
-from hpc_router.config import ClusterConfig, ContainerConfig
+from hpc_router.config.schema import ClusterConfig, ContainerConfig
 from tests.cluster.programs import Programs
 from tests.needs import need
 

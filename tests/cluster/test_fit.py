@@ -7,7 +7,7 @@ import pytest
 
 from hpc_router.cluster.fit import site_faults, site_warnings
 from hpc_router.cluster.site import parse_site
-from hpc_router.config import ClusterConfig, Deployment, EngineConfig, ExpertConfig, ResourceConfig
+from hpc_router.config.schema import ClusterConfig, Deployment, EngineConfig, ExpertConfig, ResourceConfig
 
 SITE = parse_site(
     """\

@@ -13,8 +13,15 @@ from hpc_router.cli import WIDE
 from hpc_router.cluster import flags
 from hpc_router.cluster.allocation import AllocationLauncher
 from hpc_router.cluster.plan import FOLDER, Plan, make_plan, settled
-from hpc_router.compose import load_deployment
-from hpc_router.config import ClusterConfig, ContainerConfig, Deployment, EngineConfig, ExpertConfig, ResourceConfig
+from hpc_router.config.compose import load_deployment
+from hpc_router.config.schema import (
+    ClusterConfig,
+    ContainerConfig,
+    Deployment,
+    EngineConfig,
+    ExpertConfig,
+    ResourceConfig,
+)
 from hpc_router.errors import ConfigError
 from hpc_router.screen import plan_text
 from hpc_router.state.run_directory import RunDir

@@ -8,8 +8,8 @@ import pytest
 from hpc_router.cluster import prerequisites
 from hpc_router.cluster.plan import make_plan
 from hpc_router.cluster.prerequisites import CHECKS, file_system, run_directory, scratch
-from hpc_router.compose import load_deployment
-from hpc_router.config import ClusterConfig
+from hpc_router.config.compose import load_deployment
+from hpc_router.config.schema import ClusterConfig
 from hpc_router.errors import ConfigError
 from hpc_router.expert.scratch import LONGEST_FOLDER, path_fault, scratch_folder
 

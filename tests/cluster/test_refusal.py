@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from hpc_router.cluster.refusal import explain, find, is_passing, spoken
-from hpc_router.config import ClusterConfig, Deployment, EngineConfig, ExpertConfig, ResourceConfig
+from hpc_router.config.schema import ClusterConfig, Deployment, EngineConfig, ExpertConfig, ResourceConfig
 
 
 def deployment(cluster: dict[str, Any] | None = None, **resources: Any) -> Deployment:

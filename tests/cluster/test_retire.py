@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-from hpc_router import frozen
 from hpc_router.cli import main
 from hpc_router.cluster.batch import batch_jobs
 from hpc_router.cluster.control import Control
@@ -21,7 +20,8 @@ from hpc_router.cluster.local import LocalLauncher
 from hpc_router.cluster.requests import request_for
 from hpc_router.cluster.retire import Retired, named, retire, successor, wait, without_ready
 from hpc_router.cluster.slots import NOT_ASKED, ROUTER_SLOT, Attempt, Observed, Slot
-from hpc_router.config import Deployment, EngineConfig, ExpertConfig
+from hpc_router.config import frozen
+from hpc_router.config.schema import Deployment, EngineConfig, ExpertConfig
 from hpc_router.errors import ConfigError
 from hpc_router.net.auth import replica_key
 from hpc_router.net.protocol import DRAIN

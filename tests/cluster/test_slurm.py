@@ -8,7 +8,7 @@ import pytest
 from hpc_router.cluster.launcher import JobState
 from hpc_router.cluster.queue import Queue, QueuedJob, View
 from hpc_router.cluster.slurm import MISSING_ANSWERS, SETTLE_S, SlurmLauncher
-from hpc_router.config import Deployment
+from hpc_router.config.schema import Deployment
 from hpc_router.state.job_records import Ended, Exit, JobDir, JobInfo, Process, Reason, Runner, Stop
 from hpc_router.state.run_directory import RunDir, make_run
 

@@ -10,7 +10,7 @@ from hpc_router.cluster import trial
 from hpc_router.cluster.batch import BatchJob, batch_jobs
 from hpc_router.cluster.requests import request_for
 from hpc_router.cluster.trial import MOST, try_jobs
-from hpc_router.config import ClusterConfig, Deployment, EngineConfig, ExpertConfig, ResourceConfig
+from hpc_router.config.schema import ClusterConfig, Deployment, EngineConfig, ExpertConfig, ResourceConfig
 from hpc_router.state.run_directory import RunDir
 from tests.cluster.programs import Programs
 

@@ -12,8 +12,15 @@ from typing import Any
 
 import aiohttp
 
-from hpc_router import frozen
-from hpc_router.config import ClusterConfig, Deployment, EngineConfig, ExpertConfig, PolicyConfig, ResourceConfig
+from hpc_router.config import frozen
+from hpc_router.config.schema import (
+    ClusterConfig,
+    Deployment,
+    EngineConfig,
+    ExpertConfig,
+    PolicyConfig,
+    ResourceConfig,
+)
 from hpc_router.expert.guard import descendants
 from hpc_router.expert.job import RANK
 from hpc_router.net import protocol

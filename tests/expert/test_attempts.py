@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hpc_router.config import ClusterConfig, EngineConfig, ExpertConfig, ResourceConfig
+from hpc_router.config.schema import ClusterConfig, EngineConfig, ExpertConfig, ResourceConfig
 from hpc_router.expert.attempts import Leading, free_port
 from hpc_router.expert.commands import Commands
 from hpc_router.expert.engines import Failure, Place, Ranks, build_engine

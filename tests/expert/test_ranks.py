@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hpc_router import frozen
+from hpc_router.config import frozen
 from hpc_router.expert.agent import bind
 from hpc_router.expert.guard import descendants
 from hpc_router.net import protocol

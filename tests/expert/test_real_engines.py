@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from hpc_router.config import ClusterConfig, Deployment, EngineConfig, ExpertConfig, PolicyConfig
+from hpc_router.config.schema import ClusterConfig, Deployment, EngineConfig, ExpertConfig, PolicyConfig
 from hpc_router.expert.engines import Place, build_engine
 from hpc_router.net import protocol
 from hpc_router.state.job_records import Phase, Reason

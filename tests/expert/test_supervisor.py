@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from hpc_router.config import EngineConfig, ExpertConfig
+from hpc_router.config.schema import EngineConfig, ExpertConfig
 from hpc_router.expert import supervisor as supervisor_module
 from hpc_router.expert.attempts import Alone
 from hpc_router.expert.engines import Failure, Place, build_engine, engine_environment

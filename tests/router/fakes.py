@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from aiohttp import web
 
-from hpc_router.config import Deployment, EngineConfig, ExpertConfig, PolicyConfig, RouterConfig
+from hpc_router.config.schema import Deployment, EngineConfig, ExpertConfig, PolicyConfig, RouterConfig
 from hpc_router.net import protocol
 from hpc_router.net.auth import bearer, challenge_answer, new_token, replica_key
 from hpc_router.relay.upstream import UpstreamClient

@@ -7,7 +7,7 @@ from random import Random
 
 import pytest
 
-from hpc_router.config import RouterConfig
+from hpc_router.config.schema import RouterConfig
 from hpc_router.router.balance import lighter_of_two, load_bound, pinned, rendezvous, slot_of
 from hpc_router.router.replica import Hold
 from hpc_router.router.replicas import ReplicaTable

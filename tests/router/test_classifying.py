@@ -9,7 +9,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from hpc_router.config import Deployment
+from hpc_router.config.schema import Deployment
 from hpc_router.router import changes
 from hpc_router.router.changes import Changes
 from hpc_router.router.policies import load_policy

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hpc_router.config import ClusterConfig, Deployment, RouterConfig
+from hpc_router.config.schema import ClusterConfig, Deployment, RouterConfig
 from hpc_router.errors import ConfigError
 from hpc_router.net import addresses
 from hpc_router.router import service

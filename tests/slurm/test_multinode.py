@@ -10,8 +10,8 @@ from typing import Any
 import aiohttp
 import pytest
 
-from hpc_router import frozen
-from hpc_router.config import (
+from hpc_router.config import frozen
+from hpc_router.config.schema import (
     ClusterConfig,
     Deployment,
     EngineConfig,

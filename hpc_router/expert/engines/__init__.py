@@ -5,7 +5,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Final
 
-from hpc_router.config import ExpertConfig, SimOptions, TransformersOptions, VllmOptions, options_of
+from hpc_router.config.schema import ExpertConfig, SimOptions, TransformersOptions, VllmOptions, options_of
 from hpc_router.expert.engines.base import Engine, Place, Ranks, engine_environment, version_command
 from hpc_router.expert.engines.failure import Failure, classify
 from hpc_router.expert.engines.sim import SimEngine

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol
 
-from hpc_router.config import ClusterConfig, EngineConfig, ExpertConfig
+from hpc_router.config.schema import ClusterConfig, EngineConfig, ExpertConfig
 from hpc_router.errors import ConfigError
 from hpc_router.expert.engines.failure import Sign
 from hpc_router.net.job_environment import scrubbed

@@ -7,7 +7,7 @@ container at its own path, and so are local models and the scripts of ours that 
 from collections.abc import Iterator, Sequence
 from typing import Final
 
-from hpc_router.config import ContainerConfig, ExpertConfig
+from hpc_router.config.schema import ContainerConfig, ExpertConfig
 from hpc_router.expert.engines.base import INSIDE, Place, is_local
 
 PYTHON: Final = "python3"

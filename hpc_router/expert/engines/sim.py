@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Final
 
-from hpc_router.config import ExpertConfig, SimOptions
+from hpc_router.config.schema import ExpertConfig, SimOptions
 from hpc_router.errors import ConfigError
 from hpc_router.expert.engines.base import (
     Place,

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from hpc_router.config import ExpertConfig, TransformersOptions
+from hpc_router.config.schema import ExpertConfig, TransformersOptions
 from hpc_router.expert.engines.base import INSIDE, Place, flags, interpreter, one_node_only, refuse
 from hpc_router.expert.engines.failure import HUB, OPTION, TORCH, Sign, signs
 from hpc_router.state.job_records import Reason

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from hpc_router.adapters import own_rank
-from hpc_router.config import ExpertConfig, VllmOptions
+from hpc_router.config.adapters import own_rank
+from hpc_router.config.schema import ExpertConfig, VllmOptions
 from hpc_router.errors import ConfigError
 from hpc_router.expert.engines.base import (
     INSIDE,

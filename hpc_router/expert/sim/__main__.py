@@ -18,14 +18,14 @@ from pathlib import Path
 
 import uvloop
 
-from hpc_router.config import Roofline
+from hpc_router.config.parsing import parse
+from hpc_router.config.schema import Roofline
 from hpc_router.errors import ConfigError, HpcRouterError
 from hpc_router.expert.sim.config import SimConfig
 from hpc_router.expert.sim.faults import Kind, Rule, parse_rules
 from hpc_router.expert.sim.load_failure import strikes_this_start, traceback
 from hpc_router.expert.sim.ranks import LOST, Meeting, follow
 from hpc_router.expert.sim.server import SimEngine
-from hpc_router.schema import parse
 
 log = logging.getLogger("hpc_router.expert.sim")
 

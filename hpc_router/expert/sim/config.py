@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from hpc_router.config import Roofline
+from hpc_router.config.schema import Roofline
 from hpc_router.errors import ConfigError
 from hpc_router.expert.sim.faults import Rule
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from hpc_router.config import Roofline
+from hpc_router.config.schema import Roofline
 from hpc_router.errors import ConfigError, suggest
 
 GB: Final = 1e9

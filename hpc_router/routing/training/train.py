@@ -18,6 +18,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from hpc_router.config.parsing import bounded
 from hpc_router.errors import ConfigError, suggest
 from hpc_router.routing.artefact import NORM_SPACE, NORM_TERMS, Artefact
 from hpc_router.routing.classifier import Classifier
@@ -27,7 +28,6 @@ from hpc_router.routing.training.centres import balanced_centres, centres_of, di
 from hpc_router.routing.training.encoder import Encoder, Progress
 from hpc_router.routing.training.measured import Quality, measure
 from hpc_router.routing.training.rows import Row, distinct, fingerprint, read_corpus, read_rows
-from hpc_router.schema import bounded
 
 METHODS: Final = ("discovered", "exemplars", "measured")
 FEATURES: Final = ("cbtm", "lexical", "distilled")

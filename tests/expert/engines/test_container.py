@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from hpc_router.config import ClusterConfig, ContainerConfig, EngineConfig, ExpertConfig, ResourceConfig
+from hpc_router.config.schema import ClusterConfig, ContainerConfig, EngineConfig, ExpertConfig, ResourceConfig
 from hpc_router.expert.commands import Commands
 from hpc_router.expert.engines import Place, build_engine
 from hpc_router.expert.engines.base import INSIDE

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from hpc_router.config import ClusterConfig, EngineConfig, ExpertConfig, ResourceConfig
+from hpc_router.config.schema import ClusterConfig, EngineConfig, ExpertConfig, ResourceConfig
 from hpc_router.errors import ConfigError
 from hpc_router.expert.commands import Commands
 from hpc_router.expert.engines import Engine, Place, Ranks, build_engine, engine_environment, version_command

@@ -2,7 +2,7 @@
 
 import pytest
 
-from hpc_router.config import EngineConfig, ExpertConfig
+from hpc_router.config.schema import EngineConfig, ExpertConfig
 from hpc_router.expert.engines import Engine, build_engine, classify
 from hpc_router.expert.engines.failure import LAST_LINES, MESSAGE_LENGTH, Failure
 from hpc_router.state.job_records import Reason

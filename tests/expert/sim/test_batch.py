@@ -5,7 +5,7 @@ import asyncio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpc_router.config import Roofline
+from hpc_router.config.schema import Roofline
 from hpc_router.expert.sim.batch import Batch, Sequence
 from hpc_router.expert.sim.batching import Batching
 from hpc_router.expert.sim.roofline import BLOCK, Engine

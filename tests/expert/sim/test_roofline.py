@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpc_router.compose import load_deployment
-from hpc_router.config import Roofline
+from hpc_router.config.compose import load_deployment
+from hpc_router.config.schema import Roofline
 from hpc_router.errors import ConfigError
 from hpc_router.expert.sim import roofline as r
 from hpc_router.expert.sim.roofline import Engine, Piece

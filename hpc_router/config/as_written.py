@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Final, get_args, get_origin, get_type_hints
 
+from hpc_router.config.parsing import without_none
 from hpc_router.errors import ConfigError
-from hpc_router.schema import without_none
 
 Path = tuple[str | int, ...]
 TYPED_BY: Final = "typed_by"

@@ -8,8 +8,9 @@ import re
 from collections.abc import Iterable
 from typing import Final
 
-from hpc_router.adapters import check_adapter
-from hpc_router.config import (
+from hpc_router.config.adapters import check_adapter
+from hpc_router.config.parsing import check_bounds
+from hpc_router.config.schema import (
     CLUSTERS,
     EXPERT_NAME,
     GPU_REQUESTS,
@@ -24,9 +25,8 @@ from hpc_router.config import (
     VllmOptions,
     options_of,
 )
+from hpc_router.config.slurm_options import check_environment, check_options, check_script, filled
 from hpc_router.errors import ConfigError, suggest
-from hpc_router.job_options import check_environment, check_options, check_script, filled
-from hpc_router.schema import check_bounds
 
 _RUN_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _HOST: Final = re.compile(

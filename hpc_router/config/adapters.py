@@ -10,7 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Final
 
-from hpc_router.config import ExpertConfig
+from hpc_router.config.schema import ExpertConfig
 from hpc_router.errors import ConfigError, suggest
 
 ENGINES: Final = ("vllm", "sim")

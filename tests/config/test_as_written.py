@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpc_router import frozen
 from hpc_router.cluster.plan import make_plan
-from hpc_router.compose import load_deployment, with_overrides
-from hpc_router.config import ClusterConfig, Deployment, EngineConfig, ExpertConfig, PolicyConfig
+from hpc_router.config import frozen
+from hpc_router.config.compose import load_deployment, with_overrides
+from hpc_router.config.schema import ClusterConfig, Deployment, EngineConfig, ExpertConfig, PolicyConfig
 from hpc_router.errors import ConfigError
 from hpc_router.router.settings import with_settings
 from hpc_router.state.run_directory import RunDir

@@ -12,11 +12,11 @@ from typing import Any, Final, TextIO
 import yaml
 from yaml import YAMLError
 
-from hpc_router.checks import check
-from hpc_router.config import Deployment
+from hpc_router.config.parsing import parse
+from hpc_router.config.schema import Deployment
+from hpc_router.config.simulation import simulated
+from hpc_router.config.validation import check
 from hpc_router.errors import ConfigError, suggest
-from hpc_router.schema import parse
-from hpc_router.simulate import simulated
 
 GROUPS: Final = ("topology", "cluster", "policy", "router", "expert")
 """Folders of `conf/`."""

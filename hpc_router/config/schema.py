@@ -1,7 +1,7 @@
 """The deployment's configuration: dataclasses as the only schema and the only home of defaults.
 
-`conf/` holds values, `hpc_router.compose` turns files and overrides into a `Deployment`; each component then gets its
-own slice. What one dataclass cannot see (TP x PP against GPUs, a fallback that is no expert) `hpc_router.checks` sees.
+`conf/` holds values, `hpc_router.config.compose` turns files and overrides into a `Deployment`; each component then gets its
+own slice. What one dataclass cannot see (TP x PP against GPUs, a fallback that is no expert) `hpc_router.config.validation` sees.
 """
 
 import re
@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from hpc_router.as_written import TYPED_BY, WORDS
+from hpc_router.config.as_written import TYPED_BY, WORDS
+from hpc_router.config.parsing import REQUIRED, bounded, parse
 from hpc_router.errors import ConfigError, suggest
-from hpc_router.schema import REQUIRED, bounded, parse
 
 EXPERT_NAME: Final = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 RESERVED_NAMES: Final = frozenset({"auto", "router"})

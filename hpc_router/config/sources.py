@@ -22,10 +22,10 @@ from hydra.grammar.gen.OverrideParser import OverrideParser
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
-from hpc_router import as_written
-from hpc_router.as_written import Written
+from hpc_router.config import as_written
+from hpc_router.config.as_written import Written
+from hpc_router.config.frozen import GROUPS, shown
 from hpc_router.errors import ConfigError
-from hpc_router.frozen import GROUPS, shown
 
 
 def parse_override(text: str) -> Override:

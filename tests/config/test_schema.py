@@ -7,8 +7,8 @@ from typing import Any, get_args, get_type_hints
 import pytest
 
 from hpc_router.bench.config import BenchConfig
-from hpc_router.checks import check, check_fallback
-from hpc_router.config import (
+from hpc_router.config.parsing import bounded, bounds_of, parse, within
+from hpc_router.config.schema import (
     OPTIONS,
     Deployment,
     EngineConfig,
@@ -18,9 +18,9 @@ from hpc_router.config import (
     VllmOptions,
     options_of,
 )
+from hpc_router.config.validation import check, check_fallback
 from hpc_router.errors import ConfigError
 from hpc_router.routing.training.train import TrainConfig
-from hpc_router.schema import bounded, bounds_of, parse, within
 
 
 @dataclass

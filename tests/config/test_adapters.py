@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from hpc_router.adapters import adapters_of, host_of, hosts, own_rank
-from hpc_router.checks import check
-from hpc_router.compose import load_deployment
-from hpc_router.config import Deployment, EngineConfig, ExpertConfig, ResourceConfig
+from hpc_router.config.adapters import adapters_of, host_of, hosts, own_rank
+from hpc_router.config.compose import load_deployment
+from hpc_router.config.schema import Deployment, EngineConfig, ExpertConfig, ResourceConfig
+from hpc_router.config.validation import check
 from hpc_router.errors import ConfigError
 from hpc_router.router.admission import bounds_of
 from hpc_router.routing import exemplars

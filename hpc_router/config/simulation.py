@@ -4,7 +4,7 @@ for it on such GPUs. So a topology is written once, and predicted or measured by
 from dataclasses import asdict, replace
 from typing import Final
 
-from hpc_router.config import (
+from hpc_router.config.schema import (
     Deployment,
     EngineConfig,
     ExpertConfig,

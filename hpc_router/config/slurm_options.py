@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from hpc_router.config import ClusterConfig, ContainerConfig, JobOptions
+from hpc_router.config.schema import ClusterConfig, ContainerConfig, JobOptions
+from hpc_router.config.walltime import VALID, walltime_s
 from hpc_router.errors import ConfigError
-from hpc_router.walltime import VALID, walltime_s
 
 _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f\x85\u2028\u2029]")
 _UNFIT: Final = re.compile(r"[\s'\"\\#$`;]")

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from hpc_router import frozen
 from hpc_router.cluster.plan import make_plan
-from hpc_router.compose import conf_folder, load_deployment, with_overrides
-from hpc_router.config import ClusterConfig, ContainerConfig, Deployment
+from hpc_router.config import frozen
+from hpc_router.config.compose import conf_folder, load_deployment, with_overrides
+from hpc_router.config.frozen import differing_keys
+from hpc_router.config.schema import ClusterConfig, ContainerConfig, Deployment
 from hpc_router.errors import ConfigError
-from hpc_router.frozen import differing_keys
 
 HEAD = "# @package _global_\n"
 EXPERT = "engine: {kind: sim}"

@@ -21,18 +21,19 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 from yaml import YAMLError
 
-from hpc_router.as_written import as_written
-from hpc_router.config import Deployment, ExpertConfig
+from hpc_router.config.as_written import as_written
+from hpc_router.config.frozen import GROUPS, LEFT_OUT, TOP, shown, to_deployment, yaml_fault
+from hpc_router.config.parsing import type_at
+from hpc_router.config.schema import Deployment, ExpertConfig
+from hpc_router.config.sources import Sources, composed_files, parse_override, place_of
 from hpc_router.errors import ConfigError, suggest
-from hpc_router.frozen import GROUPS, LEFT_OUT, TOP, shown, to_deployment, yaml_fault
-from hpc_router.provenance import Sources, composed_files, parse_override, place_of
-from hpc_router.schema import type_at
 
 
 def conf_folder() -> Path:
     """`conf/` beside the package in a clone, inside it when installed from a wheel."""
-    inside = Path(__file__).with_name("conf")
-    return inside if inside.is_dir() else Path(__file__).parent.with_name("conf")
+    package = Path(__file__).parents[1]
+    inside = package / "conf"
+    return inside if inside.is_dir() else package.with_name("conf")
 
 
 def load_deployment(

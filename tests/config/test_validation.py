@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from hpc_router.checks import check, check_fabric
-from hpc_router.config import ClusterConfig, Deployment, EngineConfig, ExpertConfig, ResourceConfig
+from hpc_router.config.schema import ClusterConfig, Deployment, EngineConfig, ExpertConfig, ResourceConfig
+from hpc_router.config.validation import check, check_fabric
 from hpc_router.errors import ConfigError
 
 

@@ -6,9 +6,15 @@ from typing import Any
 
 import pytest
 
-from hpc_router.config import ClusterConfig, ContainerConfig, JobOptions, ResourceConfig
+from hpc_router.config.schema import ClusterConfig, ContainerConfig, JobOptions, ResourceConfig
+from hpc_router.config.slurm_options import (
+    SBATCH_OWNED,
+    check_environment,
+    check_options,
+    check_run_path,
+    check_script,
+)
 from hpc_router.errors import ConfigError
-from hpc_router.job_options import SBATCH_OWNED, check_environment, check_options, check_run_path, check_script
 
 
 def refused(at: str = "cluster", **options: Any) -> str:

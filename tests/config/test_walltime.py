@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from hpc_router.walltime import clock, walltime_s
+from hpc_router.config.walltime import clock, walltime_s
 
 
 @pytest.mark.parametrize(
