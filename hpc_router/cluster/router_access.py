@@ -6,12 +6,12 @@ live, and that proves to be the one of its record, is given the token. Each call
 
 from dataclasses import dataclass
 
+from hpc_router.client.router_identity import Finding, examine
 from hpc_router.cluster.desired import deployment_of
 from hpc_router.cluster.launcher import JobState
 from hpc_router.cluster.launchers import launcher_for
 from hpc_router.config.schema import Deployment
 from hpc_router.errors import ConfigError, LaunchError
-from hpc_router.proof import Finding, examine
 from hpc_router.state.registry import Kind, Reader, Record, leading_router
 from hpc_router.state.run_directory import RunDir
 

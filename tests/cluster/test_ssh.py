@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 from hpc_router.cli import main
+from hpc_router.client.router_identity import Finding
 from hpc_router.cluster import router_access
 from hpc_router.cluster.ssh import Here, Tunnel, tunnel
 from hpc_router.config import frozen
 from hpc_router.config.schema import Deployment
 from hpc_router.errors import ConfigError
 from hpc_router.net.auth import new_token
-from hpc_router.proof import Finding
 from hpc_router.state.registry import Kind, Record, State
 from hpc_router.state.run_directory import RunDir
 from tests.router.fakes import NONCE, a_deployment, a_router, a_run

@@ -15,7 +15,7 @@ import openai
 import pytest
 from yarl import URL
 
-from hpc_router.proof import Finding, examine
+from hpc_router.client.router_identity import Finding, examine
 from hpc_router.router.dispatch import Errand
 from hpc_router.router.express import ExpressWork
 from hpc_router.router.replica import Standing

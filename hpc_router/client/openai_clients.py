@@ -10,9 +10,9 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from hpc_router.client.leader import Leader, NoRouterError
+from hpc_router.client.router_identity import Finding, examine
 from hpc_router.errors import ConfigError
-from hpc_router.leader import Leader, NoRouterError
-from hpc_router.proof import Finding, examine
 from hpc_router.state.run_directory import RunDir, find_run
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def openai_client(
     _need_openai()
     import openai
 
-    from hpc_router.follow import NOWHERE, FollowingTransport
+    from hpc_router.client.transport import NOWHERE, FollowingTransport
 
     transport = FollowingTransport(found, follow_s=follow_s)
     http_client = openai.DefaultHttpxClient(transport=transport, trust_env=False, follow_redirects=False)
@@ -83,7 +83,7 @@ def async_openai_client(
     _need_openai()
     import openai
 
-    from hpc_router.follow import NOWHERE, AsyncFollowingTransport
+    from hpc_router.client.transport import NOWHERE, AsyncFollowingTransport
 
     transport = AsyncFollowingTransport(found, follow_s=follow_s)
     http_client = openai.DefaultAsyncHttpxClient(transport=transport, trust_env=False, follow_redirects=False)

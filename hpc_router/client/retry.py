@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Final
 
+from hpc_router.client.router_identity import Finding
 from hpc_router.net.protocol import DRAINING_HEADER
-from hpc_router.proof import Finding
 from hpc_router.state.registry import Record
 
 FIRST_PAUSE_S: Final = 0.1

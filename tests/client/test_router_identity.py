@@ -11,8 +11,8 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
+from hpc_router.client.router_identity import LONGEST_ANSWER, PROOF_S, Finding, Proof, examine, proves
 from hpc_router.net.auth import challenge_answer, replica_key
-from hpc_router.proof import LONGEST_ANSWER, PROOF_S, Finding, Proof, examine, proves
 from hpc_router.state.registry import Kind, Record, State
 
 SECRET = "the deployment's"

@@ -18,9 +18,9 @@ import anyio
 import anyio.to_thread
 import openai
 
-from hpc_router.errand import Errand
-from hpc_router.leader import Leader, NoRouterError
-from hpc_router.proof import Finding, Proof, examine
+from hpc_router.client.leader import Leader, NoRouterError
+from hpc_router.client.retry import Errand
+from hpc_router.client.router_identity import Finding, Proof, examine
 from hpc_router.state.registry import Record
 from hpc_router.state.run_directory import RunDir
 

@@ -18,14 +18,14 @@ import openai
 import pytest
 from aiohttp import web
 
-from hpc_router import follow, proof
-from hpc_router.client import Endpoint, NoRouterError, async_openai_client, endpoint, openai_client
-from hpc_router.errand import Errand
+from hpc_router.client import async_openai_client, endpoint, openai_client, router_identity, transport
+from hpc_router.client.leader import Leader
+from hpc_router.client.openai_clients import Endpoint, NoRouterError
+from hpc_router.client.retry import Errand
+from hpc_router.client.router_identity import Finding
 from hpc_router.errors import ConfigError
-from hpc_router.leader import Leader
 from hpc_router.net.auth import challenge_answer, replica_key
 from hpc_router.net.protocol import DRAINING_HEADER, HEALTH
-from hpc_router.proof import Finding
 from hpc_router.state.atomic_files import replace_json
 from hpc_router.state.registry import SCHEMA, Kind, Reader, Record, State, publish, replica_name, withdraw
 from hpc_router.state.run_directory import RunDir, make_run
@@ -262,8 +262,8 @@ class Pauses:
 @pytest.fixture
 async def pauses(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Pauses]:
     pauses = Pauses(asyncio.Event())
-    monkeypatch.setattr(follow, "_sleep", pauses.sync)
-    monkeypatch.setattr(follow, "_async_sleep", pauses.wait)
+    monkeypatch.setattr(transport, "_sleep", pauses.sync)
+    monkeypatch.setattr(transport, "_async_sleep", pauses.wait)
     yield pauses
     pauses.over.set()
 
@@ -648,7 +648,7 @@ async def test_a_proof_grows_old(run: RunDir, start: Starter, make: Make, monkey
     router, caller = await start(), make()
     enter(run, record_of(router.url))
     await caller.chat()
-    monkeypatch.setattr(proof, "PROOF_S", -1.0)
+    monkeypatch.setattr(router_identity, "PROOF_S", -1.0)
     await caller.chat()
     assert router.asked == 2
 
