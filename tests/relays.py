@@ -5,9 +5,10 @@ from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 
-from hpc_router.relay import server, server_aiohttp
-from hpc_router.relay.exchange import Upstream
-from hpc_router.relay.upstream import UpstreamClient
+from hpc_router.relay import server_aiohttp
+from hpc_router.relay.downstream import server
+from hpc_router.relay.upstream.client import UpstreamClient
+from hpc_router.relay.upstream.interface import Upstream
 from hpc_router.relay.upstream_aiohttp import AiohttpClient
 
 MakeClient = Callable[..., AbstractAsyncContextManager[Upstream]]

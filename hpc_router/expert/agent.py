@@ -32,10 +32,10 @@ from hpc_router.expert.scratch import expanded, scratch_folder
 from hpc_router.expert.supervisor import Supervisor
 from hpc_router.net import addresses
 from hpc_router.net.auth import new_token, replica_key
-from hpc_router.relay import collector
-from hpc_router.relay.exchange import Upstream
-from hpc_router.relay.server import listening
-from hpc_router.relay.upstream import UpstreamClient
+from hpc_router.relay import memory_tuning
+from hpc_router.relay.downstream.server import listening
+from hpc_router.relay.upstream.client import UpstreamClient
+from hpc_router.relay.upstream.interface import Upstream
 from hpc_router.state.io_thread import PATIENCE_S, FileThread
 from hpc_router.state.job_records import Exit, JobDir, Phase, Reason
 from hpc_router.state.lease import Lease
@@ -154,7 +154,7 @@ class Agent:
             self._gate = gate
             gate.state = self._life.state
             logger.info("%s listens at %s", record.replica, record.url)
-            collector.settle_to_relay()
+            memory_tuning.settle_to_relay()
             failure = await self._serve(self._supervisor(attempts, client, gate), gate) or self._lost
         if failure is not None:
             return Exit(ok=False, reason=failure.reason, message=failure.message)

@@ -29,9 +29,9 @@ from hpc_router.expert.scratch import expanded, scratch_folder
 from hpc_router.net import addresses
 from hpc_router.net.auth import new_token
 from hpc_router.net.protocol import RANK, Action, RankOrder, RankReport
-from hpc_router.relay.exchange import Limits, Upstream, address_of
 from hpc_router.relay.headers import lines
-from hpc_router.relay.upstream import UpstreamClient
+from hpc_router.relay.upstream.client import UpstreamClient
+from hpc_router.relay.upstream.interface import Limits, Upstream, address_of
 from hpc_router.state.io_thread import PATIENCE_S, FileThread
 from hpc_router.state.job_records import Exit, JobDir, Reason
 from hpc_router.state.registry import Reader, Record, split_replica

@@ -18,9 +18,9 @@ from hpc_router.errors import BadRequestError, BodyTooLargeError, UpstreamConnec
 from hpc_router.expert.passthrough import Passing, pass_through
 from hpc_router.net import protocol
 from hpc_router.net.auth import bearer, challenge_answer, same
-from hpc_router.relay.downstream import Handler, Request, Response, Work, error_response, json_response
-from hpc_router.relay.exchange import Started, Upstream
+from hpc_router.relay.downstream.interface import Handler, Request, Response, Work, error_response, json_response
 from hpc_router.relay.in_flight import InFlight
+from hpc_router.relay.upstream.interface import Started, Upstream
 from hpc_router.state.registry import State
 
 logger = logging.getLogger(__name__)

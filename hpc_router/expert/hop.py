@@ -21,8 +21,8 @@ from hpc_router.expert.gate import Gate
 from hpc_router.expert.passthrough import ENGINE_LIMITS
 from hpc_router.net.addresses import LOOPBACK
 from hpc_router.net.auth import new_token, replica_key
-from hpc_router.relay.server import listening
-from hpc_router.relay.upstream import UpstreamClient
+from hpc_router.relay.downstream.server import listening
+from hpc_router.relay.upstream.client import UpstreamClient
 from hpc_router.state.io_thread import file_thread
 from hpc_router.state.lease import Lease
 from hpc_router.state.registry import Kind, Record, State, http_url, split_replica

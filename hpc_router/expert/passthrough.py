@@ -9,11 +9,11 @@ from collections.abc import Callable
 from typing import Final
 
 from hpc_router.errors import UpstreamError
-from hpc_router.relay.downstream import SHORT_BYTES, DownstreamGoneError, Request, Response, Work
-from hpc_router.relay.exchange import CHUNK_ENDS, Asker, Limits, Passage, Started, Upstream, address_of
+from hpc_router.relay.downstream.interface import SHORT_BYTES, DownstreamGoneError, Request, Response, Work
 from hpc_router.relay.headers import NOT_DOWNSTREAM, NOT_UPSTREAM, Headers, crossing
 from hpc_router.relay.in_flight import InFlight
 from hpc_router.relay.sse import CONTENT_TYPE
+from hpc_router.relay.upstream.interface import CHUNK_ENDS, Asker, Limits, Passage, Started, Upstream, address_of
 
 logger = logging.getLogger(__name__)
 

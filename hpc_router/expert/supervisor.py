@@ -20,7 +20,7 @@ from hpc_router.expert.passthrough import ENGINE
 from hpc_router.expert.process import EngineProcess
 from hpc_router.expert.restarts import Restarts
 from hpc_router.net.protocol import MODELS
-from hpc_router.relay.exchange import Upstream
+from hpc_router.relay.upstream.interface import Upstream
 from hpc_router.state.io_thread import FileThread
 from hpc_router.state.job_records import Phase, Reason
 

@@ -14,7 +14,7 @@ from typing import Any
 from aiohttp import HttpVersion11, web
 
 from hpc_router.errors import BadRequestError, BodyTooLargeError, RequestTimeoutError
-from hpc_router.relay.downstream import (
+from hpc_router.relay.downstream.interface import (
     KEEP_ALIVE_S,
     DownstreamGoneError,
     Express,
@@ -23,8 +23,8 @@ from hpc_router.relay.downstream import (
     Response,
     check_encoding,
 )
+from hpc_router.relay.downstream.server import BACKLOG, SHUTDOWN_S
 from hpc_router.relay.headers import Headers, without_id
-from hpc_router.relay.server import BACKLOG, SHUTDOWN_S
 from hpc_router.relay.upstream_aiohttp import fields_of
 
 

@@ -16,9 +16,9 @@ from multidict import CIMultiDict
 from yarl import URL
 
 from hpc_router.errors import UpstreamConnectError, UpstreamError, UpstreamTimeoutError
-from hpc_router.relay.exchange import Address, Limits, Started, UpstreamResponse
 from hpc_router.relay.headers import Headers
-from hpc_router.relay.patience import Patience
+from hpc_router.relay.upstream.interface import Address, Limits, Started, UpstreamResponse
+from hpc_router.relay.upstream.timeouts import Patience
 
 _KEEP_ALIVE_S: Final = 4.0
 """Shorter than the 5 s after which uvicorn, the server of both real engines, closes an idle connection."""

@@ -34,8 +34,15 @@ from hpc_router.errors import (
 )
 from hpc_router.net import protocol
 from hpc_router.net.auth import bearer, challenge_answer, same
-from hpc_router.relay.dialects import dialect_of
-from hpc_router.relay.downstream import DownstreamGoneError, Request, Response, Work, error_response, json_response
+from hpc_router.relay.api_formats import dialect_of
+from hpc_router.relay.downstream.interface import (
+    DownstreamGoneError,
+    Request,
+    Response,
+    Work,
+    error_response,
+    json_response,
+)
 from hpc_router.relay.headers import MAX_RETRY_AFTER_S, Headers
 from hpc_router.relay.in_flight import InFlight
 from hpc_router.router.admission import bounds_of, worth_leaving

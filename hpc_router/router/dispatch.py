@@ -28,11 +28,17 @@ from hpc_router.errors import (
     UpstreamTimeoutError,
 )
 from hpc_router.net import protocol
-from hpc_router.relay.answer import Answer, Answering
-from hpc_router.relay.dialects import Dialect, Fault
-from hpc_router.relay.downstream import DownstreamGoneError, Request, Response, error_response, json_response
-from hpc_router.relay.exchange import Limits, Started, Upstream, UpstreamResponse
+from hpc_router.relay.api_formats import Dialect, Fault
+from hpc_router.relay.downstream.interface import (
+    DownstreamGoneError,
+    Request,
+    Response,
+    error_response,
+    json_response,
+)
 from hpc_router.relay.headers import NOT_DOWNSTREAM, NOT_UPSTREAM, REQUEST_ID, Headers, crossing
+from hpc_router.relay.response_relay import Answer, Answering
+from hpc_router.relay.upstream.interface import Limits, Started, Upstream, UpstreamResponse
 from hpc_router.router.balance import KEY_CHARS, slot_of
 from hpc_router.router.metrics import Metrics
 from hpc_router.router.replica import Event, Hold, Replica, Standing

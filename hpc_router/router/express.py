@@ -7,11 +7,11 @@ Everything else is the dispatcher's: it goes on from where this has come, and no
 
 import time
 
-from hpc_router.relay.downstream import SHORT_BYTES, Work
-from hpc_router.relay.exchange import Asker, Started
+from hpc_router.relay.downstream.interface import SHORT_BYTES, Work
 from hpc_router.relay.headers import Headers
 from hpc_router.relay.in_flight import InFlight
 from hpc_router.relay.sse import CONTENT_TYPE
+from hpc_router.relay.upstream.interface import Asker, Started
 from hpc_router.router.dispatch import JUDGED, Dispatcher, Errand
 from hpc_router.router.replica import Hold
 

@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any, Final
 
 from hpc_router.config.schema import Deployment
-from hpc_router.relay import collector
+from hpc_router.relay import memory_tuning
 from hpc_router.router.control import Control
 from hpc_router.router.control_loop import ControlLoop
 from hpc_router.router.counters import IN_FLIGHT, Counters
@@ -82,7 +82,7 @@ async def control(router: Router, birth: Birth) -> None:
                 ready = Progress(Phase.READY, pid=supervisor, ready_at=time.time(), url=url, node=node)
                 files.post(partial(job.write, ready))
                 logger.info("serving at %s with %d workers", url, router.counters.workers)
-                collector.settle()
+                memory_tuning.settle()
                 await orders.drain.wait()
                 parts.draining = True
                 logger.info("draining: %d requests in flight", router.counters.total(IN_FLIGHT))
@@ -107,7 +107,7 @@ async def work(router: Router, birth: Birth) -> None:
                 async with working(
                     run, router.deployment, router.policy, link, identity=router.identity, sock=birth.listener
                 ) as gateway:
-                    collector.settle_to_relay()
+                    memory_tuning.settle_to_relay()
                     await orders.drain.wait()
                     gateway.draining = True
                     with contextlib.suppress(TimeoutError):  # there may be no control process any more

@@ -11,10 +11,10 @@ from functools import lru_cache
 from types import TracebackType
 from typing import Final, Protocol, Self
 
-from hpc_router.relay.exchange import Address, address_of
 from hpc_router.relay.headers import lines
 from hpc_router.relay.in_flight import Cells
-from hpc_router.relay.patience import Patience
+from hpc_router.relay.upstream.interface import Address, address_of
+from hpc_router.relay.upstream.timeouts import Patience
 from hpc_router.router.counters import NOWHERE
 from hpc_router.router.ejection import Health
 from hpc_router.state.registry import Record

@@ -16,10 +16,10 @@ from hpc_router.background_tasks import background
 from hpc_router.config.parsing import parse
 from hpc_router.config.schema import Deployment, PolicyConfig, RouterConfig
 from hpc_router.errors import HpcRouterError
-from hpc_router.relay.exchange import Limits, Upstream
+from hpc_router.relay.downstream.server import listening
 from hpc_router.relay.in_flight import InFlight
-from hpc_router.relay.server import listening
-from hpc_router.relay.upstream import UpstreamClient
+from hpc_router.relay.upstream.client import UpstreamClient
+from hpc_router.relay.upstream.interface import Limits, Upstream
 from hpc_router.router.admission import bounds_of
 from hpc_router.router.app import Gateway
 from hpc_router.router.counters import CUT, IN_FLIGHT, Counters

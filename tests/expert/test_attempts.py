@@ -18,7 +18,7 @@ from hpc_router.expert.rank_engine import RankEngine
 from hpc_router.expert.restarts import Restarts
 from hpc_router.expert.supervisor import Supervisor
 from hpc_router.net.protocol import Action, RankReport, RankState
-from hpc_router.relay.upstream import UpstreamClient
+from hpc_router.relay.upstream.client import UpstreamClient
 from hpc_router.state.io_thread import FileThread
 from hpc_router.state.job_records import Phase, Reason
 from tests.waiting import GUARD_S

@@ -12,8 +12,8 @@ from hpc_router.expert.agent import bind
 from hpc_router.expert.guard import descendants
 from hpc_router.net import protocol
 from hpc_router.net.auth import replica_key
-from hpc_router.relay.downstream import Request, Response, json_response
-from hpc_router.relay.server import listening
+from hpc_router.relay.downstream.interface import Request, Response, json_response
+from hpc_router.relay.downstream.server import listening
 from hpc_router.state.job_records import JobDir, Phase, Reason
 from hpc_router.state.registry import Kind, Reader, Record, State, publish
 from hpc_router.state.run_directory import RunDir

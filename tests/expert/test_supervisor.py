@@ -21,7 +21,7 @@ from hpc_router.expert.passthrough import ENGINE_LIMITS
 from hpc_router.expert.process import Command, EngineProcess
 from hpc_router.expert.restarts import Restarts
 from hpc_router.expert.supervisor import Supervisor
-from hpc_router.relay.upstream import UpstreamClient
+from hpc_router.relay.upstream.client import UpstreamClient
 from hpc_router.state import log_file
 from hpc_router.state.io_thread import FileThread
 from hpc_router.state.job_records import Phase, Reason

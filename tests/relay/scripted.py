@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 
-from hpc_router.relay.exchange import Address, address_of
+from hpc_router.relay.upstream.interface import Address, address_of
 
 
 class End(Enum):

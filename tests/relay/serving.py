@@ -11,11 +11,11 @@ from typing import Self
 
 from hpc_router.errors import UpstreamError
 from hpc_router.net import protocol
-from hpc_router.relay.answer import Answer, Answering
-from hpc_router.relay.dialects import dialect_of
-from hpc_router.relay.downstream import DownstreamGoneError, Handler, Request, Response
-from hpc_router.relay.exchange import Limits
+from hpc_router.relay.api_formats import dialect_of
+from hpc_router.relay.downstream.interface import DownstreamGoneError, Handler, Request, Response
 from hpc_router.relay.headers import NOT_DOWNSTREAM, crossing
+from hpc_router.relay.response_relay import Answer, Answering
+from hpc_router.relay.upstream.interface import Limits
 from tests.relay.scripted import Answer as Script
 from tests.relay.scripted import Scripted, scripted
 from tests.relays import Listen, Relay

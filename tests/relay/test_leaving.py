@@ -7,10 +7,11 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from hpc_router.relay import server, server_aiohttp
-from hpc_router.relay.downstream import Request, Response
-from hpc_router.relay.exchange import address_of
+from hpc_router.relay import server_aiohttp
+from hpc_router.relay.downstream import server
+from hpc_router.relay.downstream.interface import Request, Response
 from hpc_router.relay.sse import CONTENT_TYPE, PING
+from hpc_router.relay.upstream.interface import address_of
 from tests.relay.scripted import CHUNKED, Answer, End, head
 from tests.relay.serving import PATIENT, Client, Relayed, relayed, served
 from tests.relays import OWN, Listen, Relay

@@ -16,7 +16,7 @@ from aiohttp import web
 from hpc_router.config.schema import Deployment, EngineConfig, ExpertConfig, PolicyConfig, RouterConfig
 from hpc_router.net import protocol
 from hpc_router.net.auth import bearer, challenge_answer, new_token, replica_key
-from hpc_router.relay.upstream import UpstreamClient
+from hpc_router.relay.upstream.client import UpstreamClient
 from hpc_router.router.app import Gateway
 from hpc_router.router.control import Control
 from hpc_router.router.counters import Counters

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from hpc_router.errors import UpstreamConnectError
-from hpc_router.relay.upstream import UpstreamClient
+from hpc_router.relay.upstream.client import UpstreamClient
 from hpc_router.router.replica import Standing
 from tests.router.fakes import RunningRouter, a_deployment, a_router, a_run, answer, fake_replica, refuse, reset
 from tests.router.test_gateway import all_gauges_zero, chat, post, ready

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from hpc_router.relay.patience import Patience
+from hpc_router.relay.upstream.timeouts import Patience
 from hpc_router.router.replica import TRANSITIONS, Event, Hold, Replica, Standing
 from hpc_router.router.replicas import ReplicaLostError, ReplicaTable
 from hpc_router.state.registry import Kind, Record, State

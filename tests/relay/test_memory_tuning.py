@@ -7,7 +7,7 @@ import pytest
 
 BODIES = """
 import resource
-from hpc_router.relay import collector
+from hpc_router.relay import memory_tuning
 {settle}
 def pages():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -31,4 +31,4 @@ def taken(settle: str) -> int:
 @pytest.mark.skipif(sys.platform != "linux", reason="of glibc")
 def test_long_bodies_take_the_memory_of_those_before() -> None:
     assert taken("") > 10_000, "or this shows nothing"
-    assert taken("collector.settle_to_relay()") < 1000
+    assert taken("memory_tuning.settle_to_relay()") < 1000

@@ -6,8 +6,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
-from hpc_router.relay.downstream import Request, Response, Work
-from hpc_router.relay.server import listening
+from hpc_router.relay.downstream.interface import Request, Response, Work
+from hpc_router.relay.downstream.server import listening
 from tests.waiting import eventually
 
 GET = b"GET /%d HTTP/1.1\r\nHost: x\r\n\r\n"

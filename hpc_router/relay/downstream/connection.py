@@ -16,7 +16,7 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING, Final, cast
 
 from hpc_router.errors import RequestTimeoutError
-from hpc_router.relay.downstream import (
+from hpc_router.relay.downstream.interface import (
     DownstreamGoneError,
     Express,
     Request,
@@ -25,10 +25,10 @@ from hpc_router.relay.downstream import (
     check_encoding,
     error_response,
 )
-from hpc_router.relay.request_framing import Message, RefusedError, RequestFramer
+from hpc_router.relay.downstream.request_parser import Message, RefusedError, RequestFramer
 
 if TYPE_CHECKING:
-    from hpc_router.relay.server import Server
+    from hpc_router.relay.downstream.server import Server
 
 logger = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from typing import Final
 
-from hpc_router.relay.client_connection import ClientConnection
-from hpc_router.relay.downstream import KEEP_ALIVE_S, Express, Handler
+from hpc_router.relay.downstream.connection import ClientConnection
+from hpc_router.relay.downstream.interface import KEEP_ALIVE_S, Express, Handler
 
 BACKLOG: Final = 4096
 SHUTDOWN_S: Final = 1.0

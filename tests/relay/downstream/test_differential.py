@@ -12,8 +12,9 @@ import uvloop
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpc_router.relay import server, server_aiohttp
-from hpc_router.relay.downstream import Request, Response
+from hpc_router.relay import server_aiohttp
+from hpc_router.relay.downstream import server
+from hpc_router.relay.downstream.interface import Request, Response
 from tests.relay.serving import Client, served
 from tests.relays import Listen
 from tests.waiting import GUARD_S

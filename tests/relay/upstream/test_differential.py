@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpc_router.errors import UpstreamError
-from hpc_router.relay.exchange import Limits, Upstream
-from hpc_router.relay.upstream import UpstreamClient
+from hpc_router.relay.upstream.client import UpstreamClient
+from hpc_router.relay.upstream.interface import Limits, Upstream
 from hpc_router.relay.upstream_aiohttp import AiohttpClient
 from tests.relay.scripted import Answer, End, head, scripted
 from tests.waiting import GUARD_S

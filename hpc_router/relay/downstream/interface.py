@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from hpc_router.errors import BadRequestError, HpcRouterError
-from hpc_router.relay.dialects import Fault, dialect_of
+from hpc_router.relay.api_formats import Fault, dialect_of
 from hpc_router.relay.headers import Headers, lines
 
 KEEP_ALIVE_S: Final = 75.0

@@ -7,7 +7,7 @@ import pytest
 from openai.types.responses import ResponseErrorEvent
 
 from hpc_router.net import protocol
-from hpc_router.relay.dialects import Fault, dialect_of
+from hpc_router.relay.api_formats import Fault, dialect_of
 from hpc_router.relay.sse import EventSplitter
 
 LOST = Fault(502, "upstream_error", "replica_failed", "lost")

@@ -15,10 +15,10 @@ from types import TracebackType
 from typing import Final, Self
 
 from hpc_router.errors import UpstreamConnectError, UpstreamError, UpstreamTimeoutError
-from hpc_router.relay.connection import IN_ONE_PIECE, Connection
-from hpc_router.relay.exchange import Address, Asker, Limits, Sink, Started, UpstreamResponse
-from hpc_router.relay.patience import Patience
-from hpc_router.relay.pool import Pool
+from hpc_router.relay.upstream.connection import IN_ONE_PIECE, Connection
+from hpc_router.relay.upstream.interface import Address, Asker, Limits, Sink, Started, UpstreamResponse
+from hpc_router.relay.upstream.pool import Pool
+from hpc_router.relay.upstream.timeouts import Patience
 
 KEEP_ALIVE_S: Final = 4.0
 """Shorter than the 5 s after which uvicorn, the server of both real engines, closes an idle connection."""

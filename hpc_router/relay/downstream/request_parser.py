@@ -12,8 +12,8 @@ from urllib.parse import unquote, urlsplit
 import httptools
 
 from hpc_router.errors import BadRequestError, BodyTooLargeError, RoutingError
+from hpc_router.relay.head_cache import ID_LINE, Heads
 from hpc_router.relay.headers import REQUEST_ID, Headers, without_id
-from hpc_router.relay.heads import ID_LINE, Heads
 
 MAX_HEAD_BYTES: Final = 2**16
 """Also for chunk extensions and trailers."""

@@ -11,8 +11,8 @@ from typing import Final, NamedTuple
 import httptools
 
 from hpc_router.errors import UpstreamError
+from hpc_router.relay.head_cache import Heads
 from hpc_router.relay.headers import Headers
-from hpc_router.relay.heads import Heads
 
 MAX_HEAD_BYTES: Final = 2**16
 """Also for all that may stand between two pieces of a body."""

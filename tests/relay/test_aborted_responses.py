@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from hpc_router.errors import UpstreamAbortedError
 from hpc_router.net import protocol
-from hpc_router.relay.aborted import Choices, Unheld
+from hpc_router.relay.aborted_responses import Choices, Unheld
 from hpc_router.relay.sse import CONTENT_TYPE
 from tests.relay.scripted import CHUNKED, Answer, End, head, sized
 from tests.relay.serving import Client, relayed

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hpc_router.errors import UpstreamError
-from hpc_router.relay.framing import MAX_HEAD_BYTES, ResponseFramer
+from hpc_router.relay.upstream.response_parser import MAX_HEAD_BYTES, ResponseFramer
 from tests.relay.malformed import ENDLESS, MALFORMED, TRUNCATED
 from tests.relay.scripted import CHUNKED, chunked, head, sized
 

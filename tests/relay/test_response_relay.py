@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpc_router.relay.downstream import Handler
+from hpc_router.relay.downstream.interface import Handler
 from hpc_router.relay.sse import CONTENT_TYPE
 from tests.relay.scripted import CHUNKED, Answer, End, head, sized
 from tests.relay.serving import STUCK, Client, relayed, sends, served

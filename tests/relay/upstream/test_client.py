@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from hpc_router.errors import UpstreamConnectError, UpstreamError, UpstreamTimeoutError
-from hpc_router.relay import upstream as upstream_module
-from hpc_router.relay.exchange import Address, Limits, Upstream, address_of
 from hpc_router.relay.headers import lines
-from hpc_router.relay.upstream import UpstreamClient, request_head
+from hpc_router.relay.upstream import client as upstream_module
+from hpc_router.relay.upstream.client import UpstreamClient, request_head
+from hpc_router.relay.upstream.interface import Address, Limits, Upstream, address_of
 from tests.relay.malformed import ENDLESS, MALFORMED, TRUNCATED
 from tests.relay.scripted import CHUNKED, Answer, End, chunked, head, scripted, sized
 from tests.relays import MakeClient

@@ -10,9 +10,9 @@ from collections.abc import Callable
 from typing import Final, Protocol, cast
 
 from hpc_router.errors import UpstreamError, UpstreamTimeoutError
-from hpc_router.relay.exchange import Address, Asker, Limits, Sink, Started
-from hpc_router.relay.framing import ResponseFramer, chunk_prefix, whole_answer
-from hpc_router.relay.patience import Patience
+from hpc_router.relay.upstream.interface import Address, Asker, Limits, Sink, Started
+from hpc_router.relay.upstream.response_parser import ResponseFramer, chunk_prefix, whole_answer
+from hpc_router.relay.upstream.timeouts import Patience
 
 KEPT_BYTES: Final = 2**16
 """Beyond this no more is read; one more read may have been under way."""

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from hpc_router.errors import UpstreamError
-from hpc_router.relay.aborted import Ending, Unheld
-from hpc_router.relay.downstream import SHORT_BYTES, DownstreamGoneError, Request, Response
-from hpc_router.relay.exchange import CHUNK_END, Passage, UpstreamResponse
+from hpc_router.relay.aborted_responses import Ending, Unheld
+from hpc_router.relay.downstream.interface import SHORT_BYTES, DownstreamGoneError, Request, Response
 from hpc_router.relay.sse import (
     CONTENT_TYPE,
     EVENT_ENDS,
@@ -22,6 +21,7 @@ from hpc_router.relay.sse import (
     EventTooLargeError,
     UnfinishedEventError,
 )
+from hpc_router.relay.upstream.interface import CHUNK_END, Passage, UpstreamResponse
 
 _EVENT_CHUNK_ENDS: Final = tuple(end + CHUNK_END for end in EVENT_ENDS)
 

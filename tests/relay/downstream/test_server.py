@@ -6,8 +6,8 @@ from contextlib import AsyncExitStack
 import pytest
 
 from hpc_router.errors import BadRequestError, BodyTooLargeError, RequestTimeoutError
-from hpc_router.relay.downstream import Request, Response
-from hpc_router.relay.request_framing import MAX_FIELDS, MAX_WAITING
+from hpc_router.relay.downstream.interface import Request, Response
+from hpc_router.relay.downstream.request_parser import MAX_FIELDS, MAX_WAITING
 from tests.relay.serving import MAX_BODY, STUCK, Client, served
 from tests.relays import OWN, Listen, Relay
 from tests.waiting import GUARD_S, eventually

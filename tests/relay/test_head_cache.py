@@ -9,12 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hpc_router.errors import RoutingError, UpstreamError
-from hpc_router.relay import framing, request_framing
-from hpc_router.relay.framing import ResponseFramer
-from hpc_router.relay.heads import LONGEST, MOST, Heads
-from hpc_router.relay.request_framing import RefusedError, RequestFramer
+from hpc_router.relay.downstream import request_parser
+from hpc_router.relay.downstream.request_parser import RefusedError, RequestFramer
+from hpc_router.relay.head_cache import LONGEST, MOST, Heads
+from hpc_router.relay.upstream import response_parser
+from hpc_router.relay.upstream.response_parser import ResponseFramer
+from tests.relay.downstream.test_server import ODD, REFUSED
 from tests.relay.malformed import MALFORMED
-from tests.relay.test_server import ODD, REFUSED
 
 MAX_BODY = 2**16
 GET = b"GET / HTTP/1.1\r\nHost: x\r\n"
@@ -23,8 +24,8 @@ POST = b"POST / HTTP/1.1\r\nHost: x\r\n"
 
 @pytest.fixture(autouse=True)
 def empty_tables(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(request_framing, "_HEADS", Heads(request_framing._known_head, ids=True))
-    monkeypatch.setattr(framing, "_HEADS", Heads(framing._known_head))
+    monkeypatch.setattr(request_parser, "_HEADS", Heads(request_parser._known_head, ids=True))
+    monkeypatch.setattr(response_parser, "_HEADS", Heads(response_parser._known_head))
 
 
 @dataclass
@@ -245,7 +246,7 @@ def test_an_id_in_any_spelling_is_kept_however_often_its_head_comes(line: bytes)
 
 
 def test_heads_that_differ_in_a_credential_share_nothing() -> None:
-    def ask(token: bytes, body: bytes) -> request_framing.RequestHead:
+    def ask(token: bytes, body: bytes) -> request_parser.RequestHead:
         framer = RequestFramer(max_body=MAX_BODY)
         framer.feed(POST + b"Authorization: Bearer %b\r\nContent-Length: %d\r\n\r\n%b" % (token, len(body), body))
         return framer.waiting[0].head
@@ -261,7 +262,7 @@ def test_heads_that_differ_in_a_credential_share_nothing() -> None:
 
 
 def test_heads_that_differ_in_the_request_s_id_are_one() -> None:
-    def ask(request_id: bytes) -> request_framing.Message:
+    def ask(request_id: bytes) -> request_parser.Message:
         framer = RequestFramer(max_body=MAX_BODY)
         framer.feed(POST + b"x-request-id: %b\r\nContent-Length: 3\r\n\r\nabc" % request_id)
         return framer.waiting[0]

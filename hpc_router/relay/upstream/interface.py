@@ -16,7 +16,7 @@ from yarl import URL
 
 from hpc_router.errors import UpstreamError
 from hpc_router.relay.headers import Headers
-from hpc_router.relay.patience import Patience
+from hpc_router.relay.upstream.timeouts import Patience
 
 
 @dataclass(frozen=True, slots=True)

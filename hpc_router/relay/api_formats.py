@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from hpc_router.net import protocol
-from hpc_router.relay import aborted, sse
+from hpc_router.relay import aborted_responses, sse
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ class Dialect:
     conversation: str
     body: Callable[[Fault], dict[str, Any]]
     event: Callable[[Fault], bytes]
-    ending: type[aborted.Ending]
+    ending: type[aborted_responses.Ending]
 
 
 def dialect_of(path: str) -> Dialect:
@@ -84,11 +84,11 @@ def _named_event(data: dict[str, Any]) -> bytes:
     return b"event: error\ndata: " + json.dumps(data).encode() + b"\n\n"
 
 
-_ANTHROPIC: Final = Dialect("messages", _anthropic_body, _anthropic_event, aborted.Message)
+_ANTHROPIC: Final = Dialect("messages", _anthropic_body, _anthropic_event, aborted_responses.Message)
 _DIALECTS: Final[Mapping[str, Dialect]] = {
-    protocol.CHAT: Dialect("messages", _openai_body, _openai_event, aborted.Choices),
-    protocol.COMPLETIONS: Dialect("prompt", _openai_body, _openai_event, aborted.Choices),
-    protocol.EMBEDDINGS: Dialect("input", _openai_body, _openai_event, aborted.Choices),
-    protocol.RESPONSES: Dialect("input", _openai_body, _responses_event, aborted.Response),
+    protocol.CHAT: Dialect("messages", _openai_body, _openai_event, aborted_responses.Choices),
+    protocol.COMPLETIONS: Dialect("prompt", _openai_body, _openai_event, aborted_responses.Choices),
+    protocol.EMBEDDINGS: Dialect("input", _openai_body, _openai_event, aborted_responses.Choices),
+    protocol.RESPONSES: Dialect("input", _openai_body, _responses_event, aborted_responses.Response),
     protocol.MESSAGES: _ANTHROPIC,
 }
