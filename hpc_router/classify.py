@@ -15,10 +15,10 @@ from hpc_router.errors import ConfigError, suggest
 from hpc_router.routing import evaluation
 from hpc_router.routing.artefact import Artefact, read
 from hpc_router.routing.classifier import Classifier
-from hpc_router.routing.packing import pack
 from hpc_router.routing.policy import ClassifierPolicy
-from hpc_router.routing.training.measured import quality_of
-from hpc_router.routing.training.rows import Row, read_rows
+from hpc_router.routing.rebalancing import pack
+from hpc_router.routing.training.dataset import Row, read_rows
+from hpc_router.routing.training.quality import quality_of
 
 MEASURED: Final = "measured"
 

@@ -53,8 +53,8 @@ from hpc_router.router.metrics import Metrics
 from hpc_router.router.replicas import ReplicaTable
 from hpc_router.router.request import ApiCall, decode
 from hpc_router.router.sessions import PARAM, session_id
-from hpc_router.routing.conversation import RequestError, prompt_text
 from hpc_router.routing.policy import Decision, Policy, Reason
+from hpc_router.routing.prompt_text import RequestError, prompt_text
 
 logger = logging.getLogger(__name__)
 

@@ -46,8 +46,8 @@ from hpc_router.router.replicas import QueueFullError, ReplicaLostError, Replica
 from hpc_router.router.request import ApiCall
 from hpc_router.router.retries import RetryBudget
 from hpc_router.router.sessions import not_found
-from hpc_router.routing.conversation import opening
 from hpc_router.routing.policy import Reason
+from hpc_router.routing.prompt_text import opening
 from hpc_router.state.registry import Kind
 
 logger = logging.getLogger(__name__)

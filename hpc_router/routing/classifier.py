@@ -15,7 +15,7 @@ from typing import Final, NamedTuple
 import numpy as np
 
 from hpc_router.routing.artefact import NORM_SPACE, Artefact
-from hpc_router.routing.sums import TermSums
+from hpc_router.routing.term_sums import TermSums
 
 _LOWEST: Final = -math.inf
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from hpc_router.routing import evaluation
-from hpc_router.routing.packing import pack
+from hpc_router.routing.rebalancing import pack
 
 
 def test_clusters_are_named_by_their_commonest_label() -> None:

@@ -13,7 +13,7 @@ from hpc_router.config.parsing import bounds_of
 from hpc_router.config.schema import RouterConfig
 from hpc_router.errors import ConfigError
 from hpc_router.router.metrics import Metrics
-from hpc_router.routing.training.rows import read_corpus, read_rows
+from hpc_router.routing.training.dataset import read_corpus, read_rows
 from hpc_router.state.atomic_files import lines_of
 
 ODD = "a\u2028b\u2029c\x85d\x0be\x0cf\x1cg\x1dh\x1ei"

@@ -23,11 +23,11 @@ from hpc_router.errors import ConfigError, suggest
 from hpc_router.routing.artefact import NORM_SPACE, NORM_TERMS, Artefact
 from hpc_router.routing.classifier import Classifier
 from hpc_router.routing.features import Floats, Ids
-from hpc_router.routing.training import spaces
-from hpc_router.routing.training.centres import balanced_centres, centres_of, discriminants
+from hpc_router.routing.training import feature_spaces
+from hpc_router.routing.training.dataset import Row, distinct, fingerprint, read_corpus, read_rows
 from hpc_router.routing.training.encoder import Encoder, Progress
-from hpc_router.routing.training.measured import Quality, measure
-from hpc_router.routing.training.rows import Row, distinct, fingerprint, read_corpus, read_rows
+from hpc_router.routing.training.kmeans import balanced_centres, centres_of, discriminants
+from hpc_router.routing.training.quality import Quality, measure
 
 METHODS: Final = ("discovered", "exemplars", "measured")
 FEATURES: Final = ("cbtm", "lexical", "distilled")
@@ -86,7 +86,7 @@ def train(config: TrainConfig, *, progress: Progress) -> Artefact:
         "scores": scores,
         "packages": _packages(config),
     }
-    if isinstance(space, spaces.Student):
+    if isinstance(space, feature_spaces.Student):
         training["encoder"] = space.encoder
     if quality is not None:
         training["quality"] = quality.to_json(names)
@@ -137,12 +137,14 @@ def _clusters(config: TrainConfig, rows: Sequence[Row]) -> int:
     return config.clusters
 
 
-def _space(config: TrainConfig, texts: Sequence[str], corpus: Sequence[str], progress: Progress) -> spaces.Space:
+def _space(
+    config: TrainConfig, texts: Sequence[str], corpus: Sequence[str], progress: Progress
+) -> feature_spaces.Space:
     if config.features == "distilled":
         encoder = Encoder(str(config.encoder))
-        return spaces.distilled(texts, corpus=corpus, encoder=encoder, seed=config.seed, progress=progress)
+        return feature_spaces.distilled(texts, corpus=corpus, encoder=encoder, seed=config.seed, progress=progress)
     try:
-        make = spaces.cbtm if config.features == "cbtm" else spaces.lexical
+        make = feature_spaces.cbtm if config.features == "cbtm" else feature_spaces.lexical
         return make(texts, seed=config.seed)
     except ImportError as error:
         raise ConfigError(f"features={config.features} needs {error.name}: pip install 'hpc-router[train]'") from error
@@ -151,21 +153,21 @@ def _space(config: TrainConfig, texts: Sequence[str], corpus: Sequence[str], pro
 
 
 def _grouped(
-    config: TrainConfig, rows: Sequence[Row], space: spaces.Space, clusters: int
+    config: TrainConfig, rows: Sequence[Row], space: feature_spaces.Space, clusters: int
 ) -> tuple[tuple[str, ...], Ids, Floats]:
     if config.method == "exemplars":
         names = tuple(sorted({str(row.label) for row in rows}))
         held = np.array([names.index(str(row.label)) for row in rows])
-        if isinstance(space, spaces.Student):
+        if isinstance(space, feature_spaces.Student):
             space.labels = held
         return names, held, _named_centres(space, held, np.ones(len(rows), np.bool_), clusters=clusters)
     centres, held = balanced_centres(space.vectors, clusters=clusters, seed=config.seed, spherical=space.spherical)
     return tuple(f"cluster-{number}" for number in range(clusters)), held, centres
 
 
-def _named_centres(space: spaces.Space, held: Ids, kept: NDArray[np.bool_], *, clusters: int) -> Floats:
+def _named_centres(space: feature_spaces.Space, held: Ids, kept: NDArray[np.bool_], *, clusters: int) -> Floats:
     """Where those of a label lie; for a student, what sets them apart: the encoder knows more than it need be told."""
-    if isinstance(space, spaces.Student):
+    if isinstance(space, feature_spaces.Student):
         return discriminants(space.vectors[kept], held[kept], clusters=clusters)
     return centres_of(space.vectors[kept], held[kept], clusters=clusters, spherical=space.spherical)
 
@@ -186,7 +188,7 @@ def _experts(
 
 def _artefact(
     config: TrainConfig,
-    space: spaces.Space,
+    space: feature_spaces.Space,
     names: tuple[str, ...],
     experts: tuple[str | None, ...],
     centres: Floats,
@@ -225,7 +227,7 @@ def _telling(terms: Sequence[str], idf: Floats) -> NDArray[np.uint8]:
 
 def _held_out(
     config: TrainConfig,
-    space: spaces.Space,
+    space: feature_spaces.Space,
     texts: Sequence[str],
     names: tuple[str, ...],
     held: Ids,

@@ -21,8 +21,8 @@ from hpc_router.errors import ConfigError
 from hpc_router.routing.artefact import read
 from hpc_router.routing.classifier import Classifier
 from hpc_router.routing.features import Floats, counts_of
-from hpc_router.routing.training import spaces
-from hpc_router.routing.training.centres import MOST_OF_SHARE, balanced_centres, discriminants
+from hpc_router.routing.training import feature_spaces
+from hpc_router.routing.training.kmeans import MOST_OF_SHARE, balanced_centres, discriminants
 from hpc_router.routing.training.train import TrainConfig, train
 from tests.routing.training.encoders import WordSums
 from tests.routing.training.samples import SHARED, WORDS, prompts, written
@@ -30,7 +30,7 @@ from tests.routing.training.samples import SHARED, WORDS, prompts, written
 TEXTS = [str(row["prompt"]) for row in prompts()]
 WORD = st.sampled_from([*SHARED, *chain.from_iterable(WORDS.values())]) | st.text(st.characters(), max_size=6)
 ANY = st.lists(WORD, max_size=40).map(" ".join) | st.text(st.characters(), max_size=200)
-CBTM = spaces.cbtm(TEXTS, seed=0)
+CBTM = feature_spaces.cbtm(TEXTS, seed=0)
 PUBLISHED = make_pipeline(
     TfidfVectorizer(
         stop_words=list(ENGLISH_STOP_WORDS.union(["#NUMBER"])),
@@ -42,8 +42,8 @@ PUBLISHED = make_pipeline(
     TruncatedSVD(CBTM.vectors.shape[1], random_state=0),
     Normalizer(),
 ).fit(TEXTS)
-LEXICAL = spaces.lexical(TEXTS, seed=0)
-STUDENT = spaces.distilled(
+LEXICAL = feature_spaces.lexical(TEXTS, seed=0)
+STUDENT = feature_spaces.distilled(
     TEXTS,
     corpus=["zeppelin over the harbour"],
     encoder=WordSums(["zeppelin", "anchor", "sauce"]),
@@ -110,7 +110,7 @@ def test_the_run_time_is_the_published_pipeline(text: str) -> None:
 @given(ANY)
 def test_the_run_time_is_the_unfolded_projection(text: str) -> None:
     counts = counts_of([text], vocabulary=LEXICAL.vocabulary)
-    row = spaces.rows_of(counts, LEXICAL.idf).toarray()[0] / np.where(LEXICAL.idf > 0, LEXICAL.idf, 1)
+    row = feature_spaces.rows_of(counts, LEXICAL.idf).toarray()[0] / np.where(LEXICAL.idf > 0, LEXICAL.idf, 1)
     expected = (row @ LEXICAL.components) @ LEXICAL_CENTRES.T
     assert LEXICAL_CLASSIFIER.scores(text) == pytest.approx(expected, abs=1e-5)
 
@@ -119,7 +119,7 @@ def test_the_run_time_is_the_unfolded_projection(text: str) -> None:
 @given(ANY)
 def test_the_run_time_is_the_unfolded_student(text: str) -> None:
     """The sparse row, through the whole ridge regression to the encoder's dimensions, onto the centres."""
-    row = spaces.rows_of(counts_of([text], vocabulary=STUDENT.vocabulary), STUDENT.idf).toarray()[0]
+    row = feature_spaces.rows_of(counts_of([text], vocabulary=STUDENT.vocabulary), STUDENT.idf).toarray()[0]
     expected = (row @ STUDENT_REGRESSION) @ STUDENT_CENTRES.T
     assert STUDENT_CLASSIFIER.scores(text) == pytest.approx(expected, abs=1e-5)
 
@@ -128,21 +128,21 @@ def test_the_solver_finds_the_regression() -> None:
     """Against the normal equations solved at once in double precision, within the tolerance that training asks for."""
     rows = sparse.diags_array(STUDENT.weight) @ STUDENT.rows
     wanted = (STUDENT.taught * STUDENT.weight[:, None]).astype(np.float32)
-    found = spaces.ridge(rows, wanted, strength=spaces.RIDGE)
+    found = feature_spaces.ridge(rows, wanted, strength=feature_spaces.RIDGE)
     largest = np.abs(STUDENT_REGRESSION).max()
-    assert np.abs(found - STUDENT_REGRESSION).max() < 10 * spaces.SOLVER_TOLERANCE * largest
+    assert np.abs(found - STUDENT_REGRESSION).max() < 10 * feature_spaces.SOLVER_TOLERANCE * largest
 
 
 def test_few_texts_are_eked_out_by_variants_of_them() -> None:
     words = ["alpha", "beta", "gamma"]
-    found = spaces.variants(["one two three", "four"], words, count=50, seed=0)
+    found = feature_spaces.variants(["one two three", "four"], words, count=50, seed=0)
     assert [number for number, _ in found] == [0, 1] * 25
     for number, text in found:
         own = [{"one", "two", "three"}, {"four"}][number]
         assert set(text.split()) <= own | set(words)
         assert set(text.split()) & own
-    assert found == spaces.variants(["one two three", "four"], words, count=50, seed=0)
-    assert found != spaces.variants(["one two three", "four"], words, count=50, seed=1)
+    assert found == feature_spaces.variants(["one two three", "four"], words, count=50, seed=0)
+    assert found != feature_spaces.variants(["one two three", "four"], words, count=50, seed=1)
 
 
 def test_what_is_held_out_teaches_nothing() -> None:
@@ -208,7 +208,7 @@ def _solved(rows: Any, wanted: NDArray[np.floating[Any]], *, strength: float) ->
     return found
 
 
-def _classifier(space: spaces.Space, centres: Floats) -> Classifier:
+def _classifier(space: feature_spaces.Space, centres: Floats) -> Classifier:
     from hpc_router.routing.training.train import _artefact
 
     names = ("a", "b", "c")
@@ -221,8 +221,10 @@ CBTM_CLASSIFIER = _classifier(CBTM, CBTM_CENTRES)
 LEXICAL_CLASSIFIER = _classifier(LEXICAL, LEXICAL_CENTRES)
 STUDENT_CENTRES = balanced_centres(STUDENT.vectors, clusters=3, seed=0)[0]
 STUDENT_REGRESSION = _solved(
-    sparse.diags_array(STUDENT.weight) @ STUDENT.rows, STUDENT.taught * STUDENT.weight[:, None], strength=spaces.RIDGE
+    sparse.diags_array(STUDENT.weight) @ STUDENT.rows,
+    STUDENT.taught * STUDENT.weight[:, None],
+    strength=feature_spaces.RIDGE,
 )
 with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(spaces, "ridge", _solved)  # how near the solver comes is another question
+    patch.setattr(feature_spaces, "ridge", _solved)  # how near the solver comes is another question
     STUDENT_CLASSIFIER = _classifier(STUDENT, STUDENT_CENTRES)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from hpc_router.errors import ConfigError
 from hpc_router.routing.features import Floats, Ids
-from hpc_router.routing.training.rows import Row
+from hpc_router.routing.training.dataset import Row
 
 PRIOR: Final = 30.0
 SHARPNESS: Final = 12.0

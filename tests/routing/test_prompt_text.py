@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpc_router.routing.conversation import RequestError, opening, prompt_text
+from hpc_router.routing.prompt_text import RequestError, opening, prompt_text
 
 
 def user(content: object) -> dict[str, object]:

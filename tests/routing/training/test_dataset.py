@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from hpc_router.errors import ConfigError
-from hpc_router.routing.training.rows import distinct, read_corpus, read_rows
+from hpc_router.routing.training.dataset import distinct, read_corpus, read_rows
 
 
 def test_prompts_texts_and_request_bodies_are_read(tmp_path: Path) -> None:

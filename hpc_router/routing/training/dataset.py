@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from hpc_router.errors import ConfigError
-from hpc_router.routing.conversation import RequestError, prompt_text
+from hpc_router.routing.prompt_text import RequestError, prompt_text
 from hpc_router.state.atomic_files import lines_of
 
 LABELS: Final = ("expert", "domain")

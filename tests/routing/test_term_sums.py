@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpc_router.routing import sums
+from hpc_router.routing import term_sums
 from hpc_router.routing.features import Features, Floats, counts_of, vocabulary_of
-from hpc_router.routing.sums import TermSums
+from hpc_router.routing.term_sums import TermSums
 
 ANY_TEXT = st.text(st.characters(), max_size=300)
 FEATURES = st.builds(
@@ -83,7 +83,7 @@ def test_a_table_without_terms_knows_nothing() -> None:
 
 
 def test_what_is_kept_of_unknown_words_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sums, "MOST_TOKENS", 10)
+    monkeypatch.setattr(term_sums, "MOST_TOKENS", 10)
     added = one_column({"diabetes": 1, "diabe*": 2})
     least = len(added._words)
     for number in range(100):
