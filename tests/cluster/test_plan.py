@@ -51,7 +51,7 @@ def test_the_plan_is_what_is_submitted() -> None:
     math = plan.replicas[2]
     assert math.request.argv[:3] == (sys.executable, "-m", "hpc_router.expert")
     assert math.engine is not None
-    assert "hpc_router.expert.sim" in math.engine.argv
+    assert "hpc_router.sim" in math.engine.argv
 
 
 def test_gpus_of_all_replicas_together() -> None:

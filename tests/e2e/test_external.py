@@ -31,7 +31,7 @@ def running(*argv: str) -> Iterator["subprocess.Popen[str]"]:
 @contextmanager
 def engine(*names: str) -> Iterator[str]:
     """A simulated engine on a port of its own -> its address."""
-    argv = ["-m", "hpc_router.expert.sim", "--port", "0", "--announce", "--served-model-name", *names]
+    argv = ["-m", "hpc_router.sim", "--port", "0", "--announce", "--served-model-name", *names]
     with running(*argv) as process:
         assert process.stdout is not None
         yield json.loads(process.stdout.readline())["listening"]

@@ -15,12 +15,12 @@ import pytest
 from hpc_router.expert.agent import bind
 from hpc_router.expert.gate import HEADROOM, Gate
 from hpc_router.expert.passthrough import ENGINE_LIMITS
-from hpc_router.expert.sim import SimEngine
 from hpc_router.net import protocol
 from hpc_router.net.auth import challenge_answer
+from hpc_router.sim import SimEngine
 from hpc_router.state.registry import State
-from tests.expert.sim.calls import GUARD_S, INSTANT, JsonObject, chat, faulty
 from tests.relays import OWN, RELAYS
+from tests.sim.calls import GUARD_S, INSTANT, JsonObject, chat, faulty
 from tests.waiting import eventually
 
 KEY = "k" * 64

@@ -11,12 +11,11 @@ import anthropic
 import openai
 import pytest
 
-from hpc_router.expert.sim import SimConfig, SimEngine
 from hpc_router.net import protocol
+from hpc_router.sim import SimConfig, SimEngine
 from hpc_router.state import registry
 from hpc_router.state.registry import EngineInfo, Kind, Record, State
 from hpc_router.state.run_directory import RunDir
-from tests.expert.sim.calls import INSTANT
 from tests.relays import RELAYS, WARM
 from tests.router.fakes import (
     RunningRouter,
@@ -30,6 +29,7 @@ from tests.router.fakes import (
     stream,
 )
 from tests.router.test_gateway import GUARD_S, all_gauges_zero, client_of, post, ready, session
+from tests.sim.calls import INSTANT
 from tests.waiting import eventually
 
 TURNS = [{"role": "user", "content": "2+2?"}]

@@ -17,11 +17,11 @@ from yarl import URL
 from hpc_router.expert.agent import bind
 from hpc_router.expert.gate import Gate
 from hpc_router.expert.passthrough import ENGINE_LIMITS
-from hpc_router.expert.sim.config import SimConfig
-from hpc_router.expert.sim.metrics import Outcome, Phase
-from hpc_router.expert.sim.server import SimEngine
 from hpc_router.net import protocol
 from hpc_router.net.auth import new_token, replica_key
+from hpc_router.sim.config import SimConfig
+from hpc_router.sim.metrics import Outcome, Phase
+from hpc_router.sim.server import SimEngine
 from hpc_router.state import registry
 from hpc_router.state.registry import EngineInfo, Kind, Record, State
 from tests.relays import RELAYS, WARM, Relay

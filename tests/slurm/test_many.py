@@ -28,14 +28,10 @@ def memory_mb(run: Path) -> dict[str, float]:
             rollup = (process / "smaps_rollup").read_text()
         except OSError:
             continue
-        kind = next((kind for kind in ("hpc_router.expert.sim", "hpc_router.expert", "guard.py", "hpc_router.router",
+        kind = next((kind for kind in ("hpc_router.sim", "hpc_router.expert", "guard.py", "hpc_router.router",
                                        "reconcile", "srun") if kind in words), None)  # fmt: skip
         size = re.search(r"^Pss:\s+(\d+) kB", rollup, re.MULTILINE)
-        if (
-            kind is not None
-            and size is not None
-            and (str(run) in words or kind in ("hpc_router.expert.sim", "guard.py"))
-        ):
+        if kind is not None and size is not None and (str(run) in words or kind in ("hpc_router.sim", "guard.py")):
             found[kind] = found.get(kind, 0.0) + int(size[1]) / 1024
     return found
 

@@ -140,7 +140,7 @@ def test_the_loss_of_the_first_node_ends_the_other_rank(cluster: SlurmCluster) -
     assert process is not None
     assert (info.job_id, info.runner, info.shared) == (started.number, Runner.STEP, True)
     assert (process.host, process.step_id, record.node, record.job_id) == ("n1", "0", "n1", started.number)
-    word = "hpc_router.expert.sim"
+    word = "hpc_router.sim"
     assert started.processes("n2", word)
     cluster.node("n1").kill()
     eventually_sync(lambda: not started.processes("n2", word), within_s=SLURMD_TIMEOUT_S)

@@ -1,4 +1,4 @@
-"""The simulated engine, `python -m hpc_router.expert.sim`: the API without a model."""
+"""The simulated engine, `python -m hpc_router.sim`: the API without a model."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -20,9 +20,9 @@ from hpc_router.expert.engines.base import (
     refuse,
 )
 from hpc_router.expert.engines.failure import OPTION, PORT, TORCH, Sign, signs
-from hpc_router.expert.sim import roofline
-from hpc_router.expert.sim.faults import parse_rules
 from hpc_router.net.protocol import MODELS
+from hpc_router.sim import roofline
+from hpc_router.sim.faults import parse_rules
 from hpc_router.state.job_records import Reason
 from hpc_router.state.registry import EngineInfo
 
@@ -88,9 +88,9 @@ class SimEngine(TakesAdapters):
             raise ConfigError(f"experts.{self.expert}.engine.options.{error}", key=self._key) from error
         ranks = ranks_at(place, nodes=self.config.resources.nodes)
         if ranks is not None and ranks.rank > 0:
-            return [self.python, "-m", "hpc_router.expert.sim", *rank_flags(ranks)]
+            return [self.python, "-m", "hpc_router.sim", *rank_flags(ranks)]
         return [
-            *(self.python, "-m", "hpc_router.expert.sim"),
+            *(self.python, "-m", "hpc_router.sim"),
             *rank_flags(ranks),
             *("--uds", str(place.socket)),
             *("--served-model-name", *own_names(self.expert, self.adapters)),

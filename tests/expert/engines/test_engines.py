@@ -192,7 +192,7 @@ def test_sim_takes_latencies_and_faults() -> None:
     options = {"ttft_ms": 1, "itl_ms": 0.5, "faults": [{"kind": "die", "at": 3}], "extra": {"capacity": 2}}
     engine, _ = engine_of("sim", options=options)
     argv = engine.argv(PLACE)
-    assert argv[:3] == [sys.executable, "-m", "hpc_router.expert.sim"]
+    assert argv[:3] == [sys.executable, "-m", "hpc_router.sim"]
     assert argv[argv.index("--itl-ms") + 1] == "0.5"
     assert argv[argv.index("--faults") + 1] == '[{"kind": "die", "at": 3}]'
     assert argv[-2:] == ["--capacity", "2"]

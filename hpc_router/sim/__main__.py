@@ -1,0 +1,242 @@
+"""The simulated engine as a process: parse, load, listen, serve until a signal.
+
+Exit codes: 0 stopped by SIGTERM or SIGINT, 1 failed (it cannot listen, or a scripted load failure), 2 a value to
+edit. Both stop it as SIGTERM stops vLLM: see `server`. A second SIGINT breaks off what still runs. Logs go to
+stderr; stdout carries nothing but the one line of `--announce`.
+"""
+
+import argparse
+import asyncio
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import uvloop
+
+from hpc_router.config.parsing import parse
+from hpc_router.config.schema import Roofline
+from hpc_router.errors import ConfigError, HpcRouterError
+from hpc_router.sim.config import SimConfig
+from hpc_router.sim.faults import Kind, Rule, parse_rules
+from hpc_router.sim.ranks import LOST, Meeting, follow
+from hpc_router.sim.server import SimEngine
+from hpc_router.sim.startup_failures import strikes_this_start, traceback
+
+log = logging.getLogger("hpc_router.sim")
+
+_DESCRIPTION = """\
+A simulated engine with the API of vLLM's OpenAI server: seeded answers and latencies, scripted faults, no model.
+Everything it says is labelled simulated."""
+
+_EPILOG = """\
+faults: a JSON list of objects, each with a kind and its keys, and what it hits (times, every, probability, path,
+model), for example
+  [{"kind": "status", "status": 429, "retry_after_s": 1, "every": 10}, {"kind": "die", "at": 3, "times": 1}]
+kinds: die(at, exit_code) hang(at, for_s) status(status, retry_after_s, message) slow(factor) error_event(at, message)
+cut(at) garbage(at) reset(at) partial_body() load_fail(reason, counter); at: a number of tokens, "first_token",
+"headers", for reset also "connect". Change them later with POST /sim/faults, or per request with the header
+x-sim-fault or the body field sim_fault. GET /sim/last?n=1 gives back what arrived."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(levelname)s %(message)s")
+    try:
+        arguments = _parser().parse_args(argv)
+        return uvloop.run(_serve(_config(arguments), arguments))
+    except ConfigError as exc:
+        sys.stderr.write(f"error: {exc}\n")
+        return 2
+    except HpcRouterError as exc:
+        sys.stderr.write(f"error: {exc}\n")
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    default = SimConfig()
+    parser = argparse.ArgumentParser(
+        prog="python -m hpc_router.sim",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+    def add(flag: str, kind: type[int] | type[float], value: float | None, metavar: str, text: str) -> None:
+        shown = "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+        parser.add_argument(flag, type=kind, default=value, metavar=metavar, help=f"{text} (default {shown})")
+
+    parser.add_argument("--uds", type=Path, metavar="PATH", help="listen on this unix socket instead of a TCP port")
+    parser.add_argument("--host", default="127.0.0.1", help="TCP address (default 127.0.0.1)")
+    add("--port", int, 0, "PORT", "TCP port; 0: one the kernel gives")
+    parser.add_argument("--announce", action="store_true", help='print {"listening": ADDRESS} on stdout once it is so')
+    parser.add_argument(
+        "--served-model-name", nargs="+", metavar="NAME", default=list(default.served_model_names),
+        help="names it answers to; the first is the one it calls itself (default sim)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--lora-modules", nargs="+", metavar="NAME=PATH", default=[],
+        help="names under which it answers as another model, as vLLM takes them; the paths are not looked at",
+    )  # fmt: skip
+    add("--seed", int, default.seed, "N", "seed of answers, latencies and faults")
+    add("--ttft-ms", float, default.ttft_s * 1e3, "MS", "mean time to the first token")
+    add("--itl-ms", float, default.itl_s * 1e3, "MS", "mean time between tokens")
+    add("--jitter", float, default.jitter, "SIGMA", "log-normal spread of both; 0: none")
+    add("--load-s", float, default.load_s, "S", "time to load before it listens")
+    parser.add_argument("--listen-while-loading", action="store_true", help="listen at once, answer 503 until loaded")
+    add("--capacity", int, default.capacity, "N", "requests computed at once; others wait")
+    add("--max-tokens-default", int, default.max_tokens_default, "N", "length of an answer without max_tokens")
+    add("--max-model-len", int, default.max_model_len, "N", "longest prompt plus answer, in words")
+    add("--embedding-dimensions", int, default.embedding_dimensions, "N", "length of embedding vectors")
+    add("--keepalive-s", float, default.keepalive_s, "S", "idle connections are closed after this")
+    add(
+        "--drain-s", float, default.drain_s, "S", "at SIGTERM, running requests may finish for this long; 0: abort them"
+    )
+    parser.add_argument("--roofline", metavar="JSON", help="the engine on GPUs that it stands for (docs/simulation.md)")
+    parser.add_argument("--faults", metavar="JSON|@FILE", help="the script of faults, see below")
+    add("--nnodes", int, 1, "N", "ranks, one process each, that meet at the master's port before rank 0 loads")
+    add("--node-rank", int, 0, "R", "which of them this is; only rank 0 listens")
+    parser.add_argument("--master-addr", default="127.0.0.1", help="where rank 0 meets the others (default 127.0.0.1)")
+    add("--master-port", int, 29500, "PORT", "its port there")
+    return parser
+
+
+def _config(arguments: argparse.Namespace) -> SimConfig:
+    if not 0 <= arguments.port <= 65_535:
+        raise ConfigError(f"--port: {arguments.port} is no port (valid: 0 to 65535)")
+    if arguments.uds is not None and not arguments.uds.parent.is_dir():
+        raise ConfigError(f"--uds: the folder {arguments.uds.parent} does not exist")
+    return SimConfig(
+        served_model_names=tuple(arguments.served_model_name),
+        adapters=tuple(map(_adapter, arguments.lora_modules)),
+        seed=arguments.seed,
+        ttft_s=arguments.ttft_ms / 1e3,
+        itl_s=arguments.itl_ms / 1e3,
+        jitter=arguments.jitter,
+        load_s=arguments.load_s,
+        listen_while_loading=arguments.listen_while_loading,
+        capacity=arguments.capacity,
+        max_tokens_default=arguments.max_tokens_default,
+        max_model_len=arguments.max_model_len,
+        embedding_dimensions=arguments.embedding_dimensions,
+        keepalive_s=arguments.keepalive_s,
+        drain_s=arguments.drain_s,
+        faults=_rules(arguments.faults),
+        roofline=_roofline(arguments.roofline),
+    )
+
+
+def _adapter(text: str) -> str:
+    """The name in `NAME=PATH`, or in vLLM's JSON."""
+    try:
+        return str(json.loads(text)["name"]) if text.startswith("{") else text.partition("=")[0]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"--lora-modules: {text}: not NAME=PATH, and not JSON with a name") from error
+
+
+def _roofline(text: str | None) -> Roofline | None:
+    if text is None:
+        return None
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"--roofline: not JSON: {error}") from error
+    return parse(Roofline, value, at="roofline")
+
+
+def _rules(text: str | None) -> tuple[Rule, ...]:
+    if text is None:
+        return ()
+    if not text.startswith("@"):
+        return parse_rules(text)
+    try:
+        return parse_rules(Path(text[1:]).read_text())
+    except OSError as exc:
+        raise ConfigError(f"--faults: cannot read {text[1:]}: {exc.strerror}") from exc
+
+
+async def _serve(config: SimConfig, arguments: argparse.Namespace) -> int:
+    stop, loop = asyncio.Event(), asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    if arguments.node_rank > 0:
+        if not await follow(arguments.master_addr, arguments.master_port, stop):
+            sys.stderr.write(f"{LOST}\n")
+            return 1
+        return 0
+    if arguments.nnodes == 1:
+        return await _serve_alone(config, arguments, stop)
+    async with Meeting(arguments.nnodes - 1, arguments.master_addr, arguments.master_port) as meeting:
+        if await _first(meeting.complete, stop) is stop:
+            return 0
+        serving = asyncio.create_task(_serve_alone(config, arguments, stop))
+        gone = asyncio.create_task(meeting.lost.wait())
+        await asyncio.wait({serving, gone}, return_when=asyncio.FIRST_COMPLETED)
+        gone.cancel()
+        if not serving.done() and not stop.is_set():
+            sys.stderr.write(f"{LOST}\n")
+            sys.stderr.flush()
+            os._exit(1)  # as a real engine, which serves nothing more
+        return await serving
+
+
+async def _first(*events: asyncio.Event) -> asyncio.Event:
+    waiting = {asyncio.create_task(event.wait()): event for event in events}
+    done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+    for task in waiting:
+        task.cancel()
+    return waiting[done.pop()]
+
+
+async def _serve_alone(config: SimConfig, arguments: argparse.Namespace, stop: asyncio.Event) -> int:
+    loop = asyncio.get_running_loop()
+    failure = _load_failure(config)
+    if failure is not None or not config.listen_while_loading:
+        if await _stopped_within(stop, config.load_s):
+            return 0
+        config = replace(config, load_s=0.0)
+    if failure is not None:
+        sys.stderr.write(traceback(failure, model=config.model) + "\n")
+        return 1
+    async with SimEngine(config, uds=arguments.uds, host=arguments.host, port=arguments.port, crash=_die) as engine:
+        log.info("simulated engine %s listens on %s", config.model, engine.address)
+        if arguments.announce:
+            sys.stdout.write(json.dumps({"listening": engine.address}) + "\n")
+            sys.stdout.flush()
+        await stop.wait()
+        # The second Ctrl-C is the impatient one; a second SIGTERM is only srun repeating itself.
+        loop.add_signal_handler(signal.SIGINT, engine.abort)
+        log.info("stopping: %d running, %d waiting", engine.counts.running, engine.counts.waiting)
+    return 0
+
+
+async def _stopped_within(stop: asyncio.Event, time_s: float) -> bool:
+    if not time_s:
+        return stop.is_set()
+    try:
+        async with asyncio.timeout(time_s):
+            return await stop.wait()
+    except TimeoutError:
+        return False
+
+
+def _load_failure(config: SimConfig) -> str | None:
+    """The reason for which this start is to fail."""
+    for rule in config.faults:
+        if rule.fault.kind is Kind.LOAD_FAIL and strikes_this_start(rule.fault, times=rule.times):
+            return rule.fault.reason
+    return None
+
+
+def _die(exit_code: int | None) -> None:
+    """As the kernel's OOM killer would, or with an exit code as a crash would; nothing is cleaned up."""
+    if exit_code is not None:
+        os._exit(exit_code)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,57 @@
+"""What a simulated engine is made of: the only home of its defaults, for the command line and for tests alike."""
+
+from dataclasses import dataclass
+
+from hpc_router.config.schema import Roofline
+from hpc_router.errors import ConfigError
+from hpc_router.sim.faults import Rule
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SimConfig:
+    served_model_names: tuple[str, ...] = ("sim",)
+    adapters: tuple[str, ...] = ()  # names under which another model answers, at the same pace
+    seed: int = 0
+    ttft_s: float = 0.020
+    itl_s: float = 0.005
+    jitter: float = 0.1
+    load_s: float = 0.0
+    # vLLM does not listen before it has loaded; True listens at once and answers 503 until then.
+    listen_while_loading: bool = False
+    capacity: int | None = None
+    max_tokens_default: int = 16
+    max_model_len: int = 131_072
+    embedding_dimensions: int = 64
+    keepalive_s: float = 75.0
+    # How long running requests may finish after the order to stop; 0 ends them at once with `abort`.
+    drain_s: float = 0.0
+    faults: tuple[Rule, ...] = ()
+    # An engine on GPUs to stand for; then ttft_s, itl_s and jitter mean nothing.
+    roofline: Roofline | None = None
+
+    def __post_init__(self) -> None:
+        if not self.served_model_names or not all(self.served_model_names):
+            raise ConfigError("served_model_names: at least one name, none of them empty")
+        if len(set(self.names)) < len(self.names) or not all(self.adapters):
+            raise ConfigError("adapters: each needs a name that nothing else has")
+        for name in ("ttft_s", "itl_s", "jitter", "load_s", "keepalive_s", "drain_s"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ConfigError(f"{name}: {getattr(self, name)} is not a finite number of 0 or more")
+        for name in ("capacity", "max_tokens_default", "max_model_len", "embedding_dimensions"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name}: {value} is less than 1")
+
+    @property
+    def model(self) -> str:
+        """The name the engine calls itself, whatever alias a request used: vLLM's habit."""
+        return self.served_model_names[0]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All that it answers to."""
+        return (*self.served_model_names, *self.adapters)
+
+    def answering(self, asked: str | None) -> str:
+        """Who answers a request for this model: an adapter says so."""
+        return asked if asked in self.adapters else self.model

@@ -1,0 +1,84 @@
+"""How a fault looks from outside: what is done to the connection, or to the whole engine.
+
+A strike either returns (a hang that ended) or raises. `Severed` means that the connection was broken on purpose and
+nothing more can be said on it; it is raised in the same step in which the transport is closed, so that the end is
+filed under the fault and not as a client that left.
+"""
+
+import asyncio
+import socket
+import struct
+from collections.abc import Callable
+from typing import Final, NoReturn, cast
+
+from aiohttp import web
+
+from hpc_router.sim.api_error import ApiError
+from hpc_router.sim.faults import Fault, Kind
+from hpc_router.sim.latency import Clock
+
+GARBAGE: Final = b"\x00\xff\xfe simulated garbage, not HTTP \r\n\r\n\x00" * 4
+
+Crash = Callable[[int | None], None]
+
+
+class Severed(Exception):
+    """The connection was broken by a fault."""
+
+
+class InStream(Exception):
+    """A fault that only the stream itself can express."""
+
+    def __init__(self, fault: Fault) -> None:
+        super().__init__(fault.kind)
+        self.fault = fault
+
+
+async def strike(fault: Fault, request: web.BaseRequest, *, crash: Crash, clock: Clock) -> None:
+    # Give way once: uvloop flushes what was written before at the end of the loop's step.
+    await clock.sleep(0.0)
+    match fault.kind:
+        case Kind.STATUS:
+            retry_after = {} if fault.retry_after_s is None else {"Retry-After": f"{fault.retry_after_s:g}"}
+            raise ApiError(fault.message, status=fault.status, headers=retry_after)
+        case Kind.HANG:
+            if fault.for_s is None:
+                await asyncio.get_running_loop().create_future()
+            else:
+                await clock.sleep(fault.for_s)
+        case Kind.DIE:
+            crash(fault.exit_code)
+            raise Severed
+        case Kind.RESET:
+            if request.transport is not None:
+                reset(request.transport)
+            raise Severed
+        case Kind.GARBAGE:
+            sever(request, last_bytes=GARBAGE)
+        case Kind.ERROR_EVENT | Kind.CUT:
+            raise InStream(fault)
+        case _:
+            raise AssertionError(f"{fault.kind} does not strike at a token")
+
+
+def sever(request: web.BaseRequest, *, last_bytes: bytes = b"") -> NoReturn:
+    """Send what was written, then close without a proper end."""
+    if request.transport is not None:
+        request.transport.write(last_bytes)
+        request.transport.close()
+    raise Severed
+
+
+def reset(transport: asyncio.BaseTransport) -> None:
+    """Drop the connection so that the peer sees a reset (over TCP; a unix socket can only close)."""
+    raw = transport.get_extra_info("socket")
+    if raw is not None and raw.family != socket.AF_UNIX:
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    cast(asyncio.Transport, transport).abort()
+
+
+class ResetAtOnce(asyncio.Protocol):
+    """A connection that is reset as soon as it is accepted."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        reset(transport)

@@ -1,0 +1,29 @@
+"""The last responses of `/v1/responses`, so that `previous_response_id` finds them. Bounded in number."""
+
+from collections import OrderedDict
+
+from hpc_router.sim.request_parsing import Prompt
+from hpc_router.sim.tokens import Completion
+
+MOST_RESPONSES = 1024
+
+
+class Kept:
+    """Response id -> the conversation up to its end."""
+
+    def __init__(self, *, most: int = MOST_RESPONSES) -> None:
+        self._most = most
+        self._conversations: OrderedDict[str, Prompt] = OrderedDict()
+
+    def add(self, response_id: str, prompt: Prompt, completion: Completion) -> None:
+        said = Prompt(text=f"{prompt.text}\nassistant: {completion.text}", tokens=prompt.tokens + completion.tokens)
+        self._conversations[response_id] = said
+        if len(self._conversations) > self._most:
+            self._conversations.popitem(last=False)
+
+    def continued(self, response_id: str, prompt: Prompt) -> Prompt | None:
+        """The conversation with `prompt` added to it; None for a response that is not kept."""
+        before = self._conversations.get(response_id)
+        if before is None:
+            return None
+        return Prompt(text=f"{before.text}\n{prompt.text}", tokens=before.tokens + prompt.tokens)

@@ -1,0 +1,203 @@
+"""The engine's life: load, listen, serve, stop. In-process it is an async context manager that gives its address.
+
+Connections are accepted by a factory of our own, so that a fault can reset one before a byte is read. Stopping closes
+the listener first and lets running requests finish for `drain_s`. With a `drain_s` of 0, vLLM's default, running
+answers end at once in good form, with the finish reason `abort`. What is left is broken off. In-process, `die` closes
+the listener and aborts every connection, which is what a killed process looks like from outside.
+"""
+
+import asyncio
+import random
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from aiohttp import web
+
+from hpc_router.errors import ConfigError, LaunchError
+from hpc_router.sim.admission import Scheduler
+from hpc_router.sim.batch_loop import Batching
+from hpc_router.sim.config import SimConfig
+from hpc_router.sim.context import Core
+from hpc_router.sim.fault_injection import Crash, ResetAtOnce
+from hpc_router.sim.fault_schedule import FaultScript
+from hpc_router.sim.http_api import make_app
+from hpc_router.sim.latency import Clock, JitteredLatency, LatencyModel, RealClock
+from hpc_router.sim.metrics import Counts
+from hpc_router.sim.request_log import Recent
+from hpc_router.sim.roofline import Engine
+
+# sun_path holds 108 bytes with the final zero.
+LONGEST_SOCKET_PATH = 107
+_ABORT_S = 1.0
+"""For the ends of aborted answers to be taken."""
+
+
+class SimEngine:
+    def __init__(
+        self,
+        config: SimConfig | None = None,
+        *,
+        uds: Path | None = None,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        clock: Clock | None = None,
+        latency: LatencyModel | None = None,
+        crash: Crash | None = None,
+    ) -> None:
+        self.config = config = config or SimConfig()
+        if uds is not None and len(str(uds).encode()) > LONGEST_SOCKET_PATH:
+            raise ConfigError(
+                f"uds: {uds} is longer than {LONGEST_SOCKET_PATH} bytes, the longest a socket path may be"
+            )
+        self.uds = uds
+        self.died = asyncio.Event()
+        self._host, self._port = host, port
+        clock = clock or RealClock()
+        self._core = Core(
+            config=config,
+            clock=clock,
+            latency=latency or _default_latency(config),
+            crash=crash or self._crash,
+            scheduler=Scheduler(capacity=config.capacity),
+            script=FaultScript(config.faults, seed=config.seed),
+            ids=random.Random(),  # unseeded: replicas of one seed must not share ids
+            batching=None if config.roofline is None else Batching(Engine(config.roofline), clock),
+        )
+        self._runner: web.AppRunner | None = None
+        self._listener: asyncio.Server | None = None
+        self._loading: asyncio.Task[None] | None = None
+
+    def __repr__(self) -> str:
+        counts = self.counts
+        return f"<SimEngine {self.config.model} {self.address}: {counts.running} running, {counts.waiting} waiting>"
+
+    @property
+    def address(self) -> str:
+        """`http://HOST:PORT` or `unix:PATH`; where it listens, or will."""
+        if self.uds is not None:
+            return f"unix:{self.uds}"
+        return f"http://{f'[{self._host}]' if ':' in self._host else self._host}:{self._port}"
+
+    @property
+    def url(self) -> str:
+        """What a client puts before the path; over a unix socket the host means nothing."""
+        return "http://localhost" if self.uds is not None else self.address
+
+    @property
+    def counts(self) -> Counts:
+        return self._core.scheduler.counts
+
+    @property
+    def faults(self) -> FaultScript:
+        return self._core.script
+
+    @property
+    def recent(self) -> Recent:
+        return self._core.recent
+
+    async def idle(self) -> None:
+        """Wait until no request runs or waits."""
+        await self._core.scheduler.idle()
+
+    def abort(self) -> None:
+        """Break every connection; what was running ends as aborted."""
+        if self._runner is None or self._runner.server is None:
+            return
+        for connection in self._runner.server.connections:
+            if connection.transport is not None:
+                connection.transport.abort()
+
+    async def __aenter__(self) -> Self:
+        config = self.config
+        if not config.listen_while_loading:
+            await self._load()
+        # Request bodies stay as they came: nothing is decompressed, so what is recorded is what was sent.
+        self._runner = web.AppRunner(
+            make_app(self._core),
+            handler_cancellation=True,
+            access_log=None,
+            auto_decompress=False,
+            keepalive_timeout=config.keepalive_s,
+            max_line_size=65_536,
+            max_field_size=65_536,
+            shutdown_timeout=1.0,
+        )
+        await self._runner.setup()
+        try:
+            self._listener = await self._listen()
+        except OSError as exc:
+            await self._runner.cleanup()
+            raise LaunchError(f"cannot listen on {self.address}: {exc.strerror or exc}") from exc
+        if config.listen_while_loading:
+            self._loading = asyncio.create_task(self._load())
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.stop()
+
+    async def stop(self) -> None:
+        """As SIGTERM stops it. May be called again."""
+        assert self._runner is not None
+        if self._loading is not None:
+            self._loading.cancel()
+            await asyncio.wait([self._loading])
+        self._close_listener()
+        await self._drain(self._runner)
+        await self._runner.cleanup()
+        if self._core.batching is not None:
+            await self._core.batching.close()
+        if self.uds is not None:
+            self.uds.unlink(missing_ok=True)
+
+    async def _load(self) -> None:
+        if self.config.load_s:
+            await self._core.clock.sleep(self.config.load_s)
+        self._core.loaded = True
+
+    async def _listen(self) -> asyncio.Server:
+        loop = asyncio.get_running_loop()
+        if self.uds is not None:
+            return await loop.create_unix_server(self._accept, str(self.uds), backlog=1024)
+        listener = await loop.create_server(self._accept, self._host, self._port, backlog=1024)
+        self._port = listener.sockets[0].getsockname()[1]
+        return listener
+
+    def _accept(self) -> asyncio.BaseProtocol:
+        if self._core.script.at_connect():
+            self.counts.faults["reset"] += 1
+            return ResetAtOnce()
+        assert self._runner is not None
+        assert self._runner.server is not None
+        return self._runner.server()
+
+    async def _drain(self, runner: web.AppRunner) -> None:
+        if runner.server is not None:
+            runner.server.pre_shutdown()
+        scheduler, drain_s = self._core.scheduler, self.config.drain_s
+        if drain_s:
+            scheduler.refuse()
+        else:
+            scheduler.stop()
+        try:
+            async with asyncio.timeout(drain_s or _ABORT_S):
+                await self.idle()
+        except TimeoutError:
+            self.abort()
+
+    def _crash(self, exit_code: int | None) -> None:
+        self.died.set()
+        self._close_listener()
+        self.abort()
+
+    def _close_listener(self) -> None:
+        if self._listener is not None:
+            self._listener.close()
+            self._listener = None
+
+
+def _default_latency(config: SimConfig) -> LatencyModel:
+    rng = random.Random(f"latency/{config.seed}")
+    return JitteredLatency(ttft_s=config.ttft_s, itl_s=config.itl_s, jitter=config.jitter, rng=rng)

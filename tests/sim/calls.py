@@ -1,0 +1,103 @@
+"""What the tests of the simulated engine say to it: bodies, a client, and a wait for a state without sleeping."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+import aiohttp
+
+from hpc_router.sim import SimConfig, SimEngine
+
+INSTANT = SimConfig(ttft_s=0.0, itl_s=0.0, jitter=0.0)
+GUARD_S = 60.0
+
+JsonObject = dict[str, object]
+DISCONNECTED = (aiohttp.ClientError, ConnectionError)
+
+
+class SteppedClock:
+    """Time that passes only in sleeps, and where the test says so."""
+
+    def __init__(self) -> None:
+        self.time_s = 100.0
+        self.slept: list[float] = []
+
+    def now_s(self) -> float:
+        return self.time_s
+
+    def unix_s(self) -> float:
+        return 1_700_000_000.0
+
+    async def sleep(self, delay_s: float) -> None:
+        self.slept.append(delay_s)
+        self.time_s += delay_s
+
+
+def chat(prompt: str = "what is two and two", **more: object) -> JsonObject:
+    return {"model": "sim", "messages": [{"role": "user", "content": prompt}], **more}
+
+
+def faulty(**fault: object) -> JsonObject:
+    """A streamed chat of ten tokens that asks for its own fault."""
+    return chat(stream=True, max_tokens=10, sim_fault=fault)
+
+
+@asynccontextmanager
+async def client(engine: SimEngine) -> AsyncIterator[aiohttp.ClientSession]:
+    connector = aiohttp.TCPConnector(limit=0) if engine.uds is None else aiohttp.UnixConnector(str(engine.uds), limit=0)
+    async with aiohttp.ClientSession(base_url=engine.url, connector=connector) as session:
+        yield session
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(GUARD_S):
+        while not condition():
+            await asyncio.sleep(0)
+
+
+async def post(session: aiohttp.ClientSession, path: str, body: JsonObject) -> tuple[int, JsonObject]:
+    async with session.post(path, json=body) as response:
+        return response.status, decoded(await response.read())
+
+
+async def stream(session: aiohttp.ClientSession, body: JsonObject, *, path: str = "/v1/chat/completions") -> list[str]:
+    """The data of every event of a stream that ends properly."""
+    async with session.post(path, json=body) as response:
+        assert response.status == 200, await response.text()
+        return events(await response.read())
+
+
+async def stream_until_broken(session: aiohttp.ClientSession, body: JsonObject) -> bytes:
+    """What came before the connection broke; the test fails if it did not break."""
+    received = bytearray()
+    try:
+        async with session.post("/v1/chat/completions", json=body) as response:
+            async for chunk in response.content.iter_any():
+                received += chunk
+    except DISCONNECTED:
+        return bytes(received)
+    raise AssertionError(f"the stream ended properly: {bytes(received)!r}")
+
+
+def events(raw: bytes) -> list[str]:
+    assert raw.endswith(b"\n\n")
+    return [event.removeprefix("data: ") for event in raw.decode().removesuffix("\n\n").split("\n\n")]
+
+
+def decoded(raw: bytes | str) -> JsonObject:
+    value = json.loads(raw)
+    assert isinstance(value, dict)
+    return value
+
+
+def at(value: object, *path: str | int) -> object:
+    """One value deep inside a JSON body."""
+    for step in path:
+        if isinstance(step, int):
+            assert isinstance(value, list | tuple), (value, step)
+            value = value[step]
+        else:
+            assert isinstance(value, dict), (value, step)
+            value = value[step]
+    return value

@@ -1,0 +1,22 @@
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack
+
+import aiohttp
+import pytest
+
+from hpc_router.sim import SimConfig, SimEngine
+from tests.sim.calls import INSTANT, client
+
+Start = Callable[[SimConfig], Awaitable[tuple[SimEngine, aiohttp.ClientSession]]]
+
+
+@pytest.fixture
+async def start() -> AsyncIterator[Start]:
+    """Start engines on port 0, each with a session; all are stopped when the test ends."""
+    async with AsyncExitStack() as stack:
+
+        async def begin(config: SimConfig = INSTANT) -> tuple[SimEngine, aiohttp.ClientSession]:
+            engine = await stack.enter_async_context(SimEngine(config))
+            return engine, await stack.enter_async_context(client(engine))
+
+        yield begin

@@ -1,0 +1,113 @@
+"""Continuous batching: who computes when, and that blocks and sequences are never lost, whatever happens."""
+
+import asyncio
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hpc_router.config.schema import Roofline
+from hpc_router.sim.batch_loop import Batching
+from hpc_router.sim.continuous_batching import Batch, Sequence
+from hpc_router.sim.roofline import BLOCK, Engine
+from tests.sim.calls import SteppedClock
+
+
+def steps(batch: Batch, wanted: dict[Sequence, int], most: int = 1000) -> int:
+    """Until every sequence has its tokens; how many steps that took."""
+    for count in range(most):
+        if not wanted:
+            return count
+        assert batch.plan(), "somebody waits, and nobody computes"
+        for one in batch.finish():
+            if one.produced == wanted.get(one):
+                batch.remove(one)
+                del wanted[one]
+    raise AssertionError("it does not end")
+
+
+def test_a_prompt_first_then_a_token_per_step() -> None:
+    batch = Batch(kv_tokens=1024, max_seqs=8, max_tokens=256)
+    one = batch.add(100)
+    assert [(p.new, p.context) for p in batch.plan()] == [(100, 0)]
+    assert batch.finish() == [one]
+    assert [(p.new, p.context) for p in batch.plan()] == [(1, 100)]
+
+
+def test_prompts_are_cut_at_the_step_s_budget_and_decoding_goes_first() -> None:
+    batch = Batch(kv_tokens=4096, max_seqs=8, max_tokens=64)
+    first = batch.add(10)
+    batch.plan()
+    batch.finish()
+    batch.add(100)
+    assert [(p.new, p.context) for p in batch.plan()] == [(1, 10), (63, 0)]
+    assert batch.finish() == [first]
+    assert [(p.new, p.context) for p in batch.plan()] == [(1, 11), (37, 63)]
+    assert len(batch.finish()) == 2
+
+
+def test_first_come_first_served_up_to_the_most_sequences() -> None:
+    batch = Batch(kv_tokens=4096, max_seqs=2, max_tokens=256)
+    a, b, c = (batch.add(10) for _ in range(3))
+    batch.plan()
+    assert batch.running == [a, b]
+    batch.finish()
+    batch.remove(a)
+    batch.plan()
+    assert batch.running == [b, c]
+
+
+def test_a_full_cache_sends_the_newest_back() -> None:
+    """Two sequences of one block each in three blocks: both grow, one has to wait."""
+    batch = Batch(kv_tokens=3 * BLOCK, max_seqs=8, max_tokens=256)
+    first, second = batch.add(BLOCK), batch.add(BLOCK)
+    batch.plan()
+    batch.finish()
+    batch.plan()
+    assert (batch.preempted, batch.running, list(batch.waiting)) == (1, [first], [second])
+    assert steps(batch, {first: 4, second: 4}) > 0
+    assert batch.used_blocks == 0
+
+
+def test_a_prompt_longer_than_the_cache_still_runs() -> None:
+    batch = Batch(kv_tokens=4 * BLOCK, max_seqs=8, max_tokens=1024)
+    one = batch.add(10_000)
+    assert steps(batch, {one: 2}) == 2
+
+
+@settings(max_examples=60)
+@given(
+    given_=st.lists(st.tuples(st.integers(1, 200), st.integers(1, 40)), min_size=1, max_size=30),
+    blocks=st.integers(20, 60),
+    seqs=st.integers(1, 16),
+    tokens=st.integers(16, 300),
+)
+def test_all_end_and_nothing_is_lost(given_: list[tuple[int, int]], blocks: int, seqs: int, tokens: int) -> None:
+    batch = Batch(kv_tokens=blocks * BLOCK, max_seqs=seqs, max_tokens=max(tokens, seqs))
+    wanted = {batch.add(prompt): answer for prompt, answer in given_}
+    steps(batch, wanted, most=20_000)
+    assert (batch.used_blocks, batch.running, list(batch.waiting)) == (0, [], [])
+
+
+class Yielding(SteppedClock):
+    """Whoever sleeps lets others run."""
+
+    async def sleep(self, delay_s: float) -> None:
+        await super().sleep(delay_s)
+        await asyncio.sleep(0)
+
+
+async def test_tokens_come_when_steps_are_over() -> None:
+    """In simulated time, times the slowdown; who leaves frees what he held."""
+    clock = Yielding()
+    engine = Engine(Roofline(slowdown=10.0))
+    work = Batching(engine, clock)
+    async with work.seat(100) as seat:
+        await seat.first(100, running=1)
+        first_s = clock.now_s()
+        await seat.next(running=1)
+        second_s = clock.now_s()
+    assert work.batch.used_blocks == 0
+    assert work.batch.idle
+    await work.close()
+    assert 10 * 0.006 < second_s - first_s < 10 * 0.008
+    assert (work.lost_s, work.step_s >= second_s - first_s) == (0.0, True)
