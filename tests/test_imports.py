@@ -64,7 +64,7 @@ def test_imports_go_one_way() -> None:
     ("module", "forbidden"),
     [
         ("hpc_router.router.service", ["torch", "vllm", "sklearn", "submitit", "transformers", "hpc_router.expert"]),
-        ("hpc_router.expert.agent", ["torch", "vllm", "submitit", "hpc_router.router", "hpc_router.routing"]),
+        ("hpc_router.expert.agent.agent", ["torch", "vllm", "submitit", "hpc_router.router", "hpc_router.routing"]),
     ],
 )
 def test_a_process_loads_only_what_it_needs(module: str, forbidden: list[str]) -> None:

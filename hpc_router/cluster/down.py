@@ -17,7 +17,7 @@ from hpc_router.cluster.launcher import JobState
 from hpc_router.cluster.slots import Attempt
 from hpc_router.config.schema import Deployment
 from hpc_router.errors import ConfigError, LaunchError
-from hpc_router.expert.scratch import expanded, sweep
+from hpc_router.expert.engine_process.scratch_dir import expanded, sweep
 from hpc_router.state import registry
 from hpc_router.state.registry import Kind
 from hpc_router.state.run_directory import RunDir

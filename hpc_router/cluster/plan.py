@@ -28,7 +28,7 @@ from hpc_router.cluster.trial import UNASKED, try_jobs
 from hpc_router.config.adapters import adapters_of, host_of, hosts
 from hpc_router.config.schema import ClusterConfig, Deployment, ExpertConfig
 from hpc_router.errors import ConfigError, LaunchError
-from hpc_router.expert.commands import drain_limit_s
+from hpc_router.expert.engine_process.command import drain_limit_s
 from hpc_router.expert.engines import Place, build_engine, engine_environment
 from hpc_router.expert.engines.container import contained
 from hpc_router.net.job_environment import held_job

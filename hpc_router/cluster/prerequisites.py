@@ -13,7 +13,7 @@ from typing import Final
 from hpc_router.cluster.equipment import equipment_faults
 from hpc_router.config.schema import ClusterConfig
 from hpc_router.errors import ConfigError
-from hpc_router.expert.scratch import expanded, path_fault, unusable
+from hpc_router.expert.engine_process.scratch_dir import expanded, path_fault, unusable
 
 MOUNTS: Final = Path("/proc/self/mountinfo")
 _OF_ONE_HOST: Final = frozenset({"tmpfs", "ramfs", "overlay", "squashfs", "devtmpfs"})

@@ -16,9 +16,9 @@ import uvloop
 
 from hpc_router.config.schema import Deployment
 from hpc_router.errors import HpcRouterError
-from hpc_router.expert.agent import bind
-from hpc_router.expert.gate import Gate
-from hpc_router.expert.passthrough import ENGINE_LIMITS
+from hpc_router.expert.agent.agent import bind
+from hpc_router.expert.agent.engine_relay import ENGINE_LIMITS
+from hpc_router.expert.agent.http_api import Gate
 from hpc_router.net.addresses import LOOPBACK
 from hpc_router.net.auth import new_token, replica_key
 from hpc_router.relay.downstream.server import listening

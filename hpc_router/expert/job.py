@@ -19,9 +19,9 @@ from hpc_router.config import frozen
 from hpc_router.config.adapters import host_of
 from hpc_router.config.schema import Deployment
 from hpc_router.errors import ConfigError, HpcRouterError, suggest
-from hpc_router.expert.agent import Agent
-from hpc_router.expert.follower import Follower
-from hpc_router.expert.guard import become_subreaper
+from hpc_router.expert.agent.agent import Agent
+from hpc_router.expert.engine_process.guard import become_subreaper
+from hpc_router.expert.multinode.follower import Follower
 from hpc_router.state.io_thread import FileThread, file_thread
 from hpc_router.state.job_records import Exit, JobDir, Reason
 from hpc_router.state.registry import split_replica

@@ -11,7 +11,7 @@ from hpc_router.cluster.prerequisites import CHECKS, file_system, run_directory,
 from hpc_router.config.compose import load_deployment
 from hpc_router.config.schema import ClusterConfig
 from hpc_router.errors import ConfigError
-from hpc_router.expert.scratch import LONGEST_FOLDER, path_fault, scratch_folder
+from hpc_router.expert.engine_process.scratch_dir import LONGEST_FOLDER, path_fault, scratch_folder
 
 RUNS = Path("runs")
 

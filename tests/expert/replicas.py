@@ -21,7 +21,7 @@ from hpc_router.config.schema import (
     PolicyConfig,
     ResourceConfig,
 )
-from hpc_router.expert.guard import descendants
+from hpc_router.expert.engine_process.guard import descendants
 from hpc_router.expert.job import RANK
 from hpc_router.net import protocol
 from hpc_router.net.auth import replica_key

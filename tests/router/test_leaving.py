@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 from yarl import URL
 
-from hpc_router.expert.agent import bind
-from hpc_router.expert.gate import Gate
-from hpc_router.expert.passthrough import ENGINE_LIMITS
+from hpc_router.expert.agent.agent import bind
+from hpc_router.expert.agent.engine_relay import ENGINE_LIMITS
+from hpc_router.expert.agent.http_api import Gate
 from hpc_router.net import protocol
 from hpc_router.net.auth import new_token, replica_key
 from hpc_router.sim.config import SimConfig

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from hpc_router.expert.gate import RETRY_AFTER_S
+from hpc_router.expert.agent.http_api import RETRY_AFTER_S
 from hpc_router.net import protocol
 from hpc_router.router.replica import Standing
 from hpc_router.state.registry import State

@@ -8,7 +8,7 @@ from pathlib import Path
 import aiohttp
 import pytest
 
-from hpc_router.expert.attempts import free_port
+from hpc_router.expert.multinode.start_strategy import free_port
 from hpc_router.sim.ranks import LOST
 from tests.sim.calls import chat, stream
 from tests.sim.test_process import INSTANT_FLAGS, address, ended, spawned

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from hpc_router.config.schema import ClusterConfig, ContainerConfig, EngineConfig, ExpertConfig, ResourceConfig
-from hpc_router.expert.commands import Commands
+from hpc_router.expert.engine_process.command import Commands
 from hpc_router.expert.engines import Place, build_engine
 from hpc_router.expert.engines.base import INSIDE
 from hpc_router.expert.engines.container import contained

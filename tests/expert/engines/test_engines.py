@@ -11,7 +11,7 @@ import pytest
 
 from hpc_router.config.schema import ClusterConfig, EngineConfig, ExpertConfig, ResourceConfig
 from hpc_router.errors import ConfigError
-from hpc_router.expert.commands import Commands
+from hpc_router.expert.engine_process.command import Commands
 from hpc_router.expert.engines import Engine, Place, Ranks, build_engine, engine_environment, version_command
 from hpc_router.expert.engines.base import flags
 from hpc_router.state.registry import EngineInfo

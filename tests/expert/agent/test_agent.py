@@ -11,7 +11,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from hpc_router.expert.agent import WANTED_BEATS
+from hpc_router.expert.agent.agent import WANTED_BEATS
 from hpc_router.net import protocol
 from hpc_router.net.auth import challenge_answer, replica_key
 from hpc_router.state.job_records import Ended, Exit, Phase, Reason, Stop

@@ -11,10 +11,10 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
+from hpc_router.expert.engine_process.process import Command
 from hpc_router.expert.engines import Failure, Ranks
-from hpc_router.expert.group import ASSEMBLE_BEATS, FAREWELL_BEATS, RETURN_BEATS, SILENCE_BEATS, Group
-from hpc_router.expert.process import Command
-from hpc_router.expert.rank_auth import proof
+from hpc_router.expert.multinode.rank_auth import proof
+from hpc_router.expert.multinode.rank_group import ASSEMBLE_BEATS, FAREWELL_BEATS, RETURN_BEATS, SILENCE_BEATS, Group
 from hpc_router.net.protocol import RankOrder, RankReport
 
 logger = logging.getLogger(__name__)

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from hpc_router.expert.guard import descendants
-from hpc_router.expert.process import GUARD
+from hpc_router.expert.engine_process.guard import descendants
+from hpc_router.expert.engine_process.process import GUARD
 from tests.waiting import GUARD_S
 
 TREE = """

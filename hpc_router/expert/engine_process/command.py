@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Final
 
 from hpc_router.config.schema import ClusterConfig, ExpertConfig
+from hpc_router.expert.engine_process.process import ENGINE_GRACE_S, Command
 from hpc_router.expert.engines import Engine, Place, engine_environment, version_command
 from hpc_router.expert.engines.container import contained
-from hpc_router.expert.process import ENGINE_GRACE_S, Command
 
 VERSION_TIMEOUT_S: Final = 20.0
 RANK_GRACE_S: Final = 3.0

@@ -20,16 +20,16 @@ from hpc_router.background_tasks import TaskFailures, restarting
 from hpc_router.config.adapters import adapters_of
 from hpc_router.config.schema import Deployment
 from hpc_router.errors import ConfigError, HpcRouterError, RegistryError
-from hpc_router.expert.attempts import Alone, Attempts, Leading
-from hpc_router.expert.commands import Commands
+from hpc_router.expert.agent.engine_relay import ENGINE_LIMITS
+from hpc_router.expert.agent.engine_supervisor import Supervisor
+from hpc_router.expert.agent.http_api import Gate
+from hpc_router.expert.agent.lifecycle import Life
+from hpc_router.expert.agent.restart_policy import Restarts
+from hpc_router.expert.engine_process.command import Commands
+from hpc_router.expert.engine_process.scratch_dir import expanded, scratch_folder
 from hpc_router.expert.engines import Engine, Failure, Place, build_engine
-from hpc_router.expert.gate import Gate
-from hpc_router.expert.passthrough import ENGINE_LIMITS
-from hpc_router.expert.phases import Life
-from hpc_router.expert.rank_auth import rank_key, report_token
-from hpc_router.expert.restarts import Restarts
-from hpc_router.expert.scratch import expanded, scratch_folder
-from hpc_router.expert.supervisor import Supervisor
+from hpc_router.expert.multinode.rank_auth import rank_key, report_token
+from hpc_router.expert.multinode.start_strategy import Alone, Attempts, Leading
 from hpc_router.net import addresses
 from hpc_router.net.auth import new_token, replica_key
 from hpc_router.relay import memory_tuning

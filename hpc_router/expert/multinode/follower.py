@@ -20,12 +20,12 @@ from typing import Final
 from hpc_router.config.adapters import adapters_of
 from hpc_router.config.schema import Deployment
 from hpc_router.errors import ConfigError, HpcRouterError, UpstreamError
-from hpc_router.expert.commands import Commands
+from hpc_router.expert.engine_process.command import Commands
+from hpc_router.expert.engine_process.scratch_dir import expanded, scratch_folder
 from hpc_router.expert.engines import Place, Ranks, build_engine
-from hpc_router.expert.group import ASSEMBLE_BEATS, SILENCE_BEATS
-from hpc_router.expert.rank_auth import is_proven, rank_key, report_token
-from hpc_router.expert.rank_engine import RankEngine
-from hpc_router.expert.scratch import expanded, scratch_folder
+from hpc_router.expert.multinode.rank_auth import is_proven, rank_key, report_token
+from hpc_router.expert.multinode.rank_engine import RankEngine
+from hpc_router.expert.multinode.rank_group import ASSEMBLE_BEATS, SILENCE_BEATS
 from hpc_router.net import addresses
 from hpc_router.net.auth import new_token
 from hpc_router.net.protocol import RANK, Action, RankOrder, RankReport

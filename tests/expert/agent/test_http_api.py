@@ -12,9 +12,9 @@ from typing import Any
 import aiohttp
 import pytest
 
-from hpc_router.expert.agent import bind
-from hpc_router.expert.gate import HEADROOM, Gate
-from hpc_router.expert.passthrough import ENGINE_LIMITS
+from hpc_router.expert.agent.agent import bind
+from hpc_router.expert.agent.engine_relay import ENGINE_LIMITS
+from hpc_router.expert.agent.http_api import HEADROOM, Gate
 from hpc_router.net import protocol
 from hpc_router.net.auth import challenge_answer
 from hpc_router.sim import SimEngine
@@ -33,7 +33,7 @@ RELAY = OWN
 @pytest.fixture(params=list(RELAYS), autouse=True)
 def relay(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every test holds over the reference as well."""
-    monkeypatch.setattr("tests.expert.test_gate.RELAY", RELAYS[request.param])
+    monkeypatch.setattr("tests.expert.agent.test_http_api.RELAY", RELAYS[request.param])
 
 
 @dataclass

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from hpc_router.errors import ConfigError
-from hpc_router.expert.scratch import expanded, scratch_folder, sweep
+from hpc_router.expert.engine_process.scratch_dir import expanded, scratch_folder, sweep
 from hpc_router.state.atomic_files import read_json
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from hpc_router.expert.rank_auth import is_proven, proof, rank_key, report_token
+from hpc_router.expert.multinode.rank_auth import is_proven, proof, rank_key, report_token
 from hpc_router.net.auth import challenge_answer, replica_key
 from hpc_router.net.protocol import Action, RankOrder
 

@@ -5,8 +5,8 @@ import logging
 from types import TracebackType
 from typing import Self
 
+from hpc_router.expert.engine_process.process import Command, EngineProcess
 from hpc_router.expert.engines import Engine, Failure
-from hpc_router.expert.process import Command, EngineProcess
 from hpc_router.net.protocol import RankState
 from hpc_router.state.io_thread import FileThread
 from hpc_router.state.job_records import Reason

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Self
 
+from hpc_router.expert.engine_process.guard import is_subreaper, kill_descendants
 from hpc_router.expert.engines import Failure, Place, classify
 from hpc_router.expert.engines.failure import Sign
-from hpc_router.expert.guard import is_subreaper, kill_descendants
 from hpc_router.state.io_thread import FileThread, OutputLog
 
 logger = logging.getLogger(__name__)

@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 from typing import Final, Protocol
 
 from hpc_router.errors import UpstreamError
-from hpc_router.expert.attempts import Attempts
+from hpc_router.expert.agent.engine_relay import ENGINE
+from hpc_router.expert.agent.restart_policy import Restarts
+from hpc_router.expert.engine_process.process import EngineProcess
 from hpc_router.expert.engines import Engine, Failure
-from hpc_router.expert.passthrough import ENGINE
-from hpc_router.expert.process import EngineProcess
-from hpc_router.expert.restarts import Restarts
+from hpc_router.expert.multinode.start_strategy import Attempts
 from hpc_router.net.protocol import MODELS
 from hpc_router.relay.upstream.interface import Upstream
 from hpc_router.state.io_thread import FileThread

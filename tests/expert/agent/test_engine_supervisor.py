@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 
 from hpc_router.config.schema import EngineConfig, ExpertConfig
-from hpc_router.expert import supervisor as supervisor_module
-from hpc_router.expert.attempts import Alone
+from hpc_router.expert.agent import engine_supervisor as supervisor_module
+from hpc_router.expert.agent.engine_relay import ENGINE_LIMITS
+from hpc_router.expert.agent.engine_supervisor import Supervisor
+from hpc_router.expert.agent.restart_policy import Restarts
+from hpc_router.expert.engine_process.process import Command, EngineProcess
 from hpc_router.expert.engines import Failure, Place, build_engine, engine_environment
-from hpc_router.expert.passthrough import ENGINE_LIMITS
-from hpc_router.expert.process import Command, EngineProcess
-from hpc_router.expert.restarts import Restarts
-from hpc_router.expert.supervisor import Supervisor
+from hpc_router.expert.multinode.start_strategy import Alone
 from hpc_router.relay.upstream.client import UpstreamClient
 from hpc_router.state import log_file
 from hpc_router.state.io_thread import FileThread

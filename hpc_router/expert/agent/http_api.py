@@ -15,7 +15,7 @@ from typing import Final
 
 from hpc_router.background_tasks import TaskFailures
 from hpc_router.errors import BadRequestError, BodyTooLargeError, UpstreamConnectError, UpstreamError
-from hpc_router.expert.passthrough import Passing, pass_through
+from hpc_router.expert.agent.engine_relay import Passing, pass_through
 from hpc_router.net import protocol
 from hpc_router.net.auth import bearer, challenge_answer, same
 from hpc_router.relay.downstream.interface import Handler, Request, Response, Work, error_response, json_response

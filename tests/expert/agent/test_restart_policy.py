@@ -2,7 +2,7 @@
 
 import pytest
 
-from hpc_router.expert.restarts import STABLE_S, Restarts
+from hpc_router.expert.agent.restart_policy import STABLE_S, Restarts
 from hpc_router.state.job_records import PERMANENT, Reason
 
 

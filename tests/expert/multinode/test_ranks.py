@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from hpc_router.config import frozen
-from hpc_router.expert.agent import bind
-from hpc_router.expert.guard import descendants
+from hpc_router.expert.agent.agent import bind
+from hpc_router.expert.engine_process.guard import descendants
 from hpc_router.net import protocol
 from hpc_router.net.auth import replica_key
 from hpc_router.relay.downstream.interface import Request, Response, json_response

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hpc_router.expert.engines import Failure
-from hpc_router.expert.group import Group
+from hpc_router.expert.multinode.rank_group import Group
 from hpc_router.net.protocol import Action, RankOrder, RankReport, RankState
 from hpc_router.state.job_records import Reason
 

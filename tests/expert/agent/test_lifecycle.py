@@ -2,8 +2,8 @@
 
 import pytest
 
+from hpc_router.expert.agent.lifecycle import Life
 from hpc_router.expert.engines import Failure
-from hpc_router.expert.phases import Life
 from hpc_router.state.job_records import Phase, Reason
 from hpc_router.state.registry import State
 

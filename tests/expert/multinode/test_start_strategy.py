@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 
 from hpc_router.config.schema import ClusterConfig, EngineConfig, ExpertConfig, ResourceConfig
-from hpc_router.expert.attempts import Leading, free_port
-from hpc_router.expert.commands import Commands
+from hpc_router.expert.agent.engine_relay import ENGINE_LIMITS
+from hpc_router.expert.agent.engine_supervisor import Supervisor
+from hpc_router.expert.agent.restart_policy import Restarts
+from hpc_router.expert.engine_process.command import Commands
+from hpc_router.expert.engine_process.process import Command
 from hpc_router.expert.engines import Failure, Place, Ranks, build_engine
-from hpc_router.expert.passthrough import ENGINE_LIMITS
-from hpc_router.expert.process import Command
-from hpc_router.expert.rank_engine import RankEngine
-from hpc_router.expert.restarts import Restarts
-from hpc_router.expert.supervisor import Supervisor
+from hpc_router.expert.multinode.rank_engine import RankEngine
+from hpc_router.expert.multinode.start_strategy import Leading, free_port
 from hpc_router.net.protocol import Action, RankReport, RankState
 from hpc_router.relay.upstream.client import UpstreamClient
 from hpc_router.state.io_thread import FileThread
