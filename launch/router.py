@@ -24,7 +24,7 @@ def router(call: Call) -> int:
     deployment = settled(deployment_for(path, call))
     run = make_run(path)
     train_classifier(run, deployment)
-    from hpc_router.router.service import main
+    from hpc_router.router.main import main
 
     return main(run, deployment, replica=claim_router(run))
 

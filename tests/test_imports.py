@@ -63,7 +63,7 @@ def test_imports_go_one_way() -> None:
 @pytest.mark.parametrize(
     ("module", "forbidden"),
     [
-        ("hpc_router.router.service", ["torch", "vllm", "sklearn", "submitit", "transformers", "hpc_router.expert"]),
+        ("hpc_router.router.main", ["torch", "vllm", "sklearn", "submitit", "transformers", "hpc_router.expert"]),
         ("hpc_router.expert.agent.agent", ["torch", "vllm", "submitit", "hpc_router.router", "hpc_router.routing"]),
     ],
 )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from hpc_router.config import frozen
 from hpc_router.errors import HpcRouterError
-from hpc_router.router.service import main as serve
+from hpc_router.router.main import main as serve
 from hpc_router.state.run_directory import open_run
 
 

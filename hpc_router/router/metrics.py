@@ -13,8 +13,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector
 
-from hpc_router.router.replica import Standing
-from hpc_router.router.replicas import ReplicaTable
+from hpc_router.router.replicas.replica import Standing
+from hpc_router.router.replicas.table import ReplicaTable
 
 _LATENCY_S: Final = (
     0.005,

@@ -12,7 +12,7 @@ from hpc_router.config.compose import load_deployment
 from hpc_router.config.schema import Deployment, EngineConfig, ExpertConfig, ResourceConfig
 from hpc_router.config.validation import check
 from hpc_router.errors import ConfigError
-from hpc_router.router.admission import bounds_of
+from hpc_router.router.replicas.admission import bounds_of
 from hpc_router.routing import exemplars
 
 BASE = ExpertConfig(model="m", engine=EngineConfig(kind="sim"))

@@ -17,12 +17,12 @@ from hpc_router.config.schema import Deployment, EngineConfig, ExpertConfig, Pol
 from hpc_router.net import protocol
 from hpc_router.net.auth import bearer, challenge_answer, new_token, replica_key
 from hpc_router.relay.upstream.client import UpstreamClient
-from hpc_router.router.app import Gateway
-from hpc_router.router.control import Control
-from hpc_router.router.counters import Counters
+from hpc_router.router.control.process import Control
+from hpc_router.router.ipc.shared_counters import Counters
 from hpc_router.router.policies import load_policy
-from hpc_router.router.replica import Standing
-from hpc_router.router.worker import Identity, linked, working
+from hpc_router.router.replicas.replica import Standing
+from hpc_router.router.worker.gateway import Gateway
+from hpc_router.router.worker.process import Identity, linked, working
 from hpc_router.routing.policy import versions
 from hpc_router.state import registry
 from hpc_router.state.io_thread import FileThread

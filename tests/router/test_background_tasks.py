@@ -10,10 +10,10 @@ import pytest
 
 from hpc_router.cluster.settings import change, parse_settings
 from hpc_router.net import protocol
-from hpc_router.router import worker
-from hpc_router.router.changes import Changes
-from hpc_router.router.discovery import Discovery
-from hpc_router.router.link import ControlLink
+from hpc_router.router.control.config_watcher import Changes
+from hpc_router.router.control.discovery import Discovery
+from hpc_router.router.worker import process
+from hpc_router.router.worker.control_client import ControlLink
 from hpc_router.state.run_directory import RunDir
 from tests.router.fakes import RunningRouter, a_deployment, a_router, a_run, fake_replica
 from tests.waiting import eventually as until
@@ -53,7 +53,7 @@ def events(run: RunDir) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("owner", "method", "task"),
     [
-        (worker, "_take_over", "settings"),
+        (process, "_take_over", "settings"),
         (ControlLink, "_report_forever", "metrics report"),
         (Discovery, "_take", "registry scan"),
         (Discovery, "_judge", "probe"),

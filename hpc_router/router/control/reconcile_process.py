@@ -1,0 +1,103 @@
+"""Runs the control loop beside the router, as a process of its own.
+
+The data path must not wait for a file system or a controller, and a fault in one must not take the other down. The
+loop dies with its router: it holds the other end of a pipe.
+"""
+
+import asyncio
+import contextlib
+import logging
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from typing import Final
+
+from hpc_router.background_tasks import OnFailure, restarting
+from hpc_router.router.ipc.supervisor import STEADY_S, pause_s
+from hpc_router.state.io_thread import FileThread, OutputLog
+from hpc_router.state.job_records import JobDir
+from hpc_router.state.run_directory import RunDir
+
+logger = logging.getLogger(__name__)
+
+STOP_S: Final = 10.0
+OUTPUT_S: Final = 2.0
+"""For the rest of the output of a loop that has ended."""
+
+
+def control_argv(run: RunDir, replica: str) -> list[str]:
+    verb = ["reconcile", "--loop", "--tied", "--while-leading", replica, "--run", str(run.path)]
+    return [sys.executable, "-m", "hpc_router.cli", *verb]
+
+
+class ControlLoop:
+    """`async with` keeps it running; it is started again when it dies: at once the first time in a while, then after
+    longer and longer pauses."""
+
+    def __init__(
+        self,
+        run: RunDir,
+        files: FileThread,
+        *,
+        replica: str,
+        on_failure: OnFailure = lambda task, error: None,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
+        self._clock, self._sleep = clock, sleep
+        self._argv = control_argv(run, replica)
+        self._files = files
+        self._log = JobDir(run, replica).reconcile_log
+        self._on_failure = on_failure
+        self._keeper: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> "ControlLoop":
+        self._keeper = asyncio.create_task(
+            restarting("control loop", self._keep, self._on_failure), name="control loop"
+        )
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        assert self._keeper is not None
+        self._keeper.cancel()
+        await asyncio.gather(self._keeper, return_exceptions=True)
+
+    async def _keep(self) -> None:
+        in_a_row = 0
+        while True:
+            begun_at = self._clock()
+            try:
+                status = await self._run_once()
+                logger.warning("the control loop ended with status %d; it is started again", status)
+            except OSError as error:
+                logger.warning("the control loop cannot be started: %s", error)
+            in_a_row = 1 if self._clock() - begun_at >= STEADY_S else in_a_row + 1
+            await self._sleep(pause_s(in_a_row))
+
+    async def _run_once(self) -> int:
+        process = await asyncio.create_subprocess_exec(
+            *self._argv,
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+            start_new_session=True,
+        )
+        assert process.stdout is not None
+        copying = asyncio.create_task(
+            OutputLog(self._files, self._log).copy(process.stdout), name="control loop output"
+        )
+        try:
+            return await process.wait()
+        finally:
+            if process.returncode is None:
+                with contextlib.suppress(ProcessLookupError):
+                    process.terminate()
+                try:
+                    async with asyncio.timeout(STOP_S):
+                        await process.wait()
+                except TimeoutError:
+                    process.kill()
+                    await process.wait()
+            await asyncio.wait({copying}, timeout=OUTPUT_S)
+            copying.cancel()
+            await asyncio.gather(copying, return_exceptions=True)

@@ -1,0 +1,183 @@
+"""A router's life: take the address, run its processes, leave.
+
+The address is published only once the server listens. A router that comes back on the same node takes the port of the
+one before it, however that one ended, unless another process has the port: clients that know only the address find the
+router again.
+"""
+
+import contextlib
+import logging
+import os
+import resource
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Final
+from urllib.parse import urlsplit
+
+import uvloop
+
+from hpc_router.config.schema import Deployment
+from hpc_router.errors import ConfigError, RegistryError
+from hpc_router.net import addresses
+from hpc_router.net.auth import new_token, replica_key
+from hpc_router.router.children import Router, control, work
+from hpc_router.router.ipc.shared_counters import Counters
+from hpc_router.router.ipc.supervisor import Supervisor
+from hpc_router.router.policies import load_policy
+from hpc_router.router.settings import settings_in, with_settings
+from hpc_router.router.worker.process import Identity
+from hpc_router.state.io_thread import PATIENCE_S, FileThread, file_thread
+from hpc_router.state.job_records import Exit, JobDir, Reason
+from hpc_router.state.registry import Kind, Record, State, http_url, split_replica, withdraw
+from hpc_router.state.run_directory import RunDir
+
+logger = logging.getLogger(__name__)
+
+_EVERYWHERE: Final = frozenset({"", "0.0.0.0", "::"})
+_MARGIN_S: Final = 3.0
+
+
+def main(run: RunDir, deployment: Deployment, *, replica: str) -> int:
+    """Serve until told to stop; the exit status of the process."""
+    job = JobDir(run, replica)
+    job.claim()
+    raise_file_limit()
+    try:
+        cut = supervise(run, deployment, job)
+    except BaseException as error:
+        bad = isinstance(error, ConfigError)
+        message = str(error) if bad else f"{type(error).__name__}: {error}"
+        with _last_words(job) as files:
+            logger.error("the router failed: %s", message, exc_info=None if bad else error)
+            files.post(partial(job.write, Exit(False, Reason.BAD_OPTION if bad else Reason.CRASHED, message)))
+        raise
+    with _last_words(job) as files:
+        files.post(partial(job.write, Exit.drained("stopped", cut=cut)))
+    return 0
+
+
+@contextlib.contextmanager
+def _last_words(job: JobDir) -> Iterator[FileThread]:
+    """Nothing is forked any more, so there may be a thread. The record goes, where no control process was left."""
+    with file_thread(f"files of {job.replica}", log=job.agent_log) as files:
+        files.post(partial(withdraw, job.run.registry, job.replica))
+        yield files
+
+
+def raise_file_limit() -> None:
+    """Each stream takes two descriptors, and 1,024 is a common soft limit."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def supervise(run: RunDir, deployment: Deployment, job: JobDir) -> int:
+    """Serve until told to stop; how many requests were cut off then. Raises ConfigError, and LaunchError where the
+    router's processes do not stay alive."""
+    base, deployment = deployment, _with_settings(run, deployment)
+    config = deployment.router
+    policy = load_policy(run, deployment)
+    workers = config.workers or usable_cpus(os.environ, asked=config.resources.cpus)
+    nonce = new_token()
+    with bind(run, deployment, node=socket.gethostname()) as reserved:
+        reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)  # only now, or we would share another's port
+        identity = Identity(
+            replica=job.replica,
+            key=replica_key(run.secret(), nonce),
+            token=None if config.open else run.token(),
+            started_at=time.time(),
+        )
+        record = _record(deployment, job.replica, reserved, nonce=nonce)
+        router = Router(run, base, deployment, job, record, identity, policy, Counters(workers=workers))
+        supervisor = Supervisor(
+            control=lambda birth: uvloop.run(control(router, birth)),
+            worker=lambda birth: uvloop.run(work(router, birth)),
+            listen=partial(beside, reserved),
+            counters=router.counters,
+            stop_s=config.drain_s + 2 * PATIENCE_S + _MARGIN_S,
+        )
+        supervisor.run()
+        return supervisor.cut
+
+
+def _with_settings(run: RunDir, deployment: Deployment) -> Deployment:
+    """A file that cannot be used keeps nobody from serving: the control process tells what is wrong with it."""
+    try:
+        return with_settings(deployment, settings_in(run.read_desired()))
+    except (ConfigError, RegistryError):
+        return deployment
+
+
+def usable_cpus(environment: Mapping[str, str], *, asked: int) -> int:
+    """How many CPUs this job has. Outside Slurm a machine is shared: no more than were asked for."""
+    usable = len(os.sched_getaffinity(0))
+    if "SLURM_JOB_ID" not in environment:
+        return max(1, min(usable, asked))
+    given = environment.get("SLURM_CPUS_PER_TASK", "")
+    return max(1, min(usable, int(given) if given.isdecimal() else asked))
+
+
+def beside(reserved: socket.socket) -> socket.socket:
+    """Another socket on the same address; the kernel deals connections out to all that listen there."""
+    sock = socket.socket(reserved.family, socket.SOCK_STREAM)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        sock.bind(reserved.getsockname())
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def bind(run: RunDir, deployment: Deployment, *, node: str) -> socket.socket:
+    """A bound socket: the configured port, else the predecessor's, else a free one."""
+    config = deployment.router
+    ports = [config.port] if config.port else [port for port in (_previous_port(run, node), 0) if port is not None]
+    host = _fabric(deployment) if config.host is None else config.host
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    for port in ports:
+        sock = socket.socket(family, socket.SOCK_STREAM)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            sock.bind((host, port))
+        except (OSError, UnicodeError) as error:
+            sock.close()
+            if port == ports[-1]:
+                why = getattr(error, "strerror", None) or error
+                raise ConfigError(f"router.host={host} router.port={port}: {why}") from error
+        else:
+            return sock
+    raise AssertionError("unreachable: the last port either binds or raises")
+
+
+def _record(deployment: Deployment, replica: str, sock: socket.socket, *, nonce: str) -> Record:
+    host, port = sock.getsockname()[:2]
+    address = _fabric(deployment) if host in _EVERYWHERE else host
+    return Record(
+        kind=Kind.ROUTER,
+        replica=replica,
+        url=http_url(address, port),
+        state=State.STARTING,
+        serves={},
+        generation=split_replica(replica)[2],
+        nonce=nonce,
+        node=socket.gethostname(),
+        beat_s=deployment.cluster.beat_s,
+    )
+
+
+def _fabric(deployment: Deployment) -> str:
+    return addresses.address(deployment.cluster.fabric, kind=deployment.cluster.kind)
+
+
+def _previous_port(run: RunDir, node: str) -> int | None:
+    """The port of the latest router that served on this node, however it ended."""
+    routers = [folder.name for folder in run.jobs.glob(f"{Kind.ROUTER}-0.g*")]
+    for replica in sorted(routers, key=lambda name: split_replica(name)[2], reverse=True):
+        progress = JobDir(run, replica).progress()
+        if progress is not None and progress.node == node and progress.url is not None:
+            return urlsplit(progress.url).port
+    return None

@@ -1,0 +1,134 @@
+"""A data-plane process of the router: it serves clients on a socket of its own, by what the control process tells it.
+
+It begins to serve once it knows the replicas. Asked to drain, it takes nothing new, and closes its socket as soon as
+nobody is sent here any more.
+"""
+
+import asyncio
+import logging
+import socket
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+from hpc_router.background_tasks import background
+from hpc_router.config.parsing import parse
+from hpc_router.config.schema import Deployment, PolicyConfig, RouterConfig
+from hpc_router.errors import HpcRouterError
+from hpc_router.relay.downstream.server import listening
+from hpc_router.relay.in_flight import InFlight
+from hpc_router.relay.upstream.client import UpstreamClient
+from hpc_router.relay.upstream.interface import Limits, Upstream
+from hpc_router.router.ipc.shared_counters import CUT, IN_FLIGHT, Counters
+from hpc_router.router.metrics import Metrics
+from hpc_router.router.policies import load_policy
+from hpc_router.router.replicas.admission import bounds_of
+from hpc_router.router.replicas.sessions import Sessions
+from hpc_router.router.replicas.table import ReplicaTable
+from hpc_router.router.worker.control_client import ControlLink
+from hpc_router.router.worker.dispatcher import Dispatcher, stream_limits
+from hpc_router.router.worker.gateway import Gateway
+from hpc_router.routing.policy import Policy, versions
+from hpc_router.state.run_directory import RunDir
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Identity:
+    """What all workers of a router answer as. `token` None: open to everybody; `key` proves who answers."""
+
+    replica: str
+    key: str
+    token: str | None
+    started_at: float
+
+
+@asynccontextmanager
+async def linked(deployment: Deployment, counters: Counters, worker: int) -> AsyncIterator[ControlLink]:
+    """What a worker knows of the replicas, once it is attached to a control process."""
+    config = deployment.router
+    table = ReplicaTable(
+        config.pin_bound, bounds_of(deployment), cells=counters.row(worker), peers=counters.others(worker)
+    )
+    link = ControlLink(table, Sessions(), Metrics(), ejects_at_once=config.eject_connect_errors == 1)
+    try:
+        yield link
+    finally:
+        link.close()
+
+
+@asynccontextmanager
+async def working(
+    run: RunDir,
+    deployment: Deployment,
+    policy: Policy,
+    link: ControlLink,
+    *,
+    identity: Identity,
+    sock: socket.socket,
+    make_client: Callable[[Limits], AbstractAsyncContextManager[Upstream]] = UpstreamClient,
+    listen: Callable[..., AbstractAsyncContextManager[asyncio.Server]] = listening,
+) -> AsyncIterator[Gateway]:
+    """Serves on `sock` within the block; at its end in-flight requests get `router.drain_s`."""
+    config = deployment.router
+    await link.informed.wait()
+    async with make_client(stream_limits(config)) as client:
+        dispatcher = Dispatcher(table=link.table, witness=link, client=client, metrics=link.metrics, config=config)
+        gateway = Gateway(
+            deployment, link.table, policy, dispatcher, link.metrics, link,
+            token=identity.token, replica=identity.replica, key=identity.key, started_at=identity.started_at,
+            in_flight=InFlight(link.table.cells, link.table.peers, IN_FLIGHT),
+        )  # fmt: skip
+        max_body = int(config.max_body_mb * 2**20)
+        async with listen(gateway.handle, sock, max_body=max_body, express=gateway.express) as listener:
+            link.begin_to_serve()
+            try:
+                async with following(gateway, link, run):
+                    yield gateway
+            finally:
+                listener.close()
+                try:
+                    async with asyncio.timeout(config.drain_s):
+                        await gateway.in_flight.idle()
+                except TimeoutError:
+                    link.table.cells[CUT] = gateway.in_flight.count
+                    logger.warning("%d requests did not end within router.drain_s: cut off", gateway.in_flight.count)
+
+
+@asynccontextmanager
+async def following(gateway: Gateway, link: ControlLink, run: RunDir) -> AsyncIterator[None]:
+    """Take over the settings that the control process tells, one after the other; streams go on as they began."""
+    told = asyncio.Event()
+
+    async def follow() -> None:
+        while True:
+            await told.wait()
+            told.clear()
+            try:
+                await _take_over(gateway, link.settings or {}, run)
+            except (HpcRouterError, OSError) as error:
+                logger.warning("settings were not applied: %s", error)
+
+    link.on_settings = told.set
+    if link.settings is not None:
+        told.set()
+    async with background("settings", follow, link.task_failed):
+        yield
+
+
+async def _take_over(gateway: Gateway, settings: Mapping[str, Any], run: RunDir) -> None:
+    deployment = replace(
+        gateway.deployment,
+        policy=parse(PolicyConfig, settings["policy"], at="policy"),
+        router=parse(RouterConfig, settings["router"], at="router"),
+    )
+    policy = gateway.policy
+    same_artefacts = (settings["artefact"], settings["shadow"]) == versions(policy)
+    if deployment == gateway.deployment and same_artefacts:
+        return
+    if deployment.policy != gateway.deployment.policy or not same_artefacts:
+        policy = await asyncio.to_thread(load_policy, run, deployment)
+    gateway.reconfigure(deployment, policy)
+    logger.info("settings applied, artefact %s", policy.version)

@@ -1,0 +1,170 @@
+"""Somebody else's server as a replica: it is probed no more strictly than it is used."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from aiohttp import web
+
+from hpc_router.net import protocol
+from hpc_router.router.control import discovery
+from hpc_router.router.replicas.health import PROBES_LATE
+from hpc_router.router.replicas.replica import Standing
+from hpc_router.router.worker.control_client import REPORT_S
+from hpc_router.state import registry
+from hpc_router.state.registry import Kind, Record, State
+from hpc_router.state.run_directory import RunDir
+from tests.router.fakes import RunningRouter, a_deployment, a_router, a_run, completion
+from tests.router.worker.test_gateway import chat, post, ready
+from tests.waiting import eventually
+
+NAME = "math-x0.g1"
+
+
+@dataclass
+class Endpoint:
+    """Answers requests with `chat_status`, and probes with `status` and `body`; to None it gives no answer."""
+
+    status: int | None = 200
+    body: bytes = b"{}"
+    chat_status: int = 200
+    headers: dict[str, str] = field(default_factory=dict)
+    probed: list[str] = field(default_factory=list)
+    go_on: asyncio.Event = field(default_factory=asyncio.Event)
+    url: str = ""
+
+    async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        if request.method == "POST":
+            await request.content.read()
+            return web.json_response(completion(), status=self.chat_status, headers=self.headers)
+        self.probed.append(request.path)
+        if self.status is None:
+            await self.go_on.wait()
+        return web.Response(status=self.status or 404, body=self.body, headers=self.headers)
+
+
+@asynccontextmanager
+async def registered(run: RunDir, endpoint: Endpoint, *, probe: str | None = protocol.MODELS) -> AsyncIterator[None]:
+    """At the same port again, where it had one."""
+    runner = web.ServerRunner(web.Server(endpoint.handle, handler_cancellation=True), shutdown_timeout=0.1)
+    await runner.setup()
+    port = int(endpoint.url.rpartition(":")[2] or 0)
+    await web.TCPSite(runner, "127.0.0.1", port, reuse_address=True).start()
+    endpoint.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+    registry.publish(
+        run.registry, Record(Kind.EXTERNAL, NAME, endpoint.url, State.READY, {"math": "theirs"}, probe=probe)
+    )
+    try:
+        yield
+    finally:
+        endpoint.go_on.set()
+        await runner.cleanup()
+
+
+def standing(router: RunningRouter) -> Standing | None:
+    replica = router.control.table.get(NAME)
+    return None if replica is None else replica.standing
+
+
+async def ask(router: RunningRouter) -> int:
+    status: int = (await post(router, chat("math")))[0]
+    return status
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "models"),
+    [
+        (404, b"", ()),
+        (401, b'{"error": {}}', ()),
+        (429, b"", ()),
+        (500, b"<html>", ()),
+        (200, b"<html>", ()),
+        (200, b'{"data": 1}', ()),
+        (200, b'[{"id": "a"}, "b", 1]', ("a", "b")),
+        (200, b'{"data": [{"id": "a"}]}', ("a",)),
+        (302, b"", ()),
+    ],
+)
+async def test_whatever_it_answers_it_lives(tmp_path: Path, status: int, body: bytes, models: tuple[str, ...]) -> None:
+    run = a_run(tmp_path)
+    async with registered(run, Endpoint(status, body)), a_router(run, a_deployment()) as router:
+        await ready(router)
+        assert await ask(router) == 200
+        (replica,) = router.control.table.all()
+        assert (replica.models, replica.trouble) == (models, None)
+
+
+async def test_a_late_answer_is_one_too(tmp_path: Path) -> None:
+    """Agents have `router.probe_timeout_s`; others have that for the connection alone."""
+    run, endpoint = a_run(tmp_path), Endpoint(status=None)
+    async with registered(run, endpoint), a_router(run, a_deployment(probe_timeout_s=0.05)) as router:
+        await eventually(lambda: endpoint.probed)
+        await asyncio.wait({asyncio.create_task(endpoint.go_on.wait())}, timeout=4 * 0.05)
+        assert len(endpoint.probed) == 1
+        endpoint.go_on.set()
+        await ready(router)
+
+
+async def test_probes_without_an_answer_eject_it_unless_requests_are_answered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(discovery, "EXTERNAL_PROBE_S", 2 * REPORT_S)
+    run, endpoint = a_run(tmp_path), Endpoint()
+    async with registered(run, endpoint), a_router(run, a_deployment()) as router:
+        await ready(router)
+        endpoint.status = None
+        before = len(endpoint.probed)
+        while len(endpoint.probed) <= before + PROBES_LATE + 1:
+            assert await ask(router) == 200
+            await asyncio.sleep(0.05)
+        assert standing(router) is Standing.READY
+        await eventually(lambda: standing(router) is Standing.EJECTED)
+        (replica,) = router.control.table.all()
+        assert replica.trouble is not None
+        assert replica.trouble.startswith(f"GET {endpoint.url}/v1/models: no answer within ")
+
+
+@pytest.mark.parametrize("probe", ["/v1/models", "/health", None])
+async def test_a_connection_that_fails_ejects_and_it_comes_back(tmp_path: Path, probe: str | None) -> None:
+    run, endpoint = a_run(tmp_path), Endpoint()
+    async with a_router(run, a_deployment()) as router:
+        async with registered(run, endpoint, probe=probe):
+            await ready(router)
+            assert await ask(router) == 200
+            assert set(endpoint.probed) == ({probe} if probe is not None else set())
+        await eventually(lambda: standing(router) is Standing.EJECTED)
+        (replica,) = router.control.table.all()
+        assert replica.trouble is not None
+        probed = f"connection to {endpoint.url}" if probe is None else f"GET {endpoint.url}{probe}"
+        assert replica.trouble.startswith(f"{probed}: ")
+        async with registered(run, endpoint, probe=probe):
+            await ready(router)
+            assert await ask(router) == 200
+
+
+@pytest.mark.parametrize("header", [protocol.DRAINING_HEADER, protocol.STARTING_HEADER])
+async def test_one_that_drained_comes_back_when_it_is_ready(tmp_path: Path, header: str) -> None:
+    """A router of ours may be one: its successor answers at the same address."""
+    run, endpoint = a_run(tmp_path), Endpoint()
+    async with registered(run, endpoint), a_router(run, a_deployment()) as router:
+        await ready(router)
+        endpoint.status, endpoint.chat_status, endpoint.headers = 503, 503, {header: "1"}
+        waits = asyncio.create_task(ask(router))
+        await eventually(lambda: standing(router) is Standing.STARTING)
+        await eventually(lambda: router.gateway.table.waiting("math") == 1)
+        endpoint.status, endpoint.chat_status, endpoint.headers = 200, 200, {}
+        assert await waits == 200
+
+
+async def test_a_refused_token_is_told_as_ours(tmp_path: Path) -> None:
+    """The client's own was right."""
+    run, endpoint = a_run(tmp_path), Endpoint(chat_status=401)
+    async with registered(run, endpoint), a_router(run, a_deployment()) as router:
+        await ready(router)
+        status, body, _ = await post(router, chat("math"))
+        assert (status, body["error"]["code"]) == (502, "endpoint_unauthorized")
+        assert body["error"]["message"].startswith(f"{endpoint.url} answered 401")
+        assert standing(router) is Standing.READY

@@ -1,0 +1,76 @@
+"""Who is taken out, for how long, and who may not be."""
+
+import pytest
+
+from hpc_router.router.replicas.health import PROBES_LATE, Health, Incident, Rules, Verdict, spare
+
+RULES = Rules(connections=2, errors=3, out_s=10.0, most_out_s=30.0, share=0.5)
+
+
+def notes(health: Health, *incidents: Incident, now: float = 0.0, spare: bool = True) -> list[Verdict]:
+    return [health.note(incident, now=now, rules=RULES, spare=spare) for incident in incidents]
+
+
+@pytest.mark.parametrize("between", [Incident.ANSWERED, Incident.PROBE_OK])
+def test_connections_that_cannot_be_made_in_a_row_eject(between: Incident) -> None:
+    health = Health()
+    assert notes(health, Incident.NO_CONNECTION, between, Incident.NO_CONNECTION) == [Verdict.KEEP] * 3
+    assert notes(health, Incident.NO_CONNECTION) == [Verdict.EJECT]
+
+
+def test_errors_in_a_row_exclude_and_a_good_answer_forgives_them() -> None:
+    health, error = Health(), Incident.ERROR
+    assert notes(health, error, error, Incident.ANSWERED, error, error) == [Verdict.KEEP] * 5
+    assert notes(health, Incident.PROBE_OK) == [Verdict.KEEP], "an agent that answers says nothing about its engine"
+    assert notes(health, error) == [Verdict.EXCLUDE]
+
+
+def test_who_cannot_be_spared_stays() -> None:
+    health = Health()
+    assert notes(health, *[Incident.ERROR] * 9, spare=False) == [Verdict.KEEP] * 9
+    assert notes(health, Incident.ERROR, spare=True) == [Verdict.EXCLUDE]
+
+
+def test_its_word_counts_again_after_a_time_that_doubles() -> None:
+    health, now, times = Health(), 0.0, []
+    for _ in range(4):
+        assert notes(health, *[Incident.ERROR] * 3, now=now)[-1] is Verdict.EXCLUDE
+        assert health.is_out(now)
+        times.append(health.out_until - now)
+        assert not health.counts(health.out_until - 0.001)
+        now = health.out_until
+        assert health.counts(now)
+    assert times == [10.0, 20.0, 30.0, 30.0], "up to the longest"
+    notes(health, *[Incident.ERROR] * 3, now=now + RULES.most_out_s + 0.001)
+    assert health.out_until == now + RULES.most_out_s + 0.001 + 10.0, "long ago is forgotten"
+
+
+def test_while_it_is_out_what_was_under_way_there_lengthens_nothing() -> None:
+    health = Health()
+    notes(health, *[Incident.ERROR] * 3)
+    assert notes(health, *[Incident.ERROR] * 5, now=9.0) == [Verdict.KEEP] * 5
+    assert health.out_until == 10.0
+
+
+def test_late_probes_in_a_row_eject_and_one_that_fails_does_at_once() -> None:
+    late = Incident.PROBE_LATE
+    assert notes(Health(), *[late] * PROBES_LATE) == [Verdict.KEEP] * (PROBES_LATE - 1) + [Verdict.EJECT]
+    assert notes(Health(), late, Incident.PROBE_OK, late, late) == [Verdict.KEEP] * 4
+    assert notes(Health(), Incident.PROBE_FAILED) == [Verdict.EJECT]
+
+
+@pytest.mark.parametrize(
+    ("others", "share", "may"),
+    [
+        ([], 1.0, False),  # the only one
+        ([(True, False)], 0.5, True),
+        ([(True, False)], 0.4, False),  # half of them would be more than the share
+        ([(False, False)], 1.0, False),  # the other one is not ready
+        ([(False, True), (True, False)], 0.5, False),  # one of three is out, two would be more than half
+        ([(False, True), (True, False), (True, False)], 0.5, True),
+    ],
+)
+def test_a_share_of_them_may_be_out_and_never_the_last(
+    others: list[tuple[bool, bool]], share: float, may: bool
+) -> None:
+    assert spare(others=others, share=share) is may

@@ -1,0 +1,94 @@
+"""The body is decoded without being changed, and only the model's bytes are ever replaced."""
+
+import json
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hpc_router.errors import BadRequestError
+from hpc_router.router.worker.request_body import decode
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=12,
+)
+bodies = st.dictionaries(st.text(), values, max_size=6)
+
+
+@given(bodies, st.booleans(), st.sampled_from([None, 1, "\t"]))
+def test_decodes_what_json_decodes(body: dict[str, Any], ascii_only: bool, indent: Any) -> None:
+    raw = json.dumps(body, ensure_ascii=ascii_only, indent=indent).encode("utf-8", "replace")
+    call = decode(raw)
+    assert call.fields == json.loads(raw)
+    assert call.raw is raw
+
+
+@given(bodies, st.text(min_size=1), st.text(), st.sampled_from([None, 2]))
+def test_only_the_model_value_is_replaced(body: dict[str, Any], old: str, new: str, indent: Any) -> None:
+    """Cutting the model's bytes out of both bodies leaves the same bytes."""
+    raw = json.dumps({**body, "model": old}, indent=indent).encode()
+    replaced = decode(raw).body(new)
+    assert json.loads(replaced) == {**body, "model": new}
+    before, after = decode(raw), decode(replaced)
+    assert before.raw[: before.model_span[0]] == after.raw[: after.model_span[0]]
+    assert before.raw[before.model_span[1] :] == after.raw[after.model_span[1] :]
+
+
+@pytest.mark.parametrize(
+    ("raw", "says"),
+    [
+        (b"", "does not begin"),
+        (b"[]", "does not begin"),
+        (b"{", "ends too early"),
+        (b'{"a"', "ends too early"),
+        (b'{"a":', "Expecting value"),
+        (b'{"a": 1', "ends too early"),
+        (b'{"a": 1,}', "expected"),
+        (b'{"a" 1}', "expected"),
+        (b'{"a": 1} x', "data after its end"),
+        (b'{"a": 1, "a": 2}', "stands twice"),
+        (b'{"a": "\xff"}', "UTF-8"),
+        (b'{"a": ' + b"[" * 100_000, "nested too deeply"),
+        (b"\xef\xbb\xbf{}", "does not begin"),
+    ],
+)
+def test_what_is_no_object_is_refused_in_words(raw: bytes, says: str) -> None:
+    with pytest.raises(BadRequestError, match=says):
+        decode(raw)
+
+
+@given(bodies, st.text(min_size=1), st.text())
+def test_what_only_the_walk_reads_is_no_different(body: dict[str, Any], old: str, new: str) -> None:
+    """A number that is none of JSON's is left for the engine to judge."""
+    raw = json.dumps({**body, "model": old, "temperature": math.nan}).encode()
+    assert decode(raw).model == old
+    replaced = json.loads(decode(raw).body(new))
+    assert math.isnan(replaced.pop("temperature"))
+    assert replaced == {key: value for key, value in {**body, "model": new}.items() if key != "temperature"}
+
+
+def test_a_model_that_is_named_elsewhere_as_well() -> None:
+    """In a nested object, in the prompt, or with its key in disguise."""
+    for raw in (
+        b'{"metadata":{"model":"math"},"model":"math"}',
+        b'{"metadata":{"model":"math"},"mode\\u006c":"math"}',
+        b'{"prompt":"{\\"model\\":\\"math\\"}","model" : "math"}',
+        b'{"mode\\u006c":"math","a\\"model":"math"}',
+        b'{"mode\\u006c":"math","a":[{"model":"math"}]}',
+        b'{"a":[{"model":"math","b":{}}],"mode\\u006c":"math"}',
+        b' { "model":"math","a":{"mode\\u006c":"math"}}',
+    ):
+        call = decode(raw)
+        assert call.model == "math"
+        assert json.loads(call.body("theirs")) == json.loads(raw) | {"model": "theirs"}
+
+
+@pytest.mark.parametrize("raw", [b"{}", b'{"model": null}', b'{"model": 3}', b'{"model": ""}'])
+def test_a_missing_or_odd_model_is_a_bad_request(raw: bytes) -> None:
+    call = decode(raw)
+    with pytest.raises(BadRequestError, match="'model'"):
+        _ = call.model
