@@ -57,9 +57,9 @@ def told(verb: Callable[[], int]) -> int:
 
 
 def plan(arguments: argparse.Namespace) -> int:
-    from hpc_router.cluster.desired import desired_of, scaled
-    from hpc_router.cluster.plan import make_plan
-    from hpc_router.cluster.runs import find_target
+    from hpc_router.cluster.control_loop.desired_state import desired_of, scaled
+    from hpc_router.cluster.planning.plan import make_plan
+    from hpc_router.cluster.planning.run_target import find_target
     from hpc_router.screen import plan_text
 
     target = find_target(arguments.run, arguments.overrides, config_dir=arguments.config_dir)
@@ -76,9 +76,9 @@ def up(arguments: argparse.Namespace) -> int:
 
 def run_up(given: Path | None, overrides: list[str], *, config_dir: Path | None, wait_all: bool) -> int:
     """Also the body of `launch.deploy`."""
-    from hpc_router.cluster.runs import find_target
-    from hpc_router.cluster.up import Interrupted, Served
-    from hpc_router.cluster.up import up as bring_up
+    from hpc_router.cluster.commands.up import Interrupted, Served
+    from hpc_router.cluster.commands.up import up as bring_up
+    from hpc_router.cluster.planning.run_target import find_target
     from hpc_router.screen import Progress
 
     target = find_target(given, overrides, config_dir=config_dir)
@@ -110,7 +110,7 @@ def _say_how(run: RunDir, url: str) -> None:
 
 
 def down(arguments: argparse.Namespace) -> int:
-    from hpc_router.cluster.down import down as take_down
+    from hpc_router.cluster.commands.down import down as take_down
     from hpc_router.screen import Progress
 
     run = find_run(arguments.run)
@@ -123,7 +123,7 @@ def down(arguments: argparse.Namespace) -> int:
 
 
 def status(arguments: argparse.Namespace) -> int:
-    from hpc_router.cluster.status import status as status_of
+    from hpc_router.cluster.commands.status import status as status_of
     from hpc_router.screen import status_text
 
     value = status_of(find_run(arguments.run))
@@ -131,8 +131,8 @@ def status(arguments: argparse.Namespace) -> int:
 
 
 def logs(arguments: argparse.Namespace) -> int:
-    from hpc_router.cluster.desired import with_jobs
-    from hpc_router.cluster.logs import ends, follow, log_files, tail
+    from hpc_router.cluster.commands.logs import ends, follow, log_files, tail
+    from hpc_router.cluster.control_loop.desired_state import with_jobs
 
     run = find_run(arguments.run)
     name = None if arguments.name is None else with_jobs(run, arguments.name)
@@ -149,7 +149,7 @@ def logs(arguments: argparse.Namespace) -> int:
 
 
 def why(arguments: argparse.Namespace) -> int:
-    from hpc_router.cluster.why import why as why_of
+    from hpc_router.cluster.commands.why import why as why_of
     from hpc_router.screen import why_text
 
     causes = why_of(find_run(arguments.run), arguments.name)
@@ -157,7 +157,7 @@ def why(arguments: argparse.Namespace) -> int:
 
 
 def route(arguments: argparse.Namespace) -> int:
-    from hpc_router.cluster.router_access import router_access
+    from hpc_router.cluster.commands.router_access import router_access
     from hpc_router.net.http_client import Unreachable, ask
     from hpc_router.screen import route_text
 
@@ -172,7 +172,7 @@ def route(arguments: argparse.Namespace) -> int:
 
 
 def chat(arguments: argparse.Namespace) -> int:
-    from hpc_router.cluster.router_access import router_access
+    from hpc_router.cluster.commands.router_access import router_access
 
     run = find_run(arguments.run)
     prompt = arguments.prompt if arguments.prompt is not None or sys.stdin.isatty() else sys.stdin.read()
@@ -201,8 +201,8 @@ def chat(arguments: argparse.Namespace) -> int:
 
 
 async def _answer(access: Any, messages: list[dict[str, str]], model: str) -> str:
-    from hpc_router.cluster.chat import Head
-    from hpc_router.cluster.chat import chat as converse
+    from hpc_router.cluster.commands.chat import Head
+    from hpc_router.cluster.commands.chat import chat as converse
 
     said = ""
     async with contextlib.aclosing(converse(access, messages, model=model)) as pieces:
@@ -217,8 +217,8 @@ async def _answer(access: Any, messages: list[dict[str, str]], model: str) -> st
 
 
 def url(arguments: argparse.Namespace) -> int:
-    from hpc_router.cluster.router_access import router_access
-    from hpc_router.cluster.ssh import tunnel_to
+    from hpc_router.cluster.commands.router_access import router_access
+    from hpc_router.cluster.commands.tunnel import tunnel_to
 
     run = find_run(arguments.run)
     if not arguments.ssh and not arguments.json:
@@ -236,8 +236,8 @@ def token(arguments: argparse.Namespace) -> int:
 
 
 def scale(arguments: argparse.Namespace) -> int:
-    from hpc_router.cluster.scale import parse_counts
-    from hpc_router.cluster.scale import scale as change
+    from hpc_router.cluster.commands.scale import parse_counts
+    from hpc_router.cluster.commands.scale import scale as change
 
     wanted, warnings = change(find_run(arguments.run), parse_counts(arguments.counts))
     _warn(warnings)
@@ -250,16 +250,16 @@ def _warn(warnings: Iterable[str]) -> None:
 
 
 def set_(arguments: argparse.Namespace) -> int:
-    from hpc_router.cluster.settings import change, parse_settings
+    from hpc_router.cluster.commands.set import change, parse_settings
 
     settings = change(find_run(arguments.run), *parse_settings(arguments.settings))
     return _print(settings) if arguments.json else _print_lines(f"{key}={value}" for key, value in settings.items())
 
 
 def drain(arguments: argparse.Namespace) -> int:
-    from hpc_router.cluster.control import Control
-    from hpc_router.cluster.desired import include_nodes
-    from hpc_router.cluster.retire import retire, wait
+    from hpc_router.cluster.commands.drain import retire, wait
+    from hpc_router.cluster.control_loop.desired_state import include_nodes
+    from hpc_router.cluster.control_loop.loop import Control
 
     control = Control(find_run(arguments.run))
     if arguments.undo:
@@ -283,8 +283,8 @@ def drain(arguments: argparse.Namespace) -> int:
 
 
 def register(arguments: argparse.Namespace) -> int:
-    from hpc_router.cluster.register import examine, read_token
-    from hpc_router.cluster.register import register as join
+    from hpc_router.cluster.commands.register import examine, read_token
+    from hpc_router.cluster.commands.register import register as join
 
     given = read_token(arguments.token_file) if arguments.token_file is not None else None
     endpoint = examine(
@@ -301,7 +301,7 @@ def register(arguments: argparse.Namespace) -> int:
 
 
 def unregister(arguments: argparse.Namespace) -> int:
-    from hpc_router.cluster.register import unregister as leave
+    from hpc_router.cluster.commands.register import unregister as leave
 
     if arguments.replica is None and arguments.expert is None:
         raise ConfigError("unregister needs a REPLICA or --expert NAME")
@@ -310,7 +310,7 @@ def unregister(arguments: argparse.Namespace) -> int:
 
 
 def reconcile(arguments: argparse.Namespace) -> int:
-    from hpc_router.cluster.control import Control, run_loop
+    from hpc_router.cluster.control_loop.loop import Control, run_loop
 
     run = find_run(arguments.run)
     if arguments.loop:

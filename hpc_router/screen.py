@@ -10,13 +10,13 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from hpc_router.cluster.slots import Attempt
-from hpc_router.cluster.view import ReplicaView, Standing
-from hpc_router.cluster.why import Cause
+from hpc_router.cluster.commands.replica_view import ReplicaView, Standing
+from hpc_router.cluster.commands.why import Cause
+from hpc_router.cluster.control_loop.slots import Attempt
 from hpc_router.state.run_directory import RunDir
 
 if TYPE_CHECKING:
-    from hpc_router.cluster.plan import Plan
+    from hpc_router.cluster.planning.plan import Plan
 
 _STYLE: Final[Mapping[str, str]] = {
     "ready": "green",
@@ -42,7 +42,7 @@ def _state(name: str) -> Text:
 
 
 def plan_text(plan: "Plan") -> RenderableType:
-    from hpc_router.cluster.plan import shown, shown_script
+    from hpc_router.cluster.planning.plan import shown, shown_script
 
     table = _table("replica", "engine", "nodes", "GPUs", "CPUs", "memory")
     for replica in plan.replicas:

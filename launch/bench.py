@@ -34,8 +34,8 @@ from hpc_router.bench.sweep import Leg, sim_options
 from hpc_router.bench.sweep import measure as measure_leg
 from hpc_router.bench.table import table
 from hpc_router.bench.workload import Point, points_of
-from hpc_router.cluster.plan import settled, shown
-from hpc_router.cluster.router_access import router_access
+from hpc_router.cluster.commands.router_access import router_access
+from hpc_router.cluster.planning.plan import settled, shown
 from hpc_router.config import compose, frozen
 from hpc_router.config.as_written import as_written
 from hpc_router.config.compose import conf_folder

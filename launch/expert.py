@@ -13,8 +13,8 @@ import os
 import sys
 from pathlib import Path
 
-from hpc_router.cluster.foreground import claim_expert, join_expert, rank_of, step_of
-from hpc_router.cluster.plan import make_plan, settled
+from hpc_router.cluster.commands.manual_start import claim_expert, join_expert, rank_of, step_of
+from hpc_router.cluster.planning.plan import make_plan, settled
 from hpc_router.config import compose, frozen
 from hpc_router.config.adapters import host_of
 from hpc_router.errors import ConfigError, suggest

@@ -9,9 +9,9 @@ A run that has a config gives the base, overrides go on top; else there are no e
 import sys
 from pathlib import Path
 
-from hpc_router.cluster.foreground import claim_router
-from hpc_router.cluster.plan import settled
-from hpc_router.cluster.up import train_classifier
+from hpc_router.cluster.commands.manual_start import claim_router
+from hpc_router.cluster.commands.up import train_classifier
+from hpc_router.cluster.planning.plan import settled
 from hpc_router.config import compose, frozen
 from hpc_router.config.schema import Deployment
 from hpc_router.config.sources import parse_override

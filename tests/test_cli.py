@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from hpc_router.cli import VERBS, _say_how, main
-from hpc_router.cluster.scale import parse_counts
-from hpc_router.cluster.settings import change, parse_settings
+from hpc_router.cluster.commands.scale import parse_counts
+from hpc_router.cluster.commands.set import change, parse_settings
 from hpc_router.errors import ConfigError
 from hpc_router.state.job_records import Exit, JobDir, JobInfo, Reason
 from hpc_router.state.log_file import previous

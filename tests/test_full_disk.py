@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from hpc_router.cli import main
-from hpc_router.cluster.control import Control
-from hpc_router.cluster.status import status
-from hpc_router.cluster.why import why
+from hpc_router.cluster.commands.status import status
+from hpc_router.cluster.commands.why import why
+from hpc_router.cluster.control_loop.loop import Control
 from hpc_router.config import frozen
 from hpc_router.config.schema import Deployment, EngineConfig, ExpertConfig
 from hpc_router.state.atomic_files import create_text, replace_text

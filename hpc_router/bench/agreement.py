@@ -22,7 +22,7 @@ from hpc_router.bench.prompts import Prompt, built_in
 from hpc_router.bench.router.figures import Spread
 from hpc_router.bench.router.run import origin_of
 from hpc_router.bench.workload import Point, workload
-from hpc_router.cluster.router_access import router_access
+from hpc_router.cluster.commands.router_access import router_access
 from hpc_router.errors import LaunchError
 from hpc_router.state.atomic_files import replace_text
 from hpc_router.state.run_directory import RunDir

@@ -19,10 +19,10 @@ from hpc_router.bench.prompts import Prompt
 from hpc_router.bench.record import Provenance, raw_lines, record
 from hpc_router.bench.store import Store
 from hpc_router.bench.workload import Point, points_of
-from hpc_router.cluster.down import down
-from hpc_router.cluster.router_access import router_access
-from hpc_router.cluster.runs import Target as RunTarget
-from hpc_router.cluster.up import Interrupted, Reporter, up
+from hpc_router.cluster.commands.down import down
+from hpc_router.cluster.commands.router_access import router_access
+from hpc_router.cluster.commands.up import Interrupted, Reporter, up
+from hpc_router.cluster.planning.run_target import Target as RunTarget
 from hpc_router.config.schema import Deployment
 from hpc_router.errors import LaunchError
 from hpc_router.state.run_directory import RunDir

@@ -1,6 +1,6 @@
 """What may stand in a batch script: options of Slurm, modules, setup lines, environment.
 
-Each becomes a line, so nothing may carry another line with it; and what `hpc_router.cluster.batch` sets itself is not
+Each becomes a line, so nothing may carry another line with it; and what `hpc_router.cluster.launchers.slurm.sbatch` sets itself is not
 to be set a second time beside it. Every refusal names its key and what to use instead.
 """
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from hpc_router.cluster.launcher import JobRequest
-from hpc_router.cluster.local import LocalLauncher
+from hpc_router.cluster.launchers.interface import JobRequest
+from hpc_router.cluster.launchers.local import LocalLauncher
 from hpc_router.config.schema import ResourceConfig
 from hpc_router.state.job_records import JobDir, Stop
 from hpc_router.state.run_directory import RunDir, make_run

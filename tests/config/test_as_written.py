@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpc_router.cluster.plan import make_plan
+from hpc_router.cluster.planning.plan import make_plan
 from hpc_router.config import frozen
 from hpc_router.config.compose import load_deployment, with_overrides
 from hpc_router.config.schema import ClusterConfig, Deployment, EngineConfig, ExpertConfig, PolicyConfig

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hpc_router.cluster.plan import make_plan
+from hpc_router.cluster.planning.plan import make_plan
 from hpc_router.config import frozen
 from hpc_router.config.compose import conf_folder, load_deployment, with_overrides
 from hpc_router.config.frozen import differing_keys

@@ -8,7 +8,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from hpc_router.cluster.settings import change, parse_settings
+from hpc_router.cluster.commands.set import change, parse_settings
 from hpc_router.net import protocol
 from hpc_router.router.control.config_watcher import Changes
 from hpc_router.router.control.discovery import Discovery

@@ -5,9 +5,9 @@ import re
 import pytest
 
 from hpc_router.cli import main
-from hpc_router.cluster.pending import in_words
-from hpc_router.cluster.refusal import find, is_passing
-from hpc_router.cluster.site import ask_site
+from hpc_router.cluster.launchers.slurm.pending_reasons import in_words
+from hpc_router.cluster.launchers.slurm.sinfo import ask_site
+from hpc_router.cluster.launchers.slurm.submit_errors import find, is_passing
 from tests.slurm.cluster import SlurmCluster
 from tests.slurm.configuration import GPUS, MIB_PER_CPU
 from tests.slurm.host import SlurmClusterError

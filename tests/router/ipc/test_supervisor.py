@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from hpc_router.cluster.settings import change, parse_settings
+from hpc_router.cluster.commands.set import change, parse_settings
 from hpc_router.errors import ConfigError
 from hpc_router.router.ipc.supervisor import LONGEST_PAUSE_S, pause_s
 from hpc_router.routing import exemplars

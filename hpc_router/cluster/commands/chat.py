@@ -1,0 +1,79 @@
+"""A conversation with the deployment, streamed: what `hpc-router chat` prints, piece by piece."""
+
+import json
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import aiohttp
+
+from hpc_router.cluster.commands.router_access import RouterAccess
+from hpc_router.errors import HpcRouterError
+from hpc_router.net.http_client import session
+from hpc_router.net.protocol import CHAT
+from hpc_router.relay.sse import DONE, EventSplitter, EventTooLargeError, UnfinishedEventError, payloads
+
+IDLE_S: Final = 600.0
+Message = dict[str, str]
+
+
+class ChatError(HpcRouterError):
+    """The answer did not come, or broke off."""
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """Who answers, and why."""
+
+    expert: str | None
+    replica: str | None
+    reason: str | None
+
+
+async def chat(access: RouterAccess, messages: Sequence[Message], *, model: str) -> AsyncGenerator[Head | str, None]:
+    """First the head, then the answer's pieces. Raises ChatError."""
+    body = {"model": model, "messages": list(messages), "stream": True}
+    headers = {"Authorization": f"Bearer {access.token}"}
+    limits = aiohttp.ClientTimeout(total=None, sock_read=IDLE_S)
+    try:
+        async with (
+            session(timeout_s=None) as client,
+            client.post(access.url + CHAT, json=body, headers=headers, timeout=limits) as response,
+        ):
+            if response.status != 200:
+                raise ChatError(_message(await response.text(errors="replace"), status=response.status))
+            given = response.headers
+            yield Head(given.get("x-expert"), given.get("x-replica"), given.get("x-route-reason"))
+            splitter = EventSplitter()
+            async for received in response.content.iter_any():
+                for piece in filter(None, map(_piece, payloads(splitter.feed(received)))):
+                    yield piece
+            for piece in filter(None, map(_piece, payloads(splitter.end()))):
+                yield piece
+    except (EventTooLargeError, UnfinishedEventError) as error:
+        raise ChatError(f"the router at {access.url} sent a broken stream: {error}") from error
+    except (aiohttp.ClientError, TimeoutError, OSError) as error:
+        raise ChatError(f"the router at {access.url} broke off: {error or type(error).__name__}") from error
+
+
+def _piece(data: bytes) -> str:
+    """The text that one event adds."""
+    if data == DONE:
+        return ""
+    try:
+        event: Any = json.loads(data)
+    except ValueError:
+        return ""
+    if isinstance(event, dict) and event.get("error"):
+        raise ChatError(_message(data.decode("utf-8", "replace"), status=200))
+    choices = event.get("choices") if isinstance(event, dict) else None
+    delta = choices[0].get("delta") or {} if choices else {}
+    return str(delta.get("content") or "")
+
+
+def _message(text: str, *, status: int) -> str:
+    try:
+        error = json.loads(text)["error"]
+        return str(error["message"] if isinstance(error, dict) else error)
+    except (ValueError, KeyError, TypeError):
+        return f"status {status}: {text[:300]}"

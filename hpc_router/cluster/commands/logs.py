@@ -1,0 +1,137 @@
+"""The log files of a run: whose they are, their last lines, and following them as they grow.
+
+An agent's file starts when the agent does; before that, and where it could not start, the job's own output in its
+folder is all there is: the batch script's and submitit's. A log is rotated by rename (see `logfile`), so its lines go
+on from the older file to the newer one.
+"""
+
+import os
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from hpc_router.cluster.launchers.interface import ROUTER
+from hpc_router.errors import ConfigError, RegistryError, suggest
+from hpc_router.state.job_records import JobDir
+from hpc_router.state.log_file import previous
+from hpc_router.state.registry import split_replica
+from hpc_router.state.run_directory import RunDir
+
+POLL_S: Final = 0.3
+
+
+def log_files(run: RunDir, name: str | None) -> dict[str, list[Path]]:
+    """Files by replica: of a replica, an expert's newest jobs, the router, everything. Raises ConfigError."""
+    jobs = sorted((d.name for d in run.jobs.iterdir() if _parts(d.name)), key=lambda n: _parts(n) or ("", "", 0))
+    newest = {(_parts(job) or ("", "", 0))[:2]: job for job in jobs}
+    if name is None:
+        chosen = list(newest.values())
+    elif name in jobs:
+        chosen = [name]
+    else:
+        chosen = [job for (expert, slot), job in newest.items() if name in (expert, f"{expert}-{slot}")]
+    if not chosen and name is not None:
+        names = {expert for expert, _ in newest} | set(jobs)
+        raise ConfigError(f"no job of this run is named '{name}'{suggest(name, names)}")
+    files = {job: files_of(JobDir(run, job)) for job in chosen}
+    for job in chosen:
+        control = JobDir(run, job).reconcile_log
+        if (_parts(job) or ("",))[0] == ROUTER and control.exists():
+            files["reconcile"] = [control]
+    return files
+
+
+def files_of(job: JobDir) -> list[Path]:
+    """The job's own output only where it said something."""
+    ranks = sorted(job.run.logs.glob(f"{job.replica}.rank*.log"))  # of an engine on several nodes
+    workers = sorted(job.run.logs.glob(f"{job.replica}.worker*.log"))  # of a router
+    return [path for path in (*early_files(job), job.agent_log, job.engine_log, *ranks, *workers) if path.exists()]
+
+
+def early_files(job: JobDir) -> list[Path]:
+    """What the batch script and submitit had to complain about."""
+    found = [*sorted(job.path.glob("*_batch.log")), *sorted(job.path.glob("*_log.err"))]
+    return [path for path in found if path.stat().st_size]
+
+
+def tail(path: Path, lines: int) -> list[str]:
+    """Of the log and its older part."""
+    last: deque[str] = deque(maxlen=lines)
+    for part in (previous(path), path):
+        with suppress(FileNotFoundError), part.open(encoding="utf-8", errors="replace") as stream:
+            last.extend(stream)
+    return [line.rstrip("\n") for line in last]
+
+
+@dataclass(slots=True)
+class Position:
+    """How far a log has been read: in which file, up to which byte; `rest` is the begin of a line."""
+
+    inode: int
+    offset: int = 0
+    rest: str = ""
+
+
+def ends(files: Mapping[str, Sequence[Path]]) -> dict[Path, Position]:
+    """Where each of these logs ends now."""
+    found = ((path, path.stat()) for paths in files.values() for path in paths)
+    return {path: Position(status.st_ino, status.st_size) for path, status in found}
+
+
+def follow(run: RunDir, name: str | None, *, since: Mapping[Path, Position]) -> Iterator[tuple[str, str]]:
+    """(replica, line) as lines come, of files that appear later too. Never ends."""
+    positions = dict(since)
+    while True:
+        for replica, files in log_files(run, name).items():
+            for path in files:
+                for line in _grown(path, positions):
+                    yield replica, line
+        time.sleep(POLL_S)
+
+
+def _grown(path: Path, positions: dict[Path, Position]) -> Iterator[str]:
+    """The lines since the last look. After a rotation, the end of the older file comes first."""
+    try:
+        with path.open("rb") as stream:
+            inode = os.fstat(stream.fileno()).st_ino
+            position = positions.setdefault(path, Position(inode))
+            new = b""
+            if inode != position.inode:
+                new = _end_of(previous(path), position)
+                position.inode, position.offset = inode, 0
+            stream.seek(position.offset)
+            new += stream.read()
+            position.offset = stream.tell()
+    except FileNotFoundError:
+        return
+    *lines, position.rest = (position.rest + new.decode("utf-8", "replace")).split("\n")
+    yield from lines
+
+
+def _end_of(path: Path, position: Position) -> bytes:
+    """What was not read of the file that lies at `path` now; nothing where it is another one by now."""
+    with suppress(FileNotFoundError), path.open("rb") as stream:
+        if os.fstat(stream.fileno()).st_ino == position.inode:
+            stream.seek(position.offset)
+            return stream.read()
+    return b""
+
+
+def _parts(name: str) -> tuple[str, str, int] | None:
+    try:
+        return split_replica(name)
+    except RegistryError:
+        return None
+
+
+def last_lines(run: RunDir, replica: str, *, lines: int) -> list[str]:
+    """The end of the file that says most about a failure: the engine's, else the agent's, else submitit's."""
+    job = JobDir(run, replica)
+    for path in (job.engine_log, job.agent_log, *reversed(early_files(job))):
+        if path.exists() and os.path.getsize(path):  # noqa: PTH202
+            return tail(path, lines)
+    return []

@@ -1,0 +1,134 @@
+"""Claims for what a person starts by hand, in the foreground: the next generation of the router, a slot of an expert.
+
+The process that claims is the job itself: a process of this host, or a step of the Slurm job that `srun` was called
+in. The control loop leaves such experts alone (`h0`), and counts such a router. Of an expert on several nodes the
+first task of the step claims, and the others join it.
+"""
+
+import itertools
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from hpc_router.cluster.control_loop.loop import Control
+from hpc_router.cluster.control_loop.slots import ROUTER_SLOT, Observed, Slot
+from hpc_router.config.schema import Deployment
+from hpc_router.errors import ConfigError, LaunchError
+from hpc_router.expert.job import RANK
+from hpc_router.state.job_records import JobDir, JobInfo, Process, Runner, start_ticks
+from hpc_router.state.registry import split_replica
+from hpc_router.state.run_directory import RunDir
+
+JOIN_S: Final = 120.0
+"""The tasks of a step start within this time of each other."""
+_POLL_S: Final = 0.2
+_LARGEST_STEP: Final = 2**31
+"""Above are Slurm's own steps: the batch script, an interactive shell, what it adopts from outside."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A task of a step inside a Slurm job that is not ours to end."""
+
+    job_id: str
+    step_id: str
+    task: int
+    tasks: int
+
+
+def step_of(environment: Mapping[str, str]) -> Step | None:
+    """The step that this process was started in by `srun`; None outside any."""
+    job_id, step_id = environment.get("SLURM_JOB_ID", ""), environment.get("SLURM_STEP_ID", "")
+    if not (job_id and step_id.isdecimal() and int(step_id) < _LARGEST_STEP):
+        return None
+    task = environment.get(RANK) or environment.get("SLURM_PROCID", "0")
+    return Step(job_id, step_id, int(task), int(environment.get("SLURM_STEP_NUM_TASKS", "1")))
+
+
+def rank_of(step: Step | None, expert: str, *, nodes: int) -> int:
+    """Which of the expert's nodes this is; of an expert on one node each task of a step is a replica of its own.
+
+    Raises ConfigError when `srun` did not start one task on each of several nodes.
+    """
+    if nodes == 1:
+        return 0
+    tasks = 1 if step is None else step.tasks
+    if tasks != nodes:
+        key = f"experts.{expert}.resources.nodes"
+        wanted = f"srun --nodes={nodes} --ntasks-per-node=1"
+        raise ConfigError(f"{key}={nodes}: started as {tasks} task(s) (valid: inside a Slurm job, {wanted})", key=key)
+    return 0 if step is None else step.task
+
+
+def claim_router(run: RunDir) -> str:
+    """The next generation: of several routers the newest leads."""
+    generations = [attempt.generation for attempt in _observed(run).get(ROUTER_SLOT, ())]
+    for generation in itertools.count(max(generations, default=0) + 1):
+        if _claim(run, ROUTER_SLOT.replica(generation)):
+            return ROUTER_SLOT.replica(generation)
+    raise AssertionError("unreachable: there is always a next generation")
+
+
+def claim_expert(run: RunDir, expert: str) -> str:
+    """The first slot `h0`, `h1`, ... in which nothing lives."""
+    observed = _observed(run)
+    for number in itertools.count():
+        slot = Slot(expert, f"h{number}")
+        attempts = observed.get(slot, ())
+        if any(attempt.live for attempt in attempts):
+            continue
+        replica = slot.replica(max((a.generation for a in attempts), default=0) + 1)
+        if _claim(run, replica):
+            return replica
+    raise AssertionError("unreachable: there is always a next slot")
+
+
+def join_expert(
+    run: RunDir,
+    expert: str,
+    step: Step,
+    *,
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+) -> str:
+    """The replica that the first task of this step has claimed. Raises LaunchError when it does not come."""
+    deadline = clock() + JOIN_S
+    while (replica := _claimed(run, expert, step)) is None:
+        if clock() >= deadline:
+            raise LaunchError(f"the first task of step {step.job_id}.{step.step_id} claimed nothing in {JOIN_S:g} s")
+        sleep(_POLL_S)
+    return replica
+
+
+def _claimed(run: RunDir, expert: str, step: Step) -> str | None:
+    for folder in run.jobs.glob(f"{expert}-h*"):
+        job = JobDir(run, folder.name)
+        info, process = job.info(), job.process()
+        if split_replica(folder.name)[0] != expert or info is None or process is None:
+            continue
+        if info.runner is Runner.STEP and (info.job_id, process.step_id) == (step.job_id, step.step_id):
+            return folder.name
+    return None
+
+
+def _observed(run: RunDir) -> Observed:
+    return Control(run, deployment=Deployment()).look().observed
+
+
+def _claim(run: RunDir, replica: str) -> bool:
+    job = JobDir(run, replica)
+    if not job.claim():
+        return False
+    pid, host, argv = os.getpid(), socket.gethostname(), tuple(sys.argv)
+    ticks, step = start_ticks(pid), step_of(os.environ)
+    if step is None:
+        job.write(JobInfo(str(pid), host, ticks, argv=argv))
+        return True
+    assert ticks is not None
+    job.write(JobInfo(step.job_id, host, argv=argv, runner=Runner.STEP, shared=True))
+    job.write(Process(pid=pid, start_ticks=ticks, host=host, step_id=step.step_id))
+    return True

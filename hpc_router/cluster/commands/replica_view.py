@@ -1,0 +1,165 @@
+"""One pass of the control loop in words, per replica: what `up` shows while it waits, and `status` and `why` after it.
+
+A slot is told by its newest job. The files of `jobs/` say how far a job came, the registry whether it may be used.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from hpc_router.cluster.control_loop.loop import Pass
+from hpc_router.cluster.control_loop.reconcile import GiveUp, Wait
+from hpc_router.cluster.control_loop.slots import Attempt, Slot
+from hpc_router.cluster.launchers.interface import ROUTER, JobState
+from hpc_router.state.job_records import Phase, Reason
+from hpc_router.state.registry import Kind, Record, State
+
+
+class Standing(StrEnum):
+    """What a user wants to know of a replica."""
+
+    MISSING = "missing"  # wanted, nothing submitted yet
+    SUBMITTED = "submitted"
+    STARTING = "starting"
+    LOADING = "loading"
+    READY = "ready"
+    RESTARTING = "restarting"
+    DRAINING = "draining"
+    WAITING = "waiting"  # it failed; the next attempt waits
+    FAILED = "failed"  # it failed for good
+    STOPPED = "stopped"
+    REGISTERED = "registered"  # external: whether it answers only the router knows
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaView:
+    """`reason` and `message`: of its last failure."""
+
+    expert: str
+    replica: str
+    standing: Standing
+    job_id: str | None = None
+    node: str | None = None
+    url: str | None = None
+    reason: Reason | None = None
+    message: str | None = None
+    restarts: int = 0
+    kind: Kind = Kind.EXPERT
+    word: str | None = None  # the job's state in Slurm's own word
+    pending: str | None = None  # Slurm's reason why it waits
+    starts_at: float | None = None  # Slurm's estimate, Unix seconds
+    ends_at: float | None = None  # its walltime's end, Unix seconds
+    engine: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "replica": self.replica,
+            "kind": self.kind.value,
+            "state": self.standing.value,
+            "reason": None if self.reason is None else self.reason.value,
+            "message": self.message,
+            "restarts": self.restarts,
+            "node": self.node,
+            "job_id": self.job_id,
+            "job_state": self.word,
+            "pending": self.pending,
+            "starts_at": self.starts_at,
+            "ends_at": self.ends_at,
+            "engine": self.engine,
+            "url": self.url,
+        }
+
+
+def views(seen: Pass, records: Mapping[str, Record]) -> list[ReplicaView]:
+    """Every slot that is wanted or lives, and every external endpoint; the router first."""
+    wanted = seen.desired.slots()
+    waits = {a.replica: a for a in seen.actions if isinstance(a, Wait)}
+    given_up = {a.slot: a for a in seen.actions if isinstance(a, GiveUp)}
+    shown = [_view(slot, seen.observed.get(slot, ()), records, given_up.get(slot), waits) for slot in wanted]
+    for slot in sorted(set(seen.observed) - set(wanted)):
+        attempts = [attempt for attempt in seen.observed[slot] if attempt.lingers]
+        if attempts:
+            shown.append(_view(slot, attempts, records, None, waits))
+    shown.extend(_external(record) for record in records.values() if record.kind is Kind.EXTERNAL)
+    return sorted(shown, key=lambda view: (view.expert != ROUTER, view.expert, view.replica))
+
+
+def of_experts(shown: Iterable[ReplicaView]) -> list[ReplicaView]:
+    return [view for view in shown if view.expert != ROUTER]
+
+
+def _view(
+    slot: Slot,
+    attempts: Sequence[Attempt],
+    records: Mapping[str, Record],
+    given_up: GiveUp | None,
+    waits: Mapping[str, Wait],
+) -> ReplicaView:
+    kind = Kind.ROUTER if slot.expert == ROUTER else Kind.EXPERT
+    if not attempts:
+        return ReplicaView(slot.expert, slot.replica(1), Standing.MISSING, kind=kind)
+    living = [a for a in attempts if a.live]
+    if kind is Kind.ROUTER:  # a successor that only waits says nothing about the service
+        living = [a for a in living if a.ready] or living
+    attempt = living[-1] if living else attempts[-1]
+    record = records.get(attempt.replica)
+    progress = attempt.progress
+    standing = _standing(attempt, failed=given_up is not None)
+    failure = attempt.exit if attempt.exit is not None and not attempt.live else progress
+    told = standing is not Standing.READY and failure is not None
+    message = failure.message if told and failure is not None else None
+    later = waits.get(slot.replica(attempt.generation + 1))
+    if standing is Standing.WAITING and later is not None:
+        message = f"{message or ''} (tried again after a pause: {later.why})".strip()
+    return ReplicaView(
+        expert=slot.expert,
+        replica=attempt.replica,
+        standing=standing,
+        job_id=attempt.job_id,
+        node=record.node if record is not None else attempt.node,
+        url=record.url if record is not None and attempt.live else None,
+        reason=failure.reason if told and failure is not None else None,
+        message=message,
+        restarts=progress.restarts if progress is not None else 0,
+        kind=kind,
+        word=attempt.report.word if attempt.lingers else None,
+        pending=attempt.report.pending,
+        starts_at=attempt.report.starts_at,
+        ends_at=attempt.report.ends_at,
+        engine=record.engine.kind if record is not None else None,
+    )
+
+
+_PHASES: Mapping[Phase, Standing] = {
+    Phase.STARTING: Standing.STARTING,
+    Phase.LOADING: Standing.LOADING,
+    Phase.READY: Standing.READY,
+    Phase.RESTARTING: Standing.RESTARTING,
+    Phase.DRAINING: Standing.DRAINING,
+}
+
+
+def _standing(attempt: Attempt, *, failed: bool) -> Standing:
+    if attempt.live:
+        if attempt.registered is State.READY:
+            return Standing.READY
+        if attempt.registered is State.DRAINING:
+            return Standing.DRAINING
+        if attempt.progress is None:
+            return Standing.SUBMITTED
+        standing = _PHASES[attempt.progress.phase]
+        # Its record is published a moment after its progress.
+        return Standing.LOADING if standing is Standing.READY else standing
+    if failed:
+        return Standing.FAILED
+    if not attempt.submitted and attempt.exit is None and attempt.job is not JobState.ENDED:
+        return Standing.SUBMITTED
+    return Standing.STOPPED if attempt.exit is not None and attempt.exit.ok else Standing.WAITING
+
+
+def _external(record: Record) -> ReplicaView:
+    expert = next(iter(record.serves), record.replica)
+    return ReplicaView(
+        expert, record.replica, Standing.REGISTERED, url=record.url, kind=Kind.EXTERNAL, engine=record.engine.kind
+    )

@@ -1,0 +1,64 @@
+"""How many replicas experts have from now on: kept in `desired.json`, carried out by the control loop."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+
+from hpc_router.cluster.commands.drain import without_ready
+from hpc_router.cluster.commands.router_access import live_router
+from hpc_router.cluster.control_loop import desired_state
+from hpc_router.cluster.control_loop.loop import Control, Pass
+from hpc_router.cluster.launchers.slurm.node_fit import capacity_warnings
+from hpc_router.cluster.launchers.slurm.sinfo import ask_site
+from hpc_router.cluster.planning.plan import make_plan
+from hpc_router.config.schema import Deployment
+from hpc_router.errors import ConfigError, LaunchError
+from hpc_router.state.registry import Record
+from hpc_router.state.run_directory import RunDir
+
+
+def parse_counts(words: Sequence[str]) -> dict[str, int]:
+    """`math=3` -> {"math": 3}. Raises ConfigError."""
+    counts: dict[str, int] = {}
+    for word in words:
+        name, _, count = word.partition("=")
+        if not name or not re.fullmatch(r"[0-9]{1,9}", count):
+            raise ConfigError(f"scale: '{word}' is not EXPERT=N (valid: an expert and a whole number, such as math=3)")
+        counts[name] = int(count)
+    return counts
+
+
+def scale(run: RunDir, counts: Mapping[str, int]) -> tuple[Mapping[str, int], list[str]]:
+    """Every expert's wanted count, and warnings. Refuses what the cluster cannot hold; acts at once where no router's
+    loop will."""
+    control = Control(run)
+    seen = control.look()
+    desired_state.check_counts(control.deployment, counts)
+    asked = {**seen.desired.replicas, **counts}
+    wanted = desired_state.with_counts(control.deployment, asked)
+    make_plan(wanted, run=run, ask_engines=False)
+    desired_state.scale(run, control.deployment, counts, seen.observed)
+    run.event("scale", **counts)
+    if not seen.desired.down and live_router(run) is None:
+        control.once()
+    return asked, [*_left_without(seen, counts, control.observer.records), *_never_fits(wanted, counts)]
+
+
+def _left_without(seen: Pass, counts: Mapping[str, int], records: Mapping[str, Record]) -> Iterator[str]:
+    """Experts that lose their last ready replica."""
+    for expert, count in counts.items():
+        own = [attempt for slot, found in seen.observed.items() if slot.expert == expert for attempt in found]
+        going = [a for a in own if a.live and a.slot.ours and int(a.slot.name) >= count]
+        yield from (
+            without_ready(seen.observed, going, records.values())
+            if count
+            else [f"{expert}=0: it has no replica any more, and requests for it fail until it is scaled again"]
+        )
+
+
+def _never_fits(wanted: Deployment, counts: Mapping[str, int]) -> list[str]:
+    if wanted.cluster.kind != "slurm" or not any(counts.values()):
+        return []
+    try:
+        return capacity_warnings(wanted, ask_site())
+    except LaunchError:
+        return []

@@ -1,0 +1,180 @@
+"""Brings a deployment up and waits until it serves.
+
+The plan is checked before anything is made. Passes of the control loop run here until the endpoint serves; from then on
+the one beside the router goes on. Ctrl-C takes back what this call began; a deployment of which nothing can serve is
+taken down.
+"""
+
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final, Protocol
+
+from hpc_router.cluster.commands.down import Silent, down
+from hpc_router.cluster.commands.replica_view import ReplicaView, Standing, of_experts, views
+from hpc_router.cluster.commands.signals import interrupt_event
+from hpc_router.cluster.control_loop.desired_state import desired_of, scaled, start_over
+from hpc_router.cluster.control_loop.loop import Control
+from hpc_router.cluster.launchers.interface import ROUTER, JobState
+from hpc_router.cluster.launchers.select import check_reach
+from hpc_router.cluster.launchers.slurm.pending_reasons import in_words
+from hpc_router.cluster.planning.plan import Plan, make_plan, taught
+from hpc_router.cluster.planning.run_target import Target, discard, latest_of
+from hpc_router.config.schema import Deployment
+from hpc_router.config.slurm_options import check_run_path
+from hpc_router.errors import ArtefactError, HpcRouterError, LaunchError
+from hpc_router.net.http_client import Unreachable, ask
+from hpc_router.routing import exemplars
+from hpc_router.state.registry import Kind, split_replica
+from hpc_router.state.run_directory import RunDir, private_umask
+
+POLL_S: Final = 0.2
+_GONE: Final = (JobState.ENDED, JobState.PENDING)
+"""Nothing more to wait for: one that has not begun finds that it is not wanted."""
+_SETTLED: Final = frozenset({Standing.READY, Standing.FAILED, Standing.REGISTERED})
+"""Nothing to wait for."""
+
+
+class Reporter(Protocol):
+    """Shows what happens while it happens."""
+
+    def begin(self, run: RunDir, plan: Plan) -> None: ...
+
+    def show(self, shown: Sequence[ReplicaView]) -> None: ...
+
+
+class Interrupted(Exception):
+    """Ctrl-C; what this call began has been taken back."""
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """The endpoint serves. `failed`: replicas that don't, for good."""
+
+    run: RunDir
+    url: str
+    shown: Sequence[ReplicaView] = field(default_factory=tuple)
+
+    @property
+    def failed(self) -> list[ReplicaView]:
+        return [view for view in self.shown if view.standing is Standing.FAILED]
+
+
+def up(target: Target, *, wait_all: bool, reporter: Reporter) -> Served:
+    """Raises ConfigError before anything is made, LaunchError when nothing can serve, Interrupted."""
+    deployment, run = target.deployment, target.run
+    wanted = deployment if run is None else scaled(deployment, desired_of(run, deployment))
+    check_reach(deployment)
+    check_run_path((target.path or Path(deployment.runs)).absolute(), deployment.cluster.kind)
+    plan = make_plan(wanted, run=run)
+    before = latest_of(Path(deployment.runs))
+    with interrupt_event() as interrupted:
+        run, made = target.open()
+        try:
+            effort = _Effort(run, deployment, made_over=before if made else None, made=made)
+            reporter.begin(run, plan)
+            train_classifier(run, deployment)
+        except (OSError, HpcRouterError):
+            if made:  # nothing was submitted yet
+                discard(run, before=before)
+            raise
+        return effort.wait(wait_all=wait_all, reporter=reporter, interrupted=interrupted)
+
+
+def train_classifier(run: RunDir, deployment: Deployment) -> None:
+    """The artefact from the experts' exemplars, unless the run has it or needs none."""
+    policy = deployment.policy
+    if policy.kind != "classifier" or policy.artefact is not None or not deployment.experts or run.classifier.is_dir():
+        return
+    try:
+        with private_umask():
+            exemplars.train(taught(deployment)).write(run.classifier)
+    except ArtefactError:
+        if not run.classifier.is_dir():  # another `up` may just have written the same one
+            raise
+
+
+class _Effort:
+    """One `up`: what it began is its to take back."""
+
+    def __init__(self, run: RunDir, deployment: Deployment, *, made: bool, made_over: str | None) -> None:
+        self._run, self._made, self._made_over = run, made, made_over
+        self._control = Control(run, deployment=deployment)
+        observed = self._control.look().observed
+        self._fresh = not any(attempt.live for found in observed.values() for attempt in found)
+        self._submitted: set[str] = set()
+        start_over(run, observed)
+
+    def wait(self, *, wait_all: bool, reporter: Reporter, interrupted: threading.Event) -> Served:
+        while not interrupted.is_set():
+            seen = self._control.once()  # a router's own loop may do the same: claims decide
+            self._submitted |= set(seen.submitted)
+            if seen.desired.down:
+                raise LaunchError(f"{self._run.path} was taken down in the meantime")
+            shown = views(seen, self._control.observer.records)
+            reporter.show(shown)
+            url = self._serving(shown, wait_all=wait_all)
+            if url is not None:
+                return Served(self._run, url, tuple(shown))
+            reasons = _hopeless(shown)
+            if reasons and not seen.submitted:
+                self._take_back()
+                raise LaunchError(reasons)
+            interrupted.wait(POLL_S)
+        self._take_back()
+        if self._made:
+            discard(self._run, before=self._made_over)
+        raise Interrupted
+
+    def _serving(self, shown: Sequence[ReplicaView], *, wait_all: bool) -> str | None:
+        """The router's address once what was asked for holds."""
+        routers = [v for v in shown if v.kind is Kind.ROUTER and v.standing is Standing.READY and v.url]
+        if not routers or routers[-1].url is None:
+            return None
+        experts = of_experts(shown)
+        if wait_all and any(view.standing not in _SETTLED and _stuck(view) is None for view in experts):
+            return None
+        url = routers[-1].url
+        try:
+            ready = ask("GET", f"{url}/ready" if experts else f"{url}/health").status == 200
+        except Unreachable:
+            return None
+        return url if ready else None
+
+    def _take_back(self) -> None:
+        """Everything, where nothing ran before and the router is ours; else only what this call submitted."""
+        if self._fresh and any(split_replica(name)[0] == ROUTER for name in self._submitted):
+            down(self._run, watcher=Silent())
+            return
+        control, left = self._control, sorted(self._submitted)
+        control.cancel(left)
+        deadline = time.monotonic() + control.deployment.cluster.drain_s
+        while left and time.monotonic() < deadline:
+            time.sleep(POLL_S)
+            left = [name for name, report in control.launcher.observe(left).items() if report.state not in _GONE]
+        if left:
+            control.kill(left)
+
+
+def _hopeless(shown: Sequence[ReplicaView]) -> str | None:
+    """Why nothing can ever serve."""
+    reasons = {view.replica: reason for view in shown if (reason := _lost(view)) is not None}
+    experts = [view.replica for view in of_experts(shown)]
+    router_lost = any(view.kind is Kind.ROUTER and view.replica in reasons for view in shown)
+    if not router_lost and (not experts or any(replica not in reasons for replica in experts)):
+        return None
+    lines = [f"{replica}: {reason}" for replica, reason in reasons.items()]
+    return "\n".join([*lines, "nothing can serve"])
+
+
+def _lost(view: ReplicaView) -> str | None:
+    """Why it will never serve."""
+    return f"{view.reason}: {view.message}" if view.standing is Standing.FAILED else _stuck(view)
+
+
+def _stuck(view: ReplicaView) -> str | None:
+    """Why its job, as it is, will never start."""
+    waiting = in_words(view.pending, view.job_id) if view.pending is not None else None
+    return f"{view.pending}: {waiting.what}; {waiting.advice}" if waiting is not None and waiting.hopeless else None

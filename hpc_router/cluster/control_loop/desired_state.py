@@ -1,0 +1,136 @@
+"""The wanted state of a run: its frozen `config.yaml` with the later wishes of `desired.json` on top.
+
+Writers are the verbs, each in one atomic replace; the last one wins. What the file leaves out is as in the config.
+"""
+
+import getpass
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from hpc_router.cluster.control_loop.reconcile import Desired
+from hpc_router.cluster.control_loop.slots import Observed
+from hpc_router.config import frozen
+from hpc_router.config.adapters import host_of, hosts
+from hpc_router.config.parsing import bounds_of, check_bounds
+from hpc_router.config.schema import Deployment, ExpertConfig
+from hpc_router.errors import ConfigError, suggest
+from hpc_router.state.run_directory import RunDir
+
+
+def deployment_of(run: RunDir) -> Deployment:
+    """The run's frozen config; an empty deployment for a run that only joins endpoints."""
+    return frozen.read(run.config) if run.config.exists() else Deployment()
+
+
+def with_jobs(run: RunDir, name: str) -> str:
+    """The expert whose jobs a name means, where it is an adapter's; else the name, also in a run of another version."""
+    try:
+        experts = deployment_of(run).experts
+    except ConfigError:
+        return name
+    return host_of(experts, name) if name in experts else name
+
+
+def desired_of(run: RunDir, deployment: Deployment) -> Desired:
+    wishes = run.read_desired()
+    replicas = {name: expert.replicas for name, expert in hosts(deployment.experts).items()}
+    bounds = bounds_of(ExpertConfig, "replicas")
+    assert bounds is not None
+    replicas |= {n: c for n, c in _counts(wishes.get("replicas")).items() if n in replicas and bounds.hold(c)}
+    return Desired(
+        replicas=replicas,
+        router=wishes.get("router") is True,
+        standby=_standby(deployment),
+        down=wishes.get("down") is True,
+        forgiven=_counts(wishes.get("forgiven")),
+        max_failures=deployment.cluster.max_failures,
+        drain_s=deployment.cluster.drain_s,
+        router_drain_s=deployment.router.drain_s,
+    )
+
+
+def _standby(deployment: Deployment) -> bool:
+    """Only Slurm can start a job when another has ended, and only a router's job with a loop needs it."""
+    router = deployment.router
+    return deployment.cluster.kind == "slurm" and router.place == "job" and router.standby and router.reconcile
+
+
+def start_over(run: RunDir, observed: Observed) -> None:
+    """`up`: the router is wanted, nothing is down any more, and old failures are forgiven."""
+    _update(run, router=True, down=False, forgiven=_failed(observed))
+
+
+def take_down(run: RunDir) -> None:
+    _update(run, down=True)
+
+
+def scale(run: RunDir, deployment: Deployment, counts: Mapping[str, int], observed: Observed) -> None:
+    """Keep these replica counts from now on. Raises ConfigError for an expert the run does not have."""
+    check_counts(deployment, counts)
+    before = _counts(run.read_desired().get("replicas"))
+    _update(run, replicas=before | dict(counts), forgiven=_failed(observed))
+
+
+def check_counts(deployment: Deployment, counts: Mapping[str, int]) -> None:
+    for name, count in counts.items():
+        if name not in deployment.experts:
+            raise ConfigError(f"scale: no expert is named '{name}'{suggest(name, deployment.experts)}")
+        host = host_of(deployment.experts, name)
+        if host != name:
+            raise ConfigError(f"scale: {name} is an adapter on the engine of {host}; scale that: {host}={count}")
+        check_bounds(replace(deployment.experts[name], replicas=count), at=f"experts.{name}")
+
+
+def scaled(deployment: Deployment, desired: Desired) -> Deployment:
+    """The deployment with the wanted replica counts, as `plan` checks them."""
+    return with_counts(deployment, desired.replicas)
+
+
+def with_counts(deployment: Deployment, counts: Mapping[str, int]) -> Deployment:
+    experts = {name: replace(e, replicas=counts.get(name, e.replicas)) for name, e in deployment.experts.items()}
+    return replace(deployment, experts=experts)
+
+
+def excluded_nodes(run: RunDir) -> tuple[str, ...]:
+    """The nodes on which no further job is to start."""
+    value = run.read_desired().get("excluded_nodes")
+    return tuple(sorted(value)) if isinstance(value, dict) else ()
+
+
+def exclude_nodes(run: RunDir, nodes: Sequence[str], *, reason: str) -> None:
+    facts = {"reason": reason, "by": getpass.getuser(), "at": round(time.time(), 3)}
+    before = run.read_desired().get("excluded_nodes")
+    known = before if isinstance(before, dict) else {}
+    _update(run, excluded_nodes={**dict.fromkeys(nodes, facts), **known})
+    for node in nodes:
+        if node not in known:
+            run.event("node_excluded", node=node, reason=reason, by=facts["by"])
+
+
+def include_nodes(run: RunDir, nodes: Sequence[str]) -> None:
+    """Let jobs run there again. Raises ConfigError for a node that is not excluded."""
+    known = excluded_nodes(run)
+    for node in nodes:
+        if node not in known:
+            raise ConfigError(f"drain: node {node} is not excluded{suggest(node, known)}")
+    left = {node: facts for node, facts in run.read_desired()["excluded_nodes"].items() if node not in nodes}
+    _update(run, excluded_nodes=left)
+
+
+def _update(run: RunDir, **wishes: Any) -> None:
+    run.write_desired({**run.read_desired(), **wishes})
+
+
+def _failed(observed: Observed) -> dict[str, int]:
+    """The newest generation of each slot that lives no more."""
+    over = {str(slot): [a.generation for a in attempts if not a.live] for slot, attempts in observed.items()}
+    return {slot: max(generations) for slot, generations in over.items() if generations}
+
+
+def _counts(value: object) -> dict[str, int]:
+    """The whole numbers of a JSON object: a file edited by hand must not break the loop."""
+    if not isinstance(value, dict):
+        return {}
+    return {str(k): v for k, v in value.items() if isinstance(v, int) and not isinstance(v, bool) and v >= 0}

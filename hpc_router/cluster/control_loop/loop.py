@@ -1,0 +1,214 @@
+"""One pass of the control loop (look, decide, act) and the loop itself.
+
+It runs in verbs, beside a router, from cron: several at once do no harm, for a claim decides who submits and every
+other action may be repeated. A pass that fails is logged and tried again; nothing here ends because a job or the file
+system misbehaves.
+"""
+
+import contextlib
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from types import FrameType
+from typing import Final
+
+from hpc_router.cluster.control_loop.desired_state import deployment_of, desired_of
+from hpc_router.cluster.control_loop.drain_calls import ask_to_drain
+from hpc_router.cluster.control_loop.observer import Observer
+from hpc_router.cluster.control_loop.reconcile import Action, Cancel, Desired, Drain, GiveUp, Kill, Submit, reconcile
+from hpc_router.cluster.control_loop.slots import Observed
+from hpc_router.cluster.launchers.interface import JobState, Launcher
+from hpc_router.cluster.launchers.requests import request_for
+from hpc_router.cluster.launchers.select import launcher_for
+from hpc_router.config.schema import Deployment
+from hpc_router.errors import LaunchError
+from hpc_router.state import registry
+from hpc_router.state.atomic_files import is_there
+from hpc_router.state.job_records import JobDir, Stop
+from hpc_router.state.registry import Kind, leading_router, split_replica
+from hpc_router.state.run_directory import RunDir
+
+logger = logging.getLogger(__name__)
+
+AT_ONCE: Final = 32
+"""Jobs submitted in one pass: between passes the loop hears that fewer are wanted."""
+GONE_PASSES: Final = 5
+"""A run directory that so many passes in a row do not find was removed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """What one pass wanted, saw and did."""
+
+    desired: Desired
+    observed: Observed
+    actions: Sequence[Action]
+    submitted: Sequence[str] = ()
+    refused: str | None = None
+
+    @property
+    def given_up(self) -> list[GiveUp]:
+        return [action for action in self.actions if isinstance(action, GiveUp)]
+
+
+class Control:
+    """The hands of the control loop on one run. `reading`: for verbs that only look, which write nothing."""
+
+    def __init__(
+        self,
+        run: RunDir,
+        *,
+        deployment: Deployment | None = None,
+        launcher: Launcher | None = None,
+        reading: bool = False,
+    ) -> None:
+        self.run = run
+        self.deployment = deployment or deployment_of(run)
+        self.launcher = launcher or launcher_for(run, self.deployment)
+        self.observer = Observer(run, self.launcher, reading=reading)
+        self._told: set[str] = set()
+
+    def look(self, *, clear: bool = False, fresh: bool = False) -> Pass:
+        """What a pass would do, without doing it. `clear`: nothing at all may stay. `fresh`: ask the controller."""
+        observed = self.observer.look(fresh=fresh)
+        return self.decide(replace(desired_of(self.run, self.deployment), clear=clear), observed)
+
+    def decide(self, desired: Desired, observed: Observed) -> Pass:
+        return Pass(desired, observed, reconcile(desired, observed, time.time()))
+
+    def once(self, *, clear: bool = False, fresh: bool = False) -> Pass:
+        """One pass. A refused submission is in the result, as an exit record it counts as a failure of its slot."""
+        seen = self.look(clear=clear, fresh=fresh)
+        for replica in self.observer.lost:
+            self.run.event("lost", replica=replica)
+        self._drain([a.replica for a in seen.actions if isinstance(a, Drain)])
+        self.cancel([a.replica for a in seen.actions if isinstance(a, Cancel)])
+        self.kill([a.replica for a in seen.actions if isinstance(a, Kill)])
+        self._tell(seen.given_up)
+        self._withdraw_dead(seen)
+        submitted, refused = self._submit([a for a in seen.actions if isinstance(a, Submit)])
+        return replace(seen, submitted=submitted, refused=refused)
+
+    def _submit(self, wanted: Sequence[Submit]) -> tuple[list[str], str | None]:
+        if not wanted:
+            return [], None
+        requests = [
+            replace(request_for(self.run, self.deployment, action.replica), after=action.after)
+            for action in wanted[:AT_ONCE]
+        ]
+        refused = None
+        try:
+            submitted = self.launcher.submit(requests)
+        except LaunchError as error:
+            refused = str(error)
+            submitted = [r.replica for r in requests if JobDir(self.run, r.replica).info() is not None]
+            self.run.event("refused", message=refused)
+        for replica in submitted:
+            logger.info("submitted %s", replica)
+            self.run.event("submitted", replica=replica)
+        return submitted, refused
+
+    def _drain(self, replicas: Sequence[str]) -> None:
+        for replica in replicas:
+            JobDir(self.run, replica).write(Stop(drain_at=time.time()))
+            self.run.event("drain", replica=replica)
+        ask_to_drain(self.run, [self.observer.records[r] for r in replicas if r in self.observer.records])
+
+    def cancel(self, replicas: Sequence[str]) -> None:
+        """Ask these jobs to end, also those that have not begun."""
+        for replica in replicas:
+            self._stamp_cancel(replica)
+            self.run.event("cancel", replica=replica)
+        self.launcher.cancel(replicas)
+        for replica in replicas:
+            self._stamp_cancel(replica)  # again: the controller may take a minute, and the time to drain begins now
+
+    def _stamp_cancel(self, replica: str) -> None:
+        job = JobDir(self.run, replica)
+        job.write(replace(job.stop() or Stop(), cancel_at=time.time()))
+
+    def kill(self, replicas: Sequence[str]) -> None:
+        for replica in replicas:
+            job = JobDir(self.run, replica)
+            stop = job.stop() or Stop()
+            if stop.kill_at is None:  # told once, done as often as it takes
+                logger.warning("%s did not end when asked: killed", replica)
+                self.run.event("kill", replica=replica)
+            job.write(replace(stop, kill_at=time.time()))
+        self.launcher.kill(replicas)
+
+    def _tell(self, given_up: Sequence[GiveUp]) -> None:
+        """Once per slot, not once per pass."""
+        for action in given_up:
+            if str(action.slot) not in self._told:
+                logger.warning("%s failed for good: %s: %s", action.slot, action.exit.reason, action.exit.message)
+                self.run.event("gave_up", slot=str(action.slot), reason=action.exit.reason.value)
+        self._told = {str(action.slot) for action in given_up}
+
+    def leads(self, replica: str) -> bool:
+        """Whether `replica` is the leading router, or may become it: no other router that may live leads."""
+        records = registry.Reader(self.run.registry).snapshot()
+        reports = self.launcher.observe([name for name, r in records.items() if r.kind is Kind.ROUTER])
+        living = {n: r for n, r in records.items() if n not in reports or reports[n].state is not JobState.ENDED}
+        leader = leading_router(living)
+        return leader is None or leader.generation <= split_replica(replica)[2]
+
+    def _withdraw_dead(self, seen: Pass) -> None:
+        """Records of jobs known to have ended."""
+        for attempts in seen.observed.values():
+            for attempt in attempts:
+                over = attempt.job in (JobState.ENDING, JobState.ENDED)
+                if over and attempt.replica in self.observer.records:
+                    registry.withdraw(self.run.registry, attempt.replica)
+                    logger.info("removed the record of %s, which has ended", attempt.replica)
+
+
+def run_loop(run: RunDir, *, while_leading: str | None = None, tied: bool = False) -> None:
+    """A pass every `cluster.reconcile_s` until SIGTERM or SIGINT, or until the run directory has been removed; with
+    `while_leading` only while that router leads.
+
+    `tied`: also until stdin ends, so that the loop goes with the process that holds the other end.
+    """
+    control, configured, missed = Control(run), run.config.exists(), 0
+    with _stop_event(tied=tied) as stop:
+        while not stop.is_set() and missed < GONE_PASSES:
+            pause_s = control.deployment.cluster.reconcile_s
+            try:
+                if not configured and is_there(run.config):  # `up` has joined a run of external endpoints
+                    control, configured = Control(run), True
+                if while_leading is None or control.leads(while_leading):
+                    control.once()
+            except Exception:
+                logger.exception("a pass of the control loop failed; the next one is in %.1f s", pause_s)
+            missed = missed + 1 if run.gone() else 0
+            stop.wait(pause_s)
+
+
+@contextlib.contextmanager
+def _stop_event(*, tied: bool) -> Iterator[threading.Event]:
+    """Set by SIGTERM, SIGINT and, where tied, the end of stdin; handlers are put back afterwards. SIGUSR2 is ignored:
+    it is for the router beside which the loop runs, and some sites' Slurm sends it to every process of a job."""
+    event, descriptor = threading.Event(), sys.stdin.fileno() if tied else -1
+
+    def stop(_number: int, _frame: FrameType | None) -> None:
+        event.set()
+
+    def watch() -> None:
+        while os.read(descriptor, 4096):  # no buffered reader: its lock, held at the interpreter's end, aborts it
+            pass
+        event.set()
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    before[signal.SIGUSR2] = signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    if tied:
+        threading.Thread(target=watch, name="tie", daemon=True).start()
+    try:
+        yield event
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

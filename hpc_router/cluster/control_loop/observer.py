@@ -1,0 +1,158 @@
+"""What is: `jobs/`, the registry and the launcher, read into one value for the control loop and the verbs.
+
+A job that ended without an exit record gets one here, so that failures have a time and everybody reads the same story.
+Jobs seen to have ended are not read again: a run that lived long has many.
+"""
+
+import json
+import logging
+import math
+import os
+import socket
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Final
+
+from hpc_router.cluster.control_loop.liveness import Pulse
+from hpc_router.cluster.control_loop.slots import Attempt, Observed, Slot
+from hpc_router.cluster.launchers.interface import JobReport, JobState, Launcher
+from hpc_router.errors import RegistryError
+from hpc_router.state.atomic_files import create_text
+from hpc_router.state.job_records import Exit, JobDir, Reason, Runner, Stop, Submitter, start_ticks
+from hpc_router.state.registry import Kind, Reader, Record, split_replica
+from hpc_router.state.run_directory import RunDir
+
+logger = logging.getLogger(__name__)
+
+ASK_LOST_S: Final = 5.0
+"""For replicas that were lost, the controller is asked no more often than this."""
+HUNG: Final = "its agent hung: no beat and no answer while its process lived; it was killed"
+UNSEEN: Final = "its batch script could not even begin its log: do all nodes see the run directory"
+VANISHED: Final = "the job ended and left no exit record: killed, or it died before it began"
+
+
+class Observer:
+    """Looks at one run again and again. `reading`: nothing is written, not even the exit record of a job that ended
+    without one."""
+
+    def __init__(
+        self, run: RunDir, launcher: Launcher, *, clock: Callable[[], float] = time.monotonic, reading: bool = False
+    ) -> None:
+        self._run, self._reading = run, reading
+        self._clock = clock
+        self._launcher = launcher
+        self._reader = Reader(run.registry)
+        self._ended: dict[str, Attempt] = {}
+        self._pulse = Pulse()
+        self._hung: set[str] = set()
+        self._asked: set[str] = set()  # the lost ones for which the controller was asked
+        self._asked_at = -math.inf
+        self.records: Mapping[str, Record] = {}
+        self.lost: Sequence[str] = ()
+        """The replicas for which the last look asked the controller."""
+
+    def look(self, *, fresh: bool = False) -> Observed:
+        """Raises OSError when the run directory cannot be read now. `fresh`: ask the controller anew."""
+        names = self._claimed()
+        open_names = [name for name in names if name not in self._ended]
+        reports = self._launcher.observe(open_names, fresh=fresh)
+        read_at = self._clock()  # before the records are read, and after the controller, which may take half a minute
+        self.records = self._reader.snapshot()
+        self.lost = self._lost(reports, read_at=read_at)
+        if self.lost:
+            reports = self._launcher.observe(open_names, fresh=True)
+        slots: dict[Slot, list[Attempt]] = defaultdict(list)
+        for name in names:
+            attempt = self._ended.get(name) or self._attempt(name, reports[name])
+            if attempt is not None:
+                slots[attempt.slot].append(attempt)
+        return {slot: tuple(sorted(found, key=lambda a: a.generation)) for slot, found in slots.items()}
+
+    def _lost(self, reports: Mapping[str, JobReport], *, read_at: float) -> list[str]:
+        """The replicas for which the controller is to be asked now: once for each that falls silent, since its job may
+        have ended without a word. Routers are left out: this may run beside one, and would go with it."""
+        running = [name for name, report in reports.items() if report.state is JobState.RUNNING]
+        records = [self.records[name] for name in running if name in self.records]
+        silent = self._pulse.silent([record for record in records if record.kind is Kind.EXPERT], read_at=read_at)
+        self._hung.difference_update(running)
+        self._hung |= silent.hung
+        self._asked &= silent.lost
+        news = silent.lost - self._asked
+        if not news or read_at - self._asked_at < ASK_LOST_S:
+            return []
+        logger.warning("no beat and no answer: Slurm is asked for the jobs of %s", ", ".join(sorted(news)))
+        self._asked |= news
+        self._asked_at = read_at
+        return sorted(news)
+
+    def _claimed(self) -> list[str]:
+        with os.scandir(self._run.jobs) as entries:
+            return [entry.name for entry in entries if _is_replica(entry.name) and entry.is_dir()]
+
+    def _attempt(self, replica: str, report: JobReport) -> Attempt | None:
+        expert, slot, generation = split_replica(replica)
+        job = JobDir(self._run, replica)
+        try:
+            claimed_at = job.claimed_at()
+        except FileNotFoundError:
+            return None
+        end, stop, state = job.exit(), job.stop() or Stop(), report.state
+        if state is JobState.ENDED and end is None:
+            end = self._end(replica, report, stop)
+            end = end if self._reading else leave_exit(job, end)
+        record, info = self.records.get(replica), job.info()
+        attempt = Attempt(
+            slot=Slot(expert, slot),
+            generation=generation,
+            report=report,
+            claimed_at=claimed_at,
+            submitted=state is not JobState.PENDING or info is not None,
+            exit=end,
+            progress=job.progress(),
+            stop=stop,
+            registered=record.state if record is not None else None,
+            job_id=info.job_id if info is not None else None,
+            node=report.node,
+            hung=state is JobState.RUNNING and replica in self._hung,
+            submitting=info is None and _lives(job.submitter()),
+            runner=info.runner if info is not None else None,
+        )
+        if state is JobState.ENDED:
+            self._ended[replica] = attempt
+        return attempt
+
+    def _end(self, replica: str, report: JobReport, stop: Stop) -> Exit:
+        """Of a job that said nothing itself."""
+        if (stop.drain_at or stop.cancel_at) is not None and replica not in self._hung:
+            return Exit(ok=True, reason=Reason.DRAINED, message="it was asked to end, and said nothing more")
+        if report.end is not None and report.end.reason is not Reason.KILLED:
+            return report.end
+        if replica in self._hung:
+            return Exit(ok=False, reason=Reason.TIMEOUT, message=HUNG)
+        job = JobDir(self._run, replica)
+        info = job.info()
+        if info is not None and info.runner is Runner.SLURM and not any(job.path.glob("*_batch.log")):
+            return Exit(ok=False, reason=Reason.VANISHED, message=f"{UNSEEN} {self._run.path}?")
+        return report.end or Exit(ok=False, reason=Reason.VANISHED, message=VANISHED)
+
+
+def leave_exit(job: JobDir, end: Exit) -> Exit:
+    """Write `exit.json` unless the job did so in the meantime; the one that stands."""
+    create_text(job.path / "exit.json", json.dumps(asdict(end), indent=1, sort_keys=True) + "\n")
+    return job.exit() or end
+
+
+def _lives(submitter: Submitter | None) -> bool:
+    """A submitter of another host cannot be asked: the claim's age decides."""
+    here = submitter is not None and submitter.host == socket.gethostname()
+    return here and submitter is not None and start_ticks(submitter.pid) == submitter.start_ticks
+
+
+def _is_replica(name: str) -> bool:
+    try:
+        split_replica(name)
+    except RegistryError:
+        return False
+    return True

@@ -1,0 +1,87 @@
+"""What the control loop sees of one slot: every job that was ever claimed for it, and what became of each.
+
+A slot is one seat of an expert (`math-0`) or the router's (`router-0`); a generation is one job in it. Slots with a
+letter (`math-h0` started by hand, `math-x0` external) belong to whoever made them.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final, NamedTuple
+
+from hpc_router.cluster.launchers.interface import ROUTER, JobReport, JobState
+from hpc_router.state.job_records import Exit, Progress, Runner, Stop
+from hpc_router.state.registry import State, replica_name
+
+
+class Slot(NamedTuple):
+    expert: str
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.expert}-{self.name}"
+
+    @property
+    def ours(self) -> bool:
+        """Whether the control loop fills and empties it."""
+        return self.name.isdecimal()
+
+    def replica(self, generation: int) -> str:
+        return replica_name(self.expert, self.name, generation)
+
+
+ROUTER_SLOT: Final = Slot(ROUTER, "0")
+
+
+NOT_ASKED: Final = Stop()
+_OVER: Final = (JobState.ENDING, JobState.ENDED)
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One generation of a slot. `submitted`: there is a job, not only a claim. `submitting`: the process that submits
+    it lives. `hung`: it lives and does nothing."""
+
+    slot: Slot
+    generation: int
+    report: JobReport
+    claimed_at: float
+    submitted: bool = True
+    exit: Exit | None = None
+    progress: Progress | None = None
+    stop: Stop = NOT_ASKED
+    registered: State | None = None
+    job_id: str | None = None
+    node: str | None = None
+    hung: bool = False
+    submitting: bool = False
+    runner: Runner | None = None
+
+    @property
+    def replica(self) -> str:
+        return self.slot.replica(self.generation)
+
+    @property
+    def job(self) -> JobState:
+        return self.report.state
+
+    @property
+    def live(self) -> bool:
+        """It serves, or may come to."""
+        return self.submitted and self.job not in _OVER
+
+    @property
+    def lingers(self) -> bool:
+        """It holds resources, if only for a moment."""
+        return self.submitted and self.job is not JobState.ENDED
+
+    @property
+    def asked_to_stop(self) -> bool:
+        return self.stop != NOT_ASKED
+
+    @property
+    def ready(self) -> bool:
+        return self.live and self.registered is State.READY and not self.hung
+
+
+Observed = Mapping[Slot, tuple[Attempt, ...]]
+"""Oldest generation first."""

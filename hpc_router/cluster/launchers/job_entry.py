@@ -1,0 +1,62 @@
+"""The first steps of a job, called by submitit inside it: check the version, leave our process id, become the service.
+
+Pickled by reference, so it must stay a module-level function here. It ends in `execve`: what runs on is the agent or
+the router alone, without submitit's signal handlers (they bypass SIGTERM) and without its variables. The process id
+stays the same, so `process.json` names the service itself even when submitit's controller has been killed.
+A step of an allocation has no submitit: there `python -m hpc_router.cluster.launchers.job_entry` comes here with the same words.
+"""
+
+import argparse
+import os
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+
+import hpc_router
+from hpc_router.net.job_environment import scrubbed
+from hpc_router.state.job_records import Exit, JobDir, Process, Reason, start_ticks
+from hpc_router.state.run_directory import RunDir
+
+
+def start(run: str, argv_of: Mapping[str, list[str]], version: str) -> None:
+    """Does not return. `argv_of`: the command of each replica that the job carries; $HPC_ROUTER_REPLICA says which one
+    this task is. Arguments are plain text: nothing of ours is in the pickle that a version could break."""
+    replica = os.environ.get("HPC_ROUTER_REPLICA") or next(iter(argv_of))
+    argv = argv_of[replica]
+    job = JobDir(RunDir(Path(run)), replica)
+    rank = int(os.environ.get("SLURM_PROCID", "0")) if "SLURM_STEP_ID" in os.environ else 0
+    if version != hpc_router.__version__:
+        message = f"submitted by hpc-router {version}, but the job's interpreter has {hpc_router.__version__}"
+        job.write(Exit(ok=False, reason=Reason.INTERPRETER, message=message))
+        raise SystemExit(message)
+    asked = job.stop()
+    if asked is not None and asked.cancel_at is not None:
+        job.write(Exit(ok=True, reason=Reason.DRAINED, message="it was asked to end before it had begun"))
+        raise SystemExit(0)
+    if rank == 0:
+        ticks = start_ticks(os.getpid())
+        assert ticks is not None
+        job.write(Process(os.getpid(), ticks, socket.gethostname(), step_id=os.environ.get("SLURM_STEP_ID")))
+    os.umask(0o077)
+    try:
+        os.execve(argv[0], argv, _environment(rank))
+    except OSError as error:
+        job.write(Exit(ok=False, reason=Reason.INTERPRETER, message=f"cannot run {argv[0]}: {error.strerror}"))
+        raise
+
+
+def _environment(rank: int) -> dict[str, str]:
+    """What the service may know of its job, under names of our own."""
+    told = {"HPC_ROUTER_RANK": str(rank)}
+    if "SLURM_JOB_ID" in os.environ:
+        told["HPC_ROUTER_JOB_ID"] = os.environ["SLURM_JOB_ID"]
+    return {**scrubbed(os.environ), **told}
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="python -m hpc_router.cluster.launchers.job_entry", description=__doc__)
+    for name in ("run", "replica", "version"):
+        parser.add_argument(name)
+    parser.add_argument("argv", nargs="+", help="the service's command line, after --")
+    given = parser.parse_args()
+    start(given.run, {given.replica: given.argv}, given.version)

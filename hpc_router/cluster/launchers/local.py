@@ -1,0 +1,138 @@
+"""Jobs as processes of this machine, through submitit's local executor.
+
+submitit can cancel only from the process that submitted; here the processes are known by their ids and start times in
+`jobs/`, so any process of the user can. A signal goes through a pidfd that was checked against the start time: a reused
+process id is never hit. A job of another host is UNKNOWN, never ENDED.
+"""
+
+import contextlib
+import fcntl
+import logging
+import os
+import signal
+import socket
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from hpc_router.cluster.launchers.interface import JobReport, JobRequest, JobState
+from hpc_router.cluster.launchers.submit import keep_refusals, submit_all
+from hpc_router.state.job_records import Exit, JobDir, Process, Reason, start_ticks
+from hpc_router.state.run_directory import RunDir
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class LocalLauncher:
+    """`gpus`: how many this machine has; each live job holds some of them alone."""
+
+    run: RunDir
+    gpus: int = 0
+
+    def submit(self, requests: Sequence[JobRequest]) -> list[str]:
+        with self._choosing():
+            chosen = self._claim(requests)
+            if not chosen:
+                return []
+            batch = [
+                {"run": str(self.run.path), "argv_of": {r.replica: r.argv}, "script": None, "gpus": gpus}
+                for r, gpus in chosen
+            ]
+            answers = submit_all(batch)
+        keep_refusals(self.run, answers, lambda _, said: Exit(ok=False, reason=Reason.CRASHED, message=said))
+        return [request.replica for request, _ in chosen]
+
+    def observe(self, replicas: Iterable[str], *, fresh: bool = False) -> Mapping[str, JobReport]:
+        return {replica: self._report(JobDir(self.run, replica)) for replica in replicas}
+
+    def cancel(self, replicas: Iterable[str]) -> None:
+        for replica in replicas:
+            controller, service = self._processes(JobDir(self.run, replica))
+            # The controller forwards to the service, which may have outlived it.
+            if not _signal(service, signal.SIGTERM):
+                _signal(controller, signal.SIGTERM)
+
+    def kill(self, replicas: Iterable[str]) -> None:
+        for replica in replicas:
+            for process in reversed(self._processes(JobDir(self.run, replica))):
+                _signal(process, signal.SIGKILL)
+
+    def remaining(self, replicas: Iterable[str]) -> list[str]:
+        return []  # a process that has ended holds nothing
+
+    @contextlib.contextmanager
+    def _choosing(self) -> Iterator[None]:
+        """One at a time on this host, so that two callers don't choose the same GPU. Where a file system has no
+        locks, only the claims protect: that is enough for jobs without GPUs."""
+        descriptor = os.open(self.run.jobs, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            with contextlib.suppress(OSError):
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
+
+    def _claim(self, requests: Sequence[JobRequest]) -> list[tuple[JobRequest, tuple[int, ...]]]:
+        chosen: list[tuple[JobRequest, tuple[int, ...]]] = []
+        free = self._free_gpus() if any(r.resources.gpus for r in requests) else []
+        for request in requests:
+            wanted = request.resources.gpus
+            if wanted > len(free):
+                logger.warning("%s waits for %d GPUs; free: %s", request.replica, wanted, free or "none")
+            elif JobDir(self.run, request.replica).claim():
+                chosen.append((request, tuple(free[:wanted])))
+                free = free[wanted:]
+        return chosen
+
+    def _free_gpus(self) -> list[int]:
+        taken: set[int] = set()
+        for folder in self.run.jobs.iterdir():
+            job = JobDir(self.run, folder.name)
+            info = job.info()
+            if info is not None and info.gpus and self._state(job) is not JobState.ENDED:
+                taken.update(info.gpus)
+        return [number for number in range(self.gpus) if number not in taken]
+
+    def _report(self, job: JobDir) -> JobReport:
+        info = job.info()
+        return JobReport(self._state(job), node=info.host if info is not None else None)
+
+    def _state(self, job: JobDir) -> JobState:
+        hosts = {record.host for record in (job.info(), job.process()) if record is not None}
+        if not hosts:
+            return JobState.PENDING
+        if hosts != {socket.gethostname()}:
+            return JobState.UNKNOWN
+        alive = any(p is not None and start_ticks(p.pid) == p.start_ticks for p in self._processes(job))
+        return JobState.RUNNING if alive else JobState.ENDED
+
+    def _processes(self, job: JobDir) -> tuple[Process | None, Process | None]:
+        """submitit's controller and the service, as far as known and started on this host."""
+        info, service = job.info(), job.process()
+        controller = None
+        if info is not None and info.start_ticks is not None and info.job_id.isdecimal():
+            controller = Process(pid=int(info.job_id), start_ticks=info.start_ticks, host=info.host)
+        here = socket.gethostname()
+        return (
+            controller if controller is not None and controller.host == here else None,
+            service if service is not None and service.host == here else None,
+        )
+
+
+def _signal(process: Process | None, number: signal.Signals) -> bool:
+    """True when exactly this process was there to be signalled."""
+    if process is None:
+        return False
+    try:
+        descriptor = os.pidfd_open(process.pid)
+    except ProcessLookupError:
+        return False
+    try:
+        if start_ticks(process.pid) != process.start_ticks:
+            return False
+        signal.pidfd_send_signal(descriptor, number)
+    except ProcessLookupError:
+        return False
+    finally:
+        os.close(descriptor)
+    return True

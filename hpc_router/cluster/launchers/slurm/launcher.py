@@ -1,0 +1,282 @@
+"""Jobs of Slurm: submitted through submitit, known from their own files, and from `squeue` where files cannot tell.
+
+What a job writes itself counts first: `process.json` that it runs, `exit.json` and `ended.json` that it is over. So the
+controller, asked once per `cluster.ask_s`, is needed only for what waits in the queue and for what died without a word.
+A job asked to end gets SIGTERM alone and has its whole drain time; Slurm's own end, with its short grace, comes after.
+"""
+
+import logging
+import subprocess
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+from hpc_router.cluster.launchers.commands import last_words, output_of
+from hpc_router.cluster.launchers.interface import JobReport, JobRequest, JobState
+from hpc_router.cluster.launchers.slurm.sbatch import BatchJob, batch_jobs
+from hpc_router.cluster.launchers.slurm.squeue import Queue, QueuedJob, View, running_steps
+from hpc_router.cluster.launchers.slurm.submit_errors import explain, is_passing
+from hpc_router.cluster.launchers.submit import keep_refusals, submit_all
+from hpc_router.config.schema import Deployment
+from hpc_router.state.job_records import Ended, Exit, JobDir, JobInfo, Reason, Runner
+from hpc_router.state.registry import split_replica
+from hpc_router.state.run_directory import RunDir
+
+logger = logging.getLogger(__name__)
+
+SCANCEL_TIMEOUT_S: Final = 60.0
+LOOK_AGAIN_S: Final = 3.0
+"""After a submission or a cancellation Slurm is asked once more so soon."""
+MISSING_ANSWERS: Final = 2
+SETTLE_S: Final = 10.0
+"""A job whose batch script has ended, and that said nothing itself, waits so long for Slurm's word on its end."""
+
+STATES: Final[Mapping[str, JobState]] = {
+    **dict.fromkeys(("PENDING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD"), JobState.PENDING),
+    **dict.fromkeys(("RESV_DEL_HOLD", "SPECIAL_EXIT"), JobState.PENDING),
+    **dict.fromkeys(("CONFIGURING", "RUNNING", "RESIZING", "SIGNALING", "STAGE_OUT"), JobState.RUNNING),
+    **dict.fromkeys(("STOPPED", "SUSPENDED"), JobState.RUNNING),
+    "COMPLETING": JobState.ENDING,
+    **dict.fromkeys(("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED"), JobState.ENDED),
+    **dict.fromkeys(("NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "REVOKED", "TIMEOUT"), JobState.ENDED),
+}
+"""Slurm's words for a job's state; one unknown here says nothing."""
+_REASONS: Final[Mapping[str, Reason]] = {
+    "BOOT_FAIL": Reason.NODE_FAILED,
+    "CANCELLED": Reason.CANCELLED,
+    "COMPLETING": Reason.CANCELLED,
+    "DEADLINE": Reason.WALLTIME,
+    "NODE_FAIL": Reason.NODE_FAILED,
+    "OUT_OF_MEMORY": Reason.OUT_OF_MEMORY,
+    "PREEMPTED": Reason.PREEMPTED,
+    "TIMEOUT": Reason.WALLTIME,
+}
+
+
+@dataclass(slots=True)
+class SlurmLauncher:
+    """Also looks after steps inside jobs that are not ours (`Runner.STEP`), which it ends one by one."""
+
+    run: RunDir
+    deployment: Deployment
+    queue: Queue
+    _look_again_at: float = field(default=float("inf"), init=False)
+    _looked_through: float = field(default=0.0, init=False)
+    _missed: dict[str, int] = field(default_factory=dict, init=False)
+    _orphans: set[str] = field(default_factory=set, init=False)
+
+    def submit(self, requests: Sequence[JobRequest]) -> list[str]:
+        claimed = [request for request in requests if JobDir(self.run, request.replica).claim()]
+        jobs = batch_jobs(self.run, self.deployment, claimed)
+        if jobs:
+            answers = submit_all([_submission(job) for job in jobs])
+            self._look_again()
+            keep_refusals(self.run, answers, self._refusal)
+        return [request.replica for request in claimed]
+
+    def observe(self, replicas: Iterable[str], *, fresh: bool = False) -> Mapping[str, JobReport]:
+        jobs = [JobDir(self.run, replica) for replica in replicas]
+        if not jobs:
+            return {}
+        due = time.monotonic() >= self._look_again_at
+        if due:
+            self._look_again_at = float("inf")
+        view = self.queue.view(fresh=fresh or due)
+        if view is not None:
+            self._end_strangers(view)
+        reports = {job.replica: _report(job, view, purged=self._purged(job, view)) for job in jobs}
+        if any(report.state is JobState.ENDING for report in reports.values()):
+            self._look_again()
+        self._end_orphans(jobs, reports)
+        return reports
+
+    def cancel(self, replicas: Iterable[str]) -> None:
+        whole, steps = self._targets(replicas)
+        if whole:
+            _scancel("--state=PENDING", *whole)
+            _scancel("--signal=TERM", *whole)
+        if steps:
+            _scancel("--signal=TERM", *steps)
+        self._look_again()
+
+    def kill(self, replicas: Iterable[str]) -> None:
+        whole, steps = self._targets(replicas)
+        if whole or steps:
+            _scancel("--signal=KILL", *whole, *steps)
+        if whole:
+            _scancel(*whole)
+        self._look_again()
+
+    def remaining(self, replicas: Iterable[str]) -> list[str]:
+        """Also jobs that run in this run's folder and that nobody here knows, which are ended."""
+        infos = [info for replica in replicas if (info := JobDir(self.run, replica).info()) is not None]
+        jobs = {info.job_id for info in infos if info.runner is Runner.SLURM}
+        view = self.queue.view(fresh=True)
+        queued = {job_id for job_id, job in view.jobs.items() if _holds(job)} if view is not None else set()
+        strangers = self._end_strangers(view) if view is not None else set()
+        return sorted((jobs & queued) | strangers | self._steps_left(replicas))
+
+    def _steps_left(self, replicas: Iterable[str]) -> set[str]:
+        """Steps in jobs of somebody else that run on; they are killed."""
+        steps = {step: info for replica in replicas for step, info in self._steps(replica)}
+        held = {info.job_id for info in steps.values() if info.runner is Runner.STEP}
+        try:
+            left = steps.keys() & running_steps(held) if held else set()
+        except (OSError, subprocess.SubprocessError):  # the job that held them has ended
+            return set()
+        if left:
+            _scancel("--signal=KILL", *sorted(left))
+        return left
+
+    def _steps(self, replica: str) -> list[tuple[str, JobInfo]]:
+        job = JobDir(self.run, replica)
+        info, process = job.info(), job.process()
+        if info is None or process is None or process.step_id is None:
+            return []
+        return [(f"{info.job_id}.{process.step_id}", info)]
+
+    def _end_strangers(self, view: View) -> set[str]:
+        """Jobs in this run's folder that were given up before they came: sbatch may fail and yet have submitted."""
+        if view.asked_at == self._looked_through:
+            return set()
+        self._looked_through = view.asked_at
+        held = {job_id: queued for job_id, queued in view.jobs.items() if _holds(queued)}
+        strangers = {job_id for job_id, queued in held.items() if self._given_up(job_id, queued)}
+        for job_id in sorted(strangers):
+            logger.warning("job %s (%s) was given up but started anyway: cancelled", job_id, view.jobs[job_id].name)
+            _scancel(job_id)
+        return strangers
+
+    def _given_up(self, job_id: str, queued: QueuedJob) -> bool:
+        if queued.folder != str(self.run.path) or not queued.name:
+            return False
+        job = JobDir(self.run, queued.name.partition(":")[0])
+        info = job.info()
+        return job.exit() is not None and (info is None or info.job_id != job_id)
+
+    def _purged(self, job: JobDir, view: View | None) -> bool:
+        """Whether Slurm has forgotten the job. Clocks of two hosts are not compared: it has to be missing in two
+        answers that this process got itself, after it knew of the job."""
+        info = job.info()
+        if info is None or info.runner is not Runner.SLURM or view is None:
+            return False
+        if info.job_id in view.jobs:
+            self._missed.pop(info.job_id, None)
+            return False
+        first = self._missed.setdefault(info.job_id, self.queue.answers)
+        if self.queue.answers < first + MISSING_ANSWERS:
+            self._look_again()
+            return False
+        return True
+
+    def _end_orphans(self, jobs: Sequence[JobDir], reports: Mapping[str, JobReport]) -> None:
+        """Steps of a shared job whose srun was killed live on without it."""
+        for job in jobs:
+            ended = job.ended()
+            if reports[job.replica].state is not JobState.ENDED or ended is None or ended.status <= 128:
+                continue
+            for step, info in self._steps(job.replica):
+                if info.shared and step not in self._orphans:
+                    self._orphans.add(step)
+                    _scancel("--signal=KILL", step)
+
+    def _targets(self, replicas: Iterable[str]) -> tuple[list[str], list[str]]:
+        """Whole jobs, and steps of jobs that others share. A shared job that waits goes when all in it were asked to
+        end; until then the body looks at `stop.json` before it begins."""
+        whole, steps = set(), []
+        for replica in replicas:
+            job = JobDir(self.run, replica)
+            info, process = job.info(), job.process()
+            if info is None:
+                continue
+            if info.runner is Runner.SLURM and (not info.shared or self._all_stopped(info.job_id)):
+                whole.add(info.job_id)
+            elif process is not None and process.step_id is not None:
+                steps.append(f"{info.job_id}.{process.step_id}")
+        return sorted(whole), steps
+
+    def _all_stopped(self, job_id: str) -> bool:
+        jobs = [JobDir(self.run, folder.name) for folder in self.run.jobs.iterdir()]
+        infos = {job: info for job in jobs if (info := job.info()) is not None and info.runner is Runner.SLURM}
+        sharing = [job for job, info in infos.items() if info.job_id == job_id]
+        return all(job.ended() is not None or ((s := job.stop()) is not None and s.cancel_at) for job in sharing)
+
+    def _refusal(self, replica: str, said: str) -> Exit:
+        reason = Reason.UNANSWERED if is_passing(said) else Reason.REFUSED
+        return Exit(ok=False, reason=reason, message=explain(said, self.deployment, split_replica(replica)[0]))
+
+    def _look_again(self) -> None:
+        self._look_again_at = min(self._look_again_at, time.monotonic() + LOOK_AGAIN_S)
+
+
+def _submission(job: BatchJob) -> dict[str, object]:
+    argv_of = {request.replica: request.argv for request in job.requests}
+    return {"run": str(job.run.path), "argv_of": argv_of, "script": job.script(), "gpus": ()}
+
+
+def _holds(queued: QueuedJob) -> bool:
+    """Whether it has or waits for resources."""
+    return STATES.get(queued.state) is not JobState.ENDED
+
+
+def _report(job: JobDir, view: View | None, *, purged: bool) -> JobReport:
+    info, process, ended = job.info(), job.process(), job.ended()
+    if info is None:
+        return JobReport(JobState.PENDING)
+    queued = view.jobs.get(info.job_id) if view is not None else None
+    node = process.host if process is not None else queued.node if queued is not None else None
+    state = JobState.ENDED if purged else _state(job, info, view, started=process is not None)
+    running = state is JobState.RUNNING and queued is not None
+    waiting = state is JobState.PENDING and queued is not None
+    return JobReport(
+        state=state,
+        node=node,
+        word=queued.state if queued is not None else None,
+        pending=queued.reason if waiting and queued is not None else None,
+        starts_at=queued.starts_at if waiting and queued is not None else None,
+        ends_at=queued.ends_at if running and queued is not None else None,
+        end=_end(queued, ended) if state in (JobState.ENDING, JobState.ENDED) else None,
+    )
+
+
+def _state(job: JobDir, info: JobInfo, view: View | None, *, started: bool) -> JobState:
+    queued = view.jobs.get(info.job_id) if view is not None else None
+    known = STATES.get(queued.state) if queued is not None else None
+    if known is JobState.ENDED:
+        return JobState.ENDED
+    ended = job.ended()
+    if ended is not None:
+        told = job.exit() is not None or ended.message is not None or info.shared or info.runner is Runner.STEP
+        return JobState.ENDED if told or abs(time.time() - ended.at) > SETTLE_S else JobState.ENDING
+    if job.exit() is not None:
+        return JobState.ENDED if info.runner is Runner.STEP else JobState.ENDING
+    if known is JobState.ENDING:
+        return JobState.ENDING
+    return JobState.RUNNING if started else JobState.PENDING
+
+
+def _end(queued: QueuedJob | None, ended: Ended | None) -> Exit | None:
+    """How a job that said nothing itself came to its end, by Slurm's word and the batch script's."""
+    at = ended.at if ended is not None else time.time()
+    reason = _REASONS.get(queued.state) if queued is not None else None
+    if queued is not None and reason is not None:
+        where = f" on {queued.node}" if queued.node else ""
+        return Exit(ok=False, reason=reason, message=f"Slurm says {queued.state}{where}", at=at)
+    if ended is None:
+        return None
+    if ended.status == 128 + 15:
+        return Exit(ok=False, reason=Reason.CANCELLED, message="it was asked to end before it had begun", at=at)
+    if ended.message is not None:
+        return Exit(ok=False, reason=Reason.SETUP, message=ended.message, at=at)
+    if 128 < ended.status < 128 + 65:
+        return Exit(ok=False, reason=Reason.KILLED, message=f"killed by signal {ended.status - 128}", at=at)
+    return Exit(ok=False, reason=Reason.CRASHED, message=f"srun ended with status {ended.status}", at=at)
+
+
+def _scancel(*words: str) -> None:
+    """Jobs that have ended meanwhile are no failure; whatever else is wrong, the next pass tries again."""
+    try:
+        output_of(["scancel", "--quiet", *words], timeout_s=SCANCEL_TIMEOUT_S)
+    except (OSError, subprocess.SubprocessError) as error:
+        logger.info("scancel %s: %s", " ".join(words), last_words(error))

@@ -1,0 +1,34 @@
+"""Which processes of a job get a signal that is meant for the job: by Slurm's configuration, asked once per verb.
+
+Slurm sends a step's signals to the processes that its plugin for process tracking finds. `proctrack/linuxproc` finds
+every descendant of the step, the engine among them; `proctrack/cgroup` and `proctrack/pgid` signal the agent alone.
+"""
+
+import re
+import subprocess
+from typing import Final
+
+from hpc_router.cluster.launchers.commands import output_of
+
+TIMEOUT_S: Final = 30.0
+REACHES_ALL: Final = "proctrack/linuxproc"
+
+
+def process_tracking() -> str | None:
+    """Slurm's `ProctrackType`; None where Slurm does not say."""
+    try:
+        said = output_of(["scontrol", "show", "config"], timeout_s=TIMEOUT_S)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    found = re.search(r"^ProctrackType\s*=\s*(\S+)", said, re.MULTILINE)
+    return found[1] if found else None
+
+
+def signals_note() -> str | None:
+    """What to know where a job's SIGTERM reaches the engine as well as its agent; None elsewhere."""
+    if process_tracking() != REACHES_ALL:
+        return None
+    return (
+        f"this Slurm ({REACHES_ALL}) sends a job's SIGTERM to the engine too: `scancel` and preemption may cut answers "
+        "in flight, which clients see as errors; `hpc-router drain` and the end of the walltime do not"
+    )

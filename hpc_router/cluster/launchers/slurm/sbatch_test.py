@@ -1,0 +1,76 @@
+"""Whether Slurm would take the jobs: `sbatch --test-only` for each distinct shape, with the very script of `up`.
+
+Only the controller knows accounts, limits and a site's own rules, and each trial costs it a scheduling pass: equal jobs
+are tried once. A clear no is a fault; what cannot be asked now may be right later.
+"""
+
+import os
+import subprocess
+from collections.abc import Sequence
+from typing import Final
+
+from hpc_router.cluster.launchers.slurm.sbatch import BatchJob
+from hpc_router.cluster.launchers.slurm.sinfo import unanswered
+from hpc_router.cluster.launchers.slurm.submit_errors import explain, is_passing
+from hpc_router.config.schema import Deployment
+from hpc_router.net.job_environment import scrubbed
+from hpc_router.state.registry import split_replica
+
+TIMEOUT_S: Final = 30.0
+MOST: Final = 8
+"""Different shapes that are tried."""
+UNASKED: Final = "could not be checked with Slurm: "
+_NAMES: Final = ("job-name", "output", "chdir")
+"""What differs between jobs of one shape."""
+
+
+def try_jobs(deployment: Deployment, jobs: Sequence[BatchJob]) -> tuple[list[str], list[str]]:
+    """Faults and warnings, each a line."""
+    faults: dict[str, None] = {}
+    shapes = _shapes(jobs)
+    warnings = [f"only {MOST} of {len(shapes)} different jobs were tried with Slurm"] if len(shapes) > MOST else []
+    for alike in shapes[:MOST]:
+        try:
+            said = _refused(alike[0].script())
+        except (OSError, subprocess.TimeoutExpired) as error:
+            return list(faults), [*warnings, f"{UNASKED}{_why(error)}"]
+        if said is None:
+            continue
+        experts = dict.fromkeys(split_replica(replica)[0] for job in alike for replica in job.replicas)
+        told = [explain(said, deployment, expert) for expert in experts]
+        if is_passing(said):
+            warnings.append(f"{alike[0].replicas[0]}: {told[0]}")
+        else:
+            faults |= dict.fromkeys(told)
+    return list(faults), list(dict.fromkeys(warnings))
+
+
+def _shapes(jobs: Sequence[BatchJob]) -> list[list[BatchJob]]:
+    found: dict[str, list[BatchJob]] = {}
+    for job in jobs:
+        shape = repr(sorted((name, value) for name, value in job.options().items() if name not in _NAMES))
+        found.setdefault(shape, []).append(job)
+    return list(found.values())
+
+
+def _refused(script: str) -> str | None:
+    """What Slurm says against it; None for nothing. Raises OSError or TimeoutExpired."""
+    done = subprocess.run(
+        ["sbatch", "--test-only"],
+        input=script,
+        env=scrubbed(os.environ),
+        capture_output=True,
+        check=False,
+        text=True,
+        errors="replace",
+        timeout=TIMEOUT_S,
+    )
+    return (done.stderr or done.stdout or f"exit status {done.returncode}") if done.returncode else None
+
+
+def _why(error: OSError | subprocess.TimeoutExpired) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "sbatch is not installed here"
+    if isinstance(error, subprocess.TimeoutExpired):
+        return f"sbatch {unanswered(error)}"
+    return str(error)

@@ -1,0 +1,137 @@
+"""What this Slurm has, from one `sinfo`: partitions and, in each, the kinds of nodes. Parsing is pure.
+
+A partition is rarely uniform, so nodes are told apart by what they have; sites leave out what they like: types of GPUs,
+memory, features. Whether a deployment fits in is judged elsewhere (`cluster.fit`).
+"""
+
+import math
+import os
+import re
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from hpc_router.cluster.launchers.commands import last_words
+from hpc_router.config.walltime import walltime_s
+from hpc_router.errors import LaunchError
+from hpc_router.net.job_environment import scrubbed
+
+TIMEOUT_S: Final = 30.0
+FORMAT: Final = "%R|%P|%a|%l|%D|%c|%m|%t|%f|%G"
+"""Partition without and with its mark, up or not, time limit, nodes, CPUs, memory, state, features, gres."""
+_MANY: Final = {"K": 1024, "M": 1024**2}
+_USABLE: Final = frozenset({"idle", "mix", "alloc", "comp", "resv", "plnd", "maint", "boot", "pow_dn", "pow_up"})
+"""States of nodes that run jobs now or will without anybody's help."""
+
+
+@dataclass(frozen=True, slots=True)
+class NodeKind:
+    """So many nodes of a partition that are alike. `gpus`: type (empty for GPUs without one) -> how many per node."""
+
+    nodes: int
+    cpus: int
+    memory_mb: int | None
+    gpus: Mapping[str, int]
+    features: frozenset[str]
+    state: str
+
+    def gpus_of(self, kind: str | None) -> int:
+        return sum(self.gpus.values()) if kind is None else self.gpus.get(kind, 0)
+
+    @property
+    def usable(self) -> bool:
+        return re.sub(r"[^a-z_]+$", "", self.state) in _USABLE and not self.state.endswith("*")
+
+
+@dataclass(frozen=True, slots=True)
+class Partition:
+    name: str
+    limit_s: float
+    default: bool
+    state: str
+    kinds: tuple[NodeKind, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    partitions: Mapping[str, Partition]
+
+    @property
+    def default(self) -> str | None:
+        return next((p.name for p in self.partitions.values() if p.default), None)
+
+
+def ask_site() -> Site:
+    """One question to the controller. Raises LaunchError with Slurm's own words."""
+    try:
+        done = subprocess.run(
+            ["sinfo", "--all", "--noheader", "--exact", f"--format={FORMAT}"],
+            env=scrubbed(os.environ),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            check=True,
+            text=True,
+            errors="replace",
+            timeout=TIMEOUT_S,
+        )
+    except FileNotFoundError as error:
+        raise LaunchError("sinfo is not installed here") from error
+    except subprocess.TimeoutExpired as error:
+        raise LaunchError(f"sinfo {unanswered(error)}") from error
+    except (OSError, subprocess.SubprocessError) as error:
+        raise LaunchError(last_words(error)) from error
+    return parse_site(done.stdout)
+
+
+def parse_site(text: str) -> Site:
+    """Lines of FORMAT; what is none is passed over."""
+    found: dict[str, Partition] = {}
+    for line in text.splitlines():
+        words = [word.strip() for word in line.split("|")]
+        if len(words) != FORMAT.count("|") + 1:
+            continue
+        name, marked, state, limit, nodes, cpus, memory, node_state, features, gres = words
+        kind = NodeKind(
+            nodes=_count(nodes),
+            cpus=_count(cpus),
+            memory_mb=_count(memory) if _count(memory) > 1 else None,  # 1: the site does not say
+            gpus=parse_gres(gres),
+            features=frozenset(f for f in features.split(",") if f and f != "(null)"),
+            state=node_state,
+        )
+        seconds = walltime_s(limit)
+        known = found.get(name)
+        found[name] = Partition(
+            name=name,
+            limit_s=math.inf if seconds is None else seconds,
+            default=marked.endswith("*"),
+            state=state,
+            kinds=(*(known.kinds if known else ()), *([kind] if kind.nodes else [])),
+        )
+    return Site(found)
+
+
+def parse_gres(text: str) -> dict[str, int]:
+    """`gpu:a100:4(S:0-1),gpu:v100:2,nvme:1` -> {"a100": 4, "v100": 2}; without a type: {"": 4}."""
+    gpus: dict[str, int] = {}
+    for entry in re.sub(r"\([^()]*\)", "", text).split(","):
+        name, *words = [word for word in entry.strip().split(":") if word != "no_consume"]
+        if name != "gpu":
+            continue
+        count = re.fullmatch(r"(\d+)([KM]?)", words[-1]) if words else None
+        kind = ":".join(words[:-1] if count else words)
+        gpus[kind] = gpus.get(kind, 0) + (int(count[1]) * _MANY.get(count[2], 1) if count else 1)
+    return gpus
+
+
+def _count(text: str) -> int:
+    """`16000`, `16000+`, or what is none."""
+    match = re.match(r"\d+", text)
+    return int(match[0]) if match else 0
+
+
+def unanswered(error: subprocess.TimeoutExpired) -> str:
+    """What a command did that was stopped, with its last complaint if it had one."""
+    told = f": {last_words(error)}" if error.stderr else ""
+    return f"gave no answer within {error.timeout:g} s{told}"

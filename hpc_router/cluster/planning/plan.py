@@ -1,0 +1,266 @@
+"""What a deployment would run, to the exact command and batch script, and all that can be known to be wrong with it.
+
+`up` makes the plan first: nothing starts when it is refused. All faults are told at once, each with the key to edit.
+The engines' own interpreters and Slurm are asked only about what is sound by itself.
+"""
+
+import os
+import re
+import shlex
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+import hpc_router
+from hpc_router.cluster.control_loop.slots import ROUTER_SLOT, Slot
+from hpc_router.cluster.launchers.interface import JobRequest
+from hpc_router.cluster.launchers.requests import request_for
+from hpc_router.cluster.launchers.slurm.node_fit import site_faults, site_warnings
+from hpc_router.cluster.launchers.slurm.process_tracking import signals_note
+from hpc_router.cluster.launchers.slurm.sbatch import BatchJob, batch_jobs, python_of, setup_faults
+from hpc_router.cluster.launchers.slurm.sbatch_test import UNASKED, try_jobs
+from hpc_router.cluster.launchers.slurm.sinfo import ask_site
+from hpc_router.cluster.planning.config_faults import own_faults, own_warnings
+from hpc_router.cluster.planning.engine_flags import check_flags
+from hpc_router.cluster.planning.prerequisites import prerequisites
+from hpc_router.cluster.planning.software_checks import is_address
+from hpc_router.config.adapters import adapters_of, host_of, hosts
+from hpc_router.config.schema import ClusterConfig, Deployment, ExpertConfig
+from hpc_router.errors import ConfigError, LaunchError
+from hpc_router.expert.engine_process.command import drain_limit_s
+from hpc_router.expert.engines import Place, build_engine, engine_environment
+from hpc_router.expert.engines.container import contained
+from hpc_router.net.job_environment import held_job
+from hpc_router.state.run_directory import RunDir
+
+FOLDER: Final = "<job>"
+"""Stands in the plan for the folder that each agent makes on its node."""
+NO_JOB: Final = "<job>"
+"""Stands for the id of the job that `up` will run in."""
+NEW_RUN: Final = Path("<run>")
+
+
+_SECRET: Final = re.compile(r"TOKEN|SECRET|PASSWORD|_KEY$", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class EnginePlan:
+    """The engine's process inside an expert's job. `environment`: what it gets beside the node's own."""
+
+    argv: tuple[str, ...]
+    environment: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaPlan:
+    """`engine` is None for the router. `serves`: the expert, and those that are adapters on its engine."""
+
+    expert: str
+    request: JobRequest
+    engine: EnginePlan | None = None
+    serves: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        resources = self.request.resources
+        return {
+            "replica": self.request.replica,
+            "expert": None if self.engine is None else self.expert,
+            "serves": list(self.serves),
+            "nodes": resources.nodes,
+            "gpus": resources.gpus,
+            "cpus": resources.cpus,
+            "memory_gb": resources.memory_gb,
+            "job": list(self.request.argv),
+            "engine": None if self.engine is None else list(self.engine.argv),
+            "environment": {} if self.engine is None else shown(self.engine.environment),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """`jobs`: what sbatch would get; in an allocation, what bash would, to start a step. `warnings`: what may be meant
+    so, and what could not be asked."""
+
+    deployment: Deployment
+    replicas: tuple[ReplicaPlan, ...]
+    jobs: tuple[BatchJob, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        scripts = {replica: shown_script(job) for job in self.jobs for replica in job.replicas}
+        return {
+            "name": self.deployment.name,
+            "cluster": self.deployment.cluster.kind,
+            "policy": self.deployment.policy.kind,
+            "fallback": self.deployment.policy.fallback,
+            "gpus": sum(r.request.resources.gpus * r.request.resources.nodes for r in self.replicas),
+            "replicas": [{**r.to_json(), "script": scripts.get(r.request.replica)} for r in self.replicas],
+            "sbatch": [
+                {"replicas": list(job.replicas), "script": shown_script(job)} for job in self.jobs if job.jobid is None
+            ],
+            "warnings": list(self.warnings),
+        }
+
+    def alike(self) -> list[list[BatchJob]]:
+        """Jobs whose scripts differ in the replicas' names alone stand together."""
+        found: dict[str, list[BatchJob]] = {}
+        for job in self.jobs:
+            script = job.script()
+            for number, replica in enumerate(job.replicas):
+                script = script.replace(replica, f"<{number}>")
+            found.setdefault(script, []).append(job)
+        return list(found.values())
+
+
+def shown(environment: Mapping[str, str]) -> dict[str, str]:
+    """Without what looks like a secret."""
+    return {key: "***" if _SECRET.search(key) else value for key, value in environment.items()}
+
+
+def shown_script(job: BatchJob) -> str:
+    """The same for a batch script."""
+    script = job.script()
+    for key, value in job.cluster.env.items():
+        if _SECRET.search(key):
+            script = script.replace(f"export {key}={shlex.quote(value)}\n", f"export {key}='***'\n")
+    return script
+
+
+def make_plan(deployment: Deployment, *, run: RunDir | None = None, ask_engines: bool = True) -> Plan:
+    """Raises ConfigError with one line per fault. `ask_engines`: let the engines' own interpreters check flags, and
+    Slurm what it would be asked for."""
+    run = run or RunDir(NEW_RUN)
+    faults = list(own_faults(deployment, taught=taught(deployment)))
+    if deployment.cluster.kind != "local":
+        faults += setup_faults(deployment.cluster.setup)
+    if faults:
+        raise ConfigError("\n".join(faults))
+    replicas = tuple(_replicas(deployment, run))
+    jobs = tuple(_jobs(deployment, run, replicas))
+    runs = Path(deployment.runs) if run.path == NEW_RUN else run.path
+    needed = prerequisites(deployment.cluster, runs, ask=ask_engines)
+    faults += needed.faults
+    warnings = [*own_warnings(deployment), *needed.warnings]
+    if ask_engines:
+        for wrong, unsure in (check_flags(deployment.experts, deployment.cluster), _asked(deployment, jobs)):
+            faults.extend(wrong)
+            warnings.extend(unsure)
+    if faults:
+        raise ConfigError("\n".join(faults))
+    return Plan(deployment, replicas, jobs, tuple(warnings))
+
+
+def _asked(deployment: Deployment, jobs: tuple[BatchJob, ...]) -> tuple[list[str], list[str]]:
+    """Faults and warnings of what jobs would find on this machine, by Slurm's word where it runs them."""
+    faults: list[str] = []
+    warnings: list[str] = []
+    if deployment.cluster.kind == "local":
+        return faults, warnings
+    if deployment.cluster.kind == "allocation":
+        outside = "cluster=allocation: this is no job of Slurm; `up` must run in one (salloc, or an sbatch script)"
+        return faults, [*warnings, *(_signals() if held_job() else [outside])]
+    try:
+        site = ask_site()
+    except LaunchError as error:
+        return faults, [*warnings, f"{UNASKED}{error}; `up` needs it"]
+    unfit = site_faults(deployment, site)
+    if unfit:
+        return [*faults, *unfit], warnings
+    refused, unsure = try_jobs(deployment, jobs)
+    return [*faults, *refused], [*warnings, *site_warnings(deployment, site), *_signals(), *unsure]
+
+
+def _signals() -> list[str]:
+    note = signals_note()
+    return [] if note is None else [note]
+
+
+def settled(deployment: Deployment) -> Deployment:
+    """The same deployment whatever folder it is started from: local paths are made absolute."""
+
+    def expert(name: str, config: ExpertConfig) -> ExpertConfig:
+        engine = replace(config.engine, python=_interpreter(config.engine.python))
+        model, kind = config.model, deployment.experts[host_of(deployment.experts, name)].engine.kind
+        local = Path(model).expanduser()
+        model = os.path.abspath(local) if local.is_dir() and kind != "sim" else model  # noqa: PTH100
+        return replace(config, model=model, engine=engine)
+
+    policy = deployment.policy
+    if policy.artefact is not None:
+        policy = replace(policy, artefact=_absolute(policy.artefact))
+    experts = {name: expert(name, config) for name, config in deployment.experts.items()}
+    return replace(deployment, policy=policy, cluster=_settled_cluster(deployment.cluster), experts=experts)
+
+
+def _settled_cluster(cluster: ClusterConfig) -> ClusterConfig:
+    container = cluster.container
+    if container.image is not None and not is_address(container.image):
+        container = replace(container, image=_absolute(container.image))
+    container = replace(container, binds=[_settled_bind(bind) for bind in container.binds])
+    return replace(cluster, python=_interpreter(cluster.python), container=container)
+
+
+def _settled_bind(bind: str) -> str:
+    """SOURCE[:TARGET[:ro]]: the source is a path out here."""
+    source, colon, inside = bind.partition(":")
+    return _absolute(source) + colon + inside
+
+
+def _interpreter(python: str | None) -> str | None:
+    """One that is found on PATH stays so."""
+    return _absolute(python) if python and "/" in python else python
+
+
+def _absolute(path: str) -> str:
+    """Links are kept: a virtual environment's interpreter is one."""
+    return os.path.abspath(Path(path).expanduser())  # noqa: PTH100
+
+
+def _replicas(deployment: Deployment, run: RunDir) -> Iterator[ReplicaPlan]:
+    yield ReplicaPlan(ROUTER_SLOT.expert, request_for(run, deployment, ROUTER_SLOT.replica(1)))
+    cluster = deployment.cluster
+    place = Place(Path(cluster.scratch) / f"hpc-router-{os.getuid()}" / FOLDER)
+    for name, expert in hosts(deployment.experts).items():
+        engine = build_engine(name, expert, adapters=adapters_of(deployment.experts, name))
+        command = [*engine.argv(place), *engine.drain_flags(drain_limit_s(cluster), version=None)]
+        argv = tuple(contained(command, cluster.container, place, expert, models=engine.models))
+        environment = engine_environment(engine, expert, place, inherited={}, cluster=cluster)
+        for number in range(expert.replicas):
+            request = request_for(run, deployment, Slot(name, str(number)).replica(1))
+            yield ReplicaPlan(name, request, EnginePlan(argv, environment), tuple(engine.serves()))
+
+
+def _jobs(deployment: Deployment, run: RunDir, replicas: tuple[ReplicaPlan, ...]) -> list[BatchJob]:
+    """What Slurm would get."""
+    here = deployment.router.place == "here"
+    requests = [r.request for r in replicas if not (here and r.request.is_router)]
+    if deployment.cluster.kind == "slurm":
+        return batch_jobs(run, deployment, requests)
+    if deployment.cluster.kind == "allocation":
+        return [step_job(run, deployment, request, job_id=held_job() or NO_JOB) for request in requests]
+    return []
+
+
+def step_job(run: RunDir, deployment: Deployment, request: JobRequest, *, job_id: str) -> BatchJob:
+    """As `AllocationLauncher` makes it."""
+    command = (
+        python_of(deployment.cluster),
+        "-m",
+        "hpc_router.cluster.launchers.job_entry",
+        str(run.path),
+        request.replica,
+    )
+    return BatchJob(
+        run=run,
+        requests=(request,),
+        cluster=deployment.cluster,
+        name=request.replica,
+        command=(*command, hpc_router.__version__, "--", *request.argv),
+        jobid=job_id,
+    )
+
+
+def taught(deployment: Deployment) -> dict[str, list[str]]:
+    """The exemplars of the experts that have any."""
+    return {name: list(expert.exemplars) for name, expert in deployment.experts.items() if expert.exemplars}

@@ -1,0 +1,89 @@
+"""What jobs need beside their options: one list of checks, made before anything is submitted.
+
+Each check answers with faults, which end `plan` and `up`, and with warnings, where only a node can tell. Checks look
+at this machine; on cluster=local that is where the jobs run.
+"""
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from hpc_router.cluster.planning.software_checks import equipment_faults
+from hpc_router.config.schema import ClusterConfig
+from hpc_router.errors import ConfigError
+from hpc_router.expert.engine_process.scratch_dir import expanded, path_fault, unusable
+
+MOUNTS: Final = Path("/proc/self/mountinfo")
+_OF_ONE_HOST: Final = frozenset({"tmpfs", "ramfs", "overlay", "squashfs", "devtmpfs"})
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What one check found."""
+
+    faults: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+Check = Callable[[ClusterConfig, Path], Found]
+"""Called with the cluster and the folder of the run, or of all runs where it is new."""
+
+
+def prerequisites(cluster: ClusterConfig, runs: Path, *, ask: bool) -> Found:
+    """Of all checks. `ask`: those that start programs too."""
+    found = [check(cluster, runs) for name, check in CHECKS.items() if ask or name not in ASKING]
+    return Found([f for one in found for f in one.faults], [w for one in found for w in one.warnings])
+
+
+def scratch(cluster: ClusterConfig, _runs: Path) -> Found:
+    """`cluster.scratch` is on the nodes: elsewhere only its length can be known, without variables."""
+    here = cluster.kind == "local"
+    if not here and "$" in cluster.scratch:
+        return Found()
+    try:
+        folder = expanded(cluster.scratch, {**os.environ, **cluster.env})
+    except ConfigError as error:
+        return Found([str(error)])
+    fault = path_fault(folder) or (unusable(folder) if here else None)
+    return Found([f"cluster.scratch={cluster.scratch}: {fault}"] if fault is not None else [])
+
+
+def run_directory(cluster: ClusterConfig, runs: Path) -> Found:
+    """Nodes must see it. A file system that only one host can have is a warning: a cluster may be one host."""
+    kind = None if cluster.kind == "local" else file_system(runs.absolute())
+    if kind not in _OF_ONE_HOST:
+        return Found()
+    what = f"the run directory would be in {runs.absolute()}, a {kind} of this host: nodes may not see it"
+    return Found(warnings=[f"{what} (`runs=DIR` or `--run DIR` names a folder of the shared file system)"])
+
+
+def file_system(path: Path) -> str | None:
+    """The type of the file system that holds a path, whether the path exists or not; None where it is not known."""
+    best: tuple[int, str] | None = None
+    try:
+        lines = MOUNTS.read_text(encoding="utf-8", errors="replace").split("\n")
+    except OSError:
+        return None
+    for line in lines:
+        about, _, rest = line.partition(" - ")
+        words = about.split(" ")
+        if len(words) > 4 and path.is_relative_to(mount := Path(words[4].replace("\\040", " "))):
+            depth = len(mount.parts)
+            if best is None or depth >= best[0]:  # the last mount of a place covers those before
+                best = (depth, rest.partition(" ")[0])
+    return None if best is None else best[1]
+
+
+def equipment(cluster: ClusterConfig, _runs: Path) -> Found:
+    return Found(*equipment_faults(cluster))
+
+
+CHECKS: Final[Mapping[str, Check]] = {
+    "scratch": scratch,
+    "run directory": run_directory,
+    "equipment": equipment,
+}
+ASKING: Final = frozenset({"equipment"})
+"""Checks that start programs."""

@@ -1,0 +1,348 @@
+"""`drain NAME`: which jobs a name means, and what becomes of them. Jobs are processes, the agent is a real server."""
+
+import getpass
+import json
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hpc_router.cli import main
+from hpc_router.cluster.commands.drain import Retired, named, retire, successor, wait, without_ready
+from hpc_router.cluster.control_loop.loop import Control
+from hpc_router.cluster.control_loop.slots import NOT_ASKED, ROUTER_SLOT, Attempt, Observed, Slot
+from hpc_router.cluster.launchers.interface import JobReport, JobState
+from hpc_router.cluster.launchers.local import LocalLauncher
+from hpc_router.cluster.launchers.requests import request_for
+from hpc_router.cluster.launchers.slurm.sbatch import batch_jobs
+from hpc_router.config import frozen
+from hpc_router.config.schema import Deployment, EngineConfig, ExpertConfig
+from hpc_router.errors import ConfigError
+from hpc_router.net.auth import replica_key
+from hpc_router.net.protocol import DRAIN
+from hpc_router.state.job_records import Exit, JobDir, Reason, Stop
+from hpc_router.state.registry import Kind, Record, State, publish
+from hpc_router.state.run_directory import RunDir
+from tests.cluster.conftest import request_of
+from tests.waiting import eventually_sync
+
+
+def attempt(
+    slot: Slot,
+    *,
+    node: str = "n1",
+    job: JobState = JobState.RUNNING,
+    generation: int = 1,
+    registered: State | None = None,
+    stop: Stop = NOT_ASKED,
+) -> Attempt:
+    report = JobReport(job, node=node)
+    return Attempt(slot, generation, report=report, claimed_at=0.0, registered=registered, stop=stop)
+
+
+MATH_0, MATH_1, CODE_0, HAND = Slot("math", "0"), Slot("math", "1"), Slot("code", "0"), Slot("math", "h0")
+OBSERVED = {
+    MATH_0: (attempt(MATH_0, job=JobState.ENDED), attempt(MATH_0, generation=2)),
+    MATH_1: (attempt(MATH_1, node="n2.hpc.example"),),
+    CODE_0: (attempt(CODE_0, node="n2.hpc.example"),),
+    HAND: (attempt(HAND, job=JobState.ENDED),),
+    ROUTER_SLOT: (attempt(ROUTER_SLOT, node="n2.hpc.example"),),
+}
+EXTERNAL = Record(Kind.EXTERNAL, "law-x0.g1", "http://h:1", State.READY, {"law": None})
+ELSEWHERE = Record(Kind.EXPERT, "code-0.g1", "http://h:1", State.READY, {}, node="n3")
+
+
+@pytest.mark.parametrize(
+    ("names", "meant"),
+    [
+        (["math-0.g2"], ["math-0.g2"]),
+        (["math-0"], ["math-0.g2"]),
+        (["math"], ["math-0.g2", "math-1.g1"]),
+        (["n2"], ["code-0.g1", "math-1.g1"]),
+        (["n2.hpc.example"], ["code-0.g1", "math-1.g1"]),
+        (["n3"], ["code-0.g1"]),  # the record knows better than the submission
+        (["n1", "math-0", "math"], ["math-0.g2", "math-1.g1"]),
+        (["router"], ["router-0.g1"]),
+        (["router-0"], ["router-0.g1"]),
+        (["math-0.g1"], []),  # it has ended
+        (["math-h0"], []),
+        (["law"], []),  # an expert without a job
+    ],
+)
+def test_what_a_name_means(names: list[str], meant: list[str]) -> None:
+    records = {r.replica: r for r in (EXTERNAL, ELSEWHERE)}
+    assert [a.replica for a in named(names, OBSERVED, records, experts=["math", "code", "law"])] == meant
+
+
+STANDBY = attempt(ROUTER_SLOT, job=JobState.PENDING, generation=2)
+
+
+def beside_a_standby(state: State | None, *, job: JobState = JobState.RUNNING) -> Observed:
+    return {ROUTER_SLOT: (attempt(ROUTER_SLOT, registered=state, job=job), STANDBY)}
+
+
+@pytest.mark.parametrize(
+    ("name", "observed", "meant"),
+    [
+        ("router", beside_a_standby(State.READY), ["router-0.g1"]),
+        ("router-0", beside_a_standby(State.READY), ["router-0.g1"]),
+        ("router-0.g2", beside_a_standby(State.READY), ["router-0.g2"]),
+        ("router", beside_a_standby(State.DRAINING), ["router-0.g1"]),  # asked a second time
+        ("router", beside_a_standby(None), ["router-0.g1"]),
+        ("router", beside_a_standby(None, job=JobState.PENDING), ["router-0.g1", "router-0.g2"]),
+        ("router", beside_a_standby(None, job=JobState.ENDED), ["router-0.g2"]),
+    ],
+)
+def test_a_standby_is_not_the_router(name: str, observed: Observed, meant: list[str]) -> None:
+    """It waits for the end of the one that serves, and takes over: unless it is named itself, it stays."""
+    assert [a.replica for a in named([name], observed, {}, experts=[])] == meant
+
+
+def test_a_standby_replaces_what_ends(run: RunDir) -> None:
+    serves, standby = beside_a_standby(State.READY)[ROUTER_SLOT]
+    observed = {ROUTER_SLOT: (serves, standby)}
+    assert successor(observed, [serves]) == "router-0.g2"
+    assert successor(observed, [standby]) == "router-0.g1"
+    assert successor(observed, [serves, standby]) is None
+    assert successor({ROUTER_SLOT: (serves, replace(standby, stop=Stop(cancel_at=1.0)))}, [serves]) is None
+    assert successor(OBSERVED, []) == "router-0.g1"
+    assert not Retired((), ("router-0.g1",), successor="router-0.g2").needs_reconcile(run)
+    assert Retired((), ("router-0.g1",)).needs_reconcile(run)
+    assert Retired(("math-0.g1",), ()).needs_reconcile(run)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("mth-0", r"nothing here is named 'mth-0'; did you mean 'math-0'\? \(valid: .*math-0\.g2.*n1.*n2"),
+        ("n9", r"'n9'; did you mean 'n\d"),
+        ("law-x0", "law-x0 runs elsewhere .* `hpc-router unregister law-x0`"),
+    ],
+)
+def test_what_no_name_means(name: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        named(["math-0", name], OBSERVED, {EXTERNAL.replica: EXTERNAL}, experts=["math"])
+
+
+@pytest.fixture
+def control(run: RunDir, service: Path, launcher: LocalLauncher, monkeypatch: pytest.MonkeyPatch) -> Control:
+    """Experts math (two replicas) and code on stand-in jobs that serve nothing."""
+    sim = EngineConfig(kind="sim")
+    deployment = Deployment(
+        experts={"math": ExpertConfig(model="m", engine=sim, replicas=2), "code": ExpertConfig(model="m", engine=sim)}
+    )
+    deployment.policy.kind = "model_field"
+    run.config.write_text(frozen.to_yaml(deployment))
+    monkeypatch.setattr(
+        "hpc_router.cluster.control_loop.loop.request_for",
+        lambda _run, _deployment, replica: request_of(service, replica),
+    )
+    control = Control(run, deployment=deployment)
+    submitted = control.once().submitted
+    eventually_sync(lambda: all((run.path / replica).exists() for replica in submitted))
+    return control
+
+
+@contextmanager
+def agent(run: RunDir, replica: str, *, status: int = 202) -> Iterator[list[str | None]]:
+    """Its record, and a server that is told to drain; the job is then said to have ended."""
+    offered: list[str | None] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            assert self.path == DRAIN
+            offered.append(self.headers.get("authorization"))
+            if status == 202:
+                JobDir(run, replica).write(Exit(ok=True, reason=Reason.DRAINED, message="asked"))
+            self.send_response(status)
+            self.send_header("content-length", "0")
+            self.end_headers()
+
+        def log_message(self, format: str, *arguments: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        url = f"http://127.0.0.1:{server.server_address[1]}"
+        publish(run.registry, Record(Kind.EXPERT, replica, url, State.READY, {"math": None}, nonce="n", node="n7"))
+        try:
+            yield offered
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def refusing_to_sleep(_length_s: float) -> None:
+    raise AssertionError("nothing to wait for")
+
+
+def stopped(run: RunDir, replica: str) -> Callable[[], bool]:
+    return lambda: (run.path / f"{replica}.stopped").exists()
+
+
+def test_an_agent_is_asked(run: RunDir, control: Control) -> None:
+    """With its own key; the others stay."""
+    with agent(run, "math-0.g1") as offered:
+        retired = retire(control, ["math-0"])
+    assert (retired.asked, retired.signalled) == (("math-0.g1",), ())
+    assert offered == [f"Bearer {replica_key(run.secret(), 'n')}"]
+    stop = JobDir(run, "math-0.g1").stop()
+    assert stop is not None
+    assert stop.drain_at is not None
+    assert stop.cancel_at is None
+    assert JobDir(run, "math-1.g1").stop() is None
+
+
+def test_an_adapter_goes_only_with_its_host(run: RunDir, control: Control) -> None:
+    control.deployment.experts["law"] = ExpertConfig(model="a", adapter_of="math")
+    with pytest.raises(ConfigError, match=r"drain: law is an adapter on the engine of math; drain that, .*: math$"):
+        retire(control, ["law"])
+    assert JobDir(run, "math-0.g1").stop() is None
+
+
+def test_a_second_time_does_not_move_its_deadline(run: RunDir, control: Control) -> None:
+    JobDir(run, "math-0.g1").write(Stop(drain_at=1.0))
+    with agent(run, "math-0.g1") as offered:
+        retire(control, ["math-0"])
+    assert len(offered) == 1
+    assert JobDir(run, "math-0.g1").stop() == Stop(drain_at=1.0)
+
+
+def test_one_that_serves_nothing_yet_gets_its_jobs_signal(run: RunDir, control: Control) -> None:
+    assert retire(control, ["math"]) == Retired(asked=(), signalled=("math-0.g1", "math-1.g1"))
+    eventually_sync(stopped(run, "math-0.g1"))
+    eventually_sync(stopped(run, "math-1.g1"))
+    stop = JobDir(run, "math-0.g1").stop()
+    assert stop is not None
+    assert stop.cancel_at is not None
+
+
+def test_one_that_refuses_gets_its_jobs_signal(run: RunDir, control: Control, caplog: pytest.LogCaptureFixture) -> None:
+    with agent(run, "math-0.g1", status=500):
+        retired = retire(control, ["n7"])
+    assert (retired.asked, retired.signalled) == ((), ("math-0.g1",))
+    eventually_sync(stopped(run, "math-0.g1"))
+    assert "math-0.g1 refused to drain" in caplog.text
+
+
+def on_slurm(control: Control) -> Control:
+    """The same, as a deployment on Slurm: only submissions differ."""
+    control.deployment.cluster.kind = "slurm"
+    return control
+
+
+def exclusions(control: Control, replica: str) -> str | None:
+    (job,) = batch_jobs(control.run, control.deployment, [request_for(control.run, control.deployment, replica)])
+    found: str | None = job.options().get("exclude")
+    return found
+
+
+def test_a_node_that_is_drained_gets_no_further_jobs(run: RunDir, control: Control) -> None:
+    """Until that is taken back; a node that the site excludes stays so."""
+    on_slurm(control).deployment.cluster.exclude = "n[1-2]"
+    with agent(run, "math-0.g1"):
+        retired = retire(control, ["n7"])
+    assert (retired.asked, retired.excluded) == (("math-0.g1",), ("n7",))
+    assert "node n7 gets no further jobs; `hpc-router drain --undo n7` ends that" in retired.lines()
+    facts = run.read_desired()["excluded_nodes"]["n7"]
+    assert (facts["reason"], facts["by"]) == ("drain", getpass.getuser())
+    assert exclusions(control, "math-0.g2") == "n[1-2],n7"
+    assert exclusions(control, "router-0.g1") == "n[1-2],n7"
+    assert [e for e in events(run) if e["event"] == "node_excluded"]
+    assert main(["drain", "--run", str(run.path), "--undo", "n7"]) == 0
+    assert exclusions(control, "math-0.g2") == "n[1-2]"
+    assert main(["drain", "--run", str(run.path), "--undo", "n7"]) == 2
+
+
+def events(run: RunDir) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run.path / "events.jsonl").read_text().splitlines()]
+
+
+def test_a_replica_that_is_drained_excludes_no_node(run: RunDir, control: Control) -> None:
+    with agent(run, "math-0.g1"):
+        assert retire(on_slurm(control), ["math-0"]).excluded == ()
+    assert exclusions(control, "math-0.g2") is None
+
+
+def test_one_machine_is_not_excluded(run: RunDir, control: Control) -> None:
+    """Nothing could run any more."""
+    with agent(run, "math-0.g1"):
+        assert retire(control, ["n7"]).excluded == ()
+
+
+def test_an_expert_that_loses_its_last_ready_replica_is_told(run: RunDir, control: Control) -> None:
+    with agent(run, "math-0.g1"), agent(run, "math-1.g1"):
+        assert retire(control, ["math-0"]).warnings == ()
+    with agent(run, "code-0.g1"):
+        (warning,) = retire(control, ["code"]).warnings
+    assert warning.startswith("code has no ready replica until another has started")
+
+
+def test_an_endpoint_elsewhere_goes_on_serving() -> None:
+    ready = attempt(CODE_0, registered=State.READY)
+    observed = {CODE_0: (ready,)}
+    assert list(without_ready(observed, [ready], []))
+    external = Record(Kind.EXTERNAL, "code-x0.g1", "http://h:1", State.READY, {"code": None})
+    assert list(without_ready(observed, [ready], [external])) == []
+
+
+def test_waiting_ends_with_the_last_one_and_fills_the_slots(run: RunDir, control: Control) -> None:
+    """No router is there, so the pass of the control loop is made here."""
+    retired = retire(control, ["math"])
+    eventually_sync(lambda: not any(a.live for a in control.look().observed[MATH_0]))  # leaves the exit records
+    eventually_sync(lambda: not any(a.live for a in control.look().observed[MATH_1]))
+    done = wait(control, retired, sleep=refusing_to_sleep)
+    assert done.left == ()
+    assert done.to_json() == {
+        "asked": [],
+        "signalled": ["math-0.g1", "math-1.g1"],
+        "ended": ["math-0.g1", "math-1.g1"],
+        "left": [],
+    }
+    observed = control.look().observed
+    assert [a.generation for a in observed[MATH_0]] == [1, 2]
+
+
+def test_waiting_has_a_limit(run: RunDir, control: Control) -> None:
+    """The time to drain and half a minute."""
+    now = iter([0.0, 59.9, 60.0, 60.0, 60.0])
+    slept: list[float] = []
+    retired = Retired(asked=("math-0.g1",), signalled=())
+    done = wait(control, retired, clock=lambda: next(now), sleep=slept.append)
+    assert done.left == ("math-0.g1",)
+    assert len(slept) == 1
+
+
+class TestTheVerb:
+    def test_tells_what_it_did(self, run: RunDir, control: Control, capsys: pytest.CaptureFixture[str]) -> None:
+        with agent(run, "math-0.g1"):
+            assert main(["drain", "--run", str(run.path), "math-0", "code"]) == 0
+        said = capsys.readouterr()
+        assert said.out == "math-0.g1 drains\ncode-0.g1 gets its job's signal, and drains\n"
+        assert "no router will replace" in said.err
+
+    def test_json(self, run: RunDir, control: Control, capsys: pytest.CaptureFixture[str]) -> None:
+        with agent(run, "math-0.g1"):
+            assert main(["drain", "--run", str(run.path), "math-0", "--json"]) == 0
+        assert json.loads(capsys.readouterr().out) == {
+            "asked": ["math-0.g1"],
+            "signalled": [],
+            "ended": None,
+            "left": None,
+        }
+
+    def test_where_nothing_lives(self, run: RunDir, control: Control, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["drain", "--run", str(run.path), "router"]) == 1
+        assert "nothing of router runs" in capsys.readouterr().err
+
+    def test_a_wrong_name(self, run: RunDir, control: Control, capsys: pytest.CaptureFixture[str]) -> None:
+        """Nobody is drained, not even those that were named rightly."""
+        assert main(["drain", "--run", str(run.path), "math-0", "cod"]) == 2
+        assert "did you mean 'code'?" in capsys.readouterr().err
+        assert JobDir(run, "math-0.g1").stop() is None

@@ -1,0 +1,137 @@
+"""Why a replica does not serve, for one that waits in the queue and for every way to fail."""
+
+from datetime import datetime, timedelta
+
+import pytest
+
+from hpc_router.cluster.commands import why
+from hpc_router.cluster.commands.replica_view import ReplicaView, Standing
+from hpc_router.cluster.commands.why import ADVICE, Cause, expected
+from hpc_router.state.job_records import JobDir, Reason
+from hpc_router.state.run_directory import RunDir
+
+NOON = datetime(2026, 3, 1, 12).timestamp()
+
+
+@pytest.mark.parametrize(
+    ("after", "said"),
+    [
+        (timedelta(seconds=-300), "at 11:55, which is now"),
+        (timedelta(seconds=20), "at 12:00, which is now"),
+        (timedelta(minutes=1), "at 12:01, in a minute"),
+        (timedelta(minutes=12), "at 12:12, in 12 minutes"),
+        (timedelta(minutes=119), "at 13:59, in 119 minutes"),
+        (timedelta(hours=5), "at 17:00, in 5 hours"),
+        (timedelta(hours=20), "at 2026-03-02 08:00, in 20 hours"),
+        (timedelta(days=3), "at 2026-03-04 12:00, in 3 days"),
+    ],
+)
+def test_the_estimate_is_told_for_people(after: timedelta, said: str) -> None:
+    assert expected(NOON + after.total_seconds(), now=NOON) == f"Slurm expects to start it {said}"
+
+
+def test_no_estimate() -> None:
+    assert expected(None, now=NOON) == "Slurm gives no estimate yet"
+
+
+def cause(run: RunDir, view: ReplicaView) -> Cause:
+    return why._cause(run, view, now=NOON)
+
+
+def waiting(pending: str, starts_at: float | None = None) -> ReplicaView:
+    return ReplicaView("math", "math-0.g1", Standing.SUBMITTED, job_id="7", pending=pending, starts_at=starts_at)
+
+
+def test_a_job_that_waits(run: RunDir) -> None:
+    told = cause(run, waiting("Priority", NOON + 720))
+    assert told.what == (
+        "its job waits: jobs of higher priority go first; Slurm expects to start it at 12:12, in 12 minutes"
+    )
+    assert told.advice is not None
+    assert cause(run, waiting("Resources")).what.endswith("become free; Slurm gives no estimate yet")
+
+
+def test_a_job_that_waits_in_vain(run: RunDir) -> None:
+    told = cause(run, waiting("PartitionTimeLimit", NOON))
+    assert told.what == "its job waits: it asks for more time than its partition allows; so it will never start"
+    assert told.advice == "edit cluster.walltime or cluster.partition, then `hpc-router up` in a new run"
+
+
+def test_a_held_job_is_named_in_the_advice(run: RunDir) -> None:
+    assert cause(run, waiting("JobHeldUser")).advice == "`scontrol release 7` releases it"
+
+
+@pytest.mark.parametrize("reason", list(Reason))
+def test_every_reason_has_advice(reason: Reason, run: RunDir) -> None:
+    told = cause(run, ReplicaView("math", "math-0.g1", Standing.FAILED, reason=reason, message="m"))
+    assert told.advice
+    assert "{" not in told.advice
+    assert set(ADVICE) == set(Reason)
+
+
+def test_the_last_words(run: RunDir) -> None:
+    """Of the engine; of the batch script where it failed before, though it lie with another replica of the job."""
+    first, second = JobDir(run, "law-0.g1"), JobDir(run, "math-0.g1")
+    assert first.claim()
+    assert second.claim()
+    (first.path / "7_batch.log").write_text("module: not found\n")
+    view = ReplicaView("math", "math-0.g1", Standing.FAILED, job_id="7", reason=Reason.SETUP)
+    assert cause(run, view).lines == ("module: not found",)
+    second.engine_log.write_text("a\n" * 50 + "out of memory\n")
+    assert cause(run, view).lines == ("module: not found",)
+    crashed = ReplicaView("math", "math-0.g1", Standing.FAILED, job_id="7", reason=Reason.CRASHED)
+    assert cause(run, crashed).lines[-1] == "out of memory"
+    assert len(cause(run, crashed).lines) == why.LOG_LINES
+    assert cause(run, ReplicaView("math", "math-0.g1", Standing.STOPPED, reason=Reason.DRAINED)).lines == ()
+
+
+def test_a_lost_ranks_own_last_words(run: RunDir) -> None:
+    """Beside those of rank 0, which only says that the other is gone; its agent's where its engine never ran."""
+    job = JobDir(run, "math-0.g1")
+    assert job.claim()
+    job.engine_log.write_text("waiting for ranks\n")
+    for name, text in {
+        "rank1.engine.log": "x\n" * 50 + "CUDA error: unspecified launch failure\n",
+        "rank1.log": "rank 1 agent\n",
+        "rank2.log": "cannot reach rank 0\n",
+        "rank10.engine.log": "",
+    }.items():
+        (run.logs / f"math-0.g1.{name}").write_text(text)
+    (run.logs / "math-0.g11.rank1.engine.log").write_text("another's\n")
+    lost = ReplicaView("math", "math-0.g1", Standing.FAILED, job_id="7", reason=Reason.RANK_LOST)
+    told = cause(run, lost)
+    assert told.lines[0] == "waiting for ranks"
+    assert told.lines[-2:] == ("rank 1: CUDA error: unspecified launch failure", "rank 2: cannot reach rank 0")
+    assert len(told.lines) == 1 + why.RANK_LINES + 1
+    assert "`hpc-router logs math-0.g1`" in (told.advice or "")
+    crashed = ReplicaView("math", "math-0.g1", Standing.FAILED, job_id="7", reason=Reason.CRASHED)
+    assert cause(run, crashed).lines == ("waiting for ranks",)
+
+
+def test_who_is_ready_and_sick_is_told_by_the_router() -> None:
+    """Out of use, slow or with errors; nothing is said of the others, nor without a router that answers."""
+    seen = [
+        {"replica": "math-0.g1", "state": "ejected", "trouble": "does not answer probes", "sick": None},
+        {"replica": "math-1.g1", "state": "ready", "trouble": None, "sick": "is slow: 1 s to the first byte"},
+        {"replica": "math-2.g1", "state": "ready", "trouble": None, "sick": None},
+    ]
+    views = [ReplicaView("math", f"math-{n}.g1", Standing.READY) for n in range(4)]
+    told = {cause.view.replica: cause for cause in why._sick(views, {"experts": {"math": {"replicas": seen}}})}
+    assert {replica: cause.what for replica, cause in told.items()} == {
+        "math-0.g1": "the router has ejected it: does not answer probes",
+        "math-1.g1": "it is slow: 1 s to the first byte",
+    }
+    assert told["math-1.g1"].advice is not None
+    assert "hpc-router drain math-1.g1" in told["math-1.g1"].advice
+    assert why._sick(views, {}) == []
+
+
+def test_advice_for_an_external_endpoint_can_be_followed() -> None:
+    """It has no log here, and no job that could be drained."""
+    seen = {"replica": "big-x0.g1", "kind": "external", "state": "ejected", "trouble": "http://h:1 answered 404"}
+    view = ReplicaView("big", "big-x0.g1", Standing.REGISTERED)
+    (cause,) = why._sick([view], {"experts": {"big": {"replicas": [seen]}}})
+    assert cause.advice is not None
+    assert "hpc-router unregister big-x0.g1" in cause.advice
+    assert "drain" not in cause.advice
+    assert "logs" not in cause.advice

@@ -1,0 +1,95 @@
+"""Who hangs: beats that stopped by our own clock, and nobody who answers."""
+
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from hpc_router.cluster.control_loop.liveness import HUNG_BEATS, LOST_BEATS, Pulse
+from hpc_router.state.registry import Kind, Record, State
+
+BEAT_S = 2.0
+LIMIT_S = HUNG_BEATS * BEAT_S
+NOBODY = "http://127.0.0.1:1"
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@contextmanager
+def answering(replica: str) -> Iterator[str]:
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps({"replica": replica}).encode())
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def record(url: str = NOBODY, *, beat: int | None = 1) -> Record:
+    return Record(Kind.EXPERT, "math-0.g1", url, State.READY, {}, nonce="n", beat=beat, beat_s=BEAT_S)
+
+
+def test_beats_that_stop_for_long_enough_are_missed() -> None:
+    clock = Clock()
+    pulse = Pulse()
+    assert pulse.silent([record()], read_at=clock()).hung == set()
+    clock.now += LIMIT_S - 0.1
+    assert pulse.silent([record()], read_at=clock()).hung == set()
+    clock.now += 0.1
+    assert pulse.silent([record()], read_at=clock()).hung == {"math-0.g1"}
+    assert pulse.silent([record(beat=2)], read_at=clock()).hung == set()
+    clock.now += LIMIT_S
+    assert pulse.silent([replace(record(beat=2), nonce="m")], read_at=clock()).hung == set(), (
+        "another life of the same name"
+    )
+
+
+def test_one_is_lost_before_it_hangs() -> None:
+    """Then its job may have ended, which Slurm knows."""
+    clock = Clock()
+    pulse = Pulse()
+    pulse.silent([record()], read_at=clock())
+    clock.now += LOST_BEATS * BEAT_S - 0.1
+    assert pulse.silent([record()], read_at=clock()) == (set(), set())
+    clock.now += 0.1
+    assert pulse.silent([record()], read_at=clock()) == ({"math-0.g1"}, set())
+    with answering("math-0.g1") as url:
+        assert pulse.silent([record(url)], read_at=clock()) == (set(), set())
+
+
+def test_one_that_answers_does_not_hang() -> None:
+    """A stalled file system alone ends nobody; a stranger at its address does not count."""
+    clock = Clock()
+    pulse = Pulse()
+    with answering("math-0.g1") as url, answering("code-0.g1") as stranger:
+        pulse.silent([record(url)], read_at=clock())
+        clock.now += LIMIT_S
+        assert pulse.silent([record(url)], read_at=clock()).hung == set()
+        assert pulse.silent([record(stranger)], read_at=clock()).hung == {"math-0.g1"}
+
+
+def test_a_record_without_beats_is_not_judged() -> None:
+    clock = Clock()
+    pulse = Pulse()
+    external = replace(record(beat=None), beat_s=None)
+    pulse.silent([external], read_at=clock())
+    clock.now += 1e6
+    assert pulse.silent([external], read_at=clock()).hung == set()

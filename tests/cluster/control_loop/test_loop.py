@@ -1,0 +1,438 @@
+"""Passes of the control loop on a real run directory with real processes; only the service is a stand-in."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from hpc_router.cluster.commands.down import down
+from hpc_router.cluster.commands.drain import retire
+from hpc_router.cluster.commands.manual_start import claim_expert, claim_router
+from hpc_router.cluster.commands.router_access import live_router
+from hpc_router.cluster.commands.scale import scale
+from hpc_router.cluster.control_loop import desired_state
+from hpc_router.cluster.control_loop import loop as control_module
+from hpc_router.cluster.control_loop.loop import Control
+from hpc_router.cluster.control_loop.observer import leave_exit
+from hpc_router.cluster.control_loop.reconcile import Submit
+from hpc_router.cluster.control_loop.slots import ROUTER_SLOT, Attempt, Slot
+from hpc_router.cluster.launchers.interface import JobRequest, Launcher
+from hpc_router.cluster.launchers.local import LocalLauncher
+from hpc_router.config import frozen
+from hpc_router.config.schema import Deployment, EngineConfig, ExpertConfig
+from hpc_router.errors import ConfigError, LaunchError, RegistryError
+from hpc_router.state import registry
+from hpc_router.state.job_records import Exit, JobDir, JobInfo, Reason, start_ticks
+from hpc_router.state.registry import Kind, Record, State
+from hpc_router.state.run_directory import RunDir
+from tests.cluster.conftest import request_of
+from tests.waiting import eventually_sync
+
+MATH = Slot("math", "0")
+
+
+@pytest.fixture
+def control(run: RunDir, service: Path, launcher: LocalLauncher, monkeypatch: pytest.MonkeyPatch) -> Control:
+    """Experts math and code, one replica each, whose job is the stand-in."""
+
+    def request(_run: RunDir, _deployment: Deployment, replica: str) -> JobRequest:
+        return request_of(service, replica)
+
+    monkeypatch.setattr(control_module, "request_for", request)
+    sim = EngineConfig(kind="sim")
+    deployment = Deployment(experts={name: ExpertConfig(model="m", engine=sim) for name in ("math", "code")})
+    deployment.policy.kind = "model_field"
+    deployment.cluster = replace(deployment.cluster, drain_s=0.1)
+    run.config.write_text(frozen.to_yaml(deployment))
+    return Control(run)
+
+
+def records_of(run: RunDir) -> list[str]:
+    return sorted(path.name for path in run.registry.iterdir())
+
+
+def live(control: Control) -> list[str]:
+    observed = control.look().observed
+    return sorted(a.replica for attempts in observed.values() for a in attempts if a.live)
+
+
+def started(run: RunDir, replica: str) -> bool:
+    """The stand-in has taken its signal handlers."""
+    return (run.path / replica).exists()
+
+
+def record(replica: str, *, kind: Kind = Kind.EXPERT, state: State = State.READY) -> Record:
+    _, _, generation = registry.split_replica(replica)
+    return Record(
+        kind=kind, replica=replica, url="http://127.0.0.1:1", state=state, serves={}, generation=generation, nonce="n"
+    )
+
+
+def test_one_pass_brings_what_is_missing(control: Control) -> None:
+    assert sorted(control.once().submitted) == ["code-0.g1", "math-0.g1"]
+    assert control.once().actions == []
+    assert live(control) == ["code-0.g1", "math-0.g1"]
+
+
+def test_a_killed_job_is_replaced_and_its_record_removed(run: RunDir, control: Control) -> None:
+    """Only a record whose job is known to have ended; one without a job may be anybody's."""
+    control.once()
+    eventually_sync(lambda: started(run, "math-0.g1"))
+    for name in ("math-0.g1", "code-0.g1", "law-0.g1"):
+        registry.publish(run.registry, record(name))
+    control.launcher.kill(["math-0.g1"])
+    eventually_sync(lambda: "math-0.g2" in control.once().submitted)
+    assert sorted(p.stem for p in run.registry.iterdir()) == ["code-0.g1", "law-0.g1"]
+    end = JobDir(run, "math-0.g1").exit()
+    assert end is not None
+    assert end.reason is Reason.VANISHED
+
+
+def test_a_hung_job_is_replaced(run: RunDir, control: Control, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stopped process is not dead; its beats stand still, and nobody answers at its address."""
+    monkeypatch.setattr("hpc_router.cluster.control_loop.reconcile.KILL_AFTER_S", 0.0)
+    control.once()
+    eventually_sync(lambda: started(run, "math-0.g1"))
+    service = JobDir(run, "math-0.g1").process()
+    assert service is not None
+    os.kill(service.pid, signal.SIGSTOP)
+    registry.publish(run.registry, replace(record("math-0.g1"), beat=1, beat_s=0.001))
+    eventually_sync(lambda: "math-0.g2" in control.once().submitted)
+    end = JobDir(run, "math-0.g1").exit()
+    assert end is not None
+    assert end.reason is Reason.TIMEOUT
+    assert live(control) == ["code-0.g1", "math-0.g2"]
+
+
+def test_loops_at_once_submit_each_job_once(run: RunDir, control: Control, launcher: LocalLauncher) -> None:
+    start = threading.Barrier(6)
+    submitted: list[str] = []
+
+    def loop() -> None:
+        own = Control(run, launcher=launcher)
+        start.wait()
+        for _ in range(3):
+            submitted.extend(own.once().submitted)
+
+    threads = [threading.Thread(target=loop) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(submitted) == ["code-0.g1", "math-0.g1"]
+
+
+def test_scaling_adds_and_drains(run: RunDir, control: Control) -> None:
+    desired_state.scale(run, control.deployment, {"math": 2, "code": 0}, control.look().observed)
+    assert sorted(control.once().submitted) == ["math-0.g1", "math-1.g1"]
+    eventually_sync(lambda: started(run, "math-1.g1"))
+    registry.publish(run.registry, record("math-1.g1"))
+    desired_state.scale(run, control.deployment, {"math": 1}, control.look().observed)
+    control.once()  # the drain call finds nobody at that address, so the deadline ends it
+    assert JobDir(run, "math-1.g1").stop() is not None
+    eventually_sync(lambda: control.once() and live(control) == ["math-0.g1"])
+    assert (run.path / "math-1.g1.stopped").read_text() == "SIGTERM"
+
+
+def test_scaling_tells_who_is_left_without_a_replica(run: RunDir, control: Control) -> None:
+    desired_state.scale(run, control.deployment, {"math": 2}, {})
+    control.once()
+    eventually_sync(lambda: started(run, "math-0.g1") and started(run, "math-1.g1"))
+    registry.publish(run.registry, record("math-1.g1"))
+    assert scale(run, {"math": 3})[1] == []
+    (warning,) = scale(run, {"math": 1})[1]
+    assert warning.startswith("math has no ready replica until another has started")
+    counts, warnings = scale(run, {"math": 0})
+    assert counts["math"] == 0
+    assert warnings == ["math=0: it has no replica any more, and requests for it fail until it is scaled again"]
+
+
+def test_scaling_what_is_not_there_is_refused(run: RunDir, control: Control) -> None:
+    with pytest.raises(ConfigError, match=r"no expert is named 'mth'; did you mean 'math'\?"):
+        desired_state.scale(run, control.deployment, {"mth": 2}, {})
+    for count in (-1, 1025, 99_999_999):
+        with pytest.raises(ConfigError, match=rf"experts\.math\.replicas={count}: out of range \(valid: 0 to 1024\)"):
+            desired_state.scale(run, control.deployment, {"math": count}, {})
+    assert not run.desired.exists()
+
+
+def test_an_adapter_is_scaled_with_its_host(run: RunDir, control: Control) -> None:
+    control.deployment.experts["law"] = ExpertConfig(model="a", adapter_of="math")
+    assert sorted(control.once().submitted) == ["code-0.g1", "math-0.g1"]
+    with pytest.raises(ConfigError, match=r"law is an adapter on the engine of math; scale that: math=3"):
+        desired_state.scale(run, control.deployment, {"law": 3}, {})
+
+
+def test_a_desired_file_edited_by_hand_breaks_nothing(run: RunDir, control: Control) -> None:
+    run.desired.write_text(
+        '{"replicas": {"math": "many", "code": 1000000000, "nope": 4}, "down": "yes", "forgiven": 3}'
+    )
+    assert sorted(control.once().submitted) == ["code-0.g1", "math-0.g1"]
+
+
+def test_down_ends_everything_and_cleans_up(run: RunDir, control: Control) -> None:
+    control.once()
+    eventually_sync(lambda: started(run, "math-0.g1") and started(run, "code-0.g1"))
+    registry.publish(run.registry, record("math-0.g1"))
+    registry.publish(run.registry, record("big-x0.g1", kind=Kind.EXTERNAL))
+    (run.registry / ".code-0.g1.json.abcd").write_text("half")
+    run.registry_json.write_text("{}")
+    assert down(run) == 2
+    assert live(control) == []
+    assert [p.name for p in run.registry.iterdir()] == ["big-x0.g1.json"]
+    assert not run.registry_json.exists()
+    assert down(run) == 0
+    assert control.once().submitted == []  # it stays down
+
+
+class SlowToCancel:
+    """A controller that takes its time before it passes a signal on."""
+
+    def __init__(self, launcher: Launcher) -> None:
+        self.observe, self.submit, self.kill, self.remaining = (
+            launcher.observe, launcher.submit, launcher.kill, launcher.remaining,
+        )  # fmt: skip
+        self._cancel = launcher.cancel
+        self.done_at = 0.0
+
+    def cancel(self, replicas: Iterable[str]) -> None:
+        self._cancel(replicas)
+        self.done_at = time.time()
+
+
+@pytest.mark.parametrize("by", ["loop", "drain"])
+def test_the_time_to_drain_begins_when_the_job_was_asked(run: RunDir, control: Control, by: str) -> None:
+    """Not when the controller was: it may take a minute, and what is late is killed."""
+    control.once()
+    eventually_sync(lambda: started(run, "math-0.g1"))
+    control.launcher = slow = SlowToCancel(control.launcher)
+    if by == "drain":
+        retire(control, ["math-0"])
+    else:
+        control.cancel(["math-0.g1"])
+    stop = JobDir(run, "math-0.g1").stop()
+    assert stop is not None
+    assert stop.cancel_at is not None
+    assert stop.cancel_at >= slow.done_at > 0
+
+
+def test_down_counts_what_the_control_loop_ends_before_it(
+    run: RunDir, control: Control, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    control.once()
+    eventually_sync(lambda: started(run, "math-0.g1") and started(run, "code-0.g1"))
+
+    def overtaken(run: RunDir) -> None:
+        desired_state.take_down(run)
+        eventually_sync(lambda: control.once(clear=True) and not live(control))
+
+    monkeypatch.setattr("hpc_router.cluster.commands.down.take_down", overtaken)
+    assert down(run) == 2
+
+
+def test_down_kills_what_does_not_end(
+    run: RunDir, control: Control, service: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hpc_router.cluster.control_loop.reconcile.KILL_AFTER_S", 0.0)
+    control.launcher.submit([request_of(service, "math-0.g1", how="deaf")])
+    eventually_sync(lambda: started(run, "math-0.g1"))
+    assert down(run) == 1
+    assert live(control) == []
+
+
+def test_down_works_with_a_config_of_another_version(run: RunDir, control: Control) -> None:
+    control.once()
+    eventually_sync(lambda: started(run, "math-0.g1") and started(run, "code-0.g1"))
+    run.config.write_text("a_key_of_tomorrow: 1\n")
+    assert down(run) == 2
+
+
+def test_down_stops_when_it_is_brought_up_again(run: RunDir, control: Control) -> None:
+    """It neither fills nor empties then: what runs is wanted by somebody."""
+    control.once()
+    eventually_sync(lambda: started(run, "math-0.g1") and started(run, "code-0.g1"))
+
+    class Up:
+        def living(self, attempts: list[Attempt]) -> None:
+            desired_state.start_over(run, {})
+
+    with pytest.raises(LaunchError, match="started again in the meantime"):
+        down(run, watcher=Up())
+    assert not JobDir(run, "router-0.g1").path.exists()
+
+
+def test_an_unreadable_wish_skips_the_pass(run: RunDir, control: Control) -> None:
+    """It is not the wish for nothing: live replicas beyond the config's would drain."""
+    desired_state.scale(run, control.deployment, {"math": 2}, {})
+    control.once()
+    run.desired.write_text('{"replicas": {"ma')
+    with pytest.raises(RegistryError, match=r"desired\.json"):
+        control.once()
+    with pytest.raises(RegistryError, match=r"desired\.json"):
+        down(run)
+    assert all(JobDir(run, name).stop() is None for name in live(control_of_config(run)))
+
+
+def control_of_config(run: RunDir) -> Control:
+    """With the wishes taken away."""
+    run.desired.unlink()
+    return Control(run)
+
+
+def test_a_loop_of_a_run_that_is_down_ends_no_router(run: RunDir, control: Control, service: Path) -> None:
+    """Somebody may have started it after the `down`."""
+    desired_state.take_down(run)
+    control.launcher.submit([request_of(service, "router-0.g1"), request_of(service, "math-0.g1")])
+    eventually_sync(lambda: started(run, "router-0.g1") and started(run, "math-0.g1"))
+    eventually_sync(lambda: control.once() and live(control) == ["router-0.g1"])
+    assert down(run) == 1
+
+
+def test_down_cannot_reach_another_host(run: RunDir, control: Control) -> None:
+    job = JobDir(run, "math-0.g1")
+    job.claim()
+    job.write(JobInfo(job_id="1", host="elsewhere", start_ticks=1))
+    with pytest.raises(LaunchError, match=r"math-0\.g1 run on elsewhere"):
+        down(run)
+
+
+def test_the_exit_record_of_the_job_itself_stands(run: RunDir) -> None:
+    """It may be written while the observer decides that there is none."""
+    job = JobDir(run, "math-0.g1")
+    job.claim()
+    own = Exit(ok=True, reason=Reason.DRAINED, message="asked")
+    job.write(own)
+    assert leave_exit(job, Exit(ok=False, reason=Reason.VANISHED, message="?")) == own
+
+
+def _dead(run: RunDir, replica: str) -> None:
+    job = JobDir(run, replica)
+    job.claim()
+    job.write(JobInfo(job_id="1", host=os.uname().nodename, start_ticks=-1))
+
+
+def test_a_dead_routers_record_goes(run: RunDir, control: Control) -> None:
+    """And before that nobody sends the owner's token to its address."""
+    for generation in (1, 2):
+        _dead(run, f"router-0.g{generation}")
+        registry.publish(run.registry, record(f"router-0.g{generation}", kind=Kind.ROUTER))
+    assert live_router(run) is None
+    control.once()
+    assert [name for name in records_of(run) if name.startswith("router")] == []
+    mine = claim_router(run)
+    assert mine == "router-0.g3"
+    registry.publish(run.registry, record(mine, kind=Kind.ROUTER))
+    control.once()
+    assert f"{mine}.json" in records_of(run)
+    found = live_router(run)
+    assert found is not None
+    assert found.replica == mine
+
+
+def test_the_loop_acts_only_beside_the_leading_router(run: RunDir, control: Control) -> None:
+    """A dead router of a higher generation leads nobody."""
+    first, second = claim_router(run), claim_router(run)
+    assert control.leads(first)
+    registry.publish(run.registry, record(first, kind=Kind.ROUTER))
+    registry.publish(run.registry, record(second, kind=Kind.ROUTER))
+    assert control.leads(second)
+    assert not control.leads(first)
+    _dead(run, "router-0.g9")
+    registry.publish(run.registry, record("router-0.g9", kind=Kind.ROUTER))
+    assert control.leads(second)
+
+
+def test_experts_started_by_hand_have_slots_of_their_own(run: RunDir, control: Control) -> None:
+    """The first in which nothing lives; the control loop neither replaces nor ends them."""
+    assert claim_expert(run, "math") == "math-h0.g1"
+    assert claim_expert(run, "math") == "math-h1.g1"
+    _dead(run, "math-h2.g4")
+    assert claim_expert(run, "math") == "math-h2.g5"
+    assert all(isinstance(a, Submit) and a.slot.ours for a in control.once().actions)
+
+
+def test_a_router_is_submitted_once_up_wants_it(run: RunDir, control: Control) -> None:
+    desired_state.start_over(run, {})
+    assert "router-0.g1" in control.once().submitted
+    assert ROUTER_SLOT in control.look().observed
+
+
+def test_a_failing_pass_does_not_end_the_loop(run: RunDir, control: Control) -> None:
+    """The loop as the router starts it: tied to a pipe; it survives a damaged run and goes when the pipe closes."""
+    config = run.config.read_text()
+    hidden = run.path / "hidden"
+    loop = subprocess.Popen(
+        [sys.executable, "-m", "hpc_router.cli", "reconcile", "--loop", "--tied", "--run", str(run.path)],
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert loop.stderr is not None
+        assert loop.stdin is not None
+        eventually_sync(lambda: _handles(loop.pid, signal.SIGTERM))
+        run.registry.rename(hidden)
+        said = ""
+        while "a pass of the control loop failed" not in said:
+            said = loop.stderr.readline()
+            assert said, "the loop ended"
+        hidden.rename(run.registry)
+        loop.communicate()  # closes its stdin
+        assert loop.returncode == 0
+    finally:
+        loop.kill()
+        loop.communicate()
+    assert run.config.read_text() == config
+
+
+def test_the_loop_ends_with_its_run_directory(run: RunDir, tmp_path: Path) -> None:
+    deployment = Deployment()
+    deployment.cluster.reconcile_s = 0.01
+    run.config.write_text(frozen.to_yaml(deployment))
+    loop = subprocess.Popen(
+        [sys.executable, "-m", "hpc_router.cli", "reconcile", "--loop", "--run", str(run.path)],
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        eventually_sync(lambda: _handles(loop.pid, signal.SIGTERM))
+        run.path.rename(tmp_path / "away")
+        assert loop.wait(30) == 0
+    finally:
+        loop.kill()
+        loop.wait()
+
+
+def test_the_loop_ends_on_sigterm(run: RunDir) -> None:
+    """And not on the walltime warning of its router's job, which has a lower number."""
+    run.desired.write_text(json.dumps({"down": True}))
+    loop = subprocess.Popen(
+        [sys.executable, "-m", "hpc_router.cli", "reconcile", "--loop", "--run", str(run.path)],
+        stderr=subprocess.DEVNULL,
+    )
+    eventually_sync(lambda: _handles(loop.pid, signal.SIGTERM) and _ignores(loop.pid, signal.SIGUSR2))
+    loop.send_signal(signal.SIGUSR2)
+    loop.terminate()
+    assert loop.wait(20) == 0
+    assert start_ticks(loop.pid) is None
+
+
+def _handles(pid: int, number: signal.Signals) -> bool:
+    return _has(pid, "SigCgt", number)
+
+
+def _ignores(pid: int, number: signal.Signals) -> bool:
+    return _has(pid, "SigIgn", number)
+
+
+def _has(pid: int, mask: str, number: signal.Signals) -> bool:
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    found = next(int(line.split()[1], 16) for line in lines if line.startswith(mask))
+    return bool(found >> (number - 1) & 1)

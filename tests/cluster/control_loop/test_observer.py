@@ -1,0 +1,146 @@
+"""One look at a run: what it makes of records and reports that were not read at the same moment."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+from hpc_router.cluster.control_loop.liveness import HUNG_BEATS, LOST_BEATS
+from hpc_router.cluster.control_loop.observer import ASK_LOST_S, Observer
+from hpc_router.cluster.launchers.interface import JobReport, JobState
+from hpc_router.state.job_records import JobDir, JobInfo, Runner
+from hpc_router.state.registry import Kind, Record, State, publish
+from hpc_router.state.run_directory import RunDir
+
+BEAT_S = 2.0
+RECORD = Record(Kind.EXPERT, "math-0.g1", "http://127.0.0.1:1", State.READY, {}, nonce="n", beat=1, beat_s=BEAT_S)
+
+
+class Slurm:
+    """A job that runs as far as the controller has said; it is asked afresh or not at all."""
+
+    def __init__(self) -> None:
+        self.now, self.asked = 0.0, 0
+        self.truth = self.said = JobState.RUNNING
+
+    def observe(self, replicas: Iterable[str], *, fresh: bool = False) -> Mapping[str, JobReport]:
+        if fresh:
+            self.asked += 1
+            self.said = self.truth
+        return {replica: JobReport(self.said) for replica in replicas}
+
+    def submit(self, requests: object) -> list[str]:
+        raise AssertionError("nothing is submitted by a look")
+
+    def cancel(self, replicas: Iterable[str]) -> None:
+        raise AssertionError("nothing is cancelled by a look")
+
+    kill = cancel
+
+    def remaining(self, replicas: Iterable[str]) -> list[str]:
+        return []
+
+
+class SlowController(Slurm):
+    """A job that runs, by the word of a controller that takes so long to say so that the agent, `renewing`, has
+    renewed its record meanwhile."""
+
+    def __init__(self, run: RunDir, *, renewing: bool) -> None:
+        super().__init__()
+        self.run, self.renewing, self.beat = run, renewing, 1
+
+    def observe(self, replicas: Iterable[str], *, fresh: bool = False) -> Mapping[str, JobReport]:
+        self.now += HUNG_BEATS * BEAT_S
+        if self.renewing:
+            self.beat += HUNG_BEATS
+            publish(self.run.registry, replace(RECORD, beat=self.beat))
+        return super().observe(replicas, fresh=fresh)
+
+
+def submitted(run: RunDir, record: Record) -> None:
+    job = JobDir(run, record.replica)
+    job.claim()
+    job.write(JobInfo("7", "login1", runner=Runner.SLURM))
+    publish(run.registry, record)
+
+
+def hung(run: RunDir, *, renewing: bool) -> list[bool]:
+    """Of three looks in a row."""
+    submitted(run, RECORD)
+    controller = SlowController(run, renewing=renewing)
+    observer = Observer(run, controller, clock=lambda: controller.now)
+    return [next(iter(observer.look().values()))[0].hung for _ in range(3)]
+
+
+def test_a_controller_that_answers_late_makes_no_agent_look_hung(run: RunDir) -> None:
+    """The age of a beat ends when it was read: no probe by a busy node has to save the replica."""
+    assert hung(run, renewing=True) == [False, False, False]
+
+
+def test_beats_that_stopped_are_missed_all_the_same(run: RunDir) -> None:
+    assert hung(run, renewing=False) == [False, True, True]
+
+
+def test_the_controller_is_asked_once_for_a_replica_that_falls_silent(run: RunDir) -> None:
+    """So that a job which ended without a word is replaced before the next periodic question."""
+    slurm = Slurm()
+    submitted(run, RECORD)
+    observer = Observer(run, slurm, clock=lambda: slurm.now)
+    seen = []
+    for _ in range(HUNG_BEATS + 1):
+        (attempt,) = next(iter(observer.look().values()))
+        seen.append((slurm.asked, list(observer.lost), attempt.hung))
+        slurm.now += BEAT_S
+    assert seen == [
+        *[(0, [], False)] * LOST_BEATS,
+        (1, [RECORD.replica], False),
+        *[(1, [], False)] * (HUNG_BEATS - LOST_BEATS - 1),
+        (1, [], True),
+    ]
+
+
+def test_a_job_that_slurm_knows_to_have_ended_is_seen_in_that_look(run: RunDir) -> None:
+    slurm = Slurm()
+    submitted(run, RECORD)
+    observer = Observer(run, slurm, clock=lambda: slurm.now)
+    observer.look()
+    slurm.truth = JobState.ENDED
+    slurm.now = LOST_BEATS * BEAT_S
+    (attempt,) = next(iter(observer.look().values()))
+    assert attempt.job is JobState.ENDED
+    assert attempt.exit is not None
+
+
+def test_losses_that_follow_each_other_share_a_question(run: RunDir) -> None:
+    """At most one per ASK_LOST_S, and none is forgotten."""
+    slurm = Slurm()
+    names = [f"math-{number}.g1" for number in range(3)]
+    records = [replace(RECORD, replica=name) for name in names]
+    for record in records:
+        submitted(run, record)
+    observer = Observer(run, slurm, clock=lambda: slurm.now)
+    observer.look()
+    told: list[tuple[float, list[str]]] = []
+    for step in range(1, 9):
+        slurm.now = step * BEAT_S
+        for number, record in enumerate(records):  # each is renewed one beat longer than the one before
+            if step <= number:
+                publish(run.registry, replace(record, beat=1 + step))
+        observer.look()
+        if observer.lost:
+            told.append((slurm.now, list(observer.lost)))
+    first = LOST_BEATS * BEAT_S
+    assert told == [(first, names[:1]), (first + 3 * BEAT_S, names[1:])]
+    assert 2 * BEAT_S < ASK_LOST_S <= 3 * BEAT_S
+    assert slurm.asked == len(told)
+
+
+def test_one_that_comes_back_and_falls_silent_again_is_another_loss(run: RunDir) -> None:
+    slurm = Slurm()
+    submitted(run, RECORD)
+    observer = Observer(run, slurm, clock=lambda: slurm.now)
+    for beat in (1, 2):
+        publish(run.registry, replace(RECORD, beat=beat))
+        observer.look()
+        slurm.now += ASK_LOST_S
+        observer.look()
+        slurm.now += ASK_LOST_S
+    assert slurm.asked == 2

@@ -1,0 +1,67 @@
+"""When the site's own dependency is known to have been met: as soon as one job of the run has begun with it."""
+
+from pathlib import Path
+
+import pytest
+
+from hpc_router.cluster.launchers.requests import request_for
+from hpc_router.cluster.launchers.slurm.sbatch import batch_jobs
+from hpc_router.config.schema import ClusterConfig, Deployment, ExpertConfig, ResourceConfig, RouterConfig
+from hpc_router.state.job_records import Ended, JobDir, JobInfo, Process, Runner
+from hpc_router.state.run_directory import RunDir
+
+WANTED = "afterok:17"
+
+
+def deployment(**own: str) -> Deployment:
+    """`own`: dependencies of experts that have another one than the cluster's."""
+    experts = {
+        name: ExpertConfig(model="m", resources=ResourceConfig(sbatch={"dependency": own[name]} if name in own else {}))
+        for name in ("math", "code")
+    }
+    cluster = ClusterConfig(kind="slurm", sbatch={"dependency": WANTED})
+    return Deployment(experts=experts, cluster=cluster, router=RouterConfig())
+
+
+def submitted(run: RunDir, replica: str, *, runner: Runner = Runner.SLURM) -> JobDir:
+    job = JobDir(run, replica)
+    job.claim()
+    job.write(JobInfo("20", "login1", runner=runner))
+    return job
+
+
+def asked(run: RunDir, replica: str, **own: str) -> str | None:
+    """The dependency in the batch script of its job."""
+    (job,) = batch_jobs(run, deployment(**own), [request_for(run, deployment(**own), replica)])
+    found: str | None = job.options().get("dependency")
+    return found
+
+
+def test_it_is_asked_for_until_a_job_has_begun(run: RunDir) -> None:
+    assert asked(run, "math-0.g1") == WANTED
+    job = submitted(run, "math-0.g1")
+    assert asked(run, "math-1.g1") == WANTED, "the first one waits"
+    job.write(Process(1, 1, "n1"))
+    for replica in ("math-0.g2", "math-1.g1", "code-0.g1", "router-0.g2"):
+        assert asked(run, replica) is None
+
+
+def test_one_whose_setup_failed_had_begun(run: RunDir) -> None:
+    submitted(run, "code-0.g1").write(Ended(1, 0.0, "cluster.setup[0] failed"))
+    assert asked(run, "math-0.g1") is None
+
+
+@pytest.mark.parametrize("replica", ["code-0.g1", "law-0.g1"])
+def test_a_job_with_another_dependency_says_nothing(run: RunDir, replica: str) -> None:
+    """Nor does one of an expert that is no more."""
+    submitted(run, replica).write(Process(1, 1, "n1"))
+    assert asked(run, "math-0.g1", code="afterok:18") == WANTED
+
+
+def test_a_router_on_the_login_node_waited_for_nothing(run: RunDir) -> None:
+    submitted(run, "router-0.g1", runner=Runner.PROCESS).write(Process(1, 1, "login1"))
+    assert asked(run, "math-0.g1") == WANTED
+
+
+def test_a_run_that_is_not_there_yet(tmp_path: Path) -> None:
+    assert asked(RunDir(tmp_path / "none"), "math-0.g1") == WANTED

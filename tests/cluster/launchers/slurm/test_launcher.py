@@ -1,0 +1,211 @@
+"""What is known of a Slurm job, from its own files and from a view of the queue."""
+
+import time
+from pathlib import Path
+
+import pytest
+
+from hpc_router.cluster.launchers.interface import JobState
+from hpc_router.cluster.launchers.slurm.launcher import MISSING_ANSWERS, SETTLE_S, SlurmLauncher
+from hpc_router.cluster.launchers.slurm.squeue import Queue, QueuedJob, View
+from hpc_router.config.schema import Deployment
+from hpc_router.state.job_records import Ended, Exit, JobDir, JobInfo, Process, Reason, Runner, Stop
+from hpc_router.state.run_directory import RunDir, make_run
+
+NOW = time.time()
+
+
+class SeenQueue(Queue):
+    """A view that a test made."""
+
+    def __init__(self, run: RunDir, jobs: dict[str, QueuedJob], asked_at: float = NOW) -> None:
+        super().__init__(run, ask_s=30.0)
+        self.now: View | None = View(asked_at, jobs)
+
+    def view(self, *, fresh: bool = False) -> View | None:
+        return self.now
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    return make_run(tmp_path / "run")
+
+
+def submitted(run: RunDir, *, runner: Runner = Runner.SLURM, at: float = NOW, shared: bool = False) -> JobDir:
+    job = JobDir(run, "math-0.g1")
+    job.claim()
+    job.write(JobInfo("7", "login1", submitted_at=at, runner=runner, shared=shared))
+    return job
+
+
+def observed(run: RunDir, queued: QueuedJob | None, asked_at: float = NOW):  # type: ignore[no-untyped-def]
+    queue = SeenQueue(run, {} if queued is None else {"7": queued}, asked_at)
+    return SlurmLauncher(run, Deployment(), queue).observe(["math-0.g1"])["math-0.g1"]
+
+
+@pytest.mark.parametrize(
+    ("word", "state"),
+    [("PENDING", JobState.PENDING), ("COMPLETING", JobState.ENDING), ("NODE_FAIL", JobState.ENDED)],
+)
+def test_the_queue_tells_what_a_silent_job_is(run: RunDir, word: str, state: JobState) -> None:
+    submitted(run)
+    assert observed(run, QueuedJob(word)).state is state
+
+
+def test_a_job_that_waits_says_why_and_until_when(run: RunDir) -> None:
+    submitted(run)
+    report = observed(run, QueuedJob("PENDING", reason="Priority", starts_at=NOW + 60))
+    assert (report.pending, report.starts_at, report.ends_at) == ("Priority", NOW + 60, None)
+
+
+def test_a_job_that_runs_says_where_and_how_long(run: RunDir) -> None:
+    job = submitted(run)
+    job.write(Process(1, 1, "n2", step_id="0"))
+    report = observed(run, QueuedJob("RUNNING", node="n2", ends_at=NOW + 3600))
+    assert (report.state, report.node, report.ends_at) == (JobState.RUNNING, "n2", NOW + 3600)
+
+
+def test_its_own_files_are_newer_than_the_view(run: RunDir) -> None:
+    job = submitted(run)
+    pending = QueuedJob("PENDING")
+    job.write(Process(1, 1, "n2"))
+    assert observed(run, pending).state is JobState.RUNNING
+    job.write(Exit(ok=False, reason=Reason.WEIGHTS, message="no such model"))
+    assert observed(run, pending).state is JobState.ENDING
+    job.write(Ended(1, NOW))
+    assert observed(run, pending).state is JobState.ENDED
+
+
+def test_slurms_word_is_waited_for_where_the_job_itself_said_nothing(run: RunDir) -> None:
+    """A step that ends with status 0 on a node that was given up is no crash."""
+    job = submitted(run)
+    job.write(Ended(0, time.time()))
+    assert observed(run, QueuedJob("RUNNING")).state is JobState.ENDING
+    report = observed(run, QueuedJob("NODE_FAIL", node="n1"))
+    assert report.state is JobState.ENDED
+    assert report.end is not None
+    assert report.end.reason is Reason.NODE_FAILED
+    job.write(Ended(0, time.time() - SETTLE_S - 1))
+    assert observed(run, QueuedJob("RUNNING")).state is JobState.ENDED
+
+
+def test_a_job_submitted_after_the_view_is_not_lost(run: RunDir) -> None:
+    submitted(run, at=NOW)
+    assert observed(run, None, asked_at=NOW - 5).state is JobState.PENDING
+    assert observed(run, None, asked_at=NOW + 3600).state is JobState.PENDING, "clocks of two hosts are not compared"
+
+
+def test_a_job_that_slurm_has_forgotten_is_missing_in_answers_of_ones_own(run: RunDir) -> None:
+    submitted(run)
+    queue = SeenQueue(run, {})
+    launcher = SlurmLauncher(run, Deployment(), queue)
+    for answered in range(MISSING_ANSWERS + 1):
+        queue.answers = answered
+        state = launcher.observe(["math-0.g1"])["math-0.g1"].state
+        assert state is (JobState.ENDED if answered == MISSING_ANSWERS else JobState.PENDING)
+
+
+def test_a_job_that_came_after_it_was_given_up_is_cancelled(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    """sbatch may time out and have submitted all the same."""
+    job = JobDir(run, "math-0.g1")
+    job.claim()
+    queued = QueuedJob("PENDING", name="math-0.g1:demo", folder=str(run.path))
+    launcher = SlurmLauncher(run, Deployment(), SeenQueue(run, {"7": queued}))
+    calls = calls_of(launcher, monkeypatch)
+    assert launcher.remaining(["math-0.g1"]) == []
+    job.write(Exit(ok=False, reason=Reason.UNANSWERED, message="Socket timed out"))
+    launcher = SlurmLauncher(run, Deployment(), SeenQueue(run, {"7": queued}))
+    assert launcher.remaining(["math-0.g1"]) == ["7"]
+    assert calls == [("7",)]
+
+
+def test_a_view_that_nobody_has_leaves_what_the_files_say(run: RunDir) -> None:
+    submitted(run)
+    queue = SeenQueue(run, {})
+    queue.now = None
+    assert SlurmLauncher(run, Deployment(), queue).observe(["math-0.g1"])["math-0.g1"].state is JobState.PENDING
+
+
+@pytest.mark.parametrize(
+    ("word", "reason"),
+    [
+        ("NODE_FAIL", Reason.NODE_FAILED),
+        ("PREEMPTED", Reason.PREEMPTED),
+        ("TIMEOUT", Reason.WALLTIME),
+        ("OUT_OF_MEMORY", Reason.OUT_OF_MEMORY),
+        ("CANCELLED", Reason.CANCELLED),
+    ],
+)
+def test_slurms_word_for_the_end_of_a_silent_job_counts(run: RunDir, word: str, reason: Reason) -> None:
+    job = submitted(run)
+    job.write(Ended(137, NOW))
+    end = observed(run, QueuedJob(word, node="n1")).end
+    assert end is not None
+    assert end.reason is reason
+
+
+@pytest.mark.parametrize(
+    ("ended", "reason"),
+    [
+        (Ended(137, NOW), Reason.KILLED),
+        (Ended(143, NOW), Reason.CANCELLED),
+        (Ended(1, NOW, "cluster.setup[0] failed on n1"), Reason.SETUP),
+        (Ended(1, NOW), Reason.CRASHED),
+    ],
+)
+def test_the_batch_scripts_word_counts_where_slurm_says_nothing(run: RunDir, ended: Ended, reason: Reason) -> None:
+    submitted(run).write(ended)
+    end = observed(run, None).end
+    assert end is not None
+    assert (end.reason, end.at) == (reason, NOW)
+
+
+def calls_of(launcher: SlurmLauncher, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
+    calls: list[tuple[str, ...]] = []
+    monkeypatch.setattr("hpc_router.cluster.launchers.slurm.launcher.running_steps", lambda _: set())
+    monkeypatch.setattr("hpc_router.cluster.launchers.slurm.launcher._scancel", lambda *words: calls.append(words))
+    return calls
+
+
+def test_a_job_is_asked_by_sigterm_alone(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slurm's own end gives the site's KillWait, which may be shorter than the drain."""
+    submitted(run).write(Process(1, 1, "n1", step_id="0"))
+    launcher = SlurmLauncher(run, Deployment(), SeenQueue(run, {}))
+    calls = calls_of(launcher, monkeypatch)
+    launcher.cancel(["math-0.g1"])
+    assert calls == [("--state=PENDING", "7"), ("--signal=TERM", "7")]
+
+
+def test_a_replica_that_shares_its_job_goes_alone(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    submitted(run, shared=True).write(Process(1, 1, "n1", step_id="3"))
+    other = JobDir(run, "math-1.g1")
+    other.claim()
+    other.write(JobInfo("7", "login1", runner=Runner.SLURM, shared=True))
+    launcher = SlurmLauncher(run, Deployment(), SeenQueue(run, {}))
+    calls = calls_of(launcher, monkeypatch)
+    launcher.cancel(["math-0.g1"])
+    assert calls == [("--signal=TERM", "7.3")]
+    for job in (JobDir(run, "math-0.g1"), other):
+        job.write(Stop(cancel_at=NOW))
+    launcher.cancel(["math-1.g1"])
+    assert ("--state=PENDING", "7") in calls
+
+
+def test_a_step_in_a_job_of_somebody_else_never_ends_the_job(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = submitted(run, runner=Runner.STEP, shared=True)
+    job.write(Process(1, 1, "n1", step_id="2"))
+    job.write(Stop(cancel_at=NOW))
+    launcher = SlurmLauncher(run, Deployment(), SeenQueue(run, {"7": QueuedJob("RUNNING")}))
+    calls = calls_of(launcher, monkeypatch)
+    launcher.cancel(["math-0.g1"])
+    launcher.kill(["math-0.g1"])
+    assert calls == [("--signal=TERM", "7.2"), ("--signal=KILL", "7.2")]
+    assert launcher.remaining(["math-0.g1"]) == []
+
+
+def test_what_remains_is_asked_of_slurm(run: RunDir) -> None:
+    job = submitted(run)
+    job.write(Ended(0, NOW))
+    for word, left in (("COMPLETING", ["7"]), ("RUNNING", ["7"]), ("COMPLETED", [])):
+        launcher = SlurmLauncher(run, Deployment(), SeenQueue(run, {"7": QueuedJob(word)}))
+        assert launcher.remaining(["math-0.g1"]) == left

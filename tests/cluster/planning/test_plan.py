@@ -1,0 +1,427 @@
+"""What would run, and what only the whole deployment on this machine can show wrong."""
+
+import io
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from hpc_router.cli import WIDE
+from hpc_router.cluster.launchers.slurm.allocation import AllocationLauncher
+from hpc_router.cluster.planning import engine_flags
+from hpc_router.cluster.planning.plan import FOLDER, Plan, make_plan, settled
+from hpc_router.config.compose import load_deployment
+from hpc_router.config.schema import (
+    ClusterConfig,
+    ContainerConfig,
+    Deployment,
+    EngineConfig,
+    ExpertConfig,
+    ResourceConfig,
+)
+from hpc_router.errors import ConfigError
+from hpc_router.screen import plan_text
+from hpc_router.state.run_directory import RunDir
+from tests.cluster.programs import Programs
+from tests.routing.samples import artefact
+
+
+def deployment(**experts: ExpertConfig) -> Deployment:
+    made = Deployment(experts=experts)
+    made.policy.kind = "model_field"
+    return made
+
+
+def faults(wrong: Deployment) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        make_plan(wrong)
+    return str(caught.value).splitlines()
+
+
+SIM = ExpertConfig(model="m", engine=EngineConfig(kind="sim"))
+
+
+def test_the_plan_is_what_is_submitted() -> None:
+    plan = make_plan(load_deployment(["topology=sim", "experts.math.replicas=2", "experts.law.replicas=0"]))
+    names = [replica.request.replica for replica in plan.replicas]
+    assert names == ["router-0.g1", "code-0.g1", "math-0.g1", "math-1.g1", "medicine-0.g1", "generalist-0.g1"]
+    math = plan.replicas[2]
+    assert math.request.argv[:3] == (sys.executable, "-m", "hpc_router.expert")
+    assert math.engine is not None
+    assert "hpc_router.sim" in math.engine.argv
+
+
+def test_gpus_of_all_replicas_together() -> None:
+    two = replace(SIM, replicas=2, resources=ResourceConfig(gpus=2))
+    wrong = deployment(a=two, b=two)
+    wrong.cluster.gpus = 7
+    assert faults(wrong) == [
+        "cluster.gpus=7: this machine has fewer GPUs than all replicas need: 8 (a 4, b 4)",
+    ]
+    wrong.cluster.gpus = 8
+    make_plan(wrong)
+
+
+def test_all_faults_are_told_at_once(tmp_path: Path) -> None:
+    plain = tmp_path / "plain"
+    plain.write_text("no program")
+    engine = EngineConfig(kind="transformers")
+    wrong = deployment(
+        a=ExpertConfig(model="./nope", engine=replace(engine, python="/no/python")),
+        b=ExpertConfig(model="/no/model", engine=replace(engine, python=str(plain))),
+        c=ExpertConfig(model="org/name", engine=replace(engine, options={"extra": {"host": "0.0.0.0"}})),
+    )
+    said = faults(wrong)
+    for at in ("experts.a.engine.python", "experts.a.model", "experts.b.engine.python", "experts.b.model"):
+        assert any(line.startswith(f"{at}=") for line in said), at
+    assert any("experts.c.engine.options.extra.host" in line for line in said)
+    assert len(said) == 5
+
+
+def test_adapters_have_no_jobs_of_their_own() -> None:
+    plan = make_plan(load_deployment(["topology=sim_lora"]))
+    assert [replica.request.replica for replica in plan.replicas] == ["router-0.g1", "base-0.g1", "base-1.g1"]
+    assert plan.to_json()["replicas"][1]["serves"] == ["base", "math", "law", "medicine"]
+    assert "serves  base, math, law, medicine" in printed(plan)
+    predicted = ["topology=llama3_8b_4lora_bf16", "simulate.gpu=h100-sxm"]
+    plan = make_plan(load_deployment(predicted))
+    assert [replica.request.replica for replica in plan.replicas] == ["router-0.g1", "base-0.g1"]
+    engine = plan.replicas[1].engine
+    assert engine is not None
+    assert {"--roofline", "--lora-modules"} <= set(engine.argv)
+
+
+def test_an_adapter_is_looked_for_like_a_model(tmp_path: Path) -> None:
+    (tmp_path / "bare").mkdir()
+    engine = EngineConfig(kind="vllm", options={"device": "cpu"})
+    wrong = deployment(
+        base=ExpertConfig(model="org/name", engine=engine),
+        a=ExpertConfig(model=str(tmp_path / "bare"), adapter_of="base"),
+        b=ExpertConfig(model="/no/adapter", adapter_of="base"),
+    )
+    assert faults(wrong) == [
+        f"experts.a.model={tmp_path}/bare: it has no adapter_config.json, so it is no LoRA adapter",
+        "experts.b.model=/no/adapter: no such folder (valid: an adapter's folder, or a hub id such as org/name)",
+    ]
+
+
+@pytest.mark.parametrize("model", ["org/name", "name", "org/name-1.5_x"])
+def test_a_hub_id_is_no_path(model: str) -> None:
+    make_plan(deployment(a=ExpertConfig(model=model, engine=EngineConfig(kind="transformers"))), ask_engines=False)
+
+
+def test_exemplars_and_artefacts_are_looked_at() -> None:
+    wrong = load_deployment(["topology=sim"])
+    wrong.experts["math"].exemplars = list(wrong.experts["law"].exemplars)
+    assert "math" in faults(wrong)[0]
+    wrong = load_deployment(["topology=sim", "policy.artefact=/no/artefact"])
+    assert faults(wrong)[0].startswith("policy.artefact=/no/artefact: no artefact")
+
+
+def test_what_may_be_meant_so_is_a_note() -> None:
+    notes = " ".join(make_plan(load_deployment(["topology=sim", "experts.generalist.replicas=0"])).warnings)
+    assert "the fallback expert 'generalist' has replicas=0" in notes
+    notes = " ".join(make_plan(load_deployment(["topology=sim", "experts.math.exemplars=[]"])).warnings)
+    assert "`auto` never goes to: math" in notes
+    lora = ["topology=sim_lora", "experts.base.replicas=0", "policy.fallback=math"]
+    notes = " ".join(make_plan(load_deployment(lora)).warnings)
+    assert "every expert has replicas=0" in notes
+    assert "the fallback expert 'math' is served by 'base': replicas=0" in notes
+    assert "no experts" in " ".join(make_plan(load_deployment(["topology=empty"])).warnings)
+
+
+def test_an_expert_without_a_cluster_is_a_note(tmp_path: Path) -> None:
+    artefact().write(tmp_path / "made")
+    one = load_deployment(["topology=sim", f"policy.artefact={tmp_path}/made"])
+    (note,) = (note for note in make_plan(one).warnings if "auto" in note)
+    assert "so `auto` never goes to: law (" in note
+    assert "classify assign" in note
+
+
+def test_secrets_are_not_shown() -> None:
+    one = replace(SIM, engine=EngineConfig(kind="sim", env={"HF_TOKEN": "hunter2", "LEVEL": "info"}))
+    shown = make_plan(deployment(a=one)).to_json()["replicas"][1]["environment"]
+    assert shown["HF_TOKEN"] == "***"
+    assert shown["LEVEL"] == "info"
+
+
+def test_the_engines_whole_environment_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the agent makes it, without what the node brings along."""
+    monkeypatch.setenv("SOMEBODYS", "own")
+    engine = EngineConfig(kind="transformers", threads=3, env={"LEVEL": "info"})
+    made = deployment(a=ExpertConfig(model=str(tmp_path), engine=engine))
+    made.cluster.env = {"LEVEL": "debug", "SITE": "s"}
+    shown = make_plan(made, ask_engines=False).to_json()["replicas"][1]["environment"]
+    assert {k: shown[k] for k in ("LEVEL", "SITE", "OMP_NUM_THREADS", "HF_HUB_OFFLINE")} == {
+        "LEVEL": "info",
+        "SITE": "s",
+        "OMP_NUM_THREADS": "3",
+        "HF_HUB_OFFLINE": "1",
+    }
+    assert shown["TMPDIR"].endswith(f"/{FOLDER}/tmp")
+    assert not {"SOMEBODYS", "PATH", "HOME"} & set(shown)
+
+
+def test_local_paths_are_settled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run may be completed from another folder. An interpreter that is a link stays one, a hub id a hub id."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "python").symlink_to(sys.executable)
+    engine = EngineConfig(kind="transformers", python="./python")
+    one = deployment(
+        a=ExpertConfig(model="model", engine=engine),
+        b=ExpertConfig(model="org/name"),
+        c=SIM,
+        on_b=ExpertConfig(model="model", adapter_of="b"),
+        on_c=ExpertConfig(model="model", adapter_of="c"),
+    )
+    one.policy.artefact = "artefact"
+    done = settled(one)
+    assert done.experts["a"].model == str(tmp_path / "model")
+    assert done.experts["a"].engine.python == str(tmp_path / "python")
+    assert (done.experts["b"].model, done.experts["c"].model) == ("org/name", "m")
+    assert (done.experts["on_b"].model, done.experts["on_c"].model) == (str(tmp_path / "model"), "model")
+    assert done.policy.artefact == str(tmp_path / "artefact")
+    assert settled(done) == done
+
+
+def interpreter(folder: Path, name: str, script: str) -> ExpertConfig:
+    """An engine's interpreter that answers as told."""
+    path = folder / name
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return ExpertConfig(model="m", engine=EngineConfig(kind="transformers", python=str(path)))
+
+
+def test_a_clear_no_of_the_engines_own_interpreter_is_a_fault(tmp_path: Path) -> None:
+    refusing = interpreter(tmp_path, "no", "echo 'error: no such option: --x' >&2; echo '╰───╯' >&2; exit 2")
+    assert faults(deployment(a=refusing)) == [
+        "experts.a.engine.options: the engine refuses: error: no such option: --x"
+    ]
+
+
+@pytest.mark.parametrize("script", ["exit 1", "echo 'ImportError: nothing here' >&2; exit 1", "kill -9 $$"])
+def test_an_interpreter_that_cannot_be_asked_here_may_be_right_there(tmp_path: Path, script: str) -> None:
+    plan = make_plan(deployment(a=interpreter(tmp_path, "broken", script)))
+    assert "experts.a.engine.options: could not be checked" in plan.warnings[0]
+
+
+def test_an_interpreter_that_hangs_holds_nobody_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_flags, "TIMEOUT_S", 0.1)
+    plan = make_plan(deployment(a=interpreter(tmp_path, "slow", "exec sleep 60")))
+    assert "no answer within 0.1 s" in plan.warnings[0]
+
+
+def test_equal_questions_are_asked_once(tmp_path: Path) -> None:
+    asked = tmp_path / "asked"
+    expert = interpreter(tmp_path, "counting", f"echo x >> {asked}")
+    make_plan(deployment(a=expert, b=expert, c=expert))
+    assert asked.read_text() == "x\n"
+
+
+def test_secrets_are_not_shown_in_scripts() -> None:
+    one = deployment(a=SIM)
+    one.cluster = ClusterConfig(kind="slurm", env={"HF_TOKEN": "hunter2 x", "LEVEL": "info"})
+    plan = make_plan(one, ask_engines=False)
+    assert "hunter2" in plan.jobs[0].script()
+    for told in (printed(plan), json.dumps(plan.to_json())):
+        assert "hunter2" not in told
+        assert "export HF_TOKEN='***'" in told
+        assert "export LEVEL=info" in told
+
+
+NODES = "batch|batch*|up|1-00:00:00|3|8|16000|idle|(null)|gpu:4"
+
+
+@pytest.fixture
+def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Programs:
+    """A site that takes whatever fits its nodes."""
+    programs = Programs(tmp_path / "bin", monkeypatch)
+    programs.add("sinfo", f"echo '{NODES}'")
+    programs.add("sbatch", "cat >/dev/null")
+    return programs
+
+
+def test_the_plan_shows_the_batch_scripts(slurm: Programs) -> None:
+    """Each job's whole script; those that differ in names alone stand together."""
+    plan = make_plan(
+        load_deployment(["topology=sim", "cluster=slurm", "experts.math={replicas: 2, resources: {gpus: 1}}"])
+    )
+    told = plan.to_json()
+    assert [job["replicas"] for job in told["sbatch"]][:3] == [["router-0.g1"], ["code-0.g1"], ["math-0.g1"]]
+    scripts = {replica["replica"]: replica["script"] for replica in told["replicas"]}
+    assert scripts["math-1.g1"] == plan.jobs[3].script()
+    assert "#SBATCH --gres=gpu:1" in scripts["math-1.g1"]
+    assert [[replica for job in alike for replica in job.replicas] for alike in plan.alike()] == [
+        ["router-0.g1", "code-0.g1", "medicine-0.g1", "law-0.g1", "generalist-0.g1"],
+        ["math-0.g1", "math-1.g1"],
+    ]
+    text = printed(plan)
+    assert text.count("#!/bin/bash") == 2
+    assert "and so for math-1.g1" in text
+    assert "  #SBATCH --gres=gpu:1" in text
+
+
+def test_replicas_that_share_a_job_stand_in_one_script(slurm: Programs) -> None:
+    plan = make_plan(load_deployment(["topology=sim", "cluster=slurm", "cluster.replicas_per_job=3"]))
+    assert [job.replicas for job in plan.jobs] == [
+        ("router-0.g1",),
+        ("code-0.g1", "math-0.g1", "medicine-0.g1"),
+        ("law-0.g1", "generalist-0.g1"),
+    ]
+
+
+def test_the_controller_is_asked_no_more_than_needed(slurm: Programs) -> None:
+    """Once what it has, once for each shape; and not at all with `--no-ask`."""
+    deployed = load_deployment(["topology=sim", "cluster=slurm", "experts.math.resources.gpus=1"])
+    make_plan(deployed, ask_engines=False)
+    assert (slurm.calls("sinfo"), slurm.calls("sbatch")) == ([], [])
+    make_plan(deployed)
+    assert (len(slurm.calls("sinfo")), len(slurm.calls("sbatch"))) == (1, 2)
+    deployed.experts["math"].resources.gpus = 8
+    assert faults(deployed) == ["experts.math.resources.gpus=8: partition batch has at most 4 per node"]
+    assert (len(slurm.calls("sinfo")), len(slurm.calls("sbatch"))) == (2, 2)
+
+
+def test_a_router_here_is_no_job(slurm: Programs) -> None:
+    plan = make_plan(load_deployment(["topology=sim", "cluster=slurm", "router.place=here"]))
+    assert "router-0.g1" not in [replica for job in plan.jobs for replica in job.replicas]
+    assert plan.to_json()["replicas"][0]["script"] is None
+
+
+def test_a_site_that_cannot_be_asked_is_a_note(slurm: Programs) -> None:
+    slurm.add("sinfo", "echo 'slurm_load_partitions: Unable to contact slurm controller (connect failure)' >&2; exit 1")
+    (note,) = make_plan(load_deployment(["topology=sim", "cluster=slurm"])).warnings
+    assert note == (
+        "could not be checked with Slurm: slurm_load_partitions: Unable to contact slurm controller (connect failure); "
+        "`up` needs it"
+    )
+
+
+def test_an_allocation_is_not_judged_by_partitions(slurm: Programs, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    deployed = load_deployment(["topology=sim", "cluster=allocation", "experts.math.resources.gpus=8"])
+    (note,) = make_plan(deployed).warnings
+    assert "`up` must run in one" in note
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    assert make_plan(deployed).warnings == ()
+    assert slurm.calls("sinfo") == []
+
+
+def test_a_step_of_an_allocation_is_shown_as_it_will_run(
+    slurm: Programs, run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the letter: the script that `up` starts with bash."""
+    monkeypatch.delenv("HPC_ROUTER_JOB_ID", raising=False)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    slurm.add("setsid", "")
+    deployed = load_deployment(["topology=sim", "cluster=allocation", "cluster.setup=[true]"])
+    plan = make_plan(deployed, run=run)
+    told = plan.to_json()
+    launcher = AllocationLauncher(run, deployed)
+    assert launcher.submit([replica.request for replica in plan.replicas])
+    for replica in told["replicas"]:
+        assert replica["script"] == (run.jobs / replica["replica"] / "step.sh").read_text()
+    assert "--jobid=7" in printed(plan)
+    assert told["sbatch"] == []
+
+
+def test_outside_of_any_job_the_steps_have_a_placeholder(slurm: Programs, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HPC_ROUTER_JOB_ID", "SLURM_JOB_ID"):
+        monkeypatch.delenv(name, raising=False)
+    deployed = load_deployment(["topology=sim", "cluster=allocation", "router.place=here"])
+    router, math, *_ = make_plan(deployed).to_json()["replicas"]
+    assert router["script"] is None
+    assert "--jobid='<job>'" in math["script"]
+    assert "#SBATCH" not in math["script"]
+
+
+def test_an_engine_in_an_image(slurm: Programs, tmp_path: Path) -> None:
+    """Its interpreter is the image's: not looked for here, and asked about its flags in there."""
+    slurm.add("apptainer", "echo 'error: no such option: --x' >&2; exit 2")
+    image = tmp_path / "x.sif"
+    one = ExpertConfig(model="org/m", engine=EngineConfig(kind="transformers", python="/opt/python"))
+    made = deployment(a=one, b=SIM)
+    made.cluster = ClusterConfig(kind="slurm", container=ContainerConfig(image=str(image)))
+    assert faults(made)[0].startswith("experts.a.engine.options: the engine refuses: error: no such option: --x")
+    assert faults(made)[1].startswith(f"cluster.container.image={image}: no such file")
+    image.touch()
+    slurm.add("apptainer", "exit 0")
+    plan = make_plan(made)
+    argv = plan.replicas[1].engine
+    assert argv is not None
+    assert argv.argv[:2] == ("apptainer", "exec")
+    assert str(image) in argv.argv
+    assert "/opt/python" in argv.argv
+    sim = plan.replicas[2].engine
+    assert sim is not None
+    assert sim.argv[0] == sys.executable
+    made.cluster.container.image = "docker://a/b"
+    assert "could not be checked: they are in docker://a/b" in " ".join(make_plan(made).warnings)
+
+
+def test_the_jobs_interpreter_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = deployment(a=SIM)
+    wrong.cluster = ClusterConfig(python=str(tmp_path / "python"))
+    assert faults(wrong)[0].startswith(f"cluster.python={tmp_path}/python: not an executable file")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "python").symlink_to(sys.executable)
+    wrong.cluster = ClusterConfig(python="./python", container=ContainerConfig(image="x.sif"))
+    done = settled(wrong).cluster
+    assert (done.python, done.container.image) == (str(tmp_path / "python"), str(tmp_path / "x.sif"))
+
+
+def test_a_containers_folders_are_settled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Apptainer knows neither `~` nor the folder that `up` was started in; what stands behind the colon is inside."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/ada")
+    binds = ["~/models", "data:/data:ro", "/project:/p", "~:/me"]
+    one = deployment(a=SIM)
+    one.cluster.container = ContainerConfig(image="x.sif", binds=binds)
+    done = settled(one)
+    assert done.cluster.container.binds == [
+        "/home/ada/models",
+        f"{tmp_path}/data:/data:ro",
+        "/project:/p",
+        "/home/ada:/me",
+    ]
+    assert settled(done) == done
+    assert one.cluster.container.binds == binds
+
+
+def test_a_container_on_this_machine_is_looked_for_too(tmp_path: Path) -> None:
+    """There are no other nodes that might have it."""
+    wrong = deployment(a=SIM)
+    wrong.cluster = ClusterConfig(container=ContainerConfig(image=str(tmp_path / "no.sif"), program="no-program"))
+    image, program = faults(wrong)
+    assert image.startswith(f"cluster.container.image={tmp_path}/no.sif: no such file")
+    assert program.startswith("cluster.container.program=no-program: not on the PATH here")
+
+
+def test_what_has_no_effect_on_this_machine_is_a_note() -> None:
+    """One line; and no module is loaded for it."""
+    made = deployment(a=SIM)
+    made.cluster = ClusterConfig(modules=["nope"], setup=["false"])
+    (note,) = make_plan(made).warnings
+    assert note.startswith("cluster.modules and cluster.setup have no effect with cluster=local")
+    made.cluster.modules = []
+    (note,) = make_plan(made, ask_engines=False).warnings
+    assert note.startswith("cluster.setup has no effect with cluster=local")
+
+
+def test_setup_lines_are_whole_bash() -> None:
+    wrong = deployment(a=SIM)
+    wrong.cluster = ClusterConfig(kind="slurm", setup=["true", "echo 'x"])
+    (fault,) = faults(wrong)
+    assert fault.startswith("cluster.setup[1]: ")
+    wrong.cluster.kind = "local"  # nothing reads them there
+    make_plan(wrong)
+
+
+def printed(plan: Plan) -> str:
+    console = Console(width=WIDE, record=True, file=io.StringIO())
+    console.print(plan_text(plan), soft_wrap=True)
+    return console.export_text()

@@ -1,0 +1,87 @@
+"""What jobs need is looked for before they run, by one list of checks."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from hpc_router.cluster.planning import prerequisites
+from hpc_router.cluster.planning.plan import make_plan
+from hpc_router.cluster.planning.prerequisites import CHECKS, file_system, run_directory, scratch
+from hpc_router.config.compose import load_deployment
+from hpc_router.config.schema import ClusterConfig
+from hpc_router.errors import ConfigError
+from hpc_router.expert.engine_process.scratch_dir import LONGEST_FOLDER, path_fault, scratch_folder
+
+RUNS = Path("runs")
+
+
+def longest() -> int:
+    """Bytes that `cluster.scratch` may have."""
+    return LONGEST_FOLDER - len(f"/hpc-router-{os.getuid()}/12345678")
+
+
+def test_a_scratch_path_has_room_for_a_socket(tmp_path: Path) -> None:
+    """Exactly at the limit; told by `plan`, also for Slurm, whose nodes have the folder."""
+    fits = Path("/" + "a" * (longest() - 1))
+    assert path_fault(fits) is None
+    assert path_fault(Path(f"{fits}b")) == f"too long for a socket's path (valid: at most {longest()} bytes, as /tmp)"
+    for kind in ("local", "slurm", "allocation"):
+        [fault] = scratch(ClusterConfig(kind=kind, scratch=f"{fits}b"), RUNS).faults
+        assert fault.startswith(f"cluster.scratch={fits}b: too long")
+    with pytest.raises(ConfigError, match=r"cluster\.scratch=.*too long for a socket's path"):
+        make_plan(load_deployment(["topology=sim", f"cluster.scratch={fits}b"]), ask_engines=False)
+
+
+def test_a_scratch_folder_is_there_on_this_machine(tmp_path: Path) -> None:
+    nope = f"/{'n' * 5}"
+    assert scratch(ClusterConfig(kind="slurm", scratch=nope), RUNS).faults == []
+    [fault] = scratch(ClusterConfig(scratch=nope), RUNS).faults
+    assert fault.startswith(f"cluster.scratch={nope}: no such folder on ")
+    with pytest.raises(ConfigError, match="no such folder on"), scratch_folder(nope):
+        pass
+    [fault] = scratch(ClusterConfig(scratch="tmp"), RUNS).faults
+    assert "not an absolute path" in fault
+    [fault] = scratch(ClusterConfig(scratch="/$HPC_ROUTER_NOPE"), RUNS).faults
+    assert "$HPC_ROUTER_NOPE is not set" in fault
+    assert scratch(ClusterConfig(scratch="/$X", env={"X": "tmp"}), RUNS).faults == []
+    assert scratch(ClusterConfig(kind="slurm", scratch="/$HPC_ROUTER_NOPE"), RUNS).faults == []
+
+
+def test_a_scratch_folder_runs_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.statvfs("/tmp")
+    flags = os.statvfs_result((*tuple(real)[:8], real.f_flag | os.ST_NOEXEC, real.f_namemax))
+    monkeypatch.setattr(os, "statvfs", lambda _path: flags)
+    [fault] = scratch(ClusterConfig(), RUNS).faults
+    assert fault.startswith("cluster.scratch=/tmp: its file system is mounted noexec on ")
+    with pytest.raises(ConfigError, match="mounted noexec on"), scratch_folder("/tmp"):
+        pass
+
+
+def test_a_run_directory_of_one_host_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mounts = tmp_path / "mountinfo"
+    mounts.write_text(
+        "1 0 8:1 / / rw - ext4 /dev/sda1 rw\n"
+        "2 1 0:5 / /home rw shared:1 - nfs4 server:/home rw\n"
+        "3 1 0:6 / /tmp rw - tmpfs tmpfs rw\n"
+        "4 1 0:7 / /my\\040disk rw - tmpfs tmpfs rw\n"
+        "5 1 0:8 / /my\\040disk rw - lustre x rw\n"
+    )
+    monkeypatch.setattr(prerequisites, "MOUNTS", mounts)
+    kinds = {"/home/me/runs": "nfs4", "/tmp/runs": "tmpfs", "/data": "ext4", "/my disk/x": "lustre", "/tmpx": "ext4"}
+    assert {path: file_system(Path(path)) for path in kinds} == kinds
+    slurm = ClusterConfig(kind="slurm")
+    assert run_directory(slurm, Path("/home/me/runs")).warnings == []
+    [warning] = run_directory(slurm, Path("/tmp/runs")).warnings
+    assert "/tmp/runs, a tmpfs of this host: nodes may not see it" in warning
+    assert run_directory(ClusterConfig(), Path("/tmp/runs")).warnings == []
+    monkeypatch.setattr(prerequisites, "MOUNTS", tmp_path / "none")
+    assert file_system(Path("/tmp")) is None
+
+
+def test_checks_that_start_programs_are_left_out_where_nothing_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = ClusterConfig()
+    cluster.container.image = "/no/such.sif"
+    assert prerequisites.prerequisites(cluster, RUNS, ask=False).faults == []
+    assert any("/no/such.sif" in fault for fault in prerequisites.prerequisites(cluster, RUNS, ask=True).faults)
+    assert set(prerequisites.ASKING) <= CHECKS.keys()

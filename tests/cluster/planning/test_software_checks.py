@@ -1,0 +1,121 @@
+"""Modules as a batch job would load them, and the container's image."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from hpc_router.cluster.planning import software_checks
+from hpc_router.cluster.planning.software_checks import CHECK, equipment_faults, is_address
+from hpc_router.config.schema import ClusterConfig, ContainerConfig
+from tests.cluster.programs import Programs
+from tests.needs import need
+
+
+@pytest.fixture
+def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """An environment in which this machine's own `module` knows two; the second needs the first."""
+    need(Path("/etc/profile.d/modules.sh").exists(), "environment-modules")
+    (tmp_path / "cuda").mkdir()
+    (tmp_path / "cuda" / "12.4").write_text("#%Module\nsetenv CUDA_HOME /cuda\n")
+    (tmp_path / "nccl").write_text("#%Module\nprereq cuda\nputs stderr {no error here}\n")
+    for name in ("MODULESHOME", "LOADEDMODULES", "_LMFILES_", "BASH_FUNC_module%%"):
+        monkeypatch.delenv(name, raising=False)
+    return {"MODULEPATH": str(tmp_path), "MODULES_AUTO_HANDLING": "0"}
+
+
+def test_modules_that_load(modules: dict[str, str]) -> None:
+    cluster = ClusterConfig(kind="slurm", modules=["cuda/12.4", "nccl"], env=modules)
+    assert equipment_faults(cluster) == ([], [])
+
+
+@pytest.mark.parametrize(
+    ("names", "at"), [(["nope"], "[0]=nope"), (["cuda/12.4", "nope/1"], "[1]=nope/1"), (["nccl"], "[0]=nccl")]
+)
+def test_a_module_that_does_not(names: list[str], at: str, modules: dict[str, str]) -> None:
+    ((fault,), warnings) = equipment_faults(ClusterConfig(kind="slurm", modules=names, env=modules))
+    assert fault.startswith(f"cluster.modules{at}: does not load: ")
+    assert "module avail" in fault
+    assert "\n" not in fault
+    assert warnings == []
+
+
+def test_a_shell_that_has_a_module_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Lmod says it, and as one that ends with 0 whatever happens."""
+    programs = Programs(tmp_path / "bin", monkeypatch)
+    programs.add("module", "[ $2 = good ] || echo 'Lmod has detected the following error: no such thing' >&2")
+    assert equipment_faults(ClusterConfig(kind="slurm", modules=["good"])) == ([], [])
+    ((fault,), _) = equipment_faults(ClusterConfig(kind="slurm", modules=["good", "bad"]))
+    assert "cluster.modules[1]=bad: does not load: Lmod has detected the following error: no such thing" in fault
+    assert programs.calls("module") == ["load good", "load good", "load bad"]
+
+
+def test_no_module_command_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine without: the static script says so by its exit status."""
+    programs = Programs(tmp_path / "bin", monkeypatch)
+    programs.add("bash", "exit 3")
+    assert equipment_faults(ClusterConfig(kind="slurm", modules=["a"])) == (
+        [],
+        ["cluster.modules: could not be checked: this machine has no `module` command"],
+    )
+
+
+def test_the_scripts_are_shipped() -> None:
+    assert CHECK.exists()
+    assert CHECK.with_name("modules.sh").exists()
+
+
+def test_shellcheck_has_nothing_to_say() -> None:
+    need(shutil.which("shellcheck") is not None, "shellcheck")
+    scripts = [str(CHECK), str(CHECK.with_name("modules.sh"))]
+    done = subprocess.run(["shellcheck", *scripts], capture_output=True, text=True, check=False)
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("image", "address"),
+    [("docker://a/b:1", True), ("oras://x/y", True), ("docker-archive:x.tar", True), ("x.sif", False), ("/a/b", False)],
+)
+def test_addresses_of_images(image: str, address: bool) -> None:
+    assert is_address(image) is address
+
+
+def test_an_image_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Programs(tmp_path / "bin", monkeypatch).add("apptainer", "")
+    absent = ContainerConfig(image=str(tmp_path / "no.sif"))
+    assert equipment_faults(ClusterConfig(kind="slurm", container=absent))[0] == [
+        f"cluster.container.image={tmp_path}/no.sif: no such file "
+        "(valid: a .sif file, a folder, or an address such as docker://...)"
+    ]
+    for image in (str(tmp_path), "docker://a/b"):
+        assert equipment_faults(ClusterConfig(kind="slurm", container=ContainerConfig(image=image))) == ([], [])
+    offline = ClusterConfig(
+        kind="slurm", container=ContainerConfig(image="docker://a/b", program="no-program"), offline=True
+    )
+    _, (program, fetched) = equipment_faults(offline)
+    assert program == "cluster.container.program=no-program: not found here; the nodes must have it"
+    assert "nodes are offline" in fetched
+
+
+def test_on_this_machine_the_program_has_to_be_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the PATH that the engine gets; no module is loaded, so none is asked for."""
+    programs = Programs(tmp_path / "bin", monkeypatch)
+    programs.add("module", "exit 1")
+    cluster = ClusterConfig(container=ContainerConfig(image=str(tmp_path), program="no-program"), modules=["a"])
+    ((fault,), warnings) = equipment_faults(cluster)
+    assert fault.startswith("cluster.container.program=no-program: not on the PATH here")
+    assert warnings == []
+    assert programs.calls("module") == []
+    (tmp_path / "no-program").write_text("#!/bin/sh\n")
+    (tmp_path / "no-program").chmod(0o755)
+    cluster.env = {"PATH": str(tmp_path)}
+    assert equipment_faults(cluster) == ([], [])
+
+
+def test_modules_that_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Programs(tmp_path / "bin", monkeypatch).add("bash", "echo out; printf '\\377 err' >&2; exec sleep 60")
+    monkeypatch.setattr(software_checks, "TIMEOUT_S", 0.3)
+    faults, (warning,) = equipment_faults(ClusterConfig(kind="slurm", modules=["a"]))
+    assert faults == []
+    assert warning == "cluster.modules: could not be checked: no answer within 0.3 s"
