@@ -328,10 +328,10 @@ def bench(arguments: argparse.Namespace) -> int:
 
 
 def _bench_router(arguments: argparse.Namespace) -> int:
-    from hpc_router.bench.router.options import QUICK, Options
-    from hpc_router.bench.router.report import on_screen, to_json
-    from hpc_router.bench.router.run import bench as measure
-    from hpc_router.bench.router.run import default_out, default_peers
+    from hpc_router.bench.relay_cost.options import QUICK, Options
+    from hpc_router.bench.relay_cost.report import on_screen, to_json
+    from hpc_router.bench.relay_cost.run import bench as measure
+    from hpc_router.bench.relay_cost.run import default_out, default_peers
 
     given = {
         name: value
@@ -378,7 +378,7 @@ def classify(arguments: argparse.Namespace) -> int:
 
 
 def _bench_soak(arguments: argparse.Namespace) -> int:
-    from hpc_router.bench.router.run import default_out
+    from hpc_router.bench.relay_cost.run import default_out
     from hpc_router.bench.soak.options import Options, strikes_of
     from hpc_router.bench.soak.report import markdown, to_json
     from hpc_router.bench.soak.run import soak
@@ -397,7 +397,7 @@ def _bench_soak(arguments: argparse.Namespace) -> int:
 
 def _bench_agreement(arguments: argparse.Namespace) -> int:
     from hpc_router.bench.agreement import Options, agreement
-    from hpc_router.bench.router.run import default_out
+    from hpc_router.bench.relay_cost.run import default_out
 
     names = ("model", "users", "requests", "tokens", "rounds")
     given = {name: value for name in names if (value := getattr(arguments, name)) is not None}

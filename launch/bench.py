@@ -23,8 +23,8 @@ from rich.console import Console
 from yaml import YAMLError
 
 from hpc_router.bench.config import BenchConfig, group_file, read_config
-from hpc_router.bench.crew import crew
-from hpc_router.bench.load import Target
+from hpc_router.bench.load.generator import Target
+from hpc_router.bench.load.load_jobs import crew
 from hpc_router.bench.point import Bench, Measured, slowdown_of
 from hpc_router.bench.progress import progress
 from hpc_router.bench.prompts import Prompt, built_in, read_prompts

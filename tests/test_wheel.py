@@ -35,7 +35,7 @@ def test_every_config_is_in_it(installed: Path) -> None:
 
 def test_the_sources_in_c_are_in_it(installed: Path) -> None:
     """They are compiled where they are first used."""
-    native = Path("hpc_router/bench/native")
+    native = Path("hpc_router/bench/load/native")
     shipped = {path.name for path in (installed / native).glob("*.[ch]")}
     assert shipped == {path.name for path in (ROOT / native).glob("*.[ch]")} == {"load.c", "engine.c", "loop.h"}
 

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from hpc_router.bench.config import BenchConfig, read_config
-from hpc_router.bench.load import Target, carry_out
-from hpc_router.bench.measure import Figures, figures
+from hpc_router.bench.figures import Figures, figures
+from hpc_router.bench.load.generator import Target, carry_out
 from hpc_router.bench.prompts import Prompt, built_in
-from hpc_router.bench.router.figures import Spread
-from hpc_router.bench.router.run import origin_of
+from hpc_router.bench.relay_cost.run import origin_of
+from hpc_router.bench.relay_cost.statistics import Spread
 from hpc_router.bench.workload import Point, workload
 from hpc_router.cluster.commands.router_access import router_access
 from hpc_router.errors import LaunchError

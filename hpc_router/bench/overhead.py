@@ -7,7 +7,7 @@ experts had through the router.
 from collections.abc import Mapping
 from typing import Final, TypeVar
 
-from hpc_router.bench.measure import Figures
+from hpc_router.bench.figures import Figures
 
 K = TypeVar("K", str, tuple[str, str])
 WHAT: Final = ("ttft_s", "tpot_s", "e2e_s")

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Final
 
 from hpc_router.bench.config import BenchConfig
-from hpc_router.bench.crew import Crew
-from hpc_router.bench.load import Load, Target, carry_out, merged
-from hpc_router.bench.measure import Figures, Limits, Observation, Part, Window, faster, figures
+from hpc_router.bench.figures import Figures, Limits, Observation, Part, Window, faster, figures
+from hpc_router.bench.load.generator import Load, Target, carry_out, merged
+from hpc_router.bench.load.load_jobs import Crew
 from hpc_router.bench.overhead import overhead, split
 from hpc_router.bench.prompts import Prompt
-from hpc_router.bench.trust import Conditions, doubts
+from hpc_router.bench.validity import Conditions, doubts
 from hpc_router.bench.workload import Point, workload
 from hpc_router.errors import LaunchError
 from hpc_router.net.auth import replica_key

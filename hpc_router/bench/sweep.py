@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from hpc_router.bench.config import BenchConfig
-from hpc_router.bench.crew import crew
 from hpc_router.bench.interrupt import sigterm_as_interrupt
-from hpc_router.bench.load import Target
+from hpc_router.bench.load.generator import Target
+from hpc_router.bench.load.load_jobs import crew
 from hpc_router.bench.point import Bench, Measured, slowdown_of
 from hpc_router.bench.prompts import Prompt
 from hpc_router.bench.record import Provenance, raw_lines, record

@@ -6,7 +6,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from hpc_router.bench.measure import Spread
+from hpc_router.bench.figures import Spread
 from hpc_router.bench.point import Measured
 
 

@@ -4,8 +4,8 @@ from dataclasses import replace
 from typing import Any
 
 from hpc_router.bench.config import BenchConfig
-from hpc_router.bench.load import Load
-from hpc_router.bench.measure import Observation, Part, Window, figures
+from hpc_router.bench.figures import Observation, Part, Window, figures
+from hpc_router.bench.load.generator import Load
 from hpc_router.bench.point import Measured
 from hpc_router.bench.record import Provenance, record
 from hpc_router.bench.workload import Point

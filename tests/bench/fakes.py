@@ -10,7 +10,7 @@ from typing import Any
 
 from aiohttp import web
 
-from hpc_router.bench.load import Target
+from hpc_router.bench.load.generator import Target
 from hpc_router.net import protocol
 from hpc_router.net.auth import challenge_answer
 

@@ -9,7 +9,7 @@ import pytest
 
 from hpc_router.bench.agreement import FIGURES, Options, compare, markdown
 from hpc_router.bench.config import read_config
-from hpc_router.bench.load import Target
+from hpc_router.bench.load.generator import Target
 from hpc_router.bench.prompts import Prompt
 from hpc_router.errors import LaunchError
 from tests.bench.fakes import WHOLE, fake_router, says

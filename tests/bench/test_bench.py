@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from hpc_router.bench.load import Load
-from hpc_router.bench.measure import Observation, Part, Window, figures
+from hpc_router.bench.figures import Observation, Part, Window, figures
+from hpc_router.bench.load.generator import Load
 from hpc_router.bench.point import Measured
 from hpc_router.bench.record import provenance
 from hpc_router.bench.table import table

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from hpc_router.bench.native.build import compiler
+from hpc_router.bench.load.native.build import compiler
 from tests.needs import ROOT, need
 from tests.processes import with_word
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from hpc_router.bench.native.build import compiler
+from hpc_router.bench.load.native.build import compiler
 from tests.e2e.deployment import cli
 from tests.needs import ROOT, need
 from tests.processes import with_word

@@ -6,7 +6,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Final, Self
 
-from hpc_router.bench.native.load import MOST_CONNECTIONS
+from hpc_router.bench.load.native.load import MOST_CONNECTIONS
 from hpc_router.errors import ConfigError
 
 CALM_S: Final = 5.0

@@ -7,7 +7,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from hpc_router.bench.native.records import Error, Table
+from hpc_router.bench.load.native.records import Error, Table
 from hpc_router.bench.soak.options import Options, Target
 from hpc_router.bench.soak.plot import Panel, svg
 from hpc_router.bench.soak.verdict import NS, Failure, Flat, Sample, Struck

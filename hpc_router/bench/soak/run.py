@@ -14,14 +14,14 @@ import psutil
 from rich.console import Console
 
 from hpc_router.bench.interrupt import sigterm_as_interrupt
-from hpc_router.bench.native.build import built
-from hpc_router.bench.native.load import Load, Recorded, Running, running, write_requests
+from hpc_router.bench.load.native.build import built
+from hpc_router.bench.load.native.load import Load, Recorded, Running, running, write_requests
 from hpc_router.bench.prompts import built_in
-from hpc_router.bench.router.requests import request
-from hpc_router.bench.router.run import Steps, origin_of
+from hpc_router.bench.relay_cost.requests import request
+from hpc_router.bench.relay_cost.run import Steps, origin_of
+from hpc_router.bench.soak.deployment import Site, deployed
 from hpc_router.bench.soak.options import Options, Target
 from hpc_router.bench.soak.report import Part, Results, markdown, plot, to_json
-from hpc_router.bench.soak.site import Site, deployed
 from hpc_router.bench.soak.verdict import NS, Sample, Struck, complaints, failures, flat
 from hpc_router.state.atomic_files import replace_text
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any, Final
 
-from hpc_router.bench.native.records import Error, Table
+from hpc_router.bench.load.native.records import Error, Table
 from hpc_router.bench.soak.options import Target
 
 NS: Final = 1e9

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hpc_router.bench.native.records import REQUEST, Error
+from hpc_router.bench.load.native.records import REQUEST, Error
 from hpc_router.bench.soak.options import Target
 from hpc_router.bench.soak.verdict import LOST_S, SOON_S, Sample, Struck, complaints, failures, flat
 

@@ -1,0 +1,191 @@
+"""Load on one target, by the native load generator, and what it saw as observations.
+
+`carry_out` is what a load job does, on this machine or on a node of its own: its order is plain data, its result an
+array of requests with wall-clock zero, so that several jobs can be merged. Knows nothing of deployments.
+"""
+
+import socket
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+import numpy as np
+
+from hpc_router.bench.config import BenchConfig
+from hpc_router.bench.figures import CUT, Observation, Part, Window
+from hpc_router.bench.load.native import load as native
+from hpc_router.bench.load.native.records import FILLING, MEASURED, STREAM, UNKNOWN, Error
+from hpc_router.bench.workload import Workload, request
+from hpc_router.errors import LaunchError
+from hpc_router.net.protocol import CHAT
+
+LABELS: Final = "x-expert,x-replica,x-route-reason"
+_KINDS: Final[Mapping[Error, str]] = {
+    Error.CONNECT: "connect",
+    Error.DISCONNECTED: "disconnected",
+    Error.CUT: "disconnected",
+    Error.BAD_HTTP: "bad_http",
+    Error.UNFINISHED: "unfinished",
+    Error.STREAM_ERROR: "stream_error",
+    Error.TIMEOUT: "timeout",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Who is asked: the router, or a replica."""
+
+    url: str
+    token: str = field(repr=False)
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Raises LaunchError for a host without an IPv4 address."""
+        parts = urlsplit(self.url)
+        if parts.scheme != "http" or not parts.hostname:
+            raise LaunchError(f"{self.url}: the load generator speaks plain HTTP only (http://HOST:PORT)")
+        try:
+            found = socket.getaddrinfo(parts.hostname, parts.port or 80, socket.AF_INET, socket.SOCK_STREAM)
+        except OSError as error:
+            raise LaunchError(f"{self.url}: {error}") from error
+        host, port = found[0][4][:2]
+        return str(host), int(port)
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What one point saw. Shares are of one core, of the busiest load generator: used, and waited for in vain."""
+
+    started_at: float
+    observations: Sequence[Observation]
+    window: Window
+    cpu_share: float
+    wait_share: float
+
+
+def carry_out(target: Target, config: BenchConfig, work: Workload, folder: Path) -> Load:
+    """Blocks until all measured requests have ended."""
+    host, port = target.address
+    folder.mkdir(parents=True, exist_ok=True)
+    given = [request(q, host=f"{host}:{port}", path=CHAT, token=target.token) for q in work.questions]
+    until_s = None if config.duration_s is None else config.warmup_s + config.duration_s
+    asked = native.Load(
+        requests=native.write_requests(folder / "requests", given),
+        host=host,
+        port=port,
+        connections=work.connections,
+        seconds=until_s,
+        count=work.count,
+        arrivals_s=work.arrivals_s,
+        order=work.order,
+        others=work.others,
+        measure_s=config.warmup_s,
+        think_s=work.think_s,
+        ramp_s=config.warmup_s,
+        events=True,
+        label=LABELS,
+        timeout_s=config.timeout_s,
+        drain_s=config.drain_s,
+    )
+    started_at = time.time()
+    try:
+        with native.running(asked, folder) as under_way:
+            found = under_way.wait(patience_s=_patience_s(config, until_s))
+    finally:
+        (folder / "requests").unlink(missing_ok=True)  # it holds the token
+    elapsed_s = found.elapsed_s or 1.0
+    seen = list(observations(found, work))
+    return Load(
+        started_at,
+        seen,
+        window_of(config, seen),
+        found.cpu_s / elapsed_s,
+        float(found.summary["waited_s"]) / elapsed_s,
+    )
+
+
+def _patience_s(config: BenchConfig, until_s: float | None) -> float | None:
+    if until_s is not None:
+        return until_s + config.drain_s + native.GUARD_S
+    return None
+
+
+def window_of(config: BenchConfig, seen: Sequence[Observation]) -> Window:
+    if config.duration_s is not None:
+        return Window(config.warmup_s, config.warmup_s + config.duration_s)
+    last = max((o.ended_s for o in seen if o.part is Part.MEASURED), default=config.warmup_s)
+    return Window(config.warmup_s, last)
+
+
+def observations(found: native.Recorded, work: Workload) -> Iterable[Observation]:
+    """In the order in which requests ended. Times are seconds since the load began; a request that was due before a
+    connection was free began when it was due."""
+    zero, labels = int(found.summary["begun"]), [None, *found.summary["labels"]]
+    events = found.events[np.argsort(found.events["sequence"], kind="stable")]
+    starts = np.searchsorted(events["sequence"], found.requests["sequence"])
+    ends = np.searchsorted(events["sequence"], found.requests["sequence"], side="right")
+    times = (events["at"] - zero) / 1e9
+    for row, start, end in zip(found.requests, starts, ends, strict=True):
+        content = times[start:end].tolist()
+        part = _part(int(row["flags"]))
+        yield Observation(
+            part=part,
+            user=int(row["connection"]),
+            started_s=(int(row["due"]) - zero) / 1e9,
+            ended_s=(int(row["end"]) - zero) / 1e9,
+            content_s=content,
+            tokens=None if row["tokens"] == UNKNOWN else int(row["tokens"]),
+            prompt_tokens=None if row["prompt_tokens"] == UNKNOWN else int(row["prompt_tokens"]),
+            status=int(row["status"]) or None,
+            expert=_label(labels, row["label"]),
+            replica=_label(labels, row["second"]),
+            reason=_label(labels, row["third"]),
+            domain=work.questions[int(row["prompt"])].domain,
+            question=int(row["prompt"]),
+            error=_kind(row, part, content),
+        )
+
+
+def _part(flags: int) -> Part:
+    return Part.MEASURED if flags & MEASURED else Part.FILLING if flags & FILLING else Part.WARM_UP
+
+
+def _label(labels: Sequence[str | None], position: int) -> str | None:
+    return labels[position] if position < len(labels) else None
+
+
+def _kind(row: Any, part: Part, content: Sequence[float]) -> str | None:
+    error = Error(row["error"])
+    if error is Error.HTTP_STATUS:
+        return f"http_{row['status']}"
+    if error is Error.STOPPED:
+        return "unended" if part is Part.MEASURED else CUT
+    if error is not Error.NONE:
+        return _KINDS[error]
+    if not row["flags"] & STREAM:
+        return "not_a_stream"
+    return None if content else "no_content"
+
+
+def merged(loads: Sequence[Load]) -> Load:
+    """Of generators that loaded one target at the same time; each has its own clock, all began together."""
+    first = loads[0]
+    return Load(
+        min(load.started_at for load in loads),
+        [o for load in loads for o in load.observations],
+        Window(first.window.start_s, max(load.window.end_s for load in loads)),
+        max(load.cpu_share for load in loads),
+        max(load.wait_share for load in loads),
+    )
+
+
+def to_json(load: Load) -> dict[str, Any]:
+    return asdict(load)
+
+
+def from_json(value: Mapping[str, Any]) -> Load:
+    seen = [Observation(**{**one, "part": Part(one["part"])}) for one in value["observations"]]
+    return Load(value["started_at"], seen, Window(**value["window"]), value["cpu_share"], value["wait_share"])

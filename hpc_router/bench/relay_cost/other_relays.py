@@ -1,0 +1,226 @@
+"""Other ways to relay, set up to do what this router does and no more: one core, kept connections, nothing logged.
+
+None of them asks for a token, looks at the prompt or holds a short answer back to send it elsewhere when it fails.
+"""
+
+import os
+import pwd
+import re
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from hpc_router.bench.relay_cost.interface import Relay, Site, Started, await_answer, find, free_port
+from hpc_router.bench.relay_cost.processes import group, on
+from hpc_router.state.run_directory import private_umask
+
+KEPT: Final = 4096
+"""Connections to the engine that a relay may keep open."""
+
+
+@dataclass(frozen=True, slots=True)
+class Direct:
+    """No relay: what load generator and engine are able to do alone."""
+
+    name: str = "direct"
+    classifies: bool = False
+    hops: int = 0
+    behind_socket: bool = False
+
+    def absent(self) -> str | None:
+        return None
+
+    def version(self) -> str:
+        return ""
+
+    @contextmanager
+    def started(self, site: Site) -> Iterator[Started]:
+        assert site.engine.port is not None
+        yield Started(site.engine.port, None)
+
+
+@dataclass(frozen=True, slots=True)
+class Nginx:
+    name: str = "nginx"
+    classifies: bool = False
+    hops: int = 1
+    behind_socket: bool = False
+
+    def absent(self) -> str | None:
+        return None if find("nginx", None) else "not installed (Debian: apt-get install nginx-light)"
+
+    def version(self) -> str:
+        return _said([_program("nginx"), "-v"], r"nginx/(\S+)")
+
+    @contextmanager
+    def started(self, site: Site) -> Iterator[Started]:
+        port = free_port()
+        text = nginx_conf(site.folder, port=port, engine=_port(site), user=pwd.getpwuid(os.geteuid()).pw_name)
+        conf = _kept(site.folder / "nginx.conf", text)
+        command = [_program("nginx"), "-c", str(conf), "-p", str(site.folder), "-e", str(site.log)]
+        with _run(command, port, site) as started:
+            yield started
+
+
+def nginx_conf(folder: Path, *, port: int, engine: int, user: str) -> str:
+    owner = f"user {user};\n" if os.geteuid() == 0 else ""
+    places = "".join(
+        f"  {kind}_temp_path {folder}/{kind};\n" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    )
+    return f"""{owner}daemon off;
+worker_processes 1;
+pid {folder}/nginx.pid;
+error_log {folder}/log warn;
+events {{ worker_connections 16384; }}
+http {{
+  access_log off;
+{places}  upstream engine {{ server 127.0.0.1:{engine}; keepalive {KEPT}; keepalive_requests 1000000000; }}
+  server {{
+    listen 127.0.0.1:{port} backlog=4096;
+    keepalive_requests 1000000000;
+    keepalive_timeout 300s;
+    client_max_body_size 64m;
+    client_body_buffer_size 1m;
+    location / {{
+      proxy_pass http://engine;
+      proxy_http_version 1.1;
+      proxy_set_header Connection "";
+      proxy_set_header Host $http_host;
+      proxy_buffering off;
+      proxy_read_timeout 600s;
+    }}
+  }}
+}}
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Haproxy:
+    name: str = "haproxy"
+    classifies: bool = False
+    hops: int = 1
+    behind_socket: bool = False
+
+    def absent(self) -> str | None:
+        return None if find("haproxy", None) else "not installed (Debian: apt-get install haproxy)"
+
+    def version(self) -> str:
+        return _said([_program("haproxy"), "-v"], r"[Vv]ersion (\S+)")
+
+    @contextmanager
+    def started(self, site: Site) -> Iterator[Started]:
+        port = free_port()
+        conf = _kept(site.folder / "haproxy.cfg", haproxy_cfg(port=port, engine=_port(site)))
+        with _run([_program("haproxy"), "-db", "-f", str(conf)], port, site) as started:
+            yield started
+
+
+def haproxy_cfg(*, port: int, engine: int) -> str:
+    return f"""global
+  nbthread 1
+  maxconn 8192
+defaults
+  mode http
+  option http-no-delay
+  option abortonclose
+  http-reuse always
+  timeout connect 5s
+  timeout client 600s
+  timeout server 600s
+  timeout http-keep-alive 300s
+frontend clients
+  bind 127.0.0.1:{port} backlog 4096
+  default_backend engines
+backend engines
+  server engine 127.0.0.1:{engine} pool-max-conn {KEPT}
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Package:
+    """A router from PyPI, in an environment of its own."""
+
+    name: str
+    words: tuple[str, ...]
+    package: str
+    peers: Path | None
+    classifies: bool = False
+    hops: int = 1
+    behind_socket: bool = False
+
+    def absent(self) -> str | None:
+        if find(self.name, self.peers):
+            return None
+        return "not installed (make bench-peers, then --peers .venv-bench-peers)"
+
+    def version(self) -> str:
+        program = find(self.name, self.peers)
+        if program is None or not (python := program.with_name("python")).exists():
+            return ""
+        said = f"from importlib.metadata import version; print(version({self.package!r}))"
+        return _said([str(python), "-c", said], r"(\S+)")
+
+    @contextmanager
+    def started(self, site: Site) -> Iterator[Started]:
+        port = free_port()
+        argv = package_argv(_program(self.name, self.peers), self.words, port=port, engine=_port(site))
+        with _run(argv, port, site) as started:
+            yield started
+
+
+def package_argv(program: str, words: tuple[str, ...], *, port: int, engine: int) -> list[str]:
+    return [
+        *(program, *words),
+        *("--host", "127.0.0.1", "--port", str(port), "--worker-urls", f"http://127.0.0.1:{engine}"),
+        *("--policy", "round_robin", "--prometheus-host", "127.0.0.1", "--prometheus-port", str(free_port())),
+        *("--max-concurrent-requests", "16384", "--log-level", "error"),
+    ]
+
+
+def peers(environment: Path | None) -> list[Relay]:
+    return [
+        Direct(),
+        Nginx(),
+        Haproxy(),
+        Package("vllm-router", (), "vllm-router", environment),
+        Package("sglang-router", ("launch",), "sglang-router", environment),
+    ]
+
+
+@contextmanager
+def _run(argv: list[str], port: int, site: Site) -> Iterator[Started]:
+    with group() as processes:
+        with on(site.cores):
+            processes.start(argv, log=site.log)
+        started = Started(port, processes)
+        await_answer(started, site)
+        yield started
+
+
+def _port(site: Site) -> int:
+    assert site.engine.port is not None
+    return site.engine.port
+
+
+def _program(name: str, folder: Path | None = None) -> str:
+    found = find(name, folder)
+    assert found is not None, f"{name} was said to be there"
+    return str(found)
+
+
+def _kept(path: Path, text: str) -> Path:
+    with private_umask():
+        path.write_text(text, encoding="utf-8")
+    return path
+
+
+def _said(argv: list[str], pattern: str) -> str:
+    try:
+        done = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    match = re.search(pattern, done.stdout + done.stderr)
+    return match[1] if match else ""

@@ -1,0 +1,271 @@
+"""The results as tables, the same for a terminal and for Markdown, and as JSON with all that led to them."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Final
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from hpc_router.bench.relay_cost import requests, targets
+from hpc_router.bench.relay_cost.options import LOWER, Options
+from hpc_router.bench.relay_cost.processes import Cores
+from hpc_router.bench.relay_cost.rounds import Measured
+from hpc_router.bench.relay_cost.statistics import Spread, across, difference, slope_per_million, spread
+
+SCHEMA: Final = 1
+NOTHING: Final = Spread(0.0, 0.0, 0.0)
+DISTURBED: Final = 0.1
+"""Of a core: from here on it is said."""
+
+
+@dataclass(frozen=True, slots=True)
+class Results:
+    """`absent`: why a relay was not measured, by name. `origin`: versions, machine, git state, command, time."""
+
+    options: Options
+    cores: Cores
+    measured: Mapping[str, Measured]
+    absent: Mapping[str, str]
+    origin: Mapping[str, Any]
+
+    @property
+    def checks(self) -> list[targets.Check]:
+        return targets.checks(self.measured, self.options)
+
+    @property
+    def failed(self) -> bool:
+        """Whether anything of ours, or of the benchmark's own, failed."""
+        return any(
+            self.measured[name].failed
+            for name in ("direct", "router", "router-2-workers", "router+agent")
+            if name in self.measured
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Sheet:
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+def sheets(results: Results) -> list[Sheet]:
+    made = [_relays(results), _classifying(results), _agent(results), _head_room(results), _soak(results)]
+    return [sheet for sheet in (*made, _checks(results)) if sheet.rows]
+
+
+def notes(results: Results) -> list[str]:
+    said = [f"{name}: not measured, {why}" for name, why in results.absent.items()]
+    for name, measured in results.measured.items():
+        said += [f"{name}: a round was lost: {why}" for why in measured.broken]
+        failed: dict[str, int] = {}
+        for one in measured.rounds.values():
+            for kind, count in one.failed.items():
+                failed[kind] = failed.get(kind, 0) + count
+        said += [f"{name}: failed: {count} x {kind}" for kind, count in failed.items()]
+        opened, wanted = spread(measured, "stream_opened"), results.options.streams
+        if opened is not None and opened.low < wanted:
+            said.append(f"{name}: only {opened.low:.0f} of {wanted} streams were open all the while")
+        said += _disturbed(measured)
+    if results.options.quick:
+        said.append("a quick run: it shows that everything works, its figures and checks mean little")
+    if not results.cores.apart:
+        said.append("one core for all: load generator and engine took time from the relays, so hops are too long")
+    return said
+
+
+def _disturbed(measured: Measured) -> list[str]:
+    """Whose figures other work on the machine has made worse, and by how much of a core at most."""
+    shares = {"load generator and engine": "load_others_share"}
+    if measured.relay.hops:
+        shares["the relay"] = "others_share"
+    said = []
+    for whose, key in shares.items():
+        worst = max((spread(measured, f"{kind}_{key}") or NOTHING for kind in ("short_200B", "stream")),
+                    key=lambda found: found.high)  # fmt: skip
+        if worst.high >= DISTURBED:
+            said.append(f"{measured.relay.name}: other work took {_told(worst)} of the core of {whose}")
+    return said
+
+
+def _relays(results: Results) -> Sheet:
+    n, rate = results.options.streams, f"{results.options.rate:g}"
+    half = max(1, n // 2)
+    columns = [
+        ("relay", ""),
+        ("CPU us per short request", "short_200B_us"),
+        ("added TTFT ms", "ttft_ms_p50"),
+        (f"added TTFT ms, {n} streams open", "ttft_beside_ms_p50"),
+        (f"CPU us per event, {n} x {rate}/s", "stream_us"),
+        ("hop p50 ms", "stream_hop_ms_p50"),
+        ("hop p99 ms", "stream_hop_ms_p99"),
+        (f"hop p99 ms, {half} x {rate}/s", "stream_half_hop_ms_p99"),
+        (f"private MiB, {n} streams", "stream_private_mb"),
+        ("core used", "stream_relay_share"),
+        ("left mid-stream ms", "leave_mid_ms_p50"),
+        ("left before first byte ms", "leave_before_ms_p50"),
+        ("failed", ""),
+    ]
+    rows = []
+    for name, measured in results.measured.items():
+        cells = [_cell(results, measured, key) for _, key in columns[1:-1]]
+        rows.append([f"{name} {measured.version}".strip(), *cells, str(measured.failed)])
+    return Sheet("Relays: median (min\N{EN DASH}max) of the rounds", [title for title, _ in columns], rows)
+
+
+def _cell(results: Results, measured: Measured, key: str) -> str:
+    """Times to first token: what they are more than those of `direct`, whose own stand in brackets."""
+    if not key.startswith("ttft"):
+        return _told(spread(measured, key))
+    if measured.relay.name == "direct":
+        return f"[{_told(spread(measured, key))}]"
+    return _told(across([(measured, key), (results.measured.get("direct"), key)], difference))
+
+
+def _classifying(results: Results) -> Sheet:
+    rows = []
+    for name, measured in results.measured.items():
+        for size in requests.SIZES:
+            keys = [f"short_{size.replace(' ', '')}{kind}_us" for kind in ("_auto", "")]
+            if extra := across([(measured, key) for key in keys], difference):
+                auto, named = (_told(spread(measured, key)) for key in keys)
+                rows.append([name, size, named, auto, _told(extra)])
+    columns = ["relay", "prompt", "model named", "auto", "more for auto"]
+    return Sheet("Classifying: CPU us per short request", columns, rows)
+
+
+def _agent(results: Results) -> Sheet:
+    rows = []
+    for name, measured in results.measured.items():
+        if spread(measured, "stream_lower_us"):
+            keys = ("short_200B_us", "stream_lower_us", "stream_lower_hop_ms_p50", "stream_lower_hop_ms_p99",
+                    "stream_lower_private_mb", "stream_lower_relay_share")  # fmt: skip
+            rows.append([name, *(_told(spread(measured, key)) for key in keys)])
+    streams = f"{max(1, results.options.streams // LOWER)} x {results.options.rate:g}/s"
+    columns = ["relay", "CPU us per short request", f"CPU us per event, {streams}", "hop p50 ms", "hop p99 ms",
+               "private MiB", "core used"]  # fmt: skip
+    return Sheet("Through the agent: both hops on one core, counted together", columns, rows)
+
+
+def _head_room(results: Results) -> Sheet:
+    rows = []
+    for name, measured in results.measured.items():
+        keys = ("short_200B_per_s", "short_200B_load_us", "short_200B_engine_us", "stream_per_s", "stream_load_us",
+                "stream_engine_us", "stream_engine_late_ms_p99", "stream_others_share",
+                "stream_load_others_share")  # fmt: skip
+        if measured.rounds:
+            rows.append([name, *(_told(spread(measured, key)) for key in keys)])
+    columns = ["relay", "requests/s", "load: us per request", "engine: us per request", "events/s",
+               "load: us per event", "engine: us per event", "engine late p99 ms, at most",
+               "others on the relay's core", "others on theirs"]  # fmt: skip
+    return Sheet("Load generator and engine: their own CPU, and what they reached", columns, rows)
+
+
+def _soak(results: Results) -> Sheet:
+    router = results.measured.get("router")
+    points = router.soak if router is not None else []
+    rows = [[f"{count:,}", f"{mib:.1f}"] for count, mib in points]
+    slope = slope_per_million(points) if points else math.nan
+    return Sheet(f"Soak: {slope:+.2f} MiB per million requests", ["short requests", "private MiB"], rows)
+
+
+def _checks(results: Results) -> Sheet:
+    rows = []
+    for check in results.checks:
+        sign = "<" if check.strict else "<="
+        verdict = {True: "met", False: "NOT MET", None: "not measured"}[check.met]
+        rows.append([check.what, f"{sign} {check.limit:g} {check.unit}".strip(), _told(check.found), verdict])
+    return Sheet("Checks", ["what", "target", "found", ""], rows)
+
+
+def _told(found: Spread | None) -> str:
+    if found is None:
+        return "-"
+    if found.low == found.high:
+        return _number(found.median)
+    return f"{_number(found.median)} ({_number(found.low)}\N{EN DASH}{_number(found.high)})"
+
+
+def _number(value: float) -> str:
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def on_screen(results: Results) -> RenderableType:
+    parts: list[RenderableType] = []
+    for sheet in sheets(results):
+        drawn = Table(box=None, pad_edge=False, header_style="bold")
+        for column in sheet.columns:
+            drawn.add_column(column, overflow="fold")
+        for row in sheet.rows:
+            drawn.add_row(*(Text(cell, style="bold red" if cell == "NOT MET" else "") for cell in row))
+        parts += [Text(sheet.title, style="bold"), drawn, Text()]
+    return Group(*parts, *(Text(note, style="yellow") for note in notes(results)))
+
+
+def markdown(results: Results) -> str:
+    origin = results.origin
+    lines = [
+        f"# Relay benchmark, {origin['at']}",
+        "",
+        f"`{origin['command']}`",
+        "",
+        f"{origin['hardware']['cpu']}, {origin['hardware']['cpus']} cores, Linux {origin['hardware']['kernel']}; "
+        f"commit {_commit(origin['git'])}; the relay on core {_cores(results.cores.relay)}, "
+        f"load generator and engine on {_cores(results.cores.load)}; {results.options.rounds} rounds.",
+    ]
+    for sheet in sheets(results):
+        lines += ["", f"## {sheet.title}", "", _line(sheet.columns), _line(["---"] * len(sheet.columns))]
+        lines += [_line(row) for row in sheet.rows]
+    if said := notes(results):
+        lines += ["", "## Notes", "", *(f"- {note}" for note in said)]
+    return "\n".join(lines) + "\n"
+
+
+def to_json(results: Results) -> dict[str, Any]:
+    """No NaN: what was not measured is null."""
+    value = {
+        "schema": SCHEMA,
+        **results.origin,
+        "options": {key: item for key, item in asdict(results.options).items() if key not in ("out", "peers", "trees")},
+        "cores": {"relay": sorted(results.cores.relay), "load": sorted(results.cores.load)},
+        "relays": {name: _relay_json(measured) for name, measured in results.measured.items()},
+        "absent": dict(results.absent),
+        "checks": targets.to_json(results.checks),
+        "notes": notes(results),
+    }
+    clean: dict[str, Any] = _without_nan(value)
+    return clean
+
+
+def _relay_json(measured: Measured) -> dict[str, Any]:
+    names = sorted({name for one in measured.rounds.values() for name in one.figures})
+    return {
+        "version": measured.version,
+        "figures": {name: asdict(found) for name in names if (found := spread(measured, name))},
+        "rounds": {str(number): asdict(one) for number, one in sorted(measured.rounds.items())},
+        "broken": measured.broken,
+        "soak": measured.soak,
+    }
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _cores(cores: frozenset[int]) -> str:
+    return ", ".join(map(str, sorted(cores)))
+
+
+def _commit(git: Mapping[str, Any] | None) -> str:
+    return "unknown" if git is None else f"{git['commit'][:12]}{' with changes' if git['changed'] else ''}"

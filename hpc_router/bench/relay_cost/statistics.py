@@ -1,0 +1,57 @@
+"""Figures of several rounds: the median, and between what it lay. A ratio is taken within a round, then the median."""
+
+import math
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+from hpc_router.bench.relay_cost.rounds import Measured
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> Self | None:
+        """None where nothing was measured."""
+        known = [value for value in values if math.isfinite(value)]
+        return cls(statistics.median(known), min(known), max(known)) if known else None
+
+
+def spread(measured: Measured, name: str) -> Spread | None:
+    return Spread.of(one.figures[name] for one in measured.rounds.values() if name in one.figures)
+
+
+def across(many: Sequence[tuple[Measured | None, str]], combine: Callable[..., float]) -> Spread | None:
+    """`combine` of these figures, round by round; None where one of them is in no round."""
+    values = []
+    for number in _rounds(many):
+        found = [measured.rounds[number].figures.get(name) for measured, name in many if measured is not None]
+        if len(found) == len(many) and None not in found:
+            values.append(combine(*found))
+    return Spread.of(values)
+
+
+def ratio(above: float, below: float) -> float:
+    return above / below if below > 0 else math.nan
+
+
+def difference(more: float, less: float) -> float:
+    return more - less
+
+
+def slope_per_million(points: Sequence[tuple[int, float]]) -> float:
+    """Of a line through (requests, MiB), by least squares, without the first point: what a first use loads stays."""
+    used = list(points[1:]) if len(points) > 2 else list(points)
+    if len(used) < 2:
+        return math.nan
+    return statistics.linear_regression([x / 1e6 for x, _ in used], [y for _, y in used]).slope
+
+
+def _rounds(many: Sequence[tuple[Measured | None, str]]) -> list[int]:
+    known = [set(measured.rounds) for measured, _ in many if measured is not None]
+    return sorted(set.intersection(*known)) if known else []

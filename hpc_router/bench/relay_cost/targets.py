@@ -1,0 +1,103 @@
+"""What the router is to reach, against what was measured. A check without its figures says what it lacks."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from hpc_router.bench.relay_cost.options import Options
+from hpc_router.bench.relay_cost.rounds import Measured
+from hpc_router.bench.relay_cost.statistics import Spread, across, difference, ratio, slope_per_million, spread
+
+SAME_COST = 1.25
+"""Above this, a long prompt costs more to classify than a shorter one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """`found` lies at or below `limit`, or below it where `strict`. `met` is None where it was not measured."""
+
+    what: str
+    limit: float
+    unit: str
+    found: Spread | None
+    strict: bool = False
+
+    @property
+    def met(self) -> bool | None:
+        if self.found is None:
+            return None
+        return self.found.median < self.limit if self.strict else self.found.median <= self.limit
+
+
+def checks(found: Mapping[str, Measured], options: Options) -> list[Check]:
+    router, agent = found.get("router"), found.get("router+agent")
+
+    def between(above: str, name: str, below: str, other: str | None = None) -> Spread | None:
+        return across([(found.get(above), name), (found.get(below), other or name)], ratio)
+
+    def extra(size: str) -> Spread | None:
+        return across([(router, f"short_{size}_auto_us"), (router, f"short_{size}_us")], difference)
+
+    def own(name: str) -> Spread | None:
+        return None if router is None else spread(router, name)
+
+    n, rate = options.streams, options.rate
+    return [
+        *(
+            Check(f"CPU per short request, against {name}", 1.0, "x", between("router", "short_200B_us", name), True)
+            for name in ("vllm-router", "sglang-router")
+        ),
+        Check("CPU of classifying a prompt of 200 B", 60.0, "us", extra("200B")),
+        Check("CPU of classifying a prompt of 2 KB", 200.0, "us", extra("2KB")),
+        Check(
+            "CPU of classifying a prompt of 200 KB, against one of 2 KB",
+            SAME_COST,
+            "x",
+            across(
+                [(router, f"short_{size}{kind}_us") for size in ("200KB", "2KB") for kind in ("_auto", "")],
+                lambda long_auto, long, auto, named: ratio(long_auto - long, auto - named),
+            ),
+        ),
+        Check(f"CPU per event at {n} x {rate:g}/s, against nginx", 1.2, "x", between("router", "stream_us", "nginx")),
+        Check(f"hop p99 at {n} x {rate:g}/s", 10.0, "ms", own("stream_hop_ms_p99")),
+        Check(f"hop p99 at {max(1, n // 2)} x {rate:g}/s", 5.0, "ms", own("stream_half_hop_ms_p99")),
+        Check("requests and streams that failed", 0.0, "", _failed(router)),
+        Check(f"private memory with {n} open streams", 100.0, "MiB", own("stream_private_mb")),
+        Check("private memory, growth per million requests", 1.0, "MiB", _growth(router)),
+        Check("CPU per short request with two workers on one core, against one", 1.1, "x",
+              between("router-2-workers", "short_200B_us", "router")),
+        Check("CPU per event with two workers on one core, against one", 1.1, "x",
+              between("router-2-workers", "stream_us", "router")),
+        Check("CPU per short request through the agent, against one hop", 2.0, "x",
+              between("router+agent", "short_200B_us", "router")),
+        Check("CPU per event through the agent, against one hop", 2.0, "x",
+              between("router+agent", "stream_lower_us", "router")),
+        Check("requests and streams through the agent that failed", 0.0, "", _failed(agent)),
+    ]  # fmt: skip
+
+
+def to_json(all_of: Sequence[Check]) -> list[dict[str, object]]:
+    return [
+        {
+            "what": check.what,
+            "limit": check.limit,
+            "strict": check.strict,
+            "unit": check.unit,
+            "median": None if check.found is None else check.found.median,
+            "min": None if check.found is None else check.found.low,
+            "max": None if check.found is None else check.found.high,
+            "met": check.met,
+        }
+        for check in all_of
+    ]
+
+
+def _failed(measured: Measured | None) -> Spread | None:
+    if measured is None or not (measured.rounds or measured.broken):
+        return None
+    return Spread.of([float(measured.failed)])
+
+
+def _growth(measured: Measured | None) -> Spread | None:
+    if measured is None or not measured.soak:
+        return None
+    return Spread.of([slope_per_million(measured.soak)])

@@ -1,0 +1,11 @@
+"""The programs need a C compiler; CI installs one."""
+
+import pytest
+
+from hpc_router.bench.load.native.build import compiler
+from tests.needs import need
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _a_compiler() -> None:
+    need(compiler() is not None, "a C compiler (gcc)")

@@ -1,0 +1,149 @@
+"""Each figure against its definition, and what must hold whatever was observed."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hpc_router.bench.figures import CUT, Observation, Part, Spread, Window, figures
+
+WINDOW = Window(10.0, 20.0)
+
+
+def seen(started_s: float, *content_s: float, **values: object) -> Observation:
+    given: dict[str, object] = {"part": Part.MEASURED, "user": 0, "expert": "math", **values}
+    ended_s = given.pop("ended_s", content_s[-1] if content_s else started_s)
+    return Observation(started_s=started_s, ended_s=ended_s, content_s=content_s, **given)  # type: ignore[arg-type]
+
+
+def test_one_answer_by_hand() -> None:
+    """Four tokens at 11, 12, 12.5 and 14, the end at 15, asked at 10.5."""
+    found = figures([seen(10.5, 11.0, 12.0, 12.5, 14.0, ended_s=15.0)], WINDOW)
+    assert found.ttft_s is not None
+    assert found.itl_s is not None
+    assert found.tpot_s is not None
+    assert found.e2e_s is not None
+    assert found.session_tokens_per_s is not None
+    assert found.ttft_s.p50 == 0.5
+    assert (found.itl_s.count, found.itl_s.mean, found.itl_s.p50, found.itl_s.max) == (3, 1.0, 1.0, 1.5)
+    assert found.tpot_s.mean == 1.0
+    assert found.e2e_s.max == 4.5
+    assert found.session_tokens_per_s.mean == pytest.approx(4 / 4.5)
+    assert (found.tokens, found.tokens_per_s, found.requests_per_s) == (4.0, 0.4, 0.1)
+    assert found.counted_by == "events"
+
+
+def test_events_that_carry_several_tokens() -> None:
+    """Three events of two tokens each, by the engine's own count: a gap of one second is two of half a second."""
+    found = figures([seen(10.0, 11.0, 12.0, 13.0, tokens=6)], WINDOW)
+    assert found.itl_s is not None
+    assert found.tpot_s is not None
+    assert found.itl_s.p50 == 0.5
+    assert found.tpot_s.p50 == 0.4
+    assert (found.tokens, found.counted_by) == (6.0, "engine")
+
+
+def test_a_failed_request_has_no_latency() -> None:
+    failed = seen(11.0, 11.1, 11.2, error="stream_error")
+    found = figures([failed, seen(11.0, 12.0), failed], WINDOW)
+    assert (found.requests, found.succeeded, found.failed, found.errors) == (3, 1, 2, {"stream_error": 2})
+    assert found.ttft_s is not None
+    assert found.ttft_s.count == 1
+    assert found.tokens == 1
+    assert found.experts == {"math": 1.0}
+
+
+def test_nothing_succeeded() -> None:
+    found = figures([seen(11.0, error="connect")], WINDOW)
+    assert (found.ttft_s, found.itl_s, found.e2e_s, found.experts) == (None, None, None, {})
+    assert found.tokens_per_s == found.requests_per_s == 0.0
+
+
+def test_only_measured_requests_have_latencies_but_all_fill_the_window() -> None:
+    """The window is open at its beginning and closed at its end; what was cut when the point was over counts."""
+    found = figures(
+        [
+            seen(8.0, 9.0, 10.0, 11.0, part=Part.WARM_UP),
+            seen(12.0, 13.0),
+            seen(18.0, 19.0, 20.0, 20.1, part=Part.FILLING, error=CUT),
+            seen(18.0, 19.5, part=Part.FILLING, error="timeout"),
+        ],
+        WINDOW,
+    )
+    assert found.ttft_s is not None
+    assert (found.ttft_s.count, found.requests, found.failed) == (1, 1, 0)
+    assert found.tokens == 1 + 1 + 2
+    assert found.requests_per_s == 0.2
+
+
+def test_a_point_without_a_window() -> None:
+    assert figures([], Window(2.0, 2.0)).tokens_per_s == 0.0
+
+
+def test_percentiles_interpolate() -> None:
+    found = Spread.of([1.0, 2.0, 3.0, 4.0])
+    assert found is not None
+    assert (found.p50, found.p90, found.p99) == pytest.approx((2.5, 3.7, 3.97))
+    assert Spread.of([]) is None
+
+
+times = st.floats(0.001, 5.0)
+
+
+@st.composite
+def observations(draw: st.DrawFn) -> Observation:
+    started_s = draw(st.floats(0.0, 25.0))
+    content_s, at_s = [], started_s
+    for gap_s in draw(st.lists(times, max_size=8)):
+        at_s += gap_s
+        content_s.append(at_s)
+    error = draw(st.sampled_from([None, "timeout", "http_503", CUT])) if content_s else "no_content"
+    tokens = draw(st.none() | st.integers(len(content_s), 4 * len(content_s))) if content_s else None
+    return seen(
+        started_s,
+        *content_s,
+        ended_s=at_s + draw(times),
+        part=draw(st.sampled_from(Part)),
+        expert=draw(st.sampled_from(["math", "code", None])),
+        error=error,
+        tokens=tokens,
+    )
+
+
+@given(st.lists(observations(), max_size=20))
+def test_sums_agree_whatever_was_seen(found: list[Observation]) -> None:
+    told = figures(found, WINDOW)
+    good = [o for o in found if o.part is Part.MEASURED and o.error is None]
+    assert told.requests == told.succeeded + told.failed
+    assert sum(told.errors.values()) == told.failed
+    assert sum(told.experts.values()) == pytest.approx(1.0 if good else 0.0)
+    assert told.tokens_per_s * told.window_s == pytest.approx(told.tokens)
+    counts = [spread.count if spread else 0 for spread in (told.ttft_s, told.e2e_s, told.session_tokens_per_s)]
+    assert counts == [len(good)] * 3
+    assert (told.itl_s.count if told.itl_s else 0) == sum(len(o.content_s) - 1 for o in good)
+    for spread in (told.ttft_s, told.itl_s, told.tpot_s, told.e2e_s):
+        if spread is not None:
+            assert spread.p50 <= spread.p90 <= spread.p99 <= spread.max
+            assert spread.mean <= spread.max * (1 + 1e-9)
+
+
+@given(observations())
+def test_one_answer_s_times_agree(one: Observation) -> None:
+    """First token + decoding = until the last content; with one token per event TPOT is the mean gap."""
+    if not one.content_s:
+        return
+    decoding_s = one.content_s[-1] - one.content_s[0]
+    per_event = one.token_count / len(one.content_s)
+    assert one.ttft_s + decoding_s <= one.e2e_s + 1e-9
+    assert sum(one.itl_s) * per_event == pytest.approx(decoding_s)
+    if one.tpot_s is not None:
+        assert one.tpot_s * (one.token_count - 1) == pytest.approx(decoding_s)
+    if one.token_count == len(one.content_s) > 1:
+        assert one.tpot_s == pytest.approx(sum(one.itl_s) / len(one.itl_s))
+
+
+@given(st.lists(st.floats(0.0, 1e6), min_size=1, max_size=200))
+def test_percentiles_are_of_the_samples(samples: list[float]) -> None:
+    spread = Spread.of(samples)
+    assert spread is not None
+    assert min(samples) <= spread.p50 <= spread.p99 <= spread.max == max(samples)
+    assert sum(sample <= spread.p90 for sample in samples) >= 0.9 * (len(samples) - 1)
