@@ -34,6 +34,7 @@ from hpc_router.bench.sweep import Leg, sim_options
 from hpc_router.bench.sweep import measure as measure_leg
 from hpc_router.bench.table import table
 from hpc_router.bench.workload import Point, points_of
+from hpc_router.cli.tables import Progress
 from hpc_router.cluster.commands.router_access import router_access
 from hpc_router.cluster.planning.plan import settled, shown
 from hpc_router.config import compose, frozen
@@ -43,7 +44,6 @@ from hpc_router.config.frozen import GROUPS
 from hpc_router.config.sources import Sources, parse_override
 from hpc_router.errors import ConfigError, suggest
 from hpc_router.router.main import raise_file_limit
-from hpc_router.screen import Progress
 from hpc_router.state.run_directory import RunDir, open_run
 from launch.entry import Call, launch
 

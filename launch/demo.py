@@ -17,8 +17,8 @@ import openai
 from rich.console import Console
 from rich.table import Table
 
-from hpc_router.expert import tiny_model
 from hpc_router.state.run_directory import RunDir, open_run
+from launch import tiny_model
 
 WIDTH: Final = 124
 EXPERTS: Final = ("code", "math", "medicine", "law", "generalist")

@@ -18,7 +18,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from hpc_router.cli import INTERRUPTED, told
+from hpc_router.cli.main import INTERRUPTED, told
 from hpc_router.config.compose import conf_folder, settle, user_folder
 from hpc_router.config.sources import parse_override
 from hpc_router.errors import ConfigError, LaunchError, suggest

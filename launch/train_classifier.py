@@ -15,7 +15,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from hpc_router.cli import told
+from hpc_router.cli.main import told
 from hpc_router.config.as_written import as_written
 from hpc_router.config.parsing import parse
 from hpc_router.config.sources import Sources, parse_override

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from docs import configuration
-from hpc_router.cli import VERBS
+from hpc_router.cli.main import VERBS
 from hpc_router.config.compose import load_deployment
 from tests.needs import ROOT
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hpc_router.cli import main
+from hpc_router.cli.main import main
 from hpc_router.cluster.commands.status import status
 from hpc_router.cluster.commands.why import why
 from hpc_router.cluster.control_loop.loop import Control

@@ -15,8 +15,8 @@ import anthropic
 import openai
 import pytest
 
-from hpc_router.expert import tiny_model
 from hpc_router.net.auth import replica_key
+from launch import tiny_model
 from tests.e2e.deployment import Deployed, deployed, kill
 from tests.needs import ROOT, VLLM_ENV, engine_python
 from tests.waiting import eventually_sync

@@ -16,7 +16,7 @@ import anthropic
 import openai
 import pytest
 
-from hpc_router.expert import tiny_model
+from launch import tiny_model
 from tests.e2e.deployment import Deployed, deployed
 from tests.needs import ROOT, VLLM_ENV, engine_python
 from tests.waiting import eventually_sync

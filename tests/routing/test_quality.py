@@ -14,7 +14,7 @@ from statistics import mean
 
 import pytest
 
-from hpc_router.classify import evaluate
+from hpc_router.cli.classify import evaluate
 from hpc_router.routing.artefact import read
 from hpc_router.routing.classifier import Classifier
 from hpc_router.routing.exemplars import train

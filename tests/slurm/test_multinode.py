@@ -19,12 +19,12 @@ from hpc_router.config.schema import (
     PolicyConfig,
     ResourceConfig,
 )
-from hpc_router.expert import tiny_model
 from hpc_router.net import protocol
 from hpc_router.net.auth import replica_key
 from hpc_router.state.job_records import Exit, JobDir, Reason, Runner
 from hpc_router.state.registry import Reader, Record, State
 from hpc_router.state.run_directory import RunDir, make_run
+from launch import tiny_model
 from tests.needs import VLLM_ENV, engine_python
 from tests.slurm.cluster import SlurmCluster
 from tests.slurm.configuration import SLURMD_TIMEOUT_S

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from hpc_router.cli import main
+from hpc_router.cli.main import main
 from hpc_router.cluster.launchers.slurm.pending_reasons import in_words
 from hpc_router.cluster.launchers.slurm.sinfo import ask_site
 from hpc_router.cluster.launchers.slurm.submit_errors import find, is_passing

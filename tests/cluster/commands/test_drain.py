@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from hpc_router.cli import main
+from hpc_router.cli.main import main
 from hpc_router.cluster.commands.drain import Retired, named, retire, successor, wait, without_ready
 from hpc_router.cluster.control_loop.loop import Control
 from hpc_router.cluster.control_loop.slots import NOT_ASKED, ROUTER_SLOT, Attempt, Observed, Slot

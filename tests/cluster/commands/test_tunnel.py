@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hpc_router.cli import main
+from hpc_router.cli.main import main
 from hpc_router.client.router_identity import Finding
 from hpc_router.cluster.commands import router_access
 from hpc_router.cluster.commands.tunnel import Here, Tunnel, tunnel

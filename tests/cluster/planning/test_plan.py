@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from hpc_router.cli import WIDE
+from hpc_router.cli.main import WIDE
+from hpc_router.cli.tables import plan_text
 from hpc_router.cluster.launchers.slurm.allocation import AllocationLauncher
 from hpc_router.cluster.planning import engine_flags
 from hpc_router.cluster.planning.plan import FOLDER, Plan, make_plan, settled
@@ -23,7 +24,6 @@ from hpc_router.config.schema import (
     ResourceConfig,
 )
 from hpc_router.errors import ConfigError
-from hpc_router.screen import plan_text
 from hpc_router.state.run_directory import RunDir
 from tests.cluster.programs import Programs
 from tests.routing.samples import artefact

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from hpc_router.arguments import parse_arguments
+from hpc_router.cli.parser import parse_arguments
 from hpc_router.errors import ConfigError, HpcRouterError, LaunchError
 from hpc_router.state.run_directory import RunDir, find_run, make_run
 
@@ -57,10 +57,10 @@ def told(verb: Callable[[], int]) -> int:
 
 
 def plan(arguments: argparse.Namespace) -> int:
+    from hpc_router.cli.tables import plan_text
     from hpc_router.cluster.control_loop.desired_state import desired_of, scaled
     from hpc_router.cluster.planning.plan import make_plan
     from hpc_router.cluster.planning.run_target import find_target
-    from hpc_router.screen import plan_text
 
     target = find_target(arguments.run, arguments.overrides, config_dir=arguments.config_dir)
     deployment = target.deployment
@@ -76,10 +76,10 @@ def up(arguments: argparse.Namespace) -> int:
 
 def run_up(given: Path | None, overrides: list[str], *, config_dir: Path | None, wait_all: bool) -> int:
     """Also the body of `launch.deploy`."""
+    from hpc_router.cli.tables import Progress
     from hpc_router.cluster.commands.up import Interrupted, Served
     from hpc_router.cluster.commands.up import up as bring_up
     from hpc_router.cluster.planning.run_target import find_target
-    from hpc_router.screen import Progress
 
     target = find_target(given, overrides, config_dir=config_dir)
     try:
@@ -110,8 +110,8 @@ def _say_how(run: RunDir, url: str) -> None:
 
 
 def down(arguments: argparse.Namespace) -> int:
+    from hpc_router.cli.tables import Progress
     from hpc_router.cluster.commands.down import down as take_down
-    from hpc_router.screen import Progress
 
     run = find_run(arguments.run)
     with Progress(_stderr()) as progress:
@@ -123,8 +123,8 @@ def down(arguments: argparse.Namespace) -> int:
 
 
 def status(arguments: argparse.Namespace) -> int:
+    from hpc_router.cli.tables import status_text
     from hpc_router.cluster.commands.status import status as status_of
-    from hpc_router.screen import status_text
 
     value = status_of(find_run(arguments.run))
     return _print(value if arguments.json else status_text(value))
@@ -149,17 +149,17 @@ def logs(arguments: argparse.Namespace) -> int:
 
 
 def why(arguments: argparse.Namespace) -> int:
+    from hpc_router.cli.tables import why_text
     from hpc_router.cluster.commands.why import why as why_of
-    from hpc_router.screen import why_text
 
     causes = why_of(find_run(arguments.run), arguments.name)
     return _print([cause.to_json() for cause in causes] if arguments.json else why_text(causes))
 
 
 def route(arguments: argparse.Namespace) -> int:
+    from hpc_router.cli.tables import route_text
     from hpc_router.cluster.commands.router_access import router_access
     from hpc_router.net.http_client import Unreachable, ask
-    from hpc_router.screen import route_text
 
     access = router_access(find_run(arguments.run))
     try:
@@ -354,7 +354,7 @@ def _bench_router(arguments: argparse.Namespace) -> int:
 
 
 def classify(arguments: argparse.Namespace) -> int:
-    from hpc_router import classify as task
+    from hpc_router.cli import classify as task
 
     if arguments.task == "predict":
         return _print_lines(
@@ -362,7 +362,7 @@ def classify(arguments: argparse.Namespace) -> int:
             for decision in task.predict(arguments.artefact, arguments.prompts, fallback=arguments.fallback)
         )
     if arguments.task == "eval":
-        from hpc_router.screen_classify import evaluation_text
+        from hpc_router.cli.classifier_tables import evaluation_text
 
         found = task.evaluate(arguments.artefact, arguments.prompts, fit=arguments.fit, costs=dict(arguments.cost))
         return _print(found if arguments.json else evaluation_text(found))
@@ -443,7 +443,3 @@ def _print_lines(lines: Any) -> int:
     for line in lines:
         print(line)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,6 +1,6 @@
 """A tiny random Llama on disk, or a LoRA adapter for one, so that the real engines run offline, on a CPU, in seconds.
 
-Run by path with an *engine's* interpreter (`PYTHON hpc_router/expert/tiny_model.py OUT --seed 1`): that interpreter has
+Run by path with an *engine's* interpreter (`PYTHON launch/tiny_model.py OUT --seed 1`): that interpreter has
 transformers, tokenizers and torch and no hpc_router, so this file imports nothing of ours.
 The weights depend on seed and sizes alone. The answers are nonsense made of ASCII words, some characters per token, and
 always as long as `max_tokens` asks: see `_steer`.

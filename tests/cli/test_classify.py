@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from hpc_router.cli import main
+from hpc_router.cli.main import main
 from launch import train_classifier
 from tests.routing.training.samples import prompts, written
 
