@@ -9,7 +9,7 @@ import pytest
 from docs import configuration
 from hpc_router.cli.main import VERBS
 from hpc_router.config.compose import load_deployment
-from tests.needs import ROOT
+from tests.support.needs import ROOT
 
 PAGES = sorted(
     [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "findings").glob("*.md")], key=lambda path: path.name

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.needs import ROOT
+from tests.support.needs import ROOT
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,7 @@ from hpc_router.state.registry import EngineInfo, Kind, Record, State
 from hpc_router.state.run_directory import RunDir, make_run
 from launch.bench import resolved
 from tests.bench.fakes import WHOLE, FakeRouter, breaks_off, fake_router, piece, says
-from tests.needs import ROOT
+from tests.support.needs import ROOT
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from hpc_router.state.job_records import Exit, JobDir, JobInfo, Reason
 from hpc_router.state.log_file import previous
 from hpc_router.state.registry import Reader
 from hpc_router.state.run_directory import make_run, open_run
-from tests.needs import ROOT
+from tests.support.needs import ROOT
 
 
 @pytest.fixture(autouse=True)

@@ -15,9 +15,9 @@ from typing import Any
 
 import openai
 
-from tests.needs import ROOT
-from tests.processes import with_word
-from tests.waiting import eventually_sync
+from tests.support.needs import ROOT
+from tests.support.processes import with_word
+from tests.support.waiting import eventually_sync
 
 LIMIT_S = 240
 

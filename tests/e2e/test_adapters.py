@@ -10,8 +10,8 @@ import pytest
 
 from tests.e2e.deployment import Deployed, deployed
 from tests.e2e.test_sim import FAST, PROMPTS, ask, gauges_are_zero
-from tests.needs import ROOT
-from tests.waiting import eventually_sync
+from tests.support.needs import ROOT
+from tests.support.waiting import eventually_sync
 
 pytestmark = pytest.mark.e2e
 

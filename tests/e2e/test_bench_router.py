@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from hpc_router.bench.load.native.build import compiler
-from tests.needs import ROOT, need
-from tests.processes import with_word
+from tests.support.needs import ROOT, need
+from tests.support.processes import with_word
 
 pytestmark = pytest.mark.e2e
 

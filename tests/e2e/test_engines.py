@@ -18,8 +18,8 @@ import pytest
 from hpc_router.net.auth import replica_key
 from launch import tiny_model
 from tests.e2e.deployment import Deployed, deployed, kill
-from tests.needs import ROOT, VLLM_ENV, engine_python
-from tests.waiting import eventually_sync
+from tests.support.needs import ROOT, VLLM_ENV, engine_python
+from tests.support.waiting import eventually_sync
 
 pytestmark = pytest.mark.e2e
 

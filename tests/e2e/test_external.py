@@ -11,8 +11,8 @@ import openai
 import pytest
 
 from tests.e2e.deployment import cli
-from tests.needs import ROOT
-from tests.waiting import eventually_sync
+from tests.support.needs import ROOT
+from tests.support.waiting import eventually_sync
 
 pytestmark = pytest.mark.e2e
 

@@ -14,7 +14,7 @@ import pytest
 
 from hpc_router.state.registry import split_replica
 from tests.e2e.deployment import Deployed, cli, deployed, kill
-from tests.waiting import eventually_sync
+from tests.support.waiting import eventually_sync
 
 pytestmark = pytest.mark.e2e
 

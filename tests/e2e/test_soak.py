@@ -14,8 +14,8 @@ import pytest
 
 from hpc_router.bench.load.native.build import compiler
 from tests.e2e.deployment import cli
-from tests.needs import ROOT, need
-from tests.processes import with_word
+from tests.support.needs import ROOT, need
+from tests.support.processes import with_word
 
 pytestmark = pytest.mark.e2e
 

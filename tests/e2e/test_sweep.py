@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from tests.needs import ROOT
-from tests.processes import with_word
-from tests.waiting import eventually_sync
+from tests.support.needs import ROOT
+from tests.support.processes import with_word
+from tests.support.waiting import eventually_sync
 
 pytestmark = pytest.mark.e2e
 

@@ -28,7 +28,7 @@ from hpc_router.net.auth import replica_key
 from hpc_router.state.job_records import JobDir, Phase, Progress
 from hpc_router.state.registry import Reader, Record, State
 from hpc_router.state.run_directory import RunDir
-from tests.waiting import GUARD_S, eventually
+from tests.support.waiting import GUARD_S, eventually
 
 REPLICA = "math-0.g1"
 

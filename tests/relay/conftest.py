@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 import pytest
 import uvloop
 
-from tests.relays import RELAYS, Listen, MakeClient, Relay
+from tests.support.relays import RELAYS, Listen, MakeClient, Relay
 
 
 def pytest_asyncio_loop_factories(

@@ -18,8 +18,8 @@ from hpc_router.relay.response_relay import Answer, Answering
 from hpc_router.relay.upstream.interface import Limits
 from tests.relay.scripted import Answer as Script
 from tests.relay.scripted import Scripted, scripted
-from tests.relays import Listen, Relay
-from tests.waiting import GUARD_S
+from tests.support.relays import Listen, Relay
+from tests.support.waiting import GUARD_S
 
 PATIENT = Limits(connect_s=GUARD_S, first_byte_s=GUARD_S, idle_s=GUARD_S)
 MAX_BODY = 2**16

@@ -14,8 +14,8 @@ from hpc_router.relay.aborted_responses import Choices, Unheld
 from hpc_router.relay.sse import CONTENT_TYPE
 from tests.relay.scripted import CHUNKED, Answer, End, head, sized
 from tests.relay.serving import Client, relayed
-from tests.relays import Relay
-from tests.waiting import eventually
+from tests.support.relays import Relay
+from tests.support.waiting import eventually
 
 EVENTS = head(CHUNKED, b"content-type: " + CONTENT_TYPE)
 ERROR = b"event: error\n\n"

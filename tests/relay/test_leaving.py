@@ -7,15 +7,15 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from hpc_router.relay import server_aiohttp
 from hpc_router.relay.downstream import server
 from hpc_router.relay.downstream.interface import Request, Response
 from hpc_router.relay.sse import CONTENT_TYPE, PING
 from hpc_router.relay.upstream.interface import address_of
+from tests.relay.reference import server as server_aiohttp
 from tests.relay.scripted import CHUNKED, Answer, End, head
 from tests.relay.serving import PATIENT, Client, Relayed, relayed, served
-from tests.relays import OWN, Listen, Relay
-from tests.waiting import eventually
+from tests.support.relays import OWN, Listen, Relay
+from tests.support.waiting import eventually
 
 GUARD_S = 5.0
 EVENTS = head(CHUNKED, b"content-type: " + CONTENT_TYPE)

@@ -12,8 +12,8 @@ from hpc_router.relay.downstream.interface import Handler
 from hpc_router.relay.sse import CONTENT_TYPE
 from tests.relay.scripted import CHUNKED, Answer, End, head, sized
 from tests.relay.serving import STUCK, Client, relayed, sends, served
-from tests.relays import OWN, Listen, Relay
-from tests.waiting import eventually
+from tests.support.relays import OWN, Listen, Relay
+from tests.support.waiting import eventually
 
 PIECE = b"x" * 2**16
 GONE = (["the client reads no more"], ["cancelled"])

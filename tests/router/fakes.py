@@ -28,7 +28,7 @@ from hpc_router.state import registry
 from hpc_router.state.io_thread import FileThread
 from hpc_router.state.registry import EngineInfo, Kind, Record, State
 from hpc_router.state.run_directory import RunDir, make_run
-from tests.relays import OWN
+from tests.support.relays import OWN
 
 NONCE: Final = "the router's"
 RELAY = OWN

@@ -16,7 +16,7 @@ from hpc_router.router.worker import process
 from hpc_router.router.worker.control_client import ControlLink
 from hpc_router.state.run_directory import RunDir
 from tests.router.fakes import RunningRouter, a_deployment, a_router, a_run, fake_replica
-from tests.waiting import eventually as until
+from tests.support.waiting import eventually as until
 
 
 def once(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -18,8 +18,8 @@ from hpc_router.cli.classify import evaluate
 from hpc_router.routing.artefact import read
 from hpc_router.routing.classifier import Classifier
 from hpc_router.routing.exemplars import train
-from tests.needs import ROOT, engine_python, need
 from tests.routing.training.samples import written
+from tests.support.needs import ROOT, engine_python, need
 
 DATA = Path(__file__).parents[3] / "shared" / "data" / "prompts"
 SEEDS = range(5)

@@ -12,7 +12,7 @@ from hpc_router.expert.multinode.start_strategy import free_port
 from hpc_router.sim.ranks import LOST
 from tests.sim.calls import chat, stream
 from tests.sim.test_process import INSTANT_FLAGS, address, ended, spawned
-from tests.waiting import eventually
+from tests.support.waiting import eventually
 
 
 def flags(rank: int, port: int, *, nodes: int = 2) -> list[str]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from tests.slurm.configuration import ACCOUNT, Shape
 from tests.slurm.host import Host, answers
-from tests.waiting import eventually_sync
+from tests.support.waiting import eventually_sync
 
 
 def start_accounting(controller: Host, shape: Shape, *, users: Sequence[str]) -> None:

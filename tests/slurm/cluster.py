@@ -24,7 +24,7 @@ from tests.slurm.accounting import start_accounting
 from tests.slurm.configuration import CONTROLLER, LAST_BYTES, NODES, PARTITIONS, PROCTRACKS, Proctrack, Shape, gpus_of
 from tests.slurm.host import NAMESPACES, Host, SlurmClusterError, answers, booted, command
 from tests.slurm.node import Node
-from tests.waiting import eventually_sync
+from tests.support.waiting import eventually_sync
 
 PROGRAMS: Final = (
     *("slurmctld", "slurmd", "slurmdbd", "sbatch", "munged", "mariadbd", "mariadb-install-db"),

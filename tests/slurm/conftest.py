@@ -4,8 +4,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.needs import need
 from tests.slurm.cluster import SlurmCluster, lacking
+from tests.support.needs import need
 
 
 @pytest.fixture(scope="session")

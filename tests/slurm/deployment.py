@@ -14,7 +14,7 @@ from hpc_router.state.job_records import JobDir
 from hpc_router.state.run_directory import RunDir
 from tests.e2e.deployment import Deployed
 from tests.slurm.cluster import SlurmCluster
-from tests.waiting import eventually_sync
+from tests.support.waiting import eventually_sync
 
 ASKING: Final = ("squeue", "sacct", "scontrol", "sinfo", "sstat")
 LEAKED: Final = {

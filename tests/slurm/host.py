@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Final
 
 from tests.slurm import init
-from tests.waiting import eventually_sync
+from tests.support.waiting import eventually_sync
 
 INIT: Final = str(Path(init.__file__).resolve())
 NAMESPACES: Final = ("--mount", "--uts", "--ipc", "--net", "--pid")

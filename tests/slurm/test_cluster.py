@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 import submitit
 
-from tests.needs import ROOT, need
-from tests.processes import with_word
 from tests.slurm import claim
 from tests.slurm.cluster import SlurmCluster, lacking
 from tests.slurm.configuration import GRACE_S, NODES, PROCTRACKS, SLURMD_TIMEOUT_S, Proctrack
 from tests.slurm.host import SlurmClusterError, booted
-from tests.waiting import eventually_sync
+from tests.support.needs import ROOT, need
+from tests.support.processes import with_word
+from tests.support.waiting import eventually_sync
 
 pytestmark = pytest.mark.slurm
 CLI = [sys.executable, "-m", "tests.slurm.cluster"]

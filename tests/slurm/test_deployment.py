@@ -15,10 +15,10 @@ from typing import Any, Final
 
 import pytest
 
-from tests.needs import ROOT
 from tests.slurm.cluster import SlurmCluster
 from tests.slurm.deployment import OnSlurm, on_slurm
-from tests.waiting import eventually_sync
+from tests.support.needs import ROOT
+from tests.support.waiting import eventually_sync
 
 pytestmark = pytest.mark.slurm
 

@@ -10,7 +10,7 @@ import pytest
 from hpc_router.net.http_client import ask
 from tests.slurm.cluster import SlurmCluster
 from tests.slurm.deployment import on_slurm
-from tests.waiting import eventually_sync
+from tests.support.waiting import eventually_sync
 
 pytestmark = [pytest.mark.slurm, pytest.mark.long, pytest.mark.timeout(900)]
 

@@ -25,12 +25,12 @@ from hpc_router.state.job_records import Exit, JobDir, Reason, Runner
 from hpc_router.state.registry import Reader, Record, State
 from hpc_router.state.run_directory import RunDir, make_run
 from launch import tiny_model
-from tests.needs import VLLM_ENV, engine_python
 from tests.slurm.cluster import SlurmCluster
 from tests.slurm.configuration import SLURMD_TIMEOUT_S
 from tests.slurm.deployment import OnSlurm, on_slurm
 from tests.slurm.host import SlurmClusterError
-from tests.waiting import eventually_sync
+from tests.support.needs import VLLM_ENV, engine_python
+from tests.support.waiting import eventually_sync
 
 pytestmark = pytest.mark.slurm
 

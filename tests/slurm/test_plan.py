@@ -11,7 +11,7 @@ from hpc_router.cluster.launchers.slurm.submit_errors import find, is_passing
 from tests.slurm.cluster import SlurmCluster
 from tests.slurm.configuration import GPUS, MIB_PER_CPU
 from tests.slurm.host import SlurmClusterError
-from tests.waiting import eventually_sync
+from tests.support.waiting import eventually_sync
 
 pytestmark = pytest.mark.slurm
 MATH = "experts.math.resources"

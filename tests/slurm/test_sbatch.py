@@ -18,11 +18,11 @@ from hpc_router.routing.classifier import Classifier
 from hpc_router.state.job_records import JobDir, Reason
 from hpc_router.state.registry import Kind, Reader, Record, State
 from hpc_router.state.run_directory import RunDir
-from tests.needs import ROOT
-from tests.processes import with_word
 from tests.routing.training.samples import prompts, written
 from tests.slurm.cluster import SlurmCluster
-from tests.waiting import eventually_sync
+from tests.support.needs import ROOT
+from tests.support.processes import with_word
+from tests.support.waiting import eventually_sync
 
 pytestmark = pytest.mark.slurm
 

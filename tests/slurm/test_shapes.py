@@ -9,10 +9,10 @@ import pytest
 
 from hpc_router.state.job_records import Runner
 from tests.e2e.deployment import cli
-from tests.needs import ROOT
 from tests.slurm.cluster import SlurmCluster
 from tests.slurm.deployment import OnSlurm, on_slurm
-from tests.waiting import eventually_sync
+from tests.support.needs import ROOT
+from tests.support.waiting import eventually_sync
 
 pytestmark = pytest.mark.slurm
 

@@ -14,11 +14,11 @@ import openai
 import pytest
 
 from hpc_router.state.job_records import Exit
-from tests.needs import need
 from tests.slurm.cluster import SlurmCluster, lacking
 from tests.slurm.configuration import PROCTRACKS, Proctrack
 from tests.slurm.deployment import OnSlurm, on_slurm
-from tests.waiting import eventually_sync
+from tests.support.needs import need
+from tests.support.waiting import eventually_sync
 
 pytestmark = pytest.mark.slurm
 

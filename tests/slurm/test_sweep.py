@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from tests.needs import ROOT
 from tests.slurm.cluster import SlurmCluster
+from tests.support.needs import ROOT
 
 pytestmark = pytest.mark.slurm
 

@@ -15,7 +15,7 @@ from hpc_router.state import registry
 from hpc_router.state.io_thread import FileThread
 from hpc_router.state.lease import Lease
 from hpc_router.state.registry import Kind, Reader, Record, State
-from tests.waiting import eventually
+from tests.support.waiting import eventually
 
 HANG_S = 0.05
 

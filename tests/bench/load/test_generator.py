@@ -31,7 +31,7 @@ from tests.bench.fakes import (
     usage,
     waits_after,
 )  # fmt: skip
-from tests.waiting import GUARD_S
+from tests.support.waiting import GUARD_S
 
 PROMPTS = built_in()
 

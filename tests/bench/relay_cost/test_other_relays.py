@@ -14,7 +14,7 @@ from hpc_router.bench.relay_cost.run import bench
 from hpc_router.bench.relay_cost.this_router import RouterAndAgent, agent_argv, ours, router_argv
 from hpc_router.errors import ConfigError, LaunchError
 from hpc_router.state.run_directory import make_run
-from tests.needs import need
+from tests.support.needs import need
 
 
 def test_nginx_has_one_worker_and_keeps_its_connections(tmp_path: Path) -> None:

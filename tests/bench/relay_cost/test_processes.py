@@ -12,8 +12,8 @@ from hpc_router.bench.relay_cost.cpu_time import Cost, Reading
 from hpc_router.bench.relay_cost.interface import Site, Started, answers, await_answer, free_port, last_words
 from hpc_router.bench.relay_cost.processes import Group, busy_ns, cpu_ns, group, on, private_mb
 from hpc_router.errors import LaunchError
-from tests.processes import with_word
-from tests.waiting import eventually_sync
+from tests.support.processes import with_word
+from tests.support.waiting import eventually_sync
 
 PARENT = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(600)', sys.argv[1]])"
 

@@ -29,7 +29,7 @@ from hpc_router.state.job_records import Exit, JobDir, Reason, Stop
 from hpc_router.state.registry import Kind, Record, State, publish
 from hpc_router.state.run_directory import RunDir
 from tests.cluster.conftest import request_of
-from tests.waiting import eventually_sync
+from tests.support.waiting import eventually_sync
 
 
 def attempt(

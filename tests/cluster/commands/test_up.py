@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.processes import with_word
-from tests.waiting import eventually_sync
+from tests.support.processes import with_word
+from tests.support.waiting import eventually_sync
 
 pytestmark = pytest.mark.e2e
 

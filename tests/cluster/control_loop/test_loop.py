@@ -34,7 +34,7 @@ from hpc_router.state.job_records import Exit, JobDir, JobInfo, Reason, start_ti
 from hpc_router.state.registry import Kind, Record, State
 from hpc_router.state.run_directory import RunDir
 from tests.cluster.conftest import request_of
-from tests.waiting import eventually_sync
+from tests.support.waiting import eventually_sync
 
 MATH = Slot("math", "0")
 

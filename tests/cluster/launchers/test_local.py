@@ -18,7 +18,7 @@ from hpc_router.errors import LaunchError
 from hpc_router.state.job_records import JobDir, JobInfo, Process, Reason, start_ticks
 from hpc_router.state.run_directory import RunDir
 from tests.cluster.conftest import request_of
-from tests.waiting import eventually_sync
+from tests.support.waiting import eventually_sync
 
 
 def facts(service: Path, replica: str) -> dict[str, Any]:

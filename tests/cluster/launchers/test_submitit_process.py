@@ -10,7 +10,7 @@ import pytest
 from hpc_router.cluster.launchers.submitit_process import Submission, to_json
 from hpc_router.state.job_records import Runner
 from hpc_router.state.run_directory import make_run
-from tests.waiting import eventually_sync
+from tests.support.waiting import eventually_sync
 
 
 def names_in(pickled: bytes) -> set[str]:

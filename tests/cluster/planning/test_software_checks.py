@@ -10,7 +10,7 @@ from hpc_router.cluster.planning import software_checks
 from hpc_router.cluster.planning.software_checks import CHECK, equipment_faults, is_address
 from hpc_router.config.schema import ClusterConfig, ContainerConfig
 from tests.cluster.programs import Programs
-from tests.needs import need
+from tests.support.needs import need
 
 
 @pytest.fixture

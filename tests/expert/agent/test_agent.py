@@ -18,7 +18,7 @@ from hpc_router.state.job_records import Ended, Exit, Phase, Reason, Stop
 from hpc_router.state.registry import Kind, State
 from hpc_router.state.run_directory import RunDir
 from tests.expert.replicas import REPLICA, chat, deployment, exists, half_a_stream, processes_below, replica
-from tests.waiting import GUARD_S, eventually
+from tests.support.waiting import GUARD_S, eventually
 
 
 async def test_a_life_from_its_record_to_its_exit(run: RunDir, scratch: Path) -> None:

@@ -26,7 +26,7 @@ from hpc_router.state import log_file
 from hpc_router.state.io_thread import FileThread
 from hpc_router.state.job_records import Phase, Reason
 from tests.expert.replicas import exists
-from tests.waiting import GUARD_S, eventually
+from tests.support.waiting import GUARD_S, eventually
 
 
 @dataclass

@@ -19,9 +19,9 @@ from hpc_router.net import protocol
 from hpc_router.net.auth import challenge_answer
 from hpc_router.sim import SimEngine
 from hpc_router.state.registry import State
-from tests.relays import OWN, RELAYS
 from tests.sim.calls import GUARD_S, INSTANT, JsonObject, chat, faulty
-from tests.waiting import eventually
+from tests.support.relays import OWN, RELAYS
+from tests.support.waiting import eventually
 
 KEY = "k" * 64
 BODY_LIMIT = 2**16

@@ -17,7 +17,7 @@ import pytest
 
 from hpc_router.expert.engine_process.guard import descendants
 from hpc_router.expert.engine_process.process import GUARD
-from tests.waiting import GUARD_S
+from tests.support.waiting import GUARD_S
 
 TREE = """
 import os, signal, sys

@@ -12,8 +12,8 @@ from hpc_router.net import protocol
 from hpc_router.state.job_records import Phase, Reason
 from hpc_router.state.run_directory import RunDir
 from tests.expert.replicas import chat, exists, replica
-from tests.needs import ROOT, engine_python
-from tests.waiting import eventually
+from tests.support.needs import ROOT, engine_python
+from tests.support.waiting import eventually
 
 TINY_MODEL = ROOT / "hpc_router" / "expert" / "tiny_model.py"
 STARTUP_S = 300.0

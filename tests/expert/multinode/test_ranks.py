@@ -18,7 +18,7 @@ from hpc_router.state.job_records import JobDir, Phase, Reason
 from hpc_router.state.registry import Kind, Reader, Record, State, publish
 from hpc_router.state.run_directory import RunDir
 from tests.expert.replicas import REPLICA, chat, deployment, exists, half_a_stream, processes_below, rank, ranks
-from tests.waiting import eventually
+from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.e2e  # mostly waiting for silence
 

@@ -21,7 +21,7 @@ from hpc_router.net.protocol import Action, RankReport, RankState
 from hpc_router.relay.upstream.client import UpstreamClient
 from hpc_router.state.io_thread import FileThread
 from hpc_router.state.job_records import Phase, Reason
-from tests.waiting import GUARD_S
+from tests.support.waiting import GUARD_S
 
 
 @dataclass

@@ -12,12 +12,12 @@ import uvloop
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpc_router.relay import server_aiohttp
 from hpc_router.relay.downstream import server
 from hpc_router.relay.downstream.interface import Request, Response
+from tests.relay.reference import server as server_aiohttp
 from tests.relay.serving import Client, served
-from tests.relays import Listen
-from tests.waiting import GUARD_S
+from tests.support.relays import Listen
+from tests.support.waiting import GUARD_S
 
 ECHOED = ("x-a", "content-type", "authorization")
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from hpc_router.relay.downstream.interface import Request, Response, Work
 from hpc_router.relay.downstream.server import listening
-from tests.waiting import eventually
+from tests.support.waiting import eventually
 
 GET = b"GET /%d HTTP/1.1\r\nHost: x\r\n\r\n"
 

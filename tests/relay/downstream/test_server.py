@@ -9,8 +9,8 @@ from hpc_router.errors import BadRequestError, BodyTooLargeError, RequestTimeout
 from hpc_router.relay.downstream.interface import Request, Response
 from hpc_router.relay.downstream.request_parser import MAX_FIELDS, MAX_WAITING
 from tests.relay.serving import MAX_BODY, STUCK, Client, served
-from tests.relays import OWN, Listen, Relay
-from tests.waiting import GUARD_S, eventually
+from tests.support.relays import OWN, Listen, Relay
+from tests.support.waiting import GUARD_S, eventually
 
 POST = b"POST / HTTP/1.1\r\nHost: x\r\n"
 GET = b"GET / HTTP/1.1\r\nHost: x\r\n"

@@ -16,8 +16,8 @@ from hpc_router.relay.upstream.client import UpstreamClient, request_head
 from hpc_router.relay.upstream.interface import Address, Limits, Upstream, address_of
 from tests.relay.malformed import ENDLESS, MALFORMED, TRUNCATED
 from tests.relay.scripted import CHUNKED, Answer, End, chunked, head, scripted, sized
-from tests.relays import MakeClient
-from tests.waiting import GUARD_S, eventually
+from tests.support.relays import MakeClient
+from tests.support.waiting import GUARD_S, eventually
 
 PATIENT = Limits(connect_s=GUARD_S, first_byte_s=GUARD_S, idle_s=GUARD_S)
 HASTY = Limits(connect_s=GUARD_S, first_byte_s=0.1, idle_s=0.1)

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from hpc_router.errors import UpstreamError
 from hpc_router.relay.upstream.client import UpstreamClient
 from hpc_router.relay.upstream.interface import Limits, Upstream
-from hpc_router.relay.upstream_aiohttp import AiohttpClient
+from tests.relay.reference.upstream import AiohttpClient
 from tests.relay.scripted import Answer, End, head, scripted
-from tests.waiting import GUARD_S
+from tests.support.waiting import GUARD_S
 
 PATIENT = Limits(connect_s=GUARD_S, first_byte_s=GUARD_S, idle_s=GUARD_S)
 TOKEN = st.text("abcdefghijklmnopqrstuvwxyzABCXYZ0123456789-_!#$%&'*+.^`|~", min_size=1, max_size=12)

@@ -19,7 +19,7 @@ from hpc_router.routing.policy import Policy, versions
 from hpc_router.state.io_thread import FileThread
 from hpc_router.state.run_directory import RunDir
 from tests.router.fakes import RunningRouter, a_deployment, a_router, a_run, fake_replica
-from tests.waiting import eventually
+from tests.support.waiting import eventually
 
 EXPERTS = {
     "code": ["def f(x): return x", "sort a python list", "python class with a method"],

@@ -10,7 +10,7 @@ from hpc_router.state import registry
 from hpc_router.state.registry import Kind
 from tests.router.fakes import RunningRouter, a_deployment, a_router, a_run, fake_replica, reset
 from tests.router.worker.test_gateway import chat, post, ready
-from tests.waiting import eventually
+from tests.support.waiting import eventually
 
 
 def standing(router: RunningRouter, name: str) -> Standing | None:

@@ -13,8 +13,8 @@ from hpc_router.router.control.reconcile_process import ControlLoop
 from hpc_router.router.ipc.supervisor import LONGEST_PAUSE_S, STEADY_S
 from hpc_router.state.io_thread import FileThread
 from hpc_router.state.run_directory import RunDir, make_run
-from tests.processes import with_word
-from tests.waiting import eventually
+from tests.support.processes import with_word
+from tests.support.waiting import eventually
 
 
 @pytest.fixture

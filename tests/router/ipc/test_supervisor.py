@@ -25,10 +25,10 @@ from hpc_router.state.job_records import JobDir, Phase, Reason
 from hpc_router.state.log_file import BURST
 from hpc_router.state.registry import Kind, Reader, leading_router
 from hpc_router.state.run_directory import RunDir, make_run
-from tests.needs import ROOT
-from tests.processes import with_word
 from tests.router.fakes import FakeReplica, event, fake_replica, stream
-from tests.waiting import eventually
+from tests.support.needs import ROOT
+from tests.support.processes import with_word
+from tests.support.waiting import eventually
 
 
 def test_it_is_started_again_at_once_then_after_longer_and_longer_pauses() -> None:

@@ -20,7 +20,7 @@ from hpc_router.state.registry import EngineInfo, Kind, Record, State
 from tests.router.fakes import a_deployment, a_router, a_run, answer, fake_replica, hang, refuse
 from tests.router.worker.test_apis import sim_replica
 from tests.router.worker.test_gateway import all_gauges_zero, client_of, post, ready
-from tests.waiting import eventually
+from tests.support.waiting import eventually
 
 HEADERS = {protocol.SESSION_HEADER: "s1"}
 NEXT = {"model": "auto", "input": "and then?", "previous_response_id": "resp_1"}

@@ -25,7 +25,7 @@ from tests.router.fakes import (
 )
 from tests.router.worker.test_gateway import all_gauges_zero, chat, post, ready
 from tests.router.worker.test_gateway import relay as relay  # over the reference as well
-from tests.waiting import eventually
+from tests.support.waiting import eventually
 
 SHORT_S, LONG_S = 0.1, 30.0
 

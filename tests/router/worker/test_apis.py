@@ -16,7 +16,6 @@ from hpc_router.sim import SimConfig, SimEngine
 from hpc_router.state import registry
 from hpc_router.state.registry import EngineInfo, Kind, Record, State
 from hpc_router.state.run_directory import RunDir
-from tests.relays import RELAYS, WARM
 from tests.router.fakes import (
     RunningRouter,
     a_deployment,
@@ -30,7 +29,8 @@ from tests.router.fakes import (
 )
 from tests.router.worker.test_gateway import GUARD_S, all_gauges_zero, client_of, post, ready, session
 from tests.sim.calls import INSTANT
-from tests.waiting import eventually
+from tests.support.relays import RELAYS, WARM
+from tests.support.waiting import eventually
 
 TURNS = [{"role": "user", "content": "2+2?"}]
 BODIES: dict[str, dict[str, Any]] = {

@@ -12,7 +12,7 @@ from hpc_router.relay.upstream.client import UpstreamClient
 from hpc_router.router.replicas.replica import Standing
 from tests.router.fakes import RunningRouter, a_deployment, a_router, a_run, answer, fake_replica, refuse, reset
 from tests.router.worker.test_gateway import all_gauges_zero, chat, post, ready
-from tests.waiting import eventually
+from tests.support.waiting import eventually
 
 
 def standing(router: RunningRouter, name: str) -> Standing:

@@ -20,7 +20,6 @@ from hpc_router.router.replicas.replica import Standing
 from hpc_router.router.worker.dispatcher import Errand
 from hpc_router.router.worker.fast_path import ExpressWork
 from hpc_router.state.registry import Kind, Record, State
-from tests.relays import RELAYS, WARM
 from tests.router import fakes
 from tests.router.fakes import (
     NONCE,
@@ -36,7 +35,8 @@ from tests.router.fakes import (
     reset,
     stream,
 )
-from tests.waiting import eventually
+from tests.support.relays import RELAYS, WARM
+from tests.support.waiting import eventually
 
 GUARD_S = 20.0
 CHAT = "/v1/chat/completions"

@@ -24,10 +24,10 @@ from hpc_router.sim.metrics import Outcome, Phase
 from hpc_router.sim.server import SimEngine
 from hpc_router.state import registry
 from hpc_router.state.registry import EngineInfo, Kind, Record, State
-from tests.relays import RELAYS, WARM, Relay
 from tests.router.fakes import RunningRouter, a_deployment, a_router, a_run
 from tests.router.worker.test_gateway import all_gauges_zero, ready
-from tests.waiting import GUARD_S, eventually
+from tests.support.relays import RELAYS, WARM, Relay
+from tests.support.waiting import GUARD_S, eventually
 
 LEAVES_S = 5.0
 NEVER_S = 1000.0

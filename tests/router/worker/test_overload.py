@@ -10,7 +10,7 @@ import aiohttp
 from hpc_router.routing.policy import Decision, Reason
 from tests.router.fakes import RunningRouter, a_deployment, a_router, a_run, answer, fake_replica, hang, refuse
 from tests.router.worker.test_gateway import all_gauges_zero, chat, client_of, post, ready
-from tests.waiting import eventually
+from tests.support.waiting import eventually
 
 
 async def test_the_queue_is_bounded_and_tells_when_to_come_again(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from tests.expert.replicas import deployment, replica
 from tests.router.fakes import Act, FakeReplica, a_deployment, a_router, a_run, answer, fake_replica
 from tests.router.worker.test_failover import standing, statuses
 from tests.router.worker.test_gateway import all_gauges_zero, chat, post, ready
-from tests.waiting import eventually
+from tests.support.waiting import eventually
 
 CLIENTS = 16
 

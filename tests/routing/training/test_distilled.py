@@ -10,9 +10,9 @@ import pytest
 
 from hpc_router.routing.artefact import MANIFEST, TABLES, read
 from hpc_router.routing.classifier import Classifier
-from tests.needs import ROOT, engine_python
 from tests.routing.training.encoders import tiny_bert
 from tests.routing.training.samples import SHARED, WORDS, prompts, written
+from tests.support.needs import ROOT, engine_python
 
 pytestmark = pytest.mark.e2e
 

@@ -3,7 +3,7 @@
 import pytest
 
 from hpc_router.bench.load.native.build import compiler
-from tests.needs import need
+from tests.support.needs import need
 
 
 @pytest.fixture(autouse=True, scope="session")

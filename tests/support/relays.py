@@ -5,11 +5,11 @@ from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 
-from hpc_router.relay import server_aiohttp
 from hpc_router.relay.downstream import server
 from hpc_router.relay.upstream.client import UpstreamClient
 from hpc_router.relay.upstream.interface import Upstream
-from hpc_router.relay.upstream_aiohttp import AiohttpClient
+from tests.relay.reference import server as server_aiohttp
+from tests.relay.reference.upstream import AiohttpClient
 
 MakeClient = Callable[..., AbstractAsyncContextManager[Upstream]]
 Listen = Callable[..., AbstractAsyncContextManager[asyncio.Server]]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 VLLM_ENV = f"{{VLLM_CACHE_ROOT: {ROOT}/.venv-vllm/cache, TORCHDYNAMO_DISABLE: '1'}}"
 """For `cluster.env`: what vLLM has found out of a model's class stays for the next start, which is 17 s of CPU less;
 and nothing is compiled, for which even an eager engine's first answer would wait."""

@@ -25,7 +25,7 @@ from hpc_router.relay.downstream.interface import (
 )
 from hpc_router.relay.downstream.server import BACKLOG, SHUTDOWN_S
 from hpc_router.relay.headers import Headers, without_id
-from hpc_router.relay.upstream_aiohttp import fields_of
+from tests.relay.reference.upstream import fields_of
 
 
 class _Request(Request):
