@@ -33,6 +33,7 @@ check: .venv/.stamp ## format, lint, types, fast tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
 	$(MAKE) --no-print-directory shellcheck
 	$(BIN)/pytest --numprocesses 2 -m 'not e2e and not slurm and not long'
 
@@ -49,6 +50,7 @@ test: .venv/.stamp engines ## all that this machine can run
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
 	$(MAKE) --no-print-directory shellcheck
 	$(BIN)/pytest --numprocesses 2 -m 'not e2e and not slurm and not long'
 	$(BIN)/pytest --numprocesses 2 --dist loadfile -m '(e2e or slurm) and not long'

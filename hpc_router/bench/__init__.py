@@ -1,0 +1,1 @@
+"""Load generation and measurement: sweeps over topologies, what relaying costs, soaks."""

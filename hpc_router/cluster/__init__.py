@@ -1,0 +1,1 @@
+"""What runs on a login node and in the control loop: planning, launching, and the commands."""

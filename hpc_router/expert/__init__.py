@@ -1,0 +1,1 @@
+"""The expert job: an agent on the GPU node that owns one engine."""

@@ -1,0 +1,1 @@
+"""Addresses, tokens, and the HTTP contract between the processes of a deployment."""

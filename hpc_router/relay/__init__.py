@@ -1,1 +1,4 @@
-"""The data path, shared by router and agent: pass one request upstream and its response downstream."""
+"""One request and its response between two connections, bytes unchanged.
+
+`downstream` is the client's side, `upstream` the replica's side. Neither knows experts, replicas or policies.
+"""

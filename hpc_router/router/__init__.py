@@ -1,1 +1,1 @@
-"""The router process: one endpoint in front of all experts."""
+"""The router: a supervisor, one control process, and workers that serve requests."""

@@ -19,11 +19,11 @@ from typing import Final
 
 from hpc_router.cluster.control_loop.desired_state import deployment_of, desired_of
 from hpc_router.cluster.control_loop.drain_calls import ask_to_drain
+from hpc_router.cluster.control_loop.job_requests import request_for
 from hpc_router.cluster.control_loop.observer import Observer
 from hpc_router.cluster.control_loop.reconcile import Action, Cancel, Desired, Drain, GiveUp, Kill, Submit, reconcile
 from hpc_router.cluster.control_loop.slots import Observed
 from hpc_router.cluster.launchers.interface import JobState, Launcher
-from hpc_router.cluster.launchers.requests import request_for
 from hpc_router.cluster.launchers.select import launcher_for
 from hpc_router.config.schema import Deployment
 from hpc_router.errors import LaunchError

@@ -1,0 +1,1 @@
+"""What a deployment would run and whether it can, before anything starts."""

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any, Final
 
 import hpc_router
+from hpc_router.cluster.control_loop.job_requests import request_for
 from hpc_router.cluster.control_loop.slots import ROUTER_SLOT, Slot
 from hpc_router.cluster.launchers.interface import JobRequest
-from hpc_router.cluster.launchers.requests import request_for
 from hpc_router.cluster.launchers.slurm.node_fit import site_faults, site_warnings
 from hpc_router.cluster.launchers.slurm.process_tracking import signals_note
 from hpc_router.cluster.launchers.slurm.sbatch import BatchJob, batch_jobs, python_of, setup_faults

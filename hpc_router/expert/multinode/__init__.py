@@ -1,0 +1,1 @@
+"""Engines over several nodes: rank 0 leads, the other ranks follow."""

@@ -1,0 +1,1 @@
+"""Connections to upstream servers: requests out, responses in."""

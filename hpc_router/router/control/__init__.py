@@ -1,0 +1,1 @@
+"""The control process: registry, probes, metrics, and what the workers are told."""

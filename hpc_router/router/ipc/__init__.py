@@ -1,0 +1,1 @@
+"""How supervisor, control process and workers talk: pipes, messages, and counters in shared memory."""

@@ -1,0 +1,1 @@
+"""A data-plane process: it accepts connections, routes each request and relays the response."""

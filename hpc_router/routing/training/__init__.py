@@ -1,1 +1,1 @@
-"""How artefacts are made. Nothing the router loads: these modules may use scipy, scikit-learn, torch, transformers."""
+"""Training of classifier artefacts. Needs the `train` extra; the router never imports it."""

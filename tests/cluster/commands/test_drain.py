@@ -14,11 +14,11 @@ import pytest
 
 from hpc_router.cli.main import main
 from hpc_router.cluster.commands.drain import Retired, named, retire, successor, wait, without_ready
+from hpc_router.cluster.control_loop.job_requests import request_for
 from hpc_router.cluster.control_loop.loop import Control
 from hpc_router.cluster.control_loop.slots import NOT_ASKED, ROUTER_SLOT, Attempt, Observed, Slot
 from hpc_router.cluster.launchers.interface import JobReport, JobState
 from hpc_router.cluster.launchers.local import LocalLauncher
-from hpc_router.cluster.launchers.requests import request_for
 from hpc_router.cluster.launchers.slurm.sbatch import batch_jobs
 from hpc_router.config import frozen
 from hpc_router.config.schema import Deployment, EngineConfig, ExpertConfig

@@ -1,0 +1,1 @@
+"""Slurm: batch scripts, queues, nodes, and what its refusals mean."""

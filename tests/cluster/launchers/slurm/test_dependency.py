@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from hpc_router.cluster.launchers.requests import request_for
+from hpc_router.cluster.control_loop.job_requests import request_for
 from hpc_router.cluster.launchers.slurm.sbatch import batch_jobs
 from hpc_router.config.schema import ClusterConfig, Deployment, ExpertConfig, ResourceConfig, RouterConfig
 from hpc_router.state.job_records import Ended, JobDir, JobInfo, Process, Runner

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from hpc_router.cluster.launchers.requests import request_for
+from hpc_router.cluster.control_loop.job_requests import request_for
 from hpc_router.cluster.launchers.slurm import sbatch_test
 from hpc_router.cluster.launchers.slurm.sbatch import BatchJob, batch_jobs
 from hpc_router.cluster.launchers.slurm.sbatch_test import MOST, try_jobs
