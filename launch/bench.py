@@ -23,18 +23,18 @@ from rich.console import Console
 from yaml import YAMLError
 
 from hpc_router.bench.config import BenchConfig, group_file, read_config
-from hpc_router.bench.load.generator import Target
+from hpc_router.bench.load.generator import LoadTarget
 from hpc_router.bench.load.load_jobs import crew
-from hpc_router.bench.point import Bench, Measured, slowdown_of
+from hpc_router.bench.point import Bench, MeasuredPoint, slowdown_of
 from hpc_router.bench.progress import progress
-from hpc_router.bench.prompts import Prompt, built_in, read_prompts
-from hpc_router.bench.record import Provenance, Results, provenance
+from hpc_router.bench.prompts import BenchPrompt, built_in, read_prompts
+from hpc_router.bench.record import Provenance, ResultFiles, provenance
 from hpc_router.bench.store import Store
 from hpc_router.bench.sweep import Leg, sim_options
 from hpc_router.bench.sweep import measure as measure_leg
 from hpc_router.bench.table import table
 from hpc_router.bench.workload import Point, points_of
-from hpc_router.cli.tables import Progress
+from hpc_router.cli.tables import UpProgress
 from hpc_router.cluster.commands.router_access import router_access
 from hpc_router.cluster.planning.plan import settled, shown
 from hpc_router.config import compose, frozen
@@ -88,16 +88,16 @@ def config_of(call: Call) -> BenchConfig:
     return read_config(values)
 
 
-def measure_run(run: RunDir, config: BenchConfig, prompts: list[Prompt]) -> int:
+def measure_run(run: RunDir, config: BenchConfig, prompts: list[BenchPrompt]) -> int:
     """A deployment that runs already; it stays as it is. Every call measures anew."""
     access = router_access(run)
     config_then = resolved(run)
     origin = provenance(run, config_then, code=Path(__file__).parent)
-    results = Results(run.path / "bench" if config.output is None else Path(config.output).absolute(), config.raw)
-    rows: list[Measured] = []
+    results = ResultFiles(run.path / "bench" if config.output is None else Path(config.output).absolute(), config.raw)
+    rows: list[MeasuredPoint] = []
     options = [] if config_then is None else sim_options(config_then)
     with tempfile.TemporaryDirectory(prefix="hpc-router-bench-") as scratch, crew(config, shared=run.path) as makers:
-        target = Target(access.url, access.token)
+        target = LoadTarget(access.url, access.token)
         one = Bench(run, target, config, prompts, makers, Path(scratch), slowdown_of(options))
         todo = points_of(config)
         for point in todo:
@@ -107,7 +107,7 @@ def measure_run(run: RunDir, config: BenchConfig, prompts: list[Prompt]) -> int:
     return _tell(rows, origin, results.path)
 
 
-def measure_new(call: Call, config: BenchConfig, prompts: list[Prompt]) -> int:
+def measure_new(call: Call, config: BenchConfig, prompts: list[BenchPrompt]) -> int:
     """A deployment of its own: up, measured, down. What is there already is not measured again."""
     overrides = [text for text in call.overrides if parse_override(text).key_or_group.partition(".")[0] != "bench"]
     choices = {o.key_or_group: str(o.value()) for o in map(parse_override, overrides) if o.key_or_group in GROUPS}
@@ -133,7 +133,7 @@ def measure_new(call: Call, config: BenchConfig, prompts: list[Prompt]) -> int:
 
     print(f"{label}: {missing} of {len(leg.points())} points to measure")
     sys.stdout.flush()
-    with Progress(Console(stderr=True)) as reporter:
+    with UpProgress(Console(stderr=True)) as reporter:
         rows = measure_leg(leg, reporter=reporter, around=around, origin=origin)
     return _tell(rows, told[0], store.folder)
 
@@ -155,7 +155,7 @@ def swept(call: Call) -> int:
     return report.main([str(folder), "--out", str(folder / "report.html")])
 
 
-def _tell(rows: Sequence[Measured], origin: Provenance, path: Path) -> int:
+def _tell(rows: Sequence[MeasuredPoint], origin: Provenance, path: Path) -> int:
     _console().print(table(rows, simulated=origin.simulated))
     print(f"records: {path}")
     without = [row.point.name for row in rows if not row.found.succeeded]

@@ -10,7 +10,7 @@ import pytest
 from hpc_router.cli.main import main
 from hpc_router.cluster.commands.status import status
 from hpc_router.cluster.commands.why import why
-from hpc_router.cluster.control_loop.loop import Control
+from hpc_router.cluster.control_loop.loop import ControlLoop
 from hpc_router.config import frozen
 from hpc_router.config.schema import Deployment, EngineConfig, ExpertConfig
 from hpc_router.state.atomic_files import create_text, replace_text
@@ -51,7 +51,7 @@ def test_verbs_that_look_write_nothing(run: RunDir, monkeypatch: pytest.MonkeyPa
     assert [cause.view.replica for cause in why(run)]
     assert files(run) == before
     monkeypatch.undo()
-    Control(run).look()  # the control loop does
+    ControlLoop(run).look()  # the control loop does
     assert (run.jobs / "math-0.g1" / "exit.json").exists()
 
 

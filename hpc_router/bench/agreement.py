@@ -17,10 +17,10 @@ from typing import Any, Final
 
 from hpc_router.bench.config import BenchConfig, read_config
 from hpc_router.bench.figures import Figures, figures
-from hpc_router.bench.load.generator import Target, carry_out
-from hpc_router.bench.prompts import Prompt, built_in
+from hpc_router.bench.load.generator import LoadTarget, carry_out
+from hpc_router.bench.prompts import BenchPrompt, built_in
 from hpc_router.bench.relay_cost.run import origin_of
-from hpc_router.bench.relay_cost.statistics import Spread
+from hpc_router.bench.relay_cost.statistics import RoundSpread
 from hpc_router.bench.workload import Point, workload
 from hpc_router.cluster.commands.router_access import router_access
 from hpc_router.errors import LaunchError
@@ -43,7 +43,7 @@ FIGURES: Final[Mapping[str, str]] = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
+class AgreementOptions:
     """`vllm`: an interpreter that has it. `tokenizer`: a model folder, any: their tool wants one. `requests`: measured
     ones of each tool in each round."""
 
@@ -64,13 +64,13 @@ class Rounds:
     ours: Mapping[str, Sequence[float]]
     theirs: Mapping[str, Sequence[float]]
 
-    def table(self) -> list[tuple[str, Spread, Spread, Spread | None]]:
+    def table(self) -> list[tuple[str, RoundSpread, RoundSpread, RoundSpread | None]]:
         """Ours, theirs, ours / theirs within a round; no ratio where theirs is 0."""
         rows = []
         for name in FIGURES:
             ours, theirs = self.ours[name], self.theirs[name]
-            ratio = Spread.of(a / b for a, b in zip(ours, theirs, strict=True) if b)
-            one, other = Spread.of(ours), Spread.of(theirs)
+            ratio = RoundSpread.of(a / b for a, b in zip(ours, theirs, strict=True) if b)
+            one, other = RoundSpread.of(ours), RoundSpread.of(theirs)
             assert one is not None
             assert other is not None
             rows.append((name, one, other, ratio))
@@ -94,13 +94,15 @@ def ours(found: Figures) -> dict[str, float]:
     }
 
 
-def measure_ours(target: Target, config: BenchConfig, prompts: Sequence[Prompt], folder: Path) -> dict[str, float]:
+def measure_ours(
+    target: LoadTarget, config: BenchConfig, prompts: Sequence[BenchPrompt], folder: Path
+) -> dict[str, float]:
     load = carry_out(target, config, workload(config, prompts, Point(users=config.users[0])), folder)
     return ours(figures(load.observations, load.window))
 
 
 def measure_theirs(
-    target: Target, config: BenchConfig, prompts: Sequence[Prompt], folder: Path, options: Options
+    target: LoadTarget, config: BenchConfig, prompts: Sequence[BenchPrompt], folder: Path, options: AgreementOptions
 ) -> dict[str, float]:
     """Raises LaunchError with their last words."""
     requests = config.requests or 0
@@ -127,7 +129,9 @@ def measure_theirs(
     return {name: float(result[key]) for name, key in FIGURES.items()}
 
 
-def compare(target: Target, config: BenchConfig, prompts: Sequence[Prompt], options: Options) -> Rounds:
+def compare(
+    target: LoadTarget, config: BenchConfig, prompts: Sequence[BenchPrompt], options: AgreementOptions
+) -> Rounds:
     found: list[dict[str, dict[str, float]]] = []
     with tempfile.TemporaryDirectory(prefix="hpc-router-agreement-") as scratch:
         for number in range(options.rounds):
@@ -156,7 +160,7 @@ def markdown(rounds: Rounds, *, config: BenchConfig, origin: Mapping[str, Any]) 
     return "\n".join(lines) + "\n"
 
 
-def _shown(value: Spread) -> str:
+def _shown(value: RoundSpread) -> str:
     return f"{value.median:.4g} ({value.low:.4g}-{value.high:.4g})"
 
 
@@ -168,7 +172,7 @@ def _version(vllm: str) -> str:
     return done.stdout.strip()
 
 
-def agreement(run: RunDir, options: Options) -> str:
+def agreement(run: RunDir, options: AgreementOptions) -> str:
     """Blocks; the table, which stands in `options.out` as well. Raises ConfigError, LaunchError."""
     at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     config = read_config(
@@ -176,7 +180,7 @@ def agreement(run: RunDir, options: Options) -> str:
     )
     access = router_access(run)
     origin = {**origin_of(at), "vllm": _version(options.vllm)}
-    found = compare(Target(access.url, access.token), config, built_in(), options)
+    found = compare(LoadTarget(access.url, access.token), config, built_in(), options)
     text = markdown(found, config=config, origin=origin)
     whole = {"schema": SCHEMA, "origin": origin, "bench": asdict(config), **asdict(found)}
     options.out.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,7 @@ CUT: Final = "cut"
 """The error of a filling request that was still running when the point was over: no failure of anybody."""
 
 
-class Part(StrEnum):
+class MeasurementPart(StrEnum):
     """When a request began, so what it counts for."""
 
     WARM_UP = "warm_up"
@@ -31,7 +31,7 @@ class Observation:
     """One request. `content_s`: when each event with content arrived; `tokens`, `prompt_tokens`: the engine's own
     counts; `question`: its number among the workload's."""
 
-    part: Part
+    part: MeasurementPart
     user: int
     started_s: float
     ended_s: float
@@ -89,7 +89,7 @@ class Window:
 
 
 @dataclass(frozen=True, slots=True)
-class Spread:
+class Percentiles:
     """Percentiles interpolate linearly between the two nearest samples."""
 
     count: int
@@ -110,7 +110,7 @@ class Spread:
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class GoodputLimits:
     """When an answer is good: within every limit that is not None."""
 
     ttft_s: float | None = None
@@ -139,27 +139,27 @@ class Figures:
     replicas: Mapping[str, float]  # the same
     balance: Mapping[str, float]  # per expert: its busiest replica's requests / the mean of its replicas; 1 is even
     reasons: Mapping[str, float]  # why the router chose as it did, as shares
-    ttft_s: Spread | None
-    itl_s: Spread | None
-    tpot_s: Spread | None
-    e2e_s: Spread | None
-    session_tokens_per_s: Spread | None
+    ttft_s: Percentiles | None
+    itl_s: Percentiles | None
+    tpot_s: Percentiles | None
+    e2e_s: Percentiles | None
+    session_tokens_per_s: Percentiles | None
     tokens: float
     tokens_per_s: float
     requests_per_s: float
     counted_by: str  # engine | events | both: who counted the tokens of the measured requests
-    prompt_tokens: Spread | None = None
-    output_tokens: Spread | None = None
+    prompt_tokens: Percentiles | None = None
+    output_tokens: Percentiles | None = None
     good_share: float = 0.0  # of the measured requests, those within the limits
     goodput_per_s: float = 0.0
     medians: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # per expert: ttft_s, tpot_s, e2e_s
 
 
-NO_LIMITS: Final = Limits()
+NO_LIMITS: Final = GoodputLimits()
 
 
-def figures(observations: Sequence[Observation], window: Window, limits: Limits = NO_LIMITS) -> Figures:
-    measured = [o for o in observations if o.part is Part.MEASURED]
+def figures(observations: Sequence[Observation], window: Window, limits: GoodputLimits = NO_LIMITS) -> Figures:
+    measured = [o for o in observations if o.part is MeasurementPart.MEASURED]
     good = [o for o in measured if o.error is None]
     errors = Counter(o.error for o in measured if o.error is not None)
     experts = Counter(o.expert or UNKNOWN for o in good)
@@ -179,17 +179,17 @@ def figures(observations: Sequence[Observation], window: Window, limits: Limits 
         replicas=_shares(replicas),
         balance=_balance(good),
         reasons=_shares(reasons),
-        ttft_s=Spread.of(o.ttft_s for o in good),
-        itl_s=Spread.of(gap for o in good for gap in o.itl_s),
-        tpot_s=Spread.of(tpot for o in good if (tpot := o.tpot_s) is not None),
-        e2e_s=Spread.of(o.e2e_s for o in good),
-        session_tokens_per_s=Spread.of(o.token_count / o.e2e_s for o in good if o.e2e_s > 0),
+        ttft_s=Percentiles.of(o.ttft_s for o in good),
+        itl_s=Percentiles.of(gap for o in good for gap in o.itl_s),
+        tpot_s=Percentiles.of(tpot for o in good if (tpot := o.tpot_s) is not None),
+        e2e_s=Percentiles.of(o.e2e_s for o in good),
+        session_tokens_per_s=Percentiles.of(o.token_count / o.e2e_s for o in good if o.e2e_s > 0),
         tokens=tokens,
         tokens_per_s=tokens / length_s if length_s > 0 else 0.0,
         requests_per_s=ended / length_s if length_s > 0 else 0.0,
         counted_by=_counted_by(good),
-        prompt_tokens=Spread.of(o.prompt_tokens for o in good if o.prompt_tokens is not None),
-        output_tokens=Spread.of(o.token_count for o in good),
+        prompt_tokens=Percentiles.of(o.prompt_tokens for o in good if o.prompt_tokens is not None),
+        output_tokens=Percentiles.of(o.token_count for o in good),
         good_share=len(within) / len(measured) if measured else 0.0,
         goodput_per_s=_rate(observations, window, limits),
         medians={name: _medians([o for o in good if (o.expert or UNKNOWN) == name]) for name in sorted(experts)},
@@ -209,7 +209,7 @@ def _balance(good: Sequence[Observation]) -> dict[str, float]:
     return {name: max(each.values()) * len(each) / each.total() for name, each in sorted(found.items())}
 
 
-def _rate(observations: Sequence[Observation], window: Window, limits: Limits) -> float:
+def _rate(observations: Sequence[Observation], window: Window, limits: GoodputLimits) -> float:
     """Good answers that ended inside the window, per second."""
     if window.length_s <= 0:
         return 0.0
@@ -218,9 +218,9 @@ def _rate(observations: Sequence[Observation], window: Window, limits: Limits) -
 
 def _medians(good: Sequence[Observation]) -> dict[str, float]:
     found = {
-        "ttft_s": Spread.of(o.ttft_s for o in good),
-        "tpot_s": Spread.of(tpot for o in good if (tpot := o.tpot_s) is not None),
-        "e2e_s": Spread.of(o.e2e_s for o in good),
+        "ttft_s": Percentiles.of(o.ttft_s for o in good),
+        "tpot_s": Percentiles.of(tpot for o in good if (tpot := o.tpot_s) is not None),
+        "e2e_s": Percentiles.of(o.e2e_s for o in good),
     }
     return {name: spread.p50 for name, spread in found.items() if spread is not None}
 

@@ -12,18 +12,18 @@ from pathlib import Path
 from typing import Final
 
 from hpc_router.bench.config import BenchConfig
-from hpc_router.bench.figures import Figures, Limits, Observation, Part, Window, faster, figures
-from hpc_router.bench.load.generator import Load, Target, carry_out, merged
+from hpc_router.bench.figures import Figures, GoodputLimits, MeasurementPart, Observation, Window, faster, figures
+from hpc_router.bench.load.generator import LoadResult, LoadTarget, carry_out, merged
 from hpc_router.bench.load.load_jobs import Crew
 from hpc_router.bench.overhead import overhead, split
-from hpc_router.bench.prompts import Prompt
+from hpc_router.bench.prompts import BenchPrompt
 from hpc_router.bench.validity import Conditions, doubts
 from hpc_router.bench.workload import Point, workload
 from hpc_router.errors import LaunchError
 from hpc_router.net.auth import replica_key
 from hpc_router.net.http_client import Unreachable, ask
 from hpc_router.net.protocol import METRICS
-from hpc_router.state.registry import Kind, Reader, Record, State
+from hpc_router.state.registry import Reader, Record, RecordKind, State
 from hpc_router.state.run_directory import RunDir
 
 STEPS: Final = "hpc_router_sim_step_seconds_total"
@@ -43,7 +43,7 @@ class Split:
 
     @classmethod
     def of(cls, seen: Sequence[Observation]) -> "Split":
-        good = [o for o in seen if o.part is Part.MEASURED and o.error is None and o.replica]
+        good = [o for o in seen if o.part is MeasurementPart.MEASURED and o.error is None and o.replica]
         asked: dict[Served, set[int]] = {}
         counts: dict[Served, int] = {}
         for o in good:
@@ -59,11 +59,11 @@ class Split:
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
+class MeasuredPoint:
     """`direct`, `added`: None where that was not asked for, or could not be. `notes`: why not."""
 
     point: Point
-    load: Load
+    load: LoadResult
     found: Figures
     invalid: Sequence[str]
     direct: Figures | None = None
@@ -76,15 +76,15 @@ class Bench:
     """Measures points of one deployment. `slowdown`: wall seconds per second of its simulated engines."""
 
     run: RunDir
-    target: Target
+    target: LoadTarget
     config: BenchConfig
-    prompts: Sequence[Prompt]
+    prompts: Sequence[BenchPrompt]
     crew: Crew
     folder: Path
     slowdown: float = 1.0
     splits: dict[tuple[object, ...], Split] = field(default_factory=dict)
 
-    def measure(self, point: Point) -> Measured:
+    def measure(self, point: Point) -> MeasuredPoint:
         """Raises LaunchError."""
         key = (point.users, point.rate_per_s, point.trace)
         notes: list[str] = []
@@ -102,11 +102,11 @@ class Bench:
         added = None
         if direct is not None:
             added = overhead(found, direct)
-        return Measured(point, load, found, doubts(found, seen, self.config.trust), direct, added, notes)
+        return MeasuredPoint(point, load, found, doubts(found, seen, self.config.trust), direct, added, notes)
 
-    def _figures(self, load: Load) -> Figures:
+    def _figures(self, load: LoadResult) -> Figures:
         good = self.config.good
-        limits = Limits(good.ttft_s, good.tpot_s, good.e2e_s)
+        limits = GoodputLimits(good.ttft_s, good.tpot_s, good.e2e_s)
         window = Window(load.window.start_s / self.slowdown, load.window.end_s / self.slowdown)
         seen = load.observations if self.slowdown == 1.0 else faster(load.observations, self.slowdown)
         return figures(seen, window, limits)
@@ -137,7 +137,7 @@ class Bench:
         everybody = point.users
         users = split(everybody, {served: found.shares[served] for served in known})
 
-        def one(served: Served) -> Load:
+        def one(served: Served) -> LoadResult:
             (name, expert), (record, target) = served, known[served]
             config = replace(self.config, load_jobs=1, model=record.serves[expert] or expert)
             work = workload(config, self.prompts, replace(point, users=users[served]))
@@ -151,18 +151,18 @@ class Bench:
         with ThreadPoolExecutor(len(users)) as pool:
             return self._figures(merged(list(pool.map(one, users))))
 
-    def _replica(self, name: str) -> tuple[Record, Target] | None:
+    def _replica(self, name: str) -> tuple[Record, LoadTarget] | None:
         """A replica that can be asked without the router: one of ours."""
         record = Reader(self.run.registry).snapshot().get(name)
-        if record is None or record.kind is not Kind.EXPERT or record.nonce is None:
+        if record is None or record.kind is not RecordKind.EXPERT or record.nonce is None:
             return None
-        return record, Target(record.url, replica_key(self.run.secret(), record.nonce))
+        return record, LoadTarget(record.url, replica_key(self.run.secret(), record.nonce))
 
     def _simulated(self) -> dict[str, tuple[float, float]]:
         """Of each replica with a simulated model: seconds of its steps, and seconds by which it fell behind."""
         found = {}
         for name, record in Reader(self.run.registry).snapshot().items():
-            if record.kind is Kind.EXPERT and record.engine.kind == "sim" and record.state is State.READY:
+            if record.kind is RecordKind.EXPERT and record.engine.kind == "sim" and record.state is State.READY:
                 at = self._replica(name)
                 text = _metrics(at[1]) if at is not None else ""
                 if STEPS in text:
@@ -170,7 +170,7 @@ class Bench:
         return found
 
 
-def _metrics(target: Target) -> str:
+def _metrics(target: LoadTarget) -> str:
     try:
         return str(ask("GET", f"{target.url}{METRICS}", token=target.token).body)
     except Unreachable:
@@ -191,7 +191,7 @@ def _late(before: Mapping[str, tuple[float, float]], after: Mapping[str, tuple[f
     return max(shares, default=None) if after else None
 
 
-def _halves(load: Load) -> tuple[int, int]:
+def _halves(load: LoadResult) -> tuple[int, int]:
     middle = (load.window.start_s + load.window.end_s) / 2
     ended = [o.ended_s for o in load.observations if o.error is None and load.window.holds(o.ended_s)]
     return sum(at <= middle for at in ended), sum(at > middle for at in ended)

@@ -16,7 +16,7 @@ from hpc_router.state.atomic_files import lines_of
 
 
 @dataclass(frozen=True, slots=True)
-class Prompt:
+class BenchPrompt:
     text: str
     domain: str | None = None
 
@@ -65,11 +65,11 @@ _BUILT_IN: Final = {
 }
 
 
-def built_in() -> list[Prompt]:
-    return [Prompt(text, domain) for domain, texts in _BUILT_IN.items() for text in texts]
+def built_in() -> list[BenchPrompt]:
+    return [BenchPrompt(text, domain) for domain, texts in _BUILT_IN.items() for text in texts]
 
 
-def read_prompts(path: Path) -> list[Prompt]:
+def read_prompts(path: Path) -> list[BenchPrompt]:
     """One JSON object per line: `prompt`, and `domain` where it is known. Raises ConfigError with file and line."""
     found = [_prompt(line, f"{path}:{number}") for number, line in lines_of(path)]
     if not found:
@@ -77,7 +77,7 @@ def read_prompts(path: Path) -> list[Prompt]:
     return found
 
 
-def _prompt(line: str, place: str) -> Prompt:
+def _prompt(line: str, place: str) -> BenchPrompt:
     try:
         value: Any = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -86,10 +86,10 @@ def _prompt(line: str, place: str) -> Prompt:
         raise ConfigError(f'{place}: no text at "prompt" (valid: {{"prompt": "...", "domain": "..."}})')
     if not isinstance(value.get("domain"), str | None):
         raise ConfigError(f'{place}: "domain" is not text')
-    return Prompt(value["prompt"], value.get("domain"))
+    return BenchPrompt(value["prompt"], value.get("domain"))
 
 
-def deck(prompts: Sequence[Prompt], *, seed: int, stream: str) -> Iterator[Prompt]:
+def deck(prompts: Sequence[BenchPrompt], *, seed: int, stream: str) -> Iterator[BenchPrompt]:
     """For ever: all prompts in one order, then all in another; no prompt comes twice before each came once."""
     source = random.Random(f"{seed}:{stream}")
     while True:

@@ -22,10 +22,10 @@ from typing import Any, Final
 import psutil
 
 from hpc_router.bench.config import BenchConfig
-from hpc_router.bench.point import Measured
+from hpc_router.bench.point import MeasuredPoint
 from hpc_router.state import registry
 from hpc_router.state.atomic_files import replace_text
-from hpc_router.state.registry import Kind
+from hpc_router.state.registry import RecordKind
 from hpc_router.state.run_directory import RunDir
 
 SCHEMA: Final = 2
@@ -103,7 +103,7 @@ def provenance(
 
 
 @dataclass(slots=True)
-class Results:
+class ResultFiles:
     """The files of one call: `bench-<time>-<random>.jsonl`, and `.requests.jsonl` beside it where raw is asked."""
 
     folder: Path
@@ -120,7 +120,7 @@ class Results:
     def raw_path(self) -> Path:
         return self.folder / f"{self.name}.requests.jsonl"
 
-    def add(self, measured: Measured, *, config: BenchConfig, origin: Provenance) -> None:
+    def add(self, measured: MeasuredPoint, *, config: BenchConfig, origin: Provenance) -> None:
         """Keep a finished point."""
         point = f"{self.name}.{len(self.records)}"
         self.records.append(record(point, measured, config=config, origin=origin))
@@ -131,7 +131,7 @@ class Results:
             replace_text(self.raw_path, lines(self.requests))
 
 
-def record(point: str, measured: Measured, *, config: BenchConfig, origin: Provenance) -> dict[str, Any]:
+def record(point: str, measured: MeasuredPoint, *, config: BenchConfig, origin: Provenance) -> dict[str, Any]:
     """One flat line; figures of the router's own are `router`, those without it `direct`."""
     load, at = measured.load, measured.point
     return {
@@ -162,7 +162,7 @@ def record(point: str, measured: Measured, *, config: BenchConfig, origin: Prove
     }
 
 
-def raw_lines(point: str, measured: Measured) -> list[dict[str, Any]]:
+def raw_lines(point: str, measured: MeasuredPoint) -> list[dict[str, Any]]:
     return [{"point": point, "users": measured.point.users, **asdict(o)} for o in measured.load.observations]
 
 
@@ -172,7 +172,7 @@ def lines(values: Sequence[Mapping[str, Any]]) -> str:
 
 def _endpoints(run: RunDir) -> Iterator[dict[str, Any]]:
     for name, known in sorted(registry.Reader(run.registry).snapshot().items()):
-        if known.kind is not Kind.ROUTER:
+        if known.kind is not RecordKind.ROUTER:
             yield {
                 "replica": name,
                 "experts": sorted(known.serves),

@@ -12,17 +12,17 @@ from typing import Any
 
 from hpc_router.bench.config import BenchConfig
 from hpc_router.bench.interrupt import sigterm_as_interrupt
-from hpc_router.bench.load.generator import Target
+from hpc_router.bench.load.generator import LoadTarget
 from hpc_router.bench.load.load_jobs import crew
-from hpc_router.bench.point import Bench, Measured, slowdown_of
-from hpc_router.bench.prompts import Prompt
+from hpc_router.bench.point import Bench, MeasuredPoint, slowdown_of
+from hpc_router.bench.prompts import BenchPrompt
 from hpc_router.bench.record import Provenance, raw_lines, record
 from hpc_router.bench.store import Store
 from hpc_router.bench.workload import Point, points_of
 from hpc_router.cluster.commands.down import down
 from hpc_router.cluster.commands.router_access import router_access
 from hpc_router.cluster.commands.up import Interrupted, Reporter, up
-from hpc_router.cluster.planning.run_target import Target as RunTarget
+from hpc_router.cluster.planning.run_target import RunTarget
 from hpc_router.config.schema import Deployment
 from hpc_router.errors import LaunchError
 from hpc_router.state.run_directory import RunDir
@@ -38,7 +38,7 @@ class Leg:
     store: Store
     deployment: Deployment
     config: BenchConfig
-    prompts: Sequence[Prompt]
+    prompts: Sequence[BenchPrompt]
 
     def points(self) -> list[tuple[str, Point]]:
         return [(self.store.key(self.deployment, self.config, p), p) for p in points_of(self.config)]
@@ -47,7 +47,9 @@ class Leg:
         return [(key, point) for key, point in self.points() if not self.store.has(key, valid=self.config.retry)]
 
 
-def measure(leg: Leg, *, reporter: Reporter, around: Around, origin: Callable[[RunDir], Provenance]) -> list[Measured]:
+def measure(
+    leg: Leg, *, reporter: Reporter, around: Around, origin: Callable[[RunDir], Provenance]
+) -> list[MeasuredPoint]:
     """The points that were measured now. Raises ConfigError, LaunchError, KeyboardInterrupt."""
     if not leg.missing():
         return []
@@ -77,7 +79,7 @@ def _remove(leg: Leg, run: RunDir) -> None:
     leg.store.clear(leg.deployment)
 
 
-def _points(leg: Leg, run: RunDir, around: Around, origin: Provenance) -> list[Measured]:
+def _points(leg: Leg, run: RunDir, around: Around, origin: Provenance) -> list[MeasuredPoint]:
     access = router_access(run)
     done, todo = len(leg.points()) - len(leg.missing()), leg.missing()
     measured = []
@@ -85,7 +87,7 @@ def _points(leg: Leg, run: RunDir, around: Around, origin: Provenance) -> list[M
         tempfile.TemporaryDirectory(prefix="hpc-router-bench-") as scratch,
         crew(leg.config, shared=run.path / "load") as makers,
     ):
-        target, slowdown = Target(access.url, access.token), slowdown_of(sim_options(asdict(leg.deployment)))
+        target, slowdown = LoadTarget(access.url, access.token), slowdown_of(sim_options(asdict(leg.deployment)))
         bench = Bench(run, target, leg.config, leg.prompts, makers, Path(scratch), slowdown)
         for key, point in todo:
             with around(point, done):

@@ -6,11 +6,11 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from hpc_router.bench.figures import Spread
-from hpc_router.bench.point import Measured
+from hpc_router.bench.figures import Percentiles
+from hpc_router.bench.point import MeasuredPoint
 
 
-def table(rows: Sequence[Measured], *, simulated: bool) -> RenderableType:
+def table(rows: Sequence[MeasuredPoint], *, simulated: bool) -> RenderableType:
     drawn = Table(box=None, pad_edge=False, header_style="bold")
     drawn.add_column("load", justify="left")
     for column in ("ok", "failed", "TTFT ms\np50/p90/p99", "ITL ms\np50/p90/p99", "TPOT ms\np50", "E2E s\np50/p90/p99",
@@ -40,7 +40,7 @@ def _head(simulated: bool) -> list[Text]:
     return [Text(told, style="yellow")] if simulated else []
 
 
-def _remarks(row: Measured) -> Iterator[Text]:
+def _remarks(row: MeasuredPoint) -> Iterator[Text]:
     found, at = row.found, f"{row.point.name}: "
     shares = "  ".join(f"{name} {share:.0%}" for name, share in found.experts.items())
     yield Text(f"{at}answered by {shares or 'no expert'}")
@@ -53,18 +53,18 @@ def _remarks(row: Measured) -> Iterator[Text]:
         yield Text(f"{at}{note}", style="yellow")
 
 
-def _added(row: Measured) -> str:
+def _added(row: MeasuredPoint) -> str:
     found = (row.added or {}).get("ttft_s")
     return "-" if found is None else f"{found['added_s'] * 1e3:.3g} ({found['share']:.0%})"
 
 
-def _three(spread: Spread | None, *, scale: float) -> str:
+def _three(spread: Percentiles | None, *, scale: float) -> str:
     if spread is None:
         return "-"
     return "/".join(number(value * scale) for value in (spread.p50, spread.p90, spread.p99))
 
 
-def _middle(spread: Spread | None, *, scale: float) -> str:
+def _middle(spread: Percentiles | None, *, scale: float) -> str:
     return "-" if spread is None else number(spread.p50 * scale)
 
 

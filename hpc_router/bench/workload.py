@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from hpc_router.bench.config import BenchConfig, Lengths
-from hpc_router.bench.prompts import Prompt
+from hpc_router.bench.prompts import BenchPrompt
 from hpc_router.errors import ConfigError
 from hpc_router.state.atomic_files import lines_of
 
@@ -79,7 +79,7 @@ class Workload:
     think_s: Sequence[float] | None = None
 
 
-def workload(config: BenchConfig, prompts: Sequence[Prompt], point: Point, *, job: int = 0) -> Workload:
+def workload(config: BenchConfig, prompts: Sequence[BenchPrompt], point: Point, *, job: int = 0) -> Workload:
     """What load generator number `job` of `config.load_jobs` does for that point."""
     questions = list(_questions(config, prompts))
     stream = f"{config.seed}:{point.repeat}:{job}"
@@ -141,7 +141,7 @@ def resized(text: str, words: int) -> str:
     return " ".join((given * (1 + words // len(given)))[:words])
 
 
-def _questions(config: BenchConfig, prompts: Sequence[Prompt]) -> Iterator[Question]:
+def _questions(config: BenchConfig, prompts: Sequence[BenchPrompt]) -> Iterator[Question]:
     drawn = config.input_words is not None or config.output_tokens is not None
     source = random.Random(f"{config.seed}:lengths")
     for number in range(max(POOL, len(prompts)) if drawn else len(prompts)):

@@ -76,14 +76,14 @@ def up(arguments: argparse.Namespace) -> int:
 
 def run_up(given: Path | None, overrides: list[str], *, config_dir: Path | None, wait_all: bool) -> int:
     """Also the body of `launch.deploy`."""
-    from hpc_router.cli.tables import Progress
+    from hpc_router.cli.tables import UpProgress
     from hpc_router.cluster.commands.up import Interrupted, Served
     from hpc_router.cluster.commands.up import up as bring_up
     from hpc_router.cluster.planning.run_target import find_target
 
     target = find_target(given, overrides, config_dir=config_dir)
     try:
-        with Progress(_stderr()) as progress:
+        with UpProgress(_stderr()) as progress:
             served: Served = bring_up(target, wait_all=wait_all, reporter=progress)
     except Interrupted:
         sys.stderr.write("hpc-router: interrupted; what this `up` began has been ended\n")
@@ -110,11 +110,11 @@ def _say_how(run: RunDir, url: str) -> None:
 
 
 def down(arguments: argparse.Namespace) -> int:
-    from hpc_router.cli.tables import Progress
+    from hpc_router.cli.tables import UpProgress
     from hpc_router.cluster.commands.down import down as take_down
 
     run = find_run(arguments.run)
-    with Progress(_stderr()) as progress:
+    with UpProgress(_stderr()) as progress:
         ended = take_down(run, watcher=progress)
     print(
         f"{run.path} is down; {ended} job{'' if ended == 1 else 's'} ended" if ended else f"nothing ran in {run.path}"
@@ -259,9 +259,9 @@ def set_(arguments: argparse.Namespace) -> int:
 def drain(arguments: argparse.Namespace) -> int:
     from hpc_router.cluster.commands.drain import retire, wait
     from hpc_router.cluster.control_loop.desired_state import include_nodes
-    from hpc_router.cluster.control_loop.loop import Control
+    from hpc_router.cluster.control_loop.loop import ControlLoop
 
-    control = Control(find_run(arguments.run))
+    control = ControlLoop(find_run(arguments.run))
     if arguments.undo:
         include_nodes(control.run, arguments.names)
         return 0
@@ -310,14 +310,14 @@ def unregister(arguments: argparse.Namespace) -> int:
 
 
 def reconcile(arguments: argparse.Namespace) -> int:
-    from hpc_router.cluster.control_loop.loop import Control, run_loop
+    from hpc_router.cluster.control_loop.loop import ControlLoop, run_loop
 
     run = find_run(arguments.run)
     if arguments.loop:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
         run_loop(run, while_leading=arguments.while_leading, tied=arguments.tied)
         return 0
-    done = Control(run).once()
+    done = ControlLoop(run).once()
     if done.refused is not None:
         raise LaunchError(done.refused)
     return _print_lines(str(action) for action in done.actions)
@@ -328,7 +328,7 @@ def bench(arguments: argparse.Namespace) -> int:
 
 
 def _bench_router(arguments: argparse.Namespace) -> int:
-    from hpc_router.bench.relay_cost.options import QUICK, Options
+    from hpc_router.bench.relay_cost.options import QUICK, RelayCostOptions
     from hpc_router.bench.relay_cost.report import on_screen, to_json
     from hpc_router.bench.relay_cost.run import bench as measure
     from hpc_router.bench.relay_cost.run import default_out, default_peers
@@ -338,7 +338,7 @@ def _bench_router(arguments: argparse.Namespace) -> int:
         for name in ("streams", "rate", "seconds", "rounds", "connections")
         if (value := getattr(arguments, name)) is not None
     }
-    options = Options(
+    options = RelayCostOptions(
         only=arguments.only,
         soak=arguments.soak,
         quiet_s=arguments.quiet,
@@ -379,7 +379,7 @@ def classify(arguments: argparse.Namespace) -> int:
 
 def _bench_soak(arguments: argparse.Namespace) -> int:
     from hpc_router.bench.relay_cost.run import default_out
-    from hpc_router.bench.soak.options import Options, strikes_of
+    from hpc_router.bench.soak.options import SoakOptions, strikes_of
     from hpc_router.bench.soak.report import markdown, to_json
     from hpc_router.bench.soak.run import soak
 
@@ -387,7 +387,7 @@ def _bench_soak(arguments: argparse.Namespace) -> int:
     given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
     if arguments.strike is not None:
         given["strikes"] = [one for text in arguments.strike if (one := strikes_of(text)) is not None]
-    results = soak(Options(out=arguments.out or default_out(), **given).checked(), _stderr())
+    results = soak(SoakOptions(out=arguments.out or default_out(), **given).checked(), _stderr())
     if arguments.json:
         _print(to_json(results))
     else:
@@ -396,13 +396,13 @@ def _bench_soak(arguments: argparse.Namespace) -> int:
 
 
 def _bench_agreement(arguments: argparse.Namespace) -> int:
-    from hpc_router.bench.agreement import Options, agreement
+    from hpc_router.bench.agreement import AgreementOptions, agreement
     from hpc_router.bench.relay_cost.run import default_out
 
     names = ("model", "users", "requests", "tokens", "rounds")
     given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
     vllm, tokenizer = str(Path(arguments.vllm).absolute()), arguments.tokenizer.absolute()
-    options = Options(vllm=vllm, tokenizer=tokenizer, out=arguments.out or default_out(), **given)
+    options = AgreementOptions(vllm=vllm, tokenizer=tokenizer, out=arguments.out or default_out(), **given)
     print(agreement(find_run(arguments.run), options))
     return 0
 

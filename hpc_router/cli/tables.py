@@ -10,7 +10,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from hpc_router.cluster.commands.replica_view import ReplicaView, Standing
+from hpc_router.cluster.commands.replica_view import DisplayedState, ReplicaView
 from hpc_router.cluster.commands.why import Cause
 from hpc_router.cluster.control_loop.slots import Attempt
 from hpc_router.state.run_directory import RunDir
@@ -177,7 +177,7 @@ def route_text(value: Mapping[str, Any]) -> RenderableType:
     return Group(table, Text(), told)
 
 
-class Progress:
+class UpProgress:
     """`up` as it goes: a live table on a terminal, else a line for every change."""
 
     def __init__(self, console: Console) -> None:
@@ -186,7 +186,7 @@ class Progress:
         self._told: dict[str, str] = {}
         self._since = time.monotonic()
 
-    def __enter__(self) -> "Progress":
+    def __enter__(self) -> "UpProgress":
         if self._console.is_terminal:
             self._live = Live(console=self._console, refresh_per_second=4)
             self._live.__enter__()
@@ -210,7 +210,7 @@ class Progress:
             return
         for view in shown:
             line = f"{view.replica} {view.standing.value} {_failure(view)}".rstrip()
-            if view.standing is not Standing.MISSING and self._told.get(view.expert + view.replica) != line:
+            if view.standing is not DisplayedState.MISSING and self._told.get(view.expert + view.replica) != line:
                 self._told[view.expert + view.replica] = line
                 elapsed_s = time.monotonic() - self._since
                 self._console.print(f"{elapsed_s:6.1f} s  {line}", highlight=False, markup=False, soft_wrap=True)

@@ -14,7 +14,7 @@ from typing import Any
 
 from hpc_router.errors import HpcRouterError, RegistryError
 from hpc_router.state.atomic_files import read_json
-from hpc_router.state.registry import Kind, Reader, Record, State, leading_router
+from hpc_router.state.registry import Reader, Record, RecordKind, State, leading_router
 from hpc_router.state.run_directory import RunDir
 
 logger = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ class Leader:
         if self._own is None or self._own.path != path:
             self._own = _JsonFile(path)
         own = _record(self._own.read())
-        agrees = own is not None and (own.replica, own.url, own.kind) == (named.replica, named.url, Kind.ROUTER)
+        agrees = own is not None and (own.replica, own.url, own.kind) == (named.replica, named.url, RecordKind.ROUTER)
         return own if agrees and own is not None and own.state is State.READY else None
 
 

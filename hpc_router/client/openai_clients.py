@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from hpc_router.client.leader import Leader, NoRouterError
-from hpc_router.client.router_identity import Finding, examine
+from hpc_router.client.router_identity import IdentityCheck, examine
 from hpc_router.errors import ConfigError
 from hpc_router.state.run_directory import RunDir, find_run
 
@@ -50,7 +50,7 @@ def endpoint(run: str | PathLike[str] | None = None) -> Endpoint:
     if router is None:
         raise leader.missing()
     finding = examine(router, found.secret())
-    if finding is not Finding.PROVEN:
+    if finding is not IdentityCheck.PROVEN:
         raise NoRouterError(f"{router.replica} at {router.url}: {finding}; {leader.missing()}")
     return Endpoint(router.url, found.token())
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Final
 
-from hpc_router.client.router_identity import Finding
+from hpc_router.client.router_identity import IdentityCheck
 from hpc_router.net.protocol import DRAINING_HEADER
 from hpc_router.state.registry import Record
 
@@ -11,7 +11,7 @@ FIRST_PAUSE_S: Final = 0.1
 LONGEST_PAUSE_S: Final = 2.0
 
 
-class Errand:
+class RetryState:
     """`doubt`: the registry's folder has to be asked. `why`: what kept the last router from taking the request."""
 
     def __init__(self, *, follow_s: float, now: float, replayable: bool) -> None:
@@ -22,13 +22,13 @@ class Errand:
         self._resent = False
         self._renewed = False
         self.doubt = False
-        self.why: Finding | None = None
+        self.why: IdentityCheck | None = None
 
     def may_try(self, router: Record) -> bool:
         """A router that took nothing is tried again only after a pause; another one at once."""
         return router.url not in self._tried
 
-    def took_nothing(self, router: Record, why: Finding | None) -> None:
+    def took_nothing(self, router: Record, why: IdentityCheck | None) -> None:
         self.doubt, self.why = True, why
         self._tried.add(router.url)
 

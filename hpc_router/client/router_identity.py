@@ -15,7 +15,7 @@ from typing import Any, Final
 from urllib.parse import urlsplit
 
 from hpc_router.net.auth import challenge_answer, new_token, replica_key, same
-from hpc_router.net.protocol import HEALTH, Health
+from hpc_router.net.protocol import HEALTH, ProbeResponse
 from hpc_router.state.registry import Record
 
 PROOF_S: Final = 10.0
@@ -23,7 +23,7 @@ PATIENCE_S: Final = 2.0
 LONGEST_ANSWER: Final = 2**16
 
 
-class Finding(StrEnum):
+class IdentityCheck(StrEnum):
     """Who is at the address, in words that follow "router-0.g1 at http://...: "."""
 
     PROVEN = "it is the router"
@@ -34,25 +34,25 @@ class Finding(StrEnum):
 
 def proves(answer: object, *, record: Record, secret: str, challenge: str) -> bool:
     """Whether this JSON from `/health` is that of the record's owner. Pure."""
-    health = Health.from_json(answer) if isinstance(answer, dict) else None
+    health = ProbeResponse.from_json(answer) if isinstance(answer, dict) else None
     if health is None or health.replica != record.replica or not record.nonce:
         return False
     return same(health.answer or "", challenge_answer(replica_key(secret, record.nonce), challenge))
 
 
-def examine(record: Record, secret: str, *, patience_s: float = PATIENCE_S) -> Finding:
+def examine(record: Record, secret: str, *, patience_s: float = PATIENCE_S) -> IdentityCheck:
     """Ask whoever is there. `patience_s` bounds all of it, however slowly a stranger drips."""
     if not record.nonce:
-        return Finding.OLDER
+        return IdentityCheck.OLDER
     challenge = new_token()
     try:
         answer = _get(record.url, f"{HEALTH}?challenge={challenge}", deadline=time.monotonic() + patience_s)
         proven = proves(json.loads(answer), record=record, secret=secret, challenge=challenge)
     except OSError:
-        return Finding.NOBODY
+        return IdentityCheck.NOBODY
     except (ValueError, RecursionError):
-        return Finding.STRANGER
-    return Finding.PROVEN if proven else Finding.STRANGER
+        return IdentityCheck.STRANGER
+    return IdentityCheck.PROVEN if proven else IdentityCheck.STRANGER
 
 
 def _get(url: str, target: str, *, deadline: float) -> bytes:
@@ -84,7 +84,7 @@ def _left_s(deadline: float) -> float:
 @dataclass(frozen=True, slots=True)
 class _Asked:
     owner: tuple[Any, ...]
-    finding: Finding
+    finding: IdentityCheck
     begun_at: float
     ended_at: float
 
@@ -100,16 +100,16 @@ class Proof:
         """Something went wrong there: what was asked before tells nothing any more."""
         self._doubted_at = max(self._doubted_at, now)
 
-    def learn(self, router: Record, finding: Finding, *, begun_at: float, ended_at: float) -> None:
+    def learn(self, router: Record, finding: IdentityCheck, *, begun_at: float, ended_at: float) -> None:
         if self._last is None or self._last.begun_at <= begun_at:
             self._last = _Asked(_owner(router), finding, begun_at, ended_at)
 
-    def of(self, router: Record, *, since: float, now: float) -> Finding | None:
+    def of(self, router: Record, *, since: float, now: float) -> IdentityCheck | None:
         """For a request that wants to know `since` then; None: ask. A failure serves those who waited for it."""
         last = self._last
         if last is None or last.owner != _owner(router) or last.begun_at <= self._doubted_at:
             return None
-        holds = now - last.begun_at <= PROOF_S if last.finding is Finding.PROVEN else last.ended_at >= since
+        holds = now - last.begun_at <= PROOF_S if last.finding is IdentityCheck.PROVEN else last.ended_at >= since
         return last.finding if holds else None
 
 

@@ -19,8 +19,8 @@ import anyio.to_thread
 import openai
 
 from hpc_router.client.leader import Leader, NoRouterError
-from hpc_router.client.retry import Errand
-from hpc_router.client.router_identity import Finding, Proof, examine
+from hpc_router.client.retry import RetryState
+from hpc_router.client.router_identity import IdentityCheck, Proof, examine
 from hpc_router.state.registry import Record
 from hpc_router.state.run_directory import RunDir
 
@@ -54,10 +54,10 @@ class _Follower:
         self._secret: str | None = None
         self._proof = Proof()
 
-    def _begin(self, request: "http.Request") -> Errand:
+    def _begin(self, request: "http.Request") -> RetryState:
         if request.url.host != NOWHERE:
             raise http.UnsupportedProtocol(f"this client talks to its own router only, not to {request.url.host}")
-        return Errand(follow_s=self._follow_s, now=time.monotonic(), replayable=_replayable(request))
+        return RetryState(follow_s=self._follow_s, now=time.monotonic(), replayable=_replayable(request))
 
     def _known_token(self) -> str:
         if self._token is None:
@@ -70,10 +70,10 @@ class _Follower:
         self._token = self._run.token()
         return self._token != token
 
-    def _proven(self, router: Record, *, since: float) -> Finding | None:
+    def _proven(self, router: Record, *, since: float) -> IdentityCheck | None:
         return self._proof.of(router, since=since, now=time.monotonic())
 
-    def _examined(self, router: Record) -> Finding:
+    def _examined(self, router: Record) -> IdentityCheck:
         """Blocks."""
         if self._secret is None:
             self._secret = self._run.secret()
@@ -96,7 +96,7 @@ class _Follower:
             request.method, url, headers=headers, stream=request.stream, extensions=dict(request.extensions)
         )
 
-    def _given_up(self, request: "http.Request", errand: Errand, last: Record | None) -> NoRouterConnectionError:
+    def _given_up(self, request: "http.Request", errand: RetryState, last: Record | None) -> NoRouterConnectionError:
         message = str(self._leader.missing())
         if last is not None:
             why = f": {errand.why}" if errand.why else ""
@@ -116,7 +116,7 @@ class FollowingTransport(_Follower, http.BaseTransport):
         while True:
             router = self._find(request, errand, last=router)
             finding = self._find_out(router)
-            if finding is not Finding.PROVEN:
+            if finding is not IdentityCheck.PROVEN:
                 errand.took_nothing(router, finding)
                 continue
             token = self._known_token()
@@ -125,7 +125,7 @@ class FollowingTransport(_Follower, http.BaseTransport):
             except http.TransportError as error:
                 self._doubt()
                 if isinstance(error, http.ConnectError | http.ConnectTimeout):
-                    errand.took_nothing(router, Finding.NOBODY)
+                    errand.took_nothing(router, IdentityCheck.NOBODY)
                 elif not isinstance(error, http.NetworkError | http.RemoteProtocolError):
                     raise
                 elif not errand.may_resend():
@@ -143,14 +143,14 @@ class FollowingTransport(_Follower, http.BaseTransport):
     def close(self) -> None:
         self._inner.close()
 
-    def _find_out(self, router: Record) -> Finding:
+    def _find_out(self, router: Record) -> IdentityCheck:
         since = time.monotonic()
         if finding := self._proven(router, since=since):
             return finding
         with self._asking:
             return self._proven(router, since=since) or self._examined(router)
 
-    def _find(self, request: "http.Request", errand: Errand, *, last: Record | None) -> Record:
+    def _find(self, request: "http.Request", errand: RetryState, *, last: Record | None) -> Record:
         while True:
             router = self._leader.look(doubt=errand.doubt)
             if router is not None and errand.may_try(router):
@@ -175,7 +175,7 @@ class AsyncFollowingTransport(_Follower, http.AsyncBaseTransport):
         while True:
             router = await self._find(request, errand, last=router)
             finding = await self._find_out(router)
-            if finding is not Finding.PROVEN:
+            if finding is not IdentityCheck.PROVEN:
                 errand.took_nothing(router, finding)
                 continue
             token = await anyio.to_thread.run_sync(self._known_token) if self._token is None else self._token
@@ -184,7 +184,7 @@ class AsyncFollowingTransport(_Follower, http.AsyncBaseTransport):
             except http.TransportError as error:
                 self._doubt()
                 if isinstance(error, http.ConnectError | http.ConnectTimeout):
-                    errand.took_nothing(router, Finding.NOBODY)
+                    errand.took_nothing(router, IdentityCheck.NOBODY)
                 elif not isinstance(error, http.NetworkError | http.RemoteProtocolError):
                     raise
                 elif not errand.may_resend():
@@ -206,7 +206,7 @@ class AsyncFollowingTransport(_Follower, http.AsyncBaseTransport):
     async def aclose(self) -> None:
         await self._inner.aclose()
 
-    async def _find_out(self, router: Record) -> Finding:
+    async def _find_out(self, router: Record) -> IdentityCheck:
         since = time.monotonic()
         if finding := self._proven(router, since=since):
             return finding
@@ -215,7 +215,7 @@ class AsyncFollowingTransport(_Follower, http.AsyncBaseTransport):
                 return finding
             return await anyio.to_thread.run_sync(self._examined, router, abandon_on_cancel=True)
 
-    async def _find(self, request: "http.Request", errand: Errand, *, last: Record | None) -> Record:
+    async def _find(self, request: "http.Request", errand: RetryState, *, last: Record | None) -> Record:
         while True:
             router = await self._look(doubt=errand.doubt)
             if router is not None and errand.may_try(router):

@@ -23,7 +23,7 @@ from hpc_router.expert.agent.agent import Agent
 from hpc_router.expert.engine_process.guard import become_subreaper
 from hpc_router.expert.multinode.follower import Follower
 from hpc_router.state.io_thread import FileThread, file_thread
-from hpc_router.state.job_records import Exit, JobDir, Reason
+from hpc_router.state.job_records import Exit, FailureReason, JobDir
 from hpc_router.state.registry import split_replica
 from hpc_router.state.run_directory import RunDir, open_run, private_umask
 
@@ -68,7 +68,7 @@ async def _live(run: RunDir, replica: str, deployment: Deployment | None, files:
     except HpcRouterError as error:
         logger.error("%s", error)
         if rank == 0:
-            JobDir(run, replica).write(Exit(ok=False, reason=Reason.BAD_OPTION, message=str(error)))
+            JobDir(run, replica).write(Exit(ok=False, reason=FailureReason.BAD_OPTION, message=str(error)))
         raise
     loop = asyncio.get_running_loop()
     for number in STOP_SIGNALS:

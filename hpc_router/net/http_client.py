@@ -14,7 +14,7 @@ LONGEST_ANSWER: Final = 2**20
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class HttpResponse:
     """`body` is the parsed JSON, or the text where there is none."""
 
     status: int
@@ -48,7 +48,7 @@ async def call(
     *,
     token: str | None = None,
     body: Mapping[str, Any] | None = None,
-) -> Answer:
+) -> HttpResponse:
     """Raises Unreachable."""
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     try:
@@ -58,7 +58,7 @@ async def call(
                 text += chunk
                 if len(text) > LONGEST_ANSWER:
                     raise Unreachable(f"the answer is longer than {LONGEST_ANSWER} bytes")
-            return Answer(response.status, _parsed(text.decode(errors="replace")))
+            return HttpResponse(response.status, _parsed(text.decode(errors="replace")))
     except (aiohttp.ClientError, TimeoutError, ValueError, OSError) as error:
         raise Unreachable(str(error) or type(error).__name__) from error
 
@@ -70,10 +70,10 @@ def ask(
     token: str | None = None,
     body: Mapping[str, Any] | None = None,
     timeout_s: float = QUICK_S,
-) -> Answer:
+) -> HttpResponse:
     """`call` for code without a loop."""
 
-    async def once() -> Answer:
+    async def once() -> HttpResponse:
         async with session(timeout_s=timeout_s) as client:
             return await call(client, method, url, token=token, body=body)
 

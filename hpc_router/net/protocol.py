@@ -1,6 +1,6 @@
 """What router and agent, and the agents of one engine's nodes, say to each other over HTTP.
 
-`GET /health?challenge=HEX` needs no token and is answered with a `Health` as JSON. `POST /drain` and the API paths need
+`GET /health?challenge=HEX` needs no token and is answered with a `ProbeResponse` as JSON. `POST /drain` and the API paths need
 `Authorization: Bearer <replica key>`. A draining agent answers new requests with 503 and `DRAINING_HEADER`.
 `POST /rank` takes a `RankReport` with a token of its own and is answered with a `RankOrder`.
 """
@@ -38,7 +38,7 @@ def challenge_in(query: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Health:
+class ProbeResponse:
     """The answer to a probe. `models`: the names the engine answers to; None before it was ready."""
 
     replica: str

@@ -15,7 +15,7 @@ from hpc_router.relay import aborted_responses, sse
 
 
 @dataclass(frozen=True, slots=True)
-class Fault:
+class ErrorReply:
     """What went wrong, in OpenAI's words. `status`: that of the response, or what it would have been."""
 
     status: int
@@ -30,8 +30,8 @@ class Dialect:
     """`conversation`: the field of a body that is read first. `ending`: how an answer says that it was cut."""
 
     conversation: str
-    body: Callable[[Fault], dict[str, Any]]
-    event: Callable[[Fault], bytes]
+    body: Callable[[ErrorReply], dict[str, Any]]
+    event: Callable[[ErrorReply], bytes]
     ending: type[aborted_responses.Ending]
 
 
@@ -40,19 +40,19 @@ def dialect_of(path: str) -> Dialect:
     return _DIALECTS.get(path) or (_ANTHROPIC if path.startswith(protocol.MESSAGES + "/") else _DIALECTS[protocol.CHAT])
 
 
-def _openai_error(fault: Fault) -> dict[str, Any]:
+def _openai_error(fault: ErrorReply) -> dict[str, Any]:
     return {"message": fault.message, "type": fault.kind, "param": fault.param, "code": fault.code}
 
 
-def _openai_body(fault: Fault) -> dict[str, Any]:
+def _openai_body(fault: ErrorReply) -> dict[str, Any]:
     return {"error": _openai_error(fault)}
 
 
-def _openai_event(fault: Fault) -> bytes:
+def _openai_event(fault: ErrorReply) -> bytes:
     return sse.error_event(_openai_error(fault))
 
 
-def _responses_event(fault: Fault) -> bytes:
+def _responses_event(fault: ErrorReply) -> bytes:
     """Typed, as all events of this API are; the openai client raises on the `error` key."""
     flat = {"code": fault.code, "message": fault.message, "param": fault.param}
     return _named_event({"type": "error", **flat, "error": _openai_error(fault)})
@@ -70,13 +70,13 @@ _ANTHROPIC_KINDS: Final[Mapping[int, str]] = {
 }
 
 
-def _anthropic_body(fault: Fault) -> dict[str, Any]:
+def _anthropic_body(fault: ErrorReply) -> dict[str, Any]:
     other = "api_error" if fault.status >= 500 else "invalid_request_error"
     kind = _ANTHROPIC_KINDS.get(fault.status, other)
     return {"type": "error", "error": {"type": kind, "message": fault.message}}
 
 
-def _anthropic_event(fault: Fault) -> bytes:
+def _anthropic_event(fault: ErrorReply) -> bytes:
     return _named_event(_anthropic_body(fault))
 
 

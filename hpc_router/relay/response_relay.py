@@ -27,7 +27,7 @@ _EVENT_CHUNK_ENDS: Final = tuple(end + CHUNK_END for end in EVENT_ENDS)
 
 
 @dataclass(frozen=True, slots=True)
-class Answering:
+class RelayLimits:
     """How much of an answer may be held, how long a client may take nothing, and how long a stream may pause before a
     comment is sent."""
 
@@ -36,7 +36,7 @@ class Answering:
     ping_s: float
 
 
-class Answer:
+class ResponseRelay:
     """The answer to `request`. `response` is what its handler returns in the end.
 
     `ending`: of the API that it belongs to. `stream`: the request asks for one, so a body without a length is passed on
@@ -45,7 +45,7 @@ class Answer:
 
     __slots__ = ("_ending", "_limits", "_request", "_stream", "_streaming_events", "response", "status")
 
-    def __init__(self, request: Request, limits: Answering, ending: type[Ending], *, stream: bool) -> None:
+    def __init__(self, request: Request, limits: RelayLimits, ending: type[Ending], *, stream: bool) -> None:
         self._request = request
         self._limits = limits
         self._ending = ending
@@ -63,7 +63,7 @@ class Answer:
         self.status = upstream.status
         if upstream.content_type == CONTENT_TYPE:
             self._streaming_events = True
-            events = _Events(self._request, self.status, head, self._limits, self._ending())
+            events = _EventStream(self._request, self.status, head, self._limits, self._ending())
             try:
                 await upstream.flow(events)
                 await events.end()
@@ -76,7 +76,7 @@ class Answer:
             self.response = Response(self.status, head, whole)
             return
         passes = self._stream and upstream.length is None and 200 <= self.status < 300
-        body = _Held(
+        body = _BufferedBody(
             self._request, self.status, head, self._limits, hold_bytes=0 if passes else self._limits.hold_bytes
         )
         await upstream.flow(body)
@@ -97,10 +97,10 @@ class Answer:
             await self._request.drain(limit_s=self._limits.write_s)
 
 
-class _Held:
+class _BufferedBody:
     """A sink that holds up to `hold_bytes` bytes; more than that commits the answer."""
 
-    def __init__(self, request: Request, status: int, head: bytes, limits: Answering, *, hold_bytes: int) -> None:
+    def __init__(self, request: Request, status: int, head: bytes, limits: RelayLimits, *, hold_bytes: int) -> None:
         self._request = request
         self._head = status, head
         self._limits = limits
@@ -130,10 +130,10 @@ class _Held:
         await self._request.drain(limit_s=self._limits.write_s)
 
 
-class _Events:
+class _EventStream:
     """A sink that lets whole events through only. The first of them commits the answer."""
 
-    def __init__(self, request: Request, status: int, head: bytes, limits: Answering, ending: Ending) -> None:
+    def __init__(self, request: Request, status: int, head: bytes, limits: RelayLimits, ending: Ending) -> None:
         self._request = request
         self._head = status, head
         self._limits = limits

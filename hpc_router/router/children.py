@@ -18,15 +18,15 @@ from typing import Any, Final
 
 from hpc_router.config.schema import Deployment
 from hpc_router.relay import memory_tuning
-from hpc_router.router.control.process import Control
-from hpc_router.router.control.reconcile_process import ControlLoop
+from hpc_router.router.control.process import ControlProcess
+from hpc_router.router.control.reconcile_process import ReconcileProcess
 from hpc_router.router.ipc.shared_counters import IN_FLIGHT, Counters
-from hpc_router.router.ipc.supervisor import CONTROL, Birth, worker_name
+from hpc_router.router.ipc.supervisor import CONTROL, ChildSpec, worker_name
 from hpc_router.router.ipc.supervisor_commands import Orders
 from hpc_router.router.worker.process import Identity, linked, working
 from hpc_router.routing.policy import Policy, versions
 from hpc_router.state.io_thread import PATIENCE_S, FileThread, file_thread
-from hpc_router.state.job_records import JobDir, Phase, Progress
+from hpc_router.state.job_records import JobDir, JobPhase, JobProgress
 from hpc_router.state.lease import Lease
 from hpc_router.state.registry import Record, State
 from hpc_router.state.run_directory import RunDir
@@ -38,7 +38,7 @@ BEGIN_S: Final = 10.0
 
 
 @dataclass(frozen=True, slots=True)
-class Router:
+class RouterSettings:
     """What is settled before the first process is forked. `deployment`: `base` with the settings of `desired.json`."""
 
     run: RunDir
@@ -51,13 +51,13 @@ class Router:
     counters: Counters
 
 
-async def control(router: Router, birth: Birth) -> None:
+async def control(router: RouterSettings, birth: ChildSpec) -> None:
     """The control process."""
     run, job = router.run, router.job
     supervisor = os.getppid()
     artefact, shadow = versions(router.policy)
     with file_thread(f"files of {job.replica}", log=job.agent_log, label=CONTROL) as files:
-        parts = Control(
+        parts = ControlProcess(
             run, router.base, router.deployment, router.counters, files, job.replica,
             started_at=router.identity.started_at, artefact=artefact, shadow=shadow, processes=birth.processes,
         )  # fmt: skip
@@ -79,7 +79,7 @@ async def control(router: Router, birth: Birth) -> None:
                 await parts.served(limit_s=BEGIN_S)
                 await lease.update(state=State.READY)
                 url, node = lease.record.url, lease.record.node
-                ready = Progress(Phase.READY, pid=supervisor, ready_at=time.time(), url=url, node=node)
+                ready = JobProgress(JobPhase.READY, pid=supervisor, ready_at=time.time(), url=url, node=node)
                 files.post(partial(job.write, ready))
                 logger.info("serving at %s with %d workers", url, router.counters.workers)
                 memory_tuning.settle()
@@ -87,13 +87,13 @@ async def control(router: Router, birth: Birth) -> None:
                 parts.draining = True
                 logger.info("draining: %d requests in flight", router.counters.total(IN_FLIGHT))
                 await lease.update(state=State.DRAINING)
-                files.post(partial(job.write, replace(ready, phase=Phase.DRAINING, at=time.time())))
+                files.post(partial(job.write, replace(ready, phase=JobPhase.DRAINING, at=time.time())))
             parts.leave()
             await orders.end.wait()
         logger.info("stopped")
 
 
-async def work(router: Router, birth: Birth) -> None:
+async def work(router: RouterSettings, birth: ChildSpec) -> None:
     """A worker."""
     assert birth.worker is not None
     assert birth.listener is not None
@@ -115,19 +115,21 @@ async def work(router: Router, birth: Birth) -> None:
                             await link.released.wait()
 
 
-async def _attach(parts: Control, worker: int | None, way: socket.socket) -> None:
+async def _attach(parts: ControlProcess, worker: int | None, way: socket.socket) -> None:
     assert worker is not None
     await parts.attach(worker, way)
 
 
-def _note(parts: Control, note: Mapping[str, Any]) -> None:
+def _note(parts: ControlProcess, note: Mapping[str, Any]) -> None:
     parts.processes = note["processes"]
     if note["news"] is not None:
         logger.warning("%s", note["news"])
 
 
-def _control_loop(router: Router, parts: Control, files: FileThread) -> contextlib.AbstractAsyncContextManager[object]:
+def _control_loop(
+    router: RouterSettings, parts: ControlProcess, files: FileThread
+) -> contextlib.AbstractAsyncContextManager[object]:
     """The loop that keeps up what `config.yaml` wants, as soon as there is one."""
     if router.deployment.router.reconcile:
-        return ControlLoop(router.run, files, replica=router.job.replica, on_failure=parts.task_failed)
+        return ReconcileProcess(router.run, files, replica=router.job.replica, on_failure=parts.task_failed)
     return contextlib.nullcontext()

@@ -22,15 +22,15 @@ from hpc_router.config.schema import Deployment
 from hpc_router.errors import ConfigError, RegistryError
 from hpc_router.net import addresses
 from hpc_router.net.auth import new_token, replica_key
-from hpc_router.router.children import Router, control, work
+from hpc_router.router.children import RouterSettings, control, work
 from hpc_router.router.ipc.shared_counters import Counters
-from hpc_router.router.ipc.supervisor import Supervisor
+from hpc_router.router.ipc.supervisor import RouterSupervisor
 from hpc_router.router.policies import load_policy
 from hpc_router.router.settings import settings_in, with_settings
 from hpc_router.router.worker.process import Identity
 from hpc_router.state.io_thread import PATIENCE_S, FileThread, file_thread
-from hpc_router.state.job_records import Exit, JobDir, Reason
-from hpc_router.state.registry import Kind, Record, State, http_url, split_replica, withdraw
+from hpc_router.state.job_records import Exit, FailureReason, JobDir
+from hpc_router.state.registry import Record, RecordKind, State, http_url, split_replica, withdraw
 from hpc_router.state.run_directory import RunDir
 
 logger = logging.getLogger(__name__)
@@ -51,7 +51,9 @@ def main(run: RunDir, deployment: Deployment, *, replica: str) -> int:
         message = str(error) if bad else f"{type(error).__name__}: {error}"
         with _last_words(job) as files:
             logger.error("the router failed: %s", message, exc_info=None if bad else error)
-            files.post(partial(job.write, Exit(False, Reason.BAD_OPTION if bad else Reason.CRASHED, message)))
+            files.post(
+                partial(job.write, Exit(False, FailureReason.BAD_OPTION if bad else FailureReason.CRASHED, message))
+            )
         raise
     with _last_words(job) as files:
         files.post(partial(job.write, Exit.drained("stopped", cut=cut)))
@@ -90,8 +92,8 @@ def supervise(run: RunDir, deployment: Deployment, job: JobDir) -> int:
             started_at=time.time(),
         )
         record = _record(deployment, job.replica, reserved, nonce=nonce)
-        router = Router(run, base, deployment, job, record, identity, policy, Counters(workers=workers))
-        supervisor = Supervisor(
+        router = RouterSettings(run, base, deployment, job, record, identity, policy, Counters(workers=workers))
+        supervisor = RouterSupervisor(
             control=lambda birth: uvloop.run(control(router, birth)),
             worker=lambda birth: uvloop.run(work(router, birth)),
             listen=partial(beside, reserved),
@@ -157,7 +159,7 @@ def _record(deployment: Deployment, replica: str, sock: socket.socket, *, nonce:
     host, port = sock.getsockname()[:2]
     address = _fabric(deployment) if host in _EVERYWHERE else host
     return Record(
-        kind=Kind.ROUTER,
+        kind=RecordKind.ROUTER,
         replica=replica,
         url=http_url(address, port),
         state=State.STARTING,
@@ -175,7 +177,7 @@ def _fabric(deployment: Deployment) -> str:
 
 def _previous_port(run: RunDir, node: str) -> int | None:
     """The port of the latest router that served on this node, however it ended."""
-    routers = [folder.name for folder in run.jobs.glob(f"{Kind.ROUTER}-0.g*")]
+    routers = [folder.name for folder in run.jobs.glob(f"{RecordKind.ROUTER}-0.g*")]
     for replica in sorted(routers, key=lambda name: split_replica(name)[2], reverse=True):
         progress = JobDir(run, replica).progress()
         if progress is not None and progress.node == node and progress.url is not None:

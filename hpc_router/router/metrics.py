@@ -13,7 +13,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector
 
-from hpc_router.router.replicas.replica import Standing
+from hpc_router.router.replicas.replica import RoutingState
 from hpc_router.router.replicas.table import ReplicaTable
 
 _LATENCY_S: Final = (
@@ -83,7 +83,7 @@ class Tally(Collector):
         yield family
 
 
-class Spread(Collector):
+class HistogramCollector(Collector):
     """A histogram, for the same reason."""
 
     def __init__(self, name: str, text: str, labels: Sequence[str], *, bounds: Sequence[float]) -> None:
@@ -147,16 +147,18 @@ class Metrics:
         self.retries_refused = Tally("hpc_router_retries_refused", "Attempts that the budget had no retry for.", ())
         self.broken = Tally("hpc_router_broken_responses", "Responses that failed after their first byte.", ("expert",))
         self.cancelled = Tally("hpc_router_cancelled_requests", "Requests whose client left.", ("phase",))
-        self.first_byte = Spread(
+        self.first_byte = HistogramCollector(
             "hpc_router_first_byte_seconds",
             "From the request's arrival to the first byte of its answer.",
             ("expert",),
             bounds=_LATENCY_S,
         )
-        self.queued = Spread(
+        self.queued = HistogramCollector(
             "hpc_router_queue_seconds", "What requests waited that got a replica.", ("expert",), bounds=_LATENCY_S
         )
-        self.decision = Spread("hpc_router_decision_seconds", "What choosing an expert took.", (), bounds=_DECISION_S)
+        self.decision = HistogramCollector(
+            "hpc_router_decision_seconds", "What choosing an expert took.", (), bounds=_DECISION_S
+        )
         self.decided = Tally("hpc_router_decisions", "Decisions of a classifier.", ("artefact", "cluster", "reason"))
         self.shadowed = Tally(
             "hpc_router_shadow_decisions", "Decisions beside those of the shadow.", ("artefact", "shadow", "agreed")
@@ -165,8 +167,8 @@ class Metrics:
             "hpc_router_background_task_failures", "Background tasks that failed and were started again.", ("task",)
         )
         self._gone: dict[str, float] = {}  # replicas, since when
-        self._counted: dict[str, Tally | Spread] = {
-            name: each for name, each in vars(self).items() if isinstance(each, Tally | Spread)
+        self._counted: dict[str, Tally | HistogramCollector] = {
+            name: each for name, each in vars(self).items() if isinstance(each, Tally | HistogramCollector)
         }
 
     def forget(self, *, present: Collection[str], now: float) -> None:
@@ -246,6 +248,6 @@ def gauges(
         at_experts.add_metric((expert,), table.load(expert))
         if expert in table.bounds.in_flight:
             expert_bound.add_metric((expert,), table.bounds.in_flight[expert])
-        for kind in Standing:
+        for kind in RoutingState:
             standing.add_metric((expert, kind), sum(r.standing is kind for r in table.of(expert)))
     yield from (load, capacity, at_experts, expert_bound, standing, waiting, waiting_bound)

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from hpc_router.errors import ConfigError
 from hpc_router.routing.artefact import Artefact
-from hpc_router.routing.features import Counts, Features, Ids, counts_of, vocabulary_of
+from hpc_router.routing.features import Features, Ids, TermCounts, counts_of, vocabulary_of
 
 LOST_SHARE = 0.05  # of held-out exemplars decided rightly, how many may be sent to the fallback all the same
 MAX_FOLDS = 200  # leave-one-out up to here, then this many folds
@@ -104,20 +104,20 @@ def check(exemplars: Mapping[str, Sequence[str]], *, features: Features) -> dict
     return usable
 
 
-def _without(rows: Counts, texts: NDArray[np.bool_]) -> Counts:
+def _without(rows: TermCounts, texts: NDArray[np.bool_]) -> TermCounts:
     """The same numbering, those texts without entries."""
     kept = ~texts[rows.text]
     return replace(rows, text=rows.text[kept], term=rows.term[kept], count=rows.count[kept])
 
 
-def _idf(rows: Counts, *, prompts: int) -> Doubles:
+def _idf(rows: TermCounts, *, prompts: int) -> Doubles:
     """Per term, from the `prompts` that have entries; 0 for a term that none of them has."""
     holders = np.bincount(rows.term, minlength=rows.terms)
     idf: Doubles = np.where(holders > 0, np.log((prompts + 1) / np.maximum(holders, 1)), 0.0)
     return idf
 
 
-def _unit(rows: Counts, idf: Doubles) -> Doubles:
+def _unit(rows: TermCounts, idf: Doubles) -> Doubles:
     """Entries times idf, each prompt's row by its length (a row of nothing stays nothing)."""
     weighted = rows.count * idf[rows.term]
     # A beginning that two of a prompt's words share counts for each of them, as it does at run time.
@@ -126,7 +126,7 @@ def _unit(rows: Counts, idf: Doubles) -> Doubles:
     return unit
 
 
-def _centroids(rows: Counts, idf: Doubles, *, label: Ids, clusters: int) -> Doubles:
+def _centroids(rows: TermCounts, idf: Doubles, *, label: Ids, clusters: int) -> Doubles:
     """clusters x terms: the sum of each cluster's unit rows, at length one."""
     cell = label[rows.text] * rows.terms + rows.term
     sums = np.bincount(cell, weights=_unit(rows, idf), minlength=clusters * rows.terms).reshape(clusters, rows.terms)
@@ -135,7 +135,7 @@ def _centroids(rows: Counts, idf: Doubles, *, label: Ids, clusters: int) -> Doub
     return centroids
 
 
-def _left_out(rows: Counts, *, label: Ids, clusters: int) -> tuple[Ids, Doubles]:
+def _left_out(rows: TermCounts, *, label: Ids, clusters: int) -> tuple[Ids, Doubles]:
     """Each prompt's cluster and margin as decided by a training on the others."""
     folds = min(rows.texts, MAX_FOLDS)
     fold = np.arange(rows.texts) % folds
@@ -152,7 +152,7 @@ def _left_out(rows: Counts, *, label: Ids, clusters: int) -> tuple[Ids, Doubles]
     return scores.argmax(axis=1), ranked[:, -1] - ranked[:, -2]
 
 
-def _telling(rows: Counts, *, label: Ids, clusters: int) -> NDArray[np.uint8]:
+def _telling(rows: TermCounts, *, label: Ids, clusters: int) -> NDArray[np.uint8]:
     pairs = Counter(term for _, term in set(zip(label[rows.text].tolist(), rows.term.tolist(), strict=True)))
     return np.array([pairs[term] <= (clusters + 1) // 2 for term in range(rows.terms)], np.uint8)
 

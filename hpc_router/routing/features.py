@@ -146,7 +146,7 @@ def vocabulary_of(texts: Iterable[str], *, features: Features) -> Vocabulary:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Counts:
+class TermCounts:
     """Sparse rows: entry i says that text `text[i]` has term `term[i]` so often."""
 
     text: Ids
@@ -156,7 +156,7 @@ class Counts:
     terms: int = field(default=0)
 
 
-def counts_of(texts: Sequence[str], *, vocabulary: Vocabulary) -> Counts:
+def counts_of(texts: Sequence[str], *, vocabulary: Vocabulary) -> TermCounts:
     number = {term: row for row, term in enumerate(vocabulary.terms)}
     found: list[dict[int, int]] = []
     for text in texts:
@@ -166,7 +166,7 @@ def counts_of(texts: Sequence[str], *, vocabulary: Vocabulary) -> Counts:
                 row[at] = row.get(at, 0) + 1
         found.append(row)
     entries = sum(map(len, found))
-    return Counts(
+    return TermCounts(
         text=np.repeat(np.arange(len(texts)), [len(row) for row in found]),
         term=np.fromiter(chain.from_iterable(found), np.intp, entries),
         count=np.fromiter(chain.from_iterable(row.values() for row in found), np.float64, entries),

@@ -19,7 +19,7 @@ from hpc_router.routing.classifier import Classifier, Term
 KINDS = ("classifier", "least_in_flight", "model_field", "round_robin")
 
 
-class Reason(StrEnum):
+class RouteReason(StrEnum):
     NAMED = "named"
     CLASSIFIED = "classified"
     POLICY = "policy"
@@ -33,7 +33,7 @@ class Decision(NamedTuple):
     """`expert` None: nobody can take the prompt. `margin` lies between the cluster's expert and `runner_up`."""
 
     expert: str | None
-    reason: Reason
+    reason: RouteReason
     cluster: str | None = None
     score: float | None = None
     margin: float | None = None
@@ -106,18 +106,18 @@ class ClassifierPolicy:
         best = found.expert or self._fallback or found.runner_up
         if found.known_terms == 0:
             # Nothing of the prompt was recognised, so nothing is claimed about it.
-            return Decision(self._fallback or best, Reason.NO_KNOWN_TERMS)
+            return Decision(self._fallback or best, RouteReason.NO_KNOWN_TERMS)
         if found.margin is not None and found.margin < self._classifier.margin_threshold:
-            expert, reason = self._fallback or best, Reason.LOW_MARGIN
+            expert, reason = self._fallback or best, RouteReason.LOW_MARGIN
         elif found.expert is None:
-            expert, reason = best, Reason.UNAVAILABLE
+            expert, reason = best, RouteReason.UNAVAILABLE
         else:
-            expert, reason = best, Reason.CLASSIFIED
+            expert, reason = best, RouteReason.CLASSIFIED
         return Decision(expert, reason, found.cluster, found.score, found.margin, found.runner_up)
 
     def explain(self, text: str, *, ready: Mapping[str, int]) -> Explanation:
         decision = self.select(text, ready=ready)
-        if decision.reason is Reason.NO_KNOWN_TERMS:
+        if decision.reason is RouteReason.NO_KNOWN_TERMS:
             return Explanation(decision)
         return Explanation(decision, self._classifier.explain(text))
 
@@ -174,7 +174,7 @@ class ModelField:
         self._fallback = fallback
 
     def select(self, text: str, *, ready: Mapping[str, int]) -> Decision:
-        return Decision(self._fallback, Reason.POLICY)
+        return Decision(self._fallback, RouteReason.POLICY)
 
     def explain(self, text: str, *, ready: Mapping[str, int]) -> Explanation:
         return Explanation(self.select(text, ready=ready))
@@ -204,7 +204,7 @@ def build_policy(
 
 
 def _given(expert: str | None) -> Decision:
-    return Decision(expert, Reason.UNAVAILABLE if expert is None else Reason.POLICY)
+    return Decision(expert, RouteReason.UNAVAILABLE if expert is None else RouteReason.POLICY)
 
 
 def _next(names: list[str], *, after: str) -> str | None:

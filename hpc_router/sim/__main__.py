@@ -22,9 +22,9 @@ from hpc_router.config.parsing import parse
 from hpc_router.config.schema import Roofline
 from hpc_router.errors import ConfigError, HpcRouterError
 from hpc_router.sim.config import SimConfig
-from hpc_router.sim.faults import Kind, Rule, parse_rules
+from hpc_router.sim.faults import FaultKind, Rule, parse_rules
 from hpc_router.sim.ranks import LOST, Meeting, follow
-from hpc_router.sim.server import SimEngine
+from hpc_router.sim.server import SimServer
 from hpc_router.sim.startup_failures import strikes_this_start, traceback
 
 log = logging.getLogger("hpc_router.sim")
@@ -201,7 +201,7 @@ async def _serve_alone(config: SimConfig, arguments: argparse.Namespace, stop: a
     if failure is not None:
         sys.stderr.write(traceback(failure, model=config.model) + "\n")
         return 1
-    async with SimEngine(config, uds=arguments.uds, host=arguments.host, port=arguments.port, crash=_die) as engine:
+    async with SimServer(config, uds=arguments.uds, host=arguments.host, port=arguments.port, crash=_die) as engine:
         log.info("simulated engine %s listens on %s", config.model, engine.address)
         if arguments.announce:
             sys.stdout.write(json.dumps({"listening": engine.address}) + "\n")
@@ -226,7 +226,7 @@ async def _stopped_within(stop: asyncio.Event, time_s: float) -> bool:
 def _load_failure(config: SimConfig) -> str | None:
     """The reason for which this start is to fail."""
     for rule in config.faults:
-        if rule.fault.kind is Kind.LOAD_FAIL and strikes_this_start(rule.fault, times=rule.times):
+        if rule.fault.kind is FaultKind.LOAD_FAIL and strikes_this_start(rule.fault, times=rule.times):
             return rule.fault.reason
     return None
 

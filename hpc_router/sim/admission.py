@@ -10,14 +10,14 @@ from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
-from hpc_router.sim.metrics import Counts, Outcome, Phase
+from hpc_router.sim.metrics import Outcome, RequestCounts, RequestPhase
 
 
 @dataclass(slots=True, eq=False)
 class Ticket:
     """One request's place. An end that nobody explains is an error."""
 
-    phase: Phase = Phase.QUEUED
+    phase: RequestPhase = RequestPhase.QUEUED
     outcome: Outcome = Outcome.ERROR
     stopped: bool = False
     _task: asyncio.Task[object] | None = field(default_factory=asyncio.current_task)
@@ -48,7 +48,7 @@ class Stopped(Exception):
 
 class Scheduler:
     def __init__(self, *, capacity: int | None) -> None:
-        self.counts = Counts()
+        self.counts = RequestCounts()
         self._places = asyncio.Semaphore(capacity) if capacity is not None else None
         self._idle = asyncio.Event()
         self._idle.set()
@@ -79,7 +79,7 @@ class Scheduler:
             async with self._place(ticket):
                 self.counts.waiting -= 1
                 self.counts.running += 1
-                ticket.phase = Phase.BEFORE_FIRST_TOKEN
+                ticket.phase = RequestPhase.BEFORE_FIRST_TOKEN
                 self.counts.prompt_tokens += prompt_tokens
                 yield ticket
         except (asyncio.CancelledError, ConnectionError):
@@ -91,7 +91,7 @@ class Scheduler:
             raise
         finally:
             self._tickets.discard(ticket)
-            if ticket.phase is Phase.QUEUED:
+            if ticket.phase is RequestPhase.QUEUED:
                 self.counts.waiting -= 1
             else:
                 self.counts.running -= 1

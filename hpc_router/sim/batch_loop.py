@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from hpc_router.sim.continuous_batching import Batch, Sequence
 from hpc_router.sim.latency import Clock
-from hpc_router.sim.roofline import Engine
+from hpc_router.sim.roofline import RooflineEngine
 
 
 @dataclass(slots=True, eq=False)
@@ -39,7 +39,7 @@ class Seat:
 class Batching:
     """`step_s`, `lost_s`: seconds that steps were to last, and by which they lagged behind for good."""
 
-    def __init__(self, engine: Engine, clock: Clock) -> None:
+    def __init__(self, engine: RooflineEngine, clock: Clock) -> None:
         self._engine, self._clock = engine, clock
         self._slowdown = engine.options.slowdown
         self.batch = Batch(engine.kv_tokens, engine.max_seqs, engine.max_tokens)

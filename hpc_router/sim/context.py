@@ -9,7 +9,7 @@ from hpc_router.sim.config import SimConfig
 from hpc_router.sim.fault_injection import Crash
 from hpc_router.sim.fault_schedule import FaultScript
 from hpc_router.sim.latency import Clock, LatencyModel
-from hpc_router.sim.request_log import Recent
+from hpc_router.sim.request_log import RequestLog
 from hpc_router.sim.response_store import Kept
 
 
@@ -22,7 +22,7 @@ class Core:
     scheduler: Scheduler
     script: FaultScript
     ids: random.Random
-    recent: Recent = field(default_factory=Recent)
+    recent: RequestLog = field(default_factory=RequestLog)
     kept: Kept = field(default_factory=Kept)
     batching: Batching | None = None  # where it stands for an engine on GPUs
     loaded: bool = False

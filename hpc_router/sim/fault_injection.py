@@ -14,7 +14,7 @@ from typing import Final, NoReturn, cast
 from aiohttp import web
 
 from hpc_router.sim.api_error import ApiError
-from hpc_router.sim.faults import Fault, Kind
+from hpc_router.sim.faults import Fault, FaultKind
 from hpc_router.sim.latency import Clock
 
 GARBAGE: Final = b"\x00\xff\xfe simulated garbage, not HTTP \r\n\r\n\x00" * 4
@@ -38,24 +38,24 @@ async def strike(fault: Fault, request: web.BaseRequest, *, crash: Crash, clock:
     # Give way once: uvloop flushes what was written before at the end of the loop's step.
     await clock.sleep(0.0)
     match fault.kind:
-        case Kind.STATUS:
+        case FaultKind.STATUS:
             retry_after = {} if fault.retry_after_s is None else {"Retry-After": f"{fault.retry_after_s:g}"}
             raise ApiError(fault.message, status=fault.status, headers=retry_after)
-        case Kind.HANG:
+        case FaultKind.HANG:
             if fault.for_s is None:
                 await asyncio.get_running_loop().create_future()
             else:
                 await clock.sleep(fault.for_s)
-        case Kind.DIE:
+        case FaultKind.DIE:
             crash(fault.exit_code)
             raise Severed
-        case Kind.RESET:
+        case FaultKind.RESET:
             if request.transport is not None:
                 reset(request.transport)
             raise Severed
-        case Kind.GARBAGE:
+        case FaultKind.GARBAGE:
             sever(request, last_bytes=GARBAGE)
-        case Kind.ERROR_EVENT | Kind.CUT:
+        case FaultKind.ERROR_EVENT | FaultKind.CUT:
             raise InStream(fault)
         case _:
             raise AssertionError(f"{fault.kind} does not strike at a token")

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hpc_router.errors import ConfigError
-from hpc_router.sim.faults import CONNECT, EXPRESSIBLE, Answer, Fault, Kind, Rule, parse_rules
+from hpc_router.sim.faults import CONNECT, EXPRESSIBLE, Fault, FaultKind, ResponseForm, Rule, parse_rules
 
 
 @dataclass(slots=True)
@@ -42,13 +42,13 @@ class FaultScript:
         self._live = [
             _Live(rule=rule, rng=random.Random(f"{self._seed}/{index}"))
             for index, rule in enumerate(rules)
-            if rule.fault.kind is not Kind.LOAD_FAIL
+            if rule.fault.kind is not FaultKind.LOAD_FAIL
         ]
 
     def load(self, rules: object) -> None:
         """Replace the script by a JSON list, already decoded: what tests and `POST /sim/faults` use."""
         parsed = parse_rules(rules)
-        if any(rule.fault.kind is Kind.LOAD_FAIL for rule in parsed):
+        if any(rule.fault.kind is FaultKind.LOAD_FAIL for rule in parsed):
             raise ConfigError("load_fail strikes at the start only: give it to --faults")
         self.replace(parsed)
 
@@ -59,21 +59,21 @@ class FaultScript:
         """Whether the connection just accepted is to be reset."""
         return any(live.strikes() for live in self._live if live.rule.fault.at == CONNECT)
 
-    def select(self, path: str, *, model: str | None, answer: Answer) -> tuple[float, Fault | None]:
+    def select(self, path: str, *, model: str | None, answer: ResponseForm) -> tuple[float, Fault | None]:
         """The slowness factor and the fault that strikes this request."""
         factor = 1.0
         for live in self._live:
             if not _matches(live.rule, path=path, model=model, answer=answer) or not live.strikes():
                 continue
-            if live.rule.fault.kind is not Kind.SLOW:
+            if live.rule.fault.kind is not FaultKind.SLOW:
                 return factor, live.rule.fault
             factor *= live.rule.fault.factor
         return factor, None
 
 
-def _matches(rule: Rule, *, path: str, model: str | None, answer: Answer) -> bool:
+def _matches(rule: Rule, *, path: str, model: str | None, answer: ResponseForm) -> bool:
     if rule.fault.at == CONNECT or rule.fault.kind not in EXPRESSIBLE[answer]:
         return False
-    if rule.path is None and answer is Answer.OTHER:
+    if rule.path is None and answer is ResponseForm.OTHER:
         return False
     return rule.path in (None, path) and rule.model in (None, model)

@@ -17,7 +17,7 @@ CONNECT: Final = -2  # before a byte of the request is read
 HEADERS: Final = -1  # before a byte of the response is sent
 
 
-class Kind(StrEnum):
+class FaultKind(StrEnum):
     DIE = "die"
     HANG = "hang"
     STATUS = "status"
@@ -30,7 +30,7 @@ class Kind(StrEnum):
     LOAD_FAIL = "load_fail"
 
 
-class Answer(StrEnum):
+class ResponseForm(StrEnum):
     """What a request would get back; it decides which faults can be expressed."""
 
     STREAM = "stream"
@@ -38,36 +38,36 @@ class Answer(StrEnum):
     OTHER = "other"  # /health, /metrics, /v1/models: hit only by rules that name the path
 
 
-_ANYWHERE = frozenset({Kind.DIE, Kind.HANG, Kind.STATUS, Kind.GARBAGE, Kind.RESET})
+_ANYWHERE = frozenset({FaultKind.DIE, FaultKind.HANG, FaultKind.STATUS, FaultKind.GARBAGE, FaultKind.RESET})
 EXPRESSIBLE: Final = {
-    Answer.STREAM: _ANYWHERE | {Kind.SLOW, Kind.ERROR_EVENT, Kind.CUT},
-    Answer.BODY: _ANYWHERE | {Kind.SLOW, Kind.PARTIAL_BODY},
-    Answer.OTHER: _ANYWHERE,
+    ResponseForm.STREAM: _ANYWHERE | {FaultKind.SLOW, FaultKind.ERROR_EVENT, FaultKind.CUT},
+    ResponseForm.BODY: _ANYWHERE | {FaultKind.SLOW, FaultKind.PARTIAL_BODY},
+    ResponseForm.OTHER: _ANYWHERE,
 }
 
 LOAD_FAILURES: Final = ("out_of_memory", "kv_cache", "weights", "cuda")
 
 _KEYS: Final = {
-    Kind.DIE: ("at", "exit_code"),
-    Kind.HANG: ("at", "for_s"),
-    Kind.STATUS: ("status", "retry_after_s", "message"),
-    Kind.SLOW: ("factor",),
-    Kind.ERROR_EVENT: ("at", "message"),
-    Kind.CUT: ("at",),
-    Kind.GARBAGE: ("at",),
-    Kind.RESET: ("at",),
-    Kind.PARTIAL_BODY: (),
-    Kind.LOAD_FAIL: ("reason", "counter"),
+    FaultKind.DIE: ("at", "exit_code"),
+    FaultKind.HANG: ("at", "for_s"),
+    FaultKind.STATUS: ("status", "retry_after_s", "message"),
+    FaultKind.SLOW: ("factor",),
+    FaultKind.ERROR_EVENT: ("at", "message"),
+    FaultKind.CUT: ("at",),
+    FaultKind.GARBAGE: ("at",),
+    FaultKind.RESET: ("at",),
+    FaultKind.PARTIAL_BODY: (),
+    FaultKind.LOAD_FAIL: ("reason", "counter"),
 }
 _SELECTORS: Final = ("times", "every", "probability", "path", "model")
-_DEFAULT_AT: Final = {Kind.HANG: HEADERS, Kind.GARBAGE: HEADERS, Kind.RESET: CONNECT}
+_DEFAULT_AT: Final = {FaultKind.HANG: HEADERS, FaultKind.GARBAGE: HEADERS, FaultKind.RESET: CONNECT}
 _NAMED_AT: Final = {"connect": CONNECT, "headers": HEADERS, "first_token": 0}
-_EARLIEST_AT: Final = {Kind.RESET: CONNECT, Kind.ERROR_EVENT: 0, Kind.CUT: 0}
+_EARLIEST_AT: Final = {FaultKind.RESET: CONNECT, FaultKind.ERROR_EVENT: 0, FaultKind.CUT: 0}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fault:
-    kind: Kind
+    kind: FaultKind
     at: int = 0
     for_s: float | None = None
     status: int = 503
@@ -108,9 +108,9 @@ def parse_fault(value: object, *, where: str) -> Fault:
     """
     source = _object(_decoded(value, where=where), where=where)
     fault = _fault(source, where=where, extra=())
-    if fault.kind is Kind.LOAD_FAIL:
+    if fault.kind is FaultKind.LOAD_FAIL:
         raise ConfigError(f"{where}: load_fail strikes at the start only: give it to --faults")
-    return Fault(kind=Kind.RESET, at=HEADERS) if fault.at == CONNECT else fault
+    return Fault(kind=FaultKind.RESET, at=HEADERS) if fault.at == CONNECT else fault
 
 
 def _rule(value: object, *, where: str) -> Rule:
@@ -127,16 +127,16 @@ def _rule(value: object, *, where: str) -> Rule:
     )
     if fault.at == CONNECT and (rule.path is not None or rule.model is not None):
         raise ConfigError(f"{where}: a reset at connect knows neither path nor model; give it 'at': 'headers'")
-    if fault.kind is Kind.LOAD_FAIL and rule.times is not None and fault.counter is None:
+    if fault.kind is FaultKind.LOAD_FAIL and rule.times is not None and fault.counter is None:
         raise ConfigError(f"{where}: load_fail with 'times' needs 'counter', a file that counts across starts")
     return rule
 
 
 def _fault(source: dict[str, object], *, where: str, extra: Sequence[str]) -> Fault:
     name = source.get("kind")
-    if not isinstance(name, str) or name not in list(Kind):
-        raise ConfigError(f"{where}: unknown kind {name!r}{suggest(str(name), list(Kind))}")
-    kind = Kind(name)
+    if not isinstance(name, str) or name not in list(FaultKind):
+        raise ConfigError(f"{where}: unknown kind {name!r}{suggest(str(name), list(FaultKind))}")
+    kind = FaultKind(name)
     valid = ("kind", *_KEYS[kind], *extra)
     for key in source:
         if key not in valid:
@@ -162,7 +162,7 @@ def _fault(source: dict[str, object], *, where: str, extra: Sequence[str]) -> Fa
     )
 
 
-def _position(source: dict[str, object], *, kind: Kind, where: str) -> int:
+def _position(source: dict[str, object], *, kind: FaultKind, where: str) -> int:
     value = source.get("at", _DEFAULT_AT.get(kind, 0))
     if isinstance(value, str) and value in _NAMED_AT:
         value = _NAMED_AT[value]

@@ -18,13 +18,13 @@ from hpc_router.sim.admission import Ticket
 from hpc_router.sim.api_error import ApiError
 from hpc_router.sim.context import Core
 from hpc_router.sim.fault_injection import strike
-from hpc_router.sim.faults import EXPRESSIBLE, Answer, Fault, Kind, parse_fault
-from hpc_router.sim.latency import Pace, SpacedPace
+from hpc_router.sim.faults import EXPRESSIBLE, Fault, FaultKind, ResponseForm, parse_fault
+from hpc_router.sim.latency import SpacedPace, TokenSchedule
 from hpc_router.sim.request_parsing import (
     Api,
     Embedding,
     Generation,
-    Prompt,
+    ParsedPrompt,
     check_length,
     parse_chat,
     parse_completion,
@@ -39,8 +39,8 @@ FAULT_HEADER = "x-sim-fault"
 _FORMS: Final[Mapping[Api, Callable[[response_formats.Envelope, Generation], response_formats.Form]]] = {
     Api.CHAT: response_formats.Choices,
     Api.TEXT: response_formats.Choices,
-    Api.RESPONSE: typed_response_formats.Response,
-    Api.MESSAGE: typed_response_formats.Message,
+    Api.RESPONSE: typed_response_formats.ResponsesFormat,
+    Api.MESSAGE: typed_response_formats.MessagesFormat,
 }
 _ID_PREFIXES: Final = {Api.CHAT: "chatcmpl-", Api.TEXT: "cmpl-", Api.RESPONSE: "resp_", Api.MESSAGE: "msg_"}
 
@@ -72,7 +72,7 @@ class Inference:
     async def embeddings(self, request: web.Request) -> web.StreamResponse:
         asked = parse_embedding(await request.read())
         self._check(asked.model, asked.inputs, max_tokens=None)
-        factor, fault = await self._fault(request, asked, answer=Answer.BODY)
+        factor, fault = await self._fault(request, asked, answer=ResponseForm.BODY)
         body = self._embed(asked, envelope=self._envelope(request, asked, prefix="embd-"))
         async with (
             self._core.scheduler.admit(prompt_tokens=asked.prompt_tokens) as ticket,
@@ -83,7 +83,7 @@ class Inference:
 
     async def _generate(self, request: web.Request, asked: Generation) -> web.StreamResponse:
         self._check(asked.model, asked.prompts, max_tokens=asked.max_tokens)
-        answer = Answer.STREAM if asked.stream else Answer.BODY
+        answer = ResponseForm.STREAM if asked.stream else ResponseForm.BODY
         factor, fault = await self._fault(request, asked, answer=answer)
         completions = [self._complete(asked, prompt, index) for prompt in asked.prompts for index in range(asked.n)]
         envelope = self._envelope(request, asked, prefix=_ID_PREFIXES[asked.api], own=asked.api is Api.RESPONSE)
@@ -97,7 +97,7 @@ class Inference:
                 job.keep = partial(self._core.kept.add, envelope.id, asked.prompts[0], completions[0])
             return await send(job, asked, completions, form=_FORMS[asked.api](envelope, asked))
 
-    def _check(self, model: str | None, prompts: tuple[Prompt, ...], *, max_tokens: int | None) -> None:
+    def _check(self, model: str | None, prompts: tuple[ParsedPrompt, ...], *, max_tokens: int | None) -> None:
         names = self._config.names
         if model is not None and model not in names:
             message = f"The model `{model}` does not exist{suggest(model, names)}."
@@ -106,7 +106,7 @@ class Inference:
             check_length(prompt, max_tokens=max_tokens, max_model_len=self._config.max_model_len)
 
     async def _fault(
-        self, request: web.Request, asked: Generation | Embedding, *, answer: Answer
+        self, request: web.Request, asked: Generation | Embedding, *, answer: ResponseForm
     ) -> tuple[float, Fault | None]:
         """What strikes this request: its own fault if it brings one, else what the script says."""
         core = self._core
@@ -116,13 +116,13 @@ class Inference:
         else:
             factor, fault = _own_fault(own, answer=answer)
         if factor != 1.0:
-            core.scheduler.counts.faults[Kind.SLOW] += 1
-        if fault is not None and fault.kind is Kind.STATUS:
-            core.scheduler.counts.faults[Kind.STATUS] += 1
+            core.scheduler.counts.faults[FaultKind.SLOW] += 1
+        if fault is not None and fault.kind is FaultKind.STATUS:
+            core.scheduler.counts.faults[FaultKind.STATUS] += 1
             await strike(fault, request, crash=core.crash, clock=core.clock)
         return factor, fault
 
-    def _complete(self, asked: Generation, prompt: Prompt, index: int) -> Completion:
+    def _complete(self, asked: Generation, prompt: ParsedPrompt, index: int) -> Completion:
         if asked.tool is not None:
             return complete_tool_call(asked.tool.parameters, limit=asked.max_tokens)
         return complete_text(
@@ -157,14 +157,14 @@ class Inference:
             id=f"{prefix}{name}", created=created, model=self._config.answering(asked.model)
         )
 
-    def _pace(self, prompt_tokens: int, factor: float) -> AbstractAsyncContextManager[Pace]:
+    def _pace(self, prompt_tokens: int, factor: float) -> AbstractAsyncContextManager[TokenSchedule]:
         """When the request's tokens come. In a batch all share its steps: there `slow` slows nobody."""
         core = self._core
         if core.batching is not None:
             return core.batching.seat(prompt_tokens)
         return nullcontext(SpacedPace(core.latency, clock=core.clock, factor=factor))
 
-    def _job(self, request: web.Request, ticket: Ticket, *, pace: Pace, fault: Fault | None) -> Job:
+    def _job(self, request: web.Request, ticket: Ticket, *, pace: TokenSchedule, fault: Fault | None) -> Job:
         core = self._core
         return Job(
             request=request,
@@ -177,7 +177,7 @@ class Inference:
         )
 
 
-def _own_fault(value: object, *, answer: Answer) -> tuple[float, Fault | None]:
+def _own_fault(value: object, *, answer: ResponseForm) -> tuple[float, Fault | None]:
     try:
         fault = parse_fault(value, where=FAULT_HEADER if isinstance(value, str) else "sim_fault")
     except ConfigError as exc:
@@ -185,4 +185,4 @@ def _own_fault(value: object, *, answer: Answer) -> tuple[float, Fault | None]:
     if fault.kind not in EXPRESSIBLE[answer]:
         valid = ", ".join(sorted(EXPRESSIBLE[answer]))
         raise ApiError(f"The fault '{fault.kind}' cannot strike an answer of this form (valid: {valid}).")
-    return (fault.factor, None) if fault.kind is Kind.SLOW else (1.0, fault)
+    return (fault.factor, None) if fault.kind is FaultKind.SLOW else (1.0, fault)

@@ -15,7 +15,7 @@ from hpc_router.sim.admission import Stopped
 from hpc_router.sim.api_error import ApiError
 from hpc_router.sim.context import Core
 from hpc_router.sim.fault_injection import Severed, strike
-from hpc_router.sim.faults import Answer
+from hpc_router.sim.faults import ResponseForm
 from hpc_router.sim.handlers import Inference
 from hpc_router.sim.metrics import EngineMetrics
 
@@ -93,7 +93,7 @@ class Surface:
         if path.startswith("/v1/"):
             await self._record(request)
         if path not in _COMPUTING:
-            _, fault = core.script.select(path, model=None, answer=Answer.OTHER)
+            _, fault = core.script.select(path, model=None, answer=ResponseForm.OTHER)
             if fault is not None:
                 core.scheduler.counts.faults[fault.kind] += 1
                 await strike(fault, request, crash=core.crash, clock=core.clock)

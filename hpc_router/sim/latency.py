@@ -61,7 +61,7 @@ class JitteredLatency:
         return mean_s * self._rng.lognormvariate(-self._jitter * self._jitter / 2, self._jitter)
 
 
-class Pace(Protocol):
+class TokenSchedule(Protocol):
     """The token schedule of one request."""
 
     async def first(self, prompt_tokens: int, *, running: int) -> None:

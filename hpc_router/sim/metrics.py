@@ -14,7 +14,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 
-class Phase(StrEnum):
+class RequestPhase(StrEnum):
     """How far a request had come; what an abort is filed under."""
 
     QUEUED = "queued"
@@ -33,7 +33,7 @@ class Outcome(StrEnum):
 
 
 @dataclass(slots=True)
-class Counts:
+class RequestCounts:
     running: int = 0
     waiting: int = 0
     prompt_tokens: int = 0
@@ -46,7 +46,7 @@ class Counts:
 class EngineMetrics(Collector):
     def __init__(
         self,
-        counts: Counts,
+        counts: RequestCounts,
         *,
         model: str,
         capacity: int | None,
@@ -71,7 +71,11 @@ class EngineMetrics(Collector):
             "vllm:request_success", "Requests ended.", label="finished_reason", names=Outcome, values=counts.finished
         )
         yield self._by_label(
-            "hpc_router_sim_aborted_requests", "Clients that left.", label="phase", names=Phase, values=counts.aborted
+            "hpc_router_sim_aborted_requests",
+            "Clients that left.",
+            label="phase",
+            names=RequestPhase,
+            values=counts.aborted,
         )
         if self._steps is not None:
             step_s, lost_s = self._steps()

@@ -42,7 +42,7 @@ class Received:
         }
 
 
-class Recent:
+class RequestLog:
     def __init__(self, *, most_requests: int = MOST_REQUESTS, most_bytes: int = MOST_BYTES) -> None:
         self._most_requests, self._most_bytes = most_requests, most_bytes
         self._kept: deque[Received] = deque()

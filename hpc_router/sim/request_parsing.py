@@ -22,7 +22,7 @@ class Api(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Prompt:
+class ParsedPrompt:
     text: str
     tokens: int
 
@@ -41,7 +41,7 @@ class Generation:
 
     api: Api
     model: str | None
-    prompts: tuple[Prompt, ...]
+    prompts: tuple[ParsedPrompt, ...]
     n: int = 1
     max_tokens: int | None = None
     stop: tuple[str, ...] = ()
@@ -61,7 +61,7 @@ class Generation:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Embedding:
     model: str | None
-    inputs: tuple[Prompt, ...]
+    inputs: tuple[ParsedPrompt, ...]
     base64: bool = False
     dimensions: int | None = None
     fault: object = None
@@ -194,7 +194,7 @@ def parse_embedding(raw: bytes) -> Embedding:
     )
 
 
-def check_length(prompt: Prompt, *, max_tokens: int | None, max_model_len: int) -> None:
+def check_length(prompt: ParsedPrompt, *, max_tokens: int | None, max_model_len: int) -> None:
     """vLLM's refusal of what does not fit; one output token must always have room."""
     asked = 1 if max_tokens is None else max_tokens
     if prompt.tokens + asked > max_model_len:
@@ -206,9 +206,9 @@ def check_length(prompt: Prompt, *, max_tokens: int | None, max_model_len: int) 
         )
 
 
-def _prompt(spoken: list[tuple[str, str]]) -> Prompt:
+def _prompt(spoken: list[tuple[str, str]]) -> ParsedPrompt:
     tokens = sum(count_tokens(content) for _, content in spoken)
-    return Prompt(text="\n".join(f"{role}: {content}" for role, content in spoken), tokens=max(1, tokens))
+    return ParsedPrompt(text="\n".join(f"{role}: {content}" for role, content in spoken), tokens=max(1, tokens))
 
 
 def _messages(messages: object) -> list[tuple[str, str]]:
@@ -239,13 +239,13 @@ def _message(message: object, *, where: str) -> tuple[str, str]:
     return message["role"], "\n".join(texts)
 
 
-def _inputs(value: object, *, key: str) -> tuple[Prompt, ...]:
+def _inputs(value: object, *, key: str) -> tuple[ParsedPrompt, ...]:
     """A string, a list of strings, a list of token ids, or a list of such lists."""
     if isinstance(value, str):
-        return (Prompt(text=value, tokens=max(1, count_tokens(value))),)
+        return (ParsedPrompt(text=value, tokens=max(1, count_tokens(value))),)
     if isinstance(value, list) and value:
         if _is_token_ids(value):
-            return (Prompt(text=" ".join(map(str, value)), tokens=len(value)),)
+            return (ParsedPrompt(text=" ".join(map(str, value)), tokens=len(value)),)
         if all(isinstance(item, str) or _is_token_ids(item) for item in value):
             return tuple(prompt for item in value for prompt in _inputs(item, key=key))
     raise ApiError(f"'{key}' must be a string, a list of strings or a list of token ids, and not empty.", param=key)

@@ -159,7 +159,7 @@ class Piece:
     context: int
 
 
-class Engine:
+class RooflineEngine:
     """One replica: a model in some precision over some GPUs. Raises ConfigError when it does not fit."""
 
     def __init__(self, options: Roofline) -> None:

@@ -23,9 +23,9 @@ from hpc_router.sim.fault_injection import Crash, ResetAtOnce
 from hpc_router.sim.fault_schedule import FaultScript
 from hpc_router.sim.http_api import make_app
 from hpc_router.sim.latency import Clock, JitteredLatency, LatencyModel, RealClock
-from hpc_router.sim.metrics import Counts
-from hpc_router.sim.request_log import Recent
-from hpc_router.sim.roofline import Engine
+from hpc_router.sim.metrics import RequestCounts
+from hpc_router.sim.request_log import RequestLog
+from hpc_router.sim.roofline import RooflineEngine
 
 # sun_path holds 108 bytes with the final zero.
 LONGEST_SOCKET_PATH = 107
@@ -33,7 +33,7 @@ _ABORT_S = 1.0
 """For the ends of aborted answers to be taken."""
 
 
-class SimEngine:
+class SimServer:
     def __init__(
         self,
         config: SimConfig | None = None,
@@ -62,7 +62,7 @@ class SimEngine:
             scheduler=Scheduler(capacity=config.capacity),
             script=FaultScript(config.faults, seed=config.seed),
             ids=random.Random(),  # unseeded: replicas of one seed must not share ids
-            batching=None if config.roofline is None else Batching(Engine(config.roofline), clock),
+            batching=None if config.roofline is None else Batching(RooflineEngine(config.roofline), clock),
         )
         self._runner: web.AppRunner | None = None
         self._listener: asyncio.Server | None = None
@@ -85,7 +85,7 @@ class SimEngine:
         return "http://localhost" if self.uds is not None else self.address
 
     @property
-    def counts(self) -> Counts:
+    def counts(self) -> RequestCounts:
         return self._core.scheduler.counts
 
     @property
@@ -93,7 +93,7 @@ class SimEngine:
         return self._core.script
 
     @property
-    def recent(self) -> Recent:
+    def recent(self) -> RequestLog:
         return self._core.recent
 
     async def idle(self) -> None:

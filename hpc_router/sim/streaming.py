@@ -13,9 +13,9 @@ from aiohttp import web
 from hpc_router.sim import response_formats
 from hpc_router.sim.admission import Stopped, Ticket
 from hpc_router.sim.fault_injection import Crash, InStream, sever, strike
-from hpc_router.sim.faults import HEADERS, Fault, Kind
-from hpc_router.sim.latency import Clock, Pace
-from hpc_router.sim.metrics import Counts, Outcome, Phase
+from hpc_router.sim.faults import HEADERS, Fault, FaultKind
+from hpc_router.sim.latency import Clock, TokenSchedule
+from hpc_router.sim.metrics import Outcome, RequestCounts, RequestPhase
 from hpc_router.sim.request_parsing import Generation
 from hpc_router.sim.tokens import Completion
 
@@ -28,10 +28,10 @@ class Job:
 
     request: web.Request
     ticket: Ticket
-    counts: Counts
+    counts: RequestCounts
     clock: Clock
     crash: Crash
-    pace: Pace
+    pace: TokenSchedule
     fault: Fault | None
     keep: Callable[[], None] | None = None
 
@@ -56,7 +56,7 @@ class Job:
 
     async def _strike_at(self, k: int) -> None:
         fault = self.fault
-        if fault is not None and fault.at == k and fault.kind is not Kind.PARTIAL_BODY:
+        if fault is not None and fault.at == k and fault.kind is not FaultKind.PARTIAL_BODY:
             self.counts.faults[fault.kind] += 1
             await strike(fault, self.request, crash=self.crash, clock=self.clock)
 
@@ -73,7 +73,7 @@ async def answer_whole(
     try:
         for k in range(steps):
             await job.step(k, prompt_tokens=asked.prompt_tokens, choices=_alive(completions, k))
-            job.ticket.phase = Phase.GENERATING
+            job.ticket.phase = RequestPhase.GENERATING
         await job.end(steps)
     except Stopped:
         completions = [completion.aborted(k) for completion in completions]
@@ -99,13 +99,13 @@ async def answer_stream(
     try:
         for k in range(steps):
             await job.step(k, prompt_tokens=asked.prompt_tokens, choices=_alive(completions, k))
-            job.ticket.phase = Phase.STREAMING
+            job.ticket.phase = RequestPhase.STREAMING
             await response.write(_events(frames, completions, k))
         await job.end(steps)
     except InStream as due:
         at = due.fault.at
         next_events = _events(frames, completions, at) if at < steps else _closing(frames, completions, form=form)
-        if due.fault.kind is Kind.CUT:
+        if due.fault.kind is FaultKind.CUT:
             await response.write(next_events[: len(next_events) // 2])
             sever(job.request)
         await response.write_eof(form.error(due.fault.message))
@@ -143,8 +143,8 @@ def _closing(
 
 async def _send_body(job: Job, body: bytes, *, reason: str) -> web.StreamResponse:
     headers = {"Content-Type": "application/json", "Content-Length": str(len(body))}
-    if job.fault is not None and job.fault.kind is Kind.PARTIAL_BODY:
-        job.counts.faults[Kind.PARTIAL_BODY] += 1
+    if job.fault is not None and job.fault.kind is FaultKind.PARTIAL_BODY:
+        job.counts.faults[FaultKind.PARTIAL_BODY] += 1
         response = web.StreamResponse(headers=headers)
         await response.prepare(job.request)
         await response.write(body[: len(body) // 2])

@@ -21,7 +21,7 @@ def named_event(name: str, **body: object) -> bytes:
     return b"event: %b\ndata: %b\n\n" % (name.encode(), encode({"type": name, "simulated": True, **body}))
 
 
-class Response:
+class ResponsesFormat:
     """The form of `/v1/responses`."""
 
     def __init__(self, envelope: Envelope, asked: Generation) -> None:
@@ -92,7 +92,7 @@ class Response:
 class ResponseFrame:
     """Every event carries its number, which comes last."""
 
-    def __init__(self, response: Response) -> None:
+    def __init__(self, response: ResponsesFormat) -> None:
         self._response = response
         self._place: dict[str, object] = {"item_id": response.item_id, "output_index": 0, "content_index": 0}
         self._number = 0
@@ -136,7 +136,7 @@ class ResponseFrame:
         return self._number - 1
 
 
-class Message:
+class MessagesFormat:
     """The form of `/v1/messages`, and the frame of its only text."""
 
     def __init__(self, envelope: Envelope, asked: Generation) -> None:
@@ -145,7 +145,7 @@ class Message:
         head, _, tail = named_event("content_block_delta", index=0, delta=delta).rpartition(json_bytes(_PIECE))
         self._head, self._tail = head, tail
 
-    def frame(self, index: int) -> "Message":
+    def frame(self, index: int) -> "MessagesFormat":
         return self
 
     def opening(self) -> bytes:

@@ -18,7 +18,7 @@ from hpc_router.state.atomic_files import read_json, replace_json
 from hpc_router.state.run_directory import RunDir, private_umask
 
 
-class Phase(StrEnum):
+class JobPhase(StrEnum):
     """How far a job has come; the registry's `state` says only whether it may be used."""
 
     STARTING = "starting"  # the job body runs, no engine process yet
@@ -28,7 +28,7 @@ class Phase(StrEnum):
     DRAINING = "draining"
 
 
-class Reason(StrEnum):
+class FailureReason(StrEnum):
     """Why an engine or a job failed."""
 
     OUT_OF_MEMORY = "out_of_memory"
@@ -53,10 +53,18 @@ class Reason(StrEnum):
 
 
 PERMANENT: Final = frozenset(
-    {Reason.WEIGHTS, Reason.BAD_OPTION, Reason.INTERPRETER, Reason.SETUP, Reason.REFUSED},
+    {
+        FailureReason.WEIGHTS,
+        FailureReason.BAD_OPTION,
+        FailureReason.INTERPRETER,
+        FailureReason.SETUP,
+        FailureReason.REFUSED,
+    },
 )
 """Failures that a restart cannot cure."""
-BLAMELESS: Final = frozenset({Reason.NODE_FAILED, Reason.PREEMPTED, Reason.CANCELLED, Reason.UNANSWERED})
+BLAMELESS: Final = frozenset(
+    {FailureReason.NODE_FAILED, FailureReason.PREEMPTED, FailureReason.CANCELLED, FailureReason.UNANSWERED}
+)
 """Ends that say nothing about the replica: another is submitted, however often."""
 
 
@@ -114,11 +122,11 @@ class Ended:
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
+class JobProgress:
     """`url`, `node`: where a router serves; its record in the registry goes with it."""
 
-    phase: Phase
-    reason: Reason | None = None  # of the last engine failure
+    phase: JobPhase
+    reason: FailureReason | None = None  # of the last engine failure
     message: str | None = None
     restarts: int = 0
     pid: int = field(default_factory=os.getpid)
@@ -134,7 +142,7 @@ class Exit:
     """`cut`: how many answers a drain did not let finish."""
 
     ok: bool
-    reason: Reason
+    reason: FailureReason
     message: str
     at: float = field(default_factory=time.time)
     cut: int = 0
@@ -143,7 +151,7 @@ class Exit:
     def drained(cls, message: str, *, cut: int) -> Self:
         """The end of a service that was asked to stop."""
         said = f"; {cut} answer{'s were' if cut > 1 else ' was'} cut off" if cut else ""
-        return cls(ok=True, reason=Reason.DRAINED, message=f"{message}{said}", cut=cut)
+        return cls(ok=True, reason=FailureReason.DRAINED, message=f"{message}{said}", cut=cut)
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +163,7 @@ class Stop:
     kill_at: float | None = None
 
 
-_T = TypeVar("_T", JobInfo, Submitter, Process, Progress, Exit, Ended, Stop)
+_T = TypeVar("_T", JobInfo, Submitter, Process, JobProgress, Exit, Ended, Stop)
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,7 +204,7 @@ class JobDir:
     def claimed_at(self) -> float:
         return self.path.stat().st_mtime
 
-    def write(self, value: JobInfo | Submitter | Process | Progress | Exit | Ended | Stop) -> None:
+    def write(self, value: JobInfo | Submitter | Process | JobProgress | Exit | Ended | Stop) -> None:
         replace_json(self.path / _FILES[type(value)], asdict(value))
 
     def info(self) -> JobInfo | None:
@@ -206,8 +214,8 @@ class JobDir:
     def submitter(self) -> Submitter | None:
         return self._read(Submitter)
 
-    def progress(self) -> Progress | None:
-        return self._read(Progress)
+    def progress(self) -> JobProgress | None:
+        return self._read(JobProgress)
 
     def exit(self) -> Exit | None:
         return self._read(Exit)
@@ -233,7 +241,7 @@ _FILES: Final[Mapping[type, str]] = {
     JobInfo: "job.json",
     Submitter: "submitter.json",
     Process: "process.json",
-    Progress: "progress.json",
+    JobProgress: "progress.json",
     Exit: "exit.json",
     Ended: "ended.json",
     Stop: "stop.json",
@@ -242,9 +250,9 @@ _FILES: Final[Mapping[type, str]] = {
 
 def _enums(value: dict[str, Any]) -> dict[str, Any]:
     if value.get("phase") is not None:
-        value["phase"] = Phase(value["phase"])
+        value["phase"] = JobPhase(value["phase"])
     if value.get("reason") is not None:
-        value["reason"] = Reason(value["reason"])
+        value["reason"] = FailureReason(value["reason"])
     if value.get("runner") is not None:
         value["runner"] = Runner(value["runner"])
     return value

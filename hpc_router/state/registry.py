@@ -25,7 +25,7 @@ SCHEMA: Final = 1
 _REPLICA = re.compile(r"(?P<expert>[a-z0-9][a-z0-9_-]*)-(?P<slot>[a-z]*[0-9]+)\.g(?P<generation>[0-9]+)")
 
 
-class Kind(StrEnum):
+class RecordKind(StrEnum):
     EXPERT = "expert"
     ROUTER = "router"
     EXTERNAL = "external"
@@ -57,7 +57,7 @@ class Record:
     `probe`: of an external endpoint, the path that the router asks; None: only whether its port takes connections.
     """
 
-    kind: Kind
+    kind: RecordKind
     replica: str
     url: str
     state: State
@@ -77,7 +77,7 @@ class Record:
 
     def to_json(self) -> dict[str, Any]:
         value = asdict(self)
-        if self.kind is not Kind.EXTERNAL:
+        if self.kind is not RecordKind.EXTERNAL:
             del value["probe"]
         return value
 
@@ -90,7 +90,7 @@ class Record:
         try:
             record = cls(**{k: v for k, v in value.items() if k in known})
             engine = _engine_info(value.get("engine") or {})
-            record = replace(record, kind=Kind(record.kind), state=State(record.state), engine=engine)
+            record = replace(record, kind=RecordKind(record.kind), state=State(record.state), engine=engine)
         except (AttributeError, TypeError, ValueError) as error:
             raise RegistryError(f"not a registry record: {error}") from error
         _check_types(record)
@@ -196,5 +196,5 @@ class Reader:
 
 def leading_router(records: Mapping[str, Record]) -> Record | None:
     """The ready router of the highest generation."""
-    routers = [r for r in records.values() if r.kind is Kind.ROUTER and r.state is State.READY]
+    routers = [r for r in records.values() if r.kind is RecordKind.ROUTER and r.state is State.READY]
     return max(routers, key=lambda r: (r.generation, r.replica), default=None)

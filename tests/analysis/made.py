@@ -4,9 +4,9 @@ from dataclasses import replace
 from typing import Any
 
 from hpc_router.bench.config import BenchConfig
-from hpc_router.bench.figures import Observation, Part, Window, figures
-from hpc_router.bench.load.generator import Load
-from hpc_router.bench.point import Measured
+from hpc_router.bench.figures import MeasurementPart, Observation, Window, figures
+from hpc_router.bench.load.generator import LoadResult
+from hpc_router.bench.point import MeasuredPoint
 from hpc_router.bench.record import Provenance, record
 from hpc_router.bench.workload import Point
 
@@ -37,14 +37,14 @@ def made(
     """`users` answers of 8 tokens, a tenth of a second apart, in a window of 10 s."""
     seen = [
         Observation(
-            part=Part.MEASURED, user=n, started_s=1.0, ended_s=1.0 + ttft_s + 0.8,
+            part=MeasurementPart.MEASURED, user=n, started_s=1.0, ended_s=1.0 + ttft_s + 0.8,
             content_s=[1.0 + ttft_s + k / 10 for k in range(8)], tokens=8,
             expert=("code", "math")[n % 2], replica=f"{('code', 'math')[n % 2]}-0.g1",
         )
         for n in range(users)
     ]  # fmt: skip
-    load = Load(0.0, seen, Window(0.0, 10.0), 0.1, 0.0)
+    load = LoadResult(0.0, seen, Window(0.0, 10.0), 0.1, 0.0)
     added = None if added_s is None else {"ttft_s": {"added_s": added_s, "share": added_s / ttft_s}}
-    point = Measured(Point(users=users, repeat=repeat), load, figures(seen, load.window), invalid, None, added)
+    point = MeasuredPoint(Point(users=users, repeat=repeat), load, figures(seen, load.window), invalid, None, added)
     origin = replace(ORIGIN, choices={"topology": topology})
     return record("p", point, config=BenchConfig(), origin=origin) | {"evidence": evidence}

@@ -10,7 +10,7 @@ from typing import Any
 
 from aiohttp import web
 
-from hpc_router.bench.load.generator import Target
+from hpc_router.bench.load.generator import LoadTarget
 from hpc_router.net import protocol
 from hpc_router.net.auth import challenge_answer
 
@@ -34,8 +34,8 @@ class FakeRouter:
     left: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
-    def target(self) -> Target:
-        return Target(self.url, TOKEN)
+    def target(self) -> LoadTarget:
+        return LoadTarget(self.url, TOKEN)
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         if request.path == protocol.HEALTH:

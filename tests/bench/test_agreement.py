@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from hpc_router.bench.agreement import FIGURES, Options, compare, markdown
+from hpc_router.bench.agreement import FIGURES, AgreementOptions, compare, markdown
 from hpc_router.bench.config import read_config
-from hpc_router.bench.load.generator import Target
-from hpc_router.bench.prompts import Prompt
+from hpc_router.bench.load.generator import LoadTarget
+from hpc_router.bench.prompts import BenchPrompt
 from hpc_router.errors import LaunchError
 from tests.bench.fakes import WHOLE, fake_router, says
 
@@ -23,21 +23,21 @@ for word in "$@"; do [[ $before == --result-dir ]] && out=$word; before=$word; d
 """
 
 
-def options(folder: Path, script: str) -> Options:
+def options(folder: Path, script: str) -> AgreementOptions:
     tool = folder / "python"
     tool.write_text(script.format(folder=folder))
     tool.chmod(tool.stat().st_mode | stat.S_IXUSR)
-    return Options(vllm=str(tool), tokenizer=folder, out=folder, rounds=2)
+    return AgreementOptions(vllm=str(tool), tokenizer=folder, out=folder, rounds=2)
 
 
 CONFIG = read_config({"users": [2], "requests": 6, "warmup_s": 0, "model": "math", "max_tokens": 4})
-PROMPTS = [Prompt("one"), Prompt("two")]
+PROMPTS = [BenchPrompt("one"), BenchPrompt("two")]
 
 
 async def test_both_are_asked_the_same_and_stand_side_by_side(tmp_path: Path) -> None:
     (tmp_path / "given.json").write_text(json.dumps(dict.fromkeys(FIGURES.values(), 2.0) | {"failed": 0}))
     async with fake_router(*[says(*WHOLE)] * 50) as fake:
-        target = Target(fake.url, "secret")
+        target = LoadTarget(fake.url, "secret")
         found = await asyncio.to_thread(compare, target, CONFIG, PROMPTS, options(tmp_path, TOOL))
     asked = (tmp_path / "asked").read_text()
     assert f"--base-url {fake.url} --endpoint /v1/chat/completions --model math" in asked
@@ -58,6 +58,6 @@ async def test_both_are_asked_the_same_and_stand_side_by_side(tmp_path: Path) ->
 async def test_its_last_words_are_told(tmp_path: Path) -> None:
     broken = "#!/bin/bash\necho no such flag >&2\nexit 2\n"
     async with fake_router(*[says(*WHOLE)] * 50) as fake:
-        target = Target(fake.url, "secret")
+        target = LoadTarget(fake.url, "secret")
         with pytest.raises(LaunchError, match="no such flag"):
             await asyncio.to_thread(compare, target, CONFIG, PROMPTS, options(tmp_path, broken))

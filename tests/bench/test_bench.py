@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from hpc_router.bench.figures import Observation, Part, Window, figures
-from hpc_router.bench.load.generator import Load
-from hpc_router.bench.point import Measured
+from hpc_router.bench.figures import MeasurementPart, Observation, Window, figures
+from hpc_router.bench.load.generator import LoadResult
+from hpc_router.bench.point import MeasuredPoint
 from hpc_router.bench.record import provenance
 from hpc_router.bench.table import table
 from hpc_router.bench.workload import Point
@@ -24,7 +24,7 @@ from hpc_router.config.compose import load_deployment
 from hpc_router.net.auth import replica_key
 from hpc_router.state import registry
 from hpc_router.state.job_records import JobDir, JobInfo, start_ticks
-from hpc_router.state.registry import EngineInfo, Kind, Record, State
+from hpc_router.state.registry import EngineInfo, Record, RecordKind, State
 from hpc_router.state.run_directory import RunDir, make_run
 from launch.bench import resolved
 from tests.bench.fakes import WHOLE, FakeRouter, breaks_off, fake_router, piece, says
@@ -42,9 +42,9 @@ def serves(run: RunDir, fake: FakeRouter) -> None:
     job.claim()
     job.write(JobInfo(str(os.getpid()), socket.gethostname(), start_ticks(os.getpid())))
     fake.key = replica_key(run.secret(), "nonce")
-    registry.publish(run.registry, Record(Kind.ROUTER, "router-0.g1", fake.url, State.READY, {}, nonce="nonce"))
+    registry.publish(run.registry, Record(RecordKind.ROUTER, "router-0.g1", fake.url, State.READY, {}, nonce="nonce"))
     engine = EngineInfo(kind="sim", model="sim-math")
-    publish = Record(Kind.EXPERT, "math-0.g1", "http://127.0.0.1:1", State.READY, {"math": "math"}, engine=engine)
+    publish = Record(RecordKind.EXPERT, "math-0.g1", "http://127.0.0.1:1", State.READY, {"math": "math"}, engine=engine)
     registry.publish(run.registry, publish)
 
 
@@ -146,10 +146,13 @@ def test_provenance_outside_a_clone(run: RunDir, tmp_path: Path, monkeypatch: py
 
 def test_an_invalid_point_is_told() -> None:
     """Also that a point at which everything failed can be shown."""
-    failed = Observation(part=Part.MEASURED, user=0, started_s=1.0, ended_s=2.0, error="connect")
+    failed = Observation(part=MeasurementPart.MEASURED, user=0, started_s=1.0, ended_s=2.0, error="connect")
     found = figures([failed], Window(0, 3))
-    load = Load(0.0, [failed], Window(0, 3), 0.2, 0.0)
-    rows = [Measured(Point(users=4), load, found, ()), Measured(Point(users=1000), load, found, ("its reason",))]
+    load = LoadResult(0.0, [failed], Window(0, 3), 0.2, 0.0)
+    rows = [
+        MeasuredPoint(Point(users=4), load, found, ()),
+        MeasuredPoint(Point(users=1000), load, found, ("its reason",)),
+    ]
     console = Console(file=io.StringIO(), width=132)
     console.print(table(rows, simulated=False))
     assert isinstance(console.file, io.StringIO)

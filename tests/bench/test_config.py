@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from hpc_router.bench.config import group_file, read_config
-from hpc_router.bench.prompts import Prompt, built_in, deck, read_prompts
+from hpc_router.bench.prompts import BenchPrompt, built_in, deck, read_prompts
 from hpc_router.config.compose import conf_folder
 from hpc_router.errors import ConfigError
 from launch.bench import OWN, config_of
@@ -69,7 +69,7 @@ def test_a_folder_of_one_s_own_goes_first(tmp_path: Path) -> None:
 def test_prompts_are_read_with_their_domains(tmp_path: Path) -> None:
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"prompt": "What is 2+2?", "domain": "math", "id": 7}\n\n{"prompt": "Ciao"}\n')
-    assert read_prompts(path) == [Prompt("What is 2+2?", "math"), Prompt("Ciao")]
+    assert read_prompts(path) == [BenchPrompt("What is 2+2?", "math"), BenchPrompt("Ciao")]
 
 
 @pytest.mark.parametrize(

@@ -4,13 +4,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpc_router.bench.figures import CUT, Observation, Part, Spread, Window, figures
+from hpc_router.bench.figures import CUT, MeasurementPart, Observation, Percentiles, Window, figures
 
 WINDOW = Window(10.0, 20.0)
 
 
 def seen(started_s: float, *content_s: float, **values: object) -> Observation:
-    given: dict[str, object] = {"part": Part.MEASURED, "user": 0, "expert": "math", **values}
+    given: dict[str, object] = {"part": MeasurementPart.MEASURED, "user": 0, "expert": "math", **values}
     ended_s = given.pop("ended_s", content_s[-1] if content_s else started_s)
     return Observation(started_s=started_s, ended_s=ended_s, content_s=content_s, **given)  # type: ignore[arg-type]
 
@@ -62,10 +62,10 @@ def test_only_measured_requests_have_latencies_but_all_fill_the_window() -> None
     """The window is open at its beginning and closed at its end; what was cut when the point was over counts."""
     found = figures(
         [
-            seen(8.0, 9.0, 10.0, 11.0, part=Part.WARM_UP),
+            seen(8.0, 9.0, 10.0, 11.0, part=MeasurementPart.WARM_UP),
             seen(12.0, 13.0),
-            seen(18.0, 19.0, 20.0, 20.1, part=Part.FILLING, error=CUT),
-            seen(18.0, 19.5, part=Part.FILLING, error="timeout"),
+            seen(18.0, 19.0, 20.0, 20.1, part=MeasurementPart.FILLING, error=CUT),
+            seen(18.0, 19.5, part=MeasurementPart.FILLING, error="timeout"),
         ],
         WINDOW,
     )
@@ -80,10 +80,10 @@ def test_a_point_without_a_window() -> None:
 
 
 def test_percentiles_interpolate() -> None:
-    found = Spread.of([1.0, 2.0, 3.0, 4.0])
+    found = Percentiles.of([1.0, 2.0, 3.0, 4.0])
     assert found is not None
     assert (found.p50, found.p90, found.p99) == pytest.approx((2.5, 3.7, 3.97))
-    assert Spread.of([]) is None
+    assert Percentiles.of([]) is None
 
 
 times = st.floats(0.001, 5.0)
@@ -102,7 +102,7 @@ def observations(draw: st.DrawFn) -> Observation:
         started_s,
         *content_s,
         ended_s=at_s + draw(times),
-        part=draw(st.sampled_from(Part)),
+        part=draw(st.sampled_from(MeasurementPart)),
         expert=draw(st.sampled_from(["math", "code", None])),
         error=error,
         tokens=tokens,
@@ -112,7 +112,7 @@ def observations(draw: st.DrawFn) -> Observation:
 @given(st.lists(observations(), max_size=20))
 def test_sums_agree_whatever_was_seen(found: list[Observation]) -> None:
     told = figures(found, WINDOW)
-    good = [o for o in found if o.part is Part.MEASURED and o.error is None]
+    good = [o for o in found if o.part is MeasurementPart.MEASURED and o.error is None]
     assert told.requests == told.succeeded + told.failed
     assert sum(told.errors.values()) == told.failed
     assert sum(told.experts.values()) == pytest.approx(1.0 if good else 0.0)
@@ -143,7 +143,7 @@ def test_one_answer_s_times_agree(one: Observation) -> None:
 
 @given(st.lists(st.floats(0.0, 1e6), min_size=1, max_size=200))
 def test_percentiles_are_of_the_samples(samples: list[float]) -> None:
-    spread = Spread.of(samples)
+    spread = Percentiles.of(samples)
     assert spread is not None
     assert min(samples) <= spread.p50 <= spread.p99 <= spread.max == max(samples)
     assert sum(sample <= spread.p90 for sample in samples) >= 0.9 * (len(samples) - 1)

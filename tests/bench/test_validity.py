@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from hpc_router.bench.config import Trust
-from hpc_router.bench.figures import Figures, Limits, Observation, Part, Window, figures
+from hpc_router.bench.figures import Figures, GoodputLimits, MeasurementPart, Observation, Window, figures
 from hpc_router.bench.overhead import overhead
 from hpc_router.bench.point import Split
 from hpc_router.bench.validity import Conditions, doubts
@@ -16,7 +16,7 @@ GOOD = Conditions(users=4, cpu_share=0.3, wait_share=0.1, late_share=None, halve
 def found(answers: int = 100, failed: int = 0, *, window_s: float = 10.0, expert: str = "math") -> Figures:
     """Answers of 0.1 s, spread evenly over the window."""
     seen = [
-        Observation(part=Part.MEASURED, user=0, started_s=at, ended_s=at + 0.1, content_s=[at + 0.05], expert=expert,
+        Observation(part=MeasurementPart.MEASURED, user=0, started_s=at, ended_s=at + 0.1, content_s=[at + 0.05], expert=expert,
                     error="http_503" if n < failed else None)
         for n, at in enumerate(window_s * n / (answers + failed) for n in range(answers + failed))
     ]  # fmt: skip
@@ -51,18 +51,24 @@ def test_what_experts_of_one_replica_got_is_told_apart() -> None:
     """Each has its users, its prompts and its name there when the replica is asked without the router."""
     seen = [
         Observation(
-            part=Part.MEASURED, user=0, started_s=0.0, ended_s=1.0, expert=expert, replica="base-0.g1", question=number
+            part=MeasurementPart.MEASURED,
+            user=0,
+            started_s=0.0,
+            ended_s=1.0,
+            expert=expert,
+            replica="base-0.g1",
+            question=number,
         )
         for number, expert in enumerate(("math", "law", "math", "math"))
     ]
-    split = Split.of([*seen, replace(seen[0], error="http_503"), replace(seen[0], part=Part.WARM_UP)])
+    split = Split.of([*seen, replace(seen[0], error="http_503"), replace(seen[0], part=MeasurementPart.WARM_UP)])
     assert split.shares == {("base-0.g1", "law"): 0.25, ("base-0.g1", "math"): 0.75}
     assert split.questions == {("base-0.g1", "law"): [1], ("base-0.g1", "math"): [0, 2, 3]}
 
 
 def test_an_open_loop_s_window_must_hold_answers() -> None:
     slow = [
-        Observation(part=Part.MEASURED, user=0, started_s=0.1, ended_s=9.0, content_s=[8.0], expert="math")
+        Observation(part=MeasurementPart.MEASURED, user=0, started_s=0.1, ended_s=9.0, content_s=[8.0], expert="math")
         for _ in range(30)
     ]
     told = doubts(figures(slow, Window(0.0, 10.0)), replace(GOOD, users=None, halves=(0, 30)), Trust())
@@ -78,11 +84,16 @@ def test_good_answers() -> None:
     """Within every limit: a slow first token, or a slow end, is none."""
     seen = [
         Observation(
-            part=Part.MEASURED, user=0, started_s=at, ended_s=at + e2e, content_s=[at + ttft, at + e2e], tokens=2
+            part=MeasurementPart.MEASURED,
+            user=0,
+            started_s=at,
+            ended_s=at + e2e,
+            content_s=[at + ttft, at + e2e],
+            tokens=2,
         )
         for at, ttft, e2e in ((1.0, 0.1, 0.2), (2.0, 0.6, 0.7), (3.0, 0.1, 2.0), (4.0, 0.5, 0.6))
     ]
-    told = figures(seen, Window(0.0, 10.0), Limits(ttft_s=0.5, tpot_s=0.2))
+    told = figures(seen, Window(0.0, 10.0), GoodputLimits(ttft_s=0.5, tpot_s=0.2))
     assert told.good_share == 0.5
     assert told.goodput_per_s == pytest.approx(0.2)
 
@@ -92,7 +103,7 @@ def test_what_the_router_adds_is_taken_expert_by_expert() -> None:
 
     def of(*given: tuple[str, float]) -> Figures:
         return figures(
-            [Observation(part=Part.MEASURED, user=0, started_s=1.0, ended_s=2.0, content_s=[1.0 + ttft], expert=expert)
+            [Observation(part=MeasurementPart.MEASURED, user=0, started_s=1.0, ended_s=2.0, content_s=[1.0 + ttft], expert=expert)
              for expert, ttft in given],
             Window(0.0, 5.0),
         )  # fmt: skip

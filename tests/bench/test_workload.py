@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 
 from hpc_router.bench.config import Lengths, read_config
 from hpc_router.bench.overhead import split
-from hpc_router.bench.prompts import Prompt
+from hpc_router.bench.prompts import BenchPrompt
 from hpc_router.bench.workload import Point, jobs_for, length, points_of, resized, share_of, workload
 from hpc_router.errors import ConfigError
 
-PROMPTS = [Prompt(f"prompt number {n}", "d") for n in range(5)]
+PROMPTS = [BenchPrompt(f"prompt number {n}", "d") for n in range(5)]
 
 
 def test_points_repeat_by_repeat() -> None:

@@ -17,7 +17,7 @@ from hpc_router.cli.main import VERBS, _say_how, main
 from hpc_router.cluster.commands.scale import parse_counts
 from hpc_router.cluster.commands.set import change, parse_settings
 from hpc_router.errors import ConfigError
-from hpc_router.state.job_records import Exit, JobDir, JobInfo, Reason
+from hpc_router.state.job_records import Exit, FailureReason, JobDir, JobInfo
 from hpc_router.state.log_file import previous
 from hpc_router.state.registry import Reader
 from hpc_router.state.run_directory import make_run, open_run
@@ -276,7 +276,7 @@ def test_why_of_a_failed_job(capsys: pytest.CaptureFixture[str]) -> None:
     job = JobDir(run, "math-0.g1")
     job.claim()
     job.write(JobInfo(job_id="1", host=os.uname().nodename, start_ticks=-1))
-    job.write(Exit(ok=False, reason=Reason.OUT_OF_MEMORY, message="CUDA out of memory"))
+    job.write(Exit(ok=False, reason=FailureReason.OUT_OF_MEMORY, message="CUDA out of memory"))
     job.engine_log.write_text("loading\nCUDA out of memory\n")
     said = Said(capsys, "why", "--run", "run", "math")
     assert "math-0.g1  failed" in said.out

@@ -21,13 +21,13 @@ from aiohttp import web
 from hpc_router.client import async_openai_client, endpoint, openai_client, router_identity, transport
 from hpc_router.client.leader import Leader
 from hpc_router.client.openai_clients import Endpoint, NoRouterError
-from hpc_router.client.retry import Errand
-from hpc_router.client.router_identity import Finding
+from hpc_router.client.retry import RetryState
+from hpc_router.client.router_identity import IdentityCheck
 from hpc_router.errors import ConfigError
 from hpc_router.net.auth import challenge_answer, replica_key
 from hpc_router.net.protocol import DRAINING_HEADER, HEALTH
 from hpc_router.state.atomic_files import replace_json
-from hpc_router.state.registry import SCHEMA, Kind, Reader, Record, State, publish, replica_name, withdraw
+from hpc_router.state.registry import SCHEMA, Reader, Record, RecordKind, State, publish, replica_name, withdraw
 from hpc_router.state.run_directory import RunDir, make_run
 
 Act = Callable[["FakeRouter", web.BaseRequest], Awaitable[web.StreamResponse]]
@@ -162,8 +162,10 @@ async def fake_router(run: RunDir, *acts: Act) -> AsyncIterator[FakeRouter]:
         await runner.cleanup()
 
 
-def record_of(url: str, *, generation: int = 1, kind: Kind = Kind.ROUTER, state: State = State.READY) -> Record:
-    name = "router" if kind is Kind.ROUTER else "math"
+def record_of(
+    url: str, *, generation: int = 1, kind: RecordKind = RecordKind.ROUTER, state: State = State.READY
+) -> Record:
+    name = "router" if kind is RecordKind.ROUTER else "math"
     replica = replica_name(name, 0, generation)
     return Record(kind, replica, url, state, {}, generation=generation, node="n1", nonce=f"{url} {generation}")
 
@@ -532,7 +534,7 @@ class TestWhatAStrangerGets:
         self, run: RunDir, start: Starter, stranger: FakeRouter, make: Make
     ) -> None:
         router = await start()
-        enter(run, record_of(router.url), record_of(stranger.url, kind=Kind.EXTERNAL, generation=9))
+        enter(run, record_of(router.url), record_of(stranger.url, kind=RecordKind.EXTERNAL, generation=9))
         assert await make().chat() == f"from {router.url}"
 
     async def test_a_proxy(
@@ -688,19 +690,19 @@ class TestErrand:
     ROUTER = record_of("http://127.0.0.1:1")
 
     @pytest.fixture
-    def errand(self) -> Errand:
-        return Errand(follow_s=10, now=0.0, replayable=True)
+    def errand(self) -> RetryState:
+        return RetryState(follow_s=10, now=0.0, replayable=True)
 
-    def test_pauses_grow_up_to_a_limit(self, errand: Errand) -> None:
+    def test_pauses_grow_up_to_a_limit(self, errand: RetryState) -> None:
         assert [errand.pause_s(0.0, 1.0) for _ in range(6)] == [0.1, 0.2, 0.4, 0.8, 1.6, 2.0]
         assert errand.pause_s(0.0, 0.0) == 1.0, "chance halves them at most"
 
     @pytest.mark.parametrize(("now", "pause_s"), [(9.95, pytest.approx(0.05)), (10.0, None), (11.0, None)])
-    def test_the_deadline(self, errand: Errand, now: float, pause_s: float | None) -> None:
+    def test_the_deadline(self, errand: RetryState, now: float, pause_s: float | None) -> None:
         assert errand.pause_s(now, 1.0) == pause_s
 
-    def test_the_same_router_is_tried_again_after_a_pause_only(self, errand: Errand) -> None:
-        errand.took_nothing(self.ROUTER, Finding.NOBODY)
+    def test_the_same_router_is_tried_again_after_a_pause_only(self, errand: RetryState) -> None:
+        errand.took_nothing(self.ROUTER, IdentityCheck.NOBODY)
         assert not errand.may_try(self.ROUTER)
         assert errand.may_try(record_of("http://127.0.0.1:2", generation=2))
         errand.pause_s(0.0, 0.5)
@@ -708,7 +710,7 @@ class TestErrand:
 
     @pytest.mark.parametrize("replayable", [True, False])
     def test_a_body_that_is_made_while_it_is_sent_cannot_be_sent_again(self, replayable: bool) -> None:
-        errand = Errand(follow_s=10, now=0.0, replayable=replayable)
+        errand = RetryState(follow_s=10, now=0.0, replayable=replayable)
         assert errand.drains(503, {DRAINING_HEADER: "1"}) is replayable
         assert (errand.may_resend(), errand.may_resend()) == (replayable, False)
         assert (errand.may_renew(), errand.may_renew()) == (replayable, False)

@@ -11,12 +11,12 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
-from hpc_router.client.router_identity import LONGEST_ANSWER, PROOF_S, Finding, Proof, examine, proves
+from hpc_router.client.router_identity import LONGEST_ANSWER, PROOF_S, IdentityCheck, Proof, examine, proves
 from hpc_router.net.auth import challenge_answer, replica_key
-from hpc_router.state.registry import Kind, Record, State
+from hpc_router.state.registry import Record, RecordKind, State
 
 SECRET = "the deployment's"
-RECORD = Record(Kind.ROUTER, "router-0.g1", "http://127.0.0.1:1", State.READY, {}, nonce="n1")
+RECORD = Record(RecordKind.ROUTER, "router-0.g1", "http://127.0.0.1:1", State.READY, {}, nonce="n1")
 Say = Callable[[str, asyncio.StreamWriter], Awaitable[None]]
 
 
@@ -65,21 +65,21 @@ async def silent(challenge: str, writer: asyncio.StreamWriter) -> None:
 @pytest.mark.parametrize(
     ("say", "finding"),
     [
-        (says(answered), Finding.PROVEN),
-        (says(lambda c: answered(c, nonce="another")), Finding.STRANGER),
-        (says(lambda c: answered(c, secret="guessed")), Finding.STRANGER),
-        (says(lambda c: answered(c, replica="router-0.g2")), Finding.STRANGER),
-        (says(lambda _: answered("an old challenge")), Finding.STRANGER),
-        (says(lambda _: '{"status": "ok"}'), Finding.STRANGER),
-        (says(lambda _: '{"replica": "router-0.g1", "answer": ["\\ud800"]}'), Finding.STRANGER),
-        (says(lambda _: "[]"), Finding.STRANGER),
-        (says(lambda _: "<html>"), Finding.STRANGER),
-        (says(lambda _: "[" * 50_000), Finding.STRANGER),
-        (says(lambda c: answered(c) + " " * LONGEST_ANSWER), Finding.STRANGER),
-        (says(lambda _: ""), Finding.STRANGER),
+        (says(answered), IdentityCheck.PROVEN),
+        (says(lambda c: answered(c, nonce="another")), IdentityCheck.STRANGER),
+        (says(lambda c: answered(c, secret="guessed")), IdentityCheck.STRANGER),
+        (says(lambda c: answered(c, replica="router-0.g2")), IdentityCheck.STRANGER),
+        (says(lambda _: answered("an old challenge")), IdentityCheck.STRANGER),
+        (says(lambda _: '{"status": "ok"}'), IdentityCheck.STRANGER),
+        (says(lambda _: '{"replica": "router-0.g1", "answer": ["\\ud800"]}'), IdentityCheck.STRANGER),
+        (says(lambda _: "[]"), IdentityCheck.STRANGER),
+        (says(lambda _: "<html>"), IdentityCheck.STRANGER),
+        (says(lambda _: "[" * 50_000), IdentityCheck.STRANGER),
+        (says(lambda c: answered(c) + " " * LONGEST_ANSWER), IdentityCheck.STRANGER),
+        (says(lambda _: ""), IdentityCheck.STRANGER),
     ],
 )
-async def test_what_answers_is_the_router_or_not(say: Say, finding: Finding) -> None:
+async def test_what_answers_is_the_router_or_not(say: Say, finding: IdentityCheck) -> None:
     async with at(say) as record:
         assert await asyncio.to_thread(examine, record, SECRET) is finding
 
@@ -88,7 +88,7 @@ async def test_what_answers_is_the_router_or_not(say: Say, finding: Finding) -> 
 async def test_one_limit_bounds_the_whole_question(say: Say) -> None:
     """A stranger that drips would otherwise hold a client for ever."""
     async with at(say) as record, asyncio.timeout(10):
-        assert await asyncio.to_thread(examine, record, SECRET, patience_s=0.1) is Finding.NOBODY
+        assert await asyncio.to_thread(examine, record, SECRET, patience_s=0.1) is IdentityCheck.NOBODY
 
 
 async def test_what_hangs_up_is_nobody() -> None:
@@ -98,25 +98,25 @@ async def test_what_hangs_up_is_nobody() -> None:
         writer.transport.abort()
 
     async with at(hangs_up) as record:
-        assert await asyncio.to_thread(examine, record, SECRET) is Finding.NOBODY
+        assert await asyncio.to_thread(examine, record, SECRET) is IdentityCheck.NOBODY
 
 
 def test_nobody_listens() -> None:
     with socket.create_server(("127.0.0.1", 0)) as sock:
         url = f"http://127.0.0.1:{sock.getsockname()[1]}"
-    assert examine(replace(RECORD, url=url), SECRET) is Finding.NOBODY
+    assert examine(replace(RECORD, url=url), SECRET) is IdentityCheck.NOBODY
 
 
 @pytest.mark.parametrize("url", ["https://127.0.0.1:1", "http://127.0.0.1:99999", "http://[::1", "http://"])
 def test_what_is_no_routers_address(url: str) -> None:
-    assert examine(replace(RECORD, url=url), SECRET) is not Finding.PROVEN
+    assert examine(replace(RECORD, url=url), SECRET) is not IdentityCheck.PROVEN
 
 
 @pytest.mark.parametrize("nonce", [None, ""])
 def test_a_record_without_a_nonce_proves_nothing(nonce: str | None) -> None:
     """Of an older version. Whoever knows no secret could answer nothing else, so nobody is asked."""
     older = replace(RECORD, nonce=nonce)
-    assert examine(older, SECRET) is Finding.OLDER
+    assert examine(older, SECRET) is IdentityCheck.OLDER
     answer = json.loads(answered("c", nonce=nonce or ""))
     assert not proves(answer, record=older, secret=SECRET, challenge="c")
 
@@ -127,7 +127,7 @@ class TestProof:
     @pytest.fixture
     def proof(self) -> Proof:
         proof = Proof()
-        proof.learn(RECORD, Finding.PROVEN, begun_at=100.0, ended_at=101.0)
+        proof.learn(RECORD, IdentityCheck.PROVEN, begun_at=100.0, ended_at=101.0)
         return proof
 
     def test_before_anybody_was_asked(self) -> None:
@@ -137,26 +137,26 @@ class TestProof:
     def test_it_holds_for_a_while(self, proof: Proof, age_s: float, holds: bool) -> None:
         """From when the question was put: the answer may have been made at once."""
         proof = Proof()
-        proof.learn(RECORD, Finding.PROVEN, begun_at=0.0, ended_at=age_s)
-        assert proof.of(RECORD, since=age_s, now=age_s) is (Finding.PROVEN if holds else None)
+        proof.learn(RECORD, IdentityCheck.PROVEN, begun_at=0.0, ended_at=age_s)
+        assert proof.of(RECORD, since=age_s, now=age_s) is (IdentityCheck.PROVEN if holds else None)
 
     @pytest.mark.parametrize("change", [{"url": "http://127.0.0.1:2"}, {"nonce": "n2"}, {"replica": "router-0.g2"}])
     def test_of_that_router_only(self, proof: Proof, change: dict[str, str]) -> None:
         assert proof.of(replace(RECORD, **change), since=101.0, now=101.0) is None  # type: ignore[arg-type]
-        assert proof.of(replace(RECORD, beat=7), since=101.0, now=101.0) is Finding.PROVEN
+        assert proof.of(replace(RECORD, beat=7), since=101.0, now=101.0) is IdentityCheck.PROVEN
 
     @pytest.mark.parametrize(("doubted_at", "holds"), [(99.0, True), (100.0, False), (100.5, False), (102.0, False)])
     def test_a_doubt_ends_what_was_asked_before_it(self, proof: Proof, doubted_at: float, holds: bool) -> None:
         proof.doubt(doubted_at)
         proof.doubt(50.0)  # told late by another thread
-        assert proof.of(RECORD, since=103.0, now=103.0) is (Finding.PROVEN if holds else None)
+        assert proof.of(RECORD, since=103.0, now=103.0) is (IdentityCheck.PROVEN if holds else None)
 
     @pytest.mark.parametrize(("since", "shared"), [(100.5, True), (101.0, True), (101.5, False)])
     def test_a_failure_serves_those_who_waited_for_it(self, since: float, shared: bool) -> None:
         proof = Proof()
-        proof.learn(RECORD, Finding.STRANGER, begun_at=100.0, ended_at=101.0)
-        assert proof.of(RECORD, since=since, now=102.0) is (Finding.STRANGER if shared else None)
+        proof.learn(RECORD, IdentityCheck.STRANGER, begun_at=100.0, ended_at=101.0)
+        assert proof.of(RECORD, since=since, now=102.0) is (IdentityCheck.STRANGER if shared else None)
 
     def test_a_late_answer_does_not_replace_a_newer_one(self, proof: Proof) -> None:
-        proof.learn(RECORD, Finding.NOBODY, begun_at=99.0, ended_at=103.0)
-        assert proof.of(RECORD, since=102.0, now=103.0) is Finding.PROVEN
+        proof.learn(RECORD, IdentityCheck.NOBODY, begun_at=99.0, ended_at=103.0)
+        assert proof.of(RECORD, since=102.0, now=103.0) is IdentityCheck.PROVEN

@@ -25,7 +25,7 @@ from hpc_router.expert.engine_process.guard import descendants
 from hpc_router.expert.job import RANK
 from hpc_router.net import protocol
 from hpc_router.net.auth import replica_key
-from hpc_router.state.job_records import JobDir, Phase, Progress
+from hpc_router.state.job_records import JobDir, JobPhase, JobProgress
 from hpc_router.state.registry import Reader, Record, State
 from hpc_router.state.run_directory import RunDir
 from tests.support.waiting import GUARD_S, eventually
@@ -62,23 +62,23 @@ class Replica:
     def record(self) -> Record | None:
         return Reader(self.run.registry).snapshot().get(REPLICA)
 
-    async def reached(self, phase: Phase, *, after: Progress | None = None) -> Progress:
+    async def reached(self, phase: JobPhase, *, after: JobProgress | None = None) -> JobProgress:
         """Its progress, once it is in this phase; `after`: and has been restarted since.
 
         How often does not matter: on a busy machine a rank may be silent for a second, and the engine starts anew.
         """
 
-        def look() -> Progress | None:
+        def look() -> JobProgress | None:
             progress = self.job.progress()
-            assert self.process.returncode is None or phase is Phase.DRAINING, self.log()
+            assert self.process.returncode is None or phase is JobPhase.DRAINING, self.log()
             if progress is None or progress.pid != self.process.pid or progress.phase is not phase:
                 return None
             return progress if after is None or progress.restarts > after.restarts else None
 
         return await eventually(look)
 
-    async def ready(self, *, after: Progress | None = None) -> tuple[Progress, Record]:
-        progress = await self.reached(Phase.READY, after=after)
+    async def ready(self, *, after: JobProgress | None = None) -> tuple[JobProgress, Record]:
+        progress = await self.reached(JobPhase.READY, after=after)
         record = await eventually(lambda: (r := self.record) and r.state is State.READY and r)
         assert isinstance(record, Record)
         return progress, record

@@ -14,14 +14,14 @@ from hpc_router.net import protocol
 from hpc_router.relay.api_formats import dialect_of
 from hpc_router.relay.downstream.interface import DownstreamGoneError, Handler, Request, Response
 from hpc_router.relay.headers import NOT_DOWNSTREAM, crossing
-from hpc_router.relay.response_relay import Answer, Answering
-from hpc_router.relay.upstream.interface import Limits
+from hpc_router.relay.response_relay import RelayLimits, ResponseRelay
+from hpc_router.relay.upstream.interface import UpstreamTimeouts
 from tests.relay.scripted import Answer as Script
 from tests.relay.scripted import Scripted, scripted
 from tests.support.relays import Listen, Relay
 from tests.support.waiting import GUARD_S
 
-PATIENT = Limits(connect_s=GUARD_S, first_byte_s=GUARD_S, idle_s=GUARD_S)
+PATIENT = UpstreamTimeouts(connect_s=GUARD_S, first_byte_s=GUARD_S, idle_s=GUARD_S)
 MAX_BODY = 2**16
 STUCK = 2**25
 """More bytes than the sockets' own buffers and ours can hold."""
@@ -132,14 +132,16 @@ async def relayed(
     write_s: float = GUARD_S,
     ping_s: float = GUARD_S,
     hold_bytes: int = 2**20,
-    limits: Limits = PATIENT,
+    limits: UpstreamTimeouts = PATIENT,
     reads_bodies: bool = True,
     stream: bool = False,
     path: str = protocol.CHAT,
 ) -> AsyncIterator[Relayed]:
     async def handler(request: Request) -> Response | None:
         made.begun += 1
-        answer = Answer(request, Answering(hold_bytes, write_s, ping_s), dialect_of(path).ending, stream=stream)
+        answer = ResponseRelay(
+            request, RelayLimits(hold_bytes, write_s, ping_s), dialect_of(path).ending, stream=stream
+        )
         try:
             body = await request.read() if request.method == "POST" else None
             async with client.request(request.method, made.upstream.address, request.target, body=body) as upstream:

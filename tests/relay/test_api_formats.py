@@ -7,10 +7,10 @@ import pytest
 from openai.types.responses import ResponseErrorEvent
 
 from hpc_router.net import protocol
-from hpc_router.relay.api_formats import Fault, dialect_of
+from hpc_router.relay.api_formats import ErrorReply, dialect_of
 from hpc_router.relay.sse import EventSplitter
 
-LOST = Fault(502, "upstream_error", "replica_failed", "lost")
+LOST = ErrorReply(502, "upstream_error", "replica_failed", "lost")
 
 
 @pytest.mark.parametrize("path", protocol.GENERATE_PATHS)
@@ -54,7 +54,7 @@ def test_the_error_of_a_response_is_a_typed_event() -> None:
     ],
 )
 def test_anthropics_kinds(path: str, status: int, kind: str) -> None:
-    body = dialect_of(path).body(Fault(status, "any", "any", "lost", "model"))
+    body = dialect_of(path).body(ErrorReply(status, "any", "any", "lost", "model"))
     assert body == {"type": "error", "error": {"type": kind, "message": "lost"}}
     if kind != "request_too_large":  # its client knows that one by its status alone
         assert anthropic.types.ErrorResponse.model_validate({"request_id": None, **body}).error.type == kind

@@ -262,7 +262,7 @@ def test_heads_that_differ_in_a_credential_share_nothing() -> None:
 
 
 def test_heads_that_differ_in_the_request_s_id_are_one() -> None:
-    def ask(request_id: bytes) -> request_parser.Message:
+    def ask(request_id: bytes) -> request_parser.ParsedRequest:
         framer = RequestFramer(max_body=MAX_BODY)
         framer.feed(POST + b"x-request-id: %b\r\nContent-Length: 3\r\n\r\nabc" % request_id)
         return framer.waiting[0]

@@ -17,16 +17,16 @@ from hpc_router.config.schema import Deployment, EngineConfig, ExpertConfig, Pol
 from hpc_router.net import protocol
 from hpc_router.net.auth import bearer, challenge_answer, new_token, replica_key
 from hpc_router.relay.upstream.client import UpstreamClient
-from hpc_router.router.control.process import Control
+from hpc_router.router.control.process import ControlProcess
 from hpc_router.router.ipc.shared_counters import Counters
 from hpc_router.router.policies import load_policy
-from hpc_router.router.replicas.replica import Standing
+from hpc_router.router.replicas.replica import RoutingState
 from hpc_router.router.worker.gateway import Gateway
 from hpc_router.router.worker.process import Identity, linked, working
 from hpc_router.routing.policy import versions
 from hpc_router.state import registry
 from hpc_router.state.io_thread import FileThread
-from hpc_router.state.registry import EngineInfo, Kind, Record, State
+from hpc_router.state.registry import EngineInfo, Record, RecordKind, State
 from hpc_router.state.run_directory import RunDir, make_run
 from tests.support.relays import OWN
 
@@ -152,7 +152,7 @@ async def fake_replica(
     await site.start()
     fake.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
     record = Record(
-        kind=Kind.EXPERT, replica=replica, url=fake.url, state=State.READY, serves={expert: names[0]}, nonce=nonce,
+        kind=RecordKind.EXPERT, replica=replica, url=fake.url, state=State.READY, serves={expert: names[0]}, nonce=nonce,
         capacity=capacity, engine=EngineInfo(kind="fake"),
     )  # fmt: skip
     record = replace(record, **fields)
@@ -181,7 +181,7 @@ def a_deployment(*experts: str, policy: str = "model_field", fallback: str | Non
 @dataclass
 class RunningRouter:
     gateway: Gateway
-    control: Control
+    control: ControlProcess
     url: str
     token: str
 
@@ -194,7 +194,7 @@ class RunningRouter:
         client = self.gateway.dispatcher.client
         assert isinstance(client, UpstreamClient)
         for replica in self.gateway.table.all():
-            if replica.standing is Standing.READY:
+            if replica.standing is RoutingState.READY:
                 for _ in range(connections):
                     client.pool.put(replica.address, await client.connected(replica.address))
 
@@ -211,7 +211,7 @@ async def a_router(run: RunDir, deployment: Deployment) -> AsyncIterator[Running
         token=None if deployment.router.open else run.token(),
     )  # fmt: skip
     artefact, shadow = versions(policy)
-    control = Control(
+    control = ControlProcess(
         run, deployment, deployment, counters, files, "router-0.g1",
         started_at=identity.started_at, artefact=artefact, shadow=shadow,
     )  # fmt: skip

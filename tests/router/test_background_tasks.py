@@ -13,7 +13,7 @@ from hpc_router.net import protocol
 from hpc_router.router.control.config_watcher import Changes
 from hpc_router.router.control.discovery import Discovery
 from hpc_router.router.worker import process
-from hpc_router.router.worker.control_client import ControlLink
+from hpc_router.router.worker.control_client import ControlClient
 from hpc_router.state.run_directory import RunDir
 from tests.router.fakes import RunningRouter, a_deployment, a_router, a_run, fake_replica
 from tests.support.waiting import eventually as until
@@ -54,7 +54,7 @@ def events(run: RunDir) -> list[dict[str, Any]]:
     ("owner", "method", "task"),
     [
         (process, "_take_over", "settings"),
-        (ControlLink, "_report_forever", "metrics report"),
+        (ControlClient, "_report_forever", "metrics report"),
         (Discovery, "_take", "registry scan"),
         (Discovery, "_judge", "probe"),
         (Changes, "_look", "config watcher"),
@@ -101,7 +101,7 @@ async def test_what_an_agents_tasks_failed_at_is_counted_once(tmp_path: Path) ->
 
 @pytest.mark.parametrize("value", [None, 3, {"lease": 1}, {"lease": [True, "x"]}, {"lease": ["1", "x"]}, {"a": [1]}])
 def test_an_agent_of_another_version_tells_of_no_failures(value: object) -> None:
-    health = protocol.Health.from_json({"replica": "a-0.g1", "models": [], "task_failures": value})
+    health = protocol.ProbeResponse.from_json({"replica": "a-0.g1", "models": [], "task_failures": value})
     assert health is not None
     assert health.task_failures == {}
 

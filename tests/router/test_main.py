@@ -14,8 +14,8 @@ from hpc_router.net import addresses
 from hpc_router.router import main
 from hpc_router.router.control.registry_file import RegistryFile
 from hpc_router.state.io_thread import FileThread
-from hpc_router.state.job_records import JobDir, Phase, Progress
-from hpc_router.state.registry import Kind, Reader, Record, State, publish, replica_name, withdraw
+from hpc_router.state.job_records import JobDir, JobPhase, JobProgress
+from hpc_router.state.registry import Reader, Record, RecordKind, State, publish, replica_name, withdraw
 from hpc_router.state.run_directory import RunDir, make_run
 
 
@@ -55,11 +55,11 @@ def test_a_host_that_is_not_this_nodes_is_the_users_to_edit(run: RunDir) -> None
         main.bind(run, configured("192.0.2.77"), node="n1")
 
 
-def served(run: RunDir, generation: int, url: str, *, node: str = "n1", phase: Phase = Phase.DRAINING) -> None:
+def served(run: RunDir, generation: int, url: str, *, node: str = "n1", phase: JobPhase = JobPhase.DRAINING) -> None:
     """A router that was ready there, by what its job left."""
     job = JobDir(run, replica_name("router", 0, generation))
     job.claim()
-    job.write(Progress(phase, url=url, node=node))
+    job.write(JobProgress(phase, url=url, node=node))
 
 
 def port_of(run: RunDir, *, node: str = "n1", configured_port: int = 0) -> int:
@@ -82,7 +82,7 @@ def test_the_port_of_the_last_router_of_this_node_is_taken_again(run: RunDir) ->
     served(run, 10, f"http://[::1]:{last}")
     JobDir(run, "router-0.g11").claim()
     JobDir(run, "router-0.g12").claim()
-    JobDir(run, "router-0.g12").write(Progress(Phase.STARTING))
+    JobDir(run, "router-0.g12").write(JobProgress(JobPhase.STARTING))
     assert port_of(run) == last
     assert port_of(run, node="n2") not in (old, last)
     other = free_port()
@@ -93,12 +93,12 @@ def test_a_port_that_another_process_has_is_left_to_it(run: RunDir) -> None:
     """A router that overlaps its predecessor cannot have its port."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-        served(run, 1, f"http://127.0.0.1:{port}", phase=Phase.READY)
+        served(run, 1, f"http://127.0.0.1:{port}", phase=JobPhase.READY)
         assert port_of(run) != port
 
 
-def a_record(generation: int, *, kind: Kind = Kind.ROUTER, state: State = State.READY) -> Record:
-    name = "router" if kind is Kind.ROUTER else "math"
+def a_record(generation: int, *, kind: RecordKind = RecordKind.ROUTER, state: State = State.READY) -> Record:
+    name = "router" if kind is RecordKind.ROUTER else "math"
     return Record(kind, replica_name(name, 0, generation), "http://127.0.0.1:1", state, {}, generation=generation)
 
 
@@ -114,7 +114,7 @@ class TestRegistryFile:
     @pytest.fixture
     def keeper(self, run: RunDir, files: FileThread) -> RegistryFile:
         publish(run.registry, a_record(2))
-        publish(run.registry, a_record(1, kind=Kind.EXPERT))
+        publish(run.registry, a_record(1, kind=RecordKind.EXPERT))
         return RegistryFile(run, "router-0.g2", files)
 
     def named(self, run: RunDir, files: FileThread) -> list[str] | None:

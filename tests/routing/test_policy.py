@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from hpc_router.errors import ConfigError
 from hpc_router.routing.classifier import Classifier
-from hpc_router.routing.policy import KINDS, Decision, Policy, Reason, build_policy
+from hpc_router.routing.policy import KINDS, Decision, Policy, RouteReason, build_policy
 from tests.routing.samples import artefact
 
 READY = {"code": 0, "general": 0, "math": 0, "medicine": 0}
@@ -25,7 +25,7 @@ def by_classifier(
 def test_a_clear_prompt_goes_to_its_expert() -> None:
     policy = by_classifier()
     decision = policy.select(MATHS, ready=READY)
-    assert (decision.expert, decision.cluster, decision.reason) == ("math", "math", Reason.CLASSIFIED)
+    assert (decision.expert, decision.cluster, decision.reason) == ("math", "math", RouteReason.CLASSIFIED)
     assert decision.score is not None
     assert decision.margin is not None
     assert 0 < decision.margin <= decision.score <= 1
@@ -40,38 +40,38 @@ def test_the_classifier_decides_whoever_is_ready() -> None:
 def test_a_low_margin_goes_to_the_fallback_and_still_names_what_was_seen() -> None:
     policy = by_classifier(threshold=2.0)
     decision = policy.select(MATHS, ready=READY)
-    assert (decision.expert, decision.cluster, decision.reason) == ("general", "math", Reason.LOW_MARGIN)
+    assert (decision.expert, decision.cluster, decision.reason) == ("general", "math", RouteReason.LOW_MARGIN)
     assert policy.order(decision) == ("general", "math", decision.runner_up)
 
 
 def test_a_margin_at_the_threshold_is_enough() -> None:
     margin = by_classifier().select(MATHS, ready=READY).margin
     assert margin is not None
-    assert by_classifier(threshold=margin).select(MATHS, ready=READY).reason is Reason.CLASSIFIED
+    assert by_classifier(threshold=margin).select(MATHS, ready=READY).reason is RouteReason.CLASSIFIED
 
 
 def test_a_low_margin_without_fallback_goes_to_the_best_expert() -> None:
     decision = by_classifier(threshold=2.0, fallback=None).select(MATHS, ready=READY)
-    assert (decision.expert, decision.reason) == ("math", Reason.LOW_MARGIN)
+    assert (decision.expert, decision.reason) == ("math", RouteReason.LOW_MARGIN)
 
 
 @pytest.mark.parametrize("text", ["", "Привет", "\ud800"])
 def test_without_known_terms_nothing_is_claimed(text: str) -> None:
     policy = by_classifier()
-    assert policy.select(text, ready=READY) == Decision("general", Reason.NO_KNOWN_TERMS)
-    assert policy.order(Decision("general", Reason.NO_KNOWN_TERMS)) == ("general",)
+    assert policy.select(text, ready=READY) == Decision("general", RouteReason.NO_KNOWN_TERMS)
+    assert policy.order(Decision("general", RouteReason.NO_KNOWN_TERMS)) == ("general",)
 
 
 def test_without_known_terms_or_fallback_somebody_answers() -> None:
     decision = by_classifier(fallback=None).select("Привет", ready=READY)
     assert decision.expert in {"code", "math", "medicine"}
-    assert decision.reason is Reason.NO_KNOWN_TERMS
+    assert decision.reason is RouteReason.NO_KNOWN_TERMS
 
 
 def test_a_cluster_without_expert_goes_to_the_fallback() -> None:
     policy = by_classifier(experts={"code", "medicine"})
     decision = policy.select(MATHS, ready=READY)
-    assert (decision.expert, decision.cluster, decision.reason) == ("general", "math", Reason.UNAVAILABLE)
+    assert (decision.expert, decision.cluster, decision.reason) == ("general", "math", RouteReason.UNAVAILABLE)
     assert policy.order(decision) == ("general", decision.runner_up)
 
 
@@ -84,7 +84,7 @@ def test_a_cluster_without_expert_or_fallback_goes_to_the_runner_up() -> None:
 def test_a_table_without_any_expert_names_nobody() -> None:
     policy = by_classifier(experts=set(), fallback=None)
     decision = policy.select(MATHS, ready=READY)
-    assert (decision.expert, decision.reason) == (None, Reason.UNAVAILABLE)
+    assert (decision.expert, decision.reason) == (None, RouteReason.UNAVAILABLE)
     assert policy.order(decision) == ()
 
 
@@ -100,7 +100,7 @@ def test_round_robin_takes_turns_by_name() -> None:
     assert chosen == ["code", "general", "math", "medicine", "code"]
     assert policy.select("x", ready={"code": 0, "medicine": 0}).expert == "medicine"
     assert policy.select("x", ready={"code": 0, "medicine": 0}).expert == "code"
-    assert policy.order(Decision("code", Reason.POLICY)) == ("code", "general")
+    assert policy.order(Decision("code", RouteReason.POLICY)) == ("code", "general")
 
 
 def test_least_in_flight_takes_the_least_loaded_and_equals_in_turn() -> None:
@@ -113,14 +113,14 @@ def test_least_in_flight_takes_the_least_loaded_and_equals_in_turn() -> None:
 @pytest.mark.parametrize("kind", ["round_robin", "least_in_flight"])
 def test_with_nobody_ready_nobody_is_named(kind: str) -> None:
     policy = build_policy(kind=kind, fallback="general")
-    assert policy.select("x", ready={}) == Decision(None, Reason.UNAVAILABLE)
+    assert policy.select("x", ready={}) == Decision(None, RouteReason.UNAVAILABLE)
 
 
 def test_model_field_gives_auto_to_the_fallback_or_to_nobody() -> None:
     policy = build_policy(kind="model_field", fallback="general")
-    assert policy.select(MATHS, ready=READY) == Decision("general", Reason.POLICY)
+    assert policy.select(MATHS, ready=READY) == Decision("general", RouteReason.POLICY)
     assert policy.order(policy.select(MATHS, ready=READY)) == ("general",)
-    assert build_policy(kind="model_field").select(MATHS, ready=READY) == Decision(None, Reason.POLICY)
+    assert build_policy(kind="model_field").select(MATHS, ready=READY) == Decision(None, RouteReason.POLICY)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -144,7 +144,7 @@ def test_the_explanation_has_the_keys_of_the_contract() -> None:
 
 
 def test_the_reasons_are_those_of_the_contract() -> None:
-    assert " ".join(Reason) == "named classified policy low_margin no_known_terms spilled unavailable"
+    assert " ".join(RouteReason) == "named classified policy low_margin no_known_terms spilled unavailable"
 
 
 def test_an_unknown_policy_or_a_missing_classifier_is_refused() -> None:

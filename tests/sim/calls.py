@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 
 import aiohttp
 
-from hpc_router.sim import SimConfig, SimEngine
+from hpc_router.sim import SimConfig, SimServer
 
 INSTANT = SimConfig(ttft_s=0.0, itl_s=0.0, jitter=0.0)
 GUARD_S = 60.0
@@ -44,7 +44,7 @@ def faulty(**fault: object) -> JsonObject:
 
 
 @asynccontextmanager
-async def client(engine: SimEngine) -> AsyncIterator[aiohttp.ClientSession]:
+async def client(engine: SimServer) -> AsyncIterator[aiohttp.ClientSession]:
     connector = aiohttp.TCPConnector(limit=0) if engine.uds is None else aiohttp.UnixConnector(str(engine.uds), limit=0)
     async with aiohttp.ClientSession(base_url=engine.url, connector=connector) as session:
         yield session

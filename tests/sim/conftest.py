@@ -4,10 +4,10 @@ from contextlib import AsyncExitStack
 import aiohttp
 import pytest
 
-from hpc_router.sim import SimConfig, SimEngine
+from hpc_router.sim import SimConfig, SimServer
 from tests.sim.calls import INSTANT, client
 
-Start = Callable[[SimConfig], Awaitable[tuple[SimEngine, aiohttp.ClientSession]]]
+Start = Callable[[SimConfig], Awaitable[tuple[SimServer, aiohttp.ClientSession]]]
 
 
 @pytest.fixture
@@ -15,8 +15,8 @@ async def start() -> AsyncIterator[Start]:
     """Start engines on port 0, each with a session; all are stopped when the test ends."""
     async with AsyncExitStack() as stack:
 
-        async def begin(config: SimConfig = INSTANT) -> tuple[SimEngine, aiohttp.ClientSession]:
-            engine = await stack.enter_async_context(SimEngine(config))
+        async def begin(config: SimConfig = INSTANT) -> tuple[SimServer, aiohttp.ClientSession]:
+            engine = await stack.enter_async_context(SimServer(config))
             return engine, await stack.enter_async_context(client(engine))
 
         yield begin

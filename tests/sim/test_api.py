@@ -13,7 +13,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from hpc_router.errors import ConfigError, LaunchError
-from hpc_router.sim import SimConfig, SimEngine
+from hpc_router.sim import SimConfig, SimServer
 from tests.sim.calls import INSTANT, at, chat, client, decoded, events, post, stream, until
 from tests.sim.conftest import Start
 
@@ -245,7 +245,7 @@ async def test_faults_are_set_and_read_at_run_time(start: Start) -> None:
 
 async def test_over_a_unix_socket_and_the_socket_file_goes_away(tmp_path: Path) -> None:
     path = tmp_path / "engine.sock"
-    async with SimEngine(INSTANT, uds=path) as engine, client(engine) as session:
+    async with SimServer(INSTANT, uds=path) as engine, client(engine) as session:
         assert engine.address == f"unix:{path}"
         async with session.get("/health") as response:
             assert response.status == 200
@@ -253,12 +253,12 @@ async def test_over_a_unix_socket_and_the_socket_file_goes_away(tmp_path: Path) 
 
 
 async def test_where_it_cannot_listen_it_says_so() -> None:
-    async with SimEngine(INSTANT) as engine:
+    async with SimServer(INSTANT) as engine:
         port = int(engine.address.rpartition(":")[2])
         with pytest.raises(LaunchError, match=f"cannot listen on http://127.0.0.1:{port}"):
-            await SimEngine(INSTANT, port=port).__aenter__()
+            await SimServer(INSTANT, port=port).__aenter__()
     with pytest.raises(ConfigError, match="longer than 107 bytes"):
-        SimEngine(INSTANT, uds=Path("/tmp/" + "x" * 103))
+        SimServer(INSTANT, uds=Path("/tmp/" + "x" * 103))
 
 
 @pytest.mark.parametrize("settings", [{"ttft_s": -1.0}, {"jitter": float("nan")}, {"capacity": 0}])
@@ -284,7 +284,7 @@ async def test_while_it_loads_it_answers_503_if_it_listens_at_all() -> None:
 
     gate = Gate()
     config = replace(INSTANT, load_s=60.0, listen_while_loading=True)
-    async with SimEngine(config, clock=gate) as engine, client(engine) as session:
+    async with SimServer(config, clock=gate) as engine, client(engine) as session:
         async with session.get("/health") as response:
             assert response.status == 503
         gate.opened.set()
@@ -308,7 +308,7 @@ async def test_beyond_its_capacity_requests_wait_their_turn(start: Start) -> Non
 # ---- the official client
 
 
-def official(engine: SimEngine) -> openai.AsyncOpenAI:
+def official(engine: SimServer) -> openai.AsyncOpenAI:
     return openai.AsyncOpenAI(base_url=f"{engine.url}/v1", api_key="none", max_retries=0)
 
 

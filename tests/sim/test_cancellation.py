@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpc_router.sim import SimEngine
+from hpc_router.sim import SimServer
 from tests.sim.calls import DISCONNECTED, GUARD_S, INSTANT, JsonObject, chat, client, faulty, until
 from tests.sim.conftest import Start
 
@@ -76,7 +76,7 @@ async def test_a_client_that_does_not_read_stalls_only_its_own_stream(start: Sta
 
 
 async def test_stopping_the_engine_aborts_what_runs() -> None:
-    async with SimEngine(INSTANT) as engine, client(engine) as session:
+    async with SimServer(INSTANT) as engine, client(engine) as session:
         task = asyncio.create_task(begin(session, faulty(kind="hang", at=2)))
         await until(lambda: engine.counts.faults["hang"] == 1)
         await engine.__aexit__(None, None, None)
@@ -100,7 +100,7 @@ async def test_stopping_the_engine_lets_running_requests_finish_in_the_drain_tim
             await (release.wait() if delay_s else asyncio.sleep(0))
 
     config = replace(INSTANT, ttft_s=1.0, drain_s=GUARD_S)
-    engine = SimEngine(config, clock=Held())
+    engine = SimServer(config, clock=Held())
     await engine.__aenter__()
     async with client(engine) as session:
         task = asyncio.create_task(begin(session, chat()))
@@ -116,7 +116,7 @@ async def test_stopping_the_engine_lets_running_requests_finish_in_the_drain_tim
 
 # ---- any interleaving
 
-Act = Callable[[aiohttp.ClientSession, SimEngine], Awaitable[None]]
+Act = Callable[[aiohttp.ClientSession, SimServer], Awaitable[None]]
 
 FAULTS = st.one_of(
     st.none(),
@@ -163,7 +163,7 @@ async def one(session: aiohttp.ClientSession, request: dict[str, object]) -> Non
 
 
 async def interleave(requests: list[dict[str, object]], *, capacity: int | None) -> None:
-    async with SimEngine(replace(INSTANT, capacity=capacity)) as engine, client(engine) as session:
+    async with SimServer(replace(INSTANT, capacity=capacity)) as engine, client(engine) as session:
         async with asyncio.timeout(GUARD_S):
             await asyncio.gather(*(one(session, request) for request in requests))
             await engine.idle()

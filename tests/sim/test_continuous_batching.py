@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hpc_router.config.schema import Roofline
 from hpc_router.sim.batch_loop import Batching
 from hpc_router.sim.continuous_batching import Batch, Sequence
-from hpc_router.sim.roofline import BLOCK, Engine
+from hpc_router.sim.roofline import BLOCK, RooflineEngine
 from tests.sim.calls import SteppedClock
 
 
@@ -99,7 +99,7 @@ class Yielding(SteppedClock):
 async def test_tokens_come_when_steps_are_over() -> None:
     """In simulated time, times the slowdown; who leaves frees what he held."""
     clock = Yielding()
-    engine = Engine(Roofline(slowdown=10.0))
+    engine = RooflineEngine(Roofline(slowdown=10.0))
     work = Batching(engine, clock)
     async with work.seat(100) as seat:
         await seat.first(100, running=1)

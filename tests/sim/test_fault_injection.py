@@ -9,7 +9,7 @@ from dataclasses import replace
 import aiohttp
 import pytest
 
-from hpc_router.sim import SimEngine
+from hpc_router.sim import SimServer
 from hpc_router.sim.fault_injection import GARBAGE
 from hpc_router.sim.faults import parse_rules
 from tests.sim.calls import (
@@ -32,7 +32,7 @@ from tests.sim.conftest import Start
 CHAT = "/v1/chat/completions"
 
 
-def quiet(engine: SimEngine) -> bool:
+def quiet(engine: SimServer) -> bool:
     return engine.counts.running == engine.counts.waiting == 0
 
 
@@ -136,7 +136,7 @@ async def test_a_status_refuses_before_the_queue(start: Start) -> None:
 
 async def test_a_hang_for_a_time_goes_on_afterwards() -> None:
     clock = SteppedClock()
-    async with SimEngine(INSTANT, clock=clock) as engine, aiohttp.ClientSession(engine.url) as session:
+    async with SimServer(INSTANT, clock=clock) as engine, aiohttp.ClientSession(engine.url) as session:
         chunks = await stream(session, faulty(kind="hang", at=3, for_s=30))
     assert chunks[-1] == "[DONE]"
     assert 30.0 in clock.slept
@@ -145,7 +145,7 @@ async def test_a_hang_for_a_time_goes_on_afterwards() -> None:
 async def test_slowness_stretches_every_latency(start: Start) -> None:
     clock = SteppedClock()
     config = replace(INSTANT, ttft_s=0.5, itl_s=0.25, faults=parse_rules([{"kind": "slow", "factor": 4}]))
-    async with SimEngine(config, clock=clock) as engine, aiohttp.ClientSession(engine.url) as session:
+    async with SimServer(config, clock=clock) as engine, aiohttp.ClientSession(engine.url) as session:
         await post(session, CHAT, chat(max_tokens=3))
     assert clock.slept == [2.0, 1.0, 1.0]
     assert engine.counts.faults == {"slow": 1}
@@ -165,7 +165,7 @@ async def test_paths_that_compute_nothing_hang_and_refuse_when_named(start: Star
 @pytest.mark.parametrize("streaming", [True, False])
 async def test_an_engine_that_dies_takes_every_connection_along(streaming: bool) -> None:
     """In-process: all connections abort, nothing listens any more, and other streams in flight break too."""
-    async with SimEngine(INSTANT) as engine, aiohttp.ClientSession(engine.url) as session:
+    async with SimServer(INSTANT) as engine, aiohttp.ClientSession(engine.url) as session:
         bystander = asyncio.create_task(stream_until_broken(session, faulty(kind="hang", at=2)))
         await until(lambda: engine.counts.running == 1)
         with pytest.raises(DISCONNECTED):
@@ -181,12 +181,12 @@ async def test_an_engine_that_dies_takes_every_connection_along(streaming: bool)
     assert engine.counts.finished == {"error": 1, "abort": 1}
 
 
-async def connect(engine: SimEngine) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+async def connect(engine: SimServer) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
     host, port = engine.address.removeprefix("http://").split(":")
     return await asyncio.open_connection(host, int(port), family=socket.AF_INET)
 
 
-async def exchange(engine: SimEngine, body: bytes) -> bytes:
+async def exchange(engine: SimServer, body: bytes) -> bytes:
     """Everything one request gets back until its connection is closed or reset."""
     reader, writer = await connect(engine)
     writer.write(b"POST %b HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % (CHAT.encode(), len(body)) + body)

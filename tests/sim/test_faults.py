@@ -2,7 +2,7 @@ import pytest
 
 from hpc_router.errors import ConfigError
 from hpc_router.sim.fault_schedule import FaultScript
-from hpc_router.sim.faults import CONNECT, HEADERS, Answer, Fault, Kind, parse_fault, parse_rules
+from hpc_router.sim.faults import CONNECT, HEADERS, Fault, FaultKind, ResponseForm, parse_fault, parse_rules
 
 CHAT = "/v1/chat/completions"
 
@@ -12,8 +12,8 @@ def script(*rules: dict[str, object], seed: int = 0) -> FaultScript:
 
 
 def struck(
-    faults: FaultScript, *, path: str = CHAT, model: str = "math", answer: Answer = Answer.STREAM
-) -> Kind | None:
+    faults: FaultScript, *, path: str = CHAT, model: str = "math", answer: ResponseForm = ResponseForm.STREAM
+) -> FaultKind | None:
     _, fault = faults.select(path, model=model, answer=answer)
     return None if fault is None else fault.kind
 
@@ -65,12 +65,12 @@ def test_a_request_brings_no_selectors_and_no_load_failure() -> None:
         parse_fault({"kind": "die", "times": 1}, where="header")
     with pytest.raises(ConfigError, match="at the start only"):
         parse_fault({"kind": "load_fail"}, where="header")
-    assert parse_fault('{"kind": "reset"}', where="header") == Fault(kind=Kind.RESET, at=HEADERS)
+    assert parse_fault('{"kind": "reset"}', where="header") == Fault(kind=FaultKind.RESET, at=HEADERS)
 
 
 def test_times_limits_how_many_requests_are_hit() -> None:
     faults = script({"kind": "die", "times": 2})
-    assert [struck(faults) for _ in range(4)] == [Kind.DIE, Kind.DIE, None, None]
+    assert [struck(faults) for _ in range(4)] == [FaultKind.DIE, FaultKind.DIE, None, None]
 
 
 def test_times_zero_never_strikes() -> None:
@@ -96,25 +96,25 @@ def test_filters_let_other_requests_pass_without_using_the_rule_up() -> None:
     faults = script({"kind": "die", "path": CHAT, "model": "math", "times": 1})
     assert struck(faults, path="/v1/completions") is None
     assert struck(faults, model="code") is None
-    assert struck(faults) is Kind.DIE
+    assert struck(faults) is FaultKind.DIE
 
 
 def test_what_an_answer_cannot_express_does_not_match_it() -> None:
     faults = script({"kind": "cut", "times": 1}, {"kind": "partial_body", "times": 1})
-    assert struck(faults, answer=Answer.BODY) is Kind.PARTIAL_BODY
-    assert struck(faults, answer=Answer.STREAM) is Kind.CUT
-    assert struck(faults, answer=Answer.STREAM) is None
+    assert struck(faults, answer=ResponseForm.BODY) is FaultKind.PARTIAL_BODY
+    assert struck(faults, answer=ResponseForm.STREAM) is FaultKind.CUT
+    assert struck(faults, answer=ResponseForm.STREAM) is None
 
 
 def test_paths_that_compute_nothing_are_hit_only_when_named() -> None:
     faults = script({"kind": "hang"}, {"kind": "status", "path": "/health"})
-    assert struck(faults, path="/health", answer=Answer.OTHER) is Kind.STATUS
-    assert struck(faults, path="/metrics", answer=Answer.OTHER) is None
+    assert struck(faults, path="/health", answer=ResponseForm.OTHER) is FaultKind.STATUS
+    assert struck(faults, path="/metrics", answer=ResponseForm.OTHER) is None
 
 
 def test_slowness_multiplies_and_the_first_other_fault_strikes() -> None:
     faults = script({"kind": "slow", "factor": 3}, {"kind": "slow"}, {"kind": "hang"}, {"kind": "die"})
-    assert faults.select(CHAT, model=None, answer=Answer.STREAM) == (6.0, Fault(kind=Kind.HANG, at=HEADERS))
+    assert faults.select(CHAT, model=None, answer=ResponseForm.STREAM) == (6.0, Fault(kind=FaultKind.HANG, at=HEADERS))
     assert [entry["hits"] for entry in faults.describe()] == [1, 1, 1, 0]
 
 
@@ -128,6 +128,6 @@ def test_a_script_loaded_at_run_time_refuses_load_failures_and_keeps_the_old_one
     faults = script({"kind": "die"})
     with pytest.raises(ConfigError, match="at the start only"):
         faults.load([{"kind": "load_fail"}])
-    assert struck(faults) is Kind.DIE
+    assert struck(faults) is FaultKind.DIE
     faults.load("[]")
     assert struck(faults) is None

@@ -1,12 +1,12 @@
-from hpc_router.sim.request_log import Recent
+from hpc_router.sim.request_log import RequestLog
 
 
-def add(recent: Recent, body: bytes) -> None:
+def add(recent: RequestLog, body: bytes) -> None:
     recent.add(method="POST", path="/v1/x", http_version="1.1", headers=[(b"A", b"1"), (b"a", b"2")], body=body)
 
 
 def test_memory_is_bounded_in_requests_and_in_bytes() -> None:
-    recent = Recent(most_requests=3, most_bytes=10)
+    recent = RequestLog(most_requests=3, most_bytes=10)
     for body in (b"1", b"22", b"333", b"4444"):
         add(recent, body)
     assert [entry.body for entry in recent.last(9)] == [b"22", b"333", b"4444"]
@@ -15,7 +15,7 @@ def test_memory_is_bounded_in_requests_and_in_bytes() -> None:
 
 
 def test_a_body_beyond_the_budget_keeps_its_length_and_hash_only() -> None:
-    recent = Recent(most_bytes=10)
+    recent = RequestLog(most_bytes=10)
     add(recent, b"x" * 10)
     add(recent, b"x" * 11)
     kept, dropped = recent.last(2)
@@ -26,7 +26,7 @@ def test_a_body_beyond_the_budget_keeps_its_length_and_hash_only() -> None:
 
 
 def test_headers_keep_order_case_and_repeats_and_clear_forgets() -> None:
-    recent = Recent()
+    recent = RequestLog()
     add(recent, b"")
     assert recent.last()[0].to_json()["headers"] == [["A", "1"], ["a", "2"]]
     assert recent.last(0) == []

@@ -10,7 +10,7 @@ from hpc_router.config.compose import load_deployment
 from hpc_router.config.schema import Roofline
 from hpc_router.errors import ConfigError
 from hpc_router.sim import roofline as r
-from hpc_router.sim.roofline import Engine, Piece
+from hpc_router.sim.roofline import Piece, RooflineEngine
 
 ONE = [Piece(1, 0)]
 
@@ -26,14 +26,14 @@ def test_parameters_are_those_of_the_models() -> None:
 
 def test_a_lone_token_costs_the_weights_traffic() -> None:
     """8B in bf16 on one H100: (6.98 + 0.525) billion x 2 bytes over 80 % of 3.35 TB/s."""
-    engine = Engine(Roofline())
+    engine = RooflineEngine(Roofline())
     read_s = (6.9793 + 0.5253) * 2e9 / (0.8 * 3.35e12)
     assert engine.step_s(ONE) == pytest.approx(read_s + r.HOST_S, rel=1e-3)
 
 
 def test_a_long_prompt_costs_arithmetic() -> None:
     """2 operations per parameter and token at 60 % of 989.5 TFLOP/s, and attention on top."""
-    engine = Engine(Roofline())
+    engine = RooflineEngine(Roofline())
     linear_s = 2 * 6.9793e9 * 8192 / (0.6 * 989.5e12)
     attention_s = 4 * 32 * 4096 * 8192 * 4096 / (0.6 * 989.5e12)
     assert engine.step_s([Piece(8192, 0)]) == pytest.approx(linear_s + attention_s + r.HOST_S, rel=1e-2)
@@ -41,24 +41,24 @@ def test_a_long_prompt_costs_arithmetic() -> None:
 
 def test_tensor_parallel_ranks_talk() -> None:
     """Two all-reduces per layer; across nodes they cost more."""
-    inside = Engine(Roofline(tensor_parallel_size=8))
-    across = Engine(Roofline(tensor_parallel_size=8, gpus_per_node=4))
-    alone = Engine(Roofline())
+    inside = RooflineEngine(Roofline(tensor_parallel_size=8))
+    across = RooflineEngine(Roofline(tensor_parallel_size=8, gpus_per_node=4))
+    alone = RooflineEngine(Roofline())
     assert across.step_s(ONE) - inside.step_s(ONE) == pytest.approx(64 * 20e-6, rel=0.1)
     assert alone.step_s(ONE) / 8 < inside.step_s(ONE) < alone.step_s(ONE)
 
 
 @pytest.mark.parametrize(("quantization", "bytes_"), [("bf16", 2.0), ("fp8", 1.0), ("awq", 0.51953125)])
 def test_quantised_weights_move_less(quantization: str, bytes_: float) -> None:
-    engine = Engine(Roofline(quantization=quantization))
+    engine = RooflineEngine(Roofline(quantization=quantization))
     assert engine.linear_bytes == pytest.approx(6_979_321_856 * bytes_)
-    assert engine.kv_tokens >= Engine(Roofline()).kv_tokens
+    assert engine.kv_tokens >= RooflineEngine(Roofline()).kv_tokens
 
 
 def test_fp8_computes_twice_as_fast_where_the_card_knows_it() -> None:
     prompt = [Piece(4096, 0)]
-    h100 = {q: Engine(Roofline(quantization=q)).step_s(prompt) for q in ("bf16", "fp8")}
-    a100 = {q: Engine(Roofline(quantization=q, gpu="a100-sxm")).step_s(prompt) for q in ("bf16", "fp8")}
+    h100 = {q: RooflineEngine(Roofline(quantization=q)).step_s(prompt) for q in ("bf16", "fp8")}
+    a100 = {q: RooflineEngine(Roofline(quantization=q, gpu="a100-sxm")).step_s(prompt) for q in ("bf16", "fp8")}
     assert h100["fp8"] < 0.6 * h100["bf16"]
     assert a100["fp8"] == a100["bf16"]
 
@@ -66,8 +66,8 @@ def test_fp8_computes_twice_as_fast_where_the_card_knows_it() -> None:
 def test_what_does_not_fit_is_refused() -> None:
     """70B in bf16 is 141 GB: two cards of 80 GB leave no room beside it, four do."""
     with pytest.raises(ConfigError, match="needs 141 GB for its weights alone, and 2 x h100-sxm have 160 GB"):
-        Engine(Roofline(model="llama3-70b", tensor_parallel_size=2))
-    assert Engine(Roofline(model="llama3-70b", tensor_parallel_size=4)).kv_tokens > 400_000
+        RooflineEngine(Roofline(model="llama3-70b", tensor_parallel_size=2))
+    assert RooflineEngine(Roofline(model="llama3-70b", tensor_parallel_size=4)).kv_tokens > 400_000
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_what_does_not_fit_is_refused() -> None:
 )
 def test_refusals(options: Roofline, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
-        Engine(options)
+        RooflineEngine(options)
 
 
 @given(
@@ -91,7 +91,7 @@ def test_refusals(options: Roofline, said: str) -> None:
     quantization=st.sampled_from(["bf16", "fp8", "awq"]),
 )
 def test_more_work_never_takes_less_time(pieces: list[Piece], tp: int, quantization: str) -> None:
-    engine = Engine(Roofline(tensor_parallel_size=tp, quantization=quantization))
+    engine = RooflineEngine(Roofline(tensor_parallel_size=tp, quantization=quantization))
     whole = engine.step_s(pieces)
     assert whole >= engine.step_s(pieces[:1])
     assert engine.step_s([replace(p, context=p.context + 100) for p in pieces]) >= whole

@@ -11,8 +11,8 @@ import anthropic
 import openai
 import pytest
 
-from hpc_router.sim import SimEngine
-from hpc_router.sim.request_parsing import Prompt
+from hpc_router.sim import SimServer
+from hpc_router.sim.request_parsing import ParsedPrompt
 from hpc_router.sim.response_store import Kept
 from hpc_router.sim.tokens import Completion
 from tests.sim.calls import DISCONNECTED, GUARD_S, INSTANT, JsonObject, at, decoded, post, until
@@ -29,13 +29,13 @@ both = pytest.mark.parametrize("path", [RESPONSES, MESSAGES])
 
 
 @asynccontextmanager
-async def open_ai(engine: SimEngine) -> AsyncIterator[openai.AsyncOpenAI]:
+async def open_ai(engine: SimServer) -> AsyncIterator[openai.AsyncOpenAI]:
     async with openai.AsyncOpenAI(base_url=f"{engine.url}/v1", api_key="x", max_retries=0, timeout=GUARD_S) as made:
         yield made
 
 
 @asynccontextmanager
-async def an_anthropic(engine: SimEngine) -> AsyncIterator[anthropic.AsyncAnthropic]:
+async def an_anthropic(engine: SimServer) -> AsyncIterator[anthropic.AsyncAnthropic]:
     async with anthropic.AsyncAnthropic(base_url=engine.url, api_key="x", max_retries=0, timeout=GUARD_S) as made:
         yield made
 
@@ -132,11 +132,11 @@ async def test_what_broke_off_is_not_kept(start: Start) -> None:
 
 
 def test_only_the_last_responses_are_kept() -> None:
-    kept, prompt = Kept(most=2), Prompt(text="user: hi", tokens=1)
+    kept, prompt = Kept(most=2), ParsedPrompt(text="user: hi", tokens=1)
     for name in "abc":
         kept.add(name, prompt, Completion(pieces=("yes",), tokens=1, finish_reason="stop"))
     assert kept.continued("a", prompt) is None
-    assert kept.continued("c", prompt) == Prompt(text="user: hi\nassistant: yes\nuser: hi", tokens=3)
+    assert kept.continued("c", prompt) == ParsedPrompt(text="user: hi\nassistant: yes\nuser: hi", tokens=3)
 
 
 async def test_the_anthropic_client_is_served(start: Start) -> None:

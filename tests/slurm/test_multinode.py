@@ -21,7 +21,7 @@ from hpc_router.config.schema import (
 )
 from hpc_router.net import protocol
 from hpc_router.net.auth import replica_key
-from hpc_router.state.job_records import Exit, JobDir, Reason, Runner
+from hpc_router.state.job_records import Exit, FailureReason, JobDir, Runner
 from hpc_router.state.registry import Reader, Record, State
 from hpc_router.state.run_directory import RunDir, make_run
 from launch import tiny_model
@@ -145,7 +145,7 @@ def test_the_loss_of_the_first_node_ends_the_other_rank(cluster: SlurmCluster) -
     cluster.node("n1").kill()
     eventually_sync(lambda: not started.processes("n2", word), within_s=SLURMD_TIMEOUT_S)
     end = started.ended(within_s=SLURMD_TIMEOUT_S)
-    assert (end.ok, end.reason) == (False, Reason.RANK_LOST)
+    assert (end.ok, end.reason) == (False, FailureReason.RANK_LOST)
     assert end.message.endswith("by rank 1 on n2")
 
 
@@ -172,7 +172,7 @@ def test_a_killed_rank_ends_its_job_and_another_takes_its_place(cluster: SlurmCl
         second = deployed.until_ready("math-0", after=first)
         end = deployed.job(first).exit()
         assert end is not None
-        assert (end.ok, end.reason) == (False, Reason.RANK_LOST), deployed.job(first).agent_log.read_text()
+        assert (end.ok, end.reason) == (False, FailureReason.RANK_LOST), deployed.job(first).agent_log.read_text()
         with deployed.client() as client:
             assert client.completions.create(model="math", prompt="once", max_tokens=2).choices[0].text
         assert second == "math-0.g2"
@@ -211,7 +211,7 @@ def test_vllm_on_two_nodes_serves_its_domain_and_outlives_the_loss_of_either(clu
             second = deployed.until_ready("math-0", after=first, within_s=150)
             end = deployed.job(first).exit()
             assert end is not None
-            assert (end.ok, end.reason) == (False, Reason.RANK_LOST), end
+            assert (end.ok, end.reason) == (False, FailureReason.RANK_LOST), end
             answers_of_its_domain(deployed)
             leader, follower = leaders_node(deployed, second), other_rank(deployed, second)
             assert other not in (leader, follower)

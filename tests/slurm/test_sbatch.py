@@ -15,8 +15,8 @@ import pytest
 from hpc_router.net.http_client import Unreachable, ask
 from hpc_router.routing.artefact import read
 from hpc_router.routing.classifier import Classifier
-from hpc_router.state.job_records import JobDir, Reason
-from hpc_router.state.registry import Kind, Reader, Record, State
+from hpc_router.state.job_records import FailureReason, JobDir
+from hpc_router.state.registry import Reader, Record, RecordKind, State
 from hpc_router.state.run_directory import RunDir
 from tests.routing.training.samples import prompts, written
 from tests.slurm.cluster import SlurmCluster
@@ -57,7 +57,7 @@ class ByHand:
         (log,) = self.cluster.shared.glob(f"*-{number}.log")
         return log.read_text()
 
-    def record(self, kind: Kind, expert: str = "") -> Record | None:
+    def record(self, kind: RecordKind, expert: str = "") -> Record | None:
         """The endpoint that is ready."""
         for known in Reader(self.run.registry).snapshot().values():
             if known.kind is kind and known.state is State.READY and (not expert or expert in known.serves):
@@ -65,7 +65,7 @@ class ByHand:
         return None
 
     def router(self) -> str:
-        found = eventually_sync(lambda: self.record(Kind.ROUTER))
+        found = eventually_sync(lambda: self.record(RecordKind.ROUTER))
         return found.url
 
     def has_ready(self, *experts: str) -> None:
@@ -154,7 +154,7 @@ def test_what_slurm_shows_of_a_refused_job(by_hand: ByHand) -> None:
 
 def test_each_expert_answers_through_the_router(by_hand: ByHand) -> None:
     by_hand.has_ready("code", "math")
-    records = {name: by_hand.record(Kind.EXPERT, name) for name in ("code", "math")}
+    records = {name: by_hand.record(RecordKind.EXPERT, name) for name in ("code", "math")}
     assert {name: record.node for name, record in records.items() if record} == {"code": "n1", "math": "c1"}
     step = by_hand.cluster.run(["scontrol", "--oneliner", "show", "step", f"{by_hand.jobs[1]}.0"])
     assert "CPUs=4 " in step, "what the job has, srun must be told"
@@ -213,7 +213,7 @@ def test_an_expert_over_two_nodes_is_one_endpoint(by_hand: ByHand) -> None:
     assert by_hand.cluster.states()["n2"] == by_hand.cluster.states()["n3"] == "allocated"
     by_hand.cluster.run(["scancel", number])
     by_hand.ended(number)
-    eventually_sync(lambda: by_hand.record(Kind.EXPERT, "law") is None)
+    eventually_sync(lambda: by_hand.record(RecordKind.EXPERT, "law") is None)
 
 
 def test_a_killed_service_leaves_the_script_s_record(by_hand: ByHand) -> None:
@@ -221,7 +221,7 @@ def test_a_killed_service_leaves_the_script_s_record(by_hand: ByHand) -> None:
     number = by_hand.submit(
         "expert.sbatch", str(by_hand.run.path), "medicine", "topology=sim", options=("--nodelist=n1",)
     )
-    eventually_sync(lambda: by_hand.record(Kind.EXPERT, "medicine"))
+    eventually_sync(lambda: by_hand.record(RecordKind.EXPERT, "medicine"))
     job = by_hand.replica(number)
     process = job.process()
     assert process is not None
@@ -245,6 +245,6 @@ def test_scancel_drains_and_leaves_nothing(by_hand: ByHand) -> None:
     for number, job in carried.items():
         by_hand.ended(number)
         exit_record, ended = eventually_sync(job.exit), eventually_sync(job.ended)
-        assert (exit_record.ok, exit_record.reason, ended.status) == (True, Reason.DRAINED, 0), job.replica
+        assert (exit_record.ok, exit_record.reason, ended.status) == (True, FailureReason.DRAINED, 0), job.replica
     assert not {job.replica for job in carried.values()} & set(Reader(by_hand.run.registry).snapshot())
     eventually_sync(lambda: not with_word(*names))

@@ -14,14 +14,14 @@ from hpc_router.state import lease as lease_module
 from hpc_router.state import registry
 from hpc_router.state.io_thread import FileThread
 from hpc_router.state.lease import Lease
-from hpc_router.state.registry import Kind, Reader, Record, State
+from hpc_router.state.registry import Reader, Record, RecordKind, State
 from tests.support.waiting import eventually
 
 HANG_S = 0.05
 
 
 def record(beat_s: float = 3600.0) -> Record:
-    return Record(Kind.EXPERT, "math-0.g1", "http://127.0.0.1:1", State.STARTING, {"math": "math"}, beat_s=beat_s)
+    return Record(RecordKind.EXPERT, "math-0.g1", "http://127.0.0.1:1", State.STARTING, {"math": "math"}, beat_s=beat_s)
 
 
 def published(folder: Path) -> Record | None:

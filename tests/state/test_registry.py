@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from hpc_router.errors import RegistryError
 from hpc_router.state.registry import (
     EngineInfo,
-    Kind,
     Reader,
     Record,
+    RecordKind,
     State,
     leading_router,
     publish,
@@ -24,7 +24,7 @@ from hpc_router.state.registry import (
 )
 
 RECORD = Record(
-    kind=Kind.EXPERT,
+    kind=RecordKind.EXPERT,
     replica="math-0.g3",
     url="http://127.0.0.1:8001",
     state=State.READY,
@@ -142,7 +142,12 @@ def test_what_is_no_replica_name_is_refused(name: str) -> None:
 def test_the_leader_is_the_ready_router_of_the_highest_generation() -> None:
     def router(generation: int, state: State) -> Record:
         return replace(
-            RECORD, kind=Kind.ROUTER, replica=f"router-0.g{generation}", generation=generation, state=state, serves={}
+            RECORD,
+            kind=RecordKind.ROUTER,
+            replica=f"router-0.g{generation}",
+            generation=generation,
+            state=state,
+            serves={},
         )
 
     routers = [router(9, State.READY), router(10, State.READY), router(11, State.STARTING), RECORD]

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from hpc_router.bench.config import BenchConfig
-from hpc_router.bench.figures import CUT, Observation, Part, Window
+from hpc_router.bench.figures import CUT, MeasurementPart, Observation, Window
 from hpc_router.bench.load.native import load as native
 from hpc_router.bench.load.native.records import FILLING, MEASURED, STREAM, UNKNOWN, Error
 from hpc_router.bench.workload import Workload, request
@@ -35,7 +35,7 @@ _KINDS: Final[Mapping[Error, str]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
+class LoadTarget:
     """Who is asked: the router, or a replica."""
 
     url: str
@@ -56,7 +56,7 @@ class Target:
 
 
 @dataclass(frozen=True, slots=True)
-class Load:
+class LoadResult:
     """What one point saw. Shares are of one core, of the busiest load generator: used, and waited for in vain."""
 
     started_at: float
@@ -66,13 +66,13 @@ class Load:
     wait_share: float
 
 
-def carry_out(target: Target, config: BenchConfig, work: Workload, folder: Path) -> Load:
+def carry_out(target: LoadTarget, config: BenchConfig, work: Workload, folder: Path) -> LoadResult:
     """Blocks until all measured requests have ended."""
     host, port = target.address
     folder.mkdir(parents=True, exist_ok=True)
     given = [request(q, host=f"{host}:{port}", path=CHAT, token=target.token) for q in work.questions]
     until_s = None if config.duration_s is None else config.warmup_s + config.duration_s
-    asked = native.Load(
+    asked = native.LoadSpec(
         requests=native.write_requests(folder / "requests", given),
         host=host,
         port=port,
@@ -98,7 +98,7 @@ def carry_out(target: Target, config: BenchConfig, work: Workload, folder: Path)
         (folder / "requests").unlink(missing_ok=True)  # it holds the token
     elapsed_s = found.elapsed_s or 1.0
     seen = list(observations(found, work))
-    return Load(
+    return LoadResult(
         started_at,
         seen,
         window_of(config, seen),
@@ -116,7 +116,7 @@ def _patience_s(config: BenchConfig, until_s: float | None) -> float | None:
 def window_of(config: BenchConfig, seen: Sequence[Observation]) -> Window:
     if config.duration_s is not None:
         return Window(config.warmup_s, config.warmup_s + config.duration_s)
-    last = max((o.ended_s for o in seen if o.part is Part.MEASURED), default=config.warmup_s)
+    last = max((o.ended_s for o in seen if o.part is MeasurementPart.MEASURED), default=config.warmup_s)
     return Window(config.warmup_s, last)
 
 
@@ -149,20 +149,26 @@ def observations(found: native.Recorded, work: Workload) -> Iterable[Observation
         )
 
 
-def _part(flags: int) -> Part:
-    return Part.MEASURED if flags & MEASURED else Part.FILLING if flags & FILLING else Part.WARM_UP
+def _part(flags: int) -> MeasurementPart:
+    return (
+        MeasurementPart.MEASURED
+        if flags & MEASURED
+        else MeasurementPart.FILLING
+        if flags & FILLING
+        else MeasurementPart.WARM_UP
+    )
 
 
 def _label(labels: Sequence[str | None], position: int) -> str | None:
     return labels[position] if position < len(labels) else None
 
 
-def _kind(row: Any, part: Part, content: Sequence[float]) -> str | None:
+def _kind(row: Any, part: MeasurementPart, content: Sequence[float]) -> str | None:
     error = Error(row["error"])
     if error is Error.HTTP_STATUS:
         return f"http_{row['status']}"
     if error is Error.STOPPED:
-        return "unended" if part is Part.MEASURED else CUT
+        return "unended" if part is MeasurementPart.MEASURED else CUT
     if error is not Error.NONE:
         return _KINDS[error]
     if not row["flags"] & STREAM:
@@ -170,10 +176,10 @@ def _kind(row: Any, part: Part, content: Sequence[float]) -> str | None:
     return None if content else "no_content"
 
 
-def merged(loads: Sequence[Load]) -> Load:
+def merged(loads: Sequence[LoadResult]) -> LoadResult:
     """Of generators that loaded one target at the same time; each has its own clock, all began together."""
     first = loads[0]
-    return Load(
+    return LoadResult(
         min(load.started_at for load in loads),
         [o for load in loads for o in load.observations],
         Window(first.window.start_s, max(load.window.end_s for load in loads)),
@@ -182,10 +188,10 @@ def merged(loads: Sequence[Load]) -> Load:
     )
 
 
-def to_json(load: Load) -> dict[str, Any]:
+def to_json(load: LoadResult) -> dict[str, Any]:
     return asdict(load)
 
 
-def from_json(value: Mapping[str, Any]) -> Load:
-    seen = [Observation(**{**one, "part": Part(one["part"])}) for one in value["observations"]]
-    return Load(value["started_at"], seen, Window(**value["window"]), value["cpu_share"], value["wait_share"])
+def from_json(value: Mapping[str, Any]) -> LoadResult:
+    seen = [Observation(**{**one, "part": MeasurementPart(one["part"])}) for one in value["observations"]]
+    return LoadResult(value["started_at"], seen, Window(**value["window"]), value["cpu_share"], value["wait_share"])

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from hpc_router.bench.config import read_config
-from hpc_router.bench.load.generator import Target, carry_out, to_json
-from hpc_router.bench.prompts import Prompt
+from hpc_router.bench.load.generator import LoadTarget, carry_out, to_json
+from hpc_router.bench.prompts import BenchPrompt
 from hpc_router.bench.workload import Point, workload
 from hpc_router.errors import HpcRouterError
 from hpc_router.state.atomic_files import is_there, replace_json
@@ -24,7 +24,7 @@ POLL_S: Final = 0.1
 STILL_S: Final = 60.0
 
 
-def order(target: Target, config: dict[str, Any], prompts: list[Prompt], point: Point, begin_at: float) -> Any:
+def order(target: LoadTarget, config: dict[str, Any], prompts: list[BenchPrompt], point: Point, begin_at: float) -> Any:
     """Plain data for all jobs of one point."""
     return {
         "url": target.url,
@@ -60,9 +60,9 @@ def _carried_out(given: dict[str, Any], folder: Path, job: int) -> dict[str, Any
     config = read_config(given["config"])
     if job >= config.load_jobs:
         return {"idle": True}
-    work = workload(config, [Prompt(**one) for one in given["prompts"]], Point(**given["point"]), job=job)
+    work = workload(config, [BenchPrompt(**one) for one in given["prompts"]], Point(**given["point"]), job=job)
     time.sleep(max(0.0, given["begin_at"] - time.time()))
-    return to_json(carry_out(Target(given["url"], given["token"]), config, work, folder))
+    return to_json(carry_out(LoadTarget(given["url"], given["token"]), config, work, folder))
 
 
 def _over(folder: Path) -> bool:

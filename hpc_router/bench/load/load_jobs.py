@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any, Final, Protocol
 
 from hpc_router.bench.config import BenchConfig
-from hpc_router.bench.load.generator import Load, Target, carry_out, from_json, merged
+from hpc_router.bench.load.generator import LoadResult, LoadTarget, carry_out, from_json, merged
 from hpc_router.bench.load.load_job_main import order
-from hpc_router.bench.prompts import Prompt
+from hpc_router.bench.prompts import BenchPrompt
 from hpc_router.bench.workload import Point, jobs_for, workload
 from hpc_router.errors import LaunchError
 from hpc_router.net.job_environment import scrubbed
@@ -35,17 +35,17 @@ APART_S: Final = 1.0
 
 
 class Crew(Protocol):
-    def load(self, target: Target, config: BenchConfig, prompts: Sequence[Prompt], point: Point) -> Load:
+    def load(self, target: LoadTarget, config: BenchConfig, prompts: Sequence[BenchPrompt], point: Point) -> LoadResult:
         """Blocks. Raises LaunchError."""
 
 
-class Alone:
+class InProcessLoad:
     """This process."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
-    def load(self, target: Target, config: BenchConfig, prompts: Sequence[Prompt], point: Point) -> Load:
+    def load(self, target: LoadTarget, config: BenchConfig, prompts: Sequence[BenchPrompt], point: Point) -> LoadResult:
         return carry_out(target, config, workload(config, prompts, point), self._folder)
 
 
@@ -55,7 +55,7 @@ class Jobs:
     def __init__(self, folder: Path, jobs: int) -> None:
         self._folder, self._jobs, self._number = folder, jobs, 0
 
-    def load(self, target: Target, config: BenchConfig, prompts: Sequence[Prompt], point: Point) -> Load:
+    def load(self, target: LoadTarget, config: BenchConfig, prompts: Sequence[BenchPrompt], point: Point) -> LoadResult:
         number, self._number = self._number, self._number + 1
         shared = replace(config, load_jobs=jobs_for(point, config))
         given = order(target, asdict(shared), list(prompts), point, time.time() + AHEAD_S)
@@ -73,7 +73,7 @@ class Jobs:
             )
         return merged(parts)
 
-    def _answer(self, path: Path, config: BenchConfig) -> Load | None:
+    def _answer(self, path: Path, config: BenchConfig) -> LoadResult | None:
         """None of a job that had nothing to do."""
         longest_s = config.warmup_s + (config.duration_s or config.timeout_s) + config.drain_s + 60.0
         _wait_for(path, longest_s, "a load job gave no answer")
@@ -91,7 +91,7 @@ def crew(config: BenchConfig, *, shared: Path) -> Iterator[Crew]:
         folder = Path(tempfile.mkdtemp(prefix="load-", dir=shared))
     try:
         if config.load_jobs == 1 and config.load_place == "here":
-            yield Alone(folder)
+            yield InProcessLoad(folder)
         else:
             with _started(config, folder):
                 yield Jobs(folder, config.load_jobs)

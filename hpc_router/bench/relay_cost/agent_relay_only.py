@@ -25,7 +25,7 @@ from hpc_router.relay.downstream.server import listening
 from hpc_router.relay.upstream.client import UpstreamClient
 from hpc_router.state.io_thread import file_thread
 from hpc_router.state.lease import Lease
-from hpc_router.state.registry import Kind, Record, State, http_url, split_replica
+from hpc_router.state.registry import Record, RecordKind, State, http_url, split_replica
 from hpc_router.state.run_directory import RunDir, open_run
 
 CAPACITY = 100_000
@@ -52,7 +52,7 @@ async def serve(run: RunDir, replica: str, engine: Path) -> None:
         with bind(LOOPBACK) as sock, file_thread(f"files of {replica}", log=run.logs / f"{replica}.log") as files:
             host, port = sock.getsockname()[:2]
             record = Record(
-                kind=Kind.EXPERT,
+                kind=RecordKind.EXPERT,
                 replica=replica,
                 url=http_url(host, port),
                 state=State.READY,

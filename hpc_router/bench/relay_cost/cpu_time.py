@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from hpc_router.bench.load.native.load import Running
-from hpc_router.bench.relay_cost.processes import Cores, Group, busy_ns, cpu_ns
+from hpc_router.bench.relay_cost.processes import Cores, ProcessGroup, busy_ns, cpu_ns
 
 QUIET: Final = 0.05
 """Of the cores, what others may use."""
@@ -73,7 +73,7 @@ class Cost:
 class Meter:
     """Reads them all. `relay` is None where there is none."""
 
-    relay: Group | None
+    relay: ProcessGroup | None
     engine_pid: int
     cores: Cores
 

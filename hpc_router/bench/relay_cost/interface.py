@@ -11,7 +11,7 @@ from typing import Final, Protocol
 
 from hpc_router.bench.load.native.engine import MockEngine
 from hpc_router.bench.relay_cost import requests
-from hpc_router.bench.relay_cost.processes import Group
+from hpc_router.bench.relay_cost.processes import ProcessGroup
 from hpc_router.errors import LaunchError
 
 SERVERS: Final = "/usr/local/sbin:/usr/sbin"
@@ -21,7 +21,7 @@ NO_TOKEN: Final = "0" * 64
 
 
 @dataclass(frozen=True, slots=True)
-class Site:
+class RelayPlacement:
     """Where one is started: the engine behind it, a private folder, the cores that are its own."""
 
     engine: MockEngine
@@ -34,11 +34,11 @@ class Site:
 
 
 @dataclass(frozen=True, slots=True)
-class Started:
+class StartedRelay:
     """`group` is None where there is no relay."""
 
     port: int
-    group: Group | None
+    group: ProcessGroup | None
     token: str = NO_TOKEN
 
 
@@ -63,7 +63,7 @@ class Relay(Protocol):
 
     def version(self) -> str: ...
 
-    def started(self, site: Site) -> AbstractContextManager[Started]: ...
+    def started(self, site: RelayPlacement) -> AbstractContextManager[StartedRelay]: ...
 
 
 def find(command: str, folder: Path | None) -> Path | None:
@@ -82,7 +82,7 @@ def free_port() -> int:
         return port
 
 
-def await_answer(started: Started, site: Site) -> None:
+def await_answer(started: StartedRelay, site: RelayPlacement) -> None:
     """Until it relays a request. Raises LaunchError with the end of its log."""
     deadline = time.monotonic() + START_S
     while not answers(started, requests.MODEL):
@@ -93,7 +93,7 @@ def await_answer(started: Started, site: Site) -> None:
         time.sleep(0.05)
 
 
-def answers(started: Started, model: str) -> bool:
+def answers(started: StartedRelay, model: str) -> bool:
     """Whether a short request for `model` is relayed and answered."""
     raw = requests.request(started.port, token=started.token, prompt="Is 91 a prime?", model=model, stream=False)
     raw = raw.replace(b"accept: */*", b"connection: close", 1)

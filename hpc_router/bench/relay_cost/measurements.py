@@ -14,12 +14,12 @@ from typing import Any, Final
 import numpy as np
 
 from hpc_router.bench.load.native.engine import MockEngine
-from hpc_router.bench.load.native.load import GUARD_S, Load, Recorded, run, running, write_requests
+from hpc_router.bench.load.native.load import GUARD_S, LoadSpec, Recorded, run, running, write_requests
 from hpc_router.bench.load.native.records import Error, Table, errors
 from hpc_router.bench.relay_cost import requests
 from hpc_router.bench.relay_cost.cpu_time import Cost, Meter, await_quiet
-from hpc_router.bench.relay_cost.interface import Relay, Started
-from hpc_router.bench.relay_cost.options import LOWER, Options
+from hpc_router.bench.relay_cost.interface import Relay, StartedRelay
+from hpc_router.bench.relay_cost.options import LOWER, RelayCostOptions
 from hpc_router.bench.relay_cost.processes import Cores
 
 RUN_UP_S: Final = 0.3
@@ -52,9 +52,9 @@ class Round:
 class Measurement:
     """`place`: a folder of its own for what is sent and recorded."""
 
-    options: Options
+    options: RelayCostOptions
     relay: Relay
-    started: Started
+    started: StartedRelay
     engine: MockEngine
     place: Path
     cores: Cores
@@ -204,10 +204,10 @@ class Measurement:
             await_quiet(self.cores, limit_s=self.options.quiet_s)
         self.tell(what)
 
-    def _load(self, sent: list[bytes], name: str = "load", *, connections: int | None = None, **how: Any) -> Load:
+    def _load(self, sent: list[bytes], name: str = "load", *, connections: int | None = None, **how: Any) -> LoadSpec:
         path = write_requests(self.place / f"{name}.requests", sent)
         given = self.options.connections if connections is None else connections
-        return Load(requests=path, port=self.started.port, connections=given, **how)
+        return LoadSpec(requests=path, port=self.started.port, connections=given, **how)
 
     def _check(self, workload: str, found: Recorded) -> None:
         self.round.fail(workload, errors(found.requests))

@@ -16,7 +16,7 @@ QUICK: Final[Mapping[str, Any]] = {"streams": 50, "seconds": 0.3, "rounds": 1, "
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
+class RelayCostOptions:
     only: tuple[str, ...] = ()
     streams: int = 1000
     rate: float = 40.0

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from hpc_router.bench.relay_cost.interface import Relay, Site, Started, await_answer, find, free_port
+from hpc_router.bench.relay_cost.interface import Relay, RelayPlacement, StartedRelay, await_answer, find, free_port
 from hpc_router.bench.relay_cost.processes import group, on
 from hpc_router.state.run_directory import private_umask
 
@@ -37,9 +37,9 @@ class Direct:
         return ""
 
     @contextmanager
-    def started(self, site: Site) -> Iterator[Started]:
+    def started(self, site: RelayPlacement) -> Iterator[StartedRelay]:
         assert site.engine.port is not None
-        yield Started(site.engine.port, None)
+        yield StartedRelay(site.engine.port, None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ class Nginx:
         return _said([_program("nginx"), "-v"], r"nginx/(\S+)")
 
     @contextmanager
-    def started(self, site: Site) -> Iterator[Started]:
+    def started(self, site: RelayPlacement) -> Iterator[StartedRelay]:
         port = free_port()
         text = nginx_conf(site.folder, port=port, engine=_port(site), user=pwd.getpwuid(os.geteuid()).pw_name)
         conf = _kept(site.folder / "nginx.conf", text)
@@ -111,7 +111,7 @@ class Haproxy:
         return _said([_program("haproxy"), "-v"], r"[Vv]ersion (\S+)")
 
     @contextmanager
-    def started(self, site: Site) -> Iterator[Started]:
+    def started(self, site: RelayPlacement) -> Iterator[StartedRelay]:
         port = free_port()
         conf = _kept(site.folder / "haproxy.cfg", haproxy_cfg(port=port, engine=_port(site)))
         with _run([_program("haproxy"), "-db", "-f", str(conf)], port, site) as started:
@@ -164,7 +164,7 @@ class Package:
         return _said([str(python), "-c", said], r"(\S+)")
 
     @contextmanager
-    def started(self, site: Site) -> Iterator[Started]:
+    def started(self, site: RelayPlacement) -> Iterator[StartedRelay]:
         port = free_port()
         argv = package_argv(_program(self.name, self.peers), self.words, port=port, engine=_port(site))
         with _run(argv, port, site) as started:
@@ -191,16 +191,16 @@ def peers(environment: Path | None) -> list[Relay]:
 
 
 @contextmanager
-def _run(argv: list[str], port: int, site: Site) -> Iterator[Started]:
+def _run(argv: list[str], port: int, site: RelayPlacement) -> Iterator[StartedRelay]:
     with group() as processes:
         with on(site.cores):
             processes.start(argv, log=site.log)
-        started = Started(port, processes)
+        started = StartedRelay(port, processes)
         await_answer(started, site)
         yield started
 
 
-def _port(site: Site) -> int:
+def _port(site: RelayPlacement) -> int:
     assert site.engine.port is not None
     return site.engine.port
 

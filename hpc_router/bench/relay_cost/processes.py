@@ -49,7 +49,7 @@ def on(cores: frozenset[int]) -> Iterator[None]:
 
 
 @dataclass(slots=True)
-class Group:
+class ProcessGroup:
     """Processes that together are one relay."""
 
     roots: list[subprocess.Popen[bytes]] = field(default_factory=list)
@@ -100,8 +100,8 @@ class Group:
 
 
 @contextmanager
-def group() -> Iterator[Group]:
-    made = Group()
+def group() -> Iterator[ProcessGroup]:
+    made = ProcessGroup()
     try:
         yield made
     finally:

@@ -10,24 +10,24 @@ from rich.table import Table
 from rich.text import Text
 
 from hpc_router.bench.relay_cost import requests, targets
-from hpc_router.bench.relay_cost.options import LOWER, Options
+from hpc_router.bench.relay_cost.options import LOWER, RelayCostOptions
 from hpc_router.bench.relay_cost.processes import Cores
-from hpc_router.bench.relay_cost.rounds import Measured
-from hpc_router.bench.relay_cost.statistics import Spread, across, difference, slope_per_million, spread
+from hpc_router.bench.relay_cost.rounds import RelayRounds
+from hpc_router.bench.relay_cost.statistics import RoundSpread, across, difference, slope_per_million, spread
 
 SCHEMA: Final = 1
-NOTHING: Final = Spread(0.0, 0.0, 0.0)
+NOTHING: Final = RoundSpread(0.0, 0.0, 0.0)
 DISTURBED: Final = 0.1
 """Of a core: from here on it is said."""
 
 
 @dataclass(frozen=True, slots=True)
-class Results:
+class RelayCostResults:
     """`absent`: why a relay was not measured, by name. `origin`: versions, machine, git state, command, time."""
 
-    options: Options
+    options: RelayCostOptions
     cores: Cores
-    measured: Mapping[str, Measured]
+    measured: Mapping[str, RelayRounds]
     absent: Mapping[str, str]
     origin: Mapping[str, Any]
 
@@ -52,12 +52,12 @@ class Sheet:
     rows: Sequence[Sequence[str]]
 
 
-def sheets(results: Results) -> list[Sheet]:
+def sheets(results: RelayCostResults) -> list[Sheet]:
     made = [_relays(results), _classifying(results), _agent(results), _head_room(results), _soak(results)]
     return [sheet for sheet in (*made, _checks(results)) if sheet.rows]
 
 
-def notes(results: Results) -> list[str]:
+def notes(results: RelayCostResults) -> list[str]:
     said = [f"{name}: not measured, {why}" for name, why in results.absent.items()]
     for name, measured in results.measured.items():
         said += [f"{name}: a round was lost: {why}" for why in measured.broken]
@@ -77,7 +77,7 @@ def notes(results: Results) -> list[str]:
     return said
 
 
-def _disturbed(measured: Measured) -> list[str]:
+def _disturbed(measured: RelayRounds) -> list[str]:
     """Whose figures other work on the machine has made worse, and by how much of a core at most."""
     shares = {"load generator and engine": "load_others_share"}
     if measured.relay.hops:
@@ -91,7 +91,7 @@ def _disturbed(measured: Measured) -> list[str]:
     return said
 
 
-def _relays(results: Results) -> Sheet:
+def _relays(results: RelayCostResults) -> Sheet:
     n, rate = results.options.streams, f"{results.options.rate:g}"
     half = max(1, n // 2)
     columns = [
@@ -116,7 +116,7 @@ def _relays(results: Results) -> Sheet:
     return Sheet("Relays: median (min\N{EN DASH}max) of the rounds", [title for title, _ in columns], rows)
 
 
-def _cell(results: Results, measured: Measured, key: str) -> str:
+def _cell(results: RelayCostResults, measured: RelayRounds, key: str) -> str:
     """Times to first token: what they are more than those of `direct`, whose own stand in brackets."""
     if not key.startswith("ttft"):
         return _told(spread(measured, key))
@@ -125,7 +125,7 @@ def _cell(results: Results, measured: Measured, key: str) -> str:
     return _told(across([(measured, key), (results.measured.get("direct"), key)], difference))
 
 
-def _classifying(results: Results) -> Sheet:
+def _classifying(results: RelayCostResults) -> Sheet:
     rows = []
     for name, measured in results.measured.items():
         for size in requests.SIZES:
@@ -137,7 +137,7 @@ def _classifying(results: Results) -> Sheet:
     return Sheet("Classifying: CPU us per short request", columns, rows)
 
 
-def _agent(results: Results) -> Sheet:
+def _agent(results: RelayCostResults) -> Sheet:
     rows = []
     for name, measured in results.measured.items():
         if spread(measured, "stream_lower_us"):
@@ -150,7 +150,7 @@ def _agent(results: Results) -> Sheet:
     return Sheet("Through the agent: both hops on one core, counted together", columns, rows)
 
 
-def _head_room(results: Results) -> Sheet:
+def _head_room(results: RelayCostResults) -> Sheet:
     rows = []
     for name, measured in results.measured.items():
         keys = ("short_200B_per_s", "short_200B_load_us", "short_200B_engine_us", "stream_per_s", "stream_load_us",
@@ -164,7 +164,7 @@ def _head_room(results: Results) -> Sheet:
     return Sheet("Load generator and engine: their own CPU, and what they reached", columns, rows)
 
 
-def _soak(results: Results) -> Sheet:
+def _soak(results: RelayCostResults) -> Sheet:
     router = results.measured.get("router")
     points = router.soak if router is not None else []
     rows = [[f"{count:,}", f"{mib:.1f}"] for count, mib in points]
@@ -172,7 +172,7 @@ def _soak(results: Results) -> Sheet:
     return Sheet(f"Soak: {slope:+.2f} MiB per million requests", ["short requests", "private MiB"], rows)
 
 
-def _checks(results: Results) -> Sheet:
+def _checks(results: RelayCostResults) -> Sheet:
     rows = []
     for check in results.checks:
         sign = "<" if check.strict else "<="
@@ -181,7 +181,7 @@ def _checks(results: Results) -> Sheet:
     return Sheet("Checks", ["what", "target", "found", ""], rows)
 
 
-def _told(found: Spread | None) -> str:
+def _told(found: RoundSpread | None) -> str:
     if found is None:
         return "-"
     if found.low == found.high:
@@ -193,7 +193,7 @@ def _number(value: float) -> str:
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
-def on_screen(results: Results) -> RenderableType:
+def on_screen(results: RelayCostResults) -> RenderableType:
     parts: list[RenderableType] = []
     for sheet in sheets(results):
         drawn = Table(box=None, pad_edge=False, header_style="bold")
@@ -205,7 +205,7 @@ def on_screen(results: Results) -> RenderableType:
     return Group(*parts, *(Text(note, style="yellow") for note in notes(results)))
 
 
-def markdown(results: Results) -> str:
+def markdown(results: RelayCostResults) -> str:
     origin = results.origin
     lines = [
         f"# Relay benchmark, {origin['at']}",
@@ -224,7 +224,7 @@ def markdown(results: Results) -> str:
     return "\n".join(lines) + "\n"
 
 
-def to_json(results: Results) -> dict[str, Any]:
+def to_json(results: RelayCostResults) -> dict[str, Any]:
     """No NaN: what was not measured is null."""
     value = {
         "schema": SCHEMA,
@@ -240,7 +240,7 @@ def to_json(results: Results) -> dict[str, Any]:
     return clean
 
 
-def _relay_json(measured: Measured) -> dict[str, Any]:
+def _relay_json(measured: RelayRounds) -> dict[str, Any]:
     names = sorted({name for one in measured.rounds.values() for name in one.figures})
     return {
         "version": measured.version,

@@ -11,9 +11,9 @@ from functools import partial
 from pathlib import Path
 
 from hpc_router.bench.load.native.engine import mock_engine
-from hpc_router.bench.relay_cost.interface import Relay, Site
+from hpc_router.bench.relay_cost.interface import Relay, RelayPlacement
 from hpc_router.bench.relay_cost.measurements import Measurement, Round
-from hpc_router.bench.relay_cost.options import Options
+from hpc_router.bench.relay_cost.options import RelayCostOptions
 from hpc_router.bench.relay_cost.processes import Cores, on
 from hpc_router.errors import LaunchError
 
@@ -21,7 +21,7 @@ Tell = Callable[[str], None]
 
 
 @dataclass(slots=True)
-class Measured:
+class RelayRounds:
     """All rounds of one relay. `broken`: why a round could not be had."""
 
     relay: Relay
@@ -35,8 +35,8 @@ class Measured:
         return len(self.broken) + sum(sum(one.failed.values()) for one in self.rounds.values())
 
 
-def measure_all(relays: Sequence[Relay], options: Options, cores: Cores, tell: Tell) -> list[Measured]:
-    found = [Measured(relay, relay.version()) for relay in relays]
+def measure_all(relays: Sequence[Relay], options: RelayCostOptions, cores: Cores, tell: Tell) -> list[RelayRounds]:
+    found = [RelayRounds(relay, relay.version()) for relay in relays]
     with private_folder() as folder, on(cores.load):
         for number in range(options.rounds):
             turn = number % len(found)
@@ -49,7 +49,9 @@ def measure_all(relays: Sequence[Relay], options: Options, cores: Cores, tell: T
     return found
 
 
-def _one(measured: Measured, options: Options, cores: Cores, folder: Path, tell: Tell, *, number: int | None) -> None:
+def _one(
+    measured: RelayRounds, options: RelayCostOptions, cores: Cores, folder: Path, tell: Tell, *, number: int | None
+) -> None:
     """A round; the soak where it has no number."""
     relay = measured.relay
     where = "soak" if number is None else f"round {number + 1} of {options.rounds}"
@@ -58,7 +60,7 @@ def _one(measured: Measured, options: Options, cores: Cores, folder: Path, tell:
     try:
         with mock_engine(place, rate=options.rate, socket=place / "engine" if relay.behind_socket else None) as engine:
             tell(f"{where}, {relay.name}: starting")
-            with relay.started(Site(engine, place, cores.relay)) as started:
+            with relay.started(RelayPlacement(engine, place, cores.relay)) as started:
                 told = Measurement(
                     options, relay, started, engine, place, cores, partial(_tell, tell, where, relay.name)
                 )

@@ -20,10 +20,10 @@ from hpc_router.bench.interrupt import sigterm_as_interrupt
 from hpc_router.bench.load.native.build import built
 from hpc_router.bench.record import git_state, hardware, versions
 from hpc_router.bench.relay_cost.interface import Relay
-from hpc_router.bench.relay_cost.options import Options
+from hpc_router.bench.relay_cost.options import RelayCostOptions
 from hpc_router.bench.relay_cost.other_relays import peers
 from hpc_router.bench.relay_cost.processes import cores_of
-from hpc_router.bench.relay_cost.report import Results, markdown, to_json
+from hpc_router.bench.relay_cost.report import RelayCostResults, markdown, to_json
 from hpc_router.bench.relay_cost.rounds import measure_all
 from hpc_router.bench.relay_cost.this_router import ours
 from hpc_router.errors import ConfigError, LaunchError, suggest
@@ -47,7 +47,7 @@ def in_clone() -> bool:
     return (ROOT / "pyproject.toml").is_file()
 
 
-def bench(options: Options, console: Console) -> Results:
+def bench(options: RelayCostOptions, console: Console) -> RelayCostResults:
     """Measure, write both files, and return what they hold. Raises ConfigError and LaunchError."""
     known = [*peers(options.peers), *ours(options.trees)]
     chosen = _chosen(known, options)
@@ -66,7 +66,7 @@ def bench(options: Options, console: Console) -> Results:
     at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     with sigterm_as_interrupt(), Steps(console) as steps:
         found = measure_all(present, options, cores, steps.tell)
-    results = Results(options, cores, {one.relay.name: one for one in found}, absent, origin_of(at))
+    results = RelayCostResults(options, cores, {one.relay.name: one for one in found}, absent, origin_of(at))
     _write(results, console)
     return results
 
@@ -87,7 +87,7 @@ def shown_command(words: Sequence[str]) -> str:
     return shlex.join(["hpc-router", *(re.sub(r"(?<![^=])/(?:[^/]*/)*(?=[^/])", "", word) for word in words)])
 
 
-def _chosen(known: list[Relay], options: Options) -> list[Relay]:
+def _chosen(known: list[Relay], options: RelayCostOptions) -> list[Relay]:
     names = [relay.name for relay in known]
     for name in options.trees:
         if names.count(name) > 1:
@@ -98,7 +98,7 @@ def _chosen(known: list[Relay], options: Options) -> list[Relay]:
     return [relay for relay in known if not options.only or relay.name in options.only]
 
 
-def _write(results: Results, console: Console) -> None:
+def _write(results: RelayCostResults, console: Console) -> None:
     folder = results.options.out
     folder.mkdir(parents=True, exist_ok=True)
     name = f"router-{results.origin['at'].replace('-', '').replace(':', '')}"

@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Self
 
-from hpc_router.bench.relay_cost.rounds import Measured
+from hpc_router.bench.relay_cost.rounds import RelayRounds
 
 
 @dataclass(frozen=True, slots=True)
-class Spread:
+class RoundSpread:
     median: float
     low: float
     high: float
@@ -22,18 +22,18 @@ class Spread:
         return cls(statistics.median(known), min(known), max(known)) if known else None
 
 
-def spread(measured: Measured, name: str) -> Spread | None:
-    return Spread.of(one.figures[name] for one in measured.rounds.values() if name in one.figures)
+def spread(measured: RelayRounds, name: str) -> RoundSpread | None:
+    return RoundSpread.of(one.figures[name] for one in measured.rounds.values() if name in one.figures)
 
 
-def across(many: Sequence[tuple[Measured | None, str]], combine: Callable[..., float]) -> Spread | None:
+def across(many: Sequence[tuple[RelayRounds | None, str]], combine: Callable[..., float]) -> RoundSpread | None:
     """`combine` of these figures, round by round; None where one of them is in no round."""
     values = []
     for number in _rounds(many):
         found = [measured.rounds[number].figures.get(name) for measured, name in many if measured is not None]
         if len(found) == len(many) and None not in found:
             values.append(combine(*found))
-    return Spread.of(values)
+    return RoundSpread.of(values)
 
 
 def ratio(above: float, below: float) -> float:
@@ -52,6 +52,6 @@ def slope_per_million(points: Sequence[tuple[int, float]]) -> float:
     return statistics.linear_regression([x / 1e6 for x, _ in used], [y for _, y in used]).slope
 
 
-def _rounds(many: Sequence[tuple[Measured | None, str]]) -> list[int]:
+def _rounds(many: Sequence[tuple[RelayRounds | None, str]]) -> list[int]:
     known = [set(measured.rounds) for measured, _ in many if measured is not None]
     return sorted(set.intersection(*known)) if known else []

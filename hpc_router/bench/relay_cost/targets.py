@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from hpc_router.bench.relay_cost.options import Options
-from hpc_router.bench.relay_cost.rounds import Measured
-from hpc_router.bench.relay_cost.statistics import Spread, across, difference, ratio, slope_per_million, spread
+from hpc_router.bench.relay_cost.options import RelayCostOptions
+from hpc_router.bench.relay_cost.rounds import RelayRounds
+from hpc_router.bench.relay_cost.statistics import RoundSpread, across, difference, ratio, slope_per_million, spread
 
 SAME_COST = 1.25
 """Above this, a long prompt costs more to classify than a shorter one."""
@@ -18,7 +18,7 @@ class Check:
     what: str
     limit: float
     unit: str
-    found: Spread | None
+    found: RoundSpread | None
     strict: bool = False
 
     @property
@@ -28,16 +28,16 @@ class Check:
         return self.found.median < self.limit if self.strict else self.found.median <= self.limit
 
 
-def checks(found: Mapping[str, Measured], options: Options) -> list[Check]:
+def checks(found: Mapping[str, RelayRounds], options: RelayCostOptions) -> list[Check]:
     router, agent = found.get("router"), found.get("router+agent")
 
-    def between(above: str, name: str, below: str, other: str | None = None) -> Spread | None:
+    def between(above: str, name: str, below: str, other: str | None = None) -> RoundSpread | None:
         return across([(found.get(above), name), (found.get(below), other or name)], ratio)
 
-    def extra(size: str) -> Spread | None:
+    def extra(size: str) -> RoundSpread | None:
         return across([(router, f"short_{size}_auto_us"), (router, f"short_{size}_us")], difference)
 
-    def own(name: str) -> Spread | None:
+    def own(name: str) -> RoundSpread | None:
         return None if router is None else spread(router, name)
 
     n, rate = options.streams, options.rate
@@ -91,13 +91,13 @@ def to_json(all_of: Sequence[Check]) -> list[dict[str, object]]:
     ]
 
 
-def _failed(measured: Measured | None) -> Spread | None:
+def _failed(measured: RelayRounds | None) -> RoundSpread | None:
     if measured is None or not (measured.rounds or measured.broken):
         return None
-    return Spread.of([float(measured.failed)])
+    return RoundSpread.of([float(measured.failed)])
 
 
-def _growth(measured: Measured | None) -> Spread | None:
+def _growth(measured: RelayRounds | None) -> RoundSpread | None:
     if measured is None or not measured.soak:
         return None
-    return Spread.of([slope_per_million(measured.soak)])
+    return RoundSpread.of([slope_per_million(measured.soak)])

@@ -16,11 +16,11 @@ from typing import Final
 import hpc_router
 from hpc_router.bench.load.native.engine import NAMES
 from hpc_router.bench.relay_cost import requests
-from hpc_router.bench.relay_cost.interface import START_S, Relay, Site, Started, answers, last_words
-from hpc_router.bench.relay_cost.processes import Group, group, on
+from hpc_router.bench.relay_cost.interface import START_S, Relay, RelayPlacement, StartedRelay, answers, last_words
+from hpc_router.bench.relay_cost.processes import ProcessGroup, group, on
 from hpc_router.errors import LaunchError
 from hpc_router.state import registry
-from hpc_router.state.registry import Kind, Reader, Record, State, leading_router
+from hpc_router.state.registry import Reader, Record, RecordKind, State, leading_router
 from hpc_router.state.run_directory import RunDir, make_run
 
 CAPACITY: Final = 100_000
@@ -29,7 +29,7 @@ OPTIONS: Final = ("topology=sim", "policy=classifier", "router.host=127.0.0.1", 
 
 
 @dataclass(frozen=True, slots=True)
-class Router:
+class ThisRouter:
     """External endpoints: the engine is the next hop."""
 
     name: str = "router"
@@ -46,7 +46,7 @@ class Router:
         return hpc_router.__version__ if self.tree == HERE else ""
 
     @contextmanager
-    def started(self, site: Site) -> Iterator[Started]:
+    def started(self, site: RelayPlacement) -> Iterator[StartedRelay]:
         run = make_run(site.folder / "run")
         for expert in NAMES:
             registry.publish(run.registry, _external(expert, f"http://127.0.0.1:{site.engine.port}"))
@@ -72,7 +72,7 @@ class RouterAndAgent:
         return hpc_router.__version__
 
     @contextmanager
-    def started(self, site: Site) -> Iterator[Started]:
+    def started(self, site: RelayPlacement) -> Iterator[StartedRelay]:
         run = make_run(site.folder / "run")
         assert site.engine.socket is not None
         with group() as processes:
@@ -83,8 +83,8 @@ class RouterAndAgent:
 
 
 def ours(trees: Mapping[str, Path] | None = None) -> list[Relay]:
-    others = [Router(name=name, tree=tree) for name, tree in (trees or {}).items()]
-    return [Router(), Router(name="router-2-workers", classifies=False, workers=2), RouterAndAgent(), *others]
+    others = [ThisRouter(name=name, tree=tree) for name, tree in (trees or {}).items()]
+    return [ThisRouter(), ThisRouter(name="router-2-workers", classifies=False, workers=2), RouterAndAgent(), *others]
 
 
 def router_argv(run: RunDir, *, workers: int = 1) -> list[str]:
@@ -104,7 +104,7 @@ def _from(tree: Path) -> dict[str, str]:
 
 def _external(expert: str, url: str) -> Record:
     return Record(
-        kind=Kind.EXTERNAL,
+        kind=RecordKind.EXTERNAL,
         replica=registry.replica_name(expert, "x0", 1),
         url=url,
         state=State.READY,
@@ -113,14 +113,14 @@ def _external(expert: str, url: str) -> Record:
     )
 
 
-def _await(run: RunDir, processes: Group, site: Site, *, models: tuple[str, ...]) -> Started:
+def _await(run: RunDir, processes: ProcessGroup, site: RelayPlacement, *, models: tuple[str, ...]) -> StartedRelay:
     """Until the router answers for all of these."""
     deadline = time.monotonic() + START_S
     waiting = list(models)
     while True:
         record = leading_router(Reader(run.registry).snapshot())
         if record is not None:
-            started = Started(int(record.url.rpartition(":")[2]), processes, run.token())
+            started = StartedRelay(int(record.url.rpartition(":")[2]), processes, run.token())
             while waiting and answers(started, waiting[0]):
                 waiting.pop(0)
             if not waiting:

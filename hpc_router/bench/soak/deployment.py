@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 
 import psutil
 
-from hpc_router.bench.soak.options import Target
+from hpc_router.bench.soak.options import FaultTarget
 from hpc_router.bench.soak.verdict import Struck
 from hpc_router.errors import LaunchError
 from hpc_router.state.run_directory import RunDir
@@ -31,7 +31,7 @@ ASK_S: Final = 5.0
 
 
 @dataclass(slots=True)
-class Site:
+class SoakDeployment:
     run: RunDir
     host: str
     port: int
@@ -60,12 +60,12 @@ class Site:
             if name.partition("{")[0].endswith(("requests_in_flight", "requests_waiting"))
         }
 
-    def strike(self, target: Target) -> Struck | None:
+    def strike(self, target: FaultTarget) -> Struck | None:
         """Kill the one of these whose turn it is, by what was seen last. None: there is none to be killed now."""
         status = self._seen or self.status()
         if status is None:
             return None
-        pids = self.replicas(status) if target is Target.REPLICA else self.processes(status, target)
+        pids = self.replicas(status) if target is FaultTarget.REPLICA else self.processes(status, target)
         if not pids:
             return None
         name = whose_turn(pids, self._struck)
@@ -81,14 +81,14 @@ class Site:
         found = {name: self._pid(name) for name in spare(status["experts"], struck=self._struck)}
         return {name: pid for name, pid in found.items() if pid is not None}
 
-    def processes(self, status: dict[str, Any], target: Target | None = None) -> dict[str, int]:
+    def processes(self, status: dict[str, Any], target: FaultTarget | None = None) -> dict[str, int]:
         """Those of the router, or of one kind, by name."""
         workers = [worker for worker in status["router"].get("workers") or () if worker.get("serving")]
         found = {f"worker {worker['worker']}": worker["pid"] for worker in workers}
         control = {"control": pid} if (pid := (status["router"].get("control") or {}).get("pid")) else {}
-        if target is Target.WORKER:
+        if target is FaultTarget.WORKER:
             return found
-        if target is Target.CONTROL:
+        if target is FaultTarget.CONTROL:
             return control
         main = self._pid(self.router)
         return found | control | ({} if main is None else {"router": main})
@@ -136,17 +136,17 @@ def _place(name: str) -> str:
 
 
 @contextmanager
-def deployed(overrides: Sequence[str]) -> Iterator[Site]:
+def deployed(overrides: Sequence[str]) -> Iterator[SoakDeployment]:
     """Up until the end of the block, with every replica. Raises LaunchError."""
     folder = Path(tempfile.mkdtemp(prefix="soak-"))
     run = folder / "run"
-    site: Site | None = None
+    site: SoakDeployment | None = None
     try:
         _verb("up", "--run", str(run), "--wait", "all", f"cluster.scratch={folder}", *overrides)
         url = urlsplit(_verb("url", "--run", str(run)).strip())
         made = RunDir(run)
         router = json.loads(_verb("status", "--run", str(run), "--json"))["router"]["replica"]
-        site = Site(made, url.hostname or "", url.port or 0, made.token(), router)
+        site = SoakDeployment(made, url.hostname or "", url.port or 0, made.token(), router)
         yield site
     finally:
         if run.exists():

@@ -13,7 +13,7 @@ CALM_S: Final = 5.0
 """At the end nothing is struck, so that what was struck last is back."""
 
 
-class Target(StrEnum):
+class FaultTarget(StrEnum):
     REPLICA = "replica"
     WORKER = "worker"
     CONTROL = "control"
@@ -23,7 +23,7 @@ class Target(StrEnum):
 class Strikes:
     """At one kind of process: the first after `first_s`, then every `every_s`; None: once."""
 
-    target: Target
+    target: FaultTarget
     first_s: float
     every_s: float | None
 
@@ -35,7 +35,7 @@ class Strikes:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
+class SoakOptions:
     """`rate`: short requests per second; `streams`: open at any time. `strikes` None: the usual ones."""
 
     seconds: float = 60.0
@@ -58,7 +58,7 @@ class Options:
             raise ConfigError(f"--workers {self.workers}: between 1 and 64")
         return self
 
-    def schedule(self) -> list[tuple[float, Target]]:
+    def schedule(self) -> list[tuple[float, FaultTarget]]:
         """When what is struck, in seconds from the start of the load."""
         strikes = usual(self.seconds) if self.strikes is None else self.strikes
         return sorted((at, one.target) for one in strikes for at in one.times(self.seconds))
@@ -67,9 +67,9 @@ class Options:
 def usual(seconds: float) -> list[Strikes]:
     """A replica every 5 s, a worker every minute, the control process once."""
     return [
-        Strikes(Target.REPLICA, 5.0, 5.0),
-        Strikes(Target.WORKER, 20.0, 60.0),
-        Strikes(Target.CONTROL, seconds / 2 + 2.0, None),
+        Strikes(FaultTarget.REPLICA, 5.0, 5.0),
+        Strikes(FaultTarget.WORKER, 20.0, 60.0),
+        Strikes(FaultTarget.CONTROL, seconds / 2 + 2.0, None),
     ]
 
 
@@ -81,7 +81,7 @@ def strikes_of(text: str) -> Strikes | None:
     valid = "replica=SECONDS, worker=SECONDS, control=SECONDS, or =once; none"
     try:
         every_s = None if every == "once" else float(every)
-        target = Target(name)
+        target = FaultTarget(name)
     except ValueError as error:
         raise ConfigError(f"--strike {text}: not understood (valid: {valid})") from error
     if every_s is not None and not every_s >= 1:

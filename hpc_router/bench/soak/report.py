@@ -8,9 +8,9 @@ from typing import Any, Final
 import numpy as np
 
 from hpc_router.bench.load.native.records import Error, Table
-from hpc_router.bench.soak.options import Options, Target
+from hpc_router.bench.soak.options import FaultTarget, SoakOptions
 from hpc_router.bench.soak.plot import Panel, svg
-from hpc_router.bench.soak.verdict import NS, Failure, Flat, Sample, Struck
+from hpc_router.bench.soak.verdict import NS, FailedRequest, Flat, Sample, Struck
 
 SCHEMA: Final = 1
 
@@ -21,12 +21,12 @@ def jain(counts: Sequence[int]) -> float:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class LoadSummary:
     """One of the loads. `recovered`: requests sent again over a new connection, as theirs had been closed."""
 
     name: str
     requests: Table
-    failures: Sequence[Failure]
+    failures: Sequence[FailedRequest]
     begun_ns: int
     labels: Sequence[str] = ()
 
@@ -78,11 +78,11 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True)
-class Results:
+class SoakResults:
     """`complaints`: why it failed; none: it passed. `origin`: versions, machine, git state, command, time."""
 
-    options: Options
-    parts: Sequence[Part]
+    options: SoakOptions
+    parts: Sequence[LoadSummary]
     struck: Sequence[Struck]
     samples: Sequence[Sample]
     flats: Sequence[Flat]
@@ -100,7 +100,7 @@ class Results:
         return (strike.at_ns - self.begun_ns) / NS
 
 
-def to_json(results: Results) -> dict[str, Any]:
+def to_json(results: SoakResults) -> dict[str, Any]:
     options = results.options
     return {
         "schema": SCHEMA,
@@ -121,10 +121,10 @@ def to_json(results: Results) -> dict[str, Any]:
     }
 
 
-def markdown(results: Results, *, plot: str) -> str:
+def markdown(results: SoakResults, *, plot: str) -> str:
     """`plot`: the name of its file."""
     options, counted = results.options, Counter(one.target for one in results.struck)
-    strikes = ", ".join(f"{counted[target]} x {target}" for target in Target if counted[target]) or "none"
+    strikes = ", ".join(f"{counted[target]} x {target}" for target in FaultTarget if counted[target]) or "none"
     ready = [one.ready for one in results.samples if one.ready is not None]
     lines = [
         f"# Soak: {'passed' if not results.failed else 'FAILED'}",
@@ -155,7 +155,7 @@ def markdown(results: Results, *, plot: str) -> str:
     return "\n".join([*lines, "", f"![over time]({plot})", ""])
 
 
-def plot(results: Results) -> str:
+def plot(results: SoakResults) -> str:
     seconds = results.options.seconds
     bins = np.arange(0, seconds + 1)
     rates: dict[str, list[tuple[float, float]]] = {}

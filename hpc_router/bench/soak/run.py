@@ -15,13 +15,13 @@ from rich.console import Console
 
 from hpc_router.bench.interrupt import sigterm_as_interrupt
 from hpc_router.bench.load.native.build import built
-from hpc_router.bench.load.native.load import Load, Recorded, Running, running, write_requests
+from hpc_router.bench.load.native.load import LoadSpec, Recorded, Running, running, write_requests
 from hpc_router.bench.prompts import built_in
 from hpc_router.bench.relay_cost.requests import request
 from hpc_router.bench.relay_cost.run import Steps, origin_of
-from hpc_router.bench.soak.deployment import Site, deployed
-from hpc_router.bench.soak.options import Options, Target
-from hpc_router.bench.soak.report import Part, Results, markdown, plot, to_json
+from hpc_router.bench.soak.deployment import SoakDeployment, deployed
+from hpc_router.bench.soak.options import FaultTarget, SoakOptions
+from hpc_router.bench.soak.report import LoadSummary, SoakResults, markdown, plot, to_json
 from hpc_router.bench.soak.verdict import NS, Sample, Struck, complaints, failures, flat
 from hpc_router.state.atomic_files import replace_text
 
@@ -37,7 +37,7 @@ TELL_S: Final = 10.0
 TICK_S: Final = 0.1
 
 
-def soak(options: Options, console: Console) -> Results:
+def soak(options: SoakOptions, console: Console) -> SoakResults:
     """Write the three files, and return what they hold. Raises ConfigError and LaunchError."""
     built("load")
     at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
@@ -53,7 +53,7 @@ def soak(options: Options, console: Console) -> Results:
     return results
 
 
-def _measured(options: Options, site: Site, steps: Steps, at: str) -> Results:
+def _measured(options: SoakOptions, site: SoakDeployment, steps: Steps, at: str) -> SoakResults:
     descriptors = _descriptors(site)
     with tempfile.TemporaryDirectory(prefix="soak-load-") as folder, ExitStack() as stack:
         parts = [
@@ -61,7 +61,7 @@ def _measured(options: Options, site: Site, steps: Steps, at: str) -> Results:
             for name, load in _loads(options, site, Path(folder)).items()
         ]
         begun_ns = parts[0][1].begun_ns
-        watch = _Watch(options, site, begun_ns, [under_way for _, under_way in parts])
+        watch = _FaultInjector(options, site, begun_ns, [under_way for _, under_way in parts])
         watch.until_over(steps)
         recorded = [(name, one.begun_ns, one.wait(patience_s=DRAIN_S)) for name, one in parts]
     steps.tell("waiting until nothing is left")
@@ -79,12 +79,12 @@ def _measured(options: Options, site: Site, steps: Steps, at: str) -> Results:
         idle_fds=idle_fds,
         answered=min(part.answered for part in loads),
     )
-    return Results(
+    return SoakResults(
         options, loads, watch.struck, watch.samples, flats, gauges, idle_fds, begun_ns, said, origin
     )  # fmt: skip
 
 
-def _loads(options: Options, site: Site, folder: Path) -> dict[str, Load]:
+def _loads(options: SoakOptions, site: SoakDeployment, folder: Path) -> dict[str, LoadSpec]:
     """Short requests as they come, and streams one after the other; each with an opening of its own."""
     random = np.random.default_rng(options.seed)
     arrivals = np.cumsum(random.exponential(1 / options.rate, int(options.rate * options.seconds * 2)))
@@ -104,7 +104,7 @@ def _loads(options: Options, site: Site, folder: Path) -> dict[str, Load]:
         return write_requests(folder / f"{name}.requests", made)
 
     return {
-        "short": Load(
+        "short": LoadSpec(
             requests=written("short", stream=False, max_tokens=SHORT_TOKENS),
             host=site.host,
             port=site.port,
@@ -113,7 +113,7 @@ def _loads(options: Options, site: Site, folder: Path) -> dict[str, Load]:
             label="x-replica",
             drain_s=DRAIN_S,
         ),
-        "streams": Load(
+        "streams": LoadSpec(
             requests=written("streams", stream=True, max_tokens=STREAM_TOKENS),
             host=site.host,
             port=site.port,
@@ -126,10 +126,10 @@ def _loads(options: Options, site: Site, folder: Path) -> dict[str, Load]:
     }
 
 
-class _Watch:
+class _FaultInjector:
     """Strikes when it is time, and looks once a second, until the loads are over."""
 
-    def __init__(self, options: Options, site: Site, begun_ns: int, loads: Sequence[Running]) -> None:
+    def __init__(self, options: SoakOptions, site: SoakDeployment, begun_ns: int, loads: Sequence[Running]) -> None:
         self._seconds, self._site, self._begun_ns, self._loads = options.seconds, site, begun_ns, loads
         self.due = options.schedule()
         self.struck: list[Struck] = []
@@ -159,7 +159,7 @@ class _Watch:
                     steps.tell(f"{now:.0f} of {self._seconds:g} s, {len(self.struck)} struck")
                 time.sleep(TICK_S)
 
-    def _strike(self, target: Target) -> None:
+    def _strike(self, target: FaultTarget) -> None:
         """What cannot be struck now stays due."""
         struck = self._site.strike(target)
         if struck is not None:
@@ -167,7 +167,7 @@ class _Watch:
             self.due.pop(0)
 
 
-def _sample(site: Site, at_s: float) -> Sample:
+def _sample(site: SoakDeployment, at_s: float) -> Sample:
     status = site.status()
     ready = in_flight = waiting = None
     rss_mb: dict[str, float] = {}
@@ -186,7 +186,7 @@ def _sample(site: Site, at_s: float) -> Sample:
     return Sample(round(at_s, 2), ready, in_flight, waiting, rss_mb, fds)
 
 
-def _settled(site: Site) -> dict[str, float] | None:
+def _settled(site: SoakDeployment) -> dict[str, float] | None:
     deadline = time.monotonic() + SETTLE_S
     while True:
         gauges = site.gauges()
@@ -195,7 +195,7 @@ def _settled(site: Site) -> dict[str, float] | None:
         time.sleep(TICK_S)
 
 
-def _descriptors(site: Site, *, at_most: int | None = None) -> int | None:
+def _descriptors(site: SoakDeployment, *, at_most: int | None = None) -> int | None:
     """Of all processes of the router; once there are no more than that, or the time is over."""
     deadline = time.monotonic() + SETTLE_S
     while True:
@@ -206,13 +206,13 @@ def _descriptors(site: Site, *, at_most: int | None = None) -> int | None:
         time.sleep(LOOK_S)
 
 
-def _part(name: str, load: Recorded, begun_ns: int, struck: Sequence[Struck]) -> Part:
+def _part(name: str, load: Recorded, begun_ns: int, struck: Sequence[Struck]) -> LoadSummary:
     labels = [str(label) for label in load.summary.get("labels", [])]
     found = failures(name, load.requests, labels=labels, struck=struck, begun_ns=begun_ns)
-    return Part(name, load.requests, found, begun_ns, labels)
+    return LoadSummary(name, load.requests, found, begun_ns, labels)
 
 
-def _write(results: Results, console: Console) -> None:
+def _write(results: SoakResults, console: Console) -> None:
     folder = results.options.out
     folder.mkdir(parents=True, exist_ok=True)
     name = f"soak-{results.origin['at'].replace('-', '').replace(':', '')}"

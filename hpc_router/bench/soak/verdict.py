@@ -10,7 +10,7 @@ from statistics import median
 from typing import Any, Final
 
 from hpc_router.bench.load.native.records import Error, Table
-from hpc_router.bench.soak.options import Target
+from hpc_router.bench.soak.options import FaultTarget
 
 NS: Final = 1e9
 SOON_S: Final = 2.0
@@ -30,13 +30,13 @@ follow latency, as late answers keep connections; those that leak are still ther
 class Struck:
     """`at_ns`: CLOCK_MONOTONIC."""
 
-    target: Target
+    target: FaultTarget
     name: str
     at_ns: int
 
 
 @dataclass(frozen=True, slots=True)
-class Failure:
+class FailedRequest:
     """`kind`: the error's name, with the status of an answer; `allowed`: why it may be; None: it may not."""
 
     load: str
@@ -52,7 +52,7 @@ class Failure:
 
 def failures(
     load: str, requests: Table, *, labels: Sequence[str], struck: Sequence[Struck], begun_ns: int
-) -> list[Failure]:
+) -> list[FailedRequest]:
     """Of one load; `labels`: the replicas that its records number from one."""
     found = []
     for row in requests[requests["error"] != Error.NONE]:
@@ -63,7 +63,7 @@ def failures(
         kind = f"http {int(row['status'])}" if error is Error.HTTP_STATUS else error.name.lower().replace("_", " ")
         begin, end = int(row["begin"]), int(row["end"])
         why = _allowed(error, replica, begin, end, struck)
-        found.append(Failure(load, (end - begun_ns) / NS, kind, replica, why))
+        found.append(FailedRequest(load, (end - begun_ns) / NS, kind, replica, why))
     return found
 
 
@@ -72,10 +72,10 @@ def _allowed(error: Error, replica: str | None, begin: int, end: int, struck: Se
         after_s = (end - strike.at_ns) / NS
         if after_s < 0 or begin > strike.at_ns + 0.1 * NS:
             continue
-        lost = strike.target is Target.REPLICA and replica == strike.name
+        lost = strike.target is FaultTarget.REPLICA and replica == strike.name
         if lost and error is Error.STREAM_ERROR and after_s <= LOST_S:
             return "in flight on a killed replica"
-        if strike.target is Target.WORKER and error in BROKEN and after_s <= SOON_S:
+        if strike.target is FaultTarget.WORKER and error in BROKEN and after_s <= SOON_S:
             return "connection of a killed worker"
     return None
 
@@ -136,8 +136,8 @@ def _flat(what: str, early: Sequence[float], late: Sequence[float], *, more: flo
 
 def complaints(
     *,
-    unexplained: Sequence[Failure],
-    missed: Sequence[tuple[float, Target]],
+    unexplained: Sequence[FailedRequest],
+    missed: Sequence[tuple[float, FaultTarget]],
     gauges: Mapping[str, float] | None,
     flats: Sequence[Flat],
     idle_fds: tuple[int, int] | None,

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Final, Protocol
 
 from hpc_router.cluster.control_loop.desired_state import take_down
-from hpc_router.cluster.control_loop.loop import Control, Pass
+from hpc_router.cluster.control_loop.loop import ControlLoop, Pass
 from hpc_router.cluster.control_loop.slots import Attempt
 from hpc_router.cluster.launchers.interface import JobState
 from hpc_router.config.schema import Deployment
 from hpc_router.errors import ConfigError, LaunchError
 from hpc_router.expert.engine_process.scratch_dir import expanded, sweep
 from hpc_router.state import registry
-from hpc_router.state.registry import Kind
+from hpc_router.state.registry import RecordKind
 from hpc_router.state.run_directory import RunDir
 
 logger = logging.getLogger(__name__)
@@ -44,16 +44,16 @@ class Silent:
 def down(run: RunDir, *, watcher: Watcher | None = None) -> int:
     """How many jobs were ended. Raises LaunchError for jobs of another host, and when an `up` comes in between."""
     try:
-        control = Control(run)
+        control = ControlLoop(run)
     except ConfigError as error:  # another version's, or damaged: no reason to let jobs run
         logger.warning("%s; its jobs are ended anyway", error)
-        control = Control(run, deployment=Deployment())
+        control = ControlLoop(run, deployment=Deployment())
     before = {a.replica for a in living(control.look())}  # once it is asked for, the control loop may end them first
     take_down(run)
     return empty(control, before, watcher=watcher or Silent())
 
 
-def empty(control: Control, before: set[str], *, watcher: Watcher) -> int:
+def empty(control: ControlLoop, before: set[str], *, watcher: Watcher) -> int:
     """Repeat passes until nothing lives, then remove what the dead left. How many jobs were ended, those `before`
     included."""
     ended = set(before)
@@ -102,7 +102,7 @@ def _refuse_far(left: list[Attempt]) -> None:
 def _clean(run: RunDir) -> None:
     """Records nobody renews, the file of all records, temporary files. External endpoints stay: they are no jobs."""
     for name, record in registry.Reader(run.registry).snapshot().items():
-        if record.kind is not Kind.EXTERNAL:
+        if record.kind is not RecordKind.EXTERNAL:
             registry.withdraw(run.registry, name)
     run.registry_json.unlink(missing_ok=True)
     for path in run.registry.glob(".*"):

@@ -14,14 +14,14 @@ from typing import Any, Final
 from hpc_router.cluster.commands.router_access import live_router
 from hpc_router.cluster.control_loop.desired_state import exclude_nodes
 from hpc_router.cluster.control_loop.drain_calls import ask_to_drain
-from hpc_router.cluster.control_loop.loop import Control, Pass
+from hpc_router.cluster.control_loop.loop import ControlLoop, Pass
 from hpc_router.cluster.control_loop.reconcile import Wait
 from hpc_router.cluster.control_loop.slots import Attempt, Observed
 from hpc_router.cluster.launchers.interface import ROUTER, JobState
 from hpc_router.config.adapters import host_of, hosts
 from hpc_router.errors import ConfigError, suggest
 from hpc_router.state.job_records import JobDir
-from hpc_router.state.registry import Kind, Record, split_replica
+from hpc_router.state.registry import Record, RecordKind, split_replica
 from hpc_router.state.run_directory import RunDir
 
 POLL_S: Final = 0.2
@@ -105,7 +105,7 @@ def successor(observed: Observed, chosen: Sequence[Attempt]) -> str | None:
     return max(left, key=lambda a: a.generation).replica if left else None
 
 
-def retire(control: Control, names: Sequence[str]) -> Retired:
+def retire(control: ControlLoop, names: Sequence[str]) -> Retired:
     """Ask them; the result says how. Raises ConfigError for a name that nothing has."""
     observed = control.look().observed
     records = control.observer.records
@@ -136,7 +136,7 @@ def retire(control: Control, names: Sequence[str]) -> Retired:
 
 def without_ready(observed: Observed, going: Sequence[Attempt], records: Iterable[Record]) -> Iterator[str]:
     """A warning for each expert that loses its last ready replica with those that go."""
-    elsewhere = {expert for record in records if record.kind is Kind.EXTERNAL for expert in record.serves}
+    elsewhere = {expert for record in records if record.kind is RecordKind.EXTERNAL for expert in record.serves}
     for expert in sorted({attempt.slot.expert for attempt in going} - {ROUTER} - elsewhere):
         ready = [a for found in observed.values() for a in found if a.ready and a.slot.expert == expert]
         if ready and all(attempt in going for attempt in ready):
@@ -144,7 +144,7 @@ def without_ready(observed: Observed, going: Sequence[Attempt], records: Iterabl
 
 
 def wait(
-    control: Control,
+    control: ControlLoop,
     retired: Retired,
     *,
     clock: Callable[[], float] = time.monotonic,
@@ -199,7 +199,7 @@ def _all(nodes: Mapping[str, set[str]]) -> set[str]:
 def _refuse(
     name: str, live: Sequence[Attempt], records: Mapping[str, Record], *, experts: Iterable[str], nodes: set[str]
 ) -> None:
-    external = [r.replica for r in records.values() if r.kind is Kind.EXTERNAL]
+    external = [r.replica for r in records.values() if r.kind is RecordKind.EXTERNAL]
     if name in external or f"{name}.g1" in external:
         raise ConfigError(f"drain: {name} runs elsewhere and is not ours to end; `hpc-router unregister {name}`")
     valid = [*experts, *(a.replica for a in live), *(str(a.slot) for a in live), *nodes]

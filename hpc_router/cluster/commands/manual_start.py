@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from hpc_router.cluster.control_loop.loop import Control
+from hpc_router.cluster.control_loop.loop import ControlLoop
 from hpc_router.cluster.control_loop.slots import ROUTER_SLOT, Observed, Slot
 from hpc_router.config.schema import Deployment
 from hpc_router.errors import ConfigError, LaunchError
@@ -116,7 +116,7 @@ def _claimed(run: RunDir, expert: str, step: Step) -> str | None:
 
 
 def _observed(run: RunDir) -> Observed:
-    return Control(run, deployment=Deployment()).look().observed
+    return ControlLoop(run, deployment=Deployment()).look().observed
 
 
 def _claim(run: RunDir, replica: str) -> bool:

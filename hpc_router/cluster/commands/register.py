@@ -19,7 +19,7 @@ from hpc_router.net.http_client import QUICK_S, Unreachable, ask
 from hpc_router.net.protocol import MODELS
 from hpc_router.state import registry
 from hpc_router.state.atomic_files import create_text
-from hpc_router.state.registry import EngineInfo, Kind, Reader, Record, State, replica_name, split_replica
+from hpc_router.state.registry import EngineInfo, Reader, Record, RecordKind, State, replica_name, split_replica
 from hpc_router.state.run_directory import RunDir
 
 _PROBE: Final = re.compile(r"/[!-~]*")
@@ -27,7 +27,7 @@ _V1: Final = re.compile(r"/v1/?$")
 
 
 @dataclass(frozen=True, slots=True)
-class Endpoint:
+class ExternalEndpoint:
     """An address that was looked at. `warning`: what could not be found out."""
 
     expert: str
@@ -40,7 +40,7 @@ class Endpoint:
 
 def examine(
     *, expert: str, url: str, model: str | None = None, token: str | None = None, probe: str | None = MODELS
-) -> Endpoint:
+) -> ExternalEndpoint:
     """Raises ConfigError, before any run is touched. `probe`: see `Record`."""
     if probe is not None and not _PROBE.fullmatch(probe):
         raise ConfigError(f"--probe-path {probe}: not a path (valid: /health, /v1/models, ...)")
@@ -52,14 +52,14 @@ def examine(
     base, warning = base_url(url), None
     if model is None:
         model, warning = _ask_model(base, token=token)
-    return Endpoint(expert, base, model, token, warning, probe)
+    return ExternalEndpoint(expert, base, model, token, warning, probe)
 
 
-def register(run: RunDir, endpoint: Endpoint) -> Record:
+def register(run: RunDir, endpoint: ExternalEndpoint) -> Record:
     """The record, new or updated."""
     known = _known(run, expert=endpoint.expert, url=endpoint.url)
     record = Record(
-        kind=Kind.EXTERNAL,
+        kind=RecordKind.EXTERNAL,
         replica=known or replica_name(endpoint.expert, "x0", 1),
         url=endpoint.url,
         state=State.READY,
@@ -76,7 +76,7 @@ def unregister(
     run: RunDir, *, replica: str | None = None, expert: str | None = None, url: str | None = None
 ) -> list[str]:
     """The endpoints taken out. Raises ConfigError when none is meant."""
-    records = {name: r for name, r in Reader(run.registry).snapshot().items() if r.kind is Kind.EXTERNAL}
+    records = {name: r for name, r in Reader(run.registry).snapshot().items() if r.kind is RecordKind.EXTERNAL}
     base = base_url(url) if url is not None else None
     meant = [
         name
@@ -144,7 +144,7 @@ def _ask_model(base: str, *, token: str | None) -> tuple[str | None, str | None]
 
 def _known(run: RunDir, *, expert: str, url: str) -> str | None:
     for name, record in Reader(run.registry).snapshot().items():
-        if record.kind is Kind.EXTERNAL and record.url == url and expert in record.serves:
+        if record.kind is RecordKind.EXTERNAL and record.url == url and expert in record.serves:
             return name
     return None
 

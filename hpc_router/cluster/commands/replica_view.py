@@ -12,11 +12,11 @@ from hpc_router.cluster.control_loop.loop import Pass
 from hpc_router.cluster.control_loop.reconcile import GiveUp, Wait
 from hpc_router.cluster.control_loop.slots import Attempt, Slot
 from hpc_router.cluster.launchers.interface import ROUTER, JobState
-from hpc_router.state.job_records import Phase, Reason
-from hpc_router.state.registry import Kind, Record, State
+from hpc_router.state.job_records import FailureReason, JobPhase
+from hpc_router.state.registry import Record, RecordKind, State
 
 
-class Standing(StrEnum):
+class DisplayedState(StrEnum):
     """What a user wants to know of a replica."""
 
     MISSING = "missing"  # wanted, nothing submitted yet
@@ -38,14 +38,14 @@ class ReplicaView:
 
     expert: str
     replica: str
-    standing: Standing
+    standing: DisplayedState
     job_id: str | None = None
     node: str | None = None
     url: str | None = None
-    reason: Reason | None = None
+    reason: FailureReason | None = None
     message: str | None = None
     restarts: int = 0
-    kind: Kind = Kind.EXPERT
+    kind: RecordKind = RecordKind.EXPERT
     word: str | None = None  # the job's state in Slurm's own word
     pending: str | None = None  # Slurm's reason why it waits
     starts_at: float | None = None  # Slurm's estimate, Unix seconds
@@ -81,7 +81,7 @@ def views(seen: Pass, records: Mapping[str, Record]) -> list[ReplicaView]:
         attempts = [attempt for attempt in seen.observed[slot] if attempt.lingers]
         if attempts:
             shown.append(_view(slot, attempts, records, None, waits))
-    shown.extend(_external(record) for record in records.values() if record.kind is Kind.EXTERNAL)
+    shown.extend(_external(record) for record in records.values() if record.kind is RecordKind.EXTERNAL)
     return sorted(shown, key=lambda view: (view.expert != ROUTER, view.expert, view.replica))
 
 
@@ -96,21 +96,21 @@ def _view(
     given_up: GiveUp | None,
     waits: Mapping[str, Wait],
 ) -> ReplicaView:
-    kind = Kind.ROUTER if slot.expert == ROUTER else Kind.EXPERT
+    kind = RecordKind.ROUTER if slot.expert == ROUTER else RecordKind.EXPERT
     if not attempts:
-        return ReplicaView(slot.expert, slot.replica(1), Standing.MISSING, kind=kind)
+        return ReplicaView(slot.expert, slot.replica(1), DisplayedState.MISSING, kind=kind)
     living = [a for a in attempts if a.live]
-    if kind is Kind.ROUTER:  # a successor that only waits says nothing about the service
+    if kind is RecordKind.ROUTER:  # a successor that only waits says nothing about the service
         living = [a for a in living if a.ready] or living
     attempt = living[-1] if living else attempts[-1]
     record = records.get(attempt.replica)
     progress = attempt.progress
     standing = _standing(attempt, failed=given_up is not None)
     failure = attempt.exit if attempt.exit is not None and not attempt.live else progress
-    told = standing is not Standing.READY and failure is not None
+    told = standing is not DisplayedState.READY and failure is not None
     message = failure.message if told and failure is not None else None
     later = waits.get(slot.replica(attempt.generation + 1))
-    if standing is Standing.WAITING and later is not None:
+    if standing is DisplayedState.WAITING and later is not None:
         message = f"{message or ''} (tried again after a pause: {later.why})".strip()
     return ReplicaView(
         expert=slot.expert,
@@ -131,35 +131,40 @@ def _view(
     )
 
 
-_PHASES: Mapping[Phase, Standing] = {
-    Phase.STARTING: Standing.STARTING,
-    Phase.LOADING: Standing.LOADING,
-    Phase.READY: Standing.READY,
-    Phase.RESTARTING: Standing.RESTARTING,
-    Phase.DRAINING: Standing.DRAINING,
+_PHASES: Mapping[JobPhase, DisplayedState] = {
+    JobPhase.STARTING: DisplayedState.STARTING,
+    JobPhase.LOADING: DisplayedState.LOADING,
+    JobPhase.READY: DisplayedState.READY,
+    JobPhase.RESTARTING: DisplayedState.RESTARTING,
+    JobPhase.DRAINING: DisplayedState.DRAINING,
 }
 
 
-def _standing(attempt: Attempt, *, failed: bool) -> Standing:
+def _standing(attempt: Attempt, *, failed: bool) -> DisplayedState:
     if attempt.live:
         if attempt.registered is State.READY:
-            return Standing.READY
+            return DisplayedState.READY
         if attempt.registered is State.DRAINING:
-            return Standing.DRAINING
+            return DisplayedState.DRAINING
         if attempt.progress is None:
-            return Standing.SUBMITTED
+            return DisplayedState.SUBMITTED
         standing = _PHASES[attempt.progress.phase]
         # Its record is published a moment after its progress.
-        return Standing.LOADING if standing is Standing.READY else standing
+        return DisplayedState.LOADING if standing is DisplayedState.READY else standing
     if failed:
-        return Standing.FAILED
+        return DisplayedState.FAILED
     if not attempt.submitted and attempt.exit is None and attempt.job is not JobState.ENDED:
-        return Standing.SUBMITTED
-    return Standing.STOPPED if attempt.exit is not None and attempt.exit.ok else Standing.WAITING
+        return DisplayedState.SUBMITTED
+    return DisplayedState.STOPPED if attempt.exit is not None and attempt.exit.ok else DisplayedState.WAITING
 
 
 def _external(record: Record) -> ReplicaView:
     expert = next(iter(record.serves), record.replica)
     return ReplicaView(
-        expert, record.replica, Standing.REGISTERED, url=record.url, kind=Kind.EXTERNAL, engine=record.engine.kind
+        expert,
+        record.replica,
+        DisplayedState.REGISTERED,
+        url=record.url,
+        kind=RecordKind.EXTERNAL,
+        engine=record.engine.kind,
     )

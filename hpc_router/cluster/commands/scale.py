@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from hpc_router.cluster.commands.drain import without_ready
 from hpc_router.cluster.commands.router_access import live_router
 from hpc_router.cluster.control_loop import desired_state
-from hpc_router.cluster.control_loop.loop import Control, Pass
+from hpc_router.cluster.control_loop.loop import ControlLoop, Pass
 from hpc_router.cluster.launchers.slurm.node_fit import capacity_warnings
 from hpc_router.cluster.launchers.slurm.sinfo import ask_site
 from hpc_router.cluster.planning.plan import make_plan
@@ -30,7 +30,7 @@ def parse_counts(words: Sequence[str]) -> dict[str, int]:
 def scale(run: RunDir, counts: Mapping[str, int]) -> tuple[Mapping[str, int], list[str]]:
     """Every expert's wanted count, and warnings. Refuses what the cluster cannot hold; acts at once where no router's
     loop will."""
-    control = Control(run)
+    control = ControlLoop(run)
     seen = control.look()
     desired_state.check_counts(control.deployment, counts)
     asked = {**seen.desired.replicas, **counts}

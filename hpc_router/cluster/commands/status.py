@@ -7,14 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from hpc_router.cluster.commands.replica_view import ReplicaView, Standing, of_experts, views
+from hpc_router.cluster.commands.replica_view import DisplayedState, ReplicaView, of_experts, views
 from hpc_router.cluster.commands.router_access import RouterAccess, router_access
-from hpc_router.cluster.control_loop.loop import Control, Pass
+from hpc_router.cluster.control_loop.loop import ControlLoop, Pass
 from hpc_router.cluster.control_loop.slots import ROUTER_SLOT, Attempt
 from hpc_router.config.adapters import host_of
 from hpc_router.errors import LaunchError
 from hpc_router.net.http_client import Unreachable, ask
-from hpc_router.state.registry import Kind
+from hpc_router.state.registry import RecordKind
 from hpc_router.state.run_directory import RunDir
 
 _ROUTER_KNOWS = ("in_flight", "capacity", "models", "silent", "trouble", "error_share", "first_byte_s", "sick")
@@ -22,13 +22,13 @@ _ROUTER_KNOWS = ("in_flight", "capacity", "models", "silent", "trouble", "error_
 
 def status(run: RunDir) -> dict[str, Any]:
     """`{run, down, full, router, policy, experts}`; unknown values are None."""
-    control = Control(run, reading=True)
+    control = ControlLoop(run, reading=True)
     seen = control.look(fresh=True)
     down = seen.desired.down
     shown = standing_views(control, seen)
     access, told, trouble = ask_router(run)
     known = {r["replica"]: r for e in (told.get("experts") or {}).values() for r in e.get("replicas", ())}
-    routers = [view for view in shown if view.kind is Kind.ROUTER]
+    routers = [view for view in shown if view.kind is RecordKind.ROUTER]
     router: dict[str, Any] = {"url": None, "state": "down" if down else "missing", "replica": None}
     if routers:
         router |= routers[-1].to_json()
@@ -53,7 +53,7 @@ def status(run: RunDir) -> dict[str, Any]:
             entry["replicas"] += experts[host]["replicas"]
     for name, entry in experts.items():
         said = (told.get("experts") or {}).get(name) or {}
-        entry["ready"] = sum(r["state"] == Standing.READY for r in entry["replicas"])
+        entry["ready"] = sum(r["state"] == DisplayedState.READY for r in entry["replicas"])
         entry["waiting"] = said.get("waiting")
     policy = control.deployment.policy
     return {
@@ -72,14 +72,14 @@ def _standby(attempts: Sequence[Attempt], serving: str | None) -> str | None:
     return next((replica for replica in waiting if serving is not None and replica != serving), None)
 
 
-def standing_views(control: Control, seen: Pass) -> list[ReplicaView]:
+def standing_views(control: ControlLoop, seen: Pass) -> list[ReplicaView]:
     """Also of a run that is down, whose failures are still worth telling."""
     if not seen.desired.down:
         return views(seen, control.observer.records)
     told = control.decide(replace(seen.desired, down=False), seen.observed)
     shown = views(told, control.observer.records)
-    gone = (Standing.MISSING, Standing.WAITING)
-    return [replace(v, standing=Standing.STOPPED) if v.standing in gone else v for v in shown]
+    gone = (DisplayedState.MISSING, DisplayedState.WAITING)
+    return [replace(v, standing=DisplayedState.STOPPED) if v.standing in gone else v for v in shown]
 
 
 def ask_router(run: RunDir) -> tuple[RouterAccess | None, Mapping[str, Any], str | None]:
@@ -103,6 +103,6 @@ def _merged(view: ReplicaView, known: Mapping[str, Any] | None) -> dict[str, Any
     if known is None:
         return told
     told |= {key: known.get(key) for key in _ROUTER_KNOWS}
-    if view.standing in (Standing.READY, Standing.REGISTERED):
+    if view.standing in (DisplayedState.READY, DisplayedState.REGISTERED):
         told["state"] = known.get("state", told["state"])
     return told

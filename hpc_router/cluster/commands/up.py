@@ -13,27 +13,27 @@ from pathlib import Path
 from typing import Final, Protocol
 
 from hpc_router.cluster.commands.down import Silent, down
-from hpc_router.cluster.commands.replica_view import ReplicaView, Standing, of_experts, views
+from hpc_router.cluster.commands.replica_view import DisplayedState, ReplicaView, of_experts, views
 from hpc_router.cluster.commands.signals import interrupt_event
 from hpc_router.cluster.control_loop.desired_state import desired_of, scaled, start_over
-from hpc_router.cluster.control_loop.loop import Control
+from hpc_router.cluster.control_loop.loop import ControlLoop
 from hpc_router.cluster.launchers.interface import ROUTER, JobState
 from hpc_router.cluster.launchers.select import check_reach
 from hpc_router.cluster.launchers.slurm.pending_reasons import in_words
 from hpc_router.cluster.planning.plan import Plan, make_plan, taught
-from hpc_router.cluster.planning.run_target import Target, discard, latest_of
+from hpc_router.cluster.planning.run_target import RunTarget, discard, latest_of
 from hpc_router.config.schema import Deployment
 from hpc_router.config.slurm_options import check_run_path
 from hpc_router.errors import ArtefactError, HpcRouterError, LaunchError
 from hpc_router.net.http_client import Unreachable, ask
 from hpc_router.routing import exemplars
-from hpc_router.state.registry import Kind, split_replica
+from hpc_router.state.registry import RecordKind, split_replica
 from hpc_router.state.run_directory import RunDir, private_umask
 
 POLL_S: Final = 0.2
 _GONE: Final = (JobState.ENDED, JobState.PENDING)
 """Nothing more to wait for: one that has not begun finds that it is not wanted."""
-_SETTLED: Final = frozenset({Standing.READY, Standing.FAILED, Standing.REGISTERED})
+_SETTLED: Final = frozenset({DisplayedState.READY, DisplayedState.FAILED, DisplayedState.REGISTERED})
 """Nothing to wait for."""
 
 
@@ -59,10 +59,10 @@ class Served:
 
     @property
     def failed(self) -> list[ReplicaView]:
-        return [view for view in self.shown if view.standing is Standing.FAILED]
+        return [view for view in self.shown if view.standing is DisplayedState.FAILED]
 
 
-def up(target: Target, *, wait_all: bool, reporter: Reporter) -> Served:
+def up(target: RunTarget, *, wait_all: bool, reporter: Reporter) -> Served:
     """Raises ConfigError before anything is made, LaunchError when nothing can serve, Interrupted."""
     deployment, run = target.deployment, target.run
     wanted = deployment if run is None else scaled(deployment, desired_of(run, deployment))
@@ -101,7 +101,7 @@ class _Effort:
 
     def __init__(self, run: RunDir, deployment: Deployment, *, made: bool, made_over: str | None) -> None:
         self._run, self._made, self._made_over = run, made, made_over
-        self._control = Control(run, deployment=deployment)
+        self._control = ControlLoop(run, deployment=deployment)
         observed = self._control.look().observed
         self._fresh = not any(attempt.live for found in observed.values() for attempt in found)
         self._submitted: set[str] = set()
@@ -130,7 +130,7 @@ class _Effort:
 
     def _serving(self, shown: Sequence[ReplicaView], *, wait_all: bool) -> str | None:
         """The router's address once what was asked for holds."""
-        routers = [v for v in shown if v.kind is Kind.ROUTER and v.standing is Standing.READY and v.url]
+        routers = [v for v in shown if v.kind is RecordKind.ROUTER and v.standing is DisplayedState.READY and v.url]
         if not routers or routers[-1].url is None:
             return None
         experts = of_experts(shown)
@@ -162,7 +162,7 @@ def _hopeless(shown: Sequence[ReplicaView]) -> str | None:
     """Why nothing can ever serve."""
     reasons = {view.replica: reason for view in shown if (reason := _lost(view)) is not None}
     experts = [view.replica for view in of_experts(shown)]
-    router_lost = any(view.kind is Kind.ROUTER and view.replica in reasons for view in shown)
+    router_lost = any(view.kind is RecordKind.ROUTER and view.replica in reasons for view in shown)
     if not router_lost and (not experts or any(replica not in reasons for replica in experts)):
         return None
     lines = [f"{replica}: {reason}" for replica, reason in reasons.items()]
@@ -171,7 +171,7 @@ def _hopeless(shown: Sequence[ReplicaView]) -> str | None:
 
 def _lost(view: ReplicaView) -> str | None:
     """Why it will never serve."""
-    return f"{view.reason}: {view.message}" if view.standing is Standing.FAILED else _stuck(view)
+    return f"{view.reason}: {view.message}" if view.standing is DisplayedState.FAILED else _stuck(view)
 
 
 def _stuck(view: ReplicaView) -> str | None:

@@ -12,16 +12,16 @@ from typing import Any, Final
 
 from hpc_router.cluster.commands.findings import findings
 from hpc_router.cluster.commands.logs import last_lines, tail
-from hpc_router.cluster.commands.replica_view import ReplicaView, Standing
+from hpc_router.cluster.commands.replica_view import DisplayedState, ReplicaView
 from hpc_router.cluster.commands.status import ask_router, standing_views
 from hpc_router.cluster.control_loop.desired_state import with_jobs
-from hpc_router.cluster.control_loop.loop import Control
+from hpc_router.cluster.control_loop.loop import ControlLoop
 from hpc_router.cluster.control_loop.slots import Observed, Slot
 from hpc_router.cluster.launchers.interface import ROUTER
 from hpc_router.cluster.launchers.slurm.pending_reasons import in_words
 from hpc_router.cluster.launchers.slurm.process_tracking import signals_note
 from hpc_router.errors import ConfigError, suggest
-from hpc_router.state.job_records import Reason
+from hpc_router.state.job_records import FailureReason
 from hpc_router.state.registry import split_replica
 from hpc_router.state.run_directory import RunDir
 
@@ -30,46 +30,46 @@ RECENT_S: Final = 3600.0
 RANK_LINES: Final = 4
 """Of each further rank."""
 
-ADVICE: Final[Mapping[Reason, str]] = {
-    Reason.OUT_OF_MEMORY: "give it more memory: fewer tokens (max_model_len), a quantised model, more GPUs, or fewer "
+ADVICE: Final[Mapping[FailureReason, str]] = {
+    FailureReason.OUT_OF_MEMORY: "give it more memory: fewer tokens (max_model_len), a quantised model, more GPUs, or fewer "
     "replicas on one node",
-    Reason.WEIGHTS: "check experts.{expert}.model, or that of the adapter which the message names: the folder or hub "
+    FailureReason.WEIGHTS: "check experts.{expert}.model, or that of the adapter which the message names: the folder or hub "
     "id, and whether its files are complete",
-    Reason.CUDA: "check the node's GPU and driver (nvidia-smi there) and that the engine's build matches it",
-    Reason.BAD_OPTION: "edit the option that the message names, then `hpc-router up` in a new run",
-    Reason.INTERPRETER: "check experts.{expert}.engine.python: that interpreter must have the engine installed",
-    Reason.TIMEOUT: "it did not answer in time: while it loads, raise experts.{expert}.engine.startup_timeout_s or put "
+    FailureReason.CUDA: "check the node's GPU and driver (nvidia-smi there) and that the engine's build matches it",
+    FailureReason.BAD_OPTION: "edit the option that the message names, then `hpc-router up` in a new run",
+    FailureReason.INTERPRETER: "check experts.{expert}.engine.python: that interpreter must have the engine installed",
+    FailureReason.TIMEOUT: "it did not answer in time: while it loads, raise experts.{expert}.engine.startup_timeout_s or put "
     "the model on a faster file system; once it was ready, it hung: look at its log's end and at its node",
-    Reason.KILLED: "it was killed from outside: by the node's memory limit, a user, or the system; `dmesg` may show it",
-    Reason.CRASHED: "read the log lines; `hpc-router up` tries again",
-    Reason.PORT_TAKEN: "another process has the port: leave it to the kernel (router.port=0), or choose another",
-    Reason.RANK_LOST: "one of its nodes ended: the log of that rank shows the reason (`hpc-router logs {replica}` "
+    FailureReason.KILLED: "it was killed from outside: by the node's memory limit, a user, or the system; `dmesg` may show it",
+    FailureReason.CRASHED: "read the log lines; `hpc-router up` tries again",
+    FailureReason.PORT_TAKEN: "another process has the port: leave it to the kernel (router.port=0), or choose another",
+    FailureReason.RANK_LOST: "one of its nodes ended: the log of that rank shows the reason (`hpc-router logs {replica}` "
     "prints all of them); `hpc-router up` tries again",
-    Reason.SETUP: "edit the line of cluster.setup or cluster.modules that the message names, then `hpc-router up` in a "
+    FailureReason.SETUP: "edit the line of cluster.setup or cluster.modules that the message names, then `hpc-router up` in a "
     "new run",
-    Reason.UNANSWERED: "Slurm did not answer, or takes no more jobs of yours for now; the submission is retried",
-    Reason.REFUSED: "edit the key that the message names (`hpc-router plan` tries it), then `hpc-router up` in a "
+    FailureReason.UNANSWERED: "Slurm did not answer, or takes no more jobs of yours for now; the submission is retried",
+    FailureReason.REFUSED: "edit the key that the message names (`hpc-router plan` tries it), then `hpc-router up` in a "
     "new run",
-    Reason.NODE_FAILED: "its node failed: another is submitted; cluster.exclude leaves a bad node out",
-    Reason.PREEMPTED: "a job of higher priority took its place: another is submitted; another cluster.partition or "
+    FailureReason.NODE_FAILED: "its node failed: another is submitted; cluster.exclude leaves a bad node out",
+    FailureReason.PREEMPTED: "a job of higher priority took its place: another is submitted; another cluster.partition or "
     "cluster.qos may not be preempted",
-    Reason.WALLTIME: "its walltime ended: another is submitted; a longer cluster.walltime makes that rarer",
-    Reason.CANCELLED: "a user or an administrator cancelled its job: another is submitted; `hpc-router scale` or "
+    FailureReason.WALLTIME: "its walltime ended: another is submitted; a longer cluster.walltime makes that rarer",
+    FailureReason.CANCELLED: "a user or an administrator cancelled its job: another is submitted; `hpc-router scale` or "
     "`down` ends it for good",
-    Reason.DRAINED: "it was asked to stop; `hpc-router up` or `scale` starts it again",
-    Reason.VANISHED: "it was killed, or could not start: its log ends where it died; `hpc-router up` tries again",
+    FailureReason.DRAINED: "it was asked to stop; `hpc-router up` or `scale` starts it again",
+    FailureReason.VANISHED: "it was killed, or could not start: its log ends where it died; `hpc-router up` tries again",
 }
-_STANDING: Final[Mapping[Standing, str]] = {
-    Standing.MISSING: "no job was submitted yet: `hpc-router up` or `hpc-router reconcile` submits one",
-    Standing.SUBMITTED: "its job was submitted and has not begun yet",
-    Standing.STARTING: "it is starting",
-    Standing.LOADING: "its engine is loading the model",
-    Standing.RESTARTING: "its engine failed and is started again",
-    Standing.DRAINING: "it takes no new requests and ends after those in flight",
-    Standing.WAITING: "it failed and is submitted again after a pause",
-    Standing.FAILED: "it failed too often, or for a reason that a restart cannot fix",
-    Standing.STOPPED: "it is not running",
-    Standing.REGISTERED: "it runs elsewhere: `hpc-router status` shows whether the router reaches it",
+_STANDING: Final[Mapping[DisplayedState, str]] = {
+    DisplayedState.MISSING: "no job was submitted yet: `hpc-router up` or `hpc-router reconcile` submits one",
+    DisplayedState.SUBMITTED: "its job was submitted and has not begun yet",
+    DisplayedState.STARTING: "it is starting",
+    DisplayedState.LOADING: "its engine is loading the model",
+    DisplayedState.RESTARTING: "its engine failed and is started again",
+    DisplayedState.DRAINING: "it takes no new requests and ends after those in flight",
+    DisplayedState.WAITING: "it failed and is submitted again after a pause",
+    DisplayedState.FAILED: "it failed too often, or for a reason that a restart cannot fix",
+    DisplayedState.STOPPED: "it is not running",
+    DisplayedState.REGISTERED: "it runs elsewhere: `hpc-router status` shows whether the router reaches it",
 }
 _ROUTER_ADVICE: Final = "edit router.* as the message says, then `hpc-router up` in a new run"
 
@@ -96,7 +96,7 @@ class Cause:
 def why(run: RunDir, name: str | None = None) -> list[Cause]:
     """A cause for each replica that is not ready, or for those of one expert or replica; and what a router that serves
     has found amiss with those that are."""
-    control = Control(run, reading=True)
+    control = ControlLoop(run, reading=True)
     seen = control.look(fresh=True)
     shown = standing_views(control, seen)
     if name is not None:
@@ -106,7 +106,7 @@ def why(run: RunDir, name: str | None = None) -> list[Cause]:
             raise ConfigError(f"no replica of this run is named '{name}'{suggest(name, names)}")
         shown = [v for v in shown if name in (v.expert, v.replica, v.replica.rpartition(".")[0])]
     now = time.time()
-    fine = (Standing.READY, Standing.REGISTERED)
+    fine = (DisplayedState.READY, DisplayedState.REGISTERED)
     causes = [_cause(run, view, now=now) for view in shown if view.standing not in fine]
     causes += _cut(shown, seen.observed, now=now)
     if control.deployment.cluster.kind != "local":
@@ -141,7 +141,9 @@ def _with_signals_note(causes: list[Cause]) -> list[Cause]:
 
 def _signalled(cause: Cause) -> bool:
     cut = cause.what.endswith("cut off")
-    return cause.view.expert != ROUTER and (cut or cause.view.reason in (Reason.CANCELLED, Reason.PREEMPTED))
+    return cause.view.expert != ROUTER and (
+        cut or cause.view.reason in (FailureReason.CANCELLED, FailureReason.PREEMPTED)
+    )
 
 
 def _unwritable(run: RunDir, shown: list[ReplicaView], told: Mapping[str, Any]) -> list[Cause]:
@@ -170,24 +172,24 @@ def _sick(shown: list[ReplicaView], told: Mapping[str, Any]) -> list[Cause]:
 
 
 def _cause(run: RunDir, view: ReplicaView, *, now: float) -> Cause:
-    if view.pending is not None and view.standing is Standing.SUBMITTED:
+    if view.pending is not None and view.standing is DisplayedState.SUBMITTED:
         waiting = in_words(view.pending, view.job_id)
         until = "so it will never start" if waiting.hopeless else expected(view.starts_at, now=now)
         return Cause(view, f"its job waits: {waiting.what}; {until}", waiting.advice, ())
     advice = None
     if view.reason is not None:
         advice = ADVICE[view.reason].format(expert=view.expert, replica=view.replica)
-        if view.expert == ROUTER and view.reason is Reason.BAD_OPTION:
+        if view.expert == ROUTER and view.reason is FailureReason.BAD_OPTION:
             advice = _ROUTER_ADVICE
-    failed = view.reason not in (None, Reason.DRAINED)
+    failed = view.reason not in (None, FailureReason.DRAINED)
     lines = _last_words(run, view) if failed else []
     return Cause(view, _STANDING[view.standing], advice, tuple(lines))
 
 
 def _last_words(run: RunDir, view: ReplicaView) -> list[str]:
     """Of the service, or of the batch script around it, which lies with the first replica of the job."""
-    own = [] if view.reason is Reason.SETUP else last_lines(run, view.replica, lines=LOG_LINES)
-    if view.reason is Reason.RANK_LOST:
+    own = [] if view.reason is FailureReason.SETUP else last_lines(run, view.replica, lines=LOG_LINES)
+    if view.reason is FailureReason.RANK_LOST:
         own += _ranks_last_words(run, view.replica)
     scripts = run.jobs.glob(f"*/{view.job_id}_batch.log") if view.job_id else ()
     return own or [line for path in scripts for line in tail(path, LOG_LINES)]

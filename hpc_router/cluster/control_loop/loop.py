@@ -20,7 +20,7 @@ from typing import Final
 from hpc_router.cluster.control_loop.desired_state import deployment_of, desired_of
 from hpc_router.cluster.control_loop.drain_calls import ask_to_drain
 from hpc_router.cluster.control_loop.job_requests import request_for
-from hpc_router.cluster.control_loop.observer import Observer
+from hpc_router.cluster.control_loop.observer import RunObserver
 from hpc_router.cluster.control_loop.reconcile import Action, Cancel, Desired, Drain, GiveUp, Kill, Submit, reconcile
 from hpc_router.cluster.control_loop.slots import Observed
 from hpc_router.cluster.launchers.interface import JobState, Launcher
@@ -30,7 +30,7 @@ from hpc_router.errors import LaunchError
 from hpc_router.state import registry
 from hpc_router.state.atomic_files import is_there
 from hpc_router.state.job_records import JobDir, Stop
-from hpc_router.state.registry import Kind, leading_router, split_replica
+from hpc_router.state.registry import RecordKind, leading_router, split_replica
 from hpc_router.state.run_directory import RunDir
 
 logger = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ class Pass:
         return [action for action in self.actions if isinstance(action, GiveUp)]
 
 
-class Control:
+class ControlLoop:
     """The hands of the control loop on one run. `reading`: for verbs that only look, which write nothing."""
 
     def __init__(
@@ -70,7 +70,7 @@ class Control:
         self.run = run
         self.deployment = deployment or deployment_of(run)
         self.launcher = launcher or launcher_for(run, self.deployment)
-        self.observer = Observer(run, self.launcher, reading=reading)
+        self.observer = RunObserver(run, self.launcher, reading=reading)
         self._told: set[str] = set()
 
     def look(self, *, clear: bool = False, fresh: bool = False) -> Pass:
@@ -153,7 +153,7 @@ class Control:
     def leads(self, replica: str) -> bool:
         """Whether `replica` is the leading router, or may become it: no other router that may live leads."""
         records = registry.Reader(self.run.registry).snapshot()
-        reports = self.launcher.observe([name for name, r in records.items() if r.kind is Kind.ROUTER])
+        reports = self.launcher.observe([name for name, r in records.items() if r.kind is RecordKind.ROUTER])
         living = {n: r for n, r in records.items() if n not in reports or reports[n].state is not JobState.ENDED}
         leader = leading_router(living)
         return leader is None or leader.generation <= split_replica(replica)[2]
@@ -174,13 +174,13 @@ def run_loop(run: RunDir, *, while_leading: str | None = None, tied: bool = Fals
 
     `tied`: also until stdin ends, so that the loop goes with the process that holds the other end.
     """
-    control, configured, missed = Control(run), run.config.exists(), 0
+    control, configured, missed = ControlLoop(run), run.config.exists(), 0
     with _stop_event(tied=tied) as stop:
         while not stop.is_set() and missed < GONE_PASSES:
             pause_s = control.deployment.cluster.reconcile_s
             try:
                 if not configured and is_there(run.config):  # `up` has joined a run of external endpoints
-                    control, configured = Control(run), True
+                    control, configured = ControlLoop(run), True
                 if while_leading is None or control.leads(while_leading):
                     control.once()
             except Exception:

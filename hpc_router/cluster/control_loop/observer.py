@@ -20,8 +20,8 @@ from hpc_router.cluster.control_loop.slots import Attempt, Observed, Slot
 from hpc_router.cluster.launchers.interface import JobReport, JobState, Launcher
 from hpc_router.errors import RegistryError
 from hpc_router.state.atomic_files import create_text
-from hpc_router.state.job_records import Exit, JobDir, Reason, Runner, Stop, Submitter, start_ticks
-from hpc_router.state.registry import Kind, Reader, Record, split_replica
+from hpc_router.state.job_records import Exit, FailureReason, JobDir, Runner, Stop, Submitter, start_ticks
+from hpc_router.state.registry import Reader, Record, RecordKind, split_replica
 from hpc_router.state.run_directory import RunDir
 
 logger = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ UNSEEN: Final = "its batch script could not even begin its log: do all nodes see
 VANISHED: Final = "the job ended and left no exit record: killed, or it died before it began"
 
 
-class Observer:
+class RunObserver:
     """Looks at one run again and again. `reading`: nothing is written, not even the exit record of a job that ended
     without one."""
 
@@ -75,7 +75,7 @@ class Observer:
         have ended without a word. Routers are left out: this may run beside one, and would go with it."""
         running = [name for name, report in reports.items() if report.state is JobState.RUNNING]
         records = [self.records[name] for name in running if name in self.records]
-        silent = self._pulse.silent([record for record in records if record.kind is Kind.EXPERT], read_at=read_at)
+        silent = self._pulse.silent([record for record in records if record.kind is RecordKind.EXPERT], read_at=read_at)
         self._hung.difference_update(running)
         self._hung |= silent.hung
         self._asked &= silent.lost
@@ -126,16 +126,16 @@ class Observer:
     def _end(self, replica: str, report: JobReport, stop: Stop) -> Exit:
         """Of a job that said nothing itself."""
         if (stop.drain_at or stop.cancel_at) is not None and replica not in self._hung:
-            return Exit(ok=True, reason=Reason.DRAINED, message="it was asked to end, and said nothing more")
-        if report.end is not None and report.end.reason is not Reason.KILLED:
+            return Exit(ok=True, reason=FailureReason.DRAINED, message="it was asked to end, and said nothing more")
+        if report.end is not None and report.end.reason is not FailureReason.KILLED:
             return report.end
         if replica in self._hung:
-            return Exit(ok=False, reason=Reason.TIMEOUT, message=HUNG)
+            return Exit(ok=False, reason=FailureReason.TIMEOUT, message=HUNG)
         job = JobDir(self._run, replica)
         info = job.info()
         if info is not None and info.runner is Runner.SLURM and not any(job.path.glob("*_batch.log")):
-            return Exit(ok=False, reason=Reason.VANISHED, message=f"{UNSEEN} {self._run.path}?")
-        return report.end or Exit(ok=False, reason=Reason.VANISHED, message=VANISHED)
+            return Exit(ok=False, reason=FailureReason.VANISHED, message=f"{UNSEEN} {self._run.path}?")
+        return report.end or Exit(ok=False, reason=FailureReason.VANISHED, message=VANISHED)
 
 
 def leave_exit(job: JobDir, end: Exit) -> Exit:

@@ -18,7 +18,7 @@ from typing import Final
 
 from hpc_router.cluster.control_loop.slots import ROUTER_SLOT, Attempt, Observed, Slot
 from hpc_router.cluster.launchers.interface import ROUTER, JobState
-from hpc_router.state.job_records import BLAMELESS, PERMANENT, Exit, Reason, Runner
+from hpc_router.state.job_records import BLAMELESS, PERMANENT, Exit, FailureReason, Runner
 
 CLAIM_S: Final = 60.0
 """A claim that has no job after this long is abandoned."""
@@ -215,7 +215,7 @@ def _end(attempt: Attempt) -> Exit:
     if attempt.exit is not None:
         return attempt.exit
     message = "the job ended without a word" if attempt.submitted else "claimed, and never submitted"
-    return Exit(ok=False, reason=Reason.VANISHED, message=message, at=attempt.claimed_at + CLAIM_S)
+    return Exit(ok=False, reason=FailureReason.VANISHED, message=message, at=attempt.claimed_at + CLAIM_S)
 
 
 def _empty(attempts: Sequence[Attempt], desired: Desired, now: float) -> Iterator[Action]:

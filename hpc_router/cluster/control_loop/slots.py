@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 from hpc_router.cluster.launchers.interface import ROUTER, JobReport, JobState
-from hpc_router.state.job_records import Exit, Progress, Runner, Stop
+from hpc_router.state.job_records import Exit, JobProgress, Runner, Stop
 from hpc_router.state.registry import State, replica_name
 
 
@@ -47,7 +47,7 @@ class Attempt:
     claimed_at: float
     submitted: bool = True
     exit: Exit | None = None
-    progress: Progress | None = None
+    progress: JobProgress | None = None
     stop: Stop = NOT_ASKED
     registered: State | None = None
     job_id: str | None = None

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import hpc_router
 from hpc_router.net.job_environment import scrubbed
-from hpc_router.state.job_records import Exit, JobDir, Process, Reason, start_ticks
+from hpc_router.state.job_records import Exit, FailureReason, JobDir, Process, start_ticks
 from hpc_router.state.run_directory import RunDir
 
 
@@ -27,11 +27,11 @@ def start(run: str, argv_of: Mapping[str, list[str]], version: str) -> None:
     rank = int(os.environ.get("SLURM_PROCID", "0")) if "SLURM_STEP_ID" in os.environ else 0
     if version != hpc_router.__version__:
         message = f"submitted by hpc-router {version}, but the job's interpreter has {hpc_router.__version__}"
-        job.write(Exit(ok=False, reason=Reason.INTERPRETER, message=message))
+        job.write(Exit(ok=False, reason=FailureReason.INTERPRETER, message=message))
         raise SystemExit(message)
     asked = job.stop()
     if asked is not None and asked.cancel_at is not None:
-        job.write(Exit(ok=True, reason=Reason.DRAINED, message="it was asked to end before it had begun"))
+        job.write(Exit(ok=True, reason=FailureReason.DRAINED, message="it was asked to end before it had begun"))
         raise SystemExit(0)
     if rank == 0:
         ticks = start_ticks(os.getpid())
@@ -41,7 +41,7 @@ def start(run: str, argv_of: Mapping[str, list[str]], version: str) -> None:
     try:
         os.execve(argv[0], argv, _environment(rank))
     except OSError as error:
-        job.write(Exit(ok=False, reason=Reason.INTERPRETER, message=f"cannot run {argv[0]}: {error.strerror}"))
+        job.write(Exit(ok=False, reason=FailureReason.INTERPRETER, message=f"cannot run {argv[0]}: {error.strerror}"))
         raise
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from hpc_router.cluster.launchers.interface import JobReport, JobRequest, JobState
 from hpc_router.cluster.launchers.submit import keep_refusals, submit_all
-from hpc_router.state.job_records import Exit, JobDir, Process, Reason, start_ticks
+from hpc_router.state.job_records import Exit, FailureReason, JobDir, Process, start_ticks
 from hpc_router.state.run_directory import RunDir
 
 logger = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ class LocalLauncher:
                 for r, gpus in chosen
             ]
             answers = submit_all(batch)
-        keep_refusals(self.run, answers, lambda _, said: Exit(ok=False, reason=Reason.CRASHED, message=said))
+        keep_refusals(self.run, answers, lambda _, said: Exit(ok=False, reason=FailureReason.CRASHED, message=said))
         return [request.replica for request, _ in chosen]
 
     def observe(self, replicas: Iterable[str], *, fresh: bool = False) -> Mapping[str, JobReport]:

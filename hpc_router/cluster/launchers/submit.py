@@ -10,7 +10,7 @@ from typing import Any, Final
 from hpc_router.cluster.launchers.commands import last_words
 from hpc_router.errors import LaunchError
 from hpc_router.net.job_environment import JOB_ID, held_job, scrubbed
-from hpc_router.state.job_records import Exit, JobDir, Reason
+from hpc_router.state.job_records import Exit, FailureReason, JobDir
 from hpc_router.state.run_directory import RunDir, private_umask
 
 TIMEOUT_S: Final = 60.0
@@ -62,10 +62,10 @@ def keep_refusals(run: RunDir, answers: Mapping[str, str | None], explained: Cal
         if said is None or job.info() is not None:  # submitted, even where the child came to grief afterwards
             continue
         if said == ASKED:
-            job.write(Exit(ok=True, reason=Reason.DRAINED, message=ASKED))
+            job.write(Exit(ok=True, reason=FailureReason.DRAINED, message=ASKED))
             continue
         ours = said.startswith(_OURS)
-        refused[replica] = Exit(False, Reason.UNANSWERED, said) if ours else explained(replica, said)
+        refused[replica] = Exit(False, FailureReason.UNANSWERED, said) if ours else explained(replica, said)
         job.write(refused[replica])
     if refused:
         each = "; ".join(f"{replica}: {end.message}" for replica, end in refused.items())

@@ -25,7 +25,7 @@ SHOWN_KEYS: Final = 5
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
+class RunTarget:
     """What `up` is to bring up, before anything is made. `path` None: a new run below `deployment.runs`."""
 
     deployment: Deployment
@@ -53,7 +53,7 @@ class Target:
         return run, made
 
 
-def find_target(given: Path | None, overrides: Sequence[str], *, config_dir: Path | None = None) -> Target:
+def find_target(given: Path | None, overrides: Sequence[str], *, config_dir: Path | None = None) -> RunTarget:
     """Raises ConfigError, with nothing made."""
     named = os.environ.get("HPC_ROUTER_RUN")
     path = given or (Path(named) if named else None)
@@ -62,14 +62,14 @@ def find_target(given: Path | None, overrides: Sequence[str], *, config_dir: Pat
         base = frozen.read(run.config)
         if overrides or config_dir is not None:
             _refuse_difference(run, base, wanted(base, overrides, config_dir=config_dir))
-        return Target(base, path)
+        return RunTarget(base, path)
     deployment = settled(compose.load_deployment(overrides, config_dir=config_dir))
     if path is not None:
         if path.exists() and any(path.iterdir()):
             open_run(path)  # refuses what is no run directory, before anything is put into it
-        return Target(deployment, path)
+        return RunTarget(deployment, path)
     latest = Path(deployment.runs) / "latest"
-    return Target(deployment, latest if _holds(latest, deployment) else None)
+    return RunTarget(deployment, latest if _holds(latest, deployment) else None)
 
 
 def wanted(base: Deployment, overrides: Sequence[str], *, config_dir: Path | None = None) -> Deployment:

@@ -21,15 +21,15 @@ from hpc_router.config.adapters import adapters_of
 from hpc_router.config.schema import Deployment
 from hpc_router.errors import ConfigError, HpcRouterError, RegistryError
 from hpc_router.expert.agent.engine_relay import ENGINE_LIMITS
-from hpc_router.expert.agent.engine_supervisor import Supervisor
+from hpc_router.expert.agent.engine_supervisor import EngineSupervisor
 from hpc_router.expert.agent.http_api import Gate
-from hpc_router.expert.agent.lifecycle import Life
+from hpc_router.expert.agent.lifecycle import JobLifecycle
 from hpc_router.expert.agent.restart_policy import Restarts
 from hpc_router.expert.engine_process.command import Commands
 from hpc_router.expert.engine_process.scratch_dir import expanded, scratch_folder
-from hpc_router.expert.engines import Engine, Failure, Place, build_engine
+from hpc_router.expert.engines import Engine, EngineFailure, Place, build_engine
 from hpc_router.expert.multinode.rank_auth import rank_key, report_token
-from hpc_router.expert.multinode.start_strategy import Alone, Attempts, Leading
+from hpc_router.expert.multinode.start_strategy import Attempts, MultiNodeLeader, SingleNode
 from hpc_router.net import addresses
 from hpc_router.net.auth import new_token, replica_key
 from hpc_router.relay import memory_tuning
@@ -37,9 +37,9 @@ from hpc_router.relay.downstream.server import listening
 from hpc_router.relay.upstream.client import UpstreamClient
 from hpc_router.relay.upstream.interface import Upstream
 from hpc_router.state.io_thread import PATIENCE_S, FileThread
-from hpc_router.state.job_records import Exit, JobDir, Phase, Reason
+from hpc_router.state.job_records import Exit, FailureReason, JobDir, JobPhase
 from hpc_router.state.lease import Lease
-from hpc_router.state.registry import Kind, Record, State, http_url, split_replica
+from hpc_router.state.registry import Record, RecordKind, State, http_url, split_replica
 from hpc_router.state.run_directory import RunDir
 
 logger = logging.getLogger(__name__)
@@ -66,14 +66,14 @@ class Agent:
         self._commands = Commands(self._engine, self._config, deployment.cluster, environment, self._job.engine_log)
         self._address = ""
         self._version: str | None = None  # of the engine
-        self._leading: Leading | None = None
+        self._leading: MultiNodeLeader | None = None
         self._nonce = new_token()
-        self._life = Life()
+        self._life = JobLifecycle()
         self._draining = asyncio.Event()
         self._drain_reason = ""
         self._from_outside = False  # the drain: by whoever may signal a job, perhaps us
         self._signals: set[signal.Signals] = set()
-        self._lost: Failure | None = None  # a rank, when the drain came: Slurm ends the job of a node that failed
+        self._lost: EngineFailure | None = None  # a rank, when the drain came: Slurm ends the job of a node that failed
         self._cut = 0  # answers that the drain did not let finish
         self._gate: Gate | None = None
         self._failures = TaskFailures()
@@ -88,20 +88,20 @@ class Agent:
         """New requests are refused from now on; `run` returns when those in flight have ended."""
         if not self._draining.is_set():
             logger.info("draining: %s", why)
-            if self._life.phase is Phase.RESTARTING and self._life.failure is not None:
-                self._lost = self._life.failure if self._life.failure.reason is Reason.RANK_LOST else None
-            self.moved(Phase.DRAINING, engine_pid=self._life.engine_pid)
+            if self._life.phase is JobPhase.RESTARTING and self._life.failure is not None:
+                self._lost = self._life.failure if self._life.failure.reason is FailureReason.RANK_LOST else None
+            self.moved(JobPhase.DRAINING, engine_pid=self._life.engine_pid)
             self._drain_reason, self._from_outside = why, from_outside
             self._draining.set()
 
-    def moved(self, phase: Phase, *, failure: Failure | None = None, engine_pid: int | None = None) -> None:
+    def moved(self, phase: JobPhase, *, failure: EngineFailure | None = None, engine_pid: int | None = None) -> None:
         """The supervisor's steps and our own: gate, record and progress follow. Draining is the last one."""
         if self._draining.is_set():
             return
         self._life.move(phase, failure=failure, engine_pid=engine_pid)
         if self._gate is not None:
             self._gate.state = self._life.state
-            if phase is Phase.READY:
+            if phase is JobPhase.READY:
                 self._gate.models = tuple(self._engine.names())
         if self._lease is not None and self._lease.record.state is not self._life.state:
             self._lease.change(state=self._life.state)
@@ -112,12 +112,12 @@ class Agent:
         try:
             end = await self._live()
         except ConfigError as error:
-            end = Exit(ok=False, reason=Reason.BAD_OPTION, message=str(error))
+            end = Exit(ok=False, reason=FailureReason.BAD_OPTION, message=str(error))
         except HpcRouterError as error:
-            end = Exit(ok=False, reason=Reason.CRASHED, message=str(error))
+            end = Exit(ok=False, reason=FailureReason.CRASHED, message=str(error))
         except Exception as error:  # whatever it was, the job's owner must learn of it
             logger.exception("the agent failed")
-            end = Exit(ok=False, reason=Reason.CRASHED, message=f"{type(error).__name__}: {error}")
+            end = Exit(ok=False, reason=FailureReason.CRASHED, message=f"{type(error).__name__}: {error}")
         logger.info("exit: %s: %s", end.reason, end.message)
         with suppress(OSError, TimeoutError):
             async with asyncio.timeout(PATIENCE_S):
@@ -166,9 +166,9 @@ class Agent:
             return Exit.drained(f"drained after {self._drain_reason}", cut=self._cut)
         if signal.SIGUSR2 in self._signals:
             said = "its walltime ended before its engine was ready: raise walltime, or shorten the start"
-            return Exit(ok=False, reason=Reason.WALLTIME, message=said)
+            return Exit(ok=False, reason=FailureReason.WALLTIME, message=said)
         said = "it was asked to end from outside before it was ready"
-        return Exit(ok=False, reason=Reason.CANCELLED, message=said)
+        return Exit(ok=False, reason=FailureReason.CANCELLED, message=said)
 
     async def _asked(self) -> bool:
         """Whether it was us who asked this job to end."""
@@ -177,7 +177,7 @@ class Agent:
                 return await self._files.run(self._job.stop) is not None
         return False
 
-    async def _serve(self, supervisor: Supervisor, gate: Gate) -> Failure | None:
+    async def _serve(self, supervisor: EngineSupervisor, gate: Gate) -> EngineFailure | None:
         """Until the engine fails for good (its failure) or the drain is complete (None); the engine has ended then."""
         supervising = asyncio.create_task(supervisor.run(), name="supervisor")
         draining = asyncio.create_task(self._draining.wait(), name="drain")
@@ -239,8 +239,8 @@ class Agent:
     def _attempts(self, place: Place) -> Attempts:
         nodes = self._config.resources.nodes
         if nodes == 1:
-            return Alone(self._commands.at(place, version=self._version))
-        self._leading = Leading(
+            return SingleNode(self._commands.at(place, version=self._version))
+        self._leading = MultiNodeLeader(
             nodes=nodes,
             key=rank_key(self._run.secret(), self._nonce),
             address=self._address,
@@ -252,9 +252,9 @@ class Agent:
         )
         return self._leading
 
-    def _supervisor(self, attempts: Attempts, client: Upstream, gate: Gate) -> Supervisor:
+    def _supervisor(self, attempts: Attempts, client: Upstream, gate: Gate) -> EngineSupervisor:
         config = self._config.engine
-        return Supervisor(
+        return EngineSupervisor(
             engine=self._engine,
             attempts=attempts,
             client=client,
@@ -270,7 +270,7 @@ class Agent:
     def _record(self, sock: socket.socket) -> Record:
         host, port = sock.getsockname()[:2]
         return Record(
-            kind=Kind.EXPERT,
+            kind=RecordKind.EXPERT,
             replica=self._job.replica,
             url=http_url(host, port),
             state=State.STARTING,

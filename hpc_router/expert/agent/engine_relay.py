@@ -13,12 +13,20 @@ from hpc_router.relay.downstream.interface import SHORT_BYTES, DownstreamGoneErr
 from hpc_router.relay.headers import NOT_DOWNSTREAM, NOT_UPSTREAM, Headers, crossing
 from hpc_router.relay.in_flight import InFlight
 from hpc_router.relay.sse import CONTENT_TYPE
-from hpc_router.relay.upstream.interface import CHUNK_ENDS, Asker, Limits, Passage, Started, Upstream, address_of
+from hpc_router.relay.upstream.interface import (
+    CHUNK_ENDS,
+    Asker,
+    Passage,
+    PendingRequest,
+    Upstream,
+    UpstreamTimeouts,
+    address_of,
+)
 
 logger = logging.getLogger(__name__)
 
 _A_DAY_S: Final = 86_400.0
-ENGINE_LIMITS: Final = Limits(connect_s=5.0, first_byte_s=_A_DAY_S, idle_s=_A_DAY_S)
+ENGINE_LIMITS: Final = UpstreamTimeouts(connect_s=5.0, first_byte_s=_A_DAY_S, idle_s=_A_DAY_S)
 """How long an answer may take is the router's to say; when it gives up, it leaves, and so do we."""
 ENGINE: Final = address_of("http://engine")
 
@@ -29,7 +37,7 @@ class Passing(Work, Asker):
 
     __slots__ = ("_heard", "_in_flight", "_relayed", "_request", "started")
 
-    started: Started
+    started: PendingRequest
 
     def __init__(self, request: Request, in_flight: InFlight, relayed: set[Request], heard: Callable[[], None]) -> None:
         self._request = request
@@ -73,7 +81,7 @@ class Passing(Work, Asker):
 
 
 async def pass_through(
-    request: Request, client: Upstream, *, heard: Callable[[], None], started: Started | None = None
+    request: Request, client: Upstream, *, heard: Callable[[], None], started: PendingRequest | None = None
 ) -> Response | None:
     """Answers `request`; None: what came went to the caller as it came. Calls `heard` for every piece of the answer.
     `started`: how far `Passing` has come with it.

@@ -17,12 +17,12 @@ from hpc_router.errors import UpstreamError
 from hpc_router.expert.agent.engine_relay import ENGINE
 from hpc_router.expert.agent.restart_policy import Restarts
 from hpc_router.expert.engine_process.process import EngineProcess
-from hpc_router.expert.engines import Engine, Failure
+from hpc_router.expert.engines import Engine, EngineFailure
 from hpc_router.expert.multinode.start_strategy import Attempts
 from hpc_router.net.protocol import MODELS
 from hpc_router.relay.upstream.interface import Upstream
 from hpc_router.state.io_thread import FileThread
-from hpc_router.state.job_records import Phase, Reason
+from hpc_router.state.job_records import FailureReason, JobPhase
 
 logger = logging.getLogger(__name__)
 
@@ -35,13 +35,13 @@ HUNG_MISSES: Final = 3
 """A ready engine is asked so often and given so long; after so many misses in a row, half a minute, it hangs."""
 
 
-class Observer(Protocol):
-    def moved(self, phase: Phase, *, failure: Failure | None = None, engine_pid: int | None = None) -> None:
+class EngineObserver(Protocol):
+    def moved(self, phase: JobPhase, *, failure: EngineFailure | None = None, engine_pid: int | None = None) -> None:
         """A step of the engine; `failure` is why it ended."""
 
 
 @dataclass(slots=True)
-class Supervisor:
+class EngineSupervisor:
     """`progress`: a number that changes while answers come, for an engine may be too busy to say that it is ready.
     `engine_lost`: set by the gate when the engine did not take a request; cleared here when the engine answers.
     `break_off` is called before an engine is stopped, and after one has ended by itself."""
@@ -50,7 +50,7 @@ class Supervisor:
     attempts: Attempts
     client: Upstream
     files: FileThread
-    observer: Observer
+    observer: EngineObserver
     restarts: Restarts
     startup_timeout_s: float
     progress: Callable[[], int] = lambda: 0
@@ -60,23 +60,23 @@ class Supervisor:
     chance: Callable[[], float] = random.random
     clock: Callable[[], float] = time.monotonic
 
-    async def run(self) -> Failure:
+    async def run(self) -> EngineFailure:
         """Returns the failure that no restart can cure, or the last one of too many."""
         while True:
             command = await self.attempts.begin()
-            if isinstance(command, Failure):
+            if isinstance(command, EngineFailure):
                 return command
             ready_s = 0.0
             async with await EngineProcess.start(command, self.files) as process:
                 try:
                     if process.pid is not None:
-                        self.observer.moved(Phase.LOADING, engine_pid=process.pid)
+                        self.observer.moved(JobPhase.LOADING, engine_pid=process.pid)
                         logger.info("engine started, process %d", process.pid)
                     failure = await self._until_ready(process)
                     if failure is None:
                         ready_at = self.clock()
                         self.engine_lost.clear()
-                        self.observer.moved(Phase.READY, engine_pid=process.pid)
+                        self.observer.moved(JobPhase.READY, engine_pid=process.pid)
                         logger.info("engine ready")
                         failure = await self._until_end_or_hung(process)
                         ready_s = self.clock() - ready_at  # before the engine and its other ranks are ended
@@ -87,10 +87,10 @@ class Supervisor:
             delay_s = self.restarts.after_failure(failure.reason, ready_s=ready_s, chance=self.chance())
             if delay_s is None:
                 return failure
-            self.observer.moved(Phase.RESTARTING, failure=failure)
+            self.observer.moved(JobPhase.RESTARTING, failure=failure)
             await self.sleep(delay_s)
 
-    async def _until_ready(self, process: EngineProcess) -> Failure | None:
+    async def _until_ready(self, process: EngineProcess) -> EngineFailure | None:
         """None once it answers; else why it never did."""
         try:
             async with asyncio.timeout(self.startup_timeout_s), asyncio.TaskGroup() as group:
@@ -100,10 +100,12 @@ class Supervisor:
                 answers.cancel()
                 end.cancel()
         except TimeoutError:
-            return Failure(Reason.TIMEOUT, f"no answer within engine.startup_timeout_s={self.startup_timeout_s:g}")
+            return EngineFailure(
+                FailureReason.TIMEOUT, f"no answer within engine.startup_timeout_s={self.startup_timeout_s:g}"
+            )
         return answers.result() if end.cancelled() else end.result()
 
-    async def _until_end(self, process: EngineProcess) -> Failure:
+    async def _until_end(self, process: EngineProcess) -> EngineFailure:
         """Why the engine has ended, or must."""
         ended = asyncio.create_task(process.failure(self.engine.signs))
         broken = asyncio.create_task(self.attempts.broken())
@@ -115,7 +117,7 @@ class Supervisor:
             broken.cancel()
             await asyncio.gather(ended, broken, return_exceptions=True)
 
-    async def _answers(self) -> Failure | None:
+    async def _answers(self) -> EngineFailure | None:
         """Until the engine says by HTTP that it can serve. Adapters that it then has not are a failure: nobody may be
         told that it serves their experts."""
         while not await self._says_ready(timeout_s=POLL_TIMEOUT_S):
@@ -126,7 +128,9 @@ class Supervisor:
         while (listed := await self._listed()) is None:
             await asyncio.sleep(POLL_S)
         absent = [expert for expert, model in serves.items() if model not in listed]
-        return Failure(Reason.WEIGHTS, f"the engine has not loaded {', '.join(absent)}") if absent else None
+        return (
+            EngineFailure(FailureReason.WEIGHTS, f"the engine has not loaded {', '.join(absent)}") if absent else None
+        )
 
     async def _listed(self) -> set[str] | None:
         """The models that it says to have; None: no such answer."""
@@ -139,7 +143,7 @@ class Supervisor:
         except (UpstreamError, TimeoutError, ValueError, KeyError, TypeError):
             return None
 
-    async def _until_end_or_hung(self, process: EngineProcess) -> Failure:
+    async def _until_end_or_hung(self, process: EngineProcess) -> EngineFailure:
         async with asyncio.TaskGroup() as group:
             end = group.create_task(self._until_end(process))
             hung = group.create_task(self._until_hung())
@@ -149,7 +153,7 @@ class Supervisor:
                 task.cancel()
         return hung.result() if end.cancelled() else end.result()
 
-    async def _until_hung(self) -> Failure:
+    async def _until_hung(self) -> EngineFailure:
         misses, before = 0, self.progress()
         while misses < HUNG_MISSES:
             await asyncio.sleep(WATCH_S)
@@ -157,7 +161,7 @@ class Supervisor:
             now = self.progress()
             misses = 0 if alive or now != before else misses + 1
             before = now
-        return Failure(Reason.TIMEOUT, f"the engine stopped answering: {misses} checks in a row failed")
+        return EngineFailure(FailureReason.TIMEOUT, f"the engine stopped answering: {misses} checks in a row failed")
 
     async def _find_again(self) -> None:
         """Clear `engine_lost` as soon as the engine answers; never ends."""

@@ -20,7 +20,7 @@ from hpc_router.net import protocol
 from hpc_router.net.auth import bearer, challenge_answer, same
 from hpc_router.relay.downstream.interface import Handler, Request, Response, Work, error_response, json_response
 from hpc_router.relay.in_flight import InFlight
-from hpc_router.relay.upstream.interface import Started, Upstream
+from hpc_router.relay.upstream.interface import PendingRequest, Upstream
 from hpc_router.state.registry import State
 
 logger = logging.getLogger(__name__)
@@ -154,7 +154,7 @@ class Gate:
         challenge = protocol.challenge_in(request.query)[:LONGEST_CHALLENGE]
         answer = challenge_answer(self.key, challenge) if challenge else None
         count, failures = self.in_flight.count, self.failures.seen
-        health = protocol.Health(self.replica, self._shown_state.value, count, self.models, answer, failures)
+        health = protocol.ProbeResponse(self.replica, self._shown_state.value, count, self.models, answer, failures)
         return json_response(asdict(health))
 
     async def _drain(self, request: Request) -> Response:
@@ -174,7 +174,7 @@ class Gate:
         cards = [{"id": name, "object": "model", "created": 0, "owned_by": "hpc-router"} for name in self.names]
         return json_response({"object": "list", "data": cards})
 
-    async def _pass(self, request: Request, *, started: Started | None = None) -> Response | None:
+    async def _pass(self, request: Request, *, started: PendingRequest | None = None) -> Response | None:
         """To the engine, whatever the state: metrics of a draining engine are of interest.
 
         Without a connection nothing was begun, so the answer is the same 503 as while the engine starts. A request that

@@ -4,26 +4,26 @@ import time
 from dataclasses import dataclass
 from typing import Final
 
-from hpc_router.expert.engines import Failure
-from hpc_router.state.job_records import Phase, Progress
+from hpc_router.expert.engines import EngineFailure
+from hpc_router.state.job_records import JobPhase, JobProgress
 from hpc_router.state.registry import State
 
 _NEXT: Final = {
-    Phase.STARTING: {Phase.LOADING, Phase.RESTARTING, Phase.DRAINING},
-    Phase.LOADING: {Phase.READY, Phase.RESTARTING, Phase.DRAINING},
-    Phase.READY: {Phase.RESTARTING, Phase.DRAINING},
-    Phase.RESTARTING: {Phase.LOADING, Phase.RESTARTING, Phase.DRAINING},
-    Phase.DRAINING: set[Phase](),
+    JobPhase.STARTING: {JobPhase.LOADING, JobPhase.RESTARTING, JobPhase.DRAINING},
+    JobPhase.LOADING: {JobPhase.READY, JobPhase.RESTARTING, JobPhase.DRAINING},
+    JobPhase.READY: {JobPhase.RESTARTING, JobPhase.DRAINING},
+    JobPhase.RESTARTING: {JobPhase.LOADING, JobPhase.RESTARTING, JobPhase.DRAINING},
+    JobPhase.DRAINING: set[JobPhase](),
 }
-_STATES: Final = {Phase.READY: State.READY, Phase.DRAINING: State.DRAINING}
+_STATES: Final = {JobPhase.READY: State.READY, JobPhase.DRAINING: State.DRAINING}
 
 
 @dataclass(slots=True)
-class Life:
+class JobLifecycle:
     """One job's way through the phases."""
 
-    phase: Phase = Phase.STARTING
-    failure: Failure | None = None
+    phase: JobPhase = JobPhase.STARTING
+    failure: EngineFailure | None = None
     restarts: int = 0
     engine_pid: int | None = None
     ready_at: float | None = None
@@ -32,18 +32,18 @@ class Life:
     def state(self) -> State:
         return _STATES.get(self.phase, State.STARTING)
 
-    def move(self, phase: Phase, *, failure: Failure | None = None, engine_pid: int | None = None) -> None:
+    def move(self, phase: JobPhase, *, failure: EngineFailure | None = None, engine_pid: int | None = None) -> None:
         if phase not in _NEXT[self.phase]:
             raise ValueError(f"no way from {self.phase} to {phase} (valid: {sorted(_NEXT[self.phase])})")
         self.phase = phase
         self.failure = failure or self.failure
         self.engine_pid = engine_pid
-        self.restarts += phase is Phase.RESTARTING
-        if phase is Phase.READY and self.ready_at is None:
+        self.restarts += phase is JobPhase.RESTARTING
+        if phase is JobPhase.READY and self.ready_at is None:
             self.ready_at = time.time()
 
-    def progress(self) -> Progress:
-        return Progress(
+    def progress(self) -> JobProgress:
+        return JobProgress(
             phase=self.phase,
             reason=self.failure.reason if self.failure else None,
             message=self.failure.message if self.failure else None,

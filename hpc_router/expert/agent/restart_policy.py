@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Final
 
-from hpc_router.state.job_records import PERMANENT, Reason
+from hpc_router.state.job_records import PERMANENT, FailureReason
 
 STABLE_S: Final = 60.0
 """An engine that was ready for so long starts with a clean record."""
@@ -18,7 +18,7 @@ class Restarts:
     in_a_row: int = 0
     total: int = 0
 
-    def after_failure(self, reason: Reason, *, ready_s: float, chance: float) -> float | None:
+    def after_failure(self, reason: FailureReason, *, ready_s: float, chance: float) -> float | None:
         """Seconds to wait before the next start: 1, 2, 4, ... shortened by up to a half by `chance` (0 to 1), so that
         replicas that failed together don't start together. None: give the job's resources back."""
         if reason in PERMANENT:

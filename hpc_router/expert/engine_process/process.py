@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Final, Self
 
 from hpc_router.expert.engine_process.guard import is_subreaper, kill_descendants
-from hpc_router.expert.engines import Failure, Place, classify
+from hpc_router.expert.engines import EngineFailure, Place, classify
 from hpc_router.expert.engines.failure import Sign
 from hpc_router.state.io_thread import FileThread, OutputLog
 
@@ -85,7 +85,7 @@ class EngineProcess:
             await asyncio.to_thread(kill_descendants)
         return 128 - code
 
-    async def failure(self, signs: Sequence[Sign]) -> Failure:
+    async def failure(self, signs: Sequence[Sign]) -> EngineFailure:
         """Waits for the end; why it came."""
         status = await self.wait()
         await self._copied()

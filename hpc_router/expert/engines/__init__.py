@@ -7,12 +7,21 @@ from typing import Final
 
 from hpc_router.config.schema import ExpertConfig, SimOptions, TransformersOptions, VllmOptions, options_of
 from hpc_router.expert.engines.base import Engine, Place, Ranks, engine_environment, version_command
-from hpc_router.expert.engines.failure import Failure, classify
+from hpc_router.expert.engines.failure import EngineFailure, classify
 from hpc_router.expert.engines.sim import SimEngine
 from hpc_router.expert.engines.transformers import TransformersEngine
 from hpc_router.expert.engines.vllm import VllmEngine
 
-__all__ = ["Engine", "Failure", "Place", "Ranks", "build_engine", "classify", "engine_environment", "version_command"]
+__all__ = [
+    "Engine",
+    "EngineFailure",
+    "Place",
+    "Ranks",
+    "build_engine",
+    "classify",
+    "engine_environment",
+    "version_command",
+]
 
 _NOWHERE: Final = Path("/nowhere")
 _NONE: Final[Mapping[str, str]] = MappingProxyType({})

@@ -23,16 +23,16 @@ from hpc_router.expert.engines.failure import OPTION, PORT, TORCH, Sign, signs
 from hpc_router.net.protocol import MODELS
 from hpc_router.sim import roofline
 from hpc_router.sim.faults import parse_rules
-from hpc_router.state.job_records import Reason
+from hpc_router.state.job_records import FailureReason
 from hpc_router.state.registry import EngineInfo
 
 _SIGNS: Final = (
     *PORT,
     *TORCH,
     *signs(
-        (r"No available memory for the cache blocks", Reason.OUT_OF_MEMORY),
-        (r"Cannot find any model weights", Reason.WEIGHTS),
-        (r"^error: ", Reason.BAD_OPTION),
+        (r"No available memory for the cache blocks", FailureReason.OUT_OF_MEMORY),
+        (r"Cannot find any model weights", FailureReason.WEIGHTS),
+        (r"^error: ", FailureReason.BAD_OPTION),
     ),
     *OPTION,
 )
@@ -83,7 +83,7 @@ class SimEngine(TakesAdapters):
         try:
             parse_rules(options.faults)
             if options.roofline is not None:
-                roofline.Engine(options.roofline)  # refuses what is not known or does not fit
+                roofline.RooflineEngine(options.roofline)  # refuses what is not known or does not fit
         except ConfigError as error:
             raise ConfigError(f"experts.{self.expert}.engine.options.{error}", key=self._key) from error
         ranks = ranks_at(place, nodes=self.config.resources.nodes)

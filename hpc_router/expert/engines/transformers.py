@@ -11,7 +11,7 @@ from typing import Final
 from hpc_router.config.schema import ExpertConfig, TransformersOptions
 from hpc_router.expert.engines.base import INSIDE, Place, flags, interpreter, one_node_only, refuse
 from hpc_router.expert.engines.failure import HUB, OPTION, TORCH, Sign, signs
-from hpc_router.state.job_records import Reason
+from hpc_router.state.job_records import FailureReason
 from hpc_router.state.registry import EngineInfo
 
 _SERVE: Final = INSIDE / "serve_transformers.py"
@@ -19,7 +19,7 @@ _SIGNS: Final = (
     *TORCH,
     *HUB,
     *OPTION,
-    *signs((r"Unsupported (dtype|quantization method|attention implementation)", Reason.BAD_OPTION)),
+    *signs((r"Unsupported (dtype|quantization method|attention implementation)", FailureReason.BAD_OPTION)),
 )
 _OWNED: Final = {
     "host": "the engine listens on a unix socket",

@@ -30,7 +30,7 @@ from hpc_router.expert.engines.base import (
     refuse,
 )
 from hpc_router.expert.engines.failure import HUB, OPTION, PORT, TORCH, Sign, signs
-from hpc_router.state.job_records import Reason
+from hpc_router.state.job_records import FailureReason
 from hpc_router.state.registry import EngineInfo
 
 KEEP_ALIVE_S: Final = 3600
@@ -47,21 +47,27 @@ HUB_LORA_RANK: Final = 16
 _CHECK: Final = INSIDE / "check_vllm.py"
 _SIGNS: Final = (
     *signs(
-        (r"died unexpectedly \(exit code: -9\)", Reason.KILLED),  # a worker; the server itself then ends with status 0
-        (r"No available memory for the cache blocks|Free memory on device .* is less than", Reason.OUT_OF_MEMORY),
-        (r"KV cache is needed, which is larger than the available KV cache memory", Reason.OUT_OF_MEMORY),
-        (r"Available memory on node .* is less than requested memory for kv", Reason.OUT_OF_MEMORY),
+        (
+            r"died unexpectedly \(exit code: -9\)",
+            FailureReason.KILLED,
+        ),  # a worker; the server itself then ends with status 0
+        (
+            r"No available memory for the cache blocks|Free memory on device .* is less than",
+            FailureReason.OUT_OF_MEMORY,
+        ),
+        (r"KV cache is needed, which is larger than the available KV cache memory", FailureReason.OUT_OF_MEMORY),
+        (r"Available memory on node .* is less than requested memory for kv", FailureReason.OUT_OF_MEMORY),
     ),
     *TORCH,
     *signs(
-        (r"LoRA rank \d+ is greater than max_lora_rank", Reason.BAD_OPTION),
-        (r"Loading lora .* failed: No adapter found|[ ']/\S+ doesn't contain tensors", Reason.WEIGHTS),
-        (r"Call to add_lora method failed", Reason.WEIGHTS),
+        (r"LoRA rank \d+ is greater than max_lora_rank", FailureReason.BAD_OPTION),
+        (r"Loading lora .* failed: No adapter found|[ ']/\S+ doesn't contain tensors", FailureReason.WEIGHTS),
+        (r"Call to add_lora method failed", FailureReason.WEIGHTS),
     ),
-    *signs((r"Cannot find any model weights|[Ii]nvalid repository ID or local directory", Reason.WEIGHTS)),
+    *signs((r"Cannot find any model weights|[Ii]nvalid repository ID or local directory", FailureReason.WEIGHTS)),
     *HUB,
     *OPTION,
-    *signs((r"^  Value error, ", Reason.BAD_OPTION)),  # pydantic's, of one of its own configs
+    *signs((r"^  Value error, ", FailureReason.BAD_OPTION)),  # pydantic's, of one of its own configs
     *PORT,
 )
 _OWNED: Final = {

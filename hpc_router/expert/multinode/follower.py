@@ -31,9 +31,9 @@ from hpc_router.net.auth import new_token
 from hpc_router.net.protocol import RANK, Action, RankOrder, RankReport
 from hpc_router.relay.headers import lines
 from hpc_router.relay.upstream.client import UpstreamClient
-from hpc_router.relay.upstream.interface import Limits, Upstream, address_of
+from hpc_router.relay.upstream.interface import Upstream, UpstreamTimeouts, address_of
 from hpc_router.state.io_thread import PATIENCE_S, FileThread
-from hpc_router.state.job_records import Exit, JobDir, Reason
+from hpc_router.state.job_records import Exit, FailureReason, JobDir
 from hpc_router.state.registry import Reader, Record, split_replica
 from hpc_router.state.run_directory import RunDir
 
@@ -86,16 +86,16 @@ class Follower:
         try:
             end = await self._live()
         except ConfigError as error:
-            end = await self._failed(Reason.BAD_OPTION, str(error))
+            end = await self._failed(FailureReason.BAD_OPTION, str(error))
         except HpcRouterError as error:
-            end = await self._failed(Reason.CRASHED, str(error))
+            end = await self._failed(FailureReason.CRASHED, str(error))
         except Exception as error:  # rank 0 will miss this one, and cannot know why
             logger.exception("rank %d failed", self._rank)
-            end = await self._failed(Reason.CRASHED, f"{type(error).__name__}: {error}")
+            end = await self._failed(FailureReason.CRASHED, f"{type(error).__name__}: {error}")
         logger.info("exit: %s: %s", end.reason, end.message)
         return end
 
-    async def _failed(self, reason: Reason, message: str) -> Exit:
+    async def _failed(self, reason: FailureReason, message: str) -> Exit:
         """Written down at once: rank 0 is ended with this one, and would say no more than that it was asked to."""
         end = Exit(ok=False, reason=reason, message=f"rank {self._rank} on {socket.gethostname()}: {message}")
         with suppress(OSError, TimeoutError):
@@ -106,7 +106,7 @@ class Follower:
 
     async def _live(self) -> Exit:
         cluster = self._cluster
-        limits = Limits(2 * cluster.beat_s, 2 * cluster.beat_s, 2 * cluster.beat_s)
+        limits = UpstreamTimeouts(2 * cluster.beat_s, 2 * cluster.beat_s, 2 * cluster.beat_s)
         self._address = addresses.address(cluster.fabric, kind=cluster.kind)
         async with AsyncExitStack() as stack:
             place = stack.enter_context(scratch_folder(expanded(cluster.scratch, self._environment)))
@@ -123,7 +123,7 @@ class Follower:
             if order is not None:
                 heard_at, gone_s = clock(), GONE_BEATS * beat_s
                 if order.action is Action.STOP:
-                    return Exit(ok=True, reason=Reason.DRAINED, message="rank 0 said stop")
+                    return Exit(ok=True, reason=FailureReason.DRAINED, message="rank 0 said stop")
                 self._obey(order, place)
             elif (end := await self._exit_record()) is not None:
                 return end
@@ -198,6 +198,6 @@ class Follower:
     async def _bereaved(self, silent_s: float) -> Exit:
         """Rank 0 died without a word, so this rank writes down how the replica ended."""
         said = f"rank 0 has not been heard of for {silent_s:.0f} s by rank {self._rank} on {socket.gethostname()}"
-        end = Exit(ok=False, reason=Reason.RANK_LOST, message=said)
+        end = Exit(ok=False, reason=FailureReason.RANK_LOST, message=said)
         self._files.post(partial(self._job.write, end))
         return end

@@ -6,10 +6,10 @@ from types import TracebackType
 from typing import Self
 
 from hpc_router.expert.engine_process.process import Command, EngineProcess
-from hpc_router.expert.engines import Engine, Failure
+from hpc_router.expert.engines import Engine, EngineFailure
 from hpc_router.net.protocol import RankState
 from hpc_router.state.io_thread import FileThread
-from hpc_router.state.job_records import Reason
+from hpc_router.state.job_records import FailureReason
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +22,7 @@ class RankEngine:
         self._files = files
         self._task: asyncio.Task[None] | None = None
         self.attempt = 0
-        self.failure: Failure | None = None
+        self.failure: EngineFailure | None = None
 
     @property
     def running(self) -> bool:
@@ -62,6 +62,6 @@ class RankEngine:
                 logger.info("attempt %d: engine started, process %s", self.attempt, process.pid)
                 failure = await process.failure(self._engine.signs)
         except OSError as error:
-            failure = Failure(Reason.CRASHED, f"cannot be started: {error}")
+            failure = EngineFailure(FailureReason.CRASHED, f"cannot be started: {error}")
         logger.warning("attempt %d: engine failed (%s): %s", self.attempt, failure.reason, failure.message)
         self.failure = failure

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from hpc_router.expert.engines import Failure
+from hpc_router.expert.engines import EngineFailure
 from hpc_router.net.protocol import Action, RankOrder, RankReport, RankState
-from hpc_router.state.job_records import Reason
+from hpc_router.state.job_records import FailureReason
 
 SILENCE_BEATS: Final = 5
 """A rank that is not heard of for so many beats (`cluster.beat_s`, so 10 s) is lost, and so is rank 0 to the others."""
@@ -21,7 +21,7 @@ RETURN_BEATS: Final = 15
 """A lost rank that is not back after so many beats will not come."""
 FAREWELL_BEATS: Final = 2
 """At the end a rank may take so long to ask once more; Slurm gives a job's processes little time to end."""
-_VAGUE: Final = frozenset({Reason.CRASHED, Reason.CUDA})
+_VAGUE: Final = frozenset({FailureReason.CRASHED, FailureReason.CUDA})
 """What an engine says that has lost a peer: that it crashed, or on GPUs that NCCL failed."""
 
 
@@ -33,7 +33,7 @@ class _Heard:
 
 
 @dataclass(slots=True)
-class Group:
+class RankGroup:
     """`nodes`: how many ranks there are, rank 0 among them."""
 
     nodes: int
@@ -80,19 +80,21 @@ class Group:
         self._meeting = None
         self.stopping = True
 
-    def trouble(self, *, now: float) -> Failure | None:
+    def trouble(self, *, now: float) -> EngineFailure | None:
         """Why this attempt is lost, as far as the other ranks show it."""
         for rank in range(1, self.nodes):
             if self._silent(rank, now=now):
-                return Failure(Reason.RANK_LOST, f"{self._name(rank)} has not been heard of for {self.silence_s:g} s")
+                return EngineFailure(
+                    FailureReason.RANK_LOST, f"{self._name(rank)} has not been heard of for {self.silence_s:g} s"
+                )
             report = self._heard[rank].report
             if report.instance != self._taking_part.get(rank):
-                return Failure(Reason.RANK_LOST, f"{self._name(rank)} was restarted")
+                return EngineFailure(FailureReason.RANK_LOST, f"{self._name(rank)} was restarted")
             if report.attempt == self.attempt and report.state is RankState.ENDED:
-                return Failure(_reason(report.reason), f"{self._name(rank)}: {report.message}")
+                return EngineFailure(_reason(report.reason), f"{self._name(rank)}: {report.message}")
         return None
 
-    def cause(self, own: Failure, *, ended_at: float, now: float) -> Failure | None:
+    def cause(self, own: EngineFailure, *, ended_at: float, now: float) -> EngineFailure | None:
         """Why an attempt ended in which rank 0's own engine did: when that cannot say, another rank may know.
 
         None: some rank has not yet spoken since.
@@ -108,11 +110,11 @@ class Group:
         """Every rank has been told to stop, or lives no more."""
         return all(h.told is Action.STOP or self._silent(rank, now=now) for rank, h in self._heard.items())
 
-    def deserter(self) -> Failure | None:
+    def deserter(self) -> EngineFailure | None:
         """A rank that was gone before it was told to stop."""
         for rank, heard in self._heard.items():
             if heard.told is not Action.STOP:
-                return Failure(Reason.RANK_LOST, f"{self._name(rank)} had gone before it was told to stop")
+                return EngineFailure(FailureReason.RANK_LOST, f"{self._name(rank)} had gone before it was told to stop")
         return None
 
     def _silent(self, rank: int, *, now: float) -> bool:
@@ -121,13 +123,13 @@ class Group:
     def _name(self, rank: int) -> str:
         return f"rank {rank} on {self._heard[rank].report.node}" if rank in self._heard else f"rank {rank}"
 
-    def missing(self, *, now: float, waited_s: float) -> Failure:
+    def missing(self, *, now: float, waited_s: float) -> EngineFailure:
         """Why there can be no further attempt."""
         ranks = self.absent(now=now)
         which = ", ".join(self._name(rank) for rank in ranks)
-        return Failure(Reason.RANK_LOST, f"{which} did not report in within {waited_s:g} s")
+        return EngineFailure(FailureReason.RANK_LOST, f"{which} did not report in within {waited_s:g} s")
 
 
-def _reason(name: str | None) -> Reason:
+def _reason(name: str | None) -> FailureReason:
     """Of another version's agent, perhaps."""
-    return Reason(name) if name in list(Reason) else Reason.CRASHED
+    return FailureReason(name) if name in list(FailureReason) else FailureReason.CRASHED

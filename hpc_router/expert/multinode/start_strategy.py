@@ -1,6 +1,6 @@
 """What the supervisor asks before, during and after each start of the engine: with what, whether, and why not.
 
-On one node that is always the same command. Of an engine that spans nodes rank 0 leads: `Leading` makes each attempt
+On one node that is always the same command. Of an engine that spans nodes rank 0 leads: `MultiNodeLeader` makes each attempt
 with all ranks, ends it when one is lost, and sends them home at the end. What is decided, `group` decides.
 """
 
@@ -12,38 +12,44 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from hpc_router.expert.engine_process.process import Command
-from hpc_router.expert.engines import Failure, Ranks
+from hpc_router.expert.engines import EngineFailure, Ranks
 from hpc_router.expert.multinode.rank_auth import proof
-from hpc_router.expert.multinode.rank_group import ASSEMBLE_BEATS, FAREWELL_BEATS, RETURN_BEATS, SILENCE_BEATS, Group
+from hpc_router.expert.multinode.rank_group import (
+    ASSEMBLE_BEATS,
+    FAREWELL_BEATS,
+    RETURN_BEATS,
+    SILENCE_BEATS,
+    RankGroup,
+)
 from hpc_router.net.protocol import RankOrder, RankReport
 
 logger = logging.getLogger(__name__)
 
 
 class Attempts(Protocol):
-    async def begin(self) -> Command | Failure:
+    async def begin(self) -> Command | EngineFailure:
         """The next start, or why there can be none."""
 
-    async def broken(self) -> Failure:
+    async def broken(self) -> EngineFailure:
         """Returns when the engine is worth nothing any more, though its process here may live."""
 
-    async def over(self, own: Failure) -> Failure:
+    async def over(self, own: EngineFailure) -> EngineFailure:
         """The start has failed here with `own`; why it did."""
 
 
 @dataclass(slots=True)
-class Alone:
+class SingleNode:
     """One process on one node, the same at every start."""
 
     command: Command
 
-    async def begin(self) -> Command | Failure:
+    async def begin(self) -> Command | EngineFailure:
         return self.command
 
-    async def broken(self) -> Failure:
-        return await asyncio.Future[Failure]()
+    async def broken(self) -> EngineFailure:
+        return await asyncio.Future[EngineFailure]()
 
-    async def over(self, own: Failure) -> Failure:
+    async def over(self, own: EngineFailure) -> EngineFailure:
         return own
 
 
@@ -56,7 +62,7 @@ def free_port(address: str) -> int:
 
 
 @dataclass(slots=True)
-class Leading:
+class MultiNodeLeader:
     """Rank 0's lead of an engine on `nodes` nodes. `key` proves its orders, `command` makes rank 0's own start, `clock`
     is the event loop's."""
 
@@ -70,10 +76,10 @@ class Leading:
     clock: Callable[[], float]
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
     port: Callable[[str], int] = free_port
-    group: Group = field(init=False)
+    group: RankGroup = field(init=False)
 
     def __post_init__(self) -> None:
-        self.group = Group(self.nodes, silence_s=SILENCE_BEATS * self.beat_s)
+        self.group = RankGroup(self.nodes, silence_s=SILENCE_BEATS * self.beat_s)
 
     def hear(self, report: RankReport) -> RankOrder:
         """Raises ValueError for a rank that cannot be."""
@@ -82,7 +88,7 @@ class Leading:
             self.on_drain(f"rank {report.rank} on {report.node} was told to stop")
         return replace(order, proof=proof(self.key, report.challenge, order))
 
-    async def begin(self) -> Command | Failure:
+    async def begin(self) -> Command | EngineFailure:
         limit_s = (ASSEMBLE_BEATS if self.group.attempt == 0 else RETURN_BEATS) * self.beat_s
         deadline = self.clock() + limit_s
         while self.group.absent(now=self.clock()):
@@ -94,20 +100,20 @@ class Leading:
         logger.info("attempt %d: %d ranks meet at %s port %d", self.group.attempt, self.nodes, self.address, port)
         return self.command(Ranks(0, self.nodes, self.address, self.interface, self.address, port))
 
-    async def broken(self) -> Failure:
+    async def broken(self) -> EngineFailure:
         while (failure := self.group.trouble(now=self.clock())) is None:
             await self._tick()
         self.group.end()
         return failure
 
-    async def over(self, own: Failure) -> Failure:
+    async def over(self, own: EngineFailure) -> EngineFailure:
         self.group.end()
         ended_at = self.clock()
         while (cause := self.group.cause(own, ended_at=ended_at, now=self.clock())) is None:
             await self._tick()
         return cause
 
-    async def dismiss(self) -> Failure | None:
+    async def dismiss(self) -> EngineFailure | None:
         """Tell all ranks to stop; returns when they have heard it or are given up, with the loss of one that had gone
         by then: it may be why we were told to end."""
         self.group.stop()

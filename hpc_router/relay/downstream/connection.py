@@ -25,7 +25,7 @@ from hpc_router.relay.downstream.interface import (
     check_encoding,
     error_response,
 )
-from hpc_router.relay.downstream.request_parser import Message, RefusedError, RequestFramer
+from hpc_router.relay.downstream.request_parser import ParsedRequest, RefusedError, RequestFramer
 
 if TYPE_CHECKING:
     from hpc_router.relay.downstream.server import Server
@@ -46,7 +46,7 @@ def _date(at: int) -> bytes:
 class ClientRequest(Request):
     __slots__ = ("_begun", "_chunked", "_connection", "_message", "_silent", "answered")
 
-    def __init__(self, message: Message, connection: "ClientConnection") -> None:
+    def __init__(self, message: ParsedRequest, connection: "ClientConnection") -> None:
         self._message = message
         self._connection = connection
         head = message.head

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from hpc_router.errors import BadRequestError, HpcRouterError
-from hpc_router.relay.api_formats import Fault, dialect_of
+from hpc_router.relay.api_formats import ErrorReply, dialect_of
 from hpc_router.relay.headers import Headers, lines
 
 KEEP_ALIVE_S: Final = 75.0
@@ -135,7 +135,7 @@ def error_response(
     status: int, *, kind: str, code: str, message: str, param: str | None = None, path: str = ""
 ) -> Response:
     """An error as the clients of the API at `path` read it; OpenAI's, where that says nothing."""
-    response = json_response(dialect_of(path).body(Fault(status, kind, code, message, param)), status=status)
+    response = json_response(dialect_of(path).body(ErrorReply(status, kind, code, message, param)), status=status)
     if status == 401:
         response.add("www-authenticate", "Bearer")
     return response

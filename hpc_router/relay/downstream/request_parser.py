@@ -49,7 +49,7 @@ class RequestHead:
         self.expects = not http_1_0 and headers.get(b"expect", b"").lower() == b"100-continue"  # to be told to go on
 
 
-class Message:
+class ParsedRequest:
     """One request as far as it has come. `failure`: why its body will not be complete."""
 
     __slots__ = ("complete", "failure", "head", "keep_alive", "pieces", "request_id", "size")
@@ -70,9 +70,9 @@ class RequestFramer:
     __slots__ = ("_bare", "_current", "_ended", "_fields", "_max_body", "_parser", "_target", "waiting")
 
     def __init__(self, *, max_body: int) -> None:
-        self.waiting: deque[Message] = deque()
+        self.waiting: deque[ParsedRequest] = deque()
         self._max_body = max_body
-        self._current: Message | None = None  # whose body is being received
+        self._current: ParsedRequest | None = None  # whose body is being received
         self._ended = False  # nothing more can be understood
         self._target = b""
         self._fields: list[tuple[bytes, bytes]] = []
@@ -87,7 +87,7 @@ class RequestFramer:
             found = _HEADS.whole(data)
             if found is not None:
                 head, body, request_id = found
-                self.waiting.append(Message(head, body, request_id=request_id, complete=True))
+                self.waiting.append(ParsedRequest(head, body, request_id=request_id, complete=True))
                 return
         self.parse(data)
 
@@ -182,7 +182,7 @@ class RequestFramer:
             http_1_0=version == "1.0",
             keep_alive=self._parser.should_keep_alive(),
         )
-        message = Message(head, request_id=request_id)
+        message = ParsedRequest(head, request_id=request_id)
         self.waiting.append(message)
         self._current = message
         self._bare = 0

@@ -16,7 +16,7 @@ from typing import Final, Self
 
 from hpc_router.errors import UpstreamConnectError, UpstreamError, UpstreamTimeoutError
 from hpc_router.relay.upstream.connection import IN_ONE_PIECE, Connection
-from hpc_router.relay.upstream.interface import Address, Asker, Limits, Sink, Started, UpstreamResponse
+from hpc_router.relay.upstream.interface import Address, Asker, PendingRequest, Sink, UpstreamResponse, UpstreamTimeouts
 from hpc_router.relay.upstream.pool import Pool
 from hpc_router.relay.upstream.timeouts import Patience
 
@@ -35,7 +35,9 @@ class UpstreamClient:
     `tls`: whom to believe behind https; None: the system's certificates, read when first needed.
     """
 
-    def __init__(self, limits: Limits, *, socket_path: str | None = None, tls: ssl.SSLContext | None = None) -> None:
+    def __init__(
+        self, limits: UpstreamTimeouts, *, socket_path: str | None = None, tls: ssl.SSLContext | None = None
+    ) -> None:
         self.limits = limits
         self._socket_path = socket_path
         self.pool: Pool[Address | str, Connection] = Pool(keep_s=KEEP_ALIVE_S)
@@ -58,8 +60,8 @@ class UpstreamClient:
         head: bytes = b"",
         body: bytes | None = None,
         watch: Callable[[Patience], None] | None = None,
-        started: Started | None = None,
-        limits: Limits | None = None,
+        started: PendingRequest | None = None,
+        limits: UpstreamTimeouts | None = None,
     ) -> "_Exchange":
         """See `exchange.Upstream`."""
         assert started is None or isinstance(started, Connection)
@@ -75,7 +77,7 @@ class UpstreamClient:
         head: bytes,
         body: bytes,
         asker: Asker,
-        limits: Limits | None = None,
+        limits: UpstreamTimeouts | None = None,
     ) -> Connection | None:
         """See `exchange.Upstream`."""
         if len(body) > IN_ONE_PIECE or (connection := self.pool.take(self._socket_path or address)) is None:
@@ -163,7 +165,7 @@ class _Exchange(AbstractAsyncContextManager[UpstreamResponse]):
         head_only: bool,
         watch: Callable[[Patience], None] | None,
         started: Connection | None,
-        limits: Limits,
+        limits: UpstreamTimeouts,
     ) -> None:
         self._client = client
         self._connection: Connection | None = None

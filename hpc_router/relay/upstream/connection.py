@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Final, Protocol, cast
 
 from hpc_router.errors import UpstreamError, UpstreamTimeoutError
-from hpc_router.relay.upstream.interface import Address, Asker, Limits, Sink, Started
+from hpc_router.relay.upstream.interface import Address, Asker, PendingRequest, Sink, UpstreamTimeouts
 from hpc_router.relay.upstream.response_parser import ResponseFramer, chunk_prefix, whole_answer
 from hpc_router.relay.upstream.timeouts import Patience
 
@@ -30,7 +30,7 @@ class Connections(Protocol):
         """It has closed, whoever closed it; called once."""
 
 
-class Connection(asyncio.Protocol, Started):
+class Connection(asyncio.Protocol, PendingRequest):
     """`begin`, `send`, `head`, then `chunk` until it is empty or `flow`, and always `end`.
 
     Or `ask`, which needs no task: the end comes by itself, with a whole answer, or the exchange goes on from `head`.
@@ -78,7 +78,7 @@ class Connection(asyncio.Protocol, Started):
 
     # The exchange's side.
 
-    def begin(self, limits: Limits, *, head_only: bool) -> None:
+    def begin(self, limits: UpstreamTimeouts, *, head_only: bool) -> None:
         """The clock for the answer's first byte runs from now on."""
         assert self._framer is None
         self._framer = ResponseFramer(head_only=head_only)
@@ -97,7 +97,7 @@ class Connection(asyncio.Protocol, Started):
             self._transport.write(head)
             await self._send_rest(memoryview(body))
 
-    def ask(self, request: bytes, asker: Asker, limits: Limits) -> None:
+    def ask(self, request: bytes, asker: Asker, limits: UpstreamTimeouts) -> None:
         """An exchange without a task, over a connection that was kept. `request` is short."""
         assert self._transport is not None
         self._asker = asker

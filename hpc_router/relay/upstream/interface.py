@@ -20,7 +20,7 @@ from hpc_router.relay.upstream.timeouts import Patience
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class UpstreamTimeouts:
     """Seconds to wait: for a connection, for the first byte of the answer, between two chunks."""
 
     connect_s: float
@@ -129,7 +129,7 @@ class Asker(ABC):
         """The first of the answer has come, or there will be none: a `request` has to go on with it."""
 
 
-class Started(Protocol):
+class PendingRequest(Protocol):
     """A request that was sent and that no task waits for yet."""
 
     patience: Patience
@@ -141,7 +141,7 @@ class Started(Protocol):
 class Upstream(Protocol):
     """Connections to upstream servers, kept between requests. `limits` hold for what begins from then on."""
 
-    limits: Limits
+    limits: UpstreamTimeouts
 
     def start(
         self,
@@ -152,8 +152,8 @@ class Upstream(Protocol):
         head: bytes,
         body: bytes,
         asker: Asker,
-        limits: Limits | None = None,
-    ) -> Started | None:
+        limits: UpstreamTimeouts | None = None,
+    ) -> PendingRequest | None:
         """Send a request at once, if a connection is kept for it. `limits`: other than the client's own."""
 
     def request(
@@ -165,8 +165,8 @@ class Upstream(Protocol):
         head: bytes = b"",
         body: bytes | None = None,
         watch: Callable[[Patience], None] | None = None,
-        started: Started | None = None,
-        limits: Limits | None = None,
+        started: PendingRequest | None = None,
+        limits: UpstreamTimeouts | None = None,
     ) -> AbstractAsyncContextManager[UpstreamResponse]:
         """Raises UpstreamConnectError, UpstreamTimeoutError or UpstreamError, also from within the block.
 

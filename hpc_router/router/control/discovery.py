@@ -25,10 +25,10 @@ from hpc_router.errors import ConfigError
 from hpc_router.net import protocol
 from hpc_router.net.auth import challenge_answer, new_token, replica_key, same
 from hpc_router.router.replicas.health import Incident, Rules, Verdict, spare
-from hpc_router.router.replicas.replica import Event, Replica, Standing
+from hpc_router.router.replicas.replica import Event, Replica, RoutingState
 from hpc_router.router.replicas.table import ReplicaTable
 from hpc_router.state.io_thread import FileThread
-from hpc_router.state.registry import Kind, Reader, Record
+from hpc_router.state.registry import Reader, Record, RecordKind
 from hpc_router.state.run_directory import RunDir
 
 logger = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ class Beats:
 
 
 @dataclass(slots=True)
-class _Watch:
+class _ReplicaWatch:
     """`served_at`: when a request was last known to have been answered, on the reader's clock."""
 
     task: asyncio.Task[None]
@@ -79,7 +79,7 @@ class Discovery:
     clock: Callable[[], float]
     files: FileThread
     last_read_at: float = field(init=False)
-    _watches: dict[str, _Watch] = field(default_factory=dict)
+    _watches: dict[str, _ReplicaWatch] = field(default_factory=dict)
     _scan: asyncio.Task[None] | None = None
     _session: aiohttp.ClientSession | None = None
     _secret: str = ""
@@ -185,7 +185,7 @@ class Discovery:
 
     async def _take(self, snapshot: Mapping[str, Record]) -> None:
         for name, record in snapshot.items():
-            if record.kind is not Kind.ROUTER:
+            if record.kind is not RecordKind.ROUTER:
                 self._take_one(name, record)
         for name in [name for name in self._watches if name not in snapshot]:
             logger.info("%s has left", name)
@@ -206,7 +206,7 @@ class Discovery:
             watch.look.set()
 
     def _begin(self, record: Record) -> None:
-        key = None if record.kind is Kind.EXTERNAL else replica_key(self._secret, record.nonce or "")
+        key = None if record.kind is RecordKind.EXTERNAL else replica_key(self._secret, record.nonce or "")
         replica = Replica(record, key)
         known = self.seeds.pop(record.replica, None)
         if known is not None and known.is_at(record):
@@ -215,7 +215,7 @@ class Discovery:
         look = asyncio.Event()
         watching = restarting("probe", partial(self._watch_forever, replica, look), self.on_failure)
         task = asyncio.create_task(watching, name=f"probe {record.replica}")
-        self._watches[record.replica] = _Watch(task, look, Beats(record.beat, self.clock()))
+        self._watches[record.replica] = _ReplicaWatch(task, look, Beats(record.beat, self.clock()))
         logger.info("%s discovered at %s", record.replica, record.url)
 
     async def _forget(self, name: str) -> None:
@@ -234,9 +234,9 @@ class Discovery:
 
     def _pause_s(self, replica: Replica) -> float:
         base = self.config.probe_s
-        if replica.standing is Standing.STARTING:
+        if replica.standing is RoutingState.STARTING:
             base /= 2
-        elif replica.standing is Standing.EJECTED:
+        elif replica.standing is RoutingState.EJECTED:
             base = min(base * 1.5 ** min(replica.health.failed_probes, 8), _EJECTED_PROBE_MAX_S)
         return base * random.uniform(0.8, 1.2)  # probes of many replicas must not fall together
 
@@ -256,14 +256,14 @@ class Discovery:
         if not replica.suspect:
             replica.trouble = None
         self._apply(replica, says)
-        if replica.standing is Standing.READY:
+        if replica.standing is RoutingState.READY:
             self.table.offer(replica, forgiven=True)  # to whoever avoided it for a connection that broke
             if self.on_well is not None:
                 self.on_well(replica)
 
     async def _probe(self, replica: Replica) -> Event | Incident:
         """What the endpoint says of itself, or what came instead."""
-        external, url = replica.record.kind is Kind.EXTERNAL, replica.record.url
+        external, url = replica.record.kind is RecordKind.EXTERNAL, replica.record.url
         path = replica.record.probe if external else protocol.HEALTH
         probed = f"connection to {url}" if path is None else f"GET {url}{path}"
         try:
@@ -283,12 +283,12 @@ class Discovery:
 
     def _has_served(self, replica: Replica, *, since: float) -> bool:
         watch = self._watches.get(replica.name)
-        return replica.record.kind is Kind.EXTERNAL and watch is not None and watch.served_at >= since
+        return replica.record.kind is RecordKind.EXTERNAL and watch is not None and watch.served_at >= since
 
     async def _probe_agent(self, replica: Replica) -> Event | Incident:
         challenge = new_token()
         answer = await self._get_json(replica.record.url + protocol.HEALTH, params={"challenge": challenge})
-        health = protocol.Health.from_json(answer)
+        health = protocol.ProbeResponse.from_json(answer)
         expected = challenge_answer(replica.key or "", challenge)
         if health is None or health.replica != replica.name or not same(health.answer or "", expected):
             replica.trouble = "another process answers at its address"
@@ -357,12 +357,12 @@ class Discovery:
 
     def _spares(self, replica: Replica, expert: str, now: float) -> bool:
         others = [r for r in self.table.of(expert) if r is not replica]
-        seen = [(r.standing is Standing.READY, r.health.is_out(now)) for r in others]
+        seen = [(r.standing is RoutingState.READY, r.health.is_out(now)) for r in others]
         return spare(others=seen, share=self._rules.share)
 
     def _apply(self, replica: Replica, event: Event) -> None:
         if self.table.get(replica.name) is replica and self.table.apply(replica, event):
-            because = f" ({replica.trouble})" if replica.trouble and replica.standing is Standing.EJECTED else ""
+            because = f" ({replica.trouble})" if replica.trouble and replica.standing is RoutingState.EJECTED else ""
             logger.info("%s is %s%s", replica.name, replica.standing, because)
 
 

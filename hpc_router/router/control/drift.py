@@ -10,7 +10,7 @@ from typing import Any
 
 from prometheus_client.core import GaugeMetricFamily, Metric
 
-from hpc_router.routing.policy import Reason
+from hpc_router.routing.policy import RouteReason
 
 Counted = Iterable[tuple[tuple[str, ...], int]]
 """(artefact, cluster, reason) -> decisions."""
@@ -52,7 +52,7 @@ def drift(counted: Counted, *, artefact: str, training: Mapping[str, Any]) -> Dr
         if version == artefact:
             total += count
             clusters[cluster] = clusters.get(cluster, 0) + count
-            low += count if reason == Reason.LOW_MARGIN.value else 0
+            low += count if reason == RouteReason.LOW_MARGIN.value else 0
     if not total:
         return None
     scores = training.get("scores", {})

@@ -22,16 +22,16 @@ from hpc_router.router.control.config_watcher import Changes
 from hpc_router.router.control.discovery import Discovery
 from hpc_router.router.control.drift import Drift, drift
 from hpc_router.router.control.registry_file import RegistryFile
-from hpc_router.router.control.replica_stats import Recent, newly, totals
+from hpc_router.router.control.replica_stats import ReplicaStats, newly, totals
 from hpc_router.router.control.status import status
-from hpc_router.router.ipc.rpc import Channel, ChannelClosedError
+from hpc_router.router.ipc.rpc import ChannelClosedError, RpcPeer
 from hpc_router.router.ipc.shared_counters import IN_FLIGHT, Counters
 from hpc_router.router.ipc.supervisor import CONTROL, worker_name
 from hpc_router.router.metrics import Metrics, departures, gauges
 from hpc_router.router.policies import artefact_folder
-from hpc_router.router.replicas.admission import Pace, bounds_of
+from hpc_router.router.replicas.admission import DepartureRate, bounds_of
 from hpc_router.router.replicas.health import Incident
-from hpc_router.router.replicas.replica import Event, Replica, Standing
+from hpc_router.router.replicas.replica import Event, Replica, RoutingState
 from hpc_router.router.replicas.sessions import Sessions, Turn
 from hpc_router.router.replicas.snapshot import View, give_columns, take_over, view_of
 from hpc_router.router.replicas.table import ReplicaTable
@@ -56,7 +56,7 @@ class Member:
     """A worker. `number` of the view it was sent last, and whether it has `taken` it; `said` counts its reports."""
 
     worker: int
-    channel: Channel | None = None
+    channel: RpcPeer | None = None
     greeted: asyncio.Event = field(default_factory=asyncio.Event)
     serving: asyncio.Event = field(default_factory=asyncio.Event)
     pid: int | None = None
@@ -71,7 +71,7 @@ class Member:
 
 
 @dataclass(slots=True)
-class Control:
+class ControlProcess:
     """`base`: the deployment that the router was started with, `deployment`: with the settings made since then;
     `started_at`: when the router began; `processes`: what the supervisor says of each, by name."""
 
@@ -98,8 +98,8 @@ class Control:
     _errors: dict[str, str] = field(default_factory=dict)
     _owners: dict[str, int] = field(default_factory=dict)
     _seeds: dict[str, Replica] = field(default_factory=dict)
-    _paces: dict[str, Pace] = field(default_factory=dict)
-    _recent: dict[str, Recent] = field(default_factory=dict)
+    _paces: dict[str, DepartureRate] = field(default_factory=dict)
+    _recent: dict[str, ReplicaStats] = field(default_factory=dict)
     _view: View | None = None
     _trained: tuple[str, Mapping[str, Any]] = ("", {})
     _number: int = 0
@@ -139,7 +139,7 @@ class Control:
         if member.channel is not None:
             member.channel.close()
         member.serving.clear()
-        channel = Channel(partial(self._take, member), lambda: self._detach(member, channel))
+        channel = RpcPeer(partial(self._take, member), lambda: self._detach(member, channel))
         member.channel, member.taken, member.stale, member.said = channel, True, False, 0
         await channel.open(sock)
 
@@ -249,13 +249,13 @@ class Control:
         """Take what a worker has counted; the queues' pace is in it."""
         before, now = departures(member.counted), asyncio.get_running_loop().time()
         for expert, count in departures(counted).items():
-            pace, more = self._paces.setdefault(expert, Pace()), count - before.get(expert, 0)
+            pace, more = self._paces.setdefault(expert, DepartureRate()), count - before.get(expert, 0)
             if more > 0:
                 if pace.per_s(now) is None:
                     pace.began(now - REPORT_S)
                 pace.left(now, more)
         for name, (answered, seconds, errors) in newly(totals(counted), totals(member.counted)).items():
-            self._recent.setdefault(name, Recent()).add(answered, seconds, errors, now=now)
+            self._recent.setdefault(name, ReplicaStats()).add(answered, seconds, errors, now=now)
             if answered:
                 self.discovery.served(name)
         for name in [name for name in self._recent if self.table.get(name) is None]:
@@ -345,7 +345,7 @@ class Control:
         take_over(told, view)
         for replica in told.all():
             known = self._seeds.get(replica.name)
-            if known is None or replica.standing is Standing.EJECTED:
+            if known is None or replica.standing is RoutingState.EJECTED:
                 self._seeds[replica.name] = replica
 
     def _learn(self, member: Member, session: str, turn: list[Any]) -> None:
@@ -429,7 +429,7 @@ class Control:
         except ChannelClosedError:
             return None
 
-    def _detach(self, member: Member, channel: Channel) -> None:
+    def _detach(self, member: Member, channel: RpcPeer) -> None:
         if member.channel is channel:
             member.channel = None
             member.serving.clear()

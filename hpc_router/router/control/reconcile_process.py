@@ -30,7 +30,7 @@ def control_argv(run: RunDir, replica: str) -> list[str]:
     return [sys.executable, "-m", "hpc_router.cli", *verb]
 
 
-class ControlLoop:
+class ReconcileProcess:
     """`async with` keeps it running; it is started again when it dies: at once the first time in a while, then after
     longer and longer pauses."""
 
@@ -51,7 +51,7 @@ class ControlLoop:
         self._on_failure = on_failure
         self._keeper: asyncio.Task[None] | None = None
 
-    async def __aenter__(self) -> "ControlLoop":
+    async def __aenter__(self) -> "ReconcileProcess":
         self._keeper = asyncio.create_task(
             restarting("control loop", self._keep, self._on_failure), name="control loop"
         )

@@ -26,7 +26,7 @@ Totals = Mapping[str, tuple[int, float, int]]
 
 
 @dataclass(slots=True)
-class Recent:
+class ReplicaStats:
     answered: float = 0.0
     seconds: float = 0.0
     errors: float = 0.0
@@ -49,7 +49,7 @@ class Recent:
         return self.errors / seen if seen >= ENOUGH else None
 
 
-def sickness(one: Recent, others: Sequence[Recent]) -> str | None:
+def sickness(one: ReplicaStats, others: Sequence[ReplicaStats]) -> str | None:
     """In words. `others`: of the same expert."""
     share, first_byte_s = one.error_share, one.first_byte_s
     their_shares = [other.error_share for other in others if other.error_share is not None]

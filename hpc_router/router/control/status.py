@@ -5,8 +5,8 @@ from typing import Any
 
 from hpc_router import __version__
 from hpc_router.router.control.discovery import Discovery
-from hpc_router.router.control.replica_stats import Recent, sickness
-from hpc_router.router.replicas.admission import Pace
+from hpc_router.router.control.replica_stats import ReplicaStats, sickness
+from hpc_router.router.replicas.admission import DepartureRate
 from hpc_router.router.replicas.replica import Replica
 from hpc_router.router.replicas.table import ReplicaTable
 
@@ -17,8 +17,8 @@ def status(
     *,
     experts: list[str],
     policy: dict[str, object],
-    paces: Mapping[str, Pace],
-    recent: Mapping[str, Recent],
+    paces: Mapping[str, DepartureRate],
+    recent: Mapping[str, ReplicaStats],
     now: float,
     **router: object,
 ) -> dict[str, Any]:
@@ -44,16 +44,16 @@ def status(
     }
 
 
-def _moves(pace: Pace | None, waiting: int, now: float) -> dict[str, float | None]:
+def _moves(pace: DepartureRate | None, waiting: int, now: float) -> dict[str, float | None]:
     """How fast its queue moves, and how long those who wait will take; null: nobody waits, or nobody has left."""
     per_s = None if pace is None else pace.per_s(now)
     wait_s = None if pace is None or not waiting else round(pace.wait_s(waiting, now), 3)
     return {"pace_per_s": None if per_s is None else round(per_s, 3), "wait_s": wait_s}
 
 
-def _of_late(replica: Replica, all_of_expert: Sequence[Replica], recent: Mapping[str, Recent]) -> dict[str, Any]:
+def _of_late(replica: Replica, all_of_expert: Sequence[Replica], recent: Mapping[str, ReplicaStats]) -> dict[str, Any]:
     """How it has answered lately; null: too seldom to say."""
-    one = recent.get(replica.name) or Recent()
+    one = recent.get(replica.name) or ReplicaStats()
     others = [known for r in all_of_expert if r is not replica and (known := recent.get(r.name)) is not None]
     return {
         "error_share": None if one.error_share is None else round(one.error_share, 3),

@@ -32,7 +32,7 @@ Handle = Callable[[str, Any], Awaitable[Any] | Any]
 """What to do with a message, by its kind; the result is the answer to one that asks."""
 
 
-class Channel(asyncio.Protocol):
+class RpcPeer(asyncio.Protocol):
     """Made at once, so that its owner has it before the first message comes; `open` connects it."""
 
     def __init__(self, handle: Handle, on_end: Callable[[], None]) -> None:

@@ -41,7 +41,7 @@ def worker_name(worker: int) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Birth:
+class ChildSpec:
     """What a child gets: `orders`, and its ways to the others, by worker; a worker has one, to the control process.
 
     `processes` and `news`: what the control process has missed.
@@ -89,13 +89,13 @@ def pause_s(in_a_row: int) -> float:
 
 
 @dataclass(slots=True)
-class Supervisor:
+class RouterSupervisor:
     """`run` returns when it was told to stop and all children have ended; what is left after `stop_s` is killed.
     `cut`: requests that the workers had not finished when they ended.
     """
 
-    control: Callable[[Birth], None]
-    worker: Callable[[Birth], None]
+    control: Callable[[ChildSpec], None]
+    worker: Callable[[ChildSpec], None]
     listen: Callable[[], socket.socket]
     counters: Counters
     stop_s: float
@@ -199,7 +199,7 @@ class Supervisor:
             child.restarts += 1
         number = [c.worker if child.worker is None else child.worker for c in others]
         ways = {n: pairs[p.name][0] for n, p in zip(number, others, strict=True) if n is not None and p.name in pairs}
-        birth = Birth(child.worker, theirs, ways, child.listener, self._told(), tuple(self._unheard))
+        birth = ChildSpec(child.worker, theirs, ways, child.listener, self._told(), tuple(self._unheard))
         sys.stdout.flush()
         sys.stderr.flush()
         supervisor = os.getpid()
@@ -264,7 +264,7 @@ def _begin(supervisor: int, *, others: set[int]) -> None:
         os.close(descriptor)
 
 
-def _end(body: Callable[[Birth], None], birth: Birth) -> NoReturn:
+def _end(body: Callable[[ChildSpec], None], birth: ChildSpec) -> NoReturn:
     status = 1
     try:
         body(birth)

@@ -45,7 +45,7 @@ def worth_leaving(*, margin: float, wait_s: float, per_s: float) -> bool:
 
 
 @dataclass(slots=True)
-class Pace:
+class DepartureRate:
     """How a queue moves: its departures, and since when they are counted."""
 
     _since: float = 0.0

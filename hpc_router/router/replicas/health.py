@@ -45,7 +45,7 @@ class Rules:
 
 
 @dataclass(slots=True)
-class Health:
+class ReplicaHealth:
     """What has been met at one replica, in a row. `out_until`: before that its word does not count."""
 
     connections: int = 0

@@ -16,7 +16,7 @@ from hpc_router.relay.in_flight import Cells
 from hpc_router.relay.upstream.interface import Address, address_of
 from hpc_router.relay.upstream.timeouts import Patience
 from hpc_router.router.ipc.shared_counters import NOWHERE
-from hpc_router.router.replicas.health import Health
+from hpc_router.router.replicas.health import ReplicaHealth
 from hpc_router.state.registry import Record
 
 LOST_S: Final = 5.0
@@ -25,7 +25,7 @@ DEFAULT_CAPACITY: Final = 1024
 """For endpoints that do not say how many requests they take at once."""
 
 
-class Standing(StrEnum):
+class RoutingState(StrEnum):
     STARTING = "starting"  # its engine does not answer yet, or nobody has asked
     READY = "ready"
     DRAINING = "draining"  # finishes what it has, takes nothing new
@@ -40,9 +40,9 @@ class Event(StrEnum):
     EXCLUDED = "excluded"  # it answers with errors
 
 
-READY: Final = Standing.READY  # to look it up in the class costs more than all the rest of `has_room`
-_S, _E = Standing, Event
-TRANSITIONS: Final[Mapping[tuple[Standing, Event], Standing]] = {
+READY: Final = RoutingState.READY  # to look it up in the class costs more than all the rest of `has_room`
+_S, _E = RoutingState, Event
+TRANSITIONS: Final[Mapping[tuple[RoutingState, Event], RoutingState]] = {
     (_S.STARTING, _E.SAYS_STARTING): _S.STARTING,
     (_S.STARTING, _E.SAYS_READY): _S.READY,
     (_S.STARTING, _E.SAYS_DRAINING): _S.DRAINING,
@@ -76,10 +76,10 @@ class Replica:
 
     record: Record
     key: str | None
-    standing: Standing = Standing.STARTING
+    standing: RoutingState = RoutingState.STARTING
     models: tuple[str, ...] = ()
     last_used: int = 0
-    health: Health = field(default_factory=Health)
+    health: ReplicaHealth = field(default_factory=ReplicaHealth)
     suspect: bool = False  # it has erred: who is answered well is to tell
     trouble: str | None = None  # what the last failure was
     holds: "set[Hold]" = field(default_factory=set)

@@ -17,9 +17,9 @@ from typing import Any, Final, Self
 from hpc_router.errors import BadRequestError, PreviousResponseNotFoundError
 from hpc_router.net import protocol
 from hpc_router.relay.headers import Headers
-from hpc_router.router.replicas.replica import Replica, Standing
+from hpc_router.router.replicas.replica import Replica, RoutingState
 from hpc_router.router.replicas.table import ReplicaTable
-from hpc_router.routing.policy import Reason
+from hpc_router.routing.policy import RouteReason
 
 MOST: Final = 100_000
 PARAM: Final = "previous_response_id"
@@ -39,7 +39,7 @@ class Turn:
     replica: str
     url: str
     nonce: str | None
-    reason: Reason
+    reason: RouteReason
     at: float = field(default=0.0, compare=False)  # on the clock that all processes of a host share
 
     def to_json(self) -> list[Any]:
@@ -48,7 +48,7 @@ class Turn:
     @classmethod
     def from_json(cls, value: list[Any]) -> Self:
         expert, replica, url, nonce, reason, at = value
-        return cls(expert, replica, url, nonce, Reason(reason), at)
+        return cls(expert, replica, url, nonce, RouteReason(reason), at)
 
     def is_at(self, replica: Replica) -> bool:
         record = replica.record
@@ -88,7 +88,7 @@ class Sessions:
             self._turns.move_to_end(session)
         return turn
 
-    def answered(self, session: str, replica: Replica, expert: str, reason: Reason) -> None:
+    def answered(self, session: str, replica: Replica, expert: str, reason: RouteReason) -> None:
         """The turn that began at this replica continues there."""
         record = replica.record
         turn = Turn(expert, replica.name, record.url, record.nonce, reason, at=time.monotonic())
@@ -124,7 +124,7 @@ class Sessions:
         replica = table.get(turn.replica)
         if replica is None or not turn.is_at(replica):
             raise not_found(f"{turn.replica}, which answered the last turn, is gone")
-        if replica.standing is not Standing.READY:
+        if replica.standing is not RoutingState.READY:
             raise not_found(f"{turn.replica}, which answered the last turn, is {replica.standing.value}")
         if replica.record.engine.kind in _FORGETFUL:
             raise not_found(f"{turn.replica} runs {replica.record.engine.kind}, which keeps no responses")

@@ -10,8 +10,8 @@ from dataclasses import astuple, replace
 from typing import Any
 
 from hpc_router.router.ipc.shared_counters import NOWHERE, Counters
-from hpc_router.router.replicas.health import Health
-from hpc_router.router.replicas.replica import Replica, Standing
+from hpc_router.router.replicas.health import ReplicaHealth
+from hpc_router.router.replicas.replica import Replica, RoutingState
 from hpc_router.router.replicas.table import ReplicaTable
 from hpc_router.state.registry import Record
 
@@ -33,12 +33,12 @@ def take_over(table: ReplicaTable, view: View, *, known_better: Collection[str] 
             replica = Replica(record, told["key"])
             _update(table, replica, told)
             table.put(replica)
-            table.adopt(replica, Standing(told["standing"]), lost=told["lost"])
+            table.adopt(replica, RoutingState(told["standing"]), lost=told["lost"])
             continue
         _update(table, replica, told)
         table.renew(replica, record)
         if record.replica not in known_better:
-            table.adopt(replica, Standing(told["standing"]), lost=told["lost"])
+            table.adopt(replica, RoutingState(told["standing"]), lost=told["lost"])
     for name in gone:
         table.remove(name)
 
@@ -62,7 +62,7 @@ def _told(replica: Replica) -> dict[str, Any]:
         "models": list(replica.models),
         "trouble": replica.trouble,
         "suspect": replica.suspect,
-        "lost": replica.standing is Standing.EJECTED and replica.health.counts(time.monotonic()),
+        "lost": replica.standing is RoutingState.EJECTED and replica.health.counts(time.monotonic()),
         "health": astuple(replica.health),
         "column": replica.column,
     }
@@ -70,5 +70,5 @@ def _told(replica: Replica) -> dict[str, Any]:
 
 def _update(table: ReplicaTable, replica: Replica, told: Mapping[str, Any]) -> None:
     replica.key, replica.models, replica.trouble = told["key"], tuple(told["models"]), told["trouble"]
-    replica.suspect, replica.health = told["suspect"], Health(*told["health"])
+    replica.suspect, replica.health = told["suspect"], ReplicaHealth(*told["health"])
     table.move(replica, told["column"])

@@ -18,10 +18,10 @@ from typing import Final
 from hpc_router.errors import HpcRouterError
 from hpc_router.relay.in_flight import Cells
 from hpc_router.router.ipc.shared_counters import NOWHERE
-from hpc_router.router.replicas.admission import SOONEST_S, UNKNOWN_S, Bounds, Pace
+from hpc_router.router.replicas.admission import SOONEST_S, UNKNOWN_S, Bounds, DepartureRate
 from hpc_router.router.replicas.balancing import lighter_of_two, load_bound, pinned, rendezvous
-from hpc_router.router.replicas.replica import READY, Event, Hold, Replica, Standing
-from hpc_router.state.registry import Kind, Record
+from hpc_router.router.replicas.replica import READY, Event, Hold, Replica, RoutingState
+from hpc_router.state.registry import Record, RecordKind
 
 OTHERS_LOOK_S: Final = 0.005
 """A place that another worker gave back is noticed so soon by those who wait for it here."""
@@ -81,7 +81,7 @@ class ReplicaTable:
     _by_expert: dict[str, list[Replica]] = field(default_factory=dict)
     _orders: dict[str, dict[int, list[Replica]]] = field(default_factory=dict)  # as `rendezvous` has them, by slot
     _waiting: dict[str, dict[_Waiter, None]] = field(default_factory=dict)
-    _paces: dict[str, Pace] = field(default_factory=dict)
+    _paces: dict[str, DepartureRate] = field(default_factory=dict)
     _uses: int = 0
     _arrivals: int = 0
     _looking: asyncio.TimerHandle | None = None
@@ -150,7 +150,7 @@ class ReplicaTable:
             self.look(self.all())
         load: dict[str, int] = {}
         for replica in self._replicas.values():
-            if replica.standing is Standing.READY:
+            if replica.standing is RoutingState.READY:
                 for expert in replica.record.serves:
                     load[expert] = load.get(expert, 0) + replica.load
         return load
@@ -161,16 +161,16 @@ class ReplicaTable:
         replica.apply(event)
         return self._stands(replica, before, lost=event is Event.FAILED)
 
-    def adopt(self, replica: Replica, standing: Standing, *, lost: bool) -> bool:
+    def adopt(self, replica: Replica, standing: RoutingState, *, lost: bool) -> bool:
         """What the process that watches it has decided; else the same as `apply`."""
         before, replica.standing = replica.standing, standing
         return self._stands(replica, before, lost=lost)
 
-    def _stands(self, replica: Replica, before: Standing, *, lost: bool) -> bool:
+    def _stands(self, replica: Replica, before: RoutingState, *, lost: bool) -> bool:
         if replica.standing is before:
             return False
         self._changed()
-        if replica.standing is Standing.READY:
+        if replica.standing is RoutingState.READY:
             self.offer(replica, forgiven=True)
             return True
         self._disappoint(replica)
@@ -267,7 +267,7 @@ class ReplicaTable:
         """The next place that becomes free with the first of these experts that serves, in turn.
 
         With `only`, on that replica; raises ReplicaLostError as soon as it is not ready. Raises QueueFullError."""
-        if only is not None and (only.standing is not Standing.READY or self._replicas.get(only.name) is not only):
+        if only is not None and (only.standing is not RoutingState.READY or self._replicas.get(only.name) is not only):
             raise ReplicaLostError(f"{only.name} is not ready")
         self._arrivals += 1
         waiter = _Waiter(
@@ -362,7 +362,7 @@ class ReplicaTable:
             expert = waiter.later.pop(0)
             waiter.experts.append(expert)
             if expert not in self._waiting:
-                self._paces.setdefault(expert, Pace()).began(self.clock())
+                self._paces.setdefault(expert, DepartureRate()).began(self.clock())
             self._waiting.setdefault(expert, {})[waiter] = None
             self._count_waiting(expert)
         if before:
@@ -374,7 +374,7 @@ class ReplicaTable:
         self._orders.clear()
         self._by_expert = {}
         for replica in self._replicas.values():
-            if replica.record.kind is not Kind.ROUTER:
+            if replica.record.kind is not RecordKind.ROUTER:
                 for expert in replica.record.serves:
                     self._by_expert.setdefault(expert, []).append(replica)
 

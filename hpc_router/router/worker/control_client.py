@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from hpc_router.background_tasks import restarting
-from hpc_router.router.ipc.rpc import Channel, ChannelClosedError
+from hpc_router.router.ipc.rpc import ChannelClosedError, RpcPeer
 from hpc_router.router.metrics import Metrics
 from hpc_router.router.replicas.health import Incident
-from hpc_router.router.replicas.replica import Event, Replica, Standing
+from hpc_router.router.replicas.replica import Event, Replica, RoutingState
 from hpc_router.router.replicas.sessions import Sessions, Turn
 from hpc_router.router.replicas.snapshot import take_over, view_of
 from hpc_router.router.replicas.table import ReplicaTable
@@ -27,7 +27,7 @@ REPORT_S: Final = 1.0
 
 
 @dataclass(slots=True)
-class ControlLink:
+class ControlClient:
     """`ejects_at_once`: a connection that could not be made is enough. `informed` is set once there is a view,
     `released` once nobody is sent here any more."""
 
@@ -40,7 +40,7 @@ class ControlLink:
     serving: bool = False
     settings: Mapping[str, Any] | None = None
     on_settings: Callable[[], None] | None = None
-    _channel: Channel | None = None
+    _channel: RpcPeer | None = None
     _attached: asyncio.Event = field(default_factory=asyncio.Event)
     _said: int = 0
     _unheard: dict[Replica, int] = field(default_factory=dict)
@@ -56,7 +56,7 @@ class ControlLink:
             self._channel.close()
         self._said = 0
         self._unheard.clear()
-        channel = Channel(self._take, lambda: self._detach(channel))
+        channel = RpcPeer(self._take, lambda: self._detach(channel))
         self._channel = channel
         await channel.open(sock)
         if self._channel is not channel:  # there is a newer one by now, or it has ended
@@ -165,7 +165,7 @@ class ControlLink:
                 return self.metrics.dump()
             case "well":
                 replica = self.table.get(value)
-                if replica is not None and replica.standing is Standing.READY:
+                if replica is not None and replica.standing is RoutingState.READY:
                     self.table.offer(replica, forgiven=True)
             case "sync":
                 return None
@@ -182,7 +182,7 @@ class ControlLink:
         self._tell("taken", value["number"])
         self.informed.set()
 
-    def _detach(self, channel: Channel) -> None:
+    def _detach(self, channel: RpcPeer) -> None:
         if self._channel is channel:
             self._channel = None
             self._attached.clear()

@@ -28,7 +28,7 @@ from hpc_router.errors import (
     UpstreamTimeoutError,
 )
 from hpc_router.net import protocol
-from hpc_router.relay.api_formats import Dialect, Fault
+from hpc_router.relay.api_formats import Dialect, ErrorReply
 from hpc_router.relay.downstream.interface import (
     DownstreamGoneError,
     Request,
@@ -37,18 +37,18 @@ from hpc_router.relay.downstream.interface import (
     json_response,
 )
 from hpc_router.relay.headers import NOT_DOWNSTREAM, NOT_UPSTREAM, REQUEST_ID, Headers, crossing
-from hpc_router.relay.response_relay import Answer, Answering
-from hpc_router.relay.upstream.interface import Limits, Started, Upstream, UpstreamResponse
+from hpc_router.relay.response_relay import RelayLimits, ResponseRelay
+from hpc_router.relay.upstream.interface import PendingRequest, Upstream, UpstreamResponse, UpstreamTimeouts
 from hpc_router.router.metrics import Metrics
 from hpc_router.router.replicas.balancing import KEY_CHARS, slot_of
-from hpc_router.router.replicas.replica import Event, Hold, Replica, Standing
+from hpc_router.router.replicas.replica import Event, Hold, Replica, RoutingState
 from hpc_router.router.replicas.sessions import not_found
 from hpc_router.router.replicas.table import QueueFullError, ReplicaLostError, ReplicaTable
 from hpc_router.router.worker.request_body import ApiCall
 from hpc_router.router.worker.retry_budget import RetryBudget
-from hpc_router.routing.policy import Reason
+from hpc_router.routing.policy import RouteReason
 from hpc_router.routing.prompt_text import opening
-from hpc_router.state.registry import Kind
+from hpc_router.state.registry import RecordKind
 
 logger = logging.getLogger(__name__)
 
@@ -70,12 +70,12 @@ _MAX_ERROR_BYTES: Final = 2**20
 _OWN_DOWNSTREAM: Final = NOT_DOWNSTREAM | {REQUEST_ID, b"x-expert", b"x-replica", b"x-route-reason"}
 
 
-def stream_limits(config: RouterConfig) -> Limits:
-    return Limits(config.connect_timeout_s, config.first_byte_timeout_s, config.idle_timeout_s)
+def stream_limits(config: RouterConfig) -> UpstreamTimeouts:
+    return UpstreamTimeouts(config.connect_timeout_s, config.first_byte_timeout_s, config.idle_timeout_s)
 
 
 @dataclass(eq=False)
-class Errand:
+class RoutedRequest:
     """A request on its way. `experts`: to be tried in this order; `reason`: how the first of them was chosen.
 
     `only`: the one replica it may go to. `on_answer` is told who answers with 2xx, before the client sees any of it.
@@ -88,10 +88,10 @@ class Errand:
     request_id: str
     call: ApiCall
     experts: tuple[str, ...]
-    reason: Reason
+    reason: RouteReason
     started: float
     only: Replica | None = None
-    on_answer: Callable[[Replica, str, Reason], None] | None = None
+    on_answer: Callable[[Replica, str, RouteReason], None] | None = None
     phase: str = field(init=False, default="queued")
     avoid: frozenset[Replica] = field(init=False, default=frozenset())
     refusal: "Answered | None" = field(init=False, default=None)
@@ -105,8 +105,8 @@ class Errand:
     work: "Leaving | None" = field(init=False, default=None)
     """Where it was begun without a task: place and exchange to go on with, and what counted it."""
 
-    def reason_at(self, expert: str) -> Reason:
-        return self.reason if expert == self.experts[0] else Reason.UNAVAILABLE
+    def reason_at(self, expert: str) -> RouteReason:
+        return self.reason if expert == self.experts[0] else RouteReason.UNAVAILABLE
 
     def slot(self) -> int | None:
         """Where its conversation belongs (see `balance`): by its session, else by what its user said first."""
@@ -123,7 +123,7 @@ class Answered:
 
     status: int
     expert: str
-    reason: Reason
+    reason: RouteReason
     response: Response | None
 
 
@@ -162,9 +162,9 @@ class Dispatcher:
     client: Upstream
     metrics: Metrics
     config: RouterConfig
-    answering: Answering = field(init=False)
-    streamed: Limits = field(init=False)
-    whole: Limits = field(init=False)
+    answering: RelayLimits = field(init=False)
+    streamed: UpstreamTimeouts = field(init=False)
+    whole: UpstreamTimeouts = field(init=False)
     retries: RetryBudget = field(init=False)
 
     def __post_init__(self) -> None:
@@ -176,11 +176,11 @@ class Dispatcher:
         self.client.limits = self.streamed = stream_limits(config)
         self.whole = replace(self.streamed, first_byte_s=config.answer_timeout_s)
         self.retries = RetryBudget(share=config.retry_share, least_per_s=config.retry_least_per_s)
-        self.answering = Answering(
+        self.answering = RelayLimits(
             hold_bytes=int(config.hold_mb * 2**20), write_s=config.idle_timeout_s, ping_s=config.ping_s
         )
 
-    async def run(self, errand: Errand) -> Answered:
+    async def run(self, errand: RoutedRequest) -> Answered:
         """Raises UnavailableError when no replica could be had in time."""
         try:
             return await self._attempts(errand)
@@ -188,7 +188,7 @@ class Dispatcher:
             self.metrics.cancelled.add(errand.phase)
             raise
 
-    async def _attempts(self, errand: Errand) -> Answered:
+    async def _attempts(self, errand: RoutedRequest) -> Answered:
         deadline = errand.started + self.config.queue_timeout_s
         attempts = 0
         while attempts < MAX_ATTEMPTS:
@@ -220,14 +220,14 @@ class Dispatcher:
     def _may_retry(self, replica: Replica) -> bool:
         """A replica that was lost by it costs nothing: it will not be met again. Nor does the first connection of a
         request that breaks, when a replica that dies takes all it had down at once."""
-        if replica.standing is not Standing.READY:
+        if replica.standing is not RoutingState.READY:
             return True
         if self.retries.take(time.monotonic(), requests=self.table.uses):
             return True
         self.metrics.retries_refused.add()
         return False
 
-    async def _wait(self, errand: Errand, deadline: float) -> Hold:
+    async def _wait(self, errand: RoutedRequest, deadline: float) -> Hold:
         begun = time.perf_counter()
         try:
             async with asyncio.timeout(deadline - begun):
@@ -247,7 +247,7 @@ class Dispatcher:
         return hold
 
     def exchange(
-        self, errand: Errand, hold: Hold, request: tuple[bytes, bytes], started: Started | None = None
+        self, errand: RoutedRequest, hold: Hold, request: tuple[bytes, bytes], started: PendingRequest | None = None
     ) -> AbstractAsyncContextManager[UpstreamResponse]:
         """`request`: of `request_for`. `started`: how far it has come already."""
         head, body = request
@@ -256,17 +256,17 @@ class Dispatcher:
             limits=self.limits_of(errand),
         )  # fmt: skip
 
-    def limits_of(self, errand: Errand) -> Limits:
+    def limits_of(self, errand: RoutedRequest) -> UpstreamTimeouts:
         """An answer that is not streamed comes as a whole, so the wait for its first byte has a limit of its own."""
         return self.streamed if errand.call.fields.get("stream") else self.whole
 
     async def _attempt(
-        self, errand: Errand, hold: Hold, exchange: AbstractAsyncContextManager[UpstreamResponse]
+        self, errand: RoutedRequest, hold: Hold, exchange: AbstractAsyncContextManager[UpstreamResponse]
     ) -> Answered:
         replica, expert = hold.replica, hold.expert
         reason = errand.reason_at(expert)
         stream = errand.call.fields.get("stream") is True
-        answer = Answer(errand.request, self.answering, errand.dialect.ending, stream=stream)
+        answer = ResponseRelay(errand.request, self.answering, errand.dialect.ending, stream=stream)
         errand.phase = "before_first_byte"
 
         try:
@@ -293,7 +293,7 @@ class Dispatcher:
             late = self._late(errand, replica, answered=answer.status != 0)
             if not answer.committed:
                 raise late from error
-            await self._break_off(errand, expert, answer, Fault(504, "timeout_error", "answer_timeout", str(late)))
+            await self._break_off(errand, expert, answer, ErrorReply(504, "timeout_error", "answer_timeout", str(late)))
         except UpstreamError as error:
             if not answer.committed:
                 self._note_failure(errand, hold, error)
@@ -306,11 +306,11 @@ class Dispatcher:
             await self._break_off(errand, expert, answer, _fault(replica, error))
         return Answered(answer.status, expert, reason, answer.response)
 
-    async def _judge(self, errand: Errand, hold: Hold, upstream: UpstreamResponse) -> Answered | None:
+    async def _judge(self, errand: RoutedRequest, hold: Hold, upstream: UpstreamResponse) -> Answered | None:
         """Go elsewhere when the status says so; nothing has been sent to the client yet. Else what the client gets;
         None: the response as it comes."""
         replica, status, headers = hold.replica, upstream.status, upstream.headers
-        external = replica.record.kind is Kind.EXTERNAL
+        external = replica.record.kind is RecordKind.EXTERNAL
         if status == 401 and external:  # the client's own token is right
             errand.avoid |= {replica}
             self.metrics.failovers.add(replica.name, status)
@@ -342,14 +342,14 @@ class Dispatcher:
             errand.accused += ((replica, hold.expert, status),)
         raise _TryElsewhereError
 
-    def _convict(self, errand: Errand, expert: str) -> None:
+    def _convict(self, errand: RoutedRequest, expert: str) -> None:
         """A replica of this expert has answered well what others did not."""
         for replica, of, seen in errand.accused:
             if of == expert:
                 self.witness.erred(replica, f"{replica.record.url} answered {seen}" if isinstance(seen, int) else seen)
         errand.accused = ()
 
-    def _wants_token(self, errand: Errand, hold: Hold) -> Answered:
+    def _wants_token(self, errand: RoutedRequest, hold: Hold) -> Answered:
         message = f"{hold.replica.record.url} answered 401: `hpc-router register` it again with --token-file"
         reason, path = errand.reason_at(hold.expert), errand.target.partition("?")[0]
         response = error_response(502, kind="upstream_error", code="endpoint_unauthorized", message=message, path=path)
@@ -357,12 +357,12 @@ class Dispatcher:
         response.head += _answered_by(hold.expert, hold.replica.record.replica, reason)
         return Answered(502, hold.expert, reason, response)
 
-    async def _refusal(self, errand: Errand, hold: Hold, upstream: UpstreamResponse) -> Answered:
+    async def _refusal(self, errand: RoutedRequest, hold: Hold, upstream: UpstreamResponse) -> Answered:
         body = await upstream.read(_MAX_ERROR_BYTES)
         response = Response(upstream.status, self.said(errand, hold, upstream.headers), body)
         return Answered(upstream.status, hold.expert, errand.reason_at(hold.expert), response)
 
-    def _note_failure(self, errand: Errand, hold: Hold, error: UpstreamError) -> None:
+    def _note_failure(self, errand: RoutedRequest, hold: Hold, error: UpstreamError) -> None:
         replica, expert = hold.replica, hold.expert
         logger.warning("%s: %s failed before its first byte: %s", errand.request_id, replica.name, error)
         self.metrics.failovers.add(replica.name, type(error).__name__)
@@ -376,7 +376,7 @@ class Dispatcher:
             errand.accused += ((replica, expert, str(error)),)
             self.witness.look_again(replica)
 
-    def _late(self, errand: Errand, replica: Replica, *, answered: bool) -> AnswerTimeoutError:
+    def _late(self, errand: RoutedRequest, replica: Replica, *, answered: bool) -> AnswerTimeoutError:
         """The replica is alive, as far as its probes know: the timeout says nothing against it."""
         if answered:
             key, limit_s, what = "idle_timeout_s", self.config.idle_timeout_s, "paused for longer than"
@@ -387,7 +387,7 @@ class Dispatcher:
         advice = "raise that key, or ask for less" + (", or stream it" if key == "answer_timeout_s" else "")
         return AnswerTimeoutError(f"the answer of {replica.name} {what} router.{key}={limit_s:g}: {advice}")
 
-    async def _break_off(self, errand: Errand, expert: str, answer: Answer, fault: Fault) -> None:
+    async def _break_off(self, errand: RoutedRequest, expert: str, answer: ResponseRelay, fault: ErrorReply) -> None:
         logger.warning("%s: broken off: %s", errand.request_id, fault.message)
         self.metrics.broken.add(expert)
         try:
@@ -395,7 +395,7 @@ class Dispatcher:
         except DownstreamGoneError:
             self.metrics.cancelled.add("streaming")
 
-    def request_for(self, errand: Errand, hold: Hold) -> tuple[bytes, bytes]:
+    def request_for(self, errand: RoutedRequest, hold: Hold) -> tuple[bytes, bytes]:
         """Header lines and body, as this replica gets them."""
         replica = hold.replica
         head = b"%b%bx-request-id: %b\r\n" % (
@@ -405,7 +405,7 @@ class Dispatcher:
         )
         return head, self._body(errand.call, hold.expert, replica)
 
-    def said(self, errand: Errand, hold: Hold, headers: Headers) -> bytes:
+    def said(self, errand: RoutedRequest, hold: Hold, headers: Headers) -> bytes:
         """The engine's headers, and ours."""
         return b"%bx-request-id: %b\r\n%b" % (
             crossing(headers, drop=_OWN_DOWNSTREAM),
@@ -419,15 +419,17 @@ class Dispatcher:
         An engine of ours with one expert means it by every name it answers to; elsewhere the record says which name.
         """
         wanted, asked = replica.model_for(expert), call.fields["model"]
-        aliased = replica.record.kind is Kind.EXPERT and len(replica.record.serves) == 1 and asked in replica.models
+        aliased = (
+            replica.record.kind is RecordKind.EXPERT and len(replica.record.serves) == 1 and asked in replica.models
+        )
         return call.raw if wanted is None or asked == wanted or aliased else call.body(wanted)
 
 
-def _fault(replica: Replica, error: UpstreamError) -> Fault:
+def _fault(replica: Replica, error: UpstreamError) -> ErrorReply:
     message = f"{replica.name} failed before it had finished: {error}"
-    return Fault(502, "upstream_error", "replica_failed", message)
+    return ErrorReply(502, "upstream_error", "replica_failed", message)
 
 
 @lru_cache(maxsize=1024)
-def _answered_by(expert: str, replica: str, reason: Reason) -> bytes:
+def _answered_by(expert: str, replica: str, reason: RouteReason) -> bytes:
     return f"x-expert: {expert}\r\nx-replica: {replica}\r\nx-route-reason: {reason}\r\n".encode()

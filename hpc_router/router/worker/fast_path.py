@@ -11,9 +11,9 @@ from hpc_router.relay.downstream.interface import SHORT_BYTES, Work
 from hpc_router.relay.headers import Headers
 from hpc_router.relay.in_flight import InFlight
 from hpc_router.relay.sse import CONTENT_TYPE
-from hpc_router.relay.upstream.interface import Asker, Started
+from hpc_router.relay.upstream.interface import Asker, PendingRequest
 from hpc_router.router.replicas.replica import Hold
-from hpc_router.router.worker.dispatcher import JUDGED, Dispatcher, Errand
+from hpc_router.router.worker.dispatcher import JUDGED, Dispatcher, RoutedRequest
 
 
 class ExpressWork(Work, Asker):
@@ -23,9 +23,9 @@ class ExpressWork(Work, Asker):
 
     _hold: Hold
     _request: tuple[bytes, bytes]
-    _started: Started
+    _started: PendingRequest
 
-    def __init__(self, dispatcher: Dispatcher, errand: Errand, in_flight: InFlight) -> None:
+    def __init__(self, dispatcher: Dispatcher, errand: RoutedRequest, in_flight: InFlight) -> None:
         self._dispatcher = dispatcher
         self._errand = errand
         self._in_flight = in_flight
@@ -36,7 +36,7 @@ class ExpressWork(Work, Asker):
         hold = dispatcher.table.acquire(errand.experts, slot=errand.slot)
         if hold is None:
             return False
-        started: Started | None = None
+        started: PendingRequest | None = None
         try:
             self._request = head, body = dispatcher.request_for(errand, hold)
             started = dispatcher.client.start(

@@ -49,11 +49,11 @@ from hpc_router.router.metrics import Metrics
 from hpc_router.router.replicas.admission import bounds_of, worth_leaving
 from hpc_router.router.replicas.sessions import PARAM, session_id
 from hpc_router.router.replicas.table import ReplicaTable
-from hpc_router.router.worker.control_client import ControlLink
-from hpc_router.router.worker.dispatcher import RETRY_AFTER_S, Dispatcher, Errand
+from hpc_router.router.worker.control_client import ControlClient
+from hpc_router.router.worker.dispatcher import RETRY_AFTER_S, Dispatcher, RoutedRequest
 from hpc_router.router.worker.fast_path import ExpressWork
 from hpc_router.router.worker.request_body import ApiCall, decode
-from hpc_router.routing.policy import Decision, Policy, Reason
+from hpc_router.routing.policy import Decision, Policy, RouteReason
 from hpc_router.routing.prompt_text import RequestError, prompt_text
 
 logger = logging.getLogger(__name__)
@@ -76,7 +76,7 @@ LONG_BODY: Final = 2**18
 _OPEN_PATHS: Final = frozenset({protocol.HEALTH, "/ready"})
 _WHILE_DRAINING: Final = _OPEN_PATHS | {"/status", protocol.METRICS}
 _EXPRESS_PATHS: Final = frozenset(protocol.GENERATE_PATHS) - {protocol.RESPONSES}
-_NAMED: Final = Reason.NAMED
+_NAMED: Final = RouteReason.NAMED
 _YES_NO: Final = frozenset({bool, type(None)})
 _CHALLENGE: Final = re.compile(r"[0-9a-f]{1,256}")
 _REQUEST_ID: Final = re.compile(rb"[\w.:-]{1,128}")
@@ -98,7 +98,7 @@ class Gateway:
     policy: Policy
     dispatcher: Dispatcher
     metrics: Metrics
-    link: ControlLink
+    link: ControlClient
     token: str | None
     replica: str
     key: str
@@ -135,7 +135,7 @@ class Gateway:
 
     async def handle(self, request: Request) -> Response | None:
         """Raises nothing but DownstreamGoneError, where nobody is left to answer."""
-        begun, request.begun_work = cast(Errand | None, request.begun_work), None
+        begun, request.begun_work = cast(RoutedRequest | None, request.begun_work), None
         request_id = self._request_id(request) if begun is None else begun.request_id
         if self.draining:
             request.keep_alive = False
@@ -235,7 +235,7 @@ class Gateway:
                     await self.link.recall(session)
             return await self._serve(self._errand(request, request_id, call))
 
-    async def _go_on(self, errand: Errand) -> Response | None:
+    async def _go_on(self, errand: RoutedRequest) -> Response | None:
         """From where `express` has come."""
         work, errand.work = errand.work, None  # they know each other
         if work is not None:
@@ -252,7 +252,7 @@ class Gateway:
                 retry_after_s=self.table.longest_wait_s(),
             )
 
-    async def _serve(self, errand: Errand) -> Response | None:
+    async def _serve(self, errand: RoutedRequest) -> Response | None:
         answered = await self.dispatcher.run(errand)
         self.metrics.requests.add(answered.expert, str(answered.reason), answered.status)
         return answered.response
@@ -290,7 +290,7 @@ class Gateway:
         body = await request.read(limit_s=self.deployment.router.idle_timeout_s)
         return await asyncio.to_thread(decode, body) if len(body) > LONG_BODY else decode(body)
 
-    def _errand(self, request: Request, request_id: str, call: ApiCall) -> Errand:
+    def _errand(self, request: Request, request_id: str, call: ApiCall) -> RoutedRequest:
         started = time.perf_counter()
         path, model = request.path.rstrip("/"), call.model
         if type(call.fields.get("stream")) not in _YES_NO:
@@ -303,8 +303,10 @@ class Gateway:
             continued = self.link.sessions.continued(session, call.fields, self.table, model=model)
             if continued is not None:
                 turn, replica = continued
-                reason = turn.reason if model == "auto" else Reason.NAMED
-                return Errand(request, target, dialect, request_id, call, (turn.expert,), reason, started, only=replica)
+                reason = turn.reason if model == "auto" else RouteReason.NAMED
+                return RoutedRequest(
+                    request, target, dialect, request_id, call, (turn.expert,), reason, started, only=replica
+                )
         if model != "auto":
             if model not in self.deployment.experts and not self.table.of(model):
                 raise self._unknown(model)
@@ -313,9 +315,9 @@ class Gateway:
         else:
             experts, reason = self._chosen(path, call, first=dialect.conversation)
         on_answer = None if session is None else partial(self.link.sessions.answered, session)
-        return Errand(request, target, dialect, request_id, call, experts, reason, started, on_answer=on_answer)
+        return RoutedRequest(request, target, dialect, request_id, call, experts, reason, started, on_answer=on_answer)
 
-    def _chosen(self, path: str, call: ApiCall, *, first: str) -> tuple[tuple[str, ...], Reason]:
+    def _chosen(self, path: str, call: ApiCall, *, first: str) -> tuple[tuple[str, ...], RouteReason]:
         """By the policy: the experts to try in turn, and why the first of them."""
         if path == protocol.EMBEDDINGS:
             raise BadRequestError(
@@ -331,13 +333,13 @@ class Gateway:
             )
         if self.deployment.policy.spill_per_s is not None and self._spills(decision):
             assert decision.runner_up is not None
-            return tuple(dict.fromkeys((decision.runner_up, *experts))), Reason.SPILLED
+            return tuple(dict.fromkeys((decision.runner_up, *experts))), RouteReason.SPILLED
         return experts, decision.reason
 
     def _spills(self, decision: Decision) -> bool:
         """Whether its expert is busy, the runner-up is not, and waiting costs more than the score it loses."""
         expert, other, per_s = decision.expert, decision.runner_up, self.deployment.policy.spill_per_s
-        if decision.reason is not Reason.CLASSIFIED or expert is None or other is None or per_s is None:
+        if decision.reason is not RouteReason.CLASSIFIED or expert is None or other is None or per_s is None:
             return False
         if self.table.pick((expert,)) is not None or self.table.pick((other,)) is None:
             return False

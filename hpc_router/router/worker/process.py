@@ -19,14 +19,14 @@ from hpc_router.errors import HpcRouterError
 from hpc_router.relay.downstream.server import listening
 from hpc_router.relay.in_flight import InFlight
 from hpc_router.relay.upstream.client import UpstreamClient
-from hpc_router.relay.upstream.interface import Limits, Upstream
+from hpc_router.relay.upstream.interface import Upstream, UpstreamTimeouts
 from hpc_router.router.ipc.shared_counters import CUT, IN_FLIGHT, Counters
 from hpc_router.router.metrics import Metrics
 from hpc_router.router.policies import load_policy
 from hpc_router.router.replicas.admission import bounds_of
 from hpc_router.router.replicas.sessions import Sessions
 from hpc_router.router.replicas.table import ReplicaTable
-from hpc_router.router.worker.control_client import ControlLink
+from hpc_router.router.worker.control_client import ControlClient
 from hpc_router.router.worker.dispatcher import Dispatcher, stream_limits
 from hpc_router.router.worker.gateway import Gateway
 from hpc_router.routing.policy import Policy, versions
@@ -46,13 +46,13 @@ class Identity:
 
 
 @asynccontextmanager
-async def linked(deployment: Deployment, counters: Counters, worker: int) -> AsyncIterator[ControlLink]:
+async def linked(deployment: Deployment, counters: Counters, worker: int) -> AsyncIterator[ControlClient]:
     """What a worker knows of the replicas, once it is attached to a control process."""
     config = deployment.router
     table = ReplicaTable(
         config.pin_bound, bounds_of(deployment), cells=counters.row(worker), peers=counters.others(worker)
     )
-    link = ControlLink(table, Sessions(), Metrics(), ejects_at_once=config.eject_connect_errors == 1)
+    link = ControlClient(table, Sessions(), Metrics(), ejects_at_once=config.eject_connect_errors == 1)
     try:
         yield link
     finally:
@@ -64,11 +64,11 @@ async def working(
     run: RunDir,
     deployment: Deployment,
     policy: Policy,
-    link: ControlLink,
+    link: ControlClient,
     *,
     identity: Identity,
     sock: socket.socket,
-    make_client: Callable[[Limits], AbstractAsyncContextManager[Upstream]] = UpstreamClient,
+    make_client: Callable[[UpstreamTimeouts], AbstractAsyncContextManager[Upstream]] = UpstreamClient,
     listen: Callable[..., AbstractAsyncContextManager[asyncio.Server]] = listening,
 ) -> AsyncIterator[Gateway]:
     """Serves on `sock` within the block; at its end in-flight requests get `router.drain_s`."""
@@ -98,7 +98,7 @@ async def working(
 
 
 @asynccontextmanager
-async def following(gateway: Gateway, link: ControlLink, run: RunDir) -> AsyncIterator[None]:
+async def following(gateway: Gateway, link: ControlClient, run: RunDir) -> AsyncIterator[None]:
     """Take over the settings that the control process tells, one after the other; streams go on as they began."""
     told = asyncio.Event()
 

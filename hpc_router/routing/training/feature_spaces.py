@@ -18,7 +18,7 @@ from typing import Any, Final, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from hpc_router.routing.features import Counts, Features, Floats, Ids, Vocabulary, counts_of
+from hpc_router.routing.features import Features, Floats, Ids, TermCounts, Vocabulary, counts_of
 from hpc_router.routing.training.encoder import Progress, Teacher
 
 CBTM_DIMENSIONS: Final = 100
@@ -59,7 +59,7 @@ class Space(Protocol):
         """terms x centres; `without`: training prompts that must not be learnt from."""
 
 
-def rows_of(counts: Counts, idf: Doubles) -> Any:
+def rows_of(counts: TermCounts, idf: Doubles) -> Any:
     """Sparse TF-IDF rows by their lengths, which are what the run time divides by."""
     from scipy import sparse
 
@@ -69,7 +69,7 @@ def rows_of(counts: Counts, idf: Doubles) -> Any:
     return sparse.csr_matrix((values, (counts.text, counts.term)), shape=(counts.texts, counts.terms))
 
 
-def smooth_idf(counts: Counts) -> Doubles:
+def smooth_idf(counts: TermCounts) -> Doubles:
     holders = np.bincount(counts.term, minlength=counts.terms)
     idf: Doubles = np.log((1 + counts.texts) / (1 + holders)) + 1
     return idf

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from hpc_router.bench.config import BenchConfig, read_config
-from hpc_router.bench.figures import CUT, Observation, Part
+from hpc_router.bench.figures import CUT, MeasurementPart, Observation
 from hpc_router.bench.load import load_jobs as crew_module
-from hpc_router.bench.load.generator import Load, Target, carry_out, from_json, merged, to_json, window_of
+from hpc_router.bench.load.generator import LoadResult, LoadTarget, carry_out, from_json, merged, to_json, window_of
 from hpc_router.bench.load.load_jobs import crew
-from hpc_router.bench.prompts import Prompt, built_in
+from hpc_router.bench.prompts import BenchPrompt, built_in
 from hpc_router.bench.workload import Point, workload
 from hpc_router.errors import LaunchError
 from tests.bench.fakes import (
@@ -41,14 +41,14 @@ def a_machine_that_may_stall(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(crew_module, "APART_S", GUARD_S)
 
 
-async def loaded(fake: FakeRouter, folder: Path, *, users: int = 1, repeat: int = 0, **values: object) -> Load:
+async def loaded(fake: FakeRouter, folder: Path, *, users: int = 1, repeat: int = 0, **values: object) -> LoadResult:
     config = read_config({"warmup_s": 0.0, **({} if "duration_s" in values else {"requests": 1}), **values})
     work = workload(config, PROMPTS, Point(users=users, repeat=repeat))
     return await asyncio.to_thread(carry_out, fake.target, config, work, folder)
 
 
-def measured(load: Load) -> list[Observation]:
-    return [o for o in load.observations if o.part is Part.MEASURED]
+def measured(load: LoadResult) -> list[Observation]:
+    return [o for o in load.observations if o.part is MeasurementPart.MEASURED]
 
 
 async def test_an_answer_is_timed_by_its_content(tmp_path: Path) -> None:
@@ -142,7 +142,7 @@ async def test_load_is_held_until_the_slowest_measured_request_has_ended(tmp_pat
     async with fake_router(waits_after(piece("a"), until=enough, then=WHOLE), counted) as fake:  # type: ignore[arg-type]
         load = await loaded(fake, tmp_path, users=2, requests=2)
     assert len(measured(load)) == 2
-    assert sum(o.part is Part.FILLING for o in load.observations) >= 8
+    assert sum(o.part is MeasurementPart.FILLING for o in load.observations) >= 8
     assert {o.error for o in load.observations} <= {None, CUT}
     assert load.window.end_s == max(o.ended_s for o in measured(load))
 
@@ -152,9 +152,15 @@ async def test_parts_by_time(tmp_path: Path) -> None:
     async with fake_router(says(*WHOLE)) as fake:
         load = await loaded(fake, tmp_path, users=3, warmup_s=0.3, duration_s=1.5)
     for one in load.observations:
-        due = Part.WARM_UP if one.started_s < 0.3 else Part.MEASURED if one.started_s < 1.8 else Part.FILLING
+        due = (
+            MeasurementPart.WARM_UP
+            if one.started_s < 0.3
+            else MeasurementPart.MEASURED
+            if one.started_s < 1.8
+            else MeasurementPart.FILLING
+        )
         assert one.part is due
-    assert {Part.WARM_UP, Part.MEASURED} <= {o.part for o in load.observations}
+    assert {MeasurementPart.WARM_UP, MeasurementPart.MEASURED} <= {o.part for o in load.observations}
     assert (load.window.start_s, load.window.end_s) == (0.3, 1.8)
     assert fake.most_running <= 3
 
@@ -200,7 +206,7 @@ async def test_several_load_jobs_share_the_users(tmp_path: Path) -> None:
             await all_here.wait()
         return await says(*WHOLE)(fake, request)  # type: ignore[arg-type]
 
-    def load(target: Target) -> Load:
+    def load(target: LoadTarget) -> LoadResult:
         with crew(config, shared=tmp_path) as makers:
             return makers.load(target, config, PROMPTS, Point(users=4))
 
@@ -215,7 +221,7 @@ async def test_several_load_jobs_share_the_users(tmp_path: Path) -> None:
 async def test_load_jobs_without_a_user_are_idle_and_work_at_the_next_point(tmp_path: Path) -> None:
     config = read_config({"load_jobs": 2, "requests": 4, "warmup_s": 0.0})
 
-    def load(target: Target) -> list[Load]:
+    def load(target: LoadTarget) -> list[LoadResult]:
         with crew(config, shared=tmp_path) as makers:
             return [makers.load(target, config, PROMPTS, Point(users=users)) for users in (1, 2)]
 
@@ -227,9 +233,9 @@ async def test_load_jobs_without_a_user_are_idle_and_work_at_the_next_point(tmp_
 
 async def test_load_jobs_take_prompts_of_any_size(tmp_path: Path) -> None:
     config = read_config({"load_jobs": 2, "requests": 2, "warmup_s": 0.0})
-    prompts = [*PROMPTS, *(Prompt("x" * 2**16, "code") for _ in range(20))]
+    prompts = [*PROMPTS, *(BenchPrompt("x" * 2**16, "code") for _ in range(20))]
 
-    def load(target: Target) -> Load:
+    def load(target: LoadTarget) -> LoadResult:
         with crew(config, shared=tmp_path) as makers:
             return makers.load(target, config, prompts, Point(users=2))
 
@@ -242,7 +248,7 @@ async def test_load_jobs_that_began_apart_are_no_load(tmp_path: Path, monkeypatc
     config = read_config({"load_jobs": 2, "requests": 2, "warmup_s": 0.0})
     monkeypatch.setattr(crew_module, "APART_S", -1.0)
 
-    def load(target: Target) -> Load:
+    def load(target: LoadTarget) -> LoadResult:
         with crew(config, shared=tmp_path) as makers:
             return makers.load(target, config, PROMPTS, Point(users=2))
 
@@ -253,15 +259,15 @@ async def test_load_jobs_that_began_apart_are_no_load(tmp_path: Path, monkeypatc
 
 def test_loads_survive_being_sent() -> None:
     config = replace(BenchConfig(), requests=1)
-    one = Observation(part=Part.MEASURED, user=0, started_s=1.0, ended_s=2.0, content_s=[1.5], tokens=3)
-    load = Load(5.0, [one], window_of(config, [one]), 0.1, 0.2)
+    one = Observation(part=MeasurementPart.MEASURED, user=0, started_s=1.0, ended_s=2.0, content_s=[1.5], tokens=3)
+    load = LoadResult(5.0, [one], window_of(config, [one]), 0.1, 0.2)
     assert from_json(json.loads(json.dumps(to_json(load)))) == load
     both = merged([load, replace(load, started_at=4.0, cpu_share=0.5)])
     assert (both.started_at, len(both.observations), both.cpu_share) == (4.0, 2, 0.5)
 
 
 def test_addresses() -> None:
-    assert TOKEN not in repr(Target("http://127.0.0.1:1", TOKEN))
-    assert Target("http://127.0.0.1:81", "").address == ("127.0.0.1", 81)
+    assert TOKEN not in repr(LoadTarget("http://127.0.0.1:1", TOKEN))
+    assert LoadTarget("http://127.0.0.1:81", "").address == ("127.0.0.1", 81)
     with pytest.raises(LaunchError, match="plain HTTP"):
-        _ = Target("https://127.0.0.1:1", "").address
+        _ = LoadTarget("https://127.0.0.1:1", "").address

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from hpc_router.bench.relay_cost import interface
 from hpc_router.bench.relay_cost.interface import find
-from hpc_router.bench.relay_cost.options import Options
+from hpc_router.bench.relay_cost.options import RelayCostOptions
 from hpc_router.bench.relay_cost.other_relays import haproxy_cfg, nginx_conf, package_argv, peers
 from hpc_router.bench.relay_cost.run import bench
 from hpc_router.bench.relay_cost.this_router import RouterAndAgent, agent_argv, ours, router_argv
@@ -95,7 +95,7 @@ def test_each_absent_one_is_named_with_what_to_install(
     }
     assert all("not installed (" in why for why in said.values() if why)
     with pytest.raises(LaunchError, match="none of the selected relays is installed"):
-        bench(Options(only=("nginx", "haproxy"), out=tmp_path / "out"), Console(stderr=True))
+        bench(RelayCostOptions(only=("nginx", "haproxy"), out=tmp_path / "out"), Console(stderr=True))
     said_there = capsys.readouterr().err
     assert "nginx: not installed" in said_there
     assert "apt-get install haproxy" in said_there
@@ -122,11 +122,11 @@ def test_a_venv_goes_before_the_path(tmp_path: Path) -> None:
 )
 def test_what_is_refused(options: dict[str, float], message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=message):
-        Options(out=tmp_path, **options).checked()  # type: ignore[arg-type]
+        RelayCostOptions(out=tmp_path, **options).checked()  # type: ignore[arg-type]
 
 
 def test_the_limits_themselves_are_fine(tmp_path: Path) -> None:
-    Options(out=tmp_path, streams=4000, connections=4000, rate=1000, seconds=600, rounds=100).checked()
+    RelayCostOptions(out=tmp_path, streams=4000, connections=4000, rate=1000, seconds=600, rounds=100).checked()
 
 
 def test_the_agent_is_measured_at_what_one_core_can_do() -> None:

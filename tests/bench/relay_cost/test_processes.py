@@ -9,8 +9,15 @@ import pytest
 
 from hpc_router.bench.load.native.engine import MockEngine
 from hpc_router.bench.relay_cost.cpu_time import Cost, Reading
-from hpc_router.bench.relay_cost.interface import Site, Started, answers, await_answer, free_port, last_words
-from hpc_router.bench.relay_cost.processes import Group, busy_ns, cpu_ns, group, on, private_mb
+from hpc_router.bench.relay_cost.interface import (
+    RelayPlacement,
+    StartedRelay,
+    answers,
+    await_answer,
+    free_port,
+    last_words,
+)
+from hpc_router.bench.relay_cost.processes import ProcessGroup, busy_ns, cpu_ns, group, on, private_mb
 from hpc_router.errors import LaunchError
 from tests.support.processes import with_word
 from tests.support.waiting import eventually_sync
@@ -66,13 +73,13 @@ def test_cost_is_shared_by_what_was_done() -> None:
 
 
 def test_a_relay_that_ends_while_starting_is_quoted(tmp_path: Path) -> None:
-    site = Site(MockEngine(0, 1, None, tmp_path / "leaves"), tmp_path, frozenset(os.sched_getaffinity(0)))
+    site = RelayPlacement(MockEngine(0, 1, None, tmp_path / "leaves"), tmp_path, frozenset(os.sched_getaffinity(0)))
     with group() as started:
         started.start([sys.executable, "-c", "import sys; sys.exit('no such option')"], log=site.log)
         with pytest.raises(LaunchError, match="ended while starting: no such option"):
-            await_answer(Started(free_port(), started), site)
+            await_answer(StartedRelay(free_port(), started), site)
 
 
 def test_nobody_answers_at_a_free_port(tmp_path: Path) -> None:
-    assert not answers(Started(free_port(), Group()), "math")
+    assert not answers(StartedRelay(free_port(), ProcessGroup()), "math")
     assert last_words(tmp_path / "nothing") == "no log"

@@ -9,16 +9,16 @@ import pytest
 
 from hpc_router.bench.relay_cost.interface import Relay
 from hpc_router.bench.relay_cost.measurements import Round
-from hpc_router.bench.relay_cost.options import Options
+from hpc_router.bench.relay_cost.options import RelayCostOptions
 from hpc_router.bench.relay_cost.other_relays import Direct, Nginx
 from hpc_router.bench.relay_cost.processes import Cores, cores_of
-from hpc_router.bench.relay_cost.report import Results, markdown, notes, to_json
+from hpc_router.bench.relay_cost.report import RelayCostResults, markdown, notes, to_json
 from hpc_router.bench.relay_cost.requests import SIZES, prompts, short
-from hpc_router.bench.relay_cost.rounds import Measured
+from hpc_router.bench.relay_cost.rounds import RelayRounds
 from hpc_router.bench.relay_cost.run import shown_command
-from hpc_router.bench.relay_cost.statistics import Spread, across, difference, ratio, slope_per_million, spread
+from hpc_router.bench.relay_cost.statistics import RoundSpread, across, difference, ratio, slope_per_million, spread
 from hpc_router.bench.relay_cost.targets import Check, checks
-from hpc_router.bench.relay_cost.this_router import Router, RouterAndAgent
+from hpc_router.bench.relay_cost.this_router import RouterAndAgent, ThisRouter
 
 ORIGIN = {
     "at": "2026-01-02T03:04:05Z",
@@ -29,29 +29,29 @@ ORIGIN = {
 }
 
 
-def measured(relay: Relay, *rounds: dict[str, float], soak: list[tuple[int, float]] | None = None) -> Measured:
-    return Measured(relay, "1.0", {number: Round(dict(one)) for number, one in enumerate(rounds)}, soak=soak or [])
+def measured(relay: Relay, *rounds: dict[str, float], soak: list[tuple[int, float]] | None = None) -> RelayRounds:
+    return RelayRounds(relay, "1.0", {number: Round(dict(one)) for number, one in enumerate(rounds)}, soak=soak or [])
 
 
-def results(*found: Measured, absent: dict[str, str] | None = None) -> Results:
-    options = Options(out=Path("/nowhere"))
+def results(*found: RelayRounds, absent: dict[str, str] | None = None) -> RelayCostResults:
+    options = RelayCostOptions(out=Path("/nowhere"))
     cores = Cores(frozenset({0}), frozenset({1}))
-    return Results(options, cores, {one.relay.name: one for one in found}, absent or {}, ORIGIN)
+    return RelayCostResults(options, cores, {one.relay.name: one for one in found}, absent or {}, ORIGIN)
 
 
 def test_a_figure_is_the_median_of_its_rounds() -> None:
     found = measured(Nginx(), {"x": 3.0}, {"x": 1.0}, {"x": math.nan}, {"x": 2.5}, {})
-    assert spread(found, "x") == Spread(2.5, 1.0, 3.0)
+    assert spread(found, "x") == RoundSpread(2.5, 1.0, 3.0)
     assert spread(found, "y") is None
 
 
 def test_ratios_are_taken_within_a_round() -> None:
     """A machine that was slow for a whole round was slow for both."""
-    ours, nginx = measured(Router(), {"us": 10.0}, {"us": 40.0}), measured(Nginx(), {"us": 5.0}, {"us": 20.0})
-    assert across([(ours, "us"), (nginx, "us")], ratio) == Spread(2.0, 2.0, 2.0)
+    ours, nginx = measured(ThisRouter(), {"us": 10.0}, {"us": 40.0}), measured(Nginx(), {"us": 5.0}, {"us": 20.0})
+    assert across([(ours, "us"), (nginx, "us")], ratio) == RoundSpread(2.0, 2.0, 2.0)
     del nginx.rounds[0]
     nginx.rounds[7] = Round({"us": 1.0})
-    assert across([(ours, "us"), (nginx, "us")], difference) == Spread(20.0, 20.0, 20.0)
+    assert across([(ours, "us"), (nginx, "us")], difference) == RoundSpread(20.0, 20.0, 20.0)
     assert across([(ours, "us"), (None, "us")], ratio) is None
 
 
@@ -62,7 +62,7 @@ def test_growth_leaves_out_what_the_first_use_loads() -> None:
 
 
 def test_checks_are_met_at_the_limit() -> None:
-    at = Spread(5.0, 4.0, 9.0)
+    at = RoundSpread(5.0, 4.0, 9.0)
     assert Check("", 5.0, "ms", at).met is True
     assert Check("", 5.0, "ms", at, strict=True).met is False
     assert Check("", 4.9, "ms", at).met is False
@@ -86,11 +86,11 @@ FIGURES = {
 }
 
 
-def full() -> Results:
+def full() -> RelayCostResults:
     return results(
         measured(Direct(), {"ttft_ms_p50": 0.1}),
         measured(Nginx(), {"stream_us": 20.0, "short_200B_us": 12.0}),
-        measured(Router(), FIGURES, soak=[(0, 50.0), (100_000, 60.0), (200_000, 60.05)]),
+        measured(ThisRouter(), FIGURES, soak=[(0, 50.0), (100_000, 60.0), (200_000, 60.05)]),
         measured(RouterAndAgent(), {"short_200B_us": 81.0, "stream_lower_us": 60.0}),
         absent={"haproxy": "not installed (apt-get install haproxy)"},
     )
@@ -119,7 +119,7 @@ def test_every_target_is_checked() -> None:
 
 
 def test_without_the_router_nothing_is_claimed() -> None:
-    assert {check.met for check in checks({}, Options(out=Path()))} == {None}
+    assert {check.met for check in checks({}, RelayCostOptions(out=Path()))} == {None}
 
 
 def test_failures_of_ours_fail_the_call() -> None:
@@ -151,7 +151,7 @@ def test_the_files_hold_all_of_it() -> None:
 
 
 def test_streams_that_were_not_open_together_are_said() -> None:
-    found = results(measured(Router(), {"stream_opened": 1000.0}, {"stream_opened": 998.0}))
+    found = results(measured(ThisRouter(), {"stream_opened": 1000.0}, {"stream_opened": 998.0}))
     assert notes(found) == ["router: only 998 of 1000 streams were open all the while"]
 
 
@@ -161,7 +161,9 @@ def test_results_name_no_folders_of_this_machine() -> None:
 
 
 def test_other_work_on_the_machine_is_said() -> None:
-    router = measured(Router(), {"stream_others_share": 0.02}, {"stream_others_share": 0.3}, {"stream_others_share": 0})
+    router = measured(
+        ThisRouter(), {"stream_others_share": 0.02}, {"stream_others_share": 0.3}, {"stream_others_share": 0}
+    )
     direct = measured(Direct(), {"stream_others_share": 0.9, "stream_load_others_share": 0.1})
     assert notes(results(router, direct)) == [
         "router: other work took 0.02 (0\N{EN DASH}0.3) of the core of the relay",
@@ -171,13 +173,13 @@ def test_other_work_on_the_machine_is_said() -> None:
 
 def test_a_quick_run_says_that_it_means_little() -> None:
     found = full()
-    quick = Results(replace(found.options, quick=True), found.cores, found.measured, {}, ORIGIN)
+    quick = RelayCostResults(replace(found.options, quick=True), found.cores, found.measured, {}, ORIGIN)
     assert any(note.startswith("a quick run") for note in notes(quick))
 
 
 def test_one_core_is_said() -> None:
     found = full()
-    alone = Results(found.options, cores_of([3]), found.measured, {}, ORIGIN)
+    alone = RelayCostResults(found.options, cores_of([3]), found.measured, {}, ORIGIN)
     assert any(note.startswith("one core for all") for note in notes(alone))
 
 

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from hpc_router.bench.load.native.records import REQUEST, Error
-from hpc_router.bench.soak.options import Target
+from hpc_router.bench.soak.options import FaultTarget
 from hpc_router.bench.soak.verdict import LOST_S, SOON_S, Sample, Struck, complaints, failures, flat
 
 S = 10**9
 LABELS = ["math-0.g1", "math-1.g1"]
-STRUCK = [Struck(Target.REPLICA, "math-0.g1", 10 * S), Struck(Target.WORKER, "worker 0", 20 * S)]
+STRUCK = [Struck(FaultTarget.REPLICA, "math-0.g1", 10 * S), Struck(FaultTarget.WORKER, "worker 0", 20 * S)]
 
 
 def allowed(error: Error, *, begin: float, end: float, label: int = 1) -> str | None:
@@ -85,7 +85,7 @@ FINE: dict[str, Any] = {
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [
-        ({"missed": [(5.0, Target.WORKER)]}, "nothing could be struck: worker"),
+        ({"missed": [(5.0, FaultTarget.WORKER)]}, "nothing could be struck: worker"),
         ({"gauges": {"waiting": 1.0}}, "not zero at the end: waiting = 1"),
         ({"gauges": None}, "does not answer"),
         ({"flats": flat(sampled(grows_mb=30), seconds=100)}, "not flat: memory"),

@@ -6,7 +6,7 @@ import pytest
 
 from hpc_router.cluster.commands.chat import ChatError, Head, chat
 from hpc_router.cluster.commands.router_access import RouterAccess
-from hpc_router.state.registry import Kind, Record, State
+from hpc_router.state.registry import Record, RecordKind, State
 from tests.relay.scripted import CHUNKED, Answer, chunked, head, scripted
 
 EVENTS = head(CHUNKED, b"content-type: text/event-stream")
@@ -19,7 +19,7 @@ def delta(text: str) -> bytes:
 async def said(answer: Answer) -> list[str]:
     async with scripted(answer) as server:
         url = f"http://{server.address.header.decode()}"
-        access = RouterAccess(Record(Kind.ROUTER, "router-0.g1", url, State.READY, {}), "t")
+        access = RouterAccess(Record(RecordKind.ROUTER, "router-0.g1", url, State.READY, {}), "t")
         return [piece async for piece in chat(access, [], model="auto") if not isinstance(piece, Head)]
 
 

@@ -15,7 +15,7 @@ import pytest
 from hpc_router.cli.main import main
 from hpc_router.cluster.commands.drain import Retired, named, retire, successor, wait, without_ready
 from hpc_router.cluster.control_loop.job_requests import request_for
-from hpc_router.cluster.control_loop.loop import Control
+from hpc_router.cluster.control_loop.loop import ControlLoop
 from hpc_router.cluster.control_loop.slots import NOT_ASKED, ROUTER_SLOT, Attempt, Observed, Slot
 from hpc_router.cluster.launchers.interface import JobReport, JobState
 from hpc_router.cluster.launchers.local import LocalLauncher
@@ -25,8 +25,8 @@ from hpc_router.config.schema import Deployment, EngineConfig, ExpertConfig
 from hpc_router.errors import ConfigError
 from hpc_router.net.auth import replica_key
 from hpc_router.net.protocol import DRAIN
-from hpc_router.state.job_records import Exit, JobDir, Reason, Stop
-from hpc_router.state.registry import Kind, Record, State, publish
+from hpc_router.state.job_records import Exit, FailureReason, JobDir, Stop
+from hpc_router.state.registry import Record, RecordKind, State, publish
 from hpc_router.state.run_directory import RunDir
 from tests.cluster.conftest import request_of
 from tests.support.waiting import eventually_sync
@@ -53,8 +53,8 @@ OBSERVED = {
     HAND: (attempt(HAND, job=JobState.ENDED),),
     ROUTER_SLOT: (attempt(ROUTER_SLOT, node="n2.hpc.example"),),
 }
-EXTERNAL = Record(Kind.EXTERNAL, "law-x0.g1", "http://h:1", State.READY, {"law": None})
-ELSEWHERE = Record(Kind.EXPERT, "code-0.g1", "http://h:1", State.READY, {}, node="n3")
+EXTERNAL = Record(RecordKind.EXTERNAL, "law-x0.g1", "http://h:1", State.READY, {"law": None})
+ELSEWHERE = Record(RecordKind.EXPERT, "code-0.g1", "http://h:1", State.READY, {}, node="n3")
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_what_no_name_means(name: str, message: str) -> None:
 
 
 @pytest.fixture
-def control(run: RunDir, service: Path, launcher: LocalLauncher, monkeypatch: pytest.MonkeyPatch) -> Control:
+def control(run: RunDir, service: Path, launcher: LocalLauncher, monkeypatch: pytest.MonkeyPatch) -> ControlLoop:
     """Experts math (two replicas) and code on stand-in jobs that serve nothing."""
     sim = EngineConfig(kind="sim")
     deployment = Deployment(
@@ -142,7 +142,7 @@ def control(run: RunDir, service: Path, launcher: LocalLauncher, monkeypatch: py
         "hpc_router.cluster.control_loop.loop.request_for",
         lambda _run, _deployment, replica: request_of(service, replica),
     )
-    control = Control(run, deployment=deployment)
+    control = ControlLoop(run, deployment=deployment)
     submitted = control.once().submitted
     eventually_sync(lambda: all((run.path / replica).exists() for replica in submitted))
     return control
@@ -158,7 +158,7 @@ def agent(run: RunDir, replica: str, *, status: int = 202) -> Iterator[list[str 
             assert self.path == DRAIN
             offered.append(self.headers.get("authorization"))
             if status == 202:
-                JobDir(run, replica).write(Exit(ok=True, reason=Reason.DRAINED, message="asked"))
+                JobDir(run, replica).write(Exit(ok=True, reason=FailureReason.DRAINED, message="asked"))
             self.send_response(status)
             self.send_header("content-length", "0")
             self.end_headers()
@@ -170,7 +170,9 @@ def agent(run: RunDir, replica: str, *, status: int = 202) -> Iterator[list[str 
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         url = f"http://127.0.0.1:{server.server_address[1]}"
-        publish(run.registry, Record(Kind.EXPERT, replica, url, State.READY, {"math": None}, nonce="n", node="n7"))
+        publish(
+            run.registry, Record(RecordKind.EXPERT, replica, url, State.READY, {"math": None}, nonce="n", node="n7")
+        )
         try:
             yield offered
         finally:
@@ -186,7 +188,7 @@ def stopped(run: RunDir, replica: str) -> Callable[[], bool]:
     return lambda: (run.path / f"{replica}.stopped").exists()
 
 
-def test_an_agent_is_asked(run: RunDir, control: Control) -> None:
+def test_an_agent_is_asked(run: RunDir, control: ControlLoop) -> None:
     """With its own key; the others stay."""
     with agent(run, "math-0.g1") as offered:
         retired = retire(control, ["math-0"])
@@ -199,14 +201,14 @@ def test_an_agent_is_asked(run: RunDir, control: Control) -> None:
     assert JobDir(run, "math-1.g1").stop() is None
 
 
-def test_an_adapter_goes_only_with_its_host(run: RunDir, control: Control) -> None:
+def test_an_adapter_goes_only_with_its_host(run: RunDir, control: ControlLoop) -> None:
     control.deployment.experts["law"] = ExpertConfig(model="a", adapter_of="math")
     with pytest.raises(ConfigError, match=r"drain: law is an adapter on the engine of math; drain that, .*: math$"):
         retire(control, ["law"])
     assert JobDir(run, "math-0.g1").stop() is None
 
 
-def test_a_second_time_does_not_move_its_deadline(run: RunDir, control: Control) -> None:
+def test_a_second_time_does_not_move_its_deadline(run: RunDir, control: ControlLoop) -> None:
     JobDir(run, "math-0.g1").write(Stop(drain_at=1.0))
     with agent(run, "math-0.g1") as offered:
         retire(control, ["math-0"])
@@ -214,7 +216,7 @@ def test_a_second_time_does_not_move_its_deadline(run: RunDir, control: Control)
     assert JobDir(run, "math-0.g1").stop() == Stop(drain_at=1.0)
 
 
-def test_one_that_serves_nothing_yet_gets_its_jobs_signal(run: RunDir, control: Control) -> None:
+def test_one_that_serves_nothing_yet_gets_its_jobs_signal(run: RunDir, control: ControlLoop) -> None:
     assert retire(control, ["math"]) == Retired(asked=(), signalled=("math-0.g1", "math-1.g1"))
     eventually_sync(stopped(run, "math-0.g1"))
     eventually_sync(stopped(run, "math-1.g1"))
@@ -223,7 +225,9 @@ def test_one_that_serves_nothing_yet_gets_its_jobs_signal(run: RunDir, control: 
     assert stop.cancel_at is not None
 
 
-def test_one_that_refuses_gets_its_jobs_signal(run: RunDir, control: Control, caplog: pytest.LogCaptureFixture) -> None:
+def test_one_that_refuses_gets_its_jobs_signal(
+    run: RunDir, control: ControlLoop, caplog: pytest.LogCaptureFixture
+) -> None:
     with agent(run, "math-0.g1", status=500):
         retired = retire(control, ["n7"])
     assert (retired.asked, retired.signalled) == ((), ("math-0.g1",))
@@ -231,19 +235,19 @@ def test_one_that_refuses_gets_its_jobs_signal(run: RunDir, control: Control, ca
     assert "math-0.g1 refused to drain" in caplog.text
 
 
-def on_slurm(control: Control) -> Control:
+def on_slurm(control: ControlLoop) -> ControlLoop:
     """The same, as a deployment on Slurm: only submissions differ."""
     control.deployment.cluster.kind = "slurm"
     return control
 
 
-def exclusions(control: Control, replica: str) -> str | None:
+def exclusions(control: ControlLoop, replica: str) -> str | None:
     (job,) = batch_jobs(control.run, control.deployment, [request_for(control.run, control.deployment, replica)])
     found: str | None = job.options().get("exclude")
     return found
 
 
-def test_a_node_that_is_drained_gets_no_further_jobs(run: RunDir, control: Control) -> None:
+def test_a_node_that_is_drained_gets_no_further_jobs(run: RunDir, control: ControlLoop) -> None:
     """Until that is taken back; a node that the site excludes stays so."""
     on_slurm(control).deployment.cluster.exclude = "n[1-2]"
     with agent(run, "math-0.g1"):
@@ -264,19 +268,19 @@ def events(run: RunDir) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run.path / "events.jsonl").read_text().splitlines()]
 
 
-def test_a_replica_that_is_drained_excludes_no_node(run: RunDir, control: Control) -> None:
+def test_a_replica_that_is_drained_excludes_no_node(run: RunDir, control: ControlLoop) -> None:
     with agent(run, "math-0.g1"):
         assert retire(on_slurm(control), ["math-0"]).excluded == ()
     assert exclusions(control, "math-0.g2") is None
 
 
-def test_one_machine_is_not_excluded(run: RunDir, control: Control) -> None:
+def test_one_machine_is_not_excluded(run: RunDir, control: ControlLoop) -> None:
     """Nothing could run any more."""
     with agent(run, "math-0.g1"):
         assert retire(control, ["n7"]).excluded == ()
 
 
-def test_an_expert_that_loses_its_last_ready_replica_is_told(run: RunDir, control: Control) -> None:
+def test_an_expert_that_loses_its_last_ready_replica_is_told(run: RunDir, control: ControlLoop) -> None:
     with agent(run, "math-0.g1"), agent(run, "math-1.g1"):
         assert retire(control, ["math-0"]).warnings == ()
     with agent(run, "code-0.g1"):
@@ -288,11 +292,11 @@ def test_an_endpoint_elsewhere_goes_on_serving() -> None:
     ready = attempt(CODE_0, registered=State.READY)
     observed = {CODE_0: (ready,)}
     assert list(without_ready(observed, [ready], []))
-    external = Record(Kind.EXTERNAL, "code-x0.g1", "http://h:1", State.READY, {"code": None})
+    external = Record(RecordKind.EXTERNAL, "code-x0.g1", "http://h:1", State.READY, {"code": None})
     assert list(without_ready(observed, [ready], [external])) == []
 
 
-def test_waiting_ends_with_the_last_one_and_fills_the_slots(run: RunDir, control: Control) -> None:
+def test_waiting_ends_with_the_last_one_and_fills_the_slots(run: RunDir, control: ControlLoop) -> None:
     """No router is there, so the pass of the control loop is made here."""
     retired = retire(control, ["math"])
     eventually_sync(lambda: not any(a.live for a in control.look().observed[MATH_0]))  # leaves the exit records
@@ -309,7 +313,7 @@ def test_waiting_ends_with_the_last_one_and_fills_the_slots(run: RunDir, control
     assert [a.generation for a in observed[MATH_0]] == [1, 2]
 
 
-def test_waiting_has_a_limit(run: RunDir, control: Control) -> None:
+def test_waiting_has_a_limit(run: RunDir, control: ControlLoop) -> None:
     """The time to drain and half a minute."""
     now = iter([0.0, 59.9, 60.0, 60.0, 60.0])
     slept: list[float] = []
@@ -320,14 +324,14 @@ def test_waiting_has_a_limit(run: RunDir, control: Control) -> None:
 
 
 class TestTheVerb:
-    def test_tells_what_it_did(self, run: RunDir, control: Control, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_tells_what_it_did(self, run: RunDir, control: ControlLoop, capsys: pytest.CaptureFixture[str]) -> None:
         with agent(run, "math-0.g1"):
             assert main(["drain", "--run", str(run.path), "math-0", "code"]) == 0
         said = capsys.readouterr()
         assert said.out == "math-0.g1 drains\ncode-0.g1 gets its job's signal, and drains\n"
         assert "no router will replace" in said.err
 
-    def test_json(self, run: RunDir, control: Control, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_json(self, run: RunDir, control: ControlLoop, capsys: pytest.CaptureFixture[str]) -> None:
         with agent(run, "math-0.g1"):
             assert main(["drain", "--run", str(run.path), "math-0", "--json"]) == 0
         assert json.loads(capsys.readouterr().out) == {
@@ -337,11 +341,11 @@ class TestTheVerb:
             "left": None,
         }
 
-    def test_where_nothing_lives(self, run: RunDir, control: Control, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_where_nothing_lives(self, run: RunDir, control: ControlLoop, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["drain", "--run", str(run.path), "router"]) == 1
         assert "nothing of router runs" in capsys.readouterr().err
 
-    def test_a_wrong_name(self, run: RunDir, control: Control, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_a_wrong_name(self, run: RunDir, control: ControlLoop, capsys: pytest.CaptureFixture[str]) -> None:
         """Nobody is drained, not even those that were named rightly."""
         assert main(["drain", "--run", str(run.path), "math-0", "cod"]) == 2
         assert "did you mean 'code'?" in capsys.readouterr().err

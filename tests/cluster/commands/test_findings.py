@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 
 from hpc_router.cluster.commands.findings import findings
-from hpc_router.cluster.commands.replica_view import ReplicaView, Standing
-from hpc_router.state.registry import Kind
+from hpc_router.cluster.commands.replica_view import DisplayedState, ReplicaView
+from hpc_router.state.registry import RecordKind
 
-ROUTER = ReplicaView("router", "router-0.g1", Standing.READY, kind=Kind.ROUTER)
+ROUTER = ReplicaView("router", "router-0.g1", DisplayedState.READY, kind=RecordKind.ROUTER)
 
 
 def told(**router: Any) -> dict[str, Any]:

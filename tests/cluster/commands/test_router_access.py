@@ -8,13 +8,13 @@ import pytest
 from hpc_router.cluster.commands import router_access as access
 from hpc_router.cluster.commands.router_access import RouterAccess, router_access
 from hpc_router.errors import LaunchError
-from hpc_router.state.registry import Kind, Record, State
+from hpc_router.state.registry import Record, RecordKind, State
 from hpc_router.state.run_directory import RunDir
 from tests.router.fakes import NONCE, a_deployment, a_router, a_run
 
 
 def record_of(url: str, *, nonce: str | None = NONCE) -> Record:
-    return Record(Kind.ROUTER, "router-0.g1", url, State.READY, {}, nonce=nonce)
+    return Record(RecordKind.ROUTER, "router-0.g1", url, State.READY, {}, nonce=nonce)
 
 
 async def asked(run: RunDir) -> RouterAccess:

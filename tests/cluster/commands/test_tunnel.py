@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 
 from hpc_router.cli.main import main
-from hpc_router.client.router_identity import Finding
+from hpc_router.client.router_identity import IdentityCheck
 from hpc_router.cluster.commands import router_access
 from hpc_router.cluster.commands.tunnel import Here, Tunnel, tunnel
 from hpc_router.config import frozen
 from hpc_router.config.schema import Deployment
 from hpc_router.errors import ConfigError
 from hpc_router.net.auth import new_token
-from hpc_router.state.registry import Kind, Record, State
+from hpc_router.state.registry import Record, RecordKind, State
 from hpc_router.state.run_directory import RunDir
 from tests.router.fakes import NONCE, a_deployment, a_router, a_run
 
@@ -26,7 +26,7 @@ HERE = Here("ada", "login1.hpc.example", frozenset({"login1", "login1.hpc.exampl
 def to(
     url: str, *, node: str = "n17", login: str | None = None, run: str = "/home/ada/runs/a", port: int = 8000
 ) -> Tunnel:
-    record = Record(Kind.ROUTER, "router-0.g1", url, State.READY, {}, node=node)
+    record = Record(RecordKind.ROUTER, "router-0.g1", url, State.READY, {}, node=node)
     return tunnel(record, login=login, here=HERE, port=port, run=Path(run))
 
 
@@ -81,7 +81,7 @@ def configured(tmp_path: Path, *, login: str = "hpc") -> RunDir:
 
 
 def leads(monkeypatch: pytest.MonkeyPatch, url: str, *, node: str = socket.gethostname(), nonce: str = NONCE) -> None:
-    record = Record(Kind.ROUTER, "router-0.g1", url, State.READY, {}, nonce=nonce, node=node)
+    record = Record(RecordKind.ROUTER, "router-0.g1", url, State.READY, {}, nonce=nonce, node=node)
     monkeypatch.setattr(router_access, "live_router", lambda _run: record)
 
 
@@ -136,6 +136,6 @@ def test_on_the_loopback_of_another_node_it_cannot_be_asked(
     assert main(["url", "--run", str(run.path), "--ssh", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["proven"] is False
     for words in ([], ["--json"]):
-        monkeypatch.setattr(router_access, "examine", lambda *_: Finding.NOBODY)
+        monkeypatch.setattr(router_access, "examine", lambda *_: IdentityCheck.NOBODY)
         assert main(["url", "--run", str(run.path), *words]) == 1
         assert capsys.readouterr().out == ""

@@ -5,9 +5,9 @@ from datetime import datetime, timedelta
 import pytest
 
 from hpc_router.cluster.commands import why
-from hpc_router.cluster.commands.replica_view import ReplicaView, Standing
+from hpc_router.cluster.commands.replica_view import DisplayedState, ReplicaView
 from hpc_router.cluster.commands.why import ADVICE, Cause, expected
-from hpc_router.state.job_records import JobDir, Reason
+from hpc_router.state.job_records import FailureReason, JobDir
 from hpc_router.state.run_directory import RunDir
 
 NOON = datetime(2026, 3, 1, 12).timestamp()
@@ -39,7 +39,7 @@ def cause(run: RunDir, view: ReplicaView) -> Cause:
 
 
 def waiting(pending: str, starts_at: float | None = None) -> ReplicaView:
-    return ReplicaView("math", "math-0.g1", Standing.SUBMITTED, job_id="7", pending=pending, starts_at=starts_at)
+    return ReplicaView("math", "math-0.g1", DisplayedState.SUBMITTED, job_id="7", pending=pending, starts_at=starts_at)
 
 
 def test_a_job_that_waits(run: RunDir) -> None:
@@ -61,12 +61,12 @@ def test_a_held_job_is_named_in_the_advice(run: RunDir) -> None:
     assert cause(run, waiting("JobHeldUser")).advice == "`scontrol release 7` releases it"
 
 
-@pytest.mark.parametrize("reason", list(Reason))
-def test_every_reason_has_advice(reason: Reason, run: RunDir) -> None:
-    told = cause(run, ReplicaView("math", "math-0.g1", Standing.FAILED, reason=reason, message="m"))
+@pytest.mark.parametrize("reason", list(FailureReason))
+def test_every_reason_has_advice(reason: FailureReason, run: RunDir) -> None:
+    told = cause(run, ReplicaView("math", "math-0.g1", DisplayedState.FAILED, reason=reason, message="m"))
     assert told.advice
     assert "{" not in told.advice
-    assert set(ADVICE) == set(Reason)
+    assert set(ADVICE) == set(FailureReason)
 
 
 def test_the_last_words(run: RunDir) -> None:
@@ -75,14 +75,16 @@ def test_the_last_words(run: RunDir) -> None:
     assert first.claim()
     assert second.claim()
     (first.path / "7_batch.log").write_text("module: not found\n")
-    view = ReplicaView("math", "math-0.g1", Standing.FAILED, job_id="7", reason=Reason.SETUP)
+    view = ReplicaView("math", "math-0.g1", DisplayedState.FAILED, job_id="7", reason=FailureReason.SETUP)
     assert cause(run, view).lines == ("module: not found",)
     second.engine_log.write_text("a\n" * 50 + "out of memory\n")
     assert cause(run, view).lines == ("module: not found",)
-    crashed = ReplicaView("math", "math-0.g1", Standing.FAILED, job_id="7", reason=Reason.CRASHED)
+    crashed = ReplicaView("math", "math-0.g1", DisplayedState.FAILED, job_id="7", reason=FailureReason.CRASHED)
     assert cause(run, crashed).lines[-1] == "out of memory"
     assert len(cause(run, crashed).lines) == why.LOG_LINES
-    assert cause(run, ReplicaView("math", "math-0.g1", Standing.STOPPED, reason=Reason.DRAINED)).lines == ()
+    assert (
+        cause(run, ReplicaView("math", "math-0.g1", DisplayedState.STOPPED, reason=FailureReason.DRAINED)).lines == ()
+    )
 
 
 def test_a_lost_ranks_own_last_words(run: RunDir) -> None:
@@ -98,13 +100,13 @@ def test_a_lost_ranks_own_last_words(run: RunDir) -> None:
     }.items():
         (run.logs / f"math-0.g1.{name}").write_text(text)
     (run.logs / "math-0.g11.rank1.engine.log").write_text("another's\n")
-    lost = ReplicaView("math", "math-0.g1", Standing.FAILED, job_id="7", reason=Reason.RANK_LOST)
+    lost = ReplicaView("math", "math-0.g1", DisplayedState.FAILED, job_id="7", reason=FailureReason.RANK_LOST)
     told = cause(run, lost)
     assert told.lines[0] == "waiting for ranks"
     assert told.lines[-2:] == ("rank 1: CUDA error: unspecified launch failure", "rank 2: cannot reach rank 0")
     assert len(told.lines) == 1 + why.RANK_LINES + 1
     assert "`hpc-router logs math-0.g1`" in (told.advice or "")
-    crashed = ReplicaView("math", "math-0.g1", Standing.FAILED, job_id="7", reason=Reason.CRASHED)
+    crashed = ReplicaView("math", "math-0.g1", DisplayedState.FAILED, job_id="7", reason=FailureReason.CRASHED)
     assert cause(run, crashed).lines == ("waiting for ranks",)
 
 
@@ -115,7 +117,7 @@ def test_who_is_ready_and_sick_is_told_by_the_router() -> None:
         {"replica": "math-1.g1", "state": "ready", "trouble": None, "sick": "is slow: 1 s to the first byte"},
         {"replica": "math-2.g1", "state": "ready", "trouble": None, "sick": None},
     ]
-    views = [ReplicaView("math", f"math-{n}.g1", Standing.READY) for n in range(4)]
+    views = [ReplicaView("math", f"math-{n}.g1", DisplayedState.READY) for n in range(4)]
     told = {cause.view.replica: cause for cause in why._sick(views, {"experts": {"math": {"replicas": seen}}})}
     assert {replica: cause.what for replica, cause in told.items()} == {
         "math-0.g1": "the router has ejected it: does not answer probes",
@@ -129,7 +131,7 @@ def test_who_is_ready_and_sick_is_told_by_the_router() -> None:
 def test_advice_for_an_external_endpoint_can_be_followed() -> None:
     """It has no log here, and no job that could be drained."""
     seen = {"replica": "big-x0.g1", "kind": "external", "state": "ejected", "trouble": "http://h:1 answered 404"}
-    view = ReplicaView("big", "big-x0.g1", Standing.REGISTERED)
+    view = ReplicaView("big", "big-x0.g1", DisplayedState.REGISTERED)
     (cause,) = why._sick([view], {"experts": {"big": {"replicas": [seen]}}})
     assert cause.advice is not None
     assert "hpc-router unregister big-x0.g1" in cause.advice

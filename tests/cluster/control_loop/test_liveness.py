@@ -8,7 +8,7 @@ from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from hpc_router.cluster.control_loop.liveness import HUNG_BEATS, LOST_BEATS, Pulse
-from hpc_router.state.registry import Kind, Record, State
+from hpc_router.state.registry import Record, RecordKind, State
 
 BEAT_S = 2.0
 LIMIT_S = HUNG_BEATS * BEAT_S
@@ -44,7 +44,7 @@ def answering(replica: str) -> Iterator[str]:
 
 
 def record(url: str = NOBODY, *, beat: int | None = 1) -> Record:
-    return Record(Kind.EXPERT, "math-0.g1", url, State.READY, {}, nonce="n", beat=beat, beat_s=BEAT_S)
+    return Record(RecordKind.EXPERT, "math-0.g1", url, State.READY, {}, nonce="n", beat=beat, beat_s=BEAT_S)
 
 
 def test_beats_that_stop_for_long_enough_are_missed() -> None:

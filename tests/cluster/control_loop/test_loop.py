@@ -20,7 +20,7 @@ from hpc_router.cluster.commands.router_access import live_router
 from hpc_router.cluster.commands.scale import scale
 from hpc_router.cluster.control_loop import desired_state
 from hpc_router.cluster.control_loop import loop as control_module
-from hpc_router.cluster.control_loop.loop import Control
+from hpc_router.cluster.control_loop.loop import ControlLoop
 from hpc_router.cluster.control_loop.observer import leave_exit
 from hpc_router.cluster.control_loop.reconcile import Submit
 from hpc_router.cluster.control_loop.slots import ROUTER_SLOT, Attempt, Slot
@@ -30,8 +30,8 @@ from hpc_router.config import frozen
 from hpc_router.config.schema import Deployment, EngineConfig, ExpertConfig
 from hpc_router.errors import ConfigError, LaunchError, RegistryError
 from hpc_router.state import registry
-from hpc_router.state.job_records import Exit, JobDir, JobInfo, Reason, start_ticks
-from hpc_router.state.registry import Kind, Record, State
+from hpc_router.state.job_records import Exit, FailureReason, JobDir, JobInfo, start_ticks
+from hpc_router.state.registry import Record, RecordKind, State
 from hpc_router.state.run_directory import RunDir
 from tests.cluster.conftest import request_of
 from tests.support.waiting import eventually_sync
@@ -40,7 +40,7 @@ MATH = Slot("math", "0")
 
 
 @pytest.fixture
-def control(run: RunDir, service: Path, launcher: LocalLauncher, monkeypatch: pytest.MonkeyPatch) -> Control:
+def control(run: RunDir, service: Path, launcher: LocalLauncher, monkeypatch: pytest.MonkeyPatch) -> ControlLoop:
     """Experts math and code, one replica each, whose job is the stand-in."""
 
     def request(_run: RunDir, _deployment: Deployment, replica: str) -> JobRequest:
@@ -52,14 +52,14 @@ def control(run: RunDir, service: Path, launcher: LocalLauncher, monkeypatch: py
     deployment.policy.kind = "model_field"
     deployment.cluster = replace(deployment.cluster, drain_s=0.1)
     run.config.write_text(frozen.to_yaml(deployment))
-    return Control(run)
+    return ControlLoop(run)
 
 
 def records_of(run: RunDir) -> list[str]:
     return sorted(path.name for path in run.registry.iterdir())
 
 
-def live(control: Control) -> list[str]:
+def live(control: ControlLoop) -> list[str]:
     observed = control.look().observed
     return sorted(a.replica for attempts in observed.values() for a in attempts if a.live)
 
@@ -69,20 +69,20 @@ def started(run: RunDir, replica: str) -> bool:
     return (run.path / replica).exists()
 
 
-def record(replica: str, *, kind: Kind = Kind.EXPERT, state: State = State.READY) -> Record:
+def record(replica: str, *, kind: RecordKind = RecordKind.EXPERT, state: State = State.READY) -> Record:
     _, _, generation = registry.split_replica(replica)
     return Record(
         kind=kind, replica=replica, url="http://127.0.0.1:1", state=state, serves={}, generation=generation, nonce="n"
     )
 
 
-def test_one_pass_brings_what_is_missing(control: Control) -> None:
+def test_one_pass_brings_what_is_missing(control: ControlLoop) -> None:
     assert sorted(control.once().submitted) == ["code-0.g1", "math-0.g1"]
     assert control.once().actions == []
     assert live(control) == ["code-0.g1", "math-0.g1"]
 
 
-def test_a_killed_job_is_replaced_and_its_record_removed(run: RunDir, control: Control) -> None:
+def test_a_killed_job_is_replaced_and_its_record_removed(run: RunDir, control: ControlLoop) -> None:
     """Only a record whose job is known to have ended; one without a job may be anybody's."""
     control.once()
     eventually_sync(lambda: started(run, "math-0.g1"))
@@ -93,10 +93,10 @@ def test_a_killed_job_is_replaced_and_its_record_removed(run: RunDir, control: C
     assert sorted(p.stem for p in run.registry.iterdir()) == ["code-0.g1", "law-0.g1"]
     end = JobDir(run, "math-0.g1").exit()
     assert end is not None
-    assert end.reason is Reason.VANISHED
+    assert end.reason is FailureReason.VANISHED
 
 
-def test_a_hung_job_is_replaced(run: RunDir, control: Control, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hung_job_is_replaced(run: RunDir, control: ControlLoop, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stopped process is not dead; its beats stand still, and nobody answers at its address."""
     monkeypatch.setattr("hpc_router.cluster.control_loop.reconcile.KILL_AFTER_S", 0.0)
     control.once()
@@ -108,16 +108,16 @@ def test_a_hung_job_is_replaced(run: RunDir, control: Control, monkeypatch: pyte
     eventually_sync(lambda: "math-0.g2" in control.once().submitted)
     end = JobDir(run, "math-0.g1").exit()
     assert end is not None
-    assert end.reason is Reason.TIMEOUT
+    assert end.reason is FailureReason.TIMEOUT
     assert live(control) == ["code-0.g1", "math-0.g2"]
 
 
-def test_loops_at_once_submit_each_job_once(run: RunDir, control: Control, launcher: LocalLauncher) -> None:
+def test_loops_at_once_submit_each_job_once(run: RunDir, control: ControlLoop, launcher: LocalLauncher) -> None:
     start = threading.Barrier(6)
     submitted: list[str] = []
 
     def loop() -> None:
-        own = Control(run, launcher=launcher)
+        own = ControlLoop(run, launcher=launcher)
         start.wait()
         for _ in range(3):
             submitted.extend(own.once().submitted)
@@ -130,7 +130,7 @@ def test_loops_at_once_submit_each_job_once(run: RunDir, control: Control, launc
     assert sorted(submitted) == ["code-0.g1", "math-0.g1"]
 
 
-def test_scaling_adds_and_drains(run: RunDir, control: Control) -> None:
+def test_scaling_adds_and_drains(run: RunDir, control: ControlLoop) -> None:
     desired_state.scale(run, control.deployment, {"math": 2, "code": 0}, control.look().observed)
     assert sorted(control.once().submitted) == ["math-0.g1", "math-1.g1"]
     eventually_sync(lambda: started(run, "math-1.g1"))
@@ -142,7 +142,7 @@ def test_scaling_adds_and_drains(run: RunDir, control: Control) -> None:
     assert (run.path / "math-1.g1.stopped").read_text() == "SIGTERM"
 
 
-def test_scaling_tells_who_is_left_without_a_replica(run: RunDir, control: Control) -> None:
+def test_scaling_tells_who_is_left_without_a_replica(run: RunDir, control: ControlLoop) -> None:
     desired_state.scale(run, control.deployment, {"math": 2}, {})
     control.once()
     eventually_sync(lambda: started(run, "math-0.g1") and started(run, "math-1.g1"))
@@ -155,7 +155,7 @@ def test_scaling_tells_who_is_left_without_a_replica(run: RunDir, control: Contr
     assert warnings == ["math=0: it has no replica any more, and requests for it fail until it is scaled again"]
 
 
-def test_scaling_what_is_not_there_is_refused(run: RunDir, control: Control) -> None:
+def test_scaling_what_is_not_there_is_refused(run: RunDir, control: ControlLoop) -> None:
     with pytest.raises(ConfigError, match=r"no expert is named 'mth'; did you mean 'math'\?"):
         desired_state.scale(run, control.deployment, {"mth": 2}, {})
     for count in (-1, 1025, 99_999_999):
@@ -164,25 +164,25 @@ def test_scaling_what_is_not_there_is_refused(run: RunDir, control: Control) -> 
     assert not run.desired.exists()
 
 
-def test_an_adapter_is_scaled_with_its_host(run: RunDir, control: Control) -> None:
+def test_an_adapter_is_scaled_with_its_host(run: RunDir, control: ControlLoop) -> None:
     control.deployment.experts["law"] = ExpertConfig(model="a", adapter_of="math")
     assert sorted(control.once().submitted) == ["code-0.g1", "math-0.g1"]
     with pytest.raises(ConfigError, match=r"law is an adapter on the engine of math; scale that: math=3"):
         desired_state.scale(run, control.deployment, {"law": 3}, {})
 
 
-def test_a_desired_file_edited_by_hand_breaks_nothing(run: RunDir, control: Control) -> None:
+def test_a_desired_file_edited_by_hand_breaks_nothing(run: RunDir, control: ControlLoop) -> None:
     run.desired.write_text(
         '{"replicas": {"math": "many", "code": 1000000000, "nope": 4}, "down": "yes", "forgiven": 3}'
     )
     assert sorted(control.once().submitted) == ["code-0.g1", "math-0.g1"]
 
 
-def test_down_ends_everything_and_cleans_up(run: RunDir, control: Control) -> None:
+def test_down_ends_everything_and_cleans_up(run: RunDir, control: ControlLoop) -> None:
     control.once()
     eventually_sync(lambda: started(run, "math-0.g1") and started(run, "code-0.g1"))
     registry.publish(run.registry, record("math-0.g1"))
-    registry.publish(run.registry, record("big-x0.g1", kind=Kind.EXTERNAL))
+    registry.publish(run.registry, record("big-x0.g1", kind=RecordKind.EXTERNAL))
     (run.registry / ".code-0.g1.json.abcd").write_text("half")
     run.registry_json.write_text("{}")
     assert down(run) == 2
@@ -209,7 +209,7 @@ class SlowToCancel:
 
 
 @pytest.mark.parametrize("by", ["loop", "drain"])
-def test_the_time_to_drain_begins_when_the_job_was_asked(run: RunDir, control: Control, by: str) -> None:
+def test_the_time_to_drain_begins_when_the_job_was_asked(run: RunDir, control: ControlLoop, by: str) -> None:
     """Not when the controller was: it may take a minute, and what is late is killed."""
     control.once()
     eventually_sync(lambda: started(run, "math-0.g1"))
@@ -225,7 +225,7 @@ def test_the_time_to_drain_begins_when_the_job_was_asked(run: RunDir, control: C
 
 
 def test_down_counts_what_the_control_loop_ends_before_it(
-    run: RunDir, control: Control, monkeypatch: pytest.MonkeyPatch
+    run: RunDir, control: ControlLoop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     control.once()
     eventually_sync(lambda: started(run, "math-0.g1") and started(run, "code-0.g1"))
@@ -239,7 +239,7 @@ def test_down_counts_what_the_control_loop_ends_before_it(
 
 
 def test_down_kills_what_does_not_end(
-    run: RunDir, control: Control, service: Path, monkeypatch: pytest.MonkeyPatch
+    run: RunDir, control: ControlLoop, service: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("hpc_router.cluster.control_loop.reconcile.KILL_AFTER_S", 0.0)
     control.launcher.submit([request_of(service, "math-0.g1", how="deaf")])
@@ -248,14 +248,14 @@ def test_down_kills_what_does_not_end(
     assert live(control) == []
 
 
-def test_down_works_with_a_config_of_another_version(run: RunDir, control: Control) -> None:
+def test_down_works_with_a_config_of_another_version(run: RunDir, control: ControlLoop) -> None:
     control.once()
     eventually_sync(lambda: started(run, "math-0.g1") and started(run, "code-0.g1"))
     run.config.write_text("a_key_of_tomorrow: 1\n")
     assert down(run) == 2
 
 
-def test_down_stops_when_it_is_brought_up_again(run: RunDir, control: Control) -> None:
+def test_down_stops_when_it_is_brought_up_again(run: RunDir, control: ControlLoop) -> None:
     """It neither fills nor empties then: what runs is wanted by somebody."""
     control.once()
     eventually_sync(lambda: started(run, "math-0.g1") and started(run, "code-0.g1"))
@@ -269,7 +269,7 @@ def test_down_stops_when_it_is_brought_up_again(run: RunDir, control: Control) -
     assert not JobDir(run, "router-0.g1").path.exists()
 
 
-def test_an_unreadable_wish_skips_the_pass(run: RunDir, control: Control) -> None:
+def test_an_unreadable_wish_skips_the_pass(run: RunDir, control: ControlLoop) -> None:
     """It is not the wish for nothing: live replicas beyond the config's would drain."""
     desired_state.scale(run, control.deployment, {"math": 2}, {})
     control.once()
@@ -281,13 +281,13 @@ def test_an_unreadable_wish_skips_the_pass(run: RunDir, control: Control) -> Non
     assert all(JobDir(run, name).stop() is None for name in live(control_of_config(run)))
 
 
-def control_of_config(run: RunDir) -> Control:
+def control_of_config(run: RunDir) -> ControlLoop:
     """With the wishes taken away."""
     run.desired.unlink()
-    return Control(run)
+    return ControlLoop(run)
 
 
-def test_a_loop_of_a_run_that_is_down_ends_no_router(run: RunDir, control: Control, service: Path) -> None:
+def test_a_loop_of_a_run_that_is_down_ends_no_router(run: RunDir, control: ControlLoop, service: Path) -> None:
     """Somebody may have started it after the `down`."""
     desired_state.take_down(run)
     control.launcher.submit([request_of(service, "router-0.g1"), request_of(service, "math-0.g1")])
@@ -296,7 +296,7 @@ def test_a_loop_of_a_run_that_is_down_ends_no_router(run: RunDir, control: Contr
     assert down(run) == 1
 
 
-def test_down_cannot_reach_another_host(run: RunDir, control: Control) -> None:
+def test_down_cannot_reach_another_host(run: RunDir, control: ControlLoop) -> None:
     job = JobDir(run, "math-0.g1")
     job.claim()
     job.write(JobInfo(job_id="1", host="elsewhere", start_ticks=1))
@@ -308,9 +308,9 @@ def test_the_exit_record_of_the_job_itself_stands(run: RunDir) -> None:
     """It may be written while the observer decides that there is none."""
     job = JobDir(run, "math-0.g1")
     job.claim()
-    own = Exit(ok=True, reason=Reason.DRAINED, message="asked")
+    own = Exit(ok=True, reason=FailureReason.DRAINED, message="asked")
     job.write(own)
-    assert leave_exit(job, Exit(ok=False, reason=Reason.VANISHED, message="?")) == own
+    assert leave_exit(job, Exit(ok=False, reason=FailureReason.VANISHED, message="?")) == own
 
 
 def _dead(run: RunDir, replica: str) -> None:
@@ -319,17 +319,17 @@ def _dead(run: RunDir, replica: str) -> None:
     job.write(JobInfo(job_id="1", host=os.uname().nodename, start_ticks=-1))
 
 
-def test_a_dead_routers_record_goes(run: RunDir, control: Control) -> None:
+def test_a_dead_routers_record_goes(run: RunDir, control: ControlLoop) -> None:
     """And before that nobody sends the owner's token to its address."""
     for generation in (1, 2):
         _dead(run, f"router-0.g{generation}")
-        registry.publish(run.registry, record(f"router-0.g{generation}", kind=Kind.ROUTER))
+        registry.publish(run.registry, record(f"router-0.g{generation}", kind=RecordKind.ROUTER))
     assert live_router(run) is None
     control.once()
     assert [name for name in records_of(run) if name.startswith("router")] == []
     mine = claim_router(run)
     assert mine == "router-0.g3"
-    registry.publish(run.registry, record(mine, kind=Kind.ROUTER))
+    registry.publish(run.registry, record(mine, kind=RecordKind.ROUTER))
     control.once()
     assert f"{mine}.json" in records_of(run)
     found = live_router(run)
@@ -337,20 +337,20 @@ def test_a_dead_routers_record_goes(run: RunDir, control: Control) -> None:
     assert found.replica == mine
 
 
-def test_the_loop_acts_only_beside_the_leading_router(run: RunDir, control: Control) -> None:
+def test_the_loop_acts_only_beside_the_leading_router(run: RunDir, control: ControlLoop) -> None:
     """A dead router of a higher generation leads nobody."""
     first, second = claim_router(run), claim_router(run)
     assert control.leads(first)
-    registry.publish(run.registry, record(first, kind=Kind.ROUTER))
-    registry.publish(run.registry, record(second, kind=Kind.ROUTER))
+    registry.publish(run.registry, record(first, kind=RecordKind.ROUTER))
+    registry.publish(run.registry, record(second, kind=RecordKind.ROUTER))
     assert control.leads(second)
     assert not control.leads(first)
     _dead(run, "router-0.g9")
-    registry.publish(run.registry, record("router-0.g9", kind=Kind.ROUTER))
+    registry.publish(run.registry, record("router-0.g9", kind=RecordKind.ROUTER))
     assert control.leads(second)
 
 
-def test_experts_started_by_hand_have_slots_of_their_own(run: RunDir, control: Control) -> None:
+def test_experts_started_by_hand_have_slots_of_their_own(run: RunDir, control: ControlLoop) -> None:
     """The first in which nothing lives; the control loop neither replaces nor ends them."""
     assert claim_expert(run, "math") == "math-h0.g1"
     assert claim_expert(run, "math") == "math-h1.g1"
@@ -359,13 +359,13 @@ def test_experts_started_by_hand_have_slots_of_their_own(run: RunDir, control: C
     assert all(isinstance(a, Submit) and a.slot.ours for a in control.once().actions)
 
 
-def test_a_router_is_submitted_once_up_wants_it(run: RunDir, control: Control) -> None:
+def test_a_router_is_submitted_once_up_wants_it(run: RunDir, control: ControlLoop) -> None:
     desired_state.start_over(run, {})
     assert "router-0.g1" in control.once().submitted
     assert ROUTER_SLOT in control.look().observed
 
 
-def test_a_failing_pass_does_not_end_the_loop(run: RunDir, control: Control) -> None:
+def test_a_failing_pass_does_not_end_the_loop(run: RunDir, control: ControlLoop) -> None:
     """The loop as the router starts it: tied to a pipe; it survives a damaged run and goes when the pipe closes."""
     config = run.config.read_text()
     hidden = run.path / "hidden"

@@ -4,14 +4,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from hpc_router.cluster.control_loop.liveness import HUNG_BEATS, LOST_BEATS
-from hpc_router.cluster.control_loop.observer import ASK_LOST_S, Observer
+from hpc_router.cluster.control_loop.observer import ASK_LOST_S, RunObserver
 from hpc_router.cluster.launchers.interface import JobReport, JobState
 from hpc_router.state.job_records import JobDir, JobInfo, Runner
-from hpc_router.state.registry import Kind, Record, State, publish
+from hpc_router.state.registry import Record, RecordKind, State, publish
 from hpc_router.state.run_directory import RunDir
 
 BEAT_S = 2.0
-RECORD = Record(Kind.EXPERT, "math-0.g1", "http://127.0.0.1:1", State.READY, {}, nonce="n", beat=1, beat_s=BEAT_S)
+RECORD = Record(RecordKind.EXPERT, "math-0.g1", "http://127.0.0.1:1", State.READY, {}, nonce="n", beat=1, beat_s=BEAT_S)
 
 
 class Slurm:
@@ -66,7 +66,7 @@ def hung(run: RunDir, *, renewing: bool) -> list[bool]:
     """Of three looks in a row."""
     submitted(run, RECORD)
     controller = SlowController(run, renewing=renewing)
-    observer = Observer(run, controller, clock=lambda: controller.now)
+    observer = RunObserver(run, controller, clock=lambda: controller.now)
     return [next(iter(observer.look().values()))[0].hung for _ in range(3)]
 
 
@@ -83,7 +83,7 @@ def test_the_controller_is_asked_once_for_a_replica_that_falls_silent(run: RunDi
     """So that a job which ended without a word is replaced before the next periodic question."""
     slurm = Slurm()
     submitted(run, RECORD)
-    observer = Observer(run, slurm, clock=lambda: slurm.now)
+    observer = RunObserver(run, slurm, clock=lambda: slurm.now)
     seen = []
     for _ in range(HUNG_BEATS + 1):
         (attempt,) = next(iter(observer.look().values()))
@@ -100,7 +100,7 @@ def test_the_controller_is_asked_once_for_a_replica_that_falls_silent(run: RunDi
 def test_a_job_that_slurm_knows_to_have_ended_is_seen_in_that_look(run: RunDir) -> None:
     slurm = Slurm()
     submitted(run, RECORD)
-    observer = Observer(run, slurm, clock=lambda: slurm.now)
+    observer = RunObserver(run, slurm, clock=lambda: slurm.now)
     observer.look()
     slurm.truth = JobState.ENDED
     slurm.now = LOST_BEATS * BEAT_S
@@ -116,7 +116,7 @@ def test_losses_that_follow_each_other_share_a_question(run: RunDir) -> None:
     records = [replace(RECORD, replica=name) for name in names]
     for record in records:
         submitted(run, record)
-    observer = Observer(run, slurm, clock=lambda: slurm.now)
+    observer = RunObserver(run, slurm, clock=lambda: slurm.now)
     observer.look()
     told: list[tuple[float, list[str]]] = []
     for step in range(1, 9):
@@ -136,7 +136,7 @@ def test_losses_that_follow_each_other_share_a_question(run: RunDir) -> None:
 def test_one_that_comes_back_and_falls_silent_again_is_another_loss(run: RunDir) -> None:
     slurm = Slurm()
     submitted(run, RECORD)
-    observer = Observer(run, slurm, clock=lambda: slurm.now)
+    observer = RunObserver(run, slurm, clock=lambda: slurm.now)
     for beat in (1, 2):
         publish(run.registry, replace(RECORD, beat=beat))
         observer.look()

@@ -27,7 +27,7 @@ from hpc_router.cluster.control_loop.reconcile import (
 )
 from hpc_router.cluster.control_loop.slots import ROUTER_SLOT, Attempt, Slot
 from hpc_router.cluster.launchers.interface import JobReport, JobState
-from hpc_router.state.job_records import BLAMELESS, Exit, Phase, Progress, Reason, Runner, Stop
+from hpc_router.state.job_records import BLAMELESS, Exit, FailureReason, JobPhase, JobProgress, Runner, Stop
 from hpc_router.state.registry import State, split_replica
 
 NOW = 1000.0
@@ -41,8 +41,10 @@ def attempt(generation: int = 1, *, slot: Slot = MATH, job: JobState = JobState.
     return replace(base, **facts)  # type: ignore[arg-type]
 
 
-def failed(generation: int, at: float = NOW, reason: Reason = Reason.CRASHED, ready_s: float | None = None) -> Attempt:
-    progress = None if ready_s is None else Progress(Phase.READY, ready_at=at - ready_s)
+def failed(
+    generation: int, at: float = NOW, reason: FailureReason = FailureReason.CRASHED, ready_s: float | None = None
+) -> Attempt:
+    progress = None if ready_s is None else JobProgress(JobPhase.READY, ready_at=at - ready_s)
     return attempt(generation, job=JobState.ENDED, exit=Exit(False, reason, "it broke", at), progress=progress)
 
 
@@ -83,8 +85,8 @@ def test_too_many_failures_give_up() -> None:
     assert decide(ONE, failed(1), failed(2), last, now=NOW + 99) == [GiveUp(MATH, 3, last.exit)]
 
 
-@pytest.mark.parametrize("reason", [Reason.WEIGHTS, Reason.BAD_OPTION, Reason.INTERPRETER])
-def test_what_no_restart_cures_gives_up_at_once(reason: Reason) -> None:
+@pytest.mark.parametrize("reason", [FailureReason.WEIGHTS, FailureReason.BAD_OPTION, FailureReason.INTERPRETER])
+def test_what_no_restart_cures_gives_up_at_once(reason: FailureReason) -> None:
     last = failed(1, reason=reason)
     assert last.exit is not None
     assert decide(ONE, last) == [GiveUp(MATH, 1, last.exit)]
@@ -94,7 +96,7 @@ def test_the_user_can_forgive() -> None:
     """`up` and `scale` start the count again."""
     desired = replace(ONE, forgiven={"math-0": 3})
     assert decide(desired, failed(1), failed(2), failed(3)) == [Submit(MATH, 4)]
-    assert decide(replace(ONE, forgiven={"math-0": 1}), failed(1, reason=Reason.WEIGHTS)) == [Submit(MATH, 2)]
+    assert decide(replace(ONE, forgiven={"math-0": 1}), failed(1, reason=FailureReason.WEIGHTS)) == [Submit(MATH, 2)]
 
 
 def test_a_job_that_was_ready_for_a_while_starts_the_count_again() -> None:
@@ -104,7 +106,7 @@ def test_a_job_that_was_ready_for_a_while_starts_the_count_again() -> None:
 
 
 def test_a_job_that_drained_did_not_fail() -> None:
-    drained = attempt(3, job=JobState.ENDED, exit=Exit(True, Reason.DRAINED, "asked", NOW))
+    drained = attempt(3, job=JobState.ENDED, exit=Exit(True, FailureReason.DRAINED, "asked", NOW))
     assert decide(ONE, failed(1), failed(2), drained) == [Submit(MATH, 4)]
 
 
@@ -116,7 +118,7 @@ def test_a_claim_without_a_job_is_abandoned_after_a_minute() -> None:
 
 def test_a_refused_submission_counts_as_a_failure() -> None:
     """It has an exit record and no job: nobody waits a minute for it."""
-    refused = attempt(job=JobState.PENDING, submitted=False, exit=Exit(False, Reason.CRASHED, "no", NOW))
+    refused = attempt(job=JobState.PENDING, submitted=False, exit=Exit(False, FailureReason.CRASHED, "no", NOW))
     assert decide(ONE, refused) == [Submit(MATH, 2)]
 
 
@@ -158,7 +160,7 @@ def test_a_hung_replica_is_asked_to_end_then_replaced_and_killed() -> None:
     assert decide(ONE, asked, attempt(2), now=kill_at) == [Kill("math-0.g1")]
     awake = decide(ONE, replace(asked, hung=False), now=kill_at)
     assert awake == [Wait("math-0.g1", kill_at + ONE.drain_s, "asked to end")], "it woke up, and drains"
-    assert decide(ONE, failed(1, reason=Reason.TIMEOUT)) == [Submit(MATH, 2)]
+    assert decide(ONE, failed(1, reason=FailureReason.TIMEOUT)) == [Submit(MATH, 2)]
 
 
 def test_a_replica_that_was_asked_to_drain_and_does_not_is_ended() -> None:
@@ -169,13 +171,13 @@ def test_a_replica_that_was_asked_to_drain_and_does_not_is_ended() -> None:
 
 
 def test_a_submission_that_slurm_does_not_answer_is_tried_for_ever_but_slowly() -> None:
-    ends = [failed(n, reason=Reason.UNANSWERED) for n in range(1, 9)]
+    ends = [failed(n, reason=FailureReason.UNANSWERED) for n in range(1, 9)]
     assert decide(ONE, *ends) == [Wait("math-0.g9", NOW + BACKOFF_MAX_S, "8 failures in a row")]
     assert decide(ONE, *ends, now=NOW + BACKOFF_MAX_S) == [Submit(MATH, 9)]
 
 
 @pytest.mark.parametrize("reason", sorted(BLAMELESS))
-def test_an_end_that_says_nothing_about_the_replica_is_not_counted(reason: Reason) -> None:
+def test_an_end_that_says_nothing_about_the_replica_is_not_counted(reason: FailureReason) -> None:
     ends = [failed(n, reason=reason) for n in range(1, 9)]
     assert decide(ONE, *ends, now=NOW + BACKOFF_MAX_S) == [Submit(MATH, 9)], "however often"
     assert decide(ONE, failed(1, reason=reason)) == [Submit(MATH, 2)], "at once"
@@ -185,7 +187,7 @@ def test_an_end_that_says_nothing_about_the_replica_is_not_counted(reason: Reaso
 
 def test_a_router_that_serves_steadily_has_a_successor_waiting_for_its_end() -> None:
     desired = Desired(router=True, standby=True)
-    ready = Progress(Phase.READY, ready_at=NOW - STANDBY_S)
+    ready = JobProgress(JobPhase.READY, ready_at=NOW - STANDBY_S)
     router = attempt(slot=ROUTER_SLOT, registered=State.READY, progress=ready, job_id="7", runner=Runner.SLURM)
     assert decide(desired, router) == [Submit(ROUTER_SLOT, 2, after="7")]
     assert decide(desired, router, now=NOW - 1) == [], "not before it has proved itself"
@@ -195,20 +197,20 @@ def test_a_router_that_serves_steadily_has_a_successor_waiting_for_its_end() -> 
     assert decide(desired, replace(router, runner=Runner.PROCESS)) == [], "a process id is no job to wait for"
 
 
-@pytest.mark.parametrize("reason", [Reason.CANCELLED, Reason.UNANSWERED])
-def test_a_successor_that_was_refused_or_cancelled_is_followed_by_the_next(reason: Reason) -> None:
+@pytest.mark.parametrize("reason", [FailureReason.CANCELLED, FailureReason.UNANSWERED])
+def test_a_successor_that_was_refused_or_cancelled_is_followed_by_the_next(reason: FailureReason) -> None:
     desired = Desired(router=True, standby=True)
-    ready = Progress(Phase.READY, ready_at=NOW - STANDBY_S)
+    ready = JobProgress(JobPhase.READY, ready_at=NOW - STANDBY_S)
     router = attempt(slot=ROUTER_SLOT, registered=State.READY, progress=ready, job_id="7", runner=Runner.SLURM)
     lost = [replace(failed(n, reason=reason), slot=ROUTER_SLOT) for n in (2, 3)]
     assert decide(desired, router, lost[0]) == [Submit(ROUTER_SLOT, 3, after="7")]
     assert isinstance(decide(desired, router, *lost)[0], Wait)
-    refused = [replace(failed(n, reason=Reason.REFUSED), slot=ROUTER_SLOT) for n in (2, 3)]
+    refused = [replace(failed(n, reason=FailureReason.REFUSED), slot=ROUTER_SLOT) for n in (2, 3)]
     assert decide(desired, router, *refused) == [], "the router itself has not failed"
 
 
 def test_a_job_that_has_said_its_last_word_and_does_not_end_is_ended() -> None:
-    end = Exit(False, Reason.CRASHED, "it broke", NOW)
+    end = Exit(False, FailureReason.CRASHED, "it broke", NOW)
     lingering = attempt(job=JobState.ENDING, exit=end)
     assert decide(NONE, lingering) == []
     assert decide(NONE, lingering, now=NOW + KILL_AFTER_S) == [Cancel("math-0.g1")]
@@ -307,11 +309,13 @@ class World:
                 attempts.append(Attempt(slot, generation, JobReport(JobState.RUNNING), claimed_at=self.now))
             case Drain(replica) | Cancel(replica):
                 self.change(
-                    replica, report=JobReport(JobState.ENDED), exit=Exit(True, Reason.DRAINED, "asked", self.now)
+                    replica, report=JobReport(JobState.ENDED), exit=Exit(True, FailureReason.DRAINED, "asked", self.now)
                 )
             case Kill(replica):
                 self.change(
-                    replica, report=JobReport(JobState.ENDED), exit=Exit(False, Reason.KILLED, "killed", self.now)
+                    replica,
+                    report=JobReport(JobState.ENDED),
+                    exit=Exit(False, FailureReason.KILLED, "killed", self.now),
                 )
             case Wait() | GiveUp():
                 pass
@@ -330,7 +334,7 @@ class World:
         slots = [a.slot for a in self.live()]
         assert len(slots) == len(set(slots))
 
-    def fail(self, which: int, reason: Reason) -> None:
+    def fail(self, which: int, reason: FailureReason) -> None:
         live = self.live()
         if live:
             one = live[which % len(live)]
@@ -339,12 +343,18 @@ class World:
     def ready(self) -> None:
         for one in self.live():
             if one.registered is None:
-                self.change(one.replica, registered=State.READY, progress=Progress(Phase.READY, ready_at=self.now))
+                self.change(
+                    one.replica, registered=State.READY, progress=JobProgress(JobPhase.READY, ready_at=self.now)
+                )
 
 
 STEPS = st.one_of(
     st.tuples(st.just("tick"), st.sampled_from([0.0, 1.0, 3.0, 70.0])),
-    st.tuples(st.just("fail"), st.integers(0, 9), st.sampled_from([Reason.CRASHED, Reason.KILLED, Reason.WEIGHTS])),
+    st.tuples(
+        st.just("fail"),
+        st.integers(0, 9),
+        st.sampled_from([FailureReason.CRASHED, FailureReason.KILLED, FailureReason.WEIGHTS]),
+    ),
     st.tuples(st.just("ready")),
     st.tuples(st.just("scale"), st.sampled_from(["math", "code"]), st.integers(0, 3)),
     st.tuples(st.just("down"), st.booleans()),
@@ -361,7 +371,7 @@ def test_any_history_ends_in_what_is_wanted(steps: Sequence[tuple[object, ...]])
         match step:
             case ("tick", float(seconds)):
                 world.tick(seconds)
-            case ("fail", int(which), Reason() as reason):
+            case ("fail", int(which), FailureReason() as reason):
                 world.fail(which, reason)
             case ("ready",):
                 world.ready()

@@ -15,7 +15,7 @@ import hpc_router
 from hpc_router.cluster.launchers.interface import JobState
 from hpc_router.cluster.launchers.local import LocalLauncher
 from hpc_router.errors import LaunchError
-from hpc_router.state.job_records import JobDir, JobInfo, Process, Reason, start_ticks
+from hpc_router.state.job_records import FailureReason, JobDir, JobInfo, Process, start_ticks
 from hpc_router.state.run_directory import RunDir
 from tests.cluster.conftest import request_of
 from tests.support.waiting import eventually_sync
@@ -156,7 +156,7 @@ def test_a_program_that_cannot_run_leaves_a_reason(run: RunDir, launcher: LocalL
     eventually_sync(lambda: state(launcher, "math-0.g1") is JobState.ENDED)
     end = JobDir(run, "math-0.g1").exit()
     assert end is not None
-    assert (end.ok, end.reason) == (False, Reason.INTERPRETER)
+    assert (end.ok, end.reason) == (False, FailureReason.INTERPRETER)
 
 
 def test_another_version_refuses(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,7 +170,7 @@ def test_another_version_refuses(run: RunDir, monkeypatch: pytest.MonkeyPatch) -
         job_entry.start(str(run.path), {job.replica: ["/bin/true"]}, "0.1")
     end = job.exit()
     assert end is not None
-    assert end.reason is Reason.INTERPRETER
+    assert end.reason is FailureReason.INTERPRETER
     assert "0.1" in end.message
     assert "9.9" in end.message
 

@@ -14,8 +14,8 @@ import pytest
 from hpc_router.expert.agent.agent import WANTED_BEATS
 from hpc_router.net import protocol
 from hpc_router.net.auth import challenge_answer, replica_key
-from hpc_router.state.job_records import Ended, Exit, Phase, Reason, Stop
-from hpc_router.state.registry import Kind, State
+from hpc_router.state.job_records import Ended, Exit, FailureReason, JobPhase, Stop
+from hpc_router.state.registry import RecordKind, State
 from hpc_router.state.run_directory import RunDir
 from tests.expert.replicas import REPLICA, chat, deployment, exists, half_a_stream, processes_below, replica
 from tests.support.waiting import GUARD_S, eventually
@@ -24,7 +24,7 @@ from tests.support.waiting import GUARD_S, eventually
 async def test_a_life_from_its_record_to_its_exit(run: RunDir, scratch: Path) -> None:
     async with replica(run, deployment(scratch)) as agent:
         progress, record = await agent.ready()
-        assert (record.kind, record.replica, record.serves) == (Kind.EXPERT, REPLICA, {"math": "math"})
+        assert (record.kind, record.replica, record.serves) == (RecordKind.EXPERT, REPLICA, {"math": "math"})
         assert (record.capacity, record.job_id) == (256, str(agent.process.pid))
         assert (record.engine.kind, record.engine.model) == ("sim", "m")
         assert progress.ready_at is not None
@@ -32,10 +32,10 @@ async def test_a_life_from_its_record_to_its_exit(run: RunDir, scratch: Path) ->
         await eventually(lambda: (now := agent.record) is not None and (now.beat or 0) > first)
 
         async with agent.session() as session, session.get(protocol.HEALTH, params={"challenge": "c"}) as response:
-            health = protocol.Health.from_json(await response.json())
+            health = protocol.ProbeResponse.from_json(await response.json())
             assert record.nonce is not None
             answer = challenge_answer(replica_key(run.secret(), record.nonce), "c")
-            assert health == protocol.Health(REPLICA, "ready", 0, ("math", "auto"), answer)
+            assert health == protocol.ProbeResponse(REPLICA, "ready", 0, ("math", "auto"), answer)
         async with agent.session() as session, session.post(protocol.CHAT, json=chat(model="auto")) as response:
             assert response.status == 200
 
@@ -43,7 +43,7 @@ async def test_a_life_from_its_record_to_its_exit(run: RunDir, scratch: Path) ->
         assert await agent.end() == 0
         ended = agent.job.exit()
         assert ended is not None
-        assert (ended.ok, ended.reason, ended.message) == (True, Reason.DRAINED, "drained after SIGTERM")
+        assert (ended.ok, ended.reason, ended.message) == (True, FailureReason.DRAINED, "drained after SIGTERM")
         assert agent.record is None
         assert progress.engine_pid is not None
         assert not exists(progress.engine_pid)
@@ -221,7 +221,7 @@ async def test_an_engine_that_gets_sigterm_itself_finishes_its_answers(run: RunD
 
 async def test_draining_while_the_engine_loads(run: RunDir, scratch: Path) -> None:
     async with replica(run, deployment(scratch, options={"load_s": 1000.0})) as agent:
-        progress = await agent.reached(Phase.LOADING)
+        progress = await agent.reached(JobPhase.LOADING)
         async with agent.session() as session, session.post(protocol.CHAT, json=chat()) as response:
             assert response.status == 503
             assert protocol.STARTING_HEADER in response.headers
@@ -234,17 +234,17 @@ async def test_draining_while_the_engine_loads(run: RunDir, scratch: Path) -> No
 @pytest.mark.parametrize(
     ("numbers", "reason", "said"),
     [
-        ([signal.SIGUSR2], Reason.WALLTIME, "its walltime ended before its engine was ready: raise walltime"),
-        ([signal.SIGUSR2, signal.SIGTERM], Reason.WALLTIME, "its walltime ended"),
-        ([signal.SIGTERM], Reason.CANCELLED, "asked to end from outside before it was ready"),
+        ([signal.SIGUSR2], FailureReason.WALLTIME, "its walltime ended before its engine was ready: raise walltime"),
+        ([signal.SIGUSR2, signal.SIGTERM], FailureReason.WALLTIME, "its walltime ended"),
+        ([signal.SIGTERM], FailureReason.CANCELLED, "asked to end from outside before it was ready"),
     ],
 )
 async def test_an_end_before_the_engine_was_ever_ready_is_no_success(
-    run: RunDir, scratch: Path, numbers: list[signal.Signals], reason: Reason, said: str
+    run: RunDir, scratch: Path, numbers: list[signal.Signals], reason: FailureReason, said: str
 ) -> None:
     """Or a job whose walltime is shorter than its start would be submitted again for ever."""
     async with replica(run, deployment(scratch, options={"load_s": 1000.0})) as agent:
-        await agent.reached(Phase.LOADING)
+        await agent.reached(JobPhase.LOADING)
         for number in numbers:
             agent.process.send_signal(number)
         assert await agent.end() == 1
@@ -261,24 +261,24 @@ async def test_an_end_that_we_asked_for_is_one_whenever_it_comes(
     run: RunDir, scratch: Path, number: signal.Signals
 ) -> None:
     async with replica(run, deployment(scratch, options={"load_s": 1000.0})) as agent:
-        await agent.reached(Phase.LOADING)
+        await agent.reached(JobPhase.LOADING)
         agent.job.write(Stop(cancel_at=1.0))
         agent.process.send_signal(number)
         assert await agent.end() == 0
         ended = agent.job.exit()
         assert ended is not None
-        assert (ended.ok, ended.reason) == (True, Reason.DRAINED)
+        assert (ended.ok, ended.reason) == (True, FailureReason.DRAINED)
 
 
 async def test_a_drain_call_before_it_is_ready_as_well(run: RunDir, scratch: Path) -> None:
     async with replica(run, deployment(scratch, options={"load_s": 1000.0})) as agent:
-        await agent.reached(Phase.LOADING)
+        await agent.reached(JobPhase.LOADING)
         async with agent.session() as session, session.post(protocol.DRAIN) as response:
             assert response.status == 202
         assert await agent.end() == 0
 
 
-GIVEN_UP = Exit(ok=False, reason=Reason.NODE_FAILED, message="Slurm says NODE_FAIL on n1")
+GIVEN_UP = Exit(ok=False, reason=FailureReason.NODE_FAILED, message="Slurm says NODE_FAIL on n1")
 
 
 async def test_one_that_was_given_up_though_it_lives_leaves(run: RunDir, scratch: Path) -> None:
@@ -305,7 +305,7 @@ async def test_one_whose_batch_script_has_ended_leaves(run: RunDir, scratch: Pat
 
 async def test_one_that_down_could_not_reach_leaves(run: RunDir, scratch: Path) -> None:
     async with replica(run, deployment(scratch, options={"load_s": 1000.0})) as agent:
-        await agent.reached(Phase.LOADING)
+        await agent.reached(JobPhase.LOADING)
         run.write_desired({"down": True})
         assert await agent.end() == 0
         ended = agent.job.exit()
@@ -336,7 +336,7 @@ async def test_a_killed_engine_is_started_again(run: RunDir, scratch: Path) -> N
                 with pytest.raises(aiohttp.ClientPayloadError):
                     await response.read()
             again, published = await agent.ready(after=progress)
-            assert (again.restarts, again.reason) == (1, Reason.KILLED)
+            assert (again.restarts, again.reason) == (1, FailureReason.KILLED)
             assert again.message is not None
             assert "signal 9" in again.message
             assert again.engine_pid != progress.engine_pid
@@ -352,7 +352,7 @@ async def test_a_failure_that_no_restart_cures_gives_the_job_back(run: RunDir, s
         assert await agent.end() == 1
         ended = agent.job.exit()
         assert ended is not None
-        assert (ended.ok, ended.reason) == (False, Reason.WEIGHTS)
+        assert (ended.ok, ended.reason) == (False, FailureReason.WEIGHTS)
         assert ended.message == "RuntimeError: Cannot find any model weights with `/models/math`"
         assert agent.record is None
 
@@ -363,7 +363,7 @@ async def test_too_many_failures_in_a_row_as_well(run: RunDir, scratch: Path) ->
         assert await agent.end() == 1
         ended, progress = agent.job.exit(), agent.job.progress()
         assert ended is not None
-        assert ended.reason is Reason.OUT_OF_MEMORY
+        assert ended.reason is FailureReason.OUT_OF_MEMORY
         assert progress is not None
         assert progress.restarts == 1
 
@@ -374,7 +374,7 @@ async def test_an_engine_that_never_answers(run: RunDir, scratch: Path) -> None:
         assert await agent.end() == 1
         ended = agent.job.exit()
         assert ended is not None
-        assert ended.reason is Reason.TIMEOUT
+        assert ended.reason is FailureReason.TIMEOUT
         assert "engine.startup_timeout_s=0.5" in ended.message
 
 
@@ -383,7 +383,7 @@ async def test_an_interpreter_that_is_not_there(run: RunDir, scratch: Path) -> N
         assert await agent.end() == 1
         ended = agent.job.exit()
         assert ended is not None
-        assert ended.reason is Reason.INTERPRETER
+        assert ended.reason is FailureReason.INTERPRETER
         assert "cannot run /no/such/python" in ended.message
 
 
@@ -425,7 +425,7 @@ async def test_agent_and_guard_killed_at_once(run: RunDir, scratch: Path) -> Non
     (parent,) = scratch.iterdir()
     (left,) = parent.iterdir()
     async with replica(run, deployment(scratch)) as agent:
-        await agent.reached(Phase.READY)
+        await agent.reached(JobPhase.READY)
         assert not left.exists()
 
 
@@ -436,7 +436,7 @@ async def test_a_killed_guard_is_a_restart_like_any_other(run: RunDir, scratch: 
         guard = int(Path(f"/proc/{progress.engine_pid}/stat").read_text().rpartition(")")[2].split()[1])
         os.kill(guard, signal.SIGKILL)
         again, _ = await agent.ready(after=progress)
-        assert (again.restarts, again.reason) == (1, Reason.KILLED)
+        assert (again.restarts, again.reason) == (1, FailureReason.KILLED)
         engine = progress.engine_pid
         await eventually(lambda: not exists(engine))
 
@@ -448,5 +448,5 @@ async def test_a_value_to_edit_exits_2(run: RunDir, scratch: Path) -> None:
         assert await agent.end() == 2
         ended = agent.job.exit()
         assert ended is not None
-        assert ended.reason is Reason.BAD_OPTION
+        assert ended.reason is FailureReason.BAD_OPTION
         assert "no expert 'math'" in ended.message

@@ -16,30 +16,30 @@ import pytest
 from hpc_router.config.schema import EngineConfig, ExpertConfig
 from hpc_router.expert.agent import engine_supervisor as supervisor_module
 from hpc_router.expert.agent.engine_relay import ENGINE_LIMITS
-from hpc_router.expert.agent.engine_supervisor import Supervisor
+from hpc_router.expert.agent.engine_supervisor import EngineSupervisor
 from hpc_router.expert.agent.restart_policy import Restarts
 from hpc_router.expert.engine_process.process import Command, EngineProcess
-from hpc_router.expert.engines import Failure, Place, build_engine, engine_environment
-from hpc_router.expert.multinode.start_strategy import Alone
+from hpc_router.expert.engines import EngineFailure, Place, build_engine, engine_environment
+from hpc_router.expert.multinode.start_strategy import SingleNode
 from hpc_router.relay.upstream.client import UpstreamClient
 from hpc_router.state import log_file
 from hpc_router.state.io_thread import FileThread
-from hpc_router.state.job_records import Phase, Reason
+from hpc_router.state.job_records import FailureReason, JobPhase
 from tests.expert.replicas import exists
 from tests.support.waiting import GUARD_S, eventually
 
 
 @dataclass
 class Steps:
-    seen: list[tuple[Phase, Reason | None]] = field(default_factory=list)
+    seen: list[tuple[JobPhase, FailureReason | None]] = field(default_factory=list)
     pauses: list[float] = field(default_factory=list)
     engine_pid: int | None = None
     ready: asyncio.Event = field(default_factory=asyncio.Event)
 
-    def moved(self, phase: Phase, *, failure: Failure | None = None, engine_pid: int | None = None) -> None:
+    def moved(self, phase: JobPhase, *, failure: EngineFailure | None = None, engine_pid: int | None = None) -> None:
         self.seen.append((phase, failure.reason if failure else None))
         self.engine_pid = engine_pid
-        if phase is Phase.READY:
+        if phase is JobPhase.READY:
             self.ready.set()
 
     async def sleep(self, delay_s: float) -> None:
@@ -47,16 +47,18 @@ class Steps:
 
 
 @asynccontextmanager
-async def supervised(folder: Path, *, max_restarts: int = 3, **options: Any) -> AsyncIterator[tuple[Supervisor, Steps]]:
+async def supervised(
+    folder: Path, *, max_restarts: int = 3, **options: Any
+) -> AsyncIterator[tuple[EngineSupervisor, Steps]]:
     config = ExpertConfig(model="m", engine=EngineConfig(kind="sim", options=options))
     engine, place, steps, files = build_engine("math", config), Place(folder), Steps(), FileThread("t")
     environment = engine_environment(engine, config, place, inherited={})
     place.temporary.mkdir()
     async with UpstreamClient(ENGINE_LIMITS, socket_path=str(place.socket)) as client:
         yield (
-            Supervisor(
+            EngineSupervisor(
                 engine=engine,
-                attempts=Alone(Command(engine.argv(place), environment, place, folder / "log")),
+                attempts=SingleNode(Command(engine.argv(place), environment, place, folder / "log")),
                 client=client,
                 files=files,
                 observer=steps,
@@ -77,8 +79,8 @@ async def test_two_failed_starts_then_ready_then_cancelled(socket_folder: Path) 
         task = asyncio.create_task(supervisor.run())
         await asyncio.wait_for(steps.ready.wait(), GUARD_S)
         assert steps.pauses == [1.0, 2.0]
-        failed = [(Phase.LOADING, None), (Phase.RESTARTING, Reason.CUDA)]
-        assert steps.seen == [*failed, *failed, (Phase.LOADING, None), (Phase.READY, None)]
+        failed = [(JobPhase.LOADING, None), (JobPhase.RESTARTING, FailureReason.CUDA)]
+        assert steps.seen == [*failed, *failed, (JobPhase.LOADING, None), (JobPhase.READY, None)]
         engine = steps.engine_pid
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
@@ -110,7 +112,7 @@ async def test_the_last_of_too_many_failures_is_returned(socket_folder: Path) ->
         steps,
     ):
         failure = await asyncio.wait_for(supervisor.run(), GUARD_S)
-        assert failure.reason is Reason.OUT_OF_MEMORY
+        assert failure.reason is FailureReason.OUT_OF_MEMORY
         assert steps.pauses == [1.0]
 
 
@@ -120,24 +122,24 @@ async def test_an_engine_without_one_of_its_adapters_is_never_ready(socket_folde
         config = ExpertConfig(model="m", engine=EngineConfig(kind="sim"))
         supervisor.engine = build_engine("math", config, adapters={"law": "/adapters/law"})
         failure = await asyncio.wait_for(supervisor.run(), GUARD_S)
-        assert failure == Failure(Reason.WEIGHTS, "the engine has not loaded law")
-        assert steps.seen == [(Phase.LOADING, None)]
+        assert failure == EngineFailure(FailureReason.WEIGHTS, "the engine has not loaded law")
+        assert steps.seen == [(JobPhase.LOADING, None)]
 
 
 async def test_a_flag_the_engine_refuses_is_not_tried_again(socket_folder: Path) -> None:
     async with supervised(socket_folder, extra={"bogus": True}) as (supervisor, steps):
         failure = await asyncio.wait_for(supervisor.run(), GUARD_S)
-        assert failure.reason is Reason.BAD_OPTION
+        assert failure.reason is FailureReason.BAD_OPTION
         assert failure.message.endswith("error: unrecognized arguments: --bogus")
         assert steps.pauses == []
 
 
-class SlowToEnd(Alone):
+class SlowToEnd(SingleNode):
     """The clock goes on by an hour between an engine's failure and the next decision, as with a rank that is lost."""
 
     now = 0.0
 
-    async def over(self, own: Failure) -> Failure:
+    async def over(self, own: EngineFailure) -> EngineFailure:
         self.now += 3600.0
         return own
 
@@ -145,7 +147,7 @@ class SlowToEnd(Alone):
 async def test_the_time_that_an_engine_takes_to_end_is_not_time_in_service(socket_folder: Path) -> None:
     """Else an engine that always fails at once would look as if it had served, and be started again for ever."""
     async with supervised(socket_folder, max_restarts=1) as (supervisor, steps):
-        assert isinstance(supervisor.attempts, Alone)
+        assert isinstance(supervisor.attempts, SingleNode)
         slow = SlowToEnd(supervisor.attempts.command)
         supervisor.attempts, supervisor.clock = slow, lambda: slow.now
         task = asyncio.create_task(supervisor.run())
@@ -155,11 +157,11 @@ async def test_the_time_that_an_engine_takes_to_end_is_not_time_in_service(socke
             assert steps.engine_pid is not None
             os.kill(steps.engine_pid, signal.SIGKILL)
         failure = await asyncio.wait_for(task, GUARD_S)
-        assert (failure.reason, steps.pauses) == (Reason.KILLED, [1.0])
+        assert (failure.reason, steps.pauses) == (FailureReason.KILLED, [1.0])
 
 
-def _impatient(supervisor: Supervisor) -> None:
-    assert isinstance(supervisor.attempts, Alone)
+def _impatient(supervisor: EngineSupervisor) -> None:
+    assert isinstance(supervisor.attempts, SingleNode)
     supervisor.attempts.command = replace(supervisor.attempts.command, grace_s=0.1)
 
 
@@ -181,7 +183,7 @@ async def test_an_engine_that_stops_answering_is_started_again(socket_folder: Pa
         assert engine is not None
         os.kill(engine, signal.SIGSTOP)
         await asyncio.wait_for(steps.ready.wait(), GUARD_S)
-        assert (Phase.RESTARTING, Reason.TIMEOUT) in steps.seen
+        assert (JobPhase.RESTARTING, FailureReason.TIMEOUT) in steps.seen
         assert not exists(engine)
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
@@ -206,7 +208,7 @@ async def test_an_engine_whose_answers_make_progress_does_not_hang(socket_folder
         assert steps.engine_pid is not None
         os.kill(steps.engine_pid, signal.SIGSTOP)
         await asyncio.wait_for(busy.wait(), GUARD_S)
-        assert steps.seen[-1] == (Phase.READY, None)
+        assert steps.seen[-1] == (JobPhase.READY, None)
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
 
@@ -219,7 +221,7 @@ async def test_an_engine_that_dropped_a_request_is_looked_at_at_once(socket_fold
         supervisor.engine_lost.set()
         async with asyncio.timeout(supervisor_module.WATCH_S):
             await eventually(lambda: not supervisor.engine_lost.is_set())
-        assert steps.seen == [(Phase.LOADING, None), (Phase.READY, None)]
+        assert steps.seen == [(JobPhase.LOADING, None), (JobPhase.READY, None)]
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
 

@@ -17,7 +17,7 @@ from hpc_router.expert.agent.engine_relay import ENGINE_LIMITS
 from hpc_router.expert.agent.http_api import HEADROOM, Gate
 from hpc_router.net import protocol
 from hpc_router.net.auth import challenge_answer
-from hpc_router.sim import SimEngine
+from hpc_router.sim import SimServer
 from hpc_router.state.registry import State
 from tests.sim.calls import GUARD_S, INSTANT, JsonObject, chat, faulty
 from tests.support.relays import OWN, RELAYS
@@ -38,7 +38,7 @@ def relay(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
 
 @dataclass
 class Running:
-    engine: SimEngine
+    engine: SimServer
     gate: Gate
     session: aiohttp.ClientSession
     drains: list[str] = field(default_factory=list)
@@ -58,7 +58,7 @@ async def running(
     sock = bind("127.0.0.1")
     headers = {} if key is None else {"authorization": f"Bearer {key}"}
     async with (
-        SimEngine(replace(INSTANT, served_model_names=("sim", "auto")), uds=uds) as engine,
+        SimServer(replace(INSTANT, served_model_names=("sim", "auto")), uds=uds) as engine,
         RELAY.make_client(ENGINE_LIMITS, socket_path=str(uds)) as client,
         aiohttp.ClientSession(f"http://127.0.0.1:{sock.getsockname()[1]}", headers=headers) as session,
     ):
@@ -94,11 +94,11 @@ async def test_health_answers_the_challenge(socket_folder: Path) -> None:
     async with running(socket_folder, key=None) as at:
         at.gate.models = ("math", "auto")
         async with at.session.get(protocol.HEALTH, params={"challenge": "abc"}) as response:
-            health = protocol.Health.from_json(await response.json())
-        assert health == protocol.Health("math-0.g1", "ready", 0, ("math", "auto"), challenge_answer(KEY, "abc"))
+            health = protocol.ProbeResponse.from_json(await response.json())
+        assert health == protocol.ProbeResponse("math-0.g1", "ready", 0, ("math", "auto"), challenge_answer(KEY, "abc"))
         at.gate.failures.note("lease", "OSError: x")
         async with at.session.get(protocol.HEALTH) as response:
-            health = protocol.Health.from_json(await response.json())
+            health = protocol.ProbeResponse.from_json(await response.json())
         assert health is not None
         assert health.task_failures == {"lease": (1, "OSError: x")}
         async with at.session.get(protocol.HEALTH) as response:

@@ -2,37 +2,45 @@
 
 import pytest
 
-from hpc_router.expert.agent.lifecycle import Life
-from hpc_router.expert.engines import Failure
-from hpc_router.state.job_records import Phase, Reason
+from hpc_router.expert.agent.lifecycle import JobLifecycle
+from hpc_router.expert.engines import EngineFailure
+from hpc_router.state.job_records import FailureReason, JobPhase
 from hpc_router.state.registry import State
 
 
 def test_a_life_with_a_restart() -> None:
-    life = Life()
+    life = JobLifecycle()
     seen = []
-    for phase in (Phase.LOADING, Phase.READY, Phase.RESTARTING, Phase.LOADING, Phase.READY, Phase.DRAINING):
-        life.move(phase, failure=Failure(Reason.KILLED, "why") if phase is Phase.RESTARTING else None)
+    for phase in (
+        JobPhase.LOADING,
+        JobPhase.READY,
+        JobPhase.RESTARTING,
+        JobPhase.LOADING,
+        JobPhase.READY,
+        JobPhase.DRAINING,
+    ):
+        life.move(phase, failure=EngineFailure(FailureReason.KILLED, "why") if phase is JobPhase.RESTARTING else None)
         seen.append(life.state)
     s = State
     assert seen == [s.STARTING, s.READY, s.STARTING, s.STARTING, s.READY, s.DRAINING]
     progress = life.progress()
-    assert (progress.restarts, progress.reason, progress.message) == (1, Reason.KILLED, "why")
+    assert (progress.restarts, progress.reason, progress.message) == (1, FailureReason.KILLED, "why")
 
 
 def test_ready_at_is_the_first_time() -> None:
-    life = Life(phase=Phase.LOADING)
-    life.move(Phase.READY)
+    life = JobLifecycle(phase=JobPhase.LOADING)
+    life.move(JobPhase.READY)
     first = life.ready_at
-    life.move(Phase.RESTARTING)
-    life.move(Phase.LOADING)
-    life.move(Phase.READY)
+    life.move(JobPhase.RESTARTING)
+    life.move(JobPhase.LOADING)
+    life.move(JobPhase.READY)
     assert life.ready_at == first is not None
 
 
 @pytest.mark.parametrize(
-    ("before", "after"), [(Phase.DRAINING, Phase.READY), (Phase.STARTING, Phase.READY), (Phase.READY, Phase.LOADING)]
+    ("before", "after"),
+    [(JobPhase.DRAINING, JobPhase.READY), (JobPhase.STARTING, JobPhase.READY), (JobPhase.READY, JobPhase.LOADING)],
 )
-def test_an_unknown_step_names_both_ends(before: Phase, after: Phase) -> None:
+def test_an_unknown_step_names_both_ends(before: JobPhase, after: JobPhase) -> None:
     with pytest.raises(ValueError, match=f"no way from {before} to {after}"):
-        Life(phase=before).move(after)
+        JobLifecycle(phase=before).move(after)

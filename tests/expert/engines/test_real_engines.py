@@ -9,7 +9,7 @@ import pytest
 from hpc_router.config.schema import ClusterConfig, Deployment, EngineConfig, ExpertConfig, PolicyConfig
 from hpc_router.expert.engines import Place, build_engine
 from hpc_router.net import protocol
-from hpc_router.state.job_records import Phase, Reason
+from hpc_router.state.job_records import FailureReason, JobPhase
 from hpc_router.state.run_directory import RunDir
 from tests.expert.replicas import chat, exists, replica
 from tests.support.needs import ROOT, engine_python
@@ -48,7 +48,7 @@ async def test_a_whole_life(kind: str, options: dict[str, Any], run: RunDir, scr
         policy=PolicyConfig(kind="model_field"),
     )
     async with replica(run, configured) as agent:
-        await eventually(lambda: (p := agent.job.progress()) and p.phase is Phase.READY, within_s=STARTUP_S)
+        await eventually(lambda: (p := agent.job.progress()) and p.phase is JobPhase.READY, within_s=STARTUP_S)
         progress, record = await agent.ready()
         assert record.engine.version
         served = record.serves["math"]
@@ -65,7 +65,7 @@ async def test_a_whole_life(kind: str, options: dict[str, Any], run: RunDir, scr
         assert await agent.end() == 0
         ended = agent.job.exit()
         assert ended is not None
-        assert ended.reason is Reason.DRAINED
+        assert ended.reason is FailureReason.DRAINED
         assert progress.engine_pid is not None
         assert not exists(progress.engine_pid)
 

@@ -7,13 +7,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpc_router.expert.engines import Failure
-from hpc_router.expert.multinode.rank_group import Group
+from hpc_router.expert.engines import EngineFailure
+from hpc_router.expert.multinode.rank_group import RankGroup
 from hpc_router.net.protocol import Action, RankOrder, RankReport, RankState
-from hpc_router.state.job_records import Reason
+from hpc_router.state.job_records import FailureReason
 
 SILENCE_S: Final = 10.0
-CRASHED: Final = Failure(Reason.CRASHED, "ended with exit status 1")
+CRASHED: Final = EngineFailure(FailureReason.CRASHED, "ended with exit status 1")
 
 
 def report(rank: int = 1, *, instance: str = "a", attempt: int = 0, state: RankState = RankState.IDLE) -> RankReport:
@@ -28,9 +28,9 @@ def ended(reason: str | None, rank: int = 1) -> RankReport:
     return replace(report(rank, attempt=1, state=RankState.ENDED), reason=reason, message="its last words")
 
 
-def begun(*, nodes: int = 2) -> Group:
+def begun(*, nodes: int = 2) -> RankGroup:
     """All ranks have reported in at 0 and run the first attempt."""
-    group = Group(nodes, SILENCE_S)
+    group = RankGroup(nodes, SILENCE_S)
     for rank in range(1, nodes):
         group.heard(report(rank), now=0.0)
     group.begin("10.0.0.1", 4000)
@@ -40,7 +40,7 @@ def begun(*, nodes: int = 2) -> Group:
 
 
 def test_an_attempt_waits_for_every_rank() -> None:
-    group = Group(3, SILENCE_S)
+    group = RankGroup(3, SILENCE_S)
     assert group.absent(now=0.0) == [1, 2]
     assert group.heard(report(1), now=0.0) == RankOrder(Action.WAIT)
     assert group.absent(now=0.0) == [2]
@@ -65,7 +65,7 @@ def test_silence_is_a_loss_exactly_at_the_limit() -> None:
     group = begun()
     assert group.trouble(now=SILENCE_S - 0.001) is None
     failure = group.trouble(now=SILENCE_S)
-    assert failure == Failure(Reason.RANK_LOST, "rank 1 on n1 has not been heard of for 10 s")
+    assert failure == EngineFailure(FailureReason.RANK_LOST, "rank 1 on n1 has not been heard of for 10 s")
     assert group.absent(now=SILENCE_S) == [1]
 
 
@@ -73,7 +73,7 @@ def test_another_process_than_before_has_nothing_of_the_engine() -> None:
     group = begun()
     anew = report(instance="b")
     assert group.heard(anew, now=1.0).action is Action.WAIT
-    assert group.trouble(now=1.0) == Failure(Reason.RANK_LOST, "rank 1 on n1 was restarted")
+    assert group.trouble(now=1.0) == EngineFailure(FailureReason.RANK_LOST, "rank 1 on n1 was restarted")
     group.end()
     assert group.absent(now=1.0) == []
     group.begin("10.0.0.1", 4001)
@@ -83,12 +83,16 @@ def test_another_process_than_before_has_nothing_of_the_engine() -> None:
 
 @pytest.mark.parametrize(
     ("said", "meant"),
-    [("out_of_memory", Reason.OUT_OF_MEMORY), ("crashed", Reason.CRASHED), ("of_another_version", Reason.CRASHED)],
+    [
+        ("out_of_memory", FailureReason.OUT_OF_MEMORY),
+        ("crashed", FailureReason.CRASHED),
+        ("of_another_version", FailureReason.CRASHED),
+    ],
 )
-def test_a_rank_whose_engine_ended_says_why(said: str, meant: Reason) -> None:
+def test_a_rank_whose_engine_ended_says_why(said: str, meant: FailureReason) -> None:
     group = begun(nodes=3)
     group.heard(ended(said, rank=2), now=1.0)
-    assert group.trouble(now=1.0) == Failure(meant, "rank 2 on n2: its last words")
+    assert group.trouble(now=1.0) == EngineFailure(meant, "rank 2 on n2: its last words")
 
 
 def test_the_end_of_an_earlier_attempt_is_no_trouble() -> None:
@@ -100,20 +104,22 @@ def test_the_end_of_an_earlier_attempt_is_no_trouble() -> None:
 
 
 def test_an_engine_that_can_say_why_it_ended_is_believed() -> None:
-    own = Failure(Reason.OUT_OF_MEMORY, "CUDA out of memory")
+    own = EngineFailure(FailureReason.OUT_OF_MEMORY, "CUDA out of memory")
     group = begun()
     group.heard(ended("killed"), now=1.0)
     assert group.cause(own, ended_at=1.0, now=1.0) == own
 
 
-@pytest.mark.parametrize("vague", [Reason.CRASHED, Reason.CUDA])
-def test_an_engine_that_lost_a_peer_says_nothing_of_use(vague: Reason) -> None:
+@pytest.mark.parametrize("vague", [FailureReason.CRASHED, FailureReason.CUDA])
+def test_an_engine_that_lost_a_peer_says_nothing_of_use(vague: FailureReason) -> None:
     """The other rank does, as soon as it is heard."""
-    own = Failure(vague, "connection closed by peer")
+    own = EngineFailure(vague, "connection closed by peer")
     group = begun()
     assert group.cause(own, ended_at=1.0, now=1.0) is None
     group.heard(ended("killed"), now=2.0)
-    assert group.cause(own, ended_at=1.0, now=2.0) == Failure(Reason.KILLED, "rank 1 on n1: its last words")
+    assert group.cause(own, ended_at=1.0, now=2.0) == EngineFailure(
+        FailureReason.KILLED, "rank 1 on n1: its last words"
+    )
 
 
 def test_nor_does_a_rank_that_crashed_because_the_first_did() -> None:
@@ -127,7 +133,7 @@ def test_a_rank_that_falls_silent_with_it_was_lost() -> None:
     assert group.cause(CRASHED, ended_at=1.0, now=SILENCE_S - 0.001) is None
     cause = group.cause(CRASHED, ended_at=1.0, now=SILENCE_S)
     assert cause is not None
-    assert cause.reason is Reason.RANK_LOST
+    assert cause.reason is FailureReason.RANK_LOST
 
 
 def test_all_are_told_to_stop() -> None:
@@ -146,7 +152,9 @@ def test_the_dead_need_not_be_told() -> None:
     group.stop()
     assert not group.dismissed(now=SILENCE_S - 0.001)
     assert group.dismissed(now=SILENCE_S)
-    assert group.deserter() == Failure(Reason.RANK_LOST, "rank 1 on n1 had gone before it was told to stop")
+    assert group.deserter() == EngineFailure(
+        FailureReason.RANK_LOST, "rank 1 on n1 had gone before it was told to stop"
+    )
 
 
 def test_who_is_missing_is_named_by_node_where_it_is_known() -> None:
@@ -154,19 +162,19 @@ def test_who_is_missing_is_named_by_node_where_it_is_known() -> None:
     group.end()
     group.heard(report(1, attempt=1), now=15.0)
     failure = group.missing(now=20.0, waited_s=30.0)
-    assert failure == Failure(Reason.RANK_LOST, "rank 2 on n2 did not report in within 30 s")
+    assert failure == EngineFailure(FailureReason.RANK_LOST, "rank 2 on n2 did not report in within 30 s")
 
 
 @pytest.mark.parametrize("rank", [0, 2, -1])
 def test_a_rank_that_cannot_be(rank: int) -> None:
     with pytest.raises(ValueError, match=rf"rank {rank} reports; there are 1 to 1"):
-        Group(2, SILENCE_S).heard(report(rank), now=0.0)
+        RankGroup(2, SILENCE_S).heard(report(rank), now=0.0)
 
 
 @given(st.lists(st.tuples(st.sampled_from(["hear", "begin", "end"]), st.integers(1, 2), st.sampled_from("ab"))))
 def test_no_rank_runs_what_others_do_not(steps: list[tuple[str, int, str]]) -> None:
     """Whatever comes when: only an attempt that all were there for is run, and only by those who were there."""
-    group, now, present = Group(3, SILENCE_S), 0.0, dict[int, str]()
+    group, now, present = RankGroup(3, SILENCE_S), 0.0, dict[int, str]()
     taking_part: dict[int, str] | None = None
     for what, rank, instance in steps:
         now += 1.0

@@ -14,8 +14,8 @@ from hpc_router.net import protocol
 from hpc_router.net.auth import replica_key
 from hpc_router.relay.downstream.interface import Request, Response, json_response
 from hpc_router.relay.downstream.server import listening
-from hpc_router.state.job_records import JobDir, Phase, Reason
-from hpc_router.state.registry import Kind, Reader, Record, State, publish
+from hpc_router.state.job_records import FailureReason, JobDir, JobPhase
+from hpc_router.state.registry import Reader, Record, RecordKind, State, publish
 from hpc_router.state.run_directory import RunDir
 from tests.expert.replicas import REPLICA, chat, deployment, exists, half_a_stream, processes_below, rank, ranks
 from tests.support.waiting import eventually
@@ -39,7 +39,7 @@ async def test_two_ranks_serve_and_only_the_first_is_in_the_registry(run: RunDir
         assert not any(pid is not None and exists(pid) for pid in engines)
         ended = agent.job.exit()
         assert ended is not None
-        assert ended.reason is Reason.DRAINED
+        assert ended.reason is FailureReason.DRAINED
 
 
 async def test_a_signal_to_any_rank_drains_all(run: RunDir, scratch: Path) -> None:
@@ -50,7 +50,7 @@ async def test_a_signal_to_any_rank_drains_all(run: RunDir, scratch: Path) -> No
         await agent.ready()
         async with agent.session() as session, half_a_stream(session, for_s=4.0) as response:
             other.send_signal(signal.SIGTERM)
-            await agent.reached(Phase.DRAINING)
+            await agent.reached(JobPhase.DRAINING)
             assert (await response.read()).endswith(b"data: [DONE]\n\n")
         assert await agent.end() == 0
         assert await other.wait() == 0
@@ -69,7 +69,7 @@ async def test_a_killed_engine_of_another_rank_is_why_all_start_again(run: RunDi
         after, _ = await agent.ready(after=before)
         assert after.restarts == 1
         assert after.engine_pid != before.engine_pid
-        assert after.reason is Reason.KILLED
+        assert after.reason is FailureReason.KILLED
         assert after.message is not None
         assert after.message.startswith("rank 1 on ")
         async with agent.session() as session, session.post(protocol.CHAT, json=chat()) as response:
@@ -86,7 +86,7 @@ async def test_a_killed_engine_of_the_first_rank_starts_all_again(run: RunDir, s
         os.kill(before.engine_pid, signal.SIGKILL)
         after, _ = await agent.ready(after=before)
         assert after.restarts == 1
-        assert after.reason is Reason.KILLED
+        assert after.reason is FailureReason.KILLED
         assert not any(exists(pid) for pid in engines)
 
 
@@ -101,7 +101,7 @@ async def test_a_lost_rank_that_does_not_return_ends_the_job(run: RunDir, scratc
         assert await agent.end() == 1
         ended = agent.job.exit()
         assert ended is not None
-        assert ended.reason is Reason.RANK_LOST
+        assert ended.reason is FailureReason.RANK_LOST
         assert "did not report in within 3 s" in ended.message
         assert agent.record is None
 
@@ -115,8 +115,8 @@ async def test_a_silent_rank_is_a_lost_one(run: RunDir, scratch: Path) -> None:
         frozen = [other.pid, *processes_below(other)]
         for pid in frozen:
             os.kill(pid, signal.SIGSTOP)
-        progress = await agent.reached(Phase.RESTARTING, after=before)
-        assert progress.reason is Reason.RANK_LOST
+        progress = await agent.reached(JobPhase.RESTARTING, after=before)
+        assert progress.reason is FailureReason.RANK_LOST
         assert progress.message is not None
         assert "has not been heard of for 2 s" in progress.message
         for pid in frozen:
@@ -134,7 +134,7 @@ async def test_a_killed_leader_leaves_no_engine_and_no_follower(run: RunDir, scr
         assert await other.wait() == 1
         ended = agent.job.exit()
         assert ended is not None
-        assert ended.reason is Reason.RANK_LOST
+        assert ended.reason is FailureReason.RANK_LOST
         assert ended.message.startswith("rank 0 has not been heard of for 6 s by rank 1 on ")
 
 
@@ -155,12 +155,12 @@ async def test_slurm_ends_the_job_of_a_lost_node_and_the_reason_stays(run: RunDi
     async with ranks(run, deployment(scratch, nodes=2)) as (agent, (other,)):
         before, _ = await agent.ready()
         other.kill()
-        await agent.reached(Phase.RESTARTING, after=before)
+        await agent.reached(JobPhase.RESTARTING, after=before)
         agent.process.terminate()
         assert await agent.end() == 1
         ended = agent.job.exit()
         assert ended is not None
-        assert ended.reason is Reason.RANK_LOST
+        assert ended.reason is FailureReason.RANK_LOST
 
 
 async def test_a_lost_rank_is_why_the_others_are_told_to_end(run: RunDir, scratch: Path) -> None:
@@ -173,7 +173,7 @@ async def test_a_lost_rank_is_why_the_others_are_told_to_end(run: RunDir, scratc
         assert await agent.end() == 1
         ended = agent.job.exit()
         assert ended is not None
-        assert ended.reason is Reason.RANK_LOST
+        assert ended.reason is FailureReason.RANK_LOST
 
 
 async def test_a_stranger_at_the_leaders_port_gives_no_orders(run: RunDir, scratch: Path) -> None:
@@ -189,7 +189,7 @@ async def test_a_stranger_at_the_leaders_port_gives_no_orders(run: RunDir, scrat
     run.config.write_text(frozen.to_yaml(configured))
     with bind("127.0.0.1") as sock:
         url = f"http://127.0.0.1:{sock.getsockname()[1]}"
-        publish(run.registry, Record(Kind.EXPERT, REPLICA, url, State.STARTING, {"math": "math"}, nonce="n"))
+        publish(run.registry, Record(RecordKind.EXPERT, REPLICA, url, State.STARTING, {"math": "math"}, nonce="n"))
         async with listening(answer, sock, max_body=2**16), rank(run, 1) as other:
             assert await other.wait() == 1
     assert len(reports) > 10
@@ -207,7 +207,7 @@ async def test_a_rank_that_never_comes(run: RunDir, scratch: Path) -> None:
         assert await agent.end() == 1
         ended = agent.job.exit()
         assert ended is not None
-        assert (ended.reason, ended.message) == (Reason.RANK_LOST, "rank 1 did not report in within 12 s")
+        assert (ended.reason, ended.message) == (FailureReason.RANK_LOST, "rank 1 did not report in within 12 s")
         assert await second.wait() == 0
 
 
@@ -228,6 +228,6 @@ async def test_a_rank_that_fails_before_it_has_reported_says_why(run: RunDir, sc
         assert await other.wait() != 0
     ended = JobDir(run, REPLICA).exit()
     assert ended is not None
-    assert (ended.ok, ended.reason) == (False, Reason.BAD_OPTION)
+    assert (ended.ok, ended.reason) == (False, FailureReason.BAD_OPTION)
     assert ended.message.startswith("rank 1 on ")
     assert "NOT_SET_ON_THIS_NODE" in ended.message

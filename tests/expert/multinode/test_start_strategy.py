@@ -10,17 +10,17 @@ import pytest
 
 from hpc_router.config.schema import ClusterConfig, EngineConfig, ExpertConfig, ResourceConfig
 from hpc_router.expert.agent.engine_relay import ENGINE_LIMITS
-from hpc_router.expert.agent.engine_supervisor import Supervisor
+from hpc_router.expert.agent.engine_supervisor import EngineSupervisor
 from hpc_router.expert.agent.restart_policy import Restarts
 from hpc_router.expert.engine_process.command import Commands
 from hpc_router.expert.engine_process.process import Command
-from hpc_router.expert.engines import Failure, Place, Ranks, build_engine
+from hpc_router.expert.engines import EngineFailure, Place, Ranks, build_engine
 from hpc_router.expert.multinode.rank_engine import RankEngine
-from hpc_router.expert.multinode.start_strategy import Leading, free_port
+from hpc_router.expert.multinode.start_strategy import MultiNodeLeader, free_port
 from hpc_router.net.protocol import Action, RankReport, RankState
 from hpc_router.relay.upstream.client import UpstreamClient
 from hpc_router.state.io_thread import FileThread
-from hpc_router.state.job_records import Phase, Reason
+from hpc_router.state.job_records import FailureReason, JobPhase
 from tests.support.waiting import GUARD_S
 
 
@@ -41,8 +41,8 @@ class Time:
         await asyncio.sleep(0)
 
 
-def leading(time: Time, drains: list[str] | None = None) -> Leading:
-    return Leading(
+def leading(time: Time, drains: list[str] | None = None) -> MultiNodeLeader:
+    return MultiNodeLeader(
         nodes=2,
         key="k",
         address="127.0.0.1",
@@ -83,12 +83,12 @@ async def test_each_attempt_has_a_port_of_its_own() -> None:
 async def test_the_first_attempt_waits_two_minutes_a_later_one_half_of_one() -> None:
     time = Time()
     lead = leading(time)
-    assert await lead.begin() == Failure(Reason.RANK_LOST, "rank 1 did not report in within 120 s")
+    assert await lead.begin() == EngineFailure(FailureReason.RANK_LOST, "rank 1 did not report in within 120 s")
     assert time.now == pytest.approx(120.0, abs=0.3)
     lead.hear(report())
     assert isinstance(await lead.begin(), Command)
     time.now += 1000.0
-    assert await lead.begin() == Failure(Reason.RANK_LOST, "rank 1 on n2 did not report in within 30 s")
+    assert await lead.begin() == EngineFailure(FailureReason.RANK_LOST, "rank 1 on n2 did not report in within 30 s")
 
 
 async def test_a_lost_rank_breaks_the_attempt_ten_seconds_after_its_last_word() -> None:
@@ -98,7 +98,7 @@ async def test_a_lost_rank_breaks_the_attempt_ten_seconds_after_its_last_word() 
     await lead.begin()
     time.then = {8.0: lambda: lead.hear(report(RankState.RUNNING, attempt=1))}
     failure = await lead.broken()
-    assert failure.reason is Reason.RANK_LOST
+    assert failure.reason is FailureReason.RANK_LOST
     assert time.now == pytest.approx(18.0, abs=0.5)
     assert lead.hear(report(RankState.RUNNING, attempt=1)).action is Action.WAIT
 
@@ -114,18 +114,20 @@ async def test_nobody_waits_long_for_the_dismissal_of_the_dead() -> None:
     time = Time()
     lead = leading(time)
     lead.hear(report())
-    assert await lead.dismiss() == Failure(Reason.RANK_LOST, "rank 1 on n2 had gone before it was told to stop")
+    assert await lead.dismiss() == EngineFailure(
+        FailureReason.RANK_LOST, "rank 1 on n2 had gone before it was told to stop"
+    )
     assert time.now == pytest.approx(4.0, abs=0.3)
 
 
 @dataclass
 class Steps:
-    seen: list[tuple[Phase, Reason | None]] = field(default_factory=list)
+    seen: list[tuple[JobPhase, FailureReason | None]] = field(default_factory=list)
     ready: asyncio.Event = field(default_factory=asyncio.Event)
 
-    def moved(self, phase: Phase, *, failure: Failure | None = None, engine_pid: int | None = None) -> None:
+    def moved(self, phase: JobPhase, *, failure: EngineFailure | None = None, engine_pid: int | None = None) -> None:
         self.seen.append((phase, failure.reason if failure else None))
-        if phase is Phase.READY:
+        if phase is JobPhase.READY:
             self.ready.set()
 
 
@@ -141,7 +143,7 @@ async def test_a_port_that_somebody_took_meanwhile_costs_one_attempt(socket_fold
     with socket.create_server(("127.0.0.1", 0)) as stranger:
         taken = stranger.getsockname()[1]
         ports = iter([taken, free_port("127.0.0.1")])
-        lead = Leading(
+        lead = MultiNodeLeader(
             nodes=2,
             key="k",
             address="127.0.0.1",
@@ -167,16 +169,16 @@ async def test_a_port_that_somebody_took_meanwhile_costs_one_attempt(socket_fold
             UpstreamClient(ENGINE_LIMITS, socket_path=str(places[0].socket)) as client,
             RankEngine(engine, files) as other,
         ):
-            supervisor = Supervisor(
+            supervisor = EngineSupervisor(
                 engine, lead, client, files, steps, Restarts(1), startup_timeout_s=GUARD_S, chance=lambda: 1.0
             )
             tasks = [asyncio.create_task(supervisor.run()), asyncio.create_task(follow(other))]
             await asyncio.wait_for(steps.ready.wait(), GUARD_S)
             assert steps.seen == [
-                (Phase.LOADING, None),
-                (Phase.RESTARTING, Reason.PORT_TAKEN),
-                (Phase.LOADING, None),
-                (Phase.READY, None),
+                (JobPhase.LOADING, None),
+                (JobPhase.RESTARTING, FailureReason.PORT_TAKEN),
+                (JobPhase.LOADING, None),
+                (JobPhase.READY, None),
             ]
             assert other.attempt == 2
             for task in tasks:

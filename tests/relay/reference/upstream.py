@@ -17,7 +17,7 @@ from yarl import URL
 
 from hpc_router.errors import UpstreamConnectError, UpstreamError, UpstreamTimeoutError
 from hpc_router.relay.headers import Headers
-from hpc_router.relay.upstream.interface import Address, Limits, Started, UpstreamResponse
+from hpc_router.relay.upstream.interface import Address, PendingRequest, UpstreamResponse, UpstreamTimeouts
 from hpc_router.relay.upstream.timeouts import Patience
 
 _KEEP_ALIVE_S: Final = 4.0
@@ -28,7 +28,7 @@ _NO_AUTO_HEADERS: Final = ("Accept", "Accept-Encoding", "User-Agent", "Content-T
 
 
 class AiohttpResponse(UpstreamResponse):
-    def __init__(self, response: aiohttp.ClientResponse, patience: Patience, limits: Limits) -> None:
+    def __init__(self, response: aiohttp.ClientResponse, patience: Patience, limits: UpstreamTimeouts) -> None:
         headers = Headers([(name.lower(), value) for name, value in response.raw_headers])
         super().__init__(response.status, headers, response.content_length)
         self._response = response
@@ -46,7 +46,7 @@ class AiohttpResponse(UpstreamResponse):
 class AiohttpClient:
     """Connections to upstream servers, kept between requests."""
 
-    def __init__(self, limits: Limits, *, socket_path: str | None = None) -> None:
+    def __init__(self, limits: UpstreamTimeouts, *, socket_path: str | None = None) -> None:
         self.limits = limits
         connector: aiohttp.BaseConnector = (
             aiohttp.UnixConnector(socket_path, limit=0, keepalive_timeout=_KEEP_ALIVE_S)
@@ -83,8 +83,8 @@ class AiohttpClient:
         head: bytes = b"",
         body: bytes | None = None,
         watch: Callable[[Patience], None] | None = None,
-        started: Started | None = None,
-        limits: Limits | None = None,
+        started: PendingRequest | None = None,
+        limits: UpstreamTimeouts | None = None,
     ) -> AsyncIterator[UpstreamResponse]:
         """See `exchange.Upstream`."""
         limits = limits or self.limits

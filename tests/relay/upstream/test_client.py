@@ -13,14 +13,14 @@ from hpc_router.errors import UpstreamConnectError, UpstreamError, UpstreamTimeo
 from hpc_router.relay.headers import lines
 from hpc_router.relay.upstream import client as upstream_module
 from hpc_router.relay.upstream.client import UpstreamClient, request_head
-from hpc_router.relay.upstream.interface import Address, Limits, Upstream, address_of
+from hpc_router.relay.upstream.interface import Address, Upstream, UpstreamTimeouts, address_of
 from tests.relay.malformed import ENDLESS, MALFORMED, TRUNCATED
 from tests.relay.scripted import CHUNKED, Answer, End, chunked, head, scripted, sized
 from tests.support.relays import MakeClient
 from tests.support.waiting import GUARD_S, eventually
 
-PATIENT = Limits(connect_s=GUARD_S, first_byte_s=GUARD_S, idle_s=GUARD_S)
-HASTY = Limits(connect_s=GUARD_S, first_byte_s=0.1, idle_s=0.1)
+PATIENT = UpstreamTimeouts(connect_s=GUARD_S, first_byte_s=GUARD_S, idle_s=GUARD_S)
+HASTY = UpstreamTimeouts(connect_s=GUARD_S, first_byte_s=0.1, idle_s=0.1)
 
 
 @pytest.fixture
@@ -366,7 +366,7 @@ async def test_a_sink_without_room_stops_the_upstream(make_client: MakeClient) -
 
     piece, count = b"x" * 2**16, 1024
     answer = [head(b"content-length: %d" % (len(piece) * count)), *[piece] * count]
-    limits = Limits(connect_s=GUARD_S, first_byte_s=GUARD_S, idle_s=1.0)
+    limits = UpstreamTimeouts(connect_s=GUARD_S, first_byte_s=GUARD_S, idle_s=1.0)
     async with scripted(answer) as server, scripted([End.HANG]) as silent, make_client(limits) as client:
         sink = Stuck()
 
@@ -376,7 +376,7 @@ async def test_a_sink_without_room_stops_the_upstream(make_client: MakeClient) -
 
         task = asyncio.create_task(run())
         await sink.stuck.wait()
-        longer = Limits(connect_s=GUARD_S, first_byte_s=2.0, idle_s=GUARD_S)
+        longer = UpstreamTimeouts(connect_s=GUARD_S, first_byte_s=2.0, idle_s=GUARD_S)
         async with make_client(longer) as other:
             with pytest.raises(UpstreamTimeoutError):
                 await fetch(other, silent.address)

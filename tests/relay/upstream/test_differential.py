@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 
 from hpc_router.errors import UpstreamError
 from hpc_router.relay.upstream.client import UpstreamClient
-from hpc_router.relay.upstream.interface import Limits, Upstream
+from hpc_router.relay.upstream.interface import Upstream, UpstreamTimeouts
 from tests.relay.reference.upstream import AiohttpClient
 from tests.relay.scripted import Answer, End, head, scripted
 from tests.support.waiting import GUARD_S
 
-PATIENT = Limits(connect_s=GUARD_S, first_byte_s=GUARD_S, idle_s=GUARD_S)
+PATIENT = UpstreamTimeouts(connect_s=GUARD_S, first_byte_s=GUARD_S, idle_s=GUARD_S)
 TOKEN = st.text("abcdefghijklmnopqrstuvwxyzABCXYZ0123456789-_!#$%&'*+.^`|~", min_size=1, max_size=12)
 VALUE = st.text(st.characters(min_codepoint=33, max_codepoint=126) | st.sampled_from(" \té"), max_size=20).map(
     str.strip

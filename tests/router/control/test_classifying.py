@@ -13,7 +13,7 @@ from hpc_router.config.schema import Deployment
 from hpc_router.router.control import config_watcher
 from hpc_router.router.control.config_watcher import Changes
 from hpc_router.router.policies import load_policy
-from hpc_router.router.replicas.replica import Standing
+from hpc_router.router.replicas.replica import RoutingState
 from hpc_router.routing import exemplars
 from hpc_router.routing.policy import Policy, versions
 from hpc_router.state.io_thread import FileThread
@@ -53,7 +53,7 @@ async def serving(run: RunDir, deployment: Deployment) -> AsyncIterator[RunningR
         fake_replica(run, "code-0.g1"),
         a_router(run, deployment) as router,
     ):
-        await eventually(lambda: sum(r.standing is Standing.READY for r in router.gateway.table.all()) == 2)
+        await eventually(lambda: sum(r.standing is RoutingState.READY for r in router.gateway.table.all()) == 2)
         yield router
 
 

@@ -5,15 +5,15 @@ from dataclasses import replace
 from pathlib import Path
 
 from hpc_router.net.auth import new_token
-from hpc_router.router.replicas.replica import Standing
+from hpc_router.router.replicas.replica import RoutingState
 from hpc_router.state import registry
-from hpc_router.state.registry import Kind
+from hpc_router.state.registry import RecordKind
 from tests.router.fakes import RunningRouter, a_deployment, a_router, a_run, fake_replica, reset
 from tests.router.worker.test_gateway import chat, post, ready
 from tests.support.waiting import eventually
 
 
-def standing(router: RunningRouter, name: str) -> Standing | None:
+def standing(router: RunningRouter, name: str) -> RoutingState | None:
     replica = router.gateway.table.get(name)
     return replica.standing if replica else None
 
@@ -36,7 +36,7 @@ async def test_a_stranger_at_the_address_is_refused(tmp_path: Path) -> None:
         record = registry.Reader(run.registry).snapshot()["code-0.g1"]
         stolen = replace(record, replica="math-0.g1", serves={"math": "m"}, nonce=new_token())
         registry.publish(run.registry, stolen)
-        await eventually(lambda: standing(router, "math-0.g1") is Standing.EJECTED)
+        await eventually(lambda: standing(router, "math-0.g1") is RoutingState.EJECTED)
         assert (await post(router, chat("math")))[0] == 503
         assert not other.bodies
 
@@ -46,7 +46,7 @@ async def test_a_right_name_with_a_wrong_key_is_refused(tmp_path: Path) -> None:
     async with fake_replica(run, "math-0.g1") as fake, a_router(run, a_deployment("math")) as router:
         await ready(router)
         fake.key = "another"
-        await eventually(lambda: standing(router, "math-0.g1") is Standing.EJECTED)
+        await eventually(lambda: standing(router, "math-0.g1") is RoutingState.EJECTED)
 
 
 async def test_a_dead_jobs_record_is_ejected_and_comes_back_with_its_owner(tmp_path: Path) -> None:
@@ -55,7 +55,7 @@ async def test_a_dead_jobs_record_is_ejected_and_comes_back_with_its_owner(tmp_p
         record = registry.Reader(run.registry).snapshot()["math-0.g1"]
     registry.publish(run.registry, replace(record, beat_s=0.01, beat=1))
     async with a_router(run, a_deployment("math")) as router:
-        await eventually(lambda: standing(router, "math-0.g1") is Standing.EJECTED)
+        await eventually(lambda: standing(router, "math-0.g1") is RoutingState.EJECTED)
         replica = router.gateway.table.get("math-0.g1")
         assert replica is not None
         await eventually(lambda: router.control.discovery.is_silent(replica))
@@ -91,11 +91,11 @@ async def test_a_replica_that_says_draining_is_drained_and_one_that_starts_waits
     async with fake_replica(run, "math-0.g1") as fake, a_router(run, a_deployment("math")) as router:
         await ready(router)
         fake.state = "starting"
-        await eventually(lambda: standing(router, "math-0.g1") is Standing.STARTING)
+        await eventually(lambda: standing(router, "math-0.g1") is RoutingState.STARTING)
         fake.state = "draining"
-        await eventually(lambda: standing(router, "math-0.g1") is Standing.DRAINING)
+        await eventually(lambda: standing(router, "math-0.g1") is RoutingState.DRAINING)
         fake.state = "ready"
-        assert standing(router, "math-0.g1") is Standing.DRAINING
+        assert standing(router, "math-0.g1") is RoutingState.DRAINING
 
 
 async def test_a_connection_refused_ejects_at_once(tmp_path: Path) -> None:
@@ -112,7 +112,7 @@ async def test_a_connection_refused_ejects_at_once(tmp_path: Path) -> None:
             assert dying.url == record.url
             for _ in range(3):
                 assert (await post(router, chat("math")))[0] == 200
-            assert standing(router, "math-0.g1") is Standing.EJECTED
+            assert standing(router, "math-0.g1") is RoutingState.EJECTED
         finally:
             await router_context.__aexit__(None, None, None)
 
@@ -124,7 +124,7 @@ async def test_an_external_endpoint_is_probed_by_its_models(tmp_path: Path) -> N
         record = registry.Reader(run.registry).snapshot()["math-x0.g1"]
         run.keep_external_token("math-x0.g1", fake.key)
         fake.models = ("theirs",)
-        external = replace(record, kind=Kind.EXTERNAL, nonce=None, serves={"math": None}, capacity=None)
+        external = replace(record, kind=RecordKind.EXTERNAL, nonce=None, serves={"math": None}, capacity=None)
         registry.publish(run.registry, external)
         async with a_router(run, a_deployment()) as router:
             await ready(router)
@@ -138,7 +138,7 @@ async def test_the_registered_model_name_wins_over_what_an_external_endpoint_lis
     async with fake_replica(run, "math-x0.g1", models=("theirs", "math")) as fake:
         record = registry.Reader(run.registry).snapshot()["math-x0.g1"]
         run.keep_external_token("math-x0.g1", fake.key)
-        registry.publish(run.registry, replace(record, kind=Kind.EXTERNAL, nonce=None, serves={"math": "theirs"}))
+        registry.publish(run.registry, replace(record, kind=RecordKind.EXTERNAL, nonce=None, serves={"math": "theirs"}))
         async with a_router(run, a_deployment()) as router:
             await ready(router)
             assert (await post(router, chat("math")))[0] == 200
@@ -150,7 +150,7 @@ async def test_a_new_token_for_an_external_endpoint_is_taken_up(tmp_path: Path) 
     async with fake_replica(run, "math-x0.g1", models=("theirs",)) as fake:
         record = registry.Reader(run.registry).snapshot()["math-x0.g1"]
         run.keep_external_token("math-x0.g1", "wrong")
-        registry.publish(run.registry, replace(record, kind=Kind.EXTERNAL, nonce=None))
+        registry.publish(run.registry, replace(record, kind=RecordKind.EXTERNAL, nonce=None))
         async with a_router(run, a_deployment()) as router:
             await ready(router)
             (replica,) = router.control.table.all()

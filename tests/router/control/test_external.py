@@ -12,10 +12,10 @@ from aiohttp import web
 from hpc_router.net import protocol
 from hpc_router.router.control import discovery
 from hpc_router.router.replicas.health import PROBES_LATE
-from hpc_router.router.replicas.replica import Standing
+from hpc_router.router.replicas.replica import RoutingState
 from hpc_router.router.worker.control_client import REPORT_S
 from hpc_router.state import registry
-from hpc_router.state.registry import Kind, Record, State
+from hpc_router.state.registry import Record, RecordKind, State
 from hpc_router.state.run_directory import RunDir
 from tests.router.fakes import RunningRouter, a_deployment, a_router, a_run, completion
 from tests.router.worker.test_gateway import chat, post, ready
@@ -55,7 +55,7 @@ async def registered(run: RunDir, endpoint: Endpoint, *, probe: str | None = pro
     await web.TCPSite(runner, "127.0.0.1", port, reuse_address=True).start()
     endpoint.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
     registry.publish(
-        run.registry, Record(Kind.EXTERNAL, NAME, endpoint.url, State.READY, {"math": "theirs"}, probe=probe)
+        run.registry, Record(RecordKind.EXTERNAL, NAME, endpoint.url, State.READY, {"math": "theirs"}, probe=probe)
     )
     try:
         yield
@@ -64,7 +64,7 @@ async def registered(run: RunDir, endpoint: Endpoint, *, probe: str | None = pro
         await runner.cleanup()
 
 
-def standing(router: RunningRouter) -> Standing | None:
+def standing(router: RunningRouter) -> RoutingState | None:
     replica = router.control.table.get(NAME)
     return None if replica is None else replica.standing
 
@@ -120,8 +120,8 @@ async def test_probes_without_an_answer_eject_it_unless_requests_are_answered(
         while len(endpoint.probed) <= before + PROBES_LATE + 1:
             assert await ask(router) == 200
             await asyncio.sleep(0.05)
-        assert standing(router) is Standing.READY
-        await eventually(lambda: standing(router) is Standing.EJECTED)
+        assert standing(router) is RoutingState.READY
+        await eventually(lambda: standing(router) is RoutingState.EJECTED)
         (replica,) = router.control.table.all()
         assert replica.trouble is not None
         assert replica.trouble.startswith(f"GET {endpoint.url}/v1/models: no answer within ")
@@ -135,7 +135,7 @@ async def test_a_connection_that_fails_ejects_and_it_comes_back(tmp_path: Path, 
             await ready(router)
             assert await ask(router) == 200
             assert set(endpoint.probed) == ({probe} if probe is not None else set())
-        await eventually(lambda: standing(router) is Standing.EJECTED)
+        await eventually(lambda: standing(router) is RoutingState.EJECTED)
         (replica,) = router.control.table.all()
         assert replica.trouble is not None
         probed = f"connection to {endpoint.url}" if probe is None else f"GET {endpoint.url}{probe}"
@@ -153,7 +153,7 @@ async def test_one_that_drained_comes_back_when_it_is_ready(tmp_path: Path, head
         await ready(router)
         endpoint.status, endpoint.chat_status, endpoint.headers = 503, 503, {header: "1"}
         waits = asyncio.create_task(ask(router))
-        await eventually(lambda: standing(router) is Standing.STARTING)
+        await eventually(lambda: standing(router) is RoutingState.STARTING)
         await eventually(lambda: router.gateway.table.waiting("math") == 1)
         endpoint.status, endpoint.chat_status, endpoint.headers = 200, 200, {}
         assert await waits == 200
@@ -167,4 +167,4 @@ async def test_a_refused_token_is_told_as_ours(tmp_path: Path) -> None:
         status, body, _ = await post(router, chat("math"))
         assert (status, body["error"]["code"]) == (502, "endpoint_unauthorized")
         assert body["error"]["message"].startswith(f"{endpoint.url} answered 401")
-        assert standing(router) is Standing.READY
+        assert standing(router) is RoutingState.READY

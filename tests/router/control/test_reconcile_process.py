@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from hpc_router.router.control import reconcile_process
-from hpc_router.router.control.reconcile_process import ControlLoop
+from hpc_router.router.control.reconcile_process import ReconcileProcess
 from hpc_router.router.ipc.supervisor import LONGEST_PAUSE_S, STEADY_S
 from hpc_router.state.io_thread import FileThread
 from hpc_router.state.run_directory import RunDir, make_run
@@ -35,7 +35,7 @@ async def test_a_killed_loop_is_started_again_at_once(run: RunDir, files: FileTh
     async def sleep(pause_s: float) -> None:
         pauses.append(pause_s)
 
-    async with ControlLoop(run, files, replica="router-0.g1", sleep=sleep):
+    async with ReconcileProcess(run, files, replica="router-0.g1", sleep=sleep):
         (first,) = await eventually(lambda: with_word(str(run.path)))
         os.kill(first, signal.SIGKILL)
         await eventually(lambda: [pid for pid in with_word(str(run.path)) if pid != first])
@@ -64,7 +64,7 @@ async def test_one_that_always_fails_is_started_more_and_more_rarely(
         now += STEADY_S if len(pauses) == 11 else 0.0
         return now
 
-    async with ControlLoop(run, files, replica="router-0.g1", clock=clock, sleep=sleep):
+    async with ReconcileProcess(run, files, replica="router-0.g1", clock=clock, sleep=sleep):
         await enough.wait()
     assert pauses[0] == 0.0
     assert pauses[:11] == sorted(pauses[:11])

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 
 import pytest
 
-from hpc_router.router.control.replica_stats import HALF_LIFE_S, Recent, newly, sickness, totals
+from hpc_router.router.control.replica_stats import HALF_LIFE_S, ReplicaStats, newly, sickness, totals
 from hpc_router.router.metrics import Metrics
 
 
-def seen(answered: int, *, each_s: float = 0.1, errors: int = 0) -> Recent:
-    recent = Recent()
+def seen(answered: int, *, each_s: float = 0.1, errors: int = 0) -> ReplicaStats:
+    recent = ReplicaStats()
     recent.add(answered, answered * each_s, errors, now=100.0)
     return recent
 
@@ -30,7 +30,7 @@ def seen(answered: int, *, each_s: float = 0.1, errors: int = 0) -> Recent:
         (seen(50, each_s=1.0), [seen(5)], None),
     ],
 )
-def test_who_is_sick(one: Recent, others: Sequence[Recent], says: str | None) -> None:
+def test_who_is_sick(one: ReplicaStats, others: Sequence[ReplicaStats], says: str | None) -> None:
     told = sickness(one, others)
     assert told == says if says is None else told is not None and told.startswith(says)
 

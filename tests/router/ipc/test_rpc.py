@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import uvloop
 
-from hpc_router.router.control.process import Control
-from hpc_router.router.ipc.rpc import Channel, ChannelClosedError
+from hpc_router.router.control.process import ControlProcess
+from hpc_router.router.ipc.rpc import ChannelClosedError, RpcPeer
 from hpc_router.router.ipc.shared_counters import Counters
 from hpc_router.router.metrics import Metrics
 from hpc_router.router.replicas.sessions import Sessions
 from hpc_router.router.replicas.table import ReplicaTable
-from hpc_router.router.worker.control_client import ControlLink
+from hpc_router.router.worker.control_client import ControlClient
 from hpc_router.state.io_thread import FileThread
 from hpc_router.state.run_directory import RunDir
 from tests.router.fakes import a_deployment, a_run
@@ -21,9 +21,9 @@ from tests.router.fakes import a_deployment, a_run
 LIMIT_S = 10.0
 
 
-async def pair(here: Any, there: Any) -> tuple[Channel, Channel]:
+async def pair(here: Any, there: Any) -> tuple[RpcPeer, RpcPeer]:
     a, b = socket.socketpair()
-    one, other = Channel(here, lambda: None), Channel(there, lambda: None)
+    one, other = RpcPeer(here, lambda: None), RpcPeer(there, lambda: None)
     await one.open(a)
     await other.open(b)
     return one, other
@@ -56,7 +56,7 @@ def test_who_asks_a_peer_that_was_found_dead_hears_it_after_the_owner(run_in: An
 async def _asked_of_the_dead() -> None:
     ended: list[str] = []
     here, there = socket.socketpair()
-    one = Channel(lambda *_: None, lambda: ended.append("ended"))
+    one = RpcPeer(lambda *_: None, lambda: ended.append("ended"))
     await one.open(here)
     there.close()
     one.tell("note")  # finds that nobody is there
@@ -87,9 +87,9 @@ def test_a_hello_that_is_there_before_the_way_is_open_gets_its_view(run_in: Any,
 async def _greeted_early(run: RunDir) -> None:
     files = FileThread("test")
     counters, deployment = Counters(workers=1), a_deployment("math")
-    control = Control(run, deployment, deployment, counters, files, "router-0.g1", started_at=0, artefact=None)
+    control = ControlProcess(run, deployment, deployment, counters, files, "router-0.g1", started_at=0, artefact=None)
     here, there = socket.socketpair()
-    link = ControlLink(ReplicaTable(cells=counters.row(0)), Sessions(), Metrics())
+    link = ControlClient(ReplicaTable(cells=counters.row(0)), Sessions(), Metrics())
     async with control.watching({}):
         await control.served(limit_s=0)
         await link.attach(there)

@@ -21,9 +21,9 @@ from hpc_router.cluster.commands.set import change, parse_settings
 from hpc_router.errors import ConfigError
 from hpc_router.router.ipc.supervisor import LONGEST_PAUSE_S, pause_s
 from hpc_router.routing import exemplars
-from hpc_router.state.job_records import JobDir, Phase, Reason
+from hpc_router.state.job_records import FailureReason, JobDir, JobPhase
 from hpc_router.state.log_file import BURST
-from hpc_router.state.registry import Kind, Reader, leading_router
+from hpc_router.state.registry import Reader, RecordKind, leading_router
 from hpc_router.state.run_directory import RunDir, make_run
 from tests.router.fakes import FakeReplica, event, fake_replica, stream
 from tests.support.needs import ROOT
@@ -163,7 +163,7 @@ async def serving(run: RunDir, *overrides: str, workers: int = 2) -> AsyncIterat
         await asyncio.to_thread(process.wait, 30)
     assert process.returncode == 0
     assert not with_word(str(run.path))
-    assert not [r for r in Reader(run.registry).snapshot().values() if r.kind is Kind.ROUTER]
+    assert not [r for r in Reader(run.registry).snapshot().values() if r.kind is RecordKind.ROUTER]
 
 
 def pids(router: dict[str, Any]) -> dict[str, int]:
@@ -230,7 +230,7 @@ async def test_a_router_says_how_many_answers_its_end_cut(run: RunDir, killed_to
         job = JobDir(run, router["replica"])
         one.process.terminate()
         if killed_too:
-            await eventually(lambda: (at := job.progress()) is not None and at.phase is Phase.DRAINING)
+            await eventually(lambda: (at := job.progress()) is not None and at.phase is JobPhase.DRAINING)
             os.kill(pids(router)["worker 0"], signal.SIGKILL)
         for reader, writer in streams:
             with suppress(ConnectionError):
@@ -238,7 +238,7 @@ async def test_a_router_says_how_many_answers_its_end_cut(run: RunDir, killed_to
             await closed(writer)
     end = job.exit()
     assert end is not None
-    assert (end.ok, end.reason, end.cut) == (True, Reason.DRAINED, 8)
+    assert (end.ok, end.reason, end.cut) == (True, FailureReason.DRAINED, 8)
     assert end.message == "stopped; 8 answers were cut off"
 
 

@@ -2,11 +2,11 @@
 
 import pytest
 
-from hpc_router.router.replicas.admission import LATEST_S, PAUSE_S, SPAN_S, UNKNOWN_S, Pace
+from hpc_router.router.replicas.admission import LATEST_S, PAUSE_S, SPAN_S, UNKNOWN_S, DepartureRate
 
 
-def moving(*left_at: float, began: float = 100.0) -> Pace:
-    pace = Pace()
+def moving(*left_at: float, began: float = 100.0) -> DepartureRate:
+    pace = DepartureRate()
     pace.began(began)
     for at in left_at:
         pace.left(at)
@@ -29,7 +29,7 @@ def test_before_anybody_has_left_nothing_is_known_but_how_long_that_has_taken() 
     pace = moving()
     assert pace.wait_s(5, 100.0) == UNKNOWN_S
     assert pace.wait_s(5, 120.0) == 20.0
-    assert Pace().wait_s(0, 1e6) == UNKNOWN_S
+    assert DepartureRate().wait_s(0, 1e6) == UNKNOWN_S
 
 
 def test_it_is_never_less_than_a_second_nor_more_than_ten_minutes() -> None:

@@ -2,37 +2,37 @@
 
 import pytest
 
-from hpc_router.router.replicas.health import PROBES_LATE, Health, Incident, Rules, Verdict, spare
+from hpc_router.router.replicas.health import PROBES_LATE, Incident, ReplicaHealth, Rules, Verdict, spare
 
 RULES = Rules(connections=2, errors=3, out_s=10.0, most_out_s=30.0, share=0.5)
 
 
-def notes(health: Health, *incidents: Incident, now: float = 0.0, spare: bool = True) -> list[Verdict]:
+def notes(health: ReplicaHealth, *incidents: Incident, now: float = 0.0, spare: bool = True) -> list[Verdict]:
     return [health.note(incident, now=now, rules=RULES, spare=spare) for incident in incidents]
 
 
 @pytest.mark.parametrize("between", [Incident.ANSWERED, Incident.PROBE_OK])
 def test_connections_that_cannot_be_made_in_a_row_eject(between: Incident) -> None:
-    health = Health()
+    health = ReplicaHealth()
     assert notes(health, Incident.NO_CONNECTION, between, Incident.NO_CONNECTION) == [Verdict.KEEP] * 3
     assert notes(health, Incident.NO_CONNECTION) == [Verdict.EJECT]
 
 
 def test_errors_in_a_row_exclude_and_a_good_answer_forgives_them() -> None:
-    health, error = Health(), Incident.ERROR
+    health, error = ReplicaHealth(), Incident.ERROR
     assert notes(health, error, error, Incident.ANSWERED, error, error) == [Verdict.KEEP] * 5
     assert notes(health, Incident.PROBE_OK) == [Verdict.KEEP], "an agent that answers says nothing about its engine"
     assert notes(health, error) == [Verdict.EXCLUDE]
 
 
 def test_who_cannot_be_spared_stays() -> None:
-    health = Health()
+    health = ReplicaHealth()
     assert notes(health, *[Incident.ERROR] * 9, spare=False) == [Verdict.KEEP] * 9
     assert notes(health, Incident.ERROR, spare=True) == [Verdict.EXCLUDE]
 
 
 def test_its_word_counts_again_after_a_time_that_doubles() -> None:
-    health, now, times = Health(), 0.0, []
+    health, now, times = ReplicaHealth(), 0.0, []
     for _ in range(4):
         assert notes(health, *[Incident.ERROR] * 3, now=now)[-1] is Verdict.EXCLUDE
         assert health.is_out(now)
@@ -46,7 +46,7 @@ def test_its_word_counts_again_after_a_time_that_doubles() -> None:
 
 
 def test_while_it_is_out_what_was_under_way_there_lengthens_nothing() -> None:
-    health = Health()
+    health = ReplicaHealth()
     notes(health, *[Incident.ERROR] * 3)
     assert notes(health, *[Incident.ERROR] * 5, now=9.0) == [Verdict.KEEP] * 5
     assert health.out_until == 10.0
@@ -54,9 +54,9 @@ def test_while_it_is_out_what_was_under_way_there_lengthens_nothing() -> None:
 
 def test_late_probes_in_a_row_eject_and_one_that_fails_does_at_once() -> None:
     late = Incident.PROBE_LATE
-    assert notes(Health(), *[late] * PROBES_LATE) == [Verdict.KEEP] * (PROBES_LATE - 1) + [Verdict.EJECT]
-    assert notes(Health(), late, Incident.PROBE_OK, late, late) == [Verdict.KEEP] * 4
-    assert notes(Health(), Incident.PROBE_FAILED) == [Verdict.EJECT]
+    assert notes(ReplicaHealth(), *[late] * PROBES_LATE) == [Verdict.KEEP] * (PROBES_LATE - 1) + [Verdict.EJECT]
+    assert notes(ReplicaHealth(), late, Incident.PROBE_OK, late, late) == [Verdict.KEEP] * 4
+    assert notes(ReplicaHealth(), Incident.PROBE_FAILED) == [Verdict.EJECT]
 
 
 @pytest.mark.parametrize(

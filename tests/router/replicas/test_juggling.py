@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from hpc_router.router.replicas.admission import Bounds
-from hpc_router.router.replicas.replica import Event, Hold, Replica, Standing
+from hpc_router.router.replicas.replica import Event, Hold, Replica, RoutingState
 from hpc_router.router.replicas.table import QueueFullError, ReplicaTable
 from tests.router.replicas.test_table import replica
 
@@ -69,7 +69,7 @@ class Juggling(RuleBasedStateMachine):
         worker, wanted = self.workers[at], experts[:many]
         hold = worker.table.acquire(wanted, slot=lambda: slot)
         if hold is not None:
-            assert hold.replica.standing is Standing.READY
+            assert hold.replica.standing is RoutingState.READY
             worker.holds.append(hold)
         else:
             worker.waits.append(self.loop.create_task(worker.table.wait(wanted)))

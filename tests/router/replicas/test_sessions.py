@@ -14,9 +14,9 @@ from hpc_router.relay.headers import Headers
 from hpc_router.router.replicas.replica import Event, Replica
 from hpc_router.router.replicas.sessions import Sessions, Turn, session_id
 from hpc_router.router.replicas.table import ReplicaTable
-from hpc_router.routing.policy import Reason
+from hpc_router.routing.policy import RouteReason
 from hpc_router.state import registry
-from hpc_router.state.registry import EngineInfo, Kind, Record, State
+from hpc_router.state.registry import EngineInfo, Record, RecordKind, State
 from tests.router.fakes import a_deployment, a_router, a_run, answer, fake_replica, hang, refuse
 from tests.router.worker.test_apis import sim_replica
 from tests.router.worker.test_gateway import all_gauges_zero, client_of, post, ready
@@ -27,12 +27,18 @@ NEXT = {"model": "auto", "input": "and then?", "previous_response_id": "resp_1"}
 
 
 def a_turn(number: int = 0) -> Turn:
-    return Turn("math", f"math-{number}.g1", "http://127.0.0.1:1", "n", Reason.CLASSIFIED)
+    return Turn("math", f"math-{number}.g1", "http://127.0.0.1:1", "n", RouteReason.CLASSIFIED)
 
 
 def a_table(**fields: Any) -> ReplicaTable:
     record = Record(
-        Kind.EXPERT, "math-0.g1", "http://127.0.0.1:1", State.READY, {"math": "m"}, nonce="n", engine=EngineInfo("vllm")
+        RecordKind.EXPERT,
+        "math-0.g1",
+        "http://127.0.0.1:1",
+        State.READY,
+        {"math": "m"},
+        nonce="n",
+        engine=EngineInfo("vllm"),
     )
     table = ReplicaTable()
     table.put(Replica(replace(record, **fields), key="k"))

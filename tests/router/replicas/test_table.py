@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from hpc_router.relay.upstream.timeouts import Patience
-from hpc_router.router.replicas.replica import TRANSITIONS, Event, Hold, Replica, Standing
+from hpc_router.router.replicas.replica import TRANSITIONS, Event, Hold, Replica, RoutingState
 from hpc_router.router.replicas.table import ReplicaLostError, ReplicaTable
-from hpc_router.state.registry import Kind, Record, State
+from hpc_router.state.registry import Record, RecordKind, State
 
 
 def replica(name: str, *, experts: tuple[str, ...] = ("math",), capacity: int = 2, ready: bool = True) -> Replica:
     record = Record(
-        kind=Kind.EXPERT,
+        kind=RecordKind.EXPERT,
         replica=name,
         url="http://127.0.0.1:1",
         state=State.READY,
@@ -46,12 +46,12 @@ def another_worker_has(table: ReplicaTable, one: Replica, in_flight: int) -> Non
 
 
 def test_the_transition_table_is_complete() -> None:
-    assert set(TRANSITIONS) == {(s, e) for s in Standing for e in Event}
+    assert set(TRANSITIONS) == {(s, e) for s in RoutingState for e in Event}
 
 
 def test_nothing_leads_from_draining_back_to_ready_but_being_ejected() -> None:
     for event in (Event.SAYS_READY, Event.SAYS_STARTING):
-        assert TRANSITIONS[Standing.DRAINING, event] is Standing.DRAINING
+        assert TRANSITIONS[RoutingState.DRAINING, event] is RoutingState.DRAINING
 
 
 def test_the_fewest_in_flight_wins_and_ties_take_turns() -> None:
@@ -254,7 +254,7 @@ class Juggling(RuleBasedStateMachine):
     @rule()
     def arrive(self) -> None:
         if hold := self.table.acquire(["math"]):
-            assert hold.replica.standing is Standing.READY
+            assert hold.replica.standing is RoutingState.READY
             self.holds.append(hold)
 
     @rule(at=st.integers(0, 2))

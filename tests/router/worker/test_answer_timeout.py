@@ -9,7 +9,7 @@ import pytest
 from aiohttp import web
 
 from hpc_router.net import protocol
-from hpc_router.router.replicas.replica import Standing
+from hpc_router.router.replicas.replica import RoutingState
 from hpc_router.router.worker.dispatcher import MAX_ATTEMPTS
 from tests.router.fakes import (
     FakeReplica,
@@ -66,7 +66,7 @@ async def test_a_timeout_is_a_504_that_nobody_repeats(
         assert other.bodies == []
         await eventually(lambda: first.cancelled + second.cancelled == 1)
         assert {(r.standing, r.suspect, r.trouble) for r in router.gateway.table.all()} == {
-            (Standing.READY, False, None)
+            (RoutingState.READY, False, None)
         }
         told = await router.control.status()
         assert [one["error_share"] for one in told["experts"]["math"]["replicas"]] == [None, None]

@@ -12,9 +12,9 @@ import openai
 import pytest
 
 from hpc_router.net import protocol
-from hpc_router.sim import SimConfig, SimEngine
+from hpc_router.sim import SimConfig, SimServer
 from hpc_router.state import registry
-from hpc_router.state.registry import EngineInfo, Kind, Record, State
+from hpc_router.state.registry import EngineInfo, Record, RecordKind, State
 from hpc_router.state.run_directory import RunDir
 from tests.router.fakes import (
     RunningRouter,
@@ -55,12 +55,12 @@ def relay(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @asynccontextmanager
-async def sim_replica(run: RunDir, replica: str, config: SimConfig = INSTANT) -> AsyncIterator[SimEngine]:
+async def sim_replica(run: RunDir, replica: str, config: SimConfig = INSTANT) -> AsyncIterator[SimServer]:
     """The simulated engine as an endpoint that runs elsewhere."""
     expert = registry.split_replica(replica)[0]
-    async with SimEngine(config) as engine:
+    async with SimServer(config) as engine:
         info = EngineInfo(kind="sim")
-        record = Record(Kind.EXTERNAL, replica, engine.url, State.READY, {expert: config.model}, engine=info)
+        record = Record(RecordKind.EXTERNAL, replica, engine.url, State.READY, {expert: config.model}, engine=info)
         registry.publish(run.registry, record)
         yield engine
 

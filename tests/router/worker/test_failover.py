@@ -9,13 +9,13 @@ import pytest
 
 from hpc_router.errors import UpstreamConnectError
 from hpc_router.relay.upstream.client import UpstreamClient
-from hpc_router.router.replicas.replica import Standing
+from hpc_router.router.replicas.replica import RoutingState
 from tests.router.fakes import RunningRouter, a_deployment, a_router, a_run, answer, fake_replica, refuse, reset
 from tests.router.worker.test_gateway import all_gauges_zero, chat, post, ready
 from tests.support.waiting import eventually
 
 
-def standing(router: RunningRouter, name: str) -> Standing:
+def standing(router: RunningRouter, name: str) -> RoutingState:
     replica = router.gateway.table.get(name)
     assert replica is not None
     return replica.standing
@@ -49,14 +49,14 @@ async def test_errors_in_a_row_put_a_replica_out_until_its_time_is_over(tmp_path
         a_router(run, a_deployment("math", **config)) as router,
     ):
         await ready(router, 2)
-        while standing(router, "math-0.g1") is Standing.READY:
+        while standing(router, "math-0.g1") is RoutingState.READY:
             assert await statuses(router, 1) == [200]
         assert len(sick.bodies) == 3
-        assert standing(router, "math-0.g1") is Standing.EJECTED
+        assert standing(router, "math-0.g1") is RoutingState.EJECTED
         assert "500" in str(router.gateway.table.get("math-0.g1").trouble)  # type: ignore[union-attr]
         assert await statuses(router, 3) == [200] * 3
         assert len(sick.bodies) == 3
-        await eventually(lambda: standing(router, "math-0.g1") is Standing.READY)
+        await eventually(lambda: standing(router, "math-0.g1") is RoutingState.READY)
         while len(sick.bodies) == 3:
             assert await statuses(router, 1) == [200]
 
@@ -93,7 +93,7 @@ async def test_an_error_of_the_only_replica_is_no_mark_on_it(tmp_path: Path) -> 
             assert (await post(router, chat("auto")))[0] == 200
         replica = router.gateway.table.get("math-0.g1")
         assert replica is not None
-        assert (replica.standing, replica.suspect) == (Standing.READY, False)
+        assert (replica.standing, replica.suspect) == (RoutingState.READY, False)
 
 
 async def test_only_a_good_answer_of_another_replica_is_a_mark(tmp_path: Path) -> None:
@@ -110,8 +110,8 @@ async def test_only_a_good_answer_of_another_replica_is_a_mark(tmp_path: Path) -
         one.acts.appendleft(refuse(500))
         while len(one.acts) > 1:
             assert await statuses(router, 1) == [200]
-        assert standing(router, "math-0.g1") is Standing.EJECTED
-        assert standing(router, "math-1.g1") is Standing.READY
+        assert standing(router, "math-0.g1") is RoutingState.EJECTED
+        assert standing(router, "math-1.g1") is RoutingState.READY
 
 
 async def test_without_a_budget_a_failure_is_passed_on(tmp_path: Path) -> None:
@@ -151,7 +151,7 @@ async def test_a_lack_of_descriptors_here_is_no_replicas_fault(tmp_path: Path, m
         with monkeypatch.context() as patch:
             patch.setattr(UpstreamClient, "connected", no_descriptor)
             assert await statuses(router, 1) == [503]
-        assert standing(router, "math-0.g1") is Standing.READY
+        assert standing(router, "math-0.g1") is RoutingState.READY
         assert await statuses(router, 1) == [200]
 
 

@@ -15,11 +15,11 @@ import openai
 import pytest
 from yarl import URL
 
-from hpc_router.client.router_identity import Finding, examine
-from hpc_router.router.replicas.replica import Standing
-from hpc_router.router.worker.dispatcher import Errand
+from hpc_router.client.router_identity import IdentityCheck, examine
+from hpc_router.router.replicas.replica import RoutingState
+from hpc_router.router.worker.dispatcher import RoutedRequest
 from hpc_router.router.worker.fast_path import ExpressWork
-from hpc_router.state.registry import Kind, Record, State
+from hpc_router.state.registry import Record, RecordKind, State
 from tests.router import fakes
 from tests.router.fakes import (
     NONCE,
@@ -78,7 +78,7 @@ async def post(router: RunningRouter, body: Any, *, path: str = CHAT, **headers:
 
 
 async def ready(router: RunningRouter, count: int = 1) -> None:
-    await eventually(lambda: sum(r.standing is Standing.READY for r in router.gateway.table.all()) >= count)
+    await eventually(lambda: sum(r.standing is RoutingState.READY for r in router.gateway.table.all()) >= count)
     if fakes.RELAY.warm:
         await router.warm()
 
@@ -452,7 +452,7 @@ async def test_a_draining_replica_gets_nothing_new(tmp_path: Path) -> None:
         assert len(leaving.bodies) == 1
         replica = router.gateway.table.get("math-0.g1")
         assert replica is not None
-        assert replica.standing is Standing.DRAINING
+        assert replica.standing is RoutingState.DRAINING
 
 
 async def test_status_metrics_and_route_tell_the_truth(tmp_path: Path) -> None:
@@ -590,12 +590,14 @@ async def test_it_proves_to_be_the_router_of_its_record(tmp_path: Path) -> None:
     """Without a token, also while it drains."""
     run = a_run(tmp_path)
     async with a_router(run, a_deployment("math")) as router:
-        record = Record(Kind.ROUTER, "router-0.g1", router.url, State.READY, {}, nonce=NONCE)
+        record = Record(RecordKind.ROUTER, "router-0.g1", router.url, State.READY, {}, nonce=NONCE)
         for draining in (False, True):
             router.gateway.draining = draining
-            assert await asyncio.to_thread(examine, record, run.secret()) is Finding.PROVEN
-        assert await asyncio.to_thread(examine, replace(record, nonce="another"), run.secret()) is Finding.STRANGER
-        assert await asyncio.to_thread(examine, record, "guessed") is Finding.STRANGER
+            assert await asyncio.to_thread(examine, record, run.secret()) is IdentityCheck.PROVEN
+        assert (
+            await asyncio.to_thread(examine, replace(record, nonce="another"), run.secret()) is IdentityCheck.STRANGER
+        )
+        assert await asyncio.to_thread(examine, record, "guessed") is IdentityCheck.STRANGER
 
 
 @pytest.mark.parametrize(
@@ -680,7 +682,7 @@ async def test_finished_requests_wait_for_no_garbage_collector(tmp_path: Path) -
             for streaming in (True, False):
                 assert (await post(router, chat(stream=streaming)))[0] == 200
             await eventually(lambda: all_gauges_zero(router))
-            left = [thing for thing in gc.get_objects() if isinstance(thing, Errand | ExpressWork)]
+            left = [thing for thing in gc.get_objects() if isinstance(thing, RoutedRequest | ExpressWork)]
         finally:
             gc.enable()
         assert (left, len(fake.bodies)) == ([], 2)

@@ -20,10 +20,10 @@ from hpc_router.expert.agent.http_api import Gate
 from hpc_router.net import protocol
 from hpc_router.net.auth import new_token, replica_key
 from hpc_router.sim.config import SimConfig
-from hpc_router.sim.metrics import Outcome, Phase
-from hpc_router.sim.server import SimEngine
+from hpc_router.sim.metrics import Outcome, RequestPhase
+from hpc_router.sim.server import SimServer
 from hpc_router.state import registry
-from hpc_router.state.registry import EngineInfo, Kind, Record, State
+from hpc_router.state.registry import EngineInfo, Record, RecordKind, State
 from tests.router.fakes import RunningRouter, a_deployment, a_router, a_run
 from tests.router.worker.test_gateway import all_gauges_zero, ready
 from tests.support.relays import RELAYS, WARM, Relay
@@ -44,7 +44,7 @@ def relay(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Re
 class Chain:
     router: RunningRouter
     gate: Gate
-    engine: SimEngine
+    engine: SimServer
 
     @asynccontextmanager
     async def asking(self, *, stream: bool, tokens: int = 4, cut: int = 0) -> AsyncIterator[asyncio.StreamReader]:
@@ -81,13 +81,13 @@ async def a_chain(folder: Path, relay: Relay, config: SimConfig) -> AsyncIterato
     run, uds, sock, nonce = a_run(folder), folder / "e.sock", bind("127.0.0.1"), new_token()
     key = replica_key(run.secret(), nonce)
     async with (
-        SimEngine(config, uds=uds) as engine,
+        SimServer(config, uds=uds) as engine,
         relay.make_client(ENGINE_LIMITS, socket_path=str(uds)) as client,
     ):
         gate = Gate("math-0.g1", key, 8, client, ("math",), True, lambda why: None, state=State.READY)
         gate.models = ("math",)
         record = Record(
-            Kind.EXPERT, "math-0.g1", f"http://127.0.0.1:{sock.getsockname()[1]}", State.READY, {"math": "math"},
+            RecordKind.EXPERT, "math-0.g1", f"http://127.0.0.1:{sock.getsockname()[1]}", State.READY, {"math": "math"},
             nonce=nonce, engine=EngineInfo(kind="sim"),
         )  # fmt: skip
         registry.publish(run.registry, record)
@@ -106,9 +106,9 @@ def sim(*, ttft_s: float = 0.0, itl_s: float = 0.0, capacity: int | None = None)
 @pytest.mark.parametrize(
     ("config", "stream", "phase"),
     [
-        (sim(ttft_s=NEVER_S), True, Phase.BEFORE_FIRST_TOKEN),
-        (sim(ttft_s=NEVER_S), False, Phase.BEFORE_FIRST_TOKEN),
-        (sim(itl_s=NEVER_S), False, Phase.GENERATING),
+        (sim(ttft_s=NEVER_S), True, RequestPhase.BEFORE_FIRST_TOKEN),
+        (sim(ttft_s=NEVER_S), False, RequestPhase.BEFORE_FIRST_TOKEN),
+        (sim(itl_s=NEVER_S), False, RequestPhase.GENERATING),
     ],
     ids=["before the first event", "before the answer", "while the answer is made"],
 )
@@ -116,7 +116,7 @@ async def test_before_the_first_byte(tmp_path: Path, relay: Relay, config: SimCo
     async with a_chain(tmp_path, relay, config) as chain:
         async with chain.asking(stream=stream):
             await eventually(lambda: chain.engine.counts.running == 1)
-            if phase == Phase.GENERATING:
+            if phase == RequestPhase.GENERATING:
                 await eventually(lambda: chain.engine.counts.generation_tokens > 0)
         await chain.at_rest()
         assert chain.engine.counts.aborted == {phase: 1}
@@ -129,7 +129,7 @@ async def test_in_the_engines_queue(tmp_path: Path, relay: Relay) -> None:
             await eventually(lambda: chain.engine.counts.waiting == 1)
         async with asyncio.timeout(LEAVES_S):
             await eventually(lambda: not chain.engine.counts.waiting)
-        assert chain.engine.counts.aborted == {Phase.QUEUED: 1}
+        assert chain.engine.counts.aborted == {RequestPhase.QUEUED: 1}
 
 
 async def test_in_mid_stream(tmp_path: Path, relay: Relay) -> None:
@@ -137,7 +137,7 @@ async def test_in_mid_stream(tmp_path: Path, relay: Relay) -> None:
         async with chain.asking(stream=True) as reader, asyncio.timeout(GUARD_S):
             await reader.readuntil(b'"content"')
         await chain.at_rest()
-        assert chain.engine.counts.aborted == {Phase.STREAMING: 1}
+        assert chain.engine.counts.aborted == {RequestPhase.STREAMING: 1}
 
 
 async def test_at_the_end(tmp_path: Path, relay: Relay) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import aiohttp
 
-from hpc_router.routing.policy import Decision, Reason
+from hpc_router.routing.policy import Decision, RouteReason
 from tests.router.fakes import RunningRouter, a_deployment, a_router, a_run, answer, fake_replica, hang, refuse
 from tests.router.worker.test_gateway import all_gauges_zero, chat, client_of, post, ready
 from tests.support.waiting import eventually
@@ -93,7 +93,7 @@ class Torn:
     weighs_load = False
 
     def select(self, text: str, **_: Any) -> Decision:
-        return Decision("math", Reason.CLASSIFIED, "c", 0.5, 0.1, "code")
+        return Decision("math", RouteReason.CLASSIFIED, "c", 0.5, 0.1, "code")
 
     def order(self, decision: Decision) -> tuple[str, ...]:
         return ("math", "code")

@@ -11,7 +11,7 @@ from aiohttp import web
 
 from hpc_router.expert.agent.http_api import RETRY_AFTER_S
 from hpc_router.net import protocol
-from hpc_router.router.replicas.replica import Standing
+from hpc_router.router.replicas.replica import RoutingState
 from hpc_router.state.registry import State
 from hpc_router.state.run_directory import RunDir
 from tests.expert.conftest import scratch as scratch  # the agent's fixture
@@ -45,7 +45,7 @@ async def test_a_request_waits_for_the_only_replica_to_have_its_engine_again(tmp
         await ready(router)
         waits = asyncio.create_task(post(router, chat()))
         await eventually(lambda: router.gateway.table.waiting("math") == 1)
-        assert standing(router, "math-0.g1") is Standing.STARTING
+        assert standing(router, "math-0.g1") is RoutingState.STARTING
         fake.state = "ready"
         assert (await waits)[0] == 200
         assert len(fake.bodies) == 2
@@ -63,9 +63,9 @@ async def test_or_goes_elsewhere_at_once_and_is_no_mark_on_the_replica(tmp_path:
         await ready(router, 2)
         while not fake.bodies:
             assert await statuses(router, 1) == [200]
-        assert standing(router, "math-0.g1") is Standing.STARTING
+        assert standing(router, "math-0.g1") is RoutingState.STARTING
         fake.state = "ready"
-        await eventually(lambda: standing(router, "math-0.g1") is Standing.READY)
+        await eventually(lambda: standing(router, "math-0.g1") is RoutingState.READY)
         told = await router.control.status()
         assert all(one["error_share"] is None for one in told["experts"]["math"]["replicas"])
 

@@ -23,7 +23,7 @@ GUARD_S: Final = 30.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Load:
+class LoadSpec:
     """Closed loop: `seconds` or `count`; open loop: `arrivals_s`. `requests` is a file of `write_requests`. With
     `measure_s` what begins from then on is measured, in `order`; all the rest comes in that of `others`."""
 
@@ -94,7 +94,7 @@ class Recorded:
 class Running:
     """A load that is under way. `begun_ns`: CLOCK_MONOTONIC."""
 
-    def __init__(self, process: subprocess.Popen[bytes], load: Load, folder: Path) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], load: LoadSpec, folder: Path) -> None:
         self.process, self._load, self._folder = process, load, folder
         assert process.stdout is not None
         words = process.stdout.readline().split()
@@ -119,7 +119,7 @@ class Running:
 
 
 @contextmanager
-def running(load: Load, folder: Path) -> Iterator[Running]:
+def running(load: LoadSpec, folder: Path) -> Iterator[Running]:
     """Start it; it does not outlive the block. `folder` is its own, and private."""
     if load.connections > MOST_CONNECTIONS:
         raise LaunchError(f"{load.connections} connections are more than this takes on (at most {MOST_CONNECTIONS})")
@@ -135,7 +135,7 @@ def running(load: Load, folder: Path) -> Iterator[Running]:
         process.communicate()
 
 
-def run(load: Load, folder: Path, *, patience_s: float) -> Recorded:
+def run(load: LoadSpec, folder: Path, *, patience_s: float) -> Recorded:
     with running(load, folder) as under_way:
         return under_way.wait(patience_s=patience_s)
 

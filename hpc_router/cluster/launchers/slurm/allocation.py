@@ -20,7 +20,7 @@ from hpc_router.config.schema import Deployment
 from hpc_router.errors import LaunchError
 from hpc_router.net.job_environment import held_job, scrubbed
 from hpc_router.state.atomic_files import replace_text
-from hpc_router.state.job_records import Exit, JobDir, JobInfo, Reason, Runner
+from hpc_router.state.job_records import Exit, FailureReason, JobDir, JobInfo, Runner
 from hpc_router.state.run_directory import RunDir, private_umask
 
 
@@ -41,7 +41,7 @@ class AllocationLauncher:
             except (OSError, subprocess.SubprocessError) as error:
                 (JobDir(self.run, request.replica).path / "job.json").unlink(missing_ok=True)
                 refused[request.replica] = last_words(error)
-        keep_refusals(self.run, refused, lambda _, said: Exit(ok=False, reason=Reason.CRASHED, message=said))
+        keep_refusals(self.run, refused, lambda _, said: Exit(ok=False, reason=FailureReason.CRASHED, message=said))
         return [request.replica for request in claimed]
 
     def _start(self, request: JobRequest, job_id: str) -> None:

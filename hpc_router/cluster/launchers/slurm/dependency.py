@@ -9,7 +9,7 @@ from typing import Final
 from hpc_router.cluster.launchers.slurm.sbatch import effective
 from hpc_router.config.schema import Deployment, ResourceConfig
 from hpc_router.state.job_records import JobDir, Runner
-from hpc_router.state.registry import Kind, split_replica
+from hpc_router.state.registry import RecordKind, split_replica
 from hpc_router.state.run_directory import RunDir
 
 OPTION: Final = "dependency"
@@ -25,9 +25,9 @@ def was_met(run: RunDir, deployment: Deployment, resources: ResourceConfig) -> b
 
 def _has_begun(job: JobDir, deployment: Deployment, wanted: str) -> bool:
     expert = split_replica(job.replica)[0]
-    if expert != Kind.ROUTER and expert not in deployment.experts:
+    if expert != RecordKind.ROUTER and expert not in deployment.experts:
         return False
-    resources = deployment.router.resources if expert == Kind.ROUTER else deployment.experts[expert].resources
+    resources = deployment.router.resources if expert == RecordKind.ROUTER else deployment.experts[expert].resources
     info = job.info()
     if info is None or info.runner is not Runner.SLURM or _dependency(deployment, resources) != wanted:
         return False

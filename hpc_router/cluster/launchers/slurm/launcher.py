@@ -19,7 +19,7 @@ from hpc_router.cluster.launchers.slurm.squeue import Queue, QueuedJob, View, ru
 from hpc_router.cluster.launchers.slurm.submit_errors import explain, is_passing
 from hpc_router.cluster.launchers.submit import keep_refusals, submit_all
 from hpc_router.config.schema import Deployment
-from hpc_router.state.job_records import Ended, Exit, JobDir, JobInfo, Reason, Runner
+from hpc_router.state.job_records import Ended, Exit, FailureReason, JobDir, JobInfo, Runner
 from hpc_router.state.registry import split_replica
 from hpc_router.state.run_directory import RunDir
 
@@ -42,15 +42,15 @@ STATES: Final[Mapping[str, JobState]] = {
     **dict.fromkeys(("NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "REVOKED", "TIMEOUT"), JobState.ENDED),
 }
 """Slurm's words for a job's state; one unknown here says nothing."""
-_REASONS: Final[Mapping[str, Reason]] = {
-    "BOOT_FAIL": Reason.NODE_FAILED,
-    "CANCELLED": Reason.CANCELLED,
-    "COMPLETING": Reason.CANCELLED,
-    "DEADLINE": Reason.WALLTIME,
-    "NODE_FAIL": Reason.NODE_FAILED,
-    "OUT_OF_MEMORY": Reason.OUT_OF_MEMORY,
-    "PREEMPTED": Reason.PREEMPTED,
-    "TIMEOUT": Reason.WALLTIME,
+_REASONS: Final[Mapping[str, FailureReason]] = {
+    "BOOT_FAIL": FailureReason.NODE_FAILED,
+    "CANCELLED": FailureReason.CANCELLED,
+    "COMPLETING": FailureReason.CANCELLED,
+    "DEADLINE": FailureReason.WALLTIME,
+    "NODE_FAIL": FailureReason.NODE_FAILED,
+    "OUT_OF_MEMORY": FailureReason.OUT_OF_MEMORY,
+    "PREEMPTED": FailureReason.PREEMPTED,
+    "TIMEOUT": FailureReason.WALLTIME,
 }
 
 
@@ -203,7 +203,7 @@ class SlurmLauncher:
         return all(job.ended() is not None or ((s := job.stop()) is not None and s.cancel_at) for job in sharing)
 
     def _refusal(self, replica: str, said: str) -> Exit:
-        reason = Reason.UNANSWERED if is_passing(said) else Reason.REFUSED
+        reason = FailureReason.UNANSWERED if is_passing(said) else FailureReason.REFUSED
         return Exit(ok=False, reason=reason, message=explain(said, self.deployment, split_replica(replica)[0]))
 
     def _look_again(self) -> None:
@@ -266,12 +266,12 @@ def _end(queued: QueuedJob | None, ended: Ended | None) -> Exit | None:
     if ended is None:
         return None
     if ended.status == 128 + 15:
-        return Exit(ok=False, reason=Reason.CANCELLED, message="it was asked to end before it had begun", at=at)
+        return Exit(ok=False, reason=FailureReason.CANCELLED, message="it was asked to end before it had begun", at=at)
     if ended.message is not None:
-        return Exit(ok=False, reason=Reason.SETUP, message=ended.message, at=at)
+        return Exit(ok=False, reason=FailureReason.SETUP, message=ended.message, at=at)
     if 128 < ended.status < 128 + 65:
-        return Exit(ok=False, reason=Reason.KILLED, message=f"killed by signal {ended.status - 128}", at=at)
-    return Exit(ok=False, reason=Reason.CRASHED, message=f"srun ended with status {ended.status}", at=at)
+        return Exit(ok=False, reason=FailureReason.KILLED, message=f"killed by signal {ended.status - 128}", at=at)
+    return Exit(ok=False, reason=FailureReason.CRASHED, message=f"srun ended with status {ended.status}", at=at)
 
 
 def _scancel(*words: str) -> None:

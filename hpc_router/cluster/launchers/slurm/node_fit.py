@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from hpc_router.cluster.launchers.interface import ROUTER
-from hpc_router.cluster.launchers.slurm.sinfo import NodeKind, Partition, Site
+from hpc_router.cluster.launchers.slurm.sinfo import NodeKind, Partition, SlurmSite
 from hpc_router.config.adapters import hosts
 from hpc_router.config.schema import ClusterConfig, Deployment, ResourceConfig
 from hpc_router.config.walltime import clock, walltime_s
@@ -31,13 +31,13 @@ def resources_of(deployment: Deployment, expert: str) -> tuple[str, ResourceConf
     return f"experts.{expert}.resources", deployment.experts[expert].resources
 
 
-def site_faults(deployment: Deployment, site: Site) -> list[str]:
+def site_faults(deployment: Deployment, site: SlurmSite) -> list[str]:
     """One line for each wish that no node can fulfil; equal ones, where the value is the cluster's, once."""
     faults = [fault for wish in _wishes(deployment) for fault in _faults(wish, site)]
     return list(dict.fromkeys(faults))
 
 
-def site_warnings(deployment: Deployment, site: Site) -> list[str]:
+def site_warnings(deployment: Deployment, site: SlurmSite) -> list[str]:
     """What would be taken and then waits."""
     told = []
     for wish in _wishes(deployment):
@@ -50,7 +50,7 @@ def site_warnings(deployment: Deployment, site: Site) -> list[str]:
     return [*dict.fromkeys(told), *capacity_warnings(deployment, site)]
 
 
-def capacity_warnings(deployment: Deployment, site: Site) -> list[str]:
+def capacity_warnings(deployment: Deployment, site: SlurmSite) -> list[str]:
     """Experts whose replicas need more GPUs than their partitions have, however long they wait."""
     told = []
     for name, expert in hosts(deployment.experts).items():
@@ -97,17 +97,17 @@ def _wishes(deployment: Deployment) -> Iterator[_Wish]:
         yield _Wish(*resources_of(deployment, name), deployment.cluster, together)
 
 
-def _named(wish: _Wish, site: Site) -> list[str]:
+def _named(wish: _Wish, site: SlurmSite) -> list[str]:
     """The partitions that it names, or the default one."""
     _, value = wish.option("partition")
     return value.split(",") if value is not None else [site.default] if site.default is not None else []
 
 
-def _partitions(wish: _Wish, site: Site) -> list[Partition]:
+def _partitions(wish: _Wish, site: SlurmSite) -> list[Partition]:
     return [site.partitions[name] for name in _named(wish, site) if name in site.partitions]
 
 
-def _faults(wish: _Wish, site: Site) -> Iterator[str]:
+def _faults(wish: _Wish, site: SlurmSite) -> Iterator[str]:
     key, value = wish.option("partition")
     unknown = [name for name in _named(wish, site) if name not in site.partitions]
     for name in unknown:

@@ -54,7 +54,7 @@ class Partition:
 
 
 @dataclass(frozen=True, slots=True)
-class Site:
+class SlurmSite:
     partitions: Mapping[str, Partition]
 
     @property
@@ -62,7 +62,7 @@ class Site:
         return next((p.name for p in self.partitions.values() if p.default), None)
 
 
-def ask_site() -> Site:
+def ask_site() -> SlurmSite:
     """One question to the controller. Raises LaunchError with Slurm's own words."""
     try:
         done = subprocess.run(
@@ -84,7 +84,7 @@ def ask_site() -> Site:
     return parse_site(done.stdout)
 
 
-def parse_site(text: str) -> Site:
+def parse_site(text: str) -> SlurmSite:
     """Lines of FORMAT; what is none is passed over."""
     found: dict[str, Partition] = {}
     for line in text.splitlines():
@@ -109,7 +109,7 @@ def parse_site(text: str) -> Site:
             state=state,
             kinds=(*(known.kinds if known else ()), *([kind] if kind.nodes else [])),
         )
-    return Site(found)
+    return SlurmSite(found)
 
 
 def parse_gres(text: str) -> dict[str, int]:

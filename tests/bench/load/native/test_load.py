@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from hpc_router.bench.load.native.engine import mock_engine
-from hpc_router.bench.load.native.load import Load, Recorded, Running, run, running, write_requests
+from hpc_router.bench.load.native.load import LoadSpec, Recorded, Running, run, running, write_requests
 from hpc_router.bench.load.native.records import REUSED, STREAM, Error, errors
 from hpc_router.bench.relay_cost.interface import free_port
 from hpc_router.errors import LaunchError
@@ -25,7 +25,7 @@ def prepared(folder: Path, *bodies: bytes) -> Path:
 
 def ask(folder: Path, port: int, *bodies: bytes, connections: int = 1, count: int = 1, label: str | None = None,
         timeout_s: float = 30.0, think_s: Sequence[float] | None = None) -> Recorded:  # fmt: skip
-    load = Load(
+    load = LoadSpec(
         requests=prepared(folder, *bodies),
         port=port,
         connections=connections,
@@ -158,7 +158,7 @@ def test_one_that_ends_before_anybody_reads(tmp_path: Path, monkeypatch: pytest.
     """What it said at the end lies in the pipe behind its first line, and neither is lost."""
 
     class Late(Running):
-        def __init__(self, process: subprocess.Popen[bytes], load: Load, folder: Path) -> None:
+        def __init__(self, process: subprocess.Popen[bytes], load: LoadSpec, folder: Path) -> None:
             os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
             super().__init__(process, load, folder)
 
@@ -198,7 +198,7 @@ def test_an_open_loop_keeps_the_times_it_was_given(tmp_path: Path) -> None:
     """One connection: what comes while it is taken waits, and is due all the same when it was."""
     offsets = [0.0, 0.0, 0.0, 0.25, 0.5]
     with s.scripted([s.plain()]) as (port, server):
-        load = Load(requests=prepared(tmp_path), port=port, connections=1, arrivals_s=offsets)
+        load = LoadSpec(requests=prepared(tmp_path), port=port, connections=1, arrivals_s=offsets)
         found = run(load, tmp_path / "load", patience_s=PATIENCE_S)
     assert errors(found.requests) == {}
     rows = found.requests
@@ -210,7 +210,9 @@ def test_an_open_loop_keeps_the_times_it_was_given(tmp_path: Path) -> None:
 
 def test_prompts_in_a_given_order(tmp_path: Path) -> None:
     with s.scripted([s.plain()]) as (port, server):
-        load = Load(requests=prepared(tmp_path, b"a", b"b", b"c"), port=port, connections=1, count=5, order=[2, 0, 0])
+        load = LoadSpec(
+            requests=prepared(tmp_path, b"a", b"b", b"c"), port=port, connections=1, count=5, order=[2, 0, 0]
+        )
         found = run(load, tmp_path / "load", patience_s=PATIENCE_S)
     assert found.requests["prompt"].tolist() == [2, 0, 0, 2, 0]
     assert [request[-1:] for request in server.requests] == [b"c", b"a", b"a", b"c", b"a"]
@@ -235,7 +237,7 @@ def test_clients_that_leave_are_noted_by_the_engine(tmp_path: Path) -> None:
         for kind, leaving in (("mid", {"leave_after_events": 2}), ("before", {"leave_after_ms": 20})):
             delay_ms = 0 if kind == "mid" else 600_000
             bodies = [stream_request(f"{kind}-{name} {delay_ms}") for name in names]
-            load = Load(requests=prepared(tmp_path, *bodies), port=engine.port, connections=2, count=3, **leaving)  # type: ignore[arg-type]
+            load = LoadSpec(requests=prepared(tmp_path, *bodies), port=engine.port, connections=2, count=3, **leaving)  # type: ignore[arg-type]
             found = run(load, tmp_path / "load", patience_s=PATIENCE_S)
             assert errors(found.requests) == {"left": 3}
             assert found.requests["events"].tolist() == ([2] * 3 if kind == "mid" else [0] * 3)
@@ -245,7 +247,7 @@ def test_clients_that_leave_are_noted_by_the_engine(tmp_path: Path) -> None:
 
 def test_told_to_stop_it_records_what_was_under_way(tmp_path: Path) -> None:
     with mock_engine(tmp_path, rate=100) as engine:
-        load = Load(requests=prepared(tmp_path, stream_request()), port=engine.port, connections=4, count=4)
+        load = LoadSpec(requests=prepared(tmp_path, stream_request()), port=engine.port, connections=4, count=4)
         with running(load, tmp_path / "load") as under_way:
             under_way.stop()
             found = under_way.wait(patience_s=PATIENCE_S)
@@ -255,7 +257,7 @@ def test_told_to_stop_it_records_what_was_under_way(tmp_path: Path) -> None:
 def test_a_unix_socket(tmp_path: Path) -> None:
     place = tmp_path / "engine"
     with mock_engine(tmp_path, rate=1000, socket=place):
-        load = Load(requests=prepared(tmp_path, stream_request(events=3)), socket=place, connections=2, count=4)
+        load = LoadSpec(requests=prepared(tmp_path, stream_request(events=3)), socket=place, connections=2, count=4)
         found = run(load, tmp_path / "load", patience_s=PATIENCE_S)
     assert errors(found.requests) == {}
     assert found.requests["events"].tolist() == [3] * 4
@@ -264,24 +266,24 @@ def test_a_unix_socket(tmp_path: Path) -> None:
 def test_what_it_refuses(tmp_path: Path) -> None:
     path = prepared(tmp_path)
     with pytest.raises(LaunchError, match="at most 4000"):
-        run(Load(requests=path, port=1, connections=4001, count=1), tmp_path / "load", patience_s=PATIENCE_S)
+        run(LoadSpec(requests=path, port=1, connections=4001, count=1), tmp_path / "load", patience_s=PATIENCE_S)
     with pytest.raises(LaunchError, match="--seconds, --count or --arrivals"):
-        run(Load(requests=path, port=1, connections=1), tmp_path / "load", patience_s=PATIENCE_S)
+        run(LoadSpec(requests=path, port=1, connections=1), tmp_path / "load", patience_s=PATIENCE_S)
     path.write_bytes(b"\x10\x00\x00\x00short")
     with pytest.raises(LaunchError, match="cut"):
-        run(Load(requests=path, port=1, connections=1, count=1), tmp_path / "load", patience_s=PATIENCE_S)
+        run(LoadSpec(requests=path, port=1, connections=1, count=1), tmp_path / "load", patience_s=PATIENCE_S)
 
 
 def test_what_is_sent_is_private(tmp_path: Path) -> None:
     """It holds the token; and nothing of it stands on a command line."""
     path = write_requests(tmp_path / "requests", [b"GET / HTTP/1.1\r\nauthorization: Bearer hunter2\r\n\r\n"])
     assert path.stat().st_mode & 0o777 == 0o600
-    assert not any("hunter2" in word for word in Load(requests=path, port=1, connections=1).argv(tmp_path))
+    assert not any("hunter2" in word for word in LoadSpec(requests=path, port=1, connections=1).argv(tmp_path))
 
 
 def test_it_ends_with_the_block(tmp_path: Path) -> None:
     with mock_engine(tmp_path, rate=10) as engine:
-        load = Load(requests=prepared(tmp_path, stream_request()), port=engine.port, connections=1, count=1)
+        load = LoadSpec(requests=prepared(tmp_path, stream_request()), port=engine.port, connections=1, count=1)
         with pytest.raises(KeyboardInterrupt), running(load, tmp_path / "load") as under_way:
             raise KeyboardInterrupt
     assert under_way.process.returncode == -signal.SIGKILL

@@ -9,7 +9,7 @@ from hpc_router.cluster.launchers.interface import JobState
 from hpc_router.cluster.launchers.slurm.launcher import MISSING_ANSWERS, SETTLE_S, SlurmLauncher
 from hpc_router.cluster.launchers.slurm.squeue import Queue, QueuedJob, View
 from hpc_router.config.schema import Deployment
-from hpc_router.state.job_records import Ended, Exit, JobDir, JobInfo, Process, Reason, Runner, Stop
+from hpc_router.state.job_records import Ended, Exit, FailureReason, JobDir, JobInfo, Process, Runner, Stop
 from hpc_router.state.run_directory import RunDir, make_run
 
 NOW = time.time()
@@ -70,7 +70,7 @@ def test_its_own_files_are_newer_than_the_view(run: RunDir) -> None:
     pending = QueuedJob("PENDING")
     job.write(Process(1, 1, "n2"))
     assert observed(run, pending).state is JobState.RUNNING
-    job.write(Exit(ok=False, reason=Reason.WEIGHTS, message="no such model"))
+    job.write(Exit(ok=False, reason=FailureReason.WEIGHTS, message="no such model"))
     assert observed(run, pending).state is JobState.ENDING
     job.write(Ended(1, NOW))
     assert observed(run, pending).state is JobState.ENDED
@@ -84,7 +84,7 @@ def test_slurms_word_is_waited_for_where_the_job_itself_said_nothing(run: RunDir
     report = observed(run, QueuedJob("NODE_FAIL", node="n1"))
     assert report.state is JobState.ENDED
     assert report.end is not None
-    assert report.end.reason is Reason.NODE_FAILED
+    assert report.end.reason is FailureReason.NODE_FAILED
     job.write(Ended(0, time.time() - SETTLE_S - 1))
     assert observed(run, QueuedJob("RUNNING")).state is JobState.ENDED
 
@@ -113,7 +113,7 @@ def test_a_job_that_came_after_it_was_given_up_is_cancelled(run: RunDir, monkeyp
     launcher = SlurmLauncher(run, Deployment(), SeenQueue(run, {"7": queued}))
     calls = calls_of(launcher, monkeypatch)
     assert launcher.remaining(["math-0.g1"]) == []
-    job.write(Exit(ok=False, reason=Reason.UNANSWERED, message="Socket timed out"))
+    job.write(Exit(ok=False, reason=FailureReason.UNANSWERED, message="Socket timed out"))
     launcher = SlurmLauncher(run, Deployment(), SeenQueue(run, {"7": queued}))
     assert launcher.remaining(["math-0.g1"]) == ["7"]
     assert calls == [("7",)]
@@ -129,14 +129,14 @@ def test_a_view_that_nobody_has_leaves_what_the_files_say(run: RunDir) -> None:
 @pytest.mark.parametrize(
     ("word", "reason"),
     [
-        ("NODE_FAIL", Reason.NODE_FAILED),
-        ("PREEMPTED", Reason.PREEMPTED),
-        ("TIMEOUT", Reason.WALLTIME),
-        ("OUT_OF_MEMORY", Reason.OUT_OF_MEMORY),
-        ("CANCELLED", Reason.CANCELLED),
+        ("NODE_FAIL", FailureReason.NODE_FAILED),
+        ("PREEMPTED", FailureReason.PREEMPTED),
+        ("TIMEOUT", FailureReason.WALLTIME),
+        ("OUT_OF_MEMORY", FailureReason.OUT_OF_MEMORY),
+        ("CANCELLED", FailureReason.CANCELLED),
     ],
 )
-def test_slurms_word_for_the_end_of_a_silent_job_counts(run: RunDir, word: str, reason: Reason) -> None:
+def test_slurms_word_for_the_end_of_a_silent_job_counts(run: RunDir, word: str, reason: FailureReason) -> None:
     job = submitted(run)
     job.write(Ended(137, NOW))
     end = observed(run, QueuedJob(word, node="n1")).end
@@ -147,13 +147,15 @@ def test_slurms_word_for_the_end_of_a_silent_job_counts(run: RunDir, word: str, 
 @pytest.mark.parametrize(
     ("ended", "reason"),
     [
-        (Ended(137, NOW), Reason.KILLED),
-        (Ended(143, NOW), Reason.CANCELLED),
-        (Ended(1, NOW, "cluster.setup[0] failed on n1"), Reason.SETUP),
-        (Ended(1, NOW), Reason.CRASHED),
+        (Ended(137, NOW), FailureReason.KILLED),
+        (Ended(143, NOW), FailureReason.CANCELLED),
+        (Ended(1, NOW, "cluster.setup[0] failed on n1"), FailureReason.SETUP),
+        (Ended(1, NOW), FailureReason.CRASHED),
     ],
 )
-def test_the_batch_scripts_word_counts_where_slurm_says_nothing(run: RunDir, ended: Ended, reason: Reason) -> None:
+def test_the_batch_scripts_word_counts_where_slurm_says_nothing(
+    run: RunDir, ended: Ended, reason: FailureReason
+) -> None:
     submitted(run).write(ended)
     end = observed(run, None).end
     assert end is not None

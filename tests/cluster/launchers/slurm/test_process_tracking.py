@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 
 from hpc_router.cluster.commands import why
-from hpc_router.cluster.commands.replica_view import ReplicaView, Standing
+from hpc_router.cluster.commands.replica_view import DisplayedState, ReplicaView
 from hpc_router.cluster.commands.why import RECENT_S, Cause
 from hpc_router.cluster.control_loop.slots import Attempt, Observed, Slot
 from hpc_router.cluster.launchers.interface import JobReport, JobState
 from hpc_router.cluster.launchers.slurm.process_tracking import process_tracking, signals_note
-from hpc_router.state.job_records import Exit, Reason
+from hpc_router.state.job_records import Exit, FailureReason
 from tests.cluster.programs import Programs
 
 CONFIG = """\
@@ -47,12 +47,12 @@ def test_a_slurm_that_does_not_say(programs: Programs, script: str) -> None:
 
 
 MATH = Slot("math", "0")
-READY = ReplicaView("math", "math-0.g2", Standing.READY)
+READY = ReplicaView("math", "math-0.g2", DisplayedState.READY)
 
 
 def ended(*, cut: int, at: float = NOON) -> Observed:
     """The predecessor of `READY`, which has drained."""
-    end = Exit(True, Reason.DRAINED, f"drained after SIGTERM; {cut} answers were cut off", at=at, cut=cut)
+    end = Exit(True, FailureReason.DRAINED, f"drained after SIGTERM; {cut} answers were cut off", at=at, cut=cut)
     attempts = [
         Attempt(MATH, 1, report=JobReport(JobState.ENDED), claimed_at=NOON - 60, exit=end),
         Attempt(MATH, 2, report=JobReport(JobState.RUNNING), claimed_at=NOON),
@@ -72,12 +72,12 @@ def test_a_drain_that_cut_answers_is_told_for_an_hour() -> None:
 
 def test_slurm_is_asked_only_where_a_job_was_signalled(programs: Programs) -> None:
     programs.add("scontrol", f"cat <<'END'\n{CONFIG.format('proctrack/linuxproc')}END")
-    loads = Cause(ReplicaView("code", "code-0.g1", Standing.LOADING), "its engine is loading the model", None, ())
+    loads = Cause(ReplicaView("code", "code-0.g1", DisplayedState.LOADING), "its engine is loading the model", None, ())
     assert why._with_signals_note([loads]) == [loads]
     assert programs.calls("scontrol") == []
     cut = why._cut([READY], ended(cut=1), now=NOON)
     cancelled = Cause(
-        ReplicaView("law", "law-0.g1", Standing.WAITING, reason=Reason.CANCELLED), "it failed", "look", ()
+        ReplicaView("law", "law-0.g1", DisplayedState.WAITING, reason=FailureReason.CANCELLED), "it failed", "look", ()
     )
     told = why._with_signals_note([loads, *cut, cancelled])
     assert told[0] == loads

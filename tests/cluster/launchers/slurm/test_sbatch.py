@@ -11,7 +11,7 @@ import pytest
 from hpc_router.cluster.launchers.interface import JobRequest
 from hpc_router.cluster.launchers.slurm.sbatch import BatchJob, batch_jobs, effective, setup_faults
 from hpc_router.config.schema import ClusterConfig, Deployment, ResourceConfig
-from hpc_router.state.job_records import Ended, Exit, JobDir, JobInfo, Reason, Runner
+from hpc_router.state.job_records import Ended, Exit, FailureReason, JobDir, JobInfo, Runner
 from hpc_router.state.run_directory import RunDir
 
 RUN = RunDir(Path("/runs/mine"))
@@ -304,7 +304,7 @@ def job_of(job_id: str) -> JobInfo:
     return JobInfo(job_id=job_id, host="login", argv=('"job_id": "99",',), runner=Runner.SLURM)
 
 
-EXIT = Exit(ok=False, reason=Reason.UNANSWERED, message="sbatch timed out")
+EXIT = Exit(ok=False, reason=FailureReason.UNANSWERED, message="sbatch timed out")
 
 
 @pytest.mark.parametrize("record", [EXIT, Ended(0, 1.0), job_of("16")])
