@@ -30,7 +30,7 @@ from hpc_router.bench.progress import progress
 from hpc_router.bench.prompts import BenchPrompt, built_in, read_prompts
 from hpc_router.bench.record import Provenance, ResultFiles, provenance
 from hpc_router.bench.store import Store
-from hpc_router.bench.sweep import Leg, sim_options
+from hpc_router.bench.sweep import DeploymentSweep, sim_options
 from hpc_router.bench.sweep import measure as measure_leg
 from hpc_router.bench.table import table
 from hpc_router.bench.workload import Point, points_of
@@ -115,7 +115,7 @@ def measure_new(call: Call, config: BenchConfig, prompts: list[BenchPrompt]) -> 
         raise ConfigError("run=DIR or topology=NAME is missing: what is to be measured")
     deployment = settled(compose.load_deployment(overrides, config_dir=call.config_dir))
     store = Store(Path(config.output or RESULTS).absolute())
-    leg = Leg(store, deployment, config, prompts)
+    leg = DeploymentSweep(store, deployment, config, prompts)
     label = " ".join(overrides)
     missing = len(leg.missing())
     if not missing:

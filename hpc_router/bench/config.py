@@ -17,7 +17,7 @@ OURS: Final = frozenset({"model", "messages", "stream", "stream_options", "max_t
 KINDS: Final = ("fixed", "uniform", "lognormal")
 PAUSES: Final = ("fixed", "exponential")
 PLACES: Final = ("here", "slurm")
-MOST_AT_ONCE: Final = 4000
+MAX_AT_ONCE: Final = 4000
 """Connections of one load generator."""
 
 
@@ -42,7 +42,7 @@ class Good:
 
 
 @dataclass
-class Trust:
+class ValidityLimits:
     """When figures are no figures."""
 
     error_share: float = bounded(0.01, 0, 1)  # of the measured requests; more failed: invalid
@@ -62,7 +62,7 @@ class BenchConfig:
     rates: list[float] | None = field(default=None, metadata=within(1e-6, 10**6))
     trace: str | None = None  # open loop instead: JSON lines with `at_s`, one point
     # Open loop: requests at once; more wait, which their latency shows.
-    connections: int = bounded(2000, 1, MOST_AT_ONCE)
+    connections: int = bounded(2000, 1, MAX_AT_ONCE)
     think_s: float = bounded(0.0, 0, DAY_S)  # closed loop: a user's mean pause before its next request
     think: str = "exponential"  # or fixed
     # Measured requests per point; null: all that begin within duration_s.
@@ -80,7 +80,7 @@ class BenchConfig:
     extra: dict[str, Any] = field(default_factory=dict)  # further fields of each request, such as {temperature: 0}
     direct: bool = False  # measure the replicas without the router as well, beside each point
     good: Good = field(default_factory=Good)
-    trust: Trust = field(default_factory=Trust)
+    trust: ValidityLimits = field(default_factory=ValidityLimits)
     seed: int = bounded(0, 0, 2**63 - 1)
     timeout_s: float = bounded(600.0, 1e-3, DAY_S)  # silence on a connection that counts as an error
     load_jobs: int = bounded(1, 1, 1000)  # load generators that share the users or the rate
@@ -107,8 +107,8 @@ def check(config: BenchConfig) -> None:
     if not config.users:
         raise _refused("users", config.users, "at least one number of users, such as [1,4,16]")
     for count in config.users:
-        if not 1 <= count <= MOST_AT_ONCE * config.load_jobs:
-            raise _refused("users", config.users, f"whole numbers from 1 to {MOST_AT_ONCE} per load job")
+        if not 1 <= count <= MAX_AT_ONCE * config.load_jobs:
+            raise _refused("users", config.users, f"whole numbers from 1 to {MAX_AT_ONCE} per load job")
     if config.requests is not None and config.duration_s is not None:
         raise ConfigError("bench.requests and bench.duration_s: give one of them", key="bench.requests")
     _check_open(config)

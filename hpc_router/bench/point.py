@@ -14,7 +14,7 @@ from typing import Final
 from hpc_router.bench.config import BenchConfig
 from hpc_router.bench.figures import Figures, GoodputLimits, MeasurementPart, Observation, Window, faster, figures
 from hpc_router.bench.load.generator import LoadResult, LoadTarget, carry_out, merged
-from hpc_router.bench.load.load_jobs import Crew
+from hpc_router.bench.load.load_jobs import LoadJobs
 from hpc_router.bench.overhead import overhead, split
 from hpc_router.bench.prompts import BenchPrompt
 from hpc_router.bench.validity import Conditions, doubts
@@ -79,7 +79,7 @@ class Bench:
     target: LoadTarget
     config: BenchConfig
     prompts: Sequence[BenchPrompt]
-    crew: Crew
+    crew: LoadJobs
     folder: Path
     slowdown: float = 1.0
     splits: dict[tuple[object, ...], Split] = field(default_factory=dict)

@@ -32,7 +32,7 @@ Around = Callable[[Point, int], Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Leg:
+class DeploymentSweep:
     """What is measured on one deployment."""
 
     store: Store
@@ -48,7 +48,7 @@ class Leg:
 
 
 def measure(
-    leg: Leg, *, reporter: Reporter, around: Around, origin: Callable[[RunDir], Provenance]
+    leg: DeploymentSweep, *, reporter: Reporter, around: Around, origin: Callable[[RunDir], Provenance]
 ) -> list[MeasuredPoint]:
     """The points that were measured now. Raises ConfigError, LaunchError, KeyboardInterrupt."""
     if not leg.missing():
@@ -63,7 +63,7 @@ def measure(
             _remove(leg, run)
 
 
-def _up(leg: Leg, run: RunDir, reporter: Reporter) -> None:
+def _up(leg: DeploymentSweep, run: RunDir, reporter: Reporter) -> None:
     try:
         served = up(RunTarget(leg.deployment, run.path), wait_all=True, reporter=reporter)
     except Interrupted as error:
@@ -73,13 +73,13 @@ def _up(leg: Leg, run: RunDir, reporter: Reporter) -> None:
         raise LaunchError(f"not measured, as {names} did not come up; its logs: {run.logs}")
 
 
-def _remove(leg: Leg, run: RunDir) -> None:
+def _remove(leg: DeploymentSweep, run: RunDir) -> None:
     if run.registry.is_dir():
         down(run)
     leg.store.clear(leg.deployment)
 
 
-def _points(leg: Leg, run: RunDir, around: Around, origin: Provenance) -> list[MeasuredPoint]:
+def _points(leg: DeploymentSweep, run: RunDir, around: Around, origin: Provenance) -> list[MeasuredPoint]:
     access = router_access(run)
     done, todo = len(leg.points()) - len(leg.missing()), leg.missing()
     measured = []

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from hpc_router.bench.config import Trust
+from hpc_router.bench.config import ValidityLimits
 from hpc_router.bench.figures import Figures
 
 UNSTEADY: Final = 4.0
@@ -26,11 +26,11 @@ class Conditions:
     halves: tuple[int, int]
 
 
-def doubts(found: Figures, seen: Conditions, trust: Trust) -> list[str]:
+def doubts(found: Figures, seen: Conditions, trust: ValidityLimits) -> list[str]:
     return list(_doubts(found, seen, trust))
 
 
-def _doubts(found: Figures, seen: Conditions, trust: Trust) -> Iterator[str]:
+def _doubts(found: Figures, seen: Conditions, trust: ValidityLimits) -> Iterator[str]:
     failed = found.failed / found.requests if found.requests else 0.0
     if failed > trust.error_share:
         yield f"{failed:.1%} of the measured requests failed (at most {trust.error_share:.1%})"
@@ -50,7 +50,7 @@ def _doubts(found: Figures, seen: Conditions, trust: Trust) -> Iterator[str]:
         yield f"no steady state: {first} answers in the window's first half, {second} in its second"
 
 
-def _too_short(found: Figures, seen: Conditions, trust: Trust) -> Iterator[str]:
+def _too_short(found: Figures, seen: Conditions, trust: ValidityLimits) -> Iterator[str]:
     if found.succeeded < trust.answers:
         yield f"the window is too short: {found.succeeded} measured answers (at least {trust.answers})"
         return

@@ -8,7 +8,7 @@ from hpc_router.net.protocol import DRAINING_HEADER
 from hpc_router.state.registry import Record
 
 FIRST_PAUSE_S: Final = 0.1
-LONGEST_PAUSE_S: Final = 2.0
+MAX_PAUSE_S: Final = 2.0
 
 
 class RetryState:
@@ -50,7 +50,7 @@ class RetryState:
         left_s = self._deadline - now
         if left_s <= 0:
             return None
-        pause_s = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2.0 ** min(self._pauses, 10)) * (0.5 + chance / 2)
+        pause_s = min(MAX_PAUSE_S, FIRST_PAUSE_S * 2.0 ** min(self._pauses, 10)) * (0.5 + chance / 2)
         self._pauses += 1
         self._tried.clear()
         self.doubt = True

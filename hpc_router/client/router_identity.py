@@ -20,7 +20,7 @@ from hpc_router.state.registry import Record
 
 PROOF_S: Final = 10.0
 PATIENCE_S: Final = 2.0
-LONGEST_ANSWER: Final = 2**16
+MAX_RESPONSE_BYTES: Final = 2**16
 
 
 class IdentityCheck(StrEnum):
@@ -63,9 +63,9 @@ def _get(url: str, target: str, *, deadline: float) -> bytes:
     with socket.create_connection((at.hostname, at.port or 80), timeout=_left_s(deadline)) as sock:
         sock.sendall(f"GET {target} HTTP/1.0\r\nHost: {at.netloc}\r\n\r\n".encode("ascii"))
         raw = b""
-        while len(raw) <= LONGEST_ANSWER:
+        while len(raw) <= MAX_RESPONSE_BYTES:
             sock.settimeout(_left_s(deadline))
-            piece = sock.recv(LONGEST_ANSWER)
+            piece = sock.recv(MAX_RESPONSE_BYTES)
             if not piece and not raw:
                 raise ConnectionError("no answer")
             if not piece:

@@ -10,7 +10,7 @@ from typing import Any, Final
 import aiohttp
 
 QUICK_S: Final = 2.0
-LONGEST_ANSWER: Final = 2**20
+MAX_RESPONSE_BYTES: Final = 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +56,8 @@ async def call(
             text = bytearray()
             async for chunk in response.content.iter_any():
                 text += chunk
-                if len(text) > LONGEST_ANSWER:
-                    raise Unreachable(f"the answer is longer than {LONGEST_ANSWER} bytes")
+                if len(text) > MAX_RESPONSE_BYTES:
+                    raise Unreachable(f"the answer is longer than {MAX_RESPONSE_BYTES} bytes")
             return HttpResponse(response.status, _parsed(text.decode(errors="replace")))
     except (aiohttp.ClientError, TimeoutError, ValueError, OSError) as error:
         raise Unreachable(str(error) or type(error).__name__) from error

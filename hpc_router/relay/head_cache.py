@@ -14,19 +14,19 @@ from typing import Final, Generic, TypeVar
 
 from hpc_router.relay.headers import REQUEST_ID
 
-MOST: Final = 512
-LONGEST: Final = 2**11
+MAX_HEADS: Final = 512
+MAX_HEAD_BYTES: Final = 2**11
 """Bytes; a longer head is not looked for."""
 _LENGTH: Final = b"ength: "
 _LENGTH_BEGINS: Final = frozenset({b"\r\n%bontent-%b" % pair for pair in itertools.product((b"C", b"c"), (b"L", b"l"))})
-_MOST_DIGITS: Final = 15
+_MAX_DIGITS: Final = 15
 ID_LINE: Final = b"\r\n%b: " % REQUEST_ID
 """The only spelling of an id that is cut out of a head."""
-_LONGEST_ID: Final = 128
+_MAX_ID_BYTES: Final = 128
 H = TypeVar("H")
 
 
-class Heads(Generic[H]):
+class HeadCache(Generic[H]):
     """`parse` makes something of the head of a whole message, or None of what is not exactly one message, or not to be
     answered from here. `ids`: an `x-request-id` is cut out, of letters, digits and `-`; `parse` leaves it out as well.
     """
@@ -41,7 +41,7 @@ class Heads(Generic[H]):
 
     def whole(self, data: bytes) -> tuple[H, bytes, bytes] | None:
         """The head, the body and the id of a message, when `data` is exactly that; None: ask the parser."""
-        end = data.find(b"\r\n\r\n", 0, LONGEST) + 4
+        end = data.find(b"\r\n\r\n", 0, MAX_HEAD_BYTES) + 4
         if end < 4:
             return None
         at = data.find(_LENGTH, 0, end)
@@ -51,7 +51,7 @@ class Heads(Generic[H]):
             key = data
         else:
             first = at + len(_LENGTH)
-            last = data.find(b"\r\n", first, first + _MOST_DIGITS + 2)
+            last = data.find(b"\r\n", first, first + _MAX_DIGITS + 2)
             digits = data[first:last]
             if data[at - 11 : at] not in _LENGTH_BEGINS or not digits.isdigit() or int(digits) != len(data) - end:
                 return None
@@ -60,7 +60,7 @@ class Heads(Generic[H]):
         if self._ids and (at := key.find(ID_LINE)) >= 0:
             first = at + len(ID_LINE)
             request_id = key[first : key.find(b"\r", first)]
-            if len(request_id) > _LONGEST_ID or not request_id.replace(b"-", b"").isalnum():
+            if len(request_id) > _MAX_ID_BYTES or not request_id.replace(b"-", b"").isalnum():
                 return None
             key = key[:first] + key[first + len(request_id) :]
         try:
@@ -71,12 +71,12 @@ class Heads(Generic[H]):
 
     def _meet(self, key: bytes, data: bytes) -> H | None:
         if key not in self._once:
-            if len(self._once) >= MOST:
+            if len(self._once) >= MAX_HEADS:
                 self._once.clear()
             self._once.add(key)
             return None
         self._once.discard(key)
-        if len(self._known) >= MOST:
+        if len(self._known) >= MAX_HEADS:
             self._known.clear()
         made = self._known[key] = self._parse(data)
         return made

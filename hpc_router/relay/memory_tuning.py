@@ -18,23 +18,23 @@ YOUNG: Final = 20_000
 
 KEPT_BYTES: Final = 32 * 2**20
 """So much may lie free at the heap's end."""
-LONGEST_BYTES: Final = 4 * 2**20
+MAX_KEPT_BYTES: Final = 4 * 2**20
 """From this size on a piece of memory is the kernel's again once it is free."""
 _TRIM_THRESHOLD: Final = -1  # of mallopt(3), in glibc's malloc.h
 _MMAP_THRESHOLD: Final = -3
 
 
-def settle() -> None:
+def tune() -> None:
     """What is loaded is there to stay, and is not searched again: pages that are shared stay so."""
     gc.collect()
     gc.freeze()
 
 
-def settle_to_relay() -> None:
-    """As `settle`, and what comes after it is searched rarely; memory of requests is kept for the next ones."""
-    settle()
+def tune_for_relay() -> None:
+    """As `tune`, and what comes after it is searched rarely; memory of requests is kept for the next ones."""
+    tune()
     gc.set_threshold(YOUNG, 20, 50)
     with suppress(AttributeError):  # another C library than glibc
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(_TRIM_THRESHOLD, KEPT_BYTES)
-        mallopt(_MMAP_THRESHOLD, LONGEST_BYTES)
+        mallopt(_MMAP_THRESHOLD, MAX_KEPT_BYTES)

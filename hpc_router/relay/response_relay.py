@@ -21,7 +21,7 @@ from hpc_router.relay.sse import (
     EventTooLargeError,
     UnfinishedEventError,
 )
-from hpc_router.relay.upstream.interface import CHUNK_END, Passage, UpstreamResponse
+from hpc_router.relay.upstream.interface import CHUNK_END, ChunkWriter, UpstreamResponse
 
 _EVENT_CHUNK_ENDS: Final = tuple(end + CHUNK_END for end in EVENT_ENDS)
 
@@ -142,7 +142,7 @@ class _EventStream:
         self._splitter = EventSplitter()
         self._first = b""  # what has come before the answer is begun
         self._begun = False
-        self._passage: Passage | None = None
+        self._passage: ChunkWriter | None = None
         self._alarm: asyncio.TimerHandle | None = None
 
     def take(self, data: bytes) -> bool:
@@ -159,7 +159,7 @@ class _EventStream:
         self._first += events
         return False
 
-    def passage(self) -> Passage | None:
+    def passage(self) -> ChunkWriter | None:
         return None if self._splitter.tail else self._passage
 
     async def make_room(self) -> None:
@@ -190,7 +190,7 @@ class _EventStream:
         await self._request.begin(*self._head, length=None)
         self._begun = True
         write = self._request.write_chunk
-        self._passage = None if write is None else Passage(write, _EVENT_CHUNK_ENDS, self._mark)
+        self._passage = None if write is None else ChunkWriter(write, _EVENT_CHUNK_ENDS, self._mark)
         if self._first:
             self._request.write(self._first)
 

@@ -22,7 +22,7 @@ from hpc_router.router.control.process import ControlProcess
 from hpc_router.router.control.reconcile_process import ReconcileProcess
 from hpc_router.router.ipc.shared_counters import IN_FLIGHT, Counters
 from hpc_router.router.ipc.supervisor import CONTROL, ChildSpec, worker_name
-from hpc_router.router.ipc.supervisor_commands import Orders
+from hpc_router.router.ipc.supervisor_commands import CommandReader
 from hpc_router.router.worker.process import Identity, linked, working
 from hpc_router.routing.policy import Policy, versions
 from hpc_router.state.io_thread import PATIENCE_S, FileThread, file_thread
@@ -71,7 +71,7 @@ async def control(router: RouterSettings, birth: ChildSpec) -> None:
             on_failure=parts.task_failed,
         )
         parts.lease = lease
-        orders = Orders(
+        orders = CommandReader(
             birth.orders, partial(_attach, parts), on_note=partial(_note, parts), on_reload=parts.changes.look_now
         )
         async with orders, parts.watching(birth.ways):
@@ -82,7 +82,7 @@ async def control(router: RouterSettings, birth: ChildSpec) -> None:
                 ready = JobProgress(JobPhase.READY, pid=supervisor, ready_at=time.time(), url=url, node=node)
                 files.post(partial(job.write, ready))
                 logger.info("serving at %s with %d workers", url, router.counters.workers)
-                memory_tuning.settle()
+                memory_tuning.tune()
                 await orders.drain.wait()
                 parts.draining = True
                 logger.info("draining: %d requests in flight", router.counters.total(IN_FLIGHT))
@@ -100,14 +100,14 @@ async def work(router: RouterSettings, birth: ChildSpec) -> None:
     run, name = router.run, worker_name(birth.worker)
     with file_thread(f"log of {name}", log=router.job.worker_log(birth.worker), label=name):
         async with linked(router.deployment, router.counters, birth.worker) as link:
-            orders = Orders(birth.orders, lambda _, way: link.attach(way))
+            orders = CommandReader(birth.orders, lambda _, way: link.attach(way))
             async with orders:
                 for way in birth.ways.values():
                     await link.attach(way)
                 async with working(
                     run, router.deployment, router.policy, link, identity=router.identity, sock=birth.listener
                 ) as gateway:
-                    memory_tuning.settle_to_relay()
+                    memory_tuning.tune_for_relay()
                     await orders.drain.wait()
                     gateway.draining = True
                     with contextlib.suppress(TimeoutError):  # there may be no control process any more

@@ -16,8 +16,8 @@ import numpy as np
 
 from hpc_router.routing.features import SYMBOLS, Features, Floats
 
-MOST_TOKENS: Final = 50_000
-LONGEST_TOKEN: Final = 40
+MAX_TOKENS: Final = 50_000
+MAX_TOKEN_CHARS: Final = 40
 """Of those that are no word of the vocabulary and are kept with their integers: some 8 MB, whatever is asked."""
 
 
@@ -104,12 +104,12 @@ class _Words(dict[bytes | int, int]):
         self._known = words
         self._prefixes = prefixes
         self._prefix = prefix
-        self._most = len(words) + MOST_TOKENS
+        self._most = len(words) + MAX_TOKENS
 
     def __missing__(self, token: bytes) -> int:
         # A token shorter than the prefix is its own slice, and no prefix is that short, so it finds nothing.
         value = self._prefixes.get(token.decode()[: self._prefix], 0)
-        if len(token) <= LONGEST_TOKEN:
+        if len(token) <= MAX_TOKEN_CHARS:
             if len(self) >= self._most:
                 self.clear()
                 self.update(self._known)

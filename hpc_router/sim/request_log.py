@@ -9,8 +9,8 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-MOST_REQUESTS = 64
-MOST_BYTES = 4 * 1024 * 1024
+MAX_REQUESTS = 64
+MAX_BYTES = 4 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +43,7 @@ class Received:
 
 
 class RequestLog:
-    def __init__(self, *, most_requests: int = MOST_REQUESTS, most_bytes: int = MOST_BYTES) -> None:
+    def __init__(self, *, most_requests: int = MAX_REQUESTS, most_bytes: int = MAX_BYTES) -> None:
         self._most_requests, self._most_bytes = most_requests, most_bytes
         self._kept: deque[Received] = deque()
         self._bytes = 0

@@ -11,7 +11,7 @@ from enum import StrEnum
 from hpc_router.sim.api_error import ApiError
 from hpc_router.sim.tokens import count_tokens
 
-MOST_CHOICES = 128
+MAX_CHOICES = 128
 
 
 class Api(StrEnum):
@@ -117,7 +117,7 @@ def parse_chat(raw: bytes) -> Generation:
         api=Api.CHAT,
         model=fields.text("model"),
         prompts=(_prompt(_messages(fields.any("messages"))),),
-        n=fields.whole("n", least=1, most=MOST_CHOICES) or 1,
+        n=fields.whole("n", least=1, most=MAX_CHOICES) or 1,
         max_tokens=fields.whole("max_tokens", least=1) if limit is None else limit,
         stop=_stop(fields.any("stop")),
         seed=fields.whole("seed", least=-(2**63)) or 0,
@@ -136,7 +136,7 @@ def parse_completion(raw: bytes) -> Generation:
         api=Api.TEXT,
         model=fields.text("model"),
         prompts=prompts,
-        n=fields.whole("n", least=1, most=max(1, MOST_CHOICES // len(prompts))) or 1,
+        n=fields.whole("n", least=1, most=max(1, MAX_CHOICES // len(prompts))) or 1,
         max_tokens=fields.whole("max_tokens", least=1),
         stop=_stop(fields.any("stop")),
         seed=fields.whole("seed", least=-(2**63)) or 0,

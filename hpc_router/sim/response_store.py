@@ -5,13 +5,13 @@ from collections import OrderedDict
 from hpc_router.sim.request_parsing import ParsedPrompt
 from hpc_router.sim.tokens import Completion
 
-MOST_RESPONSES = 1024
+MAX_RESPONSES = 1024
 
 
 class Kept:
     """Response id -> the conversation up to its end."""
 
-    def __init__(self, *, most: int = MOST_RESPONSES) -> None:
+    def __init__(self, *, most: int = MAX_RESPONSES) -> None:
         self._most = most
         self._conversations: OrderedDict[str, ParsedPrompt] = OrderedDict()
 

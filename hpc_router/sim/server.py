@@ -28,7 +28,7 @@ from hpc_router.sim.request_log import RequestLog
 from hpc_router.sim.roofline import RooflineEngine
 
 # sun_path holds 108 bytes with the final zero.
-LONGEST_SOCKET_PATH = 107
+MAX_SOCKET_PATH_BYTES = 107
 _ABORT_S = 1.0
 """For the ends of aborted answers to be taken."""
 
@@ -46,9 +46,9 @@ class SimServer:
         crash: Crash | None = None,
     ) -> None:
         self.config = config = config or SimConfig()
-        if uds is not None and len(str(uds).encode()) > LONGEST_SOCKET_PATH:
+        if uds is not None and len(str(uds).encode()) > MAX_SOCKET_PATH_BYTES:
             raise ConfigError(
-                f"uds: {uds} is longer than {LONGEST_SOCKET_PATH} bytes, the longest a socket path may be"
+                f"uds: {uds} is longer than {MAX_SOCKET_PATH_BYTES} bytes, the longest a socket path may be"
             )
         self.uds = uds
         self.died = asyncio.Event()

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, Final
 
 from hpc_router.errors import ConfigError
 
-LONGEST: Final = 2**20
+MAX_FILE_BYTES: Final = 2**20
 """Bytes of a JSON file of ours; a longer one is not ours."""
 
 
@@ -75,14 +75,14 @@ def read_json(path: Path) -> dict[str, Any] | None:
 def load_json(path: Path) -> dict[str, Any]:
     """The same for those to whom absent and unreadable are not one. Raises OSError (FileNotFoundError) or ValueError.
 
-    Only a regular file of at most `LONGEST`: a pipe would hang its reader, a link may lead anywhere.
+    Only a regular file of at most `MAX_FILE_BYTES`: a pipe would hang its reader, a link may lead anywhere.
     """
     with _opened(path) as stream:
         if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
             raise ValueError("not a regular file")
-        content = stream.read(LONGEST + 1)
-    if len(content) > LONGEST:
-        raise ValueError(f"longer than {LONGEST} bytes")
+        content = stream.read(MAX_FILE_BYTES + 1)
+    if len(content) > MAX_FILE_BYTES:
+        raise ValueError(f"longer than {MAX_FILE_BYTES} bytes")
     try:
         value = json.loads(content)
     except RecursionError as error:

@@ -17,7 +17,7 @@ from typing import Any, Final, Self
 
 from hpc_router.errors import RegistryError
 from hpc_router.net.protocol import MODELS
-from hpc_router.state.atomic_files import LONGEST, read_json, replace_json
+from hpc_router.state.atomic_files import MAX_FILE_BYTES, read_json, replace_json
 
 logger = logging.getLogger(__name__)
 
@@ -177,7 +177,7 @@ class Reader:
         if status.st_uid != os.getuid():
             logger.warning("registry file %s belongs to uid %d: refused", name, status.st_uid)
             return _Seen(stamp, None)
-        if not stat.S_ISREG(status.st_mode) or status.st_size > LONGEST:
+        if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_FILE_BYTES:
             logger.warning("registry file %s is not a small regular file: refused", name)
             return _Seen(stamp, None)
         value = read_json(path)

@@ -11,7 +11,7 @@ import pytest
 from hpc_router.bench.config import read_config
 from hpc_router.bench.prompts import built_in
 from hpc_router.bench.store import Store
-from hpc_router.bench.sweep import Leg
+from hpc_router.bench.sweep import DeploymentSweep
 from hpc_router.bench.workload import Point
 from hpc_router.config.compose import load_deployment
 from hpc_router.errors import LaunchError
@@ -20,9 +20,9 @@ from hpc_router.state.job_records import start_ticks
 SIM = load_deployment(["topology=sim"])
 
 
-def leg(folder: Path, *overrides: str, **values: object) -> Leg:
+def leg(folder: Path, *overrides: str, **values: object) -> DeploymentSweep:
     deployment = load_deployment(["topology=sim", *overrides])
-    return Leg(Store(folder), deployment, read_config({"users": [1, 4], **values}), built_in())
+    return DeploymentSweep(Store(folder), deployment, read_config({"users": [1, 4], **values}), built_in())
 
 
 def test_a_finished_point_is_not_missing(tmp_path: Path) -> None:

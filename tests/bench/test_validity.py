@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from hpc_router.bench.config import Trust
+from hpc_router.bench.config import ValidityLimits
 from hpc_router.bench.figures import Figures, GoodputLimits, MeasurementPart, Observation, Window, figures
 from hpc_router.bench.overhead import overhead
 from hpc_router.bench.point import Split
@@ -24,7 +24,7 @@ def found(answers: int = 100, failed: int = 0, *, window_s: float = 10.0, expert
 
 
 def test_good_figures_stand() -> None:
-    assert doubts(found(), GOOD, Trust()) == []
+    assert doubts(found(), GOOD, ValidityLimits()) == []
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,7 @@ def test_good_figures_stand() -> None:
     ],
 )
 def test_each_doubt(figures_: Figures, seen: Conditions, said: str) -> None:
-    told = doubts(figures_, seen, Trust())
+    told = doubts(figures_, seen, ValidityLimits())
     assert (len(told), said in " ".join(told)) == (int(bool(said)), True)
 
 
@@ -71,13 +71,13 @@ def test_an_open_loop_s_window_must_hold_answers() -> None:
         Observation(part=MeasurementPart.MEASURED, user=0, started_s=0.1, ended_s=9.0, content_s=[8.0], expert="math")
         for _ in range(30)
     ]
-    told = doubts(figures(slow, Window(0.0, 10.0)), replace(GOOD, users=None, halves=(0, 30)), Trust())
+    told = doubts(figures(slow, Window(0.0, 10.0)), replace(GOOD, users=None, halves=(0, 30)), ValidityLimits())
     assert any("nine of ten answers took up to 8.9 s" in one for one in told)
 
 
 def test_exactly_at_the_limit_is_within_it() -> None:
-    assert doubts(found(99, failed=1), GOOD, Trust()) == []
-    assert doubts(found(20), replace(GOOD, halves=(10, 10)), Trust()) == []
+    assert doubts(found(99, failed=1), GOOD, ValidityLimits()) == []
+    assert doubts(found(20), replace(GOOD, halves=(10, 10)), ValidityLimits()) == []
 
 
 def test_good_answers() -> None:

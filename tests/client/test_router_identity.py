@@ -11,7 +11,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
-from hpc_router.client.router_identity import LONGEST_ANSWER, PROOF_S, IdentityCheck, Proof, examine, proves
+from hpc_router.client.router_identity import MAX_RESPONSE_BYTES, PROOF_S, IdentityCheck, Proof, examine, proves
 from hpc_router.net.auth import challenge_answer, replica_key
 from hpc_router.state.registry import Record, RecordKind, State
 
@@ -75,7 +75,7 @@ async def silent(challenge: str, writer: asyncio.StreamWriter) -> None:
         (says(lambda _: "[]"), IdentityCheck.STRANGER),
         (says(lambda _: "<html>"), IdentityCheck.STRANGER),
         (says(lambda _: "[" * 50_000), IdentityCheck.STRANGER),
-        (says(lambda c: answered(c) + " " * LONGEST_ANSWER), IdentityCheck.STRANGER),
+        (says(lambda c: answered(c) + " " * MAX_RESPONSE_BYTES), IdentityCheck.STRANGER),
         (says(lambda _: ""), IdentityCheck.STRANGER),
     ],
 )

@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 import pytest
 from aiohttp import web
 
-from hpc_router.net.http_client import LONGEST_ANSWER, Unreachable, call, session
+from hpc_router.net.http_client import MAX_RESPONSE_BYTES, Unreachable, call, session
 
 
 @asynccontextmanager
@@ -31,8 +31,8 @@ async def test_an_answer_is_json_or_text() -> None:
 
 async def test_an_answer_has_a_limit() -> None:
     async with session() as client:
-        async with serving(b" " * LONGEST_ANSWER) as url:
+        async with serving(b" " * MAX_RESPONSE_BYTES) as url:
             assert (await call(client, "GET", url)).status == 200
-        async with serving(b" " * (LONGEST_ANSWER + 1)) as url:
+        async with serving(b" " * (MAX_RESPONSE_BYTES + 1)) as url:
             with pytest.raises(Unreachable, match="longer than"):
                 await call(client, "GET", url)

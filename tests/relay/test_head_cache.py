@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 from hpc_router.errors import RoutingError, UpstreamError
 from hpc_router.relay.downstream import request_parser
-from hpc_router.relay.downstream.request_parser import RefusedError, RequestFramer
-from hpc_router.relay.head_cache import LONGEST, MOST, Heads
+from hpc_router.relay.downstream.request_parser import RefusedError, RequestParser
+from hpc_router.relay.head_cache import MAX_HEAD_BYTES, MAX_HEADS, HeadCache
 from hpc_router.relay.upstream import response_parser
-from hpc_router.relay.upstream.response_parser import ResponseFramer
+from hpc_router.relay.upstream.response_parser import ResponseParser
 from tests.relay.downstream.test_server import ODD, REFUSED
 from tests.relay.malformed import MALFORMED
 
@@ -24,8 +24,8 @@ POST = b"POST / HTTP/1.1\r\nHost: x\r\n"
 
 @pytest.fixture(autouse=True)
 def empty_tables(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(request_parser, "_HEADS", Heads(request_parser._known_head, ids=True))
-    monkeypatch.setattr(response_parser, "_HEADS", Heads(response_parser._known_head))
+    monkeypatch.setattr(request_parser, "_HEADS", HeadCache(request_parser._known_head, ids=True))
+    monkeypatch.setattr(response_parser, "_HEADS", HeadCache(response_parser._known_head))
 
 
 @dataclass
@@ -44,7 +44,7 @@ class Seen:
 
 def requests(*pieces: bytes, parse: bool = False) -> list[Seen | int]:
     """As a server would take them, each as soon as it is there; at the end the refusal's status, if there was one."""
-    framer, taken, refused = RequestFramer(max_body=MAX_BODY), [], 0
+    framer, taken, refused = RequestParser(max_body=MAX_BODY), [], 0
     for piece in pieces:
         try:
             (framer.parse if parse and not framer._ended else framer.feed)(piece)
@@ -70,7 +70,7 @@ Answered = tuple[int, list[tuple[bytes, bytes]], int | None, bytes, bool, bool, 
 
 
 def response(*pieces: bytes, parse: bool = False) -> Answered:
-    framer, failed = ResponseFramer(), False
+    framer, failed = ResponseParser(), False
     try:
         for piece in pieces:
             (framer.parse if parse else framer.feed)(piece)
@@ -247,7 +247,7 @@ def test_an_id_in_any_spelling_is_kept_however_often_its_head_comes(line: bytes)
 
 def test_heads_that_differ_in_a_credential_share_nothing() -> None:
     def ask(token: bytes, body: bytes) -> request_parser.RequestHead:
-        framer = RequestFramer(max_body=MAX_BODY)
+        framer = RequestParser(max_body=MAX_BODY)
         framer.feed(POST + b"Authorization: Bearer %b\r\nContent-Length: %d\r\n\r\n%b" % (token, len(body), body))
         return framer.waiting[0].head
 
@@ -263,7 +263,7 @@ def test_heads_that_differ_in_a_credential_share_nothing() -> None:
 
 def test_heads_that_differ_in_the_request_s_id_are_one() -> None:
     def ask(request_id: bytes) -> request_parser.ParsedRequest:
-        framer = RequestFramer(max_body=MAX_BODY)
+        framer = RequestParser(max_body=MAX_BODY)
         framer.feed(POST + b"x-request-id: %b\r\nContent-Length: 3\r\n\r\nabc" % request_id)
         return framer.waiting[0]
 
@@ -277,20 +277,20 @@ def test_heads_that_differ_in_the_request_s_id_are_one() -> None:
 def test_the_table_is_bounded() -> None:
     """In heads and in bytes: long heads are not looked for."""
     parsed: list[bytes] = []
-    heads: Heads[int] = Heads(lambda data: parsed.append(data) or 1)  # type: ignore[func-returns-value]
-    for i in range(3 * MOST):
+    heads: HeadCache[int] = HeadCache(lambda data: parsed.append(data) or 1)  # type: ignore[func-returns-value]
+    for i in range(3 * MAX_HEADS):
         for _ in range(3):
             heads.whole(b"GET /%d HTTP/1.1\r\n\r\n" % i)
         heads.whole(b"GET /once/%d HTTP/1.1\r\n\r\n" % i)
-    assert len(parsed) == 3 * MOST
-    assert len(heads._known) <= MOST
-    assert len(heads._once) <= MOST
-    long = b"GET / HTTP/1.1\r\nA: " + b"x" * LONGEST + b"\r\n\r\n"
+    assert len(parsed) == 3 * MAX_HEADS
+    assert len(heads._known) <= MAX_HEADS
+    assert len(heads._once) <= MAX_HEADS
+    long = b"GET / HTTP/1.1\r\nA: " + b"x" * MAX_HEAD_BYTES + b"\r\n\r\n"
     assert [heads.whole(long) for _ in range(3)] == [None] * 3
-    assert len(parsed) == 3 * MOST
+    assert len(parsed) == 3 * MAX_HEADS
 
 
 def test_a_body_may_be_far_longer_than_a_head() -> None:
-    heads: Heads[int] = Heads(len)
+    heads: HeadCache[int] = HeadCache(len)
     data = POST + b"Content-Length: %d\r\n\r\n" % 2**20 + b"x" * 2**20
     assert [heads.whole(data) for _ in range(2)] == [None, (len(data), b"x" * 2**20, b"")]

@@ -34,7 +34,7 @@ APART_S: Final = 1.0
 """Jobs that began further apart did not load at the same time."""
 
 
-class Crew(Protocol):
+class LoadJobs(Protocol):
     def load(self, target: LoadTarget, config: BenchConfig, prompts: Sequence[BenchPrompt], point: Point) -> LoadResult:
         """Blocks. Raises LaunchError."""
 
@@ -49,7 +49,7 @@ class InProcessLoad:
         return carry_out(target, config, workload(config, prompts, point), self._folder)
 
 
-class Jobs:
+class SubmittedLoadJobs:
     """Load jobs of their own, started once for all points."""
 
     def __init__(self, folder: Path, jobs: int) -> None:
@@ -84,7 +84,7 @@ class Jobs:
 
 
 @contextmanager
-def crew(config: BenchConfig, *, shared: Path) -> Iterator[Crew]:
+def crew(config: BenchConfig, *, shared: Path) -> Iterator[LoadJobs]:
     """`shared`: a folder that jobs on other nodes see as well."""
     with private_umask():
         shared.mkdir(parents=True, exist_ok=True)
@@ -94,7 +94,7 @@ def crew(config: BenchConfig, *, shared: Path) -> Iterator[Crew]:
             yield InProcessLoad(folder)
         else:
             with _started(config, folder):
-                yield Jobs(folder, config.load_jobs)
+                yield SubmittedLoadJobs(folder, config.load_jobs)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

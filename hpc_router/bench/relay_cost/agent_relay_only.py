@@ -18,7 +18,7 @@ from hpc_router.config.schema import Deployment
 from hpc_router.errors import HpcRouterError
 from hpc_router.expert.agent.agent import bind
 from hpc_router.expert.agent.engine_relay import ENGINE_LIMITS
-from hpc_router.expert.agent.http_api import Gate
+from hpc_router.expert.agent.http_api import AgentHttpApi
 from hpc_router.net.addresses import LOOPBACK
 from hpc_router.net.auth import new_token, replica_key
 from hpc_router.relay.downstream.server import listening
@@ -38,7 +38,7 @@ async def serve(run: RunDir, replica: str, engine: Path) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     async with UpstreamClient(ENGINE_LIMITS, socket_path=str(engine)) as client:
-        gate = Gate(
+        gate = AgentHttpApi(
             replica=replica,
             key=replica_key(run.secret(), nonce),
             capacity=CAPACITY,

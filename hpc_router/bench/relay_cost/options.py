@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Self
 
-from hpc_router.bench.load.native.load import MOST_CONNECTIONS
+from hpc_router.bench.load.native.load import MAX_CONNECTIONS
 from hpc_router.errors import ConfigError
 
 LOWER: Final = 4
@@ -33,8 +33,8 @@ class RelayCostOptions:
     def checked(self) -> Self:
         """Raises ConfigError."""
         for name, value in (("streams", self.streams), ("connections", self.connections)):
-            if not 1 <= value <= MOST_CONNECTIONS:
-                raise ConfigError(f"--{name} {value}: between 1 and {MOST_CONNECTIONS} fit on one machine")
+            if not 1 <= value <= MAX_CONNECTIONS:
+                raise ConfigError(f"--{name} {value}: between 1 and {MAX_CONNECTIONS} fit on one machine")
         if not 0.1 <= self.rate <= 1000:
             raise ConfigError(f"--rate {self.rate:g}: between 0.1 and 1000 events per second and stream")
         if not 0.1 <= self.seconds <= 600:

@@ -6,7 +6,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Final, Self
 
-from hpc_router.bench.load.native.load import MOST_CONNECTIONS
+from hpc_router.bench.load.native.load import MAX_CONNECTIONS
 from hpc_router.errors import ConfigError
 
 CALM_S: Final = 5.0
@@ -52,8 +52,8 @@ class SoakOptions:
             raise ConfigError(f"--seconds {self.seconds:g}: between 1 and 86400")
         if not 1 <= self.rate <= 10_000:
             raise ConfigError(f"--rate {self.rate:g}: between 1 and 10000 requests per second")
-        if not 1 <= self.streams <= MOST_CONNECTIONS:
-            raise ConfigError(f"--streams {self.streams}: between 1 and {MOST_CONNECTIONS} fit on one machine")
+        if not 1 <= self.streams <= MAX_CONNECTIONS:
+            raise ConfigError(f"--streams {self.streams}: between 1 and {MAX_CONNECTIONS} fit on one machine")
         if not 1 <= self.workers <= 64:
             raise ConfigError(f"--workers {self.workers}: between 1 and 64")
         return self

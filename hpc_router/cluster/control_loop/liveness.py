@@ -30,7 +30,7 @@ class _Beat(NamedTuple):
     seen_at: float
 
 
-class Pulse:
+class HangDetector:
     """Fed with every look's records."""
 
     def __init__(self) -> None:

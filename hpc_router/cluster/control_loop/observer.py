@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Final
 
-from hpc_router.cluster.control_loop.liveness import Pulse
+from hpc_router.cluster.control_loop.liveness import HangDetector
 from hpc_router.cluster.control_loop.slots import Attempt, Observed, Slot
 from hpc_router.cluster.launchers.interface import JobReport, JobState, Launcher
 from hpc_router.errors import RegistryError
@@ -45,7 +45,7 @@ class RunObserver:
         self._launcher = launcher
         self._reader = Reader(run.registry)
         self._ended: dict[str, Attempt] = {}
-        self._pulse = Pulse()
+        self._pulse = HangDetector()
         self._hung: set[str] = set()
         self._asked: set[str] = set()  # the lost ones for which the controller was asked
         self._asked_at = -math.inf

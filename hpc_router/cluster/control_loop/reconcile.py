@@ -22,7 +22,7 @@ from hpc_router.state.job_records import BLAMELESS, PERMANENT, Exit, FailureReas
 
 CLAIM_S: Final = 60.0
 """A claim that has no job after this long is abandoned."""
-STEADY_S: Final = 30.0
+STABLE_S: Final = 30.0
 """A job that was ready this long did not fail to start."""
 STANDBY_S: Final = 10.0
 """A router that was ready this long gets its successor: one that always fails must not be followed for ever at once."""
@@ -205,7 +205,7 @@ def _failures(attempts: Sequence[Attempt], *, forgiven: int) -> list[Exit]:
             break
         ends.append(end)
         ready_at = attempt.progress.ready_at if attempt.progress else None
-        if ready_at is not None and end.at - ready_at >= STEADY_S:
+        if ready_at is not None and end.at - ready_at >= STABLE_S:
             break
     return ends
 

@@ -22,14 +22,14 @@ from hpc_router.config.schema import Deployment
 from hpc_router.errors import ConfigError, HpcRouterError, RegistryError
 from hpc_router.expert.agent.engine_relay import ENGINE_LIMITS
 from hpc_router.expert.agent.engine_supervisor import EngineSupervisor
-from hpc_router.expert.agent.http_api import Gate
+from hpc_router.expert.agent.http_api import AgentHttpApi
 from hpc_router.expert.agent.lifecycle import JobLifecycle
 from hpc_router.expert.agent.restart_policy import Restarts
 from hpc_router.expert.engine_process.command import Commands
 from hpc_router.expert.engine_process.scratch_dir import expanded, scratch_folder
 from hpc_router.expert.engines import Engine, EngineFailure, Place, build_engine
 from hpc_router.expert.multinode.rank_auth import rank_key, report_token
-from hpc_router.expert.multinode.start_strategy import Attempts, MultiNodeLeader, SingleNode
+from hpc_router.expert.multinode.start_strategy import MultiNodeLeader, SingleNode, StartStrategy
 from hpc_router.net import addresses
 from hpc_router.net.auth import new_token, replica_key
 from hpc_router.relay import memory_tuning
@@ -75,7 +75,7 @@ class Agent:
         self._signals: set[signal.Signals] = set()
         self._lost: EngineFailure | None = None  # a rank, when the drain came: Slurm ends the job of a node that failed
         self._cut = 0  # answers that the drain did not let finish
-        self._gate: Gate | None = None
+        self._gate: AgentHttpApi | None = None
         self._failures = TaskFailures()
         self._lease: Lease | None = None
 
@@ -154,7 +154,7 @@ class Agent:
             self._gate = gate
             gate.state = self._life.state
             logger.info("%s listens at %s", record.replica, record.url)
-            memory_tuning.settle_to_relay()
+            memory_tuning.tune_for_relay()
             failure = await self._serve(self._supervisor(attempts, client, gate), gate) or self._lost
         if failure is not None:
             return Exit(ok=False, reason=failure.reason, message=failure.message)
@@ -177,7 +177,7 @@ class Agent:
                 return await self._files.run(self._job.stop) is not None
         return False
 
-    async def _serve(self, supervisor: EngineSupervisor, gate: Gate) -> EngineFailure | None:
+    async def _serve(self, supervisor: EngineSupervisor, gate: AgentHttpApi) -> EngineFailure | None:
         """Until the engine fails for good (its failure) or the drain is complete (None); the engine has ended then."""
         supervising = asyncio.create_task(supervisor.run(), name="supervisor")
         draining = asyncio.create_task(self._draining.wait(), name="drain")
@@ -222,8 +222,8 @@ class Agent:
                 return "the deployment was taken down"
         return None
 
-    def _make_gate(self, client: Upstream) -> Gate:
-        return Gate(
+    def _make_gate(self, client: Upstream) -> AgentHttpApi:
+        return AgentHttpApi(
             replica=self._job.replica,
             key=replica_key(self._run.secret(), self._nonce),
             capacity=self._config.capacity,
@@ -236,7 +236,7 @@ class Agent:
             failures=self._failures,
         )
 
-    def _attempts(self, place: Place) -> Attempts:
+    def _attempts(self, place: Place) -> StartStrategy:
         nodes = self._config.resources.nodes
         if nodes == 1:
             return SingleNode(self._commands.at(place, version=self._version))
@@ -252,7 +252,7 @@ class Agent:
         )
         return self._leading
 
-    def _supervisor(self, attempts: Attempts, client: Upstream, gate: Gate) -> EngineSupervisor:
+    def _supervisor(self, attempts: StartStrategy, client: Upstream, gate: AgentHttpApi) -> EngineSupervisor:
         config = self._config.engine
         return EngineSupervisor(
             engine=self._engine,

@@ -15,9 +15,9 @@ from hpc_router.relay.in_flight import InFlight
 from hpc_router.relay.sse import CONTENT_TYPE
 from hpc_router.relay.upstream.interface import (
     CHUNK_ENDS,
-    Asker,
-    Passage,
+    ChunkWriter,
     PendingRequest,
+    ResponseCallback,
     Upstream,
     UpstreamTimeouts,
     address_of,
@@ -31,7 +31,7 @@ ENGINE_LIMITS: Final = UpstreamTimeouts(connect_s=5.0, first_byte_s=_A_DAY_S, id
 ENGINE: Final = address_of("http://engine")
 
 
-class Passing(Work, Asker):
+class Passing(Work, ResponseCallback):
     """A request to the engine that no task waits for, as long as its answer may come whole: see the router's
     `express`, of which this is the agent's half."""
 
@@ -125,13 +125,13 @@ class _Copy:
         self._request = request
         self._heard = heard
         self._write_chunk = request.write_chunk
-        self._passage = None if self._write_chunk is None else Passage(self._pass, CHUNK_ENDS)
+        self._passage = None if self._write_chunk is None else ChunkWriter(self._pass, CHUNK_ENDS)
 
     def take(self, data: bytes) -> bool:
         self._heard()
         return self._request.write(data)
 
-    def passage(self) -> Passage | None:
+    def passage(self) -> ChunkWriter | None:
         return self._passage
 
     def _pass(self, chunk: bytes) -> bool:

@@ -18,7 +18,7 @@ from hpc_router.expert.agent.engine_relay import ENGINE
 from hpc_router.expert.agent.restart_policy import Restarts
 from hpc_router.expert.engine_process.process import EngineProcess
 from hpc_router.expert.engines import Engine, EngineFailure
-from hpc_router.expert.multinode.start_strategy import Attempts
+from hpc_router.expert.multinode.start_strategy import StartStrategy
 from hpc_router.net.protocol import MODELS
 from hpc_router.relay.upstream.interface import Upstream
 from hpc_router.state.io_thread import FileThread
@@ -30,7 +30,7 @@ POLL_S: Final = 0.1
 POLL_TIMEOUT_S: Final = 5.0
 WATCH_S: Final = 3.0
 WATCH_TIMEOUT_S: Final = 7.0
-_LONGEST_LIST: Final = 2**20
+_MAX_LIST_BYTES: Final = 2**20
 HUNG_MISSES: Final = 3
 """A ready engine is asked so often and given so long; after so many misses in a row, half a minute, it hangs."""
 
@@ -47,7 +47,7 @@ class EngineSupervisor:
     `break_off` is called before an engine is stopped, and after one has ended by itself."""
 
     engine: Engine
-    attempts: Attempts
+    attempts: StartStrategy
     client: Upstream
     files: FileThread
     observer: EngineObserver
@@ -139,7 +139,7 @@ class EngineSupervisor:
                 asyncio.timeout(POLL_TIMEOUT_S),
                 self.client.request("GET", ENGINE, MODELS) as answer,
             ):
-                return {card["id"] for card in json.loads(await answer.read(_LONGEST_LIST))["data"]}
+                return {card["id"] for card in json.loads(await answer.read(_MAX_LIST_BYTES))["data"]}
         except (UpstreamError, TimeoutError, ValueError, KeyError, TypeError):
             return None
 

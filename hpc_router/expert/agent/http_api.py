@@ -26,13 +26,13 @@ from hpc_router.state.registry import State
 logger = logging.getLogger(__name__)
 
 HEADROOM: Final = 2
-LONGEST_CHALLENGE: Final = 256
+MAX_CHALLENGE_DIGITS: Final = 256
 RETRY_AFTER_S: Final[Mapping[State, int]] = {State.STARTING: 5, State.DRAINING: 1}
 _STATE_HEADERS: Final = {State.STARTING: protocol.STARTING_HEADER, State.DRAINING: protocol.DRAINING_HEADER}
 
 
 @dataclass(slots=True)
-class Gate:
+class AgentHttpApi:
     """`state` and `models` are set by the agent; `on_drain` is called for `POST /drain`. `progress` counts the pieces
     of answers that the engine sent, `cut` the answers that it did not give or not finish. Where it has more ranks,
     `on_rank` is called for their reports, with `rank_token`; it raises ValueError. `engine_lost` is set when the engine
@@ -151,7 +151,7 @@ class Gate:
         return self.in_flight.count >= math.ceil(self.capacity * HEADROOM)
 
     def _health(self, request: Request) -> Response:
-        challenge = protocol.challenge_in(request.query)[:LONGEST_CHALLENGE]
+        challenge = protocol.challenge_in(request.query)[:MAX_CHALLENGE_DIGITS]
         answer = challenge_answer(self.key, challenge) if challenge else None
         count, failures = self.in_flight.count, self.failures.seen
         health = protocol.ProbeResponse(self.replica, self._shown_state.value, count, self.models, answer, failures)

@@ -7,7 +7,7 @@ from hpc_router.state.job_records import PERMANENT, FailureReason
 
 STABLE_S: Final = 60.0
 """An engine that was ready for so long starts with a clean record."""
-LONGEST_S: Final = 60.0
+MAX_PAUSE_S: Final = 60.0
 
 
 @dataclass(slots=True)
@@ -27,7 +27,7 @@ class Restarts:
             self.in_a_row = 0
         if self.in_a_row >= self.max_in_a_row:
             return None
-        delay_s = min(LONGEST_S, 2.0**self.in_a_row) * (1 - chance / 2)
+        delay_s = min(MAX_PAUSE_S, 2.0**self.in_a_row) * (1 - chance / 2)
         self.in_a_row += 1
         self.total += 1
         return float(delay_s)

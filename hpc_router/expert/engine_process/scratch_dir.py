@@ -26,7 +26,7 @@ from hpc_router.state.job_records import start_ticks
 
 logger = logging.getLogger(__name__)
 
-LONGEST_FOLDER: Final = 107 - len("/tmp/") - 40
+MAX_FOLDER_BYTES: Final = 107 - len("/tmp/") - 40
 """A socket's path has at most 107 bytes; engines put sockets named by a UUID into the folder for temporary files."""
 _OWNER: Final = "owner.json"
 _RANDOM: Final = "[a-z0-9_]" * 8
@@ -49,8 +49,8 @@ def expanded(scratch: str, environment: Mapping[str, str]) -> Path:
 def path_fault(scratch: Path) -> str | None:
     """Why no socket can lie below this folder, by its name alone."""
     folder = scratch / f"hpc-router-{os.getuid()}" / ("x" * 8)
-    if (length := len(os.fsencode(folder))) > LONGEST_FOLDER:
-        most = len(os.fsencode(scratch)) - (length - LONGEST_FOLDER)
+    if (length := len(os.fsencode(folder))) > MAX_FOLDER_BYTES:
+        most = len(os.fsencode(scratch)) - (length - MAX_FOLDER_BYTES)
         return f"too long for a socket's path (valid: at most {most} bytes, as /tmp)"
     return None if scratch.is_absolute() else "not an absolute path (valid: such as /tmp)"
 

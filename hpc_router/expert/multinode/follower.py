@@ -40,7 +40,7 @@ from hpc_router.state.run_directory import RunDir
 logger = logging.getLogger(__name__)
 
 GONE_BEATS: Final = 30
-_LONGEST_ORDER: Final = 64 * 1024
+_MAX_ORDER_BYTES: Final = 64 * 1024
 
 
 class Follower:
@@ -158,7 +158,7 @@ class Follower:
                 if answer.status != 200:
                     logger.warning("rank 0 refuses this rank's report: status %d", answer.status)
                     return None
-                order = RankOrder.from_json(json.loads(await answer.read(_LONGEST_ORDER)))
+                order = RankOrder.from_json(json.loads(await answer.read(_MAX_ORDER_BYTES)))
             if not is_proven(key, report.challenge, order):
                 raise ValueError("a stranger answers in its place")
         except (UpstreamError, ValueError) as error:

@@ -26,7 +26,7 @@ from hpc_router.net.protocol import RankOrder, RankReport
 logger = logging.getLogger(__name__)
 
 
-class Attempts(Protocol):
+class StartStrategy(Protocol):
     async def begin(self) -> Command | EngineFailure:
         """The next start, or why there can be none."""
 

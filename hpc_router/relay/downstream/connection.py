@@ -25,7 +25,7 @@ from hpc_router.relay.downstream.interface import (
     check_encoding,
     error_response,
 )
-from hpc_router.relay.downstream.request_parser import ParsedRequest, RefusedError, RequestFramer
+from hpc_router.relay.downstream.request_parser import ParsedRequest, RefusedError, RequestParser
 
 if TYPE_CHECKING:
     from hpc_router.relay.downstream.server import Server
@@ -171,7 +171,7 @@ class ClientConnection(asyncio.Protocol):
     def __init__(self, server: "Server") -> None:
         self._server = server
         self._loop = server.loop
-        self._framer = RequestFramer(max_body=server.max_body)
+        self._framer = RequestParser(max_body=server.max_body)
         self._transport: asyncio.Transport | None = None
         self._task: asyncio.Task[None] | None = None
         self._waiter: asyncio.Future[None] | None = None

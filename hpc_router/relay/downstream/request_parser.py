@@ -12,7 +12,7 @@ from urllib.parse import unquote, urlsplit
 import httptools
 
 from hpc_router.errors import BadRequestError, BodyTooLargeError, RoutingError
-from hpc_router.relay.head_cache import ID_LINE, Heads
+from hpc_router.relay.head_cache import ID_LINE, HeadCache
 from hpc_router.relay.headers import REQUEST_ID, Headers, without_id
 
 MAX_HEAD_BYTES: Final = 2**16
@@ -64,7 +64,7 @@ class ParsedRequest:
         self.failure: RoutingError | None = None
 
 
-class RequestFramer:
+class RequestParser:
     """Feed it; requests whose head is there stand in `waiting`, and the last of them may still grow."""
 
     __slots__ = ("_bare", "_current", "_ended", "_fields", "_max_body", "_parser", "_target", "waiting")
@@ -225,7 +225,7 @@ def origin_form(target: str) -> str:
 
 def _known_head(data: bytes) -> RequestHead | None:
     """Of a whole request whose body is as long as it says, if that is all there is to know about it."""
-    framer = RequestFramer(max_body=2**63)
+    framer = RequestParser(max_body=2**63)
     try:
         framer.parse(data)
     except RefusedError:
@@ -245,4 +245,4 @@ def _known_head(data: bytes) -> RequestHead | None:
     return RequestHead(head.method, head.target, Headers(fields), http_1_0=head.http_1_0, keep_alive=head.keep_alive)
 
 
-_HEADS: Final = Heads(_known_head, ids=True)
+_HEADS: Final = HeadCache(_known_head, ids=True)

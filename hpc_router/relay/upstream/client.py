@@ -16,9 +16,16 @@ from typing import Final, Self
 
 from hpc_router.errors import UpstreamConnectError, UpstreamError, UpstreamTimeoutError
 from hpc_router.relay.upstream.connection import IN_ONE_PIECE, Connection
-from hpc_router.relay.upstream.interface import Address, Asker, PendingRequest, Sink, UpstreamResponse, UpstreamTimeouts
+from hpc_router.relay.upstream.interface import (
+    Address,
+    PendingRequest,
+    ResponseCallback,
+    Sink,
+    UpstreamResponse,
+    UpstreamTimeouts,
+)
 from hpc_router.relay.upstream.pool import Pool
-from hpc_router.relay.upstream.timeouts import Patience
+from hpc_router.relay.upstream.timeouts import IdleTimer
 
 KEEP_ALIVE_S: Final = 4.0
 """Shorter than the 5 s after which uvicorn, the server of both real engines, closes an idle connection."""
@@ -59,7 +66,7 @@ class UpstreamClient:
         *,
         head: bytes = b"",
         body: bytes | None = None,
-        watch: Callable[[Patience], None] | None = None,
+        watch: Callable[[IdleTimer], None] | None = None,
         started: PendingRequest | None = None,
         limits: UpstreamTimeouts | None = None,
     ) -> "_Exchange":
@@ -76,7 +83,7 @@ class UpstreamClient:
         *,
         head: bytes,
         body: bytes,
-        asker: Asker,
+        asker: ResponseCallback,
         limits: UpstreamTimeouts | None = None,
     ) -> Connection | None:
         """See `exchange.Upstream`."""
@@ -118,7 +125,7 @@ class UpstreamClient:
             raise
         return connection
 
-    async def connected(self, address: Address, *, watch: Callable[[Patience], None] | None = None) -> Connection:
+    async def connected(self, address: Address, *, watch: Callable[[IdleTimer], None] | None = None) -> Connection:
         """A new connection. Raises UpstreamConnectError, and UpstreamTimeoutError when patience was shortened."""
         loop = asyncio.get_running_loop()
         made = Connection(self.pool, self._socket_path or address)
@@ -163,7 +170,7 @@ class _Exchange(AbstractAsyncContextManager[UpstreamResponse]):
         head: bytes,
         body: bytes | None,
         head_only: bool,
-        watch: Callable[[Patience], None] | None,
+        watch: Callable[[IdleTimer], None] | None,
         started: Connection | None,
         limits: UpstreamTimeouts,
     ) -> None:

@@ -10,9 +10,9 @@ from collections.abc import Callable
 from typing import Final, Protocol, cast
 
 from hpc_router.errors import UpstreamError, UpstreamTimeoutError
-from hpc_router.relay.upstream.interface import Address, Asker, PendingRequest, Sink, UpstreamTimeouts
-from hpc_router.relay.upstream.response_parser import ResponseFramer, chunk_prefix, whole_answer
-from hpc_router.relay.upstream.timeouts import Patience
+from hpc_router.relay.upstream.interface import Address, PendingRequest, ResponseCallback, Sink, UpstreamTimeouts
+from hpc_router.relay.upstream.response_parser import ResponseParser, chunk_prefix, whole_answer
+from hpc_router.relay.upstream.timeouts import IdleTimer
 
 KEPT_BYTES: Final = 2**16
 """Beyond this no more is read; one more read may have been under way."""
@@ -46,8 +46,8 @@ class Connection(asyncio.Protocol, PendingRequest):
         self._owner = owner
         self.address = address
         self._transport: asyncio.Transport | None = None
-        self._framer: ResponseFramer | None = None
-        self.patience = Patience(self.give_up)
+        self._framer: ResponseParser | None = None
+        self.patience = IdleTimer(self.give_up)
         self.idle_s = 0.0
         self._sink: Sink | None = None  # that the body flows into
         self._pass: Callable[[bytes], bool] | None = None  # its passage, while a chunk is to come
@@ -60,7 +60,7 @@ class Connection(asyncio.Protocol, PendingRequest):
         self._sent = False
         self._failure: Exception | None = None
         self._waiter: asyncio.Future[None] | None = None
-        self._asker: Asker | None = None  # instead of a task
+        self._asker: ResponseCallback | None = None  # instead of a task
         self.unanswered = False  # the last exchange ended without a byte from upstream
 
     @property
@@ -81,7 +81,7 @@ class Connection(asyncio.Protocol, PendingRequest):
     def begin(self, limits: UpstreamTimeouts, *, head_only: bool) -> None:
         """The clock for the answer's first byte runs from now on."""
         assert self._framer is None
-        self._framer = ResponseFramer(head_only=head_only)
+        self._framer = ResponseParser(head_only=head_only)
         self.idle_s = limits.idle_s
         self.patience.begin(limits.first_byte_s)
         self._failure, self._sent = None, False
@@ -97,7 +97,7 @@ class Connection(asyncio.Protocol, PendingRequest):
             self._transport.write(head)
             await self._send_rest(memoryview(body))
 
-    def ask(self, request: bytes, asker: Asker, limits: UpstreamTimeouts) -> None:
+    def ask(self, request: bytes, asker: ResponseCallback, limits: UpstreamTimeouts) -> None:
         """An exchange without a task, over a connection that was kept. `request` is short."""
         assert self._transport is not None
         self._asker = asker
@@ -122,7 +122,7 @@ class Connection(asyncio.Protocol, PendingRequest):
         self._sent = True
 
     @property
-    def framer(self) -> ResponseFramer:
+    def framer(self) -> ResponseParser:
         """What is known of this exchange's answer."""
         assert self._framer is not None
         return self._framer
@@ -288,7 +288,7 @@ class Connection(asyncio.Protocol, PendingRequest):
         self.data_received(data)
         return True
 
-    def _tell(self, asker: Asker) -> None:
+    def _tell(self, asker: ResponseCallback) -> None:
         framer, body = self.framer, self.whole()
         if body is None or not asker.on_answer(framer.status, framer.headers, body):
             asker.on_news()
@@ -298,7 +298,7 @@ class Connection(asyncio.Protocol, PendingRequest):
     def _frame_for_a_task(self) -> None:
         """Something else than a whole answer has become of what was asked."""
         if self._asker is not None and self._framer is None:
-            self._framer = ResponseFramer()
+            self._framer = ResponseParser()
 
     def connection_lost(self, error: Exception | None) -> None:
         self._transport = None

@@ -16,7 +16,7 @@ from yarl import URL
 
 from hpc_router.errors import UpstreamError
 from hpc_router.relay.headers import Headers
-from hpc_router.relay.upstream.timeouts import Patience
+from hpc_router.relay.upstream.timeouts import IdleTimer
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ CHUNK_END: Final = b"\r\n"
 CHUNK_ENDS: Final = (CHUNK_END,)
 
 
-class Passage(NamedTuple):
+class ChunkWriter(NamedTuple):
     """Where a piece of a body that is one whole chunk of HTTP/1.1 may go in its framing, if it ends with one of `ends`
     (each of them with a line break) and does not contain `mark`. `write` is as `Sink.take`."""
 
@@ -69,7 +69,7 @@ class Sink(Protocol):
     def take(self, data: bytes) -> bool:
         """Never blocks. False: nothing more before `make_room` has returned."""
 
-    def passage(self) -> Passage | None:
+    def passage(self) -> ChunkWriter | None:
         """A shorter way for what comes until the next `take` or `make_room`; asked after a `take`."""
 
     async def make_room(self) -> None:
@@ -115,7 +115,7 @@ class UpstreamResponse:
         return bytes(body)
 
 
-class Asker(ABC):
+class ResponseCallback(ABC):
     """Who waits without a task for the answer to what `Upstream.start` has sent. It hears once, or is handed over."""
 
     __slots__ = ()
@@ -132,7 +132,7 @@ class Asker(ABC):
 class PendingRequest(Protocol):
     """A request that was sent and that no task waits for yet."""
 
-    patience: Patience
+    patience: IdleTimer
 
     def abandon(self) -> None:
         """Nobody wants its answer any more."""
@@ -151,7 +151,7 @@ class Upstream(Protocol):
         *,
         head: bytes,
         body: bytes,
-        asker: Asker,
+        asker: ResponseCallback,
         limits: UpstreamTimeouts | None = None,
     ) -> PendingRequest | None:
         """Send a request at once, if a connection is kept for it. `limits`: other than the client's own."""
@@ -164,7 +164,7 @@ class Upstream(Protocol):
         *,
         head: bytes = b"",
         body: bytes | None = None,
-        watch: Callable[[Patience], None] | None = None,
+        watch: Callable[[IdleTimer], None] | None = None,
         started: PendingRequest | None = None,
         limits: UpstreamTimeouts | None = None,
     ) -> AbstractAsyncContextManager[UpstreamResponse]:

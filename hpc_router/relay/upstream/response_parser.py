@@ -11,7 +11,7 @@ from typing import Final, NamedTuple
 import httptools
 
 from hpc_router.errors import UpstreamError
-from hpc_router.relay.head_cache import Heads
+from hpc_router.relay.head_cache import HeadCache
 from hpc_router.relay.headers import Headers
 
 MAX_HEAD_BYTES: Final = 2**16
@@ -21,7 +21,7 @@ _NO_HEADERS: Final = Headers([])
 _VERSIONS: Final = frozenset({"1.0", "1.1"})
 
 
-class ResponseFramer:
+class ResponseParser:
     """Feed it until `complete`. `status` is 0 until the final response's head has come; interim ones are skipped.
 
     Body pieces gather in `pieces` (one list for ever: the parser appends to it itself), for the owner to clear.
@@ -165,7 +165,7 @@ class _Head(NamedTuple):
 
 def _known_head(data: bytes) -> _Head | None:
     """Of a whole response whose body is as long as it says, if that is all there is to know about it."""
-    framer = ResponseFramer()
+    framer = ResponseParser()
     try:
         framer.parse(data)
     except UpstreamError:
@@ -178,7 +178,7 @@ def _known_head(data: bytes) -> _Head | None:
     return _Head(framer.status, Headers(fields), framer.keep_alive)
 
 
-_HEADS: Final = Heads(_known_head)
+_HEADS: Final = HeadCache(_known_head)
 whole_answer: Final = _HEADS.whole
 """Status, headers and whether the connection may be kept, and the body, where the head is known and all is there."""
 

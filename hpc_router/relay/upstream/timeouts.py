@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 
 
-class Patience:
+class IdleTimer:
     """Calls `on_silence`, which its user sets, when the upstream has been silent for too long.
 
     It may serve one exchange after another (`begin`), and then needs a new timer for hardly any of them.

@@ -24,7 +24,7 @@ from hpc_router.config.schema import RouterConfig
 from hpc_router.errors import ConfigError
 from hpc_router.net import protocol
 from hpc_router.net.auth import challenge_answer, new_token, replica_key, same
-from hpc_router.router.replicas.health import Incident, Rules, Verdict, spare
+from hpc_router.router.replicas.health import Incident, Rules, Verdict, can_eject
 from hpc_router.router.replicas.replica import Event, Replica, RoutingState
 from hpc_router.router.replicas.table import ReplicaTable
 from hpc_router.state.io_thread import FileThread
@@ -358,7 +358,7 @@ class Discovery:
     def _spares(self, replica: Replica, expert: str, now: float) -> bool:
         others = [r for r in self.table.of(expert) if r is not replica]
         seen = [(r.standing is RoutingState.READY, r.health.is_out(now)) for r in others]
-        return spare(others=seen, share=self._rules.share)
+        return can_eject(others=seen, share=self._rules.share)
 
     def _apply(self, replica: Replica, event: Event) -> None:
         if self.table.get(replica.name) is replica and self.table.apply(replica, event):

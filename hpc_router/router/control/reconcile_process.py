@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable
 from typing import Final
 
 from hpc_router.background_tasks import OnFailure, restarting
-from hpc_router.router.ipc.supervisor import STEADY_S, pause_s
+from hpc_router.router.ipc.supervisor import STABLE_S, pause_s
 from hpc_router.state.io_thread import FileThread, OutputLog
 from hpc_router.state.job_records import JobDir
 from hpc_router.state.run_directory import RunDir
@@ -71,7 +71,7 @@ class ReconcileProcess:
                 logger.warning("the control loop ended with status %d; it is started again", status)
             except OSError as error:
                 logger.warning("the control loop cannot be started: %s", error)
-            in_a_row = 1 if self._clock() - begun_at >= STEADY_S else in_a_row + 1
+            in_a_row = 1 if self._clock() - begun_at >= STABLE_S else in_a_row + 1
             await self._sleep(pause_s(in_a_row))
 
     async def _run_once(self) -> int:

@@ -17,7 +17,7 @@ from hpc_router.errors import UnavailableError
 
 logger = logging.getLogger(__name__)
 
-MOST_UNREAD: Final = 2**25
+MAX_UNREAD_BYTES: Final = 2**25
 """Bytes that a peer may leave unread."""
 _LENGTH: Final = 4
 _ANSWER: Final = "="
@@ -130,7 +130,7 @@ class RpcPeer(asyncio.Protocol):
             raise ChannelClosedError("the peer has ended")
         if transport is None or transport.is_closing():  # who asks is told so with all others, in `connection_lost`
             return
-        if transport.get_write_buffer_size() > MOST_UNREAD:
+        if transport.get_write_buffer_size() > MAX_UNREAD_BYTES:
             logger.warning("%r was not sent: the other process does not read", kind)
             return
         content = json.dumps([kind, number, value], separators=(",", ":")).encode()

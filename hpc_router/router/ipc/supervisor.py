@@ -25,13 +25,13 @@ from hpc_router.router.ipc import supervisor_commands
 from hpc_router.router.ipc.shared_counters import CUT, IN_FLIGHT, Counters
 
 CONTROL: Final = "control"
-STEADY_S: Final = 10.0
+STABLE_S: Final = 10.0
 """A child that lived for so long begins with a clean record."""
 FIRST_PAUSE_S: Final = 0.1
-LONGEST_PAUSE_S: Final = 10.0
+MAX_PAUSE_S: Final = 10.0
 HELD_S: Final = 1.0
 """New clients of a dead worker wait so long for the next one; else they are reset, and the kernel deals out no more."""
-MOST_IN_A_ROW: Final = 8
+MAX_ENDS_IN_A_ROW: Final = 8
 STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 _PR_SET_PDEATHSIG: Final = 1
 
@@ -72,7 +72,7 @@ class Child:
 
     def died(self, why: str, now: float) -> None:
         """The first time in a while it is started again at once, then after longer and longer pauses."""
-        self.in_a_row = 1 if now - self.begun_at >= STEADY_S else self.in_a_row + 1
+        self.in_a_row = 1 if now - self.begun_at >= STABLE_S else self.in_a_row + 1
         self.due_at = now + pause_s(self.in_a_row)
         self.pid, self.last_end = 0, why
         if self.listener is not None and self.due_at > now + HELD_S:
@@ -85,7 +85,7 @@ class Child:
 
 def pause_s(in_a_row: int) -> float:
     """Before a child is started again that has ended so often in a row."""
-    return 0.0 if in_a_row <= 1 else min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2.0 ** (in_a_row - 1))
+    return 0.0 if in_a_row <= 1 else min(MAX_PAUSE_S, FIRST_PAUSE_S * 2.0 ** (in_a_row - 1))
 
 
 @dataclass(slots=True)
@@ -184,7 +184,7 @@ class RouterSupervisor:
     def _give_up_on(self, child: Child) -> None:
         """Others may still serve: only when none of its kind stays alive."""
         kind = [c for c in self.children if (c.worker is None) == (child.worker is None)]
-        if all(c.in_a_row >= MOST_IN_A_ROW for c in kind):
+        if all(c.in_a_row >= MAX_ENDS_IN_A_ROW for c in kind):
             raise LaunchError(
                 f"{child.name} {child.last_end}, {child.in_a_row} times in a row; the router's log says why"
             )
@@ -245,7 +245,7 @@ class RouterSupervisor:
         """A child that has just died, or reads nothing, is not told: its successor is."""
         if child.pid and child.orders is not None:
             with contextlib.suppress(OSError):
-                supervisor_commands.give(child.orders, order, way)
+                supervisor_commands.send_command(child.orders, order, way)
 
     def _living(self) -> list[Child]:
         return [child for child in self.children if child.pid]

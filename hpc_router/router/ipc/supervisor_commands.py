@@ -15,19 +15,19 @@ from typing import Any, Final, Self
 
 logger = logging.getLogger(__name__)
 
-LONGEST: Final = 2**16
+MAX_COMMAND_BYTES: Final = 2**16
 
 
-def give(sock: socket.socket, order: Mapping[str, Any], way: socket.socket | None = None) -> None:
+def send_command(sock: socket.socket, order: Mapping[str, Any], way: socket.socket | None = None) -> None:
     """Never blocks. Raises OSError where the child is gone or takes nothing."""
     descriptors = [] if way is None else [way.fileno()]
     flags = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
     socket.send_fds(sock, [json.dumps(order).encode()], descriptors, flags)
 
 
-def take(sock: socket.socket) -> tuple[dict[str, Any], socket.socket | None] | None:
+def receive_command(sock: socket.socket) -> tuple[dict[str, Any], socket.socket | None] | None:
     """None: the supervisor is gone. Raises BlockingIOError when nothing has come."""
-    data, descriptors, _, _ = socket.recv_fds(sock, LONGEST, 1)
+    data, descriptors, _, _ = socket.recv_fds(sock, MAX_COMMAND_BYTES, 1)
     if not data:
         return None
     return json.loads(data), socket.socket(fileno=descriptors[0]) if descriptors else None
@@ -37,7 +37,7 @@ Attach = Callable[[int | None, socket.socket], Awaitable[None]]
 
 
 @dataclass(slots=True)
-class Orders:
+class CommandReader:
     """A child's side, as `async with`. What it may be told again and again is called, the rest are events."""
 
     sock: socket.socket
@@ -60,7 +60,7 @@ class Orders:
 
     def _read(self) -> None:
         try:
-            taken = take(self.sock)
+            taken = receive_command(self.sock)
         except BlockingIOError:
             return
         if taken is None:  # the kernel ends us, too

@@ -13,12 +13,12 @@ from typing import Final
 from hpc_router.config.adapters import host_of
 from hpc_router.config.schema import Deployment
 
-SPAN_S: Final = 30.0
+WINDOW_S: Final = 30.0
 """What a queue did before that says nothing of now."""
 PAUSE_S: Final = 1.0
 """A queue that was empty for no longer has not begun anew."""
-SOONEST_S: Final = 1.0
-LATEST_S: Final = 600.0
+MIN_WAIT_S: Final = 1.0
+MAX_WAIT_S: Final = 600.0
 UNKNOWN_S: Final = 2.0
 """Of a queue of which nobody has left yet."""
 
@@ -38,7 +38,7 @@ def bounds_of(deployment: Deployment) -> Bounds:
     return Bounds(deployment.router.max_waiting, {name: most for name, most in bounds.items() if most is not None})
 
 
-def worth_leaving(*, margin: float, wait_s: float, per_s: float) -> bool:
+def should_spill(*, margin: float, wait_s: float, per_s: float) -> bool:
     """Whether to wait so long costs more than the score that the next best expert is behind. `per_s`: what a second
     is worth."""
     return wait_s * per_s > margin
@@ -64,10 +64,10 @@ class DepartureRate:
 
     def per_s(self, now: float) -> float | None:
         """None: nobody has left of late."""
-        while self._left and self._left[0][0] < now - SPAN_S:
+        while self._left and self._left[0][0] < now - WINDOW_S:
             self._since = self._left.popleft()[0]
         count = sum(count for _, count in self._left)
-        return count / max(now - max(self._since, now - SPAN_S), 1e-3) if count else None
+        return count / max(now - max(self._since, now - WINDOW_S), 1e-3) if count else None
 
     def wait_s(self, waiting: int, now: float) -> float:
         """Until so many have left."""
@@ -76,4 +76,4 @@ class DepartureRate:
             expected_s = max(UNKNOWN_S, now - self._since) if waiting and self._since else UNKNOWN_S
         else:
             expected_s = waiting / per_s
-        return min(max(expected_s, SOONEST_S), LATEST_S)
+        return min(max(expected_s, MIN_WAIT_S), MAX_WAIT_S)

@@ -30,7 +30,7 @@ class Loaded(Protocol):
 R = TypeVar("R", bound=Loaded)
 
 
-def lighter_of_two(replicas: Sequence[R], *, fits: Callable[[R], bool], random: Random) -> R | None:
+def power_of_two_choices(replicas: Sequence[R], *, fits: Callable[[R], bool], random: Random) -> R | None:
     """Of two that fit, drawn at random, the one with less load; of equals the one not used for longest."""
     count = len(replicas)
     first = int(random.random() * count)
@@ -56,7 +56,7 @@ def load_bound(*, total: int, replicas: int, factor: float) -> int:
     return math.ceil(factor * (total + 1) / max(1, replicas))
 
 
-def slot_of(key: bytes) -> int:
+def affinity_slot(key: bytes) -> int:
     """Of a conversation, the same in every process."""
     return crc32(key) % SLOTS
 

@@ -56,7 +56,7 @@ class ReplicaHealth:
     out_until: float = -math.inf
 
     def note(self, incident: Incident, *, now: float, rules: Rules, spare: bool = False) -> Verdict:
-        """`spare`: the others can do without it."""
+        """`can_eject`: the others can do without it."""
         match incident:
             case Incident.ANSWERED:
                 self.connections = self.errors = 0
@@ -94,7 +94,7 @@ class ReplicaHealth:
         self.exclusions += 1
 
 
-def spare(*, others: Collection[tuple[bool, bool]], share: float) -> bool:
+def can_eject(*, others: Collection[tuple[bool, bool]], share: float) -> bool:
     """Whether an expert can do without one of its replicas. `others`: of each other one, whether it is ready and
     whether it is out for errors."""
     out = sum(is_out for _, is_out in others)

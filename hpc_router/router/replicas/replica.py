@@ -1,6 +1,6 @@
 """One replica as the router sees it: its standing, and the requests that have a place on it. No I/O.
 
-The standing is a state and changes only by the table below; an event not in it is an error. A place is a `Hold`, whose
+The standing is a state and changes only by the table below; an event not in it is an error. A place is a `Reservation`, whose
 release is idempotent, so that counters return to zero whatever happens to a request.
 """
 
@@ -14,7 +14,7 @@ from typing import Final, Protocol, Self
 from hpc_router.relay.headers import lines
 from hpc_router.relay.in_flight import Cells
 from hpc_router.relay.upstream.interface import Address, address_of
-from hpc_router.relay.upstream.timeouts import Patience
+from hpc_router.relay.upstream.timeouts import IdleTimer
 from hpc_router.router.ipc.shared_counters import NOWHERE
 from hpc_router.router.replicas.health import ReplicaHealth
 from hpc_router.state.registry import Record
@@ -82,7 +82,7 @@ class Replica:
     health: ReplicaHealth = field(default_factory=ReplicaHealth)
     suspect: bool = False  # it has erred: who is answered well is to tell
     trouble: str | None = None  # what the last failure was
-    holds: "set[Hold]" = field(default_factory=set)
+    holds: "set[Reservation]" = field(default_factory=set)
     others: int = 0
     column: int = NOWHERE  # where the workers count its requests
     address: Address = field(init=False)
@@ -157,16 +157,16 @@ class Places(Protocol):
 
 
 @dataclass(slots=True, eq=False)
-class Hold:
+class Reservation:
     """One request's place on a replica, got for `expert`. With a replica that is lost there is little patience."""
 
     replica: Replica
     expert: str
     _table: Places
-    patience: Patience | None = None
+    patience: IdleTimer | None = None
     lost: bool = False
 
-    def watch(self, patience: Patience) -> None:
+    def watch(self, patience: IdleTimer) -> None:
         self.patience = patience
         if self.lost:
             patience.shorten(LOST_S)

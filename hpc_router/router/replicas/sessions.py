@@ -21,7 +21,7 @@ from hpc_router.router.replicas.replica import Replica, RoutingState
 from hpc_router.router.replicas.table import ReplicaTable
 from hpc_router.routing.policy import RouteReason
 
-MOST: Final = 100_000
+MAX_SESSIONS: Final = 100_000
 PARAM: Final = "previous_response_id"
 _SESSION: Final = re.compile(r"[\w.:@/+=~-]{1,128}", re.ASCII)
 _FORGETFUL: Final = frozenset({"transformers"})
@@ -59,7 +59,7 @@ class Turn:
 class Sessions:
     """Session id -> its last turn, for the `most` sessions used last. `on_turn` is told of each new one."""
 
-    most: int = MOST
+    most: int = MAX_SESSIONS
     on_turn: Callable[[str, Turn], None] | None = None
     _turns: OrderedDict[str, Turn] = field(default_factory=OrderedDict)
 

@@ -1,6 +1,6 @@
 """The router's view of every replica: which may be used, and how many requests each has in flight. No I/O.
 
-A request gets a replica (which one, `balance` says) as a `Hold`. A place that becomes free goes to the request that has
+A request gets a replica (which one, `balance` says) as a `Reservation`. A place that becomes free goes to the request that has
 waited longest for it, in the same step: newcomers cannot overtake, and no wake-up is lost. Who asks for several experts
 waits for the first of them that has a ready replica, however busy, and for the next ones only once it has none.
 """
@@ -18,12 +18,12 @@ from typing import Final
 from hpc_router.errors import HpcRouterError
 from hpc_router.relay.in_flight import Cells
 from hpc_router.router.ipc.shared_counters import NOWHERE
-from hpc_router.router.replicas.admission import SOONEST_S, UNKNOWN_S, Bounds, DepartureRate
-from hpc_router.router.replicas.balancing import lighter_of_two, load_bound, pinned, rendezvous
-from hpc_router.router.replicas.replica import READY, Event, Hold, Replica, RoutingState
+from hpc_router.router.replicas.admission import MIN_WAIT_S, UNKNOWN_S, Bounds, DepartureRate
+from hpc_router.router.replicas.balancing import load_bound, pinned, power_of_two_choices, rendezvous
+from hpc_router.router.replicas.replica import READY, Event, Replica, Reservation, RoutingState
 from hpc_router.state.registry import Record, RecordKind
 
-OTHERS_LOOK_S: Final = 0.005
+PEER_REFRESH_S: Final = 0.005
 """A place that another worker gave back is noticed so soon by those who wait for it here."""
 DEFAULT_WAITING: Final = 1024
 
@@ -40,7 +40,7 @@ class QueueFullError(HpcRouterError):
         self.expert, self.serves = expert, serves
 
 
-Slot = Callable[[], int | None]
+AffinitySlot = Callable[[], int | None]
 _has_room: Final[Callable[[Replica], bool]] = attrgetter("has_room")
 
 
@@ -56,7 +56,7 @@ class _Waiter:
     later: list[str]
     avoid: Collection[Replica]
     only: Replica | None
-    granted: asyncio.Future[Hold]
+    granted: asyncio.Future[Reservation]
 
 
 @dataclass(slots=True)
@@ -184,8 +184,8 @@ class ReplicaTable:
         *,
         avoid: Collection[Replica] = (),
         only: Replica | None = None,
-        slot: Slot | None = None,
-    ) -> Hold | None:
+        slot: AffinitySlot | None = None,
+    ) -> Reservation | None:
         """A place on the replica that `pick` names."""
         picked = self.pick(experts, avoid=avoid, only=only, slot=slot)
         return None if picked is None else self.hold(*picked)
@@ -196,7 +196,7 @@ class ReplicaTable:
         *,
         avoid: Collection[Replica] = (),
         only: Replica | None = None,
-        slot: Slot | None = None,
+        slot: AffinitySlot | None = None,
     ) -> tuple[Replica, str] | None:
         """A replica with room, of the first of these experts that has a ready one. `only`: no other replica than that.
         `slot`: asked for where the conversation belongs, if that matters."""
@@ -219,7 +219,7 @@ class ReplicaTable:
             if replicas:
                 fits = _has_room if only is None and not avoid else partial(_would_do, avoid=avoid, only=only)
                 best = self._pinned(expert, replicas, slot(), fits) if slot is not None and self.pin_bound else None
-                best = best or lighter_of_two(replicas, fits=fits, random=self.random)
+                best = best or power_of_two_choices(replicas, fits=fits, random=self.random)
                 if best is not None:
                     return best, expert
                 if self._serves(expert, avoid):
@@ -252,18 +252,18 @@ class ReplicaTable:
         """Whether it is worth waiting for."""
         return any(r.standing is READY and r not in avoid for r in self._by_expert.get(expert, ()))
 
-    def hold(self, replica: Replica, expert: str) -> Hold:
+    def hold(self, replica: Replica, expert: str) -> Reservation:
         """A place on a replica that has room."""
         self._uses += 1
         replica.last_used = self._uses
-        hold = Hold(replica, expert, self)
+        hold = Reservation(replica, expert, self)
         replica.holds.add(hold)
         self.cells[replica.column] = len(replica.holds)
         return hold
 
     async def wait(
         self, experts: Sequence[str], *, avoid: Collection[Replica] = (), only: Replica | None = None
-    ) -> Hold:
+    ) -> Reservation:
         """The next place that becomes free with the first of these experts that serves, in turn.
 
         With `only`, on that replica; raises ReplicaLostError as soon as it is not ready. Raises QueueFullError."""
@@ -279,7 +279,7 @@ class ReplicaTable:
             self._forget(waiter)
             raise QueueFullError(full, serves=self._serves(full, waiter.avoid))
         if self.peers and self._looking is None:
-            self._looking = asyncio.get_running_loop().call_later(OTHERS_LOOK_S, self._look_for_places)
+            self._looking = asyncio.get_running_loop().call_later(PEER_REFRESH_S, self._look_for_places)
         try:
             return await waiter.granted
         except asyncio.CancelledError:
@@ -305,7 +305,7 @@ class ReplicaTable:
         return UNKNOWN_S if pace is None else pace.wait_s(self.waiting_here(expert), self.clock())
 
     def longest_wait_s(self) -> float:
-        return max(map(self.wait_s, self._waiting), default=SOONEST_S)
+        return max(map(self.wait_s, self._waiting), default=MIN_WAIT_S)
 
     def count_queues(self, queues: Mapping[str, int]) -> None:
         """Count what waits in these columns from now on."""
@@ -397,7 +397,7 @@ class ReplicaTable:
                 self.offer(replica)
         finally:  # a fault in one look does not end the looking
             if self._waiting:
-                self._looking = asyncio.get_running_loop().call_later(OTHERS_LOOK_S, self._look_for_places)
+                self._looking = asyncio.get_running_loop().call_later(PEER_REFRESH_S, self._look_for_places)
 
     def _changed(self) -> None:
         if self.on_change is not None:

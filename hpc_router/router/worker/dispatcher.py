@@ -2,7 +2,7 @@
 
 select an expert -> acquire a replica -> relay; until the first body byte any failure goes elsewhere. `auto` may go to
 another replica, the runner-up, the fallback; a named expert only to its own replicas, for which it waits up to
-`router.queue_timeout_s`. What was met at a replica is told to its `Witness`, which judges its health. Back-pressure
+`router.queue_timeout_s`. What was met at a replica is told to its `HealthReporter`, which judges its health. Back-pressure
 (429, or 503 with `Retry-After`) says nothing about that, and an error speaks against a replica only where another one
 of the same expert answers the same request well. Retries have a budget.
 """
@@ -40,8 +40,8 @@ from hpc_router.relay.headers import NOT_DOWNSTREAM, NOT_UPSTREAM, REQUEST_ID, H
 from hpc_router.relay.response_relay import RelayLimits, ResponseRelay
 from hpc_router.relay.upstream.interface import PendingRequest, Upstream, UpstreamResponse, UpstreamTimeouts
 from hpc_router.router.metrics import Metrics
-from hpc_router.router.replicas.balancing import KEY_CHARS, slot_of
-from hpc_router.router.replicas.replica import Event, Hold, Replica, RoutingState
+from hpc_router.router.replicas.balancing import KEY_CHARS, affinity_slot
+from hpc_router.router.replicas.replica import Event, Replica, Reservation, RoutingState
 from hpc_router.router.replicas.sessions import not_found
 from hpc_router.router.replicas.table import QueueFullError, ReplicaLostError, ReplicaTable
 from hpc_router.router.worker.request_body import ApiCall
@@ -101,7 +101,7 @@ class RoutedRequest:
     another replica of the same expert answers well."""
     lost: int = field(init=False, default=0)
     """Replicas whose engine went away while it had this request."""
-    begun: tuple[Hold, AbstractAsyncContextManager[UpstreamResponse]] | None = field(init=False, default=None)
+    begun: tuple[Reservation, AbstractAsyncContextManager[UpstreamResponse]] | None = field(init=False, default=None)
     work: "Leaving | None" = field(init=False, default=None)
     """Where it was begun without a task: place and exchange to go on with, and what counted it."""
 
@@ -112,9 +112,9 @@ class RoutedRequest:
         """Where its conversation belongs (see `balance`): by its session, else by what its user said first."""
         session = self.request.headers.get(_SESSION)
         if session is not None:
-            return slot_of(session)
+            return affinity_slot(session)
         text = opening(self.call.fields)
-        return None if text is None else slot_of(text[:KEY_CHARS].encode("utf-8", "backslashreplace"))
+        return None if text is None else affinity_slot(text[:KEY_CHARS].encode("utf-8", "backslashreplace"))
 
 
 @dataclass(slots=True)
@@ -132,7 +132,7 @@ class Leaving(Protocol):
         """Count it no more."""
 
 
-class Witness(Protocol):
+class HealthReporter(Protocol):
     """Told what a request has seen of a replica."""
 
     def doubt(self, replica: Replica, trouble: str) -> None:
@@ -158,7 +158,7 @@ class _TryElsewhereError(Exception):
 @dataclass(slots=True)
 class Dispatcher:
     table: ReplicaTable
-    witness: Witness
+    witness: HealthReporter
     client: Upstream
     metrics: Metrics
     config: RouterConfig
@@ -194,7 +194,7 @@ class Dispatcher:
         while attempts < MAX_ATTEMPTS:
             begun, errand.begun = errand.begun, None
             if begun is not None:
-                hold: Hold | None = begun[0]
+                hold: Reservation | None = begun[0]
             else:
                 hold = self.table.acquire(errand.experts, avoid=errand.avoid, only=errand.only, slot=errand.slot)
             if hold is None and errand.refusal is not None:
@@ -227,7 +227,7 @@ class Dispatcher:
         self.metrics.retries_refused.add()
         return False
 
-    async def _wait(self, errand: RoutedRequest, deadline: float) -> Hold:
+    async def _wait(self, errand: RoutedRequest, deadline: float) -> Reservation:
         begun = time.perf_counter()
         try:
             async with asyncio.timeout(deadline - begun):
@@ -247,7 +247,11 @@ class Dispatcher:
         return hold
 
     def exchange(
-        self, errand: RoutedRequest, hold: Hold, request: tuple[bytes, bytes], started: PendingRequest | None = None
+        self,
+        errand: RoutedRequest,
+        hold: Reservation,
+        request: tuple[bytes, bytes],
+        started: PendingRequest | None = None,
     ) -> AbstractAsyncContextManager[UpstreamResponse]:
         """`request`: of `request_for`. `started`: how far it has come already."""
         head, body = request
@@ -261,7 +265,7 @@ class Dispatcher:
         return self.streamed if errand.call.fields.get("stream") else self.whole
 
     async def _attempt(
-        self, errand: RoutedRequest, hold: Hold, exchange: AbstractAsyncContextManager[UpstreamResponse]
+        self, errand: RoutedRequest, hold: Reservation, exchange: AbstractAsyncContextManager[UpstreamResponse]
     ) -> Answered:
         replica, expert = hold.replica, hold.expert
         reason = errand.reason_at(expert)
@@ -306,7 +310,7 @@ class Dispatcher:
             await self._break_off(errand, expert, answer, _fault(replica, error))
         return Answered(answer.status, expert, reason, answer.response)
 
-    async def _judge(self, errand: RoutedRequest, hold: Hold, upstream: UpstreamResponse) -> Answered | None:
+    async def _judge(self, errand: RoutedRequest, hold: Reservation, upstream: UpstreamResponse) -> Answered | None:
         """Go elsewhere when the status says so; nothing has been sent to the client yet. Else what the client gets;
         None: the response as it comes."""
         replica, status, headers = hold.replica, upstream.status, upstream.headers
@@ -349,7 +353,7 @@ class Dispatcher:
                 self.witness.erred(replica, f"{replica.record.url} answered {seen}" if isinstance(seen, int) else seen)
         errand.accused = ()
 
-    def _wants_token(self, errand: RoutedRequest, hold: Hold) -> Answered:
+    def _wants_token(self, errand: RoutedRequest, hold: Reservation) -> Answered:
         message = f"{hold.replica.record.url} answered 401: `hpc-router register` it again with --token-file"
         reason, path = errand.reason_at(hold.expert), errand.target.partition("?")[0]
         response = error_response(502, kind="upstream_error", code="endpoint_unauthorized", message=message, path=path)
@@ -357,12 +361,12 @@ class Dispatcher:
         response.head += _answered_by(hold.expert, hold.replica.record.replica, reason)
         return Answered(502, hold.expert, reason, response)
 
-    async def _refusal(self, errand: RoutedRequest, hold: Hold, upstream: UpstreamResponse) -> Answered:
+    async def _refusal(self, errand: RoutedRequest, hold: Reservation, upstream: UpstreamResponse) -> Answered:
         body = await upstream.read(_MAX_ERROR_BYTES)
         response = Response(upstream.status, self.said(errand, hold, upstream.headers), body)
         return Answered(upstream.status, hold.expert, errand.reason_at(hold.expert), response)
 
-    def _note_failure(self, errand: RoutedRequest, hold: Hold, error: UpstreamError) -> None:
+    def _note_failure(self, errand: RoutedRequest, hold: Reservation, error: UpstreamError) -> None:
         replica, expert = hold.replica, hold.expert
         logger.warning("%s: %s failed before its first byte: %s", errand.request_id, replica.name, error)
         self.metrics.failovers.add(replica.name, type(error).__name__)
@@ -395,7 +399,7 @@ class Dispatcher:
         except DownstreamGoneError:
             self.metrics.cancelled.add("streaming")
 
-    def request_for(self, errand: RoutedRequest, hold: Hold) -> tuple[bytes, bytes]:
+    def request_for(self, errand: RoutedRequest, hold: Reservation) -> tuple[bytes, bytes]:
         """Header lines and body, as this replica gets them."""
         replica = hold.replica
         head = b"%b%bx-request-id: %b\r\n" % (
@@ -405,7 +409,7 @@ class Dispatcher:
         )
         return head, self._body(errand.call, hold.expert, replica)
 
-    def said(self, errand: RoutedRequest, hold: Hold, headers: Headers) -> bytes:
+    def said(self, errand: RoutedRequest, hold: Reservation, headers: Headers) -> bytes:
         """The engine's headers, and ours."""
         return b"%bx-request-id: %b\r\n%b" % (
             crossing(headers, drop=_OWN_DOWNSTREAM),

@@ -11,17 +11,17 @@ from hpc_router.relay.downstream.interface import SHORT_BYTES, Work
 from hpc_router.relay.headers import Headers
 from hpc_router.relay.in_flight import InFlight
 from hpc_router.relay.sse import CONTENT_TYPE
-from hpc_router.relay.upstream.interface import Asker, PendingRequest
-from hpc_router.router.replicas.replica import Hold
+from hpc_router.relay.upstream.interface import PendingRequest, ResponseCallback
+from hpc_router.router.replicas.replica import Reservation
 from hpc_router.router.worker.dispatcher import JUDGED, Dispatcher, RoutedRequest
 
 
-class ExpressWork(Work, Asker):
+class FastPathRequest(Work, ResponseCallback):
     """Once begun it counts as in flight until its `errand` is done, or the handler has taken it over."""
 
     __slots__ = ("_dispatcher", "_errand", "_hold", "_in_flight", "_request", "_started")
 
-    _hold: Hold
+    _hold: Reservation
     _request: tuple[bytes, bytes]
     _started: PendingRequest
 

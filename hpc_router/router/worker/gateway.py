@@ -46,12 +46,12 @@ from hpc_router.relay.downstream.interface import (
 from hpc_router.relay.headers import MAX_RETRY_AFTER_S, Headers
 from hpc_router.relay.in_flight import InFlight
 from hpc_router.router.metrics import Metrics
-from hpc_router.router.replicas.admission import bounds_of, worth_leaving
+from hpc_router.router.replicas.admission import bounds_of, should_spill
 from hpc_router.router.replicas.sessions import PARAM, session_id
 from hpc_router.router.replicas.table import ReplicaTable
 from hpc_router.router.worker.control_client import ControlClient
 from hpc_router.router.worker.dispatcher import RETRY_AFTER_S, Dispatcher, RoutedRequest
-from hpc_router.router.worker.fast_path import ExpressWork
+from hpc_router.router.worker.fast_path import FastPathRequest
 from hpc_router.router.worker.request_body import ApiCall, decode
 from hpc_router.routing.policy import Decision, Policy, RouteReason
 from hpc_router.routing.prompt_text import RequestError, prompt_text
@@ -268,7 +268,7 @@ class Gateway:
             if not self._goes_express(request):
                 return None
             errand = self._errand(request, self._request_id(request), decode(body))
-            work = ExpressWork(self.dispatcher, errand, self.in_flight)
+            work = FastPathRequest(self.dispatcher, errand, self.in_flight)
             begun = work.begin()
         except Exception:  # noqa: BLE001  # `handle` meets it as well, and tells
             return None
@@ -343,7 +343,7 @@ class Gateway:
             return False
         if self.table.pick((expert,)) is not None or self.table.pick((other,)) is None:
             return False
-        return worth_leaving(margin=decision.margin or 0.0, wait_s=self.table.wait_s(expert), per_s=per_s)
+        return should_spill(margin=decision.margin or 0.0, wait_s=self.table.wait_s(expert), per_s=per_s)
 
     def _prompt(self, call: ApiCall, *, first: str = "messages") -> str:
         return prompt_text(call.fields, window=self.deployment.policy.window, first=first)

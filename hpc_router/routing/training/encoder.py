@@ -15,8 +15,8 @@ from hpc_router.errors import ConfigError
 from hpc_router.routing.features import Floats
 
 BATCH: Final = 64
-MOST_TOKENS: Final = 128
-MOST_WORDS: Final = 40_000
+MAX_TOKENS: Final = 128
+MAX_WORDS: Final = 40_000
 
 Progress = Callable[[str, int, int], None]
 """What is done, how far, of how much."""
@@ -74,7 +74,7 @@ class Encoder:
         marked = [token[1:] for token in tokens if token.startswith(marks)]
         words = marked or [token for token in tokens if not token.startswith("##")]
         return sorted({word.lower() for word in words if len(word) > 1 and word.isascii() and word.isalnum()})[
-            :MOST_WORDS
+            :MAX_WORDS
         ]
 
     def encode(self, texts: Sequence[str], *, what: str, progress: Progress) -> Floats:
@@ -86,7 +86,7 @@ class Encoder:
                 batch = order[start : start + BATCH]
                 tokens = self._tokenizer(
                     [texts[i] for i in batch],
-                    padding=True, truncation=True, max_length=MOST_TOKENS, return_tensors="pt",
+                    padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt",
                 )  # fmt: skip
                 hidden, mask = self._model(**tokens).last_hidden_state, tokens["attention_mask"][..., None]
                 pooled = (hidden * mask).sum(1) / mask.sum(1)

@@ -31,10 +31,10 @@ LABEL_WEIGHT: Final = 0.1
 """What an exemplar's label counts beside the encoder's cosines."""
 ENOUGH_TEXTS: Final = 2000
 GROUPS_PER_VARIANT: Final = 4
-MOST_WEIGHT: Final = 16.0
+MAX_WEIGHT: Final = 16.0
 """Fewer prompts than enough weigh more, up to so much each, or the words of the vocabulary would drown them."""
-LONGEST_VARIANT: Final = 12
-MOST_TERMS: Final = 120_000
+MAX_VARIANT_WORDS: Final = 12
+MAX_TERMS: Final = 120_000
 SOLVER_STEPS: Final = 80
 SOLVER_TOLERANCE: Final = 1e-3
 
@@ -186,7 +186,7 @@ def distilled(
     # Solved in rows of TF-IDF; the idf is multiplied into the weights at the end.
     rows = sparse.vstack([rows_of(counts, idf), rows_of(counts_of(others, vocabulary=vocabulary), idf)]).tocsr()
     weight = np.ones(rows.shape[0])
-    weight[: len(read)] = np.sqrt(min(max(ENOUGH_TEXTS / len(read), 1.0), MOST_WEIGHT))
+    weight[: len(read)] = np.sqrt(min(max(ENOUGH_TEXTS / len(read), 1.0), MAX_WEIGHT))
     weight[len(read) + len(made) + len(groups) :] = np.sqrt(WORD_WEIGHT_OF_FEW if lacking else WORD_WEIGHT)
     source = np.full(rows.shape[0], -1)
     source[: len(texts)] = np.arange(len(texts))
@@ -218,7 +218,7 @@ def variants(texts: Sequence[str], words: Sequence[str], *, count: int, seed: in
     found = []
     for number in islice(cycle(range(len(texts))), count):
         tokens = texts[number].split()
-        length = min(len(tokens), rng.randint(1, LONGEST_VARIANT))
+        length = min(len(tokens), rng.randint(1, MAX_VARIANT_WORDS))
         start = rng.randint(0, len(tokens) - length)
         mixed = tokens[start : start + length] + rng.sample(words, min(len(words), rng.randint(0, length)))
         rng.shuffle(mixed)
@@ -254,8 +254,8 @@ def vocabulary_for(texts: Sequence[str], *, features: Features, least: int) -> V
         for term in dict.fromkeys(features.terms(text)):
             holders[term] = holders.get(term, 0) + 1
     kept = [term for term, count in holders.items() if count >= least]
-    if len(kept) > MOST_TERMS:
-        kept = sorted(kept, key=lambda term: (-holders[term], term))[:MOST_TERMS]
+    if len(kept) > MAX_TERMS:
+        kept = sorted(kept, key=lambda term: (-holders[term], term))[:MAX_TERMS]
     return Vocabulary(tuple(sorted(kept)), features)
 
 

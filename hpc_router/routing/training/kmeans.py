@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 STEPS: Final = 40
 BEGINNINGS: Final = 4
-MOST_OF_SHARE: Final = 2.0
+MAX_OF_SHARE: Final = 2.0
 """How many times its even share a cluster may hold."""
 STRENGTH: Final = 1.0
 _ROUNDS: Final = 60
@@ -85,7 +85,7 @@ def _begin(vectors: Floats, *, clusters: int, rng: np.random.Generator) -> Float
 def _assign(likeness: Floats) -> Ids:
     """To the nearest centre after its price; prices rise where too many come, until none holds too much."""
     rows, clusters = likeness.shape
-    most = max(1.0, MOST_OF_SHARE * rows / clusters)
+    most = max(1.0, MAX_OF_SHARE * rows / clusters)
     price = np.zeros(clusters, np.float32)
     step = np.float32(0.02)
     held: Ids = likeness.argmax(axis=1)

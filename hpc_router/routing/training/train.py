@@ -34,7 +34,7 @@ FEATURES: Final = ("cbtm", "lexical", "distilled")
 LOST_SHARE: Final = 0.05
 COMMON_SHARE: Final = 0.1
 """A term that more of the prompts hold tells nothing."""
-LEAST_PER_CLUSTER: Final = 2
+MIN_PER_CLUSTER: Final = 2
 FOLDS: Final = 5
 MANY: Final = 2000
 _PACKAGES: Final = ("numpy", "scipy", "scikit-learn", "torch", "transformers", "tokenizers")
@@ -121,10 +121,10 @@ def _clusters(config: TrainConfig, rows: Sequence[Row]) -> int:
                 key="data",
             )
         return len(labels)
-    if len(rows) < LEAST_PER_CLUSTER * config.clusters:
+    if len(rows) < MIN_PER_CLUSTER * config.clusters:
         raise ConfigError(
             f"{config.data}: {len(rows)} different prompts are too few for clusters={config.clusters}; give "
-            f"{LEAST_PER_CLUSTER * config.clusters} or more, or fewer clusters",
+            f"{MIN_PER_CLUSTER * config.clusters} or more, or fewer clusters",
             key="clusters",
         )
     if config.method == "measured":

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from hpc_router.cluster.control_loop.liveness import HUNG_BEATS, LOST_BEATS, Pulse
+from hpc_router.cluster.control_loop.liveness import HUNG_BEATS, LOST_BEATS, HangDetector
 from hpc_router.state.registry import Record, RecordKind, State
 
 BEAT_S = 2.0
@@ -49,7 +49,7 @@ def record(url: str = NOBODY, *, beat: int | None = 1) -> Record:
 
 def test_beats_that_stop_for_long_enough_are_missed() -> None:
     clock = Clock()
-    pulse = Pulse()
+    pulse = HangDetector()
     assert pulse.silent([record()], read_at=clock()).hung == set()
     clock.now += LIMIT_S - 0.1
     assert pulse.silent([record()], read_at=clock()).hung == set()
@@ -65,7 +65,7 @@ def test_beats_that_stop_for_long_enough_are_missed() -> None:
 def test_one_is_lost_before_it_hangs() -> None:
     """Then its job may have ended, which Slurm knows."""
     clock = Clock()
-    pulse = Pulse()
+    pulse = HangDetector()
     pulse.silent([record()], read_at=clock())
     clock.now += LOST_BEATS * BEAT_S - 0.1
     assert pulse.silent([record()], read_at=clock()) == (set(), set())
@@ -78,7 +78,7 @@ def test_one_is_lost_before_it_hangs() -> None:
 def test_one_that_answers_does_not_hang() -> None:
     """A stalled file system alone ends nobody; a stranger at its address does not count."""
     clock = Clock()
-    pulse = Pulse()
+    pulse = HangDetector()
     with answering("math-0.g1") as url, answering("code-0.g1") as stranger:
         pulse.silent([record(url)], read_at=clock())
         clock.now += LIMIT_S
@@ -88,7 +88,7 @@ def test_one_that_answers_does_not_hang() -> None:
 
 def test_a_record_without_beats_is_not_judged() -> None:
     clock = Clock()
-    pulse = Pulse()
+    pulse = HangDetector()
     external = replace(record(beat=None), beat_s=None)
     pulse.silent([external], read_at=clock())
     clock.now += 1e6

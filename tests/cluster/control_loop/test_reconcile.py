@@ -12,8 +12,8 @@ from hpc_router.cluster.control_loop.reconcile import (
     CLAIM_S,
     KILL_AFTER_S,
     KILL_AGAIN_S,
+    STABLE_S,
     STANDBY_S,
-    STEADY_S,
     Action,
     Cancel,
     Desired,
@@ -100,9 +100,9 @@ def test_the_user_can_forgive() -> None:
 
 
 def test_a_job_that_was_ready_for_a_while_starts_the_count_again() -> None:
-    steady = failed(3, ready_s=STEADY_S)
+    steady = failed(3, ready_s=STABLE_S)
     assert decide(ONE, failed(1), failed(2), steady) == [Submit(MATH, 4)]
-    assert isinstance(decide(ONE, failed(1), failed(2), failed(3, ready_s=STEADY_S - 1))[0], GiveUp)
+    assert isinstance(decide(ONE, failed(1), failed(2), failed(3, ready_s=STABLE_S - 1))[0], GiveUp)
 
 
 def test_a_job_that_drained_did_not_fail() -> None:

@@ -11,14 +11,14 @@ from hpc_router.cluster.planning.prerequisites import CHECKS, file_system, run_d
 from hpc_router.config.compose import load_deployment
 from hpc_router.config.schema import ClusterConfig
 from hpc_router.errors import ConfigError
-from hpc_router.expert.engine_process.scratch_dir import LONGEST_FOLDER, path_fault, scratch_folder
+from hpc_router.expert.engine_process.scratch_dir import MAX_FOLDER_BYTES, path_fault, scratch_folder
 
 RUNS = Path("runs")
 
 
 def longest() -> int:
     """Bytes that `cluster.scratch` may have."""
-    return LONGEST_FOLDER - len(f"/hpc-router-{os.getuid()}/12345678")
+    return MAX_FOLDER_BYTES - len(f"/hpc-router-{os.getuid()}/12345678")
 
 
 def test_a_scratch_path_has_room_for_a_socket(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from hpc_router.expert.agent.agent import bind
 from hpc_router.expert.agent.engine_relay import ENGINE_LIMITS
-from hpc_router.expert.agent.http_api import HEADROOM, Gate
+from hpc_router.expert.agent.http_api import HEADROOM, AgentHttpApi
 from hpc_router.net import protocol
 from hpc_router.net.auth import challenge_answer
 from hpc_router.sim import SimServer
@@ -39,7 +39,7 @@ def relay(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
 @dataclass
 class Running:
     engine: SimServer
-    gate: Gate
+    gate: AgentHttpApi
     session: aiohttp.ClientSession
     drains: list[str] = field(default_factory=list)
 
@@ -62,7 +62,9 @@ async def running(
         RELAY.make_client(ENGINE_LIMITS, socket_path=str(uds)) as client,
         aiohttp.ClientSession(f"http://127.0.0.1:{sock.getsockname()[1]}", headers=headers) as session,
     ):
-        gate = Gate("math-0.g1", KEY, capacity, client, ("sim", "auto"), lists, drains.append, state=State.READY)
+        gate = AgentHttpApi(
+            "math-0.g1", KEY, capacity, client, ("sim", "auto"), lists, drains.append, state=State.READY
+        )
         async with RELAY.listen(gate.handle, sock, max_body=BODY_LIMIT, express=gate.express):
             yield Running(engine, gate, session, drains)
             await session.close()

@@ -18,7 +18,7 @@ from yarl import URL
 from hpc_router.errors import UpstreamConnectError, UpstreamError, UpstreamTimeoutError
 from hpc_router.relay.headers import Headers
 from hpc_router.relay.upstream.interface import Address, PendingRequest, UpstreamResponse, UpstreamTimeouts
-from hpc_router.relay.upstream.timeouts import Patience
+from hpc_router.relay.upstream.timeouts import IdleTimer
 
 _KEEP_ALIVE_S: Final = 4.0
 """Shorter than the 5 s after which uvicorn, the server of both real engines, closes an idle connection."""
@@ -28,7 +28,7 @@ _NO_AUTO_HEADERS: Final = ("Accept", "Accept-Encoding", "User-Agent", "Content-T
 
 
 class AiohttpResponse(UpstreamResponse):
-    def __init__(self, response: aiohttp.ClientResponse, patience: Patience, limits: UpstreamTimeouts) -> None:
+    def __init__(self, response: aiohttp.ClientResponse, patience: IdleTimer, limits: UpstreamTimeouts) -> None:
         headers = Headers([(name.lower(), value) for name, value in response.raw_headers])
         super().__init__(response.status, headers, response.content_length)
         self._response = response
@@ -82,7 +82,7 @@ class AiohttpClient:
         *,
         head: bytes = b"",
         body: bytes | None = None,
-        watch: Callable[[Patience], None] | None = None,
+        watch: Callable[[IdleTimer], None] | None = None,
         started: PendingRequest | None = None,
         limits: UpstreamTimeouts | None = None,
     ) -> AsyncIterator[UpstreamResponse]:
@@ -94,7 +94,7 @@ class AiohttpClient:
         data = io.BytesIO(body) if body is not None and len(body) > _IN_ONE_PIECE else body
         try:
             async with asyncio.timeout(None) as timeout:
-                patience = Patience(lambda: timeout.reschedule(asyncio.get_running_loop().time()))
+                patience = IdleTimer(lambda: timeout.reschedule(asyncio.get_running_loop().time()))
                 patience.wait(limits.first_byte_s)
                 if watch is not None:
                     watch(patience)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hpc_router.errors import UpstreamError
-from hpc_router.relay.upstream.response_parser import MAX_HEAD_BYTES, ResponseFramer
+from hpc_router.relay.upstream.response_parser import MAX_HEAD_BYTES, ResponseParser
 from tests.relay.malformed import ENDLESS, MALFORMED, TRUNCATED
 from tests.relay.scripted import CHUNKED, chunked, head, sized
 
@@ -25,7 +25,7 @@ class Outcome:
 
 
 def frame(*pieces: bytes, head_only: bool = False, eof: bool = False) -> Outcome:
-    framer, body, failed = ResponseFramer(head_only=head_only), b"", False
+    framer, body, failed = ResponseParser(head_only=head_only), b"", False
     try:
         for piece in pieces:
             framer.feed(piece)
@@ -82,7 +82,7 @@ def test_malformed_answers_are_refused_byte_by_byte(data: bytes) -> None:
 @pytest.mark.parametrize(("beginning", "more"), ENDLESS.values(), ids=ENDLESS)
 def test_what_has_no_end_is_refused(beginning: bytes, more: bytes) -> None:
     """Within the limit and one read more, so that nothing grows."""
-    framer, read = ResponseFramer(), more * (2**13 // len(more))
+    framer, read = ResponseParser(), more * (2**13 // len(more))
     framer.feed(beginning)
     reads = [read] * (MAX_HEAD_BYTES // len(read) + 2)
     with pytest.raises(UpstreamError):

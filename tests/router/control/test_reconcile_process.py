@@ -10,7 +10,7 @@ import pytest
 
 from hpc_router.router.control import reconcile_process
 from hpc_router.router.control.reconcile_process import ReconcileProcess
-from hpc_router.router.ipc.supervisor import LONGEST_PAUSE_S, STEADY_S
+from hpc_router.router.ipc.supervisor import MAX_PAUSE_S, STABLE_S
 from hpc_router.state.io_thread import FileThread
 from hpc_router.state.run_directory import RunDir, make_run
 from tests.support.processes import with_word
@@ -61,12 +61,12 @@ async def test_one_that_always_fails_is_started_more_and_more_rarely(
     def clock() -> float:
         """The twelfth run lasts; the clock is read when a run begins and when it has ended."""
         nonlocal now
-        now += STEADY_S if len(pauses) == 11 else 0.0
+        now += STABLE_S if len(pauses) == 11 else 0.0
         return now
 
     async with ReconcileProcess(run, files, replica="router-0.g1", clock=clock, sleep=sleep):
         await enough.wait()
     assert pauses[0] == 0.0
     assert pauses[:11] == sorted(pauses[:11])
-    assert pauses[10] == LONGEST_PAUSE_S
+    assert pauses[10] == MAX_PAUSE_S
     assert pauses[11:] == [0.0, 0.2]

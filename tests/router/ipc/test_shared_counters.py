@@ -11,9 +11,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_stat
 
 from hpc_router.relay.in_flight import InFlight
 from hpc_router.router.ipc.shared_counters import COLUMNS, CUT, IN_FLIGHT, NOWHERE, Counters
-from hpc_router.router.replicas.replica import Event, Hold
+from hpc_router.router.replicas.replica import Event, Reservation
 from hpc_router.router.replicas.snapshot import give_columns, take_over, view_of
-from hpc_router.router.replicas.table import OTHERS_LOOK_S, ReplicaTable
+from hpc_router.router.replicas.table import PEER_REFRESH_S, ReplicaTable
 from tests.router.replicas.test_table import replica
 
 WORKERS = 3
@@ -61,8 +61,8 @@ def test_counting_goes_on_in_another_column() -> None:
 class Worker:
     table: ReplicaTable
     in_flight: InFlight
-    holds: list[Hold] = field(default_factory=list)
-    waits: list["asyncio.Task[Hold]"] = field(default_factory=list)
+    holds: list[Reservation] = field(default_factory=list)
+    waits: list["asyncio.Task[Reservation]"] = field(default_factory=list)
 
 
 class Interleaving(RuleBasedStateMachine):
@@ -116,7 +116,7 @@ class Interleaving(RuleBasedStateMachine):
     @rule()
     def pass_time(self) -> None:
         """Until those who wait have looked for what other workers gave back."""
-        self.now += 2 * OTHERS_LOOK_S
+        self.now += 2 * PEER_REFRESH_S
         self._step()
 
     @rule(at=st.integers(0, WORKERS - 1), expert=st.sampled_from(["math", "code"]))

@@ -19,7 +19,7 @@ import pytest
 
 from hpc_router.cluster.commands.set import change, parse_settings
 from hpc_router.errors import ConfigError
-from hpc_router.router.ipc.supervisor import LONGEST_PAUSE_S, pause_s
+from hpc_router.router.ipc.supervisor import MAX_PAUSE_S, pause_s
 from hpc_router.routing import exemplars
 from hpc_router.state.job_records import FailureReason, JobDir, JobPhase
 from hpc_router.state.log_file import BURST
@@ -35,7 +35,7 @@ def test_it_is_started_again_at_once_then_after_longer_and_longer_pauses() -> No
     pauses = [pause_s(times) for times in range(1, 20)]
     assert pauses[0] == 0
     assert pauses == sorted(pauses)
-    assert pauses[-1] == LONGEST_PAUSE_S
+    assert pauses[-1] == MAX_PAUSE_S
 
 
 QUIET_FOR_LONG = """

@@ -2,7 +2,7 @@
 
 import pytest
 
-from hpc_router.router.replicas.admission import LATEST_S, PAUSE_S, SPAN_S, UNKNOWN_S, DepartureRate
+from hpc_router.router.replicas.admission import MAX_WAIT_S, PAUSE_S, UNKNOWN_S, WINDOW_S, DepartureRate
 
 
 def moving(*left_at: float, began: float = 100.0) -> DepartureRate:
@@ -22,7 +22,7 @@ def test_the_wait_is_the_length_over_the_pace() -> None:
 def test_a_queue_that_stands_still_is_told_to_be_slower_and_slower() -> None:
     pace = moving(101.0)
     assert pace.wait_s(10, 102.0) < pace.wait_s(10, 120.0) < pace.wait_s(10, 129.0)
-    assert pace.per_s(101.0 + SPAN_S + 1) is None
+    assert pace.per_s(101.0 + WINDOW_S + 1) is None
 
 
 def test_before_anybody_has_left_nothing_is_known_but_how_long_that_has_taken() -> None:
@@ -35,7 +35,7 @@ def test_before_anybody_has_left_nothing_is_known_but_how_long_that_has_taken() 
 def test_it_is_never_less_than_a_second_nor_more_than_ten_minutes() -> None:
     pace = moving(*(100.0 + n / 1000 for n in range(100)))
     assert pace.wait_s(1, 100.1) == 1.0
-    assert moving(101.0).wait_s(10_000, 125.0) == LATEST_S
+    assert moving(101.0).wait_s(10_000, 125.0) == MAX_WAIT_S
 
 
 def test_a_new_queue_begins_anew_unless_the_last_one_has_just_ended() -> None:

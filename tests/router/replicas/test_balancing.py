@@ -8,8 +8,8 @@ from random import Random
 import pytest
 
 from hpc_router.config.schema import RouterConfig
-from hpc_router.router.replicas.balancing import lighter_of_two, load_bound, pinned, rendezvous, slot_of
-from hpc_router.router.replicas.replica import Hold
+from hpc_router.router.replicas.balancing import affinity_slot, load_bound, pinned, power_of_two_choices, rendezvous
+from hpc_router.router.replicas.replica import Reservation
 from hpc_router.router.replicas.table import ReplicaTable
 from tests.router.replicas.test_table import replica
 
@@ -27,22 +27,22 @@ def idle(server: Server) -> bool:
 def test_of_two_the_lighter_one_and_of_equals_the_one_not_used_for_longest() -> None:
     heavy, light, old = Server(2), Server(1, last_used=5), Server(1, last_used=3)
     for seed in range(20):
-        assert lighter_of_two([heavy, light], fits=idle, random=Random(seed)) is light
-        assert lighter_of_two([light, old], fits=idle, random=Random(seed)) is old
+        assert power_of_two_choices([heavy, light], fits=idle, random=Random(seed)) is light
+        assert power_of_two_choices([light, old], fits=idle, random=Random(seed)) is old
 
 
 def test_the_heaviest_of_many_is_never_drawn_and_all_others_are() -> None:
     servers = [Server(load) for load in range(5)]
     random = Random(1)
-    drawn = {id(lighter_of_two(servers, fits=idle, random=random)) for _ in range(500)}
+    drawn = {id(power_of_two_choices(servers, fits=idle, random=random)) for _ in range(500)}
     assert drawn == {id(server) for server in servers[:-1]}
 
 
 def test_who_does_not_fit_is_passed_over() -> None:
     full, light = Server(10), Server(9)
     for seed in range(20):
-        assert lighter_of_two([full, full, light, full], fits=idle, random=Random(seed)) is light
-        assert lighter_of_two([full], fits=idle, random=Random(seed)) is None
+        assert power_of_two_choices([full, full, light, full], fits=idle, random=Random(seed)) is light
+        assert power_of_two_choices([full], fits=idle, random=Random(seed)) is None
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_every_worker_has_the_same_order() -> None:
         [1, 2, 0],
         [1, 0, 2],
     ]
-    assert (slot_of(b"session-1"), slot_of("Grüße".encode())) == (3630, 113)
+    assert (affinity_slot(b"session-1"), affinity_slot("Grüße".encode())) == (3630, 113)
 
 
 def jain(counts: Sequence[int]) -> float:
@@ -88,7 +88,7 @@ def test_a_thousand_users_load_the_replicas_of_each_expert_alike() -> None:
         for n in range(2):
             table.put(replica(f"{expert}-{n}.g1", experts=(expert,), capacity=1000))
     served: Counter[str] = Counter()
-    under_way: list[tuple[int, Hold]] = []
+    under_way: list[tuple[int, Reservation]] = []
     moved = 0
     for turn in range(8000):
         user = turn if turn < 1000 else 0
@@ -99,7 +99,7 @@ def test_a_thousand_users_load_the_replicas_of_each_expert_alike() -> None:
             hold.release()
             user += 1000 if random.random() < 0.2 else 0
         expert = experts[user % 8]
-        slot = slot_of(b"user %d" % user)
+        slot = affinity_slot(b"user %d" % user)
         home = table.of(expert)[rendezvous([r.place for r in table.of(expert)], slot)[0]]
         total = sum(r.load for r in table.of(expert))
         picked = table.acquire([expert], slot=lambda slot=slot: slot)  # type: ignore[misc]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from hpc_router.router.replicas.health import PROBES_LATE, Incident, ReplicaHealth, Rules, Verdict, spare
+from hpc_router.router.replicas.health import PROBES_LATE, Incident, ReplicaHealth, Rules, Verdict, can_eject
 
 RULES = Rules(connections=2, errors=3, out_s=10.0, most_out_s=30.0, share=0.5)
 
@@ -73,4 +73,4 @@ def test_late_probes_in_a_row_eject_and_one_that_fails_does_at_once() -> None:
 def test_a_share_of_them_may_be_out_and_never_the_last(
     others: list[tuple[bool, bool]], share: float, may: bool
 ) -> None:
-    assert spare(others=others, share=share) is may
+    assert can_eject(others=others, share=share) is may

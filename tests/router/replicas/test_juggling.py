@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from hpc_router.router.replicas.admission import Bounds
-from hpc_router.router.replicas.replica import Event, Hold, Replica, RoutingState
+from hpc_router.router.replicas.replica import Event, Replica, Reservation, RoutingState
 from hpc_router.router.replicas.table import QueueFullError, ReplicaTable
 from tests.router.replicas.test_table import replica
 
@@ -36,8 +36,8 @@ class Worker:
             self.table.move(one, column)
             self.table.put(one)
             self.replicas.append(one)
-        self.holds: list[Hold] = []
-        self.waits: list[asyncio.Task[Hold]] = []
+        self.holds: list[Reservation] = []
+        self.waits: list[asyncio.Task[Reservation]] = []
 
 
 class Juggling(RuleBasedStateMachine):

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from hpc_router.relay.upstream.timeouts import Patience
-from hpc_router.router.replicas.replica import TRANSITIONS, Event, Hold, Replica, RoutingState
+from hpc_router.relay.upstream.timeouts import IdleTimer
+from hpc_router.router.replicas.replica import TRANSITIONS, Event, Replica, Reservation, RoutingState
 from hpc_router.router.replicas.table import ReplicaLostError, ReplicaTable
 from hpc_router.state.registry import Record, RecordKind, State
 
@@ -233,10 +233,10 @@ async def test_little_patience_is_had_with_a_replica_that_is_lost(monkeypatch: p
         assert one.in_flight == 0
 
 
-def given_up(hold: Hold) -> asyncio.Event:
+def given_up(hold: Reservation) -> asyncio.Event:
     """Set when the patience that this hold watches is at its end."""
     event = asyncio.Event()
-    patience = Patience(event.set)
+    patience = IdleTimer(event.set)
     patience.begin(3600.0)
     hold.watch(patience)
     return event
@@ -249,7 +249,7 @@ class Juggling(RuleBasedStateMachine):
         super().__init__()
         self.replicas = [replica(f"math-{i}.g1", capacity=3) for i in range(3)]
         self.table = table_of(*self.replicas)
-        self.holds: list[Hold] = []
+        self.holds: list[Reservation] = []
 
     @rule()
     def arrive(self) -> None:
@@ -298,7 +298,7 @@ class Juggling(RuleBasedStateMachine):
 TestJuggling = Juggling.TestCase
 
 
-async def waiting(table: ReplicaTable, only: Replica) -> asyncio.Task[Hold]:
+async def waiting(table: ReplicaTable, only: Replica) -> asyncio.Task[Reservation]:
     task = asyncio.create_task(table.wait(["math"], only=only))
     await asyncio.sleep(0)
     return task

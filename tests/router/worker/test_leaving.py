@@ -16,7 +16,7 @@ from yarl import URL
 
 from hpc_router.expert.agent.agent import bind
 from hpc_router.expert.agent.engine_relay import ENGINE_LIMITS
-from hpc_router.expert.agent.http_api import Gate
+from hpc_router.expert.agent.http_api import AgentHttpApi
 from hpc_router.net import protocol
 from hpc_router.net.auth import new_token, replica_key
 from hpc_router.sim.config import SimConfig
@@ -43,7 +43,7 @@ def relay(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Re
 @dataclass
 class Chain:
     router: RunningRouter
-    gate: Gate
+    gate: AgentHttpApi
     engine: SimServer
 
     @asynccontextmanager
@@ -84,7 +84,7 @@ async def a_chain(folder: Path, relay: Relay, config: SimConfig) -> AsyncIterato
         SimServer(config, uds=uds) as engine,
         relay.make_client(ENGINE_LIMITS, socket_path=str(uds)) as client,
     ):
-        gate = Gate("math-0.g1", key, 8, client, ("math",), True, lambda why: None, state=State.READY)
+        gate = AgentHttpApi("math-0.g1", key, 8, client, ("math",), True, lambda why: None, state=State.READY)
         gate.models = ("math",)
         record = Record(
             RecordKind.EXPERT, "math-0.g1", f"http://127.0.0.1:{sock.getsockname()[1]}", State.READY, {"math": "math"},

@@ -22,7 +22,7 @@ from hpc_router.routing.artefact import read
 from hpc_router.routing.classifier import Classifier
 from hpc_router.routing.features import Floats, counts_of
 from hpc_router.routing.training import feature_spaces
-from hpc_router.routing.training.kmeans import MOST_OF_SHARE, balanced_centres, discriminants
+from hpc_router.routing.training.kmeans import MAX_OF_SHARE, balanced_centres, discriminants
 from hpc_router.routing.training.train import TrainConfig, train
 from tests.routing.training.encoders import WordSums
 from tests.routing.training.samples import SHARED, WORDS, prompts, written
@@ -171,7 +171,7 @@ def test_no_cluster_holds_much_more_than_its_share() -> None:
     vectors = np.vstack([crowd, few]).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     centres, held = balanced_centres(vectors, clusters=6, seed=0)
-    assert np.bincount(held, minlength=6).max() <= MOST_OF_SHARE * len(vectors) / 6
+    assert np.bincount(held, minlength=6).max() <= MAX_OF_SHARE * len(vectors) / 6
     assert np.array_equal(centres, balanced_centres(vectors, clusters=6, seed=0)[0])
 
 

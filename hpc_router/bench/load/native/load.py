@@ -17,7 +17,7 @@ from hpc_router.bench.load.native.records import EVENT, Table, read_events, read
 from hpc_router.errors import LaunchError
 from hpc_router.state.run_directory import private_umask
 
-MOST_CONNECTIONS: Final = 4000
+MAX_CONNECTIONS: Final = 4000
 GUARD_S: Final = 30.0
 """Beyond what it was given, before it counts as hung."""
 
@@ -121,8 +121,8 @@ class Running:
 @contextmanager
 def running(load: LoadSpec, folder: Path) -> Iterator[Running]:
     """Start it; it does not outlive the block. `folder` is its own, and private."""
-    if load.connections > MOST_CONNECTIONS:
-        raise LaunchError(f"{load.connections} connections are more than this takes on (at most {MOST_CONNECTIONS})")
+    if load.connections > MAX_CONNECTIONS:
+        raise LaunchError(f"{load.connections} connections are more than this takes on (at most {MAX_CONNECTIONS})")
     with private_umask():
         folder.mkdir(parents=True, exist_ok=True)
     command = [str(built("load")), *load.argv(folder)]

@@ -17,7 +17,7 @@ from hpc_router.net.job_environment import scrubbed
 from hpc_router.state.registry import split_replica
 
 TIMEOUT_S: Final = 30.0
-MOST: Final = 8
+MAX_TESTED: Final = 8
 """Different shapes that are tried."""
 UNASKED: Final = "could not be checked with Slurm: "
 _NAMES: Final = ("job-name", "output", "chdir")
@@ -28,8 +28,10 @@ def try_jobs(deployment: Deployment, jobs: Sequence[BatchJob]) -> tuple[list[str
     """Faults and warnings, each a line."""
     faults: dict[str, None] = {}
     shapes = _shapes(jobs)
-    warnings = [f"only {MOST} of {len(shapes)} different jobs were tried with Slurm"] if len(shapes) > MOST else []
-    for alike in shapes[:MOST]:
+    warnings = (
+        [f"only {MAX_TESTED} of {len(shapes)} different jobs were tried with Slurm"] if len(shapes) > MAX_TESTED else []
+    )
+    for alike in shapes[:MAX_TESTED]:
         try:
             said = _refused(alike[0].script())
         except (OSError, subprocess.TimeoutExpired) as error:

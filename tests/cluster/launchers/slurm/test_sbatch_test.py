@@ -9,7 +9,7 @@ import pytest
 from hpc_router.cluster.control_loop.job_requests import request_for
 from hpc_router.cluster.launchers.slurm import sbatch_test
 from hpc_router.cluster.launchers.slurm.sbatch import BatchJob, batch_jobs
-from hpc_router.cluster.launchers.slurm.sbatch_test import MOST, try_jobs
+from hpc_router.cluster.launchers.slurm.sbatch_test import MAX_TESTED, try_jobs
 from hpc_router.config.schema import ClusterConfig, Deployment, EngineConfig, ExpertConfig, ResourceConfig
 from hpc_router.state.run_directory import RunDir
 from tests.cluster.programs import Programs
@@ -79,6 +79,9 @@ def test_what_cannot_be_asked_is_a_warning(programs: Programs, monkeypatch: pyte
 
 def test_a_handful_of_trials_is_enough(programs: Programs) -> None:
     programs.add("sbatch", "cat >/dev/null")
-    made = deployment(*range(2, MOST + 2))
-    assert try_jobs(made, jobs_of(made)) == ([], [f"only {MOST} of {MOST + 1} different jobs were tried with Slurm"])
-    assert len(programs.calls("sbatch")) == MOST
+    made = deployment(*range(2, MAX_TESTED + 2))
+    assert try_jobs(made, jobs_of(made)) == (
+        [],
+        [f"only {MAX_TESTED} of {MAX_TESTED + 1} different jobs were tried with Slurm"],
+    )
+    assert len(programs.calls("sbatch")) == MAX_TESTED
