@@ -1,9 +1,14 @@
 """Each process loads only what it needs. The import-linter contracts in pyproject.toml hold the layers."""
 
+import ast
 import subprocess
 import sys
+from collections import defaultdict
+from pathlib import Path
 
 import pytest
+
+import hpc_router
 
 
 @pytest.mark.parametrize(
@@ -18,3 +23,14 @@ def test_a_process_loads_only_what_it_needs(module: str, forbidden: list[str]) -
     program = f"import sys, {module}; print([m for m in {forbidden!r} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_class_name_stands_once_in_the_package() -> None:
+    """So that a name, in a traceback or a search, means one thing."""
+    package = Path(hpc_router.__file__).parent
+    modules: dict[str, list[str]] = defaultdict(list)
+    for path in sorted(package.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef):
+                modules[node.name].append(str(path.relative_to(package)))
+    assert {name: where for name, where in modules.items() if len(where) > 1} == {}

@@ -34,7 +34,7 @@ _BOOLEANS: Final[Mapping[str, bool]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Bounds:
+class NumberRange:
     """The range of a numeric field, both ends included; of a list's field, the range of its items."""
 
     low: float
@@ -47,9 +47,9 @@ class Bounds:
         return self.low <= value <= self.high
 
 
-def within(low: float, high: float) -> dict[str, Bounds]:
+def within(low: float, high: float) -> dict[str, NumberRange]:
     """Metadata of a field with a range."""
-    return {_BOUNDS: Bounds(low, high)}
+    return {_BOUNDS: NumberRange(low, high)}
 
 
 def bounded(default: _T, low: float, high: float) -> _T:
@@ -57,7 +57,7 @@ def bounded(default: _T, low: float, high: float) -> _T:
     return field(default=default, metadata=within(low, high))
 
 
-def bounds_of(schema: type, name: str) -> Bounds | None:
+def bounds_of(schema: type, name: str) -> NumberRange | None:
     """The range of a numeric field; None for a field without one."""
     return next((_bounds(item) for item in _fields(schema) if item.name == name), None)
 
@@ -90,7 +90,7 @@ def check_bounds(instance: Any, *, at: str) -> None:
                 _check_number(value, _bounds(item), key)
 
 
-def _check_number(value: float, bounds: Bounds | None, key: str) -> None:
+def _check_number(value: float, bounds: NumberRange | None, key: str) -> None:
     if bounds is not None and not bounds.hold(value):
         raise ConfigError(f"{key}={number_text(value)}: out of range (valid: {bounds})", key=key)
     if isinstance(value, float) and not math.isfinite(value):
@@ -223,7 +223,7 @@ def _fields(schema: Any) -> tuple[Field[Any], ...]:
     return fields(schema)
 
 
-def _bounds(item: Field[Any]) -> Bounds | None:
+def _bounds(item: Field[Any]) -> NumberRange | None:
     found = item.metadata.get(_BOUNDS)
-    assert found is None or isinstance(found, Bounds)
+    assert found is None or isinstance(found, NumberRange)
     return found

@@ -1,7 +1,7 @@
 """The deployment's configuration: dataclasses as the only schema and the only home of defaults.
 
-`conf/` holds values, `hpc_router.config.compose` turns files and overrides into a `Deployment`; each component then gets its
-own slice. What one dataclass cannot see (TP x PP against GPUs, a fallback that is no expert) `hpc_router.config.validation` sees.
+`conf/` holds values, `compose` turns files and overrides into a `Deployment`; each component then gets its own slice.
+What one dataclass cannot check alone (TP x PP against GPUs, a fallback that is no expert), `validation` checks.
 """
 
 import re

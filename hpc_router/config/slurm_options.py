@@ -1,7 +1,7 @@
 """What may stand in a batch script: options of Slurm, modules, setup lines, environment.
 
-Each becomes a line, so nothing may carry another line with it; and what `hpc_router.cluster.launchers.slurm.sbatch` sets itself is not
-to be set a second time beside it. Every refusal names its key and what to use instead.
+Each becomes one line of the script, so no value may contain a line break. An option that the script sets itself cannot
+be set a second time. Every refusal names its key and what to use instead.
 """
 
 import re

@@ -1,7 +1,7 @@
-"""What router and agent, and the agents of one engine's nodes, say to each other over HTTP.
+"""The HTTP contract between router and agent, and between the agents of one engine's nodes.
 
-`GET /health?challenge=HEX` needs no token and is answered with a `ProbeResponse` as JSON. `POST /drain` and the API paths need
-`Authorization: Bearer <replica key>`. A draining agent answers new requests with 503 and `DRAINING_HEADER`.
+`GET /health?challenge=HEX` needs no token; the response is a `ProbeResponse` as JSON. `POST /drain` and the API paths
+need `Authorization: Bearer <replica key>`. A draining agent answers new requests with 503 and `DRAINING_HEADER`.
 `POST /rank` takes a `RankReport` with a token of its own and is answered with a `RankOrder`.
 """
 

@@ -59,7 +59,7 @@ class Ending(ABC):
             raise UpstreamAbortedError
 
 
-class Choices(Ending):
+class ChoicesEnding(Ending):
     """Chat and text completions, and whatever else has choices."""
 
     event_mark = _ABORT
@@ -75,7 +75,7 @@ class Choices(Ending):
         )
 
 
-class Response(Ending):
+class ResponsesEnding(Ending):
     """`/v1/responses`. vLLM says `completed` of most that it cuts; one that it refuses while it stops is empty, without
     even the token that ends an answer."""
 
@@ -102,7 +102,7 @@ def _says_something(item: object) -> bool:
     return True
 
 
-class Message(Ending):
+class MessagesEnding(Ending):
     """`/v1/messages`. In a stream `message_delta` events bring the reason, and `message_stop` is the end."""
 
     event_mark = b'"message_'

@@ -84,11 +84,11 @@ def _named_event(data: dict[str, Any]) -> bytes:
     return b"event: error\ndata: " + json.dumps(data).encode() + b"\n\n"
 
 
-_ANTHROPIC: Final = Dialect("messages", _anthropic_body, _anthropic_event, aborted_responses.Message)
+_ANTHROPIC: Final = Dialect("messages", _anthropic_body, _anthropic_event, aborted_responses.MessagesEnding)
 _DIALECTS: Final[Mapping[str, Dialect]] = {
-    protocol.CHAT: Dialect("messages", _openai_body, _openai_event, aborted_responses.Choices),
-    protocol.COMPLETIONS: Dialect("prompt", _openai_body, _openai_event, aborted_responses.Choices),
-    protocol.EMBEDDINGS: Dialect("input", _openai_body, _openai_event, aborted_responses.Choices),
-    protocol.RESPONSES: Dialect("input", _openai_body, _responses_event, aborted_responses.Response),
+    protocol.CHAT: Dialect("messages", _openai_body, _openai_event, aborted_responses.ChoicesEnding),
+    protocol.COMPLETIONS: Dialect("prompt", _openai_body, _openai_event, aborted_responses.ChoicesEnding),
+    protocol.EMBEDDINGS: Dialect("input", _openai_body, _openai_event, aborted_responses.ChoicesEnding),
+    protocol.RESPONSES: Dialect("input", _openai_body, _responses_event, aborted_responses.ResponsesEnding),
     protocol.MESSAGES: _ANTHROPIC,
 }

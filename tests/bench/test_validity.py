@@ -16,8 +16,8 @@ GOOD = Conditions(users=4, cpu_share=0.3, wait_share=0.1, late_share=None, halve
 def found(answers: int = 100, failed: int = 0, *, window_s: float = 10.0, expert: str = "math") -> Figures:
     """Answers of 0.1 s, spread evenly over the window."""
     seen = [
-        Observation(part=MeasurementPart.MEASURED, user=0, started_s=at, ended_s=at + 0.1, content_s=[at + 0.05], expert=expert,
-                    error="http_503" if n < failed else None)
+        Observation(part=MeasurementPart.MEASURED, user=0, started_s=at, ended_s=at + 0.1, content_s=[at + 0.05],
+                    expert=expert, error="http_503" if n < failed else None)
         for n, at in enumerate(window_s * n / (answers + failed) for n in range(answers + failed))
     ]  # fmt: skip
     return figures(seen, Window(0.0, window_s + 1.0))
@@ -103,7 +103,8 @@ def test_what_the_router_adds_is_taken_expert_by_expert() -> None:
 
     def of(*given: tuple[str, float]) -> Figures:
         return figures(
-            [Observation(part=MeasurementPart.MEASURED, user=0, started_s=1.0, ended_s=2.0, content_s=[1.0 + ttft], expert=expert)
+            [Observation(part=MeasurementPart.MEASURED, user=0, started_s=1.0, ended_s=2.0, content_s=[1.0 + ttft],
+                         expert=expert)
              for expert, ttft in given],
             Window(0.0, 5.0),
         )  # fmt: skip

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from hpc_router.errors import UpstreamAbortedError
 from hpc_router.net import protocol
-from hpc_router.relay.aborted_responses import Choices, Unheld
+from hpc_router.relay.aborted_responses import ChoicesEnding, Unheld
 from hpc_router.relay.sse import CONTENT_TYPE
 from tests.relay.scripted import CHUNKED, Answer, End, head, sized
 from tests.relay.serving import Client, relayed
@@ -264,5 +264,5 @@ def test_the_end_of_an_unheld_body_is_found_however_it_is_cut(before: int, cuts:
 @pytest.mark.parametrize("value", [[], {}, {"choices": None}, {"choices": {}}, {"choices": [None, 1, []]}, "abort", 1])
 def test_odd_shapes_are_no_abort(value: Any) -> None:
     body = json.dumps([value, "abort"]).encode() if not isinstance(value, dict) else json.dumps(value).encode()
-    Choices().check_whole(body)
-    Choices().check_events(b"data: " + body + b"\n\n")
+    ChoicesEnding().check_whole(body)
+    ChoicesEnding().check_events(b"data: " + body + b"\n\n")

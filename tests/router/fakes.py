@@ -152,8 +152,8 @@ async def fake_replica(
     await site.start()
     fake.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
     record = Record(
-        kind=RecordKind.EXPERT, replica=replica, url=fake.url, state=State.READY, serves={expert: names[0]}, nonce=nonce,
-        capacity=capacity, engine=EngineInfo(kind="fake"),
+        kind=RecordKind.EXPERT, replica=replica, url=fake.url, state=State.READY, serves={expert: names[0]},
+        nonce=nonce, capacity=capacity, engine=EngineInfo(kind="fake"),
     )  # fmt: skip
     record = replace(record, **fields)
     registry.publish(run.registry, record)

@@ -36,7 +36,7 @@ class Watcher(Protocol):
         """Called after each pass with what is still there."""
 
 
-class Silent:
+class NoWatcher:
     def living(self, attempts: list[Attempt]) -> None:
         pass
 
@@ -50,7 +50,7 @@ def down(run: RunDir, *, watcher: Watcher | None = None) -> int:
         control = ControlLoop(run, deployment=Deployment())
     before = {a.replica for a in living(control.look())}  # once it is asked for, the control loop may end them first
     take_down(run)
-    return empty(control, before, watcher=watcher or Silent())
+    return empty(control, before, watcher=watcher or NoWatcher())
 
 
 def empty(control: ControlLoop, before: set[str], *, watcher: Watcher) -> int:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Protocol
 
-from hpc_router.cluster.commands.down import Silent, down
+from hpc_router.cluster.commands.down import NoWatcher, down
 from hpc_router.cluster.commands.replica_view import DisplayedState, ReplicaView, of_experts, views
 from hpc_router.cluster.commands.signals import interrupt_event
 from hpc_router.cluster.control_loop.desired_state import desired_of, scaled, start_over
@@ -146,7 +146,7 @@ class _Effort:
     def _take_back(self) -> None:
         """Everything, where nothing ran before and the router is ours; else only what this call submitted."""
         if self._fresh and any(split_replica(name)[0] == ROUTER for name in self._submitted):
-            down(self._run, watcher=Silent())
+            down(self._run, watcher=NoWatcher())
             return
         control, left = self._control, sorted(self._submitted)
         control.cancel(left)

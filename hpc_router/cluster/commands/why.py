@@ -30,34 +30,34 @@ RECENT_S: Final = 3600.0
 RANK_LINES: Final = 4
 """Of each further rank."""
 
+_R = FailureReason
 ADVICE: Final[Mapping[FailureReason, str]] = {
-    FailureReason.OUT_OF_MEMORY: "give it more memory: fewer tokens (max_model_len), a quantised model, more GPUs, or fewer "
+    _R.OUT_OF_MEMORY: "give it more memory: fewer tokens (max_model_len), a quantised model, more GPUs, or fewer "
     "replicas on one node",
-    FailureReason.WEIGHTS: "check experts.{expert}.model, or that of the adapter which the message names: the folder or hub "
+    _R.WEIGHTS: "check experts.{expert}.model, or that of the adapter which the message names: the folder or hub "
     "id, and whether its files are complete",
-    FailureReason.CUDA: "check the node's GPU and driver (nvidia-smi there) and that the engine's build matches it",
-    FailureReason.BAD_OPTION: "edit the option that the message names, then `hpc-router up` in a new run",
-    FailureReason.INTERPRETER: "check experts.{expert}.engine.python: that interpreter must have the engine installed",
-    FailureReason.TIMEOUT: "it did not answer in time: while it loads, raise experts.{expert}.engine.startup_timeout_s or put "
+    _R.CUDA: "check the node's GPU and driver (nvidia-smi there) and that the engine's build matches it",
+    _R.BAD_OPTION: "edit the option that the message names, then `hpc-router up` in a new run",
+    _R.INTERPRETER: "check experts.{expert}.engine.python: that interpreter must have the engine installed",
+    _R.TIMEOUT: "it did not answer in time: while it loads, raise experts.{expert}.engine.startup_timeout_s or put "
     "the model on a faster file system; once it was ready, it hung: look at its log's end and at its node",
-    FailureReason.KILLED: "it was killed from outside: by the node's memory limit, a user, or the system; `dmesg` may show it",
-    FailureReason.CRASHED: "read the log lines; `hpc-router up` tries again",
-    FailureReason.PORT_TAKEN: "another process has the port: leave it to the kernel (router.port=0), or choose another",
-    FailureReason.RANK_LOST: "one of its nodes ended: the log of that rank shows the reason (`hpc-router logs {replica}` "
+    _R.KILLED: "it was killed from outside: by the node's memory limit, a user, or the system; `dmesg` may show it",
+    _R.CRASHED: "read the log lines; `hpc-router up` tries again",
+    _R.PORT_TAKEN: "another process has the port: leave it to the kernel (router.port=0), or choose another",
+    _R.RANK_LOST: "one of its nodes ended: the log of that rank shows the reason (`hpc-router logs {replica}` "
     "prints all of them); `hpc-router up` tries again",
-    FailureReason.SETUP: "edit the line of cluster.setup or cluster.modules that the message names, then `hpc-router up` in a "
+    _R.SETUP: "edit the line of cluster.setup or cluster.modules that the message names, then `hpc-router up` in a "
     "new run",
-    FailureReason.UNANSWERED: "Slurm did not answer, or takes no more jobs of yours for now; the submission is retried",
-    FailureReason.REFUSED: "edit the key that the message names (`hpc-router plan` tries it), then `hpc-router up` in a "
-    "new run",
-    FailureReason.NODE_FAILED: "its node failed: another is submitted; cluster.exclude leaves a bad node out",
-    FailureReason.PREEMPTED: "a job of higher priority took its place: another is submitted; another cluster.partition or "
+    _R.UNANSWERED: "Slurm did not answer, or takes no more jobs of yours for now; the submission is retried",
+    _R.REFUSED: "edit the key that the message names (`hpc-router plan` tries it), then `hpc-router up` in a new run",
+    _R.NODE_FAILED: "its node failed: another is submitted; cluster.exclude leaves a bad node out",
+    _R.PREEMPTED: "a job of higher priority took its place: another is submitted; another cluster.partition or "
     "cluster.qos may not be preempted",
-    FailureReason.WALLTIME: "its walltime ended: another is submitted; a longer cluster.walltime makes that rarer",
-    FailureReason.CANCELLED: "a user or an administrator cancelled its job: another is submitted; `hpc-router scale` or "
+    _R.WALLTIME: "its walltime ended: another is submitted; a longer cluster.walltime makes that rarer",
+    _R.CANCELLED: "a user or an administrator cancelled its job: another is submitted; `hpc-router scale` or "
     "`down` ends it for good",
-    FailureReason.DRAINED: "it was asked to stop; `hpc-router up` or `scale` starts it again",
-    FailureReason.VANISHED: "it was killed, or could not start: its log ends where it died; `hpc-router up` tries again",
+    _R.DRAINED: "it was asked to stop; `hpc-router up` or `scale` starts it again",
+    _R.VANISHED: "it was killed, or could not start: its log ends where it died; `hpc-router up` tries again",
 }
 _STANDING: Final[Mapping[DisplayedState, str]] = {
     DisplayedState.MISSING: "no job was submitted yet: `hpc-router up` or `hpc-router reconcile` submits one",

@@ -18,7 +18,7 @@ HUNG_BEATS: Final = 8
 """Intervals without a new beat."""
 
 
-class Silent(NamedTuple):
+class SilentReplicas(NamedTuple):
     """Replicas whose beats have stopped and that do not answer; `hung` are those of `lost` that did so for long."""
 
     lost: set[str]
@@ -36,7 +36,7 @@ class HangDetector:
     def __init__(self) -> None:
         self._beats: dict[str, _Beat] = {}
 
-    def silent(self, records: Sequence[Record], *, read_at: float) -> Silent:
+    def silent(self, records: Sequence[Record], *, read_at: float) -> SilentReplicas:
         """Takes two seconds at most, and only where beats have stopped. `read_at`: the monotonic time at which the
         records were read; later than that they say nothing."""
         self._beats = {record.replica: self._beat(record, read_at) for record in records}
@@ -47,7 +47,7 @@ class HangDetector:
         }
         late = [record for record in records if beats.get(record.replica, 0.0) >= LOST_BEATS]
         lost = asyncio.run(_unanswering(late)) if late else set()
-        return Silent(lost, {replica for replica in lost if beats[replica] >= HUNG_BEATS})
+        return SilentReplicas(lost, {replica for replica in lost if beats[replica] >= HUNG_BEATS})
 
     def _beat(self, record: Record, now: float) -> _Beat:
         before, beat = self._beats.get(record.replica), (record.beat, record.nonce)

@@ -3,7 +3,8 @@
 Pickled by reference, so it must stay a module-level function here. It ends in `execve`: what runs on is the agent or
 the router alone, without submitit's signal handlers (they bypass SIGTERM) and without its variables. The process id
 stays the same, so `process.json` names the service itself even when submitit's controller has been killed.
-A step of an allocation has no submitit: there `python -m hpc_router.cluster.launchers.job_entry` comes here with the same words.
+A step of an allocation has no submitit: there `python -m hpc_router.cluster.launchers.job_entry` runs with the same
+arguments.
 """
 
 import argparse

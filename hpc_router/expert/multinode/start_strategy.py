@@ -1,7 +1,7 @@
 """What the supervisor asks before, during and after each start of the engine: with what, whether, and why not.
 
-On one node that is always the same command. Of an engine that spans nodes rank 0 leads: `MultiNodeLeader` makes each attempt
-with all ranks, ends it when one is lost, and sends them home at the end. What is decided, `group` decides.
+On one node that is always the same command. Of an engine that spans nodes rank 0 leads: `MultiNodeLeader`
+makes each attempt with all ranks, ends it when one is lost, and dismisses them at the end. `RankGroup` decides.
 """
 
 import asyncio

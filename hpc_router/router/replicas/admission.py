@@ -24,18 +24,18 @@ UNKNOWN_S: Final = 2.0
 
 
 @dataclass(frozen=True, slots=True)
-class Bounds:
+class QueueLimits:
     """`waiting`: per expert. `in_flight`: of the experts that have a bound of their own beside their replicas'."""
 
     waiting: int
     in_flight: Mapping[str, int] = field(default_factory=dict)
 
 
-def bounds_of(deployment: Deployment) -> Bounds:
+def bounds_of(deployment: Deployment) -> QueueLimits:
     """Experts on one engine have one bound, on all that is in flight there together."""
     experts = deployment.experts
     bounds = {name: experts[host_of(experts, name)].max_in_flight for name in experts}
-    return Bounds(deployment.router.max_waiting, {name: most for name, most in bounds.items() if most is not None})
+    return QueueLimits(deployment.router.max_waiting, {name: most for name, most in bounds.items() if most is not None})
 
 
 def should_spill(*, margin: float, wait_s: float, per_s: float) -> bool:

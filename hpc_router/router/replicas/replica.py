@@ -1,7 +1,7 @@
 """One replica as the router sees it: its standing, and the requests that have a place on it. No I/O.
 
-The standing is a state and changes only by the table below; an event not in it is an error. A place is a `Reservation`, whose
-release is idempotent, so that counters return to zero whatever happens to a request.
+The standing is a state and changes only by the table below; an event that is not in it is an error. A place is a
+`Reservation`; its release is idempotent, so that counters return to zero whatever happens to a request.
 """
 
 from collections.abc import Mapping

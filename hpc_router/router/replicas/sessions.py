@@ -110,8 +110,8 @@ class Sessions:
             raise BadRequestError(f"'{PARAM}' must be a string", param=PARAM)
         if session is None:
             raise BadRequestError(
-                f"'{PARAM}' needs the header {protocol.SESSION_HEADER}, the same in every turn, because the response is "
-                "kept where it was made; or send the whole conversation as 'input'",
+                f"'{PARAM}' needs the header {protocol.SESSION_HEADER}, the same in every turn, because the response "
+                "is kept where it was made; or send the whole conversation as 'input'",
                 param=PARAM,
             )
         turn = self.find(session)

@@ -1,8 +1,9 @@
 """The router's view of every replica: which may be used, and how many requests each has in flight. No I/O.
 
-A request gets a replica (which one, `balance` says) as a `Reservation`. A place that becomes free goes to the request that has
-waited longest for it, in the same step: newcomers cannot overtake, and no wake-up is lost. Who asks for several experts
-waits for the first of them that has a ready replica, however busy, and for the next ones only once it has none.
+A request gets a place on a replica, which `balancing` chooses, as a `Reservation`. A place that becomes free goes to
+the request that has waited longest for it, in the same step, so later requests cannot overtake and no wake-up is
+lost. A request for several experts waits for the first that has a ready replica, and for the next ones once that has
+none.
 """
 
 import asyncio
@@ -18,7 +19,7 @@ from typing import Final
 from hpc_router.errors import HpcRouterError
 from hpc_router.relay.in_flight import Cells
 from hpc_router.router.ipc.shared_counters import NOWHERE
-from hpc_router.router.replicas.admission import MIN_WAIT_S, UNKNOWN_S, Bounds, DepartureRate
+from hpc_router.router.replicas.admission import MIN_WAIT_S, UNKNOWN_S, DepartureRate, QueueLimits
 from hpc_router.router.replicas.balancing import load_bound, pinned, power_of_two_choices, rendezvous
 from hpc_router.router.replicas.replica import READY, Event, Replica, Reservation, RoutingState
 from hpc_router.state.registry import Record, RecordKind
@@ -70,7 +71,7 @@ class ReplicaTable:
     """
 
     pin_bound: float | None = None
-    bounds: Bounds = field(default_factory=lambda: Bounds(waiting=DEFAULT_WAITING))
+    bounds: QueueLimits = field(default_factory=lambda: QueueLimits(waiting=DEFAULT_WAITING))
     random: Random = field(default_factory=Random)
     clock: Callable[[], float] = time.monotonic
     cells: Cells = field(default_factory=lambda: defaultdict[int, int](int))

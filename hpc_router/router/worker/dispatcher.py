@@ -2,9 +2,9 @@
 
 select an expert -> acquire a replica -> relay; until the first body byte any failure goes elsewhere. `auto` may go to
 another replica, the runner-up, the fallback; a named expert only to its own replicas, for which it waits up to
-`router.queue_timeout_s`. What was met at a replica is told to its `HealthReporter`, which judges its health. Back-pressure
-(429, or 503 with `Retry-After`) says nothing about that, and an error speaks against a replica only where another one
-of the same expert answers the same request well. Retries have a budget.
+`router.queue_timeout_s`. The `HealthReporter` learns what a request saw of a replica and judges its health. Back-
+pressure (429, or 503 with `Retry-After`) says nothing about that, and an error speaks against a replica only where
+another one of the same expert answers the same request well. Retries have a budget.
 """
 
 import asyncio

@@ -33,7 +33,8 @@ def test_a_job_holds_a_name_and_plain_values(tmp_path: Path) -> None:
     submission = Submission(str(run.path), {"math-0.g1": ["/bin/true"]})
     for job in submission.jobs:
         job.claim()
-    program = "import sys; from hpc_router.cluster.launchers.submitit_process import *; print(submit(from_json(sys.argv[1])[0]).error)"
+    module = "hpc_router.cluster.launchers.submitit_process"
+    program = f"import sys; from {module} import *; print(submit(from_json(sys.argv[1])[0]).error)"
     done = subprocess.run(
         [sys.executable, "-c", program, to_json([submission])], check=True, capture_output=True, text=True
     )

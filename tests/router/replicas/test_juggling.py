@@ -12,7 +12,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from hpc_router.router.replicas.admission import Bounds
+from hpc_router.router.replicas.admission import QueueLimits
 from hpc_router.router.replicas.replica import Event, Replica, Reservation, RoutingState
 from hpc_router.router.replicas.table import QueueFullError, ReplicaTable
 from tests.router.replicas.test_table import replica
@@ -27,7 +27,7 @@ class Worker:
     """A table and whoever asks it. `cells`: its row, which outlives it."""
 
     def __init__(self, cells: dict[int, int], peers: list[dict[int, int]], pin_bound: float | None) -> None:
-        self.table = ReplicaTable(pin_bound, Bounds(waiting=3), cells=cells, peers=peers)
+        self.table = ReplicaTable(pin_bound, QueueLimits(waiting=3), cells=cells, peers=peers)
         self.table.random = Random(0)
         self.table.count_queues(QUEUES)
         self.replicas: list[Replica] = []
@@ -114,7 +114,7 @@ class Juggling(RuleBasedStateMachine):
     def reload(self, at: int, waiting: int, bound: int | None, shift: int) -> None:
         """Other bounds, and other columns to count in."""
         table = self.workers[at].table
-        table.bounds = Bounds(waiting, {} if bound is None else {"math": bound})
+        table.bounds = QueueLimits(waiting, {} if bound is None else {"math": bound})
         table.pin_bound = 1.25 if shift else None
         table.count_queues({expert: column + 10 * shift for expert, column in QUEUES.items()})
         self.step()
