@@ -1,4 +1,4 @@
-"""What `hpc-router classify eval` found, as tables."""
+"""Formats the result of `hpc-router classify eval` as tables."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -8,49 +8,40 @@ from rich.table import Table
 from rich.text import Text
 
 
-def evaluation_text(found: Mapping[str, Any]) -> RenderableType:
-    artefact = found["artefact"]
+def evaluation_text(result: Mapping[str, Any]) -> RenderableType:
+    artefact = result["artefact"]
+    clusters, prompts = artefact["clusters"], result["prompts"]
     parts: list[RenderableType] = [
-        Text(
-            f"artefact {artefact['version']}, {artefact['method']}, {artefact['clusters']} clusters; "
-            f"{found['prompts']} prompts"
-        )
+        Text(f"artefact {artefact['version']}, {artefact['method']}, {clusters} clusters; {prompts} prompts")
     ]
-    if "accuracy" in found:
-        low, high = found["accuracy_interval"]
-        parts.append(
-            Text(
-                f"accuracy {found['accuracy']:.3f} ({low:.3f} to {high:.3f}), NMI {found['nmi']:.3f}; "
-                f"clusters named by {found['cluster_names_from']}"
-            )
-        )
-    parts.append(
-        Text(
-            f"balance efficiency {found['balance_efficiency']:.2f}, low margin {found['low_margin_share']:.1%}, "
-            f"no known terms {found['no_known_terms_share']:.1%}"
-        )
-    )
-    share = sorted(found["load_share"].items(), key=lambda item: -item[1])
-    parts.append(_table("load", ("", "share"), ((name, f"{value:.1%}") for name, value in share)))
-    if "confusion" in found:
-        parts.append(_confusion(found["confusion"]))
-        rows = ((f"{r['margin']:.4f}", f"{r['coverage']:.1%}", f"{r['accuracy']:.3f}") for r in found["coverage"])
+    if "accuracy" in result:
+        low, high = result["accuracy_interval"]
+        accuracy = f"accuracy {result['accuracy']:.3f} ({low:.3f} to {high:.3f}), NMI {result['nmi']:.3f}"
+        parts.append(Text(f"{accuracy}; clusters named by {result['cluster_names_from']}"))
+    balance, low_margin = result["balance_efficiency"], result["low_margin_share"]
+    unknown = result["no_known_terms_share"]
+    parts.append(Text(f"balance efficiency {balance:.2f}, low margin {low_margin:.1%}, no known terms {unknown:.1%}"))
+    shares = sorted(result["load_share"].items(), key=lambda item: -item[1])
+    parts.append(_table("load", ("", "share"), ((name, f"{value:.1%}") for name, value in shares)))
+    if "confusion" in result:
+        parts.append(_confusion(result["confusion"]))
+        rows = ((f"{r['margin']:.4f}", f"{r['coverage']:.1%}", f"{r['accuracy']:.3f}") for r in result["coverage"])
         parts.append(_table("above a margin", ("margin", "coverage", "accuracy"), rows))
-    if "curve" in found.get("cost_quality", {}):
-        parts += _cost_quality(found["cost_quality"])
-    latency = ((name, f"{t['p50_us']:.1f}", f"{t['p99_us']:.1f}") for name, t in found["latency"].items())
+    if "curve" in result.get("cost_quality", {}):
+        parts += _cost_quality(result["cost_quality"])
+    latency = ((name, f"{t['p50_us']:.1f}", f"{t['p99_us']:.1f}") for name, t in result["latency"].items())
     parts.append(_table("latency in us", ("prompt", "p50", "p99"), latency))
     return Group(*parts)
 
 
-def _cost_quality(found: Mapping[str, Any]) -> list[RenderableType]:
-    above = found["above_random_mixing"]
-    single = ", ".join(f"{name} {value:.3f}" for name, value in found["single"].items())
-    rows = (tuple(f"{r[key]:.3f}" for key in ("cost", "accuracy", "random", "oracle")) for r in found["curve"])
+def _cost_quality(result: Mapping[str, Any]) -> list[RenderableType]:
+    mean, low, high = (100 * result["above_random_mixing"][key] for key in ("mean", "low", "high"))
+    single = ", ".join(f"{name} {value:.3f}" for name, value in result["single"].items())
+    rows = (tuple(f"{r[key]:.3f}" for key in ("cost", "accuracy", "random", "oracle")) for r in result["curve"])
     return [
         Text(
-            f"above random mixing by {100 * above['mean']:.2f} points ({100 * above['low']:.2f} to "
-            f"{100 * above['high']:.2f}), averaged over costs; alone: {single}; oracle {found['oracle']:.3f}"
+            f"above random mixing by {mean:.2f} points ({low:.2f} to {high:.2f}), averaged over costs; "
+            f"alone: {single}; oracle {result['oracle']:.3f}"
         ),
         _table("cost and quality", ("cost", "accuracy", "random mixing", "oracle"), rows),
     ]
