@@ -1,13 +1,12 @@
-"""`hpc-router classify`: what an artefact says of prompts, what it is worth, and the table cluster -> expert by hand.
+"""`hpc-router classify`: predict with an artefact, evaluate it, and edit its cluster -> expert table.
 
-Each function returns JSON values; printing is the command line's. The map from a discovered cluster to a label is
-fitted on other prompts where `fit` names them.
+Each function returns JSON values; the command line prints them.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 
@@ -16,57 +15,60 @@ from hpc_router.routing import evaluation
 from hpc_router.routing.artefact import Artefact, read
 from hpc_router.routing.classifier import Classifier
 from hpc_router.routing.policy import ClassifierPolicy
-from hpc_router.routing.rebalancing import pack
+from hpc_router.routing.rebalancing import rebalance
 from hpc_router.routing.training.dataset import Row, read_rows
-from hpc_router.routing.training.quality import quality_of
-
-MEASURED: Final = "measured"
+from hpc_router.routing.training.quality import stored_quality
 
 
-def named(artefact: Artefact) -> Artefact:
-    """A cluster without an expert stands for itself."""
+def with_cluster_names(artefact: Artefact) -> Artefact:
+    """Return the artefact with the cluster's own name as the expert of each cluster that has none."""
     experts = tuple(expert or cluster for expert, cluster in zip(artefact.experts, artefact.clusters, strict=True))
     return replace(artefact, experts=experts)
 
 
 def predict(folder: Path, prompts: Path, *, fallback: str | None = None) -> Iterator[dict[str, object]]:
-    """One decision per prompt (*contract*: its keys); reads everything before the first."""
+    """Yield one decision per prompt (*contract*: its keys), after reading and checking all prompts."""
     artefact = read(folder)
-    policy = ClassifierPolicy(Classifier(named(artefact)), fallback=fallback)
+    policy = ClassifierPolicy(Classifier(with_cluster_names(artefact)), fallback=fallback)
     for row in read_rows(prompts):
         yield policy.select(row.text, ready={}).to_dict(id=row.id)
 
 
 def evaluate(folder: Path, prompts: Path, *, fit: Path | None = None, costs: Mapping[str, float]) -> dict[str, Any]:
+    """Return balance, margins and latency; with labels also accuracy, with `correct` also cost against quality.
+
+    `fit`: labelled prompts that name the clusters (default: the experts or the evaluated prompts). `costs`: cost of an
+    answer by expert, instead of the measured one.
+    """
     artefact = read(folder)
-    classifier = Classifier(named(artefact))
+    classifier = Classifier(with_cluster_names(artefact))
     rows = [row for row in read_rows(prompts) if row.text.strip()]
     if not rows:
-        raise ConfigError(f"{prompts}: it contains no prompt with text")
-    found = [classifier.classify(row.text) for row in rows]
-    clusters = [each.cluster for each in found]
-    margins = [each.margin for each in found]
+        raise ConfigError(f"{prompts}: the file contains no prompt with text")
+    results = [classifier.classify(row.text) for row in rows]
+    clusters = [each.cluster for each in results]
+    margins = [each.margin for each in results]
     threshold = artefact.margin_threshold
-    serving = [str(expert) for expert in dict.fromkeys(classifier.experts)]
-    shares, efficiency = evaluation.balance([str(each.expert) for each in found], serving)
-    result: dict[str, Any] = {
+    experts = [str(expert) for expert in dict.fromkeys(classifier.experts)]
+    shares, efficiency = evaluation.balance([str(each.expert) for each in results], experts)
+    report: dict[str, Any] = {
         "artefact": {"version": artefact.version, "method": artefact.method, "clusters": len(artefact.clusters)},
         "prompts": len(rows),
         "load_share": shares,
         "balance_efficiency": efficiency,
-        "no_known_terms_share": float(np.mean([each.known_terms == 0 for each in found])),
+        "no_known_terms_share": float(np.mean([each.known_terms == 0 for each in results])),
         "low_margin_share": float(np.mean([m is not None and m < threshold for m in margins])),
     }
     labels = [row.label for row in rows]
     if all(label is not None for label in labels):
-        result |= _judged(classifier, clusters, [str(label) for label in labels], margins, fit)
+        report |= _accuracy(classifier, clusters, [str(label) for label in labels], margins, fit)
     if all(row.correct for row in rows):
-        result["cost_quality"] = _measured(artefact, rows, clusters, costs)
-    result["latency"] = evaluation.latency(classifier.classify, [row.text for row in rows])
-    return result
+        report["cost_quality"] = _cost_quality(artefact, rows, clusters, costs)
+    report["latency"] = evaluation.latency(classifier.classify, [row.text for row in rows])
+    return report
 
 
-def _judged(
+def _accuracy(
     classifier: Classifier,
     clusters: Sequence[str],
     labels: Sequence[str],
@@ -75,19 +77,19 @@ def _judged(
 ) -> dict[str, Any]:
     artefact = classifier.artefact
     if fit is not None:
-        taught = [row for row in read_rows(fit) if row.label is not None and row.text.strip()]
-        if not taught:
-            raise ConfigError(f"{fit}: no labelled prompt")
-        fitted = [classifier.classify(row.text).cluster for row in taught]
-        names, basis = evaluation.majority(fitted, [str(row.label) for row in taught]), str(fit)
+        fit_rows = [row for row in read_rows(fit) if row.label is not None and row.text.strip()]
+        if not fit_rows:
+            raise ConfigError(f"{fit}: the file contains no labelled prompt")
+        fit_clusters = [classifier.classify(row.text).cluster for row in fit_rows]
+        names, basis = evaluation.majority(fit_clusters, [str(row.label) for row in fit_rows]), str(fit)
     elif set(labels) <= {expert for expert in artefact.experts if expert is not None}:
         names = dict(zip(artefact.clusters, map(str, artefact.experts), strict=True))
         basis = "the artefact's experts"
     else:
         names, basis = evaluation.majority(clusters, labels), "the evaluated prompts"
     decided = [names.get(cluster, cluster) for cluster in clusters]
-    right = [one == other for one, other in zip(decided, labels, strict=True)]
-    low, high = evaluation.interval(lambda rows: float(np.array(right)[rows].mean()), rows=len(right))
+    right = [name == label for name, label in zip(decided, labels, strict=True)]
+    low, high = evaluation.bootstrap_interval(lambda rows: float(np.array(right)[rows].mean()), rows=len(right))
     return {
         "accuracy": float(np.mean(right)),
         "accuracy_interval": [low, high],
@@ -98,12 +100,12 @@ def _judged(
     }
 
 
-def _measured(
+def _cost_quality(
     artefact: Artefact, rows: Sequence[Row], clusters: Sequence[str], costs: Mapping[str, float]
 ) -> dict[str, Any]:
-    quality = quality_of(artefact.training, artefact.clusters)
+    quality = stored_quality(artefact.training, artefact.clusters)
     if quality is None:
-        return {"note": "this artefact was not measured: train it with method=measured"}
+        return {"note": "this artefact has no measured quality: train it with method=measured"}
     experts = list(quality.experts)
     unknown = sorted(set(costs) - set(experts))
     if unknown:
@@ -111,17 +113,17 @@ def _measured(
     if any(set(experts) - set(row.correct) for row in rows):
         raise ConfigError(f'"correct" must name {", ".join(experts)} in each row')
     cost = np.array([costs.get(name, float(c)) for name, c in zip(experts, quality.cost, strict=True)])
-    if len(set(cost.tolist())) == 1:  # nothing is known of costs: the one that was better in training is the dearer
+    if len(set(cost.tolist())) == 1:  # no costs are known: assume that the better expert is the more expensive one
         cost = (np.arange(len(experts)) == quality.rate.mean(axis=0).argmax()).astype(np.float64)
-    dear, cheap = int(cost.argmax()), int(cost.argmin())
-    gain = quality.rate[:, dear] - quality.rate[:, cheap]
-    at = [artefact.clusters.index(cluster) for cluster in clusters]
+    expensive, cheap = int(cost.argmax()), int(cost.argmin())
+    gain = quality.rate[:, expensive] - quality.rate[:, cheap]
+    indices = [artefact.clusters.index(cluster) for cluster in clusters]
     right = np.array([[row.correct[name] for name in experts] for row in rows])
-    return evaluation.cost_quality(experts=experts, cost=cost, gain=gain[at], right=right)
+    return evaluation.cost_quality(experts=experts, cost=cost, gain=gain[indices], right=right)
 
 
 def assign(folder: Path, table: Mapping[str, str | None], *, output: Path) -> dict[str, Any]:
-    """Other experts for clusters: a new version, without training."""
+    """Write the artefact with other experts for some clusters, as a new version; no training is needed."""
     artefact = read(folder)
     for cluster in table:
         if cluster not in artefact.clusters:
@@ -132,52 +134,50 @@ def assign(folder: Path, table: Mapping[str, str | None], *, output: Path) -> di
     return {"version": changed.version, "experts": dict(zip(changed.clusters, changed.experts, strict=True))}
 
 
-def repack(
-    folder: Path,
-    prompts: Path,
-    *,
-    capacity: Mapping[str, float],
-    limit: float,
-    most_loss: float,
-    output: Path | None,
+def pack(
+    folder: Path, prompts: Path, *, capacity: Mapping[str, float], limit: float, max_loss: float, output: Path | None
 ) -> dict[str, Any]:
-    """The table packed against the traffic of `prompts`; labelled, they say what a move costs in accuracy."""
+    """Rebalance the table against the traffic of `prompts`, and write it to `output` if given.
+
+    The loss of a move is in accuracy: from the artefact's measured quality, else from the labels of the prompts.
+    `capacity`: by expert, in any unit; empty for equal experts. `limit`: factor on the capacity share.
+    """
     artefact = read(folder)
     rows = [row for row in read_rows(prompts) if row.text.strip()]
-    classifier = Classifier(named(artefact))
-    at = [artefact.clusters.index(classifier.classify(row.text).cluster) for row in rows]
-    load = np.bincount(at, minlength=len(artefact.clusters)) / len(rows)
-    quality = quality_of(artefact.training, artefact.clusters)
+    classifier = Classifier(with_cluster_names(artefact))
+    indices = [artefact.clusters.index(classifier.classify(row.text).cluster) for row in rows]
+    load = np.bincount(indices, minlength=len(artefact.clusters)) / len(rows)
+    quality = stored_quality(artefact.training, artefact.clusters)
     labels = sorted({row.label for row in rows if row.label is not None})
     experts = list(capacity) or (list(quality.experts) if quality is not None else labels)
     if len(experts) < 2:
         if capacity:
-            raise ConfigError("--capacity names one expert; it must name all experts, or be omitted")
-        raise ConfigError(f'{prompts}: no "expert" or "domain" says which experts there are; give --capacity EXPERT=N')
+            raise ConfigError("--capacity names one expert; it must name all of them, or be left out")
+        raise ConfigError(f'{prompts}: no "expert" or "domain" names the experts; give --capacity EXPERT=N')
     if quality is not None and set(experts) <= set(quality.experts):
         score = quality.rate[:, [quality.experts.index(name) for name in experts]]
     else:
         score = np.zeros((len(artefact.clusters), len(experts)))
-        for cluster, row in zip(at, rows, strict=True):
+        for cluster, row in zip(indices, rows, strict=True):
             if row.label in experts:
                 score[cluster, experts.index(row.label)] += 1
         score /= np.maximum(score.sum(axis=1, keepdims=True), 1)
     best = [experts[e] for e in score.argmax(axis=1)]
-    kept = [e if e in experts else b for e, b in zip(artefact.experts, best, strict=True)]
+    table = [e if e in experts else b for e, b in zip(artefact.experts, best, strict=True)]
     total = sum(capacity.values()) if capacity else float(len(experts))
     shares = {name: (capacity.get(name, 0.0) if capacity else 1.0) / total for name in experts}
-    packed = pack(
-        [str(e) for e in kept], clusters=artefact.clusters, load=load, score=score,
-        capacity=shares, limit=limit, most_loss=most_loss,
+    rebalanced = rebalance(
+        [str(e) for e in table], clusters=artefact.clusters, load=load, score=score,
+        capacity=shares, limit=limit, max_loss=max_loss,
     )  # fmt: skip
     if output is not None:
-        replace(artefact, experts=packed.table).write(output)
-    before = np.bincount([experts.index(str(e)) for e in kept], weights=load, minlength=len(experts))
+        replace(artefact, experts=rebalanced.table).write(output)
+    before = np.bincount([experts.index(str(e)) for e in table], weights=load, minlength=len(experts))
     return {
         "shares_before": dict(zip(experts, before.tolist(), strict=True)),
-        "shares": dict(packed.shares),
-        "largest_over_capacity": max(packed.shares[name] / shares[name] for name in experts),
-        "loss": packed.loss,
-        "moves": list(packed.moves),
-        "replicas_recommended": {name: f"x{factor}" for name, factor in packed.replicas.items()},
+        "shares": dict(rebalanced.shares),
+        "largest_over_capacity": max(rebalanced.shares[name] / shares[name] for name in experts),
+        "loss": rebalanced.loss,
+        "moves": list(rebalanced.moves),
+        "replicas_recommended": {name: f"x{factor}" for name, factor in rebalanced.replicas.items()},
     }

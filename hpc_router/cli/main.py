@@ -368,9 +368,9 @@ def classify(arguments: argparse.Namespace) -> int:
         return _print(found if arguments.json else evaluation_text(found))
     if arguments.task == "pack":
         return _print(
-            task.repack(
+            task.pack(
                 arguments.artefact, arguments.prompts, capacity=dict(arguments.capacity), limit=arguments.limit,
-                most_loss=arguments.max_loss, output=arguments.output,
+                max_loss=arguments.max_loss, output=arguments.output,
             )
         )  # fmt: skip
     output = arguments.output or arguments.artefact

@@ -1,4 +1,4 @@
-"""From a prompt to an expert: the policies, and the classifier with its artefact.
+"""Chooses an expert for a prompt: policies, the classifier and its artefact.
 
-A decision does no I/O and knows nothing of replicas.
+A decision does no I/O and does not know replicas.
 """

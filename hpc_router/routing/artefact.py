@@ -1,12 +1,13 @@
 """A trained classifier as a folder: `artefact.json` (settings, clusters, experts) and `tables.safetensors`.
 
-Every training method writes this one format and one run time reads it. A prompt's value for a cluster is
+Every training method writes this format, and one run time reads it. The value of a prompt for a cluster is
     sum over its terms of weights[term, cluster]  /  length  +  offset[cluster]
-where `weights` is everything linear folded into one vocabulary x clusters table. The length is that of the prompt's
-TF-IDF row, sqrt(sum of idf^2) (norm kind `terms`), or of its place in the space of the clusters, |sum of space[term]|
-(norm kind `space`). Offsets are 0, or -|centre|^2 / 2 where the nearest centre is wanted. No pickles, no clock: the
-same training gives the same bytes. Read whole and checked, not mapped: a stalled or replaced shared file must not fault
-the router. This module knows no policy and no deployment.
+`weights` is a vocabulary x clusters table that all linear steps of the training are multiplied into. The length is that
+of the prompt's TF-IDF row, sqrt(sum of idf^2) (norm `terms`), or that of its vector in the space of the clusters,
+|sum of space[term]| (norm `space`). Offsets are 0, or -|centroid|^2 / 2 if the nearest centroid wins.
+No pickles and no timestamps: the same training gives the same bytes. The files are read and checked as a whole, not
+memory-mapped, because a stalled or replaced file on a shared file system must not fault the router.
+This module must not know policies or deployments.
 """
 
 import hashlib
@@ -17,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,22 +34,25 @@ TABLES = "tables.safetensors"
 NORM_TERMS = "terms"
 NORM_SPACE = "space"
 
-_DTYPES = {
-    "vocabulary": "uint8",
-    "weights": "float32",
-    "idf": "float32",
-    "telling": "uint8",
-    "offsets": "float32",
-    "space": "float32",
-}
+_VOCABULARY = "vocabulary"
+# Tensor in the file, attribute of Artefact, type.
+_TENSORS: Final = (
+    ("weights", "weights", "float32"),
+    ("idf", "idf", "float32"),
+    ("telling", "discriminative", "uint8"),
+    ("offsets", "offsets", "float32"),
+    ("space", "space", "float32"),
+)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Artefact:
-    """Row i of every table is `terms[i]`, column j of `weights` is `clusters[j]`, which `experts[j]` serves.
+    """Row i of every table is `terms[i]`; column j of `weights` is `clusters[j]`, which `experts[j]` serves.
 
-    `telling[i]`: the term speaks for some clusters against others; a prompt without such a term is not known.
-    `training`: data fingerprint, settings, scores and package versions, as JSON values.
+    Shapes: `weights` terms x clusters, `idf` and `discriminative` terms, `offsets` clusters, `space` terms x dimensions
+    (0 with norm `terms`). `discriminative[i]` is 1 if the term distinguishes clusters; a prompt without such a term
+    counts as unknown. `training`: data fingerprint, settings, scores and package versions, as JSON values.
+    Raises ValueError if a value does not fit these rules.
     """
 
     features: Features
@@ -59,7 +63,7 @@ class Artefact:
     terms: tuple[str, ...]
     weights: NDArray[np.float32]
     idf: NDArray[np.float32]
-    telling: NDArray[np.uint8]
+    discriminative: NDArray[np.uint8]
     offsets: NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, np.float32))
     space: NDArray[np.float32] = field(default_factory=lambda: np.zeros((0, 0), np.float32))
     norm: str = NORM_TERMS
@@ -70,27 +74,18 @@ class Artefact:
             object.__setattr__(self, "offsets", np.zeros(len(self.clusters), np.float32))
         if not self.space.size:
             object.__setattr__(self, "space", np.zeros((len(self.terms), 0), np.float32))
-        _check(self)
+        _validate(self)
 
     @cached_property
     def tables(self) -> bytes:
-        blob = "\n".join(self.terms).encode()
-        return bytes(
-            save(
-                {
-                    "vocabulary": np.frombuffer(blob, np.uint8),
-                    "weights": np.ascontiguousarray(self.weights),
-                    "idf": np.ascontiguousarray(self.idf),
-                    "telling": np.ascontiguousarray(self.telling),
-                    "offsets": np.ascontiguousarray(self.offsets),
-                    "space": np.ascontiguousarray(self.space),
-                }
-            )
-        )
+        """The content of `tables.safetensors`."""
+        vocabulary = np.frombuffer("\n".join(self.terms).encode(), np.uint8)
+        arrays = {name: np.ascontiguousarray(getattr(self, attribute)) for name, attribute, _ in _TENSORS}
+        return bytes(save({_VOCABULARY: vocabulary, **arrays}))
 
     @cached_property
     def version(self) -> str:
-        """Names the whole content, the cluster -> expert table included."""
+        """Hash of the whole content, including the cluster -> expert table."""
         return _version(self._content())
 
     def _content(self) -> dict[str, object]:
@@ -107,58 +102,60 @@ class Artefact:
         }
 
     def write(self, folder: Path) -> None:
-        """Put the artefact at `folder`, whole or not at all; an artefact already there is replaced."""
+        """Write the artefact to `folder` atomically and replace an artefact that is there. Raises ArtefactError."""
         folder = folder.absolute()
         manifest = json.dumps({"version": self.version, **self._content()}, indent=1, ensure_ascii=False) + "\n"
         try:
-            _refuse_to_replace(folder)
+            _check_replaceable(folder)
             folder.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
-                fresh, old = Path(temporary, "new"), Path(temporary, "old")
-                fresh.mkdir()
-                _write_synced(fresh / TABLES, self.tables)
-                _write_synced(fresh / MANIFEST, manifest.encode())
+                new, old = Path(temporary, "new"), Path(temporary, "old")
+                new.mkdir()
+                _write_synced(new / TABLES, self.tables)
+                _write_synced(new / MANIFEST, manifest.encode())
                 if folder.exists():
                     folder.rename(old)
-                fresh.rename(folder)
+                new.rename(folder)
         except OSError as error:
             raise ArtefactError(f"cannot write the artefact {folder}: {error.strerror or error}") from error
 
 
 def read(folder: Path) -> Artefact:
-    """Load and check an artefact; every way it can be unusable is an ArtefactError that says which."""
+    """Load and check an artefact. Raises ArtefactError with the reason if it is unusable."""
     if not folder.is_dir():
         raise ArtefactError(f"no artefact at {folder}: it must be a folder with {MANIFEST} and {TABLES}")
-    manifest = _manifest(folder / MANIFEST)
-    tables = _bytes(folder / TABLES)
+    manifest = _read_manifest(folder / MANIFEST)
+    tables = _read_bytes(folder / TABLES)
     try:
         if hashlib.sha256(tables).hexdigest() != manifest.get("tables_sha256"):
-            raise ValueError(f"{TABLES} is damaged or of another training: its hash is not the one in {MANIFEST}")
+            raise ValueError(
+                f"{TABLES} is damaged or from another training: its hash differs from the one in {MANIFEST}"
+            )
         artefact = _parse(manifest, load(tables))
     except (ValueError, TypeError, SafetensorError) as error:
         raise ArtefactError(f"the artefact {folder} cannot be used: {error}; train it again") from error
-    # Known already, and computing it again from the parsed values would only repeat the check.
+    # Fills the cached property: the manifest's version is verified, so it need not be computed again.
     artefact.__dict__["version"] = manifest["version"]
     return artefact
 
 
-def training_of(folder: Path) -> tuple[str, dict[str, Any]]:
-    """The version of an artefact and what its training said, without its tables."""
-    manifest = _manifest(folder / MANIFEST)
+def read_training(folder: Path) -> tuple[str, dict[str, Any]]:
+    """Return the version and the training record of an artefact, without reading its tables. Raises ArtefactError."""
+    manifest = _read_manifest(folder / MANIFEST)
     training = manifest.get("training")
     return str(manifest["version"]), training if isinstance(training, dict) else {}
 
 
-def experts_of(folder: Path) -> set[str]:
-    """Those to whom the clusters of an artefact that was read before lead, without its tables."""
-    experts = _manifest(folder / MANIFEST)["experts"]
+def read_experts(folder: Path) -> set[str]:
+    """Return the experts of a valid artefact's clusters, without reading its tables. Raises ArtefactError."""
+    experts = _read_manifest(folder / MANIFEST)["experts"]
     assert isinstance(experts, list)
     return {expert for expert in experts if expert is not None}
 
 
-def _manifest(path: Path) -> dict[str, object]:
+def _read_manifest(path: Path) -> dict[str, object]:
     try:
-        manifest = json.loads(_bytes(path))
+        manifest = json.loads(_read_bytes(path))
     except ValueError as error:
         raise ArtefactError(f"{path} is damaged: not JSON ({error}); train the artefact again") from error
     if not isinstance(manifest, dict):
@@ -170,48 +167,42 @@ def _manifest(path: Path) -> dict[str, object]:
         raise ArtefactError(f"{path} has schema {schema!r}; this version reads {SCHEMA}: {advice}")
     content = {key: value for key, value in manifest.items() if key != "version"}
     if manifest.get("version") != _version(content):
-        raise ArtefactError(f"{path} is damaged or was edited by hand: its version does not fit its content")
+        raise ArtefactError(f"{path} is damaged or was edited by hand: its version does not match its content")
     return manifest
 
 
 def _parse(manifest: Mapping[str, object], tensors: Mapping[str, NDArray[np.generic]]) -> Artefact:
-    for name, dtype in _DTYPES.items():
+    for name, dtype in ((_VOCABULARY, "uint8"), *((name, dtype) for name, _, dtype in _TENSORS)):
         if name not in tensors:
             raise ValueError(f"{TABLES} lacks the tensor '{name}'")
         if tensors[name].dtype != dtype:
             raise ValueError(f"tensor '{name}' is {tensors[name].dtype}, not {dtype}")
-    text = tensors["vocabulary"].tobytes().decode()
-    threshold = manifest.get("margin_threshold")
-    if not isinstance(threshold, (int, float)):
-        raise TypeError("margin_threshold must be a number")
+    text = tensors[_VOCABULARY].tobytes().decode()
     training = manifest.get("training")
+    arrays: dict[str, Any] = {attribute: tensors[name] for name, attribute, _ in _TENSORS}
     return Artefact(
         features=_features(manifest.get("features")),
-        method=_string(manifest, "method"),
-        clusters=tuple(str(name) for name in _list(manifest, "clusters")),
-        experts=tuple(None if name is None else str(name) for name in _list(manifest, "experts")),
-        margin_threshold=float(threshold),
+        method=_value(manifest, "method", str, "string"),
+        clusters=tuple(str(name) for name in _value(manifest, "clusters", list, "list")),
+        experts=tuple(None if name is None else str(name) for name in _value(manifest, "experts", list, "list")),
+        margin_threshold=float(_value(manifest, "margin_threshold", (int, float), "number")),
         terms=tuple(text.split("\n")) if text else (),
-        weights=tensors["weights"].astype(np.float32, copy=False),
-        idf=tensors["idf"].astype(np.float32, copy=False),
-        telling=tensors["telling"].astype(np.uint8, copy=False),
-        offsets=tensors["offsets"].astype(np.float32, copy=False),
-        space=tensors["space"].astype(np.float32, copy=False),
-        norm=_string(manifest, "norm"),
+        norm=_value(manifest, "norm", str, "string"),
         training=training if isinstance(training, dict) else {},
+        **arrays,
     )
 
 
-def _check(artefact: Artefact) -> None:
+def _validate(artefact: Artefact) -> None:
     rows, columns = len(artefact.terms), len(artefact.clusters)
     if columns == 0 or len(set(artefact.clusters)) != columns:
         raise ValueError("clusters must be one or more distinct names")
     if len(artefact.experts) != columns:
         raise ValueError(f"{columns} clusters need {columns} entries in experts, not {len(artefact.experts)}")
     if len(set(artefact.terms)) != rows:
-        raise ValueError("the vocabulary holds a term twice")
+        raise ValueError("the vocabulary contains a term twice")
     if artefact.norm not in (NORM_TERMS, NORM_SPACE):
-        raise ValueError(f"norm is '{artefact.norm}'; this version knows '{NORM_TERMS}' and '{NORM_SPACE}'")
+        raise ValueError(f"norm is '{artefact.norm}'; valid: '{NORM_TERMS}', '{NORM_SPACE}'")
     dimensions = artefact.space.shape[1] if artefact.norm == NORM_SPACE else 0
     shapes: dict[str, tuple[int, ...]] = {
         "weights": (rows, columns),
@@ -220,12 +211,12 @@ def _check(artefact: Artefact) -> None:
         "offsets": (columns,),
         "space": (rows, dimensions),
     }
-    for name in shapes:
-        table = getattr(artefact, name)
+    for name, attribute, _ in _TENSORS:
+        table = getattr(artefact, attribute)
         if table.shape != shapes[name]:
             raise ValueError(f"tensor '{name}' has shape {table.shape}, not {shapes[name]}")
         if not np.isfinite(table).all():
-            raise ValueError(f"tensor '{name}' holds values that are not finite numbers (NaN or infinity)")
+            raise ValueError(f"tensor '{name}' has values that are not finite (NaN or infinity)")
     if not np.isfinite(artefact.margin_threshold):
         raise ValueError("margin_threshold is not a finite number")
 
@@ -235,24 +226,17 @@ def _features(value: object) -> Features:
         raise TypeError("features must be an object")
     types = {"kind": str, "fold_numbers": bool, "window_bytes": int, "ngrams": int, "prefix": int}
     if value.keys() != {entry.name for entry in fields(Features)}:
-        raise ValueError(f"features must have exactly the keys {', '.join(types)}")
+        raise ValueError(f"features must have exactly these keys: {', '.join(types)}")
     for key, expected in types.items():
         if type(value[key]) is not expected:
             raise TypeError(f"features.{key} must be of type {expected.__name__}")
     return Features(**value)
 
 
-def _list(manifest: Mapping[str, object], key: str) -> list[object]:
+def _value(manifest: Mapping[str, object], key: str, types: type | tuple[type, ...], name: str) -> Any:
     value = manifest.get(key)
-    if not isinstance(value, list):
-        raise TypeError(f"{key} must be a list")
-    return value
-
-
-def _string(manifest: Mapping[str, object], key: str) -> str:
-    value = manifest.get(key)
-    if not isinstance(value, str):
-        raise TypeError(f"{key} must be a string")
+    if not isinstance(value, types):
+        raise TypeError(f"{key} must be a {name}")
     return value
 
 
@@ -261,11 +245,11 @@ def _version(content: Mapping[str, object]) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()[:12]
 
 
-def _bytes(path: Path) -> bytes:
+def _read_bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except FileNotFoundError as error:
-        raise ArtefactError(f"{path} is missing: an artefact is {MANIFEST} and {TABLES} together") from error
+        raise ArtefactError(f"{path} is missing: an artefact consists of {MANIFEST} and {TABLES}") from error
     except OSError as error:
         raise ArtefactError(f"cannot read {path}: {error.strerror or error}") from error
 
@@ -277,11 +261,13 @@ def _write_synced(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _refuse_to_replace(folder: Path) -> None:
-    """A mistyped output folder must never cost its owner anything but an artefact."""
+def _check_replaceable(folder: Path) -> None:
+    """Raise ArtefactError unless `folder` is absent, empty or an artefact: a wrong path must not delete other files."""
     if folder.is_dir():
-        foreign = sorted({entry.name for entry in folder.iterdir()} - {MANIFEST, TABLES})
-        if foreign:
-            raise ArtefactError(f"will not replace {folder}: it holds other files ({foreign[0]}); name another folder")
+        other_files = sorted({entry.name for entry in folder.iterdir()} - {MANIFEST, TABLES})
+        if other_files:
+            raise ArtefactError(
+                f"will not replace {folder}: it contains other files ({other_files[0]}); name another folder"
+            )
     elif folder.exists():
         raise ArtefactError(f"will not replace {folder}: it is not a folder")

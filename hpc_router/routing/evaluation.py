@@ -1,46 +1,49 @@
-"""What an artefact is worth on labelled prompts. Numpy alone; no I/O.
+"""Quality of a classifier on labelled prompts: accuracy, balance, coverage, latency, cost against quality.
 
-A discovered cluster stands for the label that is commonest in it (of the evaluated prompts, which flatters it where
-clusters are small; `fitted` takes the map from other prompts). Intervals are bootstraps over prompts, 2.5 to 97.5 %.
+A discovered cluster is evaluated as its most frequent label. If that label comes from the evaluated prompts themselves,
+small clusters look better than they are; callers can take it from other prompts. Confidence intervals are bootstraps
+over prompts, from the 2.5 to the 97.5 % quantile. Only numpy; no I/O. The keys of the results are printed as JSON.
 """
 
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-SHARES: Final = tuple(round(0.1 * n, 1) for n in range(1, 10))
-DRAWS: Final = 1000
-LENGTHS: Final = (200, 500, 1000, 2000)
+from hpc_router.routing.features import Doubles, Ids
 
-Doubles = NDArray[np.float64]
+SHARES: Final = tuple(round(0.1 * n, 1) for n in range(1, 10))
+"""Points of the cost-quality curve: the share of prompts that the expensive expert answers."""
+BOOTSTRAP_SAMPLES: Final = 1000
+LENGTHS: Final = (200, 500, 1000, 2000)
+"""Prompt lengths of the latency measurement, in characters."""
 
 
 def majority(clusters: Sequence[str], labels: Sequence[str]) -> dict[str, str]:
-    """Cluster -> its commonest label; ties go to the first by name."""
+    """Return the most frequent label of each cluster; ties go to the first by name."""
     counts: dict[str, Counter[str]] = {}
     for cluster, label in zip(clusters, labels, strict=True):
         counts.setdefault(cluster, Counter())[label] += 1
-    return {cluster: min(found, key=lambda name: (-found[name], name)) for cluster, found in counts.items()}
+    return {cluster: min(count, key=lambda name: (-count[name], name)) for cluster, count in counts.items()}
 
 
 def nmi(clusters: Sequence[str], labels: Sequence[str]) -> float:
-    """Mutual information over the mean of the two entropies; 0 where either has none."""
+    """Return the normalised mutual information: over the mean of both entropies; 0 if both entropies are 0."""
     n = len(clusters)
-    both, one, other = Counter(zip(clusters, labels, strict=True)), Counter(clusters), Counter(labels)
-    mutual = sum(c / n * math.log(c * n / (one[a] * other[b])) for (a, b), c in both.items())
-    entropy = [-sum(c / n * math.log(c / n) for c in counts.values()) for counts in (one, other)]
+    joint, by_cluster, by_label = Counter(zip(clusters, labels, strict=True)), Counter(clusters), Counter(labels)
+    mutual = sum(c / n * math.log(c * n / (by_cluster[a] * by_label[b])) for (a, b), c in joint.items())
+    entropy = [-sum(c / n * math.log(c / n) for c in counts.values()) for counts in (by_cluster, by_label)]
     mean = sum(entropy) / 2
     return mutual / mean if mean > 0 else 0.0
 
 
 def confusion(decided: Sequence[str], labels: Sequence[str]) -> dict[str, dict[str, int]]:
-    """label -> decided -> how many."""
+    """Return label -> decision -> number of prompts."""
     table: dict[str, dict[str, int]] = {}
     for (label, name), count in sorted(Counter(zip(labels, decided, strict=True)).items()):
         table.setdefault(label, {})[name] = count
@@ -48,116 +51,107 @@ def confusion(decided: Sequence[str], labels: Sequence[str]) -> dict[str, dict[s
 
 
 def balance(decided: Sequence[str], names: Sequence[str]) -> tuple[dict[str, float], float]:
-    """Each one's share, and the efficiency 1 / (k x the largest share): 1 where all have the same."""
+    """Return the share of each name, and the efficiency 1 / (k x largest share), which is 1 if all k are equal."""
     counts = Counter(decided)
     shares = {name: counts[name] / len(decided) for name in names}
     return shares, 1 / (len(names) * max(shares.values()))
 
 
 def coverage(margins: Sequence[float | None], right: Sequence[bool], *, threshold: float) -> list[dict[str, float]]:
-    """At the artefact's threshold and around it: the share of prompts above it, and how many of those are right."""
-    given = np.array([math.inf if margin is None else margin for margin in margins])
-    good = np.array(right)
+    """Return share and accuracy of the prompts above several margins around `threshold`. None counts as infinite."""
+    known = np.array([math.inf if margin is None else margin for margin in margins])
+    correct = np.array(right)
     rows = []
-    for at in (0.0, threshold / 2, threshold, threshold * 2, threshold * 4):
-        above = given >= at
-        rows.append(
-            {
-                "margin": round(at, 6),
-                "coverage": float(above.mean()),
-                "accuracy": float(good[above].mean()) if above.any() else 0.0,
-            }
-        )
+    for margin in (0.0, threshold / 2, threshold, threshold * 2, threshold * 4):
+        above = known >= margin
+        accuracy = float(correct[above].mean()) if above.any() else 0.0
+        rows.append({"margin": round(margin, 6), "coverage": float(above.mean()), "accuracy": accuracy})
     return rows
 
 
 def latency(decide: Callable[[str], object], texts: Sequence[str]) -> dict[str, Any]:
-    """Microseconds by length in bytes, of texts cut from these; beside a loop that names the machine's speed."""
+    """Return p50 and p99 in microseconds by prompt length, for prompts cut from `texts`.
+
+    A fixed loop of Python code is measured as well, as a reference for the speed of the machine.
+    """
     joined = " ".join(texts)
     while len(joined) < LENGTHS[-1] * 50:
         joined += " " + joined
-    found: dict[str, Any] = {"sum(range(1000))": _quantiles([lambda: sum(range(1000))] * 300)}
+    result: dict[str, Any] = {"sum(range(1000))": _quantiles([lambda: sum(range(1000))] * 300)}
     for length in LENGTHS:
-        cut = [joined[start : start + length] for start in range(0, length * 50, length)]
-        calls = [_bound(decide, text) for text in cut]
-        _quantiles(calls)  # what is looked up for the first time is kept, as in a router that has run for a while
-        found[f"{length} B"] = _quantiles(calls * 6)
-    return found
-
-
-def _bound(decide: Callable[[str], object], text: str) -> Callable[[], object]:
-    return lambda: decide(text)
+        calls = [partial(decide, joined[start : start + length]) for start in range(0, length * 50, length)]
+        _quantiles(calls)  # warms the token cache, as in a router that has run for a while
+        result[f"{length} B"] = _quantiles(calls * 6)
+    return result
 
 
 def _quantiles(calls: Sequence[Callable[[], object]]) -> dict[str, float]:
-    took = []
+    durations_us = []
     for call in calls:
         started = time.perf_counter()
         call()
-        took.append((time.perf_counter() - started) * 1e6)
-    return {"p50_us": round(float(np.quantile(took, 0.5)), 1), "p99_us": round(float(np.quantile(took, 0.99)), 1)}
+        durations_us.append((time.perf_counter() - started) * 1e6)
+    p50, p99 = (round(float(np.quantile(durations_us, q)), 1) for q in (0.5, 0.99))
+    return {"p50_us": p50, "p99_us": p99}
 
 
-def interval(values: Callable[[NDArray[np.intp]], float], *, rows: int, seed: int = 0) -> tuple[float, float]:
+def bootstrap_interval(statistic: Callable[[Ids], float], *, rows: int, seed: int = 0) -> tuple[float, float]:
+    """Return the 95 % interval of `statistic`, which takes the indices of the prompts in a sample."""
     rng = np.random.default_rng(seed)
-    drawn = [values(rng.integers(rows, size=rows)) for _ in range(DRAWS)]
-    return float(np.quantile(drawn, 0.025)), float(np.quantile(drawn, 0.975))
+    values = [statistic(rng.integers(rows, size=rows)) for _ in range(BOOTSTRAP_SAMPLES)]
+    return float(np.quantile(values, 0.025)), float(np.quantile(values, 0.975))
 
 
 def cost_quality(
     *, experts: Sequence[str], cost: Doubles, gain: Doubles, right: Doubles, seed: int = 0
 ) -> dict[str, Any]:
-    """Two experts, `right[prompt, expert]`; `gain[prompt]`: what the dearer one is expected to add.
+    """Compare a cheap and an expensive expert at every share of prompts that the expensive one may answer.
 
-    The curve: for a share of prompts, those with the largest expected gain go to the dearer one (ties by chance).
-    Random mixing sends the same share by chance: a straight line between the two. The oracle knows who is right.
-    `low`, `high`: the interval of what the curve is above random mixing.
+    `right[prompt, expert]`: correctness. `gain[prompt]`: expected gain from the expensive expert. At each share the
+    prompts with the largest expected gain go to the expensive expert; ties are broken at random. Random mixing draws
+    the same share at random, which gives a straight line between the two. The oracle knows the real gain.
+    `low` and `high` are the interval of the accuracy above random mixing.
     """
-    dear, cheap = int(np.argmax(cost)), int(np.argmin(cost))
+    expensive, cheap = int(np.argmax(cost)), int(np.argmin(cost))
     rng = np.random.default_rng(seed)
-    chance = rng.random(len(gain))
-    ranks = {share: _chosen(gain, chance, share) for share in SHARES}
-    difference = right[:, dear] - right[:, cheap]
+    tie_breaker = rng.random(len(gain))
+    selected = {share: _largest(gain, tie_breaker, share) for share in SHARES}
+    real_gain = right[:, expensive] - right[:, cheap]
 
-    def above_at(share: float, rows: NDArray[np.intp]) -> float:
-        return float((difference[rows] * ranks[share][rows]).mean() - share * difference[rows].mean())
+    def above_at(share: float, rows: Ids) -> float:
+        return float((real_gain[rows] * selected[share][rows]).mean() - share * real_gain[rows].mean())
 
-    def above(rows: NDArray[np.intp]) -> float:
+    def above(rows: Ids) -> float:
         return float(np.mean([above_at(share, rows) for share in SHARES]))
 
-    def curve(chosen: NDArray[np.bool_]) -> float:
-        return float(np.where(chosen, right[:, dear], right[:, cheap]).mean())
+    def accuracy(to_expensive: NDArray[np.bool_]) -> float:
+        return float(np.where(to_expensive, right[:, expensive], right[:, cheap]).mean())
 
-    everyone = np.arange(len(gain))
-    low, high = interval(above, rows=len(gain), seed=seed)
-    around = {s: interval(partial(above_at, s), rows=len(gain), seed=seed) for s in SHARES}
-    mixing = {s: float(right[:, cheap].mean() + s * difference.mean()) for s in SHARES}
+    def point(share: float) -> dict[str, float]:
+        low, high = bootstrap_interval(partial(above_at, share), rows=len(gain), seed=seed)
+        return {
+            "cost": share,
+            "accuracy": accuracy(selected[share]),
+            "random": float(right[:, cheap].mean() + share * real_gain.mean()),
+            "oracle": accuracy(_largest(real_gain, tie_breaker, share)),
+            "low": low,
+            "high": high,
+        }
+
+    low, high = bootstrap_interval(above, rows=len(gain), seed=seed)
     return {
-        "dear": experts[dear],
+        "dear": experts[expensive],
         "cheap": experts[cheap],
         "single": {name: float(right[:, e].mean()) for e, name in enumerate(experts)},
         "oracle": float(right.max(axis=1).mean()),
-        "above_random_mixing": {"mean": above(everyone), "low": low, "high": high},
-        "curve": [
-            {
-                "cost": s,
-                "accuracy": curve(ranks[s]),
-                "random": mixing[s],
-                "oracle": curve(_chosen(difference, chance, s)),
-                "low": around[s][0],
-                "high": around[s][1],
-            }
-            for s in SHARES
-        ],
+        "above_random_mixing": {"mean": above(np.arange(len(gain))), "low": low, "high": high},
+        "curve": [point(share) for share in SHARES],
     }
 
 
-def _chosen(gain: Doubles, chance: Doubles, share: float) -> NDArray[np.bool_]:
-    order = np.lexsort((chance, -gain))
-    chosen = np.zeros(len(gain), np.bool_)
-    chosen[order[: round(share * len(gain))]] = True
-    return chosen
-
-
-def mean_cost(decided: Sequence[str], cost: Mapping[str, float]) -> float:
-    return float(np.mean([cost.get(name, 0.0) for name in decided]))
+def _largest(gain: Doubles, tie_breaker: Doubles, share: float) -> NDArray[np.bool_]:
+    """Return a mask of the prompts with the largest gain, `share` of all."""
+    order = np.lexsort((tie_breaker, -gain))
+    selected = np.zeros(len(gain), np.bool_)
+    selected[order[: round(share * len(gain))]] = True
+    return selected

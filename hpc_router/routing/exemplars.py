@@ -1,11 +1,11 @@
-"""Training from exemplars: about 20 prompts per expert -> one centroid of TF-IDF rows per expert -> an artefact.
+"""Trains an artefact from exemplars, about 20 prompts per expert: one centroid of TF-IDF rows per expert.
 
-Choices, each the best or as good as the best of what was measured with exemplars drawn from one source and scored on
-others: single terms with five-letter prefixes (20 prompts repeat few pairs of words), digits folded, and idf =
-ln((n + 1) / df), which all but silences a word that every exemplar has. The margin threshold comes from the exemplars:
-each in turn is left out, decided by the rest, and one in twenty of those decided rightly may fall below it. A term is
-telling if at most half of the experts' exemplars (rounded up) hold it. Numpy, no randomness, no BLAS: the same bits
-from the same prompts. A generalist fallback needs no exemplars and is simply not named here.
+The settings were the best, or as good as the best, with exemplars of one source and test prompts of others: single
+terms with five-character prefixes (20 prompts rarely repeat a pair of words), folded digits, and
+idf = ln((n + 1) / df), which nearly removes a word that occurs in every exemplar. The margin threshold comes from
+cross-validation over the exemplars (leave-one-out if there are few). A term is discriminative if it occurs in the
+exemplars of at most half of the experts, rounded up. Only numpy, no randomness and no BLAS, so the same prompts give
+the same bits. A generalist fallback expert needs no exemplars and is not part of the artefact.
 """
 
 import hashlib
@@ -14,34 +14,38 @@ import platform
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hpc_router.errors import ConfigError
 from hpc_router.routing.artefact import Artefact
-from hpc_router.routing.features import Features, Ids, TermCounts, counts_of, vocabulary_of
+from hpc_router.routing.features import Doubles, Features, Ids, TermCounts, counts_of, vocabulary_of
 
-LOST_SHARE = 0.05  # of held-out exemplars decided rightly, how many may be sent to the fallback all the same
-MAX_FOLDS = 200  # leave-one-out up to here, then this many folds
-
-Doubles = NDArray[np.float64]
+FALSE_REJECTION_RATE: Final = 0.05
+"""Share of correctly classified held-out prompts whose margin may lie below the threshold."""
+MAX_FOLDS: Final = 200
+"""Number of folds of the cross-validation; with fewer exemplars each is a fold of its own."""
 
 
 def train(exemplars: Mapping[str, Sequence[str]], *, features: Features | None = None) -> Artefact:
-    """One cluster per expert, named after it. Prompts an expert lists twice count once."""
+    """Train one cluster per expert, with its name. A prompt that an expert lists twice counts once.
+
+    Raises ConfigError as `usable_exemplars` does.
+    """
     features = features or Features()
-    usable = check(exemplars, features=features)
+    usable = usable_exemplars(exemplars, features=features)
     names = tuple(usable)
     texts = [text for name in names for text in usable[name]]
     label = np.repeat(np.arange(len(names)), [len(usable[name]) for name in names])
     vocabulary = vocabulary_of(texts, features=features)
-    rows = counts_of(texts, vocabulary=vocabulary)
-    idf = _idf(rows, prompts=len(texts))
-    centroids = _centroids(rows, idf, label=label, clusters=len(names))
-    decided, margins = _left_out(rows, label=label, clusters=len(names))
-    right = margins[decided == label]
-    threshold = float(np.quantile(right, LOST_SHARE)) if right.size else 0.0
+    counts = counts_of(texts, vocabulary=vocabulary)
+    idf = _idf(counts, prompts=len(texts))
+    centroids = _centroids(counts, idf, label=label, clusters=len(names))
+    predicted, margins = _cross_validated(counts, label=label, clusters=len(names))
+    threshold = margin_threshold(margins[predicted == label])
+    fingerprint = hashlib.sha256(json.dumps(usable, sort_keys=True).encode()).hexdigest()
     return Artefact(
         features=features,
         method="exemplars",
@@ -51,22 +55,34 @@ def train(exemplars: Mapping[str, Sequence[str]], *, features: Features | None =
         terms=vocabulary.terms,
         weights=np.ascontiguousarray((centroids * idf).T, np.float32),
         idf=idf.astype(np.float32),
-        telling=_telling(rows, label=label, clusters=len(names)),
+        discriminative=_discriminative(counts, label=label, clusters=len(names)),
         training={
-            "data": {"sha256": _fingerprint(usable), "prompts": {name: len(usable[name]) for name in names}},
-            "settings": {"lost_share": LOST_SHARE, "folds": min(len(texts), MAX_FOLDS)},
+            "data": {"sha256": fingerprint, "prompts": {name: len(usable[name]) for name in names}},
+            "settings": {"lost_share": FALSE_REJECTION_RATE, "folds": min(len(texts), MAX_FOLDS)},
             "scores": {
-                "left_out_accuracy": float(np.mean(decided == label)),
+                "left_out_accuracy": float(np.mean(predicted == label)),
                 "low_margin_share": float(np.mean(margins < threshold)),
-                "cluster_share": {name: float(np.mean(decided == c)) for c, name in enumerate(names)},
+                "cluster_share": {name: float(np.mean(predicted == c)) for c, name in enumerate(names)},
             },
             "packages": {"numpy": np.__version__, "python": platform.python_version()},
         },
     )
 
 
-def check(exemplars: Mapping[str, Sequence[str]], *, features: Features) -> dict[str, list[str]]:
-    """The prompts to train on, by expert in sorted order, or a ConfigError that names expert and position."""
+def margin_threshold(margins: Doubles) -> float:
+    """Return the margin below which FALSE_REJECTION_RATE of `margins` lie; 0 if there are none.
+
+    `margins`: those of the correctly classified held-out prompts.
+    """
+    return float(np.quantile(margins, FALSE_REJECTION_RATE)) if margins.size else 0.0
+
+
+def usable_exemplars(exemplars: Mapping[str, Sequence[str]], *, features: Features) -> dict[str, list[str]]:
+    """Return the prompts to train on, by expert in sorted order. Prompts without a term and duplicates are left out.
+
+    Raises ConfigError, with expert and position, for a value that is not text, a prompt of two experts, an expert
+    without a usable prompt, or fewer than two experts.
+    """
     usable: dict[str, list[str]] = {}
     seen: dict[str, tuple[str, int]] = {}
     for name in sorted(exemplars):
@@ -78,7 +94,7 @@ def check(exemplars: Mapping[str, Sequence[str]], *, features: Features) -> dict
             if not isinstance(prompt, str):
                 raise ConfigError(
                     f"exemplar {position} of expert '{name}' is of type {type(prompt).__name__}; it must be text "
-                    "(in YAML, quote a prompt that holds ': ' or is a number)"
+                    "(in YAML, quote a prompt that contains ': ' or is a number)"
                 )
             terms = features.terms(prompt)
             if not terms:
@@ -86,15 +102,15 @@ def check(exemplars: Mapping[str, Sequence[str]], *, features: Features) -> dict
             first = seen.setdefault(" ".join(terms), (name, position))
             if first[0] != name:
                 raise ConfigError(
-                    f"exemplar {position} of expert '{name}' reads like exemplar {first[1]} of expert '{first[0]}'; "
-                    "a prompt can be an example for one expert only"
+                    f"exemplar {position} of expert '{name}' has the same terms as exemplar {first[1]} of expert "
+                    f"'{first[0]}'; a prompt can be an exemplar of one expert only"
                 )
             if first == (name, position):
                 usable[name].append(prompt)
         if not usable[name]:
             raise ConfigError(
                 f"expert '{name}' has no usable exemplar; give it about 20 prompts of its domain, "
-                "or none at all and make it the fallback (policy.fallback)"
+                "or remove its exemplars and make it the fallback (policy.fallback)"
             )
     if len(usable) < 2:
         raise ConfigError(
@@ -104,58 +120,57 @@ def check(exemplars: Mapping[str, Sequence[str]], *, features: Features) -> dict
     return usable
 
 
-def _without(rows: TermCounts, texts: NDArray[np.bool_]) -> TermCounts:
-    """The same numbering, those texts without entries."""
-    kept = ~texts[rows.text]
-    return replace(rows, text=rows.text[kept], term=rows.term[kept], count=rows.count[kept])
+def _without_texts(counts: TermCounts, removed: NDArray[np.bool_]) -> TermCounts:
+    """Return the counts with the rows of some texts emptied; rows keep their numbers."""
+    kept = ~removed[counts.text]
+    return replace(counts, text=counts.text[kept], term=counts.term[kept], count=counts.count[kept])
 
 
-def _idf(rows: TermCounts, *, prompts: int) -> Doubles:
-    """Per term, from the `prompts` that have entries; 0 for a term that none of them has."""
-    holders = np.bincount(rows.term, minlength=rows.terms)
-    idf: Doubles = np.where(holders > 0, np.log((prompts + 1) / np.maximum(holders, 1)), 0.0)
+def _idf(counts: TermCounts, *, prompts: int) -> Doubles:
+    """Return ln((prompts + 1) / df) per term; 0 for a term without entries. `prompts`: number of texts with entries."""
+    df = np.bincount(counts.term, minlength=counts.terms)
+    idf: Doubles = np.where(df > 0, np.log((prompts + 1) / np.maximum(df, 1)), 0.0)
     return idf
 
 
-def _unit(rows: TermCounts, idf: Doubles) -> Doubles:
-    """Entries times idf, each prompt's row by its length (a row of nothing stays nothing)."""
-    weighted = rows.count * idf[rows.term]
-    # A beginning that two of a prompt's words share counts for each of them, as it does at run time.
-    length = np.sqrt(np.bincount(rows.text, weights=weighted * idf[rows.term], minlength=rows.texts))
-    unit: Doubles = weighted / np.where(length > 0, length, 1.0)[rows.text]
+def _unit_rows(counts: TermCounts, idf: Doubles) -> Doubles:
+    """Return the TF-IDF value of each entry, divided by the length of its row."""
+    weighted = counts.count * idf[counts.term]
+    # A prefix that two words of a prompt share counts for each of them, as it does at run time.
+    length = np.sqrt(np.bincount(counts.text, weights=weighted * idf[counts.term], minlength=counts.texts))
+    unit: Doubles = weighted / np.where(length > 0, length, 1.0)[counts.text]
     return unit
 
 
-def _centroids(rows: TermCounts, idf: Doubles, *, label: Ids, clusters: int) -> Doubles:
-    """clusters x terms: the sum of each cluster's unit rows, at length one."""
-    cell = label[rows.text] * rows.terms + rows.term
-    sums = np.bincount(cell, weights=_unit(rows, idf), minlength=clusters * rows.terms).reshape(clusters, rows.terms)
+def _centroids(counts: TermCounts, idf: Doubles, *, label: Ids, clusters: int) -> Doubles:
+    """Return clusters x terms: the sum of the unit rows of each cluster, scaled to length one."""
+    cell = label[counts.text] * counts.terms + counts.term
+    sums = np.bincount(cell, weights=_unit_rows(counts, idf), minlength=clusters * counts.terms)
+    sums = sums.reshape(clusters, counts.terms)
     length = np.sqrt(np.square(sums).sum(axis=1, keepdims=True))
     centroids: Doubles = sums / np.where(length > 0, length, 1.0)
     return centroids
 
 
-def _left_out(rows: TermCounts, *, label: Ids, clusters: int) -> tuple[Ids, Doubles]:
-    """Each prompt's cluster and margin as decided by a training on the others."""
-    folds = min(rows.texts, MAX_FOLDS)
-    fold = np.arange(rows.texts) % folds
-    scores = np.zeros((rows.texts, clusters))
+def _cross_validated(counts: TermCounts, *, label: Ids, clusters: int) -> tuple[Ids, Doubles]:
+    """Return cluster and margin of each prompt, predicted by a training without its fold."""
+    folds = min(counts.texts, MAX_FOLDS)
+    fold = np.arange(counts.texts) % folds
+    scores = np.zeros((counts.texts, clusters))
     for number in range(folds):
-        held = fold == number
-        rest, out = _without(rows, held), _without(rows, ~held)
-        idf = _idf(rest, prompts=int(np.count_nonzero(~held)))
-        centroids = _centroids(rest, idf, label=label, clusters=clusters)
-        unit = _unit(out, idf)
+        held_out = fold == number
+        training, test = _without_texts(counts, held_out), _without_texts(counts, ~held_out)
+        idf = _idf(training, prompts=int(np.count_nonzero(~held_out)))
+        centroids = _centroids(training, idf, label=label, clusters=clusters)
+        unit = _unit_rows(test, idf)
         for c in range(clusters):
-            scores[held, c] = np.bincount(out.text, weights=unit * centroids[c][out.term], minlength=rows.texts)[held]
+            cosine = np.bincount(test.text, weights=unit * centroids[c][test.term], minlength=counts.texts)
+            scores[held_out, c] = cosine[held_out]
     ranked = np.sort(scores, axis=1)
     return scores.argmax(axis=1), ranked[:, -1] - ranked[:, -2]
 
 
-def _telling(rows: TermCounts, *, label: Ids, clusters: int) -> NDArray[np.uint8]:
-    pairs = Counter(term for _, term in set(zip(label[rows.text].tolist(), rows.term.tolist(), strict=True)))
-    return np.array([pairs[term] <= (clusters + 1) // 2 for term in range(rows.terms)], np.uint8)
-
-
-def _fingerprint(exemplars: Mapping[str, Sequence[str]]) -> str:
-    return hashlib.sha256(json.dumps(exemplars, sort_keys=True).encode()).hexdigest()
+def _discriminative(counts: TermCounts, *, label: Ids, clusters: int) -> NDArray[np.uint8]:
+    pairs = set(zip(label[counts.text].tolist(), counts.term.tolist(), strict=True))
+    clusters_with = Counter(term for _, term in pairs)
+    return np.array([clusters_with[term] <= (clusters + 1) // 2 for term in range(counts.terms)], np.uint8)

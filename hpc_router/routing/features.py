@@ -1,17 +1,18 @@
-"""Text -> terms, the same for training and for a decision.
+"""Splits a text into terms, in the same way for training and for a decision.
 
-`lexical`: a token is a lower-cased word or number, or a single symbol; digits, one-letter words and operators stay,
-because maths and code are made of them; scripts written without spaces give one token per character. A text is the set
-of its tokens: how often a prompt repeats a word says little. A term is a token, `diabe*` (a longer token's beginning)
-or `a b` (two words in a row); no token holds a space or mixes letters with `*`, so one string names each.
-`cbtm`: words of two characters and more with their counts, as c-BTM (arXiv 2303.14177) reads a document.
-Splitting is C loops (translate, split). This module knows nothing of weights, clusters or experts.
+Kind `lexical`: a token is a lower-cased word or number, or a single symbol. Digits, one-letter words and operators are
+kept because mathematics and code consist of them. In scripts without spaces every character is a token. Each token
+counts once per text, because repetition within a prompt carries little information. A term is a token, a token prefix
+(`diabe*`) or a pair of neighbouring words (`a b`). No token holds a space or mixes letters with `*`, so the string of a
+term is unambiguous.
+Kind `cbtm`: words of two or more characters with their counts, as c-BTM (arXiv 2303.14177) does it.
+Splitting runs in C (translate, split). This module must not know weights, clusters or experts.
 """
 
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain, pairwise
 from typing import Final
 
@@ -23,47 +24,40 @@ WINDOW_BYTES: Final = 2048
 
 Ids = NDArray[np.intp]
 Floats = NDArray[np.float32]
+Doubles = NDArray[np.float64]
 
-# Han and kana: no spaces between words, so a character is a token.
-_SPACELESS: Final = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-# What is a token by itself: these, and any symbol beyond ASCII. One set first, which re can search for quickly.
-_ALONE: Final = re.compile(rf"([^\x00-\x7f])(?<![^\W{_SPACELESS}])")
+# Han and kana are written without spaces, so each character is a token.
+_UNSPACED: Final = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+# A single-character token: one of the above or any symbol beyond ASCII. The leading character class is fast to search.
+_SINGLE_TOKEN: Final = re.compile(rf"([^\x00-\x7f])(?<![^\W{_UNSPACED}])")
 _CBTM_WORD: Final = re.compile(r"(?u)\b\w\w+\b")
 _WORD_BYTES: Final = b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_"
 SYMBOLS: Final = bytes(c for c in range(33, 127) if c not in _WORD_BYTES)
-_NO_SYMBOLS: Final = bytes(c for c in range(256) if c not in SYMBOLS)
-# What word processors make of ASCII's marks; most texts that are not ASCII have nothing else.
-_TYPOGRAPHIC: Final = (
-    ("’", "'"),
-    ("‘", "'"),
-    ("“", '"'),
-    ("”", '"'),
-    ("–", "-"),
-    ("—", "-"),
-    ("…", "..."),
-    ("\u00a0", " "),
-)
-# Bytes know no other spaces than ASCII's; NFKC leaves these.
-_SPACES: Final = ("\x85", "\u1680", "\u2028", "\u2029")
+_NON_SYMBOLS: Final = bytes(c for c in range(256) if c not in SYMBOLS)
+# Typographic variants of ASCII characters. Most texts that are not ASCII contain no other characters beyond it.
+_TYPOGRAPHIC: Final = tuple(zip("’‘“”–—…\u00a0", ("'", "'", '"', '"', "-", "-", "...", " "), strict=True))
+# bytes.split knows only ASCII spaces, and NFKC does not replace these.
+_UNICODE_SPACES: Final = ("\x85", "\u1680", "\u2028", "\u2029")
 
 
 def _word_table(*, fold_numbers: bool) -> bytes:
-    """For bytes.translate: letters in lower case, digits as `0` if wanted, a space for the rest of ASCII."""
+    """Return a bytes.translate table: letters in lower case, digits as `0` if folded, other ASCII as spaces."""
     table = bytearray(b" " * 128) + bytes(range(128, 256))
     for byte in _WORD_BYTES:
         table[byte] = ord("0") if fold_numbers and chr(byte).isdigit() else ord(chr(byte).lower())
     return bytes(table)
 
 
-_WORDS: Final = {fold: _word_table(fold_numbers=fold) for fold in (False, True)}
+_WORD_TABLES: Final = {fold: _word_table(fold_numbers=fold) for fold in (False, True)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Features:
-    """How a text becomes terms; an artefact carries these settings and never mixes them.
+    """Settings that turn a text into terms; one set of settings per artefact.
 
-    `ngrams`: 1, or 2 for pairs of neighbouring words as well. `prefix`: tokens this long or longer also give their
-    first `prefix` letters (0: off). `fold_numbers`: every digit reads as `0`. `cbtm` has none of these.
+    `ngrams`: 1, or 2 to add pairs of neighbouring words. `prefix`: tokens of at least this many characters also give
+    their first `prefix` characters as a term (0: off). `fold_numbers`: every digit reads as `0`. Kind `cbtm` uses none
+    of the three.
     """
 
     kind: str = "lexical"
@@ -85,30 +79,21 @@ class Features:
             raise ValueError("features.kind 'cbtm' has neither pairs nor prefixes: ngrams=1 prefix=0")
 
     def split(self, text: str) -> tuple[list[bytes], bytes]:
-        """The words in UTF-8, in order and with repeats, symbols beyond ASCII among them; and the ASCII symbols."""
+        """Return the words and the ASCII symbols of the text, each in order and with repeats.
+
+        The words are UTF-8 and include symbols beyond ASCII. Kind `cbtm` gives no symbols.
+        """
         if self.kind == "cbtm":
             text = clip(text, window_bytes=self.window_bytes).lower()
             return [word.encode() for word in _CBTM_WORD.findall(text) if not word[0].isdigit()], b""
         try:
             raw = text[: self.window_bytes].encode("ascii")
         except UnicodeEncodeError:
-            return self._split_any(clip(text, window_bytes=self.window_bytes))
-        return raw.translate(_WORDS[self.fold_numbers]).split(), raw.translate(None, _NO_SYMBOLS)
-
-    def _split_any(self, text: str) -> tuple[list[bytes], bytes]:
-        for mark, plain in _TYPOGRAPHIC:
-            text = text.replace(mark, plain)
-        if not text.isascii():
-            if not unicodedata.is_normalized("NFKC", text):
-                text = unicodedata.normalize("NFKC", text)
-            for space in _SPACES:
-                text = text.replace(space, " ")
-            text = " ".join(_ALONE.split(text.lower()))
-        raw = text.encode()
-        return raw.translate(_WORDS[self.fold_numbers]).split(), raw.translate(None, _NO_SYMBOLS)
+            raw = _normalised(clip(text, window_bytes=self.window_bytes)).encode()
+        return raw.translate(_WORD_TABLES[self.fold_numbers]).split(), raw.translate(None, _NON_SYMBOLS)
 
     def terms(self, text: str) -> list[str]:
-        """Every term of the text by name; each token once (`cbtm`: as often as it stands there)."""
+        """Return every term of the text, each once (`cbtm`: as often as it occurs)."""
         words, symbols = self.split(text)
         if self.kind == "cbtm":
             return [word.decode() for word in words]
@@ -133,43 +118,60 @@ class Vocabulary:
 
 
 def clip(text: str, *, window_bytes: int) -> str:
-    """The start of a text that fits the window in UTF-8, without lone surrogates or a character cut in two."""
+    """Return the longest start of the text that fits the window in UTF-8, without lone surrogates."""
     text = text[:window_bytes]
     if text.isascii():
         return text
     return text.encode("utf-8", "ignore")[:window_bytes].decode("utf-8", "ignore")
 
 
+def _normalised(text: str) -> str:
+    """Return the text in lower case and NFKC, with ASCII spaces, and with spaces around single-character tokens."""
+    for character, replacement in _TYPOGRAPHIC:
+        text = text.replace(character, replacement)
+    if text.isascii():
+        return text
+    if not unicodedata.is_normalized("NFKC", text):
+        text = unicodedata.normalize("NFKC", text)
+    for space in _UNICODE_SPACES:
+        text = text.replace(space, " ")
+    return " ".join(_SINGLE_TOKEN.split(text.lower()))
+
+
 def vocabulary_of(texts: Iterable[str], *, features: Features) -> Vocabulary:
-    """All terms of the texts, in sorted order."""
+    """Return all terms of the texts, sorted."""
     return Vocabulary(tuple(sorted({term for text in texts for term in features.terms(text)})), features)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TermCounts:
-    """Sparse rows: entry i says that text `text[i]` has term `term[i]` so often."""
+    """A sparse matrix texts x terms in coordinate form: `count[i]` is the value at row `text[i]`, column `term[i]`.
+
+    `texts` and `terms` are the numbers of rows and columns.
+    """
 
     text: Ids
     term: Ids
-    count: NDArray[np.float64]
+    count: Doubles
     texts: int
-    terms: int = field(default=0)
+    terms: int
 
 
 def counts_of(texts: Sequence[str], *, vocabulary: Vocabulary) -> TermCounts:
-    number = {term: row for row, term in enumerate(vocabulary.terms)}
-    found: list[dict[int, int]] = []
+    """Count the terms of each text; terms outside the vocabulary are ignored."""
+    columns = {term: column for column, term in enumerate(vocabulary.terms)}
+    rows: list[dict[int, int]] = []
     for text in texts:
         row: dict[int, int] = {}
         for term in vocabulary.features.terms(text):
-            if (at := number.get(term)) is not None:
-                row[at] = row.get(at, 0) + 1
-        found.append(row)
-    entries = sum(map(len, found))
+            if (column := columns.get(term)) is not None:
+                row[column] = row.get(column, 0) + 1
+        rows.append(row)
+    entries = sum(map(len, rows))
     return TermCounts(
-        text=np.repeat(np.arange(len(texts)), [len(row) for row in found]),
-        term=np.fromiter(chain.from_iterable(found), np.intp, entries),
-        count=np.fromiter(chain.from_iterable(row.values() for row in found), np.float64, entries),
+        text=np.repeat(np.arange(len(texts)), [len(row) for row in rows]),
+        term=np.fromiter(chain.from_iterable(rows), np.intp, entries),
+        count=np.fromiter(chain.from_iterable(row.values() for row in rows), np.float64, entries),
         texts=len(texts),
         terms=len(vocabulary),
     )

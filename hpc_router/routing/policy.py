@@ -1,11 +1,11 @@
-"""What becomes of a prompt whose request says `model: auto`: one small class per policy.
+"""Policies: choose an expert for a request with `model: auto`. One small class per policy.
 
-A policy answers at once from what it is given: the text, and the ready experts with their requests in flight. It
-knows no replicas and waits for nothing. `select` may return an expert that is not ready; the router then walks
-`order`. `explain` decides the same without leaving a trace, so asking about a prompt moves no rotation.
-How a reason reads: `low_margin` and `no_known_terms` say what was seen, whoever gets the prompt (the fallback, or
-without one the best expert); `unavailable`: the prompt's cluster has no expert here; `policy`: the text had no say.
-`named` and `spilled` are the router's to give.
+A policy decides at once from the prompt and from the ready experts with their requests in flight. It must not know
+replicas, and it never waits. `select` may return an expert that is not ready; the router then tries the experts of
+`order`. `explain` makes the same decision without changing the state of the policy.
+Reasons: `low_margin` and `no_known_terms` describe the prompt, whichever expert gets it (the fallback, or without one
+the best expert). `unavailable`: the prompt's cluster has no expert in this deployment, or no expert is ready. `policy`:
+the prompt had no influence. Only the router sets `named` and `spilled`.
 """
 
 from collections.abc import Mapping
@@ -30,7 +30,7 @@ class RouteReason(StrEnum):
 
 
 class Decision(NamedTuple):
-    """`expert` None: nobody can take the prompt. `margin` lies between the cluster's expert and `runner_up`."""
+    """`expert`: None if no expert can take the prompt. `margin`: lead of the cluster's expert over `runner_up`."""
 
     expert: str | None
     reason: RouteReason
@@ -40,7 +40,7 @@ class Decision(NamedTuple):
     runner_up: str | None = None
 
     def to_dict(self, *, id: str | int | None) -> dict[str, object]:
-        """The form of `POST /route`, `hpc-router route` and `classify predict` (*contract*)."""
+        """Return the JSON form of `POST /route`, `hpc-router route` and `classify predict` (*contract*)."""
         return {
             "id": id,
             "cluster": self.cluster,
@@ -64,32 +64,33 @@ class Explanation:
 
 class Policy(Protocol):
     weighs_load: bool
-    """Whether it looks at `ready` at all, which costs the router more, the more replicas there are."""
+    """Whether `select` reads `ready`. Computing it costs the router time in proportion to the number of replicas."""
 
     @property
     def shadow(self) -> "Policy | None":
-        """What decides beside it and has no say."""
+        """A second policy whose decisions are counted but have no effect."""
 
     @property
     def version(self) -> str | None:
-        """What names the artefact behind the decisions, if there is one."""
+        """Version of the artefact that the policy decides with; None without an artefact."""
 
     def select(self, text: str, *, ready: Mapping[str, int]) -> Decision:
-        """`ready`: the ready experts and their requests in flight."""
+        """Decide for a prompt. `ready`: requests in flight of each ready expert."""
 
-    def explain(self, text: str, *, ready: Mapping[str, int]) -> Explanation: ...
+    def explain(self, text: str, *, ready: Mapping[str, int]) -> Explanation:
+        """Return the decision that `select` would make, with the terms behind it, and change no state."""
 
     def order(self, decision: Decision) -> tuple[str, ...]:
-        """Experts to try in turn: the chosen one, then who would do in its place."""
+        """Return the experts to try in turn: the chosen one, then its substitutes."""
 
 
 def versions(policy: Policy) -> tuple[str | None, str | None]:
-    """Of the artefact that decides, and of its shadow's."""
+    """Return the artefact versions of a policy and of its shadow."""
     return policy.version, None if policy.shadow is None else policy.shadow.version
 
 
 class ClassifierPolicy:
-    """The expert of the prompt's cluster; the fallback where the cluster is in doubt or has no expert."""
+    """Chooses the expert of the prompt's cluster; the fallback if the margin is low or the cluster has no expert."""
 
     weighs_load = False
 
@@ -102,18 +103,18 @@ class ClassifierPolicy:
         self._orders: dict[tuple[str | None, str | None, str | None], tuple[str, ...]] = {}
 
     def select(self, text: str, *, ready: Mapping[str, int]) -> Decision:
-        found = self._classifier.classify(text)
-        best = found.expert or self._fallback or found.runner_up
-        if found.known_terms == 0:
-            # Nothing of the prompt was recognised, so nothing is claimed about it.
+        result = self._classifier.classify(text)
+        best = result.expert or self._fallback or result.runner_up
+        if result.known_terms == 0:
+            # No term was recognised, so the decision reports no cluster, score or margin.
             return Decision(self._fallback or best, RouteReason.NO_KNOWN_TERMS)
-        if found.margin is not None and found.margin < self._classifier.margin_threshold:
+        if result.margin is not None and result.margin < self._classifier.margin_threshold:
             expert, reason = self._fallback or best, RouteReason.LOW_MARGIN
-        elif found.expert is None:
+        elif result.expert is None:
             expert, reason = best, RouteReason.UNAVAILABLE
         else:
             expert, reason = best, RouteReason.CLASSIFIED
-        return Decision(expert, reason, found.cluster, found.score, found.margin, found.runner_up)
+        return Decision(expert, reason, result.cluster, result.score, result.margin, result.runner_up)
 
     def explain(self, text: str, *, ready: Mapping[str, int]) -> Explanation:
         decision = self.select(text, ready=ready)
@@ -130,7 +131,7 @@ class ClassifierPolicy:
 
 
 class RoundRobin:
-    """Ready experts in turn, by name, whoever comes and goes."""
+    """Chooses the ready experts in turn, in the order of their names; the set of ready experts may change."""
 
     version = None
     weighs_load = True
@@ -146,7 +147,8 @@ class RoundRobin:
         return decision
 
     def explain(self, text: str, *, ready: Mapping[str, int]) -> Explanation:
-        return Explanation(_given(_next(self._candidates(ready), after=self._last)))
+        expert = _next(self._candidates(ready), after=self._last)
+        return Explanation(Decision(expert, RouteReason.UNAVAILABLE if expert is None else RouteReason.POLICY))
 
     def order(self, decision: Decision) -> tuple[str, ...]:
         return _distinct(decision.expert, self._fallback)
@@ -156,7 +158,7 @@ class RoundRobin:
 
 
 class LeastInFlight(RoundRobin):
-    """The ready expert with the fewest requests in flight; equals take turns."""
+    """Chooses the ready expert with the fewest requests in flight; ties take turns."""
 
     def _candidates(self, ready: Mapping[str, int]) -> list[str]:
         least = min(ready.values(), default=0)
@@ -164,7 +166,7 @@ class LeastInFlight(RoundRobin):
 
 
 class ModelField:
-    """Clients name their expert; `auto` means the fallback, and without one nobody (the router answers 404)."""
+    """Clients name the expert. `auto` means the fallback; without one no expert is chosen and the router sends 404."""
 
     version = None
     weighs_load = False
@@ -186,11 +188,12 @@ class ModelField:
 def build_policy(
     *, kind: str, classifier: Classifier | None = None, fallback: str | None = None, shadow: Policy | None = None
 ) -> Policy:
+    """Build the policy of a configured `kind`. Raises ConfigError for an unknown kind or a missing classifier."""
     match kind:
         case "classifier":
             if classifier is None:
                 raise ConfigError(
-                    "policy=classifier has no classifier: give the experts exemplars or name one with policy.artefact"
+                    "policy=classifier needs a classifier: give the experts exemplars, or set policy.artefact"
                 )
             return ClassifierPolicy(classifier, fallback=fallback, shadow=shadow)
         case "round_robin":
@@ -203,12 +206,8 @@ def build_policy(
             raise ConfigError(f"unknown policy '{kind}'{suggest(kind, KINDS)}")
 
 
-def _given(expert: str | None) -> Decision:
-    return Decision(expert, RouteReason.UNAVAILABLE if expert is None else RouteReason.POLICY)
-
-
 def _next(names: list[str], *, after: str) -> str | None:
-    """The first of the sorted names beyond `after`, around the end."""
+    """Return the first of the sorted names greater than `after`, else the first of all; None if there are none."""
     return next((name for name in names if name > after), names[0] if names else None)
 
 

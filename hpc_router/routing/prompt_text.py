@@ -1,9 +1,9 @@
-"""API request -> the text a decision reads.
+"""Extracts the text that a routing decision reads from an API request.
 
-The user's messages, oldest first, up to a window: later turns of a conversation only append, so they stay where the
-first went, and no state is kept. System prompts and answers do not vote; images, audio and token ids have no text.
-Shapes are checked here as far as routing reads them and no further: the engine judges the rest. An error names the
-field and the valid shape and never quotes a prompt. Nothing here knows HTTP, experts or terms.
+The text is the user's messages, oldest first, up to a window. Later turns of a conversation only append, so a
+conversation keeps its expert without stored state. System prompts and answers are not read; images, audio and token ids
+have no text. The shape of a body is checked only as far as routing reads it; the engine checks the rest. Errors name
+the field and the valid shape, and never quote a prompt. This module must not know HTTP, experts or terms.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -16,29 +16,31 @@ _TEXT_PARTS = frozenset({"text", "input_text"})
 
 
 class RequestError(HpcRouterError):
-    """A request body of a shape that cannot be routed; the client must change it."""
+    """The shape of a request body is invalid; the client must change it."""
 
 
 def prompt_text(body: object, *, window: int = WINDOW_BYTES, first: str = "messages") -> str:
-    """The first `window` characters of what the user wrote in a decoded body of any of the APIs.
+    """Return the first `window` characters of the user's text in a decoded body of any API. Raises RequestError.
 
-    Chat and Anthropic's messages have `messages`, completions and `POST /route` have `prompt`, responses and embeddings
-    have `input`. Where a body has several, `first` names the one that its API reads; responses, for one, mean something
-    else by `prompt`.
+    Chat completions and Anthropic messages use `messages`; completions and `POST /route` use `prompt`; responses and
+    embeddings use `input`. `first` names the field of the body's API, which is read if a body has several of them:
+    `prompt` has another meaning in the responses API, for example.
     """
     if not isinstance(body, dict):
-        raise RequestError(f"the body must be a JSON object, not {_kind(body)}")
+        raise RequestError(f"the body must be a JSON object, not {_json_type(body)}")
     name = first if first in body else next((name for name in _READERS if name in body), None)
     if name is None:
         raise RequestError("the body has no text to route: it needs 'messages' (chat), 'prompt' or 'input'")
-    # To the end even when the window is full: a bad shape is an error wherever it stands.
+    # Reads to the end even if the window is full, because an invalid shape is an error at any position.
     texts = [text[:window] for text in _READERS[name](body[name]) if text]
     return "\n".join(texts)[:window]
 
 
-def opening(fields: Mapping[str, object]) -> str | None:
-    """What the user said first, of a conversation in any of the APIs; every later turn has it too. None: there is none,
-    or not in a shape that could be read."""
+def first_user_message(fields: Mapping[str, object]) -> str | None:
+    """Return the first text of the user in a conversation of any API, which every later turn contains as well.
+
+    None if the body has no such text or its shape is invalid.
+    """
     turns = fields.get("messages", fields.get("input"))
     if isinstance(turns, str):
         return turns
@@ -54,23 +56,19 @@ def opening(fields: Mapping[str, object]) -> str | None:
 
 
 def _messages(value: object) -> Iterator[str]:
-    if not isinstance(value, list):
-        raise RequestError(f"'messages' must be a list of message objects, not {_kind(value)}")
-    if not value:
-        raise RequestError("'messages' is empty; it needs at least one message object")
-    for index, message in enumerate(value):
+    for index, message in enumerate(_items(value, "messages", "a list of message objects")):
         if type(message) is dict and message.get("role") == "user" and type(content := message.get("content")) is str:
-            yield content  # as most are
+            yield content  # fast path for most messages
         else:
             yield from _message(message, where=f"messages[{index}]")
 
 
 def _message(message: object, *, where: str) -> Iterator[str]:
     if not isinstance(message, dict):
-        raise RequestError(f"'{where}' must be an object with 'role' and 'content', not {_kind(message)}")
+        raise RequestError(f"'{where}' must be an object with 'role' and 'content', not {_json_type(message)}")
     role = message.get("role")
     if not isinstance(role, str):
-        raise RequestError(f"'{where}.role' must be a string such as \"user\", not {_kind(role)}")
+        raise RequestError(f"'{where}.role' must be a string such as \"user\", not {_json_type(role)}")
     if role == "user":
         yield from _content(message.get("content"), where=f"{where}.content")
 
@@ -80,31 +78,26 @@ def _content(content: object, *, where: str) -> Iterator[str]:
         yield content
         return
     if not isinstance(content, list):
-        raise RequestError(f"'{where}' must be a string or a list of parts, not {_kind(content)}")
+        raise RequestError(f"'{where}' must be a string or a list of parts, not {_json_type(content)}")
     for index, part in enumerate(content):
         if not isinstance(part, dict):
-            raise RequestError(f"'{where}[{index}]' must be a part object with a 'type', not {_kind(part)}")
+            raise RequestError(f"'{where}[{index}]' must be a part object with a 'type', not {_json_type(part)}")
         if part.get("type") in _TEXT_PARTS:
             text = part.get("text")
             if not isinstance(text, str):
-                raise RequestError(f"'{where}[{index}].text' must be a string, not {_kind(text)}")
+                raise RequestError(f"'{where}[{index}].text' must be a string, not {_json_type(text)}")
             yield text
 
 
 def _prompts(value: object) -> Iterator[str]:
-    valid = "a string, a list of strings, or token ids"
     if isinstance(value, str):
         yield value
         return
-    if not isinstance(value, list):
-        raise RequestError(f"'prompt' must be {valid}, not {_kind(value)}")
-    if not value:
-        raise RequestError(f"'prompt' is an empty list; it must be {valid}")
-    for index, item in enumerate(value):
+    for index, item in enumerate(_items(value, "prompt", "a string, a list of strings, or token ids")):
         if isinstance(item, str):
             yield item
         elif not _token_ids(item):
-            raise RequestError(f"'prompt[{index}]' must be a string or token ids, not {_kind(item)}")
+            raise RequestError(f"'prompt[{index}]' must be a string or token ids, not {_json_type(item)}")
 
 
 def _inputs(value: object) -> Iterator[str]:
@@ -112,19 +105,15 @@ def _inputs(value: object) -> Iterator[str]:
     if isinstance(value, str):
         yield value
         return
-    if not isinstance(value, list):
-        raise RequestError(f"'input' must be {valid}, not {_kind(value)}")
-    if not value:
-        raise RequestError(f"'input' is an empty list; it must be {valid}")
-    for index, item in enumerate(value):
+    for index, item in enumerate(_items(value, "input", valid)):
         if isinstance(item, str):
             yield item
         elif isinstance(item, dict):
-            # The responses API also lists tool calls, reasoning and the like here.
+            # In the responses API this list also contains tool calls and reasoning items.
             if "role" in item and item.get("type", "message") == "message":
                 yield from _message(item, where=f"input[{index}]")
         elif not _token_ids(item):
-            raise RequestError(f"'input[{index}]' must be a string, token ids or an object, not {_kind(item)}")
+            raise RequestError(f"'input[{index}]' must be a string, token ids or an object, not {_json_type(item)}")
 
 
 _READERS: Final[Mapping[str, Callable[[object], Iterator[str]]]] = {
@@ -134,12 +123,20 @@ _READERS: Final[Mapping[str, Callable[[object], Iterator[str]]]] = {
 }
 
 
+def _items(value: object, field: str, valid: str) -> list[object]:
+    if not isinstance(value, list):
+        raise RequestError(f"'{field}' must be {valid}, not {_json_type(value)}")
+    if not value:
+        raise RequestError(f"'{field}' is an empty list; it must be {valid}")
+    return value
+
+
 def _token_ids(item: object) -> bool:
     ids = item if isinstance(item, list) else [item]
     return all(isinstance(number, int) and not isinstance(number, bool) for number in ids)
 
 
-def _kind(value: object) -> str:
-    """A decoded value's type in JSON's words."""
+def _json_type(value: object) -> str:
+    """Return the JSON name of a decoded value's type."""
     names: dict[type, str] = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
     return names.get(type(value), "a number")

@@ -1,9 +1,9 @@
-"""Moves clusters between experts until none has more load than its capacity allows.
+"""Moves clusters between experts until no expert has more load than its limit.
 
-The load of a cluster is its share of the traffic, given or measured; the capacity of an expert its share of all
-capacity. A move costs the share of the cluster times what it loses there in score. The cheapest move that brings an
-expert under its limit is taken, else the one that relieves it most per loss; when only moves beyond the stated loss are
-left, replicas are recommended instead. Pure: a table in, a table out.
+The load of a cluster is its share of the traffic. The limit of an expert is its share of the total capacity times a
+factor. Moving a cluster costs its load times the score it loses there. Each step relieves the most overloaded expert by
+the cheapest move that brings it under its limit, or else by the move with the least loss per load. If only moves beyond
+the permitted total loss are left, more replicas are recommended instead. Pure functions, no I/O.
 """
 
 import math
@@ -11,14 +11,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-Doubles = NDArray[np.float64]
+from hpc_router.routing.features import Doubles
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Packed:
-    """`loss`: in score, over all traffic. `replicas`: by what factor those of an expert would have to grow."""
+class RebalancedTable:
+    """`table`: expert of each cluster. `shares`: load of each expert. `loss`: lost score, averaged over the traffic.
+
+    `replicas`: for experts that stay overloaded, the factor by which their number of replicas has to grow.
+    """
 
     table: tuple[str, ...]
     shares: Mapping[str, float]
@@ -27,7 +29,7 @@ class Packed:
     replicas: Mapping[str, int]
 
 
-def pack(
+def rebalance(
     table: Sequence[str],
     *,
     clusters: Sequence[str],
@@ -35,53 +37,59 @@ def pack(
     score: Doubles,
     capacity: Mapping[str, float],
     limit: float,
-    most_loss: float,
-) -> Packed:
-    """`score[c, e]`: of cluster c at the e-th expert of `capacity`, whose shares add up to 1."""
+    max_loss: float,
+) -> RebalancedTable:
+    """Return the table with clusters moved.
+
+    `table[c]`, `load[c]`: expert and load of cluster c. `score[c, e]`: score of cluster c at the e-th expert of
+    `capacity`, whose values add up to 1. `limit`: factor on the capacity. `max_loss`: limit of the total loss.
+    """
     names = list(capacity)
-    room = np.array([capacity[name] for name in names]) * limit
-    at = [names.index(expert) for expert in table]
-    lost, moves = 0.0, []
+    max_load = np.array([capacity[name] for name in names]) * limit
+    assignment = [names.index(expert) for expert in table]
+    total_loss, moves = 0.0, []
     while True:
-        loads = np.bincount(at, weights=load, minlength=len(names)).astype(np.float64)
-        move = _next_move(at, loads, room, load, score, budget=most_loss - lost)
+        loads = np.bincount(assignment, weights=load, minlength=len(names)).astype(np.float64)
+        move = _next_move(assignment, loads, max_load, load, score, budget=max_loss - total_loss)
         if move is None:
             break
         cluster, target, loss = move
-        moves.append(f"{clusters[cluster]}: {names[at[cluster]]} -> {names[target]}")
-        at[cluster], lost = target, lost + loss
-    return Packed(
-        table=tuple(names[e] for e in at),
+        moves.append(f"{clusters[cluster]}: {names[assignment[cluster]]} -> {names[target]}")
+        assignment[cluster], total_loss = target, total_loss + loss
+    return RebalancedTable(
+        table=tuple(names[e] for e in assignment),
         shares={name: float(share) for name, share in zip(names, loads, strict=True)},
-        loss=lost,
+        loss=total_loss,
         moves=tuple(moves),
         replicas={
-            name: math.ceil(loads[e] / room[e] - 1e-9)
+            name: math.ceil(loads[e] / max_load[e] - 1e-9)
             for e, name in enumerate(names)
-            if loads[e] > room[e] * (1 + 1e-9)
+            if loads[e] > max_load[e] * (1 + 1e-9)
         },
     )
 
 
 def _next_move(
-    at: Sequence[int], loads: Doubles, room: Doubles, load: Doubles, score: Doubles, *, budget: float
+    assignment: Sequence[int], loads: Doubles, max_load: Doubles, load: Doubles, score: Doubles, *, budget: float
 ) -> tuple[int, int, float] | None:
-    over = int(np.argmax(loads / room))
-    excess = loads[over] - room[over]
+    """Return cluster, target expert and loss of the next move; None if none is needed or affordable."""
+    source = int(np.argmax(loads / max_load))
+    excess = loads[source] - max_load[source]
     if excess <= 1e-12:
         return None
-    found: list[tuple[bool, float, int, int, float]] = []
-    for cluster, expert in enumerate(at):
-        if expert != over or load[cluster] <= 0:
+    # Sort key: moves that are enough come first and compare by loss, the others by loss per load.
+    moves: list[tuple[bool, float, int, int, float]] = []
+    for cluster, expert in enumerate(assignment):
+        if expert != source or load[cluster] <= 0:
             continue
-        for target in range(len(room)):
-            if target == over or loads[target] + load[cluster] > room[target] + 1e-12:
+        for target in range(len(max_load)):
+            if target == source or loads[target] + load[cluster] > max_load[target] + 1e-12:
                 continue
-            loss = float(load[cluster] * (score[cluster, over] - score[cluster, target]))
+            loss = float(load[cluster] * (score[cluster, source] - score[cluster, target]))
             enough = bool(load[cluster] >= excess - 1e-12)
-            found.append((not enough, loss if enough else loss / load[cluster], cluster, target, loss))
-    usable = [option for option in found if option[4] <= budget + 1e-12]
-    if not usable:
+            moves.append((not enough, loss if enough else loss / load[cluster], cluster, target, loss))
+    affordable = [move for move in moves if move[4] <= budget + 1e-12]
+    if not affordable:
         return None
-    _, _, cluster, target, loss = min(usable)
+    _, _, cluster, target, loss = min(affordable)
     return cluster, target, loss

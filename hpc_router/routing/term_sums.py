@@ -1,9 +1,10 @@
-"""What the terms of a text add up to: the columns of a table, summed over its rows.
+"""Sums the rows of a terms x columns table over the terms of a text.
 
-A token is one integer: each column's value in fixed point, a lane of 32 or 64 bits for each. To add all columns of all
-tokens is then one `sum` of integers, in C, and exact: in whatever order, on whatever machine, the result is the same.
-What a decision costs beside a relay is how much code and data it draws into the caches, and this is the least. A
-token's rows (its word's and its beginning's) were added up when the table was loaded.
+Every token maps to one Python integer that packs all columns of its row in fixed point, one lane of 32 or 64 bits per
+column. Adding all columns of all tokens is then a single integer `sum` in C. The result is exact and independent of
+the order of the terms and of the machine. On the request path the cost of a decision is dominated by the code and data
+it pulls into the CPU caches, and this representation touches the least. The row of a word already includes the row of
+its prefix. This module must not know what the columns mean.
 """
 
 import struct
@@ -17,122 +18,130 @@ import numpy as np
 from hpc_router.routing.features import SYMBOLS, Features, Floats
 
 MAX_TOKENS: Final = 50_000
+"""Size limit of the cache of tokens outside the vocabulary; about 8 MB when full."""
 MAX_TOKEN_CHARS: Final = 40
-"""Of those that are no word of the vocabulary and are kept with their integers: some 8 MB, whatever is asked."""
+"""Longer tokens outside the vocabulary are not cached."""
 
 
 class TermSums:
-    def __init__(self, terms: Sequence[str], table: Floats, *, features: Features, fine: bool = False) -> None:
-        """`table`: terms x columns. The commonest terms first: then what most prompts touch lies close together.
+    def __init__(self, terms: Sequence[str], table: Floats, *, features: Features, wide_lanes: bool = False) -> None:
+        """`table`: terms x columns. Sort the terms by falling frequency, so that common rows share cache lines.
 
-        With a window of 2 KiB a value is off by some 2^-20 of its column's largest at most; with `fine` by 2^-52, in
-        lanes twice as wide: where a sum may be next to nothing and counts all the same.
+        With a window of 2 KiB the rounding error of a value is at most about 2^-20 of the largest value in its column.
+        With `wide_lanes` (64 bits per column) it is 2^-52, for sums that matter even when they are close to zero.
         """
         self._features = features
-        self._repeats = features.kind == "cbtm"
-        # Of words; normalising can make more of a window than it had, but not of what people write.
-        self._most = features.window_bytes // 2 + 1
+        self._counts_repeats = features.kind == "cbtm"
+        # NFKC can turn a window into more words than this, but not for ordinary text.
+        self._max_words = features.window_bytes // 2 + 1
         words: dict[bytes | int, int] = {}
         prefixes: dict[str, int] = {}
         pairs: dict[tuple[bytes, bytes], int] = {}
-        for number, term in enumerate(terms):
+        for row, term in enumerate(terms):
             first, space, second = term.partition(" ")
             if space:
-                pairs[first.encode(), second.encode()] = number
+                pairs[first.encode(), second.encode()] = row
             elif len(term) > 1 and term.endswith("*"):
-                prefixes[term[:-1]] = number
+                prefixes[term[:-1]] = row
             elif len(term) == 1 and ord(term) < 128 and ord(term) in SYMBOLS:
-                words[ord(term)] = number
+                words[ord(term)] = row
             else:
-                words[term.encode()] = number
-        joined = _joined(table, words, prefixes, size=features.prefix)
-        columns, size = table.shape[1], 8 if fine else 4
-        half = 2 ** (8 * size - 1)  # added to each lane, so that none is ever below zero and takes from its neighbour
-        # As many terms as a text can have, each with a column's largest value, still fit its lane.
-        most = features.ngrams * self._most + len(SYMBOLS)
-        largest = np.abs(joined).max(axis=0, initial=2.0**-60).astype(np.float64)
-        scales = np.exp2(np.floor(np.log2((half / most - 1) / largest)))
-        self._steps: list[float] = (1 / scales).tolist()
-        self._unpack = struct.Struct(f"<{columns}{'q' if fine else 'i'}").unpack
-        self._bytes = columns * size
-        self._zero = int.from_bytes(np.full(columns, half, f"<u{size}").tobytes(), "little")
-        lanes = np.rint(joined * scales).astype(f"<i{size}").view(f"<u{size}") ^ half
-        rows = [int.from_bytes(lane.tobytes(), "little") - self._zero for lane in lanes]
-        known: dict[bytes | int, int] = dict.fromkeys(SYMBOLS, 0)
-        known |= {word: rows[number] for word, number in words.items()}
-        beginnings = {prefix: rows[number] for prefix, number in prefixes.items()}
-        self._words = _Words(known, beginnings, prefix=features.prefix)
-        self._pairs = {pair: rows[number] for pair, number in pairs.items()}
+                words[term.encode()] = row
+        table = _with_prefix_rows(table, words, prefixes, size=features.prefix)
+        columns, lane_bytes = table.shape[1], 8 if wide_lanes else 4
+        # Added to each lane: keeps lanes from going below zero, where they would borrow from their neighbour.
+        bias = 2 ** (8 * lane_bytes - 1)
+        # The scale of a column is the largest power of two with which a text of the maximum number of terms, each with
+        # the largest value of the column, still fits its lane.
+        max_terms = features.ngrams * self._max_words + len(SYMBOLS)
+        largest = np.abs(table).max(axis=0, initial=2.0**-60).astype(np.float64)
+        scales = np.exp2(np.floor(np.log2((bias / max_terms - 1) / largest)))
+        self._step_sizes: list[float] = (1 / scales).tolist()
+        self._unpack = struct.Struct(f"<{columns}{'q' if wide_lanes else 'i'}").unpack
+        self._bytes = columns * lane_bytes
+        self._bias = int.from_bytes(np.full(columns, bias, f"<u{lane_bytes}").tobytes(), "little")
+        lanes = np.rint(table * scales).astype(f"<i{lane_bytes}").view(f"<u{lane_bytes}") ^ bias
+        rows = [int.from_bytes(lane.tobytes(), "little") - self._bias for lane in lanes]
+        vocabulary: dict[bytes | int, int] = dict.fromkeys(SYMBOLS, 0)
+        vocabulary |= {word: rows[row] for word, row in words.items()}
+        prefix_rows = {prefix: rows[row] for prefix, row in prefixes.items()}
+        self._token_rows = _TokenRows(vocabulary, prefix_rows, prefix=features.prefix)
+        self._pair_rows = {pair: rows[row] for pair, row in pairs.items()}
 
-    def of(self, text: str) -> list[float]:
-        """By column."""
+    def sums(self, text: str) -> list[float]:
+        """Return the sum of each column over the terms of the text."""
         words, symbols = self._features.split(text)
-        if len(words) > self._most:
-            words = words[: self._most]
-        total = sum(map(self._words.__getitem__, words if self._repeats else {*words, *symbols}), self._zero)
-        if self._pairs:
-            total = sum(map(self._pairs.get, set(pairwise(words)), repeat(0)), total)
+        if len(words) > self._max_words:
+            words = words[: self._max_words]
+        tokens = words if self._counts_repeats else {*words, *symbols}
+        total = sum(map(self._token_rows.__getitem__, tokens), self._bias)
+        if self._pair_rows:
+            total = sum(map(self._pair_rows.get, set(pairwise(words)), repeat(0)), total)
         return self._columns(total)
 
     def by_term(self, text: str) -> dict[str, list[float]]:
-        """The same, term by term: a word brings its beginning's part along; one that is not known has its beginning's
-        (`diabe*`) or none and is left out."""
+        """Return the columns that each term of the text contributes to `sums`.
+
+        A word includes its prefix. An unknown word appears under its prefix (`diabe*`), or not at all if the prefix is
+        unknown too.
+        """
         words, symbols = self._features.split(text)
-        words = words[: self._most]
-        found: dict[str, int] = {}
-        for token in words if self._repeats else dict.fromkeys((*words, *symbols)):
-            value = self._words[token]
+        words = words[: self._max_words]
+        contributions: dict[str, int] = {}
+        for token in words if self._counts_repeats else dict.fromkeys((*words, *symbols)):
+            value = self._token_rows[token]
             if value:
-                name = self._words.name(token)
-                found[name] = found.get(name, 0) + value
-        for pair in dict.fromkeys(pairwise(words)) if self._pairs else ():
-            if pair in self._pairs:
-                found[b" ".join(pair).decode()] = self._pairs[pair]
-        return {name: self._columns(self._zero + value) for name, value in found.items()}
+                name = self._token_rows.term_of(token)
+                contributions[name] = contributions.get(name, 0) + value
+        for pair in dict.fromkeys(pairwise(words)) if self._pair_rows else ():
+            if pair in self._pair_rows:
+                contributions[b" ".join(pair).decode()] = self._pair_rows[pair]
+        return {name: self._columns(self._bias + value) for name, value in contributions.items()}
 
     def _columns(self, total: int) -> list[float]:
-        lanes = (total ^ self._zero).to_bytes(self._bytes, "little")  # what is above the half, in two's complement
-        return [*map(mul, self._unpack(lanes), self._steps)]
+        lanes = (total ^ self._bias).to_bytes(self._bytes, "little")  # biased lanes -> two's complement
+        return [*map(mul, self._unpack(lanes), self._step_sizes)]
 
 
-class _Words(dict[bytes | int, int]):
-    """Token -> its integer: of the word or ASCII symbol, else of its beginning, else 0. What has once been looked up is
-    kept."""
+class _TokenRows(dict[bytes | int, int]):
+    """Token -> packed row: that of the word or ASCII symbol, else that of its prefix, else 0. Caches every lookup."""
 
-    def __init__(self, words: Mapping[bytes | int, int], prefixes: Mapping[str, int], *, prefix: int) -> None:
-        super().__init__(words)
-        self._known = words
-        self._prefixes = prefixes
+    def __init__(self, vocabulary: Mapping[bytes | int, int], prefix_rows: Mapping[str, int], *, prefix: int) -> None:
+        super().__init__(vocabulary)
+        self._vocabulary = vocabulary
+        self._prefix_rows = prefix_rows
         self._prefix = prefix
-        self._most = len(words) + MAX_TOKENS
+        self._max_size = len(vocabulary) + MAX_TOKENS
 
     def __missing__(self, token: bytes) -> int:
-        # A token shorter than the prefix is its own slice, and no prefix is that short, so it finds nothing.
-        value = self._prefixes.get(token.decode()[: self._prefix], 0)
+        # A token shorter than the prefix length is its own slice and is not in `_prefix_rows`.
+        value = self._prefix_rows.get(token.decode()[: self._prefix], 0)
         if len(token) <= MAX_TOKEN_CHARS:
-            if len(self) >= self._most:
+            if len(self) >= self._max_size:
                 self.clear()
-                self.update(self._known)
+                self.update(self._vocabulary)
             self[token] = value
         return value
 
-    def name(self, token: bytes | int) -> str:
-        """Of the term that speaks for it."""
+    def term_of(self, token: bytes | int) -> str:
+        """Return the term whose row the token has."""
         if isinstance(token, int):
             return chr(token)
-        return token.decode() if token in self._known else f"{token.decode()[: self._prefix]}*"
+        return token.decode() if token in self._vocabulary else f"{token.decode()[: self._prefix]}*"
 
 
-def _joined(table: Floats, words: Mapping[bytes | int, int], prefixes: Mapping[str, int], *, size: int) -> Floats:
-    """The table with the row of a word's beginning added to the word's."""
-    both = [
-        (row, prefixes[beginning])
+def _with_prefix_rows(
+    table: Floats, words: Mapping[bytes | int, int], prefixes: Mapping[str, int], *, size: int
+) -> Floats:
+    """Return the table with the row of each word's prefix added to the row of the word."""
+    pairs = [
+        (row, prefixes[prefix])
         for word, row in words.items()
-        if isinstance(word, bytes) and (beginning := word.decode()[:size]) in prefixes
+        if isinstance(word, bytes) and (prefix := word.decode()[:size]) in prefixes
     ]
-    if not both:
+    if not pairs:
         return table
-    rows, beginnings = np.array(both).T
-    joined = table.copy()
-    joined[rows] += table[beginnings]
-    return joined
+    word_rows, prefix_rows = np.array(pairs).T
+    added = table.copy()
+    added[word_rows] += table[prefix_rows]
+    return added

@@ -11,7 +11,7 @@ from analysis.classifier_report import write
 from analysis.classifiers import STEPS, Bench, read
 from hpc_router.routing import exemplars
 from tests.routing.samples import EXEMPLARS
-from tests.routing.training.samples import written
+from tests.routing.training.samples import write_jsonl
 
 ROWS: list[dict[str, str]] = [
     {"prompt": prompt, "domain": domain} for domain, prompts in EXEMPLARS.items() for prompt in prompts
@@ -30,7 +30,7 @@ QUALITY: dict[str, Any] = {
 @pytest.fixture
 def bench(tmp_path: Path) -> Bench:
     for name in ("domains_train", "domains_test", "mmlu_train", "mmlu_test"):
-        written(tmp_path / f"{name}.jsonl", ROWS)
+        write_jsonl(tmp_path / f"{name}.jsonl", ROWS)
     work = tmp_path / "work"
     work.mkdir()
     exemplars.train(EXEMPLARS).write(work / "discovered-distilled")

@@ -1,4 +1,4 @@
-"""`launch.train_classifier` and `hpc-router classify` as a user meets them."""
+"""The commands `launch.train_classifier` and `hpc-router classify`."""
 
 import json
 from pathlib import Path
@@ -7,21 +7,21 @@ import pytest
 
 from hpc_router.cli.main import main
 from launch import train_classifier
-from tests.routing.training.samples import prompts, written
+from tests.routing.training.samples import prompts, write_jsonl
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """An artefact and the prompts that it was trained on."""
+    """An artefact and the file of prompts it was trained on."""
     folder = tmp_path_factory.mktemp("classify")
-    data = written(folder / "prompts.jsonl", prompts())
+    data = write_jsonl(folder / "prompts.jsonl", prompts())
     words = [f"data={data}", "features=lexical", "clusters=6", f"output={folder / 'a'}"]
     assert train_classifier.main(words) == 0
     return folder / "a", data
 
 
-def test_predict_prints_a_line_for_each_prompt(trained: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
-    """*contract*: the keys, in this order; `id` is the line from 0; a cluster without expert is its own."""
+def test_predict_prints_one_line_per_prompt(trained: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    """*contract*: the keys, in this order; `id` is the line from 0; a cluster without an expert has its own name."""
     artefact, data = trained
     assert main(["classify", "predict", str(artefact), str(data)]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
@@ -30,13 +30,13 @@ def test_predict_prints_a_line_for_each_prompt(trained: tuple[Path, Path], capsy
     assert all(line["expert"] == line["cluster"] and line["cluster"].startswith("cluster-") for line in lines)
 
 
-def test_eval_says_what_it_is_worth(trained: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+def test_eval_reports_accuracy_and_confusion(trained: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
     artefact, data = trained
     assert main(["classify", "eval", str(artefact), str(data), "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["accuracy"] > 0.9
-    assert found["nmi"] > 0.5
-    assert set(found["confusion"]) == {"astronomy", "cooking", "sailing"}
+    result = json.loads(capsys.readouterr().out)
+    assert result["accuracy"] > 0.9
+    assert result["nmi"] > 0.5
+    assert set(result["confusion"]) == {"astronomy", "cooking", "sailing"}
     assert main(["classify", "eval", str(artefact), str(data), "--fit", str(data)]) == 0
     assert "accuracy" in capsys.readouterr().out
 
@@ -57,7 +57,7 @@ def test_clusters_are_assigned_and_packed(
     assert "must name all experts" in capsys.readouterr().err
 
 
-def test_what_is_wrong_is_said_in_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_errors_are_reported_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["classify", "predict", str(tmp_path), str(tmp_path / "p")]) == 1
     assert "artefact.json is missing" in capsys.readouterr().err
     assert train_classifier.main(["data=x", "feature=lexical"]) == 2

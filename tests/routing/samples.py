@@ -1,4 +1,4 @@
-"""Small exemplars of three experts, made for these tests."""
+"""Exemplars of three experts for the routing tests, and an artefact trained on them."""
 
 from hpc_router.routing.artefact import Artefact
 from hpc_router.routing.exemplars import train

@@ -1,4 +1,4 @@
-"""The folder on disk: the same bytes from the same training, and every damage refused in words."""
+"""The artefact folder: the same training gives the same bytes, and every kind of damage is refused with its reason."""
 
 import dataclasses
 import hashlib
@@ -22,25 +22,25 @@ def names(folder: Path) -> list[str]:
 
 
 def edit(folder: Path, **changes: object) -> None:
-    """Change the manifest and make its version fit again, as a buggy writer would."""
+    """Change the manifest and recompute its version, as a writer with a bug would."""
     manifest = json.loads((folder / MANIFEST).read_text())
     manifest.update(changes)
     del manifest["version"]
     (folder / MANIFEST).write_text(json.dumps({"version": module._version(manifest), **manifest}))
 
 
-def test_what_was_written_is_read(tmp_path: Path) -> None:
-    made = artefact(Features(ngrams=2, prefix=4))
-    made.write(tmp_path / "a")
-    found = read(tmp_path / "a")
+def test_an_artefact_survives_writing_and_reading(tmp_path: Path) -> None:
+    trained = artefact(Features(ngrams=2, prefix=4))
+    trained.write(tmp_path / "a")
+    stored = read(tmp_path / "a")
     for entry in dataclasses.fields(Artefact):
-        assert np.array_equal(getattr(found, entry.name), getattr(made, entry.name)), entry.name
-    assert found.version == made.version == json.loads((tmp_path / "a" / MANIFEST).read_text())["version"]
-    assert len(found.version) == 12
+        assert np.array_equal(getattr(stored, entry.name), getattr(trained, entry.name)), entry.name
+    assert stored.version == trained.version == json.loads((tmp_path / "a" / MANIFEST).read_text())["version"]
+    assert len(stored.version) == 12
 
 
-def test_one_training_gives_one_set_of_bytes(tmp_path: Path) -> None:
-    """Also when it is read and written again."""
+def test_the_same_training_gives_the_same_bytes(tmp_path: Path) -> None:
+    """Reading and writing an artefact again gives the same bytes too."""
     artefact().write(tmp_path / "a")
     artefact().write(tmp_path / "b")
     read(tmp_path / "a").write(tmp_path / "c")
@@ -49,13 +49,13 @@ def test_one_training_gives_one_set_of_bytes(tmp_path: Path) -> None:
         assert content == (tmp_path / "b" / name).read_bytes() == (tmp_path / "c" / name).read_bytes()
 
 
-def test_another_table_of_experts_is_another_version() -> None:
-    made = artefact()
-    moved = dataclasses.replace(made, experts=("code", None, "code"))
-    assert moved.version != made.version
+def test_a_changed_expert_table_changes_the_version() -> None:
+    trained = artefact()
+    moved = dataclasses.replace(trained, experts=("code", None, "code"))
+    assert moved.version != trained.version
 
 
-def test_writing_replaces_an_artefact_and_leaves_nothing_beside_it(tmp_path: Path) -> None:
+def test_writing_replaces_an_artefact_and_leaves_no_temporary_files(tmp_path: Path) -> None:
     folder = tmp_path / "deep" / "a"
     artefact().write(folder)
     second = artefact(Features(prefix=0))
@@ -65,7 +65,7 @@ def test_writing_replaces_an_artefact_and_leaves_nothing_beside_it(tmp_path: Pat
     assert names(folder) == [MANIFEST, TABLES]
 
 
-def test_a_folder_of_other_files_is_never_replaced(tmp_path: Path) -> None:
+def test_a_folder_with_other_files_is_never_replaced(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(ArtefactError, match=r"thesis\.tex"):
         artefact().write(tmp_path)
@@ -74,7 +74,7 @@ def test_a_folder_of_other_files_is_never_replaced(tmp_path: Path) -> None:
     assert names(tmp_path) == ["thesis.tex"]
 
 
-def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+def test_an_error_names_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ArtefactError, match="cannot write the artefact"):
         artefact().write(tmp_path / "file" / "a")
@@ -114,10 +114,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no schema": (lambda f: edit(f, schema=None), "schema None.*train"),
     "unknown norm": (lambda f: edit(f, norm="student"), "norm is 'student'"),
     "unknown features": (lambda f: edit(f, features={"kind": "lexical"}), "features must have exactly"),
-    "features no object": (lambda f: edit(f, features=3), "features must be an object"),
-    "cluster lost": (lambda f: edit(f, clusters=["code"], experts=["code"]), "shape"),
-    "clusters twice": (lambda f: edit(f, clusters=["code", "code", "math"]), "distinct"),
-    "clusters no list": (lambda f: edit(f, clusters="code"), "clusters must be a list"),
+    "features not an object": (lambda f: edit(f, features=3), "features must be an object"),
+    "cluster missing": (lambda f: edit(f, clusters=["code"], experts=["code"]), "shape"),
+    "duplicate cluster": (lambda f: edit(f, clusters=["code", "code", "math"]), "distinct"),
+    "clusters not a list": (lambda f: edit(f, clusters="code"), "clusters must be a list"),
     "experts too few": (lambda f: edit(f, experts=["code"]), "experts"),
     "method missing": (lambda f: edit(f, method=None), "method must be a string"),
     "threshold text": (lambda f: edit(f, margin_threshold="low"), "margin_threshold must be a number"),
@@ -126,7 +126,9 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize(("damage", "message"), DAMAGES.values(), ids=DAMAGES.keys())
-def test_every_damage_is_refused_in_words(tmp_path: Path, damage: Callable[[Path], object], message: str) -> None:
+def test_a_damaged_artefact_is_refused_with_its_reason(
+    tmp_path: Path, damage: Callable[[Path], object], message: str
+) -> None:
     folder = tmp_path / "a"
     artefact().write(folder)
     damage(folder)
@@ -135,7 +137,7 @@ def test_every_damage_is_refused_in_words(tmp_path: Path, damage: Callable[[Path
     assert str(folder) in str(caught.value)
 
 
-def test_wrong_types_inside_features_are_named(tmp_path: Path) -> None:
+def test_an_error_names_a_feature_setting_of_the_wrong_type(tmp_path: Path) -> None:
     artefact().write(tmp_path / "a")
     features = {**dataclasses.asdict(Features()), "ngrams": "2"}
     edit(tmp_path / "a", features=features)
@@ -143,24 +145,24 @@ def test_wrong_types_inside_features_are_named(tmp_path: Path) -> None:
         read(tmp_path / "a")
 
 
-def test_a_missing_folder_is_named(tmp_path: Path) -> None:
+def test_an_error_names_a_missing_folder(tmp_path: Path) -> None:
     with pytest.raises(ArtefactError, match=r"no artefact at .*nowhere"):
         read(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize("name", ["weights", "idf"])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_values_that_are_no_numbers_are_refused(name: str, value: float) -> None:
-    made = artefact()
-    table = getattr(made, name).copy()
+def test_values_that_are_not_finite_are_refused(name: str, value: float) -> None:
+    trained = artefact()
+    table = getattr(trained, name).copy()
     table.flat[3] = value
-    with pytest.raises(ValueError, match=f"'{name}' holds values"):
-        dataclasses.replace(made, **{name: table})
+    with pytest.raises(ValueError, match=f"'{name}' has values that are not finite"):
+        dataclasses.replace(trained, **{name: table})
 
 
 @pytest.mark.parametrize(("name", "message"), [("idf", "lacks the tensor 'idf'"), ("weights", "'weights' is float64")])
-def test_tables_of_another_make_are_refused(tmp_path: Path, name: str, message: str) -> None:
-    """A file that is whole but lacks a tensor or has another type."""
+def test_a_missing_tensor_or_a_wrong_tensor_type_is_refused(tmp_path: Path, name: str, message: str) -> None:
+    """The file is intact and its hash matches."""
     folder = tmp_path / "a"
     artefact().write(folder)
     tensors = load((folder / TABLES).read_bytes())

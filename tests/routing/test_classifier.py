@@ -1,4 +1,4 @@
-"""The folded table against the computation it stands for, and what a classification says."""
+"""The folded table against the computation it replaces, and the content of a classification."""
 
 import dataclasses
 import math
@@ -24,7 +24,7 @@ TEXTS = st.text(st.characters(), max_size=200) | st.lists(
 
 
 def unfolded(text: str, *, features: Features) -> dict[str, float]:
-    """The textbook way, in plain Python: TF-IDF rows by their lengths, centroids, cosines."""
+    """Compute the scores in plain Python: unit TF-IDF rows, centroids, cosines."""
     documents = [(name, Counter(features.terms(prompt))) for name, prompts in EXEMPLARS.items() for prompt in prompts]
     holders = Counter(term for _, counts in documents for term in counts)
     idf = {term: math.log((len(documents) + 1) / n) for term, n in holders.items()}
@@ -34,7 +34,7 @@ def unfolded(text: str, *, features: Features) -> dict[str, float]:
         return {term: value / length for term, value in row.items()} if length else {}
 
     def tfidf(counts: Counter[str]) -> dict[str, float]:
-        """Words that share a beginning each bring it along, and to the length as well."""
+        """Words that share a prefix each count it, in the row and in its length."""
         length = math.sqrt(sum(n * idf[term] ** 2 for term, n in counts.items() if term in idf)) or 1.0
         return {term: n * idf[term] / length for term, n in counts.items() if term in idf}
 
@@ -55,18 +55,18 @@ def unfolded(text: str, *, features: Features) -> dict[str, float]:
 def test_the_folded_table_gives_the_unfolded_scores(text: str, features: Features) -> None:
     classifier = CLASSIFIERS[features]
     scores = unfolded(text, features=features)
-    found = classifier.classify(text)
+    result = classifier.classify(text)
     ranked = sorted(scores.values(), reverse=True)
-    assert found.score == pytest.approx(min(1, ranked[0]), abs=1e-5)
-    assert found.score == pytest.approx(min(1, scores[found.cluster]), abs=1e-5)
-    assert found.margin == pytest.approx(ranked[0] - ranked[1], abs=1e-5)
-    assert found.runner_up is not None
-    assert scores[found.runner_up] == pytest.approx(ranked[1], abs=1e-5)
+    assert result.score == pytest.approx(min(1, ranked[0]), abs=1e-5)
+    assert result.score == pytest.approx(min(1, scores[result.cluster]), abs=1e-5)
+    assert result.margin == pytest.approx(ranked[0] - ranked[1], abs=1e-5)
+    assert result.runner_up is not None
+    assert scores[result.runner_up] == pytest.approx(ranked[1], abs=1e-5)
 
 
 @settings(deadline=None)
 @given(TEXTS)
-def test_no_text_raises_and_the_same_text_is_decided_the_same(text: str) -> None:
+def test_no_text_raises_and_decisions_are_repeatable(text: str) -> None:
     one, other = CLASSIFIERS[VARIANTS[0]], Classifier(artefact())
     assert one.classify(text) == other.classify(text)
     assert one.explain(text) == other.explain(text)
@@ -84,13 +84,13 @@ def test_the_terms_add_up_to_the_margin(text: str, features: Features) -> None:
 
 
 @pytest.mark.parametrize("text", ["", " \n", "\ud800\udfff", "Привет", "qwertyuiop", "the"])
-def test_a_text_of_nothing_telling_has_no_known_terms(text: str) -> None:
+def test_a_text_without_discriminative_terms_has_no_known_terms(text: str) -> None:
     assert Classifier(artefact()).classify(text).known_terms == 0
 
 
-def test_a_text_of_nothing_known_scores_nothing() -> None:
-    found = Classifier(artefact()).classify("Привет")
-    assert (found.score, found.margin) == (0.0, 0.0)
+def test_a_text_without_known_terms_scores_zero() -> None:
+    result = Classifier(artefact()).classify("Привет")
+    assert (result.score, result.margin) == (0.0, 0.0)
     assert Classifier(artefact()).explain("Привет") == ()
 
 
@@ -103,49 +103,49 @@ def test_a_text_of_nothing_known_scores_nothing() -> None:
         ("发烧", "medicine"),
     ],
 )
-def test_prompts_go_where_their_words_point(text: str, expert: str) -> None:
+def test_prompts_are_classified_by_their_words(text: str, expert: str) -> None:
     classifier = Classifier(artefact())
     assert classifier.classify(text).expert == expert
     assert classifier.explain(text)[0].weight > 0
 
 
-def test_the_margin_is_to_another_expert() -> None:
+def test_the_margin_is_the_distance_to_another_expert() -> None:
     """Two clusters of one expert do not compete."""
-    made = artefact()
-    alone = Classifier(made).classify("Solve the equation in Python")
-    merged = dataclasses.replace(made, experts=("stem", "stem", "medicine"))
-    found = Classifier(merged).classify("Solve the equation in Python")
-    assert found.expert == "stem"
-    assert found.runner_up == "medicine"
+    trained = artefact()
+    alone = Classifier(trained).classify("Solve the equation in Python")
+    merged = dataclasses.replace(trained, experts=("stem", "stem", "medicine"))
+    result = Classifier(merged).classify("Solve the equation in Python")
+    assert result.expert == "stem"
+    assert result.runner_up == "medicine"
     assert alone.margin is not None
-    assert found.margin is not None
-    assert found.margin > alone.margin
+    assert result.margin is not None
+    assert result.margin > alone.margin
 
 
 def test_one_expert_for_all_has_no_margin() -> None:
-    found = Classifier(dataclasses.replace(artefact(), experts=("all", "all", "all"))).classify("Solve x")
-    assert (found.expert, found.margin, found.runner_up) == ("all", None, None)
+    result = Classifier(dataclasses.replace(artefact(), experts=("all", "all", "all"))).classify("Solve x")
+    assert (result.expert, result.margin, result.runner_up) == ("all", None, None)
 
 
 def test_an_expert_outside_the_deployment_counts_as_none() -> None:
-    found = Classifier(artefact(), experts={"code", "medicine"}).classify("Solve 3x + 4 = 10")
-    assert (found.cluster, found.expert) == ("math", None)
-    assert found.runner_up in {"code", "medicine"}
+    result = Classifier(artefact(), experts={"code", "medicine"}).classify("Solve 3x + 4 = 10")
+    assert (result.cluster, result.expert) == ("math", None)
+    assert result.runner_up in {"code", "medicine"}
 
 
-def test_a_stored_artefact_decides_as_the_trained_one(tmp_path: Path) -> None:
-    made = artefact()
-    made.write(tmp_path / "a")
+def test_a_stored_artefact_decides_like_the_trained_one(tmp_path: Path) -> None:
+    trained = artefact()
+    trained.write(tmp_path / "a")
     stored = Classifier(read(tmp_path / "a"))
     for prompts in EXEMPLARS.values():
         for prompt in prompts:
-            assert stored.classify(prompt) == Classifier(made).classify(prompt)
-    assert stored.version == made.version
-    assert stored.margin_threshold == made.margin_threshold
+            assert stored.classify(prompt) == Classifier(trained).classify(prompt)
+    assert stored.version == trained.version
+    assert stored.margin_threshold == trained.margin_threshold
 
 
-def test_the_layout_of_the_weights_does_not_matter() -> None:
-    made = artefact()
-    turned = dataclasses.replace(made, weights=np.asfortranarray(made.weights))
-    assert turned.version == made.version
-    assert Classifier(turned).classify("Solve x^2") == Classifier(made).classify("Solve x^2")
+def test_the_memory_layout_of_the_weights_does_not_matter() -> None:
+    trained = artefact()
+    turned = dataclasses.replace(trained, weights=np.asfortranarray(trained.weights))
+    assert turned.version == trained.version
+    assert Classifier(turned).classify("Solve x^2") == Classifier(trained).classify("Solve x^2")

@@ -1,4 +1,4 @@
-"""What training makes of exemplars, and which exemplars it refuses."""
+"""Training from exemplars, and the exemplars that it refuses."""
 
 from string import ascii_lowercase
 
@@ -12,12 +12,12 @@ from tests.routing.samples import EXEMPLARS, artefact
 
 
 def test_each_expert_gets_a_cluster_of_its_name() -> None:
-    made = artefact()
-    assert made.clusters == made.experts == ("code", "math", "medicine")
-    assert made.method == "exemplars"
+    trained = artefact()
+    assert trained.clusters == trained.experts == ("code", "math", "medicine")
+    assert trained.method == "exemplars"
 
 
-def test_every_exemplar_is_decided_for_its_expert() -> None:
+def test_every_exemplar_is_classified_as_its_expert() -> None:
     classifier = Classifier(artefact())
     for name, prompts in EXEMPLARS.items():
         for prompt in prompts:
@@ -29,18 +29,18 @@ def test_the_order_of_the_experts_does_not_matter() -> None:
     assert turned.version == artefact().version
 
 
-def test_other_prompts_are_another_fingerprint() -> None:
+def test_other_prompts_give_another_fingerprint() -> None:
     other = train({**EXEMPLARS, "math": ["What is 1 + 1?"]})
     assert other.training["data"] != artefact().training["data"]
 
 
-def test_a_prompt_listed_twice_and_blank_ones_count_once_and_not_at_all() -> None:
+def test_repeated_prompts_count_once_and_blank_prompts_are_ignored() -> None:
     again = {**EXEMPLARS, "math": [*EXEMPLARS["math"], "", "  \n", EXEMPLARS["math"][0]]}
     assert train(again).version == artefact().version
 
 
-def test_the_threshold_lies_below_nearly_all_right_margins() -> None:
-    """One in twenty of the exemplars decided rightly when left out may fall below it."""
+def test_the_threshold_lies_below_most_margins_of_correct_predictions() -> None:
+    """About 5 % of the held-out exemplars that are classified correctly fall below it."""
     rng = np.random.default_rng(0)
     topics = {name: [f"{letter}{name}" for letter in ascii_lowercase] for name in ("x", "y")}
     shared = [f"{letter}z" for letter in ascii_lowercase]
@@ -48,26 +48,26 @@ def test_the_threshold_lies_below_nearly_all_right_margins() -> None:
         name: [" ".join([*rng.choice(own, 4), *rng.choice(shared, 8)]) for _ in range(40)]
         for name, own in topics.items()
     }
-    made = train(exemplars)
-    scores = made.training["scores"]
+    trained = train(exemplars)
+    scores = trained.training["scores"]
     assert isinstance(scores, dict)
     assert scores["left_out_accuracy"] > 0.9
-    assert 0 < made.margin_threshold < 1
+    assert 0 < trained.margin_threshold < 1
     assert 0.03 < scores["low_margin_share"] < 0.15
 
 
 def test_one_exemplar_each_is_enough_to_train() -> None:
-    """Left out, such an expert knows nothing, so no margin can be learnt and none is demanded."""
-    made = train({"a": ["sorting algorithms"], "b": ["blood pressure"]})
-    assert made.margin_threshold == 0.0
-    assert Classifier(made).classify("high pressure").expert == "b"
+    """A held-out exemplar leaves its expert without any, so there are no margins, and the threshold is 0."""
+    trained = train({"a": ["sorting algorithms"], "b": ["blood pressure"]})
+    assert trained.margin_threshold == 0.0
+    assert Classifier(trained).classify("high pressure").expert == "b"
 
 
-def test_words_that_most_experts_share_are_not_telling() -> None:
-    made = artefact()
-    telling = dict(zip(made.terms, made.telling.tolist(), strict=True))
-    assert telling["what"] == 0
-    assert telling["derivative"] == 1
+def test_words_that_most_experts_share_are_not_discriminative() -> None:
+    trained = artefact()
+    discriminative = dict(zip(trained.terms, trained.discriminative.tolist(), strict=True))
+    assert discriminative["what"] == 0
+    assert discriminative["derivative"] == 1
 
 
 @pytest.mark.parametrize(
@@ -82,11 +82,11 @@ def test_words_that_most_experts_share_are_not_telling() -> None:
         ({"a": ["some text"], "b": ["x", 3]}, "exemplar 1 of expert 'b' is of type int"),
         (
             {"a": ["x", "Same  Text"], "b": ["same text"]},
-            "exemplar 0 of expert 'b' reads like exemplar 1 of expert 'a'",
+            "exemplar 0 of expert 'b' has the same terms as exemplar 1 of expert 'a'",
         ),
     ],
     ids=str,
 )
-def test_exemplars_that_cannot_be_learnt_from_are_named(exemplars: dict[str, list[str]], message: str) -> None:
+def test_an_error_names_unusable_exemplars(exemplars: dict[str, list[str]], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         train(exemplars)

@@ -1,4 +1,4 @@
-"""Text -> terms: what is kept, and in which scripts."""
+"""Splitting a text into terms, in several scripts."""
 
 import pytest
 from hypothesis import given, settings
@@ -14,7 +14,7 @@ def tokens(text: str, **options: object) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("text", "found"),
+    ("text", "terms"),
     [
         ("What is x^2 + 3?", ["what", "is", "x", "0", "^", "+", "?"]),
         ("foo_bar(42)", ["foo_bar", "00", "(", ")"]),
@@ -30,11 +30,11 @@ def tokens(text: str, **options: object) -> list[str]:
         ("It’s “so” – really…", ["it", "s", "so", "really", "'", '"', "-", "."]),
     ],
 )
-def test_words_symbols_and_digits_are_kept_in_any_script(text: str, found: list[str]) -> None:
-    assert tokens(text) == found
+def test_words_symbols_and_digits_are_kept_in_any_script(text: str, terms: list[str]) -> None:
+    assert tokens(text) == terms
 
 
-def test_digits_stay_as_they_are_when_not_folded() -> None:
+def test_digits_are_kept_when_not_folded() -> None:
     assert tokens("17 of x1 ü2", fold_numbers=False) == ["17", "of", "x1", "ü2"]
 
 
@@ -43,9 +43,9 @@ def test_terms_are_tokens_prefixes_and_pairs() -> None:
     assert terms == ["my", "codes", "*", "code*", "my codes", "codes my"]
 
 
-def test_cbtm_reads_words_as_often_as_they_stand_there() -> None:
-    found = Features(kind="cbtm", prefix=0).terms("The 3 cats, 3rd cats: x = über_1")
-    assert found == ["the", "cats", "cats", "über_1"]
+def test_cbtm_gives_words_with_repeats() -> None:
+    result = Features(kind="cbtm", prefix=0).terms("The 3 cats, 3rd cats: x = über_1")
+    assert result == ["the", "cats", "cats", "über_1"]
 
 
 def test_only_the_window_is_read() -> None:
@@ -56,8 +56,8 @@ def test_only_the_window_is_read() -> None:
 
 @settings(deadline=None)
 @given(st.text(st.characters(max_codepoint=127), max_size=200))
-def test_the_two_ways_to_split_agree(text: str) -> None:
-    """What is not ASCII goes another way; one such letter at the end changes nothing before it."""
+def test_the_ascii_and_the_unicode_path_agree(text: str) -> None:
+    """A text with one letter beyond ASCII takes the Unicode path and gives the same other terms."""
     plain, other = tokens(text), tokens(f"{text} é")
     assert sorted(other) == sorted([*plain, "é"])
 
@@ -76,7 +76,7 @@ def test_clip_gives_the_longest_start_that_fits(text: str, window_bytes: int) ->
 @settings(deadline=None)
 @given(ANY_TEXT)
 def test_no_term_is_ambiguous_or_breaks_a_line(text: str) -> None:
-    """Vocabularies are stored as lines, and a term's form says what it is."""
+    """Vocabularies are stored one term per line, and the form of a term shows its kind."""
     for term in Features(ngrams=2).terms(text):
         assert "\n" not in term
         assert term.count(" ") <= 1
@@ -88,6 +88,6 @@ def test_no_term_is_ambiguous_or_breaks_a_line(text: str) -> None:
     [{"kind": "svd"}, {"kind": "cbtm"}, {"window_bytes": 0}, {"ngrams": 3}, {"ngrams": 0}, {"prefix": -1}],
     ids=str,
 )
-def test_settings_out_of_range_are_named(wrong: dict[str, object]) -> None:
+def test_an_error_names_a_setting_out_of_range(wrong: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         Features(**wrong)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Who gets a prompt under each policy, how the reason reads, and who comes next."""
+"""The chosen expert, the reason and the order of substitutes under each policy."""
 
 import dataclasses
 
@@ -18,8 +18,8 @@ MATHS = "Solve the equation 3x + 4 = 10 and prove it"
 def by_classifier(
     *, fallback: str | None = "general", threshold: float = 0.0, experts: set[str] | None = None
 ) -> Policy:
-    made = dataclasses.replace(artefact(), margin_threshold=threshold)
-    return build_policy(kind="classifier", classifier=Classifier(made, experts=experts), fallback=fallback)
+    trained = dataclasses.replace(artefact(), margin_threshold=threshold)
+    return build_policy(kind="classifier", classifier=Classifier(trained, experts=experts), fallback=fallback)
 
 
 def test_a_clear_prompt_goes_to_its_expert() -> None:
@@ -32,12 +32,12 @@ def test_a_clear_prompt_goes_to_its_expert() -> None:
     assert policy.order(decision) == ("math", decision.runner_up, "general")
 
 
-def test_the_classifier_decides_whoever_is_ready() -> None:
-    """Readiness is the router's: it walks the order."""
+def test_the_classifier_ignores_readiness() -> None:
+    """The router checks readiness and walks the order."""
     assert by_classifier().select(MATHS, ready={}).expert == "math"
 
 
-def test_a_low_margin_goes_to_the_fallback_and_still_names_what_was_seen() -> None:
+def test_a_low_margin_goes_to_the_fallback_and_still_names_the_cluster() -> None:
     policy = by_classifier(threshold=2.0)
     decision = policy.select(MATHS, ready=READY)
     assert (decision.expert, decision.cluster, decision.reason) == ("general", "math", RouteReason.LOW_MARGIN)
@@ -56,13 +56,13 @@ def test_a_low_margin_without_fallback_goes_to_the_best_expert() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "Привет", "\ud800"])
-def test_without_known_terms_nothing_is_claimed(text: str) -> None:
+def test_without_known_terms_no_cluster_is_reported(text: str) -> None:
     policy = by_classifier()
     assert policy.select(text, ready=READY) == Decision("general", RouteReason.NO_KNOWN_TERMS)
     assert policy.order(Decision("general", RouteReason.NO_KNOWN_TERMS)) == ("general",)
 
 
-def test_without_known_terms_or_fallback_somebody_answers() -> None:
+def test_without_known_terms_or_fallback_some_expert_is_chosen() -> None:
     decision = by_classifier(fallback=None).select("Привет", ready=READY)
     assert decision.expert in {"code", "math", "medicine"}
     assert decision.reason is RouteReason.NO_KNOWN_TERMS
@@ -81,7 +81,7 @@ def test_a_cluster_without_expert_or_fallback_goes_to_the_runner_up() -> None:
     assert decision.expert in {"code", "medicine"}
 
 
-def test_a_table_without_any_expert_names_nobody() -> None:
+def test_without_any_expert_none_is_chosen() -> None:
     policy = by_classifier(experts=set(), fallback=None)
     decision = policy.select(MATHS, ready=READY)
     assert (decision.expert, decision.reason) == (None, RouteReason.UNAVAILABLE)
@@ -103,7 +103,7 @@ def test_round_robin_takes_turns_by_name() -> None:
     assert policy.order(Decision("code", RouteReason.POLICY)) == ("code", "general")
 
 
-def test_least_in_flight_takes_the_least_loaded_and_equals_in_turn() -> None:
+def test_least_in_flight_chooses_the_least_loaded_and_breaks_ties_in_turn() -> None:
     policy = build_policy(kind="least_in_flight")
     assert policy.select("x", ready={"a": 2, "b": 1, "c": 3}).expert == "b"
     chosen = [policy.select("x", ready={"a": 1, "b": 5, "c": 1}).expert for _ in range(3)]
@@ -111,12 +111,12 @@ def test_least_in_flight_takes_the_least_loaded_and_equals_in_turn() -> None:
 
 
 @pytest.mark.parametrize("kind", ["round_robin", "least_in_flight"])
-def test_with_nobody_ready_nobody_is_named(kind: str) -> None:
+def test_without_ready_experts_none_is_chosen(kind: str) -> None:
     policy = build_policy(kind=kind, fallback="general")
     assert policy.select("x", ready={}) == Decision(None, RouteReason.UNAVAILABLE)
 
 
-def test_model_field_gives_auto_to_the_fallback_or_to_nobody() -> None:
+def test_model_field_gives_auto_to_the_fallback_or_to_no_expert() -> None:
     policy = build_policy(kind="model_field", fallback="general")
     assert policy.select(MATHS, ready=READY) == Decision("general", RouteReason.POLICY)
     assert policy.order(policy.select(MATHS, ready=READY)) == ("general",)
@@ -124,7 +124,7 @@ def test_model_field_gives_auto_to_the_fallback_or_to_nobody() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_explaining_moves_nothing(kind: str) -> None:
+def test_explaining_changes_no_state(kind: str) -> None:
     policy = build_policy(kind=kind, classifier=Classifier(artefact()), fallback="general")
     first = policy.explain(MATHS, ready=READY)
     assert policy.explain(MATHS, ready=READY) == first
@@ -161,7 +161,7 @@ def test_an_unknown_policy_or_a_missing_classifier_is_refused() -> None:
     st.sets(st.sampled_from(["code", "math", "medicine"])),
     st.sampled_from([0.0, 0.1, 2.0]),
 )
-def test_the_order_starts_with_the_choice_and_names_nobody_twice(
+def test_the_order_starts_with_the_choice_and_has_no_duplicates(
     text: str, fallback: str | None, experts: set[str], threshold: float
 ) -> None:
     policy = by_classifier(fallback=fallback, experts=experts, threshold=threshold)

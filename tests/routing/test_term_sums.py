@@ -1,4 +1,4 @@
-"""The sums of a table's rows: the terms that training names, exactly, however odd or long the text."""
+"""Sums of table rows: they cover exactly the terms of `Features.terms`, for any text."""
 
 from collections import Counter
 
@@ -24,14 +24,14 @@ def one_column(values: dict[str, float], **options: object) -> TermSums:
 
 @settings(deadline=None)
 @given(st.lists(ANY_TEXT, min_size=1, max_size=5), ANY_TEXT, FEATURES)
-def test_the_rows_add_up_to_those_of_the_terms(texts: list[str], text: str, features: Features) -> None:
+def test_the_sums_count_the_terms_of_the_text(texts: list[str], text: str, features: Features) -> None:
     vocabulary = vocabulary_of(texts, features=features)
-    added = TermSums(vocabulary.terms, np.eye(len(vocabulary), dtype=np.float32), features=features)
+    sums = TermSums(vocabulary.terms, np.eye(len(vocabulary), dtype=np.float32), features=features)
     for each in [*texts, text]:
-        found = {term: int(n) for term, n in zip(vocabulary.terms, added.of(each), strict=True) if n}
-        assert found == {term: n for term, n in Counter(features.terms(each)).items() if term in vocabulary.terms}
+        result = {term: int(n) for term, n in zip(vocabulary.terms, sums.sums(each), strict=True) if n}
+        assert result == {term: n for term, n in Counter(features.terms(each)).items() if term in vocabulary.terms}
         counts = counts_of([each], vocabulary=vocabulary)
-        assert {vocabulary.terms[t]: int(n) for t, n in zip(counts.term, counts.count, strict=True)} == found
+        assert {vocabulary.terms[t]: int(n) for t, n in zip(counts.term, counts.count, strict=True)} == result
 
 
 @st.composite
@@ -45,57 +45,59 @@ def tables(draw: st.DrawFn) -> tuple[list[str], Floats]:
 
 @settings(deadline=None)
 @given(tables(), st.lists(st.text("abcde", min_size=1, max_size=7), max_size=60), st.booleans())
-def test_the_sums_are_as_near_as_the_largest_value_of_their_column_allows(
-    table: tuple[list[str], Floats], words: list[str], fine: bool
+def test_the_rounding_error_is_bounded_by_the_largest_value_of_the_column(
+    table: tuple[list[str], Floats], words: list[str], wide_lanes: bool
 ) -> None:
     terms, values = table
-    added = TermSums(terms, values, features=Features(prefix=0), fine=fine)
+    sums = TermSums(terms, values, features=Features(prefix=0), wide_lanes=wide_lanes)
     known = [values[terms.index(word)].astype(float) for word in set(words) if word in terms]
-    near = np.abs(values).max(axis=0).astype(float) * 2.0 ** (-52 if fine else -20) * max(1, len(known)) + 2.0**-70
-    assert (np.abs(np.array(added.of(" ".join(words))) - sum(known, np.zeros(3))) <= near).all()
+    near = (
+        np.abs(values).max(axis=0).astype(float) * 2.0 ** (-52 if wide_lanes else -20) * max(1, len(known)) + 2.0**-70
+    )
+    assert (np.abs(np.array(sums.sums(" ".join(words))) - sum(known, np.zeros(3))) <= near).all()
 
 
-@pytest.mark.parametrize("fine", [False, True])
+@pytest.mark.parametrize("wide_lanes", [False, True])
 @pytest.mark.parametrize("ngrams", [1, 2])
 @pytest.mark.parametrize("sign", [1, -1])
-def test_no_text_is_too_long_for_its_lanes(sign: int, ngrams: int, fine: bool) -> None:
-    """As many terms as a window holds, each at the largest value, and a column beside it that must not notice."""
+def test_the_longest_text_does_not_overflow_its_lane(sign: int, ngrams: int, wide_lanes: bool) -> None:
+    """A full window of terms with the largest value changes only its own column, not the neighbours."""
     words = [chr(a) + chr(b) for a in range(0x4E00, 0x4E40) for b in range(0x61, 0x7B)]
     text = "".join(words)
     features = Features(prefix=0, ngrams=ngrams)
     terms = vocabulary_of([text], features=features).terms
     table = np.array([[0, sign * 3.7, 0]] * len(terms), np.float32)
-    below, value, above = TermSums(terms, table, features=features, fine=fine).of(text)
+    below, value, above = TermSums(terms, table, features=features, wide_lanes=wide_lanes).sums(text)
     assert value == pytest.approx(sign * 3.7 * len(features.terms(text)), rel=1e-5)
     assert (below, above) == (0, 0)
 
 
-def test_what_normalising_makes_of_a_window_is_bounded() -> None:
-    """One character of three bytes is four words."""
+def test_the_number_of_words_after_normalisation_is_limited() -> None:
+    """NFKC turns this single character of three bytes into four words."""
     features = Features(prefix=0, window_bytes=4)
     terms = features.terms("\ufdfa")
     assert len(terms) == 4
-    assert TermSums(terms, np.full((4, 1), 5, np.float32), features=features).of("\ufdfa") == [15]
+    assert TermSums(terms, np.full((4, 1), 5, np.float32), features=features).sums("\ufdfa") == [15]
 
 
-def test_a_table_without_terms_knows_nothing() -> None:
-    assert TermSums((), np.ones((0, 3), np.float32), features=Features()).of("some text") == [0, 0, 0]
+def test_without_terms_all_sums_are_zero() -> None:
+    assert TermSums((), np.ones((0, 3), np.float32), features=Features()).sums("some text") == [0, 0, 0]
 
 
-def test_what_is_kept_of_unknown_words_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(term_sums, "MOST_TOKENS", 10)
-    added = one_column({"diabetes": 1, "diabe*": 2})
-    least = len(added._words)
+def test_the_cache_of_unknown_words_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(term_sums, "MAX_TOKENS", 10)
+    sums = one_column({"diabetes": 1, "diabe*": 2})
+    initial = len(sums._token_rows)
     for number in range(100):
-        added.of(f"word{chr(97 + number % 26)}{chr(97 + number // 26)}")
-        assert len(added._words) <= least + 10
-    assert added.of("diabetes") == [3]
-    assert added.of("diabetic") == [2]
+        sums.sums(f"word{chr(97 + number % 26)}{chr(97 + number // 26)}")
+        assert len(sums._token_rows) <= initial + 10
+    assert sums.sums("diabetes") == [3]
+    assert sums.sums("diabetic") == [2]
 
 
-def test_each_term_says_what_it_adds() -> None:
-    added = one_column({"diabetes": 1, "diabe*": 2, "+": 4, "the": 8, "of the": 16}, ngrams=2)
-    assert added.by_term("Of the + diabetes, diabetic; diabetics") == {
+def test_by_term_gives_the_contribution_of_each_term() -> None:
+    sums = one_column({"diabetes": 1, "diabe*": 2, "+": 4, "the": 8, "of the": 16}, ngrams=2)
+    assert sums.by_term("Of the + diabetes, diabetic; diabetics") == {
         "the": [8],
         "of the": [16],
         "+": [4],

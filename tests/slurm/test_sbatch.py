@@ -18,7 +18,7 @@ from hpc_router.routing.classifier import Classifier
 from hpc_router.state.job_records import FailureReason, JobDir
 from hpc_router.state.registry import Reader, Record, RecordKind, State
 from hpc_router.state.run_directory import RunDir
-from tests.routing.training.samples import prompts, written
+from tests.routing.training.samples import prompts, write_jsonl
 from tests.slurm.cluster import SlurmCluster
 from tests.support.needs import ROOT
 from tests.support.processes import with_word
@@ -180,7 +180,7 @@ def test_a_training_makes_an_artefact(by_hand: ByHand) -> None:
     pytest.importorskip("sklearn", reason="features=lexical needs scikit-learn")
     folder = by_hand.cluster.shared / "it's trained"
     folder.mkdir()
-    data, output = written(folder / "the prompts.jsonl", prompts()), folder / "the artefact"
+    data, output = write_jsonl(folder / "the prompts.jsonl", prompts()), folder / "the artefact"
     words = (str(data), str(output), "features=lexical")
     number = by_hand.submit("train.sbatch", *words, "method=exemplars", options=("--nodelist=n1",))
     refused = by_hand.submit("train.sbatch", *words, "clusters=1", options=("--nodelist=c1",))

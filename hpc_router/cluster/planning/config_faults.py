@@ -69,7 +69,7 @@ def _policy_faults(deployment: Deployment, taught: Mapping[str, list[str]]) -> I
         return
     try:
         if policy.artefact is None:
-            exemplars.check(dict(taught), features=Features())
+            exemplars.usable_exemplars(dict(taught), features=Features())
         else:
             artefact.read(Path(policy.artefact))
     except ArtefactError as error:
@@ -108,7 +108,7 @@ def _unreached(deployment: Deployment) -> Iterator[str]:
         reached = {name for name, expert in deployment.experts.items() if expert.exemplars}
         why, cure = "no exemplars", "they answer by name"
     else:
-        reached = artefact.experts_of(Path(policy.artefact))
+        reached = artefact.read_experts(Path(policy.artefact))
         why, cure = f"no cluster of policy.artefact={policy.artefact} is theirs", "`hpc-router classify assign`"
     unreached = [name for name in deployment.experts if name not in reached and name != policy.fallback]
     if unreached:

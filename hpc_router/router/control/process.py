@@ -36,7 +36,7 @@ from hpc_router.router.replicas.sessions import Sessions, Turn
 from hpc_router.router.replicas.snapshot import View, give_columns, take_over, view_of
 from hpc_router.router.replicas.table import ReplicaTable
 from hpc_router.router.worker.control_client import REPORT_S
-from hpc_router.routing.artefact import training_of
+from hpc_router.routing.artefact import read_training
 from hpc_router.routing.policy import Policy, versions
 from hpc_router.state.io_thread import FileThread
 from hpc_router.state.lease import Lease
@@ -239,7 +239,7 @@ class ControlProcess:
         if self._trained[0] != self.artefact:
             folder = artefact_folder(self.run, self.deployment)
             try:
-                self._trained = await self.files.run(partial(training_of, folder))
+                self._trained = await self.files.run(partial(read_training, folder))
             except HpcRouterError:  # it is being replaced, or unreadable: the routers decide from memory
                 return None
         version, training = self._trained

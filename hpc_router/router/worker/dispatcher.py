@@ -47,7 +47,7 @@ from hpc_router.router.replicas.table import QueueFullError, ReplicaLostError, R
 from hpc_router.router.worker.request_body import ApiCall
 from hpc_router.router.worker.retry_budget import RetryBudget
 from hpc_router.routing.policy import RouteReason
-from hpc_router.routing.prompt_text import opening
+from hpc_router.routing.prompt_text import first_user_message
 from hpc_router.state.registry import RecordKind
 
 logger = logging.getLogger(__name__)
@@ -113,7 +113,7 @@ class RoutedRequest:
         session = self.request.headers.get(_SESSION)
         if session is not None:
             return affinity_slot(session)
-        text = opening(self.call.fields)
+        text = first_user_message(self.call.fields)
         return None if text is None else affinity_slot(text[:KEY_CHARS].encode("utf-8", "backslashreplace"))
 
 

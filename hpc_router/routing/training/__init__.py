@@ -1,1 +1,1 @@
-"""Training of classifier artefacts. Needs the `train` extra; the router never imports it."""
+"""Trains classifier artefacts from files of prompts. Needs the `train` extra; the router must not import it."""

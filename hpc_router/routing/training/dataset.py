@@ -1,9 +1,9 @@
-"""A file of prompts -> rows to train on, or to evaluate with.
+"""Reads files of prompts for training and evaluation.
 
-JSON lines: `prompt` or `text`, or an API request body; `id`, `domain`, `expert`, `correct` and `cost` (by expert) where
-known. Whatever cannot be read is refused with file and line. Rows without a word are left out and counted; the same
-prompt twice counts once in training (with two different labels it is refused there), and twice in an evaluation. A
-corpus may also be plain text, one passage a line.
+JSON lines with `prompt` or `text`, or API request bodies; optionally `id`, `domain`, `expert`, and `correct` and `cost`
+by expert. An invalid line is an error that names file and line. Training leaves out rows without text and repeated
+prompts and counts them, and refuses a prompt with two different labels; an evaluation keeps repeated prompts. A corpus
+may also be plain text, one passage per line.
 """
 
 import hashlib
@@ -17,13 +17,12 @@ from hpc_router.errors import ConfigError
 from hpc_router.routing.prompt_text import RequestError, prompt_text
 from hpc_router.state.atomic_files import lines_of
 
-LABELS: Final = ("expert", "domain")
-_BODY: Final = ("messages", "input", "prompt")
+_BODY_FIELDS: Final = ("messages", "input", "prompt")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """`line` counts from 1; `id` is the row's own or its line from 0."""
+    """One prompt. `line` counts from 1; `id` is the given one, or the number of the line from 0."""
 
     line: int
     id: str | int
@@ -35,19 +34,20 @@ class Row:
 
     @property
     def label(self) -> str | None:
+        """The expert, else the domain."""
         return self.expert if self.expert is not None else self.domain
 
 
 def read_rows(path: Path) -> list[Row]:
-    """All rows in order, those without text included. Raises ConfigError naming file and line."""
+    """Return all rows in order, including those without text. Raises ConfigError with file and line."""
     rows = [_row(line, number, f"{path}:{number}") for number, line in lines_of(path)]
     if not rows:
-        raise ConfigError(f"{path}: it contains no prompt")
+        raise ConfigError(f"{path}: the file contains no prompt")
     return rows
 
 
 def read_corpus(path: Path) -> list[str]:
-    """Distinct passages in order. JSON lines, when the first line is a JSON object, else plain text."""
+    """Return the distinct passages in order. A file whose first line starts with `{` is JSON lines, else plain text."""
     lines = list(lines_of(path))
     if lines and lines[0][1].lstrip().startswith("{"):
         texts = [_row(line, number, f"{path}:{number}").text for number, line in lines]
@@ -56,8 +56,12 @@ def read_corpus(path: Path) -> list[str]:
     return list(dict.fromkeys(text for text in texts if text.strip()))
 
 
-def distinct(rows: Sequence[Row], *, path: Path, need_label: bool) -> tuple[list[Row], int]:
-    """The rows to train on, and how many were left out. Raises ConfigError for one prompt under two labels."""
+def deduplicated(rows: Sequence[Row], *, path: Path, need_label: bool) -> tuple[list[Row], int]:
+    """Return the rows to train on and the number of rows left out.
+
+    Prompts that differ only in case or spaces are the same prompt. With `need_label`, raises ConfigError for a row
+    without a label and for a prompt with two different labels.
+    """
     seen: dict[str, Row] = {}
     for row in rows:
         key = " ".join(row.text.lower().split())
@@ -66,16 +70,19 @@ def distinct(rows: Sequence[Row], *, path: Path, need_label: bool) -> tuple[list
         first = seen.setdefault(key, row)
         if need_label:
             if row.label is None:
-                raise ConfigError(f'{path}:{row.line}: no "expert" or "domain"; method=exemplars needs one in each row')
+                raise ConfigError(
+                    f'{path}:{row.line}: no "expert" or "domain"; method=exemplars needs one of them in each row'
+                )
             if row.label != first.label:
                 raise ConfigError(
-                    f"{path}:{row.line}: the same prompt as line {first.line}, which says "
-                    f"'{first.label}' and not '{row.label}'; it can be an example for one only"
+                    f"{path}:{row.line}: the same prompt as line {first.line}, but labelled '{row.label}' instead of "
+                    f"'{first.label}'; a prompt can have one label only"
                 )
     return list(seen.values()), len(rows) - len(seen)
 
 
 def fingerprint(rows: Sequence[Row]) -> str:
+    """Return a SHA-256 of the rows, without their ids and line numbers."""
     content = [[row.text, row.domain, row.expert, dict(row.correct), dict(row.cost)] for row in rows]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -87,12 +94,12 @@ def _row(line: str, number: int, place: str) -> Row:
         raise ConfigError(f"{place}: not JSON ({error})") from error
     if not isinstance(value, dict):
         raise ConfigError(f"{place}: not a JSON object")
-    identity = value.get("id", number - 1)
-    if not isinstance(identity, str | int):
-        raise ConfigError(f'{place}: "id" must be text or a number')
+    row_id = value.get("id", number - 1)
+    if not isinstance(row_id, str | int):
+        raise ConfigError(f'{place}: "id" must be a string or an integer')
     return Row(
         line=number,
-        id=identity,
+        id=row_id,
         text=_text(value, place),
         domain=_name(value, "domain", place),
         expert=_name(value, "expert", place),
@@ -102,7 +109,7 @@ def _row(line: str, number: int, place: str) -> Row:
 
 
 def _text(value: Mapping[str, Any], place: str) -> str:
-    if isinstance(value.get("text"), str) and not any(name in value for name in _BODY):
+    if isinstance(value.get("text"), str) and not any(name in value for name in _BODY_FIELDS):
         text: str = value["text"]
     else:
         try:
@@ -111,20 +118,20 @@ def _text(value: Mapping[str, Any], place: str) -> str:
             raise ConfigError(
                 f'{place}: {error} (valid: {{"prompt": "..."}}, {{"text": "..."}}, a request body)'
             ) from error
-    return text.encode("utf-8", "ignore").decode()  # what JSON's \\ud800 makes is no text
+    return text.encode("utf-8", "ignore").decode()  # drops lone surrogates (JSON's \\ud800)
 
 
 def _name(value: Mapping[str, Any], key: str, place: str) -> str | None:
     name = value.get(key)
     if name is not None and (not isinstance(name, str) or not name):
-        raise ConfigError(f'{place}: "{key}" must be text')
+        raise ConfigError(f'{place}: "{key}" must be a non-empty string')
     return name
 
 
 def _numbers(value: Mapping[str, Any], key: str, place: str) -> dict[str, float]:
-    given = value.get(key)
-    if given is None:
+    numbers = value.get(key)
+    if numbers is None:
         return {}
-    if not isinstance(given, dict) or not all(isinstance(v, int | float) and v == v for v in given.values()):
-        raise ConfigError(f'{place}: "{key}" must be an object of numbers (or true and false) by expert')
-    return {str(name): float(number) for name, number in given.items()}
+    if not isinstance(numbers, dict) or not all(isinstance(v, int | float) and v == v for v in numbers.values()):
+        raise ConfigError(f'{place}: "{key}" must be an object that maps experts to numbers, true or false')
+    return {str(name): float(number) for name, number in numbers.items()}

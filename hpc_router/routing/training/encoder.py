@@ -1,12 +1,11 @@
-"""A sentence encoder as a teacher: texts -> unit vectors, by mean pooling over its last layer.
+"""Sentence encoders: texts -> unit vectors, by mean pooling over the last layer.
 
-Any folder or hub id that transformers can load. Its own vocabulary is text as well: every whole word in it is a
-passage that the student can learn from, so that it knows words which no training prompt holds.
+An encoder is any folder or hub id that transformers loads. Its vocabulary serves as training text too: the student
+learns every whole word of it, and so knows words that occur in no training prompt.
 """
 
 import hashlib
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, Final, Protocol
 
 import numpy as np
@@ -14,53 +13,50 @@ import numpy as np
 from hpc_router.errors import ConfigError
 from hpc_router.routing.features import Floats
 
-BATCH: Final = 64
+BATCH_SIZE: Final = 64
 MAX_TOKENS: Final = 128
+"""Longer texts are truncated."""
 MAX_WORDS: Final = 40_000
 
-Progress = Callable[[str, int, int], None]
-"""What is done, how far, of how much."""
+ProgressCallback = Callable[[str, int, int], None]
+"""Called with the name of a stage, the number of steps done, and their total."""
 
 
 class Teacher(Protocol):
-    """What a student needs of an encoder."""
+    """The part of an encoder that training a student needs."""
 
-    def words(self) -> list[str]: ...
+    def words(self) -> list[str]:
+        """Return the whole words of the encoder's vocabulary, sorted."""
 
-    def encode(self, texts: Sequence[str], *, what: str, progress: Progress) -> Floats:
-        """texts x dimensions, of length one."""
+    def encode(self, texts: Sequence[str], *, stage: str, progress: ProgressCallback) -> Floats:
+        """Return texts x dimensions, in rows of length one."""
 
-    def fingerprint(self) -> str: ...
+    def fingerprint(self) -> str:
+        """Return a hash of the encoder's weights."""
 
 
 class Encoder:
     def __init__(self, source: str) -> None:
-        """Raises ConfigError where it cannot be loaded."""
+        """`source`: folder or hub id. Raises ConfigError if it cannot be loaded."""
         try:
             import torch
             from transformers import AutoModel, AutoTokenizer
-            from transformers.utils import logging as noise
+            from transformers.utils import logging as transformers_logging
         except ImportError as error:
             raise ConfigError(
                 f"features=distilled needs {error.name}: pip install 'hpc-router[train]' (or features=lexical)"
             ) from error
-        noise.set_verbosity_error()
-        noise.disable_progress_bar()
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
         self._torch = torch
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(source)
             self._model: Any = AutoModel.from_pretrained(source).eval()
         except (OSError, ValueError, KeyError) as error:
-            first = str(error).strip().split("\n")[0]
-            raise ConfigError(f"encoder={source}: no sentence encoder could be loaded: {first}") from error
-        self.source = source
-
-    @property
-    def dimensions(self) -> int:
-        return int(self._model.config.hidden_size)
+            first_line = str(error).strip().split("\n")[0]
+            raise ConfigError(f"encoder={source}: cannot load a sentence encoder: {first_line}") from error
 
     def fingerprint(self) -> str:
-        """Of its weights."""
         digest = hashlib.sha256()
         for name, tensor in sorted(self._model.state_dict().items()):
             digest.update(name.encode())
@@ -68,22 +64,21 @@ class Encoder:
         return digest.hexdigest()[:16]
 
     def words(self) -> list[str]:
-        """The whole words of its vocabulary, sorted."""
-        marks = ("\u0120", "\u2581")  # how byte-level and sentence-piece vocabularies mark a word's beginning
+        word_marks = ("\u0120", "\u2581")  # the start of a word in byte-level and SentencePiece vocabularies
         tokens = list(self._tokenizer.get_vocab())
-        marked = [token[1:] for token in tokens if token.startswith(marks)]
+        marked = [token[1:] for token in tokens if token.startswith(word_marks)]
         words = marked or [token for token in tokens if not token.startswith("##")]
-        return sorted({word.lower() for word in words if len(word) > 1 and word.isascii() and word.isalnum()})[
-            :MAX_WORDS
-        ]
+        usable = {word.lower() for word in words if len(word) > 1 and word.isascii() and word.isalnum()}
+        return sorted(usable)[:MAX_WORDS]
 
-    def encode(self, texts: Sequence[str], *, what: str, progress: Progress) -> Floats:
+    def encode(self, texts: Sequence[str], *, stage: str, progress: ProgressCallback) -> Floats:
+        # Batches of texts of similar length need the least padding.
         torch, order = self._torch, sorted(range(len(texts)), key=lambda i: (len(texts[i]), i))
-        vectors = np.zeros((len(texts), self.dimensions), np.float32)
+        vectors = np.zeros((len(texts), self._model.config.hidden_size), np.float32)
         with torch.inference_mode():
-            for start in range(0, len(order), BATCH):
-                progress(what, start, len(order))
-                batch = order[start : start + BATCH]
+            for start in range(0, len(order), BATCH_SIZE):
+                progress(stage, start, len(order))
+                batch = order[start : start + BATCH_SIZE]
                 tokens = self._tokenizer(
                     [texts[i] for i in batch],
                     padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt",
@@ -91,9 +86,5 @@ class Encoder:
                 hidden, mask = self._model(**tokens).last_hidden_state, tokens["attention_mask"][..., None]
                 pooled = (hidden * mask).sum(1) / mask.sum(1)
                 vectors[batch] = torch.nn.functional.normalize(pooled, dim=1).numpy()
-        progress(what, len(order), len(order))
+        progress(stage, len(order), len(order))
         return vectors
-
-
-def is_local(source: str) -> bool:
-    return Path(source).exists()

@@ -1,8 +1,8 @@
-"""From measured correctness to the table cluster -> expert.
+"""Estimates the quality of each expert in each cluster from measured correctness, and the cluster -> expert table.
 
-What one expert gains over another in a cluster of a hundred prompts is mostly chance, so each cluster's rate leans on
-those of the clusters near it and on the whole: a kernel over the cosines of their centres, with a prior worth
-`PRIOR` prompts. The table for a weight of cost then takes the best of each cluster.
+A difference between experts in a cluster of a hundred prompts is mostly chance. The rate of a cluster is therefore
+smoothed: over the other clusters, with a kernel on the cosine of the centroids, and towards the mean over all prompts,
+with the weight of `PRIOR_PROMPTS` prompts. The table picks the best expert of each cluster at a given weight of cost.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,65 +10,70 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
-from numpy.typing import NDArray
 
 from hpc_router.errors import ConfigError
-from hpc_router.routing.features import Floats, Ids
+from hpc_router.routing.features import Doubles, Floats, Ids
 from hpc_router.routing.training.dataset import Row
 
-PRIOR: Final = 30.0
-SHARPNESS: Final = 12.0
+PRIOR_PROMPTS: Final = 30.0
+KERNEL_SHARPNESS: Final = 12.0
+"""s in the kernel exp(s (cosine - 1))."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quality:
-    """`rate[c, e]`: the expected correctness of expert e in cluster c; `cost[e]`: its mean cost."""
+    """`rate[c, e]`: expected correctness of expert e in cluster c. `cost[e]`: mean cost of expert e."""
 
     experts: tuple[str, ...]
-    rate: NDArray[np.float64]
-    cost: NDArray[np.float64]
+    rate: Doubles
+    cost: Doubles
 
     def table(self, *, weight: float) -> tuple[str, ...]:
+        """Return the expert of each cluster with the highest rate - weight * cost."""
         best = (self.rate - weight * self.cost).argmax(axis=1)
         return tuple(self.experts[e] for e in best)
 
-    def to_json(self, names: Sequence[str]) -> dict[str, object]:
+    def to_json(self, clusters: Sequence[str]) -> dict[str, object]:
+        rates = zip(clusters, self.rate, strict=True)
         return {
             "experts": list(self.experts),
             "cost": [round(float(c), 6) for c in self.cost],
-            "rate": {name: [round(float(r), 6) for r in rates] for name, rates in zip(names, self.rate, strict=True)},
+            "rate": {cluster: [round(float(r), 6) for r in row] for cluster, row in rates},
         }
 
 
-def quality_of(training: Mapping[str, Any], clusters: Sequence[str]) -> Quality | None:
-    """What an artefact was measured to be worth, if it was."""
+def stored_quality(training: Mapping[str, Any], clusters: Sequence[str]) -> Quality | None:
+    """Return the quality in an artefact's training record; None unless it was trained with method=measured."""
     stored = training.get("quality")
     if not isinstance(stored, dict):
         return None
     return Quality(
         experts=tuple(stored["experts"]),
-        rate=np.array([stored["rate"][name] for name in clusters], np.float64),
+        rate=np.array([stored["rate"][cluster] for cluster in clusters], np.float64),
         cost=np.array(stored["cost"], np.float64),
     )
 
 
-def measure(rows: Sequence[Row], held: Ids, vectors: Floats, *, clusters: int) -> Quality:
-    """Without any cost in the rows every expert's is 0. Raises ConfigError where rows name different experts."""
+def estimate_quality(rows: Sequence[Row], assignment: Ids, vectors: Floats, *, clusters: int) -> Quality:
+    """Estimate the quality from rows, their clusters and their vectors (rows x dimensions).
+
+    A row without a cost for an expert counts as cost 0. Raises ConfigError if rows name different experts.
+    """
     experts = tuple(sorted(rows[0].correct))
     for row in rows:
         if tuple(sorted(row.correct)) != experts:
             raise ConfigError(
                 f'line {row.line}: "correct" names {", ".join(sorted(row.correct))}; '
-                f"the first row names {', '.join(experts)}"
+                f"the first row names {', '.join(experts)}, and all rows must name the same experts"
             )
-    right = np.array([[row.correct[name] for name in experts] for row in rows])
+    correct = np.array([[row.correct[name] for name in experts] for row in rows])
     cost = np.array([[row.cost.get(name, 0.0) for name in experts] for row in rows]).mean(axis=0)
-    counts = np.bincount(held, minlength=clusters).astype(np.float64)
+    counts = np.bincount(assignment, minlength=clusters).astype(np.float64)
     sums = np.zeros((clusters, len(experts)))
-    np.add.at(sums, held, right)
-    centres = np.zeros((clusters, vectors.shape[1]))
-    np.add.at(centres, held, vectors)
-    centres /= np.maximum(np.linalg.norm(centres, axis=1, keepdims=True), 1e-12)
-    near = np.exp(SHARPNESS * (centres @ centres.T - 1))
-    rate = (near @ sums + PRIOR * right.mean(axis=0)) / ((near @ counts)[:, None] + PRIOR)
+    np.add.at(sums, assignment, correct)
+    centroids = np.zeros((clusters, vectors.shape[1]))
+    np.add.at(centroids, assignment, vectors)
+    centroids /= np.maximum(np.linalg.norm(centroids, axis=1, keepdims=True), 1e-12)
+    kernel = np.exp(KERNEL_SHARPNESS * (centroids @ centroids.T - 1))
+    rate = (kernel @ sums + PRIOR_PROMPTS * correct.mean(axis=0)) / ((kernel @ counts)[:, None] + PRIOR_PROMPTS)
     return Quality(experts=experts, rate=rate, cost=cost)

@@ -1,4 +1,4 @@
-"""Sentence encoders for tests: a folder that transformers loads, made without it, and one that needs nothing."""
+"""Sentence encoders for tests: a tiny model folder that transformers loads, and an encoder in plain numpy."""
 
 import json
 import zlib
@@ -9,16 +9,16 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from hpc_router.routing.features import Floats
-from hpc_router.routing.training.encoder import Progress
+from hpc_router.routing.training.encoder import ProgressCallback
 
 HIDDEN = 32
 INNER = 64
-MOST_POSITIONS = 128
+MAX_POSITIONS = 128
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 
 class WordSums:
-    """A text is the sum of its words, each in a direction of its own."""
+    """Encodes a text as the sum of random directions, one per word."""
 
     def __init__(self, words: Sequence[str], *, dimensions: int = 8) -> None:
         self.dimensions = dimensions
@@ -30,7 +30,7 @@ class WordSums:
     def fingerprint(self) -> str:
         return f"word-sums-{self.dimensions}"
 
-    def encode(self, texts: Sequence[str], *, what: str, progress: Progress) -> Floats:
+    def encode(self, texts: Sequence[str], *, stage: str, progress: ProgressCallback) -> Floats:
         found = np.zeros((len(texts), self.dimensions), np.float32)
         for row, text in zip(found, texts, strict=True):
             for word in text.split() or [""]:
@@ -39,23 +39,23 @@ class WordSums:
         return found
 
 
-def tiny_bert(folder: Path, words: Sequence[str]) -> Path:
-    """One layer with random weights, which knows these words."""
+def write_tiny_bert(folder: Path, words: Sequence[str]) -> Path:
+    """Write a one-layer BERT with random weights whose vocabulary is `words`."""
     folder.mkdir()
     vocabulary = [*SPECIAL, *words]
     (folder / "vocab.txt").write_text("".join(f"{word}\n" for word in vocabulary))
-    tokenizer = {"tokenizer_class": "BertTokenizer", "do_lower_case": True, "model_max_length": MOST_POSITIONS}
+    tokenizer = {"tokenizer_class": "BertTokenizer", "do_lower_case": True, "model_max_length": MAX_POSITIONS}
     (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
     config = {
         "model_type": "bert", "architectures": ["BertModel"], "vocab_size": len(vocabulary), "hidden_size": HIDDEN,
         "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": INNER, "type_vocab_size": 2,
-        "max_position_embeddings": MOST_POSITIONS, "pad_token_id": 0,
+        "max_position_embeddings": MAX_POSITIONS, "pad_token_id": 0,
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
     rng, layer = np.random.default_rng(0), "encoder.layer.0"
     weights = {
         "embeddings.word_embeddings.weight": (len(vocabulary), HIDDEN),
-        "embeddings.position_embeddings.weight": (MOST_POSITIONS, HIDDEN),
+        "embeddings.position_embeddings.weight": (MAX_POSITIONS, HIDDEN),
         "embeddings.token_type_embeddings.weight": (2, HIDDEN),
         f"{layer}.attention.self.query.weight": (HIDDEN, HIDDEN),
         f"{layer}.attention.self.key.weight": (HIDDEN, HIDDEN),

@@ -1,4 +1,4 @@
-"""Prompts of three made-up domains, each with its own words and some that all share."""
+"""Prompts of three invented domains: each has words of its own, and some words are shared by all."""
 
 import json
 import random
@@ -23,6 +23,6 @@ def prompts(*, each: int = 30, seed: int = 0) -> list[dict[str, object]]:
     return rows
 
 
-def written(path: Path, rows: Sequence[Mapping[str, object]]) -> Path:
+def write_jsonl(path: Path, rows: Sequence[Mapping[str, object]]) -> Path:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return path

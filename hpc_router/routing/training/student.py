@@ -1,0 +1,158 @@
+"""The `distilled` feature space: a linear student that predicts a sentence encoder's vectors from terms.
+
+A ridge regression maps the lexical TF-IDF row of a text to the encoder's vector. The student learns from the prompts,
+from an optional corpus, and from each word of the encoder's vocabulary alone. The words let it place prompts that share
+no word with the training prompts. If there are few texts, it also learns from variants of the prompts and from groups
+of words. The mean vector of each kind of text is subtracted, because it carries no information about the domain (all
+single words, for example, lie close to each other).
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import cycle, islice
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hpc_router.routing.features import Doubles, Features, Floats, Ids, Vocabulary, counts_of
+from hpc_router.routing.training.encoder import ProgressCallback, Teacher
+from hpc_router.routing.training.feature_spaces import frequent_vocabulary, smooth_idf, tfidf_rows
+
+RIDGE: Final = 1.0
+WORD_WEIGHT: Final = 1.0
+WORD_WEIGHT_OF_FEW: Final = 0.5
+"""Weight of a single word if there are fewer than ENOUGH_TEXTS texts."""
+LABEL_WEIGHT: Final = 0.1
+"""Weight of an exemplar's label, relative to the encoder's cosines."""
+ENOUGH_TEXTS: Final = 2000
+GROUPS_PER_VARIANT: Final = 4
+MAX_WEIGHT: Final = 16.0
+"""With fewer than ENOUGH_TEXTS texts each weighs more, up to this, to balance the words of the vocabulary."""
+MAX_VARIANT_WORDS: Final = 12
+SOLVER_STEPS: Final = 80
+SOLVER_TOLERANCE: Final = 1e-3
+
+
+@dataclass(kw_only=True)
+class Student:
+    """Row i of `rows`, `targets`, `weight` and `source` is one training text; the training prompts come first."""
+
+    vocabulary: Vocabulary
+    idf: Doubles
+    vectors: Floats
+    rows: Any
+    """Sparse TF-IDF matrix, texts x terms."""
+    targets: Floats
+    """texts x dimensions: the encoder's vectors less the mean of that kind of text."""
+    weight: Doubles
+    """Square root of the weight of each text in the regression."""
+    source: Ids
+    """Index of the training prompt that a text is or was made from; -1 for none."""
+    encoder: str
+    """Fingerprint of the encoder."""
+    labels: Ids | None = None
+    """Column of each training prompt's label, if labels are learnt as well."""
+    spherical: bool = True
+    dimensions: Floats | None = None
+
+    def fold(self, directions: Floats, *, held_out: NDArray[np.bool_] | None = None) -> Floats:
+        """Return terms x directions: a regression onto the product of each direction with the encoder's vectors."""
+        from scipy import sparse
+
+        weight = self.weight.copy()
+        if held_out is not None:
+            weight[np.append(held_out, np.False_)[self.source]] = 0
+        targets = self.targets @ directions.T
+        if self.labels is not None:
+            membership = np.eye(len(directions), dtype=np.float32)[self.labels]
+            targets[: len(membership)] += LABEL_WEIGHT * (membership - membership.mean(axis=0))
+        targets = (targets * weight[:, None]).astype(np.float32)
+        solution = ridge_regression(sparse.diags_array(weight) @ self.rows, targets, strength=RIDGE)
+        return (solution * self.idf[:, None]).astype(np.float32)
+
+
+def distilled(
+    texts: Sequence[str], *, corpus: Sequence[str], encoder: Teacher, seed: int, progress: ProgressCallback
+) -> Student:
+    """Encode all training texts and prepare the regression; `fold` solves it."""
+    from scipy import sparse
+
+    words, given = encoder.words(), [*texts, *corpus]
+    missing = max(ENOUGH_TEXTS - len(given), 0)
+    sourced = variants(texts, words, count=missing, seed=seed)
+    variant_texts = [text for _, text in sourced]
+    groups = word_groups(words, count=GROUPS_PER_VARIANT * missing, seed=seed)
+    generated = [*variant_texts, *groups, *words]
+    stages = {"prompts": texts, "corpus": corpus, "variants": variant_texts, "word groups": groups, "words": words}
+    encoded = [encoder.encode(part, stage=stage, progress=progress) for stage, part in stages.items() if part]
+    vocabulary = frequent_vocabulary([*given, *generated], features=Features(), min_texts=1)
+    counts = counts_of(given, vocabulary=vocabulary)
+    idf = smooth_idf(counts)
+    # The regression uses TF-IDF rows; `fold` multiplies the idf into the weights afterwards.
+    generated_rows = tfidf_rows(counts_of(generated, vocabulary=vocabulary), idf)
+    rows = sparse.vstack([tfidf_rows(counts, idf), generated_rows]).tocsr()
+    weight = np.ones(rows.shape[0])
+    weight[: len(given)] = np.sqrt(min(max(ENOUGH_TEXTS / len(given), 1.0), MAX_WEIGHT))
+    weight[len(given) + len(sourced) + len(groups) :] = np.sqrt(WORD_WEIGHT_OF_FEW if missing else WORD_WEIGHT)
+    source = np.full(rows.shape[0], -1)
+    source[: len(texts)] = np.arange(len(texts))
+    source[len(given) : len(given) + len(sourced)] = [number for number, _ in sourced]
+    return Student(
+        vocabulary=vocabulary,
+        idf=idf,
+        vectors=encoded[0],
+        rows=rows,
+        targets=np.vstack([part - part.mean(axis=0) for part in encoded]),
+        weight=weight,
+        source=source,
+        encoder=encoder.fingerprint(),
+    )
+
+
+def word_groups(words: Sequence[str], *, count: int, seed: int) -> list[str]:
+    """Return texts of two to four random words each."""
+    rng = random.Random(seed)
+    return [" ".join(rng.sample(words, min(len(words), rng.randint(2, 4)))) for _ in range(count)]
+
+
+def variants(texts: Sequence[str], words: Sequence[str], *, count: int, seed: int) -> list[tuple[int, str]]:
+    """Return further training texts, each with the index of the text it is made from.
+
+    A variant is a run of words of a text and at most as many random `words`, shuffled.
+    """
+    rng = random.Random(seed)
+    made = []
+    for number in islice(cycle(range(len(texts))), count):
+        tokens = texts[number].split()
+        length = min(len(tokens), rng.randint(1, MAX_VARIANT_WORDS))
+        start = rng.randint(0, len(tokens) - length)
+        mixed = tokens[start : start + length] + rng.sample(words, min(len(words), rng.randint(0, length)))
+        rng.shuffle(mixed)
+        made.append((number, " ".join(mixed)))
+    return made
+
+
+def ridge_regression(rows: Any, targets: Floats, *, strength: float) -> Floats:
+    """Return the solution, columns of `rows` x columns of `targets`, by conjugate gradients on the normal equations.
+
+    All columns of `targets` are solved together, each with step sizes of its own.
+    """
+    rows = rows.astype(np.float32).tocsr()
+    transposed = rows.T.tocsr()
+    residual: Floats = transposed @ targets
+    solution = np.zeros_like(residual)
+    direction, squared = residual.copy(), np.square(residual).sum(axis=0)
+    tolerance = squared * SOLVER_TOLERANCE**2
+    for _ in range(SOLVER_STEPS):
+        image = transposed @ (rows @ direction) + np.float32(strength) * direction
+        step = squared / np.maximum((direction * image).sum(axis=0), 1e-30)
+        solution += step * direction
+        residual -= step * image
+        new_squared = np.square(residual).sum(axis=0)
+        if (new_squared <= tolerance).all():
+            break
+        direction = residual + new_squared / np.maximum(squared, 1e-30) * direction
+        squared = new_squared
+    return solution
