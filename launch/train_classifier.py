@@ -13,7 +13,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from hpc_router.cli.main import told
 from hpc_router.config.as_written import as_written
@@ -24,43 +24,44 @@ from hpc_router.routing.training.train import TrainConfig, train
 
 
 def train_classifier(config: TrainConfig) -> int:
+    """Train with a progress bar on stderr, write the artefact, and print a summary. Returns the exit status."""
     columns = (TextColumn("{task.description:>10}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True)) as bar:
-        tasks: dict[str, object] = {}
+        tasks: dict[str, TaskID] = {}
 
-        def progress(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bar.add_task(what, total=total)
-            bar.update(tasks[what], completed=done, total=total)  # type: ignore[arg-type]
+        def progress(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bar.add_task(stage, total=total)
+            bar.update(tasks[stage], completed=done, total=total)
 
         artefact = train(config, progress=progress)
     artefact.write(Path(config.output))
     scores = artefact.training["scores"]
     assert isinstance(scores, dict)
+    clusters, terms = len(artefact.clusters), len(artefact.terms)
+    print(f"{config.output}: version {artefact.version}, {clusters} clusters, {terms} terms")
     print(
-        f"{config.output}: version {artefact.version}, {len(artefact.clusters)} clusters, {len(artefact.terms)} terms"
+        f"held-out prompts: {scores['held_out_agreement']:.3f} in the cluster of the training; "
+        f"margins below {artefact.margin_threshold:.4f} count as low"
     )
-    print(
-        f"held out: {scores['held_out_agreement']:.3f} as trained; margin below {artefact.margin_threshold:.4f} is low"
-    )
-    nobodys = [name for name, expert in zip(artefact.clusters, artefact.experts, strict=True) if expert is None]
-    if nobodys:
-        cure = f"hpc-router classify assign {config.output} {nobodys[0]}=NAME ..."
-        print(f"{len(nobodys)} clusters have no expert: `{cure}`")
+    unassigned = [name for name, expert in zip(artefact.clusters, artefact.experts, strict=True) if expert is None]
+    if unassigned:
+        command = f"hpc-router classify assign {config.output} {unassigned[0]}=NAME ..."
+        print(f"{len(unassigned)} clusters have no expert; assign them with `{command}`")
     return 0
 
 
-def config_of(words: list[str]) -> TrainConfig:
-    """Raises ConfigError for a key or value that is none."""
-    given: dict[str, object] = {}
+def config_of(arguments: list[str]) -> TrainConfig:
+    """Parse KEY=VALUE arguments. Raises ConfigError for an unknown key or an invalid value."""
+    values: dict[str, object] = {}
     valid = [field.name for field in fields(TrainConfig)]
-    for word in words:
-        override = parse_override(word)
+    for argument in arguments:
+        override = parse_override(argument)
         key = override.key_or_group
         if key not in valid:
             raise ConfigError(f"'{key}': not a key of a training{suggest(key, valid)}")
-        given[key] = override.value()
-    return parse(TrainConfig, as_written(TrainConfig, given, Sources(words, ()).find), at="")
+        values[key] = override.value()
+    return parse(TrainConfig, as_written(TrainConfig, values, Sources(arguments, ()).find), at="")
 
 
 def main(words: list[str]) -> int:
