@@ -1,12 +1,12 @@
-"""What classifiers reach on labelled prompts, by the commands that a user types: train, eval, predict, pack.
+"""Measures classifiers on labelled prompts, with the commands that a user types: train, eval, predict, pack.
 
     python -m analysis.classifiers DATA --encoder MODEL --python .venv-train/bin/python
 
-DATA: a folder with `domains_train`, `domains_test`, `mmlu_train` and `mmlu_test`, JSON lines with `prompt`, `domain`
-and, in the mmlu files, `correct` of two models. PYTHON has torch and transformers. Artefacts and what each step found
-stay in --work, and a step whose finding is there is not done again; `--only STEP` does that one alone and reports
-nothing. In --out one result file, `classifiers.json`, and beside it `classifiers.md` and the figures. Needs the extra
-`analysis`, and scikit-learn for the map.
+DATA is a folder with `domains_train`, `domains_test`, `mmlu_train` and `mmlu_test`: JSON lines with `prompt`, `domain`
+and, in the mmlu files, `correct` of two models. PYTHON needs torch and transformers. Artefacts and the result of each
+step stay in --work, and a step with a stored result is not repeated. `--only STEP` runs one step and writes no report.
+The report goes to --out: `classifiers.json`, `classifiers.md` and the figures. Needs the extra `analysis`, and
+scikit-learn for the map.
 """
 
 import argparse
@@ -27,25 +27,25 @@ from hpc_router.state.atomic_files import lines_of
 
 ROOT: Final = Path(__file__).parent.parent
 DRAWS: Final = range(6)
-EACH: Final = 20
-RUNS: Final = 7
+EXEMPLARS_PER_DOMAIN: Final = 20
+LATENCY_RUNS: Final = 7
 TRANSFER: Final = {"computing": "code", "law": "law", "math": "math", "medicine": "medicine"}
-"""Domains of mmlu that experts of the other files have, and the names they have there."""
-DEARER: Final = "gpt-4-1106-preview"
+"""mmlu domains that also occur in the other files, with their names there."""
+EXPENSIVE_MODEL: Final = "gpt-4-1106-preview"
 
-Found = dict[str, Any]
+Result = dict[str, Any]
 Prompt = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Bench:
+class Experiment:
     data: Path
     work: Path
     encoder: str
     python: str
 
-    def train(self, name: str, **settings: object) -> Found:
-        """By `launch.train_classifier`, timed from start to exit."""
+    def train(self, name: str, **settings: object) -> Result:
+        """Train with `launch.train_classifier`; `wall_s` is the time of the whole command."""
         output = self.work / name
         keys = [f"{key}={value}" for key, value in ({"seed": 0} | settings | {"output": output}).items()]
         if settings.get("features", "distilled") == "distilled":
@@ -55,48 +55,43 @@ class Bench:
         subprocess.run(argv, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)
         manifest = json.loads((output / "artefact.json").read_text())
         return {
-            "command": self._shown(argv),
+            "command": self._displayed(argv),
             "wall_s": round(time.monotonic() - started, 1),
             "bytes": sum(path.stat().st_size for path in output.iterdir()),
             "version": manifest["version"],
             "training": manifest["training"],
         }
 
-    def classify(self, task: str, *words: object, as_json: bool = False) -> tuple[str, str]:
-        """-> the command and what it printed."""
-        argv = [sys.executable, "-m", "hpc_router.cli", "classify", task, *map(str, words), *(["--json"] * as_json)]
+    def classify(self, task: str, *arguments: object, as_json: bool = False) -> tuple[str, str]:
+        """Run `hpc-router classify` and return the command and its stdout."""
+        argv = [sys.executable, "-m", "hpc_router.cli", "classify", task, *map(str, arguments), *(["--json"] * as_json)]
         done = subprocess.run(argv, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
-        return self._shown(argv), done.stdout
+        return self._displayed(argv), done.stdout
 
-    def evaluate(self, name: str, prompts: Path, *, fit: Path | None = None, costs: Sequence[str] = ()) -> Found:
-        words = [
-            self.work / name,
-            prompts,
-            *(["--fit", fit] if fit else []),
-            *(w for c in costs for w in ("--cost", c)),
-        ]
-        command, printed = self.classify("eval", *words, as_json=True)
-        return {"command": command, **json.loads(printed)}
+    def evaluate(self, name: str, prompts: Path, *, fit: Path | None = None, costs: Sequence[str] = ()) -> Result:
+        options = [*(["--fit", fit] if fit else []), *(word for cost in costs for word in ("--cost", cost))]
+        command, stdout = self.classify("eval", self.work / name, prompts, *options, as_json=True)
+        return {"command": command, **json.loads(stdout)}
 
-    def predict_accuracy(self, name: str, prompts: Path) -> Found:
-        """Of the expert that `predict` names; without a fallback a low margin changes nothing."""
-        command, printed = self.classify("predict", self.work / name, prompts)
-        experts = [json.loads(line)["expert"] for line in printed.split("\n") if line]
+    def predict_accuracy(self, name: str, prompts: Path) -> Result:
+        """Return the accuracy of the experts that `predict` names. Low margins have no effect without a fallback."""
+        command, stdout = self.classify("predict", self.work / name, prompts)
+        experts = [json.loads(line)["expert"] for line in stdout.split("\n") if line]
         right = [e == row["domain"] for e, row in zip(experts, read(prompts), strict=True)]
         return {"command": command, "accuracy": sum(right) / len(right), "prompts": len(right)}
 
     def file(self, name: str) -> Path:
-        """Of the data, or one of those made from it."""
+        """Return a data file, or a file derived from the data, which is written on first use."""
         if (self.data / f"{name}.jsonl").exists():
             return self.data / f"{name}.jsonl"
         path = self.work / f"{name}.jsonl"
         if not path.exists():
             kind, _, number = name.partition("-")
-            path.write_text("".join(json.dumps(row) + "\n" for row in MADE[kind](self, number)))
+            path.write_text("".join(json.dumps(row) + "\n" for row in DERIVED_FILES[kind](self, number)))
         return path
 
-    def _shown(self, argv: Sequence[str]) -> str:
-        """Without the folders of this machine."""
+    def _displayed(self, argv: Sequence[str]) -> str:
+        """Return the command line without the folders of this machine."""
         known = {self.python: "python", sys.executable: "python", self.encoder: "ENCODER"}
         return self.without_folders(shlex.join(known.get(word, word) for word in argv))
 
@@ -110,116 +105,124 @@ def read(path: Path) -> list[Prompt]:
     return [json.loads(line) for _, line in lines_of(path)]
 
 
-def exemplars(bench: Bench, number: str) -> Iterable[Prompt]:
-    """20 prompts of each domain, another draw for each number."""
+def exemplars(experiment: Experiment, number: str) -> Iterable[Prompt]:
+    """Draw 20 prompts of each domain; `number` is the seed of the draw."""
     rng = random.Random(int(number))
-    rows = read(bench.file("domains_train"))
+    rows = read(experiment.file("domains_train"))
     for domain in sorted({row["domain"] for row in rows}):
         pool = sorted({row["prompt"] for row in rows if row["domain"] == domain})
-        yield from ({"prompt": prompt, "domain": domain} for prompt in rng.sample(pool, EACH))
+        yield from ({"prompt": prompt, "domain": domain} for prompt in rng.sample(pool, EXEMPLARS_PER_DOMAIN))
 
 
-def transfer(bench: Bench, number: str) -> Iterable[Prompt]:
-    """Of another source, under the names of the domains that the exemplars have."""
-    for row in read(bench.file("mmlu_test")):
+def transfer(experiment: Experiment, number: str) -> Iterable[Prompt]:
+    """Yield prompts of another source, with the domain names of the exemplars."""
+    for row in read(experiment.file("mmlu_test")):
         if row["domain"] in TRANSFER:
             yield {"prompt": row["prompt"], "domain": TRANSFER[row["domain"]]}
 
 
-def priced(bench: Bench, number: str) -> Iterable[Prompt]:
-    """mmlu's two models with a cost: the dearer one 1, the other 0."""
-    for row in read(bench.file(f"mmlu_{number}")):
-        yield row | {"cost": {name: float(name == DEARER) for name in row.get("correct", {})}}
+def priced(experiment: Experiment, number: str) -> Iterable[Prompt]:
+    """Add a cost to mmlu's two models: 1 for the expensive one, 0 for the other."""
+    for row in read(experiment.file(f"mmlu_{number}")):
+        yield row | {"cost": {name: float(name == EXPENSIVE_MODEL) for name in row.get("correct", {})}}
 
 
-MADE: Final[Mapping[str, Callable[[Bench, str], Iterable[Prompt]]]] = {
+DERIVED_FILES: Final[Mapping[str, Callable[[Experiment, str], Iterable[Prompt]]]] = {
     "exemplars": exemplars,
     "transfer": transfer,
     "priced": priced,
 }
 
 
-def discovered(bench: Bench, features: str) -> Found:
-    train, name = bench.file("domains_train"), f"discovered-{features}"
+def discovered(experiment: Experiment, features: str) -> Result:
+    train, name = experiment.file("domains_train"), f"discovered-{features}"
     return {
-        "training": bench.train(name, data=train, method="discovered", features=features, clusters=16),
-        "test": bench.evaluate(name, bench.file("domains_test"), fit=train),
-        "transfer": bench.evaluate(name, bench.file("transfer"), fit=train),
+        "training": experiment.train(name, data=train, method="discovered", features=features, clusters=16),
+        "test": experiment.evaluate(name, experiment.file("domains_test"), fit=train),
+        "transfer": experiment.evaluate(name, experiment.file("transfer"), fit=train),
     }
 
 
-def exemplified(bench: Bench, number: int, *, corpus: bool = False) -> Found:
-    name, more = f"exemplars-{number}", {"corpus": bench.file("domains_train")} if corpus else {}
+def from_exemplars(experiment: Experiment, number: int, *, corpus: bool = False) -> Result:
+    name, extra = f"exemplars-{number}", {"corpus": experiment.file("domains_train")} if corpus else {}
     folder = f"corpus-{number}" if corpus else name
     return {
-        "training": bench.train(folder, data=bench.file(name), method="exemplars", features="distilled", **more),
-        "predict": bench.predict_accuracy(folder, bench.file("domains_test")),
-        "transfer": bench.predict_accuracy(folder, bench.file("transfer")),
-        "test": bench.evaluate(folder, bench.file("domains_test")),
+        "training": experiment.train(
+            folder, data=experiment.file(name), method="exemplars", features="distilled", **extra
+        ),
+        "predict": experiment.predict_accuracy(folder, experiment.file("domains_test")),
+        "transfer": experiment.predict_accuracy(folder, experiment.file("transfer")),
+        "test": experiment.evaluate(folder, experiment.file("domains_test")),
     }
 
 
-def measured(bench: Bench) -> Found:
-    """Its clusters are the discovered ones, so its accuracy is theirs."""
-    train = bench.file("priced-train")
+def measured(experiment: Experiment) -> Result:
+    """The clusters do not depend on `correct`, so the accuracy is also that of method=discovered."""
+    train = experiment.file("priced-train")
     return {
-        "training": bench.train("measured", data=train, method="measured", features="distilled", clusters=64),
-        "test": bench.evaluate("measured", bench.file("priced-test"), fit=train),
+        "training": experiment.train("measured", data=train, method="measured", features="distilled", clusters=64),
+        "test": experiment.evaluate("measured", experiment.file("priced-test"), fit=train),
     }
 
 
-def packed(bench: Bench, features: str) -> Found:
-    """Clusters of domains_train against six equal experts, with the traffic of domains_test."""
-    words = (bench.work / f"discovered-{features}", bench.file("domains_test"), "--limit", 1.3, "--max-loss", 0.2)
-    command, printed = bench.classify("pack", *words)
-    return {"command": command, **json.loads(printed)}
+def packed(experiment: Experiment, features: str) -> Result:
+    """Pack the clusters of domains_train onto six equal experts, with the traffic of domains_test."""
+    arguments = (
+        experiment.work / f"discovered-{features}",
+        experiment.file("domains_test"),
+        "--limit",
+        1.3,
+        "--max-loss",
+        0.2,
+    )
+    command, stdout = experiment.classify("pack", *arguments)
+    return {"command": command, **json.loads(stdout)}
 
 
-def latency(bench: Bench) -> Found:
-    """Several times, in processes of their own: a shared machine is not always as fast."""
-    prompts = bench.file("domains_test")
-    runs = [bench.evaluate("discovered-distilled", prompts) for _ in range(RUNS)]
+def latency(experiment: Experiment) -> Result:
+    """Measure several times in separate processes, because the speed of a shared machine varies."""
+    prompts = experiment.file("domains_test")
+    runs = [experiment.evaluate("discovered-distilled", prompts) for _ in range(LATENCY_RUNS)]
     return {"command": runs[0]["command"], "runs": [run["latency"] for run in runs]}
 
 
-STEPS: Final[Mapping[str, Callable[[Bench], Found]]] = {
+STEPS: Final[Mapping[str, Callable[[Experiment], Result]]] = {
     **{f"discovered-{f}": partial(discovered, features=f) for f in ("distilled", "lexical", "cbtm")},
-    **{f"exemplars-{n}": partial(exemplified, number=n) for n in DRAWS},
-    "corpus-0": partial(exemplified, number=0, corpus=True),
+    **{f"exemplars-{n}": partial(from_exemplars, number=n) for n in DRAWS},
+    "corpus-0": partial(from_exemplars, number=0, corpus=True),
     "measured": measured,
     "latency": latency,
     **{f"packed-{f}": partial(packed, features=f) for f in ("distilled", "lexical")},
 }
 
 
-def done(bench: Bench, step: str) -> Found:
-    """What the step finds, or found before."""
-    path = bench.work / f"{step}.json"
+def run_step(experiment: Experiment, step: str) -> Result:
+    """Return the result of a step, from its file if it ran before."""
+    path = experiment.work / f"{step}.json"
     if not path.exists():
         print(f"-- {step}", file=sys.stderr)
-        found = STEPS[step](bench)
-        path.write_text(json.dumps(found, indent=1) + "\n")
-    value: Found = json.loads(path.read_text())
+        path.write_text(json.dumps(STEPS[step](experiment), indent=1) + "\n")
+    value: Result = json.loads(path.read_text())
     return value
 
 
-def main(words: Sequence[str]) -> int:
+def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m analysis.classifiers", description=__doc__.split("\n", 1)[0])
     parser.add_argument("data", type=Path)
     parser.add_argument("--encoder", required=True, metavar="MODEL")
-    parser.add_argument("--python", default=sys.executable, help="what trains (default: this one)")
+    parser.add_argument("--python", default=sys.executable, help="interpreter that trains (default: this one)")
     parser.add_argument("--work", type=Path, default=Path("results/classifiers"))
     parser.add_argument("--out", type=Path, default=Path("analysis/results/classifiers"))
     parser.add_argument("--only", choices=[*STEPS])
-    given = parser.parse_args(words)
-    given.work.mkdir(parents=True, exist_ok=True)
-    python = str(Path(given.python).absolute()) if os.sep in given.python else given.python
-    bench = Bench(given.data.absolute(), given.work.absolute(), given.encoder, python)
-    steps = {step: done(bench, step) for step in STEPS if given.only in (None, step)}
-    if given.only is None:
+    options = parser.parse_args(arguments)
+    options.work.mkdir(parents=True, exist_ok=True)
+    python = str(Path(options.python).absolute()) if os.sep in options.python else options.python
+    experiment = Experiment(options.data.absolute(), options.work.absolute(), options.encoder, python)
+    steps = {step: run_step(experiment, step) for step in STEPS if options.only in (None, step)}
+    if options.only is None:
         from analysis.classifier_report import write
 
-        write(bench, steps, out=given.out)
+        write(experiment, steps, out=options.out)
     return 0
 
 

@@ -1,9 +1,9 @@
-"""Two result sets, point by point: what became worse, beyond noise.
+"""Compares two result sets point by point and reports regressions beyond noise.
 
     python -m analysis.compare BEFORE AFTER [--tolerance 5]
 
-Exit status 1 when something became worse. A difference counts when it is beyond the tolerance and, where both sets have
-repeats, when their confidence intervals do not overlap. Points invalid in either set are named and not compared.
+Exit status 1 if a figure became worse. A difference counts if it exceeds the tolerance and, if both sets have repeats,
+their confidence intervals do not overlap. Points that are invalid in either set are listed and not compared.
 """
 
 import argparse
@@ -17,9 +17,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from analysis.results import Group, NoResultsError, Series, Value, read, series_of
+from analysis.results import LoadPoint, NoResultsError, Series, Value, read, series_of
 
-WHAT: Final = (
+FIGURES: Final = (
     ("TTFT p50 [ms]", "ttft_s.p50", 1e3, False),
     ("TTFT p99 [ms]", "ttft_s.p99", 1e3, False),
     ("ITL p50 [ms/token]", "itl_s.p50", 1e3, False),
@@ -30,16 +30,16 @@ WHAT: Final = (
     ("goodput [requests/s]", "goodput_per_s", 1.0, True),
     ("router adds to TTFT [ms]", "router.ttft_s.added_s", 1e3, False),
 )
-"""Name, key, scale, whether more is better."""
+"""Name, key, scale, whether a higher value is better."""
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """`relative`: of the value before; `worse`, `better`: beyond tolerance and noise."""
+    """`relative`: difference over the value before. `worse`, `better`: beyond tolerance and noise."""
 
     series: str
     load: float
-    what: str
+    figure: str
     before: Value
     after: Value
     relative: float
@@ -49,97 +49,91 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """`left_out`: points that were not compared, and why."""
+    """`not_compared`: points that were left out, with the reason."""
 
     changes: Sequence[Change]
-    left_out: Sequence[str]
+    not_compared: Sequence[str]
 
 
 def compare(before: Sequence[Series], after: Sequence[Series], *, tolerance: float) -> Comparison:
+    """Compare all figures of the points that both sets have. `tolerance`: a fraction of the value before."""
     changes: list[Change] = []
-    left_out: list[str] = []
-    others = {(one.name, one.evidence, one.by): one for one in after}
-    for one in before:
-        other = others.pop((one.name, one.evidence, one.by), None)
-        if other is None:
-            left_out.append(f"{one.name} ({one.evidence}): only in the first set")
+    not_compared: list[str] = []
+    unmatched = {(series.name, series.evidence, series.by): series for series in after}
+    for old_series in before:
+        name = old_series.name
+        new_series = unmatched.pop((name, old_series.evidence, old_series.by), None)
+        if new_series is None:
+            not_compared.append(f"{name} ({old_series.evidence}): only in the first set")
             continue
-        loads = {group.load: group for group in other.groups}
-        for group in one.groups:
-            at = f"{one.name} at {group.load:g}"
-            against = loads.pop(group.load, None)
-            if against is None:
-                left_out.append(f"{at}: only in the first set")
-            elif not (group.valid and against.valid):
-                left_out.append(f"{at}: invalid in the {'first' if not group.valid else 'second'} set")
+        new_points = {point.load: point for point in new_series.points}
+        for old in old_series.points:
+            place = f"{name} at {old.load:g}"
+            new = new_points.pop(old.load, None)
+            if new is None:
+                not_compared.append(f"{place}: only in the first set")
+            elif not (old.valid and new.valid):
+                not_compared.append(f"{place}: invalid in the {'first' if not old.valid else 'second'} set")
             else:
-                changes += _changes(one.name, group, against, tolerance)
-        left_out += [f"{one.name} at {load:g}: only in the second set" for load in loads]
-    left_out += [f"{name} ({evidence}): only in the second set" for name, evidence, _ in others]
-    return Comparison(changes, left_out)
+                changes += _changes(name, old, new, tolerance)
+        not_compared += [f"{name} at {load:g}: only in the second set" for load in new_points]
+    not_compared += [f"{name} ({evidence}): only in the second set" for name, evidence, _ in unmatched]
+    return Comparison(changes, not_compared)
 
 
-def _changes(name: str, group: Group, against: Group, tolerance: float) -> Iterator[Change]:
-    for what, key, scale, more_is_better in WHAT:
-        old, new = group.value(key, scale=scale), against.value(key, scale=scale)
+def _changes(name: str, before: LoadPoint, after: LoadPoint, tolerance: float) -> Iterator[Change]:
+    for figure, key, scale, higher_is_better in FIGURES:
+        old, new = before.value(key, scale=scale), after.value(key, scale=scale)
         if old is None or new is None:
             continue
         relative = (new.mean - old.mean) / abs(old.mean) if old.mean else 0.0
-        beyond = abs(relative) > tolerance and not _overlap(old, new)
-        rose = relative > 0
-        yield Change(
-            name,
-            group.load,
-            what,
-            old,
-            new,
-            relative,
-            beyond and rose != more_is_better,
-            beyond and rose == more_is_better,
-        )
+        significant = abs(relative) > tolerance and not _overlap(old, new)
+        improved = (relative > 0) == higher_is_better
+        worse, better = significant and not improved, significant and improved
+        yield Change(name, before.load, figure, old, new, relative, worse, better)
 
 
 def _overlap(old: Value, new: Value) -> bool:
-    """Of the intervals; without repeats there are none."""
+    """Return whether the confidence intervals overlap; False if either has none."""
     if old.half is None or new.half is None:
         return False
     return abs(old.mean - new.mean) <= old.half + new.half
 
 
-def table(found: Comparison) -> Table:
-    drawn = Table(box=None, pad_edge=False, header_style="bold")
+def table(comparison: Comparison) -> Table:
+    rows = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("deployment", "load", "figure", "before", "after", "change", ""):
-        drawn.add_column(column, justify="left" if column in ("deployment", "figure", "") else "right")
-    for change in found.changes:
+        rows.add_column(column, justify="left" if column in ("deployment", "figure", "") else "right")
+    for change in comparison.changes:
         verdict = Text("WORSE", style="bold red") if change.worse else Text("better" if change.better else "")
-        drawn.add_row(change.series, f"{change.load:g}", change.what, _shown(change.before), _shown(change.after),
-                      f"{change.relative:+.1%}", verdict)  # fmt: skip
-    return drawn
+        rows.add_row(change.series, f"{change.load:g}", change.figure, _text(change.before), _text(change.after),
+                     f"{change.relative:+.1%}", verdict)  # fmt: skip
+    return rows
 
 
-def _shown(value: Value) -> str:
+def _text(value: Value) -> str:
     return f"{value.mean:.4g}" + ("" if value.half is None else f" ± {value.half:.2g}")
 
 
-def main(words: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m analysis.compare", description=__doc__.split("\n", 1)[0])
     parser.add_argument("before", type=Path, metavar="BEFORE")
     parser.add_argument("after", type=Path, metavar="AFTER")
-    parser.add_argument("--tolerance", type=float, default=5.0, metavar="PERCENT", help="smaller changes are none (5)")
-    arguments = parser.parse_args(words)
+    parser.add_argument("--tolerance", type=float, default=5.0, metavar="PERCENT", help="ignore smaller changes (5)")
+    options = parser.parse_args(arguments)
     try:
-        before, after = (series_of(read(path)) for path in (arguments.before, arguments.after))
+        before, after = (series_of(read(path)) for path in (options.before, options.after))
     except NoResultsError as error:
         sys.stderr.write(f"analysis.compare: {error}\n")
         return 2
-    found = compare(before, after, tolerance=arguments.tolerance / 100)
+    comparison = compare(before, after, tolerance=options.tolerance / 100)
     console = Console() if sys.stdout.isatty() else Console(width=160)
-    console.print(table(found))
-    for why in found.left_out:
-        print(f"not compared: {why}")
-    worse = sum(change.worse for change in found.changes)
-    print(f"{worse} of {len(found.changes)} figures became worse by more than {arguments.tolerance:g} %")
-    if not found.changes:
+    console.print(table(comparison))
+    for point in comparison.not_compared:
+        print(f"not compared: {point}")
+    worse = sum(change.worse for change in comparison.changes)
+    print(f"{worse} of {len(comparison.changes)} figures became worse by more than {options.tolerance:g} %")
+    if not comparison.changes:
         sys.stderr.write("analysis.compare: the two sets have no point in common\n")
         return 2
     return 1 if worse else 0

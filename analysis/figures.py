@@ -1,7 +1,8 @@
-"""Figures of a result set: one panel each, narrow enough for a phone, told apart without colour by line and marker.
+"""Draws the figures of a result set: one panel each, narrow enough for a phone.
 
-An invalid point is drawn hollow and crossed, and the legend says so. Every axis has its unit; every figure says whether
-it shows a simulation, CPUs or GPUs.
+Series differ by line style and marker, so the figures are readable without colour. An invalid point is hollow and
+crossed out, and the legend explains the mark. Every axis has a unit, and every figure names its evidence: simulation,
+CPUs or GPUs.
 """
 
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-from analysis.results import EVIDENCE, Group, Series, Value
+from analysis.results import EVIDENCE, LoadPoint, Series, Value
 
 WIDTH_IN: Final = 5.0
 STYLES: Final = (
@@ -44,15 +45,16 @@ RC: Final[Any] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Drawn:
-    """A finished figure. `told`: what it shows, in a sentence, for those who cannot see it."""
+class Drawing:
+    """A finished figure. `description`: its content in a sentence, as text for screen readers."""
 
     name: str
     title: str
-    told: str
+    description: str
     figure: Figure
 
     def save(self, folder: Path) -> None:
+        """Write the figure as SVG and PNG."""
         folder.mkdir(parents=True, exist_ok=True)
         with mpl.rc_context(RC):
             self.figure.savefig(folder / f"{self.name}.svg", metadata={"Date": None})
@@ -61,13 +63,13 @@ class Drawn:
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """One figure over the load: a key of the records, or two of them as a line and a fainter one above."""
+    """A figure over the load. `key`: the value drawn as a line; `upper`: a second value, as a thin line."""
 
     name: str
     title: str
     unit: str
     key: str
-    upper: str | None = None  # drawn thin, without markers
+    upper: str | None = None
     scale: float = 1.0
     log: bool = True
 
@@ -78,65 +80,66 @@ CURVES: Final = (
     Curve("ttft", "Time to first token: median, thin: p99", "ms", "ttft_s.p50", "ttft_s.p99", 1e3),
     Curve("itl", "Inter-token latency: median, thin: p99", "ms per token", "itl_s.p50", "itl_s.p99", 1e3),
     Curve("e2e", "End-to-end latency: median, thin: p99", "s", "e2e_s.p50", "e2e_s.p99"),
-    Curve("goodput", "Goodput: answers within the limits", "requests/s", "goodput_per_s", log=False),
-    Curve("router", "What the router adds to the first token", "ms, difference of medians", "router.ttft_s.added_s",
+    Curve("goodput", "Goodput: responses within the limits", "requests/s", "goodput_per_s", log=False),
+    Curve("router", "Time to first token added by the router", "ms, difference of medians", "router.ttft_s.added_s",
           scale=1e3, log=False),
-    Curve("router_share", "The router's share of time to first token", "% of the median", "router.ttft_s.share",
+    Curve("router_share", "The router's share of the time to first token", "% of the median", "router.ttft_s.share",
           scale=100, log=False),
 )  # fmt: skip
 
 
-def curves(series: Sequence[Series]) -> list[Drawn]:
-    """All of one kind of evidence and one kind of load; what no record has is not drawn."""
-    return [drawn for curve in CURVES if (drawn := _curve(curve, series)) is not None]
+def curves(series: Sequence[Series]) -> list[Drawing]:
+    """Draw the curves of series with the same evidence and unit of load; curves without any value are left out."""
+    return [drawing for curve in CURVES if (drawing := _curve(curve, series)) is not None]
 
 
-def _curve(curve: Curve, series: Sequence[Series]) -> Drawn | None:
-    found = [(one, one.points(curve.key, scale=curve.scale)) for one in series]
-    if not any(points for _, points in found):
+def _curve(curve: Curve, series: Sequence[Series]) -> Drawing | None:
+    lines = [(one, one.values(curve.key, scale=curve.scale)) for one in series]
+    if not any(values for _, values in lines):
         return None
     evidence, by = series[0].evidence, series[0].by
     with mpl.rc_context(RC):
-        figure, axes = _panel(f"{curve.title}", evidence, rows=len(found))
-        some_invalid = False
-        for number, (one, points) in enumerate(found):
-            if points:
-                upper = one.points(curve.upper, scale=curve.scale) if curve.upper else []
-                some_invalid |= _line(axes, one.name, number, points, upper)
-        _load_axis(axes, by, sorted({g.load for _, points in found for g, _ in points}))
-        positive = all(value.mean > 0 for _, points in found for _, value in points)
+        figure, axes = _panel(curve.title, evidence, rows=len(lines))
+        has_invalid = False
+        for number, (one, values) in enumerate(lines):
+            if values:
+                upper = one.values(curve.upper, scale=curve.scale) if curve.upper else []
+                has_invalid |= _line(axes, one.name, number, values, upper)
+        _load_axis(axes, by, sorted({point.load for _, values in lines for point, _ in values}))
+        positive = all(value.mean > 0 for _, values in lines for _, value in values)
         if curve.log and positive:
             keys = [key for key in (curve.key, curve.upper) if key]
-            shown = [v for one in series for key in keys for _, v in one.points(key, scale=curve.scale)]
-            low, high = min(v.mean for v in shown) / 1.25, max(v.mean + (v.half or 0.0) for v in shown) * 1.25
+            drawn = [v for one in series for key in keys for _, v in one.values(key, scale=curve.scale)]
+            low, high = min(v.mean for v in drawn) / 1.25, max(v.mean + (v.half or 0.0) for v in drawn) * 1.25
             axes.set_ylim(low, high)
             axes.set_yscale("log")
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 200 * low else (1,)))
-            axes.yaxis.set_major_formatter(FuncFormatter(_plain))
+            axes.yaxis.set_major_formatter(FuncFormatter(_tick_label))
             axes.yaxis.set_minor_formatter(NullFormatter())
         elif positive:
             axes.set_ylim(bottom=0)
         axes.set_ylabel(curve.unit)
         axes.grid(visible=True, which="major", color="#d8d8d8", linewidth=0.6)
-        _legend(axes, some_invalid)
-    return Drawn(f"{evidence}-{by}-{curve.name}", curve.title, _told(curve, found, by), figure)
+        _legend(axes, has_invalid)
+    return Drawing(f"{evidence}-{by}-{curve.name}", curve.title, _description(curve, lines, by), figure)
 
 
 def _line(
-    axes: Any, name: str, number: int, points: list[tuple[Group, Value]], upper: list[tuple[Group, Value]]
+    axes: Any, name: str, number: int, values: list[tuple[LoadPoint, Value]], upper: list[tuple[LoadPoint, Value]]
 ) -> bool:
-    """Whether a point of it is invalid."""
+    """Draw a series and return whether it has an invalid point."""
     colour, line, marker = STYLES[number % len(STYLES)]
-    loads, means = [g.load for g, _ in points], [v.mean for _, v in points]
-    face = colour if number // len(STYLES) % 2 == 0 else "white"  # the next round of them is hollow
+    loads, means = [point.load for point, _ in values], [v.mean for _, v in values]
+    face = colour if number // len(STYLES) % 2 == 0 else "white"  # hollow markers when the styles repeat
     axes.plot(loads, means, color=colour, linestyle=line, marker=marker, markerfacecolor=face, label=name, zorder=3)
-    spread = [(g.load, v.mean, v.half) for g, v in points if v.half is not None]
-    if spread:
-        at, mean, half = zip(*spread, strict=True)
+    intervals = [(point.load, v.mean, v.half) for point, v in values if v.half is not None]
+    if intervals:
+        at, mean, half = zip(*intervals, strict=True)
         axes.errorbar(at, mean, yerr=half, color=colour, linestyle="none", capsize=3, linewidth=1, zorder=3)
     if upper:
-        axes.plot([g.load for g, _ in upper], [v.mean for _, v in upper], color=colour, linestyle=line, linewidth=0.7)
-    invalid = [(g.load, v.mean) for g, v in points if not g.valid]
+        uppers = [v.mean for _, v in upper]
+        axes.plot([point.load for point, _ in upper], uppers, color=colour, linestyle=line, linewidth=0.7)
+    invalid = [(point.load, v.mean) for point, v in values if not point.valid]
     if invalid:
         at, mean = zip(*invalid, strict=True)
         axes.plot(at, mean, linestyle="none", marker=marker, markersize=9, markerfacecolor="white",
@@ -145,24 +148,24 @@ def _line(
     return bool(invalid)
 
 
-def balance(series: Sequence[Series]) -> Drawn | None:
-    """Who answered how much, at the highest load of each."""
-    rows = [(one, one.groups[-1]) for one in series if one.groups]
-    experts = sorted({name for _, group in rows for record in group.records for name in record["experts"]})
-    if not experts or len(experts) < 2:
+def balance(series: Sequence[Series]) -> Drawing | None:
+    """Draw each expert's share of the requests at the highest load of each series; None with fewer than two experts."""
+    rows = [(one, one.points[-1]) for one in series if one.points]
+    experts = sorted({name for _, point in rows for record in point.records for name in record["experts"]})
+    if len(experts) < 2:
         return None
     with mpl.rc_context(RC):
         figure, axes = _panel("Share of requests per expert", series[0].evidence, rows=len(experts), bars=len(rows))
-        for number, (_, group) in enumerate(rows):
+        for number, (_, point) in enumerate(rows):
             left = 0.0
             for place, expert in enumerate(experts):
-                value = group.value(f"experts.{expert}", scale=100)
+                value = point.value(f"experts.{expert}", scale=100)
                 if value is None:
                     continue
                 axes.barh(number, value.mean, left=left, height=0.6, color=GREYS[place % len(GREYS)],
                           hatch=HATCHES[place % len(HATCHES)], edgecolor="black", linewidth=0.8)  # fmt: skip
                 left += value.mean
-        labels = [f"{_folded(one.name)}\n({_load(one.by, group.load)})" for one, group in rows]
+        labels = [f"{_wrapped(one.name)}\n({_load(one.by, point.load)})" for one, point in rows]
         axes.set_yticks(range(len(rows)), labels, fontsize=8.5)
         axes.invert_yaxis()
         axes.set_xlim(0, 100)
@@ -172,8 +175,8 @@ def balance(series: Sequence[Series]) -> Drawn | None:
             for i, e in enumerate(experts)
         ]
         figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, handlelength=2.4)
-    told = "Horizontal bars, one per deployment, divided by expert."
-    return Drawn(f"{series[0].evidence}-{series[0].by}-balance", "Share of requests per expert", told, figure)
+    description = "Horizontal bars, one per deployment, divided by expert."
+    return Drawing(f"{series[0].evidence}-{series[0].by}-balance", "Share of requests per expert", description, figure)
 
 
 def _panel(title: str, evidence: str, *, rows: int, bars: int = 0) -> tuple[Figure, Any]:
@@ -187,13 +190,14 @@ def _panel(title: str, evidence: str, *, rows: int, bars: int = 0) -> tuple[Figu
 
 def _load_axis(axes: Any, by: str, loads: list[float]) -> None:
     axes.set_xscale("log")
-    axes.set_xticks(_apart(loads), [f"{load:g}" for load in _apart(loads)])
+    ticks = _spaced(loads)
+    axes.set_xticks(ticks, [f"{load:g}" for load in ticks])
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xlabel("concurrent users" if by == "users" else "requests/s asked for")
+    axes.set_xlabel("concurrent users" if by == "users" else "requests/s offered")
 
 
-def _apart(loads: list[float]) -> list[float]:
-    """Ticks that do not run into each other: at least a factor of 1.6 between two."""
+def _spaced(loads: list[float]) -> list[float]:
+    """Return a subset of the sorted loads with a factor of at least 1.6 between ticks, so labels do not overlap."""
     kept: list[float] = []
     for load in loads:
         if not kept or load >= 1.6 * kept[-1]:
@@ -201,14 +205,14 @@ def _apart(loads: list[float]) -> list[float]:
     return kept
 
 
-def _legend(axes: Any, some_invalid: bool) -> None:
-    if some_invalid:
-        axes.plot([], [], linestyle="none", marker="x", color="black", label="crossed: INVALID, not to be trusted")
+def _legend(axes: Any, has_invalid: bool) -> None:
+    if has_invalid:
+        axes.plot([], [], linestyle="none", marker="x", color="black", label="crossed out: INVALID, do not use")
     axes.figure.legend(loc="outside lower left", ncols=1, frameon=False, handlelength=4.5)
 
 
-def _folded(name: str) -> str:
-    """Long names over two lines, at an underscore or a space near their middle."""
+def _wrapped(name: str) -> str:
+    """Break a long name into two lines, at the underscore or space closest to its middle."""
     if len(name) <= 22:
         return name
     places = [i for i, c in enumerate(name) if c in "_ "]
@@ -220,15 +224,15 @@ def _load(by: str, load: float) -> str:
     return f"{load:g} user{'s' if load != 1 else ''}" if by == "users" else f"{load:g}/s"
 
 
-def _plain(value: float, _position: object) -> str:
+def _tick_label(value: float, _position: object) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:g}"
 
 
-def _told(curve: Curve, found: Sequence[tuple[Series, list[tuple[Group, Value]]]], by: str) -> str:
+def _description(curve: Curve, lines: Sequence[tuple[Series, list[tuple[LoadPoint, Value]]]], by: str) -> str:
     parts = []
-    for one, points in found:
-        if points:
-            first, last = points[0], points[-1]
-            shown = f"{first[1].mean:.3g} at {_load(by, first[0].load)}"
-            parts.append(f"{one.name}: {shown}, {last[1].mean:.3g} at {_load(by, last[0].load)}")
+    for one, values in lines:
+        if values:
+            (first, lowest), (last, highest) = values[0], values[-1]
+            ends = f"{lowest.mean:.3g} at {_load(by, first.load)}, {highest.mean:.3g} at {_load(by, last.load)}"
+            parts.append(f"{one.name}: {ends}")
     return f"{curve.title} in {curve.unit}. " + "; ".join(parts) + "."

@@ -1,8 +1,8 @@
-"""Results of `python -m launch.bench` as one self-contained HTML page, and as figures.
+"""Reports the results of `python -m launch.bench` as one self-contained HTML page, and as figures.
 
     python -m analysis.report results --out report.html [--figures DIR] [--title TEXT]
 
-RESULTS is the folder of a sweep, or one result file; several are put together. Needs the extra `analysis`.
+RESULTS is the folder of a sweep or one result file; several are combined. Needs the extra `analysis`.
 """
 
 import argparse
@@ -57,51 +57,51 @@ _RATES: Final = (
 )
 
 
-def main(words: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m analysis.report", description=__doc__.split("\n", 1)[0])
     parser.add_argument("results", nargs="+", type=Path, metavar="RESULTS", help="folder of a sweep, or a result file")
     parser.add_argument("--out", type=Path, default=Path("report.html"), metavar="FILE")
-    parser.add_argument("--figures", type=Path, metavar="DIR", help="also each figure there, as SVG and PNG")
+    parser.add_argument("--figures", type=Path, metavar="DIR", help="also write each figure to DIR, as SVG and PNG")
     parser.add_argument("--title", default="Experiment report")
-    arguments = parser.parse_args(words)
+    options = parser.parse_args(arguments)
     try:
-        records = [record for path in arguments.results for record in read(path)]
-        page = report(records, title=arguments.title, figures=arguments.figures)
+        records = [record for path in options.results for record in read(path)]
+        page = report(records, title=options.title, figures=options.figures)
     except NoResultsError as error:
         sys.stderr.write(f"analysis.report: {error}\n")
         return 2
     except ModuleNotFoundError as error:
         sys.stderr.write(f"analysis.report: {error.name} is missing: pip install 'hpc-router[analysis]'\n")
         return 1
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(page, encoding="utf-8")
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(page, encoding="utf-8")
     invalid = sum(not record["valid"] for record in records)
-    print(f"{arguments.out}: {len(records)} points" + (f", {invalid} of them INVALID" if invalid else ""))
+    print(f"{options.out}: {len(records)} points" + (f", {invalid} of them INVALID" if invalid else ""))
     return 0
 
 
 def report(records: Sequence[Record], *, title: str, figures: Path | None = None) -> str:
-    """The page. Raises ModuleNotFoundError without matplotlib."""
-    given = [{**record, "failed_share": _failed(record)} for record in records]
-    series = series_of(given)
-    parts = [_head(title, given), *_warnings(given, series)]
-    for evidence, told in EVIDENCE.items():
+    """Return the HTML page; also save the figures to a folder. Raises ModuleNotFoundError without matplotlib."""
+    all_records = [{**record, "failed_share": _failed_share(record)} for record in records]
+    series = series_of(all_records)
+    parts = [_head(title, all_records), *_warnings(all_records, series)]
+    for evidence, label in EVIDENCE.items():
         for by in ("users", "rate_per_s", "trace"):
-            some = [one for one in series if (one.evidence, one.by) == (evidence, by)]
-            if some:
-                parts += _section(some, told, figures)
-    parts += [_definitions(), _origin(given), "</body></html>"]
+            section = [one for one in series if (one.evidence, one.by) == (evidence, by)]
+            if section:
+                parts += _section(section, label, figures)
+    parts += [_definitions(), _origins(all_records), "</body></html>"]
     return "\n".join(parts)
 
 
-def _failed(record: Record) -> float:
+def _failed_share(record: Record) -> float:
     return float(record["failed"]) / record["requests"] if record["requests"] else 1.0
 
 
 def _head(title: str, records: Sequence[Record]) -> str:
     kinds = " ".join(
-        f'<span class="label">{html.escape(told)}</span>'
-        for kind, told in EVIDENCE.items()
+        f'<span class="label">{html.escape(label)}</span>'
+        for kind, label in EVIDENCE.items()
         if any(record["evidence"] == kind for record in records)
     )
     return (
@@ -115,92 +115,93 @@ def _warnings(records: Sequence[Record], series: Sequence[Series]) -> Iterator[s
     if any(record["evidence"] == "simulated" for record in records):
         yield (
             '<div class="warning"><b>Simulated points are predictions</b> of a roofline model of engines on GPUs, or '
-            "of fixed latencies; they are no evidence of what GPUs do. Points marked measured are.</div>"
+            "of fixed latencies; they are no evidence of the speed of GPUs. Points marked as measured are.</div>"
         )
-    invalid = [(one, group) for one in series for group in one.groups if not group.valid]
+    invalid = [(one, point) for one in series for point in one.points if not point.valid]
     if invalid:
         items = "".join(
-            f"<li>{html.escape(one.name)}, {_load(one, group.load)}: {html.escape(reason)}</li>"
-            for one, group in invalid
-            for reason in dict.fromkeys(group.reasons)
+            f"<li>{html.escape(one.name)}, {_load(one, point.load)}: {html.escape(reason)}</li>"
+            for one, point in invalid
+            for reason in dict.fromkeys(point.reasons)
         )
-        told = "<b>Invalid: not to be trusted</b>, crossed in figures and tables"
-        yield f'<div class="warning">{told}<ul>{items}</ul></div>'
+        heading = "<b>Invalid: do not use</b>; crossed out in figures and tables"
+        yield f'<div class="warning">{heading}<ul>{items}</ul></div>'
     versions = {str(record["provenance"]["git"]) for record in records}
     if len(versions) > 1:
-        yield '<div class="warning">These points were measured by different versions of the code (see below).</div>'
+        yield '<div class="warning">These points were measured with different versions of the code (see below).</div>'
 
 
-def _section(series: Sequence[Series], told: str, figures: Path | None) -> Iterator[str]:
+def _section(series: Sequence[Series], label: str, figures: Path | None) -> Iterator[str]:
     from analysis.figures import balance, curves
 
     by = {"users": "concurrent users", "rate_per_s": "request rate", "trace": "a trace"}[series[0].by]
-    yield f"<h2>{html.escape(told)}: by {by}</h2>"
-    drawn = [*curves(series), *([bars] if (bars := balance(series)) is not None else [])]
+    yield f"<h2>{html.escape(label)}: by {by}</h2>"
+    drawings = [*curves(series), *([bars] if (bars := balance(series)) is not None else [])]
     yield '<div class="figures">'
-    for one in drawn:
+    for drawing in drawings:
         if figures is not None:
-            one.save(figures)
-        yield f'<figure role="img" aria-label="{html.escape(one.told, quote=True)}">{_svg(one)}</figure>'
+            drawing.save(figures)
+        label = html.escape(drawing.description, quote=True)
+        yield f'<figure role="img" aria-label="{label}">{_svg(drawing)}</figure>'
     yield "</div>"
     yield _saturations(series)
     yield (
-        "<p>The tables: means over repeats, ± half of the 95&nbsp;% confidence interval (Student's t) where there are "
-        "several.</p>"
+        "<p>The tables show means over repeats, with several repeats ± half of the 95&nbsp;% confidence interval "
+        "(Student's t).</p>"
     )
     yield _table("Latencies", _LATENCIES, series)
     yield _table("Rates", _RATES, series)
     yield _balances(series)
 
 
-def _svg(drawn: Any) -> str:
+def _svg(drawing: Any) -> str:
     import matplotlib as mpl
 
     from analysis.figures import RC
 
     text = io.StringIO()
     with mpl.rc_context(RC):
-        drawn.figure.savefig(text, format="svg", metadata={"Date": None})
-    whole = text.getvalue()
-    return _own_ids(whole[whole.index("<svg") :], drawn.name)
+        drawing.figure.savefig(text, format="svg", metadata={"Date": None})
+    document = text.getvalue()
+    return _with_unique_ids(document[document.index("<svg") :], drawing.name)
 
 
-def _own_ids(svg: str, name: str) -> str:
-    """Ids are unique within a figure only, and a page has many."""
+def _with_unique_ids(svg: str, name: str) -> str:
+    """Prefix all ids with the name of the figure, because matplotlib's ids repeat across the figures of a page."""
     return svg.replace('id="', f'id="{name}-').replace("url(#", f"url(#{name}-").replace('href="#', f'href="#{name}-')
 
 
 def _saturations(series: Sequence[Series]) -> str:
     rows = []
     for one in series:
-        found = saturation(one)
-        if found is None:
+        result = saturation(one)
+        if result is None:
             continue
-        where = _load(one, found.load) if found.reached else f"not reached up to {_load(one, one.groups[-1].load)}"
+        load = _load(one, result.load) if result.reached else f"not reached up to {_load(one, one.points[-1].load)}"
         gpus = str(one.gpus) if one.gpus else "-"
-        each = f"{found.tokens_per_s / one.gpus:,.0f}" if one.gpus else "-"
-        rows.append(f"<tr><td>{html.escape(one.name)}</td><td>{gpus}</td><td>{where}</td>"
-                    f"<td>{found.tokens_per_s:,.0f}</td><td>{each}</td></tr>")  # fmt: skip
+        per_gpu = f"{result.tokens_per_s / one.gpus:,.0f}" if one.gpus else "-"
+        rows.append(f"<tr><td>{html.escape(one.name)}</td><td>{gpus}</td><td>{load}</td>"
+                    f"<td>{result.tokens_per_s:,.0f}</td><td>{per_gpu}</td></tr>")  # fmt: skip
     if not rows:
         return ""
     return (
-        "<h3>Saturation</h3><p>The least load that has at least 90&nbsp;% of the highest throughput seen; valid points "
+        "<h3>Saturation</h3><p>The lowest load with at least 90&nbsp;% of the highest throughput; valid points "
         'only.</p><div class="scroll"><table><thead><tr><th>deployment</th><th>GPUs</th><th>saturates at</th>'
-        "<th>tokens/s there</th><th>tokens/s per GPU</th></tr></thead><tbody>"
+        "<th>tokens/s at that load</th><th>tokens/s per GPU</th></tr></thead><tbody>"
         + "".join(rows)
         + "</tbody></table></div>"
     )
 
 
 def _table(title: str, columns: Sequence[tuple[str, str, float]], series: Sequence[Series]) -> str:
-    used = [c for c in columns if any(one.points(c[1]) for one in series)]
+    used = [c for c in columns if any(one.values(c[1]) for one in series)]
     head = "".join(f"<th>{html.escape(name).replace(chr(10), '<br>')}</th>" for name, _, _ in used)
     rows = []
     for one in series:
-        for group in one.groups:
-            mark = "" if group.valid else ' class="invalid"'
-            cells = "".join(f"<td{mark}>{_value(group.value(key, scale=scale))}</td>" for _, key, scale in used)
-            name = f"{html.escape(one.name)}</td><td>{group.load:g}</td><td>{len(group.records)}"
+        for point in one.points:
+            mark = "" if point.valid else ' class="invalid"'
+            cells = "".join(f"<td{mark}>{_value(point.value(key, scale=scale))}</td>" for _, key, scale in used)
+            name = f"{html.escape(one.name)}</td><td>{point.load:g}</td><td>{len(point.records)}"
             rows.append(f"<tr><td>{name}</td>{cells}</tr>")
     load = "users" if series[0].by == "users" else "requests/s"
     return (
@@ -212,15 +213,15 @@ def _table(title: str, columns: Sequence[tuple[str, str, float]], series: Sequen
 def _balances(series: Sequence[Series]) -> str:
     rows = []
     for one in series:
-        group = one.groups[-1]
-        for expert in sorted({name for record in group.records for name in record["balance"]}):
-            share, even = group.value(f"experts.{expert}", scale=100), group.value(f"balance.{expert}")
-            rows.append(f"<tr><td>{html.escape(one.name)}</td><td>{group.load:g}</td><td>{html.escape(expert)}</td>"
-                        f"<td>{_value(share)}</td><td>{_value(even)}</td></tr>")  # fmt: skip
+        point = one.points[-1]
+        for expert in sorted({name for record in point.records for name in record["balance"]}):
+            share, busiest = point.value(f"experts.{expert}", scale=100), point.value(f"balance.{expert}")
+            rows.append(f"<tr><td>{html.escape(one.name)}</td><td>{point.load:g}</td><td>{html.escape(expert)}</td>"
+                        f"<td>{_value(share)}</td><td>{_value(busiest)}</td></tr>")  # fmt: skip
     load = "users" if series[0].by == "users" else "requests/s"
     return (
         "<details><summary>Balance per expert at the highest load</summary><p>Busiest replica: its requests over the "
-        'mean of the replicas of its expert that answered; 1 is even.</p><div class="scroll"><table><thead><tr>'
+        'mean of all replicas of the expert that answered; 1 is balanced.</p><div class="scroll"><table><thead><tr>'
         f"<th>deployment</th><th>{load}</th><th>expert</th><th>share<br>%</th><th>busiest<br>replica</th></tr></thead>"
         f"<tbody>{''.join(rows)}</tbody></table></div></details>"
     )
@@ -228,19 +229,19 @@ def _balances(series: Sequence[Series]) -> str:
 
 def _definitions() -> str:
     return (
-        "<h2>What the words mean</h2><ul>"
+        "<h2>Definitions</h2><ul>"
         "<li><b>TTFT</b>: from the start of a request to the arrival of its first non-empty content.</li>"
-        "<li><b>ITL</b>: gaps between two events with content, per token they carry.</li>"
-        "<li><b>TPOT</b>: (last content - first content) / (tokens - 1), per answer.</li>"
+        "<li><b>ITL</b>: time between two events with content, over the tokens per event of the response.</li>"
+        "<li><b>TPOT</b>: (last content - first content) / (tokens - 1), per response.</li>"
         "<li><b>E2E</b>: from the start of a request to the end of its stream.</li>"
-        "<li><b>Router adds</b>: the median through the router less the median straight at its replicas, expert by "
-        "expert, in the same run.</li>"
-        "<li><b>Goodput</b>: answers per second within the limits of bench.good.</li></ul>"
-        "<p>docs/bench.md has each definition in full.</p>"
+        "<li><b>Router adds</b>: the median through the router less the median of requests sent directly to its "
+        "replicas, per expert, in the same run.</li>"
+        "<li><b>Goodput</b>: responses per second within the limits of bench.good.</li></ul>"
+        "<p>docs/bench.md has the full definitions.</p>"
     )
 
 
-def _origin(records: Sequence[Record]) -> str:
+def _origins(records: Sequence[Record]) -> str:
     seen: dict[str, None] = {}
     for record in records:
         origin = record["provenance"]
@@ -252,12 +253,12 @@ def _origin(records: Sequence[Record]) -> str:
         where = f"{machine['cpu']}, {machine['cpus']} CPUs, {machine['memory_gb']} GB{job}"
         text = f"{where}; code {state}; {', '.join(engines)}"
         seen.setdefault(f"<li>{html.escape(text)}<br><code>{html.escape(origin['command'])}</code></li>")
-    return f"<h2>Where it was measured, and by what</h2><ul>{''.join(seen)}</ul>"
+    return f"<h2>Hardware, code and commands</h2><ul>{''.join(seen)}</ul>"
 
 
 def _engine(engine: Record) -> str:
-    words = [str(engine["kind"]), str(engine["version"] or ""), Path(str(engine["model"])).name]
-    return " ".join(word for word in words if word)
+    parts = [str(engine["kind"]), str(engine["version"] or ""), Path(str(engine["model"])).name]
+    return " ".join(part for part in parts if part)
 
 
 def _load(one: Series, load: float) -> str:

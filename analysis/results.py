@@ -1,6 +1,7 @@
-"""Result files as series: one per deployment and kind of evidence, one group of repeats per load. Pure but for reading.
+"""Reads result files as series: one per deployment and kind of evidence, with one group of repeats per load.
 
-A record that was marked invalid stays, marked; figures and tables say so. Knows nothing of drawing.
+A record marked invalid is kept with its mark, and figures and tables show it. Only `read` does I/O. This module must
+not know how results are drawn.
 """
 
 import json
@@ -15,8 +16,6 @@ from hpc_router.errors import ConfigError
 from hpc_router.state.atomic_files import lines_of
 
 Record = Mapping[str, Any]
-_WHERE: Final = ("cluster.", "simulate.", "router.", "name=", "runs=")
-"""Overrides that do not say what is measured."""
 SCHEMA: Final = 2
 EVIDENCE: Final[Mapping[str, str]] = {
     "gpu": "GPU, measured",
@@ -24,33 +23,21 @@ EVIDENCE: Final[Mapping[str, str]] = {
     "simulated": "SIMULATED, a prediction",
     "unknown": "engines unknown, measured",
 }
+_UNNAMED_OVERRIDES: Final = ("cluster.", "simulate.", "router.", "name=")
+"""Overrides that are left out of a series' name: they say where it was measured, not what."""
 _T975: Final = (
-    12.706,
-    4.303,
-    3.182,
-    2.776,
-    2.571,
-    2.447,
-    2.365,
-    2.306,
-    2.262,
-    2.228,
-    2.201,
-    2.179,
-    2.160,
-    2.145,
-    2.131,
-)
-"""Student's t for a two-sided 95 % interval, by degrees of freedom from 1; beyond: the normal's 1.96."""
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
+)  # fmt: skip
+"""Student's t for a two-sided 95 % interval with 1, 2, ... degrees of freedom. Beyond them 1.96 (normal) is used."""
 
 
 class NoResultsError(Exception):
-    """Nothing to report on; the message says where was looked."""
+    """There are no readable results; the message names the file or folder."""
 
 
 @dataclass(frozen=True, slots=True)
 class Value:
-    """The mean over repeats; `half`: half the width of its 95 % confidence interval, None with one repeat."""
+    """A mean over repeats. `half`: half the width of its 95 % confidence interval; None with one repeat."""
 
     mean: float
     half: float | None
@@ -68,7 +55,7 @@ class Value:
 
 
 @dataclass(frozen=True, slots=True)
-class Group:
+class LoadPoint:
     """All repeats of one load on one deployment."""
 
     load: float
@@ -80,29 +67,32 @@ class Group:
 
     @property
     def reasons(self) -> list[str]:
+        """Why the records are invalid."""
         return [reason for record in self.records for reason in record["invalid"]]
 
     def value(self, key: str, *, scale: float = 1.0) -> Value | None:
-        """`ttft_s.p50`, `tokens_per_s`, `router.ttft_s.added_s`: over the repeats that have it."""
-        found = [value for record in self.records if (value := number_at(record, key)) is not None]
-        return Value.of([value * scale for value in found])
+        """Return the value at a dotted key such as `ttft_s.p50`, over the repeats that have it; None if none has."""
+        numbers = [number for record in self.records if (number := number_at(record, key)) is not None]
+        return Value.of([number * scale for number in numbers])
 
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """One deployment. `by`: users | rate_per_s | trace, what its loads are."""
+    """The points of one deployment, by rising load. `by`: the unit of the load, users | rate_per_s | trace."""
 
     name: str
     evidence: str
     by: str
     gpus: int | None
-    groups: Sequence[Group] = field(default_factory=tuple)
+    points: Sequence[LoadPoint] = field(default_factory=tuple)
 
-    def points(self, key: str, *, scale: float = 1.0) -> list[tuple[Group, Value]]:
-        return [(g, v) for g in self.groups if (v := g.value(key, scale=scale)) is not None]
+    def values(self, key: str, *, scale: float = 1.0) -> list[tuple[LoadPoint, Value]]:
+        """Return the points that have a value at `key`."""
+        return [(point, v) for point in self.points if (v := point.value(key, scale=scale)) is not None]
 
 
 def number_at(record: Record, key: str) -> float | None:
+    """Return the number at a dotted key; None if it is missing or not a number."""
     value: Any = record
     for part in key.split("."):
         if not isinstance(value, Mapping):
@@ -112,9 +102,9 @@ def number_at(record: Record, key: str) -> float | None:
 
 
 def read(path: Path) -> list[Record]:
-    """Of a result folder or a file. Raises NoResultsError."""
+    """Return the records of a result file or of all result files in a folder. Raises NoResultsError."""
     files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
-    found: list[Record] = []
+    records: list[Record] = []
     for file in files:
         if file.name.endswith(".requests.jsonl"):
             continue
@@ -122,10 +112,10 @@ def read(path: Path) -> list[Record]:
             lines = list(lines_of(file))
         except ConfigError as error:
             raise NoResultsError(str(error)) from error
-        found += [_record(line, f"{file}:{number}") for number, line in lines]
-    if not found:
+        records += [_record(line, f"{file}:{number}") for number, line in lines]
+    if not records:
         raise NoResultsError(f"{path}: no result records (*.jsonl of `python -m launch.bench`)")
-    return found
+    return records
 
 
 def _record(line: str, place: str) -> Record:
@@ -133,32 +123,32 @@ def _record(line: str, place: str) -> Record:
         record = json.loads(line)
         schema = record["schema"]
     except (ValueError, KeyError, TypeError) as error:
-        raise NoResultsError(f"{place}: no result record") from error
+        raise NoResultsError(f"{place}: not a result record") from error
     if schema != SCHEMA:
         raise NoResultsError(f"{place}: a record of schema {schema}; this version reads {SCHEMA}")
     return dict(record)
 
 
 def series_of(records: Iterable[Record]) -> list[Series]:
-    """In the order of evidence, then of names."""
-    everything = list(records)
-    name_of = _namer(everything)
-    found: dict[tuple[str, str, str], dict[float, list[Record]]] = {}
-    for record in everything:
+    """Group records into series, in the order of EVIDENCE, then of names."""
+    all_records = list(records)
+    name_of = _namer(all_records)
+    groups: dict[tuple[str, str, str], dict[float, list[Record]]] = {}
+    for record in all_records:
         by = "users" if record["users"] is not None else "rate_per_s" if record["rate_per_s"] is not None else "trace"
         load = float(record[by]) if by != "trace" else record["requests_per_s"]
         key = (record["evidence"], name_of(record), by)
-        found.setdefault(key, {}).setdefault(load, []).append(record)
+        groups.setdefault(key, {}).setdefault(load, []).append(record)
     order = list(EVIDENCE)
-    made = []
-    for (evidence, name, by), loads in sorted(found.items(), key=lambda item: (order.index(item[0][0]), item[0])):
-        groups = tuple(Group(load, loads[load]) for load in sorted(loads))
-        made.append(Series(name, evidence, by, groups[0].records[0]["gpus"], groups))
-    return made
+    series = []
+    for (evidence, name, by), loads in sorted(groups.items(), key=lambda item: (order.index(item[0][0]), item[0])):
+        points = tuple(LoadPoint(load, loads[load]) for load in sorted(loads))
+        series.append(Series(name, evidence, by, points[0].records[0]["gpus"], points))
+    return series
 
 
 def _namer(records: Sequence[Record]) -> Callable[[Record], str]:
-    """A series is called by its topology, and by whatever else differs between records: policy, overrides, model."""
+    """Return a function that names the series of a record: topology, and policy, overrides and model if they differ."""
     policies = {record["policy"] for record in records if record["topology"] is None or _chose(record, "policy")}
 
     def name(record: Record) -> str:
@@ -166,9 +156,7 @@ def _namer(records: Sequence[Record]) -> Callable[[Record], str]:
         words = [record["topology"] or Path(origin["run"]).name]
         if len(policies) > 1 and _chose(record, "policy"):
             words.append(str(record["policy"]))
-        words += [
-            text for text in origin["overrides"] if not text.startswith(("cluster.", "simulate.", "router.", "name="))
-        ]
+        words += [override for override in origin["overrides"] if not override.startswith(_UNNAMED_OVERRIDES)]
         if record["model"] != "auto":
             words.append(f"model={record['model']}")
         return " ".join(words)
@@ -182,8 +170,11 @@ def _chose(record: Record, group: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Saturation:
-    """Where more load brings little more: the least load with at least 90 % of the highest throughput seen. `reached`:
-    the highest was not at the highest load, or the last doubling of load brought less than 10 %."""
+    """The lowest load with at least 90 % of the highest throughput.
+
+    `reached`: the throughput levels off, because that is not the highest load, or because the last increase in load
+    raised the throughput by at most 10 %.
+    """
 
     load: float
     tokens_per_s: float
@@ -191,12 +182,13 @@ class Saturation:
 
 
 def saturation(series: Series) -> Saturation | None:
-    points = [(g.load, v.mean) for g, v in series.points("tokens_per_s") if g.valid]
-    if len(points) < 2:
+    """Return the saturation over the valid points; None with fewer than two."""
+    curve = [(point.load, v.mean) for point, v in series.values("tokens_per_s") if point.valid]
+    if len(curve) < 2:
         return None
-    best = max(value for _, value in points)
-    load, value = next((at, value) for at, value in points if value >= 0.9 * best)
-    (before, lower), (last, upper) = points[-2:]
-    grown = upper / lower if lower > 0 else math.inf
-    flat = last > before and grown <= 1.1
-    return Saturation(load, value, flat or load < last)
+    best = max(value for _, value in curve)
+    load, value = next((at, value) for at, value in curve if value >= 0.9 * best)
+    (previous_load, previous), (last_load, last) = curve[-2:]
+    growth = last / previous if previous > 0 else math.inf
+    flat = last_load > previous_load and growth <= 1.1
+    return Saturation(load, value, flat or load < last_load)

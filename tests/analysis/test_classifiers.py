@@ -1,4 +1,4 @@
-"""The report on classifiers, from findings made up for it."""
+"""The report on classifiers, from invented results."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 
 from analysis import classifier_figures as figures
 from analysis.classifier_report import write
-from analysis.classifiers import STEPS, Bench, read
+from analysis.classifiers import STEPS, Experiment, read
 from hpc_router.routing import exemplars
 from tests.routing.samples import EXEMPLARS
 from tests.routing.training.samples import write_jsonl
@@ -28,13 +28,13 @@ QUALITY: dict[str, Any] = {
 
 
 @pytest.fixture
-def bench(tmp_path: Path) -> Bench:
+def experiment(tmp_path: Path) -> Experiment:
     for name in ("domains_train", "domains_test", "mmlu_train", "mmlu_test"):
         write_jsonl(tmp_path / f"{name}.jsonl", ROWS)
     work = tmp_path / "work"
     work.mkdir()
     exemplars.train(EXEMPLARS).write(work / "discovered-distilled")
-    return Bench(tmp_path, work, "/models/encoder", "python")
+    return Experiment(tmp_path, work, "/models/encoder", "python")
 
 
 def trained(accuracy: float) -> dict[str, Any]:
@@ -52,8 +52,8 @@ def trained(accuracy: float) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def test_the_report_says_what_is_met_and_what_is_not(
-    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_report_says_which_targets_are_met(
+    experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     packed = {
         "shares": {"a": 0.5},
@@ -64,22 +64,24 @@ def test_the_report_says_what_is_met_and_what_is_not(
     }
     steps: dict[str, Any] = {name: packed if name.startswith("packed") else trained(0.975) for name in STEPS}
     steps["latency"] = {"runs": [trained(0.9)["test"]["latency"]]}
-    drawn = figures.confusion(steps["measured"]["test"]["confusion"])
-    monkeypatch.setattr(figures, "cluster_map", lambda *_: drawn)  # t-SNE wants more prompts than these
-    write(bench, steps, out=tmp_path / "out")
-    told = (tmp_path / "out" / "classifiers.md").read_text()
-    assert "| domains_test, discovered, 16 clusters | >= 0.98 | 0.9750 | NOT MET |" in told
-    assert "| domains_test, 20 exemplars per domain | >= 0.97 | 0.9750 | met |" in told
+    drawing = figures.confusion(steps["measured"]["test"]["confusion"])
+    monkeypatch.setattr(figures, "cluster_map", lambda *_: drawing)  # t-SNE needs more prompts than these
+    write(experiment, steps, out=tmp_path / "out")
+    report = (tmp_path / "out" / "classifiers.md").read_text()
+    assert "| domains_test, discovered, 16 clusters | >= 0.98 | 0.9750 | NOT MET |" in report
+    assert "| domains_test, 20 exemplars per domain | >= 0.97 | 0.9750 | met |" in report
     assert json.loads((tmp_path / "out" / "classifiers.json").read_text())["steps"].keys() == STEPS.keys()
     assert {path.suffix for path in (tmp_path / "out").iterdir()} == {".json", ".md", ".svg", ".png"}
 
 
-def test_files_are_made_of_the_data(bench: Bench) -> None:
-    priced = read(bench.file("priced-train"))
+def test_files_are_derived_from_the_data(experiment: Experiment) -> None:
+    priced = read(experiment.file("priced-train"))
     assert [row["prompt"] for row in priced] == [row["prompt"] for row in ROWS]
-    assert {row["domain"] for row in read(bench.file("transfer"))} == {"math", "medicine"}
+    assert {row["domain"] for row in read(experiment.file("transfer"))} == {"math", "medicine"}
 
 
-def test_commands_are_shown_without_this_machine_s_folders(bench: Bench) -> None:
-    shown = bench._shown(["python", "-m", "x", f"data={bench.data}/a.jsonl", f"output={bench.work}/o", bench.encoder])
-    assert shown == "python -m x data=DATA/a.jsonl output=WORK/o ENCODER"
+def test_commands_are_displayed_without_folders_of_this_machine(experiment: Experiment) -> None:
+    displayed = experiment._displayed(
+        ["python", "-m", "x", f"data={experiment.data}/a.jsonl", f"output={experiment.work}/o", experiment.encoder]
+    )
+    assert displayed == "python -m x data=DATA/a.jsonl output=WORK/o ENCODER"

@@ -1,4 +1,4 @@
-"""The page holds all it needs and says what cannot be trusted; its figures tell series apart without colour."""
+"""The page is self-contained and marks invalid points; its figures distinguish series without colour."""
 
 import json
 import re
@@ -12,13 +12,17 @@ import pytest
 from analysis import report
 from analysis.figures import STYLES, balance, curves
 from analysis.results import series_of
-from tests.analysis.made import made
+from tests.analysis.records import result_record
 
 RECORDS = [
-    *(made(users, repeat=repeat, ttft_s=0.1 + 0.01 * repeat, added_s=0.002) for users in (1, 10) for repeat in (0, 1)),
-    made(1, topology="one_large <b>"),
-    made(10, topology="one_large <b>", invalid=("the window is too short: 3 answers",)),
-    made(4, topology="here", evidence="cpu", added_s=-0.001),
+    *(
+        result_record(users, repeat=repeat, ttft_s=0.1 + 0.01 * repeat, added_s=0.002)
+        for users in (1, 10)
+        for repeat in (0, 1)
+    ),
+    result_record(1, topology="one_large <b>"),
+    result_record(10, topology="one_large <b>", invalid=("the window is too short: 3 answers",)),
+    result_record(4, topology="here", evidence="cpu", added_s=-0.001),
 ]
 
 
@@ -38,11 +42,11 @@ class Page(HTMLParser):
                 self.links.append(value or "")
 
 
-def test_a_page_of_its_own() -> None:
+def test_the_page_is_self_contained() -> None:
     text = report.report(RECORDS, title="A <title>")
     page = Page()
     page.feed(text)
-    assert all(link.startswith("#") for link in page.links), "it loads nothing"
+    assert all(link.startswith("#") for link in page.links), "it loads no other files"
     assert set(page.links) <= {f"#{name}" for name in page.ids}
     assert len(page.ids) == len(set(page.ids))
     assert not {"script", "img", "link"} & set(page.tags)
@@ -52,7 +56,7 @@ def test_a_page_of_its_own() -> None:
     assert "width=device-width" in text
 
 
-def test_it_says_what_it_is_worth() -> None:
+def test_the_page_names_evidence_and_invalid_points() -> None:
     text = report.report(RECORDS, title="t")
     assert "SIMULATED, a prediction" in text
     assert "CPU, measured" in text
@@ -66,7 +70,7 @@ def loads_of(line: Any) -> list[float]:
     return list(line.get_xdata())
 
 
-def test_figures_are_told_apart_without_colour() -> None:
+def test_series_differ_without_colour() -> None:
     assert len({str(line) for _, line, _ in STYLES}) == len({marker for _, _, marker in STYLES}) == len(STYLES)
     simulated = [one for one in series_of(RECORDS) if one.evidence == "simulated"]
     many = [replace(simulated[0], name=f"topology {n}") for n in range(2 * len(STYLES))]
@@ -75,14 +79,14 @@ def test_figures_are_told_apart_without_colour() -> None:
     ]
     seen = {(line.get_marker(), line.get_markerfacecolor()) for line in lines}
     assert len(seen) == len(lines) == len(many)
-    for drawn in curves(simulated):
-        axes = drawn.figure.axes[0]
+    for drawing in curves(simulated):
+        axes = drawing.figure.axes[0]
         assert re.search(r"ms|s$|/s|%|users", axes.get_ylabel()), "a unit"
         assert axes.get_xlabel() == "concurrent users"
         assert axes.get_title() == "SIMULATED, a prediction"
         lines = [line for line in axes.get_lines() if line.get_marker() in list("osD^") and len(loads_of(line)) > 1]
         assert len({(line.get_linestyle(), line.get_marker()) for line in lines}) == len(lines)
-    names = {drawn.name for drawn in curves(simulated)}
+    names = {drawing.name for drawing in curves(simulated)}
     assert {
         "simulated-users-throughput",
         "simulated-users-ttft",
@@ -96,14 +100,14 @@ def test_figures_are_told_apart_without_colour() -> None:
 
 def test_an_invalid_point_is_crossed_and_the_legend_says_so() -> None:
     simulated = [one for one in series_of(RECORDS) if one.evidence == "simulated"]
-    throughput = next(drawn for drawn in curves(simulated) if drawn.name.endswith("throughput"))
+    throughput = next(drawing for drawing in curves(simulated) if drawing.name.endswith("throughput"))
     crosses = [line for line in throughput.figure.axes[0].get_lines() if line.get_marker() == "x"]
     assert [loads_of(line) for line in crosses] == [[10], []]
     (legend,) = throughput.figure.legends
     assert any("INVALID" in text.get_text() for text in legend.get_texts())
 
 
-def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_writes_page_and_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "r.jsonl").write_text("".join(json.dumps(one) + "\n" for one in RECORDS))
     words = [str(tmp_path), "--out", str(tmp_path / "out" / "r.html"), "--figures", str(tmp_path / "figures")]
     assert report.main(words) == 0

@@ -1,4 +1,4 @@
-"""Result records as `launch.bench` writes them, made from figures that tests choose."""
+"""Result records in the form that `launch.bench` writes, with values chosen by the tests."""
 
 from dataclasses import replace
 from typing import Any
@@ -24,7 +24,7 @@ ORIGIN = Provenance(
 )
 
 
-def made(
+def result_record(
     users: int,
     *,
     topology: str = "four_small",
@@ -34,7 +34,7 @@ def made(
     evidence: str = "simulated",
     added_s: float | None = None,
 ) -> dict[str, Any]:
-    """`users` answers of 8 tokens, a tenth of a second apart, in a window of 10 s."""
+    """Return the record of `users` responses of 8 tokens, 0.1 s apart, in a window of 10 s."""
     seen = [
         Observation(
             part=MeasurementPart.MEASURED, user=n, started_s=1.0, ended_s=1.0 + ttft_s + 0.8,
