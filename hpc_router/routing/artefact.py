@@ -2,12 +2,11 @@
 
 Every training method writes this format, and one run time reads it. The value of a prompt for a cluster is
     sum over its terms of weights[term, cluster]  /  length  +  offset[cluster]
-`weights` is a vocabulary x clusters table that all linear steps of the training are multiplied into. The length is that
-of the prompt's TF-IDF row, sqrt(sum of idf^2) (norm `terms`), or that of its vector in the space of the clusters,
-|sum of space[term]| (norm `space`). Offsets are 0, or -|centroid|^2 / 2 if the nearest centroid wins.
-No pickles and no timestamps: the same training gives the same bytes. The files are read and checked as a whole, not
-memory-mapped, because a stalled or replaced file on a shared file system must not fault the router.
-This module must not know policies or deployments.
+`weights` folds all linear steps of the training into one table. The length is that of the prompt's TF-IDF row,
+sqrt(sum of idf^2) (norm `terms`), or that of its vector in the space of the clusters, |sum of space[term]| (norm
+`space`). Offsets are 0, or -|centroid|^2 / 2 if the nearest centroid wins. No pickles and no timestamps: the same
+training gives the same bytes. The files are read and checked whole, not memory-mapped, because a stalled or replaced
+file on a shared file system must not fault the router. This module must not know policies or deployments.
 """
 
 import hashlib
@@ -102,7 +101,7 @@ class Artefact:
         }
 
     def write(self, folder: Path) -> None:
-        """Write the artefact to `folder` atomically and replace an artefact that is there. Raises ArtefactError."""
+        """Write the artefact to `folder`, complete or not at all; replaces an artefact there. Raises ArtefactError."""
         folder = folder.absolute()
         manifest = json.dumps({"version": self.version, **self._content()}, indent=1, ensure_ascii=False) + "\n"
         try:
@@ -128,9 +127,7 @@ def read(folder: Path) -> Artefact:
     tables = _read_bytes(folder / TABLES)
     try:
         if hashlib.sha256(tables).hexdigest() != manifest.get("tables_sha256"):
-            raise ValueError(
-                f"{TABLES} is damaged or from another training: its hash differs from the one in {MANIFEST}"
-            )
+            raise ValueError(f"{TABLES} is damaged or from another training: its hash is not that in {MANIFEST}")
         artefact = _parse(manifest, load(tables))
     except (ValueError, TypeError, SafetensorError) as error:
         raise ArtefactError(f"the artefact {folder} cannot be used: {error}; train it again") from error
@@ -204,17 +201,11 @@ def _validate(artefact: Artefact) -> None:
     if artefact.norm not in (NORM_TERMS, NORM_SPACE):
         raise ValueError(f"norm is '{artefact.norm}'; valid: '{NORM_TERMS}', '{NORM_SPACE}'")
     dimensions = artefact.space.shape[1] if artefact.norm == NORM_SPACE else 0
-    shapes: dict[str, tuple[int, ...]] = {
-        "weights": (rows, columns),
-        "idf": (rows,),
-        "telling": (rows,),
-        "offsets": (columns,),
-        "space": (rows, dimensions),
-    }
-    for name, attribute, _ in _TENSORS:
+    shapes = ((rows, columns), (rows,), (rows,), (columns,), (rows, dimensions))
+    for (name, attribute, _), shape in zip(_TENSORS, shapes, strict=True):
         table = getattr(artefact, attribute)
-        if table.shape != shapes[name]:
-            raise ValueError(f"tensor '{name}' has shape {table.shape}, not {shapes[name]}")
+        if table.shape != shape:
+            raise ValueError(f"tensor '{name}' has shape {table.shape}, not {shape}")
         if not np.isfinite(table).all():
             raise ValueError(f"tensor '{name}' has values that are not finite (NaN or infinity)")
     if not np.isfinite(artefact.margin_threshold):
@@ -267,7 +258,7 @@ def _check_replaceable(folder: Path) -> None:
         other_files = sorted({entry.name for entry in folder.iterdir()} - {MANIFEST, TABLES})
         if other_files:
             raise ArtefactError(
-                f"will not replace {folder}: it contains other files ({other_files[0]}); name another folder"
+                f"will not replace {folder}: it has other files ({other_files[0]}); name another folder"
             )
     elif folder.exists():
         raise ArtefactError(f"will not replace {folder}: it is not a folder")

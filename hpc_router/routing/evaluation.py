@@ -13,9 +13,8 @@ from functools import partial
 from typing import Any, Final
 
 import numpy as np
-from numpy.typing import NDArray
 
-from hpc_router.routing.features import Doubles, Ids
+from hpc_router.routing.features import Doubles, Ids, Mask
 
 SHARES: Final = tuple(round(0.1 * n, 1) for n in range(1, 10))
 """Points of the cost-quality curve: the share of prompts that the expensive expert answers."""
@@ -124,7 +123,7 @@ def cost_quality(
     def above(rows: Ids) -> float:
         return float(np.mean([above_at(share, rows) for share in SHARES]))
 
-    def accuracy(to_expensive: NDArray[np.bool_]) -> float:
+    def accuracy(to_expensive: Mask) -> float:
         return float(np.where(to_expensive, right[:, expensive], right[:, cheap]).mean())
 
     def point(share: float) -> dict[str, float]:
@@ -149,7 +148,7 @@ def cost_quality(
     }
 
 
-def _largest(gain: Doubles, tie_breaker: Doubles, share: float) -> NDArray[np.bool_]:
+def _largest(gain: Doubles, tie_breaker: Doubles, share: float) -> Mask:
     """Return a mask of the prompts with the largest gain, `share` of all."""
     order = np.lexsort((tie_breaker, -gain))
     selected = np.zeros(len(gain), np.bool_)

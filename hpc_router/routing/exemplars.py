@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from hpc_router.errors import ConfigError
 from hpc_router.routing.artefact import Artefact
-from hpc_router.routing.features import Doubles, Features, Ids, TermCounts, counts_of, vocabulary_of
+from hpc_router.routing.features import Doubles, Features, Ids, Mask, TermCounts, counts_of, vocabulary_of
 
 FALSE_REJECTION_RATE: Final = 0.05
 """Share of correctly classified held-out prompts whose margin may lie below the threshold."""
@@ -30,10 +30,7 @@ MAX_FOLDS: Final = 200
 
 
 def train(exemplars: Mapping[str, Sequence[str]], *, features: Features | None = None) -> Artefact:
-    """Train one cluster per expert, with its name. A prompt that an expert lists twice counts once.
-
-    Raises ConfigError as `usable_exemplars` does.
-    """
+    """Train one cluster per expert, named after it. Raises ConfigError as `usable_exemplars` does."""
     features = features or Features()
     usable = usable_exemplars(exemplars, features=features)
     names = tuple(usable)
@@ -70,10 +67,7 @@ def train(exemplars: Mapping[str, Sequence[str]], *, features: Features | None =
 
 
 def margin_threshold(margins: Doubles) -> float:
-    """Return the margin below which FALSE_REJECTION_RATE of `margins` lie; 0 if there are none.
-
-    `margins`: those of the correctly classified held-out prompts.
-    """
+    """Return the threshold for the margins of correctly classified held-out prompts; 0 if there are none."""
     return float(np.quantile(margins, FALSE_REJECTION_RATE)) if margins.size else 0.0
 
 
@@ -120,7 +114,7 @@ def usable_exemplars(exemplars: Mapping[str, Sequence[str]], *, features: Featur
     return usable
 
 
-def _without_texts(counts: TermCounts, removed: NDArray[np.bool_]) -> TermCounts:
+def _without_texts(counts: TermCounts, removed: Mask) -> TermCounts:
     """Return the counts with the rows of some texts emptied; rows keep their numbers."""
     kept = ~removed[counts.text]
     return replace(counts, text=counts.text[kept], term=counts.term[kept], count=counts.count[kept])

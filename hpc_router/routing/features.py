@@ -2,9 +2,8 @@
 
 Kind `lexical`: a token is a lower-cased word or number, or a single symbol. Digits, one-letter words and operators are
 kept because mathematics and code consist of them. In scripts without spaces every character is a token. Each token
-counts once per text, because repetition within a prompt carries little information. A term is a token, a token prefix
-(`diabe*`) or a pair of neighbouring words (`a b`). No token holds a space or mixes letters with `*`, so the string of a
-term is unambiguous.
+counts once per text, because repetition carries little information. A term is a token, a token prefix (`diabe*`) or a
+pair of neighbouring words (`a b`); no token contains a space or mixes letters with `*`, so a term is unambiguous.
 Kind `cbtm`: words of two or more characters with their counts, as c-BTM (arXiv 2303.14177) does it.
 Splitting runs in C (translate, split). This module must not know weights, clusters or experts.
 """
@@ -25,6 +24,7 @@ WINDOW_BYTES: Final = 2048
 Ids = NDArray[np.intp]
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
+Mask = NDArray[np.bool_]
 
 # Han and kana are written without spaces, so each character is a token.
 _UNSPACED: Final = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"

@@ -192,9 +192,7 @@ def build_policy(
     match kind:
         case "classifier":
             if classifier is None:
-                raise ConfigError(
-                    "policy=classifier needs a classifier: give the experts exemplars, or set policy.artefact"
-                )
+                raise ConfigError("policy=classifier: no classifier; give the experts exemplars or set policy.artefact")
             return ClassifierPolicy(classifier, fallback=fallback, shadow=shadow)
         case "round_robin":
             return RoundRobin(fallback=fallback)

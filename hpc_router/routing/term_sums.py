@@ -47,7 +47,7 @@ class TermSums:
                 words[ord(term)] = row
             else:
                 words[term.encode()] = row
-        table = _with_prefix_rows(table, words, prefixes, size=features.prefix)
+        table = _add_prefixes(table, words, prefixes, size=features.prefix)
         columns, lane_bytes = table.shape[1], 8 if wide_lanes else 4
         # Added to each lane: keeps lanes from going below zero, where they would borrow from their neighbour.
         bias = 2 ** (8 * lane_bytes - 1)
@@ -106,12 +106,12 @@ class TermSums:
 class _TokenRows(dict[bytes | int, int]):
     """Token -> packed row: that of the word or ASCII symbol, else that of its prefix, else 0. Caches every lookup."""
 
-    def __init__(self, vocabulary: Mapping[bytes | int, int], prefix_rows: Mapping[str, int], *, prefix: int) -> None:
-        super().__init__(vocabulary)
-        self._vocabulary = vocabulary
+    def __init__(self, known: Mapping[bytes | int, int], prefix_rows: Mapping[str, int], *, prefix: int) -> None:
+        super().__init__(known)
+        self._known = known
         self._prefix_rows = prefix_rows
         self._prefix = prefix
-        self._max_size = len(vocabulary) + MAX_TOKENS
+        self._max_size = len(known) + MAX_TOKENS
 
     def __missing__(self, token: bytes) -> int:
         # A token shorter than the prefix length is its own slice and is not in `_prefix_rows`.
@@ -119,7 +119,7 @@ class _TokenRows(dict[bytes | int, int]):
         if len(token) <= MAX_TOKEN_CHARS:
             if len(self) >= self._max_size:
                 self.clear()
-                self.update(self._vocabulary)
+                self.update(self._known)
             self[token] = value
         return value
 
@@ -127,12 +127,10 @@ class _TokenRows(dict[bytes | int, int]):
         """Return the term whose row the token has."""
         if isinstance(token, int):
             return chr(token)
-        return token.decode() if token in self._vocabulary else f"{token.decode()[: self._prefix]}*"
+        return token.decode() if token in self._known else f"{token.decode()[: self._prefix]}*"
 
 
-def _with_prefix_rows(
-    table: Floats, words: Mapping[bytes | int, int], prefixes: Mapping[str, int], *, size: int
-) -> Floats:
+def _add_prefixes(table: Floats, words: Mapping[bytes | int, int], prefixes: Mapping[str, int], *, size: int) -> Floats:
     """Return the table with the row of each word's prefix added to the row of the word."""
     pairs = [
         (row, prefixes[prefix])

@@ -70,9 +70,7 @@ def deduplicated(rows: Sequence[Row], *, path: Path, need_label: bool) -> tuple[
         first = seen.setdefault(key, row)
         if need_label:
             if row.label is None:
-                raise ConfigError(
-                    f'{path}:{row.line}: no "expert" or "domain"; method=exemplars needs one of them in each row'
-                )
+                raise ConfigError(f'{path}:{row.line}: no "expert" or "domain"; method=exemplars needs one in each row')
             if row.label != first.label:
                 raise ConfigError(
                     f"{path}:{row.line}: the same prompt as line {first.line}, but labelled '{row.label}' instead of "

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
-from hpc_router.routing.features import Doubles, Features, Floats, TermCounts, Vocabulary, counts_of
+from hpc_router.routing.features import Doubles, Features, Floats, Mask, TermCounts, Vocabulary, counts_of
 
 CBTM_DIMENSIONS: Final = 100
 LEXICAL_DIMENSIONS: Final = 128
@@ -33,7 +32,7 @@ class FeatureSpace(Protocol):
     def dimensions(self) -> Floats | None:
         """terms x dimensions, if the run time needs the length of a prompt's vector in the space; else None."""
 
-    def fold(self, directions: Floats, *, held_out: NDArray[np.bool_] | None = None) -> Floats:
+    def fold(self, directions: Floats, *, held_out: Mask | None = None) -> Floats:
         """Return terms x directions: the weight of each term for each direction (directions x dimensions).
 
         `held_out` masks training prompts that must not influence the weights.
@@ -53,7 +52,7 @@ class SvdSpace:
     def dimensions(self) -> Floats | None:
         return None if self.spherical else self.components.astype(np.float32)
 
-    def fold(self, directions: Floats, *, held_out: NDArray[np.bool_] | None = None) -> Floats:
+    def fold(self, directions: Floats, *, held_out: Mask | None = None) -> Floats:
         return (self.components @ directions.T.astype(np.float64)).astype(np.float32)
 
 

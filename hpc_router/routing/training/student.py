@@ -14,9 +14,8 @@ from itertools import cycle, islice
 from typing import Any, Final
 
 import numpy as np
-from numpy.typing import NDArray
 
-from hpc_router.routing.features import Doubles, Features, Floats, Ids, Vocabulary, counts_of
+from hpc_router.routing.features import Doubles, Features, Floats, Ids, Mask, Vocabulary, counts_of
 from hpc_router.routing.training.encoder import ProgressCallback, Teacher
 from hpc_router.routing.training.feature_spaces import frequent_vocabulary, smooth_idf, tfidf_rows
 
@@ -57,7 +56,7 @@ class Student:
     spherical: bool = True
     dimensions: Floats | None = None
 
-    def fold(self, directions: Floats, *, held_out: NDArray[np.bool_] | None = None) -> Floats:
+    def fold(self, directions: Floats, *, held_out: Mask | None = None) -> Floats:
         """Return terms x directions: a regression onto the product of each direction with the encoder's vectors."""
         from scipy import sparse
 

@@ -9,7 +9,6 @@ same bytes.
 """
 
 import platform
-from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -24,8 +23,9 @@ from hpc_router.config.parsing import bounded
 from hpc_router.errors import ConfigError, suggest
 from hpc_router.routing.artefact import NORM_SPACE, NORM_TERMS, Artefact
 from hpc_router.routing.classifier import Classifier
+from hpc_router.routing.evaluation import majority
 from hpc_router.routing.exemplars import margin_threshold
-from hpc_router.routing.features import Doubles, Floats, Ids
+from hpc_router.routing.features import Doubles, Floats, Ids, Mask
 from hpc_router.routing.training import feature_spaces
 from hpc_router.routing.training.dataset import Row, deduplicated, fingerprint, read_corpus, read_rows
 from hpc_router.routing.training.encoder import Encoder, ProgressCallback
@@ -167,21 +167,23 @@ def _clustered(
         assignment = np.array([names.index(str(row.label)) for row in rows])
         if isinstance(space, Student):
             space.labels = assignment
-        return names, assignment, _label_directions(space, assignment, np.ones(len(rows), np.bool_), clusters=clusters)
+        used = np.ones(len(rows), np.bool_)
+        return names, assignment, _directions(config, space, assignment, used, clusters=clusters)
     centroids, assignment = balanced_kmeans(
         space.vectors, clusters=clusters, seed=config.seed, spherical=space.spherical
     )
     return tuple(f"cluster-{number}" for number in range(clusters)), assignment, centroids
 
 
-def _label_directions(space: FeatureSpace, assignment: Ids, used: NDArray[np.bool_], *, clusters: int) -> Floats:
-    """Return the direction of each label, from the prompts in the mask `used`.
+def _directions(config: TrainConfig, space: FeatureSpace, assignment: Ids, used: Mask, *, clusters: int) -> Floats:
+    """Return the direction of each cluster, from the prompts in the mask `used`.
 
-    A student's encoder knows more than the domains, so there the direction is the one that separates the labels.
+    Exemplars of a student get the directions that separate the labels, because an encoder knows more than the domains.
     """
-    if isinstance(space, Student):
-        return discriminant_directions(space.vectors[used], assignment[used], clusters=clusters)
-    return centroids_of(space.vectors[used], assignment[used], clusters=clusters, spherical=space.spherical)
+    vectors, assignment = space.vectors[used], assignment[used]
+    if config.method == "exemplars" and isinstance(space, Student):
+        return discriminant_directions(vectors, assignment, clusters=clusters)
+    return centroids_of(vectors, assignment, clusters=clusters, spherical=space.spherical)
 
 
 def _experts(
@@ -192,11 +194,9 @@ def _experts(
         return names
     if quality is not None:
         return quality.table(weight=config.weight)
-    experts: list[str | None] = []
-    for cluster in range(len(names)):
-        counts = Counter(row.expert for row, c in zip(rows, assignment, strict=True) if c == cluster and row.expert)
-        experts.append(min(counts, key=lambda name: (-counts[name], name)) if counts else None)
-    return tuple(experts)
+    named = [(names[c], row.expert) for row, c in zip(rows, assignment, strict=True) if row.expert]
+    experts = majority([cluster for cluster, _ in named], [expert for _, expert in named])
+    return tuple(experts.get(name) for name in names)
 
 
 def _artefact(
@@ -206,7 +206,7 @@ def _artefact(
     experts: tuple[str | None, ...],
     directions: Floats,
     *,
-    held_out: NDArray[np.bool_] | None = None,
+    held_out: Mask | None = None,
 ) -> Artefact:
     """Return an artefact with threshold 0 in which all terms are discriminative."""
     offsets = np.zeros(len(names), np.float32) if space.spherical else -0.5 * np.square(directions).sum(axis=1)
@@ -255,12 +255,7 @@ def _cross_validated(
         progress("held out", number, tested_folds)
         held_out = fold == number
         known = np.isin(np.arange(len(names)), assignment[~held_out])
-        if config.method == "exemplars":
-            fold_directions = _label_directions(space, assignment, ~held_out, clusters=len(names))
-        else:
-            fold_directions = centroids_of(
-                space.vectors[~held_out], assignment[~held_out], clusters=len(names), spherical=space.spherical
-            )
+        fold_directions = _directions(config, space, assignment, ~held_out, clusters=len(names))
         fold_directions = np.where(known[:, None], fold_directions, directions)
         classifier = Classifier(_artefact(config, space, names, names, fold_directions, held_out=held_out))
         for i in np.flatnonzero(held_out).tolist():
