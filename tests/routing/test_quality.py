@@ -99,5 +99,5 @@ def test_measured_clusters_are_better_than_random_mixing(tmp_path: Path) -> None
     """Measured 1.2 points with 1,000 prompts and 24 clusters; 2.0 points with all prompts and 64 clusters."""
     rows = [json.loads(line) for line in (DATA / "mmlu_train.jsonl").read_text().splitlines()][:1000]
     artefact = train_artefact(tmp_path, rows, method="measured", clusters=24)
-    found = evaluate(artefact, DATA / "mmlu_test.jsonl", costs={})["cost_quality"]
-    assert found["above_random_mixing"]["mean"] > 0.004
+    result = evaluate(artefact, DATA / "mmlu_test.jsonl", costs={})["cost_quality"]
+    assert result["above_random_mixing"]["mean"] > 0.004

@@ -31,12 +31,12 @@ class WordSums:
         return f"word-sums-{self.dimensions}"
 
     def encode(self, texts: Sequence[str], *, stage: str, progress: ProgressCallback) -> Floats:
-        found = np.zeros((len(texts), self.dimensions), np.float32)
-        for row, text in zip(found, texts, strict=True):
+        vectors = np.zeros((len(texts), self.dimensions), np.float32)
+        for row, text in zip(vectors, texts, strict=True):
             for word in text.split() or [""]:
                 row += np.random.default_rng(zlib.crc32(word.encode())).standard_normal(self.dimensions)
             row /= np.linalg.norm(row)
-        return found
+        return vectors
 
 
 def write_tiny_bert(folder: Path, words: Sequence[str]) -> Path:

@@ -157,11 +157,11 @@ def test_held_out_prompts_do_not_influence_the_weights() -> None:
 
 def test_discriminant_directions_separate_a_cluster_from_the_others() -> None:
     rng = np.random.default_rng(0)
-    held = np.repeat([0, 2], 30)
-    vectors = (rng.normal(0, 0.1, (60, 4)) + np.eye(4)[held]).astype(np.float32)
-    result = discriminant_directions(vectors, held, clusters=3)
+    assignment = np.repeat([0, 2], 30)
+    vectors = (rng.normal(0, 0.1, (60, 4)) + np.eye(4)[assignment]).astype(np.float32)
+    result = discriminant_directions(vectors, assignment, clusters=3)
     scores = (vectors - vectors.mean(axis=0)) @ result.T
-    assert (scores.argmax(axis=1) == held).mean() > 0.95
+    assert (scores.argmax(axis=1) == assignment).mean() > 0.95
     assert np.linalg.norm(result, axis=1) == pytest.approx([1, 0, 1])
 
 
@@ -170,8 +170,8 @@ def test_no_cluster_exceeds_its_maximum_size() -> None:
     crowd, few = rng.normal([4, 0, 0], 0.3, (300, 3)), rng.normal([0, 4, 0], 0.3, (30, 3))
     vectors = np.vstack([crowd, few]).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    centroids, held = balanced_kmeans(vectors, clusters=6, seed=0)
-    assert np.bincount(held, minlength=6).max() <= MAX_LOAD_FACTOR * len(vectors) / 6
+    centroids, assignment = balanced_kmeans(vectors, clusters=6, seed=0)
+    assert np.bincount(assignment, minlength=6).max() <= MAX_LOAD_FACTOR * len(vectors) / 6
     assert np.array_equal(centroids, balanced_kmeans(vectors, clusters=6, seed=0)[0])
 
 
