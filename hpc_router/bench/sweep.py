@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from hpc_router.bench.config import BenchConfig
-from hpc_router.bench.interrupt import sigterm_as_interrupt
 from hpc_router.bench.load.generator import LoadTarget
 from hpc_router.bench.load.load_jobs import crew
 from hpc_router.bench.point import Bench, MeasuredPoint, slowdown_of
@@ -23,6 +22,7 @@ from hpc_router.cluster.commands.down import down
 from hpc_router.cluster.commands.router_access import router_access
 from hpc_router.cluster.commands.up import Interrupted, Reporter, up
 from hpc_router.cluster.planning.run_target import RunTarget
+from hpc_router.cluster.signals import sigterm_as_interrupt
 from hpc_router.config.schema import Deployment
 from hpc_router.errors import LaunchError
 from hpc_router.state.run_directory import RunDir

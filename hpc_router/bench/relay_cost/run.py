@@ -16,7 +16,6 @@ from rich.console import Console
 from rich.status import Status
 
 import hpc_router
-from hpc_router.bench.interrupt import sigterm_as_interrupt
 from hpc_router.bench.load.native.build import built
 from hpc_router.bench.record import git_state, hardware, versions
 from hpc_router.bench.relay_cost.interface import Relay
@@ -26,6 +25,7 @@ from hpc_router.bench.relay_cost.processes import cores_of
 from hpc_router.bench.relay_cost.report import RelayCostResults, markdown, to_json
 from hpc_router.bench.relay_cost.rounds import measure_all
 from hpc_router.bench.relay_cost.this_router import ours
+from hpc_router.cluster.signals import sigterm_as_interrupt
 from hpc_router.errors import ConfigError, LaunchError, suggest
 from hpc_router.state.atomic_files import replace_text
 

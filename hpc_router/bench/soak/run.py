@@ -13,7 +13,6 @@ import numpy as np
 import psutil
 from rich.console import Console
 
-from hpc_router.bench.interrupt import sigterm_as_interrupt
 from hpc_router.bench.load.native.build import built
 from hpc_router.bench.load.native.load import LoadSpec, Recorded, Running, running, write_requests
 from hpc_router.bench.prompts import built_in
@@ -23,6 +22,7 @@ from hpc_router.bench.soak.deployment import SoakDeployment, deployed
 from hpc_router.bench.soak.options import FaultTarget, SoakOptions
 from hpc_router.bench.soak.report import LoadSummary, SoakResults, markdown, plot, to_json
 from hpc_router.bench.soak.verdict import NS, Sample, Struck, complaints, failures, flat
+from hpc_router.cluster.signals import sigterm_as_interrupt
 from hpc_router.state.atomic_files import replace_text
 
 TOPOLOGY: Final = "soak"
