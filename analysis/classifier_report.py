@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from analysis import classifier_figures as figures
 from analysis.classifiers import DRAWS, ROOT, Bench, Found, read
-from hpc_router.bench.record import git_state, hardware
+from hpc_router.bench.provenance import git_state, hardware
 
 LIMITS_US: Final = {"200 B": 40.0, "2000 B": 150.0}
 MINUTES: Final = 5

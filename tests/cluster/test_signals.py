@@ -32,6 +32,5 @@ def test_a_loop_that_is_told_twice_keeps_its_handlers_until_the_end() -> None:
 def test_sigterm_raises_keyboard_interrupt() -> None:
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(KeyboardInterrupt), sigterm_as_interrupt():
-        os.kill(os.getpid(), signal.SIGTERM)
-        signal.pause()
+        signal.raise_signal(signal.SIGTERM)
     assert signal.getsignal(signal.SIGTERM) == before

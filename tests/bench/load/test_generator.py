@@ -9,9 +9,9 @@ import pytest
 
 from hpc_router.bench.config import BenchConfig, read_config
 from hpc_router.bench.figures import CUT, MeasurementPart, Observation
-from hpc_router.bench.load import load_jobs as crew_module
-from hpc_router.bench.load.generator import LoadResult, LoadTarget, carry_out, from_json, merged, to_json, window_of
-from hpc_router.bench.load.load_jobs import crew
+from hpc_router.bench.load import load_jobs as load_jobs_module
+from hpc_router.bench.load.generator import LoadResult, LoadTarget, from_json, merged, run_load, to_json, window_of
+from hpc_router.bench.load.load_jobs import start_load_jobs
 from hpc_router.bench.prompts import BenchPrompt, built_in
 from hpc_router.bench.workload import Point, workload
 from hpc_router.errors import LaunchError
@@ -38,13 +38,13 @@ PROMPTS = built_in()
 
 @pytest.fixture(autouse=True)
 def a_machine_that_may_stall(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(crew_module, "APART_S", GUARD_S)
+    monkeypatch.setattr(load_jobs_module, "MAX_SKEW_S", GUARD_S)
 
 
 async def loaded(fake: FakeRouter, folder: Path, *, users: int = 1, repeat: int = 0, **values: object) -> LoadResult:
     config = read_config({"warmup_s": 0.0, **({} if "duration_s" in values else {"requests": 1}), **values})
     work = workload(config, PROMPTS, Point(users=users, repeat=repeat))
-    return await asyncio.to_thread(carry_out, fake.target, config, work, folder)
+    return await asyncio.to_thread(run_load, fake.target, config, work, folder)
 
 
 def measured(load: LoadResult) -> list[Observation]:
@@ -187,7 +187,7 @@ async def test_an_open_loop_counts_from_when_a_request_was_due(tmp_path: Path) -
     config = read_config({"rates": [60.0], "warmup_s": 0.0, "duration_s": 0.5, "connections": 1})
     async with fake_router(slow) as fake:  # type: ignore[arg-type]
         work = workload(config, PROMPTS, Point(rate_per_s=60.0))
-        load = await asyncio.to_thread(carry_out, fake.target, config, work, tmp_path)
+        load = await asyncio.to_thread(run_load, fake.target, config, work, tmp_path)
     waits = [o.e2e_s for o in measured(load)]
     assert len(waits) > 15
     assert max(waits) > 4 * min(waits)
@@ -207,8 +207,8 @@ async def test_several_load_jobs_share_the_users(tmp_path: Path) -> None:
         return await says(*WHOLE)(fake, request)  # type: ignore[arg-type]
 
     def load(target: LoadTarget) -> LoadResult:
-        with crew(config, shared=tmp_path) as makers:
-            return makers.load(target, config, PROMPTS, Point(users=4))
+        with start_load_jobs(config, shared=tmp_path) as load_jobs:
+            return load_jobs.run(target, config, PROMPTS, Point(users=4))
 
     async with fake_router(together) as fake:  # type: ignore[arg-type]
         found = await asyncio.to_thread(load, fake.target)
@@ -222,8 +222,8 @@ async def test_load_jobs_without_a_user_are_idle_and_work_at_the_next_point(tmp_
     config = read_config({"load_jobs": 2, "requests": 4, "warmup_s": 0.0})
 
     def load(target: LoadTarget) -> list[LoadResult]:
-        with crew(config, shared=tmp_path) as makers:
-            return [makers.load(target, config, PROMPTS, Point(users=users)) for users in (1, 2)]
+        with start_load_jobs(config, shared=tmp_path) as load_jobs:
+            return [load_jobs.run(target, config, PROMPTS, Point(users=users)) for users in (1, 2)]
 
     async with fake_router(says(*WHOLE)) as fake:
         found = await asyncio.to_thread(load, fake.target)
@@ -236,8 +236,8 @@ async def test_load_jobs_take_prompts_of_any_size(tmp_path: Path) -> None:
     prompts = [*PROMPTS, *(BenchPrompt("x" * 2**16, "code") for _ in range(20))]
 
     def load(target: LoadTarget) -> LoadResult:
-        with crew(config, shared=tmp_path) as makers:
-            return makers.load(target, config, prompts, Point(users=2))
+        with start_load_jobs(config, shared=tmp_path) as load_jobs:
+            return load_jobs.run(target, config, prompts, Point(users=2))
 
     async with fake_router(says(*WHOLE)) as fake:
         found = await asyncio.to_thread(load, fake.target)
@@ -246,11 +246,11 @@ async def test_load_jobs_take_prompts_of_any_size(tmp_path: Path) -> None:
 
 async def test_load_jobs_that_began_apart_are_no_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = read_config({"load_jobs": 2, "requests": 2, "warmup_s": 0.0})
-    monkeypatch.setattr(crew_module, "APART_S", -1.0)
+    monkeypatch.setattr(load_jobs_module, "MAX_SKEW_S", -1.0)
 
     def load(target: LoadTarget) -> LoadResult:
-        with crew(config, shared=tmp_path) as makers:
-            return makers.load(target, config, PROMPTS, Point(users=2))
+        with start_load_jobs(config, shared=tmp_path) as load_jobs:
+            return load_jobs.run(target, config, PROMPTS, Point(users=2))
 
     async with fake_router(says(*WHOLE)) as fake:
         with pytest.raises(LaunchError, match="s apart"):

@@ -19,9 +19,9 @@ def test_it_is_clean(program: str, tmp_path: Path) -> None:
 
 
 def test_it_is_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = build.built("engine", cache=tmp_path / "cache")
+    made = build.build_program("engine", cache=tmp_path / "cache")
     monkeypatch.setattr(build, "COMPILERS", ())
-    assert build.built("engine", cache=tmp_path / "cache") == made
+    assert build.build_program("engine", cache=tmp_path / "cache") == made
     assert made.parent.stat().st_mode & 0o777 == 0o700
     assert list(made.parent.iterdir()) == [made]
 
@@ -29,7 +29,7 @@ def test_it_is_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 def test_without_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "COMPILERS", ("no-such-compiler",))
     with pytest.raises(LaunchError, match="install gcc"):
-        build.built("load", cache=tmp_path / "cache")
+        build.build_program("load", cache=tmp_path / "cache")
 
 
 def test_a_source_that_does_not_compile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -37,7 +37,7 @@ def test_a_source_that_does_not_compile(tmp_path: Path, monkeypatch: pytest.Monk
         (tmp_path / name).write_text(text)
     monkeypatch.setattr(build, "SOURCES", tmp_path)
     with pytest.raises(LaunchError, match=r"cannot build load\.c: .*nothing"):
-        build.built("load", cache=tmp_path / "cache")
+        build.build_program("load", cache=tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
 
 
@@ -46,4 +46,4 @@ def test_a_cache_that_others_can_write(tmp_path: Path) -> None:
     folder.mkdir()
     folder.chmod(0o777)
     with pytest.raises(LaunchError, match="open to other users"):
-        build.built("load", cache=folder)
+        build.build_program("load", cache=folder)

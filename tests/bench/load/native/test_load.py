@@ -15,7 +15,7 @@ from hpc_router.bench.relay_cost.interface import free_port
 from hpc_router.errors import LaunchError
 from tests.bench.load.native import scripted as s
 
-PATIENCE_S = 60.0
+RUN_TIMEOUT_S = 60.0
 
 
 def prepared(folder: Path, *bodies: bytes) -> Path:
@@ -35,7 +35,7 @@ def ask(folder: Path, port: int, *bodies: bytes, connections: int = 1, count: in
         timeout_s=timeout_s,
         think_s=think_s,
     )
-    return run(load, folder / "load", patience_s=PATIENCE_S)
+    return run(load, folder / "load", timeout_s=RUN_TIMEOUT_S)
 
 
 def test_answers_that_come_byte_by_byte(tmp_path: Path) -> None:
@@ -199,7 +199,7 @@ def test_an_open_loop_keeps_the_times_it_was_given(tmp_path: Path) -> None:
     offsets = [0.0, 0.0, 0.0, 0.25, 0.5]
     with s.scripted([s.plain()]) as (port, server):
         load = LoadSpec(requests=prepared(tmp_path), port=port, connections=1, arrivals_s=offsets)
-        found = run(load, tmp_path / "load", patience_s=PATIENCE_S)
+        found = run(load, tmp_path / "load", timeout_s=RUN_TIMEOUT_S)
     assert errors(found.requests) == {}
     rows = found.requests
     assert ((rows["due"] - found.summary["begun"]) / 1e9).tolist() == offsets
@@ -213,7 +213,7 @@ def test_prompts_in_a_given_order(tmp_path: Path) -> None:
         load = LoadSpec(
             requests=prepared(tmp_path, b"a", b"b", b"c"), port=port, connections=1, count=5, order=[2, 0, 0]
         )
-        found = run(load, tmp_path / "load", patience_s=PATIENCE_S)
+        found = run(load, tmp_path / "load", timeout_s=RUN_TIMEOUT_S)
     assert found.requests["prompt"].tolist() == [2, 0, 0, 2, 0]
     assert [request[-1:] for request in server.requests] == [b"c", b"a", b"a", b"c", b"a"]
 
@@ -238,19 +238,19 @@ def test_clients_that_leave_are_noted_by_the_engine(tmp_path: Path) -> None:
             delay_ms = 0 if kind == "mid" else 600_000
             bodies = [stream_request(f"{kind}-{name} {delay_ms}") for name in names]
             load = LoadSpec(requests=prepared(tmp_path, *bodies), port=engine.port, connections=2, count=3, **leaving)  # type: ignore[arg-type]
-            found = run(load, tmp_path / "load", patience_s=PATIENCE_S)
+            found = run(load, tmp_path / "load", timeout_s=RUN_TIMEOUT_S)
             assert errors(found.requests) == {"left": 3}
             assert found.requests["events"].tolist() == ([2] * 3 if kind == "mid" else [0] * 3)
         engine.lateness()  # answered after what came before it
-        assert set(engine.leaves()) == {f"{kind}-{name}" for kind in ("mid", "before") for name in names}
+        assert set(engine.disconnects()) == {f"{kind}-{name}" for kind in ("mid", "before") for name in names}
 
 
 def test_told_to_stop_it_records_what_was_under_way(tmp_path: Path) -> None:
     with mock_engine(tmp_path, rate=100) as engine:
         load = LoadSpec(requests=prepared(tmp_path, stream_request()), port=engine.port, connections=4, count=4)
-        with running(load, tmp_path / "load") as under_way:
-            under_way.stop()
-            found = under_way.wait(patience_s=PATIENCE_S)
+        with running(load, tmp_path / "load") as process:
+            process.stop()
+            found = process.wait(timeout_s=RUN_TIMEOUT_S)
     assert set(found.requests["error"].tolist()) <= {Error.STOPPED}
 
 
@@ -258,7 +258,7 @@ def test_a_unix_socket(tmp_path: Path) -> None:
     place = tmp_path / "engine"
     with mock_engine(tmp_path, rate=1000, socket=place):
         load = LoadSpec(requests=prepared(tmp_path, stream_request(events=3)), socket=place, connections=2, count=4)
-        found = run(load, tmp_path / "load", patience_s=PATIENCE_S)
+        found = run(load, tmp_path / "load", timeout_s=RUN_TIMEOUT_S)
     assert errors(found.requests) == {}
     assert found.requests["events"].tolist() == [3] * 4
 
@@ -266,12 +266,12 @@ def test_a_unix_socket(tmp_path: Path) -> None:
 def test_what_it_refuses(tmp_path: Path) -> None:
     path = prepared(tmp_path)
     with pytest.raises(LaunchError, match="at most 4000"):
-        run(LoadSpec(requests=path, port=1, connections=4001, count=1), tmp_path / "load", patience_s=PATIENCE_S)
+        run(LoadSpec(requests=path, port=1, connections=4001, count=1), tmp_path / "load", timeout_s=RUN_TIMEOUT_S)
     with pytest.raises(LaunchError, match="--seconds, --count or --arrivals"):
-        run(LoadSpec(requests=path, port=1, connections=1), tmp_path / "load", patience_s=PATIENCE_S)
+        run(LoadSpec(requests=path, port=1, connections=1), tmp_path / "load", timeout_s=RUN_TIMEOUT_S)
     path.write_bytes(b"\x10\x00\x00\x00short")
     with pytest.raises(LaunchError, match="cut"):
-        run(LoadSpec(requests=path, port=1, connections=1, count=1), tmp_path / "load", patience_s=PATIENCE_S)
+        run(LoadSpec(requests=path, port=1, connections=1, count=1), tmp_path / "load", timeout_s=RUN_TIMEOUT_S)
 
 
 def test_what_is_sent_is_private(tmp_path: Path) -> None:
@@ -284,6 +284,6 @@ def test_what_is_sent_is_private(tmp_path: Path) -> None:
 def test_it_ends_with_the_block(tmp_path: Path) -> None:
     with mock_engine(tmp_path, rate=10) as engine:
         load = LoadSpec(requests=prepared(tmp_path, stream_request()), port=engine.port, connections=1, count=1)
-        with pytest.raises(KeyboardInterrupt), running(load, tmp_path / "load") as under_way:
+        with pytest.raises(KeyboardInterrupt), running(load, tmp_path / "load") as process:
             raise KeyboardInterrupt
-    assert under_way.process.returncode == -signal.SIGKILL
+    assert process.process.returncode == -signal.SIGKILL
