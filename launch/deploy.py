@@ -1,4 +1,4 @@
-"""Bring a deployment up: `hpc-router up` with Hydra's own flags.
+"""Brings a deployment up: `hpc-router up` with Hydra's own flags.
 
 python -m launch.deploy topology=sim experts.math.replicas=2
 python -m launch.deploy run=runs/mine wait=all
@@ -17,7 +17,7 @@ WAITS = ("any", "all")
 def deploy(call: Call) -> int:
     wait = call.own.get("wait", "any")
     if wait not in WAITS:
-        raise ConfigError(f"wait={wait}: not known{suggest(wait, WAITS)}")
+        raise ConfigError(f"wait={wait}: unknown value{suggest(wait, WAITS)}")
     return run_up(call.path("run"), list(call.overrides), config_dir=call.config_dir, wait_all=wait == "all")
 
 
