@@ -11,7 +11,6 @@ exit status is 1 if a measurement failed, or if no request of some point succeed
 """
 
 import sys
-import tempfile
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
@@ -23,19 +22,16 @@ from rich.console import Console
 from yaml import YAMLError
 
 from hpc_router.bench.config import BenchConfig, group_file, read_config
-from hpc_router.bench.load.generator import LoadTarget
-from hpc_router.bench.load.load_jobs import start_load_jobs
-from hpc_router.bench.point import MeasuredPoint, PointMeasurement, slowdown_of
+from hpc_router.bench.point import MeasuredPoint, point_measurement
 from hpc_router.bench.progress import progress
 from hpc_router.bench.prompts import BenchPrompt, built_in, read_prompts
 from hpc_router.bench.provenance import Provenance, provenance
 from hpc_router.bench.record import ResultFiles
 from hpc_router.bench.store import Store
-from hpc_router.bench.sweep import DeploymentSweep, measure_missing, sim_options
+from hpc_router.bench.sweep import DeploymentSweep, measure_missing
 from hpc_router.bench.table import table
 from hpc_router.bench.workload import Point, points_of
 from hpc_router.cli.tables import UpProgress
-from hpc_router.cluster.commands.router_access import router_access
 from hpc_router.cluster.planning.plan import settled, shown
 from hpc_router.config import compose, frozen
 from hpc_router.config.as_written import as_written
@@ -90,19 +86,12 @@ def config_of(call: Call) -> BenchConfig:
 
 def measure_run(run: RunDir, config: BenchConfig, prompts: list[BenchPrompt]) -> int:
     """Measures a running deployment, which stays up. Every call measures all points."""
-    access = router_access(run)
     deployment = resolved(run)
-    origin = provenance(run, deployment, code=Path(__file__).parent)
     results = ResultFiles(run.path / "bench" if config.output is None else Path(config.output).absolute(), config.raw)
     rows: list[MeasuredPoint] = []
-    slowdown = slowdown_of([] if deployment is None else sim_options(deployment))
-    with (
-        tempfile.TemporaryDirectory(prefix="hpc-router-bench-") as scratch,
-        start_load_jobs(config, shared=run.path) as load_jobs,
-    ):
-        target = LoadTarget(access.url, access.token)
-        measurement = PointMeasurement(run, target, config, prompts, load_jobs, Path(scratch), slowdown)
-        points = points_of(config)
+    points = points_of(config)
+    with point_measurement(run, config, prompts, deployment=deployment, shared=run.path) as measurement:
+        origin = provenance(run, deployment, code=Path(__file__).parent)
         for point in points:
             with progress(_console(), config, point, done=len(rows), total=len(points)):
                 rows.append(measurement.measure(point))

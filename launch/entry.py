@@ -126,7 +126,7 @@ def _through_hydra(
 
 @contextmanager
 def _hydra_released() -> Iterator[None]:
-    """Lets the entry point compose a config inside a Hydra job: Hydra's global state allows one composition at a time."""
+    """Clears Hydra's global state in the block, so that the entry point can compose a config inside a Hydra job."""
     instance = GlobalHydra.instance()
     before = instance.hydra
     instance.hydra = None

@@ -79,8 +79,8 @@ def build(out: Path, *, seed: int, layers: int, hidden: int, max_length: int) ->
 
 
 def build_adapter(out: Path, *, model: Path, seed: int, rank: int) -> None:
-    """Writes a LoRA adapter for the tiny `model` to `out`, in PEFT's format. Its weights are as large as the model's, so
-    that its responses differ."""
+    """Writes a LoRA adapter for the tiny `model` to `out`, in PEFT's format. Its weights are as large as the model's,
+    so that its responses differ."""
     import torch
     from safetensors.torch import save_file
 

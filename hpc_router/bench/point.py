@@ -5,20 +5,23 @@ router sent it. On odd repeats the direct measurement comes first, so that warm 
 side.
 """
 
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from hpc_router.bench.config import BenchConfig
 from hpc_router.bench.figures import Figures, MeasurementPart, Observation, Window, faster, figures
 from hpc_router.bench.load.generator import LoadResult, LoadTarget, merged, run_load
-from hpc_router.bench.load.load_jobs import LoadJobs
+from hpc_router.bench.load.load_jobs import LoadJobs, start_load_jobs
 from hpc_router.bench.overhead import overhead, split_users
 from hpc_router.bench.prompts import BenchPrompt
 from hpc_router.bench.validity import Conditions, invalid_reasons
 from hpc_router.bench.workload import Point, workload
+from hpc_router.cluster.commands.router_access import router_access
 from hpc_router.errors import LaunchError
 from hpc_router.net.auth import replica_key
 from hpc_router.net.http_client import Unreachable, ask
@@ -101,7 +104,7 @@ class PointMeasurement:
             direct = self._direct(point, self.routed[key], notes)
         found = self._figures(load)
         conditions = Conditions(point.users, load.cpu_share, load.wait_share, late_share, _responses_per_half(load))
-        invalid = invalid_reasons(found, conditions, self.config.trust)
+        invalid = list(invalid_reasons(found, conditions, self.config.trust))
         return MeasuredPoint(
             point, load, found, invalid, direct, None if direct is None else overhead(found, direct), notes
         )
@@ -172,6 +175,25 @@ class PointMeasurement:
         return seconds
 
 
+@contextmanager
+def point_measurement(
+    run: RunDir,
+    config: BenchConfig,
+    prompts: Sequence[BenchPrompt],
+    *,
+    deployment: Mapping[str, Any] | None,
+    shared: Path,
+) -> Iterator[PointMeasurement]:
+    """Starts the load jobs for a running deployment; `deployment` is its resolved config, `shared` their folder."""
+    access, slowdown = router_access(run), _slowdown(deployment)
+    with (
+        tempfile.TemporaryDirectory(prefix="hpc-router-bench-") as scratch,
+        start_load_jobs(config, shared=shared) as load_jobs,
+    ):
+        target = LoadTarget(access.url, access.token)
+        yield PointMeasurement(run, target, config, prompts, load_jobs, Path(scratch), slowdown)
+
+
 def _metrics(target: LoadTarget) -> str:
     try:
         return str(ask("GET", f"{target.url}{METRICS}", token=target.token).body)
@@ -199,14 +221,15 @@ def _responses_per_half(load: LoadResult) -> tuple[int, int]:
     return sum(at <= middle for at in ended), sum(at > middle for at in ended)
 
 
-def slowdown_of(options: Sequence[Mapping[str, object]]) -> float:
-    """The slow-down in the experts' engine options. Raises LaunchError if experts differ: they share one clock."""
-    found = set()
-    for each in options:
-        roofline = each.get("roofline")
-        found.add(float(str(roofline.get("slowdown") or 1.0)) if isinstance(roofline, Mapping) else 1.0)
+def _slowdown(deployment: Mapping[str, Any] | None) -> float:
+    """`roofline.slowdown` of the simulated experts of a resolved config. Raises LaunchError if experts differ, because
+    their times could not be compared."""
+    found: set[float] = set()
+    for expert in (deployment or {"experts": {}})["experts"].values():
+        if expert["engine"]["kind"] == "sim":
+            roofline = expert["engine"]["options"].get("roofline")
+            found.add(float(str(roofline.get("slowdown") or 1.0)) if isinstance(roofline, Mapping) else 1.0)
     if len(found) > 1:
-        raise LaunchError(
-            f"roofline.slowdown differs between experts ({', '.join(map(str, sorted(found)))}): give all the same value"
-        )
+        values = ", ".join(map(str, sorted(found)))
+        raise LaunchError(f"roofline.slowdown differs between experts ({values}): give all the same value")
     return found.pop() if found else 1.0

@@ -4,24 +4,18 @@ Every point is stored when it is finished. A deployment left behind by a killed 
 measurement starts fresh; a deployment without missing points is not brought up.
 """
 
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
 
 from hpc_router.bench.config import BenchConfig
-from hpc_router.bench.load.generator import LoadTarget
-from hpc_router.bench.load.load_jobs import start_load_jobs
-from hpc_router.bench.point import MeasuredPoint, PointMeasurement, slowdown_of
+from hpc_router.bench.point import MeasuredPoint, point_measurement
 from hpc_router.bench.prompts import BenchPrompt
 from hpc_router.bench.provenance import Provenance
 from hpc_router.bench.record import raw_lines, record
 from hpc_router.bench.store import Store
 from hpc_router.bench.workload import Point, points_of
 from hpc_router.cluster.commands.down import down
-from hpc_router.cluster.commands.router_access import router_access
 from hpc_router.cluster.commands.up import Interrupted, Reporter, up
 from hpc_router.cluster.planning.run_target import RunTarget
 from hpc_router.cluster.signals import sigterm_as_interrupt
@@ -83,16 +77,12 @@ def _take_down(sweep: DeploymentSweep, run: RunDir) -> None:
 
 
 def _measure(sweep: DeploymentSweep, run: RunDir, context: PointContext, origin: Provenance) -> list[MeasuredPoint]:
-    access, config = router_access(run), sweep.config
-    missing = sweep.missing()
+    config, missing = sweep.config, sweep.missing()
     done = len(sweep.points()) - len(missing)
     measured: list[MeasuredPoint] = []
-    with (
-        tempfile.TemporaryDirectory(prefix="hpc-router-bench-") as scratch,
-        start_load_jobs(config, shared=run.path / "load") as load_jobs,
-    ):
-        target, slowdown = LoadTarget(access.url, access.token), slowdown_of(sim_options(asdict(sweep.deployment)))
-        measurement = PointMeasurement(run, target, config, sweep.prompts, load_jobs, Path(scratch), slowdown)
+    with point_measurement(
+        run, config, sweep.prompts, deployment=asdict(sweep.deployment), shared=run.path / "load"
+    ) as measurement:
         for key, point in missing:
             with context(point, done + len(measured)):
                 found = measurement.measure(point)
@@ -101,9 +91,3 @@ def _measure(sweep: DeploymentSweep, run: RunDir, context: PointContext, origin:
             )
             measured.append(found)
     return measured
-
-
-def sim_options(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Engine options of the simulated experts of a resolved config."""
-    engines = [expert["engine"] for expert in config["experts"].values()]
-    return [engine["options"] for engine in engines if engine["kind"] == "sim"]

@@ -29,12 +29,8 @@ class Conditions:
     halves: tuple[int, int]
 
 
-def invalid_reasons(figures: Figures, conditions: Conditions, limits: ValidityLimits) -> list[str]:
-    """Empty if the figures are valid."""
-    return list(_reasons(figures, conditions, limits))
-
-
-def _reasons(figures: Figures, conditions: Conditions, limits: ValidityLimits) -> Iterator[str]:
+def invalid_reasons(figures: Figures, conditions: Conditions, limits: ValidityLimits) -> Iterator[str]:
+    """Yields nothing if the figures are valid."""
     failed = figures.failed / figures.requests if figures.requests else 0.0
     if failed > limits.error_share:
         yield f"{failed:.1%} of the measured requests failed (at most {limits.error_share:.1%})"

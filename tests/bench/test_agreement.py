@@ -12,7 +12,7 @@ from hpc_router.bench.config import read_config
 from hpc_router.bench.load.generator import LoadTarget
 from hpc_router.bench.prompts import BenchPrompt
 from hpc_router.errors import LaunchError
-from tests.bench.fakes import WHOLE, fake_router, says
+from tests.bench.fakes import WHOLE, fake_router, responds
 
 TOOL = """\
 #!/bin/bash
@@ -36,7 +36,7 @@ PROMPTS = [BenchPrompt("one"), BenchPrompt("two")]
 
 async def test_both_tools_send_the_same_and_are_compared(tmp_path: Path) -> None:
     (tmp_path / "given.json").write_text(json.dumps(dict.fromkeys(FIGURES.values(), 2.0) | {"failed": 0}))
-    async with fake_router(*[says(*WHOLE)] * 50) as fake:
+    async with fake_router(*[responds(*WHOLE)] * 50) as fake:
         target = LoadTarget(fake.url, "secret")
         found = await asyncio.to_thread(compare, target, CONFIG, PROMPTS, options(tmp_path, TOOL))
     arguments = (tmp_path / "arguments").read_text()
@@ -57,7 +57,7 @@ async def test_both_tools_send_the_same_and_are_compared(tmp_path: Path) -> None
 
 async def test_the_error_quotes_the_tool(tmp_path: Path) -> None:
     broken = "#!/bin/bash\necho no such flag >&2\nexit 2\n"
-    async with fake_router(*[says(*WHOLE)] * 50) as fake:
+    async with fake_router(*[responds(*WHOLE)] * 50) as fake:
         target = LoadTarget(fake.url, "secret")
         with pytest.raises(LaunchError, match="no such flag"):
             await asyncio.to_thread(compare, target, CONFIG, PROMPTS, options(tmp_path, broken))

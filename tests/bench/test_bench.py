@@ -27,7 +27,7 @@ from hpc_router.state.job_records import JobDir, JobInfo, start_ticks
 from hpc_router.state.registry import EngineInfo, Record, RecordKind, State
 from hpc_router.state.run_directory import RunDir, make_run
 from launch.bench import resolved
-from tests.bench.fakes import WHOLE, FakeRouter, breaks_off, fake_router, piece, says
+from tests.bench.fakes import WHOLE, FakeRouter, fake_router, piece, resets_after, responds
 from tests.support.needs import ROOT
 
 
@@ -64,7 +64,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
 async def test_points_records_and_raw_requests(run: RunDir, tmp_path: Path) -> None:
     """Two points; the connection of the first response breaks, so it is an error and has no latency."""
     folder = tmp_path / "results"
-    async with fake_router(breaks_off(piece("a")), says(*WHOLE)) as fake:
+    async with fake_router(resets_after(piece("a")), responds(*WHOLE)) as fake:
         serves(run, fake)
         status, out, err = await bench(
             *(run, "bench.users=[1,2]", "bench.requests=5", "bench.warmup_s=0", "bench.seed=7"),
@@ -96,7 +96,7 @@ async def test_points_records_and_raw_requests(run: RunDir, tmp_path: Path) -> N
 
 async def test_every_job_of_a_sweep_writes_a_file(run: RunDir, tmp_path: Path) -> None:
     """`-m` is Hydra's multirun flag."""
-    async with fake_router(says(*WHOLE)) as fake:
+    async with fake_router(responds(*WHOLE)) as fake:
         serves(run, fake)
         words = ("-m", "bench=smoke", "bench.users=[1],[2]", "bench.requests=2", "bench.warmup_s=0")
         status, _, err = await bench(run, *words, folder=tmp_path)
@@ -107,7 +107,7 @@ async def test_every_job_of_a_sweep_writes_a_file(run: RunDir, tmp_path: Path) -
 
 
 async def test_exit_status_1_without_a_successful_request(run: RunDir) -> None:
-    async with fake_router(says(b"{}", content_type="application/json", status=503)) as fake:
+    async with fake_router(responds(b"{}", content_type="application/json", status=503)) as fake:
         serves(run, fake)
         status, out, err = await bench(run, "bench=smoke", "bench.requests=3")
     assert status == 1

@@ -10,6 +10,11 @@ from hpc_router.bench.overhead import overhead
 from hpc_router.bench.point import RoutedShares
 from hpc_router.bench.validity import Conditions, invalid_reasons
 
+
+def list_reasons(figures_: Figures, conditions: Conditions, limits: ValidityLimits) -> list[str]:
+    return list(invalid_reasons(figures_, conditions, limits))
+
+
 GOOD = Conditions(users=4, cpu_share=0.3, wait_share=0.1, late_share=None, halves=(50, 50))
 
 
@@ -32,7 +37,7 @@ def found(answers: int = 100, failed: int = 0, *, window_s: float = 10.0, expert
 
 
 def test_good_figures_are_valid() -> None:
-    assert invalid_reasons(found(), GOOD, ValidityLimits()) == []
+    assert list_reasons(found(), GOOD, ValidityLimits()) == []
 
 
 @pytest.mark.parametrize(
@@ -51,7 +56,7 @@ def test_good_figures_are_valid() -> None:
     ],
 )
 def test_each_reason(figures_: Figures, conditions: Conditions, reason: str) -> None:
-    found = invalid_reasons(figures_, conditions, ValidityLimits())
+    found = list_reasons(figures_, conditions, ValidityLimits())
     assert (len(found), reason in " ".join(found)) == (int(bool(reason)), True)
 
 
@@ -81,15 +86,15 @@ def test_the_window_of_an_open_loop_must_be_longer_than_its_responses() -> None:
         Observation(part=MeasurementPart.MEASURED, user=0, started_s=0.1, ended_s=9.0, content_s=[8.0], expert="math")
         for _ in range(30)
     ]
-    reasons = invalid_reasons(
+    reasons = list_reasons(
         figures(slow, Window(0.0, 10.0)), replace(GOOD, users=None, halves=(0, 30)), ValidityLimits()
     )
     assert any("90th percentile of the response time is 8.9 s" in one for one in reasons)
 
 
 def test_a_value_at_the_limit_is_valid() -> None:
-    assert invalid_reasons(found(99, failed=1), GOOD, ValidityLimits()) == []
-    assert invalid_reasons(found(20), replace(GOOD, halves=(10, 10)), ValidityLimits()) == []
+    assert list_reasons(found(99, failed=1), GOOD, ValidityLimits()) == []
+    assert list_reasons(found(20), replace(GOOD, halves=(10, 10)), ValidityLimits()) == []
 
 
 def test_goodput() -> None:

@@ -68,6 +68,22 @@ class Relay(Protocol):
         """Starts the relay and ends it with the block. Raises LaunchError."""
 
 
+@dataclass(frozen=True, slots=True)
+class InstalledRelay:
+    """Defaults of `Relay`: one hop, always installed, no version of its own."""
+
+    name: str
+    classifies: bool = False
+    hops: int = 1
+    behind_socket: bool = False
+
+    def absent(self) -> str | None:
+        return None
+
+    def version(self) -> str:
+        return ""
+
+
 def find(command: str, folder: Path | None) -> Path | None:
     """The program from the virtual environment `folder`, from PATH, or from the folders of servers."""
     inside = folder / "bin" / command if folder is not None else None

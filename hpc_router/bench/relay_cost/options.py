@@ -36,17 +36,16 @@ class RelayCostOptions:
 
     def checked(self) -> Self:
         """Raises ConfigError."""
-        for name, value in (("streams", self.streams), ("connections", self.connections)):
-            if not 1 <= value <= MAX_CONNECTIONS:
-                raise ConfigError(f"--{name} {value}: between 1 and {MAX_CONNECTIONS}, the limit of one load generator")
-        if not 0.1 <= self.rate <= 1000:
-            raise ConfigError(f"--rate {self.rate:g}: between 0.1 and 1000 events per second and stream")
-        if not 0.1 <= self.seconds <= 600:
-            raise ConfigError(f"--seconds {self.seconds:g}: between 0.1 and 600")
-        if not 0 <= self.quiet_s <= 600:
-            raise ConfigError(f"--quiet {self.quiet_s:g}: between 0 and 600")
-        if not 1 <= self.rounds <= 100:
-            raise ConfigError(f"--rounds {self.rounds}: between 1 and 100")
+        for name, value, low, high in (
+            ("streams", self.streams, 1, MAX_CONNECTIONS),
+            ("connections", self.connections, 1, MAX_CONNECTIONS),
+            ("rate", self.rate, 0.1, 1000),
+            ("seconds", self.seconds, 0.1, 600),
+            ("quiet", self.quiet_s, 0, 600),
+            ("rounds", self.rounds, 1, 100),
+        ):
+            if not low <= value <= high:
+                raise ConfigError(f"--{name} {value:g}: between {low:g} and {high:g}")
         for name, tree in self.trees.items():
             if not (tree / "hpc_router" / "__init__.py").is_file():
                 raise ConfigError(

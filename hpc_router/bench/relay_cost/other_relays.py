@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Final
 
 from hpc_router.bench.relay_cost.interface import (
+    InstalledRelay,
     Relay,
     RelayPlacement,
     StartedRelay,
@@ -30,19 +31,11 @@ KEEPALIVE: Final = 4096
 
 
 @dataclass(frozen=True, slots=True)
-class Direct:
+class Direct(InstalledRelay):
     """No relay: the baseline of load generator and engine alone."""
 
     name: str = "direct"
-    classifies: bool = False
     hops: int = 0
-    behind_socket: bool = False
-
-    def absent(self) -> str | None:
-        return None
-
-    def version(self) -> str:
-        return ""
 
     @contextmanager
     def started(self, placement: RelayPlacement) -> Iterator[StartedRelay]:
@@ -51,11 +44,8 @@ class Direct:
 
 
 @dataclass(frozen=True, slots=True)
-class Nginx:
+class Nginx(InstalledRelay):
     name: str = "nginx"
-    classifies: bool = False
-    hops: int = 1
-    behind_socket: bool = False
 
     def absent(self) -> str | None:
         return None if find("nginx", None) else "not installed (Debian: apt-get install nginx-light)"
@@ -106,11 +96,8 @@ http {{
 
 
 @dataclass(frozen=True, slots=True)
-class Haproxy:
+class Haproxy(InstalledRelay):
     name: str = "haproxy"
-    classifies: bool = False
-    hops: int = 1
-    behind_socket: bool = False
 
     def absent(self) -> str | None:
         return None if find("haproxy", None) else "not installed (Debian: apt-get install haproxy)"
@@ -148,16 +135,11 @@ backend engines
 
 
 @dataclass(frozen=True, slots=True)
-class Package:
+class Package(InstalledRelay):
     """A router from PyPI. `environment`: the virtual environment that has it. `arguments`: those before the options."""
 
-    name: str
-    arguments: tuple[str, ...]
-    package: str
-    environment: Path | None
-    classifies: bool = False
-    hops: int = 1
-    behind_socket: bool = False
+    environment: Path | None = None
+    arguments: tuple[str, ...] = ()
 
     def absent(self) -> str | None:
         if find(self.name, self.environment):
@@ -168,7 +150,7 @@ class Package:
         program = find(self.name, self.environment)
         if program is None or not (python := program.with_name("python")).exists():
             return ""
-        program_text = f"from importlib.metadata import version; print(version({self.package!r}))"
+        program_text = f"from importlib.metadata import version; print(version({self.name!r}))"
         return _version([str(python), "-c", program_text], r"(\S+)")
 
     @contextmanager
@@ -194,8 +176,8 @@ def other_relays(environment: Path | None) -> list[Relay]:
         Direct(),
         Nginx(),
         Haproxy(),
-        Package("vllm-router", (), "vllm-router", environment),
-        Package("sglang-router", ("launch",), "sglang-router", environment),
+        Package("vllm-router", environment=environment),
+        Package("sglang-router", environment=environment, arguments=("launch",)),
     ]
 
 

@@ -18,6 +18,7 @@ from hpc_router.bench.load.native.engine import NAMES
 from hpc_router.bench.relay_cost import requests
 from hpc_router.bench.relay_cost.interface import (
     START_TIMEOUT_S,
+    InstalledRelay,
     Relay,
     RelayPlacement,
     StartedRelay,
@@ -35,18 +36,13 @@ OPTIONS: Final = ("topology=sim", "policy=classifier", "router.host=127.0.0.1", 
 
 
 @dataclass(frozen=True, slots=True)
-class ThisRouter:
+class ThisRouter(InstalledRelay):
     """The router in front of the engine, which is registered as external endpoints."""
 
     name: str = "router"
     classifies: bool = True
-    hops: int = 1
-    behind_socket: bool = False
     tree: Path = HERE  # checkout of the code, if not this one
     workers: int = 1  # router processes, all on the relay's core
-
-    def absent(self) -> str | None:
-        return None
 
     def version(self) -> str:
         return hpc_router.__version__ if self.tree == HERE else ""
@@ -65,16 +61,12 @@ class ThisRouter:
 
 
 @dataclass(frozen=True, slots=True)
-class RouterAndAgent:
+class RouterAndAgent(InstalledRelay):
     """The router, then an agent's data path on the same core, then the engine's unix socket."""
 
     name: str = "router+agent"
-    classifies: bool = False
     hops: int = 2
     behind_socket: bool = True
-
-    def absent(self) -> str | None:
-        return None
 
     def version(self) -> str:
         return hpc_router.__version__

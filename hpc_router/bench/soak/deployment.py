@@ -4,7 +4,6 @@ Its run directory lies in a temporary folder with a short name, because the path
 bytes. The folder is removed with the deployment, unless it is to be kept for its logs.
 """
 
-import http.client
 import json
 import os
 import shutil
@@ -18,13 +17,13 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
-from urllib.parse import urlsplit
 
 import psutil
 
 from hpc_router.bench.soak.options import FaultTarget
 from hpc_router.bench.soak.verdict import InjectedFault
 from hpc_router.errors import LaunchError
+from hpc_router.net.http_client import Unreachable, ask
 from hpc_router.state.run_directory import RunDir
 
 COMMAND_TIMEOUT_S: Final = 300.0
@@ -36,8 +35,7 @@ class SoakDeployment:
     """`router`: name of its router replica. `keep`: whether its folder is kept."""
 
     run: RunDir
-    host: str
-    port: int
+    url: str
     token: str
     router: str
     keep: bool = False
@@ -46,10 +44,9 @@ class SoakDeployment:
 
     def status(self) -> dict[str, Any] | None:
         """The router's `/status`; None if it does not respond."""
-        text = self._get("/status")
-        value = None if text is None else json.loads(text)
-        self._last_status = value or self._last_status
-        return value if isinstance(value, dict) else None
+        status = self._get("/status")
+        self._last_status = status or self._last_status
+        return status if isinstance(status, dict) else None
 
     def gauges(self) -> dict[str, float] | None:
         """The gauges that must be zero without requests; None if the router does not respond."""
@@ -105,17 +102,13 @@ class SoakDeployment:
         except (OSError, ValueError, KeyError, TypeError, psutil.Error):
             return None
 
-    def _get(self, path: str) -> str | None:
-        connection = http.client.HTTPConnection(self.host, self.port, timeout=HTTP_TIMEOUT_S)
+    def _get(self, path: str) -> Any:
+        """Parsed JSON or text of a response with status 200; None without one."""
         try:
-            connection.request("GET", path, headers={"authorization": f"Bearer {self.token}"})
-            response = connection.getresponse()
-            text = response.read().decode()
-            return text if response.status == 200 else None
-        except (OSError, http.client.HTTPException):
+            response = ask("GET", f"{self.url}{path}", token=self.token, timeout_s=HTTP_TIMEOUT_S)
+        except Unreachable:
             return None
-        finally:
-            connection.close()
+        return response.body if response.status == 200 else None
 
 
 def killable(experts: Mapping[str, Any], *, killed: Collection[str]) -> list[str]:
@@ -148,10 +141,10 @@ def running_deployment(overrides: Sequence[str]) -> Iterator[SoakDeployment]:
     deployment: SoakDeployment | None = None
     try:
         _cli("up", "--run", str(run), "--wait", "all", f"cluster.scratch={folder}", *overrides)
-        url = urlsplit(_cli("url", "--run", str(run)).strip())
+        url = _cli("url", "--run", str(run)).strip()
         run_dir = RunDir(run)
         router = json.loads(_cli("status", "--run", str(run), "--json"))["router"]["replica"]
-        deployment = SoakDeployment(run_dir, url.hostname or "", url.port or 0, run_dir.token(), router)
+        deployment = SoakDeployment(run_dir, url, run_dir.token(), router)
         yield deployment
     finally:
         if run.exists():

@@ -50,16 +50,10 @@ class SoakOptions:
 
     def checked(self) -> Self:
         """Raises ConfigError."""
-        if not 1 <= self.seconds <= 86_400:
-            raise ConfigError(f"--seconds {self.seconds:g}: between 1 and 86400")
-        if not 1 <= self.rate <= 10_000:
-            raise ConfigError(f"--rate {self.rate:g}: between 1 and 10000 requests per second")
-        if not 1 <= self.streams <= MAX_CONNECTIONS:
-            raise ConfigError(
-                f"--streams {self.streams}: between 1 and {MAX_CONNECTIONS}, the limit of one load generator"
-            )
-        if not 1 <= self.workers <= 64:
-            raise ConfigError(f"--workers {self.workers}: between 1 and 64")
+        limits = {"seconds": 86_400, "rate": 10_000, "streams": MAX_CONNECTIONS, "workers": 64}
+        for name, high in limits.items():
+            if not 1 <= (value := getattr(self, name)) <= high:
+                raise ConfigError(f"--{name} {value:g}: between 1 and {high}")
         return self
 
     def schedule(self) -> list[tuple[float, FaultTarget]]:

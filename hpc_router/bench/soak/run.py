@@ -2,16 +2,17 @@
 
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 import numpy as np
 import psutil
 from rich.console import Console
 
+from hpc_router.bench.load.generator import LoadTarget
 from hpc_router.bench.load.native.build import build_program
 from hpc_router.bench.load.native.load import LoadSpec, Recorded, Running, running, write_requests
 from hpc_router.bench.output import stem_of, utc_now, write_results
@@ -35,6 +36,8 @@ DRAIN_S: Final = 60.0
 SAMPLE_S: Final = 1.0
 SHOW_S: Final = 10.0
 TICK_S: Final = 0.1
+
+T = TypeVar("T")
 
 
 def soak(options: SoakOptions, console: Console) -> SoakResults:
@@ -90,6 +93,7 @@ def _measure(options: SoakOptions, deployment: SoakDeployment, steps: StepDispla
 def _loads(options: SoakOptions, deployment: SoakDeployment, folder: Path) -> dict[str, LoadSpec]:
     """An open loop of short requests and a closed loop of streams. All prompts differ, so that each is a
     conversation of its own."""
+    host, port = LoadTarget(deployment.url, deployment.token).address
     random = np.random.default_rng(options.seed)
     arrivals = np.cumsum(random.exponential(1 / options.rate, int(options.rate * options.seconds * 2)))
     texts = [prompt.text for prompt in built_in()]
@@ -97,7 +101,7 @@ def _loads(options: SoakOptions, deployment: SoakDeployment, folder: Path) -> di
     def request_file(name: str, **fields: object) -> Path:
         requests = [
             request(
-                deployment.port,
+                port,
                 token=deployment.token,
                 prompt=f"{texts[n % len(texts)]} ({name} {n})",
                 model=EXPERTS[n % len(EXPERTS)],
@@ -110,8 +114,8 @@ def _loads(options: SoakOptions, deployment: SoakDeployment, folder: Path) -> di
     return {
         "short": LoadSpec(
             requests=request_file("short", stream=False, max_tokens=SHORT_TOKENS),
-            host=deployment.host,
-            port=deployment.port,
+            host=host,
+            port=port,
             connections=min(1000, max(16, int(options.rate * 4))),
             arrivals_s=[float(at) for at in arrivals if at < options.seconds],
             label="x-replica",
@@ -119,8 +123,8 @@ def _loads(options: SoakOptions, deployment: SoakDeployment, folder: Path) -> di
         ),
         "streams": LoadSpec(
             requests=request_file("streams", stream=True, max_tokens=STREAM_TOKENS),
-            host=deployment.host,
-            port=deployment.port,
+            host=host,
+            port=port,
             connections=options.streams,
             seconds=options.seconds,
             ramp_s=min(5.0, options.seconds / 5),
@@ -194,23 +198,24 @@ def _sample(deployment: SoakDeployment, at_s: float) -> Sample:
 
 def _idle_gauges(deployment: SoakDeployment) -> dict[str, float] | None:
     """The gauges once all are zero, or after a timeout."""
-    deadline = time.monotonic() + IDLE_TIMEOUT_S
-    while True:
-        gauges = deployment.gauges()
-        if (gauges is not None and not any(gauges.values())) or time.monotonic() > deadline:
-            return gauges
-        time.sleep(TICK_S)
+    return _read_until(deployment.gauges, lambda gauges: gauges is not None and not any(gauges.values()))
 
 
 def _descriptors(deployment: SoakDeployment, *, at_most: int | None = None) -> int | None:
-    """Number of open descriptors of all router processes. With `at_most`, waits for that number until a timeout."""
+    """Open descriptors of all router processes; with `at_most`, once they are no more than that or after a timeout."""
+
+    def count() -> int | None:
+        return sum(_sample(deployment, 0.0).fds.values()) or None
+
+    return _read_until(count, lambda fds: at_most is None or (fds is not None and fds <= at_most))
+
+
+def _read_until(read: Callable[[], T], accepted: Callable[[T], bool]) -> T:
+    """The first accepted reading, or the last one before a timeout."""
     deadline = time.monotonic() + IDLE_TIMEOUT_S
-    while True:
-        fds = _sample(deployment, 0.0).fds
-        count = sum(fds.values()) if fds else None
-        if at_most is None or (count is not None and count <= at_most) or time.monotonic() > deadline:
-            return count
-        time.sleep(SAMPLE_S)
+    while not accepted(value := read()) and time.monotonic() <= deadline:
+        time.sleep(TICK_S)
+    return value
 
 
 def _summary(name: str, load: Recorded, begun_ns: int, faults: Sequence[InjectedFault]) -> LoadSummary:
