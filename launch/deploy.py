@@ -17,7 +17,7 @@ WAITS = ("any", "all")
 def deploy(call: Call) -> int:
     wait = call.own.get("wait", "any")
     if wait not in WAITS:
-        raise ConfigError(f"wait={wait}: unknown value{suggest(wait, WAITS)}")
+        raise ConfigError(f"wait={wait}: not known{suggest(wait, WAITS)}")
     return run_up(call.path("run"), list(call.overrides), config_dir=call.config_dir, wait_all=wait == "all")
 
 

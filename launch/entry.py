@@ -38,7 +38,7 @@ class Call:
 
     def required(self, key: str) -> str:
         if not self.own.get(key):
-            raise ConfigError(f"{key}=VALUE is missing: this entry point requires it")
+            raise ConfigError(f"{key}=... is missing: this entry point requires it")
         return self.own[key]
 
 
@@ -79,7 +79,7 @@ def make_call(overrides: Sequence[str], *, own: Sequence[str], config_dir: Path 
 def _wants_hydra(flags: Any) -> bool:
     refused = [f"--{n.replace('_', '-')}" for n in ("config_name", "config_path") if getattr(flags, n)]
     if refused:
-        sys.stderr.write(f"hpc-router: {refused[0]} is not supported{suggest(refused[0], ['--config-dir'])}\n")
+        sys.stderr.write(f"hpc-router: {refused[0]} is not taken here{suggest(refused[0], ['--config-dir'])}\n")
         sys.exit(2)
     return flags.multirun or _only_prints(flags)
 

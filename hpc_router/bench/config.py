@@ -4,6 +4,7 @@ They are not part of a deployment's config: they change how a deployment is meas
 checks each field's type; `check` holds the rules beyond that.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -120,9 +121,7 @@ def check(config: BenchConfig) -> None:
         raise ConfigError("bench.requests and bench.duration_s: set only one of them", key="bench.requests")
     _check_open_loop(config)
     for name, valid in (("think", THINK_KINDS), ("load_place", LOAD_PLACES)):
-        if getattr(config, name) not in valid:
-            value = getattr(config, name)
-            raise ConfigError(f"bench.{name}={value}: not known{suggest(value, valid)}", key=f"bench.{name}")
+        _check_choice(name, getattr(config, name), valid)
     for name in ("prompts", "trace"):
         path = getattr(config, name)
         if path is not None and not Path(path).is_file():
@@ -153,13 +152,14 @@ def _check_open_loop(config: BenchConfig) -> None:
 def _check_lengths(name: str, lengths: Lengths | None) -> None:
     if lengths is None:
         return
-    if lengths.kind not in LENGTH_KINDS:
-        raise ConfigError(
-            f"bench.{name}.kind={lengths.kind}: not known{suggest(lengths.kind, LENGTH_KINDS)}",
-            key=f"bench.{name}.kind",
-        )
+    _check_choice(f"{name}.kind", lengths.kind, LENGTH_KINDS)
     if lengths.low > lengths.high:
         raise _invalid(f"{name}.low", lengths.low, f"1 to bench.{name}.high={lengths.high}")
+
+
+def _check_choice(name: str, value: str, valid: Sequence[str]) -> None:
+    if value not in valid:
+        raise ConfigError(f"bench.{name}={value}: not known{suggest(value, valid)}", key=f"bench.{name}")
 
 
 def _invalid(name: str, value: object, valid: str) -> ConfigError:

@@ -34,10 +34,6 @@ class ResultFiles:
     def path(self) -> Path:
         return self.folder / f"{self.name}.jsonl"
 
-    @property
-    def raw_path(self) -> Path:
-        return self.folder / f"{self.name}.requests.jsonl"
-
     def add(self, measured: MeasuredPoint, *, config: BenchConfig, origin: Provenance) -> None:
         """Writes a finished point to the files."""
         point = f"{self.name}.{len(self.records)}"
@@ -46,7 +42,7 @@ class ResultFiles:
         replace_text(self.path, lines(self.records))
         if self.raw:
             self.requests += raw_lines(point, measured)
-            replace_text(self.raw_path, lines(self.requests))
+            replace_text(self.folder / f"{self.name}.requests.jsonl", lines(self.requests))
 
 
 def record(point: str, measured: MeasuredPoint, *, config: BenchConfig, origin: Provenance) -> dict[str, Any]:

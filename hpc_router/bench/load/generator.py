@@ -146,13 +146,9 @@ def observations(recorded: native.Recorded, work: Workload) -> Iterable[Observat
 
 
 def _part(flags: int) -> MeasurementPart:
-    return (
-        MeasurementPart.MEASURED
-        if flags & MEASURED
-        else MeasurementPart.FILLING
-        if flags & FILLING
-        else MeasurementPart.WARM_UP
-    )
+    if flags & MEASURED:
+        return MeasurementPart.MEASURED
+    return MeasurementPart.FILLING if flags & FILLING else MeasurementPart.WARM_UP
 
 
 def _label(labels: Sequence[str | None], position: int) -> str | None:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 from hpc_router.bench.background import repeated
 from hpc_router.bench.config import BenchConfig
@@ -34,11 +34,6 @@ MAX_SKEW_S: Final = 1.0
 """Jobs that start further apart than this did not load the target at the same time."""
 
 
-class LoadJobs(Protocol):
-    def run(self, target: LoadTarget, config: BenchConfig, prompts: Sequence[BenchPrompt], point: Point) -> LoadResult:
-        """Blocks until the load has ended. Raises LaunchError."""
-
-
 class InProcessLoad:
     """A single load generator, started by this process."""
 
@@ -46,6 +41,7 @@ class InProcessLoad:
         self._folder = folder
 
     def run(self, target: LoadTarget, config: BenchConfig, prompts: Sequence[BenchPrompt], point: Point) -> LoadResult:
+        """Blocks until the load has ended. Raises LaunchError."""
         return run_load(target, config, workload(config, prompts, point), self._folder)
 
 
@@ -56,6 +52,7 @@ class SubmittedLoadJobs:
         self._folder, self._jobs, self._number = folder, jobs, 0
 
     def run(self, target: LoadTarget, config: BenchConfig, prompts: Sequence[BenchPrompt], point: Point) -> LoadResult:
+        """Blocks until the load has ended. Raises LaunchError."""
         number, self._number = self._number, self._number + 1
         shared = replace(config, load_jobs=jobs_for(point, config))
         path = self._folder / f"task-{number}.json"
@@ -81,6 +78,9 @@ class SubmittedLoadJobs:
         if "failed" in result:
             raise LaunchError(f"a load job failed: {result['failed']}")
         return None if "idle" in result else from_json(result)
+
+
+LoadJobs = InProcessLoad | SubmittedLoadJobs
 
 
 @contextmanager

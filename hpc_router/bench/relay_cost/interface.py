@@ -3,10 +3,11 @@
 import shutil
 import socket
 import time
+from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final
 
 from hpc_router.bench.load.native.engine import MockEngine
 from hpc_router.bench.relay_cost import requests
@@ -41,36 +42,13 @@ class StartedRelay:
     token: str = NO_TOKEN
 
 
-class Relay(Protocol):
-    """A way to relay requests to an engine."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def classifies(self) -> bool:
-        """Whether it accepts the model `auto`."""
-
-    @property
-    def hops(self) -> int:
-        """Number of processes that an event passes through."""
-
-    @property
-    def behind_socket(self) -> bool:
-        """Whether the engine listens at a unix socket instead of a port."""
-
-    def absent(self) -> str | None:
-        """Why it cannot be measured and what to install; None if it is installed."""
-
-    def version(self) -> str: ...
-
-    def started(self, placement: RelayPlacement) -> AbstractContextManager[StartedRelay]:
-        """Starts the relay and ends it with the block. Raises LaunchError."""
-
-
 @dataclass(frozen=True, slots=True)
-class InstalledRelay:
-    """Defaults of `Relay`: one hop, always installed, no version of its own."""
+class Relay(ABC):
+    """A way to relay requests to an engine.
+
+    `classifies`: whether it accepts the model `auto`. `hops`: number of processes that an event passes through.
+    `behind_socket`: whether the engine listens at a unix socket instead of a port.
+    """
 
     name: str
     classifies: bool = False
@@ -78,10 +56,15 @@ class InstalledRelay:
     behind_socket: bool = False
 
     def absent(self) -> str | None:
+        """Why it cannot be measured and what to install; None if it is installed."""
         return None
 
     def version(self) -> str:
         return ""
+
+    @abstractmethod
+    def started(self, placement: RelayPlacement) -> AbstractContextManager[StartedRelay]:
+        """Starts the relay and ends it with the block. Raises LaunchError."""
 
 
 def find(command: str, folder: Path | None) -> Path | None:

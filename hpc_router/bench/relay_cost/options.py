@@ -49,7 +49,7 @@ class RelayCostOptions:
         for name, tree in self.trees.items():
             if not (tree / "hpc_router" / "__init__.py").is_file():
                 raise ConfigError(
-                    f"--tree {name}={tree}: not a checkout of hpc-router (it has no hpc_router/__init__.py)"
+                    f"--tree {name}={tree}: no checkout of hpc-router (hpc_router/__init__.py is missing)"
                 )
         return self
 

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Final
 
 from hpc_router.bench.relay_cost.interface import (
-    InstalledRelay,
     Relay,
     RelayPlacement,
     StartedRelay,
@@ -31,7 +30,7 @@ KEEPALIVE: Final = 4096
 
 
 @dataclass(frozen=True, slots=True)
-class Direct(InstalledRelay):
+class Direct(Relay):
     """No relay: the baseline of load generator and engine alone."""
 
     name: str = "direct"
@@ -44,7 +43,7 @@ class Direct(InstalledRelay):
 
 
 @dataclass(frozen=True, slots=True)
-class Nginx(InstalledRelay):
+class Nginx(Relay):
     name: str = "nginx"
 
     def absent(self) -> str | None:
@@ -96,7 +95,7 @@ http {{
 
 
 @dataclass(frozen=True, slots=True)
-class Haproxy(InstalledRelay):
+class Haproxy(Relay):
     name: str = "haproxy"
 
     def absent(self) -> str | None:
@@ -135,7 +134,7 @@ backend engines
 
 
 @dataclass(frozen=True, slots=True)
-class Package(InstalledRelay):
+class Package(Relay):
     """A router from PyPI. `environment`: the virtual environment that has it. `arguments`: those before the options."""
 
     environment: Path | None = None

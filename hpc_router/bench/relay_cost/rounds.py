@@ -6,8 +6,7 @@ This way, changes of the machine's speed affect all relays alike. Each measureme
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -40,7 +39,9 @@ class RelayRounds:
 
 def measure_all(relays: Sequence[Relay], options: RelayCostOptions, cores: Cores, show: ShowStep) -> list[RelayRounds]:
     found = [RelayRounds(relay, relay.version()) for relay in relays]
-    with _private_folder() as folder, pinned_to(cores.load):
+    # A short name, because the paths of unix sockets are limited.
+    with tempfile.TemporaryDirectory(prefix="hr-bench-", ignore_cleanup_errors=True) as name, pinned_to(cores.load):
+        folder = Path(name)
         for number in range(options.rounds):
             first = number % len(found)
             for measured in found[first:] + found[:first]:
@@ -77,10 +78,3 @@ def _measure(
         sys.stderr.write(f"hpc-router: {relay.name}: {error}\n")
     finally:
         shutil.rmtree(place, ignore_errors=True)
-
-
-@contextmanager
-def _private_folder() -> Iterator[Path]:
-    """For sockets, configuration files, tokens and records; with a short name, because socket paths are limited."""
-    with tempfile.TemporaryDirectory(prefix="hr-bench-", ignore_cleanup_errors=True) as made:
-        yield Path(made)

@@ -59,7 +59,7 @@ def _chosen(known: list[Relay], options: RelayCostOptions) -> list[Relay]:
     names = [relay.name for relay in known]
     for name in options.trees:
         if names.count(name) > 1:
-            raise ConfigError(f"--tree {name}=...: a relay has this name already; choose another")
+            raise ConfigError(f"--tree {name}=...: there is a relay of that name; choose another name")
     for name in options.only:
         if name not in names:
             raise ConfigError(f"--only {name}: no such relay{suggest(name, names)}")

@@ -15,10 +15,10 @@ from typing import Final
 
 import hpc_router
 from hpc_router.bench.load.native.engine import NAMES
+from hpc_router.bench.provenance import ROOT
 from hpc_router.bench.relay_cost import requests
 from hpc_router.bench.relay_cost.interface import (
     START_TIMEOUT_S,
-    InstalledRelay,
     Relay,
     RelayPlacement,
     StartedRelay,
@@ -31,21 +31,20 @@ from hpc_router.state.registry import Reader, Record, RecordKind, State, leading
 from hpc_router.state.run_directory import RunDir, make_run
 
 CAPACITY: Final = 100_000
-HERE: Final = Path(hpc_router.__file__).parents[1]
 OPTIONS: Final = ("topology=sim", "policy=classifier", "router.host=127.0.0.1", "router.reconcile=false")
 
 
 @dataclass(frozen=True, slots=True)
-class ThisRouter(InstalledRelay):
+class ThisRouter(Relay):
     """The router in front of the engine, which is registered as external endpoints."""
 
     name: str = "router"
     classifies: bool = True
-    tree: Path = HERE  # checkout of the code, if not this one
+    tree: Path = ROOT  # checkout of the code, if not this one
     workers: int = 1  # router processes, all on the relay's core
 
     def version(self) -> str:
-        return hpc_router.__version__ if self.tree == HERE else ""
+        return hpc_router.__version__ if self.tree == ROOT else ""
 
     @contextmanager
     def started(self, placement: RelayPlacement) -> Iterator[StartedRelay]:
@@ -61,7 +60,7 @@ class ThisRouter(InstalledRelay):
 
 
 @dataclass(frozen=True, slots=True)
-class RouterAndAgent(InstalledRelay):
+class RouterAndAgent(Relay):
     """The router, then an agent's data path on the same core, then the engine's unix socket."""
 
     name: str = "router+agent"
@@ -78,9 +77,9 @@ class RouterAndAgent(InstalledRelay):
         with process_group() as processes:
             with pinned_to(placement.cores):
                 processes.start(
-                    agent_argv(run, placement.engine.socket), log=placement.log, environment=_environment(HERE)
+                    agent_argv(run, placement.engine.socket), log=placement.log, environment=_environment(ROOT)
                 )
-                processes.start(router_argv(run), log=placement.log, environment=_environment(HERE))
+                processes.start(router_argv(run), log=placement.log, environment=_environment(ROOT))
             yield _wait_until_serving(run, processes, placement, models=(requests.MODEL,))
 
 

@@ -32,7 +32,7 @@ class LoadSummary:
 
     @property
     def answered(self) -> int:
-        return int((self.requests["error"] == Error.NONE).sum())
+        return len(self._answered)
 
     @property
     def served(self) -> dict[str, Counter[str]]:
@@ -63,7 +63,7 @@ class LoadSummary:
         return answered
 
     def to_json(self) -> dict[str, Any]:
-        done = self.requests[self.requests["error"] == Error.NONE]
+        done = self._answered
         first = (done["first_byte"] - done["due"]) / 1e6
         shares = {f"first_byte_ms_p{p:g}": round(float(np.percentile(first, p)), 2) for p in (50, 90, 99, 99.9)}
         return {

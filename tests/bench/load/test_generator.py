@@ -85,7 +85,7 @@ CALL = {"index": 0, "id": "c", "type": "function", "function": {"name": "look_up
 async def test_reasoning_and_tool_calls_are_output_too(tmp_path: Path, pieces: list[bytes]) -> None:
     """An answer without text is whole; a delta whose fields are all empty carries no token."""
     empty = delta(content=None, reasoning_content="", reasoning=None, tool_calls=[])
-    async with fake_router(says(ROLE, empty, *pieces, piece(None, finish="tool_calls"), usage(2), DONE)) as fake:
+    async with fake_router(responds(ROLE, empty, *pieces, piece(None, finish="tool_calls"), usage(2), DONE)) as fake:
         (one,) = measured(await loaded(fake, tmp_path))
     assert (one.error, len(one.content_s), one.tokens) == (None, 2, 2)
 

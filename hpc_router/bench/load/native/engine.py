@@ -61,26 +61,13 @@ class MockEngine:
         return {name: int(at) for name, _, at in pairs if name}
 
     def _get(self, path: str) -> bytes:
-        connection = _Connection(self)
-        try:
+        with socket.socket(socket.AF_INET if self.socket is None else socket.AF_UNIX) as sock:
+            sock.settimeout(10)
+            sock.connect(("127.0.0.1", self.port) if self.socket is None else str(self.socket))
+            connection = http.client.HTTPConnection("localhost")
+            connection.sock = sock
             connection.request("GET", path)
             return connection.getresponse().read()
-        finally:
-            connection.close()
-
-
-class _Connection(http.client.HTTPConnection):
-    def __init__(self, engine: MockEngine) -> None:
-        super().__init__("127.0.0.1", engine.port or 80, timeout=10)
-        self._socket = engine.socket
-
-    def connect(self) -> None:
-        if self._socket is None:
-            super().connect()
-            return
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.sock.settimeout(10)
-        self.sock.connect(str(self._socket))
 
 
 @contextmanager
