@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from analysis import classifier_figures as figures
 from analysis.classifiers import DRAWS, ROOT, Experiment, Result, read
-from hpc_router.bench.record import git_state, hardware
+from hpc_router.bench.provenance import git_state, hardware
 
 LIMITS_US: Final = {"200 B": 40.0, "2000 B": 150.0}
 MAX_TRAINING_S: Final = 300.0

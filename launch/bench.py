@@ -1,17 +1,16 @@
-"""Load on a deployment, and what it measured: a table here, a record per point in a file.
+"""Puts load on a deployment and measures it: prints a table and writes a record per point to a file.
 
-    python -m launch.bench run=runs/latest bench.users=[1,10,100]               of one that runs
-    python -m launch.bench topology=sim bench=smoke                             brings one up, and takes it down again
-    python -m launch.bench -m topology=a,b bench.users=[1,4,16]                 a sweep; it ends in results/report.html,
-                                                                                and goes on when begun again
-    python -m launch.bench -m hydra/launcher=submitit_slurm topology=a,b ...    the same as Slurm jobs
+    python -m launch.bench run=runs/latest bench.users=[1,10,100]               a running deployment
+    python -m launch.bench topology=sim bench=smoke                             brings one up and takes it down again
+    python -m launch.bench -m topology=a,b bench.users=[1,4,16]                 a sweep, with results/report.html;
+                                                                                started again, it continues
+    python -m launch.bench -m hydra/launcher=submitit_slurm topology=a,b ...    the same in Slurm jobs
 
-`bench=NAME` takes values of conf/bench/NAME.yaml, `bench.KEY=VALUE` goes on top; docs/bench.md defines every figure.
-Exit status 1 when something could not be measured, or at some point no request succeeded.
+`bench=NAME` selects conf/bench/NAME.yaml, `bench.KEY=VALUE` overrides a value; docs/bench.md defines every figure. The
+exit status is 1 if a measurement failed, or if no request of some point succeeded.
 """
 
 import sys
-import tempfile
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
@@ -23,19 +22,16 @@ from rich.console import Console
 from yaml import YAMLError
 
 from hpc_router.bench.config import BenchConfig, group_file, read_config
-from hpc_router.bench.load.generator import LoadTarget
-from hpc_router.bench.load.load_jobs import crew
-from hpc_router.bench.point import Bench, MeasuredPoint, slowdown_of
+from hpc_router.bench.point import MeasuredPoint, point_measurement
 from hpc_router.bench.progress import progress
 from hpc_router.bench.prompts import BenchPrompt, built_in, read_prompts
-from hpc_router.bench.record import Provenance, ResultFiles, provenance
+from hpc_router.bench.provenance import Provenance, provenance
+from hpc_router.bench.record import ResultFiles
 from hpc_router.bench.store import Store
-from hpc_router.bench.sweep import DeploymentSweep, sim_options
-from hpc_router.bench.sweep import measure as measure_leg
+from hpc_router.bench.sweep import DeploymentSweep, measure_missing
 from hpc_router.bench.table import table
 from hpc_router.bench.workload import Point, points_of
 from hpc_router.cli.tables import UpProgress
-from hpc_router.cluster.commands.router_access import router_access
 from hpc_router.cluster.planning.plan import settled, shown
 from hpc_router.config import compose, frozen
 from hpc_router.config.as_written import as_written
@@ -47,7 +43,7 @@ from hpc_router.router.main import raise_file_limit
 from hpc_router.state.run_directory import RunDir, open_run
 from launch.entry import Call, launch
 
-OWN = ("run", "bench")
+OWN_KEYS = ("run", "bench")
 WIDTH = 132
 RESULTS: Final = "results"
 
@@ -62,7 +58,7 @@ def bench(call: Call) -> int:
 
 
 def config_of(call: Call) -> BenchConfig:
-    """The group's values with the overrides on top. Raises ConfigError for a key of something else."""
+    """The values of the config group with the overrides on top. Raises ConfigError for a key that is not of `bench`."""
     folders = [conf_folder()] if call.config_dir is None else [call.config_dir, conf_folder()]
     path = group_file(call.own.get("bench", "default"), folders)
     try:
@@ -80,7 +76,7 @@ def config_of(call: Call) -> BenchConfig:
         if not key:
             raise ConfigError(f"'{override.key_or_group}': not a key of bench{suggest(group, ('bench', 'run'))}")
         if override.is_delete():
-            raise ConfigError(f"'{override.input_line}': give a value instead")
+            raise ConfigError(f"'{override.input_line}': a key of bench cannot be deleted; set a value instead")
         OmegaConf.update(merged, key, override.value(), merge=True, force_add=True)
     sources = Sources(call.overrides, [(path, "bench")])
     plain = {key: compose.resolved(merged, key) for key in merged}
@@ -89,79 +85,76 @@ def config_of(call: Call) -> BenchConfig:
 
 
 def measure_run(run: RunDir, config: BenchConfig, prompts: list[BenchPrompt]) -> int:
-    """A deployment that runs already; it stays as it is. Every call measures anew."""
-    access = router_access(run)
-    config_then = resolved(run)
-    origin = provenance(run, config_then, code=Path(__file__).parent)
+    """Measures a running deployment, which stays up. Every call measures all points."""
+    deployment = resolved(run)
     results = ResultFiles(run.path / "bench" if config.output is None else Path(config.output).absolute(), config.raw)
     rows: list[MeasuredPoint] = []
-    options = [] if config_then is None else sim_options(config_then)
-    with tempfile.TemporaryDirectory(prefix="hpc-router-bench-") as scratch, crew(config, shared=run.path) as makers:
-        target = LoadTarget(access.url, access.token)
-        one = Bench(run, target, config, prompts, makers, Path(scratch), slowdown_of(options))
-        todo = points_of(config)
-        for point in todo:
-            with progress(_console(), config, point, done=len(rows), total=len(todo)):
-                rows.append(one.measure(point))
+    points = points_of(config)
+    with point_measurement(run, config, prompts, deployment=deployment, shared=run.path) as measurement:
+        origin = provenance(run, deployment, code=Path(__file__).parent)
+        for point in points:
+            with progress(_console(), config, point, done=len(rows), total=len(points)):
+                rows.append(measurement.measure(point))
             results.add(rows[-1], config=config, origin=origin)
-    return _tell(rows, origin, results.path)
+    return _print_results(rows, origin, results.path)
 
 
 def measure_new(call: Call, config: BenchConfig, prompts: list[BenchPrompt]) -> int:
-    """A deployment of its own: up, measured, down. What is there already is not measured again."""
+    """Brings a deployment up, measures the points that have no result yet, and takes it down."""
     overrides = [text for text in call.overrides if parse_override(text).key_or_group.partition(".")[0] != "bench"]
     choices = {o.key_or_group: str(o.value()) for o in map(parse_override, overrides) if o.key_or_group in GROUPS}
     if "topology" not in choices:
-        raise ConfigError("run=DIR or topology=NAME is missing: what is to be measured")
+        raise ConfigError("run=DIR (a running deployment) or topology=NAME (a new one) is missing")
     deployment = settled(compose.load_deployment(overrides, config_dir=call.config_dir))
     store = Store(Path(config.output or RESULTS).absolute())
-    leg = DeploymentSweep(store, deployment, config, prompts)
+    sweep = DeploymentSweep(store, deployment, config, prompts)
     label = " ".join(overrides)
-    missing = len(leg.missing())
+    missing = len(sweep.missing())
+    total = len(sweep.points())
     if not missing:
-        print(f"{label}: all {len(leg.points())} points are in {store.folder} (bench.output=DIR measures again)")
+        print(f"{label}: all {total} points are in {store.folder} (to measure again: bench.output=OTHER_FOLDER)")
         return 0
     values = [text for text in overrides if parse_override(text).key_or_group not in GROUPS]
-    told: list[Provenance] = []
+    origins: list[Provenance] = []
 
     def origin(run: RunDir) -> Provenance:
-        told.append(provenance(run, resolved(run), code=Path(__file__).parent, choices=choices, overrides=values))
-        return told[0]
+        origins.append(provenance(run, resolved(run), code=Path(__file__).parent, choices=choices, overrides=values))
+        return origins[0]
 
-    def around(point: Point, done: int) -> AbstractContextManager[None]:
-        return progress(_console(), config, point, done=done, total=len(leg.points()), label=label)
+    def context(point: Point, done: int) -> AbstractContextManager[None]:
+        return progress(_console(), config, point, done=done, total=total, label=label)
 
-    print(f"{label}: {missing} of {len(leg.points())} points to measure")
+    print(f"{label}: {missing} of {total} points to measure")
     sys.stdout.flush()
     with UpProgress(Console(stderr=True)) as reporter:
-        rows = measure_leg(leg, reporter=reporter, around=around, origin=origin)
-    return _tell(rows, told[0], store.folder)
+        rows = measure_missing(sweep, reporter=reporter, context=context, origin=origin)
+    return _print_results(rows, origins[0], store.folder)
 
 
 def swept(call: Call) -> int:
-    """What a sweep ends in: the report on all that its result folder holds."""
-    given = [o for o in map(parse_override, call.overrides) if o.key_or_group == "bench.output"]
-    if "run" in call.own or any(o.is_sweep_override() for o in given):
-        return 0  # no folder that holds all of it
-    folder = Path(str(given[-1].value()) if given else RESULTS)
+    """The end of a sweep: writes a report on all results in its folder."""
+    outputs = [o for o in map(parse_override, call.overrides) if o.key_or_group == "bench.output"]
+    if "run" in call.own or any(o.is_sweep_override() for o in outputs):
+        return 0  # the results are not all in one folder
+    folder = Path(str(outputs[-1].value()) if outputs else RESULTS)
     try:
         import matplotlib  # noqa: F401
 
         from analysis import report
     except ModuleNotFoundError as error:
-        sys.stderr.write(f"no report, as {error.name} is missing: pip install 'hpc-router[analysis]', then\n"
+        sys.stderr.write(f"no report, because {error.name} is not installed: pip install 'hpc-router[analysis]', then\n"
                          f"  python -m analysis.report {folder} --out {folder}/report.html\n")  # fmt: skip
         return 0
     return report.main([str(folder), "--out", str(folder / "report.html")])
 
 
-def _tell(rows: Sequence[MeasuredPoint], origin: Provenance, path: Path) -> int:
+def _print_results(rows: Sequence[MeasuredPoint], origin: Provenance, path: Path) -> int:
     _console().print(table(rows, simulated=origin.simulated))
     print(f"records: {path}")
-    without = [row.point.name for row in rows if not row.found.succeeded]
-    if without:
-        sys.stderr.write(f"hpc-router: no request succeeded with {', '.join(without)}\n")
-    return 1 if without else 0
+    failed = [row.point.name for row in rows if not row.figures.succeeded]
+    if failed:
+        sys.stderr.write(f"hpc-router: no request succeeded with {', '.join(failed)}\n")
+    return 1 if failed else 0
 
 
 def _console() -> Console:
@@ -171,7 +164,7 @@ def _console() -> Console:
 
 
 def resolved(run: RunDir) -> dict[str, Any] | None:
-    """The run's config without what looks like a secret; None for a run that has none."""
+    """The run's config with secrets masked; None for a run that has none."""
     if not run.config.exists():
         return None
     config = asdict(frozen.read(run.config))
@@ -181,10 +174,10 @@ def resolved(run: RunDir) -> dict[str, Any] | None:
     return config
 
 
-def added(words: list[str]) -> list[str]:
-    """deploy.yaml has no default of the group `bench`, so where Hydra composes it must be told to add one."""
-    return [f"+{word}" if word.startswith("bench=") else word for word in words]
+def added(arguments: list[str]) -> list[str]:
+    """Prefixes `bench=NAME` with `+`: deploy.yaml has no default for that group, so Hydra must add it."""
+    return [f"+{one}" if one.startswith("bench=") else one for one in arguments]
 
 
 if __name__ == "__main__":
-    sys.exit(launch(bench, own=OWN, words=added(sys.argv[1:]), swept=swept))
+    sys.exit(launch(bench, own=OWN_KEYS, words=added(sys.argv[1:]), swept=swept))

@@ -1,8 +1,8 @@
 """`make demo`: the whole system on this machine, with real engines, in minutes.
 
-Makes five tiny random models, brings five experts and a router up, sends a dozen prompts of different domains through
-the official openai client, prints where each went and why, and takes everything down. The answers are nonsense: the
-models are random, the routing is not.
+Creates five tiny random models, brings up five experts and a router, sends a dozen prompts from different domains with
+the official openai client, prints each prompt's expert and the reason, and takes everything down. The responses are
+nonsense because the models are random; the routing is real.
 """
 
 import argparse
@@ -41,56 +41,58 @@ PROMPTS: Final = (
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m launch.demo", description=__doc__)
     parser.add_argument("--engine-python", type=Path, default=Path(".venv-transformers/bin/python"), metavar="PYTHON")
-    parser.add_argument("--folder", type=Path, default=Path("runs/demo"), help="for models and run directory")
+    parser.add_argument(
+        "--folder", type=Path, default=Path("runs/demo"), help="folder for the models and the run directory"
+    )
     arguments = parser.parse_args()
     if not arguments.engine_python.exists():
-        parser.error(f"{arguments.engine_python} does not exist: `make demo` makes it")
+        parser.error(f"{arguments.engine_python} does not exist: `make demo` creates it")
     folder = arguments.folder.absolute()
     console = Console()
     console.width = max(console.width, WIDTH)
-    make_models(folder / "models", python=arguments.engine_python, console=console)
+    create_models(folder / "models", python=arguments.engine_python, console=console)
     os.environ |= {"TINY_MODELS": str(folder / "models"), "ENGINE_PYTHON": str(arguments.engine_python.absolute())}
     run = folder / "run"
     try:
-        if verb("up", "--run", str(run), "--wait", "all", "topology=tiny"):
+        if run_verb("up", "--run", str(run), "--wait", "all", "topology=tiny"):
             return 1
-        console.print(ask_all(open_run(run), console=console))
+        console.print(send_all(open_run(run), console=console))
     except KeyboardInterrupt:
         return 130
     finally:
         if run.exists():
-            verb("down", "--run", str(run))
+            run_verb("down", "--run", str(run))
     return 0
 
 
-def verb(*arguments: str) -> int:
+def run_verb(*arguments: str) -> int:
     return subprocess.run([sys.executable, "-m", "hpc_router.cli", *arguments], check=False).returncode
 
 
-def make_models(folder: Path, *, python: Path, console: Console) -> None:
-    """One random model per expert, with a seed of its own; what is there already is kept. They are made in order."""
+def create_models(folder: Path, *, python: Path, console: Console) -> None:
+    """Creates the missing models, one per expert; their seeds are consecutive, in the order of EXPERTS."""
     missing = [expert for expert in EXPERTS if not (folder / expert / "config.json").exists()]
     if missing:
-        console.print(f"making tiny random models: {', '.join(missing)}")
+        console.print(f"creating tiny random models: {', '.join(missing)}")
         seed = str(EXPERTS.index(missing[0]))
-        maker = [str(python), tiny_model.__file__, *(str(folder / expert) for expert in missing), "--seed", seed]
-        subprocess.run(maker, check=True, stdout=subprocess.DEVNULL)
+        command = [str(python), tiny_model.__file__, *(str(folder / expert) for expert in missing), "--seed", seed]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 
-def ask_all(run: RunDir, *, console: Console) -> Table:
+def send_all(run: RunDir, *, console: Console) -> Table:
     url = subprocess.check_output(
         [sys.executable, "-m", "hpc_router.cli", "url", "--run", str(run.path)], text=True
     ).strip()
     table = Table("prompt", "expert", "reason", "first token", title="model: auto")
-    with openai.OpenAI(base_url=f"{url}/v1", api_key=run.token()) as client, console.status("asking"):
+    with openai.OpenAI(base_url=f"{url}/v1", api_key=run.token()) as client, console.status("sending prompts"):
         for prompt in PROMPTS:
-            expert, reason, first_token_s = ask(client, prompt)
+            expert, reason, first_token_s = send(client, prompt)
             table.add_row(prompt, expert, reason, f"{first_token_s * 1000:.0f} ms")
     return table
 
 
-def ask(client: openai.OpenAI, prompt: str) -> tuple[str, str, float]:
-    """Stream an answer -> (expert, reason, seconds to its first non-empty content)."""
+def send(client: openai.OpenAI, prompt: str) -> tuple[str, str, float]:
+    """Streams a response; returns expert, reason and seconds to the first non-empty content."""
     started = time.perf_counter()
     with client.chat.completions.with_streaming_response.create(
         model="auto", messages=[{"role": "user", "content": prompt}], max_tokens=24, stream=True
@@ -99,7 +101,7 @@ def ask(client: openai.OpenAI, prompt: str) -> tuple[str, str, float]:
         for chunk in response.parse():
             if first_token_s is None and chunk.choices and chunk.choices[0].delta.content:
                 first_token_s = time.perf_counter() - started
-    assert first_token_s is not None, "an answer without content"
+    assert first_token_s is not None, "a response without content"
     return response.headers["x-expert"], response.headers["x-route-reason"], first_token_s
 
 

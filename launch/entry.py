@@ -1,7 +1,8 @@
-"""What the entry points share: Hydra's flags (`-m`, `--cfg job`, `--help`), our errors, our exit status.
+"""Shared by the entry points: command line with Hydra's flags (`-m`, `--cfg job`, `--help`), errors, exit status.
 
-A plain call is composed and checked by us, so that every refusal is a line and status 2. With a flag Hydra runs, and
-each job of a sweep comes back here. Keys that are not the deployment's (`run=DIR`) belong to the entry point.
+A call without such flags is composed and checked by this package, so that every invalid value gives a one-line message
+and status 2. With a flag Hydra runs first, and calls the entry point once per job of a sweep. Keys that are not part of
+the deployment's config (`run=DIR`) belong to the entry point.
 """
 
 import os
@@ -26,7 +27,7 @@ from hpc_router.errors import ConfigError, LaunchError, suggest
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One call of an entry point: overrides of the deployment, and the entry point's own keys."""
+    """The arguments of one call: overrides of the deployment's config, and the entry point's own keys."""
 
     overrides: Sequence[str]
     own: Mapping[str, str] = field(default_factory=dict)
@@ -37,7 +38,7 @@ class Call:
 
     def required(self, key: str) -> str:
         if not self.own.get(key):
-            raise ConfigError(f"{key}=... is missing (this entry point needs: {key})")
+            raise ConfigError(f"{key}=... is missing: this entry point requires it")
         return self.own[key]
 
 
@@ -48,14 +49,18 @@ def launch(
     words: list[str] | None = None,
     swept: Callable[[Call], int] | None = None,
 ) -> int:
-    """Carry out the command line; the exit status. `swept`: what a sweep ends in, called with what all its jobs got."""
+    """Runs the entry point and returns the exit status.
+
+    `own`: keys of the entry point. `words`: the command line, if it is not that of this process. `swept`: called once
+    at the end of a sweep, with the arguments that all its jobs share.
+    """
     given = sys.argv[1:] if words is None else words
     flags = get_args_parser().parse_intermixed_args(given)
     config_dir = Path(flags.config_dir) if flags.config_dir else None
     if not _wants_hydra(flags):
         return told(lambda: body(make_call(flags.overrides, own=own, config_dir=config_dir)))
     status = told(lambda: _through_hydra(body, given, flags.overrides, own=own, config_dir=config_dir))
-    if swept is None or status not in (0, 1) or not flags.multirun or _asks(flags):
+    if swept is None or status not in (0, 1) or not flags.multirun or _only_prints(flags):
         return status
     return max(status, told(lambda: swept(make_call(flags.overrides, own=own, config_dir=config_dir))))
 
@@ -76,11 +81,11 @@ def _wants_hydra(flags: Any) -> bool:
     if refused:
         sys.stderr.write(f"hpc-router: {refused[0]} is not taken here{suggest(refused[0], ['--config-dir'])}\n")
         sys.exit(2)
-    return flags.multirun or _asks(flags)
+    return flags.multirun or _only_prints(flags)
 
 
-def _asks(flags: Any) -> bool:
-    """Hydra only shows something."""
+def _only_prints(flags: Any) -> bool:
+    """Whether a flag makes Hydra print something instead of running the job."""
     names = ("cfg", "info", "help", "hydra_help", "version", "shell_completion")
     return any(getattr(flags, name, None) for name in names)
 
@@ -98,13 +103,14 @@ def _through_hydra(
     @hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="deploy")
     def job(_config: DictConfig) -> None:
         task = [text.removeprefix("++") for text in HydraConfig.get().overrides.task]
-        with _room_to_compose():
+        with _hydra_released():
             status = told(lambda: body(make_call(task, own=own, config_dir=config_dir)))
         if status == INTERRUPTED:
-            raise KeyboardInterrupt  # what the sweep still holds is not begun
+            raise KeyboardInterrupt  # ends the sweep: its remaining jobs are not started
         if status and "SUBMITIT_EXECUTOR" in os.environ:
             logs = Path(HydraConfig.get().sweep.dir).absolute() / ".submitit"
-            raise LaunchError(f"a job of the sweep ended with status {status}; its words are in {logs}")  # else unheard
+            # Without an exception submitit would count the job as successful.
+            raise LaunchError(f"a job of the sweep ended with status {status}; its output is in {logs}")
         statuses.append(status)
 
     flags = _without_config_dir([word for word in words if word not in overrides])
@@ -119,8 +125,8 @@ def _through_hydra(
 
 
 @contextmanager
-def _room_to_compose() -> Iterator[None]:
-    """Hydra composes for one at a time, and here it is in the midst of its own."""
+def _hydra_released() -> Iterator[None]:
+    """Clears Hydra's global state in the block, so that the entry point can compose a config inside a Hydra job."""
     instance = GlobalHydra.instance()
     before = instance.hydra
     instance.hydra = None
@@ -131,7 +137,7 @@ def _room_to_compose() -> Iterator[None]:
 
 
 def _without_config_dir(words: Sequence[str]) -> list[str]:
-    """Ours is looked into first, Hydra's own flag would put it last."""
+    """Removes `--config-dir`: `user_folder` puts that folder first in the search path, Hydra would put it last."""
     kept: list[str] = []
     skip = False
     for word in words:

@@ -1,10 +1,10 @@
-"""One replica of an expert, in the foreground: it joins a run beside those that `up` started, and the router finds it.
+"""Starts one replica of an expert in the foreground, in addition to those that `up` started in the same run.
 
     python -m launch.expert run=runs/mine name=math
     python -m launch.expert run=runs/mine name=math experts.math.engine.options.ttft_ms=100
 
-A run that has a config gives the base, overrides go on top; else they are composed as for `up`. Ctrl-C drains it.
-An expert on several nodes is one step of a Slurm job, one task per node:
+Overrides apply to the run's config; a run without one is composed as by `up`. Ctrl-C drains the replica. An expert that
+spans several nodes is one step of a Slurm job, with one task per node:
 
     srun --nodes=2 --ntasks-per-node=1 python -m launch.expert run=runs/mine name=large
 """
@@ -34,7 +34,7 @@ def expert(call: Call) -> int:
         raise ConfigError(f"name={name}: no such expert{suggest(name, deployment.experts)}")
     host = host_of(deployment.experts, name)
     if host != name:
-        raise ConfigError(f"name={name}: an adapter on the engine of '{host}', which serves both: name={host}")
+        raise ConfigError(f"name={name}: it is an adapter on the engine of '{host}'; start that instead: name={host}")
     deployment = settled(deployment)
     make_plan(deployment, ask_engines=False)
     step = step_of(os.environ)

@@ -1,9 +1,9 @@
-"""A router alone, in the foreground, on a run that endpoints join by `hpc-router register` or by `up`.
+"""Starts only a router, in the foreground; `hpc-router register` or `up` add endpoints to its run.
 
     python -m launch.router run=runs/mine router.port=8000
     python -m launch.router run=runs/mine policy=classifier policy.artefact=DIR policy.fallback=big
 
-A run that has a config gives the base, overrides go on top; else there are no experts of our own. Ctrl-C drains it.
+Overrides apply to the run's config; a run without one starts without experts. Ctrl-C drains the router.
 """
 
 import sys
@@ -30,17 +30,17 @@ def router(call: Call) -> int:
 
 
 def deployment_for(path: Path, call: Call) -> Deployment:
-    """The run's own config with the overrides on top, or one without experts."""
+    """The run's config with the overrides on top; without one, a config without experts."""
     if (path / "config.yaml").exists():
         base = frozen.read(path / "config.yaml")
         return compose.with_overrides(base, call.overrides, config_dir=call.config_dir)
     keys = {parse_override(text).key_or_group for text in call.overrides}
-    given = list(call.overrides)
+    overrides = list(call.overrides)
     if "topology" not in keys:
-        given.insert(0, "topology=empty")
-    deployment = compose.load_deployment(given, config_dir=call.config_dir)
+        overrides.insert(0, "topology=empty")
+    deployment = compose.load_deployment(overrides, config_dir=call.config_dir)
     if not keys & {"policy", "policy.kind", "policy.artefact"} and not deployment.experts:
-        deployment.policy.kind = "model_field"  # nothing to classify with
+        deployment.policy.kind = "model_field"  # without experts there is nothing to train a classifier for
     return deployment
 
 

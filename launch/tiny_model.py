@@ -1,9 +1,9 @@
-"""A tiny random Llama on disk, or a LoRA adapter for one, so that the real engines run offline, on a CPU, in seconds.
+"""Creates a tiny random Llama, or a LoRA adapter for one, so that real engines run offline on a CPU within seconds.
 
-Run by path with an *engine's* interpreter (`PYTHON launch/tiny_model.py OUT --seed 1`): that interpreter has
-transformers, tokenizers and torch and no hpc_router, so this file imports nothing of ours.
-The weights depend on seed and sizes alone. The answers are nonsense made of ASCII words, some characters per token, and
-always as long as `max_tokens` asks: see `_steer`.
+Run by path with an *engine's* interpreter (`PYTHON launch/tiny_model.py OUT --seed 1`). That interpreter has
+transformers, tokenizers and torch but not hpc_router, so this file imports nothing of this project.
+The weights depend only on the seed and the sizes. Responses are random printable ASCII text with exactly `max_tokens`
+tokens: see `_suppress_special_tokens`.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-HEAD_DIM = 32  # the smallest head that every attention kernel of the engines knows
-VOCABULARY = 1024  # an upper bound: training stops when no pair occurs twice
+HEAD_DIM = 32  # the smallest head size that all attention kernels of the engines support
+VOCABULARY = 1024  # upper bound: training stops earlier if no pair occurs twice
 END, START, STOP = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 
 CHAT_TEMPLATE = """\
@@ -66,21 +66,21 @@ Once more: the router sends the question to the expert, the expert writes the an
 
 
 def build(out: Path, *, seed: int, layers: int, hidden: int, max_length: int) -> None:
-    """Write model and tokenizer to `out`, which must not exist yet or be empty; it appears complete or not at all."""
+    """Writes model and tokenizer to `out` atomically. Raises FileExistsError if it is not empty."""
     if hidden % HEAD_DIM or hidden < HEAD_DIM or layers < 1:
         raise ValueError(f"hidden must be a multiple of {HEAD_DIM} and layers at least 1, not {hidden} and {layers}")
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    with _whole(out) as folder:
+    with _atomic_folder(out) as folder:
         tokenizer = _tokenizer(max_length=max_length)
         tokenizer.save_pretrained(folder)
         _model(tokenizer, seed=seed, layers=layers, hidden=hidden, max_length=max_length).save_pretrained(folder)
 
 
 def build_adapter(out: Path, *, model: Path, seed: int, rank: int) -> None:
-    """Write a LoRA adapter for the tiny `model` to `out`, in PEFT's format. Its weights are as large as the model's, so
-    that it answers otherwise."""
+    """Writes a LoRA adapter for the tiny `model` to `out`, in PEFT's format. Its weights are as large as the model's,
+    so that its responses differ."""
     import torch
     from safetensors.torch import save_file
 
@@ -96,7 +96,7 @@ def build_adapter(out: Path, *, model: Path, seed: int, rank: int) -> None:
         for module, width in (("self_attn.o_proj", hidden), ("mlp.down_proj", inner)):
             at = f"base_model.model.model.layers.{layer}.{module}"
             raised = 4.0 * drawn(hidden, rank)
-            raised[0] = 0.0  # the channel that `_steer` keeps constant
+            raised[0] = 0.0  # the channel that `_suppress_special_tokens` uses
             weights |= {f"{at}.lora_A.weight": drawn(rank, width), f"{at}.lora_B.weight": raised}
     config = {
         "peft_type": "LORA",
@@ -107,16 +107,16 @@ def build_adapter(out: Path, *, model: Path, seed: int, rank: int) -> None:
         "lora_alpha": rank,
         "bias": "none",
     }
-    with _whole(out) as folder:
+    with _atomic_folder(out) as folder:
         (folder / "adapter_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
         save_file(weights, folder / "adapter_model.safetensors")
 
 
 @contextmanager
-def _whole(out: Path) -> Iterator[Path]:
-    """A folder to fill, which becomes `out` when it is complete."""
+def _atomic_folder(out: Path) -> Iterator[Path]:
+    """Yields a temporary folder, which is renamed to `out` at the end of the block."""
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise FileExistsError(f"{out} exists: remove it, or name another folder")
+        raise FileExistsError(f"{out} exists: remove it or choose another folder")
     out.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
@@ -128,7 +128,7 @@ def _whole(out: Path) -> Iterator[Path]:
 
 
 def _tokenizer(*, max_length: int) -> Any:
-    """Byte-level BPE: any text can be encoded, and the vocabulary is the same for every seed."""
+    """A byte-level BPE tokenizer: it encodes any text, and does not depend on the seed."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -177,22 +177,22 @@ def _model(tokenizer: Any, *, seed: int, layers: int, hidden: int, max_length: i
     model = LlamaForCausalLM(config).to(torch.float32)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        # Drawn here, by name: the library's own order of initialisation may change between versions.
+        # Initialised in order of name: the library's own order may change between versions.
         for name, weight in sorted(model.named_parameters()):
             if weight.dim() == 1:
                 weight.fill_(1.0)
             else:
                 spread = 2.4 if name.startswith("lm_head") else 0.8
                 weight.normal_(0.0, spread / hidden**0.5, generator=generator)
-        _steer(model, spoken=_spoken(tokenizer))
+        _suppress_special_tokens(model, allowed=_text_tokens(tokenizer))
     model.generation_config = GenerationConfig(
         eos_token_id=ends, pad_token_id=ends[1], do_sample=True, temperature=1.0, top_p=1.0
     )
     return model
 
 
-def _spoken(tokenizer: Any) -> list[int]:
-    """The tokens that are text on their own: printable ASCII, no special token, no part of a longer character."""
+def _text_tokens(tokenizer: Any) -> list[int]:
+    """Tokens that are printable ASCII text: no special tokens, no parts of multi-byte characters."""
     special = set(tokenizer.all_special_ids)
     return [
         index
@@ -201,29 +201,33 @@ def _spoken(tokenizer: Any) -> list[int]:
     ]
 
 
-def _steer(model: Any, *, spoken: list[int]) -> None:
-    """Make every token outside `spoken`, the end tokens among them, all but impossible.
+def _suppress_special_tokens(model: Any, *, allowed: list[int]) -> None:
+    """Makes all tokens outside `allowed` practically impossible, end tokens included.
 
-    Channel 0 of the residual stream is a constant: each embedding sets it and no layer writes to it, so after the last
-    norm it is positive at every position, and a negative weight on it lowers a token's logit whatever the prompt is.
+    Channel 0 of the residual stream is made constant: each embedding sets it and no layer changes it. It is positive
+    after the last norm at every position, so a negative output weight on it lowers a token's logit for any prompt.
     """
     model.model.embed_tokens.weight[:, 0] = 1.0
     for layer in model.model.layers:
         layer.self_attn.o_proj.weight[0] = 0.0
         layer.mlp.down_proj.weight[0] = 0.0
     model.lm_head.weight[:, 0] = -100.0
-    model.lm_head.weight[spoken, 0] = 0.0
+    model.lm_head.weight[allowed, 0] = 0.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="tiny_model", description="Write a tiny random Llama for offline engines.")
-    parser.add_argument("out", type=Path, metavar="OUT", nargs="+", help="folder to make; each takes the next seed")
-    parser.add_argument("--seed", type=int, default=0, help="another seed, another model")
+    parser = argparse.ArgumentParser(prog="tiny_model", description="Write tiny random Llama models.")
+    parser.add_argument(
+        "out", type=Path, metavar="OUT", nargs="+", help="folder to create; each one gets the next seed"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the weights of the first OUT")
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--hidden", type=int, default=64, help=f"a multiple of {HEAD_DIM}")
-    parser.add_argument("--max-length", type=int, default=2048, metavar="TOKENS", help="prompt and answer together")
-    parser.add_argument("--adapter-of", type=Path, metavar="MODEL", help="make a LoRA adapter for this tiny model")
-    parser.add_argument("--rank", type=int, default=8, help="of the adapter")
+    parser.add_argument("--max-length", type=int, default=2048, metavar="TOKENS", help="context length")
+    parser.add_argument(
+        "--adapter-of", type=Path, metavar="MODEL", help="write a LoRA adapter for this tiny model instead"
+    )
+    parser.add_argument("--rank", type=int, default=8, help="rank of the adapter")
     chosen = parser.parse_args(arguments)
     try:
         for seed, out in enumerate(chosen.out, start=chosen.seed):

@@ -1,1 +1,1 @@
-"""Load generation and measurement: sweeps over topologies, what relaying costs, soaks."""
+"""Load generation and measurement: sweeps over topologies, the cost of relaying a request, soak tests."""

@@ -1,7 +1,7 @@
-"""`hpc-router bench agreement`: our load generator's figures beside those of `vllm bench serve`, on one deployment.
+"""`hpc-router bench agreement`: this load generator compared with `vllm bench serve` on one deployment.
 
-The same prompts and as many users, in turn; every other round theirs comes first. docs/bench.md says where their
-definitions differ from ours.
+Both tools send the same prompts with the same number of users, one after the other; the order alternates from round to
+round. docs/bench.md lists where their definitions differ. "Ours" is this load generator, "theirs" the other tool.
 """
 
 import itertools
@@ -9,7 +9,6 @@ import json
 import os
 import subprocess
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,9 +16,10 @@ from typing import Any, Final
 
 from hpc_router.bench.config import BenchConfig, read_config
 from hpc_router.bench.figures import Figures, figures
-from hpc_router.bench.load.generator import LoadTarget, carry_out
+from hpc_router.bench.load.generator import LoadTarget, run_load
+from hpc_router.bench.output import stem_of, utc_now, write_results
 from hpc_router.bench.prompts import BenchPrompt, built_in
-from hpc_router.bench.relay_cost.run import origin_of
+from hpc_router.bench.provenance import origin_of
 from hpc_router.bench.relay_cost.statistics import RoundSpread
 from hpc_router.bench.workload import Point, workload
 from hpc_router.cluster.commands.router_access import router_access
@@ -28,7 +28,7 @@ from hpc_router.state.atomic_files import replace_text
 from hpc_router.state.run_directory import RunDir
 
 SCHEMA: Final = 1
-PATIENCE_S: Final = 900.0
+TOOL_TIMEOUT_S: Final = 900.0
 FIGURES: Final[Mapping[str, str]] = {
     "TTFT p50 ms": "median_ttft_ms",
     "TTFT p99 ms": "p99_ttft_ms",
@@ -39,13 +39,14 @@ FIGURES: Final[Mapping[str, str]] = {
     "output tokens": "total_output_tokens",
     "requests that failed": "failed",
 }
-"""What is compared, by its name in their result. Rates are not: theirs count the run-up and the end, ours do not."""
+"""The compared figures, and their keys in the result of `vllm bench serve`. Rates are not compared: theirs include the
+ramp-up and the end of the load, ours do not."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AgreementOptions:
-    """`vllm`: an interpreter that has it. `tokenizer`: a model folder, any: their tool wants one. `requests`: measured
-    ones of each tool in each round."""
+    """`vllm`: a Python interpreter that has vLLM. `tokenizer`: any model folder, because the other tool requires one.
+    `requests`: measured requests per tool and round."""
 
     vllm: str
     tokenizer: Path
@@ -58,14 +59,14 @@ class AgreementOptions:
 
 
 @dataclass(frozen=True, slots=True)
-class Rounds:
-    """One value per round of each figure."""
+class AgreementRounds:
+    """For each figure, one value per round."""
 
     ours: Mapping[str, Sequence[float]]
     theirs: Mapping[str, Sequence[float]]
 
     def table(self) -> list[tuple[str, RoundSpread, RoundSpread, RoundSpread | None]]:
-        """Ours, theirs, ours / theirs within a round; no ratio where theirs is 0."""
+        """Name, ours, theirs, and the ratio ours / theirs within a round (None if theirs is 0)."""
         rows = []
         for name in FIGURES:
             ours, theirs = self.ours[name], self.theirs[name]
@@ -77,10 +78,10 @@ class Rounds:
         return rows
 
 
-def ours(found: Figures) -> dict[str, float]:
-    """Raises LaunchError where there is nothing to compare."""
+def comparable(found: Figures) -> dict[str, float]:
+    """Raises LaunchError if a figure is missing."""
     if found.ttft_s is None or found.tpot_s is None or found.itl_s is None or found.e2e_s is None:
-        raise LaunchError(f"no answer of two tokens or more: {found.errors or 'give more of them (--tokens)'}")
+        raise LaunchError(f"no response has two tokens or more: {found.errors or 'raise --tokens'}")
     tokens = found.output_tokens
     return {
         "TTFT p50 ms": found.ttft_s.p50 * 1e3,
@@ -97,18 +98,18 @@ def ours(found: Figures) -> dict[str, float]:
 def measure_ours(
     target: LoadTarget, config: BenchConfig, prompts: Sequence[BenchPrompt], folder: Path
 ) -> dict[str, float]:
-    load = carry_out(target, config, workload(config, prompts, Point(users=config.users[0])), folder)
-    return ours(figures(load.observations, load.window))
+    load = run_load(target, config, workload(config, prompts, Point(users=config.users[0])), folder)
+    return comparable(figures(load.observations, load.window))
 
 
 def measure_theirs(
     target: LoadTarget, config: BenchConfig, prompts: Sequence[BenchPrompt], folder: Path, options: AgreementOptions
 ) -> dict[str, float]:
-    """Raises LaunchError with their last words."""
+    """Raises LaunchError with the end of the tool's stderr."""
     requests = config.requests or 0
-    asked = itertools.islice(itertools.cycle(prompts), requests)
+    sent = itertools.islice(itertools.cycle(prompts), requests)
     folder.mkdir(parents=True)
-    replace_text(folder / "prompts.jsonl", "".join(json.dumps({"prompt": p.text}) + "\n" for p in asked))
+    replace_text(folder / "prompts.jsonl", "".join(json.dumps({"prompt": p.text}) + "\n" for p in sent))
     command = [
         *(options.vllm, "-m", "vllm.entrypoints.cli.main", "bench", "serve", "--backend", "openai-chat"),
         *("--base-url", target.url, "--endpoint", "/v1/chat/completions"),
@@ -121,7 +122,7 @@ def measure_theirs(
     ]
     environment = {**os.environ, "OPENAI_API_KEY": target.token, "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        command, env=environment, cwd=folder, capture_output=True, text=True, check=False, timeout=PATIENCE_S
+        command, env=environment, cwd=folder, capture_output=True, text=True, check=False, timeout=TOOL_TIMEOUT_S
     )
     if done.returncode or not (folder / "result.json").exists():
         raise LaunchError(f"`vllm bench serve` failed: {(done.stderr or done.stdout).strip()[-600:]}")
@@ -131,8 +132,8 @@ def measure_theirs(
 
 def compare(
     target: LoadTarget, config: BenchConfig, prompts: Sequence[BenchPrompt], options: AgreementOptions
-) -> Rounds:
-    found: list[dict[str, dict[str, float]]] = []
+) -> AgreementRounds:
+    rounds: list[dict[str, dict[str, float]]] = []
     with tempfile.TemporaryDirectory(prefix="hpc-router-agreement-") as scratch:
         for number in range(options.rounds):
             both = {
@@ -140,11 +141,13 @@ def compare(
                 "theirs": lambda at: measure_theirs(target, config, prompts, at, options),
             }
             order = list(both) if number % 2 == 0 else list(reversed(both))
-            found.append({name: both[name](Path(scratch) / f"{name}-{number}") for name in order})
-    return Rounds(*({name: [one[who][name] for one in found] for name in FIGURES} for who in ("ours", "theirs")))
+            rounds.append({name: both[name](Path(scratch) / f"{name}-{number}") for name in order})
+    return AgreementRounds(
+        *({name: [one[tool][name] for one in rounds] for name in FIGURES} for tool in ("ours", "theirs"))
+    )
 
 
-def markdown(rounds: Rounds, *, config: BenchConfig, origin: Mapping[str, Any]) -> str:
+def markdown(rounds: AgreementRounds, *, config: BenchConfig, origin: Mapping[str, Any]) -> str:
     lines = [
         f"# Load generator beside `vllm bench serve`, {origin['at']}",
         "",
@@ -156,25 +159,28 @@ def markdown(rounds: Rounds, *, config: BenchConfig, origin: Mapping[str, Any]) 
         "|---|---|---|---|",
     ]
     for name, one, other, ratio in rounds.table():
-        lines.append(f"| {name} | {_shown(one)} | {_shown(other)} | {'-' if ratio is None else _shown(ratio)} |")
+        lines.append(f"| {name} | {_format(one)} | {_format(other)} | {'-' if ratio is None else _format(ratio)} |")
     return "\n".join(lines) + "\n"
 
 
-def _shown(value: RoundSpread) -> str:
+def _format(value: RoundSpread) -> str:
     return f"{value.median:.4g} ({value.low:.4g}-{value.high:.4g})"
 
 
 def _version(vllm: str) -> str:
-    ask = "from importlib.metadata import version; print(version('vllm'))"
-    done = subprocess.run([vllm, "-c", ask], capture_output=True, text=True, check=False)
+    program = "from importlib.metadata import version; print(version('vllm'))"
+    done = subprocess.run([vllm, "-c", program], capture_output=True, text=True, check=False)
     if done.returncode:
-        raise LaunchError(f"--vllm {vllm}: has no vLLM: {done.stderr.strip()[-300:]}")
+        raise LaunchError(f"--vllm {vllm}: this interpreter has no vLLM: {done.stderr.strip()[-300:]}")
     return done.stdout.strip()
 
 
 def agreement(run: RunDir, options: AgreementOptions) -> str:
-    """Blocks; the table, which stands in `options.out` as well. Raises ConfigError, LaunchError."""
-    at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    """Measures, writes JSON and Markdown to `options.out`, and returns the Markdown with the files' names.
+
+    Raises ConfigError, LaunchError.
+    """
+    at = utc_now()
     config = read_config(
         {"users": [options.users], "requests": options.requests, "max_tokens": options.tokens, "model": options.model}
     )
@@ -182,9 +188,6 @@ def agreement(run: RunDir, options: AgreementOptions) -> str:
     origin = {**origin_of(at), "vllm": _version(options.vllm)}
     found = compare(LoadTarget(access.url, access.token), config, built_in(), options)
     text = markdown(found, config=config, origin=origin)
-    whole = {"schema": SCHEMA, "origin": origin, "bench": asdict(config), **asdict(found)}
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / f"agreement-{at.replace('-', '').replace(':', '')}"
-    replace_text(path.with_suffix(".json"), json.dumps(whole, indent=1, allow_nan=False) + "\n", mode=0o644)
-    replace_text(path.with_suffix(".md"), text, mode=0o644)
+    value = {"schema": SCHEMA, "origin": origin, "bench": asdict(config), **asdict(found)}
+    path = write_results(options.out, stem_of("agreement", at), value, {"md": text})
     return f"{text}\n{path}.json, .md"

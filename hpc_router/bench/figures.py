@@ -1,8 +1,8 @@
-"""From observed requests to figures: pure, and the one place where each figure is defined (docs/bench.md in words).
+"""Figures of a point, computed from its observed requests. Pure; docs/bench.md defines the same figures in words.
 
-Only requests that began in the steady window and succeeded have latencies; those that failed are counted by kind.
-Throughput counts whatever arrived inside the window, whoever asked for it, as long as it did not come to nothing.
-Times are seconds since the load of the point began.
+Latencies are those of measured requests that succeeded; failed requests are counted by kind of error. Throughput
+counts all tokens and responses inside the window, also those of unmeasured requests, unless the request failed. Times
+are seconds since the load of the point began.
 """
 
 from collections import Counter
@@ -13,23 +13,28 @@ from typing import Final, Self
 
 import numpy as np
 
+from hpc_router.bench.config import GoodputLimits
+
 UNKNOWN: Final = "unknown"
 CUT: Final = "cut"
-"""The error of a filling request that was still running when the point was over: no failure of anybody."""
+"""The error of an unmeasured request that was stopped at the end of the point. It does not count as a failure."""
 
 
 class MeasurementPart(StrEnum):
-    """When a request began, so what it counts for."""
+    """The part of the load in which a request began."""
 
     WARM_UP = "warm_up"
     MEASURED = "measured"
-    FILLING = "filling"  # keeps the load up until the last measured request has ended
+    FILLING = "filling"  # after the window: keeps the load up until the last measured request has ended
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Observation:
-    """One request. `content_s`: when each event with content arrived; `tokens`, `prompt_tokens`: the engine's own
-    counts; `question`: its number among the workload's."""
+    """One request.
+
+    `content_s`: arrival times of the events with content. `tokens`, `prompt_tokens`: counts reported by the engine.
+    `question`: index of the request body in the workload. `error`: kind of error, None if the request succeeded.
+    """
 
     part: MeasurementPart
     user: int
@@ -44,11 +49,11 @@ class Observation:
     replica: str | None = None
     reason: str | None = None
     domain: str | None = None
-    error: str | None = None  # its kind; None: it succeeded
+    error: str | None = None
 
     @property
     def token_count(self) -> int:
-        """The engine's count; where it gave none, one token per event."""
+        """The engine's count; if it reported none, the number of events with content."""
         return len(self.content_s) if self.tokens is None else self.tokens
 
     @property
@@ -61,21 +66,21 @@ class Observation:
 
     @property
     def tpot_s(self) -> float | None:
-        """None for an answer of one token."""
+        """None for a response of one token."""
         if self.token_count < 2:
             return None
         return (self.content_s[-1] - self.content_s[0]) / (self.token_count - 1)
 
     @property
     def itl_s(self) -> list[float]:
-        """Gaps between events with content, each divided by the tokens that an event of this answer carries."""
+        """Gaps between events with content, each divided by the mean number of tokens per event of this response."""
         per_event = max(1.0, self.token_count / len(self.content_s))
         return [(b - a) / per_event for a, b in zip(self.content_s, self.content_s[1:], strict=False)]
 
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """The steady part of a point: after `start_s`, up to and including `end_s`."""
+    """The measured part of a point: after `start_s`, up to and including `end_s`."""
 
     start_s: float
     end_s: float
@@ -84,13 +89,13 @@ class Window:
     def length_s(self) -> float:
         return self.end_s - self.start_s
 
-    def holds(self, at_s: float) -> bool:
+    def contains(self, at_s: float) -> bool:
         return self.start_s < at_s <= self.end_s
 
 
 @dataclass(frozen=True, slots=True)
 class Percentiles:
-    """Percentiles interpolate linearly between the two nearest samples."""
+    """Percentiles are interpolated linearly between the two nearest samples."""
 
     count: int
     mean: float
@@ -101,7 +106,7 @@ class Percentiles:
 
     @classmethod
     def of(cls, samples: Iterable[float]) -> Self | None:
-        """None where there is no sample."""
+        """None if there is no sample."""
         values = np.fromiter(samples, dtype=np.float64)
         if not values.size:
             return None
@@ -110,35 +115,18 @@ class Percentiles:
 
 
 @dataclass(frozen=True, slots=True)
-class GoodputLimits:
-    """When an answer is good: within every limit that is not None."""
-
-    ttft_s: float | None = None
-    tpot_s: float | None = None
-    e2e_s: float | None = None
-
-    def hold(self, one: Observation) -> bool:
-        tpot_s = one.tpot_s
-        return (
-            (self.ttft_s is None or one.ttft_s <= self.ttft_s)
-            and (self.tpot_s is None or tpot_s is None or tpot_s <= self.tpot_s)
-            and (self.e2e_s is None or one.e2e_s <= self.e2e_s)
-        )
-
-
-@dataclass(frozen=True, slots=True)
 class Figures:
-    """Of one point. `tokens`, rates: of the window; everything else: of the measured requests."""
+    """Figures of one point. `tokens` and rates refer to the window, everything else to the measured requests."""
 
     window_s: float
     requests: int
     succeeded: int
     failed: int
     errors: Mapping[str, int]
-    experts: Mapping[str, float]  # share of the successful requests
-    replicas: Mapping[str, float]  # the same
-    balance: Mapping[str, float]  # per expert: its busiest replica's requests / the mean of its replicas; 1 is even
-    reasons: Mapping[str, float]  # why the router chose as it did, as shares
+    experts: Mapping[str, float]  # share of the succeeded requests per expert
+    replicas: Mapping[str, float]  # the same per replica
+    balance: Mapping[str, float]  # per expert: requests of its busiest replica / mean of its replicas; 1 is even
+    reasons: Mapping[str, float]  # share of the succeeded requests per `x-route-reason`
     ttft_s: Percentiles | None
     itl_s: Percentiles | None
     tpot_s: Percentiles | None
@@ -147,15 +135,25 @@ class Figures:
     tokens: float
     tokens_per_s: float
     requests_per_s: float
-    counted_by: str  # engine | events | both: who counted the tokens of the measured requests
+    counted_by: str  # source of the token counts: engine | events | both
     prompt_tokens: Percentiles | None = None
     output_tokens: Percentiles | None = None
-    good_share: float = 0.0  # of the measured requests, those within the limits
+    good_share: float = 0.0  # share of the measured requests within the goodput limits
     goodput_per_s: float = 0.0
     medians: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # per expert: ttft_s, tpot_s, e2e_s
 
 
-NO_LIMITS: Final = GoodputLimits()
+NO_LIMITS: Final = GoodputLimits(ttft_s=None, tpot_s=None, e2e_s=None)
+
+
+def meets(one: Observation, limits: GoodputLimits) -> bool:
+    """Whether the response is within every limit; a response of one token has no TPOT to exceed its limit."""
+    tpot_s = one.tpot_s
+    return (
+        (limits.ttft_s is None or one.ttft_s <= limits.ttft_s)
+        and (limits.tpot_s is None or tpot_s is None or tpot_s <= limits.tpot_s)
+        and (limits.e2e_s is None or one.e2e_s <= limits.e2e_s)
+    )
 
 
 def figures(observations: Sequence[Observation], window: Window, limits: GoodputLimits = NO_LIMITS) -> Figures:
@@ -165,9 +163,9 @@ def figures(observations: Sequence[Observation], window: Window, limits: Goodput
     experts = Counter(o.expert or UNKNOWN for o in good)
     replicas = Counter(o.replica or UNKNOWN for o in good)
     reasons = Counter(o.reason or UNKNOWN for o in good)
-    within = [o for o in good if limits.hold(o)]
+    within = [o for o in good if meets(o, limits)]
     tokens = _tokens_in(window, observations)
-    ended = sum(o.error is None and window.holds(o.ended_s) for o in observations)
+    ended = sum(o.error is None and window.contains(o.ended_s) for o in observations)
     length_s = window.length_s
     return Figures(
         window_s=length_s,
@@ -191,7 +189,7 @@ def figures(observations: Sequence[Observation], window: Window, limits: Goodput
         prompt_tokens=Percentiles.of(o.prompt_tokens for o in good if o.prompt_tokens is not None),
         output_tokens=Percentiles.of(o.token_count for o in good),
         good_share=len(within) / len(measured) if measured else 0.0,
-        goodput_per_s=_rate(observations, window, limits),
+        goodput_per_s=_goodput(observations, window, limits),
         medians={name: _medians([o for o in good if (o.expert or UNKNOWN) == name]) for name in sorted(experts)},
     )
 
@@ -202,18 +200,20 @@ def _shares(counted: Counter[str]) -> dict[str, float]:
 
 
 def _balance(good: Sequence[Observation]) -> dict[str, float]:
-    """A replica that answered nothing is not seen here; the registry's count of replicas is in the record."""
+    """Replicas without a succeeded request are missing here; the record's provenance lists all replicas."""
     found: dict[str, Counter[str]] = {}
     for o in good:
         found.setdefault(o.expert or UNKNOWN, Counter())[o.replica or UNKNOWN] += 1
     return {name: max(each.values()) * len(each) / each.total() for name, each in sorted(found.items())}
 
 
-def _rate(observations: Sequence[Observation], window: Window, limits: GoodputLimits) -> float:
-    """Good answers that ended inside the window, per second."""
+def _goodput(observations: Sequence[Observation], window: Window, limits: GoodputLimits) -> float:
+    """Responses per second that ended inside the window and meet the limits."""
     if window.length_s <= 0:
         return 0.0
-    return sum(o.error is None and window.holds(o.ended_s) and limits.hold(o) for o in observations) / window.length_s
+    return (
+        sum(o.error is None and window.contains(o.ended_s) and meets(o, limits) for o in observations) / window.length_s
+    )
 
 
 def _medians(good: Sequence[Observation]) -> dict[str, float]:
@@ -226,7 +226,7 @@ def _medians(good: Sequence[Observation]) -> dict[str, float]:
 
 
 def faster(observations: Sequence[Observation], factor: float) -> list[Observation]:
-    """As they would have been, had time run that many times faster: for simulated engines that were slowed down."""
+    """All times divided by `factor`: undoes the slow-down of simulated engines."""
     return [
         replace(
             o,
@@ -239,15 +239,16 @@ def faster(observations: Sequence[Observation], factor: float) -> list[Observati
 
 
 def _tokens_in(window: Window, observations: Sequence[Observation]) -> float:
-    """Each event with content counts for the tokens that the events of its answer carry on average."""
+    """Each event with content inside the window counts as the mean number of tokens per event of its response."""
     counted = [o for o in observations if o.error is None and o.tokens is not None]
     events = sum(len(o.content_s) for o in counted)
-    usual = sum(o.tokens or 0 for o in counted) / events if events else 1.0  # for answers that nobody counted
+    # Responses without a count of their own use the mean over all responses.
+    mean = sum(o.tokens or 0 for o in counted) / events if events else 1.0
     total = 0.0
     for o in observations:
         if o.content_s and o.error in (None, CUT):
-            per_event = usual if o.tokens is None else o.tokens / len(o.content_s)
-            total += per_event * sum(window.holds(at_s) for at_s in o.content_s)
+            per_event = mean if o.tokens is None else o.tokens / len(o.content_s)
+            total += per_event * sum(window.contains(at_s) for at_s in o.content_s)
     return total
 
 

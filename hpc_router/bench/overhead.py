@@ -1,7 +1,7 @@
-"""What the router adds: medians through it less medians straight at the replicas, of one point. Pure.
+"""Latency that the router adds: medians with the router minus medians without it, for one point. Pure.
 
-Both are taken expert by expert, as experts may differ more than the router adds, and weighted with the shares that the
-experts had through the router.
+The difference is computed per expert, because experts can differ by more than the router adds, and averaged with the
+experts' shares of the requests through the router.
 """
 
 from collections.abc import Mapping
@@ -10,37 +10,35 @@ from typing import Final, TypeVar
 from hpc_router.bench.figures import Figures
 
 K = TypeVar("K", str, tuple[str, str])
-WHAT: Final = ("ttft_s", "tpot_s", "e2e_s")
+LATENCIES: Final = ("ttft_s", "tpot_s", "e2e_s")
 
 
-def overhead(through: Figures, direct: Figures) -> dict[str, dict[str, float]]:
-    """Per latency: `added_s`, and `share` of the latency through the router; absent where either has none."""
-    return {name: found for name in WHAT if (found := _of(name, through, direct)) is not None}
+def overhead(routed: Figures, direct: Figures) -> dict[str, dict[str, float]]:
+    """For each latency: `added_s`, and its `share` of the latency with the router. No entry without both."""
+    return {name: added for name in LATENCIES if (added := _added(name, routed, direct)) is not None}
 
 
-def _of(name: str, through: Figures, direct: Figures) -> dict[str, float] | None:
-    both = [
-        expert
-        for expert in through.medians
-        if name in through.medians[expert] and name in direct.medians.get(expert, {})
+def _added(name: str, routed: Figures, direct: Figures) -> dict[str, float] | None:
+    experts = [
+        expert for expert in routed.medians if name in routed.medians[expert] and name in direct.medians.get(expert, {})
     ]
-    weight = sum(through.experts[expert] for expert in both)
+    weight = sum(routed.experts[expert] for expert in experts)
     if not weight:
         return None
 
     def mean(medians: Mapping[str, Mapping[str, float]]) -> float:
-        return sum(through.experts[expert] * medians[expert][name] for expert in both) / weight
+        return sum(routed.experts[expert] * medians[expert][name] for expert in experts) / weight
 
-    with_router, without = mean(through.medians), mean(direct.medians)
+    with_router, without = mean(routed.medians), mean(direct.medians)
     return {"added_s": with_router - without, "share": (with_router - without) / with_router if with_router else 0.0}
 
 
-def split(users: int, shares: Mapping[K, float]) -> dict[K, int]:
-    """So many users over what has these shares: whole numbers that add up, the largest remainders rounded up."""
-    whole = sum(shares.values())
-    exact = {name: users * share / whole for name, share in shares.items()}
-    given = {name: int(value) for name, value in exact.items()}
-    left = sorted(exact, key=lambda name: (given[name] - exact[name], str(name)))
-    for name in left[: users - sum(given.values())]:
-        given[name] += 1
-    return {name: count for name, count in given.items() if count}
+def split_users(users: int, shares: Mapping[K, float]) -> dict[K, int]:
+    """Users in proportion to `shares`, as whole numbers that add up to `users` (largest remainder method)."""
+    total = sum(shares.values())
+    exact = {name: users * share / total for name, share in shares.items()}
+    counts = {name: int(value) for name, value in exact.items()}
+    by_remainder = sorted(exact, key=lambda name: (counts[name] - exact[name], str(name)))
+    for name in by_remainder[: users - sum(counts.values())]:
+        counts[name] += 1
+    return {name: count for name, count in counts.items() if count}

@@ -1,12 +1,10 @@
-"""What the users ask: a prompt set and the order in which it is asked.
+"""Prompts of the load: the built-in ones, or those of a JSON Lines file.
 
-The built-in prompts cover the domains of `topology=sim`, a few each, of no data set: enough to see each expert at
-work, too few to judge a classifier by. The order depends on seed and stream alone, so a repeated run asks the same.
+The built-in prompts were written for this project, a few per domain of `topology=sim`: enough to send requests to every
+expert, too few to evaluate a classifier.
 """
 
 import json
-import random
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -70,10 +68,10 @@ def built_in() -> list[BenchPrompt]:
 
 
 def read_prompts(path: Path) -> list[BenchPrompt]:
-    """One JSON object per line: `prompt`, and `domain` where it is known. Raises ConfigError with file and line."""
+    """One JSON object per line with `prompt` and optionally `domain`. Raises ConfigError with file and line."""
     found = [_prompt(line, f"{path}:{number}") for number, line in lines_of(path)]
     if not found:
-        raise ConfigError(f"bench.prompts={path}: it contains no prompt")
+        raise ConfigError(f"bench.prompts={path}: the file has no prompt")
     return found
 
 
@@ -87,10 +85,3 @@ def _prompt(line: str, place: str) -> BenchPrompt:
     if not isinstance(value.get("domain"), str | None):
         raise ConfigError(f'{place}: "domain" is not text')
     return BenchPrompt(value["prompt"], value.get("domain"))
-
-
-def deck(prompts: Sequence[BenchPrompt], *, seed: int, stream: str) -> Iterator[BenchPrompt]:
-    """For ever: all prompts in one order, then all in another; no prompt comes twice before each came once."""
-    source = random.Random(f"{seed}:{stream}")
-    while True:
-        yield from source.sample(prompts, len(prompts))

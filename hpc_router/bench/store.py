@@ -1,8 +1,8 @@
-"""The results of a sweep: a folder with one file per finished point, named by what was measured.
+"""The results of a sweep: a folder with one file per finished point, named by a hash of what was measured.
 
-So whatever is killed, what is finished stays and is found again, and nothing is measured twice. The key says *what*
-(deployment, load, repeat), not when or by which version: those are provenance. No locks; a claim with a heartbeat tells
-a living call from what a killed one left.
+An interrupted sweep keeps its finished points and continues with the missing ones. The key covers the deployment, the
+load and the repeat, not the time or the versions, which are provenance. There are no file locks (shared file systems do
+not support them reliably); a claim file with a heartbeat shows whether another call is measuring.
 """
 
 import contextlib
@@ -11,15 +11,17 @@ import json
 import os
 import shutil
 import socket
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
+from hpc_router.bench.background import repeated
 from hpc_router.bench.config import BenchConfig
+from hpc_router.bench.record import lines
 from hpc_router.bench.workload import Point
 from hpc_router.config.schema import Deployment
 from hpc_router.errors import LaunchError
@@ -28,9 +30,9 @@ from hpc_router.state.job_records import start_ticks
 from hpc_router.state.run_directory import RunDir, private_umask
 
 BEAT_S: Final = 5.0
-STILL_S: Final = 60.0
-"""A claim of another host whose heart has not beaten for so long is nobody's."""
-_HOW: Final = (
+CLAIM_TIMEOUT_S: Final = 60.0
+"""A claim from another host is void if its heartbeat is older than this."""
+_NOT_IN_KEY: Final = (
     "users",
     "rates",
     "trace",
@@ -51,30 +53,29 @@ class Store:
     folder: Path
 
     def key(self, deployment: Deployment, config: BenchConfig, point: Point) -> str:
-        """The same for the same question, however often the call is made."""
-        how = {name: value for name, value in asdict(config).items() if name not in _HOW}
-        what = {"deployment": config_key(deployment), "bench": how, "point": asdict(point)}
-        return _digest(what)
+        """The same in every call that measures the same point."""
+        bench = {name: value for name, value in asdict(config).items() if name not in _NOT_IN_KEY}
+        return _digest({"deployment": deployment_key(deployment), "bench": bench, "point": asdict(point)})
 
     def path(self, key: str) -> Path:
         return self.folder / f"{key}.jsonl"
 
     def has(self, key: str, *, valid: bool = False) -> bool:
-        """Whether the point is finished; with `valid`, one that cannot be trusted is not."""
+        """Whether the point is finished; with `valid`, only if its figures are valid."""
         if not valid:
             return self.path(key).exists()
         return bool((read_json(self.path(key)) or {}).get("valid"))
 
     def add(self, key: str, record: Mapping[str, Any], raw: list[dict[str, Any]] | None) -> None:
-        """Raw requests first: a point without them is not finished where they were asked for."""
+        """The raw requests are written first: the record marks the point as finished."""
         self.folder.mkdir(parents=True, exist_ok=True)
         if raw is not None:
-            replace_text(self.folder / f"{key}.requests.jsonl", "".join(json.dumps(one) + "\n" for one in raw))
-        replace_text(self.path(key), json.dumps(record, allow_nan=False) + "\n")
+            replace_text(self.folder / f"{key}.requests.jsonl", lines(raw))
+        replace_text(self.path(key), lines([record]))
 
     def run_of(self, deployment: Deployment) -> RunDir:
-        """Where that deployment is brought up: always the same place, so that what a killed call left is found."""
-        return RunDir(self.runs / config_key(deployment))
+        """The run directory of the deployment: always the same, so that the next call finds what a killed one left."""
+        return RunDir(self.runs / deployment_key(deployment))
 
     @property
     def runs(self) -> Path:
@@ -82,25 +83,21 @@ class Store:
 
     @contextmanager
     def claim(self, deployment: Deployment) -> Iterator[None]:
-        """One call at a time measures a deployment. Raises LaunchError for a second one."""
+        """Ensures that one call at a time measures a deployment. Raises LaunchError if another one does."""
         with private_umask():
             self.runs.mkdir(parents=True, exist_ok=True)
-        path = self.runs / f"{config_key(deployment)}.claim"
+        path = self.runs / f"{deployment_key(deployment)}.claim"
         holder = _holder(path)
         if holder is not None:
-            raise LaunchError(f"{holder} measures this deployment already ({path})")
+            raise LaunchError(f"{holder} measures this deployment (claim: {path})")
         mine = {"host": socket.gethostname(), "pid": os.getpid(), "ticks": start_ticks(os.getpid())}
         replace_json(path, mine)
-        over = threading.Event()
-        beat = threading.Thread(target=_beat, args=(path, over), daemon=True)
-        beat.start()
         try:
-            if read_json(path) != mine:
-                raise LaunchError(f"another call began at the same moment to measure this deployment ({path})")
-            yield
+            with repeated(partial(_touch, path), every_s=BEAT_S):
+                if read_json(path) != mine:
+                    raise LaunchError(f"another call started to measure this deployment at the same time ({path})")
+                yield
         finally:
-            over.set()
-            beat.join()
             with contextlib.suppress(OSError):
                 if read_json(path) == mine:
                     path.unlink()
@@ -109,29 +106,28 @@ class Store:
         shutil.rmtree(self.run_of(deployment).path, ignore_errors=True)
 
 
-def config_key(deployment: Deployment) -> str:
+def deployment_key(deployment: Deployment) -> str:
     return _digest({**asdict(deployment), "name": "", "runs": ""})
 
 
-def _digest(what: Any) -> str:
-    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _beat(path: Path, over: threading.Event) -> None:
-    while not over.wait(BEAT_S):
-        with contextlib.suppress(OSError):
-            os.utime(path)
+def _touch(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        os.utime(path)
 
 
 def _holder(path: Path) -> str | None:
-    """Who lives and holds the claim."""
+    """The other live process that holds the claim, for an error message; None if the claim is free."""
     try:
-        still_s = time.time() - path.stat().st_mtime
+        age_s = time.time() - path.stat().st_mtime
     except OSError:
         return None
-    held = read_json(path) or {}
-    told = f"process {held.get('pid')} on {held.get('host')}"
-    if held.get("host") == socket.gethostname():
-        alive = start_ticks(int(held.get("pid") or 0)) == held.get("ticks")
-        return told if alive and held.get("pid") != os.getpid() else None
-    return told if still_s < STILL_S else None
+    claim = read_json(path) or {}
+    name = f"process {claim.get('pid')} on {claim.get('host')}"
+    if claim.get("host") == socket.gethostname():
+        alive = start_ticks(int(claim.get("pid") or 0)) == claim.get("ticks")
+        return name if alive and claim.get("pid") != os.getpid() else None
+    return name if age_s < CLAIM_TIMEOUT_S else None

@@ -1,4 +1,4 @@
-"""The figures on a terminal: one row per point, and which expert answered how much."""
+"""The figures as a table for a terminal: one row per point, then remarks on the points."""
 
 from collections.abc import Iterator, Sequence
 
@@ -11,37 +11,37 @@ from hpc_router.bench.point import MeasuredPoint
 
 
 def table(rows: Sequence[MeasuredPoint], *, simulated: bool) -> RenderableType:
-    drawn = Table(box=None, pad_edge=False, header_style="bold")
-    drawn.add_column("load", justify="left")
+    grid = Table(box=None, pad_edge=False, header_style="bold")
+    grid.add_column("load", justify="left")
     for column in ("ok", "failed", "TTFT ms\np50/p90/p99", "ITL ms\np50/p90/p99", "TPOT ms\np50", "E2E s\np50/p90/p99",
                    "session\ntok/s p50", "system\ntok/s", "req/s", "router adds\nTTFT ms"):  # fmt: skip
-        drawn.add_column(column, justify="right")
+        grid.add_column(column, justify="right")
     for row in rows:
-        found = row.found
-        drawn.add_row(
+        found = row.figures
+        grid.add_row(
             Text(row.point.name, style="strike" if row.invalid else ""),
             str(found.succeeded),
             Text(str(found.failed), style="bold red" if found.failed else ""),
-            _three(found.ttft_s, scale=1e3),
-            _three(found.itl_s, scale=1e3),
-            _middle(found.tpot_s, scale=1e3),
-            _three(found.e2e_s, scale=1.0),
-            _middle(found.session_tokens_per_s, scale=1.0),
+            _percentiles(found.ttft_s, scale=1e3),
+            _percentiles(found.itl_s, scale=1e3),
+            _median(found.tpot_s, scale=1e3),
+            _percentiles(found.e2e_s, scale=1.0),
+            _median(found.session_tokens_per_s, scale=1.0),
             number(found.tokens_per_s),
             number(found.requests_per_s),
-            _added(row),
+            _overhead(row),
         )
-    told = [remark for row in rows for remark in _remarks(row)]
-    return Group(*_head(simulated), drawn, *told)
+    remarks = [remark for row in rows for remark in _remarks(row)]
+    return Group(*_head(simulated), grid, *remarks)
 
 
 def _head(simulated: bool) -> list[Text]:
-    told = "simulated engine: these are no model's latencies"
-    return [Text(told, style="yellow")] if simulated else []
+    text = "simulated engine: these latencies are not those of a real model"
+    return [Text(text, style="yellow")] if simulated else []
 
 
 def _remarks(row: MeasuredPoint) -> Iterator[Text]:
-    found, at = row.found, f"{row.point.name}: "
+    found, at = row.figures, f"{row.point.name}: "
     shares = "  ".join(f"{name} {share:.0%}" for name, share in found.experts.items())
     yield Text(f"{at}answered by {shares or 'no expert'}")
     if found.failed:
@@ -53,21 +53,21 @@ def _remarks(row: MeasuredPoint) -> Iterator[Text]:
         yield Text(f"{at}{note}", style="yellow")
 
 
-def _added(row: MeasuredPoint) -> str:
-    found = (row.added or {}).get("ttft_s")
+def _overhead(row: MeasuredPoint) -> str:
+    found = (row.overhead or {}).get("ttft_s")
     return "-" if found is None else f"{found['added_s'] * 1e3:.3g} ({found['share']:.0%})"
 
 
-def _three(spread: Percentiles | None, *, scale: float) -> str:
+def _percentiles(spread: Percentiles | None, *, scale: float) -> str:
     if spread is None:
         return "-"
     return "/".join(number(value * scale) for value in (spread.p50, spread.p90, spread.p99))
 
 
-def _middle(spread: Percentiles | None, *, scale: float) -> str:
+def _median(spread: Percentiles | None, *, scale: float) -> str:
     return "-" if spread is None else number(spread.p50 * scale)
 
 
 def number(value: float) -> str:
-    """Three digits or the whole number."""
+    """Three significant digits, or the whole number from 100 on."""
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"

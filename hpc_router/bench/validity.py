@@ -1,4 +1,4 @@
-"""Whether a point's figures can be trusted: each reason against it in words, none where it stands. Pure."""
+"""Whether the figures of a point are valid: a list of reasons why not. Pure."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -7,17 +7,20 @@ from typing import Final
 from hpc_router.bench.config import ValidityLimits
 from hpc_router.bench.figures import Figures
 
-UNSTEADY: Final = 4.0
-"""Standard deviations between the two halves of the window, from which on it is no chance."""
-UNEVEN: Final = 0.25
-"""And by at least so much of their mean."""
+STEADY_SIGMAS: Final = 4.0
+STEADY_SHARE: Final = 0.25
+"""The load was not steady if the two halves of the window differ by more than this many standard deviations (of a
+Poisson process) and by more than this share of their mean."""
 
 
 @dataclass(frozen=True, slots=True)
 class Conditions:
-    """Under which a point was measured. Shares of a core: of the busiest load generator. `late_share`: of their time
-    by which simulated engines lagged behind their model, None where there are none. `halves`: answers that ended in the
-    first and in the second half of the window."""
+    """The circumstances of a measurement.
+
+    `cpu_share`, `wait_share`: of one core, used by and not available to the busiest load generator. `late_share`: of
+    their time by which simulated engines lagged behind their model, None without such engines. `halves`: responses
+    that ended in the first and in the second half of the window.
+    """
 
     users: int | None
     cpu_share: float
@@ -26,39 +29,38 @@ class Conditions:
     halves: tuple[int, int]
 
 
-def doubts(found: Figures, seen: Conditions, trust: ValidityLimits) -> list[str]:
-    return list(_doubts(found, seen, trust))
-
-
-def _doubts(found: Figures, seen: Conditions, trust: ValidityLimits) -> Iterator[str]:
-    failed = found.failed / found.requests if found.requests else 0.0
-    if failed > trust.error_share:
-        yield f"{failed:.1%} of the measured requests failed (at most {trust.error_share:.1%})"
-    busy = seen.cpu_share + seen.wait_share
-    if busy >= trust.load_share:
-        used = f"it used {seen.cpu_share:.0%} of a core and waited for one {seen.wait_share:.0%} of the time"
-        yield f"the load generator was the limit: {used} (together below {trust.load_share:.0%})"
-    if seen.late_share is not None and seen.late_share > trust.late_share:
+def invalid_reasons(figures: Figures, conditions: Conditions, limits: ValidityLimits) -> Iterator[str]:
+    """Yields nothing if the figures are valid."""
+    failed = figures.failed / figures.requests if figures.requests else 0.0
+    if failed > limits.error_share:
+        yield f"{failed:.1%} of the measured requests failed (at most {limits.error_share:.1%})"
+    cpu, wait = conditions.cpu_share, conditions.wait_share
+    if cpu + wait >= limits.load_share:
         yield (
-            f"the simulated engines ran {seen.late_share:.0%} slower than their model says (at most "
-            f"{trust.late_share:.0%}): slow their time down (roofline.slowdown) or take more cores"
+            f"the load generator was the bottleneck: it used {cpu:.0%} of a core and waited for one {wait:.0%} of the "
+            f"time (together below {limits.load_share:.0%})"
         )
-    yield from _too_short(found, seen, trust)
-    first, second = seen.halves
-    apart = abs(first - second)
-    if apart > UNSTEADY * (first + second) ** 0.5 and apart > UNEVEN * (first + second) / 2:
-        yield f"no steady state: {first} answers in the window's first half, {second} in its second"
+    if conditions.late_share is not None and conditions.late_share > limits.late_share:
+        yield (
+            f"the simulated engines ran {conditions.late_share:.0%} slower than their model (at most "
+            f"{limits.late_share:.0%}): raise roofline.slowdown or use more cores"
+        )
+    yield from _too_short(figures, conditions, limits)
+    first, second = conditions.halves
+    difference = abs(first - second)
+    if difference > STEADY_SIGMAS * (first + second) ** 0.5 and difference > STEADY_SHARE * (first + second) / 2:
+        yield f"no steady state: {first} responses in the first half of the window, {second} in the second"
 
 
-def _too_short(found: Figures, seen: Conditions, trust: ValidityLimits) -> Iterator[str]:
-    if found.succeeded < trust.answers:
-        yield f"the window is too short: {found.succeeded} measured answers (at least {trust.answers})"
-        return
-    if seen.users is not None:
-        rounds = found.requests_per_s * found.window_s / seen.users
-        if rounds < trust.rounds:
-            told = f"{rounds:.1f} answers per user ended in it (at least {trust.rounds:g})"
-            yield f"the window is too short: {told}"
-    elif found.e2e_s is not None and found.window_s < trust.rounds * found.e2e_s.p90:
-        told = f"{found.window_s:.3g} s, and nine of ten answers took up to {found.e2e_s.p90:.3g} s"
-        yield f"the window is too short: {told} (at least {trust.rounds:g} times that)"
+def _too_short(figures: Figures, conditions: Conditions, limits: ValidityLimits) -> Iterator[str]:
+    if figures.succeeded < limits.answers:
+        yield f"the window is too short: {figures.succeeded} measured responses (at least {limits.answers})"
+    elif conditions.users is not None:
+        rounds = figures.requests_per_s * figures.window_s / conditions.users
+        if rounds < limits.rounds:
+            yield f"the window is too short: {rounds:.1f} responses per user ended in it (at least {limits.rounds:g})"
+    elif figures.e2e_s is not None and figures.window_s < limits.rounds * figures.e2e_s.p90:
+        yield (
+            f"the window is too short: {figures.window_s:.3g} s, but the 90th percentile of the response time is "
+            f"{figures.e2e_s.p90:.3g} s (at least {limits.rounds:g} times that)"
+        )

@@ -1,7 +1,8 @@
-"""Who asks what, and when: requests, their order, arrivals and pauses. Pure, and fixed by the seed.
+"""The requests of a point: bodies, order, arrival times and pauses. Pure, and determined by the seed.
 
-Each point begins anew from its seed and its repeat, so the same config asks the same questions in the same order,
-whatever the warm-up took: measured requests have an order of their own. Knows no addresses and no tokens.
+Every point starts from the seed and its repeat, so the same config sends the same measured requests in the same order.
+Measured and unmeasured requests have separate orders: how many requests the warm-up sent does not matter. Addresses
+and tokens are added later.
 """
 
 import json
@@ -18,18 +19,19 @@ from hpc_router.bench.prompts import BenchPrompt
 from hpc_router.errors import ConfigError
 from hpc_router.state.atomic_files import lines_of
 
-POOL: Final = 2048
-"""Different requests, where lengths are drawn."""
-DECKS: Final = 4
-"""Orders of all of them before they repeat."""
-PAUSES: Final = 4096
-BEYOND_S: Final = 120.0
-"""An open loop goes on for so long after its window, should the last measured requests take it."""
+POOL_SIZE: Final = 2048
+"""Number of different requests when lengths are random."""
+PERMUTATIONS: Final = 4
+"""Random orders of all requests, one after another, before the sequence repeats."""
+THINK_TIMES: Final = 4096
+"""Number of random pauses before the sequence repeats."""
+EXTRA_ARRIVALS_S: Final = 120.0
+"""Open loop: arrivals continue for this long after the window, to keep the load up while measured requests end."""
 
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """What is measured at once: so many users, or so many requests per second, or the trace."""
+    """One load to measure: a number of users, a request rate or a trace."""
 
     users: int | None = None
     rate_per_s: float | None = None
@@ -46,21 +48,21 @@ class Point:
 
 
 def points_of(config: BenchConfig) -> list[Point]:
-    """All of a call, repeat by repeat, so that drift of the machine hits all alike."""
-    found = []
+    """All points of a call, repeat by repeat, so that slow changes of the machine affect all points alike."""
+    points = []
     for repeat in range(config.repeats):
         if config.rates is not None:
-            found += [Point(rate_per_s=rate, repeat=repeat) for rate in config.rates]
+            points += [Point(rate_per_s=rate, repeat=repeat) for rate in config.rates]
         elif config.trace is not None:
-            found.append(Point(trace=Path(config.trace).name, repeat=repeat))
+            points.append(Point(trace=Path(config.trace).name, repeat=repeat))
         else:
-            found += [Point(users=users, repeat=repeat) for users in config.users]
-    return found
+            points += [Point(users=users, repeat=repeat) for users in config.users]
+    return points
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
-    """One request, but for its address. `domain`: where it is known."""
+class RequestBody:
+    """`domain`: that of the prompt, None if it is not known."""
 
     body: bytes
     domain: str | None
@@ -68,49 +70,53 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """For one load generator. `arrivals_s` None: a closed loop of `connections` users."""
+    """The share of one load generator.
 
-    questions: Sequence[Question]
-    order: Sequence[int]
-    others: Sequence[int]
+    `measured_order`, `unmeasured_order`: indices into `bodies`. `count`: number of measured requests, None for all in
+    the window. `arrivals_s`: seconds since the load began; None for a closed loop of `connections` users.
+    """
+
+    bodies: Sequence[RequestBody]
+    measured_order: Sequence[int]
+    unmeasured_order: Sequence[int]
     connections: int
-    count: int | None = None  # measured requests
+    count: int | None = None
     arrivals_s: Sequence[float] | None = None
     think_s: Sequence[float] | None = None
 
 
 def workload(config: BenchConfig, prompts: Sequence[BenchPrompt], point: Point, *, job: int = 0) -> Workload:
-    """What load generator number `job` of `config.load_jobs` does for that point."""
-    questions = list(_questions(config, prompts))
+    """The share of load generator number `job` (from 0) of `config.load_jobs`."""
+    bodies = list(_bodies(config, prompts))
     stream = f"{config.seed}:{point.repeat}:{job}"
     return Workload(
-        questions,
-        _order(len(questions), f"{stream}:measured"),
-        _order(len(questions), f"{stream}:others"),
+        bodies,
+        request_order(len(bodies), f"{stream}:measured"),
+        request_order(len(bodies), f"{stream}:others"),
         config.connections if point.users is None else share_of(point.users, job, config.load_jobs),
         None if config.requests is None else share_of(config.requests, job, config.load_jobs),
         None if point.users is not None else _arrivals(config, point, stream),
-        _pauses(config, stream) if point.users is not None and config.think_s else None,
+        _think_times(config, stream) if point.users is not None and config.think_s else None,
     )
 
 
 def jobs_for(point: Point, config: BenchConfig) -> int:
-    """How many load jobs there is something to do for: a user, and a request of those that are counted, for each."""
+    """Number of load jobs that take part: each needs at least one user and one measured request."""
     return min(n for n in (config.load_jobs, point.users, config.requests) if n is not None)
 
 
-def share_of(whole: int, job: int, jobs: int) -> int:
-    """Shares differ by one at most, and add up."""
-    return whole // jobs + (job < whole % jobs)
+def share_of(total: int, job: int, jobs: int) -> int:
+    """The part of `total` for job number `job`. Parts differ by at most one, and add up to `total`."""
+    return total // jobs + (job < total % jobs)
 
 
-def request(question: Question, *, host: str, path: str, token: str) -> bytes:
-    """Complete HTTP."""
+def http_request(body: bytes, *, host: str, path: str, token: str) -> bytes:
+    """A complete HTTP/1.1 request."""
     head = (
         f"POST {path} HTTP/1.1\r\nhost: {host}\r\nauthorization: Bearer {token}\r\ncontent-type: application/json\r\n"
-        f"accept: */*\r\nuser-agent: hpc-router-bench\r\ncontent-length: {len(question.body)}\r\n\r\n"
+        f"accept: */*\r\nuser-agent: hpc-router-bench\r\ncontent-length: {len(body)}\r\n\r\n"
     )
-    return head.encode() + question.body
+    return head.encode() + body
 
 
 def request_body(config: BenchConfig, text: str, *, max_tokens: int) -> dict[str, Any]:
@@ -125,7 +131,7 @@ def request_body(config: BenchConfig, text: str, *, max_tokens: int) -> dict[str
     return body | config.extra
 
 
-def length(source: random.Random, lengths: Lengths) -> int:
+def draw_length(source: random.Random, lengths: Lengths) -> int:
     if lengths.kind == "fixed":
         return max(1, round(lengths.mean))
     if lengths.kind == "uniform":
@@ -135,31 +141,34 @@ def length(source: random.Random, lengths: Lengths) -> int:
     return min(lengths.high, max(lengths.low, round(drawn)))
 
 
-def resized(text: str, words: int) -> str:
-    """So many words: repeated from the beginning, or cut."""
-    given = text.split()
-    return " ".join((given * (1 + words // len(given)))[:words])
+def resize(text: str, word_count: int) -> str:
+    """`text` repeated or cut to this many words."""
+    words = text.split()
+    return " ".join((words * (1 + word_count // len(words)))[:word_count])
 
 
-def _questions(config: BenchConfig, prompts: Sequence[BenchPrompt]) -> Iterator[Question]:
-    drawn = config.input_words is not None or config.output_tokens is not None
+def _bodies(config: BenchConfig, prompts: Sequence[BenchPrompt]) -> Iterator[RequestBody]:
+    random_lengths = config.input_words is not None or config.output_tokens is not None
     source = random.Random(f"{config.seed}:lengths")
-    for number in range(max(POOL, len(prompts)) if drawn else len(prompts)):
+    for number in range(max(POOL_SIZE, len(prompts)) if random_lengths else len(prompts)):
         prompt = prompts[number % len(prompts)]
-        text = prompt.text if config.input_words is None else resized(prompt.text, length(source, config.input_words))
-        tokens = config.max_tokens if config.output_tokens is None else length(source, config.output_tokens)
+        text = (
+            prompt.text if config.input_words is None else resize(prompt.text, draw_length(source, config.input_words))
+        )
+        tokens = config.max_tokens if config.output_tokens is None else draw_length(source, config.output_tokens)
         body = json.dumps(request_body(config, text, max_tokens=tokens), separators=(",", ":")).encode()
-        yield Question(body, prompt.domain)
+        yield RequestBody(body, prompt.domain)
 
 
-def _order(count: int, stream: str) -> list[int]:
+def request_order(count: int, stream: str) -> list[int]:
+    """Indices below `count` in random order, several permutations in a row; determined by the name `stream`."""
     source = random.Random(stream)
-    return [number for _ in range(DECKS) for number in source.sample(range(count), count)]
+    return [number for _ in range(PERMUTATIONS) for number in source.sample(range(count), count)]
 
 
 def _arrivals(config: BenchConfig, point: Point, stream: str) -> list[float]:
     assert config.duration_s is not None
-    until_s = config.warmup_s + config.duration_s + BEYOND_S
+    until_s = config.warmup_s + config.duration_s + EXTRA_ARRIVALS_S
     if point.rate_per_s is None:
         assert config.trace is not None
         return read_trace(Path(config.trace))
@@ -168,15 +177,15 @@ def _arrivals(config: BenchConfig, point: Point, stream: str) -> list[float]:
     return [at_s for at_s in accumulate(gaps) if at_s < until_s]
 
 
-def _pauses(config: BenchConfig, stream: str) -> list[float]:
+def _think_times(config: BenchConfig, stream: str) -> list[float]:
     source = random.Random(f"{stream}:think")
     if config.think == "fixed":
         return [config.think_s]
-    return [source.expovariate(1 / config.think_s) for _ in range(PAUSES)]
+    return [source.expovariate(1 / config.think_s) for _ in range(THINK_TIMES)]
 
 
 def read_trace(path: Path) -> list[float]:
-    """Times of arrival in seconds. Raises ConfigError with file and line."""
+    """Arrival times in seconds, sorted. Raises ConfigError with file and line."""
     found: list[float] = []
     for number, line in lines_of(path):
         try:

@@ -328,10 +328,10 @@ def bench(arguments: argparse.Namespace) -> int:
 
 
 def _bench_router(arguments: argparse.Namespace) -> int:
+    from hpc_router.bench.output import default_out
     from hpc_router.bench.relay_cost.options import QUICK, RelayCostOptions
     from hpc_router.bench.relay_cost.report import on_screen, to_json
-    from hpc_router.bench.relay_cost.run import bench as measure
-    from hpc_router.bench.relay_cost.run import default_out, default_peers
+    from hpc_router.bench.relay_cost.run import default_environment, measure_relay_cost
 
     given = {
         name: value
@@ -342,13 +342,13 @@ def _bench_router(arguments: argparse.Namespace) -> int:
         only=arguments.only,
         soak=arguments.soak,
         quiet_s=arguments.quiet,
-        peers=arguments.peers or default_peers(),
+        environment=arguments.peers or default_environment(),
         trees=dict(arguments.tree),
         out=arguments.out or default_out(),
         quick=arguments.quick,
         **{**(QUICK if arguments.quick else {}), **given},
     ).checked()
-    results = measure(options, _stderr())
+    results = measure_relay_cost(options, _stderr())
     _print(to_json(results) if arguments.json else on_screen(results))
     return 1 if results.failed else 0
 
@@ -378,15 +378,15 @@ def classify(arguments: argparse.Namespace) -> int:
 
 
 def _bench_soak(arguments: argparse.Namespace) -> int:
-    from hpc_router.bench.relay_cost.run import default_out
-    from hpc_router.bench.soak.options import SoakOptions, strikes_of
+    from hpc_router.bench.output import default_out
+    from hpc_router.bench.soak.options import SoakOptions, parse_fault
     from hpc_router.bench.soak.report import markdown, to_json
     from hpc_router.bench.soak.run import soak
 
     names = ("seconds", "rate", "streams", "workers", "seed")
     given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
     if arguments.strike is not None:
-        given["strikes"] = [one for text in arguments.strike if (one := strikes_of(text)) is not None]
+        given["faults"] = [one for text in arguments.strike if (one := parse_fault(text)) is not None]
     results = soak(SoakOptions(out=arguments.out or default_out(), **given).checked(), _stderr())
     if arguments.json:
         _print(to_json(results))
@@ -397,7 +397,7 @@ def _bench_soak(arguments: argparse.Namespace) -> int:
 
 def _bench_agreement(arguments: argparse.Namespace) -> int:
     from hpc_router.bench.agreement import AgreementOptions, agreement
-    from hpc_router.bench.relay_cost.run import default_out
+    from hpc_router.bench.output import default_out
 
     names = ("model", "users", "requests", "tokens", "rounds")
     given = {name: value for name in names if (value := getattr(arguments, name)) is not None}

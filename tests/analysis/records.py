@@ -7,7 +7,8 @@ from hpc_router.bench.config import BenchConfig
 from hpc_router.bench.figures import MeasurementPart, Observation, Window, figures
 from hpc_router.bench.load.generator import LoadResult
 from hpc_router.bench.point import MeasuredPoint
-from hpc_router.bench.record import Provenance, record
+from hpc_router.bench.provenance import Provenance
+from hpc_router.bench.record import record
 from hpc_router.bench.workload import Point
 
 ORIGIN = Provenance(

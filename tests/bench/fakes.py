@@ -1,4 +1,4 @@
-"""A router that does what its script says: a real server on port 0 that speaks the event stream of the API."""
+"""A scripted router: a real server on port 0 that responds with the event streams of the API."""
 
 import asyncio
 import json
@@ -14,19 +14,19 @@ from hpc_router.bench.load.generator import LoadTarget
 from hpc_router.net import protocol
 from hpc_router.net.auth import challenge_answer
 
-Act = Callable[["FakeRouter", web.BaseRequest], Awaitable[web.StreamResponse]]
+Handler = Callable[["FakeRouter", web.BaseRequest], Awaitable[web.StreamResponse]]
 HEADERS = {"x-expert": "math", "x-replica": "math-0.g1", "x-route-reason": "classified"}
 TOKEN = "the-owner's"
 
 
 @dataclass
 class FakeRouter:
-    """Plays its acts one per request, the last one for ever. `key`: it proves with it that it is the run's router."""
+    """Uses one handler per request, the last one repeatedly. `key`: its replica key, for the identity challenge."""
 
-    acts: deque[Act]
+    handlers: deque[Handler]
     bodies: list[dict[str, Any]] = field(default_factory=list)
     running: int = 0
-    most_running: int = 0
+    max_running: int = 0
     cookies: list[str] = field(default_factory=list)
     tokens: Counter[str] = field(default_factory=Counter)
     url: str = ""
@@ -44,11 +44,11 @@ class FakeRouter:
         self.tokens[request.headers.get("authorization", "")] += 1
         self.cookies += [request.headers[name] for name in request.headers if name.lower() == "cookie"]
         self.bodies.append(json.loads(await request.content.read()))
-        act = self.acts[0] if len(self.acts) == 1 else self.acts.popleft()
+        handler = self.handlers[0] if len(self.handlers) == 1 else self.handlers.popleft()
         self.running += 1
-        self.most_running = max(self.most_running, self.running)
+        self.max_running = max(self.max_running, self.running)
         try:
-            return await act(self, request)
+            return await handler(self, request)
         except asyncio.CancelledError:
             self.left.set()
             raise
@@ -57,8 +57,8 @@ class FakeRouter:
 
 
 @asynccontextmanager
-async def fake_router(*acts: Act) -> AsyncIterator[FakeRouter]:
-    fake = FakeRouter(deque(acts))
+async def fake_router(*handlers: Handler) -> AsyncIterator[FakeRouter]:
+    fake = FakeRouter(deque(handlers))
     server = web.Server(fake.handle, handler_cancellation=True)
     runner = web.ServerRunner(server)
     await runner.setup()
@@ -89,21 +89,21 @@ ROLE = event({"choices": [{"index": 0, "delta": {"role": "assistant", "content":
 WHOLE = (ROLE, piece("a"), piece(" b"), piece(" c"), piece(None, finish="stop"), DONE)
 
 
-def says(*chunks: bytes, content_type: str = "text/event-stream", status: int = 200) -> Act:
-    async def act(_fake: FakeRouter, request: web.BaseRequest) -> web.StreamResponse:
+def responds(*chunks: bytes, content_type: str = "text/event-stream", status: int = 200) -> Handler:
+    async def handler(_fake: FakeRouter, request: web.BaseRequest) -> web.StreamResponse:
         response = await _begin(request, content_type, status)
         for chunk in chunks:
             await response.write(chunk)
         await response.write_eof()
         return response
 
-    return act
+    return handler
 
 
-def breaks_off(*chunks: bytes) -> Act:
-    """The connection is reset in mid-stream."""
+def resets_after(*chunks: bytes) -> Handler:
+    """Resets the connection after these chunks."""
 
-    async def act(_fake: FakeRouter, request: web.BaseRequest) -> web.StreamResponse:
+    async def handler(_fake: FakeRouter, request: web.BaseRequest) -> web.StreamResponse:
         response = await _begin(request, "text/event-stream", 200)
         for chunk in chunks:
             await response.write(chunk)
@@ -111,13 +111,13 @@ def breaks_off(*chunks: bytes) -> Act:
         request.transport.abort()
         return response
 
-    return act
+    return handler
 
 
-def waits_after(*chunks: bytes, until: asyncio.Event, then: Sequence[bytes] = ()) -> Act:
-    """Silent once it has said so much, until the event is set."""
+def waits_after(*chunks: bytes, until: asyncio.Event, then: Sequence[bytes] = ()) -> Handler:
+    """Sends these chunks, then waits for the event."""
 
-    async def act(_fake: FakeRouter, request: web.BaseRequest) -> web.StreamResponse:
+    async def handler(_fake: FakeRouter, request: web.BaseRequest) -> web.StreamResponse:
         response = await _begin(request, "text/event-stream", 200)
         for chunk in chunks:
             await response.write(chunk)
@@ -127,7 +127,7 @@ def waits_after(*chunks: bytes, until: asyncio.Event, then: Sequence[bytes] = ()
         await response.write_eof()
         return response
 
-    return act
+    return handler
 
 
 async def _begin(request: web.BaseRequest, content_type: str, status: int) -> web.StreamResponse:

@@ -1,4 +1,4 @@
-"""Our figures beside another tool's: what is asked of it, what is made of its result, what is said when it fails."""
+"""Comparison with another tool: its arguments, the use of its result, and the error when it fails."""
 
 import asyncio
 import json
@@ -12,11 +12,11 @@ from hpc_router.bench.config import read_config
 from hpc_router.bench.load.generator import LoadTarget
 from hpc_router.bench.prompts import BenchPrompt
 from hpc_router.errors import LaunchError
-from tests.bench.fakes import WHOLE, fake_router, says
+from tests.bench.fakes import WHOLE, fake_router, responds
 
 TOOL = """\
 #!/bin/bash
-echo "$@" >{folder}/asked
+echo "$@" >{folder}/arguments
 cp prompts.jsonl {folder}
 for word in "$@"; do [[ $before == --result-dir ]] && out=$word; before=$word; done
 [[ $OPENAI_API_KEY == secret ]] && cp {folder}/given.json "$out/result.json"
@@ -34,15 +34,15 @@ CONFIG = read_config({"users": [2], "requests": 6, "warmup_s": 0, "model": "math
 PROMPTS = [BenchPrompt("one"), BenchPrompt("two")]
 
 
-async def test_both_are_asked_the_same_and_stand_side_by_side(tmp_path: Path) -> None:
+async def test_both_tools_send_the_same_and_are_compared(tmp_path: Path) -> None:
     (tmp_path / "given.json").write_text(json.dumps(dict.fromkeys(FIGURES.values(), 2.0) | {"failed": 0}))
-    async with fake_router(*[says(*WHOLE)] * 50) as fake:
+    async with fake_router(*[responds(*WHOLE)] * 50) as fake:
         target = LoadTarget(fake.url, "secret")
         found = await asyncio.to_thread(compare, target, CONFIG, PROMPTS, options(tmp_path, TOOL))
-    asked = (tmp_path / "asked").read_text()
-    assert f"--base-url {fake.url} --endpoint /v1/chat/completions --model math" in asked
-    assert "--num-prompts 6 --max-concurrency 2" in asked
-    assert "secret" not in asked
+    arguments = (tmp_path / "arguments").read_text()
+    assert f"--base-url {fake.url} --endpoint /v1/chat/completions --model math" in arguments
+    assert "--num-prompts 6 --max-concurrency 2" in arguments
+    assert "secret" not in arguments
     assert [json.loads(line)["prompt"] for line in (tmp_path / "prompts.jsonl").read_text().splitlines()] == [
         "one", "two", "one", "two", "one", "two",
     ]  # fmt: skip
@@ -55,9 +55,9 @@ async def test_both_are_asked_the_same_and_stand_side_by_side(tmp_path: Path) ->
     assert text.count("| - |") == 1, "no ratio to no failures"
 
 
-async def test_its_last_words_are_told(tmp_path: Path) -> None:
+async def test_the_error_quotes_the_tool(tmp_path: Path) -> None:
     broken = "#!/bin/bash\necho no such flag >&2\nexit 2\n"
-    async with fake_router(*[says(*WHOLE)] * 50) as fake:
+    async with fake_router(*[responds(*WHOLE)] * 50) as fake:
         target = LoadTarget(fake.url, "secret")
         with pytest.raises(LaunchError, match="no such flag"):
             await asyncio.to_thread(compare, target, CONFIG, PROMPTS, options(tmp_path, broken))

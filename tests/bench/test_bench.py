@@ -1,4 +1,4 @@
-"""`python -m launch.bench` as a user types it: a table, a record per point, exit statuses; and what a record holds."""
+"""`python -m launch.bench` as a user runs it: table, records, exit statuses; and the content of a record."""
 
 import asyncio
 import io
@@ -16,7 +16,7 @@ from rich.console import Console
 from hpc_router.bench.figures import MeasurementPart, Observation, Window, figures
 from hpc_router.bench.load.generator import LoadResult
 from hpc_router.bench.point import MeasuredPoint
-from hpc_router.bench.record import provenance
+from hpc_router.bench.provenance import provenance
 from hpc_router.bench.table import table
 from hpc_router.bench.workload import Point
 from hpc_router.config import frozen
@@ -27,7 +27,7 @@ from hpc_router.state.job_records import JobDir, JobInfo, start_ticks
 from hpc_router.state.registry import EngineInfo, Record, RecordKind, State
 from hpc_router.state.run_directory import RunDir, make_run
 from launch.bench import resolved
-from tests.bench.fakes import WHOLE, FakeRouter, breaks_off, fake_router, piece, says
+from tests.bench.fakes import WHOLE, FakeRouter, fake_router, piece, resets_after, responds
 from tests.support.needs import ROOT
 
 
@@ -37,7 +37,7 @@ def run(tmp_path: Path) -> RunDir:
 
 
 def serves(run: RunDir, fake: FakeRouter) -> None:
-    """A run whose router is the fake one, in this process, with a simulated expert behind it."""
+    """Registers the fake router and a simulated expert in the run."""
     job = JobDir(run, "router-0.g1")
     job.claim()
     job.write(JobInfo(str(os.getpid()), socket.gethostname(), start_ticks(os.getpid())))
@@ -48,9 +48,9 @@ def serves(run: RunDir, fake: FakeRouter) -> None:
     registry.publish(run.registry, publish)
 
 
-async def bench(run: RunDir, *words: str, folder: Path = ROOT) -> tuple[int | None, str, str]:
+async def bench(run: RunDir, *arguments: str, folder: Path = ROOT) -> tuple[int | None, str, str]:
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "launch.bench", f"run={run.path}", *words),
+        *(sys.executable, "-m", "launch.bench", f"run={run.path}", *arguments),
         cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
     out, err = await process.communicate()
@@ -62,9 +62,9 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 
 async def test_points_records_and_raw_requests(run: RunDir, tmp_path: Path) -> None:
-    """Two points; the first answer breaks off, so it is an error and has no latency."""
+    """Two points; the connection of the first response breaks, so it is an error and has no latency."""
     folder = tmp_path / "results"
-    async with fake_router(breaks_off(piece("a")), says(*WHOLE)) as fake:
+    async with fake_router(resets_after(piece("a")), responds(*WHOLE)) as fake:
         serves(run, fake)
         status, out, err = await bench(
             *(run, "bench.users=[1,2]", "bench.requests=5", "bench.warmup_s=0", "bench.seed=7"),
@@ -94,9 +94,9 @@ async def test_points_records_and_raw_requests(run: RunDir, tmp_path: Path) -> N
     assert run.token() not in path.read_text() + path.with_suffix(".requests.jsonl").read_text() + out + err
 
 
-async def test_a_sweep_is_a_call_per_job(run: RunDir, tmp_path: Path) -> None:
-    """Hydra's own flag: each job writes a file of its own."""
-    async with fake_router(says(*WHOLE)) as fake:
+async def test_every_job_of_a_sweep_writes_a_file(run: RunDir, tmp_path: Path) -> None:
+    """`-m` is Hydra's multirun flag."""
+    async with fake_router(responds(*WHOLE)) as fake:
         serves(run, fake)
         words = ("-m", "bench=smoke", "bench.users=[1],[2]", "bench.requests=2", "bench.warmup_s=0")
         status, _, err = await bench(run, *words, folder=tmp_path)
@@ -106,8 +106,8 @@ async def test_a_sweep_is_a_call_per_job(run: RunDir, tmp_path: Path) -> None:
     assert {record["bench"]["max_tokens"] for record in found} == {16}
 
 
-async def test_no_success_is_a_failure(run: RunDir) -> None:
-    async with fake_router(says(b"{}", content_type="application/json", status=503)) as fake:
+async def test_exit_status_1_without_a_successful_request(run: RunDir) -> None:
+    async with fake_router(responds(b"{}", content_type="application/json", status=503)) as fake:
         serves(run, fake)
         status, out, err = await bench(run, "bench=smoke", "bench.requests=3")
     assert status == 1
@@ -117,8 +117,8 @@ async def test_no_success_is_a_failure(run: RunDir) -> None:
     assert lines(path)[0]["ttft_s"] is None
 
 
-async def test_values_to_edit(run: RunDir) -> None:
-    """Exit status 2 and one line, before anything is sent."""
+async def test_exit_status_2_for_an_invalid_value(run: RunDir) -> None:
+    """One line on stderr, before any request is sent."""
     status, out, err = await bench(run, "bench.user=3")
     assert (status, out) == (2, "")
     assert "did you mean 'users'" in err
@@ -128,7 +128,7 @@ async def test_values_to_edit(run: RunDir) -> None:
     assert "no router serves" in err
 
 
-def test_the_record_s_config_keeps_no_secret(run: RunDir) -> None:
+def test_the_config_in_the_record_has_no_secrets(run: RunDir) -> None:
     assert resolved(run) is None
     deployment = load_deployment(["topology=sim", "experts.math.engine.env={HF_TOKEN: abc, A: b}"])
     run.config.write_text(frozen.to_yaml(deployment))
@@ -144,8 +144,8 @@ def test_provenance_outside_a_clone(run: RunDir, tmp_path: Path, monkeypatch: py
     assert found.hardware["cpus"] >= 1
 
 
-def test_an_invalid_point_is_told() -> None:
-    """Also that a point at which everything failed can be shown."""
+def test_an_invalid_point_is_marked_in_the_table() -> None:
+    """The table also works for a point without a successful request."""
     failed = Observation(part=MeasurementPart.MEASURED, user=0, started_s=1.0, ended_s=2.0, error="connect")
     found = figures([failed], Window(0, 3))
     load = LoadResult(0.0, [failed], Window(0, 3), 0.2, 0.0)
@@ -156,8 +156,8 @@ def test_an_invalid_point_is_told() -> None:
     console = Console(file=io.StringIO(), width=132)
     console.print(table(rows, simulated=False))
     assert isinstance(console.file, io.StringIO)
-    told = console.file.getvalue()
-    assert "1000 users: INVALID: its reason" in told
-    assert told.count("INVALID") == 1
-    assert "4 users: answered by no expert" in told
-    assert "simulated" not in told
+    text = console.file.getvalue()
+    assert "1000 users: INVALID: its reason" in text
+    assert text.count("INVALID") == 1
+    assert "4 users: answered by no expert" in text
+    assert "simulated" not in text

@@ -1,4 +1,4 @@
-"""Each figure against its definition, and what must hold whatever was observed."""
+"""Each figure against its definition, and properties that hold for any observations."""
 
 import pytest
 from hypothesis import given
@@ -15,8 +15,8 @@ def seen(started_s: float, *content_s: float, **values: object) -> Observation:
     return Observation(started_s=started_s, ended_s=ended_s, content_s=content_s, **given)  # type: ignore[arg-type]
 
 
-def test_one_answer_by_hand() -> None:
-    """Four tokens at 11, 12, 12.5 and 14, the end at 15, asked at 10.5."""
+def test_the_figures_of_one_response() -> None:
+    """Sent at 10.5; four tokens at 11, 12, 12.5 and 14; ended at 15."""
     found = figures([seen(10.5, 11.0, 12.0, 12.5, 14.0, ended_s=15.0)], WINDOW)
     assert found.ttft_s is not None
     assert found.itl_s is not None
@@ -32,7 +32,7 @@ def test_one_answer_by_hand() -> None:
     assert found.counted_by == "events"
 
 
-def test_events_that_carry_several_tokens() -> None:
+def test_events_with_several_tokens() -> None:
     """Three events of two tokens each, by the engine's own count: a gap of one second is two of half a second."""
     found = figures([seen(10.0, 11.0, 12.0, 13.0, tokens=6)], WINDOW)
     assert found.itl_s is not None
@@ -52,14 +52,14 @@ def test_a_failed_request_has_no_latency() -> None:
     assert found.experts == {"math": 1.0}
 
 
-def test_nothing_succeeded() -> None:
+def test_no_request_succeeded() -> None:
     found = figures([seen(11.0, error="connect")], WINDOW)
     assert (found.ttft_s, found.itl_s, found.e2e_s, found.experts) == (None, None, None, {})
     assert found.tokens_per_s == found.requests_per_s == 0.0
 
 
-def test_only_measured_requests_have_latencies_but_all_fill_the_window() -> None:
-    """The window is open at its beginning and closed at its end; what was cut when the point was over counts."""
+def test_latencies_are_of_measured_requests_and_throughput_of_all() -> None:
+    """The window excludes its start and includes its end; requests stopped at the end of the point count in it."""
     found = figures(
         [
             seen(8.0, 9.0, 10.0, 11.0, part=MeasurementPart.WARM_UP),
@@ -75,7 +75,7 @@ def test_only_measured_requests_have_latencies_but_all_fill_the_window() -> None
     assert found.requests_per_s == 0.2
 
 
-def test_a_point_without_a_window() -> None:
+def test_a_window_of_length_zero() -> None:
     assert figures([], Window(2.0, 2.0)).tokens_per_s == 0.0
 
 
@@ -110,25 +110,25 @@ def observations(draw: st.DrawFn) -> Observation:
 
 
 @given(st.lists(observations(), max_size=20))
-def test_sums_agree_whatever_was_seen(found: list[Observation]) -> None:
-    told = figures(found, WINDOW)
-    good = [o for o in found if o.part is MeasurementPart.MEASURED and o.error is None]
-    assert told.requests == told.succeeded + told.failed
-    assert sum(told.errors.values()) == told.failed
-    assert sum(told.experts.values()) == pytest.approx(1.0 if good else 0.0)
-    assert told.tokens_per_s * told.window_s == pytest.approx(told.tokens)
-    counts = [spread.count if spread else 0 for spread in (told.ttft_s, told.e2e_s, told.session_tokens_per_s)]
+def test_counts_and_shares_add_up(observed: list[Observation]) -> None:
+    found = figures(observed, WINDOW)
+    good = [o for o in observed if o.part is MeasurementPart.MEASURED and o.error is None]
+    assert found.requests == found.succeeded + found.failed
+    assert sum(found.errors.values()) == found.failed
+    assert sum(found.experts.values()) == pytest.approx(1.0 if good else 0.0)
+    assert found.tokens_per_s * found.window_s == pytest.approx(found.tokens)
+    counts = [spread.count if spread else 0 for spread in (found.ttft_s, found.e2e_s, found.session_tokens_per_s)]
     assert counts == [len(good)] * 3
-    assert (told.itl_s.count if told.itl_s else 0) == sum(len(o.content_s) - 1 for o in good)
-    for spread in (told.ttft_s, told.itl_s, told.tpot_s, told.e2e_s):
+    assert (found.itl_s.count if found.itl_s else 0) == sum(len(o.content_s) - 1 for o in good)
+    for spread in (found.ttft_s, found.itl_s, found.tpot_s, found.e2e_s):
         if spread is not None:
             assert spread.p50 <= spread.p90 <= spread.p99 <= spread.max
             assert spread.mean <= spread.max * (1 + 1e-9)
 
 
 @given(observations())
-def test_one_answer_s_times_agree(one: Observation) -> None:
-    """First token + decoding = until the last content; with one token per event TPOT is the mean gap."""
+def test_the_times_of_a_response_agree(one: Observation) -> None:
+    """TTFT and decoding time end at the last content; with one token per event, TPOT is the mean gap."""
     if not one.content_s:
         return
     decoding_s = one.content_s[-1] - one.content_s[0]
@@ -142,7 +142,7 @@ def test_one_answer_s_times_agree(one: Observation) -> None:
 
 
 @given(st.lists(st.floats(0.0, 1e6), min_size=1, max_size=200))
-def test_percentiles_are_of_the_samples(samples: list[float]) -> None:
+def test_percentiles_lie_between_samples(samples: list[float]) -> None:
     spread = Percentiles.of(samples)
     assert spread is not None
     assert min(samples) <= spread.p50 <= spread.p99 <= spread.max == max(samples)

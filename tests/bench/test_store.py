@@ -1,4 +1,4 @@
-"""A sweep's results: what is finished is found again, whatever is asked beside it; one call at a time."""
+"""The results of a sweep: finished points are found again; one call at a time measures a deployment."""
 
 import json
 import os
@@ -20,48 +20,48 @@ from hpc_router.state.job_records import start_ticks
 SIM = load_deployment(["topology=sim"])
 
 
-def leg(folder: Path, *overrides: str, **values: object) -> DeploymentSweep:
+def sweep(folder: Path, *overrides: str, **values: object) -> DeploymentSweep:
     deployment = load_deployment(["topology=sim", *overrides])
     return DeploymentSweep(Store(folder), deployment, read_config({"users": [1, 4], **values}), built_in())
 
 
 def test_a_finished_point_is_not_missing(tmp_path: Path) -> None:
-    one = leg(tmp_path)
+    one = sweep(tmp_path)
     (first, _), second = one.missing()
     one.store.add(first, {"a": 1}, None)
     assert one.missing() == [second]
-    more = leg(tmp_path, users=[1, 4, 16])
+    more = sweep(tmp_path, users=[1, 4, 16])
     assert [point.users for _, point in more.missing()] == [4, 16]
     assert json.loads((tmp_path / f"{first}.jsonl").read_text()) == {"a": 1}
 
 
-def test_what_is_invalid_is_measured_again_where_that_is_asked(tmp_path: Path) -> None:
-    one = leg(tmp_path)
+def test_invalid_points_are_measured_again_with_retry(tmp_path: Path) -> None:
+    one = sweep(tmp_path)
     (first, _), (second, _) = one.points()
     one.store.add(first, {"valid": False}, None)
     one.store.add(second, {"valid": True}, None)
     assert one.missing() == []
-    assert [key for key, _ in leg(tmp_path, retry=True).missing()] == [first]
+    assert [key for key, _ in sweep(tmp_path, retry=True).missing()] == [first]
 
 
-def test_what_is_another_question_has_another_key(tmp_path: Path) -> None:
-    base = {key for key, _ in leg(tmp_path).points()}
+def test_the_key_depends_on_everything_that_changes_the_measurement(tmp_path: Path) -> None:
+    base = {key for key, _ in sweep(tmp_path).points()}
     others = [
-        leg(tmp_path, "experts.math.replicas=2"),
-        leg(tmp_path, "policy=round_robin"),
-        leg(tmp_path, max_tokens=8),
-        leg(tmp_path, seed=3),
-        leg(tmp_path, duration_s=5.0),
+        sweep(tmp_path, "experts.math.replicas=2"),
+        sweep(tmp_path, "policy=round_robin"),
+        sweep(tmp_path, max_tokens=8),
+        sweep(tmp_path, seed=3),
+        sweep(tmp_path, duration_s=5.0),
     ]
     for other in others:
         assert base.isdisjoint(key for key, _ in other.points())
-    same = [leg(tmp_path, "name=another"), leg(tmp_path, repeats=2), leg(tmp_path, output="x")]
+    same = [sweep(tmp_path, "name=another"), sweep(tmp_path, repeats=2), sweep(tmp_path, output="x")]
     for other in same:
         assert base <= {key for key, _ in other.points()}
 
 
-def test_raw_requests_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A call killed between the two files has not finished the point."""
+def test_raw_requests_are_written_before_the_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call that is killed between the two files has not finished the point."""
     store = Store(tmp_path)
     key = store.key(SIM, read_config({}), Point(users=1))
     store.add(key, {}, [{"user": 0}])
@@ -69,7 +69,7 @@ def test_raw_requests_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert [path.name for path in found] == [f"{key}.requests.jsonl", f"{key}.jsonl"]
 
 
-def test_one_call_at_a_time(tmp_path: Path) -> None:
+def test_a_second_call_is_refused(tmp_path: Path) -> None:
     store = Store(tmp_path)
     parent = {"host": socket.gethostname(), "pid": os.getppid(), "ticks": start_ticks(os.getppid())}
     with store.claim(SIM):
@@ -81,7 +81,7 @@ def test_one_call_at_a_time(tmp_path: Path) -> None:
     assert claim.exists()
 
 
-def test_what_a_dead_call_left_is_taken_over(tmp_path: Path) -> None:
+def test_the_claim_of_a_dead_call_is_taken_over(tmp_path: Path) -> None:
     store = Store(tmp_path)
     with store.claim(SIM):
         (claim,) = store.runs.glob("*.claim")

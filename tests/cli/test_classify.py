@@ -54,7 +54,7 @@ def test_clusters_are_assigned_and_packed(
     assert main(words) == 0
     assert json.loads(capsys.readouterr().out)["largest_over_capacity"] <= 1.3
     assert main([*words, "--capacity", "sailing=2"]) == 2
-    assert "must name all experts" in capsys.readouterr().err
+    assert "must name all of them" in capsys.readouterr().err
 
 
 def test_errors_are_reported_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,6 @@
-"""`hpc-router bench router --quick` over whatever is installed: everything is measured, nothing fails, nothing stays.
+"""`hpc-router bench router --quick` with all installed relays: no failures, and no processes or files left.
 
-Never how fast anything is: other work runs on the machine that tests run on.
+No assertion on speed: the machine may run other work at the same time.
 """
 
 import json
@@ -25,7 +25,7 @@ TINY = ["--quick", "--streams", "12", "--seconds", "0.2", "--connections", "2"]
 
 @pytest.fixture
 def place() -> Iterator[Path]:
-    """For what it starts, under a name short enough for sockets, by which nothing of it is found afterwards."""
+    """A folder with a short name for sockets; asserts that nothing of it is left afterwards."""
     need(compiler() is not None, "a C compiler (gcc)")
     with tempfile.TemporaryDirectory(prefix="br-") as folder:
         yield Path(folder)
@@ -33,16 +33,16 @@ def place() -> Iterator[Path]:
         assert [path.name for path in Path(folder).iterdir()] in ([], ["out"])
 
 
-def started(place: Path, *words: str) -> "subprocess.Popen[str]":
-    argv = [sys.executable, "-m", "hpc_router.cli", "bench", "router", *TINY, "--out", str(place / "out"), *words]
+def started(place: Path, *arguments: str) -> "subprocess.Popen[str]":
+    argv = [sys.executable, "-m", "hpc_router.cli", "bench", "router", *TINY, "--out", str(place / "out"), *arguments]
     environment = os.environ | {"TMPDIR": str(place), "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(argv, cwd=place, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def test_everything_is_measured(place: Path) -> None:
     with started(place, "--soak", "300", "--json") as process:
-        out, said = process.communicate(timeout=300)
-    assert process.returncode == 0, said
+        out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
     value = json.loads(out)
     assert set(value["relays"]) | set(value["absent"]) == {
         *("direct", "nginx", "haproxy", "vllm-router", "sglang-router", "router", "router-2-workers", "router+agent")
@@ -70,7 +70,7 @@ def test_everything_is_measured(place: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_interrupted_it_takes_everything_along(place: Path, number: signal.Signals) -> None:
+def test_an_interrupt_ends_all_processes(place: Path, number: signal.Signals) -> None:
     with started(place, "--only", "router+agent") as process:
         assert process.stderr is not None
         for line in process.stderr:

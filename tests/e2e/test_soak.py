@@ -1,4 +1,4 @@
-"""`hpc-router bench soak`: only what the strikes explain fails, and nothing stays; a minute, and the long form."""
+"""`hpc-router bench soak`: faults explain every failure, and no process is left; one minute, and ten."""
 
 import json
 import signal
@@ -29,22 +29,22 @@ def place(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         assert with_word(folder) == []
 
 
-def soaked(place: Path, *words: str, timeout_s: float) -> dict[str, Any]:
-    done = cli("bench", "soak", "--json", "--out", str(place / "out"), *words, timeout_s=timeout_s, check=False)
+def soaked(place: Path, *arguments: str, timeout_s: float) -> dict[str, Any]:
+    done = cli("bench", "soak", "--json", "--out", str(place / "out"), *arguments, timeout_s=timeout_s, check=False)
     assert done.returncode == 0, f"{done.stderr}\n{json.loads(done.stdout)['complaints'] if done.stdout else ''}"
     value: dict[str, Any] = json.loads(done.stdout)
     return value
 
 
-def struck(value: dict[str, Any], target: str) -> int:
+def killed(value: dict[str, Any], target: str) -> int:
     return sum(one["target"] == target for one in value["struck"])
 
 
 @pytest.mark.timeout(400)
-def test_a_minute_of_strikes(place: Path) -> None:
+def test_a_minute_of_faults(place: Path) -> None:
     value = soaked(place, "--seconds", "60", timeout_s=380)
     assert value["passed"]
-    assert (struck(value, "replica"), struck(value, "worker"), struck(value, "control")) == (11, 1, 1)
+    assert (killed(value, "replica"), killed(value, "worker"), killed(value, "control")) == (11, 1, 1)
     assert value["loads"]["short"]["answered"] > 5000
     assert value["loads"]["streams"]["answered"] > 200
     assert all(one["allowed"] for one in value["failures"])
@@ -59,19 +59,19 @@ def test_a_minute_of_strikes(place: Path) -> None:
 
 @pytest.mark.long
 @pytest.mark.timeout(1200)
-def test_ten_minutes_of_strikes(place: Path) -> None:
+def test_ten_minutes_of_faults(place: Path) -> None:
     value = soaked(place, "--seconds", "600", timeout_s=1100)
     assert value["passed"]
-    assert struck(value, "replica") >= 110
-    assert struck(value, "worker") >= 9
-    assert struck(value, "control") == 1
+    assert killed(value, "replica") >= 110
+    assert killed(value, "worker") >= 9
+    assert killed(value, "control") == 1
 
 
 @pytest.mark.long
 @pytest.mark.timeout(600)
 def test_a_thousand_users_at_once(place: Path) -> None:
-    """Streams of a thousand users through two workers, nothing struck: nobody fails, replicas of an expert have the
-    same to do, and conversations stay where they are."""
+    """A thousand users with streams, two workers and no faults: no failure, an even load on the replicas of an expert,
+    and conversations stay on their replica."""
     value = soaked(place, "--seconds", "40", "--streams", "1000", "--rate", "1", "--strike", "none", timeout_s=580)
     assert value["failures"] == []
     streams = value["loads"]["streams"]
@@ -81,7 +81,7 @@ def test_a_thousand_users_at_once(place: Path) -> None:
     assert streams["moved_share"] <= 0.2
 
 
-def test_interrupted_it_takes_its_deployment_along(place: Path) -> None:
+def test_an_interrupt_takes_the_deployment_down(place: Path) -> None:
     argv = [sys.executable, "-m", "hpc_router.cli", "bench", "soak", "--out", str(place / "out")]
     with subprocess.Popen(argv, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None

@@ -1,4 +1,4 @@
-"""The experiment as a user runs it: one command sweeps two topologies, is killed, goes on, and ends in the report."""
+"""An experiment as a user runs it: a sweep over two topologies that is killed, continued, and ends in a report."""
 
 import json
 import os
@@ -20,17 +20,17 @@ SWEEP = ("-m", "bench=small", "topology=sim,sim_2replicas", "bench.duration_s=1.
          "bench.max_tokens=4")  # fmt: skip
 
 
-def command(folder: Path, *words: str) -> list[str]:
+def command(folder: Path, *overrides: str) -> list[str]:
     own = (f"bench.output={folder}", f"cluster.scratch={folder}/s", "hydra.sweep.dir=" + str(folder / "hydra"))
-    return [sys.executable, "-m", "launch.bench", *SWEEP, *own, *words]
+    return [sys.executable, "-m", "launch.bench", *SWEEP, *own, *overrides]
 
 
 def records(folder: Path) -> dict[str, dict[str, Any]]:
     return {path.stem: json.loads(path.read_text()) for path in folder.glob("*.jsonl")}
 
 
-def test_a_sweep_that_is_killed_goes_on_where_it_was() -> None:
-    """Killed without a word once two points are there; begun again, it repeats none and leaves nothing behind."""
+def test_a_killed_sweep_continues_with_the_missing_points() -> None:
+    """Killed by SIGKILL after two points; started again, it repeats no point and leaves no process."""
     folder = Path("/tmp") / f"hpcr-sweep-{os.getpid()}"  # short: a socket's path has 107 bytes
     (folder / "s").mkdir(parents=True)
     first = subprocess.Popen(command(folder), cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True)

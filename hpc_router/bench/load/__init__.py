@@ -1,1 +1,1 @@
-"""Load generators: one process each, natively compiled, spread over jobs where one is not enough."""
+"""Load generation: compiled load generators, one process each, in several jobs if one core is not enough."""

@@ -1,7 +1,7 @@
-"""Load on one target, by the native load generator, and what it saw as observations.
+"""Load on one target by the native load generator, with the result as observations.
 
-`carry_out` is what a load job does, on this machine or on a node of its own: its order is plain data, its result an
-array of requests with wall-clock zero, so that several jobs can be merged. Knows nothing of deployments.
+`run_load` runs in this process or in a load job on another node; its arguments and its result are plain data, and the
+results of several jobs can be merged. Times are seconds since the load began. Knows nothing of deployments.
 """
 
 import socket
@@ -18,12 +18,12 @@ from hpc_router.bench.config import BenchConfig
 from hpc_router.bench.figures import CUT, MeasurementPart, Observation, Window
 from hpc_router.bench.load.native import load as native
 from hpc_router.bench.load.native.records import FILLING, MEASURED, STREAM, UNKNOWN, Error
-from hpc_router.bench.workload import Workload, request
+from hpc_router.bench.workload import Workload, http_request
 from hpc_router.errors import LaunchError
 from hpc_router.net.protocol import CHAT
 
 LABELS: Final = "x-expert,x-replica,x-route-reason"
-_KINDS: Final[Mapping[Error, str]] = {
+_ERROR_KINDS: Final[Mapping[Error, str]] = {
     Error.CONNECT: "connect",
     Error.DISCONNECTED: "disconnected",
     Error.CUT: "disconnected",
@@ -36,7 +36,7 @@ _KINDS: Final[Mapping[Error, str]] = {
 
 @dataclass(frozen=True, slots=True)
 class LoadTarget:
-    """Who is asked: the router, or a replica."""
+    """The server under load: the router, or a replica."""
 
     url: str
     token: str = field(repr=False)
@@ -46,7 +46,7 @@ class LoadTarget:
         """Raises LaunchError for a host without an IPv4 address."""
         parts = urlsplit(self.url)
         if parts.scheme != "http" or not parts.hostname:
-            raise LaunchError(f"{self.url}: the load generator speaks plain HTTP only (http://HOST:PORT)")
+            raise LaunchError(f"{self.url}: the load generator supports plain HTTP only (valid: http://HOST:PORT)")
         try:
             found = socket.getaddrinfo(parts.hostname, parts.port or 80, socket.AF_INET, socket.SOCK_STREAM)
         except OSError as error:
@@ -57,7 +57,8 @@ class LoadTarget:
 
 @dataclass(frozen=True, slots=True)
 class LoadResult:
-    """What one point saw. Shares are of one core, of the busiest load generator: used, and waited for in vain."""
+    """Observations of one load. `cpu_share`, `wait_share`: parts of one core that the busiest load generator used and
+    that it was runnable but did not get."""
 
     started_at: float
     observations: Sequence[Observation]
@@ -66,22 +67,22 @@ class LoadResult:
     wait_share: float
 
 
-def carry_out(target: LoadTarget, config: BenchConfig, work: Workload, folder: Path) -> LoadResult:
-    """Blocks until all measured requests have ended."""
+def run_load(target: LoadTarget, config: BenchConfig, work: Workload, folder: Path) -> LoadResult:
+    """Blocks until all measured requests have ended. `folder`: private, for the native program's files."""
     host, port = target.address
     folder.mkdir(parents=True, exist_ok=True)
-    given = [request(q, host=f"{host}:{port}", path=CHAT, token=target.token) for q in work.questions]
-    until_s = None if config.duration_s is None else config.warmup_s + config.duration_s
-    asked = native.LoadSpec(
-        requests=native.write_requests(folder / "requests", given),
+    requests = [http_request(one.body, host=f"{host}:{port}", path=CHAT, token=target.token) for one in work.bodies]
+    load_s = None if config.duration_s is None else config.warmup_s + config.duration_s
+    spec = native.LoadSpec(
+        requests=native.write_requests(folder / "requests", requests),
         host=host,
         port=port,
         connections=work.connections,
-        seconds=until_s,
+        seconds=load_s,
         count=work.count,
         arrivals_s=work.arrivals_s,
-        order=work.order,
-        others=work.others,
+        order=work.measured_order,
+        others=work.unmeasured_order,
         measure_s=config.warmup_s,
         think_s=work.think_s,
         ramp_s=config.warmup_s,
@@ -91,44 +92,39 @@ def carry_out(target: LoadTarget, config: BenchConfig, work: Workload, folder: P
         drain_s=config.drain_s,
     )
     started_at = time.time()
+    timeout_s = None if load_s is None else load_s + config.drain_s + native.EXIT_TIMEOUT_S
     try:
-        with native.running(asked, folder) as under_way:
-            found = under_way.wait(patience_s=_patience_s(config, until_s))
+        recorded = native.run(spec, folder, timeout_s=timeout_s)
     finally:
-        (folder / "requests").unlink(missing_ok=True)  # it holds the token
-    elapsed_s = found.elapsed_s or 1.0
-    seen = list(observations(found, work))
+        (folder / "requests").unlink(missing_ok=True)  # contains the token
+    elapsed_s = recorded.elapsed_s or 1.0
+    seen = list(observations(recorded, work))
     return LoadResult(
         started_at,
         seen,
         window_of(config, seen),
-        found.cpu_s / elapsed_s,
-        float(found.summary["waited_s"]) / elapsed_s,
+        recorded.cpu_s / elapsed_s,
+        float(recorded.summary["waited_s"]) / elapsed_s,
     )
 
 
-def _patience_s(config: BenchConfig, until_s: float | None) -> float | None:
-    if until_s is not None:
-        return until_s + config.drain_s + native.GUARD_S
-    return None
-
-
 def window_of(config: BenchConfig, seen: Sequence[Observation]) -> Window:
+    """The configured window; without a duration, until the last measured request has ended."""
     if config.duration_s is not None:
         return Window(config.warmup_s, config.warmup_s + config.duration_s)
     last = max((o.ended_s for o in seen if o.part is MeasurementPart.MEASURED), default=config.warmup_s)
     return Window(config.warmup_s, last)
 
 
-def observations(found: native.Recorded, work: Workload) -> Iterable[Observation]:
-    """In the order in which requests ended. Times are seconds since the load began; a request that was due before a
-    connection was free began when it was due."""
-    zero, labels = int(found.summary["begun"]), [None, *found.summary["labels"]]
-    events = found.events[np.argsort(found.events["sequence"], kind="stable")]
-    starts = np.searchsorted(events["sequence"], found.requests["sequence"])
-    ends = np.searchsorted(events["sequence"], found.requests["sequence"], side="right")
+def observations(recorded: native.Recorded, work: Workload) -> Iterable[Observation]:
+    """In the order in which requests ended. In an open loop a request starts when it is due, even if it then waits for
+    a free connection."""
+    zero, labels = int(recorded.summary["begun"]), [None, *recorded.summary["labels"]]
+    events = recorded.events[np.argsort(recorded.events["sequence"], kind="stable")]
+    starts = np.searchsorted(events["sequence"], recorded.requests["sequence"])
+    ends = np.searchsorted(events["sequence"], recorded.requests["sequence"], side="right")
     times = (events["at"] - zero) / 1e9
-    for row, start, end in zip(found.requests, starts, ends, strict=True):
+    for row, start, end in zip(recorded.requests, starts, ends, strict=True):
         content = times[start:end].tolist()
         part = _part(int(row["flags"]))
         yield Observation(
@@ -143,20 +139,16 @@ def observations(found: native.Recorded, work: Workload) -> Iterable[Observation
             expert=_label(labels, row["label"]),
             replica=_label(labels, row["second"]),
             reason=_label(labels, row["third"]),
-            domain=work.questions[int(row["prompt"])].domain,
+            domain=work.bodies[int(row["prompt"])].domain,
             question=int(row["prompt"]),
             error=_kind(row, part, content),
         )
 
 
 def _part(flags: int) -> MeasurementPart:
-    return (
-        MeasurementPart.MEASURED
-        if flags & MEASURED
-        else MeasurementPart.FILLING
-        if flags & FILLING
-        else MeasurementPart.WARM_UP
-    )
+    if flags & MEASURED:
+        return MeasurementPart.MEASURED
+    return MeasurementPart.FILLING if flags & FILLING else MeasurementPart.WARM_UP
 
 
 def _label(labels: Sequence[str | None], position: int) -> str | None:
@@ -170,14 +162,14 @@ def _kind(row: Any, part: MeasurementPart, content: Sequence[float]) -> str | No
     if error is Error.STOPPED:
         return "unended" if part is MeasurementPart.MEASURED else CUT
     if error is not Error.NONE:
-        return _KINDS[error]
+        return _ERROR_KINDS[error]
     if not row["flags"] & STREAM:
         return "not_a_stream"
     return None if content else "no_content"
 
 
 def merged(loads: Sequence[LoadResult]) -> LoadResult:
-    """Of generators that loaded one target at the same time; each has its own clock, all began together."""
+    """One result from several load generators that began at the same time, each with its own clock."""
     first = loads[0]
     return LoadResult(
         min(load.started_at for load in loads),

@@ -1,9 +1,10 @@
-"""A load job: waits for orders in a folder, carries them out, leaves what it saw. Several share one order each.
+"""The program of a load job: reads task files from a folder, runs each load, writes its result.
 
     python -m hpc_router.bench.load.load_job_main FOLDER NUMBER
 
-Orders are `order-<n>.json`, answered by `load-<n>.<job>.json`; both are replaced whole, so a shared file system is
-enough. It ends when `stop` lies there, or when the caller's `beat` has been still for a minute.
+All jobs of a call read the same `task-<n>.json`; each writes `result-<n>.<job>.json`. Files are replaced atomically,
+so a shared file system is enough. A job ends when the file `stop` exists, or when the
+caller's `beat` file is a minute old.
 """
 
 import json
@@ -14,18 +15,18 @@ from pathlib import Path
 from typing import Any, Final
 
 from hpc_router.bench.config import read_config
-from hpc_router.bench.load.generator import LoadTarget, carry_out, to_json
+from hpc_router.bench.load.generator import LoadTarget, run_load, to_json
 from hpc_router.bench.prompts import BenchPrompt
 from hpc_router.bench.workload import Point, workload
 from hpc_router.errors import HpcRouterError
 from hpc_router.state.atomic_files import is_there, replace_json
 
 POLL_S: Final = 0.1
-STILL_S: Final = 60.0
+BEAT_TIMEOUT_S: Final = 60.0
 
 
-def order(target: LoadTarget, config: dict[str, Any], prompts: list[BenchPrompt], point: Point, begin_at: float) -> Any:
-    """Plain data for all jobs of one point."""
+def task(target: LoadTarget, config: dict[str, Any], prompts: list[BenchPrompt], point: Point, begin_at: float) -> Any:
+    """The content of a task file: one point, the same for all jobs. `begin_at`: Unix time at which the load starts."""
     return {
         "url": target.url,
         "token": target.token,
@@ -39,39 +40,39 @@ def order(target: LoadTarget, config: dict[str, Any], prompts: list[BenchPrompt]
 def serve(folder: Path, job: int) -> int:
     replace_json(folder / f"ready.{job}", {"at": time.time()})
     number = 0
-    while not _over(folder):
-        path = folder / f"order-{number}.json"
+    while not _ended(folder):
+        path = folder / f"task-{number}.json"
         if not is_there(path):
             time.sleep(POLL_S)
             continue
-        answer = folder / f"load-{number}.{job}.json"
+        result = folder / f"result-{number}.{job}.json"
         try:
-            replace_json(answer, _carried_out(json.loads(path.read_bytes()), folder / f"job-{job}", job))
+            replace_json(result, _run(json.loads(path.read_bytes()), folder / f"job-{job}", job))
         except HpcRouterError as error:
-            replace_json(answer, {"failed": str(error)})
-        except Exception as error:  # a defect: whoever waits for the answer must hear of it
-            replace_json(answer, {"failed": f"{type(error).__name__}: {error}"})
+            replace_json(result, {"failed": str(error)})
+        except Exception as error:  # a defect: report it to the caller, then end with the traceback
+            replace_json(result, {"failed": f"{type(error).__name__}: {error}"})
             raise
         number += 1
     return 0
 
 
-def _carried_out(given: dict[str, Any], folder: Path, job: int) -> dict[str, Any]:
-    config = read_config(given["config"])
+def _run(task: dict[str, Any], folder: Path, job: int) -> dict[str, Any]:
+    config = read_config(task["config"])
     if job >= config.load_jobs:
         return {"idle": True}
-    work = workload(config, [BenchPrompt(**one) for one in given["prompts"]], Point(**given["point"]), job=job)
-    time.sleep(max(0.0, given["begin_at"] - time.time()))
-    return to_json(carry_out(LoadTarget(given["url"], given["token"]), config, work, folder))
+    work = workload(config, [BenchPrompt(**one) for one in task["prompts"]], Point(**task["point"]), job=job)
+    time.sleep(max(0.0, task["begin_at"] - time.time()))
+    return to_json(run_load(LoadTarget(task["url"], task["token"]), config, work, folder))
 
 
-def _over(folder: Path) -> bool:
+def _ended(folder: Path) -> bool:
     if is_there(folder / "stop"):
         return True
     try:
-        return time.time() - (folder / "beat").stat().st_mtime > STILL_S
+        return time.time() - (folder / "beat").stat().st_mtime > BEAT_TIMEOUT_S
     except OSError:
-        return True  # the caller has removed it all
+        return True  # the caller has removed the folder
 
 
 if __name__ == "__main__":

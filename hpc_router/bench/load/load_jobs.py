@@ -1,4 +1,4 @@
-"""Who makes the load: this process, or several load jobs that begin together and whose results are merged."""
+"""Load from this process, or from several load jobs that start at the same time and whose results are merged."""
 
 import json
 import os
@@ -7,17 +7,17 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
+from hpc_router.bench.background import repeated
 from hpc_router.bench.config import BenchConfig
-from hpc_router.bench.load.generator import LoadResult, LoadTarget, carry_out, from_json, merged
-from hpc_router.bench.load.load_job_main import order
+from hpc_router.bench.load.generator import LoadResult, LoadTarget, from_json, merged, run_load
+from hpc_router.bench.load.load_job_main import task
 from hpc_router.bench.prompts import BenchPrompt
 from hpc_router.bench.workload import Point, jobs_for, workload
 from hpc_router.errors import LaunchError
@@ -27,65 +27,66 @@ from hpc_router.state.run_directory import private_umask
 
 POLL_S: Final = 0.1
 BEAT_S: Final = 5.0
-AHEAD_S: Final = 2.0
-"""An order is given so long before the load begins, for every job to have read it."""
-START_S: Final = 600.0
-APART_S: Final = 1.0
-"""Jobs that began further apart did not load at the same time."""
-
-
-class LoadJobs(Protocol):
-    def load(self, target: LoadTarget, config: BenchConfig, prompts: Sequence[BenchPrompt], point: Point) -> LoadResult:
-        """Blocks. Raises LaunchError."""
+LEAD_S: Final = 2.0
+"""Time between writing a task file and the start of its load, in which every job reads the file."""
+READY_TIMEOUT_S: Final = 600.0
+MAX_SKEW_S: Final = 1.0
+"""Jobs that start further apart than this did not load the target at the same time."""
 
 
 class InProcessLoad:
-    """This process."""
+    """A single load generator, started by this process."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
-    def load(self, target: LoadTarget, config: BenchConfig, prompts: Sequence[BenchPrompt], point: Point) -> LoadResult:
-        return carry_out(target, config, workload(config, prompts, point), self._folder)
+    def run(self, target: LoadTarget, config: BenchConfig, prompts: Sequence[BenchPrompt], point: Point) -> LoadResult:
+        """Blocks until the load has ended. Raises LaunchError."""
+        return run_load(target, config, workload(config, prompts, point), self._folder)
 
 
 class SubmittedLoadJobs:
-    """Load jobs of their own, started once for all points."""
+    """Load jobs that were started once and run the load of every point."""
 
     def __init__(self, folder: Path, jobs: int) -> None:
         self._folder, self._jobs, self._number = folder, jobs, 0
 
-    def load(self, target: LoadTarget, config: BenchConfig, prompts: Sequence[BenchPrompt], point: Point) -> LoadResult:
+    def run(self, target: LoadTarget, config: BenchConfig, prompts: Sequence[BenchPrompt], point: Point) -> LoadResult:
+        """Blocks until the load has ended. Raises LaunchError."""
         number, self._number = self._number, self._number + 1
         shared = replace(config, load_jobs=jobs_for(point, config))
-        given = order(target, asdict(shared), list(prompts), point, time.time() + AHEAD_S)
-        path = self._folder / f"order-{number}.json"
-        replace_json(path, given)
+        path = self._folder / f"task-{number}.json"
+        replace_json(path, task(target, asdict(shared), list(prompts), point, time.time() + LEAD_S))
         try:
-            answers = [self._answer(self._folder / f"load-{number}.{job}.json", config) for job in range(self._jobs)]
+            results = [self._result(self._folder / f"result-{number}.{job}.json", config) for job in range(self._jobs)]
         finally:
-            path.unlink()  # it holds the token
-        parts = [answer for answer in answers if answer is not None]
-        begun = [part.started_at for part in parts]
-        if max(begun) - min(begun) > APART_S:
+            path.unlink()  # contains the token
+        parts = [result for result in results if result is not None]
+        starts = [part.started_at for part in parts]
+        if max(starts) - min(starts) > MAX_SKEW_S:
             raise LaunchError(
-                f"the load jobs began {max(begun) - min(begun):.1f} s apart: their clocks or files differ"
+                f"the load jobs started {max(starts) - min(starts):.1f} s apart: check the nodes' clocks and "
+                "the shared file system"
             )
         return merged(parts)
 
-    def _answer(self, path: Path, config: BenchConfig) -> LoadResult | None:
-        """None of a job that had nothing to do."""
-        longest_s = config.warmup_s + (config.duration_s or config.timeout_s) + config.drain_s + 60.0
-        _wait_for(path, longest_s, "a load job gave no answer")
-        told = json.loads(path.read_bytes())
-        if "failed" in told:
-            raise LaunchError(f"a load job failed: {told['failed']}")
-        return None if "idle" in told else from_json(told)
+    def _result(self, path: Path, config: BenchConfig) -> LoadResult | None:
+        """None for a job without a share of this point's load."""
+        timeout_s = config.warmup_s + (config.duration_s or config.timeout_s) + config.drain_s + 60.0
+        _wait_for(path, timeout_s, "no result from a load job")
+        result = json.loads(path.read_bytes())
+        if "failed" in result:
+            raise LaunchError(f"a load job failed: {result['failed']}")
+        return None if "idle" in result else from_json(result)
+
+
+LoadJobs = InProcessLoad | SubmittedLoadJobs
 
 
 @contextmanager
-def crew(config: BenchConfig, *, shared: Path) -> Iterator[LoadJobs]:
-    """`shared`: a folder that jobs on other nodes see as well."""
+def start_load_jobs(config: BenchConfig, *, shared: Path) -> Iterator[LoadJobs]:
+    """Starts the load jobs that `config` asks for and ends them with the block. `shared`: a folder that jobs on other
+    nodes can read."""
     with private_umask():
         shared.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix="load-", dir=shared))
@@ -101,27 +102,16 @@ def crew(config: BenchConfig, *, shared: Path) -> Iterator[LoadJobs]:
 
 @contextmanager
 def _started(config: BenchConfig, folder: Path) -> Iterator[None]:
-    (folder / "beat").touch()
-    over = threading.Event()
-    beat = threading.Thread(target=_beat, args=(folder / "beat", over), daemon=True)
-    beat.start()
+    beat = folder / "beat"
+    beat.touch()
     start = _sbatch if config.load_place == "slurm" else _processes
-    try:
-        with start(config, folder):
-            for job in range(config.load_jobs):
-                _wait_for(folder / f"ready.{job}", START_S, "a load job did not start")
-            try:
-                yield
-            finally:
-                (folder / "stop").touch()
-    finally:
-        over.set()
-        beat.join()
-
-
-def _beat(path: Path, over: threading.Event) -> None:
-    while not over.wait(BEAT_S):
-        path.touch()
+    with repeated(beat.touch, every_s=BEAT_S), start(config, folder):
+        for job in range(config.load_jobs):
+            _wait_for(folder / f"ready.{job}", READY_TIMEOUT_S, "a load job did not start")
+        try:
+            yield
+        finally:
+            (folder / "stop").touch()
 
 
 def _command(folder: Path, job: int) -> list[str]:
@@ -142,23 +132,25 @@ def _processes(config: BenchConfig, folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _sbatch(config: BenchConfig, folder: Path) -> Iterator[None]:
-    """One job each. Whatever job we run in ourselves does not leak into theirs."""
+    """One Slurm job per load job, without the variables of a job that this process may run in."""
     environment = scrubbed(os.environ)
     numbers: list[str] = []
     try:
         for job in range(config.load_jobs):
             script = f"#!/bin/bash\nexec {shlex.join(_command(folder, job))}\n"
-            words = ["sbatch", "--parsable", f"--job-name=hpc-router-load-{job}", f"--output={folder}/log.{job}"]
+            argv = ["sbatch", "--parsable", f"--job-name=hpc-router-load-{job}", f"--output={folder}/log.{job}"]
             done = subprocess.run(
-                [*words, *options_of(config.load_options)],
+                [*argv, *options_of(config.load_options)],
                 input=script, text=True, capture_output=True, check=False, env=environment,
             )  # fmt: skip
             if done.returncode:
-                raise LaunchError(f"sbatch refuses a load job: {done.stderr.strip()} (bench.load_options)")
+                raise LaunchError(f"sbatch rejected a load job: {done.stderr.strip()} (check bench.load_options)")
             numbers.append(done.stdout.strip().partition(";")[0])
         yield
     except FileNotFoundError as error:
-        raise LaunchError("bench.load_place=slurm: there is no sbatch on this machine") from error
+        raise LaunchError(
+            "bench.load_place=slurm: sbatch is not installed on this machine (valid: bench.load_place=here)"
+        ) from error
     finally:
         if numbers:
             (folder / "stop").touch()
@@ -166,13 +158,13 @@ def _sbatch(config: BenchConfig, folder: Path) -> Iterator[None]:
 
 
 def options_of(options: Mapping[str, Any]) -> list[str]:
-    """`{"partition": "cpu", "exclusive": true}` as sbatch takes it."""
+    """sbatch arguments: `{"partition": "cpu", "exclusive": true}` gives `--partition=cpu --exclusive`."""
     return [f"--{k}" if v is True else f"--{k}={v}" for k, v in options.items() if v is not None and v is not False]
 
 
-def _wait_for(path: Path, patience_s: float, why: str) -> None:
-    deadline = time.monotonic() + patience_s
+def _wait_for(path: Path, timeout_s: float, message: str) -> None:
+    deadline = time.monotonic() + timeout_s
     while not is_there(path):
         if time.monotonic() > deadline:
-            raise LaunchError(f"{why} within {patience_s:g} s ({path.parent.name})")
+            raise LaunchError(f"{message} within {timeout_s:g} s ({path.parent.name})")
         time.sleep(POLL_S)

@@ -1,5 +1,6 @@
-"""`hpc-router bench router`: what a relayed request and a streamed event cost this router, beside other ways to relay.
+"""`hpc-router bench router`: CPU cost of a relayed request and of a streamed event, for this router and other relays.
 
-Everything runs on this machine, in one run, over loopback: the load generator and a mock engine on one core, the relay
-under test alone on another. `rounds` says in which order, `measure` what is measured, `checks` what is to be reached.
+Everything runs on this machine, in one call, over loopback: the load generator and a mock engine share one or two
+cores, the relay under test has another core to itself. `rounds` holds the order of the measurements, `measurements`
+what is measured of each relay, `targets` the limits that this router must keep.
 """

@@ -1,4 +1,4 @@
-"""CPU time that relay, engine and load generator spend between two moments of a load."""
+"""CPU time of the relay, the engine and the load generator between two moments of a load."""
 
 import time
 from dataclasses import dataclass
@@ -7,14 +7,14 @@ from typing import Final
 from hpc_router.bench.load.native.load import Running
 from hpc_router.bench.relay_cost.processes import Cores, ProcessGroup, busy_ns, cpu_ns
 
-QUIET: Final = 0.05
-"""Of the cores, what others may use."""
-LOOK_S: Final = 0.5
+IDLE_SHARE: Final = 0.05
+"""Cores with less load than this count as idle."""
+POLL_S: Final = 0.5
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
-    """What was spent until now. `core_ns`: by everything on the relay's core; `load_core_ns`: on the others' cores."""
+class CpuReading:
+    """CPU time so far. `core_ns`: of all processes on the relay's core; `load_core_ns`: on the other cores used."""
 
     at_ns: int
     relay_ns: int
@@ -25,11 +25,11 @@ class Reading:
 
 
 @dataclass(frozen=True, slots=True)
-class Cost:
-    """Between two readings."""
+class CpuCost:
+    """CPU time between two readings."""
 
-    begin: Reading
-    end: Reading
+    begin: CpuReading
+    end: CpuReading
 
     @property
     def elapsed_ns(self) -> int:
@@ -41,22 +41,22 @@ class Cost:
 
     @property
     def relay_share(self) -> float:
-        """Of its core."""
+        """Share of its core that the relay used."""
         return self.relay_ns / self.elapsed_ns
 
     @property
     def others_share(self) -> float:
-        """Of the relay's core: what everything else on this machine took of it."""
+        """Share of the relay's core that other processes used."""
         return max(0.0, (self.end.core_ns - self.begin.core_ns - self.relay_ns) / self.elapsed_ns)
 
     @property
     def load_others_share(self) -> float:
-        """The same of the cores of load generator and engine, in cores."""
+        """CPU that other processes used on the cores of the load generator and the engine, in cores."""
         own_ns = self.end.engine_ns + self.end.load_ns - self.begin.engine_ns - self.begin.load_ns
         return max(0.0, (self.end.load_core_ns - self.begin.load_core_ns - own_ns) / self.elapsed_ns)
 
     def shares(self, count: int) -> dict[str, float]:
-        """In microseconds, divided by what was done meanwhile; how full the relay's core was."""
+        """Microseconds per request or event, given their number in this time; rates; and shares of the cores."""
         each = max(1, count) * 1e3
         return {
             "us": self.relay_ns / each,
@@ -71,33 +71,34 @@ class Cost:
 
 @dataclass(frozen=True, slots=True)
 class Meter:
-    """Reads them all. `relay` is None where there is none."""
+    """Reads the CPU time of all processes. `relay`: None for a measurement without a relay."""
 
     relay: ProcessGroup | None
     engine_pid: int
     cores: Cores
 
-    def over(self, load: Running, *, after_s: float, span_s: float) -> Cost:
-        """From `after_s` after the load's begin, for `span_s`. It sleeps meanwhile."""
+    def measure(self, load: Running, *, after_s: float, span_s: float) -> CpuCost:
+        """Blocks; the cost from `after_s` after the start of the load, for `span_s`."""
         _sleep_until(load.begun_ns + int(after_s * 1e9))
         begin = self._read(load)
         _sleep_until(begin.at_ns + int(span_s * 1e9))
-        return Cost(begin, self._read(load))
+        return CpuCost(begin, self._read(load))
 
-    def _read(self, load: Running) -> Reading:
+    def _read(self, load: Running) -> CpuReading:
         relay_ns = self.relay.cpu_ns() if self.relay else 0
-        spent_ns = cpu_ns(self.engine_pid), cpu_ns(load.process.pid)
-        return Reading(time.monotonic_ns(), relay_ns, *spent_ns, busy_ns(self.cores.relay), busy_ns(self.cores.load))
+        engine_ns, load_ns = cpu_ns(self.engine_pid), cpu_ns(load.process.pid)
+        core_ns, load_core_ns = busy_ns(self.cores.relay), busy_ns(self.cores.load)
+        return CpuReading(time.monotonic_ns(), relay_ns, engine_ns, load_ns, core_ns, load_core_ns)
 
 
-def await_quiet(cores: Cores, *, limit_s: float) -> None:
-    """Until, with our own load at rest, hardly anything runs on these cores; no longer than the limit."""
+def wait_for_idle(cores: Cores, *, timeout_s: float) -> None:
+    """Waits until other processes hardly use these cores, or for `timeout_s`."""
     both = cores.relay | cores.load
-    deadline = time.monotonic() + limit_s
+    deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         busy, at = busy_ns(both), time.monotonic_ns()
-        time.sleep(LOOK_S)
-        if busy_ns(both) - busy < QUIET * (time.monotonic_ns() - at) * len(both):
+        time.sleep(POLL_S)
+        if busy_ns(both) - busy < IDLE_SHARE * (time.monotonic_ns() - at) * len(both):
             return
 
 

@@ -1,28 +1,28 @@
-"""A way to relay: what the benchmark must know of each. `peers` and `ours` are the list."""
+"""The interface of a relay under test. `this_router` and `other_relays` list the implementations."""
 
 import shutil
 import socket
 import time
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final
 
 from hpc_router.bench.load.native.engine import MockEngine
 from hpc_router.bench.relay_cost import requests
 from hpc_router.bench.relay_cost.processes import ProcessGroup
 from hpc_router.errors import LaunchError
 
-SERVERS: Final = "/usr/local/sbin:/usr/sbin"
-START_S: Final = 60.0
+SERVER_PATH: Final = "/usr/local/sbin:/usr/sbin"
+START_TIMEOUT_S: Final = 60.0
 NO_TOKEN: Final = "0" * 64
-"""For relays that ask for none: all requests are of one length."""
+"""Sent to relays that require no token, so that all requests have the same length."""
 
 
 @dataclass(frozen=True, slots=True)
 class RelayPlacement:
-    """Where one is started: the engine behind it, a private folder, the cores that are its own."""
+    """What a relay gets for its start: the engine behind it, a private folder, and its cores."""
 
     engine: MockEngine
     folder: Path
@@ -35,43 +35,44 @@ class RelayPlacement:
 
 @dataclass(frozen=True, slots=True)
 class StartedRelay:
-    """`group` is None where there is no relay."""
+    """`group`: None if requests go to the engine without a relay."""
 
     port: int
     group: ProcessGroup | None
     token: str = NO_TOKEN
 
 
-class Relay(Protocol):
-    @property
-    def name(self) -> str: ...
+@dataclass(frozen=True, slots=True)
+class Relay(ABC):
+    """A way to relay requests to an engine.
 
-    @property
-    def classifies(self) -> bool:
-        """Whether it takes `auto`."""
+    `classifies`: whether it accepts the model `auto`. `hops`: number of processes that an event passes through.
+    `behind_socket`: whether the engine listens at a unix socket instead of a port.
+    """
 
-    @property
-    def hops(self) -> int:
-        """Processes in a row that an event passes."""
-
-    @property
-    def behind_socket(self) -> bool:
-        """Whether the engine listens at a unix socket, not at a port."""
+    name: str
+    classifies: bool = False
+    hops: int = 1
+    behind_socket: bool = False
 
     def absent(self) -> str | None:
-        """What is missing, and how to get it."""
+        """Why it cannot be measured and what to install; None if it is installed."""
+        return None
 
-    def version(self) -> str: ...
+    def version(self) -> str:
+        return ""
 
-    def started(self, site: RelayPlacement) -> AbstractContextManager[StartedRelay]: ...
+    @abstractmethod
+    def started(self, placement: RelayPlacement) -> AbstractContextManager[StartedRelay]:
+        """Starts the relay and ends it with the block. Raises LaunchError."""
 
 
 def find(command: str, folder: Path | None) -> Path | None:
-    """In a virtual environment at `folder`, then on PATH, then where servers lie, which no user's PATH has."""
+    """The program from the virtual environment `folder`, from PATH, or from the folders of servers."""
     inside = folder / "bin" / command if folder is not None else None
     if inside is not None and inside.exists():
         return inside.absolute()
-    found = shutil.which(command) or shutil.which(command, path=SERVERS)
+    found = shutil.which(command) or shutil.which(command, path=SERVER_PATH)
     return Path(found) if found else None
 
 
@@ -82,19 +83,24 @@ def free_port() -> int:
         return port
 
 
-def await_answer(started: StartedRelay, site: RelayPlacement) -> None:
-    """Until it relays a request. Raises LaunchError with the end of its log."""
-    deadline = time.monotonic() + START_S
-    while not answers(started, requests.MODEL):
-        if started.group is not None and started.group.died():
-            raise LaunchError(f"it ended while starting: {last_words(site.log)}")
-        if time.monotonic() > deadline:
-            raise LaunchError(f"it does not serve within {START_S:g} s: {last_words(site.log)}")
+def wait_until_serving(started: StartedRelay, log: Path) -> None:
+    """Blocks until the relay serves a request. Raises LaunchError with the end of its log."""
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while not serves(started, requests.MODEL):
+        check_starting(started.group, log, deadline)
         time.sleep(0.05)
 
 
-def answers(started: StartedRelay, model: str) -> bool:
-    """Whether a short request for `model` is relayed and answered."""
+def check_starting(group: ProcessGroup | None, log: Path, deadline: float) -> None:
+    """Raises LaunchError if a starting relay has ended or the deadline (monotonic) has passed."""
+    if group is not None and group.died():
+        raise LaunchError(f"it ended while starting: {log_tail(log)}")
+    if time.monotonic() > deadline:
+        raise LaunchError(f"it does not serve requests within {START_TIMEOUT_S:g} s: {log_tail(log)}")
+
+
+def serves(started: StartedRelay, model: str) -> bool:
+    """Whether a short request for `model` gets status 200."""
     raw = requests.request(started.port, token=started.token, prompt="Is 91 a prime?", model=model, stream=False)
     raw = raw.replace(b"accept: */*", b"connection: close", 1)
     try:
@@ -105,13 +111,9 @@ def answers(started: StartedRelay, model: str) -> bool:
         return False
 
 
-def last_words(log: Path, *, lines: int = 3) -> str:
+def log_tail(log: Path, *, lines: int = 3) -> str:
     try:
         text = log.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return "no log"
     return " | ".join(text.splitlines()[-lines:]) or "an empty log"
-
-
-def chosen(relays: Sequence[Relay], names: Sequence[str]) -> list[Relay]:
-    return [relay for relay in relays if not names or relay.name in names]

@@ -1,6 +1,7 @@
-"""Other ways to relay, set up to do what this router does and no more: one core, kept connections, nothing logged.
+"""Other relays, configured like this router: one core, keep-alive connections, no access log.
 
-None of them asks for a token, looks at the prompt or holds a short answer back to send it elsewhere when it fails.
+They do less than this router: none of them checks a token, reads the prompt, or buffers a short response in order to
+retry the request on another replica.
 """
 
 import os
@@ -13,55 +14,51 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from hpc_router.bench.relay_cost.interface import Relay, RelayPlacement, StartedRelay, await_answer, find, free_port
-from hpc_router.bench.relay_cost.processes import group, on
+from hpc_router.bench.relay_cost.interface import (
+    Relay,
+    RelayPlacement,
+    StartedRelay,
+    find,
+    free_port,
+    wait_until_serving,
+)
+from hpc_router.bench.relay_cost.processes import pinned_to, process_group
 from hpc_router.state.run_directory import private_umask
 
-KEPT: Final = 4096
-"""Connections to the engine that a relay may keep open."""
+KEEPALIVE: Final = 4096
+"""Idle connections to the engine that a relay may keep open."""
 
 
 @dataclass(frozen=True, slots=True)
-class Direct:
-    """No relay: what load generator and engine are able to do alone."""
+class Direct(Relay):
+    """No relay: the baseline of load generator and engine alone."""
 
     name: str = "direct"
-    classifies: bool = False
     hops: int = 0
-    behind_socket: bool = False
-
-    def absent(self) -> str | None:
-        return None
-
-    def version(self) -> str:
-        return ""
 
     @contextmanager
-    def started(self, site: RelayPlacement) -> Iterator[StartedRelay]:
-        assert site.engine.port is not None
-        yield StartedRelay(site.engine.port, None)
+    def started(self, placement: RelayPlacement) -> Iterator[StartedRelay]:
+        assert placement.engine.port is not None
+        yield StartedRelay(placement.engine.port, None)
 
 
 @dataclass(frozen=True, slots=True)
-class Nginx:
+class Nginx(Relay):
     name: str = "nginx"
-    classifies: bool = False
-    hops: int = 1
-    behind_socket: bool = False
 
     def absent(self) -> str | None:
         return None if find("nginx", None) else "not installed (Debian: apt-get install nginx-light)"
 
     def version(self) -> str:
-        return _said([_program("nginx"), "-v"], r"nginx/(\S+)")
+        return _version([_program("nginx"), "-v"], r"nginx/(\S+)")
 
     @contextmanager
-    def started(self, site: RelayPlacement) -> Iterator[StartedRelay]:
+    def started(self, placement: RelayPlacement) -> Iterator[StartedRelay]:
         port = free_port()
-        text = nginx_conf(site.folder, port=port, engine=_port(site), user=pwd.getpwuid(os.geteuid()).pw_name)
-        conf = _kept(site.folder / "nginx.conf", text)
-        command = [_program("nginx"), "-c", str(conf), "-p", str(site.folder), "-e", str(site.log)]
-        with _run(command, port, site) as started:
+        text = nginx_conf(placement.folder, port=port, engine=_port(placement), user=pwd.getpwuid(os.geteuid()).pw_name)
+        conf = _write_private(placement.folder / "nginx.conf", text)
+        command = [_program("nginx"), "-c", str(conf), "-p", str(placement.folder), "-e", str(placement.log)]
+        with _run(command, port, placement) as started:
             yield started
 
 
@@ -77,7 +74,7 @@ error_log {folder}/log warn;
 events {{ worker_connections 16384; }}
 http {{
   access_log off;
-{places}  upstream engine {{ server 127.0.0.1:{engine}; keepalive {KEPT}; keepalive_requests 1000000000; }}
+{places}  upstream engine {{ server 127.0.0.1:{engine}; keepalive {KEEPALIVE}; keepalive_requests 1000000000; }}
   server {{
     listen 127.0.0.1:{port} backlog=4096;
     keepalive_requests 1000000000;
@@ -98,23 +95,20 @@ http {{
 
 
 @dataclass(frozen=True, slots=True)
-class Haproxy:
+class Haproxy(Relay):
     name: str = "haproxy"
-    classifies: bool = False
-    hops: int = 1
-    behind_socket: bool = False
 
     def absent(self) -> str | None:
         return None if find("haproxy", None) else "not installed (Debian: apt-get install haproxy)"
 
     def version(self) -> str:
-        return _said([_program("haproxy"), "-v"], r"[Vv]ersion (\S+)")
+        return _version([_program("haproxy"), "-v"], r"[Vv]ersion (\S+)")
 
     @contextmanager
-    def started(self, site: RelayPlacement) -> Iterator[StartedRelay]:
+    def started(self, placement: RelayPlacement) -> Iterator[StartedRelay]:
         port = free_port()
-        conf = _kept(site.folder / "haproxy.cfg", haproxy_cfg(port=port, engine=_port(site)))
-        with _run([_program("haproxy"), "-db", "-f", str(conf)], port, site) as started:
+        conf = _write_private(placement.folder / "haproxy.cfg", haproxy_cfg(port=port, engine=_port(placement)))
+        with _run([_program("haproxy"), "-db", "-f", str(conf)], port, placement) as started:
             yield started
 
 
@@ -135,89 +129,86 @@ frontend clients
   bind 127.0.0.1:{port} backlog 4096
   default_backend engines
 backend engines
-  server engine 127.0.0.1:{engine} pool-max-conn {KEPT}
+  server engine 127.0.0.1:{engine} pool-max-conn {KEEPALIVE}
 """
 
 
 @dataclass(frozen=True, slots=True)
-class Package:
-    """A router from PyPI, in an environment of its own."""
+class Package(Relay):
+    """A router from PyPI. `environment`: the virtual environment that has it. `arguments`: those before the options."""
 
-    name: str
-    words: tuple[str, ...]
-    package: str
-    peers: Path | None
-    classifies: bool = False
-    hops: int = 1
-    behind_socket: bool = False
+    environment: Path | None = None
+    arguments: tuple[str, ...] = ()
 
     def absent(self) -> str | None:
-        if find(self.name, self.peers):
+        if find(self.name, self.environment):
             return None
         return "not installed (make bench-peers, then --peers .venv-bench-peers)"
 
     def version(self) -> str:
-        program = find(self.name, self.peers)
+        program = find(self.name, self.environment)
         if program is None or not (python := program.with_name("python")).exists():
             return ""
-        said = f"from importlib.metadata import version; print(version({self.package!r}))"
-        return _said([str(python), "-c", said], r"(\S+)")
+        program_text = f"from importlib.metadata import version; print(version({self.name!r}))"
+        return _version([str(python), "-c", program_text], r"(\S+)")
 
     @contextmanager
-    def started(self, site: RelayPlacement) -> Iterator[StartedRelay]:
+    def started(self, placement: RelayPlacement) -> Iterator[StartedRelay]:
         port = free_port()
-        argv = package_argv(_program(self.name, self.peers), self.words, port=port, engine=_port(site))
-        with _run(argv, port, site) as started:
+        argv = package_argv(_program(self.name, self.environment), self.arguments, port=port, engine=_port(placement))
+        with _run(argv, port, placement) as started:
             yield started
 
 
-def package_argv(program: str, words: tuple[str, ...], *, port: int, engine: int) -> list[str]:
+def package_argv(program: str, arguments: tuple[str, ...], *, port: int, engine: int) -> list[str]:
     return [
-        *(program, *words),
+        *(program, *arguments),
         *("--host", "127.0.0.1", "--port", str(port), "--worker-urls", f"http://127.0.0.1:{engine}"),
         *("--policy", "round_robin", "--prometheus-host", "127.0.0.1", "--prometheus-port", str(free_port())),
         *("--max-concurrent-requests", "16384", "--log-level", "error"),
     ]
 
 
-def peers(environment: Path | None) -> list[Relay]:
+def other_relays(environment: Path | None) -> list[Relay]:
+    """`environment`: virtual environment of the routers from PyPI."""
     return [
         Direct(),
         Nginx(),
         Haproxy(),
-        Package("vllm-router", (), "vllm-router", environment),
-        Package("sglang-router", ("launch",), "sglang-router", environment),
+        Package("vllm-router", environment=environment),
+        Package("sglang-router", environment=environment, arguments=("launch",)),
     ]
 
 
 @contextmanager
-def _run(argv: list[str], port: int, site: RelayPlacement) -> Iterator[StartedRelay]:
-    with group() as processes:
-        with on(site.cores):
-            processes.start(argv, log=site.log)
+def _run(argv: list[str], port: int, placement: RelayPlacement) -> Iterator[StartedRelay]:
+    with process_group() as processes:
+        with pinned_to(placement.cores):
+            processes.start(argv, log=placement.log)
         started = StartedRelay(port, processes)
-        await_answer(started, site)
+        wait_until_serving(started, placement.log)
         yield started
 
 
-def _port(site: RelayPlacement) -> int:
-    assert site.engine.port is not None
-    return site.engine.port
+def _port(placement: RelayPlacement) -> int:
+    assert placement.engine.port is not None
+    return placement.engine.port
 
 
 def _program(name: str, folder: Path | None = None) -> str:
     found = find(name, folder)
-    assert found is not None, f"{name} was said to be there"
+    assert found is not None, f"{name} is not installed"
     return str(found)
 
 
-def _kept(path: Path, text: str) -> Path:
+def _write_private(path: Path, text: str) -> Path:
     with private_umask():
         path.write_text(text, encoding="utf-8")
     return path
 
 
-def _said(argv: list[str], pattern: str) -> str:
+def _version(argv: list[str], pattern: str) -> str:
+    """The first group of `pattern` in the command's output; empty if it has none."""
     try:
         done = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=30)
     except (OSError, subprocess.SubprocessError):

@@ -1,8 +1,8 @@
-"""Processes of a benchmark: begun on given cores, weighed while they run, ended by their ids whatever happens.
+"""The processes of a benchmark: started on given cores, with CPU time and memory read from /proc, and always ended.
 
-CPU is what the kernel's scheduler counted for every thread (`schedstat`, nanoseconds), memory what nobody else shares
-(`smaps_rollup`), both over a process and all its descendants. Processes that were forked share what was there before:
-it is counted once, in parts (`Pss_Anon`).
+CPU time is what the kernel's scheduler counted per thread (`schedstat`, in nanoseconds). Memory is private memory
+(`smaps_rollup`); pages that forked processes share are counted once, in parts (`Pss_Anon`). Both are sums over a
+process and all its descendants.
 """
 
 import os
@@ -15,31 +15,31 @@ from typing import Final
 
 import psutil
 
-STOP_S: Final = 5.0
+STOP_TIMEOUT_S: Final = 5.0
 _PRIVATE: Final = ("Private_Clean", "Pss_Anon", "Pss_Shmem")
 
 
 @dataclass(frozen=True, slots=True)
 class Cores:
-    """Where what runs. One core for both is possible, and says less."""
+    """Cores of the load (generator and engine) and of the relay; the same core if the machine has only one."""
 
     load: frozenset[int]
     relay: frozenset[int]
 
     @property
-    def apart(self) -> bool:
+    def separate(self) -> bool:
         return not self.load & self.relay
 
 
 def cores_of(usable: Sequence[int]) -> Cores:
-    """The last core is the relay's alone; the load generator and the engine share the others, two at most."""
+    """The relay gets the last core alone; the load generator and the engine share up to two others."""
     ordered = sorted(usable)
     return Cores(frozenset(ordered[:-1][:2] or ordered), frozenset(ordered[-1:]))
 
 
 @contextmanager
-def on(cores: frozenset[int]) -> Iterator[None]:
-    """What is started inside stays on these cores, threads that it begins at once included."""
+def pinned_to(cores: frozenset[int]) -> Iterator[None]:
+    """Processes that are started in the block run on these cores only."""
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, cores)
     try:
@@ -50,12 +50,12 @@ def on(cores: frozenset[int]) -> Iterator[None]:
 
 @dataclass(slots=True)
 class ProcessGroup:
-    """Processes that together are one relay."""
+    """The processes of one relay."""
 
     roots: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     def start(self, argv: Sequence[str], *, log: Path, environment: Mapping[str, str] | None = None) -> None:
-        """In the folder of its log: Python would take modules from where we happen to be."""
+        """Starts a process in the folder of its log: Python also imports modules from the current folder."""
         with log.open("ab") as stream:
             self.roots.append(
                 subprocess.Popen(
@@ -65,7 +65,7 @@ class ProcessGroup:
                     stderr=stream,
                     cwd=log.parent,
                     env=None if environment is None else {**os.environ, **environment},
-                    start_new_session=True,  # Ctrl-C is ours to answer
+                    start_new_session=True,  # Ctrl-C reaches only the benchmark, which then ends this process
                 )
             )
 
@@ -79,11 +79,12 @@ class ProcessGroup:
         return sum(private_mb(process.pid) for process in self._all())
 
     def end(self) -> None:
+        """SIGTERM to all processes, and SIGKILL to those that have not ended after a timeout."""
         processes = self._all()
         for process in processes:
             with suppress(psutil.NoSuchProcess):
                 process.terminate()
-        _, alive = psutil.wait_procs(processes, timeout=STOP_S)
+        _, alive = psutil.wait_procs(processes, timeout=STOP_TIMEOUT_S)
         for process in alive:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
@@ -100,16 +101,17 @@ class ProcessGroup:
 
 
 @contextmanager
-def group() -> Iterator[ProcessGroup]:
-    made = ProcessGroup()
+def process_group() -> Iterator[ProcessGroup]:
+    """Ends its processes with the block."""
+    group = ProcessGroup()
     try:
-        yield made
+        yield group
     finally:
-        made.end()
+        group.end()
 
 
 def cpu_ns(pid: int) -> int:
-    """0 for one that is gone."""
+    """CPU time of all threads of a process; 0 if it has ended."""
     total = 0
     for task in Path(f"/proc/{pid}/task").glob("*/schedstat"):
         with suppress(OSError):
@@ -118,15 +120,15 @@ def cpu_ns(pid: int) -> int:
 
 
 def busy_ns(cores: frozenset[int]) -> int:
-    """What these cores have worked, for whomever, and what a hypervisor took from them."""
+    """Busy time of these cores, time stolen by a hypervisor included."""
     lines = Path("/proc/stat").read_text().splitlines()
-    times = {words[0]: [int(word) for word in words[1:9]] for words in map(str.split, lines) if words[0][:3] == "cpu"}
+    times = {row[0]: [int(ticks) for ticks in row[1:9]] for row in map(str.split, lines) if row[0][:3] == "cpu"}
     ticks = sum(sum(times[f"cpu{core}"]) - sum(times[f"cpu{core}"][3:5]) for core in cores if f"cpu{core}" in times)
-    return ticks * (1_000_000_000 // os.sysconf("SC_CLK_TCK"))  # 3 and 4: idle, waiting for a disk
+    return ticks * (1_000_000_000 // os.sysconf("SC_CLK_TCK"))  # 3 and 4: idle and iowait
 
 
 def private_mb(pid: int) -> float:
-    """In MiB; 0 for one that is gone."""
+    """Private memory in MiB; 0 if the process has ended."""
     with suppress(OSError):
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
         return sum(int(line.split()[1]) for line in lines if line.startswith(_PRIVATE)) / 1024

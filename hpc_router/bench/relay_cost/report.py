@@ -1,4 +1,4 @@
-"""The results as tables, the same for a terminal and for Markdown, and as JSON with all that led to them."""
+"""The results as tables, the same for a terminal and for Markdown, and as JSON with the figures of every round."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -10,20 +10,20 @@ from rich.table import Table
 from rich.text import Text
 
 from hpc_router.bench.relay_cost import requests, targets
-from hpc_router.bench.relay_cost.options import LOWER, RelayCostOptions
+from hpc_router.bench.relay_cost.options import LOWER_LOAD_DIVISOR, RelayCostOptions
 from hpc_router.bench.relay_cost.processes import Cores
 from hpc_router.bench.relay_cost.rounds import RelayRounds
 from hpc_router.bench.relay_cost.statistics import RoundSpread, across, difference, slope_per_million, spread
 
 SCHEMA: Final = 1
-NOTHING: Final = RoundSpread(0.0, 0.0, 0.0)
-DISTURBED: Final = 0.1
-"""Of a core: from here on it is said."""
+ZERO: Final = RoundSpread(0.0, 0.0, 0.0)
+DISTURBED_SHARE: Final = 0.1
+"""Share of a core used by other processes from which on a note is added."""
 
 
 @dataclass(frozen=True, slots=True)
 class RelayCostResults:
-    """`absent`: why a relay was not measured, by name. `origin`: versions, machine, git state, command, time."""
+    """`absent`: why a relay was not measured, by name. `origin`: versions, hardware, git state, command, time."""
 
     options: RelayCostOptions
     cores: Cores
@@ -37,7 +37,7 @@ class RelayCostResults:
 
     @property
     def failed(self) -> bool:
-        """Whether anything of ours, or of the benchmark's own, failed."""
+        """Whether a round or request failed with this router or without a relay; other relays may fail."""
         return any(
             self.measured[name].failed
             for name in ("direct", "router", "router-2-workers", "router+agent")
@@ -47,48 +47,51 @@ class RelayCostResults:
 
 @dataclass(frozen=True, slots=True)
 class Sheet:
+    """One table of the report."""
+
     title: str
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
 
 
 def sheets(results: RelayCostResults) -> list[Sheet]:
-    made = [_relays(results), _classifying(results), _agent(results), _head_room(results), _soak(results)]
-    return [sheet for sheet in (*made, _checks(results)) if sheet.rows]
+    found = [_relays(results), _classifying(results), _agent(results), _load_side(results), _soak(results)]
+    return [sheet for sheet in (*found, _checks(results)) if sheet.rows]
 
 
 def notes(results: RelayCostResults) -> list[str]:
-    said = [f"{name}: not measured, {why}" for name, why in results.absent.items()]
+    """Remarks on what limits or weakens the figures."""
+    found = [f"{name}: not measured, {why}" for name, why in results.absent.items()]
     for name, measured in results.measured.items():
-        said += [f"{name}: a round was lost: {why}" for why in measured.broken]
+        found += [f"{name}: a round failed: {why}" for why in measured.broken]
         failed: dict[str, int] = {}
         for one in measured.rounds.values():
             for kind, count in one.failed.items():
                 failed[kind] = failed.get(kind, 0) + count
-        said += [f"{name}: failed: {count} x {kind}" for kind, count in failed.items()]
+        found += [f"{name}: failed: {count} x {kind}" for kind, count in failed.items()]
         opened, wanted = spread(measured, "stream_opened"), results.options.streams
         if opened is not None and opened.low < wanted:
-            said.append(f"{name}: only {opened.low:.0f} of {wanted} streams were open all the while")
-        said += _disturbed(measured)
+            found.append(f"{name}: only {opened.low:.0f} of {wanted} streams were open at the same time")
+        found += _disturbed(measured)
     if results.options.quick:
-        said.append("a quick run: it shows that everything works, its figures and checks mean little")
-    if not results.cores.apart:
-        said.append("one core for all: load generator and engine took time from the relays, so hops are too long")
-    return said
+        found.append("a quick run only shows that the benchmark works: its figures and checks are not meaningful")
+    if not results.cores.separate:
+        found.append("only one core: load generator and engine share it with the relays, so hop times are too long")
+    return found
 
 
 def _disturbed(measured: RelayRounds) -> list[str]:
-    """Whose figures other work on the machine has made worse, and by how much of a core at most."""
+    """Notes on other processes that used the benchmark's cores, with the largest share of a core."""
     shares = {"load generator and engine": "load_others_share"}
     if measured.relay.hops:
         shares["the relay"] = "others_share"
-    said = []
-    for whose, key in shares.items():
-        worst = max((spread(measured, f"{kind}_{key}") or NOTHING for kind in ("short_200B", "stream")),
-                    key=lambda found: found.high)  # fmt: skip
-        if worst.high >= DISTURBED:
-            said.append(f"{measured.relay.name}: other work took {_told(worst)} of the core of {whose}")
-    return said
+    found = []
+    for owner, key in shares.items():
+        worst = max((spread(measured, f"{kind}_{key}") or ZERO for kind in ("short_200B", "stream")),
+                    key=lambda spread: spread.high)  # fmt: skip
+        if worst.high >= DISTURBED_SHARE:
+            found.append(f"{measured.relay.name}: other processes used {_format(worst)} of the core of {owner}")
+    return found
 
 
 def _relays(results: RelayCostResults) -> Sheet:
@@ -105,8 +108,8 @@ def _relays(results: RelayCostResults) -> Sheet:
         (f"hop p99 ms, {half} x {rate}/s", "stream_half_hop_ms_p99"),
         (f"private MiB, {n} streams", "stream_private_mb"),
         ("core used", "stream_relay_share"),
-        ("left mid-stream ms", "leave_mid_ms_p50"),
-        ("left before first byte ms", "leave_before_ms_p50"),
+        ("disconnect mid-stream ms", "leave_mid_ms_p50"),
+        ("disconnect before first byte ms", "leave_before_ms_p50"),
         ("failed", ""),
     ]
     rows = []
@@ -117,12 +120,12 @@ def _relays(results: RelayCostResults) -> Sheet:
 
 
 def _cell(results: RelayCostResults, measured: RelayRounds, key: str) -> str:
-    """Times to first token: what they are more than those of `direct`, whose own stand in brackets."""
+    """One figure. Times to first token are differences to `direct`; those of `direct` itself are in brackets."""
     if not key.startswith("ttft"):
-        return _told(spread(measured, key))
+        return _format(spread(measured, key))
     if measured.relay.name == "direct":
-        return f"[{_told(spread(measured, key))}]"
-    return _told(across([(measured, key), (results.measured.get("direct"), key)], difference))
+        return f"[{_format(spread(measured, key))}]"
+    return _format(across([(measured, key), (results.measured.get("direct"), key)], difference))
 
 
 def _classifying(results: RelayCostResults) -> Sheet:
@@ -131,8 +134,8 @@ def _classifying(results: RelayCostResults) -> Sheet:
         for size in requests.SIZES:
             keys = [f"short_{size.replace(' ', '')}{kind}_us" for kind in ("_auto", "")]
             if extra := across([(measured, key) for key in keys], difference):
-                auto, named = (_told(spread(measured, key)) for key in keys)
-                rows.append([name, size, named, auto, _told(extra)])
+                auto, named = (_format(spread(measured, key)) for key in keys)
+                rows.append([name, size, named, auto, _format(extra)])
     columns = ["relay", "prompt", "model named", "auto", "more for auto"]
     return Sheet("Classifying: CPU us per short request", columns, rows)
 
@@ -143,25 +146,25 @@ def _agent(results: RelayCostResults) -> Sheet:
         if spread(measured, "stream_lower_us"):
             keys = ("short_200B_us", "stream_lower_us", "stream_lower_hop_ms_p50", "stream_lower_hop_ms_p99",
                     "stream_lower_private_mb", "stream_lower_relay_share")  # fmt: skip
-            rows.append([name, *(_told(spread(measured, key)) for key in keys)])
-    streams = f"{max(1, results.options.streams // LOWER)} x {results.options.rate:g}/s"
+            rows.append([name, *(_format(spread(measured, key)) for key in keys)])
+    streams = f"{max(1, results.options.streams // LOWER_LOAD_DIVISOR)} x {results.options.rate:g}/s"
     columns = ["relay", "CPU us per short request", f"CPU us per event, {streams}", "hop p50 ms", "hop p99 ms",
                "private MiB", "core used"]  # fmt: skip
     return Sheet("Through the agent: both hops on one core, counted together", columns, rows)
 
 
-def _head_room(results: RelayCostResults) -> Sheet:
+def _load_side(results: RelayCostResults) -> Sheet:
     rows = []
     for name, measured in results.measured.items():
         keys = ("short_200B_per_s", "short_200B_load_us", "short_200B_engine_us", "stream_per_s", "stream_load_us",
                 "stream_engine_us", "stream_engine_late_ms_p99", "stream_others_share",
                 "stream_load_others_share")  # fmt: skip
         if measured.rounds:
-            rows.append([name, *(_told(spread(measured, key)) for key in keys)])
+            rows.append([name, *(_format(spread(measured, key)) for key in keys)])
     columns = ["relay", "requests/s", "load: us per request", "engine: us per request", "events/s",
                "load: us per event", "engine: us per event", "engine late p99 ms, at most",
-               "others on the relay's core", "others on theirs"]  # fmt: skip
-    return Sheet("Load generator and engine: their own CPU, and what they reached", columns, rows)
+               "other processes on the relay's core", "on the load's cores"]  # fmt: skip
+    return Sheet("Load generator and engine: their CPU time and throughput", columns, rows)
 
 
 def _soak(results: RelayCostResults) -> Sheet:
@@ -177,11 +180,11 @@ def _checks(results: RelayCostResults) -> Sheet:
     for check in results.checks:
         sign = "<" if check.strict else "<="
         verdict = {True: "met", False: "NOT MET", None: "not measured"}[check.met]
-        rows.append([check.what, f"{sign} {check.limit:g} {check.unit}".strip(), _told(check.found), verdict])
+        rows.append([check.what, f"{sign} {check.limit:g} {check.unit}".strip(), _format(check.found), verdict])
     return Sheet("Checks", ["what", "target", "found", ""], rows)
 
 
-def _told(found: RoundSpread | None) -> str:
+def _format(found: RoundSpread | None) -> str:
     if found is None:
         return "-"
     if found.low == found.high:
@@ -196,12 +199,12 @@ def _number(value: float) -> str:
 def on_screen(results: RelayCostResults) -> RenderableType:
     parts: list[RenderableType] = []
     for sheet in sheets(results):
-        drawn = Table(box=None, pad_edge=False, header_style="bold")
+        grid = Table(box=None, pad_edge=False, header_style="bold")
         for column in sheet.columns:
-            drawn.add_column(column, overflow="fold")
+            grid.add_column(column, overflow="fold")
         for row in sheet.rows:
-            drawn.add_row(*(Text(cell, style="bold red" if cell == "NOT MET" else "") for cell in row))
-        parts += [Text(sheet.title, style="bold"), drawn, Text()]
+            grid.add_row(*(Text(cell, style="bold red" if cell == "NOT MET" else "") for cell in row))
+        parts += [Text(sheet.title, style="bold"), grid, Text()]
     return Group(*parts, *(Text(note, style="yellow") for note in notes(results)))
 
 
@@ -219,17 +222,19 @@ def markdown(results: RelayCostResults) -> str:
     for sheet in sheets(results):
         lines += ["", f"## {sheet.title}", "", _line(sheet.columns), _line(["---"] * len(sheet.columns))]
         lines += [_line(row) for row in sheet.rows]
-    if said := notes(results):
-        lines += ["", "## Notes", "", *(f"- {note}" for note in said)]
+    if remarks := notes(results):
+        lines += ["", "## Notes", "", *(f"- {note}" for note in remarks)]
     return "\n".join(lines) + "\n"
 
 
 def to_json(results: RelayCostResults) -> dict[str, Any]:
-    """No NaN: what was not measured is null."""
+    """Without NaN, which JSON does not have: missing figures are null."""
     value = {
         "schema": SCHEMA,
         **results.origin,
-        "options": {key: item for key, item in asdict(results.options).items() if key not in ("out", "peers", "trees")},
+        "options": {
+            key: item for key, item in asdict(results.options).items() if key not in ("out", "environment", "trees")
+        },
         "cores": {"relay": sorted(results.cores.relay), "load": sorted(results.cores.load)},
         "relays": {name: _relay_json(measured) for name, measured in results.measured.items()},
         "absent": dict(results.absent),

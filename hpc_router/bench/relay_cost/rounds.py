@@ -1,28 +1,29 @@
-"""Which relay is measured when. Rounds are interleaved: in each round every relay once, and each round begins with
-another one, so that whatever else the machine does hits all alike. Each begins afresh: engine, relay, connections."""
+"""The order of the measurements: in each round every relay once, each round starting with another relay.
+
+This way, changes of the machine's speed affect all relays alike. Each measurement starts a new engine and relay.
+"""
 
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 from hpc_router.bench.load.native.engine import mock_engine
 from hpc_router.bench.relay_cost.interface import Relay, RelayPlacement
 from hpc_router.bench.relay_cost.measurements import Measurement, Round
 from hpc_router.bench.relay_cost.options import RelayCostOptions
-from hpc_router.bench.relay_cost.processes import Cores, on
+from hpc_router.bench.relay_cost.processes import Cores, pinned_to
 from hpc_router.errors import LaunchError
 
-Tell = Callable[[str], None]
+ShowStep = Callable[[str], None]
+"""Displays the current step."""
 
 
 @dataclass(slots=True)
 class RelayRounds:
-    """All rounds of one relay. `broken`: why a round could not be had."""
+    """All rounds of one relay. `broken`: errors of rounds that were not measured. `soak`: (requests, MiB) points."""
 
     relay: Relay
     version: str
@@ -32,56 +33,48 @@ class RelayRounds:
 
     @property
     def failed(self) -> int:
+        """Number of failed rounds, requests and streams."""
         return len(self.broken) + sum(sum(one.failed.values()) for one in self.rounds.values())
 
 
-def measure_all(relays: Sequence[Relay], options: RelayCostOptions, cores: Cores, tell: Tell) -> list[RelayRounds]:
+def measure_all(relays: Sequence[Relay], options: RelayCostOptions, cores: Cores, show: ShowStep) -> list[RelayRounds]:
     found = [RelayRounds(relay, relay.version()) for relay in relays]
-    with private_folder() as folder, on(cores.load):
+    # A short name, because the paths of unix sockets are limited.
+    with tempfile.TemporaryDirectory(prefix="hr-bench-", ignore_cleanup_errors=True) as name, pinned_to(cores.load):
+        folder = Path(name)
         for number in range(options.rounds):
-            turn = number % len(found)
-            for measured in found[turn:] + found[:turn]:
-                _one(measured, options, cores, folder, tell, number=number)
+            first = number % len(found)
+            for measured in found[first:] + found[:first]:
+                _measure(measured, options, cores, folder, show, number=number)
         if options.soak:
             for measured in found:
                 if measured.relay.name == "router":
-                    _one(measured, options, cores, folder, tell, number=None)
+                    _measure(measured, options, cores, folder, show, number=None)
     return found
 
 
-def _one(
-    measured: RelayRounds, options: RelayCostOptions, cores: Cores, folder: Path, tell: Tell, *, number: int | None
+def _measure(
+    measured: RelayRounds, options: RelayCostOptions, cores: Cores, folder: Path, show: ShowStep, *, number: int | None
 ) -> None:
-    """A round; the soak where it has no number."""
+    """Measures one round of a relay, or its soak if `number` is None."""
     relay = measured.relay
-    where = "soak" if number is None else f"round {number + 1} of {options.rounds}"
+    label = f"{'soak' if number is None else f'round {number + 1} of {options.rounds}'}, {relay.name}"
     place = folder / relay.name
     place.mkdir()
     try:
         with mock_engine(place, rate=options.rate, socket=place / "engine" if relay.behind_socket else None) as engine:
-            tell(f"{where}, {relay.name}: starting")
+            show(f"{label}: starting")
             with relay.started(RelayPlacement(engine, place, cores.relay)) as started:
-                told = Measurement(
-                    options, relay, started, engine, place, cores, partial(_tell, tell, where, relay.name)
+                measurement = Measurement(
+                    options, relay, started, engine, place, cores, lambda text: show(f"{label}: {text}")
                 )
                 if number is None:
-                    measured.soak = told.soak(options.soak)
-                    measured.broken += [f"{what}, {count} times" for what, count in told.round.failed.items()]
+                    measured.soak = measurement.soak(options.soak)
+                    measured.broken += [f"{what}, {count} times" for what, count in measurement.round.failed.items()]
                 else:
-                    measured.rounds[number] = told.all()
+                    measured.rounds[number] = measurement.all()
     except LaunchError as error:
         measured.broken.append(str(error))
         sys.stderr.write(f"hpc-router: {relay.name}: {error}\n")
     finally:
         shutil.rmtree(place, ignore_errors=True)
-
-
-def _tell(tell: Tell, where: str, name: str, text: str) -> None:
-    tell(f"{where}, {name}: {text}")
-
-
-@contextmanager
-def private_folder() -> Iterator[Path]:
-    """For sockets, configurations, tokens and records; short, as a socket's path must be."""
-    with tempfile.TemporaryDirectory(prefix="hr-bench-", ignore_cleanup_errors=True) as made:
-        yield Path(made)

@@ -1,4 +1,4 @@
-"""Figures of several rounds: the median, and between what it lay. A ratio is taken within a round, then the median."""
+"""Figures over several rounds: median, minimum and maximum. Ratios are computed per round, before the median."""
 
 import math
 import statistics
@@ -11,13 +11,15 @@ from hpc_router.bench.relay_cost.rounds import RelayRounds
 
 @dataclass(frozen=True, slots=True)
 class RoundSpread:
+    """Median, minimum and maximum over the rounds."""
+
     median: float
     low: float
     high: float
 
     @classmethod
     def of(cls, values: Iterable[float]) -> Self | None:
-        """None where nothing was measured."""
+        """None without a finite value."""
         known = [value for value in values if math.isfinite(value)]
         return cls(statistics.median(known), min(known), max(known)) if known else None
 
@@ -27,7 +29,7 @@ def spread(measured: RelayRounds, name: str) -> RoundSpread | None:
 
 
 def across(many: Sequence[tuple[RelayRounds | None, str]], combine: Callable[..., float]) -> RoundSpread | None:
-    """`combine` of these figures, round by round; None where one of them is in no round."""
+    """The spread of `combine(*figures)` per round, for rounds that have all figures; None without such a round."""
     values = []
     for number in _rounds(many):
         found = [measured.rounds[number].figures.get(name) for measured, name in many if measured is not None]
@@ -45,7 +47,8 @@ def difference(more: float, less: float) -> float:
 
 
 def slope_per_million(points: Sequence[tuple[int, float]]) -> float:
-    """Of a line through (requests, MiB), by least squares, without the first point: what a first use loads stays."""
+    """Least-squares slope of (requests, MiB) points, in MiB per million requests. The first point is left out,
+    because the first requests also load code and fill caches."""
     used = list(points[1:]) if len(points) > 2 else list(points)
     if len(used) < 2:
         return math.nan

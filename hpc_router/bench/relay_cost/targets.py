@@ -1,4 +1,4 @@
-"""What the router is to reach, against what was measured. A check without its figures says what it lacks."""
+"""Limits that this router must keep, compared with the measured figures."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,12 +8,12 @@ from hpc_router.bench.relay_cost.rounds import RelayRounds
 from hpc_router.bench.relay_cost.statistics import RoundSpread, across, difference, ratio, slope_per_million, spread
 
 SAME_COST = 1.25
-"""Above this, a long prompt costs more to classify than a shorter one."""
+"""Above this ratio, classifying a long prompt counts as more expensive than classifying a short one."""
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """`found` lies at or below `limit`, or below it where `strict`. `met` is None where it was not measured."""
+    """The median of `found` must be at most `limit`, or below it if `strict`. `met`: None if it was not measured."""
 
     what: str
     limit: float

@@ -1,7 +1,7 @@
-"""This router as a user starts it: a run directory, endpoints in its registry, `python -m launch.router`.
+"""This router as a relay under test: a run directory, endpoints in its registry, and `python -m launch.router`.
 
-Its policy is the classifier of `topology=sim`, trained from the packaged exemplars; requests that name their model are
-not classified, those for `auto` are. There is nothing for a control loop to keep up, so none runs beside it.
+Its policy is the classifier of `topology=sim`, trained from the packaged exemplars. Only requests for `auto` are
+classified. No control loop runs beside it, because it would have nothing to do.
 """
 
 import os
@@ -15,74 +15,76 @@ from typing import Final
 
 import hpc_router
 from hpc_router.bench.load.native.engine import NAMES
+from hpc_router.bench.provenance import ROOT
 from hpc_router.bench.relay_cost import requests
-from hpc_router.bench.relay_cost.interface import START_S, Relay, RelayPlacement, StartedRelay, answers, last_words
-from hpc_router.bench.relay_cost.processes import ProcessGroup, group, on
-from hpc_router.errors import LaunchError
+from hpc_router.bench.relay_cost.interface import (
+    START_TIMEOUT_S,
+    Relay,
+    RelayPlacement,
+    StartedRelay,
+    check_starting,
+    serves,
+)
+from hpc_router.bench.relay_cost.processes import ProcessGroup, pinned_to, process_group
 from hpc_router.state import registry
 from hpc_router.state.registry import Reader, Record, RecordKind, State, leading_router
 from hpc_router.state.run_directory import RunDir, make_run
 
 CAPACITY: Final = 100_000
-HERE: Final = Path(hpc_router.__file__).parents[1]
 OPTIONS: Final = ("topology=sim", "policy=classifier", "router.host=127.0.0.1", "router.reconcile=false")
 
 
 @dataclass(frozen=True, slots=True)
-class ThisRouter:
-    """External endpoints: the engine is the next hop."""
+class ThisRouter(Relay):
+    """The router in front of the engine, which is registered as external endpoints."""
 
     name: str = "router"
     classifies: bool = True
-    hops: int = 1
-    behind_socket: bool = False
-    tree: Path = HERE  # another checkout, to be measured beside this one
-    workers: int = 1  # all on the relay's core
-
-    def absent(self) -> str | None:
-        return None
+    tree: Path = ROOT  # checkout of the code, if not this one
+    workers: int = 1  # router processes, all on the relay's core
 
     def version(self) -> str:
-        return hpc_router.__version__ if self.tree == HERE else ""
+        return hpc_router.__version__ if self.tree == ROOT else ""
 
     @contextmanager
-    def started(self, site: RelayPlacement) -> Iterator[StartedRelay]:
-        run = make_run(site.folder / "run")
+    def started(self, placement: RelayPlacement) -> Iterator[StartedRelay]:
+        run = make_run(placement.folder / "run")
         for expert in NAMES:
-            registry.publish(run.registry, _external(expert, f"http://127.0.0.1:{site.engine.port}"))
-        with group() as processes:
-            with on(site.cores):
-                processes.start(router_argv(run, workers=self.workers), log=site.log, environment=_from(self.tree))
-            yield _await(run, processes, site, models=(*NAMES, "auto"))
+            registry.publish(run.registry, _external(expert, f"http://127.0.0.1:{placement.engine.port}"))
+        with process_group() as processes:
+            with pinned_to(placement.cores):
+                processes.start(
+                    router_argv(run, workers=self.workers), log=placement.log, environment=_environment(self.tree)
+                )
+            yield _wait_until_serving(run, processes, placement, models=(*NAMES, "auto"))
 
 
 @dataclass(frozen=True, slots=True)
-class RouterAndAgent:
-    """An agent's data path between the two, on the same core; behind it the engine's socket."""
+class RouterAndAgent(Relay):
+    """The router, then an agent's data path on the same core, then the engine's unix socket."""
 
     name: str = "router+agent"
-    classifies: bool = False
     hops: int = 2
     behind_socket: bool = True
-
-    def absent(self) -> str | None:
-        return None
 
     def version(self) -> str:
         return hpc_router.__version__
 
     @contextmanager
-    def started(self, site: RelayPlacement) -> Iterator[StartedRelay]:
-        run = make_run(site.folder / "run")
-        assert site.engine.socket is not None
-        with group() as processes:
-            with on(site.cores):
-                processes.start(agent_argv(run, site.engine.socket), log=site.log, environment=_from(HERE))
-                processes.start(router_argv(run), log=site.log, environment=_from(HERE))
-            yield _await(run, processes, site, models=(requests.MODEL,))
+    def started(self, placement: RelayPlacement) -> Iterator[StartedRelay]:
+        run = make_run(placement.folder / "run")
+        assert placement.engine.socket is not None
+        with process_group() as processes:
+            with pinned_to(placement.cores):
+                processes.start(
+                    agent_argv(run, placement.engine.socket), log=placement.log, environment=_environment(ROOT)
+                )
+                processes.start(router_argv(run), log=placement.log, environment=_environment(ROOT))
+            yield _wait_until_serving(run, processes, placement, models=(requests.MODEL,))
 
 
-def ours(trees: Mapping[str, Path] | None = None) -> list[Relay]:
+def this_router(trees: Mapping[str, Path] | None = None) -> list[Relay]:
+    """Its variants as relays. `trees`: other checkouts of the router, by name."""
     others = [ThisRouter(name=name, tree=tree) for name, tree in (trees or {}).items()]
     return [ThisRouter(), ThisRouter(name="router-2-workers", classifies=False, workers=2), RouterAndAgent(), *others]
 
@@ -93,11 +95,12 @@ def router_argv(run: RunDir, *, workers: int = 1) -> list[str]:
 
 def agent_argv(run: RunDir, socket: Path) -> list[str]:
     replica = registry.replica_name(requests.MODEL, 0, 1)
-    words = ["--run", str(run.path), "--replica", replica, "--socket", str(socket)]
-    return [sys.executable, "-m", "hpc_router.bench.relay_cost.agent_relay_only", *words]
+    arguments = ["--run", str(run.path), "--replica", replica, "--socket", str(socket)]
+    return [sys.executable, "-m", "hpc_router.bench.relay_cost.agent_relay_only", *arguments]
 
 
-def _from(tree: Path) -> dict[str, str]:
+def _environment(tree: Path) -> dict[str, str]:
+    """Environment in which Python imports the packages of that checkout."""
     before = os.environ.get("PYTHONPATH")
     return {"PYTHONPATH": f"{tree}{os.pathsep}{before}" if before else str(tree)}
 
@@ -113,20 +116,19 @@ def _external(expert: str, url: str) -> Record:
     )
 
 
-def _await(run: RunDir, processes: ProcessGroup, site: RelayPlacement, *, models: tuple[str, ...]) -> StartedRelay:
-    """Until the router answers for all of these."""
-    deadline = time.monotonic() + START_S
-    waiting = list(models)
+def _wait_until_serving(
+    run: RunDir, processes: ProcessGroup, placement: RelayPlacement, *, models: tuple[str, ...]
+) -> StartedRelay:
+    """Blocks until the router serves all these models. Raises LaunchError."""
+    deadline = time.monotonic() + START_TIMEOUT_S
+    missing = list(models)
     while True:
         record = leading_router(Reader(run.registry).snapshot())
         if record is not None:
             started = StartedRelay(int(record.url.rpartition(":")[2]), processes, run.token())
-            while waiting and answers(started, waiting[0]):
-                waiting.pop(0)
-            if not waiting:
+            while missing and serves(started, missing[0]):
+                missing.pop(0)
+            if not missing:
                 return started
-        if processes.died():
-            raise LaunchError(f"it ended while starting: {last_words(site.log)}")
-        if time.monotonic() > deadline:
-            raise LaunchError(f"it does not serve within {START_S:g} s: {last_words(site.log)}")
+        check_starting(processes, placement.log, deadline)
         time.sleep(0.05)

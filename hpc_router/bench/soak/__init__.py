@@ -1,6 +1,6 @@
-"""`hpc-router bench soak`: traffic over a deployment of its own that is struck again and again, and what that cost.
+"""`hpc-router bench soak`: load on a deployment whose processes are killed on a schedule.
 
-A deployment on this machine is brought up, loaded with short requests and streams, and its processes are killed on a
-schedule. Every request that failed is held against the strikes: a stream in flight on a killed replica may end in an
-error event, a connection of a killed worker may break; nothing else may fail.
+The benchmark brings a deployment up on this machine, loads it with short requests and streams, and injects faults.
+Faults explain only two kinds of failure: an error event in a stream that was in flight on a killed replica, and a
+broken connection to a killed worker. Any other failed request fails the soak.
 """

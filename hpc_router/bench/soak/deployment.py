@@ -1,9 +1,9 @@
-"""The deployment that is struck: brought up and taken down by the command line, as anybody would, and looked at.
+"""The deployment of a soak: brought up and taken down with the command line, observed over HTTP, its processes killed.
 
-It lies in a folder of its own with a short name, so that sockets fit; the folder goes with it unless it is to be kept.
+Its run directory lies in a temporary folder with a short name, because the path of a unix socket is limited to 107
+bytes. The folder is removed with the deployment, unless it is to be kept for its logs.
 """
 
-import http.client
 import json
 import os
 import shutil
@@ -17,39 +17,39 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
-from urllib.parse import urlsplit
 
 import psutil
 
 from hpc_router.bench.soak.options import FaultTarget
-from hpc_router.bench.soak.verdict import Struck
+from hpc_router.bench.soak.verdict import InjectedFault
 from hpc_router.errors import LaunchError
+from hpc_router.net.http_client import Unreachable, ask
 from hpc_router.state.run_directory import RunDir
 
-START_S: Final = 300.0
-ASK_S: Final = 5.0
+COMMAND_TIMEOUT_S: Final = 300.0
+HTTP_TIMEOUT_S: Final = 5.0
 
 
 @dataclass(slots=True)
 class SoakDeployment:
+    """`router`: name of its router replica. `keep`: whether its folder is kept."""
+
     run: RunDir
-    host: str
-    port: int
+    url: str
     token: str
     router: str
     keep: bool = False
-    _seen: dict[str, Any] | None = None  # what it said last
-    _struck: dict[str, int] = field(default_factory=dict)  # by name, in what order
+    _last_status: dict[str, Any] | None = None
+    _killed: dict[str, int] = field(default_factory=dict)  # name of each killed process -> its number in order
 
     def status(self) -> dict[str, Any] | None:
-        """None when it does not answer just now."""
-        text = self._get("/status")
-        value = None if text is None else json.loads(text)
-        self._seen = value or self._seen
-        return value if isinstance(value, dict) else None
+        """The router's `/status`; None if it does not respond."""
+        status = self._get("/status")
+        self._last_status = status or self._last_status
+        return status if isinstance(status, dict) else None
 
     def gauges(self) -> dict[str, float] | None:
-        """What must be zero when nobody asks for anything."""
+        """The gauges that must be zero without requests; None if the router does not respond."""
         text = self._get("/metrics")
         if text is None:
             return None
@@ -60,29 +60,29 @@ class SoakDeployment:
             if name.partition("{")[0].endswith(("requests_in_flight", "requests_waiting"))
         }
 
-    def strike(self, target: FaultTarget) -> Struck | None:
-        """Kill the one of these whose turn it is, by what was seen last. None: there is none to be killed now."""
-        status = self._seen or self.status()
+    def inject(self, target: FaultTarget) -> InjectedFault | None:
+        """Kills the least recently killed process of that kind; None if no process can be killed now."""
+        status = self._last_status or self.status()
         if status is None:
             return None
         pids = self.replicas(status) if target is FaultTarget.REPLICA else self.processes(status, target)
         if not pids:
             return None
-        name = whose_turn(pids, self._struck)
-        self._struck[name] = len(self._struck)
-        struck = Struck(target, name, time.monotonic_ns())
+        name = least_recently_killed(pids, self._killed)
+        self._killed[name] = len(self._killed)
+        fault = InjectedFault(target, name, time.monotonic_ns())
         with suppress(ProcessLookupError):
             os.kill(pids[name], signal.SIGKILL)
-            return struck
+            return fault
         return None
 
     def replicas(self, status: dict[str, Any]) -> dict[str, int]:
-        """The agents of those that may be killed."""
-        found = {name: self._pid(name) for name in spare(status["experts"], struck=self._struck)}
+        """Process ids of the agents that may be killed, by replica."""
+        found = {name: self._pid(name) for name in killable(status["experts"], killed=self._killed)}
         return {name: pid for name, pid in found.items() if pid is not None}
 
     def processes(self, status: dict[str, Any], target: FaultTarget | None = None) -> dict[str, int]:
-        """Those of the router, or of one kind, by name."""
+        """Process ids of the router's processes, all or of one kind, by name."""
         workers = [worker for worker in status["router"].get("workers") or () if worker.get("serving")]
         found = {f"worker {worker['worker']}": worker["pid"] for worker in workers}
         control = {"control": pid} if (pid := (status["router"].get("control") or {}).get("pid")) else {}
@@ -94,6 +94,7 @@ class SoakDeployment:
         return found | control | ({} if main is None else {"router": main})
 
     def _pid(self, replica: str) -> int | None:
+        """Process id from the replica's job record, if that process still belongs to this run."""
         try:
             progress = json.loads((self.run.jobs / replica / "progress.json").read_text())
             pid = int(progress["pid"])
@@ -101,63 +102,60 @@ class SoakDeployment:
         except (OSError, ValueError, KeyError, TypeError, psutil.Error):
             return None
 
-    def _get(self, path: str) -> str | None:
-        connection = http.client.HTTPConnection(self.host, self.port, timeout=ASK_S)
+    def _get(self, path: str) -> Any:
+        """Parsed JSON or text of a response with status 200; None without one."""
         try:
-            connection.request("GET", path, headers={"authorization": f"Bearer {self.token}"})
-            response = connection.getresponse()
-            text = response.read().decode()
-            return text if response.status == 200 else None
-        except (OSError, http.client.HTTPException):
+            response = ask("GET", f"{self.url}{path}", token=self.token, timeout_s=HTTP_TIMEOUT_S)
+        except Unreachable:
             return None
-        finally:
-            connection.close()
+        return response.body if response.status == 200 else None
 
 
-def spare(experts: Mapping[str, Any], *, struck: Collection[str]) -> list[str]:
-    """The replicas that are ready, and not the last of their expert; the router may not know yet who was struck."""
+def killable(experts: Mapping[str, Any], *, killed: Collection[str]) -> list[str]:
+    """The ready replicas of every expert that has more than one. Replicas in `killed` do not count as ready: the router
+    may not have noticed yet."""
     found = []
     for expert in experts.values():
-        ready = [r["replica"] for r in expert["replicas"] if r["state"] == "ready" and r["replica"] not in struck]
+        ready = [r["replica"] for r in expert["replicas"] if r["state"] == "ready" and r["replica"] not in killed]
         found += ready if len(ready) > 1 else []
     return found
 
 
-def whose_turn(names: Collection[str], struck: Mapping[str, int]) -> str:
-    """Where nobody was struck, or not for longest: a generation takes the place of the one before."""
+def least_recently_killed(names: Collection[str], killed: Mapping[str, int]) -> str:
+    """The process whose slot was never killed, or longest ago; all generations of a replica share a slot."""
     last: dict[str, int] = {}
-    for name, order in struck.items():
-        last[_place(name)] = max(order, last.get(_place(name), -1))
-    return min(sorted(names), key=lambda name: last.get(_place(name), -1))
+    for name, order in killed.items():
+        last[_slot(name)] = max(order, last.get(_slot(name), -1))
+    return min(sorted(names), key=lambda name: last.get(_slot(name), -1))
 
 
-def _place(name: str) -> str:
+def _slot(name: str) -> str:
     return name.rpartition(".")[0] or name
 
 
 @contextmanager
-def deployed(overrides: Sequence[str]) -> Iterator[SoakDeployment]:
-    """Up until the end of the block, with every replica. Raises LaunchError."""
+def running_deployment(overrides: Sequence[str]) -> Iterator[SoakDeployment]:
+    """A deployment with all replicas ready, which is taken down when the block ends. Raises LaunchError."""
     folder = Path(tempfile.mkdtemp(prefix="soak-"))
     run = folder / "run"
-    site: SoakDeployment | None = None
+    deployment: SoakDeployment | None = None
     try:
-        _verb("up", "--run", str(run), "--wait", "all", f"cluster.scratch={folder}", *overrides)
-        url = urlsplit(_verb("url", "--run", str(run)).strip())
-        made = RunDir(run)
-        router = json.loads(_verb("status", "--run", str(run), "--json"))["router"]["replica"]
-        site = SoakDeployment(made, url.hostname or "", url.port or 0, made.token(), router)
-        yield site
+        _cli("up", "--run", str(run), "--wait", "all", f"cluster.scratch={folder}", *overrides)
+        url = _cli("url", "--run", str(run)).strip()
+        run_dir = RunDir(run)
+        router = json.loads(_cli("status", "--run", str(run), "--json"))["router"]["replica"]
+        deployment = SoakDeployment(run_dir, url, run_dir.token(), router)
+        yield deployment
     finally:
         if run.exists():
-            _verb("down", "--run", str(run), check=False)
-        if site is None or not site.keep:
+            _cli("down", "--run", str(run), check=False)
+        if deployment is None or not deployment.keep:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _verb(*words: str, check: bool = True) -> str:
-    argv = [sys.executable, "-m", "hpc_router.cli", *words]
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=START_S, check=False)
+def _cli(*arguments: str, check: bool = True) -> str:
+    argv = [sys.executable, "-m", "hpc_router.cli", *arguments]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=COMMAND_TIMEOUT_S, check=False)
     if check and done.returncode:
-        raise LaunchError(f"hpc-router {words[0]} failed: {done.stderr.strip()[-2000:]}")
+        raise LaunchError(f"hpc-router {arguments[0]} failed: {done.stderr.strip()[-2000:]}")
     return done.stdout

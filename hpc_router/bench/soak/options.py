@@ -1,4 +1,4 @@
-"""What `hpc-router bench soak` was asked for, and when it will strike at what. Pure."""
+"""Options of `hpc-router bench soak`, and the schedule of the faults it injects. Pure."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,26 +9,28 @@ from typing import Final, Self
 from hpc_router.bench.load.native.load import MAX_CONNECTIONS
 from hpc_router.errors import ConfigError
 
-CALM_S: Final = 5.0
-"""At the end nothing is struck, so that what was struck last is back."""
+FAULT_FREE_S: Final = 5.0
+"""No faults are injected at the end, so that the last killed process is replaced by then."""
 
 
 class FaultTarget(StrEnum):
+    """The kind of process that a fault kills."""
+
     REPLICA = "replica"
     WORKER = "worker"
     CONTROL = "control"
 
 
 @dataclass(frozen=True, slots=True)
-class Strikes:
-    """At one kind of process: the first after `first_s`, then every `every_s`; None: once."""
+class FaultSchedule:
+    """Faults on one kind of process: the first after `first_s`, then one every `every_s` (None: only the first)."""
 
     target: FaultTarget
     first_s: float
     every_s: float | None
 
     def times(self, seconds: float) -> list[float]:
-        end = seconds - CALM_S
+        end = seconds - FAULT_FREE_S
         if self.every_s is None:
             return [self.first_s] if self.first_s <= end else []
         return [at for n in range(int(seconds / self.every_s) + 1) if (at := self.first_s + n * self.every_s) <= end]
@@ -36,45 +38,41 @@ class Strikes:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SoakOptions:
-    """`rate`: short requests per second; `streams`: open at any time. `strikes` None: the usual ones."""
+    """`rate`: short requests per second. `streams`: number of open streams. `faults`: None for the default faults."""
 
     seconds: float = 60.0
     rate: float = 100.0
     streams: int = 200
     workers: int = 2
-    strikes: Sequence[Strikes] | None = None
+    faults: Sequence[FaultSchedule] | None = None
     seed: int = 0
     out: Path
 
     def checked(self) -> Self:
         """Raises ConfigError."""
-        if not 1 <= self.seconds <= 86_400:
-            raise ConfigError(f"--seconds {self.seconds:g}: between 1 and 86400")
-        if not 1 <= self.rate <= 10_000:
-            raise ConfigError(f"--rate {self.rate:g}: between 1 and 10000 requests per second")
-        if not 1 <= self.streams <= MAX_CONNECTIONS:
-            raise ConfigError(f"--streams {self.streams}: between 1 and {MAX_CONNECTIONS} fit on one machine")
-        if not 1 <= self.workers <= 64:
-            raise ConfigError(f"--workers {self.workers}: between 1 and 64")
+        limits = {"seconds": 86_400, "rate": 10_000, "streams": MAX_CONNECTIONS, "workers": 64}
+        for name, high in limits.items():
+            if not 1 <= (value := getattr(self, name)) <= high:
+                raise ConfigError(f"--{name} {value:g}: between 1 and {high}")
         return self
 
     def schedule(self) -> list[tuple[float, FaultTarget]]:
-        """When what is struck, in seconds from the start of the load."""
-        strikes = usual(self.seconds) if self.strikes is None else self.strikes
-        return sorted((at, one.target) for one in strikes for at in one.times(self.seconds))
+        """All faults in order of time, in seconds from the start of the load."""
+        faults = default_faults(self.seconds) if self.faults is None else self.faults
+        return sorted((at, one.target) for one in faults for at in one.times(self.seconds))
 
 
-def usual(seconds: float) -> list[Strikes]:
+def default_faults(seconds: float) -> list[FaultSchedule]:
     """A replica every 5 s, a worker every minute, the control process once."""
     return [
-        Strikes(FaultTarget.REPLICA, 5.0, 5.0),
-        Strikes(FaultTarget.WORKER, 20.0, 60.0),
-        Strikes(FaultTarget.CONTROL, seconds / 2 + 2.0, None),
+        FaultSchedule(FaultTarget.REPLICA, 5.0, 5.0),
+        FaultSchedule(FaultTarget.WORKER, 20.0, 60.0),
+        FaultSchedule(FaultTarget.CONTROL, seconds / 2 + 2.0, None),
     ]
 
 
-def strikes_of(text: str) -> Strikes | None:
-    """`replica=5`, `worker=60`, `control=once`; None for `none`. Raises ConfigError."""
+def parse_fault(text: str) -> FaultSchedule | None:
+    """Parses `replica=5`, `worker=60` or `control=once`; `none` gives None. Raises ConfigError."""
     if text == "none":
         return None
     name, _, every = text.partition("=")
@@ -83,7 +81,7 @@ def strikes_of(text: str) -> Strikes | None:
         every_s = None if every == "once" else float(every)
         target = FaultTarget(name)
     except ValueError as error:
-        raise ConfigError(f"--strike {text}: not understood (valid: {valid})") from error
+        raise ConfigError(f"--strike {text}: invalid (valid: {valid})") from error
     if every_s is not None and not every_s >= 1:
-        raise ConfigError(f"--strike {text}: at most once a second (valid: {valid})")
-    return Strikes(target, every_s or CALM_S, every_s)
+        raise ConfigError(f"--strike {text}: SECONDS must be at least 1 (valid: {valid})")
+    return FaultSchedule(target, every_s or FAULT_FREE_S, every_s)

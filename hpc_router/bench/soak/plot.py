@@ -1,6 +1,6 @@
-"""Series over time as an SVG file: panels one above the other, with the strikes as lines through all of them.
+"""Time series as an SVG file: panels one above the other, with vertical lines at given moments through all of them.
 
-By hand, because the base installation has no plotting library. It knows no soak: names, numbers and colours.
+Written by hand, because the base installation has no plotting library. Knows nothing of soaks.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,14 +18,14 @@ Points = Sequence[tuple[float, float]]
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """Lines by name, all from zero."""
+    """Lines by name; the y axis starts at zero."""
 
     title: str
     lines: Mapping[str, Points]
 
 
 def svg(title: str, panels: Sequence[Panel], *, seconds: float, marks: Mapping[str, Sequence[float]]) -> str:
-    """`marks`: moments, by kind."""
+    """`marks`: moments of the vertical lines in seconds, by their label."""
     height = _TOP + len(panels) * (_PANEL + _GAP) + 20
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}" font-family="sans-serif" '
@@ -34,7 +34,7 @@ def svg(title: str, panels: Sequence[Panel], *, seconds: float, marks: Mapping[s
     ]
     for number, (kind, moments) in enumerate(marks.items()):
         colour = _MARKS[number % len(_MARKS)]
-        parts.append(f'<text x="{_LEFT + 160 * number}" y="33" fill="{colour}">| {escape(kind)} struck</text>')
+        parts.append(f'<text x="{_LEFT + 160 * number}" y="33" fill="{colour}">| {escape(kind)}</text>')
         for at in moments:
             x = _x(at, seconds)
             parts.append(f'<path d="M{x:.1f} {_TOP}V{height - 30}" stroke="{colour}" stroke-width="0.7"/>')

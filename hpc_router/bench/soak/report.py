@@ -1,4 +1,4 @@
-"""What a soak found, as JSON, as Markdown and as a plot; all made of the same value."""
+"""The results of a soak as JSON, as Markdown and as a plot."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -10,19 +10,19 @@ import numpy as np
 from hpc_router.bench.load.native.records import Error, Table
 from hpc_router.bench.soak.options import FaultTarget, SoakOptions
 from hpc_router.bench.soak.plot import Panel, svg
-from hpc_router.bench.soak.verdict import NS, FailedRequest, Flat, Sample, Struck
+from hpc_router.bench.soak.verdict import NS, FailedRequest, GrowthCheck, InjectedFault, Sample
 
 SCHEMA: Final = 1
 
 
 def jain(counts: Sequence[int]) -> float:
-    """1 where all have the same, 1/n where one has all."""
+    """Jain's fairness index: 1 if all counts are equal, 1/n if one of n counts has everything."""
     return sum(counts) ** 2 / (len(counts) * sum(count * count for count in counts))
 
 
 @dataclass(frozen=True, slots=True)
 class LoadSummary:
-    """One of the loads. `recovered`: requests sent again over a new connection, as theirs had been closed."""
+    """The requests of one load. `labels`: the replicas that its records number from 1."""
 
     name: str
     requests: Table
@@ -32,11 +32,11 @@ class LoadSummary:
 
     @property
     def answered(self) -> int:
-        return int((self.requests["error"] == Error.NONE).sum())
+        return len(self._answered)
 
     @property
     def served(self) -> dict[str, Counter[str]]:
-        """Requests by the expert that answered and its replicas; generations count as one."""
+        """Succeeded requests per expert and replica slot; all generations of a replica share a slot."""
         found: dict[str, Counter[str]] = {}
         for label, count in zip(*np.unique(self._answered["label"], return_counts=True), strict=True):
             if 0 < label <= len(self.labels):
@@ -46,16 +46,16 @@ class LoadSummary:
 
     @property
     def moved_share(self) -> float:
-        """Of the requests whose conversation was answered before: how many were not where most of it was."""
+        """Share of the later requests of conversations that did not go to the conversation's main replica."""
         pairs, counts = np.unique(self._answered[["prompt", "label"]], return_counts=True)
         most: dict[int, int] = {}
-        all_: dict[int, int] = {}
+        total: dict[int, int] = {}
         for pair, count in zip(pairs, counts, strict=True):
             prompt = int(pair["prompt"])
             most[prompt] = max(most.get(prompt, 0), int(count))
-            all_[prompt] = all_.get(prompt, 0) + int(count)
-        later = sum(count - 1 for count in all_.values())
-        return round(sum(all_[prompt] - most[prompt] for prompt in all_) / later, 4) if later else 0.0
+            total[prompt] = total.get(prompt, 0) + int(count)
+        later = sum(count - 1 for count in total.values())
+        return round(sum(total[prompt] - most[prompt] for prompt in total) / later, 4) if later else 0.0
 
     @property
     def _answered(self) -> Table:
@@ -63,7 +63,7 @@ class LoadSummary:
         return answered
 
     def to_json(self) -> dict[str, Any]:
-        done = self.requests[self.requests["error"] == Error.NONE]
+        done = self._answered
         first = (done["first_byte"] - done["due"]) / 1e6
         shares = {f"first_byte_ms_p{p:g}": round(float(np.percentile(first, p)), 2) for p in (50, 90, 99, 99.9)}
         return {
@@ -79,13 +79,14 @@ class LoadSummary:
 
 @dataclass(frozen=True, slots=True)
 class SoakResults:
-    """`complaints`: why it failed; none: it passed. `origin`: versions, machine, git state, command, time."""
+    """`complaints`: reasons why the soak failed, empty if it passed. `idle_fds`: descriptors before and after the load.
+    `origin`: versions, hardware, git state, command and time."""
 
     options: SoakOptions
     parts: Sequence[LoadSummary]
-    struck: Sequence[Struck]
+    faults: Sequence[InjectedFault]
     samples: Sequence[Sample]
-    flats: Sequence[Flat]
+    growth: Sequence[GrowthCheck]
     gauges: Mapping[str, float] | None
     idle_fds: tuple[int, int] | None
     begun_ns: int
@@ -96,8 +97,9 @@ class SoakResults:
     def failed(self) -> bool:
         return bool(self.complaints)
 
-    def struck_at(self, strike: Struck) -> float:
-        return (strike.at_ns - self.begun_ns) / NS
+    def seconds_of(self, fault: InjectedFault) -> float:
+        """Seconds from the start of the load."""
+        return (fault.at_ns - self.begun_ns) / NS
 
 
 def to_json(results: SoakResults) -> dict[str, Any]:
@@ -110,21 +112,21 @@ def to_json(results: SoakResults) -> dict[str, Any]:
         "loads": {part.name: part.to_json() for part in results.parts},
         "failures": [asdict(one) for part in results.parts for one in part.failures],
         "struck": [
-            {"target": one.target.value, "name": one.name, "at_s": round(results.struck_at(one), 3)}
-            for one in results.struck
+            {"target": one.target.value, "name": one.name, "at_s": round(results.seconds_of(one), 3)}
+            for one in results.faults
         ],
         "gauges_at_the_end": results.gauges,
         "descriptors_idle": None if results.idle_fds is None else dict(zip(("before", "after"), results.idle_fds)),  # noqa: B905
-        "flat": [asdict(one) for one in results.flats],
+        "flat": [asdict(one) for one in results.growth],
         "samples": [asdict(one) for one in results.samples],
         "provenance": dict(results.origin),
     }
 
 
 def markdown(results: SoakResults, *, plot: str) -> str:
-    """`plot`: the name of its file."""
-    options, counted = results.options, Counter(one.target for one in results.struck)
-    strikes = ", ".join(f"{counted[target]} x {target}" for target in FaultTarget if counted[target]) or "none"
+    """`plot`: file name of the plot."""
+    options, counted = results.options, Counter(one.target for one in results.faults)
+    killed = ", ".join(f"{counted[target]} x {target}" for target in FaultTarget if counted[target]) or "none"
     ready = [one.ready for one in results.samples if one.ready is not None]
     lines = [
         f"# Soak: {'passed' if not results.failed else 'FAILED'}",
@@ -133,21 +135,25 @@ def markdown(results: SoakResults, *, plot: str) -> str:
         f"{results.origin['hardware']['cpu']}; simulated engines.",
         "",
         f"{options.seconds:g} s of {options.rate:g} short requests per second and {options.streams} streams through "
-        f"{options.workers} workers; killed: {strikes}.",
+        f"{options.workers} workers; killed: {killed}.",
         "",
         "| load | requests | answered | failed | first byte p50 / p99 / p99.9 ms |",
         "|---|---|---|---|---|",
     ]
     for part in results.parts:
-        told = part.to_json()
-        latency = " / ".join(f"{told.get(f'first_byte_ms_p{p}', 0):g}" for p in ("50", "99", "99.9"))
-        lines.append(f"| {part.name} | {told['requests']} | {told['answered']} | {len(part.failures)} | {latency} |")
+        summary = part.to_json()
+        latency = " / ".join(f"{summary.get(f'first_byte_ms_p{p}', 0):g}" for p in ("50", "99", "99.9"))
+        lines.append(
+            f"| {part.name} | {summary['requests']} | {summary['answered']} | {len(part.failures)} | {latency} |"
+        )
     causes = Counter((one.cause, one.allowed is not None) for part in results.parts for one in part.failures)
     if causes:
         lines += ["", "| failures | number | allowed |", "|---|---|---|"]
-        lines += [f"| {cause} | {n} | {'yes' if may else '**no**'} |" for (cause, may), n in sorted(causes.items())]
-    lines += ["", "| flat | early | late | at most |", "|---|---|---|---|"]
-    lines += [f"| {one.what} | {one.early:g} | {one.late:g} | {one.most:g} |" for one in results.flats]
+        lines += [
+            f"| {cause} | {n} | {'yes' if allowed else '**no**'} |" for (cause, allowed), n in sorted(causes.items())
+        ]
+    lines += ["", "| growth | early | late | at most |", "|---|---|---|---|"]
+    lines += [f"| {one.what} | {one.early:g} | {one.late:g} | {one.most:g} |" for one in results.growth]
     if ready:
         lines += ["", f"Replicas ready: {min(ready)} to {max(ready)}."]
     if results.complaints:
@@ -180,8 +186,8 @@ def plot(results: SoakResults) -> str:
         Panel("open descriptors", _by_process(samples, "fds")),
     ]
     marks: dict[str, list[float]] = {}
-    for one in results.struck:
-        marks.setdefault(one.target.value, []).append(results.struck_at(one))
+    for one in results.faults:
+        marks.setdefault(f"{one.target} killed", []).append(results.seconds_of(one))
     return svg(f"soak, {results.origin['at']}", panels, seconds=seconds, marks=marks)
 
 

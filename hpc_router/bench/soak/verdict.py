@@ -1,34 +1,35 @@
-"""Which failures the strikes explain, and whether memory and descriptors stayed flat. Pure.
+"""Judges a soak: which failures the injected faults explain, and whether memory and file descriptors grew. Pure.
 
-A stream that was in flight on a killed replica may end in an error event, and a connection of a killed worker may
-break, both at that moment. Whatever else failed was not allowed to.
+A stream in flight on a killed replica may end in an error event, and a connection of a killed worker may break, both
+shortly after the fault. No other failure is allowed.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import Any, Final
+from typing import Final
 
 from hpc_router.bench.load.native.records import Error, Table
 from hpc_router.bench.soak.options import FaultTarget
 
 NS: Final = 1e9
-SOON_S: Final = 2.0
-"""So soon after a worker's end its connections show it."""
-LOST_S: Final = 20.0
-"""So soon the streams of a replica end that nobody hears of any more; there is no other of its name."""
-BROKEN: Final = frozenset({Error.DISCONNECTED, Error.CUT, Error.UNFINISHED})
-MORE_SHARE: Final = 0.1
-MORE_MB: Final = 10.0
-MORE_FDS_SHARE: Final = 0.5
-MORE_FDS: Final = 32
-"""What is flat may end so far above where it began: the larger of the share and the amount. Under load descriptors
-follow latency, as late answers keep connections; those that leak are still there when all is over."""
+WORKER_GRACE_S: Final = 2.0
+"""Time after the kill of a worker in which its connections may break."""
+REPLICA_GRACE_S: Final = 20.0
+"""Time after the kill of a replica in which its streams may fail; the router may take that long to declare it lost."""
+BROKEN_CONNECTION: Final = frozenset({Error.DISCONNECTED, Error.CUT, Error.UNFINISHED})
+GROWTH_SHARE: Final = 0.1
+GROWTH_MB: Final = 10.0
+FDS_GROWTH_SHARE: Final = 0.5
+FDS_GROWTH: Final = 32
+"""Allowed growth of memory and of file descriptors during the load: the larger of the share and the amount. Under load
+the number of descriptors follows the latency, because slow responses keep connections open; leaked descriptors are
+still open after the load."""
 
 
 @dataclass(frozen=True, slots=True)
-class Struck:
-    """`at_ns`: CLOCK_MONOTONIC."""
+class InjectedFault:
+    """A process that was killed. `at_ns`: CLOCK_MONOTONIC."""
 
     target: FaultTarget
     name: str
@@ -37,7 +38,7 @@ class Struck:
 
 @dataclass(frozen=True, slots=True)
 class FailedRequest:
-    """`kind`: the error's name, with the status of an answer; `allowed`: why it may be; None: it may not."""
+    """`kind`: name of the error, or its HTTP status. `allowed`: the fault that explains it, None if there is none."""
 
     load: str
     at_s: float
@@ -51,9 +52,9 @@ class FailedRequest:
 
 
 def failures(
-    load: str, requests: Table, *, labels: Sequence[str], struck: Sequence[Struck], begun_ns: int
+    load: str, requests: Table, *, labels: Sequence[str], faults: Sequence[InjectedFault], begun_ns: int
 ) -> list[FailedRequest]:
-    """Of one load; `labels`: the replicas that its records number from one."""
+    """The failed requests of one load. `labels`: the replicas that its records number from 1."""
     found = []
     for row in requests[requests["error"] != Error.NONE]:
         error, label = Error(int(row["error"])), int(row["label"])
@@ -62,28 +63,31 @@ def failures(
         replica = labels[label - 1] if 0 < label <= len(labels) else None
         kind = f"http {int(row['status'])}" if error is Error.HTTP_STATUS else error.name.lower().replace("_", " ")
         begin, end = int(row["begin"]), int(row["end"])
-        why = _allowed(error, replica, begin, end, struck)
-        found.append(FailedRequest(load, (end - begun_ns) / NS, kind, replica, why))
+        explanation = _explanation(error, replica, begin, end, faults)
+        found.append(FailedRequest(load, (end - begun_ns) / NS, kind, replica, explanation))
     return found
 
 
-def _allowed(error: Error, replica: str | None, begin: int, end: int, struck: Sequence[Struck]) -> str | None:
-    for strike in struck:
-        after_s = (end - strike.at_ns) / NS
-        if after_s < 0 or begin > strike.at_ns + 0.1 * NS:
+def _explanation(
+    error: Error, replica: str | None, begin: int, end: int, faults: Sequence[InjectedFault]
+) -> str | None:
+    """The fault that explains the error of a request that was in flight from `begin` to `end` (ns)."""
+    for fault in faults:
+        after_s = (end - fault.at_ns) / NS
+        if after_s < 0 or begin > fault.at_ns + 0.1 * NS:
             continue
-        lost = strike.target is FaultTarget.REPLICA and replica == strike.name
-        if lost and error is Error.STREAM_ERROR and after_s <= LOST_S:
+        on_killed_replica = fault.target is FaultTarget.REPLICA and replica == fault.name
+        if on_killed_replica and error is Error.STREAM_ERROR and after_s <= REPLICA_GRACE_S:
             return "in flight on a killed replica"
-        if strike.target is FaultTarget.WORKER and error in BROKEN and after_s <= SOON_S:
+        if fault.target is FaultTarget.WORKER and error in BROKEN_CONNECTION and after_s <= WORKER_GRACE_S:
             return "connection of a killed worker"
     return None
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """What was seen at one moment. `ready`: replicas; None: the router did not answer. `rss_mb`, `fds`: of each of the
-    router's processes, by name."""
+    """The state of the router at one moment. `ready`: number of ready replicas, None if the router did not respond.
+    `rss_mb`, `fds`: resident memory (MiB) and file descriptors of each router process, by name."""
 
     at_s: float
     ready: int | None
@@ -94,8 +98,8 @@ class Sample:
 
 
 @dataclass(frozen=True, slots=True)
-class Flat:
-    """What a quantity was early and late in the load. `met` None: too little was seen."""
+class GrowthCheck:
+    """A quantity early and late in the load. `most`: the largest allowed late value. `met`: None without samples."""
 
     what: str
     early: float
@@ -104,34 +108,34 @@ class Flat:
     met: bool | None
 
 
-def flat(samples: Sequence[Sample], *, seconds: float) -> list[Flat]:
-    """Memory and descriptors of the whole router: once warm, and at the end of the load."""
-    whole = max((len(sample.rss_mb) for sample in samples), default=0)
-    samples = [sample for sample in samples if len(sample.rss_mb) == whole]  # a process that is missing is no saving
+def growth_checks(samples: Sequence[Sample], *, seconds: float) -> list[GrowthCheck]:
+    """Memory and descriptors of all router processes: after the warm-up, compared with the end of the load."""
+    processes = max((len(sample.rss_mb) for sample in samples), default=0)
+    samples = [sample for sample in samples if len(sample.rss_mb) == processes]  # skip samples that lack a process
     early = [sample for sample in samples if 0.2 * seconds <= sample.at_s < 0.45 * seconds]
     late = [sample for sample in samples if 0.75 * seconds <= sample.at_s <= seconds]
     return [
-        _flat(
+        _growth(
             "memory MiB",
             *([sum(s.rss_mb.values()) for s in part] for part in (early, late)),
-            more=MORE_MB,
-            share=MORE_SHARE,
+            amount=GROWTH_MB,
+            share=GROWTH_SHARE,
         ),
-        _flat(
+        _growth(
             "descriptors",
             *([float(sum(s.fds.values())) for s in part] for part in (early, late)),
-            more=MORE_FDS,
-            share=MORE_FDS_SHARE,
+            amount=FDS_GROWTH,
+            share=FDS_GROWTH_SHARE,
         ),
     ]
 
 
-def _flat(what: str, early: Sequence[float], late: Sequence[float], *, more: float, share: float) -> Flat:
+def _growth(what: str, early: Sequence[float], late: Sequence[float], *, amount: float, share: float) -> GrowthCheck:
     if not early or not late:
-        return Flat(what, 0.0, 0.0, 0.0, None)
+        return GrowthCheck(what, 0.0, 0.0, 0.0, None)
     before, after = median(early), median(late)
-    most = before + max(more, share * before)
-    return Flat(what, round(before, 1), round(after, 1), round(most, 1), after <= most)
+    most = before + max(amount, share * before)
+    return GrowthCheck(what, round(before, 1), round(after, 1), round(most, 1), after <= most)
 
 
 def complaints(
@@ -139,27 +143,25 @@ def complaints(
     unexplained: Sequence[FailedRequest],
     missed: Sequence[tuple[float, FaultTarget]],
     gauges: Mapping[str, float] | None,
-    flats: Sequence[Flat],
+    growth: Sequence[GrowthCheck],
     idle_fds: tuple[int, int] | None,
     answered: int,
 ) -> list[str]:
-    """Why the soak failed; nothing: it passed. `idle_fds`: before the load, and when all was over."""
-    said = [
-        f"not allowed to fail: {one.cause} ({one.replica or 'no replica'}, at {one.at_s:.1f} s)" for one in unexplained
+    """The reasons why the soak failed; empty if it passed.
+
+    `missed`: scheduled faults that were not injected. `idle_fds`: descriptors before the load and after its end.
+    """
+    found = [
+        f"unexplained failure: {one.cause} ({one.replica or 'no replica'}, at {one.at_s:.1f} s)" for one in unexplained
     ]
-    said += [f"nothing could be struck: {target} at {at:.0f} s" for at, target in missed]
+    found += [f"fault not injected: {target} at {at:.0f} s" for at, target in missed]
     if gauges is None:
-        said.append("the router does not answer any more")
+        found.append("the router does not respond at the end")
     else:
-        said += [f"not zero at the end: {name} = {value:g}" for name, value in gauges.items() if value]
-    said += [f"not flat: {one.what}, {one.early:g} then {one.late:g}" for one in flats if one.met is False]
-    if idle_fds is not None and idle_fds[1] > idle_fds[0] + MORE_FDS:
-        said.append(f"descriptors left open: {idle_fds[0]} before, {idle_fds[1]} at the end")
+        found += [f"not zero at the end: {name} = {value:g}" for name, value in gauges.items() if value]
+    found += [f"grew too much: {one.what}, from {one.early:g} to {one.late:g}" for one in growth if one.met is False]
+    if idle_fds is not None and idle_fds[1] > idle_fds[0] + FDS_GROWTH:
+        found.append(f"descriptors left open: {idle_fds[0]} before, {idle_fds[1]} at the end")
     if not answered:
-        said.append("nothing was answered")
-    return said
-
-
-def to_json(value: Any) -> Any:
-    """Of the records above."""
-    return {name: getattr(value, name) for name in value.__slots__}
+        found.append("no request of a load succeeded")
+    return found

@@ -14,7 +14,6 @@ from typing import Final, Protocol
 
 from hpc_router.cluster.commands.down import NoWatcher, down
 from hpc_router.cluster.commands.replica_view import DisplayedState, ReplicaView, of_experts, views
-from hpc_router.cluster.commands.signals import interrupt_event
 from hpc_router.cluster.control_loop.desired_state import desired_of, scaled, start_over
 from hpc_router.cluster.control_loop.loop import ControlLoop
 from hpc_router.cluster.launchers.interface import ROUTER, JobState
@@ -22,6 +21,7 @@ from hpc_router.cluster.launchers.select import check_reach
 from hpc_router.cluster.launchers.slurm.pending_reasons import in_words
 from hpc_router.cluster.planning.plan import Plan, make_plan, taught
 from hpc_router.cluster.planning.run_target import RunTarget, discard, latest_of
+from hpc_router.cluster.signals import interrupt_event
 from hpc_router.config.schema import Deployment
 from hpc_router.config.slurm_options import check_run_path
 from hpc_router.errors import ArtefactError, HpcRouterError, LaunchError

@@ -14,7 +14,6 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from types import FrameType
 from typing import Final
 
 from hpc_router.cluster.control_loop.desired_state import deployment_of, desired_of
@@ -25,6 +24,7 @@ from hpc_router.cluster.control_loop.reconcile import Action, Cancel, Desired, D
 from hpc_router.cluster.control_loop.slots import Observed
 from hpc_router.cluster.launchers.interface import JobState, Launcher
 from hpc_router.cluster.launchers.select import launcher_for
+from hpc_router.cluster.signals import ignored, interrupt_event
 from hpc_router.config.schema import Deployment
 from hpc_router.errors import LaunchError
 from hpc_router.state import registry
@@ -191,24 +191,16 @@ def run_loop(run: RunDir, *, while_leading: str | None = None, tied: bool = Fals
 
 @contextlib.contextmanager
 def _stop_event(*, tied: bool) -> Iterator[threading.Event]:
-    """Set by SIGTERM, SIGINT and, where tied, the end of stdin; handlers are put back afterwards. SIGUSR2 is ignored:
-    it is for the router beside which the loop runs, and some sites' Slurm sends it to every process of a job."""
-    event, descriptor = threading.Event(), sys.stdin.fileno() if tied else -1
+    """Set by SIGTERM, SIGINT and, where tied, the end of stdin. SIGUSR2 is ignored: it is meant for the router beside
+    which the loop runs, and some sites' Slurm sends it to every process of a job."""
+    descriptor = sys.stdin.fileno() if tied else -1
+    with ignored(signal.SIGUSR2), interrupt_event(once=False) as event:
 
-    def stop(_number: int, _frame: FrameType | None) -> None:
-        event.set()
+        def watch() -> None:
+            while os.read(descriptor, 4096):  # no buffered reader: its lock, held at the interpreter's end, aborts it
+                pass
+            event.set()
 
-    def watch() -> None:
-        while os.read(descriptor, 4096):  # no buffered reader: its lock, held at the interpreter's end, aborts it
-            pass
-        event.set()
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
-    before[signal.SIGUSR2] = signal.signal(signal.SIGUSR2, signal.SIG_IGN)
-    if tied:
-        threading.Thread(target=watch, name="tie", daemon=True).start()
-    try:
+        if tied:
+            threading.Thread(target=watch, name="tie", daemon=True).start()
         yield event
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -1,4 +1,4 @@
-"""Load on a real server: what ends how, which requests count, and that the same seed asks the same."""
+"""Load on a real server: errors, measured requests, and reproducible order."""
 
 import asyncio
 import json
@@ -9,9 +9,9 @@ import pytest
 
 from hpc_router.bench.config import BenchConfig, read_config
 from hpc_router.bench.figures import CUT, MeasurementPart, Observation
-from hpc_router.bench.load import load_jobs as crew_module
-from hpc_router.bench.load.generator import LoadResult, LoadTarget, carry_out, from_json, merged, to_json, window_of
-from hpc_router.bench.load.load_jobs import crew
+from hpc_router.bench.load import load_jobs as load_jobs_module
+from hpc_router.bench.load.generator import LoadResult, LoadTarget, from_json, merged, run_load, to_json, window_of
+from hpc_router.bench.load.load_jobs import start_load_jobs
 from hpc_router.bench.prompts import BenchPrompt, built_in
 from hpc_router.bench.workload import Point, workload
 from hpc_router.errors import LaunchError
@@ -21,13 +21,13 @@ from tests.bench.fakes import (
     ROLE,
     TOKEN,
     WHOLE,
-    Act,
     FakeRouter,
-    breaks_off,
+    Handler,
     event,
     fake_router,
     piece,
-    says,
+    resets_after,
+    responds,
     usage,
     waits_after,
 )  # fmt: skip
@@ -37,23 +37,25 @@ PROMPTS = built_in()
 
 
 @pytest.fixture(autouse=True)
-def a_machine_that_may_stall(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(crew_module, "APART_S", GUARD_S)
+def _tolerate_a_slow_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(load_jobs_module, "MAX_SKEW_S", GUARD_S)
 
 
 async def loaded(fake: FakeRouter, folder: Path, *, users: int = 1, repeat: int = 0, **values: object) -> LoadResult:
     config = read_config({"warmup_s": 0.0, **({} if "duration_s" in values else {"requests": 1}), **values})
     work = workload(config, PROMPTS, Point(users=users, repeat=repeat))
-    return await asyncio.to_thread(carry_out, fake.target, config, work, folder)
+    return await asyncio.to_thread(run_load, fake.target, config, work, folder)
 
 
 def measured(load: LoadResult) -> list[Observation]:
     return [o for o in load.observations if o.part is MeasurementPart.MEASURED]
 
 
-async def test_an_answer_is_timed_by_its_content(tmp_path: Path) -> None:
-    """The role, empty content and the end carry no token; the router's headers tell who answered."""
-    async with fake_router(says(ROLE, piece(""), piece("a b"), piece(" c d", finish="length"), usage(4), DONE)) as fake:
+async def test_a_response_is_timed_by_its_content(tmp_path: Path) -> None:
+    """Role, empty content and end carry no token; the response headers name expert, replica and reason."""
+    async with fake_router(
+        responds(ROLE, piece(""), piece("a b"), piece(" c d", finish="length"), usage(4), DONE)
+    ) as fake:
         (one,) = measured(await loaded(fake, tmp_path))
     assert one.error is None
     assert (len(one.content_s), one.tokens, one.prompt_tokens) == (2, 4, 5)
@@ -61,7 +63,7 @@ async def test_an_answer_is_timed_by_its_content(tmp_path: Path) -> None:
     assert 0 <= one.started_s <= one.content_s[0] <= one.content_s[1] <= one.ended_s
     assert set(fake.tokens) == {f"Bearer {TOKEN}"}
     assert one.domain in {"code", "math", "medicine", "law", "general"}
-    assert not (tmp_path / "requests").exists(), "it held the token"
+    assert not (tmp_path / "requests").exists(), "it contains the token"
 
 
 def delta(**fields: object) -> bytes:
@@ -83,37 +85,37 @@ CALL = {"index": 0, "id": "c", "type": "function", "function": {"name": "look_up
 async def test_reasoning_and_tool_calls_are_output_too(tmp_path: Path, pieces: list[bytes]) -> None:
     """An answer without text is whole; a delta whose fields are all empty carries no token."""
     empty = delta(content=None, reasoning_content="", reasoning=None, tool_calls=[])
-    async with fake_router(says(ROLE, empty, *pieces, piece(None, finish="tool_calls"), usage(2), DONE)) as fake:
+    async with fake_router(responds(ROLE, empty, *pieces, piece(None, finish="tool_calls"), usage(2), DONE)) as fake:
         (one,) = measured(await loaded(fake, tmp_path))
     assert (one.error, len(one.content_s), one.tokens) == (None, 2, 2)
 
 
 @pytest.mark.parametrize(
-    ("act", "kind", "pieces"),
+    ("handler", "kind", "pieces"),
     [
-        (says(piece("a"), event({"error": {"message": "the replica died"}})), "stream_error", 1),
-        (breaks_off(piece("a"), piece("b")), "disconnected", 2),
-        (breaks_off(), "disconnected", 0),
-        (says(piece("a"), piece("b")), "unfinished", 2),
-        (says(ROLE, piece(None, finish="stop"), DONE), "no_content", 0),
-        (says(b'{"choices": []}', content_type="application/json"), "not_a_stream", 0),
-        (says(b"{}", content_type="application/json", status=429), "http_429", 0),
-        (says(b"{}", content_type="application/json", status=503), "http_503", 0),
+        (responds(piece("a"), event({"error": {"message": "the replica died"}})), "stream_error", 1),
+        (resets_after(piece("a"), piece("b")), "disconnected", 2),
+        (resets_after(), "disconnected", 0),
+        (responds(piece("a"), piece("b")), "unfinished", 2),
+        (responds(ROLE, piece(None, finish="stop"), DONE), "no_content", 0),
+        (responds(b'{"choices": []}', content_type="application/json"), "not_a_stream", 0),
+        (responds(b"{}", content_type="application/json", status=429), "http_429", 0),
+        (responds(b"{}", content_type="application/json", status=503), "http_503", 0),
     ],
 )
-async def test_an_answer_that_is_not_whole_is_an_error(tmp_path: Path, act: Act, kind: str, pieces: int) -> None:
-    async with fake_router(act) as fake:
+async def test_an_incomplete_response_is_an_error(tmp_path: Path, handler: Handler, kind: str, pieces: int) -> None:
+    async with fake_router(handler) as fake:
         (one,) = measured(await loaded(fake, tmp_path))
     assert (one.error, len(one.content_s)) == (kind, pieces)
 
 
-async def test_an_end_without_done_is_one_where_the_finish_was_told(tmp_path: Path) -> None:
-    async with fake_router(says(piece("a"), piece("b", finish="length"))) as fake:
+async def test_a_finish_reason_ends_a_stream_without_done(tmp_path: Path) -> None:
+    async with fake_router(responds(piece("a"), piece("b", finish="length"))) as fake:
         (one,) = measured(await loaded(fake, tmp_path))
     assert one.error is None
 
 
-async def test_silence_is_an_error(tmp_path: Path) -> None:
+async def test_a_connection_without_data_is_an_error(tmp_path: Path) -> None:
     for_ever = asyncio.Event()
     async with fake_router(waits_after(piece("a"), until=for_ever)) as fake:
         (one,) = measured(await loaded(fake, tmp_path, timeout_s=0.2))
@@ -121,15 +123,15 @@ async def test_silence_is_an_error(tmp_path: Path) -> None:
     assert one.error == "timeout"
 
 
-async def test_nobody_there_is_an_error(tmp_path: Path) -> None:
-    async with fake_router(says()) as fake:
+async def test_a_refused_connection_is_an_error(tmp_path: Path) -> None:
+    async with fake_router(responds()) as fake:
         pass
     (one,) = measured(await loaded(fake, tmp_path))
     assert one.error == "connect"
 
 
-async def test_load_is_held_until_the_slowest_measured_request_has_ended(tmp_path: Path) -> None:
-    """The first answer waits until ten others came, though only two requests are measured."""
+async def test_load_continues_until_the_last_measured_request_has_ended(tmp_path: Path) -> None:
+    """The first response waits for ten other requests, although only two requests are measured."""
     enough, others = asyncio.Event(), 0
 
     async def counted(fake: FakeRouter, request: object) -> object:
@@ -137,7 +139,7 @@ async def test_load_is_held_until_the_slowest_measured_request_has_ended(tmp_pat
         others += 1
         if others == 10:
             enough.set()
-        return await says(*WHOLE)(fake, request)  # type: ignore[arg-type]
+        return await responds(*WHOLE)(fake, request)  # type: ignore[arg-type]
 
     async with fake_router(waits_after(piece("a"), until=enough, then=WHOLE), counted) as fake:  # type: ignore[arg-type]
         load = await loaded(fake, tmp_path, users=2, requests=2)
@@ -148,8 +150,8 @@ async def test_load_is_held_until_the_slowest_measured_request_has_ended(tmp_pat
 
 
 async def test_parts_by_time(tmp_path: Path) -> None:
-    """What begins in the window is measured, and nothing else; the window is what was asked for."""
-    async with fake_router(says(*WHOLE)) as fake:
+    """Requests that begin in the window are measured, and no others."""
+    async with fake_router(responds(*WHOLE)) as fake:
         load = await loaded(fake, tmp_path, users=3, warmup_s=0.3, duration_s=1.5)
     for one in load.observations:
         due = (
@@ -162,32 +164,32 @@ async def test_parts_by_time(tmp_path: Path) -> None:
         assert one.part is due
     assert {MeasurementPart.WARM_UP, MeasurementPart.MEASURED} <= {o.part for o in load.observations}
     assert (load.window.start_s, load.window.end_s) == (0.3, 1.8)
-    assert fake.most_running <= 3
+    assert fake.max_running <= 3
 
 
-async def test_the_same_seed_measures_the_same_whatever_the_warm_up_took(tmp_path: Path) -> None:
-    async def asked(**values: object) -> list[int | None]:
-        async with fake_router(says(*WHOLE)) as fake:
+async def test_the_measured_order_depends_on_the_seed_not_on_the_warm_up(tmp_path: Path) -> None:
+    async def measured_order(**values: object) -> list[int | None]:
+        async with fake_router(responds(*WHOLE)) as fake:
             load = await loaded(fake, tmp_path, requests=8, **values)  # type: ignore[arg-type]
         return [o.question for o in measured(load)]
 
-    first = await asked(seed=1)
-    assert first == await asked(seed=1, warmup_s=0.1)
-    assert first != await asked(seed=2)
-    assert first != await asked(seed=1, repeat=1)
+    first = await measured_order(seed=1)
+    assert first == await measured_order(seed=1, warmup_s=0.1)
+    assert first != await measured_order(seed=2)
+    assert first != await measured_order(seed=1, repeat=1)
 
 
 async def test_an_open_loop_counts_from_when_a_request_was_due(tmp_path: Path) -> None:
-    """One connection, arrivals faster than answers: the wait for it is in the latency."""
+    """One connection, and arrivals faster than responses: the latency includes the wait for the connection."""
 
     async def slow(fake: FakeRouter, request: object) -> object:
         await asyncio.sleep(0.05)
-        return await says(*WHOLE)(fake, request)  # type: ignore[arg-type]
+        return await responds(*WHOLE)(fake, request)  # type: ignore[arg-type]
 
     config = read_config({"rates": [60.0], "warmup_s": 0.0, "duration_s": 0.5, "connections": 1})
     async with fake_router(slow) as fake:  # type: ignore[arg-type]
         work = workload(config, PROMPTS, Point(rate_per_s=60.0))
-        load = await asyncio.to_thread(carry_out, fake.target, config, work, tmp_path)
+        load = await asyncio.to_thread(run_load, fake.target, config, work, tmp_path)
     waits = [o.e2e_s for o in measured(load)]
     assert len(waits) > 15
     assert max(waits) > 4 * min(waits)
@@ -195,7 +197,7 @@ async def test_an_open_loop_counts_from_when_a_request_was_due(tmp_path: Path) -
 
 
 async def test_several_load_jobs_share_the_users(tmp_path: Path) -> None:
-    """Three processes, four users: all asked at once, merged into one."""
+    """Three processes, four users: all at the same time, merged into one result."""
     config = read_config({"load_jobs": 3, "requests": 12, "warmup_s": 0.0})
     all_here = asyncio.Event()
 
@@ -204,60 +206,60 @@ async def test_several_load_jobs_share_the_users(tmp_path: Path) -> None:
             all_here.set()
         async with asyncio.timeout(20):
             await all_here.wait()
-        return await says(*WHOLE)(fake, request)  # type: ignore[arg-type]
+        return await responds(*WHOLE)(fake, request)  # type: ignore[arg-type]
 
     def load(target: LoadTarget) -> LoadResult:
-        with crew(config, shared=tmp_path) as makers:
-            return makers.load(target, config, PROMPTS, Point(users=4))
+        with start_load_jobs(config, shared=tmp_path) as load_jobs:
+            return load_jobs.run(target, config, PROMPTS, Point(users=4))
 
     async with fake_router(together) as fake:  # type: ignore[arg-type]
         found = await asyncio.to_thread(load, fake.target)
-        assert fake.most_running == 4
+        assert fake.max_running == 4
     assert len(measured(found)) == 12
     assert {o.error for o in measured(found)} == {None}
-    assert list(tmp_path.iterdir()) == [], "orders held the token"
+    assert list(tmp_path.iterdir()) == [], "task files contain the token"
 
 
-async def test_load_jobs_without_a_user_are_idle_and_work_at_the_next_point(tmp_path: Path) -> None:
+async def test_a_load_job_without_a_user_is_idle_until_the_next_point(tmp_path: Path) -> None:
     config = read_config({"load_jobs": 2, "requests": 4, "warmup_s": 0.0})
 
     def load(target: LoadTarget) -> list[LoadResult]:
-        with crew(config, shared=tmp_path) as makers:
-            return [makers.load(target, config, PROMPTS, Point(users=users)) for users in (1, 2)]
+        with start_load_jobs(config, shared=tmp_path) as load_jobs:
+            return [load_jobs.run(target, config, PROMPTS, Point(users=users)) for users in (1, 2)]
 
-    async with fake_router(says(*WHOLE)) as fake:
+    async with fake_router(responds(*WHOLE)) as fake:
         found = await asyncio.to_thread(load, fake.target)
     assert [len(measured(one)) for one in found] == [4, 4]
     assert {o.error for one in found for o in measured(one)} == {None}
 
 
-async def test_load_jobs_take_prompts_of_any_size(tmp_path: Path) -> None:
+async def test_load_jobs_accept_large_prompts(tmp_path: Path) -> None:
     config = read_config({"load_jobs": 2, "requests": 2, "warmup_s": 0.0})
     prompts = [*PROMPTS, *(BenchPrompt("x" * 2**16, "code") for _ in range(20))]
 
     def load(target: LoadTarget) -> LoadResult:
-        with crew(config, shared=tmp_path) as makers:
-            return makers.load(target, config, prompts, Point(users=2))
+        with start_load_jobs(config, shared=tmp_path) as load_jobs:
+            return load_jobs.run(target, config, prompts, Point(users=2))
 
-    async with fake_router(says(*WHOLE)) as fake:
+    async with fake_router(responds(*WHOLE)) as fake:
         found = await asyncio.to_thread(load, fake.target)
     assert {o.error for o in measured(found)} == {None}
 
 
-async def test_load_jobs_that_began_apart_are_no_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_load_jobs_that_start_apart_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = read_config({"load_jobs": 2, "requests": 2, "warmup_s": 0.0})
-    monkeypatch.setattr(crew_module, "APART_S", -1.0)
+    monkeypatch.setattr(load_jobs_module, "MAX_SKEW_S", -1.0)
 
     def load(target: LoadTarget) -> LoadResult:
-        with crew(config, shared=tmp_path) as makers:
-            return makers.load(target, config, PROMPTS, Point(users=2))
+        with start_load_jobs(config, shared=tmp_path) as load_jobs:
+            return load_jobs.run(target, config, PROMPTS, Point(users=2))
 
-    async with fake_router(says(*WHOLE)) as fake:
+    async with fake_router(responds(*WHOLE)) as fake:
         with pytest.raises(LaunchError, match="s apart"):
             await asyncio.to_thread(load, fake.target)
 
 
-def test_loads_survive_being_sent() -> None:
+def test_a_result_survives_json_and_merging() -> None:
     config = replace(BenchConfig(), requests=1)
     one = Observation(part=MeasurementPart.MEASURED, user=0, started_s=1.0, ended_s=2.0, content_s=[1.5], tokens=3)
     load = LoadResult(5.0, [one], window_of(config, [one]), 0.1, 0.2)

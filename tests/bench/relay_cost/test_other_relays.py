@@ -1,4 +1,4 @@
-"""How other relays are set up, and what is said of one that is not there."""
+"""The configuration of other relays, and the messages for relays that are not installed."""
 
 import subprocess
 from pathlib import Path
@@ -9,9 +9,9 @@ from rich.console import Console
 from hpc_router.bench.relay_cost import interface
 from hpc_router.bench.relay_cost.interface import find
 from hpc_router.bench.relay_cost.options import RelayCostOptions
-from hpc_router.bench.relay_cost.other_relays import haproxy_cfg, nginx_conf, package_argv, peers
-from hpc_router.bench.relay_cost.run import bench
-from hpc_router.bench.relay_cost.this_router import RouterAndAgent, agent_argv, ours, router_argv
+from hpc_router.bench.relay_cost.other_relays import haproxy_cfg, nginx_conf, other_relays, package_argv
+from hpc_router.bench.relay_cost.run import measure_relay_cost
+from hpc_router.bench.relay_cost.this_router import RouterAndAgent, agent_argv, router_argv, this_router
 from hpc_router.errors import ConfigError, LaunchError
 from hpc_router.state.run_directory import make_run
 from tests.support.needs import need
@@ -32,7 +32,7 @@ def test_nginx_has_one_worker_and_keeps_its_connections(tmp_path: Path) -> None:
     assert text.count("0.0.0.0") == 0
 
 
-def test_nginx_takes_it(tmp_path: Path) -> None:
+def test_nginx_accepts_its_configuration(tmp_path: Path) -> None:
     program = find("nginx", None)
     need(program is not None, "nginx")
     conf = tmp_path / "nginx.conf"
@@ -57,7 +57,7 @@ def test_haproxy_has_one_thread() -> None:
         assert line in text
 
 
-def test_haproxy_takes_it(tmp_path: Path) -> None:
+def test_haproxy_accepts_its_configuration(tmp_path: Path) -> None:
     program = find("haproxy", None)
     need(program is not None, "haproxy")
     conf = tmp_path / "haproxy.cfg"
@@ -66,7 +66,7 @@ def test_haproxy_takes_it(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_packages_are_told_one_worker_on_loopback() -> None:
+def test_packages_get_one_worker_on_loopback() -> None:
     words = package_argv("/bin/sglang-router", ("launch",), port=1234, engine=5678)
     assert words[:2] == ["/bin/sglang-router", "launch"]
     pairs = dict(zip(words[2::2], words[3::2], strict=True))
@@ -75,33 +75,33 @@ def test_packages_are_told_one_worker_on_loopback() -> None:
     assert pairs["--policy"] == "round_robin"
 
 
-def test_no_secret_stands_on_a_command_line(tmp_path: Path) -> None:
+def test_no_secret_on_a_command_line(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     for words in (router_argv(run), agent_argv(run, tmp_path / "engine")):
         assert not any(run.token() in word or run.secret() in word for word in words)
 
 
-def test_each_absent_one_is_named_with_what_to_install(
+def test_a_missing_relay_is_named_with_its_installation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(interface, "SERVERS", str(tmp_path))
-    said = {one.name: one.absent() for one in (*peers(tmp_path), *ours())}
-    assert {name for name, why in said.items() if why is None} == {
+    monkeypatch.setattr(interface, "SERVER_PATH", str(tmp_path))
+    absent = {one.name: one.absent() for one in (*other_relays(tmp_path), *this_router())}
+    assert {name for name, why in absent.items() if why is None} == {
         "direct",
         "router",
         "router-2-workers",
         "router+agent",
     }
-    assert all("not installed (" in why for why in said.values() if why)
-    with pytest.raises(LaunchError, match="none of the selected relays is installed"):
-        bench(RelayCostOptions(only=("nginx", "haproxy"), out=tmp_path / "out"), Console(stderr=True))
-    said_there = capsys.readouterr().err
-    assert "nginx: not installed" in said_there
-    assert "apt-get install haproxy" in said_there
+    assert all("not installed (" in why for why in absent.values() if why)
+    with pytest.raises(LaunchError, match="none of the chosen relays is installed"):
+        measure_relay_cost(RelayCostOptions(only=("nginx", "haproxy"), out=tmp_path / "out"), Console(stderr=True))
+    stderr = capsys.readouterr().err
+    assert "nginx: not installed" in stderr
+    assert "apt-get install haproxy" in stderr
 
 
-def test_a_venv_goes_before_the_path(tmp_path: Path) -> None:
+def test_the_virtual_environment_comes_before_path(tmp_path: Path) -> None:
     program = tmp_path / "bin" / "vllm-router"
     program.parent.mkdir()
     program.touch()
@@ -120,14 +120,14 @@ def test_a_venv_goes_before_the_path(tmp_path: Path) -> None:
         ({"rounds": 0}, "--rounds 0"),
     ],
 )
-def test_what_is_refused(options: dict[str, float], message: str, tmp_path: Path) -> None:
+def test_values_out_of_range_are_refused(options: dict[str, float], message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=message):
         RelayCostOptions(out=tmp_path, **options).checked()  # type: ignore[arg-type]
 
 
-def test_the_limits_themselves_are_fine(tmp_path: Path) -> None:
+def test_the_limits_are_valid(tmp_path: Path) -> None:
     RelayCostOptions(out=tmp_path, streams=4000, connections=4000, rate=1000, seconds=600, rounds=100).checked()
 
 
-def test_the_agent_is_measured_at_what_one_core_can_do() -> None:
+def test_the_agent_is_a_second_hop() -> None:
     assert RouterAndAgent().hops == 2

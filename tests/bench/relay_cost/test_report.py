@@ -1,4 +1,4 @@
-"""From figures to medians, checks, tables and files; every figure here is made up."""
+"""Medians, checks, tables and files from figures; all figures here are invented."""
 
 import json
 import math
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from hpc_router.bench.provenance import shown_command
 from hpc_router.bench.relay_cost.interface import Relay
 from hpc_router.bench.relay_cost.measurements import Round
 from hpc_router.bench.relay_cost.options import RelayCostOptions
@@ -15,7 +16,6 @@ from hpc_router.bench.relay_cost.processes import Cores, cores_of
 from hpc_router.bench.relay_cost.report import RelayCostResults, markdown, notes, to_json
 from hpc_router.bench.relay_cost.requests import SIZES, prompts, short
 from hpc_router.bench.relay_cost.rounds import RelayRounds
-from hpc_router.bench.relay_cost.run import shown_command
 from hpc_router.bench.relay_cost.statistics import RoundSpread, across, difference, ratio, slope_per_million, spread
 from hpc_router.bench.relay_cost.targets import Check, checks
 from hpc_router.bench.relay_cost.this_router import RouterAndAgent, ThisRouter
@@ -46,7 +46,7 @@ def test_a_figure_is_the_median_of_its_rounds() -> None:
 
 
 def test_ratios_are_taken_within_a_round() -> None:
-    """A machine that was slow for a whole round was slow for both."""
+    """In a round in which the machine was slow, it was slow for both relays."""
     ours, nginx = measured(ThisRouter(), {"us": 10.0}, {"us": 40.0}), measured(Nginx(), {"us": 5.0}, {"us": 20.0})
     assert across([(ours, "us"), (nginx, "us")], ratio) == RoundSpread(2.0, 2.0, 2.0)
     del nginx.rounds[0]
@@ -55,13 +55,13 @@ def test_ratios_are_taken_within_a_round() -> None:
     assert across([(ours, "us"), (None, "us")], ratio) is None
 
 
-def test_growth_leaves_out_what_the_first_use_loads() -> None:
+def test_the_slope_leaves_out_the_first_point() -> None:
     assert slope_per_million([(0, 10.0), (100_000, 50.0), (200_000, 50.0), (300_000, 50.0)]) == 0.0
     assert slope_per_million([(0, 0.0), (500_000, 50.0), (1_000_000, 51.0)]) == pytest.approx(2.0)
     assert math.isnan(slope_per_million([(0, 1.0)]))
 
 
-def test_checks_are_met_at_the_limit() -> None:
+def test_a_check_is_met_at_the_limit() -> None:
     at = RoundSpread(5.0, 4.0, 9.0)
     assert Check("", 5.0, "ms", at).met is True
     assert Check("", 5.0, "ms", at, strict=True).met is False
@@ -118,22 +118,22 @@ def test_every_target_is_checked() -> None:
     }
 
 
-def test_without_the_router_nothing_is_claimed() -> None:
+def test_without_figures_no_check_is_met_or_missed() -> None:
     assert {check.met for check in checks({}, RelayCostOptions(out=Path()))} == {None}
 
 
-def test_failures_of_ours_fail_the_call() -> None:
+def test_failures_of_this_router_fail_the_call() -> None:
     found = full()
     assert found.failed is False
     found.measured["nginx"].rounds[0].fail("1000 streams", {"cut": 3, "none": 0})
-    assert found.failed is False, "another relay's are its own"
+    assert found.failed is False, "another relay may fail"
     found.measured["router"].rounds[0].fail("1000 streams", {"incomplete": 2})
     assert bool(found.failed)
     assert "nginx: failed: 3 x 1000 streams: cut" in notes(found)
     assert {check.what: check.met for check in found.checks}["requests and streams that failed"] is False
 
 
-def test_the_files_hold_all_of_it() -> None:
+def test_the_content_of_the_files() -> None:
     found = full()
     value = json.loads(json.dumps(to_json(found), allow_nan=False))
     assert value["absent"] == {"haproxy": "not installed (apt-get install haproxy)"}
@@ -147,47 +147,59 @@ def test_the_files_hold_all_of_it() -> None:
         assert part in text
     tables = [block.splitlines() for block in text.split("\n\n") if block.startswith("|")]
     assert len(tables) == 6
-    assert all(len({line.count("|") for line in table}) == 1 for table in tables), "rows are as wide as their heads"
+    assert all(len({line.count("|") for line in table}) == 1 for table in tables), (
+        "rows have as many columns as the header"
+    )
 
 
-def test_streams_that_were_not_open_together_are_said() -> None:
+def test_a_note_on_streams_that_were_not_open_together() -> None:
     found = results(measured(ThisRouter(), {"stream_opened": 1000.0}, {"stream_opened": 998.0}))
-    assert notes(found) == ["router: only 998 of 1000 streams were open all the while"]
+    assert notes(found) == ["router: only 998 of 1000 streams were open at the same time"]
 
 
-def test_results_name_no_folders_of_this_machine() -> None:
-    words = ["bench", "router", "--peers", "/home/me/my venv", "--tree", "old=/a/b/c-1", "--out=/x/y/", "--only", "a,b"]
-    assert shown_command(words) == "hpc-router bench router --peers 'my venv' --tree old=c-1 --out=y/ --only a,b"
+def test_results_contain_no_paths() -> None:
+    arguments = [
+        "bench",
+        "router",
+        "--peers",
+        "/home/me/my venv",
+        "--tree",
+        "old=/a/b/c-1",
+        "--out=/x/y/",
+        "--only",
+        "a,b",
+    ]
+    assert shown_command(arguments) == "hpc-router bench router --peers 'my venv' --tree old=c-1 --out=y/ --only a,b"
 
 
-def test_other_work_on_the_machine_is_said() -> None:
+def test_a_note_on_other_processes() -> None:
     router = measured(
         ThisRouter(), {"stream_others_share": 0.02}, {"stream_others_share": 0.3}, {"stream_others_share": 0}
     )
     direct = measured(Direct(), {"stream_others_share": 0.9, "stream_load_others_share": 0.1})
     assert notes(results(router, direct)) == [
-        "router: other work took 0.02 (0\N{EN DASH}0.3) of the core of the relay",
-        "direct: other work took 0.1 of the core of load generator and engine",
+        "router: other processes used 0.02 (0\N{EN DASH}0.3) of the core of the relay",
+        "direct: other processes used 0.1 of the core of load generator and engine",
     ]
 
 
-def test_a_quick_run_says_that_it_means_little() -> None:
+def test_a_note_on_a_quick_run() -> None:
     found = full()
     quick = RelayCostResults(replace(found.options, quick=True), found.cores, found.measured, {}, ORIGIN)
     assert any(note.startswith("a quick run") for note in notes(quick))
 
 
-def test_one_core_is_said() -> None:
+def test_a_note_on_a_single_core() -> None:
     found = full()
     alone = RelayCostResults(found.options, cores_of([3]), found.measured, {}, ORIGIN)
-    assert any(note.startswith("one core for all") for note in notes(alone))
+    assert any(note.startswith("only one core") for note in notes(alone))
 
 
 @pytest.mark.parametrize(
     ("usable", "load", "relay"),
     [([0], {0}, {0}), ([4, 2], {2}, {4}), ([0, 1, 2], {0, 1}, {2}), (range(8), {0, 1}, {7})],
 )
-def test_the_relay_has_a_core_of_its_own(usable: list[int], load: set[int], relay: set[int]) -> None:
+def test_the_relay_has_a_core_to_itself(usable: list[int], load: set[int], relay: set[int]) -> None:
     assert cores_of(usable) == Cores(frozenset(load), frozenset(relay))
 
 
@@ -198,7 +210,7 @@ def test_prompts_are_different_and_of_one_length(size: str) -> None:
     assert {len(text) for text in made} == {SIZES[size]}
 
 
-def test_requests_differ_by_address_and_token_alone() -> None:
+def test_requests_differ_only_by_address_and_token() -> None:
     lengths = {
         len(one) for one in short(11111, token="a" * 64, size="200 B") + short(22222, token="b" * 64, size="200 B")
     }

@@ -1,4 +1,4 @@
-"""Each failure is held against the strikes; what is flat, and what is complained of."""
+"""Failures are explained by faults or not; growth is detected; each complaint is reported."""
 
 from typing import Any
 
@@ -7,53 +7,64 @@ import pytest
 
 from hpc_router.bench.load.native.records import REQUEST, Error
 from hpc_router.bench.soak.options import FaultTarget
-from hpc_router.bench.soak.verdict import LOST_S, SOON_S, Sample, Struck, complaints, failures, flat
+from hpc_router.bench.soak.verdict import (
+    REPLICA_GRACE_S,
+    WORKER_GRACE_S,
+    InjectedFault,
+    Sample,
+    complaints,
+    failures,
+    growth_checks,
+)
 
 S = 10**9
 LABELS = ["math-0.g1", "math-1.g1"]
-STRUCK = [Struck(FaultTarget.REPLICA, "math-0.g1", 10 * S), Struck(FaultTarget.WORKER, "worker 0", 20 * S)]
+FAULTS = [
+    InjectedFault(FaultTarget.REPLICA, "math-0.g1", 10 * S),
+    InjectedFault(FaultTarget.WORKER, "worker 0", 20 * S),
+]
 
 
 def allowed(error: Error, *, begin: float, end: float, label: int = 1) -> str | None:
     rows = np.zeros(1, dtype=REQUEST)
     rows["error"], rows["label"], rows["status"] = error, label, 503
     rows["begin"], rows["end"] = int(begin * S), int(end * S)
-    (one,) = failures("streams", rows, labels=LABELS, struck=STRUCK, begun_ns=0)
+    (one,) = failures("streams", rows, labels=LABELS, faults=FAULTS, begun_ns=0)
     return one.allowed
 
 
 def test_a_stream_in_flight_on_a_killed_replica_may_end_in_an_error_event() -> None:
     event = Error.STREAM_ERROR
     assert allowed(event, begin=9, end=10.1) == "in flight on a killed replica"
-    assert allowed(event, begin=9, end=10 + LOST_S) is not None
-    assert allowed(event, begin=9, end=10.001 + LOST_S) is None
-    assert allowed(event, begin=9, end=9.9) is None, "before it was killed"
-    assert allowed(event, begin=10.2, end=10.3) is None, "begun after that"
+    assert allowed(event, begin=9, end=10 + REPLICA_GRACE_S) is not None
+    assert allowed(event, begin=9, end=10.001 + REPLICA_GRACE_S) is None
+    assert allowed(event, begin=9, end=9.9) is None, "it failed before the kill"
+    assert allowed(event, begin=10.2, end=10.3) is None, "it began after the kill"
     assert allowed(event, begin=9, end=10.1, label=2) is None, "on another replica"
-    assert allowed(event, begin=9, end=10.1, label=0) is None, "nobody knows where"
+    assert allowed(event, begin=9, end=10.1, label=0) is None, "its replica is not known"
 
 
 @pytest.mark.parametrize("error", [Error.CUT, Error.UNFINISHED, Error.TIMEOUT, Error.HTTP_STATUS, Error.DISCONNECTED])
-def test_nothing_else_may_happen_to_it(error: Error) -> None:
+def test_other_errors_on_a_killed_replica_are_not_explained(error: Error) -> None:
     assert allowed(error, begin=9, end=10.1) is None
 
 
 @pytest.mark.parametrize("error", [Error.CUT, Error.UNFINISHED, Error.DISCONNECTED])
 def test_a_connection_of_a_killed_worker_may_break(error: Error) -> None:
     assert allowed(error, begin=19, end=20.1) == "connection of a killed worker"
-    assert allowed(error, begin=19, end=20.001 + SOON_S) is None
+    assert allowed(error, begin=19, end=20.001 + WORKER_GRACE_S) is None
     assert allowed(error, begin=20.2, end=20.3) is None
 
 
 @pytest.mark.parametrize("error", [Error.CONNECT, Error.HTTP_STATUS, Error.STREAM_ERROR, Error.TIMEOUT])
-def test_others_may_be_had_from_the_other_workers(error: Error) -> None:
+def test_other_errors_with_a_killed_worker_are_not_explained(error: Error) -> None:
     assert allowed(error, begin=19, end=20.1) is None
 
 
-def test_what_was_answered_or_stopped_by_us_is_no_failure() -> None:
+def test_success_and_own_disconnects_are_not_failures() -> None:
     rows = np.zeros(3, dtype=REQUEST)
     rows["error"] = [Error.NONE, Error.STOPPED, Error.LEFT]
-    assert failures("short", rows, labels=[], struck=[], begun_ns=0) == []
+    assert failures("short", rows, labels=[], faults=[], begun_ns=0) == []
 
 
 def sampled(*, grows_mb: float = 0.0, grows_fds: int = 0, workers: int = 2) -> list[Sample]:
@@ -65,35 +76,35 @@ def sampled(*, grows_mb: float = 0.0, grows_fds: int = 0, workers: int = 2) -> l
     return [at(second) for second in range(100)]
 
 
-def test_growth_shows() -> None:
-    assert [one.met for one in flat(sampled(), seconds=100)] == [True, True]
-    assert [one.met for one in flat(sampled(grows_mb=30), seconds=100)] == [False, True]
-    assert [one.met for one in flat(sampled(grows_fds=300), seconds=100)] == [True, False]
-    assert [one.met for one in flat([], seconds=100)] == [None, None]
+def test_growth_is_detected() -> None:
+    assert [one.met for one in growth_checks(sampled(), seconds=100)] == [True, True]
+    assert [one.met for one in growth_checks(sampled(grows_mb=30), seconds=100)] == [False, True]
+    assert [one.met for one in growth_checks(sampled(grows_fds=300), seconds=100)] == [True, False]
+    assert [one.met for one in growth_checks([], seconds=100)] == [None, None]
 
 
-def test_a_process_that_is_missing_is_no_saving() -> None:
+def test_samples_without_a_process_are_ignored() -> None:
     half = [*sampled(grows_mb=30)[:75], *sampled(workers=1)[75:]]
-    assert flat(half, seconds=100)[0].met is None
+    assert growth_checks(half, seconds=100)[0].met is None
 
 
 FINE: dict[str, Any] = {
-    "unexplained": [], "missed": [], "gauges": {"g": 0.0}, "flats": [], "idle_fds": (60, 70), "answered": 5
+    "unexplained": [], "missed": [], "gauges": {"g": 0.0}, "growth": [], "idle_fds": (60, 70), "answered": 5
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("wrong", "says"),
+    ("wrong", "message"),
     [
-        ({"missed": [(5.0, FaultTarget.WORKER)]}, "nothing could be struck: worker"),
+        ({"missed": [(5.0, FaultTarget.WORKER)]}, "fault not injected: worker"),
         ({"gauges": {"waiting": 1.0}}, "not zero at the end: waiting = 1"),
-        ({"gauges": None}, "does not answer"),
-        ({"flats": flat(sampled(grows_mb=30), seconds=100)}, "not flat: memory"),
+        ({"gauges": None}, "does not respond"),
+        ({"growth": growth_checks(sampled(grows_mb=30), seconds=100)}, "grew too much: memory"),
         ({"idle_fds": (60, 93)}, "descriptors left open: 60 before, 93"),
-        ({"answered": 0}, "nothing was answered"),
+        ({"answered": 0}, "no request of a load succeeded"),
     ],
 )
-def test_each_thing_that_is_wrong_is_said(wrong: dict[str, Any], says: str) -> None:
+def test_each_complaint(wrong: dict[str, Any], message: str) -> None:
     assert complaints(**FINE) == []
-    (said,) = complaints(**FINE | wrong)
-    assert says in said
+    (found,) = complaints(**FINE | wrong)
+    assert message in found

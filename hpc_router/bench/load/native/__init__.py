@@ -1,5 +1,5 @@
-"""The two C programs of the benchmarks, a load generator and a mock engine, and what runs them and reads their output.
+"""The benchmarks' two C programs, a load generator and a mock engine, and the Python code that builds and runs them.
 
-In C because they share the machine with what is measured: a thousand streams at forty events a second must leave them
-most of a core. They are compiled where they are first used (`build`).
+They are written in C because they share the machine with the program under test: at a thousand streams with forty
+events per second they must leave it most of a core. `build` compiles them on first use.
 """

@@ -1,4 +1,4 @@
-"""From C source to a program, once per version of the source: in a private cache folder, named after its hash."""
+"""Compiles the C programs into a private cache folder, once per version of the source (the file name has its hash)."""
 
 import hashlib
 import os
@@ -19,16 +19,16 @@ FLAGS: Final = ("-std=c11", "-O2", "-Wall", "-Wextra")
 COMPILERS: Final = ("cc", "gcc", "clang")
 
 
-def built(program: Program, *, cache: Path | None = None) -> Path:
-    """The program's path; compiled now unless this source was before. LaunchError says what is missing."""
+def build_program(program: Program, *, cache: Path | None = None) -> Path:
+    """Path of the program, which is compiled first if necessary. Raises LaunchError without a working C compiler."""
     source = SOURCES / f"{program}.c"
     content = source.read_bytes() + (SOURCES / "loop.h").read_bytes() + " ".join(FLAGS).encode()
     key = hashlib.sha256(content).hexdigest()[:16]
     folder = _private(default_cache() if cache is None else cache)
-    made = folder / f"{program}-{platform.machine()}-{key}"
-    if not made.exists():
-        _compile(source, made)
-    return made
+    binary = folder / f"{program}-{platform.machine()}-{key}"
+    if not binary.exists():
+        _compile(source, binary)
+    return binary
 
 
 def compiler() -> str | None:
@@ -40,29 +40,29 @@ def default_cache() -> Path:
     return Path(base) / "hpc-router" / "native"
 
 
-def _compile(source: Path, made: Path) -> None:
+def _compile(source: Path, binary: Path) -> None:
     cc = compiler()
     if cc is None:
         raise LaunchError(
-            f"no C compiler to build {source.name} with: install gcc (Debian: apt-get install gcc libc6-dev)"
+            f"no C compiler found to build {source.name}: install gcc (Debian: apt-get install gcc libc6-dev)"
         )
-    temporary = made.with_name(f".{made.name}.{secrets.token_hex(4)}")
+    temporary = binary.with_name(f".{binary.name}.{secrets.token_hex(4)}")
     command = [cc, *FLAGS, "-o", str(temporary), str(source)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
-            said = next((line for line in done.stderr.splitlines() if "error" in line), f"status {done.returncode}")
-            raise LaunchError(f"{cc} cannot build {source.name}: {said} (it needs Linux and libc6-dev)")
-        temporary.replace(made)
+            message = next((line for line in done.stderr.splitlines() if "error" in line), f"status {done.returncode}")
+            raise LaunchError(f"{cc} cannot build {source.name}: {message} (requires Linux and libc6-dev)")
+        temporary.replace(binary)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def _private(folder: Path) -> Path:
-    """Programs are run from it: nobody else may write there."""
+    """Creates the folder; raises LaunchError if other users can access it, since programs in it are executed."""
     with private_umask():
         folder.mkdir(parents=True, exist_ok=True)
     status = folder.stat()
     if status.st_uid != os.getuid() or stat.S_IMODE(status.st_mode) & 0o077:
-        raise LaunchError(f"{folder} is open to other users: chmod 700 it, or name another in XDG_CACHE_HOME")
+        raise LaunchError(f"{folder} is open to other users: chmod 700 it, or set XDG_CACHE_HOME to another folder")
     return folder

@@ -1,25 +1,28 @@
-/* A load generator for OpenAI's interface: thousands of connections, one thread.
+/* A load generator for OpenAI's API: thousands of connections in one thread.
  *
  *   load --requests FILE --records FILE (--tcp PORT [--host ADDRESS] | --unix PATH) --connections N
  *        [--seconds S] [--count M] [--arrivals FILE] [--order FILE] [--think FILE] [--ramp S] [--measure S]
  *        [--others FILE] [--leave-after-events K | --leave-after-ms T] [--events FILE] [--label HEADER[,HEADER...]]
  *        [--timeout S] [--drain S]
  *
- * --requests  whole HTTP requests, each after its length as 32 bits; they are sent as they are, in --order (32-bit
- *             numbers) or as they come, again from the first when all were sent
- * closed loop: each connection has one request at a time; the next one follows at once, or after a time of --think
- *             (doubles, seconds, taken in turn). --ramp spreads the first ones. New ones begin for --seconds, or until
- *             --count have begun
- * open loop:  requests are due at --arrivals (doubles, seconds from the start); one that finds all connections taken
- *             waits, and its record says so
- * measuring:  with --measure, requests that begin (open loop: are due) from then until --seconds, or --count of them, are
- *             the measured ones; load goes on until the last of them has ended, and what still runs then is stopped.
- *             --order is theirs, --others that of all the rest
- * leaving:    the connection is closed after K events, or T milliseconds after the request began
- * --records   one `struct record` per request; --events one `struct event` per event with content
+ * --requests   Complete HTTP requests, each preceded by its length (32 bits). They are sent unchanged, in --order
+ *              (32-bit indices) or in file order, and again from the start after the last one.
+ * Closed loop: Each connection sends its next request when the previous response has ended, after a pause from --think
+ *              (doubles, seconds, used in turn) if given. --ramp spreads the first requests. New requests begin until
+ *              --seconds have passed or --count requests have begun.
+ * Open loop:   Requests are due at --arrivals (doubles, seconds from the start). If no connection is free, a request
+ *              waits; its record has both the time when it was due and the time when it began.
+ * --measure    Requests that begin (open loop: are due) from this time until --seconds, or the first --count of them,
+ *              are measured. The load continues until the last measured request has ended, and requests that are
+ *              still running then are stopped. Measured requests are sent in --order, all others in the order of
+ *              --others.
+ * --leave-...  The client closes the connection after K events, or T milliseconds after the request began.
+ * --label      Up to three response headers whose values are recorded.
+ * --records    One `struct record` per request; --events: one `struct event` per event with content.
+ * --timeout    A request without any data for this long fails. --drain: time for running requests after the end.
  *
- * Says `begun NANOSECONDS` (CLOCK_MONOTONIC, as every time here), and at the end a summary in JSON. SIGTERM ends it
- * early: requests under way are recorded as such. Nothing that goes wrong is left out: it is an `error` of a record.
+ * Prints `begun NANOSECONDS` (CLOCK_MONOTONIC, like all times here), and at the end a summary as JSON. SIGTERM ends the
+ * load early; running requests are recorded as stopped. Every failure of a request is the `error` of its record.
  */
 #define _GNU_SOURCE
 #include "loop.h"
@@ -30,9 +33,9 @@
 #include <sys/resource.h>
 #include <sys/stat.h>
 
-enum { LONGEST_HEAD = 65536, LONGEST_LINE = 1 << 22, MOST_LABELS = 250, LABEL = 64 };
+enum { MAX_HEAD = 65536, MAX_LINE = 1 << 22, MAX_LABELS = 250, LABEL = 64 };
 
-/* In this order in hpc_router/bench/load/native/records.py. */
+/* hpc_router/bench/load/native/records.py has the same values in the same order. */
 enum error {
     NONE, CONNECT, DISCONNECTED, BAD_HTTP, HTTP_STATUS, CUT, UNFINISHED, STREAM_ERROR, TIMEOUT, LEFT, STOPPED
 };
@@ -47,29 +50,29 @@ struct record {
     uint32_t prompt, connection, events;
     uint16_t status, label[HEADERS];
     uint8_t error, flags, padding[2];
-    uint32_t prompt_tokens, tokens; /* the engine's own counts */
+    uint32_t prompt_tokens, tokens; /* as reported by the engine */
 };
 
 struct event {
     uint64_t sequence;
-    int64_t at, hop; /* -1: the event carries no stamp */
+    int64_t at, hop; /* hop: receive time minus the event's own timestamp; -1 without one */
 };
 
 enum part { HEAD, LENGTH, CHUNK_SIZE, CHUNK_DATA, CHUNK_END, TRAILER, TO_CLOSE };
 
 struct user {
-    struct timer timer; /* first: a timer is its user. Idle: the next request. Active: the moment to leave */
+    struct timer timer; /* must be first: a timer is cast to its user. Set to the next request or to a disconnect */
     uint32_t number;
     int fd;
-    bool connected, active, writing, heard_any, closes;
+    bool connected, active, writing, closes;
     size_t sent;
-    int64_t heard_at;
+    int64_t activity_at;
     struct record record;
     enum part part;
     struct buffer head, line;
     uint64_t left;
     int status;
-    bool has_content, is_error, is_done, done, failed; /* the event at hand; the stream */
+    bool has_content, is_error, is_done, done, failed; /* three of the event, two of the stream */
     int64_t stamp;
 };
 
@@ -82,7 +85,7 @@ static struct {
     const char *requests, *records, *events, *unix_path, *host, *label;
     const char *arrivals, *order, *others, *think;
     double port, connections, seconds, count, ramp, measure, leave_events, leave_ms, timeout, drain;
-} given = {
+} options = {
     .host = "127.0.0.1", .connections = 1, .seconds = -1, .count = -1, .measure = -1, .timeout = 60, .drain = 30
 };
 
@@ -93,32 +96,32 @@ static double *think, *arrivals;
 
 static struct user *users;
 static uint32_t user_count;
-static uint32_t *idle; /* open loop: connections without a request, the last used first */
-static uint32_t idle_count, active_count, retired;
-static uint64_t issued, most, arrived, waiting;
-static bool measuring, measured_all; /* measured_all: what begins from now on is not measured */
+static uint32_t *idle; /* open loop: stack of the connections without a request */
+static uint32_t idle_count, active_count, finished_users;
+static uint64_t issued, max_requests, arrived, waiting;
+static bool measuring, all_measured_begun; /* all_measured_begun: requests that begin from now on are not measured */
 static uint64_t measured_begun, measured_active, others_begun;
 static int64_t begun_at, stop_at, measure_at;
 static struct timer arrival, sweep;
 static int epoll;
 static FILE *records, *events;
 static uint64_t idle_closed, unsolicited, finished, connects;
-static char labels[MOST_LABELS][LABEL];
+static char labels[MAX_LABELS][LABEL];
 static uint16_t label_count;
 static char headers[HEADERS][LABEL];
 static int header_count;
-static volatile sig_atomic_t told_to_stop;
+static volatile sig_atomic_t stopping;
 static char *output_buffers[2];
 
-static void next_of(struct user *one);
+static void schedule_next(struct user *one);
 
 static void stop(int number)
 {
     (void)number;
-    told_to_stop = 1;
+    stopping = 1;
 }
 
-static void watch(struct user *one, bool writing)
+static void poll_writable(struct user *one, bool writing)
 {
     if (one->writing == writing)
         return;
@@ -127,7 +130,7 @@ static void watch(struct user *one, bool writing)
     epoll_ctl(epoll, EPOLL_CTL_MOD, one->fd, &event);
 }
 
-static void hang_up(struct user *one)
+static void disconnect(struct user *one)
 {
     if (one->fd >= 0)
         close(one->fd);
@@ -138,20 +141,20 @@ static void hang_up(struct user *one)
 static void finish(struct user *one, enum error error)
 {
     timer_clear(&one->timer);
-    one->record.end = now_ns(); /* before closing: who leaves has left by then at the latest */
+    one->record.end = now_ns(); /* before closing, so that a disconnect is not dated too late */
     one->record.error = error;
     if (error || one->closes)
-        hang_up(one);
+        disconnect(one);
     if (fwrite(&one->record, sizeof one->record, 1, records) != 1)
-        fail(given.records);
+        fail(options.records);
     one->active = false;
     active_count--;
     measured_active -= (one->record.flags & MEASURED) != 0;
     finished++;
-    next_of(one);
+    schedule_next(one);
 }
 
-/* ---- the answer ---- */
+/* ---- responses ---- */
 
 static uint16_t label_of(const char *value, size_t length)
 {
@@ -162,8 +165,8 @@ static uint16_t label_of(const char *value, size_t length)
     for (uint16_t i = 0; i < label_count; i++)
         if (!strcmp(labels[i], text))
             return i + 1;
-    if (label_count == MOST_LABELS)
-        return MOST_LABELS + 1;
+    if (label_count == MAX_LABELS)
+        return MAX_LABELS + 1;
     strcpy(labels[label_count], text);
     return ++label_count;
 }
@@ -179,14 +182,14 @@ static void read_head(struct user *one, size_t length)
     }
     one->record.status = (uint16_t)one->status;
     value = header_value(head, length, "connection", &found);
-    one->closes = value ? has_word(value, found, "close") : head[7] == '0';
+    one->closes = value ? has_token(value, found, "close") : head[7] == '0';
     if ((value = header_value(head, length, "content-type", &found)) && found >= 17 &&
         !strncasecmp(value, "text/event-stream", 17))
         one->record.flags |= STREAM;
     for (int i = 0; i < header_count; i++)
         if ((value = header_value(head, length, headers[i], &found)))
             one->record.label[i] = label_of(value, found);
-    if ((value = header_value(head, length, "transfer-encoding", &found)) && has_word(value, found, "chunked"))
+    if ((value = header_value(head, length, "transfer-encoding", &found)) && has_token(value, found, "chunked"))
         one->part = CHUNK_SIZE;
     else if ((value = header_value(head, length, "content-length", &found))) {
         char *end;
@@ -205,8 +208,8 @@ static void read_head(struct user *one, size_t length)
 
 static void read_line(struct user *one, const char *line, size_t length);
 
-/* The body has ended as it should. A last event that lacks its blank line is one all the same if it ends the stream. */
-static void over(struct user *one)
+/* The body ended cleanly. A last event without its blank line counts if it ends the stream. */
+static void end_of_response(struct user *one)
 {
     enum error error = NONE;
     if (one->line.used)
@@ -222,7 +225,7 @@ static void over(struct user *one)
     finish(one, error);
 }
 
-/* Whether `"name":` is followed by a text that is not empty. */
+/* Whether `"name":` is followed by a non-empty string. */
 static bool has_text(const char *data, size_t length, const char *name, size_t wanted)
 {
     const char *end = data + length, *at = data;
@@ -236,7 +239,7 @@ static bool has_text(const char *data, size_t length, const char *name, size_t w
     return false;
 }
 
-/* Whether the array after `name`, which ends in a colon, has an element. */
+/* Whether `"name":` is followed by an array with an element. */
 static bool has_element(const char *data, size_t length, const char *name, size_t wanted)
 {
     const char *at = memmem(data, length, name, wanted), *end = data + length;
@@ -251,7 +254,7 @@ static bool has_element(const char *data, size_t length, const char *name, size_
     return at < end && *at != ']';
 }
 
-static int64_t stamp_of(const char *data, size_t length)
+static int64_t timestamp_of(const char *data, size_t length)
 {
     const char *at = memmem(data, length, "\"t\":", 4), *end = data + length;
     int64_t value = 0;
@@ -262,17 +265,17 @@ static int64_t stamp_of(const char *data, size_t length)
     return value > 0 ? value : -1;
 }
 
-/* The number after `name`, which ends in a colon; `otherwise` where there is none. */
-static uint32_t number_after(const char *data, size_t length, const char *name, size_t wanted, uint32_t otherwise)
+/* The number after `name`, which includes the colon; `fallback` if there is none. */
+static uint32_t count_after(const char *data, size_t length, const char *name, size_t wanted, uint32_t fallback)
 {
     const char *at = memmem(data, length, name, wanted), *end = data + length;
     uint32_t value = 0;
     if (!at)
-        return otherwise;
+        return fallback;
     for (at += wanted; at < end && *at == ' ';)
         at++;
     if (at == end || *at < '0' || *at > '9')
-        return otherwise;
+        return fallback;
     for (; at < end && *at >= '0' && *at <= '9'; at++)
         value = value * 10 + (uint32_t)(*at - '0');
     return value;
@@ -283,8 +286,8 @@ static void read_usage(struct user *one, const char *line, size_t length)
     if (!memmem(line, length, "_tokens\"", 8))
         return;
     struct record *record = &one->record;
-    record->tokens = number_after(line, length, "\"completion_tokens\":", 20, record->tokens);
-    record->prompt_tokens = number_after(line, length, "\"prompt_tokens\":", 16, record->prompt_tokens);
+    record->tokens = count_after(line, length, "\"completion_tokens\":", 20, record->tokens);
+    record->prompt_tokens = count_after(line, length, "\"prompt_tokens\":", 16, record->prompt_tokens);
 }
 
 static void read_line(struct user *one, const char *line, size_t length)
@@ -297,12 +300,13 @@ static void read_line(struct user *one, const char *line, size_t length)
         if (one->is_error)
             one->failed = true;
         if (one->has_content) {
-            struct event made = {one->record.sequence, one->heard_at, one->stamp < 0 ? -1 : one->heard_at - one->stamp};
+            int64_t hop = one->stamp < 0 ? -1 : one->activity_at - one->stamp;
+            struct event made = {one->record.sequence, one->activity_at, hop};
             one->record.events++;
             if (!one->record.first_event)
-                one->record.first_event = one->heard_at;
+                one->record.first_event = one->activity_at;
             if (events && fwrite(&made, sizeof made, 1, events) != 1)
-                fail(given.events);
+                fail(options.events);
         }
         one->is_done = one->is_error = one->has_content = false;
         one->stamp = -1;
@@ -317,13 +321,13 @@ static void read_line(struct user *one, const char *line, size_t length)
         one->is_done = true;
         return;
     }
-    /* text, reasoning under both of its names, and calls of tools are output of the model alike */
+    /* text, reasoning under both of its names, and tool calls are all output of the model */
     one->has_content |= has_text(line, length, "\"content\":", 10) || has_text(line, length, "\"text\":", 7) ||
                         has_text(line, length, "\"reasoning_content\":", 20) ||
                         has_text(line, length, "\"reasoning\":", 12) || has_element(line, length, "\"tool_calls\":", 13);
-    one->stamp = stamp_of(line, length);
+    one->stamp = timestamp_of(line, length);
     if (has_text(line, length, "\"finish_reason\":", 16)) {
-        one->is_done = true; /* vLLM ends what it cuts when it is stopped in this form as well */
+        one->is_done = true; /* a vLLM that is stopped ends running responses in this form too */
         one->is_error |= memmem(line, length, "\"finish_reason\":\"abort\"", 23) != NULL;
         one->is_error |= memmem(line, length, "\"finish_reason\": \"abort\"", 24) != NULL;
     }
@@ -336,13 +340,13 @@ static void read_line(struct user *one, const char *line, size_t length)
     }
 }
 
-static bool leaves_now(const struct user *one)
+static bool disconnects_now(const struct user *one)
 {
-    return given.leave_events > 0 && one->record.events >= (uint32_t)given.leave_events;
+    return options.leave_events > 0 && one->record.events >= (uint32_t)options.leave_events;
 }
 
-/* The body's bytes; false when the request ended with them. */
-static bool take_body(struct user *one, const char *data, size_t length)
+/* Handles bytes of the body; false if the request ended. */
+static bool receive_body(struct user *one, const char *data, size_t length)
 {
     one->record.bytes += length;
     if (!(one->record.flags & STREAM))
@@ -352,7 +356,7 @@ static bool take_body(struct user *one, const char *data, size_t length)
         size_t taken = end ? (size_t)(end - data) : length;
         if (one->line.used || !end) {
             buffer_add(&one->line, data, taken);
-            if (one->line.used > LONGEST_LINE) {
+            if (one->line.used > MAX_LINE) {
                 finish(one, BAD_HTTP);
                 return false;
             }
@@ -362,7 +366,7 @@ static bool take_body(struct user *one, const char *data, size_t length)
             }
         } else
             read_line(one, data, taken);
-        if (leaves_now(one)) {
+        if (disconnects_now(one)) {
             finish(one, LEFT);
             return false;
         }
@@ -372,7 +376,7 @@ static bool take_body(struct user *one, const char *data, size_t length)
     return true;
 }
 
-/* One line of the framing, gathered in `head`; NULL while it is not complete. What follows it is left in place. */
+/* One line of the chunked framing, collected in `head`; NULL until it is complete. Later bytes are not consumed. */
 static char *framing_line(struct user *one, const char **data, size_t *length)
 {
     const char *end = memchr(*data, '\n', *length);
@@ -388,7 +392,7 @@ static char *framing_line(struct user *one, const char **data, size_t *length)
     return one->head.data;
 }
 
-static void take_head(struct user *one, const char **data, size_t *length)
+static void receive_head(struct user *one, const char **data, size_t *length)
 {
     size_t before = one->head.used;
     buffer_add(&one->head, *data, *length);
@@ -396,7 +400,7 @@ static void take_head(struct user *one, const char **data, size_t *length)
     const char *blank = memmem(one->head.data + from, one->head.used - from, "\r\n\r\n", 4);
     if (!blank) {
         *length = 0;
-        if (one->head.used > LONGEST_HEAD)
+        if (one->head.used > MAX_HEAD)
             finish(one, BAD_HTTP);
         return;
     }
@@ -404,15 +408,15 @@ static void take_head(struct user *one, const char **data, size_t *length)
     *data += whole - before, *length -= whole - before;
     one->head.used = 0;
     if (one->head.data[0] == 'H' && whole > 12 && !memcmp(one->head.data + 8, " 1", 2))
-        return; /* 100 Continue and the like: the answer is yet to come */
+        return; /* an interim response, such as 100 Continue */
     read_head(one, whole);
 }
 
-static void take_chunk_size(struct user *one, const char **data, size_t *length)
+static void receive_chunk_size(struct user *one, const char **data, size_t *length)
 {
     char *line = framing_line(one, data, length), *end;
     if (!line) {
-        if (one->head.used > LONGEST_HEAD)
+        if (one->head.used > MAX_HEAD)
             finish(one, BAD_HTTP);
         return;
     }
@@ -423,39 +427,39 @@ static void take_chunk_size(struct user *one, const char **data, size_t *length)
         one->part = one->left ? CHUNK_DATA : TRAILER;
 }
 
-static void take_piece(struct user *one, const char **data, size_t *length)
+static void receive_data(struct user *one, const char **data, size_t *length)
 {
     size_t taken = one->part == TO_CLOSE || *length < one->left ? *length : (size_t)one->left;
     const char *piece = *data;
     *data += taken, *length -= taken, one->left -= one->part == TO_CLOSE ? 0 : taken;
-    if (!take_body(one, piece, taken) || one->left || one->part == TO_CLOSE)
+    if (!receive_body(one, piece, taken) || one->left || one->part == TO_CLOSE)
         return;
     if (one->part == CHUNK_DATA)
         one->part = CHUNK_END;
     else
-        over(one);
+        end_of_response(one);
 }
 
-static void take(struct user *one, const char *data, size_t length)
+static void receive(struct user *one, const char *data, size_t length)
 {
     char *line;
     if (!one->record.first_byte)
-        one->record.first_byte = one->heard_at;
+        one->record.first_byte = one->activity_at;
     uint64_t sequence = one->record.sequence;
     while (length && one->active && one->record.sequence == sequence && one->fd >= 0) {
         switch (one->part) {
         case HEAD:
-            take_head(one, &data, &length);
+            receive_head(one, &data, &length);
             if (one->active && one->part == LENGTH && !one->left)
-                over(one); /* an empty body */
+                end_of_response(one); /* an empty body */
             break;
         case CHUNK_SIZE:
-            take_chunk_size(one, &data, &length);
+            receive_chunk_size(one, &data, &length);
             break;
         case LENGTH:
         case CHUNK_DATA:
         case TO_CLOSE:
-            take_piece(one, &data, &length);
+            receive_data(one, &data, &length);
             break;
         case CHUNK_END:
             if ((line = framing_line(one, &data, &length))) {
@@ -467,31 +471,31 @@ static void take(struct user *one, const char *data, size_t length)
             break;
         case TRAILER:
             if ((line = framing_line(one, &data, &length)) && !*line)
-                over(one);
+                end_of_response(one);
             break;
         }
     }
     if (length && one->fd >= 0 && !one->closes) {
-        unsolicited++; /* more than was asked for: nothing after it could be trusted */
-        hang_up(one);
+        unsolicited++; /* data beyond the response: the connection is out of step, so close it */
+        disconnect(one);
     }
 }
 
-/* ---- the request ---- */
+/* ---- requests ---- */
 
-static void connect_to(struct user *one)
+static void connect_user(struct user *one)
 {
     int on = 1, wrong;
-    one->fd = socket(given.unix_path ? AF_UNIX : AF_INET, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
+    one->fd = socket(options.unix_path ? AF_UNIX : AF_INET, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
     if (one->fd < 0)
         fail("socket");
     connects++;
-    if (given.unix_path) {
-        struct sockaddr_un at = unix_address(given.unix_path);
+    if (options.unix_path) {
+        struct sockaddr_un at = unix_address(options.unix_path);
         wrong = connect(one->fd, (struct sockaddr *)&at, sizeof at);
     } else {
-        struct sockaddr_in at = {.sin_family = AF_INET, .sin_port = htons((uint16_t)given.port)};
-        inet_pton(AF_INET, given.host, &at.sin_addr);
+        struct sockaddr_in at = {.sin_family = AF_INET, .sin_port = htons((uint16_t)options.port)};
+        inet_pton(AF_INET, options.host, &at.sin_addr);
         setsockopt(one->fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
         wrong = connect(one->fd, (struct sockaddr *)&at, sizeof at);
     }
@@ -506,53 +510,54 @@ static void connect_to(struct user *one)
         fail("epoll");
 }
 
-/* A kept connection that its server closed as the request came is no failure, once. */
-static void broken(struct user *one, enum error error)
+/* Ends a request whose connection broke. A keep-alive connection that the server closed as the request was sent is
+ * replaced once, and the request is sent again. */
+static void fail_or_retry(struct user *one, enum error error)
 {
     if ((one->record.flags & REUSED) && !(one->record.flags & RETRIED) && !one->record.first_byte) {
         one->record.flags |= RETRIED;
         one->sent = 0;
-        hang_up(one);
-        connect_to(one);
+        disconnect(one);
+        connect_user(one);
         return;
     }
     finish(one, error);
 }
 
-static void send_on(struct user *one)
+static void send_request(struct user *one)
 {
     const struct request *request = &requests[one->record.prompt];
     while (one->sent < request->length) {
         ssize_t sent = send(one->fd, request->data + one->sent, request->length - one->sent, MSG_NOSIGNAL);
         if (sent < 0 && (errno == EAGAIN || errno == EWOULDBLOCK)) {
-            watch(one, true);
+            poll_writable(one, true);
             return;
         }
         if (sent < 0) {
             if (one->record.first_byte || one->part != HEAD)
-                break; /* it answers before it has read all: hear what it says */
-            broken(one, DISCONNECTED);
+                break; /* the server responds before it has read the whole request: read the response */
+            fail_or_retry(one, DISCONNECTED);
             return;
         }
         one->sent += (size_t)sent;
     }
-    watch(one, false);
+    poll_writable(one, false);
 }
 
-/* Whether requests that begin now are measured no more. */
-static bool closed(int64_t now)
+/* Whether requests that begin now are after the measured ones. */
+static bool window_ended(int64_t now)
 {
     if (stop_at >= 0 && now >= stop_at)
-        measured_all = true;
-    return measured_all;
+        all_measured_begun = true;
+    return all_measured_begun;
 }
 
-/* What a request that begins, or is due, at that time counts for. */
-static uint8_t part_at(int64_t at)
+/* Flag of a request that begins, or is due, at that time; 0 for the warm-up. */
+static uint8_t flag_at(int64_t at)
 {
     if (!measuring || at < measure_at)
         return 0;
-    if (arrivals ? at >= stop_at : closed(at))
+    if (arrivals ? at >= stop_at : window_ended(at))
         return FILLING;
     return MEASURED;
 }
@@ -574,14 +579,14 @@ static void begin(struct user *one)
     memset(&one->record, 0, sizeof one->record);
     one->record.sequence = sequence;
     one->record.connection = one->number;
-    one->record.begin = one->heard_at = now_ns();
+    one->record.begin = one->activity_at = now_ns();
     one->record.due = arrivals ? begun_at + (int64_t)(arrivals[sequence] * SECOND) : one->record.begin;
-    one->record.flags = part_at(one->record.due);
+    one->record.flags = flag_at(one->record.due);
     one->record.prompt = prompt_of(sequence, one->record.flags);
     one->record.prompt_tokens = one->record.tokens = UNKNOWN;
     if (one->record.flags == MEASURED && !arrivals) {
         measured_active++;
-        measured_all |= measured_begun == most;
+        all_measured_begun |= measured_begun == max_requests;
     }
     one->active = true;
     one->sent = 0;
@@ -590,49 +595,49 @@ static void begin(struct user *one)
     one->status = 0;
     one->closes = one->has_content = one->is_error = one->is_done = one->done = one->failed = false;
     one->stamp = -1;
-    if (given.leave_ms > 0)
-        timer_set(&one->timer, one->record.begin + (int64_t)(given.leave_ms * MILLISECOND));
+    if (options.leave_ms > 0)
+        timer_set(&one->timer, one->record.begin + (int64_t)(options.leave_ms * MILLISECOND));
     if (one->fd >= 0) {
         one->record.flags |= REUSED;
-        send_on(one);
+        send_request(one);
     } else
-        connect_to(one);
+        connect_user(one);
 }
 
-/* ---- who asks when ---- */
+/* ---- schedule ---- */
 
 static bool may_begin(void)
 {
-    return !told_to_stop && (measuring || (issued < most && (stop_at < 0 || now_ns() < stop_at)));
+    return !stopping && (measuring || (issued < max_requests && (stop_at < 0 || now_ns() < stop_at)));
 }
 
-static void next_of(struct user *one)
+static void schedule_next(struct user *one)
 {
-    if (measuring && measured_all && !measured_active)
-        told_to_stop = 1;
+    if (measuring && all_measured_begun && !measured_active)
+        stopping = 1;
     if (arrivals) {
-        if (waiting && !told_to_stop) {
+        if (waiting && !stopping) {
             waiting--;
-            timer_set(&one->timer, 0); /* at once, but not from within its last request */
+            timer_set(&one->timer, 0); /* immediately, but not from within the code of its last request */
         } else
             idle[idle_count++] = one->number;
         return;
     }
     if (!may_begin()) {
-        retired++;
+        finished_users++;
         return;
     }
     int64_t pause = think_count ? (int64_t)(think[one->record.sequence % think_count] * SECOND) : 0;
     if (one->record.error == CONNECT || one->record.error == HTTP_STATUS || one->record.error == DISCONNECTED)
-        pause += SECOND / 10; /* what refuses everything must not become a busy loop */
+        pause += SECOND / 10; /* no busy loop with a server that rejects every request */
     timer_set(&one->timer, pause ? now_ns() + pause : 0);
 }
 
-static void due_now(struct timer *one, int64_t now)
+static void on_timer(struct timer *one, int64_t now)
 {
     if (one == &arrival) {
         timer_clear(one);
-        measured_active += part_at(begun_at + (int64_t)(arrivals[arrived] * SECOND)) == MEASURED;
+        measured_active += flag_at(begun_at + (int64_t)(arrivals[arrived] * SECOND)) == MEASURED;
         arrived++;
         if (idle_count)
             begin(&users[idle[--idle_count]]);
@@ -645,7 +650,7 @@ static void due_now(struct timer *one, int64_t now)
     if (one == &sweep) {
         timer_set(one, now + SECOND / 4);
         for (uint32_t i = 0; i < user_count; i++)
-            if (users[i].active && now - users[i].heard_at > (int64_t)(given.timeout * SECOND))
+            if (users[i].active && now - users[i].activity_at > (int64_t)(options.timeout * SECOND))
                 finish(&users[i], TIMEOUT);
         return;
     }
@@ -656,10 +661,10 @@ static void due_now(struct timer *one, int64_t now)
     else if (arrivals || may_begin())
         begin(user);
     else
-        retired++;
+        finished_users++;
 }
 
-static void happened(struct user *one, uint32_t what)
+static void on_socket(struct user *one, uint32_t what)
 {
     static char piece[262144];
     if (one->fd < 0)
@@ -679,36 +684,36 @@ static void happened(struct user *one, uint32_t what)
         if (got < 0 && (errno == EAGAIN || errno == EINTR))
             got = -2;
         if (got > 0 && one->active) {
-            one->heard_at = now_ns();
-            take(one, piece, (size_t)got);
+            one->activity_at = now_ns();
+            receive(one, piece, (size_t)got);
         } else if (got > 0) {
             unsolicited++;
-            hang_up(one);
+            disconnect(one);
         } else if (got != -2 && !one->active) {
             idle_closed++;
-            hang_up(one);
+            disconnect(one);
         } else if (got != -2) {
             if (got == 0 && one->part == TO_CLOSE)
-                over(one);
+                end_of_response(one);
             else if (one->record.first_byte)
                 finish(one, one->part == HEAD ? DISCONNECTED : CUT);
             else
-                broken(one, DISCONNECTED);
+                fail_or_retry(one, DISCONNECTED);
         }
     }
     if (one->fd >= 0 && one->active && one->connected && (what & EPOLLOUT))
-        send_on(one);
+        send_request(one);
 }
 
-static bool finished_all(void)
+static bool all_finished(void)
 {
     if (arrivals)
-        return (told_to_stop || arrived == arrival_count) && !active_count && !waiting && idle_count == user_count;
-    return retired == user_count;
+        return (stopping || arrived == arrival_count) && !active_count && !waiting && idle_count == user_count;
+    return finished_users == user_count;
 }
 
-/* Whoever only waits for a time to begin need not. */
-static void dismiss(void)
+/* Ends the users that wait for their next request. */
+static void retire_idle(void)
 {
     for (uint32_t i = 0; i < user_count; i++)
         if (!users[i].active && users[i].timer.place) {
@@ -716,7 +721,7 @@ static void dismiss(void)
             if (arrivals)
                 idle[idle_count++] = i;
             else
-                retired++;
+                finished_users++;
         }
 }
 
@@ -724,25 +729,26 @@ static void run(void)
 {
     struct epoll_event found[512];
     int64_t give_up_at = INT64_MAX;
-    while (!finished_all()) {
+    while (!all_finished()) {
         int64_t now = now_ns();
         struct timer *first;
         for (int taken = 0; taken < 256 && (first = timer_first()) && first->at <= now; taken++)
-            due_now(first, now);
-        if (measuring && closed(now) && !measured_active)
-            told_to_stop = 1;
-        bool ending = measuring ? measured_all : told_to_stop || (stop_at >= 0 && now >= stop_at) || issued >= most ||
-                      (arrivals && arrived == arrival_count && !waiting);
+            on_timer(first, now);
+        if (measuring && window_ended(now) && !measured_active)
+            stopping = 1;
+        bool ending = measuring ? all_measured_begun
+                                : stopping || (stop_at >= 0 && now >= stop_at) || issued >= max_requests ||
+                                      (arrivals && arrived == arrival_count && !waiting);
         if (ending && give_up_at == INT64_MAX) {
-            give_up_at = now + (int64_t)(given.drain * SECOND);
+            give_up_at = now + (int64_t)(options.drain * SECOND);
             if (!arrivals && !measuring)
-                dismiss();
+                retire_idle();
         }
-        if (told_to_stop || now >= give_up_at) {
-            told_to_stop = 1;
+        if (stopping || now >= give_up_at) {
+            stopping = 1;
             waiting = 0;
             timer_clear(&arrival);
-            dismiss();
+            retire_idle();
             for (uint32_t i = 0; i < user_count; i++)
                 if (users[i].active)
                     finish(&users[i], STOPPED);
@@ -751,13 +757,13 @@ static void run(void)
         first = timer_first();
         int count = wait_until(epoll, found, 512, first ? first->at : now + SECOND / 4);
         for (int i = 0; i < count; i++)
-            happened(found[i].data.ptr, found[i].events);
+            on_socket(found[i].data.ptr, found[i].events);
     }
 }
 
-/* ---- what was given ---- */
+/* ---- input and output ---- */
 
-static char *content_of(const char *path, size_t *length)
+static char *map_file(const char *path, size_t *length)
 {
     int fd = open(path, O_RDONLY | O_CLOEXEC);
     struct stat status;
@@ -771,12 +777,12 @@ static char *content_of(const char *path, size_t *length)
     return data;
 }
 
-static double *doubles_of(const char *path, size_t *count)
+static double *read_doubles(const char *path, size_t *count)
 {
     size_t length;
-    char *data = content_of(path, &length);
+    char *data = map_file(path, &length);
     if (!length || length % sizeof(double))
-        refuse("no list of doubles", path);
+        refuse("not a list of doubles", path);
     *count = length / sizeof(double);
     return (double *)(void *)data;
 }
@@ -784,85 +790,85 @@ static double *doubles_of(const char *path, size_t *count)
 static void read_requests(void)
 {
     size_t length, room = 0;
-    const char *data = content_of(given.requests, &length);
+    const char *data = map_file(options.requests, &length);
     for (size_t at = 0; at < length;) {
         uint32_t one;
         if (length - at < sizeof one)
-            refuse("the last request is cut", given.requests);
+            refuse("the last request is cut off", options.requests);
         memcpy(&one, data + at, sizeof one);
         at += sizeof one;
         if (!one || one > length - at)
-            refuse("the last request is cut", given.requests);
+            refuse("the last request is cut off", options.requests);
         if (request_count == room)
-            requests = grown(requests, (room = room ? room * 2 : 64) * sizeof *requests);
+            requests = resize(requests, (room = room ? room * 2 : 64) * sizeof *requests);
         requests[request_count++] = (struct request){data + at, one};
         at += one;
     }
     if (!request_count)
-        refuse("no requests", given.requests);
+        refuse("no requests", options.requests);
 }
 
-static uint32_t *order_of(const char *path, size_t *count)
+static uint32_t *read_order(const char *path, size_t *count)
 {
     size_t length;
-    uint32_t *found = (uint32_t *)(void *)content_of(path, &length);
+    uint32_t *found = (uint32_t *)(void *)map_file(path, &length);
     *count = length / sizeof *found;
     for (size_t i = 0; i < *count; i++)
         if (found[i] >= request_count)
-            refuse("a number beyond the last request", path);
+            refuse("index beyond the last request", path);
     return found;
 }
 
 static void read_headers(void)
 {
-    for (const char *at = given.label; at; at = (at = strchr(at, ',')) ? at + 1 : NULL) {
+    for (const char *at = options.label; at; at = (at = strchr(at, ',')) ? at + 1 : NULL) {
         size_t length = strcspn(at, ",");
         if (header_count == HEADERS || !length || length >= LABEL)
-            refuse("--label takes up to three names of headers", given.label);
+            refuse("--label: at most three header names", options.label);
         memcpy(headers[header_count++], at, length);
     }
 }
 
-static void read_words(int count, char **words)
+static void read_arguments(int count, char **arguments)
 {
     struct {
         const char *name, **text;
         double *number;
     } known[] = {
-        {"--requests", &given.requests, NULL},    {"--records", &given.records, NULL},
-        {"--events", &given.events, NULL},        {"--unix", &given.unix_path, NULL},
-        {"--host", &given.host, NULL},            {"--label", &given.label, NULL},
-        {"--arrivals", &given.arrivals, NULL},    {"--order", &given.order, NULL},
-        {"--think", &given.think, NULL},          {"--tcp", NULL, &given.port},
-        {"--others", &given.others, NULL},        {"--measure", NULL, &given.measure},
-        {"--connections", NULL, &given.connections}, {"--seconds", NULL, &given.seconds},
-        {"--count", NULL, &given.count},          {"--ramp", NULL, &given.ramp},
-        {"--leave-after-events", NULL, &given.leave_events}, {"--leave-after-ms", NULL, &given.leave_ms},
-        {"--timeout", NULL, &given.timeout},      {"--drain", NULL, &given.drain},
+        {"--requests", &options.requests, NULL},    {"--records", &options.records, NULL},
+        {"--events", &options.events, NULL},        {"--unix", &options.unix_path, NULL},
+        {"--host", &options.host, NULL},            {"--label", &options.label, NULL},
+        {"--arrivals", &options.arrivals, NULL},    {"--order", &options.order, NULL},
+        {"--think", &options.think, NULL},          {"--tcp", NULL, &options.port},
+        {"--others", &options.others, NULL},        {"--measure", NULL, &options.measure},
+        {"--connections", NULL, &options.connections}, {"--seconds", NULL, &options.seconds},
+        {"--count", NULL, &options.count},          {"--ramp", NULL, &options.ramp},
+        {"--leave-after-events", NULL, &options.leave_events}, {"--leave-after-ms", NULL, &options.leave_ms},
+        {"--timeout", NULL, &options.timeout},      {"--drain", NULL, &options.drain},
     };
     for (int i = 1; i < count; i += 2) {
         size_t at = 0;
-        while (at < sizeof known / sizeof *known && strcmp(known[at].name, words[i]))
+        while (at < sizeof known / sizeof *known && strcmp(known[at].name, arguments[i]))
             at++;
         if (at == sizeof known / sizeof *known)
-            refuse("unknown argument", words[i]);
+            refuse("unknown argument", arguments[i]);
         if (i + 1 == count)
-            refuse("a value is missing", words[i]);
+            refuse("missing value of", arguments[i]);
         if (known[at].text)
-            *known[at].text = words[i + 1];
+            *known[at].text = arguments[i + 1];
         else
-            *known[at].number = number_of(words[i], words[i + 1]);
+            *known[at].number = number_of(arguments[i], arguments[i + 1]);
     }
-    if (!given.requests || !given.records)
-        refuse("needed", "--requests and --records");
-    if (!given.unix_path && (given.port < 1 || given.port > 65535))
-        refuse("needed", "--tcp PORT or --unix PATH");
-    if (given.connections < 1 || given.connections > 100000)
+    if (!options.requests || !options.records)
+        refuse("missing argument", "--requests and --records");
+    if (!options.unix_path && (options.port < 1 || options.port > 65535))
+        refuse("missing argument", "--tcp PORT or --unix PATH");
+    if (options.connections < 1 || options.connections > 100000)
         refuse("--connections", "between 1 and 100000");
-    if (!given.arrivals && given.seconds < 0 && given.count < 0)
-        refuse("needed", "--seconds, --count or --arrivals");
-    if (given.measure >= 0 && given.arrivals && given.seconds < 0)
-        refuse("needed", "--seconds, beside --measure and --arrivals");
+    if (!options.arrivals && options.seconds < 0 && options.count < 0)
+        refuse("missing argument", "--seconds, --count or --arrivals");
+    if (options.measure >= 0 && options.arrivals && options.seconds < 0)
+        refuse("missing argument", "--seconds, beside --measure and --arrivals");
 }
 
 static FILE *output(const char *path, int which)
@@ -871,12 +877,12 @@ static FILE *output(const char *path, int which)
     FILE *made = fd < 0 ? NULL : fdopen(fd, "w");
     if (!made)
         fail(path);
-    output_buffers[which] = grown(NULL, 1 << 20);
+    output_buffers[which] = resize(NULL, 1 << 20);
     setvbuf(made, output_buffers[which], _IOFBF, 1 << 20);
     return made;
 }
 
-/* Seconds that this thread could have run and was not let. */
+/* Seconds in which this thread was runnable but did not run. */
 static double waited_s(void)
 {
     unsigned long long ran, waited = 0;
@@ -889,7 +895,7 @@ static double waited_s(void)
     return (double)waited / 1e9;
 }
 
-static void tell(void)
+static void print_summary(void)
 {
     struct rusage used;
     getrusage(RUSAGE_SELF, &used);
@@ -904,45 +910,45 @@ static void tell(void)
     printf("]}\n");
 }
 
-int main(int count, char **words)
+int main(int count, char **arguments)
 {
-    _Static_assert(sizeof(struct record) == 88 && sizeof(struct event) == 24, "Python reads these");
-    read_words(count, words);
+    _Static_assert(sizeof(struct record) == 88 && sizeof(struct event) == 24, "records.py has the same layout");
+    read_arguments(count, arguments);
     prctl(PR_SET_PDEATHSIG, SIGKILL);
     read_requests();
-    if (given.order)
-        order = order_of(given.order, &order_count);
-    if (given.others)
-        others = order_of(given.others, &others_count);
+    if (options.order)
+        order = read_order(options.order, &order_count);
+    if (options.others)
+        others = read_order(options.others, &others_count);
     read_headers();
-    if (given.think)
-        think = doubles_of(given.think, &think_count);
-    if (given.arrivals)
-        arrivals = doubles_of(given.arrivals, &arrival_count);
-    records = output(given.records, 0);
-    if (given.events)
-        events = output(given.events, 1);
+    if (options.think)
+        think = read_doubles(options.think, &think_count);
+    if (options.arrivals)
+        arrivals = read_doubles(options.arrivals, &arrival_count);
+    records = output(options.records, 0);
+    if (options.events)
+        events = output(options.events, 1);
     signal(SIGTERM, stop);
     signal(SIGINT, stop);
     if ((epoll = epoll_create1(EPOLL_CLOEXEC)) < 0)
         fail("epoll");
-    user_count = (uint32_t)given.connections;
+    user_count = (uint32_t)options.connections;
     users = calloc(user_count, sizeof *users);
     idle = calloc(user_count, sizeof *idle);
     if (!users || !idle)
         fail("memory");
     begun_at = now_ns();
-    most = arrivals ? arrival_count : given.count < 0 ? UINT64_MAX : (uint64_t)given.count;
-    measuring = given.measure >= 0;
-    measure_at = begun_at + (int64_t)(given.measure * SECOND);
-    stop_at = given.seconds < 0 || (arrivals && !measuring) ? -1 : begun_at + (int64_t)(given.seconds * SECOND);
+    max_requests = arrivals ? arrival_count : options.count < 0 ? UINT64_MAX : (uint64_t)options.count;
+    measuring = options.measure >= 0;
+    measure_at = begun_at + (int64_t)(options.measure * SECOND);
+    stop_at = options.seconds < 0 || (arrivals && !measuring) ? -1 : begun_at + (int64_t)(options.seconds * SECOND);
     for (uint32_t i = 0; i < user_count; i++) {
         users[i].number = i;
         users[i].fd = -1;
         if (arrivals)
             idle[idle_count++] = user_count - 1 - i;
         else
-            timer_set(&users[i].timer, begun_at + (int64_t)(given.ramp * SECOND * i / user_count));
+            timer_set(&users[i].timer, begun_at + (int64_t)(options.ramp * SECOND * i / user_count));
     }
     if (arrivals)
         timer_set(&arrival, begun_at + (int64_t)(arrivals[0] * SECOND));
@@ -952,6 +958,6 @@ int main(int count, char **words)
     run();
     if (fclose(records) || (events && fclose(events)))
         fail("the records");
-    tell();
+    print_summary();
     return 0;
 }

@@ -1,4 +1,4 @@
-"""One run of the load generator: what it sends, and what came back. How it works stands at the top of `load.c`."""
+"""Runs the native load generator: its arguments and its result. The top of `load.c` describes how it works."""
 
 import json
 import os
@@ -12,23 +12,28 @@ from typing import Any, Final
 
 import numpy as np
 
-from hpc_router.bench.load.native.build import built
+from hpc_router.bench.load.native.build import build_program
 from hpc_router.bench.load.native.records import EVENT, Table, read_events, read_requests
 from hpc_router.errors import LaunchError
 from hpc_router.state.run_directory import private_umask
 
 MAX_CONNECTIONS: Final = 4000
-GUARD_S: Final = 30.0
-"""Beyond what it was given, before it counts as hung."""
+"""Of one load generator."""
+EXIT_TIMEOUT_S: Final = 30.0
+"""Time after the end of its load until the program counts as hung."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadSpec:
-    """Closed loop: `seconds` or `count`; open loop: `arrivals_s`. `requests` is a file of `write_requests`. With
-    `measure_s` what begins from then on is measured, in `order`; all the rest comes in that of `others`."""
+    """Arguments of the load generator; None leaves an option out.
+
+    A closed loop has `seconds` or `count`, an open loop `arrivals_s`. `requests`: a file from `write_requests`. With
+    `measure_s`, requests that begin after it are measured and sent in `order`; all other requests are sent in the
+    order of `others`.
+    """
 
     requests: Path
-    port: int | None = None  # on loopback, unless `host` says otherwise
+    port: int | None = None  # on loopback, unless `host` is given
     host: str | None = None
     socket: Path | None = None
     connections: int
@@ -43,13 +48,13 @@ class LoadSpec:
     leave_after_events: int | None = None
     leave_after_ms: float | None = None
     events: bool = False
-    label: str | None = None  # a header, or up to three, with commas
+    label: str | None = None  # up to three response headers to record, separated by commas
     timeout_s: float = 60.0
     drain_s: float = 30.0
 
     def argv(self, folder: Path) -> list[str]:
-        """Everything but the program; lists go to files in `folder`."""
-        given: dict[str, object] = {
+        """The arguments; lists are written to files in `folder`."""
+        options: dict[str, object] = {
             "requests": self.requests,
             "records": folder / "records",
             "tcp": self.port,
@@ -71,12 +76,12 @@ class LoadSpec:
             "timeout": self.timeout_s,
             "drain": self.drain_s,
         }
-        return [word for key, value in given.items() if value is not None for word in (f"--{key}", str(value))]
+        return [word for key, value in options.items() if value is not None for word in (f"--{key}", str(value))]
 
 
 @dataclass(frozen=True, slots=True)
 class Recorded:
-    """`events` is empty where they were not asked for."""
+    """The recorded requests and events; `events` is empty unless the spec asked for them."""
 
     requests: Table
     events: Table
@@ -92,56 +97,59 @@ class Recorded:
 
 
 class Running:
-    """A load that is under way. `begun_ns`: CLOCK_MONOTONIC."""
+    """A load in progress. `begun_ns`: its start, CLOCK_MONOTONIC."""
 
-    def __init__(self, process: subprocess.Popen[bytes], load: LoadSpec, folder: Path) -> None:
-        self.process, self._load, self._folder = process, load, folder
+    def __init__(self, process: subprocess.Popen[bytes], spec: LoadSpec, folder: Path) -> None:
+        self.process, self._spec, self._folder = process, spec, folder
         assert process.stdout is not None
-        words = process.stdout.readline().split()
-        if words[:1] != [b"begun"]:
-            self.wait(patience_s=GUARD_S)
+        banner = process.stdout.readline().split()
+        if banner[:1] != [b"begun"]:
+            self.wait(timeout_s=EXIT_TIMEOUT_S)
             raise LaunchError("the load generator did not start")
-        self.begun_ns = int(words[1])
+        self.begun_ns = int(banner[1])
 
     def stop(self) -> None:
-        """What is under way is recorded as stopped."""
+        """Ends the load early; requests in progress are recorded as stopped."""
         self.process.terminate()
 
-    def wait(self, *, patience_s: float | None) -> Recorded:
+    def wait(self, *, timeout_s: float | None) -> Recorded:
+        """Raises LaunchError if the program fails or does not end in time."""
         try:
-            out, said = self.process.communicate(timeout=patience_s)
+            summary, stderr = self.process.communicate(timeout=timeout_s)
         except subprocess.TimeoutExpired as error:
-            raise LaunchError(f"the load generator did not end within {patience_s} s") from error
+            raise LaunchError(f"the load generator did not end within {timeout_s} s") from error
         if self.process.returncode != 0:
-            raise LaunchError(f"the load generator failed: {said.decode().strip() or self.process.returncode}")
-        events = read_events(self._folder / "events") if self._load.events else np.empty(0, dtype=EVENT)
-        return Recorded(read_requests(self._folder / "records"), events, json.loads(out))
+            raise LaunchError(f"the load generator failed: {stderr.decode().strip() or self.process.returncode}")
+        events = read_events(self._folder / "events") if self._spec.events else np.empty(0, dtype=EVENT)
+        return Recorded(read_requests(self._folder / "records"), events, json.loads(summary))
 
 
 @contextmanager
-def running(load: LoadSpec, folder: Path) -> Iterator[Running]:
-    """Start it; it does not outlive the block. `folder` is its own, and private."""
-    if load.connections > MAX_CONNECTIONS:
-        raise LaunchError(f"{load.connections} connections are more than this takes on (at most {MAX_CONNECTIONS})")
+def running(spec: LoadSpec, folder: Path) -> Iterator[Running]:
+    """Starts the load and kills it when the block ends. `folder`: private, used by this load alone."""
+    if spec.connections > MAX_CONNECTIONS:
+        raise LaunchError(
+            f"{spec.connections} connections are too many for one load generator (at most {MAX_CONNECTIONS})"
+        )
     with private_umask():
         folder.mkdir(parents=True, exist_ok=True)
-    command = [str(built("load")), *load.argv(folder)]
-    # Unbuffered: what a buffer had read beyond the first line would be lost to `communicate`.
+    command = [str(build_program("load")), *spec.argv(folder)]
+    # Unbuffered: `communicate` would miss what a buffer had read beyond the first line.
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0)
     try:
-        yield Running(process, load, folder)
+        yield Running(process, spec, folder)
     finally:
         process.kill()
         process.communicate()
 
 
-def run(load: LoadSpec, folder: Path, *, patience_s: float) -> Recorded:
-    with running(load, folder) as under_way:
-        return under_way.wait(patience_s=patience_s)
+def run(spec: LoadSpec, folder: Path, *, timeout_s: float | None) -> Recorded:
+    with running(spec, folder) as load:
+        return load.wait(timeout_s=timeout_s)
 
 
 def write_requests(path: Path, requests: Sequence[bytes]) -> Path:
-    """Whole HTTP requests; private, as they carry tokens."""
+    """Writes complete HTTP requests, each after its length. The file is private because requests contain tokens."""
     with private_umask():
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with os.fdopen(descriptor, "wb") as stream:

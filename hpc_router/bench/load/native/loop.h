@@ -1,6 +1,7 @@
-/* What load.c and engine.c share: the clock, growing buffers, timers, the wait, HTTP header lines.
+/* Shared by load.c and engine.c: clock, growing buffers, timers, waiting for sockets, HTTP header fields.
  *
- * Timers are a binary heap over members of the structures that own them; a timer's place is 0 while it is not set.
+ * Timers form a binary heap of pointers; each timer is a member of the structure that owns it, and its `place` in the
+ * heap is 0 while it is not set.
  */
 #ifndef LOOP_H
 #define LOOP_H
@@ -44,7 +45,7 @@ static inline void refuse(const char *what, const char *value)
     exit(2);
 }
 
-static inline void *grown(void *memory, size_t bytes)
+static inline void *resize(void *memory, size_t bytes)
 {
     void *made = realloc(memory, bytes);
     if (!made)
@@ -61,7 +62,7 @@ static inline void buffer_add(struct buffer *to, const char *data, size_t length
 {
     if (to->used + length > to->room) {
         to->room = (to->used + length) * 2;
-        to->data = grown(to->data, to->room);
+        to->data = resize(to->data, to->room);
     }
     memcpy(to->data + to->used, data, length);
     to->used += length;
@@ -116,7 +117,7 @@ static inline void timer_set(struct timer *one, int64_t at)
     if (!one->place) {
         if (timer_count == timer_room) {
             timer_room = timer_room ? timer_room * 2 : 256;
-            timers = grown(timers, timer_room * sizeof *timers);
+            timers = resize(timers, timer_room * sizeof *timers);
         }
         timer_put(++timer_count, one);
     }
@@ -141,7 +142,7 @@ static inline struct timer *timer_first(void)
     return timer_count ? timers[0] : NULL;
 }
 
-/* Wait for sockets, or until `deadline`. -1 only when interrupted. */
+/* Waits for socket events until `deadline`; returns their number, or -1 if a signal interrupted the wait. */
 static inline int wait_until(int epoll, struct epoll_event *events, int room, int64_t deadline)
 {
     int64_t left = deadline - now_ns();
@@ -163,7 +164,7 @@ static inline int wait_until(int epoll, struct epoll_event *events, int room, in
     return found;
 }
 
-/* The value of a header line in `head` (start line included), without spaces around it; NULL if there is none. */
+/* The value of a header field in `head` (which includes the start line), without surrounding spaces; NULL if absent. */
 static inline const char *header_value(const char *head, size_t length, const char *name, size_t *found)
 {
     size_t wanted = strlen(name);
@@ -185,14 +186,14 @@ static inline const char *header_value(const char *head, size_t length, const ch
     return NULL;
 }
 
-/* Whether a comma-separated header value has this word. */
-static inline bool has_word(const char *value, size_t length, const char *word)
+/* Whether a comma-separated header value contains this token. */
+static inline bool has_token(const char *value, size_t length, const char *token)
 {
-    size_t wanted = strlen(word);
+    size_t wanted = strlen(token);
     for (size_t at = 0; at + wanted <= length; at++) {
         bool begins = at == 0 || strchr(", \t", value[at - 1]);
         bool ends = at + wanted == length || strchr(", \t;", value[at + wanted]);
-        if (begins && ends && !strncasecmp(value + at, word, wanted))
+        if (begins && ends && !strncasecmp(value + at, token, wanted))
             return true;
     }
     return false;
@@ -202,7 +203,7 @@ static inline struct sockaddr_un unix_address(const char *path)
 {
     struct sockaddr_un address = {.sun_family = AF_UNIX};
     if (strlen(path) >= sizeof address.sun_path)
-        refuse("the path of the socket is too long", path);
+        refuse("the path of the unix socket is too long", path);
     strcpy(address.sun_path, path);
     return address;
 }

@@ -1,4 +1,4 @@
-"""What the load generator wrote, as arrays: one row per request, one per event. The layout is `load.c`'s."""
+"""The load generator's output as arrays, one row per request or event. `load.c` defines the layout."""
 
 from enum import IntEnum
 from pathlib import Path
@@ -9,19 +9,19 @@ from numpy.typing import NDArray
 
 
 class Error(IntEnum):
-    """How a request ended; in the order of `enum error` in load.c."""
+    """How a request ended, in the order of `enum error` in load.c."""
 
     NONE = 0
-    CONNECT = 1  # nobody listens
-    DISCONNECTED = 2  # the connection broke before the answer
+    CONNECT = 1  # the connection was refused
+    DISCONNECTED = 2  # the connection was closed before the response
     BAD_HTTP = 3
-    HTTP_STATUS = 4  # another than 200
-    CUT = 5  # the connection broke in the midst of the answer
+    HTTP_STATUS = 4  # the status was not 200
+    CUT = 5  # the connection was closed during the response
     UNFINISHED = 6  # the stream ended without [DONE]
     STREAM_ERROR = 7  # an event with an `error` key
     TIMEOUT = 8
-    LEFT = 9  # by us, as asked
-    STOPPED = 10  # by us: it was still under way at the end
+    LEFT = 9  # this client disconnected, as specified
+    STOPPED = 10  # this client stopped the request at the end of the load
 
 
 REUSED: Final = 1
@@ -29,15 +29,15 @@ RETRIED: Final = 2
 STREAM: Final = 4
 MEASURED: Final = 8
 FILLING: Final = 16
-"""Bits of `flags`: over a kept connection; sent again as that was closed meanwhile; answered by an event stream; with
-`measure_s`, what it counts for, neither bit meaning the warm-up."""
+"""Bits of `flags`. REUSED: sent on a kept-alive connection. RETRIED: sent again because that connection was closed.
+STREAM: the response was an event stream. MEASURED, FILLING: the part of the load, with neither for the warm-up."""
 UNKNOWN: Final = 2**32 - 1
-"""A number of tokens that the engine did not tell."""
+"""A number of tokens that the engine did not report."""
 
 REQUEST: Final = np.dtype(
     [
         ("sequence", "u8"),
-        ("due", "i8"),  # this and the others: CLOCK_MONOTONIC in nanoseconds, 0 for never
+        ("due", "i8"),  # all times: CLOCK_MONOTONIC in nanoseconds, 0 if it did not happen
         ("begin", "i8"),
         ("first_byte", "i8"),
         ("first_event", "i8"),
@@ -47,8 +47,8 @@ REQUEST: Final = np.dtype(
         ("connection", "u4"),
         ("events", "u4"),  # with content
         ("status", "u2"),
-        ("label", "u2"),  # of the first header asked for; 0: none, else a position, from one, in the summary's labels
-        ("second", "u2"),  # of the next ones
+        ("label", "u2"),  # first recorded header: 0 for none, else its position, from 1, in the summary's labels
+        ("second", "u2"),  # second and third recorded header
         ("third", "u2"),
         ("error", "u1"),
         ("flags", "u1"),
@@ -72,7 +72,7 @@ def read_events(path: Path) -> Table:
 
 
 def errors(requests: Table) -> dict[str, int]:
-    """How many requests failed, by kind; the statuses of answers count as kinds of their own."""
+    """Number of failed requests per kind of error; each HTTP status is a kind of its own."""
     counted: dict[str, int] = {}
     for kind in Error:
         rows = requests[requests["error"] == kind]

@@ -1,4 +1,4 @@
-"""The programs need a C compiler; CI installs one."""
+"""The programs require a C compiler."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""An HTTP server that answers byte for byte as it is told, in as many pieces as it is told."""
+"""An HTTP server that sends given bytes as its responses, in given pieces."""
 
 import socket
 import threading
@@ -7,14 +7,14 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 HANG_UP = b"<hang up>"
-"""A piece: close the connection."""
+"""As a piece: close the connection."""
 SILENCE = b"<silence>"
-"""A piece: say nothing more until the client leaves."""
+"""As a piece: send nothing more until the client disconnects."""
 
 
 @dataclass
 class Scripted:
-    """One answer per request, the last one for ever."""
+    """One response per request, the last one repeatedly."""
 
     answers: list[Sequence[bytes]]
     requests: list[bytes] = field(default_factory=list)
@@ -54,7 +54,7 @@ def _read(sock: socket.socket) -> bytes:
 
 @contextmanager
 def scripted(*answers: Sequence[bytes]) -> Iterator[tuple[int, Scripted]]:
-    """Its port, and what it has seen."""
+    """Yields its port and its state."""
     server, threads = Scripted(list(answers)), []
     with socket.create_server(("127.0.0.1", 0), backlog=128) as listener:
 

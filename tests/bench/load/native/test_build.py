@@ -1,4 +1,4 @@
-"""Programs are built once, where nobody else can put one, and a machine without a compiler is told what to install."""
+"""Programs are built once, in a private folder; without a compiler the error names the packages to install."""
 
 import subprocess
 from pathlib import Path
@@ -10,7 +10,7 @@ from hpc_router.errors import LaunchError
 
 
 @pytest.mark.parametrize("program", ["load", "engine"])
-def test_it_is_clean(program: str, tmp_path: Path) -> None:
+def test_no_compiler_warnings(program: str, tmp_path: Path) -> None:
     cc = build.compiler()
     assert cc is not None
     command = [cc, *build.FLAGS, "-Werror", "-Wshadow=local", "-o", str(tmp_path / program)]
@@ -18,18 +18,18 @@ def test_it_is_clean(program: str, tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_it_is_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = build.built("engine", cache=tmp_path / "cache")
+def test_a_program_is_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    binary = build.build_program("engine", cache=tmp_path / "cache")
     monkeypatch.setattr(build, "COMPILERS", ())
-    assert build.built("engine", cache=tmp_path / "cache") == made
-    assert made.parent.stat().st_mode & 0o777 == 0o700
-    assert list(made.parent.iterdir()) == [made]
+    assert build.build_program("engine", cache=tmp_path / "cache") == binary
+    assert binary.parent.stat().st_mode & 0o777 == 0o700
+    assert list(binary.parent.iterdir()) == [binary]
 
 
 def test_without_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "COMPILERS", ("no-such-compiler",))
     with pytest.raises(LaunchError, match="install gcc"):
-        build.built("load", cache=tmp_path / "cache")
+        build.build_program("load", cache=tmp_path / "cache")
 
 
 def test_a_source_that_does_not_compile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -37,13 +37,13 @@ def test_a_source_that_does_not_compile(tmp_path: Path, monkeypatch: pytest.Monk
         (tmp_path / name).write_text(text)
     monkeypatch.setattr(build, "SOURCES", tmp_path)
     with pytest.raises(LaunchError, match=r"cannot build load\.c: .*nothing"):
-        build.built("load", cache=tmp_path / "cache")
+        build.build_program("load", cache=tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
 
 
-def test_a_cache_that_others_can_write(tmp_path: Path) -> None:
+def test_a_cache_open_to_other_users_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "cache"
     folder.mkdir()
     folder.chmod(0o777)
     with pytest.raises(LaunchError, match="open to other users"):
-        build.built("load", cache=folder)
+        build.build_program("load", cache=folder)

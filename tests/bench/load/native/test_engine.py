@@ -1,4 +1,4 @@
-"""The mock engine, read by clients that are none of ours."""
+"""The mock engine with clients that are not part of this project."""
 
 import http.client
 import json
@@ -11,7 +11,7 @@ from openai.types.chat import ChatCompletionMessageParam
 from hpc_router.bench.load.native.engine import NAMES, Lateness, mock_engine
 
 
-def test_an_openai_client_is_content(tmp_path: Path) -> None:
+def test_the_openai_client_accepts_it(tmp_path: Path) -> None:
     with mock_engine(tmp_path, rate=1000) as engine:
         client = openai.OpenAI(base_url=f"http://127.0.0.1:{engine.port}/v1", api_key="none", max_retries=0)
         with client:
@@ -27,7 +27,7 @@ def test_an_openai_client_is_content(tmp_path: Path) -> None:
         assert engine.lateness().events == 3
 
 
-def test_every_event_says_when_it_was_sent(tmp_path: Path) -> None:
+def test_every_event_contains_its_send_time(tmp_path: Path) -> None:
     with mock_engine(tmp_path, rate=1000) as engine:
         connection = http.client.HTTPConnection("127.0.0.1", engine.port or 0, timeout=30)
         for _ in range(2):  # over one connection
@@ -43,7 +43,7 @@ def test_every_event_says_when_it_was_sent(tmp_path: Path) -> None:
         connection.close()
 
 
-def test_a_request_in_pieces_and_two_at_once(tmp_path: Path) -> None:
+def test_a_request_in_pieces_and_two_pipelined_ones(tmp_path: Path) -> None:
     request = b"POST /v1/chat/completions HTTP/1.1\r\nContent-Length: 17\r\n\r\n" + b'{"stream": false}'
     with mock_engine(tmp_path, rate=1) as engine, socket.create_connection(("127.0.0.1", engine.port or 0)) as sock:
         sock.settimeout(30)
@@ -56,7 +56,7 @@ def test_a_request_in_pieces_and_two_at_once(tmp_path: Path) -> None:
         assert got.count(b'"finish_reason":"stop"') == 3
 
 
-def test_what_it_does_not_know(tmp_path: Path) -> None:
+def test_unknown_paths_and_methods(tmp_path: Path) -> None:
     with mock_engine(tmp_path, rate=1) as engine:
         for method, path, status in (("GET", "/nope", 404), ("PUT", "/v1/models", 405), ("GET", "/health?x=1", 200)):
             connection = http.client.HTTPConnection("127.0.0.1", engine.port or 0, timeout=30)

@@ -1,4 +1,4 @@
-"""The load generator against servers that do what real ones may: it counts right, and it hides nothing."""
+"""The load generator with servers that behave like real ones: it counts correctly and records every error."""
 
 import os
 import signal
@@ -15,7 +15,7 @@ from hpc_router.bench.relay_cost.interface import free_port
 from hpc_router.errors import LaunchError
 from tests.bench.load.native import scripted as s
 
-PATIENCE_S = 60.0
+RUN_TIMEOUT_S = 60.0
 
 
 def prepared(folder: Path, *bodies: bytes) -> Path:
@@ -23,7 +23,7 @@ def prepared(folder: Path, *bodies: bytes) -> Path:
     return write_requests(folder / "requests", [head % len(body) + body for body in bodies or (b"{}",)])
 
 
-def ask(folder: Path, port: int, *bodies: bytes, connections: int = 1, count: int = 1, label: str | None = None,
+def send(folder: Path, port: int, *bodies: bytes, connections: int = 1, count: int = 1, label: str | None = None,
         timeout_s: float = 30.0, think_s: Sequence[float] | None = None) -> Recorded:  # fmt: skip
     load = LoadSpec(
         requests=prepared(folder, *bodies),
@@ -35,12 +35,12 @@ def ask(folder: Path, port: int, *bodies: bytes, connections: int = 1, count: in
         timeout_s=timeout_s,
         think_s=think_s,
     )
-    return run(load, folder / "load", patience_s=PATIENCE_S)
+    return run(load, folder / "load", timeout_s=RUN_TIMEOUT_S)
 
 
-def test_answers_that_come_byte_by_byte(tmp_path: Path) -> None:
+def test_responses_that_arrive_byte_by_byte(tmp_path: Path) -> None:
     with s.scripted(s.by_bytes(s.plain(b"x" * 40))) as (port, server):
-        found = ask(tmp_path, port, b'{"n":1}', b'{"n":2}', count=5)
+        found = send(tmp_path, port, b'{"n":1}', b'{"n":2}', count=5)
     assert errors(found.requests) == {}
     assert found.requests["bytes"].tolist() == [40] * 5
     assert found.requests["status"].tolist() == [200] * 5
@@ -51,7 +51,7 @@ def test_answers_that_come_byte_by_byte(tmp_path: Path) -> None:
 
 
 def awkward_stream() -> bytes:
-    """Events across chunks, several in one, either line end, comments, fields that are no data, a chunk extension."""
+    """Events across chunks, several per chunk, both line ends, comments, other fields, a chunk extension."""
     whole = (
         b': a comment\n\ndata: {"choices":[{"delta":{"role":"assistant","content":""}}]}\n\n'
         + s.event("one", stamp=1)
@@ -72,7 +72,7 @@ ABORTED = b'data: {"choices":[{"index":0,"delta":{},"finish_reason":"abort"}]}\n
 @pytest.mark.parametrize("pieces", [s.by_bytes(awkward_stream()), [awkward_stream()]], ids=["bytes", "whole"])
 def test_events_are_counted_however_they_are_cut(tmp_path: Path, pieces: list[bytes]) -> None:
     with s.scripted(pieces) as (port, server):
-        found = ask(tmp_path, port, count=2)
+        found = send(tmp_path, port, count=2)
     assert errors(found.requests) == {}
     assert found.requests["events"].tolist() == [4, 4]
     assert all(flags & STREAM for flags in found.requests["flags"])
@@ -84,19 +84,19 @@ def test_events_are_counted_however_they_are_cut(tmp_path: Path, pieces: list[by
     assert events["hop"][0] == events["at"][0] - 1
 
 
-def test_an_answer_to_the_end_of_the_connection(tmp_path: Path) -> None:
+def test_a_response_delimited_by_the_end_of_the_connection(tmp_path: Path) -> None:
     head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n"
     with s.scripted([head + s.event("a") + s.DONE, s.HANG_UP]) as (port, server):
-        found = ask(tmp_path, port, count=2)
+        found = send(tmp_path, port, count=2)
     assert errors(found.requests) == {}
     assert found.requests["events"].tolist() == [1, 1]
     assert server.connections == 2
 
 
 @pytest.mark.parametrize("head", [s.plain(more=b"Connection: close\r\n"), s.plain().replace(b"HTTP/1.1", b"HTTP/1.0")])
-def test_a_server_that_does_not_keep_connections(tmp_path: Path, head: bytes) -> None:
+def test_a_server_without_keep_alive(tmp_path: Path, head: bytes) -> None:
     with s.scripted([head, s.HANG_UP]) as (port, server):
-        found = ask(tmp_path, port, count=3)
+        found = send(tmp_path, port, count=3)
     assert errors(found.requests) == {}
     assert server.connections == found.summary["connects"] == 3
 
@@ -104,24 +104,24 @@ def test_a_server_that_does_not_keep_connections(tmp_path: Path, head: bytes) ->
 @pytest.mark.parametrize("last", [b"data: [DONE]\n", b"data: [DONE]\r\n", b"data: [DONE]"], ids=["LF", "CRLF", "none"])
 def test_a_last_event_without_its_blank_line_is_an_end(tmp_path: Path, last: bytes) -> None:
     with s.scripted([s.STREAM + s.chunks(s.event("a"), last)]) as (port, server):
-        found = ask(tmp_path, port, count=2)
+        found = send(tmp_path, port, count=2)
     assert errors(found.requests) == {}
     assert found.requests["events"].tolist() == [1, 1]
     assert server.connections == 1
 
 
-def test_one_that_closes_kept_connections_without_a_word(tmp_path: Path) -> None:
-    """Whether that is seen before the next request goes out or after it: the request is sent again, once."""
+def test_a_server_that_closes_idle_connections(tmp_path: Path) -> None:
+    """The request is sent again, whether the client notices before or after sending it."""
     with s.scripted([s.plain(), s.HANG_UP]) as (port, _):
-        found = ask(tmp_path, port, count=20)
+        found = send(tmp_path, port, count=20)
     assert errors(found.requests) == {}
     assert len(found.requests) == 20
 
 
-def test_interim_answers_are_not_the_answer(tmp_path: Path) -> None:
+def test_interim_responses_are_skipped(tmp_path: Path) -> None:
     interim = b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nlink: x\r\n\r\n"
     with s.scripted(s.by_bytes(interim + s.plain())) as (port, _):
-        found = ask(tmp_path, port, count=2)
+        found = send(tmp_path, port, count=2)
     assert errors(found.requests) == {}
     assert found.requests["status"].tolist() == [200, 200]
 
@@ -148,14 +148,14 @@ def test_interim_answers_are_not_the_answer(tmp_path: Path) -> None:
         ([b"HTTP/1.1 200 OK\r\nx: " + b"y" * 70_000], "bad_http"),
     ],
 )
-def test_what_goes_wrong_has_a_kind(tmp_path: Path, answer: list[bytes], kind: str) -> None:
+def test_each_kind_of_error(tmp_path: Path, answer: list[bytes], kind: str) -> None:
     with s.scripted(answer) as (port, _):
-        found = ask(tmp_path, port, count=2)
+        found = send(tmp_path, port, count=2)
     assert errors(found.requests) == {kind: 2}
 
 
-def test_one_that_ends_before_anybody_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What it said at the end lies in the pipe behind its first line, and neither is lost."""
+def test_a_program_that_ends_before_its_output_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its first line and its summary are both in the pipe, and both are read."""
 
     class Late(Running):
         def __init__(self, process: subprocess.Popen[bytes], load: LoadSpec, folder: Path) -> None:
@@ -164,42 +164,42 @@ def test_one_that_ends_before_anybody_reads(tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr("hpc_router.bench.load.native.load.Running", Late)
     with s.scripted([s.plain()]) as (port, _):
-        found = ask(tmp_path, port, count=2)
+        found = send(tmp_path, port, count=2)
     assert found.summary["requests"] == 2
 
 
-def test_more_than_was_asked_for_is_said(tmp_path: Path) -> None:
+def test_data_beyond_the_response_is_counted(tmp_path: Path) -> None:
     with s.scripted([s.plain() + b"more"]) as (port, server):
-        found = ask(tmp_path, port, count=2)
+        found = send(tmp_path, port, count=2)
     assert found.summary["unsolicited"] == 2
-    assert server.connections == 2, "nothing that follows on such a connection can be trusted"
+    assert server.connections == 2, "such a connection is not used again"
 
 
-def test_nobody_listens(tmp_path: Path) -> None:
-    assert errors(ask(tmp_path, free_port(), count=2).requests) == {"connect": 2}
+def test_a_refused_connection(tmp_path: Path) -> None:
+    assert errors(send(tmp_path, free_port(), count=2).requests) == {"connect": 2}
 
 
-def test_a_server_that_says_nothing(tmp_path: Path) -> None:
+def test_a_server_that_sends_nothing(tmp_path: Path) -> None:
     with s.scripted([s.SILENCE]) as (port, _):
-        found = ask(tmp_path, port, connections=3, count=3, timeout_s=0.1)
+        found = send(tmp_path, port, connections=3, count=3, timeout_s=0.1)
     assert errors(found.requests) == {"timeout": 3}
     assert found.requests["first_byte"].tolist() == [0, 0, 0]
 
 
-def test_a_header_is_kept_by_its_value(tmp_path: Path) -> None:
+def test_header_values_are_recorded(tmp_path: Path) -> None:
     answers = [[s.plain(more=f"X-Expert: {name}\r\n".encode())] for name in ("math", "law", "math")]
     with s.scripted(*answers, [s.plain()]) as (port, _):
-        found = ask(tmp_path, port, count=4, label="x-expert")
+        found = send(tmp_path, port, count=4, label="x-expert")
     names = [None, *found.summary["labels"]]
     assert [names[label] for label in found.requests["label"]] == ["math", "law", "math", None]
 
 
-def test_an_open_loop_keeps_the_times_it_was_given(tmp_path: Path) -> None:
-    """One connection: what comes while it is taken waits, and is due all the same when it was."""
+def test_an_open_loop_records_when_requests_were_due(tmp_path: Path) -> None:
+    """One connection: requests that arrive while it is busy wait, but keep their due time."""
     offsets = [0.0, 0.0, 0.0, 0.25, 0.5]
     with s.scripted([s.plain()]) as (port, server):
         load = LoadSpec(requests=prepared(tmp_path), port=port, connections=1, arrivals_s=offsets)
-        found = run(load, tmp_path / "load", patience_s=PATIENCE_S)
+        found = run(load, tmp_path / "load", timeout_s=RUN_TIMEOUT_S)
     assert errors(found.requests) == {}
     rows = found.requests
     assert ((rows["due"] - found.summary["begun"]) / 1e9).tolist() == offsets
@@ -213,44 +213,44 @@ def test_prompts_in_a_given_order(tmp_path: Path) -> None:
         load = LoadSpec(
             requests=prepared(tmp_path, b"a", b"b", b"c"), port=port, connections=1, count=5, order=[2, 0, 0]
         )
-        found = run(load, tmp_path / "load", patience_s=PATIENCE_S)
+        found = run(load, tmp_path / "load", timeout_s=RUN_TIMEOUT_S)
     assert found.requests["prompt"].tolist() == [2, 0, 0, 2, 0]
     assert [request[-1:] for request in server.requests] == [b"c", b"a", b"a", b"c", b"a"]
 
 
-def test_users_that_think(tmp_path: Path) -> None:
+def test_users_pause_between_requests(tmp_path: Path) -> None:
     with s.scripted([s.plain()]) as (port, _):
-        found = ask(tmp_path, port, connections=2, count=6, think_s=[0.0, 0.05])
+        found = send(tmp_path, port, connections=2, count=6, think_s=[0.0, 0.05])
     rows = found.requests[found.requests["connection"] == 0]
     odd = rows[:-1]["sequence"] % 2 == 1
     assert (rows[1:]["begin"] - rows[:-1]["end"] >= 50_000_000)[odd].all()
 
 
-def stream_request(note: str = "", events: int = 1_000_000) -> bytes:
-    content = f"[[mock {note}]]" if note else "hello"
+def stream_request(marker: str = "", events: int = 1_000_000) -> bytes:
+    content = f"[[mock {marker}]]" if marker else "hello"
     return b'{"stream":true,"max_tokens":%d,"messages":[{"role":"user","content":"%b"}]}' % (events, content.encode())
 
 
-def test_clients_that_leave_are_noted_by_the_engine(tmp_path: Path) -> None:
+def test_the_engine_logs_disconnects(tmp_path: Path) -> None:
     names = ["a", "b", "c"]
     with mock_engine(tmp_path, rate=200) as engine:
         for kind, leaving in (("mid", {"leave_after_events": 2}), ("before", {"leave_after_ms": 20})):
             delay_ms = 0 if kind == "mid" else 600_000
             bodies = [stream_request(f"{kind}-{name} {delay_ms}") for name in names]
             load = LoadSpec(requests=prepared(tmp_path, *bodies), port=engine.port, connections=2, count=3, **leaving)  # type: ignore[arg-type]
-            found = run(load, tmp_path / "load", patience_s=PATIENCE_S)
+            found = run(load, tmp_path / "load", timeout_s=RUN_TIMEOUT_S)
             assert errors(found.requests) == {"left": 3}
             assert found.requests["events"].tolist() == ([2] * 3 if kind == "mid" else [0] * 3)
-        engine.lateness()  # answered after what came before it
-        assert set(engine.leaves()) == {f"{kind}-{name}" for kind in ("mid", "before") for name in names}
+        engine.lateness()  # the response comes after all earlier events
+        assert set(engine.disconnects()) == {f"{kind}-{name}" for kind in ("mid", "before") for name in names}
 
 
-def test_told_to_stop_it_records_what_was_under_way(tmp_path: Path) -> None:
+def test_requests_in_progress_are_recorded_when_it_is_stopped(tmp_path: Path) -> None:
     with mock_engine(tmp_path, rate=100) as engine:
         load = LoadSpec(requests=prepared(tmp_path, stream_request()), port=engine.port, connections=4, count=4)
-        with running(load, tmp_path / "load") as under_way:
-            under_way.stop()
-            found = under_way.wait(patience_s=PATIENCE_S)
+        with running(load, tmp_path / "load") as process:
+            process.stop()
+            found = process.wait(timeout_s=RUN_TIMEOUT_S)
     assert set(found.requests["error"].tolist()) <= {Error.STOPPED}
 
 
@@ -258,32 +258,32 @@ def test_a_unix_socket(tmp_path: Path) -> None:
     place = tmp_path / "engine"
     with mock_engine(tmp_path, rate=1000, socket=place):
         load = LoadSpec(requests=prepared(tmp_path, stream_request(events=3)), socket=place, connections=2, count=4)
-        found = run(load, tmp_path / "load", patience_s=PATIENCE_S)
+        found = run(load, tmp_path / "load", timeout_s=RUN_TIMEOUT_S)
     assert errors(found.requests) == {}
     assert found.requests["events"].tolist() == [3] * 4
 
 
-def test_what_it_refuses(tmp_path: Path) -> None:
+def test_invalid_arguments(tmp_path: Path) -> None:
     path = prepared(tmp_path)
     with pytest.raises(LaunchError, match="at most 4000"):
-        run(LoadSpec(requests=path, port=1, connections=4001, count=1), tmp_path / "load", patience_s=PATIENCE_S)
+        run(LoadSpec(requests=path, port=1, connections=4001, count=1), tmp_path / "load", timeout_s=RUN_TIMEOUT_S)
     with pytest.raises(LaunchError, match="--seconds, --count or --arrivals"):
-        run(LoadSpec(requests=path, port=1, connections=1), tmp_path / "load", patience_s=PATIENCE_S)
+        run(LoadSpec(requests=path, port=1, connections=1), tmp_path / "load", timeout_s=RUN_TIMEOUT_S)
     path.write_bytes(b"\x10\x00\x00\x00short")
     with pytest.raises(LaunchError, match="cut"):
-        run(LoadSpec(requests=path, port=1, connections=1, count=1), tmp_path / "load", patience_s=PATIENCE_S)
+        run(LoadSpec(requests=path, port=1, connections=1, count=1), tmp_path / "load", timeout_s=RUN_TIMEOUT_S)
 
 
-def test_what_is_sent_is_private(tmp_path: Path) -> None:
-    """It holds the token; and nothing of it stands on a command line."""
+def test_request_files_are_private(tmp_path: Path) -> None:
+    """They contain the token, which must not be on a command line either."""
     path = write_requests(tmp_path / "requests", [b"GET / HTTP/1.1\r\nauthorization: Bearer hunter2\r\n\r\n"])
     assert path.stat().st_mode & 0o777 == 0o600
     assert not any("hunter2" in word for word in LoadSpec(requests=path, port=1, connections=1).argv(tmp_path))
 
 
-def test_it_ends_with_the_block(tmp_path: Path) -> None:
+def test_the_program_ends_with_the_block(tmp_path: Path) -> None:
     with mock_engine(tmp_path, rate=10) as engine:
         load = LoadSpec(requests=prepared(tmp_path, stream_request()), port=engine.port, connections=1, count=1)
-        with pytest.raises(KeyboardInterrupt), running(load, tmp_path / "load") as under_way:
+        with pytest.raises(KeyboardInterrupt), running(load, tmp_path / "load") as process:
             raise KeyboardInterrupt
-    assert under_way.process.returncode == -signal.SIGKILL
+    assert process.process.returncode == -signal.SIGKILL

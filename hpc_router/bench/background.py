@@ -1,0 +1,23 @@
+"""A background thread that repeats an action while a block runs: heartbeats and progress bars."""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def repeated(action: Callable[[], object], *, every_s: float) -> Iterator[None]:
+    """Calls `action` every `every_s` seconds in a background thread until the block ends."""
+    ended = threading.Event()
+
+    def repeat() -> None:
+        while not ended.wait(every_s):
+            action()
+
+    thread = threading.Thread(target=repeat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()

@@ -1,0 +1,33 @@
+"""Result files of `hpc-router bench`: where they lie and how they are named."""
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hpc_router.bench.provenance import ROOT, in_clone
+from hpc_router.state.atomic_files import replace_text
+
+
+def default_out() -> Path:
+    return ROOT / "analysis" / "results" if in_clone() else Path.cwd()
+
+
+def utc_now() -> str:
+    """ISO 8601, in seconds."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+def stem_of(benchmark: str, at: str) -> str:
+    """File name without suffix of a result of that time: `soak-20260102T030405Z`."""
+    return f"{benchmark}-{at.replace('-', '').replace(':', '')}"
+
+
+def write_results(folder: Path, stem: str, value: Mapping[str, Any], texts: Mapping[str, str]) -> Path:
+    """Writes `stem.json` and one file per suffix in `texts`, readable by everyone; returns the path without suffix."""
+    folder.mkdir(parents=True, exist_ok=True)
+    contents = {"json": json.dumps(value, indent=1, allow_nan=False) + "\n", **texts}
+    for suffix, text in contents.items():
+        replace_text(folder / f"{stem}.{suffix}", text, mode=0o644)
+    return folder / stem

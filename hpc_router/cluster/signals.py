@@ -1,0 +1,78 @@
+"""SIGINT and SIGTERM for commands that block: as an event to poll, or as KeyboardInterrupt.
+
+Each helper installs its handlers for the duration of a `with` block and restores the earlier ones afterwards. The
+asyncio programs do not use them: they register handlers with their event loop.
+"""
+
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+@contextmanager
+def interrupt_event(*, once: bool = True) -> Iterator[threading.Event]:
+    """An event that SIGINT or SIGTERM sets, so that a command can stop between two steps, never within one.
+
+    With `once`, the first signal restores the earlier handlers: a second Ctrl-C then ends the command at once. Outside
+    the main thread Python allows no signal handlers, and the event is never set.
+    """
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+
+    def on_signal(restore: Callable[[], None]) -> None:
+        event.set()
+        if once:
+            restore()
+
+    with _handler(_STOP_SIGNALS, on_signal):
+        yield event
+
+
+@contextmanager
+def sigterm_as_interrupt() -> Iterator[None]:
+    """SIGTERM raises KeyboardInterrupt in the main thread, so that `scancel` takes the same clean-up path as Ctrl-C."""
+
+    def on_signal(_restore: Callable[[], None]) -> None:
+        raise KeyboardInterrupt
+
+    with _handler((signal.SIGTERM,), on_signal):
+        yield
+
+
+@contextmanager
+def ignored(number: signal.Signals) -> Iterator[None]:
+    """The signal has no effect during the block. Outside the main thread this changes nothing."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
+
+
+@contextmanager
+def _handler(numbers: Sequence[signal.Signals], on_signal: Callable[[Callable[[], None]], None]) -> Iterator[None]:
+    """Installs `on_signal`, which gets the function that restores the earlier handlers."""
+    before = {number: signal.getsignal(number) for number in numbers}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def handle(_number: int, _frame: FrameType | None) -> None:
+        on_signal(restore)
+
+    try:
+        for number in numbers:
+            signal.signal(number, handle)
+        yield
+    finally:
+        restore()

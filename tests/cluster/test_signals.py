@@ -1,0 +1,36 @@
+"""Handlers act within their block only, and the earlier ones are restored."""
+
+import os
+import signal
+
+import pytest
+
+from hpc_router.cluster.signals import interrupt_event, sigterm_as_interrupt
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_the_first_signal_sets_the_event_and_restores_the_handlers(number: signal.Signals) -> None:
+    before = [signal.getsignal(one) for one in STOP_SIGNALS]
+    with interrupt_event() as event:
+        assert not event.is_set()
+        os.kill(os.getpid(), number)
+        assert event.is_set()
+        assert [signal.getsignal(one) for one in STOP_SIGNALS] == before
+
+
+def test_a_loop_that_is_told_twice_keeps_its_handlers_until_the_end() -> None:
+    before = [signal.getsignal(one) for one in STOP_SIGNALS]
+    with interrupt_event(once=False) as event:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert event.is_set()
+    assert [signal.getsignal(one) for one in STOP_SIGNALS] == before
+
+
+def test_sigterm_raises_keyboard_interrupt() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt), sigterm_as_interrupt():
+        signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) == before
