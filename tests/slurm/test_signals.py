@@ -97,7 +97,7 @@ def test_the_walltime_warning_cuts_no_answer(deployed: OnSlurm, expert: str) -> 
 
 
 def test_a_jobs_sigterm_reaches_the_engine_only_under_linuxproc(deployed: OnSlurm, proctrack: Proctrack) -> None:
-    """There an answer that is cut never looks complete, and plan and why say what to do."""
+    """There an answer that is cut never looks complete, and plan says so."""
     replica = deployed.newest("code-0")
     reached = proctrack == "linuxproc"
     with open_stream(deployed, "code") as stream:
@@ -108,12 +108,11 @@ def test_a_jobs_sigterm_reaches_the_engine_only_under_linuxproc(deployed: OnSlur
         else:
             assert stream.end() == "length"
     end = ended(deployed, replica)
-    assert (end.ok, end.reason, end.cut) == (True, "drained", int(reached)), end
+    # An answer that the engine itself ends is complete for the agent; the router tells the client that it was cut.
+    assert (end.ok, end.reason, end.cut) == (True, "drained", 0), end
     deployed.until_ready("code-0", after=replica)
+    assert json.loads(deployed.verb("why", "code", "--json").stdout) == []
     note = "this Slurm (proctrack/linuxproc) sends a job's SIGTERM to the engine too"
-    causes = json.loads(deployed.verb("why", "code", "--json").stdout)
-    assert [cause["what"] for cause in causes] == [f"{replica} {end.message}"] * reached
-    assert all(note in cause["advice"] for cause in causes)
     assert (note in plan(deployed)) is reached
 
 
