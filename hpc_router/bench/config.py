@@ -1,12 +1,12 @@
-"""What one call of the load generator does: the only schema and the only home of defaults of `bench.*`.
+"""The schema of `bench.*` and every default of it: what one run of the load generator does.
 
-It is no part of a deployment's config: a run is measured, not changed, by these values. What a single field's type
-cannot say is said by `check`.
+It is not part of a deployment's config: these values measure a deployment and do not change it. `check` checks what
+involves several fields.
 """
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from hpc_router.config.parsing import bounded, parse, within
 from hpc_router.config.schema import DAY_S
@@ -14,81 +14,84 @@ from hpc_router.errors import ConfigError, suggest
 
 OURS: Final = frozenset({"model", "messages", "stream", "stream_options", "max_tokens"})
 """Fields of a request body that `extra` may not replace."""
-KINDS: Final = ("fixed", "uniform", "lognormal")
-PAUSES: Final = ("fixed", "exponential")
-PLACES: Final = ("here", "slurm")
 MAX_AT_ONCE: Final = 4000
 """Connections of one load generator."""
+LengthKind = Literal["fixed", "uniform", "lognormal"]
+PauseKind = Literal["fixed", "exponential"]
+LoadPlace = Literal["here", "slurm"]
 
 
 @dataclass
 class Lengths:
-    """fixed: `mean` always; uniform: `low` to `high`; lognormal: of that mean and sigma, cut to `low` to `high`."""
+    """The distribution of a length, in words or tokens."""
 
-    kind: str = "fixed"
-    mean: float = bounded(64.0, 1e-3, 10**6)
-    sigma: float = bounded(0.5, 1e-6, 10)
-    low: int = bounded(1, 1, 10**6)
-    high: int = bounded(4096, 1, 10**6)
+    # fixed: always `mean`; uniform: `low` to `high`; lognormal: of `mean` and `sigma`, limited to `low` to `high`.
+    kind: LengthKind = "fixed"
+    mean: float = bounded(64.0, 1e-3, 10**6)  # mean length, of fixed and lognormal
+    sigma: float = bounded(0.5, 1e-6, 10)  # standard deviation of the logarithm, of lognormal
+    low: int = bounded(1, 1, 10**6)  # shortest length, of uniform and lognormal
+    high: int = bounded(4096, 1, 10**6)  # longest length, of uniform and lognormal
 
 
 @dataclass
 class Good:
-    """When an answer counts for the goodput: within every limit that is not null."""
+    """Latency limits of goodput: a response counts if it is within every limit that is not null."""
 
-    ttft_s: float | None = bounded(1.0, 0, DAY_S)
-    tpot_s: float | None = bounded(0.1, 0, DAY_S)
-    e2e_s: float | None = bounded(None, 0, DAY_S)
+    ttft_s: float | None = bounded(1.0, 0, DAY_S)  # time to the first token
+    tpot_s: float | None = bounded(0.1, 0, DAY_S)  # time per output token after the first
+    e2e_s: float | None = bounded(None, 0, DAY_S)  # time from the request to the end of the response
 
 
 @dataclass
 class ValidityLimits:
-    """When figures are no figures."""
+    """Limits beyond which a measured point is marked invalid."""
 
-    error_share: float = bounded(0.01, 0, 1)  # of the measured requests; more failed: invalid
-    load_share: float = bounded(0.9, 0, 1)  # of one core that the load generator used or waited for
-    # Answers per user that the window must have seen on average; open loop: lengths of an answer.
+    error_share: float = bounded(0.01, 0, 1)  # largest share of the measured requests that may fail
+    load_share: float = bounded(0.9, 0, 1)  # largest share of one core that a load generator may use or wait for
+    # Least average number of responses per user in the window; in an open loop, its least length in response times.
     rounds: float = bounded(2.0, 0, 10**6)
-    answers: int = bounded(20, 0, 10**9)  # measured answers, at least
-    late_share: float = bounded(0.05, 0, 1)  # of the simulated engines' time by which they lagged behind their model
+    answers: int = bounded(20, 0, 10**9)  # least number of measured responses
+    late_share: float = bounded(0.05, 0, 1)  # largest share of time by which simulated engines may lag their model
 
 
 @dataclass
 class BenchConfig:
-    """Closed loop by default: each user sends its next request when the answer to the last one has ended."""
+    """One run of the load generator. By default a closed loop: each user sends its next request when the response to
+    the last one has ended."""
 
-    users: list[int] = field(default_factory=lambda: [1, 4])  # one point each, in this order
-    # Open loop instead: so many requests per second, Poisson, one point each.
+    users: list[int] = field(default_factory=lambda: [1, 4])  # closed loop: numbers of users, one point each, in order
+    # Open loop: requests per second as a Poisson process, one point each; null: closed loop.
     rates: list[float] | None = field(default=None, metadata=within(1e-6, 10**6))
-    trace: str | None = None  # open loop instead: JSON lines with `at_s`, one point
-    # Open loop: requests at once; more wait, which their latency shows.
+    trace: str | None = None  # open loop: file of JSON lines with arrival times `at_s` in seconds, one point
+    # Open loop: requests in flight; further ones wait, and their latency includes the wait.
     connections: int = bounded(2000, 1, MAX_AT_ONCE)
-    think_s: float = bounded(0.0, 0, DAY_S)  # closed loop: a user's mean pause before its next request
-    think: str = "exponential"  # or fixed
-    # Measured requests per point; null: all that begin within duration_s.
+    think_s: float = bounded(0.0, 0, DAY_S)  # closed loop: mean pause of a user before its next request
+    think: PauseKind = "exponential"  # distribution of that pause
+    # Measured requests per point; null: all requests that begin within duration_s.
     requests: int | None = bounded(None, 1, 10**9)
-    duration_s: float | None = bounded(None, 1e-3, 7 * DAY_S)  # null: 30 s, where requests says nothing either
-    warmup_s: float = bounded(2.0, 0, DAY_S)  # load without measurement, before each point; users begin spread over it
-    drain_s: float = bounded(120.0, 1e-3, DAY_S)  # measured requests may take this long after the window
-    repeats: int = bounded(1, 1, 1000)  # of each point
-    prompts: str | None = None  # JSON lines with `prompt` and `domain`; null: the built-in ones
-    input_words: Lengths | None = None  # prompts are repeated or cut to so many words; null: as they are
-    output_tokens: Lengths | None = None  # max_tokens of each request; null: `max_tokens`
-    model: str = "auto"  # or an expert's name
-    max_tokens: int = bounded(64, 1, 10**7)
-    usage: bool = True  # ask the engine for its token counts; false for engines that refuse the question
+    # Length of the measured window; null: 30 s, or as long as `requests` takes.
+    duration_s: float | None = bounded(None, 1e-3, 7 * DAY_S)
+    warmup_s: float = bounded(2.0, 0, DAY_S)  # load before each point that is not measured; users start within it
+    drain_s: float = bounded(120.0, 1e-3, DAY_S)  # limit for measured requests to complete after the window
+    repeats: int = bounded(1, 1, 1000)  # measurements of each point
+    prompts: str | None = None  # file of JSON lines with `prompt` and `domain`; null: the built-in prompts
+    input_words: Lengths | None = None  # words of a prompt, which is repeated or cut to fit; null: prompts unchanged
+    output_tokens: Lengths | None = None  # `max_tokens` of each request; null: the key `max_tokens`
+    model: str = "auto"  # `model` of each request: auto, or the name of an expert
+    max_tokens: int = bounded(64, 1, 10**7)  # `max_tokens` of each request
+    usage: bool = True  # ask the engine for its token counts; false for engines that refuse `stream_options`
     extra: dict[str, Any] = field(default_factory=dict)  # further fields of each request, such as {temperature: 0}
-    direct: bool = False  # measure the replicas without the router as well, beside each point
-    good: Good = field(default_factory=Good)
-    trust: ValidityLimits = field(default_factory=ValidityLimits)
-    seed: int = bounded(0, 0, 2**63 - 1)
-    timeout_s: float = bounded(600.0, 1e-3, DAY_S)  # silence on a connection that counts as an error
+    direct: bool = False  # true: after each point, also measure the replicas without the router
+    good: Good = field(default_factory=Good)  # latency limits of goodput
+    trust: ValidityLimits = field(default_factory=ValidityLimits)  # limits of validity
+    seed: int = bounded(0, 0, 2**63 - 1)  # seed of prompts, lengths and arrivals
+    timeout_s: float = bounded(600.0, 1e-3, DAY_S)  # pause on a connection after which its request fails
     load_jobs: int = bounded(1, 1, 1000)  # load generators that share the users or the rate
-    load_place: str = "here"  # or slurm: a job of its own for each
-    load_options: dict[str, Any] = field(default_factory=dict)  # their options of sbatch, {partition: cpu}
-    retry: bool = False  # of a sweep: measure again what is there but invalid
-    output: str | None = None  # folder of the result files; null: RUN/bench, of a sweep: results
-    raw: bool = False  # keep every request as well, one JSON line each
+    load_place: LoadPlace = "here"  # here: processes of this machine; slurm: a Slurm job for each load generator
+    load_options: dict[str, Any] = field(default_factory=dict)  # sbatch options of those jobs, such as {partition: cpu}
+    retry: bool = False  # sweeps: measure points again whose stored result is invalid
+    output: str | None = None  # folder of the result files; null: RUN/bench, and `results` for a sweep
+    raw: bool = False  # true: also store every request, as one JSON line each
 
 
 DURATION_S: Final = 30.0
@@ -112,10 +115,6 @@ def check(config: BenchConfig) -> None:
     if config.requests is not None and config.duration_s is not None:
         raise ConfigError("bench.requests and bench.duration_s: give one of them", key="bench.requests")
     _check_open(config)
-    for name, valid in (("think", PAUSES), ("load_place", PLACES)):
-        if getattr(config, name) not in valid:
-            value = getattr(config, name)
-            raise ConfigError(f"bench.{name}={value}: not known{suggest(value, valid)}", key=f"bench.{name}")
     for name in ("prompts", "trace"):
         path = getattr(config, name)
         if path is not None and not Path(path).is_file():
@@ -144,10 +143,6 @@ def _check_open(config: BenchConfig) -> None:
 def _check_lengths(name: str, lengths: Lengths | None) -> None:
     if lengths is None:
         return
-    if lengths.kind not in KINDS:
-        raise ConfigError(
-            f"bench.{name}.kind={lengths.kind}: not known{suggest(lengths.kind, KINDS)}", key=f"bench.{name}.kind"
-        )
     if lengths.low > lengths.high:
         raise _refused(f"{name}.low", lengths.low, f"1 to bench.{name}.high={lengths.high}")
 

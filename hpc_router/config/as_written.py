@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Final, get_args, get_origin, get_type_hints
 
-from hpc_router.config.parsing import without_none
+from hpc_router.config.parsing import is_text, without_none
 from hpc_router.errors import ConfigError
 
 Path = tuple[str | int, ...]
@@ -49,7 +49,7 @@ class _Reader:
         if isinstance(value, list):
             item = get_args(kind)[0] if get_origin(kind) is list else Any
             return [self.read(item, each, (*path, number)) for number, each in enumerate(value)]
-        if kind is str and isinstance(value, bool | int | float):
+        if is_text(kind) and isinstance(value, bool | int | float):
             return self._text(value, path)
         if kind is not bool and isinstance(value, int | float) and not isinstance(value, bool):
             return self._number(value, path, words=words)

@@ -23,7 +23,7 @@ from yaml import YAMLError
 
 from hpc_router.config.as_written import as_written
 from hpc_router.config.frozen import GROUPS, LEFT_OUT, TOP, shown, to_deployment, yaml_fault
-from hpc_router.config.parsing import type_at
+from hpc_router.config.parsing import is_text, type_at
 from hpc_router.config.schema import Deployment, ExpertConfig
 from hpc_router.config.sources import Sources, composed_files, parse_override, place_of
 from hpc_router.errors import ConfigError, suggest
@@ -167,7 +167,8 @@ def _single_value(text: str, override: Override) -> str:
         return text
     key, _, value = text.partition("=")
     kind = type_at(Deployment, override.key_or_group.split("."))
-    if kind in (str, Any) and override.value_type is ValueType.SIMPLE_CHOICE_SWEEP and not set(value) & set("'\"\\"):
+    text_or_any = kind is Any or is_text(kind)
+    if text_or_any and override.value_type is ValueType.SIMPLE_CHOICE_SWEEP and not set(value) & set("'\"\\"):
         return f"{key}='{value.strip()}'"
     valid = f"{key}=[{value}] for a list" if get_origin(kind) is list else f"{key}=VALUE"
     said = "several values, which only a sweep takes (`python -m launch.deploy -m`)"

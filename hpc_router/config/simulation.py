@@ -1,6 +1,7 @@
 """`simulate.gpu=h100-sxm`: the same deployment without GPUs, each vLLM engine replaced by a simulated one that stands
 for it on such GPUs. So a topology is written once, and predicted or measured by one word."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Final
 
@@ -8,6 +9,7 @@ from hpc_router.config.schema import (
     Deployment,
     EngineConfig,
     ExpertConfig,
+    Precision,
     ResourceConfig,
     Roofline,
     Simulate,
@@ -16,7 +18,7 @@ from hpc_router.config.schema import (
 )
 from hpc_router.errors import ConfigError
 
-PRECISION: Final = {None: "bf16", "fp8": "fp8", "awq": "awq", "awq_marlin": "awq"}
+PRECISION: Final[Mapping[str | None, Precision]] = {None: "bf16", "fp8": "fp8", "awq": "awq", "awq_marlin": "awq"}
 
 
 def simulated(deployment: Deployment) -> Deployment:

@@ -56,7 +56,10 @@ OVERRIDES = [
     (["cluster.beat_s=0"], ["cluster.beat_s=0", "valid: 0.001 to 3600"]),
     (["policy.kind=nope"], ["policy.kind=nope", "valid: classifier, least_in_flight, model_field, round_robin"]),
     (["policy.fallback=generalst"], ["no expert is named 'generalst'", "'generalist'?"]),
-    (["experts.math.engine.kind=vlm"], ["unknown engine 'vlm'", "'vllm'?", "sim, transformers, vllm"]),
+    (
+        ["experts.math.engine.kind=vlm"],
+        ["experts.math.engine.kind=vlm: not known", "'vllm'?", "sim, transformers, vllm"],
+    ),
     (["name=a/b"], ["name=a/b", "cannot name a run directory"]),
     (["router.port=${nope}"], ["'router.port'", "'nope' not found"]),
     # experts' names

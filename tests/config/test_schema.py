@@ -6,6 +6,7 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 
+from docs import configuration
 from hpc_router.bench.config import BenchConfig
 from hpc_router.config.parsing import bounded, bounds_of, parse, within
 from hpc_router.config.schema import (
@@ -158,8 +159,10 @@ def test_options_are_typed_by_the_engine() -> None:
     assert options.max_model_len == 4096
     with pytest.raises(ConfigError, match=r"'experts\.a\.engine\.options\.itl_ms'"):
         options_of("a", EngineConfig(kind="vllm", options={"itl_ms": 3}))
-    with pytest.raises(ConfigError, match=r"experts\.a\.engine\.kind: unknown engine 'ollama'"):
-        options_of("a", EngineConfig(kind="ollama"))
+    with pytest.raises(
+        ConfigError, match=r"experts\.a\.engine\.kind=ollama: not known .valid: sim, transformers, vllm"
+    ):
+        options_of("a", EngineConfig(kind="ollama"))  # type: ignore[arg-type]
 
 
 def test_a_fallback_is_an_expert() -> None:
@@ -192,4 +195,16 @@ def test_every_number_of_every_config_has_a_range(root: type) -> None:
             assert math.isfinite(bounds.low)
             assert math.isfinite(bounds.high)
             default = next(item.default for item in fields(schema) if item.name == name)
-            assert default is None or bounds.hold(default), f"{schema.__name__}.{name}"  # type: ignore[arg-type]
+            assert default is None or bounds.contains(default), f"{schema.__name__}.{name}"  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("root", [Deployment, BenchConfig, *OPTIONS.values()])
+def test_every_field_of_every_config_has_a_meaning(root: type) -> None:
+    """docs/configuration.md shows it."""
+    missing = [
+        f"{schema.__name__}.{item.name}"
+        for schema in schemas(root)
+        for item in fields(schema)
+        if not configuration.comments(schema).get(item.name)
+    ]
+    assert missing == []

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from hpc_router.config.schema import ClusterConfig, Deployment, EngineConfig, ExpertConfig, ResourceConfig
+from hpc_router.config.schema import ClusterConfig, ClusterKind, Deployment, EngineConfig, ExpertConfig, ResourceConfig
 from hpc_router.config.validation import check, check_fabric
 from hpc_router.errors import ConfigError
 
@@ -28,15 +28,15 @@ def refused(wrong: Deployment) -> str:
 
 
 @pytest.mark.parametrize("kind", ["local", "slurm", "allocation"])
-def test_every_kind_of_cluster_is_valid(kind: str) -> None:
+def test_every_kind_of_cluster_is_valid(kind: ClusterKind) -> None:
     check(deployment(ClusterConfig(kind=kind)))
 
 
 @pytest.mark.parametrize(
     ("cluster", "said"),
     [
-        (ClusterConfig(kind="slrum"), "cluster.kind=slrum: not known; did you mean 'slurm'?"),
-        (ClusterConfig(gpu_request="gpu"), "cluster.gpu_request=gpu: not known"),
+        (ClusterConfig(kind="slrum"), "cluster.kind=slrum: not known; did you mean 'slurm'?"),  # type: ignore[arg-type]
+        (ClusterConfig(gpu_request="gpu"), "cluster.gpu_request=gpu: not known"),  # type: ignore[arg-type]
         (ClusterConfig(replicas_per_job=0), "cluster.replicas_per_job=0: out of range (valid: 1 to 1024)"),
         (ClusterConfig(ask_s=0), "cluster.ask_s=0: out of range (valid: 0.001 to 3600)"),
         (ClusterConfig(warn_s=-1), "cluster.warn_s=-1: out of range (valid: 0 to 604800)"),
@@ -77,7 +77,7 @@ def test_the_router_asks_for_one_node() -> None:
     wrong.router.resources = ResourceConfig(partition="")
     assert "router.resources.partition is empty" in refused(wrong)
     wrong.router.resources = ResourceConfig()
-    wrong.router.place = "there"
+    wrong.router.place = "there"  # type: ignore[assignment]
     assert "router.place=there: not known" in refused(wrong)
 
 

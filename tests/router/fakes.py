@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from aiohttp import web
 
-from hpc_router.config.schema import Deployment, EngineConfig, ExpertConfig, PolicyConfig, RouterConfig
+from hpc_router.config.schema import Deployment, EngineConfig, ExpertConfig, PolicyConfig, PolicyKind, RouterConfig
 from hpc_router.net import protocol
 from hpc_router.net.auth import bearer, challenge_answer, new_token, replica_key
 from hpc_router.relay.upstream.client import UpstreamClient
@@ -168,7 +168,9 @@ def a_run(folder: Path) -> RunDir:
     return make_run(folder / "run")
 
 
-def a_deployment(*experts: str, policy: str = "model_field", fallback: str | None = None, **router: Any) -> Deployment:
+def a_deployment(
+    *experts: str, policy: PolicyKind = "model_field", fallback: str | None = None, **router: Any
+) -> Deployment:
     """Quick clocks: a test never waits for a default."""
     quick: dict[str, Any] = {"discovery_s": 0.02, "probe_s": 0.05, "probe_timeout_s": 2.0, "drain_s": 1.0}
     return Deployment(
