@@ -75,7 +75,8 @@ class Replica:
                 return None
             return progress if after is None or progress.restarts > after.restarts else None
 
-        return await eventually(look)
+        progress: JobProgress = await eventually(look)
+        return progress
 
     async def ready(self, *, after: JobProgress | None = None) -> tuple[JobProgress, Record]:
         progress = await self.reached(JobPhase.READY, after=after)

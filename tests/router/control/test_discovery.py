@@ -9,7 +9,7 @@ from hpc_router.router.replicas.replica import RoutingState
 from hpc_router.state import registry
 from hpc_router.state.registry import RecordKind
 from tests.router.fakes import RunningRouter, a_deployment, a_router, a_run, fake_replica, reset
-from tests.router.worker.test_gateway import chat, post, ready
+from tests.router.support import chat, post, ready
 from tests.support.waiting import eventually
 
 
