@@ -22,7 +22,7 @@ from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseExceptio
 from yaml import YAMLError
 
 from hpc_router.config.as_written import as_written
-from hpc_router.config.frozen import GROUPS, LEFT_OUT, TOP, shown, to_deployment, yaml_fault
+from hpc_router.config.frozen import GROUPS, IGNORED_KEYS, ROOT_KEYS, display_path, to_deployment, yaml_error_text
 from hpc_router.config.parsing import is_text, type_at
 from hpc_router.config.schema import Deployment, ExpertConfig
 from hpc_router.config.sources import Sources, composed_files, parse_override, place_of
@@ -44,7 +44,7 @@ def load_deployment(
     A user's folder goes before ours: a file of the same name replaces it. Keys in `without` are somebody else's.
     """
     overrides = single_values(overrides)
-    settled = settle(overrides)
+    settled = hydra_overrides(overrides)
     with (
         _told_in_our_words(config_dir),
         user_folder(config_dir),
@@ -58,7 +58,7 @@ def load_deployment(
 def with_overrides(base: Deployment, overrides: Sequence[str], *, config_dir: Path | None = None) -> Deployment:
     """`base` with overrides on top: first what the chosen groups' files say, then the values."""
     overrides = single_values(overrides)
-    settled = settle(overrides)
+    settled = hydra_overrides(overrides)
     chosen = [override for override in map(parse_override, settled) if override.key_or_group in GROUPS]
     values = [override for override in map(parse_override, settled) if override.key_or_group not in GROUPS]
     merged: DictConfig | ListConfig = OmegaConf.create(_escaped(asdict(base)))
@@ -175,7 +175,7 @@ def _single_value(text: str, override: Override) -> str:
     raise ConfigError(f"override '{text}': {said}; valid here: {valid}", key=override.key_or_group)
 
 
-def settle(overrides: Sequence[str]) -> list[str]:
+def hydra_overrides(overrides: Sequence[str]) -> list[str]:
     """Overrides as Hydra wants them: a value's gets `++`, for our files leave out what has a default.
 
     Raises ConfigError for one that is none.
@@ -185,10 +185,12 @@ def settle(overrides: Sequence[str]) -> list[str]:
         override = parse_override(text)
         key = override.key_or_group
         first, dot, rest = key.partition(".")
-        if dot and first in GROUPS and first not in TOP:
-            valid = f"; did you mean 'experts.{rest}'?" if first == "expert" else suggest(first, TOP)
+        if dot and first in GROUPS and first not in ROOT_KEYS:
+            valid = f"; did you mean 'experts.{rest}'?" if first == "expert" else suggest(first, ROOT_KEYS)
             raise ConfigError(f"override '{text}': unknown key '{key}'{valid}", key=key)
-        is_value = not (key in GROUPS or key.split(".")[0] in LEFT_OUT or "/" in key or override.package is not None)
+        is_value = not (
+            key in GROUPS or key.split(".")[0] in IGNORED_KEYS or "/" in key or override.package is not None
+        )
         plain = override.input_line is not None and not override.input_line.startswith(("+", "~"))
         settled.append(f"++{text}" if is_value and plain else text)
     return settled
@@ -204,7 +206,7 @@ def _told_in_our_words(config_dir: Path | None) -> Iterator[None]:
         said = str(error.__context__ if isinstance(error.__context__, OmegaConfBaseException) else error)
         raise ConfigError(f"{_composed_file(error)}{' '.join(said.split(chr(10), 1)[0].split())}") from error
     except (YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(yaml_fault(error, _undecodable(error, config_dir))) from error
+        raise ConfigError(yaml_error_text(error, _undecodable(error, config_dir))) from error
 
 
 def _undecodable(error: YAMLError | UnicodeDecodeError, config_dir: Path | None) -> str:
@@ -212,7 +214,7 @@ def _undecodable(error: YAMLError | UnicodeDecodeError, config_dir: Path | None)
     if isinstance(error, UnicodeDecodeError) and config_dir is not None:
         for path in sorted(config_dir.rglob("*.yaml")):
             if path.read_bytes().startswith(error.object):
-                return shown(path)
+                return display_path(path)
     return "a config file"
 
 

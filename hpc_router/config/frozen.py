@@ -20,8 +20,8 @@ from hpc_router.errors import ConfigError, suggest
 
 GROUPS: Final = ("topology", "cluster", "policy", "router", "expert")
 """Folders of `conf/`."""
-LEFT_OUT: Final = ("hydra",)
-TOP: Final = frozenset(f.name for f in fields(Deployment))
+IGNORED_KEYS: Final = ("hydra",)
+ROOT_KEYS: Final = frozenset(f.name for f in fields(Deployment))
 """Keys at the root of a config."""
 _WIDTH: Final = 120
 
@@ -43,11 +43,11 @@ def to_deployment(plain: Any, *, without: Sequence[str] = ()) -> Deployment:
     """A config of resolved values as a checked `Deployment`."""
     if not isinstance(plain, Mapping):
         raise ConfigError("not a mapping of keys to values")
-    left_out = {*LEFT_OUT, *without}
-    for key in (str(key) for key in plain if key not in left_out and key not in TOP):
+    left_out = {*IGNORED_KEYS, *without}
+    for key in (str(key) for key in plain if key not in left_out and key not in ROOT_KEYS):
         if key in GROUPS:
             raise ConfigError(f"a file of the group '{key}' does not begin with the line `# @package _global_`")
-        raise ConfigError(f"unknown key '{key}'{suggest(key, {*TOP, *GROUPS})}", key=key)
+        raise ConfigError(f"unknown key '{key}'{suggest(key, {*ROOT_KEYS, *GROUPS})}", key=key)
     deployment = simulated(parse(Deployment, {k: v for k, v in plain.items() if k not in left_out}, at=""))
     check(deployment)
     return deployment
@@ -73,7 +73,7 @@ def read(path: Path) -> Deployment:
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
     except (YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(yaml_fault(error, shown(path))) from error
+        raise ConfigError(yaml_error_text(error, display_path(path))) from error
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
 
@@ -93,20 +93,20 @@ def _flat(value: Any, at: str = "") -> dict[str, Any]:
     return flat
 
 
-def yaml_fault(error: YAMLError | UnicodeDecodeError, name: str) -> str:
+def yaml_error_text(error: YAMLError | UnicodeDecodeError, name: str) -> str:
     """`file:line: what`, where the parser tells."""
     if isinstance(error, UnicodeDecodeError):
         return f"{name}: not UTF-8 text (byte {error.start}); save the file as UTF-8"
     mark: Any = getattr(error, "problem_mark", None)
     problem = str(getattr(error, "problem", None) or error)
-    where = f"{shown(Path(mark.name))}:{mark.line + 1}" if mark is not None else name
+    where = f"{display_path(Path(mark.name))}:{mark.line + 1}" if mark is not None else name
     duplicate = re.match(r"found duplicate key (.+)", problem)
     if duplicate:
         return f"{where}: '{duplicate[1]}' is given twice in one mapping"
     return f"{where}: not valid YAML: {problem}"
 
 
-def shown(path: Path) -> str:
+def display_path(path: Path) -> str:
     """As the user would type it."""
     here = Path.cwd()
     return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)

@@ -90,14 +90,14 @@ def check_script(cluster: ClusterConfig) -> None:
         key = f"cluster.setup[{number}]"
         if not line.strip():
             raise ConfigError(f"{key} is empty (valid: a line of bash)", key=key)
-        one_line(key, line.replace("\t", " "), instead="give each line as an entry of its own")
+        check_one_line(key, line.replace("\t", " "), instead="give each line as an entry of its own")
     check_environment("cluster.env", cluster.env)
     for name, value in cluster.env.items():
-        one_line(f"cluster.env.{name}", value)
+        check_one_line(f"cluster.env.{name}", value)
     for name in ("python", "scratch", "login"):
         value = getattr(cluster, name)
         if value is not None:
-            filled(f"cluster.{name}", value)
+            check_not_empty(f"cluster.{name}", value)
     _check_container(cluster.container)
 
 
@@ -119,14 +119,14 @@ def check_run_path(path: Path, kind: str) -> None:
         )
 
 
-def filled(key: str, value: str) -> None:
+def check_not_empty(key: str, value: str) -> None:
     """Text of one line that is not empty."""
     if not value.strip():
         raise ConfigError(f"{key} is empty", key=key)
-    one_line(key, value)
+    check_one_line(key, value)
 
 
-def one_line(key: str, value: str, *, instead: str = "it has to be one line of plain text") -> None:
+def check_one_line(key: str, value: str, *, instead: str = "it has to be one line of plain text") -> None:
     if found := _CONTROL.search(value):
         raise ConfigError(f"{key}: has the control character {found[0]!r}; {instead}", key=key)
 
@@ -134,7 +134,7 @@ def one_line(key: str, value: str, *, instead: str = "it has to be one line of p
 def _check_word(key: str, value: str | None) -> None:
     if value is None:
         return
-    filled(key, value)
+    check_not_empty(key, value)
     if found := _UNFIT.search(value):
         valid = "as Slurm writes it, without blanks and quotes; null for none"
         raise ConfigError(f"{key}={value}: {found[0]!r} cannot stand there (valid: {valid})", key=key)
@@ -167,7 +167,7 @@ def _check_further(at: str, options: Mapping[str, Any], owned: Mapping[str, str]
         if value is not None and not isinstance(value, str | int | bool):
             raise ConfigError(f"{key}: {value!r} is not text, a whole number, true, false or null", key=key)
         if isinstance(value, str):
-            one_line(key, value)
+            check_one_line(key, value)
             if "'" in value or "\\" in value:
                 raise ConfigError(f"{key}={value}: quotes and backslashes are not possible in an option", key=key)
 
@@ -190,12 +190,12 @@ def _check_dependency(at: str, options: Mapping[str, Any]) -> None:
 
 def _check_container(container: ContainerConfig) -> None:
     at = "cluster.container"
-    filled(f"{at}.program", container.program)
+    check_not_empty(f"{at}.program", container.program)
     if container.image is not None:
-        filled(f"{at}.image", container.image)
+        check_not_empty(f"{at}.image", container.image)
     for name, words in {"binds": container.binds, "options": container.options}.items():
         for number, word in enumerate(words):
-            filled(f"{at}.{name}[{number}]", word)
+            check_not_empty(f"{at}.{name}[{number}]", word)
     for number, bind in enumerate(container.binds):
         parts = bind.split(":")
         if len(parts) > 3 or not all(parts) or (len(parts) == 3 and parts[2] not in ("ro", "rw")):

@@ -24,7 +24,7 @@ from omegaconf import OmegaConf
 
 from hpc_router.config import as_written
 from hpc_router.config.as_written import Written
-from hpc_router.config.frozen import GROUPS, shown
+from hpc_router.config.frozen import GROUPS, display_path
 from hpc_router.errors import ConfigError
 
 
@@ -58,7 +58,7 @@ class Sources:
             if path[: len(package)] == package:
                 node = _node_at(root, path[len(package) :])
                 if isinstance(node, yaml.ScalarNode) and _is(_typed(node), value):
-                    return Written(node.value, f"{shown(file)}:{node.start_mark.line + 1}")
+                    return Written(node.value, f"{display_path(file)}:{node.start_mark.line + 1}")
         return None
 
     @cached_property
@@ -161,7 +161,7 @@ def place_of(key: str, overrides: Sequence[str]) -> str:
             return f"override '{text}': "
     for path, package in reversed(list(composed_files(overrides))):
         if _has(_content(path), _below(key, package)):
-            return f"{shown(path)}: "
+            return f"{display_path(path)}: "
     return ""
 
 

@@ -21,7 +21,7 @@ from hpc_router.config.schema import (
     VllmOptions,
     options_of,
 )
-from hpc_router.config.slurm_options import check_environment, check_options, check_script, filled
+from hpc_router.config.slurm_options import check_environment, check_not_empty, check_options, check_script
 from hpc_router.errors import ConfigError, suggest
 
 _RUN_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
@@ -39,7 +39,7 @@ def check(deployment: Deployment) -> None:
     if not _RUN_NAME.fullmatch(deployment.name):
         valid = "letters, digits, '.', '-' and '_', at most 63"
         raise ConfigError(f"name={deployment.name}: cannot name a run directory (valid: {valid})", key="name")
-    filled("runs", deployment.runs)
+    check_not_empty("runs", deployment.runs)
     _check_cluster(deployment.cluster)
     check_router(deployment.router)
     _check_router_job(deployment.router.resources, deployment.cluster)
@@ -63,7 +63,7 @@ def check_router(router: RouterConfig) -> None:
 
 def check_host(key: str, host: str) -> None:
     """A host's name or address, whether it exists or not."""
-    filled(key, host)
+    check_not_empty(key, host)
     try:
         ipaddress.ip_address(host)
     except ValueError as error:
@@ -83,7 +83,7 @@ def check_fallback(fallback: str | None, experts: Iterable[str]) -> None:
 def check_fabric(fabric: str) -> None:
     """An interface, a network or an address, whether a node has it or not."""
     key, valid = "cluster.fabric", "an interface such as ib0, a network such as 10.1.0.0/16, an address"
-    filled(key, fabric)
+    check_not_empty(key, fabric)
     try:
         nearest = str(ipaddress.ip_network(fabric, strict=False))
     except ValueError as error:

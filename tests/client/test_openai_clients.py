@@ -397,7 +397,7 @@ async def test_but_only_once(run: RunDir, start: Starter, make: Make) -> None:
     """Whatever `max_retries` says: each time it may have been worked on."""
     router = await start(hangs_up)
     enter(run, record_of(router.url))
-    with pytest.raises(openai.APIConnectionError, match=r"router-0\.g1 at .* ended without an answer"):
+    with pytest.raises(openai.APIConnectionError, match=r"router-0\.g1 at .* ended without a response"):
         await make(max_retries=5).chat()
     assert len(router.bodies) == 2
 
@@ -580,7 +580,7 @@ async def test_another_users_files_name_nobody(run: RunDir, monkeypatch: pytest.
     enter(run, record_of("http://127.0.0.1:1"))
     leader = Leader(run)
     monkeypatch.setattr(os, "getuid", lambda: 12345)
-    assert leader.look() is None
+    assert leader.find() is None
 
 
 async def test_an_unreadable_registry_leaves_the_last_view(
@@ -588,20 +588,20 @@ async def test_an_unreadable_registry_leaves_the_last_view(
 ) -> None:
     enter(run, record_of("http://127.0.0.1:1"))
     leader = Leader(run)
-    seen = leader.look()
+    seen = leader.find()
 
     def stale(_self: Path) -> os.stat_result:
         raise OSError("Stale file handle")
 
     monkeypatch.setattr(Path, "lstat", stale)
-    assert leader.look() == seen
+    assert leader.find() == seen
     assert "Stale file handle" in caplog.text
 
 
 def test_without_a_summary_the_folder_tells(run: RunDir) -> None:
     publish(run.registry, record_of("http://127.0.0.1:1"))
     publish(run.registry, record_of("http://127.0.0.1:2", generation=2))
-    found = Leader(run).look()
+    found = Leader(run).find()
     assert found is not None
     assert found.url == "http://127.0.0.1:2"
 
@@ -610,16 +610,16 @@ def test_a_damaged_summary_is_passed_over(run: RunDir) -> None:
     publish(run.registry, record_of("http://127.0.0.1:1"))
     for content in ("{", "[]", '{"records": 3}', '{"records": [3, {"schema": 99}]}'):
         run.registry_json.write_text(content)
-        assert Leader(run).look() == record_of("http://127.0.0.1:1")
+        assert Leader(run).find() == record_of("http://127.0.0.1:1")
 
 
 def test_a_run_that_was_removed(run: RunDir) -> None:
     enter(run, record_of("http://127.0.0.1:1"))
     leader = Leader(run)
-    assert leader.look() is not None
+    assert leader.find() is not None
     withdraw(run.registry, "router-0.g1")
     run.registry.rmdir()
-    assert leader.look() is None
+    assert leader.find() is None
 
 
 async def test_the_endpoint_for_other_libraries(run: RunDir, start: Starter, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -667,7 +667,7 @@ async def test_a_successor_on_the_same_port_proves_itself_anew(run: RunDir, star
 
 @pytest.mark.parametrize("make_client", [openai_client, async_openai_client])
 def test_what_the_run_decides_is_no_option(run: RunDir, make_client: Any) -> None:
-    with pytest.raises(ConfigError, match="api_key, base_url: the run directory decides"):
+    with pytest.raises(ConfigError, match="api_key, base_url: the run directory sets"):
         make_client(run.path, base_url="http://h", api_key="k")
     with pytest.raises(ConfigError, match="there is no run directory"):
         make_client(run.path / "nope")
@@ -690,27 +690,27 @@ class TestErrand:
     ROUTER = record_of("http://127.0.0.1:1")
 
     @pytest.fixture
-    def errand(self) -> RetryState:
+    def state(self) -> RetryState:
         return RetryState(follow_s=10, now=0.0, replayable=True)
 
-    def test_pauses_grow_up_to_a_limit(self, errand: RetryState) -> None:
-        assert [errand.pause_s(0.0, 1.0) for _ in range(6)] == [0.1, 0.2, 0.4, 0.8, 1.6, 2.0]
-        assert errand.pause_s(0.0, 0.0) == 1.0, "chance halves them at most"
+    def test_pauses_grow_up_to_a_limit(self, state: RetryState) -> None:
+        assert [state.pause_s(0.0, 1.0) for _ in range(6)] == [0.1, 0.2, 0.4, 0.8, 1.6, 2.0]
+        assert state.pause_s(0.0, 0.0) == 1.0, "jitter halves them at most"
 
     @pytest.mark.parametrize(("now", "pause_s"), [(9.95, pytest.approx(0.05)), (10.0, None), (11.0, None)])
-    def test_the_deadline(self, errand: RetryState, now: float, pause_s: float | None) -> None:
-        assert errand.pause_s(now, 1.0) == pause_s
+    def test_the_deadline(self, state: RetryState, now: float, pause_s: float | None) -> None:
+        assert state.pause_s(now, 1.0) == pause_s
 
-    def test_the_same_router_is_tried_again_after_a_pause_only(self, errand: RetryState) -> None:
-        errand.took_nothing(self.ROUTER, IdentityCheck.NOBODY)
-        assert not errand.may_try(self.ROUTER)
-        assert errand.may_try(record_of("http://127.0.0.1:2", generation=2))
-        errand.pause_s(0.0, 0.5)
-        assert errand.may_try(self.ROUTER)
+    def test_the_same_router_is_tried_again_after_a_pause_only(self, state: RetryState) -> None:
+        state.not_taken(self.ROUTER, IdentityCheck.UNREACHABLE)
+        assert not state.may_try(self.ROUTER)
+        assert state.may_try(record_of("http://127.0.0.1:2", generation=2))
+        state.pause_s(0.0, 0.5)
+        assert state.may_try(self.ROUTER)
 
     @pytest.mark.parametrize("replayable", [True, False])
     def test_a_body_that_is_made_while_it_is_sent_cannot_be_sent_again(self, replayable: bool) -> None:
-        errand = RetryState(follow_s=10, now=0.0, replayable=replayable)
-        assert errand.drains(503, {DRAINING_HEADER: "1"}) is replayable
-        assert (errand.may_resend(), errand.may_resend()) == (replayable, False)
-        assert (errand.may_renew(), errand.may_renew()) == (replayable, False)
+        state = RetryState(follow_s=10, now=0.0, replayable=replayable)
+        assert state.refused_by_drain(503, {DRAINING_HEADER: "1"}) is replayable
+        assert (state.may_resend(), state.may_resend()) == (replayable, False)
+        assert (state.may_renew_token(), state.may_renew_token()) == (replayable, False)

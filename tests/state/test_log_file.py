@@ -3,7 +3,7 @@
 import logging
 from pathlib import Path
 
-from hpc_router.state.log_file import BURST, LogFile, LogFileHandler, RateLimit, previous
+from hpc_router.state.log_file import BURST, LogFile, LogFileHandler, RateLimit, rotated_path
 
 
 def test_a_log_is_rotated_by_rename_and_one_older_file_is_kept(tmp_path: Path) -> None:
@@ -13,7 +13,7 @@ def test_a_log_is_rotated_by_rename_and_one_older_file_is_kept(tmp_path: Path) -
         log.write(b"line %d\n" % number)
         assert path.exists()
     log.close()
-    assert previous(path).read_bytes() == b"line 4\nline 5\n"
+    assert rotated_path(path).read_bytes() == b"line 4\nline 5\n"
     assert path.read_bytes() == b"line 6\n"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["log", "log.1"]
     assert path.stat().st_mode & 0o777 == 0o600
@@ -23,7 +23,7 @@ def test_what_lies_there_already_counts(tmp_path: Path) -> None:
     path = tmp_path / "log"
     path.write_bytes(b"0123456789x")
     LogFile(path, limit=10).write(b"y")
-    assert previous(path).read_bytes() == b"0123456789x"
+    assert rotated_path(path).read_bytes() == b"0123456789x"
     assert path.read_bytes() == b"y"
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from hpc_router.errors import ConfigError, RegistryError
-from hpc_router.state.log_file import previous
+from hpc_router.state.log_file import rotated_path
 from hpc_router.state.run_directory import find_run, make_run, open_run, point_latest
 
 
@@ -119,7 +119,7 @@ def test_events_are_rotated_by_exactly_one_writer(tmp_path: Path, monkeypatch: p
     run.event("two")
     assert not run.events.exists()
     run.event("three")
-    older = [json.loads(line)["event"] for line in previous(run.events).read_text().splitlines()]
+    older = [json.loads(line)["event"] for line in rotated_path(run.events).read_text().splitlines()]
     assert older == ["down", "one", "two"]
     assert [json.loads(line)["event"] for line in run.events.read_text().splitlines()] == ["three"]
     assert not claim.exists()

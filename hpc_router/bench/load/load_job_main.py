@@ -18,7 +18,7 @@ from hpc_router.bench.load.generator import LoadTarget, carry_out, to_json
 from hpc_router.bench.prompts import BenchPrompt
 from hpc_router.bench.workload import Point, workload
 from hpc_router.errors import HpcRouterError
-from hpc_router.state.atomic_files import is_there, replace_json
+from hpc_router.state.atomic_files import exists_now, replace_json
 
 POLL_S: Final = 0.1
 STILL_S: Final = 60.0
@@ -41,7 +41,7 @@ def serve(folder: Path, job: int) -> int:
     number = 0
     while not _over(folder):
         path = folder / f"order-{number}.json"
-        if not is_there(path):
+        if not exists_now(path):
             time.sleep(POLL_S)
             continue
         answer = folder / f"load-{number}.{job}.json"
@@ -66,7 +66,7 @@ def _carried_out(given: dict[str, Any], folder: Path, job: int) -> dict[str, Any
 
 
 def _over(folder: Path) -> bool:
-    if is_there(folder / "stop"):
+    if exists_now(folder / "stop"):
         return True
     try:
         return time.time() - (folder / "beat").stat().st_mtime > STILL_S

@@ -22,7 +22,7 @@ from hpc_router.bench.prompts import BenchPrompt
 from hpc_router.bench.workload import Point, jobs_for, workload
 from hpc_router.errors import LaunchError
 from hpc_router.net.job_environment import scrubbed
-from hpc_router.state.atomic_files import is_there, replace_json
+from hpc_router.state.atomic_files import exists_now, replace_json
 from hpc_router.state.run_directory import private_umask
 
 POLL_S: Final = 0.1
@@ -172,7 +172,7 @@ def options_of(options: Mapping[str, Any]) -> list[str]:
 
 def _wait_for(path: Path, patience_s: float, why: str) -> None:
     deadline = time.monotonic() + patience_s
-    while not is_there(path):
+    while not exists_now(path):
         if time.monotonic() > deadline:
             raise LaunchError(f"{why} within {patience_s:g} s ({path.parent.name})")
         time.sleep(POLL_S)

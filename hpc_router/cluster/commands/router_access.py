@@ -6,7 +6,7 @@ live, and that proves to be the one of its record, is given the token. Each call
 
 from dataclasses import dataclass
 
-from hpc_router.client.router_identity import IdentityCheck, examine
+from hpc_router.client.router_identity import IdentityCheck, check_identity
 from hpc_router.cluster.control_loop.desired_state import deployment_of
 from hpc_router.cluster.launchers.interface import JobState
 from hpc_router.cluster.launchers.select import launcher_for
@@ -59,7 +59,7 @@ def unproven_router(run: RunDir) -> Record:
 
 def proven(run: RunDir, record: Record) -> RouterAccess:
     """Raises LaunchError when nobody or something else answers there."""
-    finding = examine(record, run.secret())
+    finding = check_identity(record, run.secret())
     if finding is not IdentityCheck.PROVEN:
         raise LaunchError(
             f"{record.replica} at {record.url}: {finding}; `hpc-router status --run {run.path}` shows more"

@@ -28,7 +28,7 @@ from hpc_router.cluster.launchers.select import launcher_for
 from hpc_router.config.schema import Deployment
 from hpc_router.errors import LaunchError
 from hpc_router.state import registry
-from hpc_router.state.atomic_files import is_there
+from hpc_router.state.atomic_files import exists_now
 from hpc_router.state.job_records import JobDir, Stop
 from hpc_router.state.registry import RecordKind, leading_router, split_replica
 from hpc_router.state.run_directory import RunDir
@@ -179,7 +179,7 @@ def run_loop(run: RunDir, *, while_leading: str | None = None, tied: bool = Fals
         while not stop.is_set() and missed < GONE_PASSES:
             pause_s = control.deployment.cluster.reconcile_s
             try:
-                if not configured and is_there(run.config):  # `up` has joined a run of external endpoints
+                if not configured and exists_now(run.config):  # `up` has joined a run of external endpoints
                     control, configured = ControlLoop(run), True
                 if while_leading is None or control.leads(while_leading):
                     control.once()

@@ -12,7 +12,7 @@ import openai
 import pytest
 from yarl import URL
 
-from hpc_router.client.router_identity import IdentityCheck, examine
+from hpc_router.client.router_identity import IdentityCheck, check_identity
 from hpc_router.router.replicas.replica import RoutingState
 from hpc_router.router.worker.dispatcher import RoutedRequest
 from hpc_router.router.worker.fast_path import FastPathRequest
@@ -536,11 +536,12 @@ async def test_it_proves_to_be_the_router_of_its_record(tmp_path: Path) -> None:
         record = Record(RecordKind.ROUTER, "router-0.g1", router.url, State.READY, {}, nonce=NONCE)
         for draining in (False, True):
             router.gateway.draining = draining
-            assert await asyncio.to_thread(examine, record, run.secret()) is IdentityCheck.PROVEN
+            assert await asyncio.to_thread(check_identity, record, run.secret()) is IdentityCheck.PROVEN
         assert (
-            await asyncio.to_thread(examine, replace(record, nonce="another"), run.secret()) is IdentityCheck.STRANGER
+            await asyncio.to_thread(check_identity, replace(record, nonce="another"), run.secret())
+            is IdentityCheck.OTHER_PROCESS
         )
-        assert await asyncio.to_thread(examine, record, "guessed") is IdentityCheck.STRANGER
+        assert await asyncio.to_thread(check_identity, record, "guessed") is IdentityCheck.OTHER_PROCESS
 
 
 @pytest.mark.parametrize(
