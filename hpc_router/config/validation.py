@@ -1,6 +1,6 @@
-"""What can be refused before anything starts, and no single dataclass can see.
+"""Checks of a deployment that involve several dataclasses, or more than a type and a range.
 
-Every refusal names its key and what would have been valid. Nothing here looks at the machine: `cluster.plan` does.
+Every error names the key and what is valid. Nothing here depends on the machine; `cluster.planning` checks that.
 """
 
 import ipaddress
@@ -34,7 +34,7 @@ _SPANS_NODES: Final = ("vllm", "sim")
 
 
 def check(deployment: Deployment) -> None:
-    """Raises ConfigError."""
+    """Raises ConfigError for the first invalid value."""
     check_values(deployment, at="")
     if not _RUN_NAME.fullmatch(deployment.name):
         valid = "letters, digits, '.', '-' and '_', at most 63"
@@ -62,15 +62,15 @@ def check_router(router: RouterConfig) -> None:
 
 
 def check_host(key: str, host: str) -> None:
-    """A host's name or address, whether it exists or not."""
+    """Raises ConfigError unless `host` has the form of a host name or an address."""
     check_not_empty(key, host)
     try:
         ipaddress.ip_address(host)
     except ValueError as error:
         if not _HOST.fullmatch(host) or len(host) > 253 or host.replace(".", "").isdecimal():
             valid = "a host's name such as node7, or an address such as 10.1.2.3 or 0.0.0.0; the port is router.port"
-            said = f"{key}={host}: neither a host's name nor an address (valid: {valid})"
-            raise ConfigError(said, key=key) from error
+            problem = f"{key}={host}: neither a host's name nor an address (valid: {valid})"
+            raise ConfigError(problem, key=key) from error
 
 
 def check_fallback(fallback: str | None, experts: Iterable[str]) -> None:
@@ -81,7 +81,7 @@ def check_fallback(fallback: str | None, experts: Iterable[str]) -> None:
 
 
 def check_fabric(fabric: str) -> None:
-    """An interface, a network or an address, whether a node has it or not."""
+    """Raises ConfigError unless `fabric` has the form of an interface, a network or an address."""
     key, valid = "cluster.fabric", "an interface such as ib0, a network such as 10.1.0.0/16, an address"
     check_not_empty(key, fabric)
     try:
@@ -91,8 +91,8 @@ def check_fabric(fabric: str) -> None:
             return
         raise ConfigError(f"{key}={fabric}: {error} (valid: {valid})", key=key) from error
     if "/" in fabric and nearest.partition("/")[0] != str(ipaddress.ip_interface(fabric).ip):
-        said = f"has bits beyond its mask; did you mean '{nearest}'? (valid: {valid})"
-        raise ConfigError(f"{key}={fabric}: {said}", key=key)
+        problem = f"has bits beyond its mask; did you mean '{nearest}'? (valid: {valid})"
+        raise ConfigError(f"{key}={fabric}: {problem}", key=key)
 
 
 def _check_cluster(cluster: ClusterConfig) -> None:
@@ -105,12 +105,13 @@ def _check_cluster(cluster: ClusterConfig) -> None:
 
 
 def _check_no_slurm(cluster: ClusterConfig) -> None:
-    """A site's file that forgets `kind: slurm` would start its engines on the login node."""
+    """Refuses Slurm keys with cluster.kind=local: a site's file without `kind: slurm` would start engines on the login
+    node."""
     for name in ("partition", "account", "qos", "reservation"):
         if getattr(cluster, name) is not None:
             key = f"cluster.{name}"
             raise ConfigError(
-                f"{key}={getattr(cluster, name)}: this is a key of Slurm, and cluster.kind is local; set `kind: slurm`",
+                f"{key}={getattr(cluster, name)}: this key is for Slurm, and cluster.kind is local; set `kind: slurm`",
                 key=key,
             )
 
@@ -123,7 +124,7 @@ def _check_router_job(resources: ResourceConfig, cluster: ClusterConfig) -> None
 
 
 def _check_resources(at: str, resources: ResourceConfig, cluster: ClusterConfig) -> None:
-    """What each of router and experts asks for, by itself."""
+    """Checks the resources of the router or of one expert."""
     check_options(at, resources, warn_s=cluster.warn_s)
     have = 0 if cluster.gpus is None and cluster.kind == "local" else cluster.gpus
     if have is not None and resources.gpus > have:
@@ -170,14 +171,14 @@ def _check_several_nodes(at: str, expert: ExpertConfig, cluster: ClusterConfig) 
         valid = f"1, or engine.kind {' or '.join(_SPANS_NODES)}"
         raise ConfigError(f"{key}={nodes}: the engine '{kind}' does not span nodes (valid: {valid})", key=key)
     if cluster.replicas_per_job > 1:
-        said = f"cluster.replicas_per_job={cluster.replicas_per_job} puts several replicas on one node"
-        raise ConfigError(f"{key}={nodes}: {said} (valid: one of the two is 1)", key=key)
+        problem = f"cluster.replicas_per_job={cluster.replicas_per_job} puts several replicas on one node"
+        raise ConfigError(f"{key}={nodes}: {problem} (valid: one of the two is 1)", key=key)
     own = expert.resources.exclusive
     if not (cluster.exclusive if own is None else own) and not cluster.trusted_network:
         raise ConfigError(
-            f"{key}={nodes}: an engine's ranks talk to each other without authentication, so on shared nodes any user "
-            f"could join in (valid: {at}.resources.exclusive=true for whole nodes, or cluster.trusted_network=true "
-            f"where everybody on the network is trusted)",
+            f"{key}={nodes}: an engine's ranks communicate without authentication, so on shared nodes any user "
+            f"could connect to them (valid: {at}.resources.exclusive=true for whole nodes, or "
+            f"cluster.trusted_network=true if all users of the network are trusted)",
             key=key,
         )
 

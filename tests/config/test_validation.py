@@ -176,5 +176,5 @@ def test_environments_have_names() -> None:
 @pytest.mark.parametrize("key", ["partition", "account", "qos", "reservation"])
 def test_a_sites_file_without_its_kind_does_not_mean_this_machine(key: str) -> None:
     """It would start engines on the login node."""
-    with pytest.raises(ConfigError, match=f"cluster.{key}=x: this is a key of Slurm"):
+    with pytest.raises(ConfigError, match=f"cluster.{key}=x: this key is for Slurm"):
         check(Deployment(cluster=replace(ClusterConfig(), **{key: "x"})))  # type: ignore[arg-type]

@@ -72,7 +72,7 @@ async def test_a_folder_that_is_gone_is_a_warning(tmp_path: Path, caplog: pytest
 async def test_while_the_file_system_hangs_work_goes_on_and_beats_do_not_pile_up(
     tmp_path: Path, files: FileThread, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(lease_module, "PATIENCE_S", HANG_S)
+    monkeypatch.setattr(lease_module, "WRITE_TIMEOUT_S", HANG_S)
     hanging, beats = threading.Event(), list[int]()
 
     def noting(folder: Path, value: Record) -> None:
@@ -94,7 +94,7 @@ async def test_while_the_file_system_hangs_work_goes_on_and_beats_do_not_pile_up
 
 
 async def test_leaving_does_not_wait_for_it(tmp_path: Path, files: FileThread, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lease_module, "PATIENCE_S", HANG_S)
+    monkeypatch.setattr(lease_module, "WRITE_TIMEOUT_S", HANG_S)
     hanging = threading.Event()
     async with asyncio.timeout(5), Lease(tmp_path, record(), files):
         files.post(hanging.wait)
