@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
 import pytest
 
@@ -36,6 +36,7 @@ class Leaf:
 class Limits:
     small: int = bounded(3, 0, 10)
     each: list[float] | None = field(default=None, metadata=within(0.5, 2.5))
+    choice: Literal["left", "right"] | None = None
 
 
 @dataclass
@@ -80,6 +81,12 @@ def test_open_mappings_keep_what_they_are_given() -> None:
         ({"open": {"a": [1, {"b": float("nan")}]}}, "open.a[1].b", "not a finite number"),
         ({"limits": {"small": 11}}, "limits.small", "limits.small=11: out of range (valid: 0 to 10)"),
         ({"limits": {"small": 10**400}}, "limits.small", "out of range (valid: 0 to 10)"),
+        (
+            {"limits": {"choice": "lft"}},
+            "limits.choice",
+            "choice=lft: not known; did you mean 'left'? (valid: left, right)",
+        ),
+        ({"limits": {"choice": 3}}, "limits.choice", "3 is not text or null"),
         ({"limits": {"each": [1, 0.4]}}, "limits.each[1]", "each[1]=0.4: out of range (valid: 0.5 to 2.5)"),
     ],
 )
