@@ -171,7 +171,7 @@ def lines(values: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _endpoints(run: RunDir) -> Iterator[dict[str, Any]]:
-    for name, known in sorted(registry.Reader(run.registry).snapshot().items()):
+    for name, known in sorted(registry.RegistryReader(run.registry).snapshot().items()):
         if known.kind is not RecordKind.ROUTER:
             yield {
                 "replica": name,

@@ -10,7 +10,7 @@ import threading
 from typing import Any
 
 from hpc_router.errors import HpcRouterError, RegistryError
-from hpc_router.state.registry import Reader, Record, RecordKind, State, leading_router, record_file
+from hpc_router.state.registry import Record, RecordKind, RegistryReader, State, leading_router, record_file
 from hpc_router.state.run_directory import RunDir
 from hpc_router.state.stamped_file import StampedFile
 
@@ -28,7 +28,7 @@ class Leader:
         self._run = run
         self._summary = StampedFile(run.registry_json, _leader_in_summary)
         self._own: StampedFile[Record] | None = None
-        self._reader = Reader(run.registry)
+        self._reader = RegistryReader(run.registry)
         self._last: Record | None = None
         self._found_once = False
         self._lock = threading.Lock()

@@ -15,7 +15,7 @@ from enum import StrEnum
 from typing import Any, Final
 from urllib.parse import urlsplit
 
-from hpc_router.net.auth import challenge_answer, new_token, replica_key, same
+from hpc_router.net.auth import challenge_answer, equal_secrets, new_token, replica_key
 from hpc_router.net.protocol import HEALTH, ProbeResponse
 from hpc_router.state.registry import Record
 
@@ -38,7 +38,7 @@ def proves(answer: object, *, record: Record, secret: str, challenge: str) -> bo
     health = ProbeResponse.from_json(answer) if isinstance(answer, dict) else None
     if health is None or health.replica != record.replica or not record.nonce:
         return False
-    return same(health.answer or "", challenge_answer(replica_key(secret, record.nonce), challenge))
+    return equal_secrets(health.answer or "", challenge_answer(replica_key(secret, record.nonce), challenge))
 
 
 def check_identity(record: Record, secret: str, *, timeout_s: float = CHECK_TIMEOUT_S) -> IdentityCheck:

@@ -1,7 +1,7 @@
 """Experts that share an engine: a host, and the LoRA adapters that its engine serves under their own names.
 
 A host has jobs and a record in the registry; an adapter is only a name in that record. Code that manages jobs therefore
-uses `hosts`, and code that routes requests treats all experts alike. Only `own_rank` reads files of an adapter.
+uses `hosts`, and code that routes requests treats all experts alike. Only `adapter_rank` reads files of an adapter.
 """
 
 import json
@@ -59,7 +59,7 @@ def check_adapter(name: str, experts: Mapping[str, ExpertConfig]) -> None:
             raise ConfigError(f"{key}: {problem}; edit experts.{host}.{item.name}, which holds for both", key=key)
 
 
-def own_rank(folder: Path) -> int:
+def adapter_rank(folder: Path) -> int:
     """The rank of the adapter in `folder`; the largest if its modules differ. Raises ValueError with the reason."""
     path = folder / CONFIG
     try:

@@ -22,7 +22,7 @@ def walltime_s(text: str) -> float | None:
     return None
 
 
-def clock(seconds: float) -> str:
+def walltime_text(seconds: float) -> str:
     """The duration as Slurm shows it: D-HH:MM:SS, or HH:MM:SS below one day."""
     if math.isinf(seconds):
         return "UNLIMITED"

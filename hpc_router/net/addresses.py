@@ -26,7 +26,7 @@ _FAR: Final = {socket.AF_INET: "192.0.2.1", socket.AF_INET6: "2001:db8::1"}
 def address(fabric: str | None, *, kind: str) -> str:
     """This node's address on the fabric; `kind` is `cluster.kind`. Raises ConfigError if the node has none."""
     if fabric is not None:
-        return str(chosen(fabric, interfaces()))
+        return str(select_address(fabric, interfaces()))
     if kind == "local":
         return LOOPBACK
     found = _of_own_name() or _of_default_route()
@@ -35,7 +35,7 @@ def address(fabric: str | None, *, kind: str) -> str:
     return found
 
 
-def chosen(fabric: str, have: Interfaces) -> IpAddress:
+def select_address(fabric: str, have: Interfaces) -> IpAddress:
     """The address that `fabric` selects among `have`, IPv4 before IPv6. Raises ConfigError if there is none."""
     if fabric in have:
         found = list(have[fabric])
@@ -47,7 +47,7 @@ def chosen(fabric: str, have: Interfaces) -> IpAddress:
     return min(found, key=lambda address: address.version)
 
 
-def interface(of: str, have: Interfaces | None = None) -> str | None:
+def interface_of(of: str, have: Interfaces | None = None) -> str | None:
     """The name of the interface with this address; None if no interface of the node has it."""
     wanted = ipaddress.ip_address(of)
     known = interfaces() if have is None else have

@@ -26,12 +26,12 @@ def challenge_answer(key: str, challenge: str) -> str:
     return hmac.new(key.encode(), b"challenge:" + challenge.encode(), hashlib.sha256).hexdigest()
 
 
-def same(left: str, right: str) -> bool:
+def equal_secrets(left: str, right: str) -> bool:
     """Constant-time equality of two secrets. Any text is accepted, also with characters that UTF-8 cannot encode."""
     return hmac.compare_digest(left.encode("utf-8", "replace"), right.encode("utf-8", "replace"))
 
 
-def bearer(header: str | None) -> str | None:
+def bearer_token(header: str | None) -> str | None:
     """The token of an `Authorization: Bearer ...` header; None for another header."""
     scheme, _, token = (header or "").partition(" ")
     return token.strip() or None if scheme.lower() == "bearer" else None

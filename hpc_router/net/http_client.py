@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import aiohttp
 
-QUICK_S: Final = 2.0
+DEFAULT_TIMEOUT_S: Final = 2.0
 MAX_RESPONSE_BYTES: Final = 2**20
 
 
@@ -34,8 +34,8 @@ class Unreachable(Exception):
 
 
 @asynccontextmanager
-async def session(*, timeout_s: float | None = QUICK_S) -> AsyncIterator[aiohttp.ClientSession]:
-    limits = aiohttp.ClientTimeout(total=timeout_s, connect=QUICK_S)
+async def session(*, timeout_s: float | None = DEFAULT_TIMEOUT_S) -> AsyncIterator[aiohttp.ClientSession]:
+    limits = aiohttp.ClientTimeout(total=timeout_s, connect=DEFAULT_TIMEOUT_S)
     jar = aiohttp.DummyCookieJar()
     async with aiohttp.ClientSession(timeout=limits, trust_env=False, cookie_jar=jar) as client:
         yield client
@@ -69,13 +69,13 @@ async def bounded_body(response: aiohttp.ClientResponse) -> bytes:
     return bytes(body)
 
 
-def ask(
+def call_blocking(
     method: str,
     url: str,
     *,
     token: str | None = None,
     body: Mapping[str, Any] | None = None,
-    timeout_s: float = QUICK_S,
+    timeout_s: float = DEFAULT_TIMEOUT_S,
 ) -> HttpResponse:
     """`call` for code without an event loop. Blocks."""
 

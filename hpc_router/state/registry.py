@@ -140,7 +140,7 @@ def withdraw(folder: Path, replica: str) -> None:
     (folder / f"{replica}.json").unlink(missing_ok=True)
 
 
-class Reader:
+class RegistryReader:
     """Reads the folder repeatedly and parses only files that changed since the last snapshot."""
 
     def __init__(self, folder: Path) -> None:

@@ -64,7 +64,7 @@ class RunDir:
         """The classifier artefact that `up` trains from the experts' exemplars."""
         return self.path / "classifier"
 
-    def full(self) -> str | None:
+    def space_error(self) -> str | None:
         """Why the file system cannot be written, as an error text; None if it can. A quota is not detected."""
         try:
             space = os.statvfs(self.path)
@@ -77,7 +77,7 @@ class RunDir:
             return f"the file system of {self.path} has no room for another file: all its inodes are in use"
         return None
 
-    def gone(self) -> bool:
+    def is_removed(self) -> bool:
         """Whether the run directory was removed. False while the file system fails."""
         try:
             self.registry.lstat()
@@ -98,7 +98,7 @@ class RunDir:
         path = self.path / "tokens" / replica
         return _read_secret(path) if path.exists() else None
 
-    def keep_external_token(self, replica: str, token: str) -> None:
+    def store_external_token(self, replica: str, token: str) -> None:
         _private_folder(self.path / "tokens")
         _write_secret(self.path / "tokens" / replica, token)
 

@@ -19,7 +19,7 @@ from hpc_router.cluster.commands.set import change, parse_settings
 from hpc_router.errors import ConfigError
 from hpc_router.state.job_records import Exit, FailureReason, JobDir, JobInfo
 from hpc_router.state.log_file import rotated_path
-from hpc_router.state.registry import Reader
+from hpc_router.state.registry import RegistryReader
 from hpc_router.state.run_directory import make_run, open_run
 from tests.support.needs import ROOT
 
@@ -376,7 +376,7 @@ def test_register_says_how_it_is_probed(
 ) -> None:
     url = ["--expert", "big", "--url", "http://127.0.0.1:1", "--model", "m"]
     assert record(capsys, *url, *words)["probe"] == probe
-    assert Reader(Path("run/registry")).snapshot()["big-x0.g1"].probe == probe
+    assert RegistryReader(Path("run/registry")).snapshot()["big-x0.g1"].probe == probe
 
 
 def test_register_where_several_models_are(capsys: pytest.CaptureFixture[str], elsewhere: Path) -> None:

@@ -27,7 +27,7 @@ from hpc_router.errors import ConfigError
 from hpc_router.net.auth import challenge_answer, replica_key
 from hpc_router.net.protocol import DRAINING_HEADER, HEALTH
 from hpc_router.state.atomic_files import replace_json
-from hpc_router.state.registry import SCHEMA, Reader, Record, RecordKind, State, publish, replica_name, withdraw
+from hpc_router.state.registry import SCHEMA, Record, RecordKind, RegistryReader, State, publish, replica_name, withdraw
 from hpc_router.state.run_directory import RunDir, make_run
 
 Act = Callable[["FakeRouter", web.BaseRequest], Awaitable[web.StreamResponse]]
@@ -59,7 +59,7 @@ class FakeRouter:
             self.asked += 1
             if self.dying:
                 return await hangs_up(self, request)
-            record = next(r for r in Reader(self.run.registry).snapshot().values() if r.url == self.url)
+            record = next(r for r in RegistryReader(self.run.registry).snapshot().values() if r.url == self.url)
             secret = "guessed" if self.stranger else self.run.secret()
             answer = challenge_answer(replica_key(secret, record.nonce or ""), request.query["challenge"])
             return web.json_response({"status": "ok", "replica": record.replica, "answer": answer})
@@ -174,7 +174,7 @@ def enter(run: RunDir, *records: Record) -> None:
     """In the folder and, as the leading router does it, in `registry.json`."""
     for record in records:
         publish(run.registry, record)
-    write_summary(run, *Reader(run.registry).snapshot().values())
+    write_summary(run, *RegistryReader(run.registry).snapshot().values())
 
 
 def write_summary(run: RunDir, *records: Record) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from hpc_router.config.adapters import adapters_of, host_of, hosts, own_rank
+from hpc_router.config.adapters import adapter_rank, adapters_of, host_of, hosts
 from hpc_router.config.compose import load_deployment
 from hpc_router.config.schema import Deployment, EngineConfig, ExpertConfig, ResourceConfig
 from hpc_router.config.validation import check
@@ -105,7 +105,7 @@ def test_adapters_are_taught_like_any_expert() -> None:
 )
 def test_an_adapters_rank_is_its_largest(tmp_path: Path, config: dict[str, Any], rank: int) -> None:
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    assert own_rank(tmp_path) == rank
+    assert adapter_rank(tmp_path) == rank
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_an_adapters_rank_is_its_largest(tmp_path: Path, config: dict[str, Any],
 )
 def test_a_config_without_a_rank_is_none(tmp_path: Path, text: str) -> None:
     with pytest.raises(ValueError, match=r"it has no adapter_config\.json"):
-        own_rank(tmp_path)
+        adapter_rank(tmp_path)
     (tmp_path / "adapter_config.json").write_text(text)
     with pytest.raises(ValueError, match="has no rank"):
-        own_rank(tmp_path)
+        adapter_rank(tmp_path)

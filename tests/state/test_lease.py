@@ -14,7 +14,7 @@ from hpc_router.state import lease as lease_module
 from hpc_router.state import registry
 from hpc_router.state.io_thread import FileThread
 from hpc_router.state.lease import Lease
-from hpc_router.state.registry import Reader, Record, RecordKind, State
+from hpc_router.state.registry import Record, RecordKind, RegistryReader, State
 from tests.support.waiting import eventually
 
 HANG_S = 0.05
@@ -25,7 +25,7 @@ def record(beat_s: float = 3600.0) -> Record:
 
 
 def published(folder: Path) -> Record | None:
-    return Reader(folder).snapshot().get("math-0.g1")
+    return RegistryReader(folder).snapshot().get("math-0.g1")
 
 
 @pytest.fixture

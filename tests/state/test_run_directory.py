@@ -25,7 +25,7 @@ def test_nobody_else_can_read_it_whatever_the_umask(tmp_path: Path, umask: None)
     run = make_run(tmp_path / "run")
     run.event("made")
     run.write_desired({"math": 1})
-    run.keep_external_token("math-x0.g1", "t")
+    run.store_external_token("math-x0.g1", "t")
     for path in [run.path, *run.path.rglob("*")]:
         assert stat.S_IMODE(path.lstat().st_mode) == (0o700 if path.is_dir() else 0o600), path
 

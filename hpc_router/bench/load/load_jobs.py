@@ -21,7 +21,7 @@ from hpc_router.bench.load.load_job_main import order
 from hpc_router.bench.prompts import BenchPrompt
 from hpc_router.bench.workload import Point, jobs_for, workload
 from hpc_router.errors import LaunchError
-from hpc_router.net.job_environment import scrubbed
+from hpc_router.net.job_environment import without_job_variables
 from hpc_router.state.atomic_files import exists_now, replace_json
 from hpc_router.state.run_directory import private_umask
 
@@ -143,7 +143,7 @@ def _processes(config: BenchConfig, folder: Path) -> Iterator[None]:
 @contextmanager
 def _sbatch(config: BenchConfig, folder: Path) -> Iterator[None]:
     """One job each. Whatever job we run in ourselves does not leak into theirs."""
-    environment = scrubbed(os.environ)
+    environment = without_job_variables(os.environ)
     numbers: list[str] = []
     try:
         for job in range(config.load_jobs):

@@ -20,7 +20,7 @@ from hpc_router.bench.relay_cost.interface import START_S, Relay, RelayPlacement
 from hpc_router.bench.relay_cost.processes import ProcessGroup, group, on
 from hpc_router.errors import LaunchError
 from hpc_router.state import registry
-from hpc_router.state.registry import Reader, Record, RecordKind, State, leading_router
+from hpc_router.state.registry import Record, RecordKind, RegistryReader, State, leading_router
 from hpc_router.state.run_directory import RunDir, make_run
 
 CAPACITY: Final = 100_000
@@ -118,7 +118,7 @@ def _await(run: RunDir, processes: ProcessGroup, site: RelayPlacement, *, models
     deadline = time.monotonic() + START_S
     waiting = list(models)
     while True:
-        record = leading_router(Reader(run.registry).snapshot())
+        record = leading_router(RegistryReader(run.registry).snapshot())
         if record is not None:
             started = StartedRelay(int(record.url.rpartition(":")[2]), processes, run.token())
             while waiting and answers(started, waiting[0]):

@@ -152,7 +152,7 @@ class ControlLoop:
 
     def leads(self, replica: str) -> bool:
         """Whether `replica` is the leading router, or may become it: no other router that may live leads."""
-        records = registry.Reader(self.run.registry).snapshot()
+        records = registry.RegistryReader(self.run.registry).snapshot()
         reports = self.launcher.observe([name for name, r in records.items() if r.kind is RecordKind.ROUTER])
         living = {n: r for n, r in records.items() if n not in reports or reports[n].state is not JobState.ENDED}
         leader = leading_router(living)
@@ -185,7 +185,7 @@ def run_loop(run: RunDir, *, while_leading: str | None = None, tied: bool = Fals
                     control.once()
             except Exception:
                 logger.exception("a pass of the control loop failed; the next one is in %.1f s", pause_s)
-            missed = missed + 1 if run.gone() else 0
+            missed = missed + 1 if run.is_removed() else 0
             stop.wait(pause_s)
 
 

@@ -244,7 +244,7 @@ class Agent:
             nodes=nodes,
             key=rank_key(self._run.secret(), self._nonce),
             address=self._address,
-            interface=addresses.interface(self._address),
+            interface=addresses.interface_of(self._address),
             beat_s=self._deployment.cluster.beat_s,
             command=lambda ranks: self._commands.at(replace(place, ranks=ranks), version=self._version),
             on_drain=partial(self.drain, from_outside=True),

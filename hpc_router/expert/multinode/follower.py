@@ -34,7 +34,7 @@ from hpc_router.relay.upstream.client import UpstreamClient
 from hpc_router.relay.upstream.interface import Upstream, UpstreamTimeouts, address_of
 from hpc_router.state.io_thread import WRITE_TIMEOUT_S, FileThread
 from hpc_router.state.job_records import Exit, FailureReason, JobDir
-from hpc_router.state.registry import Reader, Record, split_replica
+from hpc_router.state.registry import Record, RegistryReader, split_replica
 from hpc_router.state.run_directory import RunDir
 
 logger = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ class Follower:
         engine = build_engine(expert, config, adapters=adapters_of(deployment.experts, expert))
         self._commands = Commands(engine, config, deployment.cluster, environment, log)
         self._engine = RankEngine(self._commands.engine, files)
-        self._reader = Reader(run.registry)
+        self._reader = RegistryReader(run.registry)
         self._leader: Record | None = None
         self._secret = run.secret()
         self._instance = new_token()
@@ -139,7 +139,7 @@ class Follower:
         elif order.attempt != self._engine.attempt:
             here = self._address
             meeting = (order.master_address, order.master_port)
-            ranks = Ranks(self._rank, self._nodes, here, addresses.interface(here), *meeting)
+            ranks = Ranks(self._rank, self._nodes, here, addresses.interface_of(here), *meeting)
             self._engine.start(order.attempt, self._commands.at(replace(place, ranks=ranks)))
 
     async def _ask(self, client: Upstream) -> RankOrder | None:

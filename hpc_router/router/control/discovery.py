@@ -24,13 +24,13 @@ from hpc_router.background_tasks import OnFailure, restarting
 from hpc_router.config.schema import RouterConfig
 from hpc_router.errors import ConfigError
 from hpc_router.net import protocol
-from hpc_router.net.auth import challenge_answer, new_token, replica_key, same
+from hpc_router.net.auth import challenge_answer, equal_secrets, new_token, replica_key
 from hpc_router.net.http_client import bounded_body
 from hpc_router.router.replicas.health import Incident, Rules, Verdict, can_eject
 from hpc_router.router.replicas.replica import Event, Replica, RoutingState
 from hpc_router.router.replicas.table import ReplicaTable
 from hpc_router.state.io_thread import FileThread
-from hpc_router.state.registry import Reader, Record, RecordKind
+from hpc_router.state.registry import Record, RecordKind, RegistryReader
 from hpc_router.state.run_directory import RunDir
 
 logger = logging.getLogger(__name__)
@@ -173,7 +173,7 @@ class Discovery:
         return self.clock() - self.last_read_at
 
     async def _scan_forever(self) -> None:
-        reader = Reader(self.run.registry)
+        reader = RegistryReader(self.run.registry)
         while True:
             try:
                 snapshot = await self.files.run(reader.snapshot)
@@ -292,7 +292,7 @@ class Discovery:
         answer = await self._get_json(replica.record.url + protocol.HEALTH, params={"challenge": challenge})
         health = protocol.ProbeResponse.from_json(answer)
         expected = challenge_answer(replica.key or "", challenge)
-        if health is None or health.replica != replica.name or not same(health.answer or "", expected):
+        if health is None or health.replica != replica.name or not equal_secrets(health.answer or "", expected):
             replica.trouble = "another process answers at its address"
             return Incident.PROBE_FAILED
         replica.models = health.models or ()
