@@ -1,4 +1,4 @@
-"""Every way a configuration can be wrong: one line that names the file or override, the key, and what is valid."""
+"""Invalid configurations: each error is one line with the file or override, the key, and what is valid."""
 
 import re
 import sys
@@ -133,7 +133,7 @@ def write(folder: Path, name: str, content: str) -> None:
     path.write_text(content)
 
 
-def test_a_file_without_its_head_is_explained(tmp_path: Path) -> None:
+def test_a_file_without_its_package_line_is_explained(tmp_path: Path) -> None:
     write(tmp_path, "topology/mine.yaml", "experts: {}\n")
     assert "`# @package _global_`" in refusal(["topology=mine"], tmp_path)
 
@@ -142,7 +142,7 @@ def test_an_absent_folder_is_named(tmp_path: Path) -> None:
     assert "--config-dir" in refusal([], tmp_path / "nope")
 
 
-def test_a_users_folder_goes_before_ours(tmp_path: Path) -> None:
+def test_a_users_folder_takes_precedence(tmp_path: Path) -> None:
     """A file of the same name replaces ours; a path with spaces and commas is a path like any other."""
     folder = tmp_path / "my, 'own' conf"
     write(folder, "expert/math.yaml", 'description: "mine"\nexemplars: ["one plus one"]\n')

@@ -1,4 +1,4 @@
-"""The schema: conversions, and every refusal named by its key; and what no single dataclass can see."""
+"""The schema: conversions, errors with their keys, and checks that involve several dataclasses."""
 
 import math
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -91,7 +91,7 @@ def test_open_mappings_keep_what_they_are_given() -> None:
     ],
 )
 @pytest.mark.parametrize("at", ["", "up.here"])
-def test_a_refusal_names_the_key(value: dict[str, Any], key: str, said: str, at: str) -> None:
+def test_an_error_names_the_key(value: dict[str, Any], key: str, said: str, at: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse(Root, value, at=at)
     full = f"{at}.{key}" if at else key
@@ -100,7 +100,7 @@ def test_a_refusal_names_the_key(value: dict[str, Any], key: str, said: str, at:
 
 
 @pytest.mark.parametrize("value", [3, None, ["a"], "x"])
-def test_what_is_no_mapping_is_refused(value: Any) -> None:
+def test_a_value_that_is_not_a_mapping_is_refused(value: Any) -> None:
     with pytest.raises(ConfigError, match="not a mapping"):
         parse(Root, value, at="here")
 

@@ -1,4 +1,4 @@
-"""What the whole deployment shows to be wrong, before anybody looks at a machine or a cluster."""
+"""Checks of a whole deployment that need neither the machine nor the cluster."""
 
 from dataclasses import replace
 from typing import Any
@@ -11,7 +11,7 @@ from hpc_router.errors import ConfigError
 
 
 def deployment(cluster: ClusterConfig | None = None, **resources: Any) -> Deployment:
-    """One expert, on the simulated engine and on Slurm unless told otherwise."""
+    """One expert, on the simulated engine and on Slurm unless set otherwise."""
     kind, options = resources.pop("kind", "sim"), resources.pop("options", {})
     expert = ExpertConfig(model="m", engine=EngineConfig(kind=kind, options=options))
     made = Deployment(experts={"math": replace(expert, resources=ResourceConfig(**resources))})
@@ -82,7 +82,7 @@ def test_the_router_asks_for_one_node() -> None:
 
 
 def test_gpus_of_a_node() -> None:
-    """Not known on Slurm before it is asked; on this machine there are none unless the config says so."""
+    """On Slurm their number is not known yet; on this machine there are none unless the config sets them."""
     check(deployment(gpus=8))
     check(deployment(ClusterConfig(kind="slurm", gpus=8), gpus=8))
     assert "a node has cluster.gpus=4" in refused(deployment(ClusterConfig(kind="slurm", gpus=4), gpus=8))
@@ -102,7 +102,9 @@ SLURM = ClusterConfig(kind="slurm")
         (replace(SLURM, trusted_network=True), None, True),
     ],
 )
-def test_several_nodes_need_nobody_else_on_them(cluster: ClusterConfig, own: bool | None, valid: bool) -> None:
+def test_several_nodes_need_exclusive_nodes_or_a_trusted_network(
+    cluster: ClusterConfig, own: bool | None, valid: bool
+) -> None:
     made = deployment(cluster, nodes=2, exclusive=own)
     if valid:
         check(made)
@@ -134,7 +136,7 @@ def test_several_nodes_need_an_engine_that_spans_them() -> None:
         (1, 0, {"device": "cpu", "tensor_parallel_size": 2}, True),
     ],
 )
-def test_ranks_are_what_nodes_carry(nodes: int, gpus: int, options: dict[str, Any], valid: bool) -> None:
+def test_ranks_match_the_nodes_and_gpus(nodes: int, gpus: int, options: dict[str, Any], valid: bool) -> None:
     made = deployment(replace(SLURM, exclusive=True), nodes=nodes, gpus=gpus, kind="vllm", options=options)
     if valid:
         check(made)
@@ -174,7 +176,7 @@ def test_environments_have_names() -> None:
 
 
 @pytest.mark.parametrize("key", ["partition", "account", "qos", "reservation"])
-def test_a_sites_file_without_its_kind_does_not_mean_this_machine(key: str) -> None:
+def test_slurm_keys_without_kind_slurm_are_refused(key: str) -> None:
     """It would start engines on the login node."""
     with pytest.raises(ConfigError, match=f"cluster.{key}=x: this key is for Slurm"):
         check(Deployment(cluster=replace(ClusterConfig(), **{key: "x"})))  # type: ignore[arg-type]

@@ -38,7 +38,7 @@ def test_an_interface_a_network_or_an_address(named: str, meant: str) -> None:
 
 
 @pytest.mark.parametrize("named", ["ib7", "10.2.0.0/16", "10.1.2.4", "10.1.2.3/99"])
-def test_what_the_node_does_not_have_is_refused_with_what_it_has(named: str) -> None:
+def test_a_fabric_that_the_node_lacks_is_refused_with_its_addresses(named: str) -> None:
     with pytest.raises(ConfigError, match=r"this node has: lo: 127\.0\.0\.1, ::1; eth0: 172\.16\.3\.4") as caught:
         fabric.select_address(named, NODE)
     assert caught.value.key == "cluster.fabric"
@@ -51,7 +51,7 @@ def test_an_interface_is_found_by_its_address() -> None:
     assert fabric.interface_of("10.9.9.9", NODE) is None
 
 
-def test_this_machine_alone_talks_to_itself() -> None:
+def test_a_local_cluster_uses_the_loopback() -> None:
     assert fabric.address(None, kind="local") == "127.0.0.1"
 
 
@@ -78,7 +78,7 @@ def test_then_the_default_route(monkeypatch: pytest.MonkeyPatch) -> None:
     assert fabric.address(None, kind="slurm") == "172.16.3.4"
 
 
-def test_a_node_that_nobody_can_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_node_without_a_reachable_address_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     _named(monkeypatch, "127.0.1.1")
     monkeypatch.setattr(fabric, "_of_default_route", lambda: None)
     with pytest.raises(ConfigError, match=r"cluster\.fabric: no address that other nodes can reach"):

@@ -1,4 +1,4 @@
-"""Keys differ per replica and prove themselves without being shown."""
+"""Each replica has its own key, which answers challenges without being sent."""
 
 import pytest
 
@@ -18,7 +18,7 @@ def test_tokens_do_not_repeat() -> None:
 
 
 @pytest.mark.parametrize(("left", "right", "equal"), [("a", "a", True), ("a", "b", False), ("ä\udcff", "ä", False)])
-def test_same_takes_any_text(left: str, right: str, equal: bool) -> None:
+def test_any_text_can_be_compared(left: str, right: str, equal: bool) -> None:
     assert equal_secrets(left, right) is equal
 
 
