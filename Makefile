@@ -35,7 +35,7 @@ check: .venv/.stamp ## format, lint, types, fast tests
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 	$(MAKE) --no-print-directory shellcheck
-	$(BIN)/pytest --numprocesses 2 -m 'not e2e and not slurm and not long'
+	$(BIN)/pytest --numprocesses 2
 
 shellcheck: # where it is installed; CI installs it
 	@if command -v shellcheck >/dev/null; then \
@@ -52,7 +52,7 @@ test: .venv/.stamp engines ## all that this machine can run
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 	$(MAKE) --no-print-directory shellcheck
-	$(BIN)/pytest --numprocesses 2 -m 'not e2e and not slurm and not long'
+	$(BIN)/pytest --numprocesses 2
 	$(BIN)/pytest --numprocesses 2 --dist loadfile -m '(e2e or slurm) and not long'
 
 test-long: test ## and what takes minutes

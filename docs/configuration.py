@@ -16,6 +16,7 @@ from types import UnionType
 from typing import Any, Final, Union, get_args, get_origin, get_type_hints
 
 from hpc_router.bench.config import BenchConfig
+from hpc_router.config.parsing import choices_of
 from hpc_router.config.schema import OPTIONS, Deployment
 from hpc_router.router.settings import LIVE
 
@@ -51,12 +52,12 @@ def _sections(schema: type, at: str, seen: set[type], *, title: str = "") -> Ite
     heading = title or at or "the root"
     yield f"## {heading}\n\n{_prose(inspect.getdoc(schema) or '')}\n"
     yield "| key | type | default | range | meaning |\n|---|---|---|---|---|"
-    hints, comments, inner = get_type_hints(schema), _comments(schema), []
+    hints, meanings, inner = get_type_hints(schema), comments(schema), []
     for item in fields(schema):
         key = f"{at}.{item.name}" if at else item.name
         if (nested := _nested(hints[item.name])) is not None:
             inner.append((nested, f"{key}.NAME" if get_origin(hints[item.name]) is dict else key))
-        yield _row(item, key, hints[item.name], comments.get(item.name, ""))
+        yield _row(item, key, hints[item.name], meanings.get(item.name, ""))
     yield ""
     for nested, below in inner:
         if nested not in seen:
@@ -80,6 +81,8 @@ def _type(kind: Any) -> str:
     """In YAML's words: `int | None` is `whole number or null`."""
     if get_origin(kind) in (Union, UnionType):
         return " or ".join(map(_type, get_args(kind)))
+    if choices := choices_of(kind):
+        return " or ".join(f"`{choice}`" for choice in choices)
     if get_origin(kind) is list:
         return f"list of {_type(get_args(kind)[0])}"
     return "mapping" if is_dataclass(kind) else _NOUNS[get_origin(kind) or kind]
@@ -92,7 +95,7 @@ def _default(item: "Field[Any]") -> str:
     return "**required**" if item.default == "???" else f"`{json.dumps(item.default)}`"
 
 
-def _comments(schema: type) -> dict[str, str]:
+def comments(schema: type) -> dict[str, str]:
     """field -> the comment behind it, or on the lines directly above it."""
     found: dict[str, str] = {}
     for owner in reversed(schema.__mro__[:-1]):

@@ -11,6 +11,8 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Final
 
+from hpc_router import backoff
+
 logger = logging.getLogger(__name__)
 
 FIRST_PAUSE_S: Final = 0.1
@@ -22,18 +24,19 @@ OnFailure = Callable[[str, str], None]
 
 async def restarting(task: str, body: Callable[[], Awaitable[None]], on_failure: OnFailure) -> None:
     """Run `body` until it returns. The pause is short again once a run has lasted longer than `MAX_PAUSE_S`."""
-    clock, pause_s = asyncio.get_running_loop().time, FIRST_PAUSE_S
+    clock, failures = asyncio.get_running_loop().time, 0
     while True:
         begun_at = clock()
         try:
             await body()
             return
         except Exception as error:
-            pause_s = FIRST_PAUSE_S if clock() - begun_at > MAX_PAUSE_S else pause_s
+            failures = 0 if clock() - begun_at > MAX_PAUSE_S else failures
+            pause_s = backoff.pause_s(failures, first_s=FIRST_PAUSE_S, max_s=MAX_PAUSE_S)
             logger.exception("the background task '%s' failed; it starts again in %g s", task, pause_s)
             on_failure(task, f"{type(error).__name__}: {error}")
         await asyncio.sleep(pause_s)
-        pause_s = min(2 * pause_s, MAX_PAUSE_S)
+        failures += 1
 
 
 @asynccontextmanager

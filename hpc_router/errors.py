@@ -1,7 +1,7 @@
-"""What can go wrong, sorted by what the caller can do about it.
+"""The errors of the package, one class for each reaction of a caller.
 
-A message says what is wrong, where, and what would have been valid. Libraries' exceptions are translated at the
-boundary with `raise ... from`. HTTP status codes are not known here: `router.app` holds the one table.
+A message says what is wrong, where, and what is valid. Exceptions of libraries are translated at the boundary with
+`raise ... from`. This module does not know HTTP status codes.
 """
 
 from collections.abc import Iterable
@@ -9,11 +9,11 @@ from difflib import get_close_matches
 
 
 class HpcRouterError(Exception):
-    """Any failure this project describes in words; the command line prints it without a traceback."""
+    """Base of all errors with a message for the user; the command line prints it without a traceback."""
 
 
 class ConfigError(HpcRouterError):
-    """A value the user must edit: exit code 2. `key`: the config key it stands at, where there is one."""
+    """A value that the user must edit; exit status 2. `key`: the config key of the value, if it has one."""
 
     def __init__(self, message: str, *, key: str | None = None) -> None:
         super().__init__(message)
@@ -21,19 +21,19 @@ class ConfigError(HpcRouterError):
 
 
 class RegistryError(HpcRouterError):
-    """A run directory or a registry file that cannot be used."""
+    """A run directory or a registry file cannot be used."""
 
 
 class LaunchError(HpcRouterError):
-    """A job that could not be submitted, or that did not come up."""
+    """A job could not be submitted or did not start."""
 
 
 class ArtefactError(HpcRouterError):
-    """A classifier artefact that is missing, damaged or of another version."""
+    """A classifier artefact is missing, damaged or of another version."""
 
 
 def suggest(name: str, valid: Iterable[str]) -> str:
-    """The end of an error message: the nearest valid name, if any is near, and the whole list."""
+    """The end of an error message: the valid name that is most similar, if one is similar, and all valid names."""
     names = sorted(set(valid))
     near = get_close_matches(name, names, n=1, cutoff=0.5)
     hint = f"; did you mean '{near[0]}'?" if near else ""
@@ -41,7 +41,8 @@ def suggest(name: str, valid: Iterable[str]) -> str:
 
 
 class RoutingError(HpcRouterError):
-    """A request that cannot be served; `param` is the request field to look at, `retry_after_s` when to come again."""
+    """A request cannot be served. `param`: the field of the request that is wrong; `retry_after_s`: value of
+    Retry-After."""
 
     def __init__(self, message: str, *, param: str | None = None, retry_after_s: float | None = None) -> None:
         super().__init__(message)
@@ -50,62 +51,62 @@ class RoutingError(HpcRouterError):
 
 
 class BadRequestError(RoutingError):
-    """The request itself is wrong; sending it again will not help."""
+    """The request is wrong; sending it again does not help."""
 
 
 class PreviousResponseNotFoundError(BadRequestError):
-    """What `previous_response_id` refers to is out of reach; the whole conversation would do."""
+    """The response of `previous_response_id` is not available; the client can send the whole conversation instead."""
 
 
 class UnauthorizedError(RoutingError):
-    """No token, or not the right one."""
+    """The request has no token or a wrong one."""
 
 
 class UnknownModelError(RoutingError):
-    """A `model` that nobody here serves."""
+    """No replica of the deployment serves this `model`."""
 
 
 class UnknownPathError(RoutingError):
-    """No such path, or not with this method."""
+    """The router does not serve this path, or not with this method."""
 
 
 class BodyTooLargeError(RoutingError):
-    """More bytes than `router.max_body_mb` admits."""
+    """The body is larger than `router.max_body_mb`."""
 
 
 class RequestTimeoutError(RoutingError):
-    """A body that does not arrive."""
+    """The body of the request did not arrive within the time limit."""
 
 
 class OverloadedError(RoutingError):
-    """As many requests as this router takes are in flight."""
+    """`router.max_in_flight` requests are in flight."""
 
 
 class UnavailableError(RoutingError):
-    """No replica could serve the request in time."""
+    """No replica could serve the request within the time limit."""
 
 
 class AnswerTimeoutError(RoutingError):
-    """A replica is alive and did not answer in time. Another attempt would take as long, so there is none."""
+    """A live replica did not respond within the time limit. There is no retry, because it would take as long."""
 
 
 class UpstreamError(RoutingError):
-    """A replica failed before the first body byte; another one may be tried."""
+    """A replica failed before the first byte of the response body; another replica may be tried."""
 
 
 class UpstreamConnectError(UpstreamError):
-    """Nobody listens at the replica's address, or a stranger does. `sent`: over an earlier connection, which broke, the
-    request had been sent, so it may have been begun."""
+    """No process listens at the replica's address, or one that is not the replica. `sent`: the request was sent over an
+    earlier connection, which broke, so the engine may have started to process it."""
 
     sent = False
 
 
 class UpstreamTimeoutError(UpstreamError):
-    """The replica did not send a first byte, or fell silent, for too long."""
+    """The replica sent no first byte, or no further byte, within the time limit."""
 
 
 class UpstreamAbortedError(UpstreamError):
-    """The engine cut the answer and ended it in good form, as vLLM does when it is stopped."""
+    """The engine ended the response early but in correct form, as vLLM does when it is stopped."""
 
     def __init__(self) -> None:
         super().__init__("its engine was stopped and cut the answer")

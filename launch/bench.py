@@ -64,9 +64,9 @@ def config_of(call: Call) -> BenchConfig:
     try:
         merged = OmegaConf.load(path)
     except (YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(frozen.yaml_fault(error, str(path))) from error
+        raise ConfigError(frozen.yaml_error_text(error, str(path))) from error
     if not isinstance(merged, DictConfig):
-        raise ConfigError(f"{frozen.shown(path)}: not a mapping of keys to values")
+        raise ConfigError(f"{frozen.display_path(path)}: not a mapping of keys to values")
     for override in map(parse_override, call.overrides):
         group, _, key = override.key_or_group.partition(".")
         if group != "bench":

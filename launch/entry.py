@@ -20,7 +20,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from hpc_router.cli.main import INTERRUPTED, told
-from hpc_router.config.compose import conf_folder, settle, user_folder
+from hpc_router.config.compose import conf_folder, hydra_overrides, user_folder
 from hpc_router.config.sources import parse_override
 from hpc_router.errors import ConfigError, LaunchError, suggest
 
@@ -115,7 +115,7 @@ def _through_hydra(
 
     flags = _without_config_dir([word for word in words if word not in overrides])
     before = sys.argv
-    sys.argv = [sys.argv[0], *flags, *settle(overrides), f"hydra.job.name=launch.{body.__name__}"]
+    sys.argv = [sys.argv[0], *flags, *hydra_overrides(overrides), f"hydra.job.name=launch.{body.__name__}"]
     try:
         with user_folder(config_dir):
             job()

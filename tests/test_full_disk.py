@@ -1,4 +1,4 @@
-"""A full file system: verbs that only look go on, and every other failure names the file."""
+"""A full file system: commands that only read still work, and every other error names the file."""
 
 import errno
 import os
@@ -44,7 +44,7 @@ def files(run: RunDir) -> set[Path]:
     return set(run.path.rglob("*"))
 
 
-def test_verbs_that_look_write_nothing(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commands_that_only_read_write_nothing(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     before = files(run)
     fill(monkeypatch)
     assert status(run)["experts"]["math"]["replicas"][0]["replica"] == "math-0.g1"
@@ -55,13 +55,13 @@ def test_verbs_that_look_write_nothing(run: RunDir, monkeypatch: pytest.MonkeyPa
     assert (run.jobs / "math-0.g1" / "exit.json").exists()
 
 
-def test_a_full_file_system_is_told(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert run.full() is None
+def test_a_full_file_system_is_reported(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run.space_error() is None
     space = {"bsize": 4096, "frsize": 4096, "blocks": 9, "bfree": 9, "bavail": 999, "files": 9, "ffree": 9, "favail": 9}
     for changed, said in (({"bavail": 0}, "is full: 0 bytes are free"), ({"favail": 0}, "all its inodes are in use")):
         values = (*(space | changed).values(), 0, 255)
         monkeypatch.setattr(os, "statvfs", lambda _path, values=values: os.statvfs_result(values))
-        assert said in (run.full() or "")
+        assert said in (run.space_error() or "")
         assert said in status(run)["full"]
         assert any(said in cause.what for cause in why(run))
 

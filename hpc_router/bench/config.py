@@ -1,13 +1,12 @@
-"""The `bench.*` keys of one call of the load generator: the only schema and the only defaults.
+"""The schema of `bench.*` and every default of it: what one run of the load generator does.
 
-They are not part of a deployment's config: they change how a deployment is measured, not the deployment. The parser
-checks each field's type; `check` holds the rules beyond that.
+It is not part of a deployment's config: these values measure a deployment and do not change it. `check` checks what
+involves several fields.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from hpc_router.bench.load.native.load import MAX_CONNECTIONS
 from hpc_router.config.parsing import bounded, parse, within
@@ -16,86 +15,82 @@ from hpc_router.errors import ConfigError, suggest
 
 RESERVED_FIELDS: Final = frozenset({"model", "messages", "stream", "stream_options", "max_tokens"})
 """Fields of a request body that the load generator sets, so that `extra` may not."""
-LENGTH_KINDS: Final = ("fixed", "uniform", "lognormal")
-THINK_KINDS: Final = ("fixed", "exponential")
-LOAD_PLACES: Final = ("here", "slurm")
+LengthKind = Literal["fixed", "uniform", "lognormal"]
+PauseKind = Literal["fixed", "exponential"]
+LoadPlace = Literal["here", "slurm"]
 
 
 @dataclass
 class Lengths:
-    """Distribution of a length: always `mean` (fixed), uniform from `low` to `high`, or log-normal with `mean` and
-    `sigma`, clipped to `low` and `high`."""
+    """The distribution of a length, in words or tokens."""
 
-    kind: str = "fixed"
-    mean: float = bounded(64.0, 1e-3, 10**6)
-    sigma: float = bounded(0.5, 1e-6, 10)
-    low: int = bounded(1, 1, 10**6)
-    high: int = bounded(4096, 1, 10**6)
+    # fixed: always `mean`; uniform: `low` to `high`; lognormal: of `mean` and `sigma`, limited to `low` to `high`.
+    kind: LengthKind = "fixed"
+    mean: float = bounded(64.0, 1e-3, 10**6)  # mean length, of fixed and lognormal
+    sigma: float = bounded(0.5, 1e-6, 10)  # standard deviation of the logarithm, of lognormal
+    low: int = bounded(1, 1, 10**6)  # shortest length, of uniform and lognormal
+    high: int = bounded(4096, 1, 10**6)  # longest length, of uniform and lognormal
 
 
 @dataclass
 class GoodputLimits:
-    """A response counts towards the goodput if it is within every limit that is not null."""
+    """Latency limits of goodput: a response counts if it is within every limit that is not null."""
 
-    ttft_s: float | None = bounded(1.0, 0, DAY_S)
-    tpot_s: float | None = bounded(0.1, 0, DAY_S)
-    e2e_s: float | None = bounded(None, 0, DAY_S)
+    ttft_s: float | None = bounded(1.0, 0, DAY_S)  # time to the first token
+    tpot_s: float | None = bounded(0.1, 0, DAY_S)  # time per output token after the first
+    e2e_s: float | None = bounded(None, 0, DAY_S)  # time from the request to the end of the response
 
 
 @dataclass
 class ValidityLimits:
-    """A point whose measurement is outside one of these limits is marked invalid."""
+    """Limits beyond which a measured point is marked invalid."""
 
-    error_share: float = bounded(0.01, 0, 1)  # largest share of failed requests among the measured ones
-    load_share: float = bounded(0.9, 0, 1)  # largest share of one core that the load generator used or waited for
-    # Least responses per user in the window; open loop: least window length in response times.
+    error_share: float = bounded(0.01, 0, 1)  # largest share of the measured requests that may fail
+    load_share: float = bounded(0.9, 0, 1)  # largest share of one core that a load generator may use or wait for
+    # Least average number of responses per user in the window; in an open loop, its least length in response times.
     rounds: float = bounded(2.0, 0, 10**6)
     answers: int = bounded(20, 0, 10**9)  # least number of measured responses
-    late_share: float = bounded(
-        0.05, 0, 1
-    )  # largest share of their time by which simulated engines lag behind their model
+    late_share: float = bounded(0.05, 0, 1)  # largest share of time by which simulated engines may lag their model
 
 
 @dataclass
 class BenchConfig:
-    """By default a closed loop: each user sends its next request when the response to the last one has ended."""
+    """One run of the load generator. By default a closed loop: each user sends its next request when the response to
+    the last one has ended."""
 
-    users: list[int] = field(default_factory=lambda: [1, 4])  # numbers of users, one point each, in this order
-    # Open loop: requests per second (Poisson arrivals), one point each.
+    users: list[int] = field(default_factory=lambda: [1, 4])  # closed loop: numbers of users, one point each, in order
+    # Open loop: requests per second as a Poisson process, one point each; null: closed loop.
     rates: list[float] | None = field(default=None, metadata=within(1e-6, 10**6))
-    trace: str | None = None  # open loop: arrivals from a JSON Lines file with `at_s`, one point
-    # Open loop: most concurrent requests; later ones wait, which counts in their latency.
+    trace: str | None = None  # open loop: file of JSON lines with arrival times `at_s` in seconds, one point
+    # Open loop: requests in flight; further ones wait, and their latency includes the wait.
     connections: int = bounded(2000, 1, MAX_CONNECTIONS)
-    # Closed loop: mean pause of a user between a response and the next request.
-    think_s: float = bounded(0.0, 0, DAY_S)
-    think: str = "exponential"  # distribution of that pause: exponential or fixed
-    # Measured requests per point; null: all that begin within duration_s.
+    think_s: float = bounded(0.0, 0, DAY_S)  # closed loop: mean pause of a user before its next request
+    think: PauseKind = "exponential"  # distribution of that pause
+    # Measured requests per point; null: all requests that begin within duration_s.
     requests: int | None = bounded(None, 1, 10**9)
-    duration_s: float | None = bounded(
-        None, 1e-3, 7 * DAY_S
-    )  # length of the window; null: 30 s, unless `requests` is given
-    # Unmeasured load before each point; the users' first requests are spread over it.
-    warmup_s: float = bounded(2.0, 0, DAY_S)
-    drain_s: float = bounded(120.0, 1e-3, DAY_S)  # time limit for measured requests after the window
+    # Length of the measured window; null: 30 s, or as long as `requests` takes.
+    duration_s: float | None = bounded(None, 1e-3, 7 * DAY_S)
+    warmup_s: float = bounded(2.0, 0, DAY_S)  # load before each point that is not measured; users start within it
+    drain_s: float = bounded(120.0, 1e-3, DAY_S)  # limit for measured requests to complete after the window
     repeats: int = bounded(1, 1, 1000)  # measurements of each point
-    prompts: str | None = None  # JSON Lines file with `prompt` and `domain`; null: the built-in prompts
-    input_words: Lengths | None = None  # prompts are repeated or cut to this many words; null: unchanged
-    output_tokens: Lengths | None = None  # max_tokens of each request; null: `max_tokens`
-    model: str = "auto"  # or an expert's name
-    max_tokens: int = bounded(64, 1, 10**7)
-    usage: bool = True  # request token counts from the engine; false for engines that reject `stream_options`
-    extra: dict[str, Any] = field(default_factory=dict)  # more fields for each request, such as {temperature: 0}
-    direct: bool = False  # also measure the replicas without the router, for each point
-    good: GoodputLimits = field(default_factory=GoodputLimits)
-    trust: ValidityLimits = field(default_factory=ValidityLimits)
-    seed: int = bounded(0, 0, 2**63 - 1)
-    timeout_s: float = bounded(600.0, 1e-3, DAY_S)  # a connection without data for this long is an error
+    prompts: str | None = None  # file of JSON lines with `prompt` and `domain`; null: the built-in prompts
+    input_words: Lengths | None = None  # words of a prompt, which is repeated or cut to fit; null: prompts unchanged
+    output_tokens: Lengths | None = None  # `max_tokens` of each request; null: the key `max_tokens`
+    model: str = "auto"  # `model` of each request: auto, or the name of an expert
+    max_tokens: int = bounded(64, 1, 10**7)  # `max_tokens` of each request
+    usage: bool = True  # ask the engine for its token counts; false for engines that refuse `stream_options`
+    extra: dict[str, Any] = field(default_factory=dict)  # further fields of each request, such as {temperature: 0}
+    direct: bool = False  # true: after each point, also measure the replicas without the router
+    good: GoodputLimits = field(default_factory=GoodputLimits)  # latency limits of goodput
+    trust: ValidityLimits = field(default_factory=ValidityLimits)  # limits of validity
+    seed: int = bounded(0, 0, 2**63 - 1)  # seed of prompts, lengths and arrivals
+    timeout_s: float = bounded(600.0, 1e-3, DAY_S)  # pause on a connection after which its request fails
     load_jobs: int = bounded(1, 1, 1000)  # load generators that share the users or the rate
-    load_place: str = "here"  # where they run: `here`, or `slurm` for one Slurm job each
-    load_options: dict[str, Any] = field(default_factory=dict)  # sbatch options of those jobs, {partition: cpu}
-    retry: bool = False  # in a sweep: measure invalid points again
-    output: str | None = None  # folder of the result files; null: RUN/bench, in a sweep: results
-    raw: bool = False  # also write one JSON line per request
+    load_place: LoadPlace = "here"  # here: processes of this machine; slurm: a Slurm job for each load generator
+    load_options: dict[str, Any] = field(default_factory=dict)  # sbatch options of those jobs, such as {partition: cpu}
+    retry: bool = False  # sweeps: measure points again whose stored result is invalid
+    output: str | None = None  # folder of the result files; null: RUN/bench, and `results` for a sweep
+    raw: bool = False  # true: also store every request, as one JSON line each
 
 
 DURATION_S: Final = 30.0
@@ -120,8 +115,6 @@ def check(config: BenchConfig) -> None:
     if config.requests is not None and config.duration_s is not None:
         raise ConfigError("bench.requests and bench.duration_s: set only one of them", key="bench.requests")
     _check_open_loop(config)
-    for name, valid in (("think", THINK_KINDS), ("load_place", LOAD_PLACES)):
-        _check_choice(name, getattr(config, name), valid)
     for name in ("prompts", "trace"):
         path = getattr(config, name)
         if path is not None and not Path(path).is_file():
@@ -152,14 +145,8 @@ def _check_open_loop(config: BenchConfig) -> None:
 def _check_lengths(name: str, lengths: Lengths | None) -> None:
     if lengths is None:
         return
-    _check_choice(f"{name}.kind", lengths.kind, LENGTH_KINDS)
     if lengths.low > lengths.high:
         raise _invalid(f"{name}.low", lengths.low, f"1 to bench.{name}.high={lengths.high}")
-
-
-def _check_choice(name: str, value: str, valid: Sequence[str]) -> None:
-    if value not in valid:
-        raise ConfigError(f"bench.{name}={value}: not known{suggest(value, valid)}", key=f"bench.{name}")
 
 
 def _invalid(name: str, value: object, valid: str) -> ConfigError:

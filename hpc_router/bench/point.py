@@ -24,9 +24,9 @@ from hpc_router.bench.workload import Point, workload
 from hpc_router.cluster.commands.router_access import router_access
 from hpc_router.errors import LaunchError
 from hpc_router.net.auth import replica_key
-from hpc_router.net.http_client import Unreachable, ask
+from hpc_router.net.http_client import Unreachable, call_blocking
 from hpc_router.net.protocol import METRICS
-from hpc_router.state.registry import Reader, Record, RecordKind, State
+from hpc_router.state.registry import Record, RecordKind, RegistryReader, State
 from hpc_router.state.run_directory import RunDir
 
 STEP_SECONDS: Final = "hpc_router_sim_step_seconds_total"
@@ -158,7 +158,7 @@ class PointMeasurement:
 
     def _replica(self, name: str) -> tuple[Record, LoadTarget] | None:
         """Record and address of a replica; None for an external endpoint, whose token is not known."""
-        record = Reader(self.run.registry).snapshot().get(name)
+        record = RegistryReader(self.run.registry).snapshot().get(name)
         if record is None or record.kind is not RecordKind.EXPERT or record.nonce is None:
             return None
         return record, LoadTarget(record.url, replica_key(self.run.secret(), record.nonce))
@@ -166,7 +166,7 @@ class PointMeasurement:
     def _sim_seconds(self) -> dict[str, tuple[float, float]]:
         """For each replica with a simulated model: seconds of its steps, and seconds by which it fell behind."""
         seconds = {}
-        for name, record in Reader(self.run.registry).snapshot().items():
+        for name, record in RegistryReader(self.run.registry).snapshot().items():
             if record.kind is RecordKind.EXPERT and record.engine.kind == "sim" and record.state is State.READY:
                 replica = self._replica(name)
                 text = _metrics(replica[1]) if replica is not None else ""
@@ -196,7 +196,7 @@ def point_measurement(
 
 def _metrics(target: LoadTarget) -> str:
     try:
-        return str(ask("GET", f"{target.url}{METRICS}", token=target.token).body)
+        return str(call_blocking("GET", f"{target.url}{METRICS}", token=target.token).body)
     except Unreachable:
         return ""
 

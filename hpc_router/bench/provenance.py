@@ -122,7 +122,7 @@ def shown_command(arguments: Sequence[str]) -> str:
 
 
 def _endpoints(run: RunDir) -> Iterator[dict[str, Any]]:
-    for name, known in sorted(registry.Reader(run.registry).snapshot().items()):
+    for name, known in sorted(registry.RegistryReader(run.registry).snapshot().items()):
         if known.kind is not RecordKind.ROUTER:
             yield {
                 "replica": name,

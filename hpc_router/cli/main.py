@@ -159,11 +159,11 @@ def why(arguments: argparse.Namespace) -> int:
 def route(arguments: argparse.Namespace) -> int:
     from hpc_router.cli.tables import route_text
     from hpc_router.cluster.commands.router_access import router_access
-    from hpc_router.net.http_client import Unreachable, ask
+    from hpc_router.net.http_client import Unreachable, call_blocking
 
     access = router_access(find_run(arguments.run))
     try:
-        answer = ask("POST", f"{access.url}/route", token=access.token, body={"prompt": arguments.prompt})
+        answer = call_blocking("POST", f"{access.url}/route", token=access.token, body={"prompt": arguments.prompt})
     except Unreachable as error:
         raise LaunchError(f"the router does not answer at {access.url}: {error}") from error
     if answer.status != 200:

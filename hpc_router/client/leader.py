@@ -1,111 +1,81 @@
-"""Who the leading router is, as the registry says now: the only one that a client may send the owner's token to, once
-it has proven itself (`proof`).
+"""Finds the router that leads a run. Clients send the token only to that one, after `router_identity` has checked it.
 
-Rules: `registry.json` names the leader and the leader's own record must agree, for the file outlives a router that has
-left. Where they differ, or a request failed (`doubt`), the records in the folder decide. A file of another user names
-nobody. While the file system answers with errors or not at all, the last view stands.
+Rules: `registry.json` names the leader, and the leader's own record must confirm it, because `registry.json` stays when
+a router has ended. If they differ, or after a failed request (`recheck`), the records in the registry folder decide.
+Files of other users are ignored. While the file system fails or does not respond, the last result stands.
 """
 
 import logging
-import os
 import threading
-from pathlib import Path
 from typing import Any
 
 from hpc_router.errors import HpcRouterError, RegistryError
-from hpc_router.state.atomic_files import read_json
-from hpc_router.state.registry import Reader, Record, RecordKind, State, leading_router
+from hpc_router.state.registry import Record, RecordKind, RegistryReader, State, leading_router, record_file
 from hpc_router.state.run_directory import RunDir
+from hpc_router.state.stamped_file import StampedFile
 
 logger = logging.getLogger(__name__)
 
 
 class NoRouterError(HpcRouterError):
-    """No router of the run serves, or none came in time."""
+    """No router of the run serves, or none became ready within the time limit."""
 
 
 class Leader:
-    """Looks at one run again and again, from any thread; opens only files that changed since the last look."""
+    """Finds the leader of one run, repeatedly and from any thread. Parses only files that changed since then."""
 
     def __init__(self, run: RunDir) -> None:
         self._run = run
-        self._summary = _JsonFile(run.registry_json)
-        self._own: _JsonFile | None = None
-        self._reader = Reader(run.registry)
-        self._view: Record | None = None
-        self._looked = False
-        self._looking = threading.Lock()
+        self._summary = StampedFile(run.registry_json, _leader_in_summary)
+        self._own: StampedFile[Record] | None = None
+        self._reader = RegistryReader(run.registry)
+        self._last: Record | None = None
+        self._found_once = False
+        self._lock = threading.Lock()
 
     @property
-    def view(self) -> Record | None:
-        """What the last look saw."""
-        return self._view
+    def last(self) -> Record | None:
+        """The result of the last `find`."""
+        return self._last
 
-    def look(self, *, doubt: bool = False) -> Record | None:
-        """One look at a time: while another thread's hangs or works, its last view will do."""
-        if not self._looking.acquire(blocking=doubt or not self._looked):
-            return self._view
+    def find(self, *, recheck: bool = False) -> Record | None:
+        """The record of the leader; None if no router serves. Only one thread reads files at a time; without `recheck`
+        other threads get the last result meanwhile."""
+        if not self._lock.acquire(blocking=recheck or not self._found_once):
+            return self._last
         try:
-            self._view = self._find(doubt=doubt)
-            self._looked = True
+            named = None if recheck else self._summary.read()
+            self._last = self._confirmed(named) or leading_router(self._reader.snapshot())
+            self._found_once = True
         except FileNotFoundError:  # the run directory was removed
-            self._view = None
+            self._last = None
         except OSError as error:
             logger.warning("the registry of %s cannot be read, the last view stands: %s", self._run.path, error)
         finally:
-            self._looking.release()
-        return self._view
+            self._lock.release()
+        return self._last
 
-    def missing(self) -> NoRouterError:
+    def no_router_error(self) -> NoRouterError:
         path = self._run.path
         return NoRouterError(f"no router serves {path}; `hpc-router up --run {path}` starts one, `status` shows more")
 
-    def _find(self, *, doubt: bool) -> Record | None:
-        named = None if doubt else self._named()
-        return self._confirmed(named) or leading_router(self._reader.snapshot())
-
-    def _named(self) -> Record | None:
-        value = self._summary.read() or {}
-        listed = value.get("records")
-        records = [_record(entry) for entry in listed] if isinstance(listed, list) else []
-        return leading_router({record.replica: record for record in records if record is not None})
-
     def _confirmed(self, named: Record | None) -> Record | None:
-        """The leader's own record, if it says the same."""
+        """The leader's own record if it agrees with `named` and is ready."""
         if named is None:
             return None
         path = self._run.registry / f"{named.replica}.json"
         if self._own is None or self._own.path != path:
-            self._own = _JsonFile(path)
-        own = _record(self._own.read())
-        agrees = own is not None and (own.replica, own.url, own.kind) == (named.replica, named.url, RecordKind.ROUTER)
+            self._own = record_file(path)
+        own = self._own.read()
+        agrees = own is not None and (own.url, own.kind) == (named.url, RecordKind.ROUTER)
         return own if agrees and own is not None and own.state is State.READY else None
 
 
-class _JsonFile:
-    """One file of ours, parsed again when it was replaced."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._stamp: tuple[int, int, int] | None = None
-        self._value: dict[str, Any] | None = None
-
-    def read(self) -> dict[str, Any] | None:
-        """None when it is absent, another user's, or was never whole. Raises OSError when that cannot be told."""
-        try:
-            status = self.path.lstat()
-        except FileNotFoundError:
-            self._stamp = self._value = None
-            return None
-        if status.st_uid != os.getuid():
-            logger.warning("%s belongs to uid %d: refused", self.path, status.st_uid)
-            return None
-        stamp = (status.st_mtime_ns, status.st_ino, status.st_size)
-        if stamp != self._stamp:
-            value = read_json(self.path)
-            if value is not None:
-                self._stamp, self._value = stamp, value
-        return self._value
+def _leader_in_summary(summary: dict[str, Any]) -> Record | None:
+    """The leading router that `registry.json` lists. Entries that are not valid records are skipped."""
+    listed = summary.get("records")
+    records = [_record(entry) for entry in listed] if isinstance(listed, list) else []
+    return leading_router({record.replica: record for record in records if record is not None})
 
 
 def _record(value: object) -> Record | None:

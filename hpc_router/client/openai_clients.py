@@ -1,8 +1,8 @@
-"""In-cluster clients: the official openai client, which finds a run's router by itself and follows it when it moves.
+"""In-cluster clients: the official openai client, which finds the router of a run and follows it to another address.
 
-The registry is asked at each request, so neither a router's new address nor a new token needs a restart. The token goes
-to nothing that has not proven to be the router, and nothing goes through proxies. Whoever uses another library takes
-`endpoint`, and takes it again when a call fails. Importing this loads neither openai nor an HTTP library.
+Every request reads the registry, so a new address or a new token of the router needs no restart of the client. The
+token is sent only to a process that has proven to be the router, and never through a proxy. With another library, call
+`endpoint`, and call it again after a failed request. Importing this module loads neither openai nor an HTTP library.
 """
 
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from hpc_router.client.leader import Leader, NoRouterError
-from hpc_router.client.router_identity import IdentityCheck, examine
+from hpc_router.client.router_identity import IdentityCheck, check_identity
 from hpc_router.errors import ConfigError
 from hpc_router.state.run_directory import RunDir, find_run
 
@@ -21,84 +21,87 @@ if TYPE_CHECKING:
 __all__ = ["Endpoint", "NoRouterError", "async_openai_client", "endpoint", "openai_client"]
 
 FOLLOW_S: Final = 60.0
+"""How long a request waits for a router by default."""
 _OURS: Final = ("api_key", "base_url", "http_client")
 _KEY: Final = "from-the-run-directory"
-"""Stands where the openai client wants a key; the transport puts the token in its place."""
+"""The openai client requires a key; the transport replaces this one by the token."""
 
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """The router's address now, and the owner's token for it."""
+    """The current address of the router, and the owner's token."""
 
     url: str
     token: str = field(repr=False)
 
     @property
     def base_url(self) -> str:
-        """As OpenAI clients want it."""
+        """The `base_url` of OpenAI clients."""
         return f"{self.url}/v1"
 
 
 def endpoint(run: str | PathLike[str] | None = None) -> Endpoint:
-    """Of the run directory `run` (default: $HPC_ROUTER_RUN, then runs/latest).
+    """The endpoint of the run directory `run` (default: $HPC_ROUTER_RUN, then runs/latest).
 
-    Raises NoRouterError, also when what answers at the address does not prove to be the router.
+    Raises NoRouterError if no router serves, or if the process at its address does not prove to be the router.
     """
     found = _run(run)
     leader = Leader(found)
-    router = leader.look(doubt=True)
+    router = leader.find(recheck=True)
     if router is None:
-        raise leader.missing()
-    finding = examine(router, found.secret())
-    if finding is not IdentityCheck.PROVEN:
-        raise NoRouterError(f"{router.replica} at {router.url}: {finding}; {leader.missing()}")
+        raise leader.no_router_error()
+    check = check_identity(router, found.secret())
+    if check is not IdentityCheck.PROVEN:
+        raise NoRouterError(f"{router.replica} at {router.url}: {check}; {leader.no_router_error()}")
     return Endpoint(router.url, found.token())
 
 
 def openai_client(
     run: str | PathLike[str] | None = None, *, follow_s: float = FOLLOW_S, **options: Any
 ) -> "openai.OpenAI":
-    """An `openai.OpenAI` for the run; `options` are its own (`timeout`, `max_retries`, ...).
+    """An `openai.OpenAI` for the run; `options` are those of openai (`timeout`, `max_retries`, ...).
 
-    While no router takes a request it waits for one, `follow_s` at most, then raises NoRouterError.
+    A request waits for a router for at most `follow_s` seconds, then raises NoRouterError.
     """
-    _check(options)
+    _check_options(options)
     found = _run(run)
     _need_openai()
     import openai
 
-    from hpc_router.client.transport import NOWHERE, FollowingTransport
+    from hpc_router.client.transport import PLACEHOLDER_HOST, FollowingTransport
 
     transport = FollowingTransport(found, follow_s=follow_s)
     http_client = openai.DefaultHttpxClient(transport=transport, trust_env=False, follow_redirects=False)
-    return openai.OpenAI(base_url=f"http://{NOWHERE}/v1", api_key=_KEY, http_client=http_client, **options)
+    return openai.OpenAI(base_url=f"http://{PLACEHOLDER_HOST}/v1", api_key=_KEY, http_client=http_client, **options)
 
 
 def async_openai_client(
     run: str | PathLike[str] | None = None, *, follow_s: float = FOLLOW_S, **options: Any
 ) -> "openai.AsyncOpenAI":
-    """The same as an `openai.AsyncOpenAI`."""
-    _check(options)
+    """An `openai.AsyncOpenAI` for the run, as `openai_client`."""
+    _check_options(options)
     found = _run(run)
     _need_openai()
     import openai
 
-    from hpc_router.client.transport import NOWHERE, AsyncFollowingTransport
+    from hpc_router.client.transport import PLACEHOLDER_HOST, AsyncFollowingTransport
 
     transport = AsyncFollowingTransport(found, follow_s=follow_s)
     http_client = openai.DefaultAsyncHttpxClient(transport=transport, trust_env=False, follow_redirects=False)
-    return openai.AsyncOpenAI(base_url=f"http://{NOWHERE}/v1", api_key=_KEY, http_client=http_client, **options)
+    return openai.AsyncOpenAI(
+        base_url=f"http://{PLACEHOLDER_HOST}/v1", api_key=_KEY, http_client=http_client, **options
+    )
 
 
 def _run(run: str | PathLike[str] | None) -> RunDir:
     return find_run(None if run is None else Path(run))
 
 
-def _check(options: dict[str, Any]) -> None:
+def _check_options(options: dict[str, Any]) -> None:
     given = sorted(set(options) & set(_OURS))
     if given:
         raise ConfigError(
-            f"{', '.join(given)}: the run directory decides this; for another address use `openai.OpenAI(...)` itself"
+            f"{', '.join(given)}: the run directory sets this option; for another address use `openai.OpenAI(...)`"
         )
 
 

@@ -1,8 +1,9 @@
-"""What one request of a client has been through: whether it may be tried again, and when. Pure."""
+"""Whether and when one request of a client may be sent again. Pure: time and jitter are arguments."""
 
 from collections.abc import Mapping
 from typing import Final
 
+from hpc_router import backoff
 from hpc_router.client.router_identity import IdentityCheck
 from hpc_router.net.protocol import DRAINING_HEADER
 from hpc_router.state.registry import Record
@@ -12,7 +13,8 @@ MAX_PAUSE_S: Final = 2.0
 
 
 class RetryState:
-    """`doubt`: the registry's folder has to be asked. `why`: what kept the last router from taking the request."""
+    """The attempts of one request. `recheck`: `registry.json` may be outdated, so read the registry folder.
+    `last_check`: why the last router got no request."""
 
     def __init__(self, *, follow_s: float, now: float, replayable: bool) -> None:
         self._deadline = now + follow_s
@@ -20,38 +22,41 @@ class RetryState:
         self._tried: set[str] = set()
         self._pauses = 0
         self._resent = False
-        self._renewed = False
-        self.doubt = False
-        self.why: IdentityCheck | None = None
+        self._token_renewed = False
+        self.recheck = False
+        self.last_check: IdentityCheck | None = None
 
     def may_try(self, router: Record) -> bool:
-        """A router that took nothing is tried again only after a pause; another one at once."""
+        """Whether this router may be tried now: a router that did not take the request only after a pause."""
         return router.url not in self._tried
 
-    def took_nothing(self, router: Record, why: IdentityCheck | None) -> None:
-        self.doubt, self.why = True, why
+    def not_taken(self, router: Record, check: IdentityCheck | None) -> None:
+        """Records that the router did not take the request, so that sending it elsewhere is safe."""
+        self.recheck, self.last_check = True, check
         self._tried.add(router.url)
 
     def may_resend(self) -> bool:
-        """After a connection that ended without an answer: once."""
-        may, self._resent, self.doubt = self._replayable and not self._resent, True, True
+        """Whether a request may be sent again after its connection ended without a response: once."""
+        may, self._resent, self.recheck = self._replayable and not self._resent, True, True
         return may
 
-    def may_renew(self) -> bool:
-        """After a 401: once, if the token has changed."""
-        may, self._renewed = self._replayable and not self._renewed, True
+    def may_renew_token(self) -> bool:
+        """Whether a request with status 401 may be sent again with a new token: once."""
+        may, self._token_renewed = self._replayable and not self._token_renewed, True
         return may
 
-    def drains(self, status: int, headers: Mapping[str, str]) -> bool:
+    def refused_by_drain(self, status: int, headers: Mapping[str, str]) -> bool:
+        """Whether the response says that the router drains and did not take the request, which can be sent again."""
         return self._replayable and status == 503 and DRAINING_HEADER in headers
 
-    def pause_s(self, now: float, chance: float) -> float | None:
-        """Before the next look; None: time is up. `chance` (0 to 1) spreads many clients that wait for one router."""
+    def pause_s(self, now: float, jitter: float) -> float | None:
+        """Seconds to wait before the registry is read again; None after the deadline. `jitter` from 0 to 1 spreads
+        clients that wait for the same router: 0 halves the pause."""
         left_s = self._deadline - now
         if left_s <= 0:
             return None
-        pause_s = min(MAX_PAUSE_S, FIRST_PAUSE_S * 2.0 ** min(self._pauses, 10)) * (0.5 + chance / 2)
+        pause_s = backoff.pause_s(self._pauses, first_s=FIRST_PAUSE_S, max_s=MAX_PAUSE_S) * (0.5 + jitter / 2)
         self._pauses += 1
         self._tried.clear()
-        self.doubt = True
+        self.recheck = True
         return min(pause_s, left_s)

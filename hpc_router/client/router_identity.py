@@ -1,8 +1,9 @@
-"""Whether what answers at a router's address is that router: asked before the owner's token goes there.
+"""Checks that the process at a router's address is that router, before it gets the owner's token.
 
-A record outlives a router that was killed, and any user of its node may bind its port then. The router alone answers a
-challenge rightly: with a key made of the deployment's secret and the nonce in its record (`auth`). A proof tells of one
-moment, so it holds for `PROOF_S` and until the first doubt. This knows no token, no run and no HTTP library.
+A record stays when its router was killed, and any user of that node may then bind its port. Only the router can answer
+a challenge: it has the deployment's secret and the nonce of its record (`net.auth`). A result holds for `PROOF_S` and
+until the first failure of a request. This module does not know tokens, runs or an HTTP library: the in-cluster client
+must not load one before it is used.
 """
 
 import json
@@ -14,49 +15,51 @@ from enum import StrEnum
 from typing import Any, Final
 from urllib.parse import urlsplit
 
-from hpc_router.net.auth import challenge_answer, new_token, replica_key, same
+from hpc_router.net.auth import challenge_answer, equal_secrets, new_token, replica_key
 from hpc_router.net.protocol import HEALTH, ProbeResponse
 from hpc_router.state.registry import Record
 
 PROOF_S: Final = 10.0
-PATIENCE_S: Final = 2.0
+CHECK_TIMEOUT_S: Final = 2.0
 MAX_RESPONSE_BYTES: Final = 2**16
 
 
 class IdentityCheck(StrEnum):
-    """Who is at the address, in words that follow "router-0.g1 at http://...: "."""
+    """Result of a check, as text that follows "router-0.g1 at http://...: "."""
 
     PROVEN = "it is the router"
-    NOBODY = "no process answers there"
-    STRANGER = "something else answers there, and was not given the token"
-    OLDER = "it was started by an older version and has no nonce to prove itself with; restart it"
+    UNREACHABLE = "no process answers there"
+    OTHER_PROCESS = "something else answers there, and was not given the token"
+    NO_NONCE = "an older version started it, so its record has no nonce to check it with; restart it"
 
 
 def proves(answer: object, *, record: Record, secret: str, challenge: str) -> bool:
-    """Whether this JSON from `/health` is that of the record's owner. Pure."""
+    """Whether this JSON from `/health` is that of the owner of the record. Pure."""
     health = ProbeResponse.from_json(answer) if isinstance(answer, dict) else None
     if health is None or health.replica != record.replica or not record.nonce:
         return False
-    return same(health.answer or "", challenge_answer(replica_key(secret, record.nonce), challenge))
+    return equal_secrets(health.answer or "", challenge_answer(replica_key(secret, record.nonce), challenge))
 
 
-def examine(record: Record, secret: str, *, patience_s: float = PATIENCE_S) -> IdentityCheck:
-    """Ask whoever is there. `patience_s` bounds all of it, however slowly a stranger drips."""
+def check_identity(record: Record, secret: str, *, timeout_s: float = CHECK_TIMEOUT_S) -> IdentityCheck:
+    """Sends a challenge to the record's address and checks the answer. Blocks for `timeout_s` at most, also if the
+    response arrives slowly."""
     if not record.nonce:
-        return IdentityCheck.OLDER
+        return IdentityCheck.NO_NONCE
     challenge = new_token()
     try:
-        answer = _get(record.url, f"{HEALTH}?challenge={challenge}", deadline=time.monotonic() + patience_s)
+        answer = _get(record.url, f"{HEALTH}?challenge={challenge}", deadline=time.monotonic() + timeout_s)
         proven = proves(json.loads(answer), record=record, secret=secret, challenge=challenge)
     except OSError:
-        return IdentityCheck.NOBODY
+        return IdentityCheck.UNREACHABLE
     except (ValueError, RecursionError):
-        return IdentityCheck.STRANGER
-    return IdentityCheck.PROVEN if proven else IdentityCheck.STRANGER
+        return IdentityCheck.OTHER_PROCESS
+    return IdentityCheck.PROVEN if proven else IdentityCheck.OTHER_PROCESS
 
 
 def _get(url: str, target: str, *, deadline: float) -> bytes:
-    """The body, by HTTP/1.0, where it ends with the connection. By hand: no library bounds the whole of it."""
+    """The body of a response, by HTTP/1.0: it ends with the connection. Uses no HTTP library, because none limits the
+    time of a whole response. Raises OSError, and ValueError for a bad address or more than `MAX_RESPONSE_BYTES`."""
     at = urlsplit(url)
     if at.scheme != "http" or not at.hostname:
         raise ValueError(f"{url!r} is not the address of a router")
@@ -65,52 +68,54 @@ def _get(url: str, target: str, *, deadline: float) -> bytes:
         raw = b""
         while len(raw) <= MAX_RESPONSE_BYTES:
             sock.settimeout(_left_s(deadline))
-            piece = sock.recv(MAX_RESPONSE_BYTES)
-            if not piece and not raw:
-                raise ConnectionError("no answer")
-            if not piece:
+            chunk = sock.recv(MAX_RESPONSE_BYTES)
+            if not chunk and not raw:
+                raise ConnectionError("no response")
+            if not chunk:
                 return raw.partition(b"\r\n\r\n")[2]
-            raw += piece
-    raise ValueError("an endless answer")
+            raw += chunk
+    raise ValueError(f"the response is longer than {MAX_RESPONSE_BYTES} bytes")
 
 
 def _left_s(deadline: float) -> float:
     left_s = deadline - time.monotonic()
     if left_s <= 0:
-        raise TimeoutError("no answer in time")
+        raise TimeoutError("no response within the time limit")
     return left_s
 
 
 @dataclass(frozen=True, slots=True)
-class _Asked:
+class _CheckedRouter:
     owner: tuple[Any, ...]
-    finding: IdentityCheck
+    result: IdentityCheck
     begun_at: float
     ended_at: float
 
 
-class Proof:
-    """What one client found out last, for all its requests. Pure: times are given, on one monotonic clock."""
+class IdentityCache:
+    """The last check of one client, for all its requests. Pure: times are arguments, on one monotonic clock."""
 
     def __init__(self) -> None:
-        self._last: _Asked | None = None
-        self._doubted_at = -math.inf
+        self._last: _CheckedRouter | None = None
+        self._invalid_before = -math.inf
 
-    def doubt(self, now: float) -> None:
-        """Something went wrong there: what was asked before tells nothing any more."""
-        self._doubted_at = max(self._doubted_at, now)
+    def invalidate(self, now: float) -> None:
+        """After a failed request: results of checks that began earlier no longer hold."""
+        self._invalid_before = max(self._invalid_before, now)
 
-    def learn(self, router: Record, finding: IdentityCheck, *, begun_at: float, ended_at: float) -> None:
+    def store(self, router: Record, result: IdentityCheck, *, begun_at: float, ended_at: float) -> None:
+        """Stores the result of a check, unless a check that began later is stored already."""
         if self._last is None or self._last.begun_at <= begun_at:
-            self._last = _Asked(_owner(router), finding, begun_at, ended_at)
+            self._last = _CheckedRouter(_owner(router), result, begun_at, ended_at)
 
-    def of(self, router: Record, *, since: float, now: float) -> IdentityCheck | None:
-        """For a request that wants to know `since` then; None: ask. A failure serves those who waited for it."""
+    def lookup(self, router: Record, *, since: float, now: float) -> IdentityCheck | None:
+        """The result for a request that began at `since`; None: check now. A negative result only holds for requests
+        that waited for that check."""
         last = self._last
-        if last is None or last.owner != _owner(router) or last.begun_at <= self._doubted_at:
+        if last is None or last.owner != _owner(router) or last.begun_at <= self._invalid_before:
             return None
-        holds = now - last.begun_at <= PROOF_S if last.finding is IdentityCheck.PROVEN else last.ended_at >= since
-        return last.finding if holds else None
+        holds = now - last.begun_at <= PROOF_S if last.result is IdentityCheck.PROVEN else last.ended_at >= since
+        return last.result if holds else None
 
 
 def _owner(router: Record) -> tuple[Any, ...]:

@@ -1,10 +1,10 @@
-"""Transports that carry the openai client's requests to whichever router leads now.
+"""HTTP transports that carry the openai client's requests to the router that leads at that moment.
 
-Rules: what provably reached nobody (no connection, a router that drains) is tried again until a router takes it or
-`follow_s` is over; a request whose connection ended before any answer is sent once more, never twice more; whatever the
-router answered goes to the caller. The token is added here, once what answers at the address has proven to be the
-router (`proof`), so that it cannot go elsewhere. One proof serves all requests of a client; what goes wrong ends it.
-Only `hpc_router.client` imports this, when it makes a client: it loads openai.
+Rules: a request that no router took (no connection, or the router drains) is sent again until a router takes it or
+`follow_s` is over. A request whose connection ended before any response is sent again once. Every response goes to the
+caller. The token is added here, after `router_identity` has checked the process at the address, so it cannot go
+elsewhere. One check serves all requests of a client until a request fails.
+Only `hpc_router.client` imports this module, when it makes a client, because it loads openai.
 """
 
 import importlib
@@ -20,31 +20,31 @@ import openai
 
 from hpc_router.client.leader import Leader, NoRouterError
 from hpc_router.client.retry import RetryState
-from hpc_router.client.router_identity import IdentityCheck, Proof, examine
+from hpc_router.client.router_identity import IdentityCache, IdentityCheck, check_identity
 from hpc_router.state.registry import Record
 from hpc_router.state.run_directory import RunDir
 
 if TYPE_CHECKING:
     import httpx2 as http
-else:  # whichever HTTP library the installed openai is made with
+else:  # the HTTP library that the installed openai uses
     http = importlib.import_module(openai.DefaultHttpxClient.__base__.__module__.partition(".")[0])
 
-NOWHERE: Final = "hpc-router.invalid"
-"""The host that clients believe they talk to; it resolves nowhere."""
-PATIENCE_S: Final = 2.0
-"""For a file system, whose last view stands afterwards."""
+PLACEHOLDER_HOST: Final = "hpc-router.invalid"
+"""Host in the base URL of clients, which never resolves; the transport replaces it by the router's address."""
+REGISTRY_TIMEOUT_S: Final = 2.0
+"""Limit of one read of the registry; after it the last result is used."""
 _LIMITS: Final = {"max_connections": 1000, "max_keepalive_connections": 100}
 
 
 class NoRouterConnectionError(NoRouterError, openai.APIConnectionError):
-    """`NoRouterError` as the openai client knows it, so that it is told at once instead of retried."""
+    """`NoRouterError` that is also an error of openai, which its client raises at once instead of retrying."""
 
     def __init__(self, message: str, *, request: "http.Request") -> None:
         openai.APIConnectionError.__init__(self, message=message, request=request)
 
 
-class _Follower:
-    """What both transports share: everything but waiting."""
+class _RouterFollower:
+    """The part of both transports that neither blocks nor awaits, except where stated."""
 
     def __init__(self, run: RunDir, *, follow_s: float) -> None:
         self._run = run
@@ -52,11 +52,13 @@ class _Follower:
         self._follow_s = follow_s
         self._token: str | None = None
         self._secret: str | None = None
-        self._proof = Proof()
+        self._identity = IdentityCache()
 
-    def _begin(self, request: "http.Request") -> RetryState:
-        if request.url.host != NOWHERE:
-            raise http.UnsupportedProtocol(f"this client talks to its own router only, not to {request.url.host}")
+    def _new_state(self, request: "http.Request") -> RetryState:
+        if request.url.host != PLACEHOLDER_HOST:
+            raise http.UnsupportedProtocol(
+                f"this client sends requests only to its own router, not to {request.url.host}"
+            )
         return RetryState(follow_s=self._follow_s, now=time.monotonic(), replayable=_replayable(request))
 
     def _known_token(self) -> str:
@@ -64,29 +66,29 @@ class _Follower:
             self._token = self._run.token()
         return self._token
 
-    def _renewed(self, token: str) -> bool:
-        """Whether another one than this, which was refused, stands in the file now."""
-        self._doubt()
+    def _token_changed(self, token: str) -> bool:
+        """Whether the run's token is another one now than `token`, which the router refused. Reads a file."""
+        self._invalidate()
         self._token = self._run.token()
         return self._token != token
 
-    def _proven(self, router: Record, *, since: float) -> IdentityCheck | None:
-        return self._proof.of(router, since=since, now=time.monotonic())
+    def _cached_check(self, router: Record, *, since: float) -> IdentityCheck | None:
+        return self._identity.lookup(router, since=since, now=time.monotonic())
 
-    def _examined(self, router: Record) -> IdentityCheck:
-        """Blocks."""
+    def _run_check(self, router: Record) -> IdentityCheck:
+        """Checks the router's identity and stores the result. Blocks."""
         if self._secret is None:
             self._secret = self._run.secret()
         begun_at = time.monotonic()
-        finding = examine(router, self._secret)
-        self._proof.learn(router, finding, begun_at=begun_at, ended_at=time.monotonic())
-        return finding
+        result = check_identity(router, self._secret)
+        self._identity.store(router, result, begun_at=begun_at, ended_at=time.monotonic())
+        return result
 
-    def _doubt(self) -> None:
-        self._proof.doubt(time.monotonic())
+    def _invalidate(self) -> None:
+        self._identity.invalidate(time.monotonic())
 
     def _addressed(self, request: "http.Request", router: Record, token: str) -> "http.Request":
-        """The same bytes to the router's address."""
+        """The request with the router's address and the token; the body is the same stream."""
         at = http.URL(router.url)
         url = request.url.copy_with(scheme=at.scheme, host=at.host, port=at.port)
         headers = request.headers.copy()
@@ -96,109 +98,113 @@ class _Follower:
             request.method, url, headers=headers, stream=request.stream, extensions=dict(request.extensions)
         )
 
-    def _given_up(self, request: "http.Request", errand: RetryState, last: Record | None) -> NoRouterConnectionError:
-        message = str(self._leader.missing())
+    def _no_router_error(
+        self, request: "http.Request", state: RetryState, last: Record | None
+    ) -> NoRouterConnectionError:
+        message = str(self._leader.no_router_error())
         if last is not None:
-            why = f": {errand.why}" if errand.why else ""
-            message = f"{last.replica} at {last.url} took no request within {self._follow_s:g} s{why}; {message}"
+            reason = f": {state.last_check}" if state.last_check else ""
+            message = f"{last.replica} at {last.url} took no request within {self._follow_s:g} s{reason}; {message}"
         return NoRouterConnectionError(message, request=request)
 
 
-class FollowingTransport(_Follower, http.BaseTransport):
+class FollowingTransport(_RouterFollower, http.BaseTransport):
+    """For synchronous clients; threads may share it."""
+
     def __init__(self, run: RunDir, *, follow_s: float) -> None:
         super().__init__(run, follow_s=follow_s)
-        self._asking = threading.Lock()
+        self._check_lock = threading.Lock()
         self._inner = http.HTTPTransport(trust_env=False, limits=http.Limits(**_LIMITS))
 
     def handle_request(self, request: "http.Request") -> "http.Response":
-        errand = self._begin(request)
+        state = self._new_state(request)
         router: Record | None = None
         while True:
-            router = self._find(request, errand, last=router)
-            finding = self._find_out(router)
-            if finding is not IdentityCheck.PROVEN:
-                errand.took_nothing(router, finding)
+            router = self._next_router(request, state, last=router)
+            check = self._check(router)
+            if check is not IdentityCheck.PROVEN:
+                state.not_taken(router, check)
                 continue
             token = self._known_token()
             try:
                 response = self._inner.handle_request(self._addressed(request, router, token))
             except http.TransportError as error:
-                self._doubt()
+                self._invalidate()
                 if isinstance(error, http.ConnectError | http.ConnectTimeout):
-                    errand.took_nothing(router, IdentityCheck.NOBODY)
+                    state.not_taken(router, IdentityCheck.UNREACHABLE)
                 elif not isinstance(error, http.NetworkError | http.RemoteProtocolError):
                     raise
-                elif not errand.may_resend():
-                    raise _lost(request, router) from error
+                elif not state.may_resend():
+                    raise _no_response_error(request, router) from error
                 continue
             assert isinstance(response.stream, http.SyncByteStream)
-            response.stream = _Watched(response.stream, self._doubt)
-            if errand.drains(response.status_code, response.headers):
-                self._doubt()
-                errand.took_nothing(router, None)
-            elif response.status_code != 401 or not errand.may_renew() or not self._renewed(token):
+            response.stream = _ReportingStream(response.stream, self._invalidate)
+            if state.refused_by_drain(response.status_code, response.headers):
+                self._invalidate()
+                state.not_taken(router, None)
+            elif response.status_code != 401 or not state.may_renew_token() or not self._token_changed(token):
                 return response
             response.close()
 
     def close(self) -> None:
         self._inner.close()
 
-    def _find_out(self, router: Record) -> IdentityCheck:
+    def _check(self, router: Record) -> IdentityCheck:
         since = time.monotonic()
-        if finding := self._proven(router, since=since):
-            return finding
-        with self._asking:
-            return self._proven(router, since=since) or self._examined(router)
+        if check := self._cached_check(router, since=since):
+            return check
+        with self._check_lock:
+            return self._cached_check(router, since=since) or self._run_check(router)
 
-    def _find(self, request: "http.Request", errand: RetryState, *, last: Record | None) -> Record:
+    def _next_router(self, request: "http.Request", state: RetryState, *, last: Record | None) -> Record:
         while True:
-            router = self._leader.look(doubt=errand.doubt)
-            if router is not None and errand.may_try(router):
+            router = self._leader.find(recheck=state.recheck)
+            if router is not None and state.may_try(router):
                 return router
-            pause_s = errand.pause_s(time.monotonic(), random.random())
+            pause_s = state.pause_s(time.monotonic(), random.random())
             if pause_s is None:
-                raise self._given_up(request, errand, router and last)
+                raise self._no_router_error(request, state, router and last)
             _sleep(pause_s)
 
 
-class AsyncFollowingTransport(_Follower, http.AsyncBaseTransport):
-    """The same for event loops, of asyncio or trio: files are read beside the loop."""
+class AsyncFollowingTransport(_RouterFollower, http.AsyncBaseTransport):
+    """For event loops of asyncio or trio; threads read the files."""
 
     def __init__(self, run: RunDir, *, follow_s: float) -> None:
         super().__init__(run, follow_s=follow_s)
-        self._asking = anyio.Lock()
+        self._check_lock = anyio.Lock()
         self._inner = http.AsyncHTTPTransport(trust_env=False, limits=http.Limits(**_LIMITS))
 
     async def handle_async_request(self, request: "http.Request") -> "http.Response":
-        errand = self._begin(request)
+        state = self._new_state(request)
         router: Record | None = None
         while True:
-            router = await self._find(request, errand, last=router)
-            finding = await self._find_out(router)
-            if finding is not IdentityCheck.PROVEN:
-                errand.took_nothing(router, finding)
+            router = await self._next_router(request, state, last=router)
+            check = await self._check(router)
+            if check is not IdentityCheck.PROVEN:
+                state.not_taken(router, check)
                 continue
             token = await anyio.to_thread.run_sync(self._known_token) if self._token is None else self._token
             try:
                 response = await self._inner.handle_async_request(self._addressed(request, router, token))
             except http.TransportError as error:
-                self._doubt()
+                self._invalidate()
                 if isinstance(error, http.ConnectError | http.ConnectTimeout):
-                    errand.took_nothing(router, IdentityCheck.NOBODY)
+                    state.not_taken(router, IdentityCheck.UNREACHABLE)
                 elif not isinstance(error, http.NetworkError | http.RemoteProtocolError):
                     raise
-                elif not errand.may_resend():
-                    raise _lost(request, router) from error
+                elif not state.may_resend():
+                    raise _no_response_error(request, router) from error
                 continue
             assert isinstance(response.stream, http.AsyncByteStream)
-            response.stream = _AsyncWatched(response.stream, self._doubt)
-            if errand.drains(response.status_code, response.headers):
-                self._doubt()
-                errand.took_nothing(router, None)
+            response.stream = _AsyncReportingStream(response.stream, self._invalidate)
+            if state.refused_by_drain(response.status_code, response.headers):
+                self._invalidate()
+                state.not_taken(router, None)
             elif (
                 response.status_code != 401
-                or not errand.may_renew()
-                or not await anyio.to_thread.run_sync(self._renewed, token)
+                or not state.may_renew_token()
+                or not await anyio.to_thread.run_sync(self._token_changed, token)
             ):
                 return response
             await response.aclose()
@@ -206,33 +212,33 @@ class AsyncFollowingTransport(_Follower, http.AsyncBaseTransport):
     async def aclose(self) -> None:
         await self._inner.aclose()
 
-    async def _find_out(self, router: Record) -> IdentityCheck:
+    async def _check(self, router: Record) -> IdentityCheck:
         since = time.monotonic()
-        if finding := self._proven(router, since=since):
-            return finding
-        async with self._asking:
-            if finding := self._proven(router, since=since):
-                return finding
-            return await anyio.to_thread.run_sync(self._examined, router, abandon_on_cancel=True)
+        if check := self._cached_check(router, since=since):
+            return check
+        async with self._check_lock:
+            if check := self._cached_check(router, since=since):
+                return check
+            return await anyio.to_thread.run_sync(self._run_check, router, abandon_on_cancel=True)
 
-    async def _find(self, request: "http.Request", errand: RetryState, *, last: Record | None) -> Record:
+    async def _next_router(self, request: "http.Request", state: RetryState, *, last: Record | None) -> Record:
         while True:
-            router = await self._look(doubt=errand.doubt)
-            if router is not None and errand.may_try(router):
+            router = await self._find_leader(recheck=state.recheck)
+            if router is not None and state.may_try(router):
                 return router
-            pause_s = errand.pause_s(time.monotonic(), random.random())
+            pause_s = state.pause_s(time.monotonic(), random.random())
             if pause_s is None:
-                raise self._given_up(request, errand, router and last)
+                raise self._no_router_error(request, state, router and last)
             await _async_sleep(pause_s)
 
-    async def _look(self, *, doubt: bool) -> Record | None:
-        with anyio.move_on_after(PATIENCE_S):
-            return await anyio.to_thread.run_sync(lambda: self._leader.look(doubt=doubt), abandon_on_cancel=True)
-        return self._leader.view
+    async def _find_leader(self, *, recheck: bool) -> Record | None:
+        with anyio.move_on_after(REGISTRY_TIMEOUT_S):
+            return await anyio.to_thread.run_sync(lambda: self._leader.find(recheck=recheck), abandon_on_cancel=True)
+        return self._leader.last
 
 
-class _Watched(http.SyncByteStream):
-    """An answer's bytes; `on_break` hears when they end too early."""
+class _ReportingStream(http.SyncByteStream):
+    """The body of a response. Calls `on_break` if the connection ends before the body does."""
 
     def __init__(self, inner: "http.SyncByteStream", on_break: Callable[[], None]) -> None:
         self._inner, self._on_break = inner, on_break
@@ -248,14 +254,14 @@ class _Watched(http.SyncByteStream):
         self._inner.close()
 
 
-class _AsyncWatched(http.AsyncByteStream):
+class _AsyncReportingStream(http.AsyncByteStream):
     def __init__(self, inner: "http.AsyncByteStream", on_break: Callable[[], None]) -> None:
         self._inner, self._on_break = inner, on_break
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         try:
-            async for piece in self._inner:
-                yield piece
+            async for chunk in self._inner:
+                yield chunk
         except http.TransportError:
             self._on_break()
             raise
@@ -265,15 +271,17 @@ class _AsyncWatched(http.AsyncByteStream):
 
 
 def _replayable(request: "http.Request") -> bool:
+    """Whether the body is in memory, so that the request can be sent again."""
     try:
-        request.content  # noqa: B018 - raises for a body that is made while it is sent
+        request.content  # noqa: B018 - raises for a body that is generated while it is sent
     except http.RequestNotRead:
         return False
     return True
 
 
-def _lost(request: "http.Request", router: Record) -> openai.APIConnectionError:
-    message = f"the connection to {router.replica} at {router.url} ended without an answer; it may have done the work"
+def _no_response_error(request: "http.Request", router: Record) -> openai.APIConnectionError:
+    connection = f"the connection to {router.replica} at {router.url}"
+    message = f"{connection} ended without a response; the router may have processed the request"
     return openai.APIConnectionError(message=message, request=request)
 
 

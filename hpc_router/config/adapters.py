@@ -1,7 +1,7 @@
-"""Which experts share an engine: a host, and the LoRA adapters that its engine serves under names of their own.
+"""Experts that share an engine: a host, and the LoRA adapters that its engine serves under their own names.
 
-A host has jobs and a record in the registry; an adapter is only a name in it. So whoever looks after jobs asks for
-`hosts`, whoever looks after requests knows all experts alike. Nothing here looks at an adapter's files but `own_rank`.
+A host has jobs and a record in the registry; an adapter is only a name in that record. Code that manages jobs therefore
+uses `hosts`, and code that routes requests treats all experts alike. Only `adapter_rank` reads files of an adapter.
 """
 
 import json
@@ -14,30 +14,30 @@ from hpc_router.config.schema import ExpertConfig
 from hpc_router.errors import ConfigError, suggest
 
 ENGINES: Final = ("vllm", "sim")
-"""Those that serve adapters."""
+"""Engines that serve adapters."""
 CONFIG: Final = "adapter_config.json"
-"""What PEFT writes beside an adapter's weights."""
+"""File with an adapter's settings, which PEFT writes next to the weights."""
 _OWN: Final = frozenset({"model", "adapter_of", "description", "exemplars"})
-"""What an adapter may say; all else is its host's to say, for the engine, or makes no sense."""
+"""Keys that an adapter may set. Its host sets the others, because they belong to the engine or its jobs."""
 
 
 def hosts(experts: Mapping[str, ExpertConfig]) -> dict[str, ExpertConfig]:
-    """The experts that have engines, and so jobs, of their own."""
+    """The experts that have their own engines, and so their own jobs."""
     return {name: expert for name, expert in experts.items() if expert.adapter_of is None}
 
 
 def host_of(experts: Mapping[str, ExpertConfig], name: str) -> str:
-    """The expert whose engine serves this one: itself, or the one whose adapter it is."""
+    """The expert whose engine serves `name`: itself, or for an adapter its host."""
     return experts[name].adapter_of or name
 
 
 def adapters_of(experts: Mapping[str, ExpertConfig], host: str) -> dict[str, str]:
-    """The adapters on this expert's engine: expert -> folder or hub id."""
+    """The adapters on the engine of `host`: name of the expert -> adapter folder or hub id."""
     return {name: expert.model for name, expert in experts.items() if expert.adapter_of == host}
 
 
 def check_adapter(name: str, experts: Mapping[str, ExpertConfig]) -> None:
-    """Raises ConfigError for an adapter of nothing, and for keys that it cannot honour."""
+    """Raises ConfigError if `name` has no valid host, or sets a key that an adapter may not set."""
     expert, valid = experts[name], [host for host in hosts(experts) if experts[host].engine.kind in ENGINES]
     key = f"experts.{name}.adapter_of"
     host = expert.adapter_of
@@ -49,18 +49,18 @@ def check_adapter(name: str, experts: Mapping[str, ExpertConfig]) -> None:
     if experts[host].adapter_of is not None:
         raise ConfigError(f"{key}={host}: '{host}' is an adapter itself{suggest('', valid)}", key=key)
     if experts[host].engine.kind not in ENGINES:
-        said = f"the engine '{experts[host].engine.kind}' of '{host}' takes no adapters"
-        raise ConfigError(f"{key}={host}: {said} (valid: one with engine.kind {' or '.join(ENGINES)})", key=key)
+        problem = f"the engine '{experts[host].engine.kind}' of '{host}' takes no adapters"
+        raise ConfigError(f"{key}={host}: {problem} (valid: one with engine.kind {' or '.join(ENGINES)})", key=key)
     default = ExpertConfig(model=expert.model)
     for item in fields(ExpertConfig):
         if item.name not in _OWN and getattr(expert, item.name) != getattr(default, item.name):
             key = f"experts.{name}.{item.name}"
-            said = f"'{name}' is an adapter on the engine of '{host}' and has no {item.name} of its own"
-            raise ConfigError(f"{key}: {said}; edit experts.{host}.{item.name}, which holds for both", key=key)
+            problem = f"'{name}' is an adapter on the engine of '{host}' and has no {item.name} of its own"
+            raise ConfigError(f"{key}: {problem}; edit experts.{host}.{item.name}, which holds for both", key=key)
 
 
-def own_rank(folder: Path) -> int:
-    """The rank that an adapter in a folder has, its largest where its modules differ. Raises ValueError."""
+def adapter_rank(folder: Path) -> int:
+    """The rank of the adapter in `folder`; the largest if its modules differ. Raises ValueError with the reason."""
     path = folder / CONFIG
     try:
         config = json.loads(path.read_text(encoding="utf-8"))

@@ -1,8 +1,8 @@
-"""Numbers and truth values that a text field was given, as the user wrote them.
+"""Restores the text that the user wrote where a text field got a number or truth value.
 
-YAML 1.1 and Hydra's overrides read `0421`, `no`, `1.10`, `10:30` and `695e0514` as numbers or truth values, so a text
-field would hold another text than the file. Where text and value agree (`account: 421`) the text is kept; anything
-else is refused with the quoted form. A number that was not written as a plain decimal (`010` is 8) is refused as well.
+YAML 1.1 and Hydra's overrides read `0421`, `no`, `1.10`, `10:30` and `695e0514` as numbers or truth values, so the
+value of a text field would differ from the file. If the value's text is the written text (`account: 421`), it is kept;
+otherwise the error shows the form in quotes. A number that is not written as a plain decimal (`010` is 8) is refused.
 """
 
 import math
@@ -10,31 +10,31 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Final, get_args, get_origin, get_type_hints
 
-from hpc_router.config.parsing import without_none
+from hpc_router.config.parsing import is_text, without_none
 from hpc_router.errors import ConfigError
 
 Path = tuple[str | int, ...]
 TYPED_BY: Final = "typed_by"
-"""Metadata of a mapping's field: its schema, or None, by the section that it is in."""
+"""Metadata key of a mapping: function of the section that contains it to the mapping's schema, or None."""
 WORDS: Final = "words"
-"""Metadata of an open mapping's field: its numbers become words of a command line, so their text counts."""
+"""Metadata key of an open mapping whose values become command-line arguments, so that numbers keep their text."""
 
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """A scalar's source text without quotes. `place`: `override 'a=b'` or `my/topology/a.yaml:3`."""
+    """The source text of a scalar, without quotes. `place`: `override 'a=b'` or `my/topology/a.yaml:3`."""
 
     text: str
     place: str
 
 
 Find = Callable[[Path, object], Written | None]
-"""The source of the value at a key; None where it is not known."""
+"""Finds the source of the value at a key; None if it is not known."""
 
 
 def as_written(schema: Any, value: Any, find: Find, *, at: str = "") -> Any:
-    """`value` with text in the text fields of `schema`. Raises ConfigError for a text that would have changed. `at`
-    stands before keys in errors."""
+    """`value` with text in the text fields of `schema`. `at` is the key of `value` in errors. Raises ConfigError if the
+    written text differs from the value's text."""
     return _Reader(find, at).read(schema, value, ())
 
 
@@ -49,7 +49,7 @@ class _Reader:
         if isinstance(value, list):
             item = get_args(kind)[0] if get_origin(kind) is list else Any
             return [self.read(item, each, (*path, number)) for number, each in enumerate(value)]
-        if kind is str and isinstance(value, bool | int | float):
+        if is_text(kind) and isinstance(value, bool | int | float):
             return self._text(value, path)
         if kind is not bool and isinstance(value, int | float) and not isinstance(value, bool):
             return self._number(value, path, words=words)
@@ -70,10 +70,10 @@ class _Reader:
     def _text(self, value: object, path: Path) -> str:
         written = self._find(path, value)
         if written is None and type(value) is int:
-            return str(value)  # of an interpolation
+            return str(value)  # from an interpolation
         text = _plain(value) if written is None else written.text
         if written is None or text != _plain(value):
-            raise self._refusal(value, path, written, f"write it in quotes: {_quoted(path, text, self._at)}")
+            raise self._error(value, path, written, f"write it in quotes: {_quoted(path, text, self._at)}")
         return text
 
     def _number(self, value: float, path: Path, *, words: bool) -> Any:
@@ -82,20 +82,20 @@ class _Reader:
             return value
         if not _same(written.text, value):
             quoted = f", or as text in quotes: {_quoted(path, written.text, self._at)}" if words else ""
-            raise self._refusal(value, path, written, f"write a plain decimal number{quoted}")
+            raise self._error(value, path, written, f"write a plain decimal number{quoted}")
         return written.text if words and isinstance(value, float) else value
 
-    def _refusal(self, value: object, path: Path, written: Written | None, advice: str) -> ConfigError:
+    def _error(self, value: object, path: Path, written: Written | None, advice: str) -> ConfigError:
         key = _dotted(path, self._at)
         place = "" if written is None else f"{written.place}: "
         given = "the value" if written is None else written.text
-        return ConfigError(f"{place}'{key}': {given} is read as {_named(value)}; {advice}", key=key)
+        return ConfigError(f"{place}'{key}': {given} is read as {_type_and_text(value)}; {advice}", key=key)
 
 
 def _same(text: str, value: float) -> bool:
-    """Whether the text is that number also to a reader who knows no YAML 1.1."""
+    """Whether `text` is the plain decimal form of the number."""
     if not math.isfinite(value):
-        return True  # refused where it is parsed, by its range
+        return True  # the parser refuses it, because it is out of range
     try:
         return (int(text) if isinstance(value, int) else float(text)) == value and not _leading_zero(text)
     except ValueError:
@@ -108,16 +108,16 @@ def _leading_zero(text: str) -> bool:
 
 
 def _plain(value: object) -> str:
-    """As YAML 1.2 writes it."""
+    """The text of the value in YAML 1.2."""
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _named(value: object) -> str:
+def _type_and_text(value: object) -> str:
     return f"{'the truth value' if isinstance(value, bool) else 'the number'} {_plain(value)}"
 
 
 def _quoted(path: Path, text: str, at: str) -> str:
-    """The form for a file and for the shell."""
+    """The quoted form, for a file and for the shell."""
     keys = [part for part in path if isinstance(part, str)]
     if isinstance(path[-1], int):
         return f"""- "{text}" in a file, '{_dotted(keys, at)}=["{text}"]' on the command line"""

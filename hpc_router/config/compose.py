@@ -1,7 +1,7 @@
-"""From config files and overrides to a checked `Deployment`, with errors that name the file, the key and what is valid.
+"""Composes config files and overrides into a checked `Deployment`. Errors name the file, the key and what is valid.
 
-Hydra composes plain values; the dataclasses in `config` decide what is valid, once, here. So an override may name any
-key of the schema, whether a file mentions it or not, and every refusal is ours to word.
+Hydra only composes plain values; the dataclasses of `schema` decide what is valid. An override may therefore set any
+key of the schema, also one that no file mentions, and every error has our text instead of Hydra's.
 """
 
 import re
@@ -22,8 +22,8 @@ from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseExceptio
 from yaml import YAMLError
 
 from hpc_router.config.as_written import as_written
-from hpc_router.config.frozen import GROUPS, LEFT_OUT, TOP, shown, to_deployment, yaml_fault
-from hpc_router.config.parsing import type_at
+from hpc_router.config.frozen import GROUPS, IGNORED_KEYS, ROOT_KEYS, display_path, to_deployment, yaml_error_text
+from hpc_router.config.parsing import is_text, type_at
 from hpc_router.config.schema import Deployment, ExpertConfig
 from hpc_router.config.sources import Sources, composed_files, parse_override, place_of
 from hpc_router.errors import ConfigError, suggest
@@ -39,14 +39,15 @@ def conf_folder() -> Path:
 def load_deployment(
     overrides: Sequence[str], *, config_dir: Path | None = None, without: Sequence[str] = ()
 ) -> Deployment:
-    """Compose `deploy.yaml` with a user's overrides and folder; the result has passed `check`.
+    """`deploy.yaml` composed with the overrides and the user's folder, and checked. Raises ConfigError.
 
-    A user's folder goes before ours: a file of the same name replaces it. Keys in `without` are somebody else's.
+    A file in `config_dir` replaces the file of the same name in `conf/`. Keys in `without` are left out: they belong to
+    another program.
     """
     overrides = single_values(overrides)
-    settled = settle(overrides)
+    settled = hydra_overrides(overrides)
     with (
-        _told_in_our_words(config_dir),
+        _translated_errors(config_dir),
         user_folder(config_dir),
         initialize_config_dir(str(conf_folder()), version_base="1.3"),
     ):
@@ -56,14 +57,14 @@ def load_deployment(
 
 
 def with_overrides(base: Deployment, overrides: Sequence[str], *, config_dir: Path | None = None) -> Deployment:
-    """`base` with overrides on top: first what the chosen groups' files say, then the values."""
+    """`base` with overrides applied: first the files of the chosen groups, then the values. Raises ConfigError."""
     overrides = single_values(overrides)
-    settled = settle(overrides)
+    settled = hydra_overrides(overrides)
     chosen = [override for override in map(parse_override, settled) if override.key_or_group in GROUPS]
     values = [override for override in map(parse_override, settled) if override.key_or_group not in GROUPS]
     merged: DictConfig | ListConfig = OmegaConf.create(_escaped(asdict(base)))
     with (
-        _told_in_our_words(config_dir),
+        _translated_errors(config_dir),
         user_folder(config_dir),
         initialize_config_dir(str(conf_folder()), version_base="1.3"),
     ):
@@ -80,8 +81,8 @@ def with_overrides(base: Deployment, overrides: Sequence[str], *, config_dir: Pa
 def _deployment(
     composed: DictConfig, sources: Sources, overrides: Sequence[str], *, without: Sequence[str] = ()
 ) -> Deployment:
-    """A composed config as a checked `Deployment`: interpolations are resolved here, once. Call it while Hydra is
-    initialised, since errors name the file."""
+    """A composed config as a checked `Deployment`, with interpolations resolved. Requires that Hydra is initialised,
+    because errors name the file."""
     with _located(overrides):
         plain = _resolved(composed)
     plain = as_written(Deployment, plain, sources.find)
@@ -91,7 +92,7 @@ def _deployment(
 
 @contextmanager
 def _located(overrides: Sequence[str]) -> Iterator[None]:
-    """Puts the override or file before the message of an error that names a key."""
+    """Adds the override or file to the message of an error that has a key."""
     try:
         yield
     except ConfigError as error:
@@ -101,7 +102,7 @@ def _located(overrides: Sequence[str]) -> Iterator[None]:
 
 
 def _resolved(composed: DictConfig) -> dict[str, Any]:
-    """Plain values. An interpolation may name any key of the schema, whether a file mentions it or not."""
+    """Plain values. An interpolation may name any key of the schema, also one that no file mentions."""
     experts = composed.get("experts") if OmegaConf.is_dict(composed.get("experts")) else {}
     defaults = asdict(Deployment()) | {"experts": {name: asdict(ExpertConfig()) for name in experts or {}}}
     merged = OmegaConf.merge(OmegaConf.create(defaults), composed)
@@ -110,14 +111,14 @@ def _resolved(composed: DictConfig) -> dict[str, Any]:
 
 
 def resolved(config: DictConfig, key: Any) -> Any:
-    """The plain value at `key`. Raises ConfigError for an interpolation that leads nowhere."""
+    """The plain value at `key`. Raises ConfigError for an interpolation of an unknown key or variable."""
     try:
         value = config[key]
         return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
     except InterpolationResolutionError as error:
         first, key = str(error).split("\n", 1)[0], str(error.full_key)
         quoted = re.search(r'"(.+)"$', first)
-        hint = r"a dollar sign that the job's shell is to see is written as \${NAME}"
+        hint = r"write a dollar sign for the job's shell as \${NAME}"
         raise ConfigError(f"'{key}': {quoted[1] if quoted else first}; {hint}", key=key) from error
 
 
@@ -125,7 +126,7 @@ _INTERPOLATION: Final = re.compile(r"(\\*)\$\{")
 
 
 def _escaped(value: Any) -> Any:
-    """Plain values as OmegaConf resolves to the same ones again."""
+    """`value` in a form that OmegaConf resolves to `value`."""
     if isinstance(value, Mapping):
         return {name: _escaped(item) for name, item in value.items()}
     if isinstance(value, list):
@@ -134,7 +135,7 @@ def _escaped(value: Any) -> Any:
 
 
 class _UserFolder(SearchPathPlugin):
-    """Hydra makes its own instance, so what it is to add stands at the class."""
+    """Hydra creates the instance, so the folder is an attribute of the class."""
 
     folder: ClassVar[Path | None] = None
 
@@ -145,7 +146,7 @@ class _UserFolder(SearchPathPlugin):
 
 @contextmanager
 def user_folder(config_dir: Path | None) -> Iterator[None]:
-    """Inside, Hydra looks into a user's folder before ours."""
+    """Inside the block, Hydra searches the user's folder before `conf/`."""
     if config_dir is not None and not config_dir.is_dir():
         raise ConfigError(f"--config-dir {config_dir}: no such folder")
     Plugins.instance().register(_UserFolder)
@@ -157,8 +158,8 @@ def user_folder(config_dir: Path | None) -> Iterator[None]:
 
 
 def single_values(overrides: Sequence[str]) -> list[str]:
-    """Overrides with a comma list in quotes where the key holds text: Hydra takes `partition=a,b` for two values of a
-    sweep. Raises ConfigError for other sweeps, which only `python -m launch... -m` carries out."""
+    """Overrides in which a comma list for a text key is quoted, because Hydra reads `partition=a,b` as a sweep over two
+    values. Raises ConfigError for other sweeps, which only `python -m launch... -m` runs."""
     return [_single_value(text, parse_override(text)) for text in overrides]
 
 
@@ -167,56 +168,60 @@ def _single_value(text: str, override: Override) -> str:
         return text
     key, _, value = text.partition("=")
     kind = type_at(Deployment, override.key_or_group.split("."))
-    if kind in (str, Any) and override.value_type is ValueType.SIMPLE_CHOICE_SWEEP and not set(value) & set("'\"\\"):
+    text_or_any = kind is Any or is_text(kind)
+    if text_or_any and override.value_type is ValueType.SIMPLE_CHOICE_SWEEP and not set(value) & set("'\"\\"):
         return f"{key}='{value.strip()}'"
     valid = f"{key}=[{value}] for a list" if get_origin(kind) is list else f"{key}=VALUE"
-    said = "several values, which only a sweep takes (`python -m launch.deploy -m`)"
-    raise ConfigError(f"override '{text}': {said}; valid here: {valid}", key=override.key_or_group)
+    problem = "several values are only valid in a sweep (`python -m launch.deploy -m`)"
+    raise ConfigError(f"override '{text}': {problem}; valid here: {valid}", key=override.key_or_group)
 
 
-def settle(overrides: Sequence[str]) -> list[str]:
-    """Overrides as Hydra wants them: a value's gets `++`, for our files leave out what has a default.
+def hydra_overrides(overrides: Sequence[str]) -> list[str]:
+    """Overrides in the form that Hydra needs: `++` before a value's key, because `conf/` does not list all keys.
 
-    Raises ConfigError for one that is none.
+    Raises ConfigError for an invalid override.
     """
-    settled = []
+    prefixed = []
     for text in overrides:
         override = parse_override(text)
         key = override.key_or_group
         first, dot, rest = key.partition(".")
-        if dot and first in GROUPS and first not in TOP:
-            valid = f"; did you mean 'experts.{rest}'?" if first == "expert" else suggest(first, TOP)
+        if dot and first in GROUPS and first not in ROOT_KEYS:
+            valid = f"; did you mean 'experts.{rest}'?" if first == "expert" else suggest(first, ROOT_KEYS)
             raise ConfigError(f"override '{text}': unknown key '{key}'{valid}", key=key)
-        is_value = not (key in GROUPS or key.split(".")[0] in LEFT_OUT or "/" in key or override.package is not None)
+        is_value = not (
+            key in GROUPS or key.split(".")[0] in IGNORED_KEYS or "/" in key or override.package is not None
+        )
         plain = override.input_line is not None and not override.input_line.startswith(("+", "~"))
-        settled.append(f"++{text}" if is_value and plain else text)
-    return settled
+        prefixed.append(f"++{text}" if is_value and plain else text)
+    return prefixed
 
 
 @contextmanager
-def _told_in_our_words(config_dir: Path | None) -> Iterator[None]:
+def _translated_errors(config_dir: Path | None) -> Iterator[None]:
+    """Raises errors of Hydra, OmegaConf and YAML as ConfigError."""
     try:
         yield
     except MissingConfigException as error:
         raise ConfigError(_missing(error, config_dir)) from error
     except (HydraException, OmegaConfBaseException) as error:
-        said = str(error.__context__ if isinstance(error.__context__, OmegaConfBaseException) else error)
-        raise ConfigError(f"{_composed_file(error)}{' '.join(said.split(chr(10), 1)[0].split())}") from error
+        problem = str(error.__context__ if isinstance(error.__context__, OmegaConfBaseException) else error)
+        raise ConfigError(f"{_composed_file(error)}{' '.join(problem.split(chr(10), 1)[0].split())}") from error
     except (YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(yaml_fault(error, _undecodable(error, config_dir))) from error
+        raise ConfigError(yaml_error_text(error, _undecodable(error, config_dir))) from error
 
 
 def _undecodable(error: YAMLError | UnicodeDecodeError, config_dir: Path | None) -> str:
-    """The user's file that is not UTF-8; Hydra's error has its bytes and not its name."""
+    """The name of the user's file that is not UTF-8, which is found by its bytes: Hydra's error has no name."""
     if isinstance(error, UnicodeDecodeError) and config_dir is not None:
         for path in sorted(config_dir.rglob("*.yaml")):
             if path.read_bytes().startswith(error.object):
-                return shown(path)
+                return display_path(path)
     return "a config file"
 
 
 def _missing(error: MissingConfigException, config_dir: Path | None) -> str:
-    """Hydra says which file's defaults list names it, and not always what there is."""
+    """The message for a missing config: which defaults list or group names it, and the valid names."""
     wanted = str(error.missing_cfg_file or "")
     inside = re.match(r"In '([\w/.-]+)': Could not \w+ '([\w/.-]+)'", str(error))
     if inside:

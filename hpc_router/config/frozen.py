@@ -1,6 +1,6 @@
-"""A deployment's config as text and back: what `config.yaml` of a run holds, read by every job of the run.
+"""Writes and reads `config.yaml` of a run, the complete config that every job of the run reads.
 
-Hydra composes it once, in `compose`; nobody who only reads it loads Hydra.
+`compose` creates it once with Hydra; reading it does not load Hydra.
 """
 
 import re
@@ -20,14 +20,15 @@ from hpc_router.errors import ConfigError, suggest
 
 GROUPS: Final = ("topology", "cluster", "policy", "router", "expert")
 """Folders of `conf/`."""
-LEFT_OUT: Final = ("hydra",)
-TOP: Final = frozenset(f.name for f in fields(Deployment))
+IGNORED_KEYS: Final = ("hydra",)
+"""Keys of a composed config that are not part of a deployment."""
+ROOT_KEYS: Final = frozenset(f.name for f in fields(Deployment))
 """Keys at the root of a config."""
 _WIDTH: Final = 120
 
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]
-    """Refuses a key that is given twice, where PyYAML takes the last."""
+    """Refuses a key that is given twice; PyYAML would take the last value."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -40,46 +41,45 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]
 
 
 def to_deployment(plain: Any, *, without: Sequence[str] = ()) -> Deployment:
-    """A config of resolved values as a checked `Deployment`."""
+    """A config of resolved values as a checked `Deployment`, without the keys in `without`. Raises ConfigError."""
     if not isinstance(plain, Mapping):
         raise ConfigError("not a mapping of keys to values")
-    left_out = {*LEFT_OUT, *without}
-    for key in (str(key) for key in plain if key not in left_out and key not in TOP):
+    left_out = {*IGNORED_KEYS, *without}
+    for key in (str(key) for key in plain if key not in left_out and key not in ROOT_KEYS):
         if key in GROUPS:
-            raise ConfigError(f"a file of the group '{key}' does not begin with the line `# @package _global_`")
-        raise ConfigError(f"unknown key '{key}'{suggest(key, {*TOP, *GROUPS})}", key=key)
+            raise ConfigError(f"a file of the group '{key}' does not start with the line `# @package _global_`")
+        raise ConfigError(f"unknown key '{key}'{suggest(key, {*ROOT_KEYS, *GROUPS})}", key=key)
     deployment = simulated(parse(Deployment, {k: v for k, v in plain.items() if k not in left_out}, at=""))
     check(deployment)
     return deployment
 
 
 def to_yaml(deployment: Deployment) -> str:
-    """What `config.yaml` of a run holds; equal deployments give equal texts. Every text stands for itself: nothing in
-    it is resolved when it is read."""
+    """The text of `config.yaml`; equal deployments give equal texts. It is read without interpolation."""
     text: str = yaml.safe_dump(asdict(deployment), sort_keys=False, allow_unicode=True, width=_WIDTH)
     return text
 
 
 def from_yaml(text: str | TextIO) -> Deployment:
-    """Of `to_yaml`. Raises ConfigError and YAMLError."""
+    """The deployment of a text from `to_yaml`. Raises ConfigError or YAMLError."""
     return to_deployment(yaml.load(text, Loader=_Loader))
 
 
 def read(path: Path) -> Deployment:
-    """The frozen `config.yaml` of a run."""
+    """The deployment in a run's `config.yaml`. Raises ConfigError."""
     try:
         with path.open(encoding="utf-8") as stream:
             return from_yaml(stream)
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
     except (YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(yaml_fault(error, shown(path))) from error
+        raise ConfigError(yaml_error_text(error, display_path(path))) from error
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
 
 
 def differing_keys(left: Deployment, right: Deployment) -> list[str]:
-    """Keys whose values differ."""
+    """The keys whose values differ, sorted."""
     one, other, absent = _flat(asdict(left)), _flat(asdict(right)), object()
     return sorted(key for key in one.keys() | other.keys() if one.get(key, absent) != other.get(key, absent))
 
@@ -93,20 +93,20 @@ def _flat(value: Any, at: str = "") -> dict[str, Any]:
     return flat
 
 
-def yaml_fault(error: YAMLError | UnicodeDecodeError, name: str) -> str:
-    """`file:line: what`, where the parser tells."""
+def yaml_error_text(error: YAMLError | UnicodeDecodeError, name: str) -> str:
+    """The error as `file:line: problem`; without a line if the parser gives none."""
     if isinstance(error, UnicodeDecodeError):
         return f"{name}: not UTF-8 text (byte {error.start}); save the file as UTF-8"
     mark: Any = getattr(error, "problem_mark", None)
     problem = str(getattr(error, "problem", None) or error)
-    where = f"{shown(Path(mark.name))}:{mark.line + 1}" if mark is not None else name
+    where = f"{display_path(Path(mark.name))}:{mark.line + 1}" if mark is not None else name
     duplicate = re.match(r"found duplicate key (.+)", problem)
     if duplicate:
         return f"{where}: '{duplicate[1]}' is given twice in one mapping"
     return f"{where}: not valid YAML: {problem}"
 
 
-def shown(path: Path) -> str:
-    """As the user would type it."""
+def display_path(path: Path) -> str:
+    """The path relative to the working directory if it is inside, else as it is."""
     here = Path.cwd()
     return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)

@@ -1,8 +1,8 @@
-"""Plain values into dataclasses, with refusals that name the key, the value and what would have been valid.
+"""Parses plain values into dataclasses. Errors name the key, the value and what is valid.
 
 Values are final: nothing in them is resolved, unescaped or interpolated here, so a config can be written, read and
-parsed again without a change. A numeric field states its range in its metadata (`bounded`); `check_bounds` holds for
-every dataclass. Nothing here knows which dataclasses there are.
+parsed again without a change. A numeric field has its range in its metadata (`bounded`), a closed set of texts is a
+`Literal`; `check_values` checks both at any depth. This module does not know the dataclasses of the schema.
 """
 
 import math
@@ -10,13 +10,13 @@ import re
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
-from typing import Any, Final, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Final, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from hpc_router.errors import ConfigError, suggest
 
 _T = TypeVar("_T")
 REQUIRED: Final = "???"
-"""Default of a field that has to be given; also OmegaConf's mark for one."""
+"""Default of a field that a config must set; OmegaConf uses the same text."""
 _BOUNDS: Final = "bounds"
 _NOUNS: Final[Mapping[Any, str]] = {
     int: "a whole number",
@@ -43,12 +43,12 @@ class NumberRange:
     def __str__(self) -> str:
         return f"{number_text(self.low)} to {number_text(self.high)}"
 
-    def hold(self, value: float) -> bool:
+    def contains(self, value: float) -> bool:
         return self.low <= value <= self.high
 
 
 def within(low: float, high: float) -> dict[str, NumberRange]:
-    """Metadata of a field with a range."""
+    """Metadata of a field with a range, both ends included."""
     return {_BOUNDS: NumberRange(low, high)}
 
 
@@ -63,35 +63,41 @@ def bounds_of(schema: type, name: str) -> NumberRange | None:
 
 
 def number_text(value: float) -> str:
-    """As a person writes it: 4096, 0.5, 1e+12."""
+    """The number as a person writes it: 4096, 0.5, 1e+12."""
     if abs(value) < 1e15 and value == int(value):
         return str(int(value))
     return f"{value:g}" if isinstance(value, float) else "more than 1e15" if value > 0 else "less than -1e15"
 
 
 def parse(schema: type[_T], value: Any, *, at: str) -> _T:
-    """`value` as an instance of the dataclass `schema`: refuses typos and values out of range, converts types. `at`
-    stands before keys in errors."""
+    """`value` as an instance of the dataclass `schema`, with types converted. `at` is the key of `value` in errors.
+
+    Raises ConfigError for an unknown key, a missing key, a wrong type, and what `check_values` refuses."""
     if not isinstance(value, Mapping):
         raise ConfigError(f"'{at}' is not a mapping", key=at or None)
     result = _section(schema, value, at)
-    check_bounds(result, at=at)
+    check_values(result, at=at)
     assert isinstance(result, schema)
     return result
 
 
-def check_bounds(instance: Any, *, at: str) -> None:
-    """Raises ConfigError for the first number, at any depth, that is not finite or outside its field's range."""
+def check_values(instance: Any, *, at: str) -> None:
+    """Raises ConfigError for the first value, at any depth, that is a number outside its field's range, a number that
+    is not finite, or a text outside its field's closed set."""
+    kinds = get_type_hints(type(instance))
     for item in _fields(type(instance)):
+        choices = choices_of(kinds[item.name])
         for key, value in _leaves(getattr(instance, item.name), _join(at, item.name)):
             if is_dataclass(value):
-                check_bounds(value, at=key)
+                check_values(value, at=key)
             elif isinstance(value, int | float) and not isinstance(value, bool):
                 _check_number(value, _bounds(item), key)
+            elif isinstance(value, str) and choices and value not in choices:
+                raise ConfigError(f"{key}={value}: not known{suggest(value, choices)}", key=key)
 
 
 def _check_number(value: float, bounds: NumberRange | None, key: str) -> None:
-    if bounds is not None and not bounds.hold(value):
+    if bounds is not None and not bounds.contains(value):
         raise ConfigError(f"{key}={number_text(value)}: out of range (valid: {bounds})", key=key)
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{key}={value}: not a finite number", key=key)
@@ -132,21 +138,23 @@ def _value(kind: Any, value: Any, at: str) -> Any:
     if isinstance(bare, type) and is_dataclass(bare) and isinstance(value, Mapping):
         return _section(bare, value, at)
     if get_origin(bare) is dict and isinstance(value, Mapping):
-        return {_in(name, at): _value(get_args(bare)[1], item, _text_key(name, at)) for name, item in value.items()}
+        return {
+            _entry_name(name, at): _value(get_args(bare)[1], item, _text_key(name, at)) for name, item in value.items()
+        }
     if get_origin(bare) is list and isinstance(value, list):
         return [_value(get_args(bare)[0], item, f"{at}[{number}]") for number, item in enumerate(value)]
     converted = _scalar(bare, value)
     if isinstance(converted, str) and not converted.isascii():
         _check_encodable(converted, at)
     if converted is None:
-        raise ConfigError(f"'{at}': {_shown(value)} is not {_noun(kind)}", key=at)
+        raise ConfigError(f"'{at}': {_display(value)} is not {_noun(kind)}", key=at)
     return converted
 
 
 def _scalar(kind: Any, value: Any) -> str | bool | int | float | None:
-    """None for a value of another type."""
+    """`value` as text, a truth value or a number; None if it is not of the declared type."""
     text = value.strip() if isinstance(value, str) else None
-    if kind is str:
+    if is_text(kind):
         return value if isinstance(value, str) else None
     if kind is bool:
         return value if isinstance(value, bool) else _BOOLEANS.get(text.lower()) if text is not None else None
@@ -169,20 +177,21 @@ def _check_encodable(text: str, key: str) -> None:
         raise ConfigError(f"'{key}': {text!r} is not valid UTF-8 text", key=key) from error
 
 
-def _in(name: Any, at: str) -> str:
+def _entry_name(name: Any, at: str) -> str:
+    """The name of a mapping's entry. Raises ConfigError for a name that is not text."""
     _text_key(name, at)
     return str(name)
 
 
 def _text_key(name: Any, at: str) -> str:
-    """The full key of an entry of a mapping."""
+    """The full key of a mapping's entry. Raises ConfigError for a name that is not text."""
     key = _join(at, str(name))
     if not isinstance(name, str):
-        raise ConfigError(f"'{key}': a key is text here, so put it in quotes", key=key)
+        raise ConfigError(f"'{key}': keys of this mapping are text; write the key in quotes", key=key)
     return key
 
 
-def _shown(value: Any) -> str:
+def _display(value: Any) -> str:
     return "null" if value is None else repr(value)
 
 
@@ -195,11 +204,11 @@ def _noun(kind: Any) -> str:
     nullable = " or null" if bare is not kind else ""
     if isinstance(bare, type) and is_dataclass(bare):
         return f"a mapping (keys: {', '.join(f.name for f in fields(bare))}){nullable}"
-    return f"{_NOUNS[get_origin(bare) or bare]}{nullable}"
+    return f"{_NOUNS[str if is_text(bare) else get_origin(bare) or bare]}{nullable}"
 
 
 def type_at(schema: Any, path: Sequence[str]) -> Any:
-    """The declared type at a key, without None; None for a key that the schema does not have."""
+    """The declared type at a key, without None; None if the schema has no such key."""
     kind = schema
     for part in path:
         if isinstance(kind, type) and is_dataclass(kind):
@@ -211,8 +220,19 @@ def type_at(schema: Any, path: Sequence[str]) -> Any:
     return kind
 
 
+def choices_of(kind: Any) -> tuple[str, ...]:
+    """The values of a closed set of texts, `Literal["a", "b"]`; empty for another type."""
+    bare = without_none(kind)
+    return get_args(bare) if get_origin(bare) is Literal else ()
+
+
+def is_text(kind: Any) -> bool:
+    """Whether values of this type are text: `str` or a closed set of texts."""
+    return kind is str or bool(choices_of(kind))
+
+
 def without_none(kind: Any) -> Any:
-    """`int` of `int | None`."""
+    """The type without None: `int` for `int | None`."""
     if get_origin(kind) in (Union, types.UnionType):
         rest = [item for item in get_args(kind) if item is not type(None)]
         return rest[0] if len(rest) == 1 else kind

@@ -1,80 +1,91 @@
-"""The deployment's configuration: dataclasses as the only schema and the only home of defaults.
+"""The configuration of a deployment: these dataclasses are the only schema and hold every default.
 
-`conf/` holds values, `compose` turns files and overrides into a `Deployment`; each component then gets its own slice.
-What one dataclass cannot check alone (TP x PP against GPUs, a fallback that is no expert), `validation` checks.
+Each component gets its own part of a `Deployment`. The comment at a field is its meaning; docs/configuration.md shows
+it. A closed set of values is a `Literal`, a range is in the field's metadata; `parsing` refuses other values.
+`validation` checks what involves several dataclasses. This module does not know files, Hydra or the machine.
 """
 
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from hpc_router.config.as_written import TYPED_BY, WORDS
-from hpc_router.config.parsing import REQUIRED, bounded, parse
-from hpc_router.errors import ConfigError, suggest
+from hpc_router.config.parsing import REQUIRED, bounded, check_values, parse
 
 EXPERT_NAME: Final = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 RESERVED_NAMES: Final = frozenset({"auto", "router"})
+"""Names that no expert may have: values of `model` and of a replica's name with another meaning."""
 MAX_REPLICAS: Final = 1024
-"""Of one expert."""
+"""Replicas of one expert."""
 MAX_WORKERS: Final = 256
-SHORTEST_S: Final = 1e-3
+MIN_DURATION_S: Final = 1e-3
 HOUR_S: Final = 3600.0
 DAY_S: Final = 24 * HOUR_S
+
+ClusterKind = Literal["local", "slurm", "allocation"]
+EngineKind = Literal["vllm", "transformers", "sim"]
+GpuRequest = Literal["gres", "gpus_per_node"]
+PolicyKind = Literal["classifier", "model_field", "round_robin", "least_in_flight"]
+Precision = Literal["bf16", "fp8", "awq"]
+RouterPlace = Literal["job", "here"]
+VllmDevice = Literal["cuda", "cpu"]
 
 
 @dataclass
 class VllmOptions:
-    """`vllm serve`; `extra` takes any further flag, `{"enable-prefix-caching": true}` or `{"seed": 1}`."""
+    """Options of `vllm serve`."""
 
-    tensor_parallel_size: int = bounded(1, 1, 1024)
-    pipeline_parallel_size: int = bounded(1, 1, 1024)
-    dtype: str = "auto"
-    quantization: str | None = None
-    max_model_len: int | None = bounded(None, -1, 10**8)
-    max_loras: int | None = bounded(None, 1, 4096)  # adapters in one batch; null: all that the expert has
-    # Null: the largest of the adapters' own; 16 counts for one on the hub.
+    tensor_parallel_size: int = bounded(1, 1, 1024)  # GPUs that share each layer
+    pipeline_parallel_size: int = bounded(1, 1, 1024)  # groups of GPUs that hold consecutive layers
+    dtype: str = "auto"  # data type of weights and activations, such as bfloat16
+    quantization: str | None = None  # quantization method, such as fp8 or awq; null: the one in the model's config
+    max_model_len: int | None = bounded(None, -1, 10**8)  # tokens of prompt and answer together; null: the model's own
+    max_loras: int | None = bounded(None, 1, 4096)  # adapters in one batch; null: all adapters of the expert
+    # Largest rank of an adapter; null: the largest rank of the adapter folders, and 16 for an adapter on the hub.
     max_lora_rank: int | None = bounded(None, 1, 8192)
-    device: str = "cuda"  # cuda | cpu: the build of vLLM that the interpreter has
-    kv_cache_gb: int = bounded(1, 1, 16384)  # cpu only
+    device: VllmDevice = "cuda"  # the device that the interpreter's build of vLLM is made for
+    kv_cache_gb: int = bounded(1, 1, 16384)  # size of the KV cache in GB; only used with device cpu
+    # Further options by their long names, such as {"enable-prefix-caching": true, "seed": 1}.
     extra: dict[str, Any] = field(default_factory=dict, metadata={WORDS: True})
 
 
 @dataclass
 class TransformersOptions:
-    """`transformers serve`."""
+    """Options of `transformers serve`."""
 
-    device: str = "auto"
-    dtype: str = "auto"
+    device: str = "auto"  # device of the model, such as cuda or cpu
+    dtype: str = "auto"  # data type of weights and activations, such as bfloat16
+    # Further options by their long names.
     extra: dict[str, Any] = field(default_factory=dict, metadata={WORDS: True})
 
 
 @dataclass
 class Roofline:
-    """The engine that a simulated one stands for: its latencies are then a prediction for that model on those GPUs."""
+    """The engine that a simulated one stands for. Its latencies predict this model on these GPUs."""
 
-    model: str = "llama3-8b"  # or llama3-70b, or a model folder
-    gpu: str = "h100-sxm"
-    tensor_parallel_size: int = bounded(1, 1, 1024)
-    pipeline_parallel_size: int = bounded(1, 1, 1024)
-    quantization: str = "bf16"  # bf16 | fp8 | awq
-    gpus_per_node: int = bounded(8, 1, 1024)  # more ranks than that talk over the network
-    max_num_seqs: int | None = bounded(None, 1, 10**6)  # null: vLLM's default on such a GPU
-    max_num_batched_tokens: int | None = bounded(None, 1, 10**8)  # the same
-    slowdown: float = bounded(1.0, 1e-3, 1e6)  # wall seconds per simulated second, for machines that cannot keep up
+    model: str = "llama3-8b"  # llama3-8b, llama3-70b, or a model folder
+    gpu: str = "h100-sxm"  # h100-sxm, h200-sxm, a100-sxm or l40s
+    tensor_parallel_size: int = bounded(1, 1, 1024)  # GPUs that share each layer
+    pipeline_parallel_size: int = bounded(1, 1, 1024)  # groups of GPUs that hold consecutive layers
+    quantization: Precision = "bf16"  # precision of the weights
+    gpus_per_node: int = bounded(8, 1, 1024)  # with more ranks than this, ranks communicate over the network
+    max_num_seqs: int | None = bounded(None, 1, 10**6)  # sequences in one batch; null: vLLM's default on this GPU
+    max_num_batched_tokens: int | None = bounded(None, 1, 10**8)  # tokens in one step; null: vLLM's default on this GPU
+    slowdown: float = bounded(1.0, 1e-3, 1e6)  # wall seconds per simulated second, for machines that are too slow
 
 
 @dataclass
 class SimOptions:
-    """The simulated engine: latencies in milliseconds, faults as its own `--faults` takes them. With `roofline` they
-    come from a model of an engine on GPUs, and `ttft_ms` and `itl_ms` mean nothing."""
+    """Options of the simulated engine."""
 
-    seed: int = bounded(0, 0, 2**63 - 1)
-    ttft_ms: float = bounded(20.0, 0, HOUR_S * 1e3)
-    itl_ms: float = bounded(5.0, 0, HOUR_S * 1e3)
-    roofline: Roofline | None = None
-    load_s: float = bounded(0.0, 0, DAY_S)
-    faults: list[Any] = field(default_factory=list)
+    seed: int = bounded(0, 0, 2**63 - 1)  # seed of the generated tokens and of random faults
+    ttft_ms: float = bounded(20.0, 0, HOUR_S * 1e3)  # time to the first token; not used with `roofline`
+    itl_ms: float = bounded(5.0, 0, HOUR_S * 1e3)  # time between two tokens; not used with `roofline`
+    roofline: Roofline | None = None  # predicts the latencies of an engine on GPUs; null: fixed latencies
+    load_s: float = bounded(0.0, 0, DAY_S)  # duration of the simulated loading of weights
+    faults: list[Any] = field(default_factory=list)  # faults to inject, in the form of the engine's `--faults`
+    # Further options by their long names.
     extra: dict[str, Any] = field(default_factory=dict, metadata={WORDS: True})
 
 
@@ -92,197 +103,196 @@ def _options_schema(engine: Mapping[str, Any]) -> type[EngineOptions] | None:
 
 @dataclass
 class EngineConfig:
-    """The program that computes. `python` is its interpreter, ours when null; `options` are parsed by kind."""
+    """The program that runs the model."""
 
-    kind: str = "vllm"
-    python: str | None = None
+    kind: EngineKind = "vllm"  # which program
+    python: str | None = None  # Python interpreter of the engine; null: the interpreter of the job
+    # Options of the engine; the tables `engine.options` list the keys of each kind.
     options: dict[str, Any] = field(default_factory=dict, metadata={TYPED_BY: _options_schema})
-    env: dict[str, str] = field(default_factory=dict)
-    threads: int | None = bounded(None, 1, 4096)  # CPU threads of the engine; its own choice when null
-    startup_timeout_s: float = bounded(1800.0, SHORTEST_S, 7 * DAY_S)
-    max_restarts: int = bounded(3, 0, 1000)  # before the job gives its resources back
+    env: dict[str, str] = field(default_factory=dict)  # variables added to the engine's environment
+    threads: int | None = bounded(None, 1, 4096)  # CPU threads of the engine; null: the engine decides
+    startup_timeout_s: float = bounded(1800.0, MIN_DURATION_S, 7 * DAY_S)  # limit until the engine is ready
+    max_restarts: int = bounded(3, 0, 1000)  # restarts of a failed engine before its job ends
 
 
 @dataclass
 class JobOptions:
-    """What Slurm is asked beside sizes. Null: the cluster's value for an expert, the site's default for the cluster.
+    """Slurm options other than resource sizes. Null in an expert's resources takes the value of `cluster`; null in
+    `cluster` takes the site's default."""
 
-    `sbatch` and `srun` take any further option by its long name: `{"mail-type": "FAIL", "contiguous": true}`; an
-    expert's are added to the cluster's, and null takes one away.
-    """
-
-    partition: str | None = None
-    account: str | None = None
-    qos: str | None = None
-    constraint: str | None = None
-    reservation: str | None = None
-    exclude: str | None = None  # nodes, as Slurm lists them: n[1-3],n7
-    walltime: str | None = None  # as Slurm writes it: D-HH:MM:SS, HH:MM:SS, or minutes
-    exclusive: bool | None = None  # whole nodes
-    gpu_type: str | None = None
+    partition: str | None = None  # partition, or several separated by commas
+    account: str | None = None  # account that is charged
+    qos: str | None = None  # quality of service
+    constraint: str | None = None  # required node features
+    reservation: str | None = None  # reservation to use
+    exclude: str | None = None  # nodes not to use, in Slurm's form: n[1-3],n7
+    walltime: str | None = None  # time limit in Slurm's form: D-HH:MM:SS, HH:MM:SS, or minutes
+    exclusive: bool | None = None  # true: take whole nodes
+    gpu_type: str | None = None  # type of GPU, as the site's Slurm names it
+    # Further options of sbatch by their long names, such as {"mail-type": "FAIL", "contiguous": true}. The options of
+    # an expert are added to those of the cluster; null removes one.
     sbatch: dict[str, Any] = field(default_factory=dict, metadata={WORDS: True})
+    # Further options of srun, in the same form.
     srun: dict[str, Any] = field(default_factory=dict, metadata={WORDS: True})
 
 
 @dataclass
 class ResourceConfig(JobOptions):
-    """What one replica asks for, per node."""
+    """What one replica, or the router, requests."""
 
-    nodes: int = bounded(1, 1, 4096)
-    gpus: int = bounded(0, 0, 1024)
-    cpus: int = bounded(1, 1, 65536)
-    memory_gb: float | None = bounded(None, 1e-3, 1e6)
+    nodes: int = bounded(1, 1, 4096)  # nodes of one replica
+    gpus: int = bounded(0, 0, 1024)  # GPUs per node
+    cpus: int = bounded(1, 1, 65536)  # CPUs per node
+    memory_gb: float | None = bounded(None, 1e-3, 1e6)  # memory per node in GB; null: the site's default
 
 
 @dataclass
 class ExpertConfig:
-    """A named specialised model. `exemplars`: a few prompts of its domain; none: reachable by name or as fallback.
+    """A named model for one domain."""
 
-    `adapter_of`: `model` is a LoRA adapter, which the engine of that expert serves as well; it has no jobs of its own.
-    """
-
-    model: str = REQUIRED
+    model: str = REQUIRED  # model folder or hub id; with `adapter_of` those of a LoRA adapter
+    # Name of the expert whose engine serves this one as a LoRA adapter. An adapter has no jobs of its own.
     adapter_of: str | None = None
-    revision: str | None = None
-    description: str = ""
-    replicas: int = bounded(1, 0, MAX_REPLICAS)
+    revision: str | None = None  # branch, tag or commit of a model on the hub; null: its main branch
+    description: str = ""  # a note for people; no component reads it
+    replicas: int = bounded(1, 0, MAX_REPLICAS)  # copies of the engine, each with its own resources
     capacity: int = bounded(256, 1, 10**6)  # requests in flight per replica
-    max_in_flight: int | None = bounded(None, 1, 10**6)  # on all its replicas; null: what they take. More wait
-    engine: EngineConfig = field(default_factory=EngineConfig)
-    resources: ResourceConfig = field(default_factory=ResourceConfig)
+    # Requests in flight on all replicas of the expert; further ones wait. Null: the sum of the replicas' capacities.
+    max_in_flight: int | None = bounded(None, 1, 10**6)
+    engine: EngineConfig = field(default_factory=EngineConfig)  # the program that runs the model
+    resources: ResourceConfig = field(default_factory=ResourceConfig)  # what each replica requests
+    # Example prompts of the domain, to train the classifier. Without any, `auto` selects the expert only as fallback.
     exemplars: list[str] = field(default_factory=list)
 
 
 @dataclass
 class ContainerConfig:
-    """An Apptainer image that engines run in; agents and router stay outside."""
+    """An Apptainer image that engines run in. Agents and the router run outside of it."""
 
-    image: str | None = None  # a .sif file, a folder, or an address such as docker://...
-    program: str = "apptainer"  # or singularity
-    binds: list[str] = field(default_factory=list)  # SOURCE[:TARGET[:ro]]
-    options: list[str] = field(default_factory=list)  # further words for `apptainer exec`, such as --nv
-
-
-CLUSTERS: Final = ("local", "slurm", "allocation")
-GPU_REQUESTS: Final = ("gres", "gpus_per_node")
+    image: str | None = None  # a .sif file, a folder, or an address such as docker://...; null: no container
+    program: str = "apptainer"  # command that runs the image; singularity also works
+    binds: list[str] = field(default_factory=list)  # mounts in the container: SOURCE[:TARGET[:ro]]
+    options: list[str] = field(default_factory=list)  # further arguments of `apptainer exec`, such as --nv
 
 
 @dataclass
 class ClusterConfig(JobOptions):
-    """Where jobs run, and what they find there. The options are those of every job that does not say otherwise."""
+    """Where jobs run and what they find there. The Slurm options apply to every job that does not set its own."""
 
-    kind: str = "local"  # local | slurm: jobs of their own | allocation: steps inside the job that `up` runs in
-    # GPUs per node; null: none on this machine, on Slurm what the partition has.
+    # local: processes of this machine; slurm: Slurm jobs; allocation: steps in the Slurm job that `up` runs in.
+    kind: ClusterKind = "local"
+    # GPUs per node; null: none if kind is local, on Slurm those of the partition's nodes.
     gpus: int | None = bounded(None, 0, 1024)
-    gpu_request: str = "gres"  # gres: --gres=gpu:N | gpus_per_node: --gpus-per-node=N
-    # More for sites that give whole nodes: so many replicas of one shape share a job.
+    gpu_request: GpuRequest = "gres"  # form of the GPU request: --gres=gpu:N or --gpus-per-node=N
+    # Replicas with equal resources that share one job, for sites that only give whole nodes.
     replicas_per_job: int = bounded(1, 1, MAX_REPLICAS)
-    python: str | None = None  # the jobs' interpreter, seen by every node; the one of `up` when null
-    modules: list[str] = field(default_factory=list)  # `module load` these, in this order
-    setup: list[str] = field(default_factory=list)  # lines of bash, run in each job before its service
-    env: dict[str, str] = field(default_factory=dict)  # added to each job's environment
-    container: ContainerConfig = field(default_factory=ContainerConfig)
-    fabric: str | None = None  # what services bind and publish: an interface (ib0), a network (10.1.0.0/16), an address
-    trusted_network: bool = False  # engines of several nodes talk without authentication; true: on shared nodes as well
-    scratch: str = "/tmp"  # node-local folder for sockets and caches; $VARIABLES are the job's
-    offline: bool | None = None  # engines ask no hub and get no proxies; null: where the model is a local folder
-    login: str | None = None  # the host that `ssh` from outside reaches; this one when null
-    drain_s: float = bounded(30.0, 0, 7 * DAY_S)  # in-flight requests may take this long after SIGTERM
-    warn_s: float = bounded(90.0, 0, 7 * DAY_S)  # jobs drain so long before their walltime ends
-    beat_s: float = bounded(2.0, SHORTEST_S, HOUR_S)
-    reconcile_s: float = bounded(2.0, SHORTEST_S, HOUR_S)
-    # Slurm's controller is asked no more often, however many replicas and watchers there are.
-    ask_s: float = bounded(30.0, SHORTEST_S, HOUR_S)
-    max_failures: int = bounded(3, 1, 1000)  # failed jobs of one replica in a row before it is left alone
+    python: str | None = None  # Python interpreter of the jobs, present on every node; null: the one that runs `up`
+    modules: list[str] = field(default_factory=list)  # arguments of `module load`, in this order
+    setup: list[str] = field(default_factory=list)  # lines of bash that each job runs before its service
+    env: dict[str, str] = field(default_factory=dict)  # variables added to each job's environment
+    container: ContainerConfig = field(default_factory=ContainerConfig)  # image that engines run in
+    # Network of the services: an interface (ib0), a network (10.1.0.0/16) or an address; null: that of the node's name
+    # or else of the default route, and the loopback if kind is local.
+    fabric: str | None = None
+    # An engine on several nodes communicates without authentication; true allows it on nodes with other users.
+    trusted_network: bool = False
+    scratch: str = "/tmp"  # node-local folder for sockets and caches; the job expands $VARIABLES
+    # True: engines do not contact the hub and get no proxy variables; null: true if the model is a local folder.
+    offline: bool | None = None
+    login: str | None = None  # host name for `ssh` from outside; null: the name of this host
+    drain_s: float = bounded(30.0, 0, 7 * DAY_S)  # after SIGTERM, limit for requests in flight to complete
+    warn_s: float = bounded(90.0, 0, 7 * DAY_S)  # a job starts to drain this long before its walltime ends
+    beat_s: float = bounded(2.0, MIN_DURATION_S, HOUR_S)  # interval at which a service renews its registry record
+    reconcile_s: float = bounded(2.0, MIN_DURATION_S, HOUR_S)  # interval of the control loop
+    # Minimum interval of queries to Slurm's controller, for all replicas and commands of a deployment together.
+    ask_s: float = bounded(30.0, MIN_DURATION_S, HOUR_S)
+    max_failures: int = bounded(3, 1, 1000)  # consecutive failed jobs after which a replica is not submitted again
 
 
 @dataclass
 class PolicyConfig:
-    """prompt -> expert, for `model: auto` only."""
+    """How the expert of a request with `model: auto` is chosen."""
 
-    kind: str = "classifier"  # classifier | model_field | round_robin | least_in_flight
-    artefact: str | None = None  # null: trained at `up` from the experts' exemplars
-    shadow: str | None = None  # another artefact, which decides beside it and is only counted: how often it disagrees
-    fallback: str | None = None  # the expert for what nobody knows
-    window: int = bounded(2048, 1, 10**7)  # characters of the user's messages that are looked at
-    margin: float | None = bounded(None, 0, 2)  # null: the artefact's own threshold
-    # What a second of waiting is worth, in score: a prompt whose expert is busy goes to the runner-up where that loses
-    # less. Null: it waits.
+    kind: PolicyKind = "classifier"  # rule of choice; only the classifier reads the prompt
+    artefact: str | None = None  # folder of a trained classifier; null: `up` trains one from the experts' exemplars
+    # Folder of a second classifier that also classifies each prompt. Only its disagreements are counted.
+    shadow: str | None = None
+    # Expert for prompts that match no domain clearly; null: the expert with the best score, and none for model_field.
+    fallback: str | None = None
+    window: int = bounded(2048, 1, 10**7)  # characters of the user's messages that are classified
+    # Minimum difference in score between the best two experts; null: the threshold in the artefact.
+    margin: float | None = bounded(None, 0, 2)
+    # Value of one second of waiting, in score: a prompt whose expert is busy goes to the second-best expert if that
+    # loses less score than the wait is worth. Null: the prompt waits.
     spill_per_s: float | None = bounded(None, 1e-9, 1e6)
-
-
-PLACES: Final = ("job", "here")
-POLICIES: Final = ("classifier", "model_field", "round_robin", "least_in_flight")
 
 
 @dataclass
 class RouterConfig:
-    """The router process."""
+    """The router: admission, balancing, failover and timeouts."""
 
-    place: str = "job"  # job: a job of its own | here: a process of the machine that runs `up`
-    resources: ResourceConfig = field(default_factory=ResourceConfig)
-    host: str | None = None  # null: the address that cluster.fabric means
-    port: int = bounded(0, 0, 65535)  # 0: the kernel gives a free one, the registry tells it
-    workers: int | None = bounded(None, 1, MAX_WORKERS)  # data-plane processes; null: as many as the job has CPUs
-    open: bool = False  # true: no token asked; anybody on the network may call
-    reconcile: bool = True  # run the control loop beside the router
-    standby: bool = True  # on Slurm, a successor's job waits for the end of the router's
-    max_body_mb: float = bounded(32.0, 1e-6, 4096)
-    # A non-streaming answer up to this size is held until complete, so it can fail over.
+    place: RouterPlace = "job"  # job: the router runs as a job; here: as a process of the machine that runs `up`
+    resources: ResourceConfig = field(default_factory=ResourceConfig)  # what the router's job requests
+    host: str | None = None  # host name or address to listen at; null: the node's address on cluster.fabric
+    port: int = bounded(0, 0, 65535)  # TCP port; 0: the kernel chooses a free port, which the registry records
+    workers: int | None = bounded(None, 1, MAX_WORKERS)  # worker processes; null: one per CPU of the job
+    open: bool = False  # true: requests need no token, so anyone on the network can send them
+    reconcile: bool = True  # true: the router's job also runs the control loop
+    standby: bool = True  # true: on Slurm, a standby job waits for the end of the router's job and replaces it
+    max_body_mb: float = bounded(32.0, 1e-6, 4096)  # largest request body in MiB; larger ones get 413
+    # Largest response in MiB, if not streamed, that is buffered until complete and can therefore fail over.
     hold_mb: float = bounded(8.0, 1e-6, 4096)
-    max_in_flight: int = bounded(4096, 1, 10**6)  # requests, those that wait included; more get 429
-    max_waiting: int = bounded(1024, 1, 10**6)  # requests that wait for a replica of one expert; more get 429
-    # Times the average load of an expert's replicas, up to which a conversation stays on its own; null: it never does.
-    # At 1.1 two replicas have a Jain index of 0.99, however conversations fall on them.
+    max_in_flight: int = bounded(4096, 1, 10**6)  # requests in the router, waiting ones included; further ones get 429
+    max_waiting: int = bounded(1024, 1, 10**6)  # requests that wait for a replica of one expert; further ones get 429
+    # A session keeps its replica while the replica's load is at most this factor of the expert's average; null: no
+    # affinity. With 1.1, two replicas have a Jain index of at least 0.99.
     pin_bound: float | None = bounded(1.1, 1, 1000)
-    # A replica is out of use after so many connections in a row that could not be made.
-    eject_connect_errors: int = bounded(1, 1, 10**6)
-    eject_errors: int = bounded(5, 1, 10**6)  # or so many answers in a row with 5xx, as long as its expert can spare it
-    # Of an expert's replicas may be out for errors, and never the last that is ready.
+    eject_connect_errors: int = bounded(1, 1, 10**6)  # consecutive failed connections after which a replica is ejected
+    # Consecutive responses with status 5xx after which a replica is ejected, within `eject_share`.
+    eject_errors: int = bounded(5, 1, 10**6)
+    # Largest share of an expert's replicas that may be ejected for errors; the last ready one never is.
     eject_share: float = bounded(0.5, 0, 1)
-    eject_s: float = bounded(10.0, SHORTEST_S, DAY_S)  # so long, doubled each time
-    eject_most_s: float = bounded(300.0, SHORTEST_S, 7 * DAY_S)
-    retry_share: float = bounded(0.2, 0, 1)  # failed attempts that may be made up for elsewhere, of all requests
-    retry_least_per_s: float = bounded(10.0, 1e-3, 1e6)  # and so many in any case
-    # So long a request waits for a replica of its expert, then 503.
-    queue_timeout_s: float = bounded(30.0, SHORTEST_S, DAY_S)
-    connect_timeout_s: float = bounded(5.0, SHORTEST_S, HOUR_S)
-    first_byte_timeout_s: float = bounded(600.0, SHORTEST_S, DAY_S)  # of a streamed answer
-    # Of an answer that is not streamed, from the request to its first byte.
-    answer_timeout_s: float = bounded(3600.0, SHORTEST_S, DAY_S)
-    idle_timeout_s: float = bounded(300.0, SHORTEST_S, DAY_S)
-    # A stream that pauses for longer gets a comment, so that nobody takes it for dead.
-    ping_s: float = bounded(15.0, SHORTEST_S, DAY_S)
-    discovery_s: float = bounded(0.5, SHORTEST_S, HOUR_S)
-    probe_s: float = bounded(2.0, SHORTEST_S, HOUR_S)
-    probe_timeout_s: float = bounded(2.0, SHORTEST_S, HOUR_S)
-    drain_s: float = bounded(10.0, SHORTEST_S, DAY_S)
+    eject_s: float = bounded(10.0, MIN_DURATION_S, DAY_S)  # duration of a replica's first ejection; doubles each time
+    eject_most_s: float = bounded(300.0, MIN_DURATION_S, 7 * DAY_S)  # longest duration of an ejection
+    retry_share: float = bounded(0.2, 0, 1)  # retry budget: retries as a share of all requests
+    retry_least_per_s: float = bounded(10.0, 1e-3, 1e6)  # retries per second that are always allowed
+    queue_timeout_s: float = bounded(30.0, MIN_DURATION_S, DAY_S)  # limit of a request's wait for a replica, then 503
+    connect_timeout_s: float = bounded(5.0, MIN_DURATION_S, HOUR_S)  # limit to connect to a replica
+    first_byte_timeout_s: float = bounded(600.0, MIN_DURATION_S, DAY_S)  # limit until a streamed response begins
+    # Limit from a request to the first byte of its response, if not streamed.
+    answer_timeout_s: float = bounded(3600.0, MIN_DURATION_S, DAY_S)
+    idle_timeout_s: float = bounded(300.0, MIN_DURATION_S, DAY_S)  # longest pause while a body is received or sent
+    # A stream that pauses for this long gets an SSE comment, which keeps proxies from closing the connection.
+    ping_s: float = bounded(15.0, MIN_DURATION_S, DAY_S)
+    discovery_s: float = bounded(0.5, MIN_DURATION_S, HOUR_S)  # interval at which the router reads the registry
+    probe_s: float = bounded(2.0, MIN_DURATION_S, HOUR_S)  # interval of health probes of each replica
+    probe_timeout_s: float = bounded(2.0, MIN_DURATION_S, HOUR_S)  # limit of one health probe
+    drain_s: float = bounded(10.0, MIN_DURATION_S, DAY_S)  # after SIGTERM, limit for requests in flight to complete
 
 
 @dataclass
 class Simulate:
-    """With a GPU's name, every vLLM engine is replaced by a simulated one that stands for it: a prediction."""
+    """Replaces every vLLM engine by a simulated one, to predict a deployment without GPUs."""
 
-    gpu: str | None = None  # h100-sxm | h200-sxm | a100-sxm | l40s
-    slowdown: float = bounded(1.0, 1e-3, 1e6)  # wall seconds per simulated second, for machines that cannot keep up
+    gpu: str | None = None  # GPU to simulate: h100-sxm, h200-sxm, a100-sxm or l40s; null: no simulation
+    slowdown: float = bounded(1.0, 1e-3, 1e6)  # wall seconds per simulated second, for machines that are too slow
 
 
 @dataclass
 class Deployment:
-    """The config root: all that one launch creates."""
+    """The root of the configuration: all that one launch creates."""
 
-    name: str = "deployment"
-    runs: str = "runs"
-    experts: dict[str, ExpertConfig] = field(default_factory=dict)
-    cluster: ClusterConfig = field(default_factory=ClusterConfig)
-    policy: PolicyConfig = field(default_factory=PolicyConfig)
-    router: RouterConfig = field(default_factory=RouterConfig)
-    simulate: Simulate = field(default_factory=Simulate)
+    name: str = "deployment"  # first part of the run directory's name and of the jobs' names
+    runs: str = "runs"  # folder in which run directories are created
+    experts: dict[str, ExpertConfig] = field(default_factory=dict)  # the experts by name
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)  # where jobs run
+    policy: PolicyConfig = field(default_factory=PolicyConfig)  # how `model: auto` is resolved
+    router: RouterConfig = field(default_factory=RouterConfig)  # the router's settings
+    simulate: Simulate = field(default_factory=Simulate)  # simulation instead of GPUs
 
 
 def options_of(expert: str, engine: EngineConfig) -> EngineOptions:
-    """The engine's options, typed by its kind."""
-    if engine.kind not in OPTIONS:
-        key = f"experts.{expert}.engine.kind"
-        raise ConfigError(f"{key}: unknown engine '{engine.kind}'{suggest(engine.kind, OPTIONS)}", key=key)
-    return parse(OPTIONS[engine.kind], engine.options, at=f"experts.{expert}.engine.options")
+    """The engine's options, typed by its kind. Raises ConfigError for an unknown kind or option."""
+    at = f"experts.{expert}.engine"
+    check_values(engine, at=at)
+    return parse(OPTIONS[engine.kind], engine.options, at=f"{at}.options")

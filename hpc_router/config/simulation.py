@@ -1,6 +1,7 @@
-"""`simulate.gpu=h100-sxm`: the same deployment without GPUs, each vLLM engine replaced by a simulated one that stands
-for it on such GPUs. So a topology is written once, and predicted or measured by one word."""
+"""`simulate.gpu=h100-sxm`: the same deployment without GPUs. Each vLLM engine is replaced by a simulated one that
+predicts its latencies on that GPU, so the same topology can be predicted and measured."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Final
 
@@ -8,6 +9,7 @@ from hpc_router.config.schema import (
     Deployment,
     EngineConfig,
     ExpertConfig,
+    Precision,
     ResourceConfig,
     Roofline,
     Simulate,
@@ -16,19 +18,20 @@ from hpc_router.config.schema import (
 )
 from hpc_router.errors import ConfigError
 
-PRECISION: Final = {None: "bf16", "fp8": "fp8", "awq": "awq", "awq_marlin": "awq"}
+PRECISION: Final[Mapping[str | None, Precision]] = {None: "bf16", "fp8": "fp8", "awq": "awq", "awq_marlin": "awq"}
+"""vLLM's quantization method -> precision of the simulated weights."""
 
 
 def simulated(deployment: Deployment) -> Deployment:
-    """Raises ConfigError for what the roofline does not know."""
-    how = deployment.simulate
-    if how.gpu is None:
+    """With simulated engines if `simulate.gpu` is set. Raises ConfigError for an unknown quantization."""
+    options = deployment.simulate
+    if options.gpu is None:
         return deployment
-    experts = {name: _expert(name, config, how) for name, config in deployment.experts.items()}
+    experts = {name: _expert(name, config, options) for name, config in deployment.experts.items()}
     return replace(deployment, experts=experts)
 
 
-def _expert(name: str, config: ExpertConfig, how: Simulate) -> ExpertConfig:
+def _expert(name: str, config: ExpertConfig, simulate: Simulate) -> ExpertConfig:
     options = options_of(name, config.engine)
     if config.adapter_of is not None or not isinstance(options, VllmOptions):
         return config
@@ -36,15 +39,15 @@ def _expert(name: str, config: ExpertConfig, how: Simulate) -> ExpertConfig:
         key = f"experts.{name}.engine.options.quantization"
         valid = ", ".join(str(known) for known in PRECISION)
         raise ConfigError(f"{key}={options.quantization}: the roofline does not know it (valid: {valid})", key=key)
-    assert how.gpu is not None
+    assert simulate.gpu is not None
     roofline = Roofline(
         model=config.model,
-        gpu=how.gpu,
+        gpu=simulate.gpu,
         tensor_parallel_size=options.tensor_parallel_size,
         pipeline_parallel_size=options.pipeline_parallel_size,
         quantization=PRECISION[options.quantization],
         gpus_per_node=max(1, config.resources.gpus),
-        slowdown=how.slowdown,
+        slowdown=simulate.slowdown,
     )
     return replace(
         config,

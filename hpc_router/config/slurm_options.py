@@ -1,7 +1,7 @@
-"""What may stand in a batch script: options of Slurm, modules, setup lines, environment.
+"""Checks the values that become lines of a batch script: Slurm options, modules, setup lines, environment.
 
-Each becomes one line of the script, so no value may contain a line break. An option that the script sets itself cannot
-be set a second time. Every refusal names its key and what to use instead.
+Each value becomes one line, so it may not contain a line break. An option that the script sets itself cannot be set
+again. Every error names the key and what to use instead.
 """
 
 import re
@@ -15,12 +15,12 @@ from hpc_router.errors import ConfigError
 
 _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f\x85\u2028\u2029]")
 _UNFIT: Final = re.compile(r"[\s'\"\\#$`;]")
-"""In a word of sbatch, which has its own rules for quotes and comments."""
+"""Characters that are not valid in an option's value, because sbatch has its own rules for quotes and comments."""
 _OPTION: Final = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 _MODULE: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_./+:@=-]*")
 _VARIABLE: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _TICK_S: Final = 60
-"""Slurm looks at its clock once a minute, so a signal may come so much earlier than asked."""
+"""Slurm checks times once a minute, so it may send a signal this much earlier than requested."""
 _WORDS: Final = ("partition", "account", "qos", "constraint", "reservation", "exclude", "gpu_type")
 
 _SIZES: Final = {
@@ -46,17 +46,17 @@ SBATCH_OWNED: Final = _SIZES | {
     "time": "use resources.walltime, or cluster.walltime for all",
     "exclusive": "use resources.exclusive, or cluster.exclusive for all",
     "signal": "use cluster.warn_s",
-    "requeue": "what ended is replaced by a fresh job",
+    "requeue": "a job that ended is replaced by a new job",
     "no-requeue": "it is always set",
     "array": "every replica is a job of its own, or a step: cluster.replicas_per_job",
     "wrap": "use cluster.setup",
     "export": "use cluster.env",
     "export-file": "use cluster.env",
-    "parsable": "the answer is read by a program",
-    "quiet": "the answer is read by a program",
+    "parsable": "a program reads the output of sbatch",
+    "quiet": "a program reads the output of sbatch",
     "wait": "services do not end",
     "test-only": "`hpc-router plan` does it",
-    "clusters": "jobs go to the cluster of Slurm's configuration here; SLURM_CONF names another's",
+    "clusters": "jobs go to the cluster of this host's Slurm configuration; SLURM_CONF selects another",
 }
 SRUN_OWNED: Final = _SIZES | {
     "export": "use cluster.env",
@@ -71,7 +71,7 @@ SRUN_OWNED: Final = _SIZES | {
 
 
 def check_options(at: str, options: JobOptions, *, warn_s: float) -> None:
-    """`at`: where they stand, `cluster` or `experts.math.resources`. Raises ConfigError."""
+    """`at`: key of the options, such as `cluster` or `experts.math.resources`. Raises ConfigError."""
     for name in _WORDS:
         _check_word(f"{at}.{name}", getattr(options, name))
     _check_walltime(f"{at}.walltime", options.walltime, warn_s=warn_s)
@@ -81,7 +81,7 @@ def check_options(at: str, options: JobOptions, *, warn_s: float) -> None:
 
 
 def check_script(cluster: ClusterConfig) -> None:
-    """What jobs find there."""
+    """Checks modules, setup lines, environment and container. Raises ConfigError."""
     for number, module in enumerate(cluster.modules):
         if not _MODULE.fullmatch(module):
             key = f"cluster.modules[{number}]"
@@ -90,14 +90,14 @@ def check_script(cluster: ClusterConfig) -> None:
         key = f"cluster.setup[{number}]"
         if not line.strip():
             raise ConfigError(f"{key} is empty (valid: a line of bash)", key=key)
-        one_line(key, line.replace("\t", " "), instead="give each line as an entry of its own")
+        check_one_line(key, line.replace("\t", " "), instead="give each line as an entry of its own")
     check_environment("cluster.env", cluster.env)
     for name, value in cluster.env.items():
-        one_line(f"cluster.env.{name}", value)
+        check_one_line(f"cluster.env.{name}", value)
     for name in ("python", "scratch", "login"):
         value = getattr(cluster, name)
         if value is not None:
-            filled(f"cluster.{name}", value)
+            check_not_empty(f"cluster.{name}", value)
     _check_container(cluster.container)
 
 
@@ -109,24 +109,24 @@ def check_environment(at: str, environment: Mapping[str, str]) -> None:
 
 
 def check_run_path(path: Path, kind: str) -> None:
-    """Jobs of Slurm have their logs there, named by patterns that Slurm and submitit each fill in their own way."""
+    """Raises ConfigError if the run directory's path has characters with a meaning in Slurm's names of log files."""
     if kind == "local":
         return
     if found := re.search(r"[%\\]", str(path)) or _CONTROL.search(str(path)):
         raise ConfigError(
-            f"the run directory {str(path)!r} has {found[0]!r}, which means something else in the names of Slurm's "
+            f"the run directory {str(path)!r} has {found[0]!r}, which has another meaning in the names of Slurm's "
             f"log files (valid: a path without '%', backslashes and control characters; `--run DIR` names another)"
         )
 
 
-def filled(key: str, value: str) -> None:
-    """Text of one line that is not empty."""
+def check_not_empty(key: str, value: str) -> None:
+    """Raises ConfigError unless `value` is one line of text that is not blank."""
     if not value.strip():
         raise ConfigError(f"{key} is empty", key=key)
-    one_line(key, value)
+    check_one_line(key, value)
 
 
-def one_line(key: str, value: str, *, instead: str = "it has to be one line of plain text") -> None:
+def check_one_line(key: str, value: str, *, instead: str = "it has to be one line of plain text") -> None:
     if found := _CONTROL.search(value):
         raise ConfigError(f"{key}: has the control character {found[0]!r}; {instead}", key=key)
 
@@ -134,10 +134,10 @@ def one_line(key: str, value: str, *, instead: str = "it has to be one line of p
 def _check_word(key: str, value: str | None) -> None:
     if value is None:
         return
-    filled(key, value)
+    check_not_empty(key, value)
     if found := _UNFIT.search(value):
         valid = "as Slurm writes it, without blanks and quotes; null for none"
-        raise ConfigError(f"{key}={value}: {found[0]!r} cannot stand there (valid: {valid})", key=key)
+        raise ConfigError(f"{key}={value}: {found[0]!r} is not possible here (valid: {valid})", key=key)
 
 
 def _check_walltime(key: str, value: str | None, *, warn_s: float) -> None:
@@ -162,18 +162,18 @@ def _check_further(at: str, options: Mapping[str, Any], owned: Mapping[str, str]
             raise ConfigError(f"{key}: cannot be an option of Slurm (valid: {valid})", key=key)
         for other, instead in owned.items():
             if other.startswith(name):  # Slurm takes any beginning that is unique
-                said = "is not to be set here" if other == name else f"is short for --{other}, which is not set here"
-                raise ConfigError(f"{key}: {said}; {instead}", key=key)
+                problem = "is not to be set here" if other == name else f"is short for --{other}, which is not set here"
+                raise ConfigError(f"{key}: {problem}; {instead}", key=key)
         if value is not None and not isinstance(value, str | int | bool):
             raise ConfigError(f"{key}: {value!r} is not text, a whole number, true, false or null", key=key)
         if isinstance(value, str):
-            one_line(key, value)
+            check_one_line(key, value)
             if "'" in value or "\\" in value:
                 raise ConfigError(f"{key}={value}: quotes and backslashes are not possible in an option", key=key)
 
 
 def _check_dependency(at: str, options: Mapping[str, Any]) -> None:
-    """`cluster.batch` puts another before it, for the successor of a router."""
+    """Checks a dependency. The standby of a router gets a further one in front of it (`launchers.slurm.sbatch`)."""
     for name, value in options.items():
         key = f"{at}.{name}"
         if name != "dependency" and "dependency".startswith(name):
@@ -184,18 +184,18 @@ def _check_dependency(at: str, options: Mapping[str, Any]) -> None:
         if not isinstance(value, str) or not value.strip():
             raise ConfigError(f"{key}={value}: not a dependency in Slurm's format (valid: {valid})", key=key)
         if "?" in value:
-            said = "'?' (any of them) cannot be combined with a router's wait for its predecessor"
-            raise ConfigError(f"{key}={value}: {said} (valid: {valid})", key=key)
+            problem = "'?' (any of them) cannot be combined with a router's wait for its predecessor"
+            raise ConfigError(f"{key}={value}: {problem} (valid: {valid})", key=key)
 
 
 def _check_container(container: ContainerConfig) -> None:
     at = "cluster.container"
-    filled(f"{at}.program", container.program)
+    check_not_empty(f"{at}.program", container.program)
     if container.image is not None:
-        filled(f"{at}.image", container.image)
+        check_not_empty(f"{at}.image", container.image)
     for name, words in {"binds": container.binds, "options": container.options}.items():
         for number, word in enumerate(words):
-            filled(f"{at}.{name}[{number}]", word)
+            check_not_empty(f"{at}.{name}[{number}]", word)
     for number, bind in enumerate(container.binds):
         parts = bind.split(":")
         if len(parts) > 3 or not all(parts) or (len(parts) == 3 and parts[2] not in ("ro", "rw")):

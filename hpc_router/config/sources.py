@@ -1,7 +1,7 @@
-"""Where a config value came from: the override or the file to edit, and the text that stands there.
+"""Finds the source of a config value: the override or file to edit, and the text in it.
 
-Hydra's composed result does not know, so its own list of files is walked again, last winner first. Whatever Hydra
-cannot tell is left out of the message, never guessed.
+Hydra's composed result does not have it, so Hydra's list of files is searched again, the last one first. A source that
+is not certain is left out of the message.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -24,12 +24,12 @@ from omegaconf import OmegaConf
 
 from hpc_router.config import as_written
 from hpc_router.config.as_written import Written
-from hpc_router.config.frozen import GROUPS, shown
+from hpc_router.config.frozen import GROUPS, display_path
 from hpc_router.errors import ConfigError
 
 
 def parse_override(text: str) -> Override:
-    """Hydra's view of one override. Raises ConfigError naming it."""
+    """The parsed override. Raises ConfigError with its text."""
     try:
         return OverridesParser.create().parse_override(text)
     except HydraException as error:
@@ -42,28 +42,28 @@ def parse_override(text: str) -> Override:
 
 @dataclass
 class Sources:
-    """Finds the text of a value. `files`: path and package of each, in the order of their composition."""
+    """Finds the written text of a value. `files`: path and package of each file, in the order of composition."""
 
     overrides: Sequence[str]
     files: Iterable[tuple[Path, str]]
 
     def find(self, path: as_written.Path, value: object) -> Written | None:
-        """The last source whose scalar at `path` is read as `value`; None for an interpolation or a default."""
+        """The last source with the scalar `value` at `path`; None if it comes from an interpolation or a default."""
         for text, key, parts, typed in self._parsed_overrides:
-            if path[: len(key)] == key and _is(_at(typed, path[len(key) :]), value):
-                written = _at(parts, path[len(key) :])
+            if path[: len(key)] == key and _equal(_value_at(typed, path[len(key) :]), value):
+                written = _value_at(parts, path[len(key) :])
                 if isinstance(written, str):
                     return Written(written, f"override '{text}'")
         for file, package, root in self._parsed_files:
             if path[: len(package)] == package:
                 node = _node_at(root, path[len(package) :])
-                if isinstance(node, yaml.ScalarNode) and _is(_typed(node), value):
-                    return Written(node.value, f"{shown(file)}:{node.start_mark.line + 1}")
+                if isinstance(node, yaml.ScalarNode) and _equal(_typed(node), value):
+                    return Written(node.value, f"{display_path(file)}:{node.start_mark.line + 1}")
         return None
 
     @cached_property
     def _parsed_overrides(self) -> list[tuple[str, as_written.Path, Any, Any]]:
-        """Of those that set a value, last first: as typed, key, value with the text of its scalars, value."""
+        """The overrides that set a value, last first: text, key, value with scalars as text, value."""
         found: list[tuple[str, as_written.Path, Any, Any]] = []
         for text in reversed(self.overrides):
             override = parse_override(text)
@@ -83,7 +83,7 @@ class Sources:
 
 
 class _WithText(HydraOverrideVisitor):
-    """Reads numbers and truth values as the text that they are written in."""
+    """Parses numbers and truth values to their written text."""
 
     def _createPrimitive(self, ctx: Any) -> Any:
         value = super()._createPrimitive(ctx)
@@ -91,7 +91,7 @@ class _WithText(HydraOverrideVisitor):
 
 
 def _with_text(text: str) -> Override:
-    """`parse_override` with the text of all scalars; a function's value is not known then."""
+    """`parse_override` with all scalars as text; without a value if it is a function."""
     lexer = OverrideLexer(InputStream(text))
     parser = OverrideParser(CommonTokenStream(lexer))
     try:
@@ -102,11 +102,11 @@ def _with_text(text: str) -> Override:
     return override
 
 
-def _is(found: object, value: object) -> bool:
+def _equal(found: object, value: object) -> bool:
     return type(found) is type(value) and found == value
 
 
-def _at(value: Any, path: as_written.Path) -> Any:
+def _value_at(value: Any, path: as_written.Path) -> Any:
     """The part of a parsed override at `path`; None where there is none."""
     for part in path:
         if isinstance(value, Mapping):
@@ -145,14 +145,14 @@ def _entry(node: yaml.MappingNode, name: str) -> yaml.Node | None:
 
 
 def _typed(node: yaml.ScalarNode) -> object:
-    """What OmegaConf makes of a scalar; None for text in quotes, which is no number."""
+    """The scalar as OmegaConf reads it; None for text in quotes."""
     return OmegaConf.create(f"- {node.value}")[0] if node.style is None and node.value else None
 
 
 def place_of(key: str, overrides: Sequence[str]) -> str:
-    """`override 'router.port=x': ` or `my/topology/a.yaml: ` for the value at `key`; empty when nobody knows.
+    """`override 'router.port=x': ` or `my/topology/a.yaml: ` for the value at `key`; empty if it is not known.
 
-    Call it while Hydra is initialised.
+    Requires that Hydra is initialised.
     """
     for text in reversed(overrides):
         override = parse_override(text)
@@ -161,7 +161,7 @@ def place_of(key: str, overrides: Sequence[str]) -> str:
             return f"override '{text}': "
     for path, package in reversed(list(composed_files(overrides))):
         if _has(_content(path), _below(key, package)):
-            return f"{shown(path)}: "
+            return f"{display_path(path)}: "
     return ""
 
 
@@ -170,7 +170,7 @@ def _touches(overridden: str, key: str) -> bool:
 
 
 def composed_files(overrides: Sequence[str]) -> Iterator[tuple[Path, str]]:
-    """Every file of the composition and the key it is put below. Call it while Hydra is initialised."""
+    """Every file of the composition, and the key that contains its values. Requires that Hydra is initialised."""
     hydra = GlobalHydra.instance().hydra
     assert hydra is not None
     loader = hydra.config_loader
@@ -192,7 +192,7 @@ def _content(path: Path) -> Mapping[str, Any]:
 
 
 def _below(key: str, package: str) -> list[str] | None:
-    """The path of `key` inside a file that is put below `package`; None where it cannot be."""
+    """The path of `key` inside a file whose values are below `package`; None if the file cannot contain it."""
     parts, prefix = key.split("."), package.split(".") if package else []
     return parts[len(prefix) :] if parts[: len(prefix)] == prefix else None
 

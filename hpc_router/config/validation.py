@@ -1,6 +1,6 @@
-"""What can be refused before anything starts, and no single dataclass can see.
+"""Checks of a deployment that involve several dataclasses, or more than a type and a range.
 
-Every refusal names its key and what would have been valid. Nothing here looks at the machine: `cluster.plan` does.
+Every error names the key and what is valid. Nothing here depends on the machine; `cluster.planning` checks that.
 """
 
 import ipaddress
@@ -9,13 +9,9 @@ from collections.abc import Iterable
 from typing import Final
 
 from hpc_router.config.adapters import check_adapter
-from hpc_router.config.parsing import check_bounds
+from hpc_router.config.parsing import check_values
 from hpc_router.config.schema import (
-    CLUSTERS,
     EXPERT_NAME,
-    GPU_REQUESTS,
-    PLACES,
-    POLICIES,
     RESERVED_NAMES,
     ClusterConfig,
     Deployment,
@@ -25,7 +21,7 @@ from hpc_router.config.schema import (
     VllmOptions,
     options_of,
 )
-from hpc_router.config.slurm_options import check_environment, check_options, check_script, filled
+from hpc_router.config.slurm_options import check_environment, check_not_empty, check_options, check_script
 from hpc_router.errors import ConfigError, suggest
 
 _RUN_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
@@ -38,13 +34,12 @@ _SPANS_NODES: Final = ("vllm", "sim")
 
 
 def check(deployment: Deployment) -> None:
-    """Raises ConfigError."""
-    check_bounds(deployment, at="")
+    """Raises ConfigError for the first invalid value."""
+    check_values(deployment, at="")
     if not _RUN_NAME.fullmatch(deployment.name):
         valid = "letters, digits, '.', '-' and '_', at most 63"
         raise ConfigError(f"name={deployment.name}: cannot name a run directory (valid: {valid})", key="name")
-    filled("runs", deployment.runs)
-    _one_of("policy.kind", deployment.policy.kind, POLICIES)
+    check_not_empty("runs", deployment.runs)
     _check_cluster(deployment.cluster)
     check_router(deployment.router)
     _check_router_job(deployment.router.resources, deployment.cluster)
@@ -58,7 +53,6 @@ def check(deployment: Deployment) -> None:
 
 
 def check_router(router: RouterConfig) -> None:
-    _one_of("router.place", router.place, PLACES)
     if router.host is not None:
         check_host("router.host", router.host)
     if router.eject_most_s < router.eject_s:
@@ -68,15 +62,15 @@ def check_router(router: RouterConfig) -> None:
 
 
 def check_host(key: str, host: str) -> None:
-    """A host's name or address, whether it exists or not."""
-    filled(key, host)
+    """Raises ConfigError unless `host` has the form of a host name or an address."""
+    check_not_empty(key, host)
     try:
         ipaddress.ip_address(host)
     except ValueError as error:
         if not _HOST.fullmatch(host) or len(host) > 253 or host.replace(".", "").isdecimal():
             valid = "a host's name such as node7, or an address such as 10.1.2.3 or 0.0.0.0; the port is router.port"
-            said = f"{key}={host}: neither a host's name nor an address (valid: {valid})"
-            raise ConfigError(said, key=key) from error
+            problem = f"{key}={host}: neither a host's name nor an address (valid: {valid})"
+            raise ConfigError(problem, key=key) from error
 
 
 def check_fallback(fallback: str | None, experts: Iterable[str]) -> None:
@@ -87,9 +81,9 @@ def check_fallback(fallback: str | None, experts: Iterable[str]) -> None:
 
 
 def check_fabric(fabric: str) -> None:
-    """An interface, a network or an address, whether a node has it or not."""
+    """Raises ConfigError unless `fabric` has the form of an interface, a network or an address."""
     key, valid = "cluster.fabric", "an interface such as ib0, a network such as 10.1.0.0/16, an address"
-    filled(key, fabric)
+    check_not_empty(key, fabric)
     try:
         nearest = str(ipaddress.ip_network(fabric, strict=False))
     except ValueError as error:
@@ -97,13 +91,11 @@ def check_fabric(fabric: str) -> None:
             return
         raise ConfigError(f"{key}={fabric}: {error} (valid: {valid})", key=key) from error
     if "/" in fabric and nearest.partition("/")[0] != str(ipaddress.ip_interface(fabric).ip):
-        said = f"has bits beyond its mask; did you mean '{nearest}'? (valid: {valid})"
-        raise ConfigError(f"{key}={fabric}: {said}", key=key)
+        problem = f"has bits beyond its mask; did you mean '{nearest}'? (valid: {valid})"
+        raise ConfigError(f"{key}={fabric}: {problem}", key=key)
 
 
 def _check_cluster(cluster: ClusterConfig) -> None:
-    _one_of("cluster.kind", cluster.kind, CLUSTERS)
-    _one_of("cluster.gpu_request", cluster.gpu_request, GPU_REQUESTS)
     if cluster.fabric is not None:
         check_fabric(cluster.fabric)
     if cluster.kind == "local":
@@ -113,12 +105,13 @@ def _check_cluster(cluster: ClusterConfig) -> None:
 
 
 def _check_no_slurm(cluster: ClusterConfig) -> None:
-    """A site's file that forgets `kind: slurm` would start its engines on the login node."""
+    """Refuses Slurm keys with cluster.kind=local: a site's file without `kind: slurm` would start engines on the login
+    node."""
     for name in ("partition", "account", "qos", "reservation"):
         if getattr(cluster, name) is not None:
             key = f"cluster.{name}"
             raise ConfigError(
-                f"{key}={getattr(cluster, name)}: this is a key of Slurm, and cluster.kind is local; set `kind: slurm`",
+                f"{key}={getattr(cluster, name)}: this key is for Slurm, and cluster.kind is local; set `kind: slurm`",
                 key=key,
             )
 
@@ -131,7 +124,7 @@ def _check_router_job(resources: ResourceConfig, cluster: ClusterConfig) -> None
 
 
 def _check_resources(at: str, resources: ResourceConfig, cluster: ClusterConfig) -> None:
-    """What each of router and experts asks for, by itself."""
+    """Checks the resources of the router or of one expert."""
     check_options(at, resources, warn_s=cluster.warn_s)
     have = 0 if cluster.gpus is None and cluster.kind == "local" else cluster.gpus
     if have is not None and resources.gpus > have:
@@ -178,20 +171,19 @@ def _check_several_nodes(at: str, expert: ExpertConfig, cluster: ClusterConfig) 
         valid = f"1, or engine.kind {' or '.join(_SPANS_NODES)}"
         raise ConfigError(f"{key}={nodes}: the engine '{kind}' does not span nodes (valid: {valid})", key=key)
     if cluster.replicas_per_job > 1:
-        said = f"cluster.replicas_per_job={cluster.replicas_per_job} puts several replicas on one node"
-        raise ConfigError(f"{key}={nodes}: {said} (valid: one of the two is 1)", key=key)
+        problem = f"cluster.replicas_per_job={cluster.replicas_per_job} puts several replicas on one node"
+        raise ConfigError(f"{key}={nodes}: {problem} (valid: one of the two is 1)", key=key)
     own = expert.resources.exclusive
     if not (cluster.exclusive if own is None else own) and not cluster.trusted_network:
         raise ConfigError(
-            f"{key}={nodes}: an engine's ranks talk to each other without authentication, so on shared nodes any user "
-            f"could join in (valid: {at}.resources.exclusive=true for whole nodes, or cluster.trusted_network=true "
-            f"where everybody on the network is trusted)",
+            f"{key}={nodes}: an engine's ranks communicate without authentication, so on shared nodes any user "
+            f"could connect to them (valid: {at}.resources.exclusive=true for whole nodes, or "
+            f"cluster.trusted_network=true if all users of the network are trusted)",
             key=key,
         )
 
 
 def _check_vllm(at: str, expert: ExpertConfig, options: VllmOptions) -> None:
-    _one_of(f"{at}.engine.options.device", options.device, ("cuda", "cpu"))
     tensor, pipeline = options.tensor_parallel_size, options.pipeline_parallel_size
     nodes, gpus = expert.resources.nodes, expert.resources.gpus
     if options.device == "cpu" and nodes > 1 and tensor * pipeline != nodes:
@@ -206,8 +198,3 @@ def _check_vllm(at: str, expert: ExpertConfig, options: VllmOptions) -> None:
             f"{at}.resources ask for {nodes} node(s) x {gpus} GPUs = {nodes * gpus}; make them equal",
             key=f"{at}.engine.options",
         )
-
-
-def _one_of(key: str, value: str, valid: tuple[str, ...]) -> None:
-    if value not in valid:
-        raise ConfigError(f"{key}={value}: not known{suggest(value, valid)}", key=key)

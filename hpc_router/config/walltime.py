@@ -10,7 +10,7 @@ _WITH_DAYS: Final = re.compile(r"(\d+)-(\d+)(?::(\d+)(?::(\d+))?)?")
 
 
 def walltime_s(text: str) -> float | None:
-    """Seconds; None for what Slurm does not take for a duration."""
+    """The duration in seconds; None if Slurm does not accept `text` as one."""
     if text.upper() in ("UNLIMITED", "INFINITE"):
         return math.inf
     if match := _WITH_DAYS.fullmatch(text):
@@ -22,8 +22,8 @@ def walltime_s(text: str) -> float | None:
     return None
 
 
-def clock(seconds: float) -> str:
-    """As Slurm shows it: D-HH:MM:SS, without days where there are none."""
+def walltime_text(seconds: float) -> str:
+    """The duration as Slurm shows it: D-HH:MM:SS, or HH:MM:SS below one day."""
     if math.isinf(seconds):
         return "UNLIMITED"
     days, rest = divmod(int(seconds), 86400)

@@ -1,7 +1,8 @@
 """The address of this node that services bind and publish, from `cluster.fabric`.
 
-A node has several networks: management, the fabric, containers. The config names the one that experts and routers
-talk over, as an interface, a network or an address; without it the host's own name decides, then the default route.
+A node has several networks: management, the fabric, containers. The config names the one that experts and routers use,
+as an interface, a network or an address. Without it, the address is that of the host's name, or else of the default
+route.
 """
 
 import ipaddress
@@ -19,43 +20,43 @@ Interfaces = Mapping[str, Sequence[IpAddress]]
 KEY: Final = "cluster.fabric"
 LOOPBACK: Final = "127.0.0.1"
 _FAR: Final = {socket.AF_INET: "192.0.2.1", socket.AF_INET6: "2001:db8::1"}
-"""Addresses reserved for documentation: the default route leads there, and nothing is ever sent."""
+"""Addresses reserved for documentation. The default route leads to them, and nothing is sent."""
 
 
 def address(fabric: str | None, *, kind: str) -> str:
-    """This node's address on the fabric; `kind` is the cluster's. Raises ConfigError where it has none."""
+    """This node's address on the fabric; `kind` is `cluster.kind`. Raises ConfigError if the node has none."""
     if fabric is not None:
-        return str(chosen(fabric, interfaces()))
+        return str(select_address(fabric, interfaces()))
     if kind == "local":
         return LOOPBACK
     found = _of_own_name() or _of_default_route()
     if found is None:
-        raise ConfigError(f"{KEY}: no address that other nodes can reach {_has(interfaces())}", key=KEY)
+        raise ConfigError(f"{KEY}: no address that other nodes can reach {_list_of(interfaces())}", key=KEY)
     return found
 
 
-def chosen(fabric: str, have: Interfaces) -> IpAddress:
-    """The address among `have` that `fabric` means; IPv4 first where an interface has both."""
+def select_address(fabric: str, have: Interfaces) -> IpAddress:
+    """The address that `fabric` selects among `have`, IPv4 before IPv6. Raises ConfigError if there is none."""
     if fabric in have:
         found = list(have[fabric])
     else:
         network = _network(fabric, have)
-        found = [one for addresses in have.values() for one in addresses if one in network]
+        found = [address for addresses in have.values() for address in addresses if address in network]
     if not found:
-        raise ConfigError(f"{KEY}={fabric}: this node is not on it {_has(have)}", key=KEY)
-    return min(found, key=lambda one: one.version)
+        raise ConfigError(f"{KEY}={fabric}: this node is not on it {_list_of(have)}", key=KEY)
+    return min(found, key=lambda address: address.version)
 
 
-def interface(of: str, have: Interfaces | None = None) -> str | None:
-    """The interface that carries this address."""
+def interface_of(of: str, have: Interfaces | None = None) -> str | None:
+    """The name of the interface with this address; None if no interface of the node has it."""
     wanted = ipaddress.ip_address(of)
     known = interfaces() if have is None else have
     return next((name for name, addresses in known.items() if wanted in addresses), None)
 
 
 def interfaces() -> dict[str, list[IpAddress]]:
-    """This node's interfaces that are up, and their addresses, without IPv6's link-local ones: those mean nothing to
-    another node."""
+    """This node's interfaces that are up, and their addresses. Link-local IPv6 addresses are left out, because other
+    nodes cannot use them."""
     up = {name for name, status in psutil.net_if_stats().items() if status.isup}
     found = {}
     for name, entries in psutil.net_if_addrs().items():
@@ -67,15 +68,16 @@ def interfaces() -> dict[str, list[IpAddress]]:
 
 
 def _network(fabric: str, have: Interfaces) -> ipaddress.IPv4Network | ipaddress.IPv6Network:
-    """An address is a network of one."""
+    """`fabric` as a network; a single address is a network of one. Raises ConfigError for other text."""
     try:
         return ipaddress.ip_network(fabric, strict=False)
     except ValueError as error:
-        raise ConfigError(f"{KEY}={fabric}: no interface, network or address {_has(have)}", key=KEY) from error
+        raise ConfigError(f"{KEY}={fabric}: no interface, network or address {_list_of(have)}", key=KEY) from error
 
 
 def _of_own_name() -> str | None:
-    """What other nodes most likely find under this node's name; distributions like to give it a loopback address."""
+    """The address of this node's name, which other nodes most likely resolve as well. None if it is a loopback address,
+    as distributions often set it."""
     try:
         entries = socket.getaddrinfo(socket.gethostname(), None, type=socket.SOCK_STREAM)
     except OSError:
@@ -89,7 +91,7 @@ def _of_own_name() -> str | None:
 
 
 def _of_default_route() -> str | None:
-    """A datagram socket that is connected has chosen its source address; no packet leaves."""
+    """The source address that the kernel chooses for a datagram socket connected to a far address. Sends no packet."""
     for family, far in _FAR.items():
         try:
             with socket.socket(family, socket.SOCK_DGRAM) as probe:
@@ -102,6 +104,6 @@ def _of_default_route() -> str | None:
     return None
 
 
-def _has(have: Interfaces) -> str:
+def _list_of(have: Interfaces) -> str:
     listed = "; ".join(f"{name}: {', '.join(map(str, addresses))}" for name, addresses in have.items())
     return f"(this node has: {listed or 'nothing'})"

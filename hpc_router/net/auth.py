@@ -1,8 +1,9 @@
-"""Tokens and proofs: who may call, and whether an address still belongs to the replica it was published for.
+"""Tokens, and challenges that show whether an address still belongs to the replica that published it.
 
-Each replica has a key of its own, HMAC-SHA256(secret, nonce): the deployment's `secret` never leaves its 0600 file, the
-nonce stands in the replica's record. The key answers the router's challenge and is the token the router sends, so a
-process that took over a port can neither answer nor learn anything of use. Comparisons take constant time.
+Each replica has its own key, HMAC-SHA256(secret, nonce). The deployment's `secret` stays in a file of mode 0600; the
+nonce is in the replica's record. A replica answers the router's challenge with the key, and the router sends the key as
+its token. A process that took over a port therefore cannot answer, and learns no token of another replica. Comparisons
+take constant time.
 """
 
 import hashlib
@@ -21,16 +22,16 @@ def replica_key(secret: str, nonce: str) -> str:
 
 
 def challenge_answer(key: str, challenge: str) -> str:
-    """What a holder of `key` answers to `challenge`, in hex."""
+    """The answer to `challenge` of a process that has `key`, in hex."""
     return hmac.new(key.encode(), b"challenge:" + challenge.encode(), hashlib.sha256).hexdigest()
 
 
-def same(left: str, right: str) -> bool:
-    """Constant-time equality of two secrets, whatever characters a stranger sends."""
+def equal_secrets(left: str, right: str) -> bool:
+    """Constant-time equality of two secrets. Any text is accepted, also with characters that UTF-8 cannot encode."""
     return hmac.compare_digest(left.encode("utf-8", "replace"), right.encode("utf-8", "replace"))
 
 
-def bearer(header: str | None) -> str | None:
-    """The token of an `Authorization: Bearer ...` header."""
+def bearer_token(header: str | None) -> str | None:
+    """The token of an `Authorization: Bearer ...` header; None for another header."""
     scheme, _, token = (header or "").partition(" ")
     return token.strip() or None if scheme.lower() == "bearer" else None

@@ -1,4 +1,4 @@
-"""HTTP from a verb or the control loop: short calls with a time limit, never through a proxy."""
+"""HTTP calls of commands and the control loop: short, with a time limit, and never through a proxy."""
 
 import asyncio
 import json
@@ -9,20 +9,20 @@ from typing import Any, Final
 
 import aiohttp
 
-QUICK_S: Final = 2.0
+DEFAULT_TIMEOUT_S: Final = 2.0
 MAX_RESPONSE_BYTES: Final = 2**20
 
 
 @dataclass(frozen=True, slots=True)
 class HttpResponse:
-    """`body` is the parsed JSON, or the text where there is none."""
+    """`body` is the parsed JSON, or the text if the body is not JSON."""
 
     status: int
     body: Any
 
     @property
     def message(self) -> str:
-        """The error's message in OpenAI's shape, or what was said instead."""
+        """The message of an error in OpenAI's form, else the status and the start of the body."""
         error = self.body.get("error") if isinstance(self.body, dict) else None
         if isinstance(error, dict) and error.get("message"):
             return str(error["message"])
@@ -30,12 +30,12 @@ class HttpResponse:
 
 
 class Unreachable(Exception):
-    """Nobody answered in time, or with more than anybody of ours says."""
+    """No response within the time limit, or one that is longer than `MAX_RESPONSE_BYTES`."""
 
 
 @asynccontextmanager
-async def session(*, timeout_s: float | None = QUICK_S) -> AsyncIterator[aiohttp.ClientSession]:
-    limits = aiohttp.ClientTimeout(total=timeout_s, connect=QUICK_S)
+async def session(*, timeout_s: float | None = DEFAULT_TIMEOUT_S) -> AsyncIterator[aiohttp.ClientSession]:
+    limits = aiohttp.ClientTimeout(total=timeout_s, connect=DEFAULT_TIMEOUT_S)
     jar = aiohttp.DummyCookieJar()
     async with aiohttp.ClientSession(timeout=limits, trust_env=False, cookie_jar=jar) as client:
         yield client
@@ -49,29 +49,35 @@ async def call(
     token: str | None = None,
     body: Mapping[str, Any] | None = None,
 ) -> HttpResponse:
-    """Raises Unreachable."""
+    """The response to one request, whatever its status. Raises Unreachable."""
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     try:
         async with client.request(method, url, headers=headers, json=body, allow_redirects=False) as response:
-            text = bytearray()
-            async for chunk in response.content.iter_any():
-                text += chunk
-                if len(text) > MAX_RESPONSE_BYTES:
-                    raise Unreachable(f"the answer is longer than {MAX_RESPONSE_BYTES} bytes")
-            return HttpResponse(response.status, _parsed(text.decode(errors="replace")))
+            text = (await bounded_body(response)).decode(errors="replace")
+            return HttpResponse(response.status, _parsed(text))
     except (aiohttp.ClientError, TimeoutError, ValueError, OSError) as error:
         raise Unreachable(str(error) or type(error).__name__) from error
 
 
-def ask(
+async def bounded_body(response: aiohttp.ClientResponse) -> bytes:
+    """The body of a response. Raises ValueError if it is longer than `MAX_RESPONSE_BYTES`."""
+    body = bytearray()
+    async for chunk in response.content.iter_any():
+        body += chunk
+        if len(body) > MAX_RESPONSE_BYTES:
+            raise ValueError(f"the response is longer than {MAX_RESPONSE_BYTES} bytes")
+    return bytes(body)
+
+
+def call_blocking(
     method: str,
     url: str,
     *,
     token: str | None = None,
     body: Mapping[str, Any] | None = None,
-    timeout_s: float = QUICK_S,
+    timeout_s: float = DEFAULT_TIMEOUT_S,
 ) -> HttpResponse:
-    """`call` for code without a loop."""
+    """`call` for code without an event loop. Blocks."""
 
     async def once() -> HttpResponse:
         async with session(timeout_s=timeout_s) as client:

@@ -1,24 +1,23 @@
-"""What a process of ours hands on of the environment it was started in."""
+"""The environment variables that our processes pass on to the processes and jobs they start."""
 
 import os
 from collections.abc import Mapping
 from typing import Final
 
-FOREIGN: Final = ("SUBMITIT_", "SLURM_", "SLURMD_", "SBATCH_", "SRUN_", "SQUEUE_", "SCANCEL_", "SINFO_")
-"""Another job's, or options of Slurm's commands that somebody set for their own use: a leaked SLURM_CPU_BIND puts every
-process of a nested job on one core."""
+JOB_PREFIXES: Final = ("SUBMITIT_", "SLURM_", "SLURMD_", "SBATCH_", "SRUN_", "SQUEUE_", "SCANCEL_", "SINFO_")
+"""Prefixes of variables that belong to another job, or set options of Slurm's commands. They are not passed on: with an
+inherited SLURM_CPU_BIND, every process of a nested job runs on one core."""
 KEPT: Final = frozenset({"SLURM_CONF"})
-"""Where the cluster is, which is everybody's."""
-
-
+"""Exceptions: SLURM_CONF says where the cluster is."""
 JOB_ID: Final = "HPC_ROUTER_JOB_ID"
-"""Under this name a job's services know the Slurm job that they run in."""
+"""Variable with the id of the Slurm job that a service runs in."""
 
 
-def held_job(environment: Mapping[str, str] = os.environ) -> str | None:
-    """The Slurm job that this process runs in."""
+def current_job_id(environment: Mapping[str, str] = os.environ) -> str | None:
+    """The id of the Slurm job that this process runs in; None outside of a job."""
     return environment.get(JOB_ID) or environment.get("SLURM_JOB_ID")
 
 
-def scrubbed(environment: Mapping[str, str]) -> dict[str, str]:
-    return {k: v for k, v in environment.items() if k in KEPT or not k.startswith(FOREIGN)}
+def without_job_variables(environment: Mapping[str, str]) -> dict[str, str]:
+    """The variables without those of another job."""
+    return {k: v for k, v in environment.items() if k in KEPT or not k.startswith(JOB_PREFIXES)}

@@ -22,24 +22,25 @@ EMBEDDINGS: Final = "/v1/embeddings"
 RESPONSES: Final = "/v1/responses"
 MESSAGES: Final = "/v1/messages"
 GENERATE_PATHS: Final = (CHAT, COMPLETIONS, EMBEDDINGS, RESPONSES, MESSAGES)
-"""The API paths that are classified and relayed, all POST."""
+"""The API paths whose requests are classified and relayed; all are POST."""
 
 DRAINING_HEADER: Final = "x-hpc-router-draining"
 STARTING_HEADER: Final = "x-hpc-router-starting"
-"""On an agent's 503: its engine does not answer yet, or again, and nothing was begun. On its 502: the engine had the
-request, and went away before the first byte of its answer."""
+"""Header of an agent's response. With status 503: the engine does not respond (starting or restarting) and did not get
+the request. With status 502: the engine got the request and ended before the first byte of its response."""
 REQUEST_ID_HEADER: Final = "x-request-id"
 SESSION_HEADER: Final = "x-session-id"
 
 
 def challenge_in(query: str) -> str:
-    """The challenge of a query string; empty where there is none."""
+    """The challenge in a query string; empty if there is none."""
     return parse_qs(query).get("challenge", [""])[-1]
 
 
 @dataclass(frozen=True, slots=True)
 class ProbeResponse:
-    """The answer to a probe. `models`: the names the engine answers to; None before it was ready."""
+    """The response to a health probe. `models`: the model names that the engine serves; None before it was ready.
+    `answer`: the answer to the challenge."""
 
     replica: str
     state: str
@@ -47,11 +48,11 @@ class ProbeResponse:
     models: tuple[str, ...] | None
     answer: str | None
     task_failures: Mapping[str, tuple[int, str]] = field(default_factory=dict)
-    """Failures of the agent's background tasks: number and last error by the task's name."""
+    """Failures of the agent's background tasks by task name: their number and the last error."""
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self | None:
-        """None when a stranger answered."""
+        """None if `value` is not a response of an agent or a router."""
         models = value.get("models")
         if not isinstance(value.get("replica"), str) or not isinstance(models, list | None):
             return None
@@ -66,7 +67,7 @@ class ProbeResponse:
 
 
 def _task_failures(value: object) -> dict[str, tuple[int, str]]:
-    """Of a health answer; empty for an agent of another version."""
+    """The valid entries of `task_failures`; empty for an agent of another version."""
     if not isinstance(value, dict):
         return {}
     return {
@@ -77,27 +78,28 @@ def _task_failures(value: object) -> dict[str, tuple[int, str]]:
 
 
 class RankState(StrEnum):
-    """What a rank's part of the engine does."""
+    """State of the engine process of a rank."""
 
-    IDLE = "idle"  # there is none
+    IDLE = "idle"  # no process
     RUNNING = "running"
-    ENDED = "ended"  # by itself
+    ENDED = "ended"  # it ended without an order
 
 
 class Action(StrEnum):
-    """What a rank is to do."""
+    """What rank 0 orders another rank to do."""
 
-    WAIT = "wait"  # run nothing; come again
-    RUN = "run"  # this attempt, once
-    STOP = "stop"  # end, and be gone
+    WAIT = "wait"  # run no engine, and report again
+    RUN = "run"  # run the engine of this attempt, once
+    STOP = "stop"  # end the engine and the rank's agent
 
 
 @dataclass(frozen=True, slots=True)
 class RankReport:
-    """What another rank tells rank 0. `attempt`: the one that its engine runs or ran last; 0 before the first.
+    """A report to rank 0. `attempt`: the attempt that the engine runs or ran last; 0 before the first.
 
-    `instance` names the process that reports: another one has nothing of what the former ran. `challenge` is to be
-    answered by the order's proof. `leaving`: it was told to stop, and by itself would only break the others.
+    `instance` identifies the reporting process: after a restart of the agent, no engine of the earlier process runs.
+    `challenge` must be answered by the `proof` of the order. `leaving`: the rank was asked to stop and waits for an
+    order, because the other ranks would fail if it stopped alone.
     """
 
     rank: int
@@ -112,11 +114,11 @@ class RankReport:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
-        """Raises ValueError for what is no report."""
+        """Raises ValueError if `value` is not a report."""
         try:
             report = cls(**{**value, "state": RankState(value["state"])})
         except (KeyError, TypeError) as error:
-            raise ValueError(f"no report of a rank: {error}") from error
+            raise ValueError(f"not a report of a rank: {error}") from error
         numbers = all(type(number) is int for number in (report.rank, report.attempt))
         texts = all(isinstance(text, str) for text in (report.instance, report.challenge, report.node))
         maybe = all(isinstance(text, str | None) for text in (report.reason, report.message))
@@ -127,7 +129,7 @@ class RankReport:
 
 @dataclass(frozen=True, slots=True)
 class RankOrder:
-    """Rank 0's answer; where the ranks of this attempt meet."""
+    """Rank 0's response to a report. `master_address`, `master_port`: where the ranks of this attempt connect."""
 
     action: Action
     attempt: int = 0
@@ -137,7 +139,7 @@ class RankOrder:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
-        """Raises ValueError for what is no order."""
+        """Raises ValueError if `value` is not an order."""
         try:
             return cls(
                 Action(value["action"]),
@@ -147,4 +149,4 @@ class RankOrder:
                 str(value["proof"]),
             )
         except (KeyError, TypeError) as error:
-            raise ValueError(f"no order for a rank: {error}") from error
+            raise ValueError(f"not an order for a rank: {error}") from error

@@ -25,7 +25,7 @@ from hpc_router.router.ipc.supervisor import CONTROL, ChildSpec, worker_name
 from hpc_router.router.ipc.supervisor_commands import CommandReader
 from hpc_router.router.worker.process import Identity, linked, working
 from hpc_router.routing.policy import Policy, versions
-from hpc_router.state.io_thread import PATIENCE_S, FileThread, file_thread
+from hpc_router.state.io_thread import WRITE_TIMEOUT_S, FileThread, file_thread
 from hpc_router.state.job_records import JobDir, JobPhase, JobProgress
 from hpc_router.state.lease import Lease
 from hpc_router.state.registry import Record, State
@@ -111,7 +111,7 @@ async def work(router: RouterSettings, birth: ChildSpec) -> None:
                     await orders.drain.wait()
                     gateway.draining = True
                     with contextlib.suppress(TimeoutError):  # there may be no control process any more
-                        async with asyncio.timeout(2 * PATIENCE_S):
+                        async with asyncio.timeout(2 * WRITE_TIMEOUT_S):
                             await link.released.wait()
 
 

@@ -28,7 +28,7 @@ from hpc_router.router.ipc.supervisor import RouterSupervisor
 from hpc_router.router.policies import load_policy
 from hpc_router.router.settings import settings_in, with_settings
 from hpc_router.router.worker.process import Identity
-from hpc_router.state.io_thread import PATIENCE_S, FileThread, file_thread
+from hpc_router.state.io_thread import WRITE_TIMEOUT_S, FileThread, file_thread
 from hpc_router.state.job_records import Exit, FailureReason, JobDir
 from hpc_router.state.registry import Record, RecordKind, State, http_url, split_replica, withdraw
 from hpc_router.state.run_directory import RunDir
@@ -98,7 +98,7 @@ def supervise(run: RunDir, deployment: Deployment, job: JobDir) -> int:
             worker=lambda birth: uvloop.run(work(router, birth)),
             listen=partial(beside, reserved),
             counters=router.counters,
-            stop_s=config.drain_s + 2 * PATIENCE_S + _MARGIN_S,
+            stop_s=config.drain_s + 2 * WRITE_TIMEOUT_S + _MARGIN_S,
         )
         supervisor.run()
         return supervisor.cut

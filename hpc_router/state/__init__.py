@@ -1,5 +1,5 @@
-"""What the processes of a deployment tell each other through the run directory.
+"""Shared state: the files of the run directory, through which the processes of a deployment communicate.
 
-Every file has one writer, which replaces it atomically. A reader tolerates a file that is missing, stale or half
+Every file has one writer, which replaces it atomically. Readers tolerate files that are missing, outdated or partly
 copied.
 """

@@ -1,7 +1,7 @@
-"""Writing files that other hosts read while we write them.
+"""Writes and reads files that other hosts read and write at the same time.
 
-One rule: a temporary name in the same folder, fsync, `os.replace`. A reader sees the old file or the new one, never a
-part. No locks: flock fails or lies on the parallel file systems this runs on.
+A writer uses a temporary name in the same folder, fsync, and `os.replace`, so a reader sees the old file or the new
+one, never a part. There are no locks: flock fails, or has no effect, on many parallel file systems.
 """
 
 import json
@@ -16,12 +16,12 @@ from typing import Any, BinaryIO, Final
 from hpc_router.errors import ConfigError
 
 MAX_FILE_BYTES: Final = 2**20
-"""Bytes of a JSON file of ours; a longer one is not ours."""
+"""Largest size of a JSON file in the run directory."""
 
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Errors of a write inside name the file: `write` and `fsync` on a full disk do not."""
+    """Adds `path` to an OSError that has no file name, as `write` and `fsync` raise on a full disk."""
     try:
         yield
     except OSError as error:
@@ -31,7 +31,7 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def replace_text(path: Path, text: str, *, mode: int = 0o600) -> None:
-    """Put `text` at `path` atomically, with exactly `mode` whatever the umask."""
+    """Writes `text` to `path` atomically, with exactly `mode`, regardless of the umask."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     try:
@@ -47,7 +47,7 @@ def replace_text(path: Path, text: str, *, mode: int = 0o600) -> None:
 
 
 def create_text(path: Path, text: str, *, mode: int = 0o600) -> bool:
-    """The same for a file that must not be there yet: of several writers at once exactly one gets True."""
+    """Writes a new file atomically. Of several concurrent writers exactly one gets True; False if the file exists."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     replace_text(temporary, text, mode=mode)
     try:
@@ -65,7 +65,7 @@ def replace_json(path: Path, value: Any, *, mode: int = 0o600) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """The JSON object at `path`; None when it is absent, half-copied or no object."""
+    """The JSON object at `path`; None if the file is missing, not readable, partly copied, or not an object."""
     try:
         return load_json(path)
     except (OSError, ValueError):
@@ -73,11 +73,11 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def load_json(path: Path) -> dict[str, Any]:
-    """The same for those to whom absent and unreadable are not one. Raises OSError (FileNotFoundError) or ValueError.
+    """The JSON object at `path`. Raises FileNotFoundError, another OSError, or ValueError for bad content.
 
-    Only a regular file of at most `MAX_FILE_BYTES`: a pipe would hang its reader, a link may lead anywhere.
+    Reads only regular files of at most `MAX_FILE_BYTES`: a pipe would block the reader, a link may lead anywhere.
     """
-    with _opened(path) as stream:
+    with _open_for_reading(path) as stream:
         if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
             raise ValueError("not a regular file")
         content = stream.read(MAX_FILE_BYTES + 1)
@@ -93,8 +93,8 @@ def load_json(path: Path) -> dict[str, Any]:
 
 
 def lines_of(path: Path) -> Iterator[tuple[int, str]]:
-    """Number and text of each line that is not blank. Lines end at a line feed alone, as JSON lines do: text may hold
-    U+2028, U+0085 and other characters at which `str.splitlines` splits. Raises ConfigError with file and line."""
+    """Number (from 1) and text of each line that is not blank. Only a line feed ends a line, as in JSON lines; text may
+    contain U+2028 and other characters at which `str.splitlines` splits. Raises ConfigError with file and line."""
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -107,29 +107,29 @@ def lines_of(path: Path) -> Iterator[tuple[int, str]]:
                 raise ConfigError(f"{path}:{number}: not UTF-8 (byte {error.start} of the line)") from error
 
 
-def _look_anew(folder: Path) -> None:
-    """To be called before it is believed that a file is not there yet. Raises OSError.
+def _refresh_folder(folder: Path) -> None:
+    """Makes an NFS client look up names in `folder` at the server. Raises OSError.
 
-    An NFS client remembers for half a minute or more that `folder` had no such name (`lookupcache` and `acdirmin` in
-    nfs(5)); it asks the server once the folder itself is opened.
+    The client caches for 30 s or more that `folder` has no file of some name (`lookupcache` and `acdirmin` in nfs(5));
+    opening the folder invalidates that cache.
     """
     os.close(os.open(folder, os.O_RDONLY | os.O_DIRECTORY))
 
 
-def is_there(path: Path) -> bool:
-    """Now, and not when this host last looked."""
+def exists_now(path: Path) -> bool:
+    """Whether `path` exists, without the NFS client's cache of missing names."""
     with suppress(OSError):
-        _look_anew(path.parent)
+        _refresh_folder(path.parent)
     return path.exists()
 
 
-def _opened(path: Path) -> BinaryIO:
+def _open_for_reading(path: Path) -> BinaryIO:
     try:
-        return open(path, "rb", opener=_open_itself)
+        return open(path, "rb", opener=_open_without_links)
     except FileNotFoundError:
-        _look_anew(path.parent)
-        return open(path, "rb", opener=_open_itself)
+        _refresh_folder(path.parent)
+        return open(path, "rb", opener=_open_without_links)
 
 
-def _open_itself(path: str, flags: int) -> int:
+def _open_without_links(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)

@@ -1,7 +1,7 @@
-"""One thread that does all of a service's writing to the shared file system, in order.
+"""One thread that makes all writes of a service to the shared file system, in order.
 
-A shared file system may hang for minutes. Then this thread hangs and nothing else: it is a daemon, so not even the end
-of the process waits for it. Callers either wait for their action under a time limit of their own, or don't.
+A shared file system may hang for minutes. Then only this thread hangs; it is a daemon thread, so the process can still
+end. Callers wait for their action with their own time limit, or do not wait.
 """
 
 import asyncio
@@ -22,16 +22,16 @@ from hpc_router.state.log_file import LogFile, LogFileHandler, RateLimit
 logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
-PATIENCE_S: Final = 5.0
-"""A write may keep its caller waiting for so long; it is done when the file system comes back."""
+WRITE_TIMEOUT_S: Final = 5.0
+"""Longest time that a caller waits for a write. The write itself completes when the file system responds again."""
 MAX_UNWRITTEN_BYTES: Final = 4 * 2**20
-"""Output of a process that waits for a file system that hangs; what comes beyond that is dropped and counted."""
+"""Output of a process that may be queued while the file system hangs; further output is dropped and counted."""
 _READ_BYTES: Final = 2**16
 LOG_FORMAT: Final = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
 class FileThread:
-    """Runs actions one after another. `close` waits for what was posted, up to a limit."""
+    """Runs actions one after another in its thread."""
 
     def __init__(self, name: str) -> None:
         self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -39,7 +39,7 @@ class FileThread:
         self._thread.start()
 
     async def run(self, action: Callable[[], _T]) -> _T:
-        """The action's result or exception. An action that has been posted is done even if its caller gives up."""
+        """The action's result or exception. The action runs even if the caller is cancelled."""
         done: Future[_T] = Future()
 
         def act() -> None:
@@ -52,7 +52,7 @@ class FileThread:
         return await asyncio.shield(asyncio.wrap_future(done))
 
     def post(self, action: Callable[[], object]) -> None:
-        """Do it without waiting; a failure is a warning."""
+        """Queues the action without waiting for it. A failure is logged."""
 
         def act() -> None:
             try:
@@ -65,6 +65,7 @@ class FileThread:
         self._queue.put(act)
 
     def close(self, *, timeout_s: float) -> None:
+        """Waits until all queued actions have run, for `timeout_s` at most."""
         self._queue.put(None)
         self._thread.join(timeout_s)
 
@@ -74,7 +75,7 @@ class FileThread:
 
 
 class FileThreadHandler(QueueHandler):
-    """Hands log records to another handler in the file thread: a log file on a hanging file system stops nobody."""
+    """Passes log records to another handler in the file thread, so that a hanging file system blocks no caller."""
 
     def __init__(self, files: FileThread, target: logging.Handler) -> None:
         super().__init__(queue.SimpleQueue())
@@ -92,8 +93,8 @@ class FileThreadHandler(QueueHandler):
 class OutputLog:
     """Copies the output of a process from its pipe to a log file, through the file thread.
 
-    The process never waits for the file system, and its log is bounded however much it says. `tail` holds its last
-    `tail_bytes` bytes.
+    The process never waits for the file system, and the size of its log is bounded. `tail` is the last `tail_bytes`
+    bytes of output.
     """
 
     def __init__(self, files: FileThread, path: Path, *, tail_bytes: int = 0) -> None:
@@ -104,14 +105,14 @@ class OutputLog:
         self.tail = b""
 
     async def copy(self, stream: asyncio.StreamReader) -> None:
-        """Until the end of the stream."""
+        """Copies until the end of the stream."""
         try:
             while data := await stream.read(_READ_BYTES):
-                self._take(data)
+                self._append(data)
         finally:
             self._files.post(self._log.close)
 
-    def _take(self, data: bytes) -> None:
+    def _append(self, data: bytes) -> None:
         if self._tail_bytes:
             self.tail = (self.tail + data)[-self._tail_bytes :]
         if self._posted - self._written > MAX_UNWRITTEN_BYTES:
@@ -129,9 +130,9 @@ class OutputLog:
 
 @contextmanager
 def file_thread(name: str, *, log: Path, label: str = "") -> Iterator[FileThread]:
-    """The thread for all of a service's writes, its log among them; a terminal sees the log as well.
+    """A thread for all writes of a service, including its log, which also goes to stderr if that is a terminal.
 
-    `log`: written by this process alone. `label`: names the process in each line."""
+    `log`: the log file, which only this process writes. `label`: name of the process in each line."""
     files = FileThread(name)
     to_file = FileThreadHandler(files, LogFileHandler(LogFile(log)))
     to_file.addFilter(RateLimit())
@@ -147,4 +148,4 @@ def file_thread(name: str, *, log: Path, label: str = "") -> Iterator[FileThread
     try:
         yield files
     finally:
-        files.close(timeout_s=PATIENCE_S)
+        files.close(timeout_s=WRITE_TIMEOUT_S)

@@ -1,9 +1,9 @@
-"""`jobs/<replica>/`: what submitter, agent and control loop tell each other about one job.
+"""`jobs/<replica>/`: the records of one job, shared by submitter, job and control loop.
 
-Making the folder is the claim: whoever makes it submits, so two control loops never submit the same replica. Each file
-has one writer: `job.json` the submitter, `process.json` and `progress.json` the job itself, `exit.json` the job or,
-for one that ended without a word, whoever noticed first, `ended.json` the batch script around the job, `stop.json`
-whoever asks the job to go.
+The folder is the claim: the process that creates it submits the job, so two control loops never submit the same
+replica. Each file has one writer: `job.json` the submitter; `process.json` and `progress.json` the job itself;
+`exit.json` the job, or the first observer of a job that ended without one; `ended.json` the batch script around the
+job; `stop.json` the process that asks the job to stop.
 """
 
 import os
@@ -19,12 +19,12 @@ from hpc_router.state.run_directory import RunDir, private_umask
 
 
 class JobPhase(StrEnum):
-    """How far a job has come; the registry's `state` says only whether it may be used."""
+    """Progress of a job. The `state` in the registry only says whether a replica may get requests."""
 
-    STARTING = "starting"  # the job body runs, no engine process yet
-    LOADING = "loading"  # the engine's process runs and does not answer yet
+    STARTING = "starting"  # the job's process runs, and no engine process yet
+    LOADING = "loading"  # the engine's process runs and does not respond yet
     READY = "ready"
-    RESTARTING = "restarting"  # the engine ended and is started again after a pause
+    RESTARTING = "restarting"  # the engine ended, and starts again after a pause
     DRAINING = "draining"
 
 
@@ -40,15 +40,15 @@ class FailureReason(StrEnum):
     KILLED = "killed"
     CRASHED = "crashed"
     PORT_TAKEN = "port_taken"
-    RANK_LOST = "rank_lost"  # of an engine on several nodes
+    RANK_LOST = "rank_lost"  # a rank of an engine on several nodes ended or does not respond
     SETUP = "setup"  # a module or setup line of the batch script failed
-    REFUSED = "refused"  # Slurm did not take the job
-    UNANSWERED = "unanswered"  # Slurm could not be asked, or is too busy now
+    REFUSED = "refused"  # Slurm rejected the job
+    UNANSWERED = "unanswered"  # Slurm's controller did not respond, or was too busy
     NODE_FAILED = "node_failed"
     PREEMPTED = "preempted"
     WALLTIME = "walltime"
-    CANCELLED = "cancelled"  # by somebody else than us
-    DRAINED = "drained"  # asked to stop: no failure
+    CANCELLED = "cancelled"  # by another command than ours, such as scancel
+    DRAINED = "drained"  # stopped on request, which is not a failure
     VANISHED = "vanished"  # the job ended and left no exit record
 
 
@@ -61,26 +61,26 @@ PERMANENT: Final = frozenset(
         FailureReason.REFUSED,
     },
 )
-"""Failures that a restart cannot cure."""
+"""Failures that a restart does not repair."""
 BLAMELESS: Final = frozenset(
     {FailureReason.NODE_FAILED, FailureReason.PREEMPTED, FailureReason.CANCELLED, FailureReason.UNANSWERED}
 )
-"""Ends that say nothing about the replica: another is submitted, however often."""
+"""Ends whose cause is not the replica: it is submitted again, without limit."""
 
 
 class Runner(StrEnum):
-    """Who runs a job, so who can be asked about it."""
+    """What runs a job, and so can report its state."""
 
     PROCESS = "process"  # a process of one host; its job id is its process id
-    SLURM = "slurm"  # a Slurm job, perhaps shared with other replicas
-    STEP = "step"  # a step inside a job that is not ours to end
+    SLURM = "slurm"  # a Slurm job, which other replicas may share
+    STEP = "step"  # a step in a Slurm job that this deployment did not submit and does not end
 
 
 @dataclass(frozen=True, slots=True)
 class JobInfo:
-    """Written at submission, on `host`. A local job's id is a process id, so `start_ticks` guards against its reuse.
+    """Written at submission, on `host`. The id of a local job is a process id; `start_ticks` detects its reuse.
 
-    `shared`: the Slurm job carries other replicas as well, so this one is its step alone.
+    `shared`: the Slurm job also runs other replicas, and this one is a step of it.
     """
 
     job_id: str
@@ -95,7 +95,7 @@ class JobInfo:
 
 @dataclass(frozen=True, slots=True)
 class Submitter:
-    """The process that is submitting a claimed job, while `job.json` is not there yet."""
+    """The process that submits a claimed job, as long as `job.json` does not exist."""
 
     pid: int
     start_ticks: int
@@ -104,7 +104,7 @@ class Submitter:
 
 @dataclass(frozen=True, slots=True)
 class Process:
-    """The job body's own process, written by itself before it becomes the agent or the router. `step_id`: Slurm's."""
+    """The process of the job, which writes this before it becomes the agent or the router. `step_id`: Slurm's id."""
 
     pid: int
     start_ticks: int
@@ -114,7 +114,7 @@ class Process:
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """The last word of the batch script: the service's exit status as a shell has it, or a setup line's."""
+    """Written by the batch script at its end. `status`: exit status of the service or of a failed setup line."""
 
     status: int
     at: float
@@ -123,23 +123,23 @@ class Ended:
 
 @dataclass(frozen=True, slots=True)
 class JobProgress:
-    """`url`, `node`: where a router serves; its record in the registry goes with it."""
+    """`url`, `node`: address of a router; its record in the registry is removed when it ends."""
 
     phase: JobPhase
-    reason: FailureReason | None = None  # of the last engine failure
+    reason: FailureReason | None = None  # reason of the last engine failure
     message: str | None = None
     restarts: int = 0
     pid: int = field(default_factory=os.getpid)
     engine_pid: int | None = None
     at: float = field(default_factory=time.time)
-    ready_at: float | None = None  # the first time
+    ready_at: float | None = None  # when the engine was first ready
     url: str | None = None
     node: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Exit:
-    """`cut`: how many answers a drain did not let finish."""
+    """How a job ended. `cut`: responses that were still in progress at the end of the drain time."""
 
     ok: bool
     reason: FailureReason
@@ -149,14 +149,14 @@ class Exit:
 
     @classmethod
     def drained(cls, message: str, *, cut: int) -> Self:
-        """The end of a service that was asked to stop."""
-        said = f"; {cut} answer{'s were' if cut > 1 else ' was'} cut off" if cut else ""
-        return cls(ok=True, reason=FailureReason.DRAINED, message=f"{message}{said}", cut=cut)
+        """The end of a service that stopped on request."""
+        suffix = f"; {cut} answer{'s were' if cut > 1 else ' was'} cut off" if cut else ""
+        return cls(ok=True, reason=FailureReason.DRAINED, message=f"{message}{suffix}", cut=cut)
 
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """What a job was asked and when: to drain (over HTTP), to end (SIGTERM); when it was last killed."""
+    """Times of the requests to stop a job: to drain (HTTP), to end (SIGTERM), and the last SIGKILL."""
 
     drain_at: float | None = None
     cancel_at: float | None = None
@@ -168,6 +168,8 @@ _T = TypeVar("_T", JobInfo, Submitter, Process, JobProgress, Exit, Ended, Stop)
 
 @dataclass(frozen=True, slots=True)
 class JobDir:
+    """Paths and records of one job. A record that is missing or not valid is read as None."""
+
     run: RunDir
     replica: str
 
@@ -180,12 +182,12 @@ class JobDir:
         return self.run.logs / f"{self.replica}.log"
 
     def worker_log(self, worker: int) -> Path:
-        """Of one of a router's workers; `agent_log` is that of its control process."""
+        """Log of one worker of a router; `agent_log` is the log of its control process."""
         return self.run.logs / f"{self.replica}.worker{worker}.log"
 
     @property
     def reconcile_log(self) -> Path:
-        """Of the control loop beside a router."""
+        """Log of the control loop that runs in the router's job."""
         return self.run.logs / f"{self.replica}.reconcile.log"
 
     @property
@@ -193,7 +195,7 @@ class JobDir:
         return self.run.logs / f"{self.replica}.engine.log"
 
     def claim(self) -> bool:
-        """True for the one caller that made the folder."""
+        """Creates the folder. True for the one caller that created it."""
         try:
             with private_umask():
                 self.path.mkdir()
@@ -259,7 +261,7 @@ def _enums(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def start_ticks(pid: int) -> int | None:
-    """When a process of this host started, in clock ticks since boot; None when there is none (or only its corpse)."""
+    """Start time of a process of this host, in clock ticks since boot; None if it does not exist or is a zombie."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
     except OSError:

@@ -1,8 +1,9 @@
-"""A record in the registry that stays live only while its owner renews it.
+"""A record in the registry that counts as live while its owner renews it.
 
-The beat counter in the record grows every `beat_s`; readers judge it by their own clocks. A write that fails or hangs
-is a warning: a stalled file system takes nobody out of service and stops nobody from leaving. Only a folder that is
-gone, beat after beat, is told to the owner: somebody removed the run directory, and nobody else could find the owner.
+The beat counter in the record grows every `beat_s`; readers compare it with their own clocks. A write that fails or
+hangs is only a warning, so a stalled file system neither takes a service out of use nor keeps it from ending. If the
+folder is missing at `GONE_BEATS` renewals in a row, the owner is informed: the run directory was removed, and without
+it no other process can find the owner.
 """
 
 import asyncio
@@ -14,20 +15,20 @@ from pathlib import Path
 from typing import Any, Final
 
 from hpc_router.background_tasks import OnFailure, restarting
-from hpc_router.state.io_thread import PATIENCE_S, FileThread
+from hpc_router.state.io_thread import WRITE_TIMEOUT_S, FileThread
 from hpc_router.state.registry import Record, publish, withdraw
 
 logger = logging.getLogger(__name__)
 
 
 GONE_BEATS: Final = 5
-"""The folder is gone when so many renewals in a row do not find it."""
+"""Consecutive renewals without a folder after which it counts as removed."""
 
 
 class Lease:
-    """Owns one registry file. `async with` publishes, renews, and withdraws it at the end.
+    """Owns one registry file. `async with` publishes and renews it, and withdraws it at the end.
 
-    `on_gone` is called once, in the event loop, when the folder is gone; `on_failure` as in `background`.
+    `on_gone` is called once, in the event loop, when the folder was removed; `on_failure` as in `background`.
     """
 
     def __init__(
@@ -49,7 +50,7 @@ class Lease:
         self._on_failure = on_failure
         self._missed = 0
         self.trouble: str | None = None
-        """Why the record could not be written last time."""
+        """Error of the last write; None if it succeeded."""
         self._write: asyncio.Future[None] | None = None
         self._renewal: asyncio.Task[None] | None = None
 
@@ -67,17 +68,17 @@ class Lease:
         assert self._renewal is not None
         self._renewal.cancel()
         await asyncio.gather(self._renewal, return_exceptions=True)
-        await self._patiently(partial(withdraw, self._folder, self._record.replica), "withdrawn")
+        await self._write_within_limit(partial(withdraw, self._folder, self._record.replica), "withdrawn")
         if self._owns_files:
             self._files.close(timeout_s=0)
 
     async def update(self, **changes: Any) -> None:
-        """Change fields and publish at once."""
+        """Changes fields and publishes the record, waiting for the write within its time limit."""
         self._record = replace(self._record, **changes)
-        await self._patiently(partial(publish, self._folder, self._record), "published")
+        await self._write_within_limit(partial(publish, self._folder, self._record), "published")
 
     def change(self, **changes: Any) -> None:
-        """Change fields and publish without waiting."""
+        """Changes fields and publishes the record without waiting."""
         self._record = replace(self._record, **changes)
         self._files.post(partial(publish, self._folder, self._record))
 
@@ -85,22 +86,22 @@ class Lease:
         while True:
             await asyncio.sleep(self._beat_s)
             self._record = replace(self._record, beat=(self._record.beat or 0) + 1)
-            if self._write is None or self._write.done():  # while the file system hangs, beats don't pile up
-                error = await self._patiently(partial(publish, self._folder, self._record), "renewed")
+            if self._write is None or self._write.done():  # at most one write is queued while the file system hangs
+                error = await self._write_within_limit(partial(publish, self._folder, self._record), "renewed")
                 self._missed = self._missed + 1 if isinstance(error, FileNotFoundError) else 0
                 if self._missed == GONE_BEATS and self._on_gone is not None:
                     logger.error("%s is gone", self._folder)
                     self._on_gone()
 
-    async def _patiently(self, action: Callable[[], None], done: str) -> OSError | None:
-        """Why it is not done, if so. The file thread keeps the order, so two writes never overtake each
-        other."""
+    async def _write_within_limit(self, action: Callable[[], None], done: str) -> OSError | None:
+        """Runs a write in the file thread and waits for it within a time limit. Returns the error, or None. The file
+        thread keeps the order of writes."""
         self._write = write = asyncio.ensure_future(self._files.run(action))
-        write.add_done_callback(lambda late: late.cancelled() or late.exception())  # it may outlive our patience
-        await asyncio.wait({write}, timeout=PATIENCE_S)
+        write.add_done_callback(lambda late: late.cancelled() or late.exception())  # it may end after the time limit
+        await asyncio.wait({write}, timeout=WRITE_TIMEOUT_S)
         failure: OSError | None = None
         if not write.done():
-            failure = TimeoutError(f"the file system has not answered for {PATIENCE_S:g} s")
+            failure = TimeoutError(f"the file system has not answered for {WRITE_TIMEOUT_S:g} s")
         elif isinstance(error := write.exception(), OSError):
             failure = error
         else:

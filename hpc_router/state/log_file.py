@@ -1,8 +1,8 @@
 """Log files of bounded size, written at a bounded rate.
 
-Rules: one process writes a log file, through one `LogFile`, so no other writer meets its rotation, which is a rename:
-that is safe on a shared file system without locks. A log never raises and never stops a service; what could not be
-written is counted, and told once writing works again. This module knows no asyncio and no run directory.
+Rules: one process writes a log file, through one `LogFile`, so its rotation by renaming is safe on a shared file system
+without locks. Writing never raises and never stops a service; bytes that could not be written are counted, and the log
+states their number when writing works again. This module does not know asyncio or the run directory.
 """
 
 import logging
@@ -16,16 +16,16 @@ LOG_BYTES: Final = 16 * 2**20
 """A log file is rotated beyond this size. One older file is kept, so a log occupies at most twice that."""
 BURST: Final = 100
 REFILL_PER_S: Final = 1.0
-"""One statement may log `BURST` lines at once, and this many per second after that."""
+"""One log statement may write `BURST` lines at once, and this many per second after that."""
 
 
-def previous(path: Path) -> Path:
-    """Where the older part of a log lies after its rotation."""
+def rotated_path(path: Path) -> Path:
+    """The path of the older part of a log, after a rotation."""
     return path.with_name(f"{path.name}.1")
 
 
 class LogFile:
-    """Appends to `path`, which exists from the first write on; mode 0600."""
+    """Appends to `path`, which the first write creates with mode 0600."""
 
     def __init__(self, path: Path, *, limit: int = LOG_BYTES) -> None:
         self.path = path
@@ -40,7 +40,7 @@ class LogFile:
                 self._open()
             if self._size > self._limit:
                 self.close()
-                self.path.replace(previous(self.path))
+                self.path.replace(rotated_path(self.path))
                 self._open()
             if self._lost:
                 self._append(f"... {self._lost} bytes could not be written\n".encode())
@@ -51,7 +51,7 @@ class LogFile:
             self.close()
 
     def skip(self, count: int) -> None:
-        """Tell with the next write that so many bytes were lost before they came here."""
+        """Adds `count` bytes, which a caller dropped, to those that the next write reports as lost."""
         self._lost += count
 
     def close(self) -> None:
@@ -61,7 +61,7 @@ class LogFile:
 
     def _open(self) -> None:
         self._descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        os.fchmod(self._descriptor, 0o600)  # whatever the umask
+        os.fchmod(self._descriptor, 0o600)  # regardless of the umask
         self._size = os.fstat(self._descriptor).st_size
 
     def _append(self, data: bytes) -> None:
@@ -89,13 +89,13 @@ class LogFileHandler(logging.Handler):
 
 
 class RateLimit(logging.Filter):
-    """Bounds the lines of each log statement: `BURST` at once, then `REFILL_PER_S`. The next line that passes tells how
-    many were left out."""
+    """Limits the lines of each log statement: `BURST` at once, then `REFILL_PER_S`. The next line that passes states
+    how many were left out."""
 
     def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__()
         self._clock = clock
-        self._statements: dict[tuple[str, int], list[float]] = {}  # lines left, at what time, lines left out
+        self._statements: dict[tuple[str, int], list[float]] = {}  # lines allowed, time of that count, lines left out
 
     def filter(self, record: logging.LogRecord) -> bool:
         now = self._clock()

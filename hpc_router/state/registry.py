@@ -1,15 +1,14 @@
 """The registry: one small file per endpoint on the shared file system, written only by its owner.
 
-Rules: a writer replaces its file atomically; nobody locks or appends; a reader lists and opens, passes over what is
-missing, half-copied or another user's, and keeps its last good view of a file it cannot read now. Whether a record's
-owner still lives is judged elsewhere, from the beat counter and the reader's own clock: wall clocks differ.
+Rules: a writer replaces its file atomically, without locks. A reader skips files that are missing, partly copied or of
+another user, and keeps the last valid content of a file that it cannot read now. This module does not decide whether
+the owner of a record is alive; readers do, from the beat counter and their own clock, because wall clocks differ.
 """
 
-import logging
 import os
 import re
-import stat
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from enum import StrEnum
 from pathlib import Path
@@ -17,9 +16,8 @@ from typing import Any, Final, Self
 
 from hpc_router.errors import RegistryError
 from hpc_router.net.protocol import MODELS
-from hpc_router.state.atomic_files import MAX_FILE_BYTES, read_json, replace_json
-
-logger = logging.getLogger(__name__)
+from hpc_router.state.atomic_files import replace_json
+from hpc_router.state.stamped_file import StampedFile
 
 SCHEMA: Final = 1
 _REPLICA = re.compile(r"(?P<expert>[a-z0-9][a-z0-9_-]*)-(?P<slot>[a-z]*[0-9]+)\.g(?P<generation>[0-9]+)")
@@ -39,7 +37,7 @@ class State(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
-    """What computes behind an endpoint; unknown is None."""
+    """The engine of an endpoint; None for what is not known."""
 
     kind: str | None = None
     version: str | None = None
@@ -52,9 +50,9 @@ class EngineInfo:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One endpoint. `serves` maps an expert's name to the model name its engine answers to; None: to be asked.
+    """One endpoint. `serves` maps an expert's name to the model name in requests to the engine; None: the router asks.
 
-    `probe`: of an external endpoint, the path that the router asks; None: only whether its port takes connections.
+    `probe`: path of the health probe of an external endpoint; None: the router only opens a connection.
     """
 
     kind: RecordKind
@@ -83,7 +81,7 @@ class Record:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
-        """Raises RegistryError for what is no record of a schema known here."""
+        """Raises RegistryError if `value` is not a record of this version's schema."""
         if value.get("schema") != SCHEMA:
             raise RegistryError(f"registry schema {value.get('schema')!r}; this version reads {SCHEMA}")
         known = {f.name for f in fields(cls)}
@@ -142,59 +140,37 @@ def withdraw(folder: Path, replica: str) -> None:
     (folder / f"{replica}.json").unlink(missing_ok=True)
 
 
-@dataclass(frozen=True, slots=True)
-class _Seen:
-    stamp: tuple[int, int, int]
-    record: Record | None
-
-
-class Reader:
-    """Reads the folder again and again; opens only files that changed since the last look."""
+class RegistryReader:
+    """Reads the folder repeatedly and parses only files that changed since the last snapshot."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._seen: dict[str, _Seen] = {}
+        self._files: dict[str, StampedFile[Record]] = {}
 
     def snapshot(self) -> dict[str, Record]:
-        """Every valid record by replica name. Raises OSError when the folder cannot be listed: keep the last view."""
+        """Every valid record by replica name. Raises OSError if the folder cannot be listed: keep the last view."""
         with os.scandir(self._folder) as entries:
             names = sorted(e.name for e in entries if e.name.endswith(".json") and not e.name.startswith("."))
-        self._seen = {name: seen for name in names if (seen := self._look(name)) is not None}
-        return {seen.record.replica: seen.record for seen in self._seen.values() if seen.record is not None}
+        self._files = {name: self._files.get(name) or record_file(self._folder / name) for name in names}
+        for file in self._files.values():
+            with suppress(OSError):
+                file.read()
+        return {file.value.replica: file.value for file in self._files.values() if file.value is not None}
 
-    def _look(self, name: str) -> _Seen | None:
-        before = self._seen.get(name)
-        path = self._folder / name
-        try:
-            status = path.lstat()
-        except FileNotFoundError:
-            return None
-        except OSError:
-            return before
-        stamp = (status.st_mtime_ns, status.st_ino, status.st_size)
-        if before is not None and before.stamp == stamp:
-            return before
-        if status.st_uid != os.getuid():
-            logger.warning("registry file %s belongs to uid %d: refused", name, status.st_uid)
-            return _Seen(stamp, None)
-        if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_FILE_BYTES:
-            logger.warning("registry file %s is not a small regular file: refused", name)
-            return _Seen(stamp, None)
-        value = read_json(path)
-        if value is None:
-            logger.warning("registry file %s cannot be read now", name)
-            return _Seen((0, 0, 0), before.record) if before else None
-        try:
-            record = Record.from_json(value)
-            if f"{record.replica}.json" != name:
-                raise RegistryError(f"it names the replica {record.replica!r}")
-        except RegistryError as error:
-            logger.warning("registry file %s: %s", name, error)
-            return _Seen(stamp, None)
-        return _Seen(stamp, record)
+
+def record_file(path: Path) -> StampedFile[Record]:
+    """The file of one record; a record that names another replica than its file is not valid."""
+
+    def parse(content: Mapping[str, Any]) -> Record:
+        record = Record.from_json(content)
+        if f"{record.replica}.json" != path.name:
+            raise RegistryError(f"it names the replica {record.replica!r}")
+        return record
+
+    return StampedFile(path, parse)
 
 
 def leading_router(records: Mapping[str, Record]) -> Record | None:
-    """The ready router of the highest generation."""
+    """The ready router of the highest generation; None if no router is ready."""
     routers = [r for r in records.values() if r.kind is RecordKind.ROUTER and r.state is State.READY]
     return max(routers, key=lambda r: (r.generation, r.replica), default=None)

@@ -1,7 +1,7 @@
-"""The run directory: everything one deployment shares, in one 0700 folder on the shared file system.
+"""The run directory: all files of one deployment, in one folder of mode 0700 on the shared file system.
 
-`config.yaml` is frozen at the first launch; later wishes (`scale`, `down`) go to `desired.json`. Secrets are files of
-mode 0600, made by whichever of `up`, `register` and `launch.router` comes first.
+`config.yaml` is frozen at the first launch; later changes (`scale`, `down`, `set`) go to `desired.json`. Secrets are
+files of mode 0600, which the first of `up`, `register` and `launch.router` creates.
 """
 
 import contextlib
@@ -17,17 +17,17 @@ from typing import Any, Final
 from hpc_router.errors import ConfigError, RegistryError
 from hpc_router.net.auth import new_token
 from hpc_router.state.atomic_files import load_json, naming, replace_json
-from hpc_router.state.log_file import LOG_BYTES, previous
+from hpc_router.state.log_file import LOG_BYTES, rotated_path
 
 ROTATION_S: Final = 60.0
-"""A claim to rotate `events.jsonl` that is older was left by a process that died."""
-LEAST_FREE: Final = 2**20
-"""Bytes below which a file system counts as full."""
+"""A claim to rotate `events.jsonl` that is older than this was left by a process that died."""
+MIN_FREE_BYTES: Final = 2**20
+"""With less free space a file system counts as full."""
 
 
 @dataclass(frozen=True, slots=True)
 class RunDir:
-    """Names inside a run directory. Use `open_run` or `make_run`, which check or make it."""
+    """Paths in a run directory. `open_run` and `make_run` check or create one."""
 
     path: Path
 
@@ -61,24 +61,24 @@ class RunDir:
 
     @property
     def classifier(self) -> Path:
-        """The artefact trained at `up` from the experts' exemplars."""
+        """The classifier artefact that `up` trains from the experts' exemplars."""
         return self.path / "classifier"
 
-    def full(self) -> str | None:
-        """Why nothing can be written, where the file system says so; a quota does not show here."""
+    def space_error(self) -> str | None:
+        """Why the file system cannot be written, as an error text; None if it can. A quota is not detected."""
         try:
             space = os.statvfs(self.path)
         except OSError as error:
             return f"{self.path} cannot be read: {error.strerror}"
         free = space.f_bavail * space.f_frsize
-        if free < LEAST_FREE and space.f_blocks:
+        if free < MIN_FREE_BYTES and space.f_blocks:
             return f"the file system of {self.path} is full: {free} bytes are free"
         if space.f_files and not space.f_favail:
             return f"the file system of {self.path} has no room for another file: all its inodes are in use"
         return None
 
-    def gone(self) -> bool:
-        """Whether somebody removed it; a file system that fails is no proof."""
+    def is_removed(self) -> bool:
+        """Whether the run directory was removed. False while the file system fails."""
         try:
             self.registry.lstat()
         except OSError as error:
@@ -90,21 +90,21 @@ class RunDir:
         return _read_secret(self.path / "token")
 
     def secret(self) -> str:
-        """The deployment's own secret, from which replicas' keys are derived."""
+        """The secret of the deployment, from which the replicas' keys are derived."""
         return _read_secret(self.path / "secret")
 
     def external_token(self, replica: str) -> str | None:
-        """The token an external endpoint wants, given at `register`."""
+        """The token of an external endpoint, given at `register`; None if it needs none."""
         path = self.path / "tokens" / replica
         return _read_secret(path) if path.exists() else None
 
-    def keep_external_token(self, replica: str, token: str) -> None:
+    def store_external_token(self, replica: str, token: str) -> None:
         _private_folder(self.path / "tokens")
         _write_secret(self.path / "tokens" / replica, token)
 
     def event(self, kind: str, **facts: Any) -> None:
-        """One line in `events.jsonl`, in one write. Only the control loop, the verbs and the router's control process
-        call this."""
+        """Appends one line to `events.jsonl`, in one write. Only the control loop, the commands and the router's
+        control process call this."""
         line = json.dumps({"at": round(time.time(), 3), "event": kind, "kind": kind, **facts}, sort_keys=True) + "\n"
         with naming(self.events), private_umask():
             descriptor = os.open(self.events, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -117,7 +117,7 @@ class RunDir:
             self._rotate_events()
 
     def _rotate_events(self) -> None:
-        """The folder is a claim: of several writers exactly one renames the file, and only while it is too long."""
+        """Renames the file if it is too long. The folder is a claim: of several writers exactly one renames."""
         claim = self.path / ".events.rotating"
         try:
             claim.mkdir()
@@ -128,12 +128,12 @@ class RunDir:
             return
         try:
             if self.events.stat().st_size > LOG_BYTES:
-                self.events.replace(previous(self.events))
+                self.events.replace(rotated_path(self.events))
         finally:
             claim.rmdir()
 
     def read_desired(self) -> dict[str, Any]:
-        """The later wishes. Raises RegistryError for a file that cannot be read: that is not the wish for nothing."""
+        """The later changes; empty if there are none. Raises RegistryError for a file that cannot be read."""
         try:
             return load_json(self.desired)
         except FileNotFoundError:
@@ -147,7 +147,7 @@ class RunDir:
 
 
 def make_run(path: Path) -> RunDir:
-    """The run directory at `path`, completed where parts are missing; 0700 whatever the umask."""
+    """The run directory at `path`, with missing parts created; mode 0700, regardless of the umask."""
     path.parent.mkdir(parents=True, exist_ok=True)
     run = RunDir(path.absolute())
     _private_folder(run.path)
@@ -161,18 +161,18 @@ def make_run(path: Path) -> RunDir:
 
 
 def open_run(path: Path) -> RunDir:
-    """An existing run directory; ConfigError says what is wrong with it."""
+    """An existing run directory. Raises ConfigError if it is not one, or other users can read it."""
     if not path.is_dir():
         raise ConfigError(f"there is no run directory {path}; `hpc-router up` creates one, `--run DIR` names another")
     run = RunDir(path.resolve())
     if not run.registry.is_dir():
-        raise ConfigError(f"{path} is no run directory: it has no registry/ folder")
+        raise ConfigError(f"{path} is not a run directory: it has no registry/ folder")
     _check_owner(run.path)
     return run
 
 
 def find_run(given: Path | None, *, runs: Path = Path("runs")) -> RunDir:
-    """The run a verb means: `--run`, then `$HPC_ROUTER_RUN`, then `runs/latest`."""
+    """The run directory of a command: `--run`, then `$HPC_ROUTER_RUN`, then `runs/latest`."""
     if given is not None:
         return open_run(given)
     named = os.environ.get("HPC_ROUTER_RUN")
@@ -180,12 +180,12 @@ def find_run(given: Path | None, *, runs: Path = Path("runs")) -> RunDir:
 
 
 def new_run_path(runs: Path, name: str) -> Path:
-    """A name nobody has taken: `<name>-<date>-<time>-<random>`."""
+    """A path that is not in use: `<name>-<date>-<time>-<random>` in `runs`."""
     return runs / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
 
 
 def point_latest(runs: Path, run: RunDir) -> None:
-    """Let `runs/latest` name this run."""
+    """Makes the link `runs/latest` point to this run, atomically."""
     link = runs / "latest"
     temporary = link.with_name(f".latest.{secrets.token_hex(4)}")
     temporary.symlink_to(run.path.name)
@@ -194,7 +194,7 @@ def point_latest(runs: Path, run: RunDir) -> None:
 
 @contextlib.contextmanager
 def private_umask() -> Iterator[None]:
-    """Whatever is made inside is the owner's alone."""
+    """Files and folders that are created inside the block are accessible to the owner only."""
     before = os.umask(0o077)
     try:
         yield
@@ -216,7 +216,7 @@ def _check_owner(path: Path) -> None:
 
 
 def _write_secret(path: Path, value: str) -> None:
-    """First writer wins: a link of a finished file, so that two at once agree on one value."""
+    """The first writer wins: a link to a complete file, so that concurrent writers agree on one value."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     with private_umask():
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)

@@ -18,8 +18,8 @@ from hpc_router.cluster.commands.scale import parse_counts
 from hpc_router.cluster.commands.set import change, parse_settings
 from hpc_router.errors import ConfigError
 from hpc_router.state.job_records import Exit, FailureReason, JobDir, JobInfo
-from hpc_router.state.log_file import previous
-from hpc_router.state.registry import Reader
+from hpc_router.state.log_file import rotated_path
+from hpc_router.state.registry import RegistryReader
 from hpc_router.state.run_directory import make_run, open_run
 from tests.support.needs import ROOT
 
@@ -246,7 +246,7 @@ def test_logs_go_on_where_a_log_is_rotated(elsewhere: Path) -> None:
         assert follower.stdout.readline() == "math-0.g1 | before\n"
         with job.agent_log.open("a") as log:
             log.write("last\nlines\n")
-        job.agent_log.replace(previous(job.agent_log))
+        job.agent_log.replace(rotated_path(job.agent_log))
         job.agent_log.write_text("first\n")
         assert [follower.stdout.readline() for _ in range(3)] == [
             f"math-0.g1 | {line}\n" for line in ("last", "lines", "first")
@@ -376,7 +376,7 @@ def test_register_says_how_it_is_probed(
 ) -> None:
     url = ["--expert", "big", "--url", "http://127.0.0.1:1", "--model", "m"]
     assert record(capsys, *url, *words)["probe"] == probe
-    assert Reader(Path("run/registry")).snapshot()["big-x0.g1"].probe == probe
+    assert RegistryReader(Path("run/registry")).snapshot()["big-x0.g1"].probe == probe
 
 
 def test_register_where_several_models_are(capsys: pytest.CaptureFixture[str], elsewhere: Path) -> None:

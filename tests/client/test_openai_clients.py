@@ -1,4 +1,4 @@
-"""The official openai client, sync and async, between a run directory and routers that move, drain, die and lie."""
+"""The official openai client, sync and async, with routers that move, drain and end, and with impostors."""
 
 import asyncio
 import json
@@ -27,7 +27,7 @@ from hpc_router.errors import ConfigError
 from hpc_router.net.auth import challenge_answer, replica_key
 from hpc_router.net.protocol import DRAINING_HEADER, HEALTH
 from hpc_router.state.atomic_files import replace_json
-from hpc_router.state.registry import SCHEMA, Reader, Record, RecordKind, State, publish, replica_name, withdraw
+from hpc_router.state.registry import SCHEMA, Record, RecordKind, RegistryReader, State, publish, replica_name, withdraw
 from hpc_router.state.run_directory import RunDir, make_run
 
 Act = Callable[["FakeRouter", web.BaseRequest], Awaitable[web.StreamResponse]]
@@ -59,7 +59,7 @@ class FakeRouter:
             self.asked += 1
             if self.dying:
                 return await hangs_up(self, request)
-            record = next(r for r in Reader(self.run.registry).snapshot().values() if r.url == self.url)
+            record = next(r for r in RegistryReader(self.run.registry).snapshot().values() if r.url == self.url)
             secret = "guessed" if self.stranger else self.run.secret()
             answer = challenge_answer(replica_key(secret, record.nonce or ""), request.query["challenge"])
             return web.json_response({"status": "ok", "replica": record.replica, "answer": answer})
@@ -174,7 +174,7 @@ def enter(run: RunDir, *records: Record) -> None:
     """In the folder and, as the leading router does it, in `registry.json`."""
     for record in records:
         publish(run.registry, record)
-    write_summary(run, *Reader(run.registry).snapshot().values())
+    write_summary(run, *RegistryReader(run.registry).snapshot().values())
 
 
 def write_summary(run: RunDir, *records: Record) -> None:
@@ -331,7 +331,9 @@ async def test_a_successor_that_is_there_is_taken_without_a_pause(run: RunDir, s
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_a_router_that_drains_is_left(run: RunDir, start: Starter, make: Make, stream: bool) -> None:
+async def test_a_request_refused_by_a_draining_router_goes_to_the_next(
+    run: RunDir, start: Starter, make: Make, stream: bool
+) -> None:
     """Its 503 says that nothing was done: the next router gets the request, however often."""
     old, older, new = await start(drains), await start(drains), await start()
     enter(run, record_of(older.url))
@@ -355,7 +357,7 @@ async def test_a_router_drains_before_its_successor_leads(
 
 
 async def test_other_refusals_go_to_the_caller(run: RunDir, start: Starter, make: Make) -> None:
-    """A full router is asked again by the openai client alone, as its user told it."""
+    """Only the openai client itself retries a 429, as its `max_retries` says."""
     router = await start(overloaded)
     enter(run, record_of(router.url))
     with pytest.raises(openai.InternalServerError, match="full"):
@@ -393,16 +395,16 @@ async def test_a_dying_router_is_not_given_the_request_again(
     assert len(old.bodies) == 1
 
 
-async def test_but_only_once(run: RunDir, start: Starter, make: Make) -> None:
+async def test_a_lost_request_is_resent_only_once(run: RunDir, start: Starter, make: Make) -> None:
     """Whatever `max_retries` says: each time it may have been worked on."""
     router = await start(hangs_up)
     enter(run, record_of(router.url))
-    with pytest.raises(openai.APIConnectionError, match=r"router-0\.g1 at .* ended without an answer"):
+    with pytest.raises(openai.APIConnectionError, match=r"router-0\.g1 at .* ended without a response"):
         await make(max_retries=5).chat()
     assert len(router.bodies) == 2
 
 
-async def test_a_new_token_is_taken(run: RunDir, start: Starter, make: Make) -> None:
+async def test_a_new_token_is_used(run: RunDir, start: Starter, make: Make) -> None:
     """Also by many requests at once."""
     router, caller, before = await start(), make(), run.token()
     enter(run, record_of(router.url))
@@ -414,7 +416,7 @@ async def test_a_new_token_is_taken(run: RunDir, start: Starter, make: Make) -> 
     assert router.offered[-1] == "Bearer another"
 
 
-async def test_a_token_that_is_refused_is_offered_once(run: RunDir, start: Starter, make: Make) -> None:
+async def test_a_refused_token_is_sent_once(run: RunDir, start: Starter, make: Make) -> None:
     async def refuses(router: FakeRouter, request: web.BaseRequest) -> web.StreamResponse:
         return web.json_response({"error": {"message": "no"}}, status=401)
 
@@ -453,7 +455,7 @@ async def test_a_router_that_leaves_after_it_answered(run: RunDir, start: Starte
 
 
 class TestWhatAStrangerGets:
-    """Nothing that a stranger does or listens to brings him the token."""
+    """A process that is not the router never gets the token."""
 
     @pytest.fixture
     async def stranger(self, start: Starter) -> AsyncIterator[FakeRouter]:
@@ -477,7 +479,7 @@ class TestWhatAStrangerGets:
         assert await asked == f"from {router.url}"
 
     async def test_the_port_of_a_router_that_was_known(self, run: RunDir, start: Starter, make: Make) -> None:
-        """It proved itself, and was killed: its last answer broke off. A stranger sat down there before the next."""
+        """It passed the check and was killed during a response. Another process then bound its port."""
         caller = make(follow_s=0, max_retries=0)
         router = await start(answers, breaks_off)
         enter(run, record_of(router.url))
@@ -495,7 +497,7 @@ class TestWhatAStrangerGets:
     async def test_the_port_of_a_router_of_an_older_version(
         self, run: RunDir, stranger: FakeRouter, make: Make
     ) -> None:
-        """Its record has nothing that could be proven."""
+        """Its record has no nonce."""
         enter(run, replace(record_of(stranger.url), nonce=None))
         with pytest.raises(NoRouterError, match="older version"):
             await make(follow_s=0).chat()
@@ -576,50 +578,50 @@ async def test_the_log_holds_no_token(
     assert run.token() not in caplog.text
 
 
-async def test_another_users_files_name_nobody(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_files_of_another_user_are_ignored(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     enter(run, record_of("http://127.0.0.1:1"))
     leader = Leader(run)
     monkeypatch.setattr(os, "getuid", lambda: 12345)
-    assert leader.look() is None
+    assert leader.find() is None
 
 
-async def test_an_unreadable_registry_leaves_the_last_view(
+async def test_an_unreadable_registry_keeps_the_last_result(
     run: RunDir, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     enter(run, record_of("http://127.0.0.1:1"))
     leader = Leader(run)
-    seen = leader.look()
+    seen = leader.find()
 
     def stale(_self: Path) -> os.stat_result:
         raise OSError("Stale file handle")
 
     monkeypatch.setattr(Path, "lstat", stale)
-    assert leader.look() == seen
+    assert leader.find() == seen
     assert "Stale file handle" in caplog.text
 
 
-def test_without_a_summary_the_folder_tells(run: RunDir) -> None:
+def test_without_a_summary_the_registry_folder_is_read(run: RunDir) -> None:
     publish(run.registry, record_of("http://127.0.0.1:1"))
     publish(run.registry, record_of("http://127.0.0.1:2", generation=2))
-    found = Leader(run).look()
+    found = Leader(run).find()
     assert found is not None
     assert found.url == "http://127.0.0.1:2"
 
 
-def test_a_damaged_summary_is_passed_over(run: RunDir) -> None:
+def test_a_damaged_summary_is_ignored(run: RunDir) -> None:
     publish(run.registry, record_of("http://127.0.0.1:1"))
     for content in ("{", "[]", '{"records": 3}', '{"records": [3, {"schema": 99}]}'):
         run.registry_json.write_text(content)
-        assert Leader(run).look() == record_of("http://127.0.0.1:1")
+        assert Leader(run).find() == record_of("http://127.0.0.1:1")
 
 
 def test_a_run_that_was_removed(run: RunDir) -> None:
     enter(run, record_of("http://127.0.0.1:1"))
     leader = Leader(run)
-    assert leader.look() is not None
+    assert leader.find() is not None
     withdraw(run.registry, "router-0.g1")
     run.registry.rmdir()
-    assert leader.look() is None
+    assert leader.find() is None
 
 
 async def test_the_endpoint_for_other_libraries(run: RunDir, start: Starter, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -646,7 +648,7 @@ async def test_many_requests_share_one_proof(run: RunDir, start: Starter, make: 
     assert (router.asked, len(router.offered)) == (1, 51)
 
 
-async def test_a_proof_grows_old(run: RunDir, start: Starter, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_proof_expires(run: RunDir, start: Starter, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     router, caller = await start(), make()
     enter(run, record_of(router.url))
     await caller.chat()
@@ -655,7 +657,7 @@ async def test_a_proof_grows_old(run: RunDir, start: Starter, make: Make, monkey
     assert router.asked == 2
 
 
-async def test_a_successor_on_the_same_port_proves_itself_anew(run: RunDir, start: Starter, make: Make) -> None:
+async def test_a_successor_on_the_same_port_is_checked_again(run: RunDir, start: Starter, make: Make) -> None:
     router, caller = await start(), make()
     enter(run, record_of(router.url))
     await caller.chat()
@@ -666,8 +668,8 @@ async def test_a_successor_on_the_same_port_proves_itself_anew(run: RunDir, star
 
 
 @pytest.mark.parametrize("make_client", [openai_client, async_openai_client])
-def test_what_the_run_decides_is_no_option(run: RunDir, make_client: Any) -> None:
-    with pytest.raises(ConfigError, match="api_key, base_url: the run directory decides"):
+def test_options_that_the_run_sets_are_refused(run: RunDir, make_client: Any) -> None:
+    with pytest.raises(ConfigError, match="api_key, base_url: the run directory sets"):
         make_client(run.path, base_url="http://h", api_key="k")
     with pytest.raises(ConfigError, match="there is no run directory"):
         make_client(run.path / "nope")
@@ -690,27 +692,27 @@ class TestErrand:
     ROUTER = record_of("http://127.0.0.1:1")
 
     @pytest.fixture
-    def errand(self) -> RetryState:
+    def state(self) -> RetryState:
         return RetryState(follow_s=10, now=0.0, replayable=True)
 
-    def test_pauses_grow_up_to_a_limit(self, errand: RetryState) -> None:
-        assert [errand.pause_s(0.0, 1.0) for _ in range(6)] == [0.1, 0.2, 0.4, 0.8, 1.6, 2.0]
-        assert errand.pause_s(0.0, 0.0) == 1.0, "chance halves them at most"
+    def test_pauses_grow_up_to_a_limit(self, state: RetryState) -> None:
+        assert [state.pause_s(0.0, 1.0) for _ in range(6)] == [0.1, 0.2, 0.4, 0.8, 1.6, 2.0]
+        assert state.pause_s(0.0, 0.0) == 1.0, "jitter halves them at most"
 
     @pytest.mark.parametrize(("now", "pause_s"), [(9.95, pytest.approx(0.05)), (10.0, None), (11.0, None)])
-    def test_the_deadline(self, errand: RetryState, now: float, pause_s: float | None) -> None:
-        assert errand.pause_s(now, 1.0) == pause_s
+    def test_the_deadline(self, state: RetryState, now: float, pause_s: float | None) -> None:
+        assert state.pause_s(now, 1.0) == pause_s
 
-    def test_the_same_router_is_tried_again_after_a_pause_only(self, errand: RetryState) -> None:
-        errand.took_nothing(self.ROUTER, IdentityCheck.NOBODY)
-        assert not errand.may_try(self.ROUTER)
-        assert errand.may_try(record_of("http://127.0.0.1:2", generation=2))
-        errand.pause_s(0.0, 0.5)
-        assert errand.may_try(self.ROUTER)
+    def test_the_same_router_is_tried_again_after_a_pause_only(self, state: RetryState) -> None:
+        state.not_taken(self.ROUTER, IdentityCheck.UNREACHABLE)
+        assert not state.may_try(self.ROUTER)
+        assert state.may_try(record_of("http://127.0.0.1:2", generation=2))
+        state.pause_s(0.0, 0.5)
+        assert state.may_try(self.ROUTER)
 
     @pytest.mark.parametrize("replayable", [True, False])
     def test_a_body_that_is_made_while_it_is_sent_cannot_be_sent_again(self, replayable: bool) -> None:
-        errand = RetryState(follow_s=10, now=0.0, replayable=replayable)
-        assert errand.drains(503, {DRAINING_HEADER: "1"}) is replayable
-        assert (errand.may_resend(), errand.may_resend()) == (replayable, False)
-        assert (errand.may_renew(), errand.may_renew()) == (replayable, False)
+        state = RetryState(follow_s=10, now=0.0, replayable=replayable)
+        assert state.refused_by_drain(503, {DRAINING_HEADER: "1"}) is replayable
+        assert (state.may_resend(), state.may_resend()) == (replayable, False)
+        assert (state.may_renew_token(), state.may_renew_token()) == (replayable, False)

@@ -1,16 +1,13 @@
 """A run directory, and small programs that stand in for agents: real processes, submitted by the real path."""
 
 import os
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from hpc_router.cluster.launchers.interface import JobRequest
 from hpc_router.cluster.launchers.local import LocalLauncher
-from hpc_router.config.schema import ResourceConfig
 from hpc_router.state.job_records import JobDir, Stop
 from hpc_router.state.run_directory import RunDir, make_run
 
@@ -59,8 +56,3 @@ def launcher(run: RunDir) -> Iterator[LocalLauncher]:
     for job in others:
         job.write(Stop(cancel_at=time.time()))  # for one that is only just beginning
     launcher.kill([job.replica for job in others])
-
-
-def request_of(service: Path, replica: str, *, how: str = "polite", gpus: int = 0) -> JobRequest:
-    argv = (sys.executable, str(service), str(service.with_name(replica)), how)
-    return JobRequest(replica, argv, ResourceConfig(gpus=gpus))

@@ -1,4 +1,4 @@
-"""Experts that are adapters on the engine of another: who they are, and what is refused before anything starts."""
+"""Experts that are LoRA adapters on the engine of another expert, and the checks of their config."""
 
 import json
 from dataclasses import replace
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from hpc_router.config.adapters import adapters_of, host_of, hosts, own_rank
+from hpc_router.config.adapters import adapter_rank, adapters_of, host_of, hosts
 from hpc_router.config.compose import load_deployment
 from hpc_router.config.schema import Deployment, EngineConfig, ExpertConfig, ResourceConfig
 from hpc_router.config.validation import check
@@ -33,7 +33,7 @@ def refused(**experts: ExpertConfig) -> str:
     return str(caught.value)
 
 
-def test_who_has_an_engine_and_whose() -> None:
+def test_hosts_and_their_adapters() -> None:
     experts = deployment(law=replace(MATH, model="b"), code=BASE).experts
     assert list(hosts(experts)) == ["base", "code"]
     assert [host_of(experts, name) for name in experts] == ["base", "base", "base", "code"]
@@ -75,7 +75,7 @@ def test_what_only_its_host_can_have_is_refused(own: dict[str, Any]) -> None:
     )
 
 
-def test_an_adapter_may_be_told_what_it_knows() -> None:
+def test_an_adapter_may_have_a_description_and_exemplars() -> None:
     check(deployment(math=replace(MATH, description="sums", exemplars=["1 + 1"])))
 
 
@@ -105,15 +105,15 @@ def test_adapters_are_taught_like_any_expert() -> None:
 )
 def test_an_adapters_rank_is_its_largest(tmp_path: Path, config: dict[str, Any], rank: int) -> None:
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    assert own_rank(tmp_path) == rank
+    assert adapter_rank(tmp_path) == rank
 
 
 @pytest.mark.parametrize(
     "text", ["", "[]", "{}", "3", '{"r": "8"}', '{"r": 0}', '{"r": true}', '{"r": 8, "rank_pattern": 3}']
 )
-def test_a_config_without_a_rank_is_none(tmp_path: Path, text: str) -> None:
+def test_a_config_without_a_rank_is_refused(tmp_path: Path, text: str) -> None:
     with pytest.raises(ValueError, match=r"it has no adapter_config\.json"):
-        own_rank(tmp_path)
+        adapter_rank(tmp_path)
     (tmp_path / "adapter_config.json").write_text(text)
     with pytest.raises(ValueError, match="has no rank"):
-        own_rank(tmp_path)
+        adapter_rank(tmp_path)

@@ -179,7 +179,7 @@ def test_an_override_whose_text_would_change_is_refused_with_its_quoted_form(key
 
 
 @pytest.mark.parametrize("value", ["421", "-3", "1.5", "0.25", '"0421"', "'no'", "a1", "08", "2026-11-28", "true"])
-def test_text_that_does_not_change_is_taken(tmp_path: Path, value: str) -> None:
+def test_text_that_does_not_change_is_accepted(tmp_path: Path, value: str) -> None:
     text = value.strip("'\"")
     made = composed(
         tmp_path, f"{PLAIN}cluster: {{kind: slurm, account: {value}, env: {{X: {value}}}, setup: [{value}]}}\n"

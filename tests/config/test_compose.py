@@ -1,4 +1,4 @@
-"""Every way a configuration can be wrong: one line that names the file or override, the key, and what is valid."""
+"""Invalid configurations: each error is one line with the file or override, the key, and what is valid."""
 
 import re
 import sys
@@ -56,7 +56,10 @@ OVERRIDES = [
     (["cluster.beat_s=0"], ["cluster.beat_s=0", "valid: 0.001 to 3600"]),
     (["policy.kind=nope"], ["policy.kind=nope", "valid: classifier, least_in_flight, model_field, round_robin"]),
     (["policy.fallback=generalst"], ["no expert is named 'generalst'", "'generalist'?"]),
-    (["experts.math.engine.kind=vlm"], ["unknown engine 'vlm'", "'vllm'?", "sim, transformers, vllm"]),
+    (
+        ["experts.math.engine.kind=vlm"],
+        ["experts.math.engine.kind=vlm: not known", "'vllm'?", "sim, transformers, vllm"],
+    ),
     (["name=a/b"], ["name=a/b", "cannot name a run directory"]),
     (["router.port=${nope}"], ["'router.port'", "'nope' not found"]),
     # experts' names
@@ -130,7 +133,7 @@ def write(folder: Path, name: str, content: str) -> None:
     path.write_text(content)
 
 
-def test_a_file_without_its_head_is_explained(tmp_path: Path) -> None:
+def test_a_file_without_its_package_line_is_explained(tmp_path: Path) -> None:
     write(tmp_path, "topology/mine.yaml", "experts: {}\n")
     assert "`# @package _global_`" in refusal(["topology=mine"], tmp_path)
 
@@ -139,7 +142,7 @@ def test_an_absent_folder_is_named(tmp_path: Path) -> None:
     assert "--config-dir" in refusal([], tmp_path / "nope")
 
 
-def test_a_users_folder_goes_before_ours(tmp_path: Path) -> None:
+def test_a_users_folder_takes_precedence(tmp_path: Path) -> None:
     """A file of the same name replaces ours; a path with spaces and commas is a path like any other."""
     folder = tmp_path / "my, 'own' conf"
     write(folder, "expert/math.yaml", 'description: "mine"\nexemplars: ["one plus one"]\n')

@@ -1,11 +1,12 @@
-"""The schema: conversions, and every refusal named by its key; and what no single dataclass can see."""
+"""The schema: conversions, errors with their keys, and checks that involve several dataclasses."""
 
 import math
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
 import pytest
 
+from docs import configuration
 from hpc_router.bench.config import BenchConfig
 from hpc_router.config.parsing import bounded, bounds_of, parse, within
 from hpc_router.config.schema import (
@@ -35,6 +36,7 @@ class Leaf:
 class Limits:
     small: int = bounded(3, 0, 10)
     each: list[float] | None = field(default=None, metadata=within(0.5, 2.5))
+    choice: Literal["left", "right"] | None = None
 
 
 @dataclass
@@ -79,11 +81,17 @@ def test_open_mappings_keep_what_they_are_given() -> None:
         ({"open": {"a": [1, {"b": float("nan")}]}}, "open.a[1].b", "not a finite number"),
         ({"limits": {"small": 11}}, "limits.small", "limits.small=11: out of range (valid: 0 to 10)"),
         ({"limits": {"small": 10**400}}, "limits.small", "out of range (valid: 0 to 10)"),
+        (
+            {"limits": {"choice": "lft"}},
+            "limits.choice",
+            "choice=lft: not known; did you mean 'left'? (valid: left, right)",
+        ),
+        ({"limits": {"choice": 3}}, "limits.choice", "3 is not text or null"),
         ({"limits": {"each": [1, 0.4]}}, "limits.each[1]", "each[1]=0.4: out of range (valid: 0.5 to 2.5)"),
     ],
 )
 @pytest.mark.parametrize("at", ["", "up.here"])
-def test_a_refusal_names_the_key(value: dict[str, Any], key: str, said: str, at: str) -> None:
+def test_an_error_names_the_key(value: dict[str, Any], key: str, said: str, at: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse(Root, value, at=at)
     full = f"{at}.{key}" if at else key
@@ -92,7 +100,7 @@ def test_a_refusal_names_the_key(value: dict[str, Any], key: str, said: str, at:
 
 
 @pytest.mark.parametrize("value", [3, None, ["a"], "x"])
-def test_what_is_no_mapping_is_refused(value: Any) -> None:
+def test_a_value_that_is_not_a_mapping_is_refused(value: Any) -> None:
     with pytest.raises(ConfigError, match="not a mapping"):
         parse(Root, value, at="here")
 
@@ -158,8 +166,10 @@ def test_options_are_typed_by_the_engine() -> None:
     assert options.max_model_len == 4096
     with pytest.raises(ConfigError, match=r"'experts\.a\.engine\.options\.itl_ms'"):
         options_of("a", EngineConfig(kind="vllm", options={"itl_ms": 3}))
-    with pytest.raises(ConfigError, match=r"experts\.a\.engine\.kind: unknown engine 'ollama'"):
-        options_of("a", EngineConfig(kind="ollama"))
+    with pytest.raises(
+        ConfigError, match=r"experts\.a\.engine\.kind=ollama: not known.* .valid: sim, transformers, vllm"
+    ):
+        options_of("a", EngineConfig(kind="ollama"))  # type: ignore[arg-type]
 
 
 def test_a_fallback_is_an_expert() -> None:
@@ -192,4 +202,16 @@ def test_every_number_of_every_config_has_a_range(root: type) -> None:
             assert math.isfinite(bounds.low)
             assert math.isfinite(bounds.high)
             default = next(item.default for item in fields(schema) if item.name == name)
-            assert default is None or bounds.hold(default), f"{schema.__name__}.{name}"  # type: ignore[arg-type]
+            assert default is None or bounds.contains(default), f"{schema.__name__}.{name}"  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("root", [Deployment, BenchConfig, *OPTIONS.values()])
+def test_every_field_of_every_config_has_a_meaning(root: type) -> None:
+    """docs/configuration.md shows it."""
+    missing = [
+        f"{schema.__name__}.{item.name}"
+        for schema in schemas(root)
+        for item in fields(schema)
+        if not configuration.comments(schema).get(item.name)
+    ]
+    assert missing == []

@@ -1,4 +1,4 @@
-"""Nothing gets into a batch script that could be more than its own line, or that stands there already."""
+"""Values of a batch script are single lines, and none sets an option that the script sets itself."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -33,7 +33,7 @@ def refused_script(**values: Any) -> str:
     return str(caught.value)
 
 
-def test_what_sites_want_is_valid() -> None:
+def test_options_of_real_sites_are_valid() -> None:
     check_options(
         "cluster",
         JobOptions(
@@ -77,7 +77,7 @@ def test_a_walltime_has_slurms_form(value: str) -> None:
 
 @pytest.mark.parametrize("walltime", ["0", "00:01:30", "00:01:31", "00:02:29"])
 def test_a_walltime_is_a_minute_longer_than_its_warning(walltime: str) -> None:
-    """Slurm looks at its clock once a minute."""
+    """Slurm checks times once a minute."""
     said = refused(walltime=walltime)
     assert said.startswith(f"cluster.walltime={walltime}: ")
     assert "cluster.warn_s=90" in said
@@ -94,18 +94,18 @@ def test_minutes_may_be_many() -> None:
 
 
 @pytest.mark.parametrize(("name", "instead"), SBATCH_OWNED.items())
-def test_what_is_set_elsewhere_says_where(name: str, instead: str) -> None:
+def test_an_option_that_is_set_elsewhere_names_the_key(name: str, instead: str) -> None:
     assert instead in refused("experts.math.resources", sbatch={name: "1"})
 
 
 @pytest.mark.parametrize(
     ("short", "long"), [("part", "partition"), ("gre", "gres"), ("job-n", "job-name"), ("q", "qos")]
 )
-def test_nor_by_a_short_form(short: str, long: str) -> None:
+def test_a_short_form_of_such_an_option_is_refused(short: str, long: str) -> None:
     assert f"is short for --{long}" in refused(sbatch={short: "1"})
 
 
-def test_a_dependency_can_stand_beside_ours() -> None:
+def test_a_dependency_can_be_combined_with_that_of_a_standby() -> None:
     """Slurm does not mix ',' (all of them) and '?' (any of them), and a router's successor has one already."""
     for fine in ("singleton", "afterok:1:2,afterany:3", None):
         check_options("cluster", JobOptions(sbatch={"dependency": fine}), warn_s=90)
@@ -158,7 +158,7 @@ def test_a_module_is_a_name(module: str) -> None:
     assert "cluster.modules[1]=" in refused_script(modules=["cuda/12.4", module])
 
 
-def test_lines_are_single() -> None:
+def test_a_line_break_is_refused() -> None:
     assert "cluster.setup[1]: has the control character '\\n'; give each line as an entry" in refused_script(
         setup=["true", "one\ntwo"]
     )

@@ -1,17 +1,17 @@
-"""What the whole deployment shows to be wrong, before anybody looks at a machine or a cluster."""
+"""Checks of a whole deployment that need neither the machine nor the cluster."""
 
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from hpc_router.config.schema import ClusterConfig, Deployment, EngineConfig, ExpertConfig, ResourceConfig
+from hpc_router.config.schema import ClusterConfig, ClusterKind, Deployment, EngineConfig, ExpertConfig, ResourceConfig
 from hpc_router.config.validation import check, check_fabric
 from hpc_router.errors import ConfigError
 
 
 def deployment(cluster: ClusterConfig | None = None, **resources: Any) -> Deployment:
-    """One expert, on the simulated engine and on Slurm unless told otherwise."""
+    """One expert, on the simulated engine and on Slurm unless set otherwise."""
     kind, options = resources.pop("kind", "sim"), resources.pop("options", {})
     expert = ExpertConfig(model="m", engine=EngineConfig(kind=kind, options=options))
     made = Deployment(experts={"math": replace(expert, resources=ResourceConfig(**resources))})
@@ -28,15 +28,15 @@ def refused(wrong: Deployment) -> str:
 
 
 @pytest.mark.parametrize("kind", ["local", "slurm", "allocation"])
-def test_every_kind_of_cluster_is_valid(kind: str) -> None:
+def test_every_kind_of_cluster_is_valid(kind: ClusterKind) -> None:
     check(deployment(ClusterConfig(kind=kind)))
 
 
 @pytest.mark.parametrize(
     ("cluster", "said"),
     [
-        (ClusterConfig(kind="slrum"), "cluster.kind=slrum: not known; did you mean 'slurm'?"),
-        (ClusterConfig(gpu_request="gpu"), "cluster.gpu_request=gpu: not known"),
+        (ClusterConfig(kind="slrum"), "cluster.kind=slrum: not known; did you mean 'slurm'?"),  # type: ignore[arg-type]
+        (ClusterConfig(gpu_request="gpu"), "cluster.gpu_request=gpu: not known"),  # type: ignore[arg-type]
         (ClusterConfig(replicas_per_job=0), "cluster.replicas_per_job=0: out of range (valid: 1 to 1024)"),
         (ClusterConfig(ask_s=0), "cluster.ask_s=0: out of range (valid: 0.001 to 3600)"),
         (ClusterConfig(warn_s=-1), "cluster.warn_s=-1: out of range (valid: 0 to 604800)"),
@@ -77,12 +77,12 @@ def test_the_router_asks_for_one_node() -> None:
     wrong.router.resources = ResourceConfig(partition="")
     assert "router.resources.partition is empty" in refused(wrong)
     wrong.router.resources = ResourceConfig()
-    wrong.router.place = "there"
+    wrong.router.place = "there"  # type: ignore[assignment]
     assert "router.place=there: not known" in refused(wrong)
 
 
 def test_gpus_of_a_node() -> None:
-    """Not known on Slurm before it is asked; on this machine there are none unless the config says so."""
+    """On Slurm their number is not known yet; on this machine there are none unless the config sets them."""
     check(deployment(gpus=8))
     check(deployment(ClusterConfig(kind="slurm", gpus=8), gpus=8))
     assert "a node has cluster.gpus=4" in refused(deployment(ClusterConfig(kind="slurm", gpus=4), gpus=8))
@@ -102,7 +102,9 @@ SLURM = ClusterConfig(kind="slurm")
         (replace(SLURM, trusted_network=True), None, True),
     ],
 )
-def test_several_nodes_need_nobody_else_on_them(cluster: ClusterConfig, own: bool | None, valid: bool) -> None:
+def test_several_nodes_need_exclusive_nodes_or_a_trusted_network(
+    cluster: ClusterConfig, own: bool | None, valid: bool
+) -> None:
     made = deployment(cluster, nodes=2, exclusive=own)
     if valid:
         check(made)
@@ -134,7 +136,7 @@ def test_several_nodes_need_an_engine_that_spans_them() -> None:
         (1, 0, {"device": "cpu", "tensor_parallel_size": 2}, True),
     ],
 )
-def test_ranks_are_what_nodes_carry(nodes: int, gpus: int, options: dict[str, Any], valid: bool) -> None:
+def test_ranks_match_the_nodes_and_gpus(nodes: int, gpus: int, options: dict[str, Any], valid: bool) -> None:
     made = deployment(replace(SLURM, exclusive=True), nodes=nodes, gpus=gpus, kind="vllm", options=options)
     if valid:
         check(made)
@@ -174,7 +176,7 @@ def test_environments_have_names() -> None:
 
 
 @pytest.mark.parametrize("key", ["partition", "account", "qos", "reservation"])
-def test_a_sites_file_without_its_kind_does_not_mean_this_machine(key: str) -> None:
+def test_slurm_keys_without_kind_slurm_are_refused(key: str) -> None:
     """It would start engines on the login node."""
-    with pytest.raises(ConfigError, match=f"cluster.{key}=x: this is a key of Slurm"):
+    with pytest.raises(ConfigError, match=f"cluster.{key}=x: this key is for Slurm"):
         check(Deployment(cluster=replace(ClusterConfig(), **{key: "x"})))  # type: ignore[arg-type]

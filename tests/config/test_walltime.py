@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from hpc_router.config.walltime import clock, walltime_s
+from hpc_router.config.walltime import walltime_s, walltime_text
 
 
 @pytest.mark.parametrize(
@@ -42,4 +42,4 @@ def test_durations(text: str, seconds: float | None) -> None:
 def test_a_clock_is_read_back(text: str) -> None:
     seconds = walltime_s(text)
     assert seconds is not None
-    assert clock(seconds) == text
+    assert walltime_text(seconds) == text

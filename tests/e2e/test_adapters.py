@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.e2e.deployment import Deployed, deployed
-from tests.e2e.test_sim import FAST, PROMPTS, ask, gauges_are_zero
+from tests.e2e.support import FAST, PROMPTS, ask, gauges_are_zero
 from tests.support.needs import ROOT
 from tests.support.waiting import eventually_sync
 

@@ -14,17 +14,10 @@ import pytest
 
 from hpc_router.state.registry import split_replica
 from tests.e2e.deployment import Deployed, cli, deployed, kill
+from tests.e2e.support import FAST, PROMPTS, ask, gauges_are_zero
 from tests.support.waiting import eventually_sync
 
 pytestmark = pytest.mark.e2e
-
-PROMPTS = {
-    "code": "Write a Python function that reverses a linked list.",
-    "math": "A shop sells 12 apples for 3 dollars. How many dollars do 20 apples cost?",
-    "medicine": "What are the symptoms and the treatment of bacterial pneumonia?",
-    "law": "The tenant sued the landlord for breach of contract. Can the plaintiff recover damages?",
-}
-FAST = "cluster.reconcile_s=0.3"
 
 
 @pytest.fixture(scope="module")
@@ -32,25 +25,6 @@ def sim(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployed]:
     folder = tmp_path_factory.mktemp("sim")
     with deployed(folder, "topology=sim", FAST, "experts.math.replicas=2", "cluster.beat_s=0.5") as one:
         yield one
-
-
-def metrics(one: Deployed) -> dict[str, float]:
-    request = urllib.request.Request(f"{one.url}/metrics", headers={"authorization": f"Bearer {one.token}"})
-    with urllib.request.urlopen(request) as response:
-        lines = response.read().decode().splitlines()
-    return {name: float(value) for name, _, value in (li.rpartition(" ") for li in lines if not li.startswith("#"))}
-
-
-def gauges_are_zero(one: Deployed) -> bool:
-    gauges = {k: v for k, v in metrics(one).items() if "requests_in_flight" in k or "requests_waiting{" in k}
-    return bool(gauges) and not any(gauges.values())
-
-
-def ask(client: openai.OpenAI, text: str, *, model: str = "auto") -> tuple[str, dict[str, str]]:
-    raw = client.chat.completions.with_raw_response.create(
-        model=model, messages=[{"role": "user", "content": text}], max_tokens=4
-    )
-    return raw.parse().choices[0].message.content or "", dict(raw.headers)
 
 
 def test_prompts_reach_the_expert_of_their_domain(sim: Deployed) -> None:

@@ -26,7 +26,7 @@ from hpc_router.expert.job import RANK
 from hpc_router.net import protocol
 from hpc_router.net.auth import replica_key
 from hpc_router.state.job_records import JobDir, JobPhase, JobProgress
-from hpc_router.state.registry import Reader, Record, State
+from hpc_router.state.registry import Record, RegistryReader, State
 from hpc_router.state.run_directory import RunDir
 from tests.support.waiting import GUARD_S, eventually
 
@@ -60,7 +60,7 @@ class Replica:
 
     @property
     def record(self) -> Record | None:
-        return Reader(self.run.registry).snapshot().get(REPLICA)
+        return RegistryReader(self.run.registry).snapshot().get(REPLICA)
 
     async def reached(self, phase: JobPhase, *, after: JobProgress | None = None) -> JobProgress:
         """Its progress, once it is in this phase; `after`: and has been restarted since.
@@ -75,7 +75,8 @@ class Replica:
                 return None
             return progress if after is None or progress.restarts > after.restarts else None
 
-        return await eventually(look)
+        progress: JobProgress = await eventually(look)
+        return progress
 
     async def ready(self, *, after: JobProgress | None = None) -> tuple[JobProgress, Record]:
         progress = await self.reached(JobPhase.READY, after=after)

@@ -34,30 +34,30 @@ NODE: Interfaces = {
     ],
 )
 def test_an_interface_a_network_or_an_address(named: str, meant: str) -> None:
-    assert str(fabric.chosen(named, NODE)) == meant
+    assert str(fabric.select_address(named, NODE)) == meant
 
 
 @pytest.mark.parametrize("named", ["ib7", "10.2.0.0/16", "10.1.2.4", "10.1.2.3/99"])
-def test_what_the_node_does_not_have_is_refused_with_what_it_has(named: str) -> None:
+def test_a_fabric_that_the_node_lacks_is_refused_with_its_addresses(named: str) -> None:
     with pytest.raises(ConfigError, match=r"this node has: lo: 127\.0\.0\.1, ::1; eth0: 172\.16\.3\.4") as caught:
-        fabric.chosen(named, NODE)
+        fabric.select_address(named, NODE)
     assert caught.value.key == "cluster.fabric"
     assert f"cluster.fabric={named}: " in str(caught.value)
 
 
 def test_an_interface_is_found_by_its_address() -> None:
-    assert fabric.interface("10.1.2.3", NODE) == "ib0"
-    assert fabric.interface("2001:db8:2:0::7", NODE) == "ib1"
-    assert fabric.interface("10.9.9.9", NODE) is None
+    assert fabric.interface_of("10.1.2.3", NODE) == "ib0"
+    assert fabric.interface_of("2001:db8:2:0::7", NODE) == "ib1"
+    assert fabric.interface_of("10.9.9.9", NODE) is None
 
 
-def test_this_machine_alone_talks_to_itself() -> None:
+def test_a_local_cluster_uses_the_loopback() -> None:
     assert fabric.address(None, kind="local") == "127.0.0.1"
 
 
 def test_a_named_fabric_counts_on_one_machine_too() -> None:
     assert fabric.address("127.0.0.0/8", kind="local") == "127.0.0.1"
-    assert fabric.interface("127.0.0.1") == "lo"
+    assert fabric.interface_of("127.0.0.1") == "lo"
 
 
 def _named(monkeypatch: pytest.MonkeyPatch, *addresses: str) -> None:
@@ -78,7 +78,7 @@ def test_then_the_default_route(monkeypatch: pytest.MonkeyPatch) -> None:
     assert fabric.address(None, kind="slurm") == "172.16.3.4"
 
 
-def test_a_node_that_nobody_can_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_node_without_a_reachable_address_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     _named(monkeypatch, "127.0.1.1")
     monkeypatch.setattr(fabric, "_of_default_route", lambda: None)
     with pytest.raises(ConfigError, match=r"cluster\.fabric: no address that other nodes can reach"):

@@ -1,8 +1,8 @@
-"""Keys differ per replica and prove themselves without being shown."""
+"""Each replica has its own key, which answers challenges without being sent."""
 
 import pytest
 
-from hpc_router.net.auth import bearer, challenge_answer, new_token, replica_key, same
+from hpc_router.net.auth import bearer_token, challenge_answer, equal_secrets, new_token, replica_key
 
 
 def test_a_key_belongs_to_one_secret_and_one_nonce() -> None:
@@ -18,8 +18,8 @@ def test_tokens_do_not_repeat() -> None:
 
 
 @pytest.mark.parametrize(("left", "right", "equal"), [("a", "a", True), ("a", "b", False), ("ä\udcff", "ä", False)])
-def test_same_takes_any_text(left: str, right: str, equal: bool) -> None:
-    assert same(left, right) is equal
+def test_any_text_can_be_compared(left: str, right: str, equal: bool) -> None:
+    assert equal_secrets(left, right) is equal
 
 
 @pytest.mark.parametrize(
@@ -27,4 +27,4 @@ def test_same_takes_any_text(left: str, right: str, equal: bool) -> None:
     [("Bearer t", "t"), ("bearer  t ", "t"), ("Basic t", None), ("Bearer ", None), ("", None), (None, None)],
 )
 def test_bearer(header: str | None, token: str | None) -> None:
-    assert bearer(header) == token
+    assert bearer_token(header) == token

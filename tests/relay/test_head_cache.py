@@ -14,7 +14,7 @@ from hpc_router.relay.downstream.request_parser import RefusedError, RequestPars
 from hpc_router.relay.head_cache import MAX_HEAD_BYTES, MAX_HEADS, HeadCache
 from hpc_router.relay.upstream import response_parser
 from hpc_router.relay.upstream.response_parser import ResponseParser
-from tests.relay.downstream.test_server import ODD, REFUSED
+from tests.relay.downstream.support import ODD, REFUSED
 from tests.relay.malformed import MALFORMED
 
 MAX_BODY = 2**16

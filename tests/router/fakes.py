@@ -13,9 +13,9 @@ from typing import Any, Final
 
 from aiohttp import web
 
-from hpc_router.config.schema import Deployment, EngineConfig, ExpertConfig, PolicyConfig, RouterConfig
+from hpc_router.config.schema import Deployment, EngineConfig, ExpertConfig, PolicyConfig, PolicyKind, RouterConfig
 from hpc_router.net import protocol
-from hpc_router.net.auth import bearer, challenge_answer, new_token, replica_key
+from hpc_router.net.auth import bearer_token, challenge_answer, new_token, replica_key
 from hpc_router.relay.upstream.client import UpstreamClient
 from hpc_router.router.control.process import ControlProcess
 from hpc_router.router.ipc.shared_counters import Counters
@@ -66,9 +66,9 @@ class FakeReplica:
             self.probes += 1
             return web.json_response(health | {"answer": answer} | self.health)
         if request.path == protocol.MODELS:
-            assert bearer(request.headers.get("authorization")) == self.key
+            assert bearer_token(request.headers.get("authorization")) == self.key
             return web.json_response({"object": "list", "data": [{"id": m, "object": "model"} for m in self.models]})
-        assert bearer(request.headers.get("authorization")) == self.key
+        assert bearer_token(request.headers.get("authorization")) == self.key
         self.bodies.append(await request.content.read())
         self.queries.append(request.rel_url.raw_query_string)
         self.headers.append({k.lower(): v for k, v in request.headers.items()})
@@ -168,7 +168,9 @@ def a_run(folder: Path) -> RunDir:
     return make_run(folder / "run")
 
 
-def a_deployment(*experts: str, policy: str = "model_field", fallback: str | None = None, **router: Any) -> Deployment:
+def a_deployment(
+    *experts: str, policy: PolicyKind = "model_field", fallback: str | None = None, **router: Any
+) -> Deployment:
     """Quick clocks: a test never waits for a default."""
     quick: dict[str, Any] = {"discovery_s": 0.02, "probe_s": 0.05, "probe_timeout_s": 2.0, "drain_s": 1.0}
     return Deployment(

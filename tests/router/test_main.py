@@ -15,7 +15,7 @@ from hpc_router.router import main
 from hpc_router.router.control.registry_file import RegistryFile
 from hpc_router.state.io_thread import FileThread
 from hpc_router.state.job_records import JobDir, JobPhase, JobProgress
-from hpc_router.state.registry import Reader, Record, RecordKind, State, publish, replica_name, withdraw
+from hpc_router.state.registry import Record, RecordKind, RegistryReader, State, publish, replica_name, withdraw
 from hpc_router.state.run_directory import RunDir, make_run
 
 
@@ -41,7 +41,7 @@ def configured(host: str | None, *, on: str | None = "127.0.0.0/8") -> Deploymen
 def test_it_listens_on_the_fabric_unless_told_otherwise(
     run: RunDir, host: str | None, on: str | None, bound: str, published: str
 ) -> None:
-    if ":" in bound and addresses.interface("::1") is None:
+    if ":" in bound and addresses.interface_of("::1") is None:
         pytest.skip("this machine has no IPv6")
     deployment = configured(host, on=on)
     with main.bind(run, deployment, node="n1") as sock:
@@ -128,19 +128,19 @@ class TestRegistryFile:
         keeper.leave()
 
     def test_while_it_leads(self, run: RunDir, keeper: RegistryFile, files: FileThread) -> None:
-        keeper.keep(Reader(run.registry).snapshot())
+        keeper.keep(RegistryReader(run.registry).snapshot())
         assert self.named(run, files) == ["math-0.g1", "router-0.g2"]
 
     def test_when_it_leaves(self, run: RunDir, keeper: RegistryFile, files: FileThread) -> None:
         """A look from before, told late, does not bring it back."""
-        seen = Reader(run.registry).snapshot()
+        seen = RegistryReader(run.registry).snapshot()
         keeper.keep(seen)
         self.leave(run, keeper)
         keeper.keep(seen | {"math-0.g1": replace(seen["math-0.g1"], beat=1)})
         assert self.named(run, files) == ["math-0.g1"]
 
     def test_its_successor_keeps_the_file(self, run: RunDir, keeper: RegistryFile, files: FileThread) -> None:
-        keeper.keep(Reader(run.registry).snapshot())
+        keeper.keep(RegistryReader(run.registry).snapshot())
         publish(run.registry, a_record(3))
         self.leave(run, keeper)
         assert self.named(run, files) == ["math-0.g1", "router-0.g2"], "the successor writes what follows"
@@ -149,7 +149,7 @@ class TestRegistryFile:
     def test_one_that_does_not_lead_by_then_keeps_nothing(
         self, run: RunDir, keeper: RegistryFile, files: FileThread, other: Record
     ) -> None:
-        keeper.keep(Reader(run.registry).snapshot())
+        keeper.keep(RegistryReader(run.registry).snapshot())
         publish(run.registry, other)
         self.leave(run, keeper)
         assert self.named(run, files) == sorted(["math-0.g1", other.replica])

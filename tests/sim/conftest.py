@@ -1,4 +1,4 @@
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 
 import aiohttp
@@ -6,8 +6,7 @@ import pytest
 
 from hpc_router.sim import SimConfig, SimServer
 from tests.sim.calls import INSTANT, client
-
-Start = Callable[[SimConfig], Awaitable[tuple[SimServer, aiohttp.ClientSession]]]
+from tests.sim.support import Start
 
 
 @pytest.fixture

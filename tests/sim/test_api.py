@@ -15,7 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from hpc_router.errors import ConfigError, LaunchError
 from hpc_router.sim import SimConfig, SimServer
 from tests.sim.calls import INSTANT, at, chat, client, decoded, events, post, stream, until
-from tests.sim.conftest import Start
+from tests.sim.support import Start
 
 CHAT = "/v1/chat/completions"
 TOOLS = [{"type": "function", "function": {"name": "look_up", "parameters": {"type": "object", "properties": {}}}}]

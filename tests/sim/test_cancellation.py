@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from hpc_router.sim import SimServer
 from tests.sim.calls import DISCONNECTED, GUARD_S, INSTANT, JsonObject, chat, client, faulty, until
-from tests.sim.conftest import Start
+from tests.sim.support import Start
 
 CHAT = "/v1/chat/completions"
 

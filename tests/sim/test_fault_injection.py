@@ -27,7 +27,7 @@ from tests.sim.calls import (
     stream_until_broken,
     until,
 )
-from tests.sim.conftest import Start
+from tests.sim.support import Start
 
 CHAT = "/v1/chat/completions"
 

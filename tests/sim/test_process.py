@@ -3,44 +3,14 @@
 import asyncio
 import signal
 import sys
-from asyncio.subprocess import PIPE, Process
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from asyncio.subprocess import PIPE
 from pathlib import Path
 
 import aiohttp
 import pytest
 
-from tests.sim.calls import GUARD_S, at, chat, decoded, events, faulty, post, stream, stream_until_broken
-
-INSTANT_FLAGS = ("--ttft-ms", "0", "--itl-ms", "0")
-
-
-@asynccontextmanager
-async def spawned(*flags: str) -> AsyncIterator[Process]:
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "hpc_router.sim", *flags, stdout=PIPE, stderr=PIPE
-    )
-    try:
-        yield process
-    finally:
-        if process.returncode is None:
-            process.kill()
-        await process.communicate()
-
-
-async def address(process: Process) -> str:
-    assert process.stdout is not None
-    async with asyncio.timeout(GUARD_S):
-        listening = decoded(await process.stdout.readline())["listening"]
-    assert isinstance(listening, str)
-    return listening
-
-
-async def ended(process: Process) -> tuple[int | None, str]:
-    async with asyncio.timeout(GUARD_S):
-        _, errors = await process.communicate()
-    return process.returncode, errors.decode()
+from tests.sim.calls import at, chat, events, faulty, post, stream, stream_until_broken
+from tests.sim.support import INSTANT_FLAGS, address, ended, spawned
 
 
 async def test_it_announces_its_port_serves_and_stops_on_sigterm() -> None:

@@ -11,7 +11,7 @@ import pytest
 from hpc_router.expert.multinode.start_strategy import free_port
 from hpc_router.sim.ranks import LOST
 from tests.sim.calls import chat, stream
-from tests.sim.test_process import INSTANT_FLAGS, address, ended, spawned
+from tests.sim.support import INSTANT_FLAGS, address, ended, spawned
 from tests.support.waiting import eventually
 
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hpc_router.config.compose import load_deployment
-from hpc_router.config.schema import Roofline
+from hpc_router.config.schema import Precision, Roofline
 from hpc_router.errors import ConfigError
 from hpc_router.sim import roofline as r
 from hpc_router.sim.roofline import Piece, RooflineEngine
@@ -49,7 +49,7 @@ def test_tensor_parallel_ranks_talk() -> None:
 
 
 @pytest.mark.parametrize(("quantization", "bytes_"), [("bf16", 2.0), ("fp8", 1.0), ("awq", 0.51953125)])
-def test_quantised_weights_move_less(quantization: str, bytes_: float) -> None:
+def test_quantised_weights_move_less(quantization: Precision, bytes_: float) -> None:
     engine = RooflineEngine(Roofline(quantization=quantization))
     assert engine.linear_bytes == pytest.approx(6_979_321_856 * bytes_)
     assert engine.kv_tokens >= RooflineEngine(Roofline()).kv_tokens
@@ -74,7 +74,7 @@ def test_what_does_not_fit_is_refused() -> None:
     ("options", "said"),
     [
         (Roofline(gpu="h100"), "did you mean 'h100-sxm'"),
-        (Roofline(quantization="int8"), "valid: awq, bf16, fp8"),
+        (Roofline(quantization="int8"), "valid: awq, bf16, fp8"),  # type: ignore[arg-type]
         (Roofline(model="mixtral"), "nor a folder with config.json"),
         (Roofline(slowdown=0), "must be above 0"),
         (Roofline(tensor_parallel_size=0), "whole numbers from 1"),
@@ -90,7 +90,7 @@ def test_refusals(options: Roofline, said: str) -> None:
     tp=st.sampled_from([1, 2, 4, 8]),
     quantization=st.sampled_from(["bf16", "fp8", "awq"]),
 )
-def test_more_work_never_takes_less_time(pieces: list[Piece], tp: int, quantization: str) -> None:
+def test_more_work_never_takes_less_time(pieces: list[Piece], tp: int, quantization: Precision) -> None:
     engine = RooflineEngine(Roofline(tensor_parallel_size=tp, quantization=quantization))
     whole = engine.step_s(pieces)
     assert whole >= engine.step_s(pieces[:1])

@@ -16,7 +16,7 @@ from hpc_router.sim.request_parsing import ParsedPrompt
 from hpc_router.sim.response_store import Kept
 from hpc_router.sim.tokens import Completion
 from tests.sim.calls import DISCONNECTED, GUARD_S, INSTANT, JsonObject, at, decoded, post, until
-from tests.sim.conftest import Start
+from tests.sim.support import Start
 
 RESPONSES, MESSAGES = "/v1/responses", "/v1/messages"
 TURNS: Any = [{"role": "user", "content": "what is two and two"}]

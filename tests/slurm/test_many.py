@@ -7,7 +7,7 @@ from typing import Any, Final
 
 import pytest
 
-from hpc_router.net.http_client import ask
+from hpc_router.net.http_client import call_blocking
 from tests.slurm.cluster import SlurmCluster
 from tests.slurm.deployment import on_slurm
 from tests.support.waiting import eventually_sync
@@ -46,7 +46,7 @@ def test_sixty_four_replicas_are_found_within_seconds_of_the_last(machine: None)
 
             def known() -> dict[str, Any] | None:
                 """The router's own view, once all are ready in it."""
-                status = ask("GET", f"{url}/status", token=token, timeout_s=10).body
+                status = call_blocking("GET", f"{url}/status", token=token, timeout_s=10).body
                 ready = [r for e in status["experts"].values() for r in e["replicas"] if r["state"] == "ready"]
                 return status if len(ready) == EACH * len(EXPERTS) else None
 

@@ -22,7 +22,7 @@ from hpc_router.config.schema import (
 from hpc_router.net import protocol
 from hpc_router.net.auth import replica_key
 from hpc_router.state.job_records import Exit, FailureReason, JobDir, Runner
-from hpc_router.state.registry import Reader, Record, State
+from hpc_router.state.registry import Record, RegistryReader, State
 from hpc_router.state.run_directory import RunDir, make_run
 from launch import tiny_model
 from tests.slurm.cluster import SlurmCluster
@@ -56,7 +56,7 @@ class Started:
 
     @property
     def record(self) -> Record | None:
-        return Reader(self.run.registry).snapshot().get(REPLICA)
+        return RegistryReader(self.run.registry).snapshot().get(REPLICA)
 
     def ready(self, *, within_s: float) -> Record:
         def look() -> Record | None:

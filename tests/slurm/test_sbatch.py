@@ -12,11 +12,11 @@ from typing import Any
 import openai
 import pytest
 
-from hpc_router.net.http_client import Unreachable, ask
+from hpc_router.net.http_client import Unreachable, call_blocking
 from hpc_router.routing.artefact import read
 from hpc_router.routing.classifier import Classifier
 from hpc_router.state.job_records import FailureReason, JobDir
-from hpc_router.state.registry import Reader, Record, RecordKind, State
+from hpc_router.state.registry import Record, RecordKind, RegistryReader, State
 from hpc_router.state.run_directory import RunDir
 from tests.routing.training.samples import prompts, write_jsonl
 from tests.slurm.cluster import SlurmCluster
@@ -59,7 +59,7 @@ class ByHand:
 
     def record(self, kind: RecordKind, expert: str = "") -> Record | None:
         """The endpoint that is ready."""
-        for known in Reader(self.run.registry).snapshot().values():
+        for known in RegistryReader(self.run.registry).snapshot().values():
             if known.kind is kind and known.state is State.READY and (not expert or expert in known.serves):
                 return known
         return None
@@ -73,7 +73,7 @@ class ByHand:
 
         def ready() -> bool:
             try:
-                return set(experts) <= set(ask("GET", f"{url}/ready").body["ready"])
+                return set(experts) <= set(call_blocking("GET", f"{url}/ready").body["ready"])
             except Unreachable:
                 return False
 
@@ -209,7 +209,7 @@ def test_an_expert_over_two_nodes_is_one_endpoint(by_hand: ByHand) -> None:
     )
     by_hand.has_ready("law")
     assert by_hand.answered_by("law") == "law"
-    assert len([r for r in Reader(by_hand.run.registry).snapshot().values() if "law" in r.serves]) == 1
+    assert len([r for r in RegistryReader(by_hand.run.registry).snapshot().values() if "law" in r.serves]) == 1
     assert by_hand.cluster.states()["n2"] == by_hand.cluster.states()["n3"] == "allocated"
     by_hand.cluster.run(["scancel", number])
     by_hand.ended(number)
@@ -246,5 +246,5 @@ def test_scancel_drains_and_leaves_nothing(by_hand: ByHand) -> None:
         by_hand.ended(number)
         exit_record, ended = eventually_sync(job.exit), eventually_sync(job.ended)
         assert (exit_record.ok, exit_record.reason, ended.status) == (True, FailureReason.DRAINED, 0), job.replica
-    assert not {job.replica for job in carried.values()} & set(Reader(by_hand.run.registry).snapshot())
+    assert not {job.replica for job in carried.values()} & set(RegistryReader(by_hand.run.registry).snapshot())
     eventually_sync(lambda: not with_word(*names))

@@ -1,4 +1,4 @@
-"""Files that another host has just written."""
+"""Files that another host has just written, with an NFS client's cache of missing names."""
 
 import os
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from hpc_router.state.atomic_files import is_there, read_json, replace_json
+from hpc_router.state.atomic_files import exists_now, read_json, replace_json
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def remembering(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("remembering")
-def test_a_file_that_has_come_meanwhile_is_read(tmp_path: Path) -> None:
+def test_a_file_that_was_just_created_is_read(tmp_path: Path) -> None:
     path = tmp_path / "exit.json"
     assert read_json(path) is None
     replace_json(path, {"ok": True})
@@ -50,14 +50,14 @@ def test_a_file_that_has_come_meanwhile_is_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("remembering")
-def test_a_file_that_has_come_meanwhile_is_there(tmp_path: Path) -> None:
+def test_a_file_that_was_just_created_exists(tmp_path: Path) -> None:
     path = tmp_path / "stop"
-    assert not is_there(path)
+    assert not exists_now(path)
     replace_json(path, {})
-    assert is_there(path)
+    assert exists_now(path)
 
 
-def test_nothing_is_there_in_a_folder_that_is_not(tmp_path: Path) -> None:
+def test_nothing_exists_in_a_missing_folder(tmp_path: Path) -> None:
     path = tmp_path / "gone" / "stop"
-    assert not is_there(path)
+    assert not exists_now(path)
     assert read_json(path) is None

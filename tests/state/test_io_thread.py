@@ -1,4 +1,4 @@
-"""The thread for all writes: in order, and nobody hangs when it does."""
+"""The thread for all writes keeps their order, and blocks no caller when it hangs."""
 
 import asyncio
 import logging
@@ -19,7 +19,7 @@ async def test_actions_run_in_order_and_give_their_results() -> None:
     files.close(timeout_s=5)
 
 
-async def test_failures_reach_who_waits_and_end_nothing(caplog: pytest.LogCaptureFixture) -> None:
+async def test_an_exception_reaches_the_caller_and_the_thread_goes_on(caplog: pytest.LogCaptureFixture) -> None:
     files = FileThread("t")
 
     def fail(error: Exception) -> None:
@@ -34,7 +34,7 @@ async def test_failures_reach_who_waits_and_end_nothing(caplog: pytest.LogCaptur
     files.close(timeout_s=5)
 
 
-async def test_an_action_is_done_even_if_its_caller_gives_up() -> None:
+async def test_an_action_runs_even_if_its_caller_is_cancelled() -> None:
     files, hanging, done = FileThread("t"), threading.Event(), threading.Event()
     files.post(hanging.wait)
     task = asyncio.create_task(files.run(done.set))
@@ -47,7 +47,7 @@ async def test_an_action_is_done_even_if_its_caller_gives_up() -> None:
     files.close(timeout_s=5)
 
 
-async def test_a_log_file_that_hangs_stops_nobody(tmp_path: Path) -> None:
+async def test_a_log_file_that_hangs_blocks_no_caller(tmp_path: Path) -> None:
     files, hanging = FileThread("t"), threading.Event()
     log = tmp_path / "log"
     logger = logging.getLogger("hanging")

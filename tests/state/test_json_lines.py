@@ -20,7 +20,7 @@ ODD = "a\u2028b\u2029c\x85d\x0be\x0cf\x1cg\x1dh\x1ei"
 """Every character beside the line feed and the carriage return at which `str.splitlines` splits."""
 
 
-def test_odd_is_what_it_says() -> None:
+def test_the_characters_are_those_that_splitlines_splits_at() -> None:
     assert len(ODD.splitlines()) == 9
     assert {c for c in map(chr, range(0x110000)) if len(f"a{c}b".splitlines()) > 1} == {"\n", "\r", *ODD[1::2]}
 

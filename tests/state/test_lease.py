@@ -1,4 +1,4 @@
-"""A record that lives while it is renewed; a file system that hangs keeps nobody from working or leaving."""
+"""A record is live while it is renewed; a file system that hangs stops neither work nor shutdown."""
 
 import asyncio
 import errno
@@ -14,7 +14,7 @@ from hpc_router.state import lease as lease_module
 from hpc_router.state import registry
 from hpc_router.state.io_thread import FileThread
 from hpc_router.state.lease import Lease
-from hpc_router.state.registry import Reader, Record, RecordKind, State
+from hpc_router.state.registry import Record, RecordKind, RegistryReader, State
 from tests.support.waiting import eventually
 
 HANG_S = 0.05
@@ -25,7 +25,7 @@ def record(beat_s: float = 3600.0) -> Record:
 
 
 def published(folder: Path) -> Record | None:
-    return Reader(folder).snapshot().get("math-0.g1")
+    return RegistryReader(folder).snapshot().get("math-0.g1")
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ async def test_a_folder_that_is_gone_is_a_warning(tmp_path: Path, caplog: pytest
 async def test_while_the_file_system_hangs_work_goes_on_and_beats_do_not_pile_up(
     tmp_path: Path, files: FileThread, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(lease_module, "PATIENCE_S", HANG_S)
+    monkeypatch.setattr(lease_module, "WRITE_TIMEOUT_S", HANG_S)
     hanging, beats = threading.Event(), list[int]()
 
     def noting(folder: Path, value: Record) -> None:
@@ -93,8 +93,10 @@ async def test_while_the_file_system_hangs_work_goes_on_and_beats_do_not_pile_up
     assert published(tmp_path) is None
 
 
-async def test_leaving_does_not_wait_for_it(tmp_path: Path, files: FileThread, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lease_module, "PATIENCE_S", HANG_S)
+async def test_the_end_of_a_lease_does_not_wait_for_a_hanging_file_system(
+    tmp_path: Path, files: FileThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease_module, "WRITE_TIMEOUT_S", HANG_S)
     hanging = threading.Event()
     async with asyncio.timeout(5), Lease(tmp_path, record(), files):
         files.post(hanging.wait)
@@ -102,7 +104,7 @@ async def test_leaving_does_not_wait_for_it(tmp_path: Path, files: FileThread, m
     await eventually(lambda: published(tmp_path) is None)
 
 
-async def test_its_owner_is_told_once_when_the_folder_is_gone_for_good(tmp_path: Path) -> None:
+async def test_the_owner_is_informed_once_that_the_folder_was_removed(tmp_path: Path) -> None:
     folder, told = tmp_path / "registry", list[int]()
     folder.mkdir()
     async with Lease(folder, record(beat_s=0.001), on_gone=lambda: told.append(lease.record.beat or 0)) as lease:
@@ -112,7 +114,7 @@ async def test_its_owner_is_told_once_when_the_folder_is_gone_for_good(tmp_path:
     assert len(told) == 1
 
 
-async def test_a_file_system_that_fails_is_no_folder_that_is_gone(
+async def test_a_failing_file_system_does_not_count_as_a_removed_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nor is a folder that comes back."""
@@ -128,7 +130,7 @@ async def test_a_file_system_that_fails_is_no_folder_that_is_gone(
     assert told == []
 
 
-async def test_renewal_goes_on_after_a_fault_of_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_renewal_continues_after_an_unexpected_exception(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     faults = iter([ZeroDivisionError("a fault of ours")])
     real = registry.publish
 

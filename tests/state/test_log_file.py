@@ -1,9 +1,9 @@
-"""Log files stay small, lose nothing silently, and no flood of one statement fills them."""
+"""Log files have a limited size, report lost bytes, and limit the lines of each statement."""
 
 import logging
 from pathlib import Path
 
-from hpc_router.state.log_file import BURST, LogFile, LogFileHandler, RateLimit, previous
+from hpc_router.state.log_file import BURST, LogFile, LogFileHandler, RateLimit, rotated_path
 
 
 def test_a_log_is_rotated_by_rename_and_one_older_file_is_kept(tmp_path: Path) -> None:
@@ -13,21 +13,21 @@ def test_a_log_is_rotated_by_rename_and_one_older_file_is_kept(tmp_path: Path) -
         log.write(b"line %d\n" % number)
         assert path.exists()
     log.close()
-    assert previous(path).read_bytes() == b"line 4\nline 5\n"
+    assert rotated_path(path).read_bytes() == b"line 4\nline 5\n"
     assert path.read_bytes() == b"line 6\n"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["log", "log.1"]
     assert path.stat().st_mode & 0o777 == 0o600
 
 
-def test_what_lies_there_already_counts(tmp_path: Path) -> None:
+def test_the_size_of_an_existing_log_counts(tmp_path: Path) -> None:
     path = tmp_path / "log"
     path.write_bytes(b"0123456789x")
     LogFile(path, limit=10).write(b"y")
-    assert previous(path).read_bytes() == b"0123456789x"
+    assert rotated_path(path).read_bytes() == b"0123456789x"
     assert path.read_bytes() == b"y"
 
 
-def test_a_write_that_fails_stops_nobody_and_is_told_later(tmp_path: Path) -> None:
+def test_a_failed_write_raises_nothing_and_is_reported_later(tmp_path: Path) -> None:
     folder = tmp_path / "away"
     log = LogFile(folder / "log")
     log.write(b"lost\n")

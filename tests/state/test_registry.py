@@ -1,4 +1,4 @@
-"""The registry as its readers meet it: half-written, stale, foreign and plainly wrong files."""
+"""Readers of the registry with files that are partly written, outdated, of another user, or invalid."""
 
 import json
 import os
@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from hpc_router.errors import RegistryError
 from hpc_router.state.registry import (
     EngineInfo,
-    Reader,
     Record,
     RecordKind,
+    RegistryReader,
     State,
     leading_router,
     publish,
@@ -52,18 +52,18 @@ def test_the_keys_are_the_contract() -> None:
 
 def test_a_record_survives_the_file(tmp_path: Path) -> None:
     publish(tmp_path, RECORD)
-    assert Reader(tmp_path).snapshot() == {"math-0.g3": RECORD}
+    assert RegistryReader(tmp_path).snapshot() == {"math-0.g3": RECORD}
     assert (tmp_path / "math-0.g3.json").stat().st_mode & 0o777 == 0o600
     withdraw(tmp_path, "math-0.g3")
     withdraw(tmp_path, "math-0.g3")
-    assert Reader(tmp_path).snapshot() == {}
+    assert RegistryReader(tmp_path).snapshot() == {}
 
 
-def test_keys_of_a_later_version_are_passed_over(tmp_path: Path) -> None:
+def test_keys_of_a_later_version_are_ignored(tmp_path: Path) -> None:
     value = RECORD.to_json() | {"colour": "blue"}
     value["engine"]["draft_model"] = "x"
     (tmp_path / "math-0.g3.json").write_text(json.dumps(value))
-    assert Reader(tmp_path).snapshot() == {"math-0.g3": RECORD}
+    assert RegistryReader(tmp_path).snapshot() == {"math-0.g3": RECORD}
 
 
 @pytest.mark.parametrize(
@@ -93,18 +93,18 @@ def test_a_wrong_value_refuses_the_file_and_nothing_else(tmp_path: Path, change:
     other = replace(RECORD, replica="math-1.g1")
     publish(tmp_path, other)
     (tmp_path / "math-0.g3.json").write_text(json.dumps(RECORD.to_json() | change))
-    assert Reader(tmp_path).snapshot() == {"math-1.g1": other}
+    assert RegistryReader(tmp_path).snapshot() == {"math-1.g1": other}
 
 
-def test_a_half_written_file_leaves_the_last_good_view(tmp_path: Path) -> None:
+def test_a_half_written_file_keeps_the_last_valid_record(tmp_path: Path) -> None:
     publish(tmp_path, RECORD)
-    reader = Reader(tmp_path)
+    reader = RegistryReader(tmp_path)
     reader.snapshot()
     path = tmp_path / "math-0.g3.json"
     whole = path.read_text()
     path.write_text(whole[: len(whole) // 2])
     assert reader.snapshot() == {"math-0.g3": RECORD}
-    assert Reader(tmp_path).snapshot() == {}, "a reader without a last view sees nothing"
+    assert RegistryReader(tmp_path).snapshot() == {}, "a reader without a last view sees nothing"
     path.write_text(json.dumps(replace(RECORD, beat=9).to_json()))
     assert reader.snapshot()["math-0.g3"].beat == 9
 
@@ -113,28 +113,28 @@ def test_a_half_written_file_leaves_the_last_good_view(tmp_path: Path) -> None:
 def test_a_file_of_another_user_is_refused(tmp_path: Path) -> None:
     publish(tmp_path, RECORD)
     os.chown(tmp_path / "math-0.g3.json", 12345, 12345)
-    assert Reader(tmp_path).snapshot() == {}
+    assert RegistryReader(tmp_path).snapshot() == {}
 
 
-def test_a_link_is_judged_by_its_own_owner_and_a_folder_is_nothing(tmp_path: Path) -> None:
+def test_a_link_is_checked_by_its_own_owner_and_a_folder_is_ignored(tmp_path: Path) -> None:
     (tmp_path / "math-0.g3.json").mkdir()
     (tmp_path / ".math-1.g1.json.tmp").write_text("{}")
     (tmp_path / "notes.txt").write_text("{}")
-    assert Reader(tmp_path).snapshot() == {}
+    assert RegistryReader(tmp_path).snapshot() == {}
 
 
-def test_a_missing_folder_is_the_callers_business(tmp_path: Path) -> None:
+def test_a_missing_folder_raises(tmp_path: Path) -> None:
     with pytest.raises(OSError):
-        Reader(tmp_path / "absent").snapshot()
+        RegistryReader(tmp_path / "absent").snapshot()
 
 
 @given(st.from_regex(r"[a-z0-9][a-z0-9_-]{0,20}", fullmatch=True), st.integers(0, 999), st.integers(1, 999))
-def test_names_come_apart_as_they_were_put_together(expert: str, slot: int, generation: int) -> None:
+def test_replica_names_are_split_into_their_parts(expert: str, slot: int, generation: int) -> None:
     assert split_replica(replica_name(expert, slot, generation)) == (expert, str(slot), generation)
 
 
 @pytest.mark.parametrize("name", ["", "math", "math-0", "math-0.g", "Math-0.g1", "a/b-0.g1", "math-0.g1\n"])
-def test_what_is_no_replica_name_is_refused(name: str) -> None:
+def test_an_invalid_replica_name_is_refused(name: str) -> None:
     with pytest.raises(RegistryError):
         split_replica(name)
 
@@ -157,7 +157,7 @@ def test_the_leader_is_the_ready_router_of_the_highest_generation() -> None:
     assert leading_router({"math-0.g3": RECORD}) is None
 
 
-def test_what_is_no_small_regular_file_is_refused(tmp_path: Path) -> None:
+def test_a_file_that_is_large_or_not_regular_is_refused(tmp_path: Path) -> None:
     """A pipe would hang the reader, a link may lead anywhere."""
     (tmp_path / "registry").mkdir()
     publish(tmp_path, RECORD)
@@ -166,6 +166,6 @@ def test_what_is_no_small_regular_file_is_refused(tmp_path: Path) -> None:
     (folder / "math-0.g3.json").symlink_to(target)
     (folder / "math-2.g3.json").write_text(json.dumps(replace(RECORD, replica="math-2.g3").to_json()) + " " * 2**20)
     (folder / "math-3.g3.json").write_text("[" * 100_000)
-    reader = Reader(folder)
+    reader = RegistryReader(folder)
     assert reader.snapshot() == {}
     assert reader.snapshot() == {}

@@ -1,4 +1,4 @@
-"""The run directory keeps its secrets, whatever the umask, and says what is wrong with one that is not right."""
+"""The run directory: modes of its secrets, errors for invalid ones, and how a command finds one."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from hpc_router.errors import ConfigError, RegistryError
-from hpc_router.state.log_file import previous
+from hpc_router.state.log_file import rotated_path
 from hpc_router.state.run_directory import find_run, make_run, open_run, point_latest
 
 
@@ -21,11 +21,11 @@ def umask(request: pytest.FixtureRequest) -> Iterator[None]:
     os.umask(before)
 
 
-def test_nobody_else_can_read_it_whatever_the_umask(tmp_path: Path, umask: None) -> None:
+def test_only_the_owner_can_read_it_regardless_of_the_umask(tmp_path: Path, umask: None) -> None:
     run = make_run(tmp_path / "run")
     run.event("made")
     run.write_desired({"math": 1})
-    run.keep_external_token("math-x0.g1", "t")
+    run.store_external_token("math-x0.g1", "t")
     for path in [run.path, *run.path.rglob("*")]:
         assert stat.S_IMODE(path.lstat().st_mode) == (0o700 if path.is_dir() else 0o600), path
 
@@ -38,7 +38,7 @@ def test_making_it_again_changes_no_secret(tmp_path: Path) -> None:
     assert token != secret
 
 
-def test_two_that_make_it_at_once_agree(tmp_path: Path) -> None:
+def test_concurrent_creators_agree_on_the_secrets(tmp_path: Path) -> None:
     start, tokens = threading.Barrier(8), []
 
     def make() -> None:
@@ -54,7 +54,7 @@ def test_two_that_make_it_at_once_agree(tmp_path: Path) -> None:
     assert len(set(tokens)) == 1
 
 
-def test_what_is_wrong_is_said(tmp_path: Path) -> None:
+def test_an_error_says_what_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="there is no run directory"):
         open_run(tmp_path / "absent")
     (tmp_path / "plain").mkdir(mode=0o700)
@@ -90,7 +90,7 @@ def test_a_verb_finds_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("text", ["", '{"replicas": {', "[]", "[" * 100_000, " " * 2**20 + " {}"])
-def test_only_an_absent_wish_is_no_wish(tmp_path: Path, text: str) -> None:
+def test_only_a_missing_desired_file_is_empty(tmp_path: Path, text: str) -> None:
     run = make_run(tmp_path / "run")
     assert run.read_desired() == {}
     run.desired.write_text(text)
@@ -98,7 +98,7 @@ def test_only_an_absent_wish_is_no_wish(tmp_path: Path, text: str) -> None:
         run.read_desired()
 
 
-def test_a_wish_that_cannot_be_opened_is_not_an_absent_one(tmp_path: Path) -> None:
+def test_an_unreadable_desired_file_is_an_error(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     run.desired.mkdir()
     with pytest.raises(RegistryError, match=r"cannot read .*desired\.json: Is a directory"):
@@ -119,7 +119,7 @@ def test_events_are_rotated_by_exactly_one_writer(tmp_path: Path, monkeypatch: p
     run.event("two")
     assert not run.events.exists()
     run.event("three")
-    older = [json.loads(line)["event"] for line in previous(run.events).read_text().splitlines()]
+    older = [json.loads(line)["event"] for line in rotated_path(run.events).read_text().splitlines()]
     assert older == ["down", "one", "two"]
     assert [json.loads(line)["event"] for line in run.events.read_text().splitlines()] == ["three"]
     assert not claim.exists()

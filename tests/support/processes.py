@@ -1,4 +1,4 @@
-"""Living processes, found by words in their command line or environment."""
+"""Finds running processes by text in their command line or environment."""
 
 import os
 from pathlib import Path
@@ -7,7 +7,7 @@ from hpc_router.state.job_records import start_ticks
 
 
 def with_word(*words: str) -> list[int]:
-    """Those that hold any of the words, without ourselves and without corpses."""
+    """Ids of the processes with any of the words, without this process and without zombies."""
     found = []
     for entry in Path("/proc").iterdir():
         if not entry.name.isdecimal() or int(entry.name) == os.getpid() or start_ticks(int(entry.name)) is None:

@@ -1,4 +1,4 @@
-"""The two ways to relay that every test of the data path holds for: the one that serves, and its reference."""
+"""The two implementations of the data path that its tests run on: the one in use, and its reference on aiohttp."""
 
 import asyncio
 from collections.abc import Callable
@@ -20,7 +20,7 @@ class Relay:
     make_client: MakeClient
     listen: Listen
     warm: bool = False
-    """With connections kept from the beginning, so that a request need not wait for one."""
+    """Whether connections to replicas are opened before the first request."""
 
 
 OWN = Relay(UpstreamClient, server.listening)

@@ -1,25 +1,35 @@
-"""Waiting for the outside world: a condition with a deadline, never a bare sleep."""
+"""Waiting for the outside world: a condition with a deadline instead of a sleep."""
 
 import asyncio
 import time
-from collections.abc import Callable
-from typing import Final, TypeVar
+from collections.abc import Awaitable, Callable
+from typing import Any, Final, TypeVar
 
 T = TypeVar("T")
 GUARD_S: Final = 60.0
 
 
-async def eventually(condition: Callable[[], T | None], *, within_s: float = GUARD_S) -> T:
-    """What `condition` returns once it is true; fails when it is not in time."""
-    deadline = time.monotonic() + within_s
-    while not (value := condition()):
-        assert time.monotonic() < deadline, f"not within {within_s} s: {condition}"
-        await asyncio.sleep(0.01)
+async def eventually(condition: Callable[[], object], *, within_s: float = GUARD_S) -> Any:
+    """The first true result of `condition`, a function or a coroutine function. Fails after `within_s` seconds, also if
+    the coroutine does not return."""
+    limit = asyncio.timeout(within_s)
+    try:
+        async with limit:
+            while not (value := await _result(condition)):
+                await asyncio.sleep(0.01)
+    except TimeoutError as error:
+        assert not limit.expired(), f"not within {within_s} s: {condition}"
+        raise error
     return value
 
 
+async def _result(condition: Callable[[], object]) -> object:
+    value = condition()
+    return await value if isinstance(value, Awaitable) else value
+
+
 def eventually_sync(condition: Callable[[], T | None], *, within_s: float = GUARD_S, every_s: float = 0.01) -> T:
-    """The same outside an event loop; `every_s` for a condition that is dear to ask."""
+    """`eventually` outside of an event loop. `every_s`: pause between two calls, for a condition that costs much."""
     deadline = time.monotonic() + within_s
     while not (value := condition()):
         assert time.monotonic() < deadline, f"not within {within_s} s: {condition}"

@@ -19,7 +19,7 @@ from hpc_router.bench.load.generator import LoadTarget, run_load, to_json
 from hpc_router.bench.prompts import BenchPrompt
 from hpc_router.bench.workload import Point, workload
 from hpc_router.errors import HpcRouterError
-from hpc_router.state.atomic_files import is_there, replace_json
+from hpc_router.state.atomic_files import exists_now, replace_json
 
 POLL_S: Final = 0.1
 BEAT_TIMEOUT_S: Final = 60.0
@@ -42,7 +42,7 @@ def serve(folder: Path, job: int) -> int:
     number = 0
     while not _ended(folder):
         path = folder / f"task-{number}.json"
-        if not is_there(path):
+        if not exists_now(path):
             time.sleep(POLL_S)
             continue
         result = folder / f"result-{number}.{job}.json"
@@ -67,7 +67,7 @@ def _run(task: dict[str, Any], folder: Path, job: int) -> dict[str, Any]:
 
 
 def _ended(folder: Path) -> bool:
-    if is_there(folder / "stop"):
+    if exists_now(folder / "stop"):
         return True
     try:
         return time.time() - (folder / "beat").stat().st_mtime > BEAT_TIMEOUT_S

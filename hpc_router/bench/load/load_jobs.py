@@ -21,8 +21,8 @@ from hpc_router.bench.load.load_job_main import task
 from hpc_router.bench.prompts import BenchPrompt
 from hpc_router.bench.workload import Point, jobs_for, workload
 from hpc_router.errors import LaunchError
-from hpc_router.net.job_environment import scrubbed
-from hpc_router.state.atomic_files import is_there, replace_json
+from hpc_router.net.job_environment import without_job_variables
+from hpc_router.state.atomic_files import exists_now, replace_json
 from hpc_router.state.run_directory import private_umask
 
 POLL_S: Final = 0.1
@@ -133,7 +133,7 @@ def _processes(config: BenchConfig, folder: Path) -> Iterator[None]:
 @contextmanager
 def _sbatch(config: BenchConfig, folder: Path) -> Iterator[None]:
     """One Slurm job per load job, without the variables of a job that this process may run in."""
-    environment = scrubbed(os.environ)
+    environment = without_job_variables(os.environ)
     numbers: list[str] = []
     try:
         for job in range(config.load_jobs):
@@ -164,7 +164,7 @@ def options_of(options: Mapping[str, Any]) -> list[str]:
 
 def _wait_for(path: Path, timeout_s: float, message: str) -> None:
     deadline = time.monotonic() + timeout_s
-    while not is_there(path):
+    while not exists_now(path):
         if time.monotonic() > deadline:
             raise LaunchError(f"{message} within {timeout_s:g} s ({path.parent.name})")
         time.sleep(POLL_S)

@@ -27,7 +27,7 @@ from hpc_router.bench.relay_cost.interface import (
 )
 from hpc_router.bench.relay_cost.processes import ProcessGroup, pinned_to, process_group
 from hpc_router.state import registry
-from hpc_router.state.registry import Reader, Record, RecordKind, State, leading_router
+from hpc_router.state.registry import Record, RecordKind, RegistryReader, State, leading_router
 from hpc_router.state.run_directory import RunDir, make_run
 
 CAPACITY: Final = 100_000
@@ -123,7 +123,7 @@ def _wait_until_serving(
     deadline = time.monotonic() + START_TIMEOUT_S
     missing = list(models)
     while True:
-        record = leading_router(Reader(run.registry).snapshot())
+        record = leading_router(RegistryReader(run.registry).snapshot())
         if record is not None:
             started = StartedRelay(int(record.url.rpartition(":")[2]), processes, run.token())
             while missing and serves(started, missing[0]):

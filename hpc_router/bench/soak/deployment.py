@@ -23,7 +23,7 @@ import psutil
 from hpc_router.bench.soak.options import FaultTarget
 from hpc_router.bench.soak.verdict import InjectedFault
 from hpc_router.errors import LaunchError
-from hpc_router.net.http_client import Unreachable, ask
+from hpc_router.net.http_client import Unreachable, call_blocking
 from hpc_router.state.run_directory import RunDir
 
 COMMAND_TIMEOUT_S: Final = 300.0
@@ -105,7 +105,7 @@ class SoakDeployment:
     def _get(self, path: str) -> Any:
         """Parsed JSON or text of a response with status 200; None without one."""
         try:
-            response = ask("GET", f"{self.url}{path}", token=self.token, timeout_s=HTTP_TIMEOUT_S)
+            response = call_blocking("GET", f"{self.url}{path}", token=self.token, timeout_s=HTTP_TIMEOUT_S)
         except Unreachable:
             return None
         return response.body if response.status == 200 else None

@@ -101,7 +101,7 @@ def _refuse_far(left: list[Attempt]) -> None:
 
 def _clean(run: RunDir) -> None:
     """Records nobody renews, the file of all records, temporary files. External endpoints stay: they are no jobs."""
-    for name, record in registry.Reader(run.registry).snapshot().items():
+    for name, record in registry.RegistryReader(run.registry).snapshot().items():
         if record.kind is not RecordKind.EXTERNAL:
             registry.withdraw(run.registry, name)
     run.registry_json.unlink(missing_ok=True)

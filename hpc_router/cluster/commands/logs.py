@@ -17,7 +17,7 @@ from typing import Final
 from hpc_router.cluster.launchers.interface import ROUTER
 from hpc_router.errors import ConfigError, RegistryError, suggest
 from hpc_router.state.job_records import JobDir
-from hpc_router.state.log_file import previous
+from hpc_router.state.log_file import rotated_path
 from hpc_router.state.registry import split_replica
 from hpc_router.state.run_directory import RunDir
 
@@ -61,7 +61,7 @@ def early_files(job: JobDir) -> list[Path]:
 def tail(path: Path, lines: int) -> list[str]:
     """Of the log and its older part."""
     last: deque[str] = deque(maxlen=lines)
-    for part in (previous(path), path):
+    for part in (rotated_path(path), path):
         with suppress(FileNotFoundError), part.open(encoding="utf-8", errors="replace") as stream:
             last.extend(stream)
     return [line.rstrip("\n") for line in last]
@@ -101,7 +101,7 @@ def _grown(path: Path, positions: dict[Path, Position]) -> Iterator[str]:
             position = positions.setdefault(path, Position(inode))
             new = b""
             if inode != position.inode:
-                new = _end_of(previous(path), position)
+                new = _end_of(rotated_path(path), position)
                 position.inode, position.offset = inode, 0
             stream.seek(position.offset)
             new += stream.read()

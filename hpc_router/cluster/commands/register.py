@@ -15,11 +15,11 @@ from urllib.parse import urlsplit
 
 from hpc_router.config.schema import EXPERT_NAME, RESERVED_NAMES
 from hpc_router.errors import ConfigError, suggest
-from hpc_router.net.http_client import QUICK_S, Unreachable, ask
+from hpc_router.net.http_client import DEFAULT_TIMEOUT_S, Unreachable, call_blocking
 from hpc_router.net.protocol import MODELS
 from hpc_router.state import registry
 from hpc_router.state.atomic_files import create_text
-from hpc_router.state.registry import EngineInfo, Reader, Record, RecordKind, State, replica_name, split_replica
+from hpc_router.state.registry import EngineInfo, Record, RecordKind, RegistryReader, State, replica_name, split_replica
 from hpc_router.state.run_directory import RunDir
 
 _PROBE: Final = re.compile(r"/[!-~]*")
@@ -76,7 +76,7 @@ def unregister(
     run: RunDir, *, replica: str | None = None, expert: str | None = None, url: str | None = None
 ) -> list[str]:
     """The endpoints taken out. Raises ConfigError when none is meant."""
-    records = {name: r for name, r in Reader(run.registry).snapshot().items() if r.kind is RecordKind.EXTERNAL}
+    records = {name: r for name, r in RegistryReader(run.registry).snapshot().items() if r.kind is RecordKind.EXTERNAL}
     base = base_url(url) if url is not None else None
     meant = [
         name
@@ -127,7 +127,7 @@ def _ask_model(base: str, *, token: str | None) -> tuple[str | None, str | None]
     """The one model that the endpoint serves, or a warning."""
     later = "the router asks it again; --model names the model"
     try:
-        answer = ask("GET", base + MODELS, token=token, timeout_s=QUICK_S)
+        answer = call_blocking("GET", base + MODELS, token=token, timeout_s=DEFAULT_TIMEOUT_S)
     except Unreachable as error:
         return None, f"{base} does not answer now ({error}): {later}"
     if answer.status != 200:
@@ -143,7 +143,7 @@ def _ask_model(base: str, *, token: str | None) -> tuple[str | None, str | None]
 
 
 def _known(run: RunDir, *, expert: str, url: str) -> str | None:
-    for name, record in Reader(run.registry).snapshot().items():
+    for name, record in RegistryReader(run.registry).snapshot().items():
         if record.kind is RecordKind.EXTERNAL and record.url == url and expert in record.serves:
             return name
     return None
@@ -167,4 +167,4 @@ def _publish(run: RunDir, record: Record, *, new: bool, token: str | None) -> Re
 def _keep_token(run: RunDir, replica: str, token: str | None) -> None:
     (run.path / "tokens" / replica).unlink(missing_ok=True)
     if token is not None:
-        run.keep_external_token(replica, token)
+        run.store_external_token(replica, token)

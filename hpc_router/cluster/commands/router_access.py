@@ -6,13 +6,13 @@ live, and that proves to be the one of its record, is given the token. Each call
 
 from dataclasses import dataclass
 
-from hpc_router.client.router_identity import IdentityCheck, examine
+from hpc_router.client.router_identity import IdentityCheck, check_identity
 from hpc_router.cluster.control_loop.desired_state import deployment_of
 from hpc_router.cluster.launchers.interface import JobState
 from hpc_router.cluster.launchers.select import launcher_for
 from hpc_router.config.schema import Deployment
 from hpc_router.errors import ConfigError, LaunchError
-from hpc_router.state.registry import Reader, Record, RecordKind, leading_router
+from hpc_router.state.registry import Record, RecordKind, RegistryReader, leading_router
 from hpc_router.state.run_directory import RunDir
 
 
@@ -36,7 +36,7 @@ def live_router(run: RunDir) -> Record | None:
         deployment = deployment_of(run)
     except ConfigError:  # another version's, or damaged: its router may serve all the same
         deployment = Deployment()
-    records = {name: r for name, r in Reader(run.registry).snapshot().items() if r.kind is RecordKind.ROUTER}
+    records = {name: r for name, r in RegistryReader(run.registry).snapshot().items() if r.kind is RecordKind.ROUTER}
     reports = launcher_for(run, deployment).observe(records)
     return leading_router({name: r for name, r in records.items() if reports[name].state in _MAY_LIVE})
 
@@ -59,7 +59,7 @@ def unproven_router(run: RunDir) -> Record:
 
 def proven(run: RunDir, record: Record) -> RouterAccess:
     """Raises LaunchError when nobody or something else answers there."""
-    finding = examine(record, run.secret())
+    finding = check_identity(record, run.secret())
     if finding is not IdentityCheck.PROVEN:
         raise LaunchError(
             f"{record.replica} at {record.url}: {finding}; `hpc-router status --run {run.path}` shows more"

@@ -13,7 +13,7 @@ from hpc_router.cluster.control_loop.loop import ControlLoop, Pass
 from hpc_router.cluster.control_loop.slots import ROUTER_SLOT, Attempt
 from hpc_router.config.adapters import host_of
 from hpc_router.errors import LaunchError
-from hpc_router.net.http_client import Unreachable, ask
+from hpc_router.net.http_client import Unreachable, call_blocking
 from hpc_router.state.registry import RecordKind
 from hpc_router.state.run_directory import RunDir
 
@@ -59,7 +59,7 @@ def status(run: RunDir) -> dict[str, Any]:
     return {
         "run": str(run.path),
         "down": down,
-        "full": run.full(),
+        "full": run.space_error(),
         "router": router,
         "policy": told.get("policy") or {"kind": policy.kind, "fallback": policy.fallback, "artefact": None},
         "experts": experts,
@@ -89,7 +89,7 @@ def ask_router(run: RunDir) -> tuple[RouterAccess | None, Mapping[str, Any], str
     except LaunchError as error:
         return None, {}, str(error)
     try:
-        answer = ask("GET", f"{access.url}/status", token=access.token)
+        answer = call_blocking("GET", f"{access.url}/status", token=access.token)
     except Unreachable as error:
         return access, {}, f"the router does not answer at {access.url}: {error}"
     if answer.status != 200 or not isinstance(answer.body, dict):

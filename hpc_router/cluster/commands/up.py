@@ -25,7 +25,7 @@ from hpc_router.cluster.signals import interrupt_event
 from hpc_router.config.schema import Deployment
 from hpc_router.config.slurm_options import check_run_path
 from hpc_router.errors import ArtefactError, HpcRouterError, LaunchError
-from hpc_router.net.http_client import Unreachable, ask
+from hpc_router.net.http_client import Unreachable, call_blocking
 from hpc_router.routing import exemplars
 from hpc_router.state.registry import RecordKind, split_replica
 from hpc_router.state.run_directory import RunDir, private_umask
@@ -138,7 +138,7 @@ class _Effort:
             return None
         url = routers[-1].url
         try:
-            ready = ask("GET", f"{url}/ready" if experts else f"{url}/health").status == 200
+            ready = call_blocking("GET", f"{url}/ready" if experts else f"{url}/health").status == 200
         except Unreachable:
             return None
         return url if ready else None

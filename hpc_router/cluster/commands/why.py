@@ -148,7 +148,7 @@ def _signalled(cause: Cause) -> bool:
 
 def _unwritable(run: RunDir, shown: list[ReplicaView], told: Mapping[str, Any]) -> list[Cause]:
     """That nothing can be written to the run directory: by its file system's word, or by the router's (a quota)."""
-    what = run.full() or (told.get("router") or {}).get("write_trouble")
+    what = run.space_error() or (told.get("router") or {}).get("write_trouble")
     if what is None or not shown:
         return []
     view = next((view for view in shown if view.expert == ROUTER), shown[0])

@@ -13,7 +13,7 @@ from hpc_router.cluster.control_loop.reconcile import Desired
 from hpc_router.cluster.control_loop.slots import Observed
 from hpc_router.config import frozen
 from hpc_router.config.adapters import host_of, hosts
-from hpc_router.config.parsing import bounds_of, check_bounds
+from hpc_router.config.parsing import bounds_of, check_values
 from hpc_router.config.schema import Deployment, ExpertConfig
 from hpc_router.errors import ConfigError, suggest
 from hpc_router.state.run_directory import RunDir
@@ -38,7 +38,7 @@ def desired_of(run: RunDir, deployment: Deployment) -> Desired:
     replicas = {name: expert.replicas for name, expert in hosts(deployment.experts).items()}
     bounds = bounds_of(ExpertConfig, "replicas")
     assert bounds is not None
-    replicas |= {n: c for n, c in _counts(wishes.get("replicas")).items() if n in replicas and bounds.hold(c)}
+    replicas |= {n: c for n, c in _counts(wishes.get("replicas")).items() if n in replicas and bounds.contains(c)}
     return Desired(
         replicas=replicas,
         router=wishes.get("router") is True,
@@ -80,7 +80,7 @@ def check_counts(deployment: Deployment, counts: Mapping[str, int]) -> None:
         host = host_of(deployment.experts, name)
         if host != name:
             raise ConfigError(f"scale: {name} is an adapter on the engine of {host}; scale that: {host}={count}")
-        check_bounds(replace(deployment.experts[name], replicas=count), at=f"experts.{name}")
+        check_values(replace(deployment.experts[name], replicas=count), at=f"experts.{name}")
 
 
 def scaled(deployment: Deployment, desired: Desired) -> Deployment:

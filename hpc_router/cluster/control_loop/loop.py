@@ -28,7 +28,7 @@ from hpc_router.cluster.signals import ignored, interrupt_event
 from hpc_router.config.schema import Deployment
 from hpc_router.errors import LaunchError
 from hpc_router.state import registry
-from hpc_router.state.atomic_files import is_there
+from hpc_router.state.atomic_files import exists_now
 from hpc_router.state.job_records import JobDir, Stop
 from hpc_router.state.registry import RecordKind, leading_router, split_replica
 from hpc_router.state.run_directory import RunDir
@@ -152,7 +152,7 @@ class ControlLoop:
 
     def leads(self, replica: str) -> bool:
         """Whether `replica` is the leading router, or may become it: no other router that may live leads."""
-        records = registry.Reader(self.run.registry).snapshot()
+        records = registry.RegistryReader(self.run.registry).snapshot()
         reports = self.launcher.observe([name for name, r in records.items() if r.kind is RecordKind.ROUTER])
         living = {n: r for n, r in records.items() if n not in reports or reports[n].state is not JobState.ENDED}
         leader = leading_router(living)
@@ -179,13 +179,13 @@ def run_loop(run: RunDir, *, while_leading: str | None = None, tied: bool = Fals
         while not stop.is_set() and missed < GONE_PASSES:
             pause_s = control.deployment.cluster.reconcile_s
             try:
-                if not configured and is_there(run.config):  # `up` has joined a run of external endpoints
+                if not configured and exists_now(run.config):  # `up` has joined a run of external endpoints
                     control, configured = ControlLoop(run), True
                 if while_leading is None or control.leads(while_leading):
                     control.once()
             except Exception:
                 logger.exception("a pass of the control loop failed; the next one is in %.1f s", pause_s)
-            missed = missed + 1 if run.gone() else 0
+            missed = missed + 1 if run.is_removed() else 0
             stop.wait(pause_s)
 
 

@@ -21,7 +21,7 @@ from hpc_router.cluster.launchers.interface import JobReport, JobState, Launcher
 from hpc_router.errors import RegistryError
 from hpc_router.state.atomic_files import create_text
 from hpc_router.state.job_records import Exit, FailureReason, JobDir, Runner, Stop, Submitter, start_ticks
-from hpc_router.state.registry import Reader, Record, RecordKind, split_replica
+from hpc_router.state.registry import Record, RecordKind, RegistryReader, split_replica
 from hpc_router.state.run_directory import RunDir
 
 logger = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ class RunObserver:
         self._run, self._reading = run, reading
         self._clock = clock
         self._launcher = launcher
-        self._reader = Reader(run.registry)
+        self._reader = RegistryReader(run.registry)
         self._ended: dict[str, Attempt] = {}
         self._pulse = HangDetector()
         self._hung: set[str] = set()

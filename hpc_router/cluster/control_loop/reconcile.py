@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
+from hpc_router import backoff
 from hpc_router.cluster.control_loop.slots import ROUTER_SLOT, Attempt, Observed, Slot
 from hpc_router.cluster.launchers.interface import ROUTER, JobState
 from hpc_router.state.job_records import BLAMELESS, PERMANENT, Exit, FailureReason, Runner
@@ -135,7 +136,7 @@ def reconcile(desired: Desired, observed: Observed, now: float) -> list[Action]:
 
 def backoff_s(failures: int) -> float:
     """The pause after the n-th failure in a row: none, 2 s, 4 s, ... one minute."""
-    return 0.0 if failures <= 1 else min(BACKOFF_MAX_S, BACKOFF_S * 2.0 ** (failures - 2))
+    return backoff.pause_s(failures - 2, first_s=BACKOFF_S, max_s=BACKOFF_MAX_S)
 
 
 def _fill(slot: Slot, attempts: Sequence[Attempt], desired: Desired, now: float) -> Iterator[Action]:

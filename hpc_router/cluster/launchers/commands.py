@@ -4,14 +4,14 @@ import os
 import subprocess
 from collections.abc import Mapping, Sequence
 
-from hpc_router.net.job_environment import scrubbed
+from hpc_router.net.job_environment import without_job_variables
 
 
 def output_of(argv: Sequence[str], *, timeout_s: float, also: Mapping[str, str] | None = None) -> str:
     """What it printed. Raises OSError or SubprocessError; `last_words` tells what was said then."""
     done = subprocess.run(
         list(argv),
-        env={**scrubbed(os.environ), **(also or {})},
+        env={**without_job_variables(os.environ), **(also or {})},
         stdin=subprocess.DEVNULL,
         capture_output=True,
         check=True,

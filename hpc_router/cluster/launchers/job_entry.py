@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import hpc_router
-from hpc_router.net.job_environment import scrubbed
+from hpc_router.net.job_environment import without_job_variables
 from hpc_router.state.job_records import Exit, FailureReason, JobDir, Process, start_ticks
 from hpc_router.state.run_directory import RunDir
 
@@ -51,7 +51,7 @@ def _environment(rank: int) -> dict[str, str]:
     told = {"HPC_ROUTER_RANK": str(rank)}
     if "SLURM_JOB_ID" in os.environ:
         told["HPC_ROUTER_JOB_ID"] = os.environ["SLURM_JOB_ID"]
-    return {**scrubbed(os.environ), **told}
+    return {**without_job_variables(os.environ), **told}
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from hpc_router.cluster.launchers.slurm.launcher import SlurmLauncher
 from hpc_router.cluster.launchers.slurm.squeue import Queue
 from hpc_router.config.schema import Deployment
 from hpc_router.errors import ConfigError
-from hpc_router.net.job_environment import held_job
+from hpc_router.net.job_environment import current_job_id
 from hpc_router.state.job_records import JobDir, Runner
 from hpc_router.state.run_directory import RunDir
 
@@ -40,7 +40,7 @@ def launcher_for(run: RunDir, deployment: Deployment) -> Launcher:
 def check_reach(deployment: Deployment) -> None:
     """Whether jobs can be submitted from here at all. Raises ConfigError."""
     kind, key = deployment.cluster.kind, "cluster.kind"
-    if kind == "allocation" and held_job() is None:
+    if kind == "allocation" and current_job_id() is None:
         raise ConfigError(f"{key}=allocation starts steps inside a Slurm job: run this in an sbatch or salloc", key=key)
     if kind != "local" and shutil.which("srun" if kind == "allocation" else "sbatch") is None:
         raise ConfigError(f"{key}={kind}: Slurm's commands are not on the PATH here (valid here: local)", key=key)

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from hpc_router.cluster.launchers.commands import last_words
 from hpc_router.errors import LaunchError
-from hpc_router.net.job_environment import JOB_ID, held_job, scrubbed
+from hpc_router.net.job_environment import JOB_ID, current_job_id, without_job_variables
 from hpc_router.state.job_records import Exit, FailureReason, JobDir
 from hpc_router.state.run_directory import RunDir, private_umask
 
@@ -23,13 +23,13 @@ def submit_all(batch: Sequence[Mapping[str, Any]]) -> dict[str, str | None]:
     """Replica -> what went wrong with it. `batch`: `jobs.Submission` as plain values, because only the child loads
     submitit."""
     replicas = [replica for submission in batch for replica in submission["argv_of"]]
-    held = held_job()
+    held = current_job_id()
     try:
         with private_umask():
             done = subprocess.run(
                 [sys.executable, "-m", "hpc_router.cluster.launchers.submitit_process"],
                 input=json.dumps(batch).encode(),
-                env={**scrubbed(os.environ), **({JOB_ID: held} if held is not None else {})},
+                env={**without_job_variables(os.environ), **({JOB_ID: held} if held is not None else {})},
                 capture_output=True,
                 check=True,
                 start_new_session=True,

@@ -31,7 +31,7 @@ from hpc_router.errors import ConfigError, LaunchError
 from hpc_router.expert.engine_process.command import drain_limit_s
 from hpc_router.expert.engines import Place, build_engine, engine_environment
 from hpc_router.expert.engines.container import contained
-from hpc_router.net.job_environment import held_job
+from hpc_router.net.job_environment import current_job_id
 from hpc_router.state.run_directory import RunDir
 
 FOLDER: Final = "<job>"
@@ -159,7 +159,7 @@ def _asked(deployment: Deployment, jobs: tuple[BatchJob, ...]) -> tuple[list[str
         return faults, warnings
     if deployment.cluster.kind == "allocation":
         outside = "cluster=allocation: this is no job of Slurm; `up` must run in one (salloc, or an sbatch script)"
-        return faults, [*warnings, *(_signals() if held_job() else [outside])]
+        return faults, [*warnings, *(_signals() if current_job_id() else [outside])]
     try:
         site = ask_site()
     except LaunchError as error:
@@ -238,7 +238,7 @@ def _jobs(deployment: Deployment, run: RunDir, replicas: tuple[ReplicaPlan, ...]
     if deployment.cluster.kind == "slurm":
         return batch_jobs(run, deployment, requests)
     if deployment.cluster.kind == "allocation":
-        return [step_job(run, deployment, request, job_id=held_job() or NO_JOB) for request in requests]
+        return [step_job(run, deployment, request, job_id=current_job_id() or NO_JOB) for request in requests]
     return []
 
 

@@ -36,7 +36,7 @@ from hpc_router.relay import memory_tuning
 from hpc_router.relay.downstream.server import listening
 from hpc_router.relay.upstream.client import UpstreamClient
 from hpc_router.relay.upstream.interface import Upstream
-from hpc_router.state.io_thread import PATIENCE_S, FileThread
+from hpc_router.state.io_thread import WRITE_TIMEOUT_S, FileThread
 from hpc_router.state.job_records import Exit, FailureReason, JobDir, JobPhase
 from hpc_router.state.lease import Lease
 from hpc_router.state.registry import Record, RecordKind, State, http_url, split_replica
@@ -120,7 +120,7 @@ class Agent:
             end = Exit(ok=False, reason=FailureReason.CRASHED, message=f"{type(error).__name__}: {error}")
         logger.info("exit: %s: %s", end.reason, end.message)
         with suppress(OSError, TimeoutError):
-            async with asyncio.timeout(PATIENCE_S):
+            async with asyncio.timeout(WRITE_TIMEOUT_S):
                 await self._files.run(partial(self._leave, end))
         return end
 
@@ -173,7 +173,7 @@ class Agent:
     async def _asked(self) -> bool:
         """Whether it was us who asked this job to end."""
         with suppress(TimeoutError):
-            async with asyncio.timeout(PATIENCE_S):
+            async with asyncio.timeout(WRITE_TIMEOUT_S):
                 return await self._files.run(self._job.stop) is not None
         return False
 
@@ -244,7 +244,7 @@ class Agent:
             nodes=nodes,
             key=rank_key(self._run.secret(), self._nonce),
             address=self._address,
-            interface=addresses.interface(self._address),
+            interface=addresses.interface_of(self._address),
             beat_s=self._deployment.cluster.beat_s,
             command=lambda ranks: self._commands.at(replace(place, ranks=ranks), version=self._version),
             on_drain=partial(self.drain, from_outside=True),

@@ -17,7 +17,7 @@ from hpc_router.background_tasks import TaskFailures
 from hpc_router.errors import BadRequestError, BodyTooLargeError, UpstreamConnectError, UpstreamError
 from hpc_router.expert.agent.engine_relay import Passing, pass_through
 from hpc_router.net import protocol
-from hpc_router.net.auth import bearer, challenge_answer, same
+from hpc_router.net.auth import bearer_token, challenge_answer, equal_secrets
 from hpc_router.relay.downstream.interface import Handler, Request, Response, Work, error_response, json_response
 from hpc_router.relay.in_flight import InFlight
 from hpc_router.relay.upstream.interface import PendingRequest, Upstream
@@ -236,4 +236,4 @@ class AgentHttpApi:
 
 
 def _holds(request: Request, key: str) -> bool:
-    return same(bearer(request.headers.text("authorization")) or "", key)
+    return equal_secrets(bearer_token(request.headers.text("authorization")) or "", key)

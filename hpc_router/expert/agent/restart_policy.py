@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Final
 
+from hpc_router import backoff
 from hpc_router.state.job_records import PERMANENT, FailureReason
 
 STABLE_S: Final = 60.0
@@ -27,7 +28,7 @@ class Restarts:
             self.in_a_row = 0
         if self.in_a_row >= self.max_in_a_row:
             return None
-        delay_s = min(MAX_PAUSE_S, 2.0**self.in_a_row) * (1 - chance / 2)
+        delay_s = backoff.pause_s(self.in_a_row, first_s=1.0, max_s=MAX_PAUSE_S) * (1 - chance / 2)
         self.in_a_row += 1
         self.total += 1
-        return float(delay_s)
+        return delay_s

@@ -16,7 +16,7 @@ from typing import Any, Final, Protocol
 from hpc_router.config.schema import ClusterConfig, EngineConfig, ExpertConfig
 from hpc_router.errors import ConfigError
 from hpc_router.expert.engines.failure import Sign
-from hpc_router.net.job_environment import scrubbed
+from hpc_router.net.job_environment import without_job_variables
 from hpc_router.state.registry import EngineInfo
 
 _PROXIES: Final = ("http_proxy", "https_proxy", "all_proxy", "no_proxy", "ftp_proxy")
@@ -190,7 +190,7 @@ def engine_environment(
     """
     cluster = cluster or ClusterConfig()
     offline = all(map(is_local, engine.models)) if cluster.offline is None else cluster.offline
-    environment = {k: v for k, v in scrubbed(inherited).items() if not (offline and k.lower() in _PROXIES)}
+    environment = {k: v for k, v in without_job_variables(inherited).items() if not (offline and k.lower() in _PROXIES)}
     environment |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"} if offline else {}
     environment |= {
         "TMPDIR": str(place.temporary),

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from hpc_router.config.adapters import own_rank
+from hpc_router.config.adapters import adapter_rank
 from hpc_router.config.schema import ExpertConfig, VllmOptions
 from hpc_router.errors import ConfigError
 from hpc_router.expert.engines.base import (
@@ -182,7 +182,7 @@ class VllmEngine(TakesAdapters):
     def _rank_of(expert: str, adapter: str) -> int | None:
         """None for one that is in no folder here."""
         try:
-            return own_rank(Path(adapter)) if is_local(adapter) else None
+            return adapter_rank(Path(adapter)) if is_local(adapter) else None
         except ValueError as error:
             key = f"experts.{expert}.model"
             raise ConfigError(f"{key}={adapter}: {error}", key=key) from error

@@ -32,9 +32,9 @@ from hpc_router.net.protocol import RANK, Action, RankOrder, RankReport
 from hpc_router.relay.headers import lines
 from hpc_router.relay.upstream.client import UpstreamClient
 from hpc_router.relay.upstream.interface import Upstream, UpstreamTimeouts, address_of
-from hpc_router.state.io_thread import PATIENCE_S, FileThread
+from hpc_router.state.io_thread import WRITE_TIMEOUT_S, FileThread
 from hpc_router.state.job_records import Exit, FailureReason, JobDir
-from hpc_router.state.registry import Reader, Record, split_replica
+from hpc_router.state.registry import Record, RegistryReader, split_replica
 from hpc_router.state.run_directory import RunDir
 
 logger = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ class Follower:
         engine = build_engine(expert, config, adapters=adapters_of(deployment.experts, expert))
         self._commands = Commands(engine, config, deployment.cluster, environment, log)
         self._engine = RankEngine(self._commands.engine, files)
-        self._reader = Reader(run.registry)
+        self._reader = RegistryReader(run.registry)
         self._leader: Record | None = None
         self._secret = run.secret()
         self._instance = new_token()
@@ -99,7 +99,7 @@ class Follower:
         """Written down at once: rank 0 is ended with this one, and would say no more than that it was asked to."""
         end = Exit(ok=False, reason=reason, message=f"rank {self._rank} on {socket.gethostname()}: {message}")
         with suppress(OSError, TimeoutError):
-            async with asyncio.timeout(PATIENCE_S):
+            async with asyncio.timeout(WRITE_TIMEOUT_S):
                 if await self._files.run(self._job.exit) is None:
                     await self._files.run(partial(self._job.write, end))
         return end
@@ -139,7 +139,7 @@ class Follower:
         elif order.attempt != self._engine.attempt:
             here = self._address
             meeting = (order.master_address, order.master_port)
-            ranks = Ranks(self._rank, self._nodes, here, addresses.interface(here), *meeting)
+            ranks = Ranks(self._rank, self._nodes, here, addresses.interface_of(here), *meeting)
             self._engine.start(order.attempt, self._commands.at(replace(place, ranks=ranks)))
 
     async def _ask(self, client: Upstream) -> RankOrder | None:
@@ -183,14 +183,14 @@ class Follower:
 
     async def _find(self) -> Record | None:
         try:
-            async with asyncio.timeout(PATIENCE_S):
+            async with asyncio.timeout(WRITE_TIMEOUT_S):
                 return (await self._files.run(self._reader.snapshot)).get(self._job.replica)
         except (OSError, TimeoutError):
             return None
 
     async def _exit_record(self) -> Exit | None:
         try:
-            async with asyncio.timeout(PATIENCE_S):
+            async with asyncio.timeout(WRITE_TIMEOUT_S):
                 return await self._files.run(self._job.exit)
         except (OSError, TimeoutError):
             return None

@@ -7,7 +7,7 @@ is none that the open challenge of `/health` could be asked to use.
 
 from typing import Final
 
-from hpc_router.net.auth import challenge_answer, replica_key, same
+from hpc_router.net.auth import challenge_answer, equal_secrets, replica_key
 from hpc_router.net.protocol import RankOrder
 
 _REPORT: Final = "report"
@@ -30,4 +30,4 @@ def proof(key: str, challenge: str, order: RankOrder) -> str:
 
 
 def is_proven(key: str, challenge: str, order: RankOrder) -> bool:
-    return same(order.proof, proof(key, challenge, order))
+    return equal_secrets(order.proof, proof(key, challenge, order))

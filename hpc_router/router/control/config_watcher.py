@@ -21,12 +21,11 @@ from hpc_router.routing.artefact import MANIFEST
 from hpc_router.routing.policy import Policy
 from hpc_router.state.io_thread import FileThread
 from hpc_router.state.run_directory import RunDir
+from hpc_router.state.stamped_file import Stamp, stamp_at
 
 logger = logging.getLogger(__name__)
 
 LOOK_S: Final = 1.0
-
-Stamp = tuple[tuple[int, int, int] | None, ...]
 
 
 @dataclass(slots=True)
@@ -39,7 +38,7 @@ class Changes:
     on_change: Callable[[Deployment, Policy], None]
     on_failure: OnFailure = lambda task, error: None
     trouble: str | None = None
-    _seen: Stamp | None = None
+    _seen: tuple[Stamp | None, ...] | None = None
     _folders: tuple[Path, ...] | None = None
     _now: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -81,14 +80,6 @@ class Changes:
         self._seen = self._stamp()  # they may be others now; before they are read, so that none is missed
         return deployment, load_policy(self.run, deployment)
 
-    def _stamp(self) -> Stamp:
+    def _stamp(self) -> tuple[Stamp | None, ...]:
         folders = self._folders or artefact_folders(self.run, self.base)
-        return tuple(map(_stamp_of, (self.run.desired, *(folder / MANIFEST for folder in folders))))
-
-
-def _stamp_of(path: Path) -> tuple[int, int, int] | None:
-    try:
-        status = path.stat()
-    except FileNotFoundError:
-        return None
-    return status.st_mtime_ns, status.st_ino, status.st_size
+        return tuple(map(stamp_at, (self.run.desired, *(folder / MANIFEST for folder in folders))))

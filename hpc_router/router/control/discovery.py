@@ -19,23 +19,24 @@ from typing import Any, Final
 
 import aiohttp
 
+from hpc_router import backoff
 from hpc_router.background_tasks import OnFailure, restarting
 from hpc_router.config.schema import RouterConfig
 from hpc_router.errors import ConfigError
 from hpc_router.net import protocol
-from hpc_router.net.auth import challenge_answer, new_token, replica_key, same
+from hpc_router.net.auth import challenge_answer, equal_secrets, new_token, replica_key
+from hpc_router.net.http_client import bounded_body
 from hpc_router.router.replicas.health import Incident, Rules, Verdict, can_eject
 from hpc_router.router.replicas.replica import Event, Replica, RoutingState
 from hpc_router.router.replicas.table import ReplicaTable
 from hpc_router.state.io_thread import FileThread
-from hpc_router.state.registry import Reader, Record, RecordKind
+from hpc_router.state.registry import Record, RecordKind, RegistryReader
 from hpc_router.state.run_directory import RunDir
 
 logger = logging.getLogger(__name__)
 
 SILENT_BEATS: Final = 4
 """A beat is missed when it is this many intervals late."""
-MAX_PROBE_BYTES: Final = 2**20
 EXTERNAL_PROBE_S: Final = 15.0
 """An endpoint that is not ours may need this long to answer a probe; its connection has `router.probe_timeout_s`."""
 _EJECTED_PROBE_MAX_S: Final = 15.0
@@ -172,7 +173,7 @@ class Discovery:
         return self.clock() - self.last_read_at
 
     async def _scan_forever(self) -> None:
-        reader = Reader(self.run.registry)
+        reader = RegistryReader(self.run.registry)
         while True:
             try:
                 snapshot = await self.files.run(reader.snapshot)
@@ -237,7 +238,8 @@ class Discovery:
         if replica.standing is RoutingState.STARTING:
             base /= 2
         elif replica.standing is RoutingState.EJECTED:
-            base = min(base * 1.5 ** min(replica.health.failed_probes, 8), _EJECTED_PROBE_MAX_S)
+            failed = min(replica.health.failed_probes, 8)
+            base = backoff.pause_s(failed, first_s=base, max_s=_EJECTED_PROBE_MAX_S, factor=1.5)
         return base * random.uniform(0.8, 1.2)  # probes of many replicas must not fall together
 
     async def _judge(self, replica: Replica) -> None:
@@ -290,7 +292,7 @@ class Discovery:
         answer = await self._get_json(replica.record.url + protocol.HEALTH, params={"challenge": challenge})
         health = protocol.ProbeResponse.from_json(answer)
         expected = challenge_answer(replica.key or "", challenge)
-        if health is None or health.replica != replica.name or not same(health.answer or "", expected):
+        if health is None or health.replica != replica.name or not equal_secrets(health.answer or "", expected):
             replica.trouble = "another process answers at its address"
             return Incident.PROBE_FAILED
         replica.models = health.models or ()
@@ -324,7 +326,7 @@ class Discovery:
                 return Event.SAYS_STARTING  # another router of ours, or an agent: it says when it serves again
             if response.status == 200:
                 with contextlib.suppress(ValueError, RecursionError):
-                    replica.models = _models(await _json(response)) or replica.models
+                    replica.models = _models(json.loads(await bounded_body(response))) or replica.models
         return Event.SAYS_READY
 
     async def _connects(self, replica: Replica) -> Event:
@@ -340,7 +342,7 @@ class Discovery:
         limit = aiohttp.ClientTimeout(total=self.config.probe_timeout_s)
         asked = self._session.get(url, raise_for_status=True, allow_redirects=False, timeout=limit, **options)
         async with asked as response:
-            value = await _json(response)
+            value = json.loads(await bounded_body(response))
         if not isinstance(value, dict):
             raise ValueError("not a JSON object")
         return value
@@ -364,16 +366,6 @@ class Discovery:
         if self.table.get(replica.name) is replica and self.table.apply(replica, event):
             because = f" ({replica.trouble})" if replica.trouble and replica.standing is RoutingState.EJECTED else ""
             logger.info("%s is %s%s", replica.name, replica.standing, because)
-
-
-async def _json(response: aiohttp.ClientResponse) -> Any:
-    """Raises ValueError."""
-    raw = b""
-    async for chunk in response.content.iter_any():
-        raw += chunk
-        if len(raw) > MAX_PROBE_BYTES:
-            raise ValueError("an endless answer")
-    return json.loads(raw)
 
 
 def _models(value: Any) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from hpc_router.state.atomic_files import replace_json
 from hpc_router.state.io_thread import FileThread
-from hpc_router.state.registry import SCHEMA, Reader, Record, leading_router, split_replica
+from hpc_router.state.registry import SCHEMA, Record, RegistryReader, leading_router, split_replica
 from hpc_router.state.run_directory import RunDir
 
 
@@ -35,7 +35,7 @@ class RegistryFile:
             self._files.post(self._write_last)
 
     def _write_last(self) -> None:
-        others = {name: r for name, r in Reader(self._run.registry).snapshot().items() if name != self._replica}
+        others = {name: r for name, r in RegistryReader(self._run.registry).snapshot().items() if name != self._replica}
         leader = leading_router(others)
         if leader is None or leader.generation < split_replica(self._replica)[2]:  # else it is the successor's file
             replace_json(self._run.registry_json, registry_file(others))

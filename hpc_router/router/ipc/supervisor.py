@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, NoReturn
 
+from hpc_router import backoff
 from hpc_router.errors import LaunchError
 from hpc_router.router.ipc import supervisor_commands
 from hpc_router.router.ipc.shared_counters import CUT, IN_FLIGHT, Counters
@@ -85,7 +86,7 @@ class Child:
 
 def pause_s(in_a_row: int) -> float:
     """Before a child is started again that has ended so often in a row."""
-    return 0.0 if in_a_row <= 1 else min(MAX_PAUSE_S, FIRST_PAUSE_S * 2.0 ** (in_a_row - 1))
+    return 0.0 if in_a_row <= 1 else backoff.pause_s(in_a_row - 1, first_s=FIRST_PAUSE_S, max_s=MAX_PAUSE_S)
 
 
 @dataclass(slots=True)

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
+from hpc_router import backoff
+
 PROBES_LATE: Final = 3
 """A probe that is not answered in time may be the network's fault; so many in a row are not."""
 
@@ -90,7 +92,7 @@ class ReplicaHealth:
         if now - self.out_until > rules.most_out_s:
             self.exclusions = 0  # long enough ago
         self.errors = 0
-        self.out_until = now + min(rules.out_s * 2.0**self.exclusions, rules.most_out_s)
+        self.out_until = now + backoff.pause_s(self.exclusions, first_s=rules.out_s, max_s=rules.most_out_s)
         self.exclusions += 1
 
 

@@ -33,7 +33,7 @@ from hpc_router.errors import (
     suggest,
 )
 from hpc_router.net import protocol
-from hpc_router.net.auth import bearer, challenge_answer, same
+from hpc_router.net.auth import bearer_token, challenge_answer, equal_secrets
 from hpc_router.relay.api_formats import dialect_of
 from hpc_router.relay.downstream.interface import (
     DownstreamGoneError,
@@ -176,8 +176,8 @@ class Gateway:
     def _check_token(self, headers: Headers, token: str) -> None:
         if token in headers.notes:
             return
-        offered = bearer(headers.text("authorization")) or headers.text("x-api-key")
-        if not same(offered, token):
+        offered = bearer_token(headers.text("authorization")) or headers.text("x-api-key")
+        if not equal_secrets(offered, token):
             raise UnauthorizedError(
                 "this router wants its owner's token as `Authorization: Bearer ...` or `x-api-key: ...`"
             )

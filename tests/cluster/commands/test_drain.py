@@ -28,7 +28,7 @@ from hpc_router.net.protocol import DRAIN
 from hpc_router.state.job_records import Exit, FailureReason, JobDir, Stop
 from hpc_router.state.registry import Record, RecordKind, State, publish
 from hpc_router.state.run_directory import RunDir
-from tests.cluster.conftest import request_of
+from tests.cluster.support import request_of
 from tests.support.waiting import eventually_sync
 
 

@@ -126,7 +126,7 @@ def test_on_the_loopback_of_another_node_it_cannot_be_asked(
     """So the line is printed with a note: nothing else leads there. The address alone would be of no use here."""
     run = configured(tmp_path)
     leads(monkeypatch, "http://127.0.0.1:41000", node="n17")
-    monkeypatch.setattr(router_access, "examine", lambda *_: pytest.fail("asked somebody on this node"))
+    monkeypatch.setattr(router_access, "check_identity", lambda *_: pytest.fail("asked somebody on this node"))
     assert main(["url", "--run", str(run.path), "--ssh"]) == 0
     out, err = capsys.readouterr()
     assert out == f"ssh -N -J hpc -L 8000:127.0.0.1:41000 {getpass.getuser()}@n17\n"
@@ -136,6 +136,6 @@ def test_on_the_loopback_of_another_node_it_cannot_be_asked(
     assert main(["url", "--run", str(run.path), "--ssh", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["proven"] is False
     for words in ([], ["--json"]):
-        monkeypatch.setattr(router_access, "examine", lambda *_: IdentityCheck.NOBODY)
+        monkeypatch.setattr(router_access, "check_identity", lambda *_: IdentityCheck.UNREACHABLE)
         assert main(["url", "--run", str(run.path), *words]) == 1
         assert capsys.readouterr().out == ""

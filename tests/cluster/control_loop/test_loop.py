@@ -33,7 +33,7 @@ from hpc_router.state import registry
 from hpc_router.state.job_records import Exit, FailureReason, JobDir, JobInfo, start_ticks
 from hpc_router.state.registry import Record, RecordKind, State
 from hpc_router.state.run_directory import RunDir
-from tests.cluster.conftest import request_of
+from tests.cluster.support import request_of
 from tests.support.waiting import eventually_sync
 
 MATH = Slot("math", "0")

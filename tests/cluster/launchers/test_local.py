@@ -17,7 +17,7 @@ from hpc_router.cluster.launchers.local import LocalLauncher
 from hpc_router.errors import LaunchError
 from hpc_router.state.job_records import FailureReason, JobDir, JobInfo, Process, start_ticks
 from hpc_router.state.run_directory import RunDir
-from tests.cluster.conftest import request_of
+from tests.cluster.support import request_of
 from tests.support.waiting import eventually_sync
 
 

@@ -241,6 +241,6 @@ async def test_the_log_of_a_talkative_engine_stays_small(socket_folder: Path, mo
     await files.run(lambda: None)
     files.close(timeout_s=5)
     assert failure.message == "RuntimeError: CUDA error: no device"
-    sizes = [path.stat().st_size for path in (said, log_file.previous(said))]
+    sizes = [path.stat().st_size for path in (said, log_file.rotated_path(said))]
     assert all(0 < size < 50_000 + 2 * 2**16 for size in sizes)
     assert said.read_text().endswith("RuntimeError: CUDA error: no device\n")

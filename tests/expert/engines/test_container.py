@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,7 +28,7 @@ os.execv({python!r}, [{python!r}, *inner[1:]])
 """
 
 
-def expert(model: str = "org/model", *, gpus: int = 0, **engine: str) -> ExpertConfig:
+def expert(model: str = "org/model", *, gpus: int = 0, **engine: Any) -> ExpertConfig:
     config = EngineConfig(kind=engine.pop("kind", "vllm"), python=engine.pop("python", None))
     return ExpertConfig(model=model, engine=config, resources=ResourceConfig(gpus=gpus))
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from hpc_router.config.schema import ClusterConfig, EngineConfig, ExpertConfig, ResourceConfig
+from hpc_router.config.schema import ClusterConfig, EngineConfig, EngineKind, ExpertConfig, ResourceConfig
 from hpc_router.errors import ConfigError
 from hpc_router.expert.engine_process.command import Commands
 from hpc_router.expert.engines import Engine, Place, Ranks, build_engine, engine_environment, version_command
@@ -20,7 +20,7 @@ PLACE = Place(Path("/scratch/x"))
 
 
 def engine_of(
-    kind: str, *, expert: str = "math", model: str = "org/model", **fields: Any
+    kind: EngineKind, *, expert: str = "math", model: str = "org/model", **fields: Any
 ) -> tuple[Engine, ExpertConfig]:
     revision, resources = fields.pop("revision", None), ResourceConfig(nodes=fields.pop("nodes", 1))
     config = ExpertConfig(model=model, revision=revision, engine=EngineConfig(kind=kind, **fields), resources=resources)
@@ -88,7 +88,7 @@ def adapter(folder: Path, rank: int, *, name: str = "a") -> str:
     return str(path)
 
 
-def with_adapters(kind: str, adapters: dict[str, str], **options: Any) -> Engine:
+def with_adapters(kind: EngineKind, adapters: dict[str, str], **options: Any) -> Engine:
     config = ExpertConfig(model="org/model", engine=EngineConfig(kind=kind, options=options))
     return build_engine("base", config, adapters=adapters)
 
@@ -271,7 +271,7 @@ def test_flags() -> None:
         ("sim", "host"),
     ],
 )
-def test_a_flag_that_is_set_elsewhere_is_refused(kind: str, flag: str) -> None:
+def test_a_flag_that_is_set_elsewhere_is_refused(kind: EngineKind, flag: str) -> None:
     with pytest.raises(ConfigError, match=r"experts\.math\.engine\.options\.extra\.[a-z-]+: not a flag to set here"):
         engine_of(kind, options={"extra": {flag: 1}})
 

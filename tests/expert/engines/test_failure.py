@@ -2,7 +2,7 @@
 
 import pytest
 
-from hpc_router.config.schema import EngineConfig, ExpertConfig
+from hpc_router.config.schema import EngineConfig, EngineKind, ExpertConfig
 from hpc_router.expert.engines import Engine, build_engine, classify
 from hpc_router.expert.engines.failure import LAST_LINES, MESSAGE_LENGTH, EngineFailure
 from hpc_router.state.job_records import FailureReason
@@ -69,7 +69,7 @@ TRANSFORMERS = [
 ]
 
 
-def engine_of(kind: str) -> Engine:
+def engine_of(kind: EngineKind) -> Engine:
     return build_engine("math", ExpertConfig(model="m", engine=EngineConfig(kind=kind)))
 
 
@@ -97,7 +97,7 @@ def test_the_last_words_of_transformers(reason: FailureReason, line: str) -> Non
 
 @pytest.mark.parametrize("kind", ["vllm", "transformers", "sim"])
 @pytest.mark.parametrize("line", ["/usr/bin/python3: No module named vllm", "ModuleNotFoundError: No module named 'x'"])
-def test_an_interpreter_without_the_engine(kind: str, line: str) -> None:
+def test_an_interpreter_without_the_engine(kind: EngineKind, line: str) -> None:
     assert classify(1, ["Traceback", line], engine_of(kind).signs) == EngineFailure(FailureReason.INTERPRETER, line)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from hpc_router.config.schema import ClusterConfig, Deployment, EngineConfig, ExpertConfig, PolicyConfig
+from hpc_router.config.schema import ClusterConfig, Deployment, EngineConfig, EngineKind, ExpertConfig, PolicyConfig
 from hpc_router.expert.engines import Place, build_engine
 from hpc_router.net import protocol
 from hpc_router.state.job_records import FailureReason, JobPhase
@@ -22,7 +22,7 @@ CPU = {"device": "cpu"}
 pytestmark = pytest.mark.e2e
 
 
-def expert_of(kind: str, options: dict[str, Any], *, model: Path) -> ExpertConfig:
+def expert_of(kind: EngineKind, options: dict[str, Any], *, model: Path) -> ExpertConfig:
     engine = EngineConfig(kind=kind, options=options, python=str(engine_python(kind)), threads=1)
     return ExpertConfig(model=str(model), engine=engine)
 
@@ -40,7 +40,9 @@ def make_model(kind: str, folder: Path) -> Path:
         pytest.param("vllm", CPU | {"max_model_len": 512}, marks=[pytest.mark.vllm, pytest.mark.long]),
     ],
 )
-async def test_a_whole_life(kind: str, options: dict[str, Any], run: RunDir, scratch: Path, tmp_path: Path) -> None:
+async def test_a_whole_life(
+    kind: EngineKind, options: dict[str, Any], run: RunDir, scratch: Path, tmp_path: Path
+) -> None:
     expert = expert_of(kind, options, model=make_model(kind, tmp_path / "tiny"))
     configured = Deployment(
         experts={"math": expert},
@@ -78,7 +80,9 @@ async def test_a_whole_life(kind: str, options: dict[str, Any], run: RunDir, scr
         pytest.param("vllm", {"no-such-flag": 1}, 2, marks=pytest.mark.vllm),
     ],
 )
-def test_its_own_interpreter_judges_the_flags(kind: str, extra: dict[str, Any], status: int, tmp_path: Path) -> None:
+def test_its_own_interpreter_judges_the_flags(
+    kind: EngineKind, extra: dict[str, Any], status: int, tmp_path: Path
+) -> None:
     engine = build_engine("math", expert_of(kind, {**CPU, "extra": extra}, model=tmp_path))
     command = engine.check_command(Place(tmp_path))
     assert command is not None

@@ -15,7 +15,7 @@ from hpc_router.net.auth import replica_key
 from hpc_router.relay.downstream.interface import Request, Response, json_response
 from hpc_router.relay.downstream.server import listening
 from hpc_router.state.job_records import FailureReason, JobDir, JobPhase
-from hpc_router.state.registry import Reader, Record, RecordKind, State, publish
+from hpc_router.state.registry import Record, RecordKind, RegistryReader, State, publish
 from hpc_router.state.run_directory import RunDir
 from tests.expert.replicas import REPLICA, chat, deployment, exists, half_a_stream, processes_below, rank, ranks
 from tests.support.waiting import eventually
@@ -28,7 +28,7 @@ async def test_two_ranks_serve_and_only_the_first_is_in_the_registry(run: RunDir
     configured.cluster.beat_s = 2.0  # a farewell lasts two
     async with ranks(run, configured) as (agent, (other,)):
         progress, _ = await agent.ready()
-        assert list(Reader(run.registry).snapshot()) == [REPLICA]
+        assert list(RegistryReader(run.registry).snapshot()) == [REPLICA]
         engines = [progress.engine_pid, *processes_below(other)]
         assert len(engines) == 3  # with the other rank's guard
         async with agent.session() as session, session.post(protocol.CHAT, json=chat()) as response:

@@ -9,7 +9,7 @@ from hpc_router.router.replicas.replica import RoutingState
 from hpc_router.state import registry
 from hpc_router.state.registry import RecordKind
 from tests.router.fakes import RunningRouter, a_deployment, a_router, a_run, fake_replica, reset
-from tests.router.worker.test_gateway import chat, post, ready
+from tests.router.support import chat, post, ready
 from tests.support.waiting import eventually
 
 
@@ -33,7 +33,7 @@ async def test_a_stranger_at_the_address_is_refused(tmp_path: Path) -> None:
         fake_replica(run, "code-0.g1") as other,
         a_router(run, a_deployment("math", queue_timeout_s=0.2)) as router,
     ):
-        record = registry.Reader(run.registry).snapshot()["code-0.g1"]
+        record = registry.RegistryReader(run.registry).snapshot()["code-0.g1"]
         stolen = replace(record, replica="math-0.g1", serves={"math": "m"}, nonce=new_token())
         registry.publish(run.registry, stolen)
         await eventually(lambda: standing(router, "math-0.g1") is RoutingState.EJECTED)
@@ -52,7 +52,7 @@ async def test_a_right_name_with_a_wrong_key_is_refused(tmp_path: Path) -> None:
 async def test_a_dead_jobs_record_is_ejected_and_comes_back_with_its_owner(tmp_path: Path) -> None:
     run = a_run(tmp_path)
     async with fake_replica(run, "math-0.g1") as gone:
-        record = registry.Reader(run.registry).snapshot()["math-0.g1"]
+        record = registry.RegistryReader(run.registry).snapshot()["math-0.g1"]
     registry.publish(run.registry, replace(record, beat_s=0.01, beat=1))
     async with a_router(run, a_deployment("math")) as router:
         await eventually(lambda: standing(router, "math-0.g1") is RoutingState.EJECTED)
@@ -104,7 +104,7 @@ async def test_a_connection_refused_ejects_at_once(tmp_path: Path) -> None:
     deployment = a_deployment("math", probe_s=60, discovery_s=60)
     async with fake_replica(run, "math-1.g1"):
         async with fake_replica(run, "math-0.g1", reset) as dying:
-            record = registry.Reader(run.registry).snapshot()["math-0.g1"]
+            record = registry.RegistryReader(run.registry).snapshot()["math-0.g1"]
             router_context = a_router(run, deployment)
             router = await router_context.__aenter__()
             await ready(router, 2)
@@ -121,8 +121,8 @@ async def test_an_external_endpoint_is_probed_by_its_models(tmp_path: Path) -> N
     """No challenge, no nonce; its only model's name is used where the record has none."""
     run = a_run(tmp_path)
     async with fake_replica(run, "math-x0.g1", models=("theirs",)) as fake:
-        record = registry.Reader(run.registry).snapshot()["math-x0.g1"]
-        run.keep_external_token("math-x0.g1", fake.key)
+        record = registry.RegistryReader(run.registry).snapshot()["math-x0.g1"]
+        run.store_external_token("math-x0.g1", fake.key)
         fake.models = ("theirs",)
         external = replace(record, kind=RecordKind.EXTERNAL, nonce=None, serves={"math": None}, capacity=None)
         registry.publish(run.registry, external)
@@ -136,8 +136,8 @@ async def test_the_registered_model_name_wins_over_what_an_external_endpoint_lis
     """It lists a model of the requested name too, which is another model there."""
     run = a_run(tmp_path)
     async with fake_replica(run, "math-x0.g1", models=("theirs", "math")) as fake:
-        record = registry.Reader(run.registry).snapshot()["math-x0.g1"]
-        run.keep_external_token("math-x0.g1", fake.key)
+        record = registry.RegistryReader(run.registry).snapshot()["math-x0.g1"]
+        run.store_external_token("math-x0.g1", fake.key)
         registry.publish(run.registry, replace(record, kind=RecordKind.EXTERNAL, nonce=None, serves={"math": "theirs"}))
         async with a_router(run, a_deployment()) as router:
             await ready(router)
@@ -148,13 +148,13 @@ async def test_the_registered_model_name_wins_over_what_an_external_endpoint_lis
 async def test_a_new_token_for_an_external_endpoint_is_taken_up(tmp_path: Path) -> None:
     run = a_run(tmp_path)
     async with fake_replica(run, "math-x0.g1", models=("theirs",)) as fake:
-        record = registry.Reader(run.registry).snapshot()["math-x0.g1"]
-        run.keep_external_token("math-x0.g1", "wrong")
+        record = registry.RegistryReader(run.registry).snapshot()["math-x0.g1"]
+        run.store_external_token("math-x0.g1", "wrong")
         registry.publish(run.registry, replace(record, kind=RecordKind.EXTERNAL, nonce=None))
         async with a_router(run, a_deployment()) as router:
             await ready(router)
             (replica,) = router.control.table.all()
             assert replica.models == ()
             (run.path / "tokens" / "math-x0.g1").unlink()
-            run.keep_external_token("math-x0.g1", fake.key)
+            run.store_external_token("math-x0.g1", fake.key)
             await eventually(lambda: replica.models == ("theirs",))

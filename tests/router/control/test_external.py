@@ -18,7 +18,7 @@ from hpc_router.state import registry
 from hpc_router.state.registry import Record, RecordKind, State
 from hpc_router.state.run_directory import RunDir
 from tests.router.fakes import RunningRouter, a_deployment, a_router, a_run, completion
-from tests.router.worker.test_gateway import chat, post, ready
+from tests.router.support import chat, post, ready
 from tests.support.waiting import eventually
 
 NAME = "math-x0.g1"

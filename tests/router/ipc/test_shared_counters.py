@@ -14,7 +14,7 @@ from hpc_router.router.ipc.shared_counters import COLUMNS, CUT, IN_FLIGHT, NOWHE
 from hpc_router.router.replicas.replica import Event, Reservation
 from hpc_router.router.replicas.snapshot import give_columns, take_over, view_of
 from hpc_router.router.replicas.table import PEER_REFRESH_S, ReplicaTable
-from tests.router.replicas.test_table import replica
+from tests.router.support import replica
 
 WORKERS = 3
 EXPERTS = {"math-0": "math", "math-1": "math", "code-0": "code"}

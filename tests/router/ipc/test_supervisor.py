@@ -23,7 +23,7 @@ from hpc_router.router.ipc.supervisor import MAX_PAUSE_S, pause_s
 from hpc_router.routing import exemplars
 from hpc_router.state.job_records import FailureReason, JobDir, JobPhase
 from hpc_router.state.log_file import BURST
-from hpc_router.state.registry import Reader, RecordKind, leading_router
+from hpc_router.state.registry import RecordKind, RegistryReader, leading_router
 from hpc_router.state.run_directory import RunDir, make_run
 from tests.router.fakes import FakeReplica, event, fake_replica, stream
 from tests.support.needs import ROOT
@@ -156,14 +156,14 @@ async def serving(run: RunDir, *overrides: str, workers: int = 2) -> AsyncIterat
     argv = [sys.executable, "-m", "launch.router", *words, *quick, *overrides]
     process = await asyncio.to_thread(partial(subprocess.Popen, argv, cwd=ROOT, stdin=subprocess.DEVNULL))
     try:
-        leading = await eventually(lambda: leading_router(Reader(run.registry).snapshot()))
+        leading = await eventually(lambda: leading_router(RegistryReader(run.registry).snapshot()))
         yield Serving(run, process, leading.url)
     finally:
         process.terminate()
         await asyncio.to_thread(process.wait, 30)
     assert process.returncode == 0
     assert not with_word(str(run.path))
-    assert not [r for r in Reader(run.registry).snapshot().values() if r.kind is RecordKind.ROUTER]
+    assert not [r for r in RegistryReader(run.registry).snapshot().values() if r.kind is RecordKind.ROUTER]
 
 
 def pids(router: dict[str, Any]) -> dict[str, int]:

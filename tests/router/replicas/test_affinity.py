@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.router.fakes import a_deployment, a_router, a_run, fake_replica
-from tests.router.worker.test_gateway import post, ready
+from tests.router.support import post, ready
 
 
 def turns(opening: str, count: int) -> list[dict[str, str]]:

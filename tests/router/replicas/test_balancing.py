@@ -11,7 +11,7 @@ from hpc_router.config.schema import RouterConfig
 from hpc_router.router.replicas.balancing import affinity_slot, load_bound, pinned, power_of_two_choices, rendezvous
 from hpc_router.router.replicas.replica import Reservation
 from hpc_router.router.replicas.table import ReplicaTable
-from tests.router.replicas.test_table import replica
+from tests.router.support import replica
 
 
 @dataclass

@@ -15,7 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from hpc_router.router.replicas.admission import QueueLimits
 from hpc_router.router.replicas.replica import Event, Replica, Reservation, RoutingState
 from hpc_router.router.replicas.table import QueueFullError, ReplicaTable
-from tests.router.replicas.test_table import replica
+from tests.router.support import replica
 
 EXPERTS = ("math", "code")
 QUEUES = {"math": 1, "code": 2}

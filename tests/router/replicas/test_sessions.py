@@ -18,8 +18,7 @@ from hpc_router.routing.policy import RouteReason
 from hpc_router.state import registry
 from hpc_router.state.registry import EngineInfo, Record, RecordKind, State
 from tests.router.fakes import a_deployment, a_router, a_run, answer, fake_replica, hang, refuse
-from tests.router.worker.test_apis import sim_replica
-from tests.router.worker.test_gateway import all_gauges_zero, client_of, post, ready
+from tests.router.support import all_gauges_zero, client_of, post, ready, sim_replica
 from tests.support.waiting import eventually
 
 HEADERS = {protocol.SESSION_HEADER: "s1"}

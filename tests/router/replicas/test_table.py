@@ -12,22 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from hpc_router.relay.upstream.timeouts import IdleTimer
 from hpc_router.router.replicas.replica import TRANSITIONS, Event, Replica, Reservation, RoutingState
 from hpc_router.router.replicas.table import ReplicaLostError, ReplicaTable
-from hpc_router.state.registry import Record, RecordKind, State
-
-
-def replica(name: str, *, experts: tuple[str, ...] = ("math",), capacity: int = 2, ready: bool = True) -> Replica:
-    record = Record(
-        kind=RecordKind.EXPERT,
-        replica=name,
-        url="http://127.0.0.1:1",
-        state=State.READY,
-        serves=dict.fromkeys(experts, "m"),
-        capacity=capacity,
-    )
-    made = Replica(record, key="k")
-    if ready:
-        made.apply(Event.SAYS_READY)
-    return made
+from tests.router.support import replica
 
 
 def table_of(*replicas: Replica) -> ReplicaTable:

@@ -23,8 +23,8 @@ from tests.router.fakes import (
     reset,
     stream,
 )
-from tests.router.worker.test_gateway import all_gauges_zero, chat, post, ready
-from tests.router.worker.test_gateway import relay as relay  # over the reference as well
+from tests.router.support import all_gauges_zero, chat, post, ready
+from tests.router.support import relay as relay  # over the reference as well
 from tests.support.waiting import eventually
 
 SHORT_S, LONG_S = 0.1, 30.0

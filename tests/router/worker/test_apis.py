@@ -12,10 +12,6 @@ import openai
 import pytest
 
 from hpc_router.net import protocol
-from hpc_router.sim import SimConfig, SimServer
-from hpc_router.state import registry
-from hpc_router.state.registry import EngineInfo, Record, RecordKind, State
-from hpc_router.state.run_directory import RunDir
 from tests.router.fakes import (
     RunningRouter,
     a_deployment,
@@ -27,8 +23,7 @@ from tests.router.fakes import (
     reset,
     stream,
 )
-from tests.router.worker.test_gateway import GUARD_S, all_gauges_zero, client_of, post, ready, session
-from tests.sim.calls import INSTANT
+from tests.router.support import GUARD_S, all_gauges_zero, client_of, post, ready, session, sim_replica
 from tests.support.relays import RELAYS, WARM
 from tests.support.waiting import eventually
 
@@ -52,17 +47,6 @@ def body(path: str, **fields: Any) -> dict[str, Any]:
 def relay(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every test holds over the reference as well."""
     monkeypatch.setattr("tests.router.fakes.RELAY", {**RELAYS, "warm": WARM}[request.param])
-
-
-@asynccontextmanager
-async def sim_replica(run: RunDir, replica: str, config: SimConfig = INSTANT) -> AsyncIterator[SimServer]:
-    """The simulated engine as an endpoint that runs elsewhere."""
-    expert = registry.split_replica(replica)[0]
-    async with SimServer(config) as engine:
-        info = EngineInfo(kind="sim")
-        record = Record(RecordKind.EXTERNAL, replica, engine.url, State.READY, {expert: config.model}, engine=info)
-        registry.publish(run.registry, record)
-        yield engine
 
 
 @asynccontextmanager

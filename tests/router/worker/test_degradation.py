@@ -10,7 +10,7 @@ import numpy as np
 from aiohttp import web
 
 from tests.router.fakes import FakeReplica, RunningRouter, a_deployment, a_router, a_run, answer, fake_replica, refuse
-from tests.router.worker.test_gateway import all_gauges_zero, chat, ready
+from tests.router.support import all_gauges_zero, chat, ready
 from tests.support.waiting import eventually
 
 SLOW_S = 0.4

@@ -13,8 +13,7 @@ from aiohttp import web
 
 from hpc_router.net import protocol
 from tests.router.fakes import FakeReplica, a_deployment, a_router, a_run, answer, event, fake_replica, stream
-from tests.router.worker.test_apis import sim_replica
-from tests.router.worker.test_gateway import all_gauges_zero, chat, client_of, post, ready, session
+from tests.router.support import all_gauges_zero, chat, client_of, post, ready, session, sim_replica
 from tests.sim.calls import INSTANT
 from tests.support.relays import RELAYS, WARM
 from tests.support.waiting import eventually

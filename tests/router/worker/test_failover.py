@@ -10,19 +10,9 @@ import pytest
 from hpc_router.errors import UpstreamConnectError
 from hpc_router.relay.upstream.client import UpstreamClient
 from hpc_router.router.replicas.replica import RoutingState
-from tests.router.fakes import RunningRouter, a_deployment, a_router, a_run, answer, fake_replica, refuse, reset
-from tests.router.worker.test_gateway import all_gauges_zero, chat, post, ready
+from tests.router.fakes import a_deployment, a_router, a_run, answer, fake_replica, refuse, reset
+from tests.router.support import all_gauges_zero, chat, post, ready, standing, statuses
 from tests.support.waiting import eventually
-
-
-def standing(router: RunningRouter, name: str) -> RoutingState:
-    replica = router.gateway.table.get(name)
-    assert replica is not None
-    return replica.standing
-
-
-async def statuses(router: RunningRouter, count: int) -> list[int]:
-    return [(await post(router, chat(user=str(n))))[0] for n in range(count)]
 
 
 async def test_the_only_replica_is_asked_again_once_it_has_been_probed(tmp_path: Path) -> None:

@@ -2,10 +2,7 @@
 
 import asyncio
 import gc
-import io
 import json
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,15 +12,13 @@ import openai
 import pytest
 from yarl import URL
 
-from hpc_router.client.router_identity import IdentityCheck, examine
+from hpc_router.client.router_identity import IdentityCheck, check_identity
 from hpc_router.router.replicas.replica import RoutingState
 from hpc_router.router.worker.dispatcher import RoutedRequest
 from hpc_router.router.worker.fast_path import FastPathRequest
 from hpc_router.state.registry import Record, RecordKind, State
-from tests.router import fakes
 from tests.router.fakes import (
     NONCE,
-    RunningRouter,
     a_deployment,
     a_router,
     a_run,
@@ -35,61 +30,9 @@ from tests.router.fakes import (
     reset,
     stream,
 )
-from tests.support.relays import RELAYS, WARM
+from tests.router.support import CHAT, all_gauges_zero, chat, client_of, post, ready, session
+from tests.router.support import relay as relay
 from tests.support.waiting import eventually
-
-GUARD_S = 20.0
-CHAT = "/v1/chat/completions"
-
-
-def chat(model: str = "math", *, stream: bool = False, **fields: Any) -> dict[str, Any]:
-    return {"model": model, "messages": [{"role": "user", "content": "2+2?"}], "stream": stream, **fields}
-
-
-@pytest.fixture(params=[*RELAYS, "warm"], autouse=True)
-def relay(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every test holds over the reference as well."""
-    monkeypatch.setattr("tests.router.fakes.RELAY", {**RELAYS, "warm": WARM}[request.param])
-
-
-@asynccontextmanager
-async def session() -> AsyncIterator[aiohttp.ClientSession]:
-    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=GUARD_S)) as made:
-        yield made
-
-
-@asynccontextmanager
-async def client_of(router: RunningRouter) -> AsyncIterator[openai.AsyncOpenAI]:
-    async with openai.AsyncOpenAI(
-        base_url=f"{router.url}/v1", api_key=router.token, max_retries=0, timeout=GUARD_S
-    ) as made:
-        yield made
-
-
-async def post(router: RunningRouter, body: Any, *, path: str = CHAT, **headers: str) -> tuple[int, Any, Any]:
-    data = io.BytesIO(body if isinstance(body, bytes) else json.dumps(body).encode())
-    async with session() as s, s.post(router.url + path, data=data, headers=router.headers | headers) as response:
-        raw = await response.read()
-        return (
-            response.status,
-            (json.loads(raw) if response.content_type == "application/json" else raw),
-            response.headers,
-        )
-
-
-async def ready(router: RunningRouter, count: int = 1) -> None:
-    await eventually(lambda: sum(r.standing is RoutingState.READY for r in router.gateway.table.all()) >= count)
-    if fakes.RELAY.warm:
-        await router.warm()
-
-
-def all_gauges_zero(router: RunningRouter) -> bool:
-    table = router.gateway.table
-    return (
-        router.gateway.in_flight.count == 0
-        and all(r.in_flight == 0 for r in table.all())
-        and all(table.waiting(e) == 0 for e in table.experts())
-    )
 
 
 async def test_bytes_pass_through_untouched_both_ways(tmp_path: Path) -> None:
@@ -593,11 +536,12 @@ async def test_it_proves_to_be_the_router_of_its_record(tmp_path: Path) -> None:
         record = Record(RecordKind.ROUTER, "router-0.g1", router.url, State.READY, {}, nonce=NONCE)
         for draining in (False, True):
             router.gateway.draining = draining
-            assert await asyncio.to_thread(examine, record, run.secret()) is IdentityCheck.PROVEN
+            assert await asyncio.to_thread(check_identity, record, run.secret()) is IdentityCheck.PROVEN
         assert (
-            await asyncio.to_thread(examine, replace(record, nonce="another"), run.secret()) is IdentityCheck.STRANGER
+            await asyncio.to_thread(check_identity, replace(record, nonce="another"), run.secret())
+            is IdentityCheck.OTHER_PROCESS
         )
-        assert await asyncio.to_thread(examine, record, "guessed") is IdentityCheck.STRANGER
+        assert await asyncio.to_thread(check_identity, record, "guessed") is IdentityCheck.OTHER_PROCESS
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from hpc_router.sim.server import SimServer
 from hpc_router.state import registry
 from hpc_router.state.registry import EngineInfo, Record, RecordKind, State
 from tests.router.fakes import RunningRouter, a_deployment, a_router, a_run
-from tests.router.worker.test_gateway import all_gauges_zero, ready
+from tests.router.support import all_gauges_zero, ready
 from tests.support.relays import RELAYS, WARM, Relay
 from tests.support.waiting import GUARD_S, eventually
 

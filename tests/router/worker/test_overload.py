@@ -9,7 +9,7 @@ import aiohttp
 
 from hpc_router.routing.policy import Decision, RouteReason
 from tests.router.fakes import RunningRouter, a_deployment, a_router, a_run, answer, fake_replica, hang, refuse
-from tests.router.worker.test_gateway import all_gauges_zero, chat, client_of, post, ready
+from tests.router.support import all_gauges_zero, chat, client_of, post, ready
 from tests.support.waiting import eventually
 
 

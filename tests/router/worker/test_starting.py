@@ -14,11 +14,10 @@ from hpc_router.net import protocol
 from hpc_router.router.replicas.replica import RoutingState
 from hpc_router.state.registry import State
 from hpc_router.state.run_directory import RunDir
-from tests.expert.conftest import scratch as scratch  # the agent's fixture
 from tests.expert.replicas import deployment, replica
 from tests.router.fakes import Act, FakeReplica, a_deployment, a_router, a_run, answer, fake_replica
-from tests.router.worker.test_failover import standing, statuses
-from tests.router.worker.test_gateway import all_gauges_zero, chat, post, ready
+from tests.router.support import all_gauges_zero, chat, post, ready, standing, statuses
+from tests.support.scratch import scratch as scratch  # the agent's fixture
 from tests.support.waiting import eventually
 
 CLIENTS = 16

@@ -18,7 +18,7 @@ from hpc_router.cluster.launchers.slurm.sbatch import BatchJob, python_of
 from hpc_router.cluster.launchers.submit import keep_refusals
 from hpc_router.config.schema import Deployment
 from hpc_router.errors import LaunchError
-from hpc_router.net.job_environment import held_job, scrubbed
+from hpc_router.net.job_environment import current_job_id, without_job_variables
 from hpc_router.state.atomic_files import replace_text
 from hpc_router.state.job_records import Exit, FailureReason, JobDir, JobInfo, Runner
 from hpc_router.state.run_directory import RunDir, private_umask
@@ -30,7 +30,7 @@ class AllocationLauncher:
     deployment: Deployment
 
     def submit(self, requests: Sequence[JobRequest]) -> list[str]:
-        job_id = held_job()
+        job_id = current_job_id()
         if job_id is None:
             raise LaunchError("cluster=allocation starts steps inside a Slurm job: run this in an sbatch or salloc")
         claimed = [request for request in requests if JobDir(self.run, request.replica).claim()]
@@ -67,7 +67,7 @@ class AllocationLauncher:
         with private_umask(), (job.path / f"{job_id}_batch.log").open("ab") as log:
             subprocess.run(
                 ["setsid", "--fork", "/bin/bash", str(script)],
-                env=scrubbed(os.environ),
+                env=without_job_variables(os.environ),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

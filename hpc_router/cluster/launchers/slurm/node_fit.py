@@ -13,7 +13,7 @@ from hpc_router.cluster.launchers.interface import ROUTER
 from hpc_router.cluster.launchers.slurm.sinfo import NodeKind, Partition, SlurmSite
 from hpc_router.config.adapters import hosts
 from hpc_router.config.schema import ClusterConfig, Deployment, ResourceConfig
-from hpc_router.config.walltime import clock, walltime_s
+from hpc_router.config.walltime import walltime_s, walltime_text
 from hpc_router.errors import suggest
 
 
@@ -159,7 +159,7 @@ def _walltime_faults(wish: _Wish, partitions: Sequence[Partition], called: str) 
     key, value = wish.option("walltime")
     limit = max((partition.limit_s for partition in partitions), default=math.inf)
     if value is not None and (walltime_s(value) or 0) > limit:
-        yield f"{key}={value}: {called} allows at most {clock(limit)}"
+        yield f"{key}={value}: {called} allows at most {walltime_text(limit)}"
 
 
 def _together_faults(wish: _Wish, partitions: Sequence[Partition], called: str) -> Iterator[str]:

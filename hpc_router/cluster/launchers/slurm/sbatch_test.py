@@ -13,7 +13,7 @@ from hpc_router.cluster.launchers.slurm.sbatch import BatchJob
 from hpc_router.cluster.launchers.slurm.sinfo import unanswered
 from hpc_router.cluster.launchers.slurm.submit_errors import explain, is_passing
 from hpc_router.config.schema import Deployment
-from hpc_router.net.job_environment import scrubbed
+from hpc_router.net.job_environment import without_job_variables
 from hpc_router.state.registry import split_replica
 
 TIMEOUT_S: Final = 30.0
@@ -60,7 +60,7 @@ def _refused(script: str) -> str | None:
     done = subprocess.run(
         ["sbatch", "--test-only"],
         input=script,
-        env=scrubbed(os.environ),
+        env=without_job_variables(os.environ),
         capture_output=True,
         check=False,
         text=True,

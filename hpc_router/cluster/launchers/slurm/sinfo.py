@@ -15,7 +15,7 @@ from typing import Final
 from hpc_router.cluster.launchers.commands import last_words
 from hpc_router.config.walltime import walltime_s
 from hpc_router.errors import LaunchError
-from hpc_router.net.job_environment import scrubbed
+from hpc_router.net.job_environment import without_job_variables
 
 TIMEOUT_S: Final = 30.0
 FORMAT: Final = "%R|%P|%a|%l|%D|%c|%m|%t|%f|%G"
@@ -67,7 +67,7 @@ def ask_site() -> SlurmSite:
     try:
         done = subprocess.run(
             ["sinfo", "--all", "--noheader", "--exact", f"--format={FORMAT}"],
-            env=scrubbed(os.environ),
+            env=without_job_variables(os.environ),
             stdin=subprocess.DEVNULL,
             capture_output=True,
             check=True,

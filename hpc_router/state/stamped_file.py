@@ -1,0 +1,72 @@
+"""JSON files that are read often and parsed only after they were replaced.
+
+A file's stamp is its modification time, inode and size: a writer that replaces its file atomically changes the inode.
+Only regular files of this user count, because another user could put a file into a shared folder.
+"""
+
+import logging
+import os
+import stat
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from hpc_router.errors import RegistryError
+from hpc_router.state.atomic_files import MAX_FILE_BYTES, read_json
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+Stamp = tuple[int, int, int]
+
+
+def stamp_of(status: os.stat_result) -> Stamp:
+    return status.st_mtime_ns, status.st_ino, status.st_size
+
+
+def stamp_at(path: Path) -> Stamp | None:
+    """The stamp of the file that `path` leads to; None if there is none. Raises OSError if that is not known."""
+    try:
+        return stamp_of(path.stat())
+    except FileNotFoundError:
+        return None
+
+
+@dataclass(slots=True)
+class StampedFile(Generic[T]):
+    """`value` is the parsed content at the last `read`; None while there is no valid file. `parse` may raise
+    RegistryError."""
+
+    path: Path
+    parse: Callable[[dict[str, Any]], T]
+    value: T | None = None
+    _stamp: Stamp | None = None
+
+    def read(self) -> T | None:
+        """The current `value`. A file that cannot be read now keeps its last one. Raises OSError if the file system
+        does not even tell the file's stamp."""
+        try:
+            status = self.path.lstat()
+        except FileNotFoundError:
+            self._stamp = self.value = None
+            return None
+        if stamp_of(status) != self._stamp:
+            self._load(status)
+        return self.value
+
+    def _load(self, status: os.stat_result) -> None:
+        """An invalid file is reported once for each of its versions."""
+        value, self._stamp = None, stamp_of(status)
+        if status.st_uid != os.getuid():
+            logger.warning("%s belongs to uid %d: refused", self.path, status.st_uid)
+        elif not stat.S_ISREG(status.st_mode) or status.st_size > MAX_FILE_BYTES:
+            logger.warning("%s is not a small regular file: refused", self.path)
+        elif (content := read_json(self.path)) is None:
+            logger.warning("%s cannot be read now", self.path)
+            value, self._stamp = self.value, None
+        else:
+            try:
+                value = self.parse(content)
+            except RegistryError as error:
+                logger.warning("%s: %s", self.path, error)
+        self.value = value

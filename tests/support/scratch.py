@@ -1,0 +1,18 @@
+"""The fixture of a scratch folder for an agent."""
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture
+def scratch() -> Iterator[Path]:
+    """Empty but for our own, empty, parent folder when the test ends: agents leave nothing behind."""
+    folder = Path(tempfile.mkdtemp(prefix="hr", dir="/tmp"))
+    yield folder
+    left = [path for parent in folder.iterdir() for path in parent.iterdir()]
+    shutil.rmtree(folder)
+    assert left == []
