@@ -1,18 +1,18 @@
 import pytest
 
 from hpc_router.errors import ConfigError
-from hpc_router.sim.fault_schedule import FaultScript
+from hpc_router.sim.fault_schedule import FaultSchedule
 from hpc_router.sim.faults import CONNECT, HEADERS, Fault, FaultKind, ResponseForm, parse_fault, parse_rules
 
 CHAT = "/v1/chat/completions"
 
 
-def script(*rules: dict[str, object], seed: int = 0) -> FaultScript:
-    return FaultScript(parse_rules(list(rules)), seed=seed)
+def script(*rules: dict[str, object], seed: int = 0) -> FaultSchedule:
+    return FaultSchedule(parse_rules(list(rules)), seed=seed)
 
 
 def struck(
-    faults: FaultScript, *, path: str = CHAT, model: str = "math", answer: ResponseForm = ResponseForm.STREAM
+    faults: FaultSchedule, *, path: str = CHAT, model: str = "math", answer: ResponseForm = ResponseForm.STREAM
 ) -> FaultKind | None:
     _, fault = faults.select(path, model=model, answer=answer)
     return None if fault is None else fault.kind
@@ -31,8 +31,8 @@ def struck(
         ('[{"kind": "die", "at": "hedaers"}]', "did you mean 'headers'"),
         ('[{"kind": "die", "at": -1}]', "'at' is -1; valid: a number of tokens from 0"),
         ('[{"kind": "die", "at": true}]', "'at' is True"),
-        ('[{"kind": "die", "at": "connect"}]', "die cannot strike at 'connect'"),
-        ('[{"kind": "cut", "at": "headers"}]', "cut cannot strike at 'headers'"),
+        ('[{"kind": "die", "at": "connect"}]', "die cannot be injected at 'connect'"),
+        ('[{"kind": "cut", "at": "headers"}]', "cut cannot be injected at 'headers'"),
         ('[{"kind": "status", "status": 200}]', "'status' is 200"),
         ('[{"kind": "status", "status": 600}]', "status 600"),
         ('[{"kind": "status", "message": 1}]', "'message' is 1; a string is needed"),
@@ -41,7 +41,7 @@ def struck(
         ('[{"kind": "die", "every": 0}]', "'every' is 0"),
         ('[{"kind": "die", "times": 1.5}]', "'times' is 1.5"),
         ('[{"kind": "die", "probability": 1.1}]', "'probability' is 1.1; a number from 0 to 1"),
-        ('[{"kind": "reset", "path": "/x"}]', "a reset at connect knows neither path nor model"),
+        ('[{"kind": "reset", "path": "/x"}]', "a reset at connect has neither path nor model"),
         ('[{"kind": "load_fail", "reason": "weihgts"}]', "did you mean 'weights'"),
         ('[{"kind": "load_fail", "times": 1}]', "needs 'counter'"),
     ],

@@ -12,12 +12,15 @@ import openai
 import pytest
 
 from hpc_router.sim import SimServer
-from hpc_router.sim.request_parsing import ParsedPrompt
-from hpc_router.sim.response_store import Kept
+from hpc_router.sim.generation import ParsedPrompt
+from hpc_router.sim.response_store import ResponseStore
 from hpc_router.sim.tokens import Completion
-from tests.sim.calls import DISCONNECTED, GUARD_S, INSTANT, JsonObject, at, decoded, post, until
+from tests.sim import calls
+from tests.sim.calls import DISCONNECTED, GUARD_S, JsonObject, at, decoded, post, until
 from tests.sim.conftest import Start
 
+INSTANT = replace(calls.INSTANT, max_tokens_default=100)
+"""Answers end by themselves after 50 tokens at the earliest, so 10 of `max_tokens` are 10."""
 RESPONSES, MESSAGES = "/v1/responses", "/v1/messages"
 TURNS: Any = [{"role": "user", "content": "what is two and two"}]
 BODIES: dict[str, JsonObject] = {
@@ -106,10 +109,10 @@ async def test_the_openai_client_continues_a_response(start: Start) -> None:
         first = await ai.responses.create(model="sim", instructions="be brief", input="one two three")
         assert first.status == "completed"
         assert first.usage is not None
-        assert (first.usage.input_tokens, first.usage.output_tokens) == (5, 16)
+        assert first.usage.input_tokens == 5
         again = await ai.responses.create(model="sim", input="four", previous_response_id=first.id)
         assert again.usage is not None
-        assert again.usage.input_tokens == 5 + 16 + 1
+        assert again.usage.input_tokens == first.usage.total_tokens + 1
         assert again.previous_response_id == first.id
         alone = await ai.responses.create(model="sim", input="four", store=False)
         assert alone.output_text != again.output_text
@@ -132,11 +135,11 @@ async def test_what_broke_off_is_not_kept(start: Start) -> None:
 
 
 def test_only_the_last_responses_are_kept() -> None:
-    kept, prompt = Kept(most=2), ParsedPrompt(text="user: hi", tokens=1)
+    store, prompt = ResponseStore(max_responses=2), ParsedPrompt(text="user: hi", tokens=1)
     for name in "abc":
-        kept.add(name, prompt, Completion(pieces=("yes",), tokens=1, finish_reason="stop"))
-    assert kept.continued("a", prompt) is None
-    assert kept.continued("c", prompt) == ParsedPrompt(text="user: hi\nassistant: yes\nuser: hi", tokens=3)
+        store.add(name, prompt, Completion(pieces=("yes",), tokens=1, finish_reason="stop"))
+    assert store.continued("a", prompt) is None
+    assert store.continued("c", prompt) == ParsedPrompt(text="user: hi\nassistant: yes\nuser: hi", tokens=3)
 
 
 async def test_the_anthropic_client_is_served(start: Start) -> None:

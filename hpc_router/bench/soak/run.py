@@ -114,7 +114,7 @@ def _loads(options: SoakOptions, site: SoakDeployment, folder: Path) -> dict[str
             drain_s=DRAIN_S,
         ),
         "streams": LoadSpec(
-            requests=written("streams", stream=True, max_tokens=STREAM_TOKENS),
+            requests=written("streams", stream=True, max_tokens=STREAM_TOKENS, ignore_eos=True),
             host=site.host,
             port=site.port,
             connections=options.streams,

@@ -159,12 +159,12 @@ PATHS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("options", [{}, {"extra": {}}], ids=["aborts at once", "as the agent starts it"])
+@pytest.mark.parametrize("extra", [{"drain-s": 0}, {}], ids=["aborts at once", "as the agent starts it"])
 async def test_answers_are_broken_off_before_the_engine_is_stopped(
-    run: RunDir, scratch: Path, options: dict[str, Any]
+    run: RunDir, scratch: Path, extra: dict[str, Any]
 ) -> None:
     """An engine that is stopped ends running answers in good form, as vLLM does: none of that gets out."""
-    configured = deployment(scratch, options={"itl_ms": 20.0, **options})
+    configured = deployment(scratch, options={"itl_ms": 20.0, "extra": {"max-tokens-default": 2000, **extra}})
     configured.cluster.drain_s = 0.2
     async with replica(run, configured) as agent:
         await agent.ready()
@@ -207,7 +207,7 @@ async def test_an_engine_that_gets_sigterm_itself_finishes_its_answers(run: RunD
     configured = deployment(scratch, options={"itl_ms": 20.0, "extra": {}})
     async with replica(run, configured) as agent:
         progress, _ = await agent.ready()
-        body = chat(stream=True, max_tokens=50)
+        body = chat(stream=True, max_tokens=50, ignore_eos=True)
         async with agent.session() as session, session.post(protocol.CHAT, json=body) as response:
             await response.content.readuntil(b"\n\n")
             assert progress.engine_pid is not None

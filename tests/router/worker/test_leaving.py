@@ -55,6 +55,7 @@ class Chain:
                 "messages": [{"role": "user", "content": "2+2?"}],
                 "stream": stream,
                 "max_tokens": tokens,
+                "ignore_eos": True,
             }
         ).encode()
         url = URL(self.router.url)
