@@ -25,7 +25,7 @@ class Ticket:
     _waiting: bool = False
 
     async def wait(self, awaitable: Awaitable[object]) -> None:
-        """Raises Stopped when the engine stops meanwhile."""
+        """Await; raises EngineStopped if the engine stops before."""
         self._waiting = True
         try:
             await awaitable

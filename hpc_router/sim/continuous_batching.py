@@ -89,7 +89,7 @@ class Batch:
         produced = []
         for one, new in self._step:
             if not one.running:
-                continue  # removed meanwhile
+                continue  # removed since the plan
             one.computed += new
             if one.computed == one.needed:
                 one.produced += 1

@@ -82,7 +82,7 @@ class EngineMetrics(Collector):
             yield self._counter("hpc_router_sim_step_seconds", "Seconds that steps were to last.", value=step_s)
             yield self._counter("hpc_router_sim_lost_seconds", "Seconds by which steps lagged.", value=lost_s)
         yield self._by_label(
-            "hpc_router_sim_faults", "Faults struck.", label="kind", names=sorted(counts.faults), values=counts.faults
+            "hpc_router_sim_faults", "Faults injected.", label="kind", names=sorted(counts.faults), values=counts.faults
         )
 
     def _gauge(self, name: str, text: str, *, value: float) -> Metric:

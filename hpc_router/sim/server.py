@@ -2,7 +2,7 @@
 
 A factory of our own accepts connections, so that a fault can reset one before a byte is read. Stopping closes the
 listener first and lets running requests finish for `drain_s`. With a `drain_s` of 0, vLLM's default, running answers
-end at once in good form, with the finish reason `abort`. Connections that are left are broken off. In-process, `die`
+end at once in good form, with the finish reason `abort`. Connections that are left are aborted. In-process, `die`
 closes the listener and aborts every connection, which is what a killed process looks like to its clients.
 """
 

@@ -193,7 +193,7 @@ def test_an_adapter_has_a_name_of_its_own(adapters: tuple[str, ...]) -> None:
         SimConfig(served_model_names=("base",), adapters=adapters)
 
 
-async def test_what_arrived_can_be_read_back_byte_for_byte(start: Start) -> None:
+async def test_received_requests_can_be_read_back_byte_for_byte(start: Start) -> None:
     engine, session = await start(INSTANT)
     raw = b'{"prompt": "h\\u00e9",  "unknown":\t[1.0e3], "max_tokens":1}'
     headers = {"X-Custom-Case": "a", "content-encoding": "identity"}
@@ -252,7 +252,7 @@ async def test_over_a_unix_socket_and_the_socket_file_goes_away(tmp_path: Path) 
     assert not path.exists()
 
 
-async def test_where_it_cannot_listen_it_says_so() -> None:
+async def test_an_address_that_cannot_be_used_is_named() -> None:
     async with SimServer(INSTANT) as engine:
         port = int(engine.address.rpartition(":")[2])
         with pytest.raises(LaunchError, match=f"cannot listen on http://127.0.0.1:{port}"):
@@ -262,14 +262,14 @@ async def test_where_it_cannot_listen_it_says_so() -> None:
 
 
 @pytest.mark.parametrize("settings", [{"ttft_s": -1.0}, {"jitter": float("nan")}, {"capacity": 0}])
-def test_settings_that_make_no_sense_are_refused(settings: dict[str, float]) -> None:
+def test_invalid_settings_are_refused(settings: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match=next(iter(settings))):
         SimConfig(**settings)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="served_model_names"):
         SimConfig(served_model_names=())
 
 
-async def test_while_it_loads_it_answers_503_if_it_listens_at_all() -> None:
+async def test_while_loading_it_answers_503_if_it_listens() -> None:
     class Gate:
         opened = asyncio.Event()
 
@@ -292,7 +292,7 @@ async def test_while_it_loads_it_answers_503_if_it_listens_at_all() -> None:
             assert response.status == 200
 
 
-async def test_beyond_its_capacity_requests_wait_their_turn(start: Start) -> None:
+async def test_requests_beyond_the_capacity_wait(start: Start) -> None:
     engine, session = await start(replace(INSTANT, capacity=1))
     first = asyncio.create_task(stream(session, chat(stream=True, sim_fault={"kind": "hang"})))
     await until(lambda: engine.counts.running == 1)
@@ -410,7 +410,7 @@ async def test_a_large_prompt_is_read_whole(start: Start) -> None:
     assert received.body_bytes > 5_000_000
 
 
-async def test_a_session_that_is_not_http_is_refused_and_nothing_else_suffers(start: Start) -> None:
+async def test_a_connection_that_is_not_http_is_refused(start: Start) -> None:
     engine, session = await start(INSTANT)
     host, port = engine.address.removeprefix("http://").split(":")
     reader, writer = await asyncio.open_connection(host, int(port))

@@ -46,7 +46,7 @@ def struck(
         ('[{"kind": "load_fail", "times": 1}]', "needs 'counter'"),
     ],
 )
-def test_what_is_wrong_with_a_script_is_said_with_what_would_be_right(text: str, message: str) -> None:
+def test_an_invalid_fault_is_refused_with_the_valid_ones(text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         parse_rules(text)
 
@@ -124,7 +124,7 @@ def test_connections_are_reset_apart_from_requests() -> None:
     assert [faults.at_connect(), faults.at_connect()] == [True, False]
 
 
-def test_a_script_loaded_at_run_time_refuses_load_failures_and_keeps_the_old_one() -> None:
+def test_faults_set_at_run_time_refuse_load_failures_and_keep_the_old_ones() -> None:
     faults = script({"kind": "die"})
     with pytest.raises(ConfigError, match="at the start only"):
         faults.load([{"kind": "load_fail"}])

@@ -210,7 +210,7 @@ async def test_sigterm_ends_running_answers_in_good_form_as_vllm_does(path: str)
         assert 0 < int(str(at(answer, "usage", "completion_tokens"))) < 1000
 
 
-async def test_sigterm_ends_what_waits_for_a_place_as_well() -> None:
+async def test_sigterm_ends_waiting_requests_too() -> None:
     async with (
         spawned("--announce", "--capacity", "1", "--itl-ms", "20", "--ttft-ms", "0") as process,
         aiohttp.ClientSession(await address(process)) as session,

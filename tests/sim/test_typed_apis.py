@@ -125,7 +125,7 @@ async def test_the_openai_client_continues_a_response(start: Start) -> None:
                 await ai.responses.create(model="sim", input="x", previous_response_id=unknown)
 
 
-async def test_what_broke_off_is_not_kept(start: Start) -> None:
+async def test_a_response_that_broke_off_is_not_stored(start: Start) -> None:
     engine, session = await start(INSTANT)
     raw = await raw_stream(session, RESPONSES, sim_fault={"kind": "cut", "at": 10})
     name = str(at(typed(raw.partition(b"\n\n")[0])[0], "response", "id"))
@@ -134,7 +134,7 @@ async def test_what_broke_off_is_not_kept(start: Start) -> None:
             await ai.responses.create(model="sim", input="x", previous_response_id=name)
 
 
-def test_only_the_last_responses_are_kept() -> None:
+def test_only_the_last_responses_are_stored() -> None:
     store, prompt = ResponseStore(max_responses=2), ParsedPrompt(text="user: hi", tokens=1)
     for name in "abc":
         store.add(name, prompt, Completion(pieces=("yes",), tokens=1, finish_reason="stop"))
@@ -175,7 +175,7 @@ async def test_an_error_event_is_one_that_the_clients_raise_on(start: Start, pat
     assert engine.counts.finished == {"error": 1}
 
 
-async def test_the_clients_do_raise_on_it(start: Start) -> None:
+async def test_the_clients_raise_on_an_error_event(start: Start) -> None:
     engine, _ = await start(INSTANT)
     fault = {"sim_fault": {"kind": "error_event", "at": 2, "message": "lost"}}
     async with open_ai(engine) as ai, an_anthropic(engine) as other:
@@ -205,7 +205,7 @@ async def test_a_cut_ends_in_the_middle_of_an_event(start: Start, path: str, at_
 
 
 @both
-async def test_half_a_body_is_promised_whole(start: Start, path: str) -> None:
+async def test_a_partial_body_announces_the_whole_length(start: Start, path: str) -> None:
     engine, session = await start(INSTANT)
     async with session.post(path, json={**BODIES[path], "sim_fault": {"kind": "partial_body"}}) as response:
         with pytest.raises(aiohttp.ClientPayloadError):
@@ -256,7 +256,7 @@ async def test_bad_bodies_are_refused_by_name(start: Start, path: str, body: Jso
     assert refusal.get("type") == ("error" if path == MESSAGES else None)
 
 
-async def test_items_that_are_no_messages_are_not_said(start: Start) -> None:
+async def test_items_other_than_messages_add_no_text(start: Start) -> None:
     _, session = await start(INSTANT)
     said = {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "one two"}]}
     called = {"type": "function_call_output", "call_id": "c", "output": "three"}

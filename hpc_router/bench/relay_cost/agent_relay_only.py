@@ -2,7 +2,7 @@
 
     python -m hpc_router.bench.relay_cost.agent_relay_only --run DIR --replica math-0.g1 --socket PATH
 
-The same gate, server, upstream connections and lease as the agent's; no engine is started, watched or ended.
+The same http_api, server, upstream connections and lease as the agent's; no engine is started, watched or ended.
 """
 
 import argparse
@@ -38,7 +38,7 @@ async def serve(run: RunDir, replica: str, engine: Path) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     async with UpstreamClient(ENGINE_LIMITS, socket_path=str(engine)) as client:
-        gate = AgentHttpApi(
+        http_api = AgentHttpApi(
             replica=replica,
             key=replica_key(run.secret(), nonce),
             capacity=CAPACITY,
@@ -65,7 +65,7 @@ async def serve(run: RunDir, replica: str, engine: Path) -> None:
             )
             max_body = int((settings.router.max_body_mb + 1) * 2**20)
             async with (
-                listening(gate.handle, sock, max_body=max_body, express=gate.express),
+                listening(http_api.handle, sock, max_body=max_body, express=http_api.express),
                 Lease(run.registry, record, files, on_gone=stop.set),
             ):
                 await stop.wait()

@@ -40,7 +40,9 @@ def make_model(kind: str, folder: Path) -> Path:
         pytest.param("vllm", CPU | {"max_model_len": 512}, marks=[pytest.mark.vllm, pytest.mark.long]),
     ],
 )
-async def test_a_whole_life(kind: str, options: dict[str, Any], run: RunDir, scratch: Path, tmp_path: Path) -> None:
+async def test_a_real_engine_from_start_to_end(
+    kind: str, options: dict[str, Any], run: RunDir, scratch: Path, tmp_path: Path
+) -> None:
     expert = expert_of(kind, options, model=make_model(kind, tmp_path / "tiny"))
     configured = Deployment(
         experts={"math": expert},
