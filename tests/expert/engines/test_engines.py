@@ -138,7 +138,9 @@ def test_the_rank_is_one_that_vllm_has(tmp_path: Path, ranks: list[int], chosen:
 
 def test_a_rank_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     adapters = {"math": adapter(tmp_path, 1024)}
-    with pytest.raises(ConfigError, match="max_lora_rank=512: the adapter 'math' has rank 1024, more than vLLM takes"):
+    with pytest.raises(
+        ConfigError, match="max_lora_rank=512: the adapter 'math' has rank 1024, more than vLLM supports"
+    ):
         with_adapters("vllm", adapters)
     with pytest.raises(ConfigError, match=r"max_lora_rank=8: the adapter 'math' has rank 1024$") as caught:
         with_adapters("vllm", adapters, max_lora_rank=8)

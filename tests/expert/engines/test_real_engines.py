@@ -1,4 +1,4 @@
-"""The agent with real engines and a tiny model: up, answering, told to go, gone. The same steps for each."""
+"""The agent with real engines and a tiny model, from start to drain. The same steps for each engine."""
 
 import subprocess
 from pathlib import Path
@@ -15,7 +15,7 @@ from tests.expert.replicas import chat, exists, replica
 from tests.support.needs import ROOT, engine_python
 from tests.support.waiting import eventually
 
-TINY_MODEL = ROOT / "hpc_router" / "expert" / "tiny_model.py"
+TINY_MODEL = ROOT / "launch" / "tiny_model.py"
 STARTUP_S = 300.0
 CPU = {"device": "cpu"}
 
