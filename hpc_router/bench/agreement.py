@@ -115,7 +115,7 @@ def measure_theirs(
         *("--base-url", target.url, "--endpoint", "/v1/chat/completions"),
         *("--model", config.model, "--tokenizer", str(options.tokenizer)),
         *("--dataset-name", "custom", "--dataset-path", str(folder / "prompts.jsonl"), "--skip-chat-template"),
-        *("--custom-output-len", str(config.max_tokens), "--num-prompts", str(requests)),
+        *("--custom-output-len", str(config.max_tokens), "--ignore-eos", "--num-prompts", str(requests)),
         *("--max-concurrency", str(config.users[0]), "--num-warmups", str(config.users[0]), "--seed", str(config.seed)),
         *("--percentile-metrics", "ttft,tpot,itl,e2el", "--metric-percentiles", "50,99", "--disable-tqdm"),
         *("--save-result", "--result-dir", str(folder), "--result-filename", "result.json"),
@@ -182,7 +182,13 @@ def agreement(run: RunDir, options: AgreementOptions) -> str:
     """
     at = utc_now()
     config = read_config(
-        {"users": [options.users], "requests": options.requests, "max_tokens": options.tokens, "model": options.model}
+        {
+            "users": [options.users],
+            "requests": options.requests,
+            "max_tokens": options.tokens,
+            "model": options.model,
+            "extra": {"ignore_eos": True},
+        }
     )
     access = router_access(run)
     origin = {**origin_of(at), "vllm": _version(options.vllm)}

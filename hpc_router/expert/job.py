@@ -1,7 +1,7 @@
-"""The job body as a process: configuration, logs, signals, exit status; the agent, or what obeys it on another node.
+"""The job body as a process: configuration, logs, signals, exit status. Runs the agent, or on other nodes the follower.
 
-Exit status: 0 drained, 1 failed, 2 a value to edit. The log file is written by the file thread, so no log line waits
-for the shared file system. `main` takes the place of whatever signal handlers the job's launcher left.
+Exit status: 0 drained, 1 failed, 2 a value to edit. The file thread writes the log, so no log line waits for the shared
+file system. `main` replaces the signal handlers that the job's launcher left.
 """
 
 import asyncio
@@ -33,13 +33,13 @@ STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 
 
 RANK: Final = "HPC_ROUTER_RANK"
-"""Which of an engine's nodes this is, set by whoever starts one body on each."""
+"""Environment variable with the rank of this node, set by the launcher that starts one body per node."""
 
 
 def main(run: Path, replica: str, deployment: Deployment | None = None, *, rank: int | None = None) -> int:
-    """Be this replica of the run until it ends, or one rank of it: `rank`, else the environment's, else the first.
+    """Run this replica, or one rank of it, until it ends; returns the exit status.
 
-    `deployment`: another than the run's own config.
+    `rank` defaults to that of the environment, and 0 without one. `deployment` replaces the run's own config.
     """
     try:
         opened = open_run(run)
@@ -49,7 +49,7 @@ def main(run: Path, replica: str, deployment: Deployment | None = None, *, rank:
         become_subreaper()
         log = job.agent_log if rank == 0 else job.agent_log.with_name(f"{replica}.rank{rank}.log")
         with file_thread(f"files of {replica}", log=log) as files, private_umask():
-            return uvloop.run(_live(opened, replica, deployment, files, rank=rank))
+            return uvloop.run(_run(opened, replica, deployment, files, rank=rank))
     except HpcRouterError as error:
         sys.stderr.write(f"{error}\n")
         return 2
@@ -62,7 +62,7 @@ def _rank(environment: Mapping[str, str]) -> int:
     return int(text)
 
 
-async def _live(run: RunDir, replica: str, deployment: Deployment | None, files: FileThread, *, rank: int) -> int:
+async def _run(run: RunDir, replica: str, deployment: Deployment | None, files: FileThread, *, rank: int) -> int:
     try:
         body = _body(run, replica, deployment or frozen.read(run.config), files, rank=rank)
     except HpcRouterError as error:
@@ -83,7 +83,7 @@ def _body(run: RunDir, replica: str, deployment: Deployment, files: FileThread, 
         raise ConfigError(f"{run.config}: no expert '{expert}'{suggest(expert, deployment.experts)}")
     host = host_of(deployment.experts, expert)
     if host != expert:
-        raise ConfigError(f"'{expert}' is an adapter on the engine of '{host}', which serves both: start that")
+        raise ConfigError(f"'{expert}' is an adapter on the engine of '{host}', which serves both: start that one")
     nodes = deployment.experts[expert].resources.nodes
     if rank >= nodes:
         key = f"experts.{expert}.resources.nodes"

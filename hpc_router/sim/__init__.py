@@ -1,8 +1,8 @@
-"""The simulated engine: an OpenAI-style server with vLLM's manners, seeded latencies and scripted faults, no model.
+"""The simulated engine: an OpenAI-compatible server that answers as vLLM does, without a model.
 
-It stands in for vLLM in tests, demos and load experiments: `python -m hpc_router.sim`, or in-process
-`async with SimServer(SimConfig(...)) as engine`. Everything it says is labelled simulated. It knows nothing of
-agents, routers or registries, and loads neither torch nor vllm.
+Latencies and answers are seeded, and faults can be injected. It stands in for vLLM in tests, demos and load
+experiments: `python -m hpc_router.sim`, or in-process `async with SimServer(SimConfig(...)) as engine`. Every response
+is labelled simulated. It knows nothing of agents, routers or registries, and loads neither torch nor vllm.
 """
 
 from hpc_router.sim.config import SimConfig

@@ -1,8 +1,8 @@
 """The simulated engine as a process: parse, load, listen, serve until a signal.
 
-Exit codes: 0 stopped by SIGTERM or SIGINT, 1 failed (it cannot listen, or a scripted load failure), 2 a value to
-edit. Both stop it as SIGTERM stops vLLM: see `server`. A second SIGINT breaks off what still runs. Logs go to
-stderr; stdout carries nothing but the one line of `--announce`.
+Exit codes: 0 stopped by SIGTERM or SIGINT, 1 failed (it cannot listen, or an injected load failure), 2 a value to edit.
+Both signals stop it as SIGTERM stops vLLM: see `server`. A second SIGINT breaks the connections that are left. Logs go
+to stderr; stdout has only the one line of `--announce`.
 """
 
 import argparse
@@ -23,24 +23,24 @@ from hpc_router.config.schema import Roofline
 from hpc_router.errors import ConfigError, HpcRouterError
 from hpc_router.sim.config import SimConfig
 from hpc_router.sim.faults import FaultKind, Rule, parse_rules
-from hpc_router.sim.ranks import LOST, Meeting, follow
+from hpc_router.sim.ranks import PEER_LOST, Rendezvous, follow_master
 from hpc_router.sim.server import SimServer
-from hpc_router.sim.startup_failures import strikes_this_start, traceback
+from hpc_router.sim.startup_failures import fails_this_start, failure_log
 
 log = logging.getLogger("hpc_router.sim")
 
 _DESCRIPTION = """\
-A simulated engine with the API of vLLM's OpenAI server: seeded answers and latencies, scripted faults, no model.
-Everything it says is labelled simulated."""
+A simulated engine with the API of vLLM's OpenAI server: seeded answers and latencies, injected faults, no model.
+Every response is labelled simulated."""
 
 _EPILOG = """\
-faults: a JSON list of objects, each with a kind and its keys, and what it hits (times, every, probability, path,
-model), for example
+faults: a JSON list of objects, each with a kind and its keys, and the requests that it hits (times, every,
+probability, path, model), for example
   [{"kind": "status", "status": 429, "retry_after_s": 1, "every": 10}, {"kind": "die", "at": 3, "times": 1}]
 kinds: die(at, exit_code) hang(at, for_s) status(status, retry_after_s, message) slow(factor) error_event(at, message)
 cut(at) garbage(at) reset(at) partial_body() load_fail(reason, counter); at: a number of tokens, "first_token",
 "headers", for reset also "connect". Change them later with POST /sim/faults, or per request with the header
-x-sim-fault or the body field sim_fault. GET /sim/last?n=1 gives back what arrived."""
+x-sim-fault or the body field sim_fault. GET /sim/last?n=1 returns the last request."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -66,20 +66,22 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     def add(flag: str, kind: type[int] | type[float], value: float | None, metavar: str, text: str) -> None:
-        shown = "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
-        parser.add_argument(flag, type=kind, default=value, metavar=metavar, help=f"{text} (default {shown})")
+        default_text = "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+        parser.add_argument(flag, type=kind, default=value, metavar=metavar, help=f"{text} (default {default_text})")
 
     parser.add_argument("--uds", type=Path, metavar="PATH", help="listen on this unix socket instead of a TCP port")
     parser.add_argument("--host", default="127.0.0.1", help="TCP address (default 127.0.0.1)")
-    add("--port", int, 0, "PORT", "TCP port; 0: one the kernel gives")
-    parser.add_argument("--announce", action="store_true", help='print {"listening": ADDRESS} on stdout once it is so')
+    add("--port", int, 0, "PORT", "TCP port; 0: the kernel chooses one")
+    parser.add_argument(
+        "--announce", action="store_true", help='print {"listening": ADDRESS} on stdout once it listens'
+    )
     parser.add_argument(
         "--served-model-name", nargs="+", metavar="NAME", default=list(default.served_model_names),
-        help="names it answers to; the first is the one it calls itself (default sim)",
+        help="model names of requests; the first is the one in responses (default sim)",
     )  # fmt: skip
     parser.add_argument(
         "--lora-modules", nargs="+", metavar="NAME=PATH", default=[],
-        help="names under which it answers as another model, as vLLM takes them; the paths are not looked at",
+        help="names of further models, as vLLM takes them; the paths are not read",
     )  # fmt: skip
     add("--seed", int, default.seed, "N", "seed of answers, latencies and faults")
     add("--ttft-ms", float, default.ttft_s * 1e3, "MS", "mean time to the first token")
@@ -87,26 +89,30 @@ def _parser() -> argparse.ArgumentParser:
     add("--jitter", float, default.jitter, "SIGMA", "log-normal spread of both; 0: none")
     add("--load-s", float, default.load_s, "S", "time to load before it listens")
     parser.add_argument("--listen-while-loading", action="store_true", help="listen at once, answer 503 until loaded")
-    add("--capacity", int, default.capacity, "N", "requests computed at once; others wait")
-    add("--max-tokens-default", int, default.max_tokens_default, "N", "length of an answer without max_tokens")
+    add("--capacity", int, default.capacity, "N", "requests that run at once; others wait")
+    add("--max-tokens-default", int, default.max_tokens_default, "N", "mean length of an answer that ends by itself")
     add("--max-model-len", int, default.max_model_len, "N", "longest prompt plus answer, in words")
     add("--embedding-dimensions", int, default.embedding_dimensions, "N", "length of embedding vectors")
-    add("--keepalive-s", float, default.keepalive_s, "S", "idle connections are closed after this")
+    add("--keepalive-s", float, default.keepalive_s, "S", "idle connections are closed after this time")
     add(
         "--drain-s", float, default.drain_s, "S", "at SIGTERM, running requests may finish for this long; 0: abort them"
     )
-    parser.add_argument("--roofline", metavar="JSON", help="the engine on GPUs that it stands for (docs/simulation.md)")
-    parser.add_argument("--faults", metavar="JSON|@FILE", help="the script of faults, see below")
-    add("--nnodes", int, 1, "N", "ranks, one process each, that meet at the master's port before rank 0 loads")
-    add("--node-rank", int, 0, "R", "which of them this is; only rank 0 listens")
-    parser.add_argument("--master-addr", default="127.0.0.1", help="where rank 0 meets the others (default 127.0.0.1)")
-    add("--master-port", int, 29500, "PORT", "its port there")
+    parser.add_argument(
+        "--roofline", metavar="JSON", help="the engine on GPUs whose latencies are predicted (docs/simulation.md)"
+    )
+    parser.add_argument("--faults", metavar="JSON|@FILE", help="the fault schedule, see below")
+    add("--nnodes", int, 1, "N", "number of ranks; they meet at the master's port before rank 0 loads")
+    add("--node-rank", int, 0, "R", "the rank of this process; only rank 0 listens")
+    parser.add_argument(
+        "--master-addr", default="127.0.0.1", help="address at which rank 0 waits for the others (default 127.0.0.1)"
+    )
+    add("--master-port", int, 29500, "PORT", "port at that address")
     return parser
 
 
 def _config(arguments: argparse.Namespace) -> SimConfig:
     if not 0 <= arguments.port <= 65_535:
-        raise ConfigError(f"--port: {arguments.port} is no port (valid: 0 to 65535)")
+        raise ConfigError(f"--port: {arguments.port} is not a port (valid: 0 to 65535)")
     if arguments.uds is not None and not arguments.uds.parent.is_dir():
         raise ConfigError(f"--uds: the folder {arguments.uds.parent} does not exist")
     return SimConfig(
@@ -163,23 +169,23 @@ async def _serve(config: SimConfig, arguments: argparse.Namespace) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     if arguments.node_rank > 0:
-        if not await follow(arguments.master_addr, arguments.master_port, stop):
-            sys.stderr.write(f"{LOST}\n")
+        if not await follow_master(arguments.master_addr, arguments.master_port, stop):
+            sys.stderr.write(f"{PEER_LOST}\n")
             return 1
         return 0
     if arguments.nnodes == 1:
-        return await _serve_alone(config, arguments, stop)
-    async with Meeting(arguments.nnodes - 1, arguments.master_addr, arguments.master_port) as meeting:
-        if await _first(meeting.complete, stop) is stop:
+        return await _serve_http(config, arguments, stop)
+    async with Rendezvous(arguments.nnodes - 1, arguments.master_addr, arguments.master_port) as rendezvous:
+        if await _first(rendezvous.complete, stop) is stop:
             return 0
-        serving = asyncio.create_task(_serve_alone(config, arguments, stop))
-        gone = asyncio.create_task(meeting.lost.wait())
+        serving = asyncio.create_task(_serve_http(config, arguments, stop))
+        gone = asyncio.create_task(rendezvous.lost.wait())
         await asyncio.wait({serving, gone}, return_when=asyncio.FIRST_COMPLETED)
         gone.cancel()
         if not serving.done() and not stop.is_set():
-            sys.stderr.write(f"{LOST}\n")
+            sys.stderr.write(f"{PEER_LOST}\n")
             sys.stderr.flush()
-            os._exit(1)  # as a real engine, which serves nothing more
+            os._exit(1)  # a real engine serves nothing after this either
         return await serving
 
 
@@ -191,7 +197,7 @@ async def _first(*events: asyncio.Event) -> asyncio.Event:
     return waiting[done.pop()]
 
 
-async def _serve_alone(config: SimConfig, arguments: argparse.Namespace, stop: asyncio.Event) -> int:
+async def _serve_http(config: SimConfig, arguments: argparse.Namespace, stop: asyncio.Event) -> int:
     loop = asyncio.get_running_loop()
     failure = _load_failure(config)
     if failure is not None or not config.listen_while_loading:
@@ -199,7 +205,7 @@ async def _serve_alone(config: SimConfig, arguments: argparse.Namespace, stop: a
             return 0
         config = replace(config, load_s=0.0)
     if failure is not None:
-        sys.stderr.write(traceback(failure, model=config.model) + "\n")
+        sys.stderr.write(failure_log(failure, model=config.model) + "\n")
         return 1
     async with SimServer(config, uds=arguments.uds, host=arguments.host, port=arguments.port, crash=_die) as engine:
         log.info("simulated engine %s listens on %s", config.model, engine.address)
@@ -207,7 +213,7 @@ async def _serve_alone(config: SimConfig, arguments: argparse.Namespace, stop: a
             sys.stdout.write(json.dumps({"listening": engine.address}) + "\n")
             sys.stdout.flush()
         await stop.wait()
-        # The second Ctrl-C is the impatient one; a second SIGTERM is only srun repeating itself.
+        # Only a second Ctrl-C aborts; a second SIGTERM can be srun that repeats it.
         loop.add_signal_handler(signal.SIGINT, engine.abort)
         log.info("stopping: %d running, %d waiting", engine.counts.running, engine.counts.waiting)
     return 0
@@ -224,15 +230,15 @@ async def _stopped_within(stop: asyncio.Event, time_s: float) -> bool:
 
 
 def _load_failure(config: SimConfig) -> str | None:
-    """The reason for which this start is to fail."""
+    """The reason for which this start has to fail; None if it does not."""
     for rule in config.faults:
-        if rule.fault.kind is FaultKind.LOAD_FAIL and strikes_this_start(rule.fault, times=rule.times):
+        if rule.fault.kind is FaultKind.LOAD_FAIL and fails_this_start(rule.fault, times=rule.times):
             return rule.fault.reason
     return None
 
 
 def _die(exit_code: int | None) -> None:
-    """As the kernel's OOM killer would, or with an exit code as a crash would; nothing is cleaned up."""
+    """End as the OOM killer would end it, or with an exit code as in a crash; nothing is cleaned up."""
     if exit_code is not None:
         os._exit(exit_code)
     os.kill(os.getpid(), signal.SIGKILL)

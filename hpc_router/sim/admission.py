@@ -1,8 +1,9 @@
-"""Who computes and who waits: places for `capacity` requests at once, first come first served beyond it.
+"""Admission of requests: `capacity` of them run at once, the others wait in order of arrival.
 
-One context manager holds a request from arrival to end and files how it ended, so that whatever happens (a client
-that leaves, a fault, an error) the gauges return to zero. When the engine stops, `Stopped` is raised where a request
-waits for its next token, and one that waits for a place gets none. Knows no HTTP.
+One context manager holds a request from arrival to end and counts how it ended, so that the gauges return to zero
+whatever happens (a client that leaves, a fault, an error). When the engine stops, `EngineStopped` is raised where a
+request waits for its next token; a request that waits for a place runs without one, and so ends at once. Knows no
+HTTP.
 """
 
 import asyncio
@@ -15,38 +16,38 @@ from hpc_router.sim.metrics import Outcome, RequestCounts, RequestPhase
 
 @dataclass(slots=True, eq=False)
 class Ticket:
-    """One request's place. An end that nobody explains is an error."""
+    """The place of one request. The outcome is an error unless it is set."""
 
     phase: RequestPhase = RequestPhase.QUEUED
     outcome: Outcome = Outcome.ERROR
     stopped: bool = False
     _task: asyncio.Task[object] | None = field(default_factory=asyncio.current_task)
-    _waits: bool = False
+    _waiting: bool = False
 
     async def wait(self, awaitable: Awaitable[object]) -> None:
-        """Raises Stopped when the engine stops meanwhile."""
-        self._waits = True
+        """Await; raises EngineStopped if the engine stops before."""
+        self._waiting = True
         try:
             await awaitable
         except asyncio.CancelledError:
             if not self.stopped or self._task is None or self._task.uncancel():
-                raise  # its client has left as well
+                raise  # the client has left as well
         finally:
-            self._waits = False
+            self._waiting = False
         if self.stopped:
-            raise Stopped
+            raise EngineStopped
 
     def stop(self) -> None:
         self.stopped = True
-        if self._waits and self._task is not None:
+        if self._waiting and self._task is not None:
             self._task.cancel()
 
 
-class Stopped(Exception):
-    """The engine stops: the answer ends here."""
+class EngineStopped(Exception):
+    """The engine is stopping; the answer ends after the tokens that it has."""
 
 
-class Scheduler:
+class AdmissionQueue:
     def __init__(self, *, capacity: int | None) -> None:
         self.counts = RequestCounts()
         self._places = asyncio.Semaphore(capacity) if capacity is not None else None
@@ -56,17 +57,17 @@ class Scheduler:
         self._tickets: set[Ticket] = set()
 
     def refuse(self) -> None:
-        """From now on a request is stopped where it arrives."""
+        """Stop every request that arrives from now on."""
         self._stopping = True
 
     def stop(self) -> None:
-        """End what runs or waits."""
+        """Stop every request that runs or waits, and every one that arrives."""
         self.refuse()
         for ticket in tuple(self._tickets):
             ticket.stop()
 
     async def idle(self) -> None:
-        """Wait until nothing runs or waits."""
+        """Wait until no request runs or waits."""
         await self._idle.wait()
 
     @asynccontextmanager
@@ -86,7 +87,7 @@ class Scheduler:
             ticket.outcome = Outcome.ABORT
             self.counts.aborted[ticket.phase] += 1
             raise
-        except Stopped:
+        except EngineStopped:
             ticket.outcome = Outcome.ABORT
             raise
         finally:
@@ -101,12 +102,12 @@ class Scheduler:
 
     @asynccontextmanager
     async def _place(self, ticket: Ticket) -> AsyncIterator[None]:
-        """None is needed by a request that is stopped before it runs."""
+        """Hold one of the places. A request that is stopped before it runs needs none."""
         places = None if ticket.stopped else self._places
         if places is not None:
             try:
                 await ticket.wait(places.acquire())
-            except Stopped:
+            except EngineStopped:
                 places = None
         try:
             yield

@@ -1,4 +1,4 @@
-"""A refusal as vLLM's server sends it: the API's error shape, so that clients raise their own exception classes."""
+"""Error responses as vLLM's server sends them, in the API's own shape, so that clients raise their own exceptions."""
 
 import json
 from http import HTTPStatus
@@ -7,7 +7,7 @@ from hpc_router.errors import HpcRouterError
 
 
 class ApiError(HpcRouterError):
-    """A refusal, in the error shape of the path that was asked."""
+    """An error response; the path of the request decides its shape."""
 
     def __init__(
         self, message: str, *, status: int = 400, param: str | None = None, headers: dict[str, str] | None = None
@@ -30,7 +30,7 @@ def error_of(message: str, *, status: int, param: str | None = None) -> dict[str
 
 
 def messages_error_body(message: str, *, kind: str) -> bytes:
-    """In Anthropic's shape, with vLLM's kinds."""
+    """Anthropic's shape, with the error types that vLLM uses."""
     return json.dumps({"type": "error", "error": {"type": kind, "message": message}, "simulated": True}).encode()
 
 

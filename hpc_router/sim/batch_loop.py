@@ -1,7 +1,7 @@
-"""The simulated engine's clockwork: runs a batch step by step, each as long as the roofline says, and wakes requests.
+"""Runs a batch step by step: each step lasts as long as the roofline predicts, then its requests get their tokens.
 
-Steps are due one after the other; a step that ends late makes the next one shorter, and lag that cannot be made up is
-counted, so that whoever measures knows that the machine, not the model, was the limit.
+Each step is due when the one before it has ended. A step that ends late shortens the next one; a delay that cannot be
+recovered is counted, so that a benchmark can tell when the machine and not the model was the limit.
 """
 
 import asyncio
@@ -15,13 +15,13 @@ from hpc_router.sim.roofline import RooflineEngine
 
 
 @dataclass(slots=True, eq=False)
-class Seat:
-    """One request's place in the batch; what `generate` paces its tokens by."""
+class BatchSlot:
+    """The token schedule of one request in the batch. `produced` and `awaited` count its tokens."""
 
     sequence: Sequence
-    given: int = 0
-    more: asyncio.Event = field(default_factory=asyncio.Event)
-    taken: int = 0
+    produced: int = 0
+    awaited: int = 0
+    token_ready: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def first(self, prompt_tokens: int, *, running: int) -> None:
         await self._token()
@@ -30,36 +30,36 @@ class Seat:
         await self._token()
 
     async def _token(self) -> None:
-        self.taken += 1
-        while self.given < self.taken:
-            self.more.clear()
-            await self.more.wait()
+        self.awaited += 1
+        while self.produced < self.awaited:
+            self.token_ready.clear()
+            await self.token_ready.wait()
 
 
-class Batching:
-    """`step_s`, `lost_s`: seconds that steps were to last, and by which they lagged behind for good."""
+class BatchLoop:
+    """`step_s` is the predicted duration of all steps, `lost_s` the delay that was not recovered, both in seconds."""
 
     def __init__(self, engine: RooflineEngine, clock: Clock) -> None:
         self._engine, self._clock = engine, clock
         self._slowdown = engine.options.slowdown
         self.batch = Batch(engine.kv_tokens, engine.max_seqs, engine.max_tokens)
-        self._seats: dict[Sequence, Seat] = {}
-        self._work = asyncio.Event()
+        self._slots: dict[Sequence, BatchSlot] = {}
+        self._has_work = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self.step_s = self.lost_s = 0.0
 
     @asynccontextmanager
-    async def seat(self, prompt_tokens: int) -> AsyncIterator[Seat]:
+    async def slot(self, prompt_tokens: int) -> AsyncIterator[BatchSlot]:
         if self._task is None:
             self._task = asyncio.create_task(self._run())
         sequence = self.batch.add(prompt_tokens)
-        seat = self._seats[sequence] = Seat(sequence)
-        self._work.set()
+        slot = self._slots[sequence] = BatchSlot(sequence)
+        self._has_work.set()
         try:
-            yield seat
+            yield slot
         finally:
             self.batch.remove(sequence)
-            del self._seats[sequence]
+            del self._slots[sequence]
 
     async def close(self) -> None:
         if self._task is not None:
@@ -71,25 +71,25 @@ class Batching:
     async def _run(self) -> None:
         due_s = self._clock.now_s()
         while True:
-            pieces = self.batch.plan()
-            if not pieces:
-                self._work.clear()
+            steps = self.batch.plan()
+            if not steps:
+                self._has_work.clear()
                 if self.batch.idle:
-                    await self._work.wait()
+                    await self._has_work.wait()
                 else:
                     await self._clock.sleep(0)
                 due_s = self._clock.now_s()
                 continue
-            lasts_s = self._engine.step_s(pieces) * self._slowdown
-            due_s += lasts_s
-            self.step_s += lasts_s
+            duration_s = self._engine.step_s(steps) * self._slowdown
+            due_s += duration_s
+            self.step_s += duration_s
             late_s = self._clock.now_s() - due_s
             if late_s > 0:
                 self.lost_s += late_s
                 due_s += late_s
             await self._clock.sleep(max(0.0, due_s - self._clock.now_s()))
             for sequence in self.batch.finish():
-                seat = self._seats.get(sequence)
-                if seat is not None:
-                    seat.given += 1
-                    seat.more.set()
+                slot = self._slots.get(sequence)
+                if slot is not None:
+                    slot.produced += 1
+                    slot.token_ready.set()

@@ -1,4 +1,4 @@
-"""What a simulated engine is made of: the only home of its defaults, for the command line and for tests alike."""
+"""The settings of a simulated engine: the only home of its defaults, for the command line and for tests."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from hpc_router.sim.faults import Rule
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SimConfig:
     served_model_names: tuple[str, ...] = ("sim",)
-    adapters: tuple[str, ...] = ()  # names under which another model answers, at the same pace
+    adapters: tuple[str, ...] = ()  # names under which another model answers, at the same speed
     seed: int = 0
     ttft_s: float = 0.020
     itl_s: float = 0.005
@@ -19,14 +19,14 @@ class SimConfig:
     # vLLM does not listen before it has loaded; True listens at once and answers 503 until then.
     listen_while_loading: bool = False
     capacity: int | None = None
-    max_tokens_default: int = 16
+    max_tokens_default: int = 16  # mean length of an answer that ends by itself
     max_model_len: int = 131_072
     embedding_dimensions: int = 64
     keepalive_s: float = 75.0
-    # How long running requests may finish after the order to stop; 0 ends them at once with `abort`.
+    # Running requests may take this long to finish after SIGTERM; 0 ends them at once with `abort`.
     drain_s: float = 0.0
     faults: tuple[Rule, ...] = ()
-    # An engine on GPUs to stand for; then ttft_s, itl_s and jitter mean nothing.
+    # The engine on GPUs whose latencies are predicted; ttft_s, itl_s and jitter are then not used.
     roofline: Roofline | None = None
 
     def __post_init__(self) -> None:
@@ -44,14 +44,14 @@ class SimConfig:
 
     @property
     def model(self) -> str:
-        """The name the engine calls itself, whatever alias a request used: vLLM's habit."""
+        """The model name in responses, whatever alias a request used, as with vLLM."""
         return self.served_model_names[0]
 
     @property
     def names(self) -> tuple[str, ...]:
-        """All that it answers to."""
+        """All model names that requests may use."""
         return (*self.served_model_names, *self.adapters)
 
     def answering(self, asked: str | None) -> str:
-        """Who answers a request for this model: an adapter says so."""
+        """The model name in the response to a request for `asked`: the adapter's own, else the engine's."""
         return asked if asked in self.adapters else self.model

@@ -1,15 +1,15 @@
-"""Continuous batching, step by step: who computes how many tokens next. Pure; knows neither time nor requests.
+"""Continuous batching, step by step: which sequence computes how many tokens next. No I/O, no time, no requests.
 
-As vLLM schedules: every sequence that has its prompt gives one token per step; what the step's budget of tokens leaves
-goes to prompts, cut where it ends (Orca, OSDI 2022; chunked prefill: Sarathi-Serve, arXiv 2403.02310); first come,
-first served. Blocks of the KV cache are taken as contexts grow; when none is free, the newest gives its own back and
-computes again later (preemption by recomputation, arXiv 2309.06180).
+As vLLM schedules: every sequence whose prompt is computed produces one token per step; the rest of the step's token
+budget goes to prompts, cut where the budget ends (Orca, OSDI 2022; chunked prefill: Sarathi-Serve, arXiv 2403.02310);
+first come, first served. Contexts take blocks of the KV cache as they grow; when none is free, the newest sequence
+gives its blocks back and is computed again later (preemption by recomputation, arXiv 2309.06180).
 """
 
 from collections import deque
 from dataclasses import dataclass, field
 
-from hpc_router.sim.roofline import BLOCK, Piece
+from hpc_router.sim.roofline import BLOCK, SequenceStep
 
 
 @dataclass(slots=True, eq=False)
@@ -20,10 +20,10 @@ class Sequence:
     computed: int = 0
     produced: int = 0
     blocks: int = 0
-    runs: bool = False
+    running: bool = False
 
     @property
-    def wanted(self) -> int:
+    def needed(self) -> int:
         """Tokens that must be in the cache before the next token of the answer."""
         return self.prompt + self.produced
 
@@ -54,51 +54,51 @@ class Batch:
         return one
 
     def remove(self, one: Sequence) -> None:
-        """It has all it wanted, or its client has left."""
-        if one.runs:
+        """It has all its tokens, or its client has left."""
+        if one.running:
             self.running.remove(one)
             self._free(one)
         elif one in self.waiting:
             self.waiting.remove(one)
 
-    def plan(self) -> list[Piece]:
-        """The next step; empty when nobody wants anything."""
+    def plan(self) -> list[SequenceStep]:
+        """The next step; empty when no sequence can compute anything."""
         self._step = []
         budget = self.max_tokens
         for one in list(self.running):
-            new = min(one.wanted - one.computed, budget) if one.runs else 0
-            if new > 0 and self._has_room(one, new):
+            new = min(one.needed - one.computed, budget) if one.running else 0
+            if new > 0 and self._make_room(one, new):
                 self._step.append((one, new))
                 budget -= new
         while self.waiting and budget > 0 and len(self.running) < self.max_seqs:
             one = self.waiting[0]
-            new = min(one.wanted, budget)
+            new = min(one.needed, budget)
             if not self._fits(one, new):
                 break
             self.waiting.popleft()
             self.running.append(one)
-            one.runs = True
+            one.running = True
             self._take(one, new)
             self._step.append((one, new))
             budget -= new
-        self._step = [(one, new) for one, new in self._step if one.runs]
-        return [Piece(new, one.computed) for one, new in self._step]
+        self._step = [(one, new) for one, new in self._step if one.running]
+        return [SequenceStep(new, one.computed) for one, new in self._step]
 
     def finish(self) -> list[Sequence]:
-        """The planned step is over: who has a token more."""
-        given = []
+        """End the planned step; returns the sequences that produced a token."""
+        produced = []
         for one, new in self._step:
-            if not one.runs:
-                continue  # it left meanwhile
+            if not one.running:
+                continue  # removed since the plan
             one.computed += new
-            if one.computed == one.wanted:
+            if one.computed == one.needed:
                 one.produced += 1
-                given.append(one)
+                produced.append(one)
         self._step = []
-        return given
+        return produced
 
-    def _has_room(self, one: Sequence, new: int) -> bool:
-        """Room for a running one, if need be by sending the newest others back to wait."""
+    def _make_room(self, one: Sequence, new: int) -> bool:
+        """Take blocks for a running sequence; preempts the newest ones where none are free."""
         while not self._fits(one, new):
             newest = self.running[-1]
             self._preempt(newest)
@@ -115,17 +115,17 @@ class Batch:
         self.preempted += 1
 
     def _fits(self, one: Sequence, new: int) -> bool:
-        return self.used_blocks + self._more(one, new) <= self.blocks
+        return self.used_blocks + self._blocks_needed(one, new) <= self.blocks
 
     def _take(self, one: Sequence, new: int) -> None:
-        more = self._more(one, new)
+        more = self._blocks_needed(one, new)
         one.blocks += more
         self.used_blocks += more
 
     def _free(self, one: Sequence) -> None:
         self.used_blocks -= one.blocks
         one.blocks = 0
-        one.runs = False
+        one.running = False
 
-    def _more(self, one: Sequence, new: int) -> int:
+    def _blocks_needed(self, one: Sequence, new: int) -> int:
         return max(0, -(-(one.computed + new) // BLOCK) - one.blocks)

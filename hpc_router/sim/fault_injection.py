@@ -1,8 +1,8 @@
-"""How a fault looks from outside: what is done to the connection, or to the whole engine.
+"""The effect of a fault on the connection, or on the whole engine.
 
-A strike either returns (a hang that ended) or raises. `Severed` means that the connection was broken on purpose and
-nothing more can be said on it; it is raised in the same step in which the transport is closed, so that the end is
-filed under the fault and not as a client that left.
+`inject` either returns (a hang that ended) or raises. `ConnectionBroken` means that the fault broke the connection and
+nothing more can be sent on it; it is raised in the same step in which the transport is closed, so that the request
+counts as failed by the fault and not as aborted by its client.
 """
 
 import asyncio
@@ -22,20 +22,20 @@ GARBAGE: Final = b"\x00\xff\xfe simulated garbage, not HTTP \r\n\r\n\x00" * 4
 Crash = Callable[[int | None], None]
 
 
-class Severed(Exception):
+class ConnectionBroken(Exception):
     """The connection was broken by a fault."""
 
 
-class InStream(Exception):
-    """A fault that only the stream itself can express."""
+class StreamFault(Exception):
+    """A fault that only the handler of the stream can send."""
 
     def __init__(self, fault: Fault) -> None:
         super().__init__(fault.kind)
         self.fault = fault
 
 
-async def strike(fault: Fault, request: web.BaseRequest, *, crash: Crash, clock: Clock) -> None:
-    # Give way once: uvloop flushes what was written before at the end of the loop's step.
+async def inject(fault: Fault, request: web.BaseRequest, *, crash: Crash, clock: Clock) -> None:
+    # Yield once: uvloop sends what was written before at the end of the loop's iteration.
     await clock.sleep(0.0)
     match fault.kind:
         case FaultKind.STATUS:
@@ -48,28 +48,28 @@ async def strike(fault: Fault, request: web.BaseRequest, *, crash: Crash, clock:
                 await clock.sleep(fault.for_s)
         case FaultKind.DIE:
             crash(fault.exit_code)
-            raise Severed
+            raise ConnectionBroken
         case FaultKind.RESET:
             if request.transport is not None:
-                reset(request.transport)
-            raise Severed
+                reset_connection(request.transport)
+            raise ConnectionBroken
         case FaultKind.GARBAGE:
-            sever(request, last_bytes=GARBAGE)
+            break_connection(request, last_bytes=GARBAGE)
         case FaultKind.ERROR_EVENT | FaultKind.CUT:
-            raise InStream(fault)
+            raise StreamFault(fault)
         case _:
-            raise AssertionError(f"{fault.kind} does not strike at a token")
+            raise AssertionError(f"{fault.kind} cannot be injected at a token")
 
 
-def sever(request: web.BaseRequest, *, last_bytes: bytes = b"") -> NoReturn:
-    """Send what was written, then close without a proper end."""
+def break_connection(request: web.BaseRequest, *, last_bytes: bytes = b"") -> NoReturn:
+    """Send what was written, then close the connection without a proper end."""
     if request.transport is not None:
         request.transport.write(last_bytes)
         request.transport.close()
-    raise Severed
+    raise ConnectionBroken
 
 
-def reset(transport: asyncio.BaseTransport) -> None:
+def reset_connection(transport: asyncio.BaseTransport) -> None:
     """Drop the connection so that the peer sees a reset (over TCP; a unix socket can only close)."""
     raw = transport.get_extra_info("socket")
     if raw is not None and raw.family != socket.AF_UNIX:
@@ -77,8 +77,8 @@ def reset(transport: asyncio.BaseTransport) -> None:
     cast(asyncio.Transport, transport).abort()
 
 
-class ResetAtOnce(asyncio.Protocol):
+class ResetOnAccept(asyncio.Protocol):
     """A connection that is reset as soon as it is accepted."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        reset(transport)
+        reset_connection(transport)

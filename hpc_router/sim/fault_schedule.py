@@ -1,8 +1,8 @@
-"""Which fault strikes which request: the rules in force and their counters. Seeded, no I/O.
+"""Which fault hits which request: the rules in force and their counters. Seeded, no I/O.
 
-Rules are asked in their order; every `slow` that hits multiplies, the first other fault that hits is the one that
-strikes, and the rules after it do not see that request. A fault that a request cannot express (a `cut` on an answer
-that is not a stream) does not match it and is not used up.
+Rules are tried in order. The factors of all `slow` rules that match are multiplied; the first other rule that matches
+decides the fault, and the rules after it do not see that request. A fault that a request cannot express (a `cut` in a
+response that is not a stream) does not match it and is not used up.
 """
 
 import random
@@ -14,13 +14,13 @@ from hpc_router.sim.faults import CONNECT, EXPRESSIBLE, Fault, FaultKind, Respon
 
 
 @dataclass(slots=True)
-class _Live:
+class _ActiveRule:
     rule: Rule
     rng: random.Random
     seen: int = 0
     hits: int = 0
 
-    def strikes(self) -> bool:
+    def hits_next(self) -> bool:
         rule = self.rule
         self.seen += 1
         if self.seen % rule.every or (rule.times is not None and self.hits >= rule.times):
@@ -31,43 +31,43 @@ class _Live:
         return True
 
 
-class FaultScript:
-    """The rules in force and how often each was seen and struck."""
+class FaultSchedule:
+    """The rules in force, how often each was tried, and how often it hit."""
 
     def __init__(self, rules: Sequence[Rule], *, seed: int) -> None:
         self._seed = seed
         self.replace(rules)
 
     def replace(self, rules: Sequence[Rule]) -> None:
-        self._live = [
-            _Live(rule=rule, rng=random.Random(f"{self._seed}/{index}"))
+        self._active = [
+            _ActiveRule(rule=rule, rng=random.Random(f"{self._seed}/{index}"))
             for index, rule in enumerate(rules)
             if rule.fault.kind is not FaultKind.LOAD_FAIL
         ]
 
     def load(self, rules: object) -> None:
-        """Replace the script by a JSON list, already decoded: what tests and `POST /sim/faults` use."""
+        """Replace the rules by a JSON list, as text or decoded: what tests and `POST /sim/faults` use."""
         parsed = parse_rules(rules)
         if any(rule.fault.kind is FaultKind.LOAD_FAIL for rule in parsed):
-            raise ConfigError("load_fail strikes at the start only: give it to --faults")
+            raise ConfigError("load_fail is injected at the start only: give it to --faults")
         self.replace(parsed)
 
     def describe(self) -> list[dict[str, object]]:
-        return [{**live.rule.source, "seen": live.seen, "hits": live.hits} for live in self._live]
+        return [{**active.rule.source, "seen": active.seen, "hits": active.hits} for active in self._active]
 
     def at_connect(self) -> bool:
-        """Whether the connection just accepted is to be reset."""
-        return any(live.strikes() for live in self._live if live.rule.fault.at == CONNECT)
+        """Whether to reset the connection that was just accepted."""
+        return any(active.hits_next() for active in self._active if active.rule.fault.at == CONNECT)
 
     def select(self, path: str, *, model: str | None, answer: ResponseForm) -> tuple[float, Fault | None]:
-        """The slowness factor and the fault that strikes this request."""
+        """The slowness factor and the fault of this request."""
         factor = 1.0
-        for live in self._live:
-            if not _matches(live.rule, path=path, model=model, answer=answer) or not live.strikes():
+        for active in self._active:
+            if not _matches(active.rule, path=path, model=model, answer=answer) or not active.hits_next():
                 continue
-            if live.rule.fault.kind is not FaultKind.SLOW:
-                return factor, live.rule.fault
-            factor *= live.rule.fault.factor
+            if active.rule.fault.kind is not FaultKind.SLOW:
+                return factor, active.rule.fault
+            factor *= active.rule.fault.factor
         return factor, None
 
 

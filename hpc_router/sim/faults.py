@@ -1,8 +1,8 @@
-"""What can go wrong: the kinds of fault, the rules that say what they hit, and how both are written in JSON.
+"""The kinds of fault, the rules that select requests, and how both are written in JSON.
 
-`at` counts tokens: k means once k tokens have been produced, in place of the next one. Everything is checked when it
-is parsed, and an unknown kind or key is an error that names the nearest valid one. Which rule strikes is decided in
-`script`, how a strike looks on the wire in `strike`.
+`at` counts tokens: k means once k tokens have been produced, in place of the next one. Everything is checked when it is
+parsed, and an unknown kind or key is an error that names the nearest valid one. `fault_schedule` decides which rule
+hits a request, `fault_injection` what happens to the connection.
 """
 
 import json
@@ -31,7 +31,7 @@ class FaultKind(StrEnum):
 
 
 class ResponseForm(StrEnum):
-    """What a request would get back; it decides which faults can be expressed."""
+    """The form of the response that a request would get; it decides which faults are possible."""
 
     STREAM = "stream"
     BODY = "body"
@@ -81,7 +81,8 @@ class Fault:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rule:
-    """A fault and what it hits: at most `times`, each `every`-th match, with `probability`, on `path` and `model`."""
+    """A fault and the requests that it hits: every `every`-th match of `path` and `model`, with `probability`, at most
+    `times` in all."""
 
     fault: Fault
     times: int | None = None
@@ -102,14 +103,14 @@ def parse_rules(value: object) -> tuple[Rule, ...]:
 
 
 def parse_fault(value: object, *, where: str) -> Fault:
-    """The fault one request asks for itself, as JSON text or decoded; it has no selectors.
+    """The fault that one request brings with it, as JSON text or decoded; it has no selectors.
 
     The connection exists by then, so `connect` means `headers`.
     """
     source = _object(_decoded(value, where=where), where=where)
     fault = _fault(source, where=where, extra=())
     if fault.kind is FaultKind.LOAD_FAIL:
-        raise ConfigError(f"{where}: load_fail strikes at the start only: give it to --faults")
+        raise ConfigError(f"{where}: load_fail is injected at the start only: give it to --faults")
     return Fault(kind=FaultKind.RESET, at=HEADERS) if fault.at == CONNECT else fault
 
 
@@ -118,15 +119,15 @@ def _rule(value: object, *, where: str) -> Rule:
     fault = _fault(source, where=where, extra=_SELECTORS)
     rule = Rule(
         fault=fault,
-        times=_whole(source, "times", where=where, least=0),
-        every=_whole(source, "every", where=where, least=1) or 1,
-        probability=1.0 if (share := _number(source, "probability", where=where, most=1.0)) is None else share,
-        path=_text(source, "path", where=where),
-        model=_text(source, "model", where=where),
+        times=_integer(source, "times", where=where, minimum=0),
+        every=_integer(source, "every", where=where, minimum=1) or 1,
+        probability=1.0 if (share := _number(source, "probability", where=where, maximum=1.0)) is None else share,
+        path=_string(source, "path", where=where),
+        model=_string(source, "model", where=where),
         source=source,
     )
     if fault.at == CONNECT and (rule.path is not None or rule.model is not None):
-        raise ConfigError(f"{where}: a reset at connect knows neither path nor model; give it 'at': 'headers'")
+        raise ConfigError(f"{where}: a reset at connect has neither path nor model; give it 'at': 'headers'")
     if fault.kind is FaultKind.LOAD_FAIL and rule.times is not None and fault.counter is None:
         raise ConfigError(f"{where}: load_fail with 'times' needs 'counter', a file that counts across starts")
     return rule
@@ -141,10 +142,10 @@ def _fault(source: dict[str, object], *, where: str, extra: Sequence[str]) -> Fa
     for key in source:
         if key not in valid:
             raise ConfigError(f"{where}: unknown key '{key}' for kind '{kind}'{suggest(key, valid)}")
-    reason = _text(source, "reason", where=where) or LOAD_FAILURES[0]
+    reason = _string(source, "reason", where=where) or LOAD_FAILURES[0]
     if reason not in LOAD_FAILURES:
         raise ConfigError(f"{where}: unknown reason '{reason}'{suggest(reason, LOAD_FAILURES)}")
-    status = _whole(source, "status", where=where, least=400) or 503
+    status = _integer(source, "status", where=where, minimum=400) or 503
     if status > 599:
         raise ConfigError(f"{where}: status {status} is no error status (valid: 400 to 599)")
     factor = _number(source, "factor", where=where)
@@ -154,11 +155,11 @@ def _fault(source: dict[str, object], *, where: str, extra: Sequence[str]) -> Fa
         for_s=_number(source, "for_s", where=where),
         status=status,
         retry_after_s=_number(source, "retry_after_s", where=where),
-        message=_text(source, "message", where=where) or "simulated fault",
+        message=_string(source, "message", where=where) or "simulated fault",
         factor=2.0 if factor is None else factor,
-        exit_code=_whole(source, "exit_code", where=where, least=0),
+        exit_code=_integer(source, "exit_code", where=where, minimum=0),
         reason=reason,
-        counter=_text(source, "counter", where=where),
+        counter=_string(source, "counter", where=where),
     )
 
 
@@ -172,7 +173,7 @@ def _position(source: dict[str, object], *, kind: FaultKind, where: str) -> int:
         raise ConfigError(f"{where}: 'at' is {value!r}; valid: a number of tokens from 0, {', '.join(_NAMED_AT)}")
     assert isinstance(value, int)
     if value < _EARLIEST_AT.get(kind, HEADERS):
-        raise ConfigError(f"{where}: {kind} cannot strike at '{source['at']}'; valid: a later position")
+        raise ConfigError(f"{where}: {kind} cannot be injected at '{source['at']}'; valid: a later position")
     return value
 
 
@@ -192,26 +193,26 @@ def _object(value: object, *, where: str) -> dict[str, object]:
     return value
 
 
-def _text(source: dict[str, object], key: str, *, where: str) -> str | None:
+def _string(source: dict[str, object], key: str, *, where: str) -> str | None:
     value = source.get(key)
     if value is not None and not isinstance(value, str):
         raise ConfigError(f"{where}: '{key}' is {value!r}; a string is needed")
     return value
 
 
-def _whole(source: dict[str, object], key: str, *, where: str, least: int) -> int | None:
+def _integer(source: dict[str, object], key: str, *, where: str, minimum: int) -> int | None:
     value = source.get(key)
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ConfigError(f"{where}: '{key}' is {value!r}; a whole number from {least} is needed")
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise ConfigError(f"{where}: '{key}' is {value!r}; a whole number from {minimum} is needed")
     return value
 
 
-def _number(source: dict[str, object], key: str, *, where: str, most: float = 1e9) -> float | None:
+def _number(source: dict[str, object], key: str, *, where: str, maximum: float = 1e9) -> float | None:
     value = source.get(key)
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= most:
-        raise ConfigError(f"{where}: '{key}' is {value!r}; a number from 0 to {most:g} is needed")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= maximum:
+        raise ConfigError(f"{where}: '{key}' is {value!r}; a number from 0 to {maximum:g} is needed")
     return float(value)

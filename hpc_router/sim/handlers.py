@@ -1,7 +1,7 @@
-"""The handlers that compute: check a request, decide its answer and its fault, take a place, send.
+"""The handlers of the paths that compute: check a request, decide its answer and its fault, wait for a place, send.
 
-A `status` fault refuses before the queue, as an engine that sheds load does; every other fault strikes a request that
-holds a place. The answer is decided before the first token is paced, so only time and faults are left to `generate`.
+A `status` fault is injected before the queue, as an engine that sheds load refuses; every other fault hits a request
+that holds a place. The answer is decided before the first token is due, so `streaming` deals with time and faults only.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,42 +13,43 @@ from typing import Final
 from aiohttp import web
 
 from hpc_router.errors import ConfigError, suggest
-from hpc_router.sim import response_formats, typed_response_formats
 from hpc_router.sim.admission import Ticket
 from hpc_router.sim.api_error import ApiError
-from hpc_router.sim.context import Core
-from hpc_router.sim.fault_injection import strike
+from hpc_router.sim.context import EngineContext
+from hpc_router.sim.fault_injection import inject
 from hpc_router.sim.faults import EXPRESSIBLE, Fault, FaultKind, ResponseForm, parse_fault
-from hpc_router.sim.latency import SpacedPace, TokenSchedule
+from hpc_router.sim.generation import Api, Embedding, Generation, ParsedPrompt
+from hpc_router.sim.latency import LatencySchedule, TokenSchedule
+from hpc_router.sim.logprobs import prompt_logprobs, token_logprobs
+from hpc_router.sim.messages_format import MessagesFormat
 from hpc_router.sim.request_parsing import (
-    Api,
-    Embedding,
-    Generation,
-    ParsedPrompt,
-    check_length,
+    check_prompt,
     parse_chat,
     parse_completion,
     parse_embedding,
     parse_message,
     parse_response,
+    token_limit,
 )
-from hpc_router.sim.streaming import Job, answer_embedding, answer_stream, answer_whole
-from hpc_router.sim.tokens import Completion, complete_text, complete_tool_call, unit_vector
+from hpc_router.sim.response_formats import Choice, CompletionsFormat, Envelope, ResponseFormat, embeddings_body
+from hpc_router.sim.responses_format import ResponsesFormat
+from hpc_router.sim.streaming import RunningRequest, answer_body, answer_embedding, answer_stream
+from hpc_router.sim.tokens import Completion, complete_literal, complete_text, unit_vector
 
 FAULT_HEADER = "x-sim-fault"
-_FORMS: Final[Mapping[Api, Callable[[response_formats.Envelope, Generation], response_formats.Form]]] = {
-    Api.CHAT: response_formats.Choices,
-    Api.TEXT: response_formats.Choices,
-    Api.RESPONSE: typed_response_formats.ResponsesFormat,
-    Api.MESSAGE: typed_response_formats.MessagesFormat,
+_FORMATS: Final[Mapping[Api, Callable[[Envelope, Generation], ResponseFormat]]] = {
+    Api.CHAT: CompletionsFormat,
+    Api.TEXT: CompletionsFormat,
+    Api.RESPONSE: ResponsesFormat,
+    Api.MESSAGE: MessagesFormat,
 }
 _ID_PREFIXES: Final = {Api.CHAT: "chatcmpl-", Api.TEXT: "cmpl-", Api.RESPONSE: "resp_", Api.MESSAGE: "msg_"}
 
 
-class Inference:
-    def __init__(self, core: Core) -> None:
-        self._core = core
-        self._config = core.config
+class InferenceHandlers:
+    def __init__(self, context: EngineContext) -> None:
+        self._context = context
+        self._config = context.config
 
     async def chat(self, request: web.Request) -> web.StreamResponse:
         return await self._generate(request, parse_chat(await request.read()))
@@ -57,122 +58,150 @@ class Inference:
         return await self._generate(request, parse_completion(await request.read()))
 
     async def responses(self, request: web.Request) -> web.StreamResponse:
-        asked = parse_response(await request.read())
-        if asked.previous is not None:
-            prompt = self._core.kept.continued(asked.previous, asked.prompts[0])
+        generation = parse_response(await request.read())
+        previous = generation.previous_response_id
+        if previous is not None:
+            prompt = self._context.responses.continued(previous, generation.prompts[0])
             if prompt is None:
-                message = f"Response with id '{asked.previous}' not found."
-                raise ApiError(message, status=404, param="response_id")
-            asked = replace(asked, prompts=(prompt,))
-        return await self._generate(request, asked)
+                raise ApiError(f"Response with id '{previous}' not found.", status=404, param="response_id")
+            generation = replace(generation, prompts=(prompt,))
+        return await self._generate(request, generation)
 
     async def messages(self, request: web.Request) -> web.StreamResponse:
         return await self._generate(request, parse_message(await request.read()))
 
     async def embeddings(self, request: web.Request) -> web.StreamResponse:
-        asked = parse_embedding(await request.read())
-        self._check(asked.model, asked.inputs, max_tokens=None)
-        factor, fault = await self._fault(request, asked, answer=ResponseForm.BODY)
-        body = self._embed(asked, envelope=self._envelope(request, asked, prefix="embd-"))
+        embedding = parse_embedding(await request.read())
+        self._check_model(embedding.model)
+        for item in embedding.inputs:
+            check_prompt(item, max_model_len=self._config.max_model_len)
+        factor, fault = await self._fault(request, embedding, answer=ResponseForm.BODY)
+        body = self._embed(embedding, envelope=self._envelope(request, embedding, prefix="embd-"))
         async with (
-            self._core.scheduler.admit(prompt_tokens=asked.prompt_tokens) as ticket,
-            self._pace(asked.prompt_tokens, factor) as pace,
+            self._context.admission.admit(prompt_tokens=embedding.prompt_tokens) as ticket,
+            self._schedule(embedding.prompt_tokens, factor) as schedule,
         ):
-            job = self._job(request, ticket, pace=pace, fault=fault)
-            return await answer_embedding(job, body, prompt_tokens=asked.prompt_tokens)
+            running = self._running(request, embedding, ticket, schedule=schedule, fault=fault)
+            return await answer_embedding(running, body)
 
-    async def _generate(self, request: web.Request, asked: Generation) -> web.StreamResponse:
-        self._check(asked.model, asked.prompts, max_tokens=asked.max_tokens)
-        answer = ResponseForm.STREAM if asked.stream else ResponseForm.BODY
-        factor, fault = await self._fault(request, asked, answer=answer)
-        completions = [self._complete(asked, prompt, index) for prompt in asked.prompts for index in range(asked.n)]
-        envelope = self._envelope(request, asked, prefix=_ID_PREFIXES[asked.api], own=asked.api is Api.RESPONSE)
-        send = answer_stream if asked.stream else answer_whole
+    async def _generate(self, request: web.Request, generation: Generation) -> web.StreamResponse:
+        self._check_model(generation.model)
+        max_model_len = self._config.max_model_len
+        limits = [token_limit(generation, prompt, max_model_len=max_model_len) for prompt in generation.prompts]
+        answer = ResponseForm.STREAM if generation.stream else ResponseForm.BODY
+        factor, fault = await self._fault(request, generation, answer=answer)
+        choices = [
+            self._choice(generation, prompt, limit, index)
+            for prompt, limit in zip(generation.prompts, limits, strict=True)
+            for index in range(generation.n)
+        ]
+        own_id = generation.api is Api.RESPONSE
+        envelope = self._envelope(request, generation, prefix=_ID_PREFIXES[generation.api], own=own_id)
+        send = answer_stream if generation.stream else answer_body
         async with (
-            self._core.scheduler.admit(prompt_tokens=asked.prompt_tokens) as ticket,
-            self._pace(asked.prompt_tokens, factor) as pace,
+            self._context.admission.admit(prompt_tokens=generation.prompt_tokens) as ticket,
+            self._schedule(generation.prompt_tokens, factor) as schedule,
         ):
-            job = self._job(request, ticket, pace=pace, fault=fault)
-            if asked.store:
-                job.keep = partial(self._core.kept.add, envelope.id, asked.prompts[0], completions[0])
-            return await send(job, asked, completions, form=_FORMS[asked.api](envelope, asked))
+            running = self._running(request, generation, ticket, schedule=schedule, fault=fault)
+            if generation.store:
+                completion = choices[0].completion
+                running.store = partial(self._context.responses.add, envelope.id, generation.prompts[0], completion)
+            return await send(running, choices, _FORMATS[generation.api](envelope, generation))
 
-    def _check(self, model: str | None, prompts: tuple[ParsedPrompt, ...], *, max_tokens: int | None) -> None:
+    def _check_model(self, model: str | None) -> None:
         names = self._config.names
         if model is not None and model not in names:
             message = f"The model `{model}` does not exist{suggest(model, names)}."
             raise ApiError(message, status=404, param="model")
-        for prompt in prompts:
-            check_length(prompt, max_tokens=max_tokens, max_model_len=self._config.max_model_len)
 
     async def _fault(
         self, request: web.Request, asked: Generation | Embedding, *, answer: ResponseForm
     ) -> tuple[float, Fault | None]:
-        """What strikes this request: its own fault if it brings one, else what the script says."""
-        core = self._core
+        """The slowness factor and the fault of this request: its own if it brings one, else the schedule's."""
+        context = self._context
         own = request.headers.get(FAULT_HEADER, asked.fault)
         if own is None:
-            factor, fault = core.script.select(request.path, model=asked.model, answer=answer)
+            factor, fault = context.faults.select(request.path, model=asked.model, answer=answer)
         else:
             factor, fault = _own_fault(own, answer=answer)
         if factor != 1.0:
-            core.scheduler.counts.faults[FaultKind.SLOW] += 1
+            context.admission.counts.faults[FaultKind.SLOW] += 1
         if fault is not None and fault.kind is FaultKind.STATUS:
-            core.scheduler.counts.faults[FaultKind.STATUS] += 1
-            await strike(fault, request, crash=core.crash, clock=core.clock)
+            context.admission.counts.faults[FaultKind.STATUS] += 1
+            await inject(fault, request, crash=context.crash, clock=context.clock)
         return factor, fault
 
-    def _complete(self, asked: Generation, prompt: ParsedPrompt, index: int) -> Completion:
-        if asked.tool is not None:
-            return complete_tool_call(asked.tool.parameters, limit=asked.max_tokens)
-        return complete_text(
-            prompt.text,
-            model=self._config.answering(asked.model),
-            seed=f"{self._config.seed}/{asked.seed}/{index}",
-            limit=asked.max_tokens,
-            default=min(self._config.max_tokens_default, self._config.max_model_len - prompt.tokens),
-            stop=asked.stop,
+    def _choice(self, generation: Generation, prompt: ParsedPrompt, limit: int, index: int) -> Choice:
+        completion = self._complete(generation, prompt, limit, index)
+        if generation.max_tokens == 0:  # with echo: one token is computed, and only the prompt is sent
+            completion = replace(completion, pieces=(), generated=())
+        seed = f"{self._config.seed}/{self._config.answering(generation.model)}"
+        tokens, top, top_prompt = completion.generated, generation.top_logprobs, generation.prompt_logprobs
+        text = prompt.text if prompt.token_text is None else prompt.token_text
+        return Choice(
+            completion=completion,
+            echo=prompt.echo if generation.echo else "",
+            logprobs=None if top is None else token_logprobs(tokens, seed=seed, count=top, position=prompt.tokens),
+            prompt_logprobs=None if top_prompt is None else prompt_logprobs(text, seed=seed, count=top_prompt),
         )
 
-    def _embed(self, asked: Embedding, *, envelope: response_formats.Envelope) -> bytes:
-        dimensions = asked.dimensions or self._config.embedding_dimensions
-        vectors = [
-            unit_vector(
-                item.text, model=self._config.answering(asked.model), seed=self._config.seed, dimensions=dimensions
-            )
-            for item in asked.inputs
-        ]
-        return response_formats.embeddings_body(
-            envelope, vectors, as_base64=asked.base64, prompt_tokens=asked.prompt_tokens
+    def _complete(self, generation: Generation, prompt: ParsedPrompt, limit: int, index: int) -> Completion:
+        if generation.literal is not None:
+            reason = "stop" if generation.tool is None else "tool_calls"
+            return complete_literal(generation.literal, limit=limit, finish_reason=reason)
+        return complete_text(
+            prompt.text,
+            model=self._config.answering(generation.model),
+            seed=f"{self._config.seed}/{generation.seed}/{index}",
+            limit=limit,
+            mean_tokens=self._config.max_tokens_default,
+            min_tokens=generation.min_tokens,
+            ignore_eos=generation.ignore_eos,
+            stop=generation.stop,
         )
+
+    def _embed(self, embedding: Embedding, *, envelope: Envelope) -> bytes:
+        config = self._config
+        dimensions, model = embedding.dimensions or config.embedding_dimensions, config.answering(embedding.model)
+        vectors = [
+            unit_vector(item.text, model=model, seed=config.seed, dimensions=dimensions) for item in embedding.inputs
+        ]
+        return embeddings_body(envelope, vectors, as_base64=embedding.base64, prompt_tokens=embedding.prompt_tokens)
 
     def _envelope(
         self, request: web.Request, asked: Generation | Embedding, *, prefix: str, own: bool = False
-    ) -> response_formats.Envelope:
-        """vLLM's ids: a prefix and the caller's x-request-id, or random digits; always these where ids are `own`."""
+    ) -> Envelope:
+        """vLLM's ids: a prefix and the client's x-request-id, or random digits; always random with `own`."""
         given = None if own else request.headers.get("x-request-id")
-        name = given or f"{self._core.ids.getrandbits(128):032x}"
-        created = int(self._core.clock.unix_s())
-        return response_formats.Envelope(
-            id=f"{prefix}{name}", created=created, model=self._config.answering(asked.model)
-        )
+        name = given or f"{self._context.ids.getrandbits(128):032x}"
+        created = int(self._context.clock.unix_s())
+        return Envelope(id=f"{prefix}{name}", created=created, model=self._config.answering(asked.model))
 
-    def _pace(self, prompt_tokens: int, factor: float) -> AbstractAsyncContextManager[TokenSchedule]:
-        """When the request's tokens come. In a batch all share its steps: there `slow` slows nobody."""
-        core = self._core
-        if core.batching is not None:
-            return core.batching.seat(prompt_tokens)
-        return nullcontext(SpacedPace(core.latency, clock=core.clock, factor=factor))
+    def _schedule(self, prompt_tokens: int, factor: float) -> AbstractAsyncContextManager[TokenSchedule]:
+        """When the tokens are due. In a batch all requests share the steps, so `factor` has no effect there."""
+        context = self._context
+        if context.batch is not None:
+            return context.batch.slot(prompt_tokens)
+        return nullcontext(LatencySchedule(context.latency, clock=context.clock, factor=factor))
 
-    def _job(self, request: web.Request, ticket: Ticket, *, pace: TokenSchedule, fault: Fault | None) -> Job:
-        core = self._core
-        return Job(
+    def _running(
+        self,
+        request: web.Request,
+        asked: Generation | Embedding,
+        ticket: Ticket,
+        *,
+        schedule: TokenSchedule,
+        fault: Fault | None,
+    ) -> RunningRequest:
+        context = self._context
+        return RunningRequest(
             request=request,
+            prompt_tokens=asked.prompt_tokens,
             ticket=ticket,
-            counts=core.scheduler.counts,
-            clock=core.clock,
-            crash=core.crash,
-            pace=pace,
+            counts=context.admission.counts,
+            clock=context.clock,
+            crash=context.crash,
+            schedule=schedule,
             fault=fault,
         )
 
@@ -184,5 +213,5 @@ def _own_fault(value: object, *, answer: ResponseForm) -> tuple[float, Fault | N
         raise ApiError(str(exc)) from exc
     if fault.kind not in EXPRESSIBLE[answer]:
         valid = ", ".join(sorted(EXPRESSIBLE[answer]))
-        raise ApiError(f"The fault '{fault.kind}' cannot strike an answer of this form (valid: {valid}).")
+        raise ApiError(f"The fault '{fault.kind}' cannot be injected into an answer of this form (valid: {valid}).")
     return (fault.factor, None) if fault.kind is FaultKind.SLOW else (1.0, fault)

@@ -1,7 +1,7 @@
-"""The HTTP surface: vLLM's paths, plus `/sim/*` to script faults and to see what arrived.
+"""The HTTP API: vLLM's paths, and `/sim/*` to set faults and to read back the requests that arrived.
 
-Errors of any kind leave as the API's error bodies through one boundary, which also records `/v1/*` requests and strikes
-the faults of the paths that compute nothing. What computes is in `inference`.
+One middleware turns every error into the API's error body; it also records `/v1/*` requests and injects the faults of
+paths that compute nothing. The paths that compute are in `handlers`.
 """
 
 from collections.abc import Awaitable, Callable
@@ -11,23 +11,25 @@ from aiohttp import web
 from hpc_router import __version__
 from hpc_router.errors import ConfigError
 from hpc_router.sim import response_formats
-from hpc_router.sim.admission import Stopped
+from hpc_router.sim.admission import EngineStopped
 from hpc_router.sim.api_error import ApiError
-from hpc_router.sim.context import Core
-from hpc_router.sim.fault_injection import Severed, strike
+from hpc_router.sim.context import EngineContext
+from hpc_router.sim.fault_injection import ConnectionBroken, inject
 from hpc_router.sim.faults import ResponseForm
-from hpc_router.sim.handlers import Inference
+from hpc_router.sim.handlers import InferenceHandlers
 from hpc_router.sim.metrics import EngineMetrics
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
-_COMPUTING = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses", "/v1/messages"})
+_INFERENCE_PATHS = frozenset(
+    {"/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses", "/v1/messages"}
+)
 
 
-def make_app(core: Core) -> web.Application:
-    surface, inference = Surface(core), Inference(core)
+def make_app(context: EngineContext) -> web.Application:
+    api, inference = EngineHttpApi(context), InferenceHandlers(context)
     # client_max_size=0: no limit, as vLLM has none.
-    app = web.Application(middlewares=[surface.boundary], client_max_size=0)
+    app = web.Application(middlewares=[api.boundary], client_max_size=0)
     app.on_response_prepare.append(_label)
     app.add_routes(
         [
@@ -36,41 +38,41 @@ def make_app(core: Core) -> web.Application:
             web.post("/v1/embeddings", inference.embeddings),
             web.post("/v1/responses", inference.responses),
             web.post("/v1/messages", inference.messages),
-            web.get("/v1/models", surface.models),
-            web.get("/health", surface.health),
-            web.get("/version", surface.version),
-            web.get("/metrics", surface.metrics),
-            web.get("/sim/last", surface.last),
-            web.get("/sim/faults", surface.show_faults),
-            web.post("/sim/faults", surface.set_faults),
+            web.get("/v1/models", api.models),
+            web.get("/health", api.health),
+            web.get("/version", api.version),
+            web.get("/metrics", api.metrics),
+            web.get("/sim/last", api.last),
+            web.get("/sim/faults", api.show_faults),
+            web.post("/sim/faults", api.set_faults),
         ]
     )
     return app
 
 
-class Surface:
-    """The boundary, and the handlers that compute nothing."""
+class EngineHttpApi:
+    """The error boundary, and the handlers of paths that compute nothing."""
 
-    def __init__(self, core: Core) -> None:
-        self._core = core
-        batching = core.batching
+    def __init__(self, context: EngineContext) -> None:
+        self._context = context
+        batch = context.batch
         self._metrics = EngineMetrics(
-            core.scheduler.counts,
-            model=core.config.model,
-            capacity=core.config.capacity,
-            steps=None if batching is None else lambda: (batching.step_s, batching.lost_s),
+            context.admission.counts,
+            model=context.config.model,
+            capacity=context.config.capacity,
+            steps=None if batch is None else lambda: (batch.step_s, batch.lost_s),
         )
-        self._created = int(core.clock.unix_s())
+        self._created = int(context.clock.unix_s())
 
         @web.middleware
         async def boundary(request: web.Request, handler: Handler) -> web.StreamResponse:
-            return await self._bounded(request, handler)
+            return await self._answer(request, handler)
 
         self.boundary = boundary
 
-    async def _bounded(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+    async def _answer(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         try:
-            await self._before(request)
+            await self._prepare(request)
             return await handler(request)
         except ApiError as exc:
             return _json(exc.body(request.path), status=exc.status, headers=exc.headers)
@@ -78,30 +80,30 @@ class Surface:
             headers = {"Allow": exc.headers["Allow"]} if "Allow" in exc.headers else {}
             body = ApiError(exc.reason, status=exc.status).body(request.path)
             return _json(body, status=exc.status, headers=headers)
-        except Stopped:  # an embedding has no form for it
+        except EngineStopped:  # an embedding cannot be aborted in good form
             if request.transport is not None:
                 request.transport.abort()
             return web.Response()
-        except (Severed, ConnectionError):
-            # The connection is gone; aiohttp wants a response all the same and drops it.
+        except (ConnectionBroken, ConnectionError):
+            # The connection is closed; aiohttp needs a response object, which it drops.
             return web.Response()
 
-    async def _before(self, request: web.Request) -> None:
-        core, path = self._core, request.path
+    async def _prepare(self, request: web.Request) -> None:
+        context, path = self._context, request.path
         if path.startswith("/sim/"):
             return
         if path.startswith("/v1/"):
             await self._record(request)
-        if path not in _COMPUTING:
-            _, fault = core.script.select(path, model=None, answer=ResponseForm.OTHER)
+        if path not in _INFERENCE_PATHS:
+            _, fault = context.faults.select(path, model=None, answer=ResponseForm.OTHER)
             if fault is not None:
-                core.scheduler.counts.faults[fault.kind] += 1
-                await strike(fault, request, crash=core.crash, clock=core.clock)
-        if not core.loaded:
+                context.admission.counts.faults[fault.kind] += 1
+                await inject(fault, request, crash=context.crash, clock=context.clock)
+        if not context.loaded:
             raise ApiError("The simulated model is still loading.", status=503)
 
     async def _record(self, request: web.Request) -> None:
-        self._core.recent.add(
+        self._context.requests.add(
             method=request.method,
             path=request.raw_path,
             http_version=f"{request.version.major}.{request.version.minor}",
@@ -110,7 +112,7 @@ class Surface:
         )
 
     async def models(self, _: web.Request) -> web.Response:
-        config = self._core.config
+        config = self._context.config
         return _json(
             response_formats.models_body(config.names, created=self._created, max_model_len=config.max_model_len)
         )
@@ -130,15 +132,15 @@ class Surface:
         count = request.query.get("n", "1")
         if not count.isdecimal():
             raise ApiError(f"'n' is {count!r}; a whole number from 0 is needed", param="n")
-        received = [entry.to_json() for entry in self._core.recent.last(int(count))]
+        received = [entry.to_json() for entry in self._context.requests.last(int(count))]
         return _json(response_formats.encode({"simulated": True, "requests": received}))
 
     async def show_faults(self, _: web.Request) -> web.Response:
-        return _json(response_formats.encode({"simulated": True, "faults": self._core.script.describe()}))
+        return _json(response_formats.encode({"simulated": True, "faults": self._context.faults.describe()}))
 
     async def set_faults(self, request: web.Request) -> web.Response:
         try:
-            self._core.script.load(await request.read())
+            self._context.faults.load(await request.read())
         except ConfigError as exc:
             raise ApiError(str(exc)) from exc
         return await self.show_faults(request)

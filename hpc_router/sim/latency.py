@@ -1,7 +1,7 @@
-"""When tokens come: the seam where a roofline model plugs in, and the clock they are paced by.
+"""When tokens are due: the interface of latency models, and the clock that they use.
 
-A latency model answers two questions and keeps no requests. Pacing is by deadlines, not by sums of sleeps, so a busy
-event loop delays a token but does not stretch the stream. Time is a `Clock`, so tests need no real time.
+A latency model answers two questions and keeps no requests. Tokens are due at deadlines, not after sums of sleeps, so a
+busy event loop delays a token but does not stretch the stream. Time is a `Clock`, so tests need no real time.
 """
 
 import asyncio
@@ -12,7 +12,7 @@ from typing import Protocol
 
 class LatencyModel(Protocol):
     def first_token_s(self, prompt_tokens: int, *, running: int) -> float:
-        """Seconds from admission to the first token; `running` counts this request too."""
+        """Seconds from admission to the first token; `running` includes this request."""
 
     def next_token_s(self, *, running: int) -> float:
         """Seconds between two tokens of one request while `running` requests share the engine."""
@@ -26,7 +26,7 @@ class Clock(Protocol):
         """Wall clock, for the `created` fields."""
 
     async def sleep(self, delay_s: float) -> None:
-        """Give way for that long; for 0 still once, so that a cancellation is noticed."""
+        """Suspend the task; with 0 for one iteration of the loop, so that a cancellation takes effect."""
 
 
 class RealClock:
@@ -41,7 +41,7 @@ class RealClock:
 
 
 class JitteredLatency:
-    """Log-normal around two fixed means, whatever the load; `jitter` is sigma, 0 gives the means exactly."""
+    """Log-normal around two fixed means, independent of the load; `jitter` is sigma, 0 gives the means exactly."""
 
     def __init__(self, *, ttft_s: float, itl_s: float, jitter: float, rng: random.Random) -> None:
         self._ttft_s, self._itl_s = ttft_s, itl_s
@@ -62,17 +62,17 @@ class JitteredLatency:
 
 
 class TokenSchedule(Protocol):
-    """The token schedule of one request."""
+    """When the tokens of one request are due."""
 
     async def first(self, prompt_tokens: int, *, running: int) -> None:
-        """Returns when its first token is due."""
+        """Returns when the first token is due."""
 
     async def next(self, *, running: int) -> None:
-        """Returns when the next one is."""
+        """Returns when the next token is due."""
 
 
-class SpacedPace:
-    """By a latency model, whoever else is there."""
+class LatencySchedule:
+    """A schedule from a latency model; `factor` multiplies every latency."""
 
     def __init__(self, latency: LatencyModel, *, clock: Clock, factor: float) -> None:
         self._latency, self._clock, self._factor = latency, clock, factor

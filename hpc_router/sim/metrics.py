@@ -1,6 +1,6 @@
-"""What the engine counts, and its `/metrics`: vLLM's names where vLLM has the metric, `hpc_router_sim_*` elsewhere.
+"""The engine's counters and its `/metrics`: vLLM's names where vLLM has the metric, else `hpc_router_sim_*`.
 
-The counts are plain numbers, so a token costs an addition; Prometheus sees them through a collector at scrape time,
+The counters are plain numbers, so a token costs one addition. Prometheus reads them through a collector at scrape time,
 in a registry of the engine's own, so several engines fit in one process.
 """
 
@@ -15,11 +15,11 @@ from prometheus_client.registry import Collector
 
 
 class RequestPhase(StrEnum):
-    """How far a request had come; what an abort is filed under."""
+    """How far a request had come when it was aborted."""
 
     QUEUED = "queued"
     BEFORE_FIRST_TOKEN = "before_first_token"
-    GENERATING = "generating"  # an answer in one body: nothing was sent yet
+    GENERATING = "generating"  # a response in one body; nothing was sent yet
     STREAMING = "streaming"
 
 
@@ -82,7 +82,7 @@ class EngineMetrics(Collector):
             yield self._counter("hpc_router_sim_step_seconds", "Seconds that steps were to last.", value=step_s)
             yield self._counter("hpc_router_sim_lost_seconds", "Seconds by which steps lagged.", value=lost_s)
         yield self._by_label(
-            "hpc_router_sim_faults", "Faults struck.", label="kind", names=sorted(counts.faults), values=counts.faults
+            "hpc_router_sim_faults", "Faults injected.", label="kind", names=sorted(counts.faults), values=counts.faults
         )
 
     def _gauge(self, name: str, text: str, *, value: float) -> Metric:

@@ -1,7 +1,7 @@
-"""The simulated engine over several nodes: ranks meet at the master's port and end when they lose each other.
+"""The simulated engine on several nodes: ranks meet at the master's port and end when they lose each other.
 
-Rank 0 listens there, waits for all others and then serves as ever; the others only hold their connection. So a taken
-port, a rank that never comes and one that is lost look here as they do with a real engine.
+Rank 0 listens there, waits for all others and then serves; the others only hold their connection open. A port that is
+taken, a rank that never arrives and a rank that is lost therefore look as they do with a real engine.
 """
 
 import asyncio
@@ -12,13 +12,13 @@ from typing import Final, Self
 from hpc_router.errors import LaunchError
 
 RETRY_S: Final = 0.05
-LOST: Final = "RuntimeError: simulated: connection closed by peer"
-"""The last words of a rank whose peer has gone."""
+PEER_LOST: Final = "RuntimeError: simulated: connection closed by peer"
+"""The last log line of a rank that has lost a peer."""
 
 
 @dataclass
-class Meeting:
-    """Rank 0's side. `complete`: all others have come; `lost`: one has gone again."""
+class Rendezvous:
+    """Rank 0's side. `complete` is set once all others are connected, `lost` when one has disconnected."""
 
     others: int
     address: str
@@ -55,20 +55,20 @@ class Meeting:
             self.lost.set()
 
 
-async def follow(address: str, port: int, stop: asyncio.Event) -> bool:
-    """Any other rank, until `stop`; False when the master was gone before that."""
+async def follow_master(address: str, port: int, stop: asyncio.Event) -> bool:
+    """Run another rank until `stop`; returns False if the master disconnected before that."""
     stopped = asyncio.create_task(stop.wait())
-    held = asyncio.create_task(_hold(address, port))
+    connection = asyncio.create_task(_stay_connected(address, port))
     try:
-        await asyncio.wait({stopped, held}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({stopped, connection}, return_when=asyncio.FIRST_COMPLETED)
     finally:
         stopped.cancel()
-        held.cancel()
-        await asyncio.gather(stopped, held, return_exceptions=True)
+        connection.cancel()
+        await asyncio.gather(stopped, connection, return_exceptions=True)
     return stop.is_set()
 
 
-async def _hold(address: str, port: int) -> None:
+async def _stay_connected(address: str, port: int) -> None:
     while True:
         try:
             reader, writer = await asyncio.open_connection(address, port)

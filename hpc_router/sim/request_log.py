@@ -1,6 +1,6 @@
-"""The last requests exactly as they came, so that a test can show that a router passed their bytes through untouched.
+"""The last requests exactly as they arrived, so that tests can show that a router relayed their bytes unchanged.
 
-Bounded in number and in bytes: a body that does not fit the budget keeps only its length and hash.
+Bounded in number and in bytes: of a body that does not fit, only the length and the hash are kept.
 """
 
 import base64
@@ -15,7 +15,7 @@ MAX_BYTES = 4 * 1024 * 1024
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Received:
-    """`headers` keep order, case and repeats; `body` is None where it was too large to keep."""
+    """`headers` keep order, case and repeats; `body` is None if it was too large to keep."""
 
     method: str
     path: str
@@ -27,8 +27,8 @@ class Received:
 
     def header(self, name: str) -> str | None:
         """The first header of that name, in any case."""
-        wanted = name.lower().encode()
-        return next((value.decode("latin-1") for key, value in self.headers if key.lower() == wanted), None)
+        lowered = name.lower().encode()
+        return next((value.decode("latin-1") for key, value in self.headers if key.lower() == lowered), None)
 
     def to_json(self) -> dict[str, object]:
         return {
@@ -43,15 +43,15 @@ class Received:
 
 
 class RequestLog:
-    def __init__(self, *, most_requests: int = MAX_REQUESTS, most_bytes: int = MAX_BYTES) -> None:
-        self._most_requests, self._most_bytes = most_requests, most_bytes
-        self._kept: deque[Received] = deque()
+    def __init__(self, *, max_requests: int = MAX_REQUESTS, max_bytes: int = MAX_BYTES) -> None:
+        self._max_requests, self._max_bytes = max_requests, max_bytes
+        self._requests: deque[Received] = deque()
         self._bytes = 0
 
     def add(
         self, *, method: str, path: str, http_version: str, headers: Iterable[tuple[bytes, bytes]], body: bytes
     ) -> None:
-        fits = len(body) <= self._most_bytes
+        fits = len(body) <= self._max_bytes
         received = Received(
             method=method,
             path=path,
@@ -61,15 +61,15 @@ class RequestLog:
             body_bytes=len(body),
             body_sha256=hashlib.sha256(body).hexdigest(),
         )
-        self._kept.append(received)
+        self._requests.append(received)
         self._bytes += len(received.body or b"")
-        while len(self._kept) > self._most_requests or self._bytes > self._most_bytes:
-            self._bytes -= len(self._kept.popleft().body or b"")
+        while len(self._requests) > self._max_requests or self._bytes > self._max_bytes:
+            self._bytes -= len(self._requests.popleft().body or b"")
 
     def last(self, count: int = 1) -> list[Received]:
-        """The newest, oldest of them first."""
-        return list(self._kept)[-count:] if count > 0 else []
+        """The newest `count` requests, the oldest of them first."""
+        return list(self._requests)[-count:] if count > 0 else []
 
     def clear(self) -> None:
-        self._kept.clear()
+        self._requests.clear()
         self._bytes = 0

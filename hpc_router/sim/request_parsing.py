@@ -1,258 +1,214 @@
-"""What a request asks for: OpenAI and Anthropic request bodies checked and reduced to what the simulation needs.
+"""OpenAI and Anthropic request bodies, checked and reduced to what the simulation needs.
 
 Errors are vLLM's: status, `type` and `code` as its server sends them, the message naming the key. Unknown fields are
-accepted and ignored, as vLLM does. Nothing here knows the engine's state or the answer.
+accepted and ignored, as vLLM does. This module knows neither the engine's state nor the answer.
 """
 
-import json
-from dataclasses import dataclass
-from enum import StrEnum
+from typing import Final
 
 from hpc_router.sim.api_error import ApiError
-from hpc_router.sim.tokens import count_tokens
+from hpc_router.sim.generation import Api, Embedding, Generation, ParsedPrompt, Tool
+from hpc_router.sim.logprobs import MAX_LOGPROBS, VOCABULARY_SIZE
+from hpc_router.sim.prompt_parsing import chat_prompt, inputs, items, message, messages
+from hpc_router.sim.request_fields import RequestFields
+from hpc_router.sim.structured_outputs import constrained_text, tool_arguments
+from hpc_router.sim.tool_choice import chat_tool, message_tool, response_tool
 
 MAX_CHOICES = 128
-
-
-class Api(StrEnum):
-    CHAT = "chat.completion"
-    TEXT = "text_completion"
-    RESPONSE = "response"
-    MESSAGE = "message"
-
-
-@dataclass(frozen=True, slots=True)
-class ParsedPrompt:
-    text: str
-    tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class Tool:
-    name: str
-    parameters: object
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Generation:
-    """What is to be said; one choice per prompt and `n`. `tool` is set where a tool call is forced.
-
-    `previous`: the response that this one continues; `store`: whether it may be continued in turn."""
-
-    api: Api
-    model: str | None
-    prompts: tuple[ParsedPrompt, ...]
-    n: int = 1
-    max_tokens: int | None = None
-    stop: tuple[str, ...] = ()
-    seed: int = 0
-    stream: bool = False
-    include_usage: bool = False
-    tool: Tool | None = None
-    previous: str | None = None
-    store: bool = False
-    fault: object = None
-
-    @property
-    def prompt_tokens(self) -> int:
-        return sum(prompt.tokens for prompt in self.prompts)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Embedding:
-    model: str | None
-    inputs: tuple[ParsedPrompt, ...]
-    base64: bool = False
-    dimensions: int | None = None
-    fault: object = None
-
-    @property
-    def prompt_tokens(self) -> int:
-        return sum(prompt.tokens for prompt in self.inputs)
-
-
-class Fields:
-    """Typed reads from a JSON body; null counts as absent."""
-
-    def __init__(self, raw: bytes) -> None:
-        try:
-            body = json.loads(raw)
-        except (ValueError, RecursionError) as exc:
-            raise ApiError(f"The body is not valid JSON: {exc}") from exc
-        if not isinstance(body, dict):
-            raise ApiError("The body must be a JSON object.")
-        self._body: dict[str, object] = body
-
-    def any(self, key: str) -> object:
-        return self._body.get(key)
-
-    def text(self, key: str) -> str | None:
-        value = self._body.get(key)
-        if value is not None and not isinstance(value, str):
-            raise ApiError(f"'{key}' must be a string.", param=key)
-        return value
-
-    def flag(self, key: str) -> bool:
-        value = self._body.get(key)
-        if value is not None and not isinstance(value, bool):
-            raise ApiError(f"'{key}' must be true or false.", param=key)
-        return bool(value)
-
-    def whole(self, key: str, *, least: int, most: int | None = None) -> int | None:
-        value = self._body.get(key)
-        if value is None:
-            return None
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise ApiError(f"'{key}' must be an integer.", param=key)
-        if value < least or (most is not None and value > most):
-            raise ApiError(f"'{key}' must be at least {least}{f' and at most {most}' if most else ''}.", param=key)
-        return value
+COMPLETION_TOKENS: Final = 16
+"""`max_tokens` of a completion without it (vllm/entrypoints/openai/completion/protocol.py, CompletionRequest)."""
+_INCLUDE_LOGPROBS: Final = "message.output_text.logprobs"
 
 
 def parse_chat(raw: bytes) -> Generation:
-    fields = Fields(raw)
+    fields = RequestFields(raw)
     stream = fields.flag("stream")
-    limit = fields.whole("max_completion_tokens", least=1)
+    limit = fields.integer("max_completion_tokens", minimum=1)
+    tool = chat_tool(fields.value("tools"), fields.value("tool_choice"))
+    echo, top = fields.flag("echo"), fields.count("top_logprobs") or 0
+    logprobs = fields.flag("logprobs")
+    if top and not logprobs:
+        raise ApiError("when using `top_logprobs`, `logprobs` must be set to true.", param="top_logprobs")
     return Generation(
         api=Api.CHAT,
         model=fields.text("model"),
-        prompts=(_prompt(_messages(fields.any("messages"))),),
-        n=fields.whole("n", least=1, most=MAX_CHOICES) or 1,
-        max_tokens=fields.whole("max_tokens", least=1) if limit is None else limit,
-        stop=_stop(fields.any("stop")),
-        seed=fields.whole("seed", least=-(2**63)) or 0,
+        prompts=(chat_prompt(messages(fields.value("messages")), echo=echo),),
+        n=fields.integer("n", minimum=1, maximum=MAX_CHOICES) or 1,
+        max_tokens=fields.integer("max_tokens", minimum=1) if limit is None else limit,
+        limit_name="max_tokens" if limit is None else "max_completion_tokens",
+        min_tokens=fields.integer("min_tokens", minimum=0) or 0,
+        ignore_eos=fields.flag("ignore_eos"),
+        stop=_stop(fields.value("stop")),
+        seed=fields.integer("seed", minimum=-(2**63)) or 0,
         stream=stream,
-        include_usage=_include_usage(fields.any("stream_options"), stream=stream),
-        tool=_forced_tool(fields.any("tools"), fields.any("tool_choice")),
-        fault=fields.any("sim_fault"),
+        include_usage=_include_usage(fields.value("stream_options"), stream=stream),
+        tool=tool,
+        literal=_literal(fields, tool),
+        echo=echo,
+        top_logprobs=_top_logprobs(fields, top if logprobs else None),
+        prompt_logprobs=_prompt_logprobs(fields, stream=stream, echoed=top if echo else None),
+        fault=fields.value("sim_fault"),
     )
 
 
 def parse_completion(raw: bytes) -> Generation:
-    fields = Fields(raw)
-    stream = fields.flag("stream")
-    prompts = _inputs(fields.any("prompt"), key="prompt")
+    fields = RequestFields(raw)
+    stream, echo, top = fields.flag("stream"), fields.flag("echo"), fields.count("logprobs")
+    prompts = inputs(fields.value("prompt"), key="prompt")
+    max_tokens = fields.integer("max_tokens", minimum=0)
+    if max_tokens == 0 and not echo:
+        raise ApiError("max_tokens must be at least 1, got 0.", param="max_tokens")
     return Generation(
         api=Api.TEXT,
         model=fields.text("model"),
         prompts=prompts,
-        n=fields.whole("n", least=1, most=max(1, MAX_CHOICES // len(prompts))) or 1,
-        max_tokens=fields.whole("max_tokens", least=1),
-        stop=_stop(fields.any("stop")),
-        seed=fields.whole("seed", least=-(2**63)) or 0,
+        n=fields.integer("n", minimum=1, maximum=max(1, MAX_CHOICES // len(prompts))) or 1,
+        max_tokens=COMPLETION_TOKENS if max_tokens is None else max_tokens,
+        min_tokens=fields.integer("min_tokens", minimum=0) or 0,
+        ignore_eos=fields.flag("ignore_eos"),
+        stop=_stop(fields.value("stop")),
+        seed=fields.integer("seed", minimum=-(2**63)) or 0,
         stream=stream,
-        include_usage=_include_usage(fields.any("stream_options"), stream=stream),
-        fault=fields.any("sim_fault"),
+        include_usage=_include_usage(fields.value("stream_options"), stream=stream),
+        literal=_literal(fields, None),
+        echo=echo,
+        top_logprobs=_top_logprobs(fields, top),
+        prompt_logprobs=_prompt_logprobs(fields, stream=stream, echoed=top if echo else None),
+        fault=fields.value("sim_fault"),
     )
 
 
 def parse_response(raw: bytes) -> Generation:
-    fields = Fields(raw)
-    instructions = fields.text("instructions")
-    spoken = [] if instructions is None else [("system", instructions)]
+    fields = RequestFields(raw)
+    instructions, include = fields.text("instructions"), fields.value("include")
+    system = [] if instructions is None else [("system", instructions)]
+    tool = response_tool(fields.value("tools"), fields.value("tool_choice"))
+    text = fields.value("text")
+    form = text.get("format") if isinstance(text, dict) else None
+    if form is not None and fields.value("structured_outputs") is not None:
+        raise ApiError("Cannot specify both structured_outputs and text.format", param="structured_outputs")
+    logprobs = isinstance(include, list) and _INCLUDE_LOGPROBS in include
     return Generation(
         api=Api.RESPONSE,
         model=fields.text("model"),
-        prompts=(_prompt(spoken + _items(fields.any("input"))),),
-        max_tokens=fields.whole("max_output_tokens", least=1),
+        prompts=(chat_prompt(system + items(fields.value("input"))),),
+        max_tokens=fields.integer("max_output_tokens", minimum=1),
+        limit_name="max_output_tokens",
+        ignore_eos=fields.flag("ignore_eos"),
         stream=fields.flag("stream"),
-        previous=fields.text("previous_response_id"),
-        store=fields.any("store") is None or fields.flag("store"),
-        fault=fields.any("sim_fault"),
+        tool=tool,
+        literal=_literal(fields, tool, form, key="text.format"),
+        top_logprobs=_top_logprobs(fields, (fields.count("top_logprobs") or 0) if logprobs else None),
+        previous_response_id=fields.text("previous_response_id"),
+        store=fields.value("store") is None or fields.flag("store"),
+        fault=fields.value("sim_fault"),
     )
 
 
 def parse_message(raw: bytes) -> Generation:
-    fields = Fields(raw)
-    system = fields.any("system")
-    spoken = [] if system is None else [_message({"role": "system", "content": system}, where="system")]
-    limit = fields.whole("max_tokens", least=1)
+    """Messages have no `ignore_eos` (vllm/entrypoints/anthropic/protocol.py)."""
+    fields = RequestFields(raw)
+    system = fields.value("system")
+    turns = [] if system is None else [message({"role": "system", "content": system}, where="system")]
+    limit = fields.integer("max_tokens", minimum=1)
     if limit is None:
         raise ApiError("'max_tokens' is required.", param="max_tokens")
+    tool = message_tool(fields.value("tools"), fields.value("tool_choice"))
+    output = fields.value("output_config")
     return Generation(
         api=Api.MESSAGE,
         model=fields.text("model"),
-        prompts=(_prompt(spoken + _messages(fields.any("messages"))),),
+        prompts=(chat_prompt(turns + messages(fields.value("messages"))),),
         max_tokens=limit,
-        stop=_stop(fields.any("stop_sequences")),
+        limit_name="max_completion_tokens",
+        stop=_stop(fields.value("stop_sequences")),
         stream=fields.flag("stream"),
-        fault=fields.any("sim_fault"),
+        tool=tool,
+        literal=_literal(
+            fields, tool, output.get("format") if isinstance(output, dict) else None, key="output_config.format"
+        ),
+        fault=fields.value("sim_fault"),
     )
 
 
 def parse_embedding(raw: bytes) -> Embedding:
-    fields = Fields(raw)
+    fields = RequestFields(raw)
     encoding = fields.text("encoding_format") or "float"
     if encoding not in ("float", "base64"):
         raise ApiError("'encoding_format' must be 'float' or 'base64'.", param="encoding_format")
     return Embedding(
         model=fields.text("model"),
-        inputs=_inputs(fields.any("input"), key="input"),
+        inputs=inputs(fields.value("input"), key="input"),
         base64=encoding == "base64",
-        dimensions=fields.whole("dimensions", least=1, most=65_536),
-        fault=fields.any("sim_fault"),
+        dimensions=fields.integer("dimensions", minimum=1, maximum=65_536),
+        fault=fields.value("sim_fault"),
     )
 
 
-def check_length(prompt: ParsedPrompt, *, max_tokens: int | None, max_model_len: int) -> None:
-    """vLLM's refusal of what does not fit; one output token must always have room."""
-    asked = 1 if max_tokens is None else max_tokens
-    if prompt.tokens + asked > max_model_len:
+def check_prompt(prompt: ParsedPrompt, *, max_model_len: int) -> None:
+    """`_token_len_check` in vllm/renderers/params.py."""
+    if prompt.tokens > max_model_len:
         raise ApiError(
-            f"This model's maximum context length is {max_model_len} tokens. However, you requested {asked} output "
-            f"tokens and your prompt contains {prompt.tokens} input tokens, for a total of {prompt.tokens + asked} "
-            "tokens. Please reduce the length of the input prompt or the number of requested output tokens.",
+            f"This model's maximum context length is {max_model_len} tokens. However, your prompt contains "
+            f"{prompt.tokens} input tokens, which exceeds this limit even without any output tokens. Please reduce the "
+            "length of the input prompt.",
             param="input_tokens",
         )
 
 
-def _prompt(spoken: list[tuple[str, str]]) -> ParsedPrompt:
-    tokens = sum(count_tokens(content) for _, content in spoken)
-    return ParsedPrompt(text="\n".join(f"{role}: {content}" for role, content in spoken), tokens=max(1, tokens))
+def token_limit(generation: Generation, prompt: ParsedPrompt, *, max_model_len: int) -> int:
+    """How many tokens the answer may have: `max_tokens`, cut to what the prompt leaves of the context.
+
+    `get_max_tokens` in vllm/entrypoints/serve/utils/api_utils.py, and the checks of vllm/renderers/params.py and
+    vllm/sampling_params.py.
+    """
+    asked, name = generation.max_tokens, generation.limit_name
+    if asked is not None and asked > max_model_len:
+        raise ApiError(
+            f"{name}={asked} cannot be greater than max_model_len={max_model_len}. Please request fewer output tokens.",
+            param=name,
+        )
+    check_prompt(prompt, max_model_len=max_model_len)
+    left = max_model_len - prompt.tokens
+    limit = left if asked is None else min(max(1, asked), left)
+    if limit < 1:
+        raise ApiError(f"max_tokens must be at least 1, got {limit}.", param="max_tokens")
+    if generation.min_tokens > limit:
+        message = f"min_tokens must be less than or equal to max_tokens={limit}, got {generation.min_tokens}."
+        raise ApiError(message, param="min_tokens")
+    return limit
 
 
-def _messages(messages: object) -> list[tuple[str, str]]:
-    if not isinstance(messages, list) or not messages:
-        raise ApiError("'messages' must be a non-empty list of messages.", param="messages")
-    return [_message(message, where=f"messages[{index}]") for index, message in enumerate(messages)]
+def _literal(
+    fields: RequestFields, tool: Tool | None, form: object = None, *, key: str = "response_format"
+) -> str | None:
+    if tool is not None:
+        return tool_arguments(tool)
+    form = fields.value("response_format") if key == "response_format" else form
+    given = None if key == "output_config.format" else fields.value("structured_outputs")
+    return constrained_text(response_format=form, structured_outputs=given, key=key)
 
 
-def _items(value: object) -> list[tuple[str, str]]:
-    """The input of a response; of its items only messages are said to the model."""
-    if isinstance(value, str):
-        return [("user", value)]
-    if not isinstance(value, list) or not value or not all(isinstance(item, dict) for item in value):
-        raise ApiError("'input' must be a string or a non-empty list of items.", param="input")
-    spoken = enumerate(value)
-    return [_message(item, where=f"input[{i}]") for i, item in spoken if item.get("type", "message") == "message"]
+def _top_logprobs(fields: RequestFields, count: int | None) -> int | None:
+    if fields.value("logprob_token_ids") is not None:
+        raise ApiError("The simulated engine cannot follow 'logprob_token_ids'.", param="logprob_token_ids")
+    _check_count(count, "sample", param="logprobs")
+    return count
 
 
-def _message(message: object, *, where: str) -> tuple[str, str]:
-    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-        raise ApiError(f"'{where}' must be an object with a 'role'.", param=where)
-    content = message.get("content")
-    if content is None or isinstance(content, str):
-        return message["role"], content or ""
-    if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
-        raise ApiError(f"'{where}.content' must be a string or a list of parts.", param=f"{where}.content")
-    texts = [part["text"] for part in content if isinstance(part.get("text"), str)]
-    return message["role"], "\n".join(texts)
+def _prompt_logprobs(fields: RequestFields, *, stream: bool, echoed: int | None) -> int | None:
+    count = fields.count("prompt_logprobs")
+    if stream and count:
+        raise ApiError("`prompt_logprobs` are not available when `stream=True`.", param="prompt_logprobs")
+    _check_count(count, "prompt", param="prompt_logprobs")
+    return echoed if count is None else count
 
 
-def _inputs(value: object, *, key: str) -> tuple[ParsedPrompt, ...]:
-    """A string, a list of strings, a list of token ids, or a list of such lists."""
-    if isinstance(value, str):
-        return (ParsedPrompt(text=value, tokens=max(1, count_tokens(value))),)
-    if isinstance(value, list) and value:
-        if _is_token_ids(value):
-            return (ParsedPrompt(text=" ".join(map(str, value)), tokens=len(value)),)
-        if all(isinstance(item, str) or _is_token_ids(item) for item in value):
-            return tuple(prompt for item in value for prompt in _inputs(item, key=key))
-    raise ApiError(f"'{key}' must be a string, a list of strings or a list of token ids, and not empty.", param=key)
-
-
-def _is_token_ids(value: object) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(item, int) for item in value)
+def _check_count(count: int | None, kind: str, *, param: str) -> None:
+    number = VOCABULARY_SIZE if count == -1 else count or 0
+    if number > MAX_LOGPROBS:
+        message = f"Requested {kind} logprobs of {number}, which is greater than max allowed: {MAX_LOGPROBS}"
+        raise ApiError(message, param=param)
 
 
 def _stop(value: object) -> tuple[str, ...]:
@@ -272,26 +228,3 @@ def _include_usage(value: object, *, stream: bool) -> bool:
     if not isinstance(value, dict):
         raise ApiError("'stream_options' must be an object.", param="stream_options")
     return bool(value.get("include_usage"))
-
-
-def _forced_tool(tools: object, choice: object) -> Tool | None:
-    offered: list[Tool] = []
-    for index, entry in enumerate(tools if isinstance(tools, list) else []):
-        function = entry.get("function") if isinstance(entry, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise ApiError(f"'tools[{index}]' must be an object with a 'function' that has a 'name'.", param="tools")
-        offered.append(Tool(name=function["name"], parameters=function.get("parameters")))
-    if tools is not None and not isinstance(tools, list):
-        raise ApiError("'tools' must be a list.", param="tools")
-    if choice in (None, "none", "auto"):
-        return None
-    if not offered:
-        raise ApiError("When using `tool_choice`, `tools` must be set.", param="tool_choice")
-    if choice == "required":
-        return offered[0]
-    function = choice.get("function") if isinstance(choice, dict) else None
-    name = function.get("name") if isinstance(function, dict) else None
-    for tool in offered:
-        if tool.name == name:
-            return tool
-    raise ApiError("'tool_choice' must be 'none', 'auto', 'required' or name one of the `tools`.", param="tool_choice")

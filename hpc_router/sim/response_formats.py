@@ -1,44 +1,56 @@
-"""What answers look like: vLLM's bodies and SSE events, each labelled simulated.
+"""Response bodies and SSE events of chat and text completions, embeddings and model lists, as vLLM shapes them.
 
-A streamed token must be cheap, so the JSON around it is serialised once per choice (`Frame`) and a token is two
-concatenations. Stream and body are built from the same completions, so their texts and usage agree. Here are the
-shapes of OpenAI's older APIs, whose events are all alike; `typed_shapes` has those whose events have names.
+A streamed token must be cheap, so the JSON around it is serialised once per choice and a token is two concatenations.
+Stream and body are built from the same completions, so their texts and usage agree. Everything is labelled simulated.
+The protocols here have two more implementations, for the APIs whose events have names: `responses_format` and
+`messages_format`.
 """
 
 import base64
 import json
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Protocol
 
 from hpc_router.sim.api_error import error_body
-from hpc_router.sim.request_parsing import Api, Generation, Tool
+from hpc_router.sim.generation import Api, Generation
+from hpc_router.sim.logprobs import TokenLogprobs, chat_logprobs, completion_logprobs, prompt_logprobs_json
 from hpc_router.sim.tokens import Completion, json_bytes
 
 DONE: Final = b"data: [DONE]\n\n"
 OWNER: Final = "hpc_router-sim"
-_PIECE: Final = "<piece>"
+PLACEHOLDER: Final = "<piece>"
 
 
 def event(body: bytes) -> bytes:
     return b"data: " + body + b"\n\n"
 
 
+def named_event(kind: str, /, **body: object) -> bytes:
+    return b"event: %b\ndata: %b\n\n" % (kind.encode(), encode({"type": kind, "simulated": True, **body}))
+
+
 def encode(body: dict[str, object]) -> bytes:
     return json.dumps(body, separators=(",", ":")).encode()
 
 
+def around_placeholder(event: bytes) -> tuple[bytes, bytes]:
+    """The bytes before and after the place where the text of a token goes."""
+    head, _, tail = event.rpartition(json_bytes(PLACEHOLDER))
+    return head, tail
+
+
 @dataclass(frozen=True, slots=True)
 class Envelope:
-    """What every chunk and body of one response shares."""
+    """The fields that every chunk and body of one response shares."""
 
     id: str
     created: int
     model: str
 
     def wrap(self, kind: str, choices: Sequence[object], **more: object) -> dict[str, object]:
-        """`choices` comes last: a frame is split at its piece from the right, where no caller's text can follow."""
+        """`choices` comes last: an event is split at its last placeholder, and other fields hold client text."""
         return {
             "id": self.id,
             "object": kind,
@@ -51,90 +63,169 @@ class Envelope:
         }
 
 
-class Frame(Protocol):
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One choice of a response: its completion, and what the request asked for beside the text."""
+
+    completion: Completion
+    echo: str = ""
+    logprobs: Sequence[TokenLogprobs] | None = None
+    prompt_logprobs: Sequence[TokenLogprobs] | None = None
+
+    def aborted(self, tokens: int) -> "Choice":
+        return replace(
+            self,
+            completion=self.completion.aborted(tokens),
+            logprobs=None if self.logprobs is None else self.logprobs[:tokens],
+        )
+
+
+class ChoiceEvents(Protocol):
     """The events of one choice of a stream."""
 
     def opening(self) -> bytes:
         """Before the first token."""
 
-    def piece(self, text: str) -> bytes:
+    def token(self, text: str) -> bytes:
         """One token; called once for each, in order."""
 
-    def closing(self, completion: Completion) -> bytes:
+    def closing(self, choice: Choice) -> bytes:
         """After the last token."""
 
 
-class Form(Protocol):
-    """How one API puts an answer."""
+class ResponseFormat(Protocol):
+    """How one API writes a response."""
 
-    def frame(self, index: int) -> Frame: ...
+    def events(self, index: int, choice: Choice) -> ChoiceEvents: ...
 
-    def end(self, completions: Sequence[Completion]) -> bytes:
-        """What ends a stream, after every choice has ended."""
+    def end(self, choices: Sequence[Choice]) -> bytes:
+        """The end of a stream, after every choice has ended."""
 
     def error(self, message: str) -> bytes:
-        """What ends a stream that failed."""
+        """The end of a stream that failed."""
 
-    def whole(self, completions: Sequence[Completion]) -> bytes:
-        """The answer in one piece."""
+    def body(self, choices: Sequence[Choice]) -> bytes:
+        """The response in one piece."""
 
 
-class Choices:
-    """The form of chat and text completions."""
+class CompletionsFormat:
+    """The format of chat and text completions."""
 
-    def __init__(self, envelope: Envelope, asked: Generation) -> None:
-        self._envelope, self._asked = envelope, asked
+    def __init__(self, envelope: Envelope, generation: Generation) -> None:
+        self._envelope, self._generation = envelope, generation
 
-    def frame(self, index: int) -> Frame:
-        return ChoiceFrame(self._envelope, api=self._asked.api, index=index, tool=self._asked.tool)
+    def events(self, index: int, choice: Choice) -> ChoiceEvents:
+        return CompletionEvents(self._envelope, self._generation, index, choice)
 
-    def end(self, completions: Sequence[Completion]) -> bytes:
-        usage = usage_event(self._envelope, self._asked, completions) if self._asked.include_usage else b""
+    def end(self, choices: Sequence[Choice]) -> bytes:
+        usage = usage_event(self._envelope, self._generation, choices) if self._generation.include_usage else b""
         return usage + DONE
 
     def error(self, message: str) -> bytes:
         return error_event(message) + DONE
 
-    def whole(self, completions: Sequence[Completion]) -> bytes:
-        return whole_body(self._envelope, self._asked, completions)
+    def body(self, choices: Sequence[Choice]) -> bytes:
+        generation = self._generation
+        more: dict[str, object] = {}
+        if generation.api is Api.CHAT and choices[0].prompt_logprobs is not None:
+            more["prompt_logprobs"] = prompt_logprobs_json(choices[0].prompt_logprobs)
+        made = [self._choice(index, choice) for index, choice in enumerate(choices)]
+        return encode(self._envelope.wrap(generation.api, made, **more, usage=_usage_of(generation, choices)))
+
+    def _choice(self, index: int, choice: Choice) -> dict[str, object]:
+        completion = choice.completion
+        made = {
+            "index": index,
+            **_content(self._envelope, self._generation, choice, index=index),
+            "logprobs": _logprobs(self._generation, choice, choice.logprobs, prompt=True),
+            "finish_reason": completion.finish_reason,
+            "stop_reason": completion.stop_reason,
+        }
+        if self._generation.api is Api.TEXT and choice.prompt_logprobs is not None:
+            made["prompt_logprobs"] = prompt_logprobs_json(choice.prompt_logprobs)
+        return made
 
 
-class ChoiceFrame:
-    """The events of one choice of a completion."""
+class CompletionEvents:
+    """The events of one choice of a completion. `_sent` counts tokens, `_offset` characters with log probabilities."""
 
-    def __init__(self, envelope: Envelope, *, api: Api, index: int, tool: Tool | None) -> None:
-        self._envelope, self._api, self._index, self._tool = envelope, api, index, tool
-        if api is Api.TEXT:
-            content: object = _PIECE
-        elif tool is None:
-            content = {"content": _PIECE}
-        else:
-            content = {"tool_calls": [{"index": 0, "function": {"arguments": _PIECE}}]}
-        head, _, tail = self._event(content).rpartition(json_bytes(_PIECE))
-        self._head, self._tail = head, tail
+    def __init__(self, envelope: Envelope, generation: Generation, index: int, choice: Choice) -> None:
+        self._envelope, self._generation, self._index, self._choice = envelope, generation, index, choice
+        self._sent = self._offset = 0
+        self._head, self._tail = around_placeholder(self._event(self._delta(PLACEHOLDER)))
 
-    def piece(self, text: str) -> bytes:
-        return self._head + json_bytes(text) + self._tail
+    def token(self, text: str) -> bytes:
+        if self._choice.logprobs is None:
+            return self._head + json_bytes(text) + self._tail
+        self._sent += 1
+        return self._event(self._delta(text), entries=self._choice.logprobs[self._sent - 1 : self._sent])
 
     def opening(self) -> bytes:
         """Chat streams name the role, and the tool if one is called, before their first content."""
-        if self._api is Api.TEXT:
-            return b""
+        echo = self._choice.echo
+        if self._generation.api is Api.TEXT:
+            prompt = self._choice.prompt_logprobs if self._generation.top_logprobs is not None else None
+            return self._event(echo, entries=prompt) if echo else b""
         role = self._event({"role": "assistant", "content": ""})
-        if self._tool is None:
-            return role
-        function = {"name": self._tool.name, "arguments": ""}
+        tool = self._generation.tool
+        if tool is None:
+            return role + (self._event({"content": echo}) if echo else b"")
+        function = {"name": tool.name, "arguments": ""}
         call = {"index": 0, "id": _call_id(self._envelope, self._index), "type": "function", "function": function}
         return role + self._event({"tool_calls": [call]})
 
-    def closing(self, completion: Completion) -> bytes:
-        content = "" if self._api is Api.TEXT else {}
-        return self._event(content, finish=completion.finish_reason, stop=completion.stop_reason)
+    def closing(self, choice: Choice) -> bytes:
+        """Tokens that a stop string removed have log probabilities all the same."""
+        completion = choice.completion
+        entries = None if choice.logprobs is None else choice.logprobs[self._sent :] or None
+        content = "" if self._generation.api is Api.TEXT else {}
+        return self._event(content, entries=entries, finish=completion.finish_reason, stop=completion.stop_reason)
 
-    def _event(self, content: object, *, finish: str | None = None, stop: str | None = None) -> bytes:
-        key, kind = ("text", "text_completion") if self._api is Api.TEXT else ("delta", "chat.completion.chunk")
-        choice = {"index": self._index, key: content, "logprobs": None, "finish_reason": finish, "stop_reason": stop}
-        return event(encode(self._envelope.wrap(kind, [choice])))
+    def _delta(self, text: str) -> object:
+        if self._generation.api is Api.TEXT:
+            return text
+        if self._generation.tool is None:
+            return {"content": text}
+        return {"tool_calls": [{"index": 0, "function": {"arguments": text}}]}
+
+    def _event(
+        self,
+        content: object,
+        *,
+        entries: Sequence[TokenLogprobs] | None = None,
+        finish: str | None = None,
+        stop: str | None = None,
+    ) -> bytes:
+        text = self._generation.api is Api.TEXT
+        logprobs = None
+        if entries is not None:
+            logprobs = _logprobs(self._generation, self._choice, entries, offset=self._offset)
+            self._offset += sum(len(entry.token) for entry in entries)
+        choice = {
+            "index": self._index,
+            "text" if text else "delta": content,
+            "logprobs": logprobs,
+            "finish_reason": finish,
+            "stop_reason": stop,
+        }
+        return event(encode(self._envelope.wrap("text_completion" if text else "chat.completion.chunk", [choice])))
+
+
+def _logprobs(
+    generation: Generation,
+    choice: Choice,
+    entries: Sequence[TokenLogprobs] | None,
+    *,
+    offset: int = 0,
+    prompt: bool = False,
+) -> dict[str, object] | None:
+    """Of a choice or of an event. With `prompt`, an echoed prompt comes first."""
+    if entries is None or generation.top_logprobs is None:
+        return None
+    if generation.api is Api.CHAT:
+        return {"content": chat_logprobs(entries, top=generation.top_logprobs)}
+    before = choice.prompt_logprobs if prompt and choice.echo else None
+    return completion_logprobs([*(before or ()), *entries], offset=offset)
 
 
 def usage(prompt_tokens: int, *, completion_tokens: int = 0) -> dict[str, object]:
@@ -145,28 +236,13 @@ def usage(prompt_tokens: int, *, completion_tokens: int = 0) -> dict[str, object
     }
 
 
-def usage_event(envelope: Envelope, asked: Generation, completions: Sequence[Completion]) -> bytes:
-    kind = "text_completion" if asked.api is Api.TEXT else "chat.completion.chunk"
-    return event(encode(envelope.wrap(kind, [], usage=_usage_of(asked, completions))))
+def usage_event(envelope: Envelope, generation: Generation, choices: Sequence[Choice]) -> bytes:
+    kind = "text_completion" if generation.api is Api.TEXT else "chat.completion.chunk"
+    return event(encode(envelope.wrap(kind, [], usage=_usage_of(generation, choices))))
 
 
 def error_event(message: str) -> bytes:
     return event(error_body(message, status=500))
-
-
-def whole_body(envelope: Envelope, asked: Generation, completions: Sequence[Completion]) -> bytes:
-    """The answer in one piece."""
-    choices = [
-        {
-            "index": index,
-            **_content(envelope, asked, completion, index=index),
-            "logprobs": None,
-            "finish_reason": completion.finish_reason,
-            "stop_reason": completion.stop_reason,
-        }
-        for index, completion in enumerate(completions)
-    ]
-    return encode(envelope.wrap(asked.api, choices, usage=_usage_of(asked, completions)))
 
 
 def embeddings_body(
@@ -198,18 +274,19 @@ def models_body(names: Sequence[str], *, created: int, max_model_len: int) -> by
     return encode({"object": "list", "simulated": True, "data": models})
 
 
-def _content(envelope: Envelope, asked: Generation, completion: Completion, *, index: int) -> dict[str, object]:
-    if asked.api is Api.TEXT:
-        return {"text": completion.text}
-    if asked.tool is None:
-        return {"message": {"role": "assistant", "content": completion.text}}
-    function = {"name": asked.tool.name, "arguments": completion.text}
+def _content(envelope: Envelope, generation: Generation, choice: Choice, *, index: int) -> dict[str, object]:
+    text = choice.echo + choice.completion.text
+    if generation.api is Api.TEXT:
+        return {"text": text}
+    if generation.tool is None:
+        return {"message": {"role": "assistant", "content": text}}
+    function = {"name": generation.tool.name, "arguments": choice.completion.text}
     call = {"id": _call_id(envelope, index), "type": "function", "function": function}
     return {"message": {"role": "assistant", "content": None, "tool_calls": [call]}}
 
 
-def _usage_of(asked: Generation, completions: Sequence[Completion]) -> dict[str, object]:
-    return usage(asked.prompt_tokens, completion_tokens=sum(completion.tokens for completion in completions))
+def _usage_of(generation: Generation, choices: Sequence[Choice]) -> dict[str, object]:
+    return usage(generation.prompt_tokens, completion_tokens=sum(choice.completion.tokens for choice in choices))
 
 
 def _call_id(envelope: Envelope, index: int) -> str:

@@ -1,31 +1,29 @@
-"""The last responses of `/v1/responses`, so that `previous_response_id` finds them. Bounded in number."""
+"""The last responses of `/v1/responses`, for `previous_response_id`. Bounded in number; the oldest is dropped first."""
 
 from collections import OrderedDict
 
-from hpc_router.sim.request_parsing import ParsedPrompt
+from hpc_router.sim.generation import ParsedPrompt
 from hpc_router.sim.tokens import Completion
 
 MAX_RESPONSES = 1024
 
 
-class Kept:
-    """Response id -> the conversation up to its end."""
+class ResponseStore:
+    """Response id -> the conversation up to the end of that response."""
 
-    def __init__(self, *, most: int = MAX_RESPONSES) -> None:
-        self._most = most
+    def __init__(self, *, max_responses: int = MAX_RESPONSES) -> None:
+        self._max_responses = max_responses
         self._conversations: OrderedDict[str, ParsedPrompt] = OrderedDict()
 
     def add(self, response_id: str, prompt: ParsedPrompt, completion: Completion) -> None:
-        said = ParsedPrompt(
-            text=f"{prompt.text}\nassistant: {completion.text}", tokens=prompt.tokens + completion.tokens
-        )
-        self._conversations[response_id] = said
-        if len(self._conversations) > self._most:
+        text = f"{prompt.text}\nassistant: {completion.text}"
+        self._conversations[response_id] = ParsedPrompt(text, prompt.tokens + completion.tokens)
+        if len(self._conversations) > self._max_responses:
             self._conversations.popitem(last=False)
 
     def continued(self, response_id: str, prompt: ParsedPrompt) -> ParsedPrompt | None:
-        """The conversation with `prompt` added to it; None for a response that is not kept."""
+        """The conversation with `prompt` added to it; None for a response that is not stored."""
         before = self._conversations.get(response_id)
         if before is None:
             return None
-        return ParsedPrompt(text=f"{before.text}\n{prompt.text}", tokens=before.tokens + prompt.tokens)
+        return ParsedPrompt(f"{before.text}\n{prompt.text}", before.tokens + prompt.tokens)

@@ -1,8 +1,8 @@
-"""How long one step of continuous batching takes on which GPUs: a small roofline. Prediction, never evidence.
+"""How long one step of continuous batching takes on which GPUs: a small roofline model. A prediction, never evidence.
 
-A step computes some tokens of some sequences. It lasts as long as the slower of arithmetic and memory traffic
-(Williams, Waterman, Patterson, "Roofline", CACM 52(4), 2009), plus what tensor-parallel ranks say to each other, plus
-the host's work. Every constant names its source; those of no source are marked ASSUMED. docs/simulation.md has the
+A step computes some tokens of some sequences. It takes as long as the slower of arithmetic and memory traffic
+(Williams, Waterman, Patterson, "Roofline", CACM 52(4), 2009), plus the communication between tensor-parallel ranks,
+plus the host's work. Every constant names its source; those without one are marked ASSUMED. docs/simulation.md has the
 formulas.
 """
 
@@ -22,7 +22,7 @@ TERA: Final = 1e12
 @dataclass(frozen=True, slots=True)
 class Gpu:
     """Peaks of a data sheet: dense arithmetic (half of what is printed "with sparsity"), one direction of the link.
-    `fp8_flops` is None where its tensor cores know no FP8. `seqs`, `tokens`: vLLM 0.32's defaults for its API server
+    `fp8_flops` is None where its tensor cores have no FP8. `seqs`, `tokens`: vLLM 0.32's defaults for its API server
     on such a card (vllm/engine/arg_utils.py)."""
 
     memory_gb: float
@@ -80,8 +80,8 @@ WEIGHT_BYTES: Final[Mapping[str, float]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
-    """A dense transformer of Llama's kind, as its config.json describes it."""
+class TransformerShape:
+    """A dense transformer like Llama, as its config.json describes it."""
 
     layers: int
     hidden: int
@@ -96,7 +96,7 @@ class Shape:
 
     @property
     def linear_parameters(self) -> int:
-        """Query and output, key and value, and the three matrices of the gated feed-forward network, per layer."""
+        """Per layer: query and output, key and value, and the three matrices of the gated feed-forward network."""
         attention = 2 * self.hidden * self.hidden + 2 * self.hidden * self.kv_heads * self.head
         return self.layers * (attention + 3 * self.hidden * self.intermediate)
 
@@ -110,39 +110,39 @@ class Shape:
         return 2 * self.layers * self.kv_heads * self.head * 2
 
 
-MODELS: Final[Mapping[str, Shape]] = {
+MODELS: Final[Mapping[str, TransformerShape]] = {
     # config.json of meta-llama/Meta-Llama-3-8B and -70B; "The Llama 3 Herd of Models", arXiv 2407.21783, table 3.
-    "llama3-8b": Shape(32, 4096, 32, 8, 14336, 128256),
-    "llama3-70b": Shape(80, 8192, 64, 8, 28672, 128256),
+    "llama3-8b": TransformerShape(32, 4096, 32, 8, 14336, 128256),
+    "llama3-70b": TransformerShape(80, 8192, 64, 8, 28672, 128256),
 }
 
 
-def shape_of(model: str) -> Shape:
-    """By name, or of a model folder's config.json. Raises ConfigError."""
-    known = model if model in MODELS else _known(model)
-    if known is not None:
-        return MODELS[known]
+def shape_of(model: str) -> TransformerShape:
+    """By the model's name, or from the config.json of a model folder. Raises ConfigError."""
+    name = model if model in MODELS else _model_name(model)
+    if name is not None:
+        return MODELS[name]
     path = Path(model) / "config.json"
     if not path.is_file():
         valid = f"{suggest(model, MODELS)}, nor a folder with config.json"
         raise ConfigError(f"roofline.model={model}: no such model{valid}")
-    given: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     try:
-        heads = int(given["num_attention_heads"])
-        return Shape(
-            int(given["num_hidden_layers"]),
-            int(given["hidden_size"]),
+        heads = int(config["num_attention_heads"])
+        return TransformerShape(
+            int(config["num_hidden_layers"]),
+            int(config["hidden_size"]),
             heads,
-            int(given.get("num_key_value_heads") or heads),
-            int(given["intermediate_size"]),
-            int(given["vocab_size"]),
+            int(config.get("num_key_value_heads") or heads),
+            int(config["intermediate_size"]),
+            int(config["vocab_size"]),
         )
     except (KeyError, ValueError, TypeError) as error:
-        raise ConfigError(f"{path}: no transformer of Llama's kind: {error}") from error
+        raise ConfigError(f"{path}: not a transformer like Llama: {error}") from error
 
 
-def _known(model: str) -> str | None:
-    """Of a hub id such as `meta-llama/Meta-Llama-3-8B-Instruct`."""
+def _model_name(model: str) -> str | None:
+    """The name in MODELS for a hub id such as `meta-llama/Meta-Llama-3-8B-Instruct`."""
     plain = model.lower().replace("-", "").replace("_", "").replace(".", "")
     for name in MODELS:
         family, _, size = name.partition("-")
@@ -152,22 +152,22 @@ def _known(model: str) -> str | None:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
-    """What one sequence has computed in a step: `new` tokens, on top of a context of `context` tokens."""
+class SequenceStep:
+    """The work of one sequence in a step: `new` tokens after a context of `context` tokens."""
 
     new: int
     context: int
 
 
 class RooflineEngine:
-    """One replica: a model in some precision over some GPUs. Raises ConfigError when it does not fit."""
+    """One replica: a model in one precision on a number of GPUs. Raises ConfigError if it does not fit."""
 
     def __init__(self, options: Roofline) -> None:
         if options.gpu not in GPUS:
             raise ConfigError(f"roofline.gpu={options.gpu}: not known{suggest(options.gpu, GPUS)}")
         if options.quantization not in WEIGHT_BYTES:
-            said = f"roofline.quantization={options.quantization}: not known"
-            raise ConfigError(f"{said}{suggest(options.quantization, WEIGHT_BYTES)}")
+            valid = suggest(options.quantization, WEIGHT_BYTES)
+            raise ConfigError(f"roofline.quantization={options.quantization}: not known{valid}")
         if options.tensor_parallel_size < 1 or options.pipeline_parallel_size < 1 or options.gpus_per_node < 1:
             raise ConfigError("roofline: parallel sizes and gpus_per_node are whole numbers from 1")
         if not options.slowdown > 0:
@@ -193,16 +193,16 @@ class RooflineEngine:
             )
         return tokens
 
-    def step_s(self, pieces: Sequence[Piece]) -> float:
+    def step_s(self, steps: Sequence[SequenceStep]) -> float:
         """Seconds of one step. With pipeline stages the batch is cut in as many, which follow each other through the
         stages, so each reads all weights once and a share of the batch."""
-        new = sum(piece.new for piece in pieces) / self.pp
-        reached = sum(piece.context + piece.new for piece in pieces) / self.pp
-        return max(self._arithmetic_s(pieces, new), self._memory_s(reached)) + self._talk_s(new) + HOST_S
+        new = sum(step.new for step in steps) / self.pp
+        reached = sum(step.context + step.new for step in steps) / self.pp
+        return max(self._arithmetic_s(steps, new), self._memory_s(reached)) + self._communication_s(new) + HOST_S
 
-    def _arithmetic_s(self, pieces: Sequence[Piece], new: float) -> float:
+    def _arithmetic_s(self, steps: Sequence[SequenceStep], new: float) -> float:
         """2 operations per parameter and token (Kaplan et al., arXiv 2001.08361), and attention's 4 per layer, hidden
-        dimension, token and token of its context; one token of each piece passes the output layer."""
+        dimension, token and token of its context; one token of each sequence passes the output layer."""
         shape = self.shape
         peak = self.gpu.bf16_flops
         if self.options.quantization == "fp8" and self.gpu.fp8_flops is not None:
@@ -210,8 +210,8 @@ class RooflineEngine:
         else:
             peak_linear = peak
         linear = 2 * shape.linear_parameters * new
-        pairs = sum(piece.new * (piece.context + piece.new / 2) for piece in pieces) / self.pp
-        rest = 4 * shape.layers * shape.hidden * pairs + 2 * shape.output_parameters * len(pieces) / self.pp
+        pairs = sum(step.new * (step.context + step.new / 2) for step in steps) / self.pp
+        rest = 4 * shape.layers * shape.hidden * pairs + 2 * shape.output_parameters * len(steps) / self.pp
         return (linear / peak_linear + rest / peak) / (self.tp * COMPUTE_EFFICIENCY)
 
     def _memory_s(self, reached: float) -> float:
@@ -220,18 +220,18 @@ class RooflineEngine:
         moved = self.linear_bytes + self.output_bytes + reached * self.shape.kv_bytes
         return moved / (self.tp * self.gpu.bandwidth * MEMORY_EFFICIENCY)
 
-    def _talk_s(self, new: float) -> float:
+    def _communication_s(self, new: float) -> float:
         """Two all-reduces of the hidden state per layer (Megatron-LM, arXiv 1909.08053), each moving 2(n-1)/n of its
         bytes over the slowest link (ring; Patarasuk and Yuan, JPDC 69(2), 2009); stages hand it on once each."""
         message = new * self.shape.hidden * 2
         inside = self.tp <= self.options.gpus_per_node
         link, hop_s = (self.gpu.link, HOP_S) if inside else (min(FABRIC, self.gpu.link), FABRIC_HOP_S)
-        talk_s = 0.0
+        communication_s = 0.0
         if self.tp > 1:
             once_s = 2 * (self.tp - 1) / self.tp * message / (link * LINK_EFFICIENCY) + hop_s
-            talk_s += 2 * self.shape.layers * once_s
+            communication_s += 2 * self.shape.layers * once_s
         if self.pp > 1:
             across = self.tp * self.pp > self.options.gpus_per_node
             between, hop_s = (FABRIC, FABRIC_HOP_S) if across else (self.gpu.link, HOP_S)
-            talk_s += (self.pp - 1) * (message / (min(between, self.gpu.link) * LINK_EFFICIENCY) + hop_s)
-        return talk_s
+            communication_s += (self.pp - 1) * (message / (min(between, self.gpu.link) * LINK_EFFICIENCY) + hop_s)
+        return communication_s

@@ -1,9 +1,9 @@
-"""The engine's life: load, listen, serve, stop. In-process it is an async context manager that gives its address.
+"""The life cycle of the engine: load, listen, serve, stop. In-process it is an async context manager.
 
-Connections are accepted by a factory of our own, so that a fault can reset one before a byte is read. Stopping closes
-the listener first and lets running requests finish for `drain_s`. With a `drain_s` of 0, vLLM's default, running
-answers end at once in good form, with the finish reason `abort`. What is left is broken off. In-process, `die` closes
-the listener and aborts every connection, which is what a killed process looks like from outside.
+A factory of our own accepts connections, so that a fault can reset one before a byte is read. Stopping closes the
+listener first and lets running requests finish for `drain_s`. With a `drain_s` of 0, vLLM's default, running answers
+end at once in good form, with the finish reason `abort`. Connections that are left are aborted. In-process, `die`
+closes the listener and aborts every connection, which is what a killed process looks like to its clients.
 """
 
 import asyncio
@@ -15,12 +15,12 @@ from typing import Self
 from aiohttp import web
 
 from hpc_router.errors import ConfigError, LaunchError
-from hpc_router.sim.admission import Scheduler
-from hpc_router.sim.batch_loop import Batching
+from hpc_router.sim.admission import AdmissionQueue
+from hpc_router.sim.batch_loop import BatchLoop
 from hpc_router.sim.config import SimConfig
-from hpc_router.sim.context import Core
-from hpc_router.sim.fault_injection import Crash, ResetAtOnce
-from hpc_router.sim.fault_schedule import FaultScript
+from hpc_router.sim.context import EngineContext
+from hpc_router.sim.fault_injection import Crash, ResetOnAccept
+from hpc_router.sim.fault_schedule import FaultSchedule
 from hpc_router.sim.http_api import make_app
 from hpc_router.sim.latency import Clock, JitteredLatency, LatencyModel, RealClock
 from hpc_router.sim.metrics import RequestCounts
@@ -30,7 +30,7 @@ from hpc_router.sim.roofline import RooflineEngine
 # sun_path holds 108 bytes with the final zero.
 MAX_SOCKET_PATH_BYTES = 107
 _ABORT_S = 1.0
-"""For the ends of aborted answers to be taken."""
+"""Time for clients to receive the ends of aborted answers, in seconds."""
 
 
 class SimServer:
@@ -47,22 +47,20 @@ class SimServer:
     ) -> None:
         self.config = config = config or SimConfig()
         if uds is not None and len(str(uds).encode()) > MAX_SOCKET_PATH_BYTES:
-            raise ConfigError(
-                f"uds: {uds} is longer than {MAX_SOCKET_PATH_BYTES} bytes, the longest a socket path may be"
-            )
+            raise ConfigError(f"uds: {uds} is longer than {MAX_SOCKET_PATH_BYTES} bytes, the limit of a socket's path")
         self.uds = uds
         self.died = asyncio.Event()
         self._host, self._port = host, port
         clock = clock or RealClock()
-        self._core = Core(
+        self._context = EngineContext(
             config=config,
             clock=clock,
             latency=latency or _default_latency(config),
             crash=crash or self._crash,
-            scheduler=Scheduler(capacity=config.capacity),
-            script=FaultScript(config.faults, seed=config.seed),
+            admission=AdmissionQueue(capacity=config.capacity),
+            faults=FaultSchedule(config.faults, seed=config.seed),
             ids=random.Random(),  # unseeded: replicas of one seed must not share ids
-            batching=None if config.roofline is None else Batching(RooflineEngine(config.roofline), clock),
+            batch=None if config.roofline is None else BatchLoop(RooflineEngine(config.roofline), clock),
         )
         self._runner: web.AppRunner | None = None
         self._listener: asyncio.Server | None = None
@@ -70,38 +68,38 @@ class SimServer:
 
     def __repr__(self) -> str:
         counts = self.counts
-        return f"<SimEngine {self.config.model} {self.address}: {counts.running} running, {counts.waiting} waiting>"
+        return f"<SimServer {self.config.model} {self.address}: {counts.running} running, {counts.waiting} waiting>"
 
     @property
     def address(self) -> str:
-        """`http://HOST:PORT` or `unix:PATH`; where it listens, or will."""
+        """Where the server listens, or will listen: `http://HOST:PORT` or `unix:PATH`."""
         if self.uds is not None:
             return f"unix:{self.uds}"
         return f"http://{f'[{self._host}]' if ':' in self._host else self._host}:{self._port}"
 
     @property
     def url(self) -> str:
-        """What a client puts before the path; over a unix socket the host means nothing."""
+        """The base URL for clients; over a unix socket the host has no meaning."""
         return "http://localhost" if self.uds is not None else self.address
 
     @property
     def counts(self) -> RequestCounts:
-        return self._core.scheduler.counts
+        return self._context.admission.counts
 
     @property
-    def faults(self) -> FaultScript:
-        return self._core.script
+    def faults(self) -> FaultSchedule:
+        return self._context.faults
 
     @property
     def recent(self) -> RequestLog:
-        return self._core.recent
+        return self._context.requests
 
     async def idle(self) -> None:
         """Wait until no request runs or waits."""
-        await self._core.scheduler.idle()
+        await self._context.admission.idle()
 
     def abort(self) -> None:
-        """Break every connection; what was running ends as aborted."""
+        """Break every connection; running requests count as aborted."""
         if self._runner is None or self._runner.server is None:
             return
         for connection in self._runner.server.connections:
@@ -112,9 +110,9 @@ class SimServer:
         config = self.config
         if not config.listen_while_loading:
             await self._load()
-        # Request bodies stay as they came: nothing is decompressed, so what is recorded is what was sent.
+        # Request bodies are not decompressed, so the request log has the bytes that were sent.
         self._runner = web.AppRunner(
-            make_app(self._core),
+            make_app(self._context),
             handler_cancellation=True,
             access_log=None,
             auto_decompress=False,
@@ -139,7 +137,7 @@ class SimServer:
         await self.stop()
 
     async def stop(self) -> None:
-        """As SIGTERM stops it. May be called again."""
+        """Stop as on SIGTERM. Can be called again."""
         assert self._runner is not None
         if self._loading is not None:
             self._loading.cancel()
@@ -147,15 +145,15 @@ class SimServer:
         self._close_listener()
         await self._drain(self._runner)
         await self._runner.cleanup()
-        if self._core.batching is not None:
-            await self._core.batching.close()
+        if self._context.batch is not None:
+            await self._context.batch.close()
         if self.uds is not None:
             self.uds.unlink(missing_ok=True)
 
     async def _load(self) -> None:
         if self.config.load_s:
-            await self._core.clock.sleep(self.config.load_s)
-        self._core.loaded = True
+            await self._context.clock.sleep(self.config.load_s)
+        self._context.loaded = True
 
     async def _listen(self) -> asyncio.Server:
         loop = asyncio.get_running_loop()
@@ -166,9 +164,9 @@ class SimServer:
         return listener
 
     def _accept(self) -> asyncio.BaseProtocol:
-        if self._core.script.at_connect():
+        if self._context.faults.at_connect():
             self.counts.faults["reset"] += 1
-            return ResetAtOnce()
+            return ResetOnAccept()
         assert self._runner is not None
         assert self._runner.server is not None
         return self._runner.server()
@@ -176,11 +174,11 @@ class SimServer:
     async def _drain(self, runner: web.AppRunner) -> None:
         if runner.server is not None:
             runner.server.pre_shutdown()
-        scheduler, drain_s = self._core.scheduler, self.config.drain_s
+        admission, drain_s = self._context.admission, self.config.drain_s
         if drain_s:
-            scheduler.refuse()
+            admission.refuse()
         else:
-            scheduler.stop()
+            admission.stop()
         try:
             async with asyncio.timeout(drain_s or _ABORT_S):
                 await self.idle()

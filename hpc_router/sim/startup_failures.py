@@ -1,6 +1,6 @@
-"""How a vLLM that cannot start says so: its last lines on stderr, by reason, for those who must tell reasons apart.
+"""The log lines of a vLLM that cannot start, by failure reason, for the code that has to tell reasons apart.
 
-The texts are shortened from what vLLM, PyTorch and CUDA print; the first line says that it is simulated.
+The texts are shortened from those of vLLM, PyTorch and CUDA; the first line says that it is simulated.
 """
 
 import os
@@ -9,7 +9,7 @@ from typing import Final
 
 from hpc_router.sim.faults import Fault
 
-_LAST_WORDS: Final = {
+_LAST_LINES: Final = {
     "out_of_memory": (
         '  File "torch/nn/modules/linear.py", line 106, in __init__',
         "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 896.00 MiB. GPU 0 has a total capacity of "
@@ -31,8 +31,8 @@ _LAST_WORDS: Final = {
 }
 
 
-def traceback(reason: str, *, model: str) -> str:
-    where, what = _LAST_WORDS[reason]
+def failure_log(reason: str, *, model: str) -> str:
+    where, what = _LAST_LINES[reason]
     core = (
         "EngineCore failed to start.",
         "Traceback (most recent call last):",
@@ -54,8 +54,8 @@ def traceback(reason: str, *, model: str) -> str:
     )
 
 
-def strikes_this_start(fault: Fault, *, times: int | None) -> bool:
-    """Whether this start fails; with `times`, the size of the counter file says how many did before."""
+def fails_this_start(fault: Fault, *, times: int | None) -> bool:
+    """Whether this start fails. With `times`, the size of the counter file is the number of starts that failed."""
     if times is None or fault.counter is None:
         return True
     counter = Path(fault.counter)

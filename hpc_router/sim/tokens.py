@@ -1,8 +1,8 @@
-"""What the simulated model says: deterministic from (seed, model, prompt), decided before the first token is paced.
+"""The text of the simulated answers: deterministic from (seed, model, prompt), decided before the first token is due.
 
-A token is a word with the space before it, in prompts and in answers, so usage can be recounted by `str.split`.
-A request that gives no limit ends by itself (`stop`) after the engine's default; one that gives `max_tokens` gets
-exactly that many (`length`), so load tests control lengths. Knows neither HTTP nor time.
+A token is a word with the space before it, in prompts and in answers, so usage can be recounted by `str.split`. An
+answer ends by itself after a number of tokens that the prompt fixes, or earlier at its limit; with `ignore_eos` it has
+exactly its limit, so load tests control lengths. This module knows neither HTTP nor time.
 """
 
 import hashlib
@@ -10,7 +10,7 @@ import json
 import random
 import re
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import islice
 
@@ -20,56 +20,81 @@ the of and to in a is that for it as with on by be this are from at or an which 
 so no than each other into only time its two first then now some where most over such these may new way well number
 set part point line order form
 """
-_WORDS = tuple(f" {word}" for word in _VOCABULARY.split())
+WORDS = tuple(f" {word}" for word in _VOCABULARY.split())
 
 
 def count_tokens(text: str) -> int:
     return len(text.split())
 
 
+def split_tokens(text: str) -> list[str]:
+    """The tokens of a text, one per word; joined they are the text again."""
+    return re.findall(r"\s*\S+(?:\s+\Z)?", text) or [text]
+
+
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """One choice. `tokens` may exceed `len(pieces)`: tokens swallowed by a stop string were generated, not sent."""
+    """One choice. `pieces` are the texts that are sent, one per token; `generated` are the tokens before a stop string
+    cut them, so `tokens` can exceed `len(pieces)`."""
 
     pieces: tuple[str, ...]
     tokens: int
     finish_reason: str
     stop_reason: str | None = None
+    generated: tuple[str, ...] = ()
 
     @property
     def text(self) -> str:
         return "".join(self.pieces)
 
     def aborted(self, tokens: int) -> "Completion":
-        """As the engine ends it when it stops after so many tokens; whole where that is all of it."""
+        """The completion as the engine ends it when it stops after this many tokens."""
         if tokens >= self.tokens:
             return self
-        return Completion(pieces=self.pieces[:tokens], tokens=tokens, finish_reason="abort")
+        return replace(
+            self,
+            pieces=self.pieces[:tokens],
+            tokens=tokens,
+            finish_reason="abort",
+            stop_reason=None,
+            generated=self.generated[:tokens],
+        )
 
 
 def complete_text(
-    prompt: str, *, model: str, seed: str, limit: int | None, default: int, stop: tuple[str, ...] = ()
+    prompt: str,
+    *,
+    model: str,
+    seed: str,
+    limit: int,
+    mean_tokens: int,
+    min_tokens: int = 0,
+    ignore_eos: bool = False,
+    stop: tuple[str, ...] = (),
 ) -> Completion:
-    """`limit` is the request's max_tokens, `default` the length of an answer that ends by itself."""
-    pieces = _speak(prompt, model=model, seed=seed, count=default if limit is None else limit)
+    """An answer of at most `limit` tokens. Its natural length lies between half and one and a half `mean_tokens`."""
+    number = seeded_number(seed, model, prompt)
+    half = mean_tokens // 2
+    natural = mean_tokens - half + (number >> 32) % (2 * half + 1)
+    length = limit if ignore_eos else min(limit, max(natural, min_tokens))
+    pieces = _words(number, model=model, count=length)
     stopped = _cut_at_stop(pieces, stop=stop)
     if stopped is not None:
         return stopped
-    return Completion(pieces=pieces, tokens=len(pieces), finish_reason="stop" if limit is None else "length")
+    at_limit = ignore_eos or natural > limit
+    return Completion(pieces, length, "length" if at_limit else "stop", generated=pieces)
 
 
-def complete_tool_call(parameters: object, *, limit: int | None) -> Completion:
-    """The arguments of a forced tool call: the smallest plausible object its JSON schema allows, as JSON text."""
-    text = json.dumps(_example(parameters) if isinstance(parameters, dict) else {})
-    pieces = tuple(re.findall(r"\S+\s*", text))
-    if limit is not None and limit < len(pieces):
-        return Completion(pieces=pieces[:limit], tokens=limit, finish_reason="length")
-    return Completion(pieces=pieces, tokens=len(pieces), finish_reason="tool_calls")
+def complete_literal(text: str, *, limit: int, finish_reason: str) -> Completion:
+    """An answer whose text is fixed, cut at its limit."""
+    pieces = tuple(split_tokens(text))[:limit]
+    whole = len("".join(pieces)) == len(text)
+    return Completion(pieces, len(pieces), finish_reason if whole else "length", generated=pieces)
 
 
 def unit_vector(text: str, *, model: str, seed: int, dimensions: int) -> tuple[float, ...]:
     """A direction fixed by the text, rounded to float32 so that both encodings carry the same numbers."""
-    rng = random.Random(_number(seed, model, text))
+    rng = random.Random(seeded_number(seed, model, text))
     raw = [rng.gauss(0.0, 1.0) for _ in range(dimensions)]
     length = sum(value * value for value in raw) ** 0.5
     layout = f"<{dimensions}f"
@@ -86,57 +111,34 @@ def _short_json_bytes(piece: str) -> bytes:
     return json.dumps(piece).encode()
 
 
-def _number(*parts: object) -> int:
+def seeded_number(*parts: object) -> int:
     # surrogatepass: JSON may escape lone surrogates, and they must not break the engine.
     joined = "\x00".join(map(str, parts)).encode("utf-8", "surrogatepass")
     return int.from_bytes(hashlib.blake2b(joined, digest_size=8).digest(), "big")
 
 
-def _speak(prompt: str, *, model: str, seed: str, count: int) -> tuple[str, ...]:
-    number = _number(seed, model, prompt)
-    stride = 1 + number % (len(_WORDS) - 1)
-    start = number // len(_WORDS) % len(_WORDS)
+def _words(number: int, *, model: str, count: int) -> tuple[str, ...]:
+    stride = 1 + number % (len(WORDS) - 1)
+    start = number // len(WORDS) % len(WORDS)
     opening = ("-".join(model.split()), " simulated", " answer")
-    body = (_WORDS[(start + stride * index) % len(_WORDS)] for index in range(count))
+    body = (WORDS[(start + stride * index) % len(WORDS)] for index in range(count))
     return (*opening[:count], *islice(body, max(0, count - len(opening))))
 
 
 def _cut_at_stop(pieces: tuple[str, ...], *, stop: tuple[str, ...]) -> Completion | None:
     """Generation ends with the token that completes a stop string; the string itself is not part of the answer."""
     text = "".join(pieces)
-    found = [(text.find(string) + len(string), text.find(string), string) for string in stop if string in text]
-    if not found:
+    matches = [(text.find(string) + len(string), text.find(string), string) for string in stop if string in text]
+    if not matches:
         return None
-    end, start, string = min(found)
-    kept: list[str] = []
+    end, start, string = min(matches)
+    sent: list[str] = []
     position = tokens = 0
     for piece in pieces:
         if position >= end:
             break
         tokens += 1
         if position < start:
-            kept.append(piece[: start - position])
+            sent.append(piece[: start - position])
         position += len(piece)
-    return Completion(pieces=tuple(kept), tokens=tokens, finish_reason="stop", stop_reason=string)
-
-
-def _example(schema: object) -> object:
-    if not isinstance(schema, dict):
-        return "simulated"
-    choices = schema.get("enum")
-    if isinstance(choices, list) and choices:
-        return choices[0]
-    match schema.get("type"):
-        case "integer" | "number":
-            return 0
-        case "boolean":
-            return True
-        case "array":
-            return []
-        case "null":
-            return None
-        case "object":
-            fields = schema.get("properties")
-            return {name: _example(field) for name, field in fields.items()} if isinstance(fields, dict) else {}
-        case _:
-            return "simulated"
+    return Completion(tuple(sent), tokens, "stop", string, pieces[:tokens])

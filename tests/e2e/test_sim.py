@@ -114,7 +114,11 @@ def agent_and_engine(one: Deployed, replica: str) -> tuple[int, int]:
 async def stream_until(client: openai.AsyncOpenAI, *, model: str, started: asyncio.Event) -> tuple[str, str]:
     """A long stream -> (its replica, how it ended)."""
     async with client.chat.completions.with_streaming_response.create(
-        model=model, messages=[{"role": "user", "content": "hi"}], max_tokens=800, stream=True
+        model=model,
+        messages=[{"role": "user", "content": "hi"}],
+        max_tokens=800,
+        stream=True,
+        extra_body={"ignore_eos": True},
     ) as response:
         replica = response.headers["x-replica"]
         try:

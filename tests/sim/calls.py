@@ -1,4 +1,4 @@
-"""What the tests of the simulated engine say to it: bodies, a client, and a wait for a state without sleeping."""
+"""Requests to the simulated engine, a client, and a wait for a state without sleeping."""
 
 import asyncio
 import json
@@ -17,7 +17,7 @@ DISCONNECTED = (aiohttp.ClientError, ConnectionError)
 
 
 class SteppedClock:
-    """Time that passes only in sleeps, and where the test says so."""
+    """Time that passes only in sleeps, and when the test moves it."""
 
     def __init__(self) -> None:
         self.time_s = 100.0
@@ -34,13 +34,13 @@ class SteppedClock:
         self.time_s += delay_s
 
 
-def chat(prompt: str = "what is two and two", **more: object) -> JsonObject:
+def chat(prompt: str = "what is two and two", /, **more: object) -> JsonObject:
     return {"model": "sim", "messages": [{"role": "user", "content": prompt}], **more}
 
 
 def faulty(**fault: object) -> JsonObject:
-    """A streamed chat of ten tokens that asks for its own fault."""
-    return chat(stream=True, max_tokens=10, sim_fault=fault)
+    """A streamed chat of ten tokens that brings its own fault."""
+    return chat(stream=True, max_tokens=10, ignore_eos=True, sim_fault=fault)
 
 
 @asynccontextmanager

@@ -80,7 +80,7 @@ async def test_both_names_are_served_and_the_first_is_the_engines_own(start: Sta
 
 async def test_choices_prompts_and_stops(start: Start) -> None:
     _, session = await start(INSTANT)
-    asked = {"prompt": ["a b", [1, 2, 3]], "n": 2, "max_tokens": 8}
+    asked = {"prompt": ["a b", [1, 2, 3]], "n": 2, "max_tokens": 8, "ignore_eos": True}
     _, body = await post(session, "/v1/completions", asked)
     texts = [at(body, "choices", index, "text") for index in range(4)]
     assert len(set(texts)) == 4
@@ -119,10 +119,10 @@ async def test_choices_prompts_and_stops(start: Start) -> None:
         (CHAT, chat(tools=[7]), 400, "'tools[0]'"),
         (CHAT, chat(tool_choice="required"), 400, "`tools` must be set"),
         (CHAT, chat(tools=TOOLS, tool_choice={"function": {"name": "x"}}), 400, "'tool_choice' must be"),
-        (CHAT, chat(max_tokens=46), 400, "maximum context length is 50 tokens"),
-        (CHAT, chat("word " * 50), 400, "your prompt contains 50 input tokens, for a total of 51 tokens"),
+        (CHAT, chat(max_tokens=51), 400, "max_tokens=51 cannot be greater than max_model_len=50"),
+        (CHAT, chat("word " * 51), 400, "your prompt contains 51 input tokens"),
         (CHAT, chat(sim_fault={"kind": "dye"}), 400, "did you mean 'die'"),
-        (CHAT, chat(sim_fault={"kind": "cut"}), 400, "cannot strike an answer of this form"),
+        (CHAT, chat(sim_fault={"kind": "cut"}), 400, "cannot be injected into an answer of this form"),
         ("/v1/completions", {}, 400, "'prompt' must be"),
         ("/v1/completions", {"prompt": [[["a"]]]}, 400, "'prompt' must be"),
         ("/v1/embeddings", {"input": []}, 400, "'input' must be"),
@@ -149,7 +149,7 @@ async def test_a_prompt_and_answer_that_just_fit_are_served(start: Start) -> Non
     _, session = await start(replace(INSTANT, max_model_len=50))
     status, _ = await post(session, CHAT, chat("word " * 49, max_tokens=1))
     assert status == 200
-    _, body = await post(session, CHAT, chat("word " * 45))
+    _, body = await post(session, CHAT, chat("word " * 45, ignore_eos=True))
     assert at(body, "usage", "total_tokens") == 50
 
 
@@ -193,7 +193,7 @@ def test_an_adapter_has_a_name_of_its_own(adapters: tuple[str, ...]) -> None:
         SimConfig(served_model_names=("base",), adapters=adapters)
 
 
-async def test_what_arrived_can_be_read_back_byte_for_byte(start: Start) -> None:
+async def test_received_requests_can_be_read_back_byte_for_byte(start: Start) -> None:
     engine, session = await start(INSTANT)
     raw = b'{"prompt": "h\\u00e9",  "unknown":\t[1.0e3], "max_tokens":1}'
     headers = {"X-Custom-Case": "a", "content-encoding": "identity"}
@@ -214,7 +214,7 @@ async def test_what_arrived_can_be_read_back_byte_for_byte(start: Start) -> None
 async def test_the_metrics_count_tokens_and_ends(start: Start) -> None:
     _, session = await start(replace(INSTANT, capacity=4))
     await post(session, CHAT, chat(max_tokens=7))
-    await stream(session, chat(stream=True))
+    streamed = len(await stream(session, chat(stream=True))) - 3
     async with session.get("/metrics") as response:
         assert response.content_type == "text/plain"
         families = text_string_to_metric_families(await response.text())
@@ -224,7 +224,7 @@ async def test_the_metrics_count_tokens_and_ends(start: Start) -> None:
             for sample in family.samples
         }
     assert values["vllm:prompt_tokens_total", ""] == 10
-    assert values["vllm:generation_tokens_total", ""] == 7 + 16
+    assert values["vllm:generation_tokens_total", ""] == 7 + streamed
     assert values["vllm:request_success_total", "length"] == 1
     assert values["vllm:request_success_total", "stop"] == 1
     assert values["vllm:num_requests_running", ""] == 0
@@ -252,7 +252,7 @@ async def test_over_a_unix_socket_and_the_socket_file_goes_away(tmp_path: Path) 
     assert not path.exists()
 
 
-async def test_where_it_cannot_listen_it_says_so() -> None:
+async def test_an_address_that_cannot_be_used_is_named() -> None:
     async with SimServer(INSTANT) as engine:
         port = int(engine.address.rpartition(":")[2])
         with pytest.raises(LaunchError, match=f"cannot listen on http://127.0.0.1:{port}"):
@@ -262,14 +262,14 @@ async def test_where_it_cannot_listen_it_says_so() -> None:
 
 
 @pytest.mark.parametrize("settings", [{"ttft_s": -1.0}, {"jitter": float("nan")}, {"capacity": 0}])
-def test_settings_that_make_no_sense_are_refused(settings: dict[str, float]) -> None:
+def test_invalid_settings_are_refused(settings: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match=next(iter(settings))):
         SimConfig(**settings)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="served_model_names"):
         SimConfig(served_model_names=())
 
 
-async def test_while_it_loads_it_answers_503_if_it_listens_at_all() -> None:
+async def test_while_loading_it_answers_503_if_it_listens() -> None:
     class Gate:
         opened = asyncio.Event()
 
@@ -292,7 +292,7 @@ async def test_while_it_loads_it_answers_503_if_it_listens_at_all() -> None:
             assert response.status == 200
 
 
-async def test_beyond_its_capacity_requests_wait_their_turn(start: Start) -> None:
+async def test_requests_beyond_the_capacity_wait(start: Start) -> None:
     engine, session = await start(replace(INSTANT, capacity=1))
     first = asyncio.create_task(stream(session, chat(stream=True, sim_fault={"kind": "hang"})))
     await until(lambda: engine.counts.running == 1)
@@ -317,7 +317,7 @@ async def test_the_openai_client_chats_streams_completes_embeds_and_lists(start:
     async with official(engine) as ai:
         answer = await ai.chat.completions.create(model="sim", messages=[{"role": "user", "content": "hi"}])
         assert answer.usage is not None
-        assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (1, 16)
+        assert (answer.usage.prompt_tokens, answer.choices[0].finish_reason) == (1, "stop")
         chunks = await ai.chat.completions.create(
             model="sim",
             messages=[{"role": "user", "content": [{"type": "text", "text": "hi"}]}],
@@ -410,7 +410,7 @@ async def test_a_large_prompt_is_read_whole(start: Start) -> None:
     assert received.body_bytes > 5_000_000
 
 
-async def test_a_session_that_is_not_http_is_refused_and_nothing_else_suffers(start: Start) -> None:
+async def test_a_connection_that_is_not_http_is_refused(start: Start) -> None:
     engine, session = await start(INSTANT)
     host, port = engine.address.removeprefix("http://").split(":")
     reader, writer = await asyncio.open_connection(host, int(port))

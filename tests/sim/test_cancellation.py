@@ -34,7 +34,7 @@ async def leave(task: asyncio.Task[None]) -> None:
         (faulty(kind="hang", at="first_token"), "before_first_token"),
         (faulty(kind="hang", at=4), "streaming"),
         (faulty(kind="hang", at=10), "streaming"),
-        (chat(max_tokens=10, sim_fault={"kind": "hang", "at": 4}), "generating"),
+        (chat(max_tokens=10, ignore_eos=True, sim_fault={"kind": "hang", "at": 4}), "generating"),
     ],
 )
 async def test_leaving_aborts_at_once(start: Start, body: JsonObject, phase: str) -> None:
@@ -66,7 +66,7 @@ async def test_leaving_the_queue_frees_the_place_in_it(start: Start) -> None:
 async def test_a_client_that_does_not_read_stalls_only_its_own_stream(start: Start) -> None:
     """Back-pressure: the stalled stream stops generating, and its leaving is noticed all the same."""
     engine, session = await start(replace(INSTANT, max_model_len=100_000_000))
-    slow = await session.post(CHAT, json=chat(stream=True, max_tokens=100_000))
+    slow = await session.post(CHAT, json=chat(stream=True, max_tokens=100_000, ignore_eos=True))
     await begin(session, chat())
     assert engine.counts.running == 1
     slow.close()

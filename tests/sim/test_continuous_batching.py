@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpc_router.config.schema import Roofline
-from hpc_router.sim.batch_loop import Batching
+from hpc_router.sim.batch_loop import BatchLoop
 from hpc_router.sim.continuous_batching import Batch, Sequence
 from hpc_router.sim.roofline import BLOCK, RooflineEngine
 from tests.sim.calls import SteppedClock
@@ -100,11 +100,11 @@ async def test_tokens_come_when_steps_are_over() -> None:
     """In simulated time, times the slowdown; who leaves frees what he held."""
     clock = Yielding()
     engine = RooflineEngine(Roofline(slowdown=10.0))
-    work = Batching(engine, clock)
-    async with work.seat(100) as seat:
-        await seat.first(100, running=1)
+    work = BatchLoop(engine, clock)
+    async with work.slot(100) as slot:
+        await slot.first(100, running=1)
         first_s = clock.now_s()
-        await seat.next(running=1)
+        await slot.next(running=1)
         second_s = clock.now_s()
     assert work.batch.used_blocks == 0
     assert work.batch.idle

@@ -111,7 +111,7 @@ async def test_a_connection_is_reset_before_a_byte_is_read(start: Start) -> None
     assert engine.counts.faults == {"reset": 2}
 
 
-async def test_half_a_body_is_promised_whole(start: Start) -> None:
+async def test_a_partial_body_announces_the_whole_length(start: Start) -> None:
     engine, session = await start(INSTANT)
     for path, body in ((CHAT, chat()), ("/v1/embeddings", {"input": "x"})):
         async with session.post(path, json={**body, "sim_fault": {"kind": "partial_body"}}) as response:

@@ -1,18 +1,18 @@
 import pytest
 
 from hpc_router.errors import ConfigError
-from hpc_router.sim.fault_schedule import FaultScript
+from hpc_router.sim.fault_schedule import FaultSchedule
 from hpc_router.sim.faults import CONNECT, HEADERS, Fault, FaultKind, ResponseForm, parse_fault, parse_rules
 
 CHAT = "/v1/chat/completions"
 
 
-def script(*rules: dict[str, object], seed: int = 0) -> FaultScript:
-    return FaultScript(parse_rules(list(rules)), seed=seed)
+def script(*rules: dict[str, object], seed: int = 0) -> FaultSchedule:
+    return FaultSchedule(parse_rules(list(rules)), seed=seed)
 
 
 def struck(
-    faults: FaultScript, *, path: str = CHAT, model: str = "math", answer: ResponseForm = ResponseForm.STREAM
+    faults: FaultSchedule, *, path: str = CHAT, model: str = "math", answer: ResponseForm = ResponseForm.STREAM
 ) -> FaultKind | None:
     _, fault = faults.select(path, model=model, answer=answer)
     return None if fault is None else fault.kind
@@ -31,8 +31,8 @@ def struck(
         ('[{"kind": "die", "at": "hedaers"}]', "did you mean 'headers'"),
         ('[{"kind": "die", "at": -1}]', "'at' is -1; valid: a number of tokens from 0"),
         ('[{"kind": "die", "at": true}]', "'at' is True"),
-        ('[{"kind": "die", "at": "connect"}]', "die cannot strike at 'connect'"),
-        ('[{"kind": "cut", "at": "headers"}]', "cut cannot strike at 'headers'"),
+        ('[{"kind": "die", "at": "connect"}]', "die cannot be injected at 'connect'"),
+        ('[{"kind": "cut", "at": "headers"}]', "cut cannot be injected at 'headers'"),
         ('[{"kind": "status", "status": 200}]', "'status' is 200"),
         ('[{"kind": "status", "status": 600}]', "status 600"),
         ('[{"kind": "status", "message": 1}]', "'message' is 1; a string is needed"),
@@ -41,12 +41,12 @@ def struck(
         ('[{"kind": "die", "every": 0}]', "'every' is 0"),
         ('[{"kind": "die", "times": 1.5}]', "'times' is 1.5"),
         ('[{"kind": "die", "probability": 1.1}]', "'probability' is 1.1; a number from 0 to 1"),
-        ('[{"kind": "reset", "path": "/x"}]', "a reset at connect knows neither path nor model"),
+        ('[{"kind": "reset", "path": "/x"}]', "a reset at connect has neither path nor model"),
         ('[{"kind": "load_fail", "reason": "weihgts"}]', "did you mean 'weights'"),
         ('[{"kind": "load_fail", "times": 1}]', "needs 'counter'"),
     ],
 )
-def test_what_is_wrong_with_a_script_is_said_with_what_would_be_right(text: str, message: str) -> None:
+def test_an_invalid_fault_is_refused_with_the_valid_ones(text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         parse_rules(text)
 
@@ -124,7 +124,7 @@ def test_connections_are_reset_apart_from_requests() -> None:
     assert [faults.at_connect(), faults.at_connect()] == [True, False]
 
 
-def test_a_script_loaded_at_run_time_refuses_load_failures_and_keeps_the_old_one() -> None:
+def test_faults_set_at_run_time_refuse_load_failures_and_keep_the_old_ones() -> None:
     faults = script({"kind": "die"})
     with pytest.raises(ConfigError, match="at the start only"):
         faults.load([{"kind": "load_fail"}])

@@ -1,7 +1,7 @@
 import random
 import statistics
 
-from hpc_router.sim.latency import JitteredLatency, LatencyModel, RealClock, SpacedPace
+from hpc_router.sim.latency import JitteredLatency, LatencyModel, LatencySchedule, RealClock
 from tests.sim.calls import SteppedClock
 
 
@@ -35,7 +35,7 @@ def test_jitter_is_seeded_and_keeps_the_mean() -> None:
 
 async def test_the_schedule_asks_the_model_and_multiplies_by_the_factor() -> None:
     clock = SteppedClock()
-    pace = SpacedPace(PerRunning(), clock=clock, factor=2.0)
+    pace = LatencySchedule(PerRunning(), clock=clock, factor=2.0)
     await pace.first(3, running=1)
     await pace.next(running=4)
     assert clock.slept == [3.0, 2.0]
@@ -44,7 +44,7 @@ async def test_the_schedule_asks_the_model_and_multiplies_by_the_factor() -> Non
 async def test_a_late_token_does_not_stretch_the_stream() -> None:
     """Deadlines, not sums of sleeps: what the event loop lost is taken from the next wait, never below zero."""
     clock = SteppedClock()
-    pace = SpacedPace(PerRunning(), clock=clock, factor=1.0)
+    pace = LatencySchedule(PerRunning(), clock=clock, factor=1.0)
     clock.time_s += 0.2
     await pace.next(running=4)
     clock.time_s += 5.0

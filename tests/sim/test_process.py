@@ -100,7 +100,7 @@ async def test_sigterm_ends_it_while_it_loads() -> None:
     ("flags", "says"),
     [
         (("--nonsense",), "unrecognized arguments: --nonsense"),
-        (("--port", "99999"), "--port: 99999 is no port"),
+        (("--port", "99999"), "--port: 99999 is not a port"),
         (("--ttft-ms", "-1"), "ttft_s: -0.001"),
         (("--uds", "/nowhere/at/all"), "the folder /nowhere/at does not exist"),
         (("--faults", '[{"kind": "dye"}]'), "did you mean 'die'"),
@@ -143,7 +143,7 @@ APIS: dict[str, dict[str, object]] = {
 
 
 async def begun(response: aiohttp.ClientResponse, tokens: int) -> bytes:
-    """What has come of a stream when it has so many tokens."""
+    """The first part of a stream, with at least this many tokens."""
     received = b""
     while received.count(b"\n\n") < tokens + 6:
         received += await response.content.readany()
@@ -154,7 +154,7 @@ async def begun(response: aiohttp.ClientResponse, tokens: int) -> bytes:
 async def test_sigterm_ends_running_answers_in_good_form_as_vllm_does(path: str) -> None:
     """Streams and whole answers, in each API's words; the engine then ends with status 0."""
     async with (
-        spawned("--announce", "--itl-ms", "20", "--ttft-ms", "0") as process,
+        spawned("--announce", "--itl-ms", "20", "--ttft-ms", "0", "--max-tokens-default", "2000") as process,
         aiohttp.ClientSession(await address(process)) as session,
     ):
         whole = asyncio.create_task(post(session, path, {"model": "sim", **APIS[path]}))
@@ -180,11 +180,11 @@ async def test_sigterm_ends_running_answers_in_good_form_as_vllm_does(path: str)
         assert 0 < int(str(at(answer, "usage", "completion_tokens"))) < 1000
 
 
-async def test_sigterm_ends_what_waits_for_a_place_as_well() -> None:
+async def test_sigterm_ends_waiting_requests_too() -> None:
     async with (
         spawned("--announce", "--capacity", "1", "--itl-ms", "20", "--ttft-ms", "0") as process,
         aiohttp.ClientSession(await address(process)) as session,
-        session.post("/v1/chat/completions", json=chat(stream=True, max_tokens=1000)) as running,
+        session.post("/v1/chat/completions", json=chat(stream=True, max_tokens=1000, ignore_eos=True)) as running,
     ):
         received = await begun(running, tokens=1)
         waiting = asyncio.create_task(post(session, "/v1/chat/completions", chat(max_tokens=5)))
@@ -202,7 +202,7 @@ async def test_with_time_to_drain_running_answers_finish() -> None:
     async with (
         spawned("--announce", "--drain-s", "600", "--itl-ms", "5", "--ttft-ms", "0") as process,
         aiohttp.ClientSession(await address(process)) as session,
-        session.post("/v1/chat/completions", json=chat(stream=True, max_tokens=100)) as response,
+        session.post("/v1/chat/completions", json=chat(stream=True, max_tokens=100, ignore_eos=True)) as response,
     ):
         received = await begun(response, tokens=3)
         process.send_signal(signal.SIGTERM)

@@ -9,7 +9,7 @@ import aiohttp
 import pytest
 
 from hpc_router.expert.multinode.start_strategy import free_port
-from hpc_router.sim.ranks import LOST
+from hpc_router.sim.ranks import PEER_LOST
 from tests.sim.calls import chat, stream
 from tests.sim.support import INSTANT_FLAGS, address, ended, spawned
 from tests.support.waiting import eventually
@@ -42,7 +42,7 @@ async def test_the_loss_of_one_ends_the_other(lost: int) -> None:
         ranks: list[Process] = [first, other]
         ranks[lost].kill()
         code, said = await ended(ranks[1 - lost])
-    assert (code, said.splitlines()[-1]) == (1, LOST)
+    assert (code, said.splitlines()[-1]) == (1, PEER_LOST)
 
 
 async def test_a_taken_port() -> None:

@@ -10,9 +10,9 @@ from hpc_router.config.compose import load_deployment
 from hpc_router.config.schema import Precision, Roofline
 from hpc_router.errors import ConfigError
 from hpc_router.sim import roofline as r
-from hpc_router.sim.roofline import Piece, RooflineEngine
+from hpc_router.sim.roofline import RooflineEngine, SequenceStep
 
-ONE = [Piece(1, 0)]
+ONE = [SequenceStep(1, 0)]
 
 
 def test_parameters_are_those_of_the_models() -> None:
@@ -36,7 +36,7 @@ def test_a_long_prompt_costs_arithmetic() -> None:
     engine = RooflineEngine(Roofline())
     linear_s = 2 * 6.9793e9 * 8192 / (0.6 * 989.5e12)
     attention_s = 4 * 32 * 4096 * 8192 * 4096 / (0.6 * 989.5e12)
-    assert engine.step_s([Piece(8192, 0)]) == pytest.approx(linear_s + attention_s + r.HOST_S, rel=1e-2)
+    assert engine.step_s([SequenceStep(8192, 0)]) == pytest.approx(linear_s + attention_s + r.HOST_S, rel=1e-2)
 
 
 def test_tensor_parallel_ranks_talk() -> None:
@@ -56,7 +56,7 @@ def test_quantised_weights_move_less(quantization: Precision, bytes_: float) -> 
 
 
 def test_fp8_computes_twice_as_fast_where_the_card_knows_it() -> None:
-    prompt = [Piece(4096, 0)]
+    prompt = [SequenceStep(4096, 0)]
     h100 = {q: RooflineEngine(Roofline(quantization=q)).step_s(prompt) for q in ("bf16", "fp8")}
     a100 = {q: RooflineEngine(Roofline(quantization=q, gpu="a100-sxm")).step_s(prompt) for q in ("bf16", "fp8")}
     assert h100["fp8"] < 0.6 * h100["bf16"]
@@ -86,11 +86,11 @@ def test_refusals(options: Roofline, said: str) -> None:
 
 
 @given(
-    pieces=st.lists(st.builds(Piece, st.integers(1, 512), st.integers(0, 8000)), min_size=1, max_size=64),
+    pieces=st.lists(st.builds(SequenceStep, st.integers(1, 512), st.integers(0, 8000)), min_size=1, max_size=64),
     tp=st.sampled_from([1, 2, 4, 8]),
     quantization=st.sampled_from(["bf16", "fp8", "awq"]),
 )
-def test_more_work_never_takes_less_time(pieces: list[Piece], tp: int, quantization: Precision) -> None:
+def test_more_work_never_takes_less_time(pieces: list[SequenceStep], tp: int, quantization: Precision) -> None:
     engine = RooflineEngine(Roofline(tensor_parallel_size=tp, quantization=quantization))
     whole = engine.step_s(pieces)
     assert whole >= engine.step_s(pieces[:1])

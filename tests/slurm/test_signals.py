@@ -60,7 +60,11 @@ class Stream:
 
     def __init__(self, client: openai.OpenAI, model: str) -> None:
         asked: list[Any] = [{"role": "user", "content": "hi"}]
-        self._events = iter(client.chat.completions.create(model=model, messages=asked, max_tokens=TOKENS, stream=True))
+        self._events = iter(
+            client.chat.completions.create(
+                model=model, messages=asked, max_tokens=TOKENS, stream=True, extra_body={"ignore_eos": True}
+            )
+        )
         self._next()
 
     def _next(self) -> str | None:

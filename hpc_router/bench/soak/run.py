@@ -122,7 +122,7 @@ def _loads(options: SoakOptions, deployment: SoakDeployment, folder: Path) -> di
             drain_s=DRAIN_S,
         ),
         "streams": LoadSpec(
-            requests=request_file("streams", stream=True, max_tokens=STREAM_TOKENS),
+            requests=request_file("streams", stream=True, max_tokens=STREAM_TOKENS, ignore_eos=True),
             host=host,
             port=port,
             connections=options.streams,

@@ -15,7 +15,7 @@ from hpc_router.cluster.planning.software_checks import is_address
 from hpc_router.config.adapters import adapters_of, hosts
 from hpc_router.config.schema import ClusterConfig, ExpertConfig
 from hpc_router.expert.engines import Place, build_engine, engine_environment
-from hpc_router.expert.engines.container import contained
+from hpc_router.expert.engines.container import command_in_container
 
 TIMEOUT_S: Final = 120.0
 _FRAME: Final = " \t│|"
@@ -67,7 +67,7 @@ def _ask(name: str, experts: Mapping[str, ExpertConfig], cluster: ClusterConfig,
     environment["TMPDIR"] = os.environ.get("TMPDIR", "/tmp")  # the agent's own folder does not exist yet
     try:
         done = subprocess.run(
-            contained(command, cluster.container, place, expert, models=engine.models),
+            command_in_container(command, cluster.container, place, expert, models=engine.models),
             env=environment,
             stdin=subprocess.DEVNULL,
             capture_output=True,

@@ -30,7 +30,7 @@ from hpc_router.config.schema import ClusterConfig, Deployment, ExpertConfig
 from hpc_router.errors import ConfigError, LaunchError
 from hpc_router.expert.engine_process.command import drain_limit_s
 from hpc_router.expert.engines import Place, build_engine, engine_environment
-from hpc_router.expert.engines.container import contained
+from hpc_router.expert.engines.container import command_in_container
 from hpc_router.net.job_environment import current_job_id
 from hpc_router.state.run_directory import RunDir
 
@@ -224,7 +224,7 @@ def _replicas(deployment: Deployment, run: RunDir) -> Iterator[ReplicaPlan]:
     for name, expert in hosts(deployment.experts).items():
         engine = build_engine(name, expert, adapters=adapters_of(deployment.experts, name))
         command = [*engine.argv(place), *engine.drain_flags(drain_limit_s(cluster), version=None)]
-        argv = tuple(contained(command, cluster.container, place, expert, models=engine.models))
+        argv = tuple(command_in_container(command, cluster.container, place, expert, models=engine.models))
         environment = engine_environment(engine, expert, place, inherited={}, cluster=cluster)
         for number in range(expert.replicas):
             request = request_for(run, deployment, Slot(name, str(number)).replica(1))

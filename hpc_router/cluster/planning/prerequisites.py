@@ -13,7 +13,7 @@ from typing import Final
 from hpc_router.cluster.planning.software_checks import equipment_faults
 from hpc_router.config.schema import ClusterConfig
 from hpc_router.errors import ConfigError
-from hpc_router.expert.engine_process.scratch_dir import expanded, path_fault, unusable
+from hpc_router.expert.engine_process.scratch_dir import expanded, path_error, usage_error
 
 MOUNTS: Final = Path("/proc/self/mountinfo")
 _OF_ONE_HOST: Final = frozenset({"tmpfs", "ramfs", "overlay", "squashfs", "devtmpfs"})
@@ -46,7 +46,7 @@ def scratch(cluster: ClusterConfig, _runs: Path) -> Found:
         folder = expanded(cluster.scratch, {**os.environ, **cluster.env})
     except ConfigError as error:
         return Found([str(error)])
-    fault = path_fault(folder) or (unusable(folder) if here else None)
+    fault = path_error(folder) or (usage_error(folder) if here else None)
     return Found([f"cluster.scratch={cluster.scratch}: {fault}"] if fault is not None else [])
 
 

@@ -1,1 +1,1 @@
-"""The agent: it owns the replica's port, supervises the engine, and drains when the job is about to end."""
+"""The agent: it owns the replica's port, supervises the engine, and drains before the job ends."""

@@ -1,7 +1,8 @@
-"""One request to the engine, its answer to the caller, bytes unchanged.
+"""Relays one request to the engine and its response to the client, bytes unchanged.
 
-A failure before the answer is raised, for the gate to put in words. One in its midst breaks the caller's connection:
-an answer that was cut must never look complete. The router in front turns that into an error event.
+A failure before the response is raised, and the HTTP API turns it into an error response. A failure within the response
+breaks the client's connection, because a response that was cut must never look complete. The router in front turns that
+into an error event.
 """
 
 import logging
@@ -25,28 +26,30 @@ from hpc_router.relay.upstream.interface import (
 
 logger = logging.getLogger(__name__)
 
-_A_DAY_S: Final = 86_400.0
-ENGINE_LIMITS: Final = UpstreamTimeouts(connect_s=5.0, first_byte_s=_A_DAY_S, idle_s=_A_DAY_S)
-"""How long an answer may take is the router's to say; when it gives up, it leaves, and so do we."""
+_DAY_S: Final = 86_400.0
+ENGINE_LIMITS: Final = UpstreamTimeouts(connect_s=5.0, first_byte_s=_DAY_S, idle_s=_DAY_S)
+"""The router limits how long a response may take; when it gives up, it closes the connection, which cancels here."""
 ENGINE: Final = address_of("http://engine")
 
 
-class Passing(Work, ResponseCallback):
-    """A request to the engine that no task waits for, as long as its answer may come whole: see the router's
-    `express`, of which this is the agent's half."""
+class FastRelay(Work, ResponseCallback):
+    """A request to the engine that needs no task, as long as its response arrives in one piece: the agent's part of the
+    fast path (`express` in relay/downstream)."""
 
-    __slots__ = ("_heard", "_in_flight", "_relayed", "_request", "started")
+    __slots__ = ("_in_flight", "_on_progress", "_relayed", "_request", "started")
 
     started: PendingRequest
 
-    def __init__(self, request: Request, in_flight: InFlight, relayed: set[Request], heard: Callable[[], None]) -> None:
+    def __init__(
+        self, request: Request, in_flight: InFlight, relayed: set[Request], on_progress: Callable[[], None]
+    ) -> None:
         self._request = request
         self._in_flight = in_flight
         self._relayed = relayed
-        self._heard = heard
+        self._on_progress = on_progress
 
     def begin(self, client: Upstream, body: bytes) -> bool:
-        """False: it is the handler's, and not counted."""
+        """Send the request; False if that is not possible at once: then the handler serves it."""
         request = self._request
         started = client.start(request.method, ENGINE, request.target, head=_head(request), body=body, asker=self)
         if started is None:
@@ -57,7 +60,7 @@ class Passing(Work, ResponseCallback):
         return True
 
     def leave(self) -> None:
-        """Count it no more."""
+        """Remove the request from the counts."""
         self._in_flight.leave()
         self._relayed.discard(self._request)
 
@@ -71,7 +74,7 @@ class Passing(Work, ResponseCallback):
             return False
         request = self._request
         request.begun_work = None
-        self._heard()
+        self._on_progress()
         self.leave()
         request.answer(status, crossing(headers, drop=NOT_DOWNSTREAM), body)
         return True
@@ -80,14 +83,14 @@ class Passing(Work, ResponseCallback):
         self._request.resume()
 
 
-async def pass_through(
-    request: Request, client: Upstream, *, heard: Callable[[], None], started: PendingRequest | None = None
+async def relay_request(
+    request: Request, client: Upstream, *, on_progress: Callable[[], None], started: PendingRequest | None = None
 ) -> Response | None:
-    """Answers `request`; None: what came went to the caller as it came. Calls `heard` for every piece of the answer.
-    `started`: how far `Passing` has come with it.
+    """The response to `request`; None if it was streamed to the client. `on_progress` is called for every chunk.
+    `started` is the request that `FastRelay` has already sent.
 
-    Raises UpstreamError when the engine gives no answer or fails within one (then the caller's connection is broken
-    already), and what `Request.read` raises.
+    Raises UpstreamError if the engine sends no response or fails within one (the client's connection is then already
+    broken), and the errors of `Request.read`.
     """
     body = request.ready()
     if body is None:
@@ -99,12 +102,12 @@ async def pass_through(
         ) as answer:
             head = crossing(answer.headers, drop=NOT_DOWNSTREAM)
             if (whole := answer.whole) is not None and len(whole) <= SHORT_BYTES:
-                heard()
+                on_progress()
                 return Response(answer.status, head, whole)
             await request.begin(answer.status, head, length=answer.length)
-            await answer.flow(_Copy(request, heard))
+            await answer.flow(_ClientSink(request, on_progress))
     except DownstreamGoneError:
-        pass  # its handler is about to be cancelled
+        pass  # the handler is about to be cancelled
     except UpstreamError as error:
         if request.begun:
             logger.warning("the engine failed during a response: %s", error)
@@ -118,17 +121,17 @@ def _head(request: Request) -> bytes:
     return b"%bx-request-id: %b\r\n" % (lines, request.request_id) if request.request_id else lines
 
 
-class _Copy:
-    """A sink that writes what it is given."""
+class _ClientSink:
+    """Writes the chunks of the response to the client."""
 
-    def __init__(self, request: Request, heard: Callable[[], None]) -> None:
+    def __init__(self, request: Request, on_progress: Callable[[], None]) -> None:
         self._request = request
-        self._heard = heard
+        self._on_progress = on_progress
         self._write_chunk = request.write_chunk
         self._passage = None if self._write_chunk is None else ChunkWriter(self._pass, CHUNK_ENDS)
 
     def take(self, data: bytes) -> bool:
-        self._heard()
+        self._on_progress()
         return self._request.write(data)
 
     def passage(self) -> ChunkWriter | None:
@@ -136,7 +139,7 @@ class _Copy:
 
     def _pass(self, chunk: bytes) -> bool:
         assert self._write_chunk is not None
-        self._heard()
+        self._on_progress()
         return self._write_chunk(chunk)
 
     async def make_room(self) -> None:

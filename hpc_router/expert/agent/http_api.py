@@ -1,8 +1,9 @@
-"""The agent's HTTP surface: the only way to the engine.
+"""The agent's HTTP API: the only access to the engine.
 
-`/health` is open and answers the challenge; everything else wants the replica's key. API paths are relayed while the
-replica is ready; otherwise the answer says whether it is starting or draining. It runs no engine and knows no files.
-The router keeps replicas to their capacity; the gate refuses beyond `HEADROOM` times that, for callers that don't.
+`/health` needs no token and answers the challenge; every other path needs the replica's key. API paths are relayed
+while the replica is ready; otherwise the response says whether it is starting or draining. This module runs no engine
+and accesses no files. The router keeps replicas to their capacity; the API refuses more than `HEADROOM` times that, for
+other clients.
 """
 
 import asyncio
@@ -15,7 +16,7 @@ from typing import Final
 
 from hpc_router.background_tasks import TaskFailures
 from hpc_router.errors import BadRequestError, BodyTooLargeError, UpstreamConnectError, UpstreamError
-from hpc_router.expert.agent.engine_relay import Passing, pass_through
+from hpc_router.expert.agent.engine_relay import FastRelay, relay_request
 from hpc_router.net import protocol
 from hpc_router.net.auth import bearer_token, challenge_answer, equal_secrets
 from hpc_router.relay.downstream.interface import Handler, Request, Response, Work, error_response, json_response
@@ -33,11 +34,11 @@ _STATE_HEADERS: Final = {State.STARTING: protocol.STARTING_HEADER, State.DRAININ
 
 @dataclass(slots=True)
 class AgentHttpApi:
-    """`state` and `models` are set by the agent; `on_drain` is called for `POST /drain`. `progress` counts the pieces
-    of answers that the engine sent, `cut` the answers that it did not give or not finish. Where it has more ranks,
-    `on_rank` is called for their reports, with `rank_token`; it raises ValueError. `engine_lost` is set when the engine
-    refuses a connection or drops a request; while it is set, a ready replica counts as starting. The supervisor clears
-    it once the engine answers."""
+    """`state` and `models` are set by the agent; `on_drain` is called for `POST /drain`. `progress` counts the chunks
+    that the engine sent, `unfinished` the responses that it did not send or not finish. For an engine with more ranks,
+    `on_rank` is called with their reports, which carry `rank_token`; it raises ValueError. `engine_lost` is set when
+    the engine refuses a connection or drops a request; while it is set, a ready replica counts as starting. The
+    supervisor clears it once the engine answers."""
 
     replica: str
     key: str
@@ -50,41 +51,41 @@ class AgentHttpApi:
     models: tuple[str, ...] | None = None
     in_flight: InFlight = field(default_factory=InFlight)
     progress: int = 0
-    cut: int = 0
+    unfinished: int = 0
     engine_lost: asyncio.Event = field(default_factory=asyncio.Event)
     on_rank: Callable[[protocol.RankReport], protocol.RankOrder] | None = None
     rank_token: str | None = None
     failures: TaskFailures = field(default_factory=TaskFailures)
-    _relayed: set[Request] = field(init=False, default_factory=set)
-    """Requests whose answers the engine has not given in full."""
+    _in_engine: set[Request] = field(init=False, default_factory=set)
+    """Requests whose responses are not complete."""
     _routes: Mapping[tuple[str, str], Handler] = field(init=False)
 
     def __post_init__(self) -> None:
         self._routes = {
             ("POST", protocol.DRAIN): self._drain,
             ("POST", protocol.RANK): self._rank,
-            ("GET", protocol.MODELS): self._pass if self.lists_models else self._own_models,
-            ("GET", protocol.METRICS): self._pass,
+            ("GET", protocol.MODELS): self._relay if self.lists_models else self._list_models,
+            ("GET", protocol.METRICS): self._relay,
             **{("POST", path): self._generate for path in protocol.GENERATE_PATHS},
         }
 
     async def handle(self, request: Request) -> Response | None:
-        """Never raises but for cancellation."""
-        begun, request.begun_work = request.begun_work, None
+        """Raises nothing but CancelledError."""
+        resumed, request.begun_work = request.begun_work, None
         try:
-            if isinstance(begun, Passing):
-                begun.leave()
+            if isinstance(resumed, FastRelay):
+                resumed.leave()
                 with self.in_flight:
-                    return await self._pass(request, started=begun.started)
+                    return await self._relay(request, started=resumed.started)
             if request.path == protocol.HEALTH:
                 return self._health(request)
-            wanted = self.rank_token or self.key if request.path == protocol.RANK else self.key
-            if not _holds(request, wanted):
+            key = self.rank_token or self.key if request.path == protocol.RANK else self.key
+            if not _has_token(request, key):
                 return error_response(
                     401,
                     kind="authentication_error",
                     code="unauthorized",
-                    message="this replica wants its own key",
+                    message="this replica needs its own key",
                     path=request.path,
                 )
             handler = self._routes.get((request.method, request.path))
@@ -107,43 +108,43 @@ class AgentHttpApi:
                 500,
                 kind="internal_error",
                 code="internal",
-                message="the agent failed; its log says why",
+                message="the agent failed; the cause is in its log",
                 path=request.path,
             )
 
     def express(self, request: Request) -> Work | None:
-        """See `downstream.Express`: the same as `handle`, as far as that goes without waiting."""
+        """The fast path (`Express` in relay/downstream): `handle` for requests that need no waiting."""
         body = request.ready()
-        if body is None or not self._goes_express(request) or self.state is not State.READY or self._full:
+        if body is None or not self._is_fast_path(request) or self.state is not State.READY or self._full:
             return None
-        passing = Passing(request, self.in_flight, self._relayed, self._heard)
-        if not passing.begin(self.client, body):
+        relay = FastRelay(request, self.in_flight, self._in_engine, self._on_progress)
+        if not relay.begin(self.client, body):
             return None
-        request.begun_work = passing
-        return passing
+        request.begun_work = relay
+        return relay
 
     def break_off(self) -> None:
-        """Abort the connection of every request that the engine still answers, and take none until the agent says that
-        it is ready again. Called before the engine is stopped: one that ends running answers in good form, as vLLM
-        does, would make them look complete."""
+        """Abort the connection of every running request, and accept none until the agent is ready again. Called before
+        the engine is stopped: an engine that ends running responses in good form, as vLLM does, would make them look
+        complete."""
         if self.state is State.READY:
             self.state = State.STARTING
-        if self._relayed:
-            logger.warning("%d requests are broken off: the engine is stopped", len(self._relayed))
-        for request in tuple(self._relayed):
+        if self._in_engine:
+            logger.warning("%d requests are aborted: the engine is stopped", len(self._in_engine))
+        for request in tuple(self._in_engine):
             request.abort()
 
-    def _goes_express(self, request: Request) -> bool:
-        """By its head, which is asked once where it comes again and again."""
+    def _is_fast_path(self, request: Request) -> bool:
+        """Decided by the head of the request, once per cached head."""
         notes = request.headers.notes
         known: bool | None = notes.get(self.key)
         if known is None:
             generates = request.method == "POST" and request.path in protocol.GENERATE_PATHS
-            known = notes[self.key] = generates and _holds(request, self.key)
+            known = notes[self.key] = generates and _has_token(request, self.key)
         return known
 
     @property
-    def _shown_state(self) -> State:
+    def _effective_state(self) -> State:
         return State.STARTING if self.state is State.READY and self.engine_lost.is_set() else self.state
 
     @property
@@ -154,7 +155,7 @@ class AgentHttpApi:
         challenge = protocol.challenge_in(request.query)[:MAX_CHALLENGE_DIGITS]
         answer = challenge_answer(self.key, challenge) if challenge else None
         count, failures = self.in_flight.count, self.failures.seen
-        health = protocol.ProbeResponse(self.replica, self._shown_state.value, count, self.models, answer, failures)
+        health = protocol.ProbeResponse(self.replica, self._effective_state.value, count, self.models, answer, failures)
         return json_response(asdict(health))
 
     async def _drain(self, request: Request) -> Response:
@@ -170,24 +171,24 @@ class AgentHttpApi:
             return error_response(400, kind="invalid_request_error", code="bad_report", message=str(error))
         return json_response(asdict(order))
 
-    async def _own_models(self, request: Request) -> Response:
+    async def _list_models(self, request: Request) -> Response:
         cards = [{"id": name, "object": "model", "created": 0, "owned_by": "hpc-router"} for name in self.names]
         return json_response({"object": "list", "data": cards})
 
-    async def _pass(self, request: Request, *, started: PendingRequest | None = None) -> Response | None:
-        """To the engine, whatever the state: metrics of a draining engine are of interest.
+    async def _relay(self, request: Request, *, started: PendingRequest | None = None) -> Response | None:
+        """Relay to the engine in any state, because the metrics of a draining engine are of interest.
 
-        Without a connection nothing was begun, so the answer is the same 503 as while the engine starts. A request that
-        was sent and lost is a 502, and says too that the engine has to be waited for.
+        Without a connection nothing was begun, so the response is the same 503 as while the engine starts. A request
+        that was sent and lost is a 502, which also says that the engine is starting.
         """
-        self._relayed.add(request)
+        self._in_engine.add(request)
         try:
-            return await pass_through(request, self.client, heard=self._heard, started=started)
+            return await relay_request(request, self.client, on_progress=self._on_progress, started=started)
         except UpstreamError as error:
             self.engine_lost.set()
             if isinstance(error, UpstreamConnectError) and not error.sent:
                 return self._refuse(request, State.STARTING)
-            self.cut += request.path in protocol.GENERATE_PATHS
+            self.unfinished += request.path in protocol.GENERATE_PATHS
             if request.begun:
                 return None
             response = error_response(
@@ -200,13 +201,13 @@ class AgentHttpApi:
             response.add(protocol.STARTING_HEADER, "1")
             return response
         finally:
-            self._relayed.discard(request)
+            self._in_engine.discard(request)
 
-    def _heard(self) -> None:
+    def _on_progress(self) -> None:
         self.progress += 1
 
     def _refuse(self, request: Request, state: State) -> Response:
-        """A replica in this state takes no request."""
+        """The 503 of a replica in this state."""
         response = error_response(
             503,
             kind="service_unavailable",
@@ -219,7 +220,7 @@ class AgentHttpApi:
         return response
 
     async def _generate(self, request: Request) -> Response | None:
-        if (state := self._shown_state) is not State.READY:
+        if (state := self._effective_state) is not State.READY:
             return self._refuse(request, state)
         if self._full:
             response = error_response(
@@ -232,8 +233,8 @@ class AgentHttpApi:
             response.add("retry-after", "1")
             return response
         with self.in_flight:
-            return await self._pass(request)
+            return await self._relay(request)
 
 
-def _holds(request: Request, key: str) -> bool:
+def _has_token(request: Request, key: str) -> bool:
     return equal_secrets(bearer_token(request.headers.text("authorization")) or "", key)

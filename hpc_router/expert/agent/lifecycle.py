@@ -1,4 +1,4 @@
-"""How far a job has come: the phases, which may follow which, and what each means for the replica's record."""
+"""The phases of a job: which can follow which, and the state in the replica's record for each."""
 
 import time
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ _STATES: Final = {JobPhase.READY: State.READY, JobPhase.DRAINING: State.DRAINING
 
 @dataclass(slots=True)
 class JobLifecycle:
-    """One job's way through the phases."""
+    """The current phase of one job, and its history for `progress.json`."""
 
     phase: JobPhase = JobPhase.STARTING
     failure: EngineFailure | None = None
@@ -34,7 +34,7 @@ class JobLifecycle:
 
     def move(self, phase: JobPhase, *, failure: EngineFailure | None = None, engine_pid: int | None = None) -> None:
         if phase not in _NEXT[self.phase]:
-            raise ValueError(f"no way from {self.phase} to {phase} (valid: {sorted(_NEXT[self.phase])})")
+            raise ValueError(f"no transition from {self.phase} to {phase} (valid: {sorted(_NEXT[self.phase])})")
         self.phase = phase
         self.failure = failure or self.failure
         self.engine_pid = engine_pid

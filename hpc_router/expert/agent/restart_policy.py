@@ -1,4 +1,4 @@
-"""Whether and when an engine that failed is started again. A pure decision: time and chance come in as arguments."""
+"""Whether and when an engine that failed is started again. A pure decision: time and randomness are arguments."""
 
 from dataclasses import dataclass
 from typing import Final
@@ -7,13 +7,13 @@ from hpc_router import backoff
 from hpc_router.state.job_records import PERMANENT, FailureReason
 
 STABLE_S: Final = 60.0
-"""An engine that was ready for so long starts with a clean record."""
+"""An engine that was ready for this long resets the count of failures in a row, in seconds."""
 MAX_PAUSE_S: Final = 60.0
 
 
 @dataclass(slots=True)
-class Restarts:
-    """Counts failures in a row and in all."""
+class RestartPolicy:
+    """Counts failures in a row and in total."""
 
     max_in_a_row: int
     in_a_row: int = 0
@@ -21,7 +21,7 @@ class Restarts:
 
     def after_failure(self, reason: FailureReason, *, ready_s: float, chance: float) -> float | None:
         """Seconds to wait before the next start: 1, 2, 4, ... shortened by up to a half by `chance` (0 to 1), so that
-        replicas that failed together don't start together. None: give the job's resources back."""
+        replicas that failed together do not start together. None: no restart; the job ends."""
         if reason in PERMANENT:
             return None
         if ready_s >= STABLE_S:

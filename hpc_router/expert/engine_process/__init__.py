@@ -1,1 +1,1 @@
-"""The engine as a process group of its own, which ends with its agent whatever happens."""
+"""The engine as a process group of its own, which always ends with its agent."""

@@ -1,4 +1,4 @@
-"""How an engine's process is started on this node: its command line, in its container or not, and its environment."""
+"""The command line of an engine's process on this node, in its container or not, and its environment."""
 
 import asyncio
 import math
@@ -11,21 +11,21 @@ from typing import Final
 from hpc_router.config.schema import ClusterConfig, ExpertConfig
 from hpc_router.expert.engine_process.process import ENGINE_GRACE_S, Command
 from hpc_router.expert.engines import Engine, Place, engine_environment, version_command
-from hpc_router.expert.engines.container import contained
+from hpc_router.expert.engines.container import command_in_container
 
 VERSION_TIMEOUT_S: Final = 20.0
 RANK_GRACE_S: Final = 3.0
-"""For one rank of several: the others are gone or going, and it can finish nothing without them."""
+"""Grace time of one rank of several, in seconds: without the others it can finish nothing."""
 
 
 def drain_limit_s(cluster: ClusterConfig) -> int:
-    """How long an engine that gets SIGTERM may finish running answers. The agent breaks them off before that."""
+    """Seconds in which an engine may finish running responses after SIGTERM. The agent aborts them before that."""
     return math.ceil(cluster.drain_s + ENGINE_GRACE_S)
 
 
 @dataclass(frozen=True, slots=True)
-class Commands:
-    """`inherited`: the job's environment; `log`: where the engine's words go."""
+class EngineCommands:
+    """`inherited` is the job's environment, `log` the file of the engine's output."""
 
     engine: Engine
     expert: ExpertConfig
@@ -34,12 +34,12 @@ class Commands:
     log: Path
 
     def at(self, place: Place, *, version: str | None = None) -> Command:
-        """`version`: of the engine, where it is known."""
+        """The command at this place. `version` is the engine's, if it is known."""
         argv = self.engine.argv(place)
         if place.ranks is None or place.ranks.rank == 0:
             argv += self.engine.drain_flags(drain_limit_s(self.cluster), version=version)
         return Command(
-            self._contained(argv, place),
+            self._in_container(argv, place),
             self._environment(place),
             place,
             self.log,
@@ -47,10 +47,10 @@ class Commands:
         )
 
     async def version(self, place: Place) -> str | None:
-        """What the engine's interpreter has installed; None where it cannot say."""
+        """The version that the engine's interpreter has installed; None if that cannot be found out."""
         try:
             process = await asyncio.create_subprocess_exec(
-                *self._contained(version_command(self.engine), place),
+                *self._in_container(version_command(self.engine), place),
                 env=self._environment(place),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
@@ -69,8 +69,8 @@ class Commands:
                 await process.wait()
         return output.decode().strip() or None
 
-    def _contained(self, argv: Sequence[str], place: Place) -> list[str]:
-        return contained(argv, self.cluster.container, place, self.expert, models=self.engine.models)
+    def _in_container(self, argv: Sequence[str], place: Place) -> list[str]:
+        return command_in_container(argv, self.cluster.container, place, self.expert, models=self.engine.models)
 
     def _environment(self, place: Place) -> dict[str, str]:
         return engine_environment(self.engine, self.expert, place, inherited=self.inherited, cluster=self.cluster)

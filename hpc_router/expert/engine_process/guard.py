@@ -1,10 +1,10 @@
-"""The process between agent and engine, so that the engine's whole tree ends with its agent, whatever happens.
+"""The process between agent and engine, which ends the engine's whole process tree with the agent, whatever happens.
 
 Standard library only and single-threaded; run by path, in a session of its own. Its stdin is a pipe whose other end
 only the agent holds: end of file means that the agent is dead. The engine dies with the guard (PDEATHSIG), and as
-child subreaper the guard inherits whatever the engine leaves behind, even in sessions of their own. Nothing but its
-own descendants is ever killed. It prints the engine's process id, and ends with the engine's exit status (a shell's:
-128 + N for signal N); 127: there was no program to run.
+child subreaper the guard inherits the processes that the engine leaves behind, even those in sessions of their own. It
+kills only its own descendants. It prints the engine's process id and ends with the engine's exit status (in a shell's
+form: 128 + N for signal N); 127: there was no program to run.
 """
 
 import argparse
@@ -24,9 +24,9 @@ PR_SET_CHILD_SUBREAPER = 36
 PR_GET_CHILD_SUBREAPER = 37
 CANNOT_RUN = 127
 KILL_PAUSE_S = 0.01
-TRACKERS_S = 5.0
-NOTICED = (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
-"""Signals that don't end the guard: the agent decides when the engine ends. Only the first two are acted on."""
+TRACKER_GRACE_S = 5.0
+HANDLED_SIGNALS = (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+"""Signals that do not end the guard, because the agent decides when the engine ends. It acts on the first two."""
 
 
 def main() -> int:
@@ -74,7 +74,7 @@ def start(argv: list[str]) -> int:
 
 
 def watch(engine: int, wakeups: int, *, grace_s: float) -> int | None:
-    """Until the engine has ended: its exit status. None: the agent died first."""
+    """Wait until the engine has ended; returns its exit status, or None if the agent died first."""
     kill_at = float("inf")
     while True:
         left_s = kill_at - time.monotonic()
@@ -109,11 +109,11 @@ def _reap(engine: int) -> int | None:
 
 
 def kill_descendants() -> None:
-    """SIGKILL, again and again, until none is left: orphans come to us, and new ones may be born meanwhile.
+    """Send SIGKILL until no descendant is left: orphans become our children, and new ones may start meanwhile.
 
-    Python's resource trackers go last: once all others are gone they remove their shared memory and end by themselves.
+    Python's resource trackers are last: once all others are gone, they remove their shared memory and end.
     """
-    trackers_until = time.monotonic() + TRACKERS_S
+    trackers_until = time.monotonic() + TRACKER_GRACE_S
     while True:
         for pid in descendants(os.getpid()):
             if time.monotonic() < trackers_until and _may_be_tracker(pid):
@@ -131,7 +131,7 @@ def kill_descendants() -> None:
 
 
 def _may_be_tracker(pid: int) -> bool:
-    """A program that is only just being started has no command line yet: it is looked at again."""
+    """Whether this can be a resource tracker. A program that is being started has no command line yet, so it can."""
     try:
         command = Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
@@ -156,7 +156,7 @@ def _parent(process: Path) -> int | None:
         text = (process / "stat").read_text(encoding="ascii", errors="replace")
         return int(text.rpartition(")")[2].split()[1])
     except (OSError, IndexError, ValueError):
-        return None  # it has just ended
+        return None  # the process has just ended
 
 
 def _wake_on_signals() -> int:
@@ -164,8 +164,8 @@ def _wake_on_signals() -> int:
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-    for number in NOTICED:
-        signal.signal(number, lambda *_: None)  # SIG_IGN would be inherited by the engine, which may want some of them
+    for number in HANDLED_SIGNALS:
+        signal.signal(number, lambda *_: None)  # the engine would inherit SIG_IGN
     return reading
 
 

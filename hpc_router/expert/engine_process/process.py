@@ -19,16 +19,16 @@ logger = logging.getLogger(__name__)
 GUARD: Final = Path(__file__).with_name("guard.py")
 TAIL_BYTES: Final = 128 * 1024
 ENGINE_GRACE_S: Final = 10.0
-"""From SIGTERM to SIGKILL, for an engine that has nothing in flight any more."""
+"""From SIGTERM to SIGKILL, in seconds, for an engine without requests in flight."""
 OUTPUT_S: Final = 2.0
-"""For the rest of the output of an engine that has ended."""
+"""Limit for reading the rest of the output of an engine that has ended."""
 KILL_S: Final = 30.0
-"""A killed process may need that long to give back its memory; one that needs longer hangs in the kernel."""
+"""Limit for a killed process to release its memory; one that needs longer hangs in the kernel."""
 
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """What to run, where it will listen and where its words go. The place is removed should the agent die."""
+    """What to run, where it will listen, and the log of its output. The guard removes `place` if the agent dies."""
 
     argv: Sequence[str]
     environment: Mapping[str, str]
@@ -50,7 +50,7 @@ class EngineProcess:
 
     @classmethod
     async def start(cls, command: Command, files: FileThread) -> Self:
-        command.place.socket.unlink(missing_ok=True)  # a killed engine leaves it, and vLLM does not replace it
+        command.place.socket.unlink(missing_ok=True)  # a killed engine leaves it behind, and vLLM does not replace it
         guard = await asyncio.create_subprocess_exec(
             *(sys.executable, "-I", "-S", str(GUARD)),
             *("--grace-s", str(command.grace_s), "--folder", str(command.place.folder), "--", *command.argv),
@@ -77,22 +77,22 @@ class EngineProcess:
         await self.stop()
 
     async def wait(self) -> int:
-        """The exit status as a shell has it."""
+        """Returns the exit status in a shell's form."""
         code = await self._guard.wait()
         if code >= 0:
             return code
-        if is_subreaper():  # the guard itself was killed, so what it guarded is ours now; we have no other children
+        if is_subreaper():  # the guard was killed, so its descendants are our children; we have no others
             await asyncio.to_thread(kill_descendants)
         return 128 - code
 
     async def failure(self, signs: Sequence[Sign]) -> EngineFailure:
-        """Waits for the end; why it came."""
+        """Waits for the end of the process and returns its cause."""
         status = await self.wait()
         await self._copied()
         return classify(status, self.tail(), signs)
 
     async def stop(self) -> None:
-        """SIGTERM, then, after the grace time, the guard kills the whole tree."""
+        """Send SIGTERM; after the grace time the guard kills the whole process tree."""
         with suppress(ProcessLookupError):
             self._guard.terminate()
         try:
@@ -107,7 +107,7 @@ class EngineProcess:
         self._guard.stdin.close()
 
     async def _copied(self) -> None:
-        """Until all output has been read; a process that outlives the guard may keep the pipe open."""
+        """Wait until all output was read, OUTPUT_S at most: a process that outlives the guard keeps the pipe open."""
         await asyncio.wait({self._copying}, timeout=OUTPUT_S)
 
     def tail(self) -> list[str]:

@@ -1,7 +1,7 @@
 """The agent's folder on its own node: `<scratch>/hpc-router-<uid>/<random>/`, 0700, short enough for a socket path.
 
-The scratch folder is everybody's, so the parent must be a real folder, ours, closed to others. Anybody may have taken
-its name before us: then the agent's folder is `<scratch>/hpc-router-<uid>-<random>/`. `owner.json` names the process
+All users share the scratch folder, so the parent must be a real folder, owned by us and closed to others. If another
+user has taken its name, the agent's folder is `<scratch>/hpc-router-<uid>-<random>/`. `owner.json` names the process
 that a folder belongs to; folders of this host whose process has ended are removed at the next start.
 """
 
@@ -30,12 +30,12 @@ MAX_FOLDER_BYTES: Final = 107 - len("/tmp/") - 40
 """A socket's path has at most 107 bytes; engines put sockets named by a UUID into the folder for temporary files."""
 _OWNER: Final = "owner.json"
 _RANDOM: Final = "[a-z0-9_]" * 8
-"""What `tempfile.mkdtemp` puts behind its prefix, as a pattern for names."""
+"""Pattern of the characters that `tempfile.mkdtemp` adds to its prefix."""
 _UNFINISHED_S: Final = 60.0
 
 
 def expanded(scratch: str, environment: Mapping[str, str]) -> Path:
-    """The folder that `cluster.scratch` means in this job. Raises ConfigError for a variable that it does not have."""
+    """`cluster.scratch` with the job's variables. Raises ConfigError for a variable that is not set."""
     key = "cluster.scratch"
     try:
         path = Path(Template(scratch).substitute({name: value for name, value in environment.items() if value}))
@@ -46,8 +46,8 @@ def expanded(scratch: str, environment: Mapping[str, str]) -> Path:
     return path
 
 
-def path_fault(scratch: Path) -> str | None:
-    """Why no socket can lie below this folder, by its name alone."""
+def path_error(scratch: Path) -> str | None:
+    """Why the path of this folder does not allow a socket below it; None if it does."""
     folder = scratch / f"hpc-router-{os.getuid()}" / ("x" * 8)
     if (length := len(os.fsencode(folder))) > MAX_FOLDER_BYTES:
         most = len(os.fsencode(scratch)) - (length - MAX_FOLDER_BYTES)
@@ -55,8 +55,8 @@ def path_fault(scratch: Path) -> str | None:
     return None if scratch.is_absolute() else "not an absolute path (valid: such as /tmp)"
 
 
-def unusable(scratch: Path) -> str | None:
-    """Why this host's folder cannot be used."""
+def usage_error(scratch: Path) -> str | None:
+    """Why this folder cannot be used on this host; None if it can."""
     if not scratch.is_dir():
         return f"no such folder on {socket.gethostname()} (valid: a folder that every node has, such as /tmp)"
     if not os.access(scratch, os.W_OK | os.X_OK):
@@ -71,14 +71,14 @@ def unusable(scratch: Path) -> str | None:
 
 @contextmanager
 def scratch_folder(scratch: str | Path) -> Iterator[Place]:
-    """A new folder for this process, gone at the end. Raises ConfigError or LaunchError."""
-    fault = path_fault(Path(scratch)) or unusable(Path(scratch))
+    """A new folder for this process, removed at the end. Raises ConfigError or LaunchError."""
+    fault = path_error(Path(scratch)) or usage_error(Path(scratch))
     if fault is not None:
         raise ConfigError(f"cluster.scratch={scratch}: {fault}", key="cluster.scratch")
     parent = Path(scratch) / f"hpc-router-{os.getuid()}"
-    ours = _own_parent(parent)
+    own_parent = _make_parent(parent)
     sweep(parent)
-    folder = _new_folder(parent, ours=ours)
+    folder = _new_folder(parent, own_parent=own_parent)
     place = Place(folder)
     try:
         replace_json(folder / _OWNER, _this_process())
@@ -90,19 +90,19 @@ def scratch_folder(scratch: str | Path) -> Iterator[Place]:
 
 
 def sweep(parent: Path) -> None:
-    """Remove what dead agents of this host left in the parent and beside it. Names are never used twice, so nobody
-    else's can be hit; a parent that is not ours alone is left as it is."""
+    """Remove the folders of dead agents of this host, in the parent and beside it. Names are never used twice, so no
+    other folder can be removed. A parent that other users can access is left as it is."""
     for folder in parent.parent.glob(f"{parent.name}-{_RANDOM}"):
-        if _is_private(folder) and _abandoned(folder, made_at=math.inf):
+        if _is_private(folder) and _owner_has_ended(folder, made_at=math.inf):
             shutil.rmtree(folder, ignore_errors=True)
     if _is_private(parent):
         for folder in parent.iterdir():
-            if (status := _own_folder(folder)) is not None and _abandoned(folder, made_at=status.st_mtime):
+            if (status := _own_folder(folder)) is not None and _owner_has_ended(folder, made_at=status.st_mtime):
                 shutil.rmtree(folder, ignore_errors=True)
 
 
 def _own_folder(path: Path) -> os.stat_result | None:
-    """The status of a real folder of ours; None for anything else."""
+    """The status of a real folder that we own; None for anything else."""
     try:
         status = path.lstat()
     except OSError:
@@ -114,11 +114,12 @@ def _is_private(path: Path) -> bool:
     return (status := _own_folder(path)) is not None and not status.st_mode & 0o077
 
 
-def _abandoned(folder: Path, *, made_at: float) -> bool:
-    """An owner that cannot be told may live. One without an owner's name is judged by when it was made."""
+def _owner_has_ended(folder: Path, *, made_at: float) -> bool:
+    """Whether the owner of a folder has ended. An unknown owner counts as alive; a folder without `owner.json` counts
+    as abandoned after _UNFINISHED_S."""
     try:
         owner = load_json(folder / _OWNER)
-    except FileNotFoundError:  # just being made, or never finished
+    except FileNotFoundError:  # being made, or never finished
         return time.time() - made_at > _UNFINISHED_S
     except (OSError, ValueError):
         return False
@@ -138,18 +139,18 @@ def _this_process() -> dict[str, Any]:
 
 
 def _pid_namespace() -> str:
-    """Process ids mean something only within one; a container may share /tmp but not these."""
+    """The namespace in which process ids are valid; a container can share /tmp but not that."""
     return str(Path("/proc/self/ns/pid").readlink())
 
 
-def _own_parent(parent: Path) -> bool:
-    """Make it, or close it to others again; False when it is not ours: somebody else was there first."""
+def _make_parent(parent: Path) -> bool:
+    """Make the parent, or close it to others; False if another user owns it."""
     try:
         parent.mkdir(mode=0o700, exist_ok=True)
         status = _own_folder(parent)
         if status is not None and status.st_mode & 0o777 != 0o700:
             logger.warning("%s had mode %o: closed to others", parent, stat.S_IMODE(status.st_mode))
-            parent.chmod(0o700)  # ours, so in a folder like /tmp nobody else can put a link in its place
+            parent.chmod(0o700)  # we own it, so in a sticky folder like /tmp no other user can replace it by a link
     except FileExistsError:
         return False
     except OSError as error:
@@ -158,9 +159,9 @@ def _own_parent(parent: Path) -> bool:
     return status is not None
 
 
-def _new_folder(parent: Path, *, ours: bool) -> Path:
-    where, prefix = (parent, "") if ours else (parent.parent, f"{parent.name}-")
-    if not ours:
+def _new_folder(parent: Path, *, own_parent: bool) -> Path:
+    where, prefix = (parent, "") if own_parent else (parent.parent, f"{parent.name}-")
+    if not own_parent:
         logger.warning("%s belongs to another user; a folder beside it is used", parent)
     try:
         return Path(tempfile.mkdtemp(prefix=prefix, dir=where))

@@ -28,7 +28,7 @@ _NONE: Final[Mapping[str, str]] = MappingProxyType({})
 
 
 def build_engine(expert: str, config: ExpertConfig, *, adapters: Mapping[str, str] = _NONE) -> Engine:
-    """`adapters`: of the experts that it serves beside this one. Raises ConfigError for options that cannot be."""
+    """The engine of `expert`; `adapters` are the experts that it serves too. Raises ConfigError for invalid options."""
     options = options_of(expert, config.engine)
     engine: Engine
     match options:
@@ -38,5 +38,5 @@ def build_engine(expert: str, config: ExpertConfig, *, adapters: Mapping[str, st
             engine = TransformersEngine(expert, config, options)
         case SimOptions():
             engine = SimEngine(expert, config, options, adapters)
-    engine.argv(Place(_NOWHERE))  # refuses flags that are not the user's to set
+    engine.argv(Place(_NOWHERE))  # raises for reserved flags
     return engine

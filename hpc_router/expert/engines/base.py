@@ -1,8 +1,8 @@
-"""The seam between the agent and the program that computes.
+"""The interface between the agent and the program that computes.
 
-An engine is described, never run, from here: its command line, environment, the socket it listens on, when it is
-ready, the names it answers to, and what its last words mean. Every engine listens on a unix socket in a private
-folder: loopback ports are everyone's on a shared node. No module here imports an engine or knows about agents.
+An engine is described here, never run: its command line, environment, the socket it listens on, when it is ready, the
+model names it serves, and the meaning of its log lines. Every engine listens on a unix socket in a private folder,
+because all users of a node share its loopback ports. No module here imports an engine or knows about agents.
 """
 
 import json
@@ -22,14 +22,14 @@ from hpc_router.state.registry import EngineInfo
 _PROXIES: Final = ("http_proxy", "https_proxy", "all_proxy", "no_proxy", "ftp_proxy")
 _THREADS: Final = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_MAX_THREADS")
 INSIDE: Final = Path(__file__).with_name("inside")
-"""Scripts of ours that run in the engine's interpreter."""
+"""Our scripts that run in the engine's interpreter."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """One rank's part in an engine that spans `nodes` nodes: rank 0 is the master, which the others look for.
+    """One rank of an engine that spans `nodes` nodes; rank 0 is the master, to which the others connect.
 
-    `address` is this node's on the fabric, `interface` the one that carries it.
+    `address` is this node's address on the fabric, `interface` its network interface.
     """
 
     rank: int
@@ -43,7 +43,7 @@ class Ranks:
 @dataclass(frozen=True, slots=True)
 class Place:
     """Where one process of an engine runs. `folder`: the node-local 0700 folder of its agent, for the engine's socket,
-    temporary files and caches. `ranks`: None where one node is all, or where only the form of a command is wanted.
+    temporary files and caches. `ranks` is None on one node, and where only the form of a command is needed.
     """
 
     folder: Path
@@ -63,7 +63,7 @@ class Place:
 
 
 class Engine(Protocol):
-    """One engine: of an expert, and of those that are adapters on it. `build_engine` makes them."""
+    """The engine of one expert and of the experts that are adapters on it. `build_engine` makes it."""
 
     @property
     def python(self) -> str:
@@ -71,23 +71,23 @@ class Engine(Protocol):
 
     @property
     def ready_path(self) -> str:
-        """Answers GET with 200 once the engine can serve."""
+        """The path that answers GET with 200 once the engine can serve."""
 
     @property
     def lists_models(self) -> bool:
-        """Whether its own `/v1/models` lists what it serves, and only that."""
+        """Whether its own `/v1/models` lists exactly the models that it serves."""
 
     @property
     def packages(self) -> Sequence[str]:
-        """Distributions whose version is the engine's; the first that is installed counts."""
+        """Distributions whose version is the engine's; the first installed one counts."""
 
     @property
     def models(self) -> Sequence[str]:
-        """Folders and hub ids of what it loads: its model, and adapters."""
+        """Folders and hub ids of its model and its adapters."""
 
     @property
     def signs(self) -> Sequence[Sign]:
-        """What its log lines mean after it has failed, the most telling first."""
+        """The meaning of its log lines after a failure, the most specific first."""
 
     def serves(self) -> Mapping[str, str]:
         """Expert -> the name the engine answers to."""
@@ -96,28 +96,28 @@ class Engine(Protocol):
         """Every model name the engine answers to."""
 
     def info(self) -> EngineInfo:
-        """For the registry; the version is asked later."""
+        """The record for the registry, without the version."""
 
     def argv(self, place: Place) -> list[str]: ...
 
     def drain_flags(self, drain_s: int, *, version: str | None) -> list[str]:
-        """What makes it finish running answers for so long after SIGTERM; empty where this version cannot."""
+        """Flags that let it finish running responses for `drain_s` after SIGTERM; empty if this version has none."""
 
     def environment(self, place: Place) -> dict[str, str]:
-        """What is added to the job's environment."""
+        """Variables that are added to the job's environment."""
 
     def check_command(self, place: Place) -> list[str] | None:
-        """Asks the engine's own interpreter about the flags without loading a model: exit status 2 and a message if
-        one is wrong. None: cannot be asked."""
+        """A command that checks the flags in the engine's own interpreter without loading a model: exit status 2 and a
+        message if one is wrong. None if the engine has no such check."""
 
 
 def ranks_at(place: Place, *, nodes: int) -> Ranks | None:
-    """None for an engine on one node. A bare place stands for rank 0, wherever that will be."""
+    """None for an engine on one node. A place without ranks counts as rank 0 on an unknown node."""
     return None if nodes == 1 else place.ranks or Ranks(0, nodes)
 
 
 def rank_flags(ranks: Ranks | None) -> list[str]:
-    """As vLLM calls them, and the simulated engine after it."""
+    """vLLM's flags, which the simulated engine has too."""
     if ranks is None:
         return []
     return [
@@ -128,8 +128,8 @@ def rank_flags(ranks: Ranks | None) -> list[str]:
     ]
 
 
-class TakesAdapters:
-    """What engines that serve adapters beside their own model have in common."""
+class AdapterEngine:
+    """The common part of engines that serve adapters beside their own model."""
 
     expert: str
     config: ExpertConfig
@@ -147,20 +147,20 @@ class TakesAdapters:
 
 
 def own_names(expert: str, adapters: Mapping[str, str]) -> tuple[str, ...]:
-    """What an engine's own model is called. With adapters `auto` may mean any of them: then it has no such name."""
+    """The names of an engine's own model. With adapters there is no `auto`, which could mean any of them."""
     return (expert,) if adapters else (expert, "auto")
 
 
 def lora_modules(adapters: Mapping[str, str]) -> list[str]:
-    """As vLLM calls them, and the simulated engine after it: `NAME=PATH`, or JSON where that could be read wrongly."""
+    """vLLM's flag, which the simulated engine has too: `NAME=PATH`, or JSON if the path contains a comma."""
     if not adapters:
         return []
-    told = [json.dumps({"name": n, "path": path}) if "," in path else f"{n}={path}" for n, path in adapters.items()]
-    return ["--lora-modules", *told]
+    modules = [json.dumps({"name": n, "path": path}) if "," in path else f"{n}={path}" for n, path in adapters.items()]
+    return ["--lora-modules", *modules]
 
 
 def one_node_only(expert: str, config: ExpertConfig) -> None:
-    """For engines that cannot span nodes. Raises ConfigError."""
+    """Raises ConfigError for an engine that cannot span nodes, if the expert has more than one."""
     nodes, key = config.resources.nodes, f"experts.{expert}.resources.nodes"
     if nodes > 1:
         kind = config.engine.kind
@@ -172,7 +172,7 @@ def interpreter(config: EngineConfig) -> str:
 
 
 def version_command(engine: Engine) -> list[str]:
-    """Prints the version, or nothing."""
+    """A command that prints the version, or nothing."""
     return [engine.python, str(INSIDE / "ask_version.py"), *engine.packages]
 
 
@@ -186,7 +186,7 @@ def engine_environment(
 ) -> dict[str, str]:
     """The whole environment of the engine's process; the user's `engine.env` wins, then `cluster.env`.
 
-    Offline the hub is not asked and there are no proxies: by default where all it loads is in local folders.
+    Offline means that the hub is not used and that there are no proxies. It is the default if all models are local.
     """
     cluster = cluster or ClusterConfig()
     offline = all(map(is_local, engine.models)) if cluster.offline is None else cluster.offline
@@ -224,14 +224,14 @@ def flags(extra: Mapping[str, Any]) -> list[str]:
 
 
 def flag_name(name: str) -> str:
-    """A name in `extra` as the flag has it."""
+    """The flag's form of a name in `extra`."""
     return name.lstrip("-").replace("_", "-")
 
 
-def refuse(extra: Mapping[str, Any], *, at: str, owned: Mapping[str, str]) -> dict[str, Any]:
-    """`extra` with its names in the form flags have. Raises ConfigError for a flag that is set elsewhere."""
+def checked_flags(extra: Mapping[str, Any], *, at: str, reserved: Mapping[str, str]) -> dict[str, Any]:
+    """`extra` with its names in the form of flags. Raises ConfigError for a reserved flag."""
     named = {flag_name(name): value for name, value in extra.items()}
     for name in named:
-        if name in owned:
-            raise ConfigError(f"{at}.extra.{name}: not a flag to set here; {owned[name]}")
+        if name in reserved:
+            raise ConfigError(f"{at}.extra.{name}: not a flag to set here; {reserved[name]}")
     return named

@@ -1,7 +1,7 @@
-"""An engine's command line inside the cluster's container image: Apptainer, or Singularity, which takes the same words.
+"""An engine's command line in the cluster's container image. Apptainer and Singularity have the same options.
 
 The agent stays outside and reaches the engine through its unix socket, so the scratch folder is bound into the
-container at its own path, and so are local models and the scripts of ours that run in the engine's interpreter.
+container at its own path, and so are local models and our scripts that run in the engine's interpreter.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,15 +11,15 @@ from hpc_router.config.schema import ContainerConfig, ExpertConfig
 from hpc_router.expert.engines.base import INSIDE, Place, is_local
 
 PYTHON: Final = "python3"
-"""The interpreter inside an image, where `engine.python` names none."""
+"""The interpreter inside an image, if `engine.python` is not set."""
 _GPU_OPTIONS: Final = frozenset({"--nv", "--nvccli", "--rocm"})
 
 
-def contained(
+def command_in_container(
     argv: Sequence[str], container: ContainerConfig, place: Place, expert: ExpertConfig, *, models: Sequence[str]
 ) -> list[str]:
-    """`argv` as it is without an image, and for the simulated engine, which is ours. Its first word, the interpreter,
-    is the image's. `models`: what the engine loads."""
+    """`argv` in the container; unchanged without an image, and for the simulated engine, which is part of this package.
+    The interpreter, its first word, becomes the image's. `models` are the folders and hub ids that the engine loads."""
     if container.image is None or expert.engine.kind == "sim":
         return list(argv)
     return [

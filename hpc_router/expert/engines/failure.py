@@ -1,7 +1,7 @@
-"""What an engine's end means: exit status and last log lines -> a reason and the line that says so.
+"""The cause of an engine's end: exit status and last log lines -> a reason and the log line that shows it.
 
-The tables are data; `classify` is pure. The agent decides by the reason whether a restart can help, and people read
-the message in `status` and `why`.
+The tables are data; `classify` is pure. The reason decides whether a restart can help, and `status` and `why` show the
+message.
 """
 
 import re
@@ -13,7 +13,7 @@ from hpc_router.state.job_records import FailureReason
 
 MESSAGE_LENGTH: Final = 300
 CANNOT_RUN: Final = 127
-"""The guard's own exit status when there was no program to run; a shell's as well."""
+"""The exit status of the guard, as of a shell, if there was no program to run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ TORCH: Final = signs(
     (r"CUDA error|AcceleratorError|NCCL error|ncclUnhandledCudaError|CUBLAS_STATUS|cuDNN error", FailureReason.CUDA),
     (r"Torch not compiled with CUDA enabled|libcuda\.so|Failed to infer device type", FailureReason.CUDA),
 )
-"""What every engine on PyTorch says."""
+"""Log lines of every engine on PyTorch."""
 
 HUB: Final = signs(
     (r"SafetensorError|Error while deserializing header|invalid load key", FailureReason.WEIGHTS),
@@ -51,30 +51,30 @@ HUB: Final = signs(
     (r"[Cc]an't load (the configuration|tokenizer|image processor)", FailureReason.WEIGHTS),
     (r"Unrecognized (model|processing class) in|size mismatch for|Repo id must be", FailureReason.WEIGHTS),
 )
-"""What transformers and huggingface_hub, on which every engine here rests, say about a model they cannot load."""
+"""Log lines of transformers and huggingface_hub, which all engines use, about a model that cannot be loaded."""
 
 OPTION: Final = signs(
     (r"error: (unrecognized arguments|argument |the following arguments|ambiguous option)", FailureReason.BAD_OPTION),
     (r"[Nn]o such option|Invalid value for|Missing argument|Got unexpected extra argument", FailureReason.BAD_OPTION),
 )
-"""argparse's and click's refusals."""
+"""Error messages of argparse and click."""
 
 PORT: Final = signs((r"EADDRINUSE|[Aa]ddress already in use", FailureReason.PORT_TAKEN))
-"""A port that was free when it was chosen; the next start has another."""
+"""The port was free when it was chosen; the next start gets another one."""
 
 _BROKEN_INTERPRETER: Final = re.compile(r"No module named|ImportError: |cannot run .*: ")
-"""Only in the last line that counts: imports that fail are often tried and survived."""
+"""Used for the last relevant line only: failed imports are often caught."""
 _RAISED: Final = re.compile(r"^[\w.]*(Error|Exception)\b")
 LAST_LINES: Final = 20
-"""An exception that more lines follow was survived: it is not the cause of the end."""
+"""An exception that is followed by more lines than this was handled and is not the cause of the end."""
 _PREFIX: Final = re.compile(r"^(\(\w+ pid=\d+\) )?(\w+ ([\d-]+ [\d:]+ )?\[\S+:\d+\] )?")
-"""What vLLM puts before a line: the process, level and time, the place in the source."""
+"""The prefix of vLLM's log lines: process, level, time, and place in the source."""
 
 
 def classify(status: int, tail: Sequence[str], table: Iterable[Sign]) -> EngineFailure:
-    """The reason of an end: the first sign of the table that any line shows, else the exit status.
+    """The reason of an end: the first sign of the table that matches any line, else the exit status.
 
-    `status` is a shell's: 128 + N for signal N. Who was killed by SIGKILL could say nothing about it.
+    `status` is in a shell's form: 128 + N for signal N. A process that SIGKILL ended could not log anything about it.
     """
     if status == 128 + 9:
         return EngineFailure(FailureReason.KILLED, "killed by signal 9: by hand, or by the kernel for lack of memory")
@@ -82,9 +82,9 @@ def classify(status: int, tail: Sequence[str], table: Iterable[Sign]) -> EngineF
         line = next((line for line in reversed(tail) if sign.pattern.search(line)), None)
         if line is not None:
             return EngineFailure(sign.reason, _shorten(line))
-    said = [_shorten(line) for line in reversed(tail) if line.strip()]
-    raised = next((line for line in said[:LAST_LINES] if _RAISED.search(line)), None)
-    last = raised or (said[0] if said else "its log is empty")
+    lines = [_shorten(line) for line in reversed(tail) if line.strip()]
+    raised = next((line for line in lines[:LAST_LINES] if _RAISED.search(line)), None)
+    last = raised or (lines[0] if lines else "its log is empty")
     if status == CANNOT_RUN or _BROKEN_INTERPRETER.search(last):
         return EngineFailure(FailureReason.INTERPRETER, last)
     if status > 128:
@@ -93,5 +93,5 @@ def classify(status: int, tail: Sequence[str], table: Iterable[Sign]) -> EngineF
 
 
 def _shorten(line: str) -> str:
-    """Without what a log or a box puts around it, and not longer than a terminal shows."""
+    """The line without the prefix of a log or the frame of a box, cut to MESSAGE_LENGTH."""
     return _PREFIX.sub("", line.strip(" │\t")).strip()[:MESSAGE_LENGTH]

@@ -8,8 +8,9 @@ from typing import Final
 from hpc_router.config.schema import ExpertConfig, SimOptions
 from hpc_router.errors import ConfigError
 from hpc_router.expert.engines.base import (
+    AdapterEngine,
     Place,
-    TakesAdapters,
+    checked_flags,
     flag_name,
     flags,
     interpreter,
@@ -17,7 +18,6 @@ from hpc_router.expert.engines.base import (
     own_names,
     rank_flags,
     ranks_at,
-    refuse,
 )
 from hpc_router.expert.engines.failure import OPTION, PORT, TORCH, Sign, signs
 from hpc_router.net.protocol import MODELS
@@ -36,7 +36,7 @@ _SIGNS: Final = (
     ),
     *OPTION,
 )
-_OWNED: Final = {
+_RESERVED_FLAGS: Final = {
     "uds": "the agent chooses the socket",
     "host": "the engine listens on a unix socket",
     "port": "the engine listens on a unix socket",
@@ -45,12 +45,12 @@ _OWNED: Final = {
     "faults": "use options.faults",
     "roofline": "use options.roofline",
     "nnodes": "use experts.<name>.resources.nodes",
-    **dict.fromkeys(("node-rank", "master-addr", "master-port"), "each node's agent sets it"),
+    **dict.fromkeys(("node-rank", "master-addr", "master-port"), "the agent of each node sets it"),
 }
 
 
 @dataclass(frozen=True)
-class SimEngine(TakesAdapters):
+class SimEngine(AdapterEngine):
     expert: str
     config: ExpertConfig
     options: SimOptions
@@ -66,24 +66,24 @@ class SimEngine(TakesAdapters):
         return interpreter(self.config.engine)
 
     def info(self) -> EngineInfo:
-        stands_for = self.options.roofline
+        roofline_options = self.options.roofline
         return EngineInfo(
             kind="sim",
             model=self.config.model,
             revision=self.config.revision,
-            quantization=None if stands_for is None else stands_for.quantization,
-            tensor_parallel_size=None if stands_for is None else stands_for.tensor_parallel_size,
-            pipeline_parallel_size=None if stands_for is None else stands_for.pipeline_parallel_size,
+            quantization=None if roofline_options is None else roofline_options.quantization,
+            tensor_parallel_size=None if roofline_options is None else roofline_options.tensor_parallel_size,
+            pipeline_parallel_size=None if roofline_options is None else roofline_options.pipeline_parallel_size,
         )
 
     def argv(self, place: Place) -> list[str]:
         options = self.options
-        extra = refuse(options.extra, at=f"experts.{self.expert}.engine.options", owned=_OWNED)
+        extra = checked_flags(options.extra, at=f"experts.{self.expert}.engine.options", reserved=_RESERVED_FLAGS)
         faults = ["--faults", json.dumps(options.faults)] if options.faults else []
         try:
             parse_rules(options.faults)
             if options.roofline is not None:
-                roofline.RooflineEngine(options.roofline)  # refuses what is not known or does not fit
+                roofline.RooflineEngine(options.roofline)  # raises if it is unknown or does not fit
         except ConfigError as error:
             raise ConfigError(f"experts.{self.expert}.engine.options.{error}", key=self._key) from error
         ranks = ranks_at(place, nodes=self.config.resources.nodes)

@@ -1,7 +1,7 @@
-"""`transformers serve`, started through `serve_transformers.py`, which puts it behind a unix socket.
+"""`transformers serve`, started through `serve_transformers.py`, which makes it listen on a unix socket.
 
-It answers to one name only: the model as it was given, `MODEL` or `MODEL@REVISION`, so the router puts that name into
-the request. Its `/v1/models` lists the hub's cache rather than what it serves.
+It serves one name only, the model as it was given, `MODEL` or `MODEL@REVISION`, so the router puts that name into the
+request. Its `/v1/models` lists the hub's cache and not the models that it serves.
 """
 
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from hpc_router.config.schema import ExpertConfig, TransformersOptions
-from hpc_router.expert.engines.base import INSIDE, Place, flags, interpreter, one_node_only, refuse
+from hpc_router.expert.engines.base import INSIDE, Place, checked_flags, flags, interpreter, one_node_only
 from hpc_router.expert.engines.failure import HUB, OPTION, TORCH, Sign, signs
 from hpc_router.state.job_records import FailureReason
 from hpc_router.state.registry import EngineInfo
@@ -21,7 +21,7 @@ _SIGNS: Final = (
     *OPTION,
     *signs((r"Unsupported (dtype|quantization method|attention implementation)", FailureReason.BAD_OPTION)),
 )
-_OWNED: Final = {
+_RESERVED_FLAGS: Final = {
     "host": "the engine listens on a unix socket",
     "port": "the engine listens on a unix socket",
     "device": "use options.device",
@@ -78,7 +78,7 @@ class TransformersEngine:
 
     def _flags(self) -> list[str]:
         one_node_only(self.expert, self.config)
-        extra = refuse(self.options.extra, at=f"experts.{self.expert}.engine.options", owned=_OWNED)
+        extra = checked_flags(self.options.extra, at=f"experts.{self.expert}.engine.options", reserved=_RESERVED_FLAGS)
         return [self._model, "--device", self.options.device, "--dtype", self.options.dtype, *flags(extra)]
 
     def drain_flags(self, drain_s: int, *, version: str | None) -> list[str]:

@@ -1,8 +1,8 @@
 """vLLM, GPU and CPU builds: `python -m vllm.entrypoints.openai.api_server`.
 
-The module form runs with both builds (the CPU build's console script looks for a package it does not have). Aliases
-make the engine answer to the expert's name and to `auto`, so the client's bytes can go upstream unchanged. Over several
-nodes it is the command `vllm serve`, also as a module: only that knows ranks without a server of their own.
+The module form runs with both builds (the CPU build's console script needs a package that it does not have). Aliases
+let the engine serve the expert's name and `auto`, so the client's bytes can go upstream unchanged. On several nodes it
+is the command `vllm serve`, also as a module: only that supports ranks without a server of their own.
 """
 
 import re
@@ -16,9 +16,10 @@ from hpc_router.config.schema import ExpertConfig, VllmOptions
 from hpc_router.errors import ConfigError
 from hpc_router.expert.engines.base import (
     INSIDE,
+    AdapterEngine,
     Place,
     Ranks,
-    TakesAdapters,
+    checked_flags,
     flag_name,
     flags,
     interpreter,
@@ -27,7 +28,6 @@ from hpc_router.expert.engines.base import (
     own_names,
     rank_flags,
     ranks_at,
-    refuse,
 )
 from hpc_router.expert.engines.failure import HUB, OPTION, PORT, TORCH, Sign, signs
 from hpc_router.state.job_records import FailureReason
@@ -41,9 +41,9 @@ SHUTDOWN_TIMEOUT_SINCE: Final = (0, 18)
 SIGTERM ends running answers at once."""
 _VERSION: Final = re.compile(r"(\d+)\.(\d+)")
 LORA_RANKS: Final = (8, 16, 32, 64, 128, 256, 320, 512)
-"""What `--max-lora-rank` may be."""
+"""Valid values of `--max-lora-rank`."""
 HUB_LORA_RANK: Final = 16
-"""vLLM's default, for adapters that cannot be looked at."""
+"""vLLM's default, for adapters that are not in a local folder."""
 _CHECK: Final = INSIDE / "check_vllm.py"
 _SIGNS: Final = (
     *signs(
@@ -70,7 +70,7 @@ _SIGNS: Final = (
     *signs((r"^  Value error, ", FailureReason.BAD_OPTION)),  # pydantic's, of one of its own configs
     *PORT,
 )
-_OWNED: Final = {
+_RESERVED_FLAGS: Final = {
     "model": "use experts.<name>.model",
     "revision": "use experts.<name>.revision",
     "uds": "the agent chooses the socket",
@@ -88,12 +88,12 @@ _OWNED: Final = {
     "quantization": "use options.quantization",
     "max-model-len": "use options.max_model_len",
     "nnodes": "use experts.<name>.resources.nodes",
-    **dict.fromkeys(("node-rank", "master-addr", "master-port", "headless"), "each node's agent sets it"),
+    **dict.fromkeys(("node-rank", "master-addr", "master-port", "headless"), "the agent of each node sets it"),
 }
 
 
 @dataclass(frozen=True)
-class VllmEngine(TakesAdapters):
+class VllmEngine(AdapterEngine):
     expert: str
     config: ExpertConfig
     options: VllmOptions
@@ -131,7 +131,7 @@ class VllmEngine(TakesAdapters):
 
     def _flags(self, place: Place, ranks: Ranks | None) -> list[str]:
         config, options = self.config, self.options
-        extra = refuse(options.extra, at=f"experts.{self.expert}.engine.options", owned=_OWNED)
+        extra = checked_flags(options.extra, at=f"experts.{self.expert}.engine.options", reserved=_RESERVED_FLAGS)
         set_or_not = {
             "revision": config.revision,
             "quantization": options.quantization,
@@ -167,20 +167,20 @@ class VllmEngine(TakesAdapters):
         ]
 
     def _lora_rank(self) -> int:
-        """The smallest that vLLM has for all adapters, unless the user has chosen one."""
+        """The user's value, else vLLM's smallest value that fits all adapters."""
         ranks = {name: self._rank_of(name, model) for name, model in self.adapters.items()}
         key, chosen = f"experts.{self.expert}.engine.options.max_lora_rank", self.options.max_lora_rank
         limit = LORA_RANKS[-1] if chosen is None else chosen
         for name, rank in ranks.items():
             if rank is not None and rank > limit:
-                said = f"the adapter '{name}' has rank {rank}" + (", more than vLLM takes" if chosen is None else "")
-                raise ConfigError(f"{key}={limit}: {said}", key=key)
+                too_large = ", more than vLLM supports" if chosen is None else ""
+                raise ConfigError(f"{key}={limit}: the adapter '{name}' has rank {rank}{too_large}", key=key)
         least = max(rank or HUB_LORA_RANK for rank in ranks.values())
         return chosen or next(rank for rank in LORA_RANKS if rank >= least)
 
     @staticmethod
     def _rank_of(expert: str, adapter: str) -> int | None:
-        """None for one that is in no folder here."""
+        """The rank of an adapter; None if it is not in a local folder."""
         try:
             return adapter_rank(Path(adapter)) if is_local(adapter) else None
         except ValueError as error:
@@ -196,7 +196,7 @@ class VllmEngine(TakesAdapters):
         }
         ranks = ranks_at(place, nodes=self.config.resources.nodes)
         if ranks is None:
-            environment["VLLM_HOST_IP"] = "127.0.0.1"  # nothing of its inner traffic leaves the node
+            environment["VLLM_HOST_IP"] = "127.0.0.1"  # its internal traffic stays on the node
         else:
             environment["VLLM_HOST_IP"] = ranks.address
             if ranks.interface is not None:
@@ -204,6 +204,6 @@ class VllmEngine(TakesAdapters):
         if self.options.device == "cpu":
             environment["VLLM_CPU_KVCACHE_SPACE"] = str(self.options.kv_cache_gb)
             if self.config.engine.threads is not None:
-                # By default every engine binds itself to the same first cores; unbound, OMP_NUM_THREADS counts.
+                # By default every engine binds itself to the same first cores; unbound, OMP_NUM_THREADS applies.
                 environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
         return environment

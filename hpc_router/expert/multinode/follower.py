@@ -1,9 +1,10 @@
-"""The job body on every node but the first of an engine that spans nodes: it owns this rank's process, obeying rank 0.
+"""The job body on every node but the first of an engine that spans nodes: it runs this rank's process for rank 0.
 
-Rules: no record, no port of its own; rank 0's agent is found in the registry and told this rank's state every half
-beat, and its answers are the orders. An order not heard for `SILENCE_BEATS` ends the engine, for rank 0 has given it
-up as well; not for `GONE_BEATS`, or once rank 0 has left its exit record, and this process ends. A signal ends
-nothing by itself: rank 0 has requests in flight that need this rank, so it is told, and it drains.
+Rules: it has no record and no port. It finds rank 0's agent in the registry and reports this rank's state to it every
+half beat; the responses are the orders. Without an order for `SILENCE_BEATS` the engine is ended, because rank 0 has
+then given this rank up as well; without one for `LEADER_LOST_BEATS`, or once rank 0 has written its exit record, this
+process ends. A signal alone ends nothing, because rank 0 has requests in flight that need this rank: rank 0 is told,
+and it drains.
 """
 
 import asyncio
@@ -20,7 +21,7 @@ from typing import Final
 from hpc_router.config.adapters import adapters_of
 from hpc_router.config.schema import Deployment
 from hpc_router.errors import ConfigError, HpcRouterError, UpstreamError
-from hpc_router.expert.engine_process.command import Commands
+from hpc_router.expert.engine_process.command import EngineCommands
 from hpc_router.expert.engine_process.scratch_dir import expanded, scratch_folder
 from hpc_router.expert.engines import Place, Ranks, build_engine
 from hpc_router.expert.multinode.rank_auth import is_proven, rank_key, report_token
@@ -39,12 +40,12 @@ from hpc_router.state.run_directory import RunDir
 
 logger = logging.getLogger(__name__)
 
-GONE_BEATS: Final = 30
+LEADER_LOST_BEATS: Final = 30
 _MAX_ORDER_BYTES: Final = 64 * 1024
 
 
 class Follower:
-    """`run` lives the whole life; `signalled` may be called at any time, and again."""
+    """`run` is the whole life of this rank; `signalled` can be called at any time, repeatedly."""
 
     def __init__(
         self,
@@ -67,7 +68,7 @@ class Follower:
         log = self._job.engine_log.with_name(f"{replica}.rank{rank}.engine.log")
         self._nodes = config.resources.nodes
         engine = build_engine(expert, config, adapters=adapters_of(deployment.experts, expert))
-        self._commands = Commands(engine, config, deployment.cluster, environment, log)
+        self._commands = EngineCommands(engine, config, deployment.cluster, environment, log)
         self._engine = RankEngine(self._commands.engine, files)
         self._reader = RegistryReader(run.registry)
         self._leader: Record | None = None
@@ -82,21 +83,21 @@ class Follower:
             self._leaving = True
 
     async def run(self) -> Exit:
-        """How it ended. The replica's exit record is rank 0's to write, as long as both live."""
+        """Returns how it ended. Rank 0 writes the replica's exit record as long as both are alive."""
         try:
-            end = await self._live()
+            end = await self._serve()
         except ConfigError as error:
             end = await self._failed(FailureReason.BAD_OPTION, str(error))
         except HpcRouterError as error:
             end = await self._failed(FailureReason.CRASHED, str(error))
-        except Exception as error:  # rank 0 will miss this one, and cannot know why
+        except Exception as error:  # rank 0 only sees that this rank is gone
             logger.exception("rank %d failed", self._rank)
             end = await self._failed(FailureReason.CRASHED, f"{type(error).__name__}: {error}")
         logger.info("exit: %s: %s", end.reason, end.message)
         return end
 
     async def _failed(self, reason: FailureReason, message: str) -> Exit:
-        """Written down at once: rank 0 is ended with this one, and would say no more than that it was asked to."""
+        """Write the exit record at once: rank 0 is ended together with this rank and does not know the cause."""
         end = Exit(ok=False, reason=reason, message=f"rank {self._rank} on {socket.gethostname()}: {message}")
         with suppress(OSError, TimeoutError):
             async with asyncio.timeout(WRITE_TIMEOUT_S):
@@ -104,7 +105,7 @@ class Follower:
                     await self._files.run(partial(self._job.write, end))
         return end
 
-    async def _live(self) -> Exit:
+    async def _serve(self) -> Exit:
         cluster = self._cluster
         limits = UpstreamTimeouts(2 * cluster.beat_s, 2 * cluster.beat_s, 2 * cluster.beat_s)
         self._address = addresses.address(cluster.fabric, kind=cluster.kind)
@@ -116,36 +117,36 @@ class Follower:
 
     async def _follow(self, client: Upstream, place: Place) -> Exit:
         clock, beat_s = asyncio.get_running_loop().time, self._cluster.beat_s
-        heard_at, gone_s = clock(), ASSEMBLE_BEATS * beat_s
+        last_order_at, give_up_s = clock(), ASSEMBLE_BEATS * beat_s
         while True:
-            order = await self._ask(client)
-            silent_s = clock() - heard_at
+            order = await self._request_order(client)
+            silent_s = clock() - last_order_at
             if order is not None:
-                heard_at, gone_s = clock(), GONE_BEATS * beat_s
+                last_order_at, give_up_s = clock(), LEADER_LOST_BEATS * beat_s
                 if order.action is Action.STOP:
-                    return Exit(ok=True, reason=FailureReason.DRAINED, message="rank 0 said stop")
-                self._obey(order, place)
+                    return Exit(ok=True, reason=FailureReason.DRAINED, message="rank 0 ordered it to stop")
+                self._apply(order, place)
             elif (end := await self._exit_record()) is not None:
                 return end
-            elif silent_s >= gone_s:
-                return await self._bereaved(silent_s)
+            elif silent_s >= give_up_s:
+                return await self._leader_lost(silent_s)
             elif silent_s >= SILENCE_BEATS * beat_s:
-                self._engine.end("rank 0 is not heard of")
+                self._engine.end("no order from rank 0")
             await asyncio.sleep(beat_s / 2)
 
-    def _obey(self, order: RankOrder, place: Place) -> None:
+    def _apply(self, order: RankOrder, place: Place) -> None:
         if order.action is Action.WAIT or (self._engine.running and order.attempt != self._engine.attempt):
-            self._engine.end("rank 0 said so")
+            self._engine.end("ordered by rank 0")
         elif order.attempt != self._engine.attempt:
             here = self._address
-            meeting = (order.master_address, order.master_port)
-            ranks = Ranks(self._rank, self._nodes, here, addresses.interface_of(here), *meeting)
+            rendezvous = (order.master_address, order.master_port)
+            ranks = Ranks(self._rank, self._nodes, here, addresses.interface_of(here), *rendezvous)
             self._engine.start(order.attempt, self._commands.at(replace(place, ranks=ranks)))
 
-    async def _ask(self, client: Upstream) -> RankOrder | None:
-        """Rank 0's order; None when it cannot be had. Its record is read anew after every failure."""
+    async def _request_order(self, client: Upstream) -> RankOrder | None:
+        """Rank 0's order; None if there was no valid response. Its record is read again after every failure."""
         if self._leader is None:
-            self._leader = await self._find()
+            self._leader = await self._find_leader()
         leader = self._leader
         if leader is None or leader.nonce is None:
             return None
@@ -160,7 +161,7 @@ class Follower:
                     return None
                 order = RankOrder.from_json(json.loads(await answer.read(_MAX_ORDER_BYTES)))
             if not is_proven(key, report.challenge, order):
-                raise ValueError("a stranger answers in its place")
+                raise ValueError("the order is not signed by rank 0")
         except (UpstreamError, ValueError) as error:
             logger.warning("no answer from rank 0: %s", error)
             return None
@@ -181,7 +182,7 @@ class Follower:
             self._leaving,
         )
 
-    async def _find(self) -> Record | None:
+    async def _find_leader(self) -> Record | None:
         try:
             async with asyncio.timeout(WRITE_TIMEOUT_S):
                 return (await self._files.run(self._reader.snapshot)).get(self._job.replica)
@@ -195,9 +196,9 @@ class Follower:
         except (OSError, TimeoutError):
             return None
 
-    async def _bereaved(self, silent_s: float) -> Exit:
-        """Rank 0 died without a word, so this rank writes down how the replica ended."""
-        said = f"rank 0 has not been heard of for {silent_s:.0f} s by rank {self._rank} on {socket.gethostname()}"
-        end = Exit(ok=False, reason=FailureReason.RANK_LOST, message=said)
+    async def _leader_lost(self, silent_s: float) -> Exit:
+        """Rank 0 is gone without an exit record, so this rank writes one for the replica."""
+        message = f"rank 0 gave no order for {silent_s:.0f} s to rank {self._rank} on {socket.gethostname()}"
+        end = Exit(ok=False, reason=FailureReason.RANK_LOST, message=message)
         self._files.post(partial(self._job.write, end))
         return end

@@ -1,8 +1,8 @@
-"""How the ranks of one engine trust each other: a key of their own, which never travels.
+"""Authentication between the ranks of one engine, by a key of their own that is never sent.
 
-A report carries a token, and a challenge that its answer must prove. Whoever took over rank 0's port learns only the
-token, which nobody else takes, and cannot give orders: these say where an engine connects to, unauthenticated. The key
-is none that the open challenge of `/health` could be asked to use.
+A report carries a token, and a challenge that the response must prove. A process that took over rank 0's port learns
+only the token, which nothing else accepts, and cannot give orders; orders matter, because they say where an engine
+connects to without authentication. The open challenge of `/health` cannot be used to compute with this key.
 """
 
 from typing import Final
@@ -14,19 +14,19 @@ _REPORT: Final = "report"
 
 
 def rank_key(secret: str, nonce: str) -> str:
-    """Of the replica that published `nonce`, in hex."""
+    """The rank key of the replica that published `nonce`, in hex."""
     return replica_key(secret, f"{nonce}:rank")
 
 
 def report_token(key: str) -> str:
-    """What every report carries as its bearer token."""
+    """The bearer token of every report."""
     return challenge_answer(key, _REPORT)
 
 
 def proof(key: str, challenge: str, order: RankOrder) -> str:
-    """What only rank 0 can add to its order."""
-    said = (challenge, order.action.value, order.attempt, order.master_address, order.master_port)
-    return challenge_answer(key, " ".join(map(str, said)))
+    """The proof that rank 0 adds to its order."""
+    signed = (challenge, order.action.value, order.attempt, order.master_address, order.master_port)
+    return challenge_answer(key, " ".join(map(str, signed)))
 
 
 def is_proven(key: str, challenge: str, order: RankOrder) -> bool:

@@ -1,4 +1,4 @@
-"""One rank's part of an engine: at most one process at a time, started and ended without anybody waiting for it."""
+"""One rank's engine process: at most one at a time, started and ended without blocking the caller."""
 
 import asyncio
 import logging
@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 
 class RankEngine:
-    """`attempt` is the one that runs or ran last; `failure` why it ended, when it did so by itself."""
+    """`attempt` is the current or last attempt; `failure` says why it ended, if it ended by itself."""
 
     def __init__(self, engine: Engine, files: FileThread) -> None:
         self._engine = engine
@@ -26,7 +26,7 @@ class RankEngine:
 
     @property
     def running(self) -> bool:
-        """Also while it is being ended."""
+        """True also while the process is being ended."""
         return self._task is not None and not self._task.done()
 
     @property
@@ -38,10 +38,10 @@ class RankEngine:
     def start(self, attempt: int, command: Command) -> None:
         assert not self.running, f"attempt {self.attempt} still runs"
         self.attempt, self.failure = attempt, None
-        self._task = asyncio.create_task(self._live(command), name=f"attempt {attempt}")
+        self._task = asyncio.create_task(self._run(command), name=f"attempt {attempt}")
 
     def end(self, why: str) -> None:
-        """Returns at once; `running` tells when it has ended."""
+        """Begin to end the process; returns at once, and `running` becomes False at its end."""
         if self._task is not None and not self._task.done() and not self._task.cancelling():
             logger.info("ending the engine: %s", why)
             self._task.cancel()
@@ -56,7 +56,7 @@ class RankEngine:
         if self._task is not None:
             await asyncio.gather(self._task, return_exceptions=True)
 
-    async def _live(self, command: Command) -> None:
+    async def _run(self, command: Command) -> None:
         try:
             async with await EngineProcess.start(command, self._files) as process:
                 logger.info("attempt %d: engine started, process %s", self.attempt, process.pid)

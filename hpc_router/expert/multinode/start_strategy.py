@@ -1,7 +1,7 @@
-"""What the supervisor asks before, during and after each start of the engine: with what, whether, and why not.
+"""How the supervisor starts the engine: with which command, whether at all, and why a start failed.
 
-On one node that is always the same command. Of an engine that spans nodes rank 0 leads: `MultiNodeLeader`
-makes each attempt with all ranks, ends it when one is lost, and dismisses them at the end. `RankGroup` decides.
+On one node that is always the same command. For an engine that spans nodes rank 0 leads: `MultiNodeLeader` makes each
+attempt with all ranks, ends it when one is lost, and stops them at the end. `RankGroup` decides.
 """
 
 import asyncio
@@ -16,9 +16,9 @@ from hpc_router.expert.engines import EngineFailure, Ranks
 from hpc_router.expert.multinode.rank_auth import proof
 from hpc_router.expert.multinode.rank_group import (
     ASSEMBLE_BEATS,
-    FAREWELL_BEATS,
     RETURN_BEATS,
     SILENCE_BEATS,
+    STOP_BEATS,
     RankGroup,
 )
 from hpc_router.net.protocol import RankOrder, RankReport
@@ -27,14 +27,14 @@ logger = logging.getLogger(__name__)
 
 
 class StartStrategy(Protocol):
-    async def begin(self) -> Command | EngineFailure:
-        """The next start, or why there can be none."""
+    async def next_command(self) -> Command | EngineFailure:
+        """The command of the next start, or why no start is possible."""
 
-    async def broken(self) -> EngineFailure:
-        """Returns when the engine is worth nothing any more, though its process here may live."""
+    async def wait_broken(self) -> EngineFailure:
+        """Returns when the engine can no longer serve, although its process on this node may be alive."""
 
-    async def over(self, own: EngineFailure) -> EngineFailure:
-        """The start has failed here with `own`; why it did."""
+    async def resolve_failure(self, own: EngineFailure) -> EngineFailure:
+        """The cause of a start that failed on this node with `own`."""
 
 
 @dataclass(slots=True)
@@ -43,18 +43,18 @@ class SingleNode:
 
     command: Command
 
-    async def begin(self) -> Command | EngineFailure:
+    async def next_command(self) -> Command | EngineFailure:
         return self.command
 
-    async def broken(self) -> EngineFailure:
+    async def wait_broken(self) -> EngineFailure:
         return await asyncio.Future[EngineFailure]()
 
-    async def over(self, own: EngineFailure) -> EngineFailure:
+    async def resolve_failure(self, own: EngineFailure) -> EngineFailure:
         return own
 
 
 def free_port(address: str) -> int:
-    """A port that nobody has now; somebody may before the engine binds it."""
+    """A port that is free now; another process may take it before the engine binds it."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as sock:
         sock.bind((address, 0))
@@ -63,8 +63,8 @@ def free_port(address: str) -> int:
 
 @dataclass(slots=True)
 class MultiNodeLeader:
-    """Rank 0's lead of an engine on `nodes` nodes. `key` proves its orders, `command` makes rank 0's own start, `clock`
-    is the event loop's."""
+    """Rank 0 of an engine on `nodes` nodes. `key` authenticates its orders, `command` returns rank 0's own command, and
+    `clock` is the event loop's."""
 
     nodes: int
     key: str
@@ -81,46 +81,46 @@ class MultiNodeLeader:
     def __post_init__(self) -> None:
         self.group = RankGroup(self.nodes, silence_s=SILENCE_BEATS * self.beat_s)
 
-    def hear(self, report: RankReport) -> RankOrder:
-        """Raises ValueError for a rank that cannot be."""
-        order = self.group.heard(report, now=self.clock())
+    def on_report(self, report: RankReport) -> RankOrder:
+        """The order for a rank. Raises ValueError for a rank that the group does not have."""
+        order = self.group.on_report(report, now=self.clock())
         if report.leaving and not self.group.stopping:
-            self.on_drain(f"rank {report.rank} on {report.node} was told to stop")
+            self.on_drain(f"rank {report.rank} on {report.node} received a signal to stop")
         return replace(order, proof=proof(self.key, report.challenge, order))
 
-    async def begin(self) -> Command | EngineFailure:
+    async def next_command(self) -> Command | EngineFailure:
         limit_s = (ASSEMBLE_BEATS if self.group.attempt == 0 else RETURN_BEATS) * self.beat_s
         deadline = self.clock() + limit_s
-        while self.group.absent(now=self.clock()):
+        while self.group.unavailable(now=self.clock()):
             if self.clock() >= deadline:
-                return self.group.missing(now=self.clock(), waited_s=limit_s)
+                return self.group.assembly_failure(now=self.clock(), waited_s=limit_s)
             await self._tick()
         port = self.port(self.address)
         self.group.begin(self.address, port)
         logger.info("attempt %d: %d ranks meet at %s port %d", self.group.attempt, self.nodes, self.address, port)
         return self.command(Ranks(0, self.nodes, self.address, self.interface, self.address, port))
 
-    async def broken(self) -> EngineFailure:
-        while (failure := self.group.trouble(now=self.clock())) is None:
+    async def wait_broken(self) -> EngineFailure:
+        while (failure := self.group.find_failure(now=self.clock())) is None:
             await self._tick()
         self.group.end()
         return failure
 
-    async def over(self, own: EngineFailure) -> EngineFailure:
+    async def resolve_failure(self, own: EngineFailure) -> EngineFailure:
         self.group.end()
         ended_at = self.clock()
-        while (cause := self.group.cause(own, ended_at=ended_at, now=self.clock())) is None:
+        while (find_cause := self.group.find_cause(own, ended_at=ended_at, now=self.clock())) is None:
             await self._tick()
-        return cause
+        return find_cause
 
-    async def dismiss(self) -> EngineFailure | None:
-        """Tell all ranks to stop; returns when they have heard it or are given up, with the loss of one that had gone
-        by then: it may be why we were told to end."""
+    async def stop_ranks(self) -> EngineFailure | None:
+        """Stop all ranks; returns when they have the order or the limit is over. The result is the loss of a rank that
+        was gone before: it can be the reason why this job was ended."""
         self.group.stop()
-        deadline = self.clock() + FAREWELL_BEATS * self.beat_s
-        while not self.group.dismissed(now=self.clock()) and self.clock() < deadline:
+        deadline = self.clock() + STOP_BEATS * self.beat_s
+        while not self.group.all_stopped(now=self.clock()) and self.clock() < deadline:
             await self._tick()
-        return self.group.deserter()
+        return self.group.missing_rank()
 
     async def _tick(self) -> None:
         await self.sleep(self.beat_s / 10)

@@ -11,7 +11,7 @@ from hpc_router.cluster.planning.prerequisites import CHECKS, file_system, run_d
 from hpc_router.config.compose import load_deployment
 from hpc_router.config.schema import ClusterConfig
 from hpc_router.errors import ConfigError
-from hpc_router.expert.engine_process.scratch_dir import MAX_FOLDER_BYTES, path_fault, scratch_folder
+from hpc_router.expert.engine_process.scratch_dir import MAX_FOLDER_BYTES, path_error, scratch_folder
 
 RUNS = Path("runs")
 
@@ -24,8 +24,8 @@ def longest() -> int:
 def test_a_scratch_path_has_room_for_a_socket(tmp_path: Path) -> None:
     """Exactly at the limit; told by `plan`, also for Slurm, whose nodes have the folder."""
     fits = Path("/" + "a" * (longest() - 1))
-    assert path_fault(fits) is None
-    assert path_fault(Path(f"{fits}b")) == f"too long for a socket's path (valid: at most {longest()} bytes, as /tmp)"
+    assert path_error(fits) is None
+    assert path_error(Path(f"{fits}b")) == f"too long for a socket's path (valid: at most {longest()} bytes, as /tmp)"
     for kind in ("local", "slurm", "allocation"):
         [fault] = scratch(ClusterConfig(kind=kind, scratch=f"{fits}b"), RUNS).faults
         assert fault.startswith(f"cluster.scratch={fits}b: too long")

@@ -11,7 +11,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from hpc_router.expert.agent.agent import WANTED_BEATS
+from hpc_router.expert.agent.agent import REMOVAL_CHECK_BEATS
 from hpc_router.net import protocol
 from hpc_router.net.auth import challenge_answer, replica_key
 from hpc_router.state.job_records import Ended, Exit, FailureReason, JobPhase, Stop
@@ -21,7 +21,7 @@ from tests.expert.replicas import REPLICA, chat, deployment, exists, half_a_stre
 from tests.support.waiting import GUARD_S, eventually
 
 
-async def test_a_life_from_its_record_to_its_exit(run: RunDir, scratch: Path) -> None:
+async def test_an_agent_from_its_record_to_its_exit(run: RunDir, scratch: Path) -> None:
     async with replica(run, deployment(scratch)) as agent:
         progress, record = await agent.ready()
         assert (record.kind, record.replica, record.serves) == (RecordKind.EXPERT, REPLICA, {"math": "math"})
@@ -79,7 +79,7 @@ async def test_a_signal_lets_requests_finish(run: RunDir, scratch: Path) -> None
         assert agent.record is None
 
 
-async def test_a_drain_call_does_the_same(run: RunDir, scratch: Path) -> None:
+async def test_a_drain_call_lets_requests_finish(run: RunDir, scratch: Path) -> None:
     async with replica(run, deployment(scratch)) as agent:
         await agent.ready()
         async with agent.session() as session, session.post(protocol.DRAIN) as response:
@@ -87,7 +87,7 @@ async def test_a_drain_call_does_the_same(run: RunDir, scratch: Path) -> None:
         assert await agent.end() == 0
 
 
-async def test_what_does_not_finish_in_time_is_cut_off(run: RunDir, scratch: Path) -> None:
+async def test_requests_that_do_not_finish_in_time_are_aborted(run: RunDir, scratch: Path) -> None:
     configured = deployment(scratch)
     configured.cluster.drain_s = 0.1
     async with replica(run, configured) as agent:
@@ -118,7 +118,7 @@ async def test_a_walltime_warning_to_every_process_of_the_job_cuts_nothing(run: 
         assert (ended.cut, ended.message) == (0, "drained after SIGUSR2")
 
 
-async def test_a_drain_whose_engine_dies_says_how_many_answers_it_cost(run: RunDir, scratch: Path) -> None:
+async def test_a_drain_whose_engine_dies_counts_the_lost_responses(run: RunDir, scratch: Path) -> None:
     """A stream and an answer that had not begun; an engine may have had the job's SIGTERM, too."""
     async with replica(run, deployment(scratch)) as agent:
         progress, _ = await agent.ready()
@@ -159,12 +159,12 @@ PATHS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("options", [{}, {"extra": {}}], ids=["aborts at once", "as the agent starts it"])
+@pytest.mark.parametrize("extra", [{"drain-s": 0}, {}], ids=["aborts at once", "as the agent starts it"])
 async def test_answers_are_broken_off_before_the_engine_is_stopped(
-    run: RunDir, scratch: Path, options: dict[str, Any]
+    run: RunDir, scratch: Path, extra: dict[str, Any]
 ) -> None:
     """An engine that is stopped ends running answers in good form, as vLLM does: none of that gets out."""
-    configured = deployment(scratch, options={"itl_ms": 20.0, **options})
+    configured = deployment(scratch, options={"itl_ms": 20.0, "extra": {"max-tokens-default": 2000, **extra}})
     configured.cluster.drain_s = 0.2
     async with replica(run, configured) as agent:
         await agent.ready()
@@ -207,7 +207,7 @@ async def test_an_engine_that_gets_sigterm_itself_finishes_its_answers(run: RunD
     configured = deployment(scratch, options={"itl_ms": 20.0, "extra": {}})
     async with replica(run, configured) as agent:
         progress, _ = await agent.ready()
-        body = chat(stream=True, max_tokens=50)
+        body = chat(stream=True, max_tokens=50, ignore_eos=True)
         async with agent.session() as session, session.post(protocol.CHAT, json=body) as response:
             await response.content.readuntil(b"\n\n")
             assert progress.engine_pid is not None
@@ -236,7 +236,7 @@ async def test_draining_while_the_engine_loads(run: RunDir, scratch: Path) -> No
     [
         ([signal.SIGUSR2], FailureReason.WALLTIME, "its walltime ended before its engine was ready: raise walltime"),
         ([signal.SIGUSR2, signal.SIGTERM], FailureReason.WALLTIME, "its walltime ended"),
-        ([signal.SIGTERM], FailureReason.CANCELLED, "asked to end from outside before it was ready"),
+        ([signal.SIGTERM], FailureReason.CANCELLED, "ended from outside before it was ready"),
     ],
 )
 async def test_an_end_before_the_engine_was_ever_ready_is_no_success(
@@ -257,7 +257,7 @@ async def test_an_end_before_the_engine_was_ever_ready_is_no_success(
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
-async def test_an_end_that_we_asked_for_is_one_whenever_it_comes(
+async def test_an_end_that_a_verb_requested_is_a_success_at_any_time(
     run: RunDir, scratch: Path, number: signal.Signals
 ) -> None:
     async with replica(run, deployment(scratch, options={"load_s": 1000.0})) as agent:
@@ -270,7 +270,7 @@ async def test_an_end_that_we_asked_for_is_one_whenever_it_comes(
         assert (ended.ok, ended.reason) == (True, FailureReason.DRAINED)
 
 
-async def test_a_drain_call_before_it_is_ready_as_well(run: RunDir, scratch: Path) -> None:
+async def test_a_drain_call_before_the_engine_is_ready_is_a_success(run: RunDir, scratch: Path) -> None:
     async with replica(run, deployment(scratch, options={"load_s": 1000.0})) as agent:
         await agent.reached(JobPhase.LOADING)
         async with agent.session() as session, session.post(protocol.DRAIN) as response:
@@ -281,7 +281,7 @@ async def test_a_drain_call_before_it_is_ready_as_well(run: RunDir, scratch: Pat
 GIVEN_UP = Exit(ok=False, reason=FailureReason.NODE_FAILED, message="Slurm says NODE_FAIL on n1")
 
 
-async def test_one_that_was_given_up_though_it_lives_leaves(run: RunDir, scratch: Path) -> None:
+async def test_an_agent_whose_exit_record_exists_drains(run: RunDir, scratch: Path) -> None:
     """Its node could not be reached, its successor serves; what was said of its end stands."""
     async with replica(run, deployment(scratch)) as agent:
         await agent.ready()
@@ -292,7 +292,7 @@ async def test_one_that_was_given_up_though_it_lives_leaves(run: RunDir, scratch
         assert "drained after its job was given up: Slurm says NODE_FAIL on n1" in agent.log()
 
 
-async def test_one_whose_batch_script_has_ended_leaves(run: RunDir, scratch: Path) -> None:
+async def test_an_agent_whose_batch_script_has_ended_drains(run: RunDir, scratch: Path) -> None:
     async with replica(run, deployment(scratch)) as agent:
         await agent.ready()
         agent.job.write(Ended(status=143, at=1.0))
@@ -303,7 +303,7 @@ async def test_one_whose_batch_script_has_ended_leaves(run: RunDir, scratch: Pat
         assert agent.record is None
 
 
-async def test_one_that_down_could_not_reach_leaves(run: RunDir, scratch: Path) -> None:
+async def test_an_agent_that_down_could_not_reach_drains(run: RunDir, scratch: Path) -> None:
     async with replica(run, deployment(scratch, options={"load_s": 1000.0})) as agent:
         await agent.reached(JobPhase.LOADING)
         run.write_desired({"down": True})
@@ -314,12 +314,12 @@ async def test_one_that_down_could_not_reach_leaves(run: RunDir, scratch: Path) 
         assert agent.record is None
 
 
-async def test_a_wish_that_cannot_be_read_ends_nobody(run: RunDir, scratch: Path) -> None:
+async def test_unreadable_files_end_no_agent(run: RunDir, scratch: Path) -> None:
     async with replica(run, deployment(scratch)) as agent:
         _, record = await agent.ready()
         run.desired.write_text('{"down": tru')
         (agent.job.path / "exit.json").write_text("{")
-        looked = (record.beat or 0) + 3 * WANTED_BEATS
+        looked = (record.beat or 0) + 3 * REMOVAL_CHECK_BEATS
         await eventually(lambda: (now := agent.record) is not None and (now.beat or 0) > looked)
         assert agent.process.returncode is None
         assert (now := agent.record) is not None
@@ -346,7 +346,7 @@ async def test_a_killed_engine_is_started_again(run: RunDir, scratch: Path) -> N
                 assert response.status == 200
 
 
-async def test_a_failure_that_no_restart_cures_gives_the_job_back(run: RunDir, scratch: Path) -> None:
+async def test_a_failure_that_no_restart_cures_ends_the_job(run: RunDir, scratch: Path) -> None:
     options = {"faults": [{"kind": "load_fail", "reason": "weights"}]}
     async with replica(run, deployment(scratch, options=options)) as agent:
         assert await agent.end() == 1
@@ -357,7 +357,7 @@ async def test_a_failure_that_no_restart_cures_gives_the_job_back(run: RunDir, s
         assert agent.record is None
 
 
-async def test_too_many_failures_in_a_row_as_well(run: RunDir, scratch: Path) -> None:
+async def test_too_many_failures_in_a_row_end_the_job(run: RunDir, scratch: Path) -> None:
     options = {"faults": [{"kind": "load_fail", "reason": "out_of_memory"}]}
     async with replica(run, deployment(scratch, options=options, max_restarts=1)) as agent:
         assert await agent.end() == 1

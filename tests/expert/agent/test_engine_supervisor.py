@@ -17,7 +17,7 @@ from hpc_router.config.schema import EngineConfig, ExpertConfig
 from hpc_router.expert.agent import engine_supervisor as supervisor_module
 from hpc_router.expert.agent.engine_relay import ENGINE_LIMITS
 from hpc_router.expert.agent.engine_supervisor import EngineSupervisor
-from hpc_router.expert.agent.restart_policy import Restarts
+from hpc_router.expert.agent.restart_policy import RestartPolicy
 from hpc_router.expert.engine_process.process import Command, EngineProcess
 from hpc_router.expert.engines import EngineFailure, Place, build_engine, engine_environment
 from hpc_router.expert.multinode.start_strategy import SingleNode
@@ -36,7 +36,9 @@ class Steps:
     engine_pid: int | None = None
     ready: asyncio.Event = field(default_factory=asyncio.Event)
 
-    def moved(self, phase: JobPhase, *, failure: EngineFailure | None = None, engine_pid: int | None = None) -> None:
+    def phase_changed(
+        self, phase: JobPhase, *, failure: EngineFailure | None = None, engine_pid: int | None = None
+    ) -> None:
         self.seen.append((phase, failure.reason if failure else None))
         self.engine_pid = engine_pid
         if phase is JobPhase.READY:
@@ -58,11 +60,11 @@ async def supervised(
         yield (
             EngineSupervisor(
                 engine=engine,
-                attempts=SingleNode(Command(engine.argv(place), environment, place, folder / "log")),
+                strategy=SingleNode(Command(engine.argv(place), environment, place, folder / "log")),
                 client=client,
                 files=files,
                 observer=steps,
-                restarts=Restarts(max_restarts),
+                restarts=RestartPolicy(max_restarts),
                 startup_timeout_s=GUARD_S,
                 sleep=steps.sleep,
                 chance=lambda: 0.0,
@@ -147,9 +149,9 @@ class SlowToEnd(SingleNode):
 async def test_the_time_that_an_engine_takes_to_end_is_not_time_in_service(socket_folder: Path) -> None:
     """Else an engine that always fails at once would look as if it had served, and be started again for ever."""
     async with supervised(socket_folder, max_restarts=1) as (supervisor, steps):
-        assert isinstance(supervisor.attempts, SingleNode)
-        slow = SlowToEnd(supervisor.attempts.command)
-        supervisor.attempts, supervisor.clock = slow, lambda: slow.now
+        assert isinstance(supervisor.strategy, SingleNode)
+        slow = SlowToEnd(supervisor.strategy.command)
+        supervisor.strategy, supervisor.clock = slow, lambda: slow.now
         task = asyncio.create_task(supervisor.run())
         for _ in range(2):
             await asyncio.wait_for(steps.ready.wait(), GUARD_S)
@@ -161,8 +163,8 @@ async def test_the_time_that_an_engine_takes_to_end_is_not_time_in_service(socke
 
 
 def _impatient(supervisor: EngineSupervisor) -> None:
-    assert isinstance(supervisor.attempts, SingleNode)
-    supervisor.attempts.command = replace(supervisor.attempts.command, grace_s=0.1)
+    assert isinstance(supervisor.strategy, SingleNode)
+    supervisor.strategy.command = replace(supervisor.strategy.command, grace_s=0.1)
 
 
 @pytest.fixture
@@ -213,7 +215,7 @@ async def test_an_engine_whose_answers_make_progress_does_not_hang(socket_folder
         await asyncio.gather(task, return_exceptions=True)
 
 
-async def test_an_engine_that_dropped_a_request_is_looked_at_at_once(socket_folder: Path) -> None:
+async def test_an_engine_that_dropped_a_request_is_probed_at_once(socket_folder: Path) -> None:
     """Long before the next regular check; a process that lives and answers is not started again."""
     async with supervised(socket_folder) as (supervisor, steps):
         task = asyncio.create_task(supervisor.run())
@@ -226,7 +228,9 @@ async def test_an_engine_that_dropped_a_request_is_looked_at_at_once(socket_fold
         await asyncio.gather(task, return_exceptions=True)
 
 
-async def test_the_log_of_a_talkative_engine_stays_small(socket_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_log_of_an_engine_with_much_output_stays_small(
+    socket_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """And the reason of its end is read from what it said last, whatever has become of its log."""
     monkeypatch.setattr(log_file.LogFile.__init__, "__kwdefaults__", {"limit": 50_000})
     config = ExpertConfig(model="m", engine=EngineConfig(kind="sim"))

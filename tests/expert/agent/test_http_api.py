@@ -1,4 +1,4 @@
-"""The gate in front of a real (simulated) engine: who may pass, what is said when not, and answers byte for byte."""
+"""The agent's HTTP API in front of a real (simulated) engine: access, error responses, and bytes relayed unchanged."""
 
 import asyncio
 import contextlib
@@ -39,7 +39,7 @@ def relay(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
 @dataclass
 class Running:
     engine: SimServer
-    gate: AgentHttpApi
+    http_api: AgentHttpApi
     session: aiohttp.ClientSession
     drains: list[str] = field(default_factory=list)
 
@@ -62,17 +62,17 @@ async def running(
         RELAY.make_client(ENGINE_LIMITS, socket_path=str(uds)) as client,
         aiohttp.ClientSession(f"http://127.0.0.1:{sock.getsockname()[1]}", headers=headers) as session,
     ):
-        gate = AgentHttpApi(
+        http_api = AgentHttpApi(
             "math-0.g1", KEY, capacity, client, ("sim", "auto"), lists, drains.append, state=State.READY
         )
-        async with RELAY.listen(gate.handle, sock, max_body=BODY_LIMIT, express=gate.express):
-            yield Running(engine, gate, session, drains)
+        async with RELAY.listen(http_api.handle, sock, max_body=BODY_LIMIT, express=http_api.express):
+            yield Running(engine, http_api, session, drains)
             await session.close()
-        assert gate.in_flight.count == 0
+        assert http_api.in_flight.count == 0
 
 
 @pytest.mark.parametrize("key", [None, "", "x" * 64, "Ω", KEY + "x"])
-async def test_every_path_but_health_wants_the_key(socket_folder: Path, key: str | None) -> None:
+async def test_every_path_but_health_needs_the_key(socket_folder: Path, key: str | None) -> None:
     async with running(socket_folder, key=key) as at:
         for method, path in [
             ("GET", protocol.MODELS),
@@ -94,11 +94,11 @@ async def test_every_path_but_health_wants_the_key(socket_folder: Path, key: str
 
 async def test_health_answers_the_challenge(socket_folder: Path) -> None:
     async with running(socket_folder, key=None) as at:
-        at.gate.models = ("math", "auto")
+        at.http_api.models = ("math", "auto")
         async with at.session.get(protocol.HEALTH, params={"challenge": "abc"}) as response:
             health = protocol.ProbeResponse.from_json(await response.json())
         assert health == protocol.ProbeResponse("math-0.g1", "ready", 0, ("math", "auto"), challenge_answer(KEY, "abc"))
-        at.gate.failures.note("lease", "OSError: x")
+        at.http_api.failures.note("lease", "OSError: x")
         async with at.session.get(protocol.HEALTH) as response:
             health = protocol.ProbeResponse.from_json(await response.json())
         assert health is not None
@@ -117,12 +117,12 @@ async def test_only_the_api_paths_reach_the_engine(socket_folder: Path, path: st
         assert at.engine.recent.last(1) == []
 
 
-async def test_each_api_is_refused_in_its_own_words_and_served(socket_folder: Path) -> None:
+async def test_each_api_is_served_and_refused_in_its_own_error_shape(socket_folder: Path) -> None:
     body: JsonObject = {"model": "sim", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 3}
     async with running(socket_folder) as at:
         assert (await at.post(protocol.MESSAGES, body))[2]["type"] == "message"
         assert (await at.post(protocol.RESPONSES, {"model": "sim", "input": "hi"}))[2]["object"] == "response"
-        at.gate.state = State.DRAINING
+        at.http_api.state = State.DRAINING
         status, headers, refusal = await at.post(protocol.MESSAGES, body)
         assert (status, headers[protocol.DRAINING_HEADER]) == (503, "1")
         message = "math-0.g1 is draining"
@@ -130,7 +130,7 @@ async def test_each_api_is_refused_in_its_own_words_and_served(socket_folder: Pa
         assert (await at.post(protocol.RESPONSES, {"input": "hi"}))[2]["error"]["type"] == "service_unavailable"
 
 
-async def test_bodies_go_through_unchanged_and_without_the_key(socket_folder: Path) -> None:
+async def test_bodies_are_relayed_unchanged_and_without_the_key(socket_folder: Path) -> None:
     raw = b'{ "model":"sim",\n "messages" :[{"role":"user","content":"\\u03c9"}], "future": [1,  2.50], "max_tokens":3}'
     async with running(socket_folder) as at:
         headers = {"content-type": "application/json", "x-request-id": "r-1", "cookie": "a=b"}
@@ -152,8 +152,8 @@ async def test_a_stream_arrives_as_it_is_made(socket_folder: Path) -> None:
             assert response.content_type == "text/event-stream"
             events = [await response.content.readuntil(b"\n\n") for _ in range(4)]  # the role and three tokens
             assert all(event.startswith(b"data: {") for event in events)
-            assert at.gate.in_flight.count == 1
-        await asyncio.wait_for(at.gate.in_flight.idle(), GUARD_S)
+            assert at.http_api.in_flight.count == 1
+        await asyncio.wait_for(at.http_api.in_flight.idle(), GUARD_S)
 
 
 async def test_models_and_metrics_are_the_engines_own(socket_folder: Path) -> None:
@@ -173,9 +173,9 @@ async def test_an_engine_that_lists_other_models_is_not_asked(socket_folder: Pat
 @pytest.mark.parametrize(
     ("state", "header"), [(State.STARTING, protocol.STARTING_HEADER), (State.DRAINING, protocol.DRAINING_HEADER)]
 )
-async def test_who_is_not_ready_says_so(socket_folder: Path, state: State, header: str) -> None:
+async def test_a_replica_that_is_not_ready_says_its_state(socket_folder: Path, state: State, header: str) -> None:
     async with running(socket_folder) as at:
-        at.gate.state = state
+        at.http_api.state = state
         status, headers, body = await at.post()
         assert (status, body["error"]["code"]) == (503, state.value)
         assert header in headers
@@ -183,34 +183,34 @@ async def test_who_is_not_ready_says_so(socket_folder: Path, state: State, heade
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
-async def test_what_the_engine_still_answers_is_broken_off(socket_folder: Path, stream: bool) -> None:
+async def test_running_requests_are_aborted(socket_folder: Path, stream: bool) -> None:
     """At once and with nothing more of the answer; what comes then is told that the engine is not ready."""
     body = chat(stream=stream, max_tokens=10, sim_fault={"kind": "hang", "at": 4})
     async with running(socket_folder) as at:
         task = asyncio.create_task(at.post(body=body))
         await eventually(lambda: at.engine.counts.faults["hang"] == 1)
-        at.gate.break_off()
+        at.http_api.break_off()
         with pytest.raises(aiohttp.ClientError):
             await task
-        await asyncio.wait_for(at.gate.in_flight.idle(), GUARD_S)
+        await asyncio.wait_for(at.http_api.in_flight.idle(), GUARD_S)
         async with asyncio.timeout(GUARD_S):
             await at.engine.idle()
         status, headers, _ = await at.post()
         assert (status, protocol.STARTING_HEADER in headers) == (503, True)
 
 
-async def test_nothing_is_broken_off_that_has_been_answered(socket_folder: Path) -> None:
+async def test_finished_requests_are_not_aborted(socket_folder: Path) -> None:
     """The connection is kept, and a draining replica stays one."""
     async with running(socket_folder) as at:
         assert (await at.post())[0] == 200
-        at.gate.state = State.DRAINING
-        at.gate.break_off()
-        assert at.gate.state is State.DRAINING
+        at.http_api.state = State.DRAINING
+        at.http_api.break_off()
+        assert at.http_api.state is State.DRAINING
         status, headers, _ = await at.post()
         assert (status, protocol.DRAINING_HEADER in headers) == (503, True)
 
 
-async def test_a_drain_call_is_passed_on(socket_folder: Path) -> None:
+async def test_a_drain_call_reaches_the_agent(socket_folder: Path) -> None:
     async with running(socket_folder) as at:
         status, _, body = await at.post(protocol.DRAIN)
         assert (status, body["state"], at.drains) == (202, "draining", ["a drain call"])
@@ -225,7 +225,7 @@ async def test_far_beyond_the_capacity_requests_are_refused(socket_folder: Path)
         for task in held:
             task.cancel()
         await asyncio.gather(*held, return_exceptions=True)
-        await asyncio.wait_for(at.gate.in_flight.idle(), GUARD_S)
+        await asyncio.wait_for(at.http_api.in_flight.idle(), GUARD_S)
         assert (await at.post())[0] == 200
 
 
@@ -245,7 +245,7 @@ async def test_bodies_are_bounded(socket_folder: Path, size: int, status: int) -
         (chat(max_tokens=10, sim_fault={"kind": "hang", "at": 4}), "generating"),
     ],
 )
-async def test_a_caller_that_leaves_frees_the_engine_at_once(socket_folder: Path, body: JsonObject, phase: str) -> None:
+async def test_a_client_that_leaves_frees_the_engine_at_once(socket_folder: Path, body: JsonObject, phase: str) -> None:
     async with running(socket_folder) as at:
         task = asyncio.create_task(at.session.post(protocol.CHAT, json=body))
         await eventually(lambda: at.engine.counts.faults["hang"] == 1)
@@ -256,18 +256,18 @@ async def test_a_caller_that_leaves_frees_the_engine_at_once(socket_folder: Path
             await task
         async with asyncio.timeout(GUARD_S):
             await at.engine.idle()
-            await at.gate.in_flight.idle()
+            await at.http_api.in_flight.idle()
         assert at.engine.counts.aborted == {phase: 1}
 
 
 @pytest.mark.parametrize("fault", [{"kind": "die", "at": 3}, {"kind": "cut", "at": 3}])
-async def test_an_engine_that_dies_in_the_midst_never_looks_complete(socket_folder: Path, fault: JsonObject) -> None:
+async def test_a_response_of_an_engine_that_dies_never_looks_complete(socket_folder: Path, fault: JsonObject) -> None:
     async with running(socket_folder) as at:
         async with at.session.post(protocol.CHAT, json=faulty(**fault)) as response:
             assert response.status == 200
             with pytest.raises(aiohttp.ClientPayloadError):
                 await response.read()
-        await asyncio.wait_for(at.gate.in_flight.idle(), GUARD_S)
+        await asyncio.wait_for(at.http_api.in_flight.idle(), GUARD_S)
 
 
 async def test_half_a_body_never_looks_complete(socket_folder: Path) -> None:
@@ -275,7 +275,7 @@ async def test_half_a_body_never_looks_complete(socket_folder: Path) -> None:
         async with at.session.post(protocol.CHAT, json=chat(sim_fault={"kind": "partial_body"})) as response:
             with pytest.raises(aiohttp.ClientPayloadError):
                 await response.read()
-        await asyncio.wait_for(at.gate.in_flight.idle(), GUARD_S)
+        await asyncio.wait_for(at.http_api.in_flight.idle(), GUARD_S)
 
 
 @pytest.mark.parametrize("kind", ["die", "reset", "garbage"])
@@ -295,7 +295,7 @@ async def test_a_connection_that_cannot_be_made_means_starting(socket_folder: Pa
     """Nothing was begun: the caller may wait or go elsewhere. A draining replica goes on saying that it drains."""
     async with running(socket_folder) as at:
         await at.post(body=chat(sim_fault={"kind": "die", "at": "headers"}))
-        at.gate.engine_lost.clear()
+        at.http_api.engine_lost.clear()
         for _ in range(2):
             async with at.session.request(
                 method, path, data=json.dumps(chat()) if method == "POST" else None
@@ -305,7 +305,7 @@ async def test_a_connection_that_cannot_be_made_means_starting(socket_folder: Pa
                 assert response.headers["retry-after"] == "5"
         async with at.session.get(protocol.HEALTH) as response:
             assert (await response.json())["state"] == "starting"
-        at.gate.state = State.DRAINING
+        at.http_api.state = State.DRAINING
         async with at.session.get(protocol.HEALTH) as response:
             assert (await response.json())["state"] == "draining"
 
@@ -329,7 +329,7 @@ async def test_another_rank_reports_and_is_answered(socket_folder: Path) -> None
             heard.append(report)
             return protocol.RankOrder(protocol.Action.RUN, 4, "10.0.0.1", 4000, "p")
 
-        at.gate.on_rank = hear
+        at.http_api.on_rank = hear
         status, _, body = await at.post(protocol.RANK, asdict(REPORT))
         assert (status, heard) == (200, [REPORT])
         assert protocol.RankOrder.from_json(body) == protocol.RankOrder(protocol.Action.RUN, 4, "10.0.0.1", 4000, "p")
@@ -347,9 +347,9 @@ async def test_another_rank_reports_and_is_answered(socket_folder: Path) -> None
         asdict(REPORT) | {"state": "x"},
     ],
 )
-async def test_what_is_no_report_is_refused(socket_folder: Path, body: JsonObject | bytes) -> None:
+async def test_an_invalid_report_is_refused(socket_folder: Path, body: JsonObject | bytes) -> None:
     async with running(socket_folder) as at:
-        at.gate.on_rank = lambda _: protocol.RankOrder(protocol.Action.WAIT)
+        at.http_api.on_rank = lambda _: protocol.RankOrder(protocol.Action.WAIT)
         status, _, said = await at.post(protocol.RANK, body)
         assert (status, said["error"]["code"]) == (400, "bad_report")
 
@@ -363,7 +363,7 @@ async def test_an_engine_on_one_node_has_no_other_ranks(socket_folder: Path) -> 
 async def test_reports_have_a_token_of_their_own(socket_folder: Path) -> None:
     """The replica's key opens everything else; whoever reports must not need it."""
     async with running(socket_folder) as at:
-        at.gate.on_rank, at.gate.rank_token = lambda _: protocol.RankOrder(protocol.Action.WAIT), "t" * 64
+        at.http_api.on_rank, at.http_api.rank_token = lambda _: protocol.RankOrder(protocol.Action.WAIT), "t" * 64
         assert (await at.post(protocol.RANK, asdict(REPORT)))[0] == 401
-        at.gate.rank_token = KEY
+        at.http_api.rank_token = KEY
         assert (await at.post(protocol.RANK, asdict(REPORT)))[0] == 200

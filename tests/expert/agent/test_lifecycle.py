@@ -42,5 +42,5 @@ def test_ready_at_is_the_first_time() -> None:
     [(JobPhase.DRAINING, JobPhase.READY), (JobPhase.STARTING, JobPhase.READY), (JobPhase.READY, JobPhase.LOADING)],
 )
 def test_an_unknown_step_names_both_ends(before: JobPhase, after: JobPhase) -> None:
-    with pytest.raises(ValueError, match=f"no way from {before} to {after}"):
+    with pytest.raises(ValueError, match=f"no transition from {before} to {after}"):
         JobLifecycle(phase=before).move(after)

@@ -89,7 +89,7 @@ def guarded(*arguments: str, at: Path, grace_s: float = GUARD_S, folder: Path | 
     os.close(fifo)
 
 
-def test_the_agents_end_takes_the_whole_tree_and_the_folder(tmp_path: Path) -> None:
+def test_the_end_of_the_agent_ends_the_process_tree_and_removes_the_folder(tmp_path: Path) -> None:
     folder = tmp_path / "place"
     folder.mkdir()
     (folder / "engine.sock").touch()
@@ -102,7 +102,7 @@ def test_the_agents_end_takes_the_whole_tree_and_the_folder(tmp_path: Path) -> N
         assert not folder.exists()
 
 
-def test_the_engines_own_end_takes_what_it_left_behind(tmp_path: Path) -> None:
+def test_the_end_of_the_engine_ends_the_processes_that_it_started(tmp_path: Path) -> None:
     with guarded("exit", at=tmp_path, folder=tmp_path) as tree:
         tree.started()
         assert tree.guard.wait(GUARD_S) == 7
@@ -118,7 +118,7 @@ def test_sigterm_reaches_the_engine(tmp_path: Path) -> None:
         assert tree.all_gone()
 
 
-def test_an_engine_deaf_to_sigterm_is_killed_after_the_grace_time(tmp_path: Path) -> None:
+def test_an_engine_that_ignores_sigterm_is_killed_after_the_grace_time(tmp_path: Path) -> None:
     with guarded("deaf", at=tmp_path, grace_s=0.05) as tree:
         tree.started()
         tree.guard.terminate()
@@ -133,7 +133,7 @@ def test_a_killed_engine_is_reported_as_such(tmp_path: Path) -> None:
         assert tree.all_gone()
 
 
-def test_a_killed_guard_takes_the_engine_along(tmp_path: Path) -> None:
+def test_a_killed_guard_ends_the_engine(tmp_path: Path) -> None:
     with guarded("alone", at=tmp_path) as tree:
         tree.started(1)
         tree.guard.kill()

@@ -37,14 +37,14 @@ def owned_folder(parent: Path, name: str, **changes: object) -> Path:
     return folder
 
 
-def test_it_is_private_and_gone_afterwards(scratch: Path, parent: Path) -> None:
+def test_the_folder_is_private_and_removed_at_the_end(scratch: Path, parent: Path) -> None:
     with scratch_folder(scratch) as place:
         for folder in (parent, place.folder, place.temporary, place.cache):
             assert folder.stat().st_mode & 0o777 == 0o700
     assert list(parent.iterdir()) == []
 
 
-def test_leftovers_of_dead_agents_are_swept(scratch: Path, parent: Path) -> None:
+def test_folders_of_dead_agents_are_removed(scratch: Path, parent: Path) -> None:
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     left = owned_folder(parent, "left", pid=dead.pid)
@@ -54,7 +54,7 @@ def test_leftovers_of_dead_agents_are_swept(scratch: Path, parent: Path) -> None
         assert not reused.exists()
 
 
-def test_the_living_and_other_hosts_are_left_alone(scratch: Path, parent: Path) -> None:
+def test_folders_of_live_agents_and_other_hosts_stay(scratch: Path, parent: Path) -> None:
     alive = owned_folder(parent, "alive")
     elsewhere = owned_folder(parent, "elsewhere", host="another", pid=1, start_ticks=1)
     contained = owned_folder(parent, "contained", pid_namespace="pid:[1]", start_ticks=1)
@@ -64,7 +64,7 @@ def test_the_living_and_other_hosts_are_left_alone(scratch: Path, parent: Path) 
         assert all(folder.exists() for folder in (alive, elsewhere, contained, fresh))
 
 
-def test_a_folder_that_was_never_finished_is_swept_in_time(scratch: Path, parent: Path) -> None:
+def test_an_unfinished_folder_is_removed_after_a_time(scratch: Path, parent: Path) -> None:
     parent.mkdir(mode=0o700)
     old = parent / "old"
     old.mkdir()
@@ -94,7 +94,7 @@ def own_place(scratch: Path) -> Path:
     return place.folder
 
 
-def test_a_link_in_its_place_keeps_nobody_away(scratch: Path, parent: Path) -> None:
+def test_a_link_in_place_of_the_parent_does_not_prevent_a_start(scratch: Path, parent: Path) -> None:
     (scratch / "theirs").mkdir(mode=0o755)
     parent.symlink_to(scratch / "theirs")
     assert own_place(scratch) != own_place(scratch)
@@ -102,20 +102,20 @@ def test_a_link_in_its_place_keeps_nobody_away(scratch: Path, parent: Path) -> N
     assert list((scratch / "theirs").iterdir()) == []
 
 
-def test_nor_does_a_link_that_leads_nowhere(scratch: Path, parent: Path) -> None:
+def test_a_dangling_link_does_not_prevent_a_start(scratch: Path, parent: Path) -> None:
     parent.symlink_to(scratch / "nowhere")
     own_place(scratch)
     assert not (scratch / "nowhere").exists()
 
 
-def test_nor_does_a_file(scratch: Path, parent: Path) -> None:
+def test_a_file_in_place_of_the_parent_does_not_prevent_a_start(scratch: Path, parent: Path) -> None:
     parent.write_text("")
     own_place(scratch)
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can give a folder away")
 @pytest.mark.parametrize("mode", [0o700, 0o777])
-def test_nor_does_somebody_elses_folder(scratch: Path, parent: Path, mode: int) -> None:
+def test_a_folder_of_another_user_does_not_prevent_a_start(scratch: Path, parent: Path, mode: int) -> None:
     parent.mkdir()
     parent.chmod(mode)
     os.chown(parent, 12345, 12345)
@@ -125,7 +125,7 @@ def test_nor_does_somebody_elses_folder(scratch: Path, parent: Path, mode: int) 
     assert list(parent.iterdir()) == []
 
 
-def test_a_path_too_long_is_refused_there_as_well(scratch: Path) -> None:
+def test_a_path_that_is_too_long_is_refused_beside_the_parent_too(scratch: Path) -> None:
     long = scratch / ("x" * 30)
     long.mkdir()
     (long / f"hpc-router-{os.getuid()}").write_text("")
@@ -142,7 +142,7 @@ def beside(parent: Path, name: str, **changes: object) -> Path:
     return folder
 
 
-def test_what_dead_agents_left_beside_it_is_swept(scratch: Path, parent: Path) -> None:
+def test_folders_of_dead_agents_beside_the_parent_are_removed(scratch: Path, parent: Path) -> None:
     left = beside(parent, "a0_bcdef", start_ticks=1)
     parent.rmdir()
     parent.symlink_to("nowhere")
@@ -150,7 +150,7 @@ def test_what_dead_agents_left_beside_it_is_swept(scratch: Path, parent: Path) -
     assert not left.exists()
 
 
-def test_nothing_else_beside_it_is(scratch: Path, parent: Path) -> None:
+def test_other_folders_beside_the_parent_stay(scratch: Path, parent: Path) -> None:
     alive = beside(parent, "alive000")
     elsewhere = beside(parent, "elsewher", start_ticks=1, host="another")
     longer = beside(parent, "longer000", start_ticks=1)
@@ -172,7 +172,7 @@ def test_nothing_else_beside_it_is(scratch: Path, parent: Path) -> None:
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can give a folder away")
-def test_nor_what_belongs_to_another_user(scratch: Path, parent: Path) -> None:
+def test_folders_of_another_user_beside_the_parent_stay(scratch: Path, parent: Path) -> None:
     theirs = beside(parent, "theirs00", start_ticks=1)
     os.chown(theirs, 12345, 12345)
     sweep(parent)
@@ -201,7 +201,7 @@ def old_folder(parent: Path, name: str) -> Path:
     return folder
 
 
-def test_what_is_not_ours_alone_is_not_swept(scratch: Path, parent: Path) -> None:
+def test_a_parent_that_others_can_access_is_not_cleaned(scratch: Path, parent: Path) -> None:
     """`down` sweeps a name in a folder that is everybody's: another user may have put a link there."""
     theirs = scratch / "theirs"
     old = old_folder(theirs, "old")
@@ -216,7 +216,7 @@ def test_what_is_not_ours_alone_is_not_swept(scratch: Path, parent: Path) -> Non
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can give a folder away")
-def test_another_users_folders_are_not_swept(scratch: Path, parent: Path) -> None:
+def test_folders_of_another_user_are_not_removed(scratch: Path, parent: Path) -> None:
     parent.mkdir(mode=0o700)
     old = old_folder(parent, "old")
     os.chown(old, 12345, 12345)
@@ -237,7 +237,7 @@ def test_a_link_among_the_folders_is_not_followed(scratch: Path, parent: Path) -
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"pid": "x"}', "[" * 100_000, '{"pid": 1e99, "start_ticks": 1}'])
-def test_an_owner_that_cannot_be_told_is_left_alone(scratch: Path, parent: Path, text: str) -> None:
+def test_a_folder_with_an_unknown_owner_stays(scratch: Path, parent: Path, text: str) -> None:
     folder = owned_folder(parent, "odd")
     described = read_json(folder / "owner.json") or {}
     odd = json.dumps({k: described[k] for k in ("host", "pid_namespace")} | json.loads(text)) if "{" in text else text
@@ -247,7 +247,7 @@ def test_an_owner_that_cannot_be_told_is_left_alone(scratch: Path, parent: Path,
     assert folder.exists()
 
 
-def test_an_owner_that_is_no_file_hangs_nobody(scratch: Path, parent: Path) -> None:
+def test_an_owner_file_that_is_not_a_file_blocks_nothing(scratch: Path, parent: Path) -> None:
     parent.mkdir(mode=0o700)
     pipe, link = old_folder(parent, "pipe"), old_folder(parent, "link")
     os.mkfifo(pipe / "owner.json")

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from hpc_router.config.schema import ClusterConfig, ContainerConfig, EngineConfig, ExpertConfig, ResourceConfig
-from hpc_router.expert.engine_process.command import Commands
+from hpc_router.expert.engine_process.command import EngineCommands
 from hpc_router.expert.engines import Place, build_engine
 from hpc_router.expert.engines.base import INSIDE
-from hpc_router.expert.engines.container import contained
+from hpc_router.expert.engines.container import command_in_container
 
 PLACE = Place(Path("/scratch/x"))
 STAND_IN = """\
@@ -34,12 +34,12 @@ def expert(model: str = "org/model", *, gpus: int = 0, **engine: Any) -> ExpertC
 
 
 def test_without_an_image_nothing_changes() -> None:
-    assert contained(["python", "x"], ContainerConfig(), PLACE, expert(), models=()) == ["python", "x"]
+    assert command_in_container(["python", "x"], ContainerConfig(), PLACE, expert(), models=()) == ["python", "x"]
 
 
 def test_the_simulated_engine_is_ours_and_stays_outside() -> None:
     container = ContainerConfig(image="vllm.sif")
-    assert contained(["python", "x"], container, PLACE, expert(kind="sim"), models=()) == ["python", "x"]
+    assert command_in_container(["python", "x"], container, PLACE, expert(kind="sim"), models=()) == ["python", "x"]
 
 
 def test_an_image_is_given_the_folders_that_both_sides_use(tmp_path: Path) -> None:
@@ -48,7 +48,7 @@ def test_an_image_is_given_the_folders_that_both_sides_use(tmp_path: Path) -> No
     (tmp_path / "a").mkdir()
     models = (str(tmp_path), str(tmp_path / "a"), str(tmp_path / "a"), "org/adapter")
     argv = ["/venv/bin/python", "-m", "vllm"]
-    assert contained(argv, container, PLACE, expert(str(tmp_path), gpus=2), models=models) == [
+    assert command_in_container(argv, container, PLACE, expert(str(tmp_path), gpus=2), models=models) == [
         *("apptainer", "exec", "--nv", "--bind", "/scratch/x", "--bind", f"{INSIDE}:{INSIDE}:ro"),
         *("--bind", f"{tmp_path}:{tmp_path}:ro", "--bind", f"{tmp_path}/a:{tmp_path}/a:ro"),
         *("--bind", "/data:/data:ro", "--cleanenv", "vllm.sif"),
@@ -59,14 +59,16 @@ def test_an_image_is_given_the_folders_that_both_sides_use(tmp_path: Path) -> No
 @pytest.mark.parametrize(("gpus", "options", "given"), [(0, [], 0), (1, ["--nv"], 1), (1, ["--rocm"], 0), (1, [], 1)])
 def test_gpus_are_passed_through_once(gpus: int, options: list[str], given: int) -> None:
     container = ContainerConfig(image="vllm.sif", options=options, program="singularity")
-    words = contained(["python"], container, PLACE, expert(gpus=gpus), models=())
+    words = command_in_container(["python"], container, PLACE, expert(gpus=gpus), models=())
     assert words[0] == "singularity"
     assert words.count("--nv") == given
 
 
 def test_the_interpreter_named_by_the_expert_is_the_images() -> None:
     container = ContainerConfig(image="vllm.sif")
-    assert contained(["/opt/python", "-m"], container, PLACE, expert(python="/opt/python"), models=())[-2:] == [
+    assert command_in_container(["/opt/python", "-m"], container, PLACE, expert(python="/opt/python"), models=())[
+        -2:
+    ] == [
         "/opt/python",
         "-m",
     ]
@@ -79,7 +81,7 @@ async def test_version_and_engine_go_through_the_container(tmp_path: Path) -> No
     cluster = ClusterConfig(container=ContainerConfig(image="image.sif", program=str(program)))
     config = expert()
     engine = build_engine("math", config)
-    commands = Commands(engine, config, cluster, os.environ, tmp_path / "log")
+    commands = EngineCommands(engine, config, cluster, os.environ, tmp_path / "log")
     place = Place(tmp_path)
     place.temporary.mkdir()
     assert await commands.version(place) is None  # the stand-in's interpreter has no vLLM
@@ -95,5 +97,5 @@ def test_the_stand_in_runs_what_it_is_given(tmp_path: Path) -> None:
     program.write_text(STAND_IN.format(python=sys.executable, log=str(tmp_path / "words"), image="i"))
     program.chmod(0o700)
     image = ContainerConfig(image="i", program=str(program))
-    words = contained(["python", "-c", "print(7)"], image, PLACE, expert(), models=())
+    words = command_in_container(["python", "-c", "print(7)"], image, PLACE, expert(), models=())
     assert subprocess.run(words, check=True, capture_output=True, text=True).stdout == "7\n", shlex.join(words)

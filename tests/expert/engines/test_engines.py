@@ -11,7 +11,7 @@ import pytest
 
 from hpc_router.config.schema import ClusterConfig, EngineConfig, EngineKind, ExpertConfig, ResourceConfig
 from hpc_router.errors import ConfigError
-from hpc_router.expert.engine_process.command import Commands
+from hpc_router.expert.engine_process.command import EngineCommands
 from hpc_router.expert.engines import Engine, Place, Ranks, build_engine, engine_environment, version_command
 from hpc_router.expert.engines.base import flags
 from hpc_router.state.registry import EngineInfo
@@ -73,7 +73,7 @@ def test_the_simulated_engine_may_finish_them_too() -> None:
 def test_an_engine_gets_more_time_than_the_agent_drains(tmp_path: Path) -> None:
     """So that the agent breaks off what is left. Only the first of several ranks serves."""
     engine, config = engine_of("vllm", nodes=2)
-    commands = Commands(engine, config, ClusterConfig(drain_s=30.5), {}, tmp_path / "log")
+    commands = EngineCommands(engine, config, ClusterConfig(drain_s=30.5), {}, tmp_path / "log")
     first, other = (replace(PLACE, ranks=Ranks(rank, 2)) for rank in (0, 1))
     assert word_after(list(commands.at(first, version="0.32.0").argv), "--shutdown-timeout") == "41"
     assert "--shutdown-timeout" not in commands.at(first).argv
@@ -138,7 +138,9 @@ def test_the_rank_is_one_that_vllm_has(tmp_path: Path, ranks: list[int], chosen:
 
 def test_a_rank_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     adapters = {"math": adapter(tmp_path, 1024)}
-    with pytest.raises(ConfigError, match="max_lora_rank=512: the adapter 'math' has rank 1024, more than vLLM takes"):
+    with pytest.raises(
+        ConfigError, match="max_lora_rank=512: the adapter 'math' has rank 1024, more than vLLM supports"
+    ):
         with_adapters("vllm", adapters)
     with pytest.raises(ConfigError, match=r"max_lora_rank=8: the adapter 'math' has rank 1024$") as caught:
         with_adapters("vllm", adapters, max_lora_rank=8)
@@ -301,7 +303,7 @@ def test_a_hub_model_keeps_proxies() -> None:
     ("model", "offline", "asks"),
     [("local", None, False), ("hub", None, True), ("hub", True, False), ("local", False, True)],
 )
-def test_offline_is_the_clusters_to_say(tmp_path: Path, model: str, offline: bool | None, asks: bool) -> None:
+def test_the_cluster_decides_about_offline(tmp_path: Path, model: str, offline: bool | None, asks: bool) -> None:
     engine, config = engine_of("transformers", model=str(tmp_path) if model == "local" else "org/model")
     cluster = ClusterConfig(offline=offline)
     environment = engine_environment(engine, config, PLACE, inherited={"https_proxy": "http://p"}, cluster=cluster)

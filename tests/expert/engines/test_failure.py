@@ -74,7 +74,7 @@ def engine_of(kind: EngineKind) -> Engine:
 
 
 @pytest.mark.parametrize(("reason", "line"), VLLM)
-def test_vllms_last_words(reason: FailureReason, line: str) -> None:
+def test_reasons_in_the_log_of_vllm(reason: FailureReason, line: str) -> None:
     signs = engine_of("vllm").signs
     assert classify(1, ["INFO starting", line, *AFTER], signs) == EngineFailure(reason, line.strip())
     if not line.startswith("  "):  # those come from the server's own process
@@ -90,7 +90,7 @@ def test_an_adapter_without_weights_is_told_by_its_folder() -> None:
 
 
 @pytest.mark.parametrize(("reason", "line"), TRANSFORMERS)
-def test_the_last_words_of_transformers(reason: FailureReason, line: str) -> None:
+def test_reasons_in_the_log_of_transformers(reason: FailureReason, line: str) -> None:
     tail = ["INFO starting", line, "╰──────────────────────────────────────╯"]
     assert classify(1, tail, engine_of("transformers").signs) == EngineFailure(reason, line.strip("│ "))
 
@@ -101,7 +101,7 @@ def test_an_interpreter_without_the_engine(kind: EngineKind, line: str) -> None:
     assert classify(1, ["Traceback", line], engine_of(kind).signs) == EngineFailure(FailureReason.INTERPRETER, line)
 
 
-def test_an_import_that_was_survived_means_nothing() -> None:
+def test_a_failed_import_that_was_handled_has_no_meaning() -> None:
     failure = classify(
         1, ["ModuleNotFoundError: No module named 'optional'", "ValueError: why"], engine_of("vllm").signs
     )
@@ -129,13 +129,13 @@ def test_an_import_that_was_survived_means_nothing() -> None:
         (1, ["x" * 10_000], FailureReason.CRASHED, "ended with exit status 1; last line: " + "x" * MESSAGE_LENGTH),
     ],
 )
-def test_without_a_sign_the_exit_status_tells(
+def test_without_a_known_log_line_the_exit_status_decides(
     status: int, tail: list[str], reason: FailureReason, message: str
 ) -> None:
     assert classify(status, tail, engine_of("sim").signs) == EngineFailure(reason, message)
 
 
-def test_an_exception_that_was_survived_is_not_the_cause_of_a_later_end() -> None:
+def test_a_handled_exception_is_not_the_cause_of_a_later_end() -> None:
     old = ["Traceback (most recent call last):", '  File "x.py", line 1', "ValueError: a bad request"]
     after = [f"INFO: request {number} served" for number in range(LAST_LINES)]
     signs = engine_of("vllm").signs

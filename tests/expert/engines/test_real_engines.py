@@ -1,4 +1,4 @@
-"""The agent with real engines and a tiny model: up, answering, told to go, gone. The same steps for each."""
+"""The agent with real engines and a tiny model, from start to drain. The same steps for each engine."""
 
 import subprocess
 from pathlib import Path
@@ -40,7 +40,7 @@ def make_model(kind: str, folder: Path) -> Path:
         pytest.param("vllm", CPU | {"max_model_len": 512}, marks=[pytest.mark.vllm, pytest.mark.long]),
     ],
 )
-async def test_a_whole_life(
+async def test_a_real_engine_from_start_to_end(
     kind: EngineKind, options: dict[str, Any], run: RunDir, scratch: Path, tmp_path: Path
 ) -> None:
     expert = expert_of(kind, options, model=make_model(kind, tmp_path / "tiny"))

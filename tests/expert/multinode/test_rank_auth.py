@@ -24,7 +24,7 @@ def test_an_order_is_proven_to_the_rank_that_asked() -> None:
 @pytest.mark.parametrize(
     "change", [{"action": Action.STOP}, {"attempt": 4}, {"master_address": "10.0.0.2"}, {"master_port": 4001}]
 )
-def test_no_word_of_it_can_be_changed(change: dict[str, Any]) -> None:
+def test_no_field_of_an_order_can_be_changed(change: dict[str, Any]) -> None:
     assert not is_proven(KEY, "c", replace(PROVEN, **change))
 
 

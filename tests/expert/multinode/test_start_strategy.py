@@ -1,4 +1,4 @@
-"""Rank 0's lead, with a clock that its own sleeping moves."""
+"""Rank 0 as the leader of the others, with a clock that its own sleeps move."""
 
 import asyncio
 import socket
@@ -11,8 +11,8 @@ import pytest
 from hpc_router.config.schema import ClusterConfig, EngineConfig, ExpertConfig, ResourceConfig
 from hpc_router.expert.agent.engine_relay import ENGINE_LIMITS
 from hpc_router.expert.agent.engine_supervisor import EngineSupervisor
-from hpc_router.expert.agent.restart_policy import Restarts
-from hpc_router.expert.engine_process.command import Commands
+from hpc_router.expert.agent.restart_policy import RestartPolicy
+from hpc_router.expert.engine_process.command import EngineCommands
 from hpc_router.expert.engine_process.process import Command
 from hpc_router.expert.engines import EngineFailure, Place, Ranks, build_engine
 from hpc_router.expert.multinode.rank_engine import RankEngine
@@ -68,14 +68,14 @@ def report(state: RankState = RankState.IDLE, *, attempt: int = 0, leaving: bool
 async def test_each_attempt_has_a_port_of_its_own() -> None:
     time = Time()
     lead = leading(time)
-    time.then = {1.0: lambda: lead.hear(report()), 50.0: lambda: lead.hear(report(attempt=1))}
-    first = await lead.begin()
+    time.then = {1.0: lambda: lead.on_report(report()), 50.0: lambda: lead.on_report(report(attempt=1))}
+    first = await lead.next_command()
     assert isinstance(first, Command)
     assert first.place.ranks == Ranks(0, 2, "127.0.0.1", "lo", "127.0.0.1", 4000)
-    assert lead.hear(report()).action is Action.RUN
+    assert lead.on_report(report()).action is Action.RUN
     lead.group.end()
     time.now = 48.0
-    second = await lead.begin()
+    second = await lead.next_command()
     assert isinstance(second, Command)
     assert second.argv == ["4001"]
 
@@ -83,39 +83,41 @@ async def test_each_attempt_has_a_port_of_its_own() -> None:
 async def test_the_first_attempt_waits_two_minutes_a_later_one_half_of_one() -> None:
     time = Time()
     lead = leading(time)
-    assert await lead.begin() == EngineFailure(FailureReason.RANK_LOST, "rank 1 did not report in within 120 s")
+    assert await lead.next_command() == EngineFailure(FailureReason.RANK_LOST, "rank 1 did not report in within 120 s")
     assert time.now == pytest.approx(120.0, abs=0.3)
-    lead.hear(report())
-    assert isinstance(await lead.begin(), Command)
+    lead.on_report(report())
+    assert isinstance(await lead.next_command(), Command)
     time.now += 1000.0
-    assert await lead.begin() == EngineFailure(FailureReason.RANK_LOST, "rank 1 on n2 did not report in within 30 s")
+    assert await lead.next_command() == EngineFailure(
+        FailureReason.RANK_LOST, "rank 1 on n2 did not report in within 30 s"
+    )
 
 
-async def test_a_lost_rank_breaks_the_attempt_ten_seconds_after_its_last_word() -> None:
+async def test_a_lost_rank_breaks_the_attempt_ten_seconds_after_its_last_report() -> None:
     time = Time()
     lead = leading(time)
-    lead.hear(report())
-    await lead.begin()
-    time.then = {8.0: lambda: lead.hear(report(RankState.RUNNING, attempt=1))}
-    failure = await lead.broken()
+    lead.on_report(report())
+    await lead.next_command()
+    time.then = {8.0: lambda: lead.on_report(report(RankState.RUNNING, attempt=1))}
+    failure = await lead.wait_broken()
     assert failure.reason is FailureReason.RANK_LOST
     assert time.now == pytest.approx(18.0, abs=0.5)
-    assert lead.hear(report(RankState.RUNNING, attempt=1)).action is Action.WAIT
+    assert lead.on_report(report(RankState.RUNNING, attempt=1)).action is Action.WAIT
 
 
 async def test_a_rank_that_was_told_to_stop_drains_them_all() -> None:
     drains: list[str] = []
     lead = leading(Time(), drains)
-    lead.hear(report(leaving=True))
-    assert drains == ["rank 1 on n2 was told to stop"]
+    lead.on_report(report(leaving=True))
+    assert drains == ["rank 1 on n2 received a signal to stop"]
 
 
-async def test_nobody_waits_long_for_the_dismissal_of_the_dead() -> None:
+async def test_stopping_does_not_wait_long_for_dead_ranks() -> None:
     time = Time()
     lead = leading(time)
-    lead.hear(report())
-    assert await lead.dismiss() == EngineFailure(
-        FailureReason.RANK_LOST, "rank 1 on n2 had gone before it was told to stop"
+    lead.on_report(report())
+    assert await lead.stop_ranks() == EngineFailure(
+        FailureReason.RANK_LOST, "rank 1 on n2 was lost before it got the order to stop"
     )
     assert time.now == pytest.approx(4.0, abs=0.3)
 
@@ -125,18 +127,20 @@ class Steps:
     seen: list[tuple[JobPhase, FailureReason | None]] = field(default_factory=list)
     ready: asyncio.Event = field(default_factory=asyncio.Event)
 
-    def moved(self, phase: JobPhase, *, failure: EngineFailure | None = None, engine_pid: int | None = None) -> None:
+    def phase_changed(
+        self, phase: JobPhase, *, failure: EngineFailure | None = None, engine_pid: int | None = None
+    ) -> None:
         self.seen.append((phase, failure.reason if failure else None))
         if phase is JobPhase.READY:
             self.ready.set()
 
 
-async def test_a_port_that_somebody_took_meanwhile_costs_one_attempt(socket_folder: Path) -> None:
+async def test_a_port_that_was_taken_costs_one_attempt(socket_folder: Path) -> None:
     """Two real simulated ranks; the port that rank 0 chose is bound by a stranger before its engine gets there."""
     expert = ExpertConfig(model="m", engine=EngineConfig(kind="sim"), resources=ResourceConfig(nodes=2))
     cluster = ClusterConfig(scratch=str(socket_folder))
     engine, files, steps = build_engine("math", expert), FileThread("t"), Steps()
-    commands = Commands(engine, expert, cluster, {}, socket_folder / "log")
+    commands = EngineCommands(engine, expert, cluster, {}, socket_folder / "log")
     places = [Place(socket_folder / str(rank)) for rank in range(2)]
     for place in places:
         place.temporary.mkdir(parents=True)
@@ -157,7 +161,7 @@ async def test_a_port_that_somebody_took_meanwhile_costs_one_attempt(socket_fold
 
         async def follow(other: RankEngine) -> None:
             while True:
-                order = lead.hear(RankReport(1, "a", "c", "n2", other.attempt, other.state))
+                order = lead.on_report(RankReport(1, "a", "c", "n2", other.attempt, other.state))
                 if order.action is Action.WAIT:
                     other.end("told to wait")
                 elif order.attempt != other.attempt:
@@ -170,7 +174,7 @@ async def test_a_port_that_somebody_took_meanwhile_costs_one_attempt(socket_fold
             RankEngine(engine, files) as other,
         ):
             supervisor = EngineSupervisor(
-                engine, lead, client, files, steps, Restarts(1), startup_timeout_s=GUARD_S, chance=lambda: 1.0
+                engine, lead, client, files, steps, RestartPolicy(1), startup_timeout_s=GUARD_S, chance=lambda: 1.0
             )
             tasks = [asyncio.create_task(supervisor.run()), asyncio.create_task(follow(other))]
             await asyncio.wait_for(steps.ready.wait(), GUARD_S)

@@ -113,7 +113,7 @@ async def test_what_runs_on_an_engine_that_somebody_else_stops_fails(tmp_path: P
     run = a_run(tmp_path)
     body = asked(path) | {"max_tokens": 100_000}
     async with (
-        sim_replica(run, "math-0.g1", replace(INSTANT, itl_s=0.01)) as engine,
+        sim_replica(run, "math-0.g1", replace(INSTANT, itl_s=0.01, max_tokens_default=100_000)) as engine,
         a_router(run, a_deployment("math")) as router,
         session() as made,
     ):

@@ -1,7 +1,7 @@
 """A client that leaves, in every phase: the engine's work ends at once, and nothing is counted any more.
 
-Router, an agent's gate and the simulated engine, each over real sockets. That the engine itself noticed is read off its
-own counts, which say how far the request had come.
+Router, an agent's HTTP API and the simulated engine, each over real sockets. The engine's own counters show that it
+noticed, and how far the request had come.
 """
 
 import asyncio
@@ -43,7 +43,7 @@ def relay(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Re
 @dataclass
 class Chain:
     router: RunningRouter
-    gate: AgentHttpApi
+    http_api: AgentHttpApi
     engine: SimServer
 
     @asynccontextmanager
@@ -55,6 +55,7 @@ class Chain:
                 "messages": [{"role": "user", "content": "2+2?"}],
                 "stream": stream,
                 "max_tokens": tokens,
+                "ignore_eos": True,
             }
         ).encode()
         url = URL(self.router.url)
@@ -72,7 +73,7 @@ class Chain:
     async def at_rest(self) -> None:
         counts = self.engine.counts
         async with asyncio.timeout(LEAVES_S):
-            await eventually(lambda: not counts.running and not counts.waiting and not self.gate.in_flight.count)
+            await eventually(lambda: not counts.running and not counts.waiting and not self.http_api.in_flight.count)
             await eventually(lambda: all_gauges_zero(self.router))
 
 
@@ -84,19 +85,19 @@ async def a_chain(folder: Path, relay: Relay, config: SimConfig) -> AsyncIterato
         SimServer(config, uds=uds) as engine,
         relay.make_client(ENGINE_LIMITS, socket_path=str(uds)) as client,
     ):
-        gate = AgentHttpApi("math-0.g1", key, 8, client, ("math",), True, lambda why: None, state=State.READY)
-        gate.models = ("math",)
+        http_api = AgentHttpApi("math-0.g1", key, 8, client, ("math",), True, lambda why: None, state=State.READY)
+        http_api.models = ("math",)
         record = Record(
             RecordKind.EXPERT, "math-0.g1", f"http://127.0.0.1:{sock.getsockname()[1]}", State.READY, {"math": "math"},
             nonce=nonce, engine=EngineInfo(kind="sim"),
         )  # fmt: skip
         registry.publish(run.registry, record)
         async with (
-            relay.listen(gate.handle, sock, max_body=2**20, express=gate.express),
+            relay.listen(http_api.handle, sock, max_body=2**20, express=http_api.express),
             a_router(run, a_deployment("math")) as router,
         ):
             await ready(router)
-            yield Chain(router, gate, engine)
+            yield Chain(router, http_api, engine)
 
 
 def sim(*, ttft_s: float = 0.0, itl_s: float = 0.0, capacity: int | None = None) -> SimConfig:

@@ -1,4 +1,4 @@
-"""Whether vLLM's own parser takes these flags: exit status 0, or 2 and its message. Loads no model."""
+"""Checks flags with vLLM's own parser: exit status 0, or 2 and its message. Loads no model."""
 
 from typing import Any
 

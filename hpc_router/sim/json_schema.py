@@ -1,0 +1,241 @@
+"""A value that a JSON schema accepts: deterministic, small, and complete.
+
+Covers what pydantic, zod and hand-written schemas use: types, enums, bounds, formats, `$ref`, `anyOf`, `allOf`. A
+keyword that restricts the value and is not covered is an error, because vLLM would follow it. Knows neither requests
+nor tokens.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Final
+
+_STRING: Final = "simulated"
+_FORMATS: Final[Mapping[str, str]] = {
+    "date": "2026-01-01",
+    "date-time": "2026-01-01T00:00:00Z",
+    "duration": "P1D",
+    "email": "simulated@example.org",
+    "hostname": "example.org",
+    "ipv4": "192.0.2.1",
+    "ipv6": "2001:db8::1",
+    "json-pointer": "/simulated",
+    "relative-json-pointer": "0",
+    "time": "00:00:00Z",
+    "uri": "https://example.org/",
+    "uri-reference": "https://example.org/",
+    "uri-template": "https://example.org/",
+    "uuid": "00000000-0000-4000-8000-000000000000",
+}
+"""vLLM's list of formats: STRING_SUPPORTED_FORMATS in vllm/v1/structured_output/backend_xgrammar.py."""
+_UNSUPPORTED: Final = ("not", "pattern", "patternProperties", "propertyNames", "contains", "if", "dependentRequired")
+_TYPES: Final = ("object", "array", "string", "integer", "number", "boolean", "null")
+_KEYWORD_TYPES: Final = {
+    "properties": "object",
+    "required": "object",
+    "additionalProperties": "object",
+    "items": "array",
+    "prefixItems": "array",
+    "minItems": "array",
+    "minimum": "number",
+    "maximum": "number",
+}
+"""The type that a schema without `type` means by its keywords."""
+
+
+class SchemaError(ValueError):
+    """The schema cannot be followed: it is wrong, or it uses a keyword that is not supported."""
+
+
+class _EndlessError(SchemaError):
+    """The schema refers to itself at a place where a value is required."""
+
+
+def example(schema: object) -> object:
+    """Raises SchemaError."""
+    return _Examples(schema).value(schema)
+
+
+class _Examples:
+    """One walk through a schema; `_open` are the references that are being followed."""
+
+    def __init__(self, root: object) -> None:
+        self._root = root
+        self._open: list[str] = []
+
+    def value(self, schema: object) -> object:
+        if not isinstance(schema, dict):
+            return _STRING  # `true` accepts anything
+        for keyword in _UNSUPPORTED:
+            if keyword in schema:
+                raise SchemaError(f"the simulated engine cannot follow the keyword '{keyword}' of a JSON schema")
+        if "const" in schema:
+            return schema["const"]
+        if "enum" in schema:
+            return self._distinct(schema, index=0)
+        if "allOf" in schema:
+            return self.value(self._merged(schema))
+        if isinstance(reference := schema.get("$ref"), str):
+            return self._referenced(reference)
+        for keyword in ("anyOf", "oneOf"):
+            if keyword in schema:
+                return self._any_of(schema[keyword], keyword)
+        return self._typed(schema)
+
+    def _referenced(self, reference: str) -> object:
+        if reference in self._open:
+            raise _EndlessError(f"the JSON schema '{reference}' refers to itself without an end")
+        self._open.append(reference)
+        try:
+            return self.value(self._target(reference))
+        finally:
+            self._open.pop()
+
+    def _target(self, reference: str) -> object:
+        """The schema at a JSON pointer into the root (RFC 6901)."""
+        found = self._root
+        path, _, pointer = reference.partition("#")
+        for part in pointer.split("/")[1:]:
+            key = part.replace("~1", "/").replace("~0", "~")
+            found = found.get(key) if isinstance(found, dict) else None
+        if path or found is None:
+            raise SchemaError(f"the JSON schema has no '{reference}'")
+        return found
+
+    def _merged(self, schema: Mapping[str, object]) -> dict[str, object]:
+        """`schema` and the schemas of its `allOf` as one; properties and required names are united."""
+        merged: dict[str, object] = {}
+        alternatives = schema["allOf"]
+        rest = {key: value for key, value in schema.items() if key != "allOf"}
+        for part in (*(alternatives if isinstance(alternatives, list) else ()), rest):
+            while isinstance(part, dict) and isinstance(part.get("$ref"), str):
+                part = {**_mapping(self._target(part["$ref"])), **{k: v for k, v in part.items() if k != "$ref"}}
+            for key, value in _mapping(part).items():
+                before = merged.get(key)
+                if isinstance(before, dict) and isinstance(value, dict):
+                    merged[key] = before | value
+                elif key == "required" and isinstance(before, list) and isinstance(value, list):
+                    merged[key] = before + value
+                else:
+                    merged[key] = value
+        return merged
+
+    def _any_of(self, alternatives: object, keyword: str) -> object:
+        """The first alternative that is not null and has an end; null where it is the only one."""
+        if not isinstance(alternatives, list) or not alternatives:
+            raise SchemaError(f"'{keyword}' of a JSON schema must be a list that is not empty")
+        failure: SchemaError | None = None
+        for alternative in sorted(alternatives, key=lambda one: isinstance(one, dict) and one.get("type") == "null"):
+            try:
+                return self.value(alternative)
+            except SchemaError as error:
+                failure = failure or error
+        assert failure is not None
+        raise failure
+
+    def _typed(self, schema: Mapping[str, object]) -> object:
+        match _type(schema):
+            case "object":
+                return self._object(schema)
+            case "array":
+                return self._array(schema)
+            case "string":
+                return _string(schema)
+            case "integer" | "number" as kind:
+                return _number(schema, whole=kind == "integer")
+            case "boolean":
+                return True
+            case "null":
+                return None
+            case _:
+                return _STRING
+
+    def _object(self, schema: Mapping[str, object]) -> dict[str, object]:
+        properties, required = _mapping(schema.get("properties")), schema.get("required")
+        names = [str(name) for name in required] if isinstance(required, list) else []
+        made: dict[str, object] = {}
+        for name, field in properties.items():
+            try:
+                made[name] = self.value(field)
+            except _EndlessError:
+                if name in names:
+                    raise
+        for name in names:
+            if name not in made:
+                made[name] = self.value(schema.get("additionalProperties"))
+        return made
+
+    def _array(self, schema: Mapping[str, object]) -> list[object]:
+        first, items = schema.get("prefixItems"), schema.get("items")
+        made = [self.value(item) for item in first] if isinstance(first, list) else []
+        least = schema.get("minItems")
+        while isinstance(least, int) and len(made) < least:
+            unique = schema.get("uniqueItems") is True
+            made.append(self._distinct(_mapping(items), index=len(made)) if unique else self.value(items))
+        return made
+
+    def _distinct(self, schema: Mapping[str, object], *, index: int) -> object:
+        """Another value for each `index`."""
+        values = schema.get("enum")
+        if isinstance(values, list) and index < len(values):
+            return values[index]
+        if values is not None:
+            raise SchemaError("'enum' of a JSON schema must be a list with a value for each place")
+        value = self.value(schema)
+        if index and isinstance(value, str):
+            return f"{value}{index}"
+        if index and isinstance(value, int) and not isinstance(value, bool):
+            return value + index
+        if index:
+            raise SchemaError("the simulated engine cannot follow the keyword 'uniqueItems' of this JSON schema")
+        return value
+
+
+def _mapping(value: object) -> dict[str, object]:
+    return value if isinstance(value, dict) else {}
+
+
+def _type(schema: Mapping[str, object]) -> str | None:
+    """The type that the value gets: the first that is not null."""
+    given = schema.get("type")
+    names = given if isinstance(given, list) else [] if given is None else [given]
+    for name in names:
+        if name not in _TYPES:
+            raise SchemaError(f"'{name}' is no type of a JSON schema (valid: {', '.join(_TYPES)})")
+    if names:
+        return str(next((name for name in names if name != "null"), "null"))
+    return next((kind for keyword, kind in _KEYWORD_TYPES.items() if keyword in schema), None)
+
+
+def _string(schema: Mapping[str, object]) -> str:
+    kind = schema.get("format")
+    if isinstance(kind, str):
+        if kind not in _FORMATS:
+            raise SchemaError(f"'{kind}' is no format that can be followed (valid: {', '.join(_FORMATS)})")
+        return _FORMATS[kind]
+    least, most = schema.get("minLength"), schema.get("maxLength")
+    text = _STRING.ljust(least, "-") if isinstance(least, int) else _STRING
+    return text[:most] if isinstance(most, int) else text
+
+
+def _number(schema: Mapping[str, object], *, whole: bool) -> float:
+    """0 where the bounds allow it, else the first of the values near a bound that they allow."""
+    low, high = _limit(schema, "minimum", -math.inf), _limit(schema, "maximum", math.inf)
+    above, below = _limit(schema, "exclusiveMinimum", -math.inf), _limit(schema, "exclusiveMaximum", math.inf)
+    step = _limit(schema, "multipleOf", 1.0 if whole else 0.0)
+    candidates = [0.0]
+    for bound in filter(math.isfinite, (low, above, high, below)):
+        if step > 0:
+            candidates += [(math.floor(bound / step) + offset) * step for offset in (0, 1, -1)]
+        else:
+            candidates += [bound, bound + 1, bound - 1]
+    if step <= 0:
+        candidates.append((max(low, above) + min(high, below)) / 2)
+    for value in candidates:
+        if low <= value <= high and above < value < below:
+            return int(value) if value.is_integer() else value
+    raise SchemaError("no number lies between 'minimum' and 'maximum' of the JSON schema")
+
+
+def _limit(schema: Mapping[str, object], keyword: str, absent: float) -> float:
+    value = schema.get(keyword)
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else absent

@@ -1,0 +1,53 @@
+"""Typed reads from a JSON request body; null counts as absent. Errors name the key."""
+
+import json
+
+from hpc_router.sim.api_error import ApiError
+
+
+class RequestFields:
+    def __init__(self, raw: bytes) -> None:
+        try:
+            body = json.loads(raw)
+        except (ValueError, RecursionError) as exc:
+            raise ApiError(f"The body is not valid JSON: {exc}") from exc
+        if not isinstance(body, dict):
+            raise ApiError("The body must be a JSON object.")
+        self._body: dict[str, object] = body
+
+    def value(self, key: str) -> object:
+        return self._body.get(key)
+
+    def text(self, key: str) -> str | None:
+        value = self._body.get(key)
+        if value is not None and not isinstance(value, str):
+            raise ApiError(f"'{key}' must be a string.", param=key)
+        return value
+
+    def flag(self, key: str) -> bool:
+        value = self._body.get(key)
+        if value is not None and not isinstance(value, bool):
+            raise ApiError(f"'{key}' must be true or false.", param=key)
+        return bool(value)
+
+    def integer(self, key: str, *, minimum: int, maximum: int | None = None) -> int | None:
+        value = self._body.get(key)
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ApiError(f"'{key}' must be an integer.", param=key)
+        if value < minimum or (maximum is not None and value > maximum):
+            upper = f" and at most {maximum}" if maximum else ""
+            raise ApiError(f"'{key}' must be at least {minimum}{upper}.", param=key)
+        return value
+
+    def count(self, key: str) -> int | None:
+        """A number of log probabilities; -1 means the whole vocabulary."""
+        value = self._body.get(key)
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ApiError(f"`{key}` must be an integer.", param=key)
+        if value < -1:
+            raise ApiError(f"`{key}` must be a positive value or -1.", param=key)
+        return value

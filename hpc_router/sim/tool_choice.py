@@ -1,0 +1,68 @@
+"""Tools that a request offers, and which of them it forces. Each API writes them in its own way; errors are vLLM's."""
+
+from hpc_router.sim.api_error import ApiError
+from hpc_router.sim.generation import Tool
+
+
+def chat_tool(tools: object, choice: object) -> Tool | None:
+    """Chat: `{"type": "function", "function": {"name": ..., "parameters": ...}}`."""
+    offered = [
+        _tool(_inner(entry), "parameters", index=i, inner="'function' that has a ") for i, entry in _entries(tools)
+    ]
+    name = _inner(choice).get("name") if isinstance(choice, dict) else choice
+    return _chosen(offered, name, named=isinstance(choice, dict), required="required")
+
+
+def response_tool(tools: object, choice: object) -> Tool | None:
+    """Responses: `{"type": "function", "name": ..., "parameters": ...}`. Tools of other types are not offered."""
+    offered = [
+        _tool(entry, "parameters", index=i)
+        for i, entry in _entries(tools)
+        if not isinstance(entry, dict) or entry.get("type", "function") == "function"
+    ]
+    name = choice.get("name") if isinstance(choice, dict) else choice
+    return _chosen(offered, name, named=isinstance(choice, dict), required="required")
+
+
+def message_tool(tools: object, choice: object) -> Tool | None:
+    """Messages: `{"name": ..., "input_schema": ...}`, and a choice that is always an object with a `type`."""
+    offered = [_tool(entry, "input_schema", index=i) for i, entry in _entries(tools)]
+    if choice is not None and (
+        not isinstance(choice, dict) or choice.get("type") not in ("auto", "any", "tool", "none")
+    ):
+        raise ApiError("'tool_choice.type' must be 'auto', 'any', 'tool' or 'none'.", param="tool_choice")
+    named = isinstance(choice, dict) and choice["type"] == "tool"
+    name = None if not isinstance(choice, dict) else choice.get("name") if named else choice["type"]
+    return _chosen(offered, name, named=named, required="any")
+
+
+def _entries(tools: object) -> list[tuple[int, object]]:
+    if tools is not None and not isinstance(tools, list):
+        raise ApiError("'tools' must be a list.", param="tools")
+    return list(enumerate(tools or ()))
+
+
+def _inner(entry: object) -> dict[str, object]:
+    function = entry.get("function") if isinstance(entry, dict) else None
+    return function if isinstance(function, dict) else {}
+
+
+def _tool(entry: object, schema: str, *, index: int, inner: str = "") -> Tool:
+    if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
+        raise ApiError(f"'tools[{index}]' must be an object with a {inner}'name'.", param="tools")
+    return Tool(name=entry["name"], parameters=entry.get(schema))
+
+
+def _chosen(offered: list[Tool], name: object, *, named: bool, required: str) -> Tool | None:
+    """`named`: whether `name` is a tool's and not one of the words."""
+    if not named and name in (None, "none", "auto"):
+        return None
+    if not offered:
+        raise ApiError("When using `tool_choice`, `tools` must be set.", param="tool_choice")
+    if not named and name == required:
+        return offered[0]
+    for tool in offered:
+        if named and tool.name == name:
+            return tool
+    valid = f"'none', 'auto', '{required}' or name one of the `tools`"
+    raise ApiError(f"'tool_choice' must be {valid}.", param="tool_choice")
