@@ -407,7 +407,7 @@ def test_register_what_is_away(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_pipe_that_has_seen_enough() -> None:
     """`| head -1` is no failure."""
-    command = f"{sys.executable} -m hpc_router.cli.main plan topology=sim --json | head -1"
+    command = f"{sys.executable} -m hpc_router.cli plan topology=sim --json | head -1"
     done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "{\n", "")
 

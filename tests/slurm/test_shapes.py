@@ -62,10 +62,10 @@ def test_replicas_share_a_job_and_yet_live_and_die_alone(cluster: SlurmCluster) 
 HELD: Final = """\
 #!/bin/bash
 #SBATCH --nodes=2 --ntasks-per-node=1 --cpus-per-task=6 --gres=gpu:2 --time=10 --output={folder}/held-%j.log
-{python} -m hpc_router.cli.main up --run {run} {overrides} --wait all || exit 1
+{python} -m hpc_router.cli up --run {run} {overrides} --wait all || exit 1
 touch {folder}/up
 while [[ ! -e {folder}/enough ]]; do sleep 0.2; done
-{python} -m hpc_router.cli.main down --run {run}
+{python} -m hpc_router.cli down --run {run}
 touch {folder}/down
 """
 
