@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from hpc_router.cli.main import VERBS, _say_how, main
+from hpc_router.cli.deployment import print_usage
+from hpc_router.cli.main import VERBS, main
 from hpc_router.cluster.commands.scale import parse_counts
 from hpc_router.cluster.commands.set import change, parse_settings
 from hpc_router.errors import ConfigError
@@ -181,7 +182,7 @@ def test_the_example_of_token_shows_it_to_nobody(capsys: pytest.CaptureFixture[s
 
 def test_nor_does_what_up_says(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     run = make_run(tmp_path / "my run")
-    _say_how(run, "http://h:1")
+    print_usage(run, "http://h:1")
     said = capsys.readouterr().out
     curl = said[said.index("  curl") : said.index("  OPENAI_BASE_URL")]
     argv, headers = _in_bash(curl, tmp_path, verbs='[ "$1 $2 $3" = "token --run my run" ] && echo hunter2')

@@ -30,7 +30,7 @@ MARGIN_S: Final = 30.0
 
 
 @dataclass(frozen=True, slots=True)
-class Retired:
+class DrainResult:
     """`asked` over HTTP, `signalled` through their jobs. `left`: still there when the time was up; None: not waited.
 
     `successor`: the router that lives on, or will. `excluded`: nodes that get no further jobs.
@@ -105,7 +105,7 @@ def successor(observed: Observed, chosen: Sequence[Attempt]) -> str | None:
     return max(left, key=lambda a: a.generation).replica if left else None
 
 
-def retire(control: ControlLoop, names: Sequence[str]) -> Retired:
+def drain(control: ControlLoop, names: Sequence[str]) -> DrainResult:
     """Ask them; the result says how. Raises ConfigError for a name that nothing has."""
     observed = control.look().observed
     records = control.observer.records
@@ -131,7 +131,7 @@ def retire(control: ControlLoop, names: Sequence[str]) -> Retired:
     signalled = tuple(a.replica for a in chosen if a.replica not in asked)
     control.cancel(signalled)
     warnings = tuple(without_ready(observed, chosen, records.values()))
-    return Retired(asked, signalled, successor=successor(observed, chosen), excluded=excluded, warnings=warnings)
+    return DrainResult(asked, signalled, successor=successor(observed, chosen), excluded=excluded, warnings=warnings)
 
 
 def without_ready(observed: Observed, going: Sequence[Attempt], records: Iterable[Record]) -> Iterator[str]:
@@ -145,11 +145,11 @@ def without_ready(observed: Observed, going: Sequence[Attempt], records: Iterabl
 
 def wait(
     control: ControlLoop,
-    retired: Retired,
+    retired: DrainResult,
     *,
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
-) -> Retired:
+) -> DrainResult:
     """Until all have ended, or could have. Looks at files only; where no control loop runs, its passes are made."""
     cluster, router = control.deployment.cluster, control.deployment.router
     deadline = clock() + max(cluster.drain_s, router.drain_s) + MARGIN_S

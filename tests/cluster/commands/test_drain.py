@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from hpc_router.cli.main import main
-from hpc_router.cluster.commands.drain import Retired, named, retire, successor, wait, without_ready
+from hpc_router.cluster.commands.drain import DrainResult, drain, named, successor, wait, without_ready
 from hpc_router.cluster.control_loop.job_requests import request_for
 from hpc_router.cluster.control_loop.loop import ControlLoop
 from hpc_router.cluster.control_loop.slots import NOT_ASKED, ROUTER_SLOT, Attempt, Observed, Slot
@@ -111,9 +111,9 @@ def test_a_standby_replaces_what_ends(run: RunDir) -> None:
     assert successor(observed, [serves, standby]) is None
     assert successor({ROUTER_SLOT: (serves, replace(standby, stop=Stop(cancel_at=1.0)))}, [serves]) is None
     assert successor(OBSERVED, []) == "router-0.g1"
-    assert not Retired((), ("router-0.g1",), successor="router-0.g2").needs_reconcile(run)
-    assert Retired((), ("router-0.g1",)).needs_reconcile(run)
-    assert Retired(("math-0.g1",), ()).needs_reconcile(run)
+    assert not DrainResult((), ("router-0.g1",), successor="router-0.g2").needs_reconcile(run)
+    assert DrainResult((), ("router-0.g1",)).needs_reconcile(run)
+    assert DrainResult(("math-0.g1",), ()).needs_reconcile(run)
 
 
 @pytest.mark.parametrize(
@@ -191,7 +191,7 @@ def stopped(run: RunDir, replica: str) -> Callable[[], bool]:
 def test_an_agent_is_asked(run: RunDir, control: ControlLoop) -> None:
     """With its own key; the others stay."""
     with agent(run, "math-0.g1") as offered:
-        retired = retire(control, ["math-0"])
+        retired = drain(control, ["math-0"])
     assert (retired.asked, retired.signalled) == (("math-0.g1",), ())
     assert offered == [f"Bearer {replica_key(run.secret(), 'n')}"]
     stop = JobDir(run, "math-0.g1").stop()
@@ -204,20 +204,20 @@ def test_an_agent_is_asked(run: RunDir, control: ControlLoop) -> None:
 def test_an_adapter_goes_only_with_its_host(run: RunDir, control: ControlLoop) -> None:
     control.deployment.experts["law"] = ExpertConfig(model="a", adapter_of="math")
     with pytest.raises(ConfigError, match=r"drain: law is an adapter on the engine of math; drain that, .*: math$"):
-        retire(control, ["law"])
+        drain(control, ["law"])
     assert JobDir(run, "math-0.g1").stop() is None
 
 
 def test_a_second_time_does_not_move_its_deadline(run: RunDir, control: ControlLoop) -> None:
     JobDir(run, "math-0.g1").write(Stop(drain_at=1.0))
     with agent(run, "math-0.g1") as offered:
-        retire(control, ["math-0"])
+        drain(control, ["math-0"])
     assert len(offered) == 1
     assert JobDir(run, "math-0.g1").stop() == Stop(drain_at=1.0)
 
 
 def test_one_that_serves_nothing_yet_gets_its_jobs_signal(run: RunDir, control: ControlLoop) -> None:
-    assert retire(control, ["math"]) == Retired(asked=(), signalled=("math-0.g1", "math-1.g1"))
+    assert drain(control, ["math"]) == DrainResult(asked=(), signalled=("math-0.g1", "math-1.g1"))
     eventually_sync(stopped(run, "math-0.g1"))
     eventually_sync(stopped(run, "math-1.g1"))
     stop = JobDir(run, "math-0.g1").stop()
@@ -229,7 +229,7 @@ def test_one_that_refuses_gets_its_jobs_signal(
     run: RunDir, control: ControlLoop, caplog: pytest.LogCaptureFixture
 ) -> None:
     with agent(run, "math-0.g1", status=500):
-        retired = retire(control, ["n7"])
+        retired = drain(control, ["n7"])
     assert (retired.asked, retired.signalled) == ((), ("math-0.g1",))
     eventually_sync(stopped(run, "math-0.g1"))
     assert "math-0.g1 refused to drain" in caplog.text
@@ -251,7 +251,7 @@ def test_a_node_that_is_drained_gets_no_further_jobs(run: RunDir, control: Contr
     """Until that is taken back; a node that the site excludes stays so."""
     on_slurm(control).deployment.cluster.exclude = "n[1-2]"
     with agent(run, "math-0.g1"):
-        retired = retire(control, ["n7"])
+        retired = drain(control, ["n7"])
     assert (retired.asked, retired.excluded) == (("math-0.g1",), ("n7",))
     assert "node n7 gets no further jobs; `hpc-router drain --undo n7` ends that" in retired.lines()
     facts = run.read_desired()["excluded_nodes"]["n7"]
@@ -270,21 +270,21 @@ def events(run: RunDir) -> list[dict[str, Any]]:
 
 def test_a_replica_that_is_drained_excludes_no_node(run: RunDir, control: ControlLoop) -> None:
     with agent(run, "math-0.g1"):
-        assert retire(on_slurm(control), ["math-0"]).excluded == ()
+        assert drain(on_slurm(control), ["math-0"]).excluded == ()
     assert exclusions(control, "math-0.g2") is None
 
 
 def test_one_machine_is_not_excluded(run: RunDir, control: ControlLoop) -> None:
     """Nothing could run any more."""
     with agent(run, "math-0.g1"):
-        assert retire(control, ["n7"]).excluded == ()
+        assert drain(control, ["n7"]).excluded == ()
 
 
 def test_an_expert_that_loses_its_last_ready_replica_is_told(run: RunDir, control: ControlLoop) -> None:
     with agent(run, "math-0.g1"), agent(run, "math-1.g1"):
-        assert retire(control, ["math-0"]).warnings == ()
+        assert drain(control, ["math-0"]).warnings == ()
     with agent(run, "code-0.g1"):
-        (warning,) = retire(control, ["code"]).warnings
+        (warning,) = drain(control, ["code"]).warnings
     assert warning.startswith("code has no ready replica until another has started")
 
 
@@ -298,7 +298,7 @@ def test_an_endpoint_elsewhere_goes_on_serving() -> None:
 
 def test_waiting_ends_with_the_last_one_and_fills_the_slots(run: RunDir, control: ControlLoop) -> None:
     """No router is there, so the pass of the control loop is made here."""
-    retired = retire(control, ["math"])
+    retired = drain(control, ["math"])
     eventually_sync(lambda: not any(a.live for a in control.look().observed[MATH_0]))  # leaves the exit records
     eventually_sync(lambda: not any(a.live for a in control.look().observed[MATH_1]))
     done = wait(control, retired, sleep=refusing_to_sleep)
@@ -317,7 +317,7 @@ def test_waiting_has_a_limit(run: RunDir, control: ControlLoop) -> None:
     """The time to drain and half a minute."""
     now = iter([0.0, 59.9, 60.0, 60.0, 60.0])
     slept: list[float] = []
-    retired = Retired(asked=("math-0.g1",), signalled=())
+    retired = DrainResult(asked=("math-0.g1",), signalled=())
     done = wait(control, retired, clock=lambda: next(now), sleep=slept.append)
     assert done.left == ("math-0.g1",)
     assert len(slept) == 1

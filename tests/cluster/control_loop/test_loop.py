@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from hpc_router.cluster.commands.down import down
-from hpc_router.cluster.commands.drain import retire
+from hpc_router.cluster.commands.drain import drain
 from hpc_router.cluster.commands.manual_start import claim_expert, claim_router
 from hpc_router.cluster.commands.router_access import live_router
 from hpc_router.cluster.commands.scale import scale
@@ -215,7 +215,7 @@ def test_the_time_to_drain_begins_when_the_job_was_asked(run: RunDir, control: C
     eventually_sync(lambda: started(run, "math-0.g1"))
     control.launcher = slow = SlowToCancel(control.launcher)
     if by == "drain":
-        retire(control, ["math-0"])
+        drain(control, ["math-0"])
     else:
         control.cancel(["math-0.g1"])
     stop = JobDir(run, "math-0.g1").stop()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from hpc_router.cli.main import WIDE
+from hpc_router.cli.output import WIDE
 from hpc_router.cli.tables import plan_text
 from hpc_router.cluster.launchers.slurm.allocation import AllocationLauncher
 from hpc_router.cluster.planning import engine_flags
