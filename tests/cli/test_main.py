@@ -468,7 +468,7 @@ def test_a_count_is_a_plain_number(word: str) -> None:
         ("router.max_in_flight=2000000000000000000", "out of range (valid: 1 to 1000000)"),
         ("router.ping_s=0", "router.ping_s=0: out of range (valid: 0.001 to 86400)"),
         ("policy.margin=inf", "policy.margin=inf: out of range"),
-        ("router.port=1", "holds from a router's start"),
+        ("router.port=1", "cannot change while a router runs"),
     ],
 )
 def test_a_setting_has_a_range(tmp_path: Path, word: str, said: str) -> None:
