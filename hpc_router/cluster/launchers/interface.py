@@ -62,16 +62,14 @@ class JobRequest:
         return split_replica(self.replica)[0] == ROUTER
 
 
-class Submits(Protocol):
-    def submit(self, requests: Sequence[JobRequest]) -> list[str]:
-        """Claim and submit; the replicas that this call submitted, without those that somebody else has claimed.
-
-        Raises LaunchError for a refusal, after an exit record was left in each refused job's folder.
-        """
-
-
-class Launcher(Submits, Protocol):
+class Launcher(Protocol):
     """Every method takes whole batches: one call costs one child process or one question to the controller."""
+
+    def submit(self, requests: Sequence[JobRequest]) -> list[str]:
+        """Claim and submit; the replicas that this call submitted, without those that another process had claimed.
+
+        Raises LaunchError for a refusal, after writing an exit record into each refused job's folder.
+        """
 
     def observe(self, replicas: Iterable[str], *, fresh: bool = False) -> Mapping[str, JobReport]:
         """`fresh`: ask the controller now; else what it said within `cluster.ask_s` stands."""

@@ -15,8 +15,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from hpc_router.cluster.launchers.interface import JobReport, JobRequest, JobState
-from hpc_router.cluster.launchers.submit import keep_refusals, submit_all
-from hpc_router.state.job_records import Exit, FailureReason, JobDir, Process, start_ticks
+from hpc_router.cluster.launchers.submitit.submission import Submission, record_refusals, submit_all
+from hpc_router.state.job_records import JobDir, Process, start_ticks
 from hpc_router.state.run_directory import RunDir
 
 logger = logging.getLogger(__name__)
@@ -34,12 +34,8 @@ class LocalLauncher:
             chosen = self._claim(requests)
             if not chosen:
                 return []
-            batch = [
-                {"run": str(self.run.path), "argv_of": {r.replica: r.argv}, "script": None, "gpus": gpus}
-                for r, gpus in chosen
-            ]
-            answers = submit_all(batch)
-        keep_refusals(self.run, answers, lambda _, said: Exit(ok=False, reason=FailureReason.CRASHED, message=said))
+            errors = submit_all([Submission(str(self.run.path), {r.replica: r.argv}, gpus=gpus) for r, gpus in chosen])
+        record_refusals(self.run, errors)
         return [request.replica for request, _ in chosen]
 
     def observe(self, replicas: Iterable[str], *, fresh: bool = False) -> Mapping[str, JobReport]:

@@ -9,10 +9,11 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from hpc_router.cluster.launchers.interface import JobReport, JobRequest, JobState, Launcher, Submits
+from hpc_router.cluster.launchers.interface import JobReport, JobRequest, JobState, Launcher
 from hpc_router.cluster.launchers.local import LocalLauncher
 from hpc_router.cluster.launchers.slurm.allocation import AllocationLauncher
 from hpc_router.cluster.launchers.slurm.launcher import SlurmLauncher
+from hpc_router.cluster.launchers.slurm.sbatch import BatchJob
 from hpc_router.cluster.launchers.slurm.squeue import Queue
 from hpc_router.config.schema import Deployment
 from hpc_router.errors import ConfigError
@@ -20,21 +21,7 @@ from hpc_router.net.job_environment import held_job
 from hpc_router.state.job_records import JobDir, Runner
 from hpc_router.state.run_directory import RunDir
 
-
-def launcher_for(run: RunDir, deployment: Deployment) -> Launcher:
-    cluster = deployment.cluster
-    here = LocalLauncher(run, gpus=cluster.gpus or 0)
-    queue = Queue(run, ask_s=cluster.ask_s)
-    slurm = SlurmLauncher(run, deployment, queue)
-    steps = AllocationLauncher(run, deployment)
-    kinds: Mapping[str, Submits] = {"local": here, "slurm": slurm, "allocation": steps}
-    new = kinds[cluster.kind]
-    return Launchers(
-        run=run,
-        submitting=lambda request: here if request.is_router and deployment.router.place == "here" else new,
-        running={Runner.PROCESS: here, Runner.SLURM: slurm, Runner.STEP: slurm},
-        slurm=slurm if cluster.kind != "local" else None,
-    )
+_Submitting = LocalLauncher | SlurmLauncher | AllocationLauncher
 
 
 def check_reach(deployment: Deployment) -> None:
@@ -51,16 +38,27 @@ class Launchers:
     """`submitting`: who gets a request; `running`: who looks after a job."""
 
     run: RunDir
-    submitting: Callable[[JobRequest], Submits]
+    submitting: Callable[[JobRequest], _Submitting]
     running: Mapping[Runner, Launcher]
     slurm: SlurmLauncher | None = None
 
+    def jobs(self, requests: Sequence[JobRequest]) -> list[BatchJob]:
+        """The Slurm jobs, or steps of one, that `submit` starts for these requests; none for processes of this
+        machine."""
+        by_launcher = self._by_launcher(requests)
+        return [
+            j for launcher, own in by_launcher if not isinstance(launcher, LocalLauncher) for j in launcher.jobs(own)
+        ]
+
     def submit(self, requests: Sequence[JobRequest]) -> list[str]:
-        batches: dict[int, list[JobRequest]] = defaultdict(list)
-        launchers = {id(self.submitting(request)): self.submitting(request) for request in requests}
+        return [replica for launcher, own in self._by_launcher(requests) for replica in launcher.submit(own)]
+
+    def _by_launcher(self, requests: Sequence[JobRequest]) -> list[tuple[_Submitting, list[JobRequest]]]:
+        groups: dict[int, tuple[_Submitting, list[JobRequest]]] = {}
         for request in requests:
-            batches[id(self.submitting(request))].append(request)
-        return [replica for key, batch in batches.items() for replica in launchers[key].submit(batch)]
+            launcher = self.submitting(request)
+            groups.setdefault(id(launcher), (launcher, []))[1].append(request)
+        return list(groups.values())
 
     def observe(self, replicas: Iterable[str], *, fresh: bool = False) -> Mapping[str, JobReport]:
         reports = dict.fromkeys(replicas, JobReport(JobState.PENDING))
@@ -88,3 +86,19 @@ class Launchers:
             if info is not None:
                 names[info.runner].append(replica)
         return [(self.running[runner], replicas) for runner, replicas in names.items()]
+
+
+def launcher_for(run: RunDir, deployment: Deployment) -> Launchers:
+    cluster = deployment.cluster
+    here = LocalLauncher(run, gpus=cluster.gpus or 0)
+    queue = Queue(run, ask_s=cluster.ask_s)
+    slurm = SlurmLauncher(run, deployment, queue)
+    steps = AllocationLauncher(run, deployment)
+    kinds: Mapping[str, _Submitting] = {"local": here, "slurm": slurm, "allocation": steps}
+    new = kinds[cluster.kind]
+    return Launchers(
+        run=run,
+        submitting=lambda request: here if request.is_router and deployment.router.place == "here" else new,
+        running={Runner.PROCESS: here, Runner.SLURM: slurm, Runner.STEP: slurm},
+        slurm=slurm if cluster.kind != "local" else None,
+    )

@@ -12,13 +12,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-import hpc_router
 from hpc_router.cluster.control_loop.job_requests import request_for
 from hpc_router.cluster.control_loop.slots import ROUTER_SLOT, Slot
 from hpc_router.cluster.launchers.interface import JobRequest
+from hpc_router.cluster.launchers.select import launcher_for
 from hpc_router.cluster.launchers.slurm.node_fit import site_faults, site_warnings
 from hpc_router.cluster.launchers.slurm.process_tracking import signals_note
-from hpc_router.cluster.launchers.slurm.sbatch import BatchJob, batch_jobs, python_of, setup_faults
+from hpc_router.cluster.launchers.slurm.sbatch import BatchJob, setup_faults
 from hpc_router.cluster.launchers.slurm.sbatch_test import UNASKED, try_jobs
 from hpc_router.cluster.launchers.slurm.sinfo import ask_site
 from hpc_router.cluster.planning.config_faults import own_faults, own_warnings
@@ -36,8 +36,6 @@ from hpc_router.state.run_directory import RunDir
 
 FOLDER: Final = "<job>"
 """Stands in the plan for the folder that each agent makes on its node."""
-NO_JOB: Final = "<job>"
-"""Stands for the id of the job that `up` will run in."""
 NEW_RUN: Final = Path("<run>")
 
 
@@ -137,7 +135,7 @@ def make_plan(deployment: Deployment, *, run: RunDir | None = None, ask_engines:
     if faults:
         raise ConfigError("\n".join(faults))
     replicas = tuple(_replicas(deployment, run))
-    jobs = tuple(_jobs(deployment, run, replicas))
+    jobs = tuple(launcher_for(run, deployment).jobs([replica.request for replica in replicas]))
     runs = Path(deployment.runs) if run.path == NEW_RUN else run.path
     needed = prerequisites(deployment.cluster, runs, ask=ask_engines)
     faults += needed.faults
@@ -229,36 +227,6 @@ def _replicas(deployment: Deployment, run: RunDir) -> Iterator[ReplicaPlan]:
         for number in range(expert.replicas):
             request = request_for(run, deployment, Slot(name, str(number)).replica(1))
             yield ReplicaPlan(name, request, EnginePlan(argv, environment), tuple(engine.serves()))
-
-
-def _jobs(deployment: Deployment, run: RunDir, replicas: tuple[ReplicaPlan, ...]) -> list[BatchJob]:
-    """What Slurm would get."""
-    here = deployment.router.place == "here"
-    requests = [r.request for r in replicas if not (here and r.request.is_router)]
-    if deployment.cluster.kind == "slurm":
-        return batch_jobs(run, deployment, requests)
-    if deployment.cluster.kind == "allocation":
-        return [step_job(run, deployment, request, job_id=held_job() or NO_JOB) for request in requests]
-    return []
-
-
-def step_job(run: RunDir, deployment: Deployment, request: JobRequest, *, job_id: str) -> BatchJob:
-    """As `AllocationLauncher` makes it."""
-    command = (
-        python_of(deployment.cluster),
-        "-m",
-        "hpc_router.cluster.launchers.job_entry",
-        str(run.path),
-        request.replica,
-    )
-    return BatchJob(
-        run=run,
-        requests=(request,),
-        cluster=deployment.cluster,
-        name=request.replica,
-        command=(*command, hpc_router.__version__, "--", *request.argv),
-        jobid=job_id,
-    )
 
 
 def taught(deployment: Deployment) -> dict[str, list[str]]:

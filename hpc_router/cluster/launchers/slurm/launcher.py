@@ -6,18 +6,17 @@ A job asked to end gets SIGTERM alone and has its whole drain time; Slurm's own 
 """
 
 import logging
-import subprocess
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from hpc_router.cluster.launchers.commands import last_words, output_of
+from hpc_router.cluster.launchers.commands import SlurmCommandError, run_slurm_command
 from hpc_router.cluster.launchers.interface import JobReport, JobRequest, JobState
 from hpc_router.cluster.launchers.slurm.sbatch import BatchJob, batch_jobs
 from hpc_router.cluster.launchers.slurm.squeue import Queue, QueuedJob, View, running_steps
 from hpc_router.cluster.launchers.slurm.submit_errors import explain, is_passing
-from hpc_router.cluster.launchers.submit import keep_refusals, submit_all
+from hpc_router.cluster.launchers.submitit.submission import Submission, record_refusals, submit_all
 from hpc_router.config.schema import Deployment
 from hpc_router.state.job_records import Ended, Exit, FailureReason, JobDir, JobInfo, Runner
 from hpc_router.state.registry import split_replica
@@ -66,13 +65,16 @@ class SlurmLauncher:
     _missed: dict[str, int] = field(default_factory=dict, init=False)
     _orphans: set[str] = field(default_factory=set, init=False)
 
+    def jobs(self, requests: Sequence[JobRequest]) -> list[BatchJob]:
+        """What `submit` hands to sbatch for these requests."""
+        return batch_jobs(self.run, self.deployment, requests)
+
     def submit(self, requests: Sequence[JobRequest]) -> list[str]:
         claimed = [request for request in requests if JobDir(self.run, request.replica).claim()]
-        jobs = batch_jobs(self.run, self.deployment, claimed)
-        if jobs:
-            answers = submit_all([_submission(job) for job in jobs])
+        if claimed:
+            errors = submit_all([_submission(job) for job in self.jobs(claimed)])
             self._look_again()
-            keep_refusals(self.run, answers, self._refusal)
+            record_refusals(self.run, errors, self._refusal)
         return [request.replica for request in claimed]
 
     def observe(self, replicas: Iterable[str], *, fresh: bool = False) -> Mapping[str, JobReport]:
@@ -123,7 +125,7 @@ class SlurmLauncher:
         held = {info.job_id for info in steps.values() if info.runner is Runner.STEP}
         try:
             left = steps.keys() & running_steps(held) if held else set()
-        except (OSError, subprocess.SubprocessError):  # the job that held them has ended
+        except SlurmCommandError:  # the job that held them has ended
             return set()
         if left:
             _scancel("--signal=KILL", *sorted(left))
@@ -210,9 +212,12 @@ class SlurmLauncher:
         self._look_again_at = min(self._look_again_at, time.monotonic() + LOOK_AGAIN_S)
 
 
-def _submission(job: BatchJob) -> dict[str, object]:
-    argv_of = {request.replica: request.argv for request in job.requests}
-    return {"run": str(job.run.path), "argv_of": argv_of, "script": job.script(), "gpus": ()}
+def _submission(job: BatchJob) -> Submission:
+    return Submission(
+        run=str(job.run.path),
+        argv_of={request.replica: request.argv for request in job.requests},
+        script=job.script(),
+    )
 
 
 def _holds(queued: QueuedJob) -> bool:
@@ -277,6 +282,6 @@ def _end(queued: QueuedJob | None, ended: Ended | None) -> Exit | None:
 def _scancel(*words: str) -> None:
     """Jobs that have ended meanwhile are no failure; whatever else is wrong, the next pass tries again."""
     try:
-        output_of(["scancel", "--quiet", *words], timeout_s=SCANCEL_TIMEOUT_S)
-    except (OSError, subprocess.SubprocessError) as error:
-        logger.info("scancel %s: %s", " ".join(words), last_words(error))
+        run_slurm_command(["scancel", "--quiet", *words], timeout_s=SCANCEL_TIMEOUT_S)
+    except SlurmCommandError as error:
+        logger.info("scancel %s: %s", " ".join(words), error)

@@ -5,10 +5,9 @@ every descendant of the step, the engine among them; `proctrack/cgroup` and `pro
 """
 
 import re
-import subprocess
 from typing import Final
 
-from hpc_router.cluster.launchers.commands import output_of
+from hpc_router.cluster.launchers.commands import SlurmCommandError, run_slurm_command
 
 TIMEOUT_S: Final = 30.0
 REACHES_ALL: Final = "proctrack/linuxproc"
@@ -17,10 +16,10 @@ REACHES_ALL: Final = "proctrack/linuxproc"
 def process_tracking() -> str | None:
     """Slurm's `ProctrackType`; None where Slurm does not say."""
     try:
-        said = output_of(["scontrol", "show", "config"], timeout_s=TIMEOUT_S)
-    except (OSError, subprocess.SubprocessError):
+        config = run_slurm_command(["scontrol", "show", "config"], timeout_s=TIMEOUT_S)
+    except SlurmCommandError:
         return None
-    found = re.search(r"^ProctrackType\s*=\s*(\S+)", said, re.MULTILINE)
+    found = re.search(r"^ProctrackType\s*=\s*(\S+)", config, re.MULTILINE)
     return found[1] if found else None
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from hpc_router.cluster.launchers.interface import JobRequest
+from hpc_router.cluster.launchers.submitit.submission import task_command
 from hpc_router.config.schema import ClusterConfig, Deployment, JobOptions, ResourceConfig
 from hpc_router.state.run_directory import RunDir
 
@@ -137,15 +138,10 @@ def batch_jobs(run: RunDir, deployment: Deployment, requests: Sequence[JobReques
             requests=tuple(group),
             cluster=cluster,
             name=f"{group[0].replica}:{deployment.name}",
-            command=submitted(cluster, run.jobs / group[0].replica),
+            command=task_command(python_of(cluster), run.jobs / group[0].replica),
         )
         for group in _grouped(requests, cluster)
     ]
-
-
-def submitted(cluster: ClusterConfig, folder: Path) -> tuple[str, ...]:
-    """What a task of a submitted job runs: submitit's half of the job, which calls `body.start`."""
-    return (python_of(cluster), "-u", "-m", "submitit.core._submit", str(folder))
 
 
 def python_of(cluster: ClusterConfig) -> str:

@@ -4,16 +4,13 @@ Only the controller knows accounts, limits and a site's own rules, and each tria
 are tried once. A clear no is a fault; what cannot be asked now may be right later.
 """
 
-import os
-import subprocess
 from collections.abc import Sequence
 from typing import Final
 
+from hpc_router.cluster.launchers.commands import SlurmCommandError, run_slurm_command
 from hpc_router.cluster.launchers.slurm.sbatch import BatchJob
-from hpc_router.cluster.launchers.slurm.sinfo import unanswered
 from hpc_router.cluster.launchers.slurm.submit_errors import explain, is_passing
 from hpc_router.config.schema import Deployment
-from hpc_router.net.job_environment import scrubbed
 from hpc_router.state.registry import split_replica
 
 TIMEOUT_S: Final = 30.0
@@ -33,9 +30,9 @@ def try_jobs(deployment: Deployment, jobs: Sequence[BatchJob]) -> tuple[list[str
     )
     for alike in shapes[:MAX_TESTED]:
         try:
-            said = _refused(alike[0].script())
-        except (OSError, subprocess.TimeoutExpired) as error:
-            return list(faults), [*warnings, f"{UNASKED}{_why(error)}"]
+            said = _refusal(alike[0].script())
+        except SlurmCommandError as error:
+            return list(faults), [*warnings, f"{UNASKED}{error}"]
         if said is None:
             continue
         experts = dict.fromkeys(split_replica(replica)[0] for job in alike for replica in job.replicas)
@@ -55,24 +52,13 @@ def _shapes(jobs: Sequence[BatchJob]) -> list[list[BatchJob]]:
     return list(found.values())
 
 
-def _refused(script: str) -> str | None:
-    """What Slurm says against it; None for nothing. Raises OSError or TimeoutExpired."""
-    done = subprocess.run(
-        ["sbatch", "--test-only"],
-        input=script,
-        env=scrubbed(os.environ),
-        capture_output=True,
-        check=False,
-        text=True,
-        errors="replace",
-        timeout=TIMEOUT_S,
-    )
-    return (done.stderr or done.stdout or f"exit status {done.returncode}") if done.returncode else None
-
-
-def _why(error: OSError | subprocess.TimeoutExpired) -> str:
-    if isinstance(error, FileNotFoundError):
-        return "sbatch is not installed here"
-    if isinstance(error, subprocess.TimeoutExpired):
-        return f"sbatch {unanswered(error)}"
-    return str(error)
+def _refusal(script: str) -> str | None:
+    """What sbatch prints against the script; None if it would take the job. Raises SlurmCommandError if sbatch cannot
+    be run."""
+    try:
+        run_slurm_command(["sbatch", "--test-only"], stdin=script, timeout_s=TIMEOUT_S)
+    except SlurmCommandError as error:
+        if error.output is None:
+            raise
+        return error.output
+    return None

@@ -5,17 +5,13 @@ memory, features. Whether a deployment fits in is judged elsewhere (`cluster.fit
 """
 
 import math
-import os
 import re
-import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from hpc_router.cluster.launchers.commands import last_words
+from hpc_router.cluster.launchers.commands import run_slurm_command
 from hpc_router.config.walltime import walltime_s
-from hpc_router.errors import LaunchError
-from hpc_router.net.job_environment import scrubbed
 
 TIMEOUT_S: Final = 30.0
 FORMAT: Final = "%R|%P|%a|%l|%D|%c|%m|%t|%f|%G"
@@ -63,25 +59,9 @@ class SlurmSite:
 
 
 def ask_site() -> SlurmSite:
-    """One question to the controller. Raises LaunchError with Slurm's own words."""
-    try:
-        done = subprocess.run(
-            ["sinfo", "--all", "--noheader", "--exact", f"--format={FORMAT}"],
-            env=scrubbed(os.environ),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            check=True,
-            text=True,
-            errors="replace",
-            timeout=TIMEOUT_S,
-        )
-    except FileNotFoundError as error:
-        raise LaunchError("sinfo is not installed here") from error
-    except subprocess.TimeoutExpired as error:
-        raise LaunchError(f"sinfo {unanswered(error)}") from error
-    except (OSError, subprocess.SubprocessError) as error:
-        raise LaunchError(last_words(error)) from error
-    return parse_site(done.stdout)
+    """The answer of one `sinfo`. Raises SlurmCommandError."""
+    argv = ["sinfo", "--all", "--noheader", "--exact", f"--format={FORMAT}"]
+    return parse_site(run_slurm_command(argv, timeout_s=TIMEOUT_S))
 
 
 def parse_site(text: str) -> SlurmSite:
@@ -129,9 +109,3 @@ def _count(text: str) -> int:
     """`16000`, `16000+`, or what is none."""
     match = re.match(r"\d+", text)
     return int(match[0]) if match else 0
-
-
-def unanswered(error: subprocess.TimeoutExpired) -> str:
-    """What a command did that was stopped, with its last complaint if it had one."""
-    told = f": {last_words(error)}" if error.stderr else ""
-    return f"gave no answer within {error.timeout:g} s{told}"

@@ -8,14 +8,13 @@ A controller that does not answer leaves the last answer standing.
 import contextlib
 import logging
 import os
-import subprocess
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from typing import Any, Final
 
-from hpc_router.cluster.launchers.commands import last_words, output_of
+from hpc_router.cluster.launchers.commands import SlurmCommandError, run_slurm_command
 from hpc_router.state.atomic_files import read_json, replace_json
 from hpc_router.state.run_directory import RunDir
 
@@ -75,8 +74,8 @@ class Queue:
         asked_at = time.time()
         try:
             jobs = ask_squeue()
-        except (OSError, subprocess.SubprocessError) as error:
-            logger.warning("squeue cannot be asked: %s", last_words(error))
+        except SlurmCommandError as error:
+            logger.warning("the queue cannot be read: %s", error)
             self._read()
             return
         self._view = View(asked_at, jobs)
@@ -116,15 +115,15 @@ class Queue:
 
 
 def ask_squeue() -> dict[str, QueuedJob]:
-    """Raises OSError or SubprocessError."""
+    """Raises SlurmCommandError."""
     argv = ["squeue", "--me", "--states=all", "--noheader", f"--format={_FORMAT}"]
-    return parse_squeue(output_of(argv, timeout_s=TIMEOUT_S, also={"SLURM_TIME_FORMAT": "standard"}))
+    return parse_squeue(run_slurm_command(argv, timeout_s=TIMEOUT_S, environment={"SLURM_TIME_FORMAT": "standard"}))
 
 
 def running_steps(job_ids: Iterable[str]) -> set[str]:
-    """`JOB.STEP` of each step that runs in these jobs. Raises OSError or SubprocessError."""
+    """`JOB.STEP` of each step that runs in these jobs. Raises SlurmCommandError."""
     argv = ["squeue", "--steps", "--noheader", "--format=%i", f"--jobs={','.join(sorted(set(job_ids)))}"]
-    return set(output_of(argv, timeout_s=TIMEOUT_S).split())
+    return set(run_slurm_command(argv, timeout_s=TIMEOUT_S).split())
 
 
 def parse_squeue(text: str) -> dict[str, QueuedJob]:

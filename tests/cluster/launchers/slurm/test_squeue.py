@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from hpc_router.cluster.launchers.commands import SlurmCommandError
 from hpc_router.cluster.launchers.slurm import squeue
 from hpc_router.cluster.launchers.slurm.squeue import Queue, QueuedJob, View, parse_squeue
 from hpc_router.state.atomic_files import replace_json
@@ -117,7 +118,7 @@ def test_a_controller_that_does_not_answer_leaves_the_last_view(
     before = watcher.view()
 
     def broken() -> dict[str, QueuedJob]:
-        raise OSError("no squeue here")
+        raise SlurmCommandError("squeue is not installed here")
 
     monkeypatch.setattr(squeue, "ask_squeue", broken)
     assert watcher.view(fresh=True) == before
