@@ -20,7 +20,7 @@ from hpc_router.cluster.control_loop.loop import ControlLoop
 from hpc_router.cluster.launchers.interface import ROUTER, JobState
 from hpc_router.cluster.launchers.select import check_reach
 from hpc_router.cluster.launchers.slurm.pending_reasons import in_words
-from hpc_router.cluster.planning.plan import Plan, make_plan, taught
+from hpc_router.cluster.planning.plan import Plan, exemplars_of, make_plan
 from hpc_router.cluster.planning.run_target import RunTarget, discard, latest_of
 from hpc_router.config.schema import Deployment
 from hpc_router.config.slurm_options import check_run_path
@@ -90,7 +90,7 @@ def train_classifier(run: RunDir, deployment: Deployment) -> None:
         return
     try:
         with private_umask():
-            exemplars.train(taught(deployment)).write(run.classifier)
+            exemplars.train(exemplars_of(deployment)).write(run.classifier)
     except ArtefactError:
         if not run.classifier.is_dir():  # another `up` may just have written the same one
             raise

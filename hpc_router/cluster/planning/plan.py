@@ -21,15 +21,15 @@ from hpc_router.cluster.launchers.slurm.process_tracking import signals_note
 from hpc_router.cluster.launchers.slurm.sbatch import BatchJob, setup_faults
 from hpc_router.cluster.launchers.slurm.sbatch_test import UNASKED, try_jobs
 from hpc_router.cluster.launchers.slurm.sinfo import ask_site
-from hpc_router.cluster.planning.config_faults import own_faults, own_warnings
+from hpc_router.cluster.planning.config_faults import build_engines, own_faults, own_warnings
 from hpc_router.cluster.planning.engine_flags import check_flags
 from hpc_router.cluster.planning.prerequisites import prerequisites
 from hpc_router.cluster.planning.software_checks import is_address
-from hpc_router.config.adapters import adapters_of, host_of, hosts
+from hpc_router.config.adapters import host_of
 from hpc_router.config.schema import ClusterConfig, Deployment, ExpertConfig
 from hpc_router.errors import ConfigError, LaunchError
 from hpc_router.expert.engine_process.command import drain_limit_s
-from hpc_router.expert.engines import Place, build_engine, engine_environment
+from hpc_router.expert.engines import Engine, Place, engine_environment
 from hpc_router.expert.engines.container import contained
 from hpc_router.net.job_environment import held_job
 from hpc_router.state.run_directory import RunDir
@@ -129,19 +129,20 @@ def make_plan(deployment: Deployment, *, run: RunDir | None = None, ask_engines:
     """Raises ConfigError with one line per fault. `ask_engines`: let the engines' own interpreters check flags, and
     Slurm what it would be asked for."""
     run = run or RunDir(NEW_RUN)
-    faults = list(own_faults(deployment, taught=taught(deployment)))
+    engines, engine_faults = build_engines(deployment.experts)
+    faults = list(own_faults(deployment, exemplars=exemplars_of(deployment), engine_faults=engine_faults))
     if deployment.cluster.kind != "local":
         faults += setup_faults(deployment.cluster.setup)
     if faults:
         raise ConfigError("\n".join(faults))
-    replicas = tuple(_replicas(deployment, run))
+    replicas = tuple(_replicas(deployment, run, engines))
     jobs = tuple(launcher_for(run, deployment).jobs([replica.request for replica in replicas]))
     runs = Path(deployment.runs) if run.path == NEW_RUN else run.path
     needed = prerequisites(deployment.cluster, runs, ask=ask_engines)
     faults += needed.faults
     warnings = [*own_warnings(deployment), *needed.warnings]
     if ask_engines:
-        for wrong, unsure in (check_flags(deployment.experts, deployment.cluster), _asked(deployment, jobs)):
+        for wrong, unsure in (check_flags(engines, deployment.experts, deployment.cluster), _asked(deployment, jobs)):
             faults.extend(wrong)
             warnings.extend(unsure)
     if faults:
@@ -215,12 +216,12 @@ def _absolute(path: str) -> str:
     return os.path.abspath(Path(path).expanduser())  # noqa: PTH100
 
 
-def _replicas(deployment: Deployment, run: RunDir) -> Iterator[ReplicaPlan]:
+def _replicas(deployment: Deployment, run: RunDir, engines: Mapping[str, Engine]) -> Iterator[ReplicaPlan]:
     yield ReplicaPlan(ROUTER_SLOT.expert, request_for(run, deployment, ROUTER_SLOT.replica(1)))
     cluster = deployment.cluster
     place = Place(Path(cluster.scratch) / f"hpc-router-{os.getuid()}" / FOLDER)
-    for name, expert in hosts(deployment.experts).items():
-        engine = build_engine(name, expert, adapters=adapters_of(deployment.experts, name))
+    for name, engine in engines.items():
+        expert = deployment.experts[name]
         command = [*engine.argv(place), *engine.drain_flags(drain_limit_s(cluster), version=None)]
         argv = tuple(contained(command, cluster.container, place, expert, models=engine.models))
         environment = engine_environment(engine, expert, place, inherited={}, cluster=cluster)
@@ -229,6 +230,6 @@ def _replicas(deployment: Deployment, run: RunDir) -> Iterator[ReplicaPlan]:
             yield ReplicaPlan(name, request, EnginePlan(argv, environment), tuple(engine.serves()))
 
 
-def taught(deployment: Deployment) -> dict[str, list[str]]:
+def exemplars_of(deployment: Deployment) -> dict[str, list[str]]:
     """The exemplars of the experts that have any."""
     return {name: list(expert.exemplars) for name, expert in deployment.experts.items() if expert.exemplars}
