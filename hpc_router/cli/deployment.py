@@ -38,14 +38,14 @@ def add_plan(verbs: "Verbs[Parser]") -> None:
 
 def plan(arguments: argparse.Namespace) -> int:
     from hpc_router.cli.tables import plan_text
-    from hpc_router.cluster.control_loop.desired_state import desired_of, scaled
+    from hpc_router.cluster.control_loop.desired_state import desired_of, with_desired_counts
     from hpc_router.cluster.planning.plan import make_plan
     from hpc_router.cluster.planning.run_target import find_target
 
     target = find_target(arguments.run, arguments.overrides, config_dir=arguments.config_dir)
     deployment = target.deployment
     if arguments.run is not None and target.run is not None:
-        deployment = scaled(deployment, desired_of(target.run, deployment))
+        deployment = with_desired_counts(deployment, desired_of(target.run, deployment))
     made = make_plan(deployment, run=target.run, ask_engines=not arguments.no_ask)
     return print_value(made.to_json() if arguments.json else plan_text(made), fold=False)
 

@@ -43,10 +43,10 @@ def add_logs(verbs: "Verbs[Parser]") -> None:
 
 def logs(arguments: argparse.Namespace) -> int:
     from hpc_router.cluster.commands.logs import ends, follow, log_files, tail
-    from hpc_router.cluster.control_loop.desired_state import with_jobs
+    from hpc_router.cluster.control_loop.desired_state import host_expert
 
     run = find_run(arguments.run)
-    name = None if arguments.name is None else with_jobs(run, arguments.name)
+    name = None if arguments.name is None else host_expert(run, arguments.name)
     files = log_files(run, name)
     read_to = ends(files)
     for replica, paths in files.items():

@@ -186,7 +186,7 @@ def reconcile(arguments: argparse.Namespace) -> int:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
         run_loop(run, while_leading=arguments.while_leading, tied=arguments.tied)
         return 0
-    done = ControlLoop(run).once()
+    done = ControlLoop(run).run_pass()
     if done.refused is not None:
         raise LaunchError(done.refused)
     return print_lines(str(action) for action in done.actions)

@@ -42,7 +42,7 @@ def _state(name: str) -> Text:
 
 
 def plan_text(plan: "Plan") -> RenderableType:
-    from hpc_router.cluster.planning.plan import shown, shown_script
+    from hpc_router.cluster.planning.plan import script_without_secrets, without_secrets
 
     table = _table("replica", "engine", "nodes", "GPUs", "CPUs", "memory")
     for replica in plan.replicas:
@@ -63,13 +63,15 @@ def plan_text(plan: "Plan") -> RenderableType:
             parts.append(Text("  serves  " + ", ".join(replica.serves)))
         if replica.engine is not None:
             parts.append(Text("  engine  " + shlex.join(replica.engine.argv)))
-            parts += [Text(f"  with    {key}={value}") for key, value in shown(replica.engine.environment).items()]
+            parts += [
+                Text(f"  with    {key}={value}") for key, value in without_secrets(replica.engine.environment).items()
+            ]
     for alike in plan.alike():
         parts += [
             Text(),
             Text(f"{'step' if alike[0].jobid else 'sbatch'} of {', '.join(alike[0].replicas)}", style="bold"),
         ]
-        parts += [Text(f"  {line}") for line in shown_script(alike[0]).splitlines()]
+        parts += [Text(f"  {line}") for line in script_without_secrets(alike[0]).splitlines()]
         others = [replica for job in alike[1:] for replica in job.replicas]
         parts += [Text(f"and so for {', '.join(others)}")] if others else []
     parts += [Text(f"note: {warning}", style="yellow") for warning in ("", *plan.warnings) if warning]
@@ -156,7 +158,7 @@ def why_text(causes: Sequence[Cause]) -> RenderableType:
     parts: list[RenderableType] = []
     for cause in causes:
         view = cause.view
-        parts.append(Text.assemble((view.replica, "bold"), "  ", _state(view.standing.value), f"  {cause.what}"))
+        parts.append(Text.assemble((view.replica, "bold"), "  ", _state(view.state.value), f"  {cause.what}"))
         if view.reason is not None:
             parts.append(Text(f"  {view.reason.value}: {view.message or ''}"))
         parts += [Text(f"    | {line}", style="dim") for line in cause.lines]
@@ -205,12 +207,12 @@ class UpProgress:
         if self._live is not None:
             table = _table("replica", "state", "")
             for view in shown:
-                table.add_row(view.replica, _state(view.standing.value), _failure(view))
+                table.add_row(view.replica, _state(view.state.value), _failure(view))
             self._live.update(table)
             return
         for view in shown:
-            line = f"{view.replica} {view.standing.value} {_failure(view)}".rstrip()
-            if view.standing is not DisplayedState.MISSING and self._told.get(view.expert + view.replica) != line:
+            line = f"{view.replica} {view.state.value} {_failure(view)}".rstrip()
+            if view.state is not DisplayedState.MISSING and self._told.get(view.expert + view.replica) != line:
                 self._told[view.expert + view.replica] = line
                 elapsed_s = time.monotonic() - self._since
                 self._console.print(f"{elapsed_s:6.1f} s  {line}", highlight=False, markup=False, soft_wrap=True)
@@ -229,4 +231,4 @@ def _failure(view: ReplicaView) -> str:
     """Why it does not serve."""
     if view.reason is not None:
         return f"{view.reason.value}: {view.message or ''}"
-    return f"waits: {view.pending}" if view.pending is not None else ""
+    return f"waits: {view.pending_reason}" if view.pending_reason is not None else ""

@@ -11,8 +11,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final, Protocol
 
-from hpc_router.cluster.control_loop.desired_state import take_down
-from hpc_router.cluster.control_loop.loop import ControlLoop, Pass
+from hpc_router.cluster.control_loop.desired_state import want_down
+from hpc_router.cluster.control_loop.loop import ControlLoop, LoopPass
 from hpc_router.cluster.control_loop.slots import Attempt
 from hpc_router.cluster.launchers.interface import JobState
 from hpc_router.config.schema import Deployment
@@ -25,9 +25,9 @@ from hpc_router.state.run_directory import RunDir
 logger = logging.getLogger(__name__)
 
 POLL_S: Final = 0.1
-ASK_AGAIN_S: Final = 2.0
+REMAINING_POLL_S: Final = 2.0
 """Slurm takes a moment to clean up after a job whose processes have ended."""
-CLAIM_PATIENCE_S: Final = 5.0
+CLAIM_GRACE_S: Final = 5.0
 """A claim younger than this may still become a job; so may one whose submitter lives."""
 
 
@@ -48,27 +48,27 @@ def down(run: RunDir, *, watcher: Watcher | None = None) -> int:
     except ConfigError as error:  # another version's, or damaged: no reason to let jobs run
         logger.warning("%s; its jobs are ended anyway", error)
         control = ControlLoop(run, deployment=Deployment())
-    before = {a.replica for a in living(control.look())}  # once it is asked for, the control loop may end them first
-    take_down(run)
-    return empty(control, before, watcher=watcher or NoWatcher())
+    before = {a.replica for a in living(control.preview())}  # once it is asked for, the control loop may end them first
+    want_down(run)
+    return end_all(control, before, watcher=watcher or NoWatcher())
 
 
-def empty(control: ControlLoop, before: set[str], *, watcher: Watcher) -> int:
+def end_all(control: ControlLoop, before: set[str], *, watcher: Watcher) -> int:
     """Repeat passes until nothing lives, then remove what the dead left. How many jobs were ended, those `before`
     included."""
     ended = set(before)
     while True:
-        seen = control.once(clear=True)
+        seen = control.run_pass(clear=True)
         if not seen.desired.down:
             raise LaunchError(f"{control.run.path} was started again in the meantime")
         left = living(seen)
-        _refuse_far(left)
+        _refuse_other_hosts(left)
         ended |= {attempt.replica for attempt in left}
         watcher.living(left)
         if not left and not control.launcher.remaining(ended):
             break
-        time.sleep(POLL_S if left else ASK_AGAIN_S)
-    _clean(control.run)
+        time.sleep(POLL_S if left else REMAINING_POLL_S)
+    _remove_records(control.run)
     with suppress(OSError, ConfigError):  # what killed agents left; a missing folder is a clean one
         sweep(Path(expanded(control.deployment.cluster.scratch, os.environ)) / f"hpc-router-{os.getuid()}")
     if ended:
@@ -76,12 +76,14 @@ def empty(control: ControlLoop, before: set[str], *, watcher: Watcher) -> int:
     return len(ended)
 
 
-def living(seen: Pass) -> list[Attempt]:
+def living(seen: LoopPass) -> list[Attempt]:
     """Jobs that live, and claims that may become jobs."""
     now = time.time()
     attempts = [attempt for found in seen.observed.values() for attempt in found]
     return [
-        a for a in attempts if a.lingers or (_claimed(a) and (a.submitting or now < a.claimed_at + CLAIM_PATIENCE_S))
+        a
+        for a in attempts
+        if a.holds_resources or (_claimed(a) and (a.submitting or now < a.claimed_at + CLAIM_GRACE_S))
     ]
 
 
@@ -89,7 +91,7 @@ def _claimed(attempt: Attempt) -> bool:
     return not attempt.submitted and attempt.exit is None
 
 
-def _refuse_far(left: list[Attempt]) -> None:
+def _refuse_other_hosts(left: list[Attempt]) -> None:
     far = [attempt for attempt in left if attempt.job is JobState.UNKNOWN]
     if far and len(far) == len(left):
         hosts = sorted({attempt.node or "?" for attempt in far})
@@ -99,7 +101,7 @@ def _refuse_far(left: list[Attempt]) -> None:
         )
 
 
-def _clean(run: RunDir) -> None:
+def _remove_records(run: RunDir) -> None:
     """Records nobody renews, the file of all records, temporary files. External endpoints stay: they are no jobs."""
     for name, record in registry.Reader(run.registry).snapshot().items():
         if record.kind is not RecordKind.EXTERNAL:

@@ -14,7 +14,7 @@ from typing import Any, Final
 from hpc_router.cluster.commands.router_access import live_router
 from hpc_router.cluster.control_loop.desired_state import exclude_nodes
 from hpc_router.cluster.control_loop.drain_calls import ask_to_drain
-from hpc_router.cluster.control_loop.loop import ControlLoop, Pass
+from hpc_router.cluster.control_loop.loop import ControlLoop, LoopPass
 from hpc_router.cluster.control_loop.reconcile import Wait
 from hpc_router.cluster.control_loop.slots import Attempt, Observed
 from hpc_router.cluster.launchers.interface import ROUTER, JobState
@@ -69,19 +69,19 @@ class DrainResult:
         return {"asked": list(self.asked), "signalled": list(self.signalled), "ended": ended, "left": left}
 
 
-def named(
+def select_jobs(
     names: Iterable[str], observed: Observed, records: Mapping[str, Record], *, experts: Iterable[str]
 ) -> list[Attempt]:
     """The live jobs that replicas, slots, experts, nodes or the word `router` name. Raises ConfigError for others."""
     attempts = [attempt for found in observed.values() for attempt in found]
     live = [attempt for attempt in attempts if attempt.live]
     nodes = {a.replica: _nodes(a, records.get(a.replica)) for a in live}
-    known = {*experts, ROUTER, *(a.replica for a in attempts), *(str(slot) for slot in observed), *_all(nodes)}
+    known = {*experts, ROUTER, *(a.replica for a in attempts), *(str(slot) for slot in observed), *_union(nodes)}
     chosen: dict[str, Attempt] = {}
     standbys = {a.replica for found in observed.values() for a in _standbys(found)}
     for name in names:
         if name not in known:
-            _refuse(name, live, records, experts=experts, nodes=_all(nodes))
+            _refuse_unknown(name, live, records, experts=experts, nodes=_union(nodes))
         for attempt in live:
             slot = attempt.slot
             at_node = name in nodes[attempt.replica] and slot.expert != ROUTER
@@ -101,13 +101,13 @@ def _standbys(attempts: Sequence[Attempt]) -> list[Attempt]:
 def successor(observed: Observed, chosen: Sequence[Attempt]) -> str | None:
     """The newest router that lives and is not to end."""
     routers = [a for found in observed.values() for a in found if a.live and a.slot.expert == ROUTER]
-    left = [a for a in routers if a not in chosen and not a.asked_to_stop]
+    left = [a for a in routers if a not in chosen and not a.stop_requested]
     return max(left, key=lambda a: a.generation).replica if left else None
 
 
 def drain(control: ControlLoop, names: Sequence[str]) -> DrainResult:
     """Ask them; the result says how. Raises ConfigError for a name that nothing has."""
-    observed = control.look().observed
+    observed = control.preview().observed
     records = control.observer.records
     experts = control.deployment.experts
     for name in names:
@@ -115,8 +115,8 @@ def drain(control: ControlLoop, names: Sequence[str]) -> DrainResult:
             host = host_of(experts, name)
             said = f"{name} is an adapter on the engine of {host}; drain that, and with it all that it serves: {host}"
             raise ConfigError(f"drain: {said}")
-    chosen = named(names, observed, records, experts=hosts(experts))
-    excluded = _nodes_among(names, observed, records, experts=hosts(experts))
+    chosen = select_jobs(names, observed, records, experts=hosts(experts))
+    excluded = _selected_nodes(names, observed, records, experts=hosts(experts))
     if control.deployment.cluster.kind != "slurm":
         excluded = ()
     if excluded:  # before anything ends: what takes its place is submitted at once
@@ -130,11 +130,11 @@ def drain(control: ControlLoop, names: Sequence[str]) -> DrainResult:
     asked = tuple(a.replica for a in told if a.replica not in deaf)
     signalled = tuple(a.replica for a in chosen if a.replica not in asked)
     control.cancel(signalled)
-    warnings = tuple(without_ready(observed, chosen, records.values()))
+    warnings = tuple(unserved_warnings(observed, chosen, records.values()))
     return DrainResult(asked, signalled, successor=successor(observed, chosen), excluded=excluded, warnings=warnings)
 
 
-def without_ready(observed: Observed, going: Sequence[Attempt], records: Iterable[Record]) -> Iterator[str]:
+def unserved_warnings(observed: Observed, going: Sequence[Attempt], records: Iterable[Record]) -> Iterator[str]:
     """A warning for each expert that loses its last ready replica with those that go."""
     elsewhere = {expert for record in records if record.kind is RecordKind.EXTERNAL for expert in record.serves}
     for expert in sorted({attempt.slot.expert for attempt in going} - {ROUTER} - elsewhere):
@@ -158,14 +158,14 @@ def wait(
     while (left := tuple(name for name in left if not _has_ended(control.run, name))) and clock() < deadline:
         sleep(cluster.reconcile_s if unattended else POLL_S)
         if unattended:
-            control.look()  # leaves an exit record for a job that ended without a word
+            control.preview()  # leaves an exit record for a job that ended without a word
     if unattended:
-        while _unfilled(control.once(fresh=True), retired.replicas) and clock() < deadline:
+        while _unfilled(control.run_pass(fresh=True), retired.replicas) and clock() < deadline:
             sleep(cluster.reconcile_s)
     return replace(retired, left=left)
 
 
-def _unfilled(seen: Pass, replicas: Sequence[str]) -> bool:
+def _unfilled(seen: LoopPass, replicas: Sequence[str]) -> bool:
     """Whether the pass came too early: a job is still seen, or its slot waits after failures."""
     slots = {split_replica(name)[:2] for name in replicas}
     live = any(a.live and a.replica in replicas for found in seen.observed.values() for a in found)
@@ -182,21 +182,21 @@ def _nodes(attempt: Attempt, record: Record | None) -> set[str]:
     return {str(name) for name in names} | {str(name).partition(".")[0] for name in names}
 
 
-def _nodes_among(
+def _selected_nodes(
     names: Iterable[str], observed: Observed, records: Mapping[str, Record], *, experts: Iterable[str]
 ) -> tuple[str, ...]:
     """Those of the names that mean nodes, as Slurm knows them."""
     attempts = [attempt for found in observed.values() for attempt in found]
     others = {*experts, ROUTER, *(a.replica for a in attempts), *(str(slot) for slot in observed)}
-    nodes = _all({a.replica: _nodes(a, records.get(a.replica)) for a in attempts if a.live})
+    nodes = _union({a.replica: _nodes(a, records.get(a.replica)) for a in attempts if a.live})
     return tuple(name.partition(".")[0] for name in dict.fromkeys(names) if name in nodes and name not in others)
 
 
-def _all(nodes: Mapping[str, set[str]]) -> set[str]:
+def _union(nodes: Mapping[str, set[str]]) -> set[str]:
     return set().union(*nodes.values())
 
 
-def _refuse(
+def _refuse_unknown(
     name: str, live: Sequence[Attempt], records: Mapping[str, Record], *, experts: Iterable[str], nodes: set[str]
 ) -> None:
     external = [r.replica for r in records.values() if r.kind is RecordKind.EXTERNAL]

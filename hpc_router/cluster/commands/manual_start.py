@@ -116,7 +116,7 @@ def _claimed(run: RunDir, expert: str, step: Step) -> str | None:
 
 
 def _observed(run: RunDir) -> Observed:
-    return ControlLoop(run, deployment=Deployment()).look().observed
+    return ControlLoop(run, deployment=Deployment()).preview().observed
 
 
 def _claim(run: RunDir, replica: str) -> bool:

@@ -57,7 +57,7 @@ def examine(
 
 def register(run: RunDir, endpoint: ExternalEndpoint) -> Record:
     """The record, new or updated."""
-    known = _known(run, expert=endpoint.expert, url=endpoint.url)
+    known = _existing(run, expert=endpoint.expert, url=endpoint.url)
     record = Record(
         kind=RecordKind.EXTERNAL,
         replica=known or replica_name(endpoint.expert, "x0", 1),
@@ -142,7 +142,7 @@ def _ask_model(base: str, *, token: str | None) -> tuple[str | None, str | None]
     return names[0], None
 
 
-def _known(run: RunDir, *, expert: str, url: str) -> str | None:
+def _existing(run: RunDir, *, expert: str, url: str) -> str | None:
     for name, record in Reader(run.registry).snapshot().items():
         if record.kind is RecordKind.EXTERNAL and record.url == url and expert in record.serves:
             return name
@@ -152,7 +152,7 @@ def _known(run: RunDir, *, expert: str, url: str) -> str | None:
 def _publish(run: RunDir, record: Record, *, new: bool, token: str | None) -> Record:
     """A new one takes the first free number; two at once take two."""
     if not new:
-        _keep_token(run, record.replica, token)
+        _write_token(run, record.replica, token)
         registry.publish(run.registry, record)
         return record
     for number in itertools.count():
@@ -160,11 +160,11 @@ def _publish(run: RunDir, record: Record, *, new: bool, token: str | None) -> Re
         path = run.registry / f"{record.replica}.json"
         if not path.exists() and create_text(path, json.dumps(record.to_json(), indent=1, sort_keys=True) + "\n"):
             break
-    _keep_token(run, record.replica, token)
+    _write_token(run, record.replica, token)
     return record
 
 
-def _keep_token(run: RunDir, replica: str, token: str | None) -> None:
+def _write_token(run: RunDir, replica: str, token: str | None) -> None:
     (run.path / "tokens" / replica).unlink(missing_ok=True)
     if token is not None:
         run.keep_external_token(replica, token)

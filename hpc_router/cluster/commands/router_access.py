@@ -46,10 +46,10 @@ _MAY_LIVE = (JobState.RUNNING, JobState.UNKNOWN)
 
 def router_access(run: RunDir) -> RouterAccess:
     """Raises LaunchError when no router serves, or something else answers at its address."""
-    return proven(run, unproven_router(run))
+    return prove_identity(run, recorded_router(run))
 
 
-def unproven_router(run: RunDir) -> Record:
+def recorded_router(run: RunDir) -> Record:
     """The router by its record alone. Raises LaunchError when there is none."""
     record = live_router(run)
     if record is None:
@@ -57,7 +57,7 @@ def unproven_router(run: RunDir) -> Record:
     return record
 
 
-def proven(run: RunDir, record: Record) -> RouterAccess:
+def prove_identity(run: RunDir, record: Record) -> RouterAccess:
     """Raises LaunchError when nobody or something else answers there."""
     finding = examine(record, run.secret())
     if finding is not IdentityCheck.PROVEN:

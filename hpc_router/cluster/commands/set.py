@@ -37,12 +37,12 @@ def change(run: RunDir, values: Mapping[str, Any], back: Sequence[str]) -> dict[
     wishes = run.read_desired()
     given = {k: v for k, v in {**settings_in(wishes), **values}.items() if k not in back}
     changed = with_settings(deployment_of(run), given)
-    settings = {key: _held(changed, key) for key in given}
+    settings = {key: _value_of(changed, key) for key in given}
     run.write_desired({**wishes, KEY: settings})
     run.event("set", settings=settings)
     return settings
 
 
-def _held(deployment: Deployment, key: str) -> Any:
+def _value_of(deployment: Deployment, key: str) -> Any:
     section, _, name = key.partition(".")
     return getattr(getattr(deployment, section), name)

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from hpc_router.cluster.commands.replica_view import DisplayedState, ReplicaView, of_experts, views
+from hpc_router.cluster.commands.replica_view import DisplayedState, ReplicaView, expert_views, views
 from hpc_router.cluster.commands.router_access import RouterAccess, router_access
-from hpc_router.cluster.control_loop.loop import ControlLoop, Pass
+from hpc_router.cluster.control_loop.loop import ControlLoop, LoopPass
 from hpc_router.cluster.control_loop.slots import ROUTER_SLOT, Attempt
 from hpc_router.config.adapters import host_of
 from hpc_router.errors import LaunchError
@@ -17,15 +17,15 @@ from hpc_router.net.http_client import Unreachable, ask
 from hpc_router.state.registry import RecordKind
 from hpc_router.state.run_directory import RunDir
 
-_ROUTER_KNOWS = ("in_flight", "capacity", "models", "silent", "trouble", "error_share", "first_byte_s", "sick")
+_ROUTER_KEYS = ("in_flight", "capacity", "models", "silent", "trouble", "error_share", "first_byte_s", "sick")
 
 
 def status(run: RunDir) -> dict[str, Any]:
     """`{run, down, full, router, policy, experts}`; unknown values are None."""
-    control = ControlLoop(run, reading=True)
-    seen = control.look(fresh=True)
+    control = ControlLoop(run, read_only=True)
+    seen = control.preview(fresh=True)
     down = seen.desired.down
-    shown = standing_views(control, seen)
+    shown = replica_views(control, seen)
     access, told, trouble = ask_router(run)
     known = {r["replica"]: r for e in (told.get("experts") or {}).values() for r in e.get("replicas", ())}
     routers = [view for view in shown if view.kind is RecordKind.ROUTER]
@@ -44,7 +44,7 @@ def status(run: RunDir) -> dict[str, Any]:
         }
         for name, expert in configured.items()
     }
-    for view in of_experts(shown):
+    for view in expert_views(shown):
         entry = experts.setdefault(view.expert, {"replicas": [], "wanted": 0, "adapter_of": None})
         entry["replicas"].append(_merged(view, known.get(view.replica)))
     for entry in experts.values():
@@ -72,14 +72,14 @@ def _standby(attempts: Sequence[Attempt], serving: str | None) -> str | None:
     return next((replica for replica in waiting if serving is not None and replica != serving), None)
 
 
-def standing_views(control: ControlLoop, seen: Pass) -> list[ReplicaView]:
+def replica_views(control: ControlLoop, seen: LoopPass) -> list[ReplicaView]:
     """Also of a run that is down, whose failures are still worth telling."""
     if not seen.desired.down:
         return views(seen, control.observer.records)
     told = control.decide(replace(seen.desired, down=False), seen.observed)
     shown = views(told, control.observer.records)
     gone = (DisplayedState.MISSING, DisplayedState.WAITING)
-    return [replace(v, standing=DisplayedState.STOPPED) if v.standing in gone else v for v in shown]
+    return [replace(v, state=DisplayedState.STOPPED) if v.state in gone else v for v in shown]
 
 
 def ask_router(run: RunDir) -> tuple[RouterAccess | None, Mapping[str, Any], str | None]:
@@ -99,10 +99,10 @@ def ask_router(run: RunDir) -> tuple[RouterAccess | None, Mapping[str, Any], str
 
 def _merged(view: ReplicaView, known: Mapping[str, Any] | None) -> dict[str, Any]:
     """The router's judgement of a registered replica counts: it probes."""
-    told = view.to_json() | {"phase": view.standing.value} | dict.fromkeys(_ROUTER_KNOWS)
+    told = view.to_json() | {"phase": view.state.value} | dict.fromkeys(_ROUTER_KEYS)
     if known is None:
         return told
-    told |= {key: known.get(key) for key in _ROUTER_KNOWS}
-    if view.standing in (DisplayedState.READY, DisplayedState.REGISTERED):
+    told |= {key: known.get(key) for key in _ROUTER_KEYS}
+    if view.state in (DisplayedState.READY, DisplayedState.REGISTERED):
         told["state"] = known.get("state", told["state"])
     return told

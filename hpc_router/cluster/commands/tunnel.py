@@ -13,7 +13,7 @@ from ipaddress import ip_address
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from hpc_router.cluster.commands.router_access import proven, unproven_router
+from hpc_router.cluster.commands.router_access import prove_identity, recorded_router
 from hpc_router.cluster.control_loop.desired_state import deployment_of
 from hpc_router.errors import ConfigError
 from hpc_router.state.registry import Record
@@ -21,7 +21,7 @@ from hpc_router.state.run_directory import RunDir
 
 
 @dataclass(frozen=True, slots=True)
-class Here:
+class LocalHost:
     """Who asks, and on which host."""
 
     user: str
@@ -72,7 +72,7 @@ class Tunnel:
         return [f"# {line}" for line in lines]
 
 
-def tunnel(record: Record, *, login: str | None, here: Here, port: int, run: Path) -> Tunnel:
+def tunnel(record: Record, *, login: str | None, here: LocalHost, port: int, run: Path) -> Tunnel:
     """`login`: as the config says it, with or without a user."""
     if not 0 < port < 65536:
         raise ConfigError(f"--port {port}: valid are 1 to 65535")
@@ -89,25 +89,25 @@ def tunnel(record: Record, *, login: str | None, here: Here, port: int, run: Pat
 def tunnel_to(run: RunDir, *, port: int, unproven: bool = False) -> Tunnel:
     """To the run's router. Raises LaunchError when none serves or proves itself; `unproven`: one that cannot be asked
     from here will do."""
-    record, here = unproven_router(run), _here()
-    hidden = record.node if unproven and _is_hidden(record, here) else None
+    record, here = recorded_router(run), _local_host()
+    hidden = record.node if unproven and _is_on_other_loopback(record, here) else None
     if hidden is None:
-        proven(run, record)
+        prove_identity(run, record)
     made = tunnel(record, login=deployment_of(run).cluster.login, here=here, port=port, run=run.path)
     return replace(made, unproven=hidden)
 
 
-def _is_hidden(record: Record, here: Here) -> bool:
+def _is_on_other_loopback(record: Record, here: LocalHost) -> bool:
     """On the loopback of a node that is not this one."""
     loopback = _is_loopback(urlsplit(record.url).hostname or "")
     return loopback and record.node is not None and record.node not in here.names
 
 
-def _here() -> Here:
+def _local_host() -> LocalHost:
     """A host whose own name resolves to its loopback knows its short name only."""
     host, full = socket.gethostname(), socket.getfqdn()
     best = host if full.partition(".")[0] == "localhost" else full
-    return Here(getpass.getuser(), best, frozenset({host, best, host.partition(".")[0]}))
+    return LocalHost(getpass.getuser(), best, frozenset({host, best, host.partition(".")[0]}))
 
 
 def _is_loopback(host: str) -> bool:
@@ -117,7 +117,7 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _is_at(login: str, node: str | None, here: Here) -> bool:
+def _is_at(login: str, node: str | None, here: LocalHost) -> bool:
     """Whether one who has come to `login` is on `node`. A name that may stand for several hosts is not trusted."""
     host = login.rpartition("@")[2]
     names = here.names if node in here.names else frozenset({node, (node or "").partition(".")[0]})

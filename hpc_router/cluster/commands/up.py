@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Final, Protocol
 
 from hpc_router.cluster.commands.down import NoWatcher, down
-from hpc_router.cluster.commands.replica_view import DisplayedState, ReplicaView, of_experts, views
+from hpc_router.cluster.commands.replica_view import DisplayedState, ReplicaView, expert_views, views
 from hpc_router.cluster.commands.signals import interrupt_event
-from hpc_router.cluster.control_loop.desired_state import desired_of, scaled, start_over
+from hpc_router.cluster.control_loop.desired_state import desired_of, want_up, with_desired_counts
 from hpc_router.cluster.control_loop.loop import ControlLoop
 from hpc_router.cluster.launchers.interface import ROUTER, JobState
 from hpc_router.cluster.launchers.select import check_reach
-from hpc_router.cluster.launchers.slurm.pending_reasons import in_words
+from hpc_router.cluster.launchers.slurm.pending_reasons import explain_pending
 from hpc_router.cluster.planning.plan import Plan, exemplars_of, make_plan
 from hpc_router.cluster.planning.run_target import RunTarget, discard, latest_of
 from hpc_router.config.schema import Deployment
@@ -31,9 +31,9 @@ from hpc_router.state.registry import RecordKind, split_replica
 from hpc_router.state.run_directory import RunDir, private_umask
 
 POLL_S: Final = 0.2
-_GONE: Final = (JobState.ENDED, JobState.PENDING)
+_NOT_RUNNING: Final = (JobState.ENDED, JobState.PENDING)
 """Nothing more to wait for: one that has not begun finds that it is not wanted."""
-_SETTLED: Final = frozenset({DisplayedState.READY, DisplayedState.FAILED, DisplayedState.REGISTERED})
+_FINAL: Final = frozenset({DisplayedState.READY, DisplayedState.FAILED, DisplayedState.REGISTERED})
 """Nothing to wait for."""
 
 
@@ -59,13 +59,13 @@ class Served:
 
     @property
     def failed(self) -> list[ReplicaView]:
-        return [view for view in self.shown if view.standing is DisplayedState.FAILED]
+        return [view for view in self.shown if view.state is DisplayedState.FAILED]
 
 
 def up(target: RunTarget, *, wait_all: bool, reporter: Reporter) -> Served:
     """Raises ConfigError before anything is made, LaunchError when nothing can serve, Interrupted."""
     deployment, run = target.deployment, target.run
-    wanted = deployment if run is None else scaled(deployment, desired_of(run, deployment))
+    wanted = deployment if run is None else with_desired_counts(deployment, desired_of(run, deployment))
     check_reach(deployment)
     check_run_path((target.path or Path(deployment.runs)).absolute(), deployment.cluster.kind)
     plan = make_plan(wanted, run=run)
@@ -73,7 +73,7 @@ def up(target: RunTarget, *, wait_all: bool, reporter: Reporter) -> Served:
     with interrupt_event() as interrupted:
         run, made = target.open()
         try:
-            effort = _Effort(run, deployment, made_over=before if made else None, made=made)
+            effort = _BringUp(run, deployment, made_over=before if made else None, made=made)
             reporter.begin(run, plan)
             train_classifier(run, deployment)
         except (OSError, HpcRouterError):
@@ -96,20 +96,20 @@ def train_classifier(run: RunDir, deployment: Deployment) -> None:
             raise
 
 
-class _Effort:
+class _BringUp:
     """One `up`: what it began is its to take back."""
 
     def __init__(self, run: RunDir, deployment: Deployment, *, made: bool, made_over: str | None) -> None:
         self._run, self._made, self._made_over = run, made, made_over
         self._control = ControlLoop(run, deployment=deployment)
-        observed = self._control.look().observed
+        observed = self._control.preview().observed
         self._fresh = not any(attempt.live for found in observed.values() for attempt in found)
         self._submitted: set[str] = set()
-        start_over(run, observed)
+        want_up(run, observed)
 
     def wait(self, *, wait_all: bool, reporter: Reporter, interrupted: threading.Event) -> Served:
         while not interrupted.is_set():
-            seen = self._control.once()  # a router's own loop may do the same: claims decide
+            seen = self._control.run_pass()  # a router's own loop may do the same: claims decide
             self._submitted |= set(seen.submitted)
             if seen.desired.down:
                 raise LaunchError(f"{self._run.path} was taken down in the meantime")
@@ -118,7 +118,7 @@ class _Effort:
             url = self._serving(shown, wait_all=wait_all)
             if url is not None:
                 return Served(self._run, url, tuple(shown))
-            reasons = _hopeless(shown)
+            reasons = _cannot_serve(shown)
             if reasons and not seen.submitted:
                 self._take_back()
                 raise LaunchError(reasons)
@@ -130,11 +130,11 @@ class _Effort:
 
     def _serving(self, shown: Sequence[ReplicaView], *, wait_all: bool) -> str | None:
         """The router's address once what was asked for holds."""
-        routers = [v for v in shown if v.kind is RecordKind.ROUTER and v.standing is DisplayedState.READY and v.url]
+        routers = [v for v in shown if v.kind is RecordKind.ROUTER and v.state is DisplayedState.READY and v.url]
         if not routers or routers[-1].url is None:
             return None
-        experts = of_experts(shown)
-        if wait_all and any(view.standing not in _SETTLED and _stuck(view) is None for view in experts):
+        experts = expert_views(shown)
+        if wait_all and any(view.state not in _FINAL and _never_starts(view) is None for view in experts):
             return None
         url = routers[-1].url
         try:
@@ -153,15 +153,15 @@ class _Effort:
         deadline = time.monotonic() + control.deployment.cluster.drain_s
         while left and time.monotonic() < deadline:
             time.sleep(POLL_S)
-            left = [name for name, report in control.launcher.observe(left).items() if report.state not in _GONE]
+            left = [name for name, report in control.launcher.observe(left).items() if report.state not in _NOT_RUNNING]
         if left:
             control.kill(left)
 
 
-def _hopeless(shown: Sequence[ReplicaView]) -> str | None:
+def _cannot_serve(shown: Sequence[ReplicaView]) -> str | None:
     """Why nothing can ever serve."""
-    reasons = {view.replica: reason for view in shown if (reason := _lost(view)) is not None}
-    experts = [view.replica for view in of_experts(shown)]
+    reasons = {view.replica: reason for view in shown if (reason := _cannot_become_ready(view)) is not None}
+    experts = [view.replica for view in expert_views(shown)]
     router_lost = any(view.kind is RecordKind.ROUTER and view.replica in reasons for view in shown)
     if not router_lost and (not experts or any(replica not in reasons for replica in experts)):
         return None
@@ -169,12 +169,14 @@ def _hopeless(shown: Sequence[ReplicaView]) -> str | None:
     return "\n".join([*lines, "nothing can serve"])
 
 
-def _lost(view: ReplicaView) -> str | None:
+def _cannot_become_ready(view: ReplicaView) -> str | None:
     """Why it will never serve."""
-    return f"{view.reason}: {view.message}" if view.standing is DisplayedState.FAILED else _stuck(view)
+    return f"{view.reason}: {view.message}" if view.state is DisplayedState.FAILED else _never_starts(view)
 
 
-def _stuck(view: ReplicaView) -> str | None:
+def _never_starts(view: ReplicaView) -> str | None:
     """Why its job, as it is, will never start."""
-    waiting = in_words(view.pending, view.job_id) if view.pending is not None else None
-    return f"{view.pending}: {waiting.what}; {waiting.advice}" if waiting is not None and waiting.hopeless else None
+    waiting = explain_pending(view.pending_reason, view.job_id) if view.pending_reason is not None else None
+    return (
+        f"{view.pending_reason}: {waiting.what}; {waiting.advice}" if waiting is not None and waiting.hopeless else None
+    )

@@ -13,12 +13,12 @@ from typing import Any, Final
 from hpc_router.cluster.commands.findings import findings
 from hpc_router.cluster.commands.logs import last_lines, tail
 from hpc_router.cluster.commands.replica_view import DisplayedState, ReplicaView
-from hpc_router.cluster.commands.status import ask_router, standing_views
-from hpc_router.cluster.control_loop.desired_state import with_jobs
+from hpc_router.cluster.commands.status import ask_router, replica_views
+from hpc_router.cluster.control_loop.desired_state import host_expert
 from hpc_router.cluster.control_loop.loop import ControlLoop
 from hpc_router.cluster.control_loop.slots import Observed, Slot
 from hpc_router.cluster.launchers.interface import ROUTER
-from hpc_router.cluster.launchers.slurm.pending_reasons import in_words
+from hpc_router.cluster.launchers.slurm.pending_reasons import explain_pending
 from hpc_router.cluster.launchers.slurm.process_tracking import signals_note
 from hpc_router.errors import ConfigError, suggest
 from hpc_router.state.job_records import FailureReason
@@ -59,7 +59,7 @@ ADVICE: Final[Mapping[FailureReason, str]] = {
     _R.DRAINED: "it was asked to stop; `hpc-router up` or `scale` starts it again",
     _R.VANISHED: "it was killed, or could not start: its log ends where it died; `hpc-router up` tries again",
 }
-_STANDING: Final[Mapping[DisplayedState, str]] = {
+_STATE_TEXT: Final[Mapping[DisplayedState, str]] = {
     DisplayedState.MISSING: "no job was submitted yet: `hpc-router up` or `hpc-router reconcile` submits one",
     DisplayedState.SUBMITTED: "its job was submitted and has not begun yet",
     DisplayedState.STARTING: "it is starting",
@@ -74,7 +74,7 @@ _STANDING: Final[Mapping[DisplayedState, str]] = {
 _ROUTER_ADVICE: Final = "edit router.* as the message says, then `hpc-router up` in a new run"
 
 
-_SICK_ADVICE: Final = "`hpc-router logs {replica}` may show the reason; `hpc-router drain {replica}` replaces it"
+_DEGRADED_ADVICE: Final = "`hpc-router logs {replica}` may show the reason; `hpc-router drain {replica}` replaces it"
 _EXTERNAL_ADVICE: Final = (
     "start or repair the server there, or `hpc-router unregister {replica}`; if it does serve, `hpc-router register` "
     "it again with --probe-path, --no-probe or --token-file"
@@ -96,28 +96,28 @@ class Cause:
 def why(run: RunDir, name: str | None = None) -> list[Cause]:
     """A cause for each replica that is not ready, or for those of one expert or replica; and what a router that serves
     has found amiss with those that are."""
-    control = ControlLoop(run, reading=True)
-    seen = control.look(fresh=True)
-    shown = standing_views(control, seen)
+    control = ControlLoop(run, read_only=True)
+    seen = control.preview(fresh=True)
+    shown = replica_views(control, seen)
     if name is not None:
-        name = with_jobs(run, name)
+        name = host_expert(run, name)
         names = {v.expert for v in shown} | {v.replica for v in shown} | {v.replica.rpartition(".")[0] for v in shown}
         if name not in names:
             raise ConfigError(f"no replica of this run is named '{name}'{suggest(name, names)}")
         shown = [v for v in shown if name in (v.expert, v.replica, v.replica.rpartition(".")[0])]
     now = time.time()
     fine = (DisplayedState.READY, DisplayedState.REGISTERED)
-    causes = [_cause(run, view, now=now) for view in shown if view.standing not in fine]
-    causes += _cut(shown, seen.observed, now=now)
+    causes = [_cause(run, view, now=now) for view in shown if view.state not in fine]
+    causes += _cut_off_drains(shown, seen.observed, now=now)
     if control.deployment.cluster.kind != "local":
         causes = _with_signals_note(causes)
     told = ask_router(run)[1]
-    causes += _unwritable(run, shown, told)
+    causes += _write_failures(run, shown, told)
     causes += [Cause(one.view, one.what, one.advice, ()) for one in findings(shown, told)]
-    return causes + _sick([view for view in shown if view.standing in fine and view.expert != ROUTER], told)
+    return causes + _degraded([view for view in shown if view.state in fine and view.expert != ROUTER], told)
 
 
-def _cut(shown: Sequence[ReplicaView], observed: Observed, *, now: float) -> list[Cause]:
+def _cut_off_drains(shown: Sequence[ReplicaView], observed: Observed, *, now: float) -> list[Cause]:
     """Drains of the last hour that did not let all answers finish, one per slot: the newest."""
     causes = []
     for view in shown:
@@ -146,7 +146,7 @@ def _signalled(cause: Cause) -> bool:
     )
 
 
-def _unwritable(run: RunDir, shown: list[ReplicaView], told: Mapping[str, Any]) -> list[Cause]:
+def _write_failures(run: RunDir, shown: list[ReplicaView], told: Mapping[str, Any]) -> list[Cause]:
     """That nothing can be written to the run directory: by its file system's word, or by the router's (a quota)."""
     what = run.full() or (told.get("router") or {}).get("write_trouble")
     if what is None or not shown:
@@ -155,14 +155,14 @@ def _unwritable(run: RunDir, shown: list[ReplicaView], told: Mapping[str, Any]) 
     return [Cause(view, what, "free space or raise the quota: records, logs and the control loop need it", ())]
 
 
-def _sick(shown: list[ReplicaView], told: Mapping[str, Any]) -> list[Cause]:
+def _degraded(shown: list[ReplicaView], told: Mapping[str, Any]) -> list[Cause]:
     """Those that count as ready and are not of use, which only the router knows."""
     known = {r["replica"]: r for e in (told.get("experts") or {}).values() for r in e.get("replicas", ())}
     causes = []
     for view in shown:
         seen = known.get(view.replica) or {}
         external = seen.get("kind") == "external"
-        advice = (_EXTERNAL_ADVICE if external else _SICK_ADVICE).format(replica=view.replica)
+        advice = (_EXTERNAL_ADVICE if external else _DEGRADED_ADVICE).format(replica=view.replica)
         if seen.get("state") == "ejected":
             what = f"the router has ejected it: {seen.get('trouble') or 'it does not answer'}"
             causes.append(Cause(view, what, advice, ()))
@@ -172,8 +172,8 @@ def _sick(shown: list[ReplicaView], told: Mapping[str, Any]) -> list[Cause]:
 
 
 def _cause(run: RunDir, view: ReplicaView, *, now: float) -> Cause:
-    if view.pending is not None and view.standing is DisplayedState.SUBMITTED:
-        waiting = in_words(view.pending, view.job_id)
+    if view.pending_reason is not None and view.state is DisplayedState.SUBMITTED:
+        waiting = explain_pending(view.pending_reason, view.job_id)
         until = "so it will never start" if waiting.hopeless else expected(view.starts_at, now=now)
         return Cause(view, f"its job waits: {waiting.what}; {until}", waiting.advice, ())
     advice = None
@@ -182,20 +182,20 @@ def _cause(run: RunDir, view: ReplicaView, *, now: float) -> Cause:
         if view.expert == ROUTER and view.reason is FailureReason.BAD_OPTION:
             advice = _ROUTER_ADVICE
     failed = view.reason not in (None, FailureReason.DRAINED)
-    lines = _last_words(run, view) if failed else []
-    return Cause(view, _STANDING[view.standing], advice, tuple(lines))
+    lines = _log_lines(run, view) if failed else []
+    return Cause(view, _STATE_TEXT[view.state], advice, tuple(lines))
 
 
-def _last_words(run: RunDir, view: ReplicaView) -> list[str]:
+def _log_lines(run: RunDir, view: ReplicaView) -> list[str]:
     """Of the service, or of the batch script around it, which lies with the first replica of the job."""
     own = [] if view.reason is FailureReason.SETUP else last_lines(run, view.replica, lines=LOG_LINES)
     if view.reason is FailureReason.RANK_LOST:
-        own += _ranks_last_words(run, view.replica)
+        own += _rank_log_lines(run, view.replica)
     scripts = run.jobs.glob(f"*/{view.job_id}_batch.log") if view.job_id else ()
     return own or [line for path in scripts for line in tail(path, LOG_LINES)]
 
 
-def _ranks_last_words(run: RunDir, replica: str) -> list[str]:
+def _rank_log_lines(run: RunDir, replica: str) -> list[str]:
     """Of the engines of all ranks but the first, each line with its rank; of its agent where no engine spoke."""
     logs: dict[int, Path] = {}
     for suffix in (".log", ".engine.log"):

@@ -24,7 +24,7 @@ def deployment_of(run: RunDir) -> Deployment:
     return frozen.read(run.config) if run.config.exists() else Deployment()
 
 
-def with_jobs(run: RunDir, name: str) -> str:
+def host_expert(run: RunDir, name: str) -> str:
     """The expert whose jobs a name means, where it is an adapter's; else the name, also in a run of another version."""
     try:
         experts = deployment_of(run).experts
@@ -57,12 +57,12 @@ def _standby(deployment: Deployment) -> bool:
     return deployment.cluster.kind == "slurm" and router.place == "job" and router.standby and router.reconcile
 
 
-def start_over(run: RunDir, observed: Observed) -> None:
+def want_up(run: RunDir, observed: Observed) -> None:
     """`up`: the router is wanted, nothing is down any more, and old failures are forgiven."""
-    _update(run, router=True, down=False, forgiven=_failed(observed))
+    _update(run, router=True, down=False, forgiven=_newest_ended(observed))
 
 
-def take_down(run: RunDir) -> None:
+def want_down(run: RunDir) -> None:
     _update(run, down=True)
 
 
@@ -70,7 +70,7 @@ def scale(run: RunDir, deployment: Deployment, counts: Mapping[str, int], observ
     """Keep these replica counts from now on. Raises ConfigError for an expert the run does not have."""
     check_counts(deployment, counts)
     before = _counts(run.read_desired().get("replicas"))
-    _update(run, replicas=before | dict(counts), forgiven=_failed(observed))
+    _update(run, replicas=before | dict(counts), forgiven=_newest_ended(observed))
 
 
 def check_counts(deployment: Deployment, counts: Mapping[str, int]) -> None:
@@ -83,7 +83,7 @@ def check_counts(deployment: Deployment, counts: Mapping[str, int]) -> None:
         check_bounds(replace(deployment.experts[name], replicas=count), at=f"experts.{name}")
 
 
-def scaled(deployment: Deployment, desired: Desired) -> Deployment:
+def with_desired_counts(deployment: Deployment, desired: Desired) -> Deployment:
     """The deployment with the wanted replica counts, as `plan` checks them."""
     return with_counts(deployment, desired.replicas)
 
@@ -123,7 +123,7 @@ def _update(run: RunDir, **wishes: Any) -> None:
     run.write_desired({**run.read_desired(), **wishes})
 
 
-def _failed(observed: Observed) -> dict[str, int]:
+def _newest_ended(observed: Observed) -> dict[str, int]:
     """The newest generation of each slot that lives no more."""
     over = {str(slot): [a.generation for a in attempts if not a.live] for slot, attempts in observed.items()}
     return {slot: max(generations) for slot, generations in over.items() if generations}

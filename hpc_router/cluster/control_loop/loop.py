@@ -35,14 +35,14 @@ from hpc_router.state.run_directory import RunDir
 
 logger = logging.getLogger(__name__)
 
-AT_ONCE: Final = 32
+MAX_SUBMITTED_PER_PASS: Final = 32
 """Jobs submitted in one pass: between passes the loop hears that fewer are wanted."""
-GONE_PASSES: Final = 5
+MAX_MISSED_PASSES: Final = 5
 """A run directory that so many passes in a row do not find was removed."""
 
 
 @dataclass(frozen=True, slots=True)
-class Pass:
+class LoopPass:
     """What one pass wanted, saw and did."""
 
     desired: Desired
@@ -57,7 +57,7 @@ class Pass:
 
 
 class ControlLoop:
-    """The hands of the control loop on one run. `reading`: for verbs that only look, which write nothing."""
+    """The hands of the control loop on one run. `read_only`: for verbs that only look, which write nothing."""
 
     def __init__(
         self,
@@ -65,31 +65,31 @@ class ControlLoop:
         *,
         deployment: Deployment | None = None,
         launcher: Launcher | None = None,
-        reading: bool = False,
+        read_only: bool = False,
     ) -> None:
         self.run = run
         self.deployment = deployment or deployment_of(run)
         self.launcher = launcher or launcher_for(run, self.deployment)
-        self.observer = RunObserver(run, self.launcher, reading=reading)
-        self._told: set[str] = set()
+        self.observer = RunObserver(run, self.launcher, read_only=read_only)
+        self._reported: set[str] = set()
 
-    def look(self, *, clear: bool = False, fresh: bool = False) -> Pass:
+    def preview(self, *, clear: bool = False, fresh: bool = False) -> LoopPass:
         """What a pass would do, without doing it. `clear`: nothing at all may stay. `fresh`: ask the controller."""
-        observed = self.observer.look(fresh=fresh)
+        observed = self.observer.observe(fresh=fresh)
         return self.decide(replace(desired_of(self.run, self.deployment), clear=clear), observed)
 
-    def decide(self, desired: Desired, observed: Observed) -> Pass:
-        return Pass(desired, observed, reconcile(desired, observed, time.time()))
+    def decide(self, desired: Desired, observed: Observed) -> LoopPass:
+        return LoopPass(desired, observed, reconcile(desired, observed, time.time()))
 
-    def once(self, *, clear: bool = False, fresh: bool = False) -> Pass:
+    def run_pass(self, *, clear: bool = False, fresh: bool = False) -> LoopPass:
         """One pass. A refused submission is in the result, as an exit record it counts as a failure of its slot."""
-        seen = self.look(clear=clear, fresh=fresh)
+        seen = self.preview(clear=clear, fresh=fresh)
         for replica in self.observer.lost:
             self.run.event("lost", replica=replica)
         self._drain([a.replica for a in seen.actions if isinstance(a, Drain)])
         self.cancel([a.replica for a in seen.actions if isinstance(a, Cancel)])
         self.kill([a.replica for a in seen.actions if isinstance(a, Kill)])
-        self._tell(seen.given_up)
+        self._report_given_up(seen.given_up)
         self._withdraw_dead(seen)
         submitted, refused = self._submit([a for a in seen.actions if isinstance(a, Submit)])
         return replace(seen, submitted=submitted, refused=refused)
@@ -99,7 +99,7 @@ class ControlLoop:
             return [], None
         requests = [
             replace(request_for(self.run, self.deployment, action.replica), after=action.after)
-            for action in wanted[:AT_ONCE]
+            for action in wanted[:MAX_SUBMITTED_PER_PASS]
         ]
         refused = None
         try:
@@ -142,13 +142,13 @@ class ControlLoop:
             job.write(replace(stop, kill_at=time.time()))
         self.launcher.kill(replicas)
 
-    def _tell(self, given_up: Sequence[GiveUp]) -> None:
+    def _report_given_up(self, given_up: Sequence[GiveUp]) -> None:
         """Once per slot, not once per pass."""
         for action in given_up:
-            if str(action.slot) not in self._told:
+            if str(action.slot) not in self._reported:
                 logger.warning("%s failed for good: %s: %s", action.slot, action.exit.reason, action.exit.message)
                 self.run.event("gave_up", slot=str(action.slot), reason=action.exit.reason.value)
-        self._told = {str(action.slot) for action in given_up}
+        self._reported = {str(action.slot) for action in given_up}
 
     def leads(self, replica: str) -> bool:
         """Whether `replica` is the leading router, or may become it: no other router that may live leads."""
@@ -158,7 +158,7 @@ class ControlLoop:
         leader = leading_router(living)
         return leader is None or leader.generation <= split_replica(replica)[2]
 
-    def _withdraw_dead(self, seen: Pass) -> None:
+    def _withdraw_dead(self, seen: LoopPass) -> None:
         """Records of jobs known to have ended."""
         for attempts in seen.observed.values():
             for attempt in attempts:
@@ -176,13 +176,13 @@ def run_loop(run: RunDir, *, while_leading: str | None = None, tied: bool = Fals
     """
     control, configured, missed = ControlLoop(run), run.config.exists(), 0
     with _stop_event(tied=tied) as stop:
-        while not stop.is_set() and missed < GONE_PASSES:
+        while not stop.is_set() and missed < MAX_MISSED_PASSES:
             pause_s = control.deployment.cluster.reconcile_s
             try:
                 if not configured and is_there(run.config):  # `up` has joined a run of external endpoints
                     control, configured = ControlLoop(run), True
                 if while_leading is None or control.leads(while_leading):
-                    control.once()
+                    control.run_pass()
             except Exception:
                 logger.exception("a pass of the control loop failed; the next one is in %.1f s", pause_s)
             missed = missed + 1 if run.gone() else 0

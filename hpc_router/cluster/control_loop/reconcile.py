@@ -125,11 +125,11 @@ def reconcile(desired: Desired, observed: Observed, now: float) -> list[Action]:
     wanted = desired.slots()
     actions: list[Action] = []
     for slot in wanted:
-        actions.extend(_fill(slot, observed.get(slot, ()), desired, now))
+        actions.extend(_fill_slot(slot, observed.get(slot, ()), desired, now))
     for slot in sorted(set(observed) - set(wanted)):
-        if desired.clear or (slot.ours and slot.expert != ROUTER):
-            actions.extend(_clear_away(observed[slot], now))
-            actions.extend(_empty(observed[slot], desired, now))
+        if desired.clear or (slot.managed and slot.expert != ROUTER):
+            actions.extend(_end_lingering(observed[slot], now))
+            actions.extend(_stop_all(observed[slot], desired, now))
     return actions
 
 
@@ -138,30 +138,30 @@ def backoff_s(failures: int) -> float:
     return 0.0 if failures <= 1 else min(BACKOFF_MAX_S, BACKOFF_S * 2.0 ** (failures - 2))
 
 
-def _fill(slot: Slot, attempts: Sequence[Attempt], desired: Desired, now: float) -> Iterator[Action]:
+def _fill_slot(slot: Slot, attempts: Sequence[Attempt], desired: Desired, now: float) -> Iterator[Action]:
     if not attempts:
         yield Submit(slot, 1)
         return
-    yield from _clear_away(attempts, now)
+    yield from _end_lingering(attempts, now)
     newest = attempts[-1]
     live = [attempt for attempt in attempts if attempt.live]
     superseded = live[:-1] if live and live[-1].ready and slot.expert != ROUTER else []  # routers end by themselves
-    yield from _empty([a for a in live if a.hung or a.asked_to_stop or a in superseded], desired, now)
+    yield from _stop_all([a for a in live if a.hung or a.stop_requested or a in superseded], desired, now)
     if not newest.submitted and newest.exit is None and (newest.submitting or now < newest.claimed_at + CLAIM_S):
         yield Wait(newest.replica, newest.claimed_at + CLAIM_S, "claimed, not submitted yet")
-    elif slot == ROUTER_SLOT and desired.standby and len(live) == 1 and _steady(live[0], now):
+    elif slot == ROUTER_SLOT and desired.standby and len(live) == 1 and _has_served_long_enough(live[0], now):
         tried = [attempt for attempt in attempts if attempt.generation > live[0].generation]
-        waiting = _next(slot, newest.generation + 1, tried, desired, now, after=live[0].job_id)
+        waiting = _submit_next(slot, newest.generation + 1, tried, desired, now, after=live[0].job_id)
         yield from (action for action in waiting if not isinstance(action, GiveUp))  # the router itself serves
-    elif all(_as_good_as_gone(attempt) for attempt in live):
-        yield from _next(slot, newest.generation + 1, attempts, desired, now)
+    elif all(_cannot_serve_again(attempt) for attempt in live):
+        yield from _submit_next(slot, newest.generation + 1, attempts, desired, now)
 
 
-def _next(
+def _submit_next(
     slot: Slot, generation: int, past: Sequence[Attempt], desired: Desired, now: float, *, after: str | None = None
 ) -> Iterator[Action]:
     """The next generation, after a pause where those in the `past` came to nothing."""
-    ends = _failures(past, forgiven=desired.forgiven.get(str(slot), 0))
+    ends = _consecutive_failures(past, forgiven=desired.forgiven.get(str(slot), 0))
     blamed = [end for end in ends if end.reason not in BLAMELESS]
     if blamed and (blamed[0].reason in PERMANENT or len(blamed) >= desired.max_failures):
         yield GiveUp(slot, len(blamed), blamed[0])
@@ -173,34 +173,34 @@ def _next(
         yield Submit(slot, generation, after)
 
 
-def _as_good_as_gone(attempt: Attempt) -> bool:
+def _cannot_serve_again(attempt: Attempt) -> bool:
     """Asked to end, and not able to do anything any more: it hangs, or has not begun."""
     return attempt.stop.cancel_at is not None and (attempt.hung or attempt.job is JobState.PENDING)
 
 
-def _clear_away(attempts: Sequence[Attempt], now: float) -> Iterator[Action]:
+def _end_lingering(attempts: Sequence[Attempt], now: float) -> Iterator[Action]:
     """A job that has said its last word and does not end."""
     for attempt in attempts:
         if attempt.submitted and attempt.job is JobState.ENDING:
             said_at = attempt.exit.at if attempt.exit is not None else attempt.claimed_at
             if attempt.stop.cancel_at is not None:
-                yield _kill(attempt, attempt.stop.cancel_at + KILL_AFTER_S, now)
+                yield _kill_or_wait(attempt, attempt.stop.cancel_at + KILL_AFTER_S, now)
             elif now >= said_at + KILL_AFTER_S:
                 yield Cancel(attempt.replica)
 
 
-def _steady(router: Attempt, now: float) -> bool:
+def _has_served_long_enough(router: Attempt, now: float) -> bool:
     """Whether it is a Slurm job that has served long enough to be succeeded: one that fails again and again must not go
     on for ever."""
     ready_at = router.progress.ready_at if router.progress else None
     return router.ready and router.runner is Runner.SLURM and ready_at is not None and now - ready_at >= STANDBY_S
 
 
-def _failures(attempts: Sequence[Attempt], *, forgiven: int) -> list[Exit]:
+def _consecutive_failures(attempts: Sequence[Attempt], *, forgiven: int) -> list[Exit]:
     """The ends of the last attempts in a row that came to nothing, newest first."""
     ends: list[Exit] = []
     for attempt in reversed(attempts):
-        end = _end(attempt)
+        end = _exit_of(attempt)
         if attempt.generation <= forgiven or end.ok:
             break
         ends.append(end)
@@ -210,7 +210,7 @@ def _failures(attempts: Sequence[Attempt], *, forgiven: int) -> list[Exit]:
     return ends
 
 
-def _end(attempt: Attempt) -> Exit:
+def _exit_of(attempt: Attempt) -> Exit:
     """How a job that lives no more ended; the observer leaves no job without an exit record, claims have none."""
     if attempt.exit is not None:
         return attempt.exit
@@ -218,19 +218,19 @@ def _end(attempt: Attempt) -> Exit:
     return Exit(ok=False, reason=FailureReason.VANISHED, message=message, at=attempt.claimed_at + CLAIM_S)
 
 
-def _empty(attempts: Sequence[Attempt], desired: Desired, now: float) -> Iterator[Action]:
+def _stop_all(attempts: Sequence[Attempt], desired: Desired, now: float) -> Iterator[Action]:
     for attempt in attempts:
         if attempt.live:
-            yield _retire(attempt, desired, now)
+            yield _stop(attempt, desired, now)
         elif not attempt.submitted and attempt.exit is None and attempt.stop.cancel_at is None:
             yield Cancel(attempt.replica)  # its job may be on the way: it finds that it is not wanted
 
 
-def _retire(attempt: Attempt, desired: Desired, now: float) -> Action:
+def _stop(attempt: Attempt, desired: Desired, now: float) -> Action:
     replica, stop = attempt.replica, attempt.stop
     drain_s = 0.0 if attempt.hung else desired.drain_limit_s(attempt.slot)
     if stop.cancel_at is not None:
-        return _kill(attempt, stop.cancel_at + drain_s + KILL_AFTER_S, now)
+        return _kill_or_wait(attempt, stop.cancel_at + drain_s + KILL_AFTER_S, now)
     if not desired.down:
         if stop.drain_at is None and attempt.ready:
             return Drain(replica)
@@ -239,7 +239,7 @@ def _retire(attempt: Attempt, desired: Desired, now: float) -> Action:
     return Cancel(replica)  # SIGTERM drains too: nothing in flight is lost
 
 
-def _kill(attempt: Attempt, kill_at: float, now: float) -> Action:
+def _kill_or_wait(attempt: Attempt, kill_at: float, now: float) -> Action:
     if attempt.stop.kill_at is not None:
         kill_at = max(kill_at, attempt.stop.kill_at + KILL_AGAIN_S)
     return Kill(attempt.replica) if now >= kill_at else Wait(attempt.replica, kill_at, "asked to end")

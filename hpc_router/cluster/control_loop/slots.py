@@ -21,7 +21,7 @@ class Slot(NamedTuple):
         return f"{self.expert}-{self.name}"
 
     @property
-    def ours(self) -> bool:
+    def managed(self) -> bool:
         """Whether the control loop fills and empties it."""
         return self.name.isdecimal()
 
@@ -32,8 +32,8 @@ class Slot(NamedTuple):
 ROUTER_SLOT: Final = Slot(ROUTER, "0")
 
 
-NOT_ASKED: Final = Stop()
-_OVER: Final = (JobState.ENDING, JobState.ENDED)
+NO_STOP: Final = Stop()
+_NOT_LIVE: Final = (JobState.ENDING, JobState.ENDED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ class Attempt:
     submitted: bool = True
     exit: Exit | None = None
     progress: JobProgress | None = None
-    stop: Stop = NOT_ASKED
+    stop: Stop = NO_STOP
     registered: State | None = None
     job_id: str | None = None
     node: str | None = None
@@ -67,16 +67,16 @@ class Attempt:
     @property
     def live(self) -> bool:
         """It serves, or may come to."""
-        return self.submitted and self.job not in _OVER
+        return self.submitted and self.job not in _NOT_LIVE
 
     @property
-    def lingers(self) -> bool:
+    def holds_resources(self) -> bool:
         """It holds resources, if only for a moment."""
         return self.submitted and self.job is not JobState.ENDED
 
     @property
-    def asked_to_stop(self) -> bool:
-        return self.stop != NOT_ASKED
+    def stop_requested(self) -> bool:
+        return self.stop != NO_STOP
 
     @property
     def ready(self) -> bool:

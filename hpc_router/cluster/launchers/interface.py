@@ -37,8 +37,8 @@ class JobReport:
 
     state: JobState
     node: str | None = None
-    word: str | None = None  # the place's own word for the state, such as COMPLETING
-    pending: str | None = None
+    native_state: str | None = None  # the place's own word for the state, such as COMPLETING
+    pending_reason: str | None = None
     starts_at: float | None = None
     ends_at: float | None = None
     end: Exit | None = None

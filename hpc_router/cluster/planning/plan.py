@@ -19,7 +19,7 @@ from hpc_router.cluster.launchers.select import launcher_for
 from hpc_router.cluster.launchers.slurm.node_fit import site_faults, site_warnings
 from hpc_router.cluster.launchers.slurm.process_tracking import signals_note
 from hpc_router.cluster.launchers.slurm.sbatch import BatchJob, setup_faults
-from hpc_router.cluster.launchers.slurm.sbatch_test import UNASKED, try_jobs
+from hpc_router.cluster.launchers.slurm.sbatch_test import NOT_CHECKED, check_submission
 from hpc_router.cluster.launchers.slurm.sinfo import ask_site
 from hpc_router.cluster.planning.config_faults import build_engines, own_faults, own_warnings
 from hpc_router.cluster.planning.engine_flags import check_flags
@@ -34,7 +34,7 @@ from hpc_router.expert.engines.container import contained
 from hpc_router.net.job_environment import held_job
 from hpc_router.state.run_directory import RunDir
 
-FOLDER: Final = "<job>"
+JOB_FOLDER: Final = "<job>"
 """Stands in the plan for the folder that each agent makes on its node."""
 NEW_RUN: Final = Path("<run>")
 
@@ -71,7 +71,7 @@ class ReplicaPlan:
             "memory_gb": resources.memory_gb,
             "job": list(self.request.argv),
             "engine": None if self.engine is None else list(self.engine.argv),
-            "environment": {} if self.engine is None else shown(self.engine.environment),
+            "environment": {} if self.engine is None else without_secrets(self.engine.environment),
         }
 
 
@@ -86,7 +86,7 @@ class Plan:
     warnings: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        scripts = {replica: shown_script(job) for job in self.jobs for replica in job.replicas}
+        scripts = {replica: script_without_secrets(job) for job in self.jobs for replica in job.replicas}
         return {
             "name": self.deployment.name,
             "cluster": self.deployment.cluster.kind,
@@ -95,7 +95,9 @@ class Plan:
             "gpus": sum(r.request.resources.gpus * r.request.resources.nodes for r in self.replicas),
             "replicas": [{**r.to_json(), "script": scripts.get(r.request.replica)} for r in self.replicas],
             "sbatch": [
-                {"replicas": list(job.replicas), "script": shown_script(job)} for job in self.jobs if job.jobid is None
+                {"replicas": list(job.replicas), "script": script_without_secrets(job)}
+                for job in self.jobs
+                if job.jobid is None
             ],
             "warnings": list(self.warnings),
         }
@@ -111,12 +113,12 @@ class Plan:
         return list(found.values())
 
 
-def shown(environment: Mapping[str, str]) -> dict[str, str]:
+def without_secrets(environment: Mapping[str, str]) -> dict[str, str]:
     """Without what looks like a secret."""
     return {key: "***" if _SECRET.search(key) else value for key, value in environment.items()}
 
 
-def shown_script(job: BatchJob) -> str:
+def script_without_secrets(job: BatchJob) -> str:
     """The same for a batch script."""
     script = job.script()
     for key, value in job.cluster.env.items():
@@ -142,7 +144,10 @@ def make_plan(deployment: Deployment, *, run: RunDir | None = None, ask_engines:
     faults += needed.faults
     warnings = [*own_warnings(deployment), *needed.warnings]
     if ask_engines:
-        for wrong, unsure in (check_flags(engines, deployment.experts, deployment.cluster), _asked(deployment, jobs)):
+        for wrong, unsure in (
+            check_flags(engines, deployment.experts, deployment.cluster),
+            _slurm_faults(deployment, jobs),
+        ):
             faults.extend(wrong)
             warnings.extend(unsure)
     if faults:
@@ -150,7 +155,7 @@ def make_plan(deployment: Deployment, *, run: RunDir | None = None, ask_engines:
     return Plan(deployment, replicas, jobs, tuple(warnings))
 
 
-def _asked(deployment: Deployment, jobs: tuple[BatchJob, ...]) -> tuple[list[str], list[str]]:
+def _slurm_faults(deployment: Deployment, jobs: tuple[BatchJob, ...]) -> tuple[list[str], list[str]]:
     """Faults and warnings of what jobs would find on this machine, by Slurm's word where it runs them."""
     faults: list[str] = []
     warnings: list[str] = []
@@ -158,24 +163,24 @@ def _asked(deployment: Deployment, jobs: tuple[BatchJob, ...]) -> tuple[list[str
         return faults, warnings
     if deployment.cluster.kind == "allocation":
         outside = "cluster=allocation: this is no job of Slurm; `up` must run in one (salloc, or an sbatch script)"
-        return faults, [*warnings, *(_signals() if held_job() else [outside])]
+        return faults, [*warnings, *(_signal_warnings() if held_job() else [outside])]
     try:
         site = ask_site()
     except LaunchError as error:
-        return faults, [*warnings, f"{UNASKED}{error}; `up` needs it"]
+        return faults, [*warnings, f"{NOT_CHECKED}{error}; `up` needs it"]
     unfit = site_faults(deployment, site)
     if unfit:
         return [*faults, *unfit], warnings
-    refused, unsure = try_jobs(deployment, jobs)
-    return [*faults, *refused], [*warnings, *site_warnings(deployment, site), *_signals(), *unsure]
+    refused, unsure = check_submission(deployment, jobs)
+    return [*faults, *refused], [*warnings, *site_warnings(deployment, site), *_signal_warnings(), *unsure]
 
 
-def _signals() -> list[str]:
+def _signal_warnings() -> list[str]:
     note = signals_note()
     return [] if note is None else [note]
 
 
-def settled(deployment: Deployment) -> Deployment:
+def with_absolute_paths(deployment: Deployment) -> Deployment:
     """The same deployment whatever folder it is started from: local paths are made absolute."""
 
     def expert(name: str, config: ExpertConfig) -> ExpertConfig:
@@ -189,18 +194,18 @@ def settled(deployment: Deployment) -> Deployment:
     if policy.artefact is not None:
         policy = replace(policy, artefact=_absolute(policy.artefact))
     experts = {name: expert(name, config) for name, config in deployment.experts.items()}
-    return replace(deployment, policy=policy, cluster=_settled_cluster(deployment.cluster), experts=experts)
+    return replace(deployment, policy=policy, cluster=_absolute_cluster(deployment.cluster), experts=experts)
 
 
-def _settled_cluster(cluster: ClusterConfig) -> ClusterConfig:
+def _absolute_cluster(cluster: ClusterConfig) -> ClusterConfig:
     container = cluster.container
     if container.image is not None and not is_address(container.image):
         container = replace(container, image=_absolute(container.image))
-    container = replace(container, binds=[_settled_bind(bind) for bind in container.binds])
+    container = replace(container, binds=[_absolute_bind(bind) for bind in container.binds])
     return replace(cluster, python=_interpreter(cluster.python), container=container)
 
 
-def _settled_bind(bind: str) -> str:
+def _absolute_bind(bind: str) -> str:
     """SOURCE[:TARGET[:ro]]: the source is a path out here."""
     source, colon, inside = bind.partition(":")
     return _absolute(source) + colon + inside
@@ -219,7 +224,7 @@ def _absolute(path: str) -> str:
 def _replicas(deployment: Deployment, run: RunDir, engines: Mapping[str, Engine]) -> Iterator[ReplicaPlan]:
     yield ReplicaPlan(ROUTER_SLOT.expert, request_for(run, deployment, ROUTER_SLOT.replica(1)))
     cluster = deployment.cluster
-    place = Place(Path(cluster.scratch) / f"hpc-router-{os.getuid()}" / FOLDER)
+    place = Place(Path(cluster.scratch) / f"hpc-router-{os.getuid()}" / JOB_FOLDER)
     for name, engine in engines.items():
         expert = deployment.experts[name]
         command = [*engine.argv(place), *engine.drain_flags(drain_limit_s(cluster), version=None)]

@@ -10,53 +10,53 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from hpc_router.cluster.planning.software_checks import equipment_faults
+from hpc_router.cluster.planning.software_checks import software_faults
 from hpc_router.config.schema import ClusterConfig
 from hpc_router.errors import ConfigError
 from hpc_router.expert.engine_process.scratch_dir import expanded, path_fault, unusable
 
 MOUNTS: Final = Path("/proc/self/mountinfo")
-_OF_ONE_HOST: Final = frozenset({"tmpfs", "ramfs", "overlay", "squashfs", "devtmpfs"})
+_LOCAL_FILE_SYSTEMS: Final = frozenset({"tmpfs", "ramfs", "overlay", "squashfs", "devtmpfs"})
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class CheckResult:
     """What one check found."""
 
     faults: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
 
-Check = Callable[[ClusterConfig, Path], Found]
+Check = Callable[[ClusterConfig, Path], CheckResult]
 """Called with the cluster and the folder of the run, or of all runs where it is new."""
 
 
-def prerequisites(cluster: ClusterConfig, runs: Path, *, ask: bool) -> Found:
+def prerequisites(cluster: ClusterConfig, runs: Path, *, ask: bool) -> CheckResult:
     """Of all checks. `ask`: those that start programs too."""
-    found = [check(cluster, runs) for name, check in CHECKS.items() if ask or name not in ASKING]
-    return Found([f for one in found for f in one.faults], [w for one in found for w in one.warnings])
+    found = [check(cluster, runs) for name, check in CHECKS.items() if ask or name not in PROGRAM_CHECKS]
+    return CheckResult([f for one in found for f in one.faults], [w for one in found for w in one.warnings])
 
 
-def scratch(cluster: ClusterConfig, _runs: Path) -> Found:
+def scratch(cluster: ClusterConfig, _runs: Path) -> CheckResult:
     """`cluster.scratch` is on the nodes: elsewhere only its length can be known, without variables."""
     here = cluster.kind == "local"
     if not here and "$" in cluster.scratch:
-        return Found()
+        return CheckResult()
     try:
         folder = expanded(cluster.scratch, {**os.environ, **cluster.env})
     except ConfigError as error:
-        return Found([str(error)])
+        return CheckResult([str(error)])
     fault = path_fault(folder) or (unusable(folder) if here else None)
-    return Found([f"cluster.scratch={cluster.scratch}: {fault}"] if fault is not None else [])
+    return CheckResult([f"cluster.scratch={cluster.scratch}: {fault}"] if fault is not None else [])
 
 
-def run_directory(cluster: ClusterConfig, runs: Path) -> Found:
+def run_directory(cluster: ClusterConfig, runs: Path) -> CheckResult:
     """Nodes must see it. A file system that only one host can have is a warning: a cluster may be one host."""
     kind = None if cluster.kind == "local" else file_system(runs.absolute())
-    if kind not in _OF_ONE_HOST:
-        return Found()
+    if kind not in _LOCAL_FILE_SYSTEMS:
+        return CheckResult()
     what = f"the run directory would be in {runs.absolute()}, a {kind} of this host: nodes may not see it"
-    return Found(warnings=[f"{what} (`runs=DIR` or `--run DIR` names a folder of the shared file system)"])
+    return CheckResult(warnings=[f"{what} (`runs=DIR` or `--run DIR` names a folder of the shared file system)"])
 
 
 def file_system(path: Path) -> str | None:
@@ -76,14 +76,14 @@ def file_system(path: Path) -> str | None:
     return None if best is None else best[1]
 
 
-def equipment(cluster: ClusterConfig, _runs: Path) -> Found:
-    return Found(*equipment_faults(cluster))
+def software(cluster: ClusterConfig, _runs: Path) -> CheckResult:
+    return CheckResult(*software_faults(cluster))
 
 
 CHECKS: Final[Mapping[str, Check]] = {
     "scratch": scratch,
     "run directory": run_directory,
-    "equipment": equipment,
+    "equipment": software,
 }
-ASKING: Final = frozenset({"equipment"})
+PROGRAM_CHECKS: Final = frozenset({"equipment"})
 """Checks that start programs."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from hpc_router.cluster.planning.plan import settled
+from hpc_router.cluster.planning.plan import with_absolute_paths
 from hpc_router.config import compose, frozen
 from hpc_router.config.schema import Deployment
 from hpc_router.config.sources import parse_override
@@ -21,7 +21,7 @@ from hpc_router.errors import ConfigError
 from hpc_router.state.atomic_files import create_text
 from hpc_router.state.run_directory import RunDir, make_run, new_run_path, open_run, point_latest
 
-SHOWN_KEYS: Final = 5
+MAX_KEYS_SHOWN: Final = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class RunTarget:
                 shutil.rmtree(self.path, ignore_errors=True)
             raise
         if not frozen_now:
-            _refuse_difference(run, frozen.read(run.config), self.deployment)
+            _refuse_differing(run, frozen.read(run.config), self.deployment)
         return run, made
 
 
@@ -61,23 +61,23 @@ def find_target(given: Path | None, overrides: Sequence[str], *, config_dir: Pat
         run = open_run(path)
         base = frozen.read(run.config)
         if overrides or config_dir is not None:
-            _refuse_difference(run, base, wanted(base, overrides, config_dir=config_dir))
+            _refuse_differing(run, base, with_requested(base, overrides, config_dir=config_dir))
         return RunTarget(base, path)
-    deployment = settled(compose.load_deployment(overrides, config_dir=config_dir))
+    deployment = with_absolute_paths(compose.load_deployment(overrides, config_dir=config_dir))
     if path is not None:
         if path.exists() and any(path.iterdir()):
             open_run(path)  # refuses what is no run directory, before anything is put into it
         return RunTarget(deployment, path)
     latest = Path(deployment.runs) / "latest"
-    return RunTarget(deployment, latest if _holds(latest, deployment) else None)
+    return RunTarget(deployment, latest if _has_config(latest, deployment) else None)
 
 
-def wanted(base: Deployment, overrides: Sequence[str], *, config_dir: Path | None = None) -> Deployment:
+def with_requested(base: Deployment, overrides: Sequence[str], *, config_dir: Path | None = None) -> Deployment:
     """What these overrides ask of a run that has a config: with a group among them the config they make, which should
     be that run's own; values alone go on top of it."""
     if config_dir is not None or any(parse_override(text).key_or_group in frozen.GROUPS for text in overrides):
-        return settled(compose.load_deployment(overrides, config_dir=config_dir))
-    return settled(compose.with_overrides(base, overrides))
+        return with_absolute_paths(compose.load_deployment(overrides, config_dir=config_dir))
+    return with_absolute_paths(compose.with_overrides(base, overrides))
 
 
 def freeze(run: RunDir, deployment: Deployment) -> bool:
@@ -124,14 +124,14 @@ def _new_run(deployment: Deployment) -> tuple[RunDir, bool]:
         except FileExistsError:
             with suppress(OSError):
                 other = claim.parent / claim.readlink()
-                if _holds(other, deployment):
+                if _has_config(other, deployment):
                     shutil.rmtree(run.path)
                     return RunDir(other), False
                 claim.unlink()  # left by one that died
             continue
         try:
             latest = claim.parent / "latest"
-            if _holds(latest, deployment):  # made by another between our look and our claim
+            if _has_config(latest, deployment):  # made by another between our look and our claim
                 shutil.rmtree(run.path)
                 return RunDir(latest.resolve()), False
             point_latest(claim.parent, run)
@@ -140,18 +140,18 @@ def _new_run(deployment: Deployment) -> tuple[RunDir, bool]:
             claim.unlink(missing_ok=True)
 
 
-def _holds(path: Path, deployment: Deployment) -> bool:
+def _has_config(path: Path, deployment: Deployment) -> bool:
     try:
         return frozen.read(open_run(path).config) == deployment
     except ConfigError:
         return False
 
 
-def _refuse_difference(run: RunDir, base: Deployment, asked: Deployment) -> None:
+def _refuse_differing(run: RunDir, base: Deployment, asked: Deployment) -> None:
     keys = frozen.differing_keys(base, asked)
     if keys:
-        more = f" and {len(keys) - SHOWN_KEYS} more" if len(keys) > SHOWN_KEYS else ""
+        more = f" and {len(keys) - MAX_KEYS_SHOWN} more" if len(keys) > MAX_KEYS_SHOWN else ""
         raise ConfigError(
-            f"the config of {run.path} is frozen and differs in {', '.join(keys[:SHOWN_KEYS])}{more}; leave the "
+            f"the config of {run.path} is frozen and differs in {', '.join(keys[:MAX_KEYS_SHOWN])}{more}; leave the "
             "overrides out to complete that run or --run out for a new one; `hpc-router scale` changes replica counts"
         )

@@ -22,7 +22,7 @@ _ADDRESS: Final = re.compile(r"[a-z][a-z0-9+.-]*:.*")
 """docker://..., oras://..., docker-archive:..."""
 
 
-def equipment_faults(cluster: ClusterConfig) -> tuple[list[str], list[str]]:
+def software_faults(cluster: ClusterConfig) -> tuple[list[str], list[str]]:
     """Faults and warnings."""
     wrong, unsure = (
         _modules(cluster) if cluster.kind != "local" else ([], [])

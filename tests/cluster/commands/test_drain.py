@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 from hpc_router.cli.main import main
-from hpc_router.cluster.commands.drain import DrainResult, drain, named, successor, wait, without_ready
+from hpc_router.cluster.commands.drain import DrainResult, drain, select_jobs, successor, unserved_warnings, wait
 from hpc_router.cluster.control_loop.job_requests import request_for
 from hpc_router.cluster.control_loop.loop import ControlLoop
-from hpc_router.cluster.control_loop.slots import NOT_ASKED, ROUTER_SLOT, Attempt, Observed, Slot
+from hpc_router.cluster.control_loop.slots import NO_STOP, ROUTER_SLOT, Attempt, Observed, Slot
 from hpc_router.cluster.launchers.interface import JobReport, JobState
 from hpc_router.cluster.launchers.local import LocalLauncher
 from hpc_router.cluster.launchers.slurm.sbatch import batch_jobs
@@ -39,7 +39,7 @@ def attempt(
     job: JobState = JobState.RUNNING,
     generation: int = 1,
     registered: State | None = None,
-    stop: Stop = NOT_ASKED,
+    stop: Stop = NO_STOP,
 ) -> Attempt:
     report = JobReport(job, node=node)
     return Attempt(slot, generation, report=report, claimed_at=0.0, registered=registered, stop=stop)
@@ -76,7 +76,7 @@ ELSEWHERE = Record(RecordKind.EXPERT, "code-0.g1", "http://h:1", State.READY, {}
 )
 def test_what_a_name_means(names: list[str], meant: list[str]) -> None:
     records = {r.replica: r for r in (EXTERNAL, ELSEWHERE)}
-    assert [a.replica for a in named(names, OBSERVED, records, experts=["math", "code", "law"])] == meant
+    assert [a.replica for a in select_jobs(names, OBSERVED, records, experts=["math", "code", "law"])] == meant
 
 
 STANDBY = attempt(ROUTER_SLOT, job=JobState.PENDING, generation=2)
@@ -100,7 +100,7 @@ def beside_a_standby(state: State | None, *, job: JobState = JobState.RUNNING) -
 )
 def test_a_standby_is_not_the_router(name: str, observed: Observed, meant: list[str]) -> None:
     """It waits for the end of the one that serves, and takes over: unless it is named itself, it stays."""
-    assert [a.replica for a in named([name], observed, {}, experts=[])] == meant
+    assert [a.replica for a in select_jobs([name], observed, {}, experts=[])] == meant
 
 
 def test_a_standby_replaces_what_ends(run: RunDir) -> None:
@@ -126,7 +126,7 @@ def test_a_standby_replaces_what_ends(run: RunDir) -> None:
 )
 def test_what_no_name_means(name: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        named(["math-0", name], OBSERVED, {EXTERNAL.replica: EXTERNAL}, experts=["math"])
+        select_jobs(["math-0", name], OBSERVED, {EXTERNAL.replica: EXTERNAL}, experts=["math"])
 
 
 @pytest.fixture
@@ -143,7 +143,7 @@ def control(run: RunDir, service: Path, launcher: LocalLauncher, monkeypatch: py
         lambda _run, _deployment, replica: request_of(service, replica),
     )
     control = ControlLoop(run, deployment=deployment)
-    submitted = control.once().submitted
+    submitted = control.run_pass().submitted
     eventually_sync(lambda: all((run.path / replica).exists() for replica in submitted))
     return control
 
@@ -291,16 +291,16 @@ def test_an_expert_that_loses_its_last_ready_replica_is_told(run: RunDir, contro
 def test_an_endpoint_elsewhere_goes_on_serving() -> None:
     ready = attempt(CODE_0, registered=State.READY)
     observed = {CODE_0: (ready,)}
-    assert list(without_ready(observed, [ready], []))
+    assert list(unserved_warnings(observed, [ready], []))
     external = Record(RecordKind.EXTERNAL, "code-x0.g1", "http://h:1", State.READY, {"code": None})
-    assert list(without_ready(observed, [ready], [external])) == []
+    assert list(unserved_warnings(observed, [ready], [external])) == []
 
 
 def test_waiting_ends_with_the_last_one_and_fills_the_slots(run: RunDir, control: ControlLoop) -> None:
     """No router is there, so the pass of the control loop is made here."""
     retired = drain(control, ["math"])
-    eventually_sync(lambda: not any(a.live for a in control.look().observed[MATH_0]))  # leaves the exit records
-    eventually_sync(lambda: not any(a.live for a in control.look().observed[MATH_1]))
+    eventually_sync(lambda: not any(a.live for a in control.preview().observed[MATH_0]))  # leaves the exit records
+    eventually_sync(lambda: not any(a.live for a in control.preview().observed[MATH_1]))
     done = wait(control, retired, sleep=refusing_to_sleep)
     assert done.left == ()
     assert done.to_json() == {
@@ -309,7 +309,7 @@ def test_waiting_ends_with_the_last_one_and_fills_the_slots(run: RunDir, control
         "ended": ["math-0.g1", "math-1.g1"],
         "left": [],
     }
-    observed = control.look().observed
+    observed = control.preview().observed
     assert [a.generation for a in observed[MATH_0]] == [1, 2]
 
 

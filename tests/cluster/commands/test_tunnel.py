@@ -11,7 +11,7 @@ import pytest
 from hpc_router.cli.main import main
 from hpc_router.client.router_identity import IdentityCheck
 from hpc_router.cluster.commands import router_access
-from hpc_router.cluster.commands.tunnel import Here, Tunnel, tunnel
+from hpc_router.cluster.commands.tunnel import LocalHost, Tunnel, tunnel
 from hpc_router.config import frozen
 from hpc_router.config.schema import Deployment
 from hpc_router.errors import ConfigError
@@ -20,7 +20,7 @@ from hpc_router.state.registry import Record, RecordKind, State
 from hpc_router.state.run_directory import RunDir
 from tests.router.fakes import NONCE, a_deployment, a_router, a_run
 
-HERE = Here("ada", "login1.hpc.example", frozenset({"login1", "login1.hpc.example"}))
+HERE = LocalHost("ada", "login1.hpc.example", frozenset({"login1", "login1.hpc.example"}))
 
 
 def to(

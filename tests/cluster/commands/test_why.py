@@ -39,7 +39,9 @@ def cause(run: RunDir, view: ReplicaView) -> Cause:
 
 
 def waiting(pending: str, starts_at: float | None = None) -> ReplicaView:
-    return ReplicaView("math", "math-0.g1", DisplayedState.SUBMITTED, job_id="7", pending=pending, starts_at=starts_at)
+    return ReplicaView(
+        "math", "math-0.g1", DisplayedState.SUBMITTED, job_id="7", pending_reason=pending, starts_at=starts_at
+    )
 
 
 def test_a_job_that_waits(run: RunDir) -> None:
@@ -118,21 +120,21 @@ def test_who_is_ready_and_sick_is_told_by_the_router() -> None:
         {"replica": "math-2.g1", "state": "ready", "trouble": None, "sick": None},
     ]
     views = [ReplicaView("math", f"math-{n}.g1", DisplayedState.READY) for n in range(4)]
-    told = {cause.view.replica: cause for cause in why._sick(views, {"experts": {"math": {"replicas": seen}}})}
+    told = {cause.view.replica: cause for cause in why._degraded(views, {"experts": {"math": {"replicas": seen}}})}
     assert {replica: cause.what for replica, cause in told.items()} == {
         "math-0.g1": "the router has ejected it: does not answer probes",
         "math-1.g1": "it is slow: 1 s to the first byte",
     }
     assert told["math-1.g1"].advice is not None
     assert "hpc-router drain math-1.g1" in told["math-1.g1"].advice
-    assert why._sick(views, {}) == []
+    assert why._degraded(views, {}) == []
 
 
 def test_advice_for_an_external_endpoint_can_be_followed() -> None:
     """It has no log here, and no job that could be drained."""
     seen = {"replica": "big-x0.g1", "kind": "external", "state": "ejected", "trouble": "http://h:1 answered 404"}
     view = ReplicaView("big", "big-x0.g1", DisplayedState.REGISTERED)
-    (cause,) = why._sick([view], {"experts": {"big": {"replicas": [seen]}}})
+    (cause,) = why._degraded([view], {"experts": {"big": {"replicas": [seen]}}})
     assert cause.advice is not None
     assert "hpc-router unregister big-x0.g1" in cause.advice
     assert "drain" not in cause.advice

@@ -13,7 +13,7 @@ from hpc_router.cli.output import WIDE
 from hpc_router.cli.tables import plan_text
 from hpc_router.cluster.launchers.slurm.allocation import AllocationLauncher
 from hpc_router.cluster.planning import engine_flags
-from hpc_router.cluster.planning.plan import FOLDER, Plan, make_plan, settled
+from hpc_router.cluster.planning.plan import JOB_FOLDER, Plan, make_plan, with_absolute_paths
 from hpc_router.config.compose import load_deployment
 from hpc_router.config.schema import (
     ClusterConfig,
@@ -161,7 +161,7 @@ def test_the_engines_whole_environment_is_shown(tmp_path: Path, monkeypatch: pyt
         "OMP_NUM_THREADS": "3",
         "HF_HUB_OFFLINE": "1",
     }
-    assert shown["TMPDIR"].endswith(f"/{FOLDER}/tmp")
+    assert shown["TMPDIR"].endswith(f"/{JOB_FOLDER}/tmp")
     assert not {"SOMEBODYS", "PATH", "HOME"} & set(shown)
 
 
@@ -179,13 +179,13 @@ def test_local_paths_are_settled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         on_c=ExpertConfig(model="model", adapter_of="c"),
     )
     one.policy.artefact = "artefact"
-    done = settled(one)
+    done = with_absolute_paths(one)
     assert done.experts["a"].model == str(tmp_path / "model")
     assert done.experts["a"].engine.python == str(tmp_path / "python")
     assert (done.experts["b"].model, done.experts["c"].model) == ("org/name", "m")
     assert (done.experts["on_b"].model, done.experts["on_c"].model) == (str(tmp_path / "model"), "model")
     assert done.policy.artefact == str(tmp_path / "artefact")
-    assert settled(done) == done
+    assert with_absolute_paths(done) == done
 
 
 def interpreter(folder: Path, name: str, script: str) -> ExpertConfig:
@@ -370,7 +370,7 @@ def test_the_jobs_interpreter_is_there(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.chdir(tmp_path)
     (tmp_path / "python").symlink_to(sys.executable)
     wrong.cluster = ClusterConfig(python="./python", container=ContainerConfig(image="x.sif"))
-    done = settled(wrong).cluster
+    done = with_absolute_paths(wrong).cluster
     assert (done.python, done.container.image) == (str(tmp_path / "python"), str(tmp_path / "x.sif"))
 
 
@@ -381,14 +381,14 @@ def test_a_containers_folders_are_settled(tmp_path: Path, monkeypatch: pytest.Mo
     binds = ["~/models", "data:/data:ro", "/project:/p", "~:/me"]
     one = deployment(a=SIM)
     one.cluster.container = ContainerConfig(image="x.sif", binds=binds)
-    done = settled(one)
+    done = with_absolute_paths(one)
     assert done.cluster.container.binds == [
         "/home/ada/models",
         f"{tmp_path}/data:/data:ro",
         "/project:/p",
         "/home/ada:/me",
     ]
-    assert settled(done) == done
+    assert with_absolute_paths(done) == done
     assert one.cluster.container.binds == binds
 
 

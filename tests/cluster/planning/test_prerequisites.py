@@ -84,4 +84,4 @@ def test_checks_that_start_programs_are_left_out_where_nothing_is_asked(monkeypa
     cluster.container.image = "/no/such.sif"
     assert prerequisites.prerequisites(cluster, RUNS, ask=False).faults == []
     assert any("/no/such.sif" in fault for fault in prerequisites.prerequisites(cluster, RUNS, ask=True).faults)
-    assert set(prerequisites.ASKING) <= CHECKS.keys()
+    assert set(prerequisites.PROGRAM_CHECKS) <= CHECKS.keys()

@@ -6,7 +6,7 @@ have forgotten (MinJobAge, five minutes). So it is left out as soon as one job o
 
 from typing import Final
 
-from hpc_router.cluster.launchers.slurm.sbatch import effective
+from hpc_router.cluster.launchers.slurm.sbatch import effective_options
 from hpc_router.config.schema import Deployment, ResourceConfig
 from hpc_router.state.job_records import JobDir, Runner
 from hpc_router.state.registry import RecordKind, split_replica
@@ -20,10 +20,10 @@ def was_met(run: RunDir, deployment: Deployment, resources: ResourceConfig) -> b
     wanted = _dependency(deployment, resources)
     if wanted is None or not run.jobs.is_dir():
         return False
-    return any(_has_begun(JobDir(run, folder.name), deployment, wanted) for folder in run.jobs.iterdir())
+    return any(_has_started_with(JobDir(run, folder.name), deployment, wanted) for folder in run.jobs.iterdir())
 
 
-def _has_begun(job: JobDir, deployment: Deployment, wanted: str) -> bool:
+def _has_started_with(job: JobDir, deployment: Deployment, wanted: str) -> bool:
     expert = split_replica(job.replica)[0]
     if expert != RecordKind.ROUTER and expert not in deployment.experts:
         return False
@@ -35,5 +35,5 @@ def _has_begun(job: JobDir, deployment: Deployment, wanted: str) -> bool:
 
 
 def _dependency(deployment: Deployment, resources: ResourceConfig) -> str | None:
-    value = effective(deployment.cluster, resources).sbatch.get(OPTION)
+    value = effective_options(deployment.cluster, resources).sbatch.get(OPTION)
     return value if isinstance(value, str) else None

@@ -14,8 +14,8 @@ from typing import Final
 from hpc_router.cluster.launchers.commands import SlurmCommandError, run_slurm_command
 from hpc_router.cluster.launchers.interface import JobReport, JobRequest, JobState
 from hpc_router.cluster.launchers.slurm.sbatch import BatchJob, batch_jobs
-from hpc_router.cluster.launchers.slurm.squeue import Queue, QueuedJob, View, running_steps
-from hpc_router.cluster.launchers.slurm.submit_errors import explain, is_passing
+from hpc_router.cluster.launchers.slurm.squeue import Queue, QueuedJob, QueueSnapshot, running_steps
+from hpc_router.cluster.launchers.slurm.submit_errors import explain, is_temporary
 from hpc_router.cluster.launchers.submitit.submission import Submission, record_refusals, submit_all
 from hpc_router.config.schema import Deployment
 from hpc_router.state.job_records import Ended, Exit, FailureReason, JobDir, JobInfo, Runner
@@ -25,9 +25,9 @@ from hpc_router.state.run_directory import RunDir
 logger = logging.getLogger(__name__)
 
 SCANCEL_TIMEOUT_S: Final = 60.0
-LOOK_AGAIN_S: Final = 3.0
+QUERY_AGAIN_S: Final = 3.0
 """After a submission or a cancellation Slurm is asked once more so soon."""
-MISSING_ANSWERS: Final = 2
+MIN_MISSED_ANSWERS: Final = 2
 SETTLE_S: Final = 10.0
 """A job whose batch script has ended, and that said nothing itself, waits so long for Slurm's word on its end."""
 
@@ -60,8 +60,8 @@ class SlurmLauncher:
     run: RunDir
     deployment: Deployment
     queue: Queue
-    _look_again_at: float = field(default=float("inf"), init=False)
-    _looked_through: float = field(default=0.0, init=False)
+    _query_at: float = field(default=float("inf"), init=False)
+    _checked_at: float = field(default=0.0, init=False)
     _missed: dict[str, int] = field(default_factory=dict, init=False)
     _orphans: set[str] = field(default_factory=set, init=False)
 
@@ -73,7 +73,7 @@ class SlurmLauncher:
         claimed = [request for request in requests if JobDir(self.run, request.replica).claim()]
         if claimed:
             errors = submit_all([_submission(job) for job in self.jobs(claimed)])
-            self._look_again()
+            self._query_soon()
             record_refusals(self.run, errors, self._refusal)
         return [request.replica for request in claimed]
 
@@ -81,15 +81,15 @@ class SlurmLauncher:
         jobs = [JobDir(self.run, replica) for replica in replicas]
         if not jobs:
             return {}
-        due = time.monotonic() >= self._look_again_at
+        due = time.monotonic() >= self._query_at
         if due:
-            self._look_again_at = float("inf")
+            self._query_at = float("inf")
         view = self.queue.view(fresh=fresh or due)
         if view is not None:
-            self._end_strangers(view)
+            self._cancel_unknown_jobs(view)
         reports = {job.replica: _report(job, view, purged=self._purged(job, view)) for job in jobs}
         if any(report.state is JobState.ENDING for report in reports.values()):
-            self._look_again()
+            self._query_soon()
         self._end_orphans(jobs, reports)
         return reports
 
@@ -100,7 +100,7 @@ class SlurmLauncher:
             _scancel("--signal=TERM", *whole)
         if steps:
             _scancel("--signal=TERM", *steps)
-        self._look_again()
+        self._query_soon()
 
     def kill(self, replicas: Iterable[str]) -> None:
         whole, steps = self._targets(replicas)
@@ -108,16 +108,16 @@ class SlurmLauncher:
             _scancel("--signal=KILL", *whole, *steps)
         if whole:
             _scancel(*whole)
-        self._look_again()
+        self._query_soon()
 
     def remaining(self, replicas: Iterable[str]) -> list[str]:
         """Also jobs that run in this run's folder and that nobody here knows, which are ended."""
         infos = [info for replica in replicas if (info := JobDir(self.run, replica).info()) is not None]
         jobs = {info.job_id for info in infos if info.runner is Runner.SLURM}
         view = self.queue.view(fresh=True)
-        queued = {job_id for job_id, job in view.jobs.items() if _holds(job)} if view is not None else set()
-        strangers = self._end_strangers(view) if view is not None else set()
-        return sorted((jobs & queued) | strangers | self._steps_left(replicas))
+        queued = {job_id for job_id, job in view.jobs.items() if _holds_resources(job)} if view is not None else set()
+        unknown = self._cancel_unknown_jobs(view) if view is not None else set()
+        return sorted((jobs & queued) | unknown | self._steps_left(replicas))
 
     def _steps_left(self, replicas: Iterable[str]) -> set[str]:
         """Steps in jobs of somebody else that run on; they are killed."""
@@ -138,17 +138,17 @@ class SlurmLauncher:
             return []
         return [(f"{info.job_id}.{process.step_id}", info)]
 
-    def _end_strangers(self, view: View) -> set[str]:
+    def _cancel_unknown_jobs(self, view: QueueSnapshot) -> set[str]:
         """Jobs in this run's folder that were given up before they came: sbatch may fail and yet have submitted."""
-        if view.asked_at == self._looked_through:
+        if view.asked_at == self._checked_at:
             return set()
-        self._looked_through = view.asked_at
-        held = {job_id: queued for job_id, queued in view.jobs.items() if _holds(queued)}
-        strangers = {job_id for job_id, queued in held.items() if self._given_up(job_id, queued)}
-        for job_id in sorted(strangers):
+        self._checked_at = view.asked_at
+        held = {job_id: queued for job_id, queued in view.jobs.items() if _holds_resources(queued)}
+        unknown = {job_id for job_id, queued in held.items() if self._given_up(job_id, queued)}
+        for job_id in sorted(unknown):
             logger.warning("job %s (%s) was given up but started anyway: cancelled", job_id, view.jobs[job_id].name)
             _scancel(job_id)
-        return strangers
+        return unknown
 
     def _given_up(self, job_id: str, queued: QueuedJob) -> bool:
         if queued.folder != str(self.run.path) or not queued.name:
@@ -157,7 +157,7 @@ class SlurmLauncher:
         info = job.info()
         return job.exit() is not None and (info is None or info.job_id != job_id)
 
-    def _purged(self, job: JobDir, view: View | None) -> bool:
+    def _purged(self, job: JobDir, view: QueueSnapshot | None) -> bool:
         """Whether Slurm has forgotten the job. Clocks of two hosts are not compared: it has to be missing in two
         answers that this process got itself, after it knew of the job."""
         info = job.info()
@@ -167,8 +167,8 @@ class SlurmLauncher:
             self._missed.pop(info.job_id, None)
             return False
         first = self._missed.setdefault(info.job_id, self.queue.answers)
-        if self.queue.answers < first + MISSING_ANSWERS:
-            self._look_again()
+        if self.queue.answers < first + MIN_MISSED_ANSWERS:
+            self._query_soon()
             return False
         return True
 
@@ -205,11 +205,11 @@ class SlurmLauncher:
         return all(job.ended() is not None or ((s := job.stop()) is not None and s.cancel_at) for job in sharing)
 
     def _refusal(self, replica: str, said: str) -> Exit:
-        reason = FailureReason.UNANSWERED if is_passing(said) else FailureReason.REFUSED
+        reason = FailureReason.UNANSWERED if is_temporary(said) else FailureReason.REFUSED
         return Exit(ok=False, reason=reason, message=explain(said, self.deployment, split_replica(replica)[0]))
 
-    def _look_again(self) -> None:
-        self._look_again_at = min(self._look_again_at, time.monotonic() + LOOK_AGAIN_S)
+    def _query_soon(self) -> None:
+        self._query_at = min(self._query_at, time.monotonic() + QUERY_AGAIN_S)
 
 
 def _submission(job: BatchJob) -> Submission:
@@ -220,12 +220,12 @@ def _submission(job: BatchJob) -> Submission:
     )
 
 
-def _holds(queued: QueuedJob) -> bool:
+def _holds_resources(queued: QueuedJob) -> bool:
     """Whether it has or waits for resources."""
     return STATES.get(queued.state) is not JobState.ENDED
 
 
-def _report(job: JobDir, view: View | None, *, purged: bool) -> JobReport:
+def _report(job: JobDir, view: QueueSnapshot | None, *, purged: bool) -> JobReport:
     info, process, ended = job.info(), job.process(), job.ended()
     if info is None:
         return JobReport(JobState.PENDING)
@@ -237,15 +237,15 @@ def _report(job: JobDir, view: View | None, *, purged: bool) -> JobReport:
     return JobReport(
         state=state,
         node=node,
-        word=queued.state if queued is not None else None,
-        pending=queued.reason if waiting and queued is not None else None,
+        native_state=queued.state if queued is not None else None,
+        pending_reason=queued.reason if waiting and queued is not None else None,
         starts_at=queued.starts_at if waiting and queued is not None else None,
         ends_at=queued.ends_at if running and queued is not None else None,
         end=_end(queued, ended) if state in (JobState.ENDING, JobState.ENDED) else None,
     )
 
 
-def _state(job: JobDir, info: JobInfo, view: View | None, *, started: bool) -> JobState:
+def _state(job: JobDir, info: JobInfo, view: QueueSnapshot | None, *, started: bool) -> JobState:
     queued = view.jobs.get(info.job_id) if view is not None else None
     known = STATES.get(queued.state) if queued is not None else None
     if known is JobState.ENDED:

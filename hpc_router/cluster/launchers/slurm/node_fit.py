@@ -17,7 +17,7 @@ from hpc_router.config.walltime import clock, walltime_s
 from hpc_router.errors import suggest
 
 
-def stands_at(at: str, resources: ResourceConfig, cluster: ClusterConfig, name: str) -> tuple[str, str | None]:
+def configured_at(at: str, resources: ResourceConfig, cluster: ClusterConfig, name: str) -> tuple[str, str | None]:
     own, general = getattr(resources, name), getattr(cluster, name)
     if own is not None:
         return f"{at}.{name}", str(own)
@@ -33,14 +33,14 @@ def resources_of(deployment: Deployment, expert: str) -> tuple[str, ResourceConf
 
 def site_faults(deployment: Deployment, site: SlurmSite) -> list[str]:
     """One line for each wish that no node can fulfil; equal ones, where the value is the cluster's, once."""
-    faults = [fault for wish in _wishes(deployment) for fault in _faults(wish, site)]
+    faults = [fault for wish in _requests(deployment) for fault in _faults(wish, site)]
     return list(dict.fromkeys(faults))
 
 
 def site_warnings(deployment: Deployment, site: SlurmSite) -> list[str]:
     """What would be taken and then waits."""
     told = []
-    for wish in _wishes(deployment):
+    for wish in _requests(deployment):
         for partition in _partitions(wish, site):
             if partition.state != "up":
                 told.append(f"partition {partition.name} is {partition.state}: its jobs wait until it is up again")
@@ -54,7 +54,7 @@ def capacity_warnings(deployment: Deployment, site: SlurmSite) -> list[str]:
     """Experts whose replicas need more GPUs than their partitions have, however long they wait."""
     told = []
     for name, expert in hosts(deployment.experts).items():
-        wish = _Wish(*resources_of(deployment, name), deployment.cluster, 1)
+        wish = _Request(*resources_of(deployment, name), deployment.cluster, 1)
         each = wish.resources.gpus * wish.resources.nodes
         partitions = _partitions(wish, site)
         gpu_type = wish.option("gpu_type")[1]
@@ -69,7 +69,7 @@ def capacity_warnings(deployment: Deployment, site: SlurmSite) -> list[str]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Wish:
+class _Request:
     """What the router or one replica asks for; `together`: so many replicas share a node."""
 
     at: str
@@ -79,7 +79,7 @@ class _Wish:
 
     def option(self, name: str) -> tuple[str, str | None]:
         """The key at which the value stands, and the value."""
-        return stands_at(self.at, self.resources, self.cluster, name)
+        return configured_at(self.at, self.resources, self.cluster, name)
 
     def size(self, name: str, unit: str) -> str:
         """A size as it was written, with what a shared job makes of it."""
@@ -89,36 +89,36 @@ class _Wish:
         return f"{key}={value:g}: {self.together} replicas in one job need {value * self.together:g} {unit} per node"
 
 
-def _wishes(deployment: Deployment) -> Iterator[_Wish]:
+def _requests(deployment: Deployment) -> Iterator[_Request]:
     if deployment.router.place == "job":
-        yield _Wish(*resources_of(deployment, ROUTER), deployment.cluster, 1)
+        yield _Request(*resources_of(deployment, ROUTER), deployment.cluster, 1)
     for name, expert in hosts(deployment.experts).items():
         together = min(deployment.cluster.replicas_per_job, max(1, expert.replicas))
-        yield _Wish(*resources_of(deployment, name), deployment.cluster, together)
+        yield _Request(*resources_of(deployment, name), deployment.cluster, together)
 
 
-def _named(wish: _Wish, site: SlurmSite) -> list[str]:
+def _partition_names(wish: _Request, site: SlurmSite) -> list[str]:
     """The partitions that it names, or the default one."""
     _, value = wish.option("partition")
     return value.split(",") if value is not None else [site.default] if site.default is not None else []
 
 
-def _partitions(wish: _Wish, site: SlurmSite) -> list[Partition]:
-    return [site.partitions[name] for name in _named(wish, site) if name in site.partitions]
+def _partitions(wish: _Request, site: SlurmSite) -> list[Partition]:
+    return [site.partitions[name] for name in _partition_names(wish, site) if name in site.partitions]
 
 
-def _faults(wish: _Wish, site: SlurmSite) -> Iterator[str]:
+def _faults(wish: _Request, site: SlurmSite) -> Iterator[str]:
     key, value = wish.option("partition")
-    unknown = [name for name in _named(wish, site) if name not in site.partitions]
+    unknown = [name for name in _partition_names(wish, site) if name not in site.partitions]
     for name in unknown:
         yield f"{key}={value}: no partition is named '{name}'{suggest(name, site.partitions)}"
     if unknown:
         return
     # where there is no default partition a submit plugin may choose one: only what none of them has is a fault
-    yield from _unfit(wish, _partitions(wish, site) or list(site.partitions.values()))
+    yield from _request_faults(wish, _partitions(wish, site) or list(site.partitions.values()))
 
 
-def _unfit(wish: _Wish, partitions: Sequence[Partition]) -> Iterator[str]:
+def _request_faults(wish: _Request, partitions: Sequence[Partition]) -> Iterator[str]:
     """What none of these partitions can fulfil."""
     called = f"partition {' or '.join(partition.name for partition in partitions)}"
     kinds = [kind for partition in partitions for kind in partition.kinds]
@@ -129,7 +129,7 @@ def _unfit(wish: _Wish, partitions: Sequence[Partition]) -> Iterator[str]:
         yield from _together_faults(wish, partitions, called)
 
 
-def _size_faults(wish: _Wish, kinds: Sequence[NodeKind], called: str) -> Iterator[str]:
+def _size_faults(wish: _Request, kinds: Sequence[NodeKind], called: str) -> Iterator[str]:
     """Each size by itself."""
     asked = wish.resources
     type_key, gpu_type = wish.option("gpu_type")
@@ -147,7 +147,7 @@ def _size_faults(wish: _Wish, kinds: Sequence[NodeKind], called: str) -> Iterato
         yield f"{wish.size('memory_gb', 'GB')}: {called} has at most {max(known) / 1024:.4g} GB per node"
 
 
-def _constraint_faults(wish: _Wish, kinds: Sequence[NodeKind], called: str) -> Iterator[str]:
+def _constraint_faults(wish: _Request, kinds: Sequence[NodeKind], called: str) -> Iterator[str]:
     key, value = wish.option("constraint")
     known = {feature for kind in kinds for feature in kind.features}
     for feature in _features(value):
@@ -155,14 +155,14 @@ def _constraint_faults(wish: _Wish, kinds: Sequence[NodeKind], called: str) -> I
             yield f"{key}={value}: no node of {called} has the feature '{feature}'{suggest(feature, known)}"
 
 
-def _walltime_faults(wish: _Wish, partitions: Sequence[Partition], called: str) -> Iterator[str]:
+def _walltime_faults(wish: _Request, partitions: Sequence[Partition], called: str) -> Iterator[str]:
     key, value = wish.option("walltime")
     limit = max((partition.limit_s for partition in partitions), default=math.inf)
     if value is not None and (walltime_s(value) or 0) > limit:
         yield f"{key}={value}: {called} allows at most {clock(limit)}"
 
 
-def _together_faults(wish: _Wish, partitions: Sequence[Partition], called: str) -> Iterator[str]:
+def _together_faults(wish: _Request, partitions: Sequence[Partition], called: str) -> Iterator[str]:
     """All of it on one node, and enough such nodes in one partition."""
     asked = wish.resources
     fitting = max((sum(k.nodes for k in p.kinds if _fits(wish, k)) for p in partitions), default=0)
@@ -175,7 +175,7 @@ def _together_faults(wish: _Wish, partitions: Sequence[Partition], called: str) 
         yield f"{wish.at}.nodes={asked.nodes}: {called} has {fitting} with all that is asked for"
 
 
-def _fits(wish: _Wish, kind: NodeKind) -> bool:
+def _fits(wish: _Request, kind: NodeKind) -> bool:
     _, constraint = wish.option("constraint")
     every = _features(constraint) if constraint is not None and re.fullmatch(r"[^|\[\]()*!]+", constraint) else []
     enough = kind.memory_mb is None or wish.resources.memory_gb is None or kind.memory_mb >= _memory_mb(wish)
@@ -187,7 +187,7 @@ def _fits(wish: _Wish, kind: NodeKind) -> bool:
     )
 
 
-def _memory_mb(wish: _Wish) -> int:
+def _memory_mb(wish: _Request) -> int:
     return math.ceil((wish.resources.memory_gb or 0) * wish.together * 1024)
 
 

@@ -10,7 +10,7 @@ from typing import Final
 from hpc_router.cluster.launchers.commands import SlurmCommandError, run_slurm_command
 
 TIMEOUT_S: Final = 30.0
-REACHES_ALL: Final = "proctrack/linuxproc"
+SIGNALS_DESCENDANTS: Final = "proctrack/linuxproc"
 
 
 def process_tracking() -> str | None:
@@ -25,9 +25,9 @@ def process_tracking() -> str | None:
 
 def signals_note() -> str | None:
     """What to know where a job's SIGTERM reaches the engine as well as its agent; None elsewhere."""
-    if process_tracking() != REACHES_ALL:
+    if process_tracking() != SIGNALS_DESCENDANTS:
         return None
     return (
-        f"this Slurm ({REACHES_ALL}) sends a job's SIGTERM to the engine too: `scancel` and preemption may cut answers "
+        f"this Slurm ({SIGNALS_DESCENDANTS}) sends a job's SIGTERM to the engine too: `scancel` and preemption may cut answers "
         "in flight, which clients see as errors; `hpc-router drain` and the end of the walltime do not"
     )

@@ -22,7 +22,7 @@ from hpc_router.state.run_directory import RunDir
 
 LIBRARY: Final = Path(__file__).with_name("batch.sh")
 MODULES: Final = Path(__file__).with_name("modules.sh")
-_PLAIN: Final = ("partition", "account", "qos", "constraint", "reservation", "exclude")
+_SAME_NAME: Final = ("partition", "account", "qos", "constraint", "reservation", "exclude")
 """Options of ours that sbatch has by the same name."""
 
 
@@ -53,7 +53,7 @@ class BatchJob:
 
     def options(self) -> dict[str, Any]:
         """Options of sbatch by their long names; True is a flag."""
-        asked, count = effective(self.cluster, self.resources), len(self.requests)
+        asked, count = effective_options(self.cluster, self.resources), len(self.requests)
         sizes = {
             "nodes": self.resources.nodes,
             "ntasks-per-node": count,
@@ -64,18 +64,18 @@ class BatchJob:
         ours = {
             "job-name": self.name,
             "chdir": self.run.path,
-            "output": f"{_no_pattern(self.folder)}/%j_batch.log",
+            "output": f"{_escape_percent(self.folder)}/%j_batch.log",
             "open-mode": "append",
             "no-requeue": True,
             "signal": f"USR2@{math.ceil(self.cluster.warn_s)}",
             "time": asked.walltime,
             "exclusive": asked.exclusive or None,
-            **{name: getattr(asked, name) for name in _PLAIN},
+            **{name: getattr(asked, name) for name in _SAME_NAME},
             "exclude": ",".join(filter(None, [asked.exclude, *self.requests[0].exclude])) or None,
         }
         after, own = self.requests[0].after, asked.sbatch.get("dependency")
         if self.requests[0].dependency_met and isinstance(own, str):
-            own = lasting(own)
+            own = without_job_dependencies(own)
         both = [f"afterany:{after}" if after else None, own]  # without ours, successors would have successors
         further = {**asked.sbatch, "dependency": ",".join(str(each) for each in both if each) or None}
         return {k: v for k, v in {**ours, **sizes, **further}.items() if v is not None and v is not False}
@@ -103,8 +103,8 @@ class BatchJob:
             yield " \\\n    ".join([f"step {shlex.quote(request.replica)} srun", *self._srun(request), self._task()])
 
     def _srun(self, request: JobRequest) -> Iterator[str]:
-        asked, resources = effective(self.cluster, request.resources), request.resources
-        folder = _no_pattern(self.run.jobs / request.replica)
+        asked, resources = effective_options(self.cluster, request.resources), request.resources
+        folder = _escape_percent(self.run.jobs / request.replica)
         within: dict[str, Any] = {"jobid": self.jobid} if self.jobid else {}
         if self.jobid or len(self.requests) > 1:  # the job is shared: ask for this step's part of it
             within |= {"overlap" if request.is_router else "exact": True, "mem": _memory(resources, 1)}
@@ -149,7 +149,7 @@ def python_of(cluster: ClusterConfig) -> str:
     return cluster.python or sys.executable
 
 
-def effective(cluster: ClusterConfig, resources: ResourceConfig) -> JobOptions:
+def effective_options(cluster: ClusterConfig, resources: ResourceConfig) -> JobOptions:
     """The options of one job: its own, and the cluster's where it says nothing."""
     values: dict[str, Any] = {}
     for item in fields(JobOptions):
@@ -158,7 +158,7 @@ def effective(cluster: ClusterConfig, resources: ResourceConfig) -> JobOptions:
     return JobOptions(**values)
 
 
-def lasting(dependency: str) -> str | None:
+def without_job_dependencies(dependency: str) -> str | None:
     """The parts of a dependency that name no other jobs, such as `singleton`: those hold for each job anew."""
     parts = [part for part in dependency.split(",") if not part.strip().lower().startswith("after")]
     return ",".join(parts) or None
@@ -235,6 +235,6 @@ def _gpus(form: str, kind: str | None, count: int) -> dict[str, str]:
     return {"gpus-per-node": what} if form == "gpus_per_node" else {"gres": f"gpu:{what}"}
 
 
-def _no_pattern(path: Path) -> str:
+def _escape_percent(path: Path) -> str:
     """Slurm replaces %-signs in file names."""
     return str(path).replace("%", "%%")

@@ -9,22 +9,22 @@ from typing import Final
 
 from hpc_router.cluster.launchers.commands import SlurmCommandError, run_slurm_command
 from hpc_router.cluster.launchers.slurm.sbatch import BatchJob
-from hpc_router.cluster.launchers.slurm.submit_errors import explain, is_passing
+from hpc_router.cluster.launchers.slurm.submit_errors import explain, is_temporary
 from hpc_router.config.schema import Deployment
 from hpc_router.state.registry import split_replica
 
 TIMEOUT_S: Final = 30.0
 MAX_TESTED: Final = 8
 """Different shapes that are tried."""
-UNASKED: Final = "could not be checked with Slurm: "
+NOT_CHECKED: Final = "could not be checked with Slurm: "
 _NAMES: Final = ("job-name", "output", "chdir")
 """What differs between jobs of one shape."""
 
 
-def try_jobs(deployment: Deployment, jobs: Sequence[BatchJob]) -> tuple[list[str], list[str]]:
+def check_submission(deployment: Deployment, jobs: Sequence[BatchJob]) -> tuple[list[str], list[str]]:
     """Faults and warnings, each a line."""
     faults: dict[str, None] = {}
-    shapes = _shapes(jobs)
+    shapes = _group_by_shape(jobs)
     warnings = (
         [f"only {MAX_TESTED} of {len(shapes)} different jobs were tried with Slurm"] if len(shapes) > MAX_TESTED else []
     )
@@ -32,19 +32,19 @@ def try_jobs(deployment: Deployment, jobs: Sequence[BatchJob]) -> tuple[list[str
         try:
             said = _refusal(alike[0].script())
         except SlurmCommandError as error:
-            return list(faults), [*warnings, f"{UNASKED}{error}"]
+            return list(faults), [*warnings, f"{NOT_CHECKED}{error}"]
         if said is None:
             continue
         experts = dict.fromkeys(split_replica(replica)[0] for job in alike for replica in job.replicas)
         told = [explain(said, deployment, expert) for expert in experts]
-        if is_passing(said):
+        if is_temporary(said):
             warnings.append(f"{alike[0].replicas[0]}: {told[0]}")
         else:
             faults |= dict.fromkeys(told)
     return list(faults), list(dict.fromkeys(warnings))
 
 
-def _shapes(jobs: Sequence[BatchJob]) -> list[list[BatchJob]]:
+def _group_by_shape(jobs: Sequence[BatchJob]) -> list[list[BatchJob]]:
     found: dict[str, list[BatchJob]] = {}
     for job in jobs:
         shape = repr(sorted((name, value) for name, value in job.options().items() if name not in _NAMES))

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 TIMEOUT_S: Final = 30.0
 _FORMAT: Final = "%i\t%T\t%N\t%S\t%e\t%j\t%Z\t%r"
-AHEAD_S: Final = 5.0
+MAX_CLOCK_SKEW_S: Final = 5.0
 """A view that was asked so long from now is of a clock that is wrong."""
 
 
@@ -41,7 +41,7 @@ class QueuedJob:
 
 
 @dataclass(frozen=True, slots=True)
-class View:
+class QueueSnapshot:
     """The queue as it was at `asked_at`: all jobs of this user, those that ended a few minutes ago included."""
 
     asked_at: float
@@ -55,11 +55,11 @@ class Queue:
         self._file = run.path / "squeue.json"
         self._claim = run.path / ".squeue.asking"
         self._ask_s = ask_s
-        self._view: View | None = None
+        self._view: QueueSnapshot | None = None
         self.answers = 0
         """How often this process itself has been answered."""
 
-    def view(self, *, fresh: bool = False) -> View | None:
+    def view(self, *, fresh: bool = False) -> QueueSnapshot | None:
         """None where nobody has ever been answered."""
         if not fresh:
             self._read()
@@ -78,7 +78,7 @@ class Queue:
             logger.warning("the queue cannot be read: %s", error)
             self._read()
             return
-        self._view = View(asked_at, jobs)
+        self._view = QueueSnapshot(asked_at, jobs)
         self.answers += 1
         with contextlib.suppress(OSError):  # a shared file system that stalls: our own view is good
             replace_json(self._file, asdict(self._view))
@@ -86,7 +86,7 @@ class Queue:
     def _read(self) -> None:
         value = read_json(self._file)
         view = None if value is None else _from_json(value)
-        if view is None or view.asked_at > time.time() + AHEAD_S:
+        if view is None or view.asked_at > time.time() + MAX_CLOCK_SKEW_S:
             return
         if self._view is None or view.asked_at > self._view.asked_at:
             self._view = view
@@ -152,9 +152,9 @@ def _unix(text: str) -> float | None:
         return None
 
 
-def _from_json(value: Mapping[str, Any]) -> View | None:
+def _from_json(value: Mapping[str, Any]) -> QueueSnapshot | None:
     try:
         jobs = {str(job_id): QueuedJob(**job) for job_id, job in value["jobs"].items()}
-        return View(float(value["asked_at"]), jobs)
+        return QueueSnapshot(float(value["asked_at"]), jobs)
     except (AttributeError, KeyError, TypeError, ValueError):
         return None

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from hpc_router.cluster.launchers.interface import JobState
-from hpc_router.cluster.launchers.slurm.launcher import MISSING_ANSWERS, SETTLE_S, SlurmLauncher
-from hpc_router.cluster.launchers.slurm.squeue import Queue, QueuedJob, View
+from hpc_router.cluster.launchers.slurm.launcher import MIN_MISSED_ANSWERS, SETTLE_S, SlurmLauncher
+from hpc_router.cluster.launchers.slurm.squeue import Queue, QueuedJob, QueueSnapshot
 from hpc_router.config.schema import Deployment
 from hpc_router.state.job_records import Ended, Exit, FailureReason, JobDir, JobInfo, Process, Runner, Stop
 from hpc_router.state.run_directory import RunDir, make_run
@@ -20,9 +20,9 @@ class SeenQueue(Queue):
 
     def __init__(self, run: RunDir, jobs: dict[str, QueuedJob], asked_at: float = NOW) -> None:
         super().__init__(run, ask_s=30.0)
-        self.now: View | None = View(asked_at, jobs)
+        self.now: QueueSnapshot | None = QueueSnapshot(asked_at, jobs)
 
-    def view(self, *, fresh: bool = False) -> View | None:
+    def view(self, *, fresh: bool = False) -> QueueSnapshot | None:
         return self.now
 
 
@@ -55,7 +55,7 @@ def test_the_queue_tells_what_a_silent_job_is(run: RunDir, word: str, state: Job
 def test_a_job_that_waits_says_why_and_until_when(run: RunDir) -> None:
     submitted(run)
     report = observed(run, QueuedJob("PENDING", reason="Priority", starts_at=NOW + 60))
-    assert (report.pending, report.starts_at, report.ends_at) == ("Priority", NOW + 60, None)
+    assert (report.pending_reason, report.starts_at, report.ends_at) == ("Priority", NOW + 60, None)
 
 
 def test_a_job_that_runs_says_where_and_how_long(run: RunDir) -> None:
@@ -99,10 +99,10 @@ def test_a_job_that_slurm_has_forgotten_is_missing_in_answers_of_ones_own(run: R
     submitted(run)
     queue = SeenQueue(run, {})
     launcher = SlurmLauncher(run, Deployment(), queue)
-    for answered in range(MISSING_ANSWERS + 1):
+    for answered in range(MIN_MISSED_ANSWERS + 1):
         queue.answers = answered
         state = launcher.observe(["math-0.g1"])["math-0.g1"].state
-        assert state is (JobState.ENDED if answered == MISSING_ANSWERS else JobState.PENDING)
+        assert state is (JobState.ENDED if answered == MIN_MISSED_ANSWERS else JobState.PENDING)
 
 
 def test_a_job_that_came_after_it_was_given_up_is_cancelled(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from hpc_router.cluster.launchers.interface import JobRequest
-from hpc_router.cluster.launchers.slurm.sbatch import BatchJob, batch_jobs, effective, setup_faults
+from hpc_router.cluster.launchers.slurm.sbatch import BatchJob, batch_jobs, effective_options, setup_faults
 from hpc_router.config.schema import ClusterConfig, Deployment, ResourceConfig
 from hpc_router.state.job_records import Ended, Exit, FailureReason, JobDir, JobInfo, Runner
 from hpc_router.state.run_directory import RunDir
@@ -79,7 +79,7 @@ def test_what_is_not_asked_is_left_to_the_site() -> None:
 def test_an_expert_overrules_the_cluster_and_adds_to_its_options() -> None:
     cluster = ClusterConfig(partition="gpu", qos="low", sbatch={"contiguous": True, "mail-type": "FAIL"})
     resources = ResourceConfig(partition="h100", exclusive=False, sbatch={"contiguous": None, "nodelist": "n7"})
-    options = effective(cluster, resources)
+    options = effective_options(cluster, resources)
     assert (options.partition, options.qos, options.exclusive) == ("h100", "low", False)
     (job,) = batch_jobs(RUN, Deployment(cluster=cluster), [JobRequest("math-0.g1", ("/bin/true",), resources)])
     assert job.options()["nodelist"] == "n7"

@@ -9,7 +9,7 @@ import pytest
 
 from hpc_router.cluster.launchers.commands import SlurmCommandError
 from hpc_router.cluster.launchers.slurm import squeue
-from hpc_router.cluster.launchers.slurm.squeue import Queue, QueuedJob, View, parse_squeue
+from hpc_router.cluster.launchers.slurm.squeue import Queue, QueuedJob, QueueSnapshot, parse_squeue
 from hpc_router.state.atomic_files import replace_json
 from hpc_router.state.run_directory import RunDir, make_run
 
@@ -70,7 +70,7 @@ def test_a_verb_asks_afresh_and_the_others_get_its_answer(run: RunDir, asked: li
 
 
 def test_an_old_answer_is_asked_again(run: RunDir, asked: list[int]) -> None:
-    replace_json(run.path / "squeue.json", asdict(View(asked_at=0.0, jobs={})))
+    replace_json(run.path / "squeue.json", asdict(QueueSnapshot(asked_at=0.0, jobs={})))
     view = Queue(run, ask_s=30.0).view()
     assert len(asked) == 1
     assert view is not None
@@ -78,7 +78,7 @@ def test_an_old_answer_is_asked_again(run: RunDir, asked: list[int]) -> None:
 
 
 def test_a_view_from_the_future_is_of_a_wrong_clock(run: RunDir, asked: list[int]) -> None:
-    replace_json(run.path / "squeue.json", asdict(View(asked_at=time.time() + 3600, jobs={})))
+    replace_json(run.path / "squeue.json", asdict(QueueSnapshot(asked_at=time.time() + 3600, jobs={})))
     view = Queue(run, ask_s=30.0).view()
     assert view is not None
     assert "7" in view.jobs
@@ -95,7 +95,7 @@ def test_a_squeue_that_hangs_leaves_the_last_view(run: RunDir, monkeypatch: pyte
 
 
 def test_while_somebody_asks_the_old_answer_stands(run: RunDir, asked: list[int]) -> None:
-    replace_json(run.path / "squeue.json", asdict(View(asked_at=5.0, jobs={})))
+    replace_json(run.path / "squeue.json", asdict(QueueSnapshot(asked_at=5.0, jobs={})))
     (run.path / ".squeue.asking").touch()
     view = Queue(run, ask_s=30.0).view()
     assert asked == []

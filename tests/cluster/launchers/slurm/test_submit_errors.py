@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from hpc_router.cluster.launchers.slurm.submit_errors import explain, find, is_passing, spoken
+from hpc_router.cluster.launchers.slurm.submit_errors import explain, find, is_temporary, one_line
 from hpc_router.config.schema import ClusterConfig, Deployment, EngineConfig, ExpertConfig, ResourceConfig
 
 
@@ -61,7 +61,7 @@ def test_the_likeliest_key_comes_first(text: str, first: str) -> None:
     found = find(text)
     assert found is not None
     assert found.keys[0] == first
-    assert not is_passing(text)
+    assert not is_temporary(text)
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_the_likeliest_key_comes_first(text: str, first: str) -> None:
     ],
 )
 def test_that_slurm_cannot_answer_is_no_value_to_edit(text: str) -> None:
-    assert is_passing(text)
+    assert is_temporary(text)
     assert explain(text, deployment(), "math").startswith("Slurm cannot take it now: ")
 
 
@@ -125,5 +125,5 @@ def test_a_sites_own_words_are_passed_on_with_all_that_was_asked_for() -> None:
 
 
 def test_what_was_said_is_one_line() -> None:
-    assert spoken("sbatch: error: a\nsbatch: error: Batch job submission failed: b\nsbatch: error: a\n") == "a; b"
-    assert spoken("") == "no reason given"
+    assert one_line("sbatch: error: a\nsbatch: error: Batch job submission failed: b\nsbatch: error: a\n") == "a; b"
+    assert one_line("") == "no reason given"
