@@ -1,4 +1,4 @@
-"""The exact job of each replica: what `plan` prints is what is submitted."""
+"""The job request of a replica, for `plan` and for the control loop alike."""
 
 from hpc_router.cluster.control_loop.desired_state import excluded_nodes
 from hpc_router.cluster.launchers.interface import ROUTER, JobRequest

@@ -1,7 +1,7 @@
-"""What is: `jobs/`, the registry and the launcher, read into one value for the control loop and the verbs.
+"""Reads the observed state of a run from `jobs/`, the registry and the launcher, for the control loop and the verbs.
 
-A job that ended without an exit record gets one here, so that failures have a time and everybody reads the same story.
-Jobs seen to have ended are not read again: a run that lived long has many.
+A job that ended without an exit record gets one here, so that each failure has a time and all readers see the same
+reason. Jobs that have ended are not read again, because an old run has many.
 """
 
 import json
@@ -27,15 +27,14 @@ from hpc_router.state.run_directory import RunDir
 logger = logging.getLogger(__name__)
 
 MIN_QUERY_INTERVAL_S: Final = 5.0
-"""For replicas that were lost, the controller is asked no more often than this."""
-HUNG_MESSAGE: Final = "its agent hung: no beat and no answer while its process lived; it was killed"
-NO_LOG_MESSAGE: Final = "its batch script could not even begin its log: do all nodes see the run directory"
-VANISHED_MESSAGE: Final = "the job ended and left no exit record: killed, or it died before it began"
+"""The Slurm controller is queried about lost replicas no more often than this."""
+HUNG_MESSAGE: Final = "its agent hung: it renewed no lease and answered no call while its process ran; it was killed"
+NO_LOG_MESSAGE: Final = "its batch script wrote no log: do all nodes see the run directory"
+VANISHED_MESSAGE: Final = "the job ended without an exit record: it was killed, or failed before it started"
 
 
 class RunObserver:
-    """Looks at one run again and again. `read_only`: nothing is written, not even the exit record of a job that ended
-    without one."""
+    """Observes one run. With `read_only` it writes nothing, not even a missing exit record."""
 
     def __init__(
         self, run: RunDir, launcher: Launcher, *, clock: Callable[[], float] = time.monotonic, read_only: bool = False
@@ -47,18 +46,18 @@ class RunObserver:
         self._ended: dict[str, Attempt] = {}
         self._hang_detector = HangDetector()
         self._hung: set[str] = set()
-        self._queried: set[str] = set()  # the lost ones for which the controller was asked
+        self._queried: set[str] = set()  # lost replicas about which the controller was queried
         self._queried_at = -math.inf
         self.records: Mapping[str, Record] = {}
         self.lost: Sequence[str] = ()
-        """The replicas for which the last look asked the controller."""
+        """The replicas about which the last observation queried the controller."""
 
     def observe(self, *, fresh: bool = False) -> Observed:
-        """Raises OSError when the run directory cannot be read now. `fresh`: ask the controller anew."""
+        """Raises OSError if the run directory cannot be read. `fresh`: query the controller now."""
         names = self._claimed()
         open_names = [name for name in names if name not in self._ended]
         reports = self._launcher.observe(open_names, fresh=fresh)
-        read_at = self._clock()  # before the records are read, and after the controller, which may take half a minute
+        read_at = self._clock()  # after the query, which may take 30 s, and before the records are read
         self.records = self._reader.snapshot()
         self.lost = self._lost(reports, read_at=read_at)
         if self.lost:
@@ -71,8 +70,8 @@ class RunObserver:
         return {slot: tuple(sorted(found, key=lambda a: a.generation)) for slot, found in slots.items()}
 
     def _lost(self, reports: Mapping[str, JobReport], *, read_at: float) -> list[str]:
-        """The replicas for which the controller is to be asked now: once for each that falls silent, since its job may
-        have ended without a word. Routers are left out: this may run beside one, and would go with it."""
+        """The replicas about which to query the controller now: once for each newly lost one, since its job may have
+        ended. Routers are left out, because this loop ends with its router."""
         running = [name for name, report in reports.items() if report.state is JobState.RUNNING]
         records = [self.records[name] for name in running if name in self.records]
         silent = self._hang_detector.silent(
@@ -84,7 +83,7 @@ class RunObserver:
         newly_lost = silent.lost - self._queried
         if not newly_lost or read_at - self._queried_at < MIN_QUERY_INTERVAL_S:
             return []
-        logger.warning("no beat and no answer: Slurm is asked for the jobs of %s", ", ".join(sorted(newly_lost)))
+        logger.warning("no beat and no answer: asking Slurm for the jobs of %s", ", ".join(sorted(newly_lost)))
         self._queried |= newly_lost
         self._queried_at = read_at
         return sorted(newly_lost)
@@ -126,9 +125,9 @@ class RunObserver:
         return attempt
 
     def _end(self, replica: str, report: JobReport, stop: Stop) -> Exit:
-        """Of a job that said nothing itself."""
+        """The exit of a job that wrote none itself."""
         if (stop.drain_at or stop.cancel_at) is not None and replica not in self._hung:
-            return Exit(ok=True, reason=FailureReason.DRAINED, message="it was asked to end, and said nothing more")
+            return Exit(ok=True, reason=FailureReason.DRAINED, message="it was asked to end, and left no exit record")
         if report.end is not None and report.end.reason is not FailureReason.KILLED:
             return report.end
         if replica in self._hung:
@@ -141,13 +140,13 @@ class RunObserver:
 
 
 def record_exit(job: JobDir, end: Exit) -> Exit:
-    """Write `exit.json` unless the job did so in the meantime; the one that stands."""
+    """Write `exit.json` unless the job has written it; returns the one in the file."""
     create_text(job.path / "exit.json", json.dumps(asdict(end), indent=1, sort_keys=True) + "\n")
     return job.exit() or end
 
 
 def _is_alive(submitter: Submitter | None) -> bool:
-    """A submitter of another host cannot be asked: the claim's age decides."""
+    """Whether the submitter runs on this host. One of another host counts as gone: the age of its claim decides."""
     here = submitter is not None and submitter.host == socket.gethostname()
     return here and submitter is not None and start_ticks(submitter.pid) == submitter.start_ticks
 

@@ -1,7 +1,8 @@
-"""What the control loop sees of one slot: every job that was ever claimed for it, and what became of each.
+"""Slots and attempts: the observed state from which the control loop decides.
 
-A slot is one seat of an expert (`math-0`) or the router's (`router-0`); a generation is one job in it. Slots with a
-letter (`math-h0` started by hand, `math-x0` external) belong to whoever made them.
+A slot is the place of one replica of an expert (`math-0`) or of the router (`router-0`); a generation is one job in it,
+and an attempt is what is known of that job. The control loop manages slots with a number; a slot with a letter was
+started by hand (`math-h0`) or is an external endpoint (`math-x0`).
 """
 
 from collections.abc import Mapping
@@ -22,7 +23,7 @@ class Slot(NamedTuple):
 
     @property
     def managed(self) -> bool:
-        """Whether the control loop fills and empties it."""
+        """Whether the control loop submits and ends its jobs."""
         return self.name.isdecimal()
 
     def replica(self, generation: int) -> str:
@@ -39,7 +40,7 @@ _NOT_LIVE: Final = (JobState.ENDING, JobState.ENDED)
 @dataclass(frozen=True, slots=True)
 class Attempt:
     """One generation of a slot. `submitted`: there is a job, not only a claim. `submitting`: the process that submits
-    it lives. `hung`: it lives and does nothing."""
+    it is alive. `hung`: its job runs, but it renews no lease and answers no call. Times are Unix seconds."""
 
     slot: Slot
     generation: int
@@ -66,12 +67,12 @@ class Attempt:
 
     @property
     def live(self) -> bool:
-        """It serves, or may come to."""
+        """Whether it serves, or may serve later."""
         return self.submitted and self.job not in _NOT_LIVE
 
     @property
     def holds_resources(self) -> bool:
-        """It holds resources, if only for a moment."""
+        """Whether its job may still hold resources."""
         return self.submitted and self.job is not JobState.ENDED
 
     @property

@@ -1,7 +1,7 @@
-"""All the places where jobs of one run may live, as one launcher: each job is looked after by the one that runs it.
+"""One launcher for a run, which passes each job to the launcher of the place that runs it.
 
-A deployment on Slurm may have its router on this machine, and a run may be joined by services that somebody started by
-hand, here or in a batch job of their own.
+One run may have jobs in several places: a deployment on Slurm may have its router on this machine, and services may be
+started by hand, here or in a batch job of the user.
 """
 
 import shutil
@@ -25,7 +25,7 @@ _Submitting = LocalLauncher | SlurmLauncher | AllocationLauncher
 
 
 def check_reach(deployment: Deployment) -> None:
-    """Whether jobs can be submitted from here at all. Raises ConfigError."""
+    """Raises ConfigError if jobs cannot be submitted from this process."""
     kind, key = deployment.cluster.kind, "cluster.kind"
     if kind == "allocation" and held_job() is None:
         raise ConfigError(f"{key}=allocation starts steps inside a Slurm job: run this in an sbatch or salloc", key=key)
@@ -35,7 +35,7 @@ def check_reach(deployment: Deployment) -> None:
 
 @dataclass(frozen=True)
 class Launchers:
-    """`submitting`: who gets a request; `running`: who looks after a job."""
+    """`submitting`: the launcher for a request. `running`: the launcher that observes and ends a job."""
 
     run: RunDir
     submitting: Callable[[JobRequest], _Submitting]
@@ -79,7 +79,7 @@ class Launchers:
         return self.slurm.remaining(names) if self.slurm is not None else []
 
     def _by_runner(self, replicas: Iterable[str]) -> list[tuple[Launcher, list[str]]]:
-        """Those with a job; a claim alone belongs to nobody yet."""
+        """The replicas that have a job, by launcher. A claim without a job belongs to none."""
         names: dict[Runner, list[str]] = defaultdict(list)
         for replica in replicas:
             info = JobDir(self.run, replica).info()

@@ -1,7 +1,7 @@
-"""The site's own `sbatch.dependency`, and whether it still has to be asked for.
+"""Whether the user's `sbatch.dependency` has been met, so that further jobs are submitted without it.
 
-A dependency on other jobs that was met once is met for good, but Slurm 24.11 and later refuse it for a job that they
-have forgotten (MinJobAge, five minutes). So it is left out as soon as one job of the run has begun with it.
+A dependency on other jobs stays met, but Slurm 24.11 and later refuse one on a job that they have forgotten (MinJobAge,
+five minutes). So it is left out as soon as one job of the run has started with it.
 """
 
 from typing import Final
@@ -16,7 +16,7 @@ OPTION: Final = "dependency"
 
 
 def was_met(run: RunDir, deployment: Deployment, resources: ResourceConfig) -> bool:
-    """Whether a job of this run has begun with the dependency that these resources have."""
+    """Whether a job of this run has started with the dependency of these resources."""
     wanted = _dependency(deployment, resources)
     if wanted is None or not run.jobs.is_dir():
         return False

@@ -1,6 +1,6 @@
-"""Why a job waits, from Slurm's one word to what it means and what to do about it. Pure.
+"""What Slurm's reason for a waiting job means, and what to do about it. Pure.
 
-Slurm's reason is that of its last look at the job, so it changes; few mean that the job can never start as it is.
+Slurm updates the reason whenever it considers the job; few reasons mean that the job can never start.
 """
 
 import re
@@ -10,7 +10,7 @@ from typing import Final
 
 @dataclass(frozen=True, slots=True)
 class PendingReason:
-    """`hopeless`: it will never start as it is, however long one waits."""
+    """`hopeless`: the job will never start with its present options."""
 
     what: str
     advice: str | None = None
@@ -20,7 +20,7 @@ class PendingReason:
 _EDIT: Final = "edit {}, then `hpc-router up` in a new run"
 _LIMIT: Final = "`sacctmgr show qos` and `scontrol show assoc_mgr` show the limits"
 _JOB: Final = "JOBID"
-"""Stands for the job's id, also where that is not known."""
+"""Placeholder for the job's id; it stays where the id is not known."""
 _HELD: Final = "`scontrol release JOBID` releases it"
 
 _REASONS: Final[dict[str, PendingReason]] = {
@@ -106,7 +106,7 @@ _OWNERS: Final = {
 }
 _LIMITS: Final = re.compile(r"(?P<of>QOS|Assoc|)(?P<kind>Grp|Max|Min)(?P<what>[A-Z][A-Za-z]*)")
 _ONE_JOB: Final = re.compile(r"Per(Job|Node)(Limit)?$|Wall|CpuPerNode")
-"""Limits of each job by itself: others that end do not help."""
+"""Limits of a single job: the end of other jobs does not help."""
 _RESOURCES: Final = (
     ("Wall", "time", "cluster.walltime"),
     ("Minutes", "CPU or GPU time in a period", "cluster.walltime"),
@@ -120,7 +120,7 @@ _RESOURCES: Final = (
 
 
 def explain_pending(reason: str, job_id: str | None = None) -> PendingReason:
-    """Slurm's reason as squeue writes it; an unknown one is told as it is. `job_id`: whom the advice is about."""
+    """Explains a reason as squeue prints it; an unknown one is quoted. `job_id` is put into the advice."""
     text = reason.strip().strip("()")
     word, _, detail = text.partition(",")
     word = "launch_failed_requeued_held" if word.replace(" ", "_") == "launch_failed_requeued_held" else word.strip()
@@ -132,7 +132,7 @@ def explain_pending(reason: str, job_id: str | None = None) -> PendingReason:
 
 
 def _limit(word: str) -> PendingReason | None:
-    """`QOSMaxGRESPerUser`, `AssocGrpCpuLimit`, `MaxNodePerAccount`: whose limit, of what, for whom."""
+    """Explains the name of a limit by its parts: `QOSMaxGRESPerUser`, `AssocGrpCpuLimit`, `MaxNodePerAccount`."""
     match = _LIMITS.fullmatch(word)
     if match is None:
         return None

@@ -1,7 +1,7 @@
-"""Whether Slurm would take the jobs: `sbatch --test-only` for each distinct shape, with the very script of `up`.
+"""Tests with `sbatch --test-only` whether Slurm would accept the jobs, with the scripts that `up` submits.
 
-Only the controller knows accounts, limits and a site's own rules, and each trial costs it a scheduling pass: equal jobs
-are tried once. A clear no is a fault; what cannot be asked now may be right later.
+Only the controller knows accounts, limits and a site's own rules. Each test costs it a scheduling pass, so equal jobs
+are tested once. A refusal is a fault; if sbatch cannot be run, that is a warning.
 """
 
 from collections.abc import Sequence
@@ -15,10 +15,10 @@ from hpc_router.state.registry import split_replica
 
 TIMEOUT_S: Final = 30.0
 MAX_TESTED: Final = 8
-"""Different shapes that are tried."""
+"""Number of different jobs that are tested."""
 NOT_CHECKED: Final = "could not be checked with Slurm: "
 _NAMES: Final = ("job-name", "output", "chdir")
-"""What differs between jobs of one shape."""
+"""Options that differ between equal jobs."""
 
 
 def check_submission(deployment: Deployment, jobs: Sequence[BatchJob]) -> tuple[list[str], list[str]]:
@@ -26,21 +26,23 @@ def check_submission(deployment: Deployment, jobs: Sequence[BatchJob]) -> tuple[
     faults: dict[str, None] = {}
     shapes = _group_by_shape(jobs)
     warnings = (
-        [f"only {MAX_TESTED} of {len(shapes)} different jobs were tried with Slurm"] if len(shapes) > MAX_TESTED else []
+        [f"only {MAX_TESTED} of {len(shapes)} different jobs were tested with Slurm"]
+        if len(shapes) > MAX_TESTED
+        else []
     )
     for alike in shapes[:MAX_TESTED]:
         try:
-            said = _refusal(alike[0].script())
+            error_text = _refusal(alike[0].script())
         except SlurmCommandError as error:
             return list(faults), [*warnings, f"{NOT_CHECKED}{error}"]
-        if said is None:
+        if error_text is None:
             continue
         experts = dict.fromkeys(split_replica(replica)[0] for job in alike for replica in job.replicas)
-        told = [explain(said, deployment, expert) for expert in experts]
-        if is_temporary(said):
-            warnings.append(f"{alike[0].replicas[0]}: {told[0]}")
+        texts = [explain(error_text, deployment, expert) for expert in experts]
+        if is_temporary(error_text):
+            warnings.append(f"{alike[0].replicas[0]}: {texts[0]}")
         else:
-            faults |= dict.fromkeys(told)
+            faults |= dict.fromkeys(texts)
     return list(faults), list(dict.fromkeys(warnings))
 
 

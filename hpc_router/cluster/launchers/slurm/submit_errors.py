@@ -1,7 +1,7 @@
-"""What Slurm says when it does not take a job -> the config key to edit and what to do. Pure.
+"""Maps the error texts of sbatch to the config keys to edit, with advice. Pure.
 
-The texts are those of sbatch and of slurmctld, 20.11 to 25.05; a site's submit plugin says what it likes, so an unknown
-text is passed on with all that was asked for. Some texts mean that Slurm cannot answer now: no value is wrong then.
+The texts are those of sbatch and slurmctld, 20.11 to 25.05. A site's submit plugin may print any text, so an unknown
+one is quoted with all requested options. Temporary errors mean that Slurm cannot answer now, and that no value is wrong.
 """
 
 import re
@@ -19,12 +19,12 @@ _SIZES: Final = ("nodes", "gpus", "cpus", "memory_gb")
 
 @dataclass(frozen=True, slots=True)
 class SubmitError:
-    """`keys`: the options and sizes that the text is about, the likeliest first. `passing`: no value is wrong."""
+    """`keys`: the options and sizes that the text may be about, the most likely first. `temporary`: no value is wrong."""
 
     pattern: re.Pattern[str]
     keys: tuple[str, ...]
     advice: str
-    passing: bool = False
+    temporary: bool = False
 
 
 def _permanent(keys: str, advice: str, *patterns: str) -> SubmitError:
@@ -32,7 +32,7 @@ def _permanent(keys: str, advice: str, *patterns: str) -> SubmitError:
 
 
 def _temporary(keys: str, advice: str, *patterns: str) -> SubmitError:
-    return replace(_permanent(keys, advice, *patterns), passing=True)
+    return replace(_permanent(keys, advice, *patterns), temporary=True)
 
 
 _ACCOUNTS: Final = "`sacctmgr show associations user=$USER format=account,partition,qos` lists yours"
@@ -232,51 +232,51 @@ TABLE: Final = (
         r"I/O error writing script",
     ),
 )
-"""The first that matches; limits that Slurm names go before the sentence that follows them."""
+"""The first match counts. Limits that Slurm names stand before the general sentence that follows them."""
 _NOISE: Final = re.compile(
     r"^((sbatch|srun|salloc): )?((error|fatal): )?((allocation failure|Batch job submission failed): )?"
 )
 
 
 def find(text: str) -> SubmitError | None:
-    return next((refusal for refusal in TABLE if refusal.pattern.search(text)), None)
+    return next((error for error in TABLE if error.pattern.search(text)), None)
 
 
 def is_temporary(text: str) -> bool:
-    """Whether it says that Slurm cannot take the job now, rather than that the job is wrong."""
-    found = find(text)
-    return found is not None and found.passing
+    """Whether Slurm cannot accept the job now, rather than never."""
+    error = find(text)
+    return error is not None and error.temporary
 
 
 def one_line(text: str) -> str:
-    """What Slurm said, in one line."""
+    """The error text in one line."""
     lines = (_NOISE.sub("", line.strip()) for line in text.splitlines())
     kept = [line for line in lines if line and not line.startswith('Try "')]
     return "; ".join(dict.fromkeys(kept)) or "no reason given"
 
 
 def explain(text: str, deployment: Deployment, expert: str) -> str:
-    """One line: the keys to edit with their values, what Slurm said, what to do. `expert` may be the router."""
-    said, found = one_line(text), find(text)
-    if found is not None and found.passing:
-        return f"Slurm cannot take it now: {said} ({found.advice})"
-    told = {name: _values(name, deployment, expert) for name in (found.keys if found else (*_OPTIONS, *_SIZES))}
-    values = [f"{key}={value}" for key, value, is_set in chain.from_iterable(told.values()) if is_set]
-    if found is None:
-        return f"Slurm refuses it: {said} (asked for: {', '.join(values)})"
-    unset = [f"{key} is not set" for key, _, is_set in told[found.keys[0]] if not is_set]
-    return f"{', '.join([*unset, *values]) or found.keys[0]}: Slurm refuses it: {said} ({found.advice})"
+    """One line: the keys to edit with their values, the error, the advice. `expert` may be the router."""
+    message, error = one_line(text), find(text)
+    if error is not None and error.temporary:
+        return f"Slurm cannot take it now: {message} ({error.advice})"
+    values_of = {name: _values(name, deployment, expert) for name in (error.keys if error else (*_OPTIONS, *_SIZES))}
+    values = [f"{key}={value}" for key, value, is_set in chain.from_iterable(values_of.values()) if is_set]
+    if error is None:
+        return f"Slurm refuses it: {message} (asked for: {', '.join(values)})"
+    unset = [f"{key} is not set" for key, _, is_set in values_of[error.keys[0]] if not is_set]
+    return f"{', '.join([*unset, *values]) or error.keys[0]}: Slurm refuses it: {message} ({error.advice})"
 
 
 def _values(name: str, deployment: Deployment, expert: str) -> list[tuple[str, str, bool]]:
-    """Keys with their values, and whether they ask for anything."""
+    """For each key its value, and whether it is set."""
     at, resources = resources_of(deployment, expert)
     if name == "runs":
         return [(name, deployment.runs, True)]
     if name == "sbatch":
         return _extra_options(at, resources, deployment)
     if name.startswith("sbatch."):
-        return [told for told in _extra_options(at, resources, deployment) if told[0].endswith(f".{name}")]
+        return [value for value in _extra_options(at, resources, deployment) if value[0].endswith(f".{name}")]
     if name in _SIZES:
         value = getattr(resources, name)
         return [(f"{at}.{name}", f"{value or 0:g}", bool(value))]

@@ -22,7 +22,7 @@ class SeenQueue(Queue):
         super().__init__(run, ask_s=30.0)
         self.now: QueueSnapshot | None = QueueSnapshot(asked_at, jobs)
 
-    def view(self, *, fresh: bool = False) -> QueueSnapshot | None:
+    def snapshot(self, *, fresh: bool = False) -> QueueSnapshot | None:
         return self.now
 
 

@@ -85,6 +85,6 @@ def test_a_handful_of_trials_is_enough(programs: Programs) -> None:
     made = deployment(*range(2, MAX_TESTED + 2))
     assert check_submission(made, jobs_of(made)) == (
         [],
-        [f"only {MAX_TESTED} of {MAX_TESTED + 1} different jobs were tried with Slurm"],
+        [f"only {MAX_TESTED} of {MAX_TESTED + 1} different jobs were tested with Slurm"],
     )
     assert len(programs.calls("sbatch")) == MAX_TESTED

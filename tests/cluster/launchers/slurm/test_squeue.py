@@ -55,23 +55,23 @@ def test_squeue_lines_are_read() -> None:
 
 def test_many_watchers_share_one_question(run: RunDir, asked: list[int]) -> None:
     watchers = [Queue(run, ask_s=30.0) for _ in range(5)]
-    views = [watcher.view() for watcher in watchers for _ in range(3)]
+    views = [watcher.snapshot() for watcher in watchers for _ in range(3)]
     assert len(asked) == 1
     assert all(view is not None and view.jobs["7"].node == "n1" for view in views)
 
 
 def test_a_verb_asks_afresh_and_the_others_get_its_answer(run: RunDir, asked: list[int]) -> None:
     loop, verb = Queue(run, ask_s=30.0), Queue(run, ask_s=30.0)
-    loop.view()
-    seen = verb.view(fresh=True)
+    loop.snapshot()
+    seen = verb.snapshot(fresh=True)
     assert len(asked) == 2
-    assert loop.view() == seen
+    assert loop.snapshot() == seen
     assert len(asked) == 2
 
 
 def test_an_old_answer_is_asked_again(run: RunDir, asked: list[int]) -> None:
     replace_json(run.path / "squeue.json", asdict(QueueSnapshot(asked_at=0.0, jobs={})))
-    view = Queue(run, ask_s=30.0).view()
+    view = Queue(run, ask_s=30.0).snapshot()
     assert len(asked) == 1
     assert view is not None
     assert "7" in view.jobs
@@ -79,7 +79,7 @@ def test_an_old_answer_is_asked_again(run: RunDir, asked: list[int]) -> None:
 
 def test_a_view_from_the_future_is_of_a_wrong_clock(run: RunDir, asked: list[int]) -> None:
     replace_json(run.path / "squeue.json", asdict(QueueSnapshot(asked_at=time.time() + 3600, jobs={})))
-    view = Queue(run, ask_s=30.0).view()
+    view = Queue(run, ask_s=30.0).snapshot()
     assert view is not None
     assert "7" in view.jobs
 
@@ -91,13 +91,13 @@ def test_a_squeue_that_hangs_leaves_the_last_view(run: RunDir, monkeypatch: pyte
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     monkeypatch.setattr(squeue, "TIMEOUT_S", 0.2)
-    assert Queue(run, ask_s=30.0).view(fresh=True) is None
+    assert Queue(run, ask_s=30.0).snapshot(fresh=True) is None
 
 
 def test_while_somebody_asks_the_old_answer_stands(run: RunDir, asked: list[int]) -> None:
     replace_json(run.path / "squeue.json", asdict(QueueSnapshot(asked_at=5.0, jobs={})))
     (run.path / ".squeue.asking").touch()
-    view = Queue(run, ask_s=30.0).view()
+    view = Queue(run, ask_s=30.0).snapshot()
     assert asked == []
     assert view is not None
     assert view.asked_at == 5.0
@@ -106,8 +106,8 @@ def test_while_somebody_asks_the_old_answer_stands(run: RunDir, asked: list[int]
 def test_a_question_whose_asker_died_is_taken_over(run: RunDir, asked: list[int]) -> None:
     (run.path / ".squeue.asking").touch()
     watcher = Queue(run, ask_s=0.0)
-    watcher.view()  # finds the claim old, and removes it
-    watcher.view()
+    watcher.snapshot()  # finds the claim old, and removes it
+    watcher.snapshot()
     assert len(asked) == 1
 
 
@@ -115,14 +115,14 @@ def test_a_controller_that_does_not_answer_leaves_the_last_view(
     run: RunDir, asked: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     watcher = Queue(run, ask_s=30.0)
-    before = watcher.view()
+    before = watcher.snapshot()
 
     def broken() -> dict[str, QueuedJob]:
         raise SlurmCommandError("squeue is not installed here")
 
     monkeypatch.setattr(squeue, "ask_squeue", broken)
-    assert watcher.view(fresh=True) == before
-    assert Queue(run, ask_s=30.0).view(fresh=True) == before
+    assert watcher.snapshot(fresh=True) == before
+    assert Queue(run, ask_s=30.0).snapshot(fresh=True) == before
 
 
 @pytest.mark.parametrize(
@@ -130,5 +130,5 @@ def test_a_controller_that_does_not_answer_leaves_the_last_view(
 )
 def test_a_damaged_view_is_as_none(run: RunDir, asked: list[int], text: str) -> None:
     (run.path / "squeue.json").write_text(text)
-    assert Queue(run, ask_s=30.0).view() is not None
+    assert Queue(run, ask_s=30.0).snapshot() is not None
     assert len(asked) == 1
