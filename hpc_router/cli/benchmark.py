@@ -29,18 +29,8 @@ def _given(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
 
 
 def _add_router(benchmarks: "Verbs[Parser]") -> None:
-    parser = add_verb(
-        benchmarks,
-        "router",
-        "the cost of relaying: this router beside nginx, haproxy, vllm-router, sglang-router and no router",
-        body=_bench_router,
-        details=" Relays that are not installed are named and skipped.",
-        examples="hpc-router bench router --quick                   half a minute: does it work here?\n"
-        "hpc-router bench router                           a quarter of an hour\n"
-        "hpc-router bench router --only nginx,router --seconds 10 --soak 1000000",
-        run=False,
-        json=True,
-    )
+    details = " Relays that are not installed are named and skipped."
+    parser = add_verb(benchmarks, _bench_router, details=details, run=False, json=True)
     parser.add_argument("--only", type=name_list, default=(), metavar="NAME,...", help="measure only these relays")
     parser.add_argument("--streams", type=count, metavar="N", help="concurrent streams (default 1000)")
     parser.add_argument("--rate", type=number, metavar="R", help="events per second and stream (default 40)")
@@ -71,6 +61,12 @@ def _add_router(benchmarks: "Verbs[Parser]") -> None:
 
 
 def _bench_router(arguments: argparse.Namespace) -> int:
+    """the cost of relaying: this router beside nginx, haproxy, vllm-router, sglang-router and no router
+
+    hpc-router bench router --quick                   half a minute: does it work here?
+    hpc-router bench router                           a quarter of an hour
+    hpc-router bench router --only nginx,router --seconds 10 --soak 1000000
+    """
     from hpc_router.bench.relay_cost.options import QUICK, RelayCostOptions
     from hpc_router.bench.relay_cost.report import on_screen, to_json
     from hpc_router.bench.relay_cost.run import bench as measure
@@ -93,19 +89,11 @@ def _bench_router(arguments: argparse.Namespace) -> int:
 
 
 def _add_soak(benchmarks: "Verbs[Parser]") -> None:
-    parser = add_verb(
-        benchmarks,
-        "soak",
-        "load on a deployment of its own while its processes are killed: what fails?",
-        body=_bench_soak,
-        details=" Exit status 1 if a request failed that no kill explains, if a gauge is not zero at the end, or if "
-        "memory or descriptors grow.",
-        examples="hpc-router bench soak                             a minute\n"
-        "hpc-router bench soak --seconds 600               the long form\n"
-        "hpc-router bench soak --strike replica=10 --strike worker=30",
-        run=False,
-        json=True,
+    details = (
+        " Exit status 1 if a request failed that no kill explains, if a gauge is not zero at the end, or if memory or "
+        "descriptors grow."
     )
+    parser = add_verb(benchmarks, _bench_soak, details=details, run=False, json=True)
     parser.add_argument("--seconds", type=number, metavar="S", help="duration of the load (default 60)")
     parser.add_argument("--rate", type=number, metavar="R", help="short requests per second (default 100)")
     parser.add_argument("--streams", type=count, metavar="N", help="streams open at any time (default 200)")
@@ -122,6 +110,12 @@ def _add_soak(benchmarks: "Verbs[Parser]") -> None:
 
 
 def _bench_soak(arguments: argparse.Namespace) -> int:
+    """load on a deployment of its own while its processes are killed: what fails?
+
+    hpc-router bench soak                             a minute
+    hpc-router bench soak --seconds 600               the long form
+    hpc-router bench soak --strike replica=10 --strike worker=30
+    """
     from hpc_router.bench.relay_cost.run import default_out
     from hpc_router.bench.soak.options import SoakOptions, strikes_of
     from hpc_router.bench.soak.report import markdown, to_json
@@ -139,13 +133,7 @@ def _bench_soak(arguments: argparse.Namespace) -> int:
 
 
 def _add_agreement(benchmarks: "Verbs[Parser]") -> None:
-    parser = add_verb(
-        benchmarks,
-        "agreement",
-        "the load generator's figures beside those of `vllm bench serve`, on a running deployment",
-        body=_bench_agreement,
-        examples="hpc-router bench agreement --vllm .venv-vllm/bin/python --tokenizer /models/llama",
-    )
+    parser = add_verb(benchmarks, _bench_agreement)
     parser.add_argument("--vllm", required=True, metavar="PYTHON", help="interpreter that has vLLM")
     parser.add_argument("--tokenizer", type=Path, required=True, metavar="FOLDER", help="a tokenizer's folder")
     parser.add_argument("--model", metavar="EXPERT", help="the model to ask (default auto)")
@@ -157,6 +145,10 @@ def _add_agreement(benchmarks: "Verbs[Parser]") -> None:
 
 
 def _bench_agreement(arguments: argparse.Namespace) -> int:
+    """the load generator's figures beside those of `vllm bench serve`, on a running deployment
+
+    hpc-router bench agreement --vllm .venv-vllm/bin/python --tokenizer /models/llama
+    """
     from hpc_router.bench.agreement import AgreementOptions, agreement
     from hpc_router.bench.relay_cost.run import default_out
 

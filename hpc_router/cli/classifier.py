@@ -24,8 +24,8 @@ def add_classify(verbs: "Verbs[Parser]") -> None:
     _add_assign(tasks)
 
 
-def _add_task(tasks: "Verbs[Parser]", name: str, summary: str, body: Body, *, prompts: bool = True) -> Parser:
-    parser = add_verb(tasks, name, summary, body=body, run=False)
+def _add_task(tasks: "Verbs[Parser]", body: Body, *, prompts: bool = True) -> Parser:
+    parser = add_verb(tasks, body, run=False)
     parser.add_argument("artefact", type=Path, metavar="ARTEFACT", help="folder of the artefact")
     if prompts:
         parser.add_argument("prompts", type=Path, metavar="PROMPTS.jsonl", help="prompts, one JSON object per line")
@@ -33,8 +33,7 @@ def _add_task(tasks: "Verbs[Parser]", name: str, summary: str, body: Body, *, pr
 
 
 def _add_eval(tasks: "Verbs[Parser]") -> None:
-    summary = "print accuracy, confusion, balance, coverage and latency; cost and quality if measured"
-    parser = _add_task(tasks, "eval", summary, _eval)
+    parser = _add_task(tasks, _eval)
     parser.add_argument("--fit", type=Path, metavar="FILE", help="name the clusters by these labelled prompts")
     parser.add_argument(
         "--cost",
@@ -48,6 +47,7 @@ def _add_eval(tasks: "Verbs[Parser]") -> None:
 
 
 def _eval(arguments: argparse.Namespace) -> int:
+    """print accuracy, confusion, balance, coverage and latency; cost and quality if measured"""
     from hpc_router.cli.classifier_tables import evaluation_text
     from hpc_router.cli.classify import evaluate
 
@@ -56,11 +56,12 @@ def _eval(arguments: argparse.Namespace) -> int:
 
 
 def _add_predict(tasks: "Verbs[Parser]") -> None:
-    parser = _add_task(tasks, "predict", "print one decision per prompt, as a JSON line", _predict)
+    parser = _add_task(tasks, _predict)
     parser.add_argument("--fallback", metavar="EXPERT", help="the fallback expert, as policy.fallback")
 
 
 def _predict(arguments: argparse.Namespace) -> int:
+    """print one decision per prompt, as a JSON line"""
     from hpc_router.cli.classify import predict
 
     decisions = predict(arguments.artefact, arguments.prompts, fallback=arguments.fallback)
@@ -68,8 +69,7 @@ def _predict(arguments: argparse.Namespace) -> int:
 
 
 def _add_pack(tasks: "Verbs[Parser]") -> None:
-    summary = "move clusters between experts until no expert exceeds its share of the load"
-    parser = _add_task(tasks, "pack", summary, _pack)
+    parser = _add_task(tasks, _pack)
     parser.add_argument(
         "--capacity",
         action="append",
@@ -88,6 +88,7 @@ def _add_pack(tasks: "Verbs[Parser]") -> None:
 
 
 def _pack(arguments: argparse.Namespace) -> int:
+    """move clusters between experts until no expert exceeds its share of the load"""
     from hpc_router.cli.classify import repack
 
     return print_value(
@@ -103,7 +104,7 @@ def _pack(arguments: argparse.Namespace) -> int:
 
 
 def _add_assign(tasks: "Verbs[Parser]") -> None:
-    parser = _add_task(tasks, "assign", "give a cluster to another expert, without training", _assign, prompts=False)
+    parser = _add_task(tasks, _assign, prompts=False)
     parser.add_argument(
         "table", nargs="+", type=cluster_assignment, metavar="CLUSTER=EXPERT", help="CLUSTER= removes its expert"
     )
@@ -111,6 +112,7 @@ def _add_assign(tasks: "Verbs[Parser]") -> None:
 
 
 def _assign(arguments: argparse.Namespace) -> int:
+    """give a cluster to another expert, without training"""
     from hpc_router.cli.classify import assign
 
     output = arguments.output or arguments.artefact

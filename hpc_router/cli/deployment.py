@@ -23,20 +23,17 @@ def _add_overrides(parser: Parser) -> None:
 
 
 def add_plan(verbs: "Verbs[Parser]") -> None:
-    parser = add_verb(
-        verbs,
-        "plan",
-        "print what would run: replicas, resources, exact commands",
-        body=plan,
-        examples="hpc-router plan topology=sim experts.math.replicas=3\n"
-        "hpc-router plan --config-dir my topology=mine --json",
-        json=True,
-    )
+    parser = add_verb(verbs, plan, json=True)
     parser.add_argument("--no-ask", action="store_true", help="do not let the engines check their flags (faster)")
     _add_overrides(parser)
 
 
 def plan(arguments: argparse.Namespace) -> int:
+    """print what would run: replicas, resources, exact commands
+
+    hpc-router plan topology=sim experts.math.replicas=3
+    hpc-router plan --config-dir my topology=mine --json
+    """
     from hpc_router.cli.tables import plan_text
     from hpc_router.cluster.control_loop.desired_state import desired_of, with_desired_counts
     from hpc_router.cluster.planning.plan import make_plan
@@ -51,19 +48,18 @@ def plan(arguments: argparse.Namespace) -> int:
 
 
 def add_up(verbs: "Verbs[Parser]") -> None:
-    parser = add_verb(
-        verbs,
-        "up",
-        "start a deployment, or complete one; returns when the endpoint serves",
-        body=up,
-        examples="hpc-router up topology=sim\nhpc-router up --wait all policy=round_robin router.port=8000\n"
-        "hpc-router up --run runs/mine          complete that run: start again what has ended",
-    )
+    parser = add_verb(verbs, up)
     parser.add_argument("--wait", choices=("any", "all"), default="any", help="return when any expert is ready, or all")
     _add_overrides(parser)
 
 
 def up(arguments: argparse.Namespace) -> int:
+    """start a deployment, or complete one; returns when the endpoint serves
+
+    hpc-router up topology=sim
+    hpc-router up --wait all policy=round_robin router.port=8000
+    hpc-router up --run runs/mine          complete that run: start again what has ended
+    """
     return run_up(arguments.run, arguments.overrides, config_dir=arguments.config_dir, wait_all=arguments.wait == "all")
 
 
@@ -102,11 +98,14 @@ def print_usage(run: RunDir, url: str) -> None:
 
 
 def add_down(verbs: "Verbs[Parser]") -> None:
-    summary = "end a deployment: drain, end all jobs, leave nothing"
-    add_verb(verbs, "down", summary, body=down, examples="hpc-router down --run runs/mine")
+    add_verb(verbs, down)
 
 
 def down(arguments: argparse.Namespace) -> int:
+    """end a deployment: drain, end all jobs, leave nothing
+
+    hpc-router down --run runs/mine
+    """
     from hpc_router.cli.tables import UpProgress
     from hpc_router.cluster.commands.down import down as take_down
 

@@ -16,18 +16,15 @@ if TYPE_CHECKING:
 
 
 def add_route(verbs: "Verbs[Parser]") -> None:
-    parser = add_verb(
-        verbs,
-        "route",
-        "explain where a prompt would go",
-        body=route,
-        examples='hpc-router route "What is the derivative of x^2?"',
-        json=True,
-    )
+    parser = add_verb(verbs, route, json=True)
     parser.add_argument("prompt", metavar="PROMPT", help="the prompt; it is not sent to any expert")
 
 
 def route(arguments: argparse.Namespace) -> int:
+    """explain where a prompt would go
+
+    hpc-router route "What is the derivative of x^2?"
+    """
     from hpc_router.cli.tables import route_text
     from hpc_router.cluster.commands.router_access import router_access
     from hpc_router.net.http_client import Unreachable, ask
@@ -43,18 +40,17 @@ def route(arguments: argparse.Namespace) -> int:
 
 
 def add_chat(verbs: "Verbs[Parser]") -> None:
-    parser = add_verb(
-        verbs,
-        "chat",
-        "ask the deployment; without PROMPT: a conversation",
-        body=chat,
-        examples='hpc-router chat "Is 91 a prime?"\nhpc-router chat --model law',
-    )
+    parser = add_verb(verbs, chat)
     parser.add_argument("--model", default="auto", help="name of an expert; auto: the policy decides (default)")
     parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="default: standard input, or a conversation")
 
 
 def chat(arguments: argparse.Namespace) -> int:
+    """ask the deployment; without PROMPT: a conversation
+
+    hpc-router chat "Is 91 a prime?"
+    hpc-router chat --model law
+    """
     from hpc_router.cluster.commands.router_access import router_access
 
     run = find_run(arguments.run)
@@ -102,20 +98,17 @@ async def _answer(access: "RouterAccess", messages: list[dict[str, str]], model:
 
 
 def add_url(verbs: "Verbs[Parser]") -> None:
-    parser = add_verb(
-        verbs,
-        "url",
-        "print the endpoint's address, or how to reach it from a laptop",
-        body=url,
-        examples="curl $(hpc-router url)/health\n"
-        "hpc-router url --ssh               the `ssh` command to run on the laptop",
-        json=True,
-    )
+    parser = add_verb(verbs, url, json=True)
     parser.add_argument("--ssh", action="store_true", help="print the `ssh` command that forwards a local port to it")
     parser.add_argument("--port", type=port, default=8000, metavar="N", help="the local port (default 8000)")
 
 
 def url(arguments: argparse.Namespace) -> int:
+    """print the endpoint's address, or how to reach it from a laptop
+
+    curl $(hpc-router url)/health
+    hpc-router url --ssh               the `ssh` command to run on the laptop
+    """
     from hpc_router.cluster.commands.router_access import router_access
     from hpc_router.cluster.commands.tunnel import tunnel_to
 
@@ -130,15 +123,13 @@ def url(arguments: argparse.Namespace) -> int:
 
 
 def add_token(verbs: "Verbs[Parser]") -> None:
-    add_verb(
-        verbs,
-        "token",
-        "print the owner's token",
-        body=token,
-        examples="curl --noproxy '*' -H @<(printf 'Authorization: Bearer %s\\n' \"$(hpc-router token)\") \\\n"
-        '     "$(hpc-router url)/v1/models"     # bash; every user of a node can read its command lines',
-    )
+    add_verb(verbs, token)
 
 
 def token(arguments: argparse.Namespace) -> int:
+    r"""print the owner's token
+
+    curl --noproxy '*' -H @<(printf 'Authorization: Bearer %s\n' "$(hpc-router token)") \
+         "$(hpc-router url)/v1/models"     # bash; every user of a node can read its command lines
+    """
     return print_lines([find_run(arguments.run).token()])

@@ -8,17 +8,15 @@ from hpc_router.state.run_directory import find_run
 
 
 def add_status(verbs: "Verbs[Parser]") -> None:
-    add_verb(
-        verbs,
-        "status",
-        "show the router and every replica: state, node, load",
-        body=status,
-        examples="hpc-router status\nhpc-router status --json | jq .router.url",
-        json=True,
-    )
+    add_verb(verbs, status, json=True)
 
 
 def status(arguments: argparse.Namespace) -> int:
+    """show the router and every replica: state, node, load
+
+    hpc-router status
+    hpc-router status --json | jq .router.url
+    """
     from hpc_router.cli.tables import status_text
     from hpc_router.cluster.commands.status import status as status_of
 
@@ -27,13 +25,7 @@ def status(arguments: argparse.Namespace) -> int:
 
 
 def add_logs(verbs: "Verbs[Parser]") -> None:
-    parser = add_verb(
-        verbs,
-        "logs",
-        "print the logs of agents, engines and router",
-        body=logs,
-        examples="hpc-router logs math -n 50\nhpc-router logs router -f",
-    )
+    parser = add_verb(verbs, logs)
     parser.add_argument("name", nargs="?", metavar="REPLICA|EXPERT|router", help="of which process (default: all)")
     parser.add_argument("-f", "--follow", action="store_true", help="print new lines as they are written")
     parser.add_argument(
@@ -42,6 +34,11 @@ def add_logs(verbs: "Verbs[Parser]") -> None:
 
 
 def logs(arguments: argparse.Namespace) -> int:
+    """print the logs of agents, engines and router
+
+    hpc-router logs math -n 50
+    hpc-router logs router -f
+    """
     from hpc_router.cluster.commands.logs import ends, follow, log_files, tail
     from hpc_router.cluster.control_loop.desired_state import host_expert
 
@@ -60,20 +57,18 @@ def logs(arguments: argparse.Namespace) -> int:
 
 
 def add_why(verbs: "Verbs[Parser]") -> None:
-    parser = add_verb(
-        verbs,
-        "why",
-        "explain why replicas are not ready, and what to do",
-        body=why,
-        examples="hpc-router why\nhpc-router why math",
-        json=True,
-    )
+    parser = add_verb(verbs, why, json=True)
     parser.add_argument(
         "name", nargs="?", metavar="REPLICA|EXPERT|router", help="of which replica (default: all that are not ready)"
     )
 
 
 def why(arguments: argparse.Namespace) -> int:
+    """explain why replicas are not ready, and what to do
+
+    hpc-router why
+    hpc-router why math
+    """
     from hpc_router.cli.tables import why_text
     from hpc_router.cluster.commands.why import why as why_of
 

@@ -13,18 +13,15 @@ from hpc_router.state.run_directory import find_run, make_run
 
 
 def add_scale(verbs: "Verbs[Parser]") -> None:
-    parser = add_verb(
-        verbs,
-        "scale",
-        "change how many replicas experts have",
-        body=scale,
-        examples="hpc-router scale math=3 code=0",
-        json=True,
-    )
+    parser = add_verb(verbs, scale, json=True)
     parser.add_argument("counts", nargs="+", metavar="EXPERT=N")
 
 
 def scale(arguments: argparse.Namespace) -> int:
+    """change how many replicas experts have
+
+    hpc-router scale math=3 code=0
+    """
     from hpc_router.cluster.commands.scale import parse_counts
     from hpc_router.cluster.commands.scale import scale as change
 
@@ -34,19 +31,16 @@ def scale(arguments: argparse.Namespace) -> int:
 
 
 def add_set(verbs: "Verbs[Parser]") -> None:
-    parser = add_verb(
-        verbs,
-        "set",
-        "change limits and policy while the router serves, without ending a request",
-        body=set_,
-        examples="hpc-router set router.max_in_flight=500 policy.margin=0.05\n"
-        "hpc-router set router.max_in_flight=        back to the configured value",
-        json=True,
-    )
+    parser = add_verb(verbs, set_, json=True)
     parser.add_argument("settings", nargs="+", metavar="KEY=VALUE")
 
 
 def set_(arguments: argparse.Namespace) -> int:
+    """change limits and policy while the router serves, without ending a request
+
+    hpc-router set router.max_in_flight=500 policy.margin=0.05
+    hpc-router set router.max_in_flight=        back to the configured value
+    """
     from hpc_router.cluster.commands.set import change, parse_settings
 
     settings = change(find_run(arguments.run), *parse_settings(arguments.settings))
@@ -54,22 +48,20 @@ def set_(arguments: argparse.Namespace) -> int:
 
 
 def add_drain(verbs: "Verbs[Parser]") -> None:
-    parser = add_verb(
-        verbs,
-        "drain",
-        "let replicas finish their requests and end; new jobs replace them",
-        body=drain,
-        examples="hpc-router drain math-0\n"
-        "hpc-router drain gpu17 --wait        all replicas on that node, but no router\n"
-        "hpc-router drain gpu17 --undo        let jobs start on that node again\nhpc-router drain router",
-        json=True,
-    )
+    parser = add_verb(verbs, drain, json=True)
     parser.add_argument("names", nargs="+", metavar="REPLICA|SLOT|EXPERT|NODE|router")
     parser.add_argument("--wait", action="store_true", help="return when the replicas have ended")
     parser.add_argument("--undo", action="store_true", help="drain nothing: let jobs start on these nodes again")
 
 
 def drain(arguments: argparse.Namespace) -> int:
+    """let replicas finish their requests and end; new jobs replace them
+
+    hpc-router drain math-0
+    hpc-router drain gpu17 --wait        all replicas on that node, but no router
+    hpc-router drain gpu17 --undo        let jobs start on that node again
+    hpc-router drain router
+    """
     from hpc_router.cluster.commands.drain import drain as start_drain
     from hpc_router.cluster.commands.drain import wait
     from hpc_router.cluster.control_loop.desired_state import include_nodes
@@ -97,15 +89,7 @@ def drain(arguments: argparse.Namespace) -> int:
 
 
 def add_register(verbs: "Verbs[Parser]") -> None:
-    parser = add_verb(
-        verbs,
-        "register",
-        "add an endpoint that runs elsewhere to a run, which is created if it is new",
-        body=register,
-        examples="hpc-router register --run runs/mine --expert math --url http://node7:8000/v1\n"
-        "hpc-router register --expert big --url https://api.example.org --model big-70b --token-file ~/.api-token",
-        json=True,
-    )
+    parser = add_verb(verbs, register, json=True)
     parser.add_argument("--expert", required=True, metavar="NAME", help="the expert's name")
     parser.add_argument("--url", required=True, help="its address, with or without /v1")
     parser.add_argument("--model", help="name of the model there (default: the one in its /v1/models)")
@@ -127,6 +111,11 @@ def add_register(verbs: "Verbs[Parser]") -> None:
 
 
 def register(arguments: argparse.Namespace) -> int:
+    """add an endpoint that runs elsewhere to a run, which is created if it is new
+
+    hpc-router register --run runs/mine --expert math --url http://node7:8000/v1
+    hpc-router register --expert big --url https://api.example.org --model big-70b --token-file ~/.api-token
+    """
     from hpc_router.cluster.commands.register import examine, read_token
     from hpc_router.cluster.commands.register import register as join
 
@@ -144,19 +133,18 @@ def register(arguments: argparse.Namespace) -> int:
 
 
 def add_unregister(verbs: "Verbs[Parser]") -> None:
-    parser = add_verb(
-        verbs,
-        "unregister",
-        "remove an external endpoint from a run",
-        body=unregister,
-        examples="hpc-router unregister math-x0\nhpc-router unregister --expert math --url http://node7:8000",
-    )
+    parser = add_verb(verbs, unregister)
     parser.add_argument("replica", nargs="?", metavar="REPLICA")
     parser.add_argument("--expert", metavar="NAME", help="all external endpoints of this expert")
     parser.add_argument("--url", help="only those at this address")
 
 
 def unregister(arguments: argparse.Namespace) -> int:
+    """remove an external endpoint from a run
+
+    hpc-router unregister math-x0
+    hpc-router unregister --expert math --url http://node7:8000
+    """
     from hpc_router.cluster.commands.register import unregister as leave
 
     if arguments.replica is None and arguments.expert is None:
@@ -166,19 +154,18 @@ def unregister(arguments: argparse.Namespace) -> int:
 
 
 def add_reconcile(verbs: "Verbs[Parser]") -> None:
-    parser = add_verb(
-        verbs,
-        "reconcile",
-        "submit what is missing and end what is surplus, once or in a loop",
-        body=reconcile,
-        examples="hpc-router reconcile\nhpc-router reconcile --loop          what the router's job runs",
-    )
+    parser = add_verb(verbs, reconcile)
     parser.add_argument("--loop", action="store_true", help="repeat until SIGTERM")
     parser.add_argument("--while-leading", metavar="REPLICA", help="with --loop: only while this router leads")
     parser.add_argument("--tied", action="store_true", help="with --loop: end when stdin is closed")
 
 
 def reconcile(arguments: argparse.Namespace) -> int:
+    """submit what is missing and end what is surplus, once or in a loop
+
+    hpc-router reconcile
+    hpc-router reconcile --loop          what the router's job runs
+    """
     from hpc_router.cluster.control_loop.loop import ControlLoop, run_loop
 
     run = find_run(arguments.run)

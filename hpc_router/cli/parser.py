@@ -1,11 +1,13 @@
 """Building blocks of the command line's grammar: the parser, a verb with its help, and the types of arguments.
 
-Each verb declares its arguments beside its body, in the module of its group.
+Each verb declares its arguments beside its body, in the module of its group; the docstring of the body is its help.
 """
 
 import argparse
+import inspect
 import math
 import re
+import textwrap
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Final, NoReturn
@@ -61,28 +63,18 @@ def parse_arguments(
     return body, arguments
 
 
-def add_verb(
-    verbs: "Verbs[Parser]",
-    name: str,
-    summary: str,
-    *,
-    body: Body | None = None,
-    examples: str = "",
-    details: str = "",
-    run: bool = True,
-    json: bool = False,
-) -> Parser:
-    """A verb, or one of its tasks. `details` follows the summary in its help. `run` and `json` add `--run` and
-    `--json`. `body` is None where the verb has tasks with bodies of their own."""
+def add_verb(verbs: "Verbs[Parser]", body: Body, *, details: str = "", run: bool = True, json: bool = False) -> Parser:
+    """A verb, or a task of one. Its name is the last word of the name of `body`; its help is the docstring of `body`:
+    a summary, an empty line, examples. `details` follows the summary. `run` and `json` add `--run` and `--json`."""
+    summary, _, examples = (inspect.getdoc(body) or "").partition("\n\n")
     parser = verbs.add_parser(
-        name,
+        body.__name__.strip("_").rpartition("_")[2],
         help=summary,
         description=f"{summary[0].upper()}{summary[1:]}{'' if summary.endswith('?') else '.'}{details}",
-        epilog="examples:\n" + "\n".join(f"  {line}" for line in examples.splitlines()) if examples else None,
+        epilog=f"examples:\n{textwrap.indent(examples, '  ')}" if examples else None,
         formatter_class=argparse.RawDescriptionHelpFormatter if examples else argparse.HelpFormatter,
     )
-    if body is not None:
-        parser.set_defaults(body=body)
+    parser.set_defaults(body=body)
     if run:
         parser.add_argument("--run", type=Path, metavar="DIR", help=_RUN_HELP)
     if json:

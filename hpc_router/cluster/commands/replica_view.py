@@ -1,6 +1,6 @@
-"""One pass of the control loop in words, per replica: what `up` shows while it waits, and `status` and `why` after it.
+"""The displayed state of each replica, from one pass of the control loop, for `up`, `status` and `why`.
 
-A slot is told by its newest job. The files of `jobs/` say how far a job came, the registry whether it may be used.
+A slot is shown by its newest job. The files in `jobs/` show how far a job has started, the registry whether it serves.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,24 +17,24 @@ from hpc_router.state.registry import Record, RecordKind, State
 
 
 class DisplayedState(StrEnum):
-    """What a user wants to know of a replica."""
+    """The state of a replica as users see it."""
 
-    MISSING = "missing"  # wanted, nothing submitted yet
+    MISSING = "missing"  # wanted, not submitted yet
     SUBMITTED = "submitted"
     STARTING = "starting"
     LOADING = "loading"
     READY = "ready"
     RESTARTING = "restarting"
     DRAINING = "draining"
-    WAITING = "waiting"  # it failed; the next attempt waits
+    WAITING = "waiting"  # it failed; the next job is submitted after a pause
     FAILED = "failed"  # it failed for good
     STOPPED = "stopped"
-    REGISTERED = "registered"  # external: whether it answers only the router knows
+    REGISTERED = "registered"  # external: only the router knows whether it answers
 
 
 @dataclass(frozen=True, slots=True)
 class ReplicaView:
-    """`reason` and `message`: of its last failure."""
+    """One replica. `reason` and `message` are those of its last failure."""
 
     expert: str
     replica: str
@@ -46,7 +46,7 @@ class ReplicaView:
     message: str | None = None
     restarts: int = 0
     kind: RecordKind = RecordKind.EXPERT
-    native_state: str | None = None  # the job's state in Slurm's own word
+    native_state: str | None = None  # Slurm's name of the job's state
     pending_reason: str | None = None  # Slurm's reason why it waits
     starts_at: float | None = None  # Slurm's estimate, Unix seconds
     ends_at: float | None = None  # its walltime's end, Unix seconds
@@ -72,7 +72,7 @@ class ReplicaView:
 
 
 def views(seen: LoopPass, records: Mapping[str, Record]) -> list[ReplicaView]:
-    """Every slot that is wanted or lives, and every external endpoint; the router first."""
+    """All slots that are wanted or have a live job, and all external endpoints; the router first."""
     wanted = seen.desired.slots()
     waits = {a.replica: a for a in seen.actions if isinstance(a, Wait)}
     given_up = {a.slot: a for a in seen.actions if isinstance(a, GiveUp)}
@@ -100,18 +100,18 @@ def _view(
     if not attempts:
         return ReplicaView(slot.expert, slot.replica(1), DisplayedState.MISSING, kind=kind)
     living = [a for a in attempts if a.live]
-    if kind is RecordKind.ROUTER:  # a successor that only waits says nothing about the service
+    if kind is RecordKind.ROUTER:  # a standby that waits does not serve
         living = [a for a in living if a.ready] or living
     attempt = living[-1] if living else attempts[-1]
     record = records.get(attempt.replica)
     progress = attempt.progress
     state = _displayed_state(attempt, failed=given_up is not None)
     failure = attempt.exit if attempt.exit is not None and not attempt.live else progress
-    told = state is not DisplayedState.READY and failure is not None
-    message = failure.message if told and failure is not None else None
+    failing = state is not DisplayedState.READY and failure is not None
+    message = failure.message if failing and failure is not None else None
     later = waits.get(slot.replica(attempt.generation + 1))
     if state is DisplayedState.WAITING and later is not None:
-        message = f"{message or ''} (tried again after a pause: {later.why})".strip()
+        message = f"{message or ''} (the next attempt waits: {later.why})".strip()
     return ReplicaView(
         expert=slot.expert,
         replica=attempt.replica,
@@ -119,7 +119,7 @@ def _view(
         job_id=attempt.job_id,
         node=record.node if record is not None else attempt.node,
         url=record.url if record is not None and attempt.live else None,
-        reason=failure.reason if told and failure is not None else None,
+        reason=failure.reason if failing and failure is not None else None,
         message=message,
         restarts=progress.restarts if progress is not None else 0,
         kind=kind,
@@ -149,7 +149,7 @@ def _displayed_state(attempt: Attempt, *, failed: bool) -> DisplayedState:
         if attempt.progress is None:
             return DisplayedState.SUBMITTED
         state = _PHASES[attempt.progress.phase]
-        # Its record is published a moment after its progress.
+        # The record is published a moment after the progress.
         return DisplayedState.LOADING if state is DisplayedState.READY else state
     if failed:
         return DisplayedState.FAILED

@@ -1,4 +1,4 @@
-"""How many replicas experts have from now on: kept in `desired.json`, carried out by the control loop."""
+"""Changes replica counts in `desired.json`; the control loop carries them out."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,8 +28,8 @@ def parse_counts(words: Sequence[str]) -> dict[str, int]:
 
 
 def scale(run: RunDir, counts: Mapping[str, int]) -> tuple[Mapping[str, int], list[str]]:
-    """Every expert's wanted count, and warnings. Refuses what the cluster cannot hold; acts at once where no router's
-    loop will."""
+    """Set replica counts; returns the count of every expert, and warnings. Raises ConfigError for a deployment that
+    cannot run. Runs a pass here if no router's control loop will."""
     control = ControlLoop(run)
     seen = control.preview()
     desired_state.check_counts(control.deployment, counts)
@@ -44,14 +44,14 @@ def scale(run: RunDir, counts: Mapping[str, int]) -> tuple[Mapping[str, int], li
 
 
 def _unserved_warnings(seen: LoopPass, counts: Mapping[str, int], records: Mapping[str, Record]) -> Iterator[str]:
-    """Experts that lose their last ready replica."""
+    """Warnings for experts that lose their last ready replica."""
     for expert, count in counts.items():
         own = [attempt for slot, found in seen.observed.items() if slot.expert == expert for attempt in found]
         going = [a for a in own if a.live and a.slot.managed and int(a.slot.name) >= count]
         yield from (
             unserved_warnings(seen.observed, going, records.values())
             if count
-            else [f"{expert}=0: it has no replica any more, and requests for it fail until it is scaled again"]
+            else [f"{expert}=0: it has no replicas, and requests for it fail until it is scaled up"]
         )
 
 

@@ -1,7 +1,7 @@
 """Brings a deployment up and waits until it serves.
 
-The plan is checked before anything is made. Passes of the control loop run here until the endpoint serves; from then on
-the one beside the router goes on. Ctrl-C takes back what this call began; a deployment of which nothing can serve is
+The plan is checked before anything is created. Passes of the control loop run here until the endpoint serves; then the
+loop beside the router continues. Ctrl-C ends the jobs that this call submitted. If nothing can serve, the deployment is
 taken down.
 """
 
@@ -32,13 +32,13 @@ from hpc_router.state.run_directory import RunDir, private_umask
 
 POLL_S: Final = 0.2
 _NOT_RUNNING: Final = (JobState.ENDED, JobState.PENDING)
-"""Nothing more to wait for: one that has not begun finds that it is not wanted."""
+"""Nothing to wait for: a job that has not started reads the request to end before it starts."""
 _FINAL: Final = frozenset({DisplayedState.READY, DisplayedState.FAILED, DisplayedState.REGISTERED})
-"""Nothing to wait for."""
+"""States that `--wait all` accepts."""
 
 
 class Reporter(Protocol):
-    """Shows what happens while it happens."""
+    """Shows the progress of `up`."""
 
     def begin(self, run: RunDir, plan: Plan) -> None: ...
 
@@ -46,12 +46,12 @@ class Reporter(Protocol):
 
 
 class Interrupted(Exception):
-    """Ctrl-C; what this call began has been taken back."""
+    """Ctrl-C; the jobs that this call submitted have been ended."""
 
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """The endpoint serves. `failed`: replicas that don't, for good."""
+    """The endpoint serves. `failed`: replicas that were given up."""
 
     run: RunDir
     url: str
@@ -63,7 +63,7 @@ class Served:
 
 
 def up(target: RunTarget, *, wait_all: bool, reporter: Reporter) -> Served:
-    """Raises ConfigError before anything is made, LaunchError when nothing can serve, Interrupted."""
+    """Raises ConfigError before anything is created, LaunchError if nothing can serve, and Interrupted."""
     deployment, run = target.deployment, target.run
     wanted = deployment if run is None else with_desired_counts(deployment, desired_of(run, deployment))
     check_reach(deployment)
@@ -73,18 +73,18 @@ def up(target: RunTarget, *, wait_all: bool, reporter: Reporter) -> Served:
     with interrupt_event() as interrupted:
         run, made = target.open()
         try:
-            effort = _BringUp(run, deployment, made_over=before if made else None, made=made)
+            attempt = _BringUp(run, deployment, made_over=before if made else None, made=made)
             reporter.begin(run, plan)
             train_classifier(run, deployment)
         except (OSError, HpcRouterError):
             if made:  # nothing was submitted yet
                 discard(run, before=before)
             raise
-        return effort.wait(wait_all=wait_all, reporter=reporter, interrupted=interrupted)
+        return attempt.wait(wait_all=wait_all, reporter=reporter, interrupted=interrupted)
 
 
 def train_classifier(run: RunDir, deployment: Deployment) -> None:
-    """The artefact from the experts' exemplars, unless the run has it or needs none."""
+    """Train the classifier from the experts' exemplars, unless the run has one or needs none."""
     policy = deployment.policy
     if policy.kind != "classifier" or policy.artefact is not None or not deployment.experts or run.classifier.is_dir():
         return
@@ -97,7 +97,7 @@ def train_classifier(run: RunDir, deployment: Deployment) -> None:
 
 
 class _BringUp:
-    """One `up`: what it began is its to take back."""
+    """One `up`. It knows which jobs it submitted, to end them after Ctrl-C."""
 
     def __init__(self, run: RunDir, deployment: Deployment, *, made: bool, made_over: str | None) -> None:
         self._run, self._made, self._made_over = run, made, made_over
@@ -109,7 +109,7 @@ class _BringUp:
 
     def wait(self, *, wait_all: bool, reporter: Reporter, interrupted: threading.Event) -> Served:
         while not interrupted.is_set():
-            seen = self._control.run_pass()  # a router's own loop may do the same: claims decide
+            seen = self._control.run_pass()  # safe beside the router's own loop: claims decide
             self._submitted |= set(seen.submitted)
             if seen.desired.down:
                 raise LaunchError(f"{self._run.path} was taken down in the meantime")
@@ -120,16 +120,16 @@ class _BringUp:
                 return Served(self._run, url, tuple(shown))
             reasons = _cannot_serve(shown)
             if reasons and not seen.submitted:
-                self._take_back()
+                self._end_submitted()
                 raise LaunchError(reasons)
             interrupted.wait(POLL_S)
-        self._take_back()
+        self._end_submitted()
         if self._made:
             discard(self._run, before=self._made_over)
         raise Interrupted
 
     def _serving(self, shown: Sequence[ReplicaView], *, wait_all: bool) -> str | None:
-        """The router's address once what was asked for holds."""
+        """The router's address once it serves; with `wait_all`, once no expert is starting."""
         routers = [v for v in shown if v.kind is RecordKind.ROUTER and v.state is DisplayedState.READY and v.url]
         if not routers or routers[-1].url is None:
             return None
@@ -143,8 +143,8 @@ class _BringUp:
             return None
         return url if ready else None
 
-    def _take_back(self) -> None:
-        """Everything, where nothing ran before and the router is ours; else only what this call submitted."""
+    def _end_submitted(self) -> None:
+        """End what this call submitted; the whole deployment if nothing ran before and the router is among it."""
         if self._fresh and any(split_replica(name)[0] == ROUTER for name in self._submitted):
             down(self._run, watcher=NoWatcher())
             return
@@ -159,7 +159,7 @@ class _BringUp:
 
 
 def _cannot_serve(shown: Sequence[ReplicaView]) -> str | None:
-    """Why nothing can ever serve."""
+    """Why no expert, or no router, can ever serve; None if one may."""
     reasons = {view.replica: reason for view in shown if (reason := _cannot_become_ready(view)) is not None}
     experts = [view.replica for view in expert_views(shown)]
     router_lost = any(view.kind is RecordKind.ROUTER and view.replica in reasons for view in shown)
@@ -170,12 +170,12 @@ def _cannot_serve(shown: Sequence[ReplicaView]) -> str | None:
 
 
 def _cannot_become_ready(view: ReplicaView) -> str | None:
-    """Why it will never serve."""
+    """Why the replica will never be ready."""
     return f"{view.reason}: {view.message}" if view.state is DisplayedState.FAILED else _never_starts(view)
 
 
 def _never_starts(view: ReplicaView) -> str | None:
-    """Why its job, as it is, will never start."""
+    """Why its job will never start with its present options."""
     waiting = explain_pending(view.pending_reason, view.job_id) if view.pending_reason is not None else None
     return (
         f"{view.pending_reason}: {waiting.what}; {waiting.advice}" if waiting is not None and waiting.hopeless else None

@@ -15,9 +15,5 @@ def request_for(run: RunDir, deployment: Deployment, replica: str) -> JobRequest
     module = "hpc_router.router" if expert == ROUTER else "hpc_router.expert"
     argv = (python_of(deployment.cluster), "-m", module, "--run", str(run.path), "--replica", replica)
     return JobRequest(
-        replica,
-        argv,
-        resources,
-        dependency_met=was_met(run, deployment, resources),
-        exclude=excluded_nodes(run),
+        replica, argv, resources, dependency_met=was_met(run, deployment, resources), exclude=excluded_nodes(run)
     )

@@ -1,7 +1,7 @@
-"""What a deployment would run, to the exact command and batch script, and all that can be known to be wrong with it.
+"""The plan of a deployment: the commands and batch scripts that `up` would run, and the faults that it can find.
 
-`up` makes the plan first: nothing starts when it is refused. All faults are told at once, each with the key to edit.
-The engines' own interpreters and Slurm are asked only about what is sound by itself.
+`up` makes the plan first and starts nothing if it has faults. All faults are reported at once, each with the key to
+edit. Engines and Slurm are asked only if the config itself has no faults.
 """
 
 import os
@@ -35,7 +35,7 @@ from hpc_router.net.job_environment import held_job
 from hpc_router.state.run_directory import RunDir
 
 JOB_FOLDER: Final = "<job>"
-"""Stands in the plan for the folder that each agent makes on its node."""
+"""Stands in the plan for the folder that an agent creates on its node."""
 NEW_RUN: Final = Path("<run>")
 
 
@@ -44,7 +44,7 @@ _SECRET: Final = re.compile(r"TOKEN|SECRET|PASSWORD|_KEY$", re.IGNORECASE)
 
 @dataclass(frozen=True, slots=True)
 class EnginePlan:
-    """The engine's process inside an expert's job. `environment`: what it gets beside the node's own."""
+    """The engine's process inside an expert's job. `environment`: variables added to the node's own."""
 
     argv: tuple[str, ...]
     environment: Mapping[str, str]
@@ -52,7 +52,7 @@ class EnginePlan:
 
 @dataclass(frozen=True, slots=True)
 class ReplicaPlan:
-    """`engine` is None for the router. `serves`: the expert, and those that are adapters on its engine."""
+    """One replica. `engine` is None for the router. `serves`: the expert and the adapters on its engine."""
 
     expert: str
     request: JobRequest
@@ -77,8 +77,8 @@ class ReplicaPlan:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """`jobs`: what sbatch would get; in an allocation, what bash would, to start a step. `warnings`: what may be meant
-    so, and what could not be asked."""
+    """`jobs`: the batch scripts for sbatch; in an allocation, the scripts that start steps. `warnings`: values that may
+    not be intended, and checks that could not be made."""
 
     deployment: Deployment
     replicas: tuple[ReplicaPlan, ...]
@@ -103,7 +103,7 @@ class Plan:
         }
 
     def alike(self) -> list[list[BatchJob]]:
-        """Jobs whose scripts differ in the replicas' names alone stand together."""
+        """Groups of jobs whose scripts differ only in the names of replicas."""
         found: dict[str, list[BatchJob]] = {}
         for job in self.jobs:
             script = job.script()
@@ -114,12 +114,12 @@ class Plan:
 
 
 def without_secrets(environment: Mapping[str, str]) -> dict[str, str]:
-    """Without what looks like a secret."""
+    """The environment with the values of secrets replaced."""
     return {key: "***" if _SECRET.search(key) else value for key, value in environment.items()}
 
 
 def script_without_secrets(job: BatchJob) -> str:
-    """The same for a batch script."""
+    """The batch script with the values of secrets replaced."""
     script = job.script()
     for key, value in job.cluster.env.items():
         if _SECRET.search(key):
@@ -128,8 +128,8 @@ def script_without_secrets(job: BatchJob) -> str:
 
 
 def make_plan(deployment: Deployment, *, run: RunDir | None = None, ask_engines: bool = True) -> Plan:
-    """Raises ConfigError with one line per fault. `ask_engines`: let the engines' own interpreters check flags, and
-    Slurm what it would be asked for."""
+    """Raises ConfigError with one line per fault. `ask_engines`: also run the checks that start programs: the engines'
+    interpreters check flags, and Slurm checks the jobs."""
     run = run or RunDir(NEW_RUN)
     engines, engine_faults = build_engines(deployment.experts)
     faults = list(own_faults(deployment, exemplars=exemplars_of(deployment), engine_faults=engine_faults))
@@ -144,35 +144,35 @@ def make_plan(deployment: Deployment, *, run: RunDir | None = None, ask_engines:
     faults += needed.faults
     warnings = [*own_warnings(deployment), *needed.warnings]
     if ask_engines:
-        for wrong, unsure in (
+        for found_faults, found_warnings in (
             check_flags(engines, deployment.experts, deployment.cluster),
             _slurm_faults(deployment, jobs),
         ):
-            faults.extend(wrong)
-            warnings.extend(unsure)
+            faults.extend(found_faults)
+            warnings.extend(found_warnings)
     if faults:
         raise ConfigError("\n".join(faults))
     return Plan(deployment, replicas, jobs, tuple(warnings))
 
 
 def _slurm_faults(deployment: Deployment, jobs: tuple[BatchJob, ...]) -> tuple[list[str], list[str]]:
-    """Faults and warnings of what jobs would find on this machine, by Slurm's word where it runs them."""
+    """Faults and warnings about the jobs, from Slurm; none on cluster=local."""
     faults: list[str] = []
     warnings: list[str] = []
     if deployment.cluster.kind == "local":
         return faults, warnings
     if deployment.cluster.kind == "allocation":
-        outside = "cluster=allocation: this is no job of Slurm; `up` must run in one (salloc, or an sbatch script)"
+        outside = "cluster=allocation: this is not a Slurm job; `up` must run in one (salloc, or an sbatch script)"
         return faults, [*warnings, *(_signal_warnings() if held_job() else [outside])]
     try:
         site = ask_site()
     except LaunchError as error:
         return faults, [*warnings, f"{NOT_CHECKED}{error}; `up` needs it"]
-    unfit = site_faults(deployment, site)
-    if unfit:
-        return [*faults, *unfit], warnings
-    refused, unsure = check_submission(deployment, jobs)
-    return [*faults, *refused], [*warnings, *site_warnings(deployment, site), *_signal_warnings(), *unsure]
+    misfits = site_faults(deployment, site)
+    if misfits:
+        return [*faults, *misfits], warnings
+    refused, doubtful = check_submission(deployment, jobs)
+    return [*faults, *refused], [*warnings, *site_warnings(deployment, site), *_signal_warnings(), *doubtful]
 
 
 def _signal_warnings() -> list[str]:
@@ -181,7 +181,7 @@ def _signal_warnings() -> list[str]:
 
 
 def with_absolute_paths(deployment: Deployment) -> Deployment:
-    """The same deployment whatever folder it is started from: local paths are made absolute."""
+    """The deployment with absolute local paths, so that it does not depend on the working directory."""
 
     def expert(name: str, config: ExpertConfig) -> ExpertConfig:
         engine = replace(config.engine, python=_interpreter(config.engine.python))
@@ -206,18 +206,18 @@ def _absolute_cluster(cluster: ClusterConfig) -> ClusterConfig:
 
 
 def _absolute_bind(bind: str) -> str:
-    """SOURCE[:TARGET[:ro]]: the source is a path out here."""
+    """SOURCE[:TARGET[:ro]]: the source is a path outside the container."""
     source, colon, inside = bind.partition(":")
     return _absolute(source) + colon + inside
 
 
 def _interpreter(python: str | None) -> str | None:
-    """One that is found on PATH stays so."""
+    """A name without a slash is looked up on the PATH of the job."""
     return _absolute(python) if python and "/" in python else python
 
 
 def _absolute(path: str) -> str:
-    """Links are kept: a virtual environment's interpreter is one."""
+    """Symbolic links are not resolved: the interpreter of a virtual environment is one."""
     return os.path.abspath(Path(path).expanduser())  # noqa: PTH100
 
 

@@ -1,7 +1,7 @@
-"""What jobs need beside their options: one list of checks, made before anything is submitted.
+"""Checks of folders and software that jobs need, made before anything is submitted.
 
-Each check answers with faults, which end `plan` and `up`, and with warnings, where only a node can tell. Checks look
-at this machine; on cluster=local that is where the jobs run.
+A check returns faults, which end `plan` and `up`, and warnings, where only a node can show a fault. Checks examine this
+machine; on cluster=local the jobs run here.
 """
 
 import os
@@ -21,24 +21,26 @@ _LOCAL_FILE_SYSTEMS: Final = frozenset({"tmpfs", "ramfs", "overlay", "squashfs",
 
 @dataclass(frozen=True, slots=True)
 class CheckResult:
-    """What one check found."""
+    """The result of one check."""
 
     faults: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
 
 Check = Callable[[ClusterConfig, Path], CheckResult]
-"""Called with the cluster and the folder of the run, or of all runs where it is new."""
+"""Called with the cluster and the folder of the run; for a new run, the folder of all runs."""
 
 
 def prerequisites(cluster: ClusterConfig, runs: Path, *, ask: bool) -> CheckResult:
-    """Of all checks. `ask`: those that start programs too."""
-    found = [check(cluster, runs) for name, check in CHECKS.items() if ask or name not in PROGRAM_CHECKS]
-    return CheckResult([f for one in found for f in one.faults], [w for one in found for w in one.warnings])
+    """Run all checks. `ask`: also those that start programs."""
+    results = [check(cluster, runs) for name, check in CHECKS.items() if ask or name not in PROGRAM_CHECKS]
+    return CheckResult(
+        [f for result in results for f in result.faults], [w for result in results for w in result.warnings]
+    )
 
 
 def scratch(cluster: ClusterConfig, _runs: Path) -> CheckResult:
-    """`cluster.scratch` is on the nodes: elsewhere only its length can be known, without variables."""
+    """Checks `cluster.scratch`. It is on the nodes, so from another machine only the length of its path is checked."""
     here = cluster.kind == "local"
     if not here and "$" in cluster.scratch:
         return CheckResult()
@@ -51,7 +53,7 @@ def scratch(cluster: ClusterConfig, _runs: Path) -> CheckResult:
 
 
 def run_directory(cluster: ClusterConfig, runs: Path) -> CheckResult:
-    """Nodes must see it. A file system that only one host can have is a warning: a cluster may be one host."""
+    """Nodes must see the run directory. A local file system is only a warning, because a cluster may be one host."""
     kind = None if cluster.kind == "local" else file_system(runs.absolute())
     if kind not in _LOCAL_FILE_SYSTEMS:
         return CheckResult()
@@ -60,7 +62,7 @@ def run_directory(cluster: ClusterConfig, runs: Path) -> CheckResult:
 
 
 def file_system(path: Path) -> str | None:
-    """The type of the file system that holds a path, whether the path exists or not; None where it is not known."""
+    """The type of the file system of a path, which need not exist; None if it is not known."""
     best: tuple[int, str] | None = None
     try:
         lines = MOUNTS.read_text(encoding="utf-8", errors="replace").split("\n")
@@ -71,7 +73,7 @@ def file_system(path: Path) -> str | None:
         words = about.split(" ")
         if len(words) > 4 and path.is_relative_to(mount := Path(words[4].replace("\\040", " "))):
             depth = len(mount.parts)
-            if best is None or depth >= best[0]:  # the last mount of a place covers those before
+            if best is None or depth >= best[0]:  # a later mount at the same place covers an earlier one
                 best = (depth, rest.partition(" ")[0])
     return None if best is None else best[1]
 
@@ -80,10 +82,6 @@ def software(cluster: ClusterConfig, _runs: Path) -> CheckResult:
     return CheckResult(*software_faults(cluster))
 
 
-CHECKS: Final[Mapping[str, Check]] = {
-    "scratch": scratch,
-    "run directory": run_directory,
-    "equipment": software,
-}
-PROGRAM_CHECKS: Final = frozenset({"equipment"})
-"""Checks that start programs."""
+CHECKS: Final[Mapping[str, Check]] = {"scratch": scratch, "run directory": run_directory, "software": software}
+PROGRAM_CHECKS: Final = frozenset({"software"})
+"""Names of the checks that start programs."""

@@ -121,7 +121,7 @@ def test_a_standby_replaces_what_ends(run: RunDir) -> None:
     [
         ("mth-0", r"nothing here is named 'mth-0'; did you mean 'math-0'\? \(valid: .*math-0\.g2.*n1.*n2"),
         ("n9", r"'n9'; did you mean 'n\d"),
-        ("law-x0", "law-x0 runs elsewhere .* `hpc-router unregister law-x0`"),
+        ("law-x0", "law-x0 is an external endpoint; `hpc-router unregister law-x0`"),
     ],
 )
 def test_what_no_name_means(name: str, message: str) -> None:

@@ -1,13 +1,16 @@
 """Why a replica does not serve, for one that waits in the queue and for every way to fail."""
 
 from datetime import datetime, timedelta
+from typing import Any
 
 import pytest
 
 from hpc_router.cluster.commands import why
+from hpc_router.cluster.commands.advice import FAILURE_ADVICE
 from hpc_router.cluster.commands.replica_view import DisplayedState, ReplicaView
-from hpc_router.cluster.commands.why import ADVICE, Cause, expected
+from hpc_router.cluster.commands.why import Cause, expected, router_causes
 from hpc_router.state.job_records import FailureReason, JobDir
+from hpc_router.state.registry import RecordKind
 from hpc_router.state.run_directory import RunDir
 
 NOON = datetime(2026, 3, 1, 12).timestamp()
@@ -68,7 +71,7 @@ def test_every_reason_has_advice(reason: FailureReason, run: RunDir) -> None:
     told = cause(run, ReplicaView("math", "math-0.g1", DisplayedState.FAILED, reason=reason, message="m"))
     assert told.advice
     assert "{" not in told.advice
-    assert set(ADVICE) == set(FailureReason)
+    assert set(FAILURE_ADVICE) == set(FailureReason)
 
 
 def test_the_last_words(run: RunDir) -> None:
@@ -139,3 +142,33 @@ def test_advice_for_an_external_endpoint_can_be_followed() -> None:
     assert "hpc-router unregister big-x0.g1" in cause.advice
     assert "drain" not in cause.advice
     assert "logs" not in cause.advice
+
+
+ROUTER = ReplicaView("router", "router-0.g1", DisplayedState.READY, kind=RecordKind.ROUTER)
+
+
+def status_of(**router: Any) -> dict[str, Any]:
+    worker = {"worker": 0, "pid": 1, "serving": True, "in_flight": 0, "restarts": 0, "last_end": None}
+    healthy = {"replica": "router-0.g1", "workers": [worker], "control": {"restarts": 0}, "settings_trouble": None}
+    return {"router": healthy | router}
+
+
+@pytest.mark.parametrize(
+    ("status", "problems"),
+    [
+        (status_of(), []),
+        ({}, []),
+        (status_of(workers=[{"worker": 1, "serving": False}]), ["worker 1 does not serve: it is being started"]),
+        (
+            status_of(control={"restarts": 2, "last_end": "was killed by signal 9"}),
+            ["the control process was started again 2 times: the last one was killed by signal 9"],
+        ),
+        (status_of(settings_trouble="policy.kind=nope"), ["a change was not applied: policy.kind=nope"]),
+    ],
+)
+def test_problems_of_the_routers_processes_and_settings(status: dict[str, Any], problems: list[str]) -> None:
+    causes = router_causes([ROUTER], status)
+    assert len(causes) == len(problems)
+    for cause_found, problem in zip(causes, problems, strict=True):
+        assert problem in cause_found.what
+        assert cause_found.advice

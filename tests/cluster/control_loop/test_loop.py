@@ -152,7 +152,7 @@ def test_scaling_tells_who_is_left_without_a_replica(run: RunDir, control: Contr
     assert warning.startswith("math has no ready replica until another has started")
     counts, warnings = scale(run, {"math": 0})
     assert counts["math"] == 0
-    assert warnings == ["math=0: it has no replica any more, and requests for it fail until it is scaled again"]
+    assert warnings == ["math=0: it has no replicas, and requests for it fail until it is scaled up"]
 
 
 def test_scaling_what_is_not_there_is_refused(run: RunDir, control: ControlLoop) -> None:

@@ -261,7 +261,7 @@ def test_the_plan_shows_the_batch_scripts(slurm: Programs) -> None:
     ]
     text = printed(plan)
     assert text.count("#!/bin/bash") == 2
-    assert "and so for math-1.g1" in text
+    assert "and the same for math-1.g1" in text
     assert "  #SBATCH --gres=gpu:1" in text
 
 

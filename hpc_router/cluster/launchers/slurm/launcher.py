@@ -221,9 +221,7 @@ class SlurmLauncher:
 
 def _submission(job: BatchJob) -> Submission:
     return Submission(
-        run=str(job.run.path),
-        argv_of={request.replica: request.argv for request in job.requests},
-        script=job.script(),
+        run=str(job.run.path), argv_of={request.replica: request.argv for request in job.requests}, script=job.script()
     )
 
 

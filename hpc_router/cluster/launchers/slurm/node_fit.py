@@ -64,8 +64,8 @@ def capacity_warnings(deployment: Deployment, site: SlurmSite) -> list[str]:
         if partitions and available < each * expert.replicas:
             names = " or ".join(partition.name for partition in partitions)
             warnings.append(
-                f"{name}: {expert.replicas} replicas need {each * expert.replicas} GPUs, partition {names} has {available} "
-                f"that fit: {expert.replicas - available // each} of them can never run beside the others"
+                f"{name}: {expert.replicas} replicas need {each * expert.replicas} GPUs, partition {names} has "
+                f"{available} that fit: {expert.replicas - available // each} of them can never run beside the others"
             )
     return warnings
 

@@ -205,8 +205,8 @@ def _syntax_fault(text: str) -> str | None:
 
 
 def _grouped(requests: Sequence[JobRequest], cluster: ClusterConfig) -> Iterator[list[JobRequest]]:
-    """Groups of replicas with equal resources, at most `replicas_per_job` each. A router, or a replica on several nodes,
-    is a group of its own."""
+    """Groups of at most `replicas_per_job` replicas with equal resources. A router, or a replica on several nodes, is a
+    group of its own."""
     open_groups: list[list[JobRequest]] = []
     groups: list[list[JobRequest]] = []
     for request in requests:

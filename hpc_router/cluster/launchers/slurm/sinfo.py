@@ -24,7 +24,7 @@ _USABLE: Final = frozenset({"idle", "mix", "alloc", "comp", "resv", "plnd", "mai
 
 @dataclass(frozen=True, slots=True)
 class NodeKind:
-    """Equal nodes of a partition. `nodes`: their number. `gpus`: number per node by type ("" for GPUs without a type)."""
+    """Equal nodes of a partition. `nodes`: their number. `gpus`: number per node by type; "" is no type."""
 
     nodes: int
     cpus: int

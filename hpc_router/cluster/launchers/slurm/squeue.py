@@ -28,7 +28,7 @@ MAX_CLOCK_SKEW_S: Final = 5.0
 
 @dataclass(frozen=True, slots=True)
 class QueuedJob:
-    """One job; times are Unix seconds. `starts_at` is Slurm's estimate for a job that waits. The job's `name` and working
+    """One job; times are Unix seconds. `starts_at`: Slurm's estimate for a waiting job. The job's `name` and working
     `folder` identify a job whose id is not recorded."""
 
     state: str

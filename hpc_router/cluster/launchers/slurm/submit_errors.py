@@ -1,7 +1,7 @@
 """Maps the error texts of sbatch to the config keys to edit, with advice. Pure.
 
 The texts are those of sbatch and slurmctld, 20.11 to 25.05. A site's submit plugin may print any text, so an unknown
-one is quoted with all requested options. Temporary errors mean that Slurm cannot answer now, and that no value is wrong.
+one is quoted with all requested options. A temporary error means that Slurm cannot answer now: no value is wrong.
 """
 
 import re
@@ -19,7 +19,7 @@ _SIZES: Final = ("nodes", "gpus", "cpus", "memory_gb")
 
 @dataclass(frozen=True, slots=True)
 class SubmitError:
-    """`keys`: the options and sizes that the text may be about, the most likely first. `temporary`: no value is wrong."""
+    """`keys`: the options and sizes that may be wrong, the most likely first. `temporary`: none is wrong."""
 
     pattern: re.Pattern[str]
     keys: tuple[str, ...]
