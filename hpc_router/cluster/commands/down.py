@@ -13,7 +13,7 @@ from typing import Final, Protocol
 
 from hpc_router.cluster.control_loop.desired_state import want_down
 from hpc_router.cluster.control_loop.loop import ControlLoop, LoopPass
-from hpc_router.cluster.control_loop.slots import Attempt
+from hpc_router.cluster.control_loop.slots import Attempt, all_attempts
 from hpc_router.cluster.launchers.interface import JobState
 from hpc_router.config.schema import Deployment
 from hpc_router.errors import ConfigError, LaunchError
@@ -79,10 +79,9 @@ def end_all(control: ControlLoop, before: set[str], *, watcher: Watcher) -> int:
 def living(seen: LoopPass) -> list[Attempt]:
     """Jobs that may hold resources, and claims that may become jobs."""
     now = time.time()
-    attempts = [attempt for found in seen.observed.values() for attempt in found]
     return [
         a
-        for a in attempts
+        for a in all_attempts(seen.observed)
         if a.holds_resources or (_is_claim(a) and (a.submitting or now < a.claimed_at + CLAIM_GRACE_S))
     ]
 

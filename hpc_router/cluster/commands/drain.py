@@ -15,7 +15,7 @@ from hpc_router.cluster.control_loop.desired_state import exclude_nodes
 from hpc_router.cluster.control_loop.drain_calls import ask_to_drain
 from hpc_router.cluster.control_loop.loop import ControlLoop, LoopPass
 from hpc_router.cluster.control_loop.reconcile import Wait
-from hpc_router.cluster.control_loop.slots import Attempt, Observed
+from hpc_router.cluster.control_loop.slots import Attempt, Observed, all_attempts
 from hpc_router.cluster.launchers.interface import ROUTER, JobState
 from hpc_router.config.adapters import host_of, hosts
 from hpc_router.errors import ConfigError, suggest
@@ -70,7 +70,7 @@ def select_jobs(
     names: Iterable[str], observed: Observed, records: Mapping[str, Record], *, experts: Iterable[str]
 ) -> list[Attempt]:
     """The live jobs that replicas, slots, experts, nodes or the word `router` name. Raises ConfigError for others."""
-    attempts = [attempt for found in observed.values() for attempt in found]
+    attempts = all_attempts(observed)
     live = [attempt for attempt in attempts if attempt.live]
     nodes = {a.replica: _nodes(a, records.get(a.replica)) for a in live}
     known = {*experts, ROUTER, *(a.replica for a in attempts), *(str(slot) for slot in observed), *_union(nodes)}
@@ -97,7 +97,7 @@ def _standbys(attempts: Sequence[Attempt]) -> list[Attempt]:
 
 def successor(observed: Observed, chosen: Sequence[Attempt]) -> str | None:
     """The newest live router that is not being drained."""
-    routers = [a for found in observed.values() for a in found if a.live and a.slot.expert == ROUTER]
+    routers = [a for a in all_attempts(observed) if a.live and a.slot.expert == ROUTER]
     left = [a for a in routers if a not in chosen and not a.stop_requested]
     return max(left, key=lambda a: a.generation).replica if left else None
 
@@ -135,7 +135,7 @@ def unserved_warnings(observed: Observed, going: Sequence[Attempt], records: Ite
     """A warning for each expert whose last ready replicas are among those in `going`."""
     elsewhere = {expert for record in records if record.kind is RecordKind.EXTERNAL for expert in record.serves}
     for expert in sorted({attempt.slot.expert for attempt in going} - {ROUTER} - elsewhere):
-        ready = [a for found in observed.values() for a in found if a.ready and a.slot.expert == expert]
+        ready = [a for a in all_attempts(observed) if a.ready and a.slot.expert == expert]
         if ready and all(attempt in going for attempt in ready):
             yield f"{expert} has no ready replica until another has started; requests for it wait until then or fail"
 
@@ -165,7 +165,7 @@ def wait(
 def _unfilled(seen: LoopPass, replicas: Sequence[str]) -> bool:
     """Whether another pass is needed: a job is still observed, or its slot waits after failures."""
     slots = {split_replica(name)[:2] for name in replicas}
-    live = any(a.live and a.replica in replicas for found in seen.observed.values() for a in found)
+    live = any(a.live and a.replica in replicas for a in all_attempts(seen.observed))
     return live or any(isinstance(a, Wait) and split_replica(a.replica)[:2] in slots for a in seen.actions)
 
 
@@ -183,7 +183,7 @@ def _selected_nodes(
     names: Iterable[str], observed: Observed, records: Mapping[str, Record], *, experts: Iterable[str]
 ) -> tuple[str, ...]:
     """The names of nodes among `names`, as Slurm has them."""
-    attempts = [attempt for found in observed.values() for attempt in found]
+    attempts = all_attempts(observed)
     others = {*experts, ROUTER, *(a.replica for a in attempts), *(str(slot) for slot in observed)}
     nodes = _union({a.replica: _nodes(a, records.get(a.replica)) for a in attempts if a.live})
     return tuple(name.partition(".")[0] for name in dict.fromkeys(names) if name in nodes and name not in others)

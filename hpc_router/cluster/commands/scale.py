@@ -7,6 +7,7 @@ from hpc_router.cluster.commands.drain import unserved_warnings
 from hpc_router.cluster.commands.router_access import live_router
 from hpc_router.cluster.control_loop import desired_state
 from hpc_router.cluster.control_loop.loop import ControlLoop, LoopPass
+from hpc_router.cluster.control_loop.slots import all_attempts
 from hpc_router.cluster.launchers.slurm.node_fit import capacity_warnings
 from hpc_router.cluster.launchers.slurm.sinfo import ask_site
 from hpc_router.cluster.planning.plan import make_plan
@@ -46,7 +47,7 @@ def scale(run: RunDir, counts: Mapping[str, int]) -> tuple[Mapping[str, int], li
 def _unserved_warnings(seen: LoopPass, counts: Mapping[str, int], records: Mapping[str, Record]) -> Iterator[str]:
     """Warnings for experts that lose their last ready replica."""
     for expert, count in counts.items():
-        own = [attempt for slot, found in seen.observed.items() if slot.expert == expert for attempt in found]
+        own = [attempt for attempt in all_attempts(seen.observed) if attempt.slot.expert == expert]
         going = [a for a in own if a.live and a.slot.managed and int(a.slot.name) >= count]
         yield from (
             unserved_warnings(seen.observed, going, records.values())

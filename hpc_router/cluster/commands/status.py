@@ -99,13 +99,13 @@ def ask_router(run: RunDir) -> tuple[RouterAccess | None, Mapping[str, Any], str
 
 def _merged(view: ReplicaView, known: Mapping[str, Any] | None) -> dict[str, Any]:
     """The view with the router's values. The router's state of a registered replica counts, because it probes."""
-    told = view.to_json() | {"phase": view.state.value} | dict.fromkeys(_ROUTER_KEYS)
+    merged = view.to_json() | {"phase": view.state.value} | dict.fromkeys(_ROUTER_KEYS)
     if known is None:
-        return told
-    told |= {key: known.get(key) for key in _ROUTER_KEYS}
+        return merged
+    merged |= {key: known.get(key) for key in _ROUTER_KEYS}
     if view.state in (DisplayedState.READY, DisplayedState.REGISTERED):
-        told["state"] = known.get("state", told["state"])
-    return told
+        merged["state"] = known.get("state", merged["state"])
+    return merged
 
 
 def process_problems(router: Mapping[str, Any]) -> list[str]:

@@ -17,6 +17,7 @@ from hpc_router.cluster.commands.replica_view import DisplayedState, ReplicaView
 from hpc_router.cluster.commands.signals import interrupt_event
 from hpc_router.cluster.control_loop.desired_state import desired_of, want_up, with_desired_counts
 from hpc_router.cluster.control_loop.loop import ControlLoop
+from hpc_router.cluster.control_loop.slots import all_attempts
 from hpc_router.cluster.launchers.interface import ROUTER, JobState
 from hpc_router.cluster.launchers.select import check_reach
 from hpc_router.cluster.launchers.slurm.pending_reasons import explain_pending
@@ -103,7 +104,7 @@ class _BringUp:
         self._run, self._made, self._made_over = run, made, made_over
         self._control = ControlLoop(run, deployment=deployment)
         observed = self._control.preview().observed
-        self._fresh = not any(attempt.live for found in observed.values() for attempt in found)
+        self._fresh = not any(attempt.live for attempt in all_attempts(observed))
         self._submitted: set[str] = set()
         want_up(run, observed)
 

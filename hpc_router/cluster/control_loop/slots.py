@@ -86,3 +86,7 @@ class Attempt:
 
 Observed = Mapping[Slot, tuple[Attempt, ...]]
 """Oldest generation first."""
+
+
+def all_attempts(observed: Observed) -> list[Attempt]:
+    return [attempt for attempts in observed.values() for attempt in attempts]

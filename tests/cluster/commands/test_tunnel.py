@@ -58,7 +58,7 @@ def test_another_port_of_the_laptop() -> None:
 
 
 @pytest.mark.parametrize("port", [0, 65536])
-def test_what_is_no_port(port: int) -> None:
+def test_invalid_ports(port: int) -> None:
     with pytest.raises(ConfigError, match=f"--port {port}: valid are 1 to 65535"):
         to("http://n17:41000", port=port)
 
@@ -106,7 +106,7 @@ async def test_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
 
 
 @pytest.mark.parametrize("words", [(), ("--ssh",), ("--json",), ("--json", "--ssh")])
-async def test_what_does_not_prove_itself_is_not_printed(
+async def test_an_unproven_router_is_not_printed(
     words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = configured(tmp_path)

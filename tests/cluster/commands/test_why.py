@@ -29,7 +29,7 @@ NOON = datetime(2026, 3, 1, 12).timestamp()
         (timedelta(days=3), "at 2026-03-04 12:00, in 3 days"),
     ],
 )
-def test_the_estimate_is_told_for_people(after: timedelta, said: str) -> None:
+def test_the_estimate_is_readable(after: timedelta, said: str) -> None:
     assert expected(NOON + after.total_seconds(), now=NOON) == f"Slurm expects to start it {said}"
 
 
@@ -74,7 +74,7 @@ def test_every_reason_has_advice(reason: FailureReason, run: RunDir) -> None:
     assert set(FAILURE_ADVICE) == set(FailureReason)
 
 
-def test_the_last_words(run: RunDir) -> None:
+def test_the_log_lines_of_a_failure(run: RunDir) -> None:
     """Of the engine; of the batch script where it failed before, though it lie with another replica of the job."""
     first, second = JobDir(run, "law-0.g1"), JobDir(run, "math-0.g1")
     assert first.claim()
@@ -92,7 +92,7 @@ def test_the_last_words(run: RunDir) -> None:
     )
 
 
-def test_a_lost_ranks_own_last_words(run: RunDir) -> None:
+def test_the_log_lines_of_a_lost_rank(run: RunDir) -> None:
     """Beside those of rank 0, which only says that the other is gone; its agent's where its engine never ran."""
     job = JobDir(run, "math-0.g1")
     assert job.claim()
@@ -115,7 +115,7 @@ def test_a_lost_ranks_own_last_words(run: RunDir) -> None:
     assert cause(run, crashed).lines == ("waiting for ranks",)
 
 
-def test_who_is_ready_and_sick_is_told_by_the_router() -> None:
+def test_the_router_reports_ejected_and_degraded_replicas() -> None:
     """Out of use, slow or with errors; nothing is said of the others, nor without a router that answers."""
     seen = [
         {"replica": "math-0.g1", "state": "ejected", "trouble": "does not answer probes", "sick": None},

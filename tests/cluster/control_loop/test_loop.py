@@ -76,7 +76,7 @@ def record(replica: str, *, kind: RecordKind = RecordKind.EXPERT, state: State =
     )
 
 
-def test_one_pass_brings_what_is_missing(control: ControlLoop) -> None:
+def test_one_pass_submits_missing_jobs(control: ControlLoop) -> None:
     assert sorted(control.run_pass().submitted) == ["code-0.g1", "math-0.g1"]
     assert control.run_pass().actions == []
     assert live(control) == ["code-0.g1", "math-0.g1"]
@@ -142,7 +142,7 @@ def test_scaling_adds_and_drains(run: RunDir, control: ControlLoop) -> None:
     assert (run.path / "math-1.g1.stopped").read_text() == "SIGTERM"
 
 
-def test_scaling_tells_who_is_left_without_a_replica(run: RunDir, control: ControlLoop) -> None:
+def test_scaling_warns_of_experts_without_a_ready_replica(run: RunDir, control: ControlLoop) -> None:
     desired_state.scale(run, control.deployment, {"math": 2}, {})
     control.run_pass()
     eventually_sync(lambda: started(run, "math-0.g1") and started(run, "math-1.g1"))
@@ -155,7 +155,7 @@ def test_scaling_tells_who_is_left_without_a_replica(run: RunDir, control: Contr
     assert warnings == ["math=0: it has no replicas, and requests for it fail until it is scaled up"]
 
 
-def test_scaling_what_is_not_there_is_refused(run: RunDir, control: ControlLoop) -> None:
+def test_scaling_an_unknown_expert_is_refused(run: RunDir, control: ControlLoop) -> None:
     with pytest.raises(ConfigError, match=r"no expert is named 'mth'; did you mean 'math'\?"):
         desired_state.scale(run, control.deployment, {"mth": 2}, {})
     for count in (-1, 1025, 99_999_999):
@@ -209,7 +209,7 @@ class SlowToCancel:
 
 
 @pytest.mark.parametrize("by", ["loop", "drain"])
-def test_the_time_to_drain_begins_when_the_job_was_asked(run: RunDir, control: ControlLoop, by: str) -> None:
+def test_the_drain_time_starts_after_scancel(run: RunDir, control: ControlLoop, by: str) -> None:
     """Not when the controller was: it may take a minute, and what is late is killed."""
     control.run_pass()
     eventually_sync(lambda: started(run, "math-0.g1"))
@@ -234,11 +234,11 @@ def test_down_counts_what_the_control_loop_ends_before_it(
         desired_state.want_down(run)
         eventually_sync(lambda: control.run_pass(clear=True) and not live(control))
 
-    monkeypatch.setattr("hpc_router.cluster.commands.down.take_down", overtaken)
+    monkeypatch.setattr("hpc_router.cluster.commands.down.want_down", overtaken)
     assert down(run) == 2
 
 
-def test_down_kills_what_does_not_end(
+def test_down_kills_jobs_that_do_not_end(
     run: RunDir, control: ControlLoop, service: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("hpc_router.cluster.control_loop.reconcile.KILL_AFTER_S", 0.0)

@@ -70,7 +70,7 @@ def hung(run: RunDir, *, renewing: bool) -> list[bool]:
     return [next(iter(observer.observe().values()))[0].hung for _ in range(3)]
 
 
-def test_a_controller_that_answers_late_makes_no_agent_look_hung(run: RunDir) -> None:
+def test_a_slow_controller_makes_no_agent_hung(run: RunDir) -> None:
     """The age of a beat ends when it was read: no probe by a busy node has to save the replica."""
     assert hung(run, renewing=True) == [False, False, False]
 
@@ -79,7 +79,7 @@ def test_beats_that_stopped_are_missed_all_the_same(run: RunDir) -> None:
     assert hung(run, renewing=False) == [False, True, True]
 
 
-def test_the_controller_is_asked_once_for_a_replica_that_falls_silent(run: RunDir) -> None:
+def test_the_controller_is_queried_once_for_a_lost_replica(run: RunDir) -> None:
     """So that a job which ended without a word is replaced before the next periodic question."""
     slurm = Slurm()
     submitted(run, RECORD)
@@ -97,7 +97,7 @@ def test_the_controller_is_asked_once_for_a_replica_that_falls_silent(run: RunDi
     ]
 
 
-def test_a_job_that_slurm_knows_to_have_ended_is_seen_in_that_look(run: RunDir) -> None:
+def test_a_lost_job_that_ended_is_seen_in_the_same_observation(run: RunDir) -> None:
     slurm = Slurm()
     submitted(run, RECORD)
     observer = RunObserver(run, slurm, clock=lambda: slurm.now)

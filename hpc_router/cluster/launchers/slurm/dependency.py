@@ -6,10 +6,12 @@ five minutes). So it is left out as soon as one job of the run has started with 
 
 from typing import Final
 
+from hpc_router.cluster.launchers.interface import ROUTER
+from hpc_router.cluster.launchers.slurm.node_fit import resources_of
 from hpc_router.cluster.launchers.slurm.sbatch import effective_options
 from hpc_router.config.schema import Deployment, ResourceConfig
 from hpc_router.state.job_records import JobDir, Runner
-from hpc_router.state.registry import RecordKind, split_replica
+from hpc_router.state.registry import split_replica
 from hpc_router.state.run_directory import RunDir
 
 OPTION: Final = "dependency"
@@ -25,9 +27,9 @@ def was_met(run: RunDir, deployment: Deployment, resources: ResourceConfig) -> b
 
 def _has_started_with(job: JobDir, deployment: Deployment, wanted: str) -> bool:
     expert = split_replica(job.replica)[0]
-    if expert != RecordKind.ROUTER and expert not in deployment.experts:
+    if expert != ROUTER and expert not in deployment.experts:
         return False
-    resources = deployment.router.resources if expert == RecordKind.ROUTER else deployment.experts[expert].resources
+    resources = resources_of(deployment, expert)[1]
     info = job.info()
     if info is None or info.runner is not Runner.SLURM or _dependency(deployment, resources) != wanted:
         return False

@@ -34,7 +34,7 @@ def test_known_reasons(reason: str) -> None:
     assert waiting.advice is not None or not waiting.hopeless
 
 
-def test_whose_limit_it_is_and_of_what() -> None:
+def test_a_limit_names_its_owner_and_resource() -> None:
     assert (
         explain_pending("QOSMaxGRESPerUser").what
         == "its qos is at its limit of GPUs for one user: it starts when others end"

@@ -34,7 +34,7 @@ def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Programs:
     return Programs(tmp_path / "bin", monkeypatch)
 
 
-def test_one_trial_for_each_shape(programs: Programs, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equal_jobs_are_tested_once(programs: Programs, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the script that will be submitted, whatever options the user's shell has for sbatch."""
     monkeypatch.setenv("SBATCH_PARTITION", "other")
     programs.add("sbatch", f'echo "$SBATCH_PARTITION" >>{programs.folder}/seen; cat >>{programs.folder}/script')
@@ -62,7 +62,7 @@ def test_a_refusal_names_all_experts_that_it_is_about(programs: Programs) -> Non
     assert [fault.partition(":")[0] for fault in faults] == ["cluster.account=mine"]
 
 
-def test_what_cannot_be_asked_is_a_warning(programs: Programs, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_sbatch_that_cannot_run_is_a_warning(programs: Programs, monkeypatch: pytest.MonkeyPatch) -> None:
     programs.add("sbatch", "cat >/dev/null; echo 'Unable to contact slurm controller (connect failure)' >&2; exit 1")
     made = deployment()
     faults, warnings = check_submission(made, jobs_of(made))
@@ -80,7 +80,7 @@ def test_what_cannot_be_asked_is_a_warning(programs: Programs, monkeypatch: pyte
     )
 
 
-def test_a_handful_of_trials_is_enough(programs: Programs) -> None:
+def test_the_number_of_tested_jobs_is_limited(programs: Programs) -> None:
     programs.add("sbatch", "cat >/dev/null")
     made = deployment(*range(2, MAX_TESTED + 2))
     assert check_submission(made, jobs_of(made)) == (

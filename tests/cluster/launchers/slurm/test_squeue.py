@@ -69,7 +69,7 @@ def test_a_verb_asks_afresh_and_the_others_get_its_answer(run: RunDir, asked: li
     assert len(asked) == 2
 
 
-def test_an_old_answer_is_asked_again(run: RunDir, asked: list[int]) -> None:
+def test_an_old_snapshot_is_replaced(run: RunDir, asked: list[int]) -> None:
     replace_json(run.path / "squeue.json", asdict(QueueSnapshot(asked_at=0.0, jobs={})))
     view = Queue(run, ask_s=30.0).snapshot()
     assert len(asked) == 1
@@ -77,14 +77,16 @@ def test_an_old_answer_is_asked_again(run: RunDir, asked: list[int]) -> None:
     assert "7" in view.jobs
 
 
-def test_a_view_from_the_future_is_of_a_wrong_clock(run: RunDir, asked: list[int]) -> None:
+def test_a_snapshot_from_the_future_is_ignored(run: RunDir, asked: list[int]) -> None:
     replace_json(run.path / "squeue.json", asdict(QueueSnapshot(asked_at=time.time() + 3600, jobs={})))
     view = Queue(run, ask_s=30.0).snapshot()
     assert view is not None
     assert "7" in view.jobs
 
 
-def test_a_squeue_that_hangs_leaves_the_last_view(run: RunDir, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_hanging_squeue_leaves_the_last_snapshot(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """What it said until it was stopped comes as bytes."""
     tool = tmp_path / "squeue"
     tool.write_text("#!/bin/bash\necho slow >&2\nexec sleep 60\n")
@@ -94,7 +96,7 @@ def test_a_squeue_that_hangs_leaves_the_last_view(run: RunDir, monkeypatch: pyte
     assert Queue(run, ask_s=30.0).snapshot(fresh=True) is None
 
 
-def test_while_somebody_asks_the_old_answer_stands(run: RunDir, asked: list[int]) -> None:
+def test_while_another_process_queries_the_old_snapshot_is_valid(run: RunDir, asked: list[int]) -> None:
     replace_json(run.path / "squeue.json", asdict(QueueSnapshot(asked_at=5.0, jobs={})))
     (run.path / ".squeue.asking").touch()
     view = Queue(run, ask_s=30.0).snapshot()
@@ -103,7 +105,7 @@ def test_while_somebody_asks_the_old_answer_stands(run: RunDir, asked: list[int]
     assert view.asked_at == 5.0
 
 
-def test_a_question_whose_asker_died_is_taken_over(run: RunDir, asked: list[int]) -> None:
+def test_the_claim_of_a_process_that_died_is_taken_over(run: RunDir, asked: list[int]) -> None:
     (run.path / ".squeue.asking").touch()
     watcher = Queue(run, ask_s=0.0)
     watcher.snapshot()  # finds the claim old, and removes it
@@ -111,7 +113,7 @@ def test_a_question_whose_asker_died_is_taken_over(run: RunDir, asked: list[int]
     assert len(asked) == 1
 
 
-def test_a_controller_that_does_not_answer_leaves_the_last_view(
+def test_a_controller_that_does_not_answer_leaves_the_last_snapshot(
     run: RunDir, asked: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     watcher = Queue(run, ask_s=30.0)
@@ -128,7 +130,7 @@ def test_a_controller_that_does_not_answer_leaves_the_last_view(
 @pytest.mark.parametrize(
     "text", ["{}", '{"asked_at": 1, "jobs": {"1": {"unknown": 2}}}', '{"asked_at": null, "jobs": {}}']
 )
-def test_a_damaged_view_is_as_none(run: RunDir, asked: list[int], text: str) -> None:
+def test_a_damaged_snapshot_is_ignored(run: RunDir, asked: list[int], text: str) -> None:
     (run.path / "squeue.json").write_text(text)
     assert Queue(run, ask_s=30.0).snapshot() is not None
     assert len(asked) == 1
