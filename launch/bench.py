@@ -32,7 +32,7 @@ from hpc_router.bench.sweep import DeploymentSweep, measure_missing
 from hpc_router.bench.table import table
 from hpc_router.bench.workload import Point, points_of
 from hpc_router.cli.tables import UpProgress
-from hpc_router.cluster.planning.plan import settled, shown
+from hpc_router.cluster.planning.plan import with_absolute_paths, without_secrets
 from hpc_router.config import compose, frozen
 from hpc_router.config.as_written import as_written
 from hpc_router.config.compose import conf_folder
@@ -105,7 +105,7 @@ def measure_new(call: Call, config: BenchConfig, prompts: list[BenchPrompt]) -> 
     choices = {o.key_or_group: str(o.value()) for o in map(parse_override, overrides) if o.key_or_group in GROUPS}
     if "topology" not in choices:
         raise ConfigError("run=DIR (a running deployment) or topology=NAME (a new one) is missing")
-    deployment = settled(compose.load_deployment(overrides, config_dir=call.config_dir))
+    deployment = with_absolute_paths(compose.load_deployment(overrides, config_dir=call.config_dir))
     store = Store(Path(config.output or RESULTS).absolute())
     sweep = DeploymentSweep(store, deployment, config, prompts)
     label = " ".join(overrides)
@@ -170,7 +170,7 @@ def resolved(run: RunDir) -> dict[str, Any] | None:
     config = asdict(frozen.read(run.config))
     for section in (config["cluster"], *(expert["engine"] for expert in config["experts"].values())):
         if section.get("env"):
-            section["env"] = shown(section["env"])
+            section["env"] = without_secrets(section["env"])
     return config
 
 

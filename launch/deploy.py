@@ -7,7 +7,7 @@ python -m launch.deploy topology=sim --cfg job
 
 import sys
 
-from hpc_router.cli.main import run_up
+from hpc_router.cli.deployment import run_up
 from hpc_router.errors import ConfigError, suggest
 from launch.entry import Call, launch
 

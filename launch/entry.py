@@ -19,7 +19,8 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from hpc_router.cli.main import INTERRUPTED, told
+from hpc_router.cli.deployment import INTERRUPTED
+from hpc_router.cli.main import run_reporting_errors
 from hpc_router.config.compose import conf_folder, hydra_overrides, user_folder
 from hpc_router.config.sources import parse_override
 from hpc_router.errors import ConfigError, LaunchError, suggest
@@ -58,11 +59,11 @@ def launch(
     flags = get_args_parser().parse_intermixed_args(given)
     config_dir = Path(flags.config_dir) if flags.config_dir else None
     if not _wants_hydra(flags):
-        return told(lambda: body(make_call(flags.overrides, own=own, config_dir=config_dir)))
-    status = told(lambda: _through_hydra(body, given, flags.overrides, own=own, config_dir=config_dir))
+        return run_reporting_errors(lambda: body(make_call(flags.overrides, own=own, config_dir=config_dir)))
+    status = run_reporting_errors(lambda: _through_hydra(body, given, flags.overrides, own=own, config_dir=config_dir))
     if swept is None or status not in (0, 1) or not flags.multirun or _only_prints(flags):
         return status
-    return max(status, told(lambda: swept(make_call(flags.overrides, own=own, config_dir=config_dir))))
+    return max(status, run_reporting_errors(lambda: swept(make_call(flags.overrides, own=own, config_dir=config_dir))))
 
 
 def make_call(overrides: Sequence[str], *, own: Sequence[str], config_dir: Path | None = None) -> Call:
@@ -104,7 +105,7 @@ def _through_hydra(
     def job(_config: DictConfig) -> None:
         task = [text.removeprefix("++") for text in HydraConfig.get().overrides.task]
         with _hydra_released():
-            status = told(lambda: body(make_call(task, own=own, config_dir=config_dir)))
+            status = run_reporting_errors(lambda: body(make_call(task, own=own, config_dir=config_dir)))
         if status == INTERRUPTED:
             raise KeyboardInterrupt  # ends the sweep: its remaining jobs are not started
         if status and "SUBMITIT_EXECUTOR" in os.environ:

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from hpc_router.cluster.commands.manual_start import claim_expert, join_expert, rank_of, step_of
-from hpc_router.cluster.planning.plan import make_plan, settled
+from hpc_router.cluster.planning.plan import make_plan, with_absolute_paths
 from hpc_router.config import compose, frozen
 from hpc_router.config.adapters import host_of
 from hpc_router.errors import ConfigError, suggest
@@ -35,7 +35,7 @@ def expert(call: Call) -> int:
     host = host_of(deployment.experts, name)
     if host != name:
         raise ConfigError(f"name={name}: it is an adapter on the engine of '{host}'; start that instead: name={host}")
-    deployment = settled(deployment)
+    deployment = with_absolute_paths(deployment)
     make_plan(deployment, ask_engines=False)
     step = step_of(os.environ)
     rank = rank_of(step, name, nodes=deployment.experts[name].resources.nodes)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from hpc_router.cluster.commands.manual_start import claim_router
 from hpc_router.cluster.commands.up import train_classifier
-from hpc_router.cluster.planning.plan import settled
+from hpc_router.cluster.planning.plan import with_absolute_paths
 from hpc_router.config import compose, frozen
 from hpc_router.config.schema import Deployment
 from hpc_router.config.sources import parse_override
@@ -21,7 +21,7 @@ from launch.entry import Call, launch
 
 def router(call: Call) -> int:
     path = Path(call.required("run"))
-    deployment = settled(deployment_for(path, call))
+    deployment = with_absolute_paths(deployment_for(path, call))
     run = make_run(path)
     train_classifier(run, deployment)
     from hpc_router.router.main import main

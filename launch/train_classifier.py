@@ -15,7 +15,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from hpc_router.cli.main import told
+from hpc_router.cli.main import run_reporting_errors
 from hpc_router.config.as_written import as_written
 from hpc_router.config.parsing import parse
 from hpc_router.config.sources import Sources, parse_override
@@ -68,7 +68,7 @@ def main(words: list[str]) -> int:
     if {"-h", "--help"} & set(words):
         print(__doc__)
         return 0
-    return told(lambda: train_classifier(config_of(words)))
+    return run_reporting_errors(lambda: train_classifier(config_of(words)))
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ def test_commands_that_only_read_write_nothing(run: RunDir, monkeypatch: pytest.
     assert [cause.view.replica for cause in why(run)]
     assert files(run) == before
     monkeypatch.undo()
-    ControlLoop(run).look()  # the control loop does
+    ControlLoop(run).preview()  # the control loop does
     assert (run.jobs / "math-0.g1" / "exit.json").exists()
 
 

@@ -1,4 +1,4 @@
-"""How results look on a terminal: tables, and the progress of `up` and `down`. Text only; nothing is decided here."""
+"""Results on a terminal: tables, and the progress of `up` and `down`. This module formats only."""
 
 import shlex
 import time
@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hpc_router.cluster.commands.replica_view import DisplayedState, ReplicaView
+from hpc_router.cluster.commands.status import process_problems
 from hpc_router.cluster.commands.why import Cause
 from hpc_router.cluster.control_loop.slots import Attempt
 from hpc_router.state.run_directory import RunDir
@@ -42,17 +43,21 @@ def _state(name: str) -> Text:
 
 
 def plan_text(plan: "Plan") -> RenderableType:
-    from hpc_router.cluster.planning.plan import shown, shown_script
+    from hpc_router.cluster.planning.plan import script_without_secrets, without_secrets
 
     table = _table("replica", "engine", "nodes", "GPUs", "CPUs", "memory")
     for replica in plan.replicas:
-        ask = replica.request.resources
+        resources = replica.request.resources
         kind = plan.deployment.experts[replica.expert].engine.kind if replica.engine else "router"
-        memory = f"{ask.memory_gb:g} GB" if ask.memory_gb is not None else "-"
-        table.add_row(replica.request.replica, kind, str(ask.nodes), str(ask.gpus), str(ask.cpus), memory)
+        memory = f"{resources.memory_gb:g} GB" if resources.memory_gb is not None else "-"
+        table.add_row(
+            replica.request.replica, kind, str(resources.nodes), str(resources.gpus), str(resources.cpus), memory
+        )
     policy = plan.deployment.policy
-    told = Text(f"policy {policy.kind}, fallback {policy.fallback or 'none'}, cluster {plan.deployment.cluster.kind}")
-    parts: list[RenderableType] = [told, Text(), table]
+    summary = Text(
+        f"policy {policy.kind}, fallback {policy.fallback or 'none'}, cluster {plan.deployment.cluster.kind}"
+    )
+    parts: list[RenderableType] = [summary, Text(), table]
     for replica in plan.replicas:
         parts += [
             Text(),
@@ -63,15 +68,17 @@ def plan_text(plan: "Plan") -> RenderableType:
             parts.append(Text("  serves  " + ", ".join(replica.serves)))
         if replica.engine is not None:
             parts.append(Text("  engine  " + shlex.join(replica.engine.argv)))
-            parts += [Text(f"  with    {key}={value}") for key, value in shown(replica.engine.environment).items()]
+            parts += [
+                Text(f"  with    {key}={value}") for key, value in without_secrets(replica.engine.environment).items()
+            ]
     for alike in plan.alike():
         parts += [
             Text(),
             Text(f"{'step' if alike[0].jobid else 'sbatch'} of {', '.join(alike[0].replicas)}", style="bold"),
         ]
-        parts += [Text(f"  {line}") for line in shown_script(alike[0]).splitlines()]
+        parts += [Text(f"  {line}") for line in script_without_secrets(alike[0]).splitlines()]
         others = [replica for job in alike[1:] for replica in job.replicas]
-        parts += [Text(f"and so for {', '.join(others)}")] if others else []
+        parts += [Text(f"and the same for {', '.join(others)}")] if others else []
     parts += [Text(f"note: {warning}", style="yellow") for warning in ("", *plan.warnings) if warning]
     return Group(*parts)
 
@@ -79,7 +86,7 @@ def plan_text(plan: "Plan") -> RenderableType:
 def status_text(value: Mapping[str, Any]) -> RenderableType:
     router = value["router"]
     next_one = f"  standby {router['standby']}" if router["standby"] else ""
-    where = f"  {router['url'] or '-'}  on {_shown(router.get('node'))}{next_one}  run {value['run']}"
+    where = f"  {router['url'] or '-'}  on {_text(router.get('node'))}{next_one}  run {value['run']}"
     head = Text.assemble(("router  ", "bold"), _state(router["state"]), where)
     table = _table("expert", "replica", "state", "in flight", "restarts", "engine", "node", "job", "left", "")
     for name, expert in value["experts"].items():
@@ -90,15 +97,15 @@ def status_text(value: Mapping[str, Any]) -> RenderableType:
                 name,
                 replica["replica"],
                 _state(replica["state"]),
-                _shown(replica["in_flight"]),
+                _text(replica["in_flight"]),
                 str(replica["restarts"]),
-                _shown(replica["engine"]),
-                _shown(replica["node"]),
-                " ".join(filter(None, (_shown(replica["job_id"]), replica["job_state"]))),
+                _text(replica["engine"]),
+                _text(replica["node"]),
+                " ".join(filter(None, (_text(replica["job_id"]), replica["job_state"]))),
                 _left(replica["ends_at"]),
                 _remark(replica),
             )
-    parts: list[RenderableType] = [head, *map(Text, workers_lines(router)), Text(), table]
+    parts: list[RenderableType] = [head, *map(Text, _process_lines(router)), Text(), table]
     if trouble := value.get("full") or router.get("write_trouble"):
         parts.append(Text(trouble, style="red"))
     if value["down"]:
@@ -108,31 +115,23 @@ def status_text(value: Mapping[str, Any]) -> RenderableType:
     return Group(*parts)
 
 
-def workers_lines(router: Mapping[str, Any]) -> list[str]:
-    """Of a router that answers: its processes, and which of them was started again and why."""
+def _process_lines(router: Mapping[str, Any]) -> list[str]:
+    """The load of the router's workers, and the problems of its processes."""
     workers = router.get("workers") or ()
-    loads = ", ".join(_shown(w["in_flight"]) if w["serving"] else "being started" for w in workers)
+    loads = ", ".join(_text(w["in_flight"]) if w["serving"] else "being started" for w in workers)
     lines = [f"workers {len(workers)}  in flight {loads}"] if workers else []
-    named = [(f"worker {w['worker']}", w) for w in workers] + [("control process", router.get("control") or {})]
-    for name, process in named:
-        if process.get("restarts"):
-            times = "once" if process["restarts"] == 1 else f"{process['restarts']} times"
-            lines.append(f"{name} was started again {times}: the last one {process['last_end']}")
-    for failure in router.get("task_failures") or ():
-        times = "once" if failure["count"] == 1 else f"{failure['count']} times"
-        last = f": {failure['last_error']}" if failure["last_error"] else ""
-        lines.append(f"background task '{failure['task']}' failed {times} and was started again{last}")
+    lines += process_problems(router)
     if router.get("settings_trouble"):
         lines.append(f"a change was not applied: {router['settings_trouble']}")
     return lines
 
 
-def _shown(value: object) -> str:
+def _text(value: object) -> str:
     return "-" if value is None else str(value)
 
 
 def _left(ends_at: float | None) -> str:
-    """Until the walltime's end."""
+    """Time until the end of the walltime."""
     if ends_at is None:
         return "-"
     minutes = max(0, int(ends_at - time.time())) // 60
@@ -143,11 +142,11 @@ def _left(ends_at: float | None) -> str:
 
 
 def _remark(replica: Mapping[str, Any]) -> str:
-    """What is wrong with it; where it is, if that is elsewhere."""
+    """The problem of a replica; for an external endpoint also its address."""
     waits = f"waits: {replica['pending']}" if replica["pending"] else None
-    told = replica["message"] or replica["trouble"] or waits
+    problem = replica["message"] or replica["trouble"] or waits
     where = replica["url"] if replica["kind"] == "external" else None
-    return ": ".join(str(part) for part in (where, replica["reason"], told) if part)
+    return ": ".join(str(part) for part in (where, replica["reason"], problem) if part)
 
 
 def why_text(causes: Sequence[Cause]) -> RenderableType:
@@ -156,7 +155,7 @@ def why_text(causes: Sequence[Cause]) -> RenderableType:
     parts: list[RenderableType] = []
     for cause in causes:
         view = cause.view
-        parts.append(Text.assemble((view.replica, "bold"), "  ", _state(view.standing.value), f"  {cause.what}"))
+        parts.append(Text.assemble((view.replica, "bold"), "  ", _state(view.state.value), f"  {cause.what}"))
         if view.reason is not None:
             parts.append(Text(f"  {view.reason.value}: {view.message or ''}"))
         parts += [Text(f"    | {line}", style="dim") for line in cause.lines]
@@ -167,23 +166,23 @@ def why_text(causes: Sequence[Cause]) -> RenderableType:
 
 def route_text(value: Mapping[str, Any]) -> RenderableType:
     table = _table("expert", "reason", "cluster", "score", "margin", "runner-up")
-    table.add_row(*(_shown(value.get(k)) for k in ("expert", "reason", "cluster", "score", "margin", "runner_up")))
+    table.add_row(*(_text(value.get(k)) for k in ("expert", "reason", "cluster", "score", "margin", "runner_up")))
     terms = value.get("terms") or []
     if not terms:
         return table
-    told = _table("term", "weight")
+    weights = _table("term", "weight")
     for term in terms:
-        told.add_row(str(term["term"]), str(term["weight"]))
-    return Group(table, Text(), told)
+        weights.add_row(str(term["term"]), str(term["weight"]))
+    return Group(table, Text(), weights)
 
 
 class UpProgress:
-    """`up` as it goes: a live table on a terminal, else a line for every change."""
+    """Progress of `up` and `down`: a live table on a terminal, else a line for every change."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
         self._live: Live | None = None
-        self._told: dict[str, str] = {}
+        self._printed: dict[str, str] = {}
         self._since = time.monotonic()
 
     def __enter__(self) -> "UpProgress":
@@ -205,28 +204,28 @@ class UpProgress:
         if self._live is not None:
             table = _table("replica", "state", "")
             for view in shown:
-                table.add_row(view.replica, _state(view.standing.value), _failure(view))
+                table.add_row(view.replica, _state(view.state.value), _failure(view))
             self._live.update(table)
             return
         for view in shown:
-            line = f"{view.replica} {view.standing.value} {_failure(view)}".rstrip()
-            if view.standing is not DisplayedState.MISSING and self._told.get(view.expert + view.replica) != line:
-                self._told[view.expert + view.replica] = line
+            line = f"{view.replica} {view.state.value} {_failure(view)}".rstrip()
+            if view.state is not DisplayedState.MISSING and self._printed.get(view.expert + view.replica) != line:
+                self._printed[view.expert + view.replica] = line
                 elapsed_s = time.monotonic() - self._since
                 self._console.print(f"{elapsed_s:6.1f} s  {line}", highlight=False, markup=False, soft_wrap=True)
 
     def living(self, attempts: list[Attempt]) -> None:
-        """`down` as it goes."""
+        """Show the jobs that `down` waits for."""
         line = ", ".join(attempt.replica for attempt in attempts)
         if self._live is not None:
             self._live.update(Text(f"ending {line}" if line else ""))
-        elif line and self._told.get("") != line:
-            self._told[""] = line
+        elif line and self._printed.get("") != line:
+            self._printed[""] = line
             self._console.print(f"ending {line}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _failure(view: ReplicaView) -> str:
-    """Why it does not serve."""
+    """Why a replica does not serve."""
     if view.reason is not None:
         return f"{view.reason.value}: {view.message or ''}"
-    return f"waits: {view.pending}" if view.pending is not None else ""
+    return f"waits: {view.pending_reason}" if view.pending_reason is not None else ""

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from hpc_router.cli.main import VERBS, _say_how, main
+from hpc_router.cli.deployment import print_usage
+from hpc_router.cli.main import VERBS, main
 from hpc_router.cluster.commands.scale import parse_counts
 from hpc_router.cluster.commands.set import change, parse_settings
 from hpc_router.errors import ConfigError
@@ -42,7 +43,7 @@ class Said:
         self.out, self.err = capsys.readouterr()
 
 
-def test_help_lists_what_works(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_lists_all_verbs(capsys: pytest.CaptureFixture[str]) -> None:
     said = Said(capsys, "--help")
     assert said.status == 0
     assert all(f"    {verb}" in said.out for verb in VERBS)
@@ -112,7 +113,7 @@ def test_every_verb_explains_itself(verb: str, capsys: pytest.CaptureFixture[str
         (["register", "--run", "new", "--expert", "m", "--url", "http://h", "--token-file", "no"], "cannot be read"),
     ],
 )
-def test_what_the_user_must_edit(
+def test_invalid_input_is_one_line_and_status_2(
     words: list[str], message: str, capsys: pytest.CaptureFixture[str], elsewhere: Path
 ) -> None:
     """Status 2, one line, and nothing made."""
@@ -170,7 +171,7 @@ def _in_bash(line: str, folder: Path, *, verbs: str) -> tuple[str, str]:
     return (folder / "argv").read_text(), (folder / "headers").read_text()
 
 
-def test_the_example_of_token_shows_it_to_nobody(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_the_example_of_token_hides_the_token(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """Everybody on a node can read the arguments of every process."""
     example = Said(capsys, "token", "--help").out.partition("examples:\n")[2]
     argv, headers = _in_bash(example, tmp_path, verbs='case "$1" in url) echo http://h:1;; *) echo hunter2; esac')
@@ -179,9 +180,9 @@ def test_the_example_of_token_shows_it_to_nobody(capsys: pytest.CaptureFixture[s
     assert argv.endswith("http://h:1/v1/models\n")
 
 
-def test_nor_does_what_up_says(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_the_output_of_up_hides_the_token(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     run = make_run(tmp_path / "my run")
-    _say_how(run, "http://h:1")
+    print_usage(run, "http://h:1")
     said = capsys.readouterr().out
     curl = said[said.index("  curl") : said.index("  OPENAI_BASE_URL")]
     argv, headers = _in_bash(curl, tmp_path, verbs='[ "$1 $2 $3" = "token --run my run" ] && echo hunter2')
@@ -371,9 +372,7 @@ def test_register_with_a_token(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("words", "probe"), [([], "/v1/models"), (["--probe-path", "/health"], "/health"), (["--no-probe"], None)]
 )
-def test_register_says_how_it_is_probed(
-    words: list[str], probe: str | None, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_register_sets_the_probe(words: list[str], probe: str | None, capsys: pytest.CaptureFixture[str]) -> None:
     url = ["--expert", "big", "--url", "http://127.0.0.1:1", "--model", "m"]
     assert record(capsys, *url, *words)["probe"] == probe
     assert RegistryReader(Path("run/registry")).snapshot()["big-x0.g1"].probe == probe
@@ -388,7 +387,7 @@ def test_register_where_several_models_are(capsys: pytest.CaptureFixture[str], e
 
 
 @pytest.mark.parametrize(("body", "status"), [({"data": 3}, 200), ([], 200), ("x", 200), (models("a"), 500)])
-def test_register_what_does_not_tell(body: Any, status: int, capsys: pytest.CaptureFixture[str]) -> None:
+def test_register_an_endpoint_without_a_model_list(body: Any, status: int, capsys: pytest.CaptureFixture[str]) -> None:
     """A warning; the router asks again."""
     with endpoint(body, status=status) as url:
         said = Said(capsys, "register", "--run", "run", "--expert", "big", "--url", url)
@@ -397,7 +396,7 @@ def test_register_what_does_not_tell(body: Any, status: int, capsys: pytest.Capt
     assert "model not known yet" in said.out
 
 
-def test_register_what_is_away(capsys: pytest.CaptureFixture[str]) -> None:
+def test_register_an_endpoint_that_does_not_answer(capsys: pytest.CaptureFixture[str]) -> None:
     said = Said(capsys, "register", "--run", "run", "--expert", "big", "--url", "http://127.0.0.1:1")
     assert said.status == 0
     assert "does not answer now" in said.err
@@ -405,7 +404,7 @@ def test_register_what_is_away(capsys: pytest.CaptureFixture[str]) -> None:
     assert [r["state"] for r in status["experts"]["big"]["replicas"]] == ["registered"]
 
 
-def test_a_pipe_that_has_seen_enough() -> None:
+def test_a_closed_pipe_is_not_an_error() -> None:
     """`| head -1` is no failure."""
     command = f"{sys.executable} -m hpc_router.cli plan topology=sim --json | head -1"
     done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, check=False)

@@ -5,9 +5,9 @@ import re
 import pytest
 
 from hpc_router.cli.main import main
-from hpc_router.cluster.launchers.slurm.pending_reasons import in_words
+from hpc_router.cluster.launchers.slurm.pending_reasons import explain_pending
 from hpc_router.cluster.launchers.slurm.sinfo import ask_site
-from hpc_router.cluster.launchers.slurm.submit_errors import find, is_passing
+from hpc_router.cluster.launchers.slurm.submit_errors import find, is_temporary
 from tests.slurm.cluster import SlurmCluster
 from tests.slurm.configuration import GPUS, MIB_PER_CPU
 from tests.slurm.host import SlurmClusterError
@@ -108,7 +108,7 @@ def test_this_slurms_own_sentences_are_known(options: str, key: str, cluster: Sl
     found = find(str(caught.value))
     assert found is not None
     assert found.keys[0] == key
-    assert not is_passing(str(caught.value))
+    assert not is_temporary(str(caught.value))
 
 
 @pytest.mark.parametrize(
@@ -124,6 +124,6 @@ def test_why_a_job_waits(options: str, reason: str, hopeless: bool, cluster: Slu
     try:
         asked = ["squeue", "--noheader", "--format=%r", f"--jobs={number}"]
         eventually_sync(lambda: cluster.run(asked).strip() == reason, every_s=0.1)
-        assert in_words(reason).hopeless is hopeless
+        assert explain_pending(reason).hopeless is hopeless
     finally:
         cluster.run(["scancel", number])

@@ -22,7 +22,7 @@ class FaultTarget(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class FaultSchedule:
+class KillSchedule:
     """Faults on one kind of process: the first after `first_s`, then one every `every_s` (None: only the first)."""
 
     target: FaultTarget
@@ -44,7 +44,7 @@ class SoakOptions:
     rate: float = 100.0
     streams: int = 200
     workers: int = 2
-    faults: Sequence[FaultSchedule] | None = None
+    faults: Sequence[KillSchedule] | None = None
     seed: int = 0
     out: Path
 
@@ -62,16 +62,16 @@ class SoakOptions:
         return sorted((at, one.target) for one in faults for at in one.times(self.seconds))
 
 
-def default_faults(seconds: float) -> list[FaultSchedule]:
+def default_faults(seconds: float) -> list[KillSchedule]:
     """A replica every 5 s, a worker every minute, the control process once."""
     return [
-        FaultSchedule(FaultTarget.REPLICA, 5.0, 5.0),
-        FaultSchedule(FaultTarget.WORKER, 20.0, 60.0),
-        FaultSchedule(FaultTarget.CONTROL, seconds / 2 + 2.0, None),
+        KillSchedule(FaultTarget.REPLICA, 5.0, 5.0),
+        KillSchedule(FaultTarget.WORKER, 20.0, 60.0),
+        KillSchedule(FaultTarget.CONTROL, seconds / 2 + 2.0, None),
     ]
 
 
-def parse_fault(text: str) -> FaultSchedule | None:
+def parse_fault(text: str) -> KillSchedule | None:
     """Parses `replica=5`, `worker=60` or `control=once`; `none` gives None. Raises ConfigError."""
     if text == "none":
         return None
@@ -84,4 +84,4 @@ def parse_fault(text: str) -> FaultSchedule | None:
         raise ConfigError(f"--strike {text}: invalid (valid: {valid})") from error
     if every_s is not None and not every_s >= 1:
         raise ConfigError(f"--strike {text}: SECONDS must be at least 1 (valid: {valid})")
-    return FaultSchedule(target, every_s or FAULT_FREE_S, every_s)
+    return KillSchedule(target, every_s or FAULT_FREE_S, every_s)

@@ -1,4 +1,4 @@
-"""A conversation with the deployment, streamed: what `hpc-router chat` prints, piece by piece."""
+"""Streams one answer of the deployment, for `hpc-router chat`."""
 
 import json
 from collections.abc import AsyncGenerator, Sequence
@@ -14,16 +14,17 @@ from hpc_router.net.protocol import CHAT
 from hpc_router.relay.sse import DONE, EventSplitter, EventTooLargeError, UnfinishedEventError, payloads
 
 IDLE_S: Final = 600.0
+"""Longest pause between two parts of an answer."""
 Message = dict[str, str]
 
 
 class ChatError(HpcRouterError):
-    """The answer did not come, or broke off."""
+    """The request failed, or its stream was incomplete."""
 
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """Who answers, and why."""
+    """The expert and replica that answer, and the reason of the choice."""
 
     expert: str | None
     replica: str | None
@@ -31,7 +32,7 @@ class Head:
 
 
 async def chat(access: RouterAccess, messages: Sequence[Message], *, model: str) -> AsyncGenerator[Head | str, None]:
-    """First the head, then the answer's pieces. Raises ChatError."""
+    """Yields the head, then the parts of the answer. Raises ChatError."""
     body = {"model": model, "messages": list(messages), "stream": True}
     headers = {"Authorization": f"Bearer {access.token}"}
     limits = aiohttp.ClientTimeout(total=None, sock_read=IDLE_S)
@@ -42,22 +43,22 @@ async def chat(access: RouterAccess, messages: Sequence[Message], *, model: str)
         ):
             if response.status != 200:
                 raise ChatError(_message(await response.text(errors="replace"), status=response.status))
-            given = response.headers
-            yield Head(given.get("x-expert"), given.get("x-replica"), given.get("x-route-reason"))
+            head = response.headers
+            yield Head(head.get("x-expert"), head.get("x-replica"), head.get("x-route-reason"))
             splitter = EventSplitter()
             async for received in response.content.iter_any():
-                for piece in filter(None, map(_piece, payloads(splitter.feed(received)))):
-                    yield piece
-            for piece in filter(None, map(_piece, payloads(splitter.end()))):
-                yield piece
+                for text in filter(None, map(_text_of, payloads(splitter.feed(received)))):
+                    yield text
+            for text in filter(None, map(_text_of, payloads(splitter.end()))):
+                yield text
     except (EventTooLargeError, UnfinishedEventError) as error:
         raise ChatError(f"the router at {access.url} sent a broken stream: {error}") from error
     except (aiohttp.ClientError, TimeoutError, OSError) as error:
         raise ChatError(f"the router at {access.url} broke off: {error or type(error).__name__}") from error
 
 
-def _piece(data: bytes) -> str:
-    """The text that one event adds."""
+def _text_of(data: bytes) -> str:
+    """The text in one SSE event."""
     if data == DONE:
         return ""
     try:

@@ -1,9 +1,8 @@
-"""Retires replicas that the user names: they drain and end, and the control loop fills their slots with fresh jobs.
+"""Drains the replicas that the user names: they finish their requests and end, and the control loop replaces them.
 
-A replica that takes calls is asked over HTTP; one that does not yet, or cannot be reached, gets its job's signal, which
-drains it too. Routers go only when they are named themselves, and a standby only by its own full name: it is what
-follows the one that is meant. A node that is drained is excluded from later submissions until `drain --undo`. Nothing
-else is wanted differently afterwards: `scale` and `down` are for that.
+A replica gets a drain call over HTTP; if it cannot be reached, its job gets SIGTERM, which drains it too. A router is
+drained only if it is named itself, and a standby only by its full name, because it replaces the named router. A drained
+node is excluded from later submissions until `drain --undo`. The desired replica counts do not change.
 """
 
 import time
@@ -14,9 +13,9 @@ from typing import Any, Final
 from hpc_router.cluster.commands.router_access import live_router
 from hpc_router.cluster.control_loop.desired_state import exclude_nodes
 from hpc_router.cluster.control_loop.drain_calls import ask_to_drain
-from hpc_router.cluster.control_loop.loop import ControlLoop, Pass
+from hpc_router.cluster.control_loop.loop import ControlLoop, LoopPass
 from hpc_router.cluster.control_loop.reconcile import Wait
-from hpc_router.cluster.control_loop.slots import Attempt, Observed
+from hpc_router.cluster.control_loop.slots import Attempt, Observed, all_attempts
 from hpc_router.cluster.launchers.interface import ROUTER, JobState
 from hpc_router.config.adapters import host_of, hosts
 from hpc_router.errors import ConfigError, suggest
@@ -26,15 +25,13 @@ from hpc_router.state.run_directory import RunDir
 
 POLL_S: Final = 0.2
 MARGIN_S: Final = 30.0
-"""Beyond the time that a replica may drain."""
+"""Added to the drain time of a replica."""
 
 
 @dataclass(frozen=True, slots=True)
-class Retired:
-    """`asked` over HTTP, `signalled` through their jobs. `left`: still there when the time was up; None: not waited.
-
-    `successor`: the router that lives on, or will. `excluded`: nodes that get no further jobs.
-    """
+class DrainResult:
+    """Replicas that got the drain call (`asked`) or their job's signal (`signalled`). `left`: those that had not ended
+    in time; None: not waited for. `successor`: the router that stays. `excluded`: nodes that get no further jobs."""
 
     asked: tuple[str, ...]
     signalled: tuple[str, ...]
@@ -58,7 +55,7 @@ class Retired:
         ]
 
     def needs_reconcile(self, run: RunDir) -> bool:
-        """Whether nobody is there, or will be, to replace what ends: the control loop goes with its router."""
+        """Whether no control loop will replace the jobs: it ends with its router, and no other router stays."""
         if self.successor is not None:
             return False
         return any(split_replica(name)[0] == ROUTER for name in self.replicas) or live_router(run) is None
@@ -69,106 +66,106 @@ class Retired:
         return {"asked": list(self.asked), "signalled": list(self.signalled), "ended": ended, "left": left}
 
 
-def named(
+def select_jobs(
     names: Iterable[str], observed: Observed, records: Mapping[str, Record], *, experts: Iterable[str]
 ) -> list[Attempt]:
     """The live jobs that replicas, slots, experts, nodes or the word `router` name. Raises ConfigError for others."""
-    attempts = [attempt for found in observed.values() for attempt in found]
+    attempts = all_attempts(observed)
     live = [attempt for attempt in attempts if attempt.live]
     nodes = {a.replica: _nodes(a, records.get(a.replica)) for a in live}
-    known = {*experts, ROUTER, *(a.replica for a in attempts), *(str(slot) for slot in observed), *_all(nodes)}
+    known = {*experts, ROUTER, *(a.replica for a in attempts), *(str(slot) for slot in observed), *_union(nodes)}
     chosen: dict[str, Attempt] = {}
     standbys = {a.replica for found in observed.values() for a in _standbys(found)}
     for name in names:
         if name not in known:
-            _refuse(name, live, records, experts=experts, nodes=_all(nodes))
+            _refuse_unknown(name, live, records, experts=experts, nodes=_union(nodes))
         for attempt in live:
             slot = attempt.slot
             at_node = name in nodes[attempt.replica] and slot.expert != ROUTER
-            by_seat = name in (str(slot), slot.expert) and attempt.replica not in standbys
-            if name == attempt.replica or by_seat or at_node:
+            by_slot = name in (str(slot), slot.expert) and attempt.replica not in standbys
+            if name == attempt.replica or by_slot or at_node:
                 chosen[attempt.replica] = attempt
     return [chosen[replica] for replica in sorted(chosen)]
 
 
 def _standbys(attempts: Sequence[Attempt]) -> list[Attempt]:
-    """Of one slot: the routers that wait for the end of the one that serves, or still drains."""
+    """The routers of a slot that wait for the end of the serving or draining one."""
     routers = [a for a in attempts if a.live and a.slot.expert == ROUTER]
     serving = [a for a in routers if a.ready] or [a for a in routers if a.job is not JobState.PENDING]
     return [a for a in routers if serving and a not in serving]
 
 
 def successor(observed: Observed, chosen: Sequence[Attempt]) -> str | None:
-    """The newest router that lives and is not to end."""
-    routers = [a for found in observed.values() for a in found if a.live and a.slot.expert == ROUTER]
-    left = [a for a in routers if a not in chosen and not a.asked_to_stop]
+    """The newest live router that is not being drained."""
+    routers = [a for a in all_attempts(observed) if a.live and a.slot.expert == ROUTER]
+    left = [a for a in routers if a not in chosen and not a.stop_requested]
     return max(left, key=lambda a: a.generation).replica if left else None
 
 
-def retire(control: ControlLoop, names: Sequence[str]) -> Retired:
-    """Ask them; the result says how. Raises ConfigError for a name that nothing has."""
-    observed = control.look().observed
+def drain(control: ControlLoop, names: Sequence[str]) -> DrainResult:
+    """Start the drain of the named replicas. Raises ConfigError for an unknown name."""
+    observed = control.preview().observed
     records = control.observer.records
     experts = control.deployment.experts
     for name in names:
         if name in experts and host_of(experts, name) != name:
             host = host_of(experts, name)
-            said = f"{name} is an adapter on the engine of {host}; drain that, and with it all that it serves: {host}"
-            raise ConfigError(f"drain: {said}")
-    chosen = named(names, observed, records, experts=hosts(experts))
-    excluded = _nodes_among(names, observed, records, experts=hosts(experts))
+            message = f"{name} is an adapter on the engine of {host}; drain {host}, with all that it serves"
+            raise ConfigError(f"drain: {message}")
+    chosen = select_jobs(names, observed, records, experts=hosts(experts))
+    excluded = _selected_nodes(names, observed, records, experts=hosts(experts))
     if control.deployment.cluster.kind != "slurm":
         excluded = ()
-    if excluded:  # before anything ends: what takes its place is submitted at once
+    if excluded:  # first, because replacements are submitted at once
         exclude_nodes(control.run, excluded, reason="drain")
-    told = [a for a in chosen if a.replica in records and a.slot.expert != ROUTER]
-    for attempt in told:
+    registered = [a for a in chosen if a.replica in records and a.slot.expert != ROUTER]
+    for attempt in registered:
         if attempt.stop.drain_at is None:
             JobDir(control.run, attempt.replica).write(replace(attempt.stop, drain_at=time.time()))
         control.run.event("drain", replica=attempt.replica)
-    deaf = {record.replica for record in ask_to_drain(control.run, [records[a.replica] for a in told])}
-    asked = tuple(a.replica for a in told if a.replica not in deaf)
+    unreachable = {record.replica for record in ask_to_drain(control.run, [records[a.replica] for a in registered])}
+    asked = tuple(a.replica for a in registered if a.replica not in unreachable)
     signalled = tuple(a.replica for a in chosen if a.replica not in asked)
     control.cancel(signalled)
-    warnings = tuple(without_ready(observed, chosen, records.values()))
-    return Retired(asked, signalled, successor=successor(observed, chosen), excluded=excluded, warnings=warnings)
+    warnings = tuple(unserved_warnings(observed, chosen, records.values()))
+    return DrainResult(asked, signalled, successor=successor(observed, chosen), excluded=excluded, warnings=warnings)
 
 
-def without_ready(observed: Observed, going: Sequence[Attempt], records: Iterable[Record]) -> Iterator[str]:
-    """A warning for each expert that loses its last ready replica with those that go."""
+def unserved_warnings(observed: Observed, going: Sequence[Attempt], records: Iterable[Record]) -> Iterator[str]:
+    """A warning for each expert whose last ready replicas are among those in `going`."""
     elsewhere = {expert for record in records if record.kind is RecordKind.EXTERNAL for expert in record.serves}
     for expert in sorted({attempt.slot.expert for attempt in going} - {ROUTER} - elsewhere):
-        ready = [a for found in observed.values() for a in found if a.ready and a.slot.expert == expert]
+        ready = [a for a in all_attempts(observed) if a.ready and a.slot.expert == expert]
         if ready and all(attempt in going for attempt in ready):
             yield f"{expert} has no ready replica until another has started; requests for it wait until then or fail"
 
 
 def wait(
     control: ControlLoop,
-    retired: Retired,
+    drained: DrainResult,
     *,
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
-) -> Retired:
-    """Until all have ended, or could have. Looks at files only; where no control loop runs, its passes are made."""
+) -> DrainResult:
+    """Wait until all have ended or the drain time is over. Reads files only; without a control loop, runs passes."""
     cluster, router = control.deployment.cluster, control.deployment.router
     deadline = clock() + max(cluster.drain_s, router.drain_s) + MARGIN_S
-    unattended = retired.needs_reconcile(control.run)
-    left = retired.replicas
+    no_loop = drained.needs_reconcile(control.run)
+    left = drained.replicas
     while (left := tuple(name for name in left if not _has_ended(control.run, name))) and clock() < deadline:
-        sleep(cluster.reconcile_s if unattended else POLL_S)
-        if unattended:
-            control.look()  # leaves an exit record for a job that ended without a word
-    if unattended:
-        while _unfilled(control.once(fresh=True), retired.replicas) and clock() < deadline:
+        sleep(cluster.reconcile_s if no_loop else POLL_S)
+        if no_loop:
+            control.preview()  # writes the missing exit record of a job that ended
+    if no_loop:
+        while _unfilled(control.run_pass(fresh=True), drained.replicas) and clock() < deadline:
             sleep(cluster.reconcile_s)
-    return replace(retired, left=left)
+    return replace(drained, left=left)
 
 
-def _unfilled(seen: Pass, replicas: Sequence[str]) -> bool:
-    """Whether the pass came too early: a job is still seen, or its slot waits after failures."""
+def _unfilled(seen: LoopPass, replicas: Sequence[str]) -> bool:
+    """Whether another pass is needed: a job is still observed, or its slot waits after failures."""
     slots = {split_replica(name)[:2] for name in replicas}
-    live = any(a.live and a.replica in replicas for found in seen.observed.values() for a in found)
+    live = any(a.live and a.replica in replicas for a in all_attempts(seen.observed))
     return live or any(isinstance(a, Wait) and split_replica(a.replica)[:2] in slots for a in seen.actions)
 
 
@@ -182,25 +179,25 @@ def _nodes(attempt: Attempt, record: Record | None) -> set[str]:
     return {str(name) for name in names} | {str(name).partition(".")[0] for name in names}
 
 
-def _nodes_among(
+def _selected_nodes(
     names: Iterable[str], observed: Observed, records: Mapping[str, Record], *, experts: Iterable[str]
 ) -> tuple[str, ...]:
-    """Those of the names that mean nodes, as Slurm knows them."""
-    attempts = [attempt for found in observed.values() for attempt in found]
+    """The names of nodes among `names`, as Slurm has them."""
+    attempts = all_attempts(observed)
     others = {*experts, ROUTER, *(a.replica for a in attempts), *(str(slot) for slot in observed)}
-    nodes = _all({a.replica: _nodes(a, records.get(a.replica)) for a in attempts if a.live})
+    nodes = _union({a.replica: _nodes(a, records.get(a.replica)) for a in attempts if a.live})
     return tuple(name.partition(".")[0] for name in dict.fromkeys(names) if name in nodes and name not in others)
 
 
-def _all(nodes: Mapping[str, set[str]]) -> set[str]:
+def _union(nodes: Mapping[str, set[str]]) -> set[str]:
     return set().union(*nodes.values())
 
 
-def _refuse(
+def _refuse_unknown(
     name: str, live: Sequence[Attempt], records: Mapping[str, Record], *, experts: Iterable[str], nodes: set[str]
 ) -> None:
     external = [r.replica for r in records.values() if r.kind is RecordKind.EXTERNAL]
     if name in external or f"{name}.g1" in external:
-        raise ConfigError(f"drain: {name} runs elsewhere and is not ours to end; `hpc-router unregister {name}`")
+        raise ConfigError(f"drain: {name} is an external endpoint; `hpc-router unregister {name}` removes it")
     valid = [*experts, *(a.replica for a in live), *(str(a.slot) for a in live), *nodes]
     raise ConfigError(f"drain: nothing here is named '{name}'{suggest(name, valid)}")

@@ -1,8 +1,8 @@
-"""The log files of a run: whose they are, their last lines, and following them as they grow.
+"""The log files of a run: finds them, reads their last lines, and follows them.
 
-An agent's file starts when the agent does; before that, and where it could not start, the job's own output in its
-folder is all there is: the batch script's and submitit's. A log is rotated by rename (see `logfile`), so its lines go
-on from the older file to the newer one.
+An agent's log begins when the agent starts. Before that, or if it could not start, there is only the output of the
+batch script and of submitit in the job's folder. A log is rotated by renaming it (`state.log_file`), so its lines
+continue from the older file to the newer one.
 """
 
 import os
@@ -25,7 +25,8 @@ POLL_S: Final = 0.3
 
 
 def log_files(run: RunDir, name: str | None) -> dict[str, list[Path]]:
-    """Files by replica: of a replica, an expert's newest jobs, the router, everything. Raises ConfigError."""
+    """Log files by replica. `name`: a replica, an expert (its newest jobs), or the router; None for all. Raises
+    ConfigError."""
     jobs = sorted((d.name for d in run.jobs.iterdir() if _parts(d.name)), key=lambda n: _parts(n) or ("", "", 0))
     newest = {(_parts(job) or ("", "", 0))[:2]: job for job in jobs}
     if name is None:
@@ -46,20 +47,20 @@ def log_files(run: RunDir, name: str | None) -> dict[str, list[Path]]:
 
 
 def files_of(job: JobDir) -> list[Path]:
-    """The job's own output only where it said something."""
+    """All log files of a job that exist; the output of the job itself only if it is not empty."""
     ranks = sorted(job.run.logs.glob(f"{job.replica}.rank*.log"))  # of an engine on several nodes
     workers = sorted(job.run.logs.glob(f"{job.replica}.worker*.log"))  # of a router
     return [path for path in (*early_files(job), job.agent_log, job.engine_log, *ranks, *workers) if path.exists()]
 
 
 def early_files(job: JobDir) -> list[Path]:
-    """What the batch script and submitit had to complain about."""
+    """The output of the batch script and of submitit, where it is not empty."""
     found = [*sorted(job.path.glob("*_batch.log")), *sorted(job.path.glob("*_log.err"))]
     return [path for path in found if path.stat().st_size]
 
 
 def tail(path: Path, lines: int) -> list[str]:
-    """Of the log and its older part."""
+    """The last lines of a log and its older part."""
     last: deque[str] = deque(maxlen=lines)
     for part in (rotated_path(path), path):
         with suppress(FileNotFoundError), part.open(encoding="utf-8", errors="replace") as stream:
@@ -69,21 +70,21 @@ def tail(path: Path, lines: int) -> list[str]:
 
 @dataclass(slots=True)
 class Position:
-    """How far a log has been read: in which file, up to which byte; `rest` is the begin of a line."""
+    """Up to which byte of which file a log has been read. `partial`: the start of an incomplete line."""
 
     inode: int
     offset: int = 0
-    rest: str = ""
+    partial: str = ""
 
 
 def ends(files: Mapping[str, Sequence[Path]]) -> dict[Path, Position]:
-    """Where each of these logs ends now."""
+    """The present end of each of these logs."""
     found = ((path, path.stat()) for paths in files.values() for path in paths)
     return {path: Position(status.st_ino, status.st_size) for path, status in found}
 
 
 def follow(run: RunDir, name: str | None, *, since: Mapping[Path, Position]) -> Iterator[tuple[str, str]]:
-    """(replica, line) as lines come, of files that appear later too. Never ends."""
+    """Yields (replica, line) for new lines, also of files that are created later. Never ends."""
     positions = dict(since)
     while True:
         for replica, files in log_files(run, name).items():
@@ -94,7 +95,7 @@ def follow(run: RunDir, name: str | None, *, since: Mapping[Path, Position]) -> 
 
 
 def _grown(path: Path, positions: dict[Path, Position]) -> Iterator[str]:
-    """The lines since the last look. After a rotation, the end of the older file comes first."""
+    """The new lines since `positions`, which it updates. After a rotation, the end of the older file comes first."""
     try:
         with path.open("rb") as stream:
             inode = os.fstat(stream.fileno()).st_ino
@@ -108,12 +109,12 @@ def _grown(path: Path, positions: dict[Path, Position]) -> Iterator[str]:
             position.offset = stream.tell()
     except FileNotFoundError:
         return
-    *lines, position.rest = (position.rest + new.decode("utf-8", "replace")).split("\n")
+    *lines, position.partial = (position.partial + new.decode("utf-8", "replace")).split("\n")
     yield from lines
 
 
 def _end_of(path: Path, position: Position) -> bytes:
-    """What was not read of the file that lies at `path` now; nothing where it is another one by now."""
+    """The unread bytes of the file now at `path`; empty if that is another file."""
     with suppress(FileNotFoundError), path.open("rb") as stream:
         if os.fstat(stream.fileno()).st_ino == position.inode:
             stream.seek(position.offset)
@@ -129,7 +130,7 @@ def _parts(name: str) -> tuple[str, str, int] | None:
 
 
 def last_lines(run: RunDir, replica: str, *, lines: int) -> list[str]:
-    """The end of the file that says most about a failure: the engine's, else the agent's, else submitit's."""
+    """The last lines of the engine's log, else of the agent's, else of the output of the job."""
     job = JobDir(run, replica)
     for path in (job.engine_log, job.agent_log, *reversed(early_files(job))):
         if path.exists() and os.path.getsize(path):  # noqa: PTH202

@@ -1,8 +1,8 @@
-"""Claims for what a person starts by hand, in the foreground: the next generation of the router, a slot of an expert.
+"""Claims for services that a user starts by hand: the next generation of the router, or a slot of an expert.
 
-The process that claims is the job itself: a process of this host, or a step of the Slurm job that `srun` was called
-in. The control loop leaves such experts alone (`h0`), and counts such a router. Of an expert on several nodes the
-first task of the step claims, and the others join it.
+The claiming process becomes the service: a process of this host, or a step of the Slurm job in which `srun` was called.
+The control loop does not manage such experts (slots `h0`, `h1`, ...), but such a router counts as the run's router. For
+an expert on several nodes the first task of the step claims, and the other tasks join it.
 """
 
 import itertools
@@ -27,12 +27,12 @@ JOIN_S: Final = 120.0
 """The tasks of a step start within this time of each other."""
 _POLL_S: Final = 0.2
 _LARGEST_STEP: Final = 2**31
-"""Above are Slurm's own steps: the batch script, an interactive shell, what it adopts from outside."""
+"""Larger numbers are Slurm's own steps: the batch script, an interactive shell, adopted processes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A task of a step inside a Slurm job that is not ours to end."""
+    """A task of a step inside a Slurm job of the user."""
 
     job_id: str
     step_id: str
@@ -41,7 +41,7 @@ class Step:
 
 
 def step_of(environment: Mapping[str, str]) -> Step | None:
-    """The step that this process was started in by `srun`; None outside any."""
+    """The step in which `srun` started this process; None if there is none."""
     job_id, step_id = environment.get("SLURM_JOB_ID", ""), environment.get("SLURM_STEP_ID", "")
     if not (job_id and step_id.isdecimal() and int(step_id) < _LARGEST_STEP):
         return None
@@ -50,7 +50,7 @@ def step_of(environment: Mapping[str, str]) -> Step | None:
 
 
 def rank_of(step: Step | None, expert: str, *, nodes: int) -> int:
-    """Which of the expert's nodes this is; of an expert on one node each task of a step is a replica of its own.
+    """The rank of this node. For an expert on one node it is 0: each task of a step is a replica of its own.
 
     Raises ConfigError when `srun` did not start one task on each of several nodes.
     """
@@ -65,7 +65,7 @@ def rank_of(step: Step | None, expert: str, *, nodes: int) -> int:
 
 
 def claim_router(run: RunDir) -> str:
-    """The next generation: of several routers the newest leads."""
+    """Claim the next generation of the router; of several routers the newest leads."""
     generations = [attempt.generation for attempt in _observed(run).get(ROUTER_SLOT, ())]
     for generation in itertools.count(max(generations, default=0) + 1):
         if _claim(run, ROUTER_SLOT.replica(generation)):
@@ -74,7 +74,7 @@ def claim_router(run: RunDir) -> str:
 
 
 def claim_expert(run: RunDir, expert: str) -> str:
-    """The first slot `h0`, `h1`, ... in which nothing lives."""
+    """Claim the first slot `h0`, `h1`, ... without a live job."""
     observed = _observed(run)
     for number in itertools.count():
         slot = Slot(expert, f"h{number}")
@@ -95,7 +95,7 @@ def join_expert(
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> str:
-    """The replica that the first task of this step has claimed. Raises LaunchError when it does not come."""
+    """The replica that the first task of this step claims. Raises LaunchError after JOIN_S."""
     deadline = clock() + JOIN_S
     while (replica := _claimed(run, expert, step)) is None:
         if clock() >= deadline:
@@ -116,7 +116,7 @@ def _claimed(run: RunDir, expert: str, step: Step) -> str | None:
 
 
 def _observed(run: RunDir) -> Observed:
-    return ControlLoop(run, deployment=Deployment()).look().observed
+    return ControlLoop(run, deployment=Deployment()).preview().observed
 
 
 def _claim(run: RunDir, replica: str) -> bool:

@@ -1,7 +1,7 @@
-"""External endpoints: a colleague's vLLM or an API joins a run as a record without beat, nonce or expiry.
+"""Registers external endpoints: a server outside the run becomes a record without beat, nonce or expiry.
 
-Nothing is started or stopped here and no answer is needed: an endpoint that is away now is probed by the router until
-it comes. The same expert and address again is the same endpoint, updated.
+Nothing is started or stopped, and the endpoint need not answer now: the router probes it until it does. Registering the
+same expert and address again updates the endpoint.
 """
 
 import itertools
@@ -28,7 +28,7 @@ _V1: Final = re.compile(r"/v1/?$")
 
 @dataclass(frozen=True, slots=True)
 class ExternalEndpoint:
-    """An address that was looked at. `warning`: what could not be found out."""
+    """A checked endpoint. `warning`: why its model is not known."""
 
     expert: str
     url: str
@@ -41,7 +41,7 @@ class ExternalEndpoint:
 def examine(
     *, expert: str, url: str, model: str | None = None, token: str | None = None, probe: str | None = MODELS
 ) -> ExternalEndpoint:
-    """Raises ConfigError, before any run is touched. `probe`: see `Record`."""
+    """Check an endpoint; no run is changed. Raises ConfigError. `probe`: see `Record`."""
     if probe is not None and not _PROBE.fullmatch(probe):
         raise ConfigError(f"--probe-path {probe}: not a path (valid: /health, /v1/models, ...)")
     if not EXPERT_NAME.fullmatch(expert) or expert in RESERVED_NAMES:
@@ -56,8 +56,8 @@ def examine(
 
 
 def register(run: RunDir, endpoint: ExternalEndpoint) -> Record:
-    """The record, new or updated."""
-    known = _known(run, expert=endpoint.expert, url=endpoint.url)
+    """Write the record of an endpoint, new or updated."""
+    known = _existing(run, expert=endpoint.expert, url=endpoint.url)
     record = Record(
         kind=RecordKind.EXTERNAL,
         replica=known or replica_name(endpoint.expert, "x0", 1),
@@ -75,29 +75,29 @@ def register(run: RunDir, endpoint: ExternalEndpoint) -> Record:
 def unregister(
     run: RunDir, *, replica: str | None = None, expert: str | None = None, url: str | None = None
 ) -> list[str]:
-    """The endpoints taken out. Raises ConfigError when none is meant."""
+    """Remove endpoints; returns their names. Raises ConfigError if none matches."""
     records = {name: r for name, r in RegistryReader(run.registry).snapshot().items() if r.kind is RecordKind.EXTERNAL}
     base = base_url(url) if url is not None else None
-    meant = [
+    matching = [
         name
         for name, record in records.items()
         if (replica is None or name == replica or name.rpartition(".")[0] == replica)
         and (expert is None or expert in record.serves)
         and (base is None or record.url == base)
     ]
-    if not meant:
+    if not matching:
         asked = replica or " ".join(filter(None, (expert, url)))
         raise ConfigError(f"no external endpoint '{asked}' in this run{suggest(asked, records)}")
-    for name in meant:
+    for name in matching:
         registry.withdraw(run.registry, name)
         with suppress(FileNotFoundError):
             (run.path / "tokens" / name).unlink()
         run.event("unregistered", replica=name)
-    return meant
+    return matching
 
 
 def base_url(url: str) -> str:
-    """The address without `/v1`, as records have it. Raises ConfigError."""
+    """The address without `/v1`. Raises ConfigError."""
     if odd := re.search(r"[\s\x00-\x1f\x7f]", url):  # `urlsplit` drops some of these without a word
         raise ConfigError(
             f"--url {url!r}: has {odd[0]!r} at position {odd.start()} (valid: http://host:port or http://host:port/v1)"
@@ -124,7 +124,7 @@ def read_token(path: Path) -> str:
 
 
 def _ask_model(base: str, *, token: str | None) -> tuple[str | None, str | None]:
-    """The one model that the endpoint serves, or a warning."""
+    """The only model of the endpoint, or a warning."""
     later = "the router asks it again; --model names the model"
     try:
         answer = call_blocking("GET", base + MODELS, token=token, timeout_s=DEFAULT_TIMEOUT_S)
@@ -142,7 +142,7 @@ def _ask_model(base: str, *, token: str | None) -> tuple[str | None, str | None]
     return names[0], None
 
 
-def _known(run: RunDir, *, expert: str, url: str) -> str | None:
+def _existing(run: RunDir, *, expert: str, url: str) -> str | None:
     for name, record in RegistryReader(run.registry).snapshot().items():
         if record.kind is RecordKind.EXTERNAL and record.url == url and expert in record.serves:
             return name
@@ -150,9 +150,9 @@ def _known(run: RunDir, *, expert: str, url: str) -> str | None:
 
 
 def _publish(run: RunDir, record: Record, *, new: bool, token: str | None) -> Record:
-    """A new one takes the first free number; two at once take two."""
+    """Write the record. A new one gets the first free number."""
     if not new:
-        _keep_token(run, record.replica, token)
+        _write_token(run, record.replica, token)
         registry.publish(run.registry, record)
         return record
     for number in itertools.count():
@@ -160,11 +160,11 @@ def _publish(run: RunDir, record: Record, *, new: bool, token: str | None) -> Re
         path = run.registry / f"{record.replica}.json"
         if not path.exists() and create_text(path, json.dumps(record.to_json(), indent=1, sort_keys=True) + "\n"):
             break
-    _keep_token(run, record.replica, token)
+    _write_token(run, record.replica, token)
     return record
 
 
-def _keep_token(run: RunDir, replica: str, token: str | None) -> None:
+def _write_token(run: RunDir, replica: str, token: str | None) -> None:
     (run.path / "tokens" / replica).unlink(missing_ok=True)
     if token is not None:
         run.store_external_token(replica, token)

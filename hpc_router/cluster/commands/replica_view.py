@@ -1,6 +1,6 @@
-"""One pass of the control loop in words, per replica: what `up` shows while it waits, and `status` and `why` after it.
+"""The displayed state of each replica, from one pass of the control loop, for `up`, `status` and `why`.
 
-A slot is told by its newest job. The files of `jobs/` say how far a job came, the registry whether it may be used.
+A slot is shown by its newest job. The files in `jobs/` show how far a job has started, the registry whether it serves.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from hpc_router.cluster.control_loop.loop import Pass
+from hpc_router.cluster.control_loop.loop import LoopPass
 from hpc_router.cluster.control_loop.reconcile import GiveUp, Wait
 from hpc_router.cluster.control_loop.slots import Attempt, Slot
 from hpc_router.cluster.launchers.interface import ROUTER, JobState
@@ -17,28 +17,28 @@ from hpc_router.state.registry import Record, RecordKind, State
 
 
 class DisplayedState(StrEnum):
-    """What a user wants to know of a replica."""
+    """The state of a replica as users see it."""
 
-    MISSING = "missing"  # wanted, nothing submitted yet
+    MISSING = "missing"  # wanted, not submitted yet
     SUBMITTED = "submitted"
     STARTING = "starting"
     LOADING = "loading"
     READY = "ready"
     RESTARTING = "restarting"
     DRAINING = "draining"
-    WAITING = "waiting"  # it failed; the next attempt waits
+    WAITING = "waiting"  # it failed; the next job is submitted after a pause
     FAILED = "failed"  # it failed for good
     STOPPED = "stopped"
-    REGISTERED = "registered"  # external: whether it answers only the router knows
+    REGISTERED = "registered"  # external: only the router knows whether it answers
 
 
 @dataclass(frozen=True, slots=True)
 class ReplicaView:
-    """`reason` and `message`: of its last failure."""
+    """One replica. `reason` and `message` are those of its last failure."""
 
     expert: str
     replica: str
-    standing: DisplayedState
+    state: DisplayedState
     job_id: str | None = None
     node: str | None = None
     url: str | None = None
@@ -46,8 +46,8 @@ class ReplicaView:
     message: str | None = None
     restarts: int = 0
     kind: RecordKind = RecordKind.EXPERT
-    word: str | None = None  # the job's state in Slurm's own word
-    pending: str | None = None  # Slurm's reason why it waits
+    native_state: str | None = None  # Slurm's name of the job's state
+    pending_reason: str | None = None  # Slurm's reason why it waits
     starts_at: float | None = None  # Slurm's estimate, Unix seconds
     ends_at: float | None = None  # its walltime's end, Unix seconds
     engine: str | None = None
@@ -56,14 +56,14 @@ class ReplicaView:
         return {
             "replica": self.replica,
             "kind": self.kind.value,
-            "state": self.standing.value,
+            "state": self.state.value,
             "reason": None if self.reason is None else self.reason.value,
             "message": self.message,
             "restarts": self.restarts,
             "node": self.node,
             "job_id": self.job_id,
-            "job_state": self.word,
-            "pending": self.pending,
+            "job_state": self.native_state,
+            "pending": self.pending_reason,
             "starts_at": self.starts_at,
             "ends_at": self.ends_at,
             "engine": self.engine,
@@ -71,21 +71,21 @@ class ReplicaView:
         }
 
 
-def views(seen: Pass, records: Mapping[str, Record]) -> list[ReplicaView]:
-    """Every slot that is wanted or lives, and every external endpoint; the router first."""
+def views(seen: LoopPass, records: Mapping[str, Record]) -> list[ReplicaView]:
+    """All slots that are wanted or have a live job, and all external endpoints; the router first."""
     wanted = seen.desired.slots()
     waits = {a.replica: a for a in seen.actions if isinstance(a, Wait)}
     given_up = {a.slot: a for a in seen.actions if isinstance(a, GiveUp)}
     shown = [_view(slot, seen.observed.get(slot, ()), records, given_up.get(slot), waits) for slot in wanted]
     for slot in sorted(set(seen.observed) - set(wanted)):
-        attempts = [attempt for attempt in seen.observed[slot] if attempt.lingers]
+        attempts = [attempt for attempt in seen.observed[slot] if attempt.holds_resources]
         if attempts:
             shown.append(_view(slot, attempts, records, None, waits))
     shown.extend(_external(record) for record in records.values() if record.kind is RecordKind.EXTERNAL)
     return sorted(shown, key=lambda view: (view.expert != ROUTER, view.expert, view.replica))
 
 
-def of_experts(shown: Iterable[ReplicaView]) -> list[ReplicaView]:
+def expert_views(shown: Iterable[ReplicaView]) -> list[ReplicaView]:
     return [view for view in shown if view.expert != ROUTER]
 
 
@@ -100,31 +100,31 @@ def _view(
     if not attempts:
         return ReplicaView(slot.expert, slot.replica(1), DisplayedState.MISSING, kind=kind)
     living = [a for a in attempts if a.live]
-    if kind is RecordKind.ROUTER:  # a successor that only waits says nothing about the service
+    if kind is RecordKind.ROUTER:  # a standby that waits does not serve
         living = [a for a in living if a.ready] or living
     attempt = living[-1] if living else attempts[-1]
     record = records.get(attempt.replica)
     progress = attempt.progress
-    standing = _standing(attempt, failed=given_up is not None)
+    state = _displayed_state(attempt, failed=given_up is not None)
     failure = attempt.exit if attempt.exit is not None and not attempt.live else progress
-    told = standing is not DisplayedState.READY and failure is not None
-    message = failure.message if told and failure is not None else None
+    failing = state is not DisplayedState.READY and failure is not None
+    message = failure.message if failing and failure is not None else None
     later = waits.get(slot.replica(attempt.generation + 1))
-    if standing is DisplayedState.WAITING and later is not None:
-        message = f"{message or ''} (tried again after a pause: {later.why})".strip()
+    if state is DisplayedState.WAITING and later is not None:
+        message = f"{message or ''} (the next attempt waits: {later.why})".strip()
     return ReplicaView(
         expert=slot.expert,
         replica=attempt.replica,
-        standing=standing,
+        state=state,
         job_id=attempt.job_id,
         node=record.node if record is not None else attempt.node,
         url=record.url if record is not None and attempt.live else None,
-        reason=failure.reason if told and failure is not None else None,
+        reason=failure.reason if failing and failure is not None else None,
         message=message,
         restarts=progress.restarts if progress is not None else 0,
         kind=kind,
-        word=attempt.report.word if attempt.lingers else None,
-        pending=attempt.report.pending,
+        native_state=attempt.report.native_state if attempt.holds_resources else None,
+        pending_reason=attempt.report.pending_reason,
         starts_at=attempt.report.starts_at,
         ends_at=attempt.report.ends_at,
         engine=record.engine.kind if record is not None else None,
@@ -140,7 +140,7 @@ _PHASES: Mapping[JobPhase, DisplayedState] = {
 }
 
 
-def _standing(attempt: Attempt, *, failed: bool) -> DisplayedState:
+def _displayed_state(attempt: Attempt, *, failed: bool) -> DisplayedState:
     if attempt.live:
         if attempt.registered is State.READY:
             return DisplayedState.READY
@@ -148,9 +148,9 @@ def _standing(attempt: Attempt, *, failed: bool) -> DisplayedState:
             return DisplayedState.DRAINING
         if attempt.progress is None:
             return DisplayedState.SUBMITTED
-        standing = _PHASES[attempt.progress.phase]
-        # Its record is published a moment after its progress.
-        return DisplayedState.LOADING if standing is DisplayedState.READY else standing
+        state = _PHASES[attempt.progress.phase]
+        # The record is published a moment after the progress.
+        return DisplayedState.LOADING if state is DisplayedState.READY else state
     if failed:
         return DisplayedState.FAILED
     if not attempt.submitted and attempt.exit is None and attempt.job is not JobState.ENDED:

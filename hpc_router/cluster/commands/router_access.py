@@ -1,7 +1,7 @@
-"""The address of a run's router, for those who would send it the owner's token.
+"""Finds the router of a run and proves its identity before the owner's token is sent to it.
 
-A record outlives a router that was killed, and its port may be a stranger's by now: only a router whose job may still
-live, and that proves to be the one of its record, is given the token. Each call of a verb asks anew.
+The record of a killed router stays in the registry, and another process may have got its port. So the router's job must
+be live, and the router must prove that it is the one in the record. Every verb checks this again.
 """
 
 from dataclasses import dataclass
@@ -31,10 +31,10 @@ class RouterAccess:
 
 
 def live_router(run: RunDir) -> Record | None:
-    """The leading router among those not known to have ended."""
+    """The leading router among those that may be live."""
     try:
         deployment = deployment_of(run)
-    except ConfigError:  # another version's, or damaged: its router may serve all the same
+    except ConfigError:  # another version's, or damaged; its router may serve nevertheless
         deployment = Deployment()
     records = {name: r for name, r in RegistryReader(run.registry).snapshot().items() if r.kind is RecordKind.ROUTER}
     reports = launcher_for(run, deployment).observe(records)
@@ -45,23 +45,21 @@ _MAY_LIVE = (JobState.RUNNING, JobState.UNKNOWN)
 
 
 def router_access(run: RunDir) -> RouterAccess:
-    """Raises LaunchError when no router serves, or something else answers at its address."""
-    return proven(run, unproven_router(run))
+    """Raises LaunchError if no router serves, or if another process answers at its address."""
+    return prove_identity(run, recorded_router(run))
 
 
-def unproven_router(run: RunDir) -> Record:
-    """The router by its record alone. Raises LaunchError when there is none."""
+def recorded_router(run: RunDir) -> Record:
+    """The router's record, whose identity is not proven. Raises LaunchError if there is none."""
     record = live_router(run)
     if record is None:
         raise LaunchError(f"no router serves {run.path}; `hpc-router up --run {run.path}` starts one")
     return record
 
 
-def proven(run: RunDir, record: Record) -> RouterAccess:
-    """Raises LaunchError when nobody or something else answers there."""
-    finding = check_identity(record, run.secret())
-    if finding is not IdentityCheck.PROVEN:
-        raise LaunchError(
-            f"{record.replica} at {record.url}: {finding}; `hpc-router status --run {run.path}` shows more"
-        )
+def prove_identity(run: RunDir, record: Record) -> RouterAccess:
+    """Raises LaunchError if the address does not answer, or another process does."""
+    check = check_identity(record, run.secret())
+    if check is not IdentityCheck.PROVEN:
+        raise LaunchError(f"{record.replica} at {record.url}: {check}; `hpc-router status --run {run.path}` shows more")
     return RouterAccess(record, run.token())

@@ -1,12 +1,13 @@
-"""How many replicas experts have from now on: kept in `desired.json`, carried out by the control loop."""
+"""Changes replica counts in `desired.json`; the control loop carries them out."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
-from hpc_router.cluster.commands.drain import without_ready
+from hpc_router.cluster.commands.drain import unserved_warnings
 from hpc_router.cluster.commands.router_access import live_router
 from hpc_router.cluster.control_loop import desired_state
-from hpc_router.cluster.control_loop.loop import ControlLoop, Pass
+from hpc_router.cluster.control_loop.loop import ControlLoop, LoopPass
+from hpc_router.cluster.control_loop.slots import all_attempts
 from hpc_router.cluster.launchers.slurm.node_fit import capacity_warnings
 from hpc_router.cluster.launchers.slurm.sinfo import ask_site
 from hpc_router.cluster.planning.plan import make_plan
@@ -28,10 +29,10 @@ def parse_counts(words: Sequence[str]) -> dict[str, int]:
 
 
 def scale(run: RunDir, counts: Mapping[str, int]) -> tuple[Mapping[str, int], list[str]]:
-    """Every expert's wanted count, and warnings. Refuses what the cluster cannot hold; acts at once where no router's
-    loop will."""
+    """Set replica counts; returns the count of every expert, and warnings. Raises ConfigError for a deployment that
+    cannot run. Runs a pass here if no router's control loop will."""
     control = ControlLoop(run)
-    seen = control.look()
+    seen = control.preview()
     desired_state.check_counts(control.deployment, counts)
     asked = {**seen.desired.replicas, **counts}
     wanted = desired_state.with_counts(control.deployment, asked)
@@ -39,23 +40,23 @@ def scale(run: RunDir, counts: Mapping[str, int]) -> tuple[Mapping[str, int], li
     desired_state.scale(run, control.deployment, counts, seen.observed)
     run.event("scale", **counts)
     if not seen.desired.down and live_router(run) is None:
-        control.once()
-    return asked, [*_left_without(seen, counts, control.observer.records), *_never_fits(wanted, counts)]
+        control.run_pass()
+    return asked, [*_unserved_warnings(seen, counts, control.observer.records), *_capacity_warnings(wanted, counts)]
 
 
-def _left_without(seen: Pass, counts: Mapping[str, int], records: Mapping[str, Record]) -> Iterator[str]:
-    """Experts that lose their last ready replica."""
+def _unserved_warnings(seen: LoopPass, counts: Mapping[str, int], records: Mapping[str, Record]) -> Iterator[str]:
+    """Warnings for experts that lose their last ready replica."""
     for expert, count in counts.items():
-        own = [attempt for slot, found in seen.observed.items() if slot.expert == expert for attempt in found]
-        going = [a for a in own if a.live and a.slot.ours and int(a.slot.name) >= count]
+        own = [attempt for attempt in all_attempts(seen.observed) if attempt.slot.expert == expert]
+        going = [a for a in own if a.live and a.slot.managed and int(a.slot.name) >= count]
         yield from (
-            without_ready(seen.observed, going, records.values())
+            unserved_warnings(seen.observed, going, records.values())
             if count
-            else [f"{expert}=0: it has no replica any more, and requests for it fail until it is scaled again"]
+            else [f"{expert}=0: it has no replicas, and requests for it fail until it is scaled up"]
         )
 
 
-def _never_fits(wanted: Deployment, counts: Mapping[str, int]) -> list[str]:
+def _capacity_warnings(wanted: Deployment, counts: Mapping[str, int]) -> list[str]:
     if wanted.cluster.kind != "slurm" or not any(counts.values()):
         return []
     try:

@@ -1,4 +1,4 @@
-"""Settings of a router that serves: kept in `desired.json`, taken over by the router, without an end to any stream."""
+"""Changes settings of a running router in `desired.json`; the router applies them without ending any stream."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,9 +11,9 @@ from hpc_router.state.run_directory import RunDir
 
 
 def parse_settings(words: Sequence[str]) -> tuple[dict[str, str | None], list[str]]:
-    """`router.max_in_flight=100` -> its text; `router.max_in_flight=` -> a key to be as in the config again."""
+    """`router.max_in_flight=100` -> a value; `router.max_in_flight=` -> a key to reset to the config's value."""
     values: dict[str, str | None] = {}
-    back: list[str] = []
+    reset: list[str] = []
     for word in words:
         key, equals, text = word.partition("=")
         if not key or not equals:
@@ -21,28 +21,28 @@ def parse_settings(words: Sequence[str]) -> tuple[dict[str, str | None], list[st
         if text:
             values[key] = _scalar(text)
         else:
-            back.append(key)
-    return values, back
+            reset.append(key)
+    return values, reset
 
 
 def _scalar(text: str) -> str | None:
-    """A value as typed; without its quotes, and None for null."""
+    """A value without quotes; None for null."""
     if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
         return text[1:-1]
     return None if text.lower() in ("null", "~") else text
 
 
-def change(run: RunDir, values: Mapping[str, Any], back: Sequence[str]) -> dict[str, Any]:
-    """All settings that differ from the config's now, as their fields hold them. Raises ConfigError."""
-    wishes = run.read_desired()
-    given = {k: v for k, v in {**settings_in(wishes), **values}.items() if k not in back}
+def change(run: RunDir, values: Mapping[str, Any], reset: Sequence[str]) -> dict[str, Any]:
+    """All settings that now override the config, with the types of their fields. Raises ConfigError."""
+    desired = run.read_desired()
+    given = {k: v for k, v in {**settings_in(desired), **values}.items() if k not in reset}
     changed = with_settings(deployment_of(run), given)
-    settings = {key: _held(changed, key) for key in given}
-    run.write_desired({**wishes, KEY: settings})
+    settings = {key: _value_of(changed, key) for key in given}
+    run.write_desired({**desired, KEY: settings})
     run.event("set", settings=settings)
     return settings
 
 
-def _held(deployment: Deployment, key: str) -> Any:
+def _value_of(deployment: Deployment, key: str) -> Any:
     section, _, name = key.partition(".")
     return getattr(getattr(deployment, section), name)

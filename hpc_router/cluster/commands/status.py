@@ -1,15 +1,15 @@
-"""`status` as one JSON value: what the control loop sees, merged with what the router says when it answers.
+"""`status` as one JSON value: the observed jobs, merged with the router's own `/status` if it answers.
 
-The files tell how jobs stand even when no router runs; the router alone knows what is in flight and what it ejected.
+Files show the state of jobs even when no router runs; only the router knows requests in flight and ejected replicas.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from hpc_router.cluster.commands.replica_view import DisplayedState, ReplicaView, of_experts, views
+from hpc_router.cluster.commands.replica_view import DisplayedState, ReplicaView, expert_views, views
 from hpc_router.cluster.commands.router_access import RouterAccess, router_access
-from hpc_router.cluster.control_loop.loop import ControlLoop, Pass
+from hpc_router.cluster.control_loop.loop import ControlLoop, LoopPass
 from hpc_router.cluster.control_loop.slots import ROUTER_SLOT, Attempt
 from hpc_router.config.adapters import host_of
 from hpc_router.errors import LaunchError
@@ -17,24 +17,24 @@ from hpc_router.net.http_client import Unreachable, call_blocking
 from hpc_router.state.registry import RecordKind
 from hpc_router.state.run_directory import RunDir
 
-_ROUTER_KNOWS = ("in_flight", "capacity", "models", "silent", "trouble", "error_share", "first_byte_s", "sick")
+_ROUTER_KEYS = ("in_flight", "capacity", "models", "silent", "trouble", "error_share", "first_byte_s", "sick")
 
 
 def status(run: RunDir) -> dict[str, Any]:
     """`{run, down, full, router, policy, experts}`; unknown values are None."""
-    control = ControlLoop(run, reading=True)
-    seen = control.look(fresh=True)
+    control = ControlLoop(run, read_only=True)
+    seen = control.preview(fresh=True)
     down = seen.desired.down
-    shown = standing_views(control, seen)
-    access, told, trouble = ask_router(run)
-    known = {r["replica"]: r for e in (told.get("experts") or {}).values() for r in e.get("replicas", ())}
+    shown = replica_views(control, seen)
+    access, answer, trouble = ask_router(run)
+    known = {r["replica"]: r for e in (answer.get("experts") or {}).values() for r in e.get("replicas", ())}
     routers = [view for view in shown if view.kind is RecordKind.ROUTER]
     router: dict[str, Any] = {"url": None, "state": "down" if down else "missing", "replica": None}
     if routers:
         router |= routers[-1].to_json()
-    router |= told.get("router") or {}
+    router |= answer.get("router") or {}
     router["standby"] = _standby(seen.observed.get(ROUTER_SLOT, ()), router["replica"])
-    router |= {"url": access.url if access else router["url"], "answers": bool(told), "trouble": trouble}
+    router |= {"url": access.url if access else router["url"], "answers": bool(answer), "trouble": trouble}
     configured = control.deployment.experts
     experts: dict[str, Any] = {
         name: {
@@ -44,46 +44,46 @@ def status(run: RunDir) -> dict[str, Any]:
         }
         for name, expert in configured.items()
     }
-    for view in of_experts(shown):
+    for view in expert_views(shown):
         entry = experts.setdefault(view.expert, {"replicas": [], "wanted": 0, "adapter_of": None})
         entry["replicas"].append(_merged(view, known.get(view.replica)))
     for entry in experts.values():
         host = entry["adapter_of"]
-        if host is not None:  # beside endpoints of its own that run elsewhere
+        if host is not None:  # it may also have external endpoints of its own
             entry["replicas"] += experts[host]["replicas"]
     for name, entry in experts.items():
-        said = (told.get("experts") or {}).get(name) or {}
+        own = (answer.get("experts") or {}).get(name) or {}
         entry["ready"] = sum(r["state"] == DisplayedState.READY for r in entry["replicas"])
-        entry["waiting"] = said.get("waiting")
+        entry["waiting"] = own.get("waiting")
     policy = control.deployment.policy
     return {
         "run": str(run.path),
         "down": down,
         "full": run.space_error(),
         "router": router,
-        "policy": told.get("policy") or {"kind": policy.kind, "fallback": policy.fallback, "artefact": None},
+        "policy": answer.get("policy") or {"kind": policy.kind, "fallback": policy.fallback, "artefact": None},
         "experts": experts,
     }
 
 
 def _standby(attempts: Sequence[Attempt], serving: str | None) -> str | None:
-    """The successor that waits for the router's end."""
+    """The router that waits for the end of the serving one."""
     waiting = [attempt.replica for attempt in attempts if attempt.live and not attempt.ready]
     return next((replica for replica in waiting if serving is not None and replica != serving), None)
 
 
-def standing_views(control: ControlLoop, seen: Pass) -> list[ReplicaView]:
-    """Also of a run that is down, whose failures are still worth telling."""
+def replica_views(control: ControlLoop, seen: LoopPass) -> list[ReplicaView]:
+    """Views of all replicas, also of a run that is down, with their last failures."""
     if not seen.desired.down:
         return views(seen, control.observer.records)
-    told = control.decide(replace(seen.desired, down=False), seen.observed)
-    shown = views(told, control.observer.records)
-    gone = (DisplayedState.MISSING, DisplayedState.WAITING)
-    return [replace(v, standing=DisplayedState.STOPPED) if v.standing in gone else v for v in shown]
+    as_up = control.decide(replace(seen.desired, down=False), seen.observed)
+    shown = views(as_up, control.observer.records)
+    not_running = (DisplayedState.MISSING, DisplayedState.WAITING)
+    return [replace(v, state=DisplayedState.STOPPED) if v.state in not_running else v for v in shown]
 
 
 def ask_router(run: RunDir) -> tuple[RouterAccess | None, Mapping[str, Any], str | None]:
-    """Access, its answer, and why there is none."""
+    """The router's access, the body of its `/status`, and the error if there is none."""
     try:
         access = router_access(run)
     except LaunchError as error:
@@ -98,11 +98,30 @@ def ask_router(run: RunDir) -> tuple[RouterAccess | None, Mapping[str, Any], str
 
 
 def _merged(view: ReplicaView, known: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The router's judgement of a registered replica counts: it probes."""
-    told = view.to_json() | {"phase": view.standing.value} | dict.fromkeys(_ROUTER_KNOWS)
+    """The view with the router's values. The router's state of a registered replica counts, because it probes."""
+    merged = view.to_json() | {"phase": view.state.value} | dict.fromkeys(_ROUTER_KEYS)
     if known is None:
-        return told
-    told |= {key: known.get(key) for key in _ROUTER_KNOWS}
-    if view.standing in (DisplayedState.READY, DisplayedState.REGISTERED):
-        told["state"] = known.get("state", told["state"])
-    return told
+        return merged
+    merged |= {key: known.get(key) for key in _ROUTER_KEYS}
+    if view.state in (DisplayedState.READY, DisplayedState.REGISTERED):
+        merged["state"] = known.get("state", merged["state"])
+    return merged
+
+
+def process_problems(router: Mapping[str, Any]) -> list[str]:
+    """Restarts of the router's processes and of their background tasks. `router`: that part of its `/status`."""
+    workers = [(f"worker {w['worker']}", w) for w in router.get("workers") or ()]
+    problems = [
+        f"{name} was started again {_times(process['restarts'])}: the last one {process['last_end']}"
+        for name, process in [*workers, ("the control process", router.get("control") or {})]
+        if process.get("restarts")
+    ]
+    for failure in router.get("task_failures") or ():
+        error = f": {failure['last_error']}" if failure["last_error"] else ""
+        times = _times(failure["count"])
+        problems.append(f"the background task '{failure['task']}' failed {times} and was started again{error}")
+    return problems
+
+
+def _times(count: int) -> str:
+    return "once" if count == 1 else f"{count} times"

@@ -1,8 +1,8 @@
-"""The way from a laptop to a router that only the cluster's own machines can reach: one `ssh` line.
+"""Builds the `ssh` command with which a laptop reaches a router inside the cluster.
 
-The login host forwards a local port to the router's address. A router on a node's loopback is reached on that node,
-through the login host where the two differ. Only a router that proves itself is told; one on another node's loopback
-cannot be asked from here, and the line to it says so.
+The login host forwards a local port to the router's address. If the router listens on the loopback of a node, `ssh`
+goes to that node through the login host. The router must prove its identity first; one on the loopback of another node
+cannot be reached from here, so the notes to its command say that it is not proven.
 """
 
 import getpass
@@ -13,7 +13,7 @@ from ipaddress import ip_address
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from hpc_router.cluster.commands.router_access import proven, unproven_router
+from hpc_router.cluster.commands.router_access import prove_identity, recorded_router
 from hpc_router.cluster.control_loop.desired_state import deployment_of
 from hpc_router.errors import ConfigError
 from hpc_router.state.registry import Record
@@ -21,11 +21,11 @@ from hpc_router.state.run_directory import RunDir
 
 
 @dataclass(frozen=True, slots=True)
-class Here:
-    """Who asks, and on which host."""
+class LocalHost:
+    """This user and host."""
 
     user: str
-    host: str  # with its domain, as others know it
+    host: str  # with its domain
     names: frozenset[str]
 
     @property
@@ -35,10 +35,8 @@ class Here:
 
 @dataclass(frozen=True, slots=True)
 class Tunnel:
-    """`argv` runs on the laptop until it is interrupted; `login` is the host that has the run directory.
-
-    `unproven`: the node on whose loopback the router could not be asked.
-    """
+    """`argv` runs on the laptop until it is interrupted. `login`: the host that has the run directory. `guessed`: the
+    config does not name it. `unproven`: the node on whose loopback the router's identity could not be checked."""
 
     url: str
     argv: tuple[str, ...]
@@ -53,7 +51,7 @@ class Tunnel:
         return shlex.join(self.argv)
 
     def notes(self) -> list[str]:
-        """What to type on the laptop beside it, as comments for a shell."""
+        """Further commands for the laptop, as shell comments."""
         token = shlex.join(["ssh", self.login, shlex.join(["cat", str(self.run / "token")])])
         lines = [
             "run this on the laptop and leave it running; in another terminal there:",
@@ -72,42 +70,42 @@ class Tunnel:
         return [f"# {line}" for line in lines]
 
 
-def tunnel(record: Record, *, login: str | None, here: Here, port: int, run: Path) -> Tunnel:
-    """`login`: as the config says it, with or without a user."""
+def tunnel(record: Record, *, login: str | None, here: LocalHost, port: int, run: Path) -> Tunnel:
+    """`login`: from the config, with or without a user."""
     if not 0 < port < 65536:
         raise ConfigError(f"--port {port}: valid are 1 to 65535")
-    gate = login or here.login
+    gateway = login or here.login
     address = urlsplit(record.url)
     host, router_port = address.hostname or "", address.port or 80
     forward = f"{port}:{f'[{host}]' if ':' in host else host}:{router_port}"
-    words = ["ssh", "-N", "-L", forward, gate]
-    if _is_loopback(host) and not _is_at(gate, record.node, here):
-        words = ["ssh", "-N", "-J", gate, "-L", forward, f"{_user_of(gate) or here.user}@{record.node}"]
-    return Tunnel(record.url, tuple(words), port, gate, run, guessed=login is None)
+    words = ["ssh", "-N", "-L", forward, gateway]
+    if _is_loopback(host) and not _is_at(gateway, record.node, here):
+        words = ["ssh", "-N", "-J", gateway, "-L", forward, f"{_user_of(gateway) or here.user}@{record.node}"]
+    return Tunnel(record.url, tuple(words), port, gateway, run, guessed=login is None)
 
 
 def tunnel_to(run: RunDir, *, port: int, unproven: bool = False) -> Tunnel:
-    """To the run's router. Raises LaunchError when none serves or proves itself; `unproven`: one that cannot be asked
-    from here will do."""
-    record, here = unproven_router(run), _here()
-    hidden = record.node if unproven and _is_hidden(record, here) else None
-    if hidden is None:
-        proven(run, record)
+    """The tunnel to the run's router. Raises LaunchError if no router serves or proves its identity. `unproven`: accept
+    a router that cannot be reached from here."""
+    record, here = recorded_router(run), _local_host()
+    unreachable_node = record.node if unproven and _is_on_other_loopback(record, here) else None
+    if unreachable_node is None:
+        prove_identity(run, record)
     made = tunnel(record, login=deployment_of(run).cluster.login, here=here, port=port, run=run.path)
-    return replace(made, unproven=hidden)
+    return replace(made, unproven=unreachable_node)
 
 
-def _is_hidden(record: Record, here: Here) -> bool:
-    """On the loopback of a node that is not this one."""
+def _is_on_other_loopback(record: Record, here: LocalHost) -> bool:
+    """Whether it listens on the loopback of another node."""
     loopback = _is_loopback(urlsplit(record.url).hostname or "")
     return loopback and record.node is not None and record.node not in here.names
 
 
-def _here() -> Here:
-    """A host whose own name resolves to its loopback knows its short name only."""
+def _local_host() -> LocalHost:
+    """The full name of the host, or the short one where the host's own name resolves to its loopback."""
     host, full = socket.gethostname(), socket.getfqdn()
     best = host if full.partition(".")[0] == "localhost" else full
-    return Here(getpass.getuser(), best, frozenset({host, best, host.partition(".")[0]}))
+    return LocalHost(getpass.getuser(), best, frozenset({host, best, host.partition(".")[0]}))
 
 
 def _is_loopback(host: str) -> bool:
@@ -117,8 +115,8 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _is_at(login: str, node: str | None, here: Here) -> bool:
-    """Whether one who has come to `login` is on `node`. A name that may stand for several hosts is not trusted."""
+def _is_at(login: str, node: str | None, here: LocalHost) -> bool:
+    """Whether `login` is `node`. A name that may stand for several hosts does not count."""
     host = login.rpartition("@")[2]
     names = here.names if node in here.names else frozenset({node, (node or "").partition(".")[0]})
     return node is None or host in names

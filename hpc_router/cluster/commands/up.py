@@ -1,7 +1,7 @@
 """Brings a deployment up and waits until it serves.
 
-The plan is checked before anything is made. Passes of the control loop run here until the endpoint serves; from then on
-the one beside the router goes on. Ctrl-C takes back what this call began; a deployment of which nothing can serve is
+The plan is checked before anything is created. Passes of the control loop run here until the endpoint serves; then the
+loop beside the router continues. Ctrl-C ends the jobs that this call submitted. If nothing can serve, the deployment is
 taken down.
 """
 
@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Final, Protocol
 
 from hpc_router.cluster.commands.down import NoWatcher, down
-from hpc_router.cluster.commands.replica_view import DisplayedState, ReplicaView, of_experts, views
-from hpc_router.cluster.control_loop.desired_state import desired_of, scaled, start_over
+from hpc_router.cluster.commands.replica_view import DisplayedState, ReplicaView, expert_views, views
+from hpc_router.cluster.control_loop.desired_state import desired_of, want_up, with_desired_counts
 from hpc_router.cluster.control_loop.loop import ControlLoop
+from hpc_router.cluster.control_loop.slots import all_attempts
 from hpc_router.cluster.launchers.interface import ROUTER, JobState
 from hpc_router.cluster.launchers.select import check_reach
-from hpc_router.cluster.launchers.slurm.pending_reasons import in_words
-from hpc_router.cluster.planning.plan import Plan, make_plan, taught
+from hpc_router.cluster.launchers.slurm.pending_reasons import explain_pending
+from hpc_router.cluster.planning.plan import Plan, exemplars_of, make_plan
 from hpc_router.cluster.planning.run_target import RunTarget, discard, latest_of
 from hpc_router.cluster.signals import interrupt_event
 from hpc_router.config.schema import Deployment
@@ -31,14 +32,14 @@ from hpc_router.state.registry import RecordKind, split_replica
 from hpc_router.state.run_directory import RunDir, private_umask
 
 POLL_S: Final = 0.2
-_GONE: Final = (JobState.ENDED, JobState.PENDING)
-"""Nothing more to wait for: one that has not begun finds that it is not wanted."""
-_SETTLED: Final = frozenset({DisplayedState.READY, DisplayedState.FAILED, DisplayedState.REGISTERED})
-"""Nothing to wait for."""
+_NOT_RUNNING: Final = (JobState.ENDED, JobState.PENDING)
+"""Nothing to wait for: a job that has not started reads the request to end before it starts."""
+_FINAL: Final = frozenset({DisplayedState.READY, DisplayedState.FAILED, DisplayedState.REGISTERED})
+"""States that `--wait all` accepts."""
 
 
 class Reporter(Protocol):
-    """Shows what happens while it happens."""
+    """Shows the progress of `up`."""
 
     def begin(self, run: RunDir, plan: Plan) -> None: ...
 
@@ -46,12 +47,12 @@ class Reporter(Protocol):
 
 
 class Interrupted(Exception):
-    """Ctrl-C; what this call began has been taken back."""
+    """Ctrl-C; the jobs that this call submitted have been ended."""
 
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """The endpoint serves. `failed`: replicas that don't, for good."""
+    """The endpoint serves. `failed`: replicas that were given up."""
 
     run: RunDir
     url: str
@@ -59,13 +60,13 @@ class Served:
 
     @property
     def failed(self) -> list[ReplicaView]:
-        return [view for view in self.shown if view.standing is DisplayedState.FAILED]
+        return [view for view in self.shown if view.state is DisplayedState.FAILED]
 
 
 def up(target: RunTarget, *, wait_all: bool, reporter: Reporter) -> Served:
-    """Raises ConfigError before anything is made, LaunchError when nothing can serve, Interrupted."""
+    """Raises ConfigError before anything is created, LaunchError if nothing can serve, and Interrupted."""
     deployment, run = target.deployment, target.run
-    wanted = deployment if run is None else scaled(deployment, desired_of(run, deployment))
+    wanted = deployment if run is None else with_desired_counts(deployment, desired_of(run, deployment))
     check_reach(deployment)
     check_run_path((target.path or Path(deployment.runs)).absolute(), deployment.cluster.kind)
     plan = make_plan(wanted, run=run)
@@ -73,43 +74,43 @@ def up(target: RunTarget, *, wait_all: bool, reporter: Reporter) -> Served:
     with interrupt_event() as interrupted:
         run, made = target.open()
         try:
-            effort = _Effort(run, deployment, made_over=before if made else None, made=made)
+            attempt = _BringUp(run, deployment, made_over=before if made else None, made=made)
             reporter.begin(run, plan)
             train_classifier(run, deployment)
         except (OSError, HpcRouterError):
             if made:  # nothing was submitted yet
                 discard(run, before=before)
             raise
-        return effort.wait(wait_all=wait_all, reporter=reporter, interrupted=interrupted)
+        return attempt.wait(wait_all=wait_all, reporter=reporter, interrupted=interrupted)
 
 
 def train_classifier(run: RunDir, deployment: Deployment) -> None:
-    """The artefact from the experts' exemplars, unless the run has it or needs none."""
+    """Train the classifier from the experts' exemplars, unless the run has one or needs none."""
     policy = deployment.policy
     if policy.kind != "classifier" or policy.artefact is not None or not deployment.experts or run.classifier.is_dir():
         return
     try:
         with private_umask():
-            exemplars.train(taught(deployment)).write(run.classifier)
+            exemplars.train(exemplars_of(deployment)).write(run.classifier)
     except ArtefactError:
         if not run.classifier.is_dir():  # another `up` may just have written the same one
             raise
 
 
-class _Effort:
-    """One `up`: what it began is its to take back."""
+class _BringUp:
+    """One `up`. It knows which jobs it submitted, to end them after Ctrl-C."""
 
     def __init__(self, run: RunDir, deployment: Deployment, *, made: bool, made_over: str | None) -> None:
         self._run, self._made, self._made_over = run, made, made_over
         self._control = ControlLoop(run, deployment=deployment)
-        observed = self._control.look().observed
-        self._fresh = not any(attempt.live for found in observed.values() for attempt in found)
+        observed = self._control.preview().observed
+        self._fresh = not any(attempt.live for attempt in all_attempts(observed))
         self._submitted: set[str] = set()
-        start_over(run, observed)
+        want_up(run, observed)
 
     def wait(self, *, wait_all: bool, reporter: Reporter, interrupted: threading.Event) -> Served:
         while not interrupted.is_set():
-            seen = self._control.once()  # a router's own loop may do the same: claims decide
+            seen = self._control.run_pass()  # safe beside the router's own loop: claims decide
             self._submitted |= set(seen.submitted)
             if seen.desired.down:
                 raise LaunchError(f"{self._run.path} was taken down in the meantime")
@@ -118,23 +119,23 @@ class _Effort:
             url = self._serving(shown, wait_all=wait_all)
             if url is not None:
                 return Served(self._run, url, tuple(shown))
-            reasons = _hopeless(shown)
+            reasons = _cannot_serve(shown)
             if reasons and not seen.submitted:
-                self._take_back()
+                self._end_submitted()
                 raise LaunchError(reasons)
             interrupted.wait(POLL_S)
-        self._take_back()
+        self._end_submitted()
         if self._made:
             discard(self._run, before=self._made_over)
         raise Interrupted
 
     def _serving(self, shown: Sequence[ReplicaView], *, wait_all: bool) -> str | None:
-        """The router's address once what was asked for holds."""
-        routers = [v for v in shown if v.kind is RecordKind.ROUTER and v.standing is DisplayedState.READY and v.url]
+        """The router's address once it serves; with `wait_all`, once no expert is starting."""
+        routers = [v for v in shown if v.kind is RecordKind.ROUTER and v.state is DisplayedState.READY and v.url]
         if not routers or routers[-1].url is None:
             return None
-        experts = of_experts(shown)
-        if wait_all and any(view.standing not in _SETTLED and _stuck(view) is None for view in experts):
+        experts = expert_views(shown)
+        if wait_all and any(view.state not in _FINAL and _never_starts(view) is None for view in experts):
             return None
         url = routers[-1].url
         try:
@@ -143,8 +144,8 @@ class _Effort:
             return None
         return url if ready else None
 
-    def _take_back(self) -> None:
-        """Everything, where nothing ran before and the router is ours; else only what this call submitted."""
+    def _end_submitted(self) -> None:
+        """End what this call submitted; the whole deployment if nothing ran before and the router is among it."""
         if self._fresh and any(split_replica(name)[0] == ROUTER for name in self._submitted):
             down(self._run, watcher=NoWatcher())
             return
@@ -153,15 +154,15 @@ class _Effort:
         deadline = time.monotonic() + control.deployment.cluster.drain_s
         while left and time.monotonic() < deadline:
             time.sleep(POLL_S)
-            left = [name for name, report in control.launcher.observe(left).items() if report.state not in _GONE]
+            left = [name for name, report in control.launcher.observe(left).items() if report.state not in _NOT_RUNNING]
         if left:
             control.kill(left)
 
 
-def _hopeless(shown: Sequence[ReplicaView]) -> str | None:
-    """Why nothing can ever serve."""
-    reasons = {view.replica: reason for view in shown if (reason := _lost(view)) is not None}
-    experts = [view.replica for view in of_experts(shown)]
+def _cannot_serve(shown: Sequence[ReplicaView]) -> str | None:
+    """Why no expert, or no router, can ever serve; None if one may."""
+    reasons = {view.replica: reason for view in shown if (reason := _cannot_become_ready(view)) is not None}
+    experts = [view.replica for view in expert_views(shown)]
     router_lost = any(view.kind is RecordKind.ROUTER and view.replica in reasons for view in shown)
     if not router_lost and (not experts or any(replica not in reasons for replica in experts)):
         return None
@@ -169,12 +170,14 @@ def _hopeless(shown: Sequence[ReplicaView]) -> str | None:
     return "\n".join([*lines, "nothing can serve"])
 
 
-def _lost(view: ReplicaView) -> str | None:
-    """Why it will never serve."""
-    return f"{view.reason}: {view.message}" if view.standing is DisplayedState.FAILED else _stuck(view)
+def _cannot_become_ready(view: ReplicaView) -> str | None:
+    """Why the replica will never be ready."""
+    return f"{view.reason}: {view.message}" if view.state is DisplayedState.FAILED else _never_starts(view)
 
 
-def _stuck(view: ReplicaView) -> str | None:
-    """Why its job, as it is, will never start."""
-    waiting = in_words(view.pending, view.job_id) if view.pending is not None else None
-    return f"{view.pending}: {waiting.what}; {waiting.advice}" if waiting is not None and waiting.hopeless else None
+def _never_starts(view: ReplicaView) -> str | None:
+    """Why its job will never start with its present options."""
+    waiting = explain_pending(view.pending_reason, view.job_id) if view.pending_reason is not None else None
+    return (
+        f"{view.pending_reason}: {waiting.what}; {waiting.advice}" if waiting is not None and waiting.hopeless else None
+    )

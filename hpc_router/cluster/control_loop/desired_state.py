@@ -1,6 +1,7 @@
-"""The wanted state of a run: its frozen `config.yaml` with the later wishes of `desired.json` on top.
+"""The desired state of a run: its frozen `config.yaml`, overridden by `desired.json`.
 
-Writers are the verbs, each in one atomic replace; the last one wins. What the file leaves out is as in the config.
+Verbs write `desired.json`, each with one atomic replace; the last writer wins. A key that the file lacks has the value
+of the config.
 """
 
 import getpass
@@ -20,12 +21,12 @@ from hpc_router.state.run_directory import RunDir
 
 
 def deployment_of(run: RunDir) -> Deployment:
-    """The run's frozen config; an empty deployment for a run that only joins endpoints."""
+    """The run's frozen config; an empty deployment for a run that has external endpoints only."""
     return frozen.read(run.config) if run.config.exists() else Deployment()
 
 
-def with_jobs(run: RunDir, name: str) -> str:
-    """The expert whose jobs a name means, where it is an adapter's; else the name, also in a run of another version."""
+def host_expert(run: RunDir, name: str) -> str:
+    """The expert whose engine serves `name`, if that is an adapter; else `name`, also if the config cannot be read."""
     try:
         experts = deployment_of(run).experts
     except ConfigError:
@@ -34,17 +35,17 @@ def with_jobs(run: RunDir, name: str) -> str:
 
 
 def desired_of(run: RunDir, deployment: Deployment) -> Desired:
-    wishes = run.read_desired()
+    desired = run.read_desired()
     replicas = {name: expert.replicas for name, expert in hosts(deployment.experts).items()}
     bounds = bounds_of(ExpertConfig, "replicas")
     assert bounds is not None
-    replicas |= {n: c for n, c in _counts(wishes.get("replicas")).items() if n in replicas and bounds.contains(c)}
+    replicas |= {n: c for n, c in _counts(desired.get("replicas")).items() if n in replicas and bounds.contains(c)}
     return Desired(
         replicas=replicas,
-        router=wishes.get("router") is True,
+        router=desired.get("router") is True,
         standby=_standby(deployment),
-        down=wishes.get("down") is True,
-        forgiven=_counts(wishes.get("forgiven")),
+        down=desired.get("down") is True,
+        forgiven=_counts(desired.get("forgiven")),
         max_failures=deployment.cluster.max_failures,
         drain_s=deployment.cluster.drain_s,
         router_drain_s=deployment.router.drain_s,
@@ -52,25 +53,26 @@ def desired_of(run: RunDir, deployment: Deployment) -> Desired:
 
 
 def _standby(deployment: Deployment) -> bool:
-    """Only Slurm can start a job when another has ended, and only a router's job with a loop needs it."""
+    """Whether routers get a standby. Only Slurm can start a job when another has ended, and only a router whose job
+    runs the control loop needs one."""
     router = deployment.router
     return deployment.cluster.kind == "slurm" and router.place == "job" and router.standby and router.reconcile
 
 
-def start_over(run: RunDir, observed: Observed) -> None:
-    """`up`: the router is wanted, nothing is down any more, and old failures are forgiven."""
-    _update(run, router=True, down=False, forgiven=_failed(observed))
+def want_up(run: RunDir, observed: Observed) -> None:
+    """For `up`: the router is wanted, and earlier failures no longer count."""
+    _update(run, router=True, down=False, forgiven=_newest_ended(observed))
 
 
-def take_down(run: RunDir) -> None:
+def want_down(run: RunDir) -> None:
     _update(run, down=True)
 
 
 def scale(run: RunDir, deployment: Deployment, counts: Mapping[str, int], observed: Observed) -> None:
-    """Keep these replica counts from now on. Raises ConfigError for an expert the run does not have."""
+    """Set these replica counts. Raises ConfigError for an expert that the run does not have."""
     check_counts(deployment, counts)
     before = _counts(run.read_desired().get("replicas"))
-    _update(run, replicas=before | dict(counts), forgiven=_failed(observed))
+    _update(run, replicas=before | dict(counts), forgiven=_newest_ended(observed))
 
 
 def check_counts(deployment: Deployment, counts: Mapping[str, int]) -> None:
@@ -83,8 +85,8 @@ def check_counts(deployment: Deployment, counts: Mapping[str, int]) -> None:
         check_values(replace(deployment.experts[name], replicas=count), at=f"experts.{name}")
 
 
-def scaled(deployment: Deployment, desired: Desired) -> Deployment:
-    """The deployment with the wanted replica counts, as `plan` checks them."""
+def with_desired_counts(deployment: Deployment, desired: Desired) -> Deployment:
+    """The deployment with the desired replica counts."""
     return with_counts(deployment, desired.replicas)
 
 
@@ -94,7 +96,7 @@ def with_counts(deployment: Deployment, counts: Mapping[str, int]) -> Deployment
 
 
 def excluded_nodes(run: RunDir) -> tuple[str, ...]:
-    """The nodes on which no further job is to start."""
+    """The nodes on which no further job may start."""
     value = run.read_desired().get("excluded_nodes")
     return tuple(sorted(value)) if isinstance(value, dict) else ()
 
@@ -110,7 +112,7 @@ def exclude_nodes(run: RunDir, nodes: Sequence[str], *, reason: str) -> None:
 
 
 def include_nodes(run: RunDir, nodes: Sequence[str]) -> None:
-    """Let jobs run there again. Raises ConfigError for a node that is not excluded."""
+    """Allow jobs on these nodes again. Raises ConfigError for a node that is not excluded."""
     known = excluded_nodes(run)
     for node in nodes:
         if node not in known:
@@ -119,18 +121,19 @@ def include_nodes(run: RunDir, nodes: Sequence[str]) -> None:
     _update(run, excluded_nodes=left)
 
 
-def _update(run: RunDir, **wishes: Any) -> None:
-    run.write_desired({**run.read_desired(), **wishes})
+def _update(run: RunDir, **desired: Any) -> None:
+    run.write_desired({**run.read_desired(), **desired})
 
 
-def _failed(observed: Observed) -> dict[str, int]:
-    """The newest generation of each slot that lives no more."""
+def _newest_ended(observed: Observed) -> dict[str, int]:
+    """For each slot its newest generation that is not live."""
     over = {str(slot): [a.generation for a in attempts if not a.live] for slot, attempts in observed.items()}
     return {slot: max(generations) for slot, generations in over.items() if generations}
 
 
 def _counts(value: object) -> dict[str, int]:
-    """The whole numbers of a JSON object: a file edited by hand must not break the loop."""
+    """The entries of a JSON object that are whole numbers. Others are skipped: a file edited by hand must not break the
+    loop."""
     if not isinstance(value, dict):
         return {}
     return {str(k): v for k, v in value.items() if isinstance(v, int) and not isinstance(v, bool) and v >= 0}

@@ -1,4 +1,4 @@
-"""Asks agents over HTTP to drain. Whoever asks decides what becomes of one that cannot be asked."""
+"""Calls the agents' `/drain`. The caller decides what happens to an agent that cannot be reached."""
 
 import asyncio
 import logging
@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 
 def ask_to_drain(run: RunDir, records: Sequence[Record]) -> list[Record]:
-    """All at once, two seconds at most; those that did not agree."""
+    """Call all agents at once, for two seconds at most; returns the records of those that did not agree."""
     return asyncio.run(_ask(run.secret(), records)) if records else []
 
 
@@ -24,13 +24,13 @@ async def _ask(secret: str, records: Sequence[Record]) -> list[Record]:
         async def agrees(record: Record) -> bool:
             key = replica_key(secret, record.nonce) if record.nonce else None
             try:
-                answer = await call(client, "POST", record.url + DRAIN, token=key)
+                response = await call(client, "POST", record.url + DRAIN, token=key)
             except Unreachable as error:
-                logger.warning("%s cannot be asked to drain: %s", record.replica, error)
+                logger.warning("%s does not answer the drain call: %s", record.replica, error)
                 return False
-            if answer.status >= 300:
-                logger.warning("%s refused to drain: %s", record.replica, answer.message)
-            return answer.status < 300
+            if response.status >= 300:
+                logger.warning("%s refused to drain: %s", record.replica, response.message)
+            return response.status < 300
 
         agreed = await asyncio.gather(*(agrees(record) for record in records))
-    return [record for record, agrees_to in zip(records, agreed, strict=True) if not agrees_to]
+    return [record for record, accepted in zip(records, agreed, strict=True) if not accepted]

@@ -1,8 +1,9 @@
-"""The exact job of each replica: what `plan` prints is what is submitted."""
+"""The job request of a replica, for `plan` and for the control loop alike."""
 
 from hpc_router.cluster.control_loop.desired_state import excluded_nodes
 from hpc_router.cluster.launchers.interface import ROUTER, JobRequest
 from hpc_router.cluster.launchers.slurm.dependency import was_met
+from hpc_router.cluster.launchers.slurm.node_fit import resources_of
 from hpc_router.cluster.launchers.slurm.sbatch import python_of
 from hpc_router.config.schema import Deployment
 from hpc_router.state.registry import split_replica
@@ -11,13 +12,9 @@ from hpc_router.state.run_directory import RunDir
 
 def request_for(run: RunDir, deployment: Deployment, replica: str) -> JobRequest:
     expert = split_replica(replica)[0]
-    resources = deployment.router.resources if expert == ROUTER else deployment.experts[expert].resources
+    resources = resources_of(deployment, expert)[1]
     module = "hpc_router.router" if expert == ROUTER else "hpc_router.expert"
     argv = (python_of(deployment.cluster), "-m", module, "--run", str(run.path), "--replica", replica)
     return JobRequest(
-        replica,
-        argv,
-        resources,
-        dependency_met=was_met(run, deployment, resources),
-        exclude=excluded_nodes(run),
+        replica, argv, resources, dependency_met=was_met(run, deployment, resources), exclude=excluded_nodes(run)
     )

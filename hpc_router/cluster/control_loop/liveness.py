@@ -1,8 +1,8 @@
-"""Which agents are lost or hang: their beats have stopped by our own clock, and nothing answers at `/health`.
+"""Hang detector: finds agents whose lease beats have stopped and that do not answer at `/health`.
 
-Slurm may know the end of one that is lost; one whose job still runs after HUNG_BEATS hangs. Either sign alone condemns
-nobody: a file system that stalls stops beats, and a busy node may answer late. An observer that
-has just begun to look knows no beats and judges nobody.
+Such an agent is lost, and its job may have ended; it hangs if its job still runs after HUNG_BEATS intervals. One sign
+alone is not enough: a stalled file system stops beats, and a busy node answers late. Beats are timed by this process's
+own clock, so an observer needs some intervals before it finds anything.
 """
 
 import asyncio
@@ -15,11 +15,11 @@ from hpc_router.state.registry import Record
 
 LOST_BEATS: Final = 2
 HUNG_BEATS: Final = 8
-"""Intervals without a new beat."""
+"""In lease intervals without a new beat."""
 
 
 class SilentReplicas(NamedTuple):
-    """Replicas whose beats have stopped and that do not answer; `hung` are those of `lost` that did so for long."""
+    """Replicas without beat and answer: `lost` after LOST_BEATS, `hung` after HUNG_BEATS (a subset of `lost`)."""
 
     lost: set[str]
     hung: set[str]
@@ -31,14 +31,14 @@ class _Beat(NamedTuple):
 
 
 class HangDetector:
-    """Fed with every look's records."""
+    """Remembers when each replica's beat last changed."""
 
     def __init__(self) -> None:
         self._beats: dict[str, _Beat] = {}
 
     def silent(self, records: Sequence[Record], *, read_at: float) -> SilentReplicas:
-        """Takes two seconds at most, and only where beats have stopped. `read_at`: the monotonic time at which the
-        records were read; later than that they say nothing."""
+        """Calls `/health` of replicas whose beats have stopped, for two seconds at most. `read_at`: monotonic time at
+        which the records were read."""
         self._beats = {record.replica: self._beat(record, read_at) for record in records}
         beats = {
             record.replica: (read_at - self._beats[record.replica].seen_at) / record.beat_s
@@ -59,10 +59,10 @@ async def _unanswering(records: Sequence[Record]) -> set[str]:
 
         async def answers(record: Record) -> bool:
             try:
-                answer = await call(client, "GET", record.url + HEALTH)
+                response = await call(client, "GET", record.url + HEALTH)
             except Unreachable:
                 return False
-            return isinstance(answer.body, dict) and answer.body.get("replica") == record.replica
+            return isinstance(response.body, dict) and response.body.get("replica") == record.replica
 
         answered = await asyncio.gather(*(answers(record) for record in records))
-    return {record.replica for record, heard in zip(records, answered, strict=True) if not heard}
+    return {record.replica for record, answers_now in zip(records, answered, strict=True) if not answers_now}

@@ -1,8 +1,8 @@
-"""One pass of the control loop (look, decide, act) and the loop itself.
+"""The control loop: one pass observes, decides and acts.
 
-It runs in verbs, beside a router, from cron: several at once do no harm, for a claim decides who submits and every
-other action may be repeated. A pass that fails is logged and tried again; nothing here ends because a job or the file
-system misbehaves.
+Passes run in verbs, beside a router and from cron. Several at once are safe: a claim decides which one submits, and
+every other action may be repeated. A pass that fails is logged and repeated; an error of a job or of the file system
+never ends the loop.
 """
 
 import contextlib
@@ -35,15 +35,15 @@ from hpc_router.state.run_directory import RunDir
 
 logger = logging.getLogger(__name__)
 
-AT_ONCE: Final = 32
-"""Jobs submitted in one pass: between passes the loop hears that fewer are wanted."""
-GONE_PASSES: Final = 5
-"""A run directory that so many passes in a row do not find was removed."""
+MAX_SUBMITTED_PER_PASS: Final = 32
+"""Limit per pass, so that a lower replica count takes effect before all jobs are submitted."""
+MAX_MISSED_PASSES: Final = 5
+"""A run directory that this many passes in a row do not find was removed."""
 
 
 @dataclass(frozen=True, slots=True)
-class Pass:
-    """What one pass wanted, saw and did."""
+class LoopPass:
+    """The desired and observed state of one pass, and its actions."""
 
     desired: Desired
     observed: Observed
@@ -57,7 +57,7 @@ class Pass:
 
 
 class ControlLoop:
-    """The hands of the control loop on one run. `reading`: for verbs that only look, which write nothing."""
+    """Observes one run and carries out the actions. `read_only` is for verbs that only show the state."""
 
     def __init__(
         self,
@@ -65,31 +65,31 @@ class ControlLoop:
         *,
         deployment: Deployment | None = None,
         launcher: Launcher | None = None,
-        reading: bool = False,
+        read_only: bool = False,
     ) -> None:
         self.run = run
         self.deployment = deployment or deployment_of(run)
         self.launcher = launcher or launcher_for(run, self.deployment)
-        self.observer = RunObserver(run, self.launcher, reading=reading)
-        self._told: set[str] = set()
+        self.observer = RunObserver(run, self.launcher, read_only=read_only)
+        self._reported: set[str] = set()
 
-    def look(self, *, clear: bool = False, fresh: bool = False) -> Pass:
-        """What a pass would do, without doing it. `clear`: nothing at all may stay. `fresh`: ask the controller."""
-        observed = self.observer.look(fresh=fresh)
+    def preview(self, *, clear: bool = False, fresh: bool = False) -> LoopPass:
+        """The pass without carrying out its actions. `clear`: every job must end. `fresh`: query the controller."""
+        observed = self.observer.observe(fresh=fresh)
         return self.decide(replace(desired_of(self.run, self.deployment), clear=clear), observed)
 
-    def decide(self, desired: Desired, observed: Observed) -> Pass:
-        return Pass(desired, observed, reconcile(desired, observed, time.time()))
+    def decide(self, desired: Desired, observed: Observed) -> LoopPass:
+        return LoopPass(desired, observed, reconcile(desired, observed, time.time()))
 
-    def once(self, *, clear: bool = False, fresh: bool = False) -> Pass:
-        """One pass. A refused submission is in the result, as an exit record it counts as a failure of its slot."""
-        seen = self.look(clear=clear, fresh=fresh)
+    def run_pass(self, *, clear: bool = False, fresh: bool = False) -> LoopPass:
+        """Carry out one pass. A refused submission is in the result; its exit record counts as a failure."""
+        seen = self.preview(clear=clear, fresh=fresh)
         for replica in self.observer.lost:
             self.run.event("lost", replica=replica)
         self._drain([a.replica for a in seen.actions if isinstance(a, Drain)])
         self.cancel([a.replica for a in seen.actions if isinstance(a, Cancel)])
         self.kill([a.replica for a in seen.actions if isinstance(a, Kill)])
-        self._tell(seen.given_up)
+        self._report_given_up(seen.given_up)
         self._withdraw_dead(seen)
         submitted, refused = self._submit([a for a in seen.actions if isinstance(a, Submit)])
         return replace(seen, submitted=submitted, refused=refused)
@@ -99,7 +99,7 @@ class ControlLoop:
             return [], None
         requests = [
             replace(request_for(self.run, self.deployment, action.replica), after=action.after)
-            for action in wanted[:AT_ONCE]
+            for action in wanted[:MAX_SUBMITTED_PER_PASS]
         ]
         refused = None
         try:
@@ -120,13 +120,13 @@ class ControlLoop:
         ask_to_drain(self.run, [self.observer.records[r] for r in replicas if r in self.observer.records])
 
     def cancel(self, replicas: Sequence[str]) -> None:
-        """Ask these jobs to end, also those that have not begun."""
+        """Ask these jobs to end, also those that have not started."""
         for replica in replicas:
             self._stamp_cancel(replica)
             self.run.event("cancel", replica=replica)
         self.launcher.cancel(replicas)
         for replica in replicas:
-            self._stamp_cancel(replica)  # again: the controller may take a minute, and the time to drain begins now
+            self._stamp_cancel(replica)  # again: scancel may take a minute, and the drain time starts now
 
     def _stamp_cancel(self, replica: str) -> None:
         job = JobDir(self.run, replica)
@@ -136,30 +136,30 @@ class ControlLoop:
         for replica in replicas:
             job = JobDir(self.run, replica)
             stop = job.stop() or Stop()
-            if stop.kill_at is None:  # told once, done as often as it takes
-                logger.warning("%s did not end when asked: killed", replica)
+            if stop.kill_at is None:  # log the first kill only; it is repeated until the job has ended
+                logger.warning("%s did not end in its drain time: killing it", replica)
                 self.run.event("kill", replica=replica)
             job.write(replace(stop, kill_at=time.time()))
         self.launcher.kill(replicas)
 
-    def _tell(self, given_up: Sequence[GiveUp]) -> None:
-        """Once per slot, not once per pass."""
+    def _report_given_up(self, given_up: Sequence[GiveUp]) -> None:
+        """Log each slot once, not in every pass."""
         for action in given_up:
-            if str(action.slot) not in self._told:
+            if str(action.slot) not in self._reported:
                 logger.warning("%s failed for good: %s: %s", action.slot, action.exit.reason, action.exit.message)
                 self.run.event("gave_up", slot=str(action.slot), reason=action.exit.reason.value)
-        self._told = {str(action.slot) for action in given_up}
+        self._reported = {str(action.slot) for action in given_up}
 
     def leads(self, replica: str) -> bool:
-        """Whether `replica` is the leading router, or may become it: no other router that may live leads."""
+        """Whether no live router is newer than `replica`."""
         records = registry.RegistryReader(self.run.registry).snapshot()
         reports = self.launcher.observe([name for name, r in records.items() if r.kind is RecordKind.ROUTER])
         living = {n: r for n, r in records.items() if n not in reports or reports[n].state is not JobState.ENDED}
         leader = leading_router(living)
         return leader is None or leader.generation <= split_replica(replica)[2]
 
-    def _withdraw_dead(self, seen: Pass) -> None:
-        """Records of jobs known to have ended."""
+    def _withdraw_dead(self, seen: LoopPass) -> None:
+        """Remove the registry records of jobs that have ended."""
         for attempts in seen.observed.values():
             for attempt in attempts:
                 over = attempt.job in (JobState.ENDING, JobState.ENDED)
@@ -169,20 +169,20 @@ class ControlLoop:
 
 
 def run_loop(run: RunDir, *, while_leading: str | None = None, tied: bool = False) -> None:
-    """A pass every `cluster.reconcile_s` until SIGTERM or SIGINT, or until the run directory has been removed; with
-    `while_leading` only while that router leads.
+    """Run a pass every `cluster.reconcile_s` seconds until SIGTERM or SIGINT, or until the run directory was removed.
 
-    `tied`: also until stdin ends, so that the loop goes with the process that holds the other end.
+    `while_leading`: skip passes while another router leads. `tied`: end also when stdin is closed, so that the loop
+    ends with the process that holds the other end.
     """
     control, configured, missed = ControlLoop(run), run.config.exists(), 0
     with _stop_event(tied=tied) as stop:
-        while not stop.is_set() and missed < GONE_PASSES:
+        while not stop.is_set() and missed < MAX_MISSED_PASSES:
             pause_s = control.deployment.cluster.reconcile_s
             try:
-                if not configured and exists_now(run.config):  # `up` has joined a run of external endpoints
+                if not configured and exists_now(run.config):  # `up` has added a config to a run of external endpoints
                     control, configured = ControlLoop(run), True
                 if while_leading is None or control.leads(while_leading):
-                    control.once()
+                    control.run_pass()
             except Exception:
                 logger.exception("a pass of the control loop failed; the next one is in %.1f s", pause_s)
             missed = missed + 1 if run.is_removed() else 0

@@ -1,7 +1,7 @@
-"""What is: `jobs/`, the registry and the launcher, read into one value for the control loop and the verbs.
+"""Reads the observed state of a run from `jobs/`, the registry and the launcher, for the control loop and the verbs.
 
-A job that ended without an exit record gets one here, so that failures have a time and everybody reads the same story.
-Jobs seen to have ended are not read again: a run that lived long has many.
+A job that ended without an exit record gets one here, so that each failure has a time and all readers see the same
+reason. Jobs that have ended are not read again, because an old run has many.
 """
 
 import json
@@ -26,39 +26,38 @@ from hpc_router.state.run_directory import RunDir
 
 logger = logging.getLogger(__name__)
 
-ASK_LOST_S: Final = 5.0
-"""For replicas that were lost, the controller is asked no more often than this."""
-HUNG: Final = "its agent hung: no beat and no answer while its process lived; it was killed"
-UNSEEN: Final = "its batch script could not even begin its log: do all nodes see the run directory"
-VANISHED: Final = "the job ended and left no exit record: killed, or it died before it began"
+MIN_QUERY_INTERVAL_S: Final = 5.0
+"""The Slurm controller is queried about lost replicas no more often than this."""
+HUNG_MESSAGE: Final = "its agent hung: it renewed no lease and answered no call while its process ran; it was killed"
+NO_LOG_MESSAGE: Final = "its batch script wrote no log: do all nodes see the run directory"
+VANISHED_MESSAGE: Final = "the job ended without an exit record: it was killed, or failed before it started"
 
 
 class RunObserver:
-    """Looks at one run again and again. `reading`: nothing is written, not even the exit record of a job that ended
-    without one."""
+    """Observes one run. With `read_only` it writes nothing, not even a missing exit record."""
 
     def __init__(
-        self, run: RunDir, launcher: Launcher, *, clock: Callable[[], float] = time.monotonic, reading: bool = False
+        self, run: RunDir, launcher: Launcher, *, clock: Callable[[], float] = time.monotonic, read_only: bool = False
     ) -> None:
-        self._run, self._reading = run, reading
+        self._run, self._read_only = run, read_only
         self._clock = clock
         self._launcher = launcher
         self._reader = RegistryReader(run.registry)
         self._ended: dict[str, Attempt] = {}
-        self._pulse = HangDetector()
+        self._hang_detector = HangDetector()
         self._hung: set[str] = set()
-        self._asked: set[str] = set()  # the lost ones for which the controller was asked
-        self._asked_at = -math.inf
+        self._queried: set[str] = set()  # lost replicas about which the controller was queried
+        self._queried_at = -math.inf
         self.records: Mapping[str, Record] = {}
         self.lost: Sequence[str] = ()
-        """The replicas for which the last look asked the controller."""
+        """The replicas about which the last observation queried the controller."""
 
-    def look(self, *, fresh: bool = False) -> Observed:
-        """Raises OSError when the run directory cannot be read now. `fresh`: ask the controller anew."""
+    def observe(self, *, fresh: bool = False) -> Observed:
+        """Raises OSError if the run directory cannot be read. `fresh`: query the controller now."""
         names = self._claimed()
         open_names = [name for name in names if name not in self._ended]
         reports = self._launcher.observe(open_names, fresh=fresh)
-        read_at = self._clock()  # before the records are read, and after the controller, which may take half a minute
+        read_at = self._clock()  # after the query, which may take 30 s, and before the records are read
         self.records = self._reader.snapshot()
         self.lost = self._lost(reports, read_at=read_at)
         if self.lost:
@@ -71,21 +70,23 @@ class RunObserver:
         return {slot: tuple(sorted(found, key=lambda a: a.generation)) for slot, found in slots.items()}
 
     def _lost(self, reports: Mapping[str, JobReport], *, read_at: float) -> list[str]:
-        """The replicas for which the controller is to be asked now: once for each that falls silent, since its job may
-        have ended without a word. Routers are left out: this may run beside one, and would go with it."""
+        """The replicas about which to query the controller now: once for each newly lost one, since its job may have
+        ended. Routers are left out, because this loop ends with its router."""
         running = [name for name, report in reports.items() if report.state is JobState.RUNNING]
         records = [self.records[name] for name in running if name in self.records]
-        silent = self._pulse.silent([record for record in records if record.kind is RecordKind.EXPERT], read_at=read_at)
+        silent = self._hang_detector.silent(
+            [record for record in records if record.kind is RecordKind.EXPERT], read_at=read_at
+        )
         self._hung.difference_update(running)
         self._hung |= silent.hung
-        self._asked &= silent.lost
-        news = silent.lost - self._asked
-        if not news or read_at - self._asked_at < ASK_LOST_S:
+        self._queried &= silent.lost
+        newly_lost = silent.lost - self._queried
+        if not newly_lost or read_at - self._queried_at < MIN_QUERY_INTERVAL_S:
             return []
-        logger.warning("no beat and no answer: Slurm is asked for the jobs of %s", ", ".join(sorted(news)))
-        self._asked |= news
-        self._asked_at = read_at
-        return sorted(news)
+        logger.warning("no beat and no answer: asking Slurm for the jobs of %s", ", ".join(sorted(newly_lost)))
+        self._queried |= newly_lost
+        self._queried_at = read_at
+        return sorted(newly_lost)
 
     def _claimed(self) -> list[str]:
         with os.scandir(self._run.jobs) as entries:
@@ -101,7 +102,7 @@ class RunObserver:
         end, stop, state = job.exit(), job.stop() or Stop(), report.state
         if state is JobState.ENDED and end is None:
             end = self._end(replica, report, stop)
-            end = end if self._reading else leave_exit(job, end)
+            end = end if self._read_only else record_exit(job, end)
         record, info = self.records.get(replica), job.info()
         attempt = Attempt(
             slot=Slot(expert, slot),
@@ -116,7 +117,7 @@ class RunObserver:
             job_id=info.job_id if info is not None else None,
             node=report.node,
             hung=state is JobState.RUNNING and replica in self._hung,
-            submitting=info is None and _lives(job.submitter()),
+            submitting=info is None and _is_alive(job.submitter()),
             runner=info.runner if info is not None else None,
         )
         if state is JobState.ENDED:
@@ -124,28 +125,28 @@ class RunObserver:
         return attempt
 
     def _end(self, replica: str, report: JobReport, stop: Stop) -> Exit:
-        """Of a job that said nothing itself."""
+        """The exit of a job that wrote none itself."""
         if (stop.drain_at or stop.cancel_at) is not None and replica not in self._hung:
-            return Exit(ok=True, reason=FailureReason.DRAINED, message="it was asked to end, and said nothing more")
+            return Exit(ok=True, reason=FailureReason.DRAINED, message="it was asked to end, and left no exit record")
         if report.end is not None and report.end.reason is not FailureReason.KILLED:
             return report.end
         if replica in self._hung:
-            return Exit(ok=False, reason=FailureReason.TIMEOUT, message=HUNG)
+            return Exit(ok=False, reason=FailureReason.TIMEOUT, message=HUNG_MESSAGE)
         job = JobDir(self._run, replica)
         info = job.info()
         if info is not None and info.runner is Runner.SLURM and not any(job.path.glob("*_batch.log")):
-            return Exit(ok=False, reason=FailureReason.VANISHED, message=f"{UNSEEN} {self._run.path}?")
-        return report.end or Exit(ok=False, reason=FailureReason.VANISHED, message=VANISHED)
+            return Exit(ok=False, reason=FailureReason.VANISHED, message=f"{NO_LOG_MESSAGE} {self._run.path}?")
+        return report.end or Exit(ok=False, reason=FailureReason.VANISHED, message=VANISHED_MESSAGE)
 
 
-def leave_exit(job: JobDir, end: Exit) -> Exit:
-    """Write `exit.json` unless the job did so in the meantime; the one that stands."""
+def record_exit(job: JobDir, end: Exit) -> Exit:
+    """Write `exit.json` unless the job has written it; returns the one in the file."""
     create_text(job.path / "exit.json", json.dumps(asdict(end), indent=1, sort_keys=True) + "\n")
     return job.exit() or end
 
 
-def _lives(submitter: Submitter | None) -> bool:
-    """A submitter of another host cannot be asked: the claim's age decides."""
+def _is_alive(submitter: Submitter | None) -> bool:
+    """Whether the submitter runs on this host. One of another host counts as gone: the age of its claim decides."""
     here = submitter is not None and submitter.host == socket.gethostname()
     return here and submitter is not None and start_ticks(submitter.pid) == submitter.start_ticks
 

@@ -1,15 +1,16 @@
-"""What to do so that the jobs that live become the jobs that are wanted. Pure: no I/O, time is an argument.
+"""Decides which actions turn the observed jobs into the desired jobs. Pure: no I/O, time is an argument.
 
 Rules, one slot at a time:
-1. A slot that lives is left alone, unless it was asked to stop, or hangs: then it is ended, and killed if it must be;
-   one that hangs is replaced without waiting for that. One that ended gets its next generation at once.
-2. Failures in a row wait longer and longer, then give up; a reason no restart can cure gives up at once. A job that was
-   ready for a while starts the count again, and so does the user with `up` or `scale` (`Desired.forgiven`). An end
-   that says nothing about the replica (its node failed, it was preempted) only makes the next one wait.
-3. A claim without a job is abandoned after a minute. A surplus job drains, then ends, then is killed.
-4. The loop runs beside the router and dies with it, so a router's successor is submitted while it serves, and Slurm
-   starts it when the router's job has ended.
-5. Slots with a letter in their name and routers are left to those who started them, except when all is cleared.
+1. A live job stays, unless it was asked to stop or hangs: then it is ended, and killed after its drain time. A job that
+   hangs is replaced at once. The next generation of a job that ended is submitted at once.
+2. After failures in a row the pause before the next job grows, and then the slot is given up; it is given up at once
+   for a reason that a restart cannot fix. The count starts again after a job that was ready for STABLE_S, and after
+   `up` or `scale` (`Desired.forgiven`). An end that is not the replica's fault (its node failed, it was preempted)
+   only adds a pause.
+3. A claim without a job is abandoned after CLAIM_S. A surplus job is drained, then cancelled, then killed.
+4. The loop runs in the router's job and ends with it, so the next router is submitted while the present one serves, and
+   Slurm starts it when that job has ended.
+5. Routers, and slots with a letter in their name, are never surplus: only the verb `down` ends them.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,26 +23,27 @@ from hpc_router.cluster.launchers.interface import ROUTER, JobState
 from hpc_router.state.job_records import BLAMELESS, PERMANENT, Exit, FailureReason, Runner
 
 CLAIM_S: Final = 60.0
-"""A claim that has no job after this long is abandoned."""
+"""A claim that has no job after this time is abandoned."""
 STABLE_S: Final = 30.0
-"""A job that was ready this long did not fail to start."""
+"""The end of a job that was ready for this time does not count as a failure to start."""
 STANDBY_S: Final = 10.0
-"""A router that was ready this long gets its successor: one that always fails must not be followed for ever at once."""
+"""A standby is submitted only after the router was ready for this time, so that a router that crashes at once does not
+spawn standbys for ever."""
 BACKOFF_S: Final = 2.0
 BACKOFF_MAX_S: Final = 60.0
 KILL_AFTER_S: Final = 10.0
-"""Beyond the time a job may drain."""
+"""Added to the drain time of a job."""
 KILL_AGAIN_S: Final = 10.0
-"""Slurm may take so long, and a node that is lost much longer."""
+"""Pause before a kill is repeated: Slurm may take this long, and much longer for a node that is lost."""
 
 
 @dataclass(frozen=True, slots=True)
 class Desired:
-    """`replicas` per expert; `forgiven`: failures up to this generation of a slot no longer count. `standby`: a router
-    that has served for a while gets a successor that waits for its end.
+    """`replicas`: number per expert. `forgiven`: failures up to this generation of a slot do not count. `standby`: a
+    router that has served for STANDBY_S gets a successor whose job waits for its end.
 
-    `down`: nothing is wanted. `clear`: whatever lives must go, as only the verb `down` says: a loop that still runs
-    must not end a router that somebody started after it.
+    `down`: no job is wanted. `clear`: every live job must end. Only the verb `down` sets it, because a loop that still
+    runs must not end a router that was started after `down`.
     """
 
     replicas: Mapping[str, int] = field(default_factory=dict)
@@ -55,7 +57,7 @@ class Desired:
     router_drain_s: float = 10.0
 
     def slots(self) -> list[Slot]:
-        """Every slot that should be filled."""
+        """Every slot that should have a job."""
         if self.down:
             return []
         experts = [Slot(name, str(n)) for name, count in self.replicas.items() for n in range(count)]
@@ -67,7 +69,7 @@ class Desired:
 
 @dataclass(frozen=True, slots=True)
 class Submit:
-    """`after`: the job whose end Slurm is to wait for."""
+    """`after`: id of the job that must end before Slurm starts this one."""
 
     slot: Slot
     generation: int
@@ -80,28 +82,28 @@ class Submit:
 
 @dataclass(frozen=True, slots=True)
 class Drain:
-    """Ask it over HTTP to take no more requests and to end after those in flight."""
+    """Call its `/drain`: it takes no new requests and ends after those in flight."""
 
     replica: str
 
 
 @dataclass(frozen=True, slots=True)
 class Cancel:
-    """Ask its job to end."""
+    """Send SIGTERM to its job."""
 
     replica: str
 
 
 @dataclass(frozen=True, slots=True)
 class Kill:
-    """It was asked and had its time."""
+    """Kill its job, whose drain time is over."""
 
     replica: str
 
 
 @dataclass(frozen=True, slots=True)
 class Wait:
-    """Nothing to do about this replica before `until_at`."""
+    """No action for this replica before `until_at` (Unix seconds)."""
 
     replica: str
     until_at: float
@@ -110,7 +112,7 @@ class Wait:
 
 @dataclass(frozen=True, slots=True)
 class GiveUp:
-    """This slot failed for good; its newest exit says why."""
+    """No further job for this slot; `exit` is the newest failure."""
 
     slot: Slot
     failures: int
@@ -121,48 +123,48 @@ Action = Submit | Drain | Cancel | Kill | Wait | GiveUp
 
 
 def reconcile(desired: Desired, observed: Observed, now: float) -> list[Action]:
-    if desired.clear and not desired.down:  # brought up again meanwhile: what lives is not ours to end any more
+    if desired.clear and not desired.down:  # `up` came after `down`: its jobs must stay
         return []
     wanted = desired.slots()
     actions: list[Action] = []
     for slot in wanted:
-        actions.extend(_fill(slot, observed.get(slot, ()), desired, now))
+        actions.extend(_fill_slot(slot, observed.get(slot, ()), desired, now))
     for slot in sorted(set(observed) - set(wanted)):
-        if desired.clear or (slot.ours and slot.expert != ROUTER):
-            actions.extend(_clear_away(observed[slot], now))
-            actions.extend(_empty(observed[slot], desired, now))
+        if desired.clear or (slot.managed and slot.expert != ROUTER):
+            actions.extend(_end_lingering(observed[slot], now))
+            actions.extend(_stop_all(observed[slot], desired, now))
     return actions
 
 
 def backoff_s(failures: int) -> float:
-    """The pause after the n-th failure in a row: none, 2 s, 4 s, ... one minute."""
+    """The pause in seconds after the n-th failure in a row: 0, 2, 4, ... 60."""
     return backoff.pause_s(failures - 2, first_s=BACKOFF_S, max_s=BACKOFF_MAX_S)
 
 
-def _fill(slot: Slot, attempts: Sequence[Attempt], desired: Desired, now: float) -> Iterator[Action]:
+def _fill_slot(slot: Slot, attempts: Sequence[Attempt], desired: Desired, now: float) -> Iterator[Action]:
     if not attempts:
         yield Submit(slot, 1)
         return
-    yield from _clear_away(attempts, now)
+    yield from _end_lingering(attempts, now)
     newest = attempts[-1]
     live = [attempt for attempt in attempts if attempt.live]
-    superseded = live[:-1] if live and live[-1].ready and slot.expert != ROUTER else []  # routers end by themselves
-    yield from _empty([a for a in live if a.hung or a.asked_to_stop or a in superseded], desired, now)
+    superseded = live[:-1] if live and live[-1].ready and slot.expert != ROUTER else []  # a router ends by itself
+    yield from _stop_all([a for a in live if a.hung or a.stop_requested or a in superseded], desired, now)
     if not newest.submitted and newest.exit is None and (newest.submitting or now < newest.claimed_at + CLAIM_S):
         yield Wait(newest.replica, newest.claimed_at + CLAIM_S, "claimed, not submitted yet")
-    elif slot == ROUTER_SLOT and desired.standby and len(live) == 1 and _steady(live[0], now):
+    elif slot == ROUTER_SLOT and desired.standby and len(live) == 1 and _has_served_long_enough(live[0], now):
         tried = [attempt for attempt in attempts if attempt.generation > live[0].generation]
-        waiting = _next(slot, newest.generation + 1, tried, desired, now, after=live[0].job_id)
+        waiting = _submit_next(slot, newest.generation + 1, tried, desired, now, after=live[0].job_id)
         yield from (action for action in waiting if not isinstance(action, GiveUp))  # the router itself serves
-    elif all(_as_good_as_gone(attempt) for attempt in live):
-        yield from _next(slot, newest.generation + 1, attempts, desired, now)
+    elif all(_cannot_serve_again(attempt) for attempt in live):
+        yield from _submit_next(slot, newest.generation + 1, attempts, desired, now)
 
 
-def _next(
+def _submit_next(
     slot: Slot, generation: int, past: Sequence[Attempt], desired: Desired, now: float, *, after: str | None = None
 ) -> Iterator[Action]:
-    """The next generation, after a pause where those in the `past` came to nothing."""
-    ends = _failures(past, forgiven=desired.forgiven.get(str(slot), 0))
+    """Submit the next generation, after a pause if the attempts in `past` failed."""
+    ends = _consecutive_failures(past, forgiven=desired.forgiven.get(str(slot), 0))
     blamed = [end for end in ends if end.reason not in BLAMELESS]
     if blamed and (blamed[0].reason in PERMANENT or len(blamed) >= desired.max_failures):
         yield GiveUp(slot, len(blamed), blamed[0])
@@ -174,34 +176,33 @@ def _next(
         yield Submit(slot, generation, after)
 
 
-def _as_good_as_gone(attempt: Attempt) -> bool:
-    """Asked to end, and not able to do anything any more: it hangs, or has not begun."""
+def _cannot_serve_again(attempt: Attempt) -> bool:
+    """Whether it was asked to end and cannot serve any more: it hangs, or has not started."""
     return attempt.stop.cancel_at is not None and (attempt.hung or attempt.job is JobState.PENDING)
 
 
-def _clear_away(attempts: Sequence[Attempt], now: float) -> Iterator[Action]:
-    """A job that has said its last word and does not end."""
+def _end_lingering(attempts: Sequence[Attempt], now: float) -> Iterator[Action]:
+    """Cancel and kill jobs whose service has ended while they still hold resources."""
     for attempt in attempts:
         if attempt.submitted and attempt.job is JobState.ENDING:
-            said_at = attempt.exit.at if attempt.exit is not None else attempt.claimed_at
+            ended_at = attempt.exit.at if attempt.exit is not None else attempt.claimed_at
             if attempt.stop.cancel_at is not None:
-                yield _kill(attempt, attempt.stop.cancel_at + KILL_AFTER_S, now)
-            elif now >= said_at + KILL_AFTER_S:
+                yield _kill_or_wait(attempt, attempt.stop.cancel_at + KILL_AFTER_S, now)
+            elif now >= ended_at + KILL_AFTER_S:
                 yield Cancel(attempt.replica)
 
 
-def _steady(router: Attempt, now: float) -> bool:
-    """Whether it is a Slurm job that has served long enough to be succeeded: one that fails again and again must not go
-    on for ever."""
+def _has_served_long_enough(router: Attempt, now: float) -> bool:
+    """Whether it is a Slurm job that has been ready for STANDBY_S."""
     ready_at = router.progress.ready_at if router.progress else None
     return router.ready and router.runner is Runner.SLURM and ready_at is not None and now - ready_at >= STANDBY_S
 
 
-def _failures(attempts: Sequence[Attempt], *, forgiven: int) -> list[Exit]:
-    """The ends of the last attempts in a row that came to nothing, newest first."""
+def _consecutive_failures(attempts: Sequence[Attempt], *, forgiven: int) -> list[Exit]:
+    """The exits of the failures since the last success, newest first."""
     ends: list[Exit] = []
     for attempt in reversed(attempts):
-        end = _end(attempt)
+        end = _exit_of(attempt)
         if attempt.generation <= forgiven or end.ok:
             break
         ends.append(end)
@@ -211,36 +212,36 @@ def _failures(attempts: Sequence[Attempt], *, forgiven: int) -> list[Exit]:
     return ends
 
 
-def _end(attempt: Attempt) -> Exit:
-    """How a job that lives no more ended; the observer leaves no job without an exit record, claims have none."""
+def _exit_of(attempt: Attempt) -> Exit:
+    """The exit of an attempt that is not live. The observer writes one for every job that ended; a claim has none."""
     if attempt.exit is not None:
         return attempt.exit
-    message = "the job ended without a word" if attempt.submitted else "claimed, and never submitted"
+    message = "the job ended without an exit record" if attempt.submitted else "claimed, but never submitted"
     return Exit(ok=False, reason=FailureReason.VANISHED, message=message, at=attempt.claimed_at + CLAIM_S)
 
 
-def _empty(attempts: Sequence[Attempt], desired: Desired, now: float) -> Iterator[Action]:
+def _stop_all(attempts: Sequence[Attempt], desired: Desired, now: float) -> Iterator[Action]:
     for attempt in attempts:
         if attempt.live:
-            yield _retire(attempt, desired, now)
+            yield _stop(attempt, desired, now)
         elif not attempt.submitted and attempt.exit is None and attempt.stop.cancel_at is None:
-            yield Cancel(attempt.replica)  # its job may be on the way: it finds that it is not wanted
+            yield Cancel(attempt.replica)  # its job may be submitted just now: it reads the request before it starts
 
 
-def _retire(attempt: Attempt, desired: Desired, now: float) -> Action:
+def _stop(attempt: Attempt, desired: Desired, now: float) -> Action:
     replica, stop = attempt.replica, attempt.stop
     drain_s = 0.0 if attempt.hung else desired.drain_limit_s(attempt.slot)
     if stop.cancel_at is not None:
-        return _kill(attempt, stop.cancel_at + drain_s + KILL_AFTER_S, now)
+        return _kill_or_wait(attempt, stop.cancel_at + drain_s + KILL_AFTER_S, now)
     if not desired.down:
         if stop.drain_at is None and attempt.ready:
             return Drain(replica)
         if stop.drain_at is not None and now < stop.drain_at + drain_s:
             return Wait(replica, stop.drain_at + drain_s, "asked to drain")
-    return Cancel(replica)  # SIGTERM drains too: nothing in flight is lost
+    return Cancel(replica)  # the agent drains on SIGTERM too
 
 
-def _kill(attempt: Attempt, kill_at: float, now: float) -> Action:
+def _kill_or_wait(attempt: Attempt, kill_at: float, now: float) -> Action:
     if attempt.stop.kill_at is not None:
         kill_at = max(kill_at, attempt.stop.kill_at + KILL_AGAIN_S)
     return Kill(attempt.replica) if now >= kill_at else Wait(attempt.replica, kill_at, "asked to end")

@@ -1,7 +1,8 @@
-"""What the control loop sees of one slot: every job that was ever claimed for it, and what became of each.
+"""Slots and attempts: the observed state from which the control loop decides.
 
-A slot is one seat of an expert (`math-0`) or the router's (`router-0`); a generation is one job in it. Slots with a
-letter (`math-h0` started by hand, `math-x0` external) belong to whoever made them.
+A slot is the place of one replica of an expert (`math-0`) or of the router (`router-0`); a generation is one job in it,
+and an attempt is what is known of that job. The control loop manages slots with a number; a slot with a letter was
+started by hand (`math-h0`) or is an external endpoint (`math-x0`).
 """
 
 from collections.abc import Mapping
@@ -21,8 +22,8 @@ class Slot(NamedTuple):
         return f"{self.expert}-{self.name}"
 
     @property
-    def ours(self) -> bool:
-        """Whether the control loop fills and empties it."""
+    def managed(self) -> bool:
+        """Whether the control loop submits and ends its jobs."""
         return self.name.isdecimal()
 
     def replica(self, generation: int) -> str:
@@ -32,14 +33,14 @@ class Slot(NamedTuple):
 ROUTER_SLOT: Final = Slot(ROUTER, "0")
 
 
-NOT_ASKED: Final = Stop()
-_OVER: Final = (JobState.ENDING, JobState.ENDED)
+NO_STOP: Final = Stop()
+_NOT_LIVE: Final = (JobState.ENDING, JobState.ENDED)
 
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
     """One generation of a slot. `submitted`: there is a job, not only a claim. `submitting`: the process that submits
-    it lives. `hung`: it lives and does nothing."""
+    it is alive. `hung`: its job runs, but it renews no lease and answers no call. Times are Unix seconds."""
 
     slot: Slot
     generation: int
@@ -48,7 +49,7 @@ class Attempt:
     submitted: bool = True
     exit: Exit | None = None
     progress: JobProgress | None = None
-    stop: Stop = NOT_ASKED
+    stop: Stop = NO_STOP
     registered: State | None = None
     job_id: str | None = None
     node: str | None = None
@@ -66,17 +67,17 @@ class Attempt:
 
     @property
     def live(self) -> bool:
-        """It serves, or may come to."""
-        return self.submitted and self.job not in _OVER
+        """Whether it serves, or may serve later."""
+        return self.submitted and self.job not in _NOT_LIVE
 
     @property
-    def lingers(self) -> bool:
-        """It holds resources, if only for a moment."""
+    def holds_resources(self) -> bool:
+        """Whether its job may still hold resources."""
         return self.submitted and self.job is not JobState.ENDED
 
     @property
-    def asked_to_stop(self) -> bool:
-        return self.stop != NOT_ASKED
+    def stop_requested(self) -> bool:
+        return self.stop != NO_STOP
 
     @property
     def ready(self) -> bool:
@@ -85,3 +86,7 @@ class Attempt:
 
 Observed = Mapping[Slot, tuple[Attempt, ...]]
 """Oldest generation first."""
+
+
+def all_attempts(observed: Observed) -> list[Attempt]:
+    return [attempt for attempts in observed.values() for attempt in attempts]

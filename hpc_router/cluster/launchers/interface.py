@@ -1,7 +1,7 @@
-"""The seam between the control loop and whatever runs jobs: this machine, Slurm, or one Slurm job.
+"""The interface between the control loop and the place that runs jobs: this machine, Slurm, or one Slurm job.
 
-A launcher submits, tells which jobs live, and stops them; it decides nothing. It reads and writes only `jobs/`, and it
-knows nothing of experts, prompts or HTTP.
+A launcher submits jobs, reports their states and ends them; it decides nothing. It reads and writes only `jobs/`, and
+must not know experts, prompts or HTTP.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,31 +14,31 @@ from hpc_router.state.job_records import Exit
 from hpc_router.state.registry import split_replica
 
 ROUTER: Final = "router"
-"""Stands where an expert's name does, in the router's replicas."""
+"""Takes the place of an expert's name in the names of routers: `router-0.g1`."""
 
 
 class JobState(StrEnum):
-    """What is known of a claimed job, from the place that runs it."""
+    """State of a claimed job, as its launcher reports it."""
 
     PENDING = "pending"  # claimed or queued, no process yet
     RUNNING = "running"
-    ENDING = "ending"  # it serves no more, and may still hold its resources
+    ENDING = "ending"  # its service has ended; it may still hold resources
     ENDED = "ended"
-    UNKNOWN = "unknown"  # it cannot be asked from here
+    UNKNOWN = "unknown"  # on another host, which cannot be observed from here
 
 
 @dataclass(frozen=True, slots=True)
 class JobReport:
-    """One claimed job as the place that runs it tells it; unknown is None. Times are Unix seconds.
+    """State of one claimed job; unknown values are None. Times are Unix seconds.
 
-    `pending`: Slurm's own word for why it waits (`Resources`); `starts_at`: its estimate. `end`: how it ended, for a
-    job that said nothing itself.
+    `pending_reason`: Slurm's reason why the job waits (`Resources`). `starts_at`: Slurm's estimate. `end`: how the job
+    ended, if it left no exit record itself.
     """
 
     state: JobState
     node: str | None = None
-    word: str | None = None  # the place's own word for the state, such as COMPLETING
-    pending: str | None = None
+    native_state: str | None = None  # Slurm's name of the state, such as COMPLETING
+    pending_reason: str | None = None
     starts_at: float | None = None
     ends_at: float | None = None
     end: Exit | None = None
@@ -46,9 +46,8 @@ class JobReport:
 
 @dataclass(frozen=True, slots=True)
 class JobRequest:
-    """One job as `plan` prints it: the replica, what it runs and what it asks for. `after`: the job whose end it is to
-    wait for. `dependency_met`: an earlier job with the same `sbatch.dependency` has begun. `exclude`: nodes that
-    were drained."""
+    """The job of one replica: its command and its resources. `after`: id of the job whose end it waits for.
+    `dependency_met`: an earlier job with the same `sbatch.dependency` has started. `exclude`: drained nodes."""
 
     replica: str
     argv: tuple[str, ...]
@@ -62,25 +61,23 @@ class JobRequest:
         return split_replica(self.replica)[0] == ROUTER
 
 
-class Submits(Protocol):
-    def submit(self, requests: Sequence[JobRequest]) -> list[str]:
-        """Claim and submit; the replicas that this call submitted, without those that somebody else has claimed.
+class Launcher(Protocol):
+    """Methods take batches, because each call costs a child process or a query to the Slurm controller."""
 
-        Raises LaunchError for a refusal, after an exit record was left in each refused job's folder.
+    def submit(self, requests: Sequence[JobRequest]) -> list[str]:
+        """Claim and submit; the replicas that this call submitted, without those that another process had claimed.
+
+        Raises LaunchError for a refusal, after writing an exit record into each refused job's folder.
         """
 
-
-class Launcher(Submits, Protocol):
-    """Every method takes whole batches: one call costs one child process or one question to the controller."""
-
     def observe(self, replicas: Iterable[str], *, fresh: bool = False) -> Mapping[str, JobReport]:
-        """`fresh`: ask the controller now; else what it said within `cluster.ask_s` stands."""
+        """`fresh`: query the controller now; else an answer of the last `cluster.ask_s` seconds is used."""
 
     def cancel(self, replicas: Iterable[str]) -> None:
-        """Ask these jobs to end (SIGTERM: they drain)."""
+        """Send SIGTERM to these jobs: they drain and end."""
 
     def kill(self, replicas: Iterable[str]) -> None:
-        """End exactly these jobs' processes now."""
+        """Send SIGKILL to the processes of these jobs, and of no others."""
 
     def remaining(self, replicas: Iterable[str]) -> list[str]:
-        """The ids of jobs that still hold something, asked now: for whoever wants to see that nothing is left."""
+        """The ids of jobs that still hold resources, from a new query."""

@@ -1,10 +1,9 @@
-"""The first steps of a job, called by submitit inside it: check the version, leave our process id, become the service.
+"""Entry point of a job: checks the version, writes the process id, and replaces itself by the service.
 
-Pickled by reference, so it must stay a module-level function here. It ends in `execve`: what runs on is the agent or
-the router alone, without submitit's signal handlers (they bypass SIGTERM) and without its variables. The process id
-stays the same, so `process.json` names the service itself even when submitit's controller has been killed.
-A step of an allocation has no submitit: there `python -m hpc_router.cluster.launchers.job_entry` runs with the same
-arguments.
+submitit pickles `start` by reference, so it must stay a module-level function of this module. It ends in `execve`, so
+that the agent or router runs without submitit's signal handlers (which bypass SIGTERM) and variables. The process id
+stays the same, so `process.json` names the service even when submitit's controller was killed.
+A step of an allocation has no submitit: it runs `python -m hpc_router.cluster.launchers.job_entry`.
 """
 
 import argparse
@@ -20,8 +19,8 @@ from hpc_router.state.run_directory import RunDir
 
 
 def start(run: str, argv_of: Mapping[str, list[str]], version: str) -> None:
-    """Does not return. `argv_of`: the command of each replica that the job carries; $HPC_ROUTER_REPLICA says which one
-    this task is. Arguments are plain text: nothing of ours is in the pickle that a version could break."""
+    """Does not return. `argv_of`: the command of each replica in the job; $HPC_ROUTER_REPLICA names the one of this
+    task. Arguments are plain text, so that a job's pickle can be loaded by every version."""
     replica = os.environ.get("HPC_ROUTER_REPLICA") or next(iter(argv_of))
     argv = argv_of[replica]
     job = JobDir(RunDir(Path(run)), replica)
@@ -30,9 +29,9 @@ def start(run: str, argv_of: Mapping[str, list[str]], version: str) -> None:
         message = f"submitted by hpc-router {version}, but the job's interpreter has {hpc_router.__version__}"
         job.write(Exit(ok=False, reason=FailureReason.INTERPRETER, message=message))
         raise SystemExit(message)
-    asked = job.stop()
-    if asked is not None and asked.cancel_at is not None:
-        job.write(Exit(ok=True, reason=FailureReason.DRAINED, message="it was asked to end before it had begun"))
+    stop = job.stop()
+    if stop is not None and stop.cancel_at is not None:
+        job.write(Exit(ok=True, reason=FailureReason.DRAINED, message="it was asked to end before it had started"))
         raise SystemExit(0)
     if rank == 0:
         ticks = start_ticks(os.getpid())
@@ -47,11 +46,11 @@ def start(run: str, argv_of: Mapping[str, list[str]], version: str) -> None:
 
 
 def _environment(rank: int) -> dict[str, str]:
-    """What the service may know of its job, under names of our own."""
-    told = {"HPC_ROUTER_RANK": str(rank)}
+    """The environment of the service: without Slurm's variables, with the job's id and rank under names of ours."""
+    own = {"HPC_ROUTER_RANK": str(rank)}
     if "SLURM_JOB_ID" in os.environ:
-        told["HPC_ROUTER_JOB_ID"] = os.environ["SLURM_JOB_ID"]
-    return {**without_job_variables(os.environ), **told}
+        own["HPC_ROUTER_JOB_ID"] = os.environ["SLURM_JOB_ID"]
+    return {**without_job_variables(os.environ), **own}
 
 
 if __name__ == "__main__":
@@ -59,5 +58,5 @@ if __name__ == "__main__":
     for name in ("run", "replica", "version"):
         parser.add_argument(name)
     parser.add_argument("argv", nargs="+", help="the service's command line, after --")
-    given = parser.parse_args()
-    start(given.run, {given.replica: given.argv}, given.version)
+    arguments = parser.parse_args()
+    start(arguments.run, {arguments.replica: arguments.argv}, arguments.version)

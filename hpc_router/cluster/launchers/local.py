@@ -1,8 +1,8 @@
 """Jobs as processes of this machine, through submitit's local executor.
 
-submitit can cancel only from the process that submitted; here the processes are known by their ids and start times in
-`jobs/`, so any process of the user can. A signal goes through a pidfd that was checked against the start time: a reused
-process id is never hit. A job of another host is UNKNOWN, never ENDED.
+submitit can cancel a job only from the process that submitted it. Here process ids and start times are in `jobs/`, so
+any process of the user can. Signals go through a pidfd whose start time was checked, so that a reused process id is
+never signalled. A job of another host is UNKNOWN, never ENDED.
 """
 
 import contextlib
@@ -15,8 +15,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from hpc_router.cluster.launchers.interface import JobReport, JobRequest, JobState
-from hpc_router.cluster.launchers.submit import keep_refusals, submit_all
-from hpc_router.state.job_records import Exit, FailureReason, JobDir, Process, start_ticks
+from hpc_router.cluster.launchers.submitit.submission import Submission, record_refusals, submit_all
+from hpc_router.state.job_records import JobDir, Process, start_ticks
 from hpc_router.state.run_directory import RunDir
 
 logger = logging.getLogger(__name__)
@@ -24,23 +24,19 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class LocalLauncher:
-    """`gpus`: how many this machine has; each live job holds some of them alone."""
+    """`gpus`: number of GPUs of this machine. Each belongs to one live job at most."""
 
     run: RunDir
     gpus: int = 0
 
     def submit(self, requests: Sequence[JobRequest]) -> list[str]:
-        with self._choosing():
-            chosen = self._claim(requests)
-            if not chosen:
+        with self._lock():
+            claimed = self._claim(requests)
+            if not claimed:
                 return []
-            batch = [
-                {"run": str(self.run.path), "argv_of": {r.replica: r.argv}, "script": None, "gpus": gpus}
-                for r, gpus in chosen
-            ]
-            answers = submit_all(batch)
-        keep_refusals(self.run, answers, lambda _, said: Exit(ok=False, reason=FailureReason.CRASHED, message=said))
-        return [request.replica for request, _ in chosen]
+            errors = submit_all([Submission(str(self.run.path), {r.replica: r.argv}, gpus=gpus) for r, gpus in claimed])
+        record_refusals(self.run, errors)
+        return [request.replica for request, _ in claimed]
 
     def observe(self, replicas: Iterable[str], *, fresh: bool = False) -> Mapping[str, JobReport]:
         return {replica: self._report(JobDir(self.run, replica)) for replica in replicas}
@@ -48,7 +44,7 @@ class LocalLauncher:
     def cancel(self, replicas: Iterable[str]) -> None:
         for replica in replicas:
             controller, service = self._processes(JobDir(self.run, replica))
-            # The controller forwards to the service, which may have outlived it.
+            # The service first: submitit's controller, which forwards signals, may have ended already.
             if not _signal(service, signal.SIGTERM):
                 _signal(controller, signal.SIGTERM)
 
@@ -58,12 +54,12 @@ class LocalLauncher:
                 _signal(process, signal.SIGKILL)
 
     def remaining(self, replicas: Iterable[str]) -> list[str]:
-        return []  # a process that has ended holds nothing
+        return []  # a process that has ended holds no resources
 
     @contextlib.contextmanager
-    def _choosing(self) -> Iterator[None]:
-        """One at a time on this host, so that two callers don't choose the same GPU. Where a file system has no
-        locks, only the claims protect: that is enough for jobs without GPUs."""
+    def _lock(self) -> Iterator[None]:
+        """One submission at a time on this host, so that two callers never choose the same GPU. On a file system
+        without locks only the claims protect, which is enough for jobs without GPUs."""
         descriptor = os.open(self.run.jobs, os.O_RDONLY | os.O_DIRECTORY)
         try:
             with contextlib.suppress(OSError):
@@ -107,7 +103,7 @@ class LocalLauncher:
         return JobState.RUNNING if alive else JobState.ENDED
 
     def _processes(self, job: JobDir) -> tuple[Process | None, Process | None]:
-        """submitit's controller and the service, as far as known and started on this host."""
+        """submitit's controller and the service; None where unknown or on another host."""
         info, service = job.info(), job.process()
         controller = None
         if info is not None and info.start_ticks is not None and info.job_id.isdecimal():
@@ -120,7 +116,7 @@ class LocalLauncher:
 
 
 def _signal(process: Process | None, number: signal.Signals) -> bool:
-    """True when exactly this process was there to be signalled."""
+    """Whether this very process was signalled."""
     if process is None:
         return False
     try:

@@ -1,7 +1,7 @@
-"""All the places where jobs of one run may live, as one launcher: each job is looked after by the one that runs it.
+"""One launcher for a run, which passes each job to the launcher of the place that runs it.
 
-A deployment on Slurm may have its router on this machine, and a run may be joined by services that somebody started by
-hand, here or in a batch job of their own.
+One run may have jobs in several places: a deployment on Slurm may have its router on this machine, and services may be
+started by hand, here or in a batch job of the user.
 """
 
 import shutil
@@ -9,10 +9,11 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from hpc_router.cluster.launchers.interface import JobReport, JobRequest, JobState, Launcher, Submits
+from hpc_router.cluster.launchers.interface import JobReport, JobRequest, JobState, Launcher
 from hpc_router.cluster.launchers.local import LocalLauncher
 from hpc_router.cluster.launchers.slurm.allocation import AllocationLauncher
 from hpc_router.cluster.launchers.slurm.launcher import SlurmLauncher
+from hpc_router.cluster.launchers.slurm.sbatch import BatchJob
 from hpc_router.cluster.launchers.slurm.squeue import Queue
 from hpc_router.config.schema import Deployment
 from hpc_router.errors import ConfigError
@@ -20,25 +21,11 @@ from hpc_router.net.job_environment import current_job_id
 from hpc_router.state.job_records import JobDir, Runner
 from hpc_router.state.run_directory import RunDir
 
-
-def launcher_for(run: RunDir, deployment: Deployment) -> Launcher:
-    cluster = deployment.cluster
-    here = LocalLauncher(run, gpus=cluster.gpus or 0)
-    queue = Queue(run, ask_s=cluster.ask_s)
-    slurm = SlurmLauncher(run, deployment, queue)
-    steps = AllocationLauncher(run, deployment)
-    kinds: Mapping[str, Submits] = {"local": here, "slurm": slurm, "allocation": steps}
-    new = kinds[cluster.kind]
-    return Launchers(
-        run=run,
-        submitting=lambda request: here if request.is_router and deployment.router.place == "here" else new,
-        running={Runner.PROCESS: here, Runner.SLURM: slurm, Runner.STEP: slurm},
-        slurm=slurm if cluster.kind != "local" else None,
-    )
+_Submitting = LocalLauncher | SlurmLauncher | AllocationLauncher
 
 
 def check_reach(deployment: Deployment) -> None:
-    """Whether jobs can be submitted from here at all. Raises ConfigError."""
+    """Raises ConfigError if jobs cannot be submitted from this process."""
     kind, key = deployment.cluster.kind, "cluster.kind"
     if kind == "allocation" and current_job_id() is None:
         raise ConfigError(f"{key}=allocation starts steps inside a Slurm job: run this in an sbatch or salloc", key=key)
@@ -48,19 +35,30 @@ def check_reach(deployment: Deployment) -> None:
 
 @dataclass(frozen=True)
 class Launchers:
-    """`submitting`: who gets a request; `running`: who looks after a job."""
+    """`submitting`: the launcher for a request. `running`: the launcher that observes and ends a job."""
 
     run: RunDir
-    submitting: Callable[[JobRequest], Submits]
+    submitting: Callable[[JobRequest], _Submitting]
     running: Mapping[Runner, Launcher]
     slurm: SlurmLauncher | None = None
 
+    def jobs(self, requests: Sequence[JobRequest]) -> list[BatchJob]:
+        """The Slurm jobs, or steps of one, that `submit` starts for these requests; none for processes of this
+        machine."""
+        by_launcher = self._by_launcher(requests)
+        return [
+            j for launcher, own in by_launcher if not isinstance(launcher, LocalLauncher) for j in launcher.jobs(own)
+        ]
+
     def submit(self, requests: Sequence[JobRequest]) -> list[str]:
-        batches: dict[int, list[JobRequest]] = defaultdict(list)
-        launchers = {id(self.submitting(request)): self.submitting(request) for request in requests}
+        return [replica for launcher, own in self._by_launcher(requests) for replica in launcher.submit(own)]
+
+    def _by_launcher(self, requests: Sequence[JobRequest]) -> list[tuple[_Submitting, list[JobRequest]]]:
+        groups: dict[int, tuple[_Submitting, list[JobRequest]]] = {}
         for request in requests:
-            batches[id(self.submitting(request))].append(request)
-        return [replica for key, batch in batches.items() for replica in launchers[key].submit(batch)]
+            launcher = self.submitting(request)
+            groups.setdefault(id(launcher), (launcher, []))[1].append(request)
+        return list(groups.values())
 
     def observe(self, replicas: Iterable[str], *, fresh: bool = False) -> Mapping[str, JobReport]:
         reports = dict.fromkeys(replicas, JobReport(JobState.PENDING))
@@ -81,10 +79,26 @@ class Launchers:
         return self.slurm.remaining(names) if self.slurm is not None else []
 
     def _by_runner(self, replicas: Iterable[str]) -> list[tuple[Launcher, list[str]]]:
-        """Those with a job; a claim alone belongs to nobody yet."""
+        """The replicas that have a job, by launcher. A claim without a job belongs to none."""
         names: dict[Runner, list[str]] = defaultdict(list)
         for replica in replicas:
             info = JobDir(self.run, replica).info()
             if info is not None:
                 names[info.runner].append(replica)
         return [(self.running[runner], replicas) for runner, replicas in names.items()]
+
+
+def launcher_for(run: RunDir, deployment: Deployment) -> Launchers:
+    cluster = deployment.cluster
+    here = LocalLauncher(run, gpus=cluster.gpus or 0)
+    queue = Queue(run, ask_s=cluster.ask_s)
+    slurm = SlurmLauncher(run, deployment, queue)
+    steps = AllocationLauncher(run, deployment)
+    kinds: Mapping[str, _Submitting] = {"local": here, "slurm": slurm, "allocation": steps}
+    new = kinds[cluster.kind]
+    return Launchers(
+        run=run,
+        submitting=lambda request: here if request.is_router and deployment.router.place == "here" else new,
+        running={Runner.PROCESS: here, Runner.SLURM: slurm, Runner.STEP: slurm},
+        slurm=slurm if cluster.kind != "local" else None,
+    )

@@ -1,4 +1,4 @@
-"""What is wrong with a deployment by itself or on this machine; neither engines nor Slurm are asked."""
+"""Faults and warnings of a deployment that its config and this machine show; no engine and no Slurm is asked."""
 
 import os
 import shutil
@@ -8,22 +8,37 @@ from pathlib import Path
 from hpc_router.config.adapters import adapters_of, host_of, hosts
 from hpc_router.config.schema import Deployment, ExpertConfig
 from hpc_router.errors import ArtefactError, ConfigError, HpcRouterError
-from hpc_router.expert.engines import build_engine
-from hpc_router.routing import artefact, exemplars
+from hpc_router.expert.engines import Engine, build_engine
+from hpc_router.routing import artefact
+from hpc_router.routing.exemplars import usable_exemplars
 from hpc_router.routing.features import Features
 
 
-def own_faults(deployment: Deployment, *, taught: Mapping[str, list[str]]) -> Iterator[str]:
-    """`taught`: the exemplars of the experts that have any."""
+def build_engines(experts: Mapping[str, ExpertConfig]) -> tuple[dict[str, Engine], dict[str, str]]:
+    """The engine of each expert that has jobs, its options parsed; or the fault of those options."""
+    engines, faults = {}, {}
+    for name, expert in hosts(experts).items():
+        try:
+            engines[name] = build_engine(name, expert, adapters=adapters_of(experts, name))
+        except HpcRouterError as error:
+            faults[name] = str(error)
+    return engines, faults
+
+
+def own_faults(
+    deployment: Deployment, *, exemplars: Mapping[str, list[str]], engine_faults: Mapping[str, str]
+) -> Iterator[str]:
+    """`exemplars`: of the experts that have any. `engine_faults`: of `build_engines`."""
     yield from _machine_faults(deployment)
-    yield from _policy_faults(deployment, taught)
+    yield from _policy_faults(deployment, exemplars)
     python = deployment.cluster.python
     if python is not None and not executable(python):
         yield f"cluster.python={python}: not an executable file (valid: a Python interpreter that has hpc_router)"
     for name, expert in hosts(deployment.experts).items():
         in_image = deployment.cluster.container.image is not None and expert.engine.kind != "sim"
-        adapters = adapters_of(deployment.experts, name)
-        yield from _expert_faults(name, expert, adapters, in_image=in_image)
+        if name in engine_faults:
+            yield engine_faults[name]
+        yield from _expert_faults(name, expert, adapters_of(deployment.experts, name), in_image=in_image)
 
 
 def _machine_faults(deployment: Deployment) -> Iterator[str]:
@@ -37,14 +52,10 @@ def _machine_faults(deployment: Deployment) -> Iterator[str]:
 
 
 def _expert_faults(name: str, expert: ExpertConfig, adapters: Mapping[str, str], *, in_image: bool) -> Iterator[str]:
-    at = f"experts.{name}"
-    try:
-        build_engine(name, expert, adapters=adapters)
-    except HpcRouterError as error:
-        yield str(error)
     python = expert.engine.python
     if python is not None and not in_image and not executable(python):
-        yield f"{at}.engine.python={python}: not an executable file (valid: a Python interpreter that has the engine)"
+        key = f"experts.{name}.engine.python={python}"
+        yield f"{key}: not an executable file (valid: a Python interpreter that has the engine)"
     if expert.engine.kind == "sim":
         return
     for one, model, what in ((name, expert.model, "a model"), *((n, m, "an adapter") for n, m in adapters.items())):
@@ -63,13 +74,13 @@ def _looks_like_path(model: str) -> bool:
     return model.startswith((".", "/", "~")) or model.endswith("/") or model.count("/") > 1
 
 
-def _policy_faults(deployment: Deployment, taught: Mapping[str, list[str]]) -> Iterator[str]:
+def _policy_faults(deployment: Deployment, exemplars: Mapping[str, list[str]]) -> Iterator[str]:
     policy = deployment.policy
     if policy.kind != "classifier" or not deployment.experts:
         return
     try:
         if policy.artefact is None:
-            exemplars.usable_exemplars(dict(taught), features=Features())
+            usable_exemplars(dict(exemplars), features=Features())
         else:
             artefact.read(Path(policy.artefact))
     except ArtefactError as error:
@@ -79,7 +90,7 @@ def _policy_faults(deployment: Deployment, taught: Mapping[str, list[str]]) -> I
 
 
 def own_warnings(deployment: Deployment) -> Iterator[str]:
-    """What may be meant so."""
+    """Values that are valid, but may not be intended."""
     with_jobs = hosts(deployment.experts)
     if not deployment.experts:
         yield "no experts: endpoints join through `hpc-router register`"
@@ -91,32 +102,32 @@ def own_warnings(deployment: Deployment) -> Iterator[str]:
         if with_jobs[host].replicas == 0:
             whose = f"the fallback expert '{fallback}'"
             yield f"{whose} has replicas=0" if host == fallback else f"{whose} is served by '{host}': replicas=0"
-    yield from _unreached(deployment)
-    yield from _without_effect(deployment)
+    yield from _never_chosen(deployment)
+    yield from _ineffective(deployment)
     cpus = sum(e.replicas * e.resources.cpus for e in with_jobs.values())
     have = os.cpu_count() or 1
     if deployment.cluster.kind == "local" and cpus > have:
         yield f"the replicas ask for {cpus} CPUs, this machine has {have}: they will share"
 
 
-def _unreached(deployment: Deployment) -> Iterator[str]:
-    """Of a deployment without faults, whose artefact can be read."""
+def _never_chosen(deployment: Deployment) -> Iterator[str]:
+    """Experts that the classifier never chooses. The deployment has no faults, so its artefact can be read."""
     policy = deployment.policy
     if policy.kind != "classifier":
         return
     if policy.artefact is None:
-        reached = {name for name, expert in deployment.experts.items() if expert.exemplars}
-        why, cure = "no exemplars", "they answer by name"
+        chosen = {name for name, expert in deployment.experts.items() if expert.exemplars}
+        why, advice = "no exemplars", "they answer by name"
     else:
-        reached = artefact.read_experts(Path(policy.artefact))
-        why, cure = f"no cluster of policy.artefact={policy.artefact} is theirs", "`hpc-router classify assign`"
-    unreached = [name for name in deployment.experts if name not in reached and name != policy.fallback]
-    if unreached:
-        yield f"{why}, so `auto` never goes to: {', '.join(unreached)} ({cure})"
+        chosen = artefact.read_experts(Path(policy.artefact))
+        why, advice = f"no cluster of policy.artefact={policy.artefact} is theirs", "`hpc-router classify assign`"
+    never = [name for name in deployment.experts if name not in chosen and name != policy.fallback]
+    if never:
+        yield f"{why}, so `auto` never goes to: {', '.join(never)} ({advice})"
 
 
-def _without_effect(deployment: Deployment) -> Iterator[str]:
-    """What stands in batch scripts, where there are none."""
+def _ineffective(deployment: Deployment) -> Iterator[str]:
+    """Keys for batch scripts, on a cluster that has none."""
     cluster = deployment.cluster
     given = [f"cluster.{name}" for name in ("modules", "setup") if getattr(cluster, name)]
     if cluster.kind == "local" and given:

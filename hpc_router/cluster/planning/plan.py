@@ -1,7 +1,7 @@
-"""What a deployment would run, to the exact command and batch script, and all that can be known to be wrong with it.
+"""The plan of a deployment: the commands and batch scripts that `up` would run, and the faults that it can find.
 
-`up` makes the plan first: nothing starts when it is refused. All faults are told at once, each with the key to edit.
-The engines' own interpreters and Slurm are asked only about what is sound by itself.
+`up` makes the plan first and starts nothing if it has faults. All faults are reported at once, each with the key to
+edit. Engines and Slurm are asked only if the config itself has no faults.
 """
 
 import os
@@ -12,32 +12,30 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-import hpc_router
 from hpc_router.cluster.control_loop.job_requests import request_for
 from hpc_router.cluster.control_loop.slots import ROUTER_SLOT, Slot
 from hpc_router.cluster.launchers.interface import JobRequest
+from hpc_router.cluster.launchers.select import launcher_for
 from hpc_router.cluster.launchers.slurm.node_fit import site_faults, site_warnings
 from hpc_router.cluster.launchers.slurm.process_tracking import signals_note
-from hpc_router.cluster.launchers.slurm.sbatch import BatchJob, batch_jobs, python_of, setup_faults
-from hpc_router.cluster.launchers.slurm.sbatch_test import UNASKED, try_jobs
+from hpc_router.cluster.launchers.slurm.sbatch import BatchJob, setup_faults
+from hpc_router.cluster.launchers.slurm.sbatch_test import NOT_CHECKED, check_submission
 from hpc_router.cluster.launchers.slurm.sinfo import ask_site
-from hpc_router.cluster.planning.config_faults import own_faults, own_warnings
+from hpc_router.cluster.planning.config_faults import build_engines, own_faults, own_warnings
 from hpc_router.cluster.planning.engine_flags import check_flags
 from hpc_router.cluster.planning.prerequisites import prerequisites
 from hpc_router.cluster.planning.software_checks import is_address
-from hpc_router.config.adapters import adapters_of, host_of, hosts
+from hpc_router.config.adapters import host_of
 from hpc_router.config.schema import ClusterConfig, Deployment, ExpertConfig
 from hpc_router.errors import ConfigError, LaunchError
 from hpc_router.expert.engine_process.command import drain_limit_s
-from hpc_router.expert.engines import Place, build_engine, engine_environment
+from hpc_router.expert.engines import Engine, Place, engine_environment
 from hpc_router.expert.engines.container import command_in_container
 from hpc_router.net.job_environment import current_job_id
 from hpc_router.state.run_directory import RunDir
 
-FOLDER: Final = "<job>"
-"""Stands in the plan for the folder that each agent makes on its node."""
-NO_JOB: Final = "<job>"
-"""Stands for the id of the job that `up` will run in."""
+JOB_FOLDER: Final = "<job>"
+"""Stands in the plan for the folder that an agent creates on its node."""
 NEW_RUN: Final = Path("<run>")
 
 
@@ -46,7 +44,7 @@ _SECRET: Final = re.compile(r"TOKEN|SECRET|PASSWORD|_KEY$", re.IGNORECASE)
 
 @dataclass(frozen=True, slots=True)
 class EnginePlan:
-    """The engine's process inside an expert's job. `environment`: what it gets beside the node's own."""
+    """The engine's process inside an expert's job. `environment`: variables added to the node's own."""
 
     argv: tuple[str, ...]
     environment: Mapping[str, str]
@@ -54,7 +52,7 @@ class EnginePlan:
 
 @dataclass(frozen=True, slots=True)
 class ReplicaPlan:
-    """`engine` is None for the router. `serves`: the expert, and those that are adapters on its engine."""
+    """One replica. `engine` is None for the router. `serves`: the expert and the adapters on its engine."""
 
     expert: str
     request: JobRequest
@@ -73,14 +71,14 @@ class ReplicaPlan:
             "memory_gb": resources.memory_gb,
             "job": list(self.request.argv),
             "engine": None if self.engine is None else list(self.engine.argv),
-            "environment": {} if self.engine is None else shown(self.engine.environment),
+            "environment": {} if self.engine is None else without_secrets(self.engine.environment),
         }
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """`jobs`: what sbatch would get; in an allocation, what bash would, to start a step. `warnings`: what may be meant
-    so, and what could not be asked."""
+    """`jobs`: the batch scripts for sbatch; in an allocation, the scripts that start steps. `warnings`: values that may
+    not be intended, and checks that could not be made."""
 
     deployment: Deployment
     replicas: tuple[ReplicaPlan, ...]
@@ -88,7 +86,7 @@ class Plan:
     warnings: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        scripts = {replica: shown_script(job) for job in self.jobs for replica in job.replicas}
+        scripts = {replica: script_without_secrets(job) for job in self.jobs for replica in job.replicas}
         return {
             "name": self.deployment.name,
             "cluster": self.deployment.cluster.kind,
@@ -97,13 +95,15 @@ class Plan:
             "gpus": sum(r.request.resources.gpus * r.request.resources.nodes for r in self.replicas),
             "replicas": [{**r.to_json(), "script": scripts.get(r.request.replica)} for r in self.replicas],
             "sbatch": [
-                {"replicas": list(job.replicas), "script": shown_script(job)} for job in self.jobs if job.jobid is None
+                {"replicas": list(job.replicas), "script": script_without_secrets(job)}
+                for job in self.jobs
+                if job.jobid is None
             ],
             "warnings": list(self.warnings),
         }
 
     def alike(self) -> list[list[BatchJob]]:
-        """Jobs whose scripts differ in the replicas' names alone stand together."""
+        """Groups of jobs whose scripts differ only in the names of replicas."""
         found: dict[str, list[BatchJob]] = {}
         for job in self.jobs:
             script = job.script()
@@ -113,13 +113,13 @@ class Plan:
         return list(found.values())
 
 
-def shown(environment: Mapping[str, str]) -> dict[str, str]:
-    """Without what looks like a secret."""
+def without_secrets(environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment with the values of secrets replaced."""
     return {key: "***" if _SECRET.search(key) else value for key, value in environment.items()}
 
 
-def shown_script(job: BatchJob) -> str:
-    """The same for a batch script."""
+def script_without_secrets(job: BatchJob) -> str:
+    """The batch script with the values of secrets replaced."""
     script = job.script()
     for key, value in job.cluster.env.items():
         if _SECRET.search(key):
@@ -128,56 +128,60 @@ def shown_script(job: BatchJob) -> str:
 
 
 def make_plan(deployment: Deployment, *, run: RunDir | None = None, ask_engines: bool = True) -> Plan:
-    """Raises ConfigError with one line per fault. `ask_engines`: let the engines' own interpreters check flags, and
-    Slurm what it would be asked for."""
+    """Raises ConfigError with one line per fault. `ask_engines`: also run the checks that start programs: the engines'
+    interpreters check flags, and Slurm checks the jobs."""
     run = run or RunDir(NEW_RUN)
-    faults = list(own_faults(deployment, taught=taught(deployment)))
+    engines, engine_faults = build_engines(deployment.experts)
+    faults = list(own_faults(deployment, exemplars=exemplars_of(deployment), engine_faults=engine_faults))
     if deployment.cluster.kind != "local":
         faults += setup_faults(deployment.cluster.setup)
     if faults:
         raise ConfigError("\n".join(faults))
-    replicas = tuple(_replicas(deployment, run))
-    jobs = tuple(_jobs(deployment, run, replicas))
+    replicas = tuple(_replicas(deployment, run, engines))
+    jobs = tuple(launcher_for(run, deployment).jobs([replica.request for replica in replicas]))
     runs = Path(deployment.runs) if run.path == NEW_RUN else run.path
     needed = prerequisites(deployment.cluster, runs, ask=ask_engines)
     faults += needed.faults
     warnings = [*own_warnings(deployment), *needed.warnings]
     if ask_engines:
-        for wrong, unsure in (check_flags(deployment.experts, deployment.cluster), _asked(deployment, jobs)):
-            faults.extend(wrong)
-            warnings.extend(unsure)
+        for found_faults, found_warnings in (
+            check_flags(engines, deployment.experts, deployment.cluster),
+            _slurm_faults(deployment, jobs),
+        ):
+            faults.extend(found_faults)
+            warnings.extend(found_warnings)
     if faults:
         raise ConfigError("\n".join(faults))
     return Plan(deployment, replicas, jobs, tuple(warnings))
 
 
-def _asked(deployment: Deployment, jobs: tuple[BatchJob, ...]) -> tuple[list[str], list[str]]:
-    """Faults and warnings of what jobs would find on this machine, by Slurm's word where it runs them."""
+def _slurm_faults(deployment: Deployment, jobs: tuple[BatchJob, ...]) -> tuple[list[str], list[str]]:
+    """Faults and warnings about the jobs, from Slurm; none on cluster=local."""
     faults: list[str] = []
     warnings: list[str] = []
     if deployment.cluster.kind == "local":
         return faults, warnings
     if deployment.cluster.kind == "allocation":
-        outside = "cluster=allocation: this is no job of Slurm; `up` must run in one (salloc, or an sbatch script)"
-        return faults, [*warnings, *(_signals() if current_job_id() else [outside])]
+        outside = "cluster=allocation: this is not a Slurm job; `up` must run in one (salloc, or an sbatch script)"
+        return faults, [*warnings, *(_signal_warnings() if current_job_id() else [outside])]
     try:
         site = ask_site()
     except LaunchError as error:
-        return faults, [*warnings, f"{UNASKED}{error}; `up` needs it"]
-    unfit = site_faults(deployment, site)
-    if unfit:
-        return [*faults, *unfit], warnings
-    refused, unsure = try_jobs(deployment, jobs)
-    return [*faults, *refused], [*warnings, *site_warnings(deployment, site), *_signals(), *unsure]
+        return faults, [*warnings, f"{NOT_CHECKED}{error}; `up` needs it"]
+    misfits = site_faults(deployment, site)
+    if misfits:
+        return [*faults, *misfits], warnings
+    refused, doubtful = check_submission(deployment, jobs)
+    return [*faults, *refused], [*warnings, *site_warnings(deployment, site), *_signal_warnings(), *doubtful]
 
 
-def _signals() -> list[str]:
+def _signal_warnings() -> list[str]:
     note = signals_note()
     return [] if note is None else [note]
 
 
-def settled(deployment: Deployment) -> Deployment:
-    """The same deployment whatever folder it is started from: local paths are made absolute."""
+def with_absolute_paths(deployment: Deployment) -> Deployment:
+    """The deployment with absolute local paths, so that it does not depend on the working directory."""
 
     def expert(name: str, config: ExpertConfig) -> ExpertConfig:
         engine = replace(config.engine, python=_interpreter(config.engine.python))
@@ -190,39 +194,39 @@ def settled(deployment: Deployment) -> Deployment:
     if policy.artefact is not None:
         policy = replace(policy, artefact=_absolute(policy.artefact))
     experts = {name: expert(name, config) for name, config in deployment.experts.items()}
-    return replace(deployment, policy=policy, cluster=_settled_cluster(deployment.cluster), experts=experts)
+    return replace(deployment, policy=policy, cluster=_absolute_cluster(deployment.cluster), experts=experts)
 
 
-def _settled_cluster(cluster: ClusterConfig) -> ClusterConfig:
+def _absolute_cluster(cluster: ClusterConfig) -> ClusterConfig:
     container = cluster.container
     if container.image is not None and not is_address(container.image):
         container = replace(container, image=_absolute(container.image))
-    container = replace(container, binds=[_settled_bind(bind) for bind in container.binds])
+    container = replace(container, binds=[_absolute_bind(bind) for bind in container.binds])
     return replace(cluster, python=_interpreter(cluster.python), container=container)
 
 
-def _settled_bind(bind: str) -> str:
-    """SOURCE[:TARGET[:ro]]: the source is a path out here."""
+def _absolute_bind(bind: str) -> str:
+    """SOURCE[:TARGET[:ro]]: the source is a path outside the container."""
     source, colon, inside = bind.partition(":")
     return _absolute(source) + colon + inside
 
 
 def _interpreter(python: str | None) -> str | None:
-    """One that is found on PATH stays so."""
+    """A name without a slash is looked up on the PATH of the job."""
     return _absolute(python) if python and "/" in python else python
 
 
 def _absolute(path: str) -> str:
-    """Links are kept: a virtual environment's interpreter is one."""
+    """Symbolic links are not resolved: the interpreter of a virtual environment is one."""
     return os.path.abspath(Path(path).expanduser())  # noqa: PTH100
 
 
-def _replicas(deployment: Deployment, run: RunDir) -> Iterator[ReplicaPlan]:
+def _replicas(deployment: Deployment, run: RunDir, engines: Mapping[str, Engine]) -> Iterator[ReplicaPlan]:
     yield ReplicaPlan(ROUTER_SLOT.expert, request_for(run, deployment, ROUTER_SLOT.replica(1)))
     cluster = deployment.cluster
-    place = Place(Path(cluster.scratch) / f"hpc-router-{os.getuid()}" / FOLDER)
-    for name, expert in hosts(deployment.experts).items():
-        engine = build_engine(name, expert, adapters=adapters_of(deployment.experts, name))
+    place = Place(Path(cluster.scratch) / f"hpc-router-{os.getuid()}" / JOB_FOLDER)
+    for name, engine in engines.items():
+        expert = deployment.experts[name]
         command = [*engine.argv(place), *engine.drain_flags(drain_limit_s(cluster), version=None)]
         argv = tuple(command_in_container(command, cluster.container, place, expert, models=engine.models))
         environment = engine_environment(engine, expert, place, inherited={}, cluster=cluster)
@@ -231,36 +235,6 @@ def _replicas(deployment: Deployment, run: RunDir) -> Iterator[ReplicaPlan]:
             yield ReplicaPlan(name, request, EnginePlan(argv, environment), tuple(engine.serves()))
 
 
-def _jobs(deployment: Deployment, run: RunDir, replicas: tuple[ReplicaPlan, ...]) -> list[BatchJob]:
-    """What Slurm would get."""
-    here = deployment.router.place == "here"
-    requests = [r.request for r in replicas if not (here and r.request.is_router)]
-    if deployment.cluster.kind == "slurm":
-        return batch_jobs(run, deployment, requests)
-    if deployment.cluster.kind == "allocation":
-        return [step_job(run, deployment, request, job_id=current_job_id() or NO_JOB) for request in requests]
-    return []
-
-
-def step_job(run: RunDir, deployment: Deployment, request: JobRequest, *, job_id: str) -> BatchJob:
-    """As `AllocationLauncher` makes it."""
-    command = (
-        python_of(deployment.cluster),
-        "-m",
-        "hpc_router.cluster.launchers.job_entry",
-        str(run.path),
-        request.replica,
-    )
-    return BatchJob(
-        run=run,
-        requests=(request,),
-        cluster=deployment.cluster,
-        name=request.replica,
-        command=(*command, hpc_router.__version__, "--", *request.argv),
-        jobid=job_id,
-    )
-
-
-def taught(deployment: Deployment) -> dict[str, list[str]]:
+def exemplars_of(deployment: Deployment) -> dict[str, list[str]]:
     """The exemplars of the experts that have any."""
     return {name: list(expert.exemplars) for name, expert in deployment.experts.items() if expert.exemplars}

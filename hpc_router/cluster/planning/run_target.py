@@ -1,7 +1,7 @@
-"""Which run directory an `up` means, and making a new one so that two at once agree.
+"""Selects the run directory of an `up`, and creates a new one so that two `up` at the same time use the same.
 
-`--run DIR` (or $HPC_ROUTER_RUN) completes that run; without it `runs/latest` if its config is equal, else a new run.
-A run's config is frozen: overrides that differ from it are refused, naming the keys.
+`--run DIR` (or $HPC_ROUTER_RUN) names a run to complete. Without it, that is `runs/latest` if its config is equal, else
+a new run. The config of a run is frozen: overrides that differ from it are refused, with their keys.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from hpc_router.cluster.planning.plan import settled
+from hpc_router.cluster.planning.plan import with_absolute_paths
 from hpc_router.config import compose, frozen
 from hpc_router.config.schema import Deployment
 from hpc_router.config.sources import parse_override
@@ -21,72 +21,72 @@ from hpc_router.errors import ConfigError
 from hpc_router.state.atomic_files import create_text
 from hpc_router.state.run_directory import RunDir, make_run, new_run_path, open_run, point_latest
 
-SHOWN_KEYS: Final = 5
+MAX_KEYS_SHOWN: Final = 5
 
 
 @dataclass(frozen=True, slots=True)
 class RunTarget:
-    """What `up` is to bring up, before anything is made. `path` None: a new run below `deployment.runs`."""
+    """The deployment and run directory of an `up`. `path` is None for a new run below `deployment.runs`."""
 
     deployment: Deployment
     path: Path | None
 
     @property
     def run(self) -> RunDir | None:
-        """The run, where it is there already with its config."""
+        """The run, if it exists with a config."""
         return RunDir(self.path.resolve()) if self.path is not None and (self.path / "config.yaml").exists() else None
 
     def open(self) -> tuple[RunDir, bool]:
-        """The run directory with its frozen config, and whether it was made here."""
+        """The run directory with its frozen config, and whether this call created it."""
         if self.path is None:
             return _new_run(self.deployment)
         made = not self.path.exists()
         try:
-            run = make_run(self.path.resolve())  # `latest` may name another run soon
+            run = make_run(self.path.resolve())  # resolved, because `latest` may name another run later
             frozen_now = freeze(run, self.deployment)
         except OSError:
             if made:
                 shutil.rmtree(self.path, ignore_errors=True)
             raise
         if not frozen_now:
-            _refuse_difference(run, frozen.read(run.config), self.deployment)
+            _refuse_differing(run, frozen.read(run.config), self.deployment)
         return run, made
 
 
 def find_target(given: Path | None, overrides: Sequence[str], *, config_dir: Path | None = None) -> RunTarget:
-    """Raises ConfigError, with nothing made."""
+    """Creates nothing. Raises ConfigError."""
     named = os.environ.get("HPC_ROUTER_RUN")
     path = given or (Path(named) if named else None)
     if path is not None and (path / "config.yaml").exists():
         run = open_run(path)
         base = frozen.read(run.config)
         if overrides or config_dir is not None:
-            _refuse_difference(run, base, wanted(base, overrides, config_dir=config_dir))
+            _refuse_differing(run, base, with_requested(base, overrides, config_dir=config_dir))
         return RunTarget(base, path)
-    deployment = settled(compose.load_deployment(overrides, config_dir=config_dir))
+    deployment = with_absolute_paths(compose.load_deployment(overrides, config_dir=config_dir))
     if path is not None:
         if path.exists() and any(path.iterdir()):
-            open_run(path)  # refuses what is no run directory, before anything is put into it
+            open_run(path)  # raises ConfigError for a folder that is not a run directory
         return RunTarget(deployment, path)
     latest = Path(deployment.runs) / "latest"
-    return RunTarget(deployment, latest if _holds(latest, deployment) else None)
+    return RunTarget(deployment, latest if _has_config(latest, deployment) else None)
 
 
-def wanted(base: Deployment, overrides: Sequence[str], *, config_dir: Path | None = None) -> Deployment:
-    """What these overrides ask of a run that has a config: with a group among them the config they make, which should
-    be that run's own; values alone go on top of it."""
+def with_requested(base: Deployment, overrides: Sequence[str], *, config_dir: Path | None = None) -> Deployment:
+    """The deployment that these overrides request of a run whose config is `base`. With the choice of a group among
+    them a whole config is composed, which should equal `base`; single values are applied to `base`."""
     if config_dir is not None or any(parse_override(text).key_or_group in frozen.GROUPS for text in overrides):
-        return settled(compose.load_deployment(overrides, config_dir=config_dir))
-    return settled(compose.with_overrides(base, overrides))
+        return with_absolute_paths(compose.load_deployment(overrides, config_dir=config_dir))
+    return with_absolute_paths(compose.with_overrides(base, overrides))
 
 
 def freeze(run: RunDir, deployment: Deployment) -> bool:
-    """Write `config.yaml`; False when the run has one."""
+    """Write `config.yaml`; False if the run has one already."""
     return create_text(run.config, frozen.to_yaml(deployment))
 
 
 def latest_of(runs: Path) -> str | None:
-    """The name that `latest` has."""
+    """The name of the run to which the link `latest` points."""
     try:
         return str((runs / "latest").readlink())
     except OSError:
@@ -94,7 +94,7 @@ def latest_of(runs: Path) -> str | None:
 
 
 def discard(run: RunDir, *, before: str | None) -> None:
-    """Remove a run that came to nothing; `latest` names the one `before` again, or nothing."""
+    """Remove a run that could not be started, and point `latest` to the run `before` again."""
     runs = run.path.parent
     if latest_of(runs) == run.path.name:
         if before is not None and (runs / before).is_dir():
@@ -103,11 +103,11 @@ def discard(run: RunDir, *, before: str | None) -> None:
             (runs / "latest").unlink(missing_ok=True)
     shutil.rmtree(run.path, ignore_errors=True)
     with suppress(OSError):
-        runs.rmdir()  # only when it is empty
+        runs.rmdir()  # fails unless it is empty
 
 
 def _new_run(deployment: Deployment) -> tuple[RunDir, bool]:
-    """Make it, then claim to be the new `latest`: of two at once with one config, one finds the other's run."""
+    """Create a run, then claim to be the new `latest`: of two `up` with equal configs, one finds the other's run."""
     runs, text = Path(deployment.runs), frozen.to_yaml(deployment)
     digest = hashlib.sha256(text.encode()).hexdigest()[:16]
     path = new_run_path(runs, deployment.name)
@@ -124,14 +124,14 @@ def _new_run(deployment: Deployment) -> tuple[RunDir, bool]:
         except FileExistsError:
             with suppress(OSError):
                 other = claim.parent / claim.readlink()
-                if _holds(other, deployment):
+                if _has_config(other, deployment):
                     shutil.rmtree(run.path)
                     return RunDir(other), False
-                claim.unlink()  # left by one that died
+                claim.unlink()  # left by a process that died
             continue
         try:
             latest = claim.parent / "latest"
-            if _holds(latest, deployment):  # made by another between our look and our claim
+            if _has_config(latest, deployment):  # created by another `up` before the claim
                 shutil.rmtree(run.path)
                 return RunDir(latest.resolve()), False
             point_latest(claim.parent, run)
@@ -140,18 +140,18 @@ def _new_run(deployment: Deployment) -> tuple[RunDir, bool]:
             claim.unlink(missing_ok=True)
 
 
-def _holds(path: Path, deployment: Deployment) -> bool:
+def _has_config(path: Path, deployment: Deployment) -> bool:
     try:
         return frozen.read(open_run(path).config) == deployment
     except ConfigError:
         return False
 
 
-def _refuse_difference(run: RunDir, base: Deployment, asked: Deployment) -> None:
+def _refuse_differing(run: RunDir, base: Deployment, asked: Deployment) -> None:
     keys = frozen.differing_keys(base, asked)
     if keys:
-        more = f" and {len(keys) - SHOWN_KEYS} more" if len(keys) > SHOWN_KEYS else ""
+        more = f" and {len(keys) - MAX_KEYS_SHOWN} more" if len(keys) > MAX_KEYS_SHOWN else ""
         raise ConfigError(
-            f"the config of {run.path} is frozen and differs in {', '.join(keys[:SHOWN_KEYS])}{more}; leave the "
+            f"the config of {run.path} is frozen and differs in {', '.join(keys[:MAX_KEYS_SHOWN])}{more}; leave the "
             "overrides out to complete that run or --run out for a new one; `hpc-router scale` changes replica counts"
         )

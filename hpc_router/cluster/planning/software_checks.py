@@ -1,7 +1,7 @@
-"""Whether jobs will find what they are to use: modules, the container's image and program, their interpreter.
+"""Checks that modules, the container's image and its program exist.
 
-Looked for on the machine that plans, which sees the shared file system as the nodes do. What only the nodes may have,
-such as a program, is a warning. On cluster=local this machine is all there is.
+They are looked for on this machine, which sees the shared file system as the nodes do. A program that may exist on the
+nodes only is a warning; on cluster=local it is a fault.
 """
 
 import os
@@ -22,21 +22,19 @@ _ADDRESS: Final = re.compile(r"[a-z][a-z0-9+.-]*:.*")
 """docker://..., oras://..., docker-archive:..."""
 
 
-def equipment_faults(cluster: ClusterConfig) -> tuple[list[str], list[str]]:
+def software_faults(cluster: ClusterConfig) -> tuple[list[str], list[str]]:
     """Faults and warnings."""
-    wrong, unsure = (
-        _modules(cluster) if cluster.kind != "local" else ([], [])
-    )  # without batch scripts nobody loads them
-    return [*_container_faults(cluster), *wrong], [*_container_warnings(cluster), *unsure]
+    faults, warnings = _modules(cluster) if cluster.kind != "local" else ([], [])  # only batch scripts load modules
+    return [*_container_faults(cluster), *faults], [*_container_warnings(cluster), *warnings]
 
 
 def is_address(image: str) -> bool:
-    """Of an image that Apptainer fetches, rather than a path."""
+    """Whether the image is an address from which Apptainer fetches it, rather than a path."""
     return _ADDRESS.fullmatch(image) is not None
 
 
 def _modules(cluster: ClusterConfig) -> tuple[list[str], list[str]]:
-    """They are loaded as a batch job will: in their order, since one may show where the next is."""
+    """Load the modules as a batch job does: in order, because one may make the next available."""
     if not cluster.modules:
         return [], []
     try:
@@ -56,11 +54,11 @@ def _modules(cluster: ClusterConfig) -> tuple[list[str], list[str]]:
         return [], [f"cluster.modules: could not be checked: {error}"]
     if done.returncode == 0:
         return [], []
-    place, *said = done.stdout.splitlines()[:3] or [""]
+    place, *message = done.stdout.splitlines()[:3] or [""]
     if done.returncode == _NO_MODULE or not place.isdecimal():
         return [], ["cluster.modules: could not be checked: this machine has no `module` command"]
-    name, what = cluster.modules[int(place)], " ".join(" ".join(said).split()) or "no reason given"
-    hint = "`module avail` lists what there is; one that only nodes have: load it in cluster.setup"
+    name, what = cluster.modules[int(place)], " ".join(" ".join(message).split()) or "no reason given"
+    hint = "`module avail` lists the modules; load one that only nodes have in cluster.setup"
     return [f"cluster.modules[{place}]={name}: does not load: {what} ({hint})"], []
 
 
@@ -75,7 +73,7 @@ def _container_faults(cluster: ClusterConfig) -> Iterator[str]:
 
 
 def _has_program(cluster: ClusterConfig) -> bool:
-    """On the PATH that engines get."""
+    """Whether it is on the PATH of the engines."""
     return shutil.which(cluster.container.program, path=cluster.env.get("PATH")) is not None
 
 
@@ -84,8 +82,8 @@ def _container_warnings(cluster: ClusterConfig) -> Iterator[str]:
     if container.image is None:
         return
     if cluster.kind != "local" and not _has_program(cluster):
-        told = "a module may bring it" if cluster.modules else "the nodes must have it"
-        yield f"cluster.container.program={container.program}: not found here; {told}"
+        note = "a module may provide it" if cluster.modules else "the nodes must have it"
+        yield f"cluster.container.program={container.program}: not found here; {note}"
     if is_address(container.image) and cluster.offline:
         key = f"cluster.container.image={container.image}"
-        yield f"{key}: nodes are offline, and it is fetched there (`{container.program} pull` it to a file before)"
+        yield f"{key}: nodes are offline, but would have to fetch it (first `{container.program} pull` it to a file)"

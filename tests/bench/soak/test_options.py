@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from hpc_router.bench.soak.options import FaultSchedule, FaultTarget, SoakOptions, parse_fault
+from hpc_router.bench.soak.options import FaultTarget, KillSchedule, SoakOptions, parse_fault
 from hpc_router.errors import ConfigError
 
 
@@ -21,8 +21,8 @@ def test_the_default_faults_of_one_and_ten_minutes() -> None:
 
 
 def test_faults_are_parsed() -> None:
-    assert parse_fault("replica=10") == FaultSchedule(FaultTarget.REPLICA, 10.0, 10.0)
-    assert parse_fault("control=once") == FaultSchedule(FaultTarget.CONTROL, 5.0, None)
+    assert parse_fault("replica=10") == KillSchedule(FaultTarget.REPLICA, 10.0, 10.0)
+    assert parse_fault("control=once") == KillSchedule(FaultTarget.CONTROL, 5.0, None)
     assert parse_fault("none") is None
 
 

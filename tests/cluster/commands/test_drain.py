@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 from hpc_router.cli.main import main
-from hpc_router.cluster.commands.drain import Retired, named, retire, successor, wait, without_ready
+from hpc_router.cluster.commands.drain import DrainResult, drain, select_jobs, successor, unserved_warnings, wait
 from hpc_router.cluster.control_loop.job_requests import request_for
 from hpc_router.cluster.control_loop.loop import ControlLoop
-from hpc_router.cluster.control_loop.slots import NOT_ASKED, ROUTER_SLOT, Attempt, Observed, Slot
+from hpc_router.cluster.control_loop.slots import NO_STOP, ROUTER_SLOT, Attempt, Observed, Slot
 from hpc_router.cluster.launchers.interface import JobReport, JobState
 from hpc_router.cluster.launchers.local import LocalLauncher
 from hpc_router.cluster.launchers.slurm.sbatch import batch_jobs
@@ -39,7 +39,7 @@ def attempt(
     job: JobState = JobState.RUNNING,
     generation: int = 1,
     registered: State | None = None,
-    stop: Stop = NOT_ASKED,
+    stop: Stop = NO_STOP,
 ) -> Attempt:
     report = JobReport(job, node=node)
     return Attempt(slot, generation, report=report, claimed_at=0.0, registered=registered, stop=stop)
@@ -74,9 +74,9 @@ ELSEWHERE = Record(RecordKind.EXPERT, "code-0.g1", "http://h:1", State.READY, {}
         (["law"], []),  # an expert without a job
     ],
 )
-def test_what_a_name_means(names: list[str], meant: list[str]) -> None:
+def test_names_select_jobs(names: list[str], meant: list[str]) -> None:
     records = {r.replica: r for r in (EXTERNAL, ELSEWHERE)}
-    assert [a.replica for a in named(names, OBSERVED, records, experts=["math", "code", "law"])] == meant
+    assert [a.replica for a in select_jobs(names, OBSERVED, records, experts=["math", "code", "law"])] == meant
 
 
 STANDBY = attempt(ROUTER_SLOT, job=JobState.PENDING, generation=2)
@@ -100,7 +100,7 @@ def beside_a_standby(state: State | None, *, job: JobState = JobState.RUNNING) -
 )
 def test_a_standby_is_not_the_router(name: str, observed: Observed, meant: list[str]) -> None:
     """It waits for the end of the one that serves, and takes over: unless it is named itself, it stays."""
-    assert [a.replica for a in named([name], observed, {}, experts=[])] == meant
+    assert [a.replica for a in select_jobs([name], observed, {}, experts=[])] == meant
 
 
 def test_a_standby_replaces_what_ends(run: RunDir) -> None:
@@ -111,9 +111,9 @@ def test_a_standby_replaces_what_ends(run: RunDir) -> None:
     assert successor(observed, [serves, standby]) is None
     assert successor({ROUTER_SLOT: (serves, replace(standby, stop=Stop(cancel_at=1.0)))}, [serves]) is None
     assert successor(OBSERVED, []) == "router-0.g1"
-    assert not Retired((), ("router-0.g1",), successor="router-0.g2").needs_reconcile(run)
-    assert Retired((), ("router-0.g1",)).needs_reconcile(run)
-    assert Retired(("math-0.g1",), ()).needs_reconcile(run)
+    assert not DrainResult((), ("router-0.g1",), successor="router-0.g2").needs_reconcile(run)
+    assert DrainResult((), ("router-0.g1",)).needs_reconcile(run)
+    assert DrainResult(("math-0.g1",), ()).needs_reconcile(run)
 
 
 @pytest.mark.parametrize(
@@ -121,12 +121,12 @@ def test_a_standby_replaces_what_ends(run: RunDir) -> None:
     [
         ("mth-0", r"nothing here is named 'mth-0'; did you mean 'math-0'\? \(valid: .*math-0\.g2.*n1.*n2"),
         ("n9", r"'n9'; did you mean 'n\d"),
-        ("law-x0", "law-x0 runs elsewhere .* `hpc-router unregister law-x0`"),
+        ("law-x0", "law-x0 is an external endpoint; `hpc-router unregister law-x0`"),
     ],
 )
-def test_what_no_name_means(name: str, message: str) -> None:
+def test_unknown_names_are_refused(name: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        named(["math-0", name], OBSERVED, {EXTERNAL.replica: EXTERNAL}, experts=["math"])
+        select_jobs(["math-0", name], OBSERVED, {EXTERNAL.replica: EXTERNAL}, experts=["math"])
 
 
 @pytest.fixture
@@ -143,7 +143,7 @@ def control(run: RunDir, service: Path, launcher: LocalLauncher, monkeypatch: py
         lambda _run, _deployment, replica: request_of(service, replica),
     )
     control = ControlLoop(run, deployment=deployment)
-    submitted = control.once().submitted
+    submitted = control.run_pass().submitted
     eventually_sync(lambda: all((run.path / replica).exists() for replica in submitted))
     return control
 
@@ -191,7 +191,7 @@ def stopped(run: RunDir, replica: str) -> Callable[[], bool]:
 def test_an_agent_is_asked(run: RunDir, control: ControlLoop) -> None:
     """With its own key; the others stay."""
     with agent(run, "math-0.g1") as offered:
-        retired = retire(control, ["math-0"])
+        retired = drain(control, ["math-0"])
     assert (retired.asked, retired.signalled) == (("math-0.g1",), ())
     assert offered == [f"Bearer {replica_key(run.secret(), 'n')}"]
     stop = JobDir(run, "math-0.g1").stop()
@@ -203,21 +203,23 @@ def test_an_agent_is_asked(run: RunDir, control: ControlLoop) -> None:
 
 def test_an_adapter_goes_only_with_its_host(run: RunDir, control: ControlLoop) -> None:
     control.deployment.experts["law"] = ExpertConfig(model="a", adapter_of="math")
-    with pytest.raises(ConfigError, match=r"drain: law is an adapter on the engine of math; drain that, .*: math$"):
-        retire(control, ["law"])
+    with pytest.raises(
+        ConfigError, match=r"law is an adapter on the engine of math; drain math, with all that it serves$"
+    ):
+        drain(control, ["law"])
     assert JobDir(run, "math-0.g1").stop() is None
 
 
 def test_a_second_time_does_not_move_its_deadline(run: RunDir, control: ControlLoop) -> None:
     JobDir(run, "math-0.g1").write(Stop(drain_at=1.0))
     with agent(run, "math-0.g1") as offered:
-        retire(control, ["math-0"])
+        drain(control, ["math-0"])
     assert len(offered) == 1
     assert JobDir(run, "math-0.g1").stop() == Stop(drain_at=1.0)
 
 
 def test_one_that_serves_nothing_yet_gets_its_jobs_signal(run: RunDir, control: ControlLoop) -> None:
-    assert retire(control, ["math"]) == Retired(asked=(), signalled=("math-0.g1", "math-1.g1"))
+    assert drain(control, ["math"]) == DrainResult(asked=(), signalled=("math-0.g1", "math-1.g1"))
     eventually_sync(stopped(run, "math-0.g1"))
     eventually_sync(stopped(run, "math-1.g1"))
     stop = JobDir(run, "math-0.g1").stop()
@@ -229,7 +231,7 @@ def test_one_that_refuses_gets_its_jobs_signal(
     run: RunDir, control: ControlLoop, caplog: pytest.LogCaptureFixture
 ) -> None:
     with agent(run, "math-0.g1", status=500):
-        retired = retire(control, ["n7"])
+        retired = drain(control, ["n7"])
     assert (retired.asked, retired.signalled) == ((), ("math-0.g1",))
     eventually_sync(stopped(run, "math-0.g1"))
     assert "math-0.g1 refused to drain" in caplog.text
@@ -251,7 +253,7 @@ def test_a_node_that_is_drained_gets_no_further_jobs(run: RunDir, control: Contr
     """Until that is taken back; a node that the site excludes stays so."""
     on_slurm(control).deployment.cluster.exclude = "n[1-2]"
     with agent(run, "math-0.g1"):
-        retired = retire(control, ["n7"])
+        retired = drain(control, ["n7"])
     assert (retired.asked, retired.excluded) == (("math-0.g1",), ("n7",))
     assert "node n7 gets no further jobs; `hpc-router drain --undo n7` ends that" in retired.lines()
     facts = run.read_desired()["excluded_nodes"]["n7"]
@@ -270,37 +272,37 @@ def events(run: RunDir) -> list[dict[str, Any]]:
 
 def test_a_replica_that_is_drained_excludes_no_node(run: RunDir, control: ControlLoop) -> None:
     with agent(run, "math-0.g1"):
-        assert retire(on_slurm(control), ["math-0"]).excluded == ()
+        assert drain(on_slurm(control), ["math-0"]).excluded == ()
     assert exclusions(control, "math-0.g2") is None
 
 
 def test_one_machine_is_not_excluded(run: RunDir, control: ControlLoop) -> None:
     """Nothing could run any more."""
     with agent(run, "math-0.g1"):
-        assert retire(control, ["n7"]).excluded == ()
+        assert drain(control, ["n7"]).excluded == ()
 
 
-def test_an_expert_that_loses_its_last_ready_replica_is_told(run: RunDir, control: ControlLoop) -> None:
+def test_an_expert_that_loses_its_last_ready_replica_is_a_warning(run: RunDir, control: ControlLoop) -> None:
     with agent(run, "math-0.g1"), agent(run, "math-1.g1"):
-        assert retire(control, ["math-0"]).warnings == ()
+        assert drain(control, ["math-0"]).warnings == ()
     with agent(run, "code-0.g1"):
-        (warning,) = retire(control, ["code"]).warnings
+        (warning,) = drain(control, ["code"]).warnings
     assert warning.startswith("code has no ready replica until another has started")
 
 
 def test_an_endpoint_elsewhere_goes_on_serving() -> None:
     ready = attempt(CODE_0, registered=State.READY)
     observed = {CODE_0: (ready,)}
-    assert list(without_ready(observed, [ready], []))
+    assert list(unserved_warnings(observed, [ready], []))
     external = Record(RecordKind.EXTERNAL, "code-x0.g1", "http://h:1", State.READY, {"code": None})
-    assert list(without_ready(observed, [ready], [external])) == []
+    assert list(unserved_warnings(observed, [ready], [external])) == []
 
 
 def test_waiting_ends_with_the_last_one_and_fills_the_slots(run: RunDir, control: ControlLoop) -> None:
     """No router is there, so the pass of the control loop is made here."""
-    retired = retire(control, ["math"])
-    eventually_sync(lambda: not any(a.live for a in control.look().observed[MATH_0]))  # leaves the exit records
-    eventually_sync(lambda: not any(a.live for a in control.look().observed[MATH_1]))
+    retired = drain(control, ["math"])
+    eventually_sync(lambda: not any(a.live for a in control.preview().observed[MATH_0]))  # leaves the exit records
+    eventually_sync(lambda: not any(a.live for a in control.preview().observed[MATH_1]))
     done = wait(control, retired, sleep=refusing_to_sleep)
     assert done.left == ()
     assert done.to_json() == {
@@ -309,7 +311,7 @@ def test_waiting_ends_with_the_last_one_and_fills_the_slots(run: RunDir, control
         "ended": ["math-0.g1", "math-1.g1"],
         "left": [],
     }
-    observed = control.look().observed
+    observed = control.preview().observed
     assert [a.generation for a in observed[MATH_0]] == [1, 2]
 
 
@@ -317,7 +319,7 @@ def test_waiting_has_a_limit(run: RunDir, control: ControlLoop) -> None:
     """The time to drain and half a minute."""
     now = iter([0.0, 59.9, 60.0, 60.0, 60.0])
     slept: list[float] = []
-    retired = Retired(asked=("math-0.g1",), signalled=())
+    retired = DrainResult(asked=("math-0.g1",), signalled=())
     done = wait(control, retired, clock=lambda: next(now), sleep=slept.append)
     assert done.left == ("math-0.g1",)
     assert len(slept) == 1

@@ -74,7 +74,7 @@ def test_by_hand_outside_slurm_the_process_is_the_job(tmp_path: Path, monkeypatc
 @pytest.mark.parametrize(
     "other", [Step("8", "2", 1, 2), Step("7", "3", 1, 2)], ids=["of another job", "another step of the job"]
 )
-def test_a_strangers_claim_is_not_joined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: Step) -> None:
+def test_a_claim_of_another_step_is_not_joined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: Step) -> None:
     run, now = make_run(tmp_path / "run"), [0.0]
     for name, value in TASK.items():
         monkeypatch.setenv(name, value)

@@ -35,7 +35,7 @@ async def test_the_router_of_the_record(tmp_path: Path, monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     ("nonce", "says"), [("ab" * 32, "something else answers there, and was not given the token"), (None, "older")]
 )
-async def test_whatever_else_answers_there(
+async def test_another_process_at_the_routers_address(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nonce: str | None, says: str
 ) -> None:
     run = a_run(tmp_path)

@@ -11,7 +11,7 @@ import pytest
 from hpc_router.cli.main import main
 from hpc_router.client.router_identity import IdentityCheck
 from hpc_router.cluster.commands import router_access
-from hpc_router.cluster.commands.tunnel import Here, Tunnel, tunnel
+from hpc_router.cluster.commands.tunnel import LocalHost, Tunnel, tunnel
 from hpc_router.config import frozen
 from hpc_router.config.schema import Deployment
 from hpc_router.errors import ConfigError
@@ -20,7 +20,7 @@ from hpc_router.state.registry import Record, RecordKind, State
 from hpc_router.state.run_directory import RunDir
 from tests.router.fakes import NONCE, a_deployment, a_router, a_run
 
-HERE = Here("ada", "login1.hpc.example", frozenset({"login1", "login1.hpc.example"}))
+HERE = LocalHost("ada", "login1.hpc.example", frozenset({"login1", "login1.hpc.example"}))
 
 
 def to(
@@ -58,7 +58,7 @@ def test_another_port_of_the_laptop() -> None:
 
 
 @pytest.mark.parametrize("port", [0, 65536])
-def test_what_is_no_port(port: int) -> None:
+def test_invalid_ports(port: int) -> None:
     with pytest.raises(ConfigError, match=f"--port {port}: valid are 1 to 65535"):
         to("http://n17:41000", port=port)
 
@@ -106,7 +106,7 @@ async def test_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
 
 
 @pytest.mark.parametrize("words", [(), ("--ssh",), ("--json",), ("--json", "--ssh")])
-async def test_what_does_not_prove_itself_is_not_printed(
+async def test_an_unproven_router_is_not_printed(
     words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = configured(tmp_path)

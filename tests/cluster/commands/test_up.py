@@ -180,7 +180,7 @@ def _take_terminal() -> None:
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
-def test_a_deployment_of_which_nothing_can_serve_is_taken_down(place: Place) -> None:
+def test_a_deployment_that_cannot_serve_is_taken_down(place: Place) -> None:
     done = place.run("up", BROKEN, "experts.a.engine.options.extra.nope=1", code=1)
     assert "nothing can serve" in done.stderr
     assert "a-0.g1: bad_option" in done.stderr
@@ -191,7 +191,7 @@ def test_a_deployment_of_which_nothing_can_serve_is_taken_down(place: Place) -> 
     assert "edit the option" in causes["a-0.g1"]["advice"]
 
 
-def test_a_part_that_fails_is_told_and_the_rest_serves(place: Place) -> None:
+def test_a_failing_expert_is_reported_and_the_others_serve(place: Place) -> None:
     done = place.run("up", "--wait", "all", BROKEN, code=1)
     assert "serving at" in done.stdout
     assert "b-0.g1 failed; the others serve" in done.stderr

@@ -1,13 +1,16 @@
 """Why a replica does not serve, for one that waits in the queue and for every way to fail."""
 
 from datetime import datetime, timedelta
+from typing import Any
 
 import pytest
 
 from hpc_router.cluster.commands import why
+from hpc_router.cluster.commands.advice import FAILURE_ADVICE
 from hpc_router.cluster.commands.replica_view import DisplayedState, ReplicaView
-from hpc_router.cluster.commands.why import ADVICE, Cause, expected
+from hpc_router.cluster.commands.why import Cause, expected, router_causes
 from hpc_router.state.job_records import FailureReason, JobDir
+from hpc_router.state.registry import RecordKind
 from hpc_router.state.run_directory import RunDir
 
 NOON = datetime(2026, 3, 1, 12).timestamp()
@@ -26,7 +29,7 @@ NOON = datetime(2026, 3, 1, 12).timestamp()
         (timedelta(days=3), "at 2026-03-04 12:00, in 3 days"),
     ],
 )
-def test_the_estimate_is_told_for_people(after: timedelta, said: str) -> None:
+def test_the_estimate_is_readable(after: timedelta, said: str) -> None:
     assert expected(NOON + after.total_seconds(), now=NOON) == f"Slurm expects to start it {said}"
 
 
@@ -39,7 +42,9 @@ def cause(run: RunDir, view: ReplicaView) -> Cause:
 
 
 def waiting(pending: str, starts_at: float | None = None) -> ReplicaView:
-    return ReplicaView("math", "math-0.g1", DisplayedState.SUBMITTED, job_id="7", pending=pending, starts_at=starts_at)
+    return ReplicaView(
+        "math", "math-0.g1", DisplayedState.SUBMITTED, job_id="7", pending_reason=pending, starts_at=starts_at
+    )
 
 
 def test_a_job_that_waits(run: RunDir) -> None:
@@ -66,10 +71,10 @@ def test_every_reason_has_advice(reason: FailureReason, run: RunDir) -> None:
     told = cause(run, ReplicaView("math", "math-0.g1", DisplayedState.FAILED, reason=reason, message="m"))
     assert told.advice
     assert "{" not in told.advice
-    assert set(ADVICE) == set(FailureReason)
+    assert set(FAILURE_ADVICE) == set(FailureReason)
 
 
-def test_the_last_words(run: RunDir) -> None:
+def test_the_log_lines_of_a_failure(run: RunDir) -> None:
     """Of the engine; of the batch script where it failed before, though it lie with another replica of the job."""
     first, second = JobDir(run, "law-0.g1"), JobDir(run, "math-0.g1")
     assert first.claim()
@@ -87,7 +92,7 @@ def test_the_last_words(run: RunDir) -> None:
     )
 
 
-def test_a_lost_ranks_own_last_words(run: RunDir) -> None:
+def test_the_log_lines_of_a_lost_rank(run: RunDir) -> None:
     """Beside those of rank 0, which only says that the other is gone; its agent's where its engine never ran."""
     job = JobDir(run, "math-0.g1")
     assert job.claim()
@@ -110,7 +115,7 @@ def test_a_lost_ranks_own_last_words(run: RunDir) -> None:
     assert cause(run, crashed).lines == ("waiting for ranks",)
 
 
-def test_who_is_ready_and_sick_is_told_by_the_router() -> None:
+def test_the_router_reports_ejected_and_degraded_replicas() -> None:
     """Out of use, slow or with errors; nothing is said of the others, nor without a router that answers."""
     seen = [
         {"replica": "math-0.g1", "state": "ejected", "trouble": "does not answer probes", "sick": None},
@@ -118,22 +123,52 @@ def test_who_is_ready_and_sick_is_told_by_the_router() -> None:
         {"replica": "math-2.g1", "state": "ready", "trouble": None, "sick": None},
     ]
     views = [ReplicaView("math", f"math-{n}.g1", DisplayedState.READY) for n in range(4)]
-    told = {cause.view.replica: cause for cause in why._sick(views, {"experts": {"math": {"replicas": seen}}})}
+    told = {cause.view.replica: cause for cause in why._degraded(views, {"experts": {"math": {"replicas": seen}}})}
     assert {replica: cause.what for replica, cause in told.items()} == {
         "math-0.g1": "the router has ejected it: does not answer probes",
         "math-1.g1": "it is slow: 1 s to the first byte",
     }
     assert told["math-1.g1"].advice is not None
     assert "hpc-router drain math-1.g1" in told["math-1.g1"].advice
-    assert why._sick(views, {}) == []
+    assert why._degraded(views, {}) == []
 
 
 def test_advice_for_an_external_endpoint_can_be_followed() -> None:
     """It has no log here, and no job that could be drained."""
     seen = {"replica": "big-x0.g1", "kind": "external", "state": "ejected", "trouble": "http://h:1 answered 404"}
     view = ReplicaView("big", "big-x0.g1", DisplayedState.REGISTERED)
-    (cause,) = why._sick([view], {"experts": {"big": {"replicas": [seen]}}})
+    (cause,) = why._degraded([view], {"experts": {"big": {"replicas": [seen]}}})
     assert cause.advice is not None
     assert "hpc-router unregister big-x0.g1" in cause.advice
     assert "drain" not in cause.advice
     assert "logs" not in cause.advice
+
+
+ROUTER = ReplicaView("router", "router-0.g1", DisplayedState.READY, kind=RecordKind.ROUTER)
+
+
+def status_of(**router: Any) -> dict[str, Any]:
+    worker = {"worker": 0, "pid": 1, "serving": True, "in_flight": 0, "restarts": 0, "last_end": None}
+    healthy = {"replica": "router-0.g1", "workers": [worker], "control": {"restarts": 0}, "settings_trouble": None}
+    return {"router": healthy | router}
+
+
+@pytest.mark.parametrize(
+    ("status", "problems"),
+    [
+        (status_of(), []),
+        ({}, []),
+        (status_of(workers=[{"worker": 1, "serving": False}]), ["worker 1 does not serve: it is being started"]),
+        (
+            status_of(control={"restarts": 2, "last_end": "was killed by signal 9"}),
+            ["the control process was started again 2 times: the last one was killed by signal 9"],
+        ),
+        (status_of(settings_trouble="policy.kind=nope"), ["a change was not applied: policy.kind=nope"]),
+    ],
+)
+def test_problems_of_the_routers_processes_and_settings(status: dict[str, Any], problems: list[str]) -> None:
+    causes = router_causes([ROUTER], status)
+    assert len(causes) == len(problems)
+    for cause_found, problem in zip(causes, problems, strict=True):
+        assert problem in cause_found.what
+        assert cause_found.advice

@@ -14,14 +14,14 @@ from pathlib import Path
 import pytest
 
 from hpc_router.cluster.commands.down import down
-from hpc_router.cluster.commands.drain import retire
+from hpc_router.cluster.commands.drain import drain
 from hpc_router.cluster.commands.manual_start import claim_expert, claim_router
 from hpc_router.cluster.commands.router_access import live_router
 from hpc_router.cluster.commands.scale import scale
 from hpc_router.cluster.control_loop import desired_state
 from hpc_router.cluster.control_loop import loop as control_module
 from hpc_router.cluster.control_loop.loop import ControlLoop
-from hpc_router.cluster.control_loop.observer import leave_exit
+from hpc_router.cluster.control_loop.observer import record_exit
 from hpc_router.cluster.control_loop.reconcile import Submit
 from hpc_router.cluster.control_loop.slots import ROUTER_SLOT, Attempt, Slot
 from hpc_router.cluster.launchers.interface import JobRequest, Launcher
@@ -60,7 +60,7 @@ def records_of(run: RunDir) -> list[str]:
 
 
 def live(control: ControlLoop) -> list[str]:
-    observed = control.look().observed
+    observed = control.preview().observed
     return sorted(a.replica for attempts in observed.values() for a in attempts if a.live)
 
 
@@ -76,20 +76,20 @@ def record(replica: str, *, kind: RecordKind = RecordKind.EXPERT, state: State =
     )
 
 
-def test_one_pass_brings_what_is_missing(control: ControlLoop) -> None:
-    assert sorted(control.once().submitted) == ["code-0.g1", "math-0.g1"]
-    assert control.once().actions == []
+def test_one_pass_submits_missing_jobs(control: ControlLoop) -> None:
+    assert sorted(control.run_pass().submitted) == ["code-0.g1", "math-0.g1"]
+    assert control.run_pass().actions == []
     assert live(control) == ["code-0.g1", "math-0.g1"]
 
 
 def test_a_killed_job_is_replaced_and_its_record_removed(run: RunDir, control: ControlLoop) -> None:
     """Only a record whose job is known to have ended; one without a job may be anybody's."""
-    control.once()
+    control.run_pass()
     eventually_sync(lambda: started(run, "math-0.g1"))
     for name in ("math-0.g1", "code-0.g1", "law-0.g1"):
         registry.publish(run.registry, record(name))
     control.launcher.kill(["math-0.g1"])
-    eventually_sync(lambda: "math-0.g2" in control.once().submitted)
+    eventually_sync(lambda: "math-0.g2" in control.run_pass().submitted)
     assert sorted(p.stem for p in run.registry.iterdir()) == ["code-0.g1", "law-0.g1"]
     end = JobDir(run, "math-0.g1").exit()
     assert end is not None
@@ -99,13 +99,13 @@ def test_a_killed_job_is_replaced_and_its_record_removed(run: RunDir, control: C
 def test_a_hung_job_is_replaced(run: RunDir, control: ControlLoop, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stopped process is not dead; its beats stand still, and nobody answers at its address."""
     monkeypatch.setattr("hpc_router.cluster.control_loop.reconcile.KILL_AFTER_S", 0.0)
-    control.once()
+    control.run_pass()
     eventually_sync(lambda: started(run, "math-0.g1"))
     service = JobDir(run, "math-0.g1").process()
     assert service is not None
     os.kill(service.pid, signal.SIGSTOP)
     registry.publish(run.registry, replace(record("math-0.g1"), beat=1, beat_s=0.001))
-    eventually_sync(lambda: "math-0.g2" in control.once().submitted)
+    eventually_sync(lambda: "math-0.g2" in control.run_pass().submitted)
     end = JobDir(run, "math-0.g1").exit()
     assert end is not None
     assert end.reason is FailureReason.TIMEOUT
@@ -120,7 +120,7 @@ def test_loops_at_once_submit_each_job_once(run: RunDir, control: ControlLoop, l
         own = ControlLoop(run, launcher=launcher)
         start.wait()
         for _ in range(3):
-            submitted.extend(own.once().submitted)
+            submitted.extend(own.run_pass().submitted)
 
     threads = [threading.Thread(target=loop) for _ in range(6)]
     for thread in threads:
@@ -131,20 +131,20 @@ def test_loops_at_once_submit_each_job_once(run: RunDir, control: ControlLoop, l
 
 
 def test_scaling_adds_and_drains(run: RunDir, control: ControlLoop) -> None:
-    desired_state.scale(run, control.deployment, {"math": 2, "code": 0}, control.look().observed)
-    assert sorted(control.once().submitted) == ["math-0.g1", "math-1.g1"]
+    desired_state.scale(run, control.deployment, {"math": 2, "code": 0}, control.preview().observed)
+    assert sorted(control.run_pass().submitted) == ["math-0.g1", "math-1.g1"]
     eventually_sync(lambda: started(run, "math-1.g1"))
     registry.publish(run.registry, record("math-1.g1"))
-    desired_state.scale(run, control.deployment, {"math": 1}, control.look().observed)
-    control.once()  # the drain call finds nobody at that address, so the deadline ends it
+    desired_state.scale(run, control.deployment, {"math": 1}, control.preview().observed)
+    control.run_pass()  # the drain call finds nobody at that address, so the deadline ends it
     assert JobDir(run, "math-1.g1").stop() is not None
-    eventually_sync(lambda: control.once() and live(control) == ["math-0.g1"])
+    eventually_sync(lambda: control.run_pass() and live(control) == ["math-0.g1"])
     assert (run.path / "math-1.g1.stopped").read_text() == "SIGTERM"
 
 
-def test_scaling_tells_who_is_left_without_a_replica(run: RunDir, control: ControlLoop) -> None:
+def test_scaling_warns_of_experts_without_a_ready_replica(run: RunDir, control: ControlLoop) -> None:
     desired_state.scale(run, control.deployment, {"math": 2}, {})
-    control.once()
+    control.run_pass()
     eventually_sync(lambda: started(run, "math-0.g1") and started(run, "math-1.g1"))
     registry.publish(run.registry, record("math-1.g1"))
     assert scale(run, {"math": 3})[1] == []
@@ -152,10 +152,10 @@ def test_scaling_tells_who_is_left_without_a_replica(run: RunDir, control: Contr
     assert warning.startswith("math has no ready replica until another has started")
     counts, warnings = scale(run, {"math": 0})
     assert counts["math"] == 0
-    assert warnings == ["math=0: it has no replica any more, and requests for it fail until it is scaled again"]
+    assert warnings == ["math=0: it has no replicas, and requests for it fail until it is scaled up"]
 
 
-def test_scaling_what_is_not_there_is_refused(run: RunDir, control: ControlLoop) -> None:
+def test_scaling_an_unknown_expert_is_refused(run: RunDir, control: ControlLoop) -> None:
     with pytest.raises(ConfigError, match=r"no expert is named 'mth'; did you mean 'math'\?"):
         desired_state.scale(run, control.deployment, {"mth": 2}, {})
     for count in (-1, 1025, 99_999_999):
@@ -166,7 +166,7 @@ def test_scaling_what_is_not_there_is_refused(run: RunDir, control: ControlLoop)
 
 def test_an_adapter_is_scaled_with_its_host(run: RunDir, control: ControlLoop) -> None:
     control.deployment.experts["law"] = ExpertConfig(model="a", adapter_of="math")
-    assert sorted(control.once().submitted) == ["code-0.g1", "math-0.g1"]
+    assert sorted(control.run_pass().submitted) == ["code-0.g1", "math-0.g1"]
     with pytest.raises(ConfigError, match=r"law is an adapter on the engine of math; scale that: math=3"):
         desired_state.scale(run, control.deployment, {"law": 3}, {})
 
@@ -175,11 +175,11 @@ def test_a_desired_file_edited_by_hand_breaks_nothing(run: RunDir, control: Cont
     run.desired.write_text(
         '{"replicas": {"math": "many", "code": 1000000000, "nope": 4}, "down": "yes", "forgiven": 3}'
     )
-    assert sorted(control.once().submitted) == ["code-0.g1", "math-0.g1"]
+    assert sorted(control.run_pass().submitted) == ["code-0.g1", "math-0.g1"]
 
 
 def test_down_ends_everything_and_cleans_up(run: RunDir, control: ControlLoop) -> None:
-    control.once()
+    control.run_pass()
     eventually_sync(lambda: started(run, "math-0.g1") and started(run, "code-0.g1"))
     registry.publish(run.registry, record("math-0.g1"))
     registry.publish(run.registry, record("big-x0.g1", kind=RecordKind.EXTERNAL))
@@ -190,7 +190,7 @@ def test_down_ends_everything_and_cleans_up(run: RunDir, control: ControlLoop) -
     assert [p.name for p in run.registry.iterdir()] == ["big-x0.g1.json"]
     assert not run.registry_json.exists()
     assert down(run) == 0
-    assert control.once().submitted == []  # it stays down
+    assert control.run_pass().submitted == []  # it stays down
 
 
 class SlowToCancel:
@@ -209,13 +209,13 @@ class SlowToCancel:
 
 
 @pytest.mark.parametrize("by", ["loop", "drain"])
-def test_the_time_to_drain_begins_when_the_job_was_asked(run: RunDir, control: ControlLoop, by: str) -> None:
+def test_the_drain_time_starts_after_scancel(run: RunDir, control: ControlLoop, by: str) -> None:
     """Not when the controller was: it may take a minute, and what is late is killed."""
-    control.once()
+    control.run_pass()
     eventually_sync(lambda: started(run, "math-0.g1"))
     control.launcher = slow = SlowToCancel(control.launcher)
     if by == "drain":
-        retire(control, ["math-0"])
+        drain(control, ["math-0"])
     else:
         control.cancel(["math-0.g1"])
     stop = JobDir(run, "math-0.g1").stop()
@@ -227,18 +227,18 @@ def test_the_time_to_drain_begins_when_the_job_was_asked(run: RunDir, control: C
 def test_down_counts_what_the_control_loop_ends_before_it(
     run: RunDir, control: ControlLoop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    control.once()
+    control.run_pass()
     eventually_sync(lambda: started(run, "math-0.g1") and started(run, "code-0.g1"))
 
     def overtaken(run: RunDir) -> None:
-        desired_state.take_down(run)
-        eventually_sync(lambda: control.once(clear=True) and not live(control))
+        desired_state.want_down(run)
+        eventually_sync(lambda: control.run_pass(clear=True) and not live(control))
 
-    monkeypatch.setattr("hpc_router.cluster.commands.down.take_down", overtaken)
+    monkeypatch.setattr("hpc_router.cluster.commands.down.want_down", overtaken)
     assert down(run) == 2
 
 
-def test_down_kills_what_does_not_end(
+def test_down_kills_jobs_that_do_not_end(
     run: RunDir, control: ControlLoop, service: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("hpc_router.cluster.control_loop.reconcile.KILL_AFTER_S", 0.0)
@@ -249,7 +249,7 @@ def test_down_kills_what_does_not_end(
 
 
 def test_down_works_with_a_config_of_another_version(run: RunDir, control: ControlLoop) -> None:
-    control.once()
+    control.run_pass()
     eventually_sync(lambda: started(run, "math-0.g1") and started(run, "code-0.g1"))
     run.config.write_text("a_key_of_tomorrow: 1\n")
     assert down(run) == 2
@@ -257,12 +257,12 @@ def test_down_works_with_a_config_of_another_version(run: RunDir, control: Contr
 
 def test_down_stops_when_it_is_brought_up_again(run: RunDir, control: ControlLoop) -> None:
     """It neither fills nor empties then: what runs is wanted by somebody."""
-    control.once()
+    control.run_pass()
     eventually_sync(lambda: started(run, "math-0.g1") and started(run, "code-0.g1"))
 
     class Up:
         def living(self, attempts: list[Attempt]) -> None:
-            desired_state.start_over(run, {})
+            desired_state.want_up(run, {})
 
     with pytest.raises(LaunchError, match="started again in the meantime"):
         down(run, watcher=Up())
@@ -272,10 +272,10 @@ def test_down_stops_when_it_is_brought_up_again(run: RunDir, control: ControlLoo
 def test_an_unreadable_wish_skips_the_pass(run: RunDir, control: ControlLoop) -> None:
     """It is not the wish for nothing: live replicas beyond the config's would drain."""
     desired_state.scale(run, control.deployment, {"math": 2}, {})
-    control.once()
+    control.run_pass()
     run.desired.write_text('{"replicas": {"ma')
     with pytest.raises(RegistryError, match=r"desired\.json"):
-        control.once()
+        control.run_pass()
     with pytest.raises(RegistryError, match=r"desired\.json"):
         down(run)
     assert all(JobDir(run, name).stop() is None for name in live(control_of_config(run)))
@@ -289,10 +289,10 @@ def control_of_config(run: RunDir) -> ControlLoop:
 
 def test_a_loop_of_a_run_that_is_down_ends_no_router(run: RunDir, control: ControlLoop, service: Path) -> None:
     """Somebody may have started it after the `down`."""
-    desired_state.take_down(run)
+    desired_state.want_down(run)
     control.launcher.submit([request_of(service, "router-0.g1"), request_of(service, "math-0.g1")])
     eventually_sync(lambda: started(run, "router-0.g1") and started(run, "math-0.g1"))
-    eventually_sync(lambda: control.once() and live(control) == ["router-0.g1"])
+    eventually_sync(lambda: control.run_pass() and live(control) == ["router-0.g1"])
     assert down(run) == 1
 
 
@@ -310,7 +310,7 @@ def test_the_exit_record_of_the_job_itself_stands(run: RunDir) -> None:
     job.claim()
     own = Exit(ok=True, reason=FailureReason.DRAINED, message="asked")
     job.write(own)
-    assert leave_exit(job, Exit(ok=False, reason=FailureReason.VANISHED, message="?")) == own
+    assert record_exit(job, Exit(ok=False, reason=FailureReason.VANISHED, message="?")) == own
 
 
 def _dead(run: RunDir, replica: str) -> None:
@@ -325,12 +325,12 @@ def test_a_dead_routers_record_goes(run: RunDir, control: ControlLoop) -> None:
         _dead(run, f"router-0.g{generation}")
         registry.publish(run.registry, record(f"router-0.g{generation}", kind=RecordKind.ROUTER))
     assert live_router(run) is None
-    control.once()
+    control.run_pass()
     assert [name for name in records_of(run) if name.startswith("router")] == []
     mine = claim_router(run)
     assert mine == "router-0.g3"
     registry.publish(run.registry, record(mine, kind=RecordKind.ROUTER))
-    control.once()
+    control.run_pass()
     assert f"{mine}.json" in records_of(run)
     found = live_router(run)
     assert found is not None
@@ -356,13 +356,13 @@ def test_experts_started_by_hand_have_slots_of_their_own(run: RunDir, control: C
     assert claim_expert(run, "math") == "math-h1.g1"
     _dead(run, "math-h2.g4")
     assert claim_expert(run, "math") == "math-h2.g5"
-    assert all(isinstance(a, Submit) and a.slot.ours for a in control.once().actions)
+    assert all(isinstance(a, Submit) and a.slot.managed for a in control.run_pass().actions)
 
 
 def test_a_router_is_submitted_once_up_wants_it(run: RunDir, control: ControlLoop) -> None:
-    desired_state.start_over(run, {})
-    assert "router-0.g1" in control.once().submitted
-    assert ROUTER_SLOT in control.look().observed
+    desired_state.want_up(run, {})
+    assert "router-0.g1" in control.run_pass().submitted
+    assert ROUTER_SLOT in control.preview().observed
 
 
 def test_a_failing_pass_does_not_end_the_loop(run: RunDir, control: ControlLoop) -> None:

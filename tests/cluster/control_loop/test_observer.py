@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from hpc_router.cluster.control_loop.liveness import HUNG_BEATS, LOST_BEATS
-from hpc_router.cluster.control_loop.observer import ASK_LOST_S, RunObserver
+from hpc_router.cluster.control_loop.observer import MIN_QUERY_INTERVAL_S, RunObserver
 from hpc_router.cluster.launchers.interface import JobReport, JobState
 from hpc_router.state.job_records import JobDir, JobInfo, Runner
 from hpc_router.state.registry import Record, RecordKind, State, publish
@@ -67,10 +67,10 @@ def hung(run: RunDir, *, renewing: bool) -> list[bool]:
     submitted(run, RECORD)
     controller = SlowController(run, renewing=renewing)
     observer = RunObserver(run, controller, clock=lambda: controller.now)
-    return [next(iter(observer.look().values()))[0].hung for _ in range(3)]
+    return [next(iter(observer.observe().values()))[0].hung for _ in range(3)]
 
 
-def test_a_controller_that_answers_late_makes_no_agent_look_hung(run: RunDir) -> None:
+def test_a_slow_controller_makes_no_agent_hung(run: RunDir) -> None:
     """The age of a beat ends when it was read: no probe by a busy node has to save the replica."""
     assert hung(run, renewing=True) == [False, False, False]
 
@@ -79,14 +79,14 @@ def test_beats_that_stopped_are_missed_all_the_same(run: RunDir) -> None:
     assert hung(run, renewing=False) == [False, True, True]
 
 
-def test_the_controller_is_asked_once_for_a_replica_that_falls_silent(run: RunDir) -> None:
+def test_the_controller_is_queried_once_for_a_lost_replica(run: RunDir) -> None:
     """So that a job which ended without a word is replaced before the next periodic question."""
     slurm = Slurm()
     submitted(run, RECORD)
     observer = RunObserver(run, slurm, clock=lambda: slurm.now)
     seen = []
     for _ in range(HUNG_BEATS + 1):
-        (attempt,) = next(iter(observer.look().values()))
+        (attempt,) = next(iter(observer.observe().values()))
         seen.append((slurm.asked, list(observer.lost), attempt.hung))
         slurm.now += BEAT_S
     assert seen == [
@@ -97,14 +97,14 @@ def test_the_controller_is_asked_once_for_a_replica_that_falls_silent(run: RunDi
     ]
 
 
-def test_a_job_that_slurm_knows_to_have_ended_is_seen_in_that_look(run: RunDir) -> None:
+def test_a_lost_job_that_ended_is_seen_in_the_same_observation(run: RunDir) -> None:
     slurm = Slurm()
     submitted(run, RECORD)
     observer = RunObserver(run, slurm, clock=lambda: slurm.now)
-    observer.look()
+    observer.observe()
     slurm.truth = JobState.ENDED
     slurm.now = LOST_BEATS * BEAT_S
-    (attempt,) = next(iter(observer.look().values()))
+    (attempt,) = next(iter(observer.observe().values()))
     assert attempt.job is JobState.ENDED
     assert attempt.exit is not None
 
@@ -117,19 +117,19 @@ def test_losses_that_follow_each_other_share_a_question(run: RunDir) -> None:
     for record in records:
         submitted(run, record)
     observer = RunObserver(run, slurm, clock=lambda: slurm.now)
-    observer.look()
+    observer.observe()
     told: list[tuple[float, list[str]]] = []
     for step in range(1, 9):
         slurm.now = step * BEAT_S
         for number, record in enumerate(records):  # each is renewed one beat longer than the one before
             if step <= number:
                 publish(run.registry, replace(record, beat=1 + step))
-        observer.look()
+        observer.observe()
         if observer.lost:
             told.append((slurm.now, list(observer.lost)))
     first = LOST_BEATS * BEAT_S
     assert told == [(first, names[:1]), (first + 3 * BEAT_S, names[1:])]
-    assert 2 * BEAT_S < ASK_LOST_S <= 3 * BEAT_S
+    assert 2 * BEAT_S < MIN_QUERY_INTERVAL_S <= 3 * BEAT_S
     assert slurm.asked == len(told)
 
 
@@ -139,8 +139,8 @@ def test_one_that_comes_back_and_falls_silent_again_is_another_loss(run: RunDir)
     observer = RunObserver(run, slurm, clock=lambda: slurm.now)
     for beat in (1, 2):
         publish(run.registry, replace(RECORD, beat=beat))
-        observer.look()
-        slurm.now += ASK_LOST_S
-        observer.look()
-        slurm.now += ASK_LOST_S
+        observer.observe()
+        slurm.now += MIN_QUERY_INTERVAL_S
+        observer.observe()
+        slurm.now += MIN_QUERY_INTERVAL_S
     assert slurm.asked == 2

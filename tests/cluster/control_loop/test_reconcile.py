@@ -55,13 +55,13 @@ def decide(desired: Desired, *attempts: Attempt, now: float = NOW) -> list[Actio
     return reconcile(desired, slots, now)
 
 
-def test_what_is_missing_is_submitted() -> None:
+def test_missing_jobs_are_submitted() -> None:
     desired = Desired(replicas={"math": 2, "code": 0}, router=True)
     assert decide(desired) == [Submit(ROUTER_SLOT, 1), Submit(MATH, 1), Submit(Slot("math", "1"), 1)]
 
 
 @pytest.mark.parametrize("job", [JobState.RUNNING, JobState.UNKNOWN, JobState.PENDING])
-def test_what_lives_is_left_alone(job: JobState) -> None:
+def test_live_jobs_are_left_alone(job: JobState) -> None:
     """Also a job that cannot be asked: two of one slot would be worse than none."""
     assert decide(ONE, attempt(job=job)) == []
 
@@ -86,13 +86,13 @@ def test_too_many_failures_give_up() -> None:
 
 
 @pytest.mark.parametrize("reason", [FailureReason.WEIGHTS, FailureReason.BAD_OPTION, FailureReason.INTERPRETER])
-def test_what_no_restart_cures_gives_up_at_once(reason: FailureReason) -> None:
+def test_a_reason_that_no_restart_fixes_gives_up_at_once(reason: FailureReason) -> None:
     last = failed(1, reason=reason)
     assert last.exit is not None
     assert decide(ONE, last) == [GiveUp(MATH, 1, last.exit)]
 
 
-def test_the_user_can_forgive() -> None:
+def test_failures_before_up_do_not_count() -> None:
     """`up` and `scale` start the count again."""
     desired = replace(ONE, forgiven={"math-0": 3})
     assert decide(desired, failed(1), failed(2), failed(3)) == [Submit(MATH, 4)]
@@ -150,7 +150,7 @@ def test_an_older_generation_goes_when_the_newer_is_ready() -> None:
     assert decide(ONE, old, replace(new, registered=State.READY)) == [Drain("math-0.g1")]
 
 
-def test_a_hung_replica_is_asked_to_end_then_replaced_and_killed() -> None:
+def test_a_hung_replica_is_cancelled_then_replaced_and_killed() -> None:
     """It drains nothing, so neither the time to drain nor its end is waited for: its node may be lost."""
     hung = attempt(registered=State.READY, hung=True)
     assert decide(ONE, hung) == [Cancel("math-0.g1")]
@@ -163,7 +163,7 @@ def test_a_hung_replica_is_asked_to_end_then_replaced_and_killed() -> None:
     assert decide(ONE, failed(1, reason=FailureReason.TIMEOUT)) == [Submit(MATH, 2)]
 
 
-def test_a_replica_that_was_asked_to_drain_and_does_not_is_ended() -> None:
+def test_a_replica_that_does_not_drain_is_cancelled() -> None:
     """The verb `drain` asks one that is wanted; its successor comes when it has gone."""
     asked = attempt(registered=State.DRAINING, stop=Stop(drain_at=NOW))
     assert decide(ONE, asked) == [Wait("math-0.g1", NOW + ONE.drain_s, "asked to drain")]
@@ -177,7 +177,7 @@ def test_a_submission_that_slurm_does_not_answer_is_tried_for_ever_but_slowly() 
 
 
 @pytest.mark.parametrize("reason", sorted(BLAMELESS))
-def test_an_end_that_says_nothing_about_the_replica_is_not_counted(reason: FailureReason) -> None:
+def test_an_end_that_is_not_the_replicas_fault_is_not_counted(reason: FailureReason) -> None:
     ends = [failed(n, reason=reason) for n in range(1, 9)]
     assert decide(ONE, *ends, now=NOW + BACKOFF_MAX_S) == [Submit(MATH, 9)], "however often"
     assert decide(ONE, failed(1, reason=reason)) == [Submit(MATH, 2)], "at once"
@@ -209,7 +209,7 @@ def test_a_successor_that_was_refused_or_cancelled_is_followed_by_the_next(reaso
     assert decide(desired, router, *refused) == [], "the router itself has not failed"
 
 
-def test_a_job_that_has_said_its_last_word_and_does_not_end_is_ended() -> None:
+def test_a_job_that_goes_on_after_its_exit_record_is_cancelled() -> None:
     end = Exit(False, FailureReason.CRASHED, "it broke", NOW)
     lingering = attempt(job=JobState.ENDING, exit=end)
     assert decide(NONE, lingering) == []
@@ -225,13 +225,13 @@ def test_a_kill_is_not_repeated_at_every_pass() -> None:
     assert decide(NONE, killed, now=NOW + KILL_AGAIN_S) == [Kill("math-0.g1")]
 
 
-def test_a_claim_that_is_not_wanted_any_more_is_told_so_before_its_job_comes() -> None:
+def test_a_surplus_claim_is_cancelled_before_its_job_is_submitted() -> None:
     claim = attempt(job=JobState.PENDING, submitted=False, claimed_at=NOW)
     assert decide(NONE, claim) == [Cancel("math-0.g1")]
     assert decide(NONE, replace(claim, stop=Stop(cancel_at=NOW))) == []
 
 
-def test_a_claim_whose_submitter_lives_is_waited_for() -> None:
+def test_a_claim_whose_submitter_is_alive_is_kept() -> None:
     """A busy controller may take its time with many jobs."""
     claim = attempt(job=JobState.PENDING, submitted=False, claimed_at=NOW - 2 * CLAIM_S, submitting=True)
     assert isinstance(decide(ONE, claim)[0], Wait)
@@ -251,7 +251,7 @@ def test_a_waiting_successor_goes_with_its_deployment() -> None:
     assert cleared == [Cancel("router-0.g1"), Cancel("router-0.g2")]
 
 
-def test_a_hung_successor_retires_nobody() -> None:
+def test_a_hung_successor_replaces_no_job() -> None:
     old, new = attempt(1, registered=State.READY), attempt(2, registered=State.READY, hung=True)
     assert decide(ONE, old, new) == [Cancel("math-0.g2")]
     assert decide(ONE, replace(old, hung=True), replace(new, hung=False)) == [Cancel("math-0.g1")]
@@ -261,7 +261,7 @@ def test_a_hung_replica_that_others_started_is_left_alone() -> None:
     assert decide(ONE, attempt(registered=State.READY), attempt(slot=Slot("math", "h0"), hung=True)) == []
 
 
-def test_what_others_started_is_left_alone_until_all_is_cleared() -> None:
+def test_services_started_by_hand_stay_until_down() -> None:
     by_hand = attempt(slot=Slot("math", "h0"), registered=State.READY)
     router = attempt(slot=ROUTER_SLOT, registered=State.READY)
     assert decide(NONE, by_hand, router) == []
@@ -364,7 +364,7 @@ STEPS = st.one_of(
 
 @settings(max_examples=300)
 @given(st.lists(STEPS, max_size=40))
-def test_any_history_ends_in_what_is_wanted(steps: Sequence[tuple[object, ...]]) -> None:
+def test_any_history_ends_in_the_desired_state(steps: Sequence[tuple[object, ...]]) -> None:
     """Slots that were given up aside, which `up` brings back."""
     world = World()
     for step in steps:

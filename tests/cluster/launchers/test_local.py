@@ -73,7 +73,7 @@ def test_any_process_of_the_user_can_cancel(run: RunDir, service: Path, launcher
     eventually_sync(lambda: state(launcher, "math-0.g1") is JobState.ENDED)
 
 
-def test_kill_ends_what_does_not_listen(service: Path, launcher: LocalLauncher) -> None:
+def test_kill_ends_a_job_that_ignores_sigterm(service: Path, launcher: LocalLauncher) -> None:
     launcher.submit([request_of(service, "math-0.g1", how="deaf"), request_of(service, "math-1.g1")])
     pid = facts(service, "math-0.g1")["pid"]
     facts(service, "math-1.g1")
@@ -138,7 +138,7 @@ def test_each_job_has_gpus_of_its_own(service: Path, launcher: LocalLauncher) ->
     assert facts(service, "code-0.g1")["environ"]["CUDA_VISIBLE_DEVICES"] == freed
 
 
-def test_a_refused_submission_is_told_and_left_on_record(
+def test_a_refused_submission_is_raised_and_recorded(
     run: RunDir, launcher: LocalLauncher, service: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "executable", "/no/such/python")

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from hpc_router.cli.main import WIDE
+from hpc_router.cli.output import WIDE
 from hpc_router.cli.tables import plan_text
 from hpc_router.cluster.launchers.slurm.allocation import AllocationLauncher
 from hpc_router.cluster.planning import engine_flags
-from hpc_router.cluster.planning.plan import FOLDER, Plan, make_plan, settled
+from hpc_router.cluster.planning.plan import JOB_FOLDER, Plan, make_plan, with_absolute_paths
 from hpc_router.config.compose import load_deployment
 from hpc_router.config.schema import (
     ClusterConfig,
@@ -65,7 +65,7 @@ def test_gpus_of_all_replicas_together() -> None:
     make_plan(wrong)
 
 
-def test_all_faults_are_told_at_once(tmp_path: Path) -> None:
+def test_all_faults_are_reported_at_once(tmp_path: Path) -> None:
     plain = tmp_path / "plain"
     plain.write_text("no program")
     engine = EngineConfig(kind="transformers")
@@ -94,7 +94,7 @@ def test_adapters_have_no_jobs_of_their_own() -> None:
     assert {"--roofline", "--lora-modules"} <= set(engine.argv)
 
 
-def test_an_adapter_is_looked_for_like_a_model(tmp_path: Path) -> None:
+def test_the_folder_of_an_adapter_must_exist(tmp_path: Path) -> None:
     (tmp_path / "bare").mkdir()
     engine = EngineConfig(kind="vllm", options={"device": "cpu"})
     wrong = deployment(
@@ -113,7 +113,7 @@ def test_a_hub_id_is_no_path(model: str) -> None:
     make_plan(deployment(a=ExpertConfig(model=model, engine=EngineConfig(kind="transformers"))), ask_engines=False)
 
 
-def test_exemplars_and_artefacts_are_looked_at() -> None:
+def test_exemplars_and_artefacts_are_checked() -> None:
     wrong = load_deployment(["topology=sim"])
     wrong.experts["math"].exemplars = list(wrong.experts["law"].exemplars)
     assert "math" in faults(wrong)[0]
@@ -121,7 +121,7 @@ def test_exemplars_and_artefacts_are_looked_at() -> None:
     assert faults(wrong)[0].startswith("policy.artefact=/no/artefact: no artefact")
 
 
-def test_what_may_be_meant_so_is_a_note() -> None:
+def test_a_value_that_may_be_intended_is_a_warning() -> None:
     notes = " ".join(make_plan(load_deployment(["topology=sim", "experts.generalist.replicas=0"])).warnings)
     assert "the fallback expert 'generalist' has replicas=0" in notes
     notes = " ".join(make_plan(load_deployment(["topology=sim", "experts.math.exemplars=[]"])).warnings)
@@ -161,7 +161,7 @@ def test_the_engines_whole_environment_is_shown(tmp_path: Path, monkeypatch: pyt
         "OMP_NUM_THREADS": "3",
         "HF_HUB_OFFLINE": "1",
     }
-    assert shown["TMPDIR"].endswith(f"/{FOLDER}/tmp")
+    assert shown["TMPDIR"].endswith(f"/{JOB_FOLDER}/tmp")
     assert not {"SOMEBODYS", "PATH", "HOME"} & set(shown)
 
 
@@ -179,13 +179,13 @@ def test_local_paths_are_settled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         on_c=ExpertConfig(model="model", adapter_of="c"),
     )
     one.policy.artefact = "artefact"
-    done = settled(one)
+    done = with_absolute_paths(one)
     assert done.experts["a"].model == str(tmp_path / "model")
     assert done.experts["a"].engine.python == str(tmp_path / "python")
     assert (done.experts["b"].model, done.experts["c"].model) == ("org/name", "m")
     assert (done.experts["on_b"].model, done.experts["on_c"].model) == (str(tmp_path / "model"), "model")
     assert done.policy.artefact == str(tmp_path / "artefact")
-    assert settled(done) == done
+    assert with_absolute_paths(done) == done
 
 
 def interpreter(folder: Path, name: str, script: str) -> ExpertConfig:
@@ -204,18 +204,18 @@ def test_a_clear_no_of_the_engines_own_interpreter_is_a_fault(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("script", ["exit 1", "echo 'ImportError: nothing here' >&2; exit 1", "kill -9 $$"])
-def test_an_interpreter_that_cannot_be_asked_here_may_be_right_there(tmp_path: Path, script: str) -> None:
+def test_an_interpreter_that_cannot_start_here_is_a_warning(tmp_path: Path, script: str) -> None:
     plan = make_plan(deployment(a=interpreter(tmp_path, "broken", script)))
     assert "experts.a.engine.options: could not be checked" in plan.warnings[0]
 
 
-def test_an_interpreter_that_hangs_holds_nobody_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_check_of_an_interpreter_has_a_time_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_flags, "TIMEOUT_S", 0.1)
     plan = make_plan(deployment(a=interpreter(tmp_path, "slow", "exec sleep 60")))
     assert "no answer within 0.1 s" in plan.warnings[0]
 
 
-def test_equal_questions_are_asked_once(tmp_path: Path) -> None:
+def test_equal_commands_are_checked_once(tmp_path: Path) -> None:
     asked = tmp_path / "asked"
     expert = interpreter(tmp_path, "counting", f"echo x >> {asked}")
     make_plan(deployment(a=expert, b=expert, c=expert))
@@ -261,7 +261,7 @@ def test_the_plan_shows_the_batch_scripts(slurm: Programs) -> None:
     ]
     text = printed(plan)
     assert text.count("#!/bin/bash") == 2
-    assert "and so for math-1.g1" in text
+    assert "and the same for math-1.g1" in text
     assert "  #SBATCH --gres=gpu:1" in text
 
 
@@ -274,7 +274,7 @@ def test_replicas_that_share_a_job_stand_in_one_script(slurm: Programs) -> None:
     ]
 
 
-def test_the_controller_is_asked_no_more_than_needed(slurm: Programs) -> None:
+def test_the_controller_is_queried_no_more_than_needed(slurm: Programs) -> None:
     """Once what it has, once for each shape; and not at all with `--no-ask`."""
     deployed = load_deployment(["topology=sim", "cluster=slurm", "experts.math.resources.gpus=1"])
     make_plan(deployed, ask_engines=False)
@@ -292,7 +292,7 @@ def test_a_router_here_is_no_job(slurm: Programs) -> None:
     assert plan.to_json()["replicas"][0]["script"] is None
 
 
-def test_a_site_that_cannot_be_asked_is_a_note(slurm: Programs) -> None:
+def test_a_failing_sinfo_is_a_warning(slurm: Programs) -> None:
     slurm.add("sinfo", "echo 'slurm_load_partitions: Unable to contact slurm controller (connect failure)' >&2; exit 1")
     (note,) = make_plan(load_deployment(["topology=sim", "cluster=slurm"])).warnings
     assert note == (
@@ -346,8 +346,8 @@ def test_an_engine_in_an_image(slurm: Programs, tmp_path: Path) -> None:
     one = ExpertConfig(model="org/m", engine=EngineConfig(kind="transformers", python="/opt/python"))
     made = deployment(a=one, b=SIM)
     made.cluster = ClusterConfig(kind="slurm", container=ContainerConfig(image=str(image)))
-    assert faults(made)[0].startswith("experts.a.engine.options: the engine refuses: error: no such option: --x")
-    assert faults(made)[1].startswith(f"cluster.container.image={image}: no such file")
+    assert faults(made)[0].startswith(f"cluster.container.image={image}: no such file")
+    assert faults(made)[1].startswith("experts.a.engine.options: the engine refuses: error: no such option: --x")
     image.touch()
     slurm.add("apptainer", "exit 0")
     plan = make_plan(made)
@@ -370,7 +370,7 @@ def test_the_jobs_interpreter_is_there(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.chdir(tmp_path)
     (tmp_path / "python").symlink_to(sys.executable)
     wrong.cluster = ClusterConfig(python="./python", container=ContainerConfig(image="x.sif"))
-    done = settled(wrong).cluster
+    done = with_absolute_paths(wrong).cluster
     assert (done.python, done.container.image) == (str(tmp_path / "python"), str(tmp_path / "x.sif"))
 
 
@@ -381,18 +381,18 @@ def test_a_containers_folders_are_settled(tmp_path: Path, monkeypatch: pytest.Mo
     binds = ["~/models", "data:/data:ro", "/project:/p", "~:/me"]
     one = deployment(a=SIM)
     one.cluster.container = ContainerConfig(image="x.sif", binds=binds)
-    done = settled(one)
+    done = with_absolute_paths(one)
     assert done.cluster.container.binds == [
         "/home/ada/models",
         f"{tmp_path}/data:/data:ro",
         "/project:/p",
         "/home/ada:/me",
     ]
-    assert settled(done) == done
+    assert with_absolute_paths(done) == done
     assert one.cluster.container.binds == binds
 
 
-def test_a_container_on_this_machine_is_looked_for_too(tmp_path: Path) -> None:
+def test_a_container_on_this_machine_is_checked_too(tmp_path: Path) -> None:
     """There are no other nodes that might have it."""
     wrong = deployment(a=SIM)
     wrong.cluster = ClusterConfig(container=ContainerConfig(image=str(tmp_path / "no.sif"), program="no-program"))
@@ -401,7 +401,7 @@ def test_a_container_on_this_machine_is_looked_for_too(tmp_path: Path) -> None:
     assert program.startswith("cluster.container.program=no-program: not on the PATH here")
 
 
-def test_what_has_no_effect_on_this_machine_is_a_note() -> None:
+def test_a_key_without_effect_on_this_machine_is_a_warning() -> None:
     """One line; and no module is loaded for it."""
     made = deployment(a=SIM)
     made.cluster = ClusterConfig(modules=["nope"], setup=["false"])
@@ -412,7 +412,7 @@ def test_what_has_no_effect_on_this_machine_is_a_note() -> None:
     assert note.startswith("cluster.setup has no effect with cluster=local")
 
 
-def test_setup_lines_are_whole_bash() -> None:
+def test_setup_lines_must_parse_as_bash() -> None:
     wrong = deployment(a=SIM)
     wrong.cluster = ClusterConfig(kind="slurm", setup=["true", "echo 'x"])
     (fault,) = faults(wrong)

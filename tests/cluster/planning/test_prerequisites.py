@@ -79,9 +79,9 @@ def test_a_run_directory_of_one_host_is_a_warning(tmp_path: Path, monkeypatch: p
     assert file_system(Path("/tmp")) is None
 
 
-def test_checks_that_start_programs_are_left_out_where_nothing_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checks_that_start_programs_can_be_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
     cluster = ClusterConfig()
     cluster.container.image = "/no/such.sif"
     assert prerequisites.prerequisites(cluster, RUNS, ask=False).faults == []
     assert any("/no/such.sif" in fault for fault in prerequisites.prerequisites(cluster, RUNS, ask=True).faults)
-    assert set(prerequisites.ASKING) <= CHECKS.keys()
+    assert set(prerequisites.PROGRAM_CHECKS) <= CHECKS.keys()

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from hpc_router.cluster.planning import software_checks
-from hpc_router.cluster.planning.software_checks import CHECK, equipment_faults, is_address
+from hpc_router.cluster.planning.software_checks import CHECK, is_address, software_faults
 from hpc_router.config.schema import ClusterConfig, ContainerConfig
 from tests.cluster.programs import Programs
 from tests.support.needs import need
@@ -27,14 +27,14 @@ def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
 
 def test_modules_that_load(modules: dict[str, str]) -> None:
     cluster = ClusterConfig(kind="slurm", modules=["cuda/12.4", "nccl"], env=modules)
-    assert equipment_faults(cluster) == ([], [])
+    assert software_faults(cluster) == ([], [])
 
 
 @pytest.mark.parametrize(
     ("names", "at"), [(["nope"], "[0]=nope"), (["cuda/12.4", "nope/1"], "[1]=nope/1"), (["nccl"], "[0]=nccl")]
 )
 def test_a_module_that_does_not(names: list[str], at: str, modules: dict[str, str]) -> None:
-    ((fault,), warnings) = equipment_faults(ClusterConfig(kind="slurm", modules=names, env=modules))
+    ((fault,), warnings) = software_faults(ClusterConfig(kind="slurm", modules=names, env=modules))
     assert fault.startswith(f"cluster.modules{at}: does not load: ")
     assert "module avail" in fault
     assert "\n" not in fault
@@ -45,8 +45,8 @@ def test_a_shell_that_has_a_module_of_its_own(tmp_path: Path, monkeypatch: pytes
     """As Lmod says it, and as one that ends with 0 whatever happens."""
     programs = Programs(tmp_path / "bin", monkeypatch)
     programs.add("module", "[ $2 = good ] || echo 'Lmod has detected the following error: no such thing' >&2")
-    assert equipment_faults(ClusterConfig(kind="slurm", modules=["good"])) == ([], [])
-    ((fault,), _) = equipment_faults(ClusterConfig(kind="slurm", modules=["good", "bad"]))
+    assert software_faults(ClusterConfig(kind="slurm", modules=["good"])) == ([], [])
+    ((fault,), _) = software_faults(ClusterConfig(kind="slurm", modules=["good", "bad"]))
     assert "cluster.modules[1]=bad: does not load: Lmod has detected the following error: no such thing" in fault
     assert programs.calls("module") == ["load good", "load good", "load bad"]
 
@@ -55,7 +55,7 @@ def test_no_module_command_is_a_warning(tmp_path: Path, monkeypatch: pytest.Monk
     """A machine without: the static script says so by its exit status."""
     programs = Programs(tmp_path / "bin", monkeypatch)
     programs.add("bash", "exit 3")
-    assert equipment_faults(ClusterConfig(kind="slurm", modules=["a"])) == (
+    assert software_faults(ClusterConfig(kind="slurm", modules=["a"])) == (
         [],
         ["cluster.modules: could not be checked: this machine has no `module` command"],
     )
@@ -84,16 +84,16 @@ def test_addresses_of_images(image: str, address: bool) -> None:
 def test_an_image_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Programs(tmp_path / "bin", monkeypatch).add("apptainer", "")
     absent = ContainerConfig(image=str(tmp_path / "no.sif"))
-    assert equipment_faults(ClusterConfig(kind="slurm", container=absent))[0] == [
+    assert software_faults(ClusterConfig(kind="slurm", container=absent))[0] == [
         f"cluster.container.image={tmp_path}/no.sif: no such file "
         "(valid: a .sif file, a folder, or an address such as docker://...)"
     ]
     for image in (str(tmp_path), "docker://a/b"):
-        assert equipment_faults(ClusterConfig(kind="slurm", container=ContainerConfig(image=image))) == ([], [])
+        assert software_faults(ClusterConfig(kind="slurm", container=ContainerConfig(image=image))) == ([], [])
     offline = ClusterConfig(
         kind="slurm", container=ContainerConfig(image="docker://a/b", program="no-program"), offline=True
     )
-    _, (program, fetched) = equipment_faults(offline)
+    _, (program, fetched) = software_faults(offline)
     assert program == "cluster.container.program=no-program: not found here; the nodes must have it"
     assert "nodes are offline" in fetched
 
@@ -103,19 +103,19 @@ def test_on_this_machine_the_program_has_to_be_here(tmp_path: Path, monkeypatch:
     programs = Programs(tmp_path / "bin", monkeypatch)
     programs.add("module", "exit 1")
     cluster = ClusterConfig(container=ContainerConfig(image=str(tmp_path), program="no-program"), modules=["a"])
-    ((fault,), warnings) = equipment_faults(cluster)
+    ((fault,), warnings) = software_faults(cluster)
     assert fault.startswith("cluster.container.program=no-program: not on the PATH here")
     assert warnings == []
     assert programs.calls("module") == []
     (tmp_path / "no-program").write_text("#!/bin/sh\n")
     (tmp_path / "no-program").chmod(0o755)
     cluster.env = {"PATH": str(tmp_path)}
-    assert equipment_faults(cluster) == ([], [])
+    assert software_faults(cluster) == ([], [])
 
 
 def test_modules_that_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Programs(tmp_path / "bin", monkeypatch).add("bash", "echo out; printf '\\377 err' >&2; exec sleep 60")
     monkeypatch.setattr(software_checks, "TIMEOUT_S", 0.3)
-    faults, (warning,) = equipment_faults(ClusterConfig(kind="slurm", modules=["a"]))
+    faults, (warning,) = software_faults(ClusterConfig(kind="slurm", modules=["a"]))
     assert faults == []
     assert warning == "cluster.modules: could not be checked: no answer within 0.3 s"

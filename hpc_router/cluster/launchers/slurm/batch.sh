@@ -1,11 +1,11 @@
 # shellcheck shell=bash
-# Sourced by every batch script of a deployment: each replica that the job carries leaves a record of its end, so
-# nobody has to ask the controller. Bash 4.2 is enough. The functions are called in this order:
-#   begin JOBS_FOLDER REPLICA...     from here on every end leaves a record; a job that nobody waits for ends here
+# Sourced by every batch script of a deployment. Writes a record of the end of each replica in the job, so that the
+# controller need not be queried. Needs bash 4.2. The functions are called in this order:
+#   begin JOBS_FOLDER REPLICA...     from here on each end leaves a record; the job ends here if no replica is wanted
 #   ready                            before each setup line or module, and before the steps
-#   setup_failed KEY                 after `||`: a setup line or module that did not work
+#   setup_failed KEY                 after `||`: a setup line or module failed
 #   step REPLICA COMMAND...          run a replica's step in the background
-#   finish                           wait for all steps; the job's exit status is the worst of theirs
+#   finish                           wait for all steps; the exit status of the job is the highest of theirs
 
 begin() {
     local replica
@@ -19,7 +19,7 @@ begin() {
         hpc_router_unwanted "$hpc_router_jobs/$replica" || hpc_router_replicas+=("$replica")
     done
     if ((${#hpc_router_replicas[@]} == 0)); then
-        printf 'hpc-router: nobody waits for this job any more\n' >&2
+        printf 'hpc-router: no replica of this job is wanted any more\n' >&2
         exit 0
     fi
     ready
@@ -29,12 +29,12 @@ begin() {
     export SUBMITIT_EXECUTOR=slurm
 }
 
-# Setup lines run in this shell: what they made of its options and traps holds until here.
+# Setup lines run in this shell, so this resets the shell options and traps that they have set.
 ready() {
     hpc_router_plain
     trap - ERR DEBUG RETURN
     trap 'hpc_router_leave $?' EXIT
-    # The steps, or what setup runs, are asked to end as well; their records are still to be written.
+    # Slurm sends SIGTERM to the steps too; this shell must go on to write their records.
     trap 'hpc_router_terminated=yes' TERM
     [[ -z $hpc_router_terminated ]] || exit 143
 }
@@ -43,7 +43,7 @@ setup_failed() {
     local status=$?
     ready
     if ((status == 143)); then
-        sleep 1 # Slurm signals one process after the other: this shell may be the last to hear of it
+        sleep 1 # Slurm signals one process after the other: this shell may get the signal last
         ready
     fi
     hpc_router_message="$1 failed on $(uname -n)"
@@ -76,18 +76,18 @@ finish() {
     for index in "${!hpc_router_pids[@]}"; do
         pid=${hpc_router_pids[index]}
         while kill -0 "$pid" 2>/dev/null; do
-            wait "$pid" # a signal cuts it short
+            wait "$pid" # returns early on a signal
         done
         wait "$pid"
         status=$?
-        # Where a signal met the end of the step, bash (5.2) may tell another status: its record counts.
+        # If a signal arrives when the step ends, bash 5.2 may return another status: the record counts.
         ! hpc_router_recorded "${hpc_router_replicas[index]}" || status=${BASH_REMATCH[1]}
         ((status <= worst)) || worst=$status
     done
     exit "$worst"
 }
 
-# The status that a replica's step has left, in BASH_REMATCH[1].
+# Puts the recorded status of a replica's step into BASH_REMATCH[1].
 hpc_router_recorded() {
     local pattern='"status": ([0-9]+)'
     [[ -r $hpc_router_jobs/$1/ended.json && $(<"$hpc_router_jobs/$1/ended.json") =~ $pattern ]]
@@ -98,9 +98,9 @@ hpc_router_plain() {
     set +o posix
 }
 
-# Whether nobody waits for the replica of this folder: its end is known, or Slurm took this job although sbatch had
-# been given up, and the replica is another job's. The submitter writes job.json a moment after sbatch has returned, so
-# one that is absent says nothing.
+# Whether the replica of this folder is not wanted: its end is recorded, or sbatch seemed to fail and the replica was
+# submitted again as another job. The submitter writes job.json after sbatch has returned, so a missing one does not
+# count.
 hpc_router_unwanted() {
     local info pattern='"job_id": "([^"]*)"'
     [[ ! -e $1/exit.json && ! -e $1/ended.json ]] || return 0
@@ -130,6 +130,6 @@ hpc_router_ended() {
     [[ -z $message ]] && message=null || message="\"$message\""
     if ! { printf '{"at": %s, "message": %s, "status": %d}\n' "$(date +%s)" "$message" "$2" >"$temporary" &&
         mv "$temporary" "$file"; }; then
-        rm -f "$temporary" # a full disk: Slurm's own word has to do
+        rm -f "$temporary" # the disk is full: the state in Slurm has to suffice
     fi
 }

@@ -1,21 +1,21 @@
 #!/bin/bash
-# check_modules.sh MODULE...: whether these load one after the other, as they will in a batch job.
-# Prints the place of the first that does not (0 for the first word) and what it said. Exit status: 0 all load, 1 one
-# does not, 3 there is no `module` here.
+# check_modules.sh MODULE...: loads the modules one after the other, as a batch job does.
+# Prints the index of the first that fails (from 0) and its output. Exit status: 0 all load, 1 one fails, 3 this machine
+# has no `module` command.
 
 # shellcheck source-path=SCRIPTDIR source=modules.sh
 . "${BASH_SOURCE[0]%/*}/modules.sh"
 if ! type module >/dev/null 2>&1; then
     exit 3
 fi
-said=$(mktemp) || exit 3
-trap 'rm -f "$said"' EXIT
+output=$(mktemp) || exit 3
+trap 'rm -f "$output"' EXIT
 number=0
 for name in "$@"; do
-    # Some versions end with 0 whatever happens.
-    if ! module load "$name" >"$said" 2>&1 || grep -qE 'ERROR:|Unable to locate|following error' "$said"; then
+    # Some versions of `module` always return 0.
+    if ! module load "$name" >"$output" 2>&1 || grep -qE 'ERROR:|Unable to locate|following error' "$output"; then
         printf '%d\n' "$number"
-        grep -v '^[[:space:]]*$' "$said"
+        grep -v '^[[:space:]]*$' "$output"
         exit 1
     fi
     number=$((number + 1))

@@ -1,23 +1,23 @@
-"""Jobs of Slurm: submitted through submitit, known from their own files, and from `squeue` where files cannot tell.
+"""Slurm jobs: submitted through submitit, observed through their own files and through `squeue`.
 
-What a job writes itself counts first: `process.json` that it runs, `exit.json` and `ended.json` that it is over. So the
-controller, asked once per `cluster.ask_s`, is needed only for what waits in the queue and for what died without a word.
-A job asked to end gets SIGTERM alone and has its whole drain time; Slurm's own end, with its short grace, comes after.
+The files of a job count first: `process.json` shows that it runs, `exit.json` and `ended.json` that it has ended. The
+Slurm controller, queried at most once per `cluster.ask_s`, is needed for jobs that wait in the queue and for jobs that
+died without a record. A job that is asked to end gets SIGTERM and its whole drain time; scancel without a signal, which
+allows Slurm's short KillWait only, comes afterwards.
 """
 
 import logging
-import subprocess
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from hpc_router.cluster.launchers.commands import last_words, output_of
+from hpc_router.cluster.launchers.commands import SlurmCommandError, run_slurm_command
 from hpc_router.cluster.launchers.interface import JobReport, JobRequest, JobState
 from hpc_router.cluster.launchers.slurm.sbatch import BatchJob, batch_jobs
-from hpc_router.cluster.launchers.slurm.squeue import Queue, QueuedJob, View, running_steps
-from hpc_router.cluster.launchers.slurm.submit_errors import explain, is_passing
-from hpc_router.cluster.launchers.submit import keep_refusals, submit_all
+from hpc_router.cluster.launchers.slurm.squeue import Queue, QueuedJob, QueueSnapshot, running_steps
+from hpc_router.cluster.launchers.slurm.submit_errors import explain, is_temporary
+from hpc_router.cluster.launchers.submitit.submission import Submission, record_refusals, submit_all
 from hpc_router.config.schema import Deployment
 from hpc_router.state.job_records import Ended, Exit, FailureReason, JobDir, JobInfo, Runner
 from hpc_router.state.registry import split_replica
@@ -26,11 +26,11 @@ from hpc_router.state.run_directory import RunDir
 logger = logging.getLogger(__name__)
 
 SCANCEL_TIMEOUT_S: Final = 60.0
-LOOK_AGAIN_S: Final = 3.0
-"""After a submission or a cancellation Slurm is asked once more so soon."""
-MISSING_ANSWERS: Final = 2
+QUERY_AGAIN_S: Final = 3.0
+"""Time after a submission or cancellation until Slurm is queried again."""
+MIN_MISSED_ANSWERS: Final = 2
 SETTLE_S: Final = 10.0
-"""A job whose batch script has ended, and that said nothing itself, waits so long for Slurm's word on its end."""
+"""How long to wait for Slurm's state of a job whose batch script has ended and that left no record."""
 
 STATES: Final[Mapping[str, JobState]] = {
     **dict.fromkeys(("PENDING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD"), JobState.PENDING),
@@ -41,7 +41,7 @@ STATES: Final[Mapping[str, JobState]] = {
     **dict.fromkeys(("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED"), JobState.ENDED),
     **dict.fromkeys(("NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "REVOKED", "TIMEOUT"), JobState.ENDED),
 }
-"""Slurm's words for a job's state; one unknown here says nothing."""
+"""By Slurm's state of a job. A state that is missing here is ignored."""
 _REASONS: Final[Mapping[str, FailureReason]] = {
     "BOOT_FAIL": FailureReason.NODE_FAILED,
     "CANCELLED": FailureReason.CANCELLED,
@@ -56,38 +56,41 @@ _REASONS: Final[Mapping[str, FailureReason]] = {
 
 @dataclass(slots=True)
 class SlurmLauncher:
-    """Also looks after steps inside jobs that are not ours (`Runner.STEP`), which it ends one by one."""
+    """Also observes steps inside jobs of the user (`Runner.STEP`), which it ends one by one."""
 
     run: RunDir
     deployment: Deployment
     queue: Queue
-    _look_again_at: float = field(default=float("inf"), init=False)
-    _looked_through: float = field(default=0.0, init=False)
+    _query_at: float = field(default=float("inf"), init=False)
+    _checked_at: float = field(default=0.0, init=False)
     _missed: dict[str, int] = field(default_factory=dict, init=False)
     _orphans: set[str] = field(default_factory=set, init=False)
 
+    def jobs(self, requests: Sequence[JobRequest]) -> list[BatchJob]:
+        """What `submit` hands to sbatch for these requests."""
+        return batch_jobs(self.run, self.deployment, requests)
+
     def submit(self, requests: Sequence[JobRequest]) -> list[str]:
         claimed = [request for request in requests if JobDir(self.run, request.replica).claim()]
-        jobs = batch_jobs(self.run, self.deployment, claimed)
-        if jobs:
-            answers = submit_all([_submission(job) for job in jobs])
-            self._look_again()
-            keep_refusals(self.run, answers, self._refusal)
+        if claimed:
+            errors = submit_all([_submission(job) for job in self.jobs(claimed)])
+            self._query_soon()
+            record_refusals(self.run, errors, self._exit_for)
         return [request.replica for request in claimed]
 
     def observe(self, replicas: Iterable[str], *, fresh: bool = False) -> Mapping[str, JobReport]:
         jobs = [JobDir(self.run, replica) for replica in replicas]
         if not jobs:
             return {}
-        due = time.monotonic() >= self._look_again_at
+        due = time.monotonic() >= self._query_at
         if due:
-            self._look_again_at = float("inf")
-        view = self.queue.view(fresh=fresh or due)
-        if view is not None:
-            self._end_strangers(view)
-        reports = {job.replica: _report(job, view, purged=self._purged(job, view)) for job in jobs}
+            self._query_at = float("inf")
+        snapshot = self.queue.snapshot(fresh=fresh or due)
+        if snapshot is not None:
+            self._cancel_unknown_jobs(snapshot)
+        reports = {job.replica: _report(job, snapshot, purged=self._purged(job, snapshot)) for job in jobs}
         if any(report.state is JobState.ENDING for report in reports.values()):
-            self._look_again()
+            self._query_soon()
         self._end_orphans(jobs, reports)
         return reports
 
@@ -98,7 +101,7 @@ class SlurmLauncher:
             _scancel("--signal=TERM", *whole)
         if steps:
             _scancel("--signal=TERM", *steps)
-        self._look_again()
+        self._query_soon()
 
     def kill(self, replicas: Iterable[str]) -> None:
         whole, steps = self._targets(replicas)
@@ -106,24 +109,28 @@ class SlurmLauncher:
             _scancel("--signal=KILL", *whole, *steps)
         if whole:
             _scancel(*whole)
-        self._look_again()
+        self._query_soon()
 
     def remaining(self, replicas: Iterable[str]) -> list[str]:
-        """Also jobs that run in this run's folder and that nobody here knows, which are ended."""
+        """Includes jobs in this run's folder that have no record here; those are cancelled."""
         infos = [info for replica in replicas if (info := JobDir(self.run, replica).info()) is not None]
         jobs = {info.job_id for info in infos if info.runner is Runner.SLURM}
-        view = self.queue.view(fresh=True)
-        queued = {job_id for job_id, job in view.jobs.items() if _holds(job)} if view is not None else set()
-        strangers = self._end_strangers(view) if view is not None else set()
-        return sorted((jobs & queued) | strangers | self._steps_left(replicas))
+        snapshot = self.queue.snapshot(fresh=True)
+        queued = (
+            {job_id for job_id, job in snapshot.jobs.items() if _holds_resources(job)}
+            if snapshot is not None
+            else set()
+        )
+        unknown = self._cancel_unknown_jobs(snapshot) if snapshot is not None else set()
+        return sorted((jobs & queued) | unknown | self._steps_left(replicas))
 
     def _steps_left(self, replicas: Iterable[str]) -> set[str]:
-        """Steps in jobs of somebody else that run on; they are killed."""
+        """Steps that still run in jobs of the user; they are killed."""
         steps = {step: info for replica in replicas for step, info in self._steps(replica)}
         held = {info.job_id for info in steps.values() if info.runner is Runner.STEP}
         try:
             left = steps.keys() & running_steps(held) if held else set()
-        except (OSError, subprocess.SubprocessError):  # the job that held them has ended
+        except SlurmCommandError:  # the job that held them has ended
             return set()
         if left:
             _scancel("--signal=KILL", *sorted(left))
@@ -136,17 +143,19 @@ class SlurmLauncher:
             return []
         return [(f"{info.job_id}.{process.step_id}", info)]
 
-    def _end_strangers(self, view: View) -> set[str]:
-        """Jobs in this run's folder that were given up before they came: sbatch may fail and yet have submitted."""
-        if view.asked_at == self._looked_through:
+    def _cancel_unknown_jobs(self, snapshot: QueueSnapshot) -> set[str]:
+        """Cancel jobs of this run whose submission counts as failed: sbatch may fail after it has submitted."""
+        if snapshot.asked_at == self._checked_at:
             return set()
-        self._looked_through = view.asked_at
-        held = {job_id: queued for job_id, queued in view.jobs.items() if _holds(queued)}
-        strangers = {job_id for job_id, queued in held.items() if self._given_up(job_id, queued)}
-        for job_id in sorted(strangers):
-            logger.warning("job %s (%s) was given up but started anyway: cancelled", job_id, view.jobs[job_id].name)
+        self._checked_at = snapshot.asked_at
+        held = {job_id: queued for job_id, queued in snapshot.jobs.items() if _holds_resources(queued)}
+        unknown = {job_id for job_id, queued in held.items() if self._given_up(job_id, queued)}
+        for job_id in sorted(unknown):
+            logger.warning(
+                "job %s (%s) was submitted although sbatch failed: cancelling it", job_id, snapshot.jobs[job_id].name
+            )
             _scancel(job_id)
-        return strangers
+        return unknown
 
     def _given_up(self, job_id: str, queued: QueuedJob) -> bool:
         if queued.folder != str(self.run.path) or not queued.name:
@@ -155,23 +164,23 @@ class SlurmLauncher:
         info = job.info()
         return job.exit() is not None and (info is None or info.job_id != job_id)
 
-    def _purged(self, job: JobDir, view: View | None) -> bool:
-        """Whether Slurm has forgotten the job. Clocks of two hosts are not compared: it has to be missing in two
-        answers that this process got itself, after it knew of the job."""
+    def _purged(self, job: JobDir, snapshot: QueueSnapshot | None) -> bool:
+        """Whether Slurm has forgotten the job: it is missing in two answers that this process got after it knew of the
+        job. Timestamps are not compared, because the clocks of two hosts differ."""
         info = job.info()
-        if info is None or info.runner is not Runner.SLURM or view is None:
+        if info is None or info.runner is not Runner.SLURM or snapshot is None:
             return False
-        if info.job_id in view.jobs:
+        if info.job_id in snapshot.jobs:
             self._missed.pop(info.job_id, None)
             return False
         first = self._missed.setdefault(info.job_id, self.queue.answers)
-        if self.queue.answers < first + MISSING_ANSWERS:
-            self._look_again()
+        if self.queue.answers < first + MIN_MISSED_ANSWERS:
+            self._query_soon()
             return False
         return True
 
     def _end_orphans(self, jobs: Sequence[JobDir], reports: Mapping[str, JobReport]) -> None:
-        """Steps of a shared job whose srun was killed live on without it."""
+        """Kill steps of a shared job whose srun was killed: they go on without it."""
         for job in jobs:
             ended = job.ended()
             if reports[job.replica].state is not JobState.ENDED or ended is None or ended.status <= 128:
@@ -182,8 +191,8 @@ class SlurmLauncher:
                     _scancel("--signal=KILL", step)
 
     def _targets(self, replicas: Iterable[str]) -> tuple[list[str], list[str]]:
-        """Whole jobs, and steps of jobs that others share. A shared job that waits goes when all in it were asked to
-        end; until then the body looks at `stop.json` before it begins."""
+        """The ids of whole jobs, and of steps in shared jobs. A shared job that waits is cancelled when all its
+        replicas were asked to end; until then each replica reads `stop.json` before it starts."""
         whole, steps = set(), []
         for replica in replicas:
             job = JobDir(self.run, replica)
@@ -202,53 +211,54 @@ class SlurmLauncher:
         sharing = [job for job, info in infos.items() if info.job_id == job_id]
         return all(job.ended() is not None or ((s := job.stop()) is not None and s.cancel_at) for job in sharing)
 
-    def _refusal(self, replica: str, said: str) -> Exit:
-        reason = FailureReason.UNANSWERED if is_passing(said) else FailureReason.REFUSED
-        return Exit(ok=False, reason=reason, message=explain(said, self.deployment, split_replica(replica)[0]))
+    def _exit_for(self, replica: str, error: str) -> Exit:
+        reason = FailureReason.UNANSWERED if is_temporary(error) else FailureReason.REFUSED
+        return Exit(ok=False, reason=reason, message=explain(error, self.deployment, split_replica(replica)[0]))
 
-    def _look_again(self) -> None:
-        self._look_again_at = min(self._look_again_at, time.monotonic() + LOOK_AGAIN_S)
-
-
-def _submission(job: BatchJob) -> dict[str, object]:
-    argv_of = {request.replica: request.argv for request in job.requests}
-    return {"run": str(job.run.path), "argv_of": argv_of, "script": job.script(), "gpus": ()}
+    def _query_soon(self) -> None:
+        self._query_at = min(self._query_at, time.monotonic() + QUERY_AGAIN_S)
 
 
-def _holds(queued: QueuedJob) -> bool:
-    """Whether it has or waits for resources."""
+def _submission(job: BatchJob) -> Submission:
+    return Submission(
+        run=str(job.run.path), argv_of={request.replica: request.argv for request in job.requests}, script=job.script()
+    )
+
+
+def _holds_resources(queued: QueuedJob) -> bool:
+    """Whether it has resources or waits for them."""
     return STATES.get(queued.state) is not JobState.ENDED
 
 
-def _report(job: JobDir, view: View | None, *, purged: bool) -> JobReport:
+def _report(job: JobDir, snapshot: QueueSnapshot | None, *, purged: bool) -> JobReport:
     info, process, ended = job.info(), job.process(), job.ended()
     if info is None:
         return JobReport(JobState.PENDING)
-    queued = view.jobs.get(info.job_id) if view is not None else None
+    queued = snapshot.jobs.get(info.job_id) if snapshot is not None else None
     node = process.host if process is not None else queued.node if queued is not None else None
-    state = JobState.ENDED if purged else _state(job, info, view, started=process is not None)
+    state = JobState.ENDED if purged else _state(job, info, snapshot, started=process is not None)
     running = state is JobState.RUNNING and queued is not None
     waiting = state is JobState.PENDING and queued is not None
     return JobReport(
         state=state,
         node=node,
-        word=queued.state if queued is not None else None,
-        pending=queued.reason if waiting and queued is not None else None,
+        native_state=queued.state if queued is not None else None,
+        pending_reason=queued.reason if waiting and queued is not None else None,
         starts_at=queued.starts_at if waiting and queued is not None else None,
         ends_at=queued.ends_at if running and queued is not None else None,
         end=_end(queued, ended) if state in (JobState.ENDING, JobState.ENDED) else None,
     )
 
 
-def _state(job: JobDir, info: JobInfo, view: View | None, *, started: bool) -> JobState:
-    queued = view.jobs.get(info.job_id) if view is not None else None
+def _state(job: JobDir, info: JobInfo, snapshot: QueueSnapshot | None, *, started: bool) -> JobState:
+    queued = snapshot.jobs.get(info.job_id) if snapshot is not None else None
     known = STATES.get(queued.state) if queued is not None else None
     if known is JobState.ENDED:
         return JobState.ENDED
     ended = job.ended()
     if ended is not None:
-        told = job.exit() is not None or ended.message is not None or info.shared or info.runner is Runner.STEP
-        return JobState.ENDED if told or abs(time.time() - ended.at) > SETTLE_S else JobState.ENDING
+        final = job.exit() is not None or ended.message is not None or info.shared or info.runner is Runner.STEP
+        return JobState.ENDED if final or abs(time.time() - ended.at) > SETTLE_S else JobState.ENDING
     if job.exit() is not None:
         return JobState.ENDED if info.runner is Runner.STEP else JobState.ENDING
     if known is JobState.ENDING:
@@ -257,7 +267,7 @@ def _state(job: JobDir, info: JobInfo, view: View | None, *, started: bool) -> J
 
 
 def _end(queued: QueuedJob | None, ended: Ended | None) -> Exit | None:
-    """How a job that said nothing itself came to its end, by Slurm's word and the batch script's."""
+    """The exit of a job without an exit record, from Slurm's state and from the batch script's record."""
     at = ended.at if ended is not None else time.time()
     reason = _REASONS.get(queued.state) if queued is not None else None
     if queued is not None and reason is not None:
@@ -266,7 +276,9 @@ def _end(queued: QueuedJob | None, ended: Ended | None) -> Exit | None:
     if ended is None:
         return None
     if ended.status == 128 + 15:
-        return Exit(ok=False, reason=FailureReason.CANCELLED, message="it was asked to end before it had begun", at=at)
+        return Exit(
+            ok=False, reason=FailureReason.CANCELLED, message="it was asked to end before it had started", at=at
+        )
     if ended.message is not None:
         return Exit(ok=False, reason=FailureReason.SETUP, message=ended.message, at=at)
     if 128 < ended.status < 128 + 65:
@@ -275,8 +287,8 @@ def _end(queued: QueuedJob | None, ended: Ended | None) -> Exit | None:
 
 
 def _scancel(*words: str) -> None:
-    """Jobs that have ended meanwhile are no failure; whatever else is wrong, the next pass tries again."""
+    """A failure is only logged: the job may have ended meanwhile, and the next pass repeats the call."""
     try:
-        output_of(["scancel", "--quiet", *words], timeout_s=SCANCEL_TIMEOUT_S)
-    except (OSError, subprocess.SubprocessError) as error:
-        logger.info("scancel %s: %s", " ".join(words), last_words(error))
+        run_slurm_command(["scancel", "--quiet", *words], timeout_s=SCANCEL_TIMEOUT_S)
+    except SlurmCommandError as error:
+        logger.info("scancel %s: %s", " ".join(words), error)

@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# Sourced by batch scripts and by check_modules.sh: makes `module` known where a shell that is no login shell lacks it.
-# Sites define it in a file of /etc/profile.d; one that was installed by hand says where in MODULESHOME or LMOD_PKG.
+# Sourced by batch scripts and by check_modules.sh: defines `module`, which a shell that is not a login shell may lack.
+# Sites define it in a file of /etc/profile.d; for other installations MODULESHOME or LMOD_PKG is set.
 
 if ! type module >/dev/null 2>&1; then
     for hpc_router_file in /etc/profile.d/*module*.sh /etc/profile.d/*lmod*.sh \

@@ -1,7 +1,7 @@
-"""Whether a deployment fits a site: which of its wishes no node can fulfil, before anything is submitted.
+"""Whether the nodes of a site can run a deployment, before anything is submitted. Pure.
 
-Each fault is a line with the key at which the value stands: an expert's own, or the cluster's. What `sinfo` does not
-show (accounts, limits of a qos, a site's own rules) only a trial tells: `cluster.trial`. Pure.
+Each fault is a line that starts with the config key of the value: the expert's key, or the cluster's. `sbatch_test`
+tests what `sinfo` does not show: accounts, limits of a qos, a site's own rules.
 """
 
 import math
@@ -17,7 +17,7 @@ from hpc_router.config.walltime import walltime_s, walltime_text
 from hpc_router.errors import suggest
 
 
-def stands_at(at: str, resources: ResourceConfig, cluster: ClusterConfig, name: str) -> tuple[str, str | None]:
+def configured_at(at: str, resources: ResourceConfig, cluster: ClusterConfig, name: str) -> tuple[str, str | None]:
     own, general = getattr(resources, name), getattr(cluster, name)
     if own is not None:
         return f"{at}.{name}", str(own)
@@ -25,52 +25,54 @@ def stands_at(at: str, resources: ResourceConfig, cluster: ClusterConfig, name: 
 
 
 def resources_of(deployment: Deployment, expert: str) -> tuple[str, ResourceConfig]:
-    """Where they stand in the config, and they themselves; `expert` may be the router."""
+    """The resources of an expert or the router, after their config key."""
     if expert == ROUTER:
         return "router.resources", deployment.router.resources
     return f"experts.{expert}.resources", deployment.experts[expert].resources
 
 
 def site_faults(deployment: Deployment, site: SlurmSite) -> list[str]:
-    """One line for each wish that no node can fulfil; equal ones, where the value is the cluster's, once."""
-    faults = [fault for wish in _wishes(deployment) for fault in _faults(wish, site)]
+    """One line for each value that no node can satisfy."""
+    faults = [fault for request in _requests(deployment) for fault in _faults(request, site)]
     return list(dict.fromkeys(faults))
 
 
 def site_warnings(deployment: Deployment, site: SlurmSite) -> list[str]:
-    """What would be taken and then waits."""
-    told = []
-    for wish in _wishes(deployment):
-        for partition in _partitions(wish, site):
+    """Jobs that Slurm would accept, but cannot start now or at all."""
+    warnings = []
+    for request in _requests(deployment):
+        for partition in _partitions(request, site):
             if partition.state != "up":
-                told.append(f"partition {partition.name} is {partition.state}: its jobs wait until it is up again")
+                warnings.append(f"partition {partition.name} is {partition.state}: its jobs wait until it is up again")
             elif not any(kind.usable for kind in partition.kinds):
                 states = ", ".join(sorted({kind.state for kind in partition.kinds})) or "it has none"
-                told.append(f"no node of partition {partition.name} can run jobs now ({states})")
-    return [*dict.fromkeys(told), *capacity_warnings(deployment, site)]
+                warnings.append(f"no node of partition {partition.name} can run jobs now ({states})")
+    return [*dict.fromkeys(warnings), *capacity_warnings(deployment, site)]
 
 
 def capacity_warnings(deployment: Deployment, site: SlurmSite) -> list[str]:
-    """Experts whose replicas need more GPUs than their partitions have, however long they wait."""
-    told = []
+    """Experts whose replicas together need more GPUs than their partitions have."""
+    warnings = []
     for name, expert in hosts(deployment.experts).items():
-        wish = _Wish(*resources_of(deployment, name), deployment.cluster, 1)
-        each = wish.resources.gpus * wish.resources.nodes
-        partitions = _partitions(wish, site)
-        gpu_type = wish.option("gpu_type")[1]
-        have = sum(kind.nodes * kind.gpus_of(gpu_type) for p in partitions for kind in p.kinds if _fits(wish, kind))
-        if partitions and have < each * expert.replicas:
-            called = " or ".join(partition.name for partition in partitions)
-            told.append(
-                f"{name}: {expert.replicas} replicas need {each * expert.replicas} GPUs, partition {called} has {have} "
-                f"that fit: {expert.replicas - have // each} of them can never run beside the others"
+        request = _Request(*resources_of(deployment, name), deployment.cluster, 1)
+        each = request.resources.gpus * request.resources.nodes
+        partitions = _partitions(request, site)
+        gpu_type = request.option("gpu_type")[1]
+        available = sum(
+            kind.nodes * kind.gpus_of(gpu_type) for p in partitions for kind in p.kinds if _fits(request, kind)
+        )
+        if partitions and available < each * expert.replicas:
+            names = " or ".join(partition.name for partition in partitions)
+            warnings.append(
+                f"{name}: {expert.replicas} replicas need {each * expert.replicas} GPUs, partition {names} has "
+                f"{available} that fit: {expert.replicas - available // each} of them can never run beside the others"
             )
-    return told
+    return warnings
 
 
 @dataclass(frozen=True, slots=True)
-class _Wish:
-    """What the router or one replica asks for; `together`: so many replicas share a node."""
+class _Request:
+    """The resources that the router or a replica requests. `together`: number of replicas that share a job."""
 
     at: str
     resources: ResourceConfig
@@ -78,117 +80,117 @@ class _Wish:
     together: int
 
     def option(self, name: str) -> tuple[str, str | None]:
-        """The key at which the value stands, and the value."""
-        return stands_at(self.at, self.resources, self.cluster, name)
+        """The config key of the option and its value."""
+        return configured_at(self.at, self.resources, self.cluster, name)
 
     def size(self, name: str, unit: str) -> str:
-        """A size as it was written, with what a shared job makes of it."""
+        """A size as in the config, followed by the size of the whole job if replicas share it."""
         key, value = f"{self.at}.{name}", getattr(self.resources, name)
         if self.together == 1:
             return f"{key}={value:g}"
         return f"{key}={value:g}: {self.together} replicas in one job need {value * self.together:g} {unit} per node"
 
 
-def _wishes(deployment: Deployment) -> Iterator[_Wish]:
+def _requests(deployment: Deployment) -> Iterator[_Request]:
     if deployment.router.place == "job":
-        yield _Wish(*resources_of(deployment, ROUTER), deployment.cluster, 1)
+        yield _Request(*resources_of(deployment, ROUTER), deployment.cluster, 1)
     for name, expert in hosts(deployment.experts).items():
         together = min(deployment.cluster.replicas_per_job, max(1, expert.replicas))
-        yield _Wish(*resources_of(deployment, name), deployment.cluster, together)
+        yield _Request(*resources_of(deployment, name), deployment.cluster, together)
 
 
-def _named(wish: _Wish, site: SlurmSite) -> list[str]:
-    """The partitions that it names, or the default one."""
-    _, value = wish.option("partition")
+def _partition_names(request: _Request, site: SlurmSite) -> list[str]:
+    """The requested partitions, or the default one."""
+    _, value = request.option("partition")
     return value.split(",") if value is not None else [site.default] if site.default is not None else []
 
 
-def _partitions(wish: _Wish, site: SlurmSite) -> list[Partition]:
-    return [site.partitions[name] for name in _named(wish, site) if name in site.partitions]
+def _partitions(request: _Request, site: SlurmSite) -> list[Partition]:
+    return [site.partitions[name] for name in _partition_names(request, site) if name in site.partitions]
 
 
-def _faults(wish: _Wish, site: SlurmSite) -> Iterator[str]:
-    key, value = wish.option("partition")
-    unknown = [name for name in _named(wish, site) if name not in site.partitions]
+def _faults(request: _Request, site: SlurmSite) -> Iterator[str]:
+    key, value = request.option("partition")
+    unknown = [name for name in _partition_names(request, site) if name not in site.partitions]
     for name in unknown:
         yield f"{key}={value}: no partition is named '{name}'{suggest(name, site.partitions)}"
     if unknown:
         return
-    # where there is no default partition a submit plugin may choose one: only what none of them has is a fault
-    yield from _unfit(wish, _partitions(wish, site) or list(site.partitions.values()))
+    # Without a default partition, a submit plugin may choose one: a fault only if no partition can run it.
+    yield from _request_faults(request, _partitions(request, site) or list(site.partitions.values()))
 
 
-def _unfit(wish: _Wish, partitions: Sequence[Partition]) -> Iterator[str]:
-    """What none of these partitions can fulfil."""
-    called = f"partition {' or '.join(partition.name for partition in partitions)}"
+def _request_faults(request: _Request, partitions: Sequence[Partition]) -> Iterator[str]:
+    """Values that none of these partitions can satisfy."""
+    name = f"partition {' or '.join(partition.name for partition in partitions)}"
     kinds = [kind for partition in partitions for kind in partition.kinds]
-    alone = [*_size_faults(wish, kinds, called), *_constraint_faults(wish, kinds, called)]
+    alone = [*_size_faults(request, kinds, name), *_constraint_faults(request, kinds, name)]
     yield from alone
-    yield from _walltime_faults(wish, partitions, called)
+    yield from _walltime_faults(request, partitions, name)
     if not alone:
-        yield from _together_faults(wish, partitions, called)
+        yield from _together_faults(request, partitions, name)
 
 
-def _size_faults(wish: _Wish, kinds: Sequence[NodeKind], called: str) -> Iterator[str]:
-    """Each size by itself."""
-    asked = wish.resources
-    type_key, gpu_type = wish.option("gpu_type")
+def _size_faults(request: _Request, kinds: Sequence[NodeKind], name: str) -> Iterator[str]:
+    """Faults of each size by itself."""
+    resources = request.resources
+    type_key, gpu_type = request.option("gpu_type")
     most = max((kind.gpus_of(gpu_type) for kind in kinds), default=0)
-    if asked.gpus and gpu_type is not None and most == 0:
+    if resources.gpus and gpu_type is not None and most == 0:
         types = {kind for node in kinds for kind in node.gpus if kind}
-        yield f"{type_key}={gpu_type}: no node of {called} has such GPUs{suggest(gpu_type, types)}"
-    elif asked.gpus * wish.together > most:
-        yield f"{wish.size('gpus', 'GPUs')}: {called} has at most {most} per node"
+        yield f"{type_key}={gpu_type}: no node of {name} has such GPUs{suggest(gpu_type, types)}"
+    elif resources.gpus * request.together > most:
+        yield f"{request.size('gpus', 'GPUs')}: {name} has at most {most} per node"
     cpus = max((kind.cpus for kind in kinds), default=0)
-    if asked.cpus * wish.together > cpus:
-        yield f"{wish.size('cpus', 'CPUs')}: {called} has at most {cpus} per node"
+    if resources.cpus * request.together > cpus:
+        yield f"{request.size('cpus', 'CPUs')}: {name} has at most {cpus} per node"
     known = [kind.memory_mb for kind in kinds if kind.memory_mb is not None]
-    if asked.memory_gb is not None and known and _memory_mb(wish) > max(known):
-        yield f"{wish.size('memory_gb', 'GB')}: {called} has at most {max(known) / 1024:.4g} GB per node"
+    if resources.memory_gb is not None and known and _memory_mb(request) > max(known):
+        yield f"{request.size('memory_gb', 'GB')}: {name} has at most {max(known) / 1024:.4g} GB per node"
 
 
-def _constraint_faults(wish: _Wish, kinds: Sequence[NodeKind], called: str) -> Iterator[str]:
-    key, value = wish.option("constraint")
+def _constraint_faults(request: _Request, kinds: Sequence[NodeKind], name: str) -> Iterator[str]:
+    key, value = request.option("constraint")
     known = {feature for kind in kinds for feature in kind.features}
     for feature in _features(value):
         if feature not in known:
-            yield f"{key}={value}: no node of {called} has the feature '{feature}'{suggest(feature, known)}"
+            yield f"{key}={value}: no node of {name} has the feature '{feature}'{suggest(feature, known)}"
 
 
-def _walltime_faults(wish: _Wish, partitions: Sequence[Partition], called: str) -> Iterator[str]:
-    key, value = wish.option("walltime")
+def _walltime_faults(request: _Request, partitions: Sequence[Partition], name: str) -> Iterator[str]:
+    key, value = request.option("walltime")
     limit = max((partition.limit_s for partition in partitions), default=math.inf)
     if value is not None and (walltime_s(value) or 0) > limit:
-        yield f"{key}={value}: {called} allows at most {walltime_text(limit)}"
+        yield f"{key}={value}: {name} allows at most {walltime_text(limit)}"
 
 
-def _together_faults(wish: _Wish, partitions: Sequence[Partition], called: str) -> Iterator[str]:
-    """All of it on one node, and enough such nodes in one partition."""
-    asked = wish.resources
-    fitting = max((sum(k.nodes for k in p.kinds if _fits(wish, k)) for p in partitions), default=0)
+def _together_faults(request: _Request, partitions: Sequence[Partition], name: str) -> Iterator[str]:
+    """Faults of all sizes together: one node must have all, and one partition enough such nodes."""
+    resources = request.resources
+    fitting = max((sum(k.nodes for k in p.kinds if _fits(request, k)) for p in partitions), default=0)
     total = max((sum(k.nodes for k in p.kinds) for p in partitions), default=0)
-    if asked.nodes > total:
-        yield f"{wish.at}.nodes={asked.nodes}: {called} has {total}"
+    if resources.nodes > total:
+        yield f"{request.at}.nodes={resources.nodes}: {name} has {total}"
     elif fitting == 0:
-        yield f"{wish.at}: no node of {called} has all that is asked for at once"
-    elif asked.nodes > fitting:
-        yield f"{wish.at}.nodes={asked.nodes}: {called} has {fitting} with all that is asked for"
+        yield f"{request.at}: no node of {name} has all that is asked for at once"
+    elif resources.nodes > fitting:
+        yield f"{request.at}.nodes={resources.nodes}: {name} has {fitting} with all that is asked for"
 
 
-def _fits(wish: _Wish, kind: NodeKind) -> bool:
-    _, constraint = wish.option("constraint")
+def _fits(request: _Request, kind: NodeKind) -> bool:
+    _, constraint = request.option("constraint")
     every = _features(constraint) if constraint is not None and re.fullmatch(r"[^|\[\]()*!]+", constraint) else []
-    enough = kind.memory_mb is None or wish.resources.memory_gb is None or kind.memory_mb >= _memory_mb(wish)
+    enough = kind.memory_mb is None or request.resources.memory_gb is None or kind.memory_mb >= _memory_mb(request)
     return (
         enough
-        and kind.gpus_of(wish.option("gpu_type")[1]) >= wish.resources.gpus * wish.together
-        and kind.cpus >= wish.resources.cpus * wish.together
+        and kind.gpus_of(request.option("gpu_type")[1]) >= request.resources.gpus * request.together
+        and kind.cpus >= request.resources.cpus * request.together
         and kind.features.issuperset(every)
     )
 
 
-def _memory_mb(wish: _Wish) -> int:
-    return math.ceil((wish.resources.memory_gb or 0) * wish.together * 1024)
+def _memory_mb(request: _Request) -> int:
+    return math.ceil((request.resources.memory_gb or 0) * request.together * 1024)
 
 
 def _features(constraint: str | None) -> list[str]:

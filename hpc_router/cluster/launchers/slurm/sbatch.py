@@ -1,8 +1,8 @@
-"""A request as the exact batch script that Slurm gets; pure but for `setup_faults`, so `plan` shows what `up` submits.
+"""Builds batch scripts from job requests. Pure but for `setup_faults`, so that `plan` shows what `up` submits.
 
-One job carries one replica, or several of one shape where a site gives whole nodes: then each is a step of its own,
-with its own share of the node, its own end and its own cancellation. What every script does around its steps stands in
-`batch.sh`, which it sources.
+A job has one replica, or several of the same shape where a site gives whole nodes: then each is a step with its own
+share of the node, and starts, ends and is cancelled on its own. The parts that all scripts share are in `batch.sh`,
+which each script sources.
 """
 
 import math
@@ -16,18 +16,19 @@ from pathlib import Path
 from typing import Any, Final
 
 from hpc_router.cluster.launchers.interface import JobRequest
+from hpc_router.cluster.launchers.submitit.submission import task_command
 from hpc_router.config.schema import ClusterConfig, Deployment, JobOptions, ResourceConfig
 from hpc_router.state.run_directory import RunDir
 
 LIBRARY: Final = Path(__file__).with_name("batch.sh")
 MODULES: Final = Path(__file__).with_name("modules.sh")
-_PLAIN: Final = ("partition", "account", "qos", "constraint", "reservation", "exclude")
-"""Options of ours that sbatch has by the same name."""
+_SAME_NAME: Final = ("partition", "account", "qos", "constraint", "reservation", "exclude")
+"""Config keys that are named like the option of sbatch."""
 
 
 @dataclass(frozen=True, slots=True)
 class BatchJob:
-    """One Slurm job. `command` is what srun runs in each task of each step; `jobid`: the steps go into that job."""
+    """One Slurm job. `command`: what srun runs in each task. `jobid`: the existing job in which the steps run."""
 
     run: RunDir
     requests: tuple[JobRequest, ...]
@@ -42,42 +43,42 @@ class BatchJob:
 
     @property
     def resources(self) -> ResourceConfig:
-        """Of one replica; all in one job have the same."""
+        """Of one replica; all replicas of a job have the same."""
         return self.requests[0].resources
 
     @property
     def folder(self) -> Path:
-        """Of the first replica: the job's own files lie there."""
+        """The folder of the first replica, which has the files of the job."""
         return self.run.jobs / self.replicas[0]
 
     def options(self) -> dict[str, Any]:
-        """Options of sbatch by their long names; True is a flag."""
-        asked, count = effective(self.cluster, self.resources), len(self.requests)
+        """Options of sbatch by their long names; the value True makes a flag."""
+        options, count = effective_options(self.cluster, self.resources), len(self.requests)
         sizes = {
             "nodes": self.resources.nodes,
             "ntasks-per-node": count,
             "cpus-per-task": self.resources.cpus,
             "mem": _memory(self.resources, count),
-            **_gpus(self.cluster.gpu_request, asked.gpu_type, self.resources.gpus * count),
+            **_gpus(self.cluster.gpu_request, options.gpu_type, self.resources.gpus * count),
         }
         ours = {
             "job-name": self.name,
             "chdir": self.run.path,
-            "output": f"{_no_pattern(self.folder)}/%j_batch.log",
+            "output": f"{_escape_percent(self.folder)}/%j_batch.log",
             "open-mode": "append",
             "no-requeue": True,
             "signal": f"USR2@{math.ceil(self.cluster.warn_s)}",
-            "time": asked.walltime,
-            "exclusive": asked.exclusive or None,
-            **{name: getattr(asked, name) for name in _PLAIN},
-            "exclude": ",".join(filter(None, [asked.exclude, *self.requests[0].exclude])) or None,
+            "time": options.walltime,
+            "exclusive": options.exclusive or None,
+            **{name: getattr(options, name) for name in _SAME_NAME},
+            "exclude": ",".join(filter(None, [options.exclude, *self.requests[0].exclude])) or None,
         }
-        after, own = self.requests[0].after, asked.sbatch.get("dependency")
+        after, own = self.requests[0].after, options.sbatch.get("dependency")
         if self.requests[0].dependency_met and isinstance(own, str):
-            own = lasting(own)
-        both = [f"afterany:{after}" if after else None, own]  # without ours, successors would have successors
-        further = {**asked.sbatch, "dependency": ",".join(str(each) for each in both if each) or None}
-        return {k: v for k, v in {**ours, **sizes, **further}.items() if v is not None and v is not False}
+            own = without_job_dependencies(own)
+        both = [f"afterany:{after}" if after else None, own]  # without `after` a standby would get a standby of its own
+        extra = {**options.sbatch, "dependency": ",".join(str(each) for each in both if each) or None}
+        return {k: v for k, v in {**ours, **sizes, **extra}.items() if v is not None and v is not False}
 
     def script(self) -> str:
         head = [] if self.jobid else [f"#SBATCH {word}" for word in option_words(self.options(), quoted=True)]
@@ -102,10 +103,10 @@ class BatchJob:
             yield " \\\n    ".join([f"step {shlex.quote(request.replica)} srun", *self._srun(request), self._task()])
 
     def _srun(self, request: JobRequest) -> Iterator[str]:
-        asked, resources = effective(self.cluster, request.resources), request.resources
-        folder = _no_pattern(self.run.jobs / request.replica)
+        options, resources = effective_options(self.cluster, request.resources), request.resources
+        folder = _escape_percent(self.run.jobs / request.replica)
         within: dict[str, Any] = {"jobid": self.jobid} if self.jobid else {}
-        if self.jobid or len(self.requests) > 1:  # the job is shared: ask for this step's part of it
+        if self.jobid or len(self.requests) > 1:  # the step gets its share of the job
             within |= {"overlap" if request.is_router else "exact": True, "mem": _memory(resources, 1)}
             within |= {"gres": f"gpu:{resources.gpus}" if resources.gpus else "none"}
         ours = {
@@ -121,7 +122,7 @@ class BatchJob:
             "output": f"{folder}/%j_%t_log.out",
             "error": f"{folder}/%j_%t_log.err",
         }
-        kept = {k: v for k, v in {**ours, **asked.srun}.items() if v is not None and v is not False}
+        kept = {k: v for k, v in {**ours, **options.srun}.items() if v is not None and v is not False}
         yield from option_words(kept, quoted=True)
 
     def _task(self) -> str:
@@ -129,7 +130,7 @@ class BatchJob:
 
 
 def batch_jobs(run: RunDir, deployment: Deployment, requests: Sequence[JobRequest]) -> list[BatchJob]:
-    """The jobs that carry these requests, in their order."""
+    """The jobs for these requests, in the same order."""
     cluster = deployment.cluster
     return [
         BatchJob(
@@ -137,24 +138,19 @@ def batch_jobs(run: RunDir, deployment: Deployment, requests: Sequence[JobReques
             requests=tuple(group),
             cluster=cluster,
             name=f"{group[0].replica}:{deployment.name}",
-            command=submitted(cluster, run.jobs / group[0].replica),
+            command=task_command(python_of(cluster), run.jobs / group[0].replica),
         )
         for group in _grouped(requests, cluster)
     ]
 
 
-def submitted(cluster: ClusterConfig, folder: Path) -> tuple[str, ...]:
-    """What a task of a submitted job runs: submitit's half of the job, which calls `body.start`."""
-    return (python_of(cluster), "-u", "-m", "submitit.core._submit", str(folder))
-
-
 def python_of(cluster: ClusterConfig) -> str:
-    """The jobs' interpreter."""
+    """The interpreter of the jobs."""
     return cluster.python or sys.executable
 
 
-def effective(cluster: ClusterConfig, resources: ResourceConfig) -> JobOptions:
-    """The options of one job: its own, and the cluster's where it says nothing."""
+def effective_options(cluster: ClusterConfig, resources: ResourceConfig) -> JobOptions:
+    """The options of one job: those of its resources, and the cluster's where a resource option is not set."""
     values: dict[str, Any] = {}
     for item in fields(JobOptions):
         general, own = getattr(cluster, item.name), getattr(resources, item.name)
@@ -162,8 +158,8 @@ def effective(cluster: ClusterConfig, resources: ResourceConfig) -> JobOptions:
     return JobOptions(**values)
 
 
-def lasting(dependency: str) -> str | None:
-    """The parts of a dependency that name no other jobs, such as `singleton`: those hold for each job anew."""
+def without_job_dependencies(dependency: str) -> str | None:
+    """The parts of a dependency that name no other job, such as `singleton`, which apply to every job."""
     parts = [part for part in dependency.split(",") if not part.strip().lower().startswith("after")]
     return ",".join(parts) or None
 
@@ -175,15 +171,15 @@ def option_words(options: Mapping[str, Any], *, quoted: bool = False) -> list[st
 
 
 def setup_faults(setup: Sequence[str]) -> list[str]:
-    """One line for each setup line that is not whole bash, in bash's words: it would end the job before any record of
-    it is made. Reads and runs nothing of theirs; where there is no bash to ask, none is named."""
-    told = []
+    """A fault for each setup line that bash cannot parse: such a line would end the job before it leaves a record.
+    Nothing is executed. Without /bin/bash on this machine there are no faults."""
+    faults = []
     for number, line in enumerate(setup):
-        # By itself, because `} ; {` fits into the script; in the script, because a line may go on after its end.
-        said = _syntax_fault(line) or _syntax_fault("\n".join(_guarded(number, line)))
-        if said:
-            told.append(f"cluster.setup[{number}]: {said}")
-    return told
+        # Alone, because `} ; {` would be valid in the script; and in the script, because a line may be continued.
+        message = _syntax_fault(line) or _syntax_fault("\n".join(_guarded(number, line)))
+        if message:
+            faults.append(f"cluster.setup[{number}]: {message}")
+    return faults
 
 
 def _guarded(number: int, line: str) -> tuple[str, ...]:
@@ -191,7 +187,7 @@ def _guarded(number: int, line: str) -> tuple[str, ...]:
 
 
 def _syntax_fault(text: str) -> str | None:
-    """What bash says of it first. `extglob`: it changes how bash reads, and an earlier line may have set it."""
+    """The first syntax error, or None. `extglob` changes the syntax, and an earlier line may have set it."""
     try:
         done = subprocess.run(
             ["/bin/bash", "-O", "extglob", "-n"],
@@ -204,12 +200,13 @@ def _syntax_fault(text: str) -> str | None:
         )
     except OSError:
         return None
-    said = done.stderr.strip().partition("\n")[0]  # a here-document without an end is a warning alone
-    return re.sub(r"^\S+: line \d+: ", "", said) or None
+    message = done.stderr.strip().partition("\n")[0]  # for a here-document without an end, bash only warns
+    return re.sub(r"^\S+: line \d+: ", "", message) or None
 
 
 def _grouped(requests: Sequence[JobRequest], cluster: ClusterConfig) -> Iterator[list[JobRequest]]:
-    """Replicas of one shape together, up to `replicas_per_job`; routers and ranks over several nodes alone."""
+    """Groups of at most `replicas_per_job` replicas with equal resources. A router, or a replica on several nodes, is a
+    group of its own."""
     open_groups: list[list[JobRequest]] = []
     groups: list[list[JobRequest]] = []
     for request in requests:
@@ -239,6 +236,6 @@ def _gpus(form: str, kind: str | None, count: int) -> dict[str, str]:
     return {"gpus-per-node": what} if form == "gpus_per_node" else {"gres": f"gpu:{what}"}
 
 
-def _no_pattern(path: Path) -> str:
-    """Slurm replaces %-signs in file names."""
+def _escape_percent(path: Path) -> str:
+    """Escaped, because Slurm expands %-signs in file names."""
     return str(path).replace("%", "%%")

@@ -1,53 +1,52 @@
-"""Whether Slurm would take the jobs: `sbatch --test-only` for each distinct shape, with the very script of `up`.
+"""Tests with `sbatch --test-only` whether Slurm would accept the jobs, with the scripts that `up` submits.
 
-Only the controller knows accounts, limits and a site's own rules, and each trial costs it a scheduling pass: equal jobs
-are tried once. A clear no is a fault; what cannot be asked now may be right later.
+Only the controller knows accounts, limits and a site's own rules. Each test costs it a scheduling pass, so equal jobs
+are tested once. A refusal is a fault; if sbatch cannot be run, that is a warning.
 """
 
-import os
-import subprocess
 from collections.abc import Sequence
 from typing import Final
 
+from hpc_router.cluster.launchers.commands import SlurmCommandError, run_slurm_command
 from hpc_router.cluster.launchers.slurm.sbatch import BatchJob
-from hpc_router.cluster.launchers.slurm.sinfo import unanswered
-from hpc_router.cluster.launchers.slurm.submit_errors import explain, is_passing
+from hpc_router.cluster.launchers.slurm.submit_errors import explain, is_temporary
 from hpc_router.config.schema import Deployment
-from hpc_router.net.job_environment import without_job_variables
 from hpc_router.state.registry import split_replica
 
 TIMEOUT_S: Final = 30.0
 MAX_TESTED: Final = 8
-"""Different shapes that are tried."""
-UNASKED: Final = "could not be checked with Slurm: "
+"""Number of different jobs that are tested."""
+NOT_CHECKED: Final = "could not be checked with Slurm: "
 _NAMES: Final = ("job-name", "output", "chdir")
-"""What differs between jobs of one shape."""
+"""Options that differ between equal jobs."""
 
 
-def try_jobs(deployment: Deployment, jobs: Sequence[BatchJob]) -> tuple[list[str], list[str]]:
+def check_submission(deployment: Deployment, jobs: Sequence[BatchJob]) -> tuple[list[str], list[str]]:
     """Faults and warnings, each a line."""
     faults: dict[str, None] = {}
-    shapes = _shapes(jobs)
+    shapes = _group_by_shape(jobs)
     warnings = (
-        [f"only {MAX_TESTED} of {len(shapes)} different jobs were tried with Slurm"] if len(shapes) > MAX_TESTED else []
+        [f"only {MAX_TESTED} of {len(shapes)} different jobs were tested with Slurm"]
+        if len(shapes) > MAX_TESTED
+        else []
     )
     for alike in shapes[:MAX_TESTED]:
         try:
-            said = _refused(alike[0].script())
-        except (OSError, subprocess.TimeoutExpired) as error:
-            return list(faults), [*warnings, f"{UNASKED}{_why(error)}"]
-        if said is None:
+            error_text = _refusal(alike[0].script())
+        except SlurmCommandError as error:
+            return list(faults), [*warnings, f"{NOT_CHECKED}{error}"]
+        if error_text is None:
             continue
         experts = dict.fromkeys(split_replica(replica)[0] for job in alike for replica in job.replicas)
-        told = [explain(said, deployment, expert) for expert in experts]
-        if is_passing(said):
-            warnings.append(f"{alike[0].replicas[0]}: {told[0]}")
+        texts = [explain(error_text, deployment, expert) for expert in experts]
+        if is_temporary(error_text):
+            warnings.append(f"{alike[0].replicas[0]}: {texts[0]}")
         else:
-            faults |= dict.fromkeys(told)
+            faults |= dict.fromkeys(texts)
     return list(faults), list(dict.fromkeys(warnings))
 
 
-def _shapes(jobs: Sequence[BatchJob]) -> list[list[BatchJob]]:
+def _group_by_shape(jobs: Sequence[BatchJob]) -> list[list[BatchJob]]:
     found: dict[str, list[BatchJob]] = {}
     for job in jobs:
         shape = repr(sorted((name, value) for name, value in job.options().items() if name not in _NAMES))
@@ -55,24 +54,13 @@ def _shapes(jobs: Sequence[BatchJob]) -> list[list[BatchJob]]:
     return list(found.values())
 
 
-def _refused(script: str) -> str | None:
-    """What Slurm says against it; None for nothing. Raises OSError or TimeoutExpired."""
-    done = subprocess.run(
-        ["sbatch", "--test-only"],
-        input=script,
-        env=without_job_variables(os.environ),
-        capture_output=True,
-        check=False,
-        text=True,
-        errors="replace",
-        timeout=TIMEOUT_S,
-    )
-    return (done.stderr or done.stdout or f"exit status {done.returncode}") if done.returncode else None
-
-
-def _why(error: OSError | subprocess.TimeoutExpired) -> str:
-    if isinstance(error, FileNotFoundError):
-        return "sbatch is not installed here"
-    if isinstance(error, subprocess.TimeoutExpired):
-        return f"sbatch {unanswered(error)}"
-    return str(error)
+def _refusal(script: str) -> str | None:
+    """What sbatch prints against the script; None if it would take the job. Raises SlurmCommandError if sbatch cannot
+    be run."""
+    try:
+        run_slurm_command(["sbatch", "--test-only"], stdin=script, timeout_s=TIMEOUT_S)
+    except SlurmCommandError as error:
+        if error.output is None:
+            raise
+        return error.output
+    return None

@@ -1,33 +1,30 @@
-"""What this Slurm has, from one `sinfo`: partitions and, in each, the kinds of nodes. Parsing is pure.
+"""The partitions of this Slurm and their kinds of nodes, from one `sinfo`. Parsing is pure.
 
-A partition is rarely uniform, so nodes are told apart by what they have; sites leave out what they like: types of GPUs,
-memory, features. Whether a deployment fits in is judged elsewhere (`cluster.fit`).
+The nodes of a partition often differ, so they are grouped by their resources. Sites may leave out GPU types, memory and
+features. Whether a deployment fits is decided in `node_fit`.
 """
 
 import math
-import os
 import re
-import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from hpc_router.cluster.launchers.commands import last_words
+from hpc_router.cluster.launchers.commands import run_slurm_command
 from hpc_router.config.walltime import walltime_s
-from hpc_router.errors import LaunchError
-from hpc_router.net.job_environment import without_job_variables
 
 TIMEOUT_S: Final = 30.0
 FORMAT: Final = "%R|%P|%a|%l|%D|%c|%m|%t|%f|%G"
-"""Partition without and with its mark, up or not, time limit, nodes, CPUs, memory, state, features, gres."""
+"""Partition, the same with the mark `*` of the default one, up or down, time limit, number of nodes, CPUs, memory in
+MB, state of the nodes, features, generic resources."""
 _MANY: Final = {"K": 1024, "M": 1024**2}
 _USABLE: Final = frozenset({"idle", "mix", "alloc", "comp", "resv", "plnd", "maint", "boot", "pow_dn", "pow_up"})
-"""States of nodes that run jobs now or will without anybody's help."""
+"""States of nodes that run jobs, or will without an administrator's help."""
 
 
 @dataclass(frozen=True, slots=True)
 class NodeKind:
-    """So many nodes of a partition that are alike. `gpus`: type (empty for GPUs without one) -> how many per node."""
+    """Equal nodes of a partition. `nodes`: their number. `gpus`: number per node by type; "" is no type."""
 
     nodes: int
     cpus: int
@@ -63,29 +60,13 @@ class SlurmSite:
 
 
 def ask_site() -> SlurmSite:
-    """One question to the controller. Raises LaunchError with Slurm's own words."""
-    try:
-        done = subprocess.run(
-            ["sinfo", "--all", "--noheader", "--exact", f"--format={FORMAT}"],
-            env=without_job_variables(os.environ),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            check=True,
-            text=True,
-            errors="replace",
-            timeout=TIMEOUT_S,
-        )
-    except FileNotFoundError as error:
-        raise LaunchError("sinfo is not installed here") from error
-    except subprocess.TimeoutExpired as error:
-        raise LaunchError(f"sinfo {unanswered(error)}") from error
-    except (OSError, subprocess.SubprocessError) as error:
-        raise LaunchError(last_words(error)) from error
-    return parse_site(done.stdout)
+    """The answer of one `sinfo`. Raises SlurmCommandError."""
+    argv = ["sinfo", "--all", "--noheader", "--exact", f"--format={FORMAT}"]
+    return parse_site(run_slurm_command(argv, timeout_s=TIMEOUT_S))
 
 
 def parse_site(text: str) -> SlurmSite:
-    """Lines of FORMAT; what is none is passed over."""
+    """Parses lines of FORMAT; other lines are ignored."""
     found: dict[str, Partition] = {}
     for line in text.splitlines():
         words = [word.strip() for word in line.split("|")]
@@ -95,7 +76,7 @@ def parse_site(text: str) -> SlurmSite:
         kind = NodeKind(
             nodes=_count(nodes),
             cpus=_count(cpus),
-            memory_mb=_count(memory) if _count(memory) > 1 else None,  # 1: the site does not say
+            memory_mb=_count(memory) if _count(memory) > 1 else None,  # 1: the site does not configure memory
             gpus=parse_gres(gres),
             features=frozenset(f for f in features.split(",") if f and f != "(null)"),
             state=node_state,
@@ -126,12 +107,6 @@ def parse_gres(text: str) -> dict[str, int]:
 
 
 def _count(text: str) -> int:
-    """`16000`, `16000+`, or what is none."""
+    """`16000` or `16000+`; 0 for other text."""
     match = re.match(r"\d+", text)
     return int(match[0]) if match else 0
-
-
-def unanswered(error: subprocess.TimeoutExpired) -> str:
-    """What a command did that was stopped, with its last complaint if it had one."""
-    told = f": {last_words(error)}" if error.stderr else ""
-    return f"gave no answer within {error.timeout:g} s{told}"

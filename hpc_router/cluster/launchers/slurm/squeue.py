@@ -1,21 +1,20 @@
-"""What `squeue` says of all our jobs, asked once for everything and shared by everybody who looks at a run.
+"""A snapshot of the user's Slurm jobs from one `squeue`, shared by all processes that observe a run.
 
-The answer lies in the run directory, so however many replicas, loops and watchers there are, the controller is asked
-once per `cluster.ask_s`; who finds the answer old enough claims the next question by making a file. A verb asks afresh.
-A controller that does not answer leaves the last answer standing.
+The snapshot is in the run directory, so that the controller is queried once per `cluster.ask_s`, however many loops and
+verbs there are. A process that finds it too old claims the next query by creating a file; verbs may query at once. If
+the controller does not answer, the last snapshot stays valid.
 """
 
 import contextlib
 import logging
 import os
-import subprocess
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from typing import Any, Final
 
-from hpc_router.cluster.launchers.commands import last_words, output_of
+from hpc_router.cluster.launchers.commands import SlurmCommandError, run_slurm_command
 from hpc_router.state.atomic_files import read_json, replace_json
 from hpc_router.state.run_directory import RunDir
 
@@ -23,14 +22,14 @@ logger = logging.getLogger(__name__)
 
 TIMEOUT_S: Final = 30.0
 _FORMAT: Final = "%i\t%T\t%N\t%S\t%e\t%j\t%Z\t%r"
-AHEAD_S: Final = 5.0
-"""A view that was asked so long from now is of a clock that is wrong."""
+MAX_CLOCK_SKEW_S: Final = 5.0
+"""A snapshot from further in the future is ignored: a clock was wrong."""
 
 
 @dataclass(frozen=True, slots=True)
 class QueuedJob:
-    """One job; times are Unix seconds. `starts_at` is Slurm's estimate for a job that waits. `name` and `folder`: the
-    job's name and where it runs, by which a job is known that nobody here knows the id of."""
+    """One job; times are Unix seconds. `starts_at`: Slurm's estimate for a waiting job. The job's `name` and working
+    `folder` identify a job whose id is not recorded."""
 
     state: str
     node: str | None = None
@@ -42,59 +41,59 @@ class QueuedJob:
 
 
 @dataclass(frozen=True, slots=True)
-class View:
-    """The queue as it was at `asked_at`: all jobs of this user, those that ended a few minutes ago included."""
+class QueueSnapshot:
+    """All jobs of this user at `asked_at` (Unix seconds), also those that ended a few minutes ago."""
 
     asked_at: float
     jobs: Mapping[str, QueuedJob] = field(default_factory=dict)
 
 
 class Queue:
-    """One run's view of the queue."""
+    """The queue as one run sees it."""
 
     def __init__(self, run: RunDir, *, ask_s: float) -> None:
         self._file = run.path / "squeue.json"
         self._claim = run.path / ".squeue.asking"
         self._ask_s = ask_s
-        self._view: View | None = None
+        self._snapshot: QueueSnapshot | None = None
         self.answers = 0
-        """How often this process itself has been answered."""
+        """Number of answers that this process got itself."""
 
-    def view(self, *, fresh: bool = False) -> View | None:
-        """None where nobody has ever been answered."""
+    def snapshot(self, *, fresh: bool = False) -> QueueSnapshot | None:
+        """The newest snapshot; None if there was no answer yet. `fresh`: query now."""
         if not fresh:
             self._read()
-            if self._view is not None and abs(time.time() - self._view.asked_at) < self._ask_s:
-                return self._view
+            if self._snapshot is not None and abs(time.time() - self._snapshot.asked_at) < self._ask_s:
+                return self._snapshot
         with self._asking(fresh=fresh) as mine:
             if mine:
                 self._ask()
-        return self._view
+        return self._snapshot
 
     def _ask(self) -> None:
         asked_at = time.time()
         try:
             jobs = ask_squeue()
-        except (OSError, subprocess.SubprocessError) as error:
-            logger.warning("squeue cannot be asked: %s", last_words(error))
+        except SlurmCommandError as error:
+            logger.warning("the queue cannot be read: %s", error)
             self._read()
             return
-        self._view = View(asked_at, jobs)
+        self._snapshot = QueueSnapshot(asked_at, jobs)
         self.answers += 1
-        with contextlib.suppress(OSError):  # a shared file system that stalls: our own view is good
-            replace_json(self._file, asdict(self._view))
+        with contextlib.suppress(OSError):  # the file system stalls: this process has its own copy
+            replace_json(self._file, asdict(self._snapshot))
 
     def _read(self) -> None:
         value = read_json(self._file)
-        view = None if value is None else _from_json(value)
-        if view is None or view.asked_at > time.time() + AHEAD_S:
+        snapshot = None if value is None else _from_json(value)
+        if snapshot is None or snapshot.asked_at > time.time() + MAX_CLOCK_SKEW_S:
             return
-        if self._view is None or view.asked_at > self._view.asked_at:
-            self._view = view
+        if self._snapshot is None or snapshot.asked_at > self._snapshot.asked_at:
+            self._snapshot = snapshot
 
     @contextlib.contextmanager
     def _asking(self, *, fresh: bool) -> Iterator[bool]:
-        """Whether it is ours to ask. A claim whose maker died is taken over when its question would be old."""
+        """Whether this process may query. A claim that is older than `ask_s` was left by a process that died."""
         if fresh:
             yield True
             return
@@ -106,7 +105,7 @@ class Queue:
                     self._claim.unlink()
             yield False
             return
-        except OSError:  # no place to claim in: better asked twice than never
+        except OSError:  # no claim can be made: two queries are better than none
             yield True
             return
         try:
@@ -116,15 +115,15 @@ class Queue:
 
 
 def ask_squeue() -> dict[str, QueuedJob]:
-    """Raises OSError or SubprocessError."""
+    """Raises SlurmCommandError."""
     argv = ["squeue", "--me", "--states=all", "--noheader", f"--format={_FORMAT}"]
-    return parse_squeue(output_of(argv, timeout_s=TIMEOUT_S, also={"SLURM_TIME_FORMAT": "standard"}))
+    return parse_squeue(run_slurm_command(argv, timeout_s=TIMEOUT_S, environment={"SLURM_TIME_FORMAT": "standard"}))
 
 
 def running_steps(job_ids: Iterable[str]) -> set[str]:
-    """`JOB.STEP` of each step that runs in these jobs. Raises OSError or SubprocessError."""
+    """`JOB.STEP` of each step that runs in these jobs. Raises SlurmCommandError."""
     argv = ["squeue", "--steps", "--noheader", "--format=%i", f"--jobs={','.join(sorted(set(job_ids)))}"]
-    return set(output_of(argv, timeout_s=TIMEOUT_S).split())
+    return set(run_slurm_command(argv, timeout_s=TIMEOUT_S).split())
 
 
 def parse_squeue(text: str) -> dict[str, QueuedJob]:
@@ -146,16 +145,16 @@ def parse_squeue(text: str) -> dict[str, QueuedJob]:
 
 
 def _unix(text: str) -> float | None:
-    """Slurm writes local time of the machine where it is asked; `N/A` and `Unknown` are no times."""
+    """From local time, as Slurm prints it; None for `N/A` and `Unknown`."""
     try:
         return datetime.fromisoformat(text).timestamp()
     except ValueError:
         return None
 
 
-def _from_json(value: Mapping[str, Any]) -> View | None:
+def _from_json(value: Mapping[str, Any]) -> QueueSnapshot | None:
     try:
         jobs = {str(job_id): QueuedJob(**job) for job_id, job in value["jobs"].items()}
-        return View(float(value["asked_at"]), jobs)
+        return QueueSnapshot(float(value["asked_at"]), jobs)
     except (AttributeError, KeyError, TypeError, ValueError):
         return None

@@ -1,7 +1,7 @@
-"""What Slurm says when it does not take a job -> the config key to edit and what to do. Pure.
+"""Maps the error texts of sbatch to the config keys to edit, with advice. Pure.
 
-The texts are those of sbatch and of slurmctld, 20.11 to 25.05; a site's submit plugin says what it likes, so an unknown
-text is passed on with all that was asked for. Some texts mean that Slurm cannot answer now: no value is wrong then.
+The texts are those of sbatch and slurmctld, 20.11 to 25.05. A site's submit plugin may print any text, so an unknown
+one is quoted with all requested options. A temporary error means that Slurm cannot answer now: no value is wrong.
 """
 
 import re
@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Final
 
-from hpc_router.cluster.launchers.slurm.node_fit import resources_of, stands_at
-from hpc_router.cluster.launchers.slurm.sbatch import effective
+from hpc_router.cluster.launchers.slurm.node_fit import configured_at, resources_of
+from hpc_router.cluster.launchers.slurm.sbatch import effective_options
 from hpc_router.config.schema import Deployment, ResourceConfig
 
 _OPTIONS: Final = ("partition", "account", "qos", "constraint", "reservation", "exclude", "walltime", "gpu_type")
@@ -18,33 +18,33 @@ _SIZES: Final = ("nodes", "gpus", "cpus", "memory_gb")
 
 
 @dataclass(frozen=True, slots=True)
-class Refusal:
-    """`keys`: the options and sizes that the text is about, the likeliest first. `passing`: no value is wrong."""
+class SubmitError:
+    """`keys`: the options and sizes that may be wrong, the most likely first. `temporary`: none is wrong."""
 
     pattern: re.Pattern[str]
     keys: tuple[str, ...]
     advice: str
-    passing: bool = False
+    temporary: bool = False
 
 
-def _refusal(keys: str, advice: str, *patterns: str) -> Refusal:
-    return Refusal(re.compile("|".join(patterns), re.IGNORECASE), tuple(keys.split()), advice)
+def _permanent(keys: str, advice: str, *patterns: str) -> SubmitError:
+    return SubmitError(re.compile("|".join(patterns), re.IGNORECASE), tuple(keys.split()), advice)
 
 
-def _passing(keys: str, advice: str, *patterns: str) -> Refusal:
-    return replace(_refusal(keys, advice, *patterns), passing=True)
+def _temporary(keys: str, advice: str, *patterns: str) -> SubmitError:
+    return replace(_permanent(keys, advice, *patterns), temporary=True)
 
 
 _ACCOUNTS: Final = "`sacctmgr show associations user=$USER format=account,partition,qos` lists yours"
 _LIMITS: Final = "`sacctmgr show qos` and `scontrol show assoc_mgr` show the limits"
 TABLE: Final = (
-    _passing(
+    _temporary(
         "",
         "the controller does not answer; try again",
         r"Unable to contact slurm controller",
         r"Slurm backup controller",
     ),
-    _passing(
+    _temporary(
         "",
         "the controller is busy or unreachable; try again",
         r"Zero Bytes were transmitted",
@@ -52,21 +52,21 @@ TABLE: Final = (
         r"Connection (refused|timed out)",
         r"Communication connection",
     ),
-    _passing(
+    _temporary(
         "",
         "no Slurm is configured here: set SLURM_CONF, or use a login node",
         r"Could not establish a configuration source",
         r"Unable to process configuration",
         r"DNS SRV lookup",
     ),
-    _passing(
+    _temporary(
         "",
         "this machine and the controller do not trust each other: use a login node",
         r"Protocol authentication error",
         r"Munge",
         r"Incompatible versions of client",
     ),
-    _passing(
+    _temporary(
         "",
         "the controller is busy; try again",
         r"Unable to create job record",
@@ -74,14 +74,14 @@ TABLE: Final = (
         r"Resource temporarily unavailable",
         r"Slurm is busy",
     ),
-    _passing(
+    _temporary(
         "partition constraint exclude",
         "the nodes for it are down, drained or reserved now",
         r"Required node not available",
         r"Requested partition configuration not available now",
         r"Requested nodes are busy",
     ),
-    _passing(
+    _temporary(
         "partition reservation",
         "it is closed now; `sinfo` shows more",
         r"Required partition not available",
@@ -89,7 +89,7 @@ TABLE: Final = (
         r"System submissions disabled",
         r"Requested reservation not usable now",
     ),
-    _refusal(
+    _permanent(
         "qos account",
         f"fewer jobs may be queued at once: lower replicas, or raise cluster.replicas_per_job; {_LIMITS}",
         r"QOSMaxSubmitJob",
@@ -98,58 +98,60 @@ TABLE: Final = (
         r"Grp(Submit)?JobsLimit",
         r"GrpSubmitJobs",
     ),
-    _refusal(
+    _permanent(
         "walltime qos",
         f"a shorter time is allowed there; {_LIMITS}",
         r"MaxWallDurationPerJob",
         r"QOSTimeLimit",
         r"AssociationTimeLimit",
     ),
-    _refusal("cpus qos account", f"fewer CPUs are allowed; {_LIMITS}", r"(QOS|Assoc)Max(Cpu|CPU)"),
-    _refusal(
+    _permanent("cpus qos account", f"fewer CPUs are allowed; {_LIMITS}", r"(QOS|Assoc)Max(Cpu|CPU)"),
+    _permanent(
         "gpus qos account",
         f"fewer GPUs are allowed; {_LIMITS}",
         r"(QOS|Assoc)Max(GRES|Gres)",
         r"(QOS|Assoc)Grp(GRES|Gres)",
     ),
-    _refusal("memory_gb qos account", f"less memory is allowed; {_LIMITS}", r"(QOS|Assoc)MaxMem"),
-    _refusal("nodes qos account", f"fewer nodes are allowed; {_LIMITS}", r"(QOS|Assoc)MaxNode"),
-    _refusal("cpus qos", f"more CPUs must be asked for; {_LIMITS}", r"QOSMin(Cpu|CPU)"),
-    _refusal("gpus qos", f"more GPUs must be asked for; {_LIMITS}", r"QOSMin(GRES|Gres)"),
-    _refusal("memory_gb qos", f"more memory must be asked for; {_LIMITS}", r"QOSMinMem"),
-    _refusal("nodes qos", f"more nodes must be asked for; {_LIMITS}", r"QOSMinNode"),
-    _refusal(
+    _permanent("memory_gb qos account", f"less memory is allowed; {_LIMITS}", r"(QOS|Assoc)MaxMem"),
+    _permanent("nodes qos account", f"fewer nodes are allowed; {_LIMITS}", r"(QOS|Assoc)MaxNode"),
+    _permanent("cpus qos", f"more CPUs must be asked for; {_LIMITS}", r"QOSMin(Cpu|CPU)"),
+    _permanent("gpus qos", f"more GPUs must be asked for; {_LIMITS}", r"QOSMin(GRES|Gres)"),
+    _permanent("memory_gb qos", f"more memory must be asked for; {_LIMITS}", r"QOSMinMem"),
+    _permanent("nodes qos", f"more nodes must be asked for; {_LIMITS}", r"QOSMinNode"),
+    _permanent(
         "partition",
         "`sinfo --summarize` lists them",
         r"Invalid partition name",
         r"invalid partition specified",
         r"No partition specified",
     ),
-    _refusal(
+    _permanent(
         "partition account qos",
         f"this partition is for others; {_ACCOUNTS}",
         r"User's group not permitted",
         r"not permitted to use this partition",
         r"(account|group|QOS|user).{0,40}not (permitted|allowed)",
     ),
-    _refusal(
+    _permanent(
         "account partition",
         _ACCOUNTS,
         r"Invalid account",
         r"account.{0,30}(required|missing|specif)",
         r"specify an? .{0,20}account",
     ),
-    _refusal("account qos", "its share is used up", r"Requested account has breached", r"usage threshold"),
-    _refusal("qos account", _ACCOUNTS, r"Invalid qos"),
-    _refusal(
+    _permanent("account qos", "its share is used up", r"Requested account has breached", r"usage threshold"),
+    _permanent("qos account", _ACCOUNTS, r"Invalid qos"),
+    _permanent(
         "reservation account",
         "`scontrol show reservation` lists them",
         r"Access denied to requested reservation",
         r"reservation.{0,20}(is )?invalid",
         r"Requested reservation",
     ),
-    _refusal("constraint", "`sinfo --format='%R %f'` lists the features", r"Invalid feature", r"feature specification"),
-    _refusal(
+    _permanent(
+        "constraint", "`sinfo --format='%R %f'` lists the features", r"Invalid feature", r"feature specification"
+    ),
+    _permanent(
         "walltime partition",
         "`sinfo --format='%R %l'` lists the limits",
         r"Invalid --?time",
@@ -158,7 +160,7 @@ TABLE: Final = (
         r"Invalid time specified",
         r"Invalid time-min",
     ),
-    _refusal(
+    _permanent(
         "memory_gb partition",
         "`sinfo --format='%R %m'` lists what nodes have, in MB; a site without a memory option wants null",
         r"Memory required by task",
@@ -168,7 +170,7 @@ TABLE: Final = (
         r"(mem|memory).{0,30}(required|missing|must be specified)",
         r"requires? .{0,20}--mem",
     ),
-    _refusal(
+    _permanent(
         "gpus gpu_type",
         "`sinfo --format='%R %G'` lists what nodes have; some sites want cluster.gpu_request=gpus_per_node",
         r"Invalid generic resource",
@@ -176,31 +178,31 @@ TABLE: Final = (
         r"GRES",
         r"--gpus",
     ),
-    _refusal(
+    _permanent(
         "cpus partition",
         "`sinfo --format='%R %c'` lists what nodes have",
         r"CPU count specification",
         r"More processors requested",
         r"Invalid numeric value .* for --cpus",
     ),
-    _refusal(
+    _permanent(
         "nodes partition",
         "`scontrol show partition` tells how few and how many",
         r"Node count specification",
         r"Job size specification",
         r"Task count specification",
     ),
-    _refusal(
+    _permanent(
         "exclude partition", "`sinfo --Node` lists them", r"Invalid node name", r"Requested nodes not in this partition"
     ),
-    _refusal("sbatch", "`scontrol show licenses` lists them", r"Invalid license"),
-    _refusal(
+    _permanent("sbatch", "`scontrol show licenses` lists them", r"Invalid license"),
+    _permanent(
         "sbatch.dependency",
         "Slurm knows no such job, or has forgotten it: five minutes after its end by default; `sacct --jobs=ID` tells "
         "how it ended, and a dependency that was met can be left out",
         r"Job dependency problem",
     ),
-    _refusal(
+    _permanent(
         "sbatch",
         "`sbatch --help` lists the options of this version",
         r"unrecognized option",
@@ -211,79 +213,79 @@ TABLE: Final = (
         r"mutually exclusive",
         r"Invalid directive",
     ),
-    _refusal(
+    _permanent(
         "gpus cpus memory_gb constraint gpu_type partition nodes exclude",
         "no node has all of this at once; `sinfo --exact --format='%R %D %c %m %G %f'` lists what they have",
         r"Requested node configuration is not available",
         r"Requested operation not supported",
     ),
-    _refusal(
+    _permanent(
         "qos account walltime",
         f"a limit of the account or the qos is below what is asked for; {_LIMITS}",
         r"violates accounting/QOS policy",
     ),
-    _refusal("account partition", _ACCOUNTS, r"Access/permission denied", r"Permission denied"),
-    _refusal(
+    _permanent("account partition", _ACCOUNTS, r"Access/permission denied", r"Permission denied"),
+    _permanent(
         "runs",
         "use a shorter path on a file system that is not full",
         r"Pathname .* too long",
         r"I/O error writing script",
     ),
 )
-"""The first that matches; limits that Slurm names go before the sentence that follows them."""
+"""The first match counts. Limits that Slurm names stand before the general sentence that follows them."""
 _NOISE: Final = re.compile(
     r"^((sbatch|srun|salloc): )?((error|fatal): )?((allocation failure|Batch job submission failed): )?"
 )
 
 
-def find(text: str) -> Refusal | None:
-    return next((refusal for refusal in TABLE if refusal.pattern.search(text)), None)
+def find(text: str) -> SubmitError | None:
+    return next((error for error in TABLE if error.pattern.search(text)), None)
 
 
-def is_passing(text: str) -> bool:
-    """Whether it says that Slurm cannot take the job now, rather than that the job is wrong."""
-    found = find(text)
-    return found is not None and found.passing
+def is_temporary(text: str) -> bool:
+    """Whether Slurm cannot accept the job now, rather than never."""
+    error = find(text)
+    return error is not None and error.temporary
 
 
-def spoken(text: str) -> str:
-    """What Slurm said, in one line."""
+def one_line(text: str) -> str:
+    """The error text in one line."""
     lines = (_NOISE.sub("", line.strip()) for line in text.splitlines())
     kept = [line for line in lines if line and not line.startswith('Try "')]
     return "; ".join(dict.fromkeys(kept)) or "no reason given"
 
 
 def explain(text: str, deployment: Deployment, expert: str) -> str:
-    """One line: the keys to edit with their values, what Slurm said, what to do. `expert` may be the router."""
-    said, found = spoken(text), find(text)
-    if found is not None and found.passing:
-        return f"Slurm cannot take it now: {said} ({found.advice})"
-    told = {name: _told(name, deployment, expert) for name in (found.keys if found else (*_OPTIONS, *_SIZES))}
-    values = [f"{key}={value}" for key, value, is_set in chain.from_iterable(told.values()) if is_set]
-    if found is None:
-        return f"Slurm refuses it: {said} (asked for: {', '.join(values)})"
-    unset = [f"{key} is not set" for key, _, is_set in told[found.keys[0]] if not is_set]
-    return f"{', '.join([*unset, *values]) or found.keys[0]}: Slurm refuses it: {said} ({found.advice})"
+    """One line: the keys to edit with their values, the error, the advice. `expert` may be the router."""
+    message, error = one_line(text), find(text)
+    if error is not None and error.temporary:
+        return f"Slurm cannot take it now: {message} ({error.advice})"
+    values_of = {name: _values(name, deployment, expert) for name in (error.keys if error else (*_OPTIONS, *_SIZES))}
+    values = [f"{key}={value}" for key, value, is_set in chain.from_iterable(values_of.values()) if is_set]
+    if error is None:
+        return f"Slurm refuses it: {message} (asked for: {', '.join(values)})"
+    unset = [f"{key} is not set" for key, _, is_set in values_of[error.keys[0]] if not is_set]
+    return f"{', '.join([*unset, *values]) or error.keys[0]}: Slurm refuses it: {message} ({error.advice})"
 
 
-def _told(name: str, deployment: Deployment, expert: str) -> list[tuple[str, str, bool]]:
-    """Keys with their values, and whether they ask for anything."""
+def _values(name: str, deployment: Deployment, expert: str) -> list[tuple[str, str, bool]]:
+    """For each key its value, and whether it is set."""
     at, resources = resources_of(deployment, expert)
     if name == "runs":
         return [(name, deployment.runs, True)]
     if name == "sbatch":
-        return _further(at, resources, deployment)
+        return _extra_options(at, resources, deployment)
     if name.startswith("sbatch."):
-        return [told for told in _further(at, resources, deployment) if told[0].endswith(f".{name}")]
+        return [value for value in _extra_options(at, resources, deployment) if value[0].endswith(f".{name}")]
     if name in _SIZES:
         value = getattr(resources, name)
         return [(f"{at}.{name}", f"{value or 0:g}", bool(value))]
-    key, text = stands_at(at, resources, deployment.cluster, name)
+    key, text = configured_at(at, resources, deployment.cluster, name)
     return [(key, text or "", text is not None)]
 
 
-def _further(at: str, resources: ResourceConfig, deployment: Deployment) -> list[tuple[str, str, bool]]:
+def _extra_options(at: str, resources: ResourceConfig, deployment: Deployment) -> list[tuple[str, str, bool]]:
     return [
         (f"{at if name in resources.sbatch else 'cluster'}.sbatch.{name}", str(value), value is not None)
-        for name, value in effective(deployment.cluster, resources).sbatch.items()
+        for name, value in effective_options(deployment.cluster, resources).sbatch.items()
     ]

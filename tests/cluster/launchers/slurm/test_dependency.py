@@ -37,7 +37,7 @@ def asked(run: RunDir, replica: str, **own: str) -> str | None:
     return found
 
 
-def test_it_is_asked_for_until_a_job_has_begun(run: RunDir) -> None:
+def test_the_dependency_is_submitted_until_a_job_has_started(run: RunDir) -> None:
     assert asked(run, "math-0.g1") == WANTED
     job = submitted(run, "math-0.g1")
     assert asked(run, "math-1.g1") == WANTED, "the first one waits"
@@ -46,13 +46,13 @@ def test_it_is_asked_for_until_a_job_has_begun(run: RunDir) -> None:
         assert asked(run, replica) is None
 
 
-def test_one_whose_setup_failed_had_begun(run: RunDir) -> None:
+def test_a_job_whose_setup_failed_had_started(run: RunDir) -> None:
     submitted(run, "code-0.g1").write(Ended(1, 0.0, "cluster.setup[0] failed"))
     assert asked(run, "math-0.g1") is None
 
 
 @pytest.mark.parametrize("replica", ["code-0.g1", "law-0.g1"])
-def test_a_job_with_another_dependency_says_nothing(run: RunDir, replica: str) -> None:
+def test_a_job_with_another_dependency_does_not_count(run: RunDir, replica: str) -> None:
     """Nor does one of an expert that is no more."""
     submitted(run, replica).write(Process(1, 1, "n1"))
     assert asked(run, "math-0.g1", code="afterok:18") == WANTED

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from hpc_router.cluster.launchers.interface import JobState
-from hpc_router.cluster.launchers.slurm.launcher import MISSING_ANSWERS, SETTLE_S, SlurmLauncher
-from hpc_router.cluster.launchers.slurm.squeue import Queue, QueuedJob, View
+from hpc_router.cluster.launchers.slurm.launcher import MIN_MISSED_ANSWERS, SETTLE_S, SlurmLauncher
+from hpc_router.cluster.launchers.slurm.squeue import Queue, QueuedJob, QueueSnapshot
 from hpc_router.config.schema import Deployment
 from hpc_router.state.job_records import Ended, Exit, FailureReason, JobDir, JobInfo, Process, Runner, Stop
 from hpc_router.state.run_directory import RunDir, make_run
@@ -20,9 +20,9 @@ class SeenQueue(Queue):
 
     def __init__(self, run: RunDir, jobs: dict[str, QueuedJob], asked_at: float = NOW) -> None:
         super().__init__(run, ask_s=30.0)
-        self.now: View | None = View(asked_at, jobs)
+        self.now: QueueSnapshot | None = QueueSnapshot(asked_at, jobs)
 
-    def view(self, *, fresh: bool = False) -> View | None:
+    def snapshot(self, *, fresh: bool = False) -> QueueSnapshot | None:
         return self.now
 
 
@@ -47,18 +47,18 @@ def observed(run: RunDir, queued: QueuedJob | None, asked_at: float = NOW):  # t
     ("word", "state"),
     [("PENDING", JobState.PENDING), ("COMPLETING", JobState.ENDING), ("NODE_FAIL", JobState.ENDED)],
 )
-def test_the_queue_tells_what_a_silent_job_is(run: RunDir, word: str, state: JobState) -> None:
+def test_the_queue_shows_the_state_of_a_job_without_records(run: RunDir, word: str, state: JobState) -> None:
     submitted(run)
     assert observed(run, QueuedJob(word)).state is state
 
 
-def test_a_job_that_waits_says_why_and_until_when(run: RunDir) -> None:
+def test_the_report_of_a_waiting_job_has_reason_and_estimate(run: RunDir) -> None:
     submitted(run)
     report = observed(run, QueuedJob("PENDING", reason="Priority", starts_at=NOW + 60))
-    assert (report.pending, report.starts_at, report.ends_at) == ("Priority", NOW + 60, None)
+    assert (report.pending_reason, report.starts_at, report.ends_at) == ("Priority", NOW + 60, None)
 
 
-def test_a_job_that_runs_says_where_and_how_long(run: RunDir) -> None:
+def test_the_report_of_a_running_job_has_node_and_end(run: RunDir) -> None:
     job = submitted(run)
     job.write(Process(1, 1, "n2", step_id="0"))
     report = observed(run, QueuedJob("RUNNING", node="n2", ends_at=NOW + 3600))
@@ -76,7 +76,7 @@ def test_its_own_files_are_newer_than_the_view(run: RunDir) -> None:
     assert observed(run, pending).state is JobState.ENDED
 
 
-def test_slurms_word_is_waited_for_where_the_job_itself_said_nothing(run: RunDir) -> None:
+def test_slurms_state_is_awaited_for_a_job_without_exit_record(run: RunDir) -> None:
     """A step that ends with status 0 on a node that was given up is no crash."""
     job = submitted(run)
     job.write(Ended(0, time.time()))
@@ -99,13 +99,13 @@ def test_a_job_that_slurm_has_forgotten_is_missing_in_answers_of_ones_own(run: R
     submitted(run)
     queue = SeenQueue(run, {})
     launcher = SlurmLauncher(run, Deployment(), queue)
-    for answered in range(MISSING_ANSWERS + 1):
+    for answered in range(MIN_MISSED_ANSWERS + 1):
         queue.answers = answered
         state = launcher.observe(["math-0.g1"])["math-0.g1"].state
-        assert state is (JobState.ENDED if answered == MISSING_ANSWERS else JobState.PENDING)
+        assert state is (JobState.ENDED if answered == MIN_MISSED_ANSWERS else JobState.PENDING)
 
 
-def test_a_job_that_came_after_it_was_given_up_is_cancelled(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_submitted_although_sbatch_failed_is_cancelled(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     """sbatch may time out and have submitted all the same."""
     job = JobDir(run, "math-0.g1")
     job.claim()
@@ -119,7 +119,7 @@ def test_a_job_that_came_after_it_was_given_up_is_cancelled(run: RunDir, monkeyp
     assert calls == [("7",)]
 
 
-def test_a_view_that_nobody_has_leaves_what_the_files_say(run: RunDir) -> None:
+def test_without_a_snapshot_the_files_count(run: RunDir) -> None:
     submitted(run)
     queue = SeenQueue(run, {})
     queue.now = None
@@ -136,7 +136,7 @@ def test_a_view_that_nobody_has_leaves_what_the_files_say(run: RunDir) -> None:
         ("CANCELLED", FailureReason.CANCELLED),
     ],
 )
-def test_slurms_word_for_the_end_of_a_silent_job_counts(run: RunDir, word: str, reason: FailureReason) -> None:
+def test_slurms_state_is_the_reason_of_a_job_without_exit_record(run: RunDir, word: str, reason: FailureReason) -> None:
     job = submitted(run)
     job.write(Ended(137, NOW))
     end = observed(run, QueuedJob(word, node="n1")).end
@@ -153,9 +153,7 @@ def test_slurms_word_for_the_end_of_a_silent_job_counts(run: RunDir, word: str, 
         (Ended(1, NOW), FailureReason.CRASHED),
     ],
 )
-def test_the_batch_scripts_word_counts_where_slurm_says_nothing(
-    run: RunDir, ended: Ended, reason: FailureReason
-) -> None:
+def test_the_batch_scripts_record_counts_without_slurms_state(run: RunDir, ended: Ended, reason: FailureReason) -> None:
     submitted(run).write(ended)
     end = observed(run, None).end
     assert end is not None
@@ -169,7 +167,7 @@ def calls_of(launcher: SlurmLauncher, monkeypatch: pytest.MonkeyPatch) -> list[t
     return calls
 
 
-def test_a_job_is_asked_by_sigterm_alone(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_is_cancelled_with_sigterm_only(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     """Slurm's own end gives the site's KillWait, which may be shorter than the drain."""
     submitted(run).write(Process(1, 1, "n1", step_id="0"))
     launcher = SlurmLauncher(run, Deployment(), SeenQueue(run, {}))
@@ -205,7 +203,7 @@ def test_a_step_in_a_job_of_somebody_else_never_ends_the_job(run: RunDir, monkey
     assert launcher.remaining(["math-0.g1"]) == []
 
 
-def test_what_remains_is_asked_of_slurm(run: RunDir) -> None:
+def test_remaining_jobs_come_from_slurm(run: RunDir) -> None:
     job = submitted(run)
     job.write(Ended(0, NOW))
     for word, left in (("COMPLETING", ["7"]), ("RUNNING", ["7"]), ("COMPLETED", [])):

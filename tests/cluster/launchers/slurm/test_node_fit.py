@@ -48,7 +48,9 @@ def deployment(*, replicas: int = 1, cluster: dict[str, Any] | None = None, **re
         (99999, {}, None),
     ],
 )
-def test_what_can_never_run_at_once_is_told(replicas: int, resources: dict[str, Any], said: str | None) -> None:
+def test_replicas_that_never_fit_at_once_are_a_warning(
+    replicas: int, resources: dict[str, Any], said: str | None
+) -> None:
     told = site_warnings(deployment(replicas=replicas, **resources), SITE)
     assert len(told) == (said is not None)
     assert said is None or said in told[0]
@@ -68,7 +70,7 @@ def test_what_can_never_run_at_once_is_told(replicas: int, resources: dict[str, 
         {"memory_gb": 4000, "partition": "unsaid", "walltime": "UNLIMITED"},
     ],
 )
-def test_what_fits(resources: dict[str, Any]) -> None:
+def test_requests_that_fit(resources: dict[str, Any]) -> None:
     assert site_faults(deployment(**resources), SITE) == []
 
 
@@ -102,13 +104,13 @@ def test_what_fits(resources: dict[str, Any]) -> None:
         ),
     ],
 )
-def test_what_does_not(resources: dict[str, Any], said: str) -> None:
+def test_requests_that_do_not_fit(resources: dict[str, Any], said: str) -> None:
     (fault,) = site_faults(deployment(**resources), SITE)
     assert fault.startswith("experts.math.resources")
     assert said in fault
 
 
-def test_a_value_of_the_cluster_is_told_at_the_cluster_and_once() -> None:
+def test_a_fault_of_a_cluster_value_names_its_key_once() -> None:
     made = deployment(cluster={"partition": "nope"})
     made.experts["law"] = SIM
     assert site_faults(made, SITE) == [
@@ -120,7 +122,7 @@ def test_a_value_of_the_cluster_is_told_at_the_cluster_and_once() -> None:
     assert site_faults(made, SITE) == []
 
 
-def test_the_router_is_looked_at_where_it_is_a_job() -> None:
+def test_a_router_in_a_job_is_checked() -> None:
     made = deployment()
     made.router.resources = ResourceConfig(cpus=99)
     assert site_faults(made, SITE) == ["router.resources.cpus=99: partition batch has at most 8 per node"]
@@ -149,7 +151,7 @@ def test_without_a_named_partition_slurm_decides() -> None:
     assert site_faults(deployment(gpus=5), two) == [f"{AT}.gpus=5: partition cpu or gpu has at most 4 per node"]
 
 
-def test_what_would_wait_is_a_warning() -> None:
+def test_a_job_that_would_wait_is_a_warning() -> None:
     assert site_warnings(deployment(), SITE) == []
     assert site_warnings(deployment(partition="closed"), SITE) == [
         "partition closed is inact: its jobs wait until it is up again"

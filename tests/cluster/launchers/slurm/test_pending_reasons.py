@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from hpc_router.cluster.launchers.slurm.pending_reasons import in_words
+from hpc_router.cluster.launchers.slurm.pending_reasons import explain_pending
 
 PASSING = (
     "Resources Priority BeginTime Dependency Licenses JobHeldUser JobHeldAdmin NodeDown "
@@ -27,22 +27,25 @@ HOPELESS = (
 
 @pytest.mark.parametrize("reason", f"{PASSING} {HOPELESS}".split())
 def test_known_reasons(reason: str) -> None:
-    waiting = in_words(reason)
+    waiting = explain_pending(reason)
     assert "Slurm says" not in waiting.what
     assert not re.search(r"Per(Job|User|Node)|Grp|GRES", waiting.what), "in words"
     assert waiting.hopeless is (reason in HOPELESS.split())
     assert waiting.advice is not None or not waiting.hopeless
 
 
-def test_whose_limit_it_is_and_of_what() -> None:
+def test_a_limit_names_its_owner_and_resource() -> None:
     assert (
-        in_words("QOSMaxGRESPerUser").what == "its qos is at its limit of GPUs for one user: it starts when others end"
+        explain_pending("QOSMaxGRESPerUser").what
+        == "its qos is at its limit of GPUs for one user: it starts when others end"
     )
-    assert in_words("AssocGrpCpuLimit").what.startswith("its account is at its limit of CPUs for all jobs together")
-    assert in_words("QOSMaxWallDurationPerJobLimit").what == "it asks for more time than its qos allows a job"
-    assert "cluster.walltime or cluster.qos" in (in_words("QOSMaxWallDurationPerJobLimit").advice or "")
-    assert in_words("QOSMinGRES").what == "its qos wants jobs with more GPUs"
-    assert "GPU time in a period" in in_words("AssocGrpGRESMinutes").what
+    assert explain_pending("AssocGrpCpuLimit").what.startswith(
+        "its account is at its limit of CPUs for all jobs together"
+    )
+    assert explain_pending("QOSMaxWallDurationPerJobLimit").what == "it asks for more time than its qos allows a job"
+    assert "cluster.walltime or cluster.qos" in (explain_pending("QOSMaxWallDurationPerJobLimit").advice or "")
+    assert explain_pending("QOSMinGRES").what == "its qos wants jobs with more GPUs"
+    assert "GPU time in a period" in explain_pending("AssocGrpGRESMinutes").what
 
 
 @pytest.mark.parametrize(
@@ -63,18 +66,18 @@ def test_whose_limit_it_is_and_of_what() -> None:
     ],
 )
 def test_the_forms_squeue_writes(reason: str, what: str) -> None:
-    assert what in in_words(reason).what
+    assert what in explain_pending(reason).what
 
 
 def test_the_job_is_named_in_the_advice() -> None:
-    assert in_words("JobHeldUser", "7").advice == "`scontrol release 7` releases it"
-    assert in_words("JobHeldUser").advice == "`scontrol release JOBID` releases it"
-    assert "scancel 7_1" in (in_words("launch failed requeued held", "7_1").advice or "")
-    assert in_words("Resources", "7").advice is None
-    told = in_words("ReqNodeNotAvail, UnavailableNodes:n1", "7")
+    assert explain_pending("JobHeldUser", "7").advice == "`scontrol release 7` releases it"
+    assert explain_pending("JobHeldUser").advice == "`scontrol release JOBID` releases it"
+    assert "scancel 7_1" in (explain_pending("launch failed requeued held", "7_1").advice or "")
+    assert explain_pending("Resources", "7").advice is None
+    told = explain_pending("ReqNodeNotAvail, UnavailableNodes:n1", "7")
     assert "(n1)" in told.what
-    assert told.advice == in_words("ReqNodeNotAvail").advice
+    assert told.advice == explain_pending("ReqNodeNotAvail").advice
 
 
 def test_an_unknown_reason_is_not_hopeless() -> None:
-    assert in_words("SomethingNew").hopeless is False
+    assert explain_pending("SomethingNew").hopeless is False

@@ -60,22 +60,22 @@ def ended(*, cut: int, at: float = NOON) -> Observed:
     return {MATH: tuple(attempts)}
 
 
-def test_a_drain_that_cut_answers_is_told_for_an_hour() -> None:
-    (cause,) = why._cut([READY], ended(cut=3), now=NOON + RECENT_S)
+def test_a_drain_that_cut_answers_is_reported_for_an_hour() -> None:
+    (cause,) = why._cut_off_drains([READY], ended(cut=3), now=NOON + RECENT_S)
     assert cause.view is READY
     assert cause.what == "math-0.g1 drained after SIGTERM; 3 answers were cut off"
     assert cause.advice is not None
     assert cause.advice.startswith("cluster.drain_s ")
-    assert why._cut([READY], ended(cut=3), now=NOON + RECENT_S + 1) == []
-    assert why._cut([READY], ended(cut=0), now=NOON) == []
+    assert why._cut_off_drains([READY], ended(cut=3), now=NOON + RECENT_S + 1) == []
+    assert why._cut_off_drains([READY], ended(cut=0), now=NOON) == []
 
 
-def test_slurm_is_asked_only_where_a_job_was_signalled(programs: Programs) -> None:
+def test_slurm_is_queried_only_if_a_job_was_signalled(programs: Programs) -> None:
     programs.add("scontrol", f"cat <<'END'\n{CONFIG.format('proctrack/linuxproc')}END")
     loads = Cause(ReplicaView("code", "code-0.g1", DisplayedState.LOADING), "its engine is loading the model", None, ())
     assert why._with_signals_note([loads]) == [loads]
     assert programs.calls("scontrol") == []
-    cut = why._cut([READY], ended(cut=1), now=NOON)
+    cut = why._cut_off_drains([READY], ended(cut=1), now=NOON)
     cancelled = Cause(
         ReplicaView("law", "law-0.g1", DisplayedState.WAITING, reason=FailureReason.CANCELLED), "it failed", "look", ()
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from hpc_router.cluster.launchers.interface import JobRequest
-from hpc_router.cluster.launchers.slurm.sbatch import BatchJob, batch_jobs, effective, setup_faults
+from hpc_router.cluster.launchers.slurm.sbatch import BatchJob, batch_jobs, effective_options, setup_faults
 from hpc_router.config.schema import ClusterConfig, Deployment, ResourceConfig
 from hpc_router.state.job_records import Ended, Exit, FailureReason, JobDir, JobInfo, Runner
 from hpc_router.state.run_directory import RunDir
@@ -60,7 +60,7 @@ def test_each_option_of_the_cluster_is_a_line(cluster: dict[str, object], line: 
         ("gpus_per_node", "a100", "#SBATCH --gpus-per-node=a100:2"),
     ],
 )
-def test_gpus_are_asked_in_the_form_that_the_site_wants(form: str, kind: str | None, line: str) -> None:
+def test_gpus_are_requested_in_the_form_of_the_site(form: str, kind: str | None, line: str) -> None:
     assert line in script(request(gpus=2, gpu_type=kind), gpu_request=form).splitlines()
 
 
@@ -72,14 +72,14 @@ def test_sizes_are_per_replica() -> None:
     assert not any("gres" in line for line in lines)
 
 
-def test_what_is_not_asked_is_left_to_the_site() -> None:
+def test_options_that_are_not_set_are_left_to_the_site() -> None:
     assert not any(word in script(request()) for word in ("--partition", "--time", "--mem", "--gres", "--account"))
 
 
 def test_an_expert_overrules_the_cluster_and_adds_to_its_options() -> None:
     cluster = ClusterConfig(partition="gpu", qos="low", sbatch={"contiguous": True, "mail-type": "FAIL"})
     resources = ResourceConfig(partition="h100", exclusive=False, sbatch={"contiguous": None, "nodelist": "n7"})
-    options = effective(cluster, resources)
+    options = effective_options(cluster, resources)
     assert (options.partition, options.qos, options.exclusive) == ("h100", "low", False)
     (job,) = batch_jobs(RUN, Deployment(cluster=cluster), [JobRequest("math-0.g1", ("/bin/true",), resources)])
     assert job.options()["nodelist"] == "n7"
@@ -91,7 +91,7 @@ def test_a_job_is_never_requeued_by_slurm() -> None:
     assert "#SBATCH --no-requeue" in script(request()).splitlines()
 
 
-def test_srun_is_told_the_cpus() -> None:
+def test_srun_gets_the_number_of_cpus() -> None:
     """It does not take them from sbatch since Slurm 22.05: the service would run on one core."""
     step = next(line for line in script(request(cpus=6)).split("\n\n") if "srun" in line)
     assert "--cpus-per-task=6" in step
@@ -309,7 +309,7 @@ EXIT = Exit(ok=False, reason=FailureReason.UNANSWERED, message="sbatch timed out
 
 @pytest.mark.parametrize("record", [EXIT, Ended(0, 1.0), job_of("16")])
 @pytest.mark.parametrize("replicas", [("math-0.g1",), ("math-0.g1", "math-1.g1")])
-def test_a_job_that_nobody_waits_for_ends_at_once(
+def test_a_job_whose_replicas_have_ended_ends_at_once(
     tmp_path: Path, record: Exit | Ended | JobInfo, replicas: tuple[str, ...]
 ) -> None:
     """sbatch may be given up and yet be heard: by then another generation has been submitted."""

@@ -9,7 +9,7 @@ import pytest
 from hpc_router.cluster.control_loop.job_requests import request_for
 from hpc_router.cluster.launchers.slurm import sbatch_test
 from hpc_router.cluster.launchers.slurm.sbatch import BatchJob, batch_jobs
-from hpc_router.cluster.launchers.slurm.sbatch_test import MAX_TESTED, try_jobs
+from hpc_router.cluster.launchers.slurm.sbatch_test import MAX_TESTED, check_submission
 from hpc_router.config.schema import ClusterConfig, Deployment, EngineConfig, ExpertConfig, ResourceConfig
 from hpc_router.state.run_directory import RunDir
 from tests.cluster.programs import Programs
@@ -34,13 +34,13 @@ def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Programs:
     return Programs(tmp_path / "bin", monkeypatch)
 
 
-def test_one_trial_for_each_shape(programs: Programs, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equal_jobs_are_tested_once(programs: Programs, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the script that will be submitted, whatever options the user's shell has for sbatch."""
     monkeypatch.setenv("SBATCH_PARTITION", "other")
     programs.add("sbatch", f'echo "$SBATCH_PARTITION" >>{programs.folder}/seen; cat >>{programs.folder}/script')
     made = deployment(1, 1, 2)
     jobs = jobs_of(made)
-    assert try_jobs(made, jobs) == ([], [])
+    assert check_submission(made, jobs) == ([], [])
     assert programs.calls("sbatch") == ["--test-only"] * 2
     assert (programs.folder / "seen").read_text() == "\n\n"
     assert (programs.folder / "script").read_text().startswith(jobs[0].script())
@@ -50,7 +50,7 @@ def test_a_refusal_names_all_experts_that_it_is_about(programs: Programs) -> Non
     programs.add("sbatch", "cat >/dev/null; echo 'sbatch: error: CPU count specification invalid' >&2; exit 1")
     made = deployment(4, 4, account="mine")
     made.router.resources.cpus = 4
-    faults, warnings = try_jobs(made, jobs_of(made))
+    faults, warnings = check_submission(made, jobs_of(made))
     assert [fault.partition(":")[0] for fault in faults] == [
         "router.resources.cpus=4",
         "experts.e0.resources.cpus=4",
@@ -58,30 +58,33 @@ def test_a_refusal_names_all_experts_that_it_is_about(programs: Programs) -> Non
     ]
     assert warnings == []
     programs.add("sbatch", "cat >/dev/null; echo 'allocation failure: Invalid account specified' >&2; exit 1")
-    faults, _ = try_jobs(made, jobs_of(made))
+    faults, _ = check_submission(made, jobs_of(made))
     assert [fault.partition(":")[0] for fault in faults] == ["cluster.account=mine"]
 
 
-def test_what_cannot_be_asked_is_a_warning(programs: Programs, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_sbatch_that_cannot_run_is_a_warning(programs: Programs, monkeypatch: pytest.MonkeyPatch) -> None:
     programs.add("sbatch", "cat >/dev/null; echo 'Unable to contact slurm controller (connect failure)' >&2; exit 1")
     made = deployment()
-    faults, warnings = try_jobs(made, jobs_of(made))
+    faults, warnings = check_submission(made, jobs_of(made))
     assert faults == []
     assert warnings[0].startswith("router-0.g1: Slurm cannot take it now: Unable to contact slurm controller")
     monkeypatch.setattr(sbatch_test, "TIMEOUT_S", 2.0)
     for script, said in {"": "", "echo x; printf 'a\\nretrying \\377\\n' >&2; ": ": retrying \ufffd"}.items():
         programs.add("sbatch", f"{script}exec sleep 60")
         warning = f"could not be checked with Slurm: sbatch gave no answer within 2 s{said}"
-        assert try_jobs(made, jobs_of(made)) == ([], [warning])
+        assert check_submission(made, jobs_of(made)) == ([], [warning])
     monkeypatch.setenv("PATH", "/nowhere")
-    assert try_jobs(made, jobs_of(made)) == ([], ["could not be checked with Slurm: sbatch is not installed here"])
+    assert check_submission(made, jobs_of(made)) == (
+        [],
+        ["could not be checked with Slurm: sbatch is not installed here"],
+    )
 
 
-def test_a_handful_of_trials_is_enough(programs: Programs) -> None:
+def test_the_number_of_tested_jobs_is_limited(programs: Programs) -> None:
     programs.add("sbatch", "cat >/dev/null")
     made = deployment(*range(2, MAX_TESTED + 2))
-    assert try_jobs(made, jobs_of(made)) == (
+    assert check_submission(made, jobs_of(made)) == (
         [],
-        [f"only {MAX_TESTED} of {MAX_TESTED + 1} different jobs were tried with Slurm"],
+        [f"only {MAX_TESTED} of {MAX_TESTED + 1} different jobs were tested with Slurm"],
     )
     assert len(programs.calls("sbatch")) == MAX_TESTED

@@ -93,7 +93,7 @@ def program(folder: Path, name: str, script: str) -> Path:
     return path
 
 
-def test_one_question_whatever_the_users_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_sinfo_without_the_users_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program(tmp_path, "sinfo", f'echo "$SINFO_PARTITION$SINFO_FORMAT$*" >>{tmp_path}/asked; echo "$LINES_OF"')
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("SINFO_PARTITION", "other")

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from hpc_router.cluster.launchers.commands import SlurmCommandError
 from hpc_router.cluster.launchers.slurm import squeue
-from hpc_router.cluster.launchers.slurm.squeue import Queue, QueuedJob, View, parse_squeue
+from hpc_router.cluster.launchers.slurm.squeue import Queue, QueuedJob, QueueSnapshot, parse_squeue
 from hpc_router.state.atomic_files import replace_json
 from hpc_router.state.run_directory import RunDir, make_run
 
@@ -54,80 +55,82 @@ def test_squeue_lines_are_read() -> None:
 
 def test_many_watchers_share_one_question(run: RunDir, asked: list[int]) -> None:
     watchers = [Queue(run, ask_s=30.0) for _ in range(5)]
-    views = [watcher.view() for watcher in watchers for _ in range(3)]
+    views = [watcher.snapshot() for watcher in watchers for _ in range(3)]
     assert len(asked) == 1
     assert all(view is not None and view.jobs["7"].node == "n1" for view in views)
 
 
 def test_a_verb_asks_afresh_and_the_others_get_its_answer(run: RunDir, asked: list[int]) -> None:
     loop, verb = Queue(run, ask_s=30.0), Queue(run, ask_s=30.0)
-    loop.view()
-    seen = verb.view(fresh=True)
+    loop.snapshot()
+    seen = verb.snapshot(fresh=True)
     assert len(asked) == 2
-    assert loop.view() == seen
+    assert loop.snapshot() == seen
     assert len(asked) == 2
 
 
-def test_an_old_answer_is_asked_again(run: RunDir, asked: list[int]) -> None:
-    replace_json(run.path / "squeue.json", asdict(View(asked_at=0.0, jobs={})))
-    view = Queue(run, ask_s=30.0).view()
+def test_an_old_snapshot_is_replaced(run: RunDir, asked: list[int]) -> None:
+    replace_json(run.path / "squeue.json", asdict(QueueSnapshot(asked_at=0.0, jobs={})))
+    view = Queue(run, ask_s=30.0).snapshot()
     assert len(asked) == 1
     assert view is not None
     assert "7" in view.jobs
 
 
-def test_a_view_from_the_future_is_of_a_wrong_clock(run: RunDir, asked: list[int]) -> None:
-    replace_json(run.path / "squeue.json", asdict(View(asked_at=time.time() + 3600, jobs={})))
-    view = Queue(run, ask_s=30.0).view()
+def test_a_snapshot_from_the_future_is_ignored(run: RunDir, asked: list[int]) -> None:
+    replace_json(run.path / "squeue.json", asdict(QueueSnapshot(asked_at=time.time() + 3600, jobs={})))
+    view = Queue(run, ask_s=30.0).snapshot()
     assert view is not None
     assert "7" in view.jobs
 
 
-def test_a_squeue_that_hangs_leaves_the_last_view(run: RunDir, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_hanging_squeue_leaves_the_last_snapshot(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """What it said until it was stopped comes as bytes."""
     tool = tmp_path / "squeue"
     tool.write_text("#!/bin/bash\necho slow >&2\nexec sleep 60\n")
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     monkeypatch.setattr(squeue, "TIMEOUT_S", 0.2)
-    assert Queue(run, ask_s=30.0).view(fresh=True) is None
+    assert Queue(run, ask_s=30.0).snapshot(fresh=True) is None
 
 
-def test_while_somebody_asks_the_old_answer_stands(run: RunDir, asked: list[int]) -> None:
-    replace_json(run.path / "squeue.json", asdict(View(asked_at=5.0, jobs={})))
+def test_while_another_process_queries_the_old_snapshot_is_valid(run: RunDir, asked: list[int]) -> None:
+    replace_json(run.path / "squeue.json", asdict(QueueSnapshot(asked_at=5.0, jobs={})))
     (run.path / ".squeue.asking").touch()
-    view = Queue(run, ask_s=30.0).view()
+    view = Queue(run, ask_s=30.0).snapshot()
     assert asked == []
     assert view is not None
     assert view.asked_at == 5.0
 
 
-def test_a_question_whose_asker_died_is_taken_over(run: RunDir, asked: list[int]) -> None:
+def test_the_claim_of_a_process_that_died_is_taken_over(run: RunDir, asked: list[int]) -> None:
     (run.path / ".squeue.asking").touch()
     watcher = Queue(run, ask_s=0.0)
-    watcher.view()  # finds the claim old, and removes it
-    watcher.view()
+    watcher.snapshot()  # finds the claim old, and removes it
+    watcher.snapshot()
     assert len(asked) == 1
 
 
-def test_a_controller_that_does_not_answer_leaves_the_last_view(
+def test_a_controller_that_does_not_answer_leaves_the_last_snapshot(
     run: RunDir, asked: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     watcher = Queue(run, ask_s=30.0)
-    before = watcher.view()
+    before = watcher.snapshot()
 
     def broken() -> dict[str, QueuedJob]:
-        raise OSError("no squeue here")
+        raise SlurmCommandError("squeue is not installed here")
 
     monkeypatch.setattr(squeue, "ask_squeue", broken)
-    assert watcher.view(fresh=True) == before
-    assert Queue(run, ask_s=30.0).view(fresh=True) == before
+    assert watcher.snapshot(fresh=True) == before
+    assert Queue(run, ask_s=30.0).snapshot(fresh=True) == before
 
 
 @pytest.mark.parametrize(
     "text", ["{}", '{"asked_at": 1, "jobs": {"1": {"unknown": 2}}}', '{"asked_at": null, "jobs": {}}']
 )
-def test_a_damaged_view_is_as_none(run: RunDir, asked: list[int], text: str) -> None:
+def test_a_damaged_snapshot_is_ignored(run: RunDir, asked: list[int], text: str) -> None:
     (run.path / "squeue.json").write_text(text)
-    assert Queue(run, ask_s=30.0).view() is not None
+    assert Queue(run, ask_s=30.0).snapshot() is not None
     assert len(asked) == 1

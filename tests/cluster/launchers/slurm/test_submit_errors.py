@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from hpc_router.cluster.launchers.slurm.submit_errors import explain, find, is_passing, spoken
+from hpc_router.cluster.launchers.slurm.submit_errors import explain, find, is_temporary, one_line
 from hpc_router.config.schema import ClusterConfig, Deployment, EngineConfig, ExpertConfig, ResourceConfig
 
 
@@ -61,7 +61,7 @@ def test_the_likeliest_key_comes_first(text: str, first: str) -> None:
     found = find(text)
     assert found is not None
     assert found.keys[0] == first
-    assert not is_passing(text)
+    assert not is_temporary(text)
 
 
 @pytest.mark.parametrize(
@@ -79,11 +79,11 @@ def test_the_likeliest_key_comes_first(text: str, first: str) -> None:
     ],
 )
 def test_that_slurm_cannot_answer_is_no_value_to_edit(text: str) -> None:
-    assert is_passing(text)
+    assert is_temporary(text)
     assert explain(text, deployment(), "math").startswith("Slurm cannot take it now: ")
 
 
-def test_the_keys_that_are_told_are_those_where_the_values_stand() -> None:
+def test_the_keys_are_those_at_which_the_values_stand() -> None:
     account = "allocation failure: Invalid account or account/partition combination specified"
     told = explain(account, deployment({"account": "a", "partition": "p"}, partition="own"), "math")
     assert told.startswith("cluster.account=a, experts.math.resources.partition=own: Slurm refuses it: Invalid account")
@@ -93,7 +93,7 @@ def test_the_keys_that_are_told_are_those_where_the_values_stand() -> None:
     assert explain(account, deployment(), "router").startswith("cluster.account is not set: Slurm refuses it")
 
 
-def test_sizes_are_told_where_they_are_asked_for() -> None:
+def test_sizes_are_named_if_they_are_requested() -> None:
     told = explain("Requested node configuration is not available", deployment({"qos": "q"}, gpus=8, cpus=2), "math")
     assert told.startswith(
         "experts.math.resources.gpus=8, experts.math.resources.cpus=2, experts.math.resources.nodes=1: "
@@ -101,13 +101,13 @@ def test_sizes_are_told_where_they_are_asked_for() -> None:
     assert explain("requires --mem", deployment(), "math").startswith("experts.math.resources.memory_gb is not set: ")
 
 
-def test_further_options_are_told_one_by_one() -> None:
+def test_extra_options_are_named_one_by_one() -> None:
     made = deployment({"sbatch": {"bogus": 1, "nice": 5}}, sbatch={"nice": None, "hold": True})
     told = explain("sbatch: unrecognized option '--bogus=1'", made, "math")
     assert "cluster.sbatch.bogus=1, experts.math.resources.sbatch.hold=True: Slurm refuses it" in told
 
 
-def test_a_dependency_that_is_refused_is_told_alone() -> None:
+def test_a_refused_dependency_is_named_alone() -> None:
     made = deployment({"sbatch": {"dependency": "afterok:17", "nice": 5}})
     told = explain("sbatch: error: Batch job submission failed: Job dependency problem", made, "math")
     assert told.startswith(
@@ -116,7 +116,7 @@ def test_a_dependency_that_is_refused_is_told_alone() -> None:
     assert "sacct --jobs=ID" in told
 
 
-def test_a_sites_own_words_are_passed_on_with_all_that_was_asked_for() -> None:
+def test_an_unknown_error_is_quoted_with_all_requested_options() -> None:
     told = explain("sbatch: error: No lunch on Mondays\n", deployment({"partition": "p"}, gpus=2), "math")
     assert told == (
         "Slurm refuses it: No lunch on Mondays (asked for: cluster.partition=p, experts.math.resources.nodes=1, "
@@ -124,6 +124,6 @@ def test_a_sites_own_words_are_passed_on_with_all_that_was_asked_for() -> None:
     )
 
 
-def test_what_was_said_is_one_line() -> None:
-    assert spoken("sbatch: error: a\nsbatch: error: Batch job submission failed: b\nsbatch: error: a\n") == "a; b"
-    assert spoken("") == "no reason given"
+def test_an_error_text_becomes_one_line() -> None:
+    assert one_line("sbatch: error: a\nsbatch: error: Batch job submission failed: b\nsbatch: error: a\n") == "a; b"
+    assert one_line("") == "no reason given"

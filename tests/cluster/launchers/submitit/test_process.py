@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hpc_router.cluster.launchers.submitit_process import Submission, to_json
+from hpc_router.cluster.launchers.submitit.submission import Submission, to_json
 from hpc_router.state.job_records import Runner
 from hpc_router.state.run_directory import make_run
 from tests.support.waiting import eventually_sync
@@ -33,7 +33,7 @@ def test_a_job_holds_a_name_and_plain_values(tmp_path: Path) -> None:
     submission = Submission(str(run.path), {"math-0.g1": ["/bin/true"]})
     for job in submission.jobs:
         job.claim()
-    module = "hpc_router.cluster.launchers.submitit_process"
+    module = "hpc_router.cluster.launchers.submitit.process"
     program = f"import sys; from {module} import *; print(submit(from_json(sys.argv[1])[0]).error)"
     done = subprocess.run(
         [sys.executable, "-c", program, to_json([submission])], check=True, capture_output=True, text=True

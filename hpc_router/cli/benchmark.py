@@ -1,0 +1,158 @@
+"""The verb `bench`, with a task for each benchmark. Only `agreement` needs a run."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from hpc_router.cli.output import print_lines, print_value, stderr_console
+from hpc_router.cli.parser import Parser, Verbs, add_verb, count, name_list, named_folder, number
+from hpc_router.state.run_directory import find_run
+
+
+def add_bench(verbs: "Verbs[Parser]") -> None:
+    bench = verbs.add_parser(
+        "bench",
+        help="measure this installation; `hpc-router bench --help` lists the benchmarks",
+        description="Measure this installation on this machine.",
+        epilog="examples:\n  hpc-router bench router --quick\n  hpc-router bench soak",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    benchmarks = bench.add_subparsers(dest="benchmark", metavar="BENCHMARK", required=True, parser_class=Parser)
+    _add_router(benchmarks)
+    _add_soak(benchmarks)
+    _add_agreement(benchmarks)
+
+
+def _given(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """The options that were given; the others keep the benchmark's defaults."""
+    return {name: value for name in names if (value := getattr(arguments, name)) is not None}
+
+
+def _add_router(benchmarks: "Verbs[Parser]") -> None:
+    details = " Relays that are not installed are named and skipped."
+    parser = add_verb(benchmarks, _bench_router, details=details, run=False, json=True)
+    parser.add_argument("--only", type=name_list, default=(), metavar="NAME,...", help="measure only these relays")
+    parser.add_argument("--streams", type=count, metavar="N", help="concurrent streams (default 1000)")
+    parser.add_argument("--rate", type=number, metavar="R", help="events per second and stream (default 40)")
+    parser.add_argument("--seconds", type=number, metavar="S", help="duration of each measurement (default 5)")
+    parser.add_argument("--rounds", type=count, metavar="N", help="rounds, each with every relay (default 3)")
+    parser.add_argument("--connections", type=count, metavar="N", help="connections for short requests (default 16)")
+    parser.add_argument(
+        "--soak", type=count, default=0, metavar="N", help="then send N requests: does its memory grow?"
+    )
+    parser.add_argument(
+        "--quiet",
+        type=number,
+        default=0.0,
+        metavar="S",
+        help="on a shared machine: before each measurement, wait up to S seconds until nothing else runs",
+    )
+    parser.add_argument("--peers", type=Path, metavar="DIR", help="virtual environment that has the routers from PyPI")
+    parser.add_argument(
+        "--tree",
+        action="append",
+        type=named_folder,
+        default=[],
+        metavar="NAME=DIR",
+        help="another checkout of this router, measured beside it",
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the results (default: analysis/results)")
+    parser.add_argument("--quick", action="store_true", help="one short round; the figures mean little")
+
+
+def _bench_router(arguments: argparse.Namespace) -> int:
+    """the cost of relaying: this router beside nginx, haproxy, vllm-router, sglang-router and no router
+
+    hpc-router bench router --quick                   half a minute: does it work here?
+    hpc-router bench router                           a quarter of an hour
+    hpc-router bench router --only nginx,router --seconds 10 --soak 1000000
+    """
+    from hpc_router.bench.output import default_out
+    from hpc_router.bench.relay_cost.options import QUICK, RelayCostOptions
+    from hpc_router.bench.relay_cost.report import on_screen, to_json
+    from hpc_router.bench.relay_cost.run import default_environment, measure_relay_cost
+
+    given = _given(arguments, "streams", "rate", "seconds", "rounds", "connections")
+    options = RelayCostOptions(
+        only=arguments.only,
+        soak=arguments.soak,
+        quiet_s=arguments.quiet,
+        environment=arguments.peers or default_environment(),
+        trees=dict(arguments.tree),
+        out=arguments.out or default_out(),
+        quick=arguments.quick,
+        **{**(QUICK if arguments.quick else {}), **given},
+    ).checked()
+    results = measure_relay_cost(options, stderr_console())
+    print_value(to_json(results) if arguments.json else on_screen(results))
+    return 1 if results.failed else 0
+
+
+def _add_soak(benchmarks: "Verbs[Parser]") -> None:
+    details = (
+        " Exit status 1 if a request failed that no kill explains, if a gauge is not zero at the end, or if memory or "
+        "descriptors grow."
+    )
+    parser = add_verb(benchmarks, _bench_soak, details=details, run=False, json=True)
+    parser.add_argument("--seconds", type=number, metavar="S", help="duration of the load (default 60)")
+    parser.add_argument("--rate", type=number, metavar="R", help="short requests per second (default 100)")
+    parser.add_argument("--streams", type=count, metavar="N", help="streams open at any time (default 200)")
+    parser.add_argument("--workers", type=count, metavar="N", help="workers of the router (default 2)")
+    parser.add_argument(
+        "--strike",
+        action="append",
+        metavar="KIND=SECONDS",
+        help="kill a replica, a worker or the control process every SECONDS, or `once`; repeat for more kinds; `none`: "
+        "nothing (default: replica=5, worker=60, control=once)",
+    )
+    parser.add_argument("--seed", type=int, metavar="N", help="seed of the arrivals (default 0)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the report (default: analysis/results)")
+
+
+def _bench_soak(arguments: argparse.Namespace) -> int:
+    """load on a deployment of its own while its processes are killed: what fails?
+
+    hpc-router bench soak                             a minute
+    hpc-router bench soak --seconds 600               the long form
+    hpc-router bench soak --strike replica=10 --strike worker=30
+    """
+    from hpc_router.bench.output import default_out
+    from hpc_router.bench.soak.options import SoakOptions, parse_fault
+    from hpc_router.bench.soak.report import markdown, to_json
+    from hpc_router.bench.soak.run import soak
+
+    given = _given(arguments, "seconds", "rate", "streams", "workers", "seed")
+    if arguments.strike is not None:
+        given["faults"] = [one for text in arguments.strike if (one := parse_fault(text)) is not None]
+    results = soak(SoakOptions(out=arguments.out or default_out(), **given).checked(), stderr_console())
+    if arguments.json:
+        print_value(to_json(results))
+    else:
+        print_lines([markdown(results, plot="soak.svg").rpartition("\n![")[0].strip()])
+    return 1 if results.failed else 0
+
+
+def _add_agreement(benchmarks: "Verbs[Parser]") -> None:
+    parser = add_verb(benchmarks, _bench_agreement)
+    parser.add_argument("--vllm", required=True, metavar="PYTHON", help="interpreter that has vLLM")
+    parser.add_argument("--tokenizer", type=Path, required=True, metavar="FOLDER", help="a tokenizer's folder")
+    parser.add_argument("--model", metavar="EXPERT", help="the model to ask (default auto)")
+    parser.add_argument("--users", type=count, metavar="N", help="number of users (default 8)")
+    parser.add_argument("--requests", type=count, metavar="N", help="requests per tool and round (default 200)")
+    parser.add_argument("--tokens", type=count, metavar="N", help="maximum tokens of an answer (default 32)")
+    parser.add_argument("--rounds", type=count, metavar="N", help="rounds, each with both tools (default 3)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the result (default: analysis/results)")
+
+
+def _bench_agreement(arguments: argparse.Namespace) -> int:
+    """the load generator's figures beside those of `vllm bench serve`, on a running deployment
+
+    hpc-router bench agreement --vllm .venv-vllm/bin/python --tokenizer /models/llama
+    """
+    from hpc_router.bench.agreement import AgreementOptions, agreement
+    from hpc_router.bench.output import default_out
+
+    given = _given(arguments, "model", "users", "requests", "tokens", "rounds")
+    vllm, tokenizer = str(Path(arguments.vllm).absolute()), arguments.tokenizer.absolute()
+    options = AgreementOptions(vllm=vllm, tokenizer=tokenizer, out=arguments.out or default_out(), **given)
+    return print_lines([agreement(find_run(arguments.run), options)])

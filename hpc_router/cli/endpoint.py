@@ -1,0 +1,135 @@
+"""The verbs that use the endpoint: `route`, `chat`, `url`, `token`."""
+
+import argparse
+import asyncio
+import contextlib
+import sys
+from typing import TYPE_CHECKING
+
+from hpc_router.cli.output import print_lines, print_value
+from hpc_router.cli.parser import Parser, Verbs, add_verb, port
+from hpc_router.errors import HpcRouterError, LaunchError
+from hpc_router.state.run_directory import find_run
+
+if TYPE_CHECKING:
+    from hpc_router.cluster.commands.router_access import RouterAccess
+
+
+def add_route(verbs: "Verbs[Parser]") -> None:
+    parser = add_verb(verbs, route, json=True)
+    parser.add_argument("prompt", metavar="PROMPT", help="the prompt; it is not sent to any expert")
+
+
+def route(arguments: argparse.Namespace) -> int:
+    """explain where a prompt would go
+
+    hpc-router route "What is the derivative of x^2?"
+    """
+    from hpc_router.cli.tables import route_text
+    from hpc_router.cluster.commands.router_access import router_access
+    from hpc_router.net.http_client import Unreachable, call_blocking
+
+    access = router_access(find_run(arguments.run))
+    try:
+        response = call_blocking("POST", f"{access.url}/route", token=access.token, body={"prompt": arguments.prompt})
+    except Unreachable as error:
+        raise LaunchError(f"the router does not answer at {access.url}: {error}") from error
+    if response.status != 200:
+        raise LaunchError(f"the router refused the request: {response.message}")
+    return print_value(response.body if arguments.json else route_text(response.body))
+
+
+def add_chat(verbs: "Verbs[Parser]") -> None:
+    parser = add_verb(verbs, chat)
+    parser.add_argument("--model", default="auto", help="name of an expert; auto: the policy decides (default)")
+    parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="default: standard input, or a conversation")
+
+
+def chat(arguments: argparse.Namespace) -> int:
+    """ask the deployment; without PROMPT: a conversation
+
+    hpc-router chat "Is 91 a prime?"
+    hpc-router chat --model law
+    """
+    from hpc_router.cluster.commands.router_access import router_access
+
+    run = find_run(arguments.run)
+    prompt = arguments.prompt if arguments.prompt is not None or sys.stdin.isatty() else sys.stdin.read()
+    messages: list[dict[str, str]] = []
+
+    def turn(text: str) -> None:
+        messages.append({"role": "user", "content": text})
+        # The address is looked up for each turn: the router may have moved, and another process may have its old port.
+        access = router_access(run)
+        messages.append({"role": "assistant", "content": asyncio.run(_answer(access, messages, arguments.model))})
+
+    if prompt is not None:
+        turn(prompt)
+        return 0
+    while True:
+        try:
+            text = input("you> ").strip()
+        except EOFError:
+            print()
+            return 0
+        if text:
+            try:
+                turn(text)
+            except HpcRouterError as error:
+                del messages[-1]
+                sys.stderr.write(f"hpc-router: {error}\n")
+
+
+async def _answer(access: "RouterAccess", messages: list[dict[str, str]], model: str) -> str:
+    """Print the answer as it comes; the whole of it."""
+    from hpc_router.cluster.commands.chat import Head
+    from hpc_router.cluster.commands.chat import chat as converse
+
+    answer = ""
+    async with contextlib.aclosing(converse(access, messages, model=model)) as parts:
+        async for part in parts:
+            if isinstance(part, Head):
+                sys.stderr.write(f"[{part.expert}, {part.reason}, {part.replica}]\n")
+            else:
+                answer += part
+                print(part, end="", flush=True)
+    print()
+    return answer
+
+
+def add_url(verbs: "Verbs[Parser]") -> None:
+    parser = add_verb(verbs, url, json=True)
+    parser.add_argument("--ssh", action="store_true", help="print the `ssh` command that forwards a local port to it")
+    parser.add_argument("--port", type=port, default=8000, metavar="N", help="the local port (default 8000)")
+
+
+def url(arguments: argparse.Namespace) -> int:
+    """print the endpoint's address, or how to reach it from a laptop
+
+    curl $(hpc-router url)/health
+    hpc-router url --ssh               the `ssh` command to run on the laptop
+    """
+    from hpc_router.cluster.commands.router_access import router_access
+    from hpc_router.cluster.commands.tunnel import tunnel_to
+
+    run = find_run(arguments.run)
+    if not arguments.ssh and not arguments.json:
+        return print_lines([router_access(run).url])
+    tunnel = tunnel_to(run, port=arguments.port, unproven=arguments.ssh)
+    if arguments.json:
+        return print_value({"url": tunnel.url, "ssh": list(tunnel.argv), "proven": tunnel.unproven is None})
+    sys.stderr.writelines(f"{note}\n" for note in tunnel.notes())
+    return print_lines([tunnel.line])
+
+
+def add_token(verbs: "Verbs[Parser]") -> None:
+    add_verb(verbs, token)
+
+
+def token(arguments: argparse.Namespace) -> int:
+    r"""print the owner's token
+
+    curl --noproxy '*' -H @<(printf 'Authorization: Bearer %s\n' "$(hpc-router token)") \
+         "$(hpc-router url)/v1/models"     # bash; every user of a node can read its command lines
+    """
+    return print_lines([find_run(arguments.run).token()])

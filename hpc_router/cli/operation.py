@@ -1,0 +1,179 @@
+"""The verbs that change a running deployment: `scale`, `set`, `drain`, `register`, `unregister`, `reconcile`."""
+
+import argparse
+import logging
+import os
+import sys
+from pathlib import Path
+
+from hpc_router.cli.output import print_lines, print_value, print_warnings
+from hpc_router.cli.parser import Parser, Verbs, add_verb
+from hpc_router.errors import ConfigError, LaunchError
+from hpc_router.state.run_directory import find_run, make_run
+
+
+def add_scale(verbs: "Verbs[Parser]") -> None:
+    parser = add_verb(verbs, scale, json=True)
+    parser.add_argument("counts", nargs="+", metavar="EXPERT=N")
+
+
+def scale(arguments: argparse.Namespace) -> int:
+    """change how many replicas experts have
+
+    hpc-router scale math=3 code=0
+    """
+    from hpc_router.cluster.commands.scale import parse_counts
+    from hpc_router.cluster.commands.scale import scale as change
+
+    wanted, warnings = change(find_run(arguments.run), parse_counts(arguments.counts))
+    print_warnings(warnings)
+    return print_value(dict(wanted)) if arguments.json else print_lines(f"{name}={n}" for name, n in wanted.items())
+
+
+def add_set(verbs: "Verbs[Parser]") -> None:
+    parser = add_verb(verbs, set_, json=True)
+    parser.add_argument("settings", nargs="+", metavar="KEY=VALUE")
+
+
+def set_(arguments: argparse.Namespace) -> int:
+    """change limits and policy while the router serves, without ending a request
+
+    hpc-router set router.max_in_flight=500 policy.margin=0.05
+    hpc-router set router.max_in_flight=        back to the configured value
+    """
+    from hpc_router.cluster.commands.set import change, parse_settings
+
+    settings = change(find_run(arguments.run), *parse_settings(arguments.settings))
+    return print_value(settings) if arguments.json else print_lines(f"{key}={value}" for key, value in settings.items())
+
+
+def add_drain(verbs: "Verbs[Parser]") -> None:
+    parser = add_verb(verbs, drain, json=True)
+    parser.add_argument("names", nargs="+", metavar="REPLICA|SLOT|EXPERT|NODE|router")
+    parser.add_argument("--wait", action="store_true", help="return when the replicas have ended")
+    parser.add_argument("--undo", action="store_true", help="drain nothing: let jobs start on these nodes again")
+
+
+def drain(arguments: argparse.Namespace) -> int:
+    """let replicas finish their requests and end; new jobs replace them
+
+    hpc-router drain math-0
+    hpc-router drain gpu17 --wait        all replicas on that node, but no router
+    hpc-router drain gpu17 --undo        let jobs start on that node again
+    hpc-router drain router
+    """
+    from hpc_router.cluster.commands.drain import drain as start_drain
+    from hpc_router.cluster.commands.drain import wait
+    from hpc_router.cluster.control_loop.desired_state import include_nodes
+    from hpc_router.cluster.control_loop.loop import ControlLoop
+
+    control = ControlLoop(find_run(arguments.run))
+    if arguments.undo:
+        include_nodes(control.run, arguments.names)
+        return 0
+    drained = start_drain(control, arguments.names)
+    if not drained.replicas:
+        raise LaunchError(f"nothing of {', '.join(arguments.names)} runs; `hpc-router status` shows the jobs that do")
+    if not arguments.json:
+        print_lines(drained.lines())
+    print_warnings(drained.warnings)
+    if arguments.wait:
+        drained = wait(control, drained)
+    elif drained.needs_reconcile(control.run):
+        sys.stderr.write("hpc-router: no router will replace what ends; `hpc-router reconcile` does\n")
+    if arguments.json:
+        print_value(drained.to_json())
+    if drained.left:
+        raise LaunchError(f"{', '.join(drained.left)} did not end; `hpc-router why` may show the reason")
+    return 0
+
+
+def add_register(verbs: "Verbs[Parser]") -> None:
+    parser = add_verb(verbs, register, json=True)
+    parser.add_argument("--expert", required=True, metavar="NAME", help="the expert's name")
+    parser.add_argument("--url", required=True, help="its address, with or without /v1")
+    parser.add_argument("--model", help="name of the model there (default: the one in its /v1/models)")
+    parser.add_argument("--token-file", type=Path, metavar="F", help="file with the token that the endpoint requires")
+    probing = parser.add_mutually_exclusive_group()
+    probing.add_argument(
+        "--probe-path",
+        metavar="PATH",
+        default="/v1/models",
+        help="path of the router's probe (default /v1/models); any HTTP answer proves that the endpoint is alive",
+    )
+    probing.add_argument(
+        "--no-probe",
+        dest="probe_path",
+        action="store_const",
+        const=None,
+        help="send no probe: only check that its port accepts connections",
+    )
+
+
+def register(arguments: argparse.Namespace) -> int:
+    """add an endpoint that runs elsewhere to a run, which is created if it is new
+
+    hpc-router register --run runs/mine --expert math --url http://node7:8000/v1
+    hpc-router register --expert big --url https://api.example.org --model big-70b --token-file ~/.api-token
+    """
+    from hpc_router.cluster.commands.register import examine, read_token
+    from hpc_router.cluster.commands.register import register as join
+
+    token = read_token(arguments.token_file) if arguments.token_file is not None else None
+    endpoint = examine(
+        expert=arguments.expert, url=arguments.url, model=arguments.model, token=token, probe=arguments.probe_path
+    )
+    named = arguments.run or (Path(os.environ["HPC_ROUTER_RUN"]) if "HPC_ROUTER_RUN" in os.environ else None)
+    run = make_run(named) if named is not None and not named.exists() else find_run(arguments.run)
+    record = join(run, endpoint)
+    print_warnings([endpoint.warning] if endpoint.warning else [])
+    if arguments.json:
+        return print_value(record.to_json())
+    return print_lines([f"{record.replica} {record.url} model {endpoint.model or 'not known yet'}"])
+
+
+def add_unregister(verbs: "Verbs[Parser]") -> None:
+    parser = add_verb(verbs, unregister)
+    parser.add_argument("replica", nargs="?", metavar="REPLICA")
+    parser.add_argument("--expert", metavar="NAME", help="all external endpoints of this expert")
+    parser.add_argument("--url", help="only those at this address")
+
+
+def unregister(arguments: argparse.Namespace) -> int:
+    """remove an external endpoint from a run
+
+    hpc-router unregister math-x0
+    hpc-router unregister --expert math --url http://node7:8000
+    """
+    from hpc_router.cluster.commands.register import unregister as leave
+
+    if arguments.replica is None and arguments.expert is None:
+        raise ConfigError("unregister needs a REPLICA or --expert NAME")
+    run = find_run(arguments.run)
+    return print_lines(leave(run, replica=arguments.replica, expert=arguments.expert, url=arguments.url))
+
+
+def add_reconcile(verbs: "Verbs[Parser]") -> None:
+    parser = add_verb(verbs, reconcile)
+    parser.add_argument("--loop", action="store_true", help="repeat until SIGTERM")
+    parser.add_argument("--while-leading", metavar="REPLICA", help="with --loop: only while this router leads")
+    parser.add_argument("--tied", action="store_true", help="with --loop: end when stdin is closed")
+
+
+def reconcile(arguments: argparse.Namespace) -> int:
+    """submit what is missing and end what is surplus, once or in a loop
+
+    hpc-router reconcile
+    hpc-router reconcile --loop          what the router's job runs
+    """
+    from hpc_router.cluster.control_loop.loop import ControlLoop, run_loop
+
+    run = find_run(arguments.run)
+    if arguments.loop:
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
+        run_loop(run, while_leading=arguments.while_leading, tied=arguments.tied)
+        return 0
+    done = ControlLoop(run).run_pass()
+    if done.refused is not None:
+        raise LaunchError(done.refused)
+    return print_lines(str(action) for action in done.actions)

@@ -1,0 +1,60 @@
+"""What `why` says about each displayed state and each reason of failure: texts only."""
+
+from collections.abc import Mapping
+from typing import Final
+
+from hpc_router.cluster.commands.replica_view import DisplayedState
+from hpc_router.state.job_records import FailureReason
+
+_R = FailureReason
+FAILURE_ADVICE: Final[Mapping[FailureReason, str]] = {
+    _R.OUT_OF_MEMORY: "give it more memory: fewer tokens (max_model_len), a quantised model, more GPUs, or fewer "
+    "replicas on one node",
+    _R.WEIGHTS: "check experts.{expert}.model, or that of the adapter which the message names: the folder or hub "
+    "id, and whether its files are complete",
+    _R.CUDA: "check the node's GPU and driver (nvidia-smi there) and that the engine's build matches it",
+    _R.BAD_OPTION: "edit the option that the message names, then `hpc-router up` in a new run",
+    _R.INTERPRETER: "check experts.{expert}.engine.python: that interpreter must have the engine installed",
+    _R.TIMEOUT: "it did not answer in time: while it loads, raise experts.{expert}.engine.startup_timeout_s or put "
+    "the model on a faster file system; once it was ready, it hung: look at its log's end and at its node",
+    _R.KILLED: "it was killed from outside: by the node's memory limit, a user, or the system; `dmesg` may show it",
+    _R.CRASHED: "read the log lines; `hpc-router up` tries again",
+    _R.PORT_TAKEN: "another process has the port: leave it to the kernel (router.port=0), or choose another",
+    _R.RANK_LOST: "one of its nodes ended: the log of that rank shows the reason (`hpc-router logs {replica}` "
+    "prints all of them); `hpc-router up` tries again",
+    _R.SETUP: "edit the line of cluster.setup or cluster.modules that the message names, then `hpc-router up` in a "
+    "new run",
+    _R.UNANSWERED: "Slurm did not answer, or takes no more jobs of yours for now; the submission is retried",
+    _R.REFUSED: "edit the key that the message names (`hpc-router plan` tries it), then `hpc-router up` in a new run",
+    _R.NODE_FAILED: "its node failed: another is submitted; cluster.exclude leaves a bad node out",
+    _R.PREEMPTED: "a job of higher priority took its place: another is submitted; another cluster.partition or "
+    "cluster.qos may not be preempted",
+    _R.WALLTIME: "its walltime ended: another is submitted; a longer cluster.walltime makes that rarer",
+    _R.CANCELLED: "a user or an administrator cancelled its job: another is submitted; `hpc-router scale` or "
+    "`down` ends it for good",
+    _R.DRAINED: "it was asked to stop; `hpc-router up` or `scale` starts it again",
+    _R.VANISHED: "it was killed, or could not start: its log ends where it died; `hpc-router up` tries again",
+}
+STATE_TEXT: Final[Mapping[DisplayedState, str]] = {
+    DisplayedState.MISSING: "no job was submitted yet: `hpc-router up` or `hpc-router reconcile` submits one",
+    DisplayedState.SUBMITTED: "its job was submitted and has not begun yet",
+    DisplayedState.STARTING: "it is starting",
+    DisplayedState.LOADING: "its engine is loading the model",
+    DisplayedState.RESTARTING: "its engine failed and is started again",
+    DisplayedState.DRAINING: "it takes no new requests and ends after those in flight",
+    DisplayedState.WAITING: "it failed and is submitted again after a pause",
+    DisplayedState.FAILED: "it failed too often, or for a reason that a restart cannot fix",
+    DisplayedState.STOPPED: "it is not running",
+    DisplayedState.REGISTERED: "it runs elsewhere: `hpc-router status` shows whether the router reaches it",
+}
+ROUTER_OPTION_ADVICE: Final = "edit router.* as the message says, then `hpc-router up` in a new run"
+
+
+DEGRADED_ADVICE: Final = "`hpc-router logs {replica}` may show the reason; `hpc-router drain {replica}` replaces it"
+EXTERNAL_ADVICE: Final = (
+    "start or repair the server there, or `hpc-router unregister {replica}`; if it does serve, `hpc-router register` "
+    "it again with --probe-path, --no-probe or --token-file"
+)
+LOG_ADVICE: Final = "`hpc-router logs router` shows more"
+SETTINGS_ADVICE: Final = "`hpc-router set KEY=` restores the configured value; an artefact can be trained again"
+SPACE_ADVICE: Final = "free space or raise the quota: records, logs and the control loop need it"

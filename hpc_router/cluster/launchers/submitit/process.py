@@ -1,0 +1,120 @@
+"""Submits jobs through submitit, in a process of its own: `python -m hpc_router.cluster.launchers.submitit.process`.
+
+Submissions come as JSON on stdin, results go to stdout, one JSON line per job. The caller starts it in a new session,
+so that Ctrl-C in a terminal reaches no job. It writes each `job.json` itself, right after the submission, so that a
+caller that dies in between leaves no job that the run does not know.
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import submitit
+
+import hpc_router
+from hpc_router.cluster.launchers import job_entry
+from hpc_router.cluster.launchers.commands import SlurmCommandError, run_slurm_command
+from hpc_router.cluster.launchers.submitit.submission import CANCELLED, Submission, from_json
+from hpc_router.state.job_records import JobInfo, Runner, Submitter, start_ticks
+
+SCANCEL_TIMEOUT_S: Final = 60.0
+A_YEAR_MIN: Final = 60 * 24 * 365
+"""submitit's local executor kills a job after two minutes by default."""
+
+
+@dataclass(frozen=True, slots=True)
+class SubmissionResult:
+    """`error` is None for a job that was submitted."""
+
+    replicas: list[str]
+    job_id: str | None = None
+    error: str | None = None
+
+
+def submit(submission: Submission) -> SubmissionResult:
+    """Submit one job. On this machine its id is the process id of submitit's controller."""
+    replicas = list(submission.argv_of)
+    if all((stop := job.stop()) is not None and stop.cancel_at is not None for job in submission.jobs):
+        return SubmissionResult(replicas, error=CANCELLED)
+    try:
+        executor = _executor(submission)
+        job_id = executor.submit(job_entry.start, submission.run, submission.argv_of, hpc_router.__version__).job_id
+    except subprocess.CalledProcessError as error:
+        return SubmissionResult(replicas, error=(error.stderr or error.stdout or str(error)).strip())
+    except submitit.core.utils.FailedJobError as error:
+        return SubmissionResult(replicas, error=str(error))
+    except Exception as error:  # noqa: BLE001 - submitit raises many kinds; the caller gets the text
+        return SubmissionResult(replicas, error=f"{type(error).__name__}: {error}")
+    try:
+        _write_info(submission, job_id)
+    except OSError as error:  # without a record nothing would ever end this job
+        if submission.script is not None:
+            with suppress(SlurmCommandError):
+                run_slurm_command(["scancel", job_id], timeout_s=SCANCEL_TIMEOUT_S)
+        return SubmissionResult(replicas, error=f"{error.strerror}: its job {job_id} was cancelled")
+    return SubmissionResult(replicas, job_id=job_id)
+
+
+def _write_info(submission: Submission, job_id: str) -> None:
+    host, local = socket.gethostname(), submission.script is None
+    for job in submission.jobs:
+        job.write(
+            JobInfo(
+                job_id=job_id,
+                host=host,
+                start_ticks=start_ticks(int(job_id)) if local else None,
+                gpus=submission.gpus,
+                argv=tuple(submission.argv_of[job.replica]),
+                runner=Runner.PROCESS if local else Runner.SLURM,
+                shared=len(submission.argv_of) > 1,
+            )
+        )
+
+
+class _BatchExecutor(submitit.SlurmExecutor):
+    """submitit's executor, with a batch script of ours."""
+
+    def __init__(self, folder: Path, script: str) -> None:
+        super().__init__(folder)
+        self._script = script
+
+    def _make_submission_file_text(self, command: str, uid: str) -> str:
+        return self._script
+
+
+def _executor(submission: Submission) -> Any:
+    folder = submission.jobs[0].path
+    if submission.script is not None:
+        return _BatchExecutor(folder, submission.script)
+    executor = submitit.LocalExecutor(folder)
+    executor.update_parameters(
+        timeout_min=A_YEAR_MIN, gpus_per_node=len(submission.gpus), visible_gpus=list(submission.gpus)
+    )
+    return executor
+
+
+def main() -> int:
+    results = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    null = os.open(os.devnull, os.O_RDWR)
+    text = sys.stdin.read()
+    for stream in (0, 1, 2):  # submitit's controllers outlive this process and its caller: they must not hold its pipes
+        os.dup2(null, stream)
+    submissions = from_json(text)
+    submitter = Submitter(os.getpid(), start_ticks(os.getpid()) or 0, socket.gethostname())
+    for job in (job for submission in submissions for job in submission.jobs):
+        job.write(submitter)
+    with results:
+        for submission in submissions:  # flushed one by one: a caller whose wait times out knows which were submitted
+            results.write(json.dumps(asdict(submit(submission))) + "\n")
+            results.flush()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,112 @@
+"""The caller's side of submission: hands claimed jobs to `submitit.process`, and records the refusals.
+
+submitit takes half a second to import, so it is loaded only in that process.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Final
+
+from hpc_router.cluster.launchers.commands import last_error_line
+from hpc_router.errors import LaunchError
+from hpc_router.net.job_environment import JOB_ID, current_job_id, without_job_variables
+from hpc_router.state.job_records import Exit, FailureReason, JobDir
+from hpc_router.state.run_directory import RunDir, private_umask
+
+TIMEOUT_S: Final = 60.0
+"""For the batch, and once more for each job in it: a busy Slurm controller answers slowly."""
+CANCELLED: Final = "it was asked to end before it was submitted"
+_PROCESS_FAILED: Final = "the submitting process failed"
+
+
+@dataclass(frozen=True, slots=True)
+class Submission:
+    """Claimed replicas that share one job. `script` is the batch script for Slurm, None for a job of this machine."""
+
+    run: str
+    argv_of: Mapping[str, Sequence[str]]
+    script: str | None = None
+    gpus: tuple[int, ...] = ()
+
+    @property
+    def jobs(self) -> list[JobDir]:
+        return [JobDir(RunDir(Path(self.run)), replica) for replica in self.argv_of]
+
+
+def to_json(submissions: Sequence[Submission]) -> str:
+    return json.dumps([asdict(s) for s in submissions])
+
+
+def from_json(text: str) -> list[Submission]:
+    return [Submission(s["run"], s["argv_of"], s["script"], tuple(s["gpus"])) for s in json.loads(text)]
+
+
+def task_command(python: str, folder: Path) -> tuple[str, ...]:
+    """What a task of a submitted job runs: submitit loads the pickle in `folder`, which calls `job_entry.start`."""
+    return (python, "-u", "-m", "submitit.core._submit", str(folder))
+
+
+def submit_all(submissions: Sequence[Submission]) -> dict[str, str | None]:
+    """For each replica the error of its submission; None where it was submitted."""
+    replicas = [replica for submission in submissions for replica in submission.argv_of]
+    held = current_job_id()
+    try:
+        with private_umask():
+            done = subprocess.run(
+                [sys.executable, "-m", "hpc_router.cluster.launchers.submitit.process"],
+                input=to_json(submissions).encode(),
+                env={**without_job_variables(os.environ), **({JOB_ID: held} if held is not None else {})},
+                capture_output=True,
+                check=True,
+                start_new_session=True,
+                timeout=TIMEOUT_S * (1 + len(submissions)),
+            )
+        output, default = done.stdout, f"{_PROCESS_FAILED}: it reported nothing about this job"
+    except (OSError, subprocess.SubprocessError) as error:
+        output, default = getattr(error, "stdout", None) or b"", f"{_PROCESS_FAILED}: {last_error_line(error)}"
+    return {**dict.fromkeys(replicas, default), **_results(output)}
+
+
+def _results(output: bytes) -> dict[str, str | None]:
+    """One JSON line per job. The last line is incomplete where the process was stopped while it wrote."""
+    results: dict[str, str | None] = {}
+    for line in output.splitlines():
+        try:
+            result = json.loads(line)
+        except ValueError:
+            continue
+        results |= dict.fromkeys(result["replicas"], result["error"])
+    return results
+
+
+def record_refusals(
+    run: RunDir, errors: Mapping[str, str | None], exit_for: Callable[[str, str], Exit] | None = None
+) -> None:
+    """Write an exit record for each job that was not submitted; raise LaunchError if there is any.
+
+    `exit_for(replica, error)` makes the record of a job that Slurm refused; without it the job counts as crashed.
+    """
+    refused: dict[str, Exit] = {}
+    for replica, error in errors.items():
+        job = JobDir(run, replica)
+        if error is None or job.info() is not None:  # submitted, even if the process failed afterwards
+            continue
+        if error == CANCELLED:
+            job.write(Exit(ok=True, reason=FailureReason.DRAINED, message=CANCELLED))
+            continue
+        if error.startswith(_PROCESS_FAILED):
+            end = Exit(ok=False, reason=FailureReason.UNANSWERED, message=error)
+        elif exit_for is not None:
+            end = exit_for(replica, error)
+        else:
+            end = Exit(ok=False, reason=FailureReason.CRASHED, message=error)
+        refused[replica] = end
+        job.write(end)
+    if refused:
+        each = "; ".join(f"{replica}: {end.message}" for replica, end in refused.items())
+        raise LaunchError(f"cannot be submitted: {each}")
