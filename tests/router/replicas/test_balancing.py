@@ -8,7 +8,7 @@ from random import Random
 import pytest
 
 from hpc_router.config.schema import RouterConfig
-from hpc_router.router.replicas.balancing import affinity_slot, load_bound, pinned, power_of_two_choices, rendezvous
+from hpc_router.router.replicas.balancing import affinity, affinity_slot, load_bound, power_of_two_choices, rendezvous
 from hpc_router.router.replicas.replica import Reservation
 from hpc_router.router.replicas.table import ReplicaTable
 from tests.router.replicas.test_table import replica
@@ -56,9 +56,9 @@ def test_the_bound_is_the_share_of_one_request_more_rounded_up(
 
 def test_a_pin_goes_to_the_first_under_the_bound() -> None:
     order = [Server(3), Server(2), Server(0)]
-    assert pinned(order, fits=idle, bound=4) is order[0]
-    assert pinned(order, fits=idle, bound=3) is order[1]
-    assert pinned(order, fits=idle, bound=0) is None
+    assert affinity(order, fits=idle, bound=4) is order[0]
+    assert affinity(order, fits=idle, bound=3) is order[1]
+    assert affinity(order, fits=idle, bound=0) is None
 
 
 def test_every_worker_has_the_same_order() -> None:
@@ -100,9 +100,9 @@ def test_a_thousand_users_load_the_replicas_of_each_expert_alike() -> None:
             user += 1000 if random.random() < 0.2 else 0
         expert = experts[user % 8]
         slot = affinity_slot(b"user %d" % user)
-        home = table.of(expert)[rendezvous([r.place for r in table.of(expert)], slot)[0]]
+        home = table.of(expert)[rendezvous([r.slot_name for r in table.of(expert)], slot)[0]]
         total = sum(r.load for r in table.of(expert))
-        picked = table.acquire([expert], slot=lambda slot=slot: slot)  # type: ignore[misc]
+        picked = table.acquire([expert], affinity_slot=lambda slot=slot: slot)  # type: ignore[misc]
         assert picked is not None
         if picked.replica is not home:
             moved += 1

@@ -2,13 +2,20 @@
 
 import pytest
 
-from hpc_router.router.replicas.health import PROBES_LATE, Incident, ReplicaHealth, Rules, Verdict, can_eject
+from hpc_router.router.replicas.health import (
+    MAX_LATE_PROBES,
+    EjectionRules,
+    Incident,
+    ReplicaHealth,
+    Verdict,
+    can_eject,
+)
 
-RULES = Rules(connections=2, errors=3, out_s=10.0, most_out_s=30.0, share=0.5)
+RULES = EjectionRules(connect_errors=2, request_errors=3, exclusion_s=10.0, max_exclusion_s=30.0, max_share=0.5)
 
 
 def notes(health: ReplicaHealth, *incidents: Incident, now: float = 0.0, spare: bool = True) -> list[Verdict]:
-    return [health.note(incident, now=now, rules=RULES, spare=spare) for incident in incidents]
+    return [health.record(incident, now=now, rules=RULES, spare=spare) for incident in incidents]
 
 
 @pytest.mark.parametrize("between", [Incident.ANSWERED, Incident.PROBE_OK])
@@ -35,26 +42,26 @@ def test_its_word_counts_again_after_a_time_that_doubles() -> None:
     health, now, times = ReplicaHealth(), 0.0, []
     for _ in range(4):
         assert notes(health, *[Incident.ERROR] * 3, now=now)[-1] is Verdict.EXCLUDE
-        assert health.is_out(now)
-        times.append(health.out_until - now)
-        assert not health.counts(health.out_until - 0.001)
-        now = health.out_until
-        assert health.counts(now)
+        assert health.is_excluded(now)
+        times.append(health.excluded_until - now)
+        assert health.is_excluded(health.excluded_until - 0.001)
+        now = health.excluded_until
+        assert not health.is_excluded(now)
     assert times == [10.0, 20.0, 30.0, 30.0], "up to the longest"
-    notes(health, *[Incident.ERROR] * 3, now=now + RULES.most_out_s + 0.001)
-    assert health.out_until == now + RULES.most_out_s + 0.001 + 10.0, "long ago is forgotten"
+    notes(health, *[Incident.ERROR] * 3, now=now + RULES.max_exclusion_s + 0.001)
+    assert health.excluded_until == now + RULES.max_exclusion_s + 0.001 + 10.0, "long ago is forgotten"
 
 
 def test_while_it_is_out_what_was_under_way_there_lengthens_nothing() -> None:
     health = ReplicaHealth()
     notes(health, *[Incident.ERROR] * 3)
     assert notes(health, *[Incident.ERROR] * 5, now=9.0) == [Verdict.KEEP] * 5
-    assert health.out_until == 10.0
+    assert health.excluded_until == 10.0
 
 
 def test_late_probes_in_a_row_eject_and_one_that_fails_does_at_once() -> None:
     late = Incident.PROBE_LATE
-    assert notes(ReplicaHealth(), *[late] * PROBES_LATE) == [Verdict.KEEP] * (PROBES_LATE - 1) + [Verdict.EJECT]
+    assert notes(ReplicaHealth(), *[late] * MAX_LATE_PROBES) == [Verdict.KEEP] * (MAX_LATE_PROBES - 1) + [Verdict.EJECT]
     assert notes(ReplicaHealth(), late, Incident.PROBE_OK, late, late) == [Verdict.KEEP] * 4
     assert notes(ReplicaHealth(), Incident.PROBE_FAILED) == [Verdict.EJECT]
 

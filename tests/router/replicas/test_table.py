@@ -1,4 +1,4 @@
-"""Standing, balance, waiting; every counter returns to zero."""
+"""States, balance, waiting; every counter returns to zero."""
 
 import asyncio
 from collections import defaultdict
@@ -41,7 +41,7 @@ def another_worker_has(table: ReplicaTable, one: Replica, in_flight: int) -> Non
     """In its row of counters, where the table finds it."""
     if not table.peers:
         table.peers = (defaultdict[int, int](int),)
-    one.column = 1 + int(one.place.rpartition("-")[2])
+    one.column = 1 + int(one.slot_name.rpartition("-")[2])
     table.peers[0][one.column] = in_flight
 
 
@@ -66,6 +66,27 @@ def test_the_fewest_in_flight_wins_and_ties_take_turns() -> None:
     again = table.acquire(["math"])
     assert again is not None
     assert again.replica.name == names[1]
+
+
+async def test_its_repr_shows_replicas_load_and_queues() -> None:
+    """Per expert: each replica with its state, load over all workers and capacity; then how many requests wait."""
+    assert repr(ReplicaTable()) == "<ReplicaTable empty>"
+    busy, dead = replica("math-0.g1", capacity=2), replica("math-1.g1", capacity=8)
+    table = table_of(busy, dead, replica("code-0.g1", experts=("code",), ready=False))
+    assert table.acquire(["math"], only=busy)
+    table.apply(dead, Event.FAILED)
+    another_worker_has(table, busy, 1)
+    waiters = [asyncio.create_task(table.wait([expert])) for expert in ("math", "math", "law")]
+    await asyncio.sleep(0)
+    assert repr(table) == (
+        "<ReplicaTable code: code-0.g1 starting 0/2, 0 waiting; law: no replica, 1 waiting; "
+        "math: math-0.g1 ready 2/2, math-1.g1 ejected 0/8, 2 waiting>"
+    )
+    for waiter in waiters:
+        waiter.cancel()
+    await asyncio.gather(*waiters, return_exceptions=True)
+    table.remove("code-0.g1")
+    assert repr(table) == "<ReplicaTable math: math-0.g1 ready 2/2, math-1.g1 ejected 0/8, 0 waiting>"
 
 
 def test_a_release_counts_once() -> None:
@@ -254,7 +275,7 @@ class Juggling(RuleBasedStateMachine):
     @rule()
     def arrive(self) -> None:
         if hold := self.table.acquire(["math"]):
-            assert hold.replica.standing is RoutingState.READY
+            assert hold.replica.state is RoutingState.READY
             self.holds.append(hold)
 
     @rule(at=st.integers(0, 2))
@@ -374,8 +395,8 @@ def test_a_conversation_stays_on_its_replica_under_its_bound() -> None:
     table.pin_bound = 1.25
 
     def homes() -> list[str]:
-        found = [table.pick(["math"], slot=slots(at)) for at in range(200)]
-        return [one[0].place for one in found if one]
+        found = [table.pick(["math"], affinity_slot=slots(at)) for at in range(200)]
+        return [one[0].slot_name for one in found if one]
 
     before = homes()
     assert jain([before.count(f"math-{i}") for i in range(4)]) > 0.95
@@ -396,23 +417,23 @@ def test_a_pin_gives_way_where_its_replica_has_more_than_its_share() -> None:
     replicas = [replica(f"math-{i}.g1", capacity=100) for i in range(4)]
     table = table_of(*replicas)
     table.pin_bound = 1.25
-    holds = [table.acquire(["math"], slot=slots(7)) for _ in range(40)]
-    first = table.pick(["math"], slot=slots(7))
+    holds = [table.acquire(["math"], affinity_slot=slots(7)) for _ in range(40)]
+    first = table.pick(["math"], affinity_slot=slots(7))
     load = {r.name: r.load for r in replicas}
     assert sum(load.values()) == 40
     assert max(load.values()) == 13, "the ceiling of 1.25 x 40 / 4"
     for hold in holds:
         assert hold is not None
         hold.release()
-    home = table.pick(["math"], slot=slots(7))
+    home = table.pick(["math"], affinity_slot=slots(7))
     assert home is not None
     assert load[home[0].name] == 13
     assert first is not None
     another_worker_has(table, home[0], 1)
-    assert table.pick(["math"], slot=slots(7)) != home, "its others count as well"
+    assert table.pick(["math"], affinity_slot=slots(7)) != home, "its others count as well"
 
 
 def test_without_a_bound_nothing_is_pinned() -> None:
     table = table_of(*(replica(f"math-{i}.g1", capacity=100) for i in range(2)))
-    picked = [table.acquire(["math"], slot=slots(7)) for _ in range(4)]
-    assert [h.replica.place for h in picked if h] in (["math-0", "math-1"] * 2, ["math-1", "math-0"] * 2)
+    picked = [table.acquire(["math"], affinity_slot=slots(7)) for _ in range(4)]
+    assert [h.replica.slot_name for h in picked if h] in (["math-0", "math-1"] * 2, ["math-1", "math-0"] * 2)
