@@ -194,7 +194,7 @@ class RunningRouter:
         client = self.gateway.dispatcher.client
         assert isinstance(client, UpstreamClient)
         for replica in self.gateway.table.all():
-            if replica.standing is RoutingState.READY:
+            if replica.state is RoutingState.READY:
                 for _ in range(connections):
                     client.pool.put(replica.address, await client.connected(replica.address))
 

@@ -196,7 +196,9 @@ class Dispatcher:
             if begun is not None:
                 hold: Reservation | None = begun[0]
             else:
-                hold = self.table.acquire(errand.experts, avoid=errand.avoid, only=errand.only, slot=errand.slot)
+                hold = self.table.acquire(
+                    errand.experts, avoid=errand.avoid, only=errand.only, affinity_slot=errand.slot
+                )
             if hold is None and errand.refusal is not None:
                 return errand.refusal
             if hold is None:
@@ -220,9 +222,9 @@ class Dispatcher:
     def _may_retry(self, replica: Replica) -> bool:
         """A replica that was lost by it costs nothing: it will not be met again. Nor does the first connection of a
         request that breaks, when a replica that dies takes all it had down at once."""
-        if replica.standing is not RoutingState.READY:
+        if replica.state is not RoutingState.READY:
             return True
-        if self.retries.take(time.monotonic(), requests=self.table.uses):
+        if self.retries.take(time.monotonic(), requests=self.table.acquired_total):
             return True
         self.metrics.retries_refused.add()
         return False
@@ -279,7 +281,7 @@ class Dispatcher:
                     refusal = await self._judge(errand, hold, upstream)
                     if refusal is not None:
                         return refusal
-                elif replica.suspect:
+                elif replica.recent_error:
                     self.witness.answered(replica)
                 if errand.accused and 200 <= upstream.status < 300:
                     self._convict(errand, expert)

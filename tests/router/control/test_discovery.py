@@ -15,7 +15,7 @@ from tests.support.waiting import eventually
 
 def standing(router: RunningRouter, name: str) -> RoutingState | None:
     replica = router.gateway.table.get(name)
-    return replica.standing if replica else None
+    return replica.state if replica else None
 
 
 async def test_replicas_come_and_go_with_their_records(tmp_path: Path) -> None:

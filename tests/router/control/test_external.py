@@ -11,9 +11,9 @@ from aiohttp import web
 
 from hpc_router.net import protocol
 from hpc_router.router.control import discovery
-from hpc_router.router.replicas.health import PROBES_LATE
+from hpc_router.router.ipc.messages import REPORT_S
+from hpc_router.router.replicas.health import MAX_LATE_PROBES
 from hpc_router.router.replicas.replica import RoutingState
-from hpc_router.router.worker.control_client import REPORT_S
 from hpc_router.state import registry
 from hpc_router.state.registry import Record, RecordKind, State
 from hpc_router.state.run_directory import RunDir
@@ -66,7 +66,7 @@ async def registered(run: RunDir, endpoint: Endpoint, *, probe: str | None = pro
 
 def standing(router: RunningRouter) -> RoutingState | None:
     replica = router.control.table.get(NAME)
-    return None if replica is None else replica.standing
+    return None if replica is None else replica.state
 
 
 async def ask(router: RunningRouter) -> int:
@@ -117,7 +117,7 @@ async def test_probes_without_an_answer_eject_it_unless_requests_are_answered(
         await ready(router)
         endpoint.status = None
         before = len(endpoint.probed)
-        while len(endpoint.probed) <= before + PROBES_LATE + 1:
+        while len(endpoint.probed) <= before + MAX_LATE_PROBES + 1:
             assert await ask(router) == 200
             await asyncio.sleep(0.05)
         assert standing(router) is RoutingState.READY

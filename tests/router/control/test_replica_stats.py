@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from hpc_router.router.control.replica_stats import HALF_LIFE_S, ReplicaStats, newly, sickness, totals
+from hpc_router.router.control.replica_stats import HALF_LIFE_S, ReplicaStats, degradation, increase, totals_by_replica
 from hpc_router.router.metrics import Metrics
 
 
@@ -31,7 +31,7 @@ def seen(answered: int, *, each_s: float = 0.1, errors: int = 0) -> ReplicaStats
     ],
 )
 def test_who_is_sick(one: ReplicaStats, others: Sequence[ReplicaStats], says: str | None) -> None:
-    told = sickness(one, others)
+    told = degradation(one, others)
     assert told == says if says is None else told is not None and told.startswith(says)
 
 
@@ -40,7 +40,7 @@ def test_what_was_long_ago_counts_less() -> None:
     recent.add(100, 10.0, 0, now=100.0 + HALF_LIFE_S)
     assert recent.error_share == pytest.approx(10 / 150)
     recent.add(100, 10.0, 0, now=100.0 + 10 * HALF_LIFE_S)
-    assert sickness(recent, []) is None
+    assert degradation(recent, []) is None
 
 
 def test_it_is_read_from_what_workers_count() -> None:
@@ -51,14 +51,14 @@ def test_it_is_read_from_what_workers_count() -> None:
     metrics.failovers.add("math-0.g1", 500)
     metrics.failovers.add("math-0.g1", 429)
     metrics.failovers.add("math-0.g1", "UpstreamError")
-    before = totals(metrics.dump())
+    before = totals_by_replica(metrics.dump())
     assert before == {"math-0.g1": (3, 1.5, 2)}
     assert 'hpc_router_first_byte_seconds_count{expert="math"} 3.0' in metrics.exposition(()).decode()
     metrics.first_byte.add(0.25, "math", "math-0.g1")
-    assert newly(totals(metrics.dump()), before) == {"math-0.g1": (1, 0.25, 0)}
+    assert increase(totals_by_replica(metrics.dump()), before) == {"math-0.g1": (1, 0.25, 0)}
     metrics.forget(present=(), now=0.0)
     metrics.forget(present=(), now=601.0)
     text = metrics.exposition(()).decode()
     assert 'hpc_router_first_byte_seconds_count{expert="math"} 4.0' in text
     assert "math-0.g1" not in text
-    assert newly(totals(metrics.dump()), before) == {"": (4, 1.75, 0)}
+    assert increase(totals_by_replica(metrics.dump()), before) == {"": (4, 1.75, 0)}

@@ -78,7 +78,7 @@ async def post(router: RunningRouter, body: Any, *, path: str = CHAT, **headers:
 
 
 async def ready(router: RunningRouter, count: int = 1) -> None:
-    await eventually(lambda: sum(r.standing is RoutingState.READY for r in router.gateway.table.all()) >= count)
+    await eventually(lambda: sum(r.state is RoutingState.READY for r in router.gateway.table.all()) >= count)
     if fakes.RELAY.warm:
         await router.warm()
 
@@ -452,7 +452,7 @@ async def test_a_draining_replica_gets_nothing_new(tmp_path: Path) -> None:
         assert len(leaving.bodies) == 1
         replica = router.gateway.table.get("math-0.g1")
         assert replica is not None
-        assert replica.standing is RoutingState.DRAINING
+        assert replica.state is RoutingState.DRAINING
 
 
 async def test_status_metrics_and_route_tell_the_truth(tmp_path: Path) -> None:
