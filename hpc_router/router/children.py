@@ -23,7 +23,7 @@ from hpc_router.router.ipc.messages import ProcessesChanged
 from hpc_router.router.ipc.shared_counters import IN_FLIGHT, Counters
 from hpc_router.router.ipc.supervisor import CONTROL, ChildSpec, worker_name
 from hpc_router.router.ipc.supervisor_commands import CommandReader
-from hpc_router.router.worker.process import Identity, linked, working
+from hpc_router.router.worker.process import Identity, control_client, serving
 from hpc_router.routing.policy import Policy, versions
 from hpc_router.state.io_thread import PATIENCE_S, FileThread, file_thread
 from hpc_router.state.job_records import JobDir, JobPhase, JobProgress
@@ -102,12 +102,12 @@ async def run_worker(router: RouterSettings, spec: ChildSpec) -> None:
     assert spec.listener is not None
     run, name = router.run, worker_name(spec.worker)
     with file_thread(f"log of {name}", log=router.job.worker_log(spec.worker), label=name):
-        async with linked(router.deployment, router.counters, spec.worker) as link:
+        async with control_client(router.deployment, router.counters, spec.worker) as link:
             commands = CommandReader(spec.commands, lambda _, channel: link.attach(channel))
             async with commands:
                 for channel in spec.channels.values():
                     await link.attach(channel)
-                async with working(
+                async with serving(
                     run, router.deployment, router.policy, link, identity=router.identity, sock=spec.listener
                 ) as gateway:
                     memory_tuning.tune_for_relay()

@@ -144,7 +144,7 @@ class Discovery:
         self._record(replica, Incident.ERROR)
         self.recheck(replica)
 
-    def answered(self, replica: Replica) -> None:
+    def request_succeeded(self, replica: Replica) -> None:
         """A request succeeded after others had failed."""
         replica.recent_error = False
         self._record(replica, Incident.ANSWERED)

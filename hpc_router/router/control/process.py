@@ -251,7 +251,7 @@ class ControlProcess:
             case Incident.ERROR:
                 self.discovery.request_failed(replica, trouble)
             case Incident.ANSWERED:
-                self.discovery.answered(replica)
+                self.discovery.request_succeeded(replica)
             case _ if observation.event is not None:
                 self.discovery.state_reported(replica, observation.event)
             case _:

@@ -111,7 +111,7 @@ class ControlClient:
         self.metrics.task_failures.add(task)
         self._notify(TaskFailed(task, error))
 
-    def begin_to_serve(self) -> None:
+    def start_serving(self) -> None:
         self.serving = True
         self._notify(Serving())
 
@@ -139,25 +139,25 @@ class ControlClient:
         if turn is not None:
             self.sessions.learn(session, turn)
 
-    def doubt(self, replica: Replica, trouble: str) -> None:
+    def connect_failed(self, replica: Replica, trouble: str) -> None:
         replica.trouble = trouble
         if self.ejects_at_once:
             self._apply(replica, Event.FAILED)
         self._observed(replica, incident=Incident.NO_CONNECTION)
 
-    def erred(self, replica: Replica, trouble: str) -> None:
+    def request_failed(self, replica: Replica, trouble: str) -> None:
         replica.recent_error, replica.trouble = True, trouble
         self._observed(replica, incident=Incident.ERROR)
 
-    def answered(self, replica: Replica) -> None:
+    def request_succeeded(self, replica: Replica) -> None:
         replica.recent_error = False
         self._observed(replica, incident=Incident.ANSWERED)
 
-    def heard(self, replica: Replica, event: Event) -> None:
+    def state_reported(self, replica: Replica, event: Event) -> None:
         self._apply(replica, event)
         self._observed(replica, event=event)
 
-    def look_again(self, replica: Replica) -> None:
+    def recheck(self, replica: Replica) -> None:
         self._observed(replica)
 
     def _apply(self, replica: Replica, event: Event) -> None:

@@ -135,19 +135,19 @@ class Leaving(Protocol):
 class HealthReporter(Protocol):
     """Told what a request has seen of a replica."""
 
-    def doubt(self, replica: Replica, trouble: str) -> None:
+    def connect_failed(self, replica: Replica, trouble: str) -> None:
         """It could not be reached: out of the pool."""
 
-    def erred(self, replica: Replica, trouble: str) -> None:
+    def request_failed(self, replica: Replica, trouble: str) -> None:
         """It answered with an error, or not at all."""
 
-    def answered(self, replica: Replica) -> None:
+    def request_succeeded(self, replica: Replica) -> None:
         """Well, after it had erred."""
 
-    def heard(self, replica: Replica, event: Event) -> None:
+    def state_reported(self, replica: Replica, event: Event) -> None:
         """What it said of itself."""
 
-    def look_again(self, replica: Replica) -> None:
+    def recheck(self, replica: Replica) -> None:
         """Something failed that may be its fault."""
 
 
@@ -282,7 +282,7 @@ class Dispatcher:
                     if refusal is not None:
                         return refusal
                 elif replica.recent_error:
-                    self.witness.answered(replica)
+                    self.witness.request_succeeded(replica)
                 if errand.accused and 200 <= upstream.status < 300:
                     self._convict(errand, expert)
                 if errand.on_answer is not None and 200 <= upstream.status < 300:
@@ -308,7 +308,7 @@ class Dispatcher:
                     response.add(protocol.REQUEST_ID_HEADER, errand.request_id)
                     errand.refusal = Answered(502, expert, reason, response)
                 raise _TryElsewhereError from error
-            self.witness.look_again(replica)
+            self.witness.recheck(replica)
             await self._break_off(errand, expert, answer, _fault(replica, error))
         return Answered(answer.status, expert, reason, answer.response)
 
@@ -330,10 +330,10 @@ class Dispatcher:
         if protocol.DRAINING_HEADER.encode() in headers:
             self.metrics.failovers.add(replica.name, "draining")
             # An address that is not ours may have a successor there.
-            self.witness.heard(replica, Event.SAYS_STARTING if external else Event.SAYS_DRAINING)
+            self.witness.state_reported(replica, Event.SAYS_STARTING if external else Event.SAYS_DRAINING)
         elif protocol.STARTING_HEADER.encode() in headers:
             self.metrics.failovers.add(replica.name, "starting")
-            self.witness.heard(replica, Event.SAYS_STARTING)
+            self.witness.state_reported(replica, Event.SAYS_STARTING)
             errand.lost += status == _LOST
             if errand.lost >= _MAX_LOST:
                 return await self._refusal(errand, hold, upstream)
@@ -352,7 +352,9 @@ class Dispatcher:
         """A replica of this expert has answered well what others did not."""
         for replica, of, seen in errand.accused:
             if of == expert:
-                self.witness.erred(replica, f"{replica.record.url} answered {seen}" if isinstance(seen, int) else seen)
+                self.witness.request_failed(
+                    replica, f"{replica.record.url} answered {seen}" if isinstance(seen, int) else seen
+                )
         errand.accused = ()
 
     def _wants_token(self, errand: RoutedRequest, hold: Reservation) -> Answered:
@@ -377,10 +379,10 @@ class Dispatcher:
         if isinstance(cause, OSError) and cause.errno in _OUR_OWN:
             return
         if isinstance(error, UpstreamConnectError):
-            self.witness.doubt(replica, f"{replica.record.url}: {error}")
+            self.witness.connect_failed(replica, f"{replica.record.url}: {error}")
         else:
             errand.accused += ((replica, expert, str(error)),)
-            self.witness.look_again(replica)
+            self.witness.recheck(replica)
 
     def _late(self, errand: RoutedRequest, replica: Replica, *, answered: bool) -> AnswerTimeoutError:
         """The replica is alive, as far as its probes know: the timeout says nothing against it."""

@@ -78,7 +78,7 @@ class FastPathRequest(Work, ResponseCallback):
             request.keep_alive = False
         try:
             if hold.replica.recent_error:
-                dispatcher.witness.answered(hold.replica)
+                dispatcher.witness.request_succeeded(hold.replica)
             head = dispatcher.said(errand, hold, headers)
             dispatcher.metrics.first_byte.add(time.perf_counter() - errand.started, hold.expert, hold.replica.name)
             dispatcher.metrics.requests.add(hold.expert, str(errand.reason_at(hold.expert)), status)

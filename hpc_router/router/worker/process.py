@@ -45,7 +45,7 @@ class Identity:
 
 
 @asynccontextmanager
-async def linked(deployment: Deployment, counters: Counters, worker: int) -> AsyncIterator[ControlClient]:
+async def control_client(deployment: Deployment, counters: Counters, worker: int) -> AsyncIterator[ControlClient]:
     """What a worker knows of the replicas, once it is attached to a control process."""
     config = deployment.router
     table = ReplicaTable(
@@ -59,7 +59,7 @@ async def linked(deployment: Deployment, counters: Counters, worker: int) -> Asy
 
 
 @asynccontextmanager
-async def working(
+async def serving(
     run: RunDir,
     deployment: Deployment,
     policy: Policy,
@@ -82,9 +82,9 @@ async def working(
         )  # fmt: skip
         max_body = int(config.max_body_mb * 2**20)
         async with listen(gateway.handle, sock, max_body=max_body, express=gateway.express) as listener:
-            link.begin_to_serve()
+            link.start_serving()
             try:
-                async with following(gateway, link, run):
+                async with following_settings(gateway, link, run):
                     yield gateway
             finally:
                 listener.close()
@@ -97,7 +97,7 @@ async def working(
 
 
 @asynccontextmanager
-async def following(gateway: Gateway, link: ControlClient, run: RunDir) -> AsyncIterator[None]:
+async def following_settings(gateway: Gateway, link: ControlClient, run: RunDir) -> AsyncIterator[None]:
     """Take over the settings that the control process tells, one after the other; streams go on as they began."""
     told = asyncio.Event()
 
@@ -107,7 +107,7 @@ async def following(gateway: Gateway, link: ControlClient, run: RunDir) -> Async
             told.clear()
             try:
                 if link.settings is not None:
-                    await _take_over(gateway, link.settings, run)
+                    await _apply_settings(gateway, link.settings, run)
             except (HpcRouterError, OSError) as error:
                 logger.warning("settings were not applied: %s", error)
 
@@ -118,7 +118,7 @@ async def following(gateway: Gateway, link: ControlClient, run: RunDir) -> Async
         yield
 
 
-async def _take_over(gateway: Gateway, settings: Settings, run: RunDir) -> None:
+async def _apply_settings(gateway: Gateway, settings: Settings, run: RunDir) -> None:
     deployment = replace(gateway.deployment, policy=settings.policy, router=settings.router)
     policy = gateway.policy
     same_artefacts = (settings.artefact, settings.shadow) == versions(policy)
