@@ -77,11 +77,11 @@ def _task_failures(value: object) -> dict[str, tuple[int, str]]:
 
 
 class RankState(StrEnum):
-    """What a rank's part of the engine does."""
+    """Whether a rank's engine process runs (docs/states.md)."""
 
-    IDLE = "idle"  # there is none
-    RUNNING = "running"
-    ENDED = "ended"  # by itself
+    IDLE = "idle"  # it has not started
+    RUNNING = "running"  # it runs, whether or not the engine answers
+    ENDED = "ended"  # it ended without being told to
 
 
 class Action(StrEnum):

@@ -19,13 +19,13 @@ from hpc_router.state.run_directory import RunDir, private_umask
 
 
 class JobPhase(StrEnum):
-    """How far a job has come; the registry's `state` says only whether it may be used."""
+    """How far a job has come; the registry's `State` says only whether it takes requests (docs/states.md)."""
 
-    STARTING = "starting"  # the job body runs, no engine process yet
-    LOADING = "loading"  # the engine's process runs and does not answer yet
-    READY = "ready"
+    STARTING = "starting"  # the agent runs, the engine process does not yet
+    LOADING = "loading"  # the engine process runs and does not answer yet
+    READY = "ready"  # the engine answers
     RESTARTING = "restarting"  # the engine ended and is started again after a pause
-    DRAINING = "draining"
+    DRAINING = "draining"  # finishes its requests, takes no new ones
 
 
 class FailureReason(StrEnum):

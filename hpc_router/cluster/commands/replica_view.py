@@ -19,17 +19,17 @@ from hpc_router.state.registry import Record, RecordKind, State
 class DisplayedState(StrEnum):
     """What a user wants to know of a replica."""
 
-    MISSING = "missing"  # wanted, nothing submitted yet
-    SUBMITTED = "submitted"
+    MISSING = "missing"  # wanted, no job submitted yet
+    SUBMITTED = "submitted"  # the job waits in the queue, or has just started
     STARTING = "starting"
     LOADING = "loading"
     READY = "ready"
     RESTARTING = "restarting"
     DRAINING = "draining"
-    WAITING = "waiting"  # it failed; the next attempt waits
-    FAILED = "failed"  # it failed for good
-    STOPPED = "stopped"
-    REGISTERED = "registered"  # external: whether it answers only the router knows
+    WAITING = "waiting"  # the last attempt failed; the next one follows after a pause
+    FAILED = "failed"  # no further attempt follows
+    STOPPED = "stopped"  # it was asked to stop, and ended in order
+    REGISTERED = "registered"  # an external endpoint; only the router knows whether it answers
 
 
 @dataclass(frozen=True, slots=True)

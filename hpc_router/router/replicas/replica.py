@@ -27,12 +27,12 @@ NO_COLUMN: Final = 0
 
 
 class RoutingState(StrEnum):
-    """Whether the router sends requests to a replica. The first three have the values of the registry's `State`."""
+    """Whether the router sends requests to a replica: the state it reported last, or `ejected` (docs/states.md)."""
 
-    STARTING = "starting"  # the engine does not answer yet, or was not probed yet
-    READY = "ready"
+    STARTING = "starting"  # it reports that it is not ready yet, or was not probed yet
+    READY = "ready"  # gets requests
     DRAINING = "draining"  # finishes its requests, gets no new ones
-    EJECTED = "ejected"  # does not answer, fails the challenge, or answers with errors
+    EJECTED = "ejected"  # does not answer, fails the challenge, or answers with errors: gets no requests
 
 
 class Event(StrEnum):
@@ -41,8 +41,8 @@ class Event(StrEnum):
     SAYS_STARTING = "says_starting"
     SAYS_READY = "says_ready"
     SAYS_DRAINING = "says_draining"
-    FAILED = "failed"  # a probe or a connection attempt
-    EXCLUDED = "excluded"  # it answers with errors
+    FAILED = "failed"  # a probe or a connection attempt failed
+    EXCLUDED = "excluded"  # its responses were errors, several in a row
 
 
 READY: Final = RoutingState.READY  # an attribute look-up in the enum costs more than the rest of `has_room`
