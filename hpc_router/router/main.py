@@ -119,8 +119,8 @@ def usable_cpus(environment: Mapping[str, str], *, asked: int) -> int:
     usable = len(os.sched_getaffinity(0))
     if "SLURM_JOB_ID" not in environment:
         return max(1, min(usable, asked))
-    given = environment.get("SLURM_CPUS_PER_TASK", "")
-    return max(1, min(usable, int(given) if given.isdecimal() else asked))
+    allocated = environment.get("SLURM_CPUS_PER_TASK", "")
+    return max(1, min(usable, int(allocated) if allocated.isdecimal() else asked))
 
 
 def beside(reserved: socket.socket) -> socket.socket:

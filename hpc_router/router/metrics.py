@@ -18,28 +18,8 @@ from hpc_router.router.replicas.replica import RoutingState
 from hpc_router.router.replicas.table import ReplicaTable
 
 _LATENCY_S: Final = (
-    0.005,
-    0.01,
-    0.025,
-    0.05,
-    0.1,
-    0.25,
-    0.5,
-    1,
-    2.5,
-    5,
-    10,
-    30,
-    60,
-    120,
-    300,
-    600,
-    1800,
-    3600,
-    14400,
-    86400,
-    259200,
-)
+    0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800, 3600, 14400, 86400, 259200,
+)  # fmt: skip
 """The last edge exceeds the largest sum of `router.queue_timeout_s` and `router.first_byte_timeout_s`."""
 KEEP_S: Final = 600.0
 """Series of a replica that has left are kept this long."""
@@ -222,31 +202,24 @@ class Gauges(Collector):
 def gauges(
     table: ReplicaTable, *, in_flight: int, max_in_flight: int, registry_age_s: float, workers: int
 ) -> Iterator[Metric]:
-    yield GaugeMetricFamily("hpc_router_requests_in_flight", "Requests being served.", in_flight)
-    yield GaugeMetricFamily("hpc_router_requests_bound", "Requests that may be served at once.", max_in_flight)
-    yield GaugeMetricFamily("hpc_router_registry_age_seconds", "Since the registry was read.", registry_age_s)
-    yield GaugeMetricFamily("hpc_router_workers", "Workers that serve.", workers)
-    load = GaugeMetricFamily(
-        "hpc_router_replica_requests_in_flight", "Requests in flight on a replica.", labels=("replica",)
-    )
-    capacity = GaugeMetricFamily(
-        "hpc_router_replica_capacity", "Requests that a replica takes at once.", labels=("replica",)
-    )
-    at_experts = GaugeMetricFamily(
-        "hpc_router_expert_requests_in_flight", "Requests in flight on all replicas of an expert.", labels=("expert",)
-    )
-    expert_bound = GaugeMetricFamily(
-        "hpc_router_expert_requests_bound", "Requests that may be in flight on them.", labels=("expert",)
-    )
-    waiting_bound = GaugeMetricFamily(
-        "hpc_router_requests_waiting_bound", "Requests that may wait for a replica of an expert.", labels=("expert",)
-    )
-    states = GaugeMetricFamily(
-        "hpc_router_replicas", "Replicas of an expert by standing.", labels=("expert", "standing")
-    )
-    waiting = GaugeMetricFamily(
-        "hpc_router_requests_waiting", "Requests that wait for a replica of an expert.", labels=("expert",)
-    )
+    gauge = GaugeMetricFamily
+    yield gauge("hpc_router_requests_in_flight", "Requests being served.", in_flight)
+    yield gauge("hpc_router_requests_bound", "Requests that may be served at once.", max_in_flight)
+    yield gauge("hpc_router_registry_age_seconds", "Since the registry was read.", registry_age_s)
+    yield gauge("hpc_router_workers", "Workers that serve.", workers)
+    text = "Requests in flight on a replica."
+    load = gauge("hpc_router_replica_requests_in_flight", text, labels=("replica",))
+    text = "Requests that a replica takes at once."
+    capacity = gauge("hpc_router_replica_capacity", text, labels=("replica",))
+    text = "Requests in flight on all replicas of an expert."
+    expert_load = gauge("hpc_router_expert_requests_in_flight", text, labels=("expert",))
+    text = "Requests that may be in flight on them."
+    expert_bound = gauge("hpc_router_expert_requests_bound", text, labels=("expert",))
+    text = "Requests that may wait for a replica of an expert."
+    waiting_bound = gauge("hpc_router_requests_waiting_bound", text, labels=("expert",))
+    states = gauge("hpc_router_replicas", "Replicas of an expert by standing.", labels=("expert", "standing"))
+    text = "Requests that wait for a replica of an expert."
+    waiting = gauge("hpc_router_requests_waiting", text, labels=("expert",))
     table.refresh_peer_counts(table.all())
     for replica in table.all():
         load.add_metric((replica.name,), replica.load)
@@ -254,9 +227,9 @@ def gauges(
     for expert in sorted(table.experts()):
         waiting.add_metric((expert,), table.waiting(expert))
         waiting_bound.add_metric((expert,), table.bounds.waiting)
-        at_experts.add_metric((expert,), table.load(expert))
+        expert_load.add_metric((expert,), table.load(expert))
         if expert in table.bounds.in_flight:
             expert_bound.add_metric((expert,), table.bounds.in_flight[expert])
         for state in RoutingState:
             states.add_metric((expert, state), sum(r.state is state for r in table.of(expert)))
-    yield from (load, capacity, at_experts, expert_bound, states, waiting, waiting_bound)
+    yield from (load, capacity, expert_load, expert_bound, states, waiting, waiting_bound)

@@ -12,8 +12,8 @@ from hpc_router.state.run_directory import RunDir
 
 def artefact_folder(run: RunDir, deployment: Deployment) -> Path:
     """The folder of the classifier's artefact; it may not exist."""
-    given = deployment.policy.artefact
-    return run.classifier if given is None else Path(given)
+    artefact = deployment.policy.artefact
+    return run.classifier if artefact is None else Path(artefact)
 
 
 def artefact_folders(run: RunDir, deployment: Deployment) -> tuple[Path, ...]:

@@ -109,7 +109,7 @@ def refuse(status: int, *, headers: dict[str, str] | None = None) -> Act:
 
 
 async def hang(fake: FakeReplica, request: web.BaseRequest) -> web.StreamResponse:
-    """Until told to go on."""
+    """Until `go_on` is set."""
     await fake.go_on.wait()
     return await answer(fake, request)
 

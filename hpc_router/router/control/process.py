@@ -26,16 +26,7 @@ from hpc_router.router.control.registry_file import RegistryFile
 from hpc_router.router.control.replica_stats import ReplicaStats, increase, totals_by_replica
 from hpc_router.router.control.status import status
 from hpc_router.router.control.workers import WorkerConnection, Workers
-from hpc_router.router.ipc.messages import (
-    REPORT_S,
-    GetExposition,
-    GetStatus,
-    Message,
-    ProcessStatus,
-    ReplicaObservation,
-    ReplicaWell,
-    Settings,
-)
+from hpc_router.router.ipc import messages
 from hpc_router.router.ipc.shared_counters import IN_FLIGHT, Counters
 from hpc_router.router.ipc.supervisor import CONTROL, worker_name
 from hpc_router.router.metrics import Metrics, departures, gauges
@@ -71,7 +62,7 @@ class ControlProcess:
     artefact: str | None
     shadow: str | None = None
     draining: bool = False
-    processes: Mapping[str, ProcessStatus] = field(default_factory=dict)
+    processes: Mapping[str, messages.ProcessStatus] = field(default_factory=dict)
     table: ReplicaTable = field(init=False)
     discovery: Discovery = field(init=False)
     config_watcher: ConfigWatcher = field(init=False)
@@ -138,11 +129,11 @@ class ControlProcess:
             partial(self.run.event, "task_failed", replica=named, expert=expert, reason=reason, by=self.replica)
         )
 
-    def answer(self, call: Message) -> Awaitable[Any]:
+    def answer(self, call: messages.Message) -> Awaitable[Any]:
         match call:
-            case GetStatus():
+            case messages.GetStatus():
                 return self.status()
-            case GetExposition():
+            case messages.GetExposition():
                 return self.exposition()
         raise ValueError(f"the control process does not handle {type(call).__name__}")
 
@@ -232,7 +223,7 @@ class ControlProcess:
             rate, more = self._departure_rates.setdefault(expert, DepartureRate()), count - earlier.get(expert, 0)
             if more > 0:
                 if rate.per_s(at) is None:
-                    rate.began(at - REPORT_S)
+                    rate.began(at - messages.REPORT_S)
                 rate.left(at, more)
         for name, (answered, seconds, errors) in increase(totals_by_replica(now), totals_by_replica(before)).items():
             self._stats.setdefault(name, ReplicaStats()).add(answered, seconds, errors, now=at)
@@ -241,7 +232,7 @@ class ControlProcess:
         for name in [name for name in self._stats if self.table.get(name) is None]:
             del self._stats[name]
 
-    def observed(self, observation: ReplicaObservation) -> None:
+    def observed(self, observation: messages.ReplicaObservation) -> None:
         replica, trouble = self.table.get(observation.replica), observation.trouble or ""
         if replica is None or replica.record.nonce != observation.nonce:
             return
@@ -268,12 +259,12 @@ class ControlProcess:
             self.table.bounds = queue_limits(deployment)
             self.workers.configure(settings)
 
-    def _settings(self) -> Settings:
-        return Settings(self.deployment.policy, self.deployment.router, self.artefact, self.shadow)
+    def _settings(self) -> messages.Settings:
+        return messages.Settings(self.deployment.policy, self.deployment.router, self.artefact, self.shadow)
 
     def _probed_ready(self, replica: Replica) -> None:
         if any(self.table.waiting(expert) for expert in replica.record.serves):
-            self.workers.notify(ReplicaWell(replica.name))
+            self.workers.notify(messages.ReplicaWell(replica.name))
 
     def _registry_read(self, records: Mapping[str, Record]) -> None:
         self.registry_file.keep(records)

@@ -13,25 +13,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final, Protocol, TypeVar
 
-from hpc_router.router.ipc.messages import (
-    Call,
-    FindTurn,
-    GetMetrics,
-    Hello,
-    Inherit,
-    Message,
-    MetricsDump,
-    MetricsReport,
-    Release,
-    ReplicaObservation,
-    Serving,
-    Settings,
-    Snapshot,
-    SnapshotApplied,
-    Sync,
-    TaskFailed,
-    TurnAnswered,
-)
+from hpc_router.router.ipc import messages
 from hpc_router.router.ipc.rpc import ChannelClosedError, RpcPeer
 from hpc_router.router.ipc.shared_counters import Counters
 from hpc_router.router.replicas.replica import NO_COLUMN, Replica, RoutingState
@@ -49,10 +31,10 @@ R = TypeVar("R")
 class WorkerEvents(Protocol):
     """What the owner does with a worker's messages."""
 
-    def observed(self, observation: ReplicaObservation) -> None: ...
+    def observed(self, observation: messages.ReplicaObservation) -> None: ...
     def counted(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None: ...
     def worker_task_failed(self, task: str, error: str) -> None: ...
-    def answer(self, call: Message) -> Awaitable[Any]: ...
+    def answer(self, call: messages.Message) -> Awaitable[Any]: ...
 
 
 @dataclass(slots=True)
@@ -70,13 +52,13 @@ class WorkerConnection:
     observed: int = 0
     applied: bool = True
     stale: bool = False
-    metrics: MetricsDump = field(default_factory=dict)
+    metrics: messages.MetricsDump = field(default_factory=dict)
 
-    def notify(self, message: Message) -> None:
+    def notify(self, message: messages.Message) -> None:
         if self.channel is not None:
             self.channel.notify(message)
 
-    async def call(self, call: Call[R]) -> R | None:
+    async def call(self, call: messages.Call[R]) -> R | None:
         """None when it does not answer in time."""
         if self.channel is None:
             return None
@@ -94,7 +76,7 @@ class Workers:
     table: ReplicaTable
     counters: Counters
     events: WorkerEvents
-    settings: Settings
+    settings: messages.Settings
     experts: Iterable[str] = ()
     sessions: Sessions = field(default_factory=Sessions)
     seeds: dict[str, Replica] = field(default_factory=dict)
@@ -130,19 +112,19 @@ class Workers:
             if connection.channel is not None:
                 connection.channel.close()
 
-    def notify(self, message: Message) -> None:
+    def notify(self, message: messages.Message) -> None:
         for connection in self.all:
             connection.notify(message)
 
     def release(self) -> None:
         """The router's record is withdrawn: no new clients come."""
-        self.notify(Release())
+        self.notify(messages.Release())
 
-    def configure(self, settings: Settings) -> None:
+    def configure(self, settings: messages.Settings) -> None:
         self.settings = settings
         self.notify(settings)
 
-    async def metrics(self) -> list[MetricsDump]:
+    async def metrics(self) -> list[messages.MetricsDump]:
         """What each worker has counted, with its predecessors."""
         await asyncio.gather(*map(self._collect, self.all))
         return [connection.metrics for connection in self.all]
@@ -151,7 +133,7 @@ class Workers:
         """Where the session's last turn was answered. A worker reports a turn before it answers its client, so after a
         `Sync` with each of them every turn that a client knows of is here."""
         await self.informed.wait()
-        await asyncio.gather(*(connection.call(Sync()) for connection in self.all))
+        await asyncio.gather(*(connection.call(messages.Sync()) for connection in self.all))
         return self.sessions.find(session)
 
     def publish_soon(self) -> None:
@@ -185,40 +167,40 @@ class Workers:
         connection.stale = not connection.applied
         if connection.applied:
             connection.applied = False
-            connection.notify(Snapshot(connection.observed, self._snapshot, dict(self.table.queue_columns)))
+            connection.notify(messages.Snapshot(connection.observed, self._snapshot, dict(self.table.queue_columns)))
 
-    def _receive(self, connection: WorkerConnection, message: Message) -> Awaitable[Any] | None:
+    def _receive(self, connection: WorkerConnection, message: messages.Message) -> Awaitable[Any] | None:
         match message:
-            case Hello():
+            case messages.Hello():
                 self._greet(connection, message)
-            case Serving():
+            case messages.Serving():
                 connection.serving.set()
-            case SnapshotApplied():
+            case messages.SnapshotApplied():
                 connection.applied = True
                 if connection.stale:
                     self._send_snapshot(connection)
-            case ReplicaObservation():
+            case messages.ReplicaObservation():
                 self._observe(connection, message)
-            case TurnAnswered(session, turn):
+            case messages.TurnAnswered(session, turn):
                 self._learn(connection, session, turn)
-            case MetricsReport(metrics):
+            case messages.MetricsReport(metrics):
                 self.events.counted(connection.metrics, metrics)
                 connection.metrics = metrics
-            case TaskFailed(task, error):
+            case messages.TaskFailed(task, error):
                 self.events.worker_task_failed(task, error)
-            case FindTurn(session):
+            case messages.FindTurn(session):
                 return self.find_turn(session)
             case _:
                 return self.events.answer(message)
         return None
 
-    def _greet(self, connection: WorkerConnection, hello: Hello) -> None:
+    def _greet(self, connection: WorkerConnection, hello: messages.Hello) -> None:
         """A worker that replaces another continues with what that one had counted and served."""
         replaced = connection.pid not in (None, hello.pid)
         connection.pid = hello.pid
         if replaced:
             turns = [(s, turn) for s, turn in self.sessions if self._session_workers.get(s) == connection.worker]
-            connection.notify(Inherit(connection.metrics, tuple(turns)))
+            connection.notify(messages.Inherit(connection.metrics, tuple(turns)))
         else:
             connection.metrics = hello.metrics
         for session, turn in hello.turns:
@@ -247,14 +229,14 @@ class Workers:
             known = self._session_workers
             self._session_workers = {s: known[s] for s, _ in self.sessions if s in known}
 
-    def _observe(self, connection: WorkerConnection, observation: ReplicaObservation) -> None:
+    def _observe(self, connection: WorkerConnection, observation: messages.ReplicaObservation) -> None:
         connection.observed, connection.stale = observation.number, True
         self.events.observed(observation)
         if observation.incident is not None or observation.event is not None:
             self.publish_soon()
 
     async def _collect(self, connection: WorkerConnection) -> None:
-        metrics = await connection.call(GetMetrics())
+        metrics = await connection.call(messages.GetMetrics())
         if metrics is not None:
             connection.metrics = metrics
 

@@ -49,12 +49,12 @@ class Counters:
         """Zero the row of a worker that has ended."""
         self._row(worker)[:] = memoryview(bytes(COLUMNS * _CELL)).cast("q")
 
-    def allocate(self, taken: Collection[int]) -> int:
+    def allocate(self, used: Collection[int]) -> int:
         """A column that is not in use. Only the control process calls this; its successor continues from there."""
         for _ in range(COLUMNS):
             column = self._own[NO_COLUMN]
             self._own[NO_COLUMN] = column + 1 if column + 1 < COLUMNS else _FIRST
-            if column not in taken and not any(row[column] for row in self.all()):
+            if column not in used and not any(row[column] for row in self.all()):
                 return column
         raise AssertionError("unreachable: there are more columns than replicas and experts")
 

@@ -21,15 +21,7 @@ from dataclasses import dataclass, field
 from typing import Final, NoReturn
 
 from hpc_router.errors import LaunchError
-from hpc_router.router.ipc.messages import (
-    AttachCommand,
-    DrainCommand,
-    EndCommand,
-    Message,
-    ProcessesChanged,
-    ProcessStatus,
-    ReloadCommand,
-)
+from hpc_router.router.ipc import messages
 from hpc_router.router.ipc.shared_counters import CUT_OFF, IN_FLIGHT, Counters
 from hpc_router.router.ipc.supervisor_commands import send_command
 
@@ -62,7 +54,7 @@ class ChildSpec:
     commands: socket.socket
     channels: Mapping[int, socket.socket]
     listener: socket.socket | None
-    processes: Mapping[str, ProcessStatus]
+    processes: Mapping[str, messages.ProcessStatus]
     notices: tuple[str, ...]
 
 
@@ -90,8 +82,8 @@ class Child:
             self.listener.close()
             self.listener = None
 
-    def status(self) -> ProcessStatus:
-        return ProcessStatus(self.restarts, self.last_end, self.pid or None)
+    def status(self) -> messages.ProcessStatus:
+        return messages.ProcessStatus(self.restarts, self.last_end, self.pid or None)
 
 
 def pause_s(in_a_row: int) -> float:
@@ -168,12 +160,12 @@ class RouterSupervisor:
         if any(number in signals for number in STOP_SIGNALS) and self._stopping_until is None:
             self._stopping_until = self.clock() + self.stop_s  # `now` was read before the wait
             for child in self._living():
-                self._send(child, DrainCommand())
+                self._send(child, messages.DrainCommand())
             for child in self.children:
                 if child.listener is not None:
                     child.listener.close()  # the worker closes its own copy once it has drained
         if signal.SIGHUP in signals:
-            self._send(self.children[0], ReloadCommand())
+            self._send(self.children[0], messages.ReloadCommand())
 
     def _reap(self) -> None:
         for child in self._living():
@@ -192,7 +184,7 @@ class RouterSupervisor:
                     self._check_failures(child)
                     self._report_processes(f"{child.name} (process {pid}) {child.last_end}")
         if self._stopping_until is not None and not any(c.worker is not None for c in self._living()):
-            self._send(self.children[0], EndCommand())
+            self._send(self.children[0], messages.EndCommand())
 
     def _check_failures(self, child: Child) -> None:
         """Raises LaunchError when neither this child nor any other of its kind stays alive."""
@@ -233,28 +225,28 @@ class RouterSupervisor:
         for peer in others:
             if peer.name in pairs:
                 near, far = pairs[peer.name]
-                self._send(peer, AttachCommand(child.worker), far)
+                self._send(peer, messages.AttachCommand(child.worker), far)
                 near.close()
                 far.close()
         self._report_processes(None)
 
     def _descriptors(self, ours: socket.socket, more: Iterable[socket.socket]) -> set[int]:
         """Descriptors that a child must close, so that the end of another process closes its connections."""
-        found = {*self._wakeups, ours.fileno(), *(sock.fileno() for sock in more)}
+        descriptors = {*self._wakeups, ours.fileno(), *(sock.fileno() for sock in more)}
         for child in self.children:
-            found |= {s.fileno() for s in (child.listener, child.commands) if s is not None and s.fileno() >= 0}
-        return found
+            descriptors |= {s.fileno() for s in (child.listener, child.commands) if s is not None and s.fileno() >= 0}
+        return descriptors
 
-    def _statuses(self) -> dict[str, ProcessStatus]:
+    def _statuses(self) -> dict[str, messages.ProcessStatus]:
         return {child.name: child.status() for child in self.children}
 
     def _report_processes(self, notice: str | None) -> None:
         """To the control process, or its successor."""
         if notice is not None and not self.children[0].pid:
             self._undelivered.append(notice)
-        self._send(self.children[0], ProcessesChanged(self._statuses(), notice))
+        self._send(self.children[0], messages.ProcessesChanged(self._statuses(), notice))
 
-    def _send(self, child: Child, command: Message, channel: socket.socket | None = None) -> None:
+    def _send(self, child: Child, command: messages.Message, channel: socket.socket | None = None) -> None:
         """Nothing is sent to a child that has just died or does not read; its successor gets the current state."""
         if child.pid and child.commands is not None:
             with contextlib.suppress(OSError):

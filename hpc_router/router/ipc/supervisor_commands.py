@@ -11,35 +11,26 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Final, Self
 
-from hpc_router.router.ipc.messages import (
-    AttachCommand,
-    DrainCommand,
-    EndCommand,
-    Message,
-    ProcessesChanged,
-    ReloadCommand,
-    decode,
-    encode,
-)
+from hpc_router.router.ipc import messages
 
 logger = logging.getLogger(__name__)
 
 MAX_COMMAND_BYTES: Final = 2**16
 
 
-def send_command(sock: socket.socket, command: Message, channel: socket.socket | None = None) -> None:
+def send_command(sock: socket.socket, command: messages.Message, channel: socket.socket | None = None) -> None:
     """Never blocks. Raises OSError where the child has ended or its buffer is full."""
     descriptors = [] if channel is None else [channel.fileno()]
     flags = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
-    socket.send_fds(sock, [encode(command)], descriptors, flags)
+    socket.send_fds(sock, [messages.encode(command)], descriptors, flags)
 
 
-def receive_command(sock: socket.socket) -> tuple[Message, socket.socket | None] | None:
+def receive_command(sock: socket.socket) -> tuple[messages.Message, socket.socket | None] | None:
     """None: the supervisor has ended. Raises BlockingIOError when no command is there."""
     data, descriptors, _, _ = socket.recv_fds(sock, MAX_COMMAND_BYTES, 1)
     if not data:
         return None
-    return decode(data)[0], socket.socket(fileno=descriptors[0]) if descriptors else None
+    return messages.decode(data)[0], socket.socket(fileno=descriptors[0]) if descriptors else None
 
 
 @dataclass(slots=True)
@@ -48,7 +39,7 @@ class CommandReader:
 
     sock: socket.socket
     on_attach: Callable[[int | None, socket.socket], Awaitable[None]]
-    on_processes: Callable[[ProcessesChanged], None] | None = None
+    on_processes: Callable[[messages.ProcessesChanged], None] | None = None
     on_reload: Callable[[], None] | None = None
     drain: asyncio.Event = field(default_factory=asyncio.Event)
     end: asyncio.Event = field(default_factory=asyncio.Event)
@@ -76,17 +67,17 @@ class CommandReader:
             return
         command, channel = received
         match command:
-            case AttachCommand(worker) if channel is not None:
+            case messages.AttachCommand(worker) if channel is not None:
                 task = asyncio.ensure_future(self.on_attach(worker, channel))
                 self._attaching.add(task)
                 task.add_done_callback(self._attaching.discard)
-            case DrainCommand():
+            case messages.DrainCommand():
                 self.drain.set()
-            case EndCommand():
+            case messages.EndCommand():
                 self.end.set()
-            case ProcessesChanged() if self.on_processes is not None:
+            case messages.ProcessesChanged() if self.on_processes is not None:
                 self.on_processes(command)
-            case ReloadCommand() if self.on_reload is not None:
+            case messages.ReloadCommand() if self.on_reload is not None:
                 self.on_reload()
             case _:
                 logger.warning("unexpected command ignored: %s", type(command).__name__)

@@ -13,27 +13,7 @@ from dataclasses import dataclass, field
 from typing import Final, TypeVar
 
 from hpc_router.background_tasks import restarting
-from hpc_router.router.ipc.messages import (
-    REPORT_S,
-    Call,
-    FindTurn,
-    GetMetrics,
-    Hello,
-    Inherit,
-    Message,
-    MetricsDump,
-    MetricsReport,
-    Release,
-    ReplicaObservation,
-    ReplicaWell,
-    Serving,
-    Settings,
-    Snapshot,
-    SnapshotApplied,
-    Sync,
-    TaskFailed,
-    TurnAnswered,
-)
+from hpc_router.router.ipc import messages
 from hpc_router.router.ipc.rpc import ChannelClosedError, RpcPeer
 from hpc_router.router.metrics import Metrics
 from hpc_router.router.replicas.health import Incident
@@ -60,17 +40,17 @@ class ControlClient:
     informed: asyncio.Event = field(default_factory=asyncio.Event)
     released: asyncio.Event = field(default_factory=asyncio.Event)
     serving: bool = False
-    settings: Settings | None = None
+    settings: messages.Settings | None = None
     on_settings: Callable[[], None] | None = None
     _channel: RpcPeer | None = None
     _attached: asyncio.Event = field(default_factory=asyncio.Event)
     _observations: int = 0
     _unacknowledged: dict[Replica, int] = field(default_factory=dict)
-    _reported: MetricsDump | None = None
+    _reported: messages.MetricsDump | None = None
     _reporting: asyncio.Task[None] | None = None
 
     def __post_init__(self) -> None:
-        self.sessions.on_turn = lambda session, turn: self._notify(TurnAnswered(session, turn))
+        self.sessions.on_turn = lambda session, turn: self._notify(messages.TurnAnswered(session, turn))
 
     async def attach(self, sock: socket.socket) -> None:
         """Connect to the control process, or to its successor."""
@@ -85,7 +65,7 @@ class ControlClient:
             channel.close()
             return
         self._reported = self.metrics.dump()
-        hello = Hello(
+        hello = messages.Hello(
             pid=os.getpid(),
             serving=self.serving,
             replicas=snapshot_of(self.table) if self.informed.is_set() else None,
@@ -103,19 +83,19 @@ class ControlClient:
         if self._reporting is not None:
             self._reporting.cancel()
         if self._channel is not None:
-            self._notify(MetricsReport(self.metrics.dump()))
+            self._notify(messages.MetricsReport(self.metrics.dump()))
             self._channel.close()
 
     def task_failed(self, task: str, error: str) -> None:
         """A background task of this worker failed and starts again."""
         self.metrics.task_failures.add(task)
-        self._notify(TaskFailed(task, error))
+        self._notify(messages.TaskFailed(task, error))
 
     def start_serving(self) -> None:
         self.serving = True
-        self._notify(Serving())
+        self._notify(messages.Serving())
 
-    async def call(self, call: Call[R]) -> R:
+    async def call(self, call: messages.Call[R]) -> R:
         """The reply of the control process; waits for its successor if it ends. Raises ChannelClosedError."""
         try:
             async with asyncio.timeout(CALL_TIMEOUT_S):
@@ -135,7 +115,7 @@ class ControlClient:
 
     async def recall(self, session: str) -> None:
         """Learn where the session's last turn was answered, whichever worker served it."""
-        turn = await self.call(FindTurn(session))
+        turn = await self.call(messages.FindTurn(session))
         if turn is not None:
             self.sessions.learn(session, turn)
 
@@ -169,41 +149,41 @@ class ControlClient:
         number, nonce = self._observations, replica.record.nonce
         if incident is not None or event is not None:
             self._unacknowledged[replica] = number
-        self._notify(ReplicaObservation(number, replica.name, nonce, incident, event, replica.trouble))
+        self._notify(messages.ReplicaObservation(number, replica.name, nonce, incident, event, replica.trouble))
 
-    def _receive(self, message: Message) -> MetricsDump | None:
+    def _receive(self, message: messages.Message) -> messages.MetricsDump | None:
         match message:
-            case Snapshot():
+            case messages.Snapshot():
                 self._apply_snapshot(message)
-            case Settings():
+            case messages.Settings():
                 self.settings = message
                 if self.on_settings is not None:
                     self.on_settings()
-            case Inherit(metrics, turns):
+            case messages.Inherit(metrics, turns):
                 self.metrics.absorb(metrics)
                 for session, turn in turns:
                     self.sessions.learn(session, turn)
-            case GetMetrics():
+            case messages.GetMetrics():
                 return self.metrics.dump()
-            case ReplicaWell(name):
+            case messages.ReplicaWell(name):
                 replica = self.table.get(name)
                 if replica is not None and replica.state is RoutingState.READY:
                     self.table.offer(replica, ignore_avoid=True)
-            case Sync():
+            case messages.Sync():
                 pass
-            case Release():
+            case messages.Release():
                 self.released.set()
             case _:
                 raise ValueError(f"a worker does not handle {type(message).__name__}")
         return None
 
-    def _apply_snapshot(self, snapshot: Snapshot) -> None:
+    def _apply_snapshot(self, snapshot: messages.Snapshot) -> None:
         self._unacknowledged = {
             replica: number for replica, number in self._unacknowledged.items() if number > snapshot.observed
         }
         self.table.reassign_queue_columns(snapshot.queue_columns)
         apply_snapshot(self.table, snapshot.replicas, keep_state={replica.name for replica in self._unacknowledged})
-        self._notify(SnapshotApplied())
+        self._notify(messages.SnapshotApplied())
         self.informed.set()
 
     def _detach(self, channel: RpcPeer) -> None:
@@ -211,7 +191,7 @@ class ControlClient:
             self._channel = None
             self._attached.clear()
 
-    def _notify(self, message: Message) -> None:
+    def _notify(self, message: messages.Message) -> None:
         if self._channel is not None:
             self._channel.notify(message)
 
@@ -222,5 +202,5 @@ class ControlClient:
             counted = self.metrics.dump()
             if counted != self._reported:
                 self._reported = counted
-                self._notify(MetricsReport(counted))
-            await asyncio.sleep(REPORT_S)
+                self._notify(messages.MetricsReport(counted))
+            await asyncio.sleep(messages.REPORT_S)

@@ -93,7 +93,7 @@ async def test_a_shadow_is_counted_and_has_no_say(run: RunDir, tmp_path: Path) -
         assert shadowed(values, artefact, shadow, "yes") == 1, "both know no word of it and fall back"
 
 
-async def test_a_shadow_that_was_trained_anew_is_taken_over(run: RunDir, tmp_path: Path) -> None:
+async def test_a_retrained_shadow_is_loaded(run: RunDir, tmp_path: Path) -> None:
     artefact = trained(run.classifier)
     first = trained(tmp_path / "shadow", SWAPPED)
     async with serving(run, deployed(run, shadow=str(tmp_path / "shadow"))) as router:
@@ -129,7 +129,7 @@ async def test_an_artefact_replaced_while_it_is_read_is_not_missed(
     files.close(timeout_s=5)
 
 
-async def test_drift_is_told_by_status_and_metrics(run: RunDir) -> None:
+async def test_status_and_metrics_show_drift(run: RunDir) -> None:
     """Trained on both experts' prompts alike; now three of four prompts are code's."""
     trained(run.classifier)
     async with serving(run, deployed(run)) as router:

@@ -159,7 +159,7 @@ async def test_one_that_drained_comes_back_when_it_is_ready(tmp_path: Path, head
         assert await waits == 200
 
 
-async def test_a_refused_token_is_told_as_ours(tmp_path: Path) -> None:
+async def test_a_refused_token_is_reported_as_a_fault_of_the_configuration(tmp_path: Path) -> None:
     """The client's own was right."""
     run, endpoint = a_run(tmp_path), Endpoint(chat_status=401)
     async with registered(run, endpoint), a_router(run, a_deployment()) as router:

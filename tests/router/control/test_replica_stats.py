@@ -1,4 +1,4 @@
-"""Who is sick, by what he has answered of late."""
+"""Which replicas are degraded, by their recent answers."""
 
 from collections.abc import Sequence
 
@@ -30,12 +30,12 @@ def seen(answered: int, *, each_s: float = 0.1, errors: int = 0) -> ReplicaStats
         (seen(50, each_s=1.0), [seen(5)], None),
     ],
 )
-def test_who_is_sick(one: ReplicaStats, others: Sequence[ReplicaStats], says: str | None) -> None:
+def test_which_replicas_are_degraded(one: ReplicaStats, others: Sequence[ReplicaStats], says: str | None) -> None:
     told = degradation(one, others)
     assert told == says if says is None else told is not None and told.startswith(says)
 
 
-def test_what_was_long_ago_counts_less() -> None:
+def test_old_counts_decay() -> None:
     recent = seen(80, errors=20)
     recent.add(100, 10.0, 0, now=100.0 + HALF_LIFE_S)
     assert recent.error_share == pytest.approx(10 / 150)
@@ -43,7 +43,7 @@ def test_what_was_long_ago_counts_less() -> None:
     assert degradation(recent, []) is None
 
 
-def test_it_is_read_from_what_workers_count() -> None:
+def test_the_totals_come_from_the_workers_metrics() -> None:
     """A 429 is no error; shown by expert alone; and a replica that is forgotten leaves its counts to its expert."""
     metrics = Metrics()
     for _ in range(3):

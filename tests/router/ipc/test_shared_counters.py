@@ -1,4 +1,4 @@
-"""What several workers count together: every cell is what its worker has, and zero once nothing is under way."""
+"""The shared counters: each cell is its worker's count, and zero once no request is in flight."""
 
 import asyncio
 from dataclasses import dataclass, field, replace
@@ -30,10 +30,10 @@ def test_a_column_is_handed_out_again_only_after_all_others() -> None:
     seen = {first, second} | {counters.allocate({first, second}) for _ in range(COLUMNS)}
     assert seen.isdisjoint({NO_COLUMN, IN_FLIGHT, CUT_OFF})
     assert len(seen) == COLUMNS - 3
-    assert counters.allocate({first}) != second, "somebody counts there"
+    assert counters.allocate({first}) != second, "a worker counts there"
 
 
-def test_a_row_is_its_workers_alone_and_cleared_whole() -> None:
+def test_a_row_belongs_to_one_worker_and_is_cleared_whole() -> None:
     counters = Counters(workers=2)
     for worker in range(2):
         counters.row(worker)[IN_FLIGHT] = worker + 1
@@ -116,7 +116,7 @@ class Interleaving(RuleBasedStateMachine):
 
     @rule()
     def pass_time(self) -> None:
-        """Until those who wait have looked for what other workers gave back."""
+        """Until waiting requests have looked for places that other workers released."""
         self.now += 2 * PEER_REFRESH_S
         self._step()
 

@@ -186,7 +186,7 @@ async def settled(one: Serving) -> dict[str, Any]:
 
 
 async def test_a_killed_process_is_replaced_and_the_others_serve_on(run: RunDir) -> None:
-    """Streams of other workers go on to their end; nobody waits for a control process."""
+    """Streams of other workers go on to their end; no request waits for the control process."""
     async with (
         fake_replica(run, "math-0.g1", stream([event("a")], then="hang"), capacity=64) as fake,
         serving(run) as one,
@@ -307,7 +307,7 @@ async def set_(run: RunDir, word: str) -> None:
 
 
 async def fallbacks(one: Serving) -> set[str | None]:
-    """As told over so many connections that every worker has some of them."""
+    """As answered over enough connections that every worker has some of them."""
     told = [await one.post("/route", {"prompt": "x"}) for _ in range(10)]
     return {answer.get("expert") for _, answer in told}
 
@@ -324,7 +324,7 @@ async def fallbacks(one: Serving) -> set[str | None]:
         ("nonsense", "KEY=VALUE"),
     ],
 )
-def test_settings_that_cannot_be_are_refused(run: RunDir, word: str, says: str) -> None:
+def test_invalid_settings_are_refused(run: RunDir, word: str, says: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(says)):
         change(run, *parse_settings([word]))
     assert run.read_desired() == {}
@@ -376,7 +376,7 @@ async def killed(one: Serving, victim: str) -> dict[str, Any]:
         await asyncio.sleep(0.02)
 
 
-async def test_an_artefact_that_was_trained_anew_is_taken_over(run: RunDir) -> None:
+async def test_a_retrained_artefact_is_loaded(run: RunDir) -> None:
     """Every worker decides by it, and says so."""
     prompts = {
         "code": ["def f(x): return x", "sort a python list"],

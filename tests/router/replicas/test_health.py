@@ -1,4 +1,4 @@
-"""Who is taken out, for how long, and who may not be."""
+"""Which incidents eject a replica, for how long, and which replicas may not be ejected."""
 
 import pytest
 
@@ -25,20 +25,20 @@ def test_connections_that_cannot_be_made_in_a_row_eject(between: Incident) -> No
     assert notes(health, Incident.NO_CONNECTION) == [Verdict.EJECT]
 
 
-def test_errors_in_a_row_exclude_and_a_good_answer_forgives_them() -> None:
+def test_errors_in_a_row_exclude_and_a_success_resets_them() -> None:
     health, error = ReplicaHealth(), Incident.ERROR
     assert notes(health, error, error, Incident.ANSWERED, error, error) == [Verdict.KEEP] * 5
-    assert notes(health, Incident.PROBE_OK) == [Verdict.KEEP], "an agent that answers says nothing about its engine"
+    assert notes(health, Incident.PROBE_OK) == [Verdict.KEEP], "a probe reaches the agent, not its engine"
     assert notes(health, error) == [Verdict.EXCLUDE]
 
 
-def test_who_cannot_be_spared_stays() -> None:
+def test_a_replica_that_cannot_be_spared_is_kept() -> None:
     health = ReplicaHealth()
     assert notes(health, *[Incident.ERROR] * 9, spare=False) == [Verdict.KEEP] * 9
     assert notes(health, Incident.ERROR, spare=True) == [Verdict.EXCLUDE]
 
 
-def test_its_word_counts_again_after_a_time_that_doubles() -> None:
+def test_the_exclusion_doubles_up_to_its_limit() -> None:
     health, now, times = ReplicaHealth(), 0.0, []
     for _ in range(4):
         assert notes(health, *[Incident.ERROR] * 3, now=now)[-1] is Verdict.EXCLUDE
@@ -49,10 +49,10 @@ def test_its_word_counts_again_after_a_time_that_doubles() -> None:
         assert not health.is_excluded(now)
     assert times == [10.0, 20.0, 30.0, 30.0], "up to the longest"
     notes(health, *[Incident.ERROR] * 3, now=now + RULES.max_exclusion_s + 0.001)
-    assert health.excluded_until == now + RULES.max_exclusion_s + 0.001 + 10.0, "long ago is forgotten"
+    assert health.excluded_until == now + RULES.max_exclusion_s + 0.001 + 10.0, "old exclusions do not count"
 
 
-def test_while_it_is_out_what_was_under_way_there_lengthens_nothing() -> None:
+def test_errors_during_an_exclusion_do_not_lengthen_it() -> None:
     health = ReplicaHealth()
     notes(health, *[Incident.ERROR] * 3)
     assert notes(health, *[Incident.ERROR] * 5, now=9.0) == [Verdict.KEEP] * 5
@@ -77,7 +77,7 @@ def test_late_probes_in_a_row_eject_and_one_that_fails_does_at_once() -> None:
         ([(False, True), (True, False), (True, False)], 0.5, True),
     ],
 )
-def test_a_share_of_them_may_be_out_and_never_the_last(
+def test_a_share_may_be_excluded_and_never_the_last_ready_one(
     others: list[tuple[bool, bool]], share: float, may: bool
 ) -> None:
     assert can_eject(others=others, share=share) is may

@@ -1,7 +1,7 @@
 """After any interleaving of arrivals, answers, failures, cancellations, reloads and kills every counter is zero.
 
 Two workers, each with its own table over the same counters, as in the router; what a killed worker had counted is
-cleared by whoever sees to its end.
+cleared by its supervisor.
 """
 
 import asyncio
@@ -24,7 +24,7 @@ at_most = st.integers(0, 30)
 
 
 class Worker:
-    """A table and whoever asks it. `cells`: its row, which outlives it."""
+    """A table with the reservations and waits made on it. `cells`: its row, which outlives it."""
 
     def __init__(self, cells: dict[int, int], peers: list[dict[int, int]], pin_bound: float | None) -> None:
         self.table = ReplicaTable(pin_bound, QueueLimits(waiting=3), cells=cells, peers=peers)
