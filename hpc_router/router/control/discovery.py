@@ -1,29 +1,25 @@
 """Keeps the replica table current: reads the registry and probes every endpoint.
 
 The registry says which replicas exist; a probe says whether one answers, and as itself: an agent proves its key
-(`auth`). An external endpoint counts as alive with any HTTP response to a probe, and with every request it answers.
+(`prober`). An external endpoint counts as alive with any HTTP response, to a probe or to a request.
 Beats that stop while probes pass mean a stalled file system, so they eject no replica. A replica leaves the table when
 its owner withdraws its record. Nothing here knows the workers.
 """
 
 import asyncio
 import contextlib
-import json
 import logging
 import math
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Final
-
-import aiohttp
+from typing import Final
 
 from hpc_router.background_tasks import OnFailure, restarting
 from hpc_router.config.schema import RouterConfig
-from hpc_router.errors import ConfigError
-from hpc_router.net import protocol
-from hpc_router.net.auth import challenge_answer, new_token, replica_key, same
+from hpc_router.net.auth import replica_key
+from hpc_router.router.control.prober import Prober
 from hpc_router.router.replicas.health import EjectionRules, Incident, Verdict, can_eject
 from hpc_router.router.replicas.replica import Event, Replica, RoutingState
 from hpc_router.router.replicas.table import ReplicaTable
@@ -35,15 +31,7 @@ logger = logging.getLogger(__name__)
 
 SILENT_BEATS: Final = 4
 """A replica is silent when its beat is this many intervals late."""
-MAX_PROBE_BYTES: Final = 2**20
-EXTERNAL_PROBE_S: Final = 15.0
-"""Timeout of an external endpoint's response to a probe; connecting has `router.probe_timeout_s`."""
 _EJECTED_PROBE_MAX_S: Final = 15.0
-_EVENTS: Final[Mapping[str, Event]] = {
-    "starting": Event.SAYS_STARTING,
-    "ready": Event.SAYS_READY,
-    "draining": Event.SAYS_DRAINING,
-}
 
 
 @dataclass(slots=True)
@@ -84,7 +72,7 @@ class Discovery:
     last_read_at: float = field(init=False)
     _watches: dict[str, _ReplicaWatch] = field(default_factory=dict)
     _scan: asyncio.Task[None] | None = None
-    _session: aiohttp.ClientSession | None = None
+    _prober: Prober | None = None
     _secret: str = ""
     _rules: EjectionRules = field(init=False)
 
@@ -103,6 +91,8 @@ class Discovery:
     def configure(self, config: RouterConfig) -> None:
         """Use this config from now on."""
         self.config = config
+        if self._prober is not None:
+            self._prober.timeout_s = config.probe_timeout_s
         self._rules = EjectionRules(
             connect_errors=config.eject_connect_errors,
             request_errors=config.eject_errors,
@@ -112,10 +102,7 @@ class Discovery:
         )
 
     async def __aenter__(self) -> "Discovery":
-        self._session = aiohttp.ClientSession(
-            cookie_jar=aiohttp.DummyCookieJar(),
-            connector=aiohttp.TCPConnector(limit=0, force_close=True),
-        )
+        self._prober = Prober(self.run, self.files, self.config.probe_timeout_s, self._report_task_failures)
         self._secret = self.run.secret()
         for known in tuple(self.seeds.values()):
             self._watch(known.record)
@@ -125,12 +112,12 @@ class Discovery:
 
     async def __aexit__(self, *_: object) -> None:
         assert self._scan is not None
-        assert self._session is not None
+        assert self._prober is not None
         tasks = [self._scan, *(watch.task for watch in self._watches.values())]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await self._session.close()
+        await self._prober.session.close()
 
     def connect_failed(self, replica: Replica, trouble: str) -> None:
         """A request could not connect to it: eject it by the rules, and probe it soon."""
@@ -246,7 +233,8 @@ class Discovery:
     async def _judge(self, replica: Replica) -> None:
         """Probe it and act on the result. A late probe is ignored if the replica answered requests meanwhile."""
         started_at = self.clock()
-        result = await self._probe(replica)
+        assert self._prober is not None
+        result = await self._prober.probe(replica)
         if result is Incident.PROBE_LATE and self._has_served(replica, since=started_at):
             replica.trouble = None
             return
@@ -264,41 +252,9 @@ class Discovery:
             if self.on_ready is not None:
                 self.on_ready(replica)
 
-    async def _probe(self, replica: Replica) -> Event | Incident:
-        """The state that the endpoint reports, or how the probe failed."""
-        external, url = replica.record.kind is RecordKind.EXTERNAL, replica.record.url
-        path = replica.record.probe if external else protocol.HEALTH
-        probed = f"connection to {url}" if path is None else f"GET {url}{path}"
-        try:
-            return await (self._probe_external(replica) if external else self._probe_agent(replica))
-        except TimeoutError:
-            replica.trouble = f"{probed}: no answer within {self.config.probe_timeout_s:g} s"
-            return Incident.PROBE_LATE
-        except aiohttp.ClientResponseError as error:
-            replica.trouble = f"{probed} answers with status {error.status}"
-            return Incident.PROBE_FAILED
-        except (aiohttp.ClientError, OSError, ValueError, RecursionError) as error:
-            replica.trouble = f"{probed}: {str(error) or type(error).__name__}"
-            connected = isinstance(error, aiohttp.ClientError) and not isinstance(error, aiohttp.ClientConnectorError)
-            if isinstance(error, OSError) and not connected:
-                return Incident.PROBE_FAILED
-            return Incident.PROBE_LATE if external else Incident.PROBE_FAILED
-
     def _has_served(self, replica: Replica, *, since: float) -> bool:
         watch = self._watches.get(replica.name)
         return replica.record.kind is RecordKind.EXTERNAL and watch is not None and watch.served_at >= since
-
-    async def _probe_agent(self, replica: Replica) -> Event | Incident:
-        challenge = new_token()
-        answer = await self._get_json(replica.record.url + protocol.HEALTH, params={"challenge": challenge})
-        health = protocol.ProbeResponse.from_json(answer)
-        expected = challenge_answer(replica.key or "", challenge)
-        if health is None or health.replica != replica.name or not same(health.answer or "", expected):
-            replica.trouble = "another process answers at its address"
-            return Incident.PROBE_FAILED
-        replica.models = health.models or ()
-        self._report_task_failures(replica, health.task_failures)
-        return _EVENTS.get(health.state, Incident.PROBE_FAILED)
 
     def _report_task_failures(self, replica: Replica, failures: Mapping[str, tuple[int, str]]) -> None:
         watch = self._watches.get(replica.name)
@@ -309,44 +265,6 @@ class Discovery:
             watch.task_failures[task] = count
             if more > 0:
                 self.on_agent_failure(replica, task, more, error)
-
-    async def _probe_external(self, replica: Replica) -> Event:
-        """Any HTTP response means that it is alive."""
-        with contextlib.suppress(ConfigError, TimeoutError):  # the token may be replaced at any time
-            async with asyncio.timeout(self.config.probe_timeout_s):
-                replica.key = await self.files.run(partial(self.run.external_token, replica.name))
-        record = replica.record
-        if record.probe is None:
-            return await self._probe_port(replica)
-        assert self._session is not None
-        headers = {"Authorization": f"Bearer {replica.key}"} if replica.key else {}
-        limit = aiohttp.ClientTimeout(total=EXTERNAL_PROBE_S, sock_connect=self.config.probe_timeout_s)
-        asked = self._session.get(record.url + record.probe, headers=headers, allow_redirects=False, timeout=limit)
-        async with asked as response:
-            if protocol.DRAINING_HEADER in response.headers or protocol.STARTING_HEADER in response.headers:
-                return Event.SAYS_STARTING  # another hpc_router, or an agent, that is not ready
-            if response.status == 200:
-                with contextlib.suppress(ValueError, RecursionError):
-                    replica.models = _models(await _json(response)) or replica.models
-        return Event.SAYS_READY
-
-    async def _probe_port(self, replica: Replica) -> Event:
-        """Only open a connection. Raises OSError or TimeoutError."""
-        address = replica.address
-        async with asyncio.timeout(self.config.probe_timeout_s):
-            _, writer = await asyncio.open_connection(address.host, address.port)
-        writer.close()
-        return Event.SAYS_READY
-
-    async def _get_json(self, url: str, **options: Any) -> dict[str, Any]:
-        assert self._session is not None
-        limit = aiohttp.ClientTimeout(total=self.config.probe_timeout_s)
-        asked = self._session.get(url, raise_for_status=True, allow_redirects=False, timeout=limit, **options)
-        async with asked as response:
-            value = await _json(response)
-        if not isinstance(value, dict):
-            raise ValueError("not a JSON object")
-        return value
 
     def _record(self, replica: Replica, incident: Incident) -> None:
         """Count what a request or a probe met, and act on the verdict."""
@@ -367,20 +285,3 @@ class Discovery:
         if self.table.get(replica.name) is replica and self.table.apply(replica, event):
             because = f" ({replica.trouble})" if replica.trouble and replica.state is RoutingState.EJECTED else ""
             logger.info("%s is %s%s", replica.name, replica.state, because)
-
-
-async def _json(response: aiohttp.ClientResponse) -> Any:
-    """Raises ValueError."""
-    raw = b""
-    async for chunk in response.content.iter_any():
-        raw += chunk
-        if len(raw) > MAX_PROBE_BYTES:
-            raise ValueError("an endless answer")
-    return json.loads(raw)
-
-
-def _models(value: Any) -> tuple[str, ...]:
-    """The names in a list of models, plain or in OpenAI's format."""
-    models = value.get("data") if isinstance(value, dict) else value
-    names = [m.get("id") if isinstance(m, dict) else m for m in models] if isinstance(models, list) else []
-    return tuple(name for name in names if isinstance(name, str))

@@ -10,7 +10,7 @@ import pytest
 from aiohttp import web
 
 from hpc_router.net import protocol
-from hpc_router.router.control import discovery
+from hpc_router.router.control import prober
 from hpc_router.router.ipc.messages import REPORT_S
 from hpc_router.router.replicas.health import MAX_LATE_PROBES
 from hpc_router.router.replicas.replica import RoutingState
@@ -111,7 +111,7 @@ async def test_a_late_answer_is_one_too(tmp_path: Path) -> None:
 async def test_probes_without_an_answer_eject_it_unless_requests_are_answered(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(discovery, "EXTERNAL_PROBE_S", 2 * REPORT_S)
+    monkeypatch.setattr(prober, "EXTERNAL_PROBE_S", 2 * REPORT_S)
     run, endpoint = a_run(tmp_path), Endpoint()
     async with registered(run, endpoint), a_router(run, a_deployment()) as router:
         await ready(router)
