@@ -78,9 +78,7 @@ class ConfigWatcher:
     def _load(self) -> tuple[Deployment, Policy]:
         deployment = with_settings(self.base, settings_in(self.run.read_desired()))
         self._folders = artefact_folders(self.run, deployment)
-        self._stamp_loaded = (
-            self._stamp()
-        )  # of the folders just found; taken before they are read, so that no change is missed
+        self._stamp_loaded = self._stamp()  # before the files are read, so that no change is missed
         return deployment, load_policy(self.run, deployment)
 
     def _stamp(self) -> Stamp:
