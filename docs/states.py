@@ -68,7 +68,8 @@ def _phases() -> Iterator[str]:
 
 
 def _meanings() -> Iterator[str]:
-    for title, states in {**_COLUMNS, "rank state": RankState}.items():
+    titled: list[tuple[str, type[StrEnum]]] = [*_COLUMNS.items(), ("rank state", RankState)]
+    for title, states in titled:
         yield f"\n## Meaning of each {title}\n\n| {title} | meaning |\n|---|---|"
         for state, text in _comments(states):
             yield f"| `{state}` | {text or 'as the job phase'} |"
