@@ -1,7 +1,7 @@
 """Background tasks that start again after an unexpected exception.
 
-A body that raises is logged with its traceback and reported to its owner, which counts it; it starts again after a
-pause that doubles up to `MAX_PAUSE_S`, so that a lasting fault fills no log. Cancellation ends it, as does a return.
+A failure is logged with its traceback and reported to the owner, which counts it. The task starts again after a pause
+that doubles up to `MAX_PAUSE_S`, so that a lasting fault does not fill the log. It ends when cancelled or at a return.
 """
 
 import asyncio
@@ -26,12 +26,12 @@ async def restarting(task: str, body: Callable[[], Awaitable[None]], on_failure:
     """Run `body` until it returns. The pause is short again once a run has lasted longer than `MAX_PAUSE_S`."""
     clock, failures = asyncio.get_running_loop().time, 0
     while True:
-        begun_at = clock()
+        started_at = clock()
         try:
             await body()
             return
         except Exception as error:
-            failures = 0 if clock() - begun_at > MAX_PAUSE_S else failures
+            failures = 0 if clock() - started_at > MAX_PAUSE_S else failures
             pause_s = backoff.pause_s(failures, first_s=FIRST_PAUSE_S, max_s=MAX_PAUSE_S)
             logger.exception("the background task '%s' failed; it starts again in %g s", task, pause_s)
             on_failure(task, f"{type(error).__name__}: {error}")
@@ -41,7 +41,7 @@ async def restarting(task: str, body: Callable[[], Awaitable[None]], on_failure:
 
 @asynccontextmanager
 async def background(task: str, body: Callable[[], Awaitable[None]], on_failure: OnFailure) -> AsyncIterator[None]:
-    """`restarting` beside the block; cancelled and awaited at its end."""
+    """Runs `restarting` during the block; cancelled and awaited at its end."""
     running = asyncio.create_task(restarting(task, body, on_failure), name=task)
     try:
         yield

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from docs import configuration
+from docs import configuration, states
 from hpc_router.cli.main import VERBS
 from hpc_router.config.compose import load_deployment
 from tests.support.needs import ROOT
@@ -52,6 +52,10 @@ def test_the_readme_lists_every_verb() -> None:
 
 def test_the_configuration_reference_is_current() -> None:
     assert configuration.PAGE.read_text() == configuration.page(), "run `python docs/configuration.py`"
+
+
+def test_the_states_page_is_current() -> None:
+    assert states.PAGE.read_text() == states.page(), "run `python docs/states.py`"
 
 
 def topologies() -> list[tuple[str, str]]:

@@ -78,11 +78,11 @@ def _task_failures(value: object) -> dict[str, tuple[int, str]]:
 
 
 class RankState(StrEnum):
-    """State of the engine process of a rank."""
+    """Whether a rank's engine process runs (docs/states.md)."""
 
-    IDLE = "idle"  # no process
-    RUNNING = "running"
-    ENDED = "ended"  # it ended without an order
+    IDLE = "idle"  # it has not started
+    RUNNING = "running"  # it runs, whether or not the engine answers
+    ENDED = "ended"  # it ended without being told to
 
 
 class Action(StrEnum):

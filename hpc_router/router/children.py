@@ -1,7 +1,7 @@
-"""The router's children from their birth to their end: one control process, N workers.
+"""The bodies of the router's child processes: one control process, N workers.
 
-The record in the registry is the control process's: it is ready once the workers serve, and withdrawn before they
-close their sockets. A control process that takes the place of another finds the record there and goes on renewing it.
+The control process owns the router's record in the registry: ready once the workers serve, withdrawn before they close
+their sockets. A control process that replaces another finds the record there and continues to renew it.
 """
 
 import asyncio
@@ -11,19 +11,19 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Final
+from typing import Final
 
 from hpc_router.config.schema import Deployment
 from hpc_router.relay import memory_tuning
 from hpc_router.router.control.process import ControlProcess
 from hpc_router.router.control.reconcile_process import ReconcileProcess
+from hpc_router.router.ipc.messages import ProcessesChanged
 from hpc_router.router.ipc.shared_counters import IN_FLIGHT, Counters
 from hpc_router.router.ipc.supervisor import CONTROL, ChildSpec, worker_name
 from hpc_router.router.ipc.supervisor_commands import CommandReader
-from hpc_router.router.worker.process import Identity, linked, working
+from hpc_router.router.worker.process import Identity, control_client, serving
 from hpc_router.routing.policy import Policy, versions
 from hpc_router.state.io_thread import WRITE_TIMEOUT_S, FileThread, file_thread
 from hpc_router.state.job_records import JobDir, JobPhase, JobProgress
@@ -33,13 +33,13 @@ from hpc_router.state.run_directory import RunDir
 
 logger = logging.getLogger(__name__)
 
-BEGIN_S: Final = 10.0
-"""Workers that do not serve by then are not waited for."""
+SERVING_TIMEOUT_S: Final = 10.0
+"""How long the router's record waits for all workers to serve."""
 
 
 @dataclass(frozen=True, slots=True)
 class RouterSettings:
-    """What is settled before the first process is forked. `deployment`: `base` with the settings of `desired.json`."""
+    """What is fixed before the first fork. `deployment`: `base` with the settings of `desired.json`."""
 
     run: RunDir
     base: Deployment
@@ -51,85 +51,88 @@ class RouterSettings:
     counters: Counters
 
 
-async def control(router: RouterSettings, birth: ChildSpec) -> None:
-    """The control process."""
+async def run_control(router: RouterSettings, spec: ChildSpec) -> None:
+    """The body of the control process."""
     run, job = router.run, router.job
     supervisor = os.getppid()
     artefact, shadow = versions(router.policy)
     with file_thread(f"files of {job.replica}", log=job.agent_log, label=CONTROL) as files:
-        parts = ControlProcess(
+        control = ControlProcess(
             run, router.base, router.deployment, router.counters, files, job.replica,
-            started_at=router.identity.started_at, artefact=artefact, shadow=shadow, processes=birth.processes,
+            started_at=router.identity.started_at, artefact=artefact, shadow=shadow, processes=spec.processes,
         )  # fmt: skip
-        for news in birth.news:
-            logger.warning("%s", news)
+        for notice in spec.notices:
+            logger.warning("%s", notice)
         lease = Lease(
             run.registry,
             router.record,
             files,
             on_gone=lambda: os.kill(supervisor, signal.SIGTERM),
-            on_failure=parts.task_failed,
+            on_failure=control.task_failed,
         )
-        parts.lease = lease
-        orders = CommandReader(
-            birth.orders, partial(_attach, parts), on_note=partial(_note, parts), on_reload=parts.changes.look_now
+        control.lease = lease
+        commands = CommandReader(
+            spec.commands,
+            partial(_attach, control),
+            on_processes=partial(_processes_changed, control),
+            on_reload=control.config_watcher.check_now,
         )
-        async with orders, parts.watching(birth.ways):
-            async with lease, _control_loop(router, parts, files):
-                await parts.served(limit_s=BEGIN_S)
+        async with commands, control.watching(spec.channels):
+            async with lease, _reconcile_process(router, control, files):
+                await control.workers.served(timeout_s=SERVING_TIMEOUT_S)
                 await lease.update(state=State.READY)
                 url, node = lease.record.url, lease.record.node
                 ready = JobProgress(JobPhase.READY, pid=supervisor, ready_at=time.time(), url=url, node=node)
                 files.post(partial(job.write, ready))
                 logger.info("serving at %s with %d workers", url, router.counters.workers)
                 memory_tuning.tune()
-                await orders.drain.wait()
-                parts.draining = True
+                await commands.drain.wait()
+                control.draining = True
                 logger.info("draining: %d requests in flight", router.counters.total(IN_FLIGHT))
                 await lease.update(state=State.DRAINING)
                 files.post(partial(job.write, replace(ready, phase=JobPhase.DRAINING, at=time.time())))
-            parts.leave()
-            await orders.end.wait()
+            control.leave()
+            await commands.end.wait()
         logger.info("stopped")
 
 
-async def work(router: RouterSettings, birth: ChildSpec) -> None:
-    """A worker."""
-    assert birth.worker is not None
-    assert birth.listener is not None
-    run, name = router.run, worker_name(birth.worker)
-    with file_thread(f"log of {name}", log=router.job.worker_log(birth.worker), label=name):
-        async with linked(router.deployment, router.counters, birth.worker) as link:
-            orders = CommandReader(birth.orders, lambda _, way: link.attach(way))
-            async with orders:
-                for way in birth.ways.values():
-                    await link.attach(way)
-                async with working(
-                    run, router.deployment, router.policy, link, identity=router.identity, sock=birth.listener
+async def run_worker(router: RouterSettings, spec: ChildSpec) -> None:
+    """The body of a worker."""
+    assert spec.worker is not None
+    assert spec.listener is not None
+    run, name = router.run, worker_name(spec.worker)
+    with file_thread(f"log of {name}", log=router.job.worker_log(spec.worker), label=name):
+        async with control_client(router.deployment, router.counters, spec.worker) as link:
+            commands = CommandReader(spec.commands, lambda _, channel: link.attach(channel))
+            async with commands:
+                for channel in spec.channels.values():
+                    await link.attach(channel)
+                async with serving(
+                    run, router.deployment, router.policy, link, identity=router.identity, sock=spec.listener
                 ) as gateway:
                     memory_tuning.tune_for_relay()
-                    await orders.drain.wait()
+                    await commands.drain.wait()
                     gateway.draining = True
-                    with contextlib.suppress(TimeoutError):  # there may be no control process any more
+                    with contextlib.suppress(TimeoutError):  # the control process may have ended
                         async with asyncio.timeout(2 * WRITE_TIMEOUT_S):
                             await link.released.wait()
 
 
-async def _attach(parts: ControlProcess, worker: int | None, way: socket.socket) -> None:
+async def _attach(control: ControlProcess, worker: int | None, channel: socket.socket) -> None:
     assert worker is not None
-    await parts.attach(worker, way)
+    await control.workers.attach(worker, channel)
 
 
-def _note(parts: ControlProcess, note: Mapping[str, Any]) -> None:
-    parts.processes = note["processes"]
-    if note["news"] is not None:
-        logger.warning("%s", note["news"])
+def _processes_changed(control: ControlProcess, message: ProcessesChanged) -> None:
+    control.processes = message.processes
+    if message.notice is not None:
+        logger.warning("%s", message.notice)
 
 
-def _control_loop(
-    router: RouterSettings, parts: ControlProcess, files: FileThread
+def _reconcile_process(
+    router: RouterSettings, control: ControlProcess, files: FileThread
 ) -> contextlib.AbstractAsyncContextManager[object]:
-    """The loop that keeps up what `config.yaml` wants, as soon as there is one."""
+    """The reconcile loop beside the router, if `router.reconcile` is set."""
     if router.deployment.router.reconcile:
-        return ReconcileProcess(router.run, files, replica=router.job.replica, on_failure=parts.task_failed)
+        return ReconcileProcess(router.run, files, replica=router.job.replica, on_failure=control.task_failed)
     return contextlib.nullcontext()

@@ -1,8 +1,7 @@
-"""A router's life: take the address, run its processes, leave.
+"""The router's main program: bind the address, run the supervisor, withdraw the record at the end.
 
-The address is published only once the server listens. A router that comes back on the same node takes the port of the
-one before it, however that one ended, unless another process has the port: clients that know only the address find the
-router again.
+The address is published only once the workers listen. A router that starts again on the same node takes the port of its
+predecessor unless another process has it, so that clients that know only the address find the router again.
 """
 
 import contextlib
@@ -22,7 +21,7 @@ from hpc_router.config.schema import Deployment
 from hpc_router.errors import ConfigError, RegistryError
 from hpc_router.net import addresses
 from hpc_router.net.auth import new_token, replica_key
-from hpc_router.router.children import RouterSettings, control, work
+from hpc_router.router.children import RouterSettings, run_control, run_worker
 from hpc_router.router.ipc.shared_counters import Counters
 from hpc_router.router.ipc.supervisor import RouterSupervisor
 from hpc_router.router.policies import load_policy
@@ -40,51 +39,54 @@ _MARGIN_S: Final = 3.0
 
 
 def main(run: RunDir, deployment: Deployment, *, replica: str) -> int:
-    """Serve until told to stop; the exit status of the process."""
+    """Serve until a stop signal; returns the exit status of the process. Raises what made the router fail."""
     job = JobDir(run, replica)
     job.claim()
     raise_file_limit()
     try:
         cut = supervise(run, deployment, job)
     except BaseException as error:
-        bad = isinstance(error, ConfigError)
-        message = str(error) if bad else f"{type(error).__name__}: {error}"
-        with _last_words(job) as files:
-            logger.error("the router failed: %s", message, exc_info=None if bad else error)
+        invalid = isinstance(error, ConfigError)
+        message = str(error) if invalid else f"{type(error).__name__}: {error}"
+        with _final_files(job) as files:
+            logger.error("the router failed: %s", message, exc_info=None if invalid else error)
             files.post(
-                partial(job.write, Exit(False, FailureReason.BAD_OPTION if bad else FailureReason.CRASHED, message))
+                partial(job.write, Exit(False, FailureReason.BAD_OPTION if invalid else FailureReason.CRASHED, message))
             )
         raise
-    with _last_words(job) as files:
+    with _final_files(job) as files:
         files.post(partial(job.write, Exit.drained("stopped", cut=cut)))
     return 0
 
 
 @contextlib.contextmanager
-def _last_words(job: JobDir) -> Iterator[FileThread]:
-    """Nothing is forked any more, so there may be a thread. The record goes, where no control process was left."""
+def _final_files(job: JobDir) -> Iterator[FileThread]:
+    """A file thread for the last files: allowed now, because no process is forked any more. It withdraws the record,
+    which the control process could not do if it died."""
     with file_thread(f"files of {job.replica}", log=job.agent_log) as files:
         files.post(partial(withdraw, job.run.registry, job.replica))
         yield files
 
 
 def raise_file_limit() -> None:
-    """Each stream takes two descriptors, and 1,024 is a common soft limit."""
+    """Raise the soft limit of open files to the hard one: a stream takes two, and 1,024 is a common soft limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def supervise(run: RunDir, deployment: Deployment, job: JobDir) -> int:
-    """Serve until told to stop; how many requests were cut off then. Raises ConfigError, and LaunchError where the
-    router's processes do not stay alive."""
+    """Serve until a stop signal; returns how many requests were cut off. Raises ConfigError, and LaunchError if the
+    router's processes end again and again."""
     base, deployment = deployment, _with_settings(run, deployment)
     config = deployment.router
     policy = load_policy(run, deployment)
     workers = config.workers or usable_cpus(os.environ, asked=config.resources.cpus)
     nonce = new_token()
     with bind(run, deployment, node=socket.gethostname()) as reserved:
-        reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)  # only now, or we would share another's port
+        reserved.setsockopt(
+            socket.SOL_SOCKET, socket.SO_REUSEPORT, 1
+        )  # not before the bind, which would share another router's port
         identity = Identity(
             replica=job.replica,
             key=replica_key(run.secret(), nonce),
@@ -94,8 +96,8 @@ def supervise(run: RunDir, deployment: Deployment, job: JobDir) -> int:
         record = _record(deployment, job.replica, reserved, nonce=nonce)
         router = RouterSettings(run, base, deployment, job, record, identity, policy, Counters(workers=workers))
         supervisor = RouterSupervisor(
-            control=lambda birth: uvloop.run(control(router, birth)),
-            worker=lambda birth: uvloop.run(work(router, birth)),
+            control=lambda spec: uvloop.run(run_control(router, spec)),
+            worker=lambda spec: uvloop.run(run_worker(router, spec)),
             listen=partial(beside, reserved),
             counters=router.counters,
             stop_s=config.drain_s + 2 * WRITE_TIMEOUT_S + _MARGIN_S,
@@ -105,7 +107,7 @@ def supervise(run: RunDir, deployment: Deployment, job: JobDir) -> int:
 
 
 def _with_settings(run: RunDir, deployment: Deployment) -> Deployment:
-    """A file that cannot be used keeps nobody from serving: the control process tells what is wrong with it."""
+    """With the settings of `desired.json`. An invalid file is ignored here; the control process reports it."""
     try:
         return with_settings(deployment, settings_in(run.read_desired()))
     except (ConfigError, RegistryError):
@@ -113,16 +115,16 @@ def _with_settings(run: RunDir, deployment: Deployment) -> Deployment:
 
 
 def usable_cpus(environment: Mapping[str, str], *, asked: int) -> int:
-    """How many CPUs this job has. Outside Slurm a machine is shared: no more than were asked for."""
+    """How many CPUs this job may use. Outside Slurm the machine is shared, so no more than configured."""
     usable = len(os.sched_getaffinity(0))
     if "SLURM_JOB_ID" not in environment:
         return max(1, min(usable, asked))
-    given = environment.get("SLURM_CPUS_PER_TASK", "")
-    return max(1, min(usable, int(given) if given.isdecimal() else asked))
+    allocated = environment.get("SLURM_CPUS_PER_TASK", "")
+    return max(1, min(usable, int(allocated) if allocated.isdecimal() else asked))
 
 
 def beside(reserved: socket.socket) -> socket.socket:
-    """Another socket on the same address; the kernel deals connections out to all that listen there."""
+    """Another socket on the same address; the kernel spreads connections over all sockets that listen there."""
     sock = socket.socket(reserved.family, socket.SOCK_STREAM)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -176,7 +178,7 @@ def _fabric(deployment: Deployment) -> str:
 
 
 def _previous_port(run: RunDir, node: str) -> int | None:
-    """The port of the latest router that served on this node, however it ended."""
+    """The port of the last router that served on this node."""
     routers = [folder.name for folder in run.jobs.glob(f"{RecordKind.ROUTER}-0.g*")]
     for replica in sorted(routers, key=lambda name: split_replica(name)[2], reverse=True):
         progress = JobDir(run, replica).progress()

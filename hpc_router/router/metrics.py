@@ -1,6 +1,7 @@
-"""What the router counts, under the names of docs/metrics.md. Gauges are read from the live state when asked for.
+"""The router's metrics, under the names of docs/metrics.md.
 
-Each worker counts for itself; the control process adds up what they counted, and knows the gauges.
+Each worker counts its own requests; the control process sums their counters and histograms, and reads the gauges from
+its state when `/metrics` is requested.
 """
 
 from bisect import bisect_left
@@ -17,36 +18,16 @@ from hpc_router.router.replicas.replica import RoutingState
 from hpc_router.router.replicas.table import ReplicaTable
 
 _LATENCY_S: Final = (
-    0.005,
-    0.01,
-    0.025,
-    0.05,
-    0.1,
-    0.25,
-    0.5,
-    1,
-    2.5,
-    5,
-    10,
-    30,
-    60,
-    120,
-    300,
-    600,
-    1800,
-    3600,
-    14400,
-    86400,
-    259200,
-)
-"""The last edge lies beyond `router.queue_timeout_s` and `router.first_byte_timeout_s` at their largest, together."""
+    0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800, 3600, 14400, 86400, 259200,
+)  # fmt: skip
+"""The last edge exceeds the largest sum of `router.queue_timeout_s` and `router.first_byte_timeout_s`."""
 KEEP_S: Final = 600.0
-"""What was counted of a replica that has left can be read for so long."""
+"""Series of a replica that has left are kept this long."""
 _DECISION_S: Final = (1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 5e-3, 2.5e-2, 0.1, 1)
 
 
-class Tally(Collector):
-    """A counter. The library's own looks for its child and takes a lock each time, which costs more than to count."""
+class CounterCollector(Collector):
+    """A counter. The library's own looks up a child and takes a lock at each increment, which costs too much."""
 
     def __init__(self, name: str, text: str, labels: Sequence[str]) -> None:
         self._about = name, text, labels
@@ -56,7 +37,7 @@ class Tally(Collector):
         return self._counts.keys()
 
     def drop(self, first: str) -> None:
-        """All series whose first label this is."""
+        """Remove all series with this first label."""
         self._counts = {labels: count for labels, count in self._counts.items() if labels[0] != first}
 
     def add(self, *labels: object) -> None:
@@ -84,10 +65,10 @@ class Tally(Collector):
 
 
 class HistogramCollector(Collector):
-    """A histogram, for the same reason."""
+    """A histogram without the library's locks."""
 
     def __init__(self, name: str, text: str, labels: Sequence[str], *, bounds: Sequence[float]) -> None:
-        """What is added may have more labels than are shown."""
+        """Observations may have more labels than `labels`; the exposition sums over the others."""
         self._about = name, text, labels
         self._bounds = bounds
         self._counts: dict[tuple[str, ...], list[int]] = {}
@@ -116,19 +97,19 @@ class HistogramCollector(Collector):
         name, text, labels = self._about
         family = HistogramMetricFamily(name, text, labels=labels)
         bounds = [*(str(float(bound)) for bound in self._bounds), "+Inf"]
-        shown: dict[tuple[str, ...], list[int]] = {}
+        by_label: dict[tuple[str, ...], list[int]] = {}
         sums: dict[tuple[str, ...], float] = {}
         for values, counts in self._counts.items():
             key = values[: len(labels)]
-            before = shown.get(key, [0] * len(counts))
-            shown[key] = [a + b for a, b in zip(before, counts, strict=True)]
+            before = by_label.get(key, [0] * len(counts))
+            by_label[key] = [a + b for a, b in zip(before, counts, strict=True)]
             sums[key] = sums.get(key, 0.0) + self._sums[values]
-        for key, counts in shown.items():
+        for key, counts in by_label.items():
             family.add_metric(key, list(zip(bounds, accumulate(counts), strict=True)), sums[key])
         yield family
 
     def fold(self, last: str) -> None:
-        """Count what has this last label without it from now on."""
+        """Move the counts with this last label to an empty one."""
         gone = [(labels, counts, self._sums[labels]) for labels, counts in self._counts.items() if labels[-1] == last]
         for labels, counts, added in gone:
             del self._counts[labels], self._sums[labels]
@@ -139,14 +120,20 @@ class HistogramCollector(Collector):
 
 
 class Metrics:
-    """What one worker counted, or all of them."""
+    """The counters and histograms of one worker, or the sum over all."""
 
     def __init__(self) -> None:
-        self.requests = Tally("hpc_router_requests", "Requests answered.", ("expert", "reason", "status"))
-        self.failovers = Tally("hpc_router_failovers", "Attempts that failed and went elsewhere.", ("replica", "cause"))
-        self.retries_refused = Tally("hpc_router_retries_refused", "Attempts that the budget had no retry for.", ())
-        self.broken = Tally("hpc_router_broken_responses", "Responses that failed after their first byte.", ("expert",))
-        self.cancelled = Tally("hpc_router_cancelled_requests", "Requests whose client left.", ("phase",))
+        self.requests = CounterCollector("hpc_router_requests", "Requests answered.", ("expert", "reason", "status"))
+        self.failovers = CounterCollector(
+            "hpc_router_failovers", "Attempts that failed and went elsewhere.", ("replica", "cause")
+        )
+        self.retries_refused = CounterCollector(
+            "hpc_router_retries_refused", "Attempts that the budget had no retry for.", ()
+        )
+        self.broken = CounterCollector(
+            "hpc_router_broken_responses", "Responses that failed after their first byte.", ("expert",)
+        )
+        self.cancelled = CounterCollector("hpc_router_cancelled_requests", "Requests whose client left.", ("phase",))
         self.first_byte = HistogramCollector(
             "hpc_router_first_byte_seconds",
             "From the request's arrival to the first byte of its answer.",
@@ -159,20 +146,22 @@ class Metrics:
         self.decision = HistogramCollector(
             "hpc_router_decision_seconds", "What choosing an expert took.", (), bounds=_DECISION_S
         )
-        self.decided = Tally("hpc_router_decisions", "Decisions of a classifier.", ("artefact", "cluster", "reason"))
-        self.shadowed = Tally(
+        self.decided = CounterCollector(
+            "hpc_router_decisions", "Decisions of a classifier.", ("artefact", "cluster", "reason")
+        )
+        self.shadowed = CounterCollector(
             "hpc_router_shadow_decisions", "Decisions beside those of the shadow.", ("artefact", "shadow", "agreed")
         )
-        self.task_failures = Tally(
+        self.task_failures = CounterCollector(
             "hpc_router_background_task_failures", "Background tasks that failed and were started again.", ("task",)
         )
         self._gone: dict[str, float] = {}  # replicas, since when
-        self._counted: dict[str, Tally | HistogramCollector] = {
-            name: each for name, each in vars(self).items() if isinstance(each, Tally | HistogramCollector)
+        self._counted: dict[str, CounterCollector | HistogramCollector] = {
+            name: each for name, each in vars(self).items() if isinstance(each, CounterCollector | HistogramCollector)
         }
 
     def forget(self, *, present: Collection[str], now: float) -> None:
-        """The series of replicas that have been gone for `KEEP_S`."""
+        """Drop the series of replicas that left `KEEP_S` ago."""
         for name in {str(labels[0]) for labels in self.failovers.labels()} | self.first_byte.last_labels():
             if name in present:
                 self._gone.pop(name, None)
@@ -186,7 +175,7 @@ class Metrics:
         return {name: each.dump() for name, each in self._counted.items()}
 
     def absorb(self, dumped: Mapping[str, Any]) -> None:
-        """Add what another process counted, one of another version perhaps."""
+        """Add the dumped counts of another process."""
         for name, each in self._counted.items():
             each.absorb(dumped.get(name, ()))
 
@@ -198,7 +187,7 @@ class Metrics:
 
 
 def departures(dumped: Mapping[str, Any]) -> dict[str, int]:
-    """How many requests have left each expert's queue for a replica, of what was dumped."""
+    """How many requests have left each expert's queue for a replica, from dumped metrics."""
     return {labels[0]: sum(counts) for labels, counts, _ in dumped.get("queued", ())}
 
 
@@ -213,41 +202,34 @@ class Gauges(Collector):
 def gauges(
     table: ReplicaTable, *, in_flight: int, max_in_flight: int, registry_age_s: float, workers: int
 ) -> Iterator[Metric]:
-    yield GaugeMetricFamily("hpc_router_requests_in_flight", "Requests being served.", in_flight)
-    yield GaugeMetricFamily("hpc_router_requests_bound", "Requests that may be served at once.", max_in_flight)
-    yield GaugeMetricFamily("hpc_router_registry_age_seconds", "Since the registry was read.", registry_age_s)
-    yield GaugeMetricFamily("hpc_router_workers", "Workers that serve.", workers)
-    load = GaugeMetricFamily(
-        "hpc_router_replica_requests_in_flight", "Requests in flight on a replica.", labels=("replica",)
-    )
-    capacity = GaugeMetricFamily(
-        "hpc_router_replica_capacity", "Requests that a replica takes at once.", labels=("replica",)
-    )
-    at_experts = GaugeMetricFamily(
-        "hpc_router_expert_requests_in_flight", "Requests in flight on all replicas of an expert.", labels=("expert",)
-    )
-    expert_bound = GaugeMetricFamily(
-        "hpc_router_expert_requests_bound", "Requests that may be in flight on them.", labels=("expert",)
-    )
-    waiting_bound = GaugeMetricFamily(
-        "hpc_router_requests_waiting_bound", "Requests that may wait for a replica of an expert.", labels=("expert",)
-    )
-    standing = GaugeMetricFamily(
-        "hpc_router_replicas", "Replicas of an expert by standing.", labels=("expert", "standing")
-    )
-    waiting = GaugeMetricFamily(
-        "hpc_router_requests_waiting", "Requests that wait for a replica of an expert.", labels=("expert",)
-    )
-    table.look(table.all())
+    gauge = GaugeMetricFamily
+    yield gauge("hpc_router_requests_in_flight", "Requests being served.", in_flight)
+    yield gauge("hpc_router_requests_bound", "Requests that may be served at once.", max_in_flight)
+    yield gauge("hpc_router_registry_age_seconds", "Since the registry was read.", registry_age_s)
+    yield gauge("hpc_router_workers", "Workers that serve.", workers)
+    text = "Requests in flight on a replica."
+    load = gauge("hpc_router_replica_requests_in_flight", text, labels=("replica",))
+    text = "Requests that a replica takes at once."
+    capacity = gauge("hpc_router_replica_capacity", text, labels=("replica",))
+    text = "Requests in flight on all replicas of an expert."
+    expert_load = gauge("hpc_router_expert_requests_in_flight", text, labels=("expert",))
+    text = "Requests that may be in flight on them."
+    expert_bound = gauge("hpc_router_expert_requests_bound", text, labels=("expert",))
+    text = "Requests that may wait for a replica of an expert."
+    waiting_bound = gauge("hpc_router_requests_waiting_bound", text, labels=("expert",))
+    states = gauge("hpc_router_replicas", "Replicas of an expert by standing.", labels=("expert", "standing"))
+    text = "Requests that wait for a replica of an expert."
+    waiting = gauge("hpc_router_requests_waiting", text, labels=("expert",))
+    table.refresh_peer_counts(table.all())
     for replica in table.all():
         load.add_metric((replica.name,), replica.load)
         capacity.add_metric((replica.name,), replica.capacity)
     for expert in sorted(table.experts()):
         waiting.add_metric((expert,), table.waiting(expert))
         waiting_bound.add_metric((expert,), table.bounds.waiting)
-        at_experts.add_metric((expert,), table.load(expert))
+        expert_load.add_metric((expert,), table.load(expert))
         if expert in table.bounds.in_flight:
             expert_bound.add_metric((expert,), table.bounds.in_flight[expert])
-        for kind in RoutingState:
-            standing.add_metric((expert, kind), sum(r.standing is kind for r in table.of(expert)))
-    yield from (load, capacity, at_experts, expert_bound, standing, waiting, waiting_bound)
+        for state in RoutingState:
+            states.add_metric((expert, state), sum(r.state is state for r in table.of(expert)))
+    yield from (load, capacity, expert_load, expert_bound, states, waiting, waiting_bound)

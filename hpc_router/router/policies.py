@@ -1,4 +1,4 @@
-"""The policy that a config means, with the classifier that it needs."""
+"""Builds the configured policy, with the classifier that it needs."""
 
 from pathlib import Path
 
@@ -11,13 +11,13 @@ from hpc_router.state.run_directory import RunDir
 
 
 def artefact_folder(run: RunDir, deployment: Deployment) -> Path:
-    """Where the classifier lies, if there is one."""
-    given = deployment.policy.artefact
-    return run.classifier if given is None else Path(given)
+    """The folder of the classifier's artefact; it may not exist."""
+    artefact = deployment.policy.artefact
+    return run.classifier if artefact is None else Path(artefact)
 
 
 def artefact_folders(run: RunDir, deployment: Deployment) -> tuple[Path, ...]:
-    """The classifier's, and its shadow's if it has one."""
+    """The folders of the classifier and, if configured, of its shadow."""
     shadow = deployment.policy.shadow
     return (artefact_folder(run, deployment), *(() if shadow is None else (Path(shadow),)))
 

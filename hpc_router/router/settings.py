@@ -1,7 +1,7 @@
-"""What of a router's config may change while it serves, and a config with such changes on top. No I/O.
+"""Settings: the config keys that may change while a router serves, and their application to a config. No I/O.
 
-The changes are kept in `desired.json` under `settings`: a key of the config and its value. What a process is built
-around from its first moment (its address, how many there are, who may call) stays until the router is started anew.
+The changes are stored in `desired.json` under `settings`: a config key and its value. What a process is built around at
+its start (address, number of workers, access) stays until the router is restarted.
 """
 
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ LIVE: Final = (
 
 
 def with_settings(deployment: Deployment, settings: Mapping[str, Any]) -> Deployment:
-    """Raises ConfigError for a key that cannot change, and for a value that cannot be."""
+    """The deployment with these settings. Raises ConfigError for a key that cannot change and for an invalid value."""
     sections: dict[str, dict[str, Any]] = {"policy": asdict(deployment.policy), "router": asdict(deployment.router)}
     for key, value in settings.items():
         section, _, name = key.partition(".")
@@ -45,7 +45,7 @@ def with_settings(deployment: Deployment, settings: Mapping[str, Any]) -> Deploy
 
 
 def settings_in(desired: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Raises ConfigError for what is no mapping."""
+    """The settings in the content of `desired.json`. Raises ConfigError if they are not a mapping."""
     value = desired.get(KEY, {})
     if not isinstance(value, dict):
         raise ConfigError(f"desired.json: '{KEY}' is not a mapping of keys to values")

@@ -19,13 +19,13 @@ from hpc_router.state.run_directory import RunDir, private_umask
 
 
 class JobPhase(StrEnum):
-    """Progress of a job. The `state` in the registry only says whether a replica may get requests."""
+    """How far a job has come; the registry's `State` says only whether it takes requests (docs/states.md)."""
 
-    STARTING = "starting"  # the job's process runs, and no engine process yet
-    LOADING = "loading"  # the engine's process runs and does not respond yet
-    READY = "ready"
-    RESTARTING = "restarting"  # the engine ended, and starts again after a pause
-    DRAINING = "draining"
+    STARTING = "starting"  # the agent runs, the engine process does not yet
+    LOADING = "loading"  # the engine process runs and does not answer yet
+    READY = "ready"  # the engine answers
+    RESTARTING = "restarting"  # the engine ended and is started again after a pause
+    DRAINING = "draining"  # finishes its requests, takes no new ones
 
 
 class FailureReason(StrEnum):

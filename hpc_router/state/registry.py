@@ -30,9 +30,11 @@ class RecordKind(StrEnum):
 
 
 class State(StrEnum):
-    STARTING = "starting"
-    READY = "ready"
-    DRAINING = "draining"
+    """What the owner of a record publishes: whether requests may be sent to it (docs/states.md)."""
+
+    STARTING = "starting"  # takes no requests yet, or none while its engine restarts
+    READY = "ready"  # takes requests
+    DRAINING = "draining"  # finishes its requests, takes no new ones
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from hpc_router.config.compose import load_deployment
 from hpc_router.config.schema import Deployment, EngineConfig, ExpertConfig, ResourceConfig
 from hpc_router.config.validation import check
 from hpc_router.errors import ConfigError
-from hpc_router.router.replicas.admission import bounds_of
+from hpc_router.router.replicas.admission import queue_limits
 from hpc_router.routing import exemplars
 
 BASE = ExpertConfig(model="m", engine=EngineConfig(kind="sim"))
@@ -85,7 +85,7 @@ def test_an_override_of_an_adapter_is_named() -> None:
 
 
 def test_a_bound_on_an_engine_holds_for_all_that_it_serves() -> None:
-    bounds = bounds_of(deployment(base=replace(BASE, max_in_flight=4), code=BASE))
+    bounds = queue_limits(deployment(base=replace(BASE, max_in_flight=4), code=BASE))
     assert bounds.in_flight == {"base": 4, "math": 4}
 
 

@@ -11,6 +11,7 @@ import openai
 import pytest
 
 from hpc_router.router.replicas.replica import Event, Replica, RoutingState
+from hpc_router.router.replicas.table import ReplicaTable
 from hpc_router.sim import SimConfig, SimServer
 from hpc_router.state import registry
 from hpc_router.state.registry import EngineInfo, Record, RecordKind, State
@@ -61,7 +62,7 @@ async def post(router: RunningRouter, body: Any, *, path: str = CHAT, **headers:
 
 
 async def ready(router: RunningRouter, count: int = 1) -> None:
-    await eventually(lambda: sum(r.standing is RoutingState.READY for r in router.gateway.table.all()) >= count)
+    await eventually(lambda: sum(r.state is RoutingState.READY for r in router.gateway.table.all()) >= count)
     if fakes.RELAY.warm:
         await router.warm()
 
@@ -89,7 +90,7 @@ async def sim_replica(run: RunDir, replica: str, config: SimConfig = INSTANT) ->
 def standing(router: RunningRouter, name: str) -> RoutingState:
     replica = router.gateway.table.get(name)
     assert replica is not None
-    return replica.standing
+    return replica.state
 
 
 async def statuses(router: RunningRouter, count: int) -> list[int]:
@@ -109,3 +110,10 @@ def replica(name: str, *, experts: tuple[str, ...] = ("math",), capacity: int = 
     if ready:
         made.apply(Event.SAYS_READY)
     return made
+
+
+def table_of(*replicas: Replica) -> ReplicaTable:
+    table = ReplicaTable()
+    for one in replicas:
+        table.put(one)
+    return table

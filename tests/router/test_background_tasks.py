@@ -10,7 +10,7 @@ import pytest
 
 from hpc_router.cluster.commands.set import change, parse_settings
 from hpc_router.net import protocol
-from hpc_router.router.control.config_watcher import Changes
+from hpc_router.router.control.config_watcher import ConfigWatcher
 from hpc_router.router.control.discovery import Discovery
 from hpc_router.router.worker import process
 from hpc_router.router.worker.control_client import ControlClient
@@ -53,11 +53,11 @@ def events(run: RunDir) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("owner", "method", "task"),
     [
-        (process, "_take_over", "settings"),
+        (process, "_apply_settings", "settings"),
         (ControlClient, "_report_forever", "metrics report"),
-        (Discovery, "_take", "registry scan"),
+        (Discovery, "_apply_records", "registry scan"),
         (Discovery, "_judge", "probe"),
-        (Changes, "_look", "config watcher"),
+        (ConfigWatcher, "_check", "config watcher"),
     ],
 )
 async def test_a_task_that_fails_starts_again(
@@ -68,11 +68,11 @@ async def test_a_task_that_fails_starts_again(
     async with fake_replica(run, "math-0.g1"), a_router(run, a_deployment("math")) as router:
         await until(lambda: bool(router.gateway.table.of("math")) and router.gateway.table.of("math")[0].has_room)
         change(run, *parse_settings(["router.max_in_flight=77"]))
-        router.control.changes.look_now()
+        router.control.config_watcher.check_now()
         if task == "settings":  # the first change is lost with the task; the next one is taken over
             await until(lambda: bool(events(run)))
             change(run, *parse_settings(["router.max_in_flight=78"]))
-            router.control.changes.look_now()
+            router.control.config_watcher.check_now()
         wanted = 78 if task == "settings" else 77
         await until(lambda: router.gateway.deployment.router.max_in_flight == wanted)
         await until(lambda: bool(events(run)))
@@ -112,13 +112,13 @@ async def test_a_setting_that_cannot_be_changes_nothing(tmp_path: Path) -> None:
     async with a_router(run, a_deployment("math")) as router:
         for value in ("Infinity", "1e400", "NaN", '"inf"', "99999"):
             run.desired.write_text(f'{{"settings": {{"router.hold_mb": {value}}}}}')
-            router.control.changes.look_now()
-            await until(lambda: router.control.changes.trouble is not None)
-            assert "router.hold_mb" in str(router.control.changes.trouble)
+            router.control.config_watcher.check_now()
+            await until(lambda: router.control.config_watcher.trouble is not None)
+            assert "router.hold_mb" in str(router.control.config_watcher.trouble)
             change_back = {"settings": {"router.hold_mb": 4}}
             run.desired.write_text(json.dumps(change_back))
-            router.control.changes.look_now()
-            await until(lambda: router.control.changes.trouble is None)
+            router.control.config_watcher.check_now()
+            await until(lambda: router.control.config_watcher.trouble is None)
         await until(lambda: router.gateway.deployment.router.hold_mb == 4)
         counted, _ = await told(router)
     assert counted == {}

@@ -38,7 +38,7 @@ def configured(host: str | None, *, on: str | None = "127.0.0.0/8") -> Deploymen
         ("127.0.0.2", None, "127.0.0.2", "http://127.0.0.2"),
     ],
 )
-def test_it_listens_on_the_fabric_unless_told_otherwise(
+def test_it_listens_on_the_fabric_unless_a_host_is_configured(
     run: RunDir, host: str | None, on: str | None, bound: str, published: str
 ) -> None:
     if ":" in bound and addresses.interface_of("::1") is None:
@@ -132,7 +132,7 @@ class TestRegistryFile:
         assert self.named(run, files) == ["math-0.g1", "router-0.g2"]
 
     def test_when_it_leaves(self, run: RunDir, keeper: RegistryFile, files: FileThread) -> None:
-        """A look from before, told late, does not bring it back."""
+        """An older registry snapshot that comes late does not restore it."""
         seen = RegistryReader(run.registry).snapshot()
         keeper.keep(seen)
         self.leave(run, keeper)

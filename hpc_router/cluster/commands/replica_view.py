@@ -19,17 +19,17 @@ from hpc_router.state.registry import Record, RecordKind, State
 class DisplayedState(StrEnum):
     """The state of a replica as users see it."""
 
-    MISSING = "missing"  # wanted, not submitted yet
-    SUBMITTED = "submitted"
+    MISSING = "missing"  # wanted, no job submitted yet
+    SUBMITTED = "submitted"  # the job waits in the queue, or has just started
     STARTING = "starting"
     LOADING = "loading"
     READY = "ready"
     RESTARTING = "restarting"
     DRAINING = "draining"
-    WAITING = "waiting"  # it failed; the next job is submitted after a pause
-    FAILED = "failed"  # it failed for good
-    STOPPED = "stopped"
-    REGISTERED = "registered"  # external: only the router knows whether it answers
+    WAITING = "waiting"  # the last attempt failed; the next one follows after a pause
+    FAILED = "failed"  # no further attempt follows
+    STOPPED = "stopped"  # it was asked to stop, and ended in order
+    REGISTERED = "registered"  # an external endpoint; only the router knows whether it answers
 
 
 @dataclass(frozen=True, slots=True)

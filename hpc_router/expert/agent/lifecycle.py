@@ -1,4 +1,4 @@
-"""The phases of a job: which can follow which, and the state in the replica's record for each."""
+"""The phases of a job: which may follow which, and the registry state that each one publishes (docs/states.md)."""
 
 import time
 from dataclasses import dataclass
@@ -8,14 +8,14 @@ from hpc_router.expert.engines import EngineFailure
 from hpc_router.state.job_records import JobPhase, JobProgress
 from hpc_router.state.registry import State
 
-_NEXT: Final = {
+TRANSITIONS: Final = {
     JobPhase.STARTING: {JobPhase.LOADING, JobPhase.RESTARTING, JobPhase.DRAINING},
     JobPhase.LOADING: {JobPhase.READY, JobPhase.RESTARTING, JobPhase.DRAINING},
     JobPhase.READY: {JobPhase.RESTARTING, JobPhase.DRAINING},
     JobPhase.RESTARTING: {JobPhase.LOADING, JobPhase.RESTARTING, JobPhase.DRAINING},
     JobPhase.DRAINING: set[JobPhase](),
 }
-_STATES: Final = {JobPhase.READY: State.READY, JobPhase.DRAINING: State.DRAINING}
+PUBLISHED: Final = {JobPhase.READY: State.READY, JobPhase.DRAINING: State.DRAINING}
 
 
 @dataclass(slots=True)
@@ -30,11 +30,11 @@ class JobLifecycle:
 
     @property
     def state(self) -> State:
-        return _STATES.get(self.phase, State.STARTING)
+        return PUBLISHED.get(self.phase, State.STARTING)
 
     def move(self, phase: JobPhase, *, failure: EngineFailure | None = None, engine_pid: int | None = None) -> None:
-        if phase not in _NEXT[self.phase]:
-            raise ValueError(f"no transition from {self.phase} to {phase} (valid: {sorted(_NEXT[self.phase])})")
+        if phase not in TRANSITIONS[self.phase]:
+            raise ValueError(f"no transition from {self.phase} to {phase} (valid: {sorted(TRANSITIONS[self.phase])})")
         self.phase = phase
         self.failure = failure or self.failure
         self.engine_pid = engine_pid

@@ -1,1 +1,1 @@
-"""The control process: registry, probes, metrics, and what the workers are told."""
+"""The control process: discovery, probes, settings, status and metrics, once for all workers."""

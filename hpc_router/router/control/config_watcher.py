@@ -1,7 +1,7 @@
-"""Notices what may change while a router serves: the settings in `desired.json`, the classifier's artefact, its shadow.
+"""Watches what may change while a router serves: the settings in `desired.json`, the classifier's artefact, its shadow.
 
-It looks every second at the stamps of these files, and at once when it is told to. What cannot be used is said and
-changes nothing.
+It compares the stamps of these files every second, and at once after `check_now`. Invalid settings or artefacts are
+logged and shown in `/status`, and change nothing.
 """
 
 import asyncio
@@ -25,12 +25,12 @@ from hpc_router.state.stamped_file import Stamp, stamp_at
 
 logger = logging.getLogger(__name__)
 
-LOOK_S: Final = 1.0
+CHECK_S: Final = 1.0
 
 
 @dataclass(slots=True)
-class Changes:
-    """`base`: the deployment that the router was started with. `on_change` gets what holds from now on."""
+class ConfigWatcher:
+    """`base`: the deployment that the router was started with. `on_change` gets the new one and its policy."""
 
     run: RunDir
     base: Deployment
@@ -38,38 +38,38 @@ class Changes:
     on_change: Callable[[Deployment, Policy], None]
     on_failure: OnFailure = lambda task, error: None
     trouble: str | None = None
-    _seen: tuple[Stamp | None, ...] | None = None
+    _stamp_loaded: tuple[Stamp | None, ...] | None = None
     _folders: tuple[Path, ...] | None = None
-    _now: asyncio.Event = field(default_factory=asyncio.Event)
+    _wake: asyncio.Event = field(default_factory=asyncio.Event)
 
-    def look_now(self) -> None:
-        self._seen = None
-        self._now.set()
+    def check_now(self) -> None:
+        self._stamp_loaded = None
+        self._wake.set()
 
     @asynccontextmanager
     async def watching(self) -> AsyncIterator[None]:
-        async with background("config watcher", self._look_forever, self.on_failure):
+        async with background("config watcher", self._check_forever, self.on_failure):
             yield
 
-    async def _look_forever(self) -> None:
+    async def _check_forever(self) -> None:
         while True:
             try:
-                await self._look()
+                await self._check()
             except (HpcRouterError, OSError) as error:
                 self.trouble = str(error)
                 logger.warning("a change was not applied: %s", error)
-            self._now.clear()
+            self._wake.clear()
             try:
-                async with asyncio.timeout(LOOK_S):
-                    await self._now.wait()
+                async with asyncio.timeout(CHECK_S):
+                    await self._wake.wait()
             except TimeoutError:
                 continue
 
-    async def _look(self) -> None:
+    async def _check(self) -> None:
         stamp = await self.files.run(self._stamp)
-        if stamp == self._seen:
+        if stamp == self._stamp_loaded:
             return
-        self._seen = stamp
+        self._stamp_loaded = stamp
         deployment, policy = await self.files.run(self._load)
         self.trouble = None
         self.on_change(deployment, policy)
@@ -77,7 +77,7 @@ class Changes:
     def _load(self) -> tuple[Deployment, Policy]:
         deployment = with_settings(self.base, settings_in(self.run.read_desired()))
         self._folders = artefact_folders(self.run, deployment)
-        self._seen = self._stamp()  # they may be others now; before they are read, so that none is missed
+        self._stamp_loaded = self._stamp()  # before the files are read, so that no change is missed
         return deployment, load_policy(self.run, deployment)
 
     def _stamp(self) -> tuple[Stamp | None, ...]:

@@ -1,7 +1,7 @@
-"""How far the prompts of now are from those that the classifier was trained on. Pure.
+"""Drift: how far the present prompts are from those that the classifier was trained on. Pure.
 
-The mix of clusters is compared by total variation: the share of prompts that would have to lie elsewhere, 0 to 1.
-What was decided by an earlier artefact does not count.
+The shares of the clusters are compared by total variation distance, from 0 (the same) to 1 (no cluster in common).
+Decisions of an earlier artefact do not count.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,7 +18,7 @@ Counted = Iterable[tuple[tuple[str, ...], int]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Drift:
-    """None where the training did not say."""
+    """None: the training did not record it."""
 
     decisions: int
     cluster_distance: float | None

@@ -1,7 +1,7 @@
-"""Runs the control loop beside the router, as a process of its own.
+"""Runs the reconcile loop (`hpc-router reconcile --loop`) beside the router, as a process of its own.
 
-The data path must not wait for a file system or a controller, and a fault in one must not take the other down. The
-loop dies with its router: it holds the other end of a pipe.
+A separate process, so that requests never wait for a file system or Slurm, and a crash of one does not end the other.
+The loop ends with its router, which holds the other end of its standard input.
 """
 
 import asyncio
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 STOP_S: Final = 10.0
 OUTPUT_S: Final = 2.0
-"""For the rest of the output of a loop that has ended."""
+"""Time to copy the remaining output of a loop that has ended."""
 
 
 def control_argv(run: RunDir, replica: str) -> list[str]:
@@ -31,8 +31,7 @@ def control_argv(run: RunDir, replica: str) -> list[str]:
 
 
 class ReconcileProcess:
-    """`async with` keeps it running; it is started again when it dies: at once the first time in a while, then after
-    longer and longer pauses."""
+    """Keeps the loop running within `async with`; restarts it as the supervisor restarts its children (`pause_s`)."""
 
     def __init__(
         self,
@@ -49,29 +48,29 @@ class ReconcileProcess:
         self._files = files
         self._log = JobDir(run, replica).reconcile_log
         self._on_failure = on_failure
-        self._keeper: asyncio.Task[None] | None = None
+        self._task: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> "ReconcileProcess":
-        self._keeper = asyncio.create_task(
-            restarting("control loop", self._keep, self._on_failure), name="control loop"
+        self._task = asyncio.create_task(
+            restarting("control loop", self._run_forever, self._on_failure), name="control loop"
         )
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        assert self._keeper is not None
-        self._keeper.cancel()
-        await asyncio.gather(self._keeper, return_exceptions=True)
+        assert self._task is not None
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
 
-    async def _keep(self) -> None:
+    async def _run_forever(self) -> None:
         in_a_row = 0
         while True:
-            begun_at = self._clock()
+            started_at = self._clock()
             try:
                 status = await self._run_once()
                 logger.warning("the control loop ended with status %d; it is started again", status)
             except OSError as error:
                 logger.warning("the control loop cannot be started: %s", error)
-            in_a_row = 1 if self._clock() - begun_at >= STABLE_S else in_a_row + 1
+            in_a_row = 1 if self._clock() - started_at >= STABLE_S else in_a_row + 1
             await self._sleep(pause_s(in_a_row))
 
     async def _run_once(self) -> int:

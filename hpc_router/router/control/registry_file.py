@@ -1,4 +1,4 @@
-"""`registry.json`: the whole registry in one file, for people and scripts, kept by the router that leads."""
+"""`registry.json`: the whole registry in one file, for people and scripts, written by the leading router."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -11,7 +11,7 @@ from hpc_router.state.run_directory import RunDir
 
 
 class RegistryFile:
-    """Keeps `registry.json` while this router leads: the whole registry in one file, for people and scripts."""
+    """Writes `registry.json` while this router leads."""
 
     def __init__(self, run: RunDir, replica: str, files: FileThread) -> None:
         self._run, self._replica, self._files = run, replica, files
@@ -19,7 +19,7 @@ class RegistryFile:
         self._left = False
 
     def keep(self, snapshot: Mapping[str, Record]) -> None:
-        """Write it in the background when something changed."""
+        """Write the file in the background if a record has changed."""
         leader = leading_router(snapshot)
         if leader is None or leader.replica != self._replica or self._left:
             return
@@ -29,7 +29,7 @@ class RegistryFile:
             self._files.post(partial(replace_json, self._run.registry_json, content))
 
     def leave(self) -> None:
-        """Once more, after the record was withdrawn: the file of one that led does not go on naming it."""
+        """Write it once more without this router, whose record was withdrawn."""
         self._left = True
         if self._content is not None:
             self._files.post(self._write_last)
@@ -37,7 +37,7 @@ class RegistryFile:
     def _write_last(self) -> None:
         others = {name: r for name, r in RegistryReader(self._run.registry).snapshot().items() if name != self._replica}
         leader = leading_router(others)
-        if leader is None or leader.generation < split_replica(self._replica)[2]:  # else it is the successor's file
+        if leader is None or leader.generation < split_replica(self._replica)[2]:  # else the successor writes the file
             replace_json(self._run.registry_json, registry_file(others))
 
 

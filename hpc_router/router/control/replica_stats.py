@@ -1,7 +1,7 @@
-"""What the replicas have answered of late, and which of them are sick though they are ready. No I/O, no clock.
+"""Recent statistics of each replica, and which ready replicas are degraded. No I/O, no clock.
 
-Older answers count less and less. A replica is sick that answers more with errors than the others of its expert do, or
-begins its answers much later than they do; with too few answers, or nobody to compare it with, nothing is said.
+Counts decay with `HALF_LIFE_S`. A replica is degraded if its share of errors is higher than that of the expert's other
+replicas, or its first bytes come much later. With too few answers, or no replica to compare it with, it is not.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,19 +10,19 @@ from statistics import median
 from typing import Any, Final
 
 HALF_LIFE_S: Final = 30.0
-ENOUGH: Final = 10.0
+MIN_ANSWERS: Final = 10.0
 ERROR_SHARE: Final = 0.05
 WORSE_TIMES: Final = 2.0
-"""Errors that the other replicas of an expert answer as often belong to the requests."""
+"""Degraded from this multiple of the other replicas' error share; errors that all give are the requests' fault."""
 SLOW_TIMES: Final = 3.0
 SLOW_S: Final = 0.1
-"""Slow is so many times what the others take, and so much longer at least."""
+"""Slow: this many times the others' seconds to the first byte, and at least this many seconds more."""
 
 _NO_ERRORS: Final = frozenset({429, "busy", "starting", "draining"})
-"""Causes of failovers that say nothing against a replica."""
+"""Causes of failovers that are no errors of the replica."""
 
 Totals = Mapping[str, tuple[int, float, int]]
-"""By replica: answers, the seconds to their first bytes together, errors."""
+"""By replica: answers, the sum of their seconds to the first byte, errors."""
 
 
 @dataclass(slots=True)
@@ -33,24 +33,24 @@ class ReplicaStats:
     _at: float = 0.0
 
     def add(self, answered: int, seconds: float, errors: int, *, now: float) -> None:
-        left = 0.5 ** ((now - self._at) / HALF_LIFE_S)
+        decay = 0.5 ** ((now - self._at) / HALF_LIFE_S)
         self._at = now
-        self.answered = self.answered * left + answered
-        self.seconds = self.seconds * left + seconds
-        self.errors = self.errors * left + errors
+        self.answered = self.answered * decay + answered
+        self.seconds = self.seconds * decay + seconds
+        self.errors = self.errors * decay + errors
 
     @property
     def first_byte_s(self) -> float | None:
-        return self.seconds / self.answered if self.answered >= ENOUGH else None
+        return self.seconds / self.answered if self.answered >= MIN_ANSWERS else None
 
     @property
     def error_share(self) -> float | None:
-        seen = self.answered + self.errors
-        return self.errors / seen if seen >= ENOUGH else None
+        total = self.answered + self.errors
+        return self.errors / total if total >= MIN_ANSWERS else None
 
 
-def sickness(one: ReplicaStats, others: Sequence[ReplicaStats]) -> str | None:
-    """In words. `others`: of the same expert."""
+def degradation(one: ReplicaStats, others: Sequence[ReplicaStats]) -> str | None:
+    """What is wrong with it, as text; None if nothing. `others`: the other replicas of the same expert."""
     share, first_byte_s = one.error_share, one.first_byte_s
     their_shares = [other.error_share for other in others if other.error_share is not None]
     alone = not their_shares or (share or 0.0) >= WORSE_TIMES * median(their_shares)
@@ -64,25 +64,25 @@ def sickness(one: ReplicaStats, others: Sequence[ReplicaStats]) -> str | None:
     return None
 
 
-def totals(dumped: Mapping[str, Any]) -> dict[str, tuple[int, float, int]]:
-    """Of what a worker has counted."""
-    found: dict[str, tuple[int, float, int]] = {}
+def totals_by_replica(dumped: Mapping[str, Any]) -> dict[str, tuple[int, float, int]]:
+    """From a worker's dumped metrics."""
+    by_replica: dict[str, tuple[int, float, int]] = {}
     for (_, replica), counts, seconds in dumped.get("first_byte", ()):
-        answered, before_s, errors = found.get(replica, (0, 0.0, 0))
-        found[replica] = answered + sum(counts), before_s + seconds, errors
+        answered, before_s, errors = by_replica.get(replica, (0, 0.0, 0))
+        by_replica[replica] = answered + sum(counts), before_s + seconds, errors
     for (replica, cause), count in dumped.get("failovers", ()):
         if cause not in _NO_ERRORS:
-            answered, seconds, errors = found.get(replica, (0, 0.0, 0))
-            found[replica] = answered, seconds, errors + count
-    return found
+            answered, seconds, errors = by_replica.get(replica, (0, 0.0, 0))
+            by_replica[replica] = answered, seconds, errors + count
+    return by_replica
 
 
-def newly(now: Totals, before: Totals) -> dict[str, tuple[int, float, int]]:
-    """What has come since; nothing where a count was begun anew."""
-    gained = {}
+def increase(now: Totals, before: Totals) -> dict[str, tuple[int, float, int]]:
+    """What was counted since `before`; nothing for a replica whose counts restarted at zero."""
+    increases = {}
     for replica, (answered, seconds, errors) in now.items():
         then = before.get(replica, (0, 0.0, 0))
         more = (answered - then[0], seconds - then[1], errors - then[2])
         if min(more) >= 0 and any(more):
-            gained[replica] = more
-    return gained
+            increases[replica] = more
+    return increases

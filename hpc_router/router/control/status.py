@@ -5,7 +5,7 @@ from typing import Any
 
 from hpc_router import __version__
 from hpc_router.router.control.discovery import Discovery
-from hpc_router.router.control.replica_stats import ReplicaStats, sickness
+from hpc_router.router.control.replica_stats import ReplicaStats, degradation
 from hpc_router.router.replicas.admission import DepartureRate
 from hpc_router.router.replicas.replica import Replica
 from hpc_router.router.replicas.table import ReplicaTable
@@ -17,25 +17,25 @@ def status(
     *,
     experts: list[str],
     policy: dict[str, object],
-    paces: Mapping[str, DepartureRate],
-    recent: Mapping[str, ReplicaStats],
+    departure_rates: Mapping[str, DepartureRate],
+    stats: Mapping[str, ReplicaStats],
     now: float,
     **router: object,
 ) -> dict[str, Any]:
-    """`experts`: all that exist or are configured; `paces` of their queues; `router`: what it says of itself."""
+    """`experts`: all that exist or are configured; `departure_rates`: of their queues; `router`: more of its fields."""
     return {
         "router": {"version": __version__, "registry_age_s": round(discovery.registry_age_s(), 3), **router},
         "policy": policy,
         "experts": {
             name: {
-                "ready": sum(r.standing == "ready" for r in table.of(name)),
+                "ready": sum(r.state == "ready" for r in table.of(name)),
                 "in_flight": table.load(name),
                 "max_in_flight": table.bounds.in_flight.get(name),
                 "waiting": table.waiting(name),
                 "max_waiting": table.bounds.waiting,
-                **_moves(paces.get(name), table.waiting(name), now),
+                **_queue(departure_rates.get(name), table.waiting(name), now),
                 "replicas": [
-                    _replica(r, silent=discovery.is_silent(r)) | _of_late(r, table.of(name), recent)
+                    _replica(r, silent=discovery.is_silent(r)) | _recent(r, table.of(name), stats)
                     for r in table.of(name)
                 ],
             }
@@ -44,21 +44,21 @@ def status(
     }
 
 
-def _moves(pace: DepartureRate | None, waiting: int, now: float) -> dict[str, float | None]:
-    """How fast its queue moves, and how long those who wait will take; null: nobody waits, or nobody has left."""
-    per_s = None if pace is None else pace.per_s(now)
-    wait_s = None if pace is None or not waiting else round(pace.wait_s(waiting, now), 3)
+def _queue(rate: DepartureRate | None, waiting: int, now: float) -> dict[str, float | None]:
+    """Departures per second (null: none recently) and the expected wait (null: the queue is empty)."""
+    per_s = None if rate is None else rate.per_s(now)
+    wait_s = None if rate is None or not waiting else round(rate.wait_s(waiting, now), 3)
     return {"pace_per_s": None if per_s is None else round(per_s, 3), "wait_s": wait_s}
 
 
-def _of_late(replica: Replica, all_of_expert: Sequence[Replica], recent: Mapping[str, ReplicaStats]) -> dict[str, Any]:
-    """How it has answered lately; null: too seldom to say."""
-    one = recent.get(replica.name) or ReplicaStats()
-    others = [known for r in all_of_expert if r is not replica and (known := recent.get(r.name)) is not None]
+def _recent(replica: Replica, all_of_expert: Sequence[Replica], stats: Mapping[str, ReplicaStats]) -> dict[str, Any]:
+    """Its recent statistics; null with too few answers."""
+    one = stats.get(replica.name) or ReplicaStats()
+    others = [known for r in all_of_expert if r is not replica and (known := stats.get(r.name)) is not None]
     return {
         "error_share": None if one.error_share is None else round(one.error_share, 3),
         "first_byte_s": None if one.first_byte_s is None else round(one.first_byte_s, 3),
-        "sick": sickness(one, others),
+        "sick": degradation(one, others),
     }
 
 
@@ -67,7 +67,7 @@ def _replica(replica: Replica, *, silent: bool) -> dict[str, Any]:
     return {
         "replica": replica.name,
         "kind": record.kind.value,
-        "state": replica.standing.value,
+        "state": replica.state.value,
         "in_flight": replica.load,
         "capacity": replica.capacity,
         "url": record.url,

@@ -1,1 +1,1 @@
-"""How supervisor, control process and workers talk: pipes, messages, and counters in shared memory."""
+"""Communication between supervisor, control process and workers: typed messages, and counters in shared memory."""

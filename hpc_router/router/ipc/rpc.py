@@ -1,68 +1,68 @@
-"""Messages between the control process and one worker, over a pair of sockets that nobody else can reach.
+"""Notifications and calls between the control process and one worker, over a pair of connected sockets.
 
-A message is a kind and a JSON value behind its length; it is told, or asked and answered. A peer that reads nothing
-any more is told nothing more: what it misses, it is told again when it comes back.
+A frame is a length and a message of `messages`. A peer that does not read loses notifications once `MAX_UNREAD_BYTES`
+are buffered; it gets the current state when it attaches again. Nothing here knows what the messages mean.
 """
 
 import asyncio
 import inspect
 import itertools
-import json
 import logging
 import socket
 from collections.abc import Awaitable, Callable
-from typing import Any, Final, cast
+from typing import Any, Final, TypeVar, cast
 
 from hpc_router.errors import UnavailableError
+from hpc_router.router.ipc.messages import Call, Failure, Message, Reply, decode, encode, reply_value
 
 logger = logging.getLogger(__name__)
 
 MAX_UNREAD_BYTES: Final = 2**25
-"""Bytes that a peer may leave unread."""
-_LENGTH: Final = 4
-_ANSWER: Final = "="
-_FAILURE: Final = "!"
+"""Outgoing bytes that are buffered for a peer."""
+_LENGTH_BYTES: Final = 4
+
+R = TypeVar("R")
 
 
 class ChannelClosedError(UnavailableError):
     """The peer has ended, or does not answer in time."""
 
 
-Handle = Callable[[str, Any], Awaitable[Any] | Any]
-"""What to do with a message, by its kind; the result is the answer to one that asks."""
+Handler = Callable[[Message], Awaitable[Any] | Any]
+"""Handles a message; the result is the reply to a call. A notification is handled without awaiting."""
 
 
 class RpcPeer(asyncio.Protocol):
-    """Made at once, so that its owner has it before the first message comes; `open` connects it."""
+    """One end of a channel. Its owner has it before the first message comes, because only `open` connects it."""
 
-    def __init__(self, handle: Handle, on_end: Callable[[], None]) -> None:
-        self._handle, self._on_end = handle, on_end
+    def __init__(self, handler: Handler, on_end: Callable[[], None]) -> None:
+        self._handler, self._on_end = handler, on_end
         self._transport: asyncio.Transport | None = None
-        self._came = bytearray()
+        self._received = bytearray()
         self._numbers = itertools.count(1)
-        self._asked: dict[int, asyncio.Future[Any]] = {}
+        self._calls: dict[int, asyncio.Future[Reply]] = {}
         self._answering: set[asyncio.Task[None]] = set()
 
     async def open(self, sock: socket.socket) -> None:
-        """Over one of a pair of connected unix sockets."""
+        """Connect it to one of a pair of connected unix sockets."""
         sock.setblocking(False)
         await asyncio.get_running_loop().create_unix_connection(lambda: self, sock=sock)
 
-    def tell(self, kind: str, value: Any = None) -> None:
-        self._send(kind, None, value)
+    def notify(self, message: Message) -> None:
+        self._send(message, None)
 
-    async def ask(self, kind: str, value: Any = None, *, limit_s: float) -> Any:
-        """The answer. Raises ChannelClosedError."""
+    async def call(self, call: Call[R], *, timeout_s: float) -> R:
+        """The peer's reply. Raises ChannelClosedError."""
         number = next(self._numbers)
-        self._asked[number] = answer = asyncio.get_running_loop().create_future()
+        self._calls[number] = reply = asyncio.get_running_loop().create_future()
         try:
-            self._send(kind, number, value)
-            async with asyncio.timeout(limit_s):
-                return await answer
+            self._send(call, number)
+            async with asyncio.timeout(timeout_s):
+                return reply_value(call, await reply)
         except TimeoutError as error:
-            raise ChannelClosedError(f"no answer to {kind!r} within {limit_s:g} s") from error
+            raise ChannelClosedError(f"no reply to {type(call).__name__} within {timeout_s:g} s") from error
         finally:
-            self._asked.pop(number, None)
+            self._calls.pop(number, None)
 
     def close(self) -> None:
         if self._transport is not None:
@@ -72,66 +72,66 @@ class RpcPeer(asyncio.Protocol):
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is not derived from it
 
     def data_received(self, data: bytes) -> None:
-        self._came += data
+        self._received += data
         at = 0
-        while len(self._came) - at >= _LENGTH:
-            end = at + _LENGTH + int.from_bytes(self._came[at : at + _LENGTH])
-            if len(self._came) < end:
+        while len(self._received) - at >= _LENGTH_BYTES:
+            end = at + _LENGTH_BYTES + int.from_bytes(self._received[at : at + _LENGTH_BYTES])
+            if len(self._received) < end:
                 break
-            kind, number, value = json.loads(self._came[at + _LENGTH : end])
+            message, number = decode(self._received[at + _LENGTH_BYTES : end])
             at = end
-            self._take(kind, number, value)
-        del self._came[:at]
+            self._receive(message, number)
+        del self._received[:at]
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
-        for answer in self._asked.values():
-            if not answer.done():
-                answer.set_exception(ChannelClosedError("the peer has ended"))
+        for reply in self._calls.values():
+            if not reply.done():
+                reply.set_exception(ChannelClosedError("the peer has ended"))
         for task in self._answering:
             task.cancel()
         self._on_end()
 
-    def _take(self, kind: str, number: int | None, value: Any) -> None:
-        if kind in (_ANSWER, _FAILURE):
-            answer = self._asked.get(number or 0)
-            if answer is not None and not answer.done():
-                if kind == _ANSWER:
-                    answer.set_result(value)
+    def _receive(self, message: Message, number: int | None) -> None:
+        if isinstance(message, Reply | Failure):
+            reply = self._calls.get(number or 0)
+            if reply is not None and not reply.done():
+                if isinstance(message, Reply):
+                    reply.set_result(message)
                 else:
-                    answer.set_exception(ChannelClosedError(str(value)))
+                    reply.set_exception(ChannelClosedError(message.error))
             return
-        task = asyncio.ensure_future(self._act(kind, number, value)) if number is not None else None
-        if task is not None:
+        if number is not None:
+            task = asyncio.ensure_future(self._answer(message, number))
             self._answering.add(task)
             task.add_done_callback(self._answering.discard)
             return
         try:
-            result = self._handle(kind, value)
-            assert not inspect.isawaitable(result), "what is only told is done at once"
+            result = self._handler(message)
+            assert not inspect.isawaitable(result), "a notification is handled at once"
         except Exception:
-            logger.exception("%r could not be taken", kind)
+            logger.exception("%s could not be handled", type(message).__name__)
 
-    async def _act(self, kind: str, number: int, value: Any) -> None:
+    async def _answer(self, message: Message, number: int) -> None:
         try:
-            result = self._handle(kind, value)
+            result = self._handler(message)
             if inspect.isawaitable(result):
                 result = await result
-            self._send(_ANSWER, number, result)
+            self._send(Reply(result), number)
         except ChannelClosedError:
             pass
         except Exception as error:
-            logger.exception("%r could not be answered", kind)
-            self._send(_FAILURE, number, f"{type(error).__name__}: {error}")
+            logger.exception("%s could not be answered", type(message).__name__)
+            self._send(Failure(f"{type(error).__name__}: {error}"), number)
 
-    def _send(self, kind: str, number: int | None, value: Any) -> None:
+    def _send(self, message: Message, number: int | None) -> None:
         transport = self._transport
         if transport is None and number is not None:
             raise ChannelClosedError("the peer has ended")
-        if transport is None or transport.is_closing():  # who asks is told so with all others, in `connection_lost`
+        if transport is None or transport.is_closing():  # `connection_lost` fails the pending calls
             return
         if transport.get_write_buffer_size() > MAX_UNREAD_BYTES:
-            logger.warning("%r was not sent: the other process does not read", kind)
+            logger.warning("%s was not sent: the other process does not read", type(message).__name__)
             return
-        content = json.dumps([kind, number, value], separators=(",", ":")).encode()
-        transport.write(len(content).to_bytes(_LENGTH) + content)
+        content = encode(message, number)
+        transport.write(len(content).to_bytes(_LENGTH_BYTES) + content)

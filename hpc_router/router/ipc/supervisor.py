@@ -1,9 +1,9 @@
-"""The process that the router is to everybody else: it keeps one control process and N workers running.
+"""The supervisor: the router's first process, which keeps one control process and N workers running.
 
-It holds the address, forks its children, starts again what has died, and ends with all of them. It has one thread and
-no event loop, reads and writes no files, and knows nothing of requests: what runs in it cannot fail by what they do.
-Children are forked rather than begun anew, so that they share the memory of everything that is loaded. None outlives
-it (PDEATHSIG). Control process and workers talk over pairs of sockets that it makes and hands out.
+It holds the address, forks its children, restarts those that died, and ends with all of them. It has one thread and no
+event loop, reads and writes no files, and knows no requests, so that no request can make it fail. Children are forked
+from it to share the memory of everything that is loaded; none outlives it (PDEATHSIG). It makes the socket pairs over
+which control process and workers talk, and passes their ends on.
 """
 
 import contextlib
@@ -18,21 +18,23 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final, NoReturn
+from typing import Final, NoReturn
 
 from hpc_router import backoff
 from hpc_router.errors import LaunchError
-from hpc_router.router.ipc import supervisor_commands
-from hpc_router.router.ipc.shared_counters import CUT, IN_FLIGHT, Counters
+from hpc_router.router.ipc import messages
+from hpc_router.router.ipc.shared_counters import CUT_OFF, IN_FLIGHT, Counters
+from hpc_router.router.ipc.supervisor_commands import send_command
 
 CONTROL: Final = "control"
 STABLE_S: Final = 10.0
-"""A child that lived for so long begins with a clean record."""
+"""A child that lived this long counts as healthy: its next end is the first in a row."""
 FIRST_PAUSE_S: Final = 0.1
 MAX_PAUSE_S: Final = 10.0
-HELD_S: Final = 1.0
-"""New clients of a dead worker wait so long for the next one; else they are reset, and the kernel deals out no more."""
-MAX_ENDS_IN_A_ROW: Final = 8
+MAX_LISTEN_S: Final = 1.0
+"""The socket of a dead worker stays open if its successor starts within this time; new clients wait for it. Else the
+socket is closed, which resets them, and the kernel gives the other workers all new connections."""
+MAX_FAILURES_IN_A_ROW: Final = 8
 STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 _PR_SET_PDEATHSIG: Final = 1
 
@@ -43,56 +45,58 @@ def worker_name(worker: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class ChildSpec:
-    """What a child gets: `orders`, and its ways to the others, by worker; a worker has one, to the control process.
+    """What a child starts with. `worker` None: the control process.
 
-    `processes` and `news`: what the control process has missed.
+    `commands`: from the supervisor. `channels`: by worker, to the processes that are running; a worker has one, to the
+    control process. `processes`, `notices`: the status of all children and what was not delivered to a predecessor.
     """
 
     worker: int | None
-    orders: socket.socket
-    ways: Mapping[int, socket.socket]
+    commands: socket.socket
+    channels: Mapping[int, socket.socket]
     listener: socket.socket | None
-    processes: Mapping[str, Mapping[str, Any]]
-    news: tuple[str, ...]
+    processes: Mapping[str, messages.ProcessStatus]
+    notices: tuple[str, ...]
 
 
 @dataclass(slots=True)
 class Child:
-    """`worker` None: the control process. `pid` 0: it does not run; then it is due at `due_at`."""
+    """`worker` None: the control process. `pid` 0: it is not running, and is started at `due_at`."""
 
     name: str
     worker: int | None
     listener: socket.socket | None = None
     pid: int = 0
-    orders: socket.socket | None = None
-    begun_at: float = 0.0
+    commands: socket.socket | None = None
+    started_at: float = 0.0
     due_at: float = 0.0
     in_a_row: int = 0
     restarts: int = 0
     last_end: str | None = None
 
     def died(self, why: str, now: float) -> None:
-        """The first time in a while it is started again at once, then after longer and longer pauses."""
-        self.in_a_row = 1 if now - self.begun_at >= STABLE_S else self.in_a_row + 1
+        """The first end in a row restarts it at once, the next ones after pauses that double."""
+        self.in_a_row = 1 if now - self.started_at >= STABLE_S else self.in_a_row + 1
         self.due_at = now + pause_s(self.in_a_row)
         self.pid, self.last_end = 0, why
-        if self.listener is not None and self.due_at > now + HELD_S:
+        if self.listener is not None and self.due_at > now + MAX_LISTEN_S:
             self.listener.close()
             self.listener = None
 
-    def told(self) -> dict[str, Any]:
-        return {"restarts": self.restarts, "last_end": self.last_end, "pid": self.pid or None}
+    def status(self) -> messages.ProcessStatus:
+        return messages.ProcessStatus(self.restarts, self.last_end, self.pid or None)
 
 
 def pause_s(in_a_row: int) -> float:
-    """Before a child is started again that has ended so often in a row."""
+    """Pause before a child is restarted that has ended this many times in a row."""
     return 0.0 if in_a_row <= 1 else backoff.pause_s(in_a_row - 1, first_s=FIRST_PAUSE_S, max_s=MAX_PAUSE_S)
 
 
 @dataclass(slots=True)
 class RouterSupervisor:
-    """`run` returns when it was told to stop and all children have ended; what is left after `stop_s` is killed.
-    `cut`: requests that the workers had not finished when they ended.
+    """`run` returns after a stop signal, once all children have ended; those left after `stop_s` are killed.
+
+    `control`, `worker`: the bodies of the children. `cut`: requests that the workers had not finished at their end.
     """
 
     control: Callable[[ChildSpec], None]
@@ -105,15 +109,15 @@ class RouterSupervisor:
     cut: int = 0
     _stopping_until: float | None = None
     _wakeups: tuple[int, int] = (-1, -1)
-    _unheard: list[str] = field(default_factory=list)
+    _undelivered: list[str] = field(default_factory=list)
 
     def run(self) -> None:
-        """Raises LaunchError when its children cannot be kept alive."""
+        """Raises LaunchError when its children end again and again."""
         self._wakeups = reading, writing = os.pipe()
         os.set_blocking(writing, False)
         before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-        noticed = (signal.SIGCHLD, signal.SIGHUP, *STOP_SIGNALS)
-        handlers = {number: signal.signal(number, lambda *_: None) for number in noticed}
+        handled = (signal.SIGCHLD, signal.SIGHUP, *STOP_SIGNALS)
+        handlers = {number: signal.signal(number, lambda *_: None) for number in handled}
         gc.collect()
         gc.freeze()
         workers = range(self.counters.workers)
@@ -145,7 +149,7 @@ class RouterSupervisor:
             self._reap()
 
     def _wait(self) -> None:
-        """For a signal, or until something is due."""
+        """Until a signal comes or a child is due to start."""
         now = self.clock()
         due = [child.due_at for child in self.children if not child.pid and self._stopping_until is None]
         if self._stopping_until is not None:
@@ -155,37 +159,38 @@ class RouterSupervisor:
             return
         signals = os.read(self._wakeups[0], 256)
         if any(number in signals for number in STOP_SIGNALS) and self._stopping_until is None:
-            self._stopping_until = self.clock() + self.stop_s  # `now` is as old as the router was quiet
-            self._tell_all({"do": "drain"})
+            self._stopping_until = self.clock() + self.stop_s  # `now` was read before the wait
+            for child in self._living():
+                self._send(child, messages.DrainCommand())
             for child in self.children:
                 if child.listener is not None:
-                    child.listener.close()  # the worker's own goes when it has drained
+                    child.listener.close()  # the worker closes its own copy once it has drained
         if signal.SIGHUP in signals:
-            self._tell(self.children[0], {"do": "reload"})
+            self._send(self.children[0], messages.ReloadCommand())
 
     def _reap(self) -> None:
         for child in self._living():
             pid, status = os.waitpid(child.pid, os.WNOHANG)
             if pid:
                 code = os.waitstatus_to_exitcode(status)
-                child.died(_words(code), self.clock())
-                if child.orders is not None:
-                    child.orders.close()
+                child.died(_describe(code), self.clock())
+                if child.commands is not None:
+                    child.commands.close()
                 if child.worker is not None:
                     if self._stopping_until is not None:
                         cells = self.counters.row(child.worker)
-                        self.cut += max(cells[CUT], cells[IN_FLIGHT])  # the latter of one that was killed
+                        self.cut += max(cells[CUT_OFF], cells[IN_FLIGHT])  # the latter if it was killed
                     self.counters.clear(child.worker)
                 if self._stopping_until is None:
-                    self._give_up_on(child)
-                    self._tell_news(f"{child.name} (process {pid}) {child.last_end}")
+                    self._check_failures(child)
+                    self._report_processes(f"{child.name} (process {pid}) {child.last_end}")
         if self._stopping_until is not None and not any(c.worker is not None for c in self._living()):
-            self._tell(self.children[0], {"do": "end"})
+            self._send(self.children[0], messages.EndCommand())
 
-    def _give_up_on(self, child: Child) -> None:
-        """Others may still serve: only when none of its kind stays alive."""
+    def _check_failures(self, child: Child) -> None:
+        """Raises LaunchError when neither this child nor any other of its kind stays alive."""
         kind = [c for c in self.children if (c.worker is None) == (child.worker is None)]
-        if all(c.in_a_row >= MAX_ENDS_IN_A_ROW for c in kind):
+        if all(c.in_a_row >= MAX_FAILURES_IN_A_ROW for c in kind):
             raise LaunchError(
                 f"{child.name} {child.last_end}, {child.in_a_row} times in a row; the router's log says why"
             )
@@ -198,62 +203,62 @@ class RouterSupervisor:
         pairs = {peer.name: socket.socketpair() for peer in others if peer.pid}
         if child.last_end is not None:
             child.restarts += 1
-        number = [c.worker if child.worker is None else child.worker for c in others]
-        ways = {n: pairs[p.name][0] for n, p in zip(number, others, strict=True) if n is not None and p.name in pairs}
-        birth = ChildSpec(child.worker, theirs, ways, child.listener, self._told(), tuple(self._unheard))
+        channels = {}
+        for peer in others:
+            worker = peer.worker if child.worker is None else child.worker
+            if worker is not None and peer.name in pairs:
+                channels[worker] = pairs[peer.name][0]
+        spec = ChildSpec(child.worker, theirs, channels, child.listener, self._statuses(), tuple(self._undelivered))
         sys.stdout.flush()
         sys.stderr.flush()
         supervisor = os.getpid()
         pid = os.fork()
         if not pid:
-            keep = {theirs.fileno(), *(way.fileno() for way in ways.values())}
+            keep = {theirs.fileno(), *(channel.fileno() for channel in channels.values())}
             if child.listener is not None:
                 keep.add(child.listener.fileno())
-            _begin(supervisor, others=self._descriptors(ours, (b for _, b in pairs.values())) - keep)
-            _end(self.control if child.worker is None else self.worker, birth)
-        child.pid, child.orders, child.begun_at = pid, ours, self.clock()
+            _enter_child(supervisor, close=self._descriptors(ours, (b for _, b in pairs.values())) - keep)
+            _run_child(self.control if child.worker is None else self.worker, spec)
+        child.pid, child.commands, child.started_at = pid, ours, self.clock()
         theirs.close()
         if child.worker is None:
-            self._unheard.clear()
+            self._undelivered.clear()
         for peer in others:
             if peer.name in pairs:
-                way, back = pairs[peer.name]
-                self._tell(peer, {"do": "attach", "worker": child.worker}, back)
-                way.close()
-                back.close()
-        self._tell_news(None)
+                near, far = pairs[peer.name]
+                self._send(peer, messages.AttachCommand(child.worker), far)
+                near.close()
+                far.close()
+        self._report_processes(None)
 
     def _descriptors(self, ours: socket.socket, more: Iterable[socket.socket]) -> set[int]:
-        """What a child must not keep open, or nobody would notice the end of another."""
-        found = {*self._wakeups, ours.fileno(), *(sock.fileno() for sock in more)}
+        """Descriptors that a child must close, so that the end of another process closes its connections."""
+        descriptors = {*self._wakeups, ours.fileno(), *(sock.fileno() for sock in more)}
         for child in self.children:
-            found |= {s.fileno() for s in (child.listener, child.orders) if s is not None and s.fileno() >= 0}
-        return found
+            descriptors |= {s.fileno() for s in (child.listener, child.commands) if s is not None and s.fileno() >= 0}
+        return descriptors
 
-    def _told(self) -> dict[str, dict[str, Any]]:
-        return {child.name: child.told() for child in self.children}
+    def _statuses(self) -> dict[str, messages.ProcessStatus]:
+        return {child.name: child.status() for child in self.children}
 
-    def _tell_news(self, news: str | None) -> None:
-        if news is not None and not self.children[0].pid:
-            self._unheard.append(news)
-        self._tell(self.children[0], {"do": "note", "processes": self._told(), "news": news})
+    def _report_processes(self, notice: str | None) -> None:
+        """To the control process, or its successor."""
+        if notice is not None and not self.children[0].pid:
+            self._undelivered.append(notice)
+        self._send(self.children[0], messages.ProcessesChanged(self._statuses(), notice))
 
-    def _tell_all(self, order: Mapping[str, Any]) -> None:
-        for child in self._living():
-            self._tell(child, order)
-
-    def _tell(self, child: Child, order: Mapping[str, Any], way: socket.socket | None = None) -> None:
-        """A child that has just died, or reads nothing, is not told: its successor is."""
-        if child.pid and child.orders is not None:
+    def _send(self, child: Child, command: messages.Message, channel: socket.socket | None = None) -> None:
+        """Nothing is sent to a child that has just died or does not read; its successor gets the current state."""
+        if child.pid and child.commands is not None:
             with contextlib.suppress(OSError):
-                supervisor_commands.send_command(child.orders, order, way)
+                send_command(child.commands, command, channel)
 
     def _living(self) -> list[Child]:
         return [child for child in self.children if child.pid]
 
 
-def _begin(supervisor: int, *, others: set[int]) -> None:
-    """The first steps of a child: it dies with its supervisor, and only that one's orders end it."""
+def _enter_child(supervisor: int, *, close: set[int]) -> None:
+    """First steps after the fork: the child dies with its supervisor and ignores signals, because it gets commands."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL), 0, 0, 0)
     if os.getppid() != supervisor:
         os._exit(1)
@@ -261,16 +266,16 @@ def _begin(supervisor: int, *, others: set[int]) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for number in (signal.SIGHUP, *STOP_SIGNALS):
         signal.signal(number, signal.SIG_IGN)
-    for descriptor in others:
+    for descriptor in close:
         os.close(descriptor)
 
 
-def _end(body: Callable[[ChildSpec], None], birth: ChildSpec) -> NoReturn:
+def _run_child(body: Callable[[ChildSpec], None], spec: ChildSpec) -> NoReturn:
     status = 1
     try:
-        body(birth)
+        body(spec)
         status = 0
-    except BaseException:  # noqa: BLE001  # nothing of it may reach the supervisor's own frames
+    except BaseException:  # noqa: BLE001  # no exception may reach the supervisor's own frames
         traceback.print_exc()
     finally:
         sys.stdout.flush()
@@ -278,5 +283,5 @@ def _end(body: Callable[[ChildSpec], None], birth: ChildSpec) -> NoReturn:
         os._exit(status)
 
 
-def _words(code: int) -> str:
+def _describe(code: int) -> str:
     return f"was killed by signal {-code}" if code < 0 else f"ended with status {code}"

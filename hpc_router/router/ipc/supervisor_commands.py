@@ -1,48 +1,45 @@
-"""What the supervisor tells a child: JSON objects, a way to another process with some of them.
+"""Commands from the supervisor to its children, over a SOCK_SEQPACKET pair, as `messages` encodes them.
 
-`drain`: take nothing new, finish what there is. `end`: all others are gone. `reload`: look again at what may have
-changed. `attach`: a way to another process. `note`: what has become of the others.
+An `AttachCommand` carries the socket of a channel to another process. Sending never blocks the supervisor.
 """
 
 import asyncio
-import json
 import logging
 import socket
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Final, Self
+
+from hpc_router.router.ipc import messages
 
 logger = logging.getLogger(__name__)
 
 MAX_COMMAND_BYTES: Final = 2**16
 
 
-def send_command(sock: socket.socket, order: Mapping[str, Any], way: socket.socket | None = None) -> None:
-    """Never blocks. Raises OSError where the child is gone or takes nothing."""
-    descriptors = [] if way is None else [way.fileno()]
+def send_command(sock: socket.socket, command: messages.Message, channel: socket.socket | None = None) -> None:
+    """Never blocks. Raises OSError where the child has ended or its buffer is full."""
+    descriptors = [] if channel is None else [channel.fileno()]
     flags = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
-    socket.send_fds(sock, [json.dumps(order).encode()], descriptors, flags)
+    socket.send_fds(sock, [messages.encode(command)], descriptors, flags)
 
 
-def receive_command(sock: socket.socket) -> tuple[dict[str, Any], socket.socket | None] | None:
-    """None: the supervisor is gone. Raises BlockingIOError when nothing has come."""
+def receive_command(sock: socket.socket) -> tuple[messages.Message, socket.socket | None] | None:
+    """None: the supervisor has ended. Raises BlockingIOError when no command is there."""
     data, descriptors, _, _ = socket.recv_fds(sock, MAX_COMMAND_BYTES, 1)
     if not data:
         return None
-    return json.loads(data), socket.socket(fileno=descriptors[0]) if descriptors else None
-
-
-Attach = Callable[[int | None, socket.socket], Awaitable[None]]
+    return messages.decode(data)[0], socket.socket(fileno=descriptors[0]) if descriptors else None
 
 
 @dataclass(slots=True)
 class CommandReader:
-    """A child's side, as `async with`. What it may be told again and again is called, the rest are events."""
+    """A child's end, used as `async with`. `drain` and `end` are set once; the other commands call back."""
 
     sock: socket.socket
-    attach: Attach
-    on_note: Callable[[Mapping[str, Any]], None] | None = None
+    on_attach: Callable[[int | None, socket.socket], Awaitable[None]]
+    on_processes: Callable[[messages.ProcessesChanged], None] | None = None
     on_reload: Callable[[], None] | None = None
     drain: asyncio.Event = field(default_factory=asyncio.Event)
     end: asyncio.Event = field(default_factory=asyncio.Event)
@@ -60,27 +57,27 @@ class CommandReader:
 
     def _read(self) -> None:
         try:
-            taken = receive_command(self.sock)
+            received = receive_command(self.sock)
         except BlockingIOError:
             return
-        if taken is None:  # the kernel ends us, too
+        if received is None:  # the kernel ends this process as well
             asyncio.get_running_loop().remove_reader(self.sock)
             self.drain.set()
             self.end.set()
             return
-        order, way = taken
-        match order["do"]:
-            case "attach" if way is not None:
-                task = asyncio.ensure_future(self.attach(order["worker"], way))
+        command, channel = received
+        match command:
+            case messages.AttachCommand(worker) if channel is not None:
+                task = asyncio.ensure_future(self.on_attach(worker, channel))
                 self._attaching.add(task)
                 task.add_done_callback(self._attaching.discard)
-            case "drain":
+            case messages.DrainCommand():
                 self.drain.set()
-            case "end":
+            case messages.EndCommand():
                 self.end.set()
-            case "note" if self.on_note is not None:
-                self.on_note(order)
-            case "reload" if self.on_reload is not None:
+            case messages.ProcessesChanged() if self.on_processes is not None:
+                self.on_processes(command)
+            case messages.ReloadCommand() if self.on_reload is not None:
                 self.on_reload()
-            case other:
-                logger.warning("unknown command ignored: %s", other)
+            case _:
+                logger.warning("unexpected command ignored: %s", type(command).__name__)

@@ -1,4 +1,4 @@
-"""The replicas of each expert as one worker sees them: states, load, queues, and the choice of one.
+"""The replicas of each expert as one process sees them: states, load, queues, and the choice of one.
 
 Decisions here do no I/O and never await.
 """

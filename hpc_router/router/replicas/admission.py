@@ -1,8 +1,8 @@
-"""Who may still come in, and when to come again. No I/O, no clock.
+"""Admission limits, and the Retry-After of a refused request. No I/O, no clock.
 
-Three bounds, each on what all workers have together: requests in the router, requests of an expert on its replicas
-(a replica has its own, its capacity), and requests that wait for one expert. Who is refused is told to come again when
-those who wait now will have had their turn, at the pace at which the queue has moved of late.
+Three limits, each over all workers: requests in the router, requests in flight on an expert's replicas (each replica
+also has its capacity), and requests that wait for one expert. Retry-After is the queue length divided by the recent
+departure rate.
 """
 
 from collections import deque
@@ -13,67 +13,68 @@ from typing import Final
 from hpc_router.config.adapters import host_of
 from hpc_router.config.schema import Deployment
 
-WINDOW_S: Final = 30.0
-"""What a queue did before that says nothing of now."""
-PAUSE_S: Final = 1.0
-"""A queue that was empty for no longer has not begun anew."""
+RATE_WINDOW_S: Final = 30.0
+"""Sliding window of the departure rate, in seconds."""
+MAX_EMPTY_S: Final = 1.0
+"""A queue that was empty for no longer keeps its departure rate."""
 MIN_WAIT_S: Final = 1.0
 MAX_WAIT_S: Final = 600.0
-UNKNOWN_S: Final = 2.0
-"""Of a queue of which nobody has left yet."""
+DEFAULT_WAIT_S: Final = 2.0
+"""Expected wait in a queue that has had no departure yet."""
 
 
 @dataclass(frozen=True, slots=True)
 class QueueLimits:
-    """`waiting`: per expert. `in_flight`: of the experts that have a bound of their own beside their replicas'."""
+    """`waiting`: per expert. `in_flight`: by expert, for those with a limit beside their replicas' capacity."""
 
     waiting: int
     in_flight: Mapping[str, int] = field(default_factory=dict)
 
 
-def bounds_of(deployment: Deployment) -> QueueLimits:
-    """Experts on one engine have one bound, on all that is in flight there together."""
+def queue_limits(deployment: Deployment) -> QueueLimits:
+    """Experts that share one engine share its limit."""
     experts = deployment.experts
-    bounds = {name: experts[host_of(experts, name)].max_in_flight for name in experts}
-    return QueueLimits(deployment.router.max_waiting, {name: most for name, most in bounds.items() if most is not None})
+    limits = {name: experts[host_of(experts, name)].max_in_flight for name in experts}
+    return QueueLimits(
+        deployment.router.max_waiting, {name: limit for name, limit in limits.items() if limit is not None}
+    )
 
 
 def should_spill(*, margin: float, wait_s: float, per_s: float) -> bool:
-    """Whether to wait so long costs more than the score that the next best expert is behind. `per_s`: what a second
-    is worth."""
+    """Whether waiting costs more than the next best expert's lower score. `per_s`: score lost per second of waiting."""
     return wait_s * per_s > margin
 
 
 @dataclass(slots=True)
 class DepartureRate:
-    """How a queue moves: its departures, and since when they are counted."""
+    """How many requests per second leave a queue for a replica, over the last `RATE_WINDOW_S`."""
 
     _since: float = 0.0
-    _left: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=256))
+    _departures: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=256))
 
     def began(self, now: float) -> None:
-        """Somebody waits where nobody did."""
-        if not self._left or now - self._left[-1][0] > PAUSE_S:
-            self._left.clear()
+        """The queue is not empty any more."""
+        if not self._departures or now - self._departures[-1][0] > MAX_EMPTY_S:
+            self._departures.clear()
             self._since = now
 
     def left(self, now: float, count: int = 1) -> None:
-        if len(self._left) == self._left.maxlen:
-            self._since = self._left[0][0]
-        self._left.append((now, count))
+        if len(self._departures) == self._departures.maxlen:
+            self._since = self._departures[0][0]
+        self._departures.append((now, count))
 
     def per_s(self, now: float) -> float | None:
-        """None: nobody has left of late."""
-        while self._left and self._left[0][0] < now - WINDOW_S:
-            self._since = self._left.popleft()[0]
-        count = sum(count for _, count in self._left)
-        return count / max(now - max(self._since, now - WINDOW_S), 1e-3) if count else None
+        """None without a departure in the window."""
+        while self._departures and self._departures[0][0] < now - RATE_WINDOW_S:
+            self._since = self._departures.popleft()[0]
+        count = sum(count for _, count in self._departures)
+        return count / max(now - max(self._since, now - RATE_WINDOW_S), 1e-3) if count else None
 
     def wait_s(self, waiting: int, now: float) -> float:
-        """Until so many have left."""
+        """Expected time until `waiting` requests have left, between `MIN_WAIT_S` and `MAX_WAIT_S`."""
         per_s = self.per_s(now)
         if per_s is None:
-            expected_s = max(UNKNOWN_S, now - self._since) if waiting and self._since else UNKNOWN_S
+            expected_s = max(DEFAULT_WAIT_S, now - self._since) if waiting and self._since else DEFAULT_WAIT_S
         else:
             expected_s = waiting / per_s
         return min(max(expected_s, MIN_WAIT_S), MAX_WAIT_S)

@@ -1,10 +1,9 @@
-"""Which replica of an expert a request gets: the lighter of two, or the one its conversation is pinned to. No I/O.
+"""Which replica of an expert a request gets: by power of two choices, or by the affinity of its conversation. No I/O.
 
-Two replicas drawn at random and the lighter of them taken spread load nearly as well as the lightest of all, and do not
-send everybody to the same one when several workers decide on figures that are a moment old. A conversation goes where
-rendezvous hashing puts it, so that the engine's prefix cache stays warm and no table of conversations has to be kept:
-a replica that comes or goes moves no conversation but its own. A pin gives way where its replica has more than its
-share of the load. Nothing here knows requests or experts.
+The less loaded of two random replicas spreads load nearly as well as the least loaded of all, and workers that decide
+on slightly old counts do not all pick the same one. A conversation goes where rendezvous hashing puts it, so that the
+engine's prefix cache stays warm without a table of conversations; a replica that comes or goes moves only its own.
+Affinity yields where a replica has more than its share of the load. Nothing here knows requests or experts.
 """
 
 import math
@@ -15,9 +14,9 @@ from typing import Final, Protocol, TypeVar
 from zlib import crc32
 
 SLOTS: Final = 4096
-"""Conversations are told apart no finer than this, so that the order of replicas is made once per slot."""
+"""Number of affinity slots that conversations are hashed to; the order of replicas is computed once per slot."""
 KEY_CHARS: Final = 2048
-"""What is looked at of a conversation's first words."""
+"""Length of the prefix of a conversation's first message that is hashed."""
 
 
 class Loaded(Protocol):
@@ -31,12 +30,12 @@ R = TypeVar("R", bound=Loaded)
 
 
 def power_of_two_choices(replicas: Sequence[R], *, fits: Callable[[R], bool], random: Random) -> R | None:
-    """Of two that fit, drawn at random, the one with less load; of equals the one not used for longest."""
+    """The less loaded of two random replicas that fit; at equal load the least recently used one."""
     count = len(replicas)
     first = int(random.random() * count)
     second = (first + 1 + int(random.random() * (count - 1))) % count
     a, b = replicas[first], replicas[second]
-    if not (fits(a) and fits(b)):  # then it is worth looking at all of them
+    if not (fits(a) and fits(b)):  # draw again, from those that fit
         fitting = [replica for replica in replicas if fits(replica)]
         if len(fitting) > 2:
             fitting = random.sample(fitting, 2)
@@ -46,22 +45,22 @@ def power_of_two_choices(replicas: Sequence[R], *, fits: Callable[[R], bool], ra
     return a if (a.load, a.last_used) <= (b.load, b.last_used) else b
 
 
-def pinned(order: Sequence[R], *, fits: Callable[[R], bool], bound: float) -> R | None:
-    """The first that fits and whose load is under the bound."""
+def affinity(order: Sequence[R], *, fits: Callable[[R], bool], bound: float) -> R | None:
+    """The first replica in rendezvous order that fits and whose load is below the bound."""
     return next((replica for replica in order if fits(replica) and replica.load < bound), None)
 
 
 def load_bound(*, total: int, replicas: int, factor: float) -> int:
-    """One more request in all, and none has more than `factor` times the average, rounded up."""
+    """`factor` times the average load after one more request, rounded up."""
     return math.ceil(factor * (total + 1) / max(1, replicas))
 
 
 def affinity_slot(key: bytes) -> int:
-    """Of a conversation, the same in every process."""
+    """The slot of a conversation's key, the same in every process."""
     return crc32(key) % SLOTS
 
 
 def rendezvous(names: Sequence[str], slot: int) -> list[int]:
-    """Indices of the names, the one that this slot belongs to first."""
+    """Indices of the names in order of preference for this slot (highest random weight first)."""
     weights = [blake2b(b"%d %b" % (slot, name.encode()), digest_size=8).digest() for name in names]
     return sorted(range(len(names)), key=weights.__getitem__, reverse=True)

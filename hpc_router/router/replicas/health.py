@@ -1,10 +1,9 @@
-"""When a replica is taken out of use for what was met there, and when its word that it is ready counts again. No I/O.
+"""When a replica is ejected for failed probes or requests, and when it may return. No I/O; clocks are arguments.
 
-Rules: a connection that cannot be made ejects at once or after so many in a row; so do probes that fail. Errors in its
-answers eject only after several in a row, for a time that doubles, and only while it can be spared: a share of an
-expert's replicas at most, never the last that is ready, because what all of them answer is hardly their own fault. What
-counts as an error of a replica, and not of the request, is decided in `dispatch`. Whoever sees something tells it as an
-`Incident`, requests and probes alike; clocks are arguments.
+Rules: failed connections in a row eject, and so do failed probes. Errors in responses exclude a replica only after
+several in a row, for a time that doubles, and only while the expert can spare it: at most a share of its replicas, and
+never the last ready one, because an error that all replicas give is hardly their own fault. What counts as an error of
+the replica and not of the request is decided in `worker/dispatcher.py`. Requests and probes both report `Incident`s.
 """
 
 import math
@@ -15,15 +14,15 @@ from typing import Final
 
 from hpc_router import backoff
 
-PROBES_LATE: Final = 3
-"""A probe that is not answered in time may be the network's fault; so many in a row are not."""
+MAX_LATE_PROBES: Final = 3
+"""Unanswered probes in a row that eject. Fewer may be the network's fault."""
 
 
 class Incident(StrEnum):
     NO_CONNECTION = "no_connection"
     ERROR = "error"  # a request got a 5xx, or the connection broke before its first byte
-    ANSWERED = "answered"  # a request got what it wanted
-    PROBE_OK = "probe_ok"  # it answers as itself, whatever it says
+    ANSWERED = "answered"  # a request succeeded
+    PROBE_OK = "probe_ok"  # it passed the challenge, whatever state it reported
     PROBE_LATE = "probe_late"
     PROBE_FAILED = "probe_failed"
 
@@ -31,73 +30,70 @@ class Incident(StrEnum):
 class Verdict(StrEnum):
     KEEP = "keep"
     EJECT = "eject"  # it does not answer
-    EXCLUDE = "exclude"  # it answers with errors, and the others can do without it
+    EXCLUDE = "exclude"  # it answers with errors, and the expert can spare it
 
 
 @dataclass(frozen=True, slots=True)
-class Rules:
-    """`connections`, `errors`: so many in a row. `out_s`: how long errors keep it out the first time, `most_out_s` at
-    most. `share` of an expert's replicas that may be out for errors."""
+class EjectionRules:
+    """`connect_errors`, `request_errors`: how many in a row eject. `exclusion_s`: first exclusion, in seconds; it
+    doubles up to `max_exclusion_s`. `max_share`: of an expert's replicas that may be excluded at once."""
 
-    connections: int
-    errors: int
-    out_s: float
-    most_out_s: float
-    share: float
+    connect_errors: int
+    request_errors: int
+    exclusion_s: float
+    max_exclusion_s: float
+    max_share: float
 
 
 @dataclass(slots=True)
 class ReplicaHealth:
-    """What has been met at one replica, in a row. `out_until`: before that its word does not count."""
+    """Failures in a row at one replica. Until `excluded_until` its own report that it is ready is ignored."""
 
-    connections: int = 0
-    errors: int = 0
-    late: int = 0
+    connect_errors: int = 0
+    request_errors: int = 0
+    late_probes: int = 0
     failed_probes: int = 0
     exclusions: int = 0
-    out_until: float = -math.inf
+    excluded_until: float = -math.inf
 
-    def note(self, incident: Incident, *, now: float, rules: Rules, spare: bool = False) -> Verdict:
-        """`can_eject`: the others can do without it."""
+    def record(self, incident: Incident, *, now: float, rules: EjectionRules, spare: bool = False) -> Verdict:
+        """Count one incident. `spare`: whether the expert can do without this replica (see `can_eject`)."""
         match incident:
             case Incident.ANSWERED:
-                self.connections = self.errors = 0
+                self.connect_errors = self.request_errors = 0
             case Incident.PROBE_OK:
-                self.connections = self.late = self.failed_probes = 0
+                self.connect_errors = self.late_probes = self.failed_probes = 0
             case Incident.NO_CONNECTION:
-                self.connections += 1
-                return Verdict.EJECT if self.connections >= rules.connections else Verdict.KEEP
+                self.connect_errors += 1
+                return Verdict.EJECT if self.connect_errors >= rules.connect_errors else Verdict.KEEP
             case Incident.PROBE_LATE:
-                self.late += 1
+                self.late_probes += 1
                 self.failed_probes += 1
-                return Verdict.EJECT if self.late >= PROBES_LATE else Verdict.KEEP
+                return Verdict.EJECT if self.late_probes >= MAX_LATE_PROBES else Verdict.KEEP
             case Incident.PROBE_FAILED:
                 self.failed_probes += 1
                 return Verdict.EJECT
             case Incident.ERROR:
-                self.errors += 1
-                if self.errors >= rules.errors and spare and now >= self.out_until:
+                self.request_errors += 1
+                if self.request_errors >= rules.request_errors and spare and not self.is_excluded(now):
                     self._exclude(now, rules)
                     return Verdict.EXCLUDE
         return Verdict.KEEP
 
-    def counts(self, now: float) -> bool:
-        """Whether its word that it is ready does."""
-        return now >= self.out_until
+    def is_excluded(self, now: float) -> bool:
+        return now < self.excluded_until
 
-    def is_out(self, now: float) -> bool:
-        return now < self.out_until
-
-    def _exclude(self, now: float, rules: Rules) -> None:
-        if now - self.out_until > rules.most_out_s:
-            self.exclusions = 0  # long enough ago
-        self.errors = 0
-        self.out_until = now + backoff.pause_s(self.exclusions, first_s=rules.out_s, max_s=rules.most_out_s)
+    def _exclude(self, now: float, rules: EjectionRules) -> None:
+        if now - self.excluded_until > rules.max_exclusion_s:
+            self.exclusions = 0  # the last exclusion is too long ago to count
+        self.request_errors = 0
+        self.excluded_until = now + backoff.pause_s(
+            self.exclusions, first_s=rules.exclusion_s, max_s=rules.max_exclusion_s
+        )
         self.exclusions += 1
 
 
 def can_eject(*, others: Collection[tuple[bool, bool]], share: float) -> bool:
-    """Whether an expert can do without one of its replicas. `others`: of each other one, whether it is ready and
-    whether it is out for errors."""
-    out = sum(is_out for _, is_out in others)
-    return any(ready for ready, _ in others) and out + 1 <= share * (len(others) + 1)
+    """Whether an expert can spare one of its replicas. `others`: per other replica, (is ready, is excluded)."""
+    excluded = sum(is_excluded for _, is_excluded in others)
+    return any(ready for ready, _ in others) and excluded + 1 <= share * (len(others) + 1)

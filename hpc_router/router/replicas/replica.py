@@ -1,7 +1,7 @@
-"""One replica as the router sees it: its standing, and the requests that have a place on it. No I/O.
+"""One replica as the router sees it: its routing state, and the requests that hold a reservation on it. No I/O.
 
-The standing is a state and changes only by the table below; an event that is not in it is an error. A place is a
-`Reservation`; its release is idempotent, so that counters return to zero whatever happens to a request.
+The state changes only by `TRANSITIONS`; an event that is not in that table is an error. Releasing a `Reservation` twice
+has no effect, so the counters return to zero whatever happens to a request. Nothing here chooses a replica.
 """
 
 from collections.abc import Mapping
@@ -15,32 +15,37 @@ from hpc_router.relay.headers import lines
 from hpc_router.relay.in_flight import Cells
 from hpc_router.relay.upstream.interface import Address, address_of
 from hpc_router.relay.upstream.timeouts import IdleTimer
-from hpc_router.router.ipc.shared_counters import NOWHERE
 from hpc_router.router.replicas.health import ReplicaHealth
 from hpc_router.state.registry import Record
 
 LOST_S: Final = 5.0
-"""A replica that has been ejected or has left may be silent for this long before its requests are given up."""
+"""Idle timeout of requests on a lost replica: one that was ejected, or whose record was withdrawn."""
 DEFAULT_CAPACITY: Final = 1024
-"""For endpoints that do not say how many requests they take at once."""
+"""Capacity of an endpoint whose record does not state one."""
+NO_COLUMN: Final = 0
+"""Column of `Cells` used before the control process has assigned one. It is written and never read."""
 
 
 class RoutingState(StrEnum):
-    STARTING = "starting"  # its engine does not answer yet, or nobody has asked
-    READY = "ready"
-    DRAINING = "draining"  # finishes what it has, takes nothing new
-    EJECTED = "ejected"  # does not answer, or not as itself, or with one error after the other
+    """Whether the router sends requests to a replica: the state it reported last, or `ejected` (docs/states.md)."""
+
+    STARTING = "starting"  # it reports that it is not ready yet, or was not probed yet
+    READY = "ready"  # gets requests
+    DRAINING = "draining"  # finishes its requests, gets no new ones
+    EJECTED = "ejected"  # does not answer, fails the challenge, or answers with errors: gets no requests
 
 
 class Event(StrEnum):
+    """What changes a routing state: the state that the replica itself reports, or a failure that the router saw."""
+
     SAYS_STARTING = "says_starting"
     SAYS_READY = "says_ready"
     SAYS_DRAINING = "says_draining"
-    FAILED = "failed"  # a probe or a connection attempt
-    EXCLUDED = "excluded"  # it answers with errors
+    FAILED = "failed"  # a probe or a connection attempt failed
+    EXCLUDED = "excluded"  # its responses were errors, several in a row
 
 
-READY: Final = RoutingState.READY  # to look it up in the class costs more than all the rest of `has_room`
+READY: Final = RoutingState.READY  # an attribute look-up in the enum costs more than the rest of `has_room`
 _S, _E = RoutingState, Event
 TRANSITIONS: Final[Mapping[tuple[RoutingState, Event], RoutingState]] = {
     (_S.STARTING, _E.SAYS_STARTING): _S.STARTING,
@@ -51,7 +56,7 @@ TRANSITIONS: Final[Mapping[tuple[RoutingState, Event], RoutingState]] = {
     (_S.READY, _E.SAYS_READY): _S.READY,
     (_S.READY, _E.SAYS_DRAINING): _S.DRAINING,
     (_S.READY, _E.FAILED): _S.EJECTED,
-    (_S.DRAINING, _E.SAYS_STARTING): _S.DRAINING,  # there is no way back from draining
+    (_S.DRAINING, _E.SAYS_STARTING): _S.DRAINING,  # a drain is not taken back
     (_S.DRAINING, _E.SAYS_READY): _S.DRAINING,
     (_S.DRAINING, _E.SAYS_DRAINING): _S.DRAINING,
     (_S.DRAINING, _E.FAILED): _S.EJECTED,
@@ -59,7 +64,7 @@ TRANSITIONS: Final[Mapping[tuple[RoutingState, Event], RoutingState]] = {
     (_S.EJECTED, _E.SAYS_READY): _S.READY,
     (_S.EJECTED, _E.SAYS_DRAINING): _S.DRAINING,
     (_S.EJECTED, _E.FAILED): _S.EJECTED,
-    (_S.STARTING, _E.EXCLUDED): _S.STARTING,  # it has said itself by now that something is wrong
+    (_S.STARTING, _E.EXCLUDED): _S.STARTING,  # already out of use: the replica reported it first
     (_S.READY, _E.EXCLUDED): _S.EJECTED,
     (_S.DRAINING, _E.EXCLUDED): _S.DRAINING,
     (_S.EJECTED, _E.EXCLUDED): _S.EJECTED,
@@ -68,23 +73,23 @@ TRANSITIONS: Final[Mapping[tuple[RoutingState, Event], RoutingState]] = {
 
 @dataclass(slots=True, eq=False)
 class Replica:
-    """One endpoint. `key`: the token it is called with; `models`: the names its engine said it answers to.
+    """One endpoint. `key`: the bearer token of requests to it; `models`: the model names its engine reported.
 
-    `others`: requests in flight on it through the router's other workers. Whatever weighs or bounds it looks at `load`,
-    the sum of theirs and ours.
+    `peer_in_flight`: requests in flight on it from the router's other workers. Balancing and limits use `load`, the sum
+    over all workers.
     """
 
     record: Record
     key: str | None
-    standing: RoutingState = RoutingState.STARTING
+    state: RoutingState = RoutingState.STARTING
     models: tuple[str, ...] = ()
     last_used: int = 0
     health: ReplicaHealth = field(default_factory=ReplicaHealth)
-    suspect: bool = False  # it has erred: who is answered well is to tell
-    trouble: str | None = None  # what the last failure was
-    holds: "set[Reservation]" = field(default_factory=set)
-    others: int = 0
-    column: int = NOWHERE  # where the workers count its requests
+    recent_error: bool = False  # its last request failed: the next success must be reported
+    trouble: str | None = None  # text of the last failure
+    reservations: "set[Reservation]" = field(default_factory=set)
+    peer_in_flight: int = 0
+    column: int = NO_COLUMN  # of the shared counters: its requests in flight
     address: Address = field(init=False)
     capacity: int = field(init=False)
 
@@ -97,7 +102,7 @@ class Replica:
         self.capacity = record.capacity or DEFAULT_CAPACITY
 
     def is_at(self, record: Record) -> bool:
-        """Whether the record tells of the same server."""
+        """Whether the record describes the same server process."""
         own = self.record
         return (own.url, own.nonce, own.generation, own.kind) == (
             record.url, record.nonce, record.generation, record.kind,
@@ -105,51 +110,51 @@ class Replica:
 
     @property
     def authorization(self) -> bytes:
-        """The header line that it wants."""
+        """The `authorization` header line of requests to it; empty without a key."""
         return _authorization(self.key)
 
     @property
     def in_flight(self) -> int:
-        """Through this process."""
-        return len(self.holds)
+        """Requests of this worker."""
+        return len(self.reservations)
 
     @property
     def load(self) -> int:
-        """Through the whole router."""
-        return len(self.holds) + self.others
+        """Requests of all workers."""
+        return len(self.reservations) + self.peer_in_flight
 
     @property
     def has_room(self) -> bool:
-        return self.standing is READY and len(self.holds) + self.others < self.capacity
+        return self.state is READY and len(self.reservations) + self.peer_in_flight < self.capacity
 
     @property
     def name(self) -> str:
         return self.record.replica
 
     @property
-    def place(self) -> str:
-        """Its name without the generation: what takes a replica's place takes its conversations as well."""
+    def slot_name(self) -> str:
+        """The name without the generation, so that a replica's successor inherits its conversations."""
         return self.record.replica.rpartition(".")[0]
 
     def model_for(self, expert: str) -> str | None:
-        """The name its engine knows this expert by; an external endpoint with one model needs none in its record."""
-        named = self.record.serves.get(expert)
-        return named if named is not None or len(self.models) != 1 else self.models[0]
+        """The engine's model name of this expert; an endpoint with a single model needs no name in its record."""
+        name = self.record.serves.get(expert)
+        return name if name is not None or len(self.models) != 1 else self.models[0]
 
     def apply(self, event: Event) -> None:
-        self.standing = TRANSITIONS[self.standing, event]
+        self.state = TRANSITIONS[self.state, event]
 
-    def lose(self) -> None:
-        """Tell all who hold it that it is lost."""
-        for hold in tuple(self.holds):
-            hold.lose()
+    def mark_lost(self) -> None:
+        """Shorten the idle timeout of every request on it to `LOST_S`."""
+        for reservation in tuple(self.reservations):
+            reservation.mark_lost()
 
     def __repr__(self) -> str:
-        return f"<Replica {self.name} {self.standing} {self.load}/{self.capacity}>"
+        return f"<Replica {self.name} {self.state} {self.load}/{self.capacity}>"
 
 
-class Places(Protocol):
-    """What a place goes back to."""
+class ReservationOwner(Protocol):
+    """What a released reservation is returned to."""
 
     cells: Cells
 
@@ -158,31 +163,31 @@ class Places(Protocol):
 
 @dataclass(slots=True, eq=False)
 class Reservation:
-    """One request's place on a replica, got for `expert`. With a replica that is lost there is little patience."""
+    """One request's place on a replica, acquired for `expert`. On a lost replica its idle timeout is `LOST_S`."""
 
     replica: Replica
     expert: str
-    _table: Places
-    patience: IdleTimer | None = None
+    _owner: ReservationOwner
+    idle_timer: IdleTimer | None = None
     lost: bool = False
 
-    def watch(self, patience: IdleTimer) -> None:
-        self.patience = patience
+    def watch(self, idle_timer: IdleTimer) -> None:
+        """Control this timer: shorten it now or as soon as the replica is lost."""
+        self.idle_timer = idle_timer
         if self.lost:
-            patience.shorten(LOST_S)
+            idle_timer.shorten(LOST_S)
 
-    def lose(self) -> None:
-        """Its replica is lost."""
+    def mark_lost(self) -> None:
         self.lost = True
-        if self.patience is not None:
-            self.patience.shorten(LOST_S)
+        if self.idle_timer is not None:
+            self.idle_timer.shorten(LOST_S)
 
     def release(self) -> None:
-        replica, table = self.replica, self._table
-        if self in replica.holds:
-            replica.holds.remove(self)
-            table.cells[replica.column] = len(replica.holds)
-            table.offer(replica)
+        replica, owner = self.replica, self._owner
+        if self in replica.reservations:
+            replica.reservations.remove(self)
+            owner.cells[replica.column] = len(replica.reservations)
+            owner.offer(replica)
 
     def __enter__(self) -> Self:
         return self

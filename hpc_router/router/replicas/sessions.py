@@ -1,18 +1,17 @@
-"""Where the responses of a session are kept, so that `previous_response_id` finds them.
+"""Which replica keeps the responses of a session, so that `previous_response_id` finds them.
 
-An engine keeps the responses it gave, and no other engine has them. So the turn of `/v1/responses` that names an
-earlier one goes to exactly the replica that answered before, or nowhere: the client is told to send the whole
-conversation, which goes anywhere. `x-session-id` says which turns belong together. Memory only, and bounded: the
-session unused for longest is forgotten first, and a router that starts anew knows none. Each worker keeps the turns it
-served, the control process those of all.
+Only the engine that gave a response has it. So a `/v1/responses` request that names an earlier response goes to exactly
+the replica that answered before; if that is gone, the client gets an error and must send the whole conversation, which
+any replica takes. `x-session-id` identifies the session. Kept in memory and bounded: the least recently used session is
+dropped first, and a restarted router knows none. A worker keeps the turns it served, the control process those of all.
 """
 
 import re
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import astuple, dataclass, field
-from typing import Any, Final, Self
+from dataclasses import dataclass, field
+from typing import Any, Final
 
 from hpc_router.errors import BadRequestError, PreviousResponseNotFoundError
 from hpc_router.net import protocol
@@ -24,15 +23,15 @@ from hpc_router.routing.policy import RouteReason
 MAX_SESSIONS: Final = 100_000
 PARAM: Final = "previous_response_id"
 _SESSION: Final = re.compile(r"[\w.:@/+=~-]{1,128}", re.ASCII)
-_FORGETFUL: Final = frozenset({"transformers"})
-"""Engines that take `previous_response_id` and ignore it: their answer would have forgotten what was said."""
+_STATELESS_ENGINES: Final = frozenset({"transformers"})
+"""Engines that accept `previous_response_id` and ignore it: their answer would lack the earlier turns."""
 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """Where a session's last turn was answered. `reason`: why its first one went there.
+    """Where a session's last turn was answered. `reason`: why its first turn went there.
 
-    A name may come to stand for another server: `url` and `nonce` tell them apart.
+    `url` and `nonce` identify the server process, because a replica's name may be used again.
     """
 
     expert: str
@@ -40,15 +39,7 @@ class Turn:
     url: str
     nonce: str | None
     reason: RouteReason
-    at: float = field(default=0.0, compare=False)  # on the clock that all processes of a host share
-
-    def to_json(self) -> list[Any]:
-        return list(astuple(self))
-
-    @classmethod
-    def from_json(cls, value: list[Any]) -> Self:
-        expert, replica, url, nonce, reason, at = value
-        return cls(expert, replica, url, nonce, RouteReason(reason), at)
+    at: float = field(default=0.0, compare=False)  # seconds of the monotonic clock, which all processes of a host share
 
     def is_at(self, replica: Replica) -> bool:
         record = replica.record
@@ -57,7 +48,7 @@ class Turn:
 
 @dataclass(slots=True)
 class Sessions:
-    """Session id -> its last turn, for the `most` sessions used last. `on_turn` is told of each new one."""
+    """Session id -> its last turn, for the `most` sessions used last. `on_turn` is called with each new turn."""
 
     most: int = MAX_SESSIONS
     on_turn: Callable[[str, Turn], None] | None = None
@@ -67,11 +58,11 @@ class Sessions:
         return len(self._turns)
 
     def __iter__(self) -> Iterator[tuple[str, Turn]]:
-        """The one used last comes last."""
+        """In order of last use, the latest last."""
         return iter(self._turns.items())
 
     def learn(self, session: str, turn: Turn) -> None:
-        """What another process noted; the later turn counts."""
+        """Store a turn of another process, unless a later one is known."""
         known = self._turns.get(session)
         if known is None or known.at <= turn.at:
             self.note(session, turn)
@@ -89,7 +80,7 @@ class Sessions:
         return turn
 
     def answered(self, session: str, replica: Replica, expert: str, reason: RouteReason) -> None:
-        """The turn that began at this replica continues there."""
+        """Store that this replica answered the session's turn."""
         record = replica.record
         turn = Turn(expert, replica.name, record.url, record.nonce, reason, at=time.monotonic())
         self.note(session, turn)
@@ -99,9 +90,9 @@ class Sessions:
     def continued(
         self, session: str | None, fields: Mapping[str, Any], table: ReplicaTable, *, model: str
     ) -> tuple[Turn, Replica] | None:
-        """The turn that a body continues, and the replica that has it; None for a body that continues nothing.
+        """The turn that a body continues, and the replica that has it; None without `previous_response_id`.
 
-        Raises BadRequestError, and PreviousResponseNotFoundError where only the whole conversation would help.
+        Raises BadRequestError, and PreviousResponseNotFoundError if the client must send the whole conversation.
         """
         previous = fields.get(PARAM)
         if previous is None:
@@ -124,15 +115,15 @@ class Sessions:
         replica = table.get(turn.replica)
         if replica is None or not turn.is_at(replica):
             raise not_found(f"{turn.replica}, which answered the last turn, is gone")
-        if replica.standing is not RoutingState.READY:
-            raise not_found(f"{turn.replica}, which answered the last turn, is {replica.standing.value}")
-        if replica.record.engine.kind in _FORGETFUL:
+        if replica.state is not RoutingState.READY:
+            raise not_found(f"{turn.replica}, which answered the last turn, is {replica.state.value}")
+        if replica.record.engine.kind in _STATELESS_ENGINES:
             raise not_found(f"{turn.replica} runs {replica.record.engine.kind}, which keeps no responses")
         return turn, replica
 
 
 def session_id(headers: Headers) -> str | None:
-    """The session of a request. Raises BadRequestError for an id that is none."""
+    """The session of a request, if it has one. Raises BadRequestError for an invalid id."""
     if protocol.SESSION_HEADER.encode() not in headers:
         return None
     header = headers.text(protocol.SESSION_HEADER)

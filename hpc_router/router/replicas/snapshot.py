@@ -1,74 +1,76 @@
-"""What the control process knows of the replicas, as its workers take it over: JSON values, and no I/O.
+"""The replicas as the control process knows them, as frozen values that its workers apply to their tables. No I/O.
 
-A worker's table is made as the view says. Where the worker has seen something itself that the view does not know yet,
-its own finding stands.
+A worker's table follows the snapshot. Where the worker has observed a replica itself and the snapshot does not include
+that observation yet, the worker's own state of that replica stands.
 """
 
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import astuple, replace
-from typing import Any
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, replace
 
-from hpc_router.router.ipc.shared_counters import NOWHERE, Counters
 from hpc_router.router.replicas.health import ReplicaHealth
 from hpc_router.router.replicas.replica import Replica, RoutingState
 from hpc_router.router.replicas.table import ReplicaTable
 from hpc_router.state.registry import Record
 
-View = Sequence[Mapping[str, Any]]
+
+@dataclass(frozen=True, slots=True)
+class ReplicaSnapshot:
+    """A `Replica` without its requests; the record without its beat. `lost`: see `Replica.mark_lost`."""
+
+    record: Record
+    key: str | None
+    state: RoutingState
+    models: tuple[str, ...]
+    trouble: str | None
+    recent_error: bool
+    lost: bool
+    health: ReplicaHealth
+    column: int
 
 
-def view_of(table: ReplicaTable) -> list[dict[str, Any]]:
-    return [_told(replica) for replica in table.all()]
+def snapshot_of(table: ReplicaTable) -> tuple[ReplicaSnapshot, ...]:
+    return tuple(map(_snapshot, table.all()))
 
 
-def take_over(table: ReplicaTable, view: View, *, known_better: Collection[str] = ()) -> None:
-    """`known_better`: the replicas whose standing the view cannot know yet, by name."""
-    gone = {replica.name for replica in table.all()}
-    for told in view:
-        record = Record.from_json(told["record"])
-        gone.discard(record.replica)
+def apply_snapshot(
+    table: ReplicaTable, snapshot: Iterable[ReplicaSnapshot], *, keep_state: Collection[str] = ()
+) -> None:
+    """`keep_state`: names of the replicas whose state the snapshot cannot know yet."""
+    missing = {replica.name for replica in table.all()}
+    for item in snapshot:
+        record = item.record
+        missing.discard(record.replica)
         replica = table.get(record.replica)
         if replica is None or not replica.is_at(record):
-            replica = Replica(record, told["key"])
-            _update(table, replica, told)
+            replica = Replica(record, item.key)
+            _update(table, replica, item)
             table.put(replica)
-            table.adopt(replica, RoutingState(told["standing"]), lost=told["lost"])
+            table.set_state(replica, item.state, lost=item.lost)
             continue
-        _update(table, replica, told)
+        _update(table, replica, item)
         table.renew(replica, record)
-        if record.replica not in known_better:
-            table.adopt(replica, RoutingState(told["standing"]), lost=told["lost"])
-    for name in gone:
+        if record.replica not in keep_state:
+            table.set_state(replica, item.state, lost=item.lost)
+    for name in missing:
         table.remove(name)
 
 
-def give_columns(table: ReplicaTable, counters: Counters, *, experts: Iterable[str] = ()) -> None:
-    """To each replica, and to what waits for each expert, a column of its own; who has one keeps it."""
-    taken = {replica.column for replica in table.all()} | set(table.queues.values())
-    for replica in table.all():
-        if replica.column == NOWHERE:
-            replica.column = counters.allocate(taken)
-    wanted = table.experts() | set(experts)
-    if wanted != table.queues.keys():
-        table.queues = {e: table.queues.get(e) or counters.allocate(taken) for e in wanted}
+def _snapshot(replica: Replica) -> ReplicaSnapshot:
+    return ReplicaSnapshot(
+        record=replace(replica.record, beat=None),
+        key=replica.key,
+        state=replica.state,
+        models=replica.models,
+        trouble=replica.trouble,
+        recent_error=replica.recent_error,
+        lost=replica.state is RoutingState.EJECTED and not replica.health.is_excluded(time.monotonic()),
+        health=replace(replica.health),
+        column=replica.column,
+    )
 
 
-def _told(replica: Replica) -> dict[str, Any]:
-    return {
-        "record": replace(replica.record, beat=None).to_json(),
-        "key": replica.key,
-        "standing": replica.standing.value,
-        "models": list(replica.models),
-        "trouble": replica.trouble,
-        "suspect": replica.suspect,
-        "lost": replica.standing is RoutingState.EJECTED and replica.health.counts(time.monotonic()),
-        "health": astuple(replica.health),
-        "column": replica.column,
-    }
-
-
-def _update(table: ReplicaTable, replica: Replica, told: Mapping[str, Any]) -> None:
-    replica.key, replica.models, replica.trouble = told["key"], tuple(told["models"]), told["trouble"]
-    replica.suspect, replica.health = told["suspect"], ReplicaHealth(*told["health"])
-    table.move(replica, told["column"])
+def _update(table: ReplicaTable, replica: Replica, item: ReplicaSnapshot) -> None:
+    replica.key, replica.models, replica.trouble = item.key, item.models, item.trouble
+    replica.recent_error, replica.health = item.recent_error, replace(item.health)
+    table.reassign_column(replica, item.column)

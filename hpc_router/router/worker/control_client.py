@@ -1,35 +1,37 @@
-"""A worker's side of what it shares with the control process.
+"""A worker's connection to the control process.
 
-The replicas' view comes from there, and what the worker sees of a replica itself goes there; it acts on that at once.
-While no control process is there the last view stands: the next one is told what this worker knows, so that nothing
-is lost with its predecessor.
+Replica states, settings and the predecessor's counts come from there; what the worker's requests observe of a replica
+goes there, and the worker acts on it at once. Without a control process the last snapshot stands, and its successor
+gets what this worker knows, so that nothing is lost.
 """
 
 import asyncio
 import os
 import socket
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Final, TypeVar
 
 from hpc_router.background_tasks import restarting
+from hpc_router.router.ipc import messages
 from hpc_router.router.ipc.rpc import ChannelClosedError, RpcPeer
 from hpc_router.router.metrics import Metrics
 from hpc_router.router.replicas.health import Incident
 from hpc_router.router.replicas.replica import Event, Replica, RoutingState
-from hpc_router.router.replicas.sessions import Sessions, Turn
-from hpc_router.router.replicas.snapshot import take_over, view_of
+from hpc_router.router.replicas.sessions import Sessions
+from hpc_router.router.replicas.snapshot import apply_snapshot, snapshot_of
 from hpc_router.router.replicas.table import ReplicaTable
 
-PATIENCE_S: Final = 5.0
-"""A client waits so long for what only the control process knows."""
-REPORT_S: Final = 1.0
+CALL_TIMEOUT_S: Final = 5.0
+"""How long a client waits for an answer that only the control process has."""
+
+R = TypeVar("R")
 
 
 @dataclass(slots=True)
 class ControlClient:
-    """`ejects_at_once`: a connection that could not be made is enough. `informed` is set once there is a view,
-    `released` once nobody is sent here any more."""
+    """`ejects_at_once`: the first failed connection ejects a replica. `informed` is set with the first snapshot,
+    `released` once no new clients come."""
 
     table: ReplicaTable
     sessions: Sessions
@@ -38,40 +40,40 @@ class ControlClient:
     informed: asyncio.Event = field(default_factory=asyncio.Event)
     released: asyncio.Event = field(default_factory=asyncio.Event)
     serving: bool = False
-    settings: Mapping[str, Any] | None = None
+    settings: messages.Settings | None = None
     on_settings: Callable[[], None] | None = None
     _channel: RpcPeer | None = None
     _attached: asyncio.Event = field(default_factory=asyncio.Event)
-    _said: int = 0
-    _unheard: dict[Replica, int] = field(default_factory=dict)
-    _reported: Any = None
+    _observations: int = 0
+    _unacknowledged: dict[Replica, int] = field(default_factory=dict)
+    _reported: messages.MetricsDump | None = None
     _reporting: asyncio.Task[None] | None = None
 
     def __post_init__(self) -> None:
-        self.sessions.on_turn = lambda session, turn: self._tell("turn", [session, turn.to_json()])
+        self.sessions.on_turn = lambda session, turn: self._notify(messages.TurnAnswered(session, turn))
 
     async def attach(self, sock: socket.socket) -> None:
-        """To the control process, or to its successor."""
+        """Connect to the control process, or to its successor."""
         if self._channel is not None:
             self._channel.close()
-        self._said = 0
-        self._unheard.clear()
-        channel = RpcPeer(self._take, lambda: self._detach(channel))
+        self._observations = 0
+        self._unacknowledged.clear()
+        channel = RpcPeer(self._receive, lambda: self._detach(channel))
         self._channel = channel
         await channel.open(sock)
-        if self._channel is not channel:  # there is a newer one by now, or it has ended
+        if self._channel is not channel:  # a newer one was attached meanwhile, or this one has ended
             channel.close()
             return
         self._reported = self.metrics.dump()
-        hello = {
-            "pid": os.getpid(),
-            "serving": self.serving,
-            "view": view_of(self.table) if self.informed.is_set() else None,
-            "queues": dict(self.table.queues),
-            "turns": [[session, turn.to_json()] for session, turn in self.sessions],
-            "metrics": self._reported,
-        }
-        channel.tell("hello", hello)
+        hello = messages.Hello(
+            pid=os.getpid(),
+            serving=self.serving,
+            replicas=snapshot_of(self.table) if self.informed.is_set() else None,
+            queue_columns=dict(self.table.queue_columns),
+            turns=tuple(self.sessions),
+            metrics=self._reported,
+        )
+        channel.notify(hello)
         self._attached.set()
         if self._reporting is None:
             reporting = restarting("metrics report", self._report_forever, self.task_failed)
@@ -81,105 +83,107 @@ class ControlClient:
         if self._reporting is not None:
             self._reporting.cancel()
         if self._channel is not None:
-            self._tell("metrics", self.metrics.dump())
+            self._notify(messages.MetricsReport(self.metrics.dump()))
             self._channel.close()
 
     def task_failed(self, task: str, error: str) -> None:
         """A background task of this worker failed and starts again."""
         self.metrics.task_failures.add(task)
-        self._tell("task failed", [task, error])
+        self._notify(messages.TaskFailed(task, error))
 
-    def begin_to_serve(self) -> None:
+    def start_serving(self) -> None:
         self.serving = True
-        self._tell("serving")
+        self._notify(messages.Serving())
 
-    async def ask(self, kind: str, value: Any = None) -> Any:
-        """What only the control process knows; its successor is waited for. Raises ChannelClosedError."""
+    async def call(self, call: messages.Call[R]) -> R:
+        """The reply of the control process; waits for its successor if it ends. Raises ChannelClosedError."""
         try:
-            async with asyncio.timeout(PATIENCE_S):
+            async with asyncio.timeout(CALL_TIMEOUT_S):
                 while True:
                     await self._attached.wait()
                     channel = self._channel
                     assert channel is not None
                     try:
-                        return await channel.ask(kind, value, limit_s=PATIENCE_S)
+                        return await channel.call(call, timeout_s=CALL_TIMEOUT_S)
                     except ChannelClosedError:
-                        if self._channel is channel:  # else it has ended: its successor may know
+                        if self._channel is channel:  # else it has ended, and its successor may answer
                             raise
         except (TimeoutError, ChannelClosedError) as error:
             raise ChannelClosedError(
-                f"the router's control process does not answer: {kind}", retry_after_s=2
+                f"the router's control process does not answer {type(call).__name__}", retry_after_s=2
             ) from error
 
     async def recall(self, session: str) -> None:
         """Learn where the session's last turn was answered, whichever worker served it."""
-        turn = await self.ask("recall", session)
+        turn = await self.call(messages.FindTurn(session))
         if turn is not None:
-            self.sessions.learn(session, Turn.from_json(turn))
+            self.sessions.learn(session, turn)
 
-    def doubt(self, replica: Replica, trouble: str) -> None:
+    def connect_failed(self, replica: Replica, trouble: str) -> None:
         replica.trouble = trouble
         if self.ejects_at_once:
             self._apply(replica, Event.FAILED)
-        self._report(replica, Incident.NO_CONNECTION)
+        self._observed(replica, incident=Incident.NO_CONNECTION)
 
-    def erred(self, replica: Replica, trouble: str) -> None:
-        replica.suspect, replica.trouble = True, trouble
-        self._report(replica, Incident.ERROR)
+    def request_failed(self, replica: Replica, trouble: str) -> None:
+        replica.recent_error, replica.trouble = True, trouble
+        self._observed(replica, incident=Incident.ERROR)
 
-    def answered(self, replica: Replica) -> None:
-        replica.suspect = False
-        self._report(replica, Incident.ANSWERED)
+    def request_succeeded(self, replica: Replica) -> None:
+        replica.recent_error = False
+        self._observed(replica, incident=Incident.ANSWERED)
 
-    def heard(self, replica: Replica, event: Event) -> None:
+    def state_reported(self, replica: Replica, event: Event) -> None:
         self._apply(replica, event)
-        self._report(replica, event)
+        self._observed(replica, event=event)
 
-    def look_again(self, replica: Replica) -> None:
-        self._report(replica, None)
+    def recheck(self, replica: Replica) -> None:
+        self._observed(replica)
 
     def _apply(self, replica: Replica, event: Event) -> None:
         if self.table.get(replica.name) is replica:
             self.table.apply(replica, event)
 
-    def _report(self, replica: Replica, seen: Event | Incident | None) -> None:
-        self._said += 1
-        if seen is not None:
-            self._unheard[replica] = self._said
-        told = [self._said, replica.name, replica.record.nonce, seen and seen.value, replica.trouble]
-        self._tell("saw", told)
+    def _observed(self, replica: Replica, *, incident: Incident | None = None, event: Event | None = None) -> None:
+        self._observations += 1
+        number, nonce = self._observations, replica.record.nonce
+        if incident is not None or event is not None:
+            self._unacknowledged[replica] = number
+        self._notify(messages.ReplicaObservation(number, replica.name, nonce, incident, event, replica.trouble))
 
-    def _take(self, kind: str, value: Any) -> Awaitable[Any] | Any:
-        match kind:
-            case "view":
-                self._view(value)
-            case "settings":
-                self.settings = value
+    def _receive(self, message: messages.Message) -> messages.MetricsDump | None:
+        match message:
+            case messages.Snapshot():
+                self._apply_snapshot(message)
+            case messages.Settings():
+                self.settings = message
                 if self.on_settings is not None:
                     self.on_settings()
-            case "inherit":
-                self.metrics.absorb(value["metrics"])
-                for session, turn in value["turns"]:
-                    self.sessions.learn(session, Turn.from_json(turn))
-            case "metrics":
+            case messages.Inherit(metrics, turns):
+                self.metrics.absorb(metrics)
+                for session, turn in turns:
+                    self.sessions.learn(session, turn)
+            case messages.GetMetrics():
                 return self.metrics.dump()
-            case "well":
-                replica = self.table.get(value)
-                if replica is not None and replica.standing is RoutingState.READY:
-                    self.table.offer(replica, forgiven=True)
-            case "sync":
-                return None
-            case "release":
+            case messages.ReplicaWell(name):
+                replica = self.table.get(name)
+                if replica is not None and replica.state is RoutingState.READY:
+                    self.table.offer(replica, ignore_avoid=True)
+            case messages.Sync():
+                pass
+            case messages.Release():
                 self.released.set()
             case _:
-                raise ValueError(f"a worker knows no {kind!r}")
+                raise ValueError(f"a worker does not handle {type(message).__name__}")
         return None
 
-    def _view(self, value: Any) -> None:
-        self._unheard = {replica: said for replica, said in self._unheard.items() if said > value["heard"]}
-        self.table.count_queues(value["queues"])
-        take_over(self.table, value["replicas"], known_better={replica.name for replica in self._unheard})
-        self._tell("taken", value["number"])
+    def _apply_snapshot(self, snapshot: messages.Snapshot) -> None:
+        self._unacknowledged = {
+            replica: number for replica, number in self._unacknowledged.items() if number > snapshot.observed
+        }
+        self.table.reassign_queue_columns(snapshot.queue_columns)
+        apply_snapshot(self.table, snapshot.replicas, keep_state={replica.name for replica in self._unacknowledged})
+        self._notify(messages.SnapshotApplied())
         self.informed.set()
 
     def _detach(self, channel: RpcPeer) -> None:
@@ -187,9 +191,9 @@ class ControlClient:
             self._channel = None
             self._attached.clear()
 
-    def _tell(self, kind: str, value: Any = None) -> None:
+    def _notify(self, message: messages.Message) -> None:
         if self._channel is not None:
-            self._channel.tell(kind, value)
+            self._channel.notify(message)
 
     async def _report_forever(self) -> None:
         while True:
@@ -198,5 +202,5 @@ class ControlClient:
             counted = self.metrics.dump()
             if counted != self._reported:
                 self._reported = counted
-                self._tell("metrics", counted)
-            await asyncio.sleep(REPORT_S)
+                self._notify(messages.MetricsReport(counted))
+            await asyncio.sleep(messages.REPORT_S)

@@ -135,19 +135,19 @@ class Leaving(Protocol):
 class HealthReporter(Protocol):
     """Told what a request has seen of a replica."""
 
-    def doubt(self, replica: Replica, trouble: str) -> None:
+    def connect_failed(self, replica: Replica, trouble: str) -> None:
         """It could not be reached: out of the pool."""
 
-    def erred(self, replica: Replica, trouble: str) -> None:
+    def request_failed(self, replica: Replica, trouble: str) -> None:
         """It answered with an error, or not at all."""
 
-    def answered(self, replica: Replica) -> None:
+    def request_succeeded(self, replica: Replica) -> None:
         """Well, after it had erred."""
 
-    def heard(self, replica: Replica, event: Event) -> None:
+    def state_reported(self, replica: Replica, event: Event) -> None:
         """What it said of itself."""
 
-    def look_again(self, replica: Replica) -> None:
+    def recheck(self, replica: Replica) -> None:
         """Something failed that may be its fault."""
 
 
@@ -196,7 +196,9 @@ class Dispatcher:
             if begun is not None:
                 hold: Reservation | None = begun[0]
             else:
-                hold = self.table.acquire(errand.experts, avoid=errand.avoid, only=errand.only, slot=errand.slot)
+                hold = self.table.acquire(
+                    errand.experts, avoid=errand.avoid, only=errand.only, affinity_slot=errand.slot
+                )
             if hold is None and errand.refusal is not None:
                 return errand.refusal
             if hold is None:
@@ -220,9 +222,9 @@ class Dispatcher:
     def _may_retry(self, replica: Replica) -> bool:
         """A replica that was lost by it costs nothing: it will not be met again. Nor does the first connection of a
         request that breaks, when a replica that dies takes all it had down at once."""
-        if replica.standing is not RoutingState.READY:
+        if replica.state is not RoutingState.READY:
             return True
-        if self.retries.take(time.monotonic(), requests=self.table.uses):
+        if self.retries.take(time.monotonic(), requests=self.table.acquired_total):
             return True
         self.metrics.retries_refused.add()
         return False
@@ -279,8 +281,8 @@ class Dispatcher:
                     refusal = await self._judge(errand, hold, upstream)
                     if refusal is not None:
                         return refusal
-                elif replica.suspect:
-                    self.witness.answered(replica)
+                elif replica.recent_error:
+                    self.witness.request_succeeded(replica)
                 if errand.accused and 200 <= upstream.status < 300:
                     self._convict(errand, expert)
                 if errand.on_answer is not None and 200 <= upstream.status < 300:
@@ -306,7 +308,7 @@ class Dispatcher:
                     response.add(protocol.REQUEST_ID_HEADER, errand.request_id)
                     errand.refusal = Answered(502, expert, reason, response)
                 raise _TryElsewhereError from error
-            self.witness.look_again(replica)
+            self.witness.recheck(replica)
             await self._break_off(errand, expert, answer, _fault(replica, error))
         return Answered(answer.status, expert, reason, answer.response)
 
@@ -328,10 +330,10 @@ class Dispatcher:
         if protocol.DRAINING_HEADER.encode() in headers:
             self.metrics.failovers.add(replica.name, "draining")
             # An address that is not ours may have a successor there.
-            self.witness.heard(replica, Event.SAYS_STARTING if external else Event.SAYS_DRAINING)
+            self.witness.state_reported(replica, Event.SAYS_STARTING if external else Event.SAYS_DRAINING)
         elif protocol.STARTING_HEADER.encode() in headers:
             self.metrics.failovers.add(replica.name, "starting")
-            self.witness.heard(replica, Event.SAYS_STARTING)
+            self.witness.state_reported(replica, Event.SAYS_STARTING)
             errand.lost += status == _LOST
             if errand.lost >= _MAX_LOST:
                 return await self._refusal(errand, hold, upstream)
@@ -350,7 +352,9 @@ class Dispatcher:
         """A replica of this expert has answered well what others did not."""
         for replica, of, seen in errand.accused:
             if of == expert:
-                self.witness.erred(replica, f"{replica.record.url} answered {seen}" if isinstance(seen, int) else seen)
+                self.witness.request_failed(
+                    replica, f"{replica.record.url} answered {seen}" if isinstance(seen, int) else seen
+                )
         errand.accused = ()
 
     def _wants_token(self, errand: RoutedRequest, hold: Reservation) -> Answered:
@@ -375,10 +379,10 @@ class Dispatcher:
         if isinstance(cause, OSError) and cause.errno in _OUR_OWN:
             return
         if isinstance(error, UpstreamConnectError):
-            self.witness.doubt(replica, f"{replica.record.url}: {error}")
+            self.witness.connect_failed(replica, f"{replica.record.url}: {error}")
         else:
             errand.accused += ((replica, expert, str(error)),)
-            self.witness.look_again(replica)
+            self.witness.recheck(replica)
 
     def _late(self, errand: RoutedRequest, replica: Replica, *, answered: bool) -> AnswerTimeoutError:
         """The replica is alive, as far as its probes know: the timeout says nothing against it."""

@@ -33,7 +33,7 @@ class FastPathRequest(Work, ResponseCallback):
     def begin(self) -> bool:
         """False: it is the handler's, and not counted. So it is when something is raised."""
         dispatcher, errand = self._dispatcher, self._errand
-        hold = dispatcher.table.acquire(errand.experts, slot=errand.slot)
+        hold = dispatcher.table.acquire(errand.experts, affinity_slot=errand.slot)
         if hold is None:
             return False
         started: PendingRequest | None = None
@@ -77,8 +77,8 @@ class FastPathRequest(Work, ResponseCallback):
         if self._in_flight.closing:
             request.keep_alive = False
         try:
-            if hold.replica.suspect:
-                dispatcher.witness.answered(hold.replica)
+            if hold.replica.recent_error:
+                dispatcher.witness.request_succeeded(hold.replica)
             head = dispatcher.said(errand, hold, headers)
             dispatcher.metrics.first_byte.add(time.perf_counter() - errand.started, hold.expert, hold.replica.name)
             dispatcher.metrics.requests.add(hold.expert, str(errand.reason_at(hold.expert)), status)

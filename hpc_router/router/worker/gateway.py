@@ -45,8 +45,9 @@ from hpc_router.relay.downstream.interface import (
 )
 from hpc_router.relay.headers import MAX_RETRY_AFTER_S, Headers
 from hpc_router.relay.in_flight import InFlight
+from hpc_router.router.ipc.messages import GetExposition, GetStatus
 from hpc_router.router.metrics import Metrics
-from hpc_router.router.replicas.admission import bounds_of, should_spill
+from hpc_router.router.replicas.admission import queue_limits, should_spill
 from hpc_router.router.replicas.sessions import PARAM, session_id
 from hpc_router.router.replicas.table import ReplicaTable
 from hpc_router.router.worker.control_client import ControlClient
@@ -129,7 +130,7 @@ class Gateway:
         """From the next request on."""
         config = deployment.router
         self.deployment, self.policy = deployment, policy
-        self.table.pin_bound, self.table.bounds = config.pin_bound, bounds_of(deployment)
+        self.table.pin_bound, self.table.bounds = config.pin_bound, queue_limits(deployment)
         self.link.ejects_at_once = config.eject_connect_errors == 1
         self.dispatcher.configure(config)
 
@@ -204,10 +205,10 @@ class Gateway:
         return json_response({"ready": ready}, status=200 if ready else 503)
 
     async def _status(self, request: Request, request_id: str) -> Response:
-        return json_response(await self.link.ask("status"))
+        return json_response(await self.link.call(GetStatus()))
 
     async def _metrics(self, request: Request, request_id: str) -> Response:
-        return Response(200, _METRICS_HEAD, (await self.link.ask("metrics of all")).encode())
+        return Response(200, _METRICS_HEAD, (await self.link.call(GetExposition())).encode())
 
     async def _models(self, request: Request, request_id: str) -> Response:
         return json_response({"object": "list", "data": [self._model_card(name) for name in self._model_names()]})
@@ -377,7 +378,7 @@ class Gateway:
         }
         if any(r.record.engine.kind == "sim" for r in (replicas if name != "auto" else self.table.all())):
             card["simulated"] = True
-        return card if name == "auto" else card | {"ready_replicas": sum(r.standing == "ready" for r in replicas)}
+        return card if name == "auto" else card | {"ready_replicas": sum(r.state == "ready" for r in replicas)}
 
     def _unknown(self, name: str) -> UnknownModelError:
         return UnknownModelError(f"no model is named {name[:100]!r}{suggest(name, self._model_names())}", param="model")

@@ -7,23 +7,22 @@ nobody is sent here any more.
 import asyncio
 import logging
 import socket
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, replace
-from typing import Any
 
 from hpc_router.background_tasks import background
-from hpc_router.config.parsing import parse
-from hpc_router.config.schema import Deployment, PolicyConfig, RouterConfig
+from hpc_router.config.schema import Deployment
 from hpc_router.errors import HpcRouterError
 from hpc_router.relay.downstream.server import listening
 from hpc_router.relay.in_flight import InFlight
 from hpc_router.relay.upstream.client import UpstreamClient
 from hpc_router.relay.upstream.interface import Upstream, UpstreamTimeouts
-from hpc_router.router.ipc.shared_counters import CUT, IN_FLIGHT, Counters
+from hpc_router.router.ipc.messages import Settings
+from hpc_router.router.ipc.shared_counters import CUT_OFF, IN_FLIGHT, Counters
 from hpc_router.router.metrics import Metrics
 from hpc_router.router.policies import load_policy
-from hpc_router.router.replicas.admission import bounds_of
+from hpc_router.router.replicas.admission import queue_limits
 from hpc_router.router.replicas.sessions import Sessions
 from hpc_router.router.replicas.table import ReplicaTable
 from hpc_router.router.worker.control_client import ControlClient
@@ -46,11 +45,11 @@ class Identity:
 
 
 @asynccontextmanager
-async def linked(deployment: Deployment, counters: Counters, worker: int) -> AsyncIterator[ControlClient]:
+async def control_client(deployment: Deployment, counters: Counters, worker: int) -> AsyncIterator[ControlClient]:
     """What a worker knows of the replicas, once it is attached to a control process."""
     config = deployment.router
     table = ReplicaTable(
-        config.pin_bound, bounds_of(deployment), cells=counters.row(worker), peers=counters.others(worker)
+        config.pin_bound, queue_limits(deployment), cells=counters.row(worker), peers=counters.others(worker)
     )
     link = ControlClient(table, Sessions(), Metrics(), ejects_at_once=config.eject_connect_errors == 1)
     try:
@@ -60,7 +59,7 @@ async def linked(deployment: Deployment, counters: Counters, worker: int) -> Asy
 
 
 @asynccontextmanager
-async def working(
+async def serving(
     run: RunDir,
     deployment: Deployment,
     policy: Policy,
@@ -83,9 +82,9 @@ async def working(
         )  # fmt: skip
         max_body = int(config.max_body_mb * 2**20)
         async with listen(gateway.handle, sock, max_body=max_body, express=gateway.express) as listener:
-            link.begin_to_serve()
+            link.start_serving()
             try:
-                async with following(gateway, link, run):
+                async with following_settings(gateway, link, run):
                     yield gateway
             finally:
                 listener.close()
@@ -93,12 +92,12 @@ async def working(
                     async with asyncio.timeout(config.drain_s):
                         await gateway.in_flight.idle()
                 except TimeoutError:
-                    link.table.cells[CUT] = gateway.in_flight.count
+                    link.table.cells[CUT_OFF] = gateway.in_flight.count
                     logger.warning("%d requests did not end within router.drain_s: cut off", gateway.in_flight.count)
 
 
 @asynccontextmanager
-async def following(gateway: Gateway, link: ControlClient, run: RunDir) -> AsyncIterator[None]:
+async def following_settings(gateway: Gateway, link: ControlClient, run: RunDir) -> AsyncIterator[None]:
     """Take over the settings that the control process tells, one after the other; streams go on as they began."""
     told = asyncio.Event()
 
@@ -107,7 +106,8 @@ async def following(gateway: Gateway, link: ControlClient, run: RunDir) -> Async
             await told.wait()
             told.clear()
             try:
-                await _take_over(gateway, link.settings or {}, run)
+                if link.settings is not None:
+                    await _apply_settings(gateway, link.settings, run)
             except (HpcRouterError, OSError) as error:
                 logger.warning("settings were not applied: %s", error)
 
@@ -118,14 +118,10 @@ async def following(gateway: Gateway, link: ControlClient, run: RunDir) -> Async
         yield
 
 
-async def _take_over(gateway: Gateway, settings: Mapping[str, Any], run: RunDir) -> None:
-    deployment = replace(
-        gateway.deployment,
-        policy=parse(PolicyConfig, settings["policy"], at="policy"),
-        router=parse(RouterConfig, settings["router"], at="router"),
-    )
+async def _apply_settings(gateway: Gateway, settings: Settings, run: RunDir) -> None:
+    deployment = replace(gateway.deployment, policy=settings.policy, router=settings.router)
     policy = gateway.policy
-    same_artefacts = (settings["artefact"], settings["shadow"]) == versions(policy)
+    same_artefacts = (settings.artefact, settings.shadow) == versions(policy)
     if deployment == gateway.deployment and same_artefacts:
         return
     if deployment.policy != gateway.deployment.policy or not same_artefacts:

@@ -11,7 +11,7 @@ import pytest
 
 from hpc_router.config.schema import Deployment
 from hpc_router.router.control import config_watcher
-from hpc_router.router.control.config_watcher import Changes
+from hpc_router.router.control.config_watcher import ConfigWatcher
 from hpc_router.router.policies import load_policy
 from hpc_router.router.replicas.replica import RoutingState
 from hpc_router.routing import exemplars
@@ -53,7 +53,7 @@ async def serving(run: RunDir, deployment: Deployment) -> AsyncIterator[RunningR
         fake_replica(run, "code-0.g1"),
         a_router(run, deployment) as router,
     ):
-        await eventually(lambda: sum(r.standing is RoutingState.READY for r in router.gateway.table.all()) == 2)
+        await eventually(lambda: sum(r.state is RoutingState.READY for r in router.gateway.table.all()) == 2)
         yield router
 
 
@@ -93,11 +93,11 @@ async def test_a_shadow_is_counted_and_has_no_say(run: RunDir, tmp_path: Path) -
         assert shadowed(values, artefact, shadow, "yes") == 1, "both know no word of it and fall back"
 
 
-async def test_a_shadow_that_was_trained_anew_is_taken_over(run: RunDir, tmp_path: Path) -> None:
+async def test_a_retrained_shadow_is_loaded(run: RunDir, tmp_path: Path) -> None:
     artefact = trained(run.classifier)
     first = trained(tmp_path / "shadow", SWAPPED)
     async with serving(run, deployed(run, shadow=str(tmp_path / "shadow"))) as router:
-        await eventually(lambda: router.control.changes._seen)
+        await eventually(lambda: router.control.config_watcher._stamp_loaded)
         await asked(router, [CODE])
         second = trained(tmp_path / "shadow", EXPERTS | {"code": [*EXPERTS["code"], "a shell script"]})
         await eventually(lambda: versions(router.gateway.policy) == (artefact, second))
@@ -121,15 +121,15 @@ async def test_an_artefact_replaced_while_it_is_read_is_not_missed(
 
     monkeypatch.setattr(config_watcher, "load_policy", load_and_replace)
     files = FileThread("test")
-    watcher = Changes(run, deployed(run), files, lambda _, policy: found.append(policy.version))
-    await watcher._look()
-    await watcher._look()
-    await watcher._look()
+    watcher = ConfigWatcher(run, deployed(run), files, lambda _, policy: found.append(policy.version))
+    await watcher._check()
+    await watcher._check()
+    await watcher._check()
     assert len(found) == len(set(found)) == 2
     files.close(timeout_s=5)
 
 
-async def test_drift_is_told_by_status_and_metrics(run: RunDir) -> None:
+async def test_status_and_metrics_show_drift(run: RunDir) -> None:
     """Trained on both experts' prompts alike; now three of four prompts are code's."""
     trained(run.classifier)
     async with serving(run, deployed(run)) as router:

@@ -1,4 +1,4 @@
-"""What the router believes of the registry, and of whoever answers at an address."""
+"""Discovery: records of the registry, and whether the process at an address proves that it is the replica."""
 
 import json
 from dataclasses import replace
@@ -15,7 +15,7 @@ from tests.support.waiting import eventually
 
 def standing(router: RunningRouter, name: str) -> RoutingState | None:
     replica = router.gateway.table.get(name)
-    return replica.standing if replica else None
+    return replica.state if replica else None
 
 
 async def test_replicas_come_and_go_with_their_records(tmp_path: Path) -> None:
@@ -64,7 +64,7 @@ async def test_a_dead_jobs_record_is_ejected_and_comes_back_with_its_owner(tmp_p
             await ready(router)
 
 
-async def test_a_registry_that_cannot_be_read_ejects_nobody(tmp_path: Path) -> None:
+async def test_an_unreadable_registry_ejects_no_replica(tmp_path: Path) -> None:
     """A stalled file system: the last view stands, probes go on, requests are served."""
     run = a_run(tmp_path)
     async with fake_replica(run, "math-0.g1"), a_router(run, a_deployment("math")) as router:
@@ -76,7 +76,7 @@ async def test_a_registry_that_cannot_be_read_ejects_nobody(tmp_path: Path) -> N
         hidden.rename(run.registry)
 
 
-async def test_half_written_foreign_and_odd_files_disturb_nobody(tmp_path: Path) -> None:
+async def test_invalid_registry_files_are_ignored(tmp_path: Path) -> None:
     run = a_run(tmp_path)
     (run.registry / "code-0.g1.json").write_text('{"schema": 1, "kind": "exp')
     (run.registry / "code-1.g1.json").write_text(json.dumps({"schema": 99}))

@@ -10,10 +10,10 @@ import pytest
 from aiohttp import web
 
 from hpc_router.net import protocol
-from hpc_router.router.control import discovery
-from hpc_router.router.replicas.health import PROBES_LATE
+from hpc_router.router.control import prober
+from hpc_router.router.ipc.messages import REPORT_S
+from hpc_router.router.replicas.health import MAX_LATE_PROBES
 from hpc_router.router.replicas.replica import RoutingState
-from hpc_router.router.worker.control_client import REPORT_S
 from hpc_router.state import registry
 from hpc_router.state.registry import Record, RecordKind, State
 from hpc_router.state.run_directory import RunDir
@@ -66,7 +66,7 @@ async def registered(run: RunDir, endpoint: Endpoint, *, probe: str | None = pro
 
 def standing(router: RunningRouter) -> RoutingState | None:
     replica = router.control.table.get(NAME)
-    return None if replica is None else replica.standing
+    return None if replica is None else replica.state
 
 
 async def ask(router: RunningRouter) -> int:
@@ -111,13 +111,13 @@ async def test_a_late_answer_is_one_too(tmp_path: Path) -> None:
 async def test_probes_without_an_answer_eject_it_unless_requests_are_answered(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(discovery, "EXTERNAL_PROBE_S", 2 * REPORT_S)
+    monkeypatch.setattr(prober, "EXTERNAL_PROBE_S", 2 * REPORT_S)
     run, endpoint = a_run(tmp_path), Endpoint()
     async with registered(run, endpoint), a_router(run, a_deployment()) as router:
         await ready(router)
         endpoint.status = None
         before = len(endpoint.probed)
-        while len(endpoint.probed) <= before + PROBES_LATE + 1:
+        while len(endpoint.probed) <= before + MAX_LATE_PROBES + 1:
             assert await ask(router) == 200
             await asyncio.sleep(0.05)
         assert standing(router) is RoutingState.READY
@@ -159,7 +159,7 @@ async def test_one_that_drained_comes_back_when_it_is_ready(tmp_path: Path, head
         assert await waits == 200
 
 
-async def test_a_refused_token_is_told_as_ours(tmp_path: Path) -> None:
+async def test_a_refused_token_is_reported_as_a_fault_of_the_configuration(tmp_path: Path) -> None:
     """The client's own was right."""
     run, endpoint = a_run(tmp_path), Endpoint(chat_status=401)
     async with registered(run, endpoint), a_router(run, a_deployment()) as router:

@@ -1,4 +1,4 @@
-"""What several workers count together: every cell is what its worker has, and zero once nothing is under way."""
+"""The shared counters: each cell is its worker's count, and zero once no request is in flight."""
 
 import asyncio
 from dataclasses import dataclass, field, replace
@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
 from hpc_router.relay.in_flight import InFlight
-from hpc_router.router.ipc.shared_counters import COLUMNS, CUT, IN_FLIGHT, NOWHERE, Counters
-from hpc_router.router.replicas.replica import Event, Reservation
-from hpc_router.router.replicas.snapshot import give_columns, take_over, view_of
+from hpc_router.router.control.workers import assign_columns
+from hpc_router.router.ipc.shared_counters import COLUMNS, CUT_OFF, IN_FLIGHT, Counters
+from hpc_router.router.replicas.replica import NO_COLUMN, Event, Reservation
+from hpc_router.router.replicas.snapshot import apply_snapshot, snapshot_of
 from hpc_router.router.replicas.table import PEER_REFRESH_S, ReplicaTable
 from tests.router.support import replica
 
@@ -23,16 +24,16 @@ EXPERTS = {"math-0": "math", "math-1": "math", "code-0": "code"}
 def test_a_column_is_handed_out_again_only_after_all_others() -> None:
     counters = Counters(workers=2)
     first = counters.allocate(())
-    assert first not in (NOWHERE, IN_FLIGHT, CUT)
+    assert first not in (NO_COLUMN, IN_FLIGHT, CUT_OFF)
     second = counters.allocate({first})
     counters.row(1)[second] = 1
     seen = {first, second} | {counters.allocate({first, second}) for _ in range(COLUMNS)}
-    assert seen.isdisjoint({NOWHERE, IN_FLIGHT, CUT})
+    assert seen.isdisjoint({NO_COLUMN, IN_FLIGHT, CUT_OFF})
     assert len(seen) == COLUMNS - 3
-    assert counters.allocate({first}) != second, "somebody counts there"
+    assert counters.allocate({first}) != second, "a worker counts there"
 
 
-def test_a_row_is_its_workers_alone_and_cleared_whole() -> None:
+def test_a_row_belongs_to_one_worker_and_is_cleared_whole() -> None:
     counters = Counters(workers=2)
     for worker in range(2):
         counters.row(worker)[IN_FLIGHT] = worker + 1
@@ -48,9 +49,9 @@ def test_counting_goes_on_in_another_column() -> None:
     table = ReplicaTable(cells=counters.row(0), peers=counters.others(0))
     one = replica("math-0.g1")
     table.put(one)
-    table.move(one, 5)
+    table.reassign_column(one, 5)
     hold = table.acquire(["math"])
-    table.move(one, 6)
+    table.reassign_column(one, 6)
     assert (counters.total(5), counters.total(6)) == (0, 1)
     assert hold is not None
     hold.release()
@@ -115,7 +116,7 @@ class Interleaving(RuleBasedStateMachine):
 
     @rule()
     def pass_time(self) -> None:
-        """Until those who wait have looked for what other workers gave back."""
+        """Until waiting requests have looked for places that other workers released."""
         self.now += 2 * PEER_REFRESH_S
         self._step()
 
@@ -161,9 +162,9 @@ class Interleaving(RuleBasedStateMachine):
 
     @rule(at=st.integers(0, WORKERS - 1))
     def tell(self, at: int) -> None:
-        give_columns(self.control, self.counters)
-        self.workers[at].table.count_queues(self.control.queues)
-        take_over(self.workers[at].table, view_of(self.control))
+        assign_columns(self.control, self.counters)
+        self.workers[at].table.reassign_queue_columns(self.control.queue_columns)
+        apply_snapshot(self.workers[at].table, snapshot_of(self.control))
         self._step()
 
     @rule(at=st.integers(0, WORKERS - 1))
@@ -179,12 +180,12 @@ class Interleaving(RuleBasedStateMachine):
     def replace_control(self, at: int, remembers: bool) -> None:
         """By one that learns the view from a worker; the columns perhaps not."""
         known = ReplicaTable(peers=self.counters.all())
-        take_over(known, view_of(self.workers[at].table))
-        known.queues = dict(self.workers[at].table.queues)
+        apply_snapshot(known, snapshot_of(self.workers[at].table))
+        known.queue_columns = dict(self.workers[at].table.queue_columns)
         if not remembers:
-            known.queues = {}
+            known.queue_columns = {}
             for one in known.all():
-                one.column = NOWHERE
+                one.column = NO_COLUMN
         names = {one.record.replica: one for one in known.all()}
         for one in self.control.all():
             if one.name not in names:

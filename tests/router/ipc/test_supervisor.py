@@ -1,4 +1,4 @@
-"""The router's processes: each is replaced when it dies, the others serve on, none outlives the supervisor."""
+"""The router's processes: a dead one is restarted, the others continue to serve, none outlives the supervisor."""
 
 import asyncio
 import http.client
@@ -31,7 +31,7 @@ from tests.support.processes import with_word
 from tests.support.waiting import eventually
 
 
-def test_it_is_started_again_at_once_then_after_longer_and_longer_pauses() -> None:
+def test_a_child_restarts_at_once_then_after_growing_pauses() -> None:
     pauses = [pause_s(times) for times in range(1, 20)]
     assert pauses[0] == 0
     assert pauses == sorted(pauses)
@@ -41,10 +41,11 @@ def test_it_is_started_again_at_once_then_after_longer_and_longer_pauses() -> No
 QUIET_FOR_LONG = """
 import mmap, os, signal, struct, time
 from pathlib import Path
-from hpc_router.router.counters import Counters
-from hpc_router.router.orders import take
-from hpc_router.router.service import beside
-from hpc_router.router.supervisor import Supervisor
+from hpc_router.router.ipc.messages import AttachCommand, DrainCommand, EndCommand, ProcessesChanged
+from hpc_router.router.ipc.shared_counters import Counters
+from hpc_router.router.ipc.supervisor import RouterSupervisor
+from hpc_router.router.ipc.supervisor_commands import receive_command
+from hpc_router.router.main import beside
 import socket
 
 AGE = mmap.mmap(-1, 8)  # seconds, seen by all processes
@@ -53,38 +54,38 @@ ROUTER = os.getpid()
 def clock():
     return time.monotonic() + struct.unpack("d", AGE)[0]
 
-def until_told(birth, word):
-    while (told := take(birth.orders)) is not None and told[0]["do"] != word:
-        if told[1] is not None:
-            told[1].close()
+def until(spec, command):
+    while (received := receive_command(spec.commands)) is not None and not isinstance(received[0], command):
+        if received[1] is not None:
+            received[1].close()
 
 def until_it_waits():
     while Path(f"/proc/{ROUTER}/stat").read_text().rpartition(")")[2].split()[0] != "S":
         time.sleep(0)
 
-def control(birth):
-    until_told(birth, "attach")  # the worker runs
-    until_told(birth, "note")
+def control(spec):
+    until(spec, AttachCommand)  # the worker runs
+    until(spec, ProcessesChanged)
     until_it_waits()
     AGE[:] = struct.pack("d", 1e6)
     os.kill(ROUTER, STOP_SIGNAL)
-    until_told(birth, "end")
+    until(spec, EndCommand)
     print("control ended", flush=True)
 
-def worker(birth):
-    until_told(birth, "drain")
-    until_it_waits()  # by then the router has looked whether the time to drain is over
+def worker(spec):
+    until(spec, DrainCommand)
+    until_it_waits()  # by then the supervisor has checked whether the time to drain is over
     print("worker drained", flush=True)
 
 with socket.socket() as reserved:
     reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     reserved.bind(("127.0.0.1", 0))
-    Supervisor(control, worker, lambda: beside(reserved), Counters(workers=1), stop_s=60.0, clock=clock).run()
+    RouterSupervisor(control, worker, lambda: beside(reserved), Counters(workers=1), stop_s=60.0, clock=clock).run()
 """
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2, signal.SIGINT])
-def test_a_router_that_was_quiet_for_long_still_gives_its_workers_time_to_drain(number: signal.Signals) -> None:
+def test_an_idle_router_gives_its_workers_the_whole_time_to_drain(number: signal.Signals) -> None:
     """The time to drain begins with the signal, not with the last thing that happened before it."""
     program = QUIET_FOR_LONG.replace("STOP_SIGNAL", str(number.value))
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
@@ -185,7 +186,7 @@ async def settled(one: Serving) -> dict[str, Any]:
 
 
 async def test_a_killed_process_is_replaced_and_the_others_serve_on(run: RunDir) -> None:
-    """Streams of other workers go on to their end; nobody waits for a control process."""
+    """Streams of other workers go on to their end; no request waits for the control process."""
     async with (
         fake_replica(run, "math-0.g1", stream([event("a")], then="hang"), capacity=64) as fake,
         serving(run) as one,
@@ -306,7 +307,7 @@ async def set_(run: RunDir, word: str) -> None:
 
 
 async def fallbacks(one: Serving) -> set[str | None]:
-    """As told over so many connections that every worker has some of them."""
+    """As answered over enough connections that every worker has some of them."""
     told = [await one.post("/route", {"prompt": "x"}) for _ in range(10)]
     return {answer.get("expert") for _, answer in told}
 
@@ -323,7 +324,7 @@ async def fallbacks(one: Serving) -> set[str | None]:
         ("nonsense", "KEY=VALUE"),
     ],
 )
-def test_settings_that_cannot_be_are_refused(run: RunDir, word: str, says: str) -> None:
+def test_invalid_settings_are_refused(run: RunDir, word: str, says: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(says)):
         change(run, *parse_settings([word]))
     assert run.read_desired() == {}
@@ -375,7 +376,7 @@ async def killed(one: Serving, victim: str) -> dict[str, Any]:
         await asyncio.sleep(0.02)
 
 
-async def test_an_artefact_that_was_trained_anew_is_taken_over(run: RunDir) -> None:
+async def test_a_retrained_artefact_is_loaded(run: RunDir) -> None:
     """Every worker decides by it, and says so."""
     prompts = {
         "code": ["def f(x): return x", "sort a python list"],

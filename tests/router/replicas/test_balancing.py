@@ -8,7 +8,7 @@ from random import Random
 import pytest
 
 from hpc_router.config.schema import RouterConfig
-from hpc_router.router.replicas.balancing import affinity_slot, load_bound, pinned, power_of_two_choices, rendezvous
+from hpc_router.router.replicas.balancing import affinity, affinity_slot, load_bound, power_of_two_choices, rendezvous
 from hpc_router.router.replicas.replica import Reservation
 from hpc_router.router.replicas.table import ReplicaTable
 from tests.router.support import replica
@@ -24,7 +24,7 @@ def idle(server: Server) -> bool:
     return server.load < 10
 
 
-def test_of_two_the_lighter_one_and_of_equals_the_one_not_used_for_longest() -> None:
+def test_the_less_loaded_of_two_and_at_equal_load_the_least_recently_used() -> None:
     heavy, light, old = Server(2), Server(1, last_used=5), Server(1, last_used=3)
     for seed in range(20):
         assert power_of_two_choices([heavy, light], fits=idle, random=Random(seed)) is light
@@ -38,7 +38,7 @@ def test_the_heaviest_of_many_is_never_drawn_and_all_others_are() -> None:
     assert drawn == {id(server) for server in servers[:-1]}
 
 
-def test_who_does_not_fit_is_passed_over() -> None:
+def test_replicas_that_do_not_fit_are_not_chosen() -> None:
     full, light = Server(10), Server(9)
     for seed in range(20):
         assert power_of_two_choices([full, full, light, full], fits=idle, random=Random(seed)) is light
@@ -54,11 +54,11 @@ def test_the_bound_is_the_share_of_one_request_more_rounded_up(
     assert load_bound(total=total, replicas=replicas, factor=factor) == bound
 
 
-def test_a_pin_goes_to_the_first_under_the_bound() -> None:
+def test_affinity_chooses_the_first_below_the_bound() -> None:
     order = [Server(3), Server(2), Server(0)]
-    assert pinned(order, fits=idle, bound=4) is order[0]
-    assert pinned(order, fits=idle, bound=3) is order[1]
-    assert pinned(order, fits=idle, bound=0) is None
+    assert affinity(order, fits=idle, bound=4) is order[0]
+    assert affinity(order, fits=idle, bound=3) is order[1]
+    assert affinity(order, fits=idle, bound=0) is None
 
 
 def test_every_worker_has_the_same_order() -> None:
@@ -100,9 +100,9 @@ def test_a_thousand_users_load_the_replicas_of_each_expert_alike() -> None:
             user += 1000 if random.random() < 0.2 else 0
         expert = experts[user % 8]
         slot = affinity_slot(b"user %d" % user)
-        home = table.of(expert)[rendezvous([r.place for r in table.of(expert)], slot)[0]]
+        home = table.of(expert)[rendezvous([r.slot_name for r in table.of(expert)], slot)[0]]
         total = sum(r.load for r in table.of(expert))
-        picked = table.acquire([expert], slot=lambda slot=slot: slot)  # type: ignore[misc]
+        picked = table.acquire([expert], affinity_slot=lambda slot=slot: slot)  # type: ignore[misc]
         assert picked is not None
         if picked.replica is not home:
             moved += 1

@@ -1,7 +1,7 @@
 """After any interleaving of arrivals, answers, failures, cancellations, reloads and kills every counter is zero.
 
 Two workers, each with its own table over the same counters, as in the router; what a killed worker had counted is
-cleared by whoever sees to its end.
+cleared by its supervisor.
 """
 
 import asyncio
@@ -24,16 +24,16 @@ at_most = st.integers(0, 30)
 
 
 class Worker:
-    """A table and whoever asks it. `cells`: its row, which outlives it."""
+    """A table with the reservations and waits made on it. `cells`: its row, which outlives it."""
 
     def __init__(self, cells: dict[int, int], peers: list[dict[int, int]], pin_bound: float | None) -> None:
         self.table = ReplicaTable(pin_bound, QueueLimits(waiting=3), cells=cells, peers=peers)
         self.table.random = Random(0)
-        self.table.count_queues(QUEUES)
+        self.table.reassign_queue_columns(QUEUES)
         self.replicas: list[Replica] = []
         for column, (name, experts) in enumerate(SPOTS, start=3):
             one = replica(name, experts=experts, capacity=1)
-            self.table.move(one, column)
+            self.table.reassign_column(one, column)
             self.table.put(one)
             self.replicas.append(one)
         self.holds: list[Reservation] = []
@@ -67,9 +67,9 @@ class Juggling(RuleBasedStateMachine):
     @rule(at=st.integers(0, 1), experts=st.permutations(EXPERTS), many=st.integers(1, 2), slot=at_most)
     def arrive(self, at: int, experts: list[str], many: int, slot: int) -> None:
         worker, wanted = self.workers[at], experts[:many]
-        hold = worker.table.acquire(wanted, slot=lambda: slot)
+        hold = worker.table.acquire(wanted, affinity_slot=lambda: slot)
         if hold is not None:
-            assert hold.replica.standing is RoutingState.READY
+            assert hold.replica.state is RoutingState.READY
             worker.holds.append(hold)
         else:
             worker.waits.append(self.loop.create_task(worker.table.wait(wanted)))
@@ -116,7 +116,7 @@ class Juggling(RuleBasedStateMachine):
         table = self.workers[at].table
         table.bounds = QueueLimits(waiting, {} if bound is None else {"math": bound})
         table.pin_bound = 1.25 if shift else None
-        table.count_queues({expert: column + 10 * shift for expert, column in QUEUES.items()})
+        table.reassign_queue_columns({expert: column + 10 * shift for expert, column in QUEUES.items()})
         self.step()
 
     @rule(at=st.integers(0, 1))

@@ -112,7 +112,7 @@ def test_turns_that_the_client_must_mend(session: str | None, fields: dict[str, 
         ("s1", a_table(engine=EngineInfo("transformers")), "keeps no responses"),
     ],
 )
-def test_turns_that_nobody_can_continue(session: str, table: ReplicaTable, says: str) -> None:
+def test_turns_that_no_replica_can_continue(session: str, table: ReplicaTable, says: str) -> None:
     sessions = Sessions()
     sessions.note("s1", a_turn())
     with pytest.raises(PreviousResponseNotFoundError, match=f"{says}.*send the whole conversation"):
@@ -171,7 +171,7 @@ async def test_a_chain_stays_with_the_engine_that_has_it(tmp_path: Path, streami
         await eventually(lambda: all_gauges_zero(router))
 
 
-async def test_what_cannot_be_continued_is_told_to_the_client(tmp_path: Path) -> None:
+async def test_a_turn_that_cannot_be_continued_is_an_error_to_the_client(tmp_path: Path) -> None:
     run = a_run(tmp_path)
     async with (
         sim_replica(run, "math-0.g1"),
@@ -229,7 +229,7 @@ async def test_a_full_replica_is_waited_for(tmp_path: Path) -> None:
         await eventually(lambda: all_gauges_zero(router))
 
 
-async def test_who_waits_is_told_at_once_that_the_replica_is_lost(tmp_path: Path) -> None:
+async def test_a_waiting_turn_fails_at_once_when_its_replica_is_lost(tmp_path: Path) -> None:
     run = a_run(tmp_path)
     async with (
         fake_replica(run, "math-0.g1", answer, hang, capacity=1) as fake,

@@ -1,4 +1,4 @@
-"""Standing, balance, waiting; every counter returns to zero."""
+"""States, balance, waiting; every counter returns to zero."""
 
 import asyncio
 from collections import defaultdict
@@ -12,21 +12,14 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from hpc_router.relay.upstream.timeouts import IdleTimer
 from hpc_router.router.replicas.replica import TRANSITIONS, Event, Replica, Reservation, RoutingState
 from hpc_router.router.replicas.table import ReplicaLostError, ReplicaTable
-from tests.router.support import replica
-
-
-def table_of(*replicas: Replica) -> ReplicaTable:
-    table = ReplicaTable()
-    for one in replicas:
-        table.put(one)
-    return table
+from tests.router.support import replica, table_of
 
 
 def another_worker_has(table: ReplicaTable, one: Replica, in_flight: int) -> None:
     """In its row of counters, where the table finds it."""
     if not table.peers:
         table.peers = (defaultdict[int, int](int),)
-    one.column = 1 + int(one.place.rpartition("-")[2])
+    one.column = 1 + int(one.slot_name.rpartition("-")[2])
     table.peers[0][one.column] = in_flight
 
 
@@ -34,54 +27,75 @@ def test_the_transition_table_is_complete() -> None:
     assert set(TRANSITIONS) == {(s, e) for s in RoutingState for e in Event}
 
 
-def test_nothing_leads_from_draining_back_to_ready_but_being_ejected() -> None:
+def test_draining_ends_only_by_ejection() -> None:
     for event in (Event.SAYS_READY, Event.SAYS_STARTING):
         assert TRANSITIONS[RoutingState.DRAINING, event] is RoutingState.DRAINING
 
 
 def test_the_fewest_in_flight_wins_and_ties_take_turns() -> None:
     table = table_of(replica("math-0.g1"), replica("math-1.g1"))
-    holds = [table.acquire(["math"]) for _ in range(4)]
-    names = [h.replica.name for h in holds if h]
+    reservations = [table.acquire(["math"]) for _ in range(4)]
+    names = [h.replica.name for h in reservations if h]
     assert sorted(names[:2]) == ["math-0.g1", "math-1.g1"]
     assert names[2:] == names[:2]
     assert table.acquire(["math"]) is None, "both are at their capacity"
-    assert holds[1] is not None
-    holds[1].release()
+    assert reservations[1] is not None
+    reservations[1].release()
     again = table.acquire(["math"])
     assert again is not None
     assert again.replica.name == names[1]
 
 
+async def test_its_repr_shows_replicas_load_and_queues() -> None:
+    """Per expert: each replica with its state, load over all workers and capacity; then how many requests wait."""
+    assert repr(ReplicaTable()) == "<ReplicaTable empty>"
+    busy, dead = replica("math-0.g1", capacity=2), replica("math-1.g1", capacity=8)
+    table = table_of(busy, dead, replica("code-0.g1", experts=("code",), ready=False))
+    assert table.acquire(["math"], only=busy)
+    table.apply(dead, Event.FAILED)
+    another_worker_has(table, busy, 1)
+    waiters = [asyncio.create_task(table.wait([expert])) for expert in ("math", "math", "law")]
+    await asyncio.sleep(0)
+    assert repr(table) == (
+        "<ReplicaTable code: code-0.g1 starting 0/2, 0 waiting; law: no replica, 1 waiting; "
+        "math: math-0.g1 ready 2/2, math-1.g1 ejected 0/8, 2 waiting>"
+    )
+    for waiter in waiters:
+        waiter.cancel()
+    await asyncio.gather(*waiters, return_exceptions=True)
+    table.remove("code-0.g1")
+    assert repr(table) == "<ReplicaTable math: math-0.g1 ready 2/2, math-1.g1 ejected 0/8, 0 waiting>"
+
+
 def test_a_release_counts_once() -> None:
     table = table_of(replica("math-0.g1"))
-    hold = table.acquire(["math"])
-    assert hold is not None
-    with hold:
-        hold.release()
-    assert hold.replica.in_flight == 0
+    reservation = table.acquire(["math"])
+    assert reservation is not None
+    with reservation:
+        reservation.release()
+    assert reservation.replica.in_flight == 0
 
 
 def test_a_replica_that_left_takes_its_counters_with_it() -> None:
     table = table_of(replica("math-0.g1"))
-    hold = table.acquire(["math"])
-    assert hold is not None
+    reservation = table.acquire(["math"])
+    assert reservation is not None
     table.remove("math-0.g1")
-    hold.release()
-    assert (hold.replica.in_flight, table.experts()) == (0, set())
+    reservation.release()
+    assert (reservation.replica.in_flight, table.experts()) == (0, set())
 
 
 def test_requests_of_other_workers_count_in_balance_and_capacity() -> None:
     busy, idle = replica("math-0.g1"), replica("math-1.g1")
     table = table_of(busy, idle)
     another_worker_has(table, busy, 1)
-    holds = [table.acquire(["math"]) for _ in range(3)]
-    assert [h.replica.name for h in holds if h] == ["math-1.g1", "math-0.g1", "math-1.g1"]
+    reservations = [table.acquire(["math"]) for _ in range(3)]
+    assert [h.replica.name for h in reservations if h] == ["math-1.g1", "math-0.g1", "math-1.g1"]
     assert (busy.load, busy.in_flight, table.ready()) == (2, 1, {"math": 4})
     assert table.acquire(["math"]) is None, "with what others have both are at their capacity"
 
 
-async def test_a_place_that_another_worker_leaves_goes_to_who_waits() -> None:
+async def test_a_place_that_another_worker_releases_goes_to_a_waiting_request() -> None:
     one = replica("math-0.g1", capacity=1)
     table = table_of(one)
     another_worker_has(table, one, 1)
@@ -94,15 +108,15 @@ async def test_a_place_that_another_worker_leaves_goes_to_who_waits() -> None:
     assert one.load == 0
 
 
-async def test_a_free_place_goes_to_who_has_waited_longest() -> None:
+async def test_a_free_place_goes_to_the_longest_waiting_request() -> None:
     """In the same step: a newcomer in the same turn cannot overtake."""
     table = table_of(replica("math-0.g1", capacity=1))
-    hold = table.acquire(["math"])
-    assert hold is not None
+    reservation = table.acquire(["math"])
+    assert reservation is not None
     first, second = (asyncio.create_task(table.wait(["math"])) for _ in range(2))
     await asyncio.sleep(0)
     assert table.waiting("math") == 2
-    hold.release()
+    reservation.release()
     assert table.acquire(["math"]) is None
     async with asyncio.timeout(5):
         got = await first
@@ -112,27 +126,27 @@ async def test_a_free_place_goes_to_who_has_waited_longest() -> None:
     assert table.waiting("math") == 0
 
 
-async def test_experts_of_one_replica_wait_in_one_line() -> None:
+async def test_experts_of_one_replica_share_the_order_of_arrival() -> None:
     """Whichever of them the record names first."""
     table = table_of(replica("base-0.g1", experts=("base", "math", "law"), capacity=1))
-    hold = table.acquire(["base"])
-    assert hold is not None
+    reservation = table.acquire(["base"])
+    assert reservation is not None
     waiters = []
     for expert in ("law", "math", "base", "law"):
         waiters.append(asyncio.create_task(table.wait([expert])))
         await asyncio.sleep(0)
     for waiter, expert in zip(waiters, ("law", "math", "base", "law"), strict=True):
-        hold.release()
-        hold = await waiter
-        assert hold.expert == expert
+        reservation.release()
+        reservation = await waiter
+        assert reservation.expert == expert
         assert [table.waiting(name) for name in ("base", "math", "law")] == [
             sum(not w.done() and e == name for w, e in zip(waiters, ("law", "math", "base", "law"), strict=True))
             for name in ("base", "math", "law")
         ]
-    hold.release()
+    reservation.release()
 
 
-async def test_what_another_worker_gives_back_is_not_for_newcomers_of_another_expert() -> None:
+async def test_a_place_released_by_another_worker_is_not_for_newcomers_of_another_expert() -> None:
     one = replica("base-0.g1", experts=("base", "math"), capacity=1)
     table = table_of(one)
     another_worker_has(table, one, 1)
@@ -143,19 +157,19 @@ async def test_what_another_worker_gives_back_is_not_for_newcomers_of_another_ex
     (await waiter).release()
 
 
-async def test_who_asks_for_several_experts_waits_for_the_first_while_that_serves() -> None:
+async def test_a_request_for_several_experts_waits_for_the_first_ready_one() -> None:
     """However busy it is; and for the next one as well from the moment in which it has no ready replica left."""
     a, b = replica("a-0.g1", experts=("a",), capacity=1), replica("b-0.g1", experts=("b",), capacity=1)
     table = table_of(a, b)
-    holds = [table.acquire(["a"]), table.acquire(["b"])]
+    reservations = [table.acquire(["a"]), table.acquire(["b"])]
     assert table.acquire(["b", "a"]) is None
     either = asyncio.create_task(table.wait(["b", "a"]))
     await asyncio.sleep(0)
     only_a = asyncio.create_task(table.wait(["a"]))
     await asyncio.sleep(0)
     assert (table.waiting("a"), table.waiting("b")) == (1, 1)
-    assert holds[0] is not None
-    holds[0].release()
+    assert reservations[0] is not None
+    reservations[0].release()
     (await only_a).release()
     assert not either.done(), "a is idle, and b only busy"
     table.apply(b, Event.FAILED)
@@ -167,13 +181,13 @@ async def test_who_asks_for_several_experts_waits_for_the_first_while_that_serve
     assert (table.waiting("a"), table.waiting("b")) == (0, 0)
 
 
-async def test_a_waiter_that_leaves_as_it_is_served_hands_its_place_on() -> None:
+async def test_a_waiter_cancelled_as_it_is_granted_releases_its_place() -> None:
     table = table_of(replica("math-0.g1", capacity=1))
-    hold = table.acquire(["math"])
-    assert hold is not None
+    reservation = table.acquire(["math"])
+    assert reservation is not None
     first, second = (asyncio.create_task(table.wait(["math"])) for _ in range(2))
     await asyncio.sleep(0)
-    hold.release()
+    reservation.release()
     first.cancel()
     async with asyncio.timeout(5):
         (await second).release()
@@ -183,7 +197,7 @@ async def test_a_waiter_that_leaves_as_it_is_served_hands_its_place_on() -> None
     assert table.waiting("math") == 0
 
 
-async def test_a_replica_that_becomes_ready_serves_who_waits_and_is_forgiven() -> None:
+async def test_a_replica_that_becomes_ready_is_offered_to_those_that_avoided_it() -> None:
     late = replica("math-0.g1", ready=False)
     table = table_of(late)
     waiters = [asyncio.create_task(table.wait(["code", "math"], avoid=[late])) for _ in range(2)]
@@ -194,15 +208,15 @@ async def test_a_replica_that_becomes_ready_serves_who_waits_and_is_forgiven() -
     assert (table.waiting("math"), table.waiting("code")) == (0, 0)
 
 
-async def test_little_patience_is_had_with_a_replica_that_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Once it is ejected or has left, not when it drains; also where it was lost before it was asked."""
+async def test_requests_on_a_lost_replica_get_a_short_idle_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once it is ejected or removed, not while it drains; also if that happened before the timer was attached."""
     monkeypatch.setattr("hpc_router.router.replicas.replica.LOST_S", 0.0)
     for lost_by in ("ejection", "departure"):
         one = replica("math-0.g1")
         table = table_of(one)
-        hold = table.acquire(["math"])
-        assert hold is not None
-        early = given_up(hold)
+        reservation = table.acquire(["math"])
+        assert reservation is not None
+        early = expired(reservation)
         table.apply(one, Event.SAYS_DRAINING)
         await asyncio.sleep(0)
         assert not early.is_set()
@@ -210,51 +224,51 @@ async def test_little_patience_is_had_with_a_replica_that_is_lost(monkeypatch: p
             table.apply(one, Event.FAILED)
         else:
             table.remove(one.name)
-        late = given_up(hold)
+        late = expired(reservation)
         async with asyncio.timeout(10):
             await early.wait()
             await late.wait()
-        hold.release()
+        reservation.release()
         assert one.in_flight == 0
 
 
-def given_up(hold: Reservation) -> asyncio.Event:
-    """Set when the patience that this hold watches is at its end."""
+def expired(reservation: Reservation) -> asyncio.Event:
+    """Set when the idle timer of this reservation expires."""
     event = asyncio.Event()
-    patience = IdleTimer(event.set)
-    patience.begin(3600.0)
-    hold.watch(patience)
+    idle_timer = IdleTimer(event.set)
+    idle_timer.begin(3600.0)
+    reservation.watch(idle_timer)
     return event
 
 
 class Juggling(RuleBasedStateMachine):
-    """Any interleaving of arrivals, ends, events and departures keeps each counter equal to the holds alive."""
+    """Any interleaving of arrivals, ends, events and departures keeps each counter equal to the reservations alive."""
 
     def __init__(self) -> None:
         super().__init__()
         self.replicas = [replica(f"math-{i}.g1", capacity=3) for i in range(3)]
         self.table = table_of(*self.replicas)
-        self.holds: list[Reservation] = []
+        self.reservations: list[Reservation] = []
 
     @rule()
     def arrive(self) -> None:
-        if hold := self.table.acquire(["math"]):
-            assert hold.replica.standing is RoutingState.READY
-            self.holds.append(hold)
+        if reservation := self.table.acquire(["math"]):
+            assert reservation.replica.state is RoutingState.READY
+            self.reservations.append(reservation)
 
     @rule(at=st.integers(0, 2))
     def arrive_for_one(self, at: int) -> None:
-        if hold := self.table.acquire(["math"], only=self.replicas[at]):
-            assert hold.replica is self.replicas[at]
-            self.holds.append(hold)
+        if reservation := self.table.acquire(["math"], only=self.replicas[at]):
+            assert reservation.replica is self.replicas[at]
+            self.reservations.append(reservation)
 
     @rule(at=st.integers(0, 30), twice=st.booleans())
     def end(self, at: int, twice: bool) -> None:
-        if self.holds:
-            hold = self.holds.pop(at % len(self.holds))
-            hold.release()
+        if self.reservations:
+            reservation = self.reservations.pop(at % len(self.reservations))
+            reservation.release()
             if twice:
-                hold.release()
+                reservation.release()
 
     @rule(at=st.integers(0, 2), event=st.sampled_from(Event))
     def happen(self, at: int, event: Event) -> None:
@@ -271,12 +285,12 @@ class Juggling(RuleBasedStateMachine):
     @invariant()
     def counters_match(self) -> None:
         for one in self.replicas:
-            assert one.in_flight == sum(h.replica is one for h in self.holds)
+            assert one.in_flight == sum(h.replica is one for h in self.reservations)
             assert one.in_flight <= one.capacity
 
     def teardown(self) -> None:
-        for hold in self.holds:
-            hold.release()
+        for reservation in self.reservations:
+            reservation.release()
         assert [r.in_flight for r in self.replicas] == [0, 0, 0]
 
 
@@ -289,7 +303,7 @@ async def waiting(table: ReplicaTable, only: Replica) -> asyncio.Task[Reservatio
     return task
 
 
-async def test_who_wants_one_replica_gets_no_other() -> None:
+async def test_a_request_for_one_replica_gets_no_other() -> None:
     one, other = replica("math-0.g1", capacity=1), replica("math-1.g1")
     table = table_of(one, other)
     held = table.acquire(["math"], only=one)
@@ -303,8 +317,8 @@ async def test_who_wants_one_replica_gets_no_other() -> None:
 
 
 @pytest.mark.parametrize("event", [Event.SAYS_DRAINING, Event.SAYS_STARTING, Event.FAILED, None])
-async def test_who_wants_one_replica_is_told_when_it_is_lost(event: Event | None) -> None:
-    """Also who begins to wait after that; and who leaves in the moment of being told just leaves."""
+async def test_a_request_for_one_replica_fails_when_it_is_lost(event: Event | None) -> None:
+    """So does one that begins to wait after that; one that is cancelled in the same step is just cancelled."""
     one = replica("math-0.g1", capacity=1)
     table = table_of(one, replica("math-1.g1"))
     assert table.acquire(["math"], only=one)
@@ -359,8 +373,8 @@ def test_a_conversation_stays_on_its_replica_under_its_bound() -> None:
     table.pin_bound = 1.25
 
     def homes() -> list[str]:
-        found = [table.pick(["math"], slot=slots(at)) for at in range(200)]
-        return [one[0].place for one in found if one]
+        found = [table.pick(["math"], affinity_slot=slots(at)) for at in range(200)]
+        return [one[0].slot_name for one in found if one]
 
     before = homes()
     assert jain([before.count(f"math-{i}") for i in range(4)]) > 0.95
@@ -376,28 +390,28 @@ def test_a_conversation_stays_on_its_replica_under_its_bound() -> None:
     assert homes() == before
 
 
-def test_a_pin_gives_way_where_its_replica_has_more_than_its_share() -> None:
+def test_affinity_yields_where_its_replica_has_more_than_its_share() -> None:
     """Never more than the bound, here 1.25 times the average of what is then in flight, and back once it is lower."""
     replicas = [replica(f"math-{i}.g1", capacity=100) for i in range(4)]
     table = table_of(*replicas)
     table.pin_bound = 1.25
-    holds = [table.acquire(["math"], slot=slots(7)) for _ in range(40)]
-    first = table.pick(["math"], slot=slots(7))
+    reservations = [table.acquire(["math"], affinity_slot=slots(7)) for _ in range(40)]
+    first = table.pick(["math"], affinity_slot=slots(7))
     load = {r.name: r.load for r in replicas}
     assert sum(load.values()) == 40
     assert max(load.values()) == 13, "the ceiling of 1.25 x 40 / 4"
-    for hold in holds:
-        assert hold is not None
-        hold.release()
-    home = table.pick(["math"], slot=slots(7))
+    for reservation in reservations:
+        assert reservation is not None
+        reservation.release()
+    home = table.pick(["math"], affinity_slot=slots(7))
     assert home is not None
     assert load[home[0].name] == 13
     assert first is not None
     another_worker_has(table, home[0], 1)
-    assert table.pick(["math"], slot=slots(7)) != home, "its others count as well"
+    assert table.pick(["math"], affinity_slot=slots(7)) != home, "its others count as well"
 
 
-def test_without_a_bound_nothing_is_pinned() -> None:
+def test_without_a_bound_there_is_no_affinity() -> None:
     table = table_of(*(replica(f"math-{i}.g1", capacity=100) for i in range(2)))
-    picked = [table.acquire(["math"], slot=slots(7)) for _ in range(4)]
-    assert [h.replica.place for h in picked if h] in (["math-0", "math-1"] * 2, ["math-1", "math-0"] * 2)
+    picked = [table.acquire(["math"], affinity_slot=slots(7)) for _ in range(4)]
+    assert [h.replica.slot_name for h in picked if h] in (["math-0", "math-1"] * 2, ["math-1", "math-0"] * 2)

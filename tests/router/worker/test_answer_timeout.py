@@ -65,7 +65,7 @@ async def test_a_timeout_is_a_504_that_nobody_repeats(
         assert len(first.bodies) + len(second.bodies) == 1, "one request is one generation"
         assert other.bodies == []
         await eventually(lambda: first.cancelled + second.cancelled == 1)
-        assert {(r.standing, r.suspect, r.trouble) for r in router.gateway.table.all()} == {
+        assert {(r.state, r.recent_error, r.trouble) for r in router.gateway.table.all()} == {
             (RoutingState.READY, False, None)
         }
         told = await router.control.status()

@@ -83,7 +83,7 @@ async def test_an_error_of_the_only_replica_is_no_mark_on_it(tmp_path: Path) -> 
             assert (await post(router, chat("auto")))[0] == 200
         replica = router.gateway.table.get("math-0.g1")
         assert replica is not None
-        assert (replica.standing, replica.suspect) == (RoutingState.READY, False)
+        assert (replica.state, replica.recent_error) == (RoutingState.READY, False)
 
 
 async def test_only_a_good_answer_of_another_replica_is_a_mark(tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ async def test_only_a_good_answer_of_another_replica_is_a_mark(tmp_path: Path) -
     ):
         await ready(router, 2)
         assert (await statuses(router, 1))[0] in (500, 502)
-        assert {r.suspect for r in router.gateway.table.all()} == {False}
+        assert {r.recent_error for r in router.gateway.table.all()} == {False}
         one.acts.appendleft(refuse(500))
         while len(one.acts) > 1:
             assert await statuses(router, 1) == [200]

@@ -395,7 +395,7 @@ async def test_a_draining_replica_gets_nothing_new(tmp_path: Path) -> None:
         assert len(leaving.bodies) == 1
         replica = router.gateway.table.get("math-0.g1")
         assert replica is not None
-        assert replica.standing is RoutingState.DRAINING
+        assert replica.state is RoutingState.DRAINING
 
 
 async def test_status_metrics_and_route_tell_the_truth(tmp_path: Path) -> None:

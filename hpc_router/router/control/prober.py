@@ -1,0 +1,121 @@
+"""Probes one endpoint: whether it answers, as itself, and which state it reports.
+
+An agent proves its key with the answer to a challenge (`auth`) and reports its state and models. An external endpoint
+gets a GET of its record's `probe` path, or only a connection; any HTTP response means that it is alive. A probe sets
+what it learns on the `Replica` (models, key, text of the failure); it changes no state and decides nothing.
+"""
+
+import asyncio
+import contextlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Final
+
+import aiohttp
+
+from hpc_router.errors import ConfigError
+from hpc_router.net import protocol
+from hpc_router.net.auth import challenge_answer, equal_secrets, new_token
+from hpc_router.net.http_client import bounded_body
+from hpc_router.router.replicas.health import Incident
+from hpc_router.router.replicas.replica import Event, Replica
+from hpc_router.state.io_thread import FileThread
+from hpc_router.state.registry import RecordKind, State
+from hpc_router.state.run_directory import RunDir
+
+EXTERNAL_PROBE_S: Final = 15.0
+"""Timeout of an external endpoint's response to a probe; connecting has `router.probe_timeout_s`."""
+_EVENTS: Final = {state.value: Event(f"says_{state}") for state in State}
+
+
+def _new_session() -> aiohttp.ClientSession:
+    connector = aiohttp.TCPConnector(limit=0, force_close=True)
+    return aiohttp.ClientSession(cookie_jar=aiohttp.DummyCookieJar(), connector=connector)
+
+
+@dataclass(slots=True)
+class Prober:
+    """`timeout_s`: `router.probe_timeout_s`. `on_task_failures` gets how often each task of an agent has failed."""
+
+    run: RunDir
+    files: FileThread
+    timeout_s: float
+    on_task_failures: Callable[[Replica, Mapping[str, tuple[int, str]]], None]
+    session: aiohttp.ClientSession = field(default_factory=_new_session)
+
+    async def probe(self, replica: Replica) -> Event | Incident:
+        """The state that the endpoint reports, or how the probe failed."""
+        external, url = replica.record.kind is RecordKind.EXTERNAL, replica.record.url
+        path = replica.record.probe if external else protocol.HEALTH
+        probed = f"connection to {url}" if path is None else f"GET {url}{path}"
+        try:
+            return await (self._probe_external(replica) if external else self._probe_agent(replica))
+        except TimeoutError:
+            replica.trouble = f"{probed}: no answer within {self.timeout_s:g} s"
+            return Incident.PROBE_LATE
+        except aiohttp.ClientResponseError as error:
+            replica.trouble = f"{probed} answers with status {error.status}"
+            return Incident.PROBE_FAILED
+        except (aiohttp.ClientError, OSError, ValueError, RecursionError) as error:
+            replica.trouble = f"{probed}: {str(error) or type(error).__name__}"
+            connected = isinstance(error, aiohttp.ClientError) and not isinstance(error, aiohttp.ClientConnectorError)
+            if isinstance(error, OSError) and not connected:
+                return Incident.PROBE_FAILED
+            return Incident.PROBE_LATE if external else Incident.PROBE_FAILED
+
+    async def _probe_agent(self, replica: Replica) -> Event | Incident:
+        challenge = new_token()
+        answer = await self._get_json(replica.record.url + protocol.HEALTH, params={"challenge": challenge})
+        health = protocol.ProbeResponse.from_json(answer)
+        expected = challenge_answer(replica.key or "", challenge)
+        if health is None or health.replica != replica.name or not equal_secrets(health.answer or "", expected):
+            replica.trouble = "another process answers at its address"
+            return Incident.PROBE_FAILED
+        replica.models = health.models or ()
+        self.on_task_failures(replica, health.task_failures)
+        return _EVENTS.get(health.state, Incident.PROBE_FAILED)
+
+    async def _probe_external(self, replica: Replica) -> Event:
+        """Any HTTP response means that it is alive."""
+        with contextlib.suppress(ConfigError, TimeoutError):  # the token may be replaced at any time
+            async with asyncio.timeout(self.timeout_s):
+                replica.key = await self.files.run(partial(self.run.external_token, replica.name))
+        record = replica.record
+        if record.probe is None:
+            return await self._probe_port(replica)
+        headers = {"Authorization": f"Bearer {replica.key}"} if replica.key else {}
+        timeout = aiohttp.ClientTimeout(total=EXTERNAL_PROBE_S, sock_connect=self.timeout_s)
+        request = self.session.get(record.url + record.probe, headers=headers, allow_redirects=False, timeout=timeout)
+        async with request as response:
+            if protocol.DRAINING_HEADER in response.headers or protocol.STARTING_HEADER in response.headers:
+                return Event.SAYS_STARTING  # another hpc_router, or an agent, that is not ready
+            if response.status == 200:
+                with contextlib.suppress(ValueError, RecursionError):
+                    replica.models = _models(json.loads(await bounded_body(response))) or replica.models
+        return Event.SAYS_READY
+
+    async def _probe_port(self, replica: Replica) -> Event:
+        """Only open a connection. Raises OSError or TimeoutError."""
+        address = replica.address
+        async with asyncio.timeout(self.timeout_s):
+            _, writer = await asyncio.open_connection(address.host, address.port)
+        writer.close()
+        return Event.SAYS_READY
+
+    async def _get_json(self, url: str, **options: Any) -> dict[str, Any]:
+        timeout = aiohttp.ClientTimeout(total=self.timeout_s)
+        request = self.session.get(url, raise_for_status=True, allow_redirects=False, timeout=timeout, **options)
+        async with request as response:
+            value = json.loads(await bounded_body(response))
+        if not isinstance(value, dict):
+            raise ValueError("not a JSON object")
+        return value
+
+
+def _models(value: Any) -> tuple[str, ...]:
+    """The names in a list of models, plain or in OpenAI's format."""
+    models = value.get("data") if isinstance(value, dict) else value
+    names = [m.get("id") if isinstance(m, dict) else m for m in models] if isinstance(models, list) else []
+    return tuple(name for name in names if isinstance(name, str))

@@ -1,0 +1,266 @@
+"""The control process's connections to its workers.
+
+Each worker gets the settings and, whenever it changes, the snapshot of all replicas; it reports its observations,
+session turns and counts. What a worker had counted and served is kept here for its successor, and what the workers know
+of the replicas seeds a control process that has just started. What follows from an observation or a count is the
+owner's business (`WorkerEvents`).
+"""
+
+import asyncio
+import socket
+from collections.abc import Awaitable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Final, Protocol, TypeVar
+
+from hpc_router.router.ipc import messages
+from hpc_router.router.ipc.rpc import ChannelClosedError, RpcPeer
+from hpc_router.router.ipc.shared_counters import Counters
+from hpc_router.router.replicas.replica import NO_COLUMN, Replica, RoutingState
+from hpc_router.router.replicas.sessions import Sessions, Turn
+from hpc_router.router.replicas.snapshot import ReplicaSnapshot, apply_snapshot, snapshot_of
+from hpc_router.router.replicas.table import ReplicaTable
+
+HELLO_S: Final = 1.0
+"""How long a control process that has just started waits for the workers' `Hello`."""
+CALL_TIMEOUT_S: Final = 1.0
+
+R = TypeVar("R")
+
+
+class WorkerEvents(Protocol):
+    """What the owner does with a worker's messages."""
+
+    def observed(self, observation: messages.ReplicaObservation) -> None: ...
+    def counted(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None: ...
+    def worker_task_failed(self, task: str, error: str) -> None: ...
+    def answer(self, call: messages.Message) -> Awaitable[Any]: ...
+
+
+@dataclass(slots=True)
+class WorkerConnection:
+    """`applied`: whether the worker has applied the snapshot it was sent last; `stale`: it needs another one.
+
+    `observed`: the number of its last observation. `metrics`: what it, and its predecessors, had counted last.
+    """
+
+    worker: int
+    channel: RpcPeer | None = None
+    greeted: asyncio.Event = field(default_factory=asyncio.Event)
+    serving: asyncio.Event = field(default_factory=asyncio.Event)
+    pid: int | None = None
+    observed: int = 0
+    applied: bool = True
+    stale: bool = False
+    metrics: messages.MetricsDump = field(default_factory=dict)
+
+    def notify(self, message: messages.Message) -> None:
+        if self.channel is not None:
+            self.channel.notify(message)
+
+    async def call(self, call: messages.Call[R]) -> R | None:
+        """None when it does not answer in time."""
+        if self.channel is None:
+            return None
+        try:
+            return await self.channel.call(call, timeout_s=CALL_TIMEOUT_S)
+        except ChannelClosedError:
+            return None
+
+
+@dataclass(slots=True)
+class Workers:
+    """`experts`: the configured ones, which have a queue column even without a replica. `seeds`: the replicas that the
+    workers knew when this process started. `informed` is set with the first snapshot."""
+
+    table: ReplicaTable
+    counters: Counters
+    events: WorkerEvents
+    settings: messages.Settings
+    experts: Iterable[str] = ()
+    sessions: Sessions = field(default_factory=Sessions)
+    seeds: dict[str, Replica] = field(default_factory=dict)
+    informed: asyncio.Event = field(default_factory=asyncio.Event)
+    all: list[WorkerConnection] = field(init=False)
+    _session_workers: dict[str, int] = field(default_factory=dict)
+    _snapshot: tuple[ReplicaSnapshot, ...] | None = None
+    _publishing: asyncio.Handle | None = None
+
+    def __post_init__(self) -> None:
+        self.all = [WorkerConnection(worker) for worker in range(self.counters.workers)]
+
+    async def attach(self, worker: int, sock: socket.socket) -> None:
+        """Connect to a worker that has just started, or that has lost its control process."""
+        connection = self.all[worker]
+        if connection.channel is not None:
+            connection.channel.close()
+        connection.serving.clear()
+        channel = RpcPeer(partial(self._receive, connection), lambda: self._detach(connection, channel))
+        connection.channel, connection.applied, connection.stale, connection.observed = channel, True, False, 0
+        await channel.open(sock)
+
+    async def greeted(self, workers: Iterable[int]) -> None:
+        """Until these have said what they know, for `HELLO_S` at most."""
+        await _wait_all((self.all[worker].greeted for worker in workers), timeout_s=HELLO_S)
+
+    async def served(self, *, timeout_s: float) -> None:
+        """Until all workers serve."""
+        await _wait_all((connection.serving for connection in self.all), timeout_s=timeout_s)
+
+    def close(self) -> None:
+        for connection in self.all:
+            if connection.channel is not None:
+                connection.channel.close()
+
+    def notify(self, message: messages.Message) -> None:
+        for connection in self.all:
+            connection.notify(message)
+
+    def release(self) -> None:
+        """The router's record is withdrawn: no new clients come."""
+        self.notify(messages.Release())
+
+    def configure(self, settings: messages.Settings) -> None:
+        self.settings = settings
+        self.notify(settings)
+
+    async def metrics(self) -> list[messages.MetricsDump]:
+        """What each worker has counted, with its predecessors."""
+        await asyncio.gather(*map(self._collect, self.all))
+        return [connection.metrics for connection in self.all]
+
+    async def find_turn(self, session: str) -> Turn | None:
+        """Where the session's last turn was answered. A worker reports a turn before it answers its client, so after a
+        `Sync` with each of them every turn that a client knows of is here."""
+        await self.informed.wait()
+        await asyncio.gather(*(connection.call(messages.Sync()) for connection in self.all))
+        return self.sessions.find(session)
+
+    def publish_soon(self) -> None:
+        """Publish at the end of the present step, once for all changes in it."""
+        if self._publishing is None:
+            self._publishing = asyncio.get_running_loop().call_soon(self._publish)
+
+    def publish_changes(self) -> None:
+        """Publish now if a replica differs from the last snapshot."""
+        if self._snapshot is None or self._snapshot != self._take_snapshot():
+            self._publish()
+
+    def _publish(self) -> None:
+        self._publishing = None
+        snapshot = self._take_snapshot()
+        changed = snapshot != self._snapshot
+        self._snapshot = snapshot
+        self.informed.set()
+        for connection in self.all:
+            if changed or connection.stale:
+                self._send_snapshot(connection)
+
+    def _take_snapshot(self) -> tuple[ReplicaSnapshot, ...]:
+        assign_columns(self.table, self.counters, experts=self.experts)
+        return snapshot_of(self.table)
+
+    def _send_snapshot(self, connection: WorkerConnection) -> None:
+        """One at a time: a slow worker gets the newest snapshot next, not all of them."""
+        if self._snapshot is None or not connection.greeted.is_set():
+            return
+        connection.stale = not connection.applied
+        if connection.applied:
+            connection.applied = False
+            connection.notify(messages.Snapshot(connection.observed, self._snapshot, dict(self.table.queue_columns)))
+
+    def _receive(self, connection: WorkerConnection, message: messages.Message) -> Awaitable[Any] | None:
+        match message:
+            case messages.Hello():
+                self._greet(connection, message)
+            case messages.Serving():
+                connection.serving.set()
+            case messages.SnapshotApplied():
+                connection.applied = True
+                if connection.stale:
+                    self._send_snapshot(connection)
+            case messages.ReplicaObservation():
+                self._observe(connection, message)
+            case messages.TurnAnswered(session, turn):
+                self._learn(connection, session, turn)
+            case messages.MetricsReport(metrics):
+                self.events.counted(connection.metrics, metrics)
+                connection.metrics = metrics
+            case messages.TaskFailed(task, error):
+                self.events.worker_task_failed(task, error)
+            case messages.FindTurn(session):
+                return self.find_turn(session)
+            case _:
+                return self.events.answer(message)
+        return None
+
+    def _greet(self, connection: WorkerConnection, hello: messages.Hello) -> None:
+        """A worker that replaces another continues with what that one had counted and served."""
+        replaced = connection.pid not in (None, hello.pid)
+        connection.pid = hello.pid
+        if replaced:
+            turns = [(s, turn) for s, turn in self.sessions if self._session_workers.get(s) == connection.worker]
+            connection.notify(messages.Inherit(connection.metrics, tuple(turns)))
+        else:
+            connection.metrics = hello.metrics
+        for session, turn in hello.turns:
+            self._learn(connection, session, turn)
+        connection.notify(self.settings)
+        if hello.replicas is not None and self._snapshot is None:
+            self._seed(hello.replicas)
+            self.table.queue_columns = {**hello.queue_columns, **self.table.queue_columns}
+        if hello.serving:
+            connection.serving.set()
+        connection.greeted.set()
+        self._send_snapshot(connection)
+
+    def _seed(self, snapshot: Iterable[ReplicaSnapshot]) -> None:
+        """Merge one worker's replicas: one that any worker found ejected is ejected."""
+        known = ReplicaTable()
+        apply_snapshot(known, snapshot)
+        for replica in known.all():
+            if replica.name not in self.seeds or replica.state is RoutingState.EJECTED:
+                self.seeds[replica.name] = replica
+
+    def _learn(self, connection: WorkerConnection, session: str, turn: Turn) -> None:
+        self.sessions.learn(session, turn)
+        self._session_workers[session] = connection.worker
+        if len(self._session_workers) > 2 * self.sessions.most:
+            known = self._session_workers
+            self._session_workers = {s: known[s] for s, _ in self.sessions if s in known}
+
+    def _observe(self, connection: WorkerConnection, observation: messages.ReplicaObservation) -> None:
+        connection.observed, connection.stale = observation.number, True
+        self.events.observed(observation)
+        if observation.incident is not None or observation.event is not None:
+            self.publish_soon()
+
+    async def _collect(self, connection: WorkerConnection) -> None:
+        metrics = await connection.call(messages.GetMetrics())
+        if metrics is not None:
+            connection.metrics = metrics
+
+    def _detach(self, connection: WorkerConnection, channel: RpcPeer) -> None:
+        if connection.channel is channel:
+            connection.channel = None
+            connection.serving.clear()
+            connection.greeted.clear()
+
+
+def assign_columns(table: ReplicaTable, counters: Counters, *, experts: Iterable[str] = ()) -> None:
+    """A column of its own for each replica and each expert's queue; those that have one keep it."""
+    used = {replica.column for replica in table.all()} | set(table.queue_columns.values())
+    for replica in table.all():
+        if replica.column == NO_COLUMN:
+            replica.column = counters.allocate(used)
+    wanted = table.experts() | set(experts)
+    if wanted != table.queue_columns.keys():
+        table.queue_columns = {e: table.queue_columns.get(e) or counters.allocate(used) for e in wanted}
+
+
+async def _wait_all(events: Iterable[asyncio.Event], *, timeout_s: float) -> None:
+    waits = [asyncio.ensure_future(event.wait()) for event in events]
+    if waits:
+        _, late = await asyncio.wait(waits, timeout=timeout_s)
+        for wait in late:
+            wait.cancel()
