@@ -23,7 +23,7 @@ from hpc_router.router.control.reconcile_process import ReconcileProcess
 from hpc_router.router.ipc.shared_counters import IN_FLIGHT, Counters
 from hpc_router.router.ipc.supervisor import CONTROL, ChildSpec, worker_name
 from hpc_router.router.ipc.supervisor_commands import CommandReader
-from hpc_router.router.worker.process import Identity, linked, working
+from hpc_router.router.worker.process import Identity, control_client, serving
 from hpc_router.routing.policy import Policy, versions
 from hpc_router.state.io_thread import PATIENCE_S, FileThread, file_thread
 from hpc_router.state.job_records import JobDir, JobPhase, JobProgress
@@ -99,12 +99,12 @@ async def work(router: RouterSettings, birth: ChildSpec) -> None:
     assert birth.listener is not None
     run, name = router.run, worker_name(birth.worker)
     with file_thread(f"log of {name}", log=router.job.worker_log(birth.worker), label=name):
-        async with linked(router.deployment, router.counters, birth.worker) as link:
+        async with control_client(router.deployment, router.counters, birth.worker) as link:
             orders = CommandReader(birth.orders, lambda _, way: link.attach(way))
             async with orders:
                 for way in birth.ways.values():
                     await link.attach(way)
-                async with working(
+                async with serving(
                     run, router.deployment, router.policy, link, identity=router.identity, sock=birth.listener
                 ) as gateway:
                     memory_tuning.tune_for_relay()

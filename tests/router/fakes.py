@@ -22,7 +22,7 @@ from hpc_router.router.ipc.shared_counters import Counters
 from hpc_router.router.policies import load_policy
 from hpc_router.router.replicas.replica import RoutingState
 from hpc_router.router.worker.gateway import Gateway
-from hpc_router.router.worker.process import Identity, linked, working
+from hpc_router.router.worker.process import Identity, control_client, serving
 from hpc_router.routing.policy import versions
 from hpc_router.state import registry
 from hpc_router.state.io_thread import FileThread
@@ -196,7 +196,7 @@ class RunningRouter:
         for replica in self.gateway.table.all():
             if replica.standing is RoutingState.READY:
                 for _ in range(connections):
-                    client.pool.put(replica.address, await client.connected(replica.address))
+                    client.pool.put(replica.address, await client.connect(replica.address))
 
 
 @asynccontextmanager
@@ -216,10 +216,10 @@ async def a_router(run: RunDir, deployment: Deployment) -> AsyncIterator[Running
         started_at=identity.started_at, artefact=artefact, shadow=shadow,
     )  # fmt: skip
     here, there = socket.socketpair()
-    async with linked(deployment, counters, 0) as link:
+    async with control_client(deployment, counters, 0) as link:
         await link.attach(there)
         async with control.watching({0: here}):
-            worker = working(
+            worker = serving(
                 run, deployment, policy, link, identity=identity, sock=sock,
                 make_client=RELAY.make_client, listen=RELAY.listen,
             )  # fmt: skip

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Final
 
 from hpc_router.errors import UpstreamError
-from hpc_router.relay.downstream.interface import SHORT_BYTES, DownstreamGoneError, Request, Response, Work
+from hpc_router.relay.downstream.interface import SHORT_BYTES, DownstreamGoneError, PendingResponse, Request, Response
 from hpc_router.relay.headers import NOT_DOWNSTREAM, NOT_UPSTREAM, Headers, crossing
 from hpc_router.relay.in_flight import InFlight
 from hpc_router.relay.sse import CONTENT_TYPE
@@ -31,7 +31,7 @@ ENGINE_LIMITS: Final = UpstreamTimeouts(connect_s=5.0, first_byte_s=_A_DAY_S, id
 ENGINE: Final = address_of("http://engine")
 
 
-class Passing(Work, ResponseCallback):
+class Passing(PendingResponse, ResponseCallback):
     """A request to the engine that no task waits for, as long as its answer may come whole: see the router's
     `express`, of which this is the agent's half."""
 
@@ -48,7 +48,7 @@ class Passing(Work, ResponseCallback):
     def begin(self, client: Upstream, body: bytes) -> bool:
         """False: it is the handler's, and not counted."""
         request = self._request
-        started = client.start(request.method, ENGINE, request.target, head=_head(request), body=body, asker=self)
+        started = client.start(request.method, ENGINE, request.target, head=_head(request), body=body, callback=self)
         if started is None:
             return False
         self.started = started
@@ -62,21 +62,21 @@ class Passing(Work, ResponseCallback):
         self._relayed.discard(self._request)
 
     def cancel(self) -> None:
-        self._request.begun_work = None
-        self.started.abandon()
+        self._request.fast_path = None
+        self.started.cancel()
         self.leave()
 
-    def on_answer(self, status: int, headers: Headers, body: bytes) -> bool:
+    def on_response(self, status: int, headers: Headers, body: bytes) -> bool:
         if headers.content_type == CONTENT_TYPE or len(body) > SHORT_BYTES:
             return False
         request = self._request
-        request.begun_work = None
+        request.fast_path = None
         self._heard()
         self.leave()
-        request.answer(status, crossing(headers, drop=NOT_DOWNSTREAM), body)
+        request.respond(status, crossing(headers, drop=NOT_DOWNSTREAM), body)
         return True
 
-    def on_news(self) -> None:
+    def on_incomplete(self) -> None:
         self._request.resume()
 
 
@@ -89,7 +89,7 @@ async def pass_through(
     Raises UpstreamError when the engine gives no answer or fails within one (then the caller's connection is broken
     already), and what `Request.read` raises.
     """
-    body = request.ready()
+    body = request.complete_body()
     if body is None:
         body = await request.read()
     head = _head(request)
@@ -98,15 +98,15 @@ async def pass_through(
             request.method, ENGINE, request.target, head=head, body=body or None, started=started
         ) as answer:
             head = crossing(answer.headers, drop=NOT_DOWNSTREAM)
-            if (whole := answer.whole) is not None and len(whole) <= SHORT_BYTES:
+            if (whole := answer.complete_body) is not None and len(whole) <= SHORT_BYTES:
                 heard()
                 return Response(answer.status, head, whole)
-            await request.begin(answer.status, head, length=answer.length)
-            await answer.flow(_Copy(request, heard))
+            await request.start_response(answer.status, head, length=answer.length)
+            await answer.stream_to(_Copy(request, heard))
     except DownstreamGoneError:
         pass  # its handler is about to be cancelled
     except UpstreamError as error:
-        if request.begun:
+        if request.response_started:
             logger.warning("the engine failed during a response: %s", error)
             request.abort()
         raise
@@ -125,19 +125,19 @@ class _Copy:
         self._request = request
         self._heard = heard
         self._write_chunk = request.write_chunk
-        self._passage = None if self._write_chunk is None else ChunkWriter(self._pass, CHUNK_ENDS)
+        self._chunk_writer = None if self._write_chunk is None else ChunkWriter(self._pass, CHUNK_ENDS)
 
-    def take(self, data: bytes) -> bool:
+    def write(self, data: bytes) -> bool:
         self._heard()
         return self._request.write(data)
 
-    def passage(self) -> ChunkWriter | None:
-        return self._passage
+    def chunk_writer(self) -> ChunkWriter | None:
+        return self._chunk_writer
 
     def _pass(self, chunk: bytes) -> bool:
         assert self._write_chunk is not None
         self._heard()
         return self._write_chunk(chunk)
 
-    async def make_room(self) -> None:
+    async def drain(self) -> None:
         await self._request.drain()

@@ -18,7 +18,14 @@ from hpc_router.errors import BadRequestError, BodyTooLargeError, UpstreamConnec
 from hpc_router.expert.agent.engine_relay import Passing, pass_through
 from hpc_router.net import protocol
 from hpc_router.net.auth import bearer, challenge_answer, same
-from hpc_router.relay.downstream.interface import Handler, Request, Response, Work, error_response, json_response
+from hpc_router.relay.downstream.interface import (
+    Handler,
+    PendingResponse,
+    Request,
+    Response,
+    error_response,
+    json_response,
+)
 from hpc_router.relay.in_flight import InFlight
 from hpc_router.relay.upstream.interface import PendingRequest, Upstream
 from hpc_router.state.registry import State
@@ -70,7 +77,7 @@ class AgentHttpApi:
 
     async def handle(self, request: Request) -> Response | None:
         """Never raises but for cancellation."""
-        begun, request.begun_work = request.begun_work, None
+        begun, request.fast_path = request.fast_path, None
         try:
             if isinstance(begun, Passing):
                 begun.leave()
@@ -111,15 +118,15 @@ class AgentHttpApi:
                 path=request.path,
             )
 
-    def express(self, request: Request) -> Work | None:
+    def start_fast_path(self, request: Request) -> PendingResponse | None:
         """See `downstream.Express`: the same as `handle`, as far as that goes without waiting."""
-        body = request.ready()
-        if body is None or not self._goes_express(request) or self.state is not State.READY or self._full:
+        body = request.complete_body()
+        if body is None or not self._takes_fast_path(request) or self.state is not State.READY or self._full:
             return None
         passing = Passing(request, self.in_flight, self._relayed, self._heard)
         if not passing.begin(self.client, body):
             return None
-        request.begun_work = passing
+        request.fast_path = passing
         return passing
 
     def break_off(self) -> None:
@@ -133,13 +140,13 @@ class AgentHttpApi:
         for request in tuple(self._relayed):
             request.abort()
 
-    def _goes_express(self, request: Request) -> bool:
+    def _takes_fast_path(self, request: Request) -> bool:
         """By its head, which is asked once where it comes again and again."""
-        notes = request.headers.notes
-        known: bool | None = notes.get(self.key)
+        cached = request.headers.cached
+        known: bool | None = cached.get(self.key)
         if known is None:
             generates = request.method == "POST" and request.path in protocol.GENERATE_PATHS
-            known = notes[self.key] = generates and _holds(request, self.key)
+            known = cached[self.key] = generates and _holds(request, self.key)
         return known
 
     @property
@@ -188,7 +195,7 @@ class AgentHttpApi:
             if isinstance(error, UpstreamConnectError) and not error.sent:
                 return self._refuse(request, State.STARTING)
             self.cut += request.path in protocol.GENERATE_PATHS
-            if request.begun:
+            if request.response_started:
                 return None
             response = error_response(
                 502,

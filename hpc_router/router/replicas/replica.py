@@ -158,24 +158,24 @@ class Places(Protocol):
 
 @dataclass(slots=True, eq=False)
 class Reservation:
-    """One request's place on a replica, got for `expert`. With a replica that is lost there is little patience."""
+    """One request's place on a replica, got for `expert`. With a replica that is lost there is little idle_timer."""
 
     replica: Replica
     expert: str
     _table: Places
-    patience: IdleTimer | None = None
+    idle_timer: IdleTimer | None = None
     lost: bool = False
 
-    def watch(self, patience: IdleTimer) -> None:
-        self.patience = patience
+    def watch(self, idle_timer: IdleTimer) -> None:
+        self.idle_timer = idle_timer
         if self.lost:
-            patience.shorten(LOST_S)
+            idle_timer.tighten(LOST_S)
 
     def lose(self) -> None:
         """Its replica is lost."""
         self.lost = True
-        if self.patience is not None:
-            self.patience.shorten(LOST_S)
+        if self.idle_timer is not None:
+            self.idle_timer.tighten(LOST_S)
 
     def release(self) -> None:
         replica, table = self.replica, self._table

@@ -1,8 +1,8 @@
-"""A worker's side of what it shares with the control process.
+"""A worker's connection to the control process.
 
-The replicas' view comes from there, and what the worker sees of a replica itself goes there; it acts on that at once.
-While no control process is there the last view stands: the next one is told what this worker knows, so that nothing
-is lost with its predecessor.
+The control process sends snapshots of the replica table; the worker sends what its requests observe of replicas and
+also applies that at once. Without a control process the last snapshot stays in use, and the next control process gets
+the worker's state, so that nothing is lost with the previous one.
 """
 
 import asyncio
@@ -21,15 +21,15 @@ from hpc_router.router.replicas.sessions import Sessions, Turn
 from hpc_router.router.replicas.snapshot import take_over, view_of
 from hpc_router.router.replicas.table import ReplicaTable
 
-PATIENCE_S: Final = 5.0
-"""A client waits so long for what only the control process knows."""
+CALL_TIMEOUT_S: Final = 5.0
+"""Time limit of a call to the control process."""
 REPORT_S: Final = 1.0
 
 
 @dataclass(slots=True)
 class ControlClient:
-    """`ejects_at_once`: a connection that could not be made is enough. `informed` is set once there is a view,
-    `released` once nobody is sent here any more."""
+    """`ejects_at_once`: one failed connection attempt ejects a replica. `informed`: set after the first snapshot.
+    `released`: set when clients are no longer sent to this worker."""
 
     table: ReplicaTable
     sessions: Sessions
@@ -42,24 +42,24 @@ class ControlClient:
     on_settings: Callable[[], None] | None = None
     _channel: RpcPeer | None = None
     _attached: asyncio.Event = field(default_factory=asyncio.Event)
-    _said: int = 0
-    _unheard: dict[Replica, int] = field(default_factory=dict)
+    _report_number: int = 0
+    _unacknowledged: dict[Replica, int] = field(default_factory=dict)
     _reported: Any = None
     _reporting: asyncio.Task[None] | None = None
 
     def __post_init__(self) -> None:
-        self.sessions.on_turn = lambda session, turn: self._tell("turn", [session, turn.to_json()])
+        self.sessions.on_turn = lambda session, turn: self._notify("turn", [session, turn.to_json()])
 
     async def attach(self, sock: socket.socket) -> None:
-        """To the control process, or to its successor."""
+        """Use `sock` as the connection to the control process, in place of an earlier one."""
         if self._channel is not None:
             self._channel.close()
-        self._said = 0
-        self._unheard.clear()
-        channel = RpcPeer(self._take, lambda: self._detach(channel))
+        self._report_number = 0
+        self._unacknowledged.clear()
+        channel = RpcPeer(self._receive, lambda: self._detach(channel))
         self._channel = channel
         await channel.open(sock)
-        if self._channel is not channel:  # there is a newer one by now, or it has ended
+        if self._channel is not channel:  # replaced or closed meanwhile
             channel.close()
             return
         self._reported = self.metrics.dump()
@@ -81,30 +81,30 @@ class ControlClient:
         if self._reporting is not None:
             self._reporting.cancel()
         if self._channel is not None:
-            self._tell("metrics", self.metrics.dump())
+            self._notify("metrics", self.metrics.dump())
             self._channel.close()
 
     def task_failed(self, task: str, error: str) -> None:
-        """A background task of this worker failed and starts again."""
+        """A background task of this worker failed and is restarted."""
         self.metrics.task_failures.add(task)
-        self._tell("task failed", [task, error])
+        self._notify("task failed", [task, error])
 
-    def begin_to_serve(self) -> None:
+    def start_serving(self) -> None:
         self.serving = True
-        self._tell("serving")
+        self._notify("serving")
 
-    async def ask(self, kind: str, value: Any = None) -> Any:
-        """What only the control process knows; its successor is waited for. Raises ChannelClosedError."""
+    async def call(self, kind: str, value: Any = None) -> Any:
+        """Call the control process; waits for a new one if it is being replaced. Raises ChannelClosedError."""
         try:
-            async with asyncio.timeout(PATIENCE_S):
+            async with asyncio.timeout(CALL_TIMEOUT_S):
                 while True:
                     await self._attached.wait()
                     channel = self._channel
                     assert channel is not None
                     try:
-                        return await channel.ask(kind, value, limit_s=PATIENCE_S)
+                        return await channel.ask(kind, value, limit_s=CALL_TIMEOUT_S)
                     except ChannelClosedError:
-                        if self._channel is channel:  # else it has ended: its successor may know
+                        if self._channel is channel:  # otherwise it was replaced: call the new one
                             raise
         except (TimeoutError, ChannelClosedError) as error:
             raise ChannelClosedError(
@@ -112,30 +112,30 @@ class ControlClient:
             ) from error
 
     async def recall(self, session: str) -> None:
-        """Learn where the session's last turn was answered, whichever worker served it."""
-        turn = await self.ask("recall", session)
+        """Fetch the replica of the session's last turn, which another worker may have served."""
+        turn = await self.call("recall", session)
         if turn is not None:
             self.sessions.learn(session, Turn.from_json(turn))
 
-    def doubt(self, replica: Replica, trouble: str) -> None:
+    def connect_failed(self, replica: Replica, trouble: str) -> None:
         replica.trouble = trouble
         if self.ejects_at_once:
             self._apply(replica, Event.FAILED)
         self._report(replica, Incident.NO_CONNECTION)
 
-    def erred(self, replica: Replica, trouble: str) -> None:
+    def request_failed(self, replica: Replica, trouble: str) -> None:
         replica.suspect, replica.trouble = True, trouble
         self._report(replica, Incident.ERROR)
 
-    def answered(self, replica: Replica) -> None:
+    def request_succeeded(self, replica: Replica) -> None:
         replica.suspect = False
         self._report(replica, Incident.ANSWERED)
 
-    def heard(self, replica: Replica, event: Event) -> None:
+    def state_reported(self, replica: Replica, event: Event) -> None:
         self._apply(replica, event)
         self._report(replica, event)
 
-    def look_again(self, replica: Replica) -> None:
+    def recheck(self, replica: Replica) -> None:
         self._report(replica, None)
 
     def _apply(self, replica: Replica, event: Event) -> None:
@@ -143,16 +143,16 @@ class ControlClient:
             self.table.apply(replica, event)
 
     def _report(self, replica: Replica, seen: Event | Incident | None) -> None:
-        self._said += 1
+        self._report_number += 1
         if seen is not None:
-            self._unheard[replica] = self._said
-        told = [self._said, replica.name, replica.record.nonce, seen and seen.value, replica.trouble]
-        self._tell("saw", told)
+            self._unacknowledged[replica] = self._report_number
+        report = [self._report_number, replica.name, replica.record.nonce, seen and seen.value, replica.trouble]
+        self._notify("saw", report)
 
-    def _take(self, kind: str, value: Any) -> Awaitable[Any] | Any:
+    def _receive(self, kind: str, value: Any) -> Awaitable[Any] | Any:
         match kind:
             case "view":
-                self._view(value)
+                self._apply_snapshot(value)
             case "settings":
                 self.settings = value
                 if self.on_settings is not None:
@@ -175,11 +175,13 @@ class ControlClient:
                 raise ValueError(f"a worker knows no {kind!r}")
         return None
 
-    def _view(self, value: Any) -> None:
-        self._unheard = {replica: said for replica, said in self._unheard.items() if said > value["heard"]}
+    def _apply_snapshot(self, value: Any) -> None:
+        self._unacknowledged = {
+            replica: number for replica, number in self._unacknowledged.items() if number > value["heard"]
+        }
         self.table.count_queues(value["queues"])
-        take_over(self.table, value["replicas"], known_better={replica.name for replica in self._unheard})
-        self._tell("taken", value["number"])
+        take_over(self.table, value["replicas"], known_better={replica.name for replica in self._unacknowledged})
+        self._notify("taken", value["number"])
         self.informed.set()
 
     def _detach(self, channel: RpcPeer) -> None:
@@ -187,7 +189,7 @@ class ControlClient:
             self._channel = None
             self._attached.clear()
 
-    def _tell(self, kind: str, value: Any = None) -> None:
+    def _notify(self, kind: str, value: Any = None) -> None:
         if self._channel is not None:
             self._channel.tell(kind, value)
 
@@ -198,5 +200,5 @@ class ControlClient:
             counted = self.metrics.dump()
             if counted != self._reported:
                 self._reported = counted
-                self._tell("metrics", counted)
+                self._notify("metrics", counted)
             await asyncio.sleep(REPORT_S)

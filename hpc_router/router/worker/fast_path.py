@@ -1,57 +1,57 @@
-"""A request from its arrival to the end of its answer without a task: what most requests need no more than.
+"""The fast path: serves a request by callbacks, without a task.
 
-It goes this way when nothing has to be waited for but the replica: its body is there, its expert has a free place and a
-connection is kept. And it ends this way when the whole of a short answer comes at once, which is nobody's failure.
-Everything else is the dispatcher's: it goes on from where this has come, and nothing is decided twice.
+A request starts on it if only the replica has to be awaited: the body is complete, the expert has a free replica and a
+connection is pooled. It ends on it if a short response without an error is received in one read. Every other request is
+continued by the dispatcher in a task, from the current state, so that nothing is decided twice.
 """
 
 import time
 
-from hpc_router.relay.downstream.interface import SHORT_BYTES, Work
+from hpc_router.relay.downstream.interface import SHORT_BYTES, PendingResponse
 from hpc_router.relay.headers import Headers
 from hpc_router.relay.in_flight import InFlight
 from hpc_router.relay.sse import CONTENT_TYPE
 from hpc_router.relay.upstream.interface import PendingRequest, ResponseCallback
 from hpc_router.router.replicas.replica import Reservation
-from hpc_router.router.worker.dispatcher import JUDGED, Dispatcher, RoutedRequest
+from hpc_router.router.worker.dispatcher import REVIEWED_STATUSES, Dispatcher, RoutedRequest
 
 
-class FastPathRequest(Work, ResponseCallback):
-    """Once begun it counts as in flight until its `errand` is done, or the handler has taken it over."""
+class FastPathRequest(PendingResponse, ResponseCallback):
+    """Counts as in flight from `begin` until the response is complete or the handler continues the request."""
 
-    __slots__ = ("_dispatcher", "_errand", "_hold", "_in_flight", "_request", "_started")
+    __slots__ = ("_dispatcher", "_in_flight", "_request", "_reservation", "_routed", "_started")
 
-    _hold: Reservation
+    _reservation: Reservation
     _request: tuple[bytes, bytes]
     _started: PendingRequest
 
-    def __init__(self, dispatcher: Dispatcher, errand: RoutedRequest, in_flight: InFlight) -> None:
+    def __init__(self, dispatcher: Dispatcher, routed: RoutedRequest, in_flight: InFlight) -> None:
         self._dispatcher = dispatcher
-        self._errand = errand
+        self._routed = routed
         self._in_flight = in_flight
 
     def begin(self) -> bool:
-        """False: it is the handler's, and not counted. So it is when something is raised."""
-        dispatcher, errand = self._dispatcher, self._errand
-        hold = dispatcher.table.acquire(errand.experts, slot=errand.slot)
-        if hold is None:
+        """False, or an exception: not started and not counted; the handler has to serve it."""
+        dispatcher, routed = self._dispatcher, self._routed
+        reservation = dispatcher.table.acquire(routed.experts, slot=routed.slot)
+        if reservation is None:
             return False
         started: PendingRequest | None = None
         try:
-            self._request = head, body = dispatcher.request_for(errand, hold)
+            self._request = head, body = dispatcher.request_for(routed, reservation)
             started = dispatcher.client.start(
-                "POST", hold.replica.address, errand.target, head=head, body=body, asker=self,
-                limits=dispatcher.limits_of(errand),
+                "POST", reservation.replica.address, routed.target, head=head, body=body, callback=self,
+                limits=dispatcher.limits_of(routed),
             )  # fmt: skip
         finally:
             if started is None:
-                hold.release()
-                hold.replica.last_used = 0  # it was not: the handler is to get the same one, and not always the other
+                reservation.release()
+                reservation.replica.last_used = 0  # unused, so that the handler gets the same replica
         if started is None:
             return False
-        self._hold, self._started = hold, started
-        hold.watch(started.patience)
-        errand.phase = "before_first_byte"
+        self._reservation, self._started = reservation, started
+        reservation.watch(started.idle_timer)
+        routed.phase = "before_first_byte"
         self._in_flight.enter()
         return True
 
@@ -59,37 +59,42 @@ class FastPathRequest(Work, ResponseCallback):
         self._in_flight.leave()
 
     def cancel(self) -> None:
-        errand = self._errand
-        errand.request.begun_work = errand.work = errand.begun = None
-        self._started.abandon()
-        self._hold.release()
-        self._dispatcher.metrics.cancelled.add(errand.phase)
+        routed = self._routed
+        routed.request.fast_path = routed.in_flight_entry = routed.sent = None
+        self._started.cancel()
+        self._reservation.release()
+        self._dispatcher.metrics.cancelled.add(routed.phase)
         self.leave()
 
-    def on_answer(self, status: int, headers: Headers, body: bytes) -> bool:
-        errand, hold, dispatcher = self._errand, self._hold, self._dispatcher
-        if status in JUDGED or headers.content_type == CONTENT_TYPE or len(body) > SHORT_BYTES:
+    def on_response(self, status: int, headers: Headers, body: bytes) -> bool:
+        routed, reservation, dispatcher = self._routed, self._reservation, self._dispatcher
+        if status in REVIEWED_STATUSES or headers.content_type == CONTENT_TYPE or len(body) > SHORT_BYTES:
             return False
-        if errand.dialect.ending.may_be_aborted(body):
+        if routed.api_format.abort_detector.may_be_aborted(body):
             return False
-        request = errand.request
-        request.begun_work = None  # or the two would wait for the garbage collector
+        request = routed.request
+        request.fast_path = None  # breaks a reference cycle
         if self._in_flight.closing:
             request.keep_alive = False
         try:
-            if hold.replica.suspect:
-                dispatcher.witness.answered(hold.replica)
-            head = dispatcher.said(errand, hold, headers)
-            dispatcher.metrics.first_byte.add(time.perf_counter() - errand.started, hold.expert, hold.replica.name)
-            dispatcher.metrics.requests.add(hold.expert, str(errand.reason_at(hold.expert)), status)
+            if reservation.replica.suspect:
+                dispatcher.health.request_succeeded(reservation.replica)
+            head = dispatcher.response_head(routed, reservation, headers)
+            dispatcher.metrics.first_byte.add(
+                time.perf_counter() - routed.started, reservation.expert, reservation.replica.name
+            )
+            dispatcher.metrics.requests.add(reservation.expert, str(routed.reason_at(reservation.expert)), status)
         finally:
-            hold.release()
+            reservation.release()
             self._in_flight.leave()
-        request.answer(status, head, body)
+        request.respond(status, head, body)
         return True
 
-    def on_news(self) -> None:
-        errand = self._errand
-        errand.begun = self._hold, self._dispatcher.exchange(errand, self._hold, self._request, self._started)
-        errand.work = self
-        errand.request.resume()
+    def on_incomplete(self) -> None:
+        routed = self._routed
+        routed.sent = (
+            self._reservation,
+            self._dispatcher.exchange(routed, self._reservation, self._request, self._started),
+        )
+        routed.in_flight_entry = self
+        routed.request.resume()

@@ -1,8 +1,8 @@
-"""The router's HTTP surface: paths, tokens, errors in the shape that each API's clients read.
+"""The router's HTTP API: paths, authentication, and errors in the format of each API.
 
-One handler, one table of routes, one table of status codes. `/health` answers a challenge, so that nobody sends his
-token to another process on this port. What a request means is decided in `Gateway`'s methods, how it is served in
-`dispatch`.
+There is one handler, one table of routes and one table of status codes. `/health` signs a challenge, so that a client
+does not send its token to another process on this port. `Gateway` chooses the experts of a request; `dispatcher` serves
+it.
 """
 
 import asyncio
@@ -34,12 +34,12 @@ from hpc_router.errors import (
 )
 from hpc_router.net import protocol
 from hpc_router.net.auth import bearer, challenge_answer, same
-from hpc_router.relay.api_formats import dialect_of
+from hpc_router.relay.api_formats import api_format_of
 from hpc_router.relay.downstream.interface import (
     DownstreamGoneError,
+    PendingResponse,
     Request,
     Response,
-    Work,
     error_response,
     json_response,
 )
@@ -71,13 +71,13 @@ STATUS: Final[Mapping[type[HpcRouterError], tuple[int, str]]] = {
     UnavailableError: (503, "service_unavailable"),
     AnswerTimeoutError: (504, "timeout_error"),
 }
-LONG_BODY: Final = 2**18
-"""From this size on, in bytes, a body is decoded beside the event loop."""
+LONG_BODY_BYTES: Final = 2**18
+"""Bytes; a longer body is decoded in a thread."""
 _OPEN_PATHS: Final = frozenset({protocol.HEALTH, "/ready"})
 _WHILE_DRAINING: Final = _OPEN_PATHS | {"/status", protocol.METRICS}
-_EXPRESS_PATHS: Final = frozenset(protocol.GENERATE_PATHS) - {protocol.RESPONSES}
+_FAST_PATHS: Final = frozenset(protocol.GENERATE_PATHS) - {protocol.RESPONSES}
 _NAMED: Final = RouteReason.NAMED
-_YES_NO: Final = frozenset({bool, type(None)})
+_OPTIONAL_BOOL: Final = frozenset({bool, type(None)})
 _CHALLENGE: Final = re.compile(r"[0-9a-f]{1,256}")
 _REQUEST_ID: Final = re.compile(rb"[\w.:-]{1,128}")
 _METRICS_HEAD: Final = b"content-type: text/plain; version=0.0.4; charset=utf-8\r\n"
@@ -86,12 +86,12 @@ Handler = Callable[[Request, str], Awaitable[Response | None]]
 
 
 class DrainingError(UnavailableError):
-    """This router takes nothing new; its successor does."""
+    """This router accepts no new requests; its successor does."""
 
 
 @dataclass(slots=True, eq=False)
 class Gateway:
-    """Answers every request of the router. `token` None: open to everybody. `key` proves who answers."""
+    """Handles every request of the router. `token` None: no authentication. `key` signs the challenges of `/health`."""
 
     deployment: Deployment
     table: ReplicaTable
@@ -126,7 +126,7 @@ class Gateway:
         }
 
     def reconfigure(self, deployment: Deployment, policy: Policy) -> None:
-        """From the next request on."""
+        """Apply to later requests."""
         config = deployment.router
         self.deployment, self.policy = deployment, policy
         self.table.pin_bound, self.table.bounds = config.pin_bound, bounds_of(deployment)
@@ -134,20 +134,20 @@ class Gateway:
         self.dispatcher.configure(config)
 
     async def handle(self, request: Request) -> Response | None:
-        """Raises nothing but DownstreamGoneError, where nobody is left to answer."""
-        begun, request.begun_work = cast(RoutedRequest | None, request.begun_work), None
+        """Serve a request. Raises only DownstreamGoneError: the client has disconnected."""
+        begun, request.fast_path = cast(RoutedRequest | None, request.fast_path), None
         request_id = self._request_id(request) if begun is None else begun.request_id
         if self.draining:
             request.keep_alive = False
         try:
             if begun is not None:
-                response = await self._go_on(begun)
+                response = await self._resume(begun)
             else:
-                response = await self._find(request)(request, request_id)
+                response = await self._find_route(request)(request, request_id)
         except DownstreamGoneError:
             raise
         except HpcRouterError as error:
-            response = self._refuse(request, error, request_id)
+            response = self._error_result(request, error, request_id)
         except Exception:
             logger.exception("%s: %s %r failed", request_id, request.method, request.path[:200])
             failure = RoutingError("the router failed; its log says why")
@@ -159,7 +159,7 @@ class Gateway:
             return request.request_id.decode()
         return f"{random.getrandbits(128):032x}"
 
-    def _find(self, request: Request) -> Handler:
+    def _find_route(self, request: Request) -> Handler:
         path = request.path.rstrip("/") or "/"
         if path not in _OPEN_PATHS and self.token is not None:
             self._check_token(request.headers, self.token)
@@ -174,16 +174,16 @@ class Gateway:
         return handler
 
     def _check_token(self, headers: Headers, token: str) -> None:
-        if token in headers.notes:
+        if token in headers.cached:
             return
         offered = bearer(headers.text("authorization")) or headers.text("x-api-key")
         if not same(offered, token):
             raise UnauthorizedError(
                 "this router wants its owner's token as `Authorization: Bearer ...` or `x-api-key: ...`"
             )
-        headers.notes[token] = True
+        headers.cached[token] = True
 
-    def _refuse(self, request: Request, error: HpcRouterError, request_id: str) -> Response:
+    def _error_result(self, request: Request, error: HpcRouterError, request_id: str) -> Response:
         status, kind = next(((s, k) for e, (s, k) in STATUS.items() if isinstance(error, e)), (500, "internal_error"))
         logger.info("%s: %s %r refused with %d: %s", request_id, request.method, request.path[:200], status, error)
         self.metrics.requests.add("", "", status)
@@ -204,10 +204,10 @@ class Gateway:
         return json_response({"ready": ready}, status=200 if ready else 503)
 
     async def _status(self, request: Request, request_id: str) -> Response:
-        return json_response(await self.link.ask("status"))
+        return json_response(await self.link.call("status"))
 
     async def _metrics(self, request: Request, request_id: str) -> Response:
-        return Response(200, _METRICS_HEAD, (await self.link.ask("metrics of all")).encode())
+        return Response(200, _METRICS_HEAD, (await self.link.call("metrics of all")).encode())
 
     async def _models(self, request: Request, request_id: str) -> Response:
         return json_response({"object": "list", "data": [self._model_card(name) for name in self._model_names()]})
@@ -219,31 +219,31 @@ class Gateway:
         return json_response(self._model_card(name))
 
     async def _route(self, request: Request, request_id: str) -> Response:
-        """Explain where `auto` would send this prompt."""
-        call = await self._read(request)
+        """Explain the routing of this prompt for model `auto`."""
+        call = await self._read_call(request)
         explanation = self.policy.explain(self._prompt(call), ready=self.table.ready())
         return json_response(explanation.to_dict(id=request_id))
 
     async def _generate(self, request: Request, request_id: str) -> Response | None:
         self._admit()
         with self.in_flight:
-            body = request.ready()
-            call = decode(body) if body is not None and len(body) <= LONG_BODY else await self._read(request)
+            body = request.complete_body()
+            call = decode(body) if body is not None and len(body) <= LONG_BODY_BYTES else await self._read_call(request)
             if request.path.rstrip("/") == protocol.RESPONSES and call.fields.get(PARAM) is not None:
                 session = session_id(request.headers)
                 if session is not None:
                     await self.link.recall(session)
-            return await self._serve(self._errand(request, request_id, call))
+            return await self._serve(self._route_request(request, request_id, call))
 
-    async def _go_on(self, errand: RoutedRequest) -> Response | None:
-        """From where `express` has come."""
-        work, errand.work = errand.work, None  # they know each other
+    async def _resume(self, routed: RoutedRequest) -> Response | None:
+        """Continue a request that was started on the fast path."""
+        work, routed.in_flight_entry = routed.in_flight_entry, None  # breaks a reference cycle
         if work is not None:
             work.leave()
         else:
-            self._admit()  # others have come since it was looked at
+            self._admit()  # other requests may have been admitted since
         with self.in_flight:
-            return await self._serve(errand)
+            return await self._serve(routed)
 
     def _admit(self) -> None:
         if self.in_flight.total >= self.deployment.router.max_in_flight:
@@ -252,51 +252,51 @@ class Gateway:
                 retry_after_s=self.table.longest_wait_s(),
             )
 
-    async def _serve(self, errand: RoutedRequest) -> Response | None:
-        answered = await self.dispatcher.run(errand)
-        self.metrics.requests.add(answered.expert, str(answered.reason), answered.status)
-        return answered.response
+    async def _serve(self, routed: RoutedRequest) -> Response | None:
+        result = await self.dispatcher.run(routed)
+        self.metrics.requests.add(result.expert, str(result.reason), result.status)
+        return result.response
 
-    def express(self, request: Request) -> Work | None:
-        """See `express`: the same as `handle`, as far as that goes without waiting. What it refuses, `handle` tells."""
-        body = request.ready()
-        if body is None or len(body) > LONG_BODY or self.in_flight.closing:
+    def start_fast_path(self, request: Request) -> PendingResponse | None:
+        """Start a request without a task. None: `handle` serves it, and reports the error if there is one."""
+        body = request.complete_body()
+        if body is None or len(body) > LONG_BODY_BYTES or self.in_flight.closing:
             return None
         if self.in_flight.total >= self.deployment.router.max_in_flight:
             return None
         try:
-            if not self._goes_express(request):
+            if not self._takes_fast_path(request):
                 return None
-            errand = self._errand(request, self._request_id(request), decode(body))
-            work = FastPathRequest(self.dispatcher, errand, self.in_flight)
+            routed = self._route_request(request, self._request_id(request), decode(body))
+            work = FastPathRequest(self.dispatcher, routed, self.in_flight)
             begun = work.begin()
-        except Exception:  # noqa: BLE001  # `handle` meets it as well, and tells
+        except Exception:  # noqa: BLE001  # raised again and reported in `handle`
             return None
-        request.begun_work = errand
+        request.fast_path = routed
         return work if begun else None
 
-    def _goes_express(self, request: Request) -> bool:
-        """By its head, which is asked once where it comes again and again. Raises what the handler would."""
-        notes = request.headers.notes
-        known: bool | None = notes.get(self)
+    def _takes_fast_path(self, request: Request) -> bool:
+        """Whether the head allows the fast path; cached with the head. Raises UnauthorizedError."""
+        cached = request.headers.cached
+        known: bool | None = cached.get(self)
         if known is None:
-            known = request.method == "POST" and request.path in _EXPRESS_PATHS
+            known = request.method == "POST" and request.path in _FAST_PATHS
             if known and self.token is not None:
                 self._check_token(request.headers, self.token)
-            notes[self] = known
+            cached[self] = known
         return known
 
-    async def _read(self, request: Request) -> ApiCall:
+    async def _read_call(self, request: Request) -> ApiCall:
         body = await request.read(limit_s=self.deployment.router.idle_timeout_s)
-        return await asyncio.to_thread(decode, body) if len(body) > LONG_BODY else decode(body)
+        return await asyncio.to_thread(decode, body) if len(body) > LONG_BODY_BYTES else decode(body)
 
-    def _errand(self, request: Request, request_id: str, call: ApiCall) -> RoutedRequest:
+    def _route_request(self, request: Request, request_id: str, call: ApiCall) -> RoutedRequest:
         started = time.perf_counter()
         path, model = request.path.rstrip("/"), call.model
-        if type(call.fields.get("stream")) not in _YES_NO:
+        if type(call.fields.get("stream")) not in _OPTIONAL_BOOL:
             raise BadRequestError("'stream' must be true or false", param="stream")
         target = f"{path}?{request.query}" if request.query else path
-        dialect = dialect_of(path)
+        api_format = api_format_of(path)
         session = None
         if path == protocol.RESPONSES:
             session = session_id(request.headers)
@@ -305,7 +305,7 @@ class Gateway:
                 turn, replica = continued
                 reason = turn.reason if model == "auto" else RouteReason.NAMED
                 return RoutedRequest(
-                    request, target, dialect, request_id, call, (turn.expert,), reason, started, only=replica
+                    request, target, api_format, request_id, call, (turn.expert,), reason, started, only=replica
                 )
         if model != "auto":
             if model not in self.deployment.experts and not self.table.of(model):
@@ -313,12 +313,14 @@ class Gateway:
             experts: tuple[str, ...] = (model,)
             reason = _NAMED
         else:
-            experts, reason = self._chosen(path, call, first=dialect.conversation)
-        on_answer = None if session is None else partial(self.link.sessions.answered, session)
-        return RoutedRequest(request, target, dialect, request_id, call, experts, reason, started, on_answer=on_answer)
+            experts, reason = self._choose_experts(path, call, first=api_format.prompt_field)
+        on_success = None if session is None else partial(self.link.sessions.answered, session)
+        return RoutedRequest(
+            request, target, api_format, request_id, call, experts, reason, started, on_success=on_success
+        )
 
-    def _chosen(self, path: str, call: ApiCall, *, first: str) -> tuple[tuple[str, ...], RouteReason]:
-        """By the policy: the experts to try in turn, and why the first of them."""
+    def _choose_experts(self, path: str, call: ApiCall, *, first: str) -> tuple[tuple[str, ...], RouteReason]:
+        """The experts to try in order, by the policy, and the reason for the first one."""
         if path == protocol.EMBEDDINGS:
             raise BadRequestError(
                 "'auto' cannot embed: the vector spaces of experts differ, so name one", param="model"
@@ -337,7 +339,7 @@ class Gateway:
         return experts, decision.reason
 
     def _spills(self, decision: Decision) -> bool:
-        """Whether its expert is busy, the runner-up is not, and waiting costs more than the score it loses."""
+        """Whether the expert is busy, the runner-up is free, and the wait weighs more than the lower score."""
         expert, other, per_s = decision.expert, decision.runner_up, self.deployment.policy.spill_per_s
         if decision.reason is not RouteReason.CLASSIFIED or expert is None or other is None or per_s is None:
             return False
@@ -356,7 +358,7 @@ class Gateway:
         if version is not None:
             self.metrics.decided.add(version, decision.cluster or "", decision.reason)
             shadow = self.policy.shadow
-            if shadow is not None:  # it only counts
+            if shadow is not None:  # only counted
                 agreed = shadow.select(text, ready={}).expert == decision.expert
                 self.metrics.shadowed.add(version, shadow.version, "yes" if agreed else "no")
         return decision

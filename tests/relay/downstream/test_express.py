@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
-from hpc_router.relay.downstream.interface import Request, Response, Work
+from hpc_router.relay.downstream.interface import PendingResponse, Request, Response
 from hpc_router.relay.downstream.server import listening
 from tests.support.waiting import eventually
 
@@ -14,7 +14,7 @@ GET = b"GET /%d HTTP/1.1\r\nHost: x\r\n\r\n"
 
 
 @dataclass
-class Pending(Work):
+class Pending(PendingResponse):
     """One that waits for the test."""
 
     request: Request
@@ -24,7 +24,7 @@ class Pending(Work):
         self.cancelled = True
 
     def answer(self) -> None:
-        self.request.answer(200, b"", f"<express {self.request.path}>".encode())
+        self.request.respond(200, b"", f"<express {self.request.path}>".encode())
 
 
 @dataclass
@@ -40,7 +40,7 @@ class Served:
         self.handled.append(request.path)
         return Response(200, body=f"<task {request.path}>".encode())
 
-    def begin(self, request: Request) -> Work | None:
+    def begin(self, request: Request) -> PendingResponse | None:
         if request.path not in self.express:
             return None
         self.works.append(Pending(request))
@@ -51,7 +51,7 @@ class Served:
 async def serving(*express: str) -> AsyncIterator[tuple[Served, asyncio.StreamReader, asyncio.StreamWriter]]:
     sock = socket.create_server(("127.0.0.1", 0))
     served = Served(set(express))
-    async with listening(served.handle, sock, max_body=2**16, express=served.begin):
+    async with listening(served.handle, sock, max_body=2**16, fast_path=served.begin):
         reader, writer = await asyncio.open_connection(*sock.getsockname())
         yield served, reader, writer
         writer.transport.abort()
@@ -80,7 +80,7 @@ async def test_what_follows_waits_for_its_turn() -> None:
         await eventually(lambda: bool(served.works))
         writer.write(GET % 2 + GET % 3)
         connection: asyncio.Protocol = served.works[0].request._connection  # type: ignore[attr-defined]
-        await eventually(lambda: len(connection._framer.waiting) == 2)  # type: ignore[attr-defined]
+        await eventually(lambda: len(connection._parser.waiting) == 2)  # type: ignore[attr-defined]
         connection.pause_writing()
         connection.resume_writing()
         await asyncio.sleep(0)

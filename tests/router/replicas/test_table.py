@@ -234,11 +234,11 @@ async def test_little_patience_is_had_with_a_replica_that_is_lost(monkeypatch: p
 
 
 def given_up(hold: Reservation) -> asyncio.Event:
-    """Set when the patience that this hold watches is at its end."""
+    """Set when the idle_timer that this hold watches is at its end."""
     event = asyncio.Event()
-    patience = IdleTimer(event.set)
-    patience.begin(3600.0)
-    hold.watch(patience)
+    idle_timer = IdleTimer(event.set)
+    idle_timer.begin(3600.0)
+    hold.watch(idle_timer)
     return event
 
 
