@@ -53,7 +53,7 @@ def events(run: RunDir) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("owner", "method", "task"),
     [
-        (process, "_take_over", "settings"),
+        (process, "_apply_settings", "settings"),
         (ControlClient, "_report_forever", "metrics report"),
         (Discovery, "_take", "registry scan"),
         (Discovery, "_judge", "probe"),
