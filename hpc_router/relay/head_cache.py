@@ -9,7 +9,7 @@ many occur only once. The size of the cache is bounded.
 
 import itertools
 from collections.abc import Callable
-from typing import Final, Generic, TypeVar
+from typing import Final, Generic, TypeVar, cast
 
 from hpc_router.relay.headers import REQUEST_ID
 
@@ -31,16 +31,24 @@ class HeadCache(Generic[H]):
     `parse`.
     """
 
-    __slots__ = ("_heads", "_ids", "_parse", "_seen_once")
+    __slots__ = ("_heads", "_ids", "_last", "_parse", "_seen_once")
 
     def __init__(self, parse: Callable[[bytes], H | None], *, ids: bool = False) -> None:
         self._parse = parse
         self._ids = ids
         self._heads: dict[bytes, H | None] = {}
+        self._last: tuple[bytes, bytes, H] = b"\0", b"", cast(H, None)  # before and after the length's digits
         self._seen_once: set[bytes] = set()
 
     def lookup(self, data: bytes) -> tuple[H, bytes, bytes] | None:
         """Head, body and request id, if `data` is exactly one message with a cached head; None: use the parser."""
+        before, after, last_head = self._last
+        if data.startswith(before):  # the same head again, which is the usual case
+            first = len(before)
+            last = data.find(b"\r\n", first, first + _MAX_DIGITS + 2)
+            digits, end = data[first:last], last + len(after)
+            if digits.isdigit() and data.startswith(after, last) and int(digits) == len(data) - end:
+                return last_head, data[end:], b""
         end = data.find(b"\r\n\r\n", 0, MAX_HEAD_BYTES) + 4
         if end < 4:
             return None
@@ -67,7 +75,11 @@ class HeadCache(Generic[H]):
             head = self._heads[key]
         except KeyError:
             head = self._add(key, data)
-        return None if head is None else (head, data[end:], request_id)
+        if head is None:
+            return None
+        if at >= 0 and not request_id:
+            self._last = data[:first], data[last:end], head
+        return head, data[end:], request_id
 
     def _add(self, key: bytes, data: bytes) -> H | None:
         if key not in self._seen_once:

@@ -44,7 +44,7 @@ class Seen:
 
 def requests(*pieces: bytes, parse: bool = False) -> list[Seen | int]:
     """As a server would take them, each as soon as it is there; at the end the refusal's status, if there was one."""
-    parser, taken, refused = RequestParser(max_body=MAX_BODY), [], 0
+    parser, taken, refused = RequestParser(max_body=MAX_BODY, request_type=request_parser.ParsedRequest), [], 0
     for piece in pieces:
         try:
             (parser.parse if parse and not parser._ended else parser.feed)(piece)
@@ -247,7 +247,7 @@ def test_an_id_in_any_spelling_is_kept_however_often_its_head_comes(line: bytes)
 
 def test_heads_that_differ_in_a_credential_share_nothing() -> None:
     def ask(token: bytes, body: bytes) -> request_parser.RequestHead:
-        parser = RequestParser(max_body=MAX_BODY)
+        parser = RequestParser(max_body=MAX_BODY, request_type=request_parser.ParsedRequest)
         parser.feed(POST + b"Authorization: Bearer %b\r\nContent-Length: %d\r\n\r\n%b" % (token, len(body), body))
         return parser.waiting[0].head
 
@@ -263,7 +263,7 @@ def test_heads_that_differ_in_a_credential_share_nothing() -> None:
 
 def test_heads_that_differ_in_the_request_s_id_are_one() -> None:
     def ask(request_id: bytes) -> request_parser.ParsedRequest:
-        parser = RequestParser(max_body=MAX_BODY)
+        parser = RequestParser(max_body=MAX_BODY, request_type=request_parser.ParsedRequest)
         parser.feed(POST + b"x-request-id: %b\r\nContent-Length: 3\r\n\r\nabc" % request_id)
         return parser.waiting[0]
 

@@ -140,9 +140,7 @@ class Agent:
             gate = self._make_gate(client)
             sock = stack.enter_context(bind(self._address))
             max_body = int((router.max_body_mb + 1) * _MIB)  # the router's limit comes first
-            await stack.enter_async_context(
-                listening(gate.handle, sock, max_body=max_body, fast_path=gate.start_fast_path)
-            )
+            await stack.enter_async_context(listening(gate.handle, sock, max_body=max_body))
             record = self._record(sock)
             self._files.post(partial(self._job.write, self._life.progress()))
             lease = Lease(

@@ -5,7 +5,7 @@ an answer that was cut must never look complete. The router in front turns that 
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Final
 
 from hpc_router.errors import UpstreamError
@@ -32,15 +32,23 @@ ENGINE: Final = address_of("http://engine")
 
 
 class Passing(PendingResponse, ResponseCallback):
-    """A request to the engine that no task waits for, as long as its answer may come whole: see the router's
-    `express`, of which this is the agent's half."""
+    """A request to the engine that no task awaits, as long as its response may be received in one read. `respond`
+    continues it in a task."""
 
-    __slots__ = ("_heard", "_in_flight", "_relayed", "_request", "started")
+    __slots__ = ("_heard", "_in_flight", "_relayed", "_request", "_respond", "started")
 
     started: PendingRequest
 
-    def __init__(self, request: Request, in_flight: InFlight, relayed: set[Request], heard: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        request: Request,
+        in_flight: InFlight,
+        relayed: set[Request],
+        heard: Callable[[], None],
+        respond: Callable[[Request, PendingRequest], Awaitable[Response | None]],
+    ) -> None:
         self._request = request
+        self._respond = respond
         self._in_flight = in_flight
         self._relayed = relayed
         self._heard = heard
@@ -56,23 +64,26 @@ class Passing(PendingResponse, ResponseCallback):
         self._relayed.add(request)
         return True
 
-    def leave(self) -> None:
-        """Count it no more."""
-        self._in_flight.leave()
-        self._relayed.discard(self._request)
+    async def run(self) -> Response | None:
+        try:
+            return await self._respond(self._request, self.started)
+        finally:
+            self._end()
 
     def cancel(self) -> None:
-        self._request.fast_path = None
         self.started.cancel()
-        self.leave()
+        self._end()
+
+    def _end(self) -> None:
+        self._in_flight.leave()
+        self._relayed.discard(self._request)
 
     def on_response(self, status: int, headers: Headers, body: bytes) -> bool:
         if headers.content_type == CONTENT_TYPE or len(body) > SHORT_BYTES:
             return False
         request = self._request
-        request.fast_path = None
         self._heard()
-        self.leave()
+        self._end()
         request.respond(status, crossing(headers, drop=NOT_DOWNSTREAM), body)
         return True
 

@@ -9,9 +9,9 @@ import asyncio
 import json
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Final
+from typing import Any, Final
 
 from hpc_router.background_tasks import TaskFailures
 from hpc_router.errors import BadRequestError, BodyTooLargeError, UpstreamConnectError, UpstreamError
@@ -19,7 +19,6 @@ from hpc_router.expert.agent.engine_relay import Passing, pass_through
 from hpc_router.net import protocol
 from hpc_router.net.auth import bearer, challenge_answer, same
 from hpc_router.relay.downstream.interface import (
-    Handler,
     PendingResponse,
     Request,
     Response,
@@ -64,7 +63,7 @@ class AgentHttpApi:
     failures: TaskFailures = field(default_factory=TaskFailures)
     _relayed: set[Request] = field(init=False, default_factory=set)
     """Requests whose answers the engine has not given in full."""
-    _routes: Mapping[tuple[str, str], Handler] = field(init=False)
+    _routes: Mapping[tuple[str, str], Callable[[Request], Awaitable[Response | None]]] = field(init=False)
 
     def __post_init__(self) -> None:
         self._routes = {
@@ -75,14 +74,15 @@ class AgentHttpApi:
             **{("POST", path): self._generate for path in protocol.GENERATE_PATHS},
         }
 
-    async def handle(self, request: Request) -> Response | None:
-        """Never raises but for cancellation."""
-        begun, request.fast_path = request.fast_path, None
+    def handle(self, request: Request) -> PendingResponse | Coroutine[Any, Any, Response | None]:
+        """Serve a request, without a task if only the engine has to be awaited."""
+        return self._start(request) or self._respond(request)
+
+    async def _respond(self, request: Request, started: PendingRequest | None = None) -> Response | None:
+        """Never raises but for cancellation. `started`: the request to the engine, if it was sent already."""
         try:
-            if isinstance(begun, Passing):
-                begun.leave()
-                with self.in_flight:
-                    return await self._pass(request, started=begun.started)
+            if started is not None:
+                return await self._pass(request, started=started)
             if request.path == protocol.HEALTH:
                 return self._health(request)
             wanted = self.rank_token or self.key if request.path == protocol.RANK else self.key
@@ -118,16 +118,13 @@ class AgentHttpApi:
                 path=request.path,
             )
 
-    def start_fast_path(self, request: Request) -> PendingResponse | None:
-        """See `downstream.Express`: the same as `handle`, as far as that goes without waiting."""
+    def _start(self, request: Request) -> PendingResponse | None:
+        """None: something else than the engine has to be awaited."""
         body = request.complete_body()
         if body is None or not self._takes_fast_path(request) or self.state is not State.READY or self._full:
             return None
-        passing = Passing(request, self.in_flight, self._relayed, self._heard)
-        if not passing.begin(self.client, body):
-            return None
-        request.fast_path = passing
-        return passing
+        passing = Passing(request, self.in_flight, self._relayed, self._heard, self._respond)
+        return passing if passing.begin(self.client, body) else None
 
     def break_off(self) -> None:
         """Abort the connection of every request that the engine still answers, and take none until the agent says that

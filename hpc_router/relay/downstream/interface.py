@@ -6,7 +6,7 @@ response as a `Response`; it writes a stream through the request object.
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -47,8 +47,6 @@ class Request(ABC):
     return None.
     """
 
-    __slots__ = ("fast_path", "headers", "idle", "keep_alive", "method", "path", "query", "request_id", "target")
-
     method: str
     target: str
     path: str
@@ -56,8 +54,6 @@ class Request(ABC):
     headers: Headers
     request_id: bytes
     keep_alive: bool
-    fast_path: object
-    """State of the fast path for the handler that continues the request, else None."""
     idle: bool
     """True while nothing has been written since it was set to True."""
 
@@ -71,11 +67,11 @@ class Request(ABC):
         s."""
 
     def respond(self, status: int, head: bytes, body: bytes) -> None:
-        """Send the complete response of a request on the fast path. Arguments as in `Response`."""
+        """Send the complete response of a `PendingResponse`. Arguments as in `Response`."""
         raise NotImplementedError
 
     def resume(self) -> None:
-        """Let the handler continue a request that was started on the fast path; its state is in `fast_path`."""
+        """Continue a `PendingResponse` in a task."""
         raise NotImplementedError
 
     @property
@@ -107,22 +103,24 @@ class Request(ABC):
         """Abort the connection, which is how a client learns that a body without events is incomplete."""
 
 
-Handler = Callable[[Request], Awaitable[Response | None]]
-"""Responds to a request; None: it has written the response through the request. Cancelled when the client
-disconnects."""
+class PendingResponse:
+    """A request that is served by callbacks. It ends with `Request.respond`, or continues in a task after
+    `Request.resume`. Not abstract, because `isinstance` takes several times as long with an abstract class."""
 
+    __slots__ = ()
 
-class PendingResponse(ABC):
-    """A request that is served by callbacks, without a task."""
-
-    @abstractmethod
     def cancel(self) -> None:
-        """The client has disconnected."""
+        """The client has disconnected. Not called once `run` has started."""
+        raise NotImplementedError
+
+    async def run(self) -> Response | None:
+        """Continue in a task. Result and cancellation as for a handler's coroutine."""
+        raise NotImplementedError
 
 
-FastPath = Callable[[Request], PendingResponse | None]
-"""Starts a request without a task if nothing has to be awaited. Later it calls `Request.respond`, or `Request.resume`
-to let the handler continue. None: the handler serves the request from the start."""
+Handler = Callable[[Request], PendingResponse | Coroutine[Any, Any, Response | None]]
+"""Responds to a request. It returns a `PendingResponse`, or a coroutine that a task runs and that is cancelled when the
+client disconnects. The result None: the response was written through the request."""
 
 
 def check_encoding(headers: Headers) -> None:

@@ -6,7 +6,7 @@ and limits the size of heads and bodies and the number of pipelined requests.
 """
 
 from collections import deque
-from typing import Final
+from typing import Final, Generic, TypeVar
 from urllib.parse import unquote, urlsplit
 
 import httptools
@@ -35,7 +35,7 @@ class RefusedError(BadRequestError):
 class RequestHead:
     """Request line and headers. `path` is decoded; `target` is path and query as received."""
 
-    __slots__ = ("expects", "headers", "http_1_0", "keep_alive", "method", "path", "query", "target")
+    __slots__ = ("encoded", "expects", "headers", "http_1_0", "keep_alive", "method", "path", "query", "target")
 
     def __init__(self, method: str, target: str, headers: Headers, *, http_1_0: bool, keep_alive: bool) -> None:
         self.method = method
@@ -44,6 +44,7 @@ class RequestHead:
         if "%" in self.path:
             self.path = unquote(self.path)
         self.headers = headers
+        self.encoded = b"content-encoding" in headers
         self.http_1_0 = http_1_0
         self.keep_alive = keep_alive
         self.expects = not http_1_0 and headers.get(b"expect", b"").lower() == b"100-continue"  # waits for 100 Continue
@@ -52,27 +53,42 @@ class RequestHead:
 class ParsedRequest:
     """One request, possibly not completely received. `failure`: why its body will never be complete."""
 
-    __slots__ = ("chunks", "complete", "failure", "head", "keep_alive", "request_id", "size")
+    __slots__ = (
+        "chunks", "complete", "failure", "head", "headers", "keep_alive", "method", "path", "query", "request_id",
+        "size", "target",
+    )  # fmt: skip
 
-    def __init__(self, head: RequestHead, *chunks: bytes, request_id: bytes, complete: bool = False) -> None:
+    def __init__(self, head: RequestHead, chunks: list[bytes | bytearray], request_id: bytes, complete: bool) -> None:
         self.head = head
+        self.method = head.method
+        self.target = head.target
+        self.path = head.path
+        self.query = head.query
+        self.headers = head.headers
         self.request_id = request_id  # not in the head, which several requests may share
         self.keep_alive = head.keep_alive
-        self.chunks: list[bytes | bytearray] = list(chunks)
+        self.chunks = chunks
         self.size = 0
         self.complete = complete
         self.failure: RoutingError | None = None
 
 
-class RequestParser:
+R = TypeVar("R", bound=ParsedRequest)
+
+
+class RequestParser(Generic[R]):
     """`feed` appends each request whose head is complete to `waiting`; the body of the last one may be incomplete."""
 
-    __slots__ = ("_bytes_since_progress", "_current", "_ended", "_fields", "_max_body", "_parser", "_target", "waiting")
+    __slots__ = (
+        "_bytes_since_progress", "_current", "_ended", "_fields", "_max_body", "_parser", "_request_type", "_target",
+        "waiting",
+    )  # fmt: skip
 
-    def __init__(self, *, max_body: int) -> None:
-        self.waiting: deque[ParsedRequest] = deque()
+    def __init__(self, *, max_body: int, request_type: type[R]) -> None:
+        self.waiting: deque[R] = deque()
+        self._request_type = request_type
         self._max_body = max_body
-        self._current: ParsedRequest | None = None  # the request whose body is being received
+        self._current: R | None = None  # the request whose body is being received
         self._ended = False  # all further bytes are ignored
         self._target = b""
         self._fields: list[tuple[bytes, bytes]] = []
@@ -92,7 +108,7 @@ class RequestParser:
             cached = _HEADS.lookup(data)
             if cached is not None:
                 head, body, request_id = cached
-                self.waiting.append(ParsedRequest(head, body, request_id=request_id, complete=True))
+                self.waiting.append(self._request_type(head, [body], request_id, True))
                 return
         self.parse(data)
 
@@ -188,7 +204,7 @@ class RequestParser:
             http_1_0=version == "1.0",
             keep_alive=self._parser.should_keep_alive(),
         )
-        message = ParsedRequest(head, request_id=request_id)
+        message = self._request_type(head, [], request_id, False)
         self.waiting.append(message)
         self._current = message
         self._bytes_since_progress = 0
@@ -231,7 +247,7 @@ def origin_form(target: str) -> str:
 
 def _cacheable_head(data: bytes) -> RequestHead | None:
     """The head of `data`, if that is one complete request and may be cached."""
-    parser = RequestParser(max_body=2**63)
+    parser = RequestParser(max_body=2**63, request_type=ParsedRequest)
     try:
         parser.parse(data)
     except RefusedError:

@@ -30,20 +30,31 @@ from hpc_router.errors import (
 from hpc_router.net import protocol
 from hpc_router.relay.api_formats import ApiFormat, ErrorReply
 from hpc_router.relay.downstream.interface import (
+    SHORT_BYTES,
     DownstreamGoneError,
+    PendingResponse,
     Request,
     Response,
     error_response,
     json_response,
 )
 from hpc_router.relay.headers import NOT_DOWNSTREAM, NOT_UPSTREAM, REQUEST_ID, Headers, crossing
+from hpc_router.relay.in_flight import InFlight
 from hpc_router.relay.response_relay import RelayLimits, ResponseRelay
-from hpc_router.relay.upstream.interface import PendingRequest, Upstream, UpstreamResponse, UpstreamTimeouts
+from hpc_router.relay.sse import CONTENT_TYPE
+from hpc_router.relay.upstream.interface import (
+    PendingRequest,
+    ResponseCallback,
+    Upstream,
+    UpstreamResponse,
+    UpstreamTimeouts,
+)
 from hpc_router.router.metrics import Metrics
 from hpc_router.router.replicas.balancing import KEY_CHARS, affinity_slot
 from hpc_router.router.replicas.replica import Event, Replica, Reservation, RoutingState
 from hpc_router.router.replicas.sessions import not_found
 from hpc_router.router.replicas.table import QueueFullError, ReplicaLostError, ReplicaTable
+from hpc_router.router.worker.error_responses import RETRY_AFTER_S, ErrorResponses
 from hpc_router.router.worker.request_body import ApiCall
 from hpc_router.router.worker.retry_budget import RetryBudget
 from hpc_router.routing.policy import RouteReason
@@ -53,7 +64,6 @@ from hpc_router.state.registry import RecordKind
 logger = logging.getLogger(__name__)
 
 MAX_ATTEMPTS: Final = 6
-RETRY_AFTER_S: Final = 2.0
 _BUSY: Final = 429
 _AWAY: Final = 503
 _FAILED: Final = 500
@@ -64,7 +74,7 @@ _LOCAL_ERRNOS: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.EADDRNOTAVAI
 _RETRY_STATUSES: Final = frozenset({429, 500, 502, 503, 504})
 _MAX_ENGINES_LOST: Final = 2
 """Engines that a request may lose: it may be the cause, and must not crash all engines of its expert."""
-REVIEWED_STATUSES: Final = _RETRY_STATUSES | {401}
+_REVIEWED_STATUSES: Final = _RETRY_STATUSES | {401}
 _SESSION: Final = protocol.SESSION_HEADER.encode()
 _MAX_ERROR_BYTES: Final = 2**20
 _OWN_DOWNSTREAM: Final = NOT_DOWNSTREAM | {REQUEST_ID, b"x-expert", b"x-replica", b"x-route-reason"}
@@ -74,36 +84,126 @@ def stream_timeouts_of(config: RouterConfig) -> UpstreamTimeouts:
     return UpstreamTimeouts(config.connect_timeout_s, config.first_byte_timeout_s, config.idle_timeout_s)
 
 
-@dataclass(eq=False)
-class RoutedRequest:
-    """A request with its route. `experts`: tried in this order. `reason`: why the first of them was chosen.
+class RoutedRequest(PendingResponse, ResponseCallback):
+    """A request with its route, and the state of its dispatch. `experts`: tried in this order. `reason`: why the first
+    of them was chosen. `only`: the only replica that may serve it. `on_success` is called with the replica of a 2xx
+    response, before the client receives any of it.
 
-    `only`: the only replica that may serve it. `on_success` is called with the replica of a 2xx response, before the
-    client receives any of it. Rarely used fields are class attributes until they are set, which saves time per request.
+    It counts as in flight from `start` until its end. It is served by callbacks if only the replica has to be awaited:
+    an expert has a free replica, a connection is pooled, and a short response without an error is received in one read.
+    Otherwise it continues in a task, from the current state. Rarely used fields are class attributes until they are
+    set, which saves time per request.
     """
 
-    request: Request
-    target: str
-    api_format: ApiFormat
-    request_id: str
-    call: ApiCall
-    experts: tuple[str, ...]
-    reason: RouteReason
-    started: float
     only: Replica | None = None
     on_success: Callable[[Replica, str, RouteReason], None] | None = None
-    phase: str = field(init=False, default="queued")
-    avoid: frozenset[Replica] = field(init=False, default=frozenset())
-    error_result: "RequestResult | None" = field(init=False, default=None)
+    phase = "queued"
+    reservation: Reservation | None = None
+    sent: PendingRequest | None = None
+    """The request to the reserved replica, once it is sent without a task."""
+    avoid: frozenset[Replica] = frozenset()
+    error_result: "RequestResult | None" = None
     """The last error response of a replica, which the client gets if no other replica serves the request."""
-    failed_attempts: tuple[tuple[Replica, str, int | str], ...] = field(init=False, default=())
+    failed_attempts: tuple[tuple[Replica, str, int | str], ...] = ()
     """Failed attempts: replica, expert, and status or connection error. Reported as evidence of bad health only if
     another replica of the same expert serves the request."""
-    engines_lost: int = field(init=False, default=0)
+    engines_lost = 0
     """Number of engines that went away while they had this request."""
-    sent: tuple[Reservation, AbstractAsyncContextManager[UpstreamResponse]] | None = field(init=False, default=None)
-    in_flight_entry: "InFlightEntry | None" = field(init=False, default=None)
-    """Set by the fast path: the reservation and exchange to continue with, and the object that counts the request."""
+
+    def __init__(
+        self,
+        dispatcher: "Dispatcher",
+        request: Request,
+        request_id: str,
+        call: ApiCall,
+        api_format: ApiFormat,
+        target: str,
+        experts: tuple[str, ...],
+        reason: RouteReason,
+        started: float,
+    ) -> None:
+        self.dispatcher = dispatcher
+        self.request = request
+        self.request_id = request_id
+        self.call = call
+        self.api_format = api_format
+        self.target = target
+        self.experts = experts
+        self.reason = reason
+        self.started = started
+
+    def start(self) -> None:
+        """Send the request if that is possible without waiting; otherwise continue in a task."""
+        dispatcher = self.dispatcher
+        dispatcher.in_flight.enter()
+        self.reservation = reservation = dispatcher.table.acquire(self.experts, slot=self.slot)
+        if reservation is None:
+            self.request.resume()
+            return
+        try:
+            head, body = dispatcher.request_for(self, reservation)
+            self.sent = sent = dispatcher.client.start(
+                "POST", reservation.replica.address, self.target, head=head, body=body, callback=self,
+                limits=dispatcher.limits_of(self),
+            )  # fmt: skip
+        except Exception:
+            self._release()
+            raise
+        if sent is None:  # no connection is pooled
+            self.request.resume()
+        else:
+            reservation.watch(sent.idle_timer)
+            self.phase = "before_first_byte"
+
+    async def run(self) -> Response | None:
+        try:
+            return await self.dispatcher.respond(self)
+        finally:
+            self.dispatcher.in_flight.leave()
+
+    def cancel(self) -> None:
+        if self.sent is not None:
+            self.sent.cancel()
+        self._release()
+        self.dispatcher.metrics.cancelled.add(self.phase)
+
+    def _release(self) -> None:
+        if self.reservation is not None:
+            self.reservation.release()
+        self.dispatcher.in_flight.leave()
+
+    def on_response(self, status: int, headers: Headers, body: bytes) -> bool:
+        dispatcher, reservation = self.dispatcher, self.reservation
+        if status in _REVIEWED_STATUSES or headers.content_type == CONTENT_TYPE or len(body) > SHORT_BYTES:
+            return False
+        if self.api_format.abort_detector.may_be_aborted(body):
+            return False
+        assert reservation is not None
+        replica, expert = reservation.replica, reservation.expert
+        if replica.suspect:
+            dispatcher.health.request_succeeded(replica)
+        if dispatcher.in_flight.closing:
+            self.request.keep_alive = False
+        metrics = dispatcher.metrics
+        metrics.first_byte.add(time.perf_counter() - self.started, expert, replica.record.replica)
+        reason = self.reason_at(expert)
+        metrics.requests.add(expert, reason.value, status)
+        head = self.response_head(headers, _routing_headers(expert, replica.record.replica, reason))
+        reservation.release()
+        dispatcher.in_flight.leave()
+        self.request.respond(status, head, body)
+        return True
+
+    def on_incomplete(self) -> None:
+        self.request.resume()
+
+    def response_head(self, headers: Headers, routing_headers: bytes) -> bytes:
+        """The header lines of the response to the client: the engine's and the router's."""
+        return b"%bx-request-id: %b\r\n%b" % (
+            crossing(headers, drop=_OWN_DOWNSTREAM),
+            self.request_id.encode(),
+            routing_headers,
+        )
 
     def reason_at(self, expert: str) -> RouteReason:
         return self.reason if expert == self.experts[0] else RouteReason.UNAVAILABLE
@@ -125,11 +225,6 @@ class RequestResult:
     expert: str
     reason: RouteReason
     response: Response | None
-
-
-class InFlightEntry(Protocol):
-    def leave(self) -> None:
-        """Stop counting the request as in flight."""
 
 
 class HealthReporter(Protocol):
@@ -162,12 +257,15 @@ class Dispatcher:
     client: Upstream
     metrics: Metrics
     config: RouterConfig
+    in_flight: InFlight
+    errors: ErrorResponses = field(init=False)
     relay_limits: RelayLimits = field(init=False)
     stream_timeouts: UpstreamTimeouts = field(init=False)
     response_timeouts: UpstreamTimeouts = field(init=False)
     retries: RetryBudget = field(init=False)
 
     def __post_init__(self) -> None:
+        self.errors = ErrorResponses(self.metrics)
         self.configure(self.config)
 
     def configure(self, config: RouterConfig) -> None:
@@ -180,22 +278,28 @@ class Dispatcher:
             buffer_bytes=int(config.hold_mb * 2**20), write_s=config.idle_timeout_s, ping_s=config.ping_s
         )
 
-    async def run(self, routed: RoutedRequest) -> RequestResult:
-        """Raises UnavailableError if no replica was available in time."""
+    async def respond(self, routed: RoutedRequest) -> Response | None:
+        """Serve `routed` in a task. Raises only DownstreamGoneError."""
+        if self.in_flight.closing:
+            routed.request.keep_alive = False
         try:
-            return await self._attempts(routed)
+            result = await self._attempts(routed)
         except asyncio.CancelledError:
             self.metrics.cancelled.add(routed.phase)
             raise
+        except DownstreamGoneError:
+            raise
+        except Exception as error:  # noqa: BLE001  # logged and reported to the client
+            return self.errors.response_to(error, routed.request, routed.request_id)
+        self.metrics.requests.add(result.expert, result.reason.value, result.status)
+        return result.response
 
     async def _attempts(self, routed: RoutedRequest) -> RequestResult:
         deadline = routed.started + self.config.queue_timeout_s
         attempts = 0
         while attempts < MAX_ATTEMPTS:
-            sent, routed.sent = routed.sent, None
-            if sent is not None:
-                reservation: Reservation | None = sent[0]
-            else:
+            reservation, routed.reservation = routed.reservation, None
+            if reservation is None:
                 reservation = self.table.acquire(routed.experts, avoid=routed.avoid, only=routed.only, slot=routed.slot)
             if reservation is None and routed.error_result is not None:
                 return routed.error_result
@@ -205,10 +309,7 @@ class Dispatcher:
             with reservation:
                 attempts += 1
                 try:
-                    exchange = (
-                        sent[1] if sent else self.exchange(routed, reservation, self.request_for(routed, reservation))
-                    )
-                    return await self._attempt(routed, reservation, exchange)
+                    return await self._attempt(routed, reservation)
                 except _RetryError as error:
                     broken = isinstance(error.__cause__, UpstreamError)
                     if not (attempts == 1 and broken) and not self._may_retry(reservation.replica):
@@ -248,18 +349,14 @@ class Dispatcher:
         self.metrics.queued.add(time.perf_counter() - started, reservation.expert)
         return reservation
 
-    def exchange(
-        self,
-        routed: RoutedRequest,
-        reservation: Reservation,
-        request: tuple[bytes, bytes],
-        started: PendingRequest | None = None,
+    def _exchange(
+        self, routed: RoutedRequest, reservation: Reservation
     ) -> AbstractAsyncContextManager[UpstreamResponse]:
-        """`request`: from `request_for`. `started`: the request, if it was sent already."""
-        head, body = request
+        head, body = self.request_for(routed, reservation)
+        sent, routed.sent = routed.sent, None
         return self.client.request(
             "POST", reservation.replica.address, routed.target, head=head, body=body, watch=reservation.watch,
-            started=started, limits=self.limits_of(routed),
+            started=sent, limits=self.limits_of(routed),
         )  # fmt: skip
 
     def limits_of(self, routed: RoutedRequest) -> UpstreamTimeouts:
@@ -267,9 +364,7 @@ class Dispatcher:
         complete."""
         return self.stream_timeouts if routed.call.fields.get("stream") else self.response_timeouts
 
-    async def _attempt(
-        self, routed: RoutedRequest, reservation: Reservation, exchange: AbstractAsyncContextManager[UpstreamResponse]
-    ) -> RequestResult:
+    async def _attempt(self, routed: RoutedRequest, reservation: Reservation) -> RequestResult:
         replica, expert = reservation.replica, reservation.expert
         reason = routed.reason_at(expert)
         stream = routed.call.fields.get("stream") is True
@@ -277,8 +372,8 @@ class Dispatcher:
         routed.phase = "before_first_byte"
 
         try:
-            async with exchange as upstream:
-                if upstream.status in REVIEWED_STATUSES:
+            async with self._exchange(routed, reservation) as upstream:
+                if upstream.status in _REVIEWED_STATUSES:
                     error = await self._review_status(routed, reservation, upstream)
                     if error is not None:
                         return error
@@ -420,28 +515,25 @@ class Dispatcher:
             replica.authorization,
             routed.request_id.encode(),
         )
-        return head, self._body(routed.call, reservation.expert, replica)
+        return head, _body(routed.call, reservation.expert, replica)
 
     def response_head(self, routed: RoutedRequest, reservation: Reservation, headers: Headers) -> bytes:
-        """The header lines of the response to the client: the engine's and the router's."""
-        return b"%bx-request-id: %b\r\n%b" % (
-            crossing(headers, drop=_OWN_DOWNSTREAM),
-            routed.request_id.encode(),
-            _routing_headers(
-                reservation.expert, reservation.replica.record.replica, routed.reason_at(reservation.expert)
-            ),
-        )
+        expert = reservation.expert
+        routing_headers = _routing_headers(expert, reservation.replica.record.replica, routed.reason_at(expert))
+        return routed.response_head(headers, routing_headers)
 
-    def _body(self, call: ApiCall, expert: str, replica: Replica) -> bytes:
-        """The client's bytes, if the replica knows this expert by the requested name; otherwise with the name replaced.
 
-        A replica with one expert means it by each of its model names; for others the record has the name.
-        """
-        wanted, asked = replica.model_for(expert), call.fields["model"]
-        aliased = (
-            replica.record.kind is RecordKind.EXPERT and len(replica.record.serves) == 1 and asked in replica.models
-        )
-        return call.raw if wanted is None or asked == wanted or aliased else call.body(wanted)
+def _body(call: ApiCall, expert: str, replica: Replica) -> bytes:
+    """The client's bytes, if the replica knows this expert by the requested name; otherwise with the name replaced.
+
+    A replica with one expert means it by each of its model names; for others the record has the name.
+    """
+    record, asked = replica.record, call.fields["model"]
+    if record.serves.get(expert) == asked:
+        return call.raw
+    wanted = replica.model_for(expert)
+    aliased = record.kind is RecordKind.EXPERT and len(record.serves) == 1 and asked in replica.models
+    return call.raw if wanted is None or asked == wanted or aliased else call.body(wanted)
 
 
 def _failure_reply(replica: Replica, error: UpstreamError) -> ErrorReply:

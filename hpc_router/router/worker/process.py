@@ -76,14 +76,17 @@ async def serving(
     config = deployment.router
     await link.informed.wait()
     async with make_client(stream_timeouts_of(config)) as client:
-        dispatcher = Dispatcher(table=link.table, health=link, client=client, metrics=link.metrics, config=config)
+        in_flight = InFlight(link.table.cells, link.table.peers, IN_FLIGHT)
+        dispatcher = Dispatcher(
+            table=link.table, health=link, client=client, metrics=link.metrics, config=config, in_flight=in_flight
+        )
         gateway = Gateway(
             deployment, link.table, policy, dispatcher, link.metrics, link,
             token=identity.token, replica=identity.replica, key=identity.key, started_at=identity.started_at,
-            in_flight=InFlight(link.table.cells, link.table.peers, IN_FLIGHT),
+            in_flight=in_flight,
         )  # fmt: skip
         max_body = int(config.max_body_mb * 2**20)
-        async with listen(gateway.handle, sock, max_body=max_body, fast_path=gateway.start_fast_path) as listener:
+        async with listen(gateway.handle, sock, max_body=max_body) as listener:
             link.start_serving()
             try:
                 async with following_settings(gateway, link, run):

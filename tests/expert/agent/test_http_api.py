@@ -65,7 +65,7 @@ async def running(
         gate = AgentHttpApi(
             "math-0.g1", KEY, capacity, client, ("sim", "auto"), lists, drains.append, state=State.READY
         )
-        async with RELAY.listen(gate.handle, sock, max_body=BODY_LIMIT, fast_path=gate.start_fast_path):
+        async with RELAY.listen(gate.handle, sock, max_body=BODY_LIMIT):
             yield Running(engine, gate, session, drains)
             await session.close()
         assert gate.in_flight.count == 0

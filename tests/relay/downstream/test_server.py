@@ -289,7 +289,7 @@ async def test_a_long_body_is_refused_in_bounded_memory_and_the_client_reads_why
         try:
             await request.read()
         except BodyTooLargeError:
-            kept = len(b"".join(request._message.chunks))  # type: ignore[attr-defined]
+            kept = len(b"".join(request.chunks))  # type: ignore[attr-defined]
             return Response(413, b"", b"too large")
         return await echo(request)
 

@@ -17,8 +17,8 @@ from hpc_router.errors import BadRequestError, BodyTooLargeError, RequestTimeout
 from hpc_router.relay.downstream.interface import (
     KEEP_ALIVE_S,
     DownstreamGoneError,
-    FastPath,
     Handler,
+    PendingResponse,
     Request,
     Response,
     check_encoding,
@@ -37,7 +37,6 @@ class _Request(Request):
         fields, self.request_id = without_id([(name.lower(), value) for name, value in request.raw_headers])
         self.headers = Headers(fields)
         self.keep_alive = request.keep_alive
-        self.fast_path = None
         self._transport: asyncio.Transport | None = None
         self._chunked = self.idle = False
         self.sent: web.StreamResponse | None = None
@@ -117,7 +116,6 @@ async def listening(
     *,
     max_body: int,
     keep_alive_s: float = KEEP_ALIVE_S,
-    fast_path: FastPath | None = None,
 ) -> AsyncIterator[asyncio.Server]:
     """See `server.listening`. Every request is the handler's from the beginning."""
     loop = asyncio.get_running_loop()
@@ -125,7 +123,9 @@ async def listening(
     async def handle(request: web.BaseRequest) -> web.StreamResponse:
         wrapped = _Request(request)
         try:
-            return wrapped.finish(await handler(wrapped))
+            outcome = handler(wrapped)
+            assert not isinstance(outcome, PendingResponse)  # the body is not known in advance here
+            return wrapped.finish(await outcome)
         except DownstreamGoneError:
             assert wrapped.sent is not None
             return wrapped.sent

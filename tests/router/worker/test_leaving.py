@@ -92,7 +92,7 @@ async def a_chain(folder: Path, relay: Relay, config: SimConfig) -> AsyncIterato
         )  # fmt: skip
         registry.publish(run.registry, record)
         async with (
-            relay.listen(gate.handle, sock, max_body=2**20, fast_path=gate.start_fast_path),
+            relay.listen(gate.handle, sock, max_body=2**20),
             a_router(run, a_deployment("math")) as router,
         ):
             await ready(router)
