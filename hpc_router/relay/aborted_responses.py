@@ -1,9 +1,9 @@
-"""Finds the answer that an engine has cut and ended in good form, so that it is not taken for a complete one.
+"""Detects a response that the engine aborted but ended with valid framing.
 
-vLLM does this to running answers when it is stopped. A client that cancels its request has left and gets no answer, so
-an abort that reaches a client is never one that the client asked for. The mark depends on the API: a choice's
-`finish_reason` is `abort`; a response's `status` is `cancelled`; a message ends without a `stop_reason`. Each piece of
-an answer is searched for a few bytes, and JSON is decoded only where they are found. The quotes within these bytes
+vLLM ends its running responses in this way when it is stopped. A client that cancels a request closes its connection
+and receives nothing, so an abort that would reach a client was never requested by it. The mark depends on the API: a
+choice has the `finish_reason` `abort`; a response has the `status` `cancelled`; a message has no `stop_reason`. Each
+part of a response is searched for a few bytes, and JSON is decoded only if they are found. The quotes in these bytes
 cannot occur inside a JSON string, where quotes are escaped.
 """
 
@@ -16,16 +16,16 @@ from hpc_router.errors import UpstreamAbortedError
 from hpc_router.relay.sse import payloads
 
 _ABORT: Final = b'"abort"'
-_FINISHED_SO: Final = re.compile(rb'"finish_reason"\s*:\s*"abort"')
+_ABORTED_CHOICE: Final = re.compile(rb'"finish_reason"\s*:\s*"abort"')
 _NO_TOKENS: Final = re.compile(rb'"output_tokens"\s*:\s*0')
-_BORDER: Final = 64
-"""Bytes that are kept from one piece of a body for the next; the pattern above is shorter in any real answer."""
+_OVERLAP_BYTES: Final = 64
+"""Bytes kept of the previous chunk, to find a mark that is split between two chunks. A real mark is shorter."""
 
 
-class Ending(ABC):
-    """How the answers of one API end. One object per answer, since the end of a stream may take several events.
+class AbortDetector(ABC):
+    """Detects aborted responses of one API. One object per response, because the end of a stream may be several events.
 
-    `event_mark`: an event without these bytes says nothing about the end.
+    `event_mark`: bytes that every event about the end of the response contains.
     """
 
     event_mark: ClassVar[bytes]
@@ -33,20 +33,20 @@ class Ending(ABC):
     @staticmethod
     @abstractmethod
     def may_be_aborted(body: bytes | bytearray) -> bool:
-        """False: this whole answer was not aborted. A search for bytes."""
+        """A byte search. False: this complete body is certainly not aborted; True: decode it."""
 
     @abstractmethod
     def is_abort(self, value: dict[str, Any]) -> bool:
-        """Whether this event, or this whole answer, says so."""
+        """Whether this decoded event or complete body is the end of an aborted response."""
 
     def check_events(self, events: bytes) -> None:
-        """Whole events, in order, of which one has the mark. Raises UpstreamAbortedError."""
+        """Check complete events, in order; at least one contains `event_mark`. Raises UpstreamAbortedError."""
         for data in payloads(events):
             if data.rfind(self.event_mark) >= 0:
                 self._check(data)
 
-    def check_whole(self, body: bytes | bytearray) -> None:
-        """Raises UpstreamAbortedError."""
+    def check_body(self, body: bytes | bytearray) -> None:
+        """Check a complete body. Raises UpstreamAbortedError."""
         if self.may_be_aborted(body):
             self._check(body)
 
@@ -59,8 +59,8 @@ class Ending(ABC):
             raise UpstreamAbortedError
 
 
-class ChoicesEnding(Ending):
-    """Chat and text completions, and whatever else has choices."""
+class ChoicesAbortDetector(AbortDetector):
+    """Chat completions, text completions and every other response with `choices`."""
 
     event_mark = _ABORT
 
@@ -75,9 +75,9 @@ class ChoicesEnding(Ending):
         )
 
 
-class ResponsesEnding(Ending):
-    """`/v1/responses`. vLLM says `completed` of most that it cuts; one that it refuses while it stops is empty, without
-    even the token that ends an answer."""
+class ResponsesAbortDetector(AbortDetector):
+    """`/v1/responses`. vLLM reports most aborted responses as `completed`. A response that it rejects while it stops is
+    empty and has 0 output tokens; a normal one has at least the end token."""
 
     event_mark = b'"response.completed"'
 
@@ -90,25 +90,25 @@ class ResponsesEnding(Ending):
             case {"status": "cancelled"}:
                 return True
             case {"status": "completed", "usage": {"output_tokens": 0}, "output": [*items]}:
-                return not any(map(_says_something, items))
+                return not any(map(_has_text, items))
         return False
 
 
-def _says_something(item: object) -> bool:
-    """An item of a response's output."""
+def _has_text(item: object) -> bool:
+    """Whether an item of a response's output has content."""
     match item:
         case {"type": "message", "content": [*parts]}:
             return any(isinstance(part, dict) and bool(part.get("text")) for part in parts)
     return True
 
 
-class MessagesEnding(Ending):
-    """`/v1/messages`. In a stream `message_delta` events bring the reason, and `message_stop` is the end."""
+class MessagesAbortDetector(AbortDetector):
+    """`/v1/messages`. In a stream, `message_delta` events contain the stop reason, and `message_stop` is the end."""
 
     event_mark = b'"message_'
 
     def __init__(self) -> None:
-        self._reason: object = ""  # None: a null was sent for it
+        self._reason: object = ""  # None: the engine sent null
 
     @staticmethod
     def may_be_aborted(body: bytes | bytearray) -> bool:
@@ -125,17 +125,17 @@ class MessagesEnding(Ending):
         return False
 
 
-class Unheld:
-    """A body that is passed on as it comes, in a form that is not known: only what a choice says is looked for."""
+class UnbufferedAbortDetector:
+    """Searches a body of unknown format that is relayed without buffering, for the mark of an aborted choice."""
 
-    __slots__ = ("_border",)
+    __slots__ = ("_overlap",)
 
     def __init__(self) -> None:
-        self._border = b""
+        self._overlap = b""
 
     def check(self, data: bytes) -> None:
-        """The next piece. Raises UpstreamAbortedError."""
-        border = self._border + data[:_BORDER]
-        if (_ABORT in data and _FINISHED_SO.search(data)) or (_ABORT in border and _FINISHED_SO.search(border)):
+        """Check the next chunk. Raises UpstreamAbortedError."""
+        overlap = self._overlap + data[:_OVERLAP_BYTES]
+        if (_ABORT in data and _ABORTED_CHOICE.search(data)) or (_ABORT in overlap and _ABORTED_CHOICE.search(overlap)):
             raise UpstreamAbortedError
-        self._border = (border if len(data) < _BORDER else data)[-_BORDER:]
+        self._overlap = (overlap if len(data) < _OVERLAP_BYTES else data)[-_OVERLAP_BYTES:]

@@ -1,8 +1,8 @@
-"""Where the APIs differ for those who pass them on: which field holds the conversation, and what an error looks like.
+"""Differences between the relayed APIs: the field that contains the prompt, the error format and the abort mark.
 
-OpenAI's paths and Anthropic's `/v1/messages` are served alike; this table is all that differs. An error has two forms:
-the body of a refusal, and the event that ends a stream that failed, on which the official clients raise. Pure: it
-knows the paths, and nothing of who sends what.
+OpenAI's paths and Anthropic's `/v1/messages` are served by the same code; this table holds all differences. An error
+has two forms: a response body, and an event that ends a stream, which the official clients raise as an exception. The
+module does no I/O.
 """
 
 import json
@@ -16,7 +16,7 @@ from hpc_router.relay import aborted_responses, sse
 
 @dataclass(frozen=True, slots=True)
 class ErrorReply:
-    """What went wrong, in OpenAI's words. `status`: that of the response, or what it would have been."""
+    """An error with OpenAI's fields. `status`: the HTTP status of the response, or, in a stream, what it would be."""
 
     status: int
     kind: str
@@ -26,36 +26,37 @@ class ErrorReply:
 
 
 @dataclass(frozen=True, slots=True)
-class Dialect:
-    """`conversation`: the field of a body that is read first. `ending`: how an answer says that it was cut."""
+class ApiFormat:
+    """`prompt_field`: the request field that is read first. `abort_detector`: detects aborted responses."""
 
-    conversation: str
-    body: Callable[[ErrorReply], dict[str, Any]]
-    event: Callable[[ErrorReply], bytes]
-    ending: type[aborted_responses.Ending]
-
-
-def dialect_of(path: str) -> Dialect:
-    """OpenAI's chat for what is no path of the table, where errors are all that is ever said."""
-    return _DIALECTS.get(path) or (_ANTHROPIC if path.startswith(protocol.MESSAGES + "/") else _DIALECTS[protocol.CHAT])
+    prompt_field: str
+    error_body: Callable[[ErrorReply], dict[str, Any]]
+    error_event: Callable[[ErrorReply], bytes]
+    abort_detector: type[aborted_responses.AbortDetector]
 
 
-def _openai_error(fault: ErrorReply) -> dict[str, Any]:
-    return {"message": fault.message, "type": fault.kind, "param": fault.param, "code": fault.code}
+def api_format_of(path: str) -> ApiFormat:
+    """The format of the API at `path`. A path that is not in the table gets chat's format, which is used for errors
+    only."""
+    return _FORMATS.get(path) or (_ANTHROPIC if path.startswith(protocol.MESSAGES + "/") else _FORMATS[protocol.CHAT])
 
 
-def _openai_body(fault: ErrorReply) -> dict[str, Any]:
-    return {"error": _openai_error(fault)}
+def _openai_error(error: ErrorReply) -> dict[str, Any]:
+    return {"message": error.message, "type": error.kind, "param": error.param, "code": error.code}
 
 
-def _openai_event(fault: ErrorReply) -> bytes:
-    return sse.error_event(_openai_error(fault))
+def _openai_body(error: ErrorReply) -> dict[str, Any]:
+    return {"error": _openai_error(error)}
 
 
-def _responses_event(fault: ErrorReply) -> bytes:
-    """Typed, as all events of this API are; the openai client raises on the `error` key."""
-    flat = {"code": fault.code, "message": fault.message, "param": fault.param}
-    return _named_event({"type": "error", **flat, "error": _openai_error(fault)})
+def _openai_event(error: ErrorReply) -> bytes:
+    return sse.error_event(_openai_error(error))
+
+
+def _responses_event(error: ErrorReply) -> bytes:
+    """An event with a `type`, like all events of this API. The openai client raises on the `error` key."""
+    flat = {"code": error.code, "message": error.message, "param": error.param}
+    return _named_event({"type": "error", **flat, "error": _openai_error(error)})
 
 
 _ANTHROPIC_KINDS: Final[Mapping[int, str]] = {
@@ -70,25 +71,25 @@ _ANTHROPIC_KINDS: Final[Mapping[int, str]] = {
 }
 
 
-def _anthropic_body(fault: ErrorReply) -> dict[str, Any]:
-    other = "api_error" if fault.status >= 500 else "invalid_request_error"
-    kind = _ANTHROPIC_KINDS.get(fault.status, other)
-    return {"type": "error", "error": {"type": kind, "message": fault.message}}
+def _anthropic_body(error: ErrorReply) -> dict[str, Any]:
+    other = "api_error" if error.status >= 500 else "invalid_request_error"
+    kind = _ANTHROPIC_KINDS.get(error.status, other)
+    return {"type": "error", "error": {"type": kind, "message": error.message}}
 
 
-def _anthropic_event(fault: ErrorReply) -> bytes:
-    return _named_event(_anthropic_body(fault))
+def _anthropic_event(error: ErrorReply) -> bytes:
+    return _named_event(_anthropic_body(error))
 
 
 def _named_event(data: dict[str, Any]) -> bytes:
     return b"event: error\ndata: " + json.dumps(data).encode() + b"\n\n"
 
 
-_ANTHROPIC: Final = Dialect("messages", _anthropic_body, _anthropic_event, aborted_responses.MessagesEnding)
-_DIALECTS: Final[Mapping[str, Dialect]] = {
-    protocol.CHAT: Dialect("messages", _openai_body, _openai_event, aborted_responses.ChoicesEnding),
-    protocol.COMPLETIONS: Dialect("prompt", _openai_body, _openai_event, aborted_responses.ChoicesEnding),
-    protocol.EMBEDDINGS: Dialect("input", _openai_body, _openai_event, aborted_responses.ChoicesEnding),
-    protocol.RESPONSES: Dialect("input", _openai_body, _responses_event, aborted_responses.ResponsesEnding),
+_ANTHROPIC: Final = ApiFormat("messages", _anthropic_body, _anthropic_event, aborted_responses.MessagesAbortDetector)
+_FORMATS: Final[Mapping[str, ApiFormat]] = {
+    protocol.CHAT: ApiFormat("messages", _openai_body, _openai_event, aborted_responses.ChoicesAbortDetector),
+    protocol.COMPLETIONS: ApiFormat("prompt", _openai_body, _openai_event, aborted_responses.ChoicesAbortDetector),
+    protocol.EMBEDDINGS: ApiFormat("input", _openai_body, _openai_event, aborted_responses.ChoicesAbortDetector),
+    protocol.RESPONSES: ApiFormat("input", _openai_body, _responses_event, aborted_responses.ResponsesAbortDetector),
     protocol.MESSAGES: _ANTHROPIC,
 }

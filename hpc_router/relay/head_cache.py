@@ -1,46 +1,54 @@
-"""Heads seen before: found by their bytes, so that they need not be parsed again.
+"""Cache of parsed HTTP heads, keyed by their bytes.
 
-The heads that one client or one engine sends differ in hardly more than their content length, those of the router in
-the request's id. So a head is looked up without its length's digits and the id, and what was once made of the same
-bytes, and says nothing of either, holds again. Only
-a message that came in one piece, head and body, is answered from here; everything else goes to the parser, which also
-judges what is a message at all. A head is parsed for the table when it comes for the second time, with its body, so
-that the parser has said where that ends; many come only once. The table is bounded.
+The heads that one client or one engine sends are equal but for the digits of `Content-Length`, and those that the
+router sends but for `x-request-id`. The key is the head without these two values, and the parsed head contains neither.
+Only a message that arrives completely in one read, head and body, is looked up; every other message goes to the HTTP
+parser, which alone decides what is valid. A head is parsed for the cache when it occurs for the second time, because
+many occur only once. The size of the cache is bounded.
 """
 
 import itertools
 from collections.abc import Callable
-from typing import Final, Generic, TypeVar
+from typing import Final, Generic, TypeVar, cast
 
 from hpc_router.relay.headers import REQUEST_ID
 
 MAX_HEADS: Final = 512
 MAX_HEAD_BYTES: Final = 2**11
-"""Bytes; a longer head is not looked for."""
+"""A longer head is not looked up."""
 _LENGTH: Final = b"ength: "
 _LENGTH_BEGINS: Final = frozenset({b"\r\n%bontent-%b" % pair for pair in itertools.product((b"C", b"c"), (b"L", b"l"))})
 _MAX_DIGITS: Final = 15
 ID_LINE: Final = b"\r\n%b: " % REQUEST_ID
-"""The only spelling of an id that is cut out of a head."""
+"""The only spelling of the id's field name that is supported; other heads are not cached."""
 _MAX_ID_BYTES: Final = 128
 H = TypeVar("H")
 
 
 class HeadCache(Generic[H]):
-    """`parse` makes something of the head of a whole message, or None of what is not exactly one message, or not to be
-    answered from here. `ids`: an `x-request-id` is cut out, of letters, digits and `-`; `parse` leaves it out as well.
+    """`parse` returns the parsed head of a complete message, or None if the bytes are not exactly one message or must
+    not be cached. `ids`: an `x-request-id` of letters, digits and `-` is not part of the key, nor of the result of
+    `parse`.
     """
 
-    __slots__ = ("_ids", "_known", "_once", "_parse")
+    __slots__ = ("_heads", "_ids", "_last", "_parse", "_seen_once")
 
     def __init__(self, parse: Callable[[bytes], H | None], *, ids: bool = False) -> None:
         self._parse = parse
         self._ids = ids
-        self._known: dict[bytes, H | None] = {}
-        self._once: set[bytes] = set()
+        self._heads: dict[bytes, H | None] = {}
+        self._last: tuple[bytes, bytes, H] = b"\0", b"", cast(H, None)  # before and after the length's digits
+        self._seen_once: set[bytes] = set()
 
-    def whole(self, data: bytes) -> tuple[H, bytes, bytes] | None:
-        """The head, the body and the id of a message, when `data` is exactly that; None: ask the parser."""
+    def lookup(self, data: bytes) -> tuple[H, bytes, bytes] | None:
+        """Head, body and request id, if `data` is exactly one message with a cached head; None: use the parser."""
+        before, after, last_head = self._last
+        if data.startswith(before):  # the same head again, which is the usual case
+            first = len(before)
+            last = data.find(b"\r\n", first, first + _MAX_DIGITS + 2)
+            digits, end = data[first:last], last + len(after)
+            if digits.isdigit() and data.startswith(after, last) and int(digits) == len(data) - end:
+                return last_head, data[end:], b""
         end = data.find(b"\r\n\r\n", 0, MAX_HEAD_BYTES) + 4
         if end < 4:
             return None
@@ -55,7 +63,7 @@ class HeadCache(Generic[H]):
             digits = data[first:last]
             if data[at - 11 : at] not in _LENGTH_BEGINS or not digits.isdigit() or int(digits) != len(data) - end:
                 return None
-            key = data[:first] + data[last : end - 1]  # no head ends so: it is no other head's key
+            key = data[:first] + data[last : end - 1]  # without the last byte: never equal to a key of the other branch
         request_id = b""
         if self._ids and (at := key.find(ID_LINE)) >= 0:
             first = at + len(ID_LINE)
@@ -64,19 +72,23 @@ class HeadCache(Generic[H]):
                 return None
             key = key[:first] + key[first + len(request_id) :]
         try:
-            head = self._known[key]
+            head = self._heads[key]
         except KeyError:
-            head = self._meet(key, data)
-        return None if head is None else (head, data[end:], request_id)
-
-    def _meet(self, key: bytes, data: bytes) -> H | None:
-        if key not in self._once:
-            if len(self._once) >= MAX_HEADS:
-                self._once.clear()
-            self._once.add(key)
+            head = self._add(key, data)
+        if head is None:
             return None
-        self._once.discard(key)
-        if len(self._known) >= MAX_HEADS:
-            self._known.clear()
-        made = self._known[key] = self._parse(data)
+        if at >= 0 and not request_id:
+            self._last = data[:first], data[last:end], head
+        return head, data[end:], request_id
+
+    def _add(self, key: bytes, data: bytes) -> H | None:
+        if key not in self._seen_once:
+            if len(self._seen_once) >= MAX_HEADS:
+                self._seen_once.clear()
+            self._seen_once.add(key)
+            return None
+        self._seen_once.discard(key)
+        if len(self._heads) >= MAX_HEADS:
+            self._heads.clear()
+        made = self._heads[key] = self._parse(data)
         return made

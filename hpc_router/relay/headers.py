@@ -1,8 +1,8 @@
-"""Header fields, and which of them cross the relay.
+"""Header fields, and which of them are forwarded.
 
-Fields stay the bytes that came, so that those which cross cost no more than a copy. Hop-by-hop headers (RFC 9110,
-section 7.6.1) never cross. Upstream the client's credentials stay behind, and compressed answers are not asked for, so
-that events can be told apart. Downstream the router speaks for itself about the server.
+Fields are kept as the received bytes, so that forwarding a field is only a copy. Hop-by-hop headers (RFC 9110, section
+7.6.1) are never forwarded. Upstream, the client's credentials and `Accept-Encoding` are dropped, the latter because
+compressed events could not be split. Downstream, `Server`, `Date` and cookies of the engine are dropped.
 """
 
 from collections.abc import Mapping
@@ -33,24 +33,25 @@ NOT_UPSTREAM: Final = HOP_BY_HOP | {
     b"x-api-key",
 }
 MAX_RETRY_AFTER_S: Final = 60
-"""Official clients sleep for whatever an answer says, silently and beyond their own timeout (see docs/clients.md)."""
+"""Limit for forwarded values: official clients sleep this long without a log line, even beyond their own timeout (see
+docs/clients.md)."""
 REQUEST_ID: Final = REQUEST_ID_HEADER.encode()
 NOT_DOWNSTREAM: Final = HOP_BY_HOP | {b"content-length", b"date", b"server", b"set-cookie"}
 
 
 class Headers:
-    """The fields of one message in their order, names in lower case. They never change.
+    """The fields of one message in order, names in lower case. Immutable.
 
-    `notes`: what has been made of them, for messages that share them (see `heads`).
+    `cached`: results computed from these fields. Messages with a cached head share them (see `head_cache`).
     """
 
-    __slots__ = ("_last", "content_type", "fields", "notes")
+    __slots__ = ("_last", "cached", "content_type", "fields")
 
     def __init__(self, fields: list[tuple[bytes, bytes]]) -> None:
         self.fields = fields
         self._last = dict(fields)
         self.content_type = self.get(b"content-type", b"").partition(b";")[0].strip().lower()
-        self.notes: dict[object, Any] = {}
+        self.cached: dict[object, Any] = {}
 
     @overload
     def get(self, name: bytes) -> bytes | None: ...
@@ -59,11 +60,11 @@ class Headers:
     def get(self, name: bytes, default: bytes) -> bytes: ...
 
     def get(self, name: bytes, default: bytes | None = None) -> bytes | None:
-        """The value; of several the last one."""
+        """The value; the last one if the field occurs several times."""
         return self._last.get(name, default)
 
     def text(self, name: str) -> str:
-        """The value, whatever bytes a stranger sends; empty where there is none."""
+        """The value as text (invalid UTF-8 becomes surrogates); empty if the field is missing."""
         return self._last.get(name.encode(), b"").decode("utf-8", "surrogateescape")
 
     def all(self, name: bytes) -> list[bytes]:
@@ -74,18 +75,18 @@ class Headers:
 
 
 def without_id(fields: list[tuple[bytes, bytes]]) -> tuple[list[tuple[bytes, bytes]], bytes]:
-    """The fields but for `x-request-id`, and its value; of several the last one, of none nothing."""
+    """The fields without `x-request-id`, and its (last) value; empty if it is missing."""
     ids = [value for name, value in fields if name == REQUEST_ID]
     return ([field for field in fields if field[0] != REQUEST_ID], ids[-1]) if ids else (fields, b"")
 
 
 def crossing(headers: Headers, *, drop: frozenset[bytes]) -> bytes:
-    """The lines of all fields but those in `drop` and those that `Connection:` declares to be hop-by-hop. `Retry-After`
-    is at most `MAX_RETRY_AFTER_S`."""
-    made: bytes | None = headers.notes.get(drop)
-    if made is None:
-        made = headers.notes[drop] = _crossing(headers, drop)
-    return made
+    """Header lines of all fields except those in `drop` and those listed in `Connection`. `Retry-After` is limited to
+    `MAX_RETRY_AFTER_S`."""
+    joined: bytes | None = headers.cached.get(drop)
+    if joined is None:
+        joined = headers.cached[drop] = _crossing(headers, drop)
+    return joined
 
 
 def _crossing(headers: Headers, drop: frozenset[bytes]) -> bytes:
@@ -94,24 +95,24 @@ def _crossing(headers: Headers, drop: frozenset[bytes]) -> bytes:
         drop |= {option.strip() for option in options}
     fields = headers.fields
     if b"retry-after" in headers or b"retry-after-ms" in headers:
-        fields = [(name, _bounded(name, value)) for name, value in fields]
+        fields = [(name, _limited(name, value)) for name, value in fields]
     return b"".join([b"%b: %b\r\n" % field for field in fields if field[0] not in drop])
 
 
-def _bounded(name: bytes, value: bytes) -> bytes:
-    """`Retry-After` holds seconds or an HTTP date, which counts as far away; OpenAI's `retry-after-ms` milliseconds."""
-    most = {b"retry-after": MAX_RETRY_AFTER_S, b"retry-after-ms": 1000 * MAX_RETRY_AFTER_S}.get(name)
-    if most is None:
+def _limited(name: bytes, value: bytes) -> bytes:
+    """Limits `Retry-After` (seconds; an HTTP date is replaced by the limit) and OpenAI's `retry-after-ms` (ms)."""
+    limit = {b"retry-after": MAX_RETRY_AFTER_S, b"retry-after-ms": 1000 * MAX_RETRY_AFTER_S}.get(name)
+    if limit is None:
         return value
     try:
-        near = float(value) <= most
+        within = float(value) <= limit
     except ValueError:
-        near = False
-    return value if near else b"%d" % most
+        within = False
+    return value if within else b"%d" % limit
 
 
 def lines(fields: Mapping[str, str]) -> bytes:
-    """These fields as lines. Raises ValueError for what would break out of its line."""
+    """These fields as header lines. Raises ValueError for control characters that would end a line."""
     text = "".join([f"{name}: {value}\r\n" for name, value in fields.items()])
     if not text.count("\n") == text.count("\r") == len(fields) or "\0" in text:
         raise ValueError("a control character in a header")

@@ -1,4 +1,4 @@
-"""How many requests are being served, and when the last of them has ended: what a drain waits for."""
+"""Count of the requests being served. A drain waits until it is 0."""
 
 import asyncio
 from collections.abc import Sequence
@@ -7,15 +7,15 @@ from typing import Protocol
 
 
 class Cells(Protocol):
-    """Where one process counts for others to see."""
+    """An array of counters that other processes can read."""
 
     def __getitem__(self, at: int, /) -> int: ...
     def __setitem__(self, at: int, value: int, /) -> None: ...
 
 
 class InFlight:
-    """`with in_flight:` around each request. Counted in a cell of `cells`, the other processes' in those of `peers`.
-    `closing`: no connection is to bring another one."""
+    """`with in_flight:` around each request. The count is also written to `cells[at]`; the other processes of the
+    service write theirs to `peers`. `closing`: connections are closed after their current response."""
 
     __slots__ = ("_at", "_cells", "_idle", "_peers", "closing", "count")
 
@@ -25,7 +25,7 @@ class InFlight:
         self._cells: Cells = [0] if cells is None else cells
         self._peers = peers
         self._at = at
-        self._idle: asyncio.Event | None = None  # while somebody waits
+        self._idle: asyncio.Event | None = None  # only while `idle` is awaited
 
     def __enter__(self) -> None:
         self.enter()
@@ -47,14 +47,14 @@ class InFlight:
 
     @property
     def total(self) -> int:
-        """With those that the other processes of the same service serve now."""
+        """The count over all processes of the service."""
         count = self.count
         for row in self._peers:
             count += row[self._at]
         return count
 
     async def idle(self) -> None:
-        """Until no request is in flight."""
+        """Wait until no request is in flight."""
         while self.count:
             self._idle = self._idle or asyncio.Event()
             self._idle.clear()

@@ -1,11 +1,11 @@
-"""Memory in processes that run for long: Python's garbage collector, and the C library's heap.
+"""Settings of the garbage collector and of glibc's heap for processes that run for a long time.
 
-In those that relay, a request makes a hundred small objects and hardly a cycle among them. With the collector's own
-thresholds the young generation would be searched for every few requests, and everything that is loaded now and then,
-for tens of milliseconds in which no stream moves.
+A relayed request creates about a hundred small objects and almost no reference cycles. With Python's default
+thresholds, the collector would scan the young generation every few requests and sometimes all loaded modules, which
+blocks the event loop for tens of milliseconds.
 
-The heap's free end goes back to the kernel as soon as it is twice as long as the longest piece that was ever freed. So
-a few long bodies at a time took their pages anew with every request: 200 KB cost 350 us more, on a virtual machine.
+By default glibc returns the free end of the heap to the kernel when it is twice as long as the longest block that was
+freed. A few concurrent long bodies then cause page faults in every request: 350 us for 200 KB, on a virtual machine.
 """
 
 import ctypes
@@ -13,28 +13,28 @@ import gc
 from contextlib import suppress
 from typing import Final
 
-YOUNG: Final = 20_000
-"""Objects more than there were after the last search, before the young ones are searched again."""
+YOUNG_THRESHOLD: Final = 20_000
+"""Young generation threshold: net allocations between two scans."""
 
-KEPT_BYTES: Final = 32 * 2**20
-"""So much may lie free at the heap's end."""
-MAX_KEPT_BYTES: Final = 4 * 2**20
-"""From this size on a piece of memory is the kernel's again once it is free."""
+TRIM_THRESHOLD_BYTES: Final = 32 * 2**20
+"""Free bytes that may remain at the end of the heap."""
+MMAP_THRESHOLD_BYTES: Final = 4 * 2**20
+"""Blocks of at least this size are mapped, and unmapped when they are freed."""
 _TRIM_THRESHOLD: Final = -1  # of mallopt(3), in glibc's malloc.h
 _MMAP_THRESHOLD: Final = -3
 
 
 def tune() -> None:
-    """What is loaded is there to stay, and is not searched again: pages that are shared stay so."""
+    """Exclude all existing objects from later scans, which also keeps pages shared with forked processes."""
     gc.collect()
     gc.freeze()
 
 
 def tune_for_relay() -> None:
-    """As `tune`, and what comes after it is searched rarely; memory of requests is kept for the next ones."""
+    """`tune`, scan later objects rarely, and keep freed memory of requests for the next ones."""
     tune()
-    gc.set_threshold(YOUNG, 20, 50)
-    with suppress(AttributeError):  # another C library than glibc
+    gc.set_threshold(YOUNG_THRESHOLD, 20, 50)
+    with suppress(AttributeError):  # the C library is not glibc
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(_TRIM_THRESHOLD, KEPT_BYTES)
-        mallopt(_MMAP_THRESHOLD, MAX_KEPT_BYTES)
+        mallopt(_TRIM_THRESHOLD, TRIM_THRESHOLD_BYTES)
+        mallopt(_MMAP_THRESHOLD, MMAP_THRESHOLD_BYTES)

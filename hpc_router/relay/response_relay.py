@@ -1,9 +1,9 @@
-"""One upstream response to one client, committed as late as possible.
+"""Relays one upstream response to one client and commits it as late as possible.
 
-Nothing is sent before the first body byte has come from upstream, and a non-streaming answer is held until it is
-complete, so until then a failure can go elsewhere. Once committed, only whole events follow, with a comment between
-them where the stream pauses, and a failure ends the stream with an error event (a stream) or with a broken connection
-(a long answer that was not held, or a stream without events); never silently.
+A response is committed once its head is sent to the client; until then the request can be retried on another replica.
+Nothing is sent before the first body byte, and a response that is not streamed is buffered until it is complete. After
+that only complete events are sent, with a comment as keep-alive when the stream pauses. A later failure is always
+visible to the client: an error event in an event stream, otherwise an aborted connection.
 """
 
 import asyncio
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from hpc_router.errors import UpstreamError
-from hpc_router.relay.aborted_responses import Ending, Unheld
+from hpc_router.relay.aborted_responses import AbortDetector, UnbufferedAbortDetector
 from hpc_router.relay.downstream.interface import SHORT_BYTES, DownstreamGoneError, Request, Response
 from hpc_router.relay.sse import (
     CONTENT_TYPE,
@@ -28,27 +28,29 @@ _EVENT_CHUNK_ENDS: Final = tuple(end + CHUNK_END for end in EVENT_ENDS)
 
 @dataclass(frozen=True, slots=True)
 class RelayLimits:
-    """How much of an answer may be held, how long a client may take nothing, and how long a stream may pause before a
-    comment is sent."""
+    """`buffer_bytes`: buffered part of a response that is not streamed. `write_s`: how long a client may read nothing.
+    `ping_s`: pause of a stream after which a comment is sent."""
 
-    hold_bytes: int
+    buffer_bytes: int
     write_s: float
     ping_s: float
 
 
 class ResponseRelay:
-    """The answer to `request`. `response` is what its handler returns in the end.
+    """The response to `request`. The handler returns `response` at the end.
 
-    `ending`: of the API that it belongs to. `stream`: the request asks for one, so a body without a length is passed on
-    as it comes, whatever its content type.
+    `abort_detector`: that of the request's API. `stream`: the request asks for a stream, so a body without a length is
+    not buffered, whatever its content type.
     """
 
-    __slots__ = ("_ending", "_limits", "_request", "_stream", "_streaming_events", "response", "status")
+    __slots__ = ("_abort_detector", "_limits", "_request", "_stream", "_streaming_events", "response", "status")
 
-    def __init__(self, request: Request, limits: RelayLimits, ending: type[Ending], *, stream: bool) -> None:
+    def __init__(
+        self, request: Request, limits: RelayLimits, abort_detector: type[AbortDetector], *, stream: bool
+    ) -> None:
         self._request = request
         self._limits = limits
-        self._ending = ending
+        self._abort_detector = abort_detector
         self._stream = stream
         self._streaming_events = False
         self.status = 0
@@ -56,41 +58,42 @@ class ResponseRelay:
 
     @property
     def committed(self) -> bool:
-        return self.response is not None or self._request.begun
+        return self.response is not None or self._request.response_started
 
-    async def pass_on(self, upstream: UpstreamResponse, head: bytes) -> None:
-        """The whole of it. Raises what `UpstreamResponse.flow` raises, UpstreamAbortedError and DownstreamGoneError."""
+    async def relay(self, upstream: UpstreamResponse, head: bytes) -> None:
+        """Relay all of it. Raises what `UpstreamResponse.stream_to` raises, UpstreamAbortedError and
+        DownstreamGoneError."""
         self.status = upstream.status
         if upstream.content_type == CONTENT_TYPE:
             self._streaming_events = True
-            events = _EventStream(self._request, self.status, head, self._limits, self._ending())
+            events = _EventStream(self._request, self.status, head, self._limits, self._abort_detector())
             try:
-                await upstream.flow(events)
+                await upstream.stream_to(events)
                 await events.end()
             finally:
                 events.stop_pings()
             return
-        whole = upstream.whole
+        whole = upstream.complete_body
         if whole is not None and len(whole) <= SHORT_BYTES:
-            self._ending().check_whole(whole)
+            self._abort_detector().check_body(whole)
             self.response = Response(self.status, head, whole)
             return
-        passes = self._stream and upstream.length is None and 200 <= self.status < 300
+        unbuffered = self._stream and upstream.length is None and 200 <= self.status < 300
         body = _BufferedBody(
-            self._request, self.status, head, self._limits, hold_bytes=0 if passes else self._limits.hold_bytes
+            self._request, self.status, head, self._limits, buffer_bytes=0 if unbuffered else self._limits.buffer_bytes
         )
-        await upstream.flow(body)
-        if self._request.begun:
+        await upstream.stream_to(body)
+        if self._request.response_started:
             return
-        self._ending().check_whole(body.held)
-        if len(body.held) <= SHORT_BYTES:
-            self.response = Response(self.status, head, bytes(body.held))
-        else:  # the client's place is held until it has taken most of it
-            body.length = len(body.held)
-            await body.make_room()
+        self._abort_detector().check_body(body.buffered)
+        if len(body.buffered) <= SHORT_BYTES:
+            self.response = Response(self.status, head, bytes(body.buffered))
+        else:  # the reservation ends only when the client has read most of it
+            body.length = len(body.buffered)
+            await body.drain()
 
-    async def break_off(self, event: bytes) -> None:
-        """End a committed answer that cannot be completed; `event` tells why."""
+    async def end_with_error(self, event: bytes) -> None:
+        """End a committed response that cannot be completed. `event`: the error as an event."""
         if not self._streaming_events:
             self._request.abort()
         elif not self._request.write(event):
@@ -98,54 +101,56 @@ class ResponseRelay:
 
 
 class _BufferedBody:
-    """A sink that holds up to `hold_bytes` bytes; more than that commits the answer."""
+    """A sink that buffers up to `buffer_bytes` bytes; a longer body commits the response."""
 
-    def __init__(self, request: Request, status: int, head: bytes, limits: RelayLimits, *, hold_bytes: int) -> None:
+    def __init__(self, request: Request, status: int, head: bytes, limits: RelayLimits, *, buffer_bytes: int) -> None:
         self._request = request
         self._head = status, head
         self._limits = limits
-        self._hold_bytes = hold_bytes
-        self._unheld = Unheld()
-        self.held = bytearray()
-        self.length: int | None = None  # once all of it is held
+        self._buffer_bytes = buffer_bytes
+        self._detector = UnbufferedAbortDetector()
+        self.buffered = bytearray()
+        self.length: int | None = None  # known once the body is complete
 
-    def take(self, data: bytes) -> bool:
-        if self._request.begun:
-            self._unheld.check(data)
+    def write(self, data: bytes) -> bool:
+        if self._request.response_started:
+            self._detector.check(data)
             return self._request.write(data)
-        self.held += data
-        return len(self.held) <= self._hold_bytes
+        self.buffered += data
+        return len(self.buffered) <= self._buffer_bytes
 
-    def passage(self) -> None:
-        """None: what is passed on unheld is looked at, without the framing of chunks in between."""
+    def chunk_writer(self) -> None:
+        """None: each chunk must be searched for the mark of an abort, without its framing."""
 
-    async def make_room(self) -> None:
-        if not self._request.begun:
-            held = bytes(self.held)
+    async def drain(self) -> None:
+        if not self._request.response_started:
+            buffered = bytes(self.buffered)
             if self.length is None:
-                self._unheld.check(held)
-            await self._request.begin(*self._head, length=self.length)
-            self._request.write(held)
-            self.held.clear()
+                self._detector.check(buffered)
+            await self._request.start_response(*self._head, length=self.length)
+            self._request.write(buffered)
+            self.buffered.clear()
         await self._request.drain(limit_s=self._limits.write_s)
 
 
 class _EventStream:
-    """A sink that lets whole events through only. The first of them commits the answer."""
+    """A sink that forwards complete events only. The first event commits the response."""
 
-    def __init__(self, request: Request, status: int, head: bytes, limits: RelayLimits, ending: Ending) -> None:
+    def __init__(
+        self, request: Request, status: int, head: bytes, limits: RelayLimits, abort_detector: AbortDetector
+    ) -> None:
         self._request = request
         self._head = status, head
         self._limits = limits
-        self._ending = ending
-        self._mark = ending.event_mark
+        self._abort_detector = abort_detector
+        self._mark = abort_detector.event_mark
         self._splitter = EventSplitter()
-        self._first = b""  # what has come before the answer is begun
-        self._begun = False
-        self._passage: ChunkWriter | None = None
-        self._alarm: asyncio.TimerHandle | None = None
+        self._pending_events = b""  # events received before the response was started
+        self._started = False
+        self._chunk_writer: ChunkWriter | None = None
+        self._ping_timer: asyncio.TimerHandle | None = None
 
-    def take(self, data: bytes) -> bool:
+    def write(self, data: bytes) -> bool:
         try:
             events = self._splitter.feed(data)
         except EventTooLargeError as error:
@@ -153,56 +158,56 @@ class _EventStream:
         if not events:
             return True
         if events.rfind(self._mark) >= 0:
-            self._ending.check_events(events)
-        if self._begun:
+            self._abort_detector.check_events(events)
+        if self._started:
             return self._request.write(events)
-        self._first += events
+        self._pending_events += events
         return False
 
-    def passage(self) -> ChunkWriter | None:
-        return None if self._splitter.tail else self._passage
+    def chunk_writer(self) -> ChunkWriter | None:
+        return None if self._splitter.tail else self._chunk_writer
 
-    async def make_room(self) -> None:
-        if not self._begun:
-            await self._begin()
+    async def drain(self) -> None:
+        if not self._started:
+            await self._start()
         self.stop_pings()
         await self._request.drain(limit_s=self._limits.write_s)
-        self._set_alarm()
+        self._schedule_ping()
 
     async def end(self) -> None:
-        """The upstream's body has ended as it should."""
+        """The upstream body has ended without an error."""
         try:
             last = self._splitter.end()
         except UnfinishedEventError as error:
             raise UpstreamError(f"the replica's stream is cut: {error}") from error
-        self._ending.check_events(last)
-        if not self._begun:
-            self._first += last
-            await self._begin()
+        self._abort_detector.check_events(last)
+        if not self._started:
+            self._pending_events += last
+            await self._start()
         elif last:
             self._request.write(last)
 
     def stop_pings(self) -> None:
-        if self._alarm is not None:
-            self._alarm.cancel()
+        if self._ping_timer is not None:
+            self._ping_timer.cancel()
 
-    async def _begin(self) -> None:
-        await self._request.begin(*self._head, length=None)
-        self._begun = True
+    async def _start(self) -> None:
+        await self._request.start_response(*self._head, length=None)
+        self._started = True
         write = self._request.write_chunk
-        self._passage = None if write is None else ChunkWriter(write, _EVENT_CHUNK_ENDS, self._mark)
-        if self._first:
-            self._request.write(self._first)
+        self._chunk_writer = None if write is None else ChunkWriter(write, _EVENT_CHUNK_ENDS, self._mark)
+        if self._pending_events:
+            self._request.write(self._pending_events)
 
-    def _set_alarm(self) -> None:
-        self._request.quiet = True
-        self._alarm = asyncio.get_running_loop().call_later(self._limits.ping_s, self._ring)
+    def _schedule_ping(self) -> None:
+        self._request.idle = True
+        self._ping_timer = asyncio.get_running_loop().call_later(self._limits.ping_s, self._ping)
 
-    def _ring(self) -> None:
-        """The clock of an event is not looked at: a pause is noticed after one to two times `ping_s`."""
-        if self._request.quiet:
+    def _ping(self) -> None:
+        """Events only set a flag instead of a timer, so a pause is detected after one to two times `ping_s`."""
+        if self._request.idle:
             try:
                 self._request.write(PING)
             except DownstreamGoneError:
-                return  # the next event, or the end, meets it as well
-        self._set_alarm()
+                return  # the next write raises it in the request's task
+        self._schedule_ping()

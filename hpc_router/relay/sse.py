@@ -1,7 +1,7 @@
-"""Server-sent events, cut only where they end.
+"""Splits streams of server-sent events at event boundaries.
 
-A stream that breaks in mid-event must not reach the client as half an event, so bytes are passed on up to the last
-blank line and the tail is kept. Rules of the format: https://html.spec.whatwg.org/multipage/server-sent-events.html
+A client must not receive a part of an event when a stream breaks, so bytes are forwarded up to the last blank line and
+the rest is kept. Specification: https://html.spec.whatwg.org/multipage/server-sent-events.html
 """
 
 import json
@@ -13,15 +13,15 @@ CONTENT_TYPE: Final = b"text/event-stream"
 DONE: Final = b"[DONE]"
 MAX_EVENT_BYTES: Final = 16 * 2**20
 PING: Final = b": ping\n\n"
-"""A comment, which readers of events skip: proxies and clients see that the connection lives."""
+"""A comment, which parsers ignore. It shows clients and proxies that the connection is alive."""
 EVENT_ENDS: Final = (b"\n\n", b"\n\r\n", b"\r\r", b"\n\r", b"\r\r\n")
-"""A blank line after any of the standard's line ends (LF, CRLF, CR). Where CR comes first, the LF of the same line end
-may follow; on its own it is one more blank line, which readers of events skip."""
+"""A blank line after each line end of the standard (LF, CRLF, CR). The LF of a CRLF may arrive after its CR; it then
+counts as one more blank line, which parsers ignore."""
 _LINE_END: Final = re.compile(rb"\r\n|\r|\n")
 
 
 class EventTooLargeError(ValueError):
-    """An event without an end within MAX_EVENT_BYTES."""
+    """An event is longer than MAX_EVENT_BYTES."""
 
 
 class UnfinishedEventError(ValueError):
@@ -29,7 +29,7 @@ class UnfinishedEventError(ValueError):
 
 
 class EventSplitter:
-    """Collects chunks and gives back whole events. `tail`: what has come of an event that has not ended."""
+    """Converts chunks to complete events. `tail`: the received part of an incomplete event."""
 
     __slots__ = ("tail",)
 
@@ -37,8 +37,8 @@ class EventSplitter:
         self.tail = b""
 
     def feed(self, chunk: bytes) -> bytes:
-        """Every byte up to the end of the last whole event; empty when none ended yet."""
-        if chunk.endswith(EVENT_ENDS):  # as nearly every chunk does
+        """All bytes up to the end of the last complete event; empty if no event is complete."""
+        if chunk.endswith(EVENT_ENDS):  # the usual case
             data, self.tail = self.tail + chunk, b""
             return data
         data = self.tail + chunk if self.tail else chunk
@@ -50,8 +50,9 @@ class EventSplitter:
         return data[:end]
 
     def end(self) -> bytes:
-        """What remains at the clean end of a stream, closed by the blank line that it lacks; readers drop an event
-        without one. A last event is whole if its data is `[DONE]` or JSON that parses; comments need no data.
+        """The remaining bytes at the regular end of a stream, plus the blank line if it is missing, because parsers
+        drop an event without one. The last event is complete if its data is `[DONE]` or valid JSON, or if it has
+        comments only.
 
         Raises UnfinishedEventError.
         """
@@ -68,7 +69,7 @@ class EventSplitter:
 
 
 def payloads(events: bytes) -> Iterator[bytes]:
-    """The data of each whole event that has any."""
+    """The data of each complete event that has data."""
     data: list[bytes] = []
     for line in _LINE_END.split(events):
         if line.startswith(b"data:"):

@@ -11,7 +11,7 @@ from typing import Self
 
 from hpc_router.errors import UpstreamError
 from hpc_router.net import protocol
-from hpc_router.relay.api_formats import dialect_of
+from hpc_router.relay.api_formats import api_format_of
 from hpc_router.relay.downstream.interface import DownstreamGoneError, Handler, Request, Response
 from hpc_router.relay.headers import NOT_DOWNSTREAM, crossing
 from hpc_router.relay.response_relay import RelayLimits, ResponseRelay
@@ -106,7 +106,7 @@ async def served(
 
 def sends(*pieces: bytes, length: int | None = None, head: bytes = b"") -> Handler:
     async def handler(request: Request) -> Response | None:
-        await request.begin(200, head, length=length)
+        await request.start_response(200, head, length=length)
         for piece in pieces:
             if not request.write(piece):
                 await request.drain()
@@ -131,7 +131,7 @@ async def relayed(
     *answers: Script,
     write_s: float = GUARD_S,
     ping_s: float = GUARD_S,
-    hold_bytes: int = 2**20,
+    buffer_bytes: int = 2**20,
     limits: UpstreamTimeouts = PATIENT,
     reads_bodies: bool = True,
     stream: bool = False,
@@ -140,12 +140,12 @@ async def relayed(
     async def handler(request: Request) -> Response | None:
         made.begun += 1
         answer = ResponseRelay(
-            request, RelayLimits(hold_bytes, write_s, ping_s), dialect_of(path).ending, stream=stream
+            request, RelayLimits(buffer_bytes, write_s, ping_s), api_format_of(path).abort_detector, stream=stream
         )
         try:
             body = await request.read() if request.method == "POST" else None
             async with client.request(request.method, made.upstream.address, request.target, body=body) as upstream:
-                await answer.pass_on(upstream, crossing(upstream.headers, drop=NOT_DOWNSTREAM))
+                await answer.relay(upstream, crossing(upstream.headers, drop=NOT_DOWNSTREAM))
             made.ends.append("complete")
         except DownstreamGoneError as error:
             made.ends.append(str(error))
@@ -153,7 +153,7 @@ async def relayed(
             made.ends.append(type(error).__name__)
             if not answer.committed:
                 return Response(502)
-            await answer.break_off(b"event: error\n\n")
+            await answer.end_with_error(b"event: error\n\n")
         except asyncio.CancelledError:
             made.ends.append("cancelled")
             raise

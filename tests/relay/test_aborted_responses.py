@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from hpc_router.errors import UpstreamAbortedError
 from hpc_router.net import protocol
-from hpc_router.relay.aborted_responses import ChoicesEnding, Unheld
+from hpc_router.relay.aborted_responses import ChoicesAbortDetector, UnbufferedAbortDetector
 from hpc_router.relay.sse import CONTENT_TYPE
 from tests.relay.scripted import CHUNKED, Answer, End, head, sized
 from tests.relay.serving import Client, relayed
@@ -227,7 +227,7 @@ async def test_what_could_not_be_held_breaks_the_connection(
     answer: Answer = [head(b"content-length: %d" % len(body)), first, End.PAUSE, last]
     if chunks:
         answer = [head(CHUNKED), chunk(first), End.PAUSE, *framed(last, chunks=True)[1:]]
-    async with relayed(relay, answer, hold_bytes=2**10) as at, Client(at.port) as client:
+    async with relayed(relay, answer, buffer_bytes=2**10) as at, Client(at.port) as client:
         await client.get()
         assert await client.status() == 200
         at.upstream.go_on.release()
@@ -251,7 +251,7 @@ async def test_a_stream_of_another_kind_breaks_the_connection(relay: Relay) -> N
 def test_the_end_of_an_unheld_body_is_found_however_it_is_cut(before: int, cuts: list[int], space: bytes) -> None:
     body = b"x" * before + b'{"finish_reason":%b"abort"}' % space + b"y" * 100
     places = sorted({0, len(body), *(cut for cut in cuts if cut < len(body))})
-    unheld = Unheld()
+    unheld = UnbufferedAbortDetector()
 
     def check_all() -> None:
         for start, stop in pairwise(places):
@@ -264,5 +264,5 @@ def test_the_end_of_an_unheld_body_is_found_however_it_is_cut(before: int, cuts:
 @pytest.mark.parametrize("value", [[], {}, {"choices": None}, {"choices": {}}, {"choices": [None, 1, []]}, "abort", 1])
 def test_odd_shapes_are_no_abort(value: Any) -> None:
     body = json.dumps([value, "abort"]).encode() if not isinstance(value, dict) else json.dumps(value).encode()
-    ChoicesEnding().check_whole(body)
-    ChoicesEnding().check_events(b"data: " + body + b"\n\n")
+    ChoicesAbortDetector().check_body(body)
+    ChoicesAbortDetector().check_events(b"data: " + body + b"\n\n")

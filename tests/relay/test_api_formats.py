@@ -7,7 +7,7 @@ import pytest
 from openai.types.responses import ResponseErrorEvent
 
 from hpc_router.net import protocol
-from hpc_router.relay.api_formats import ErrorReply, dialect_of
+from hpc_router.relay.api_formats import ErrorReply, api_format_of
 from hpc_router.relay.sse import EventSplitter
 
 LOST = ErrorReply(502, "upstream_error", "replica_failed", "lost")
@@ -15,7 +15,7 @@ LOST = ErrorReply(502, "upstream_error", "replica_failed", "lost")
 
 @pytest.mark.parametrize("path", protocol.GENERATE_PATHS)
 def test_every_path_has_one_whole_event_with_the_error_in_it(path: str) -> None:
-    event = dialect_of(path).event(LOST)
+    event = api_format_of(path).error_event(LOST)
     assert EventSplitter().feed(event) == event
     said = json.loads(event.rpartition(b"data: ")[2])
     assert said["error"]["message"] == "lost"
@@ -26,13 +26,13 @@ def test_every_path_has_one_whole_event_with_the_error_in_it(path: str) -> None:
 )
 def test_openai_is_the_rule(path: str) -> None:
     error = {"message": "lost", "type": "upstream_error", "param": None, "code": "replica_failed"}
-    assert dialect_of(path).body(LOST) == {"error": error}
-    assert dialect_of(path).event(LOST) == b"data: " + json.dumps({"error": error}).encode() + b"\n\n"
+    assert api_format_of(path).error_body(LOST) == {"error": error}
+    assert api_format_of(path).error_event(LOST) == b"data: " + json.dumps({"error": error}).encode() + b"\n\n"
 
 
 def test_the_error_of_a_response_is_a_typed_event() -> None:
-    assert dialect_of(protocol.RESPONSES).body(LOST) == dialect_of(protocol.CHAT).body(LOST)
-    name, _, data = dialect_of(protocol.RESPONSES).event(LOST).partition(b"\ndata: ")
+    assert api_format_of(protocol.RESPONSES).error_body(LOST) == api_format_of(protocol.CHAT).error_body(LOST)
+    name, _, data = api_format_of(protocol.RESPONSES).error_event(LOST).partition(b"\ndata: ")
     assert name == b"event: error"
     event = ResponseErrorEvent.model_construct(**json.loads(data))
     assert (event.type, event.message, event.code, event.param) == ("error", "lost", "replica_failed", None)
@@ -54,13 +54,13 @@ def test_the_error_of_a_response_is_a_typed_event() -> None:
     ],
 )
 def test_anthropics_kinds(path: str, status: int, kind: str) -> None:
-    body = dialect_of(path).body(ErrorReply(status, "any", "any", "lost", "model"))
+    body = api_format_of(path).error_body(ErrorReply(status, "any", "any", "lost", "model"))
     assert body == {"type": "error", "error": {"type": kind, "message": "lost"}}
     if kind != "request_too_large":  # its client knows that one by its status alone
         assert anthropic.types.ErrorResponse.model_validate({"request_id": None, **body}).error.type == kind
 
 
 def test_anthropics_error_event() -> None:
-    name, _, data = dialect_of(protocol.MESSAGES).event(LOST).partition(b"\ndata: ")
+    name, _, data = api_format_of(protocol.MESSAGES).error_event(LOST).partition(b"\ndata: ")
     assert name == b"event: error"
     assert json.loads(data) == {"type": "error", "error": {"type": "api_error", "message": "lost"}}

@@ -24,8 +24,8 @@ POST = b"POST / HTTP/1.1\r\nHost: x\r\n"
 
 @pytest.fixture(autouse=True)
 def empty_tables(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(request_parser, "_HEADS", HeadCache(request_parser._known_head, ids=True))
-    monkeypatch.setattr(response_parser, "_HEADS", HeadCache(response_parser._known_head))
+    monkeypatch.setattr(request_parser, "_HEADS", HeadCache(request_parser._cacheable_head, ids=True))
+    monkeypatch.setattr(response_parser, "_HEADS", HeadCache(response_parser._cacheable_head))
 
 
 @dataclass
@@ -44,20 +44,20 @@ class Seen:
 
 def requests(*pieces: bytes, parse: bool = False) -> list[Seen | int]:
     """As a server would take them, each as soon as it is there; at the end the refusal's status, if there was one."""
-    framer, taken, refused = RequestParser(max_body=MAX_BODY), [], 0
+    parser, taken, refused = RequestParser(max_body=MAX_BODY, request_type=request_parser.ParsedRequest), [], 0
     for piece in pieces:
         try:
-            (framer.parse if parse and not framer._ended else framer.feed)(piece)
+            (parser.parse if parse and not parser._ended else parser.feed)(piece)
         except RefusedError as error:
             refused = error.status
-        while framer.waiting:
-            taken.append(framer.waiting.popleft())
+        while parser.waiting:
+            taken.append(parser.waiting.popleft())
     seen: list[Seen | int] = []
     for message in taken:
         head = message.head
         fields = [field for field in head.headers.fields if field[0] != b"content-length"]
         line = head.method, head.target, head.path, head.query
-        body = b"".join(message.pieces) if message.complete else b""
+        body = b"".join(message.chunks) if message.complete else b""
         failure = None if message.failure is None else type(message.failure)
         keep = message.keep_alive
         seen.append(Seen(line, fields, message.request_id, keep, head.expects, body, message.complete, failure))
@@ -70,15 +70,15 @@ Answered = tuple[int, list[tuple[bytes, bytes]], int | None, bytes, bool, bool, 
 
 
 def response(*pieces: bytes, parse: bool = False) -> Answered:
-    framer, failed = ResponseParser(), False
+    parser, failed = ResponseParser(), False
     try:
         for piece in pieces:
-            (framer.parse if parse else framer.feed)(piece)
+            (parser.parse if parse else parser.feed)(piece)
     except UpstreamError:
         failed = True
-    fields = [field for field in framer.headers.fields if field[0] != b"content-length"]
-    keep_alive = framer.complete and framer.keep_alive
-    return framer.status, fields, framer.length, b"".join(framer.pieces), framer.complete, keep_alive, failed
+    fields = [field for field in parser.headers.fields if field[0] != b"content-length"]
+    keep_alive = parser.complete and parser.keep_alive
+    return parser.status, fields, parser.length, b"".join(parser.chunks), parser.complete, keep_alive, failed
 
 
 NAMES = ["Content-Length", "content-length", "Content-length", "CONTENT-LENGTH", "Content-Length ", "X-Content-Length"]
@@ -247,25 +247,25 @@ def test_an_id_in_any_spelling_is_kept_however_often_its_head_comes(line: bytes)
 
 def test_heads_that_differ_in_a_credential_share_nothing() -> None:
     def ask(token: bytes, body: bytes) -> request_parser.RequestHead:
-        framer = RequestParser(max_body=MAX_BODY)
-        framer.feed(POST + b"Authorization: Bearer %b\r\nContent-Length: %d\r\n\r\n%b" % (token, len(body), body))
-        return framer.waiting[0].head
+        parser = RequestParser(max_body=MAX_BODY, request_type=request_parser.ParsedRequest)
+        parser.feed(POST + b"Authorization: Bearer %b\r\nContent-Length: %d\r\n\r\n%b" % (token, len(body), body))
+        return parser.waiting[0].head
 
     for _ in range(3):
         known = ask(b"owner", b"abc")
-    known.headers.notes["checked"] = True
+    known.headers.cached["checked"] = True
     assert ask(b"owner", b"something else").headers is known.headers
     for _ in range(3):
         other = ask(b"0wner", b"abc")
         assert other.headers is not known.headers
-        assert not other.headers.notes
+        assert not other.headers.cached
 
 
 def test_heads_that_differ_in_the_request_s_id_are_one() -> None:
     def ask(request_id: bytes) -> request_parser.ParsedRequest:
-        framer = RequestParser(max_body=MAX_BODY)
-        framer.feed(POST + b"x-request-id: %b\r\nContent-Length: 3\r\n\r\nabc" % request_id)
-        return framer.waiting[0]
+        parser = RequestParser(max_body=MAX_BODY, request_type=request_parser.ParsedRequest)
+        parser.feed(POST + b"x-request-id: %b\r\nContent-Length: 3\r\n\r\nabc" % request_id)
+        return parser.waiting[0]
 
     ask(b"1")
     first, second = ask(b"22"), ask(b"333-4")
@@ -280,17 +280,17 @@ def test_the_table_is_bounded() -> None:
     heads: HeadCache[int] = HeadCache(lambda data: parsed.append(data) or 1)  # type: ignore[func-returns-value]
     for i in range(3 * MAX_HEADS):
         for _ in range(3):
-            heads.whole(b"GET /%d HTTP/1.1\r\n\r\n" % i)
-        heads.whole(b"GET /once/%d HTTP/1.1\r\n\r\n" % i)
+            heads.lookup(b"GET /%d HTTP/1.1\r\n\r\n" % i)
+        heads.lookup(b"GET /once/%d HTTP/1.1\r\n\r\n" % i)
     assert len(parsed) == 3 * MAX_HEADS
-    assert len(heads._known) <= MAX_HEADS
-    assert len(heads._once) <= MAX_HEADS
+    assert len(heads._heads) <= MAX_HEADS
+    assert len(heads._seen_once) <= MAX_HEADS
     long = b"GET / HTTP/1.1\r\nA: " + b"x" * MAX_HEAD_BYTES + b"\r\n\r\n"
-    assert [heads.whole(long) for _ in range(3)] == [None] * 3
+    assert [heads.lookup(long) for _ in range(3)] == [None] * 3
     assert len(parsed) == 3 * MAX_HEADS
 
 
 def test_a_body_may_be_far_longer_than_a_head() -> None:
     heads: HeadCache[int] = HeadCache(len)
     data = POST + b"Content-Length: %d\r\n\r\n" % 2**20 + b"x" * 2**20
-    assert [heads.whole(data) for _ in range(2)] == [None, (len(data), b"x" * 2**20, b"")]
+    assert [heads.lookup(data) for _ in range(2)] == [None, (len(data), b"x" * 2**20, b"")]

@@ -31,4 +31,4 @@ def taken(settle: str) -> int:
 @pytest.mark.skipif(sys.platform != "linux", reason="of glibc")
 def test_long_bodies_take_the_memory_of_those_before() -> None:
     assert taken("") > 10_000, "or this shows nothing"
-    assert taken("memory_tuning.settle_to_relay()") < 1000
+    assert taken("memory_tuning.tune_for_relay()") < 1000

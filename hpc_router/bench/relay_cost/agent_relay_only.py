@@ -65,7 +65,7 @@ async def serve(run: RunDir, replica: str, engine: Path) -> None:
             )
             max_body = int((settings.router.max_body_mb + 1) * 2**20)
             async with (
-                listening(http_api.handle, sock, max_body=max_body, express=http_api.express),
+                listening(http_api.handle, sock, max_body=max_body),
                 Lease(run.registry, record, files, on_gone=stop.set),
             ):
                 await stop.wait()

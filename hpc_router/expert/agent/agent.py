@@ -146,9 +146,7 @@ class Agent:
             http_api = self._make_http_api(client)
             sock = stack.enter_context(bind(self._address))
             max_body = int((router.max_body_mb + 1) * _MIB)  # the router's limit comes first
-            await stack.enter_async_context(
-                listening(http_api.handle, sock, max_body=max_body, express=http_api.express)
-            )
+            await stack.enter_async_context(listening(http_api.handle, sock, max_body=max_body))
             record = self._record(sock)
             self._files.post(partial(self._job.write, self._lifecycle.progress()))
             lease = Lease(

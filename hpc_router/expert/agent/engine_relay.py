@@ -6,11 +6,11 @@ into an error event.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Final
 
 from hpc_router.errors import UpstreamError
-from hpc_router.relay.downstream.interface import SHORT_BYTES, DownstreamGoneError, Request, Response, Work
+from hpc_router.relay.downstream.interface import SHORT_BYTES, DownstreamGoneError, PendingResponse, Request, Response
 from hpc_router.relay.headers import NOT_DOWNSTREAM, NOT_UPSTREAM, Headers, crossing
 from hpc_router.relay.in_flight import InFlight
 from hpc_router.relay.sse import CONTENT_TYPE
@@ -32,18 +32,24 @@ ENGINE_LIMITS: Final = UpstreamTimeouts(connect_s=5.0, first_byte_s=_DAY_S, idle
 ENGINE: Final = address_of("http://engine")
 
 
-class FastRelay(Work, ResponseCallback):
-    """A request to the engine that needs no task, as long as its response arrives in one piece: the agent's part of the
-    fast path (`express` in relay/downstream)."""
+class FastRelay(PendingResponse, ResponseCallback):
+    """A request to the engine that no task awaits, as long as its response may be received in one read. `respond`
+    continues it in a task."""
 
-    __slots__ = ("_in_flight", "_on_progress", "_relayed", "_request", "started")
+    __slots__ = ("_in_flight", "_on_progress", "_relayed", "_request", "_respond", "started")
 
     started: PendingRequest
 
     def __init__(
-        self, request: Request, in_flight: InFlight, relayed: set[Request], on_progress: Callable[[], None]
+        self,
+        request: Request,
+        in_flight: InFlight,
+        relayed: set[Request],
+        on_progress: Callable[[], None],
+        respond: Callable[[Request, PendingRequest], Awaitable[Response | None]],
     ) -> None:
         self._request = request
+        self._respond = respond
         self._in_flight = in_flight
         self._relayed = relayed
         self._on_progress = on_progress
@@ -51,7 +57,7 @@ class FastRelay(Work, ResponseCallback):
     def begin(self, client: Upstream, body: bytes) -> bool:
         """Send the request; False if that is not possible at once: then the handler serves it."""
         request = self._request
-        started = client.start(request.method, ENGINE, request.target, head=_head(request), body=body, asker=self)
+        started = client.start(request.method, ENGINE, request.target, head=_head(request), body=body, callback=self)
         if started is None:
             return False
         self.started = started
@@ -59,27 +65,30 @@ class FastRelay(Work, ResponseCallback):
         self._relayed.add(request)
         return True
 
-    def leave(self) -> None:
-        """Remove the request from the counts."""
+    async def run(self) -> Response | None:
+        try:
+            return await self._respond(self._request, self.started)
+        finally:
+            self._end()
+
+    def cancel(self) -> None:
+        self.started.cancel()
+        self._end()
+
+    def _end(self) -> None:
         self._in_flight.leave()
         self._relayed.discard(self._request)
 
-    def cancel(self) -> None:
-        self._request.begun_work = None
-        self.started.abandon()
-        self.leave()
-
-    def on_answer(self, status: int, headers: Headers, body: bytes) -> bool:
+    def on_response(self, status: int, headers: Headers, body: bytes) -> bool:
         if headers.content_type == CONTENT_TYPE or len(body) > SHORT_BYTES:
             return False
         request = self._request
-        request.begun_work = None
         self._on_progress()
-        self.leave()
-        request.answer(status, crossing(headers, drop=NOT_DOWNSTREAM), body)
+        self._end()
+        request.respond(status, crossing(headers, drop=NOT_DOWNSTREAM), body)
         return True
 
-    def on_news(self) -> None:
+    def on_incomplete(self) -> None:
         self._request.resume()
 
 
@@ -92,7 +101,7 @@ async def relay_request(
     Raises UpstreamError if the engine sends no response or fails within one (the client's connection is then already
     broken), and the errors of `Request.read`.
     """
-    body = request.ready()
+    body = request.complete_body()
     if body is None:
         body = await request.read()
     head = _head(request)
@@ -101,15 +110,15 @@ async def relay_request(
             request.method, ENGINE, request.target, head=head, body=body or None, started=started
         ) as answer:
             head = crossing(answer.headers, drop=NOT_DOWNSTREAM)
-            if (whole := answer.whole) is not None and len(whole) <= SHORT_BYTES:
+            if (whole := answer.complete_body) is not None and len(whole) <= SHORT_BYTES:
                 on_progress()
                 return Response(answer.status, head, whole)
-            await request.begin(answer.status, head, length=answer.length)
-            await answer.flow(_ClientSink(request, on_progress))
+            await request.start_response(answer.status, head, length=answer.length)
+            await answer.stream_to(_ClientSink(request, on_progress))
     except DownstreamGoneError:
         pass  # the handler is about to be cancelled
     except UpstreamError as error:
-        if request.begun:
+        if request.response_started:
             logger.warning("the engine failed during a response: %s", error)
             request.abort()
         raise
@@ -128,19 +137,19 @@ class _ClientSink:
         self._request = request
         self._on_progress = on_progress
         self._write_chunk = request.write_chunk
-        self._passage = None if self._write_chunk is None else ChunkWriter(self._pass, CHUNK_ENDS)
+        self._chunk_writer = None if self._write_chunk is None else ChunkWriter(self._pass, CHUNK_ENDS)
 
-    def take(self, data: bytes) -> bool:
+    def write(self, data: bytes) -> bool:
         self._on_progress()
         return self._request.write(data)
 
-    def passage(self) -> ChunkWriter | None:
-        return self._passage
+    def chunk_writer(self) -> ChunkWriter | None:
+        return self._chunk_writer
 
     def _pass(self, chunk: bytes) -> bool:
         assert self._write_chunk is not None
         self._on_progress()
         return self._write_chunk(chunk)
 
-    async def make_room(self) -> None:
+    async def drain(self) -> None:
         await self._request.drain()

@@ -10,16 +10,22 @@ import asyncio
 import json
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Final
+from typing import Any, Final
 
 from hpc_router.background_tasks import TaskFailures
 from hpc_router.errors import BadRequestError, BodyTooLargeError, UpstreamConnectError, UpstreamError
 from hpc_router.expert.agent.engine_relay import FastRelay, relay_request
 from hpc_router.net import protocol
 from hpc_router.net.auth import bearer_token, challenge_answer, equal_secrets
-from hpc_router.relay.downstream.interface import Handler, Request, Response, Work, error_response, json_response
+from hpc_router.relay.downstream.interface import (
+    PendingResponse,
+    Request,
+    Response,
+    error_response,
+    json_response,
+)
 from hpc_router.relay.in_flight import InFlight
 from hpc_router.relay.upstream.interface import PendingRequest, Upstream
 from hpc_router.state.registry import State
@@ -58,7 +64,7 @@ class AgentHttpApi:
     failures: TaskFailures = field(default_factory=TaskFailures)
     _in_engine: set[Request] = field(init=False, default_factory=set)
     """Requests whose responses are not complete."""
-    _routes: Mapping[tuple[str, str], Handler] = field(init=False)
+    _routes: Mapping[tuple[str, str], Callable[[Request], Awaitable[Response | None]]] = field(init=False)
 
     def __post_init__(self) -> None:
         self._routes = {
@@ -69,14 +75,15 @@ class AgentHttpApi:
             **{("POST", path): self._generate for path in protocol.GENERATE_PATHS},
         }
 
-    async def handle(self, request: Request) -> Response | None:
-        """Raises nothing but CancelledError."""
-        resumed, request.begun_work = request.begun_work, None
+    def handle(self, request: Request) -> PendingResponse | Coroutine[Any, Any, Response | None]:
+        """Serve a request, without a task if only the engine has to be awaited."""
+        return self._start(request) or self._respond(request)
+
+    async def _respond(self, request: Request, started: PendingRequest | None = None) -> Response | None:
+        """Raises nothing but CancelledError. `started`: the request to the engine, if it was sent already."""
         try:
-            if isinstance(resumed, FastRelay):
-                resumed.leave()
-                with self.in_flight:
-                    return await self._relay(request, started=resumed.started)
+            if started is not None:
+                return await self._relay(request, started=started)
             if request.path == protocol.HEALTH:
                 return self._health(request)
             key = self.rank_token or self.key if request.path == protocol.RANK else self.key
@@ -112,16 +119,13 @@ class AgentHttpApi:
                 path=request.path,
             )
 
-    def express(self, request: Request) -> Work | None:
-        """The fast path (`Express` in relay/downstream): `handle` for requests that need no waiting."""
-        body = request.ready()
+    def _start(self, request: Request) -> PendingResponse | None:
+        """None: something other than the engine has to be awaited."""
+        body = request.complete_body()
         if body is None or not self._is_fast_path(request) or self.state is not State.READY or self._full:
             return None
-        relay = FastRelay(request, self.in_flight, self._in_engine, self._on_progress)
-        if not relay.begin(self.client, body):
-            return None
-        request.begun_work = relay
-        return relay
+        relay = FastRelay(request, self.in_flight, self._in_engine, self._on_progress, self._respond)
+        return relay if relay.begin(self.client, body) else None
 
     def break_off(self) -> None:
         """Abort the connection of every running request, and accept none until the agent is ready again. Called before
@@ -136,11 +140,11 @@ class AgentHttpApi:
 
     def _is_fast_path(self, request: Request) -> bool:
         """Decided by the head of the request, once per cached head."""
-        notes = request.headers.notes
-        known: bool | None = notes.get(self.key)
+        cached = request.headers.cached
+        known: bool | None = cached.get(self.key)
         if known is None:
             generates = request.method == "POST" and request.path in protocol.GENERATE_PATHS
-            known = notes[self.key] = generates and _has_token(request, self.key)
+            known = cached[self.key] = generates and _has_token(request, self.key)
         return known
 
     @property
@@ -189,7 +193,7 @@ class AgentHttpApi:
             if isinstance(error, UpstreamConnectError) and not error.sent:
                 return self._refuse(request, State.STARTING)
             self.unfinished += request.path in protocol.GENERATE_PATHS
-            if request.begun:
+            if request.response_started:
                 return None
             response = error_response(
                 502,

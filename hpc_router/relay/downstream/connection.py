@@ -1,31 +1,32 @@
-"""One client's connection: one request after another, each with its answer.
+"""The connection of one client: one request after another, each followed by its response.
 
-One task takes requests as their heads are complete and writes answers into the transport. Reading goes on meanwhile, so
-that a client that leaves is noticed at once: its handler is cancelled. Pipelined requests wait their turn, a bounded
-number of them. A request that `express` begins needs no task, unless it is handed back to it.
+A connection is idle (`_deadline` is set), or it serves a request: `pending` until a task runs, and then `_task`. Each
+event of the event loop makes at most one step. An idle connection passes the next request to the handler, in the call
+that received it. The handler returns a `PendingResponse`, which needs a task only if it is resumed, or a coroutine,
+which gets a task at once. Reading continues meanwhile: a disconnect cancels the request, and further requests wait in
+the parser, up to a limit.
 """
 
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from email.utils import formatdate
 from functools import lru_cache
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Final, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from hpc_router.errors import RequestTimeoutError
 from hpc_router.relay.downstream.interface import (
     DownstreamGoneError,
-    Express,
+    PendingResponse,
     Request,
     Response,
-    Work,
     check_encoding,
     error_response,
 )
-from hpc_router.relay.downstream.request_parser import ParsedRequest, RefusedError, RequestParser
+from hpc_router.relay.downstream.request_parser import ParsedRequest, RefusedError, RequestHead, RequestParser
 
 if TYPE_CHECKING:
     from hpc_router.relay.downstream.server import Server
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 LINGER_S: Final = 5.0
-"""How long a client that still sends is let finish, so that it reads the answer before the connection breaks."""
+"""Time for a client that is still sending to read the response before the connection is closed."""
 _REASONS: Final = {status.value: status.phrase.encode() for status in HTTPStatus}
 _WITHOUT_BODY: Final = frozenset({204, 304})
 
@@ -43,209 +44,226 @@ def _date(at: int) -> bytes:
     return formatdate(at, usegmt=True).encode()
 
 
-class ClientRequest(Request):
-    __slots__ = ("_begun", "_chunked", "_connection", "_message", "_silent", "answered")
+class ClientRequest(ParsedRequest, Request):
+    """A parsed request whose response goes to `connection`."""
 
-    def __init__(self, message: ParsedRequest, connection: "ClientConnection") -> None:
-        self._message = message
-        self._connection = connection
-        head = message.head
-        self.method = head.method
-        self.target = head.target
-        self.path = head.path
-        self.query = head.query
-        self.headers = head.headers
-        self.request_id = message.request_id
-        self.keep_alive = message.keep_alive
-        self.begun_work = None
-        self.answered = False
-        self._begun = False
-        self._chunked = False
-        self._silent = head.method == "HEAD"
+    __slots__ = ("_chunked", "_response_started", "_without_body", "connection")
+
+    connection: "ClientConnection"
+
+    def __init__(self, head: RequestHead, chunks: list[bytes | bytearray], request_id: bytes, complete: bool) -> None:
+        super().__init__(head, chunks, request_id, complete)
+        self._response_started = self._chunked = False
+        self._without_body = head.method == "HEAD"
 
     @property
-    def begun(self) -> bool:
-        return self._begun
+    def response_started(self) -> bool:
+        return self._response_started
 
     @property
-    def quiet(self) -> bool:
-        return self._connection.quiet
+    def idle(self) -> bool:
+        return self.connection.idle
 
-    @quiet.setter
-    def quiet(self, yes: bool) -> None:
-        self._connection.quiet = yes
+    @idle.setter
+    def idle(self, yes: bool) -> None:
+        self.connection.idle = yes
 
-    @property
-    def whole(self) -> bool:
-        """All of it has come."""
-        return self._message.complete
-
-    def ready(self) -> bytes | None:
-        message = self._message
-        if not message.complete or len(message.pieces) != 1 or b"content-encoding" in self.headers:
+    def complete_body(self) -> bytes | None:
+        if not self.complete or len(self.chunks) != 1 or self.head.encoded:
             return None
-        return b"".join(message.pieces)
+        return bytes(self.chunks[0])
 
     async def read(self, *, limit_s: float | None = None) -> bytes:
-        message = self._message
         check_encoding(self.headers)
-        if not message.complete:
-            if message.head.expects and not message.pieces and message.failure is None:
-                self._connection.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        if not self.complete:
+            if self.head.expects and not self.chunks and self.failure is None:
+                self.connection.write(b"HTTP/1.1 100 Continue\r\n\r\n")
             try:
                 async with asyncio.timeout(limit_s):
-                    while not message.complete and message.failure is None:
-                        await self._connection.news()
+                    while not self.complete and self.failure is None:
+                        await self.connection.wait_for_event()
             except TimeoutError as error:
                 raise RequestTimeoutError(f"the body did not arrive within {limit_s:g} s") from error
-            if message.failure is not None:
-                raise message.failure
-        return b"".join(message.pieces)
+            if self.failure is not None:
+                raise self.failure
+        return b"".join(self.chunks)
 
-    async def begin(self, status: int, head: bytes, *, length: int | None) -> None:
+    async def start_response(self, status: int, head: bytes, *, length: int | None) -> None:
         self.send(status, head, length)
 
     def send(self, status: int, head: bytes, length: int | None, body: bytes = b"") -> None:
-        """The head and what is known of the body."""
-        self._begun = True
-        message = self._message
-        if not message.keep_alive or not message.complete:
+        """Send the head and the known part of the body."""
+        self._response_started = True
+        if not self.complete:
             self.keep_alive = False
         if status in _WITHOUT_BODY:
-            self._silent, framing = True, b""
+            self._without_body, framing = True, b""
         elif length is not None:
             framing = b"content-length: %d\r\n" % length
-        elif message.head.http_1_0:
-            self.keep_alive, framing = False, b""  # its end is the connection's
+        elif self.head.http_1_0:
+            self.keep_alive, framing = False, b""  # closing the connection ends the body
         else:
-            self._chunked, framing = not self._silent, b"transfer-encoding: chunked\r\n"
+            self._chunked, framing = not self._without_body, b"transfer-encoding: chunked\r\n"
         if not self.keep_alive:
             framing += b"connection: close\r\n"
-        elif message.head.http_1_0:
+        elif self.head.http_1_0:
             framing += b"connection: keep-alive\r\n"
-        self._connection.write(
+        self.connection.write(
             b"HTTP/1.1 %d %b\r\n%b%bdate: %b\r\n\r\n%b"
-            % (status, _REASONS.get(status, b""), head, framing, _date(int(time.time())), b"" if self._silent else body)
+            % (
+                status,
+                _REASONS.get(status, b""),
+                head,
+                framing,
+                _date(int(time.time())),
+                b"" if self._without_body else body,
+            )
         )
 
     def write(self, data: bytes) -> bool:
-        if self._chunked and data:  # an empty chunk would be the last one
-            return self._connection.write(b"%x\r\n%b\r\n" % (len(data), data))
-        return self._connection.write(b"" if self._silent else data)
+        if self._chunked and data:  # an empty chunk would end the body
+            return self.connection.write(b"%x\r\n%b\r\n" % (len(data), data))
+        return self.connection.write(b"" if self._without_body else data)
 
     @property
     def write_chunk(self) -> Callable[[bytes], bool] | None:
-        return self._connection.write if self._chunked else None
+        return self.connection.write if self._chunked else None
 
     async def drain(self, *, limit_s: float | None = None) -> None:
-        await self._connection.drain(limit_s)
+        await self.connection.drain(limit_s)
 
     def abort(self) -> None:
-        self._connection.abort()
+        self.connection.abort()
 
-    def answer(self, status: int, head: bytes, body: bytes) -> None:
-        self._connection.answer(self, status, head, body)
+    def respond(self, status: int, head: bytes, body: bytes) -> None:
+        connection = self.connection
+        connection.pending = None
+        if connection.stopping:
+            self.keep_alive = False
+        try:
+            self.send(status, head, len(body), body)
+        except DownstreamGoneError:
+            pass
+        else:
+            connection.responded(self)
 
     def resume(self) -> None:
-        self._connection.resume(self)
+        self.connection.run_pending()
 
     def finish(self, response: Response | None) -> None:
-        """After the handler."""
-        self.answered = True
+        """Complete the response after the handler has returned."""
         if response is not None:
-            if self._begun:
-                raise AssertionError("the handler has returned a second answer")
+            if self._response_started:
+                raise AssertionError("the handler has returned a second response")
             self.send(response.status, response.head, len(response.body), response.body)
-        elif not self._begun:
-            raise AssertionError("the handler has neither answered nor returned an answer")
+        elif not self._response_started:
+            raise AssertionError("the handler has neither sent nor returned a response")
         elif self._chunked:
-            self._connection.write(b"0\r\n\r\n")
+            self.connection.write(b"0\r\n\r\n")
 
 
 class ClientConnection(asyncio.Protocol):
     __slots__ = (
-        "_alarm", "_deadline", "_framer", "_lingering", "_loop", "_refusal", "_resumed", "_server", "_task",
-        "_transport", "_waiter", "_work", "_writable", "quiet",
+        "_deadline", "_lingering", "_loop", "_parser", "_refusal", "_request", "_server", "_task", "_timer",
+        "_transport", "_waiter", "_writable", "idle", "pending",
     )  # fmt: skip
 
     def __init__(self, server: "Server") -> None:
         self._server = server
         self._loop = server.loop
-        self._framer = RequestParser(max_body=server.max_body)
+        self._parser = RequestParser(max_body=server.max_body, request_type=ClientRequest)
         self._transport: asyncio.Transport | None = None
+        self._request: ClientRequest | None = None  # being served
+        self.pending: PendingResponse | Coroutine[Any, Any, Response | None] | None = None
         self._task: asyncio.Task[None] | None = None
         self._waiter: asyncio.Future[None] | None = None
-        self._alarm: asyncio.TimerHandle | None = None
-        self._deadline: float | None = None  # for the next request's head; None: a request is being handled
+        self._timer: asyncio.TimerHandle | None = None
+        self._deadline: float | None = None  # for the next request's head; None while a request is served
         self._refusal: RefusedError | None = None
-        self._work: Work | None = None  # what is under way without a task
-        self._resumed: ClientRequest | None = None  # for the task to go on with
         self._writable = True
         self._lingering = False
-        self.quiet = False  # nothing was written since this was set
+        self.idle = False  # see `Request.idle`
 
-    # The server's side.
+    # Called by the server.
 
     def stop(self) -> None:
-        """No request after the present one."""
+        """Serve no request after the current one."""
         if self._deadline is not None and self._transport is not None:
-            self._transport.close()  # when the last answer is out
+            self._transport.close()  # after the last response has been sent
 
     @property
     def task(self) -> "asyncio.Task[None] | None":
         return self._task
 
-    async def _serve(self) -> None:
-        try:
-            while (request := await self._next()) is not None:
-                if not request.answered:
-                    response = await self._server.handler(request)
-                    if self._server.stopping:
-                        request.keep_alive = False
-                    request.finish(response)
-                if not self._writable:
-                    await self.drain(self._server.keep_alive_s)
-                if not request.keep_alive:
-                    await self._end(linger=not request.whole)
-                    return
-                request = response = None  # or the bodies would be kept until the next one comes
-            if self._refusal is not None:
-                self._refuse(self._refusal)
-                await self._end(linger=True)
-        except DownstreamGoneError:
-            pass
-        except Exception:
-            logger.exception("a connection failed")
-        finally:
-            if self._transport is not None and not self._transport.is_closing():
-                self._transport.abort()
-
-    async def _next(self) -> ClientRequest | None:
-        """None: there will be no other one."""
-        waiting = self._framer.waiting
-        if self._work is None:
-            self._deadline = self._loop.time() + self._server.keep_alive_s
-        while self._resumed is None and (self._work is not None or not self._anything_waits):
-            await self.news()
-        self._deadline = None
-        if self._resumed is not None:
-            request, self._resumed, self._work = self._resumed, None, None
-            return request
-        return ClientRequest(waiting.popleft(), self) if waiting else None
-
     @property
-    def _anything_waits(self) -> bool:
-        return bool(self._framer.waiting) or self._refusal is not None or self._server.stopping
+    def stopping(self) -> bool:
+        return self._server.stopping
 
-    def _refuse(self, error: RefusedError) -> None:
+    # From one request to the next.
+
+    def _start_next(self) -> None:
+        """The connection serves no request: start the next one, or wait for it."""
+        waiting = self._parser.waiting
+        if waiting:
+            self._deadline = None
+            self._request = request = waiting.popleft()
+            request.connection = self
+            self.pending = self._server.handler(request)
+            if not isinstance(self.pending, PendingResponse):
+                self.run_pending()
+        elif self._refusal is not None:
+            self._run(self._refuse, self._refusal)
+        else:
+            self._deadline = self._loop.time() + self._server.keep_alive_s
+
+    def run_pending(self) -> None:
+        """Continue the request in a task."""
+        self._run(self._serve)
+
+    def _run(self, step: Callable[..., Coroutine[Any, Any, None]], *args: Any) -> None:
+        self._deadline = None
+        self._task = self._loop.create_task(self._to_end(step, *args))
+
+    async def _serve(self) -> None:
+        request, pending = self._request, self.pending
+        assert request is not None
+        assert pending is not None
+        self.pending = None
+        response = await (pending.run() if isinstance(pending, PendingResponse) else pending)
+        if self._server.stopping:
+            request.keep_alive = False
+        request.finish(response)
+        await self._end(request)
+
+    def responded(self, request: ClientRequest) -> None:
+        """The response to a pending request has been sent."""
+        if not request.keep_alive or not self._writable:
+            self._run(self._end, request)
+        elif self._parser.waiting or self._refusal is not None:
+            self._start_next()
+        else:
+            self._request = None  # frees the body
+            self._deadline = self._loop.time() + self._server.keep_alive_s
+
+    async def _end(self, request: ClientRequest) -> None:
+        """The response is complete; the client may not have read it yet."""
+        if not self._writable:
+            await self.drain(self._server.keep_alive_s)
+        if not request.keep_alive:
+            await self._close(linger=not request.complete)
+
+    async def _refuse(self, error: RefusedError) -> None:
+        """Respond to bytes that are not a request, and close the connection."""
         response = error_response(error.status, kind="invalid_request_error", code="bad_request", message=str(error))
         self.write(
             b"HTTP/1.1 %d %b\r\n%bcontent-length: %d\r\nconnection: close\r\n\r\n%b"
             % (response.status, _REASONS[response.status], response.head, len(response.body), response.body)
         )
+        await self._close(linger=True)
 
-    async def _end(self, *, linger: bool) -> None:
-        """Close once the answer is out. A client that still sends would lose it to a reset, so that is let finish."""
+    async def _close(self, *, linger: bool) -> None:
+        """Close the connection after the response. `linger`: the client is still sending, and closing now would reset
+        the connection and could discard the response."""
         if self._transport is None or self._transport.is_closing():
             return
         if linger:
@@ -254,33 +272,28 @@ class ClientConnection(asyncio.Protocol):
                 self._transport.write_eof()
             with suppress(TimeoutError):
                 async with asyncio.timeout(LINGER_S):
-                    await self.news()  # none comes; that it has left cancels us
-        self._deadline = self._loop.time() + self._server.keep_alive_s  # to take what is left
+                    await self.wait_for_event()  # a disconnect cancels this task
+        self._deadline = self._loop.time() + self._server.keep_alive_s  # for reading the rest of the response
         self._transport.close()
 
-    # The request's side.
-
-    def answer(self, request: ClientRequest, status: int, head: bytes, body: bytes) -> None:
-        self._work = None
-        if self._server.stopping:
-            request.keep_alive = False
-        request.answered = True
+    async def _to_end(self, step: Callable[..., Coroutine[Any, Any, None]], *args: Any) -> None:
         try:
-            request.send(status, head, len(body), body)
+            await step(*args)
         except DownstreamGoneError:
-            return
-        self._deadline = self._loop.time() + self._server.keep_alive_s
-        if not request.keep_alive or not self._writable:
-            self._resumed = request
-        if self._resumed is not None or self._anything_waits:
-            self._wake()
+            self.abort()
+        except BaseException as error:
+            self.abort()
+            if not isinstance(error, Exception):
+                raise
+            logger.exception("a connection failed")
+        if self._transport is not None and not self._transport.is_closing():
+            self._task = self._request = None  # frees the bodies
+            self._start_next()
 
-    def resume(self, request: ClientRequest) -> None:
-        self._resumed = request
-        self._wake()
+    # Called by requests.
 
-    def news(self) -> asyncio.Future[None]:
-        """Awaited by the connection's task: something has happened."""
+    def wait_for_event(self) -> asyncio.Future[None]:
+        """A future that the next event of the connection completes. Awaited by the connection's task."""
         self._waiter = waiter = self._loop.create_future()
         return waiter
 
@@ -288,7 +301,7 @@ class ClientConnection(asyncio.Protocol):
         transport = self._transport
         if transport is None or transport.is_closing():
             raise DownstreamGoneError("the client has gone")
-        self.quiet = False
+        self.idle = False
         transport.write(data)
         return self._writable
 
@@ -296,10 +309,10 @@ class ClientConnection(asyncio.Protocol):
         try:
             async with asyncio.timeout(limit_s):
                 while not self._writable and self._transport is not None:
-                    await self.news()
+                    await self.wait_for_event()
         except TimeoutError as error:
             self.abort()
-            raise DownstreamGoneError("the client reads no more") from error
+            raise DownstreamGoneError("the client does not read") from error
         if self._transport is None:
             raise DownstreamGoneError("the client has gone")
 
@@ -307,56 +320,44 @@ class ClientConnection(asyncio.Protocol):
         if self._transport is not None:
             self._transport.abort()
 
-    # The event loop's side.
+    # Called by the event loop.
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
         self._server.connections.add(self)
         self._deadline = self._loop.time() + self._server.keep_alive_s
-        self._alarm = self._loop.call_at(self._deadline, self._ring)
-        self._task = self._loop.create_task(self._serve())
+        self._timer = self._loop.call_at(self._deadline, self._check_deadline)
 
     def data_received(self, data: bytes) -> None:
         if self._lingering or self._refusal is not None:
             return
         try:
-            self._framer.feed(data)
+            self._parser.feed(data)
         except RefusedError as refusal:
             self._refusal = refusal
-        if self._work is not None or self._resumed is not None:
-            return  # its turn comes
-        if self._deadline is not None and self._server.express is not None and self._begin(self._server.express):
-            return
-        self._wake()
-
-    def _begin(self, express: Express) -> bool:
-        """Without the task, which waits for a request."""
-        waiting = self._framer.waiting
-        if not waiting or not waiting[0].complete:
-            return False
-        request = ClientRequest(waiting.popleft(), self)
-        self._work = express(request)
-        if self._work is None:
-            self._resumed = request
-        else:
-            self._deadline = None
-        return self._work is not None
+        if self._deadline is None:
+            self._wake()  # the body of the current request may be complete
+        elif self._parser.waiting or self._refusal is not None:
+            self._start_next()
 
     def eof_received(self) -> None:
-        """The transport closes, once it is rid of what was written; a client that has left takes none of that."""
+        """The transport closes after writing its buffer. During a request EOF means that the client has
+        disconnected."""
         if self._deadline is None and not self._lingering:
             self.abort()
 
     def connection_lost(self, error: Exception | None) -> None:
         self._transport = None
         self._server.left(self)
-        self._framer.release()
-        if self._alarm is not None:
-            self._alarm.cancel()
-        if self._work is not None:
-            self._work.cancel()
-        self._work = self._resumed = None
-        task, self._task = self._task, None  # a cancelled task knows its frames, and they us
+        self._parser.release()
+        if self._timer is not None:
+            self._timer.cancel()
+        pending, self.pending, self._request = self.pending, None, None
+        if isinstance(pending, PendingResponse):
+            pending.cancel()
+        elif pending is not None:
+            pending.close()
+        task, self._task = self._task, None  # a cancelled task refers to its frames, and they to this object
         if task is not None:
             task.cancel()
 
@@ -372,10 +373,10 @@ class ClientConnection(asyncio.Protocol):
         if waiter is not None and not waiter.done():
             waiter.set_result(None)
 
-    def _ring(self) -> None:
-        """A deadline is only noted, since it moves with every request; the alarm, when too early, is set again."""
+    def _check_deadline(self) -> None:
+        """Every request only stores a new deadline; a timer that fires too early is scheduled again."""
         now = self._loop.time()
         if self._deadline is not None and now >= self._deadline:
             self.abort()
             return
-        self._alarm = self._loop.call_at(self._deadline or now + self._server.keep_alive_s, self._ring)
+        self._timer = self._loop.call_at(self._deadline or now + self._server.keep_alive_s, self._check_deadline)

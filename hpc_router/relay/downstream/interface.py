@@ -1,34 +1,34 @@
-"""What router and agent see of a client: its request, and the way of the answer back to it.
+"""Interface between the server and its handlers, in the router and in the agent: requests in, responses out.
 
-Two implementations stand behind these types and pass the same tests: `server`, which serves, and `server_aiohttp`, the
-reference it is compared with. Short answers are returned whole, as a `Response`; a stream is begun and written through
-the request itself, where its bytes arrive.
+Two implementations pass the same tests: `server`, and the aiohttp reference in the tests. A handler returns a short
+response as a `Response`; it writes a stream through the request object.
 """
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, Final
 
 from hpc_router.errors import BadRequestError, HpcRouterError
-from hpc_router.relay.api_formats import ErrorReply, dialect_of
+from hpc_router.relay.api_formats import ErrorReply, api_format_of
 from hpc_router.relay.headers import Headers, lines
 
 KEEP_ALIVE_S: Final = 75.0
-"""How long a client may take to send a request's headers, after it has connected or had its last answer."""
+"""Time limit for the next request's head, from the connect or the end of the previous response."""
 SHORT_BYTES: Final = 2**16
-"""What a server may be left to send at its leisure; a client's place is held until it has taken most of more."""
+"""A response up to this size is left to the send buffer; for a longer one the handler waits until the client has read
+most of it."""
 JSON: Final = b"content-type: application/json\r\n"
 
 
 class DownstreamGoneError(HpcRouterError):
-    """The client has closed its connection, or reads no more."""
+    """The client has closed its connection or does not read."""
 
 
 @dataclass(slots=True)
 class Response:
-    """A whole answer. `head`: its header lines but for those of framing and connection."""
+    """A complete response. `head`: header lines without those of framing and connection."""
 
     status: int
     head: bytes = b""
@@ -39,14 +39,13 @@ class Response:
 
 
 class Request(ABC):
-    """`path` is decoded; `target` is path and query as they came. `keep_alive`: whether the client may ask again over
-    this connection; a handler may take that back before it answers. `request_id`: what its `x-request-id` says, which
-    is not among the headers, since it is all that many requests differ in.
+    """`path` is decoded; `target` is path and query as received. `keep_alive`: whether the connection stays open after
+    the response; a handler may set it to False before it responds. `request_id`: the value of `x-request-id`, which is
+    not among the headers, because heads that differ in nothing else share them.
 
-    To answer piece by piece: `begin`, then `write`, with a `drain` after each one that returned False, and return None.
+    To stream a response: `start_response`, then `write`, with a `drain` after each `write` that returned False; then
+    return None.
     """
-
-    __slots__ = ("begun_work", "headers", "keep_alive", "method", "path", "query", "quiet", "request_id", "target")
 
     method: str
     target: str
@@ -55,74 +54,77 @@ class Request(ABC):
     headers: Headers
     request_id: bytes
     keep_alive: bool
-    begun_work: object
-    """What `express` left for the handler; None else."""
-    quiet: bool
-    """Nothing was written since this was set."""
+    idle: bool
+    """True while nothing has been written since it was set to True."""
 
-    def ready(self) -> bytes | None:
-        """The whole body, where that is known already; None: `read` it."""
+    def complete_body(self) -> bytes | None:
+        """The body, if all of it has been received; None: `read` it."""
         return None
 
     @abstractmethod
     async def read(self, *, limit_s: float | None = None) -> bytes:
-        """The whole body. Raises BadRequestError, BodyTooLargeError, or RequestTimeoutError after `limit_s` seconds."""
+        """Wait for the complete body. Raises BadRequestError, BodyTooLargeError, or RequestTimeoutError after `limit_s`
+        s."""
 
-    def answer(self, status: int, head: bytes, body: bytes) -> None:
-        """The end of what `express` began, as in `Response`."""
+    def respond(self, status: int, head: bytes, body: bytes) -> None:
+        """Send the complete response of a `PendingResponse`. Arguments as in `Response`."""
         raise NotImplementedError
 
     def resume(self) -> None:
-        """Let the handler go on with what `express` began; it finds it in `begun_work`."""
+        """Continue a `PendingResponse` in a task."""
         raise NotImplementedError
 
     @property
     @abstractmethod
-    def begun(self) -> bool:
-        """The head of an answer has been sent."""
+    def response_started(self) -> bool:
+        """The head of a response has been sent."""
 
     @abstractmethod
-    async def begin(self, status: int, head: bytes, *, length: int | None) -> None:
-        """Send the head. `length` of the body; None: its end will show."""
+    async def start_response(self, status: int, head: bytes, *, length: int | None) -> None:
+        """Send the head. `length` of the body; None: unknown, the body is chunked."""
 
     @abstractmethod
     def write(self, data: bytes) -> bool:
-        """A piece of the body. False: `drain` before the next one. Raises DownstreamGoneError."""
+        """Send a part of the body. False: call `drain` before the next part. Raises DownstreamGoneError."""
 
     @property
     def write_chunk(self) -> Callable[[bytes], bool] | None:
-        """The same for a piece in the framing of HTTP/1.1's chunks; None where this answer has another one."""
+        """Like `write`, for data that already has the framing of HTTP/1.1 chunks; None if the response is not
+        chunked."""
         return None
 
     @abstractmethod
     async def drain(self, *, limit_s: float | None = None) -> None:
-        """Until the client has taken most of what was written. One that takes nothing for so long has gone as well:
-        it holds a place on a replica. Raises DownstreamGoneError."""
+        """Wait until the client has read most of what was written. A client that reads nothing for `limit_s` seconds is
+        disconnected, because it occupies a replica. Raises DownstreamGoneError."""
 
     @abstractmethod
     def abort(self) -> None:
-        """Break the connection: the only way to say that a body without events is incomplete."""
+        """Abort the connection, which is how a client learns that a body without events is incomplete."""
 
 
-Handler = Callable[[Request], Awaitable[Response | None]]
-"""Answers a request; None when the answer went through the request. A client that leaves cancels it."""
+class PendingResponse:
+    """A request that is served by callbacks. It ends with `Request.respond`, or continues in a task after
+    `Request.resume`. Not abstract, because `isinstance` takes several times as long with an abstract class."""
 
+    __slots__ = ()
 
-class Work(ABC):
-    """A request that is being served without a task."""
-
-    @abstractmethod
     def cancel(self) -> None:
-        """Its client has left."""
+        """The client has disconnected. Not called once `run` has started."""
+        raise NotImplementedError
+
+    async def run(self) -> Response | None:
+        """Continue in a task. Result and cancellation as for a handler's coroutine."""
+        raise NotImplementedError
 
 
-Express = Callable[[Request], Work | None]
-"""Begins to serve a request at once, where nothing has to be waited for: then `Request.answer` is called later, or
-`Request.resume` for the handler to take over. None: the handler's from the beginning."""
+Handler = Callable[[Request], PendingResponse | Coroutine[Any, Any, Response | None]]
+"""Responds to a request. It returns a `PendingResponse`, or a coroutine that a task runs and that is cancelled when the
+client disconnects. The result None: the response was written through the request."""
 
 
 def check_encoding(headers: Headers) -> None:
-    """Raises BadRequestError for a body that would have to be decompressed."""
+    """Raises BadRequestError for a compressed body."""
     if b"content-encoding" in headers and any(e.lower() != b"identity" for e in headers.all(b"content-encoding")):
         raise BadRequestError("compressed request bodies are not supported")
 
@@ -134,8 +136,10 @@ def json_response(value: Any, *, status: int = 200) -> Response:
 def error_response(
     status: int, *, kind: str, code: str, message: str, param: str | None = None, path: str = ""
 ) -> Response:
-    """An error as the clients of the API at `path` read it; OpenAI's, where that says nothing."""
-    response = json_response(dialect_of(path).body(ErrorReply(status, kind, code, message, param)), status=status)
+    """An error in the format of the API at `path`; OpenAI's format for other paths."""
+    response = json_response(
+        api_format_of(path).error_body(ErrorReply(status, kind, code, message, param)), status=status
+    )
     if status == 401:
         response.add("www-authenticate", "Bearer")
     return response

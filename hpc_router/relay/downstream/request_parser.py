@@ -1,12 +1,12 @@
-"""Requests, from bytes to head, body pieces and end. No I/O.
+"""Parses requests: bytes to head, body chunks and end. No I/O.
 
-llhttp (through httptools) does the parsing and is strict by default: bare LF, two lengths, a length beside chunks,
-folded or malformed headers and bad chunk sizes are errors. What it leaves open is refused here: other protocol
-versions and transfer codings, and heads, bodies or queues of requests without end.
+llhttp (through httptools) parses and is strict by default: bare LF, two lengths, a length with chunks, folded or
+malformed headers and bad chunk sizes are errors. This module also rejects other protocol versions and transfer codings,
+and limits the size of heads and bodies and the number of pipelined requests.
 """
 
 from collections import deque
-from typing import Final
+from typing import Final, Generic, TypeVar
 from urllib.parse import unquote, urlsplit
 
 import httptools
@@ -16,16 +16,16 @@ from hpc_router.relay.head_cache import ID_LINE, HeadCache
 from hpc_router.relay.headers import REQUEST_ID, Headers, without_id
 
 MAX_HEAD_BYTES: Final = 2**16
-"""Also for chunk extensions and trailers."""
+"""The limit also applies to chunk extensions and trailers."""
 MAX_FIELDS: Final = 256
 MAX_WAITING: Final = 64
-"""Requests that a client may have sent before the answer to the first."""
-MAX_PIECES: Final = 256
+"""Limit of pipelined requests on one connection."""
+MAX_CHUNKS: Final = 256
 _VERSIONS: Final = frozenset({"1.0", "1.1"})
 
 
 class RefusedError(BadRequestError):
-    """What is no request that could be answered by anybody; the connection ends with `status`."""
+    """The bytes are not a request that any handler could serve; the connection ends with `status`."""
 
     def __init__(self, message: str, *, status: int = 400) -> None:
         super().__init__(message)
@@ -33,9 +33,9 @@ class RefusedError(BadRequestError):
 
 
 class RequestHead:
-    """Request line and headers. `path` is decoded; `target` is path and query as they came."""
+    """Request line and headers. `path` is decoded; `target` is path and query as received."""
 
-    __slots__ = ("expects", "headers", "http_1_0", "keep_alive", "method", "path", "query", "target")
+    __slots__ = ("encoded", "expects", "headers", "http_1_0", "keep_alive", "method", "path", "query", "target")
 
     def __init__(self, method: str, target: str, headers: Headers, *, http_1_0: bool, keep_alive: bool) -> None:
         self.method = method
@@ -44,72 +44,94 @@ class RequestHead:
         if "%" in self.path:
             self.path = unquote(self.path)
         self.headers = headers
+        self.encoded = b"content-encoding" in headers
         self.http_1_0 = http_1_0
         self.keep_alive = keep_alive
-        self.expects = not http_1_0 and headers.get(b"expect", b"").lower() == b"100-continue"  # to be told to go on
+        self.expects = not http_1_0 and headers.get(b"expect", b"").lower() == b"100-continue"  # waits for 100 Continue
 
 
 class ParsedRequest:
-    """One request as far as it has come. `failure`: why its body will not be complete."""
+    """One request, possibly not completely received. `failure`: why its body will never be complete."""
 
-    __slots__ = ("complete", "failure", "head", "keep_alive", "pieces", "request_id", "size")
+    __slots__ = (
+        "chunks", "complete", "failure", "head", "headers", "keep_alive", "method", "path", "query", "request_id",
+        "size", "target",
+    )  # fmt: skip
 
-    def __init__(self, head: RequestHead, *pieces: bytes, request_id: bytes, complete: bool = False) -> None:
+    def __init__(self, head: RequestHead, chunks: list[bytes | bytearray], request_id: bytes, complete: bool) -> None:
         self.head = head
-        self.request_id = request_id  # its own, where the head may be another's as well
+        self.method = head.method
+        self.target = head.target
+        self.path = head.path
+        self.query = head.query
+        self.headers = head.headers
+        self.request_id = request_id  # not in the head, which several requests may share
         self.keep_alive = head.keep_alive
-        self.pieces: list[bytes | bytearray] = list(pieces)
+        self.chunks = chunks
         self.size = 0
         self.complete = complete
         self.failure: RoutingError | None = None
 
 
-class RequestParser:
-    """Feed it; requests whose head is there stand in `waiting`, and the last of them may still grow."""
+R = TypeVar("R", bound=ParsedRequest)
 
-    __slots__ = ("_bare", "_current", "_ended", "_fields", "_max_body", "_parser", "_target", "waiting")
 
-    def __init__(self, *, max_body: int) -> None:
-        self.waiting: deque[ParsedRequest] = deque()
+class RequestParser(Generic[R]):
+    """`feed` appends each request whose head is complete to `waiting`; the body of the last one may be incomplete."""
+
+    __slots__ = (
+        "_bytes_since_progress", "_current", "_ended", "_fields", "_max_body", "_parser", "_request_type", "_target",
+        "waiting",
+    )  # fmt: skip
+
+    def __init__(self, *, max_body: int, request_type: type[R]) -> None:
+        self.waiting: deque[R] = deque()
+        self._request_type = request_type
         self._max_body = max_body
-        self._current: ParsedRequest | None = None  # whose body is being received
-        self._ended = False  # nothing more can be understood
+        self._current: R | None = None  # the request whose body is being received
+        self._ended = False  # all further bytes are ignored
         self._target = b""
         self._fields: list[tuple[bytes, bytes]] = []
-        self._bare = 0  # bytes since the last request's end or body piece
+        self._bytes_since_progress = 0  # since the last body chunk or end of a request
         self._parser: httptools.HttpRequestParser | None = httptools.HttpRequestParser(self)
 
     def feed(self, data: bytes) -> None:
-        """Raises RefusedError, once; the requests before it are there all the same."""
+        """Raises RefusedError, once; earlier requests remain in `waiting`."""
         if self._ended:
             return
-        if not self._bare and self._current is None and len(data) <= self._max_body and not self.waiting:
-            found = _HEADS.whole(data)
-            if found is not None:
-                head, body, request_id = found
-                self.waiting.append(ParsedRequest(head, body, request_id=request_id, complete=True))
+        if (
+            not self._bytes_since_progress
+            and self._current is None
+            and len(data) <= self._max_body
+            and not self.waiting
+        ):
+            cached = _HEADS.lookup(data)
+            if cached is not None:
+                head, body, request_id = cached
+                self.waiting.append(self._request_type(head, [body], request_id, True))
                 return
         self.parse(data)
 
     def parse(self, data: bytes) -> None:
-        """Feed it to the parser, whatever is known of its head."""
+        """Feed `data` to the HTTP parser without the head cache."""
         assert self._parser is not None
-        self._bare += len(data)
+        self._bytes_since_progress += len(data)
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
-            self._stay(data[upgrade.args[0] :])
+            self._ignore_upgrade(data[upgrade.args[0] :])
         except httptools.HttpParserError as error:
             cause = error.__context__
             self._refuse(cause if isinstance(cause, RefusedError) else RefusedError("this is no HTTP request"))
         else:
-            if self._bare > MAX_HEAD_BYTES:
+            if self._bytes_since_progress > MAX_HEAD_BYTES:
                 self._refuse(RefusedError(f"more than {MAX_HEAD_BYTES} bytes of headers", status=431))
 
-    def _stay(self, rest: bytes) -> None:
-        """Another protocol was offered, and the parser has left a body to that. Begin again without the offer."""
+    def _ignore_upgrade(self, rest: bytes) -> None:
+        """The request has an `Upgrade` header, after which llhttp does not parse the body: parse again without the
+        header."""
         message = self.waiting[-1]
-        if message.head.method == "CONNECT":  # nobody can tell what follows
+        if message.head.method == "CONNECT":  # the following bytes are not HTTP
             message.keep_alive = False
             self._ended = True
             return
@@ -120,44 +142,44 @@ class RequestParser:
             fields.append(b"x-request-id: %b\r\n" % message.request_id)
         line = f"{head.method} {head.target} HTTP/{'1.0' if head.http_1_0 else '1.1'}\r\n".encode()
         self._parser = httptools.HttpRequestParser(self)
-        self._bare = 0
+        self._bytes_since_progress = 0
         self.parse(b"%b%b\r\n%b" % (line, b"".join(fields), rest))
 
     def _refuse(self, refusal: RefusedError) -> None:
-        """Whoever waits for the rest of a body learns of it there; otherwise it is raised."""
+        """Fail the body being received; without one, raise `refusal`."""
         self._ended = True
         if self._current is None:
             raise refusal
         self._fail(BadRequestError("the body cannot be read"))
 
     def _fail(self, error: RoutingError) -> None:
-        """The body that is being received will not be complete."""
+        """Mark the body being received as failed."""
         assert self._current is not None
         self._current.failure = error
         self._current.keep_alive = False
-        self._current.pieces.clear()
+        self._current.chunks.clear()
         self._current = None
         self._ended = True
 
     def release(self) -> None:
-        """Parser and framer know each other; without this they would wait for the garbage collector."""
+        """Break the reference cycle with the HTTP parser, so that both are freed without the garbage collector."""
         self._parser = None
 
-    # The parser's side.
+    # Callbacks of the HTTP parser.
 
     def on_message_begin(self) -> None:
         if len(self.waiting) >= MAX_WAITING:
             raise RefusedError(f"more than {MAX_WAITING} requests before the first was answered", status=429)
         if self.waiting and sum([message.size for message in self.waiting]) > self._max_body:
             raise RefusedError("too much was sent before the first request was answered", status=429)
-        self._bare = self._bare or 1  # whatever comes next belongs to this one
+        self._bytes_since_progress = self._bytes_since_progress or 1  # not 0: the next bytes belong to this request
         self._target, self._fields = b"", []
 
-    def on_url(self, piece: bytes) -> None:
-        self._target += piece
+    def on_url(self, part: bytes) -> None:
+        self._target += part
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if self._current is None and not self._ended:  # else it is a trailer
+        if self._current is None and not self._ended:  # otherwise it is a trailer
             self._fields.append((name.lower(), value.rstrip(b" \t")))
 
     def on_headers_complete(self) -> None:
@@ -182,30 +204,30 @@ class RequestParser:
             http_1_0=version == "1.0",
             keep_alive=self._parser.should_keep_alive(),
         )
-        message = ParsedRequest(head, request_id=request_id)
+        message = self._request_type(head, [], request_id, False)
         self.waiting.append(message)
         self._current = message
-        self._bare = 0
+        self._bytes_since_progress = 0
         length = headers.get(b"content-length")
         if length is not None and int(length) > self._max_body:
             self._too_large()
 
-    def on_body(self, piece: bytes) -> None:
+    def on_body(self, chunk: bytes) -> None:
         if (message := self._current) is None:
             return
-        self._bare = 0
-        message.pieces.append(piece)
-        message.size += len(piece)
-        if len(message.pieces) > MAX_PIECES:  # tiny chunks would cost many times their size
-            whole = message.pieces[0]
-            whole = whole if isinstance(whole, bytearray) else bytearray(whole)
-            whole += b"".join(message.pieces[1:])
-            message.pieces[:] = [whole]
+        self._bytes_since_progress = 0
+        message.chunks.append(chunk)
+        message.size += len(chunk)
+        if len(message.chunks) > MAX_CHUNKS:  # a list of tiny chunks takes many times their size
+            merged = message.chunks[0]
+            merged = merged if isinstance(merged, bytearray) else bytearray(merged)
+            merged += b"".join(message.chunks[1:])
+            message.chunks[:] = [merged]
         if message.size > self._max_body:
             self._too_large()
 
     def on_message_complete(self) -> None:
-        self._bare = 0
+        self._bytes_since_progress = 0
         if self._current is not None:
             self._current.complete = True
             self._current = None
@@ -218,31 +240,32 @@ class RequestParser:
 
 
 def origin_form(target: str) -> str:
-    """Path and query of a whole address, which a server may get as well."""
+    """Path and query of an absolute-form target."""
     parts = urlsplit(target)
     return f"{parts.path or '/'}?{parts.query}" if parts.query else parts.path or "/"
 
 
-def _known_head(data: bytes) -> RequestHead | None:
-    """Of a whole request whose body is as long as it says, if that is all there is to know about it."""
-    framer = RequestParser(max_body=2**63)
+def _cacheable_head(data: bytes) -> RequestHead | None:
+    """The head of `data`, if that is one complete request and may be cached."""
+    parser = RequestParser(max_body=2**63, request_type=ParsedRequest)
     try:
-        framer.parse(data)
+        parser.parse(data)
     except RefusedError:
         return None
     finally:
-        framer.release()
-    if len(framer.waiting) != 1 or not framer.waiting[0].complete:
+        parser.release()
+    if len(parser.waiting) != 1 or not parser.waiting[0].complete:
         return None
     ids = data.lower().count(REQUEST_ID)
-    if ids > 1 or ids != data.count(ID_LINE):  # the table does not cut such an id out
+    if ids > 1 or ids != data.count(ID_LINE):  # the cache cannot remove such an id
         return None
-    (message,) = framer.waiting
+    (message,) = parser.waiting
     head = message.head
     if head.method == "CONNECT" or head.expects or b"transfer-encoding" in head.headers or b"upgrade" in head.headers:
         return None
-    fields = [field for field in head.headers.fields if field[0] != b"content-length"]  # the next one's is another
+    # Content-Length differs between messages with the same head.
+    fields = [field for field in head.headers.fields if field[0] != b"content-length"]
     return RequestHead(head.method, head.target, Headers(fields), http_1_0=head.http_1_0, keep_alive=head.keep_alive)
 
 
-_HEADS: Final = HeadCache(_known_head, ids=True)
+_HEADS: Final = HeadCache(_cacheable_head, ids=True)

@@ -1,7 +1,7 @@
-"""The client side of both processes: connections of clients on a bound socket.
+"""HTTP server of the router and of the agent, on a bound socket.
 
-It exists because aiohttp's request handler costs more than all the rest of a relayed request: three tasks woken, a
-request, a writer and a response made for each.
+aiohttp's server is not used because it costs more CPU than all other work of a relayed request: it wakes three tasks
+and creates a request, a writer and a response object for each.
 """
 
 import asyncio
@@ -11,18 +11,17 @@ from contextlib import asynccontextmanager, suppress
 from typing import Final
 
 from hpc_router.relay.downstream.connection import ClientConnection
-from hpc_router.relay.downstream.interface import KEEP_ALIVE_S, Express, Handler
+from hpc_router.relay.downstream.interface import KEEP_ALIVE_S, Handler
 
 BACKLOG: Final = 4096
 SHUTDOWN_S: Final = 1.0
 
 
 class Server:
-    """What all connections of clients to one handler share."""
+    """State shared by all client connections of one handler."""
 
-    def __init__(self, handler: Handler, *, max_body: int, keep_alive_s: float, express: Express | None = None) -> None:
+    def __init__(self, handler: Handler, *, max_body: int, keep_alive_s: float) -> None:
         self.handler = handler
-        self.express = express
         self.max_body = max_body
         self.keep_alive_s = keep_alive_s
         self.loop = asyncio.get_running_loop()
@@ -42,19 +41,20 @@ class Server:
         self.stopping = True
         for connection in tuple(self.connections):
             connection.stop()
+        await self._wait_until_all_left()
         tasks = [task for connection in tuple(self.connections) if (task := connection.task) is not None]
-        if tasks:
-            _, running = await asyncio.wait(tasks, timeout=SHUTDOWN_S)
-            for task in running:
-                task.cancel()
-            await asyncio.gather(*running, return_exceptions=True)
-        if self.connections:  # some clients have not taken all of their answers yet
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for connection in tuple(self.connections):
+            connection.abort()
+
+    async def _wait_until_all_left(self) -> None:
+        if self.connections:
             self._all_left = self.loop.create_future()
             with suppress(TimeoutError):
                 async with asyncio.timeout(SHUTDOWN_S):
                     await self._all_left
-        for connection in tuple(self.connections):
-            connection.abort()
 
 
 @asynccontextmanager
@@ -64,14 +64,13 @@ async def listening(
     *,
     max_body: int,
     keep_alive_s: float = KEEP_ALIVE_S,
-    express: Express | None = None,
 ) -> AsyncIterator[asyncio.Server]:
-    """Serve until the end of the block, where connections are closed and handlers still running are cancelled.
+    """Serve until the end of the block, which closes all connections and cancels running handlers.
 
-    Closing the yielded server before that only stops new connections. Bodies above `max_body` bytes are refused.
+    Closing the yielded server earlier only stops new connections. Request bodies above `max_body` bytes are rejected.
     """
-    server = Server(handler, max_body=max_body, keep_alive_s=keep_alive_s, express=express)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # its connections have it as well
+    server = Server(handler, max_body=max_body, keep_alive_s=keep_alive_s)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # inherited by its connections
     listener = await server.loop.create_server(server.connection, sock=sock, backlog=BACKLOG)
     try:
         yield listener

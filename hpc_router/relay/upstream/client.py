@@ -1,8 +1,8 @@
-"""One request to an upstream server and its response, over connections of our own.
+"""HTTP client for upstream servers, with pooled connections.
 
-It exists because aiohttp's client costs more than all the rest of a relayed request: a stream's events pass from the
-upstream's socket to the sink in one step, without a task being woken. Every failure comes out as an `UpstreamError`:
-before the response, while waiting for its first byte, or in its midst. It knows nothing of replicas.
+aiohttp's client is not used because it costs more CPU than all other work of a relayed request. Here the events of a
+stream go from the upstream socket to the sink in one step, without waking a task. Every failure is raised as an
+`UpstreamError`, before, at or within the response. The module knows nothing of replicas.
 """
 
 import asyncio
@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Final, Self
 
 from hpc_router.errors import UpstreamConnectError, UpstreamError, UpstreamTimeoutError
-from hpc_router.relay.upstream.connection import IN_ONE_PIECE, Connection
+from hpc_router.relay.upstream.connection import MAX_SINGLE_WRITE_BYTES, Connection
 from hpc_router.relay.upstream.interface import (
     Address,
     PendingRequest,
@@ -30,16 +30,17 @@ from hpc_router.relay.upstream.timeouts import IdleTimer
 KEEP_ALIVE_S: Final = 4.0
 """Shorter than the 5 s after which uvicorn, the server of both real engines, closes an idle connection."""
 STALE_S: Final = 1.0
-"""A kept connection that the server had closed shows so within this time; later the request may have been begun."""
+"""A pooled connection that the server has closed fails within this time; later the server may have started the
+request."""
 _SHORT_TARGET: Final = 256
-"""Characters; the lines of a longer one are not remembered."""
+"""Characters; the request lines of longer targets are not cached."""
 _WITH_BODY: Final = frozenset({"POST", "PUT", "PATCH"})
 
 
 class UpstreamClient:
-    """Connections to upstream servers, kept between requests. With a `socket_path` all of them go there.
+    """Connections to upstream servers, pooled between requests. With a `socket_path`, all use that Unix socket.
 
-    `tls`: whom to believe behind https; None: the system's certificates, read when first needed.
+    `tls`: the context for https; None: the system's certificates, loaded at first use.
     """
 
     def __init__(
@@ -70,7 +71,7 @@ class UpstreamClient:
         started: PendingRequest | None = None,
         limits: UpstreamTimeouts | None = None,
     ) -> "_Exchange":
-        """See `exchange.Upstream`."""
+        """See `interface.Upstream`."""
         assert started is None or isinstance(started, Connection)
         request = request_head(method, address, target, head, body)
         return _Exchange(self, address, request, body, method == "HEAD", watch, started, limits or self.limits)
@@ -83,59 +84,59 @@ class UpstreamClient:
         *,
         head: bytes,
         body: bytes,
-        asker: ResponseCallback,
+        callback: ResponseCallback,
         limits: UpstreamTimeouts | None = None,
     ) -> Connection | None:
-        """See `exchange.Upstream`."""
-        if len(body) > IN_ONE_PIECE or (connection := self.pool.take(self._socket_path or address)) is None:
+        """See `interface.Upstream`."""
+        if len(body) > MAX_SINGLE_WRITE_BYTES or (connection := self.pool.get(self._socket_path or address)) is None:
             return None
-        request = b"%b%bcontent-length: %d\r\n\r\n%b" % (_line(method, address, target), head, len(body), body)
-        connection.ask(request, asker, limits or self.limits)
+        request = b"%b%bcontent-length: %d\r\n\r\n%b" % (_request_line(method, address, target), head, len(body), body)
+        connection.start(request, callback, limits or self.limits)
         return connection
 
-    async def answering(self, call: "_Exchange") -> Connection:
-        """A connection with the head of its answer there.
+    async def response_started(self, call: "_Exchange") -> Connection:
+        """Send the request and wait for the head of the response. Returns the connection.
 
-        The server may close a kept connection in the moment in which it is used again, so one that dies at once without
-        a word costs nothing: the request goes over a new one."""
-        kept = call.started or self.pool.take(self._socket_path or call.address)
-        if kept is not None:
+        The server may close a pooled connection while it is being used again. If it closes at once without sending a
+        byte, the request is sent again over a new connection."""
+        pooled = call.started or self.pool.get(self._socket_path or call.address)
+        if pooled is not None:
             try:
-                return await self._ask(kept, call, sent=call.started is not None)
+                return await self._exchange_on(pooled, call, sent=call.started is not None)
             except UpstreamError:
-                if not kept.unanswered or kept.patience.spent or kept.asked_s() > STALE_S:
+                if not pooled.nothing_received or pooled.idle_timer.expired or pooled.exchange_age_s() > STALE_S:
                     raise
         try:
-            connection = await self.connected(call.address, watch=call.watch)
+            connection = await self.connect(call.address, watch=call.watch)
         except UpstreamConnectError as error:
-            error.sent = kept is not None
+            error.sent = pooled is not None
             raise
-        return await self._ask(connection, call)
+        return await self._exchange_on(connection, call)
 
-    async def _ask(self, connection: Connection, call: "_Exchange", *, sent: bool = False) -> Connection:
+    async def _exchange_on(self, connection: Connection, call: "_Exchange", *, sent: bool = False) -> Connection:
         try:
             if not sent:
                 connection.begin(call.limits, head_only=call.head_only)
                 if call.watch is not None:
-                    call.watch(connection.patience)
+                    call.watch(connection.idle_timer)
                 await connection.send(call.head, call.body)
-            await connection.head()
+            await connection.wait_for_head()
         except BaseException:
             connection.end()
             raise
         return connection
 
-    async def connected(self, address: Address, *, watch: Callable[[IdleTimer], None] | None = None) -> Connection:
-        """A new connection. Raises UpstreamConnectError, and UpstreamTimeoutError when patience was shortened."""
+    async def connect(self, address: Address, *, watch: Callable[[IdleTimer], None] | None = None) -> Connection:
+        """A new connection. Raises UpstreamConnectError, and UpstreamTimeoutError if the idle timer was tightened."""
         loop = asyncio.get_running_loop()
         made = Connection(self.pool, self._socket_path or address)
-        patience = made.patience
+        idle_timer = made.idle_timer
         try:
             async with asyncio.timeout(self.limits.connect_s) as limit:
-                patience.on_silence = lambda: limit.reschedule(loop.time())
-                patience.begin(math.inf)  # the limit above holds, unless it is shortened
+                idle_timer.on_timeout = lambda: limit.reschedule(loop.time())
+                idle_timer.begin(math.inf)  # connect_s applies unless the timer is tightened
                 if watch is not None:
-                    watch(patience)
+                    watch(idle_timer)
                 if self._socket_path is not None:
                     await loop.create_unix_connection(lambda: made, self._socket_path)
                 else:
@@ -143,23 +144,23 @@ class UpstreamClient:
                     await loop.create_connection(lambda: made, address.host, address.port, ssl=tls)
         except BaseException as error:
             made.abort()
-            patience.end()
-            if patience.spent and isinstance(error, TimeoutError):
+            idle_timer.end()
+            if idle_timer.expired and isinstance(error, TimeoutError):
                 raise UpstreamTimeoutError("the replica sent nothing within the timeout") from error
-            if isinstance(error, OSError | UnicodeError):  # a host name that is none is a UnicodeError
+            if isinstance(error, OSError | UnicodeError):  # an invalid host name is a UnicodeError
                 raise UpstreamConnectError(f"cannot connect to the replica: {type(error).__name__}") from error
             raise
-        patience.on_silence = made.give_up
+        idle_timer.on_timeout = made.on_timeout
         return made
 
     async def _tls_context(self) -> ssl.SSLContext:
         if self._tls is None:
-            self._tls = await asyncio.to_thread(ssl.create_default_context)  # it reads files
+            self._tls = await asyncio.to_thread(ssl.create_default_context)  # reads files
         return self._tls
 
 
 class _Exchange(AbstractAsyncContextManager[UpstreamResponse]):
-    """The context of one request, and what goes over a connection."""
+    """Context manager of one request and its response."""
 
     __slots__ = ("_client", "_connection", "address", "body", "head", "head_only", "limits", "started", "watch")
 
@@ -176,7 +177,7 @@ class _Exchange(AbstractAsyncContextManager[UpstreamResponse]):
     ) -> None:
         self._client = client
         self._connection: Connection | None = None
-        self.started = started  # over which it goes already
+        self.started = started  # the connection over which the request was sent already
         self.address = address
         self.head = head
         self.body = body
@@ -185,7 +186,7 @@ class _Exchange(AbstractAsyncContextManager[UpstreamResponse]):
         self.limits = limits
 
     async def __aenter__(self) -> UpstreamResponse:
-        self._connection = await self._client.answering(self)
+        self._connection = await self._client.response_started(self)
         return _Response(self._connection)
 
     async def __aexit__(
@@ -197,42 +198,44 @@ class _Exchange(AbstractAsyncContextManager[UpstreamResponse]):
 
 class _Response(UpstreamResponse):
     def __init__(self, connection: Connection) -> None:
-        framer = connection.framer
-        self.status = framer.status
-        self.headers = framer.headers
-        self.length = framer.length
+        parser = connection.parser
+        self.status = parser.status
+        self.headers = parser.headers
+        self.length = parser.length
         self._connection = connection
 
     @property
-    def whole(self) -> bytes | None:
-        return self._connection.whole()
+    def complete_body(self) -> bytes | None:
+        return self._connection.complete_body()
 
     async def chunks(self) -> AsyncIterator[bytes]:
         connection = self._connection
         while chunk := await connection.chunk():
-            connection.patience.rest()
+            connection.idle_timer.pause()
             yield chunk
-            connection.patience.wait(connection.idle_s)
+            connection.idle_timer.restart(connection.idle_s)
 
-    async def flow(self, sink: Sink) -> None:
-        await self._connection.flow(sink)
+    async def stream_to(self, sink: Sink) -> None:
+        await self._connection.stream_to(sink)
 
 
 def request_head(method: str, address: Address, target: str, head: bytes, body: bytes | None) -> bytes:
-    """Request line and headers. Raises ValueError for a target that would break out of its line."""
-    line = _line(method, address, target)
+    """Request line and headers. Raises ValueError for a target that would end the request line."""
+    line = _request_line(method, address, target)
     if body is None and method not in _WITH_BODY:
         return b"%b%b\r\n" % (line, head)
     return b"%b%bcontent-length: %d\r\n\r\n" % (line, head, len(body or b""))
 
 
-def _line(method: str, address: Address, target: str) -> bytes:
-    """And the host."""
-    return (_lines if len(target) <= _SHORT_TARGET else _lines.__wrapped__)(method, address, target)
+def _request_line(method: str, address: Address, target: str) -> bytes:
+    """Request line and `Host` header."""
+    return (_cached_request_line if len(target) <= _SHORT_TARGET else _cached_request_line.__wrapped__)(
+        method, address, target
+    )
 
 
 @lru_cache(maxsize=512)
-def _lines(method: str, address: Address, target: str) -> bytes:
+def _cached_request_line(method: str, address: Address, target: str) -> bytes:
     if not target.isascii() or not target.isprintable() or " " in target:
         raise ValueError("a request target holds printable ASCII without spaces")
     return b"%b\r\nhost: %b\r\n" % (f"{method} {address.prefix}{target} HTTP/1.1".encode(), address.header)

@@ -1,8 +1,9 @@
-"""One connection to an upstream server: one exchange after another, each with one task that waits for it.
+"""One connection to an upstream server: one exchange (request and response) after another.
 
-Bytes are framed as they come and either go to the exchange's sink in the same step, or are kept until the task takes
-them; what is kept is bounded by no longer reading. Whatever goes wrong is stored and raised in the task, after what
-came before it has been taken.
+Received bytes are parsed at once. Body data goes to the exchange's sink in the same step, or is buffered until the task
+reads it; the connection stops reading when the buffer is full. A failure is stored and raised in the task, after the
+data received before it. An exchange may also be started without a task: then a callback gets the complete response, or
+is asked to continue in a task.
 """
 
 import asyncio
@@ -11,34 +12,35 @@ from typing import Final, Protocol, cast
 
 from hpc_router.errors import UpstreamError, UpstreamTimeoutError
 from hpc_router.relay.upstream.interface import Address, PendingRequest, ResponseCallback, Sink, UpstreamTimeouts
-from hpc_router.relay.upstream.response_parser import ResponseParser, chunk_prefix, whole_answer
+from hpc_router.relay.upstream.response_parser import ResponseParser, cached_response, chunk_prefix
 from hpc_router.relay.upstream.timeouts import IdleTimer
 
-KEPT_BYTES: Final = 2**16
-"""Beyond this no more is read; one more read may have been under way."""
-IN_ONE_PIECE: Final = 2**18
-"""A longer request body is written in pieces, so that it is not copied whole and does not hold up the event loop."""
+MAX_BUFFERED_BYTES: Final = 2**16
+"""Buffered body bytes above which the connection stops reading; one more read may be under way."""
+MAX_SINGLE_WRITE_BYTES: Final = 2**18
+"""A longer request body is written in parts, which avoids a copy and does not block the event loop."""
 
 
 class Connections(Protocol):
-    """Whose connection it is."""
+    """The owner of a connection."""
 
     def put(self, address: Address | str, connection: "Connection") -> None:
-        """It may be used again."""
+        """The connection may be used for another exchange."""
 
     def discard(self, connection: "Connection") -> None:
-        """It has closed, whoever closed it; called once."""
+        """The connection is closed. Called once."""
 
 
 class Connection(asyncio.Protocol, PendingRequest):
-    """`begin`, `send`, `head`, then `chunk` until it is empty or `flow`, and always `end`.
+    """With a task: `begin`, `send`, `wait_for_head`, then `chunk` until it is empty or `stream_to`, and always `end`.
 
-    Or `ask`, which needs no task: the end comes by itself, with a whole answer, or the exchange goes on from `head`.
+    Without a task: `start`; a complete response ends the exchange, otherwise a task continues at `wait_for_head`.
     """
 
     __slots__ = (
-        "_asker", "_ends", "_failure", "_framer", "_full", "_kept", "_loop", "_mark", "_owner", "_pass", "_reading",
-        "_sent", "_sink", "_transport", "_waiter", "_writable", "address", "idle_s", "patience", "unanswered",
+        "_buffered_bytes", "_callback", "_chunk_ends", "_failure", "_loop", "_mark", "_owner", "_parser", "_reading",
+        "_sent", "_sink", "_sink_full", "_transport", "_waiter", "_writable", "_write_chunk", "address", "idle_s",
+        "idle_timer", "nothing_received",
     )  # fmt: skip
 
     def __init__(self, owner: Connections, address: Address | str) -> None:
@@ -46,135 +48,136 @@ class Connection(asyncio.Protocol, PendingRequest):
         self._owner = owner
         self.address = address
         self._transport: asyncio.Transport | None = None
-        self._framer: ResponseParser | None = None
-        self.patience = IdleTimer(self.give_up)
+        self._parser: ResponseParser | None = None
+        self.idle_timer = IdleTimer(self.on_timeout)
         self.idle_s = 0.0
-        self._sink: Sink | None = None  # that the body flows into
-        self._pass: Callable[[bytes], bool] | None = None  # its passage, while a chunk is to come
-        self._ends: tuple[bytes, ...] = ()
+        self._sink: Sink | None = None  # gets the body data
+        self._write_chunk: Callable[[bytes], bool] | None = None  # of the sink's chunk writer, at a chunk boundary
+        self._chunk_ends: tuple[bytes, ...] = ()
         self._mark: bytes | None = None
-        self._full = False  # the sink wants to be asked for room
-        self._kept = 0
+        self._sink_full = False  # the sink has to be drained
+        self._buffered_bytes = 0
         self._reading = True
         self._writable = True
         self._sent = False
         self._failure: Exception | None = None
         self._waiter: asyncio.Future[None] | None = None
-        self._asker: ResponseCallback | None = None  # instead of a task
-        self.unanswered = False  # the last exchange ended without a byte from upstream
+        self._callback: ResponseCallback | None = None  # notified instead of a task
+        self.nothing_received = False  # in the last exchange
 
     @property
     def usable(self) -> bool:
         transport = self._transport
         return transport is not None and not transport.is_closing()
 
-    def asked_s(self) -> float:
-        """Since the present exchange began, or the last one did."""
-        return self._loop.time() - self.patience.begun_at
+    def exchange_age_s(self) -> float:
+        """Seconds since the start of the current or last exchange."""
+        return self._loop.time() - self.idle_timer.started_at
 
     def abort(self) -> None:
         if self._transport is not None:
             self._transport.abort()
 
-    # The exchange's side.
+    # Called by the exchange.
 
     def begin(self, limits: UpstreamTimeouts, *, head_only: bool) -> None:
-        """The clock for the answer's first byte runs from now on."""
-        assert self._framer is None
-        self._framer = ResponseParser(head_only=head_only)
+        """Start an exchange and the timer for the first byte of the response."""
+        assert self._parser is None
+        self._parser = ResponseParser(head_only=head_only)
         self.idle_s = limits.idle_s
-        self.patience.begin(limits.first_byte_s)
+        self.idle_timer.begin(limits.first_byte_s)
         self._failure, self._sent = None, False
 
     async def send(self, head: bytes, body: bytes | None) -> None:
-        """An answer that comes before all is sent ends the sending, and later the connection."""
+        """Send the request. A response that starts before the end of it stops the sending and later closes the
+        connection."""
         if self._transport is None:
             self._failure = UpstreamError("the replica had closed the connection")
-        elif not body or len(body) <= IN_ONE_PIECE:
+        elif not body or len(body) <= MAX_SINGLE_WRITE_BYTES:
             self._transport.write(head + body if body else head)
             self._sent = True
         else:
             self._transport.write(head)
             await self._send_rest(memoryview(body))
 
-    def ask(self, request: bytes, asker: ResponseCallback, limits: UpstreamTimeouts) -> None:
-        """An exchange without a task, over a connection that was kept. `request` is short."""
+    def start(self, request: bytes, callback: ResponseCallback, limits: UpstreamTimeouts) -> None:
+        """Start an exchange without a task, over a pooled connection. `request` is short."""
         assert self._transport is not None
-        self._asker = asker
+        self._callback = callback
         self.idle_s = limits.idle_s
-        self.patience.begin(limits.first_byte_s)
+        self.idle_timer.begin(limits.first_byte_s)
         self._transport.write(request)
         self._sent = True
 
-    def abandon(self) -> None:
-        self._asker = None
-        self.patience.rest()
+    def cancel(self) -> None:
+        self._callback = None
+        self.idle_timer.pause()
         self.abort()
 
     async def _send_rest(self, rest: memoryview) -> None:
         while rest:
-            while not self._writable and not self._answered:
-                await self._news()
-            if self._answered or self._transport is None:
+            while not self._writable and not self._response_started:
+                await self._wait_for_event()
+            if self._response_started or self._transport is None:
                 return
-            self._transport.write(rest[:IN_ONE_PIECE])
-            rest = rest[IN_ONE_PIECE:]
+            self._transport.write(rest[:MAX_SINGLE_WRITE_BYTES])
+            rest = rest[MAX_SINGLE_WRITE_BYTES:]
         self._sent = True
 
     @property
-    def framer(self) -> ResponseParser:
-        """What is known of this exchange's answer."""
-        assert self._framer is not None
-        return self._framer
+    def parser(self) -> ResponseParser:
+        """The parser of this exchange's response."""
+        assert self._parser is not None
+        return self._parser
 
-    async def head(self) -> None:
-        """Until status and headers are known."""
-        while not self.framer.status:
+    async def wait_for_head(self) -> None:
+        """Wait until status and headers are known."""
+        while not self.parser.status:
             self._raise_failure()
-            await self._news()
+            await self._wait_for_event()
 
-    def whole(self) -> bytes | None:
-        """The body, if all of it is there and in one piece."""
-        framer = self._framer
-        if framer is None or not framer.complete or len(framer.pieces) != 1 or self._failure is not None:
+    def complete_body(self) -> bytes | None:
+        """The body, if it is complete and in one chunk."""
+        parser = self._parser
+        if parser is None or not parser.complete or len(parser.chunks) != 1 or self._failure is not None:
             return None
-        return framer.pieces[0]
+        return parser.chunks[0]
 
     async def chunk(self) -> bytes:
-        """The next of the body; empty at its end."""
-        assert self._framer is not None
-        while not self._framer.pieces:
+        """The next part of the body; empty at the end."""
+        assert self._parser is not None
+        while not self._parser.chunks:
             self._raise_failure()
-            if self._framer.complete:
+            if self._parser.complete:
                 return b""
-            await self._news()
-        return self._kept_bytes()
+            await self._wait_for_event()
+        return self._take_buffered()
 
-    async def flow(self, sink: Sink) -> None:
-        """The rest of the body into `sink`."""
-        assert self._framer is not None
+    async def stream_to(self, sink: Sink) -> None:
+        """Write the rest of the body to `sink`."""
+        assert self._parser is not None
         while chunk := await self.chunk():
-            self._full = not sink.take(chunk)
-            while not self._full and not self._framer.complete and self._failure is None:
+            self._sink_full = not sink.write(chunk)
+            while not self._sink_full and not self._parser.complete and self._failure is None:
                 self._sink = sink
                 try:
-                    await self._news()
+                    await self._wait_for_event()
                 finally:
-                    self._sink = self._pass = None
-            if self._full:
-                self.patience.rest()
-                await sink.make_room()
-                self.patience.wait(self.idle_s)
+                    self._sink = self._write_chunk = None
+            if self._sink_full:
+                self.idle_timer.pause()
+                await sink.drain()
+                self.idle_timer.restart(self.idle_s)
 
     def end(self) -> bool:
-        """Whether another exchange may follow; if not, the connection is closed at once."""
-        assert self._framer is not None
-        framer, self._framer = self._framer, None
-        self.patience.rest()
-        self.unanswered = framer.untouched
-        self._full, self._kept = False, 0
-        framer.release()
-        reusable = framer.complete and framer.keep_alive and self._sent and self._failure is None and self.usable
+        """End the exchange. Returns whether the connection can be used again; if not, it is closed."""
+        assert self._parser is not None
+        parser, self._parser = self._parser, None
+        self.idle_timer.pause()
+        self.nothing_received = parser.nothing_received
+        self._sink_full, self._buffered_bytes = False, 0
+        parser.release()
+        reusable = parser.complete and parser.keep_alive and self._sent and self._failure is None and self.usable
         if not reusable:
             self.abort()
         elif not self._reading:
@@ -182,34 +185,34 @@ class Connection(asyncio.Protocol, PendingRequest):
         return reusable
 
     def finish(self) -> None:
-        """`end`, and keep it where another exchange may follow."""
+        """`end`, and return a usable connection to the pool."""
         if self.end():
             self._owner.put(self.address, self)
 
     @property
-    def _answered(self) -> bool:
-        return self._failure is not None or (self._framer is not None and self._framer.status != 0)
+    def _response_started(self) -> bool:
+        return self._failure is not None or (self._parser is not None and self._parser.status != 0)
 
     def _raise_failure(self) -> None:
         if self._failure is not None:
             raise self._failure
 
-    def _news(self) -> asyncio.Future[None]:
-        """Awaited by the exchange's task: something has happened."""
+    def _wait_for_event(self) -> asyncio.Future[None]:
+        """A future that the next event of the connection completes. Awaited by the exchange's task."""
         self._waiter = waiter = self._loop.create_future()
         return waiter
 
-    def _kept_bytes(self) -> bytes:
-        """What has come of the body and has not been taken; whoever calls this has heard from upstream."""
-        assert self._framer is not None
-        self.patience.wait(self.idle_s)
-        pieces = self._framer.pieces
-        if len(pieces) == 1:
-            data = pieces.pop()
+    def _take_buffered(self) -> bytes:
+        """Remove and return the buffered body data. Restarts the idle timer, because data was received."""
+        assert self._parser is not None
+        self.idle_timer.restart(self.idle_s)
+        chunks = self._parser.chunks
+        if len(chunks) == 1:
+            data = chunks.pop()
         else:
-            data = b"".join(pieces)
-            pieces.clear()
-        self._kept = 0
+            data = b"".join(chunks)
+            chunks.clear()
+        self._buffered_bytes = 0
         if not self._reading:
             self._resume_reading()
         return data
@@ -220,96 +223,96 @@ class Connection(asyncio.Protocol, PendingRequest):
             assert self._transport is not None
             self._transport.resume_reading()
 
-    # The event loop's side.
+    # Called by the event loop.
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
 
     def data_received(self, data: bytes) -> None:
-        write, mark = self._pass, self._mark
+        write, mark = self._write_chunk, self._mark
         if (
             write is not None
             and data.startswith(chunk_prefix(len(data)))
-            and data.endswith(self._ends)
-            and (mark is None or data.rfind(mark) < 0)  # `in` takes twice the time of this
+            and data.endswith(self._chunk_ends)
+            and (mark is None or data.rfind(mark) < 0)  # rfind is twice as fast as `in`
         ):
-            self.patience.heard = True  # a stream's events mostly come so, one by one
+            self.idle_timer.activity = True  # the usual case of a stream: one event per chunk and read
             try:
                 if write(data):
                     return
-                self._full = True
-            except Exception as error:  # noqa: BLE001  # it is raised where the exchange is waited for
+                self._sink_full = True
+            except Exception as error:  # noqa: BLE001  # raised in the task
                 self._fail(error)
-            self._sink = self._pass = None
+            self._sink = self._write_chunk = None
             self._wake()
             return
-        framer = self._framer
-        if framer is None:
-            if not self._take_answer(data):
-                self.abort()  # nobody has asked
+        parser = self._parser
+        if parser is None:
+            if not self._receive_for_callback(data):
+                self.abort()  # data without a request
             return
-        sink, self._pass = self._sink, None
+        sink, self._write_chunk = self._sink, None
         try:
-            framer.feed(data)
-            if sink is not None and framer.pieces:
-                self._full = not sink.take(self._kept_bytes())
-                if not self._full and not framer.complete:
-                    if framer.between and (passage := sink.passage()) is not None:
-                        self._pass, self._ends, self._mark = passage
+            parser.feed(data)
+            if sink is not None and parser.chunks:
+                self._sink_full = not sink.write(self._take_buffered())
+                if not self._sink_full and not parser.complete:
+                    if parser.at_chunk_boundary and (chunk_writer := sink.chunk_writer()) is not None:
+                        self._write_chunk, self._chunk_ends, self._mark = chunk_writer
                     return
                 self._sink = None
-        except Exception as error:  # noqa: BLE001  # it is raised where the exchange is waited for
+        except Exception as error:  # noqa: BLE001  # raised in the task
             self._fail(error)
-        if framer.pieces and self._sink is None:
-            self._kept += len(data)
-            if self._kept > KEPT_BYTES and self._reading and self.usable:
+        if parser.chunks and self._sink is None:
+            self._buffered_bytes += len(data)
+            if self._buffered_bytes > MAX_BUFFERED_BYTES and self._reading and self.usable:
                 assert self._transport is not None
                 self._reading = False
                 self._transport.pause_reading()
         self._wake()
 
-    def _take_answer(self, data: bytes) -> bool:
-        """The first of the answer to what was asked; False: nothing was."""
-        asker = self._asker
-        if asker is None:
+    def _receive_for_callback(self, data: bytes) -> bool:
+        """Receive the first data of an exchange without a task. False: there is no exchange."""
+        callback = self._callback
+        if callback is None:
             return False
-        found = whole_answer(data)
-        if found is not None:
-            (status, headers, keep_alive), body, _ = found
-            if asker.on_answer(status, headers, body):
-                self._asker = None
-                self.patience.rest()
+        cached = cached_response(data)
+        if cached is not None:
+            (status, headers, keep_alive), body, _ = cached
+            if callback.on_response(status, headers, body):
+                self._callback = None
+                self.idle_timer.pause()
                 if keep_alive:
                     self._owner.put(self.address, self)
                 else:
                     self.abort()
                 return True
-        self._frame_for_a_task()
+        self._ensure_parser()
         self.data_received(data)
         return True
 
-    def _tell(self, asker: ResponseCallback) -> None:
-        framer, body = self.framer, self.whole()
-        if body is None or not asker.on_answer(framer.status, framer.headers, body):
-            asker.on_news()
+    def _notify(self, callback: ResponseCallback) -> None:
+        parser, body = self.parser, self.complete_body()
+        if body is None or not callback.on_response(parser.status, parser.headers, body):
+            callback.on_incomplete()
         else:
             self.finish()
 
-    def _frame_for_a_task(self) -> None:
-        """Something else than a whole answer has become of what was asked."""
-        if self._asker is not None and self._framer is None:
-            self._framer = ResponseParser()
+    def _ensure_parser(self) -> None:
+        """The exchange was started without a task and needs a parser now."""
+        if self._callback is not None and self._parser is None:
+            self._parser = ResponseParser()
 
     def connection_lost(self, error: Exception | None) -> None:
         self._transport = None
-        self.patience.end()
+        self.idle_timer.end()
         self._owner.discard(self)
-        self._frame_for_a_task()
-        if self._framer is not None and not self._framer.complete and self._failure is None:
+        self._ensure_parser()
+        if self._parser is not None and not self._parser.complete and self._failure is None:
             try:
                 if error is not None:
                     raise UpstreamError(f"the connection to the replica broke: {type(error).__name__}") from error
-                self._framer.feed_eof()
+                self._parser.feed_eof()
             except UpstreamError as failure:
                 self._failure = failure
         self._wake()
@@ -325,15 +328,15 @@ class Connection(asyncio.Protocol, PendingRequest):
         self._failure = error
         self.abort()
 
-    def give_up(self) -> None:
-        self._frame_for_a_task()
+    def on_timeout(self) -> None:
+        self._ensure_parser()
         self._fail(UpstreamTimeoutError("the replica sent nothing within the timeout"))
         self._wake()
 
     def _wake(self) -> None:
-        asker, self._asker = self._asker, None
-        if asker is not None:
-            self._tell(asker)
+        callback, self._callback = self._callback, None
+        if callback is not None:
+            self._notify(callback)
             return
         waiter, self._waiter = self._waiter, None
         if waiter is not None and not waiter.done():

@@ -1,8 +1,8 @@
-"""What router and agent ask of the upstream side, whoever implements it.
+"""Interface of the HTTP client that router and agent use for their upstream servers.
 
-Two implementations stand behind these types and pass the same tests: `upstream`, which serves, and `upstream_aiohttp`,
-the reference it is compared with. A body is either iterated (`chunks`) or poured into a sink (`flow`); the second lets
-an implementation hand a piece on the moment it has come, without waking a task.
+Two implementations pass the same tests: `client`, and the aiohttp reference in the tests. A response body is either
+iterated (`chunks`) or written to a sink (`stream_to`). With a sink, an implementation can forward data when it is
+received, without waking a task.
 """
 
 from abc import ABC, abstractmethod
@@ -21,7 +21,7 @@ from hpc_router.relay.upstream.timeouts import IdleTimer
 
 @dataclass(frozen=True, slots=True)
 class UpstreamTimeouts:
-    """Seconds to wait: for a connection, for the first byte of the answer, between two chunks."""
+    """Seconds to wait for a connection, for the first byte of the response, and between two chunks."""
 
     connect_s: float
     first_byte_s: float
@@ -30,9 +30,9 @@ class UpstreamTimeouts:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Address:
-    """Where an upstream server is; made by `address_of`. Connections are kept per object.
+    """Address of an upstream server, made by `address_of`. Connections are pooled per object.
 
-    `header` is its `Host`; `prefix` comes before every path.
+    `header`: the `Host` header. `prefix`: prepended to every path.
     """
 
     host: str
@@ -44,7 +44,7 @@ class Address:
 
 @lru_cache(maxsize=1024)
 def address_of(url: str) -> Address:
-    """The one of an http or https URL."""
+    """The address of an http or https URL."""
     parts = URL(url)
     header = (parts.host_port_subcomponent or "").encode()
     return Address(parts.raw_host or "", parts.port or 0, parts.scheme == "https", header, parts.raw_path.rstrip("/"))
@@ -55,8 +55,8 @@ CHUNK_ENDS: Final = (CHUNK_END,)
 
 
 class ChunkWriter(NamedTuple):
-    """Where a piece of a body that is one whole chunk of HTTP/1.1 may go in its framing, if it ends with one of `ends`
-    (each of them with a line break) and does not contain `mark`. `write` is as `Sink.take`."""
+    """Forwards one complete HTTP/1.1 chunk including its framing, if the chunk ends with one of `ends` (each with the
+    final line break) and does not contain `mark`. `write` behaves like `Sink.write`."""
 
     write: Callable[[bytes], bool]
     ends: tuple[bytes, ...]
@@ -64,21 +64,21 @@ class ChunkWriter(NamedTuple):
 
 
 class Sink(Protocol):
-    """Where a body goes. What its methods raise ends the exchange and comes out of `flow`."""
+    """Receives a body. An exception of its methods ends the exchange and is raised by `stream_to`."""
 
-    def take(self, data: bytes) -> bool:
-        """Never blocks. False: nothing more before `make_room` has returned."""
+    def write(self, data: bytes) -> bool:
+        """Never blocks. False: call `drain` before the next `write`."""
 
-    def passage(self) -> ChunkWriter | None:
-        """A shorter way for what comes until the next `take` or `make_room`; asked after a `take`."""
+    def chunk_writer(self) -> ChunkWriter | None:
+        """Writer for the chunks until the next `write` or `drain`. Called after a `write`."""
 
-    async def make_room(self) -> None:
-        """Until more may come. However long that takes, the upstream does not count as silent meanwhile."""
+    async def drain(self) -> None:
+        """Wait until the sink accepts more. The upstream's idle timer is paused meanwhile."""
 
 
 class UpstreamResponse:
-    """Status and headers, then the body in chunks as they come. `length` of the body: None where the head is silent.
-    The headers may lack the one that tells it."""
+    """Status and headers, then the body in chunks. `length`: of the body, None if unknown; `headers` may lack
+    `Content-Length`."""
 
     def __init__(self, status: int, headers: Headers, length: int | None) -> None:
         self.status = status
@@ -87,59 +87,59 @@ class UpstreamResponse:
 
     @property
     def content_type(self) -> bytes:
-        """Without its parameters, in lower case."""
+        """Without parameters, in lower case."""
         return self.headers.content_type
 
     @property
-    def whole(self) -> bytes | None:
-        """The whole body, when it has come with the head and was short."""
+    def complete_body(self) -> bytes | None:
+        """The body, if it is short and was received together with the head."""
         return None
 
     def chunks(self) -> AsyncIterator[bytes]:
-        """Raises UpstreamError or UpstreamTimeoutError where the answer breaks off."""
+        """Raises UpstreamError or UpstreamTimeoutError if the response ends early."""
         raise NotImplementedError
 
-    async def flow(self, sink: Sink) -> None:
-        """The whole body into `sink`; raises what `chunks` and the sink raise."""
+    async def stream_to(self, sink: Sink) -> None:
+        """Write the body to `sink`. Raises what `chunks` and the sink raise."""
         async for chunk in self.chunks():
-            if not sink.take(chunk):
-                await sink.make_room()
+            if not sink.write(chunk):
+                await sink.drain()
 
     async def read(self, limit: int) -> bytes:
-        """The whole body; raises UpstreamError when it is longer than `limit` bytes."""
+        """The complete body. Raises UpstreamError if it is longer than `limit` bytes."""
         body = bytearray()
         async for chunk in self.chunks():
             body += chunk
             if len(body) > limit:
-                raise UpstreamError(f"the replica's answer is longer than {limit} bytes")
+                raise UpstreamError(f"the replica's response is longer than {limit} bytes")
         return bytes(body)
 
 
 class ResponseCallback(ABC):
-    """Who waits without a task for the answer to what `Upstream.start` has sent. It hears once, or is handed over."""
+    """Notified of the response to `Upstream.start`, which no task awaits."""
 
     __slots__ = ()
 
     @abstractmethod
-    def on_answer(self, status: int, headers: Headers, body: bytes) -> bool:
-        """All of the answer came at once. False: it is not to be taken so; `on_news` follows."""
+    def on_response(self, status: int, headers: Headers, body: bytes) -> bool:
+        """The complete response was received in one read. False: not accepted; `on_incomplete` is called next."""
 
     @abstractmethod
-    def on_news(self) -> None:
-        """The first of the answer has come, or there will be none: a `request` has to go on with it."""
+    def on_incomplete(self) -> None:
+        """A part of the response was received, or the exchange failed. Call `request` with `started` to continue."""
 
 
 class PendingRequest(Protocol):
-    """A request that was sent and that no task waits for yet."""
+    """A request that was sent and that no task awaits yet."""
 
-    patience: IdleTimer
+    idle_timer: IdleTimer
 
-    def abandon(self) -> None:
-        """Nobody wants its answer any more."""
+    def cancel(self) -> None:
+        """Abort the request."""
 
 
 class Upstream(Protocol):
-    """Connections to upstream servers, kept between requests. `limits` hold for what begins from then on."""
+    """Connections to upstream servers, pooled between requests. A change of `limits` applies to later requests."""
 
     limits: UpstreamTimeouts
 
@@ -151,10 +151,10 @@ class Upstream(Protocol):
         *,
         head: bytes,
         body: bytes,
-        asker: ResponseCallback,
+        callback: ResponseCallback,
         limits: UpstreamTimeouts | None = None,
     ) -> PendingRequest | None:
-        """Send a request at once, if a connection is kept for it. `limits`: other than the client's own."""
+        """Send a request at once over a pooled connection. None: there is none. `limits` replace the client's own."""
 
     def request(
         self,
@@ -170,8 +170,8 @@ class Upstream(Protocol):
     ) -> AbstractAsyncContextManager[UpstreamResponse]:
         """Raises UpstreamConnectError, UpstreamTimeoutError or UpstreamError, also from within the block.
 
-        `target`: path and query; `head`: header lines but for those of framing (see `headers.lines`). Leaving the block
-        early closes the connection at once: that is how an engine learns that its client has gone. `watch` is given
-        the patience that is had with the upstream, at each attempt, for whoever learns that it is lost. `started`: the
-        same request, as far as `start` has brought it. `limits`: other than the client's own, but for the connection.
+        `target`: path and query. `head`: header lines without those of framing (see `headers.lines`). Leaving the block
+        early closes the connection, which tells the engine that the client has disconnected. `watch` gets the idle
+        timer of each attempt, so that it can be tightened when the replica is lost. `started`: the request as returned
+        by `start`, to continue it. `limits` replace the client's own, except for `connect_s`.
         """

@@ -1,7 +1,7 @@
-"""Idle connections, per address, until they are used again or have been idle for too long.
+"""Pool of idle connections per address, with a limit for the idle time.
 
-The one idle for the shortest time is taken first: the engine is least likely to have closed it, and those beyond what
-the load needs age out. A server that closes an idle connection makes it leave by itself (`discard`).
+The connection with the shortest idle time is used first: the engine is least likely to have closed it, and connections
+that the load does not need expire. A connection that the server closes is removed (`discard`).
 """
 
 import asyncio
@@ -13,7 +13,7 @@ from typing import Generic, Protocol, TypeVar
 class Closable(Protocol):
     @property
     def usable(self) -> bool:
-        """False once the peer has closed it."""
+        """False once the peer has closed the connection."""
 
     def abort(self) -> None: ...
 
@@ -23,17 +23,17 @@ C = TypeVar("C", bound=Closable)
 
 
 class Pool(Generic[A, C]):
-    """`keep_s`: how long a connection may be idle."""
+    """`keep_s`: maximum idle time of a connection."""
 
     def __init__(self, *, keep_s: float) -> None:
         self._keep_s = keep_s
-        self._idle: dict[A, dict[C, float]] = {}  # with the time when each expires, in that order
+        self._idle: dict[A, dict[C, float]] = {}  # connection -> expiry time, in order of expiry
         self._sweep: asyncio.TimerHandle | None = None
 
     def __len__(self) -> int:
         return sum(map(len, self._idle.values()))
 
-    def take(self, address: A) -> C | None:
+    def get(self, address: A) -> C | None:
         idle, now = self._idle.get(address), time.monotonic()
         while idle:
             connection, expires_at = idle.popitem()

@@ -1,8 +1,8 @@
-"""One response, from bytes to head, body pieces and end. No I/O.
+"""Parses one response: bytes to head, body chunks and end. No I/O.
 
-llhttp (through httptools) does the parsing and is strict by default: bare LF, two lengths, a length beside chunks,
-folded or malformed headers and bad chunk sizes are errors. What it leaves open is refused here: other protocol versions
-and transfer codings, protocol switches, and heads, trailers or chunk extensions without end.
+llhttp (through httptools) parses and is strict by default: bare LF, two lengths, a length with chunks, folded or
+malformed headers and bad chunk sizes are errors. This module also rejects other protocol versions and transfer codings
+and protocol switches, and limits the size of heads, trailers and chunk extensions.
 """
 
 from functools import lru_cache
@@ -15,107 +15,108 @@ from hpc_router.relay.head_cache import HeadCache
 from hpc_router.relay.headers import Headers
 
 MAX_HEAD_BYTES: Final = 2**16
-"""Also for all that may stand between two pieces of a body."""
+"""The limit also applies to the bytes between two body chunks."""
 _WITHOUT_BODY: Final = frozenset({204, 304})
 _NO_HEADERS: Final = Headers([])
 _VERSIONS: Final = frozenset({"1.0", "1.1"})
 
 
 class ResponseParser:
-    """Feed it until `complete`. `status` is 0 until the final response's head has come; interim ones are skipped.
+    """Call `feed` until `complete`. `status` is 0 until the head of the final response is parsed; interim ones are
+    skipped.
 
-    Body pieces gather in `pieces` (one list for ever: the parser appends to it itself), for the owner to clear.
-    `between`: what has come ends with a chunk, so another may begin. `keep_alive`: whether the connection may carry
-    another exchange, once this one is complete.
+    Body data is appended to `chunks`, which the owner clears (always the same list: the HTTP parser appends to it
+    directly). `at_chunk_boundary`: the received data ends with a complete HTTP chunk. `keep_alive`: whether the
+    connection may be used again after this response.
     """
 
     __slots__ = (
-        "_bare", "_chunk_ended", "_fields", "_head_only", "_interim", "_parser", "_until_close", "between", "complete",
-        "headers", "keep_alive", "length", "on_body", "pieces", "status",
+        "_bytes_since_progress", "_chunk_ended", "_fields", "_head_only", "_interim", "_parser", "_until_close",
+        "at_chunk_boundary", "chunks", "complete", "headers", "keep_alive", "length", "on_body", "status",
     )  # fmt: skip
 
     def __init__(self, *, head_only: bool = False) -> None:
         self.status = 0
         self.headers = _NO_HEADERS
-        self.length: int | None = None  # of the body, where the head tells
-        self.pieces: list[bytes] = []
-        self.on_body = self.pieces.append
+        self.length: int | None = None  # of the body, from the head
+        self.chunks: list[bytes] = []
+        self.on_body = self.chunks.append
         self.complete = False
-        self.between = False
+        self.at_chunk_boundary = False
         self.keep_alive = False
-        self._head_only = head_only  # the answer to HEAD: its length tells of a body that does not come
+        self._head_only = head_only  # the response to HEAD has a length but no body
         self._fields: list[tuple[bytes, bytes]] = []
         self._interim = False
         self._until_close = False
         self._chunk_ended = False
-        self._bare = 0  # bytes since the beginning or the last body piece
-        self._parser: httptools.HttpResponseParser | None = None  # until it is needed
+        self._bytes_since_progress = 0  # since the start or the last body chunk
+        self._parser: httptools.HttpResponseParser | None = None  # created when needed
 
     @property
-    def untouched(self) -> bool:
-        """Not a byte has come."""
-        return not self.status and not self._bare
+    def nothing_received(self) -> bool:
+        """No byte has been received."""
+        return not self.status and not self._bytes_since_progress
 
     def feed(self, data: bytes) -> None:
-        """Raises UpstreamError; what came before the error is there all the same."""
+        """Raises UpstreamError; the data before the error remains in `chunks`."""
         if self._parser is None:
             if self.complete:
-                self.keep_alive = False  # the answer is whole, what follows it is not ours
+                self.keep_alive = False  # the data after the response does not belong to it
                 return
-            if not self._head_only and (found := whole_answer(data)) is not None:
-                head, body, _ = found
+            if not self._head_only and (cached := cached_response(data)) is not None:
+                head, body, _ = cached
                 self.status, self.headers, self.keep_alive = head
                 self.length = len(body)
                 if body:
-                    self.pieces.append(body)
+                    self.chunks.append(body)
                 self.complete = True
                 return
         self.parse(data)
 
     def parse(self, data: bytes) -> None:
-        """Feed it to the parser, whatever is known of its head."""
+        """Feed `data` to the HTTP parser without the head cache."""
         if self._parser is None:
             self._parser = httptools.HttpResponseParser(self)
-        before = len(self.pieces)
+        before = len(self.chunks)
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserError as error:
             if not self.complete:
                 cause = error.__context__ if isinstance(error.__context__, UpstreamError) else error
-                raise UpstreamError(f"the replica's answer is malformed: {cause}") from error
-            self.keep_alive = False  # the answer is whole, what follows it is not ours
-        self.between = self._chunk_ended and data.endswith(b"\r\n")
-        if len(self.pieces) > before:
-            self._bare = 0
+                raise UpstreamError(f"the replica's response is malformed: {cause}") from error
+            self.keep_alive = False  # the data after the response does not belong to it
+        self.at_chunk_boundary = self._chunk_ended and data.endswith(b"\r\n")
+        if len(self.chunks) > before:
+            self._bytes_since_progress = 0
             if self._head_only:
-                self.pieces.clear()
+                self.chunks.clear()
         else:
-            self._bare += len(data)
-            if self._bare > MAX_HEAD_BYTES and not self.complete:
+            self._bytes_since_progress += len(data)
+            if self._bytes_since_progress > MAX_HEAD_BYTES and not self.complete:
                 raise UpstreamError(f"the replica sent more than {MAX_HEAD_BYTES} bytes of headers")
 
     def feed_eof(self) -> None:
-        """The peer has closed in good order. Raises UpstreamError where that is no end."""
+        """The peer has closed the connection. Raises UpstreamError if the response is incomplete."""
         if self.complete:
             return
         if not self.status:
-            raise UpstreamError("the replica closed the connection without an answer")
+            raise UpstreamError("the replica closed the connection without a response")
         if not self._until_close:
-            raise UpstreamError("the replica closed the connection inside its answer")
+            raise UpstreamError("the replica closed the connection within its response")
         self.complete = True
 
     def release(self) -> None:
-        """Parser and framer know each other; without this they would wait for the garbage collector."""
+        """Break the reference cycle with the HTTP parser, so that both are freed without the garbage collector."""
         self._parser = None
 
-    # The parser's side.
+    # Callbacks of the HTTP parser.
 
     def on_message_begin(self) -> None:
         if self.complete:
             raise UpstreamError("there is data after its end")
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if not self.status:  # else it is a trailer
+        if not self.status:  # otherwise it is a trailer
             self._fields.append((name.lower(), value.rstrip(b" \t")))
 
     def on_headers_complete(self) -> None:
@@ -138,7 +139,7 @@ class ResponseParser:
         coding = b",".join(headers.all(b"transfer-encoding")).lower() if b"transfer-encoding" in headers else b""
         if coding and (coding != b"chunked" or version == "1.0"):
             raise UpstreamError(f"transfer-encoding {coding[:40]!r} in HTTP/{version}")
-        # The parser takes what follows the answer to HEAD for its body, so nobody can tell whether anything does.
+        # llhttp parses data after the response to HEAD as its body, so the end of the response is unknown.
         self.keep_alive = self._parser.should_keep_alive() and not self._head_only
         self._until_close = not (coding or length is not None or status in _WITHOUT_BODY)
         self.headers, self.status = headers, status
@@ -163,32 +164,34 @@ class _Head(NamedTuple):
     keep_alive: bool
 
 
-def _known_head(data: bytes) -> _Head | None:
-    """Of a whole response whose body is as long as it says, if that is all there is to know about it."""
-    framer = ResponseParser()
+def _cacheable_head(data: bytes) -> _Head | None:
+    """The head of `data`, if that is one complete response and may be cached."""
+    parser = ResponseParser()
     try:
-        framer.parse(data)
+        parser.parse(data)
     except UpstreamError:
         return None
     finally:
-        framer.release()
-    if not framer.complete or framer.status in _WITHOUT_BODY or framer.length is None:
+        parser.release()
+    if not parser.complete or parser.status in _WITHOUT_BODY or parser.length is None:
         return None
-    fields = [field for field in framer.headers.fields if field[0] != b"content-length"]  # the next one's is another
-    return _Head(framer.status, Headers(fields), framer.keep_alive)
+    # Content-Length differs at_chunk_boundary messages with the same head.
+    fields = [field for field in parser.headers.fields if field[0] != b"content-length"]
+    return _Head(parser.status, Headers(fields), parser.keep_alive)
 
 
-_HEADS: Final = HeadCache(_known_head)
-whole_answer: Final = _HEADS.whole
-"""Status, headers and whether the connection may be kept, and the body, where the head is known and all is there."""
+_HEADS: Final = HeadCache(_cacheable_head)
+cached_response: Final = _HEADS.lookup
+"""Head, body and an unused id, if the data is one complete response with a cached head; else None."""
 
 
 @lru_cache(maxsize=2**14)
 def chunk_prefix(length: int) -> bytes:
-    """What a chunk of so many bytes in all begins with, as servers write it; never what the last one begins with."""
+    """The size line of a chunk of `length` bytes including framing, in the form that servers write; never the last
+    chunk's."""
     for digits in range(1, 8):
         size = length - digits - 4
         prefix = b"%x\r\n" % max(0, size)
         if size > 0 and len(prefix) == digits + 2:
             return prefix
-    return b"\0"  # no chunk begins so
+    return b"\0"  # no chunk starts with this byte

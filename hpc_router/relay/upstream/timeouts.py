@@ -1,8 +1,8 @@
-"""How long the upstream may stay silent.
+"""Idle timer of an exchange with an upstream server.
 
-The clock runs only while the upstream is waited for, so that a slow client does not make it look silent. A stream asks
-for more time with every event, so that has to be cheap: a later deadline is only noted, and the timer, when it rings
-too early, is set again. Cheaper still is to set `heard`, and then silence is noticed after one to two times the limit.
+The timer runs only while data from the upstream is awaited, so that a slow client does not cause a timeout. Every event
+of a stream restarts it, which must be cheap: a restart only stores the new deadline, and a timer that fires too early
+is scheduled again. Setting `activity` is cheaper still; the timeout then comes after one to two times the limit.
 """
 
 import asyncio
@@ -11,80 +11,81 @@ from collections.abc import Callable
 
 
 class IdleTimer:
-    """Calls `on_silence`, which its user sets, when the upstream has been silent for too long.
+    """Calls `on_timeout` when the upstream has sent nothing for too long.
 
-    It may serve one exchange after another (`begin`), and then needs a new timer for hardly any of them.
+    One object serves all exchanges of a connection (`begin`), and most of them reuse the scheduled timer.
     """
 
     __slots__ = (
-        "_deadline", "_limit_s", "_loop", "_most_s", "_rings_at", "_timer", "begun_at", "heard", "on_silence", "spent",
+        "_deadline", "_fires_at", "_limit_s", "_loop", "_max_s", "_timer", "activity", "expired", "on_timeout",
+        "started_at",
     )  # fmt: skip
 
-    def __init__(self, on_silence: Callable[[], None]) -> None:
-        self.on_silence = on_silence
-        self.spent = False
-        self.heard = False  # since the timer was set
-        self.begun_at = 0.0  # on the loop's clock
+    def __init__(self, on_timeout: Callable[[], None]) -> None:
+        self.on_timeout = on_timeout
+        self.expired = False
+        self.activity = False  # data was received since the timer was scheduled
+        self.started_at = 0.0  # on the loop's clock
         self._limit_s = math.inf
         self._loop = asyncio.get_running_loop()
-        self._most_s = math.inf
-        self._deadline: float | None = None  # None: nobody waits for the upstream
+        self._max_s = math.inf
+        self._deadline: float | None = None  # None: paused
         self._timer: asyncio.TimerHandle | None = None
-        self._rings_at = math.inf
+        self._fires_at = math.inf
 
     def begin(self, limit_s: float) -> None:
-        """Wait in another exchange."""
-        self.spent = self.heard = False
-        self._most_s = math.inf
+        """Start the timer for another exchange."""
+        self.expired = self.activity = False
+        self._max_s = math.inf
         self._limit_s = limit_s
-        self.begun_at = now = self._loop.time()
+        self.started_at = now = self._loop.time()
         self._deadline = deadline = now + limit_s
-        if deadline < self._rings_at:
-            self._set(deadline)
+        if deadline < self._fires_at:
+            self._schedule(deadline)
 
-    def wait(self, limit_s: float) -> None:
-        """From now on, silence for `limit_s` seconds is too long."""
+    def restart(self, limit_s: float) -> None:
+        """Set the deadline to `limit_s` seconds from now."""
         self._limit_s = limit_s
-        self._deadline = deadline = self._loop.time() + (limit_s if limit_s < self._most_s else self._most_s)
-        if deadline < self._rings_at:
-            self._set(deadline)
+        self._deadline = deadline = self._loop.time() + (limit_s if limit_s < self._max_s else self._max_s)
+        if deadline < self._fires_at:
+            self._schedule(deadline)
 
-    def rest(self) -> None:
+    def pause(self) -> None:
         self._deadline = None
 
     def end(self) -> None:
-        """There will be no other exchange."""
+        """Cancel the timer; there will be no other exchange."""
         self._deadline = None
-        self.on_silence = _nobody_listens
+        self.on_timeout = _ignore
         if self._timer is not None:
             self._timer.cancel()
 
-    def shorten(self, limit_s: float) -> None:
-        """From now on no silence longer than this, whatever was asked for."""
-        self._most_s = limit_s
-        self.heard = False
-        if self._deadline is not None and not self.spent:
-            self.wait(limit_s)
+    def tighten(self, limit_s: float) -> None:
+        """Limit this and all later deadlines of the exchange to `limit_s` seconds."""
+        self._max_s = limit_s
+        self.activity = False
+        if self._deadline is not None and not self.expired:
+            self.restart(limit_s)
 
-    def _set(self, deadline: float) -> None:
+    def _schedule(self, deadline: float) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        self._rings_at = deadline
-        self._timer = self._loop.call_at(deadline, self._ring)
+        self._fires_at = deadline
+        self._timer = self._loop.call_at(deadline, self._fire)
 
-    def _ring(self) -> None:
-        self._timer, self._rings_at = None, math.inf
+    def _fire(self) -> None:
+        self._timer, self._fires_at = None, math.inf
         if self._deadline is None:
             return
-        if self.heard:
-            self.heard = False
-            self.wait(self._limit_s)
+        if self.activity:
+            self.activity = False
+            self.restart(self._limit_s)
         elif self._deadline > self._loop.time():
-            self._set(self._deadline)
+            self._schedule(self._deadline)
         else:
-            self.spent = True
-            self.on_silence()
+            self.expired = True
+            self.on_timeout()
 
 
-def _nobody_listens() -> None:
-    """So that whoever did can be forgotten."""
+def _ignore() -> None:
+    """No-op callback; drops the reference to the old one."""

@@ -175,12 +175,12 @@ class Reservation:
         """Control this timer: shorten it now or as soon as the replica is lost."""
         self.idle_timer = idle_timer
         if self.lost:
-            idle_timer.shorten(LOST_S)
+            idle_timer.tighten(LOST_S)
 
     def mark_lost(self) -> None:
         self.lost = True
         if self.idle_timer is not None:
-            self.idle_timer.shorten(LOST_S)
+            self.idle_timer.tighten(LOST_S)
 
     def release(self) -> None:
         replica, owner = self.replica, self._owner

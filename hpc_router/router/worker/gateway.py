@@ -1,49 +1,40 @@
-"""The router's HTTP surface: paths, tokens, errors in the shape that each API's clients read.
+"""The router's HTTP API: paths, authentication, and errors in the format of each API.
 
-One handler, one table of routes, one table of status codes. `/health` answers a challenge, so that nobody sends his
-token to another process on this port. What a request means is decided in `Gateway`'s methods, how it is served in
-`dispatch`.
+There is one handler, one table of routes and one table of status codes. `/health` signs a challenge, so that a client
+does not send its token to another process on this port. `Gateway` chooses the experts of a request; `dispatcher` serves
+it.
 """
 
 import asyncio
 import logging
-import math
 import random
 import re
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Final, cast
+from typing import Any, Final, NamedTuple
 
 from hpc_router.config.schema import Deployment
 from hpc_router.errors import (
-    AnswerTimeoutError,
     BadRequestError,
-    BodyTooLargeError,
-    HpcRouterError,
     OverloadedError,
-    RequestTimeoutError,
-    RoutingError,
     UnauthorizedError,
-    UnavailableError,
     UnknownModelError,
     UnknownPathError,
-    UpstreamError,
     suggest,
 )
 from hpc_router.net import protocol
 from hpc_router.net.auth import bearer_token, challenge_answer, equal_secrets
-from hpc_router.relay.api_formats import dialect_of
+from hpc_router.relay.api_formats import ApiFormat, api_format_of
 from hpc_router.relay.downstream.interface import (
     DownstreamGoneError,
+    PendingResponse,
     Request,
     Response,
-    Work,
-    error_response,
     json_response,
 )
-from hpc_router.relay.headers import MAX_RETRY_AFTER_S, Headers
+from hpc_router.relay.headers import Headers
 from hpc_router.relay.in_flight import InFlight
 from hpc_router.router.ipc.messages import GetExposition, GetStatus
 from hpc_router.router.metrics import Metrics
@@ -51,34 +42,21 @@ from hpc_router.router.replicas.admission import queue_limits, should_spill
 from hpc_router.router.replicas.sessions import PARAM, session_id
 from hpc_router.router.replicas.table import ReplicaTable
 from hpc_router.router.worker.control_client import ControlClient
-from hpc_router.router.worker.dispatcher import RETRY_AFTER_S, Dispatcher, RoutedRequest
-from hpc_router.router.worker.fast_path import FastPathRequest
+from hpc_router.router.worker.dispatcher import Dispatcher, RoutedRequest
+from hpc_router.router.worker.error_responses import RETRY_AFTER_S, DrainingError
 from hpc_router.router.worker.request_body import ApiCall, decode
 from hpc_router.routing.policy import Decision, Policy, RouteReason
-from hpc_router.routing.prompt_text import RequestError, prompt_text
+from hpc_router.routing.prompt_text import prompt_text
 
 logger = logging.getLogger(__name__)
 
-STATUS: Final[Mapping[type[HpcRouterError], tuple[int, str]]] = {
-    BadRequestError: (400, "invalid_request_error"),
-    RequestError: (400, "invalid_request_error"),
-    UnauthorizedError: (401, "authentication_error"),
-    UnknownModelError: (404, "invalid_request_error"),
-    UnknownPathError: (404, "invalid_request_error"),
-    RequestTimeoutError: (408, "invalid_request_error"),
-    BodyTooLargeError: (413, "invalid_request_error"),
-    OverloadedError: (429, "rate_limit_error"),
-    UpstreamError: (502, "upstream_error"),
-    UnavailableError: (503, "service_unavailable"),
-    AnswerTimeoutError: (504, "timeout_error"),
-}
-LONG_BODY: Final = 2**18
-"""From this size on, in bytes, a body is decoded beside the event loop."""
+LONG_BODY_BYTES: Final = 2**18
+"""Bytes; a longer body is decoded in a thread."""
 _OPEN_PATHS: Final = frozenset({protocol.HEALTH, "/ready"})
 _WHILE_DRAINING: Final = _OPEN_PATHS | {"/status", protocol.METRICS}
-_EXPRESS_PATHS: Final = frozenset(protocol.GENERATE_PATHS) - {protocol.RESPONSES}
+_FAST_PATHS: Final = frozenset(protocol.GENERATE_PATHS) - {protocol.RESPONSES}
 _NAMED: Final = RouteReason.NAMED
-_YES_NO: Final = frozenset({bool, type(None)})
+_OPTIONAL_BOOL: Final = frozenset({bool, type(None)})
 _CHALLENGE: Final = re.compile(r"[0-9a-f]{1,256}")
 _REQUEST_ID: Final = re.compile(rb"[\w.:-]{1,128}")
 _METRICS_HEAD: Final = b"content-type: text/plain; version=0.0.4; charset=utf-8\r\n"
@@ -86,13 +64,9 @@ _METRICS_HEAD: Final = b"content-type: text/plain; version=0.0.4; charset=utf-8\
 Handler = Callable[[Request, str], Awaitable[Response | None]]
 
 
-class DrainingError(UnavailableError):
-    """This router takes nothing new; its successor does."""
-
-
 @dataclass(slots=True, eq=False)
 class Gateway:
-    """Answers every request of the router. `token` None: open to everybody. `key` proves who answers."""
+    """Handles every request of the router. `token` None: no authentication. `key` signs the challenges of `/health`."""
 
     deployment: Deployment
     table: ReplicaTable
@@ -127,43 +101,60 @@ class Gateway:
         }
 
     def reconfigure(self, deployment: Deployment, policy: Policy) -> None:
-        """From the next request on."""
+        """Apply to later requests."""
         config = deployment.router
         self.deployment, self.policy = deployment, policy
         self.table.pin_bound, self.table.bounds = config.pin_bound, queue_limits(deployment)
         self.link.ejects_at_once = config.eject_connect_errors == 1
         self.dispatcher.configure(config)
 
-    async def handle(self, request: Request) -> Response | None:
-        """Raises nothing but DownstreamGoneError, where nobody is left to answer."""
-        begun, request.begun_work = cast(RoutedRequest | None, request.begun_work), None
-        request_id = self._request_id(request) if begun is None else begun.request_id
-        if self.draining:
+    def handle(self, request: Request) -> PendingResponse | Coroutine[Any, Any, Response | None]:
+        """Serve a request. One that only has to be routed and sent needs no task; all others get a coroutine."""
+        request_id = self._request_id(request)
+        body = request.complete_body()
+        endpoint: _Endpoint | None = request.headers.cached.get(self, _UNKNOWN)
+        if endpoint is _UNKNOWN:
+            endpoint = self._simple_endpoint(request)
+        if self.in_flight.closing:
             request.keep_alive = False
+            endpoint = None
+        if body is None or endpoint is None or len(body) > LONG_BODY_BYTES:
+            return self._respond(request, request_id)
         try:
-            if begun is not None:
-                response = await self._go_on(begun)
-            else:
-                response = await self._find(request)(request, request_id)
+            self._admit()
+            routed = self._route_request(request, request_id, decode(body), endpoint)
+            routed.start()
+        except Exception as error:  # noqa: BLE001  # logged and reported to the client
+            return _ready(self.dispatcher.errors.response_to(error, request, request_id))
+        return routed
+
+    async def _respond(self, request: Request, request_id: str) -> Response | None:
+        """Serve a request in a task. Raises only DownstreamGoneError: the client has disconnected."""
+        try:
+            return await self._find_route(request)(request, request_id)
         except DownstreamGoneError:
             raise
-        except HpcRouterError as error:
-            response = self._refuse(request, error, request_id)
-        except Exception:
-            logger.exception("%s: %s %r failed", request_id, request.method, request.path[:200])
-            failure = RoutingError("the router failed; its log says why")
-            response = _error_response(500, "internal_error", failure, request_id, path=request.path)
-        return response
+        except Exception as error:  # noqa: BLE001  # logged and reported to the client
+            return self.dispatcher.errors.response_to(error, request, request_id)
+
+    def _simple_endpoint(self, request: Request) -> "_Endpoint | None":
+        """The endpoint, if requests with this head are authorized and can be routed without waiting. Cached with the
+        head."""
+        simple = request.method == "POST" and request.path in _FAST_PATHS and self._is_authorized(request.headers)
+        endpoint = request.headers.cached[self] = _endpoint_of(request) if simple else None
+        return endpoint
 
     def _request_id(self, request: Request) -> str:
         if request.request_id and _REQUEST_ID.fullmatch(request.request_id):
             return request.request_id.decode()
         return f"{random.getrandbits(128):032x}"
 
-    def _find(self, request: Request) -> Handler:
+    def _find_route(self, request: Request) -> Handler:
         path = request.path.rstrip("/") or "/"
-        if path not in _OPEN_PATHS and self.token is not None:
-            self._check_token(request.headers, self.token)
+        if path not in _OPEN_PATHS and not self._is_authorized(request.headers):
+            raise UnauthorizedError(
+                "this router wants its owner's token as `Authorization: Bearer ...` or `x-api-key: ...`"
+            )
         if self.draining and path not in _WHILE_DRAINING:
             raise DrainingError(f"{self.replica} is draining; ask its successor", retry_after_s=RETRY_AFTER_S)
         handler = self.routes.get(("GET" if request.method == "HEAD" else request.method, path))
@@ -174,24 +165,14 @@ class Gateway:
             raise UnknownPathError(f"{request.method} {request.path[:200]!r} is not served (valid: {', '.join(paths)})")
         return handler
 
-    def _check_token(self, headers: Headers, token: str) -> None:
-        if token in headers.notes:
-            return
-        offered = bearer_token(headers.text("authorization")) or headers.text("x-api-key")
-        if not equal_secrets(offered, token):
-            raise UnauthorizedError(
-                "this router wants its owner's token as `Authorization: Bearer ...` or `x-api-key: ...`"
-            )
-        headers.notes[token] = True
-
-    def _refuse(self, request: Request, error: HpcRouterError, request_id: str) -> Response:
-        status, kind = next(((s, k) for e, (s, k) in STATUS.items() if isinstance(error, e)), (500, "internal_error"))
-        logger.info("%s: %s %r refused with %d: %s", request_id, request.method, request.path[:200], status, error)
-        self.metrics.requests.add("", "", status)
-        response = _error_response(status, kind, error, request_id, path=request.path)
-        if isinstance(error, DrainingError):
-            response.add(protocol.DRAINING_HEADER, "1")
-        return response
+    def _is_authorized(self, headers: Headers) -> bool:
+        token = self.token
+        if token is None or token in headers.cached:
+            return True
+        if not equal_secrets(bearer_token(headers.text("authorization")) or headers.text("x-api-key"), token):
+            return False
+        headers.cached[token] = True
+        return True
 
     async def _health(self, request: Request, request_id: str) -> Response:
         challenge = protocol.challenge_in(request.query)
@@ -220,31 +201,22 @@ class Gateway:
         return json_response(self._model_card(name))
 
     async def _route(self, request: Request, request_id: str) -> Response:
-        """Explain where `auto` would send this prompt."""
-        call = await self._read(request)
+        """Explain the routing of this prompt for model `auto`."""
+        call = await self._read_call(request)
         explanation = self.policy.explain(self._prompt(call), ready=self.table.ready())
         return json_response(explanation.to_dict(id=request_id))
 
     async def _generate(self, request: Request, request_id: str) -> Response | None:
         self._admit()
         with self.in_flight:
-            body = request.ready()
-            call = decode(body) if body is not None and len(body) <= LONG_BODY else await self._read(request)
+            body = request.complete_body()
+            call = decode(body) if body is not None and len(body) <= LONG_BODY_BYTES else await self._read_call(request)
             if request.path.rstrip("/") == protocol.RESPONSES and call.fields.get(PARAM) is not None:
                 session = session_id(request.headers)
                 if session is not None:
                     await self.link.recall(session)
-            return await self._serve(self._errand(request, request_id, call))
-
-    async def _go_on(self, errand: RoutedRequest) -> Response | None:
-        """From where `express` has come."""
-        work, errand.work = errand.work, None  # they know each other
-        if work is not None:
-            work.leave()
-        else:
-            self._admit()  # others have come since it was looked at
-        with self.in_flight:
-            return await self._serve(errand)
+            routed = self._route_request(request, request_id, call, _endpoint_of(request))
+            return await self.dispatcher.respond(routed)
 
     def _admit(self) -> None:
         if self.in_flight.total >= self.deployment.router.max_in_flight:
@@ -253,51 +225,16 @@ class Gateway:
                 retry_after_s=self.table.longest_wait_s(),
             )
 
-    async def _serve(self, errand: RoutedRequest) -> Response | None:
-        answered = await self.dispatcher.run(errand)
-        self.metrics.requests.add(answered.expert, str(answered.reason), answered.status)
-        return answered.response
-
-    def express(self, request: Request) -> Work | None:
-        """See `express`: the same as `handle`, as far as that goes without waiting. What it refuses, `handle` tells."""
-        body = request.ready()
-        if body is None or len(body) > LONG_BODY or self.in_flight.closing:
-            return None
-        if self.in_flight.total >= self.deployment.router.max_in_flight:
-            return None
-        try:
-            if not self._goes_express(request):
-                return None
-            errand = self._errand(request, self._request_id(request), decode(body))
-            work = FastPathRequest(self.dispatcher, errand, self.in_flight)
-            begun = work.begin()
-        except Exception:  # noqa: BLE001  # `handle` meets it as well, and tells
-            return None
-        request.begun_work = errand
-        return work if begun else None
-
-    def _goes_express(self, request: Request) -> bool:
-        """By its head, which is asked once where it comes again and again. Raises what the handler would."""
-        notes = request.headers.notes
-        known: bool | None = notes.get(self)
-        if known is None:
-            known = request.method == "POST" and request.path in _EXPRESS_PATHS
-            if known and self.token is not None:
-                self._check_token(request.headers, self.token)
-            notes[self] = known
-        return known
-
-    async def _read(self, request: Request) -> ApiCall:
+    async def _read_call(self, request: Request) -> ApiCall:
         body = await request.read(limit_s=self.deployment.router.idle_timeout_s)
-        return await asyncio.to_thread(decode, body) if len(body) > LONG_BODY else decode(body)
+        return await asyncio.to_thread(decode, body) if len(body) > LONG_BODY_BYTES else decode(body)
 
-    def _errand(self, request: Request, request_id: str, call: ApiCall) -> RoutedRequest:
+    def _route_request(self, request: Request, request_id: str, call: ApiCall, endpoint: "_Endpoint") -> RoutedRequest:
         started = time.perf_counter()
-        path, model = request.path.rstrip("/"), call.model
-        if type(call.fields.get("stream")) not in _YES_NO:
+        path, target, api_format = endpoint
+        model = call.model
+        if type(call.fields.get("stream")) not in _OPTIONAL_BOOL:
             raise BadRequestError("'stream' must be true or false", param="stream")
-        target = f"{path}?{request.query}" if request.query else path
-        dialect = dialect_of(path)
         session = None
         if path == protocol.RESPONSES:
             session = session_id(request.headers)
@@ -305,21 +242,25 @@ class Gateway:
             if continued is not None:
                 turn, replica = continued
                 reason = turn.reason if model == "auto" else RouteReason.NAMED
-                return RoutedRequest(
-                    request, target, dialect, request_id, call, (turn.expert,), reason, started, only=replica
+                routed = RoutedRequest(
+                    self.dispatcher, request, request_id, call, api_format, target, (turn.expert,), reason, started
                 )
+                routed.only = replica
+                return routed
         if model != "auto":
             if model not in self.deployment.experts and not self.table.of(model):
                 raise self._unknown(model)
             experts: tuple[str, ...] = (model,)
             reason = _NAMED
         else:
-            experts, reason = self._chosen(path, call, first=dialect.conversation)
-        on_answer = None if session is None else partial(self.link.sessions.answered, session)
-        return RoutedRequest(request, target, dialect, request_id, call, experts, reason, started, on_answer=on_answer)
+            experts, reason = self._choose_experts(path, call, first=api_format.prompt_field)
+        routed = RoutedRequest(self.dispatcher, request, request_id, call, api_format, target, experts, reason, started)
+        if session is not None:
+            routed.on_success = partial(self.link.sessions.answered, session)
+        return routed
 
-    def _chosen(self, path: str, call: ApiCall, *, first: str) -> tuple[tuple[str, ...], RouteReason]:
-        """By the policy: the experts to try in turn, and why the first of them."""
+    def _choose_experts(self, path: str, call: ApiCall, *, first: str) -> tuple[tuple[str, ...], RouteReason]:
+        """The experts to try in order, by the policy, and the reason for the first one."""
         if path == protocol.EMBEDDINGS:
             raise BadRequestError(
                 "'auto' cannot embed: the vector spaces of experts differ, so name one", param="model"
@@ -338,7 +279,7 @@ class Gateway:
         return experts, decision.reason
 
     def _spills(self, decision: Decision) -> bool:
-        """Whether its expert is busy, the runner-up is not, and waiting costs more than the score it loses."""
+        """Whether the expert is busy, the runner-up is free, and the wait weighs more than the lower score."""
         expert, other, per_s = decision.expert, decision.runner_up, self.deployment.policy.spill_per_s
         if decision.reason is not RouteReason.CLASSIFIED or expert is None or other is None or per_s is None:
             return False
@@ -357,7 +298,7 @@ class Gateway:
         if version is not None:
             self.metrics.decided.add(version, decision.cluster or "", decision.reason)
             shadow = self.policy.shadow
-            if shadow is not None:  # it only counts
+            if shadow is not None:  # only counted
                 agreed = shadow.select(text, ready={}).expert == decision.expert
                 self.metrics.shadowed.add(version, shadow.version, "yes" if agreed else "no")
         return decision
@@ -384,17 +325,21 @@ class Gateway:
         return UnknownModelError(f"no model is named {name[:100]!r}{suggest(name, self._model_names())}", param="model")
 
 
-def _error_response(status: int, kind: str, error: HpcRouterError, request_id: str, *, path: str) -> Response:
-    param, retry_after_s = getattr(error, "param", None), getattr(error, "retry_after_s", None)
-    response = error_response(status, kind=kind, code=_code(error), message=str(error), param=param, path=path)
-    response.add(protocol.REQUEST_ID_HEADER, request_id)
-    if retry_after_s is not None:
-        response.add("retry-after", str(min(max(1, math.ceil(retry_after_s)), MAX_RETRY_AFTER_S)))
-    if isinstance(error, AnswerTimeoutError):
-        response.add("x-should-retry", "false")  # obeyed by the openai and anthropic clients
+class _Endpoint(NamedTuple):
+    """`path` without a final slash; `target`: path and query of the upstream request."""
+
+    path: str
+    target: str
+    api_format: ApiFormat
+
+
+_UNKNOWN: Final = _Endpoint("", "", api_format_of(""))
+
+
+def _endpoint_of(request: Request) -> _Endpoint:
+    path = request.path.rstrip("/")
+    return _Endpoint(path, f"{path}?{request.query}" if request.query else path, api_format_of(path))
+
+
+async def _ready(response: Response) -> Response:
     return response
-
-
-def _code(error: HpcRouterError) -> str:
-    """`UnknownModelError` -> `unknown_model`."""
-    return re.sub(r"(?<!^)(?=[A-Z])", "_", type(error).__name__.removesuffix("Error")).lower()

@@ -1,7 +1,7 @@
-"""A data-plane process of the router: it serves clients on a socket of its own, by what the control process tells it.
+"""A worker process of the router: serves clients on its own socket.
 
-It begins to serve once it knows the replicas. Asked to drain, it takes nothing new, and closes its socket as soon as
-nobody is sent here any more.
+It starts to serve once it has received the replicas from the control process. On a drain it rejects new requests, and
+closes its socket as soon as clients are no longer sent to it.
 """
 
 import asyncio
@@ -26,7 +26,7 @@ from hpc_router.router.replicas.admission import queue_limits
 from hpc_router.router.replicas.sessions import Sessions
 from hpc_router.router.replicas.table import ReplicaTable
 from hpc_router.router.worker.control_client import ControlClient
-from hpc_router.router.worker.dispatcher import Dispatcher, stream_limits
+from hpc_router.router.worker.dispatcher import Dispatcher, stream_timeouts_of
 from hpc_router.router.worker.gateway import Gateway
 from hpc_router.routing.policy import Policy, versions
 from hpc_router.state.run_directory import RunDir
@@ -36,7 +36,8 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Identity:
-    """What all workers of a router answer as. `token` None: open to everybody; `key` proves who answers."""
+    """Identity of a router, the same in all of its workers. `token` None: no authentication. `key`: for `/health`
+    proofs."""
 
     replica: str
     key: str
@@ -46,7 +47,7 @@ class Identity:
 
 @asynccontextmanager
 async def control_client(deployment: Deployment, counters: Counters, worker: int) -> AsyncIterator[ControlClient]:
-    """What a worker knows of the replicas, once it is attached to a control process."""
+    """The replica table of a worker and its connection to the control process, which is attached later."""
     config = deployment.router
     table = ReplicaTable(
         config.pin_bound, queue_limits(deployment), cells=counters.row(worker), peers=counters.others(worker)
@@ -70,18 +71,21 @@ async def serving(
     make_client: Callable[[UpstreamTimeouts], AbstractAsyncContextManager[Upstream]] = UpstreamClient,
     listen: Callable[..., AbstractAsyncContextManager[asyncio.Server]] = listening,
 ) -> AsyncIterator[Gateway]:
-    """Serves on `sock` within the block; at its end in-flight requests get `router.drain_s`."""
+    """Serve on `sock` within the block; at its end, running requests get `router.drain_s` seconds to finish."""
     config = deployment.router
     await link.informed.wait()
-    async with make_client(stream_limits(config)) as client:
-        dispatcher = Dispatcher(table=link.table, witness=link, client=client, metrics=link.metrics, config=config)
+    async with make_client(stream_timeouts_of(config)) as client:
+        in_flight = InFlight(link.table.cells, link.table.peers, IN_FLIGHT)
+        dispatcher = Dispatcher(
+            table=link.table, health=link, client=client, metrics=link.metrics, config=config, in_flight=in_flight
+        )
         gateway = Gateway(
             deployment, link.table, policy, dispatcher, link.metrics, link,
             token=identity.token, replica=identity.replica, key=identity.key, started_at=identity.started_at,
-            in_flight=InFlight(link.table.cells, link.table.peers, IN_FLIGHT),
+            in_flight=in_flight,
         )  # fmt: skip
         max_body = int(config.max_body_mb * 2**20)
-        async with listen(gateway.handle, sock, max_body=max_body, express=gateway.express) as listener:
+        async with listen(gateway.handle, sock, max_body=max_body) as listener:
             link.start_serving()
             try:
                 async with following_settings(gateway, link, run):
@@ -98,28 +102,32 @@ async def serving(
 
 @asynccontextmanager
 async def following_settings(gateway: Gateway, link: ControlClient, run: RunDir) -> AsyncIterator[None]:
-    """Take over the settings that the control process tells, one after the other; streams go on as they began."""
-    told = asyncio.Event()
+    """Apply new settings from the control process, one after the other. Running requests keep their settings."""
+    changed = asyncio.Event()
 
     async def follow() -> None:
         while True:
-            await told.wait()
-            told.clear()
+            await changed.wait()
+            changed.clear()
             try:
                 if link.settings is not None:
                     await _apply_settings(gateway, link.settings, run)
             except (HpcRouterError, OSError) as error:
                 logger.warning("settings were not applied: %s", error)
 
-    link.on_settings = told.set
+    link.on_settings = changed.set
     if link.settings is not None:
-        told.set()
+        changed.set()
     async with background("settings", follow, link.task_failed):
         yield
 
 
 async def _apply_settings(gateway: Gateway, settings: Settings, run: RunDir) -> None:
-    deployment = replace(gateway.deployment, policy=settings.policy, router=settings.router)
+    deployment = replace(
+        gateway.deployment,
+        policy=settings.policy,
+        router=settings.router,
+    )
     policy = gateway.policy
     same_artefacts = (settings.artefact, settings.shadow) == versions(policy)
     if deployment == gateway.deployment and same_artefacts:

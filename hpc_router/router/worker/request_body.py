@@ -1,8 +1,8 @@
-"""What routing needs of a request body, and where its `model` value stands.
+"""Decodes request bodies for routing and finds the position of the `model` value.
 
-The client's bytes are the truth and go upstream unchanged; when a replica knows the model by another name, the bytes of
-that one value are replaced and nothing else. Most bodies are left to a fast decoder. One that it refuses, or in which
-something else than one member may be named `model`, is walked member by member, which also says what is wrong with it.
+The client's bytes go upstream unchanged; if a replica uses another name for the model, only the bytes of that value are
+replaced. Most bodies are decoded by orjson. A body that orjson rejects, or that contains the bytes `"model"` more than
+once, is parsed member by model_at, which also gives exact error messages.
 """
 
 import json
@@ -17,39 +17,40 @@ import orjson
 from hpc_router.errors import BadRequestError
 
 _MODEL: Final = b'"model"'
-_FIRST: Final = 16
-"""Bytes, at most, before a body's first member."""
+_MAX_PREFIX_BYTES: Final = 16
+"""Limit of bytes before the first member of a body."""
 _decode_value = JSONDecoder().raw_decode
 _space = re.compile(r"[ \t\n\r]*").match
 
 
 @dataclass(slots=True)
 class ApiCall:
-    """One API body: the client's bytes and the decoded fields. `member`: where the only `"model"` is, or -1."""
+    """One API body: the client's bytes and the decoded fields. `model_at`: offset of the only `"model"` in it, or
+    -1."""
 
     raw: bytes
     fields: dict[str, Any]
-    member: int = -1
+    model_at: int = -1
 
     @property
     def model_span(self) -> tuple[int, int]:
-        """The span of bytes in which the model's name stands. Raises BadRequestError where a key stands twice."""
-        raw, member = self.raw, self.member
-        if member > 0:
+        """Start and end offset of the model's name in bytes. Raises BadRequestError for a duplicate key."""
+        raw, model_at = self.raw, self.model_at
+        if model_at > 0:
             name = b'"%b"' % self.fields["model"].encode()
-            start = raw.find(name, member + len(_MODEL))
-            if raw[member + len(_MODEL) : start].strip() == b":" and self._on_top():
+            start = raw.find(name, model_at + len(_MODEL))
+            if raw[model_at + len(_MODEL) : start].strip() == b":" and self._is_top_level():
                 return start, start + len(name)
         text = raw.decode()
-        start, end = _walked(text)[1]["model"]
+        start, end = _parse_text(text)[1]["model"]
         before = len(text[:start].encode())
         return before, before + len(text[start:end].encode())
 
-    def _on_top(self) -> bool:
-        """Whether what stands at `member` is a member of the body itself: nothing but its brace comes before, or what
-        follows closes no other."""
-        raw, at = self.raw, self.member
-        if at <= _FIRST and raw[:at].strip() == b"{":
+    def _is_top_level(self) -> bool:
+        """Whether `model_at` is a member of the top-level object: only its brace comes before, or the rest of the body
+        is a valid object by itself."""
+        raw, at = self.raw, self.model_at
+        if at <= _MAX_PREFIX_BYTES and raw[:at].strip() == b"{":
             return True
         if raw[at - 1 : at] == b"\\":  # a quote within a string
             return False
@@ -61,7 +62,7 @@ class ApiCall:
 
     @property
     def model(self) -> str:
-        """Raises BadRequestError when it is missing or no string."""
+        """Raises BadRequestError if it is missing or not a string."""
         value = self.fields.get("model")
         if not isinstance(value, str) or not value:
             wrong = "is missing" if "model" not in self.fields else "must be a non-empty string"
@@ -71,7 +72,7 @@ class ApiCall:
     def body(self, model: str) -> bytes:
         """The body with `model` as its model name."""
         start, end = self.model_span
-        raw = memoryview(self.raw)  # or what follows would be copied twice
+        raw = memoryview(self.raw)  # avoids a second copy of the rest
         return b"".join((raw[:start], _quoted(model), raw[end:]))
 
 
@@ -82,26 +83,26 @@ def _quoted(model: str) -> bytes:
 
 def decode(body: bytes) -> ApiCall:
     """Decode a JSON object. Raises BadRequestError for anything else."""
-    member = body.find(_MODEL)
-    if member >= 0 and body.find(_MODEL, member + 1) < 0:
+    model_at = body.find(_MODEL)
+    if model_at >= 0 and body.find(_MODEL, model_at + 1) < 0:
         try:
             fields = orjson.loads(body)
         except orjson.JSONDecodeError:
-            pass  # what is wrong comes out below
+            pass  # the parser below finds the error
         else:
             if type(fields) is dict:
-                return ApiCall(body, fields, member)
+                return ApiCall(body, fields, model_at)
     try:
         text = body.decode("utf-8")
     except UnicodeDecodeError as error:
         raise BadRequestError("the body is not UTF-8") from error
-    return ApiCall(body, _walked(text)[0])
+    return ApiCall(body, _parse_text(text)[0])
 
 
-def _walked(text: str) -> tuple[dict[str, Any], dict[str, tuple[int, int]]]:
+def _parse_text(text: str) -> tuple[dict[str, Any], dict[str, tuple[int, int]]]:
     """Raises BadRequestError."""
     try:
-        return _walk(text)
+        return _parse_members(text)
     except IndexError as error:
         raise BadRequestError("the body is not a JSON object: it ends too early") from error
     except RecursionError as error:
@@ -110,11 +111,11 @@ def _walked(text: str) -> tuple[dict[str, Any], dict[str, tuple[int, int]]]:
         raise BadRequestError(f"the body is not a JSON object: {error}") from error
 
 
-def _walk(text: str) -> tuple[dict[str, Any], dict[str, tuple[int, int]]]:
-    """The members of an object, and the span of text in which each one's value stands."""
+def _parse_members(text: str) -> tuple[dict[str, Any], dict[str, tuple[int, int]]]:
+    """The members of an object, and the text span of each value."""
     at = _skip_space(text, 0)
     if text[at : at + 1] != "{":
-        raise ValueError("it does not begin with '{'")
+        raise ValueError("it does not start with '{'")
     fields: dict[str, Any] = {}
     spans: dict[str, tuple[int, int]] = {}
     at = _skip_space(text, at + 1)
@@ -135,7 +136,7 @@ def _walk(text: str) -> tuple[dict[str, Any], dict[str, tuple[int, int]]]:
 
 def _skip_space(text: str, at: int) -> int:
     found = _space(text, at)
-    assert found is not None  # it matches nothing as well
+    assert found is not None  # the pattern also matches the empty string
     return found.end()
 
 

@@ -1,7 +1,7 @@
-"""How many failed attempts may be made up for elsewhere, so that trouble is not multiplied. No I/O, no clock.
+"""Retry budget: limits retries to a share of requests, so that an outage does not become a retry storm.
 
-A share of the requests within a window, plus a minimum for when there are few. An attempt whose replica was lost by it
-need not be counted: that ends by itself, because each replica is lost once.
+The budget is a share of the requests within a sliding window, plus a minimum rate for times with few requests. A retry
+after the loss of a replica need not be counted, because each replica is lost only once. No I/O, no clock.
 """
 
 from dataclasses import dataclass
@@ -12,29 +12,30 @@ WINDOW_S: Final = 10.0
 
 @dataclass(slots=True)
 class RetryBudget:
-    """`share` of the requests, `least_per_s` in any case. Two windows are looked at, the last one and the present."""
+    """`share`: allowed retries per request. `least_per_s`: retries per second that are always allowed. The sliding
+    window is the current and the previous interval of WINDOW_S seconds."""
 
     share: float
     least_per_s: float
-    _began: float = 0.0
-    _requests: tuple[int, int] = (0, 0)  # how many there had been when each of the two windows began
-    _retries: tuple[int, int] = (0, 0)  # within each
+    _started_at: float = 0.0
+    _requests: tuple[int, int] = (0, 0)  # total at the start of each of the two intervals
+    _retries: tuple[int, int] = (0, 0)  # in each of the two intervals
 
-    def take(self, now: float, *, requests: int) -> bool:
-        """One more. `requests`: all there ever were."""
-        self._turn(now, requests)
+    def try_retry(self, now: float, *, requests: int) -> bool:
+        """Count one retry if the budget allows it, and return whether it does. `requests`: total number of requests."""
+        self._advance(now, requests)
         allowed = self.share * (requests - self._requests[0]) + self.least_per_s * WINDOW_S
         if sum(self._retries) >= allowed:
             return False
         self._retries = self._retries[0], self._retries[1] + 1
         return True
 
-    def _turn(self, now: float, requests: int) -> None:
-        elapsed_s = now - self._began
+    def _advance(self, now: float, requests: int) -> None:
+        elapsed_s = now - self._started_at
         if elapsed_s < WINDOW_S:
             return
         if elapsed_s < 2 * WINDOW_S:
             self._requests, self._retries = (self._requests[1], requests), (self._retries[1], 0)
-        else:  # nobody knows how many there were of late
+        else:  # the number of recent requests is unknown
             self._requests, self._retries = (requests, requests), (0, 0)
-        self._began = now
+        self._started_at = now

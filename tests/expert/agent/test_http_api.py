@@ -65,7 +65,7 @@ async def running(
         http_api = AgentHttpApi(
             "math-0.g1", KEY, capacity, client, ("sim", "auto"), lists, drains.append, state=State.READY
         )
-        async with RELAY.listen(http_api.handle, sock, max_body=BODY_LIMIT, express=http_api.express):
+        async with RELAY.listen(http_api.handle, sock, max_body=BODY_LIMIT):
             yield Running(engine, http_api, session, drains)
             await session.close()
         assert http_api.in_flight.count == 0

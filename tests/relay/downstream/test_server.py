@@ -24,7 +24,7 @@ async def echo(request: Request) -> Response | None:
         return Response(408)
     except BadRequestError:
         return Response(400)
-    await request.begin(200, b"", length=None)
+    await request.start_response(200, b"", length=None)
     request.write(b"<%b>" % body)
     return None
 
@@ -191,7 +191,7 @@ async def test_a_long_body_is_refused_in_bounded_memory_and_the_client_reads_why
         try:
             await request.read()
         except BodyTooLargeError:
-            kept = len(b"".join(request._message.pieces))  # type: ignore[attr-defined]
+            kept = len(b"".join(request.chunks))  # type: ignore[attr-defined]
             return Response(413, b"", b"too large")
         return await echo(request)
 
@@ -215,7 +215,7 @@ async def test_a_client_that_asks_and_never_reads_is_cut_after_the_limit(listen:
         if request.path == "/":
             return await echo(request)
         try:
-            await request.begin(200, b"", length=None)
+            await request.start_response(200, b"", length=None)
             while True:
                 written += 2**16
                 if not request.write(b"x" * 2**16):
@@ -237,7 +237,7 @@ async def test_a_client_that_leaves_its_half_and_never_reads_is_not_kept() -> No
 
     async def handler(request: Request) -> Response | None:
         try:
-            await request.begin(200, b"", length=None)
+            await request.start_response(200, b"", length=None)
             while request.write(b"x" * 2**16):
                 await asyncio.sleep(0)
             full.set()
@@ -268,7 +268,7 @@ async def test_an_answer_to_an_answer_breaks_the_connection() -> None:
     """As when a handler fails in the midst of a stream: a second head would look like a part of the body."""
 
     async def handler(request: Request) -> Response:
-        await request.begin(200, b"", length=None)
+        await request.start_response(200, b"", length=None)
         request.write(b"a")
         return Response(500, b"", b"failed")
 
@@ -283,7 +283,7 @@ async def test_an_aborted_answer_ends_the_connection_quietly(relay: Relay, caplo
     """Also where the request's body has not come."""
 
     async def handler(request: Request) -> Response | None:
-        await request.begin(200, b"", length=None)
+        await request.start_response(200, b"", length=None)
         request.abort()
         return None
 

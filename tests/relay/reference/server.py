@@ -17,8 +17,8 @@ from hpc_router.errors import BadRequestError, BodyTooLargeError, RequestTimeout
 from hpc_router.relay.downstream.interface import (
     KEEP_ALIVE_S,
     DownstreamGoneError,
-    Express,
     Handler,
+    PendingResponse,
     Request,
     Response,
     check_encoding,
@@ -37,13 +37,12 @@ class _Request(Request):
         fields, self.request_id = without_id([(name.lower(), value) for name, value in request.raw_headers])
         self.headers = Headers(fields)
         self.keep_alive = request.keep_alive
-        self.begun_work = None
         self._transport: asyncio.Transport | None = None
-        self._chunked = self.quiet = False
+        self._chunked = self.idle = False
         self.sent: web.StreamResponse | None = None
 
     @property
-    def begun(self) -> bool:
+    def response_started(self) -> bool:
         return self._transport is not None
 
     async def read(self, *, limit_s: float | None = None) -> bytes:
@@ -62,7 +61,7 @@ class _Request(Request):
         except TimeoutError as error:
             raise RequestTimeoutError(f"the body did not arrive within {limit_s:g} s") from error
 
-    async def begin(self, status: int, head: bytes, *, length: int | None) -> None:
+    async def start_response(self, status: int, head: bytes, *, length: int | None) -> None:
         self.sent = answer = web.StreamResponse(status=status, headers=fields_of(head))
         answer.content_length = length
         if not self.keep_alive or (self._request.version < HttpVersion11 and length is None):
@@ -80,7 +79,7 @@ class _Request(Request):
         assert self._transport is not None
         if self._transport.is_closing():
             raise DownstreamGoneError("the client has gone")
-        self.quiet = False
+        self.idle = False
         if self.method != "HEAD":
             self._transport.write(b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
         return not self._request.protocol.writing_paused
@@ -93,7 +92,7 @@ class _Request(Request):
             raise DownstreamGoneError("the client has gone") from error
         except TimeoutError as error:
             self.abort()
-            raise DownstreamGoneError("the client reads no more") from error
+            raise DownstreamGoneError("the client does not read") from error
 
     def abort(self) -> None:
         if self._request.transport is not None:
@@ -117,7 +116,6 @@ async def listening(
     *,
     max_body: int,
     keep_alive_s: float = KEEP_ALIVE_S,
-    express: Express | None = None,
 ) -> AsyncIterator[asyncio.Server]:
     """See `server.listening`. Every request is the handler's from the beginning."""
     loop = asyncio.get_running_loop()
@@ -125,7 +123,9 @@ async def listening(
     async def handle(request: web.BaseRequest) -> web.StreamResponse:
         wrapped = _Request(request)
         try:
-            return wrapped.finish(await handler(wrapped))
+            outcome = handler(wrapped)
+            assert not isinstance(outcome, PendingResponse)  # the body is not known in advance here
+            return wrapped.finish(await outcome)
         except DownstreamGoneError:
             assert wrapped.sent is not None
             return wrapped.sent

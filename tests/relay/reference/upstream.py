@@ -28,19 +28,19 @@ _NO_AUTO_HEADERS: Final = ("Accept", "Accept-Encoding", "User-Agent", "Content-T
 
 
 class AiohttpResponse(UpstreamResponse):
-    def __init__(self, response: aiohttp.ClientResponse, patience: IdleTimer, limits: UpstreamTimeouts) -> None:
+    def __init__(self, response: aiohttp.ClientResponse, idle_timer: IdleTimer, limits: UpstreamTimeouts) -> None:
         headers = Headers([(name.lower(), value) for name, value in response.raw_headers])
         super().__init__(response.status, headers, response.content_length)
         self._response = response
-        self._patience = patience
+        self._idle_timer = idle_timer
         self._limits = limits
 
     async def chunks(self) -> AsyncIterator[bytes]:
         read = self._response.content.readany
         while chunk := await read():
-            self._patience.rest()
+            self._idle_timer.pause()
             yield chunk
-            self._patience.wait(self._limits.idle_s)
+            self._idle_timer.restart(self._limits.idle_s)
 
 
 class AiohttpClient:
@@ -94,17 +94,17 @@ class AiohttpClient:
         data = io.BytesIO(body) if body is not None and len(body) > _IN_ONE_PIECE else body
         try:
             async with asyncio.timeout(None) as timeout:
-                patience = IdleTimer(lambda: timeout.reschedule(asyncio.get_running_loop().time()))
-                patience.wait(limits.first_byte_s)
+                idle_timer = IdleTimer(lambda: timeout.reschedule(asyncio.get_running_loop().time()))
+                idle_timer.restart(limits.first_byte_s)
                 if watch is not None:
-                    watch(patience)
+                    watch(idle_timer)
                 try:
                     async with self._session.request(
                         method, url, headers=headers, data=data, allow_redirects=False
                     ) as response:
-                        yield AiohttpResponse(response, patience, limits)
+                        yield AiohttpResponse(response, idle_timer, limits)
                 finally:
-                    patience.end()
+                    idle_timer.end()
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
             raise UpstreamConnectError(f"cannot connect to the replica: {type(error).__name__}") from error
         except TimeoutError as error:

@@ -154,7 +154,7 @@ async def test_silence_inside_the_answer(make_client: MakeClient) -> None:
 async def test_a_lost_replica_is_not_waited_for_as_long(make_client: MakeClient) -> None:
     async with scripted([End.HANG]) as server, make_client(PATIENT) as client:
         with pytest.raises(UpstreamTimeoutError):
-            await fetch(client, server.address, watch=lambda patience: patience.shorten(0.05))
+            await fetch(client, server.address, watch=lambda idle_timer: idle_timer.tighten(0.05))
 
 
 @pytest.mark.parametrize("size", [0, 1, 2**16, 2**20, 5 * 2**20 + 1])
@@ -321,16 +321,16 @@ class Collector:
         self.pieces: list[bytes] = []
         self.full = 0
 
-    def take(self, data: bytes) -> bool:
+    def write(self, data: bytes) -> bool:
         assert self.left > 0, "nothing may come before there is room"
         self.pieces.append(data)
         self.left -= 1
         return self.left > 0
 
-    def passage(self) -> None:
+    def chunk_writer(self) -> None:
         return None
 
-    async def make_room(self) -> None:
+    async def drain(self) -> None:
         self.full += 1
         for _ in range(3):
             await asyncio.sleep(0)
@@ -345,7 +345,7 @@ async def test_a_sink_gets_everything_in_order_and_never_too_much(make_client: M
         for _ in range(2):
             sink = Collector(room)
             async with client.request("GET", server.address, "/") as answer:
-                await answer.flow(sink)
+                await answer.stream_to(sink)
             assert b"".join(sink.pieces) == b"".join(pieces)
         assert server.connections == 1
         assert (sink.full > 0) == (room < 300)
@@ -359,7 +359,7 @@ async def test_a_sink_without_room_stops_the_upstream(make_client: MakeClient) -
             super().__init__(1)
             self.stuck, self.go_on = asyncio.Event(), asyncio.Event()
 
-        async def make_room(self) -> None:
+        async def drain(self) -> None:
             self.stuck.set()
             await self.go_on.wait()
             self.left = 10_000
@@ -372,7 +372,7 @@ async def test_a_sink_without_room_stops_the_upstream(make_client: MakeClient) -
 
         async def run() -> None:
             async with client.request("GET", server.address, "/") as response:
-                await response.flow(sink)
+                await response.stream_to(sink)
 
         task = asyncio.create_task(run())
         await sink.stuck.wait()
@@ -390,8 +390,8 @@ async def test_a_sink_without_room_stops_the_upstream(make_client: MakeClient) -
 @pytest.mark.parametrize("at", [1, 3])
 async def test_what_a_sink_raises_ends_the_exchange(make_client: MakeClient, at: int) -> None:
     class Picky(Collector):
-        def take(self, data: bytes) -> bool:
-            super().take(data)
+        def write(self, data: bytes) -> bool:
+            super().write(data)
             if len(self.pieces) >= at:
                 raise LookupError("enough")
             return True
@@ -400,7 +400,7 @@ async def test_what_a_sink_raises_ends_the_exchange(make_client: MakeClient, at:
     async with scripted(steps) as server, make_client(PATIENT) as client:
         with pytest.raises(LookupError):
             async with client.request("GET", server.address, "/") as answer:
-                await answer.flow(Picky(10_000))
+                await answer.stream_to(Picky(10_000))
         await eventually(lambda: server.left == 1)
 
 

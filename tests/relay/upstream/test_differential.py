@@ -80,14 +80,14 @@ async def ask(client: Upstream, case: Case, *, by_sink: bool) -> Seen | None:
         def __init__(self) -> None:
             self.body = b""
 
-        def take(self, data: bytes) -> bool:
+        def write(self, data: bytes) -> bool:
             self.body += data
             return len(self.body) % 3 != 0
 
-        def passage(self) -> None:
+        def chunk_writer(self) -> None:
             return None
 
-        async def make_room(self) -> None:
+        async def drain(self) -> None:
             await asyncio.sleep(0)
 
     answer: Answer = [*case.pieces, End.CLOSE]
@@ -96,7 +96,7 @@ async def ask(client: Upstream, case: Case, *, by_sink: bool) -> Seen | None:
         try:
             async with client.request(case.method, server.address, "/", body=body) as got:
                 if by_sink:
-                    await got.flow(sink)
+                    await got.stream_to(sink)
                 else:
                     sink.body = await got.read(2**20)
                 fields = [field for field in got.headers.fields if field[0] != b"content-length"]  # it may be missing

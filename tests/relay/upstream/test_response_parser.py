@@ -25,20 +25,20 @@ class Outcome:
 
 
 def frame(*pieces: bytes, head_only: bool = False, eof: bool = False) -> Outcome:
-    framer, body, failed = ResponseParser(head_only=head_only), b"", False
+    parser, body, failed = ResponseParser(head_only=head_only), b"", False
     try:
         for piece in pieces:
-            framer.feed(piece)
-            body += b"".join(framer.pieces)
-            framer.pieces.clear()
+            parser.feed(piece)
+            body += b"".join(parser.chunks)
+            parser.chunks.clear()
         if eof:
-            framer.feed_eof()
+            parser.feed_eof()
     except UpstreamError:
         failed = True
-        body += b"".join(framer.pieces)
-    keep_alive = framer.keep_alive and framer.complete
-    fields = [field for field in framer.headers.fields if field[0] != b"content-length"]  # it may be missing
-    return Outcome(framer.status, fields, framer.length, body, framer.complete, keep_alive, failed)
+        body += b"".join(parser.chunks)
+    keep_alive = parser.keep_alive and parser.complete
+    fields = [field for field in parser.headers.fields if field[0] != b"content-length"]  # it may be missing
+    return Outcome(parser.status, fields, parser.length, body, parser.complete, keep_alive, failed)
 
 
 def bytewise(data: bytes) -> list[bytes]:
@@ -82,11 +82,11 @@ def test_malformed_answers_are_refused_byte_by_byte(data: bytes) -> None:
 @pytest.mark.parametrize(("beginning", "more"), ENDLESS.values(), ids=ENDLESS)
 def test_what_has_no_end_is_refused(beginning: bytes, more: bytes) -> None:
     """Within the limit and one read more, so that nothing grows."""
-    framer, read = ResponseParser(), more * (2**13 // len(more))
-    framer.feed(beginning)
+    parser, read = ResponseParser(), more * (2**13 // len(more))
+    parser.feed(beginning)
     reads = [read] * (MAX_HEAD_BYTES // len(read) + 2)
     with pytest.raises(UpstreamError):
-        deque(map(framer.feed, reads))
+        deque(map(parser.feed, reads))
 
 
 @pytest.mark.parametrize("data", TRUNCATED.values(), ids=TRUNCATED)

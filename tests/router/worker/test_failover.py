@@ -139,7 +139,7 @@ async def test_a_lack_of_descriptors_here_is_no_replicas_fault(tmp_path: Path, m
     ):
         await ready(router)
         with monkeypatch.context() as patch:
-            patch.setattr(UpstreamClient, "connected", no_descriptor)
+            patch.setattr(UpstreamClient, "connect", no_descriptor)
             assert await statuses(router, 1) == [503]
         assert standing(router, "math-0.g1") is RoutingState.READY
         assert await statuses(router, 1) == [200]

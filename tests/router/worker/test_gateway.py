@@ -15,7 +15,6 @@ from yarl import URL
 from hpc_router.client.router_identity import IdentityCheck, check_identity
 from hpc_router.router.replicas.replica import RoutingState
 from hpc_router.router.worker.dispatcher import RoutedRequest
-from hpc_router.router.worker.fast_path import FastPathRequest
 from hpc_router.state.registry import Record, RecordKind, State
 from tests.router.fakes import (
     NONCE,
@@ -626,7 +625,7 @@ async def test_finished_requests_wait_for_no_garbage_collector(tmp_path: Path) -
             for streaming in (True, False):
                 assert (await post(router, chat(stream=streaming)))[0] == 200
             await eventually(lambda: all_gauges_zero(router))
-            left = [thing for thing in gc.get_objects() if isinstance(thing, RoutedRequest | FastPathRequest)]
+            left = [thing for thing in gc.get_objects() if isinstance(thing, RoutedRequest)]
         finally:
             gc.enable()
         assert (left, len(fake.bodies)) == ([], 2)

@@ -93,7 +93,7 @@ async def a_chain(folder: Path, relay: Relay, config: SimConfig) -> AsyncIterato
         )  # fmt: skip
         registry.publish(run.registry, record)
         async with (
-            relay.listen(http_api.handle, sock, max_body=2**20, express=http_api.express),
+            relay.listen(http_api.handle, sock, max_body=2**20),
             a_router(run, a_deployment("math")) as router,
         ):
             await ready(router)

@@ -41,8 +41,8 @@ def test_only_the_model_value_is_replaced(body: dict[str, Any], old: str, new: s
 @pytest.mark.parametrize(
     ("raw", "says"),
     [
-        (b"", "does not begin"),
-        (b"[]", "does not begin"),
+        (b"", "does not start"),
+        (b"[]", "does not start"),
         (b"{", "ends too early"),
         (b'{"a"', "ends too early"),
         (b'{"a":', "Expecting value"),
@@ -53,7 +53,7 @@ def test_only_the_model_value_is_replaced(body: dict[str, Any], old: str, new: s
         (b'{"a": 1, "a": 2}', "stands twice"),
         (b'{"a": "\xff"}', "UTF-8"),
         (b'{"a": ' + b"[" * 100_000, "nested too deeply"),
-        (b"\xef\xbb\xbf{}", "does not begin"),
+        (b"\xef\xbb\xbf{}", "does not start"),
     ],
 )
 def test_what_is_no_object_is_refused_in_words(raw: bytes, says: str) -> None:

@@ -4,7 +4,7 @@ from hpc_router.router.worker.retry_budget import WINDOW_S, RetryBudget
 
 
 def taken(budget: RetryBudget, now: float, *, requests: int, tries: int = 1000) -> int:
-    return sum(budget.take(now, requests=requests) for _ in range(tries))
+    return sum(budget.try_retry(now, requests=requests) for _ in range(tries))
 
 
 def test_the_minimum_is_had_without_requests() -> None:

@@ -1,12 +1,13 @@
-"""Requests that are served without a task, and their handing over to one: the order of answers, and who leaves."""
+"""Requests that are served without a task: order of responses, continuing in a task, and disconnects."""
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
-from hpc_router.relay.downstream.interface import Request, Response, Work
+from hpc_router.relay.downstream.interface import PendingResponse, Request, Response
 from hpc_router.relay.downstream.server import listening
 from tests.support.waiting import eventually
 
@@ -14,44 +15,47 @@ GET = b"GET /%d HTTP/1.1\r\nHost: x\r\n\r\n"
 
 
 @dataclass
-class Pending(Work):
-    """One that waits for the test."""
+class Pending(PendingResponse):
+    """A response that the test completes."""
 
     request: Request
+    served: "Served"
     cancelled: bool = False
 
     def cancel(self) -> None:
         self.cancelled = True
 
+    async def run(self) -> Response | None:
+        return await self.served.respond(self.request)
+
     def answer(self) -> None:
-        self.request.answer(200, b"", f"<express {self.request.path}>".encode())
+        self.request.respond(200, b"", f"<fast {self.request.path}>".encode())
 
 
 @dataclass
 class Served:
-    """Begins every request without a task whose path is in `express`."""
+    """Serves a request without a task if its path is in `fast`."""
 
-    express: set[str]
+    fast: set[str]
     works: list[Pending] = field(default_factory=list)
     handled: list[str] = field(default_factory=list)
-    port: int = 0
 
-    async def handle(self, request: Request) -> Response:
+    def handle(self, request: Request) -> Pending | Coroutine[Any, Any, Response | None]:
+        if request.path not in self.fast:
+            return self.respond(request)
+        self.works.append(Pending(request, self))
+        return self.works[-1]
+
+    async def respond(self, request: Request) -> Response | None:
         self.handled.append(request.path)
         return Response(200, body=f"<task {request.path}>".encode())
 
-    def begin(self, request: Request) -> Work | None:
-        if request.path not in self.express:
-            return None
-        self.works.append(Pending(request))
-        return self.works[-1]
-
 
 @asynccontextmanager
-async def serving(*express: str) -> AsyncIterator[tuple[Served, asyncio.StreamReader, asyncio.StreamWriter]]:
+async def serving(*fast: str) -> AsyncIterator[tuple[Served, asyncio.StreamReader, asyncio.StreamWriter]]:
     sock = socket.create_server(("127.0.0.1", 0))
-    served = Served(set(express))
-    async with listening(served.handle, sock, max_body=2**16, express=served.begin):
+    served = Served(set(fast))
+    async with listening(served.handle, sock, max_body=2**16):
         reader, writer = await asyncio.open_connection(*sock.getsockname())
         yield served, reader, writer
         writer.transport.abort()
@@ -70,7 +74,7 @@ async def test_one_after_the_other_over_one_connection() -> None:
             else:
                 await eventually(lambda: bool(served.works))
                 served.works.pop().answer()
-                assert await bodies(reader, 1) == [b"express /%d" % number]
+                assert await bodies(reader, 1) == [b"fast /%d" % number]
 
 
 async def test_what_follows_waits_for_its_turn() -> None:
@@ -79,15 +83,15 @@ async def test_what_follows_waits_for_its_turn() -> None:
         writer.write(GET % 1)
         await eventually(lambda: bool(served.works))
         writer.write(GET % 2 + GET % 3)
-        connection: asyncio.Protocol = served.works[0].request._connection  # type: ignore[attr-defined]
-        await eventually(lambda: len(connection._framer.waiting) == 2)  # type: ignore[attr-defined]
+        connection: asyncio.Protocol = served.works[0].request.connection  # type: ignore[attr-defined]
+        await eventually(lambda: len(connection._parser.waiting) == 2)  # type: ignore[attr-defined]
         connection.pause_writing()
         connection.resume_writing()
         await asyncio.sleep(0)
         await asyncio.sleep(0)
         assert not served.handled
         served.works[0].answer()
-        assert await bodies(reader, 3) == [b"express /1", b"task /2", b"task /3"]
+        assert await bodies(reader, 3) == [b"fast /1", b"task /2", b"task /3"]
 
 
 async def test_all_that_comes_at_once_is_answered_in_order() -> None:
@@ -95,7 +99,7 @@ async def test_all_that_comes_at_once_is_answered_in_order() -> None:
         writer.write(GET % 1 + GET % 2)
         await eventually(lambda: bool(served.works))
         served.works[0].answer()
-        assert await bodies(reader, 2) == [b"express /1", b"task /2"]
+        assert await bodies(reader, 2) == [b"fast /1", b"task /2"]
 
 
 async def test_the_handler_takes_over() -> None:
@@ -127,12 +131,23 @@ async def test_one_who_leaves_while_it_is_being_handed_over() -> None:
         writer.close()
 
 
+async def test_a_response_to_a_client_that_has_left_is_not_cancelled_as_well() -> None:
+    async with serving("/1") as (served, reader, writer):
+        writer.write(GET % 1)
+        await eventually(lambda: bool(served.works))
+        served.works[0].request.abort()
+        served.works[0].answer()
+        assert not await reader.read()
+        assert not served.works[0].cancelled
+        writer.close()
+
+
 async def test_the_last_answer_of_a_connection_closes_it() -> None:
     async with serving("/1") as (served, reader, writer):
         writer.write(b"GET /1 HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
         await eventually(lambda: bool(served.works))
         served.works[0].answer()
-        assert (await reader.read()).endswith(b"<express /1>")
+        assert (await reader.read()).endswith(b"<fast /1>")
 
 
 async def test_the_end_of_serving_waits_for_an_answer_to_be_taken() -> None:

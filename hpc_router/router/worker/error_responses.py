@@ -1,0 +1,84 @@
+"""Errors as HTTP responses, in the format of the request's API. It has the only table of status codes."""
+
+import logging
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from hpc_router.errors import (
+    AnswerTimeoutError,
+    BadRequestError,
+    BodyTooLargeError,
+    HpcRouterError,
+    OverloadedError,
+    RequestTimeoutError,
+    RoutingError,
+    UnauthorizedError,
+    UnavailableError,
+    UnknownModelError,
+    UnknownPathError,
+    UpstreamError,
+)
+from hpc_router.net import protocol
+from hpc_router.relay.downstream.interface import Request, Response, error_response
+from hpc_router.relay.headers import MAX_RETRY_AFTER_S
+from hpc_router.router.metrics import Metrics
+from hpc_router.routing.prompt_text import RequestError
+
+logger = logging.getLogger(__name__)
+
+STATUS: Final[Mapping[type[HpcRouterError], tuple[int, str]]] = {
+    BadRequestError: (400, "invalid_request_error"),
+    RequestError: (400, "invalid_request_error"),
+    UnauthorizedError: (401, "authentication_error"),
+    UnknownModelError: (404, "invalid_request_error"),
+    UnknownPathError: (404, "invalid_request_error"),
+    RequestTimeoutError: (408, "invalid_request_error"),
+    BodyTooLargeError: (413, "invalid_request_error"),
+    OverloadedError: (429, "rate_limit_error"),
+    UpstreamError: (502, "upstream_error"),
+    UnavailableError: (503, "service_unavailable"),
+    AnswerTimeoutError: (504, "timeout_error"),
+}
+RETRY_AFTER_S: Final = 2.0
+
+
+class DrainingError(UnavailableError):
+    """This router accepts no new requests; its successor does."""
+
+
+@dataclass(slots=True)
+class ErrorResponses:
+    metrics: Metrics
+
+    def response_to(self, error: Exception, request: Request, request_id: str) -> Response:
+        """The response to an error, which is counted and logged; with a traceback if it is unexpected."""
+        if not isinstance(error, HpcRouterError):
+            logger.error("%s: %s %r failed", request_id, request.method, request.path[:200], exc_info=error)
+            failure = RoutingError("the router failed; its log says why")
+            return _error_response(500, "internal_error", failure, request_id, path=request.path)
+        status, kind = next(((s, k) for e, (s, k) in STATUS.items() if isinstance(error, e)), (500, "internal_error"))
+        logger.info("%s: %s %r refused with %d: %s", request_id, request.method, request.path[:200], status, error)
+        self.metrics.requests.add("", "", status)
+        response = _error_response(status, kind, error, request_id, path=request.path)
+        if isinstance(error, DrainingError):
+            response.add(protocol.DRAINING_HEADER, "1")
+        return response
+
+
+def _error_response(status: int, kind: str, error: HpcRouterError, request_id: str, *, path: str) -> Response:
+    param, retry_after_s = getattr(error, "param", None), getattr(error, "retry_after_s", None)
+    response = error_response(status, kind=kind, code=_code(error), message=str(error), param=param, path=path)
+    response.add(protocol.REQUEST_ID_HEADER, request_id)
+    if retry_after_s is not None:
+        response.add("retry-after", str(min(max(1, math.ceil(retry_after_s)), MAX_RETRY_AFTER_S)))
+    if isinstance(error, AnswerTimeoutError):
+        response.add("x-should-retry", "false")  # obeyed by the openai and anthropic clients
+    return response
+
+
+def _code(error: HpcRouterError) -> str:
+    """`UnknownModelError` -> `unknown_model`."""
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", type(error).__name__.removesuffix("Error")).lower()
