@@ -11,10 +11,8 @@ import asyncio
 import errno
 import logging
 import time
-from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from typing import Final, Protocol
 
 from hpc_router.config.schema import RouterConfig
@@ -28,37 +26,27 @@ from hpc_router.errors import (
     UpstreamTimeoutError,
 )
 from hpc_router.net import protocol
-from hpc_router.relay.api_formats import ApiFormat, ErrorReply
+from hpc_router.relay.api_formats import ErrorReply
 from hpc_router.relay.downstream.interface import (
-    SHORT_BYTES,
     DownstreamGoneError,
-    PendingResponse,
-    Request,
     Response,
     error_response,
     json_response,
 )
-from hpc_router.relay.headers import NOT_DOWNSTREAM, NOT_UPSTREAM, REQUEST_ID, Headers, crossing
 from hpc_router.relay.in_flight import InFlight
 from hpc_router.relay.response_relay import RelayLimits, ResponseRelay
-from hpc_router.relay.sse import CONTENT_TYPE
 from hpc_router.relay.upstream.interface import (
-    PendingRequest,
-    ResponseCallback,
     Upstream,
     UpstreamResponse,
     UpstreamTimeouts,
 )
 from hpc_router.router.metrics import Metrics
-from hpc_router.router.replicas.balancing import KEY_CHARS, affinity_slot
 from hpc_router.router.replicas.replica import Event, Replica, Reservation, RoutingState
 from hpc_router.router.replicas.sessions import not_found
 from hpc_router.router.replicas.table import QueueFullError, ReplicaLostError, ReplicaTable
 from hpc_router.router.worker.error_responses import RETRY_AFTER_S, ErrorResponses
-from hpc_router.router.worker.request_body import ApiCall
 from hpc_router.router.worker.retry_budget import RetryBudget
-from hpc_router.routing.policy import RouteReason
-from hpc_router.routing.prompt_text import first_user_message
+from hpc_router.router.worker.routed_request import RETRY_STATUSES, REVIEWED_STATUSES, RequestResult, RoutedRequest
 from hpc_router.state.registry import RecordKind
 
 logger = logging.getLogger(__name__)
@@ -71,160 +59,13 @@ _LOST: Final = 502
 """With the "starting" header: the engine had received the request and went away."""
 _LOCAL_ERRNOS: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.EADDRNOTAVAIL, errno.ENOBUFS, errno.ENOMEM})
 """Local causes of failed connections, which say nothing about the replica."""
-_RETRY_STATUSES: Final = frozenset({429, 500, 502, 503, 504})
 _MAX_ENGINES_LOST: Final = 2
 """Engines that a request may lose: it may be the cause, and must not crash all engines of its expert."""
-_REVIEWED_STATUSES: Final = _RETRY_STATUSES | {401}
-_SESSION: Final = protocol.SESSION_HEADER.encode()
 _MAX_ERROR_BYTES: Final = 2**20
-_OWN_DOWNSTREAM: Final = NOT_DOWNSTREAM | {REQUEST_ID, b"x-expert", b"x-replica", b"x-route-reason"}
 
 
 def stream_timeouts_of(config: RouterConfig) -> UpstreamTimeouts:
     return UpstreamTimeouts(config.connect_timeout_s, config.first_byte_timeout_s, config.idle_timeout_s)
-
-
-class RoutedRequest(PendingResponse, ResponseCallback):
-    """A request with its route, and the state of its dispatch. `experts`: tried in this order. `reason`: why the first
-    of them was chosen. `only`: the only replica that may serve it. `on_success` is called with the replica of a 2xx
-    response, before the client receives any of it.
-
-    It counts as in flight from `start` until its end. It is served by callbacks if only the replica has to be awaited:
-    an expert has a free replica, a connection is pooled, and a short response without an error is received in one read.
-    Otherwise it continues in a task, from the current state. Rarely used fields are class attributes until they are
-    set, which saves time per request.
-    """
-
-    only: Replica | None = None
-    on_success: Callable[[Replica, str, RouteReason], None] | None = None
-    phase = "queued"
-    reservation: Reservation | None = None
-    sent: PendingRequest | None = None
-    """The request to the reserved replica, once it is sent without a task."""
-    avoid: frozenset[Replica] = frozenset()
-    error_result: "RequestResult | None" = None
-    """The last error response of a replica, which the client gets if no other replica serves the request."""
-    failed_attempts: tuple[tuple[Replica, str, int | str], ...] = ()
-    """Failed attempts: replica, expert, and status or connection error. Reported as evidence of bad health only if
-    another replica of the same expert serves the request."""
-    engines_lost = 0
-    """Number of engines that went away while they had this request."""
-
-    def __init__(
-        self,
-        dispatcher: "Dispatcher",
-        request: Request,
-        request_id: str,
-        call: ApiCall,
-        api_format: ApiFormat,
-        target: str,
-        experts: tuple[str, ...],
-        reason: RouteReason,
-        started: float,
-    ) -> None:
-        self.dispatcher = dispatcher
-        self.request = request
-        self.request_id = request_id
-        self.call = call
-        self.api_format = api_format
-        self.target = target
-        self.experts = experts
-        self.reason = reason
-        self.started = started
-
-    def start(self) -> None:
-        """Send the request if that is possible without waiting; otherwise continue in a task."""
-        dispatcher = self.dispatcher
-        dispatcher.in_flight.enter()
-        self.reservation = reservation = dispatcher.table.acquire(self.experts, affinity_slot=self.slot)
-        if reservation is None:
-            self.request.resume()
-            return
-        try:
-            head, body = dispatcher.request_for(self, reservation)
-            self.sent = sent = dispatcher.client.start(
-                "POST", reservation.replica.address, self.target, head=head, body=body, callback=self,
-                limits=dispatcher.limits_of(self),
-            )  # fmt: skip
-        except Exception:
-            self._release()
-            raise
-        if sent is None:  # no connection is pooled
-            self.request.resume()
-        else:
-            reservation.watch(sent.idle_timer)
-            self.phase = "before_first_byte"
-
-    async def run(self) -> Response | None:
-        try:
-            return await self.dispatcher.respond(self)
-        finally:
-            self.dispatcher.in_flight.leave()
-
-    def cancel(self) -> None:
-        if self.sent is not None:
-            self.sent.cancel()
-        self._release()
-        self.dispatcher.metrics.cancelled.add(self.phase)
-
-    def _release(self) -> None:
-        if self.reservation is not None:
-            self.reservation.release()
-        self.dispatcher.in_flight.leave()
-
-    def on_response(self, status: int, headers: Headers, body: bytes) -> bool:
-        dispatcher, reservation = self.dispatcher, self.reservation
-        if status in _REVIEWED_STATUSES or headers.content_type == CONTENT_TYPE or len(body) > SHORT_BYTES:
-            return False
-        if self.api_format.abort_detector.may_be_aborted(body):
-            return False
-        assert reservation is not None
-        replica, expert = reservation.replica, reservation.expert
-        if replica.recent_error:
-            dispatcher.health.request_succeeded(replica)
-        if dispatcher.in_flight.closing:
-            self.request.keep_alive = False
-        metrics = dispatcher.metrics
-        metrics.first_byte.add(time.perf_counter() - self.started, expert, replica.record.replica)
-        reason = self.reason_at(expert)
-        metrics.requests.add(expert, reason.value, status)
-        head = self.response_head(headers, _routing_headers(expert, replica.record.replica, reason))
-        reservation.release()
-        dispatcher.in_flight.leave()
-        self.request.respond(status, head, body)
-        return True
-
-    def on_incomplete(self) -> None:
-        self.request.resume()
-
-    def response_head(self, headers: Headers, routing_headers: bytes) -> bytes:
-        """The header lines of the response to the client: the engine's and the router's."""
-        return b"%bx-request-id: %b\r\n%b" % (
-            crossing(headers, drop=_OWN_DOWNSTREAM),
-            self.request_id.encode(),
-            routing_headers,
-        )
-
-    def reason_at(self, expert: str) -> RouteReason:
-        return self.reason if expert == self.experts[0] else RouteReason.UNAVAILABLE
-
-    def slot(self) -> int | None:
-        """The affinity slot of its conversation (see `balancing`): of the session, else of the first user message."""
-        session = self.request.headers.get(_SESSION)
-        if session is not None:
-            return affinity_slot(session)
-        text = first_user_message(self.call.fields)
-        return None if text is None else affinity_slot(text[:KEY_CHARS].encode("utf-8", "backslashreplace"))
-
-
-@dataclass(slots=True)
-class RequestResult:
-    """Result of a request. `response` None: it was streamed to the client."""
-
-    status: int
-    expert: str
-    reason: RouteReason
-    response: Response | None
 
 
 class HealthReporter(Protocol):
@@ -354,17 +195,12 @@ class Dispatcher:
     def _exchange(
         self, routed: RoutedRequest, reservation: Reservation
     ) -> AbstractAsyncContextManager[UpstreamResponse]:
-        head, body = self.request_for(routed, reservation)
-        sent, routed.sent = routed.sent, None
+        head, body = routed.outgoing or routed.request_for(reservation)
+        sent, routed.sent, routed.outgoing = routed.sent, None, None
         return self.client.request(
             "POST", reservation.replica.address, routed.target, head=head, body=body, watch=reservation.watch,
-            started=sent, limits=self.limits_of(routed),
+            started=sent, limits=routed.timeouts(),
         )  # fmt: skip
-
-    def limits_of(self, routed: RoutedRequest) -> UpstreamTimeouts:
-        """A response that is not streamed has its own limit for the first byte, because the engine sends it when
-        complete."""
-        return self.stream_timeouts if routed.call.fields.get("stream") else self.response_timeouts
 
     async def _attempt(self, routed: RoutedRequest, reservation: Reservation) -> RequestResult:
         replica, expert = reservation.replica, reservation.expert
@@ -375,7 +211,7 @@ class Dispatcher:
 
         try:
             async with self._exchange(routed, reservation) as upstream:
-                if upstream.status in _REVIEWED_STATUSES:
+                if upstream.status in REVIEWED_STATUSES:
                     error = await self._review_status(routed, reservation, upstream)
                     if error is not None:
                         return error
@@ -387,7 +223,7 @@ class Dispatcher:
                     routed.on_success(replica, expert, reason)
                 self.metrics.first_byte.add(time.perf_counter() - routed.started, expert, replica.name)
                 routed.phase = "streaming"
-                await relay.relay(upstream, self.response_head(routed, reservation, upstream.headers))
+                await relay.relay(upstream, routed.response_head(reservation, upstream.headers))
         except DownstreamGoneError:
             self.metrics.cancelled.add("streaming")
         except UpstreamTimeoutError as error:
@@ -426,7 +262,7 @@ class Dispatcher:
             raise _RetryError
         if status == 401 and replica.key is not None:
             raise UpstreamConnectError("the replica refused the router's key")
-        if status not in _RETRY_STATUSES:
+        if status not in RETRY_STATUSES:
             return None
         routed.avoid |= {replica}
         if protocol.DRAINING_HEADER.encode() in headers:
@@ -464,14 +300,14 @@ class Dispatcher:
         reason, path = routed.reason_at(reservation.expert), routed.target.partition("?")[0]
         response = error_response(502, kind="upstream_error", code="endpoint_unauthorized", message=message, path=path)
         response.add(protocol.REQUEST_ID_HEADER, routed.request_id)
-        response.head += _routing_headers(reservation.expert, reservation.replica.record.replica, reason)
+        response.head += routed.routing_headers(reservation)
         return RequestResult(502, reservation.expert, reason, response)
 
     async def _error_response(
         self, routed: RoutedRequest, reservation: Reservation, upstream: UpstreamResponse
     ) -> RequestResult:
         body = await upstream.read(_MAX_ERROR_BYTES)
-        response = Response(upstream.status, self.response_head(routed, reservation, upstream.headers), body)
+        response = Response(upstream.status, routed.response_head(reservation, upstream.headers), body)
         return RequestResult(upstream.status, reservation.expert, routed.reason_at(reservation.expert), response)
 
     def _record_failure(self, routed: RoutedRequest, reservation: Reservation, error: UpstreamError) -> None:
@@ -509,40 +345,7 @@ class Dispatcher:
         except DownstreamGoneError:
             self.metrics.cancelled.add("streaming")
 
-    def request_for(self, routed: RoutedRequest, reservation: Reservation) -> tuple[bytes, bytes]:
-        """Header lines and body of the request to this replica."""
-        replica = reservation.replica
-        head = b"%b%bx-request-id: %b\r\n" % (
-            crossing(routed.request.headers, drop=NOT_UPSTREAM),
-            replica.authorization,
-            routed.request_id.encode(),
-        )
-        return head, _body(routed.call, reservation.expert, replica)
-
-    def response_head(self, routed: RoutedRequest, reservation: Reservation, headers: Headers) -> bytes:
-        expert = reservation.expert
-        routing_headers = _routing_headers(expert, reservation.replica.record.replica, routed.reason_at(expert))
-        return routed.response_head(headers, routing_headers)
-
-
-def _body(call: ApiCall, expert: str, replica: Replica) -> bytes:
-    """The client's bytes, if the replica knows this expert by the requested name; otherwise with the name replaced.
-
-    A replica with one expert means it by each of its model names; for others the record has the name.
-    """
-    record, asked = replica.record, call.fields["model"]
-    if record.serves.get(expert) == asked:
-        return call.raw
-    wanted = replica.model_for(expert)
-    aliased = record.kind is RecordKind.EXPERT and len(record.serves) == 1 and asked in replica.models
-    return call.raw if wanted is None or asked == wanted or aliased else call.body(wanted)
-
 
 def _failure_reply(replica: Replica, error: UpstreamError) -> ErrorReply:
     message = f"{replica.name} failed before it had finished: {error}"
     return ErrorReply(502, "upstream_error", "replica_failed", message)
-
-
-@lru_cache(maxsize=1024)
-def _routing_headers(expert: str, replica: str, reason: RouteReason) -> bytes:
-    return f"x-expert: {expert}\r\nx-replica: {replica}\r\nx-route-reason: {reason}\r\n".encode()

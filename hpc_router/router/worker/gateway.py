@@ -12,21 +12,17 @@ import re
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 from hpc_router.config.schema import Deployment
 from hpc_router.errors import (
     BadRequestError,
     OverloadedError,
     UnauthorizedError,
-    UnknownModelError,
     UnknownPathError,
-    suggest,
 )
 from hpc_router.net import protocol
 from hpc_router.net.auth import bearer_token, challenge_answer, equal_secrets
-from hpc_router.relay.api_formats import ApiFormat, api_format_of
 from hpc_router.relay.downstream.interface import (
     DownstreamGoneError,
     PendingResponse,
@@ -38,15 +34,15 @@ from hpc_router.relay.headers import Headers
 from hpc_router.relay.in_flight import InFlight
 from hpc_router.router.ipc.messages import GetExposition, GetStatus
 from hpc_router.router.metrics import Metrics
-from hpc_router.router.replicas.admission import queue_limits, should_spill
+from hpc_router.router.replicas.admission import queue_limits
 from hpc_router.router.replicas.sessions import PARAM, session_id
 from hpc_router.router.replicas.table import ReplicaTable
 from hpc_router.router.worker.control_client import ControlClient
-from hpc_router.router.worker.dispatcher import Dispatcher, RoutedRequest
+from hpc_router.router.worker.dispatcher import Dispatcher
 from hpc_router.router.worker.error_responses import RETRY_AFTER_S, DrainingError
 from hpc_router.router.worker.request_body import ApiCall, decode
-from hpc_router.routing.policy import Decision, Policy, RouteReason
-from hpc_router.routing.prompt_text import prompt_text
+from hpc_router.router.worker.route_request import UNKNOWN_ENDPOINT, ApiEndpoint, RequestRouting, endpoint_of
+from hpc_router.routing.policy import Policy
 
 logger = logging.getLogger(__name__)
 
@@ -55,8 +51,6 @@ LONG_BODY_BYTES: Final = 2**18
 _OPEN_PATHS: Final = frozenset({protocol.HEALTH, "/ready"})
 _WHILE_DRAINING: Final = _OPEN_PATHS | {"/status", protocol.METRICS}
 _FAST_PATHS: Final = frozenset(protocol.GENERATE_PATHS) - {protocol.RESPONSES}
-_NAMED: Final = RouteReason.NAMED
-_OPTIONAL_BOOL: Final = frozenset({bool, type(None)})
 _CHALLENGE: Final = re.compile(r"[0-9a-f]{1,256}")
 _REQUEST_ID: Final = re.compile(rb"[\w.:-]{1,128}")
 _METRICS_HEAD: Final = b"content-type: text/plain; version=0.0.4; charset=utf-8\r\n"
@@ -70,7 +64,7 @@ class Gateway:
 
     deployment: Deployment
     table: ReplicaTable
-    policy: Policy
+    routing: RequestRouting
     dispatcher: Dispatcher
     metrics: Metrics
     link: ControlClient
@@ -80,6 +74,10 @@ class Gateway:
     in_flight: InFlight = field(default_factory=InFlight)
     started_at: float = field(default_factory=time.time)
     routes: Mapping[tuple[str, str], Handler] = field(init=False)
+
+    @property
+    def policy(self) -> Policy:
+        return self.routing.policy
 
     @property
     def draining(self) -> bool:
@@ -103,7 +101,8 @@ class Gateway:
     def reconfigure(self, deployment: Deployment, policy: Policy) -> None:
         """Apply to later requests."""
         config = deployment.router
-        self.deployment, self.policy = deployment, policy
+        self.deployment = self.routing.deployment = deployment
+        self.routing.policy = policy
         self.table.pin_bound, self.table.bounds = config.pin_bound, queue_limits(deployment)
         self.link.ejects_at_once = config.eject_connect_errors == 1
         self.dispatcher.configure(config)
@@ -112,8 +111,8 @@ class Gateway:
         """Serve a request. One that only has to be routed and sent needs no task; all others get a coroutine."""
         request_id = self._request_id(request)
         body = request.complete_body()
-        endpoint: _Endpoint | None = request.headers.cached.get(self, _UNKNOWN)
-        if endpoint is _UNKNOWN:
+        endpoint: ApiEndpoint | None = request.headers.cached.get(self, UNKNOWN_ENDPOINT)
+        if endpoint is UNKNOWN_ENDPOINT:
             endpoint = self._simple_endpoint(request)
         if self.in_flight.closing:
             request.keep_alive = False
@@ -122,7 +121,7 @@ class Gateway:
             return self._respond(request, request_id)
         try:
             self._admit()
-            routed = self._route_request(request, request_id, decode(body), endpoint)
+            routed = self.routing.route(request, request_id, decode(body), endpoint)
             routed.start()
         except Exception as error:  # noqa: BLE001  # logged and reported to the client
             return _ready(self.dispatcher.errors.response_to(error, request, request_id))
@@ -137,11 +136,11 @@ class Gateway:
         except Exception as error:  # noqa: BLE001  # logged and reported to the client
             return self.dispatcher.errors.response_to(error, request, request_id)
 
-    def _simple_endpoint(self, request: Request) -> "_Endpoint | None":
+    def _simple_endpoint(self, request: Request) -> ApiEndpoint | None:
         """The endpoint, if requests with this head are authorized and can be routed without waiting. Cached with the
         head."""
         simple = request.method == "POST" and request.path in _FAST_PATHS and self._is_authorized(request.headers)
-        endpoint = request.headers.cached[self] = _endpoint_of(request) if simple else None
+        endpoint = request.headers.cached[self] = endpoint_of(request) if simple else None
         return endpoint
 
     def _request_id(self, request: Request) -> str:
@@ -192,18 +191,20 @@ class Gateway:
         return Response(200, _METRICS_HEAD, (await self.link.call(GetExposition())).encode())
 
     async def _models(self, request: Request, request_id: str) -> Response:
-        return json_response({"object": "list", "data": [self._model_card(name) for name in self._model_names()]})
+        return json_response(
+            {"object": "list", "data": [self._model_card(name) for name in self.routing.model_names()]}
+        )
 
     async def _model(self, request: Request, request_id: str) -> Response:
         name = request.path.removeprefix(protocol.MODELS + "/")
-        if name not in self._model_names():
-            raise self._unknown(name)
+        if name not in self.routing.model_names():
+            raise self.routing.unknown(name)
         return json_response(self._model_card(name))
 
     async def _route(self, request: Request, request_id: str) -> Response:
         """Explain the routing of this prompt for model `auto`."""
         call = await self._read_call(request)
-        explanation = self.policy.explain(self._prompt(call), ready=self.table.ready())
+        explanation = self.routing.policy.explain(self.routing.prompt(call), ready=self.table.ready())
         return json_response(explanation.to_dict(id=request_id))
 
     async def _generate(self, request: Request, request_id: str) -> Response | None:
@@ -215,7 +216,7 @@ class Gateway:
                 session = session_id(request.headers)
                 if session is not None:
                     await self.link.recall(session)
-            routed = self._route_request(request, request_id, call, _endpoint_of(request))
+            routed = self.routing.route(request, request_id, call, endpoint_of(request))
             return await self.dispatcher.respond(routed)
 
     def _admit(self) -> None:
@@ -229,86 +230,6 @@ class Gateway:
         body = await request.read(limit_s=self.deployment.router.idle_timeout_s)
         return await asyncio.to_thread(decode, body) if len(body) > LONG_BODY_BYTES else decode(body)
 
-    def _route_request(self, request: Request, request_id: str, call: ApiCall, endpoint: "_Endpoint") -> RoutedRequest:
-        started = time.perf_counter()
-        path, target, api_format = endpoint
-        model = call.model
-        if type(call.fields.get("stream")) not in _OPTIONAL_BOOL:
-            raise BadRequestError("'stream' must be true or false", param="stream")
-        session = None
-        if path == protocol.RESPONSES:
-            session = session_id(request.headers)
-            continued = self.link.sessions.continued(session, call.fields, self.table, model=model)
-            if continued is not None:
-                turn, replica = continued
-                reason = turn.reason if model == "auto" else RouteReason.NAMED
-                routed = RoutedRequest(
-                    self.dispatcher, request, request_id, call, api_format, target, (turn.expert,), reason, started
-                )
-                routed.only = replica
-                return routed
-        if model != "auto":
-            if model not in self.deployment.experts and not self.table.of(model):
-                raise self._unknown(model)
-            experts: tuple[str, ...] = (model,)
-            reason = _NAMED
-        else:
-            experts, reason = self._choose_experts(path, call, first=api_format.prompt_field)
-        routed = RoutedRequest(self.dispatcher, request, request_id, call, api_format, target, experts, reason, started)
-        if session is not None:
-            routed.on_success = partial(self.link.sessions.answered, session)
-        return routed
-
-    def _choose_experts(self, path: str, call: ApiCall, *, first: str) -> tuple[tuple[str, ...], RouteReason]:
-        """The experts to try in order, by the policy, and the reason for the first one."""
-        if path == protocol.EMBEDDINGS:
-            raise BadRequestError(
-                "'auto' cannot embed: the vector spaces of experts differ, so name one", param="model"
-            )
-        decision = self._decide(self._prompt(call, first=first))
-        experts = self.policy.order(decision)
-        if not experts:
-            raise UnknownModelError(
-                "no expert is available for model 'auto', and policy.fallback is not set"
-                + suggest("", self._experts()),
-                param="model",
-            )
-        if self.deployment.policy.spill_per_s is not None and self._spills(decision):
-            assert decision.runner_up is not None
-            return tuple(dict.fromkeys((decision.runner_up, *experts))), RouteReason.SPILLED
-        return experts, decision.reason
-
-    def _spills(self, decision: Decision) -> bool:
-        """Whether the expert is busy, the runner-up is free, and the wait weighs more than the lower score."""
-        expert, other, per_s = decision.expert, decision.runner_up, self.deployment.policy.spill_per_s
-        if decision.reason is not RouteReason.CLASSIFIED or expert is None or other is None or per_s is None:
-            return False
-        if self.table.pick((expert,)) is not None or self.table.pick((other,)) is None:
-            return False
-        return should_spill(margin=decision.margin or 0.0, wait_s=self.table.wait_s(expert), per_s=per_s)
-
-    def _prompt(self, call: ApiCall, *, first: str = "messages") -> str:
-        return prompt_text(call.fields, window=self.deployment.policy.window, first=first)
-
-    def _decide(self, text: str) -> Decision:
-        started = time.perf_counter()
-        decision = self.policy.select(text, ready=self.table.ready() if self.policy.weighs_load else {})
-        self.metrics.decision.add(time.perf_counter() - started)
-        version = self.policy.version
-        if version is not None:
-            self.metrics.decided.add(version, decision.cluster or "", decision.reason)
-            shadow = self.policy.shadow
-            if shadow is not None:  # only counted
-                agreed = shadow.select(text, ready={}).expert == decision.expert
-                self.metrics.shadowed.add(version, shadow.version, "yes" if agreed else "no")
-        return decision
-
-    def _experts(self) -> set[str]:
-        return self.table.experts() | set(self.deployment.experts)
-
-    def _model_names(self) -> list[str]:
-        return ["auto", *sorted(self._experts())]
-
     def _model_card(self, name: str) -> dict[str, Any]:
         replicas = self.table.of(name)
         card: dict[str, Any] = {
@@ -320,25 +241,6 @@ class Gateway:
         if any(r.record.engine.kind == "sim" for r in (replicas if name != "auto" else self.table.all())):
             card["simulated"] = True
         return card if name == "auto" else card | {"ready_replicas": sum(r.state == "ready" for r in replicas)}
-
-    def _unknown(self, name: str) -> UnknownModelError:
-        return UnknownModelError(f"no model is named {name[:100]!r}{suggest(name, self._model_names())}", param="model")
-
-
-class _Endpoint(NamedTuple):
-    """`path` without a final slash; `target`: path and query of the upstream request."""
-
-    path: str
-    target: str
-    api_format: ApiFormat
-
-
-_UNKNOWN: Final = _Endpoint("", "", api_format_of(""))
-
-
-def _endpoint_of(request: Request) -> _Endpoint:
-    path = request.path.rstrip("/")
-    return _Endpoint(path, f"{path}?{request.query}" if request.query else path, api_format_of(path))
 
 
 async def _ready(response: Response) -> Response:

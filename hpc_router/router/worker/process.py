@@ -28,6 +28,7 @@ from hpc_router.router.replicas.table import ReplicaTable
 from hpc_router.router.worker.control_client import ControlClient
 from hpc_router.router.worker.dispatcher import Dispatcher, stream_timeouts_of
 from hpc_router.router.worker.gateway import Gateway
+from hpc_router.router.worker.route_request import RequestRouting
 from hpc_router.routing.policy import Policy, versions
 from hpc_router.state.run_directory import RunDir
 
@@ -79,8 +80,9 @@ async def serving(
         dispatcher = Dispatcher(
             table=link.table, health=link, client=client, metrics=link.metrics, config=config, in_flight=in_flight
         )
+        routing = RequestRouting(deployment, link.table, policy, dispatcher, link.metrics, link.sessions)
         gateway = Gateway(
-            deployment, link.table, policy, dispatcher, link.metrics, link,
+            deployment, link.table, routing, dispatcher, link.metrics, link,
             token=identity.token, replica=identity.replica, key=identity.key, started_at=identity.started_at,
             in_flight=in_flight,
         )  # fmt: skip

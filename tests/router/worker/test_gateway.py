@@ -14,7 +14,7 @@ from yarl import URL
 
 from hpc_router.client.router_identity import IdentityCheck, check_identity
 from hpc_router.router.replicas.replica import RoutingState
-from hpc_router.router.worker.dispatcher import RoutedRequest
+from hpc_router.router.worker.routed_request import RoutedRequest
 from hpc_router.state.registry import Record, RecordKind, State
 from tests.router.fakes import (
     NONCE,

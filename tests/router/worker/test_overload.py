@@ -107,7 +107,7 @@ async def both(tmp_path: Path, spill_per_s: float | None, then: Callable[[Runnin
         fake_replica(run, "code-0.g1", answer),
         a_router(run, deployment) as router,
     ):
-        router.gateway.policy = Torn()  # type: ignore[assignment]
+        router.gateway.routing.policy = Torn()  # type: ignore[assignment]
         await ready(router, 2)
         held = asyncio.create_task(post(router, chat("math")))
         await fake.arrived.wait()

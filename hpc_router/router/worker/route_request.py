@@ -1,0 +1,140 @@
+"""Chooses the experts of a request: by its model name, by its session, or for `auto` by the policy."""
+
+import time
+from dataclasses import dataclass
+from functools import partial
+from typing import Final, NamedTuple
+
+from hpc_router.config.schema import Deployment
+from hpc_router.errors import (
+    BadRequestError,
+    UnknownModelError,
+    suggest,
+)
+from hpc_router.net import protocol
+from hpc_router.relay.api_formats import ApiFormat, api_format_of
+from hpc_router.relay.downstream.interface import (
+    Request,
+)
+from hpc_router.router.metrics import Metrics
+from hpc_router.router.replicas.admission import should_spill
+from hpc_router.router.replicas.sessions import Sessions, session_id
+from hpc_router.router.replicas.table import ReplicaTable
+from hpc_router.router.worker.dispatcher import Dispatcher
+from hpc_router.router.worker.request_body import ApiCall
+from hpc_router.router.worker.routed_request import RoutedRequest
+from hpc_router.routing.policy import Decision, Policy, RouteReason
+from hpc_router.routing.prompt_text import prompt_text
+
+_NAMED: Final = RouteReason.NAMED
+_OPTIONAL_BOOL: Final = frozenset({bool, type(None)})
+
+
+class ApiEndpoint(NamedTuple):
+    """`path` without a final slash; `target`: path and query of the upstream request."""
+
+    path: str
+    target: str
+    api_format: ApiFormat
+
+
+UNKNOWN_ENDPOINT: Final = ApiEndpoint("", "", api_format_of(""))
+
+
+def endpoint_of(request: Request) -> ApiEndpoint:
+    path = request.path.rstrip("/")
+    return ApiEndpoint(path, f"{path}?{request.query}" if request.query else path, api_format_of(path))
+
+
+@dataclass(slots=True)
+class RequestRouting:
+    """`policy` and `deployment` change with the settings, for later requests."""
+
+    deployment: Deployment
+    table: ReplicaTable
+    policy: Policy
+    dispatcher: Dispatcher
+    metrics: Metrics
+    sessions: Sessions
+
+    def route(self, request: Request, request_id: str, call: ApiCall, endpoint: ApiEndpoint) -> RoutedRequest:
+        started = time.perf_counter()
+        path, target, api_format = endpoint
+        model = call.model
+        if type(call.fields.get("stream")) not in _OPTIONAL_BOOL:
+            raise BadRequestError("'stream' must be true or false", param="stream")
+        session = None
+        if path == protocol.RESPONSES:
+            session = session_id(request.headers)
+            continued = self.sessions.continued(session, call.fields, self.table, model=model)
+            if continued is not None:
+                turn, replica = continued
+                reason = turn.reason if model == "auto" else RouteReason.NAMED
+                routed = RoutedRequest(
+                    self.dispatcher, request, request_id, call, api_format, target, (turn.expert,), reason, started
+                )
+                routed.only = replica
+                return routed
+        if model != "auto":
+            if model not in self.deployment.experts and not self.table.of(model):
+                raise self.unknown(model)
+            experts: tuple[str, ...] = (model,)
+            reason = _NAMED
+        else:
+            experts, reason = self._choose_experts(path, call, first=api_format.prompt_field)
+        routed = RoutedRequest(self.dispatcher, request, request_id, call, api_format, target, experts, reason, started)
+        if session is not None:
+            routed.on_success = partial(self.sessions.answered, session)
+        return routed
+
+    def _choose_experts(self, path: str, call: ApiCall, *, first: str) -> tuple[tuple[str, ...], RouteReason]:
+        """The experts to try in order, by the policy, and the reason for the first one."""
+        if path == protocol.EMBEDDINGS:
+            raise BadRequestError(
+                "'auto' cannot embed: the vector spaces of experts differ, so name one", param="model"
+            )
+        decision = self._decide(self.prompt(call, first=first))
+        experts = self.policy.order(decision)
+        if not experts:
+            raise UnknownModelError(
+                "no expert is available for model 'auto', and policy.fallback is not set" + suggest("", self.experts()),
+                param="model",
+            )
+        if self.deployment.policy.spill_per_s is not None and self._spills(decision):
+            assert decision.runner_up is not None
+            return tuple(dict.fromkeys((decision.runner_up, *experts))), RouteReason.SPILLED
+        return experts, decision.reason
+
+    def _spills(self, decision: Decision) -> bool:
+        """Whether the expert is busy, the runner-up is free, and the wait weighs more than the lower score."""
+        expert, other, per_s = decision.expert, decision.runner_up, self.deployment.policy.spill_per_s
+        if decision.reason is not RouteReason.CLASSIFIED or expert is None or other is None or per_s is None:
+            return False
+        if self.table.pick((expert,)) is not None or self.table.pick((other,)) is None:
+            return False
+        return should_spill(margin=decision.margin or 0.0, wait_s=self.table.wait_s(expert), per_s=per_s)
+
+    def prompt(self, call: ApiCall, *, first: str = "messages") -> str:
+        return prompt_text(call.fields, window=self.deployment.policy.window, first=first)
+
+    def _decide(self, text: str) -> Decision:
+        started = time.perf_counter()
+        decision = self.policy.select(text, ready=self.table.ready() if self.policy.weighs_load else {})
+        self.metrics.decision.add(time.perf_counter() - started)
+        version = self.policy.version
+        if version is not None:
+            self.metrics.decided.add(version, decision.cluster or "", decision.reason)
+            shadow = self.policy.shadow
+            if shadow is not None:  # only counted
+                agreed = shadow.select(text, ready={}).expert == decision.expert
+                self.metrics.shadowed.add(version, shadow.version, "yes" if agreed else "no")
+        return decision
+
+    def experts(self) -> set[str]:
+        return self.table.experts() | set(self.deployment.experts)
+
+    def model_names(self) -> list[str]:
+        return ["auto", *sorted(self.experts())]
+
+    def unknown(self, name: str) -> UnknownModelError:
+        return UnknownModelError(f"no model is named {name[:100]!r}{suggest(name, self.model_names())}", param="model")

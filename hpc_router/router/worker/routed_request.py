@@ -1,0 +1,223 @@
+"""A request with its route: sent and answered by callbacks where that is possible.
+
+It holds the state of one request from routing to the end of its response. What has to be awaited (the queue, a new
+connection, a retry, a stream, a long body) is left to `dispatcher`, which continues from this state in a task.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Final
+
+from hpc_router.net import protocol
+from hpc_router.relay.api_formats import ApiFormat
+from hpc_router.relay.downstream.interface import (
+    SHORT_BYTES,
+    PendingResponse,
+    Request,
+    Response,
+)
+from hpc_router.relay.headers import NOT_DOWNSTREAM, NOT_UPSTREAM, REQUEST_ID, Headers, crossing
+from hpc_router.relay.sse import CONTENT_TYPE
+from hpc_router.relay.upstream.interface import (
+    PendingRequest,
+    ResponseCallback,
+    UpstreamTimeouts,
+)
+from hpc_router.router.replicas.balancing import KEY_CHARS, affinity_slot
+from hpc_router.router.replicas.replica import Replica, Reservation
+from hpc_router.router.worker.request_body import ApiCall
+from hpc_router.routing.policy import RouteReason
+from hpc_router.routing.prompt_text import first_user_message
+from hpc_router.state.registry import RecordKind
+
+if TYPE_CHECKING:
+    from hpc_router.router.worker.dispatcher import Dispatcher
+
+RETRY_STATUSES: Final = frozenset({429, 500, 502, 503, 504})
+REVIEWED_STATUSES: Final = RETRY_STATUSES | {401}
+"""Statuses that the dispatcher checks before the client gets the response."""
+_SESSION: Final = protocol.SESSION_HEADER.encode()
+_OWN_DOWNSTREAM: Final = NOT_DOWNSTREAM | {REQUEST_ID, b"x-expert", b"x-replica", b"x-route-reason"}
+
+
+class RoutedRequest(PendingResponse, ResponseCallback):
+    """A request with its route, and the state of its dispatch. `experts`: tried in this order. `reason`: why the first
+    of them was chosen. `only`: the only replica that may serve it. `on_success` is called with the replica of a 2xx
+    response, before the client receives any of it.
+
+    It counts as in flight from `start` until its end. It is served by callbacks if only the replica has to be awaited:
+    an expert has a free replica, a connection is pooled, and a short response without an error is received in one read.
+    Otherwise it continues in a task, from the current state. Rarely used fields are class attributes until they are
+    set, which saves time per request.
+    """
+
+    only: Replica | None = None
+    on_success: Callable[[Replica, str, RouteReason], None] | None = None
+    phase = "queued"
+    reservation: Reservation | None = None
+    sent: PendingRequest | None = None
+    outgoing: tuple[bytes, bytes] | None = None
+    """The request to the reserved replica, once it is sent without a task, and its header lines and body."""
+    avoid: frozenset[Replica] = frozenset()
+    error_result: "RequestResult | None" = None
+    """The last error response of a replica, which the client gets if no other replica serves the request."""
+    failed_attempts: tuple[tuple[Replica, str, int | str], ...] = ()
+    """Failed attempts: replica, expert, and status or connection error. Reported as evidence of bad health only if
+    another replica of the same expert serves the request."""
+    engines_lost = 0
+    """Number of engines that went away while they had this request."""
+
+    def __init__(
+        self,
+        dispatcher: "Dispatcher",
+        request: Request,
+        request_id: str,
+        call: ApiCall,
+        api_format: ApiFormat,
+        target: str,
+        experts: tuple[str, ...],
+        reason: RouteReason,
+        started: float,
+    ) -> None:
+        self.dispatcher = dispatcher
+        self.request = request
+        self.request_id = request_id
+        self.call = call
+        self.api_format = api_format
+        self.target = target
+        self.experts = experts
+        self.reason = reason
+        self.started = started
+
+    def start(self) -> None:
+        """Send the request if that is possible without waiting; otherwise continue in a task."""
+        dispatcher = self.dispatcher
+        dispatcher.in_flight.enter()
+        self.reservation = reservation = dispatcher.table.acquire(self.experts, affinity_slot=self.slot)
+        if reservation is None:
+            self.request.resume()
+            return
+        try:
+            self.outgoing = head, body = self.request_for(reservation)
+            self.sent = sent = dispatcher.client.start(
+                "POST", reservation.replica.address, self.target, head=head, body=body, callback=self,
+                limits=self.timeouts(),
+            )  # fmt: skip
+        except Exception:
+            self._release()
+            raise
+        if sent is None:  # no connection is pooled
+            self.request.resume()
+        else:
+            reservation.watch(sent.idle_timer)
+            self.phase = "before_first_byte"
+
+    async def run(self) -> Response | None:
+        try:
+            return await self.dispatcher.respond(self)
+        finally:
+            self.dispatcher.in_flight.leave()
+
+    def cancel(self) -> None:
+        if self.sent is not None:
+            self.sent.cancel()
+        self._release()
+        self.dispatcher.metrics.cancelled.add(self.phase)
+
+    def _release(self) -> None:
+        if self.reservation is not None:
+            self.reservation.release()
+        self.dispatcher.in_flight.leave()
+
+    def on_response(self, status: int, headers: Headers, body: bytes) -> bool:
+        dispatcher, reservation = self.dispatcher, self.reservation
+        if status in REVIEWED_STATUSES or headers.content_type == CONTENT_TYPE or len(body) > SHORT_BYTES:
+            return False
+        if self.api_format.abort_detector.may_be_aborted(body):
+            return False
+        assert reservation is not None
+        replica, expert = reservation.replica, reservation.expert
+        head = self.response_head(reservation, headers)
+        if replica.recent_error:
+            dispatcher.health.request_succeeded(replica)
+        if dispatcher.in_flight.closing:
+            self.request.keep_alive = False
+        metrics = dispatcher.metrics
+        metrics.first_byte.add(time.perf_counter() - self.started, expert, replica.record.replica)
+        metrics.requests.add(expert, self.reason_at(expert).value, status)
+        reservation.release()
+        dispatcher.in_flight.leave()
+        self.request.respond(status, head, body)
+        return True
+
+    def on_incomplete(self) -> None:
+        self.request.resume()
+
+    def request_for(self, reservation: Reservation) -> tuple[bytes, bytes]:
+        """Header lines and body of the request to this replica."""
+        replica = reservation.replica
+        head = b"%b%bx-request-id: %b\r\n" % (
+            crossing(self.request.headers, drop=NOT_UPSTREAM),
+            replica.authorization,
+            self.request_id.encode(),
+        )
+        return head, _body(self.call, reservation.expert, replica)
+
+    def timeouts(self) -> UpstreamTimeouts:
+        """A response that is not streamed has its own limit for the first byte, because the engine sends it when
+        complete."""
+        dispatcher = self.dispatcher
+        return dispatcher.stream_timeouts if self.call.fields.get("stream") else dispatcher.response_timeouts
+
+    def response_head(self, reservation: Reservation, headers: Headers) -> bytes:
+        """The header lines of the response to the client: the engine's and the router's."""
+        return b"%bx-request-id: %b\r\n%b" % (
+            crossing(headers, drop=_OWN_DOWNSTREAM),
+            self.request_id.encode(),
+            self.routing_headers(reservation),
+        )
+
+    def routing_headers(self, reservation: Reservation) -> bytes:
+        expert = reservation.expert
+        return _routing_headers(expert, reservation.replica.record.replica, self.reason_at(expert))
+
+    def reason_at(self, expert: str) -> RouteReason:
+        return self.reason if expert == self.experts[0] else RouteReason.UNAVAILABLE
+
+    def slot(self) -> int | None:
+        """The affinity slot of its conversation (see `balancing`): of the session, else of the first user message."""
+        session = self.request.headers.get(_SESSION)
+        if session is not None:
+            return affinity_slot(session)
+        text = first_user_message(self.call.fields)
+        return None if text is None else affinity_slot(text[:KEY_CHARS].encode("utf-8", "backslashreplace"))
+
+
+@dataclass(slots=True)
+class RequestResult:
+    """Result of a request. `response` None: it was streamed to the client."""
+
+    status: int
+    expert: str
+    reason: RouteReason
+    response: Response | None
+
+
+def _body(call: ApiCall, expert: str, replica: Replica) -> bytes:
+    """The client's bytes, if the replica knows this expert by the requested name; otherwise with the name replaced.
+
+    A replica with one expert means it by each of its model names; for others the record has the name.
+    """
+    record, asked = replica.record, call.fields["model"]
+    if record.serves.get(expert) == asked:
+        return call.raw
+    wanted = replica.model_for(expert)
+    aliased = record.kind is RecordKind.EXPERT and len(record.serves) == 1 and asked in replica.models
+    return call.raw if wanted is None or asked == wanted or aliased else call.body(wanted)
+
+
+@lru_cache(maxsize=1024)
+def _routing_headers(expert: str, replica: str, reason: RouteReason) -> bytes:
+    return f"x-expert: {expert}\r\nx-replica: {replica}\r\nx-route-reason: {reason}\r\n".encode()
