@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import secrets
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -106,7 +107,7 @@ class RunDir:
         """Appends one line to `events.jsonl`, in one write. Only the control loop, the commands and the router's
         control process call this."""
         line = json.dumps({"at": round(time.time(), 3), "event": kind, "kind": kind, **facts}, sort_keys=True) + "\n"
-        with naming(self.events), private_umask():
+        with naming(self.events):
             descriptor = os.open(self.events, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
             try:
                 os.write(descriptor, line.encode())
@@ -192,14 +193,39 @@ def point_latest(runs: Path, run: RunDir) -> None:
     temporary.replace(link)
 
 
+class _PrivateUmask:
+    """The process has one umask: the first block that begins sets it, the last one that ends restores it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._blocks = 0
+        self._before = 0
+
+    def begin(self) -> None:
+        with self._lock:
+            if not self._blocks:
+                self._before = os.umask(0o077)
+            self._blocks += 1
+
+    def end(self) -> None:
+        with self._lock:
+            self._blocks -= 1
+            if not self._blocks:
+                os.umask(self._before)
+
+
+_private_umask: Final = _PrivateUmask()
+
+
 @contextlib.contextmanager
 def private_umask() -> Iterator[None]:
-    """Files and folders that are created inside the block are accessible to the owner only."""
-    before = os.umask(0o077)
+    """Files and folders that are created inside the block are accessible to the owner only. Blocks of several threads
+    may overlap."""
+    _private_umask.begin()
     try:
         yield
     finally:
-        os.umask(before)
+        _private_umask.end()
 
 
 def _private_folder(path: Path) -> None:

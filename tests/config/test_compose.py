@@ -47,7 +47,7 @@ OVERRIDES = [
     (["router.host='http://x'"], ["neither a host's name nor an address"]),
     (["router.host='10.1.2'"], ["neither a host's name nor an address"]),
     (["router.host='h:80'"], ["neither a host's name nor an address", "router.port"]),
-    (["cluster.setup=['echo ${HOME}']"], ["'cluster.setup[0]'", "'HOME' not found", "written as \\${NAME}"]),
+    (["cluster.setup=['echo ${HOME}']"], ["'cluster.setup[0]'", "'HOME' not found", "as \\${NAME}"]),
     # a value that cannot be
     (["router.port=70000"], ["override 'router.port=70000'", "valid: 0 to 65535"]),
     (["router.workers=0"], ["router.workers=0", "1 to 256"]),

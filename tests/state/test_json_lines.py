@@ -49,7 +49,7 @@ def test_a_passage_of_a_corpus_is_a_line(tmp_path: Path) -> None:
 
 def test_a_trace_and_results_too(tmp_path: Path) -> None:
     assert read_trace(written(tmp_path, {"at_s": 2, "note": ODD}, {"at_s": 1})) == [1.0, 2.0]
-    with pytest.raises(results.NoResultsError, match=r"lines\.jsonl:1: no result record"):
+    with pytest.raises(results.NoResultsError, match=r"lines\.jsonl:1: not a result record"):
         results.read(written(tmp_path, {"note": ODD}))
 
 

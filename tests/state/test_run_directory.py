@@ -11,7 +11,7 @@ import pytest
 
 from hpc_router.errors import ConfigError, RegistryError
 from hpc_router.state.log_file import rotated_path
-from hpc_router.state.run_directory import find_run, make_run, open_run, point_latest
+from hpc_router.state.run_directory import find_run, make_run, open_run, point_latest, private_umask
 
 
 @pytest.fixture(params=[0o000, 0o022, 0o777])
@@ -123,3 +123,18 @@ def test_events_are_rotated_by_exactly_one_writer(tmp_path: Path, monkeypatch: p
     assert older == ["down", "one", "two"]
     assert [json.loads(line)["event"] for line in run.events.read_text().splitlines()] == ["three"]
     assert not claim.exists()
+
+
+def test_overlapping_blocks_with_a_private_umask_leave_the_umask_as_it_was() -> None:
+    """As those of two threads do: the one that began first ends first."""
+    before = os.umask(0o022)
+    try:
+        first, second = private_umask(), private_umask()
+        first.__enter__()
+        second.__enter__()
+        first.__exit__(None, None, None)
+        assert os.umask(0o077) == 0o077, "the second block has not ended"
+        second.__exit__(None, None, None)
+        assert os.umask(0o022) == 0o022
+    finally:
+        os.umask(before)
