@@ -107,7 +107,7 @@ class RunDir:
         """Appends one line to `events.jsonl`, in one write. Only the control loop, the commands and the router's
         control process call this."""
         line = json.dumps({"at": round(time.time(), 3), "event": kind, "kind": kind, **facts}, sort_keys=True) + "\n"
-        with naming(self.events):
+        with naming(self.events), private_umask():
             descriptor = os.open(self.events, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
             try:
                 os.write(descriptor, line.encode())
