@@ -55,7 +55,7 @@ def test_a_killed_sweep_continues_with_the_missing_points() -> None:
     eventually_sync(lambda: not with_word(str(folder)))
     page = folder / "report.html"
     text = page.read_text()
-    assert all(name in text for name in ("sim_2replicas", "System throughput", "What the router adds"))
+    assert all(name in text for name in ("sim_2replicas", "System throughput", "added by the router"))
     page.unlink()
     again = subprocess.run(command(folder), cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
     assert again.stdout.count("all 3 points are in") == 2

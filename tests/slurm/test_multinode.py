@@ -146,7 +146,7 @@ def test_the_loss_of_the_first_node_ends_the_other_rank(cluster: SlurmCluster) -
     eventually_sync(lambda: not started.processes("n2", word), within_s=SLURMD_TIMEOUT_S)
     end = started.ended(within_s=SLURMD_TIMEOUT_S)
     assert (end.ok, end.reason) == (False, FailureReason.RANK_LOST)
-    assert end.message.endswith("by rank 1 on n2")
+    assert end.message.endswith("to rank 1 on n2")
 
 
 def test_a_killed_rank_ends_its_job_and_another_takes_its_place(cluster: SlurmCluster) -> None:
