@@ -184,7 +184,10 @@ def point_measurement(
     deployment: Mapping[str, Any] | None,
     shared: Path,
 ) -> Iterator[PointMeasurement]:
-    """Starts the load jobs for a running deployment; `deployment` is its resolved config, `shared` their folder."""
+    """Start the load jobs and yield the measurement of points of a running deployment.
+
+    `deployment`: its resolved config, None if unknown. `shared`: folder of the load jobs.
+    """
     access, slowdown = router_access(run), _slowdown(deployment)
     with (
         tempfile.TemporaryDirectory(prefix="hpc-router-bench-") as scratch,

@@ -46,7 +46,11 @@ class ResultFiles:
 
 
 def record(point: str, measured: MeasuredPoint, *, config: BenchConfig, origin: Provenance) -> dict[str, Any]:
-    """`direct`: the figures without the router, or None; `router`: the latency that the router adds, or None."""
+    """Return the record of a measured point, one flat JSON object.
+
+    Its keys `direct` and `router` hold the figures without the router and the latency that the router adds; they are
+    None if that was not measured.
+    """
     load, at = measured.load, measured.point
     return {
         "schema": SCHEMA,

@@ -123,7 +123,10 @@ def _cost_quality(
 
 
 def assign(folder: Path, table: Mapping[str, str | None], *, output: Path) -> dict[str, Any]:
-    """Write the artefact with other experts for some clusters, as a new version; no training is needed."""
+    """Assign clusters to other experts and write the artefact as a new version. Nothing is trained again.
+
+    `table`: the new expert of each cluster to be changed; None: the cluster has no expert. Raises ConfigError.
+    """
     artefact = read(folder)
     for cluster in table:
         if cluster not in artefact.clusters:

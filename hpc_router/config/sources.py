@@ -150,9 +150,9 @@ def _typed(node: yaml.ScalarNode) -> object:
 
 
 def place_of(key: str, overrides: Sequence[str]) -> str:
-    """`override 'router.port=x': ` or `my/topology/a.yaml: ` for the value at `key`; empty if it is not known.
+    """Return the source of the value at `key`, as prefix of an error message; empty if the source is unknown.
 
-    Requires that Hydra is initialised.
+    The prefix is `override 'router.port=x': ` or `my/topology/a.yaml: `. Requires that Hydra is initialised.
     """
     for text in reversed(overrides):
         override = parse_override(text)

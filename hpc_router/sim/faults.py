@@ -103,9 +103,10 @@ def parse_rules(value: object) -> tuple[Rule, ...]:
 
 
 def parse_fault(value: object, *, where: str) -> Fault:
-    """The fault that one request brings with it, as JSON text or decoded; it has no selectors.
+    """Parse the fault that a request carries for itself, as JSON text or decoded. Raises ConfigError.
 
-    The connection exists by then, so `connect` means `headers`.
+    It has no selectors, because it applies to this request only. A fault at `connect` becomes one at `headers`, because
+    the connection has been accepted before the request is read.
     """
     source = _object(_decoded(value, where=where), where=where)
     fault = _fault(source, where=where, extra=())

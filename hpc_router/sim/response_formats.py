@@ -50,7 +50,8 @@ class Envelope:
     model: str
 
     def wrap(self, kind: str, choices: Sequence[object], **more: object) -> dict[str, object]:
-        """`choices` comes last: an event is split at its last placeholder, and other fields hold client text."""
+        """Return a response or an event as JSON object. `choices` comes last: an event is split at its last
+        placeholder, which must be in `choices` and not in text of the client in another field."""
         return {
             "id": self.id,
             "object": kind,

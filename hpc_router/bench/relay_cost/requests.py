@@ -42,7 +42,8 @@ def streaming(port: int, *, token: str, events: int) -> list[bytes]:
 
 
 def disconnecting(port: int, *, token: str, names: Sequence[str], delay_ms: int = 0) -> list[bytes]:
-    """Very long streams, whose disconnects the engine logs by name; the first event comes after `delay_ms`."""
+    """Requests for endless streams, one per name. The mock engine logs that name when the client of the stream
+    disconnects. It sends the first event after `delay_ms`."""
     (text, *_) = prompts("200 B")
     return [
         request(port, token=token, prompt=f"[[mock {name} {delay_ms}]] {text}", stream=True, max_tokens=1_000_000)

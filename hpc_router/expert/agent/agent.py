@@ -219,7 +219,7 @@ class Agent:
         self.drain(why)
 
     def _removal_reason(self) -> str | None:
-        """Why this replica was removed; None if it was not, and if the files cannot be read."""
+        """Return why this replica was removed. None: it was not removed, or the files cannot be read."""
         if (end := self._job.exit()) is not None:  # our own is written later
             return f"its job was given up: {end.message}"
         if self._job.ended() is not None:

@@ -120,8 +120,8 @@ class EngineSupervisor:
             await asyncio.gather(ended, wait_broken, return_exceptions=True)
 
     async def _until_serving(self) -> EngineFailure | None:
-        """Wait until the engine is ready by HTTP. Adapters that it has not loaded are a failure, because the registry
-        would list their experts as served."""
+        """Wait until the engine is ready by HTTP. Return a failure if it has not loaded all adapters, because the
+        registry would list their experts as served; otherwise None."""
         while not await self._is_ready(timeout_s=POLL_TIMEOUT_S):
             await asyncio.sleep(POLL_S)
         serves = self.engine.serves()

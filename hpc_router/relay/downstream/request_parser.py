@@ -146,7 +146,7 @@ class RequestParser(Generic[R]):
         self.parse(b"%b%b\r\n%b" % (line, b"".join(fields), rest))
 
     def _refuse(self, refusal: RefusedError) -> None:
-        """Fail the body being received; without one, raise `refusal`."""
+        """Fail the request whose body is being received. If no body is being received, raise `refusal`."""
         self._ended = True
         if self._current is None:
             raise refusal

@@ -154,7 +154,8 @@ class Upstream(Protocol):
         callback: ResponseCallback,
         limits: UpstreamTimeouts | None = None,
     ) -> PendingRequest | None:
-        """Send a request at once over a pooled connection. None: there is none. `limits` replace the client's own."""
+        """Send a request at once over a pooled connection. Returns None, and sends nothing, if no connection is
+        pooled. `limits` replace those of the client."""
 
     def request(
         self,

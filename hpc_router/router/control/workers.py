@@ -161,7 +161,8 @@ class Workers:
         return snapshot_of(self.table)
 
     def _send_snapshot(self, connection: WorkerConnection) -> None:
-        """One at a time: a slow worker gets the newest snapshot next, not all of them."""
+        """Send the current snapshot, unless the worker has not yet applied the previous one. Then it gets the newest
+        snapshot after that, and skips those in between."""
         if self._snapshot is None or not connection.greeted.is_set():
             return
         connection.stale = not connection.applied

@@ -94,9 +94,10 @@ def pause_s(in_a_row: int) -> float:
 
 @dataclass(slots=True)
 class RouterSupervisor:
-    """`run` returns after a stop signal, once all children have ended; those left after `stop_s` are killed.
+    """Starts the router's child processes, restarts those that end, and stops all of them after a stop signal.
 
-    `control`, `worker`: the bodies of the children. `cut`: requests that the workers had not finished at their end.
+    `run` returns when all children have ended. `stop_s`: seconds after the signal until the remaining ones are killed.
+    `control`, `worker`: what the children run. `cut`: requests that the workers had not finished at their end.
     """
 
     control: Callable[[ChildSpec], None]
