@@ -58,6 +58,10 @@ class BadRequestError(RoutingError):
     """The request is wrong; sending it again does not help."""
 
 
+class UnsupportedEncodingError(BadRequestError):
+    """The body of the request is compressed."""
+
+
 class PreviousResponseNotFoundError(BadRequestError):
     """The response of `previous_response_id` is not available; the client can send the whole conversation instead."""
 

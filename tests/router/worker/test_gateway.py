@@ -249,13 +249,32 @@ async def test_paths_tokens_and_open_paths(tmp_path: Path) -> None:
             ("GET", "/metrics", router.headers, 200),
             ("GET", "/nowhere", router.headers, 404),
             ("GET", CHAT, router.headers, 404),
-            ("POST", CHAT, router.headers | {"content-encoding": "gzip"}, 400),
         ]
         for method, path, headers, status in cases:
             async with s.request(
                 method, router.url + path, headers=headers, data=b"{}" if method == "POST" else None
             ) as r:
                 assert (method, path, r.status) == (method, path, status)
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "compress", "identity, gzip"])
+@pytest.mark.parametrize("path", [CHAT, "/v1/messages", "/v1/responses", "/v1/embeddings", "/route"])
+async def test_a_compressed_body_is_refused_with_the_valid_encoding(tmp_path: Path, path: str, encoding: str) -> None:
+    run = a_run(tmp_path)
+    async with a_router(run, a_deployment("math")) as router:
+        status, value, headers = await post(router, b"{}", path=path, **{"content-encoding": encoding})
+        assert (status, headers["accept-encoding"]) == (415, "identity")
+        assert value["error"]["message"] == "request bodies must not be compressed: send them without Content-Encoding"
+        assert path == "/v1/messages" or value["error"]["code"] == "unsupported_encoding"
+
+
+async def test_an_uncompressed_body_is_served_and_the_engine_is_asked_for_the_same(tmp_path: Path) -> None:
+    run = a_run(tmp_path)
+    async with fake_replica(run, "math-0.g1") as fake, a_router(run, a_deployment("math")) as router:
+        await ready(router)
+        sent = {"content-encoding": "Identity", "accept-encoding": "gzip, br"}
+        assert (await post(router, chat(), **sent))[0] == 200
+        assert fake.headers[0]["accept-encoding"] == "identity"
 
 
 async def test_open_mode_asks_no_token(tmp_path: Path) -> None:
