@@ -6,6 +6,10 @@ A message says what is wrong, where, and what is valid. Exceptions of libraries 
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import Final
+
+MAX_SUGGEST_CHARS: Final = 64
+"""The time of a search for similar names grows with the square of the length, so longer names get no suggestion."""
 
 
 class HpcRouterError(Exception):
@@ -35,7 +39,7 @@ class ArtefactError(HpcRouterError):
 def suggest(name: str, valid: Iterable[str]) -> str:
     """The end of an error message: the valid name that is most similar, if one is similar, and all valid names."""
     names = sorted(set(valid))
-    near = get_close_matches(name, names, n=1, cutoff=0.5)
+    near = get_close_matches(name, names, n=1, cutoff=0.5) if len(name) <= MAX_SUGGEST_CHARS else ()
     hint = f"; did you mean '{near[0]}'?" if near else ""
     return f"{hint} (valid: {', '.join(names) or 'none'})"
 
@@ -52,6 +56,10 @@ class RoutingError(HpcRouterError):
 
 class BadRequestError(RoutingError):
     """The request is wrong; sending it again does not help."""
+
+
+class UnsupportedEncodingError(BadRequestError):
+    """The body of the request is compressed."""
 
 
 class PreviousResponseNotFoundError(BadRequestError):

@@ -1,8 +1,8 @@
 """Header fields, and which of them are forwarded.
 
 Fields are kept as the received bytes, so that forwarding a field is only a copy. Hop-by-hop headers (RFC 9110, section
-7.6.1) are never forwarded. Upstream, the client's credentials and `Accept-Encoding` are dropped, the latter because
-compressed events could not be split. Downstream, `Server`, `Date` and cookies of the engine are dropped.
+7.6.1) are never forwarded. Upstream, the client's credentials are dropped, and `Accept-Encoding` becomes `identity`,
+because compressed events could not be split. Downstream, `Server`, `Date` and cookies of the engine are dropped.
 """
 
 from collections.abc import Mapping
@@ -82,7 +82,7 @@ def without_id(fields: list[tuple[bytes, bytes]]) -> tuple[list[tuple[bytes, byt
 
 def crossing(headers: Headers, *, drop: frozenset[bytes]) -> bytes:
     """Header lines of all fields except those in `drop` and those listed in `Connection`. `Retry-After` is limited to
-    `MAX_RETRY_AFTER_S`."""
+    `MAX_RETRY_AFTER_S`. `drop` is NOT_UPSTREAM: the lines also ask for an uncompressed response."""
     joined: bytes | None = headers.cached.get(drop)
     if joined is None:
         joined = headers.cached[drop] = _crossing(headers, drop)
@@ -90,13 +90,14 @@ def crossing(headers: Headers, *, drop: frozenset[bytes]) -> bytes:
 
 
 def _crossing(headers: Headers, drop: frozenset[bytes]) -> bytes:
+    own = b"accept-encoding: identity\r\n" if drop is NOT_UPSTREAM else b""
     if b"connection" in headers:
         options = b",".join(headers.all(b"connection")).lower().split(b",")
         drop |= {option.strip() for option in options}
     fields = headers.fields
     if b"retry-after" in headers or b"retry-after-ms" in headers:
         fields = [(name, _limited(name, value)) for name, value in fields]
-    return b"".join([b"%b: %b\r\n" % field for field in fields if field[0] not in drop])
+    return own + b"".join([b"%b: %b\r\n" % field for field in fields if field[0] not in drop])
 
 
 def _limited(name: bytes, value: bytes) -> bytes:

@@ -13,6 +13,8 @@ from hpc_router.errors import HpcRouterError
 from hpc_router.routing.features import WINDOW_BYTES
 
 _TEXT_PARTS = frozenset({"text", "input_text"})
+_MAX_FIRST_ITEMS: Final = 1000
+"""Turns, and parts of a turn, in which the first text of a conversation is searched."""
 
 
 class RequestError(HpcRouterError):
@@ -44,12 +46,12 @@ def first_user_message(fields: Mapping[str, object]) -> str | None:
     turns = fields.get("messages", fields.get("input"))
     if isinstance(turns, str):
         return turns
-    for turn in turns if isinstance(turns, list) else ():
+    for turn in turns[:_MAX_FIRST_ITEMS] if isinstance(turns, list) else ():
         if isinstance(turn, dict) and turn.get("role") == "user":
             content = turn.get("content")
             if isinstance(content, str):
                 return content
-            parts = content if isinstance(content, list) else ()
+            parts = content[:_MAX_FIRST_ITEMS] if isinstance(content, list) else ()
             texts = (part.get("text") for part in parts if isinstance(part, dict))
             return next((text for text in texts if isinstance(text, str)), None)
     return None
@@ -93,7 +95,10 @@ def _prompts(value: object) -> Iterator[str]:
     if isinstance(value, str):
         yield value
         return
-    for index, item in enumerate(_items(value, "prompt", "a string, a list of strings, or token ids")):
+    items = _items(value, "prompt", "a string, a list of strings, or token ids")
+    if _token_ids(items):
+        return
+    for index, item in enumerate(items):
         if isinstance(item, str):
             yield item
         elif not _token_ids(item):
@@ -105,7 +110,10 @@ def _inputs(value: object) -> Iterator[str]:
     if isinstance(value, str):
         yield value
         return
-    for index, item in enumerate(_items(value, "input", valid)):
+    items = _items(value, "input", valid)
+    if _token_ids(items):
+        return
+    for index, item in enumerate(items):
         if isinstance(item, str):
             yield item
         elif isinstance(item, dict):
@@ -131,9 +139,10 @@ def _items(value: object, field: str, valid: str) -> list[object]:
     return value
 
 
-def _token_ids(item: object) -> bool:
-    ids = item if isinstance(item, list) else [item]
-    return all(isinstance(number, int) and not isinstance(number, bool) for number in ids)
+def _token_ids(value: object) -> bool:
+    """Whether this is a token id or a list of them. Only the first id is checked, because such lists are long."""
+    first = value[0] if isinstance(value, list) and value else value
+    return type(first) is int or value == []
 
 
 def _json_type(value: object) -> str:

@@ -4,6 +4,8 @@ import pytest
 
 from hpc_router.relay.headers import NOT_DOWNSTREAM, NOT_UPSTREAM, Headers, crossing, lines
 
+IDENTITY = b"accept-encoding: identity\r\n"
+
 
 def headers(*fields: tuple[bytes, bytes]) -> Headers:
     return Headers(list(fields))
@@ -16,7 +18,13 @@ def test_upstream_never_sees_credentials_nor_hop_headers() -> None:
         (b"x-session-id", b"s"), (b"content-type", b"application/json"), (b"content-length", b"3"),
         (b"expect", b"100-continue"), (b"accept-encoding", b"gzip"), (b"upgrade", b"h2c"), (b"te", b"trailers"),
     )  # fmt: skip
-    assert crossing(given, drop=NOT_UPSTREAM) == b"x-session-id: s\r\ncontent-type: application/json\r\n"
+    assert crossing(given, drop=NOT_UPSTREAM) == IDENTITY + b"x-session-id: s\r\ncontent-type: application/json\r\n"
+
+
+def test_responses_get_no_accept_encoding() -> None:
+    """Also if `Connection` lists that field."""
+    given = headers((b"connection", b"accept-encoding"), (b"accept-encoding", b"gzip"), (b"x-other", b"1"))
+    assert crossing(given, drop=NOT_DOWNSTREAM) == b"x-other: 1\r\n"
 
 
 def test_downstream_keeps_what_the_engine_says_of_its_answer() -> None:
@@ -34,19 +42,19 @@ def test_downstream_keeps_what_the_engine_says_of_its_answer() -> None:
 )
 def test_what_any_connection_header_names_stays_on_its_hop(options: list[bytes]) -> None:
     given = headers(*[(b"connection", option) for option in options], (b"x-mine", b"1"), (b"x-other", b"2"))
-    assert crossing(given, drop=NOT_UPSTREAM) == b"x-other: 2\r\n"
+    assert crossing(given, drop=NOT_UPSTREAM) == IDENTITY + b"x-other: 2\r\n"
 
 
 def test_repeated_fields_and_strange_bytes_cross_as_they_came() -> None:
     given = headers((b"x-a", b"1"), (b"x-b", b""), (b"x-a", b"\xff\xe4"))
-    assert crossing(given, drop=NOT_UPSTREAM) == b"x-a: 1\r\nx-b: \r\nx-a: \xff\xe4\r\n"
+    assert crossing(given, drop=NOT_UPSTREAM) == IDENTITY + b"x-a: 1\r\nx-b: \r\nx-a: \xff\xe4\r\n"
     assert given.text("x-a") == "\udcff\udce4"
 
 
 def test_what_crosses_one_way_is_not_what_crosses_the_other() -> None:
     given = headers((b"server", b"x"), (b"cookie", b"y"))
     for _ in range(2):
-        assert crossing(given, drop=NOT_UPSTREAM) == b"server: x\r\n"
+        assert crossing(given, drop=NOT_UPSTREAM) == IDENTITY + b"server: x\r\n"
         assert crossing(given, drop=NOT_DOWNSTREAM) == b"cookie: y\r\n"
 
 

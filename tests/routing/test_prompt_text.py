@@ -1,5 +1,6 @@
 """The text that a request is routed by, and the requests that are refused."""
 
+from collections.abc import Iterator
 from contextlib import suppress
 
 import pytest
@@ -7,6 +8,36 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpc_router.routing.prompt_text import RequestError, first_user_message, prompt_text
+
+
+class CountedList(list[object]):
+    """Counts the items that are read by iteration."""
+
+    read = 0
+
+    def __iter__(self) -> Iterator[object]:
+        for item in super().__iter__():
+            self.read += 1
+            yield item
+
+
+@pytest.mark.parametrize("field", ["prompt", "input"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_the_work_for_token_ids_does_not_grow_with_their_number(field: str, nested: bool) -> None:
+    ids = CountedList(range(100_000))
+    assert prompt_text({field: [ids, ids] if nested else ids}) == ""
+    assert ids.read == 0
+
+
+@pytest.mark.parametrize("part", [False, True])
+def test_the_search_for_the_first_text_is_bounded(part: bool) -> None:
+    def body(before: int) -> dict[str, object]:
+        if part:
+            return {"messages": [user([*[{"type": "image"}] * before, {"type": "text", "text": "a"}])]}
+        return {"messages": [*[{"role": "system"}] * before, user("a")]}
+
+    assert first_user_message(body(999)) == "a"
+    assert first_user_message(body(1000)) is None
 
 
 def user(content: object) -> dict[str, object]:
@@ -30,6 +61,8 @@ def user(content: object) -> dict[str, object]:
         ({"prompt": ["one", "two"]}, "one\ntwo"),
         ({"prompt": [1, 2, 3]}, ""),
         ({"prompt": [[1, 2], [3]]}, ""),
+        ({"prompt": [[], [3]]}, ""),
+        ({"prompt": ["a", 1]}, "a"),
         ({"input": "hello"}, "hello"),
         ({"input": ["one", "two"]}, "one\ntwo"),
         ({"input": [1, 2]}, ""),
@@ -86,7 +119,7 @@ def test_only_text_of_the_user_is_read(body: object, text: str) -> None:
         ({"prompt": []}, "'prompt' is an empty list"),
         ({"prompt": ["a", None]}, "prompt\\[1\\]"),
         ({"prompt": [True]}, "prompt\\[0\\].*a boolean"),
-        ({"prompt": [[1, "a"]]}, "prompt\\[0\\]"),
+        ({"prompt": [["a", 1]]}, "prompt\\[0\\]"),
         ({"input": {}}, "'input' must be"),
         ({"input": []}, "'input' is an empty list"),
         ({"input": [None]}, "input\\[0\\]"),

@@ -15,7 +15,13 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
 from hpc_router.background_tasks import TaskFailures
-from hpc_router.errors import BadRequestError, BodyTooLargeError, UpstreamConnectError, UpstreamError
+from hpc_router.errors import (
+    BadRequestError,
+    BodyTooLargeError,
+    UnsupportedEncodingError,
+    UpstreamConnectError,
+    UpstreamError,
+)
 from hpc_router.expert.agent.engine_relay import FastRelay, relay_request
 from hpc_router.net import protocol
 from hpc_router.net.auth import bearer_token, challenge_answer, equal_secrets
@@ -104,6 +110,10 @@ class AgentHttpApi:
         except BodyTooLargeError as error:
             return error_response(
                 413, kind="invalid_request_error", code="body_too_large", message=str(error), path=request.path
+            )
+        except UnsupportedEncodingError as error:
+            return error_response(
+                415, kind="invalid_request_error", code="unsupported_encoding", message=str(error), path=request.path
             )
         except BadRequestError as error:
             return error_response(

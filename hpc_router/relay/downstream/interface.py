@@ -10,7 +10,7 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, Final
 
-from hpc_router.errors import BadRequestError, HpcRouterError
+from hpc_router.errors import HpcRouterError, UnsupportedEncodingError
 from hpc_router.relay.api_formats import ErrorReply, api_format_of
 from hpc_router.relay.headers import Headers, lines
 
@@ -124,9 +124,9 @@ client disconnects. The result None: the response was written through the reques
 
 
 def check_encoding(headers: Headers) -> None:
-    """Raises BadRequestError for a compressed body."""
+    """Raises UnsupportedEncodingError for a compressed body."""
     if b"content-encoding" in headers and any(e.lower() != b"identity" for e in headers.all(b"content-encoding")):
-        raise BadRequestError("compressed request bodies are not supported")
+        raise UnsupportedEncodingError("request bodies must not be compressed: send them without Content-Encoding")
 
 
 def json_response(value: Any, *, status: int = 200) -> Response:
@@ -142,4 +142,6 @@ def error_response(
     )
     if status == 401:
         response.add("www-authenticate", "Bearer")
+    elif status == 415:
+        response.add("accept-encoding", "identity")  # RFC 9110, section 15.5.16
     return response

@@ -19,6 +19,7 @@ from hpc_router.errors import (
     UnavailableError,
     UnknownModelError,
     UnknownPathError,
+    UnsupportedEncodingError,
     UpstreamError,
 )
 from hpc_router.net import protocol
@@ -30,6 +31,7 @@ from hpc_router.routing.prompt_text import RequestError
 logger = logging.getLogger(__name__)
 
 STATUS: Final[Mapping[type[HpcRouterError], tuple[int, str]]] = {
+    UnsupportedEncodingError: (415, "invalid_request_error"),
     BadRequestError: (400, "invalid_request_error"),
     RequestError: (400, "invalid_request_error"),
     UnauthorizedError: (401, "authentication_error"),

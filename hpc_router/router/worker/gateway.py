@@ -47,7 +47,7 @@ from hpc_router.routing.policy import Policy
 logger = logging.getLogger(__name__)
 
 LONG_BODY_BYTES: Final = 2**18
-"""Bytes; a longer body is decoded in a thread."""
+"""Bytes; a longer body is decoded and read in a thread."""
 _OPEN_PATHS: Final = frozenset({protocol.HEALTH, "/ready"})
 _WHILE_DRAINING: Final = _OPEN_PATHS | {"/status", protocol.METRICS}
 _FAST_PATHS: Final = frozenset(protocol.GENERATE_PATHS) - {protocol.RESPONSES}
@@ -228,7 +228,9 @@ class Gateway:
 
     async def _read_call(self, request: Request) -> ApiCall:
         body = await request.read(limit_s=self.deployment.router.idle_timeout_s)
-        return await asyncio.to_thread(decode, body) if len(body) > LONG_BODY_BYTES else decode(body)
+        if len(body) <= LONG_BODY_BYTES:
+            return decode(body)
+        return await asyncio.to_thread(self.routing.read_long, body, request.path.rstrip("/"))
 
     def _model_card(self, name: str) -> dict[str, Any]:
         replicas = self.table.of(name)

@@ -31,10 +31,18 @@ class ApiCall:
     raw: bytes
     fields: dict[str, Any]
     model_at: int = -1
+    text: str | None = None
+    """The text that a routing decision reads, if it was extracted in a thread."""
+    _span: tuple[int, int] | None = None
 
     @property
     def model_span(self) -> tuple[int, int]:
         """Start and end offset of the model's name in bytes. Raises BadRequestError for a duplicate key."""
+        if self._span is None:
+            self._span = self._find_model()
+        return self._span
+
+    def _find_model(self) -> tuple[int, int]:
         raw, model_at = self.raw, self.model_at
         if model_at > 0:
             name = b'"%b"' % self.fields["model"].encode()

@@ -18,10 +18,10 @@ from hpc_router.relay.downstream.interface import (
 )
 from hpc_router.router.metrics import Metrics
 from hpc_router.router.replicas.admission import should_spill
-from hpc_router.router.replicas.sessions import Sessions, session_id
+from hpc_router.router.replicas.sessions import PARAM, Sessions, session_id
 from hpc_router.router.replicas.table import ReplicaTable
 from hpc_router.router.worker.dispatcher import Dispatcher
-from hpc_router.router.worker.request_body import ApiCall
+from hpc_router.router.worker.request_body import ApiCall, decode
 from hpc_router.router.worker.routed_request import RoutedRequest
 from hpc_router.routing.policy import Decision, Policy, RouteReason
 from hpc_router.routing.prompt_text import prompt_text
@@ -114,7 +114,20 @@ class RequestRouting:
             return False
         return should_spill(margin=decision.margin or 0.0, wait_s=self.table.wait_s(expert), per_s=per_s)
 
+    def read_long(self, body: bytes, path: str) -> ApiCall:
+        """Decode a long body and do all other work whose time grows with its length; for a thread."""
+        call = decode(body)
+        model = call.fields.get("model")
+        if isinstance(model, str) and model:
+            call.model_span  # noqa: B018  # cached for `body`
+        continued = path == protocol.RESPONSES and call.fields.get(PARAM) is not None
+        if path == "/route" or (model == "auto" and not continued):
+            call.text = self.prompt(call, first=api_format_of(path).prompt_field)
+        return call
+
     def prompt(self, call: ApiCall, *, first: str = "messages") -> str:
+        if call.text is not None:
+            return call.text
         return prompt_text(call.fields, window=self.deployment.policy.window, first=first)
 
     def _decide(self, text: str) -> Decision:

@@ -142,7 +142,19 @@ async def test_bodies_are_relayed_unchanged_and_without_the_key(socket_folder: P
         assert seen.body == raw
         names = {name.decode().lower(): value.decode() for name, value in seen.headers}
         assert names["x-request-id"] == "r-1"
-        assert not {"authorization", "cookie", "accept-encoding"} & set(names)
+        assert not {"authorization", "cookie"} & set(names)
+        assert names["accept-encoding"] == "identity"
+
+
+@pytest.mark.parametrize("path", [protocol.CHAT, protocol.MESSAGES])
+async def test_a_compressed_body_is_refused_with_the_valid_encoding(socket_folder: Path, path: str) -> None:
+    async with (
+        running(socket_folder) as at,
+        at.session.post(path, data=b"abc", headers={"content-encoding": "gzip"}) as response,
+    ):
+        assert (response.status, response.headers["accept-encoding"]) == (415, "identity")
+        error = (await response.json())["error"]
+        assert error["message"] == "request bodies must not be compressed: send them without Content-Encoding"
 
 
 async def test_a_stream_arrives_as_it_is_made(socket_folder: Path) -> None:

@@ -74,7 +74,7 @@ REFUSED: dict[str, tuple[bytes, int, set[int]]] = {  # what is sent, our answer,
     "a body that is one byte too long": (POST + b"Content-Length: 65537\r\n\r\n" + b"x" * (MAX_BODY + 1), 413, set()),
     "a body that does not come": (HASTY + b"Content-Length: 3\r\n\r\na", 408, set()),
     "chunks that do not come": (HASTY + b"Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n", 408, set()),
-    "a compressed body": (POST + b"Content-Encoding: gzip\r\nContent-Length: 3\r\n\r\nabc", 400, set()),
+    "a compressed body": (POST + b"Content-Encoding: gzip\r\nContent-Length: 3\r\n\r\nabc", 415, set()),
 }  # fmt: skip
 
 

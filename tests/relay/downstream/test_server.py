@@ -5,9 +5,10 @@ from contextlib import AsyncExitStack
 
 import pytest
 
-from hpc_router.errors import BadRequestError, BodyTooLargeError, RequestTimeoutError
-from hpc_router.relay.downstream.interface import Request, Response
+from hpc_router.errors import BadRequestError, BodyTooLargeError, RequestTimeoutError, UnsupportedEncodingError
+from hpc_router.relay.downstream.interface import Request, Response, check_encoding
 from hpc_router.relay.downstream.request_parser import MAX_WAITING
+from hpc_router.relay.headers import Headers
 from tests.relay.downstream.support import GET, ODD, POST, REFUSED, SILENT
 from tests.relay.serving import MAX_BODY, STUCK, Client, served
 from tests.support.relays import OWN, Listen, Relay
@@ -22,11 +23,20 @@ async def echo(request: Request) -> Response | None:
         return Response(413)
     except RequestTimeoutError:
         return Response(408)
+    except UnsupportedEncodingError:
+        return Response(415)
     except BadRequestError:
         return Response(400)
     await request.start_response(200, b"", length=None)
     request.write(b"<%b>" % body)
     return None
+
+
+@pytest.mark.parametrize("coding", [b"gzip", b"deflate", b"br", b"zstd", b"x-any", b"identity, gzip"])
+def test_every_content_coding_but_identity_is_refused(coding: bytes) -> None:
+    check_encoding(Headers([(b"content-encoding", b"Identity")]))
+    with pytest.raises(UnsupportedEncodingError, match="without Content-Encoding"):
+        check_encoding(Headers([(b"content-encoding", b"identity"), (b"content-encoding", coding)]))
 
 
 async def serves_on(port: int) -> None:

@@ -3,6 +3,8 @@
 import asyncio
 import gc
 import json
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,10 @@ from yarl import URL
 
 from hpc_router.client.router_identity import IdentityCheck, check_identity
 from hpc_router.router.replicas.replica import RoutingState
+from hpc_router.router.worker import request_body, route_request
+from hpc_router.router.worker.gateway import LONG_BODY_BYTES
 from hpc_router.router.worker.routed_request import RoutedRequest
+from hpc_router.routing.prompt_text import prompt_text
 from hpc_router.state.registry import Record, RecordKind, State
 from tests.router.fakes import (
     NONCE,
@@ -53,6 +58,62 @@ async def test_bytes_pass_through_untouched_both_ways(tmp_path: Path) -> None:
         assert told == {
             "x-request-id": "mine", "x-expert": "math", "x-replica": "math-0.g1", "x-route-reason": "named",
         }  # fmt: skip
+
+
+@pytest.mark.parametrize("path", [CHAT, "/v1/completions", "/v1/messages", "/v1/responses", "/route"])
+async def test_a_long_body_is_read_outside_the_event_loop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    run, threads = a_run(tmp_path), set[int]()
+
+    def recorded(*args: Any, **options: Any) -> str:
+        threads.add(threading.get_ident())
+        return prompt_text(*args, **options)
+
+    monkeypatch.setattr(route_request, "prompt_text", recorded)
+    fields = {"prompt": "2+2?"} if path == "/v1/completions" else {"input": "2+2?"} if path == "/v1/responses" else {}
+    body = chat("auto") | fields | {"pad": "x" * LONG_BODY_BYTES}
+    deployment = a_deployment("math", policy="round_robin")
+    async with fake_replica(run, "math-0.g1") as fake, a_router(run, deployment) as router:
+        await ready(router)
+        status, value, _ = await post(router, body, path=path)
+        assert (status, len(fake.bodies)) == (200, path != "/route"), value
+    assert threads
+    assert threading.get_ident() not in threads
+
+
+async def test_the_model_name_of_a_long_body_is_located_outside_the_event_loop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The body contains `"model"` twice, so that it is parsed member by member."""
+    run, threads, parse = a_run(tmp_path), set[int](), request_body._parse_text
+
+    def recorded(text: str) -> Any:
+        threads.add(threading.get_ident())
+        return parse(text)
+
+    monkeypatch.setattr(request_body, "_parse_text", recorded)
+    body = chat("math") | {"pad": {"model": "x" * LONG_BODY_BYTES}}
+    async with (
+        fake_replica(run, "math-0.g1", serves={"math": "other", "law": "law"}) as fake,
+        a_router(run, a_deployment("math")) as router,
+    ):
+        await ready(router)
+        status, value, _ = await post(router, body)
+        assert status == 200, value
+        assert json.loads(fake.bodies[0]) == body | {"model": "other"}
+    assert threads
+    assert threading.get_ident() not in threads
+
+
+async def test_an_unknown_model_of_30_mb_is_refused_at_once(tmp_path: Path) -> None:
+    run = a_run(tmp_path)
+    async with a_router(run, a_deployment("math")) as router:
+        before = time.thread_time()
+        status, value, _ = await post(router, b'{"model": "%b"}' % (b"math" * 7_500_000))
+        assert (status, value["error"]["code"]) == (404, "unknown_model")
+        assert value["error"]["message"] == f"no model is named {'math' * 25!r} (valid: auto, math)"
+        assert time.thread_time() - before < 1.0, "the search for similar names took 2 to 10 s"
 
 
 async def test_a_long_body_arrives_whole(tmp_path: Path) -> None:
@@ -188,13 +249,32 @@ async def test_paths_tokens_and_open_paths(tmp_path: Path) -> None:
             ("GET", "/metrics", router.headers, 200),
             ("GET", "/nowhere", router.headers, 404),
             ("GET", CHAT, router.headers, 404),
-            ("POST", CHAT, router.headers | {"content-encoding": "gzip"}, 400),
         ]
         for method, path, headers, status in cases:
             async with s.request(
                 method, router.url + path, headers=headers, data=b"{}" if method == "POST" else None
             ) as r:
                 assert (method, path, r.status) == (method, path, status)
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "compress", "identity, gzip"])
+@pytest.mark.parametrize("path", [CHAT, "/v1/messages", "/v1/responses", "/v1/embeddings", "/route"])
+async def test_a_compressed_body_is_refused_with_the_valid_encoding(tmp_path: Path, path: str, encoding: str) -> None:
+    run = a_run(tmp_path)
+    async with a_router(run, a_deployment("math")) as router:
+        status, value, headers = await post(router, b"{}", path=path, **{"content-encoding": encoding})
+        assert (status, headers["accept-encoding"]) == (415, "identity")
+        assert value["error"]["message"] == "request bodies must not be compressed: send them without Content-Encoding"
+        assert path == "/v1/messages" or value["error"]["code"] == "unsupported_encoding"
+
+
+async def test_an_uncompressed_body_is_served_and_the_engine_is_asked_for_the_same(tmp_path: Path) -> None:
+    run = a_run(tmp_path)
+    async with fake_replica(run, "math-0.g1") as fake, a_router(run, a_deployment("math")) as router:
+        await ready(router)
+        sent = {"content-encoding": "Identity", "accept-encoding": "gzip, br"}
+        assert (await post(router, chat(), **sent))[0] == 200
+        assert fake.headers[0]["accept-encoding"] == "identity"
 
 
 async def test_open_mode_asks_no_token(tmp_path: Path) -> None:
