@@ -26,14 +26,12 @@ from hpc_router.net import protocol
 from hpc_router.relay.downstream.interface import Request, Response, error_response
 from hpc_router.relay.headers import MAX_RETRY_AFTER_S
 from hpc_router.router.metrics import Metrics
-from hpc_router.routing.prompt_text import RequestError
 
 logger = logging.getLogger(__name__)
 
 STATUS: Final[Mapping[type[HpcRouterError], tuple[int, str]]] = {
     UnsupportedEncodingError: (415, "invalid_request_error"),
     BadRequestError: (400, "invalid_request_error"),
-    RequestError: (400, "invalid_request_error"),
     UnauthorizedError: (401, "authentication_error"),
     UnknownModelError: (404, "invalid_request_error"),
     UnknownPathError: (404, "invalid_request_error"),

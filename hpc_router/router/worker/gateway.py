@@ -43,6 +43,7 @@ from hpc_router.router.worker.error_responses import RETRY_AFTER_S, DrainingErro
 from hpc_router.router.worker.request_body import ApiCall, decode
 from hpc_router.router.worker.route_request import UNKNOWN_ENDPOINT, ApiEndpoint, RequestRouting, endpoint_of
 from hpc_router.routing.policy import Policy
+from hpc_router.routing.prompt_text import PROMPT_FIELDS
 
 logger = logging.getLogger(__name__)
 
@@ -204,6 +205,8 @@ class Gateway:
     async def _route(self, request: Request, request_id: str) -> Response:
         """Explain the routing of this prompt for model `auto`."""
         call = await self._read_call(request)
+        if not any(name in call.fields for name in PROMPT_FIELDS):
+            raise BadRequestError(f"the body has no prompt (valid fields: {', '.join(PROMPT_FIELDS)})", param="prompt")
         explanation = self.routing.policy.explain(self.routing.prompt(call), ready=self.table.ready())
         return json_response(explanation.to_dict(id=request_id))
 

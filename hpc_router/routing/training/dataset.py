@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any, Final
 
 from hpc_router.errors import ConfigError
-from hpc_router.routing.prompt_text import RequestError, prompt_text
+from hpc_router.routing.prompt_text import PROMPT_FIELDS, prompt_text
 from hpc_router.state.atomic_files import lines_of
 
-_BODY_FIELDS: Final = ("messages", "input", "prompt")
+_VALID_ROWS: Final = '(valid: {"prompt": "..."}, {"text": "..."}, a request body)'
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,15 +107,12 @@ def _row(line: str, number: int, place: str) -> Row:
 
 
 def _text(value: Mapping[str, Any], place: str) -> str:
-    if isinstance(value.get("text"), str) and not any(name in value for name in _BODY_FIELDS):
-        text: str = value["text"]
-    else:
-        try:
-            text = prompt_text(value)
-        except RequestError as error:
-            raise ConfigError(
-                f'{place}: {error} (valid: {{"prompt": "..."}}, {{"text": "..."}}, a request body)'
-            ) from error
+    fields = [name for name in PROMPT_FIELDS if name in value]
+    text = prompt_text(value) if fields else value.get("text")
+    if not isinstance(text, str):
+        raise ConfigError(f"{place}: the row has no text {_VALID_ROWS}")
+    if fields and not isinstance(value[fields[0]], str | list):
+        raise ConfigError(f"{place}: '{fields[0]}' must be a string or a list {_VALID_ROWS}")
     return text.encode("utf-8", "ignore").decode()  # drops lone surrogates (JSON's \\ud800)
 
 

@@ -211,11 +211,6 @@ async def test_errors_are_the_clients_own_exceptions(tmp_path: Path) -> None:
         (b"{", 400, "ends too early"),
         (b"[]", 400, "JSON object"),
         (b"\xff", 400, "UTF-8"),
-        ({"model": "auto"}, 400, "messages"),
-        ({"model": "auto", "messages": []}, 400, "messages"),
-        ({"model": "auto", "messages": "hi"}, 400, "messages"),
-        ({"model": "auto", "messages": ["hi"]}, 400, "messages"),
-        ({"model": "auto", "messages": [{"role": "user", "content": 3}]}, 400, "content"),
         ({"messages": [{"role": "user", "content": "x"}]}, 400, "'model' is missing"),
         (chat(model="nobody"), 404, "valid: auto, math"),
         ({**chat(), "stream": "yes"}, 400, "'stream'"),
@@ -232,6 +227,41 @@ async def test_bad_requests_are_told_why(tmp_path: Path, body: Any, status: int,
         assert set(value["error"]) == {"message", "type", "param", "code"}
         assert says in value["error"]["message"]
         assert not fake.bodies
+        await eventually(lambda: all_gauges_zero(router))
+
+
+@pytest.mark.parametrize(
+    ("fields", "path"),
+    [
+        ({"messages": [{"role": "user", "content": None}]}, CHAT),
+        ({"messages": [{"role": "user"}]}, CHAT),
+        ({"messages": [{"role": "user", "content": 3}]}, CHAT),
+        ({"messages": [{"role": "user", "content": ["hi", {"type": "text"}, {"type": []}]}]}, CHAT),
+        ({"messages": [{"content": "hi"}, "hi", None]}, CHAT),
+        ({"messages": []}, CHAT),
+        ({"messages": "hi"}, CHAT),
+        ({}, CHAT),
+        ({"prompt": None}, "/v1/completions"),
+        ({"prompt": ["hi", None, [1, "a"]]}, "/v1/completions"),
+        ({"input": {}}, "/v1/responses"),
+        ({"input": [None, {"role": "user", "content": 1}]}, "/v1/responses"),
+        ({"messages": [{"role": "user", "content": None}]}, "/v1/messages"),
+    ],
+    ids=repr,
+)
+async def test_auto_takes_what_a_named_expert_takes(tmp_path: Path, fields: dict[str, Any], path: str) -> None:
+    """Whether a body is valid is for the engine to say; `/route` reads it alike."""
+    run = a_run(tmp_path)
+    async with (
+        fake_replica(run, "math-0.g1") as fake,
+        a_router(run, a_deployment("math", fallback="math")) as router,
+    ):
+        await ready(router)
+        for model in ("math", "auto"):
+            assert (await post(router, {"model": model, **fields}, path=path))[0] == 200
+        assert [json.loads(body) | {"model": ""} for body in fake.bodies] == [{"model": "", **fields}] * 2
+        status, explained, _ = await post(router, fields, path="/route")
+        assert (status, explained.get("expert")) == ((200, "math") if fields else (400, None))
         await eventually(lambda: all_gauges_zero(router))
 
 
