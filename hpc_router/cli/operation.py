@@ -91,7 +91,7 @@ def drain(arguments: argparse.Namespace) -> int:
 def add_register(verbs: "Verbs[Parser]") -> None:
     parser = add_verb(verbs, register, json=True)
     parser.add_argument("--expert", required=True, metavar="NAME", help="the expert's name")
-    parser.add_argument("--url", required=True, help="its address, with or without /v1")
+    parser.add_argument("--url", required=True, help="base URL of its API, used as written; a host alone gets /v1")
     parser.add_argument("--model", help="name of the model there (default: the one in its /v1/models)")
     parser.add_argument("--token-file", type=Path, metavar="F", help="file with the token that the endpoint requires")
     probing = parser.add_mutually_exclusive_group()
@@ -99,7 +99,8 @@ def add_register(verbs: "Verbs[Parser]") -> None:
         "--probe-path",
         metavar="PATH",
         default="/v1/models",
-        help="path of the router's probe (default /v1/models); any HTTP answer proves that the endpoint is alive",
+        help="path of the router's probe, where /v1 stands for the path of --url (default /v1/models); "
+        "any HTTP answer proves that the endpoint is alive",
     )
     probing.add_argument(
         "--no-probe",

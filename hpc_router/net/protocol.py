@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Final, Self
-from urllib.parse import parse_qs
+from urllib.parse import parse_qs, urlsplit
 
+API_ROOT: Final = "/v1"
 HEALTH: Final = "/health"
 DRAIN: Final = "/drain"
 RANK: Final = "/rank"
@@ -30,6 +31,20 @@ STARTING_HEADER: Final = "x-hpc-router-starting"
 the request. With status 502: the engine got the request and ended before the first byte of its response."""
 REQUEST_ID_HEADER: Final = "x-request-id"
 SESSION_HEADER: Final = "x-session-id"
+
+
+def path_at(base: str, target: str) -> str:
+    """The path of `target` at a server with the base path `base`, which replaces the `/v1` of an API path. Other paths
+    follow the base without a final `/v1`. An empty base stands for `/v1`."""
+    if target.startswith(API_ROOT + "/"):
+        return (base or API_ROOT) + target.removeprefix(API_ROOT)
+    return base.removesuffix(API_ROOT) + target
+
+
+def url_at(url: str, target: str) -> str:
+    """The URL of `target` at the server with this base URL; see `path_at`."""
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc}{path_at(parts.path.rstrip('/'), target)}"
 
 
 def challenge_in(query: str) -> str:

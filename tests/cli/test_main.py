@@ -18,6 +18,7 @@ from hpc_router.cli.main import VERBS, main
 from hpc_router.cluster.commands.scale import parse_counts
 from hpc_router.cluster.commands.set import change, parse_settings
 from hpc_router.errors import ConfigError
+from hpc_router.net import protocol
 from hpc_router.state.job_records import Exit, FailureReason, JobDir, JobInfo
 from hpc_router.state.log_file import rotated_path
 from hpc_router.state.registry import RegistryReader
@@ -292,14 +293,14 @@ def test_why_of_a_failed_job(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @contextmanager
-def endpoint(body: Any, *, status: int = 200, token: str | None = None) -> Iterator[str]:
-    """A server whose `/v1/models` says this."""
+def endpoint(body: Any, *, status: int = 200, token: str | None = None, path: str = "/v1/models") -> Iterator[str]:
+    """A server that says this at `path`."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             allowed = token is None or self.headers.get("authorization") == f"Bearer {token}"
             content = json.dumps(body).encode()
-            self.send_response(status if allowed and self.path == "/v1/models" else 401)
+            self.send_response(status if allowed and self.path == path else 401)
             self.send_header("content-length", str(len(content)))
             self.end_headers()
             self.wfile.write(content)
@@ -328,6 +329,38 @@ def record(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
     value: dict[str, Any] = json.loads(said.out)
     assert value == json.loads((Path("run") / "registry" / f"{value['replica']}.json").read_text())
     return value
+
+
+@pytest.mark.parametrize("base", ["/v1beta/openai", "/api/paas/v4", "/proxy/v1", "/models", "/v1/v1"])
+def test_register_uses_an_address_with_a_path_as_written(base: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with endpoint(models("big-70b"), path=f"{base}/models") as url:
+        value = record(capsys, "--expert", "big", "--url", f"{url}{base}/")
+        assert (value["url"], value["serves"]) == (url + base, {"big": "big-70b"})
+        assert record(capsys, "--expert", "big", "--url", url + base)["replica"] == value["replica"]
+    assert Said(capsys, "unregister", "--run", "run", "--expert", "big", "--url", url).status == 2
+    assert Said(capsys, "unregister", "--run", "run", "--expert", "big", "--url", url + base).out == "big-x0.g1\n"
+
+
+@pytest.mark.parametrize(
+    ("url", "base"),
+    [
+        *((f"http://h:1{path}", "http://h:1/v1") for path in (*protocol.GENERATE_PATHS, protocol.MODELS)),
+        ("https://h/v1/messages/count_tokens", "https://h/v1"),
+        ("https://h/v1beta/openai/chat/completions/", "https://h/v1beta/openai"),
+        ("https://h/api/paas/v4//chat/completions", "https://h/api/paas/v4"),
+        ("https://h/v1beta/openai/models", "https://h/v1beta/openai"),
+        ("https://h/openai/chat/completions?api-version=1", "https://h/openai"),
+        ("https://h/chat/completions", "https://h/v1"),
+    ],
+)
+@pytest.mark.parametrize("verb", ["register", "unregister"])
+def test_an_operations_address_is_refused_with_its_base(
+    verb: str, url: str, base: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record(capsys, "--expert", "big", "--url", "http://h:1", "--model", "m")
+    said = Said(capsys, verb, "--run", "run", "--expert", "big", "--url", url)
+    assert (said.status, said.out) == (2, "")
+    assert said.err.rstrip().endswith(f"(use: --url {base})")
 
 
 @pytest.mark.parametrize("suffix", ["", "/", "/v1", "/v1/"])

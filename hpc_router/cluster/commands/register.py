@@ -16,14 +16,18 @@ from urllib.parse import urlsplit
 from hpc_router.config.schema import EXPERT_NAME, RESERVED_NAMES
 from hpc_router.errors import ConfigError, suggest
 from hpc_router.net.http_client import DEFAULT_TIMEOUT_S, Unreachable, call_blocking
-from hpc_router.net.protocol import MODELS
+from hpc_router.net.protocol import API_ROOT, MODELS, url_at
 from hpc_router.state import registry
 from hpc_router.state.atomic_files import create_text
 from hpc_router.state.registry import EngineInfo, Record, RecordKind, RegistryReader, State, replica_name, split_replica
 from hpc_router.state.run_directory import RunDir
 
 _PROBE: Final = re.compile(r"/[!-~]*")
-_V1: Final = re.compile(r"/v1/?$")
+_OPERATION: Final = re.compile(
+    r"(.*?)/+chat/+completions|(.+?)/+(?:completions|embeddings|responses|messages(?:/+count_tokens)?|models)"
+)
+"""The path of an operation, and the base path before it. A base may have the path `/models`, for example."""
+_VALID_URLS: Final = "valid: http://host:port, http://host:port/v1, https://host/v1beta/openai"
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,19 +101,23 @@ def unregister(
 
 
 def base_url(url: str) -> str:
-    """The address without `/v1`. Raises ConfigError."""
+    """The address as written, but without a final slash, and without a path if that is `/v1`. Raises ConfigError."""
     if odd := re.search(r"[\s\x00-\x1f\x7f]", url):  # `urlsplit` drops some of these without a word
-        raise ConfigError(
-            f"--url {url!r}: has {odd[0]!r} at position {odd.start()} (valid: http://host:port or http://host:port/v1)"
-        )
+        raise ConfigError(f"--url {url!r}: has {odd[0]!r} at position {odd.start()} ({_VALID_URLS})")
     try:
         parts = urlsplit(url)
         usable = parts.scheme in ("http", "https") and parts.hostname and (parts.port is None or parts.port > 0)
     except ValueError:
         usable = False
-    if not usable or parts.query or parts.fragment or parts.username is not None:
-        raise ConfigError(f"--url {url}: not an endpoint's address (valid: http://host:port or http://host:port/v1)")
-    return _V1.sub("", url.rstrip("/")).rstrip("/")
+    if not usable or parts.username is not None:
+        raise ConfigError(f"--url {url}: not an endpoint's address ({_VALID_URLS})")
+    origin, path = f"{parts.scheme}://{parts.netloc}", parts.path.rstrip("/")
+    if operation := _OPERATION.fullmatch(path):
+        base = operation[1] or operation[2] or API_ROOT
+        raise ConfigError(f"--url {url}: the address of one operation, not of the API (use: --url {origin}{base})")
+    if parts.query or parts.fragment:
+        raise ConfigError(f"--url {url}: not an endpoint's address, which has no query or fragment ({_VALID_URLS})")
+    return origin if path == API_ROOT else origin + path
 
 
 def read_token(path: Path) -> str:
@@ -125,20 +133,20 @@ def read_token(path: Path) -> str:
 
 def _ask_model(base: str, *, token: str | None) -> tuple[str | None, str | None]:
     """The only model of the endpoint, or a warning."""
-    later = "the router asks it again; --model names the model"
+    url, later = url_at(base, MODELS), "the router asks it again; --model names the model"
     try:
-        answer = call_blocking("GET", base + MODELS, token=token, timeout_s=DEFAULT_TIMEOUT_S)
+        answer = call_blocking("GET", url, token=token, timeout_s=DEFAULT_TIMEOUT_S)
     except Unreachable as error:
         return None, f"{base} does not answer now ({error}): {later}"
     if answer.status != 200:
         hint = "; --token-file gives a token" if answer.status in (401, 403) and token is None else ""
-        return None, f"{base}{MODELS} answers with status {answer.status}{hint}: {later}"
+        return None, f"{url} answers with status {answer.status}{hint}: {later}"
     data = answer.body.get("data") if isinstance(answer.body, dict) else None
     names = [str(m["id"]) for m in data if isinstance(m, dict) and "id" in m] if isinstance(data, list) else []
     if len(names) > 1:
         raise ConfigError(f"{base} serves several models; choose one with --model (valid: {', '.join(names)})")
     if not names:
-        return None, f"{base}{MODELS} lists no model: {later}"
+        return None, f"{url} lists no model: {later}"
     return names[0], None
 
 

@@ -39,9 +39,10 @@ class Response:
 
 
 class Request(ABC):
-    """`path` is decoded; `target` is path and query as received. `keep_alive`: whether the connection stays open after
-    the response; a handler may set it to False before it responds. `request_id`: the value of `x-request-id`, which is
-    not among the headers, because heads that differ in nothing else share them.
+    """`path` is decoded; `target` is path and query as received; neither has doubled slashes in the path. `keep_alive`:
+    whether the connection stays open after the response; a handler may set it to False before it responds.
+    `request_id`: the value of `x-request-id`, which is not among the headers, because heads that differ in nothing else
+    share them.
 
     To stream a response: `start_response`, then `write`, with a `drain` after each `write` that returned False; then
     return None.

@@ -5,6 +5,7 @@ malformed headers and bad chunk sizes are errors. This module also rejects other
 and limits the size of heads and bodies and the number of pipelined requests.
 """
 
+import re
 from collections import deque
 from typing import Final, Generic, TypeVar
 from urllib.parse import unquote, urlsplit
@@ -21,6 +22,7 @@ MAX_FIELDS: Final = 256
 MAX_WAITING: Final = 64
 """Limit of pipelined requests on one connection."""
 MAX_CHUNKS: Final = 256
+_SLASHES: Final = re.compile("/{2,}")
 _VERSIONS: Final = frozenset({"1.0", "1.1"})
 
 
@@ -33,13 +35,16 @@ class RefusedError(BadRequestError):
 
 
 class RequestHead:
-    """Request line and headers. `path` is decoded; `target` is path and query as received."""
+    """Request line and headers. `path` is decoded; `target` is path and query as received. Doubled slashes in the path
+    are one in both, because clients make them from a base URL that ends with a slash."""
 
     __slots__ = ("encoded", "expects", "headers", "http_1_0", "keep_alive", "method", "path", "query", "target")
 
     def __init__(self, method: str, target: str, headers: Headers, *, http_1_0: bool, keep_alive: bool) -> None:
         self.method = method
         self.target = target if target.startswith("/") else origin_form(target)
+        if "//" in self.target:
+            self.target = single_slashes(self.target)
         self.path, _, self.query = self.target.partition("?")
         if "%" in self.path:
             self.path = unquote(self.path)
@@ -243,6 +248,12 @@ def origin_form(target: str) -> str:
     """Path and query of an absolute-form target."""
     parts = urlsplit(target)
     return f"{parts.path or '/'}?{parts.query}" if parts.query else parts.path or "/"
+
+
+def single_slashes(target: str) -> str:
+    """`target` with one slash for each run of slashes in its path."""
+    path, mark, query = target.partition("?")
+    return _SLASHES.sub("/", path) + mark + query
 
 
 def _cacheable_head(data: bytes) -> RequestHead | None:

@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Final, Self
 
 from hpc_router.errors import UpstreamConnectError, UpstreamError, UpstreamTimeoutError
+from hpc_router.net.protocol import path_at
 from hpc_router.relay.upstream.connection import MAX_SINGLE_WRITE_BYTES, Connection
 from hpc_router.relay.upstream.interface import (
     Address,
@@ -238,4 +239,5 @@ def _request_line(method: str, address: Address, target: str) -> bytes:
 def _cached_request_line(method: str, address: Address, target: str) -> bytes:
     if not target.isascii() or not target.isprintable() or " " in target:
         raise ValueError("a request target holds printable ASCII without spaces")
-    return b"%b\r\nhost: %b\r\n" % (f"{method} {address.prefix}{target} HTTP/1.1".encode(), address.header)
+    path = path_at(address.base_path, target)
+    return b"%b\r\nhost: %b\r\n" % (f"{method} {path} HTTP/1.1".encode(), address.header)

@@ -32,14 +32,14 @@ class UpstreamTimeouts:
 class Address:
     """Address of an upstream server, made by `address_of`. Connections are pooled per object.
 
-    `header`: the `Host` header. `prefix`: prepended to every path.
+    `header`: the `Host` header. `base_path`: path of the URL; see `protocol.path_at`.
     """
 
     host: str
     port: int
     tls: bool
     header: bytes
-    prefix: str
+    base_path: str
 
 
 @lru_cache(maxsize=1024)

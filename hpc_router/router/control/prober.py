@@ -49,7 +49,7 @@ class Prober:
         """The state that the endpoint reports, or how the probe failed."""
         external, url = replica.record.kind is RecordKind.EXTERNAL, replica.record.url
         path = replica.record.probe if external else protocol.HEALTH
-        probed = f"connection to {url}" if path is None else f"GET {url}{path}"
+        probed = f"connection to {url}" if path is None else f"GET {protocol.url_at(url, path)}"
         try:
             return await (self._probe_external(replica) if external else self._probe_agent(replica))
         except TimeoutError:
@@ -87,8 +87,8 @@ class Prober:
             return await self._probe_port(replica)
         headers = {"Authorization": f"Bearer {replica.key}"} if replica.key else {}
         timeout = aiohttp.ClientTimeout(total=EXTERNAL_PROBE_S, sock_connect=self.timeout_s)
-        request = self.session.get(record.url + record.probe, headers=headers, allow_redirects=False, timeout=timeout)
-        async with request as response:
+        url = protocol.url_at(record.url, record.probe)
+        async with self.session.get(url, headers=headers, allow_redirects=False, timeout=timeout) as response:
             if protocol.DRAINING_HEADER in response.headers or protocol.STARTING_HEADER in response.headers:
                 return Event.SAYS_STARTING  # another hpc_router, or an agent, that is not ready
             if response.status == 200:

@@ -343,3 +343,19 @@ async def test_a_target_in_either_form_is_path_and_query(target: str) -> None:
         await client.send(b"GET %b HTTP/1.1\r\nHost: x\r\n\r\n" % target.encode())
         assert await client.status() == 200
     assert seen == [("/a b", "c=%2F", "/a%20b?c=%2F")]
+
+
+@pytest.mark.parametrize("target", ["//a%20b//c///?d=//e", "/a%20b/c/?d=//e", "http://other:1//a%20b/c//?d=//e"])
+async def test_doubled_slashes_in_a_path_are_one(listen: Listen, target: str) -> None:
+    """Those of the query stay, and a cached head has the same path."""
+    seen: list[tuple[str, str]] = []
+
+    async def handler(request: Request) -> Response:
+        seen.append((request.path, request.query))
+        return Response(200)
+
+    async with served(listen, handler) as port, Client(port) as client:
+        for _ in range(3):
+            await client.send(b"GET %b HTTP/1.1\r\nHost: x\r\n\r\n" % target.encode())
+            assert await client.status() == 200
+    assert seen == [("/a b/c/", "d=//e")] * 3

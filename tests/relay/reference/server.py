@@ -23,6 +23,7 @@ from hpc_router.relay.downstream.interface import (
     Response,
     check_encoding,
 )
+from hpc_router.relay.downstream.request_parser import single_slashes
 from hpc_router.relay.downstream.server import BACKLOG, SHUTDOWN_S
 from hpc_router.relay.headers import Headers, without_id
 from tests.relay.reference.upstream import fields_of
@@ -32,8 +33,8 @@ class _Request(Request):
     def __init__(self, request: web.BaseRequest) -> None:
         self._request = request
         self.method = request.method
-        self.target = request.raw_path
-        self.path, self.query = request.path, request.rel_url.raw_query_string
+        self.target = single_slashes(request.raw_path)
+        self.path, self.query = single_slashes(request.path), request.rel_url.raw_query_string
         fields, self.request_id = without_id([(name.lower(), value) for name, value in request.raw_headers])
         self.headers = Headers(fields)
         self.keep_alive = request.keep_alive

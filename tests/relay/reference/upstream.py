@@ -16,6 +16,7 @@ from multidict import CIMultiDict
 from yarl import URL
 
 from hpc_router.errors import UpstreamConnectError, UpstreamError, UpstreamTimeoutError
+from hpc_router.net import protocol
 from hpc_router.relay.headers import Headers
 from hpc_router.relay.upstream.interface import Address, PendingRequest, UpstreamResponse, UpstreamTimeouts
 from hpc_router.relay.upstream.timeouts import IdleTimer
@@ -89,7 +90,7 @@ class AiohttpClient:
         """See `exchange.Upstream`."""
         limits = limits or self.limits
         scheme = "https" if address.tls else "http"
-        url = URL(f"{scheme}://{address.header.decode()}{address.prefix}{target}", encoded=True)
+        url = URL(f"{scheme}://{address.header.decode()}{protocol.path_at(address.base_path, target)}", encoded=True)
         headers = fields_of(head)
         data = io.BytesIO(body) if body is not None and len(body) > _IN_ONE_PIECE else body
         try:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from hpc_router.errors import UpstreamConnectError, UpstreamError, UpstreamTimeoutError
+from hpc_router.net import protocol
 from hpc_router.relay.headers import lines
 from hpc_router.relay.upstream import client as upstream_module
 from hpc_router.relay.upstream.client import UpstreamClient, request_head
@@ -405,10 +406,31 @@ async def test_what_a_sink_raises_ends_the_exchange(make_client: MakeClient, at:
 
 
 @pytest.mark.parametrize("prefix", ["", "/v2"])
-def test_a_prefix_comes_before_every_path(prefix: str) -> None:
+def test_a_base_path_comes_before_every_path(prefix: str) -> None:
     address = address_of(f"http://engine:81{prefix}/")
     sent = request_head("POST", address, "/x?y", b"a: b\r\n", b"abc")
     assert sent == b"POST %b/x?y HTTP/1.1\r\nhost: engine:81\r\na: b\r\ncontent-length: 3\r\n\r\n" % prefix.encode()
+
+
+@pytest.mark.parametrize(
+    ("base", "target", "sent"),
+    [
+        ("", "/v1/chat/completions?a=/v1/", "/v1/chat/completions?a=/v1/"),
+        ("/", "/v1/models", "/v1/models"),
+        ("/v1", "/v1/models", "/v1/models"),
+        ("/v1/", "/health", "/health"),
+        ("/v1beta/openai", "/v1/chat/completions", "/v1beta/openai/chat/completions"),
+        ("/api/paas/v4/", "/v1/models", "/api/paas/v4/models"),
+        ("/proxy/v1", "/v1/models", "/proxy/v1/models"),
+        ("/proxy/v1", "/health", "/proxy/health"),
+        ("/proxy", "/v1x", "/proxy/v1x"),
+        ("/v1/v1", "/v1/v1", "/v1/v1/v1"),
+    ],
+)
+def test_a_base_path_replaces_v1(base: str, target: str, sent: str) -> None:
+    head = request_head("GET", address_of(f"https://h{base}"), target, b"", None)
+    assert head.startswith(b"GET %b HTTP/1.1\r\n" % sent.encode())
+    assert protocol.url_at(f"https://h{base}", target) == f"https://h{sent}"
 
 
 @pytest.mark.parametrize(

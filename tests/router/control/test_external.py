@@ -33,12 +33,15 @@ class Endpoint:
     chat_status: int = 200
     headers: dict[str, str] = field(default_factory=dict)
     probed: list[str] = field(default_factory=list)
+    asked: list[str] = field(default_factory=list)
     go_on: asyncio.Event = field(default_factory=asyncio.Event)
     url: str = ""
+    base: str = ""
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         if request.method == "POST":
             await request.content.read()
+            self.asked.append(request.path)
             return web.json_response(completion(), status=self.chat_status, headers=self.headers)
         self.probed.append(request.path)
         if self.status is None:
@@ -54,9 +57,8 @@ async def registered(run: RunDir, endpoint: Endpoint, *, probe: str | None = pro
     port = int(endpoint.url.rpartition(":")[2] or 0)
     await web.TCPSite(runner, "127.0.0.1", port, reuse_address=True).start()
     endpoint.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
-    registry.publish(
-        run.registry, Record(RecordKind.EXTERNAL, NAME, endpoint.url, State.READY, {"math": "theirs"}, probe=probe)
-    )
+    url = endpoint.url + endpoint.base
+    registry.publish(run.registry, Record(RecordKind.EXTERNAL, NAME, url, State.READY, {"math": "theirs"}, probe=probe))
     try:
         yield
     finally:
@@ -168,3 +170,30 @@ async def test_a_refused_token_is_reported_as_a_fault_of_the_configuration(tmp_p
         assert (status, body["error"]["code"]) == (502, "endpoint_unauthorized")
         assert body["error"]["message"].startswith(f"{endpoint.url} answered 401")
         assert standing(router) is RoutingState.READY
+
+
+@pytest.mark.parametrize(
+    ("base", "api", "health"),
+    [
+        ("", "/v1", ""),
+        ("/v1beta/openai", "/v1beta/openai", "/v1beta/openai"),
+        ("/api/paas/v4", "/api/paas/v4", "/api/paas/v4"),
+        ("/proxy/v1", "/proxy/v1", "/proxy"),
+    ],
+)
+async def test_its_address_is_used_as_registered(tmp_path: Path, base: str, api: str, health: str) -> None:
+    """For requests and probes; doubled slashes in the client's path do not reach it."""
+    run, endpoint = a_run(tmp_path), Endpoint(body=b'["theirs"]', base=base)
+    async with a_router(run, a_deployment()) as router, registered(run, endpoint):
+        await ready(router)
+        assert await ask(router) == 200
+        assert (await post(router, chat("math"), path="/v1//chat/completions"))[0] == 200
+        assert (await post(router, chat("math"), path="//v1/embeddings//?a=//b"))[0] == 200
+        assert endpoint.asked == [f"{api}/chat/completions"] * 2 + [f"{api}/embeddings"]
+        assert set(endpoint.probed) == {f"{api}/models"}
+        (replica,) = router.control.table.all()
+        assert replica.models == ("theirs",)
+    endpoint = Endpoint(base=base)
+    async with a_router(run, a_deployment()) as router, registered(run, endpoint, probe="/health"):
+        await ready(router)
+        assert set(endpoint.probed) == {f"{health}/health"}

@@ -277,6 +277,10 @@ async def test_paths_tokens_and_open_paths(tmp_path: Path) -> None:
             ("GET", "/status", {"authorization": f"Bearer {router.token}x"}, 401),
             ("GET", "/status", router.headers, 200),
             ("GET", "/metrics", router.headers, 200),
+            ("GET", "//health", {}, 200),
+            ("GET", "//status", {}, 401),
+            ("GET", "/v1//models", router.headers, 200),
+            ("GET", "/v1//models//math", router.headers, 200),
             ("GET", "/nowhere", router.headers, 404),
             ("GET", CHAT, router.headers, 404),
         ]
