@@ -117,6 +117,15 @@ async def test_an_unknown_model_of_30_mb_is_refused_at_once(tmp_path: Path) -> N
         assert time.thread_time() - before < 1.0, "the search for similar names took 2 to 10 s"
 
 
+async def test_a_long_body_of_too_many_values_is_refused(tmp_path: Path) -> None:
+    run = a_run(tmp_path)
+    async with a_router(run, a_deployment("math")) as router:
+        raw = b'{"model": "math", "prompt": [%b[]]}' % (b"[]," * request_body.MAX_CONTAINERS)
+        status, value, _ = await post(router, raw, path="/v1/completions")
+        assert (status, value["error"]["code"]) == (400, "bad_request")
+        assert value["error"]["message"].startswith("the body has too many values")
+
+
 async def test_a_long_body_arrives_whole(tmp_path: Path) -> None:
     run = a_run(tmp_path)
     body = json.dumps(chat() | {"pad": "x" * 3_000_000}).encode()
