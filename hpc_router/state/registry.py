@@ -48,6 +48,8 @@ class EngineInfo:
     quantization: str | None = None
     tensor_parallel_size: int | None = None
     pipeline_parallel_size: int | None = None
+    max_model_len: int | None = None
+    """Tokens of prompt and response together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,10 +112,11 @@ def _check_types(record: Record) -> None:
         value is None or (isinstance(value, int | float) and not isinstance(value, bool))
         for value in (record.beat, record.beat_s, record.expires_at, record.capacity)
     )
+    context_ok = isinstance(record.engine.max_model_len, int | None)
     generation_ok = isinstance(record.generation, int) and not isinstance(record.generation, bool)
     url_ok = isinstance(record.url, str) and record.url.startswith(("http://", "https://"))
     texts_ok = isinstance(record.nonce, str | None) and isinstance(record.probe, str | None)
-    if not (serves_ok and numbers_ok and generation_ok and url_ok and texts_ok):
+    if not (serves_ok and numbers_ok and context_ok and generation_ok and url_ok and texts_ok):
         raise RegistryError(f"record {record.replica!r} has a value of the wrong type")
     split_replica(record.replica)
 

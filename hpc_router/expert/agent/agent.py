@@ -113,6 +113,10 @@ class Agent:
             self._lease.change(state=self._lifecycle.state)
         self._files.post(partial(self._job.write, self._lifecycle.progress()))
 
+    def _publish_max_model_len(self, length: int | None) -> None:
+        if self._lease is not None and self._lease.record.engine.max_model_len != length:
+            self._lease.change(engine=replace(self._lease.record.engine, max_model_len=length))
+
     async def run(self) -> Exit:
         """Returns the exit record, which has been written."""
         try:
@@ -272,6 +276,7 @@ class Agent:
             progress=lambda: http_api.progress,
             engine_lost=http_api.engine_lost,
             break_off=http_api.break_off,
+            on_max_model_len=self._publish_max_model_len,
         )
 
     def _record(self, sock: socket.socket) -> Record:

@@ -11,7 +11,7 @@ import random
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 from hpc_router.errors import UpstreamError
 from hpc_router.expert.agent.engine_relay import ENGINE
@@ -46,7 +46,8 @@ class EngineObserver(Protocol):
 class EngineSupervisor:
     """`progress` returns a number that changes while responses arrive: a busy engine can be too slow for a probe.
     `engine_lost` is set by the HTTP API when the engine did not accept a request, and cleared here when the engine
-    answers. `break_off` is called before an engine is stopped, and after one has ended by itself."""
+    answers. `break_off` is called before an engine is stopped, and after one has ended by itself. `on_max_model_len` is
+    called before each READY, with None if the engine does not say."""
 
     engine: Engine
     strategy: StartStrategy
@@ -58,6 +59,7 @@ class EngineSupervisor:
     progress: Callable[[], int] = lambda: 0
     engine_lost: asyncio.Event = field(default_factory=asyncio.Event)
     break_off: Callable[[], None] = lambda: None
+    on_max_model_len: Callable[[int | None], None] = lambda length: None
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
     chance: Callable[[], float] = random.random
     clock: Callable[[], float] = time.monotonic
@@ -125,24 +127,29 @@ class EngineSupervisor:
         while not await self._is_ready(timeout_s=POLL_TIMEOUT_S):
             await asyncio.sleep(POLL_S)
         serves = self.engine.serves()
-        if len(serves) == 1:
+        if not self.engine.lists_models:
             return None
-        while (listed := await self._served_models()) is None:
+        while (listed := await self._served_models()) is None and len(serves) > 1:
             await asyncio.sleep(POLL_S)
+        lengths = [length for length in (listed or {}).values() if type(length) is int]
+        self.on_max_model_len(min(lengths, default=None))
+        if listed is None or len(serves) == 1:
+            return None
         absent = [expert for expert, model in serves.items() if model not in listed]
         return (
             EngineFailure(FailureReason.WEIGHTS, f"the engine has not loaded {', '.join(absent)}") if absent else None
         )
 
-    async def _served_models(self) -> set[str] | None:
-        """The model names that the engine lists; None if it sends no valid list."""
+    async def _served_models(self) -> dict[str, Any] | None:
+        """The names of the models that the engine lists, with `max_model_len`; None if it sends no valid list."""
         try:
             async with (
                 asyncio.timeout(POLL_TIMEOUT_S),
                 self.client.request("GET", ENGINE, MODELS) as answer,
             ):
-                return {card["id"] for card in json.loads(await answer.read(_MAX_LIST_BYTES))["data"]}
-        except (UpstreamError, TimeoutError, ValueError, KeyError, TypeError):
+                cards = json.loads(await answer.read(_MAX_LIST_BYTES))["data"]
+                return {card["id"]: card.get("max_model_len") for card in cards}
+        except (UpstreamError, TimeoutError, ValueError, KeyError, TypeError, AttributeError):
             return None
 
     async def _until_end_or_hung(self, process: EngineProcess) -> EngineFailure:

@@ -236,16 +236,26 @@ class Gateway:
         return await asyncio.to_thread(self.routing.read_long, body, request.path.rstrip("/"))
 
     def _model_card(self, name: str) -> dict[str, Any]:
-        replicas = self.table.of(name)
+        """`root`, `parent` and `max_model_len` as in vLLM: the model's path, the base of an adapter, and the context of
+        the ready replica with the smallest. Null: unknown."""
+        replicas = self.table.all() if name == "auto" else self.table.of(name)
+        ready = [replica for replica in replicas if replica.state == "ready"]
+        engines = [replica.record.engine for replica in replicas]
+        expert = self.deployment.experts.get(name)
+        lengths = [length for r in ready if (length := r.record.engine.max_model_len) is not None]
+        root = next((engine.model for engine in engines if engine.model), None) if expert is None else expert.model
         card: dict[str, Any] = {
             "id": name,
             "object": "model",
             "created": int(self.started_at),
             "owned_by": "hpc_router",
+            "root": "auto" if name == "auto" else root,
+            "parent": None if expert is None else expert.adapter_of,
+            "max_model_len": min(lengths, default=None),
         }
-        if any(r.record.engine.kind == "sim" for r in (replicas if name != "auto" else self.table.all())):
+        if any(engine.kind == "sim" for engine in engines):
             card["simulated"] = True
-        return card if name == "auto" else card | {"ready_replicas": sum(r.state == "ready" for r in replicas)}
+        return card if name == "auto" else card | {"ready_replicas": len(ready)}
 
 
 async def _ready(response: Response) -> Response:

@@ -21,7 +21,7 @@ from hpc_router.router.replicas.admission import should_spill
 from hpc_router.router.replicas.sessions import PARAM, Sessions, session_id
 from hpc_router.router.replicas.table import ReplicaTable
 from hpc_router.router.worker.dispatcher import Dispatcher
-from hpc_router.router.worker.request_body import ApiCall, decode
+from hpc_router.router.worker.request_body import ApiCall, check_values, decode
 from hpc_router.router.worker.routed_request import RoutedRequest
 from hpc_router.routing.policy import Decision, Policy, RouteReason
 from hpc_router.routing.prompt_text import prompt_text
@@ -116,6 +116,7 @@ class RequestRouting:
 
     def read_long(self, body: bytes, path: str) -> ApiCall:
         """Decode a long body and do all other work whose time grows with its length; for a thread."""
+        check_values(body)
         call = decode(body)
         model = call.fields.get("model")
         if isinstance(model, str) and model:

@@ -26,7 +26,7 @@ async def test_an_agent_from_its_record_to_its_exit(run: RunDir, scratch: Path) 
         progress, record = await agent.ready()
         assert (record.kind, record.replica, record.serves) == (RecordKind.EXPERT, REPLICA, {"math": "math"})
         assert (record.capacity, record.job_id) == (256, str(agent.process.pid))
-        assert (record.engine.kind, record.engine.model) == ("sim", "m")
+        assert (record.engine.kind, record.engine.model, record.engine.max_model_len) == ("sim", "m", 131_072)
         assert progress.ready_at is not None
         first = record.beat or 0
         await eventually(lambda: (now := agent.record) is not None and (now.beat or 0) > first)

@@ -118,6 +118,21 @@ async def test_the_last_of_too_many_failures_is_returned(socket_folder: Path) ->
         assert steps.pauses == [1.0]
 
 
+@pytest.mark.parametrize(("lists_models", "expected"), [(True, [512]), (False, [])])
+async def test_the_context_that_the_engine_lists_is_reported_before_it_is_ready(
+    socket_folder: Path, monkeypatch: pytest.MonkeyPatch, lists_models: bool, expected: list[int | None]
+) -> None:
+    lengths: list[int | None] = []
+    async with supervised(socket_folder, extra={"max_model_len": 512}) as (supervisor, steps):
+        monkeypatch.setattr(type(supervisor.engine), "lists_models", lists_models)
+        supervisor.on_max_model_len = lengths.append
+        task = asyncio.create_task(supervisor.run())
+        await asyncio.wait_for(steps.ready.wait(), GUARD_S)
+        assert lengths == expected
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
 async def test_an_engine_without_one_of_its_adapters_is_never_ready(socket_folder: Path) -> None:
     """It may have started all the same: then nobody is told that it serves that expert."""
     async with supervised(socket_folder) as (supervisor, steps):

@@ -15,12 +15,13 @@ import pytest
 from yarl import URL
 
 from hpc_router.client.router_identity import IdentityCheck, check_identity
+from hpc_router.config.schema import ExpertConfig
 from hpc_router.router.replicas.replica import RoutingState
 from hpc_router.router.worker import request_body, route_request
 from hpc_router.router.worker.gateway import LONG_BODY_BYTES
 from hpc_router.router.worker.routed_request import RoutedRequest
 from hpc_router.routing.prompt_text import prompt_text
-from hpc_router.state.registry import Record, RecordKind, State
+from hpc_router.state.registry import EngineInfo, Record, RecordKind, State
 from tests.router.fakes import (
     NONCE,
     a_deployment,
@@ -116,6 +117,15 @@ async def test_an_unknown_model_of_30_mb_is_refused_at_once(tmp_path: Path) -> N
         assert time.thread_time() - before < 1.0, "the search for similar names took 2 to 10 s"
 
 
+async def test_a_long_body_of_too_many_values_is_refused(tmp_path: Path) -> None:
+    run = a_run(tmp_path)
+    async with a_router(run, a_deployment("math")) as router:
+        raw = b'{"model": "math", "prompt": [%b[]]}' % (b"[]," * request_body.MAX_CONTAINERS)
+        status, value, _ = await post(router, raw, path="/v1/completions")
+        assert (status, value["error"]["code"]) == (400, "bad_request")
+        assert value["error"]["message"].startswith("the body has too many values")
+
+
 async def test_a_long_body_arrives_whole(tmp_path: Path) -> None:
     run = a_run(tmp_path)
     body = json.dumps(chat() | {"pad": "x" * 3_000_000}).encode()
@@ -161,6 +171,38 @@ async def test_an_engine_of_several_experts_is_always_told_which_one_is_meant(tm
         shown = {name: [replica["replica"] for replica in expert["replicas"]] for name, expert in told.items()}
         assert shown == {"base": ["base-0.g1"], "math": ["base-0.g1"], "code": []}
         await eventually(lambda: all_gauges_zero(router))
+
+
+async def test_a_model_card_has_the_facts_of_the_engines(tmp_path: Path) -> None:
+    run, serves = a_run(tmp_path), {"math": "math", "law": "law"}
+    deployment = a_deployment("math", "law", "code")
+    deployment.experts["law"] = ExpertConfig(model="/adapters/law", adapter_of="math")
+
+    def engine(max_model_len: int | None) -> EngineInfo:
+        return EngineInfo(kind="vllm", model="m", max_model_len=max_model_len)
+
+    async with (
+        fake_replica(run, "math-0.g1", serves=serves, engine=engine(8192)),
+        fake_replica(run, "math-1.g1", serves=serves, engine=engine(4096)),
+        fake_replica(run, "math-2.g1", serves=serves, engine=engine(None)),
+        fake_replica(run, "math-3.g1", serves=serves, engine=engine(1024)) as leaving,
+        fake_replica(run, "ext-0.g1", engine=EngineInfo(model="other/model")),
+        a_router(run, deployment) as router,
+        client_of(router) as client,
+    ):
+        await ready(router, 5)
+        leaving.state = "draining"
+        await eventually(lambda: sum(r.state is RoutingState.READY for r in router.gateway.table.of("math")) == 3)
+        cards = {m.id: m.model_dump() async for m in client.models.list()}
+        facts = {name: (card["root"], card["parent"], card["max_model_len"]) for name, card in cards.items()}
+        assert facts == {
+            "auto": ("auto", None, 4096),
+            "code": ("m", None, None),
+            "ext": ("other/model", None, None),
+            "law": ("/adapters/law", "math", 4096),
+            "math": ("m", None, 4096),
+        }
+        assert (await client.models.retrieve("law")).model_dump() == cards["law"]
 
 
 async def test_the_openai_client_chats_streams_and_lists(tmp_path: Path) -> None:
