@@ -75,11 +75,16 @@ class ConfigWatcher:
         self.on_change(deployment, policy)
 
     def _load(self) -> tuple[Deployment, Policy]:
+        """Each file's stamp is taken before the file is read, so that no change is missed."""
+        desired = stamp_at(self.run.desired)
         deployment = with_settings(self.base, settings_in(self.run.read_desired()))
         self._folders = artefact_folders(self.run, deployment)
-        self._stamp_loaded = self._stamp()  # before the files are read, so that no change is missed
+        self._stamp_loaded = (desired, *self._artefact_stamps())
         return deployment, load_policy(self.run, deployment)
 
     def _stamp(self) -> tuple[Stamp | None, ...]:
+        return (stamp_at(self.run.desired), *self._artefact_stamps())
+
+    def _artefact_stamps(self) -> tuple[Stamp | None, ...]:
         folders = self._folders or artefact_folders(self.run, self.base)
-        return tuple(map(stamp_at, (self.run.desired, *(folder / MANIFEST for folder in folders))))
+        return tuple(stamp_at(folder / MANIFEST) for folder in folders)

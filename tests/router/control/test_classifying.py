@@ -129,6 +129,25 @@ async def test_an_artefact_replaced_while_it_is_read_is_not_missed(
     files.close(timeout_s=5)
 
 
+async def test_a_setting_replaced_while_it_is_read_is_not_missed(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, later = RunDir.read_desired, [{"settings": {"router.hold_mb": 4}}]
+
+    def read_and_replace(run: RunDir) -> dict[str, Any]:
+        desired = read(run)
+        if later:
+            run.write_desired(later.pop())
+        return desired
+
+    monkeypatch.setattr(RunDir, "read_desired", read_and_replace)
+    files = FileThread("test")
+    seen: list[float] = []
+    watcher = ConfigWatcher(run, a_deployment("math"), files, lambda found, _: seen.append(found.router.hold_mb))
+    await watcher._check()
+    await watcher._check()
+    assert seen == [8.0, 4.0]
+    files.close(timeout_s=5)
+
+
 async def test_status_and_metrics_show_drift(run: RunDir) -> None:
     """Trained on both experts' prompts alike; now three of four prompts are code's."""
     trained(run.classifier)
