@@ -134,7 +134,7 @@ async def test_the_context_that_the_engine_lists_is_reported_before_it_is_ready(
 
 
 async def test_an_engine_without_one_of_its_adapters_is_never_ready(socket_folder: Path) -> None:
-    """It may have started all the same: then nobody is told that it serves that expert."""
+    """The engine may start nevertheless; then the record does not name that expert."""
     async with supervised(socket_folder) as (supervisor, steps):
         config = ExpertConfig(model="m", engine=EngineConfig(kind="sim"))
         supervisor.engine = build_engine("math", config, adapters={"law": "/adapters/law"})

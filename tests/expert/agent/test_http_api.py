@@ -373,7 +373,7 @@ async def test_an_engine_on_one_node_has_no_other_ranks(socket_folder: Path) -> 
 
 
 async def test_reports_have_a_token_of_their_own(socket_folder: Path) -> None:
-    """The replica's key opens everything else; whoever reports must not need it."""
+    """A rank's report has a token of its own, because the replica's key opens everything else."""
     async with running(socket_folder) as at:
         at.http_api.on_rank, at.http_api.rank_token = lambda _: protocol.RankOrder(protocol.Action.WAIT), "t" * 64
         assert (await at.post(protocol.RANK, asdict(REPORT)))[0] == 401

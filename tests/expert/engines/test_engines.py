@@ -71,7 +71,7 @@ def test_the_simulated_engine_may_finish_them_too() -> None:
 
 
 def test_an_engine_gets_more_time_than_the_agent_drains(tmp_path: Path) -> None:
-    """So that the agent breaks off what is left. Only the first of several ranks serves."""
+    """The agent has time to break off unfinished responses first. Of several ranks only the first gets the flag."""
     engine, config = engine_of("vllm", nodes=2)
     commands = EngineCommands(engine, config, ClusterConfig(drain_s=30.5), {}, tmp_path / "log")
     first, other = (replace(PLACE, ranks=Ranks(rank, 2)) for rank in (0, 1))
