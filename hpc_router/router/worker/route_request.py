@@ -6,16 +6,10 @@ from functools import partial
 from typing import Final, NamedTuple
 
 from hpc_router.config.schema import Deployment
-from hpc_router.errors import (
-    BadRequestError,
-    UnknownModelError,
-    suggest,
-)
+from hpc_router.errors import BadRequestError, UnknownModelError, suggest
 from hpc_router.net import protocol
 from hpc_router.relay.api_formats import ApiFormat, api_format_of
-from hpc_router.relay.downstream.interface import (
-    Request,
-)
+from hpc_router.relay.downstream.interface import Request
 from hpc_router.router.metrics import Metrics
 from hpc_router.router.replicas.admission import should_spill
 from hpc_router.router.replicas.sessions import PARAM, Sessions, session_id

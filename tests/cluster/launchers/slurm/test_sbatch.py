@@ -159,7 +159,7 @@ def test_a_successor_waits_for_its_predecessor_and_for_what_the_site_wants(
     ],
 )
 def test_a_dependency_that_was_met_is_left_out(own: object, left: str | None) -> None:
-    """Slurm 24.11 and later refuse it once they have forgotten the job; what holds for each job anew stays."""
+    """Slurm 24.11 and later refuse it once they have forgotten the job; parts that apply to every job stay."""
     asked = replace(request(sbatch={"dependency": own}), dependency_met=True)
     assert jobs(asked)[0].options().get("dependency") == left
     successor = replace(request("router-0.g2", sbatch={"dependency": own}), after="20", dependency_met=True)
