@@ -24,6 +24,7 @@ HOUR_S: Final = 3600.0
 DAY_S: Final = 24 * HOUR_S
 
 ClusterKind = Literal["local", "slurm", "allocation"]
+HandoverMode = Literal["overlap", "drain_first", "none"]
 EngineKind = Literal["vllm", "transformers", "sim"]
 GpuRequest = Literal["gres", "gpus_per_node"]
 PolicyKind = Literal["classifier", "model_field", "round_robin", "least_in_flight"]
@@ -161,6 +162,7 @@ class ExpertConfig:
     max_in_flight: int | None = bounded(None, 1, 10**6)
     engine: EngineConfig = field(default_factory=EngineConfig)  # the program that runs the model
     resources: ResourceConfig = field(default_factory=ResourceConfig)  # what each replica requests
+    handover: HandoverMode | None = None  # as `cluster.handover`, for this expert; null: the cluster's
     # Example prompts of the domain, to train the classifier. Without any, `auto` selects the expert only as fallback.
     exemplars: list[str] = field(default_factory=list)
 
@@ -202,6 +204,11 @@ class ClusterConfig(JobOptions):
     login: str | None = None  # host name for `ssh` from outside; null: the name of this host
     drain_s: float = bounded(30.0, 0, 7 * DAY_S)  # after SIGTERM, limit for requests in flight to complete
     warn_s: float = bounded(90.0, 0, 7 * DAY_S)  # a job starts to drain this long before its walltime ends
+    # How a job near its walltime is replaced. overlap: its successor starts before and it drains when that is ready;
+    # drain_first: its successor is queued before and starts when it has ended; none: submitted when it has ended.
+    handover: HandoverMode = "overlap"
+    # Added to the expected time from submission to ready when the successor is submitted.
+    handover_margin_s: float = bounded(60.0, 0, DAY_S)
     beat_s: float = bounded(2.0, MIN_DURATION_S, HOUR_S)  # interval at which a service renews its registry record
     reconcile_s: float = bounded(2.0, MIN_DURATION_S, HOUR_S)  # interval of the control loop
     # Minimum interval of queries to Slurm's controller, for all replicas and commands of a deployment together.

@@ -11,6 +11,8 @@ KEPT: Final = frozenset({"SLURM_CONF"})
 """Exceptions: SLURM_CONF says where the cluster is."""
 JOB_ID: Final = "HPC_ROUTER_JOB_ID"
 """Variable with the id of the Slurm job that a service runs in."""
+JOB_END: Final = "HPC_ROUTER_JOB_END"
+"""Variable with the end of that job in Unix seconds, as Slurm set it when the job's step started."""
 
 
 def current_job_id(environment: Mapping[str, str] = os.environ) -> str | None:

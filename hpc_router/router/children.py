@@ -26,6 +26,7 @@ from hpc_router.router.ipc.supervisor_commands import CommandReader
 from hpc_router.router.worker.process import Identity, control_client, serving
 from hpc_router.routing.policy import Policy, versions
 from hpc_router.state.io_thread import WRITE_TIMEOUT_S, FileThread, file_thread
+from hpc_router.state.job_expiry import JobExpiry
 from hpc_router.state.job_records import JobDir, JobPhase, JobProgress
 from hpc_router.state.lease import Lease
 from hpc_router.state.registry import Record, State
@@ -67,6 +68,7 @@ async def run_control(router: RouterSettings, spec: ChildSpec) -> None:
             run.registry,
             router.record,
             files,
+            expires_at=JobExpiry(run, os.environ).read,
             on_gone=lambda: os.kill(supervisor, signal.SIGTERM),
             on_failure=control.task_failed,
         )

@@ -63,7 +63,13 @@ PERMANENT: Final = frozenset(
 )
 """Failures that a restart does not repair."""
 BLAMELESS: Final = frozenset(
-    {FailureReason.NODE_FAILED, FailureReason.PREEMPTED, FailureReason.CANCELLED, FailureReason.UNANSWERED}
+    {
+        FailureReason.NODE_FAILED,
+        FailureReason.PREEMPTED,
+        FailureReason.WALLTIME,
+        FailureReason.CANCELLED,
+        FailureReason.UNANSWERED,
+    }
 )
 """Ends whose cause is not the replica: it is submitted again, without limit."""
 
@@ -80,7 +86,8 @@ class Runner(StrEnum):
 class JobInfo:
     """Written at submission, on `host`. The id of a local job is a process id; `start_ticks` detects its reuse.
 
-    `shared`: the Slurm job also runs other replicas, and this one is a step of it.
+    `shared`: the Slurm job also runs other replicas, and this one is a step of it. `after`: id of the job whose end it
+    waited for when it was submitted.
     """
 
     job_id: str
@@ -91,6 +98,7 @@ class JobInfo:
     argv: tuple[str, ...] = ()
     runner: Runner = Runner.PROCESS
     shared: bool = False
+    after: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,12 +112,14 @@ class Submitter:
 
 @dataclass(frozen=True, slots=True)
 class Process:
-    """The process of the job, which writes this before it becomes the agent or the router. `step_id`: Slurm's id."""
+    """The process of the job, which writes this before it becomes the agent or the router. `step_id`: Slurm's id.
+    `started_at`: Unix seconds."""
 
     pid: int
     start_ticks: int
     host: str
     step_id: str | None = None
+    started_at: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,6 +28,7 @@ GONE_BEATS: Final = 5
 class Lease:
     """Owns one registry file. `async with` publishes and renews it, and withdraws it at the end.
 
+    `expires_at` is called in the file thread at each renewal: the end of the owner's job in Unix seconds, or None.
     `on_gone` is called once, in the event loop, when the folder was removed; `on_failure` as in `background`.
     """
 
@@ -37,6 +38,7 @@ class Lease:
         record: Record,
         files: FileThread | None = None,
         *,
+        expires_at: Callable[[], float | None] = lambda: None,
         on_gone: Callable[[], None] | None = None,
         on_failure: OnFailure = lambda task, error: None,
     ) -> None:
@@ -46,8 +48,10 @@ class Lease:
         self._beat_s = record.beat_s
         self._files = files or FileThread(f"lease of {record.replica}")
         self._owns_files = files is None
+        self._expires_at = expires_at
         self._on_gone = on_gone
         self._on_failure = on_failure
+        self._ends_at: float | None = None
         self._missed = 0
         self.trouble: str | None = None
         """Error of the last write; None if it succeeded."""
@@ -59,6 +63,8 @@ class Lease:
         return self._record
 
     async def __aenter__(self) -> "Lease":
+        self._ends_at = await self._files.run(self._expires_at)
+        self._record = replace(self._record, expires_at=self._ends_at)
         await self._files.run(partial(publish, self._folder, self._record))
         renewal = restarting("lease", self._renew_forever, self._on_failure)
         self._renewal = asyncio.create_task(renewal, name=f"lease of {self._record.replica}")
@@ -85,13 +91,19 @@ class Lease:
     async def _renew_forever(self) -> None:
         while True:
             await asyncio.sleep(self._beat_s)
-            self._record = replace(self._record, beat=(self._record.beat or 0) + 1)
+            beat = (self._record.beat or 0) + 1
+            self._record = replace(self._record, beat=beat, expires_at=self._ends_at)
             if self._write is None or self._write.done():  # at most one write is queued while the file system hangs
-                error = await self._write_within_limit(partial(publish, self._folder, self._record), "renewed")
+                error = await self._write_within_limit(partial(self._renew, self._record), "renewed")
                 self._missed = self._missed + 1 if isinstance(error, FileNotFoundError) else 0
                 if self._missed == GONE_BEATS and self._on_gone is not None:
                     logger.error("%s is gone", self._folder)
                     self._on_gone()
+
+    def _renew(self, record: Record) -> None:
+        """Runs in the file thread. A changed end of the job is published by the next renewal."""
+        publish(self._folder, record)
+        self._ends_at = self._expires_at()
 
     async def _write_within_limit(self, action: Callable[[], None], done: str) -> OSError | None:
         """Runs a write in the file thread and waits for it within a time limit. Returns the error, or None. The file

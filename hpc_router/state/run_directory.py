@@ -61,6 +61,21 @@ class RunDir:
         return self.path / "events.jsonl"
 
     @property
+    def squeue_json(self) -> Path:
+        """The last answer of Slurm's queue, shared by all observers of the run."""
+        return self.path / "squeue.json"
+
+    @property
+    def estimates_json(self) -> Path:
+        """Measured queue, load and drain times of each expert."""
+        return self.path / "estimates.json"
+
+    @property
+    def forecast_json(self) -> Path:
+        """When experts without a ready replica will have one, and the present handovers."""
+        return self.path / "forecast.json"
+
+    @property
     def classifier(self) -> Path:
         """The classifier artefact that `up` trains from the experts' exemplars."""
         return self.path / "classifier"

@@ -144,3 +144,16 @@ async def test_renewal_continues_after_an_unexpected_exception(tmp_path: Path, m
     async with Lease(tmp_path, record(beat_s=0.001), on_failure=failures.note):
         await eventually(lambda: ((now := published(tmp_path)) is not None and (now.beat or 0) >= 3) or None)
     assert failures.seen == {"lease": (1, "ZeroDivisionError: a fault of ours")}
+
+
+async def test_the_record_tells_the_end_of_the_job_and_its_changes(tmp_path: Path) -> None:
+    ends = [1000.0]
+
+    def expires_at() -> float | None:
+        seen = published(tmp_path)
+        return None if seen is None else seen.expires_at
+
+    async with Lease(tmp_path, record(beat_s=0.01), expires_at=lambda: ends[0]):
+        assert expires_at() == 1000
+        ends[0] = 700.0
+        await eventually(lambda: expires_at() == 700)

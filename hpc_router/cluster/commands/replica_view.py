@@ -100,8 +100,7 @@ def _view(
     if not attempts:
         return ReplicaView(slot.expert, slot.replica(1), DisplayedState.MISSING, kind=kind)
     living = [a for a in attempts if a.live]
-    if kind is RecordKind.ROUTER:  # a standby that waits does not serve
-        living = [a for a in living if a.ready] or living
+    living = [a for a in living if a.ready] or living  # a successor that waits or starts does not serve
     attempt = living[-1] if living else attempts[-1]
     record = records.get(attempt.replica)
     progress = attempt.progress
@@ -126,7 +125,7 @@ def _view(
         native_state=attempt.report.native_state if attempt.holds_resources else None,
         pending_reason=attempt.report.pending_reason,
         starts_at=attempt.report.starts_at,
-        ends_at=attempt.report.ends_at,
+        ends_at=attempt.expires_at,
         engine=record.engine.kind if record is not None else None,
     )
 

@@ -10,8 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from hpc_router.cluster.control_loop.handover import HandoverPolicy
 from hpc_router.cluster.control_loop.reconcile import Desired
 from hpc_router.cluster.control_loop.slots import Observed
+from hpc_router.cluster.launchers.interface import ROUTER
 from hpc_router.config import frozen
 from hpc_router.config.adapters import host_of, hosts
 from hpc_router.config.parsing import bounds_of, check_values
@@ -49,7 +51,23 @@ def desired_of(run: RunDir, deployment: Deployment) -> Desired:
         max_failures=deployment.cluster.max_failures,
         drain_s=deployment.cluster.drain_s,
         router_drain_s=deployment.router.drain_s,
+        handovers=handover_policies(deployment),
     )
+
+
+def handover_policies(deployment: Deployment) -> dict[str, HandoverPolicy]:
+    """By expert, and for the router if its job runs the control loop. Only Slurm jobs have a walltime."""
+    cluster, router = deployment.cluster, deployment.router
+    if cluster.kind != "slurm":
+        return {}
+    common = HandoverPolicy(cluster.handover, cluster.handover_margin_s, cluster.warn_s, cluster.drain_s)
+    policies = {
+        name: replace(common, mode=expert.handover or cluster.handover)
+        for name, expert in hosts(deployment.experts).items()
+    }
+    if router.place == "job" and router.reconcile and not router.port:  # two routers cannot have the same port
+        policies[ROUTER] = replace(common, drain_s=router.drain_s)
+    return policies
 
 
 def _standby(deployment: Deployment) -> bool:

@@ -20,10 +20,23 @@ from hpc_router.cluster.control_loop.desired_state import deployment_of, desired
 from hpc_router.cluster.control_loop.drain_calls import ask_to_drain
 from hpc_router.cluster.control_loop.job_requests import request_for
 from hpc_router.cluster.control_loop.observer import RunObserver
-from hpc_router.cluster.control_loop.reconcile import Action, Cancel, Desired, Drain, GiveUp, Kill, Submit, reconcile
-from hpc_router.cluster.control_loop.slots import Observed
+from hpc_router.cluster.control_loop.forecast import ForecastFiles
+from hpc_router.cluster.control_loop.reconcile import (
+    Action,
+    Cancel,
+    Desired,
+    Drain,
+    GiveUp,
+    Kill,
+    Release,
+    Submit,
+    reconcile,
+)
+from hpc_router.cluster.control_loop.slots import ROUTER_SLOT, Observed
 from hpc_router.cluster.launchers.interface import JobState, Launcher
 from hpc_router.cluster.launchers.select import launcher_for
+from hpc_router.cluster.launchers.slurm.node_fit import resources_of
+from hpc_router.cluster.launchers.slurm.sbatch import effective_options
 from hpc_router.cluster.signals import ignored, interrupt_event
 from hpc_router.config.schema import Deployment
 from hpc_router.errors import LaunchError
@@ -72,6 +85,9 @@ class ControlLoop:
         self.launcher = launcher or launcher_for(run, self.deployment)
         self.observer = RunObserver(run, self.launcher, read_only=read_only)
         self._reported: set[str] = set()
+        self._forecast = ForecastFiles(run)
+        self._released: set[str] = set()
+        self._ready: set[str] | None = None
 
     def preview(self, *, clear: bool = False, fresh: bool = False) -> LoopPass:
         """The pass without carrying out its actions. `clear`: every job must end. `fresh`: query the controller."""
@@ -91,8 +107,45 @@ class ControlLoop:
         self.kill([a.replica for a in seen.actions if isinstance(a, Kill)])
         self._report_given_up(seen.given_up)
         self._withdraw_dead(seen)
+        self._release([a for a in seen.actions if isinstance(a, Release)])
         submitted, refused = self._submit([a for a in seen.actions if isinstance(a, Submit)])
         return replace(seen, submitted=submitted, refused=refused)
+
+    def publish(self, seen: LoopPass) -> None:
+        """Write what the pass found out about times, and the handovers that it saw end. Only the leading loop does."""
+        partitions = {
+            slot.expert: effective_options(
+                self.deployment.cluster, resources_of(self.deployment, slot.expert)[1]
+            ).partition
+            or ""
+            for slot in seen.desired.slots()
+        }
+        self._forecast.write(seen.desired, seen.observed, partitions, time.time())
+        self._report_handovers(seen.observed)
+
+    def _report_handovers(self, observed: Observed) -> None:
+        """An event for each replica that became ready while its predecessor still runs. A loop that has just started
+        knows of none that were ready before, so it reports only its own router's."""
+        ready = {slot: attempts[-1] for slot, attempts in observed.items() if attempts[-1].ready}
+        known, self._ready = self._ready, {attempt.replica for attempt in ready.values()}
+        for slot, newest in ready.items():
+            older = [attempt for attempt in observed[slot][:-1] if attempt.live]
+            new = newest.replica not in known if known is not None else slot == ROUTER_SLOT
+            if older and new:
+                reason = f"it replaces {older[-1].replica}, which still serves"
+                self.run.event("handover_done", replica=newest.replica, expert=slot.expert, reason=reason)
+
+    def _release(self, wanted: Sequence[Release]) -> None:
+        new = [action for action in wanted if action.replica not in self._released]
+        self._released |= {action.replica for action in new}
+        if wanted:
+            self.launcher.release([request_for(self.run, self.deployment, action.replica) for action in wanted])
+        for action in new:
+            self._handover_started(action.replica, action.replaces)
+
+    def _handover_started(self, replica: str, replaces: str) -> None:
+        reason = f"the walltime of {replaces} ends soon"
+        self.run.event("handover_started", replica=replica, expert=split_replica(replica)[0], reason=reason)
 
     def _submit(self, wanted: Sequence[Submit]) -> tuple[list[str], str | None]:
         if not wanted:
@@ -111,6 +164,9 @@ class ControlLoop:
         for replica in submitted:
             logger.info("submitted %s", replica)
             self.run.event("submitted", replica=replica)
+        for action in wanted:
+            if action.replaces is not None and action.replica in submitted:
+                self._handover_started(action.replica, action.replaces)
         return submitted, refused
 
     def _drain(self, replicas: Sequence[str]) -> None:
@@ -182,7 +238,7 @@ def run_loop(run: RunDir, *, while_leading: str | None = None, tied: bool = Fals
                 if not configured and exists_now(run.config):  # `up` has added a config to a run of external endpoints
                     control, configured = ControlLoop(run), True
                 if while_leading is None or control.leads(while_leading):
-                    control.run_pass()
+                    control.publish(control.run_pass())
             except Exception:
                 logger.exception("a pass of the control loop failed; the next one is in %.1f s", pause_s)
             missed = missed + 1 if run.is_removed() else 0

@@ -103,7 +103,8 @@ class RunObserver:
         if state is JobState.ENDED and end is None:
             end = self._end(replica, report, stop)
             end = end if self._read_only else record_exit(job, end)
-        record, info = self.records.get(replica), job.info()
+        record, info, process = self.records.get(replica), job.info(), job.process()
+        expires_at = report.ends_at if report.ends_at is not None or record is None else record.expires_at
         attempt = Attempt(
             slot=Slot(expert, slot),
             generation=generation,
@@ -119,6 +120,10 @@ class RunObserver:
             hung=state is JobState.RUNNING and replica in self._hung,
             submitting=info is None and _is_alive(job.submitter()),
             runner=info.runner if info is not None else None,
+            submitted_at=info.submitted_at if info is not None else None,
+            started_at=process.started_at if process is not None else None,
+            after=info.after if info is not None else None,
+            expires_at=expires_at,
         )
         if state is JobState.ENDED:
             self._ended[replica] = attempt

@@ -10,14 +10,18 @@ Rules, one slot at a time:
 3. A claim without a job is abandoned after CLAIM_S. A surplus job is drained, then cancelled, then killed.
 4. The loop runs in the router's job and ends with it, so the next router is submitted while the present one serves, and
    Slurm starts it when that job has ended.
-5. Routers, and slots with a letter in their name, are never surplus: only the verb `down` ends them.
+5. A ready job near its walltime hands over (`handover` says when): its successor is submitted, or a waiting one is
+   released, and the job drains when that is ready. If Slurm refuses an overlapping successor, the next one waits for
+   the job's end. Failures of successors count only once the job has ended.
+6. Routers, and slots with a letter in their name, are never surplus: only the verb `down` ends them.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from hpc_router import backoff
+from hpc_router.cluster.control_loop.handover import Due, HandoverPolicy, measured, schedule
 from hpc_router.cluster.control_loop.slots import ROUTER_SLOT, Attempt, Observed, Slot
 from hpc_router.cluster.launchers.interface import ROUTER, JobState
 from hpc_router.state.job_records import BLAMELESS, PERMANENT, Exit, FailureReason, Runner
@@ -33,6 +37,8 @@ BACKOFF_S: Final = 2.0
 BACKOFF_MAX_S: Final = 60.0
 KILL_AFTER_S: Final = 10.0
 """Added to the drain time of a job."""
+DEPENDENCY: Final = "Dependency"
+"""Slurm's reason why a job waits for the end of another."""
 KILL_AGAIN_S: Final = 10.0
 """Pause before a kill is repeated: Slurm may take this long, and much longer for a node that is lost."""
 
@@ -41,6 +47,8 @@ KILL_AGAIN_S: Final = 10.0
 class Desired:
     """`replicas`: number per expert. `forgiven`: failures up to this generation of a slot do not count. `standby`: a
     router that has served for STANDBY_S gets a successor whose job waits for its end.
+
+    `handovers`: how the jobs of each expert, and of the router, are replaced near their walltime.
 
     `down`: no job is wanted. `clear`: every live job must end. Only the verb `down` sets it, because a loop that still
     runs must not end a router that was started after `down`.
@@ -55,6 +63,7 @@ class Desired:
     max_failures: int = 3
     drain_s: float = 30.0
     router_drain_s: float = 10.0
+    handovers: Mapping[str, HandoverPolicy] = field(default_factory=dict)
 
     def slots(self) -> list[Slot]:
         """Every slot that should have a job."""
@@ -69,15 +78,25 @@ class Desired:
 
 @dataclass(frozen=True, slots=True)
 class Submit:
-    """`after`: id of the job that must end before Slurm starts this one."""
+    """`after`: id of the job that must end before Slurm starts this one. `replaces`: the replica that hands over to
+    it."""
 
     slot: Slot
     generation: int
     after: str | None = None
+    replaces: str | None = None
 
     @property
     def replica(self) -> str:
         return self.slot.replica(self.generation)
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """Let its waiting job start before the end of the replica that it replaces."""
+
+    replica: str
+    replaces: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +138,7 @@ class GiveUp:
     exit: Exit
 
 
-Action = Submit | Drain | Cancel | Kill | Wait | GiveUp
+Action = Submit | Release | Drain | Cancel | Kill | Wait | GiveUp
 
 
 def reconcile(desired: Desired, observed: Observed, now: float) -> list[Action]:
@@ -127,8 +146,9 @@ def reconcile(desired: Desired, observed: Observed, now: float) -> list[Action]:
         return []
     wanted = desired.slots()
     actions: list[Action] = []
+    due = schedule(observed, desired.handovers, measured(observed)) if desired.handovers else {}
     for slot in wanted:
-        actions.extend(_fill_slot(slot, observed.get(slot, ()), desired, now))
+        actions.extend(_fill_slot(slot, observed.get(slot, ()), desired, due, now))
     for slot in sorted(set(observed) - set(wanted)):
         if desired.clear or (slot.managed and slot.expert != ROUTER):
             actions.extend(_end_lingering(observed[slot], now))
@@ -141,7 +161,9 @@ def backoff_s(failures: int) -> float:
     return backoff.pause_s(failures - 2, first_s=BACKOFF_S, max_s=BACKOFF_MAX_S)
 
 
-def _fill_slot(slot: Slot, attempts: Sequence[Attempt], desired: Desired, now: float) -> Iterator[Action]:
+def _fill_slot(
+    slot: Slot, attempts: Sequence[Attempt], desired: Desired, handovers: Mapping[str, Due], now: float
+) -> Iterator[Action]:
     if not attempts:
         yield Submit(slot, 1)
         return
@@ -152,12 +174,49 @@ def _fill_slot(slot: Slot, attempts: Sequence[Attempt], desired: Desired, now: f
     yield from _stop_all([a for a in live if a.hung or a.stop_requested or a in superseded], desired, now)
     if not newest.submitted and newest.exit is None and (newest.submitting or now < newest.claimed_at + CLAIM_S):
         yield Wait(newest.replica, newest.claimed_at + CLAIM_S, "claimed, not submitted yet")
+    elif live and (due := _handover(live, handovers, now)) is not None:
+        yield from _hand_over(slot, attempts, due, desired, now)
     elif slot == ROUTER_SLOT and desired.standby and len(live) == 1 and _has_served_long_enough(live[0], now):
         tried = [attempt for attempt in attempts if attempt.generation > live[0].generation]
-        waiting = _submit_next(slot, newest.generation + 1, tried, desired, now, after=live[0].job_id)
-        yield from (action for action in waiting if not isinstance(action, GiveUp))  # the router itself serves
+        yield from _submit_successor(slot, newest.generation + 1, tried, desired, now, after=live[0].job_id)
     elif all(_cannot_serve_again(attempt) for attempt in live):
         yield from _submit_next(slot, newest.generation + 1, attempts, desired, now)
+
+
+def _handover(live: Sequence[Attempt], handovers: Mapping[str, Due], now: float) -> tuple[Attempt, Due] | None:
+    """The newest ready job of a slot and its handover, if that is due."""
+    ready = next((attempt for attempt in reversed(live) if attempt.ready and not attempt.stop_requested), None)
+    due = handovers.get(ready.replica) if ready is not None else None
+    return None if ready is None or due is None or now < due.due_at else (ready, due)
+
+
+def _hand_over(
+    slot: Slot, attempts: Sequence[Attempt], handover: tuple[Attempt, Due], desired: Desired, now: float
+) -> Iterator[Action]:
+    job, due = handover
+    newer = [attempt for attempt in attempts if attempt.generation > job.generation]
+    refused = next((attempt for attempt in newer if _is_refused(attempt)), None)
+    overlap = due.mode == "overlap" and refused is None
+    successor = next((attempt for attempt in newer if attempt.live), None)
+    if successor is None:
+        tried = newer if overlap else [attempt for attempt in newer if attempt is not refused]
+        generation = attempts[-1].generation + 1
+        for action in _submit_successor(slot, generation, tried, desired, now, after=None if overlap else job.job_id):
+            yield replace(action, replaces=job.replica) if isinstance(action, Submit) else action
+    elif overlap and successor.job is JobState.PENDING and successor.report.pending_reason == DEPENDENCY:
+        yield Release(successor.replica, job.replica)
+
+
+def _submit_successor(
+    slot: Slot, generation: int, tried: Sequence[Attempt], desired: Desired, now: float, *, after: str | None
+) -> Iterator[Action]:
+    """Submit a successor of a job that serves. The slot is not given up meanwhile."""
+    submitting = _submit_next(slot, generation, tried, desired, now, after=after)
+    yield from (action for action in submitting if not isinstance(action, GiveUp))
+
+
+def _is_refused(attempt: Attempt) -> bool:
+    return attempt.exit is not None and attempt.exit.reason is FailureReason.REFUSED
 
 
 def _submit_next(
@@ -194,19 +253,24 @@ def _end_lingering(attempts: Sequence[Attempt], now: float) -> Iterator[Action]:
 
 def _has_served_long_enough(router: Attempt, now: float) -> bool:
     """Whether it is a Slurm job that has been ready for STANDBY_S."""
-    ready_at = router.progress.ready_at if router.progress else None
+    ready_at = router.ready_at
     return router.ready and router.runner is Runner.SLURM and ready_at is not None and now - ready_at >= STANDBY_S
 
 
 def _consecutive_failures(attempts: Sequence[Attempt], *, forgiven: int) -> list[Exit]:
-    """The exits of the failures since the last success, newest first."""
+    """The exits of the failures since the last success, newest first. A job that Slurm refused while an older one of
+    the slot still ran is left out: limits did not allow the overlap."""
     ends: list[Exit] = []
     for attempt in reversed(attempts):
         end = _exit_of(attempt)
         if attempt.generation <= forgiven or end.ok:
             break
+        if _is_refused(attempt) and any(
+            a.exit.at > end.at for a in attempts if a.exit and a.generation < attempt.generation
+        ):
+            continue
         ends.append(end)
-        ready_at = attempt.progress.ready_at if attempt.progress else None
+        ready_at = attempt.ready_at
         if ready_at is not None and end.at - ready_at >= STABLE_S:
             break
     return ends
@@ -234,10 +298,11 @@ def _stop(attempt: Attempt, desired: Desired, now: float) -> Action:
     if stop.cancel_at is not None:
         return _kill_or_wait(attempt, stop.cancel_at + drain_s + KILL_AFTER_S, now)
     if not desired.down:
-        if stop.drain_at is None and attempt.ready:
+        draining_at = stop.drain_at if stop.drain_at is not None else attempt.draining_at
+        if draining_at is None and attempt.ready:
             return Drain(replica)
-        if stop.drain_at is not None and now < stop.drain_at + drain_s:
-            return Wait(replica, stop.drain_at + drain_s, "asked to drain")
+        if draining_at is not None and now < draining_at + drain_s:
+            return Wait(replica, draining_at + drain_s, "asked to drain")
     return Cancel(replica)  # the agent drains on SIGTERM too
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 from hpc_router.cluster.launchers.interface import ROUTER, JobReport, JobState
-from hpc_router.state.job_records import Exit, JobProgress, Runner, Stop
+from hpc_router.state.job_records import Exit, JobPhase, JobProgress, Runner, Stop
 from hpc_router.state.registry import State, replica_name
 
 
@@ -40,7 +40,8 @@ _NOT_LIVE: Final = (JobState.ENDING, JobState.ENDED)
 @dataclass(frozen=True, slots=True)
 class Attempt:
     """One generation of a slot. `submitted`: there is a job, not only a claim. `submitting`: the process that submits
-    it is alive. `hung`: its job runs, but it renews no lease and answers no call. Times are Unix seconds."""
+    it is alive. `hung`: its job runs, but it renews no lease and answers no call. `after`: id of the job whose end it
+    waited for when it was submitted. `expires_at`: when its walltime ends. Times are Unix seconds."""
 
     slot: Slot
     generation: int
@@ -56,6 +57,10 @@ class Attempt:
     hung: bool = False
     submitting: bool = False
     runner: Runner | None = None
+    submitted_at: float | None = None
+    started_at: float | None = None
+    after: str | None = None
+    expires_at: float | None = None
 
     @property
     def replica(self) -> str:
@@ -74,6 +79,16 @@ class Attempt:
     def holds_resources(self) -> bool:
         """Whether its job may still hold resources."""
         return self.submitted and self.job is not JobState.ENDED
+
+    @property
+    def ready_at(self) -> float | None:
+        """When it was first ready."""
+        return self.progress.ready_at if self.progress is not None else None
+
+    @property
+    def draining_at(self) -> float | None:
+        """Since when it drains, also without a request of ours; None if it does not."""
+        return self.progress.at if self.progress is not None and self.progress.phase is JobPhase.DRAINING else None
 
     @property
     def stop_requested(self) -> bool:

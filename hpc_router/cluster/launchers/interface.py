@@ -73,6 +73,9 @@ class Launcher(Protocol):
     def observe(self, replicas: Iterable[str], *, fresh: bool = False) -> Mapping[str, JobReport]:
         """`fresh`: query the controller now; else an answer of the last `cluster.ask_s` seconds is used."""
 
+    def release(self, requests: Sequence[JobRequest]) -> None:
+        """Let these waiting jobs start before the job they wait for has ended. A failure is only logged."""
+
     def cancel(self, replicas: Iterable[str]) -> None:
         """Send SIGTERM to these jobs: they drain and end."""
 

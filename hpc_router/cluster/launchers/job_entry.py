@@ -9,11 +9,12 @@ A step of an allocation has no submitit: it runs `python -m hpc_router.cluster.l
 import argparse
 import os
 import socket
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
 import hpc_router
-from hpc_router.net.job_environment import without_job_variables
+from hpc_router.net.job_environment import JOB_END, JOB_ID, without_job_variables
 from hpc_router.state.job_records import Exit, FailureReason, JobDir, Process, start_ticks
 from hpc_router.state.run_directory import RunDir
 
@@ -36,7 +37,7 @@ def start(run: str, argv_of: Mapping[str, list[str]], version: str) -> None:
     if rank == 0:
         ticks = start_ticks(os.getpid())
         assert ticks is not None
-        job.write(Process(os.getpid(), ticks, socket.gethostname(), step_id=os.environ.get("SLURM_STEP_ID")))
+        job.write(Process(os.getpid(), ticks, socket.gethostname(), os.environ.get("SLURM_STEP_ID"), time.time()))
     os.umask(0o077)
     try:
         os.execve(argv[0], argv, _environment(rank))
@@ -46,10 +47,12 @@ def start(run: str, argv_of: Mapping[str, list[str]], version: str) -> None:
 
 
 def _environment(rank: int) -> dict[str, str]:
-    """The environment of the service: without Slurm's variables, with the job's id and rank under names of ours."""
+    """The environment of the service: without Slurm's variables, with the job's id, end and rank in our own."""
     own = {"HPC_ROUTER_RANK": str(rank)}
     if "SLURM_JOB_ID" in os.environ:
-        own["HPC_ROUTER_JOB_ID"] = os.environ["SLURM_JOB_ID"]
+        own[JOB_ID] = os.environ["SLURM_JOB_ID"]
+    if "SLURM_JOB_END_TIME" in os.environ:
+        own[JOB_END] = os.environ["SLURM_JOB_END_TIME"]
     return {**without_job_variables(os.environ), **own}
 
 

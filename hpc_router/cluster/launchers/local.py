@@ -41,6 +41,9 @@ class LocalLauncher:
     def observe(self, replicas: Iterable[str], *, fresh: bool = False) -> Mapping[str, JobReport]:
         return {replica: self._report(JobDir(self.run, replica)) for replica in replicas}
 
+    def release(self, requests: Sequence[JobRequest]) -> None:
+        """Jobs of this machine wait for no other."""
+
     def cancel(self, replicas: Iterable[str]) -> None:
         for replica in replicas:
             controller, service = self._processes(JobDir(self.run, replica))

@@ -66,6 +66,10 @@ class Launchers:
             reports.update(launcher.observe(names, fresh=fresh))
         return reports
 
+    def release(self, requests: Sequence[JobRequest]) -> None:
+        for launcher, names in self._by_runner([request.replica for request in requests]):
+            launcher.release([request for request in requests if request.replica in names])
+
     def cancel(self, replicas: Iterable[str]) -> None:
         for launcher, names in self._by_runner(replicas):
             launcher.cancel(names)

@@ -37,6 +37,7 @@ from hpc_router.relay.downstream.server import listening
 from hpc_router.relay.upstream.client import UpstreamClient
 from hpc_router.relay.upstream.interface import Upstream
 from hpc_router.state.io_thread import WRITE_TIMEOUT_S, FileThread
+from hpc_router.state.job_expiry import JobExpiry
 from hpc_router.state.job_records import Exit, FailureReason, JobDir, JobPhase
 from hpc_router.state.lease import Lease
 from hpc_router.state.registry import Record, RecordKind, State, http_url, split_replica
@@ -157,6 +158,7 @@ class Agent:
                 self._run.registry,
                 record,
                 self._files,
+                expires_at=JobExpiry(self._run, self._environment).read,
                 on_gone=lambda: self.drain("its run directory was removed"),
                 on_failure=self._failures.note,
             )

@@ -9,7 +9,7 @@ allows Slurm's short KillWait only, comes afterwards.
 import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from hpc_router.cluster.launchers.commands import SlurmCommandError, run_slurm_command
@@ -93,6 +93,18 @@ class SlurmLauncher:
             self._query_soon()
         self._end_orphans(jobs, reports)
         return reports
+
+    def release(self, requests: Sequence[JobRequest]) -> None:
+        for job in self.jobs([replace(request, after=None) for request in requests]):
+            info = JobDir(self.run, job.replicas[0]).info()
+            if info is not None:
+                dependency = job.options().get("dependency", "")
+                argv = ["scontrol", "update", f"JobId={info.job_id}", f"Dependency={dependency}"]
+                try:
+                    run_slurm_command(argv, timeout_s=SCANCEL_TIMEOUT_S)
+                except SlurmCommandError as error:
+                    logger.warning("job %s still waits for the end of its predecessor: %s", info.job_id, error)
+        self._query_soon()
 
     def cancel(self, replicas: Iterable[str]) -> None:
         whole, steps = self._targets(replicas)
@@ -220,9 +232,8 @@ class SlurmLauncher:
 
 
 def _submission(job: BatchJob) -> Submission:
-    return Submission(
-        run=str(job.run.path), argv_of={request.replica: request.argv for request in job.requests}, script=job.script()
-    )
+    argv_of = {request.replica: request.argv for request in job.requests}
+    return Submission(str(job.run.path), argv_of, job.script(), after=job.requests[0].after)
 
 
 def _holds_resources(queued: QueuedJob) -> bool:

@@ -52,7 +52,7 @@ class Queue:
     """The queue as one run sees it."""
 
     def __init__(self, run: RunDir, *, ask_s: float) -> None:
-        self._file = run.path / "squeue.json"
+        self._file = run.squeue_json
         self._claim = run.path / ".squeue.asking"
         self._ask_s = ask_s
         self._snapshot: QueueSnapshot | None = None

@@ -73,6 +73,7 @@ def _write_info(submission: Submission, job_id: str) -> None:
                 argv=tuple(submission.argv_of[job.replica]),
                 runner=Runner.PROCESS if local else Runner.SLURM,
                 shared=len(submission.argv_of) > 1,
+                after=submission.after,
             )
         )
 

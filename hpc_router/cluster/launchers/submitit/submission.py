@@ -26,12 +26,14 @@ _PROCESS_FAILED: Final = "the submitting process failed"
 
 @dataclass(frozen=True, slots=True)
 class Submission:
-    """Claimed replicas that share one job. `script` is the batch script for Slurm, None for a job of this machine."""
+    """Claimed replicas that share one job. `script` is the batch script for Slurm, None for a job of this machine.
+    `after`: id of the job whose end this one waits for."""
 
     run: str
     argv_of: Mapping[str, Sequence[str]]
     script: str | None = None
     gpus: tuple[int, ...] = ()
+    after: str | None = None
 
     @property
     def jobs(self) -> list[JobDir]:
@@ -43,7 +45,7 @@ def to_json(submissions: Sequence[Submission]) -> str:
 
 
 def from_json(text: str) -> list[Submission]:
-    return [Submission(s["run"], s["argv_of"], s["script"], tuple(s["gpus"])) for s in json.loads(text)]
+    return [Submission(**{**s, "gpus": tuple(s["gpus"])}) for s in json.loads(text)]
 
 
 def task_command(python: str, folder: Path) -> tuple[str, ...]:

@@ -1,0 +1,126 @@
+"""Expected times of the deployment, in two files of the run directory that only the leading control loop writes.
+
+`estimates.json` has the measured times of each expert's jobs, `forecast.json` when an expert without a ready replica
+will have one, and the handovers that are due or under way. Readers: the router (Retry-After), `status` and `why`.
+"""
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Final
+
+from hpc_router.cluster.control_loop.handover import Due, Durations, measured, schedule
+from hpc_router.cluster.control_loop.reconcile import Desired
+from hpc_router.cluster.control_loop.slots import Attempt, Observed
+from hpc_router.cluster.launchers.interface import JobState
+from hpc_router.state.atomic_files import replace_json
+from hpc_router.state.run_directory import RunDir
+
+REFRESH_S: Final = 30.0
+"""`forecast.json` is written at least this often, so that readers can tell that its writer lives."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExpectedReady:
+    """When an expert will be ready. `ready_at` None: unknown, for `reason`."""
+
+    ready_at: float | None
+    replica: str
+    reason: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedHandover:
+    """A handover that is due or under way. `late_s`: how long no replica will serve, None if that is not known or not
+    expected; `reason`: why the successor waits."""
+
+    replica: str
+    mode: str
+    due_at: float
+    expires_at: float
+    successor: str | None = None
+    ready_at: float | None = None
+    late_s: float | None = None
+    reason: str | None = None
+
+
+def forecast(
+    desired: Desired, observed: Observed, now: float
+) -> tuple[dict[str, ExpectedReady], list[PlannedHandover]]:
+    """Pure. Experts with a ready replica are left out."""
+    durations = measured(observed)
+    due = schedule(observed, desired.handovers, durations)
+    expected: dict[str, ExpectedReady] = {}
+    ready = {slot.expert for slot, attempts in observed.items() if any(a.ready for a in attempts)}
+    for slot, attempts in sorted(observed.items()):
+        newest = next((a for a in reversed(attempts) if a.live and not a.stop_requested), None)
+        if newest is None or slot.expert in ready:
+            continue
+        found = _expected(newest, durations.get(slot.expert, Durations()), now)
+        before = expected.get(slot.expert)
+        if before is None or (found.ready_at is not None and found.ready_at < (before.ready_at or float("inf"))):
+            expected[slot.expert] = found
+    handovers = [_planned(observed, a, due[a.replica], durations, now) for a in _handing_over(observed, due, now)]
+    return expected, handovers
+
+
+def _handing_over(observed: Observed, due: Mapping[str, Due], now: float) -> list[Attempt]:
+    attempts = [a for slot in sorted(observed) for a in observed[slot]]
+    return [a for a in attempts if a.replica in due and now >= due[a.replica].due_at]
+
+
+def _planned(
+    observed: Observed, job: Attempt, due: Due, durations: Mapping[str, Durations], now: float
+) -> PlannedHandover:
+    newer = [a for a in observed[job.slot] if a.generation > job.generation and a.live]
+    planned = PlannedHandover(job.replica, due.mode, round(due.due_at, 1), due.expires_at)
+    if not newer:
+        return planned
+    found = _expected(newer[-1], durations.get(job.slot.expert, Durations()), now)
+    late_s = None if found.ready_at is None else round(max(0.0, found.ready_at - due.drains_at), 1) or None
+    return PlannedHandover(
+        job.replica, due.mode, planned.due_at, due.expires_at, found.replica, found.ready_at, late_s, found.reason
+    )
+
+
+def _expected(attempt: Attempt, known: Durations, now: float) -> ExpectedReady:
+    """From Slurm's estimate of the start, else from the measured times; unknown once these are over."""
+    load_s, pending = max(known.load_s, default=0.0), attempt.job is JobState.PENDING
+    starts_at = attempt.started_at
+    if pending:
+        queue_s = max(known.queue_s, default=0.0)
+        starts_at = attempt.report.starts_at or (attempt.submitted_at or attempt.claimed_at) + queue_s
+    ready_at = None if starts_at is None else round(starts_at + load_s, 1)
+    reason = attempt.report.pending_reason if pending else attempt.progress.phase.value if attempt.progress else None
+    return ExpectedReady(ready_at if ready_at is not None and ready_at > now else None, attempt.replica, reason)
+
+
+class ForecastFiles:
+    """Writes both files when their content has changed."""
+
+    def __init__(self, run: RunDir) -> None:
+        self._run = run
+        self._estimates: dict[str, Any] | None = None
+        self._forecast: dict[str, Any] | None = None
+        self._written_at = 0.0
+
+    def write(self, desired: Desired, observed: Observed, partitions: Mapping[str, str], now: float) -> None:
+        """`partitions`: by expert, as configured."""
+        estimates = {
+            "experts": {
+                expert: {partitions.get(expert, ""): {k: [round(s, 2) for s in v] for k, v in asdict(known).items()}}
+                for expert, known in sorted(measured(observed).items())
+            }
+        }
+        if estimates != self._estimates:
+            self._estimates = estimates
+            replace_json(self._run.estimates_json, estimates)
+        expected, handovers = forecast(desired, observed, now)
+        content = {
+            "experts": {expert: asdict(found) for expert, found in expected.items()},
+            "handovers": [asdict(planned) for planned in handovers],
+        }
+        since_s = time.monotonic() - self._written_at
+        if content != self._forecast or since_s >= REFRESH_S:
+            self._forecast, self._written_at = content, time.monotonic()
+            replace_json(self._run.forecast_json, {"at": round(now, 3), **content})

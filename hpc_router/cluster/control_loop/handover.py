@@ -1,0 +1,139 @@
+"""When the successor of a job that nears its walltime is due, so that the service outlives its jobs. Pure.
+
+A handover is due at `expires_at - (queue + load + drain + margin)`. Queue and load times are the longest of the last
+MAX_SAMPLES jobs of the expert; the drain begins with Slurm's warning, which may come early. All replicas of one job hand
+over together. Jobs of one expert that end at about the same time hand over one after the other, the first ones early,
+so that their successors end at different times. No job hands over in the first half of its life.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+from hpc_router.cluster.control_loop.slots import Attempt, Observed
+from hpc_router.config.schema import HandoverMode
+from hpc_router.state.job_records import Runner
+
+MAX_SAMPLES: Final = 20
+"""Number of recent jobs of an expert from which its times are estimated."""
+WARNING_EARLY_S: Final = 30.0
+"""Slurm sends the warning before the end of the walltime up to this much early (23 s were seen on 22.05)."""
+MAX_LIFE_SHARE: Final = 0.5
+"""Earliest handover, as a share of the time from ready to the walltime's end."""
+
+
+@dataclass(frozen=True, slots=True)
+class HandoverPolicy:
+    """How the jobs of one expert hand over. `warn_s`: Slurm's warning before the end of the walltime, at which a job
+    drains by itself. `drain_s`: limit of the drain."""
+
+    mode: HandoverMode = "none"
+    margin_s: float = 60.0
+    warn_s: float = 90.0
+    drain_s: float = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Durations:
+    """Measured times of one expert's jobs in seconds, oldest first: from submission to start, from start to ready, and
+    from the request to drain to the end."""
+
+    queue_s: Sequence[float] = ()
+    load_s: Sequence[float] = ()
+    drain_s: Sequence[float] = ()
+
+    @property
+    def until_ready_s(self) -> float:
+        """Expected time from submission to ready: the longest measured times."""
+        return max(self.queue_s, default=0.0) + max(self.load_s, default=0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Due:
+    """The handover of one replica. `due_at`: when to submit its successor (Unix seconds). `drains_at`: when Slurm's
+    warning makes it drain, at the earliest."""
+
+    mode: HandoverMode
+    due_at: float
+    drains_at: float
+    expires_at: float
+
+
+@dataclass(slots=True)
+class _Job:
+    """The ready replicas of one job."""
+
+    attempts: list[Attempt] = field(default_factory=list)
+    due_at: float = 0.0
+    spacing_s: float = 0.0
+
+    @property
+    def expires_at(self) -> float:
+        return min(a.expires_at for a in self.attempts if a.expires_at is not None)
+
+    @property
+    def earliest_at(self) -> float:
+        ready_at = max(ready for a in self.attempts if (ready := a.ready_at) is not None)
+        return ready_at + MAX_LIFE_SHARE * max(0.0, self.expires_at - ready_at)
+
+
+def measured(observed: Observed) -> dict[str, Durations]:
+    """The times of each expert's last jobs."""
+    by_expert: defaultdict[str, list[Attempt]] = defaultdict(list)
+    for slot, attempts in observed.items():
+        by_expert[slot.expert].extend(attempts[-MAX_SAMPLES:])
+    return {expert: _durations(attempts) for expert, attempts in by_expert.items()}
+
+
+def schedule(
+    observed: Observed, policies: Mapping[str, HandoverPolicy], durations: Mapping[str, Durations]
+) -> dict[str, Due]:
+    """The handover of each ready replica whose walltime is known, by replica."""
+    jobs: defaultdict[str, _Job] = defaultdict(_Job)
+    for attempts in observed.values():
+        for attempt in attempts:
+            policy = policies.get(attempt.slot.expert)
+            timed = attempt.expires_at is not None and attempt.ready_at is not None
+            handed_over = policy is not None and policy.mode != "none" and attempt.runner is Runner.SLURM
+            if handed_over and timed and attempt.ready:
+                jobs[attempt.job_id or attempt.replica].attempts.append(attempt)
+    by_experts: defaultdict[str, list[_Job]] = defaultdict(list)
+    for job in jobs.values():
+        _set_due(job, policies, durations)
+        by_experts[min(a.slot.expert for a in job.attempts)].append(job)
+    for alike in by_experts.values():
+        _stagger(alike)
+    return {a.replica: _due(a, job, policies[a.slot.expert]) for job in jobs.values() for a in job.attempts}
+
+
+def _set_due(job: _Job, policies: Mapping[str, HandoverPolicy], durations: Mapping[str, Durations]) -> None:
+    lead_s = 0.0
+    for expert in {attempt.slot.expert for attempt in job.attempts}:
+        policy, known = policies[expert], durations.get(expert, Durations())
+        drain_s = max(policy.warn_s + WARNING_EARLY_S, policy.drain_s)
+        lead_s = max(lead_s, known.until_ready_s + drain_s + policy.margin_s)
+        job.spacing_s = max(job.spacing_s, max(known.load_s, default=0.0) + policy.drain_s)
+    job.due_at = max(job.expires_at - lead_s, job.earliest_at)
+
+
+def _stagger(jobs: list[_Job]) -> None:
+    """Move handovers that would overlap to earlier times, from the last to the first."""
+    jobs.sort(key=lambda job: (job.due_at, min(a.slot for a in job.attempts)))
+    for job, later in zip(reversed(jobs[:-1]), reversed(jobs[1:]), strict=True):
+        room_s = (job.due_at - job.earliest_at) / len(jobs)
+        job.due_at = max(min(job.due_at, later.due_at - min(later.spacing_s, room_s)), job.earliest_at)
+
+
+def _due(attempt: Attempt, job: _Job, policy: HandoverPolicy) -> Due:
+    assert attempt.expires_at is not None
+    drains_at = attempt.expires_at - policy.warn_s - WARNING_EARLY_S
+    return Due(policy.mode, job.due_at, drains_at, attempt.expires_at)
+
+
+def _durations(attempts: Iterable[Attempt]) -> Durations:
+    ordered = sorted(attempts, key=lambda a: a.claimed_at)
+    queue = [a.started_at - a.submitted_at for a in ordered if a.started_at and a.submitted_at and a.after is None]
+    load = [a.ready_at - a.started_at for a in ordered if a.ready_at and a.started_at]
+    drain = [a.exit.at - at for a in ordered if a.exit is not None and (at := a.draining_at) is not None]
+    return Durations(*(tuple(max(0.0, s) for s in samples[-MAX_SAMPLES:]) for samples in (queue, load, drain)))

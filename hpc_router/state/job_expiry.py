@@ -1,0 +1,54 @@
+"""When the Slurm job of this process ends, for the record of its service.
+
+Slurm 24.11 and later set SLURM_JOB_END_TIME, which does not follow a later change of the time limit. The deployment's
+`squeue.json` does, and is the only source on older releases.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any, Final
+
+from hpc_router.net.job_environment import JOB_END, current_job_id
+from hpc_router.state.run_directory import RunDir
+from hpc_router.state.stamped_file import StampedFile
+
+MIN_CHANGE_S: Final = 1.0
+"""A smaller change is not published: Slurm prints whole seconds."""
+
+
+class JobExpiry:
+    """Reads the end of the job, in Unix seconds; None outside of a Slurm job and while it is not known."""
+
+    def __init__(self, run: RunDir, environment: Mapping[str, str]) -> None:
+        self._job_id = current_job_id(environment)
+        self._ends_at = _number(environment.get(JOB_END))
+        self._queue = StampedFile(run.squeue_json, _ends_by_job)
+
+    def read(self) -> float | None:
+        """Reads `squeue.json` if it has changed. Keeps the last value while the file cannot be read."""
+        if self._job_id is None:
+            return None
+        try:
+            ends = self._queue.read() or {}
+        except OSError:
+            return self._ends_at
+        found = ends.get(self._job_id)
+        if found is not None and (self._ends_at is None or abs(found - self._ends_at) >= MIN_CHANGE_S):
+            self._ends_at = found
+        return self._ends_at
+
+
+def _ends_by_job(content: Mapping[str, Any]) -> dict[str, float]:
+    jobs = content.get("jobs")
+    if not isinstance(jobs, dict):
+        return {}
+    ends = {job_id: _number(job.get("ends_at")) for job_id, job in jobs.items() if isinstance(job, dict)}
+    return {job_id: end for job_id, end in ends.items() if end is not None}
+
+
+def _number(value: object) -> float | None:
+    try:
+        number = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return None
+    return number if math.isfinite(number) else None
