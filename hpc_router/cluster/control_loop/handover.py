@@ -1,9 +1,9 @@
 """When the successor of a job that nears its walltime is due, so that the service outlives its jobs. Pure.
 
 A handover is due at `expires_at - (queue + load + drain + margin)`. Queue and load times are the longest of the last
-MAX_SAMPLES jobs of the expert; the drain begins with Slurm's warning, which may come early. All replicas of one job hand
-over together. Jobs of one expert that end at about the same time hand over one after the other, the first ones early,
-so that their successors end at different times. No job hands over in the first half of its life.
+MAX_SAMPLES jobs of the expert; the drain begins with Slurm's warning, which may come early. All replicas of one job
+hand over together. Jobs of one expert that end at about the same time hand over one after the other, the first ones
+early, so that their successors end at different times. No job hands over in the first half of its life.
 """
 
 from collections import defaultdict
@@ -17,8 +17,8 @@ from hpc_router.state.job_records import Runner
 
 MAX_SAMPLES: Final = 20
 """Number of recent jobs of an expert from which its times are estimated."""
-WARNING_EARLY_S: Final = 30.0
-"""Slurm sends the warning before the end of the walltime up to this much early (23 s were seen on 22.05)."""
+WARNING_EARLY_S: Final = 60.0
+"""Slurm may send the warning before the end of the walltime this much early (sbatch's manual, `--signal`)."""
 MAX_LIFE_SHARE: Final = 0.5
 """Earliest handover, as a share of the time from ready to the walltime's end."""
 

@@ -18,9 +18,9 @@ from typing import Final
 
 from hpc_router.cluster.control_loop.desired_state import deployment_of, desired_of
 from hpc_router.cluster.control_loop.drain_calls import ask_to_drain
+from hpc_router.cluster.control_loop.forecast import ForecastFiles
 from hpc_router.cluster.control_loop.job_requests import request_for
 from hpc_router.cluster.control_loop.observer import RunObserver
-from hpc_router.cluster.control_loop.forecast import ForecastFiles
 from hpc_router.cluster.control_loop.reconcile import (
     Action,
     Cancel,

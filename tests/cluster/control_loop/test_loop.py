@@ -197,9 +197,8 @@ class SlowToCancel:
     """A controller that takes its time before it passes a signal on."""
 
     def __init__(self, launcher: Launcher) -> None:
-        self.observe, self.submit, self.kill, self.remaining = (
-            launcher.observe, launcher.submit, launcher.kill, launcher.remaining,
-        )  # fmt: skip
+        self.observe, self.submit, self.release = launcher.observe, launcher.submit, launcher.release
+        self.kill, self.remaining = launcher.kill, launcher.remaining
         self._cancel = launcher.cancel
         self.done_at = 0.0
 

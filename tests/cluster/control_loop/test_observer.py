@@ -30,10 +30,10 @@ class Slurm:
     def submit(self, requests: object) -> list[str]:
         raise AssertionError("nothing is submitted by a look")
 
-    def cancel(self, replicas: Iterable[str]) -> None:
+    def cancel(self, replicas: Iterable[object]) -> None:
         raise AssertionError("nothing is cancelled by a look")
 
-    kill = cancel
+    kill = release = cancel
 
     def remaining(self, replicas: Iterable[str]) -> list[str]:
         return []
