@@ -24,6 +24,7 @@ from hpc_router.router.control.prober import Prober
 from hpc_router.router.replicas.health import EjectionRules, Incident, Verdict, can_eject
 from hpc_router.router.replicas.replica import Event, Replica, RoutingState
 from hpc_router.router.replicas.table import ReplicaTable
+from hpc_router.state.forecast import ForecastReader
 from hpc_router.state.io_thread import FileThread
 from hpc_router.state.registry import Record, RecordKind, RegistryReader
 from hpc_router.state.run_directory import RunDir
@@ -163,10 +164,12 @@ class Discovery:
         return self.clock() - self.last_read_at
 
     async def _scan_forever(self) -> None:
-        reader = RegistryReader(self.run.registry)
+        reader, forecast = RegistryReader(self.run.registry), ForecastReader(self.run)
         while True:
             try:
                 snapshot = await self.files.run(reader.snapshot)
+                await self.files.run(forecast.read)
+                self.table.expected_ready_at = forecast.expected_ready_at
                 self.last_read_at = self.clock()
                 await self._apply_records(snapshot)
                 self.on_snapshot(snapshot)

@@ -20,6 +20,7 @@ from typing import Any
 from hpc_router.config.schema import Deployment
 from hpc_router.errors import HpcRouterError
 from hpc_router.router.control.config_watcher import ConfigWatcher
+from hpc_router.router.control.continuity import Continuity
 from hpc_router.router.control.discovery import Discovery
 from hpc_router.router.control.drift import Drift, drift
 from hpc_router.router.control.registry_file import RegistryFile
@@ -68,6 +69,7 @@ class ControlProcess:
     config_watcher: ConfigWatcher = field(init=False)
     registry_file: RegistryFile = field(init=False)
     workers: Workers = field(init=False)
+    continuity: Continuity = field(init=False)
     lease: Lease | None = None
     own_metrics: Metrics = field(default_factory=Metrics)
     """What this process counts itself."""
@@ -77,6 +79,8 @@ class ControlProcess:
     _training: tuple[str, Mapping[str, Any]] = ("", {})
 
     def __post_init__(self) -> None:
+        cluster = self.deployment.cluster
+        self.continuity = Continuity(near_end_s=cluster.warn_s + cluster.drain_s)
         self.table = ReplicaTable(
             bounds=queue_limits(self.deployment), peers=self.counters.all(), on_change=self._table_changed
         )
@@ -196,7 +200,8 @@ class ControlProcess:
             registry_age_s=self.discovery.registry_age_s(),
             workers=sum(connection.serving.is_set() for connection in self.workers.all),
         )
-        return counted.exposition((*read, *(() if measured is None else measured.gauges()))).decode()
+        drifted = () if measured is None else measured.gauges()
+        return counted.exposition((*read, *self.continuity.metrics(), *drifted)).decode()
 
     async def _counted(self) -> Metrics:
         counted = Metrics()
@@ -271,4 +276,5 @@ class ControlProcess:
         self.workers.publish_changes()
 
     def _table_changed(self) -> None:
+        self.continuity.update(self.table)
         self.workers.publish_soon()

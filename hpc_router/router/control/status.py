@@ -73,6 +73,7 @@ def _replica(replica: Replica, *, silent: bool) -> dict[str, Any]:
         "url": record.url,
         "node": record.node,
         "job_id": record.job_id,
+        "expires_at": record.expires_at,
         "silent": silent,
         "trouble": replica.trouble,
         "models": list(replica.models),

@@ -84,6 +84,7 @@ class Workers:
     all: list[WorkerConnection] = field(init=False)
     _session_workers: dict[str, int] = field(default_factory=dict)
     _snapshot: tuple[ReplicaSnapshot, ...] | None = None
+    _expected_ready_at: dict[str, float] = field(default_factory=dict)
     _publishing: asyncio.Handle | None = None
 
     def __post_init__(self) -> None:
@@ -142,15 +143,15 @@ class Workers:
             self._publishing = asyncio.get_running_loop().call_soon(self._publish)
 
     def publish_changes(self) -> None:
-        """Publish now if a replica differs from the last snapshot."""
-        if self._snapshot is None or self._snapshot != self._take_snapshot():
+        """Publish now if a replica or the forecast differs from what was sent last."""
+        if self._snapshot != self._take_snapshot() or self._expected_ready_at != self.table.expected_ready_at:
             self._publish()
 
     def _publish(self) -> None:
         self._publishing = None
-        snapshot = self._take_snapshot()
-        changed = snapshot != self._snapshot
-        self._snapshot = snapshot
+        snapshot, expected = self._take_snapshot(), dict(self.table.expected_ready_at)
+        changed = snapshot != self._snapshot or expected != self._expected_ready_at
+        self._snapshot, self._expected_ready_at = snapshot, expected
         self.informed.set()
         for connection in self.all:
             if changed or connection.stale:
@@ -168,7 +169,8 @@ class Workers:
         connection.stale = not connection.applied
         if connection.applied:
             connection.applied = False
-            connection.notify(messages.Snapshot(connection.observed, self._snapshot, dict(self.table.queue_columns)))
+            columns = dict(self.table.queue_columns)
+            connection.notify(messages.Snapshot(connection.observed, self._snapshot, columns, self._expected_ready_at))
 
     def _receive(self, connection: WorkerConnection, message: messages.Message) -> Awaitable[Any] | None:
         match message:

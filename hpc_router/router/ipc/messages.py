@@ -171,11 +171,13 @@ class GetExposition(Call[str]):
 
 @dataclass(frozen=True, slots=True)
 class Snapshot(Message):
-    """All replicas. `observed`: the number of the last `ReplicaObservation` that it includes."""
+    """All replicas. `observed`: the number of the last `ReplicaObservation` that it includes. `expected_ready_at`: of
+    `ReplicaTable`."""
 
     observed: int
     replicas: tuple[ReplicaSnapshot, ...]
     queue_columns: dict[str, int]
+    expected_ready_at: dict[str, float]
 
 
 @dataclass(frozen=True, slots=True)

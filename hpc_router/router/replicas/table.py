@@ -52,6 +52,7 @@ class ReplicaTable:
     `pin_bound`: affinity yields on a replica with more than this many times the average load; None: no affinity.
     `bounds`: see `admission`. This worker counts its requests in `cells` and reads those of the others from `peers`;
     `queue_columns`: the columns of the waiting requests, by expert. `on_change` is called when a replica has changed.
+    `expected_ready_at`: Unix seconds, for experts without a ready replica whose next one is forecast.
     """
 
     pin_bound: float | None = None
@@ -62,6 +63,7 @@ class ReplicaTable:
     peers: Sequence[Cells] = ()
     queue_columns: Mapping[str, int] = field(default_factory=dict)
     on_change: Callable[[], None] | None = None
+    expected_ready_at: Mapping[str, float] = field(default_factory=dict)
     _replicas: dict[str, Replica] = field(default_factory=dict)
     _by_expert: dict[str, list[Replica]] = field(default_factory=dict)
     _orders: dict[str, dict[int, list[Replica]]] = field(default_factory=dict)  # of `rendezvous`, by affinity slot
@@ -296,8 +298,10 @@ class ReplicaTable:
         return self._line.length(expert)
 
     def wait_s(self, expert: str) -> float:
-        """Expected wait in this worker's queue: its length divided by its recent departure rate."""
-        return self._line.wait_s(expert)
+        """Expected wait in seconds in this worker's queue: its length divided by its recent departure rate, or the time
+        until the expert is expected to be ready."""
+        ready_in_s = self.expected_ready_at.get(expert, 0.0) - time.time()
+        return max(self._line.wait_s(expert), ready_in_s)
 
     def longest_wait_s(self) -> float:
         return self._line.longest_wait_s()

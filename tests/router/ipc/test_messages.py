@@ -56,7 +56,7 @@ MESSAGES: list[Message] = [
     Serving(), SnapshotApplied(), TurnAnswered("session", TURN), MetricsReport(METRICS), TaskFailed("lease", "OSError"),
     ReplicaObservation(1, "math-0.g1", "n", Incident.ERROR, None, "500"),
     ReplicaObservation(2, "math-0.g1", None, None, Event.SAYS_DRAINING, None),
-    FindTurn("session"), GetStatus(), GetExposition(), Snapshot(4, REPLICAS, {"math": 5}),
+    FindTurn("session"), GetStatus(), GetExposition(), Snapshot(4, REPLICAS, {"math": 5}, {"code": 7.5}),
     Inherit(METRICS, (("session", TURN),)), ReplicaWell("math-0.g1"), Release(), GetMetrics(), Sync(),
     Settings(PolicyConfig(), RouterConfig(workers=2, queue_timeout_s=1.5), "v1", None),
     Reply([1, None]), Failure("ValueError: x"),
@@ -77,7 +77,7 @@ def test_no_message_is_left_out() -> None:
 
 
 def test_the_fields_have_their_types() -> None:
-    message, _ = decode(encode(Snapshot(4, REPLICAS, {})))
+    message, _ = decode(encode(Snapshot(4, REPLICAS, {}, {})))
     assert isinstance(message, Snapshot)
     first = message.replicas[0]
     assert (type(first.state), type(first.record.kind), type(first.record.state)) == (RoutingState, RecordKind, State)

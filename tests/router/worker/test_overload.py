@@ -1,6 +1,7 @@
 """More than may come in: who waits, who is refused, and when he is told to come again."""
 
 import asyncio
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import aiohttp
 
 from hpc_router.routing.policy import Decision, RouteReason
+from hpc_router.state.atomic_files import replace_json
 from tests.router.fakes import RunningRouter, a_deployment, a_router, a_run, answer, fake_replica, hang, refuse
 from tests.router.support import all_gauges_zero, chat, client_of, post, ready
 from tests.support.waiting import eventually
@@ -181,3 +183,19 @@ async def test_the_time_to_come_again_is_at_most_a_minute(tmp_path: Path) -> Non
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def test_retry_after_is_the_time_until_the_expert_is_expected_to_be_ready(tmp_path: Path) -> None:
+    """The control loop's forecast; without one, and for one that is over, the usual pause."""
+    run = a_run(tmp_path)
+    replace_json(run.forecast_json, {"at": 0, "experts": {"math": {"ready_at": time.time() + 45}}, "handovers": []})
+    async with a_router(run, a_deployment("math", "code", queue_timeout_s=0.05)) as router:
+        table = router.gateway.table
+        await eventually(lambda: "math" in table.expected_ready_at)
+        status, _, headers = await post(router, chat())
+        assert (status, 40 <= int(headers["retry-after"]) <= 45) == (503, True)
+        usual = (await post(router, chat("code")))[2]["retry-after"]
+        assert int(usual) < 40
+        replace_json(run.forecast_json, {"at": 1, "experts": {}, "handovers": []})
+        await eventually(lambda: not table.expected_ready_at)
+        assert (await post(router, chat()))[2]["retry-after"] == usual

@@ -1,0 +1,79 @@
+"""Measures how long experts have no ready replica, and counts how their replicas hand over near the walltime's end.
+
+`update` is called after each change of the replica table, with the time of this process's clock. An expert counts from
+the first time that it was ready here. No I/O.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, field
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+from hpc_router.router.replicas.replica import Replica, RoutingState
+from hpc_router.router.replicas.table import ReplicaTable
+
+
+@dataclass(slots=True)
+class Continuity:
+    """`near_end_s`: a replica that leaves with less than this left of its walltime has reached its end."""
+
+    near_end_s: float
+    clock: Callable[[], float] = time.monotonic
+    wall_clock: Callable[[], float] = time.time
+    handovers: Counter[tuple[str, str]] = field(default_factory=Counter)
+    """By expert and outcome: `overlap` if the successor was ready, else `gap`."""
+    _unready_s: dict[str, float] = field(default_factory=dict)
+    _unready_since: dict[str, float] = field(default_factory=dict)
+    _ready: dict[str, Replica] = field(default_factory=dict)
+
+    def update(self, table: ReplicaTable, *, unwanted: Collection[str] = ()) -> None:
+        """`unwanted`: experts that should have no replica."""
+        now = self.clock()
+        ready = {r.name: r for r in table.all() if r.state is RoutingState.READY}
+        experts = {expert for replica in ready.values() for expert in replica.record.serves}
+        for expert in experts:
+            self._unready_s.setdefault(expert, 0.0)
+        for expert in self._unready_s:
+            if expert not in experts and expert not in unwanted:
+                self._unready_since.setdefault(expert, now)
+            elif (since := self._unready_since.pop(expert, None)) is not None:
+                self._unready_s[expert] += now - since
+        for name in self._ready.keys() - ready.keys():
+            self._count_handover(self._ready[name], ready, left=table.get(name) is None)
+        self._ready = ready
+
+    def unready_s(self, expert: str) -> float:
+        """Seconds without a ready replica, up to now."""
+        since = self._unready_since.get(expert)
+        return self._unready_s.get(expert, 0.0) + (0.0 if since is None else self.clock() - since)
+
+    def metrics(self) -> Iterator[Metric]:
+        unready = CounterMetricFamily(
+            "hpc_router_unready_seconds", "Time without a ready replica, since the first one.", labels=("expert",)
+        )
+        for expert in sorted(self._unready_s):
+            unready.add_metric((expert,), self.unready_s(expert))
+        handovers = CounterMetricFamily(
+            "hpc_router_handovers", "Replicas that reached the end of their walltime.", labels=("expert", "outcome")
+        )
+        for labels, count in sorted(self.handovers.items()):
+            handovers.add_metric(labels, count)
+        expires = GaugeMetricFamily(
+            "hpc_router_replica_expires_timestamp_seconds", "End of the replica's walltime.", labels=("replica",)
+        )
+        for name, replica in sorted(self._ready.items()):
+            if replica.record.expires_at is not None:
+                expires.add_metric((name,), replica.record.expires_at)
+        yield from (unready, handovers, expires)
+
+    def _count_handover(self, replica: Replica, ready: dict[str, Replica], *, left: bool) -> None:
+        expires_at = replica.record.expires_at
+        if expires_at is None or not (left or replica.state is RoutingState.DRAINING):
+            return
+        generation = replica.record.generation
+        replaced = any(r.slot_name == replica.slot_name and r.record.generation > generation for r in ready.values())
+        if replaced or expires_at - self.wall_clock() <= self.near_end_s:
+            for expert in replica.record.serves:
+                self.handovers[expert, "overlap" if replaced else "gap"] += 1

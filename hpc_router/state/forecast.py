@@ -1,0 +1,29 @@
+"""Reads `forecast.json`: when experts that have no ready replica now are expected to have one."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from hpc_router.state.run_directory import RunDir
+from hpc_router.state.stamped_file import StampedFile
+
+
+class ForecastReader:
+    """`expected_ready_at`: by expert, Unix seconds, at the last `read`."""
+
+    def __init__(self, run: RunDir) -> None:
+        self._file = StampedFile(run.forecast_json, _expected_ready_at)
+        self.expected_ready_at: Mapping[str, float] = {}
+
+    def read(self) -> None:
+        """Reads the file if it has changed. Raises OSError while the file system fails."""
+        self.expected_ready_at = self._file.read() or {}
+
+
+def _expected_ready_at(content: Mapping[str, Any]) -> dict[str, float]:
+    experts = content.get("experts")
+    found = (
+        {name: e.get("ready_at") for name, e in experts.items() if isinstance(e, dict)}
+        if isinstance(experts, dict)
+        else {}
+    )
+    return {name: at for name, at in found.items() if isinstance(at, int | float)}
