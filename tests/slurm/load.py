@@ -10,12 +10,14 @@ from typing import Any
 
 import openai
 
+SLOW_S = 10.0
 MESSAGES: Any = [{"role": "user", "content": "hello"}]
 
 
 @dataclass
 class Load:
-    """`failures`: each failed request or broken stream, with its time since the start."""
+    """`failures`: each failed request or broken stream, and `slow`: each that took more than SLOW_S, with the time of its
+    start."""
 
     client: openai.AsyncOpenAI
     models: tuple[str, ...]
@@ -24,7 +26,7 @@ class Load:
     stream_tokens: int
     done: Counter[str] = field(default_factory=Counter)
     failures: list[str] = field(default_factory=list)
-    longest_s: float = 0.0
+    slow: list[str] = field(default_factory=list)
     _began_at: float = field(default_factory=time.monotonic)
     _stopping: bool = False
 
@@ -54,14 +56,15 @@ class Load:
 
     async def _count(self, kind: str, call: Any) -> None:
         began_at = time.monotonic()
+        began = f"{began_at - self._began_at:.1f} s: {kind}"
         try:
             await call
         except Exception as error:  # noqa: BLE001 - any failure of a client is one of the service
-            at_s = time.monotonic() - self._began_at
-            self.failures.append(f"{at_s:.1f} s: {kind}: {type(error).__name__}: {error}")
+            self.failures.append(f"{began}: {type(error).__name__}: {error}")
         else:
             self.done[kind] += 1
-        self.longest_s = max(self.longest_s, time.monotonic() - began_at)
+        if time.monotonic() - began_at > SLOW_S:
+            self.slow.append(f"{began}: {time.monotonic() - began_at:.1f} s")
 
     async def _request(self, model: str) -> None:
         await self.client.chat.completions.create(model=model, messages=MESSAGES, max_tokens=2)

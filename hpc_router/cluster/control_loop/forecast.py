@@ -85,6 +85,8 @@ def _planned(
 
 def _expected(attempt: Attempt, known: Durations, now: float) -> ExpectedReady:
     """From Slurm's estimate of the start, else from the measured times; unknown once these are over."""
+    if attempt.ready:
+        return ExpectedReady(attempt.ready_at, attempt.replica, None)
     load_s, pending = max(known.load_s, default=0.0), attempt.job is JobState.PENDING
     starts_at = attempt.started_at
     if pending:

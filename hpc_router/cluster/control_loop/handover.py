@@ -52,7 +52,7 @@ class Durations:
 @dataclass(frozen=True, slots=True)
 class Due:
     """The handover of one replica. `due_at`: when to submit its successor (Unix seconds). `drains_at`: when Slurm's
-    warning makes it drain, at the earliest."""
+    warning is to make it drain."""
 
     mode: HandoverMode
     due_at: float
@@ -127,8 +127,7 @@ def _stagger(jobs: list[_Job]) -> None:
 
 def _due(attempt: Attempt, job: _Job, policy: HandoverPolicy) -> Due:
     assert attempt.expires_at is not None
-    drains_at = attempt.expires_at - policy.warn_s - WARNING_EARLY_S
-    return Due(policy.mode, job.due_at, drains_at, attempt.expires_at)
+    return Due(policy.mode, job.due_at, attempt.expires_at - policy.warn_s, attempt.expires_at)
 
 
 def _durations(attempts: Iterable[Attempt]) -> Durations:

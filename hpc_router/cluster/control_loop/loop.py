@@ -129,7 +129,7 @@ class ControlLoop:
         ready = {slot: attempts[-1] for slot, attempts in observed.items() if attempts[-1].ready}
         known, self._ready = self._ready, {attempt.replica for attempt in ready.values()}
         for slot, newest in ready.items():
-            older = [attempt for attempt in observed[slot][:-1] if attempt.live]
+            older = [attempt for attempt in observed[slot][:-1] if attempt.live and not attempt.stop_requested]
             new = newest.replica not in known if known is not None else slot == ROUTER_SLOT
             if older and new:
                 reason = f"it replaces {older[-1].replica}, which still serves"

@@ -1,0 +1,80 @@
+"""What `forecast.json` and `estimates.json` say, from observed jobs."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from hpc_router.cluster.control_loop.forecast import ExpectedReady, ForecastFiles, PlannedHandover, forecast
+from hpc_router.cluster.control_loop.reconcile import Desired
+from hpc_router.cluster.control_loop.slots import Attempt
+from hpc_router.cluster.launchers.interface import JobReport, JobState
+from hpc_router.state.job_records import FailureReason, JobPhase, JobProgress
+from hpc_router.state.registry import State
+from hpc_router.state.run_directory import make_run
+from tests.cluster.control_loop.support import BEGAN, DUE, LIFE_S, MATH, POLICY, ended, serving, waiting
+
+ONE = Desired(replicas={"math": 1}, handovers={"math": POLICY})
+OLD = replace(serving(), report=JobReport(JobState.ENDED), exit=ended(1, FailureReason.DRAINED, at=DUE).exit)
+"""Waited 10 s in the queue and loaded for 50 s."""
+
+
+def expected(*attempts: Attempt, now: float = BEGAN) -> ExpectedReady | None:
+    return forecast(ONE, {MATH: (OLD, *attempts)}, now)[0].get("math")
+
+
+def handovers(*attempts: Attempt, now: float = DUE) -> list[PlannedHandover]:
+    return forecast(ONE, {MATH: attempts}, now)[1]
+
+
+def test_a_waiting_job_is_expected_after_the_measured_times() -> None:
+    job = waiting(2, reason="Priority")
+    assert expected(job) == ExpectedReady(None, "math-0.g2", "Priority"), "it should be ready already"
+    later = replace(job, submitted_at=BEGAN)
+    assert expected(later) == ExpectedReady(BEGAN + 10 + 50, "math-0.g2", "Priority")
+
+
+def test_slurms_estimate_of_the_start_counts_first() -> None:
+    job = waiting(2)
+    job = replace(job, report=replace(job.report, starts_at=BEGAN + 1000))
+    assert expected(job) == ExpectedReady(BEGAN + 1050, "math-0.g2", None)
+
+
+def test_a_loading_job_is_expected_after_the_measured_load_time() -> None:
+    progress = JobProgress(JobPhase.LOADING, at=BEGAN)
+    job = replace(serving(2), registered=State.STARTING, progress=progress, started_at=BEGAN - 20)
+    assert expected(job) == ExpectedReady(BEGAN + 30, "math-0.g2", "loading")
+
+
+def test_an_expert_with_a_ready_replica_is_left_out() -> None:
+    assert expected(serving(2)) is None
+
+
+def test_a_handover_names_its_successor_and_whether_it_will_be_late() -> None:
+    plain = PlannedHandover("math-0.g1", "overlap", DUE, BEGAN + LIFE_S)
+    assert handovers(serving(), now=DUE - 1) == []
+    assert handovers(serving()) == [plain]
+    successor = replace(waiting(2), submitted_at=DUE)
+    assert handovers(serving(), successor) == [replace(plain, successor="math-0.g2", ready_at=DUE + 60)]
+    job = replace(successor, report=JobReport(JobState.PENDING, pending_reason="Resources", starts_at=BEGAN + LIFE_S))
+    (late,) = handovers(serving(), job)
+    assert (late.late_s, late.reason) == (50 + POLICY.warn_s, "Resources")
+
+
+def test_a_ready_successor_is_not_late() -> None:
+    (done,) = handovers(serving(), serving(2, expires_at=BEGAN + 3 * LIFE_S))
+    assert (done.ready_at, done.late_s) == (BEGAN, None)
+
+
+def test_files_are_written_when_their_content_changes(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    files = ForecastFiles(run)
+    files.write(ONE, {MATH: (OLD, serving(2))}, {"math": "gpu"}, DUE)
+    assert json.loads(run.estimates_json.read_text()) == {
+        "experts": {"math": {"gpu": {"queue_s": [10.0, 10.0], "load_s": [50.0, 50.0], "drain_s": []}}}
+    }
+    content = json.loads(run.forecast_json.read_text())
+    assert (content["at"], content["experts"], len(content["handovers"])) == (DUE, {}, 1)
+    files.write(ONE, {MATH: (OLD, serving(2))}, {"math": "gpu"}, DUE + 1)
+    assert json.loads(run.forecast_json.read_text()) == content
+    files.write(ONE, {MATH: (OLD, waiting(2))}, {"math": "gpu"}, DUE + 2)
+    assert json.loads(run.forecast_json.read_text())["experts"]["math"]["replica"] == "math-0.g2"
