@@ -16,8 +16,7 @@ MESSAGES: Any = [{"role": "user", "content": "hello"}]
 
 @dataclass
 class Load:
-    """`failures`: each failed request or broken stream, and `slow`: each that took more than SLOW_S, with the time of its
-    start."""
+    """`failures`: each failed request or broken stream, and `slow`: each that took more than SLOW_S, with its start."""
 
     client: openai.AsyncOpenAI
     models: tuple[str, ...]

@@ -49,6 +49,11 @@ class Durations:
         return max(self.queue_s, default=0.0) + max(self.load_s, default=0.0)
 
 
+def before_drain_s(policy: HandoverPolicy) -> float:
+    """Time before the end of the walltime at which the job may begin to drain."""
+    return max(policy.warn_s + WARNING_EARLY_S, policy.drain_s)
+
+
 @dataclass(frozen=True, slots=True)
 class Due:
     """The handover of one replica. `due_at`: when to submit its successor (Unix seconds). `drains_at`: when Slurm's
@@ -111,8 +116,7 @@ def _set_due(job: _Job, policies: Mapping[str, HandoverPolicy], durations: Mappi
     lead_s = 0.0
     for expert in {attempt.slot.expert for attempt in job.attempts}:
         policy, known = policies[expert], durations.get(expert, Durations())
-        drain_s = max(policy.warn_s + WARNING_EARLY_S, policy.drain_s)
-        lead_s = max(lead_s, known.until_ready_s + drain_s + policy.margin_s)
+        lead_s = max(lead_s, known.until_ready_s + before_drain_s(policy) + policy.margin_s)
         job.spacing_s = max(job.spacing_s, max(known.load_s, default=0.0) + policy.drain_s)
     job.due_at = max(job.expires_at - lead_s, job.earliest_at)
 

@@ -54,13 +54,8 @@ def capacity_warnings(deployment: Deployment, site: SlurmSite) -> list[str]:
     """Experts whose replicas together need more GPUs than their partitions have."""
     warnings = []
     for name, expert in hosts(deployment.experts).items():
-        request = _Request(*resources_of(deployment, name), deployment.cluster, 1)
-        each = request.resources.gpus * request.resources.nodes
-        partitions = _partitions(request, site)
-        gpu_type = request.option("gpu_type")[1]
-        available = sum(
-            kind.nodes * kind.gpus_of(gpu_type) for p in partitions for kind in p.kinds if _fits(request, kind)
-        )
+        each = expert.resources.gpus * expert.resources.nodes
+        partitions, available = _gpus_that_fit(deployment, site, name)
         if partitions and available < each * expert.replicas:
             names = " or ".join(partition.name for partition in partitions)
             warnings.append(
@@ -68,6 +63,21 @@ def capacity_warnings(deployment: Deployment, site: SlurmSite) -> list[str]:
                 f"{available} that fit: {expert.replicas - available // each} of them can never run beside the others"
             )
     return warnings
+
+
+def can_overlap(deployment: Deployment, site: SlurmSite, expert: str) -> bool:
+    """Whether the expert's partitions have the GPUs of one replica more than it has."""
+    config = deployment.experts[expert]
+    partitions, available = _gpus_that_fit(deployment, site, expert)
+    return not partitions or available >= config.resources.gpus * config.resources.nodes * (config.replicas + 1)
+
+
+def _gpus_that_fit(deployment: Deployment, site: SlurmSite, expert: str) -> tuple[list[Partition], int]:
+    """The expert's partitions, and how many GPUs they have on nodes that can run it."""
+    request = _Request(*resources_of(deployment, expert), deployment.cluster, 1)
+    partitions, gpu_type = _partitions(request, site), request.option("gpu_type")[1]
+    kinds = [kind for partition in partitions for kind in partition.kinds if _fits(request, kind)]
+    return partitions, sum(kind.nodes * kind.gpus_of(gpu_type) for kind in kinds)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,77 @@
+"""How each expert and the router will hand over at the end of their walltime, for `plan`. Pure.
+
+The mode is the configured one, unless the site cannot run one replica more. Times are those of earlier jobs of the run;
+without any, they are unknown.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from hpc_router.cluster.control_loop.desired_state import handover_policies
+from hpc_router.cluster.control_loop.handover import Durations, HandoverPolicy, before_drain_s
+from hpc_router.cluster.launchers.interface import ROUTER
+from hpc_router.cluster.launchers.slurm.node_fit import can_overlap, configured_at, resources_of
+from hpc_router.cluster.launchers.slurm.sinfo import SlurmSite
+from hpc_router.config.schema import Deployment, HandoverMode
+from hpc_router.config.walltime import walltime_s
+
+
+@dataclass(frozen=True, slots=True)
+class HandoverPlan:
+    """`gap_s`: time without a ready replica at each walltime end of a single replica; `gpu_minutes`: what the overlap
+    of one replica costs. None: unknown, because no job of it was measured yet. `why`: why this mode applies."""
+
+    expert: str
+    mode: HandoverMode
+    why: str
+    gap_s: float | None
+    gpu_minutes: float | None
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "expert": self.expert,
+            "mode": self.mode,
+            "why": self.why,
+            "gap_s": self.gap_s,
+            "gpu_minutes": self.gpu_minutes,
+        }
+
+    def text(self) -> str:
+        gap = "no gap" if self.gap_s == 0 else "a gap of its queue and load time"
+        if self.gap_s:
+            gap = f"a gap of about {self.gap_s:.0f} s"
+        cost = "" if self.gpu_minutes is None else f", {self.gpu_minutes:.1f} GPU-minutes for both jobs at once"
+        return f"{self.expert}: {self.mode} ({self.why}): {gap}{cost}"
+
+
+def handover_plans(
+    deployment: Deployment, durations: Mapping[str, Durations], site: SlurmSite | None
+) -> list[HandoverPlan]:
+    """For all experts with jobs of their own and for the router; none where jobs have no walltime."""
+    return [
+        _plan(deployment, name, policy, durations.get(name), site)
+        for name, policy in handover_policies(deployment).items()
+    ]
+
+
+def _plan(
+    deployment: Deployment, name: str, policy: HandoverPolicy, known: Durations | None, site: SlurmSite | None
+) -> HandoverPlan:
+    at, resources = resources_of(deployment, name)
+    own = None if name == ROUTER else deployment.experts[name].handover
+    mode, why = policy.mode, f"{'cluster' if own is None else f'experts.{name}'}.handover"
+    if mode == "overlap" and name != ROUTER and site is not None and not can_overlap(deployment, site, name):
+        mode, why = "drain_first", "the site has no GPUs for one replica more"
+    load_s = max(known.load_s, default=None) if known is not None else None
+    gap_s = None if known is None else (0.0 if mode == "none" else -max(known.queue_s, default=0.0)) + known.until_ready_s
+    gpu_minutes = None
+    if mode == "overlap":
+        gap_s = 0.0
+        if load_s is not None:
+            gpu_minutes = resources.gpus * resources.nodes * (load_s + policy.margin_s + before_drain_s(policy)) / 60
+        key, walltime = configured_at(at, resources, deployment.cluster, "walltime")
+        life_s = None if walltime is None else walltime_s(walltime)
+        if life_s is not None and life_s / 2 < before_drain_s(policy) + policy.margin_s + (load_s or 0.0):
+            why += f"; {key}={walltime} is so short that it hands over after half of it"
+    return HandoverPlan(name, mode, why, gap_s, gpu_minutes)
