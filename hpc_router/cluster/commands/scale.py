@@ -11,6 +11,7 @@ from hpc_router.cluster.control_loop.slots import all_attempts
 from hpc_router.cluster.launchers.slurm.node_fit import capacity_warnings
 from hpc_router.cluster.launchers.slurm.sinfo import ask_site
 from hpc_router.cluster.planning.plan import make_plan
+from hpc_router.cluster.signals import explaining_interrupt
 from hpc_router.config.schema import Deployment
 from hpc_router.errors import ConfigError, LaunchError
 from hpc_router.state.registry import Record
@@ -40,7 +41,8 @@ def scale(run: RunDir, counts: Mapping[str, int]) -> tuple[Mapping[str, int], li
     desired_state.scale(run, control.deployment, counts, seen.observed)
     run.event("scale", **counts)
     if not seen.desired.down and live_router(run) is None:
-        control.run_pass()
+        with explaining_interrupt(lambda: "the counts are set; `hpc-router reconcile` submits what is missing"):
+            control.run_pass()
     return asked, [*_unserved_warnings(seen, counts, control.observer.records), *_capacity_warnings(wanted, counts)]
 
 

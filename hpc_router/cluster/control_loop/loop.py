@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
-from hpc_router.cluster.control_loop.desired_state import deployment_of, desired_of
+from hpc_router.cluster.control_loop.desired_state import deployment_of, desired_of, excluded_nodes
 from hpc_router.cluster.control_loop.drain_calls import ask_to_drain
 from hpc_router.cluster.control_loop.job_requests import request_for
 from hpc_router.cluster.control_loop.observer import RunObserver
@@ -111,7 +111,14 @@ class ControlLoop:
         for replica in submitted:
             logger.info("submitted %s", replica)
             self.run.event("submitted", replica=replica)
+        if submitted and excluded_nodes(self.run) != requests[0].exclude:  # `drain NODE` came in between
+            self.cancel(self.update_exclusions(submitted))
         return submitted, refused
+
+    def update_exclusions(self, replicas: Sequence[str]) -> list[str]:
+        """Apply `excluded_nodes` to these jobs in the queue; the replicas whose job cannot be changed any more."""
+        requests = [request_for(self.run, self.deployment, replica) for replica in replicas]
+        return self.launcher.update_exclusions(requests) if requests else []
 
     def _drain(self, replicas: Sequence[str]) -> None:
         for replica in replicas:

@@ -81,3 +81,7 @@ class Launcher(Protocol):
 
     def remaining(self, replicas: Iterable[str]) -> list[str]:
         """The ids of jobs that still hold resources, from a new query."""
+
+    def update_exclusions(self, requests: Sequence[JobRequest]) -> list[str]:
+        """Change the excluded nodes of jobs in the queue to those of these requests; the replicas for which that
+        failed, as where the job has started."""

@@ -197,8 +197,8 @@ class SlowToCancel:
     """A controller that takes its time before it passes a signal on."""
 
     def __init__(self, launcher: Launcher) -> None:
-        self.observe, self.submit, self.kill, self.remaining = (
-            launcher.observe, launcher.submit, launcher.kill, launcher.remaining,
+        self.observe, self.submit, self.kill, self.remaining, self.update_exclusions = (
+            launcher.observe, launcher.submit, launcher.kill, launcher.remaining, launcher.update_exclusions,
         )  # fmt: skip
         self._cancel = launcher.cancel
         self.done_at = 0.0

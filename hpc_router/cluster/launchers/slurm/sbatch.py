@@ -71,7 +71,7 @@ class BatchJob:
             "time": options.walltime,
             "exclusive": options.exclusive or None,
             **{name: getattr(options, name) for name in _SAME_NAME},
-            "exclude": ",".join(filter(None, [options.exclude, *self.requests[0].exclude])) or None,
+            "exclude": excluded(self.cluster, self.requests[0]),
         }
         after, own = self.requests[0].after, options.sbatch.get("dependency")
         if self.requests[0].dependency_met and isinstance(own, str):
@@ -156,6 +156,12 @@ def effective_options(cluster: ClusterConfig, resources: ResourceConfig) -> JobO
         general, own = getattr(cluster, item.name), getattr(resources, item.name)
         values[item.name] = {**general, **own} if isinstance(own, dict) else (general if own is None else own)
     return JobOptions(**values)
+
+
+def excluded(cluster: ClusterConfig, request: JobRequest) -> str | None:
+    """The nodes on which its job may not start: those of the config, and those that were drained."""
+    configured = effective_options(cluster, request.resources).exclude
+    return ",".join(filter(None, [configured, *request.exclude])) or None
 
 
 def without_job_dependencies(dependency: str) -> str | None:
