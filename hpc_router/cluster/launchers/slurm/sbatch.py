@@ -100,9 +100,11 @@ class BatchJob:
 
     def _steps(self) -> Iterator[str]:
         for request in self.requests:
-            yield " \\\n    ".join([f"step {shlex.quote(request.replica)} srun", *self._srun(request), self._task()])
+            words = option_words(self.step_options(request), quoted=True)
+            yield " \\\n    ".join([f"step {shlex.quote(request.replica)} srun", *words, self._task()])
 
-    def _srun(self, request: JobRequest) -> Iterator[str]:
+    def step_options(self, request: JobRequest) -> dict[str, Any]:
+        """Options of srun by their long names."""
         options, resources = effective_options(self.cluster, request.resources), request.resources
         folder = _escape_percent(self.run.jobs / request.replica)
         within: dict[str, Any] = {"jobid": self.jobid} if self.jobid else {}
@@ -122,8 +124,7 @@ class BatchJob:
             "output": f"{folder}/%j_%t_log.out",
             "error": f"{folder}/%j_%t_log.err",
         }
-        kept = {k: v for k, v in {**ours, **options.srun}.items() if v is not None and v is not False}
-        yield from option_words(kept, quoted=True)
+        return {k: v for k, v in {**ours, **options.srun}.items() if v is not None and v is not False}
 
     def _task(self) -> str:
         return shlex.join(self.command)
