@@ -108,6 +108,8 @@ def status_text(value: Mapping[str, Any]) -> RenderableType:
     parts: list[RenderableType] = [head, *map(Text, _process_lines(router)), Text(), table]
     if trouble := value.get("full") or router.get("write_trouble"):
         parts.append(Text(trouble, style="red"))
+    if value.get("slurm"):
+        parts.append(Text(f"Slurm's controller does not answer: {value['slurm']}", style="yellow"))
     if value["down"]:
         parts.append(Text("this deployment is down; `hpc-router up` starts it again"))
     elif router["trouble"]:

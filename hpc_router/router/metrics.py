@@ -142,7 +142,7 @@ class Metrics:
         )
         self.before_attempt = HistogramCollector(
             "hpc_router_before_attempt_seconds",
-            "From the request's arrival until it was sent to the replica that answered it; for the replicas' statistics.",
+            "From the request's arrival until it was sent to the replica that answered; not exposed.",
             (),
             bounds=(),
         )

@@ -125,7 +125,7 @@ hpc_router="{python} -m hpc_router.cli plan topology=sim cluster=allocation {one
 plan srun srun $hpc_router
 plan overlap srun --overlap $hpc_router
 plan script $hpc_router
-plan nodes $hpc_router experts.math.resources.nodes=2
+plan nodes $hpc_router experts.math.resources.nodes=2 cluster.trusted_network=true
 plan gpus $hpc_router experts.math.replicas=2 experts.math.resources.gpus=1
 """
 

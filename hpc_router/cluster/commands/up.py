@@ -176,7 +176,10 @@ def _cannot_serve(shown: Sequence[ReplicaView]) -> str | None:
     router_lost = any(view.kind is RecordKind.ROUTER and view.replica in reasons for view in shown)
     if not router_lost and (not experts or any(replica not in reasons for replica in experts)):
         return None
-    lines = [f"{replica}: {reason}" for replica, reason in reasons.items()]
+    alike: dict[str, list[str]] = {}
+    for replica, reason in reasons.items():
+        alike.setdefault(reason, []).append(replica)
+    lines = [f"{', '.join(replicas)}: {reason}" for reason, replicas in alike.items()]
     return "\n".join([*lines, "nothing can serve"])
 
 

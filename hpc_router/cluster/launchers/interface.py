@@ -85,3 +85,6 @@ class Launcher(Protocol):
     def update_exclusions(self, requests: Sequence[JobRequest]) -> list[str]:
         """Change the excluded nodes of jobs in the queue to those of these requests; the replicas for which that
         failed, as where the job has started."""
+
+    def trouble(self) -> str | None:
+        """Why the last observation could not query the controller; None if it could."""

@@ -59,6 +59,9 @@ class LocalLauncher:
     def update_exclusions(self, requests: Sequence[JobRequest]) -> list[str]:
         return []  # there is no other node
 
+    def trouble(self) -> str | None:
+        return None
+
     @contextlib.contextmanager
     def _lock(self) -> Iterator[None]:
         """One submission at a time on this host, so that two callers never choose the same GPU. On a file system

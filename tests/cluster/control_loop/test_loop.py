@@ -197,8 +197,9 @@ class SlowToCancel:
     """A controller that takes its time before it passes a signal on."""
 
     def __init__(self, launcher: Launcher) -> None:
-        self.observe, self.submit, self.kill, self.remaining, self.update_exclusions = (
+        self.observe, self.submit, self.kill, self.remaining, self.update_exclusions, self.trouble = (
             launcher.observe, launcher.submit, launcher.kill, launcher.remaining, launcher.update_exclusions,
+            launcher.trouble,
         )  # fmt: skip
         self._cancel = launcher.cancel
         self.done_at = 0.0

@@ -141,6 +141,9 @@ class SlurmLauncher:
                 failed.append(request.replica)
         return failed
 
+    def trouble(self) -> str | None:
+        return self.queue.trouble
+
     def _steps_left(self, replicas: Iterable[str]) -> set[str]:
         """Steps that still run in jobs of the user; they are killed."""
         steps = {step: info for replica in replicas for step, info in self._steps(replica)}
