@@ -16,7 +16,7 @@ from hpc_router.bench.record import raw_lines, record
 from hpc_router.bench.store import Store
 from hpc_router.bench.workload import Point, points_of
 from hpc_router.cluster.commands.down import down
-from hpc_router.cluster.commands.up import Interrupted, Reporter, up
+from hpc_router.cluster.commands.up import Reporter, up
 from hpc_router.cluster.planning.run_target import RunTarget
 from hpc_router.cluster.signals import sigterm_as_interrupt
 from hpc_router.config.schema import Deployment
@@ -61,10 +61,7 @@ def measure_missing(
 
 
 def _bring_up(sweep: DeploymentSweep, run: RunDir, reporter: Reporter) -> None:
-    try:
-        result = up(RunTarget(sweep.deployment, run.path), wait_all=True, reporter=reporter)
-    except Interrupted as error:
-        raise KeyboardInterrupt from error
+    result = up(RunTarget(sweep.deployment, run.path), wait_all=True, reporter=reporter)
     if result.failed:
         names = ", ".join(f"{view.replica} ({view.reason})" for view in result.failed)
         raise LaunchError(f"not measured, because replicas failed to start: {names}; logs: {run.logs}")

@@ -5,14 +5,10 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import Final
 
 from hpc_router.cli.output import print_value, stderr_console
 from hpc_router.cli.parser import Parser, Verbs, add_verb
 from hpc_router.state.run_directory import RunDir, find_run
-
-INTERRUPTED: Final = 130
-"""Exit status after Ctrl-C."""
 
 
 def _add_overrides(parser: Parser) -> None:
@@ -66,17 +62,13 @@ def up(arguments: argparse.Namespace) -> int:
 def run_up(given: Path | None, overrides: list[str], *, config_dir: Path | None, wait_all: bool) -> int:
     """The body of `up` and of `launch.deploy`. `given` is the run directory that was named, if any."""
     from hpc_router.cli.tables import UpProgress
-    from hpc_router.cluster.commands.up import Interrupted, Served
+    from hpc_router.cluster.commands.up import Served
     from hpc_router.cluster.commands.up import up as bring_up
     from hpc_router.cluster.planning.run_target import find_target
 
     target = find_target(given, overrides, config_dir=config_dir)
-    try:
-        with UpProgress(stderr_console()) as progress:
-            served: Served = bring_up(target, wait_all=wait_all, reporter=progress)
-    except Interrupted:
-        sys.stderr.write("hpc-router: interrupted; what this `up` started has been ended\n")
-        return INTERRUPTED
+    with UpProgress(stderr_console()) as progress:
+        served: Served = bring_up(target, wait_all=wait_all, reporter=progress)
     print_usage(served.run, served.url)
     if served.failed:
         names = ", ".join(view.replica for view in served.failed)

@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping
 from typing import Final
 
 from hpc_router.cli import benchmark, classifier, deployment, endpoint, observation, operation
-from hpc_router.cli.deployment import INTERRUPTED
 from hpc_router.cli.parser import Parser, Verbs, parse_arguments
 from hpc_router.errors import ConfigError, HpcRouterError
 
@@ -38,6 +37,9 @@ VERBS: Final[Mapping[str, Callable[["Verbs[Parser]"], None]]] = {
 }
 """In the order of `hpc-router --help`."""
 
+INTERRUPTED: Final = 130
+"""Exit status after Ctrl-C."""
+
 
 def main(words: list[str] | None = None) -> int:
     body, arguments = parse_arguments(words, VERBS.values())
@@ -61,7 +63,7 @@ def run_reporting_errors(body: Callable[[], int]) -> int:
     except OSError as error:
         sys.stderr.write(f"hpc-router: {error}\n")
         return 1
-    except KeyboardInterrupt:
-        sys.stderr.write("hpc-router: interrupted\n")
+    except KeyboardInterrupt as error:  # its text, if a verb has one, says what is left
+        sys.stderr.write(f"hpc-router: {'; '.join(['interrupted', *map(str, error.args)])}\n")
         return INTERRUPTED
     return status

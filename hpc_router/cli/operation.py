@@ -63,28 +63,28 @@ def drain(arguments: argparse.Namespace) -> int:
     hpc-router drain router
     """
     from hpc_router.cluster.commands.drain import drain as start_drain
-    from hpc_router.cluster.commands.drain import wait
-    from hpc_router.cluster.control_loop.desired_state import include_nodes
+    from hpc_router.cluster.commands.drain import interrupted_text, undo, wait
     from hpc_router.cluster.control_loop.loop import ControlLoop
+    from hpc_router.cluster.signals import explaining_interrupt
 
     control = ControlLoop(find_run(arguments.run))
     if arguments.undo:
-        include_nodes(control.run, arguments.names)
+        undo(control, arguments.names)
         return 0
     drained = start_drain(control, arguments.names)
-    if not drained.replicas:
+    if not drained.replicas and not drained.excluded:
         raise LaunchError(f"nothing of {', '.join(arguments.names)} runs; `hpc-router status` shows the jobs that do")
-    if not arguments.json:
-        print_lines(drained.lines())
-    print_warnings(drained.warnings)
-    if arguments.wait:
-        drained = wait(control, drained)
-    elif drained.needs_reconcile(control.run):
+    with explaining_interrupt(lambda: interrupted_text(control.run, drained)):
+        if not arguments.json:
+            print_lines(drained.lines())
+        print_warnings(drained.warnings)
+        ended = wait(control, drained) if arguments.wait else drained
+    if drained.replicas and not arguments.wait and drained.needs_reconcile(control.run):
         sys.stderr.write("hpc-router: no router will replace what ends; `hpc-router reconcile` does\n")
     if arguments.json:
-        print_value(drained.to_json())
-    if drained.left:
-        raise LaunchError(f"{', '.join(drained.left)} did not end; `hpc-router why` may show the reason")
+        print_value(ended.to_json())
+    if ended.left:
+        raise LaunchError(f"{', '.join(ended.left)} did not end; `hpc-router why` may show the reason")
     return 0
 
 

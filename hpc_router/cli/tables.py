@@ -79,6 +79,9 @@ def plan_text(plan: "Plan") -> RenderableType:
         parts += [Text(f"  {line}") for line in script_without_secrets(alike[0]).splitlines()]
         others = [replica for job in alike[1:] for replica in job.replicas]
         parts += [Text(f"and the same for {', '.join(others)}")] if others else []
+    if plan.handovers:
+        parts += [Text(), Text("at the end of the walltime", style="bold")]
+        parts += [Text(f"  {handover.text()}") for handover in plan.handovers]
     parts += [Text(f"note: {warning}", style="yellow") for warning in ("", *plan.warnings) if warning]
     return Group(*parts)
 
@@ -108,6 +111,8 @@ def status_text(value: Mapping[str, Any]) -> RenderableType:
     parts: list[RenderableType] = [head, *map(Text, _process_lines(router)), Text(), table]
     if trouble := value.get("full") or router.get("write_trouble"):
         parts.append(Text(trouble, style="red"))
+    if value.get("slurm"):
+        parts.append(Text(f"Slurm's controller does not answer: {value['slurm']}", style="yellow"))
     if value["down"]:
         parts.append(Text("this deployment is down; `hpc-router up` starts it again"))
     elif router["trouble"]:

@@ -13,22 +13,26 @@ from types import FrameType
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C in a verb that changes a deployment. The text says what has ended or is left, and what to do."""
+
+
 @contextmanager
 def interrupt_event(*, once: bool = True) -> Iterator[threading.Event]:
     """An event that SIGINT or SIGTERM sets, so that a command can stop between two steps, never within one.
 
-    With `once`, the first signal restores the earlier handlers: a second Ctrl-C then ends the command at once. Outside
-    the main thread Python allows no signal handlers, and the event is never set.
+    With `once`, a second signal raises KeyboardInterrupt: a second Ctrl-C ends the command at once. Outside the main
+    thread Python allows no signal handlers, and the event is never set.
     """
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield event
         return
 
-    def on_signal(restore: Callable[[], None]) -> None:
+    def on_signal() -> None:
+        if once and event.is_set():
+            raise KeyboardInterrupt
         event.set()
-        if once:
-            restore()
 
     with _handler(_STOP_SIGNALS, on_signal):
         yield event
@@ -38,11 +42,21 @@ def interrupt_event(*, once: bool = True) -> Iterator[threading.Event]:
 def sigterm_as_interrupt() -> Iterator[None]:
     """SIGTERM raises KeyboardInterrupt in the main thread, so that `scancel` takes the same clean-up path as Ctrl-C."""
 
-    def on_signal(_restore: Callable[[], None]) -> None:
+    def on_signal() -> None:
         raise KeyboardInterrupt
 
     with _handler((signal.SIGTERM,), on_signal):
         yield
+
+
+@contextmanager
+def explaining_interrupt(text: Callable[[], str]) -> Iterator[None]:
+    """Ctrl-C inside the block raises Interrupted with this text. A further Ctrl-C has no effect while it is made."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        with ignored(signal.SIGINT):
+            raise Interrupted(text()) from None
 
 
 @contextmanager
@@ -59,20 +73,16 @@ def ignored(number: signal.Signals) -> Iterator[None]:
 
 
 @contextmanager
-def _handler(numbers: Sequence[signal.Signals], on_signal: Callable[[Callable[[], None]], None]) -> Iterator[None]:
-    """Installs `on_signal`, which gets the function that restores the earlier handlers."""
+def _handler(numbers: Sequence[signal.Signals], on_signal: Callable[[], None]) -> Iterator[None]:
     before = {number: signal.getsignal(number) for number in numbers}
 
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
     def handle(_number: int, _frame: FrameType | None) -> None:
-        on_signal(restore)
+        on_signal()
 
     try:
         for number in numbers:
             signal.signal(number, handle)
         yield
     finally:
-        restore()
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -140,6 +140,12 @@ class Metrics:
             ("expert",),
             bounds=_LATENCY_S,
         )
+        self.before_attempt = HistogramCollector(
+            "hpc_router_before_attempt_seconds",
+            "From the request's arrival until it was sent to the replica that answered; not exposed.",
+            (),
+            bounds=(),
+        )
         self.queued = HistogramCollector(
             "hpc_router_queue_seconds", "What requests waited that got a replica.", ("expert",), bounds=_LATENCY_S
         )
@@ -169,6 +175,7 @@ class Metrics:
                 del self._gone[name]
                 self.failovers.drop(name)
                 self.first_byte.fold(name)
+                self.before_attempt.fold(name)
 
     def dump(self) -> dict[str, Any]:
         """As JSON values."""
@@ -182,7 +189,8 @@ class Metrics:
     def exposition(self, gauges: Iterable[Metric]) -> bytes:
         registry = CollectorRegistry()
         for each in (*self._counted.values(), Gauges(tuple(gauges))):
-            registry.register(each)
+            if each is not self.before_attempt:
+                registry.register(each)
         return generate_latest(registry)
 
 

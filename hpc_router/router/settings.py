@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from typing import Any, Final
 
-from hpc_router.config.parsing import parse
+from hpc_router.config.parsing import parse, type_at
 from hpc_router.config.schema import Deployment, PolicyConfig, RouterConfig
 from hpc_router.config.validation import check
 from hpc_router.errors import ConfigError, suggest
@@ -29,11 +29,7 @@ def with_settings(deployment: Deployment, settings: Mapping[str, Any]) -> Deploy
     for key, value in settings.items():
         section, _, name = key.partition(".")
         if key not in LIVE:
-            if section == "router" and name in _FIXED:
-                raise ConfigError(
-                    f"{key} cannot change while a router runs: drain the router, or start a new run", key=key
-                )
-            raise ConfigError(f"'{key}' cannot be set while a router serves{suggest(key, LIVE)}", key=key)
+            raise ConfigError(_refusal(key), key=key)
         sections[section][name] = value
     changed = replace(
         deployment,
@@ -42,6 +38,18 @@ def with_settings(deployment: Deployment, settings: Mapping[str, Any]) -> Deploy
     )
     check(changed)
     return changed
+
+
+def _refusal(key: str) -> str:
+    """Why a key that is not in LIVE cannot be set, and what changes it."""
+    section, *path = parts = key.split(".")
+    if section == "experts" and len(path) == 2 and path[1] == "replicas":
+        return f"{key}: `hpc-router scale {path[0]}=N` changes the number of replicas"
+    if path and type_at(Deployment, parts) is not None:
+        return f"{key} cannot change while a deployment runs: give it to `hpc-router up` for a new run"
+    if section in ("policy", "router"):
+        return f"'{key}' cannot be set while a router serves{suggest(key, LIVE)}"
+    return f"'{key}' is not a key of the config (keys that can be set: {', '.join(LIVE)})"
 
 
 def settings_in(desired: Mapping[str, Any]) -> Mapping[str, Any]:

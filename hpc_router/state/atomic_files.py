@@ -107,7 +107,7 @@ def lines_of(path: Path) -> Iterator[tuple[int, str]]:
                 raise ConfigError(f"{path}:{number}: not UTF-8 (byte {error.start} of the line)") from error
 
 
-def _refresh_folder(folder: Path) -> None:
+def refresh_folder(folder: Path) -> None:
     """Makes an NFS client look up names in `folder` at the server. Raises OSError.
 
     The client caches for 30 s or more that `folder` has no file of some name (`lookupcache` and `acdirmin` in nfs(5));
@@ -119,7 +119,7 @@ def _refresh_folder(folder: Path) -> None:
 def exists_now(path: Path) -> bool:
     """Whether `path` exists, without the NFS client's cache of missing names."""
     with suppress(OSError):
-        _refresh_folder(path.parent)
+        refresh_folder(path.parent)
     return path.exists()
 
 
@@ -127,7 +127,7 @@ def _open_for_reading(path: Path) -> BinaryIO:
     try:
         return open(path, "rb", opener=_open_without_links)
     except FileNotFoundError:
-        _refresh_folder(path.parent)
+        refresh_folder(path.parent)
         return open(path, "rb", opener=_open_without_links)
 
 

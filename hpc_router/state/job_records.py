@@ -42,6 +42,7 @@ class FailureReason(StrEnum):
     PORT_TAKEN = "port_taken"
     RANK_LOST = "rank_lost"  # a rank of an engine on several nodes ended or does not respond
     SETUP = "setup"  # a module or setup line of the batch script failed
+    RUN_UNSEEN = "run_unseen"  # the job's node does not see the run directory
     REFUSED = "refused"  # Slurm rejected the job
     UNANSWERED = "unanswered"  # Slurm's controller did not respond, or was too busy
     NODE_FAILED = "node_failed"
@@ -58,6 +59,7 @@ PERMANENT: Final = frozenset(
         FailureReason.BAD_OPTION,
         FailureReason.INTERPRETER,
         FailureReason.SETUP,
+        FailureReason.RUN_UNSEEN,
         FailureReason.REFUSED,
     },
 )

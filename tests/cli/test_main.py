@@ -499,7 +499,15 @@ def test_a_count_is_a_plain_number(word: str) -> None:
         ("router.max_in_flight=2000000000000000000", "out of range (valid: 1 to 1000000)"),
         ("router.ping_s=0", "router.ping_s=0: out of range (valid: 0.001 to 86400)"),
         ("policy.margin=inf", "policy.margin=inf: out of range"),
-        ("router.port=1", "cannot change while a router runs"),
+        (
+            "router.port=1",
+            "router.port cannot change while a deployment runs: give it to `hpc-router up` for a new run",
+        ),
+        ("cluster.warn_s=9", "cluster.warn_s cannot change while a deployment runs"),
+        ("experts.math.engine.python=x", "experts.math.engine.python cannot change while a deployment runs"),
+        ("experts.math.replicas=3", "`hpc-router scale math=N` changes the number of replicas"),
+        ("router.pings=9", "did you mean 'router.ping_s'?"),
+        ("cluster.warm_s=9", "'cluster.warm_s' is not a key of the config (keys that can be set: "),
     ],
 )
 def test_a_setting_has_a_range(tmp_path: Path, word: str, said: str) -> None:

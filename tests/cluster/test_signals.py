@@ -5,19 +5,33 @@ import signal
 
 import pytest
 
-from hpc_router.cluster.signals import interrupt_event, sigterm_as_interrupt
+from hpc_router.cluster.signals import Interrupted, explaining_interrupt, interrupt_event, sigterm_as_interrupt
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
-def test_the_first_signal_sets_the_event_and_restores_the_handlers(number: signal.Signals) -> None:
+@pytest.mark.parametrize("again", STOP_SIGNALS)
+def test_the_first_signal_sets_the_event_and_the_second_interrupts(
+    number: signal.Signals, again: signal.Signals
+) -> None:
     before = [signal.getsignal(one) for one in STOP_SIGNALS]
     with interrupt_event() as event:
         assert not event.is_set()
-        os.kill(os.getpid(), number)
+        signal.raise_signal(number)
         assert event.is_set()
-        assert [signal.getsignal(one) for one in STOP_SIGNALS] == before
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(again)
+    assert [signal.getsignal(one) for one in STOP_SIGNALS] == before
+
+
+def test_an_interrupt_is_explained_and_a_further_one_waits_for_the_text() -> None:
+    def text() -> str:
+        signal.raise_signal(signal.SIGINT)
+        return "a-0.g1 may still run"
+
+    with pytest.raises(Interrupted, match=r"^a-0\.g1 may still run$"), explaining_interrupt(text):
+        signal.raise_signal(signal.SIGINT)
 
 
 def test_a_loop_that_is_told_twice_keeps_its_handlers_until_the_end() -> None:

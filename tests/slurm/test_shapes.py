@@ -1,6 +1,7 @@
 """Other shapes of the same deployment: several replicas in one job, steps inside a job that somebody holds, jobs that
 come to nothing."""
 
+import re
 import signal
 import sys
 from typing import Final
@@ -109,6 +110,44 @@ def test_steps_inside_a_job_that_somebody_holds(cluster: SlurmCluster) -> None:
         )
     assert (folder / "down").exists(), (folder / f"held-{job_id}.log").read_text()
     assert list((run / "registry").iterdir()) == []
+
+
+IN_A_STEP: Final = """\
+#!/bin/bash
+#SBATCH --nodes=1 --ntasks-per-node=1 --cpus-per-task=4 --gres=gpu:1 --time=5 --output={folder}/step-%j.log
+plan() {{
+    echo "== $1"
+    shift
+    timeout 60 "$@" </dev/null
+    echo "== status $?"
+}}
+hpc_router="{python} -m hpc_router.cli plan topology=sim cluster=allocation {one}"
+plan srun srun $hpc_router
+plan overlap srun --overlap $hpc_router
+plan script $hpc_router
+plan nodes $hpc_router experts.math.resources.nodes=2 cluster.trusted_network=true
+plan gpus $hpc_router experts.math.replicas=2 experts.math.resources.gpus=1
+"""
+
+
+def test_steps_that_can_never_start_are_refused(cluster: SlurmCluster) -> None:
+    """Inside a step that holds everything, and larger than the job: Slurm would let them wait for ever."""
+    folder = cluster.shared / "in-a-step"
+    folder.mkdir()
+    one = " ".join(f"experts.{name}.replicas=0" for name in ("code", "medicine", "law", "generalist"))
+    script = folder / "step.sbatch"
+    script.write_text(
+        IN_A_STEP.format(folder=folder, python=sys.executable, one=f"policy=model_field policy.fallback=null {one}")
+    )
+    job_id = cluster.run(["sbatch", "--parsable", "--wait", f"--chdir={ROOT}", str(script)], timeout_s=120).strip()
+    said = (folder / f"step-{job_id}.log").read_text()
+    parts = {part.partition("\n")[0]: part for part in said.split("== ") if part}
+    status = dict(re.findall(r"== (\w+)\n(?:.*\n)*?== status (\d+)", said))
+    assert status == {"srun": "2", "overlap": "0", "script": "0", "nodes": "2", "gpus": "2"}, said
+    assert f"beside step {job_id}.0, in which this runs" in parts["srun"]
+    assert "`srun --overlap`" in parts["srun"]
+    assert f"experts.math.resources.nodes=2: job {job_id} has 1" in parts["nodes"]
+    assert f"resources.gpus: job {job_id} has 1, all replicas need 2 (math 2)" in parts["gpus"]
 
 
 MODULE: Final = """#%Module

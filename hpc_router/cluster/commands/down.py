@@ -6,6 +6,7 @@ The deadlines are in `control_loop.reconcile`; this module repeats passes until 
 
 import logging
 import os
+import shlex
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -15,10 +16,12 @@ from hpc_router.cluster.control_loop.desired_state import want_down
 from hpc_router.cluster.control_loop.loop import ControlLoop, LoopPass
 from hpc_router.cluster.control_loop.slots import Attempt, all_attempts
 from hpc_router.cluster.launchers.interface import JobState
+from hpc_router.cluster.signals import explaining_interrupt
 from hpc_router.config.schema import Deployment
 from hpc_router.errors import ConfigError, LaunchError
 from hpc_router.expert.engine_process.scratch_dir import expanded, sweep
 from hpc_router.state import registry
+from hpc_router.state.job_records import JobDir
 from hpc_router.state.registry import RecordKind
 from hpc_router.state.run_directory import RunDir
 
@@ -42,15 +45,31 @@ class NoWatcher:
 
 
 def down(run: RunDir, *, watcher: Watcher | None = None) -> int:
-    """The number of ended jobs. Raises LaunchError for jobs of another host, and if an `up` starts in between."""
-    try:
-        control = ControlLoop(run)
-    except ConfigError as error:  # the config is another version's, or damaged
-        logger.warning("%s; its jobs are ended anyway", error)
-        control = ControlLoop(run, deployment=Deployment())
-    before = {a.replica for a in living(control.preview())}  # counted first, because the control loop may end them
-    want_down(run)
-    return end_all(control, before, watcher=watcher or NoWatcher())
+    """The number of ended jobs. Raises LaunchError for jobs of another host, and if an `up` starts in between, and
+    Interrupted."""
+    with explaining_interrupt(lambda: leftover_text(run)):
+        try:
+            control = ControlLoop(run)
+        except ConfigError as error:  # the config is another version's, or damaged
+            logger.warning("%s; its jobs are ended anyway", error)
+            control = ControlLoop(run, deployment=Deployment())
+        before = {a.replica for a in living(control.preview())}  # counted first, because the control loop may end them
+        want_down(run)
+        return end_all(control, before, watcher=watcher or NoWatcher())
+
+
+def leftover_text(run: RunDir) -> str:
+    """After an interrupt: the jobs that may still run, and the command that ends them."""
+    jobs, command = unended_jobs(run), f"`hpc-router down --run {shlex.quote(str(run.path))}`"
+    if not jobs:
+        return f"{command} removes what is left"
+    return f"{', '.join(jobs)} may still run; {command} ends the deployment"
+
+
+def unended_jobs(run: RunDir) -> list[str]:
+    """Replicas whose files show no end of their job. Reads files only, because Slurm may take long to answer."""
+    jobs = [JobDir(run, folder.name) for folder in run.jobs.glob("*")]
+    return sorted(job.replica for job in jobs if job.exit() is None and job.ended() is None)
 
 
 def end_all(control: ControlLoop, before: set[str], *, watcher: Watcher) -> int:

@@ -2,21 +2,23 @@
 
 A replica gets a drain call over HTTP; if it cannot be reached, its job gets SIGTERM, which drains it too. A router is
 drained only if it is named itself, and a standby only by its full name, because it replaces the named router. A drained
-node is excluded from later submissions until `drain --undo`. The desired replica counts do not change.
+node gets no further jobs until `drain --undo`, also none from the queue. The desired replica counts do not change.
 """
 
+import shlex
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from hpc_router.cluster.commands.router_access import live_router
-from hpc_router.cluster.control_loop.desired_state import exclude_nodes
+from hpc_router.cluster.control_loop.desired_state import exclude_nodes, include_nodes
 from hpc_router.cluster.control_loop.drain_calls import ask_to_drain
 from hpc_router.cluster.control_loop.loop import ControlLoop, LoopPass
 from hpc_router.cluster.control_loop.reconcile import Wait
 from hpc_router.cluster.control_loop.slots import Attempt, Observed, all_attempts
 from hpc_router.cluster.launchers.interface import ROUTER, JobState
+from hpc_router.cluster.signals import explaining_interrupt
 from hpc_router.config.adapters import host_of, hosts
 from hpc_router.errors import ConfigError, suggest
 from hpc_router.state.job_records import JobDir
@@ -69,10 +71,11 @@ class DrainResult:
 def select_jobs(
     names: Iterable[str], observed: Observed, records: Mapping[str, Record], *, experts: Iterable[str]
 ) -> list[Attempt]:
-    """The live jobs that replicas, slots, experts, nodes or the word `router` name. Raises ConfigError for others."""
+    """The live jobs that replicas, slots, experts, nodes or the word `router` name; none on a node where jobs have only
+    ended. Raises ConfigError for others."""
     attempts = all_attempts(observed)
     live = [attempt for attempt in attempts if attempt.live]
-    nodes = {a.replica: _nodes(a, records.get(a.replica)) for a in live}
+    nodes = {a.replica: _nodes(a, records.get(a.replica)) for a in attempts}
     known = {*experts, ROUTER, *(a.replica for a in attempts), *(str(slot) for slot in observed), *_union(nodes)}
     chosen: dict[str, Attempt] = {}
     standbys = {a.replica for found in observed.values() for a in _standbys(found)}
@@ -104,7 +107,7 @@ def successor(observed: Observed, chosen: Sequence[Attempt]) -> str | None:
 
 def drain(control: ControlLoop, names: Sequence[str]) -> DrainResult:
     """Start the drain of the named replicas. Raises ConfigError for an unknown name."""
-    observed = control.preview().observed
+    observed = control.preview(fresh=True).observed
     records = control.observer.records
     experts = control.deployment.experts
     for name in names:
@@ -113,11 +116,33 @@ def drain(control: ControlLoop, names: Sequence[str]) -> DrainResult:
             message = f"{name} is an adapter on the engine of {host}; drain {host}, with all that it serves"
             raise ConfigError(f"drain: {message}")
     chosen = select_jobs(names, observed, records, experts=hosts(experts))
-    excluded = _selected_nodes(names, observed, records, experts=hosts(experts))
-    if control.deployment.cluster.kind != "slurm":
-        excluded = ()
-    if excluded:  # first, because replacements are submitted at once
-        exclude_nodes(control.run, excluded, reason="drain")
+    with explaining_interrupt(lambda: f"`hpc-router drain {shlex.join(names)}` again completes what was begun"):
+        excluded = _selected_nodes(names, observed, records, experts=hosts(experts))
+        if control.deployment.cluster.kind != "slurm":
+            excluded = ()
+        if excluded:  # first, because replacements are submitted at once
+            exclude_nodes(control.run, excluded, reason="drain")
+            control.cancel(control.update_exclusions(_queued(observed, but=chosen)))
+        asked, signalled = _ask(control, chosen)
+    warnings = tuple(unserved_warnings(observed, chosen, records.values()))
+    return DrainResult(asked, signalled, successor=successor(observed, chosen), excluded=excluded, warnings=warnings)
+
+
+def undo(control: ControlLoop, nodes: Sequence[str]) -> None:
+    """Allow jobs on these nodes again, also those that wait in the queue. Raises ConfigError for a node that is not
+    excluded."""
+    include_nodes(control.run, nodes)
+    control.update_exclusions(_queued(control.preview(fresh=True).observed))
+
+
+def _queued(observed: Observed, *, but: Sequence[Attempt] = ()) -> list[str]:
+    waiting = [a for a in all_attempts(observed) if a.live and a.job is JobState.PENDING]
+    return [attempt.replica for attempt in waiting if attempt not in but]
+
+
+def _ask(control: ControlLoop, chosen: Sequence[Attempt]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The replicas that got the drain call, and those whose job was signalled instead."""
+    records = control.observer.records
     registered = [a for a in chosen if a.replica in records and a.slot.expert != ROUTER]
     for attempt in registered:
         if attempt.stop.drain_at is None:
@@ -127,8 +152,7 @@ def drain(control: ControlLoop, names: Sequence[str]) -> DrainResult:
     asked = tuple(a.replica for a in registered if a.replica not in unreachable)
     signalled = tuple(a.replica for a in chosen if a.replica not in asked)
     control.cancel(signalled)
-    warnings = tuple(unserved_warnings(observed, chosen, records.values()))
-    return DrainResult(asked, signalled, successor=successor(observed, chosen), excluded=excluded, warnings=warnings)
+    return asked, signalled
 
 
 def unserved_warnings(observed: Observed, going: Sequence[Attempt], records: Iterable[Record]) -> Iterator[str]:
@@ -162,6 +186,15 @@ def wait(
     return replace(drained, left=left)
 
 
+def interrupted_text(run: RunDir, drained: DrainResult) -> str:
+    """After an interrupt: what still drains, and the command that replaces it if no control loop will."""
+    left = ", ".join(name for name in drained.replicas if not _has_ended(run, name))
+    parts = [f"{left} will end after the requests in flight" if left else "all have ended"]
+    if drained.needs_reconcile(run):
+        parts.append(f"`hpc-router reconcile --run {shlex.quote(str(run.path))}` replaces what ended")
+    return "; ".join(parts)
+
+
 def _unfilled(seen: LoopPass, replicas: Sequence[str]) -> bool:
     """Whether another pass is needed: a job is still observed, or its slot waits after failures."""
     slots = {split_replica(name)[:2] for name in replicas}
@@ -185,7 +218,7 @@ def _selected_nodes(
     """The names of nodes among `names`, as Slurm has them."""
     attempts = all_attempts(observed)
     others = {*experts, ROUTER, *(a.replica for a in attempts), *(str(slot) for slot in observed)}
-    nodes = _union({a.replica: _nodes(a, records.get(a.replica)) for a in attempts if a.live})
+    nodes = _union({a.replica: _nodes(a, records.get(a.replica)) for a in attempts})
     return tuple(name.partition(".")[0] for name in dict.fromkeys(names) if name in nodes and name not in others)
 
 

@@ -8,11 +8,14 @@ from hpc_router.cluster.commands.router_access import live_router
 from hpc_router.cluster.control_loop import desired_state
 from hpc_router.cluster.control_loop.loop import ControlLoop, LoopPass
 from hpc_router.cluster.control_loop.slots import all_attempts
-from hpc_router.cluster.launchers.slurm.node_fit import capacity_warnings
+from hpc_router.cluster.launchers.slurm.held_job import ask_held_job
+from hpc_router.cluster.launchers.slurm.node_fit import allocation_faults, capacity_warnings
 from hpc_router.cluster.launchers.slurm.sinfo import ask_site
 from hpc_router.cluster.planning.plan import make_plan
+from hpc_router.cluster.signals import explaining_interrupt
 from hpc_router.config.schema import Deployment
 from hpc_router.errors import ConfigError, LaunchError
+from hpc_router.net.job_environment import current_job_id
 from hpc_router.state.registry import Record
 from hpc_router.state.run_directory import RunDir
 
@@ -40,7 +43,8 @@ def scale(run: RunDir, counts: Mapping[str, int]) -> tuple[Mapping[str, int], li
     desired_state.scale(run, control.deployment, counts, seen.observed)
     run.event("scale", **counts)
     if not seen.desired.down and live_router(run) is None:
-        control.run_pass()
+        with explaining_interrupt(lambda: "the counts are set; `hpc-router reconcile` submits what is missing"):
+            control.run_pass()
     return asked, [*_unserved_warnings(seen, counts, control.observer.records), *_capacity_warnings(wanted, counts)]
 
 
@@ -57,9 +61,12 @@ def _unserved_warnings(seen: LoopPass, counts: Mapping[str, int], records: Mappi
 
 
 def _capacity_warnings(wanted: Deployment, counts: Mapping[str, int]) -> list[str]:
-    if wanted.cluster.kind != "slurm" or not any(counts.values()):
-        return []
+    kind, job_id = wanted.cluster.kind, current_job_id()
     try:
-        return capacity_warnings(wanted, ask_site())
-    except LaunchError:
-        return []
+        if kind == "slurm" and any(counts.values()):
+            return capacity_warnings(wanted, ask_site())
+        if kind == "allocation" and job_id is not None and (kinds := ask_held_job(job_id).kinds):
+            return allocation_faults(wanted, kinds, f"job {job_id}")
+    except LaunchError:  # Slurm does not answer: the counts are set all the same
+        pass
+    return []

@@ -21,7 +21,8 @@ _ROUTER_KEYS = ("in_flight", "capacity", "models", "silent", "trouble", "error_s
 
 
 def status(run: RunDir) -> dict[str, Any]:
-    """`{run, down, full, router, policy, experts}`; unknown values are None."""
+    """`{run, down, full, slurm, router, policy, experts}`; unknown values are None. `full`: why the run directory
+    cannot be written; `slurm`: why the controller did not answer."""
     control = ControlLoop(run, read_only=True)
     seen = control.preview(fresh=True)
     down = seen.desired.down
@@ -60,6 +61,7 @@ def status(run: RunDir) -> dict[str, Any]:
         "run": str(run.path),
         "down": down,
         "full": run.space_error(),
+        "slurm": control.launcher.trouble(),
         "router": router,
         "policy": answer.get("policy") or {"kind": policy.kind, "fallback": policy.fallback, "artefact": None},
         "experts": experts,

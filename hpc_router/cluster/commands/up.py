@@ -1,8 +1,8 @@
 """Brings a deployment up and waits until it serves.
 
 The plan is checked before anything is created. Passes of the control loop run here until the endpoint serves; then the
-loop beside the router continues. Ctrl-C ends the jobs that this call submitted. If nothing can serve, the deployment is
-taken down.
+loop beside the router continues. Ctrl-C ends the jobs that this call submitted; a second Ctrl-C does not wait for their
+end and names them. If nothing can serve, the deployment is taken down.
 """
 
 import threading
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Protocol
 
-from hpc_router.cluster.commands.down import NoWatcher, down
+from hpc_router.cluster.commands.down import NoWatcher, down, leftover_text, unended_jobs
 from hpc_router.cluster.commands.replica_view import DisplayedState, ReplicaView, expert_views, views
 from hpc_router.cluster.control_loop.desired_state import desired_of, want_up, with_desired_counts
 from hpc_router.cluster.control_loop.loop import ControlLoop
@@ -22,7 +22,7 @@ from hpc_router.cluster.launchers.select import check_reach
 from hpc_router.cluster.launchers.slurm.pending_reasons import explain_pending
 from hpc_router.cluster.planning.plan import Plan, exemplars_of, make_plan
 from hpc_router.cluster.planning.run_target import RunTarget, discard, latest_of
-from hpc_router.cluster.signals import interrupt_event
+from hpc_router.cluster.signals import Interrupted, explaining_interrupt, interrupt_event
 from hpc_router.config.schema import Deployment
 from hpc_router.config.slurm_options import check_run_path
 from hpc_router.errors import ArtefactError, HpcRouterError, LaunchError
@@ -32,6 +32,7 @@ from hpc_router.state.registry import RecordKind, split_replica
 from hpc_router.state.run_directory import RunDir, private_umask
 
 POLL_S: Final = 0.2
+ENDED_TEXT: Final = "what this `up` started has been ended"
 _NOT_RUNNING: Final = (JobState.ENDED, JobState.PENDING)
 """Nothing to wait for: a job that has not started reads the request to end before it starts."""
 _FINAL: Final = frozenset({DisplayedState.READY, DisplayedState.FAILED, DisplayedState.REGISTERED})
@@ -44,10 +45,6 @@ class Reporter(Protocol):
     def begin(self, run: RunDir, plan: Plan) -> None: ...
 
     def show(self, shown: Sequence[ReplicaView]) -> None: ...
-
-
-class Interrupted(Exception):
-    """Ctrl-C; the jobs that this call submitted have been ended."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,15 +70,27 @@ def up(target: RunTarget, *, wait_all: bool, reporter: Reporter) -> Served:
     before = latest_of(Path(deployment.runs))
     with interrupt_event() as interrupted:
         run, made = target.open()
-        try:
-            attempt = _BringUp(run, deployment, made_over=before if made else None, made=made)
-            reporter.begin(run, plan)
-            train_classifier(run, deployment)
-        except (OSError, HpcRouterError):
-            if made:  # nothing was submitted yet
-                discard(run, before=before)
-            raise
-        return attempt.wait(wait_all=wait_all, reporter=reporter, interrupted=interrupted)
+        with explaining_interrupt(lambda: _left_by_interrupt(run, made=made, before=before)):
+            try:
+                attempt = _BringUp(run, deployment, made_over=before if made else None, made=made)
+                reporter.begin(run, plan)
+                train_classifier(run, deployment)
+            except (OSError, HpcRouterError):
+                if made:  # nothing was submitted yet
+                    discard(run, before=before)
+                raise
+            served = attempt.wait(wait_all=wait_all, reporter=reporter, interrupted=interrupted)
+    if served is None:
+        raise Interrupted(ENDED_TEXT)
+    return served
+
+
+def _left_by_interrupt(run: RunDir, *, made: bool, before: str | None) -> str:
+    """What a second Ctrl-C leaves, as text; a run directory of this call without jobs is removed."""
+    if made and not unended_jobs(run):
+        discard(run, before=before)
+        return ENDED_TEXT
+    return leftover_text(run)
 
 
 def train_classifier(run: RunDir, deployment: Deployment) -> None:
@@ -108,7 +117,8 @@ class _BringUp:
         self._submitted: set[str] = set()
         want_up(run, observed)
 
-    def wait(self, *, wait_all: bool, reporter: Reporter, interrupted: threading.Event) -> Served:
+    def wait(self, *, wait_all: bool, reporter: Reporter, interrupted: threading.Event) -> Served | None:
+        """None after the first Ctrl-C, once the jobs of this call have ended."""
         while not interrupted.is_set():
             seen = self._control.run_pass()  # safe beside the router's own loop: claims decide
             self._submitted |= set(seen.submitted)
@@ -127,7 +137,7 @@ class _BringUp:
         self._end_submitted()
         if self._made:
             discard(self._run, before=self._made_over)
-        raise Interrupted
+        return None
 
     def _serving(self, shown: Sequence[ReplicaView], *, wait_all: bool) -> str | None:
         """The router's address once it serves; with `wait_all`, once no expert is starting."""
@@ -166,7 +176,10 @@ def _cannot_serve(shown: Sequence[ReplicaView]) -> str | None:
     router_lost = any(view.kind is RecordKind.ROUTER and view.replica in reasons for view in shown)
     if not router_lost and (not experts or any(replica not in reasons for replica in experts)):
         return None
-    lines = [f"{replica}: {reason}" for replica, reason in reasons.items()]
+    alike: dict[str, list[str]] = {}
+    for replica, reason in reasons.items():
+        alike.setdefault(reason, []).append(replica)
+    lines = [f"{', '.join(replicas)}: {reason}" for reason, replicas in alike.items()]
     return "\n".join([*lines, "nothing can serve"])
 
 

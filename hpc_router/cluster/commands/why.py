@@ -12,14 +12,17 @@ from pathlib import Path
 from typing import Any, Final
 
 from hpc_router.cluster.commands.advice import (
+    CUT_ADVICE,
     DEGRADED_ADVICE,
     EXTERNAL_ADVICE,
     FAILURE_ADVICE,
     LOG_ADVICE,
     ROUTER_OPTION_ADVICE,
     SETTINGS_ADVICE,
+    SLURM_ADVICE,
     SPACE_ADVICE,
     STATE_TEXT,
+    STEP_ADVICE,
 )
 from hpc_router.cluster.commands.logs import last_lines, tail
 from hpc_router.cluster.commands.replica_view import DisplayedState, ReplicaView
@@ -74,27 +77,56 @@ def why(run: RunDir, name: str | None = None) -> list[Cause]:
     now = time.time()
     fine = (DisplayedState.READY, DisplayedState.REGISTERED)
     causes = [_cause(run, view, now=now) for view in shown if view.state not in fine]
-    causes += _cut_off_drains(shown, seen.observed, now=now)
+    if control.deployment.cluster.kind == "allocation":
+        causes = [_step_cause(cause) for cause in causes]
+    causes += _last_ends(run, shown, seen.observed, forgiven=seen.desired.forgiven, now=now)
     if control.deployment.cluster.kind != "local":
         causes = _with_signals_note(causes)
     answer = ask_router(run)[1]
+    causes += _silent_slurm(shown, control.launcher.trouble())
     causes += _write_failures(run, shown, answer)
     causes += router_causes(shown, answer)
-    return causes + _degraded([view for view in shown if view.state in fine and view.expert != ROUTER], answer)
+    causes += _degraded([view for view in shown if view.state in fine and view.expert != ROUTER], answer)
+    return list({(c.view.replica, c.what): c for c in reversed(causes)}.values())[::-1]
 
 
-def _cut_off_drains(shown: Sequence[ReplicaView], observed: Observed, *, now: float) -> list[Cause]:
-    """The newest drain of each slot in the last hour, if it cut off answers."""
+def _step_cause(cause: Cause) -> Cause:
+    """The same for a step of the user's job: Slurm does not tell why a step waits."""
+    view = cause.view
+    if view.state is not DisplayedState.SUBMITTED or view.job_id is None:
+        return cause
+    what = f"its step has not begun: other steps hold the resources of job {view.job_id}, or it is just starting"
+    return Cause(view, what, STEP_ADVICE.format(job_id=view.job_id))
+
+
+def _last_ends(
+    run: RunDir, shown: Sequence[ReplicaView], observed: Observed, *, forgiven: Mapping[str, int], now: float
+) -> list[Cause]:
+    """The newest end of a job of each slot in the last hour, if it failed or cut off answers; without those before `up`
+    or `scale`. The end of the displayed job itself is shown with its state."""
     causes = []
     for view in shown:
-        attempts = observed.get(Slot(*split_replica(view.replica)[:2]), ())
-        last = next((a for a in reversed(attempts) if a.exit is not None), None)
-        if last is None or last.exit is None or not last.exit.cut or now - last.exit.at > RECENT_S:
+        slot = Slot(*split_replica(view.replica)[:2])
+        last = next((a for a in reversed(observed.get(slot, ())) if a.exit is not None), None)
+        end = last.exit if last is not None else None
+        if last is None or end is None or now - end.at > RECENT_S:
             continue
-        key = "router.drain_s" if view.expert == ROUTER else "cluster.drain_s"
-        advice = f"{key} is how long a drain waits; preemption allows no more than the partition's GraceTime"
-        causes.append(Cause(view, f"{last.replica} {last.exit.message}", advice))
+        if end.cut:
+            key = "router.drain_s" if view.expert == ROUTER else "cluster.drain_s"
+            causes.append(Cause(view, f"{last.replica} {end.message}", CUT_ADVICE.format(key=key)))
+        elif not end.ok and last.replica != view.replica and last.generation > forgiven.get(str(slot), 0):
+            ended = replace(view, replica=last.replica, job_id=last.job_id, reason=end.reason)
+            what = f"{last.replica} ended at {datetime.fromtimestamp(end.at):%H:%M:%S}: {end.reason}: {end.message}"
+            causes.append(Cause(view, what, _advice(ended), tuple(_log_lines(run, ended))))
     return causes
+
+
+def _silent_slurm(shown: Sequence[ReplicaView], trouble: str | None) -> list[Cause]:
+    """That Slurm's controller does not answer, so that the states of jobs may be old and none can be submitted."""
+    if trouble is None or not shown:
+        return []
+    view = next((view for view in shown if view.expert == ROUTER), shown[0])
+    return [Cause(view, f"Slurm's controller does not answer: {trouble}", SLURM_ADVICE)]
 
 
 def _with_signals_note(causes: list[Cause]) -> list[Cause]:
@@ -156,14 +188,17 @@ def _cause(run: RunDir, view: ReplicaView, *, now: float) -> Cause:
         waiting = explain_pending(view.pending_reason, view.job_id)
         until = "so it will never start" if waiting.hopeless else expected(view.starts_at, now=now)
         return Cause(view, f"its job waits: {waiting.what}; {until}", waiting.advice)
-    advice = None
-    if view.reason is not None:
-        advice = FAILURE_ADVICE[view.reason].format(expert=view.expert, replica=view.replica)
-        if view.expert == ROUTER and view.reason is FailureReason.BAD_OPTION:
-            advice = ROUTER_OPTION_ADVICE
     failed = view.reason not in (None, FailureReason.DRAINED)
     lines = _log_lines(run, view) if failed else []
-    return Cause(view, STATE_TEXT[view.state], advice, tuple(lines))
+    return Cause(view, STATE_TEXT[view.state], _advice(view), tuple(lines))
+
+
+def _advice(view: ReplicaView) -> str | None:
+    if view.reason is None:
+        return None
+    if view.expert == ROUTER and view.reason is FailureReason.BAD_OPTION:
+        return ROUTER_OPTION_ADVICE
+    return FAILURE_ADVICE[view.reason].format(expert=view.expert, replica=view.replica)
 
 
 def _log_lines(run: RunDir, view: ReplicaView) -> list[str]:

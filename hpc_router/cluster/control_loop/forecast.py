@@ -13,9 +13,10 @@ from hpc_router.cluster.control_loop.handover import Due, Durations, measured, s
 from hpc_router.cluster.control_loop.reconcile import Desired
 from hpc_router.cluster.control_loop.slots import Attempt, Observed
 from hpc_router.cluster.launchers.interface import JobState
-from hpc_router.state.atomic_files import replace_json
+from hpc_router.state.atomic_files import read_json, replace_json
 from hpc_router.state.run_directory import RunDir
 
+_SAMPLES: Final = ("queue_s", "load_s", "drain_s")
 REFRESH_S: Final = 30.0
 """`forecast.json` is written at least this often, so that readers can tell that its writer lives."""
 
@@ -126,3 +127,12 @@ class ForecastFiles:
         if content != self._forecast or since_s >= REFRESH_S:
             self._forecast, self._written_at = content, time.monotonic()
             replace_json(self._run.forecast_json, {"at": round(now, 3), **content})
+
+
+def read_estimates(run: RunDir) -> dict[str, Durations]:
+    """The times in `estimates.json`, by expert over all partitions; empty for a run that has none yet."""
+    experts = (read_json(run.estimates_json) or {}).get("experts", {})
+    return {
+        expert: Durations(*(tuple(s for times in partitions.values() for s in times[key]) for key in _SAMPLES))
+        for expert, partitions in experts.items()
+    }

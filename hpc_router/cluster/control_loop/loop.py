@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
-from hpc_router.cluster.control_loop.desired_state import deployment_of, desired_of
+from hpc_router.cluster.control_loop.desired_state import deployment_of, desired_of, excluded_nodes
 from hpc_router.cluster.control_loop.drain_calls import ask_to_drain
 from hpc_router.cluster.control_loop.forecast import ForecastFiles
 from hpc_router.cluster.control_loop.job_requests import request_for
@@ -167,7 +167,14 @@ class ControlLoop:
         for action in wanted:
             if action.replaces is not None and action.replica in submitted:
                 self._handover_started(action.replica, action.replaces)
+        if submitted and excluded_nodes(self.run) != requests[0].exclude:  # `drain NODE` came in between
+            self.cancel(self.update_exclusions(submitted))
         return submitted, refused
+
+    def update_exclusions(self, replicas: Sequence[str]) -> list[str]:
+        """Apply `excluded_nodes` to these jobs in the queue; the replicas whose job cannot be changed any more."""
+        requests = [request_for(self.run, self.deployment, replica) for replica in replicas]
+        return self.launcher.update_exclusions(requests) if requests else []
 
     def _drain(self, replicas: Sequence[str]) -> None:
         for replica in replicas:

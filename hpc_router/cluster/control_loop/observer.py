@@ -19,7 +19,7 @@ from hpc_router.cluster.control_loop.liveness import HangDetector
 from hpc_router.cluster.control_loop.slots import Attempt, Observed, Slot
 from hpc_router.cluster.launchers.interface import JobReport, JobState, Launcher
 from hpc_router.errors import RegistryError
-from hpc_router.state.atomic_files import create_text
+from hpc_router.state.atomic_files import create_text, refresh_folder
 from hpc_router.state.job_records import Exit, FailureReason, JobDir, Runner, Stop, Submitter, start_ticks
 from hpc_router.state.registry import Record, RecordKind, RegistryReader, split_replica
 from hpc_router.state.run_directory import RunDir
@@ -29,7 +29,6 @@ logger = logging.getLogger(__name__)
 MIN_QUERY_INTERVAL_S: Final = 5.0
 """The Slurm controller is queried about lost replicas no more often than this."""
 HUNG_MESSAGE: Final = "its agent hung: it renewed no lease and answered no call while its process ran; it was killed"
-NO_LOG_MESSAGE: Final = "its batch script wrote no log: do all nodes see the run directory"
 VANISHED_MESSAGE: Final = "the job ended without an exit record: it was killed, or failed before it started"
 
 
@@ -130,7 +129,8 @@ class RunObserver:
         return attempt
 
     def _end(self, replica: str, report: JobReport, stop: Stop) -> Exit:
-        """The exit of a job that wrote none itself."""
+        """The exit of a job that wrote none itself. If no node has seen the run directory yet, another job would fail
+        in the same way; else it is the node."""
         if (stop.drain_at or stop.cancel_at) is not None and replica not in self._hung:
             return Exit(ok=True, reason=FailureReason.DRAINED, message="it was asked to end, and left no exit record")
         if report.end is not None and report.end.reason is not FailureReason.KILLED:
@@ -139,9 +139,19 @@ class RunObserver:
             return Exit(ok=False, reason=FailureReason.TIMEOUT, message=HUNG_MESSAGE)
         job = JobDir(self._run, replica)
         info = job.info()
-        if info is not None and info.runner is Runner.SLURM and not any(job.path.glob("*_batch.log")):
-            return Exit(ok=False, reason=FailureReason.VANISHED, message=f"{NO_LOG_MESSAGE} {self._run.path}?")
+        if info is not None and info.runner is Runner.SLURM and not _has_batch_log(job):
+            others = (JobDir(self._run, name) for name in self._claimed() if name != replica)
+            seen = any(other.process() is not None or _has_batch_log(other) for other in others)
+            reason = FailureReason.NODE_FAILED if seen else FailureReason.RUN_UNSEEN
+            where = f"node {report.node}" if report.node else "its node"
+            message = f"{where} does not see the run directory {self._run.path}: the batch script wrote no log there"
+            return Exit(ok=False, reason=reason, message=message)
         return report.end or Exit(ok=False, reason=FailureReason.VANISHED, message=VANISHED_MESSAGE)
+
+
+def _has_batch_log(job: JobDir) -> bool:
+    refresh_folder(job.path)  # or an NFS client may not see a log that exists
+    return any(job.path.glob("*_batch.log"))
 
 
 def record_exit(job: JobDir, end: Exit) -> Exit:

@@ -84,3 +84,10 @@ class Launcher(Protocol):
 
     def remaining(self, replicas: Iterable[str]) -> list[str]:
         """The ids of jobs that still hold resources, from a new query."""
+
+    def update_exclusions(self, requests: Sequence[JobRequest]) -> list[str]:
+        """Change the excluded nodes of jobs in the queue to those of these requests; the replicas for which that
+        failed, as where the job has started."""
+
+    def trouble(self) -> str | None:
+        """Why the last observation could not query the controller; None if it could."""

@@ -59,6 +59,12 @@ class LocalLauncher:
     def remaining(self, replicas: Iterable[str]) -> list[str]:
         return []  # a process that has ended holds no resources
 
+    def update_exclusions(self, requests: Sequence[JobRequest]) -> list[str]:
+        return []  # there is no other node
+
+    def trouble(self) -> str | None:
+        return None
+
     @contextlib.contextmanager
     def _lock(self) -> Iterator[None]:
         """One submission at a time on this host, so that two callers never choose the same GPU. On a file system

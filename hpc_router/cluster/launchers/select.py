@@ -82,6 +82,12 @@ class Launchers:
         names = list(replicas)
         return self.slurm.remaining(names) if self.slurm is not None else []
 
+    def update_exclusions(self, requests: Sequence[JobRequest]) -> list[str]:
+        return self.slurm.update_exclusions(requests) if self.slurm is not None else []
+
+    def trouble(self) -> str | None:
+        return self.slurm.trouble() if self.slurm is not None else None
+
     def _by_runner(self, replicas: Iterable[str]) -> list[tuple[Launcher, list[str]]]:
         """The replicas that have a job, by launcher. A claim without a job belongs to none."""
         names: dict[Runner, list[str]] = defaultdict(list)

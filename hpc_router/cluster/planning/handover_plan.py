@@ -64,7 +64,9 @@ def _plan(
     if mode == "overlap" and name != ROUTER and site is not None and not can_overlap(deployment, site, name):
         mode, why = "drain_first", "the site has no GPUs for one replica more"
     load_s = max(known.load_s, default=None) if known is not None else None
-    gap_s = None if known is None else (0.0 if mode == "none" else -max(known.queue_s, default=0.0)) + known.until_ready_s
+    gap_s = (
+        None if known is None else (0.0 if mode == "none" else -max(known.queue_s, default=0.0)) + known.until_ready_s
+    )
     gpu_minutes = None
     if mode == "overlap":
         gap_s = 0.0

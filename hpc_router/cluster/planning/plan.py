@@ -4,28 +4,34 @@
 edit. Engines and Slurm are asked only if the config itself has no faults.
 """
 
+import math
 import os
 import re
 import shlex
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
+from hpc_router.cluster.control_loop.forecast import read_estimates
 from hpc_router.cluster.control_loop.job_requests import request_for
 from hpc_router.cluster.control_loop.slots import ROUTER_SLOT, Slot
+from hpc_router.cluster.launchers.commands import SlurmCommandError
 from hpc_router.cluster.launchers.interface import JobRequest
 from hpc_router.cluster.launchers.select import launcher_for
-from hpc_router.cluster.launchers.slurm.node_fit import site_faults, site_warnings
+from hpc_router.cluster.launchers.slurm.held_job import ask_held_job, step_fault
+from hpc_router.cluster.launchers.slurm.node_fit import allocation_faults, site_faults, site_warnings
 from hpc_router.cluster.launchers.slurm.process_tracking import signals_note
 from hpc_router.cluster.launchers.slurm.sbatch import BatchJob, setup_faults
 from hpc_router.cluster.launchers.slurm.sbatch_test import NOT_CHECKED, check_submission
-from hpc_router.cluster.launchers.slurm.sinfo import ask_site
+from hpc_router.cluster.launchers.slurm.sinfo import SlurmSite, ask_site
 from hpc_router.cluster.planning.config_faults import build_engines, own_faults, own_warnings
 from hpc_router.cluster.planning.engine_flags import check_flags
+from hpc_router.cluster.planning.handover_plan import HandoverPlan, handover_plans
 from hpc_router.cluster.planning.prerequisites import prerequisites
 from hpc_router.cluster.planning.software_checks import is_address
-from hpc_router.config.adapters import host_of
+from hpc_router.config.adapters import host_of, hosts
 from hpc_router.config.schema import ClusterConfig, Deployment, ExpertConfig
 from hpc_router.errors import ConfigError, LaunchError
 from hpc_router.expert.engine_process.command import drain_limit_s
@@ -84,6 +90,7 @@ class Plan:
     replicas: tuple[ReplicaPlan, ...]
     jobs: tuple[BatchJob, ...] = ()
     warnings: tuple[str, ...] = ()
+    handovers: tuple[HandoverPlan, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         scripts = {replica: script_without_secrets(job) for job in self.jobs for replica in job.replicas}
@@ -99,6 +106,7 @@ class Plan:
                 for job in self.jobs
                 if job.jobid is None
             ],
+            "handovers": [handover.to_json() for handover in self.handovers],
             "warnings": list(self.warnings),
         }
 
@@ -143,36 +151,69 @@ def make_plan(deployment: Deployment, *, run: RunDir | None = None, ask_engines:
     needed = prerequisites(deployment.cluster, runs, ask=ask_engines)
     faults += needed.faults
     warnings = [*own_warnings(deployment), *needed.warnings]
+    site = None
     if ask_engines:
+        site, unknown = _site(deployment)
+        warnings += unknown
         for found_faults, found_warnings in (
             check_flags(engines, deployment.experts, deployment.cluster),
-            _slurm_faults(deployment, jobs),
+            _slurm_faults(deployment, jobs, site),
         ):
             faults.extend(found_faults)
             warnings.extend(found_warnings)
     if faults:
         raise ConfigError("\n".join(faults))
-    return Plan(deployment, replicas, jobs, tuple(warnings))
+    handovers = handover_plans(deployment, read_estimates(run), site)
+    return Plan(deployment, replicas, jobs, tuple(warnings), tuple(handovers))
 
 
-def _slurm_faults(deployment: Deployment, jobs: tuple[BatchJob, ...]) -> tuple[list[str], list[str]]:
-    """Faults and warnings about the jobs, from Slurm; none on cluster=local."""
-    faults: list[str] = []
-    warnings: list[str] = []
-    if deployment.cluster.kind == "local":
-        return faults, warnings
-    if deployment.cluster.kind == "allocation":
-        outside = "cluster=allocation: this is not a Slurm job; `up` must run in one (salloc, or an sbatch script)"
-        return faults, [*warnings, *(_signal_warnings() if current_job_id() else [outside])]
+def _site(deployment: Deployment) -> tuple[SlurmSite | None, list[str]]:
+    """What Slurm tells about its nodes, and a warning if it does not answer."""
+    if deployment.cluster.kind != "slurm":
+        return None, []
     try:
-        site = ask_site()
+        return ask_site(), []
     except LaunchError as error:
-        return faults, [*warnings, f"{NOT_CHECKED}{error}; `up` needs it"]
+        return None, [f"{NOT_CHECKED}{error}; `up` needs it"]
+
+
+def _slurm_faults(
+    deployment: Deployment, jobs: tuple[BatchJob, ...], site: SlurmSite | None
+) -> tuple[list[str], list[str]]:
+    """Faults and warnings about the jobs, from Slurm; none on cluster=local."""
+    if deployment.cluster.kind == "allocation":
+        return _allocation_faults(deployment, jobs)
+    if site is None:
+        return [], []
     misfits = site_faults(deployment, site)
     if misfits:
-        return [*faults, *misfits], warnings
+        return misfits, []
     refused, doubtful = check_submission(deployment, jobs)
-    return [*faults, *refused], [*warnings, *site_warnings(deployment, site), *_signal_warnings(), *doubtful]
+    return refused, [*site_warnings(deployment, site), *_signal_warnings(), *doubtful]
+
+
+def _allocation_faults(deployment: Deployment, jobs: tuple[BatchJob, ...]) -> tuple[list[str], list[str]]:
+    job_id = current_job_id()
+    if job_id is None:
+        return [], ["cluster=allocation: this is not a Slurm job; `up` must run in one (salloc, or an sbatch script)"]
+    name = f"job {job_id}"
+    try:
+        held = ask_held_job(job_id)
+        misfits = allocation_faults(deployment, held.kinds, name) if held.kinds else []
+        fault = None if misfits else step_fault(jobs)
+    except SlurmCommandError as error:
+        return [], [f"{NOT_CHECKED}{error}; `up` needs it"]
+    faults = [*misfits, *([fault] if fault is not None else [])]
+    return faults, [*_signal_warnings(), *_end_warnings(deployment, name, held.ends_at)]
+
+
+def _end_warnings(deployment: Deployment, name: str, ends_at: float | None) -> Iterator[str]:
+    left_s = math.inf if ends_at is None else ends_at - time.time()
+    for expert, config in hosts(deployment.experts).items():
+        if config.replicas and left_s < config.engine.startup_timeout_s:
+            key = f"experts.{expert}.engine.startup_timeout_s={config.engine.startup_timeout_s:g}"
+            yield f"{name} ends in {max(left_s, 0) / 60:.0f} min with all its steps, before {key} has passed"
+            return
 
 
 def _signal_warnings() -> list[str]:

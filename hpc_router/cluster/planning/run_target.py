@@ -44,7 +44,7 @@ class RunTarget:
         try:
             run = make_run(self.path.resolve())  # resolved, because `latest` may name another run later
             frozen_now = freeze(run, self.deployment)
-        except OSError:
+        except BaseException:  # also KeyboardInterrupt: no half-made folder stays
             if made:
                 shutil.rmtree(self.path, ignore_errors=True)
             raise
@@ -114,9 +114,18 @@ def _new_run(deployment: Deployment) -> tuple[RunDir, bool]:
     try:
         run = make_run(path)
         create_text(run.config, text)
+        other = _claim_latest(run, deployment, digest=digest)
     except BaseException:
         shutil.rmtree(path, ignore_errors=True)
         raise
+    if other is None:
+        return run, True
+    shutil.rmtree(path)
+    return other, False
+
+
+def _claim_latest(run: RunDir, deployment: Deployment, *, digest: str) -> RunDir | None:
+    """Point `latest` to the run; or the run of another `up` with an equal config that came first."""
     claim = run.path.parent / f".new-{digest}"
     while True:
         try:
@@ -125,17 +134,15 @@ def _new_run(deployment: Deployment) -> tuple[RunDir, bool]:
             with suppress(OSError):
                 other = claim.parent / claim.readlink()
                 if _has_config(other, deployment):
-                    shutil.rmtree(run.path)
-                    return RunDir(other), False
+                    return RunDir(other)
                 claim.unlink()  # left by a process that died
             continue
         try:
             latest = claim.parent / "latest"
             if _has_config(latest, deployment):  # created by another `up` before the claim
-                shutil.rmtree(run.path)
-                return RunDir(latest.resolve()), False
+                return RunDir(latest.resolve())
             point_latest(claim.parent, run)
-            return run, True
+            return None
         finally:
             claim.unlink(missing_ok=True)
 

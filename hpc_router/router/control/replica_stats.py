@@ -65,11 +65,15 @@ def degradation(one: ReplicaStats, others: Sequence[ReplicaStats]) -> str | None
 
 
 def totals_by_replica(dumped: Mapping[str, Any]) -> dict[str, tuple[int, float, int]]:
-    """From a worker's dumped metrics."""
+    """From a worker's dumped metrics. The time before a request was sent to the replica is left out: it waited for a
+    place, or another replica failed it."""
     by_replica: dict[str, tuple[int, float, int]] = {}
     for (_, replica), counts, seconds in dumped.get("first_byte", ()):
         answered, before_s, errors = by_replica.get(replica, (0, 0.0, 0))
         by_replica[replica] = answered + sum(counts), before_s + seconds, errors
+    for (_, replica), _counts, seconds in dumped.get("before_attempt", ()):
+        answered, first_byte_s, errors = by_replica.get(replica, (0, 0.0, 0))
+        by_replica[replica] = answered, first_byte_s - seconds, errors
     for (replica, cause), count in dumped.get("failovers", ()):
         if cause not in _NO_ERRORS:
             answered, seconds, errors = by_replica.get(replica, (0, 0.0, 0))

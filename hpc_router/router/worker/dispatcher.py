@@ -62,6 +62,8 @@ _LOCAL_ERRNOS: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.EADDRNOTAVAI
 _MAX_ENGINES_LOST: Final = 2
 """Engines that a request may lose: it may be the cause, and must not crash all engines of its expert."""
 _MAX_ERROR_BYTES: Final = 2**20
+_NOTEWORTHY_S: Final = 0.001
+"""A shorter time before an attempt is not subtracted in the statistics of the replica."""
 
 
 def stream_timeouts_of(config: RouterConfig) -> UpstreamTimeouts:
@@ -208,6 +210,7 @@ class Dispatcher:
         stream = routed.call.fields.get("stream") is True
         relay = ResponseRelay(routed.request, self.relay_limits, routed.api_format.abort_detector, stream=stream)
         routed.phase = "before_first_byte"
+        waited_s = 0.0 if routed.sent is not None else time.perf_counter() - routed.started
 
         try:
             async with self._exchange(routed, reservation) as upstream:
@@ -222,6 +225,8 @@ class Dispatcher:
                 if routed.on_success is not None and 200 <= upstream.status < 300:
                     routed.on_success(replica, expert, reason)
                 self.metrics.first_byte.add(time.perf_counter() - routed.started, expert, replica.name)
+                if waited_s > _NOTEWORTHY_S:
+                    self.metrics.before_attempt.add(waited_s, expert, replica.name)
                 routed.phase = "streaming"
                 await relay.relay(upstream, routed.response_head(reservation, upstream.headers))
         except DownstreamGoneError:

@@ -3,21 +3,25 @@
 import getpass
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from hpc_router.cli.main import main
-from hpc_router.cluster.commands.drain import DrainResult, drain, select_jobs, successor, unserved_warnings, wait
+from hpc_router.cluster.commands.drain import DrainResult, drain, select_jobs, successor, undo, unserved_warnings, wait
+from hpc_router.cluster.control_loop import loop
+from hpc_router.cluster.control_loop.desired_state import exclude_nodes
 from hpc_router.cluster.control_loop.job_requests import request_for
 from hpc_router.cluster.control_loop.loop import ControlLoop
+from hpc_router.cluster.control_loop.reconcile import Submit
 from hpc_router.cluster.control_loop.slots import NO_STOP, ROUTER_SLOT, Attempt, Observed, Slot
-from hpc_router.cluster.launchers.interface import JobReport, JobState
+from hpc_router.cluster.launchers.interface import JobReport, JobRequest, JobState
 from hpc_router.cluster.launchers.local import LocalLauncher
 from hpc_router.cluster.launchers.slurm.sbatch import batch_jobs
 from hpc_router.config import frozen
@@ -25,9 +29,10 @@ from hpc_router.config.schema import Deployment, EngineConfig, ExpertConfig
 from hpc_router.errors import ConfigError
 from hpc_router.net.auth import replica_key
 from hpc_router.net.protocol import DRAIN
-from hpc_router.state.job_records import Exit, FailureReason, JobDir, Stop
+from hpc_router.state.job_records import Exit, FailureReason, JobDir, JobInfo, Runner, Stop
 from hpc_router.state.registry import Record, RecordKind, State, publish
 from hpc_router.state.run_directory import RunDir
+from tests.cluster.programs import Programs
 from tests.cluster.support import request_of
 from tests.support.waiting import eventually_sync
 
@@ -47,7 +52,7 @@ def attempt(
 
 MATH_0, MATH_1, CODE_0, HAND = Slot("math", "0"), Slot("math", "1"), Slot("code", "0"), Slot("math", "h0")
 OBSERVED = {
-    MATH_0: (attempt(MATH_0, job=JobState.ENDED), attempt(MATH_0, generation=2)),
+    MATH_0: (attempt(MATH_0, job=JobState.ENDED, node="n5"), attempt(MATH_0, generation=2)),
     MATH_1: (attempt(MATH_1, node="n2.hpc.example"),),
     CODE_0: (attempt(CODE_0, node="n2.hpc.example"),),
     HAND: (attempt(HAND, job=JobState.ENDED),),
@@ -70,6 +75,7 @@ ELSEWHERE = Record(RecordKind.EXPERT, "code-0.g1", "http://h:1", State.READY, {}
         (["router"], ["router-0.g1"]),
         (["router-0"], ["router-0.g1"]),
         (["math-0.g1"], []),  # it has ended
+        (["n5"], []),  # so has the only job there: later ones stay away
         (["math-h0"], []),
         (["law"], []),  # an expert without a job
     ],
@@ -264,6 +270,66 @@ def test_a_node_that_is_drained_gets_no_further_jobs(run: RunDir, control: Contr
     assert main(["drain", "--run", str(run.path), "--undo", "n7"]) == 0
     assert exclusions(control, "math-0.g2") == "n[1-2]"
     assert main(["drain", "--run", str(run.path), "--undo", "n7"]) == 2
+
+
+def queue_job(run: RunDir, replica: str, number: str) -> None:
+    job = JobDir(run, replica)
+    assert job.claim()
+    job.write(JobInfo(number, "login1", runner=Runner.SLURM))
+
+
+@pytest.fixture
+def scontrol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Programs:
+    """Job 8 has started; the others wait."""
+    monkeypatch.setattr(loop, "request_for", request_for)
+    programs = Programs(tmp_path / "bin", monkeypatch)
+    programs.add("scontrol", 'case "$*" in *JobId=8*) echo "Job is no longer pending execution" >&2; exit 1;; esac')
+    programs.add("scancel", "true")
+    programs.add("squeue", "true")
+    return programs
+
+
+def test_a_drained_node_is_excluded_for_the_jobs_in_the_queue(
+    run: RunDir, control: ControlLoop, scontrol: Programs
+) -> None:
+    """A standby router and a successor. One that has just started is replaced, wherever it started."""
+    control = ControlLoop(run, deployment=on_slurm(control).deployment)
+    control.deployment.cluster.exclude = "n[1-2]"
+    queue_job(run, "router-0.g2", "7")
+    queue_job(run, "code-0.g2", "8")
+    with agent(run, "math-0.g1"):
+        drained = drain(control, ["n7"])
+    assert drained.replicas == ("math-0.g1",)
+    assert sorted(scontrol.calls("scontrol")) == [
+        "update JobId=7 ExcNodeList=n[1-2],n7",
+        "update JobId=8 ExcNodeList=n[1-2],n7",
+    ]
+    stops = {replica: JobDir(run, replica).stop() for replica in ("router-0.g2", "code-0.g2")}
+    assert stops["router-0.g2"] is None
+    assert stops["code-0.g2"] is not None
+    assert stops["code-0.g2"].cancel_at is not None
+    assert "8" in scontrol.calls("scancel")[-1].split()
+    undo(control, ["n7"])
+    assert sorted(scontrol.calls("scontrol"))[0] == "update JobId=7 ExcNodeList=n[1-2]"
+
+
+def test_a_job_submitted_while_a_node_is_drained_is_kept_off_it(
+    run: RunDir, control: ControlLoop, scontrol: Programs
+) -> None:
+    """Its request was made before the node was excluded."""
+    control = ControlLoop(run, deployment=on_slurm(control).deployment)
+
+    def submit(requests: Sequence[JobRequest]) -> list[str]:
+        exclude_nodes(run, ["n7"], reason="drain")
+        queue_job(run, requests[0].replica, "9")
+        return [requests[0].replica]
+
+    launcher = control.launcher
+    control.launcher = SimpleNamespace(
+        submit=submit, update_exclusions=launcher.update_exclusions, cancel=launcher.cancel
+    )
+    control._submit([Submit(Slot("code", "1"), 1)])
+    assert scontrol.calls("scontrol") == ["update JobId=9 ExcNodeList=n7"]
 
 
 def events(run: RunDir) -> list[dict[str, Any]]:

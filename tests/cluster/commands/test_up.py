@@ -3,12 +3,15 @@
 import json
 import os
 import pty
+import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -141,6 +144,115 @@ def test_an_interrupted_up_leaves_nothing(place: Place, number: signal.Signals) 
     assert not place.processes()
     assert not (place.folder / "runs").exists()
     assert [p for p in place.scratch.rglob("*") if not p.is_dir()] == []
+
+
+@contextmanager
+def frozen_agent(place: Place, run: str, replica: str) -> Iterator[None]:
+    """Its agent is stopped by SIGSTOP meanwhile, so that it cannot end."""
+    path = place.folder / run / "jobs" / replica / "process.json"
+    eventually_sync(path.exists)
+    pid = json.loads(path.read_text())["pid"]
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+def until_asked_to_end(place: Place, run: str, replica: str) -> None:
+    path = place.folder / run / "jobs" / replica / "stop.json"
+    eventually_sync(lambda: path.exists() and json.loads(path.read_text())["cancel_at"] is not None)
+
+
+def until_ended(place: Place, run: str, *replicas: str) -> None:
+    eventually_sync(lambda: all((place.folder / run / "jobs" / name / "exit.json").exists() for name in replicas))
+
+
+def command_in(said: str) -> list[str]:
+    """The words of the command that a message names, without `hpc-router`."""
+    named = re.search("`hpc-router ([^`]+)`", said)
+    assert named is not None, said
+    return shlex.split(named[1])
+
+
+@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_ctrl_c_names_what_is_left_and_the_command_that_ends_it(place: Place, second: signal.Signals) -> None:
+    up = place.start("up", SLOW.format("a"), SLOW.format("b"))
+    eventually_sync(lambda: place.runs and len(place.jobs(run := f"runs/{place.runs[0]}")) == 3 and run)
+    run = f"runs/{place.runs[0]}"
+    with frozen_agent(place, run, "b-0.g1"):
+        os.killpg(up.pid, signal.SIGINT)
+        until_asked_to_end(place, run, "b-0.g1")
+        until_ended(place, run, "a-0.g1", "router-0.g1")
+        os.killpg(up.pid, second)
+        _, said = up.communicate(timeout=60)
+    assert up.returncode == 130, said
+    last = said.splitlines()[-1]
+    assert last.startswith("hpc-router: interrupted; ")
+    assert "; b-0.g1 may still run" in last
+    assert command_in(last) == ["down", "--run", str(place.folder / run)]
+    place.run(*command_in(last))
+    assert not place.processes()
+
+
+def test_a_second_ctrl_c_removes_a_run_directory_without_jobs(place: Place) -> None:
+    """Its classifier is being trained, or `up` was about to submit."""
+    program = (
+        "import os, sys, pathlib\n"
+        "from hpc_router.cluster.commands import up\n"
+        "def train(run, deployment):\n"
+        "    pathlib.Path('training').touch()\n"
+        "    while True: os.read(0, 1)\n"
+        "up.train_classifier = train\n"
+        "from hpc_router.cli.main import main\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    words = [sys.executable, "-c", program, *place.words("up")[3:]]
+    up = subprocess.Popen(
+        words, cwd=place.folder, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    eventually_sync((place.folder / "training").exists)
+    assert len(place.runs) == 1
+    os.killpg(up.pid, signal.SIGINT)
+    eventually_sync(lambda: _pending_signals(up.pid) == 0)
+    os.killpg(up.pid, signal.SIGINT)
+    _, said = up.communicate(timeout=60)
+    assert up.returncode == 130, said
+    assert "what this `up` started has been ended" in said
+    assert not (place.folder / "runs").exists()
+
+
+def _pending_signals(pid: int) -> int:
+    status = Path(f"/proc/{pid}/status").read_text()
+    return sum(int(line.split()[1], 16) for line in status.splitlines() if line.startswith(("SigPnd", "ShdPnd")))
+
+
+def test_an_interrupted_down_names_what_is_left(place: Place) -> None:
+    place.run("up", "--wait", "all")
+    run = f"runs/{place.runs[0]}"
+    with frozen_agent(place, run, "a-0.g1"):
+        down = place.start("down")
+        until_asked_to_end(place, run, "a-0.g1")
+        until_ended(place, run, "b-0.g1", "router-0.g1")
+        os.killpg(down.pid, signal.SIGINT)
+        _, said = down.communicate(timeout=60)
+    assert down.returncode == 130, said
+    assert "interrupted; a-0.g1 may still run" in said.splitlines()[-1]
+    place.run(*command_in(said.splitlines()[-1]))
+    assert not place.processes()
+
+
+def test_an_interrupted_drain_names_what_still_drains(place: Place) -> None:
+    place.run("up", "--wait", "all")
+    run = f"runs/{place.runs[0]}"
+    with frozen_agent(place, run, "a-0.g1"):
+        drain = place.start("drain", "a", "--wait")
+        assert drain.stdout is not None
+        assert "a-0.g1 gets its job's signal" in drain.stdout.readline()
+        os.killpg(drain.pid, signal.SIGINT)
+        _, said = drain.communicate(timeout=60)
+    assert drain.returncode == 130, said
+    assert "interrupted; a-0.g1" in said.splitlines()[-1]
 
 
 def test_ctrl_c_in_a_terminal(place: Place) -> None:

@@ -1,17 +1,28 @@
 """Why a replica does not serve, for one that waits in the queue and for every way to fail."""
 
+import re
+from collections.abc import Iterator
 from datetime import datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from hpc_router.cluster.commands import why
-from hpc_router.cluster.commands.advice import FAILURE_ADVICE
+from hpc_router.cli.main import main
+from hpc_router.cluster.commands import advice, why
+from hpc_router.cluster.commands.advice import CUT_ADVICE, FAILURE_ADVICE, STATE_TEXT
 from hpc_router.cluster.commands.replica_view import DisplayedState, ReplicaView
 from hpc_router.cluster.commands.why import Cause, expected, router_causes
-from hpc_router.state.job_records import FailureReason, JobDir
+from hpc_router.cluster.control_loop.slots import Attempt, Observed, Slot
+from hpc_router.cluster.launchers.interface import JobReport, JobState
+from hpc_router.cluster.launchers.slurm import pending_reasons
+from hpc_router.config import frozen
+from hpc_router.config.schema import Deployment, EngineConfig, ExpertConfig
+from hpc_router.router.settings import LIVE
+from hpc_router.state.job_records import Exit, FailureReason, JobDir, JobInfo, Runner
 from hpc_router.state.registry import RecordKind
 from hpc_router.state.run_directory import RunDir
+from tests.cluster.programs import Programs
 
 NOON = datetime(2026, 3, 1, 12).timestamp()
 
@@ -72,6 +83,124 @@ def test_every_reason_has_advice(reason: FailureReason, run: RunDir) -> None:
     assert told.advice
     assert "{" not in told.advice
     assert set(FAILURE_ADVICE) == set(FailureReason)
+
+
+KEY = re.compile(r"(?:router|cluster|policy|experts\.\{expert\}|resources)(?:\.[a-z_]+)+")
+
+
+def advice_texts() -> Iterator[str]:
+    yield from FAILURE_ADVICE.values()
+    yield from STATE_TEXT.values()
+    yield from (v for name, v in vars(advice).items() if name.endswith("_ADVICE") and isinstance(v, str))
+    yield CUT_ADVICE.format(key="cluster.drain_s")
+    limits = (f"{who}{kind}{what}" for who in ("QOS", "Assoc") for kind in ("Grp", "Max") for what in ("Jobs", "GRES"))
+    for reason in [*pending_reasons._REASONS, *limits]:
+        explained = pending_reasons.explain_pending(reason)
+        if explained.advice is not None:
+            yield explained.advice
+
+
+def test_advice_names_no_key_that_cannot_be_changed() -> None:
+    """A config is frozen: `set` changes some keys while a deployment runs, all others need a new run."""
+    named = {text: keys for text in advice_texts() if (keys := KEY.findall(text))}
+    assert len(named) > 20
+    for text, keys in named.items():
+        for key in keys:
+            assert "a new run" in text or (key in LIVE and "hpc-router set" in text), text
+
+
+def ends(*exits: Exit | None) -> Observed:
+    """One attempt per exit of math-0; None runs."""
+    attempts = [
+        Attempt(
+            MATH,
+            number,
+            report=JobReport(JobState.ENDED if end else JobState.RUNNING),
+            claimed_at=NOON - 60,
+            exit=end,
+            job_id=str(number),
+        )
+        for number, end in enumerate(exits, 1)
+    ]
+    return {MATH: tuple(attempts)}
+
+
+MATH = Slot("math", "0")
+KILLED = Exit(ok=False, reason=FailureReason.KILLED, message="its agent was killed by signal 9", at=NOON)
+DRAINED = Exit(ok=True, reason=FailureReason.DRAINED, message="drained after SIGTERM", at=NOON)
+
+
+@pytest.mark.parametrize("state", [DisplayedState.READY, DisplayedState.LOADING])
+def test_the_last_end_of_a_replica_has_a_cause(run: RunDir, state: DisplayedState) -> None:
+    """Its successor loads or serves already. Log lines and advice are those of the one that ended."""
+    assert JobDir(run, "math-0.g1").claim()
+    JobDir(run, "math-0.g1").agent_log.write_text("the last words\n")
+    view = ReplicaView("math", "math-0.g2", state, job_id="2")
+    (told,) = why._last_ends(run, [view], ends(KILLED, None), forgiven={}, now=NOON + 1)
+    assert told.what == "math-0.g1 ended at 12:00:00: killed: its agent was killed by signal 9"
+    assert told.advice is not None
+    assert told.advice.startswith("it was killed from outside")
+    assert told.lines == ("the last words",)
+
+
+@pytest.mark.parametrize(
+    ("view", "observed", "forgiven", "now"),
+    [
+        ("math-0.g2", ends(DRAINED, None), {}, NOON),  # in order
+        ("math-0.g3", ends(KILLED, DRAINED, None), {}, NOON),  # not the last
+        ("math-0.g1", ends(KILLED), {}, NOON),  # shown with its state
+        ("math-0.g2", ends(KILLED, None), {"math-0": 1}, NOON),  # before the last `up`
+        ("math-0.g2", ends(KILLED, None), {}, NOON + why.RECENT_S + 1),
+    ],
+)
+def test_other_ends_are_not_repeated(
+    run: RunDir, view: str, observed: Observed, forgiven: dict[str, int], now: float
+) -> None:
+    shown = [ReplicaView("math", view, DisplayedState.READY)]
+    assert why._last_ends(run, shown, observed, forgiven=forgiven, now=now) == []
+
+
+def test_a_step_that_waits_in_a_job_of_the_user() -> None:
+    """Slurm does not tell why: in its queue there is only the job that runs."""
+    view = ReplicaView("math", "math-0.g1", DisplayedState.SUBMITTED, job_id="7")
+    told = why._step_cause(Cause(view, "its job was submitted", None))
+    assert "other steps hold the resources of job 7" in told.what
+    assert told.advice == "`squeue --steps --jobs=7` lists the steps that hold the job's resources"
+    loads = Cause(ReplicaView("math", "math-0.g1", DisplayedState.LOADING, job_id="7"), "it loads", None)
+    assert why._step_cause(loads) is loads
+
+
+def test_a_silent_controller_is_named(
+    run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By `why` and `status`, once, beside what the files show."""
+    programs = Programs(tmp_path / "bin", monkeypatch)
+    programs.add("squeue", 'echo "slurm_load_jobs error: Unable to contact slurm controller" >&2; exit 1')
+    deployment = Deployment(experts={"math": ExpertConfig(model="m", engine=EngineConfig(kind="sim"))})
+    deployment.policy.kind = "model_field"
+    deployment.cluster.kind = "slurm"
+    run.config.write_text(frozen.to_yaml(deployment))
+    assert JobDir(run, "math-0.g1").claim()
+    JobDir(run, "math-0.g1").write(JobInfo("7", "login1", runner=Runner.SLURM))
+    told = [cause for cause in why.why(run) if "controller" in cause.what]
+    assert [cause.what for cause in told] == [
+        "Slurm's controller does not answer: slurm_load_jobs error: Unable to contact slurm controller"
+    ]
+    assert "scontrol ping" in (told[0].advice or "")
+    assert main(["status", "--run", str(run.path)]) == 0
+    assert "Slurm's controller does not answer: slurm_load_jobs error" in capsys.readouterr().out
+    programs.add("squeue", "true")
+    assert not [cause for cause in why.why(run) if "controller" in cause.what]
+
+
+def test_equal_entries_appear_once(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two workers of the router have the same problem."""
+    monkeypatch.setattr(why, "ask_router", lambda _run: (None, {}, None))
+    view = ReplicaView("router", "router-0.g1", DisplayedState.MISSING)
+    twice = [Cause(view, "a change was not applied", None), Cause(view, "another", None)] * 2
+    monkeypatch.setattr(why, "router_causes", lambda _shown, _answer: twice)
+    told = [cause.what for cause in why.why(run)]
+    assert told == ["a change was not applied", "another"]
 
 
 def test_the_log_lines_of_a_failure(run: RunDir) -> None:

@@ -199,6 +199,7 @@ class SlowToCancel:
     def __init__(self, launcher: Launcher) -> None:
         self.observe, self.submit, self.release = launcher.observe, launcher.submit, launcher.release
         self.kill, self.remaining = launcher.kill, launcher.remaining
+        self.update_exclusions, self.trouble = launcher.update_exclusions, launcher.trouble
         self._cancel = launcher.cancel
         self.done_at = 0.0
 

@@ -38,6 +38,12 @@ class Slurm:
     def remaining(self, replicas: Iterable[str]) -> list[str]:
         return []
 
+    def update_exclusions(self, requests: object) -> list[str]:
+        raise AssertionError("nothing is changed by a look")
+
+    def trouble(self) -> str | None:
+        return None
+
 
 class SlowController(Slurm):
     """A job that runs, by the word of a controller that takes so long to say so that the agent, `renewing`, has

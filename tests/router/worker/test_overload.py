@@ -8,6 +8,7 @@ from typing import Any
 
 import aiohttp
 
+from hpc_router.router.control.replica_stats import totals_by_replica
 from hpc_router.routing.policy import Decision, RouteReason
 from hpc_router.state.atomic_files import replace_json
 from tests.router.fakes import RunningRouter, a_deployment, a_router, a_run, answer, fake_replica, hang, refuse
@@ -38,6 +39,27 @@ async def test_the_queue_is_bounded_and_tells_when_to_come_again(tmp_path: Path)
         assert [status for status, _, _ in await asyncio.gather(*tasks)] == [200] * 3
         await eventually(lambda: all_gauges_zero(router))
         assert 'hpc_router_queue_seconds_count{expert="math"} 2.0' in await metrics(router)
+
+
+async def test_a_wait_in_the_queue_does_not_count_as_the_replicas_time(tmp_path: Path) -> None:
+    """A fresh replica that serves a queue would otherwise seem slow."""
+    run = a_run(tmp_path)
+    async with (
+        fake_replica(run, "math-0.g1", hang, capacity=1) as fake,
+        a_router(run, a_deployment("math", max_waiting=2)) as router,
+    ):
+        await ready(router)
+        tasks = [asyncio.create_task(post(router, chat())) for _ in range(2)]
+        await eventually(lambda: router.gateway.table.waiting("math") == 1)
+        fake.go_on.set()
+        assert [status for status, _, _ in await asyncio.gather(*tasks)] == [200] * 2
+        await eventually(lambda: all_gauges_zero(router))
+    dumped = router.gateway.dispatcher.metrics.dump()
+    ((_, counts, first_byte_s),) = dumped["first_byte"]
+    ((_, _, queued_s),) = dumped["queued"]
+    answered, seconds, _ = totals_by_replica(dumped)["math-0.g1"]
+    assert answered == sum(counts) == 2
+    assert 0 < seconds <= first_byte_s - queued_s
 
 
 async def test_who_waits_for_nobody_is_told_that_there_is_nobody(tmp_path: Path) -> None:

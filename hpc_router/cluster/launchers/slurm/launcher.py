@@ -14,7 +14,7 @@ from typing import Final
 
 from hpc_router.cluster.launchers.commands import SlurmCommandError, run_slurm_command
 from hpc_router.cluster.launchers.interface import JobReport, JobRequest, JobState
-from hpc_router.cluster.launchers.slurm.sbatch import BatchJob, batch_jobs
+from hpc_router.cluster.launchers.slurm.sbatch import BatchJob, batch_jobs, excluded
 from hpc_router.cluster.launchers.slurm.squeue import Queue, QueuedJob, QueueSnapshot, running_steps
 from hpc_router.cluster.launchers.slurm.submit_errors import explain, is_temporary
 from hpc_router.cluster.launchers.submitit.submission import Submission, record_refusals, submit_all
@@ -26,6 +26,7 @@ from hpc_router.state.run_directory import RunDir
 logger = logging.getLogger(__name__)
 
 SCANCEL_TIMEOUT_S: Final = 60.0
+SCONTROL_TIMEOUT_S: Final = 30.0
 QUERY_AGAIN_S: Final = 3.0
 """Time after a submission or cancellation until Slurm is queried again."""
 MIN_MISSED_ANSWERS: Final = 2
@@ -135,6 +136,25 @@ class SlurmLauncher:
         )
         unknown = self._cancel_unknown_jobs(snapshot) if snapshot is not None else set()
         return sorted((jobs & queued) | unknown | self._steps_left(replicas))
+
+    def update_exclusions(self, requests: Sequence[JobRequest]) -> list[str]:
+        failed = []
+        for request in requests:
+            info = JobDir(self.run, request.replica).info()
+            if info is None or info.runner is not Runner.SLURM:
+                continue
+            nodes = excluded(self.deployment.cluster, request) or ""
+            try:
+                run_slurm_command(
+                    ["scontrol", "update", f"JobId={info.job_id}", f"ExcNodeList={nodes}"], timeout_s=SCONTROL_TIMEOUT_S
+                )
+            except SlurmCommandError as error:
+                logger.info("the excluded nodes of job %s cannot be changed: %s", info.job_id, error)
+                failed.append(request.replica)
+        return failed
+
+    def trouble(self) -> str | None:
+        return self.queue.trouble
 
     def _steps_left(self, replicas: Iterable[str]) -> set[str]:
         """Steps that still run in jobs of the user; they are killed."""

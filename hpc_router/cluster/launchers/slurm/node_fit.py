@@ -7,7 +7,7 @@ tests what `sinfo` does not show: accounts, limits of a qos, a site's own rules.
 import math
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hpc_router.cluster.launchers.interface import ROUTER
 from hpc_router.cluster.launchers.slurm.sinfo import NodeKind, Partition, SlurmSite
@@ -78,6 +78,38 @@ def _gpus_that_fit(deployment: Deployment, site: SlurmSite, expert: str) -> tupl
     partitions, gpu_type = _partitions(request, site), request.option("gpu_type")[1]
     kinds = [kind for partition in partitions for kind in partition.kinds if _fits(request, kind)]
     return partitions, sum(kind.nodes * kind.gpus_of(gpu_type) for kind in kinds)
+
+
+def allocation_faults(deployment: Deployment, kinds: Sequence[NodeKind], name: str) -> list[str]:
+    """Replicas that can never run as steps of the job `name`, whose nodes are `kinds`: Slurm would let such a step wait
+    for ever. The router is left out, because its step overlaps with others."""
+    cluster = replace(deployment.cluster, gpu_type=None, constraint=None)  # srun gets neither
+    whole = Partition(name, math.inf, default=False, state="up", kinds=tuple(kinds))
+    wanted = {expert: e.replicas for expert, e in hosts(deployment.experts).items() if e.replicas}
+    faults: list[str] = []
+    for expert in wanted:
+        at, resources = resources_of(deployment, expert)
+        request = _Request(at, replace(resources, gpu_type=None, constraint=None), cluster, 1)
+        faults += list(_size_faults(request, kinds, name)) or list(_together_faults(request, [whole], name))
+    if faults:
+        return faults
+    have = {
+        "gpus": sum(kind.nodes * kind.gpus_of(None) for kind in kinds),
+        "cpus": sum(kind.nodes * kind.cpus for kind in kinds),
+        "memory_gb": sum(kind.nodes * (kind.memory_mb or math.inf) for kind in kinds) / 1024,
+    }
+    for size, available in have.items():
+        needed = {
+            expert: count * resources.nodes * (getattr(resources, size) or 0)
+            for expert, count in wanted.items()
+            if (resources := resources_of(deployment, expert)[1])
+        }
+        if sum(needed.values()) > available:
+            each = ", ".join(f"{expert} {number:g}" for expert, number in needed.items() if number)
+            faults.append(
+                f"resources.{size}: {name} has {available:g}, all replicas need {sum(needed.values()):g} ({each})"
+            )
+    return faults
 
 
 @dataclass(frozen=True, slots=True)

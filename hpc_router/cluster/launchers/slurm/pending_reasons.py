@@ -22,11 +22,13 @@ _LIMIT: Final = "`sacctmgr show qos` and `scontrol show assoc_mgr` show the limi
 _JOB: Final = "JOBID"
 """Placeholder for the job's id; it stays where the id is not known."""
 _HELD: Final = "`scontrol release JOBID` releases it"
+_SHORTER: Final = "`scontrol update JobId=JOBID TimeLimit=H:MM:SS`, or cluster.walltime in a new run"
+_MOVE: Final = "`scontrol update JobId=JOBID Partition=NAME` moves it; for all jobs, cluster.partition in a new run"
 
 _REASONS: Final[dict[str, PendingReason]] = {
     "Resources": PendingReason("it is next in line and waits for nodes to become free"),
     "Priority": PendingReason(
-        "jobs of higher priority go first", "a shorter cluster.walltime lets it fill gaps sooner"
+        "jobs of higher priority go first", f"a shorter time lets it fill gaps sooner: {_SHORTER}"
     ),
     "BeginTime": PendingReason("its time to begin has not come, or it was requeued and waits two minutes"),
     "Dependency": PendingReason(
@@ -45,20 +47,18 @@ _REASONS: Final[dict[str, PendingReason]] = {
     "launch_failed_requeued_held": PendingReason(
         "a node could not start it, so Slurm holds it", "`scancel JOBID` and a fresh job replaces it", True
     ),
-    "NodeDown": PendingReason("a node it needs is down", "wait, or leave the node out with cluster.exclude"),
+    "NodeDown": PendingReason("a node it needs is down", "it starts when the node is back"),
     "ReqNodeNotAvail": PendingReason(
         "nodes it needs are down, drained or reserved, often for maintenance: a job that would run into one waits",
-        "a shorter cluster.walltime may fit in; `scontrol show reservation` and `sinfo --list-reasons` show more",
+        f"a shorter time may fit in: {_SHORTER}; `scontrol show reservation` and `sinfo --list-reasons` show more",
     ),
     "Nodes required for job are DOWN": PendingReason(
         "nodes it needs are down, drained or reserved for jobs of higher priority", "`sinfo --list-reasons` shows more"
     ),
     "Reservation": PendingReason("its reservation has not begun or is full", "`scontrol show reservation` shows when"),
     "ReservationDeleted": PendingReason("its reservation is gone", _EDIT.format("cluster.reservation"), True),
-    "PartitionDown": PendingReason(
-        "its partition is closed", "`sinfo` shows more; another cluster.partition may be open"
-    ),
-    "PartitionInactive": PendingReason("its partition takes no jobs now", "another cluster.partition may be open"),
+    "PartitionDown": PendingReason("its partition is closed", f"`sinfo` shows more and which are open; {_MOVE}"),
+    "PartitionInactive": PendingReason("its partition takes no jobs now", _MOVE),
     "PartitionTimeLimit": PendingReason(
         "it asks for more time than its partition allows", _EDIT.format("cluster.walltime or cluster.partition"), True
     ),
@@ -79,7 +79,9 @@ _REASONS: Final[dict[str, PendingReason]] = {
     ),
     "InvalidQOS": PendingReason("its qos is not valid", _EDIT.format("cluster.qos"), True),
     "QOSNotAllowed": PendingReason("its account or partition may not use the qos", _EDIT.format("cluster.qos"), True),
-    "QOSUsageThreshold": PendingReason("its account has used up what the qos grants", "another cluster.qos or account"),
+    "QOSUsageThreshold": PendingReason(
+        "its account has used up what the qos grants", "another cluster.qos or cluster.account needs a new run"
+    ),
     "MaxMemPerLimit": PendingReason(
         "it asks for more memory than the site allows", _EDIT.format("resources.memory_gb"), True
     ),
@@ -151,5 +153,5 @@ def _limit(word: str) -> PendingReason | None:
     who = "all jobs together" if match["kind"] == "Grp" else "one user" if "User" in word else "its jobs"
     return PendingReason(
         f"its {whose} is at its limit of {what} for {who}: it starts when others end",
-        f"{_LIMIT}; fewer replicas need less",
+        f"{_LIMIT}; `hpc-router scale` to fewer replicas needs less",
     )

@@ -71,7 +71,7 @@ class BatchJob:
             "time": options.walltime,
             "exclusive": options.exclusive or None,
             **{name: getattr(options, name) for name in _SAME_NAME},
-            "exclude": ",".join(filter(None, [options.exclude, *self.requests[0].exclude])) or None,
+            "exclude": excluded(self.cluster, self.requests[0]),
         }
         after, own = self.requests[0].after, options.sbatch.get("dependency")
         if self.requests[0].dependency_met and isinstance(own, str):
@@ -100,9 +100,11 @@ class BatchJob:
 
     def _steps(self) -> Iterator[str]:
         for request in self.requests:
-            yield " \\\n    ".join([f"step {shlex.quote(request.replica)} srun", *self._srun(request), self._task()])
+            words = option_words(self.step_options(request), quoted=True)
+            yield " \\\n    ".join([f"step {shlex.quote(request.replica)} srun", *words, self._task()])
 
-    def _srun(self, request: JobRequest) -> Iterator[str]:
+    def step_options(self, request: JobRequest) -> dict[str, Any]:
+        """Options of srun by their long names."""
         options, resources = effective_options(self.cluster, request.resources), request.resources
         folder = _escape_percent(self.run.jobs / request.replica)
         within: dict[str, Any] = {"jobid": self.jobid} if self.jobid else {}
@@ -122,8 +124,7 @@ class BatchJob:
             "output": f"{folder}/%j_%t_log.out",
             "error": f"{folder}/%j_%t_log.err",
         }
-        kept = {k: v for k, v in {**ours, **options.srun}.items() if v is not None and v is not False}
-        yield from option_words(kept, quoted=True)
+        return {k: v for k, v in {**ours, **options.srun}.items() if v is not None and v is not False}
 
     def _task(self) -> str:
         return shlex.join(self.command)
@@ -156,6 +157,12 @@ def effective_options(cluster: ClusterConfig, resources: ResourceConfig) -> JobO
         general, own = getattr(cluster, item.name), getattr(resources, item.name)
         values[item.name] = {**general, **own} if isinstance(own, dict) else (general if own is None else own)
     return JobOptions(**values)
+
+
+def excluded(cluster: ClusterConfig, request: JobRequest) -> str | None:
+    """The nodes on which its job may not start: those of the config, and those that were drained."""
+    configured = effective_options(cluster, request.resources).exclude
+    return ",".join(filter(None, [configured, *request.exclude])) or None
 
 
 def without_job_dependencies(dependency: str) -> str | None:

@@ -58,6 +58,8 @@ class Queue:
         self._snapshot: QueueSnapshot | None = None
         self.answers = 0
         """Number of answers that this process got itself."""
+        self.trouble: str | None = None
+        """Why the last query of this process failed."""
 
     def snapshot(self, *, fresh: bool = False) -> QueueSnapshot | None:
         """The newest snapshot; None if there was no answer yet. `fresh`: query now."""
@@ -76,8 +78,10 @@ class Queue:
             jobs = ask_squeue()
         except SlurmCommandError as error:
             logger.warning("the queue cannot be read: %s", error)
+            self.trouble = str(error)
             self._read()
             return
+        self.trouble = None
         self._snapshot = QueueSnapshot(asked_at, jobs)
         self.answers += 1
         with contextlib.suppress(OSError):  # the file system stalls: this process has its own copy

@@ -57,21 +57,35 @@ def submit_all(submissions: Sequence[Submission]) -> dict[str, str | None]:
     """For each replica the error of its submission; None where it was submitted."""
     replicas = [replica for submission in submissions for replica in submission.argv_of]
     held = current_job_id()
+    environment = {**without_job_variables(os.environ), **({JOB_ID: held} if held is not None else {})}
     try:
         with private_umask():
-            done = subprocess.run(
-                [sys.executable, "-m", "hpc_router.cluster.launchers.submitit.process"],
-                input=to_json(submissions).encode(),
-                env={**without_job_variables(os.environ), **({JOB_ID: held} if held is not None else {})},
-                capture_output=True,
-                check=True,
-                start_new_session=True,
-                timeout=TIMEOUT_S * (1 + len(submissions)),
+            output = _run_submitter(
+                to_json(submissions), environment=environment, timeout_s=TIMEOUT_S * (1 + len(submissions))
             )
-        output, default = done.stdout, f"{_PROCESS_FAILED}: it reported nothing about this job"
+        default = f"{_PROCESS_FAILED}: it reported nothing about this job"
     except (OSError, subprocess.SubprocessError) as error:
         output, default = getattr(error, "stdout", None) or b"", f"{_PROCESS_FAILED}: {last_error_line(error)}"
     return {**dict.fromkeys(replicas, default), **_results(output)}
+
+
+def _run_submitter(text: str, *, environment: Mapping[str, str], timeout_s: float) -> bytes:
+    """Its stdout. `subprocess.run` would kill it after Ctrl-C, perhaps between a submission and its record; here it
+    finishes the job at which it is and ends when it cannot report it. Raises OSError and SubprocessError."""
+    argv = [sys.executable, "-m", "hpc_router.cluster.launchers.submitit.process"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        argv, stdin=pipe, stdout=pipe, stderr=pipe, env=environment, start_new_session=True
+    ) as submitter:
+        try:
+            output, errors = submitter.communicate(text.encode(), timeout=timeout_s)
+        except subprocess.TimeoutExpired as error:
+            submitter.kill()
+            error.stdout, error.stderr = submitter.communicate()
+            raise
+    if submitter.returncode:
+        raise subprocess.CalledProcessError(submitter.returncode, argv, output, errors)
+    return output
 
 
 def _results(output: bytes) -> dict[str, str | None]:

@@ -11,6 +11,7 @@ from hpc_router.cluster.control_loop.slots import Attempt, Observed, Slot
 from hpc_router.cluster.launchers.interface import JobReport, JobState
 from hpc_router.cluster.launchers.slurm.process_tracking import process_tracking, signals_note
 from hpc_router.state.job_records import Exit, FailureReason
+from hpc_router.state.run_directory import RunDir
 from tests.cluster.programs import Programs
 
 CONFIG = """\
@@ -60,22 +61,26 @@ def ended(*, cut: int, at: float = NOON) -> Observed:
     return {MATH: tuple(attempts)}
 
 
-def test_a_drain_that_cut_answers_is_reported_for_an_hour() -> None:
-    (cause,) = why._cut_off_drains([READY], ended(cut=3), now=NOON + RECENT_S)
+def last_ends(run: RunDir, observed: Observed, *, now: float = NOON) -> list[Cause]:
+    return why._last_ends(run, [READY], observed, forgiven={}, now=now)
+
+
+def test_a_drain_that_cut_answers_is_reported_for_an_hour(run: RunDir) -> None:
+    (cause,) = last_ends(run, ended(cut=3), now=NOON + RECENT_S)
     assert cause.view is READY
     assert cause.what == "math-0.g1 drained after SIGTERM; 3 answers were cut off"
     assert cause.advice is not None
-    assert cause.advice.startswith("cluster.drain_s ")
-    assert why._cut_off_drains([READY], ended(cut=3), now=NOON + RECENT_S + 1) == []
-    assert why._cut_off_drains([READY], ended(cut=0), now=NOON) == []
+    assert cause.advice.startswith("a longer cluster.drain_s in a new run ")
+    assert last_ends(run, ended(cut=3), now=NOON + RECENT_S + 1) == []
+    assert last_ends(run, ended(cut=0)) == []
 
 
-def test_slurm_is_queried_only_if_a_job_was_signalled(programs: Programs) -> None:
+def test_slurm_is_queried_only_if_a_job_was_signalled(programs: Programs, run: RunDir) -> None:
     programs.add("scontrol", f"cat <<'END'\n{CONFIG.format('proctrack/linuxproc')}END")
     loads = Cause(ReplicaView("code", "code-0.g1", DisplayedState.LOADING), "its engine is loading the model", None, ())
     assert why._with_signals_note([loads]) == [loads]
     assert programs.calls("scontrol") == []
-    cut = why._cut_off_drains([READY], ended(cut=1), now=NOON)
+    cut = last_ends(run, ended(cut=1))
     cancelled = Cause(
         ReplicaView("law", "law-0.g1", DisplayedState.WAITING, reason=FailureReason.CANCELLED), "it failed", "look", ()
     )
