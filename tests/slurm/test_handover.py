@@ -47,8 +47,6 @@ async def test_two_walltime_ends_of_expert_and_router_fail_nothing(cluster: Slur
                 await eventually(partial(handed_over, deployed, expert), within_s=240)
         await client.close()
         ends = [deployed.job(r).exit() for r in deployed.claimed("math-0") if deployed.job(r).exit() is not None]
-        if load.slow:
-            import shutil; shutil.copytree(deployed.run, "/tmp/slowrun", dirs_exist_ok=True)
         print(load.done, load.slow, [end and end.message for end in ends])
         assert load.failures == []
         assert [end and (end.ok, end.cut) for end in ends] == [(True, 0)] * len(ends)
