@@ -28,7 +28,7 @@ from hpc_router.cluster.control_loop.reconcile import (
     Drain,
     GiveUp,
     Kill,
-    Release,
+    ReleaseJob,
     Submit,
     reconcile,
 )
@@ -107,7 +107,7 @@ class ControlLoop:
         self.kill([a.replica for a in seen.actions if isinstance(a, Kill)])
         self._report_given_up(seen.given_up)
         self._withdraw_dead(seen)
-        self._release([a for a in seen.actions if isinstance(a, Release)])
+        self._release([a for a in seen.actions if isinstance(a, ReleaseJob)])
         submitted, refused = self._submit([a for a in seen.actions if isinstance(a, Submit)])
         return replace(seen, submitted=submitted, refused=refused)
 
@@ -135,7 +135,7 @@ class ControlLoop:
                 reason = f"it replaces {older[-1].replica}, which still serves"
                 self.run.event("handover_done", replica=newest.replica, expert=slot.expert, reason=reason)
 
-    def _release(self, wanted: Sequence[Release]) -> None:
+    def _release(self, wanted: Sequence[ReleaseJob]) -> None:
         new = [action for action in wanted if action.replica not in self._released]
         self._released |= {action.replica for action in new}
         if wanted:

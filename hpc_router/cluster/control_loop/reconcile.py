@@ -92,7 +92,7 @@ class Submit:
 
 
 @dataclass(frozen=True, slots=True)
-class Release:
+class ReleaseJob:
     """Let its waiting job start before the end of the replica that it replaces."""
 
     replica: str
@@ -138,7 +138,7 @@ class GiveUp:
     exit: Exit
 
 
-Action = Submit | Release | Drain | Cancel | Kill | Wait | GiveUp
+Action = Submit | ReleaseJob | Drain | Cancel | Kill | Wait | GiveUp
 
 
 def reconcile(desired: Desired, observed: Observed, now: float) -> list[Action]:
@@ -204,7 +204,7 @@ def _hand_over(
         for action in _submit_successor(slot, generation, tried, desired, now, after=None if overlap else job.job_id):
             yield replace(action, replaces=job.replica) if isinstance(action, Submit) else action
     elif overlap and successor.job is JobState.PENDING and successor.report.pending_reason == DEPENDENCY:
-        yield Release(successor.replica, job.replica)
+        yield ReleaseJob(successor.replica, job.replica)
 
 
 def _submit_successor(

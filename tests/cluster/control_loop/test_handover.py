@@ -5,7 +5,16 @@ from dataclasses import replace
 import pytest
 
 from hpc_router.cluster.control_loop.handover import Durations, HandoverPolicy, measured, schedule
-from hpc_router.cluster.control_loop.reconcile import Action, Desired, Drain, GiveUp, Release, Submit, Wait, reconcile
+from hpc_router.cluster.control_loop.reconcile import (
+    Action,
+    Desired,
+    Drain,
+    GiveUp,
+    ReleaseJob,
+    Submit,
+    Wait,
+    reconcile,
+)
 from hpc_router.cluster.control_loop.slots import ROUTER_SLOT, Attempt, Slot
 from hpc_router.cluster.launchers.interface import JobReport, JobState
 from hpc_router.config.schema import HandoverMode
@@ -93,7 +102,7 @@ def test_the_standby_of_a_router_is_released() -> None:
     router = serving(slot=ROUTER_SLOT)
     standby = waiting(2, slot=ROUTER_SLOT, reason="Dependency", after="router-0.1")
     assert decide(router, standby, router=True, now=DUE - 1) == []
-    assert decide(router, standby, router=True) == [Release("router-0.g2", "router-0.g1")]
+    assert decide(router, standby, router=True) == [ReleaseJob("router-0.g2", "router-0.g1")]
     released = waiting(2, slot=ROUTER_SLOT, reason="Priority", after="router-0.1")
     assert decide(router, released, router=True) == []
 
