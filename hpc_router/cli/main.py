@@ -27,6 +27,7 @@ VERBS: Final[Mapping[str, Callable[["Verbs[Parser]"], None]]] = {
     "url": endpoint.add_url,
     "token": endpoint.add_token,
     "scale": operation.add_scale,
+    "apply": operation.add_apply,
     "set": operation.add_set,
     "drain": operation.add_drain,
     "register": operation.add_register,

@@ -30,6 +30,35 @@ def scale(arguments: argparse.Namespace) -> int:
     return print_value(dict(wanted)) if arguments.json else print_lines(f"{name}={n}" for name, n in wanted.items())
 
 
+def add_apply(verbs: "Verbs[Parser]") -> None:
+    parser = add_verb(verbs, apply, json=True)
+    parser.add_argument("--config-dir", type=Path, metavar="DIR", help="folder with topology/, expert/ ... of your own")
+    parser.add_argument("--dry-run", action="store_true", help="show the change and do nothing")
+    parser.add_argument("--no-wait", action="store_true", help="return at once; the control loop rolls the change out")
+    parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="key=value, ~key, or the choice of a group")
+
+
+def apply(arguments: argparse.Namespace) -> int:
+    """change the config of a running deployment and replace its jobs one after the other
+
+    hpc-router apply experts.math.engine.options.max_model_len=8192
+    hpc-router apply '~experts.law' --dry-run
+    hpc-router apply --config-dir my topology=mine cluster=slurm     the whole description, as for `up`
+    hpc-router apply                                                 move the run to this version of hpc-router
+    """
+    from hpc_router.cluster.commands.apply import find_change, roll_out, write_change
+
+    change = find_change(find_run(arguments.run), arguments.overrides, config_dir=arguments.config_dir)
+    print_value(change.to_json()) if arguments.json else print_lines(change.lines())
+    if arguments.dry_run:
+        return 0
+    control = write_change(change)
+    if not arguments.no_wait:
+        roll_out(control, print)
+        print("every job has this config")
+    return 0
+
+
 def add_set(verbs: "Verbs[Parser]") -> None:
     parser = add_verb(verbs, set_, json=True)
     parser.add_argument("settings", nargs="+", metavar="KEY=VALUE")

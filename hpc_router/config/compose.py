@@ -71,11 +71,23 @@ def with_overrides(base: Deployment, overrides: Sequence[str], *, config_dir: Pa
         for override in chosen:
             merged = OmegaConf.merge(merged, compose(f"{override.key_or_group}/{override.value()}"))
         for override in values:
+            if override.is_delete():
+                _delete(merged, override)
+                continue
             OmegaConf.update(merged, override.key_or_group, override.value(), merge=True, force_add=True)
         assert isinstance(merged, DictConfig)
         names = {(override.key_or_group, override.value()) for override in chosen}
         files = [file for file in composed_files(overrides) if (file[0].parent.name, file[0].stem) in names]
         return _deployment(merged, Sources(overrides, files), overrides)
+
+
+def _delete(config: DictConfig | ListConfig, override: Override) -> None:
+    """Apply `~key`. Raises ConfigError for a key that the config does not have."""
+    parent, _, name = override.key_or_group.rpartition(".")
+    holder = OmegaConf.select(config, parent) if parent else config
+    if not isinstance(holder, DictConfig) or name not in holder:
+        raise ConfigError(f"override '{override.input_line}': there is no '{override.key_or_group}' to remove")
+    del holder[name]
 
 
 def _deployment(

@@ -80,17 +80,18 @@ def read(path: Path) -> Deployment:
 
 def differing_keys(left: Deployment, right: Deployment) -> list[str]:
     """The keys whose values differ, sorted."""
-    one, other, absent = _flat(asdict(left)), _flat(asdict(right)), object()
+    one, other, absent = flat(asdict(left)), flat(asdict(right)), object()
     return sorted(key for key in one.keys() | other.keys() if one.get(key, absent) != other.get(key, absent))
 
 
-def _flat(value: Any, at: str = "") -> dict[str, Any]:
+def flat(value: Any, at: str = "") -> dict[str, Any]:
+    """The values of nested mappings by their dotted keys."""
     if not isinstance(value, dict) or not value:
         return {at: value}
-    flat: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for key, item in value.items():
-        flat |= _flat(item, f"{at}.{key}" if at else str(key))
-    return flat
+        found |= flat(item, f"{at}.{key}" if at else str(key))
+    return found
 
 
 def yaml_error_text(error: YAMLError | UnicodeDecodeError, name: str) -> str:

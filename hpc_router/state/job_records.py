@@ -89,7 +89,7 @@ class JobInfo:
     """Written at submission, on `host`. The id of a local job is a process id; `start_ticks` detects its reuse.
 
     `shared`: the Slurm job also runs other replicas, and this one is a step of it. `after`: id of the job whose end it
-    waited for when it was submitted.
+    waited for when it was submitted. `revision`: of the config that it was submitted with (`config.revision`).
     """
 
     job_id: str
@@ -101,6 +101,7 @@ class JobInfo:
     runner: Runner = Runner.PROCESS
     shared: bool = False
     after: str | None = None
+    revision: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -93,10 +93,11 @@ def _left_by_interrupt(run: RunDir, *, made: bool, before: str | None) -> str:
     return leftover_text(run)
 
 
-def train_classifier(run: RunDir, deployment: Deployment) -> None:
-    """Train the classifier from the experts' exemplars, unless the run has one or needs none."""
-    policy = deployment.policy
-    if policy.kind != "classifier" or policy.artefact is not None or not deployment.experts or run.classifier.is_dir():
+def train_classifier(run: RunDir, deployment: Deployment, *, replace: bool = False) -> None:
+    """Train the classifier from the experts' exemplars, if the run needs one and has none. `replace`: also if it has
+    one."""
+    policy, present = deployment.policy, run.classifier.is_dir() and not replace
+    if policy.kind != "classifier" or policy.artefact is not None or not deployment.experts or present:
         return
     try:
         with private_umask():

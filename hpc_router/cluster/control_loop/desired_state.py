@@ -6,10 +6,11 @@ of the config.
 
 import getpass
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from hpc_router import __version__
 from hpc_router.cluster.control_loop.handover import HandoverPolicy
 from hpc_router.cluster.control_loop.reconcile import Desired
 from hpc_router.cluster.control_loop.slots import Observed
@@ -17,6 +18,7 @@ from hpc_router.cluster.launchers.interface import ROUTER
 from hpc_router.config import frozen
 from hpc_router.config.adapters import host_of, hosts
 from hpc_router.config.parsing import bounds_of, check_values
+from hpc_router.config.revision import revisions
 from hpc_router.config.schema import Deployment, ExpertConfig
 from hpc_router.errors import ConfigError, suggest
 from hpc_router.state.run_directory import RunDir
@@ -52,6 +54,8 @@ def desired_of(run: RunDir, deployment: Deployment) -> Desired:
         drain_s=deployment.cluster.drain_s,
         router_drain_s=deployment.router.drain_s,
         handovers=handover_policies(deployment),
+        revisions=_texts(desired.get("revisions")),
+        overlapping=frozenset(_overlapping(deployment)),
     )
 
 
@@ -68,6 +72,38 @@ def handover_policies(deployment: Deployment) -> dict[str, HandoverPolicy]:
     if router.place == "job" and router.reconcile and not router.port:  # two routers cannot have the same port
         policies[ROUTER] = replace(common, drain_s=router.drain_s)
     return policies
+
+
+def _overlapping(deployment: Deployment) -> Iterator[str]:
+    """The experts, and the router, of which a second job can run beside the first one when the config changes."""
+    cluster, router = deployment.cluster, deployment.router
+    if cluster.kind == "slurm":
+        yield from (name for name, policy in handover_policies(deployment).items() if policy.mode == "overlap")
+        return
+    if not router.port:
+        yield ROUTER
+    if cluster.kind == "local":
+        yield from (name for name, expert in hosts(deployment.experts).items() if not expert.resources.gpus)
+
+
+def want_config(run: RunDir, before: Deployment, after: Deployment, observed: Observed) -> None:
+    """For `apply`, which has replaced the config `before`: jobs of another revision are outdated, and earlier failures
+    no longer count. A count that `scale` has set holds unless the config changes the expert's count."""
+    scaled = _counts(run.read_desired().get("replicas"))
+    kept = {
+        name: count
+        for name, count in scaled.items()
+        if name in before.experts
+        and name in after.experts
+        and before.experts[name].replicas == after.experts[name].replicas
+    }
+    _update(run, revisions=revisions(after), version=__version__, replicas=kept, forgiven=_newest_ended(observed))
+
+
+def version_of(run: RunDir) -> str | None:
+    """The version of this package that `apply` moved the run to; None if it was never applied."""
+    version = run.read_desired().get("version")
+    return version if isinstance(version, str) else None
 
 
 def _standby(deployment: Deployment) -> bool:
@@ -147,6 +183,10 @@ def _newest_ended(observed: Observed) -> dict[str, int]:
     """For each slot its newest generation that is not live."""
     over = {str(slot): [a.generation for a in attempts if not a.live] for slot, attempts in observed.items()}
     return {slot: max(generations) for slot, generations in over.items() if generations}
+
+
+def _texts(value: object) -> dict[str, str]:
+    return {str(k): v for k, v in value.items() if isinstance(v, str)} if isinstance(value, dict) else {}
 
 
 def _counts(value: object) -> dict[str, int]:

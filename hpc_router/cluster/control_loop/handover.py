@@ -57,12 +57,13 @@ def before_drain_s(policy: HandoverPolicy) -> float:
 @dataclass(frozen=True, slots=True)
 class Due:
     """The handover of one replica. `due_at`: when to submit its successor (Unix seconds). `drains_at`: when Slurm's
-    warning is to make it drain."""
+    warning is to make it drain. `outdated`: it is replaced because its config has changed."""
 
     mode: HandoverMode
     due_at: float
     drains_at: float
     expires_at: float
+    outdated: bool = False
 
 
 @dataclass(slots=True)

@@ -5,6 +5,7 @@ from hpc_router.cluster.launchers.interface import ROUTER, JobRequest
 from hpc_router.cluster.launchers.slurm.dependency import was_met
 from hpc_router.cluster.launchers.slurm.node_fit import resources_of
 from hpc_router.cluster.launchers.slurm.sbatch import python_of
+from hpc_router.config.revision import revision
 from hpc_router.config.schema import Deployment
 from hpc_router.state.registry import split_replica
 from hpc_router.state.run_directory import RunDir
@@ -16,5 +17,10 @@ def request_for(run: RunDir, deployment: Deployment, replica: str) -> JobRequest
     module = "hpc_router.router" if expert == ROUTER else "hpc_router.expert"
     argv = (python_of(deployment.cluster), "-m", module, "--run", str(run.path), "--replica", replica)
     return JobRequest(
-        replica, argv, resources, dependency_met=was_met(run, deployment, resources), exclude=excluded_nodes(run)
+        replica,
+        argv,
+        resources,
+        dependency_met=was_met(run, deployment, resources),
+        exclude=excluded_nodes(run),
+        revision=revision(deployment, expert),
     )

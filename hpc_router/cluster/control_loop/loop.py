@@ -16,7 +16,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
-from hpc_router.cluster.control_loop.desired_state import deployment_of, desired_of, excluded_nodes
+from hpc_router import __version__
+from hpc_router.cluster.control_loop.desired_state import deployment_of, desired_of, excluded_nodes, version_of
 from hpc_router.cluster.control_loop.drain_calls import ask_to_drain
 from hpc_router.cluster.control_loop.forecast import ForecastFiles
 from hpc_router.cluster.control_loop.job_requests import request_for
@@ -45,6 +46,7 @@ from hpc_router.state.atomic_files import exists_now
 from hpc_router.state.job_records import JobDir, Stop
 from hpc_router.state.registry import RecordKind, leading_router, split_replica
 from hpc_router.state.run_directory import RunDir
+from hpc_router.state.stamped_file import Stamp, stamp_at
 
 logger = logging.getLogger(__name__)
 
@@ -144,7 +146,7 @@ class ControlLoop:
             self._handover_started(action.replica, action.replaces)
 
     def _handover_started(self, replica: str, replaces: str) -> None:
-        reason = f"the walltime of {replaces} ends soon"
+        reason = f"it is to replace {replaces}"
         self.run.event("handover_started", replica=replica, expert=split_replica(replica)[0], reason=reason)
 
     def _submit(self, wanted: Sequence[Submit]) -> tuple[list[str], str | None]:
@@ -234,22 +236,28 @@ class ControlLoop:
 def run_loop(run: RunDir, *, while_leading: str | None = None, tied: bool = False) -> None:
     """Run a pass every `cluster.reconcile_s` seconds until SIGTERM or SIGINT, or until the run directory was removed.
 
-    `while_leading`: skip passes while another router leads. `tied`: end also when stdin is closed, so that the loop
-    ends with the process that holds the other end.
+    `while_leading`: skip passes while another router leads. Passes are skipped, too, once `apply` has moved the run to
+    another version of this package. `tied`: end also when stdin is closed, so that the loop ends with the process that
+    holds the other end.
     """
-    control, configured, missed = ControlLoop(run), run.config.exists(), 0
+    config, control, missed = _stamp(run), ControlLoop(run), 0
     with _stop_event(tied=tied) as stop:
         while not stop.is_set() and missed < MAX_MISSED_PASSES:
             pause_s = control.deployment.cluster.reconcile_s
             try:
-                if not configured and exists_now(run.config):  # `up` has added a config to a run of external endpoints
-                    control, configured = ControlLoop(run), True
-                if while_leading is None or control.leads(while_leading):
+                if (stamp := _stamp(run)) != config:  # `apply` has replaced it, or `up` has added one
+                    config, control = stamp, ControlLoop(run)
+                if version_of(run) in (None, __version__) and (while_leading is None or control.leads(while_leading)):
                     control.publish(control.run_pass())
             except Exception:
                 logger.exception("a pass of the control loop failed; the next one is in %.1f s", pause_s)
             missed = missed + 1 if run.is_removed() else 0
             stop.wait(pause_s)
+
+
+def _stamp(run: RunDir) -> Stamp | None:
+    """Changes when `config.yaml` is replaced; None while there is none."""
+    return stamp_at(run.config) if exists_now(run.config) else None
 
 
 @contextlib.contextmanager

@@ -122,6 +122,7 @@ class RunObserver:
             submitted_at=info.submitted_at if info is not None else None,
             started_at=process.started_at if process is not None else None,
             after=info.after if info is not None else None,
+            revision=info.revision if info is not None else None,
             expires_at=expires_at,
         )
         if state is JobState.ENDED:

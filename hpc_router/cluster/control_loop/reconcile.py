@@ -13,17 +13,22 @@ Rules, one slot at a time:
 5. A ready job near its walltime hands over (`handover` says when): its successor is submitted, or a waiting one is
    released, and the job drains when that is ready. If Slurm refuses an overlapping successor, the next one waits for
    the job's end. Failures of successors count only once the job has ended.
-6. Routers, and slots with a letter in their name, are never surplus: only the verb `down` ends them.
+6. Jobs of an earlier config (`rolling`) are replaced slot by slot: a ready one hands over at once, or drains where two
+   jobs cannot run at the same time; any other is ended.
+7. Routers, and slots with a letter in their name, are never surplus: only the verb `down` ends them.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final
 
 from hpc_router import backoff
 from hpc_router.cluster.control_loop.handover import Due, HandoverPolicy, measured, schedule
+from hpc_router.cluster.control_loop.rolling import is_outdated, may_roll
 from hpc_router.cluster.control_loop.slots import ROUTER_SLOT, Attempt, Observed, Slot
 from hpc_router.cluster.launchers.interface import ROUTER, JobState
+from hpc_router.config.schema import HandoverMode
 from hpc_router.state.job_records import BLAMELESS, PERMANENT, Exit, FailureReason, Runner
 
 CLAIM_S: Final = 60.0
@@ -48,7 +53,8 @@ class Desired:
     """`replicas`: number per expert. `forgiven`: failures up to this generation of a slot do not count. `standby`: a
     router that has served for STANDBY_S gets a successor whose job waits for its end.
 
-    `handovers`: how the jobs of each expert, and of the router, are replaced near their walltime.
+    `handovers`: how the jobs of each expert, and of the router, are replaced near their walltime. `revisions`: of the
+    config that their jobs should have; `overlapping`: those of which two jobs can run when that has changed.
 
     `down`: no job is wanted. `clear`: every live job must end. Only the verb `down` sets it, because a loop that still
     runs must not end a router that was started after `down`.
@@ -64,6 +70,8 @@ class Desired:
     drain_s: float = 30.0
     router_drain_s: float = 10.0
     handovers: Mapping[str, HandoverPolicy] = field(default_factory=dict)
+    revisions: Mapping[str, str] = field(default_factory=dict)
+    overlapping: frozenset[str] = frozenset()
 
     def slots(self) -> list[Slot]:
         """Every slot that should have a job."""
@@ -147,6 +155,10 @@ def reconcile(desired: Desired, observed: Observed, now: float) -> list[Action]:
     wanted = desired.slots()
     actions: list[Action] = []
     due = schedule(observed, desired.handovers, measured(observed)) if desired.handovers else {}
+    for slot in may_roll(wanted, observed, desired.revisions) if desired.revisions else ():
+        mode: HandoverMode = "overlap" if slot.expert in desired.overlapping else "drain_first"
+        outdated = [a for a in observed[slot] if a.ready and is_outdated(a, desired.revisions)]
+        due |= {a.replica: Due(mode, now, math.inf, math.inf, outdated=True) for a in outdated}
     for slot in wanted:
         actions.extend(_fill_slot(slot, observed.get(slot, ()), desired, due, now))
     for slot in sorted(set(observed) - set(wanted)):
@@ -170,8 +182,13 @@ def _fill_slot(
     yield from _end_lingering(attempts, now)
     newest = attempts[-1]
     live = [attempt for attempt in attempts if attempt.live]
-    superseded = live[:-1] if live and live[-1].ready and slot.expert != ROUTER else []  # a router ends by itself
-    yield from _stop_all([a for a in live if a.hung or a.stop_requested or a in superseded], desired, now)
+    outdated = [a for a in live if is_outdated(a, desired.revisions)]
+    superseded = live[:-1] if live and live[-1].ready else []
+    if slot.expert == ROUTER:  # a router of the same config ends by itself
+        superseded = [a for a in superseded if a in outdated]
+    unready = [a for a in outdated if not a.ready and a.draining_at is None]
+    ending = [a for a in live if a.hung or a.stop_requested or a in superseded or a in unready]
+    yield from _stop_all(ending, desired, now)
     if not newest.submitted and newest.exit is None and (newest.submitting or now < newest.claimed_at + CLAIM_S):
         yield Wait(newest.replica, newest.claimed_at + CLAIM_S, "claimed, not submitted yet")
     elif live and (due := _handover(live, handovers, now)) is not None:
@@ -198,7 +215,9 @@ def _hand_over(
     refused = next((attempt for attempt in newer if _is_refused(attempt)), None)
     overlap = due.mode == "overlap" and refused is None
     successor = next((attempt for attempt in newer if attempt.live), None)
-    if successor is None:
+    if successor is None and due.outdated and not overlap:
+        yield _stop(job, desired, now)
+    elif successor is None:
         tried = newer if overlap else [attempt for attempt in newer if attempt is not refused]
         generation = attempts[-1].generation + 1
         for action in _submit_successor(slot, generation, tried, desired, now, after=None if overlap else job.job_id):
@@ -299,7 +318,7 @@ def _stop(attempt: Attempt, desired: Desired, now: float) -> Action:
         return _kill_or_wait(attempt, stop.cancel_at + drain_s + KILL_AFTER_S, now)
     if not desired.down:
         draining_at = stop.drain_at if stop.drain_at is not None else attempt.draining_at
-        if draining_at is None and attempt.ready:
+        if draining_at is None and attempt.ready and attempt.slot.expert != ROUTER:
             return Drain(replica)
         if draining_at is not None and now < draining_at + drain_s:
             return Wait(replica, draining_at + drain_s, "asked to drain")

@@ -41,7 +41,8 @@ _NOT_LIVE: Final = (JobState.ENDING, JobState.ENDED)
 class Attempt:
     """One generation of a slot. `submitted`: there is a job, not only a claim. `submitting`: the process that submits
     it is alive. `hung`: its job runs, but it renews no lease and answers no call. `after`: id of the job whose end it
-    waited for when it was submitted. `expires_at`: when its walltime ends. Times are Unix seconds."""
+    waited for when it was submitted. `expires_at`: when its walltime ends. `revision`: of the config that it
+    was submitted with. Times are Unix seconds."""
 
     slot: Slot
     generation: int
@@ -61,6 +62,7 @@ class Attempt:
     started_at: float | None = None
     after: str | None = None
     expires_at: float | None = None
+    revision: str | None = None
 
     @property
     def replica(self) -> str:

@@ -47,7 +47,8 @@ class JobReport:
 @dataclass(frozen=True, slots=True)
 class JobRequest:
     """The job of one replica: its command and its resources. `after`: id of the job whose end it waits for.
-    `dependency_met`: an earlier job with the same `sbatch.dependency` has started. `exclude`: drained nodes."""
+    `dependency_met`: an earlier job with the same `sbatch.dependency` has started. `exclude`: drained nodes.
+    `revision`: of the config part that the job reads."""
 
     replica: str
     argv: tuple[str, ...]
@@ -55,6 +56,7 @@ class JobRequest:
     after: str | None = None
     dependency_met: bool = False
     exclude: tuple[str, ...] = ()
+    revision: str | None = None
 
     @property
     def is_router(self) -> bool:

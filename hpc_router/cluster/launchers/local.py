@@ -34,7 +34,7 @@ class LocalLauncher:
             claimed = self._claim(requests)
             if not claimed:
                 return []
-            errors = submit_all([Submission(str(self.run.path), {r.replica: r.argv}, gpus=gpus) for r, gpus in claimed])
+            errors = submit_all([_submission(self.run, request, gpus) for request, gpus in claimed])
         record_refusals(self.run, errors)
         return [request.replica for request, _ in claimed]
 
@@ -122,6 +122,11 @@ class LocalLauncher:
             controller if controller is not None and controller.host == here else None,
             service if service is not None and service.host == here else None,
         )
+
+
+def _submission(run: RunDir, request: JobRequest, gpus: tuple[int, ...]) -> Submission:
+    revisions = {request.replica: request.revision}
+    return Submission(str(run.path), {request.replica: request.argv}, gpus=gpus, revisions=revisions)
 
 
 def _signal(process: Process | None, number: signal.Signals) -> bool:

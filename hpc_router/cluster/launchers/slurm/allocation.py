@@ -64,7 +64,11 @@ def _start(step: BatchJob) -> None:
     job, script = JobDir(step.run, request.replica), step.folder / "step.sh"
     replace_text(script, step.script())
     host = socket.gethostname()
-    job.write(JobInfo(job_id=step.jobid, host=host, argv=request.argv, runner=Runner.STEP, shared=True))
+    job.write(
+        JobInfo(
+            job_id=step.jobid, host=host, argv=request.argv, runner=Runner.STEP, shared=True, revision=request.revision
+        )
+    )
     with private_umask(), (step.folder / f"{step.jobid}_batch.log").open("ab") as log:
         subprocess.run(
             ["setsid", "--fork", "/bin/bash", str(script)],

@@ -253,7 +253,8 @@ class SlurmLauncher:
 
 def _submission(job: BatchJob) -> Submission:
     argv_of = {request.replica: request.argv for request in job.requests}
-    return Submission(str(job.run.path), argv_of, job.script(), after=job.requests[0].after)
+    revisions = {request.replica: request.revision for request in job.requests}
+    return Submission(str(job.run.path), argv_of, job.script(), after=job.requests[0].after, revisions=revisions)
 
 
 def _holds_resources(queued: QueuedJob) -> bool:

@@ -74,6 +74,7 @@ def _write_info(submission: Submission, job_id: str) -> None:
                 runner=Runner.PROCESS if local else Runner.SLURM,
                 shared=len(submission.argv_of) > 1,
                 after=submission.after,
+                revision=submission.revisions.get(job.replica),
             )
         )
 

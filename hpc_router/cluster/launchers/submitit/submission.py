@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Final
 
@@ -27,13 +27,14 @@ _PROCESS_FAILED: Final = "the submitting process failed"
 @dataclass(frozen=True, slots=True)
 class Submission:
     """Claimed replicas that share one job. `script` is the batch script for Slurm, None for a job of this machine.
-    `after`: id of the job whose end this one waits for."""
+    `after`: id of the job whose end this one waits for. `revisions`: of the config, by replica."""
 
     run: str
     argv_of: Mapping[str, Sequence[str]]
     script: str | None = None
     gpus: tuple[int, ...] = ()
     after: str | None = None
+    revisions: Mapping[str, str | None] = field(default_factory=dict)
 
     @property
     def jobs(self) -> list[JobDir]:

@@ -1,0 +1,176 @@
+"""Changes the config of a running deployment and replaces its jobs one after the other, without an interruption.
+
+The new config is checked as `plan` does before anything changes. Then `config.yaml` is replaced, with its predecessor
+kept as `config.previous.yaml`, and the control loop rolls the change out: a job is replaced when its successor is ready
+if two can run at once. The rollout stops at the first expert whose successor fails; the old job serves on.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import hpc_router
+from hpc_router.cluster.commands.up import train_classifier
+from hpc_router.cluster.control_loop.desired_state import want_config
+from hpc_router.cluster.control_loop.loop import ControlLoop, LoopPass
+from hpc_router.cluster.control_loop.rolling import is_outdated
+from hpc_router.cluster.control_loop.slots import Attempt
+from hpc_router.cluster.launchers.interface import ROUTER
+from hpc_router.cluster.planning.plan import make_plan
+from hpc_router.cluster.planning.run_target import with_requested
+from hpc_router.cluster.signals import Interrupted, explaining_interrupt, interrupt_event
+from hpc_router.config import frozen
+from hpc_router.config.adapters import hosts
+from hpc_router.config.revision import revisions
+from hpc_router.config.schema import Deployment
+from hpc_router.errors import ConfigError, LaunchError
+from hpc_router.state.atomic_files import replace_text
+from hpc_router.state.job_records import PERMANENT, Exit
+from hpc_router.state.run_directory import RunDir
+
+POLL_S: Final = 0.5
+GOES_ON: Final = "the config is changed, and the control loop goes on with the rollout; `hpc-router status` shows it"
+_FIXED: Final[Mapping[str, str]] = {
+    "name": "it is part of the run's and its jobs' names",
+    "runs": "it is where the run directory is",
+    "cluster.kind": "the jobs run there",
+    "router.place": "the router runs there",
+}
+"""Keys that hold for the life of a run, with the reason."""
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A new config for a run. `keys`: those that differ, with the old and the new value."""
+
+    run: RunDir
+    before: Deployment
+    after: Deployment
+    keys: Mapping[str, tuple[Any, Any]]
+
+    def rolled(self) -> list[str]:
+        """The experts, and the router, whose jobs are replaced."""
+        old, new = revisions(self.before), revisions(self.after)
+        names = sorted(name for name in old.keys() & new.keys() if old[name] != new[name] and name != ROUTER)
+        return [*names, *([ROUTER] if old[ROUTER] != new[ROUTER] else [])]
+
+    def _is_kept(self, key: str) -> bool:
+        """Whether the key is not one of an added or removed expert."""
+        changed = self.before.experts.keys() ^ self.after.experts.keys()
+        return not any(key.startswith(f"experts.{name}.") for name in changed)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "keys": {key: {"before": was, "after": now} for key, (was, now) in self.keys.items()},
+            "replaced": self.rolled(),
+        }
+
+    def lines(self) -> list[str]:
+        """The change as text, a line each."""
+        old, new = hosts(self.before.experts), hosts(self.after.experts)
+        rolled = self.rolled()
+        return [
+            *(f"{key}: {_text(was)} -> {_text(now)}" for key, (was, now) in self.keys.items() if self._is_kept(key)),
+            *(f"{name} is added" for name in sorted(new.keys() - old.keys())),
+            *(f"{name} is removed: its replicas drain" for name in sorted(old.keys() - new.keys())),
+            *(f"{name}: each of its jobs is replaced" for name in rolled),
+            *([] if rolled or not self.keys else ["no job is replaced"]),
+            *([] if self.keys else [f"jobs of other versions than hpc-router {hpc_router.__version__} are replaced"]),
+        ]
+
+
+def find_change(run: RunDir, overrides: Sequence[str], *, config_dir: Path | None) -> Change:
+    """The change that these overrides make, checked as `plan` does. Without any, it moves the run to this version of
+    the package. Raises ConfigError for an invalid config, for a key that cannot change, and for overrides that change
+    nothing."""
+    before = frozen.read(run.config)
+    after = with_requested(before, overrides, config_dir=config_dir)
+    old, new = frozen.flat(asdict(before)), frozen.flat(asdict(after))
+    keys = {key: (old.get(key), new.get(key)) for key in frozen.differing_keys(before, after)}
+    fixed = [
+        f"{key} cannot change: {_FIXED[key]}; `hpc-router up` with it starts a new run" for key in keys if key in _FIXED
+    ]
+    if fixed:
+        raise ConfigError("\n".join(fixed))
+    if not keys and (overrides or config_dir is not None):
+        raise ConfigError(f"the config of {run.path} is already as asked: nothing to apply")
+    make_plan(after, run=run)
+    return Change(run, before, after, keys)
+
+
+def write_change(change: Change) -> ControlLoop:
+    """Replace the run's config; from now on the control loop rolls it out. Raises ConfigError if another `apply` came
+    first."""
+    run = change.run
+    if frozen.read(run.config) != change.before:
+        raise ConfigError(f"the config of {run.path} was changed meanwhile: look at it and apply again")
+    observed = ControlLoop(run, read_only=True).preview(fresh=True).observed
+    replace_text(run.path / "config.previous.yaml", frozen.to_yaml(change.before))
+    replace_text(run.config, frozen.to_yaml(change.after))
+    want_config(run, change.before, change.after, observed)
+    if change.before.experts != change.after.experts or change.before.policy != change.after.policy:
+        train_classifier(run, change.after, replace=True)
+    run.event("applied", keys=sorted(change.keys), version=hpc_router.__version__)
+    return ControlLoop(run)
+
+
+def roll_out(control: ControlLoop, show: Callable[[str], None]) -> None:
+    """Run passes until every job has the new config. Raises LaunchError when the rollout has stopped, and Interrupted.
+
+    Passes here are safe beside the loop of the router's job, and needed while that runs an older version.
+    """
+    shown = ""
+    with interrupt_event() as interrupted, explaining_interrupt(lambda: GOES_ON):
+        while not interrupted.is_set():
+            seen = control.run_pass()
+            if seen.desired.down:
+                raise LaunchError(f"{control.run.path} was taken down in the meantime")
+            left = outdated(seen)
+            text = _progress(seen, left)
+            if not text:
+                return
+            if text != shown:
+                show(text)
+                shown = text
+            for attempt in left:
+                if (end := _stopped(seen, attempt)) is not None:
+                    raise LaunchError(
+                        f"stopped: the successor of {attempt.replica}, which serves on, failed: {end.message}; apply "
+                        "another value, or the previous config (config.previous.yaml)"
+                    )
+            interrupted.wait(POLL_S)
+    raise Interrupted(GOES_ON)
+
+
+def outdated(seen: LoopPass) -> list[Attempt]:
+    """The live jobs with an earlier config."""
+    wanted = set(seen.desired.slots())
+    return [
+        attempt
+        for slot, attempts in sorted(seen.observed.items())
+        for attempt in attempts
+        if slot in wanted and attempt.live and is_outdated(attempt, seen.desired.revisions)
+    ]
+
+
+def _progress(seen: LoopPass, left: Sequence[Attempt]) -> str:
+    """What is still to be done; empty when every slot has a ready job of the new config."""
+    if left:
+        return f"{len(left)} jobs left with the old config: {', '.join(a.replica for a in left)}"
+    waiting = [str(slot) for slot in seen.desired.slots() if not any(a.ready for a in seen.observed.get(slot, ()))]
+    return f"waiting for {', '.join(waiting)}" if waiting else ""
+
+
+def _stopped(seen: LoopPass, attempt: Attempt) -> Exit | None:
+    """The last failure of its successors, if no further one is submitted."""
+    forgiven = seen.desired.forgiven.get(str(attempt.slot), 0)
+    newer = [a for a in seen.observed[attempt.slot] if a.generation > max(attempt.generation, forgiven)]
+    ends = [a.exit for a in newer if a.exit is not None and not a.exit.ok]
+    if any(a.live for a in newer) or not ends:
+        return None
+    return ends[-1] if ends[-1].reason in PERMANENT or len(ends) >= seen.desired.max_failures else None
+
+
+def _text(value: Any) -> str:
+    return "-" if value is None else str(value)
