@@ -33,6 +33,7 @@ def scale(arguments: argparse.Namespace) -> int:
 def add_apply(verbs: "Verbs[Parser]") -> None:
     parser = add_verb(verbs, apply, json=True)
     parser.add_argument("--config-dir", type=Path, metavar="DIR", help="folder with topology/, expert/ ... of your own")
+    parser.add_argument("--previous", action="store_true", help="start from the config before the last `apply`")
     parser.add_argument("--dry-run", action="store_true", help="show the change and do nothing")
     parser.add_argument("--no-wait", action="store_true", help="return at once; the control loop rolls the change out")
     parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="key=value, ~key, or the choice of a group")
@@ -44,11 +45,13 @@ def apply(arguments: argparse.Namespace) -> int:
     hpc-router apply experts.math.engine.options.max_model_len=8192
     hpc-router apply '~experts.law' --dry-run
     hpc-router apply --config-dir my topology=mine cluster=slurm     the whole description, as for `up`
+    hpc-router apply --previous                                      take the last change back
     hpc-router apply                                                 move the run to this version of hpc-router
     """
     from hpc_router.cluster.commands.apply import find_change, roll_out, write_change
 
-    change = find_change(find_run(arguments.run), arguments.overrides, config_dir=arguments.config_dir)
+    run, folder = find_run(arguments.run), arguments.config_dir
+    change = find_change(run, arguments.overrides, config_dir=folder, previous=arguments.previous)
     print_value(change.to_json()) if arguments.json else print_lines(change.lines())
     if arguments.dry_run:
         return 0

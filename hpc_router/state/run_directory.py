@@ -66,6 +66,11 @@ class RunDir:
         return self.path / "squeue.json"
 
     @property
+    def previous_config(self) -> Path:
+        """The config before the last `apply`."""
+        return self.path / "config.previous.yaml"
+
+    @property
     def estimates_json(self) -> Path:
         """Measured queue, load and drain times of each expert."""
         return self.path / "estimates.json"

@@ -28,7 +28,7 @@ def cli(
     """`hpc-router ...` in a process of its own."""
     done = subprocess.run(
         [sys.executable, "-m", "hpc_router.cli", *arguments],
-        capture_output=True, text=True, timeout=timeout_s, cwd=ROOT, check=False, **options,
+        capture_output=True, text=True, timeout=timeout_s, check=False, **{"cwd": ROOT, **options},
     )  # fmt: skip
     if check:
         assert done.returncode == 0, f"{arguments}: {done.returncode}\n{done.stdout}\n{done.stderr}"

@@ -9,7 +9,7 @@ import pytest
 from hpc_router.client import async_openai_client
 from tests.slurm.cluster import SlurmCluster
 from tests.slurm.deployment import OnSlurm, on_slurm
-from tests.slurm.load import Load
+from tests.support.load import Load
 from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.slurm

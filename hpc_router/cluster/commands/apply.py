@@ -80,20 +80,22 @@ class Change:
         ]
 
 
-def find_change(run: RunDir, overrides: Sequence[str], *, config_dir: Path | None) -> Change:
-    """The change that these overrides make, checked as `plan` does. Without any, it moves the run to this version of
-    the package. Raises ConfigError for an invalid config, for a key that cannot change, and for overrides that change
-    nothing."""
+def find_change(run: RunDir, overrides: Sequence[str], *, config_dir: Path | None, previous: bool = False) -> Change:
+    """The change that these overrides make, checked as `plan` does; with `previous` that to the config before the last
+    `apply`. Without any, it moves the run to this version of the package. Raises ConfigError for an invalid config, for
+    a key that cannot change, and for overrides that change nothing."""
     before = frozen.read(run.config)
-    after = with_requested(before, overrides, config_dir=config_dir)
+    base = frozen.read(run.previous_config) if previous else before
+    after = with_requested(base, overrides, config_dir=config_dir)
     old, new = frozen.flat(asdict(before)), frozen.flat(asdict(after))
-    keys = {key: (old.get(key), new.get(key)) for key in frozen.differing_keys(before, after)}
+    differing = {key: (old.get(key), new.get(key)) for key in frozen.differing_keys(before, after)}
+    keys = {key: values for key, values in differing.items() if any(value not in (None, {}) for value in values)}
     fixed = [
         f"{key} cannot change: {_FIXED[key]}; `hpc-router up` with it starts a new run" for key in keys if key in _FIXED
     ]
     if fixed:
         raise ConfigError("\n".join(fixed))
-    if not keys and (overrides or config_dir is not None):
+    if not keys and (overrides or previous or config_dir is not None):
         raise ConfigError(f"the config of {run.path} is already as asked: nothing to apply")
     make_plan(after, run=run)
     return Change(run, before, after, keys)
@@ -106,7 +108,7 @@ def write_change(change: Change) -> ControlLoop:
     if frozen.read(run.config) != change.before:
         raise ConfigError(f"the config of {run.path} was changed meanwhile: look at it and apply again")
     observed = ControlLoop(run, read_only=True).preview(fresh=True).observed
-    replace_text(run.path / "config.previous.yaml", frozen.to_yaml(change.before))
+    replace_text(run.previous_config, frozen.to_yaml(change.before))
     replace_text(run.config, frozen.to_yaml(change.after))
     want_config(run, change.before, change.after, observed)
     if change.before.experts != change.after.experts or change.before.policy != change.after.policy:
@@ -137,7 +139,7 @@ def roll_out(control: ControlLoop, show: Callable[[str], None]) -> None:
                 if (end := _stopped(seen, attempt)) is not None:
                     raise LaunchError(
                         f"stopped: the successor of {attempt.replica}, which serves on, failed: {end.message}; apply "
-                        "another value, or the previous config (config.previous.yaml)"
+                        "another value, or `hpc-router apply --previous`"
                     )
             interrupted.wait(POLL_S)
     raise Interrupted(GOES_ON)
