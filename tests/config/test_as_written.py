@@ -1,4 +1,5 @@
-"""A value is what the user wrote: text is resolved once, and no text field holds what YAML or Hydra made of a text."""
+"""Text fields contain the text that the user wrote, although YAML and Hydra read some texts as numbers or truth
+values."""
 
 import json
 import shlex
@@ -120,7 +121,7 @@ def test_a_setting_is_no_interpolation() -> None:
     assert changed.policy.artefact == "/x/${name}"
 
 
-# what YAML 1.1 (files) and Hydra (overrides) read as something else
+# texts that YAML 1.1 (in files) and Hydra (in overrides) read as numbers or truth values
 FILES = [
     "0421",
     "4_21",
@@ -230,7 +231,7 @@ def test_a_flags_number_keeps_its_text_and_a_number_stays_a_number(tmp_path: Pat
 
 
 def test_the_last_source_counts(tmp_path: Path) -> None:
-    """The text of the value that holds, not of one that was overridden."""
+    """The error shows the text of the last source of the value, not of one that was overridden."""
     content = f"{PLAIN}cluster: {{kind: slurm, account: 0421}}\n"
     assert composed(tmp_path, content, "cluster.account=421").cluster.account == "421"
     assert composed(tmp_path, content, "cluster.account='x'").cluster.account == "x"
@@ -259,7 +260,7 @@ def test_the_keys_of_a_training_are_as_written() -> None:
 
 
 def test_a_run_takes_text_as_its_first_start_did(tmp_path: Path) -> None:
-    """`up --run DIR` on the config that `up` wrote."""
+    """`up --run DIR` reads the config that `up` wrote and gets the same texts."""
     made = composed(tmp_path, SHOWN)
     run = RunDir(tmp_path)
     run.config.write_text(frozen.to_yaml(made))

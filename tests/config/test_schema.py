@@ -180,7 +180,7 @@ def test_a_fallback_is_an_expert() -> None:
 
 
 def schemas(root: type) -> set[type]:
-    """The dataclasses that a config is made of, with those that are its base classes or options."""
+    """Returns the dataclasses of a config: nested ones, their base classes, and the options of engines."""
     found = {root}
     for kind in get_type_hints(root).values():
         for part in (kind, *get_args(kind), *(inner for each in get_args(kind) for inner in get_args(each))):
@@ -207,7 +207,7 @@ def test_every_number_of_every_config_has_a_range(root: type) -> None:
 
 @pytest.mark.parametrize("root", [Deployment, BenchConfig, *OPTIONS.values()])
 def test_every_field_of_every_config_has_a_meaning(root: type) -> None:
-    """docs/configuration.md shows it."""
+    """The comment is the description in docs/configuration.md."""
     missing = [
         f"{schema.__name__}.{item.name}"
         for schema in schemas(root)

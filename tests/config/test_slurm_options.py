@@ -77,7 +77,7 @@ def test_a_walltime_has_slurms_form(value: str) -> None:
 
 @pytest.mark.parametrize("walltime", ["0", "00:01:30", "00:01:31", "00:02:29"])
 def test_a_walltime_is_a_minute_longer_than_its_warning(walltime: str) -> None:
-    """Slurm checks times once a minute."""
+    """Slurm checks times once a minute, so a signal may come a minute early."""
     said = refused(walltime=walltime)
     assert said.startswith(f"cluster.walltime={walltime}: ")
     assert "cluster.warn_s=90" in said
@@ -89,7 +89,7 @@ def test_a_minute_is_enough(walltime: str) -> None:
 
 
 def test_minutes_may_be_many() -> None:
-    """A clock without quotes, which YAML reads as a number, is refused where it stands."""
+    """YAML reads an unquoted `1:30` as a number; the error names its line."""
     check_options("cluster", JobOptions(walltime="43200"), warn_s=90)
 
 
@@ -106,7 +106,7 @@ def test_a_short_form_of_such_an_option_is_refused(short: str, long: str) -> Non
 
 
 def test_a_dependency_can_be_combined_with_that_of_a_standby() -> None:
-    """Slurm does not mix ',' (all of them) and '?' (any of them), and a router's successor has one already."""
+    """Slurm does not combine ',' (all) with '?' (any), and a standby router already has a dependency of its own."""
     for fine in ("singleton", "afterok:1:2,afterany:3", None):
         check_options("cluster", JobOptions(sbatch={"dependency": fine}), warn_s=90)
     said = refused(sbatch={"dependency": "afterok:1?afterok:2"})
@@ -118,7 +118,7 @@ def test_a_dependency_can_be_combined_with_that_of_a_standby() -> None:
 
 
 def test_the_cluster_is_chosen_by_what_reaches_slurm() -> None:
-    """Variables of Slurm's commands are kept from them; SLURM_CONF is not."""
+    """Variables of Slurm's commands are not passed to them, except SLURM_CONF."""
     said = refused(sbatch={"clusters": "other"})
     assert "SLURM_CONF" in said
     assert "SLURM_CLUSTERS" not in said

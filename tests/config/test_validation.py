@@ -11,7 +11,7 @@ from hpc_router.errors import ConfigError
 
 
 def deployment(cluster: ClusterConfig | None = None, **resources: Any) -> Deployment:
-    """One expert, on the simulated engine and on Slurm unless set otherwise."""
+    """Returns a deployment with one expert, by default on the simulated engine and Slurm."""
     kind, options = resources.pop("kind", "sim"), resources.pop("options", {})
     expert = ExpertConfig(model="m", engine=EngineConfig(kind=kind, options=options))
     made = Deployment(experts={"math": replace(expert, resources=ResourceConfig(**resources))})
@@ -82,7 +82,7 @@ def test_the_router_asks_for_one_node() -> None:
 
 
 def test_gpus_of_a_node() -> None:
-    """On Slurm their number is not known yet; on this machine there are none unless the config sets them."""
+    """On Slurm the number is not known at this point; on the local machine it is 0 unless the config sets it."""
     check(deployment(gpus=8))
     check(deployment(ClusterConfig(kind="slurm", gpus=8), gpus=8))
     assert "a node has cluster.gpus=4" in refused(deployment(ClusterConfig(kind="slurm", gpus=4), gpus=8))
@@ -177,6 +177,6 @@ def test_environments_have_names() -> None:
 
 @pytest.mark.parametrize("key", ["partition", "account", "qos", "reservation"])
 def test_slurm_keys_without_kind_slurm_are_refused(key: str) -> None:
-    """It would start engines on the login node."""
+    """Otherwise the engines would start on the login node."""
     with pytest.raises(ConfigError, match=f"cluster.{key}=x: this key is for Slurm"):
         check(Deployment(cluster=replace(ClusterConfig(), **{key: "x"})))  # type: ignore[arg-type]

@@ -117,7 +117,7 @@ async def test_the_owner_is_informed_once_that_the_folder_was_removed(tmp_path: 
 async def test_a_failing_file_system_does_not_count_as_a_removed_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nor is a folder that comes back."""
+    """A folder that is missing only for a while does not count as removed either."""
     numbers = itertools.cycle([*[errno.ENOENT] * (lease_module.GONE_BEATS - 1), errno.EIO])
     told: list[bool] = []
 
