@@ -2,9 +2,9 @@
 
     python -m hpc_router.bench.load.load_job_main FOLDER NUMBER
 
-All jobs of a call read the same `task-<n>.json`; each writes `result-<n>.<job>.json`. Files are replaced atomically,
-so a shared file system is enough. A job ends when the file `stop` exists, or when the
-caller's `beat` file is a minute old.
+All jobs of a call read the same `task-<n>.json`; each writes `result-<n>.<job>.json`. Files are replaced atomically, so
+a shared file system is enough. A job ends when the file `stop` exists, or when the caller's `beat` file is a minute
+old.
 """
 
 import json
@@ -26,7 +26,7 @@ BEAT_TIMEOUT_S: Final = 60.0
 
 
 def task(target: LoadTarget, config: dict[str, Any], prompts: list[BenchPrompt], point: Point, begin_at: float) -> Any:
-    """The content of a task file: one point, the same for all jobs. `begin_at`: Unix time at which the load starts."""
+    """Returns the content of a task file: one point, the same for all jobs. `begin_at`: Unix time of the start."""
     return {
         "url": target.url,
         "token": target.token,

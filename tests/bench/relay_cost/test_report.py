@@ -46,7 +46,7 @@ def test_a_figure_is_the_median_of_its_rounds() -> None:
 
 
 def test_ratios_are_taken_within_a_round() -> None:
-    """In a round in which the machine was slow, it was slow for both relays."""
+    """If the machine was slow in a round, it was slow for both relays."""
     ours, nginx = measured(ThisRouter(), {"us": 10.0}, {"us": 40.0}), measured(Nginx(), {"us": 5.0}, {"us": 20.0})
     assert across([(ours, "us"), (nginx, "us")], ratio) == RoundSpread(2.0, 2.0, 2.0)
     del nginx.rounds[0]
