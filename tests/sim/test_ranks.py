@@ -1,4 +1,4 @@
-"""The simulated engine over several nodes: processes that meet, serve, and end with each other."""
+"""The simulated engine on several nodes: processes that connect, serve, and end with each other."""
 
 import asyncio
 import signal
@@ -31,7 +31,7 @@ async def test_it_serves_once_all_have_met_and_ends_by_signals() -> None:
             assert (await stream(session, chat(stream=True)))[-1] == "[DONE]"
         first.send_signal(signal.SIGTERM)
         assert (await ended(first))[0] == 0
-        assert [(await ended(process))[0] for process in (one, two)] == [1, 1]  # nobody told them
+        assert [(await ended(process))[0] for process in (one, two)] == [1, 1]  # no signal was sent to them
 
 
 @pytest.mark.parametrize("lost", [0, 1])
@@ -62,6 +62,6 @@ async def test_waiting_for_the_others_can_be_ended() -> None:
 
 
 def listens(port: int) -> bool:
-    """Without connecting, which only ranks do: as /proc/net/tcp has it."""
+    """Returns whether a process listens at the port, from /proc/net/tcp, because only ranks may connect."""
     wanted = f"0100007F:{port:04X} 00000000:0000 0A"
     return wanted in Path("/proc/net/tcp").read_text()

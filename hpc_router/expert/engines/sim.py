@@ -83,7 +83,7 @@ class SimEngine(AdapterEngine):
         try:
             parse_rules(options.faults)
             if options.roofline is not None:
-                roofline.RooflineEngine(options.roofline)  # raises if it is unknown or does not fit
+                roofline.RooflineEngine(options.roofline)  # raises ConfigError if the model is unknown or does not fit
         except ConfigError as error:
             raise ConfigError(f"experts.{self.expert}.engine.options.{error}", key=self._key) from error
         ranks = ranks_at(place, nodes=self.config.resources.nodes)

@@ -1,10 +1,10 @@
-"""The job body on every node but the first of an engine that spans nodes: it runs this rank's process for rank 0.
+"""The program on every node but the first of an engine on several nodes. It runs this node's rank for rank 0.
 
-Rules: it has no record and no port. It finds rank 0's agent in the registry and reports this rank's state to it every
-half beat; the responses are the orders. Without an order for `SILENCE_BEATS` the engine is ended, because rank 0 has
-then given this rank up as well; without one for `LEADER_LOST_BEATS`, or once rank 0 has written its exit record, this
-process ends. A signal alone ends nothing, because rank 0 has requests in flight that need this rank: rank 0 is told,
-and it drains.
+Rules: a follower has no record and no port. It finds rank 0's agent in the registry and reports its state every half
+beat; each response is an order. Without an order for `SILENCE_BEATS` it ends its engine, because rank 0 has then given
+up this rank too. Without one for `LEADER_LOST_BEATS`, or once rank 0 has written its exit record, the follower exits. A
+signal alone does not end the engine, because rank 0 has requests in flight that need this rank: the follower tells rank
+0, which drains.
 """
 
 import asyncio
@@ -45,7 +45,7 @@ _MAX_ORDER_BYTES: Final = 64 * 1024
 
 
 class Follower:
-    """`run` is the whole life of this rank; `signalled` can be called at any time, repeatedly."""
+    """Runs one rank: `run` lasts until the rank ends. `signalled` can be called at any time, also repeatedly."""
 
     def __init__(
         self,
@@ -83,21 +83,21 @@ class Follower:
             self._leaving = True
 
     async def run(self) -> Exit:
-        """Returns how it ended. Rank 0 writes the replica's exit record as long as both are alive."""
+        """Runs the rank. Returns how it ended. Rank 0 writes the replica's exit record if both are alive."""
         try:
             end = await self._serve()
         except ConfigError as error:
             end = await self._failed(FailureReason.BAD_OPTION, str(error))
         except HpcRouterError as error:
             end = await self._failed(FailureReason.CRASHED, str(error))
-        except Exception as error:  # rank 0 only sees that this rank is gone
+        except Exception as error:  # without this, rank 0 would only see that this rank is gone
             logger.exception("rank %d failed", self._rank)
             end = await self._failed(FailureReason.CRASHED, f"{type(error).__name__}: {error}")
         logger.info("exit: %s: %s", end.reason, end.message)
         return end
 
     async def _failed(self, reason: FailureReason, message: str) -> Exit:
-        """Write the exit record at once: rank 0 is ended together with this rank and does not know the cause."""
+        """Writes the exit record at once: rank 0 is ended together with this rank and does not know the cause."""
         end = Exit(ok=False, reason=reason, message=f"rank {self._rank} on {socket.gethostname()}: {message}")
         with suppress(OSError, TimeoutError):
             async with asyncio.timeout(WRITE_TIMEOUT_S):
@@ -144,7 +144,7 @@ class Follower:
             self._engine.start(order.attempt, self._commands.at(replace(place, ranks=ranks)))
 
     async def _request_order(self, client: Upstream) -> RankOrder | None:
-        """Rank 0's order; None if there was no valid response. Its record is read again after every failure."""
+        """Returns rank 0's order; None without a valid response. Rank 0's record is read again after every failure."""
         if self._leader is None:
             self._leader = await self._find_leader()
         leader = self._leader
@@ -197,7 +197,7 @@ class Follower:
             return None
 
     async def _leader_lost(self, silent_s: float) -> Exit:
-        """Rank 0 is gone without an exit record, so this rank writes one for the replica."""
+        """Writes the replica's exit record in place of rank 0, which is gone without one."""
         message = f"rank 0 gave no order for {silent_s:.0f} s to rank {self._rank} on {socket.gethostname()}"
         end = Exit(ok=False, reason=FailureReason.RANK_LOST, message=message)
         self._files.post(partial(self._job.write, end))

@@ -1,4 +1,4 @@
-"""The decisions of rank 0 about the reports of the other ranks, with a clock of numbers."""
+"""The decisions of rank 0 about the reports of the other ranks, with numbers as times."""
 
 from dataclasses import replace
 from typing import Final
@@ -29,7 +29,7 @@ def ended(reason: str | None, rank: int = 1) -> RankReport:
 
 
 def begun(*, nodes: int = 2) -> RankGroup:
-    """All ranks have reported in at 0 and run the first attempt."""
+    """Returns a group whose ranks all reported at time 0 and run the first attempt."""
     group = RankGroup(nodes, SILENCE_S)
     for rank in range(1, nodes):
         group.on_report(report(rank), now=0.0)
@@ -112,7 +112,7 @@ def test_a_specific_reason_of_the_own_engine_counts() -> None:
 
 @pytest.mark.parametrize("vague", [FailureReason.CRASHED, FailureReason.CUDA])
 def test_an_unspecific_reason_waits_for_the_other_ranks(vague: FailureReason) -> None:
-    """The other rank does, as soon as it is heard."""
+    """The other rank's report decides, as soon as it arrives."""
     own = EngineFailure(vague, "connection closed by peer")
     group = begun()
     assert group.find_cause(own, ended_at=1.0, now=1.0) is None
@@ -173,7 +173,7 @@ def test_an_unknown_rank_is_refused(rank: int) -> None:
 
 @given(st.lists(st.tuples(st.sampled_from(["on_report", "begin", "end"]), st.integers(1, 2), st.sampled_from("ab"))))
 def test_no_rank_runs_an_attempt_without_the_others(steps: list[tuple[str, int, str]]) -> None:
-    """Whatever comes when: only an attempt that all were there for is run, and only by those who were there."""
+    """For any order of events: an attempt runs only with all ranks, and only on ranks that were part of it."""
     group, now, present = RankGroup(3, SILENCE_S), 0.0, dict[int, str]()
     taking_part: dict[int, str] | None = None
     for what, rank, instance in steps:

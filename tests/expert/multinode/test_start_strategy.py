@@ -1,4 +1,4 @@
-"""Rank 0 as the leader of the others, with a clock that its own sleeps move."""
+"""Rank 0 as the leader of the other ranks, with a clock that only its own sleeps advance."""
 
 import asyncio
 import socket
@@ -26,7 +26,7 @@ from tests.support.waiting import GUARD_S
 
 @dataclass
 class Time:
-    """`then`: what happens after so many seconds."""
+    """Clock that advances by sleeping. `then`: functions to call at given times."""
 
     now: float = 0.0
     then: dict[float, Callable[[], object]] = field(default_factory=dict)
@@ -136,7 +136,7 @@ class Steps:
 
 
 async def test_a_port_that_was_taken_costs_one_attempt(socket_folder: Path) -> None:
-    """Two real simulated ranks; the port that rank 0 chose is bound by a stranger before its engine gets there."""
+    """Two real simulated ranks. Another process binds the port that rank 0 chose before the engine does."""
     expert = ExpertConfig(model="m", engine=EngineConfig(kind="sim"), resources=ResourceConfig(nodes=2))
     cluster = ClusterConfig(scratch=str(socket_folder))
     engine, files, steps = build_engine("math", expert), FileThread("t"), Steps()
