@@ -179,7 +179,7 @@ class InferenceHandlers:
         return Envelope(id=f"{prefix}{name}", created=created, model=self._config.answering(asked.model))
 
     def _schedule(self, prompt_tokens: int, factor: float) -> AbstractAsyncContextManager[TokenSchedule]:
-        """When the tokens are due. In a batch all requests share the steps, so `factor` has no effect there."""
+        """Returns when the tokens are due. `factor` has no effect in a batch, because all requests share its steps."""
         context = self._context
         if context.batch is not None:
             return context.batch.slot(prompt_tokens)
