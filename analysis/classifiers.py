@@ -81,7 +81,7 @@ class Experiment:
         return {"command": command, "accuracy": sum(right) / len(right), "prompts": len(right)}
 
     def file(self, name: str) -> Path:
-        """Returns a data file, or a file derived from the data, which is written on first use."""
+        """Returns the path of a data file, or of one derived from the data, which is written on first use."""
         if (self.data / f"{name}.jsonl").exists():
             return self.data / f"{name}.jsonl"
         path = self.work / f"{name}.jsonl"

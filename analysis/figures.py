@@ -149,7 +149,7 @@ def _line(
 
 
 def balance(series: Sequence[Series]) -> Drawing | None:
-    """Draws each expert's share of the requests at the highest load of each series. Needs two experts."""
+    """Draws each expert's share of the requests at each series' highest load; None with one expert."""
     rows = [(one, one.points[-1]) for one in series if one.points]
     experts = sorted({name for _, point in rows for record in point.records for name in record["experts"]})
     if len(experts) < 2:

@@ -138,8 +138,7 @@ def _hydra_released() -> Iterator[None]:
 
 
 def _without_config_dir(words: Sequence[str]) -> list[str]:
-    """Removes `--config-dir`: `user_folder` puts that folder first in the search path, where Hydra would put it
-    last."""
+    """Removes `--config-dir`: `user_folder` puts that folder first in the search path, Hydra would put it last."""
     kept: list[str] = []
     skip = False
     for word in words:

@@ -153,7 +153,7 @@ def _value(kind: Any, value: Any, at: str) -> Any:
 
 
 def _scalar(kind: Any, value: Any) -> str | bool | int | float | None:
-    """Converts `value` to text, a truth value or a number; None if it does not have the declared type."""
+    """Converts `value` to text, a truth value or a number, as `kind` requires; None if that is not possible."""
     text = value.strip() if isinstance(value, str) else None
     if is_text(kind):
         return value if isinstance(value, str) else None

@@ -173,8 +173,7 @@ def _check_further(at: str, options: Mapping[str, Any], owned: Mapping[str, str]
 
 
 def _check_dependency(at: str, options: Mapping[str, Any]) -> None:
-    """Checks the `dependency` option. A router's standby job puts its own dependency before it
-    (`launchers.slurm.sbatch`)."""
+    """Checks the `dependency` option. A router's standby job puts its own dependency before the user's."""
     for name, value in options.items():
         key = f"{at}.{name}"
         if name != "dependency" and "dependency".startswith(name):

@@ -34,10 +34,9 @@ SESSION_HEADER: Final = "x-session-id"
 
 
 def path_at(base: str, target: str) -> str:
-    """Returns the path of `target` at a server with base path `base`, such as `/v1`.
+    """Returns the path of `target` on a server with base path `base`, which replaces `/v1` in API paths.
 
-    The base replaces the `/v1` of an API path. Other paths follow the base without its final `/v1`. An empty base means
-    `/v1`.
+    Paths outside of `/v1` follow the base without its final `/v1`. An empty base means `/v1`.
     """
     if target.startswith(API_ROOT + "/"):
         return (base or API_ROOT) + target.removeprefix(API_ROOT)
@@ -57,8 +56,8 @@ def challenge_in(query: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class ProbeResponse:
-    """The response to a health probe. `models`: names of the models that the engine serves, None until it was ready
-    once. `answer`: the answer to the challenge."""
+    """The response to a health probe. `models`: names of the models that the engine serves, None before it is
+    ready. `answer`: the answer to the challenge."""
 
     replica: str
     state: str

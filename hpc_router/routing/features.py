@@ -41,7 +41,7 @@ _UNICODE_SPACES: Final = ("\x85", "\u1680", "\u2028", "\u2029")
 
 
 def _word_table(*, fold_numbers: bool) -> bytes:
-    """Returns a table for bytes.translate: lower-case letters, digits (as `0` if `fold_numbers`), else spaces."""
+    """Returns a bytes.translate table: letters to lower case, digits kept or folded to `0`, the rest to spaces."""
     table = bytearray(b" " * 128) + bytes(range(128, 256))
     for byte in _WORD_BYTES:
         table[byte] = ord("0") if fold_numbers and chr(byte).isdigit() else ord(chr(byte).lower())

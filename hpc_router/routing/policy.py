@@ -167,7 +167,7 @@ class LeastInFlight(RoundRobin):
 
 
 class ModelField:
-    """Chooses no expert for the prompt: clients name it. `auto` gets the fallback, or without one the router's 404."""
+    """Policy for clients that name the expert. `auto` gets the fallback; without one, the router sends 404."""
 
     version = None
     weighs_load = False

@@ -80,7 +80,7 @@ class TermSums:
         return self._columns(total)
 
     def by_term(self, text: str) -> dict[str, list[float]]:
-        """Returns for each term of the text its part of each column of `sums`.
+        """Returns, for each term of the text, what it contributes to each column of `sums`.
 
         A word includes its prefix. An unknown word appears as its prefix (`diabe*`), or not at all if the prefix is
         unknown too.

@@ -26,7 +26,7 @@ class Clock(Protocol):
         """Returns the wall-clock time, for the `created` fields."""
 
     async def sleep(self, delay_s: float) -> None:
-        """Suspends the task. With 0, for one iteration of the event loop, so that a cancellation takes effect."""
+        """Suspends the task; with 0, for one iteration of the event loop, so that a cancellation takes effect."""
 
 
 class RealClock:

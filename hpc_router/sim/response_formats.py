@@ -148,7 +148,7 @@ class CompletionsFormat:
 
 
 class CompletionEvents:
-    """The events of one choice of a completion. `_sent` counts tokens, `_offset` characters with log probabilities."""
+    """The events of one choice of a completion. `_sent`: tokens so far. `_offset`: characters so far."""
 
     def __init__(self, envelope: Envelope, generation: Generation, index: int, choice: Choice) -> None:
         self._envelope, self._generation, self._index, self._choice = envelope, generation, index, choice

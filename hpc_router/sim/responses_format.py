@@ -152,7 +152,7 @@ class ResponseEvents:
         )
 
     def _logprobs(self, entries: Sequence[TokenLogprobs]) -> dict[str, object]:
-        """Returns the field with log probabilities; function calls have none."""
+        """Returns an event's field with log probabilities; empty for a function call."""
         return {"logprobs": self._format.logprobs(entries)} if self._format.generation.tool is None else {}
 
     def _event(self, kind: str, /, **body: object) -> bytes:

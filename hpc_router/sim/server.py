@@ -137,7 +137,7 @@ class SimServer:
         await self.stop()
 
     async def stop(self) -> None:
-        """Stops the server as SIGTERM does. Can be called again."""
+        """Stops the server in the same way as SIGTERM. Further calls have no effect."""
         assert self._runner is not None
         if self._loading is not None:
             self._loading.cancel()

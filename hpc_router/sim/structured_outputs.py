@@ -50,7 +50,7 @@ def _constraints(value: object) -> dict[str, object]:
 
 
 def _of_format(value: object, *, key: str) -> dict[str, object]:
-    """Returns the schema of a format: in chat, the field `json_schema`; in other APIs, beside the format's type."""
+    """Returns the schema of a requested format. Chat has it in the field `json_schema`, other APIs beside `type`."""
     if value is None:
         return {}
     if not isinstance(value, dict):

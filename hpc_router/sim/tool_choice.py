@@ -1,4 +1,4 @@
-"""Parses a request's tools and returns the one that it forces. Each API has its own form. Errors are vLLM's."""
+"""Parses a request's tools and returns the one that it forces. Each API has its own form. Errors are as in vLLM."""
 
 from hpc_router.sim.api_error import ApiError
 from hpc_router.sim.generation import Tool

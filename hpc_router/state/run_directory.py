@@ -66,7 +66,7 @@ class RunDir:
         return self.path / "classifier"
 
     def space_error(self) -> str | None:
-        """Returns why the file system cannot be written, as an error text; None if it can. A quota is not detected."""
+        """Returns why files cannot be written here, as an error text; None if they can. A quota is not detected."""
         try:
             space = os.statvfs(self.path)
         except OSError as error:

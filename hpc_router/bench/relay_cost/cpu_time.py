@@ -51,7 +51,7 @@ class CpuCost:
 
     @property
     def load_others_share(self) -> float:
-        """CPU that other processes used on the cores of the load generator and the engine, in cores."""
+        """Load of other processes on the cores of load generator and engine, as a number of busy cores."""
         own_ns = self.end.engine_ns + self.end.load_ns - self.begin.engine_ns - self.begin.load_ns
         return max(0.0, (self.end.load_core_ns - self.begin.load_core_ns - own_ns) / self.elapsed_ns)
 

@@ -68,7 +68,7 @@ class Relay(ABC):
 
 
 def find(command: str, folder: Path | None) -> Path | None:
-    """Returns the path of a program in the virtual environment `folder`, in PATH, or in a folder for servers."""
+    """Returns the path of a program in the virtual environment `folder`, in PATH, or in SERVER_PATH."""
     inside = folder / "bin" / command if folder is not None else None
     if inside is not None and inside.exists():
         return inside.absolute()

@@ -121,7 +121,7 @@ def _relays(results: RelayCostResults) -> Sheet:
 
 
 def _cell(results: RelayCostResults, measured: RelayRounds, key: str) -> str:
-    """Formats one figure. Times to first token are differences to `direct`, whose own are in brackets."""
+    """Formats one figure. A time to first token is shown minus that of `direct`, whose own is in brackets."""
     if not key.startswith("ttft"):
         return _format(spread(measured, key))
     if measured.relay.name == "direct":

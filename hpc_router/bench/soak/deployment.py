@@ -122,7 +122,7 @@ def killable(experts: Mapping[str, Any], *, killed: Collection[str]) -> list[str
 
 
 def least_recently_killed(names: Collection[str], killed: Mapping[str, int]) -> str:
-    """Returns the process whose slot was killed longest ago, or never. All generations of a replica share a slot."""
+    """Returns a process whose slot was never killed, else the one killed longest ago. Generations share a slot."""
     last: dict[str, int] = {}
     for name, order in killed.items():
         last[_slot(name)] = max(order, last.get(_slot(name), -1))

@@ -170,7 +170,7 @@ class _FaultInjector:
                 time.sleep(TICK_S)
 
     def _inject(self, target: FaultTarget) -> None:
-        """Injects a fault. If that is not possible now, the fault stays due."""
+        """Injects a fault, or leaves it scheduled if that is not possible now."""
         fault = self._deployment.inject(target)
         if fault is not None:
             self.faults.append(fault)

@@ -28,7 +28,7 @@ connections open, so the number of descriptors follows the latency; leaked ones 
 
 @dataclass(frozen=True, slots=True)
 class InjectedFault:
-    """A kill of a process. `at_ns`: CLOCK_MONOTONIC."""
+    """A process that was killed. `at_ns`: time of the kill (CLOCK_MONOTONIC)."""
 
     target: FaultTarget
     name: str

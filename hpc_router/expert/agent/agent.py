@@ -135,7 +135,7 @@ class Agent:
         return end
 
     def _write_exit(self, end: Exit) -> None:
-        """Writes the exit record, unless another process wrote one, because the control loop has acted on that one."""
+        """Writes the exit record. Keeps one of another process, because the control loop has acted on it."""
         if self._job.exit() is None:
             self._job.write(end)
 

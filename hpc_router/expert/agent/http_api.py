@@ -89,7 +89,7 @@ class AgentHttpApi:
         return self._start(request) or self._respond(request)
 
     async def _respond(self, request: Request, started: PendingRequest | None = None) -> Response | None:
-        """Returns the response, also for errors; raises only CancelledError. `started`: a request that was sent."""
+        """Returns the response, also for errors. `started`: this request, if it was already sent to the engine."""
         try:
             if started is not None:
                 return await self._relay(request, started=started)

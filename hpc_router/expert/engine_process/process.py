@@ -77,7 +77,7 @@ class EngineProcess:
         await self.stop()
 
     async def wait(self) -> int:
-        """Returns the exit status, as a shell: 128 + N for signal N."""
+        """Waits for the end of the process. Returns its exit status; 128 + N for signal N."""
         code = await self._guard.wait()
         if code >= 0:
             return code

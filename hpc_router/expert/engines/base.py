@@ -226,12 +226,12 @@ def flags(extra: Mapping[str, Any]) -> list[str]:
 
 
 def flag_name(name: str) -> str:
-    """Returns the command-line flag of a name in `extra`."""
+    """Returns the name of a flag without dashes in front: `max_len` and `--max-len` give `max-len`."""
     return name.lstrip("-").replace("_", "-")
 
 
 def checked_flags(extra: Mapping[str, Any], *, at: str, reserved: Mapping[str, str]) -> dict[str, Any]:
-    """Returns `extra` with flags as names. Raises ConfigError for a reserved flag."""
+    """Returns `extra` with its names as from `flag_name`. Raises ConfigError for a reserved flag."""
     named = {flag_name(name): value for name, value in extra.items()}
     for name in named:
         if name in reserved:

@@ -1,4 +1,4 @@
-"""The simulated engine, `python -m hpc_router.sim`: the API without a model."""
+"""The simulated engine, `python -m hpc_router.sim`, which serves the API without a model."""
 
 import json
 from collections.abc import Mapping, Sequence

@@ -97,7 +97,7 @@ class Follower:
         return end
 
     async def _failed(self, reason: FailureReason, message: str) -> Exit:
-        """Writes the exit record at once: rank 0 is ended together with this rank and does not know the cause."""
+        """Writes the exit record at once, because rank 0 ends with this rank and does not know the cause."""
         end = Exit(ok=False, reason=reason, message=f"rank {self._rank} on {socket.gethostname()}: {message}")
         with suppress(OSError, TimeoutError):
             async with asyncio.timeout(WRITE_TIMEOUT_S):
@@ -197,7 +197,7 @@ class Follower:
             return None
 
     async def _leader_lost(self, silent_s: float) -> Exit:
-        """Writes the replica's exit record in place of rank 0, which is gone without one."""
+        """Writes the replica's exit record, because rank 0 is gone and has not written one."""
         message = f"rank 0 gave no order for {silent_s:.0f} s to rank {self._rank} on {socket.gethostname()}"
         end = Exit(ok=False, reason=FailureReason.RANK_LOST, message=message)
         self._files.post(partial(self._job.write, end))

@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 
 class RankEngine:
-    """The engine process of one rank. `attempt`: current or last attempt. `failure`: why it ended, if by itself."""
+    """The engine process of one rank. `attempt`: current or last one. `failure`: why it ended by itself."""
 
     def __init__(self, engine: Engine, files: FileThread) -> None:
         self._engine = engine
