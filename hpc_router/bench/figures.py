@@ -140,7 +140,7 @@ class Figures:
     prompt_tokens: Percentiles | None = None
     output_tokens: Percentiles | None = None
     good_share: float = 0.0  # share of the measured requests within the goodput limits
-    goodput_per_s: float = 0.0
+    goodput_per_s: float = 0.0  # responses within the goodput limits that ended in the window
     medians: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # per expert: ttft_s, tpot_s, e2e_s
 
 
@@ -166,10 +166,13 @@ def figures(observations: Sequence[Observation], window: Window, limits: Goodput
     reasons = Counter(o.reason or UNKNOWN for o in good)
     within = [o for o in good if meets(o, limits)]
     tokens = _tokens_in(window, observations)
-    ended = sum(o.error is None and window.contains(o.ended_s) for o in observations)
-    length_s = window.length_s
+    ended = [o for o in observations if o.error is None and window.contains(o.ended_s)]
+
+    def per_s(count: float) -> float:
+        return count / window.length_s if window.length_s > 0 else 0.0
+
     return Figures(
-        window_s=length_s,
+        window_s=window.length_s,
         requests=len(measured),
         succeeded=len(good),
         failed=len(measured) - len(good),
@@ -184,13 +187,13 @@ def figures(observations: Sequence[Observation], window: Window, limits: Goodput
         e2e_s=Percentiles.of(o.e2e_s for o in good),
         session_tokens_per_s=Percentiles.of(o.token_count / o.e2e_s for o in good if o.e2e_s > 0),
         tokens=tokens,
-        tokens_per_s=tokens / length_s if length_s > 0 else 0.0,
-        requests_per_s=ended / length_s if length_s > 0 else 0.0,
+        tokens_per_s=per_s(tokens),
+        requests_per_s=per_s(len(ended)),
         counted_by=_counted_by(good),
         prompt_tokens=Percentiles.of(o.prompt_tokens for o in good if o.prompt_tokens is not None),
         output_tokens=Percentiles.of(o.token_count for o in good),
         good_share=len(within) / len(measured) if measured else 0.0,
-        goodput_per_s=_goodput(observations, window, limits),
+        goodput_per_s=per_s(sum(meets(o, limits) for o in ended)),
         medians={name: _medians([o for o in good if (o.expert or UNKNOWN) == name]) for name in sorted(experts)},
     )
 
@@ -206,15 +209,6 @@ def _balance(good: Sequence[Observation]) -> dict[str, float]:
     for o in good:
         found.setdefault(o.expert or UNKNOWN, Counter())[o.replica or UNKNOWN] += 1
     return {name: max(each.values()) * len(each) / each.total() for name, each in sorted(found.items())}
-
-
-def _goodput(observations: Sequence[Observation], window: Window, limits: GoodputLimits) -> float:
-    """Returns the number of responses per second that ended inside the window and meet the limits."""
-    if window.length_s <= 0:
-        return 0.0
-    return (
-        sum(o.error is None and window.contains(o.ended_s) and meets(o, limits) for o in observations) / window.length_s
-    )
 
 
 def _medians(good: Sequence[Observation]) -> dict[str, float]:

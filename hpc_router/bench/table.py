@@ -32,12 +32,8 @@ def table(rows: Sequence[MeasuredPoint], *, simulated: bool) -> RenderableType:
             _overhead(row),
         )
     remarks = [remark for row in rows for remark in _remarks(row)]
-    return Group(*_head(simulated), grid, *remarks)
-
-
-def _head(simulated: bool) -> list[Text]:
-    text = "simulated engine: these latencies are not those of a real model"
-    return [Text(text, style="yellow")] if simulated else []
+    warning = Text("simulated engine: these latencies are not those of a real model", style="yellow")
+    return Group(*([warning] if simulated else []), grid, *remarks)
 
 
 def _remarks(row: MeasuredPoint) -> Iterator[Text]:

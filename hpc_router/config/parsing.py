@@ -139,9 +139,7 @@ def _value(kind: Any, value: Any, at: str) -> Any:
     if isinstance(bare, type) and is_dataclass(bare) and isinstance(value, Mapping):
         return _section(bare, value, at)
     if get_origin(bare) is dict and isinstance(value, Mapping):
-        return {
-            _entry_name(name, at): _value(get_args(bare)[1], item, _text_key(name, at)) for name, item in value.items()
-        }
+        return {str(name): _value(get_args(bare)[1], item, _text_key(name, at)) for name, item in value.items()}
     if get_origin(bare) is list and isinstance(value, list):
         return [_value(get_args(bare)[0], item, f"{at}[{number}]") for number, item in enumerate(value)]
     converted = _scalar(bare, value)
@@ -176,12 +174,6 @@ def _check_encodable(text: str, key: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise ConfigError(f"'{key}': {text!r} is not valid UTF-8 text", key=key) from error
-
-
-def _entry_name(name: Any, at: str) -> str:
-    """Returns the name of a mapping's entry. Raises ConfigError if the name is not text."""
-    _text_key(name, at)
-    return str(name)
 
 
 def _text_key(name: Any, at: str) -> str:

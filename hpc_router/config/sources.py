@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import yaml
 from hydra._internal.grammar.functions import Functions
@@ -38,6 +38,9 @@ def parse_override(text: str) -> Override:
             f"override '{text}': {first} (valid: key=value, a group's topology=name, ~key; "
             "quote values with special characters: key='a, b')"
         ) from error
+
+
+_ABSENT: Final = object()
 
 
 @dataclass
@@ -106,15 +109,15 @@ def _equal(found: object, value: object) -> bool:
     return type(found) is type(value) and found == value
 
 
-def _value_at(value: Any, path: as_written.Path) -> Any:
-    """Returns the value at `path` inside a parsed override; None if there is none."""
+def _value_at(value: Any, path: as_written.Path, *, absent: object = None) -> Any:
+    """Returns the value at `path` inside a parsed override or file; `absent` if there is none."""
     for part in path:
         if isinstance(value, Mapping):
-            value = {str(name): item for name, item in value.items()}.get(str(part))
+            value = {str(name): item for name, item in value.items()}.get(str(part), absent)
         elif isinstance(value, list) and isinstance(part, int) and part < len(value):
             value = value[part]
         else:
-            return None
+            return absent
     return value
 
 
@@ -160,7 +163,8 @@ def place_of(key: str, overrides: Sequence[str]) -> str:
         if not chooses_file and _touches(override.key_or_group, key):
             return f"override '{text}': "
     for path, package in reversed(list(composed_files(overrides))):
-        if _has(_content(path), _below(key, package)):
+        below = _below(key, package)
+        if below and _value_at(OmegaConf.to_container(OmegaConf.load(path)), below, absent=_ABSENT) is not _ABSENT:
             return f"{display_path(path)}: "
     return ""
 
@@ -186,25 +190,7 @@ def composed_files(overrides: Sequence[str]) -> Iterator[tuple[Path, str]]:
                 break
 
 
-def _content(path: Path) -> Mapping[str, Any]:
-    content = OmegaConf.to_container(OmegaConf.load(path))
-    return {str(key): value for key, value in content.items()} if isinstance(content, dict) else {}
-
-
-def _below(key: str, package: str) -> list[str] | None:
+def _below(key: str, package: str) -> as_written.Path | None:
     """Returns the path of `key` inside a file whose values are below `package`; None if it lies elsewhere."""
-    parts, prefix = key.split("."), package.split(".") if package else []
+    parts, prefix = tuple(key.split(".")), tuple(package.split(".")) if package else ()
     return parts[len(prefix) :] if parts[: len(prefix)] == prefix else None
-
-
-def _has(content: Any, parts: list[str] | None) -> bool:
-    if not parts:
-        return False
-    for part in parts:
-        if not isinstance(content, Mapping):
-            return False
-        named = {str(name): value for name, value in content.items()}
-        if part not in named:
-            return False
-        content = named[part]
-    return True

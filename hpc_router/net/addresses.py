@@ -54,6 +54,13 @@ def interface_of(of: str, have: Interfaces | None = None) -> str | None:
     return next((name for name, addresses in known.items() if wanted in addresses), None)
 
 
+def free_port(address: str = LOOPBACK) -> int:
+    """Returns a TCP port that is free now. Another process may take it before the caller does."""
+    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as sock:
+        sock.bind((address, 0))
+        return int(sock.getsockname()[1])
+
+
 def interfaces() -> dict[str, list[IpAddress]]:
     """Returns the addresses of each interface that is up, without link-local IPv6 ones: other nodes cannot use
     those."""

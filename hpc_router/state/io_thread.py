@@ -11,7 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from logging.handlers import QueueHandler
 from pathlib import Path
@@ -50,6 +50,13 @@ class FileThread:
 
         self._queue.put(act)
         return await asyncio.shield(asyncio.wrap_future(done))
+
+    async def run_within_limit(self, action: Callable[[], _T]) -> _T | None:
+        """Returns the result of `action`; None after an OSError or after `WRITE_TIMEOUT_S`."""
+        with suppress(OSError, TimeoutError):
+            async with asyncio.timeout(WRITE_TIMEOUT_S):
+                return await self.run(action)
+        return None
 
     def post(self, action: Callable[[], object]) -> None:
         """Queues `action` without waiting for it. An exception is logged."""

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Final, Self, TypeVar
+from typing import Final, Self, TypeVar
 
 from hpc_router.state.atomic_files import read_json, replace_json
 from hpc_router.state.run_directory import RunDir, private_umask
@@ -210,6 +210,11 @@ class JobDir:
     def write(self, value: JobInfo | Submitter | Process | JobProgress | Exit | Ended | Stop) -> None:
         replace_json(self.path / _FILES[type(value)], asdict(value))
 
+    def write_exit(self, end: Exit) -> None:
+        """Writes the exit record. Keeps one of another process, because the control loop has acted on it."""
+        if self.exit() is None:
+            self.write(end)
+
     def info(self) -> JobInfo | None:
         value = self._read(JobInfo)
         return value and JobInfo(**{**asdict(value), "gpus": tuple(value.gpus), "argv": tuple(value.argv)})
@@ -234,8 +239,12 @@ class JobDir:
 
     def _read(self, kind: type[_T]) -> _T | None:
         value = read_json(self.path / _FILES[kind])
+        if value is None:
+            return None
         try:
-            return None if value is None else kind(**_enums(value))
+            for key in _ENUMS.keys() & value.keys():
+                value[key] = None if value[key] is None else _ENUMS[key](value[key])
+            return kind(**value)
         except (TypeError, ValueError):
             return None
 
@@ -249,16 +258,7 @@ _FILES: Final[Mapping[type, str]] = {
     Ended: "ended.json",
     Stop: "stop.json",
 }
-
-
-def _enums(value: dict[str, Any]) -> dict[str, Any]:
-    if value.get("phase") is not None:
-        value["phase"] = JobPhase(value["phase"])
-    if value.get("reason") is not None:
-        value["reason"] = FailureReason(value["reason"])
-    if value.get("runner") is not None:
-        value["runner"] = Runner(value["runner"])
-    return value
+_ENUMS: Final[Mapping[str, type[StrEnum]]] = {"phase": JobPhase, "reason": FailureReason, "runner": Runner}
 
 
 def start_ticks(pid: int) -> int | None:

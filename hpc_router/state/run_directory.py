@@ -192,39 +192,21 @@ def point_latest(runs: Path, run: RunDir) -> None:
     temporary.replace(link)
 
 
-class _PrivateUmask:
-    """Counts the threads inside `private_umask`, because a process has one umask: the first one sets it, the last one
-    restores it."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._blocks = 0
-        self._before = 0
-
-    def begin(self) -> None:
-        with self._lock:
-            if not self._blocks:
-                self._before = os.umask(0o077)
-            self._blocks += 1
-
-    def end(self) -> None:
-        with self._lock:
-            self._blocks -= 1
-            if not self._blocks:
-                os.umask(self._before)
-
-
-_private_umask: Final = _PrivateUmask()
+_umask_lock: Final = threading.Lock()
+_saved_umasks: Final[list[int]] = []
+"""The umasks that open `private_umask` blocks replaced; the first one is the umask outside of all blocks."""
 
 
 @contextlib.contextmanager
 def private_umask() -> Iterator[None]:
     """Makes files and folders created inside the block accessible to the owner only. Threads may overlap."""
-    _private_umask.begin()
+    with _umask_lock:
+        _saved_umasks.append(os.umask(0o077))
     try:
         yield
     finally:
-        _private_umask.end()
+        with _umask_lock:
+            os.umask(_saved_umasks.pop())
 
 
 def _private_folder(path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import aiohttp
 import pytest
 
-from hpc_router.expert.multinode.start_strategy import free_port
+from hpc_router.net.addresses import free_port
 from hpc_router.sim.ranks import PEER_LOST
 from tests.sim.calls import chat, stream
 from tests.sim.support import INSTANT_FLAGS, address, ended, spawned
@@ -21,7 +21,7 @@ def flags(rank: int, port: int, *, nodes: int = 2) -> list[str]:
 
 
 async def test_it_serves_once_all_have_met_and_ends_by_signals() -> None:
-    port = free_port("127.0.0.1")
+    port = free_port()
     async with (
         spawned(*flags(1, port, nodes=3)) as one,
         spawned(*flags(2, port, nodes=3)) as two,
@@ -36,7 +36,7 @@ async def test_it_serves_once_all_have_met_and_ends_by_signals() -> None:
 
 @pytest.mark.parametrize("lost", [0, 1])
 async def test_the_loss_of_one_ends_the_other(lost: int) -> None:
-    port = free_port("127.0.0.1")
+    port = free_port()
     async with spawned(*flags(1, port)) as other, spawned(*flags(0, port), "--announce") as first:
         await address(first)
         ranks: list[Process] = [first, other]
@@ -54,7 +54,7 @@ async def test_a_taken_port() -> None:
 
 
 async def test_waiting_for_the_others_can_be_ended() -> None:
-    port = free_port("127.0.0.1")
+    port = free_port()
     async with spawned(*flags(0, port)) as first:
         await eventually(lambda: listens(port))
         first.send_signal(signal.SIGTERM)

@@ -7,7 +7,7 @@ results of several jobs can be merged. Times are seconds since the load began. T
 import socket
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlsplit
@@ -178,10 +178,6 @@ def merged(loads: Sequence[LoadResult]) -> LoadResult:
         max(load.cpu_share for load in loads),
         max(load.wait_share for load in loads),
     )
-
-
-def to_json(load: LoadResult) -> dict[str, Any]:
-    return asdict(load)
 
 
 def from_json(value: Mapping[str, Any]) -> LoadResult:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from hpc_router.bench.config import read_config
-from hpc_router.bench.load.generator import LoadTarget, run_load, to_json
+from hpc_router.bench.load.generator import LoadTarget, run_load
 from hpc_router.bench.prompts import BenchPrompt
 from hpc_router.bench.workload import Point, workload
 from hpc_router.errors import HpcRouterError
@@ -63,7 +63,7 @@ def _run(task: dict[str, Any], folder: Path, job: int) -> dict[str, Any]:
         return {"idle": True}
     work = workload(config, [BenchPrompt(**one) for one in task["prompts"]], Point(**task["point"]), job=job)
     time.sleep(max(0.0, task["begin_at"] - time.time()))
-    return to_json(run_load(LoadTarget(task["url"], task["token"]), config, work, folder))
+    return asdict(run_load(LoadTarget(task["url"], task["token"]), config, work, folder))
 
 
 def _ended(folder: Path) -> bool:

@@ -76,13 +76,6 @@ def find(command: str, folder: Path | None) -> Path | None:
     return Path(found) if found else None
 
 
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
-        return port
-
-
 def wait_until_serving(started: StartedRelay, log: Path) -> None:
     """Blocks until the relay serves a request. Raises LaunchError with the end of its log."""
     deadline = time.monotonic() + START_TIMEOUT_S

@@ -14,15 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from hpc_router.bench.relay_cost.interface import (
-    Relay,
-    RelayPlacement,
-    StartedRelay,
-    find,
-    free_port,
-    wait_until_serving,
-)
+from hpc_router.bench.relay_cost.interface import Relay, RelayPlacement, StartedRelay, find, wait_until_serving
 from hpc_router.bench.relay_cost.processes import pinned_to, process_group
+from hpc_router.net.addresses import free_port
 from hpc_router.state.run_directory import private_umask
 
 KEEPALIVE: Final = 4096

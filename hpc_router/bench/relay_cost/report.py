@@ -2,6 +2,7 @@
 
 import math
 import operator
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final
@@ -65,10 +66,7 @@ def notes(results: RelayCostResults) -> list[str]:
     found = [f"{name}: not measured, {why}" for name, why in results.absent.items()]
     for name, measured in results.measured.items():
         found += [f"{name}: a round failed: {why}" for why in measured.broken]
-        failed: dict[str, int] = {}
-        for one in measured.rounds.values():
-            for kind, count in one.failed.items():
-                failed[kind] = failed.get(kind, 0) + count
+        failed = sum((Counter(one.failed) for one in measured.rounds.values()), Counter[str]())
         found += [f"{name}: failed: {count} x {kind}" for kind, count in failed.items()]
         opened, wanted = spread(measured, "stream_opened"), results.options.streams
         if opened is not None and opened.low < wanted:

@@ -32,11 +32,12 @@ from hpc_router.expert.multinode.rank_auth import rank_key, report_token
 from hpc_router.expert.multinode.start_strategy import MultiNodeLeader, SingleNode, StartStrategy
 from hpc_router.net import addresses
 from hpc_router.net.auth import new_token, replica_key
+from hpc_router.net.job_environment import current_job_id
 from hpc_router.relay import memory_tuning
 from hpc_router.relay.downstream.server import listening
 from hpc_router.relay.upstream.client import UpstreamClient
 from hpc_router.relay.upstream.interface import Upstream
-from hpc_router.state.io_thread import WRITE_TIMEOUT_S, FileThread
+from hpc_router.state.io_thread import FileThread
 from hpc_router.state.job_records import Exit, FailureReason, JobDir, JobPhase
 from hpc_router.state.lease import Lease
 from hpc_router.state.registry import Record, RecordKind, State, http_url, split_replica
@@ -129,15 +130,8 @@ class Agent:
             logger.exception("the agent failed")
             end = Exit(ok=False, reason=FailureReason.CRASHED, message=f"{type(error).__name__}: {error}")
         logger.info("exit: %s: %s", end.reason, end.message)
-        with suppress(OSError, TimeoutError):
-            async with asyncio.timeout(WRITE_TIMEOUT_S):
-                await self._files.run(partial(self._write_exit, end))
+        await self._files.run_within_limit(partial(self._job.write_exit, end))
         return end
-
-    def _write_exit(self, end: Exit) -> None:
-        """Writes the exit record. Keeps one of another process, because the control loop has acted on it."""
-        if self._job.exit() is None:
-            self._job.write(end)
 
     async def _serve_job(self) -> Exit:
         cluster, router = self._deployment.cluster, self._deployment.router
@@ -172,20 +166,14 @@ class Agent:
 
     async def _drained(self) -> Exit:
         """Returns the exit record after a drain. A job that a signal ended before it was ready counts as failed."""
-        if self._lifecycle.ready_at is not None or not self._by_signal or await self._requested_by_us():
+        requested = self._lifecycle.ready_at is not None or not self._by_signal
+        if requested or await self._files.run_within_limit(self._job.stop) is not None:
             return Exit.drained(f"drained after {self._drain_reason}", cut=self._aborted)
         if signal.SIGUSR2 in self._signals:
             message = "its walltime ended before its engine was ready: raise walltime, or shorten the start"
             return Exit(ok=False, reason=FailureReason.WALLTIME, message=message)
         message = "it was ended from outside before it was ready"
         return Exit(ok=False, reason=FailureReason.CANCELLED, message=message)
-
-    async def _requested_by_us(self) -> bool:
-        """Returns whether one of our own commands asked this job to stop."""
-        with suppress(TimeoutError):
-            async with asyncio.timeout(WRITE_TIMEOUT_S):
-                return await self._files.run(self._job.stop) is not None
-        return False
 
     async def _serve(self, supervisor: EngineSupervisor, http_api: AgentHttpApi) -> EngineFailure | None:
         """Serves until the engine fails permanently (returns the failure) or the drain is complete (returns None). In
@@ -297,9 +285,8 @@ class Agent:
         )
 
     def _job_id(self) -> str:
-        for name in ("HPC_ROUTER_JOB_ID", "SLURM_JOB_ID", "SUBMITIT_LOCAL_JOB_ID"):
-            if name in self._environment:
-                return self._environment[name]
+        if job_id := current_job_id(self._environment) or self._environment.get("SUBMITIT_LOCAL_JOB_ID"):
+            return job_id
         info = self._job.info()
         return info.job_id if info else str(os.getpid())
 

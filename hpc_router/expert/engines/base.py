@@ -138,6 +138,10 @@ class AdapterEngine:
     adapters: Mapping[str, str]
 
     @property
+    def python(self) -> str:
+        return interpreter(self.config.engine)
+
+    @property
     def models(self) -> tuple[str, ...]:
         return (self.config.model, *self.adapters.values())
 

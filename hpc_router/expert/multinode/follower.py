@@ -13,7 +13,7 @@ import logging
 import signal
 import socket
 from collections.abc import Mapping
-from contextlib import AsyncExitStack, suppress
+from contextlib import AsyncExitStack
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Final
@@ -33,7 +33,7 @@ from hpc_router.net.protocol import RANK, Action, RankOrder, RankReport
 from hpc_router.relay.headers import lines
 from hpc_router.relay.upstream.client import UpstreamClient
 from hpc_router.relay.upstream.interface import Upstream, UpstreamTimeouts, address_of
-from hpc_router.state.io_thread import WRITE_TIMEOUT_S, FileThread
+from hpc_router.state.io_thread import FileThread
 from hpc_router.state.job_records import Exit, FailureReason, JobDir
 from hpc_router.state.registry import Record, RegistryReader, split_replica
 from hpc_router.state.run_directory import RunDir
@@ -99,10 +99,7 @@ class Follower:
     async def _failed(self, reason: FailureReason, message: str) -> Exit:
         """Writes the exit record at once, because rank 0 ends with this rank and does not know the cause."""
         end = Exit(ok=False, reason=reason, message=f"rank {self._rank} on {socket.gethostname()}: {message}")
-        with suppress(OSError, TimeoutError):
-            async with asyncio.timeout(WRITE_TIMEOUT_S):
-                if await self._files.run(self._job.exit) is None:
-                    await self._files.run(partial(self._job.write, end))
+        await self._files.run_within_limit(partial(self._job.write_exit, end))
         return end
 
     async def _serve(self) -> Exit:
@@ -126,7 +123,7 @@ class Follower:
                 if order.action is Action.STOP:
                     return Exit(ok=True, reason=FailureReason.DRAINED, message="rank 0 ordered it to stop")
                 self._apply(order, place)
-            elif (end := await self._exit_record()) is not None:
+            elif (end := await self._files.run_within_limit(self._job.exit)) is not None:
                 return end
             elif silent_s >= give_up_s:
                 return await self._leader_lost(silent_s)
@@ -146,7 +143,8 @@ class Follower:
     async def _request_order(self, client: Upstream) -> RankOrder | None:
         """Returns rank 0's order; None without a valid response. Rank 0's record is read again after every failure."""
         if self._leader is None:
-            self._leader = await self._find_leader()
+            records = await self._files.run_within_limit(self._reader.snapshot)
+            self._leader = (records or {}).get(self._job.replica)
         leader = self._leader
         if leader is None or leader.nonce is None:
             return None
@@ -181,20 +179,6 @@ class Follower:
             None if engine.failure is None else engine.failure.message,
             self._leaving,
         )
-
-    async def _find_leader(self) -> Record | None:
-        try:
-            async with asyncio.timeout(WRITE_TIMEOUT_S):
-                return (await self._files.run(self._reader.snapshot)).get(self._job.replica)
-        except (OSError, TimeoutError):
-            return None
-
-    async def _exit_record(self) -> Exit | None:
-        try:
-            async with asyncio.timeout(WRITE_TIMEOUT_S):
-                return await self._files.run(self._job.exit)
-        except (OSError, TimeoutError):
-            return None
 
     async def _leader_lost(self, silent_s: float) -> Exit:
         """Writes the replica's exit record, because rank 0 is gone and has not written one."""

@@ -6,7 +6,6 @@ each attempt with all ranks, ends it when one is lost, and stops them at the end
 
 import asyncio
 import logging
-import socket
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from typing import Protocol
@@ -21,6 +20,7 @@ from hpc_router.expert.multinode.rank_group import (
     STOP_BEATS,
     RankGroup,
 )
+from hpc_router.net.addresses import free_port
 from hpc_router.net.protocol import RankOrder, RankReport
 
 logger = logging.getLogger(__name__)
@@ -51,14 +51,6 @@ class SingleNode:
 
     async def resolve_failure(self, own: EngineFailure) -> EngineFailure:
         return own
-
-
-def free_port(address: str) -> int:
-    """Returns a port that is free now. Another process may take it before the engine does."""
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as sock:
-        sock.bind((address, 0))
-        return int(sock.getsockname()[1])
 
 
 @dataclass(slots=True)
@@ -108,9 +100,9 @@ class MultiNodeLeader:
     async def resolve_failure(self, own: EngineFailure) -> EngineFailure:
         self.group.end()
         ended_at = self.clock()
-        while (find_cause := self.group.find_cause(own, ended_at=ended_at, now=self.clock())) is None:
+        while (cause := self.group.find_cause(own, ended_at=ended_at, now=self.clock())) is None:
             await self._tick()
-        return find_cause
+        return cause
 
     async def stop_ranks(self) -> EngineFailure | None:
         """Orders all ranks to stop, and returns when they have the order or the time is over. Returns the failure of a

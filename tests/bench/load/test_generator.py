@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +10,7 @@ import pytest
 from hpc_router.bench.config import BenchConfig, read_config
 from hpc_router.bench.figures import CUT, MeasurementPart, Observation
 from hpc_router.bench.load import load_jobs as load_jobs_module
-from hpc_router.bench.load.generator import LoadResult, LoadTarget, from_json, merged, run_load, to_json, window_of
+from hpc_router.bench.load.generator import LoadResult, LoadTarget, from_json, merged, run_load, window_of
 from hpc_router.bench.load.load_jobs import start_load_jobs
 from hpc_router.bench.prompts import BenchPrompt, built_in
 from hpc_router.bench.workload import Point, workload
@@ -263,7 +263,7 @@ def test_a_result_survives_json_and_merging() -> None:
     config = replace(BenchConfig(), requests=1)
     one = Observation(part=MeasurementPart.MEASURED, user=0, started_s=1.0, ended_s=2.0, content_s=[1.5], tokens=3)
     load = LoadResult(5.0, [one], window_of(config, [one]), 0.1, 0.2)
-    assert from_json(json.loads(json.dumps(to_json(load)))) == load
+    assert from_json(json.loads(json.dumps(asdict(load)))) == load
     both = merged([load, replace(load, started_at=4.0, cpu_share=0.5)])
     assert (both.started_at, len(both.observations), both.cpu_share) == (4.0, 2, 0.5)
 

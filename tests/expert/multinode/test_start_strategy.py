@@ -16,7 +16,8 @@ from hpc_router.expert.engine_process.command import EngineCommands
 from hpc_router.expert.engine_process.process import Command
 from hpc_router.expert.engines import EngineFailure, Place, Ranks, build_engine
 from hpc_router.expert.multinode.rank_engine import RankEngine
-from hpc_router.expert.multinode.start_strategy import MultiNodeLeader, free_port
+from hpc_router.expert.multinode.start_strategy import MultiNodeLeader
+from hpc_router.net.addresses import free_port
 from hpc_router.net.protocol import Action, RankReport, RankState
 from hpc_router.relay.upstream.client import UpstreamClient
 from hpc_router.state.io_thread import FileThread
@@ -146,7 +147,7 @@ async def test_a_port_that_was_taken_costs_one_attempt(socket_folder: Path) -> N
         place.temporary.mkdir(parents=True)
     with socket.create_server(("127.0.0.1", 0)) as stranger:
         taken = stranger.getsockname()[1]
-        ports = iter([taken, free_port("127.0.0.1")])
+        ports = iter([taken, free_port()])
         lead = MultiNodeLeader(
             nodes=2,
             key="k",

@@ -11,8 +11,8 @@ import pytest
 from hpc_router.bench.load.native.engine import mock_engine
 from hpc_router.bench.load.native.load import LoadSpec, Recorded, Running, run, running, write_requests
 from hpc_router.bench.load.native.records import REUSED, STREAM, Error, errors
-from hpc_router.bench.relay_cost.interface import free_port
 from hpc_router.errors import LaunchError
+from hpc_router.net.addresses import free_port
 from tests.bench.load.native import scripted as s
 
 RUN_TIMEOUT_S = 60.0
