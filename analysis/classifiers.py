@@ -74,7 +74,7 @@ class Experiment:
         return {"command": command, **json.loads(stdout)}
 
     def predict_accuracy(self, name: str, prompts: Path) -> Result:
-        """Returns the accuracy of the experts that `predict` names. Low margins have no effect without a fallback."""
+        """Returns the accuracy of the experts that `predict` names. Without a fallback, low margins change nothing."""
         command, stdout = self.classify("predict", self.work / name, prompts)
         experts = [json.loads(line)["expert"] for line in stdout.split("\n") if line]
         right = [e == row["domain"] for e, row in zip(experts, read(prompts), strict=True)]
@@ -157,7 +157,7 @@ def from_exemplars(experiment: Experiment, number: int, *, corpus: bool = False)
 
 
 def measured(experiment: Experiment) -> Result:
-    """Measures method=measured. Its clusters do not depend on `correct`, so the accuracy also holds without it."""
+    """Measures method=measured. Its clusters, and so their accuracy, are the same as with method=discovered."""
     train = experiment.file("priced-train")
     return {
         "training": experiment.train("measured", data=train, method="measured", features="distilled", clusters=64),

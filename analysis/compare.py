@@ -35,7 +35,7 @@ FIGURES: Final = (
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """The change of one figure. `relative`: difference / value before. `worse`, `better`: more than noise."""
+    """The change of one figure. `relative`: difference / value before. `worse`, `better`: beyond noise."""
 
     series: str
     load: float

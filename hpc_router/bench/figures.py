@@ -204,7 +204,7 @@ def _shares(counted: Counter[str]) -> dict[str, float]:
 
 
 def _balance(good: Sequence[Observation]) -> dict[str, float]:
-    """Returns per expert the load of its busiest replica / the mean. Ignores replicas without a succeeded request."""
+    """Returns for each expert: load of its busiest replica / mean. Ignores replicas without a succeeded request."""
     found: dict[str, Counter[str]] = {}
     for o in good:
         found.setdefault(o.expert or UNKNOWN, Counter())[o.replica or UNKNOWN] += 1
@@ -234,7 +234,7 @@ def faster(observations: Sequence[Observation], factor: float) -> list[Observati
 
 
 def _tokens_in(window: Window, observations: Sequence[Observation]) -> float:
-    """Returns the tokens that arrived in the window: for each event, its response's mean number of tokens per event."""
+    """Returns the number of tokens in the window. Each event counts as the mean number per event of its response."""
     counted = [o for o in observations if o.error is None and o.tokens is not None]
     events = sum(len(o.content_s) for o in counted)
     # Responses without a token count use the mean over all responses.

@@ -46,13 +46,13 @@ def load_deployment(
     they belong to another program.
     """
     overrides = single_values(overrides)
-    settled = hydra_overrides(overrides)
+    in_hydra_form = hydra_overrides(overrides)
     with (
         _translated_errors(config_dir),
         user_folder(config_dir),
         initialize_config_dir(str(conf_folder()), version_base="1.3"),
     ):
-        composed = compose("deploy", settled)
+        composed = compose("deploy", in_hydra_form)
         sources = Sources(overrides, composed_files(overrides))
         return _deployment(composed, sources, overrides, without=without)
 
@@ -60,9 +60,9 @@ def load_deployment(
 def with_overrides(base: Deployment, overrides: Sequence[str], *, config_dir: Path | None = None) -> Deployment:
     """Returns `base` with overrides applied: first the files of chosen groups, then values. Raises ConfigError."""
     overrides = single_values(overrides)
-    settled = hydra_overrides(overrides)
-    chosen = [override for override in map(parse_override, settled) if override.key_or_group in GROUPS]
-    values = [override for override in map(parse_override, settled) if override.key_or_group not in GROUPS]
+    in_hydra_form = hydra_overrides(overrides)
+    chosen = [override for override in map(parse_override, in_hydra_form) if override.key_or_group in GROUPS]
+    values = [override for override in map(parse_override, in_hydra_form) if override.key_or_group not in GROUPS]
     merged: DictConfig | ListConfig = OmegaConf.create(_escaped(asdict(base)))
     with (
         _translated_errors(config_dir),

@@ -14,7 +14,7 @@ from hpc_router.config.walltime import VALID, walltime_s
 from hpc_router.errors import ConfigError
 
 _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f\x85\u2028\u2029]")
-_UNFIT: Final = re.compile(r"[\s'\"\\#$`;]")
+_INVALID: Final = re.compile(r"[\s'\"\\#$`;]")
 """Characters that an option's value may not contain, because sbatch has its own rules for quotes and comments."""
 _OPTION: Final = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 _MODULE: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_./+:@=-]*")
@@ -135,7 +135,7 @@ def _check_word(key: str, value: str | None) -> None:
     if value is None:
         return
     check_not_empty(key, value)
-    if found := _UNFIT.search(value):
+    if found := _INVALID.search(value):
         valid = "as Slurm writes it, without blanks and quotes; null for none"
         raise ConfigError(f"{key}={value}: {found[0]!r} is not possible here (valid: {valid})", key=key)
 

@@ -134,11 +134,11 @@ def _check_resources(at: str, resources: ResourceConfig, cluster: ClusterConfig)
 def _check_classifier(deployment: Deployment) -> None:
     if deployment.policy.kind != "classifier" or deployment.policy.artefact is not None:
         return
-    taught = [name for name, expert in deployment.experts.items() if expert.exemplars]
-    if len(taught) < 2:
+    with_exemplars = [name for name, expert in deployment.experts.items() if expert.exemplars]
+    if len(with_exemplars) < 2:
         raise ConfigError(
             "policy=classifier needs policy.artefact=DIR or exemplars of at least two experts; "
-            f"exemplars were given for: {', '.join(taught) or 'none'} (policy=model_field needs neither)"
+            f"exemplars were given for: {', '.join(with_exemplars) or 'none'} (policy=model_field needs neither)"
         )
 
 

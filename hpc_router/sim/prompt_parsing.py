@@ -33,7 +33,7 @@ def messages(value: object) -> list[Turn]:
 
 
 def items(value: object) -> list[Turn]:
-    """Parses the input of a response. Items other than messages add no text; vLLM's unknown types are refused."""
+    """Parses the input of a response. Items other than messages add no text; types unknown to vLLM are refused."""
     if isinstance(value, str):
         return [("user", value)]
     if not isinstance(value, list) or not value or not all(isinstance(item, dict) for item in value):

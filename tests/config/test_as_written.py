@@ -157,11 +157,11 @@ def test_a_file_whose_text_would_change_is_refused_with_its_quoted_form(tmp_path
     write(tmp_path, ON_BASE + in_file(key, value))
     with pytest.raises(ConfigError) as refused:
         load_deployment(["topology=mine", "cluster=slurm"], config_dir=tmp_path)
-    said = str(refused.value)
-    assert said.startswith(f"{tmp_path}/topology/mine.yaml:{3 + len(key.split('.'))}: '{key}': {value} is read as ")
+    message = str(refused.value)
+    assert message.startswith(f"{tmp_path}/topology/mine.yaml:{3 + len(key.split('.'))}: '{key}': {value} is read as ")
     assert refused.value.key == key
-    assert f'{name}: "{value}" in a file' in said
-    command = said.partition(" in a file, ")[2].removesuffix(" on the command line")
+    assert f'{name}: "{value}" in a file' in message
+    command = message.partition(" in a file, ")[2].removesuffix(" on the command line")
     override = shlex.split(command)[0]
     write(tmp_path, ON_BASE)
     if key != "cluster.walltime":
@@ -253,10 +253,10 @@ def test_the_keys_of_a_training_are_as_written() -> None:
     with pytest.raises(ConfigError, match=r"'output': 1\.10 is read as the number 1\.1"):
         train_config_of(["data=x", "output=1.10"])
     given: dict[str, Any] = {"clusters=inf": "not a whole number", "weight=inf": "out of range", "clusters=0": "1 to"}
-    for word, said in given.items():
+    for word, message in given.items():
         with pytest.raises(ConfigError) as refused:
             train_config_of(["data=x", "output=y", word])
-        assert said in str(refused.value)
+        assert message in str(refused.value)
 
 
 def test_a_run_takes_text_as_its_first_start_did(tmp_path: Path) -> None:

@@ -112,18 +112,18 @@ def refusal(overrides: list[str], config_dir: Path | None = None) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize(("overrides", "said"), OVERRIDES, ids=lambda value: " ".join(value)[:60])
-def test_a_wrong_override_is_named(overrides: list[str], said: list[str]) -> None:
+@pytest.mark.parametrize(("overrides", "expected"), OVERRIDES, ids=lambda value: " ".join(value)[:60])
+def test_a_wrong_override_is_named(overrides: list[str], expected: list[str]) -> None:
     message = refusal(overrides)
-    assert all(part in message for part in said), message
+    assert all(part in message for part in expected), message
     assert "\n" not in message
 
 
-@pytest.mark.parametrize(("content", "said"), FILES, ids=[content.split("\n")[1][:40] for content, _ in FILES])
-def test_a_wrong_file_is_named(tmp_path: Path, content: str, said: list[str]) -> None:
+@pytest.mark.parametrize(("content", "expected"), FILES, ids=[content.split("\n")[1][:40] for content, _ in FILES])
+def test_a_wrong_file_is_named(tmp_path: Path, content: str, expected: list[str]) -> None:
     write(tmp_path, "topology/mine.yaml", HEAD + content)
     message = refusal(["topology=mine"], tmp_path)
-    assert all(part in message for part in said), message
+    assert all(part in message for part in expected), message
     assert "\n" not in message
 
 

@@ -60,7 +60,7 @@ def test_open_mappings_keep_what_they_are_given() -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "key", "said"),
+    ("value", "key", "message"),
     [
         ({"nam": 1}, "nam", "unknown key 'nam'; did you mean 'name'?"),
         ({"leaf": {"nuber": 1}}, "leaf.nuber", "unknown key 'leaf.nuber'; did you mean 'number'?"),
@@ -91,12 +91,12 @@ def test_open_mappings_keep_what_they_are_given() -> None:
     ],
 )
 @pytest.mark.parametrize("at", ["", "up.here"])
-def test_an_error_names_the_key(value: dict[str, Any], key: str, said: str, at: str) -> None:
+def test_an_error_names_the_key(value: dict[str, Any], key: str, message: str, at: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse(Root, value, at=at)
     full = f"{at}.{key}" if at else key
     assert caught.value.key == full
-    assert said.replace(f"'{key}'", f"'{full}'") in str(caught.value)
+    assert message.replace(f"'{key}'", f"'{full}'") in str(caught.value)
 
 
 @pytest.mark.parametrize("value", [3, None, ["a"], "x"])

@@ -78,9 +78,9 @@ def test_a_walltime_has_slurms_form(value: str) -> None:
 @pytest.mark.parametrize("walltime", ["0", "00:01:30", "00:01:31", "00:02:29"])
 def test_a_walltime_is_a_minute_longer_than_its_warning(walltime: str) -> None:
     """Slurm checks times once a minute, so a signal may come a minute early."""
-    said = refused(walltime=walltime)
-    assert said.startswith(f"cluster.walltime={walltime}: ")
-    assert "cluster.warn_s=90" in said
+    message = refused(walltime=walltime)
+    assert message.startswith(f"cluster.walltime={walltime}: ")
+    assert "cluster.warn_s=90" in message
 
 
 @pytest.mark.parametrize("walltime", ["00:02:30", "3", "UNLIMITED"])
@@ -109,8 +109,8 @@ def test_a_dependency_can_be_combined_with_that_of_a_standby() -> None:
     """Slurm does not combine ',' (all) with '?' (any), and a standby router already has a dependency of its own."""
     for fine in ("singleton", "afterok:1:2,afterany:3", None):
         check_options("cluster", JobOptions(sbatch={"dependency": fine}), warn_s=90)
-    said = refused(sbatch={"dependency": "afterok:1?afterok:2"})
-    assert said.startswith("cluster.sbatch.dependency=afterok:1?afterok:2: ")
+    message = refused(sbatch={"dependency": "afterok:1?afterok:2"})
+    assert message.startswith("cluster.sbatch.dependency=afterok:1?afterok:2: ")
     for short in ("dep", "dependenc"):
         assert "is short for --dependency; write it out" in refused(sbatch={short: "singleton"})
     for value in (True, 17, ""):
@@ -119,9 +119,9 @@ def test_a_dependency_can_be_combined_with_that_of_a_standby() -> None:
 
 def test_the_cluster_is_chosen_by_what_reaches_slurm() -> None:
     """Variables of Slurm's commands are not passed to them, except SLURM_CONF."""
-    said = refused(sbatch={"clusters": "other"})
-    assert "SLURM_CONF" in said
-    assert "SLURM_CLUSTERS" not in said
+    message = refused(sbatch={"clusters": "other"})
+    assert "SLURM_CONF" in message
+    assert "SLURM_CLUSTERS" not in message
 
 
 @pytest.mark.parametrize("path", ["/runs/100%", "/runs/%j/mine", "/a\\b/mine", "/a\nb"])
@@ -176,7 +176,7 @@ def test_a_variable_has_a_name(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("container", "said"),
+    ("container", "message"),
     [
         (ContainerConfig(program=""), "cluster.container.program is empty"),
         (ContainerConfig(image=""), "cluster.container.image is empty"),
@@ -186,8 +186,8 @@ def test_a_variable_has_a_name(name: str) -> None:
         (ContainerConfig(binds=["a:b:ro:x"]), "cluster.container.binds[0]"),
     ],
 )
-def test_a_container_is_whole(container: ContainerConfig, said: str) -> None:
-    assert said in refused_script(container=container)
+def test_a_container_is_whole(container: ContainerConfig, message: str) -> None:
+    assert message in refused_script(container=container)
 
 
 def test_an_expert_has_the_same_options() -> None:

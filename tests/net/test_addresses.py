@@ -21,7 +21,7 @@ NODE: Interfaces = {
 
 
 @pytest.mark.parametrize(
-    ("named", "meant"),
+    ("named", "expected"),
     [
         ("ib0", "10.1.2.3"),
         ("ib1", "2001:db8:2::7"),
@@ -33,8 +33,8 @@ NODE: Interfaces = {
         ("lo", "127.0.0.1"),
     ],
 )
-def test_an_interface_a_network_or_an_address(named: str, meant: str) -> None:
-    assert str(fabric.select_address(named, NODE)) == meant
+def test_an_interface_a_network_or_an_address(named: str, expected: str) -> None:
+    assert str(fabric.select_address(named, NODE)) == expected
 
 
 @pytest.mark.parametrize("named", ["ib7", "10.2.0.0/16", "10.1.2.4", "10.1.2.3/99"])

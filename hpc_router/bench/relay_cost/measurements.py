@@ -232,5 +232,5 @@ def _within(rows: Table, column: str, cost: CpuCost) -> Table:
 
 
 def _percentile(values: np.ndarray[tuple[int, ...], np.dtype[np.float64]], share: float) -> float:
-    """Returns the quantile of the values at `share`; NaN without values."""
+    """Returns the percentile of the values at `share` percent; NaN without values."""
     return float(np.percentile(values, share)) if len(values) else float("nan")

@@ -46,7 +46,7 @@ class LoadSummary:
 
     @property
     def moved_share(self) -> float:
-        """Share of the later requests of conversations that did not go to the conversation's main replica."""
+        """Share of follow-up requests that did not go to the replica with most of their conversation's requests."""
         pairs, counts = np.unique(self._answered[["prompt", "label"]], return_counts=True)
         most: dict[int, int] = {}
         total: dict[int, int] = {}

@@ -154,7 +154,7 @@ class AgentHttpApi:
             request.abort()
 
     def _is_fast_path(self, request: Request) -> bool:
-        """Returns whether the request's head allows the fast path. Cached with the head."""
+        """Returns whether a request with this head can be served without a task. Cached with the head."""
         cached = request.headers.cached
         known: bool | None = cached.get(self.key)
         if known is None:

@@ -19,7 +19,7 @@ RANK_GRACE_S: Final = 3.0
 
 
 def drain_limit_s(cluster: ClusterConfig) -> int:
-    """Returns the seconds in which an engine may finish responses after SIGTERM. The agent aborts them earlier."""
+    """Returns the seconds for which an engine may finish responses after SIGTERM: longer than the agent's drain."""
     return math.ceil(cluster.drain_s + ENGINE_GRACE_S)
 
 

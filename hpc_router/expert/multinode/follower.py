@@ -141,7 +141,7 @@ class Follower:
             self._engine.start(order.attempt, self._commands.at(replace(place, ranks=ranks)))
 
     async def _request_order(self, client: Upstream) -> RankOrder | None:
-        """Returns rank 0's order; None without a valid response. Rank 0's record is read again after every failure."""
+        """Asks rank 0 for an order; None without a valid response. Reads rank 0's record again after a failure."""
         if self._leader is None:
             records = await self._files.run_within_limit(self._reader.snapshot)
             self._leader = (records or {}).get(self._job.replica)

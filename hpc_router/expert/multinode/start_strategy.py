@@ -31,7 +31,7 @@ class StartStrategy(Protocol):
         """Returns the command of the next start, or why no start is possible."""
 
     async def wait_broken(self) -> EngineFailure:
-        """Returns when the engine cannot serve any longer, although its process on this node may be alive."""
+        """Waits until the engine cannot serve any longer, although its process here may run. Returns why."""
 
     async def resolve_failure(self, own: EngineFailure) -> EngineFailure:
         """Returns the cause of a start that failed on this node with `own`."""
@@ -105,7 +105,7 @@ class MultiNodeLeader:
         return cause
 
     async def stop_ranks(self) -> EngineFailure | None:
-        """Orders all ranks to stop, and returns when they have the order or the time is over. Returns the failure of a
+        """Orders all ranks to stop, and waits until they have the order, or for STOP_BEATS. Returns the failure of a
         rank that was lost before, because it may be the reason why this job was ended."""
         self.group.stop()
         deadline = self.clock() + STOP_BEATS * self.beat_s

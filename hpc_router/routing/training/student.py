@@ -80,8 +80,8 @@ def distilled(
 
     words, given = encoder.words(), [*texts, *corpus]
     missing = max(ENOUGH_TEXTS - len(given), 0)
-    sourced = variants(texts, words, count=missing, seed=seed)
-    variant_texts = [text for _, text in sourced]
+    numbered = variants(texts, words, count=missing, seed=seed)
+    variant_texts = [text for _, text in numbered]
     groups = word_groups(words, count=GROUPS_PER_VARIANT * missing, seed=seed)
     generated = [*variant_texts, *groups, *words]
     stages = {"prompts": texts, "corpus": corpus, "variants": variant_texts, "word groups": groups, "words": words}
@@ -94,10 +94,10 @@ def distilled(
     rows = sparse.vstack([tfidf_rows(counts, idf), generated_rows]).tocsr()
     weight = np.ones(rows.shape[0])
     weight[: len(given)] = np.sqrt(min(max(ENOUGH_TEXTS / len(given), 1.0), MAX_WEIGHT))
-    weight[len(given) + len(sourced) + len(groups) :] = np.sqrt(WORD_WEIGHT_OF_FEW if missing else WORD_WEIGHT)
+    weight[len(given) + len(numbered) + len(groups) :] = np.sqrt(WORD_WEIGHT_OF_FEW if missing else WORD_WEIGHT)
     source = np.full(rows.shape[0], -1)
     source[: len(texts)] = np.arange(len(texts))
-    source[len(given) : len(given) + len(sourced)] = [number for number, _ in sourced]
+    source[len(given) : len(given) + len(numbered)] = [number for number, _ in numbered]
     return Student(
         vocabulary=vocabulary,
         idf=idf,

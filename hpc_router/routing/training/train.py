@@ -228,7 +228,7 @@ def _artefact(
 
 
 def _discriminative(terms: Sequence[str], idf: Floats) -> NDArray[np.uint8]:
-    """Marks words and prefixes that occur in few prompts. Symbols, digits and single letters occur in any language."""
+    """Returns 1 for words and prefixes that occur in few prompts; 0 for others and for symbols, digits and letters."""
     rare = idf >= 1 - np.log(MAX_DISCRIMINATIVE_SHARE)
     words = np.array([len(t.strip("*")) > 1 and any(map(str.isalpha, t)) for t in terms], np.bool_)
     discriminative: NDArray[np.uint8] = (words & rare).astype(np.uint8)

@@ -116,10 +116,10 @@ async def test_a_finish_reason_ends_a_stream_without_done(tmp_path: Path) -> Non
 
 
 async def test_a_connection_without_data_is_an_error(tmp_path: Path) -> None:
-    for_ever = asyncio.Event()
-    async with fake_router(waits_after(piece("a"), until=for_ever)) as fake:
+    never = asyncio.Event()
+    async with fake_router(waits_after(piece("a"), until=never)) as fake:
         (one,) = measured(await loaded(fake, tmp_path, timeout_s=0.2))
-        for_ever.set()
+        never.set()
     assert one.error == "timeout"
 
 

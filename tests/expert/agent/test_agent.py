@@ -170,7 +170,7 @@ async def test_answers_are_broken_off_before_the_engine_is_stopped(
         await agent.ready()
         async with agent.session() as session, AsyncExitStack() as stack:
             bodies = {path: {"model": "math", **body} for path, body in PATHS.items()}
-            wholes = [asyncio.create_task(outcome(session, path, body)) for path, body in bodies.items()]
+            outcomes = [asyncio.create_task(outcome(session, path, body)) for path, body in bodies.items()]
             streams = [
                 await stack.enter_async_context(session.post(path, json=body | {"stream": True}))
                 for path, body in bodies.items()
@@ -181,7 +181,7 @@ async def test_answers_are_broken_off_before_the_engine_is_stopped(
                 assert received.count(b"\n\n") > 2
                 for end in (b"abort", b"[DONE]", b"message_stop", b"response.completed"):
                     assert end not in received
-            assert await asyncio.gather(*wholes) == ["broken off"] * len(PATHS)
+            assert await asyncio.gather(*outcomes) == ["broken off"] * len(PATHS)
         assert await agent.end() == 0
 
 
@@ -232,7 +232,7 @@ async def test_draining_while_the_engine_loads(run: RunDir, scratch: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("numbers", "reason", "said"),
+    ("numbers", "reason", "message"),
     [
         ([signal.SIGUSR2], FailureReason.WALLTIME, "its walltime ended before its engine was ready: raise walltime"),
         ([signal.SIGUSR2, signal.SIGTERM], FailureReason.WALLTIME, "its walltime ended"),
@@ -240,7 +240,7 @@ async def test_draining_while_the_engine_loads(run: RunDir, scratch: Path) -> No
     ],
 )
 async def test_an_end_before_the_engine_was_ever_ready_is_no_success(
-    run: RunDir, scratch: Path, numbers: list[signal.Signals], reason: FailureReason, said: str
+    run: RunDir, scratch: Path, numbers: list[signal.Signals], reason: FailureReason, message: str
 ) -> None:
     """Otherwise a job whose walltime is shorter than its start would be submitted again for ever."""
     async with replica(run, deployment(scratch, options={"load_s": 1000.0})) as agent:
@@ -251,7 +251,7 @@ async def test_an_end_before_the_engine_was_ever_ready_is_no_success(
         ended, progress = agent.job.exit(), agent.job.progress()
         assert ended is not None
         assert (ended.ok, ended.reason) == (False, reason)
-        assert said in ended.message
+        assert message in ended.message
         assert progress is not None
         assert progress.ready_at is None
 
@@ -319,8 +319,8 @@ async def test_unreadable_files_end_no_agent(run: RunDir, scratch: Path) -> None
         _, record = await agent.ready()
         run.desired.write_text('{"down": tru')
         (agent.job.path / "exit.json").write_text("{")
-        looked = (record.beat or 0) + 3 * REMOVAL_CHECK_BEATS
-        await eventually(lambda: (now := agent.record) is not None and (now.beat or 0) > looked)
+        last_check_beat = (record.beat or 0) + 3 * REMOVAL_CHECK_BEATS
+        await eventually(lambda: (now := agent.record) is not None and (now.beat or 0) > last_check_beat)
         assert agent.process.returncode is None
         assert (now := agent.record) is not None
         assert now.state is State.READY

@@ -177,7 +177,7 @@ async def test_the_time_that_an_engine_takes_to_end_is_not_time_in_service(socke
         assert (failure.reason, steps.pauses) == (FailureReason.KILLED, [1.0])
 
 
-def _impatient(supervisor: EngineSupervisor) -> None:
+def _with_short_grace(supervisor: EngineSupervisor) -> None:
     assert isinstance(supervisor.strategy, SingleNode)
     supervisor.strategy.command = replace(supervisor.strategy.command, grace_s=0.1)
 
@@ -192,7 +192,7 @@ def quick_watch(monkeypatch: pytest.MonkeyPatch) -> None:
 async def test_an_engine_that_stops_answering_is_started_again(socket_folder: Path) -> None:
     """Its process lives, so waiting for its end would not help."""
     async with supervised(socket_folder) as (supervisor, steps):
-        _impatient(supervisor)
+        _with_short_grace(supervisor)
         task = asyncio.create_task(supervisor.run())
         await asyncio.wait_for(steps.ready.wait(), GUARD_S)
         steps.ready.clear()
@@ -218,7 +218,7 @@ async def test_an_engine_whose_answers_make_progress_does_not_hang(socket_folder
         return number
 
     async with supervised(socket_folder) as (supervisor, steps):
-        _impatient(supervisor)
+        _with_short_grace(supervisor)
         supervisor.progress = progress
         task = asyncio.create_task(supervisor.run())
         await asyncio.wait_for(steps.ready.wait(), GUARD_S)
@@ -250,16 +250,16 @@ async def test_the_log_of_an_engine_with_much_output_stays_small(
     monkeypatch.setattr(log_file.LogFile.__init__, "__kwdefaults__", {"limit": 50_000})
     config = ExpertConfig(model="m", engine=EngineConfig(kind="sim"))
     files = FileThread("t")
-    place, said = Place(socket_folder), socket_folder / "log"
+    place, log_path = Place(socket_folder), socket_folder / "log"
     program = (
         "for n in range(20_000): print('line', n, flush=True)\nraise SystemExit('RuntimeError: CUDA error: no device')"
     )
-    command = Command([sys.executable, "-c", program], dict(os.environ), place, said)
+    command = Command([sys.executable, "-c", program], dict(os.environ), place, log_path)
     async with await EngineProcess.start(command, files) as process:
         failure = await asyncio.wait_for(process.failure(build_engine("math", config).signs), GUARD_S)
     await files.run(lambda: None)
     files.close(timeout_s=5)
     assert failure.message == "RuntimeError: CUDA error: no device"
-    sizes = [path.stat().st_size for path in (said, log_file.rotated_path(said))]
+    sizes = [path.stat().st_size for path in (log_path, log_file.rotated_path(log_path))]
     assert all(0 < size < 50_000 + 2 * 2**16 for size in sizes)
-    assert said.read_text().endswith("RuntimeError: CUDA error: no device\n")
+    assert log_path.read_text().endswith("RuntimeError: CUDA error: no device\n")

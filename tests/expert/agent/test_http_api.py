@@ -335,15 +335,15 @@ REPORT = protocol.RankReport(1, "a", "c", "n2", 3, protocol.RankState.ENDED, "ki
 
 async def test_another_rank_reports_and_is_answered(socket_folder: Path) -> None:
     async with running(socket_folder) as at:
-        heard: list[protocol.RankReport] = []
+        reports: list[protocol.RankReport] = []
 
         def hear(report: protocol.RankReport) -> protocol.RankOrder:
-            heard.append(report)
+            reports.append(report)
             return protocol.RankOrder(protocol.Action.RUN, 4, "10.0.0.1", 4000, "p")
 
         at.http_api.on_rank = hear
         status, _, body = await at.post(protocol.RANK, asdict(REPORT))
-        assert (status, heard) == (200, [REPORT])
+        assert (status, reports) == (200, [REPORT])
         assert protocol.RankOrder.from_json(body) == protocol.RankOrder(protocol.Action.RUN, 4, "10.0.0.1", 4000, "p")
 
 
@@ -362,14 +362,14 @@ async def test_another_rank_reports_and_is_answered(socket_folder: Path) -> None
 async def test_an_invalid_report_is_refused(socket_folder: Path, body: JsonObject | bytes) -> None:
     async with running(socket_folder) as at:
         at.http_api.on_rank = lambda _: protocol.RankOrder(protocol.Action.WAIT)
-        status, _, said = await at.post(protocol.RANK, body)
-        assert (status, said["error"]["code"]) == (400, "bad_report")
+        status, _, response = await at.post(protocol.RANK, body)
+        assert (status, response["error"]["code"]) == (400, "bad_report")
 
 
 async def test_an_engine_on_one_node_has_no_other_ranks(socket_folder: Path) -> None:
     async with running(socket_folder) as at:
-        status, _, said = await at.post(protocol.RANK, asdict(REPORT))
-        assert (status, said["error"]["message"]) == (400, "this engine has one rank")
+        status, _, response = await at.post(protocol.RANK, asdict(REPORT))
+        assert (status, response["error"]["message"]) == (400, "this engine has one rank")
 
 
 async def test_reports_have_a_token_of_their_own(socket_folder: Path) -> None:

@@ -71,28 +71,28 @@ def test_silence_is_a_loss_exactly_at_the_limit() -> None:
 
 def test_a_restarted_rank_is_lost() -> None:
     group = begun()
-    anew = report(instance="b")
-    assert group.on_report(anew, now=1.0).action is Action.WAIT
+    restarted = report(instance="b")
+    assert group.on_report(restarted, now=1.0).action is Action.WAIT
     assert group.find_failure(now=1.0) == EngineFailure(FailureReason.RANK_LOST, "rank 1 on n1 was restarted")
     group.end()
     assert group.unavailable(now=1.0) == []
     group.begin("10.0.0.1", 4001)
-    assert group.on_report(anew, now=2.0).action is Action.RUN
+    assert group.on_report(restarted, now=2.0).action is Action.RUN
     assert group.find_failure(now=2.0) is None
 
 
 @pytest.mark.parametrize(
-    ("said", "meant"),
+    ("reported", "expected"),
     [
         ("out_of_memory", FailureReason.OUT_OF_MEMORY),
         ("crashed", FailureReason.CRASHED),
         ("of_another_version", FailureReason.CRASHED),
     ],
 )
-def test_a_rank_reports_why_its_engine_ended(said: str, meant: FailureReason) -> None:
+def test_a_rank_reports_why_its_engine_ended(reported: str, expected: FailureReason) -> None:
     group = begun(nodes=3)
-    group.on_report(ended(said, rank=2), now=1.0)
-    assert group.find_failure(now=1.0) == EngineFailure(meant, "rank 2 on n2: its last words")
+    group.on_report(ended(reported, rank=2), now=1.0)
+    assert group.find_failure(now=1.0) == EngineFailure(expected, "rank 2 on n2: its last words")
 
 
 def test_the_end_of_an_earlier_attempt_is_no_failure() -> None:
@@ -110,10 +110,10 @@ def test_a_specific_reason_of_the_own_engine_counts() -> None:
     assert group.find_cause(own, ended_at=1.0, now=1.0) == own
 
 
-@pytest.mark.parametrize("vague", [FailureReason.CRASHED, FailureReason.CUDA])
-def test_an_unspecific_reason_waits_for_the_other_ranks(vague: FailureReason) -> None:
+@pytest.mark.parametrize("unspecific", [FailureReason.CRASHED, FailureReason.CUDA])
+def test_an_unspecific_reason_waits_for_the_other_ranks(unspecific: FailureReason) -> None:
     """The other rank's report decides, as soon as it arrives."""
-    own = EngineFailure(vague, "connection closed by peer")
+    own = EngineFailure(unspecific, "connection closed by peer")
     group = begun()
     assert group.find_cause(own, ended_at=1.0, now=1.0) is None
     group.on_report(ended("killed"), now=2.0)

@@ -145,8 +145,8 @@ async def test_a_port_that_was_taken_costs_one_attempt(socket_folder: Path) -> N
     places = [Place(socket_folder / str(rank)) for rank in range(2)]
     for place in places:
         place.temporary.mkdir(parents=True)
-    with socket.create_server(("127.0.0.1", 0)) as stranger:
-        taken = stranger.getsockname()[1]
+    with socket.create_server(("127.0.0.1", 0)) as other_server:
+        taken = other_server.getsockname()[1]
         ports = iter([taken, free_port()])
         lead = MultiNodeLeader(
             nodes=2,

@@ -167,8 +167,8 @@ def test_discriminant_directions_separate_a_cluster_from_the_others() -> None:
 
 def test_no_cluster_exceeds_its_maximum_size() -> None:
     rng = np.random.default_rng(0)
-    crowd, few = rng.normal([4, 0, 0], 0.3, (300, 3)), rng.normal([0, 4, 0], 0.3, (30, 3))
-    vectors = np.vstack([crowd, few]).astype(np.float32)
+    many, few = rng.normal([4, 0, 0], 0.3, (300, 3)), rng.normal([0, 4, 0], 0.3, (30, 3))
+    vectors = np.vstack([many, few]).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     centroids, assignment = balanced_kmeans(vectors, clusters=6, seed=0)
     assert np.bincount(assignment, minlength=6).max() <= MAX_LOAD_FACTOR * len(vectors) / 6

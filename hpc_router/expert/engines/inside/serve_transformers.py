@@ -25,7 +25,7 @@ def main(arguments: list[str]) -> None:
 
 
 def _check(command: Any, flags: list[str]) -> None:
-    """Runs the command without its function, so that only its parser runs."""
+    """Runs only the parser of a command, by replacing the command's function."""
     command.callback = lambda **_: None
     command.main(flags, prog_name="transformers serve")
 
