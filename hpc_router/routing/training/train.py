@@ -13,13 +13,13 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hpc_router.config.parsing import bounded
-from hpc_router.errors import ConfigError, suggest
+from hpc_router.config.parsing import bounded, check_values
+from hpc_router.errors import ConfigError
 from hpc_router.routing.artefact import NORM_SPACE, NORM_TERMS, Artefact
 from hpc_router.routing.classifier import Classifier
 from hpc_router.routing.evaluation import majority
@@ -33,8 +33,8 @@ from hpc_router.routing.training.kmeans import balanced_kmeans, centroids_of, di
 from hpc_router.routing.training.quality import Quality, estimate_quality
 from hpc_router.routing.training.student import Student, distilled
 
-METHODS: Final = ("discovered", "exemplars", "measured")
-FEATURES: Final = ("cbtm", "lexical", "distilled")
+TrainMethod = Literal["discovered", "exemplars", "measured"]
+FeatureKind = Literal["cbtm", "lexical", "distilled"]
 MAX_DISCRIMINATIVE_SHARE: Final = 0.1
 """Maximum share of the prompts that a discriminative term may occur in."""
 MIN_PER_CLUSTER: Final = 2
@@ -49,8 +49,8 @@ class TrainConfig:
     """The settings of `launch.train_classifier`."""
 
     data: str = ""
-    method: str = "discovered"
-    features: str = "distilled"
+    method: TrainMethod = "discovered"
+    features: FeatureKind = "distilled"
     clusters: int = bounded(16, 1, 10**5)
     seed: int = bounded(0, 0, 2**32 - 1)
     encoder: str | None = None  # folder or hub id; required by features=distilled
@@ -102,18 +102,13 @@ def _check_settings(config: TrainConfig) -> None:
     for key in ("data", "output"):
         if not getattr(config, key):
             raise ConfigError(f"{key}=... is missing; data and output are required", key=key)
-    for key, valid in (("method", METHODS), ("features", FEATURES)):
-        value = getattr(config, key)
-        if value not in valid:
-            raise ConfigError(f"{key}={value}: unknown{suggest(value, valid)}", key=key)
+    check_values(config, at="")
     if config.features == "distilled" and not config.encoder:
         raise ConfigError(
             "features=distilled needs encoder=PATH, a sentence encoder that transformers can load", key="encoder"
         )
     if config.clusters < 2 and config.method != "exemplars":
         raise ConfigError(f"clusters={config.clusters}: a classifier needs 2 or more", key="clusters")
-    if config.seed < 0:
-        raise ConfigError(f"seed={config.seed}: valid: 0 or more", key="seed")
 
 
 def _cluster_count(config: TrainConfig, rows: Sequence[Row]) -> int:
