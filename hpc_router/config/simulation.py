@@ -39,7 +39,7 @@ def _expert(name: str, config: ExpertConfig, simulate: Simulate) -> ExpertConfig
     if options.quantization not in PRECISION:
         key = f"experts.{name}.engine.options.quantization"
         valid = ", ".join(str(known) for known in PRECISION)
-        raise ConfigError(f"{key}={options.quantization}: the roofline does not know it (valid: {valid})", key=key)
+        raise ConfigError(f"{key}={options.quantization}: the simulation does not support it (valid: {valid})", key=key)
     assert simulate.gpu is not None
     roofline = Roofline(
         model=config.model,

@@ -200,4 +200,4 @@ def _check_container(container: ContainerConfig) -> None:
         parts = bind.split(":")
         if len(parts) > 3 or not all(parts) or (len(parts) == 3 and parts[2] not in ("ro", "rw")):
             key = f"{at}.binds[{number}]"
-            raise ConfigError(f"{key}={bind}: (valid: SOURCE, SOURCE:TARGET or SOURCE:TARGET:ro)", key=key)
+            raise ConfigError(f"{key}={bind}: not a mount (valid: SOURCE, SOURCE:TARGET or SOURCE:TARGET:ro)", key=key)

@@ -58,7 +58,7 @@ def check_router(router: RouterConfig) -> None:
     if router.eject_most_s < router.eject_s:
         key = "router.eject_most_s"
         valid = f"router.eject_s={router.eject_s:g} or more"
-        raise ConfigError(f"{key}={router.eject_most_s:g}: less than the first time (valid: {valid})", key=key)
+        raise ConfigError(f"{key}={router.eject_most_s:g}: shorter than the first ejection (valid: {valid})", key=key)
 
 
 def check_host(key: str, host: str) -> None:

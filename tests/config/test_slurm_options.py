@@ -181,7 +181,7 @@ def test_a_variable_has_a_name(name: str) -> None:
         (ContainerConfig(program=""), "cluster.container.program is empty"),
         (ContainerConfig(image=""), "cluster.container.image is empty"),
         (ContainerConfig(options=["--nv", ""]), "cluster.container.options[1] is empty"),
-        (ContainerConfig(binds=["a:b:c"]), "cluster.container.binds[0]=a:b:c: (valid: SOURCE"),
+        (ContainerConfig(binds=["a:b:c"]), "cluster.container.binds[0]=a:b:c: not a mount (valid: SOURCE"),
         (ContainerConfig(binds=["/a", ":b"]), "cluster.container.binds[1]=:b"),
         (ContainerConfig(binds=["a:b:ro:x"]), "cluster.container.binds[0]"),
     ],

@@ -108,7 +108,7 @@ def test_a_topology_is_predicted_by_one_word() -> None:
         roofline = expert.engine.options["roofline"]
         assert (roofline["gpu"], roofline["quantization"], roofline["slowdown"]) == ("h200-sxm", "fp8", 3.0)
     assert predicted.policy == real.policy
-    with pytest.raises(ConfigError, match="the roofline does not know it"):
+    with pytest.raises(ConfigError, match="the simulation does not support it"):
         load_deployment(
             ["topology=llama3_4x8b_fp8", "simulate.gpu=l40s", "experts.math.engine.options.quantization=gptq"]
         )
