@@ -3,9 +3,9 @@
 The settings were as good as the best ones in tests with exemplars of one source and prompts of others: single terms
 with five-character prefixes (20 prompts rarely repeat a pair of words), folded digits, and idf = ln((n + 1) / df),
 which nearly removes a word that occurs in every exemplar. The margin threshold comes from cross-validation over the
-exemplars. A term is discriminative if it occurs in the exemplars of at most half of the experts, rounded up. Without
-randomness and BLAS, so the same prompts give the same bits. A generalist fallback expert needs no exemplars and is not
-part of the artefact.
+exemplars. A term is discriminative if it occurs in the exemplars of at most half of the experts, rounded up. The
+training uses neither randomness nor BLAS, so the same prompts give the same bits. A generalist fallback expert needs no
+exemplars and is not part of the artefact.
 """
 
 import hashlib
