@@ -191,6 +191,6 @@ def composed_files(overrides: Sequence[str]) -> Iterator[tuple[Path, str]]:
 
 
 def _below(key: str, package: str) -> as_written.Path | None:
-    """Returns the path of `key` inside a file whose values are below `package`; None if it lies elsewhere."""
+    """Returns the path of `key` in a file whose values belong to section `package`; None if not in it."""
     parts, prefix = tuple(key.split(".")), tuple(package.split(".")) if package else ()
     return parts[len(prefix) :] if parts[: len(prefix)] == prefix else None

@@ -57,7 +57,7 @@ class Student:
     dimensions: Floats | None = None
 
     def fold(self, directions: Floats, *, held_out: Mask | None = None) -> Floats:
-        """Returns terms x directions: weights that predict the product of each direction with the encoder's vector."""
+        """Returns terms x directions: weights that predict the scalar product of direction and encoder's vector."""
         from scipy import sparse
 
         weight = self.weight.copy()
