@@ -1,6 +1,6 @@
 """Draws the figures of classifiers: map of the clusters, confusion matrix, cost against quality.
 
-Markers, line styles and numbers distinguish series without colour.
+Markers, line styles and numbers distinguish the series without colour.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ from hpc_router.routing.evaluation import majority
 
 
 def cluster_map(artefact: Path, prompts: Sequence[Mapping[str, Any]]) -> Drawing:
-    """Draw each prompt at its scores for all clusters, reduced to two dimensions by t-SNE."""
+    """Draws each prompt at its scores for all clusters, reduced to two dimensions by t-SNE."""
     from sklearn.manifold import TSNE
 
     classifier = Classifier(read(artefact))
@@ -83,7 +83,7 @@ def cost_quality(result: Mapping[str, Any]) -> Drawing:
     costs = np.array([0.0, *(row["cost"] for row in rows), 1.0])
 
     def percent(key: str, first: float, last: float) -> Any:
-        """Return the values over all costs: `first` at cost 0, `last` at cost 1."""
+        """Returns the values over all costs: `first` at cost 0, `last` at cost 1."""
         return 100 * np.array([first, *(row[key] for row in rows), last])
 
     random = percent("random", cheap, expensive)

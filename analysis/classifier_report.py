@@ -44,7 +44,7 @@ def write(experiment: Experiment, steps: Mapping[str, Result], *, out: Path) -> 
 
 
 def _without_artefact_details(result: Result) -> Result:
-    """Drop the parts of the training record that are long and also in the artefact."""
+    """Removes the parts of the training record that are long and also in the artefact."""
     training = result.get("training")
     if not training:
         return result

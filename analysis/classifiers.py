@@ -30,7 +30,7 @@ DRAWS: Final = range(6)
 EXEMPLARS_PER_DOMAIN: Final = 20
 LATENCY_RUNS: Final = 7
 TRANSFER: Final = {"computing": "code", "law": "law", "math": "math", "medicine": "medicine"}
-"""mmlu domains that also occur in the other files, with their names there."""
+"""Domains in the mmlu files that also occur in the other files -> their names there."""
 EXPENSIVE_MODEL: Final = "gpt-4-1106-preview"
 
 Result = dict[str, Any]
@@ -45,7 +45,7 @@ class Experiment:
     python: str
 
     def train(self, name: str, **settings: object) -> Result:
-        """Train with `launch.train_classifier`; `wall_s` is the time of the whole command."""
+        """Trains with `launch.train_classifier`. In the result, `wall_s` is the time of the whole command."""
         output = self.work / name
         keys = [f"{key}={value}" for key, value in ({"seed": 0} | settings | {"output": output}).items()]
         if settings.get("features", "distilled") == "distilled":
@@ -63,7 +63,7 @@ class Experiment:
         }
 
     def classify(self, task: str, *arguments: object, as_json: bool = False) -> tuple[str, str]:
-        """Run `hpc-router classify` and return the command and its stdout."""
+        """Runs `hpc-router classify` and returns the command and its stdout."""
         argv = [sys.executable, "-m", "hpc_router.cli", "classify", task, *map(str, arguments), *(["--json"] * as_json)]
         done = subprocess.run(argv, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
         return self._displayed(argv), done.stdout
@@ -74,14 +74,14 @@ class Experiment:
         return {"command": command, **json.loads(stdout)}
 
     def predict_accuracy(self, name: str, prompts: Path) -> Result:
-        """Return the accuracy of the experts that `predict` names. Low margins have no effect without a fallback."""
+        """Returns the accuracy of the experts that `predict` names. Without a fallback, low margins change nothing."""
         command, stdout = self.classify("predict", self.work / name, prompts)
         experts = [json.loads(line)["expert"] for line in stdout.split("\n") if line]
         right = [e == row["domain"] for e, row in zip(experts, read(prompts), strict=True)]
         return {"command": command, "accuracy": sum(right) / len(right), "prompts": len(right)}
 
     def file(self, name: str) -> Path:
-        """Return a data file, or a file derived from the data, which is written on first use."""
+        """Returns the path of a data file, or of one derived from the data, which is written on first use."""
         if (self.data / f"{name}.jsonl").exists():
             return self.data / f"{name}.jsonl"
         path = self.work / f"{name}.jsonl"
@@ -91,7 +91,7 @@ class Experiment:
         return path
 
     def _displayed(self, argv: Sequence[str]) -> str:
-        """Return the command line without the folders of this machine."""
+        """Returns the command line without the folders of this machine."""
         known = {self.python: "python", sys.executable: "python", self.encoder: "ENCODER"}
         return self.without_folders(shlex.join(known.get(word, word) for word in argv))
 
@@ -106,7 +106,7 @@ def read(path: Path) -> list[Prompt]:
 
 
 def exemplars(experiment: Experiment, number: str) -> Iterable[Prompt]:
-    """Draw 20 prompts of each domain; `number` is the seed of the draw."""
+    """Draws 20 prompts of each domain. `number`: seed of the draw."""
     rng = random.Random(int(number))
     rows = read(experiment.file("domains_train"))
     for domain in sorted({row["domain"] for row in rows}):
@@ -115,14 +115,14 @@ def exemplars(experiment: Experiment, number: str) -> Iterable[Prompt]:
 
 
 def transfer(experiment: Experiment, number: str) -> Iterable[Prompt]:
-    """Yield prompts of another source, with the domain names of the exemplars."""
+    """Yields prompts of another source, with the domain names of the exemplars."""
     for row in read(experiment.file("mmlu_test")):
         if row["domain"] in TRANSFER:
             yield {"prompt": row["prompt"], "domain": TRANSFER[row["domain"]]}
 
 
 def priced(experiment: Experiment, number: str) -> Iterable[Prompt]:
-    """Add a cost to mmlu's two models: 1 for the expensive one, 0 for the other."""
+    """Yields mmlu's prompts with a cost for its two models: 1 for the expensive one, 0 for the other."""
     for row in read(experiment.file(f"mmlu_{number}")):
         yield row | {"cost": {name: float(name == EXPENSIVE_MODEL) for name in row.get("correct", {})}}
 
@@ -157,7 +157,7 @@ def from_exemplars(experiment: Experiment, number: int, *, corpus: bool = False)
 
 
 def measured(experiment: Experiment) -> Result:
-    """The clusters do not depend on `correct`, so the accuracy is also that of method=discovered."""
+    """Measures method=measured. Its clusters, and so their accuracy, are the same as with method=discovered."""
     train = experiment.file("priced-train")
     return {
         "training": experiment.train("measured", data=train, method="measured", features="distilled", clusters=64),
@@ -166,7 +166,7 @@ def measured(experiment: Experiment) -> Result:
 
 
 def packed(experiment: Experiment, features: str) -> Result:
-    """Pack the clusters of domains_train onto six equal experts, with the traffic of domains_test."""
+    """Assigns the clusters of domains_train to six equal experts, by the traffic of domains_test."""
     arguments = (
         experiment.work / f"discovered-{features}",
         experiment.file("domains_test"),
@@ -180,7 +180,7 @@ def packed(experiment: Experiment, features: str) -> Result:
 
 
 def latency(experiment: Experiment) -> Result:
-    """Measure several times in separate processes, because the speed of a shared machine varies."""
+    """Measures the latency several times in separate processes, because the speed of a shared machine varies."""
     prompts = experiment.file("domains_test")
     runs = [experiment.evaluate("discovered-distilled", prompts) for _ in range(LATENCY_RUNS)]
     return {"command": runs[0]["command"], "runs": [run["latency"] for run in runs]}
@@ -197,7 +197,7 @@ STEPS: Final[Mapping[str, Callable[[Experiment], Result]]] = {
 
 
 def run_step(experiment: Experiment, step: str) -> Result:
-    """Return the result of a step, from its file if it ran before."""
+    """Returns the result of a step, from its file if it was run before."""
     path = experiment.work / f"{step}.json"
     if not path.exists():
         print(f"-- {step}", file=sys.stderr)

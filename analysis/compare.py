@@ -30,12 +30,12 @@ FIGURES: Final = (
     ("goodput [requests/s]", "goodput_per_s", 1.0, True),
     ("router adds to TTFT [ms]", "router.ttft_s.added_s", 1e3, False),
 )
-"""Name, key, scale, whether a higher value is better."""
+"""Name, key, scale, and whether a higher value is better."""
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """`relative`: difference over the value before. `worse`, `better`: beyond tolerance and noise."""
+    """The change of one figure. `relative`: difference / value before. `worse`, `better`: beyond noise."""
 
     series: str
     load: float
@@ -49,14 +49,14 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """`not_compared`: points that were left out, with the reason."""
+    """The changes of all figures. `not_compared`: points that were left out, with the reason."""
 
     changes: Sequence[Change]
     not_compared: Sequence[str]
 
 
 def compare(before: Sequence[Series], after: Sequence[Series], *, tolerance: float) -> Comparison:
-    """Compare all figures of the points that both sets have. `tolerance`: a fraction of the value before."""
+    """Compares all figures of the points that both sets have. `tolerance`: a fraction of the value before."""
     changes: list[Change] = []
     not_compared: list[str] = []
     unmatched = {(series.name, series.evidence, series.by): series for series in after}
@@ -94,7 +94,7 @@ def _changes(name: str, before: LoadPoint, after: LoadPoint, tolerance: float) -
 
 
 def _overlap(old: Value, new: Value) -> bool:
-    """Return whether the confidence intervals overlap; False if either has none."""
+    """Returns whether the confidence intervals overlap; False if either value has none."""
     if old.half is None or new.half is None:
         return False
     return abs(old.mean - new.mean) <= old.half + new.half

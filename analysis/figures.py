@@ -46,7 +46,7 @@ RC: Final[Any] = {
 
 @dataclass(frozen=True, slots=True)
 class Drawing:
-    """A finished figure. `description`: its content in a sentence, as text for screen readers."""
+    """A finished figure. `description`: its content in one sentence, for screen readers."""
 
     name: str
     title: str
@@ -54,7 +54,7 @@ class Drawing:
     figure: Figure
 
     def save(self, folder: Path) -> None:
-        """Write the figure as SVG and PNG."""
+        """Writes the figure as SVG and PNG."""
         folder.mkdir(parents=True, exist_ok=True)
         with mpl.rc_context(RC):
             self.figure.savefig(folder / f"{self.name}.svg", metadata={"Date": None})
@@ -63,7 +63,7 @@ class Drawing:
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """A figure over the load. `key`: the value drawn as a line; `upper`: a second value, as a thin line."""
+    """A figure over the load. `key`: the value drawn as a line. `upper`: a second value, drawn as a thin line."""
 
     name: str
     title: str
@@ -89,7 +89,7 @@ CURVES: Final = (
 
 
 def curves(series: Sequence[Series]) -> list[Drawing]:
-    """Draw the curves of series with the same evidence and unit of load; curves without any value are left out."""
+    """Draws the curves of series with the same evidence and unit of load. Leaves out curves without any value."""
     return [drawing for curve in CURVES if (drawing := _curve(curve, series)) is not None]
 
 
@@ -127,7 +127,7 @@ def _curve(curve: Curve, series: Sequence[Series]) -> Drawing | None:
 def _line(
     axes: Any, name: str, number: int, values: list[tuple[LoadPoint, Value]], upper: list[tuple[LoadPoint, Value]]
 ) -> bool:
-    """Draw a series and return whether it has an invalid point."""
+    """Draws a series. Returns whether it has an invalid point."""
     colour, line, marker = STYLES[number % len(STYLES)]
     loads, means = [point.load for point, _ in values], [v.mean for _, v in values]
     face = colour if number // len(STYLES) % 2 == 0 else "white"  # hollow markers when the styles repeat
@@ -149,7 +149,7 @@ def _line(
 
 
 def balance(series: Sequence[Series]) -> Drawing | None:
-    """Draw each expert's share of the requests at the highest load of each series; None with fewer than two experts."""
+    """Draws each expert's share of the requests at each series' highest load; None with one expert."""
     rows = [(one, one.points[-1]) for one in series if one.points]
     experts = sorted({name for _, point in rows for record in point.records for name in record["experts"]})
     if len(experts) < 2:
@@ -197,7 +197,7 @@ def _load_axis(axes: Any, by: str, loads: list[float]) -> None:
 
 
 def _spaced(loads: list[float]) -> list[float]:
-    """Return a subset of the sorted loads with a factor of at least 1.6 between ticks, so labels do not overlap."""
+    """Returns a subset of the sorted loads, spaced by a factor of at least 1.6 so that labels do not overlap."""
     kept: list[float] = []
     for load in loads:
         if not kept or load >= 1.6 * kept[-1]:
@@ -212,7 +212,7 @@ def _legend(axes: Any, has_invalid: bool) -> None:
 
 
 def _wrapped(name: str) -> str:
-    """Break a long name into two lines, at the underscore or space closest to its middle."""
+    """Breaks a long name into two lines, at the underscore or space closest to its middle."""
     if len(name) <= 22:
         return name
     places = [i for i, c in enumerate(name) if c in "_ "]

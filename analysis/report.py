@@ -81,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def report(records: Sequence[Record], *, title: str, figures: Path | None = None) -> str:
-    """Return the HTML page; also save the figures to a folder. Raises ModuleNotFoundError without matplotlib."""
+    """Returns the HTML page, and saves the figures to a folder. Raises ModuleNotFoundError without matplotlib."""
     all_records = [{**record, "failed_share": _failed_share(record)} for record in records]
     series = series_of(all_records)
     parts = [_head(title, all_records), *_warnings(all_records, series)]
@@ -167,7 +167,7 @@ def _svg(drawing: Any) -> str:
 
 
 def _with_unique_ids(svg: str, name: str) -> str:
-    """Prefix all ids with the name of the figure, because matplotlib's ids repeat across the figures of a page."""
+    """Prefixes all ids with the name of the figure, because matplotlib's ids repeat across the figures of a page."""
     return svg.replace('id="', f'id="{name}-').replace("url(#", f"url(#{name}-").replace('href="#', f'href="#{name}-')
 
 

@@ -1,6 +1,6 @@
 """Reads result files as series: one per deployment and kind of evidence, with one group of repeats per load.
 
-A record marked invalid is kept with its mark, and figures and tables show it. Only `read` does I/O. This module must
+A record that is marked invalid keeps its mark, which figures and tables show. Only `read` does I/O. This module must
 not know how results are drawn.
 """
 
@@ -24,15 +24,15 @@ EVIDENCE: Final[Mapping[str, str]] = {
     "unknown": "engines unknown, measured",
 }
 _UNNAMED_OVERRIDES: Final = ("cluster.", "simulate.", "router.", "name=")
-"""Overrides that are left out of a series' name: they say where it was measured, not what."""
+"""Overrides that are left out of a series' name, because they say where it was measured and not what."""
 _T975: Final = (
     12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
 )  # fmt: skip
-"""Student's t for a two-sided 95 % interval with 1, 2, ... degrees of freedom. Beyond them 1.96 (normal) is used."""
+"""Student's t for a two-sided 95 % interval with 1, 2, ... degrees of freedom; beyond these, 1.96 (normal) is used."""
 
 
 class NoResultsError(Exception):
-    """There are no readable results; the message names the file or folder."""
+    """There are no readable results. The message names the file or folder."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,14 +71,14 @@ class LoadPoint:
         return [reason for record in self.records for reason in record["invalid"]]
 
     def value(self, key: str, *, scale: float = 1.0) -> Value | None:
-        """Return the value at a dotted key such as `ttft_s.p50`, over the repeats that have it; None if none has."""
+        """Returns the value at a dotted key such as `ttft_s.p50`, over the repeats that have it; None if none has."""
         numbers = [number for record in self.records if (number := number_at(record, key)) is not None]
         return Value.of([number * scale for number in numbers])
 
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """The points of one deployment, by rising load. `by`: the unit of the load, users | rate_per_s | trace."""
+    """The points of one deployment, by increasing load. `by`: the unit of the load, users | rate_per_s | trace."""
 
     name: str
     evidence: str
@@ -87,12 +87,12 @@ class Series:
     points: Sequence[LoadPoint] = field(default_factory=tuple)
 
     def values(self, key: str, *, scale: float = 1.0) -> list[tuple[LoadPoint, Value]]:
-        """Return the points that have a value at `key`."""
+        """Returns the points that have a value at `key`."""
         return [(point, v) for point in self.points if (v := point.value(key, scale=scale)) is not None]
 
 
 def number_at(record: Record, key: str) -> float | None:
-    """Return the number at a dotted key; None if it is missing or not a number."""
+    """Returns the number at a dotted key; None if it is missing or not a number."""
     value: Any = record
     for part in key.split("."):
         if not isinstance(value, Mapping):
@@ -102,7 +102,7 @@ def number_at(record: Record, key: str) -> float | None:
 
 
 def read(path: Path) -> list[Record]:
-    """Return the records of a result file or of all result files in a folder. Raises NoResultsError."""
+    """Returns the records of a result file, or of all result files in a folder. Raises NoResultsError."""
     files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
     records: list[Record] = []
     for file in files:
@@ -130,7 +130,7 @@ def _record(line: str, place: str) -> Record:
 
 
 def series_of(records: Iterable[Record]) -> list[Series]:
-    """Group records into series, in the order of EVIDENCE, then of names."""
+    """Groups records into series, ordered as in EVIDENCE, then by name."""
     all_records = list(records)
     name_of = _namer(all_records)
     groups: dict[tuple[str, str, str], dict[float, list[Record]]] = {}
@@ -148,7 +148,7 @@ def series_of(records: Iterable[Record]) -> list[Series]:
 
 
 def _namer(records: Sequence[Record]) -> Callable[[Record], str]:
-    """Return a function that names the series of a record: topology, and policy, overrides and model if they differ."""
+    """Returns a function that names a record's series: topology, and policy, overrides and model where they differ."""
     policies = {record["policy"] for record in records if record["topology"] is None or _chose(record, "policy")}
 
     def name(record: Record) -> str:
@@ -172,8 +172,8 @@ def _chose(record: Record, group: str) -> bool:
 class Saturation:
     """The lowest load with at least 90 % of the highest throughput.
 
-    `reached`: the throughput levels off, because that is not the highest load, or because the last increase in load
-    raised the throughput by at most 10 %.
+    `reached`: whether the throughput levels off: this is not the highest load, or the last increase in load raised the
+    throughput by at most 10 %.
     """
 
     load: float
@@ -182,7 +182,7 @@ class Saturation:
 
 
 def saturation(series: Series) -> Saturation | None:
-    """Return the saturation over the valid points; None with fewer than two."""
+    """Returns the saturation over the valid points; None with fewer than two points."""
     curve = [(point.load, v.mean) for point, v in series.values("tokens_per_s") if point.valid]
     if len(curve) < 2:
         return None

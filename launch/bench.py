@@ -1,12 +1,12 @@
 """Puts load on a deployment and measures it: prints a table and writes a record per point to a file.
 
     python -m launch.bench run=runs/latest bench.users=[1,10,100]               a running deployment
-    python -m launch.bench topology=sim bench=smoke                             brings one up and takes it down again
+    python -m launch.bench topology=sim bench=smoke                             starts a deployment and stops it again
     python -m launch.bench -m topology=a,b bench.users=[1,4,16]                 a sweep, with results/report.html;
-                                                                                started again, it continues
+                                                                                the same command continues it
     python -m launch.bench -m hydra/launcher=submitit_slurm topology=a,b ...    the same in Slurm jobs
 
-`bench=NAME` selects conf/bench/NAME.yaml, `bench.KEY=VALUE` overrides a value; docs/bench.md defines every figure. The
+`bench=NAME` selects conf/bench/NAME.yaml, `bench.KEY=VALUE` overrides a value. docs/bench.md defines every figure. The
 exit status is 1 if a measurement failed, or if no request of some point succeeded.
 """
 
@@ -58,7 +58,7 @@ def bench(call: Call) -> int:
 
 
 def config_of(call: Call) -> BenchConfig:
-    """The values of the config group with the overrides on top. Raises ConfigError for a key that is not of `bench`."""
+    """Returns the values of the config group with the overrides applied. Raises ConfigError for an unknown key."""
     folders = [conf_folder()] if call.config_dir is None else [call.config_dir, conf_folder()]
     path = group_file(call.own.get("bench", "default"), folders)
     try:
@@ -85,7 +85,7 @@ def config_of(call: Call) -> BenchConfig:
 
 
 def measure_run(run: RunDir, config: BenchConfig, prompts: list[BenchPrompt]) -> int:
-    """Measures a running deployment, which stays up. Every call measures all points."""
+    """Measures a running deployment, which stays up. Every call measures all points. Returns the exit status."""
     deployment = resolved(run)
     results = ResultFiles(run.path / "bench" if config.output is None else Path(config.output).absolute(), config.raw)
     rows: list[MeasuredPoint] = []
@@ -100,7 +100,7 @@ def measure_run(run: RunDir, config: BenchConfig, prompts: list[BenchPrompt]) ->
 
 
 def measure_new(call: Call, config: BenchConfig, prompts: list[BenchPrompt]) -> int:
-    """Brings a deployment up, measures the points that have no result yet, and takes it down."""
+    """Starts a deployment, measures the points that have no result yet, and stops it. Returns the exit status."""
     overrides = [text for text in call.overrides if parse_override(text).key_or_group.partition(".")[0] != "bench"]
     choices = {o.key_or_group: str(o.value()) for o in map(parse_override, overrides) if o.key_or_group in GROUPS}
     if "topology" not in choices:
@@ -132,7 +132,7 @@ def measure_new(call: Call, config: BenchConfig, prompts: list[BenchPrompt]) -> 
 
 
 def swept(call: Call) -> int:
-    """The end of a sweep: writes a report on all results in its folder."""
+    """Writes a report on all results in the sweep's folder. Called at the end of a sweep. Returns the exit status."""
     outputs = [o for o in map(parse_override, call.overrides) if o.key_or_group == "bench.output"]
     if "run" in call.own or any(o.is_sweep_override() for o in outputs):
         return 0  # the results are not all in one folder
@@ -164,7 +164,7 @@ def _console() -> Console:
 
 
 def resolved(run: RunDir) -> dict[str, Any] | None:
-    """The run's config with secrets masked; None for a run that has none."""
+    """Returns the run's config with secrets masked; None for a run without a config."""
     if not run.config.exists():
         return None
     config = asdict(frozen.read(run.config))
@@ -175,7 +175,7 @@ def resolved(run: RunDir) -> dict[str, Any] | None:
 
 
 def added(arguments: list[str]) -> list[str]:
-    """Prefixes `bench=NAME` with `+`: deploy.yaml has no default for that group, so Hydra must add it."""
+    """Prefixes `bench=NAME` with `+`, because Hydra requires it for a group without a default in deploy.yaml."""
     return [f"+{one}" if one.startswith("bench=") else one for one in arguments]
 
 

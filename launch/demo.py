@@ -1,8 +1,8 @@
 """`make demo`: the whole system on this machine, with real engines, in minutes.
 
-Creates five tiny random models, brings up five experts and a router, sends a dozen prompts from different domains with
-the official openai client, prints each prompt's expert and the reason, and takes everything down. The responses are
-nonsense because the models are random; the routing is real.
+Creates five tiny random models, starts five experts and a router, sends a dozen prompts from different domains with the
+official openai client, prints each prompt's expert and the reason, and stops everything. The responses are nonsense
+because the models are random; the routing is real.
 """
 
 import argparse
@@ -70,7 +70,7 @@ def run_verb(*arguments: str) -> int:
 
 
 def create_models(folder: Path, *, python: Path, console: Console) -> None:
-    """Creates the missing models, one per expert; their seeds are consecutive, in the order of EXPERTS."""
+    """Creates the missing models, one per expert. Their seeds are consecutive, in the order of EXPERTS."""
     missing = [expert for expert in EXPERTS if not (folder / expert / "config.json").exists()]
     if missing:
         console.print(f"creating tiny random models: {', '.join(missing)}")
@@ -92,7 +92,7 @@ def send_all(run: RunDir, *, console: Console) -> Table:
 
 
 def send(client: openai.OpenAI, prompt: str) -> tuple[str, str, float]:
-    """Streams a response; returns expert, reason and seconds to the first non-empty content."""
+    """Sends a prompt and streams the response. Returns expert, reason and seconds to the first non-empty content."""
     started = time.perf_counter()
     with client.chat.completions.with_streaming_response.create(
         model="auto", messages=[{"role": "user", "content": prompt}], max_tokens=24, stream=True

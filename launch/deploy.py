@@ -1,4 +1,4 @@
-"""Brings a deployment up: `hpc-router up` with Hydra's own flags.
+"""Starts a deployment: `hpc-router up` with Hydra's own flags.
 
 python -m launch.deploy topology=sim experts.math.replicas=2
 python -m launch.deploy run=runs/mine wait=all

@@ -1,7 +1,7 @@
-"""Shared by the entry points: command line with Hydra's flags (`-m`, `--cfg job`, `--help`), errors, exit status.
+"""Code of all entry points: the command line with Hydra's flags (`-m`, `--cfg job`, `--help`), errors, exit status.
 
-A call without such flags is composed and checked by this package, so that every invalid value gives a one-line message
-and status 2. With a flag Hydra runs first, and calls the entry point once per job of a sweep. Keys that are not part of
+Without such flags, this package composes and checks the config, so that every invalid value gives a one-line message
+and status 2. With a flag, Hydra runs first and calls the entry point once per job of a sweep. Keys that are not part of
 the deployment's config (`run=DIR`) belong to the entry point.
 """
 
@@ -49,9 +49,9 @@ def launch(
     words: list[str] | None = None,
     swept: Callable[[Call], int] | None = None,
 ) -> int:
-    """Runs the entry point and returns the exit status.
+    """Runs the entry point `body` and returns the exit status.
 
-    `own`: keys of the entry point. `words`: the command line, if it is not that of this process. `swept`: called once
+    `own`: the entry point's own keys. `words`: the command line, by default that of this process. `swept`: called once
     at the end of a sweep, with the arguments that all its jobs share.
     """
     given = sys.argv[1:] if words is None else words
@@ -85,7 +85,7 @@ def _wants_hydra(flags: Any) -> bool:
 
 
 def _only_prints(flags: Any) -> bool:
-    """Whether a flag makes Hydra print something instead of running the job."""
+    """Returns whether a flag makes Hydra print something instead of running the job."""
     names = ("cfg", "info", "help", "hydra_help", "version", "shell_completion")
     return any(getattr(flags, name, None) for name in names)
 

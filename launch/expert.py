@@ -3,8 +3,8 @@
     python -m launch.expert run=runs/mine name=math
     python -m launch.expert run=runs/mine name=math experts.math.engine.options.ttft_ms=100
 
-Overrides apply to the run's config; a run without one is composed as by `up`. Ctrl-C drains the replica. An expert that
-spans several nodes is one step of a Slurm job, with one task per node:
+Overrides apply to the run's config. For a run without one, the config is composed as by `up`. Ctrl-C drains the
+replica. An expert on several nodes is one step of a Slurm job, with one task per node:
 
     srun --nodes=2 --ntasks-per-node=1 python -m launch.expert run=runs/mine name=large
 """

@@ -1,9 +1,9 @@
-"""Starts only a router, in the foreground; `hpc-router register` or `up` add endpoints to its run.
+"""Starts only a router, in the foreground. `hpc-router register` or `up` add endpoints to its run.
 
     python -m launch.router run=runs/mine router.port=8000
     python -m launch.router run=runs/mine policy=classifier policy.artefact=DIR policy.fallback=big
 
-Overrides apply to the run's config; a run without one starts without experts. Ctrl-C drains the router.
+Overrides apply to the run's config. A run without one starts without experts. Ctrl-C drains the router.
 """
 
 import sys
@@ -30,7 +30,7 @@ def router(call: Call) -> int:
 
 
 def deployment_for(path: Path, call: Call) -> Deployment:
-    """The run's config with the overrides on top; without one, a config without experts."""
+    """Returns the run's config with the overrides applied; for a run without one, a config without experts."""
     if (path / "config.yaml").exists():
         base = frozen.read(path / "config.yaml")
         return compose.with_overrides(base, call.overrides, config_dir=call.config_dir)
@@ -40,7 +40,7 @@ def deployment_for(path: Path, call: Call) -> Deployment:
         overrides.insert(0, "topology=empty")
     deployment = compose.load_deployment(overrides, config_dir=call.config_dir)
     if not keys & {"policy", "policy.kind", "policy.artefact"} and not deployment.experts:
-        deployment.policy.kind = "model_field"  # without experts there is nothing to train a classifier for
+        deployment.policy.kind = "model_field"  # without experts, there is nothing to train a classifier for
     return deployment
 
 

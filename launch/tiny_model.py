@@ -1,9 +1,9 @@
 """Creates a tiny random Llama, or a LoRA adapter for one, so that real engines run offline on a CPU within seconds.
 
-Run by path with an *engine's* interpreter (`PYTHON launch/tiny_model.py OUT --seed 1`). That interpreter has
-transformers, tokenizers and torch but not hpc_router, so this file imports nothing of this project.
-The weights depend only on the seed and the sizes. Responses are random printable ASCII text with exactly `max_tokens`
-tokens: see `_suppress_special_tokens`.
+Run by path with an engine's interpreter (`PYTHON launch/tiny_model.py OUT --seed 1`). That interpreter has
+transformers, tokenizers and torch but not hpc_router, so this file imports nothing of this project. The weights depend
+only on the seed and the sizes. Responses are random printable ASCII text with exactly `max_tokens` tokens (see
+`_suppress_special_tokens`).
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-HEAD_DIM = 32  # the smallest head size that all attention kernels of the engines support
-VOCABULARY = 1024  # upper bound: training stops earlier if no pair occurs twice
+HEAD_DIM = 32  # minimum head size that all attention kernels of the engines support
+VOCABULARY = 1024  # maximum; training stops earlier if no pair occurs twice
 END, START, STOP = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 
 CHAT_TEMPLATE = """\
@@ -80,7 +80,7 @@ def build(out: Path, *, seed: int, layers: int, hidden: int, max_length: int) ->
 
 def build_adapter(out: Path, *, model: Path, seed: int, rank: int) -> None:
     """Writes a LoRA adapter for the tiny `model` to `out`, in PEFT's format. Its weights are as large as the model's,
-    so that its responses differ."""
+    so that the responses differ."""
     import torch
     from safetensors.torch import save_file
 
@@ -128,7 +128,7 @@ def _atomic_folder(out: Path) -> Iterator[Path]:
 
 
 def _tokenizer(*, max_length: int) -> Any:
-    """A byte-level BPE tokenizer: it encodes any text, and does not depend on the seed."""
+    """Returns a byte-level BPE tokenizer, which encodes any text and does not depend on the seed."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -177,7 +177,7 @@ def _model(tokenizer: Any, *, seed: int, layers: int, hidden: int, max_length: i
     model = LlamaForCausalLM(config).to(torch.float32)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        # Initialised in order of name: the library's own order may change between versions.
+        # Initialised in order of name, because the library's own order may change between versions.
         for name, weight in sorted(model.named_parameters()):
             if weight.dim() == 1:
                 weight.fill_(1.0)
@@ -192,7 +192,7 @@ def _model(tokenizer: Any, *, seed: int, layers: int, hidden: int, max_length: i
 
 
 def _text_tokens(tokenizer: Any) -> list[int]:
-    """Tokens that are printable ASCII text: no special tokens, no parts of multi-byte characters."""
+    """Returns the tokens that are printable ASCII text: no special tokens, no parts of multi-byte characters."""
     special = set(tokenizer.all_special_ids)
     return [
         index
@@ -202,10 +202,10 @@ def _text_tokens(tokenizer: Any) -> list[int]:
 
 
 def _suppress_special_tokens(model: Any, *, allowed: list[int]) -> None:
-    """Makes all tokens outside `allowed` practically impossible, end tokens included.
+    """Makes all tokens outside `allowed` practically impossible, including end tokens.
 
-    Channel 0 of the residual stream is made constant: each embedding sets it and no layer changes it. It is positive
-    after the last norm at every position, so a negative output weight on it lowers a token's logit for any prompt.
+    Channel 0 of the residual stream is constant: each embedding sets it and no layer changes it. It is positive after
+    the last norm at every position, so a negative output weight on it lowers a token's logit for any prompt.
     """
     model.model.embed_tokens.weight[:, 0] = 1.0
     for layer in model.model.layers:
@@ -236,7 +236,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             else:
                 build(out, seed=seed, layers=chosen.layers, hidden=chosen.hidden, max_length=chosen.max_length)
     except (ValueError, OSError) as error:
-        parser.error(str(error))  # exits with 2: a value the user must edit
+        parser.error(str(error))  # exits with status 2: an invalid value
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Train a classifier from a file of prompts.
+"""Trains a classifier from a file of prompts.
 
     python -m launch.train_classifier data=prompts.jsonl encoder=/models/all-MiniLM-L6-v2 output=my-classifier
     python -m launch.train_classifier data=prompts.jsonl features=lexical clusters=32 output=my-classifier
@@ -24,7 +24,7 @@ from hpc_router.routing.training.train import TrainConfig, train
 
 
 def train_classifier(config: TrainConfig) -> int:
-    """Train with a progress bar on stderr, write the artefact, and print a summary. Returns the exit status."""
+    """Trains with a progress bar on stderr, writes the artefact and prints a summary. Returns the exit status."""
     columns = (TextColumn("{task.description:>10}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True)) as bar:
         tasks: dict[str, TaskID] = {}
@@ -52,7 +52,7 @@ def train_classifier(config: TrainConfig) -> int:
 
 
 def config_of(arguments: list[str]) -> TrainConfig:
-    """Parse KEY=VALUE arguments. Raises ConfigError for an unknown key or an invalid value."""
+    """Parses KEY=VALUE arguments. Raises ConfigError for an unknown key or an invalid value."""
     values: dict[str, object] = {}
     valid = [field.name for field in fields(TrainConfig)]
     for argument in arguments:

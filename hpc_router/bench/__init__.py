@@ -1,1 +1,1 @@
-"""Load generation and measurement: sweeps over topologies, the cost of relaying a request, soak tests."""
+"""Benchmarks: sweeps over deployments, the CPU cost of relaying a request, and soak tests."""

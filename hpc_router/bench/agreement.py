@@ -1,4 +1,4 @@
-"""`hpc-router bench agreement`: this load generator compared with `vllm bench serve` on one deployment.
+"""`hpc-router bench agreement`: compares this load generator with `vllm bench serve` on one deployment.
 
 Both tools send the same prompts with the same number of users, one after the other; the order alternates from round to
 round. docs/bench.md lists where their definitions differ. "Ours" is this load generator, "theirs" the other tool.
@@ -39,14 +39,14 @@ FIGURES: Final[Mapping[str, str]] = {
     "output tokens": "total_output_tokens",
     "requests that failed": "failed",
 }
-"""The compared figures, and their keys in the result of `vllm bench serve`. Rates are not compared: theirs include the
-ramp-up and the end of the load, ours do not."""
+"""The compared figures and their keys in the result of `vllm bench serve`. Rates are not compared, because `vllm bench
+serve` includes the start and the end of the load and this load generator does not."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AgreementOptions:
-    """`vllm`: a Python interpreter that has vLLM. `tokenizer`: any model folder, because the other tool requires one.
-    `requests`: measured requests per tool and round."""
+    """Options of the comparison. `vllm`: Python interpreter with vLLM. `tokenizer`: any model folder, which the other
+    tool requires. `requests`: number of measured requests per tool and round."""
 
     vllm: str
     tokenizer: Path
@@ -60,13 +60,13 @@ class AgreementOptions:
 
 @dataclass(frozen=True, slots=True)
 class AgreementRounds:
-    """For each figure, one value per round."""
+    """Values of each figure, one per round, from both tools."""
 
     ours: Mapping[str, Sequence[float]]
     theirs: Mapping[str, Sequence[float]]
 
     def table(self) -> list[tuple[str, RoundSpread, RoundSpread, RoundSpread | None]]:
-        """Name, ours, theirs, and the ratio ours / theirs within a round (None if theirs is 0)."""
+        """Returns for each figure: name, ours, theirs, and the ratio ours / theirs per round (None if theirs is 0)."""
         rows = []
         for name in FIGURES:
             ours, theirs = self.ours[name], self.theirs[name]
@@ -79,7 +79,7 @@ class AgreementRounds:
 
 
 def comparable(found: Figures) -> dict[str, float]:
-    """Raises LaunchError if a figure is missing."""
+    """Returns the figures to compare, by name. Raises LaunchError if one is missing."""
     if found.ttft_s is None or found.tpot_s is None or found.itl_s is None or found.e2e_s is None:
         raise LaunchError(f"no response has two tokens or more: {found.errors or 'raise --tokens'}")
     tokens = found.output_tokens
@@ -105,7 +105,7 @@ def measure_ours(
 def measure_theirs(
     target: LoadTarget, config: BenchConfig, prompts: Sequence[BenchPrompt], folder: Path, options: AgreementOptions
 ) -> dict[str, float]:
-    """Raises LaunchError with the end of the tool's stderr."""
+    """Runs `vllm bench serve` and returns its figures. Raises LaunchError with the end of the tool's stderr."""
     requests = config.requests or 0
     sent = itertools.islice(itertools.cycle(prompts), requests)
     folder.mkdir(parents=True)
@@ -176,9 +176,9 @@ def _version(vllm: str) -> str:
 
 
 def agreement(run: RunDir, options: AgreementOptions) -> str:
-    """Measures, writes JSON and Markdown to `options.out`, and returns the Markdown with the files' names.
+    """Measures, writes JSON and Markdown to `options.out`, and returns the Markdown and the paths of the files.
 
-    Raises ConfigError, LaunchError.
+    Raises ConfigError and LaunchError.
     """
     at = utc_now()
     config = read_config(

@@ -1,4 +1,4 @@
-"""A background thread that repeats an action while a block runs: heartbeats and progress bars."""
+"""A background thread that repeats a function call, for heartbeats and progress bars."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def repeated(action: Callable[[], object], *, every_s: float) -> Iterator[None]:
-    """Calls `action` every `every_s` seconds in a background thread until the block ends."""
+    """Calls `action` every `every_s` seconds in a background thread while the block runs."""
     ended = threading.Event()
 
     def repeat() -> None:

@@ -1,8 +1,9 @@
-"""Figures of a point, computed from its observed requests. Pure; docs/bench.md defines the same figures in words.
+"""Computes the figures of a point from its observed requests. Pure functions; docs/bench.md defines the figures in
+words.
 
-Latencies are those of measured requests that succeeded; failed requests are counted by kind of error. Throughput
-counts all tokens and responses inside the window, also those of unmeasured requests, unless the request failed. Times
-are seconds since the load of the point began.
+Latencies are those of measured requests that succeeded; failed requests are counted by kind of error. Throughput counts
+all tokens and responses inside the window, also those of unmeasured requests, unless the request failed. Times are
+seconds since the load of the point began.
 """
 
 from collections import Counter
@@ -17,7 +18,7 @@ from hpc_router.bench.config import GoodputLimits
 
 UNKNOWN: Final = "unknown"
 CUT: Final = "cut"
-"""The error of an unmeasured request that was stopped at the end of the point. It does not count as a failure."""
+"""Error of an unmeasured request that was stopped at the end of the point. It does not count as a failure."""
 
 
 class MeasurementPart(StrEnum):
@@ -25,12 +26,12 @@ class MeasurementPart(StrEnum):
 
     WARM_UP = "warm_up"
     MEASURED = "measured"
-    FILLING = "filling"  # after the window: keeps the load up until the last measured request has ended
+    FILLING = "filling"  # after the window: keeps up the load until the last measured request has ended
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Observation:
-    """One request.
+    """One observed request.
 
     `content_s`: arrival times of the events with content. `tokens`, `prompt_tokens`: counts reported by the engine.
     `question`: index of the request body in the workload. `error`: kind of error, None if the request succeeded.
@@ -53,7 +54,7 @@ class Observation:
 
     @property
     def token_count(self) -> int:
-        """The engine's count; if it reported none, the number of events with content."""
+        """Number of tokens as counted by the engine, or without that the number of events with content."""
         return len(self.content_s) if self.tokens is None else self.tokens
 
     @property
@@ -66,14 +67,14 @@ class Observation:
 
     @property
     def tpot_s(self) -> float | None:
-        """None for a response of one token."""
+        """Time per output token after the first, in seconds; None for a response of one token."""
         if self.token_count < 2:
             return None
         return (self.content_s[-1] - self.content_s[0]) / (self.token_count - 1)
 
     @property
     def itl_s(self) -> list[float]:
-        """Gaps between events with content, each divided by the mean number of tokens per event of this response."""
+        """Gaps between events with content, each divided by the response's mean number of tokens per event."""
         per_event = max(1.0, self.token_count / len(self.content_s))
         return [(b - a) / per_event for a, b in zip(self.content_s, self.content_s[1:], strict=False)]
 
@@ -95,7 +96,7 @@ class Window:
 
 @dataclass(frozen=True, slots=True)
 class Percentiles:
-    """Percentiles are interpolated linearly between the two nearest samples."""
+    """Percentiles of samples, interpolated linearly between the two nearest samples."""
 
     count: int
     mean: float
@@ -106,7 +107,7 @@ class Percentiles:
 
     @classmethod
     def of(cls, samples: Iterable[float]) -> Self | None:
-        """None if there is no sample."""
+        """Computes the percentiles; None without samples."""
         values = np.fromiter(samples, dtype=np.float64)
         if not values.size:
             return None
@@ -123,10 +124,10 @@ class Figures:
     succeeded: int
     failed: int
     errors: Mapping[str, int]
-    experts: Mapping[str, float]  # share of the succeeded requests per expert
-    replicas: Mapping[str, float]  # the same per replica
+    experts: Mapping[str, float]  # share of the succeeded requests, per expert
+    replicas: Mapping[str, float]  # share of the succeeded requests, per replica
     balance: Mapping[str, float]  # per expert: requests of its busiest replica / mean of its replicas; 1 is even
-    reasons: Mapping[str, float]  # share of the succeeded requests per `x-route-reason`
+    reasons: Mapping[str, float]  # share of the succeeded requests, per `x-route-reason`
     ttft_s: Percentiles | None
     itl_s: Percentiles | None
     tpot_s: Percentiles | None
@@ -139,7 +140,7 @@ class Figures:
     prompt_tokens: Percentiles | None = None
     output_tokens: Percentiles | None = None
     good_share: float = 0.0  # share of the measured requests within the goodput limits
-    goodput_per_s: float = 0.0
+    goodput_per_s: float = 0.0  # responses within the goodput limits that ended in the window
     medians: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # per expert: ttft_s, tpot_s, e2e_s
 
 
@@ -147,7 +148,7 @@ NO_LIMITS: Final = GoodputLimits(ttft_s=None, tpot_s=None, e2e_s=None)
 
 
 def meets(one: Observation, limits: GoodputLimits) -> bool:
-    """Whether the response is within every limit; a response of one token has no TPOT to exceed its limit."""
+    """Returns whether the response is within every limit. A response of one token has no TPOT and meets that limit."""
     tpot_s = one.tpot_s
     return (
         (limits.ttft_s is None or one.ttft_s <= limits.ttft_s)
@@ -165,10 +166,13 @@ def figures(observations: Sequence[Observation], window: Window, limits: Goodput
     reasons = Counter(o.reason or UNKNOWN for o in good)
     within = [o for o in good if meets(o, limits)]
     tokens = _tokens_in(window, observations)
-    ended = sum(o.error is None and window.contains(o.ended_s) for o in observations)
-    length_s = window.length_s
+    ended = [o for o in observations if o.error is None and window.contains(o.ended_s)]
+
+    def per_s(count: float) -> float:
+        return count / window.length_s if window.length_s > 0 else 0.0
+
     return Figures(
-        window_s=length_s,
+        window_s=window.length_s,
         requests=len(measured),
         succeeded=len(good),
         failed=len(measured) - len(good),
@@ -183,13 +187,13 @@ def figures(observations: Sequence[Observation], window: Window, limits: Goodput
         e2e_s=Percentiles.of(o.e2e_s for o in good),
         session_tokens_per_s=Percentiles.of(o.token_count / o.e2e_s for o in good if o.e2e_s > 0),
         tokens=tokens,
-        tokens_per_s=tokens / length_s if length_s > 0 else 0.0,
-        requests_per_s=ended / length_s if length_s > 0 else 0.0,
+        tokens_per_s=per_s(tokens),
+        requests_per_s=per_s(len(ended)),
         counted_by=_counted_by(good),
         prompt_tokens=Percentiles.of(o.prompt_tokens for o in good if o.prompt_tokens is not None),
         output_tokens=Percentiles.of(o.token_count for o in good),
         good_share=len(within) / len(measured) if measured else 0.0,
-        goodput_per_s=_goodput(observations, window, limits),
+        goodput_per_s=per_s(sum(meets(o, limits) for o in ended)),
         medians={name: _medians([o for o in good if (o.expert or UNKNOWN) == name]) for name in sorted(experts)},
     )
 
@@ -200,20 +204,11 @@ def _shares(counted: Counter[str]) -> dict[str, float]:
 
 
 def _balance(good: Sequence[Observation]) -> dict[str, float]:
-    """Replicas without a succeeded request are missing here; the record's provenance lists all replicas."""
+    """Returns for each expert: load of its busiest replica / mean. Ignores replicas without a succeeded request."""
     found: dict[str, Counter[str]] = {}
     for o in good:
         found.setdefault(o.expert or UNKNOWN, Counter())[o.replica or UNKNOWN] += 1
     return {name: max(each.values()) * len(each) / each.total() for name, each in sorted(found.items())}
-
-
-def _goodput(observations: Sequence[Observation], window: Window, limits: GoodputLimits) -> float:
-    """Responses per second that ended inside the window and meet the limits."""
-    if window.length_s <= 0:
-        return 0.0
-    return (
-        sum(o.error is None and window.contains(o.ended_s) and meets(o, limits) for o in observations) / window.length_s
-    )
 
 
 def _medians(good: Sequence[Observation]) -> dict[str, float]:
@@ -226,7 +221,7 @@ def _medians(good: Sequence[Observation]) -> dict[str, float]:
 
 
 def faster(observations: Sequence[Observation], factor: float) -> list[Observation]:
-    """All times divided by `factor`: undoes the slow-down of simulated engines."""
+    """Returns the observations with all times divided by `factor`, which undoes the slowdown of simulated engines."""
     return [
         replace(
             o,
@@ -239,10 +234,10 @@ def faster(observations: Sequence[Observation], factor: float) -> list[Observati
 
 
 def _tokens_in(window: Window, observations: Sequence[Observation]) -> float:
-    """Each event with content inside the window counts as the mean number of tokens per event of its response."""
+    """Returns the number of tokens in the window. Each event counts as the mean number per event of its response."""
     counted = [o for o in observations if o.error is None and o.tokens is not None]
     events = sum(len(o.content_s) for o in counted)
-    # Responses without a count of their own use the mean over all responses.
+    # Responses without a token count use the mean over all responses.
     mean = sum(o.tokens or 0 for o in counted) / events if events else 1.0
     total = 0.0
     for o in observations:

@@ -1,4 +1,4 @@
-"""Result files of `hpc-router bench`: where they lie and how they are named."""
+"""Folder and names of the result files of `hpc-router bench`."""
 
 import json
 import time
@@ -15,17 +15,17 @@ def default_out() -> Path:
 
 
 def utc_now() -> str:
-    """ISO 8601, in seconds."""
+    """Returns the current time in ISO 8601, to the second."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 def stem_of(benchmark: str, at: str) -> str:
-    """File name without suffix of a result of that time: `soak-20260102T030405Z`."""
+    """Returns the file name, without suffix, of a result: `soak-20260102T030405Z`."""
     return f"{benchmark}-{at.replace('-', '').replace(':', '')}"
 
 
 def write_results(folder: Path, stem: str, value: Mapping[str, Any], texts: Mapping[str, str]) -> Path:
-    """Writes `stem.json` and one file per suffix in `texts`, readable by everyone; returns the path without suffix."""
+    """Writes `stem.json` and one file per suffix in `texts`, readable by everyone. Returns the path without suffix."""
     folder.mkdir(parents=True, exist_ok=True)
     contents = {"json": json.dumps(value, indent=1, allow_nan=False) + "\n", **texts}
     for suffix, text in contents.items():

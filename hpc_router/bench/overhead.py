@@ -1,7 +1,7 @@
-"""Latency that the router adds: medians with the router minus medians without it, for one point. Pure.
+"""Computes the latency that the router adds to a point: median with the router minus median without it. Pure functions.
 
-The difference is computed per expert, because experts can differ by more than the router adds, and averaged with the
-experts' shares of the requests through the router.
+The difference is computed per expert, because experts can differ by more than the router adds. It is then averaged with
+the experts' shares of the requests through the router.
 """
 
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ LATENCIES: Final = ("ttft_s", "tpot_s", "e2e_s")
 
 
 def overhead(routed: Figures, direct: Figures) -> dict[str, dict[str, float]]:
-    """For each latency: `added_s`, and its `share` of the latency with the router. No entry without both."""
+    """Returns `added_s` for each latency with both medians, and its `share` of the latency with the router."""
     return {name: added for name in LATENCIES if (added := _added(name, routed, direct)) is not None}
 
 
@@ -34,7 +34,7 @@ def _added(name: str, routed: Figures, direct: Figures) -> dict[str, float] | No
 
 
 def split_users(users: int, shares: Mapping[K, float]) -> dict[K, int]:
-    """Users in proportion to `shares`, as whole numbers that add up to `users` (largest remainder method)."""
+    """Splits users in proportion to `shares` into whole numbers that add up to `users` (largest remainder method)."""
     total = sum(shares.values())
     exact = {name: users * share / total for name, share in shares.items()}
     counts = {name: int(value) for name, value in exact.items()}

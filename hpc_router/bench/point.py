@@ -1,8 +1,8 @@
-"""Measurement of one point on a running deployment: with the router, and on request also without it.
+"""Measures one point on a running deployment: with the router, and on request also without it.
 
-Without the router, each replica gets as many users as its share of the routed requests, and the prompts that the
-router sent it. On odd repeats the direct measurement comes first, so that warm caches do not always favour the same
-side.
+Without the router, each replica gets as many users as its share of the routed requests, and the prompts that the router
+sent to it. On odd repeats the measurement without the router comes first, so that warm caches do not always favour the
+same side.
 """
 
 import tempfile
@@ -34,12 +34,12 @@ LOST_SECONDS: Final = "hpc_router_sim_lost_seconds_total"
 
 
 ServedExpert = tuple[str, str]
-"""A replica and one of the experts that it serves."""
+"""Names of a replica and of one of the experts that it serves."""
 
 
 @dataclass(frozen=True, slots=True)
 class RoutedShares:
-    """Where the router sent the measured requests: per expert and replica, its share of them and their bodies."""
+    """Where the router sent the measured requests: share of the requests and their bodies, per replica and expert."""
 
     shares: Mapping[ServedExpert, float]
     bodies: Mapping[ServedExpert, Sequence[int]]
@@ -63,8 +63,8 @@ class RoutedShares:
 
 @dataclass(frozen=True, slots=True)
 class MeasuredPoint:
-    """`invalid`: reasons why the figures are invalid. `direct`, `overhead`: None if the point was not measured without
-    the router; `notes` say why."""
+    """The figures of one point. `invalid`: reasons why they are invalid. `direct`, `overhead`: None if the point was
+    not measured without the router, for the reasons in `notes`."""
 
     point: Point
     load: LoadResult
@@ -89,7 +89,7 @@ class PointMeasurement:
     routed: dict[tuple[object, ...], RoutedShares] = field(default_factory=dict)
 
     def measure(self, point: Point) -> MeasuredPoint:
-        """Raises LaunchError."""
+        """Measures one point. Raises LaunchError."""
         key = (point.users, point.rate_per_s, point.trace)
         notes: list[str] = []
         direct = None
@@ -128,7 +128,7 @@ class PointMeasurement:
         return True
 
     def _direct(self, point: Point, routed: RoutedShares, notes: list[str]) -> Figures | None:
-        """Figures without the router: load on all replicas at the same time, split as the router split it."""
+        """Returns the figures without the router. All replicas get their share of the load at the same time."""
         assert point.users is not None
         replicas = {name: self._replica(name) for name, _ in routed.shares}
         targets = {
@@ -157,14 +157,14 @@ class PointMeasurement:
             return self._figures(merged(list(pool.map(load_one, users))))
 
     def _replica(self, name: str) -> tuple[Record, LoadTarget] | None:
-        """Record and address of a replica; None for an external endpoint, whose token is not known."""
+        """Returns record and address of a replica; None for an external endpoint, because its token is not known."""
         record = RegistryReader(self.run.registry).snapshot().get(name)
         if record is None or record.kind is not RecordKind.EXPERT or record.nonce is None:
             return None
         return record, LoadTarget(record.url, replica_key(self.run.secret(), record.nonce))
 
     def _sim_seconds(self) -> dict[str, tuple[float, float]]:
-        """For each replica with a simulated model: seconds of its steps, and seconds by which it fell behind."""
+        """Returns for each simulated replica: seconds of its steps, and seconds by which it fell behind its model."""
         seconds = {}
         for name, record in RegistryReader(self.run.registry).snapshot().items():
             if record.kind is RecordKind.EXPERT and record.engine.kind == "sim" and record.state is State.READY:
@@ -184,9 +184,9 @@ def point_measurement(
     deployment: Mapping[str, Any] | None,
     shared: Path,
 ) -> Iterator[PointMeasurement]:
-    """Start the load jobs and yield the measurement of points of a running deployment.
+    """Starts the load jobs, and yields an object that measures points of a running deployment.
 
-    `deployment`: its resolved config, None if unknown. `shared`: folder of the load jobs.
+    `deployment`: its resolved config; None if unknown. `shared`: folder of the load jobs.
     """
     access, slowdown = router_access(run), _slowdown(deployment)
     with (
@@ -209,7 +209,7 @@ def _value(text: str, name: str) -> float:
 
 
 def _late_share(before: Mapping[str, tuple[float, float]], after: Mapping[str, tuple[float, float]]) -> float | None:
-    """The largest share of an engine's time by which it fell behind, between two readings."""
+    """Returns the maximum share of time by which an engine fell behind between two readings of `_sim_seconds`."""
     shares = []
     for name, (steps_s, lost_s) in after.items():
         earlier = before.get(name, (0.0, 0.0))
@@ -225,8 +225,8 @@ def _responses_per_half(load: LoadResult) -> tuple[int, int]:
 
 
 def _slowdown(deployment: Mapping[str, Any] | None) -> float:
-    """`roofline.slowdown` of the simulated experts of a resolved config. Raises LaunchError if experts differ, because
-    their times could not be compared."""
+    """Returns `roofline.slowdown` of the simulated experts. Raises LaunchError if they differ, because times of
+    different experts could then not be compared."""
     found: set[float] = set()
     for expert in (deployment or {"experts": {}})["experts"].values():
         if expert["engine"]["kind"] == "sim":

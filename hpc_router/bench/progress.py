@@ -1,4 +1,4 @@
-"""Progress on a terminal: of the load of a point, and of the steps of a benchmark."""
+"""Shows progress on a terminal: the load of a point, or the steps of a benchmark."""
 
 import time
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ TICK_S: Final = 0.25
 def progress(
     console: Console, config: BenchConfig, point: Point, *, done: int, total: int, label: str = ""
 ) -> Iterator[None]:
-    """Bars for the seconds of this point's load and for the finished points; nothing if the output is no terminal."""
+    """Shows bars for the seconds of this point's load and for the finished points, if the output is a terminal."""
     load_s = None if config.duration_s is None else config.warmup_s + config.duration_s
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[status]}"), TimeElapsedColumn())
     disabled = not console.file.isatty()
@@ -34,7 +34,7 @@ def progress(
 
 
 class StepDisplay:
-    """The current step and the seconds so far: one changing line on a terminal, else a line per step."""
+    """Shows the current step and the seconds so far: a changing line on a terminal, else one line per step."""
 
     def __init__(self, console: Console) -> None:
         self._console, self._begun = console, time.monotonic()

@@ -1,7 +1,7 @@
 """Prompts of the load: the built-in ones, or those of a JSON Lines file.
 
-The built-in prompts were written for this project, a few per domain of `topology=sim`: enough to send requests to every
-expert, too few to evaluate a classifier.
+The built-in prompts were written for this project, a few per domain of `topology=sim`. They are enough to send requests
+to every expert, but too few to evaluate a classifier.
 """
 
 import json
@@ -68,7 +68,7 @@ def built_in() -> list[BenchPrompt]:
 
 
 def read_prompts(path: Path) -> list[BenchPrompt]:
-    """One JSON object per line with `prompt` and optionally `domain`. Raises ConfigError with file and line."""
+    """Reads JSON lines with `prompt` and optionally `domain`. Raises ConfigError with file and line."""
     found = [_prompt(line, f"{path}:{number}") for number, line in lines_of(path)]
     if not found:
         raise ConfigError(f"bench.prompts={path}: the file has no prompt")

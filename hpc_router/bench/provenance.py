@@ -1,7 +1,7 @@
-"""Where a result comes from: versions, hardware, git state, command line and the deployment's endpoints.
+"""Records the origin of a result: versions, hardware, git state, command line, and the deployment's endpoints.
 
-Every result file carries it, so that a reader can judge the figures and repeat the measurement. No prompt, response,
-header or token is recorded.
+Every result file contains its origin, so that a reader can judge the figures and repeat the measurement. No prompt,
+response, header or token is recorded.
 """
 
 import os
@@ -31,13 +31,13 @@ GIT_TIMEOUT_S: Final = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Provenance:
-    """What was true of a whole call of `launch.bench`, as its records hold it.
+    """The circumstances of a whole call of `launch.bench`.
 
-    `config`: the run's resolved config, None for a run that has none. `endpoints`: the replicas in the registry.
+    `config`: the run's resolved config; None for a run without one. `endpoints`: the replicas in the registry.
     """
 
     run: str
-    choices: Mapping[str, str]  # config groups (topology, policy, cluster) to their values, where known
+    choices: Mapping[str, str]  # config groups (topology, policy, cluster) and their chosen values, if known
     overrides: Sequence[str]
     config: Mapping[str, Any] | None
     endpoints: Sequence[Mapping[str, Any]]
@@ -49,7 +49,7 @@ class Provenance:
 
     @property
     def simulated(self) -> bool:
-        """Whether any endpoint is a simulated engine: its latencies are those of a model of an engine."""
+        """Whether any endpoint is a simulated engine, whose latencies are predicted."""
         return any(endpoint["engine"]["kind"] == "sim" for endpoint in self.endpoints)
 
     @property
@@ -64,7 +64,7 @@ class Provenance:
 
     @property
     def gpus(self) -> int | None:
-        """GPUs of all experts; for a simulated expert, the GPUs of the engine that it simulates."""
+        """Number of GPUs of all experts; for a simulated expert, the GPUs of the simulated engine."""
         if self.config is None:
             return None
         return sum(int(expert["replicas"]) * _gpus(expert) for expert in self.config["experts"].values())
@@ -85,7 +85,7 @@ def provenance(
     choices: Mapping[str, str] | None = None,
     overrides: Sequence[str] = (),
 ) -> Provenance:
-    """`code`: a folder in the clone whose git state is recorded."""
+    """Collects the provenance of a call. `code`: a folder in the clone whose git state is recorded."""
     return Provenance(
         run=str(run.path),
         choices=dict(choices or {}),
@@ -101,7 +101,7 @@ def provenance(
 
 
 def origin_of(at: str) -> dict[str, Any]:
-    """Provenance of a benchmark that brings up everything itself, as JSON; without the host name."""
+    """Returns the provenance of a benchmark that starts all processes itself, as JSON without the host name."""
     return {
         "at": at,
         "command": shown_command(sys.argv[1:]),
@@ -112,12 +112,12 @@ def origin_of(at: str) -> dict[str, Any]:
 
 
 def in_clone() -> bool:
-    """Whether the package runs from a git clone, not from an installed wheel."""
+    """Returns whether the package runs from a git clone, not from an installed wheel."""
     return (ROOT / "pyproject.toml").is_file()
 
 
 def shown_command(arguments: Sequence[str]) -> str:
-    """The command line with every path cut to its last part: results are published."""
+    """Returns the command line with every path cut to its last part, because results are published."""
     return shlex.join(["hpc-router", *(re.sub(r"(?<![^=])/(?:[^/]*/)*(?=[^/])", "", one) for one in arguments)])
 
 
@@ -136,7 +136,7 @@ def _endpoints(run: RunDir) -> Iterator[dict[str, Any]]:
 
 
 def _versions() -> dict[str, str]:
-    """Packages of this interpreter; an engine that runs in another one publishes its version in its endpoint."""
+    """Returns the package versions of this interpreter. Other engines publish their versions in the registry."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -147,7 +147,7 @@ def _versions() -> dict[str, str]:
 
 
 def git_state(folder: Path) -> dict[str, Any] | None:
-    """None outside a clone, or without git."""
+    """Returns the commit of a git clone and whether it was changed; None outside of a clone, or without git."""
     commit, changes = _git(folder, "rev-parse", "HEAD"), _git(folder, "status", "--porcelain", "--untracked-files=no")
     return None if commit is None or changes is None else {"commit": commit.strip(), "changed": bool(changes)}
 
@@ -162,7 +162,7 @@ def _git(folder: Path, *arguments: str) -> str | None:
 
 
 def hardware() -> dict[str, Any]:
-    """Of the machine that generates the load."""
+    """Returns host name, CPU, memory and kernel of the machine that generates the load."""
     return {
         "host": socket.gethostname(),
         "cpu": _cpu_name(),

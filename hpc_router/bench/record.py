@@ -1,7 +1,7 @@
 """The record of a measured point: one flat JSON line with its figures, its load and its provenance.
 
-Each call writes files of its own and replaces them atomically after every point: a call that is interrupted keeps the
-points it finished, and several calls can share a folder. No prompt, response, header or token is recorded.
+Each call writes its own files and replaces them atomically after every point. So an interrupted call keeps its finished
+points, and several calls can share a folder. No prompt, response, header or token is recorded.
 """
 
 import json
@@ -22,7 +22,7 @@ SCHEMA: Final = 2
 
 @dataclass(slots=True)
 class ResultFiles:
-    """The files of one call: `bench-<time>-<random>.jsonl`, and with `raw` also `.requests.jsonl` beside it."""
+    """The result files of one call: `bench-<time>-<random>.jsonl`, and with `raw` also `.requests.jsonl` beside it."""
 
     folder: Path
     raw: bool
@@ -46,9 +46,9 @@ class ResultFiles:
 
 
 def record(point: str, measured: MeasuredPoint, *, config: BenchConfig, origin: Provenance) -> dict[str, Any]:
-    """Return the record of a measured point, one flat JSON object.
+    """Returns the record of a measured point, one flat JSON object.
 
-    Its keys `direct` and `router` hold the figures without the router and the latency that the router adds; they are
+    Its keys `direct` and `router` hold the figures without the router and the latency that the router adds. They are
     None if that was not measured.
     """
     load, at = measured.load, measured.point
@@ -81,10 +81,10 @@ def record(point: str, measured: MeasuredPoint, *, config: BenchConfig, origin: 
 
 
 def raw_lines(point: str, measured: MeasuredPoint) -> list[dict[str, Any]]:
-    """One value per request of the point, for a `.requests.jsonl` file."""
+    """Returns one JSON value per request of the point, for a `.requests.jsonl` file."""
     return [{"point": point, "users": measured.point.users, **asdict(o)} for o in measured.load.observations]
 
 
 def lines(values: Sequence[Mapping[str, Any]]) -> str:
-    """JSON Lines; raises ValueError for NaN, which JSON does not have."""
+    """Formats values as JSON Lines. Raises ValueError for NaN, which JSON does not have."""
     return "".join(json.dumps(value, allow_nan=False) + "\n" for value in values)

@@ -1,8 +1,8 @@
-"""The results of a sweep: a folder with one file per finished point, named by a hash of what was measured.
+"""Stores the results of a sweep: a folder with one file per finished point, named by a hash of what was measured.
 
-An interrupted sweep keeps its finished points and continues with the missing ones. The key covers the deployment, the
-load and the repeat, not the time or the versions, which are provenance. There are no file locks (shared file systems do
-not support them reliably); a claim file with a heartbeat shows whether another call is measuring.
+An interrupted sweep keeps its finished points and continues with the missing ones. The hash covers the deployment, the
+load and the repeat, but not the time or the versions, which are provenance. There are no file locks, because shared
+file systems do not support them reliably; a claim file with a heartbeat shows whether another call is measuring.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ from hpc_router.state.run_directory import RunDir, private_umask
 
 BEAT_S: Final = 5.0
 CLAIM_TIMEOUT_S: Final = 60.0
-"""A claim from another host is void if its heartbeat is older than this."""
+"""Seconds without a heartbeat after which a claim from another host is void."""
 _NOT_IN_KEY: Final = (
     "users",
     "rates",
@@ -53,7 +53,7 @@ class Store:
     folder: Path
 
     def key(self, deployment: Deployment, config: BenchConfig, point: Point) -> str:
-        """The same in every call that measures the same point."""
+        """Returns the hash of a point, which is the same in every call that measures the same point."""
         bench = {name: value for name, value in asdict(config).items() if name not in _NOT_IN_KEY}
         return _digest({"deployment": deployment_key(deployment), "bench": bench, "point": asdict(point)})
 
@@ -61,20 +61,20 @@ class Store:
         return self.folder / f"{key}.jsonl"
 
     def has(self, key: str, *, valid: bool = False) -> bool:
-        """Whether the point is finished; with `valid`, only if its figures are valid."""
+        """Returns whether the point is finished; with `valid`, whether it has valid figures."""
         if not valid:
             return self.path(key).exists()
         return bool((read_json(self.path(key)) or {}).get("valid"))
 
     def add(self, key: str, record: Mapping[str, Any], raw: list[dict[str, Any]] | None) -> None:
-        """The raw requests are written first: the record marks the point as finished."""
+        """Stores a finished point: first the raw requests, because the record marks the point as finished."""
         self.folder.mkdir(parents=True, exist_ok=True)
         if raw is not None:
             replace_text(self.folder / f"{key}.requests.jsonl", lines(raw))
         replace_text(self.path(key), lines([record]))
 
     def run_of(self, deployment: Deployment) -> RunDir:
-        """The run directory of the deployment: always the same, so that the next call finds what a killed one left."""
+        """Returns the deployment's run directory: always the same, so that a call finds what a killed one left."""
         return RunDir(self.runs / deployment_key(deployment))
 
     @property
@@ -83,7 +83,7 @@ class Store:
 
     @contextmanager
     def claim(self, deployment: Deployment) -> Iterator[None]:
-        """Ensures that one call at a time measures a deployment. Raises LaunchError if another one does."""
+        """Makes sure that one call at a time measures a deployment. Raises LaunchError if another call does."""
         with private_umask():
             self.runs.mkdir(parents=True, exist_ok=True)
         path = self.runs / f"{deployment_key(deployment)}.claim"
@@ -120,7 +120,7 @@ def _touch(path: Path) -> None:
 
 
 def _holder(path: Path) -> str | None:
-    """The other live process that holds the claim, for an error message; None if the claim is free."""
+    """Returns the live process that holds the claim, for an error message; None if the claim is free."""
     try:
         age_s = time.time() - path.stat().st_mtime
     except OSError:

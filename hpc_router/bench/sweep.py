@@ -1,7 +1,7 @@
-"""One deployment of a sweep: bring it up, measure the missing points, take it down.
+"""One deployment of a sweep: starts it, measures the missing points, stops it.
 
-Every point is stored when it is finished. A deployment left behind by a killed call is taken down first, so that each
-measurement starts fresh; a deployment without missing points is not brought up.
+Every point is stored when it is finished. A deployment that a killed call left behind is stopped first, so that each
+measurement starts fresh. A deployment without missing points is not started.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,7 +24,7 @@ from hpc_router.errors import LaunchError
 from hpc_router.state.run_directory import RunDir
 
 PointContext = Callable[[Point, int], AbstractContextManager[None]]
-"""Returns a context for the measurement of a point, such as a progress bar; the number counts the finished points."""
+"""Returns a context for the measurement of a point, such as a progress bar. The number counts the finished points."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class DeploymentSweep:
     prompts: Sequence[BenchPrompt]
 
     def points(self) -> list[tuple[str, Point]]:
-        """All points with their keys in the store."""
+        """Returns all points with their keys in the store."""
         return [(self.store.key(self.deployment, self.config, p), p) for p in points_of(self.config)]
 
     def missing(self) -> list[tuple[str, Point]]:
@@ -47,7 +47,7 @@ class DeploymentSweep:
 def measure_missing(
     sweep: DeploymentSweep, *, reporter: Reporter, context: PointContext, origin: Callable[[RunDir], Provenance]
 ) -> list[MeasuredPoint]:
-    """The points measured by this call. Raises ConfigError, LaunchError, KeyboardInterrupt."""
+    """Measures and returns the missing points. Raises ConfigError, LaunchError, KeyboardInterrupt."""
     if not sweep.missing():
         return []
     with sweep.store.claim(sweep.deployment), sigterm_as_interrupt():

@@ -1,4 +1,4 @@
-"""The figures as a table for a terminal: one row per point, then remarks on the points."""
+"""Formats the figures as a table for a terminal: one row per point, then remarks on the points."""
 
 from collections.abc import Iterator, Sequence
 
@@ -32,12 +32,8 @@ def table(rows: Sequence[MeasuredPoint], *, simulated: bool) -> RenderableType:
             _overhead(row),
         )
     remarks = [remark for row in rows for remark in _remarks(row)]
-    return Group(*_head(simulated), grid, *remarks)
-
-
-def _head(simulated: bool) -> list[Text]:
-    text = "simulated engine: these latencies are not those of a real model"
-    return [Text(text, style="yellow")] if simulated else []
+    warning = Text("simulated engine: these latencies are not those of a real model", style="yellow")
+    return Group(*([warning] if simulated else []), grid, *remarks)
 
 
 def _remarks(row: MeasuredPoint) -> Iterator[Text]:
@@ -69,5 +65,5 @@ def _median(spread: Percentiles | None, *, scale: float) -> str:
 
 
 def number(value: float) -> str:
-    """Three significant digits, or the whole number from 100 on."""
+    """Formats a number with three significant digits, or from 100 on as a whole number."""
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"

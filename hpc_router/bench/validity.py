@@ -1,4 +1,4 @@
-"""Whether the figures of a point are valid: a list of reasons why not. Pure."""
+"""Decides whether the figures of a point are valid, and gives the reasons if not. Pure functions."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,17 +9,17 @@ from hpc_router.bench.figures import Figures
 
 STEADY_SIGMAS: Final = 4.0
 STEADY_SHARE: Final = 0.25
-"""The load was not steady if the two halves of the window differ by more than this many standard deviations (of a
-Poisson process) and by more than this share of their mean."""
+"""Maximum relative difference of the window's two halves for a steady load. A larger difference counts only if it also
+exceeds STEADY_SIGMAS standard deviations of a Poisson process."""
 
 
 @dataclass(frozen=True, slots=True)
 class Conditions:
     """The circumstances of a measurement.
 
-    `cpu_share`, `wait_share`: of one core, used by and not available to the busiest load generator. `late_share`: of
-    their time by which simulated engines lagged behind their model, None without such engines. `halves`: responses
-    that ended in the first and in the second half of the window.
+    `cpu_share`, `wait_share`: shares of one core that the busiest load generator used and waited for. `late_share`:
+    share of the time by which simulated engines lagged behind their model; None without such engines. `halves`: number
+    of responses that ended in the first and in the second half of the window.
     """
 
     users: int | None
@@ -30,7 +30,7 @@ class Conditions:
 
 
 def invalid_reasons(figures: Figures, conditions: Conditions, limits: ValidityLimits) -> Iterator[str]:
-    """Yields nothing if the figures are valid."""
+    """Yields the reasons why the figures are invalid; nothing if they are valid."""
     failed = figures.failed / figures.requests if figures.requests else 0.0
     if failed > limits.error_share:
         yield f"{failed:.1%} of the measured requests failed (at most {limits.error_share:.1%})"

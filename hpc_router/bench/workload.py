@@ -1,8 +1,8 @@
-"""The requests of a point: bodies, order, arrival times and pauses. Pure, and determined by the seed.
+"""The requests of a point: bodies, order, arrival times and pauses. Pure functions, determined by the seed.
 
 Every point starts from the seed and its repeat, so the same config sends the same measured requests in the same order.
-Measured and unmeasured requests have separate orders: how many requests the warm-up sent does not matter. Addresses
-and tokens are added later.
+Measured and unmeasured requests have separate orders, so the number of warm-up requests does not matter. Addresses and
+tokens are added later.
 """
 
 import json
@@ -20,13 +20,13 @@ from hpc_router.errors import ConfigError
 from hpc_router.state.atomic_files import lines_of
 
 POOL_SIZE: Final = 2048
-"""Number of different requests when lengths are random."""
+"""Number of different requests if lengths are random."""
 PERMUTATIONS: Final = 4
-"""Random orders of all requests, one after another, before the sequence repeats."""
+"""Number of random orders of all requests before the sequence repeats."""
 THINK_TIMES: Final = 4096
 """Number of random pauses before the sequence repeats."""
 EXTRA_ARRIVALS_S: Final = 120.0
-"""Open loop: arrivals continue for this long after the window, to keep the load up while measured requests end."""
+"""Open loop: seconds for which arrivals continue after the window, to keep up the load while measured requests end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ class Point:
 
 
 def points_of(config: BenchConfig) -> list[Point]:
-    """All points of a call, repeat by repeat, so that slow changes of the machine affect all points alike."""
+    """Returns all points of a call, repeat by repeat, so that slow changes of the machine affect all points alike."""
     points = []
     for repeat in range(config.repeats):
         if config.rates is not None:
@@ -62,7 +62,7 @@ def points_of(config: BenchConfig) -> list[Point]:
 
 @dataclass(frozen=True, slots=True)
 class RequestBody:
-    """`domain`: that of the prompt, None if it is not known."""
+    """The body of a request. `domain`: that of its prompt; None if it is not known."""
 
     body: bytes
     domain: str | None
@@ -70,7 +70,7 @@ class RequestBody:
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """The share of one load generator.
+    """The requests of one load generator.
 
     `measured_order`, `unmeasured_order`: indices into `bodies`. `count`: number of measured requests, None for all in
     the window. `arrivals_s`: seconds since the load began; None for a closed loop of `connections` users.
@@ -86,7 +86,7 @@ class Workload:
 
 
 def workload(config: BenchConfig, prompts: Sequence[BenchPrompt], point: Point, *, job: int = 0) -> Workload:
-    """The share of load generator number `job` (from 0) of `config.load_jobs`."""
+    """Returns the requests of load generator number `job` (from 0) of `config.load_jobs`."""
     bodies = list(_bodies(config, prompts))
     stream = f"{config.seed}:{point.repeat}:{job}"
     return Workload(
@@ -101,17 +101,17 @@ def workload(config: BenchConfig, prompts: Sequence[BenchPrompt], point: Point, 
 
 
 def jobs_for(point: Point, config: BenchConfig) -> int:
-    """Number of load jobs that take part: each needs at least one user and one measured request."""
+    """Returns the number of load jobs that take part. Each needs at least one user and one measured request."""
     return min(n for n in (config.load_jobs, point.users, config.requests) if n is not None)
 
 
 def share_of(total: int, job: int, jobs: int) -> int:
-    """The part of `total` for job number `job`. Parts differ by at most one, and add up to `total`."""
+    """Returns the part of `total` for job number `job`. Parts differ by at most one, and add up to `total`."""
     return total // jobs + (job < total % jobs)
 
 
 def http_request(body: bytes, *, host: str, path: str, token: str) -> bytes:
-    """A complete HTTP/1.1 request."""
+    """Returns a complete HTTP/1.1 request."""
     head = (
         f"POST {path} HTTP/1.1\r\nhost: {host}\r\nauthorization: Bearer {token}\r\ncontent-type: application/json\r\n"
         f"accept: */*\r\nuser-agent: hpc-router-bench\r\ncontent-length: {len(body)}\r\n\r\n"
@@ -136,13 +136,13 @@ def draw_length(source: random.Random, lengths: Lengths) -> int:
         return max(1, round(lengths.mean))
     if lengths.kind == "uniform":
         return source.randint(lengths.low, lengths.high)
-    # A log-normal of mean m has mu = ln m - sigma^2/2.
+    # A log-normal distribution with mean m has mu = ln m - sigma^2/2.
     drawn = lengths.mean * source.lognormvariate(-lengths.sigma * lengths.sigma / 2, lengths.sigma)
     return min(lengths.high, max(lengths.low, round(drawn)))
 
 
 def resize(text: str, word_count: int) -> str:
-    """`text` repeated or cut to this many words."""
+    """Returns `text`, repeated or cut to `word_count` words."""
     words = text.split()
     return " ".join((words * (1 + word_count // len(words)))[:word_count])
 
@@ -161,7 +161,7 @@ def _bodies(config: BenchConfig, prompts: Sequence[BenchPrompt]) -> Iterator[Req
 
 
 def request_order(count: int, stream: str) -> list[int]:
-    """Indices below `count` in random order, several permutations in a row; determined by the name `stream`."""
+    """Returns indices below `count`: several random permutations in a row, determined by the name `stream`."""
     source = random.Random(stream)
     return [number for _ in range(PERMUTATIONS) for number in source.sample(range(count), count)]
 
@@ -185,7 +185,7 @@ def _think_times(config: BenchConfig, stream: str) -> list[float]:
 
 
 def read_trace(path: Path) -> list[float]:
-    """Arrival times in seconds, sorted. Raises ConfigError with file and line."""
+    """Reads arrival times in seconds, sorted. Raises ConfigError with file and line."""
     found: list[float] = []
     for number, line in lines_of(path):
         try:

@@ -14,7 +14,7 @@ from hpc_router.config.schema import ExpertConfig
 from hpc_router.errors import ConfigError, suggest
 
 ENGINES: Final = ("vllm", "sim")
-"""Engines that serve adapters."""
+"""Kinds of engine that can serve LoRA adapters."""
 CONFIG: Final = "adapter_config.json"
 """File with an adapter's settings, which PEFT writes next to the weights."""
 _OWN: Final = frozenset({"model", "adapter_of", "description", "exemplars"})
@@ -22,17 +22,17 @@ _OWN: Final = frozenset({"model", "adapter_of", "description", "exemplars"})
 
 
 def hosts(experts: Mapping[str, ExpertConfig]) -> dict[str, ExpertConfig]:
-    """The experts that have their own engines, and so their own jobs."""
+    """Returns the experts that have their own engine, and therefore their own jobs."""
     return {name: expert for name, expert in experts.items() if expert.adapter_of is None}
 
 
 def host_of(experts: Mapping[str, ExpertConfig], name: str) -> str:
-    """The expert whose engine serves `name`: itself, or for an adapter its host."""
+    """Returns the expert whose engine serves `name`: `name` itself, or its host if `name` is an adapter."""
     return experts[name].adapter_of or name
 
 
 def adapters_of(experts: Mapping[str, ExpertConfig], host: str) -> dict[str, str]:
-    """The adapters on the engine of `host`: name of the expert -> adapter folder or hub id."""
+    """Returns the adapters that the engine of `host` serves: expert name -> adapter folder or hub id."""
     return {name: expert.model for name, expert in experts.items() if expert.adapter_of == host}
 
 
@@ -60,7 +60,8 @@ def check_adapter(name: str, experts: Mapping[str, ExpertConfig]) -> None:
 
 
 def adapter_rank(folder: Path) -> int:
-    """The rank of the adapter in `folder`; the largest if its modules differ. Raises ValueError with the reason."""
+    """Returns the rank of the LoRA adapter in `folder`; if its modules have several ranks, the largest. Raises
+    ValueError if the settings file is missing or has no valid rank."""
     path = folder / CONFIG
     try:
         config = json.loads(path.read_text(encoding="utf-8"))

@@ -1,8 +1,8 @@
-"""Restores the text that the user wrote where a text field got a number or truth value.
+"""Restores the text that the user wrote where YAML turned it into a number or truth value.
 
-YAML 1.1 and Hydra's overrides read `0421`, `no`, `1.10`, `10:30` and `695e0514` as numbers or truth values, so the
-value of a text field would differ from the file. If the value's text is the written text (`account: 421`), it is kept;
-otherwise the error shows the form in quotes. A number that is not written as a plain decimal (`010` is 8) is refused.
+YAML 1.1 and Hydra's overrides read `0421`, `no`, `1.10`, `10:30` and `695e0514` as numbers or truth values, so a text
+field would not contain what the file shows. If the value prints as it was written (`account: 421`), the text is used;
+otherwise the error asks for quotes. A numeric field takes only plain decimal numbers, because YAML reads `010` as 8.
 """
 
 import math
@@ -15,9 +15,9 @@ from hpc_router.errors import ConfigError
 
 Path = tuple[str | int, ...]
 TYPED_BY: Final = "typed_by"
-"""Metadata key of a mapping: function of the section that contains it to the mapping's schema, or None."""
+"""Metadata key of a mapping field: a function from the section that contains the mapping to the mapping's schema."""
 WORDS: Final = "words"
-"""Metadata key of an open mapping whose values become command-line arguments, so that numbers keep their text."""
+"""Metadata key of an open mapping whose values become command-line arguments: its numbers keep their written text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,12 +29,12 @@ class Written:
 
 
 Find = Callable[[Path, object], Written | None]
-"""Finds the source of the value at a key; None if it is not known."""
+"""Returns the written text of the value at a key; None if its source is not known."""
 
 
 def as_written(schema: Any, value: Any, find: Find, *, at: str = "") -> Any:
-    """`value` with text in the text fields of `schema`. `at` is the key of `value` in errors. Raises ConfigError if the
-    written text differs from the value's text."""
+    """Returns `value` with the written text in every text field of `schema`. `at` is the key of `value`, for error
+    messages. Raises ConfigError for a text field whose value does not print as it was written."""
     return _Reader(find, at).read(schema, value, ())
 
 
@@ -70,7 +70,7 @@ class _Reader:
     def _text(self, value: object, path: Path) -> str:
         written = self._find(path, value)
         if written is None and type(value) is int:
-            return str(value)  # from an interpolation
+            return str(value)  # the value of an interpolation has no source text
         text = _plain(value) if written is None else written.text
         if written is None or text != _plain(value):
             raise self._error(value, path, written, f"write it in quotes: {_quoted(path, text, self._at)}")
@@ -93,9 +93,9 @@ class _Reader:
 
 
 def _same(text: str, value: float) -> bool:
-    """Whether `text` is the plain decimal form of the number."""
+    """Returns whether `text` is a plain decimal notation of `value`."""
     if not math.isfinite(value):
-        return True  # the parser refuses it, because it is out of range
+        return True  # infinity and NaN: the parser reports them as out of range
     try:
         return (int(text) if isinstance(value, int) else float(text)) == value and not _leading_zero(text)
     except ValueError:
@@ -108,7 +108,7 @@ def _leading_zero(text: str) -> bool:
 
 
 def _plain(value: object) -> str:
-    """The text of the value in YAML 1.2."""
+    """Returns `value` as YAML 1.2 prints it."""
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
@@ -117,7 +117,7 @@ def _type_and_text(value: object) -> str:
 
 
 def _quoted(path: Path, text: str, at: str) -> str:
-    """The quoted form, for a file and for the shell."""
+    """Returns how to write `text` in quotes, in a file and on the command line."""
     keys = [part for part in path if isinstance(part, str)]
     if isinstance(path[-1], int):
         return f"""- "{text}" in a file, '{_dotted(keys, at)}=["{text}"]' on the command line"""

@@ -1,7 +1,7 @@
 """Composes config files and overrides into a checked `Deployment`. Errors name the file, the key and what is valid.
 
-Hydra only composes plain values; the dataclasses of `schema` decide what is valid. An override may therefore set any
-key of the schema, also one that no file mentions, and every error has our text instead of Hydra's.
+Hydra only composes plain values; the dataclasses of `schema` decide what is valid. An override may therefore set a key
+of the schema that no file mentions, and every error has our text instead of Hydra's.
 """
 
 import re
@@ -30,7 +30,7 @@ from hpc_router.errors import ConfigError, suggest
 
 
 def conf_folder() -> Path:
-    """`conf/` beside the package in a clone, inside it when installed from a wheel."""
+    """Returns the folder `conf/`: beside the package in a clone, inside it in an installed wheel."""
     package = Path(__file__).parents[1]
     inside = package / "conf"
     return inside if inside.is_dir() else package.with_name("conf")
@@ -39,29 +39,30 @@ def conf_folder() -> Path:
 def load_deployment(
     overrides: Sequence[str], *, config_dir: Path | None = None, without: Sequence[str] = ()
 ) -> Deployment:
-    """`deploy.yaml` composed with the overrides and the user's folder, and checked. Raises ConfigError.
+    """Returns the checked deployment that `deploy.yaml`, the user's folder and the overrides describe. Raises
+    ConfigError.
 
-    A file in `config_dir` replaces the file of the same name in `conf/`. Keys in `without` are left out: they belong to
-    another program.
+    A file in `config_dir` replaces the file of the same name in `conf/`. The keys in `without` are ignored, because
+    they belong to another program.
     """
     overrides = single_values(overrides)
-    settled = hydra_overrides(overrides)
+    in_hydra_form = hydra_overrides(overrides)
     with (
         _translated_errors(config_dir),
         user_folder(config_dir),
         initialize_config_dir(str(conf_folder()), version_base="1.3"),
     ):
-        composed = compose("deploy", settled)
+        composed = compose("deploy", in_hydra_form)
         sources = Sources(overrides, composed_files(overrides))
         return _deployment(composed, sources, overrides, without=without)
 
 
 def with_overrides(base: Deployment, overrides: Sequence[str], *, config_dir: Path | None = None) -> Deployment:
-    """`base` with overrides applied: first the files of the chosen groups, then the values. Raises ConfigError."""
+    """Returns `base` with overrides applied: first the files of chosen groups, then values. Raises ConfigError."""
     overrides = single_values(overrides)
-    settled = hydra_overrides(overrides)
-    chosen = [override for override in map(parse_override, settled) if override.key_or_group in GROUPS]
-    values = [override for override in map(parse_override, settled) if override.key_or_group not in GROUPS]
+    in_hydra_form = hydra_overrides(overrides)
+    chosen = [override for override in map(parse_override, in_hydra_form) if override.key_or_group in GROUPS]
+    values = [override for override in map(parse_override, in_hydra_form) if override.key_or_group not in GROUPS]
     merged: DictConfig | ListConfig = OmegaConf.create(_escaped(asdict(base)))
     with (
         _translated_errors(config_dir),
@@ -93,8 +94,8 @@ def _delete(config: DictConfig | ListConfig, override: Override) -> None:
 def _deployment(
     composed: DictConfig, sources: Sources, overrides: Sequence[str], *, without: Sequence[str] = ()
 ) -> Deployment:
-    """A composed config as a checked `Deployment`, with interpolations resolved. Requires that Hydra is initialised,
-    because errors name the file."""
+    """Resolves the interpolations of a composed config and returns it as a checked `Deployment`. Needs an initialised
+    Hydra, because errors name the source file."""
     with _located(overrides):
         plain = _resolved(composed)
     plain = as_written(Deployment, plain, sources.find)
@@ -104,7 +105,7 @@ def _deployment(
 
 @contextmanager
 def _located(overrides: Sequence[str]) -> Iterator[None]:
-    """Adds the override or file to the message of an error that has a key."""
+    """Adds the override or file that set the key to a ConfigError raised inside the block."""
     try:
         yield
     except ConfigError as error:
@@ -114,7 +115,7 @@ def _located(overrides: Sequence[str]) -> Iterator[None]:
 
 
 def _resolved(composed: DictConfig) -> dict[str, Any]:
-    """Plain values. An interpolation may name any key of the schema, also one that no file mentions."""
+    """Returns the config as plain values. An interpolation may name a key of the schema that no file mentions."""
     experts = composed.get("experts") if OmegaConf.is_dict(composed.get("experts")) else {}
     defaults = asdict(Deployment()) | {"experts": {name: asdict(ExpertConfig()) for name in experts or {}}}
     merged = OmegaConf.merge(OmegaConf.create(defaults), composed)
@@ -123,7 +124,7 @@ def _resolved(composed: DictConfig) -> dict[str, Any]:
 
 
 def resolved(config: DictConfig, key: Any) -> Any:
-    """The plain value at `key`. Raises ConfigError for an interpolation of an unknown key or variable."""
+    """Returns the plain value at `key`. Raises ConfigError if an interpolation names an unknown key or variable."""
     try:
         value = config[key]
         return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
@@ -138,7 +139,7 @@ _INTERPOLATION: Final = re.compile(r"(\\*)\$\{")
 
 
 def _escaped(value: Any) -> Any:
-    """`value` in a form that OmegaConf resolves to `value`."""
+    """Escapes `${` in texts, so that OmegaConf resolves the result to `value`."""
     if isinstance(value, Mapping):
         return {name: _escaped(item) for name, item in value.items()}
     if isinstance(value, list):
@@ -147,7 +148,7 @@ def _escaped(value: Any) -> Any:
 
 
 class _UserFolder(SearchPathPlugin):
-    """Hydra creates the instance, so the folder is an attribute of the class."""
+    """Hydra plugin that searches the user's folder. Hydra creates the instance, so `folder` is a class attribute."""
 
     folder: ClassVar[Path | None] = None
 
@@ -170,8 +171,10 @@ def user_folder(config_dir: Path | None) -> Iterator[None]:
 
 
 def single_values(overrides: Sequence[str]) -> list[str]:
-    """Overrides in which a comma list for a text key is quoted, because Hydra reads `partition=a,b` as a sweep over two
-    values. Raises ConfigError for other sweeps, which only `python -m launch... -m` runs."""
+    """Quotes comma lists for text keys, because Hydra reads `partition=a,b` as a sweep over two values.
+
+    Raises ConfigError for other sweeps; only `python -m launch.deploy -m` runs them.
+    """
     return [_single_value(text, parse_override(text)) for text in overrides]
 
 
@@ -189,7 +192,8 @@ def _single_value(text: str, override: Override) -> str:
 
 
 def hydra_overrides(overrides: Sequence[str]) -> list[str]:
-    """Overrides in the form that Hydra needs: `++` before a value's key, because `conf/` does not list all keys.
+    """Returns the overrides in Hydra's form: with `++` before the key of a value, because `conf/` does not list all
+    keys.
 
     Raises ConfigError for an invalid override.
     """
@@ -211,7 +215,7 @@ def hydra_overrides(overrides: Sequence[str]) -> list[str]:
 
 @contextmanager
 def _translated_errors(config_dir: Path | None) -> Iterator[None]:
-    """Raises errors of Hydra, OmegaConf and YAML as ConfigError."""
+    """Turns errors of Hydra, OmegaConf and YAML inside the block into ConfigError."""
     try:
         yield
     except MissingConfigException as error:
@@ -224,7 +228,7 @@ def _translated_errors(config_dir: Path | None) -> Iterator[None]:
 
 
 def _undecodable(error: YAMLError | UnicodeDecodeError, config_dir: Path | None) -> str:
-    """The name of the user's file that is not UTF-8, which is found by its bytes: Hydra's error has no name."""
+    """Returns the user's file that is not UTF-8, found by its content, because Hydra's error does not name it."""
     if isinstance(error, UnicodeDecodeError) and config_dir is not None:
         for path in sorted(config_dir.rglob("*.yaml")):
             if path.read_bytes().startswith(error.object):
@@ -233,7 +237,7 @@ def _undecodable(error: YAMLError | UnicodeDecodeError, config_dir: Path | None)
 
 
 def _missing(error: MissingConfigException, config_dir: Path | None) -> str:
-    """The message for a missing config: which defaults list or group names it, and the valid names."""
+    """Returns the message for a missing config: the group or defaults list that names it, and the valid names."""
     wanted = str(error.missing_cfg_file or "")
     inside = re.match(r"In '([\w/.-]+)': Could not \w+ '([\w/.-]+)'", str(error))
     if inside:

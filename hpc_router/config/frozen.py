@@ -1,6 +1,6 @@
-"""Writes and reads `config.yaml` of a run, the complete config that every job of the run reads.
+"""Writes and reads the `config.yaml` of a run: the complete config, which all jobs of the run read.
 
-`compose` creates it once with Hydra; reading it does not load Hydra.
+`compose` makes the config once, with Hydra. Reading the file does not import Hydra.
 """
 
 import re
@@ -19,7 +19,7 @@ from hpc_router.config.validation import check
 from hpc_router.errors import ConfigError, suggest
 
 GROUPS: Final = ("topology", "cluster", "policy", "router", "expert")
-"""Folders of `conf/`."""
+"""Config groups: folders of `conf/`, each with one file per choice."""
 IGNORED_KEYS: Final = ("hydra",)
 """Keys of a composed config that are not part of a deployment."""
 ROOT_KEYS: Final = frozenset(f.name for f in fields(Deployment))
@@ -28,7 +28,7 @@ _WIDTH: Final = 120
 
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]
-    """Refuses a key that is given twice; PyYAML would take the last value."""
+    """YAML loader that refuses a key given twice; PyYAML alone would take the last value."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -41,7 +41,7 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]
 
 
 def to_deployment(plain: Any, *, without: Sequence[str] = ()) -> Deployment:
-    """A config of resolved values as a checked `Deployment`, without the keys in `without`. Raises ConfigError."""
+    """Parses and checks a config of resolved values, without the keys in `without`. Raises ConfigError."""
     if not isinstance(plain, Mapping):
         raise ConfigError("not a mapping of keys to values")
     left_out = {*IGNORED_KEYS, *without}
@@ -55,18 +55,18 @@ def to_deployment(plain: Any, *, without: Sequence[str] = ()) -> Deployment:
 
 
 def to_yaml(deployment: Deployment) -> str:
-    """The text of `config.yaml`; equal deployments give equal texts. It is read without interpolation."""
+    """Returns the text of `config.yaml`. Equal deployments give equal texts."""
     text: str = yaml.safe_dump(asdict(deployment), sort_keys=False, allow_unicode=True, width=_WIDTH)
     return text
 
 
 def from_yaml(text: str | TextIO) -> Deployment:
-    """The deployment of a text from `to_yaml`. Raises ConfigError or YAMLError."""
+    """Returns the deployment that `to_yaml` wrote as `text`. Raises ConfigError or YAMLError."""
     return to_deployment(yaml.load(text, Loader=_Loader))
 
 
 def read(path: Path) -> Deployment:
-    """The deployment in a run's `config.yaml`. Raises ConfigError."""
+    """Returns the deployment in the `config.yaml` at `path`. Raises ConfigError."""
     try:
         with path.open(encoding="utf-8") as stream:
             return from_yaml(stream)
@@ -79,7 +79,7 @@ def read(path: Path) -> Deployment:
 
 
 def differing_keys(left: Deployment, right: Deployment) -> list[str]:
-    """The keys whose values differ, sorted."""
+    """Returns the keys, such as `router.port`, whose values differ between two deployments; sorted."""
     one, other, absent = flat(asdict(left)), flat(asdict(right)), object()
     return sorted(key for key in one.keys() | other.keys() if one.get(key, absent) != other.get(key, absent))
 
@@ -95,7 +95,7 @@ def flat(value: Any, at: str = "") -> dict[str, Any]:
 
 
 def yaml_error_text(error: YAMLError | UnicodeDecodeError, name: str) -> str:
-    """The error as `file:line: problem`; without a line if the parser gives none."""
+    """Returns the error as `file:line: problem`, without the line if the parser does not give one."""
     if isinstance(error, UnicodeDecodeError):
         return f"{name}: not UTF-8 text (byte {error.start}); save the file as UTF-8"
     mark: Any = getattr(error, "problem_mark", None)
@@ -108,6 +108,6 @@ def yaml_error_text(error: YAMLError | UnicodeDecodeError, name: str) -> str:
 
 
 def display_path(path: Path) -> str:
-    """The path relative to the working directory if it is inside, else as it is."""
+    """Returns the path relative to the working directory if it lies inside, else the full path."""
     here = Path.cwd()
     return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)

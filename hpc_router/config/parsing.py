@@ -1,8 +1,8 @@
 """Parses plain values into dataclasses. Errors name the key, the value and what is valid.
 
-Values are final: nothing in them is resolved, unescaped or interpolated here, so a config can be written, read and
-parsed again without a change. A numeric field has its range in its metadata (`bounded`), a closed set of texts is a
-`Literal`; `check_values` checks both at any depth. This module does not know the dataclasses of the schema.
+Values are taken literally, without interpolation or escapes, so a config that is written and read again is unchanged. A
+numeric field has its range in its metadata (`bounded`); a text field with a fixed set of values is a `Literal`.
+`check_values` checks both at any depth. This module does not know the dataclasses of the schema.
 """
 
 import math
@@ -16,7 +16,7 @@ from hpc_router.errors import ConfigError, suggest
 
 _T = TypeVar("_T")
 REQUIRED: Final = "???"
-"""Default of a field that a config must set; OmegaConf uses the same text."""
+"""Default of a field that a config must set, as in OmegaConf."""
 _BOUNDS: Final = "bounds"
 _NOUNS: Final[Mapping[Any, str]] = {
     int: "a whole number",
@@ -35,7 +35,7 @@ _BOOLEANS: Final[Mapping[str, bool]] = {
 
 @dataclass(frozen=True, slots=True)
 class NumberRange:
-    """The range of a numeric field, both ends included; of a list's field, the range of its items."""
+    """Valid range of a numeric field, or of each item of a list field. Both ends are included."""
 
     low: float
     high: float
@@ -48,31 +48,32 @@ class NumberRange:
 
 
 def within(low: float, high: float) -> dict[str, NumberRange]:
-    """Metadata of a field with a range, both ends included."""
+    """Returns dataclass field metadata that limits a number to `low`..`high`, both included."""
     return {_BOUNDS: NumberRange(low, high)}
 
 
 def bounded(default: _T, low: float, high: float) -> _T:
-    """A numeric field with a range. The declared type is the default's, as for `dataclasses.field`."""
+    """Declares a dataclass field with a default and a valid range; typed as the default, like `dataclasses.field`."""
     return field(default=default, metadata=within(low, high))
 
 
 def bounds_of(schema: type, name: str) -> NumberRange | None:
-    """The range of a numeric field; None for a field without one."""
+    """Returns the range of a field of `schema`; None if the field has none."""
     return next((_bounds(item) for item in _fields(schema) if item.name == name), None)
 
 
 def number_text(value: float) -> str:
-    """The number as a person writes it: 4096, 0.5, 1e+12."""
+    """Formats a number for messages: 4096, 0.5, 1e+12."""
     if abs(value) < 1e15 and value == int(value):
         return str(int(value))
     return f"{value:g}" if isinstance(value, float) else "more than 1e15" if value > 0 else "less than -1e15"
 
 
 def parse(schema: type[_T], value: Any, *, at: str) -> _T:
-    """`value` as an instance of the dataclass `schema`, with types converted. `at` is the key of `value` in errors.
+    """Converts `value` to an instance of the dataclass `schema`. `at` is the key of `value`, for error messages.
 
-    Raises ConfigError for an unknown key, a missing key, a wrong type, and what `check_values` refuses."""
+    Raises ConfigError for an unknown key, a missing key, a wrong type, and what `check_values` refuses.
+    """
     if not isinstance(value, Mapping):
         raise ConfigError(f"'{at}' is not a mapping", key=at or None)
     result = _section(schema, value, at)
@@ -82,8 +83,8 @@ def parse(schema: type[_T], value: Any, *, at: str) -> _T:
 
 
 def check_values(instance: Any, *, at: str) -> None:
-    """Raises ConfigError for the first value, at any depth, that is a number outside its field's range, a number that
-    is not finite, or a text outside its field's closed set."""
+    """Raises ConfigError for the first number that is outside its field's range or not finite, and for the first text
+    that is not among its field's fixed values; at any depth."""
     kinds = get_type_hints(type(instance))
     for item in _fields(type(instance)):
         choices = choices_of(kinds[item.name])
@@ -131,16 +132,14 @@ def _section(schema: type, value: Mapping[Any, Any], at: str) -> Any:
 
 
 def _value(kind: Any, value: Any, at: str) -> Any:
-    """`value` as the declared type `kind`."""
+    """Converts `value` to the declared type `kind`. Raises ConfigError."""
     bare = without_none(kind)
     if bare is Any or (value is None and bare is not kind):
         return value
     if isinstance(bare, type) and is_dataclass(bare) and isinstance(value, Mapping):
         return _section(bare, value, at)
     if get_origin(bare) is dict and isinstance(value, Mapping):
-        return {
-            _entry_name(name, at): _value(get_args(bare)[1], item, _text_key(name, at)) for name, item in value.items()
-        }
+        return {str(name): _value(get_args(bare)[1], item, _text_key(name, at)) for name, item in value.items()}
     if get_origin(bare) is list and isinstance(value, list):
         return [_value(get_args(bare)[0], item, f"{at}[{number}]") for number, item in enumerate(value)]
     converted = _scalar(bare, value)
@@ -152,7 +151,7 @@ def _value(kind: Any, value: Any, at: str) -> Any:
 
 
 def _scalar(kind: Any, value: Any) -> str | bool | int | float | None:
-    """`value` as text, a truth value or a number; None if it is not of the declared type."""
+    """Converts `value` to text, a truth value or a number, as `kind` requires; None if that is not possible."""
     text = value.strip() if isinstance(value, str) else None
     if is_text(kind):
         return value if isinstance(value, str) else None
@@ -177,14 +176,8 @@ def _check_encodable(text: str, key: str) -> None:
         raise ConfigError(f"'{key}': {text!r} is not valid UTF-8 text", key=key) from error
 
 
-def _entry_name(name: Any, at: str) -> str:
-    """The name of a mapping's entry. Raises ConfigError for a name that is not text."""
-    _text_key(name, at)
-    return str(name)
-
-
 def _text_key(name: Any, at: str) -> str:
-    """The full key of a mapping's entry. Raises ConfigError for a name that is not text."""
+    """Returns the full key of a mapping's entry. Raises ConfigError if the name is not text."""
     key = _join(at, str(name))
     if not isinstance(name, str):
         raise ConfigError(f"'{key}': keys of this mapping are text; write the key in quotes", key=key)
@@ -208,7 +201,7 @@ def _noun(kind: Any) -> str:
 
 
 def type_at(schema: Any, path: Sequence[str]) -> Any:
-    """The declared type at a key, without None; None if the schema has no such key."""
+    """Returns the declared type at a key of `schema`, without None. Returns None if the schema has no such key."""
     kind = schema
     for part in path:
         if isinstance(kind, type) and is_dataclass(kind):
@@ -221,18 +214,18 @@ def type_at(schema: Any, path: Sequence[str]) -> Any:
 
 
 def choices_of(kind: Any) -> tuple[str, ...]:
-    """The values of a closed set of texts, `Literal["a", "b"]`; empty for another type."""
+    """Returns the values of a `Literal["a", "b"]`; empty for another type."""
     bare = without_none(kind)
     return get_args(bare) if get_origin(bare) is Literal else ()
 
 
 def is_text(kind: Any) -> bool:
-    """Whether values of this type are text: `str` or a closed set of texts."""
+    """Returns whether a type is `str` or a `Literal` of texts."""
     return kind is str or bool(choices_of(kind))
 
 
 def without_none(kind: Any) -> Any:
-    """The type without None: `int` for `int | None`."""
+    """Returns the type without None: `int` for `int | None`."""
     if get_origin(kind) in (Union, types.UnionType):
         rest = [item for item in get_args(kind) if item is not type(None)]
         return rest[0] if len(rest) == 1 else kind

@@ -1,8 +1,9 @@
 """The configuration of a deployment: these dataclasses are the only schema and hold every default.
 
-Each component gets its own part of a `Deployment`. The comment at a field is its meaning; docs/configuration.md shows
-it. A closed set of values is a `Literal`, a range is in the field's metadata; `parsing` refuses other values.
-`validation` checks what involves several dataclasses. This module does not know files, Hydra or the machine.
+Each component gets its own part of a `Deployment`. The comment at a field becomes its description in
+docs/configuration.md. A fixed set of values is a `Literal`, and a range is in the field's metadata; `parsing` refuses
+other values. `validation` checks conditions between several fields. This module does not know files, Hydra or the
+machine.
 """
 
 import re
@@ -15,9 +16,9 @@ from hpc_router.config.parsing import REQUIRED, bounded, check_values, parse
 
 EXPERT_NAME: Final = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 RESERVED_NAMES: Final = frozenset({"auto", "router"})
-"""Names that no expert may have: values of `model` and of a replica's name with another meaning."""
+"""Names that no expert may have: requests use `auto` as a model, and the router's replica is named `router`."""
 MAX_REPLICAS: Final = 1024
-"""Replicas of one expert."""
+"""Maximum number of replicas of one expert."""
 MAX_WORKERS: Final = 256
 MIN_DURATION_S: Final = 1e-3
 HOUR_S: Final = 3600.0
@@ -41,12 +42,12 @@ class VllmOptions:
     pipeline_parallel_size: int = bounded(1, 1, 1024)  # groups of GPUs that hold consecutive layers
     dtype: str = "auto"  # data type of weights and activations, such as bfloat16
     quantization: str | None = None  # quantization method, such as fp8 or awq; null: the one in the model's config
-    max_model_len: int | None = bounded(None, -1, 10**8)  # tokens of prompt and answer together; null: the model's own
+    max_model_len: int | None = bounded(None, -1, 10**8)  # tokens of prompt plus answer; null: the model's limit
     max_loras: int | None = bounded(None, 1, 4096)  # adapters in one batch; null: all adapters of the expert
-    # Largest rank of an adapter; null: the largest rank of the adapter folders, and 16 for an adapter on the hub.
+    # Maximum rank of an adapter; null: the largest rank of the adapter folders, and 16 for an adapter on the hub.
     max_lora_rank: int | None = bounded(None, 1, 8192)
-    device: VllmDevice = "cuda"  # the device that the interpreter's build of vLLM is made for
-    kv_cache_gb: int = bounded(1, 1, 16384)  # size of the KV cache in GB; only used with device cpu
+    device: VllmDevice = "cuda"  # device that the engine's vLLM was built for
+    kv_cache_gb: int = bounded(1, 1, 16384)  # size of the KV cache in GB; used only with device cpu
     # Further options by their long names, such as {"enable-prefix-caching": true, "seed": 1}.
     extra: dict[str, Any] = field(default_factory=dict, metadata={WORDS: True})
 
@@ -63,14 +64,14 @@ class TransformersOptions:
 
 @dataclass
 class Roofline:
-    """The engine that a simulated one stands for. Its latencies predict this model on these GPUs."""
+    """The model and GPUs that a simulated engine stands for, from which its latencies are predicted."""
 
     model: str = "llama3-8b"  # llama3-8b, llama3-70b, or a model folder
     gpu: str = "h100-sxm"  # h100-sxm, h200-sxm, a100-sxm or l40s
     tensor_parallel_size: int = bounded(1, 1, 1024)  # GPUs that share each layer
     pipeline_parallel_size: int = bounded(1, 1, 1024)  # groups of GPUs that hold consecutive layers
     quantization: Precision = "bf16"  # precision of the weights
-    gpus_per_node: int = bounded(8, 1, 1024)  # with more ranks than this, ranks communicate over the network
+    gpus_per_node: int = bounded(8, 1, 1024)  # beyond this number of GPUs, ranks communicate over the network
     max_num_seqs: int | None = bounded(None, 1, 10**6)  # sequences in one batch; null: vLLM's default on this GPU
     max_num_batched_tokens: int | None = bounded(None, 1, 10**8)  # tokens in one step; null: vLLM's default on this GPU
     slowdown: float = bounded(1.0, 1e-3, 1e6)  # wall seconds per simulated second, for machines that are too slow
@@ -106,9 +107,9 @@ def _options_schema(engine: Mapping[str, Any]) -> type[EngineOptions] | None:
 class EngineConfig:
     """The program that runs the model."""
 
-    kind: EngineKind = "vllm"  # which program
+    kind: EngineKind = "vllm"  # vllm, transformers (`transformers serve`), or sim (simulated)
     python: str | None = None  # Python interpreter of the engine; null: the interpreter of the job
-    # Options of the engine; the tables `engine.options` list the keys of each kind.
+    # Options of the engine; the tables `engine.options` list the keys for each kind.
     options: dict[str, Any] = field(default_factory=dict, metadata={TYPED_BY: _options_schema})
     env: dict[str, str] = field(default_factory=dict)  # variables added to the engine's environment
     threads: int | None = bounded(None, 1, 4096)  # CPU threads of the engine; null: the engine decides
@@ -139,7 +140,7 @@ class JobOptions:
 
 @dataclass
 class ResourceConfig(JobOptions):
-    """What one replica, or the router, requests."""
+    """Resources of the router or of one replica of an expert."""
 
     nodes: int = bounded(1, 1, 4096)  # nodes of one replica
     gpus: int = bounded(0, 0, 1024)  # GPUs per node
@@ -151,19 +152,19 @@ class ResourceConfig(JobOptions):
 class ExpertConfig:
     """A named model for one domain."""
 
-    model: str = REQUIRED  # model folder or hub id; with `adapter_of` those of a LoRA adapter
+    model: str = REQUIRED  # model folder or hub id; with `adapter_of`, that of the LoRA adapter
     # Name of the expert whose engine serves this one as a LoRA adapter. An adapter has no jobs of its own.
     adapter_of: str | None = None
     revision: str | None = None  # branch, tag or commit of a model on the hub; null: its main branch
     description: str = ""  # a note for people; no component reads it
-    replicas: int = bounded(1, 0, MAX_REPLICAS)  # copies of the engine, each with its own resources
-    capacity: int = bounded(256, 1, 10**6)  # requests in flight per replica
-    # Requests in flight on all replicas of the expert; further ones wait. Null: the sum of the replicas' capacities.
+    replicas: int = bounded(1, 0, MAX_REPLICAS)  # number of engines with this model, each with its own resources
+    capacity: int = bounded(256, 1, 10**6)  # maximum number of requests in flight per replica
+    # Maximum number of requests in flight on all replicas together; further ones wait. Null: the sum of the capacities.
     max_in_flight: int | None = bounded(None, 1, 10**6)
     engine: EngineConfig = field(default_factory=EngineConfig)  # the program that runs the model
     resources: ResourceConfig = field(default_factory=ResourceConfig)  # what each replica requests
     handover: HandoverMode | None = None  # as `cluster.handover`, for this expert; null: the cluster's
-    # Example prompts of the domain, to train the classifier. Without any, `auto` selects the expert only as fallback.
+    # Example prompts of the domain, to train the classifier. Without any, the expert gets `auto` only as fallback.
     exemplars: list[str] = field(default_factory=list)
 
 
@@ -179,30 +180,30 @@ class ContainerConfig:
 
 @dataclass
 class ClusterConfig(JobOptions):
-    """Where jobs run and what they find there. The Slurm options apply to every job that does not set its own."""
+    """Where jobs run, and their environment there. The Slurm options apply to every job that does not set its own."""
 
-    # local: processes of this machine; slurm: Slurm jobs; allocation: steps in the Slurm job that `up` runs in.
+    # local: processes on this machine; slurm: Slurm jobs; allocation: steps in the Slurm job that `up` runs in.
     kind: ClusterKind = "local"
-    # GPUs per node; null: none if kind is local, on Slurm those of the partition's nodes.
+    # GPUs per node; null: none if kind is local, else as Slurm reports for the partition.
     gpus: int | None = bounded(None, 0, 1024)
     gpu_request: GpuRequest = "gres"  # form of the GPU request: --gres=gpu:N or --gpus-per-node=N
-    # Replicas with equal resources that share one job, for sites that only give whole nodes.
+    # Replicas with equal resources that run in one job, for sites that only give whole nodes.
     replicas_per_job: int = bounded(1, 1, MAX_REPLICAS)
     python: str | None = None  # Python interpreter of the jobs, present on every node; null: the one that runs `up`
     modules: list[str] = field(default_factory=list)  # arguments of `module load`, in this order
     setup: list[str] = field(default_factory=list)  # lines of bash that each job runs before its service
     env: dict[str, str] = field(default_factory=dict)  # variables added to each job's environment
     container: ContainerConfig = field(default_factory=ContainerConfig)  # image that engines run in
-    # Network of the services: an interface (ib0), a network (10.1.0.0/16) or an address; null: that of the node's name
-    # or else of the default route, and the loopback if kind is local.
+    # Network of the services: an interface (ib0), a network (10.1.0.0/16) or an address. Null: the network of the
+    # node's name, else of the default route; if kind is local, the loopback.
     fabric: str | None = None
-    # An engine on several nodes communicates without authentication; true allows it on nodes with other users.
+    # true: an engine on several nodes, which communicates without authentication, may run on nodes with other users.
     trusted_network: bool = False
     scratch: str = "/tmp"  # node-local folder for sockets and caches; the job expands $VARIABLES
-    # True: engines do not contact the hub and get no proxy variables; null: true if the model is a local folder.
+    # true: engines do not contact the hub and get no proxy variables; null: true if the model is a local folder.
     offline: bool | None = None
-    login: str | None = None  # host name for `ssh` from outside; null: the name of this host
-    drain_s: float = bounded(30.0, 0, 7 * DAY_S)  # after SIGTERM, limit for requests in flight to complete
+    login: str | None = None  # name of the login host, for `ssh` from outside; null: the name of this host
+    drain_s: float = bounded(30.0, 0, 7 * DAY_S)  # time limit for requests in flight to complete after SIGTERM
     warn_s: float = bounded(90.0, 0, 7 * DAY_S)  # a job starts to drain this long before its walltime ends
     # How a job near its walltime is replaced. overlap: its successor starts before and it drains when that is ready;
     # drain_first: its successor is queued before and starts when it has ended; none: submitted when it has ended.
@@ -211,7 +212,7 @@ class ClusterConfig(JobOptions):
     handover_margin_s: float = bounded(60.0, 0, DAY_S)
     beat_s: float = bounded(2.0, MIN_DURATION_S, HOUR_S)  # interval at which a service renews its registry record
     reconcile_s: float = bounded(2.0, MIN_DURATION_S, HOUR_S)  # interval of the control loop
-    # Minimum interval of queries to Slurm's controller, for all replicas and commands of a deployment together.
+    # Minimum interval between queries to Slurm's controller, for all replicas and commands of a deployment together.
     ask_s: float = bounded(30.0, MIN_DURATION_S, HOUR_S)
     max_failures: int = bounded(3, 1, 1000)  # consecutive failed jobs after which a replica is not submitted again
 
@@ -222,15 +223,15 @@ class PolicyConfig:
 
     kind: PolicyKind = "classifier"  # rule of choice; only the classifier reads the prompt
     artefact: str | None = None  # folder of a trained classifier; null: `up` trains one from the experts' exemplars
-    # Folder of a second classifier that also classifies each prompt. Only its disagreements are counted.
+    # Folder of a second classifier that also classifies each prompt but does not route it; disagreements are counted.
     shadow: str | None = None
-    # Expert for prompts that match no domain clearly; null: the expert with the best score, and none for model_field.
+    # Expert for prompts that match no domain clearly. Null: the best-scoring expert; with model_field, an error.
     fallback: str | None = None
-    window: int = bounded(2048, 1, 10**7)  # characters of the user's messages that are classified
-    # Minimum difference in score between the best two experts; null: the threshold in the artefact.
+    window: int = bounded(2048, 1, 10**7)  # maximum number of characters of the user's messages that are classified
+    # Minimum difference between the scores of the best two experts; null: the threshold in the artefact.
     margin: float | None = bounded(None, 0, 2)
-    # Value of one second of waiting, in score: a prompt whose expert is busy goes to the second-best expert if that
-    # loses less score than the wait is worth. Null: the prompt waits.
+    # Score that one second of waiting is worth: a prompt for a busy expert goes to the second-best expert if the
+    # difference in score is less than this value times the wait. Null: the prompt waits for the best expert.
     spill_per_s: float | None = bounded(None, 1e-9, 1e6)
 
 
@@ -240,41 +241,41 @@ class RouterConfig:
 
     place: RouterPlace = "job"  # job: the router runs as a job; here: as a process of the machine that runs `up`
     resources: ResourceConfig = field(default_factory=ResourceConfig)  # what the router's job requests
-    host: str | None = None  # host name or address to listen at; null: the node's address on cluster.fabric
-    port: int = bounded(0, 0, 65535)  # TCP port; 0: the kernel chooses a free port, which the registry records
+    host: str | None = None  # host name or address to listen on; null: the node's address on cluster.fabric
+    port: int = bounded(0, 0, 65535)  # TCP port; 0: a free port, which the registry records
     workers: int | None = bounded(None, 1, MAX_WORKERS)  # worker processes; null: one per CPU of the job
     open: bool = False  # true: requests need no token, so anyone on the network can send them
     reconcile: bool = True  # true: the router's job also runs the control loop
     standby: bool = True  # true: on Slurm, a standby job waits for the end of the router's job and replaces it
-    max_body_mb: float = bounded(32.0, 1e-6, 4096)  # largest request body in MiB; larger ones get 413
-    # Largest response in MiB, if not streamed, that is buffered until complete and can therefore fail over.
+    max_body_mb: float = bounded(32.0, 1e-6, 4096)  # maximum size of a request body in MiB; larger ones get 413
+    # Maximum size in MiB of an unstreamed response that is buffered until complete, so that the request can be retried.
     hold_mb: float = bounded(8.0, 1e-6, 4096)
-    max_in_flight: int = bounded(4096, 1, 10**6)  # requests in the router, waiting ones included; further ones get 429
-    max_waiting: int = bounded(1024, 1, 10**6)  # requests that wait for a replica of one expert; further ones get 429
+    max_in_flight: int = bounded(4096, 1, 10**6)  # maximum requests in the router, with waiting ones; then 429
+    max_waiting: int = bounded(1024, 1, 10**6)  # maximum requests that wait for one expert; then 429
     # A session keeps its replica while the replica's load is at most this factor of the expert's average; null: no
-    # affinity. With 1.1, two replicas have a Jain index of at least 0.99.
+    # affinity. With 1.1, the loads of two replicas have a Jain fairness index of at least 0.99.
     pin_bound: float | None = bounded(1.1, 1, 1000)
     eject_connect_errors: int = bounded(1, 1, 10**6)  # consecutive failed connections after which a replica is ejected
     # Consecutive responses with status 5xx after which a replica is ejected, within `eject_share`.
     eject_errors: int = bounded(5, 1, 10**6)
-    # Largest share of an expert's replicas that may be ejected for errors; the last ready one never is.
+    # Maximum share of an expert's replicas that may be ejected for errors; the last ready one never is.
     eject_share: float = bounded(0.5, 0, 1)
     eject_s: float = bounded(10.0, MIN_DURATION_S, DAY_S)  # duration of a replica's first ejection; doubles each time
-    eject_most_s: float = bounded(300.0, MIN_DURATION_S, 7 * DAY_S)  # longest duration of an ejection
-    retry_share: float = bounded(0.2, 0, 1)  # retry budget: retries as a share of all requests
+    eject_most_s: float = bounded(300.0, MIN_DURATION_S, 7 * DAY_S)  # maximum duration of an ejection
+    retry_share: float = bounded(0.2, 0, 1)  # retry budget: maximum share of requests that are retried
     retry_least_per_s: float = bounded(10.0, 1e-3, 1e6)  # retries per second that are always allowed
-    queue_timeout_s: float = bounded(30.0, MIN_DURATION_S, DAY_S)  # limit of a request's wait for a replica, then 503
-    connect_timeout_s: float = bounded(5.0, MIN_DURATION_S, HOUR_S)  # limit to connect to a replica
-    first_byte_timeout_s: float = bounded(600.0, MIN_DURATION_S, DAY_S)  # limit until a streamed response begins
-    # Limit from a request to the first byte of its response, if not streamed.
+    queue_timeout_s: float = bounded(30.0, MIN_DURATION_S, DAY_S)  # maximum wait of a request for a replica, then 503
+    connect_timeout_s: float = bounded(5.0, MIN_DURATION_S, HOUR_S)  # time limit to connect to a replica
+    first_byte_timeout_s: float = bounded(600.0, MIN_DURATION_S, DAY_S)  # time limit until a streamed response begins
+    # Time limit from a request to the first byte of its response, if not streamed.
     answer_timeout_s: float = bounded(3600.0, MIN_DURATION_S, DAY_S)
-    idle_timeout_s: float = bounded(300.0, MIN_DURATION_S, DAY_S)  # longest pause while a body is received or sent
-    # A stream that pauses for this long gets an SSE comment, which keeps proxies from closing the connection.
+    idle_timeout_s: float = bounded(300.0, MIN_DURATION_S, DAY_S)  # maximum pause while a body is received or sent
+    # A stream that pauses for this long gets an SSE comment, so that proxies do not close the connection.
     ping_s: float = bounded(15.0, MIN_DURATION_S, DAY_S)
     discovery_s: float = bounded(0.5, MIN_DURATION_S, HOUR_S)  # interval at which the router reads the registry
     probe_s: float = bounded(2.0, MIN_DURATION_S, HOUR_S)  # interval of health probes of each replica
-    probe_timeout_s: float = bounded(2.0, MIN_DURATION_S, HOUR_S)  # limit of one health probe
-    drain_s: float = bounded(10.0, MIN_DURATION_S, DAY_S)  # after SIGTERM, limit for requests in flight to complete
+    probe_timeout_s: float = bounded(2.0, MIN_DURATION_S, HOUR_S)  # time limit of one health probe
+    drain_s: float = bounded(10.0, MIN_DURATION_S, DAY_S)  # time limit for requests in flight to complete after SIGTERM
 
 
 @dataclass
@@ -287,19 +288,19 @@ class Simulate:
 
 @dataclass
 class Deployment:
-    """The root of the configuration: all that one launch creates."""
+    """The root of the configuration: everything that one launch creates."""
 
     name: str = "deployment"  # first part of the run directory's name and of the jobs' names
     runs: str = "runs"  # folder in which run directories are created
     experts: dict[str, ExpertConfig] = field(default_factory=dict)  # the experts by name
     cluster: ClusterConfig = field(default_factory=ClusterConfig)  # where jobs run
-    policy: PolicyConfig = field(default_factory=PolicyConfig)  # how `model: auto` is resolved
+    policy: PolicyConfig = field(default_factory=PolicyConfig)  # how the expert for `model: auto` is chosen
     router: RouterConfig = field(default_factory=RouterConfig)  # the router's settings
-    simulate: Simulate = field(default_factory=Simulate)  # simulation instead of GPUs
+    simulate: Simulate = field(default_factory=Simulate)  # replaces GPU engines by simulated ones
 
 
 def options_of(expert: str, engine: EngineConfig) -> EngineOptions:
-    """The engine's options, typed by its kind. Raises ConfigError for an unknown kind or option."""
+    """Returns the options of an expert's engine, typed by its kind. Raises ConfigError for an invalid option."""
     at = f"experts.{expert}.engine"
     check_values(engine, at=at)
     return parse(OPTIONS[engine.kind], engine.options, at=f"{at}.options")

@@ -1,5 +1,5 @@
-"""`simulate.gpu=h100-sxm`: the same deployment without GPUs. Each vLLM engine is replaced by a simulated one that
-predicts its latencies on that GPU, so the same topology can be predicted and measured."""
+"""Predicts a deployment without GPUs (`simulate.gpu=h100-sxm`): each vLLM engine becomes a simulated engine with the
+latencies predicted for that GPU, so that the same topology can be predicted and measured."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -23,7 +23,8 @@ PRECISION: Final[Mapping[str | None, Precision]] = {None: "bf16", "fp8": "fp8", 
 
 
 def simulated(deployment: Deployment) -> Deployment:
-    """With simulated engines if `simulate.gpu` is set. Raises ConfigError for an unknown quantization."""
+    """Returns the deployment with vLLM engines replaced by simulated ones if `simulate.gpu` is set, else unchanged.
+    Raises ConfigError for a quantization that the simulation does not know."""
     options = deployment.simulate
     if options.gpu is None:
         return deployment
@@ -38,7 +39,7 @@ def _expert(name: str, config: ExpertConfig, simulate: Simulate) -> ExpertConfig
     if options.quantization not in PRECISION:
         key = f"experts.{name}.engine.options.quantization"
         valid = ", ".join(str(known) for known in PRECISION)
-        raise ConfigError(f"{key}={options.quantization}: the roofline does not know it (valid: {valid})", key=key)
+        raise ConfigError(f"{key}={options.quantization}: the simulation does not support it (valid: {valid})", key=key)
     assert simulate.gpu is not None
     roofline = Roofline(
         model=config.model,

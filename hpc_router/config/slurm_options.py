@@ -1,7 +1,7 @@
 """Checks the values that become lines of a batch script: Slurm options, modules, setup lines, environment.
 
-Each value becomes one line, so it may not contain a line break. An option that the script sets itself cannot be set
-again. Every error names the key and what to use instead.
+Each value becomes one line, so it may not contain a line break. Options that the script itself sets are refused. Every
+error names the key and what to use instead.
 """
 
 import re
@@ -14,13 +14,13 @@ from hpc_router.config.walltime import VALID, walltime_s
 from hpc_router.errors import ConfigError
 
 _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f\x85\u2028\u2029]")
-_UNFIT: Final = re.compile(r"[\s'\"\\#$`;]")
-"""Characters that are not valid in an option's value, because sbatch has its own rules for quotes and comments."""
+_INVALID: Final = re.compile(r"[\s'\"\\#$`;]")
+"""Characters that an option's value may not contain, because sbatch has its own rules for quotes and comments."""
 _OPTION: Final = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 _MODULE: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_./+:@=-]*")
 _VARIABLE: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _TICK_S: Final = 60
-"""Slurm checks times once a minute, so it may send a signal this much earlier than requested."""
+"""Seconds by which Slurm may send a signal too early: it checks times once a minute."""
 _WORDS: Final = ("partition", "account", "qos", "constraint", "reservation", "exclude", "gpu_type")
 
 _SIZES: Final = {
@@ -71,7 +71,7 @@ SRUN_OWNED: Final = _SIZES | {
 
 
 def check_options(at: str, options: JobOptions, *, warn_s: float) -> None:
-    """`at`: key of the options, such as `cluster` or `experts.math.resources`. Raises ConfigError."""
+    """Checks Slurm options. `at` is their key, such as `cluster` or `experts.math.resources`. Raises ConfigError."""
     for name in _WORDS:
         _check_word(f"{at}.{name}", getattr(options, name))
     _check_walltime(f"{at}.walltime", options.walltime, warn_s=warn_s)
@@ -109,7 +109,7 @@ def check_environment(at: str, environment: Mapping[str, str]) -> None:
 
 
 def check_run_path(path: Path, kind: str) -> None:
-    """Raises ConfigError if the run directory's path has characters with a meaning in Slurm's names of log files."""
+    """Raises ConfigError if the run directory's path contains a character that Slurm replaces in names of log files."""
     if kind == "local":
         return
     if found := re.search(r"[%\\]", str(path)) or _CONTROL.search(str(path)):
@@ -120,7 +120,7 @@ def check_run_path(path: Path, kind: str) -> None:
 
 
 def check_not_empty(key: str, value: str) -> None:
-    """Raises ConfigError unless `value` is one line of text that is not blank."""
+    """Raises ConfigError if `value` is blank or has more than one line."""
     if not value.strip():
         raise ConfigError(f"{key} is empty", key=key)
     check_one_line(key, value)
@@ -135,7 +135,7 @@ def _check_word(key: str, value: str | None) -> None:
     if value is None:
         return
     check_not_empty(key, value)
-    if found := _UNFIT.search(value):
+    if found := _INVALID.search(value):
         valid = "as Slurm writes it, without blanks and quotes; null for none"
         raise ConfigError(f"{key}={value}: {found[0]!r} is not possible here (valid: {valid})", key=key)
 
@@ -161,7 +161,7 @@ def _check_further(at: str, options: Mapping[str, Any], owned: Mapping[str, str]
             valid = "a long option without its dashes, such as mail-type"
             raise ConfigError(f"{key}: cannot be an option of Slurm (valid: {valid})", key=key)
         for other, instead in owned.items():
-            if other.startswith(name):  # Slurm takes any beginning that is unique
+            if other.startswith(name):  # Slurm accepts any unique prefix of an option
                 problem = "is not to be set here" if other == name else f"is short for --{other}, which is not set here"
                 raise ConfigError(f"{key}: {problem}; {instead}", key=key)
         if value is not None and not isinstance(value, str | int | bool):
@@ -173,7 +173,7 @@ def _check_further(at: str, options: Mapping[str, Any], owned: Mapping[str, str]
 
 
 def _check_dependency(at: str, options: Mapping[str, Any]) -> None:
-    """Checks a dependency. The standby of a router gets a further one in front of it (`launchers.slurm.sbatch`)."""
+    """Checks the `dependency` option. A router's standby job puts its own dependency before the user's."""
     for name, value in options.items():
         key = f"{at}.{name}"
         if name != "dependency" and "dependency".startswith(name):
@@ -200,4 +200,4 @@ def _check_container(container: ContainerConfig) -> None:
         parts = bind.split(":")
         if len(parts) > 3 or not all(parts) or (len(parts) == 3 and parts[2] not in ("ro", "rw")):
             key = f"{at}.binds[{number}]"
-            raise ConfigError(f"{key}={bind}: (valid: SOURCE, SOURCE:TARGET or SOURCE:TARGET:ro)", key=key)
+            raise ConfigError(f"{key}={bind}: not a mount (valid: SOURCE, SOURCE:TARGET or SOURCE:TARGET:ro)", key=key)

@@ -1,14 +1,14 @@
-"""Finds the source of a config value: the override or file to edit, and the text in it.
+"""Finds where a config value was set: the override or the file and line, and the text there.
 
-Hydra's composed result does not have it, so Hydra's list of files is searched again, the last one first. A source that
-is not certain is left out of the message.
+Hydra's result does not contain this, so the overrides and Hydra's list of files are searched, the last one first. If
+the source is uncertain, error messages do not name one.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import yaml
 from hydra._internal.grammar.functions import Functions
@@ -29,7 +29,7 @@ from hpc_router.errors import ConfigError
 
 
 def parse_override(text: str) -> Override:
-    """The parsed override. Raises ConfigError with its text."""
+    """Parses an override of the command line. Raises ConfigError with the override's text."""
     try:
         return OverridesParser.create().parse_override(text)
     except HydraException as error:
@@ -40,15 +40,18 @@ def parse_override(text: str) -> Override:
         ) from error
 
 
+_ABSENT: Final = object()
+
+
 @dataclass
 class Sources:
-    """Finds the written text of a value. `files`: path and package of each file, in the order of composition."""
+    """Finds the written text of values. `files`: path and package of each file, in the order of composition."""
 
     overrides: Sequence[str]
     files: Iterable[tuple[Path, str]]
 
     def find(self, path: as_written.Path, value: object) -> Written | None:
-        """The last source with the scalar `value` at `path`; None if it comes from an interpolation or a default."""
+        """Returns the last source that sets `path` to the scalar `value`; None for a default or an interpolation."""
         for text, key, parts, typed in self._parsed_overrides:
             if path[: len(key)] == key and _equal(_value_at(typed, path[len(key) :]), value):
                 written = _value_at(parts, path[len(key) :])
@@ -63,7 +66,7 @@ class Sources:
 
     @cached_property
     def _parsed_overrides(self) -> list[tuple[str, as_written.Path, Any, Any]]:
-        """The overrides that set a value, last first: text, key, value with scalars as text, value."""
+        """Returns each override that sets a value, last first: text, key, value with scalars as text, typed value."""
         found: list[tuple[str, as_written.Path, Any, Any]] = []
         for text in reversed(self.overrides):
             override = parse_override(text)
@@ -83,7 +86,7 @@ class Sources:
 
 
 class _WithText(HydraOverrideVisitor):
-    """Parses numbers and truth values to their written text."""
+    """Override parser that keeps numbers and truth values as they are written."""
 
     def _createPrimitive(self, ctx: Any) -> Any:
         value = super()._createPrimitive(ctx)
@@ -91,12 +94,12 @@ class _WithText(HydraOverrideVisitor):
 
 
 def _with_text(text: str) -> Override:
-    """`parse_override` with all scalars as text; without a value if it is a function."""
+    """Parses an override with all scalars as text. The result has no value if the override is a function call."""
     lexer = OverrideLexer(InputStream(text))
     parser = OverrideParser(CommonTokenStream(lexer))
     try:
         override = _WithText(Functions()).visit(parser.override())  # type: ignore[no-untyped-call]
-    except HydraException:  # a function
+    except HydraException:  # a function call
         return Override(type=None, key_or_group="", value_type=None, _value=None)  # type: ignore[arg-type]
     assert isinstance(override, Override)
     return override
@@ -106,15 +109,15 @@ def _equal(found: object, value: object) -> bool:
     return type(found) is type(value) and found == value
 
 
-def _value_at(value: Any, path: as_written.Path) -> Any:
-    """The part of a parsed override at `path`; None where there is none."""
+def _value_at(value: Any, path: as_written.Path, *, absent: object = None) -> Any:
+    """Returns the value at `path` inside a parsed override or file; `absent` if there is none."""
     for part in path:
         if isinstance(value, Mapping):
-            value = {str(name): item for name, item in value.items()}.get(str(part))
+            value = {str(name): item for name, item in value.items()}.get(str(part), absent)
         elif isinstance(value, list) and isinstance(part, int) and part < len(value):
             value = value[part]
         else:
-            return None
+            return absent
     return value
 
 
@@ -130,7 +133,7 @@ def _node_at(node: yaml.Node | None, path: as_written.Path) -> yaml.Node | None:
 
 
 def _entry(node: yaml.MappingNode, name: str) -> yaml.Node | None:
-    """The value of a key; of a merged mapping (`<<`) where the mapping has no such key itself."""
+    """Returns the node of a key, else that of a merged mapping (`<<`); None if neither has the key."""
     for key, value in node.value:
         if key.value == name:
             assert isinstance(value, yaml.Node)
@@ -145,14 +148,14 @@ def _entry(node: yaml.MappingNode, name: str) -> yaml.Node | None:
 
 
 def _typed(node: yaml.ScalarNode) -> object:
-    """The scalar as OmegaConf reads it; None for text in quotes."""
+    """Returns the scalar as OmegaConf reads it; None for text in quotes."""
     return OmegaConf.create(f"- {node.value}")[0] if node.style is None and node.value else None
 
 
 def place_of(key: str, overrides: Sequence[str]) -> str:
-    """Return the source of the value at `key`, as prefix of an error message; empty if the source is unknown.
+    """Returns the source of the value at `key` as prefix of an error message; empty if the source is unknown.
 
-    The prefix is `override 'router.port=x': ` or `my/topology/a.yaml: `. Requires that Hydra is initialised.
+    The prefix is `override 'router.port=x': ` or `my/topology/a.yaml: `. Needs an initialised Hydra.
     """
     for text in reversed(overrides):
         override = parse_override(text)
@@ -160,7 +163,8 @@ def place_of(key: str, overrides: Sequence[str]) -> str:
         if not chooses_file and _touches(override.key_or_group, key):
             return f"override '{text}': "
     for path, package in reversed(list(composed_files(overrides))):
-        if _has(_content(path), _below(key, package)):
+        below = _below(key, package)
+        if below and _value_at(OmegaConf.to_container(OmegaConf.load(path)), below, absent=_ABSENT) is not _ABSENT:
             return f"{display_path(path)}: "
     return ""
 
@@ -170,7 +174,7 @@ def _touches(overridden: str, key: str) -> bool:
 
 
 def composed_files(overrides: Sequence[str]) -> Iterator[tuple[Path, str]]:
-    """Every file of the composition, and the key that contains its values. Requires that Hydra is initialised."""
+    """Yields the path of every composed file and the key that contains its values. Needs an initialised Hydra."""
     hydra = GlobalHydra.instance().hydra
     assert hydra is not None
     loader = hydra.config_loader
@@ -186,25 +190,7 @@ def composed_files(overrides: Sequence[str]) -> Iterator[tuple[Path, str]]:
                 break
 
 
-def _content(path: Path) -> Mapping[str, Any]:
-    content = OmegaConf.to_container(OmegaConf.load(path))
-    return {str(key): value for key, value in content.items()} if isinstance(content, dict) else {}
-
-
-def _below(key: str, package: str) -> list[str] | None:
-    """The path of `key` inside a file whose values are below `package`; None if the file cannot contain it."""
-    parts, prefix = key.split("."), package.split(".") if package else []
+def _below(key: str, package: str) -> as_written.Path | None:
+    """Returns the path of `key` in a file whose values belong to section `package`; None if not in it."""
+    parts, prefix = tuple(key.split(".")), tuple(package.split(".")) if package else ()
     return parts[len(prefix) :] if parts[: len(prefix)] == prefix else None
-
-
-def _has(content: Any, parts: list[str] | None) -> bool:
-    if not parts:
-        return False
-    for part in parts:
-        if not isinstance(content, Mapping):
-            return False
-        named = {str(name): value for name, value in content.items()}
-        if part not in named:
-            return False
-        content = named[part]
-    return True

@@ -1,4 +1,4 @@
-"""Checks of a deployment that involve several dataclasses, or more than a type and a range.
+"""Checks a deployment for conditions between several fields, and for the form of names and addresses.
 
 Every error names the key and what is valid. Nothing here depends on the machine; `cluster.planning` checks that.
 """
@@ -30,11 +30,11 @@ _HOST: Final = re.compile(
 )
 _INTERFACE: Final = re.compile(r"[A-Za-z][A-Za-z0-9_.:@-]{0,14}")
 _SPANS_NODES: Final = ("vllm", "sim")
-"""Engines that one replica can run on several nodes."""
+"""Kinds of engine of which one replica can run on several nodes."""
 
 
 def check(deployment: Deployment) -> None:
-    """Raises ConfigError for the first invalid value."""
+    """Raises ConfigError for the first invalid value of a deployment."""
     check_values(deployment, at="")
     if not _RUN_NAME.fullmatch(deployment.name):
         valid = "letters, digits, '.', '-' and '_', at most 63"
@@ -58,11 +58,11 @@ def check_router(router: RouterConfig) -> None:
     if router.eject_most_s < router.eject_s:
         key = "router.eject_most_s"
         valid = f"router.eject_s={router.eject_s:g} or more"
-        raise ConfigError(f"{key}={router.eject_most_s:g}: less than the first time (valid: {valid})", key=key)
+        raise ConfigError(f"{key}={router.eject_most_s:g}: shorter than the first ejection (valid: {valid})", key=key)
 
 
 def check_host(key: str, host: str) -> None:
-    """Raises ConfigError unless `host` has the form of a host name or an address."""
+    """Raises ConfigError if `host` does not have the form of a host name or an IP address."""
     check_not_empty(key, host)
     try:
         ipaddress.ip_address(host)
@@ -81,7 +81,7 @@ def check_fallback(fallback: str | None, experts: Iterable[str]) -> None:
 
 
 def check_fabric(fabric: str) -> None:
-    """Raises ConfigError unless `fabric` has the form of an interface, a network or an address."""
+    """Raises ConfigError if `fabric` does not have the form of an interface name, a network or an IP address."""
     key, valid = "cluster.fabric", "an interface such as ib0, a network such as 10.1.0.0/16, an address"
     check_not_empty(key, fabric)
     try:
@@ -105,8 +105,8 @@ def _check_cluster(cluster: ClusterConfig) -> None:
 
 
 def _check_no_slurm(cluster: ClusterConfig) -> None:
-    """Refuses Slurm keys with cluster.kind=local: a site's file without `kind: slurm` would start engines on the login
-    node."""
+    """Raises ConfigError for Slurm keys with `kind: local`: a site's file that lacks `kind: slurm` would start engines
+    on the login node."""
     for name in ("partition", "account", "qos", "reservation"):
         if getattr(cluster, name) is not None:
             key = f"cluster.{name}"
@@ -124,7 +124,7 @@ def _check_router_job(resources: ResourceConfig, cluster: ClusterConfig) -> None
 
 
 def _check_resources(at: str, resources: ResourceConfig, cluster: ClusterConfig) -> None:
-    """Checks the resources of the router or of one expert."""
+    """Checks the resources of the router or of one expert. Raises ConfigError."""
     check_options(at, resources, warn_s=cluster.warn_s)
     have = 0 if cluster.gpus is None and cluster.kind == "local" else cluster.gpus
     if have is not None and resources.gpus > have:
@@ -134,11 +134,11 @@ def _check_resources(at: str, resources: ResourceConfig, cluster: ClusterConfig)
 def _check_classifier(deployment: Deployment) -> None:
     if deployment.policy.kind != "classifier" or deployment.policy.artefact is not None:
         return
-    taught = [name for name, expert in deployment.experts.items() if expert.exemplars]
-    if len(taught) < 2:
+    with_exemplars = [name for name, expert in deployment.experts.items() if expert.exemplars]
+    if len(with_exemplars) < 2:
         raise ConfigError(
             "policy=classifier needs policy.artefact=DIR or exemplars of at least two experts; "
-            f"exemplars were given for: {', '.join(taught) or 'none'} (policy=model_field needs neither)"
+            f"exemplars were given for: {', '.join(with_exemplars) or 'none'} (policy=model_field needs neither)"
         )
 
 

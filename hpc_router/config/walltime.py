@@ -10,7 +10,7 @@ _WITH_DAYS: Final = re.compile(r"(\d+)-(\d+)(?::(\d+)(?::(\d+))?)?")
 
 
 def walltime_s(text: str) -> float | None:
-    """The duration in seconds; None if Slurm does not accept `text` as one."""
+    """Returns the duration `text` in seconds; None if it is not in one of Slurm's formats."""
     if text.upper() in ("UNLIMITED", "INFINITE"):
         return math.inf
     if match := _WITH_DAYS.fullmatch(text):
@@ -23,7 +23,7 @@ def walltime_s(text: str) -> float | None:
 
 
 def walltime_text(seconds: float) -> str:
-    """The duration as Slurm shows it: D-HH:MM:SS, or HH:MM:SS below one day."""
+    """Formats a duration as Slurm does: D-HH:MM:SS, or HH:MM:SS below one day."""
     if math.isinf(seconds):
         return "UNLIMITED"
     days, rest = divmod(int(seconds), 86400)

@@ -1,1 +1,1 @@
-"""The expert job: an agent on the GPU node that owns one engine."""
+"""The job of an expert: an agent on the GPU node, which owns one engine."""

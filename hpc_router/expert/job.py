@@ -1,7 +1,8 @@
-"""The job body as a process: configuration, logs, signals, exit status. Runs the agent, or on other nodes the follower.
+"""The main program of an expert's job: config, log, signals, exit status. It runs the agent or, on other nodes, a
+follower.
 
-Exit status: 0 drained, 1 failed, 2 a value to edit. The file thread writes the log, so no log line waits for the shared
-file system. `main` replaces the signal handlers that the job's launcher left.
+Exit status: 0 drained, 1 failed, 2 an invalid value. The file thread writes the log, so no log line waits for the
+shared file system. `main` replaces the signal handlers that the job's launcher left.
 """
 
 import asyncio
@@ -33,19 +34,19 @@ STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 
 
 RANK: Final = "HPC_ROUTER_RANK"
-"""Environment variable with the rank of this node, set by the launcher that starts one body per node."""
+"""Environment variable with the rank of this node, set by a launcher that starts one process per node."""
 
 
 def main(run: Path, replica: str, deployment: Deployment | None = None, *, rank: int | None = None) -> int:
-    """Run this replica, or one rank of it, until it ends; returns the exit status.
+    """Runs a replica, or one rank of it, until it ends. Returns the exit status.
 
-    `rank` defaults to that of the environment, and 0 without one. `deployment` replaces the run's own config.
+    `rank`: by default from the environment, else 0. `deployment` replaces the run's own config.
     """
     try:
         opened = open_run(run)
         job = JobDir(opened, replica)
         rank = _rank(os.environ) if rank is None else rank
-        job.claim()  # a no-op for a job that was submitted
+        job.claim()  # does nothing for a job that was submitted
         become_subreaper()
         log = job.agent_log if rank == 0 else job.agent_log.with_name(f"{replica}.rank{rank}.log")
         with file_thread(f"files of {replica}", log=log) as files, private_umask():

@@ -1,7 +1,7 @@
-"""The address of this node that services bind and publish, from `cluster.fabric`.
+"""Selects the address of this node that services listen on and publish, from `cluster.fabric`.
 
 A node has several networks: management, the fabric, containers. The config names the one that experts and routers use,
-as an interface, a network or an address. Without it, the address is that of the host's name, or else of the default
+as an interface, a network or an address. Without it, the address of the host's name is used, else that of the default
 route.
 """
 
@@ -20,11 +20,11 @@ Interfaces = Mapping[str, Sequence[IpAddress]]
 KEY: Final = "cluster.fabric"
 LOOPBACK: Final = "127.0.0.1"
 _FAR: Final = {socket.AF_INET: "192.0.2.1", socket.AF_INET6: "2001:db8::1"}
-"""Addresses reserved for documentation. The default route leads to them, and nothing is sent."""
+"""Addresses reserved for documentation (RFC 5737, 3849). They lie behind the default route; nothing is sent to them."""
 
 
 def address(fabric: str | None, *, kind: str) -> str:
-    """This node's address on the fabric; `kind` is `cluster.kind`. Raises ConfigError if the node has none."""
+    """Returns this node's address on the fabric. `kind` is `cluster.kind`. Raises ConfigError if the node has none."""
     if fabric is not None:
         return str(select_address(fabric, interfaces()))
     if kind == "local":
@@ -36,7 +36,7 @@ def address(fabric: str | None, *, kind: str) -> str:
 
 
 def select_address(fabric: str, have: Interfaces) -> IpAddress:
-    """The address that `fabric` selects among `have`, IPv4 before IPv6. Raises ConfigError if there is none."""
+    """Returns the address that `fabric` selects among the node's, IPv4 first. Raises ConfigError if there is none."""
     if fabric in have:
         found = list(have[fabric])
     else:
@@ -48,15 +48,21 @@ def select_address(fabric: str, have: Interfaces) -> IpAddress:
 
 
 def interface_of(of: str, have: Interfaces | None = None) -> str | None:
-    """The name of the interface with this address; None if no interface of the node has it."""
+    """Returns the name of the interface with the address `of`; None if no interface of the node has it."""
     wanted = ipaddress.ip_address(of)
     known = interfaces() if have is None else have
     return next((name for name, addresses in known.items() if wanted in addresses), None)
 
 
+def free_port(address: str = LOOPBACK) -> int:
+    """Returns a TCP port that is free now. Another process may take it before the caller does."""
+    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as sock:
+        sock.bind((address, 0))
+        return int(sock.getsockname()[1])
+
+
 def interfaces() -> dict[str, list[IpAddress]]:
-    """This node's interfaces that are up, and their addresses. Link-local IPv6 addresses are left out, because other
-    nodes cannot use them."""
+    """Returns the addresses of each interface that is up, without link-local IPv6 ones: they work on one link only."""
     up = {name for name, status in psutil.net_if_stats().items() if status.isup}
     found = {}
     for name, entries in psutil.net_if_addrs().items():
@@ -68,7 +74,7 @@ def interfaces() -> dict[str, list[IpAddress]]:
 
 
 def _network(fabric: str, have: Interfaces) -> ipaddress.IPv4Network | ipaddress.IPv6Network:
-    """`fabric` as a network; a single address is a network of one. Raises ConfigError for other text."""
+    """Parses `fabric` as a network; a single address gives a network of one. Raises ConfigError for other text."""
     try:
         return ipaddress.ip_network(fabric, strict=False)
     except ValueError as error:
@@ -76,8 +82,8 @@ def _network(fabric: str, have: Interfaces) -> ipaddress.IPv4Network | ipaddress
 
 
 def _of_own_name() -> str | None:
-    """The address of this node's name, which other nodes most likely resolve as well. None if it is a loopback address,
-    as distributions often set it."""
+    """Returns the address of this node's host name, which other nodes most likely resolve too; None if it is a loopback
+    address, as some distributions configure it."""
     try:
         entries = socket.getaddrinfo(socket.gethostname(), None, type=socket.SOCK_STREAM)
     except OSError:
@@ -91,7 +97,7 @@ def _of_own_name() -> str | None:
 
 
 def _of_default_route() -> str | None:
-    """The source address that the kernel chooses for a datagram socket connected to a far address. Sends no packet."""
+    """Returns the source address that the kernel chooses for the default route, if there is one. Sends no packet."""
     for family, far in _FAR.items():
         try:
             with socket.socket(family, socket.SOCK_DGRAM) as probe:

@@ -1,9 +1,9 @@
 """Tokens, and challenges that show whether an address still belongs to the replica that published it.
 
 Each replica has its own key, HMAC-SHA256(secret, nonce). The deployment's `secret` stays in a file of mode 0600; the
-nonce is in the replica's record. A replica answers the router's challenge with the key, and the router sends the key as
-its token. A process that took over a port therefore cannot answer, and learns no token of another replica. Comparisons
-take constant time.
+nonce is in the replica's record. A replica uses its key to answer the router's challenge, and the router sends the key
+as its token. A process that took over a port therefore cannot answer, and learns no token of another replica.
+Comparisons take constant time.
 """
 
 import hashlib
@@ -12,26 +12,26 @@ import secrets
 
 
 def new_token() -> str:
-    """256 random bits in hex; also used for nonces and challenges."""
+    """Returns 256 random bits in hex; also used for nonces and challenges."""
     return secrets.token_hex(32)
 
 
 def replica_key(secret: str, nonce: str) -> str:
-    """The key of the replica that published `nonce`, in hex."""
+    """Returns the key of the replica that published `nonce`, in hex."""
     return hmac.new(secret.encode(), b"replica:" + nonce.encode(), hashlib.sha256).hexdigest()
 
 
 def challenge_answer(key: str, challenge: str) -> str:
-    """The answer to `challenge` of a process that has `key`, in hex."""
+    """Returns the answer to a challenge: an HMAC of it, in hex, which proves that the sender has the replica's key."""
     return hmac.new(key.encode(), b"challenge:" + challenge.encode(), hashlib.sha256).hexdigest()
 
 
 def equal_secrets(left: str, right: str) -> bool:
-    """Constant-time equality of two secrets. Any text is accepted, also with characters that UTF-8 cannot encode."""
+    """Compares two secrets in constant time. Accepts any text, also with characters that UTF-8 cannot encode."""
     return hmac.compare_digest(left.encode("utf-8", "replace"), right.encode("utf-8", "replace"))
 
 
 def bearer_token(header: str | None) -> str | None:
-    """The token of an `Authorization: Bearer ...` header; None for another header."""
+    """Returns the token of an `Authorization: Bearer ...` header; None for any other header."""
     scheme, _, token = (header or "").partition(" ")
     return token.strip() or None if scheme.lower() == "bearer" else None

@@ -1,4 +1,4 @@
-"""HTTP calls of commands and the control loop: short, with a time limit, and never through a proxy."""
+"""HTTP requests of commands and the control loop: short, with a time limit, and never through a proxy."""
 
 import asyncio
 import json
@@ -15,14 +15,14 @@ MAX_RESPONSE_BYTES: Final = 2**20
 
 @dataclass(frozen=True, slots=True)
 class HttpResponse:
-    """`body` is the parsed JSON, or the text if the body is not JSON."""
+    """Status and body of a response. `body` is the parsed JSON, or the text if it is not JSON."""
 
     status: int
     body: Any
 
     @property
     def message(self) -> str:
-        """The message of an error in OpenAI's form, else the status and the start of the body."""
+        """The error message in OpenAI's format; without one, the status and the start of the body."""
         error = self.body.get("error") if isinstance(self.body, dict) else None
         if isinstance(error, dict) and error.get("message"):
             return str(error["message"])
@@ -30,7 +30,7 @@ class HttpResponse:
 
 
 class Unreachable(Exception):
-    """No response within the time limit, or one that is longer than `MAX_RESPONSE_BYTES`."""
+    """No response came within the time limit, or it is longer than `MAX_RESPONSE_BYTES`."""
 
 
 @asynccontextmanager
@@ -49,7 +49,7 @@ async def call(
     token: str | None = None,
     body: Mapping[str, Any] | None = None,
 ) -> HttpResponse:
-    """The response to one request, whatever its status. Raises Unreachable."""
+    """Sends one request and returns the response, whatever its status. Raises Unreachable."""
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     try:
         async with client.request(method, url, headers=headers, json=body, allow_redirects=False) as response:
@@ -60,7 +60,7 @@ async def call(
 
 
 async def bounded_body(response: aiohttp.ClientResponse) -> bytes:
-    """The body of a response. Raises ValueError if it is longer than `MAX_RESPONSE_BYTES`."""
+    """Returns the body of a response. Raises ValueError if it is longer than `MAX_RESPONSE_BYTES`."""
     body = bytearray()
     async for chunk in response.content.iter_any():
         body += chunk
@@ -77,7 +77,7 @@ def call_blocking(
     body: Mapping[str, Any] | None = None,
     timeout_s: float = DEFAULT_TIMEOUT_S,
 ) -> HttpResponse:
-    """`call` for code without an event loop. Blocks."""
+    """Sends one request from code without an event loop, and blocks. Otherwise like `call`."""
 
     async def once() -> HttpResponse:
         async with session(timeout_s=timeout_s) as client:

@@ -1,14 +1,14 @@
-"""The environment variables that our processes pass on to the processes and jobs they start."""
+"""Environment variables that our processes pass on to the processes and jobs they start."""
 
 import os
 from collections.abc import Mapping
 from typing import Final
 
 JOB_PREFIXES: Final = ("SUBMITIT_", "SLURM_", "SLURMD_", "SBATCH_", "SRUN_", "SQUEUE_", "SCANCEL_", "SINFO_")
-"""Prefixes of variables that belong to another job, or set options of Slurm's commands. They are not passed on: with an
-inherited SLURM_CPU_BIND, every process of a nested job runs on one core."""
+"""Prefixes of variables that are not passed on: they belong to another job, or set options of Slurm's commands. With an
+inherited SLURM_CPU_BIND, for example, every process of a nested job runs on one core."""
 KEPT: Final = frozenset({"SLURM_CONF"})
-"""Exceptions: SLURM_CONF says where the cluster is."""
+"""Variables with such a prefix that are passed on: SLURM_CONF names the cluster's configuration file."""
 JOB_ID: Final = "HPC_ROUTER_JOB_ID"
 """Variable with the id of the Slurm job that a service runs in."""
 JOB_END: Final = "HPC_ROUTER_JOB_END"
@@ -16,10 +16,10 @@ JOB_END: Final = "HPC_ROUTER_JOB_END"
 
 
 def current_job_id(environment: Mapping[str, str] = os.environ) -> str | None:
-    """The id of the Slurm job that this process runs in; None outside of a job."""
+    """Returns the id of the Slurm job that this process runs in; None outside of a job."""
     return environment.get(JOB_ID) or environment.get("SLURM_JOB_ID")
 
 
 def without_job_variables(environment: Mapping[str, str]) -> dict[str, str]:
-    """The variables without those of another job."""
+    """Returns the variables without those of another job."""
     return {k: v for k, v in environment.items() if k in KEPT or not k.startswith(JOB_PREFIXES)}

@@ -1,8 +1,8 @@
-"""The HTTP contract between router and agent, and between the agents of one engine's nodes.
+"""The HTTP protocol between router and agent, and between the agents of an engine on several nodes.
 
 `GET /health?challenge=HEX` needs no token; the response is a `ProbeResponse` as JSON. `POST /drain` and the API paths
-need `Authorization: Bearer <replica key>`. A draining agent answers new requests with 503 and `DRAINING_HEADER`.
-`POST /rank` takes a `RankReport` with a token of its own and is answered with a `RankOrder`.
+need `Authorization: Bearer <replica key>`. A draining agent answers new requests with 503 and `DRAINING_HEADER`. `POST
+/rank` takes a `RankReport` with its own token; the response is a `RankOrder`.
 """
 
 from collections.abc import Mapping
@@ -23,39 +23,41 @@ EMBEDDINGS: Final = "/v1/embeddings"
 RESPONSES: Final = "/v1/responses"
 MESSAGES: Final = "/v1/messages"
 GENERATE_PATHS: Final = (CHAT, COMPLETIONS, EMBEDDINGS, RESPONSES, MESSAGES)
-"""The API paths whose requests are classified and relayed; all are POST."""
+"""The API paths whose POST requests are classified and relayed."""
 
 DRAINING_HEADER: Final = "x-hpc-router-draining"
 STARTING_HEADER: Final = "x-hpc-router-starting"
-"""Header of an agent's response. With status 503: the engine does not respond (starting or restarting) and did not get
-the request. With status 502: the engine got the request and ended before the first byte of its response."""
+"""Header of an agent's error responses. With status 503: the engine is starting or restarting and did not get the
+request. With status 502: the engine got the request and ended before the first byte of its response."""
 REQUEST_ID_HEADER: Final = "x-request-id"
 SESSION_HEADER: Final = "x-session-id"
 
 
 def path_at(base: str, target: str) -> str:
-    """The path of `target` at a server with the base path `base`, which replaces the `/v1` of an API path. Other paths
-    follow the base without a final `/v1`. An empty base stands for `/v1`."""
+    """Returns the path of `target` on a server with base path `base`, which replaces `/v1` in API paths.
+
+    Paths outside of `/v1` follow the base without its final `/v1`. An empty base means `/v1`.
+    """
     if target.startswith(API_ROOT + "/"):
         return (base or API_ROOT) + target.removeprefix(API_ROOT)
     return base.removesuffix(API_ROOT) + target
 
 
 def url_at(url: str, target: str) -> str:
-    """The URL of `target` at the server with this base URL; see `path_at`."""
+    """Returns the URL of `target` at the server with base URL `url`; see `path_at`."""
     parts = urlsplit(url)
     return f"{parts.scheme}://{parts.netloc}{path_at(parts.path.rstrip('/'), target)}"
 
 
 def challenge_in(query: str) -> str:
-    """The challenge in a query string; empty if there is none."""
+    """Returns the value of `challenge` in a query string; empty if there is none."""
     return parse_qs(query).get("challenge", [""])[-1]
 
 
 @dataclass(frozen=True, slots=True)
 class ProbeResponse:
-    """The response to a health probe. `models`: the model names that the engine serves; None before it was ready.
-    `answer`: the answer to the challenge."""
+    """The response to a health probe. `models`: names of the models that the engine serves, None before it is
+    ready. `answer`: the answer to the challenge."""
 
     replica: str
     state: str
@@ -63,11 +65,11 @@ class ProbeResponse:
     models: tuple[str, ...] | None
     answer: str | None
     task_failures: Mapping[str, tuple[int, str]] = field(default_factory=dict)
-    """Failures of the agent's background tasks by task name: their number and the last error."""
+    """Failures of the agent's background tasks, by task name: number of failures and last error."""
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self | None:
-        """None if `value` is not a response of an agent or a router."""
+        """Parses a response. Returns None if `value` is not a response of an agent or a router."""
         models = value.get("models")
         if not isinstance(value.get("replica"), str) or not isinstance(models, list | None):
             return None
@@ -82,7 +84,7 @@ class ProbeResponse:
 
 
 def _task_failures(value: object) -> dict[str, tuple[int, str]]:
-    """The valid entries of `task_failures`; empty for an agent of another version."""
+    """Returns the valid entries of `task_failures`; empty for an agent of another version."""
     if not isinstance(value, dict):
         return {}
     return {
@@ -93,15 +95,15 @@ def _task_failures(value: object) -> dict[str, tuple[int, str]]:
 
 
 class RankState(StrEnum):
-    """Whether a rank's engine process runs (docs/states.md)."""
+    """Whether the engine process of a rank runs (docs/states.md)."""
 
-    IDLE = "idle"  # it has not started
-    RUNNING = "running"  # it runs, whether or not the engine answers
-    ENDED = "ended"  # it ended without being told to
+    IDLE = "idle"  # has not started
+    RUNNING = "running"  # runs, whether or not the engine answers
+    ENDED = "ended"  # ended without an order to stop
 
 
 class Action(StrEnum):
-    """What rank 0 orders another rank to do."""
+    """Orders of rank 0 to another rank."""
 
     WAIT = "wait"  # run no engine, and report again
     RUN = "run"  # run the engine of this attempt, once
@@ -110,10 +112,10 @@ class Action(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class RankReport:
-    """A report to rank 0. `attempt`: the attempt that the engine runs or ran last; 0 before the first.
+    """Report of a rank's agent to rank 0. `attempt`: the attempt that its engine runs or ran last; 0 before the first.
 
-    `instance` identifies the reporting process: after a restart of the agent, no engine of the earlier process runs.
-    `challenge` must be answered by the `proof` of the order. `leaving`: the rank was asked to stop and waits for an
+    `instance` identifies the reporting process: a new instance means that the agent was restarted and its old engine
+    ended. `challenge`: must be answered by the order's `proof`. `leaving`: the rank was asked to stop and waits for an
     order, because the other ranks would fail if it stopped alone.
     """
 
@@ -129,7 +131,7 @@ class RankReport:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
-        """Raises ValueError if `value` is not a report."""
+        """Parses a report. Raises ValueError if `value` is not one."""
         try:
             report = cls(**{**value, "state": RankState(value["state"])})
         except (KeyError, TypeError) as error:
@@ -144,7 +146,7 @@ class RankReport:
 
 @dataclass(frozen=True, slots=True)
 class RankOrder:
-    """Rank 0's response to a report. `master_address`, `master_port`: where the ranks of this attempt connect."""
+    """Response of rank 0 to a report. `master_address`, `master_port`: where the ranks of this attempt meet."""
 
     action: Action
     attempt: int = 0
@@ -154,7 +156,7 @@ class RankOrder:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
-        """Raises ValueError if `value` is not an order."""
+        """Parses an order. Raises ValueError if `value` is not one."""
         try:
             return cls(
                 Action(value["action"]),

@@ -1,4 +1,4 @@
 """Chooses an expert for a prompt: policies, the classifier and its artefact.
 
-A decision does no I/O and does not know replicas.
+A decision does no I/O and does not depend on replicas.
 """

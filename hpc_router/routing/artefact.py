@@ -1,12 +1,12 @@
 """A trained classifier as a folder: `artefact.json` (settings, clusters, experts) and `tables.safetensors`.
 
-Every training method writes this format, and one run time reads it. The value of a prompt for a cluster is
+Every training method writes this format, and `classifier` reads it. The value of a prompt for a cluster is
     sum over its terms of weights[term, cluster]  /  length  +  offset[cluster]
-`weights` folds all linear steps of the training into one table. The length is that of the prompt's TF-IDF row,
-sqrt(sum of idf^2) (norm `terms`), or that of its vector in the space of the clusters, |sum of space[term]| (norm
-`space`). Offsets are 0, or -|centroid|^2 / 2 if the nearest centroid wins. No pickles and no timestamps: the same
-training gives the same bytes. The files are read and checked whole, not memory-mapped, because a stalled or replaced
-file on a shared file system must not fault the router. This module must not know policies or deployments.
+`weights` combines all linear steps of the training in one table. With norm `terms` the length is that of the prompt's
+TF-IDF row, sqrt(sum of idf^2); with norm `space` it is that of the prompt's vector, |sum of space[term]|. Offsets are
+0, or -|centroid|^2 / 2 if the nearest centroid wins. The files contain no pickles and no timestamps, so the same
+training gives the same bytes. They are read and checked completely instead of memory-mapped, because a stalled or
+replaced file on a shared file system would crash the router. This module must not know policies or deployments.
 """
 
 import hashlib
@@ -34,7 +34,7 @@ NORM_TERMS = "terms"
 NORM_SPACE = "space"
 
 _VOCABULARY = "vocabulary"
-# Tensor in the file, attribute of Artefact, type.
+# Each row: name of the tensor in the file, attribute of Artefact, type.
 _TENSORS: Final = (
     ("weights", "weights", "float32"),
     ("idf", "idf", "float32"),
@@ -46,12 +46,12 @@ _TENSORS: Final = (
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Artefact:
-    """Row i of every table is `terms[i]`; column j of `weights` is `clusters[j]`, which `experts[j]` serves.
+    """Tables of a trained classifier. Raises ValueError if the values do not fit together.
 
-    Shapes: `weights` terms x clusters, `idf` and `discriminative` terms, `offsets` clusters, `space` terms x dimensions
-    (0 with norm `terms`). `discriminative[i]` is 1 if the term distinguishes clusters; a prompt without such a term
-    counts as unknown. `training`: data fingerprint, settings, scores and package versions, as JSON values.
-    Raises ValueError if a value does not fit these rules.
+    Row i of every table belongs to `terms[i]`; column j of `weights` belongs to `clusters[j]`, which `experts[j]`
+    serves. Shapes: `weights` terms x clusters, `idf` and `discriminative` terms, `offsets` clusters, `space` terms x
+    dimensions (0 with norm `terms`). `discriminative[i]` is 1 if the term distinguishes clusters; a prompt without such
+    a term counts as unknown. `training`: data fingerprint, settings, scores and package versions, as JSON values.
     """
 
     features: Features
@@ -77,14 +77,14 @@ class Artefact:
 
     @cached_property
     def tables(self) -> bytes:
-        """The content of `tables.safetensors`."""
+        """Returns the content of `tables.safetensors`."""
         vocabulary = np.frombuffer("\n".join(self.terms).encode(), np.uint8)
         arrays = {name: np.ascontiguousarray(getattr(self, attribute)) for name, attribute, _ in _TENSORS}
         return bytes(save({_VOCABULARY: vocabulary, **arrays}))
 
     @cached_property
     def version(self) -> str:
-        """Hash of the whole content, including the cluster -> expert table."""
+        """Hash of the whole content, including the table of experts."""
         return _version(self._content())
 
     def _content(self) -> dict[str, object]:
@@ -101,7 +101,7 @@ class Artefact:
         }
 
     def write(self, folder: Path) -> None:
-        """Write the artefact to `folder`, complete or not at all; replaces an artefact there. Raises ArtefactError."""
+        """Writes the artefact to `folder`, completely or not at all; replaces an older one. Raises ArtefactError."""
         folder = folder.absolute()
         manifest = json.dumps({"version": self.version, **self._content()}, indent=1, ensure_ascii=False) + "\n"
         try:
@@ -120,7 +120,7 @@ class Artefact:
 
 
 def read(folder: Path) -> Artefact:
-    """Load and check an artefact. Raises ArtefactError with the reason if it is unusable."""
+    """Loads and checks an artefact. Raises ArtefactError with the reason if it is not valid."""
     if not folder.is_dir():
         raise ArtefactError(f"no artefact at {folder}: it must be a folder with {MANIFEST} and {TABLES}")
     manifest = _read_manifest(folder / MANIFEST)
@@ -131,20 +131,20 @@ def read(folder: Path) -> Artefact:
         artefact = _parse(manifest, load(tables))
     except (ValueError, TypeError, SafetensorError) as error:
         raise ArtefactError(f"the artefact {folder} cannot be used: {error}; train it again") from error
-    # Fills the cached property: the manifest's version is verified, so it need not be computed again.
+    # Fills the cached property with the version from the manifest, which was verified.
     artefact.__dict__["version"] = manifest["version"]
     return artefact
 
 
 def read_training(folder: Path) -> tuple[str, dict[str, Any]]:
-    """Return the version and the training record of an artefact, without reading its tables. Raises ArtefactError."""
+    """Returns the version and the training record of an artefact without reading its tables. Raises ArtefactError."""
     manifest = _read_manifest(folder / MANIFEST)
     training = manifest.get("training")
     return str(manifest["version"]), training if isinstance(training, dict) else {}
 
 
 def read_experts(folder: Path) -> set[str]:
-    """Return the experts of a valid artefact's clusters, without reading its tables. Raises ArtefactError."""
+    """Returns the experts that an artefact's clusters belong to, without reading its tables. Raises ArtefactError."""
     experts = _read_manifest(folder / MANIFEST)["experts"]
     assert isinstance(experts, list)
     return {expert for expert in experts if expert is not None}
@@ -253,7 +253,7 @@ def _write_synced(path: Path, content: bytes) -> None:
 
 
 def _check_replaceable(folder: Path) -> None:
-    """Raise ArtefactError unless `folder` is absent, empty or an artefact: a wrong path must not delete other files."""
+    """Raises ArtefactError unless `folder` is absent, empty or an artefact: a wrong path must not delete anything."""
     if folder.is_dir():
         other_files = sorted({entry.name for entry in folder.iterdir()} - {MANIFEST, TABLES})
         if other_files:

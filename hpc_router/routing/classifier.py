@@ -1,11 +1,10 @@
-"""Classifies a prompt with an artefact: tokenise, sum table rows, divide by a length. No state, no I/O.
+"""Classifies a prompt with an artefact: splits it into terms, adds their table rows, divides by a length.
 
-Score: the cosine between the prompt and a cluster. For `distilled` features it is the cosine the encoder is predicted
-to give, less the mean of that kind of text.
-Margin: the distance to the best cluster of *another expert*, because clusters of one expert do not compete. The
-artefact maps clusters to experts; an expert that is not in this deployment counts as none.
-The classifier only measures: the policy decides what a small margin means. All sums come from one table (see
-`term_sums`), and the rest works on Python lists, because numpy calls cost more on the request path.
+The score of a cluster is the cosine between prompt and cluster. With `distilled` features it is the cosine that the
+sentence encoder is predicted to give, minus the mean for that kind of text. The margin is the score's distance to the
+best cluster of another expert, because clusters of one expert do not compete; an expert outside the deployment counts
+as no expert. The classifier only measures, and the policy decides what a small margin means. It has no state and does
+no I/O. After the sum (`term_sums`) it uses Python lists, because numpy calls cost more on the request path.
 """
 
 import math
@@ -21,10 +20,10 @@ _EXCLUDED: Final = -math.inf
 
 
 class Classification(NamedTuple):
-    """The best cluster of a prompt and its lead over the best cluster of another expert.
+    """The best cluster of a prompt, and how far it leads over the best cluster of another expert.
 
-    `known_terms` counts the discriminative terms; at 0 the other fields say nothing about the prompt. `margin` and
-    `runner_up` (an expert) are None if all clusters belong to one expert.
+    `known_terms`: number of discriminative terms; if it is 0, the other fields say nothing about the prompt. `margin`
+    and `runner_up` (an expert) are None if all clusters belong to one expert.
     """
 
     cluster: str
@@ -36,7 +35,7 @@ class Classification(NamedTuple):
 
 
 class Term(NamedTuple):
-    """`weight`: what the term contributes to the margin. The weights of all terms add up to the margin."""
+    """A term and its contribution to the margin, `weight`. The weights of all terms add up to the margin."""
 
     term: str
     weight: float
@@ -46,9 +45,10 @@ class Classifier:
     def __init__(
         self, artefact: Artefact, *, experts: Collection[str] | None = None, margin_threshold: float | None = None
     ) -> None:
-        """`experts`: those of this deployment (None: all of the artefact). `margin_threshold`: None for the artefact's.
+        """Prepares the tables of an artefact.
 
-        `self.experts` holds one entry per cluster.
+        `experts`: the experts of this deployment; None: all of the artefact. `margin_threshold`: None takes that of the
+        artefact. `self.experts` has one entry per cluster.
         """
         self.artefact = artefact
         self.margin_threshold = artefact.margin_threshold if margin_threshold is None else margin_threshold
@@ -65,7 +65,7 @@ class Classifier:
             wide_lanes=self._in_space,  # a length in the space can be close to zero
         )
         self._offsets: list[float] | None = artefact.offsets.tolist() if artefact.offsets.any() else None
-        # For each cluster, the clusters of the same expert, itself included.
+        # For each cluster, all clusters of the same expert.
         self._same_expert = [[d for d, b in enumerate(self.experts) if a == b] for a in self.experts]
 
     @property
@@ -75,7 +75,7 @@ class Classifier:
     def classify(self, text: str) -> Classification:
         values, length, known = self._values(text)
         best, top, runner_up, second = self._best_and_runner_up(values)
-        if self._offsets is not None:  # values are divided by the length already, and centroids are not of length one
+        if self._offsets is not None:  # values are divided by the length already, and centroids do not have length one
             offset = self._offsets[best]
             score = (top - offset) / (math.sqrt(-2 * offset) or 1.0)
             margin = top - second
@@ -91,12 +91,12 @@ class Classifier:
         )
 
     def scores(self, text: str) -> list[float]:
-        """Return the value of every cluster that `classify` compares; offsets are included."""
+        """Returns the score of every cluster, with offsets."""
         values, length, _ = self._values(text)
         return values if self._offsets is not None else [value / length for value in values]
 
     def explain(self, text: str, *, limit: int = 10) -> tuple[Term, ...]:
-        """Return the terms that decided between the best cluster and the runner-up, by falling absolute weight."""
+        """Returns the terms that contributed most to the margin, the largest absolute weight first."""
         values, length, _ = self._values(text)
         best, _, runner_up, second = self._best_and_runner_up(values)
         terms = []
@@ -107,9 +107,9 @@ class Classifier:
         return tuple(sorted(terms, key=lambda term: -abs(term.weight))[:limit])
 
     def _values(self, text: str) -> tuple[list[float], float, int]:
-        """Return the values of the clusters, the length of the prompt, and its number of discriminative terms.
+        """Returns the values of the clusters, the length of the prompt, and the number of its discriminative terms.
 
-        Without offsets the values are not yet divided by the length.
+        Without offsets, the values are not yet divided by the length.
         """
         sums = self._terms.sums(text)
         clusters = self._clusters
@@ -120,9 +120,9 @@ class Classifier:
         return values, length, int(sums[clusters + 1])
 
     def _best_and_runner_up(self, values: list[float]) -> tuple[int, float, int, float]:
-        """Return index and value of the best cluster and of the best cluster of another expert. Overwrites `values`."""
+        """Returns index and value of the best cluster and of another expert's best cluster. Overwrites `values`."""
         top = max(values)
-        best = values.index(top)  # ties go to the first
+        best = values.index(top)  # the first one wins a tie
         for cluster in self._same_expert[best]:
             values[cluster] = _EXCLUDED
         second = max(values)

@@ -1,8 +1,8 @@
-"""Quality of a classifier on labelled prompts: accuracy, balance, coverage, latency, cost against quality.
+"""Measures a classifier on labelled prompts: accuracy, balance, coverage, latency, and accuracy for a given cost.
 
 A discovered cluster is evaluated as its most frequent label. If that label comes from the evaluated prompts themselves,
-small clusters look better than they are; callers can take it from other prompts. Confidence intervals are bootstraps
-over prompts, from the 2.5 to the 97.5 % quantile. Only numpy; no I/O. The keys of the results are printed as JSON.
+small clusters look better than they are, so callers can take it from other prompts. Confidence intervals are bootstraps
+over prompts, from the 2.5 to the 97.5 % quantile. The results are printed as JSON. Uses only numpy; no I/O.
 """
 
 import math
@@ -17,14 +17,14 @@ import numpy as np
 from hpc_router.routing.features import Doubles, Ids, Mask
 
 SHARES: Final = tuple(round(0.1 * n, 1) for n in range(1, 10))
-"""Points of the cost-quality curve: the share of prompts that the expensive expert answers."""
+"""Points of the cost-accuracy curve: shares of prompts that the expensive expert answers."""
 BOOTSTRAP_SAMPLES: Final = 1000
 LENGTHS: Final = (200, 500, 1000, 2000)
 """Prompt lengths of the latency measurement, in characters."""
 
 
 def majority(clusters: Sequence[str], labels: Sequence[str]) -> dict[str, str]:
-    """Return the most frequent label of each cluster; ties go to the first by name."""
+    """Returns the most frequent label of each cluster; in a tie, the first in alphabetical order."""
     counts: dict[str, Counter[str]] = {}
     for cluster, label in zip(clusters, labels, strict=True):
         counts.setdefault(cluster, Counter())[label] += 1
@@ -32,7 +32,7 @@ def majority(clusters: Sequence[str], labels: Sequence[str]) -> dict[str, str]:
 
 
 def nmi(clusters: Sequence[str], labels: Sequence[str]) -> float:
-    """Return the normalised mutual information: over the mean of both entropies; 0 if both entropies are 0."""
+    """Returns the normalised mutual information: divided by the mean of the two entropies; 0 if both are 0."""
     n = len(clusters)
     joint, by_cluster, by_label = Counter(zip(clusters, labels, strict=True)), Counter(clusters), Counter(labels)
     mutual = sum(c / n * math.log(c * n / (by_cluster[a] * by_label[b])) for (a, b), c in joint.items())
@@ -42,7 +42,7 @@ def nmi(clusters: Sequence[str], labels: Sequence[str]) -> float:
 
 
 def confusion(decided: Sequence[str], labels: Sequence[str]) -> dict[str, dict[str, int]]:
-    """Return label -> decision -> number of prompts."""
+    """Returns the number of prompts for each label and decision: label -> decision -> number."""
     table: dict[str, dict[str, int]] = {}
     for (label, name), count in sorted(Counter(zip(labels, decided, strict=True)).items()):
         table.setdefault(label, {})[name] = count
@@ -50,14 +50,17 @@ def confusion(decided: Sequence[str], labels: Sequence[str]) -> dict[str, dict[s
 
 
 def balance(decided: Sequence[str], names: Sequence[str]) -> tuple[dict[str, float], float]:
-    """Return the share of each name, and the efficiency 1 / (k x largest share), which is 1 if all k are equal."""
+    """Returns the share of each name, and the balance 1 / (k x largest share), which is 1 if all k shares are equal."""
     counts = Counter(decided)
     shares = {name: counts[name] / len(decided) for name in names}
     return shares, 1 / (len(names) * max(shares.values()))
 
 
 def coverage(margins: Sequence[float | None], right: Sequence[bool], *, threshold: float) -> list[dict[str, float]]:
-    """Return share and accuracy of the prompts above several margins around `threshold`. None counts as infinite."""
+    """Returns share and accuracy of the prompts with at least a certain margin, for several margins around `threshold`.
+
+    A margin of None counts as infinite.
+    """
     known = np.array([math.inf if margin is None else margin for margin in margins])
     correct = np.array(right)
     rows = []
@@ -69,9 +72,9 @@ def coverage(margins: Sequence[float | None], right: Sequence[bool], *, threshol
 
 
 def latency(decide: Callable[[str], object], texts: Sequence[str]) -> dict[str, Any]:
-    """Return p50 and p99 in microseconds by prompt length, for prompts cut from `texts`.
+    """Measures `decide`: returns p50 and p99 in microseconds by prompt length, for prompts cut from `texts`.
 
-    A fixed loop of Python code is measured as well, as a reference for the speed of the machine.
+    As a reference for the speed of the machine, a fixed loop of Python code is measured as well.
     """
     joined = " ".join(texts)
     while len(joined) < LENGTHS[-1] * 50:
@@ -79,7 +82,7 @@ def latency(decide: Callable[[str], object], texts: Sequence[str]) -> dict[str, 
     result: dict[str, Any] = {"sum(range(1000))": _quantiles([lambda: sum(range(1000))] * 300)}
     for length in LENGTHS:
         calls = [partial(decide, joined[start : start + length]) for start in range(0, length * 50, length)]
-        _quantiles(calls)  # warms the token cache, as in a router that has run for a while
+        _quantiles(calls)  # fills the token cache, as in a router that has run for a while
         result[f"{length} B"] = _quantiles(calls * 6)
     return result
 
@@ -95,7 +98,7 @@ def _quantiles(calls: Sequence[Callable[[], object]]) -> dict[str, float]:
 
 
 def bootstrap_interval(statistic: Callable[[Ids], float], *, rows: int, seed: int = 0) -> tuple[float, float]:
-    """Return the 95 % interval of `statistic`, which takes the indices of the prompts in a sample."""
+    """Returns the 95 % interval of `statistic`, a function of the row numbers in a bootstrap sample."""
     rng = np.random.default_rng(seed)
     values = [statistic(rng.integers(rows, size=rows)) for _ in range(BOOTSTRAP_SAMPLES)]
     return float(np.quantile(values, 0.025)), float(np.quantile(values, 0.975))
@@ -104,12 +107,12 @@ def bootstrap_interval(statistic: Callable[[Ids], float], *, rows: int, seed: in
 def cost_quality(
     *, experts: Sequence[str], cost: Doubles, gain: Doubles, right: Doubles, seed: int = 0
 ) -> dict[str, Any]:
-    """Compare a cheap and an expensive expert at every share of prompts that the expensive one may answer.
+    """Compares a cheap and an expensive expert: accuracy as a function of the share of prompts for the expensive one.
 
-    `right[prompt, expert]`: correctness. `gain[prompt]`: expected gain from the expensive expert. At each share the
-    prompts with the largest expected gain go to the expensive expert; ties are broken at random. Random mixing draws
-    the same share at random, which gives a straight line between the two. The oracle knows the real gain.
-    `low` and `high` are the interval of the accuracy above random mixing.
+    `right[prompt, expert]`: correctness. `gain[prompt]`: predicted gain from the expensive expert. At each share, the
+    prompts with the largest predicted gain go to the expensive expert; ties are broken at random. `random` selects the
+    same number of prompts at random, `oracle` those with the largest real gain. `low` and `high`: interval of the
+    accuracy above `random`.
     """
     expensive, cheap = int(np.argmax(cost)), int(np.argmin(cost))
     rng = np.random.default_rng(seed)
@@ -149,7 +152,7 @@ def cost_quality(
 
 
 def _largest(gain: Doubles, tie_breaker: Doubles, share: float) -> Mask:
-    """Return a mask of the prompts with the largest gain, `share` of all."""
+    """Returns a mask that selects a `share` of the prompts: those with the largest gain."""
     order = np.lexsort((tie_breaker, -gain))
     selected = np.zeros(len(gain), np.bool_)
     selected[order[: round(share * len(gain))]] = True

@@ -1,11 +1,11 @@
 """Trains an artefact from exemplars, about 20 prompts per expert: one centroid of TF-IDF rows per expert.
 
-The settings were the best, or as good as the best, with exemplars of one source and test prompts of others: single
-terms with five-character prefixes (20 prompts rarely repeat a pair of words), folded digits, and
-idf = ln((n + 1) / df), which nearly removes a word that occurs in every exemplar. The margin threshold comes from
-cross-validation over the exemplars (leave-one-out if there are few). A term is discriminative if it occurs in the
-exemplars of at most half of the experts, rounded up. Only numpy, no randomness and no BLAS, so the same prompts give
-the same bits. A generalist fallback expert needs no exemplars and is not part of the artefact.
+The settings were as good as the best ones in tests with exemplars of one source and prompts of others: single terms
+with five-character prefixes (20 prompts rarely repeat a pair of words), folded digits, and idf = ln((n + 1) / df),
+which nearly removes a word that occurs in every exemplar. The margin threshold comes from cross-validation over the
+exemplars. A term is discriminative if it occurs in the exemplars of at most half of the experts, rounded up. The
+training uses neither randomness nor BLAS, so the same prompts give the same bits. A generalist fallback expert needs no
+exemplars and is not part of the artefact.
 """
 
 import hashlib
@@ -24,13 +24,13 @@ from hpc_router.routing.artefact import Artefact
 from hpc_router.routing.features import Doubles, Features, Ids, Mask, TermCounts, counts_of, vocabulary_of
 
 FALSE_REJECTION_RATE: Final = 0.05
-"""Share of correctly classified held-out prompts whose margin may lie below the threshold."""
+"""Share of correctly classified held-out prompts whose margin may be below the threshold."""
 MAX_FOLDS: Final = 200
-"""Number of folds of the cross-validation; with fewer exemplars each is a fold of its own."""
+"""Number of folds of the cross-validation; with fewer exemplars, each exemplar is a fold."""
 
 
 def train(exemplars: Mapping[str, Sequence[str]], *, features: Features | None = None) -> Artefact:
-    """Train one cluster per expert, named after it. Raises ConfigError as `usable_exemplars` does."""
+    """Trains one cluster per expert, named after it. Raises ConfigError as `usable_exemplars` does."""
     features = features or Features()
     usable = usable_exemplars(exemplars, features=features)
     names = tuple(usable)
@@ -67,12 +67,12 @@ def train(exemplars: Mapping[str, Sequence[str]], *, features: Features | None =
 
 
 def margin_threshold(margins: Doubles) -> float:
-    """Return the threshold for the margins of correctly classified held-out prompts; 0 if there are none."""
+    """Returns the threshold, given the margins of correctly classified held-out prompts; 0 if there are none."""
     return float(np.quantile(margins, FALSE_REJECTION_RATE)) if margins.size else 0.0
 
 
 def usable_exemplars(exemplars: Mapping[str, Sequence[str]], *, features: Features) -> dict[str, list[str]]:
-    """Return the prompts to train on, by expert in sorted order. Prompts without a term and duplicates are left out.
+    """Returns the prompts to train on, by expert in sorted order. Prompts without a term and duplicates are left out.
 
     Raises ConfigError, with expert and position, for a value that is not text, a prompt of two experts, an expert
     without a usable prompt, or fewer than two experts.
@@ -115,29 +115,29 @@ def usable_exemplars(exemplars: Mapping[str, Sequence[str]], *, features: Featur
 
 
 def _without_texts(counts: TermCounts, removed: Mask) -> TermCounts:
-    """Return the counts with the rows of some texts emptied; rows keep their numbers."""
+    """Returns the counts with the rows of the removed texts emptied. The numbers of the rows do not change."""
     kept = ~removed[counts.text]
     return replace(counts, text=counts.text[kept], term=counts.term[kept], count=counts.count[kept])
 
 
 def _idf(counts: TermCounts, *, prompts: int) -> Doubles:
-    """Return ln((prompts + 1) / df) per term; 0 for a term without entries. `prompts`: number of texts with entries."""
+    """Returns ln((prompts + 1) / df) for each term, or 0 if it has no entries. `prompts`: texts with entries."""
     df = np.bincount(counts.term, minlength=counts.terms)
     idf: Doubles = np.where(df > 0, np.log((prompts + 1) / np.maximum(df, 1)), 0.0)
     return idf
 
 
 def _unit_rows(counts: TermCounts, idf: Doubles) -> Doubles:
-    """Return the TF-IDF value of each entry, divided by the length of its row."""
+    """Returns the TF-IDF value of each entry, divided by the length of its row."""
     weighted = counts.count * idf[counts.term]
-    # A prefix that two words of a prompt share counts for each of them, as it does at run time.
+    # A prefix that two words of a prompt share counts twice, as in the classifier.
     length = np.sqrt(np.bincount(counts.text, weights=weighted * idf[counts.term], minlength=counts.texts))
     unit: Doubles = weighted / np.where(length > 0, length, 1.0)[counts.text]
     return unit
 
 
 def _centroids(counts: TermCounts, idf: Doubles, *, label: Ids, clusters: int) -> Doubles:
-    """Return clusters x terms: the sum of the unit rows of each cluster, scaled to length one."""
+    """Returns a matrix clusters x terms: the sum of each cluster's unit rows, scaled to length one."""
     cell = label[counts.text] * counts.terms + counts.term
     sums = np.bincount(cell, weights=_unit_rows(counts, idf), minlength=clusters * counts.terms)
     sums = sums.reshape(clusters, counts.terms)
@@ -147,7 +147,7 @@ def _centroids(counts: TermCounts, idf: Doubles, *, label: Ids, clusters: int) -
 
 
 def _cross_validated(counts: TermCounts, *, label: Ids, clusters: int) -> tuple[Ids, Doubles]:
-    """Return cluster and margin of each prompt, predicted by a training without its fold."""
+    """Returns the predicted cluster and margin of each prompt, from a training without the prompt's fold."""
     folds = min(counts.texts, MAX_FOLDS)
     fold = np.arange(counts.texts) % folds
     scores = np.zeros((counts.texts, clusters))

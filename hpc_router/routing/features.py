@@ -1,11 +1,11 @@
-"""Splits a text into terms, in the same way for training and for a decision.
+"""Splits a text into terms, in the same way for training and for routing.
 
 Kind `lexical`: a token is a lower-cased word or number, or a single symbol. Digits, one-letter words and operators are
-kept because mathematics and code consist of them. In scripts without spaces every character is a token. Each token
+kept because mathematics and code consist of them. In scripts without spaces, every character is a token. Each token
 counts once per text, because repetition carries little information. A term is a token, a token prefix (`diabe*`) or a
-pair of neighbouring words (`a b`); no token contains a space or mixes letters with `*`, so a term is unambiguous.
-Kind `cbtm`: words of two or more characters with their counts, as c-BTM (arXiv 2303.14177) does it.
-Splitting runs in C (translate, split). This module must not know weights, clusters or experts.
+pair of neighbouring words (`a b`). No token contains a space or mixes letters with `*`, so terms are unambiguous. Kind
+`cbtm`: words of two or more characters with their counts, as in c-BTM (arXiv 2303.14177). Splitting uses functions
+written in C (translate, split). This module must not know weights, clusters or experts.
 """
 
 import re
@@ -28,20 +28,20 @@ Mask = NDArray[np.bool_]
 
 # Han and kana are written without spaces, so each character is a token.
 _UNSPACED: Final = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-# A single-character token: one of the above or any symbol beyond ASCII. The leading character class is fast to search.
+# A single-character token: one of those, or any symbol beyond ASCII. The leading character class makes the search fast.
 _SINGLE_TOKEN: Final = re.compile(rf"([^\x00-\x7f])(?<![^\W{_UNSPACED}])")
 _CBTM_WORD: Final = re.compile(r"(?u)\b\w\w+\b")
 _WORD_BYTES: Final = b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_"
 SYMBOLS: Final = bytes(c for c in range(33, 127) if c not in _WORD_BYTES)
 _NON_SYMBOLS: Final = bytes(c for c in range(256) if c not in SYMBOLS)
-# Typographic variants of ASCII characters. Most texts that are not ASCII contain no other characters beyond it.
+# Typographic variants of ASCII characters. Most non-ASCII texts contain no other characters beyond ASCII.
 _TYPOGRAPHIC: Final = tuple(zip("’‘“”–—…\u00a0", ("'", "'", '"', '"', "-", "-", "...", " "), strict=True))
-# bytes.split knows only ASCII spaces, and NFKC does not replace these.
+# bytes.split splits only at ASCII spaces, and NFKC does not replace these.
 _UNICODE_SPACES: Final = ("\x85", "\u1680", "\u2028", "\u2029")
 
 
 def _word_table(*, fold_numbers: bool) -> bytes:
-    """Return a bytes.translate table: letters in lower case, digits as `0` if folded, other ASCII as spaces."""
+    """Returns a bytes.translate table: letters to lower case, digits kept or folded to `0`, the rest to spaces."""
     table = bytearray(b" " * 128) + bytes(range(128, 256))
     for byte in _WORD_BYTES:
         table[byte] = ord("0") if fold_numbers and chr(byte).isdigit() else ord(chr(byte).lower())
@@ -53,11 +53,10 @@ _WORD_TABLES: Final = {fold: _word_table(fold_numbers=fold) for fold in (False, 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Features:
-    """Settings that turn a text into terms; one set of settings per artefact.
+    """Settings that turn a text into terms; an artefact has one set of them.
 
-    `ngrams`: 1, or 2 to add pairs of neighbouring words. `prefix`: tokens of at least this many characters also give
-    their first `prefix` characters as a term (0: off). `fold_numbers`: every digit reads as `0`. Kind `cbtm` uses none
-    of the three.
+    `ngrams`: 1, or 2 to add pairs of neighbouring words. `prefix`: the first `prefix` characters of a longer or equal
+    token are a further term (0: off). `fold_numbers`: every digit is read as `0`. Kind `cbtm` ignores these three.
     """
 
     kind: str = "lexical"
@@ -79,9 +78,9 @@ class Features:
             raise ValueError("features.kind 'cbtm' has neither pairs nor prefixes: ngrams=1 prefix=0")
 
     def split(self, text: str) -> tuple[list[bytes], bytes]:
-        """Return the words and the ASCII symbols of the text, each in order and with repeats.
+        """Returns the words and the ASCII symbols of the text, each in order and with repetitions.
 
-        The words are UTF-8 and include symbols beyond ASCII. Kind `cbtm` gives no symbols.
+        The words are UTF-8 and include symbols beyond ASCII. Kind `cbtm` returns no symbols.
         """
         if self.kind == "cbtm":
             text = clip(text, window_bytes=self.window_bytes).lower()
@@ -93,7 +92,7 @@ class Features:
         return raw.translate(_WORD_TABLES[self.fold_numbers]).split(), raw.translate(None, _NON_SYMBOLS)
 
     def terms(self, text: str) -> list[str]:
-        """Return every term of the text, each once (`cbtm`: as often as it occurs)."""
+        """Returns every term of the text once (`cbtm`: as often as it occurs)."""
         words, symbols = self.split(text)
         if self.kind == "cbtm":
             return [word.decode() for word in words]
@@ -118,7 +117,7 @@ class Vocabulary:
 
 
 def clip(text: str, *, window_bytes: int) -> str:
-    """Return the longest start of the text that fits the window in UTF-8, without lone surrogates."""
+    """Returns the longest start of the text that fits into `window_bytes` of UTF-8, without lone surrogates."""
     text = text[:window_bytes]
     if text.isascii():
         return text
@@ -126,7 +125,7 @@ def clip(text: str, *, window_bytes: int) -> str:
 
 
 def _normalised(text: str) -> str:
-    """Return the text in lower case and NFKC, with ASCII spaces, and with spaces around single-character tokens."""
+    """Returns the text in lower case and NFKC, with ASCII spaces, also around single-character tokens."""
     for character, replacement in _TYPOGRAPHIC:
         text = text.replace(character, replacement)
     if text.isascii():
@@ -139,7 +138,7 @@ def _normalised(text: str) -> str:
 
 
 def vocabulary_of(texts: Iterable[str], *, features: Features) -> Vocabulary:
-    """Return all terms of the texts, sorted."""
+    """Returns all terms of the texts, sorted."""
     return Vocabulary(tuple(sorted({term for text in texts for term in features.terms(text)})), features)
 
 
@@ -158,7 +157,7 @@ class TermCounts:
 
 
 def counts_of(texts: Sequence[str], *, vocabulary: Vocabulary) -> TermCounts:
-    """Count the terms of each text; terms outside the vocabulary are ignored."""
+    """Returns how often each term occurs in each text, as a sparse matrix. Ignores terms outside the vocabulary."""
     columns = {term: column for column, term in enumerate(vocabulary.terms)}
     rows: list[dict[int, int]] = []
     for text in texts:

@@ -1,11 +1,12 @@
-"""Policies: choose an expert for a request with `model: auto`. One small class per policy.
+"""Policies choose an expert for a request with `model: auto`. Each policy is one small class.
 
-A policy decides at once from the prompt and from the ready experts with their requests in flight. It must not know
+A policy decides at once, from the prompt and from the ready experts with their requests in flight. It must not know
 replicas, and it never waits. `select` may return an expert that is not ready; the router then tries the experts of
 `order`. `explain` makes the same decision without changing the state of the policy.
-Reasons: `low_margin` and `no_known_terms` describe the prompt, whichever expert gets it (the fallback, or without one
-the best expert). `unavailable`: the prompt's cluster has no expert in this deployment, or no expert is ready. `policy`:
-the prompt had no influence. Only the router sets `named` and `spilled`.
+
+Reasons of a decision: `low_margin` and `no_known_terms` describe the prompt, whichever expert gets it (the fallback,
+else the best expert). `unavailable`: the prompt's cluster has no expert in this deployment, or no expert is ready.
+`policy`: the prompt had no influence. Only the router sets `named` and `spilled`.
 """
 
 from collections.abc import Mapping
@@ -30,7 +31,7 @@ class RouteReason(StrEnum):
 
 
 class Decision(NamedTuple):
-    """`expert`: None if no expert can take the prompt. `margin`: lead of the cluster's expert over `runner_up`."""
+    """The expert chosen for a prompt; None if no expert can take it. `margin`: lead over the expert `runner_up`."""
 
     expert: str | None
     reason: RouteReason
@@ -40,7 +41,7 @@ class Decision(NamedTuple):
     runner_up: str | None = None
 
     def to_dict(self, *, id: str | int | None) -> dict[str, object]:
-        """Return the JSON form of `POST /route`, `hpc-router route` and `classify predict` (*contract*)."""
+        """Returns the JSON form for `POST /route`, `hpc-router route` and `classify predict` (*contract*)."""
         return {
             "id": id,
             "cluster": self.cluster,
@@ -64,33 +65,33 @@ class Explanation:
 
 class Policy(Protocol):
     weighs_load: bool
-    """Whether `select` reads `ready`. Computing it costs the router time in proportion to the number of replicas."""
+    """Whether `select` uses `ready`, which costs the router time in proportion to the number of replicas."""
 
     @property
     def shadow(self) -> "Policy | None":
-        """A second policy whose decisions are counted but have no effect."""
+        """A second policy that also decides for each prompt. Its decisions are counted and have no other effect."""
 
     @property
     def version(self) -> str | None:
-        """Version of the artefact that the policy decides with; None without an artefact."""
+        """Version of the policy's artefact; None without an artefact."""
 
     def select(self, text: str, *, ready: Mapping[str, int]) -> Decision:
-        """Decide for a prompt. `ready`: requests in flight of each ready expert."""
+        """Chooses an expert for a prompt. `ready`: ready experts and their number of requests in flight."""
 
     def explain(self, text: str, *, ready: Mapping[str, int]) -> Explanation:
-        """Return the decision that `select` would make, with the terms behind it, and change no state."""
+        """Returns the decision of `select` and the terms behind it. Does not change the policy's state."""
 
     def order(self, decision: Decision) -> tuple[str, ...]:
-        """Return the experts to try in turn: the chosen one, then its substitutes."""
+        """Returns the experts to try in turn: the chosen one, then its substitutes."""
 
 
 def versions(policy: Policy) -> tuple[str | None, str | None]:
-    """Return the artefact versions of a policy and of its shadow."""
+    """Returns the artefact versions of a policy and of its shadow."""
     return policy.version, None if policy.shadow is None else policy.shadow.version
 
 
 class ClassifierPolicy:
-    """Chooses the expert of the prompt's cluster; the fallback if the margin is low or the cluster has no expert."""
+    """Chooses the expert of the prompt's cluster, or the fallback if the margin is low or the cluster has no expert."""
 
     weighs_load = False
 
@@ -106,7 +107,7 @@ class ClassifierPolicy:
         result = self._classifier.classify(text)
         best = result.expert or self._fallback or result.runner_up
         if result.known_terms == 0:
-            # No term was recognised, so the decision reports no cluster, score or margin.
+            # no term was recognised, so the decision has no cluster, score or margin
             return Decision(self._fallback or best, RouteReason.NO_KNOWN_TERMS)
         if result.margin is not None and result.margin < self._classifier.margin_threshold:
             expert, reason = self._fallback or best, RouteReason.LOW_MARGIN
@@ -131,7 +132,7 @@ class ClassifierPolicy:
 
 
 class RoundRobin:
-    """Chooses the ready experts in turn, in the order of their names; the set of ready experts may change."""
+    """Chooses the ready experts in turn, sorted by name. The set of ready experts may change between calls."""
 
     version = None
     weighs_load = True
@@ -158,7 +159,7 @@ class RoundRobin:
 
 
 class LeastInFlight(RoundRobin):
-    """Chooses the ready expert with the fewest requests in flight; ties take turns."""
+    """Chooses the ready expert with the fewest requests in flight; in a tie, the experts take turns."""
 
     def _candidates(self, ready: Mapping[str, int]) -> list[str]:
         least = min(ready.values(), default=0)
@@ -166,7 +167,7 @@ class LeastInFlight(RoundRobin):
 
 
 class ModelField:
-    """Clients name the expert. `auto` means the fallback; without one no expert is chosen and the router sends 404."""
+    """Policy for clients that name the expert. `auto` gets the fallback; without one, the router sends 404."""
 
     version = None
     weighs_load = False
@@ -188,7 +189,7 @@ class ModelField:
 def build_policy(
     *, kind: str, classifier: Classifier | None = None, fallback: str | None = None, shadow: Policy | None = None
 ) -> Policy:
-    """Build the policy of a configured `kind`. Raises ConfigError for an unknown kind or a missing classifier."""
+    """Builds the policy of a configured `kind`. Raises ConfigError for an unknown kind or a missing classifier."""
     match kind:
         case "classifier":
             if classifier is None:
@@ -205,7 +206,7 @@ def build_policy(
 
 
 def _next(names: list[str], *, after: str) -> str | None:
-    """Return the first of the sorted names greater than `after`, else the first of all; None if there are none."""
+    """Returns the first of the sorted names that is greater than `after`, else the first of all, if any."""
     return next((name for name in names if name > after), names[0] if names else None)
 
 

@@ -1,9 +1,9 @@
-"""Extracts the text that a routing decision reads from an API request.
+"""Extracts the text that a routing decision is based on from an API request.
 
-The text is the user's messages, oldest first, up to a window. Later turns of a conversation only append, so a
-conversation keeps its expert without stored state. System prompts and answers are not read; images, audio and token ids
-have no text. Reading is not validation: a value of another shape has no text, and the engine decides whether it is
-valid. This module must not know HTTP, experts or terms.
+The text is the user's messages, oldest first, up to a window. Later turns of a conversation append to it, so a
+conversation keeps its expert without stored state. System prompts and answers are ignored; images, audio and token ids
+have no text. This module does not validate: a value of an unexpected form has no text, and the engine decides whether
+it is valid. This module must not know HTTP, experts or terms.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,15 +13,15 @@ from hpc_router.routing.features import WINDOW_BYTES
 
 _TEXT_PARTS: Final = ("text", "input_text")  # not a set: the type of a part may be unhashable
 _MAX_FIRST_ITEMS: Final = 1000
-"""Turns, and parts of a turn, in which the first text of a conversation is searched."""
+"""Maximum number of turns, and of parts of a turn, in which the first text of a conversation is searched."""
 
 
 def prompt_text(body: object, *, window: int = WINDOW_BYTES, first: str = "messages") -> str:
-    """Return the first `window` characters of the user's text in a decoded body of any API; empty if it has none.
+    """Returns the first `window` characters of the user's text in a decoded body of any API; empty if there is none.
 
     Chat completions and Anthropic messages use `messages`; completions and `POST /route` use `prompt`; responses and
-    embeddings use `input`. `first` names the field of the body's API, which is read if a body has several of them:
-    `prompt` has another meaning in the responses API, for example.
+    embeddings use `input`. `first` names the field of the body's API. This field is preferred, because another API's
+    field may have a different meaning (`prompt` in the responses API, for example).
     """
     if not isinstance(body, dict):
         return ""
@@ -39,9 +39,9 @@ def prompt_text(body: object, *, window: int = WINDOW_BYTES, first: str = "messa
 
 
 def first_user_message(fields: Mapping[str, object]) -> str | None:
-    """Return the first text of the user in a conversation of any API, which every later turn contains as well.
+    """Returns the first text of the user in a conversation, which identifies it: every later turn contains it as well.
 
-    None if the body has no such text.
+    Returns None if the body has no such text.
     """
     turns = fields.get("messages", fields.get("input"))
     if isinstance(turns, str):
@@ -58,7 +58,8 @@ def first_user_message(fields: Mapping[str, object]) -> str | None:
 
 
 def _conversation(value: object) -> Iterator[str]:
-    """The texts of `messages` or `input`: a string, or a list of messages, strings, token ids and other items."""
+    """Yields the texts of `messages` or `input`: a string, or a list of messages, strings, token ids and other
+    items."""
     if isinstance(value, str):
         yield value
     for item in _items(value):
@@ -91,7 +92,7 @@ def _prompts(value: object) -> Iterator[str]:
 
 
 def _items(value: object) -> Sequence[object]:
-    """The items of a list. A list that starts with a token id has none: such lists are long, and contain no text."""
+    """Returns the items of a list; none if it starts with a token id, because such lists are long and have no text."""
     return value if isinstance(value, list) and not (value and type(value[0]) is int) else ()
 
 
@@ -101,4 +102,4 @@ _READERS: Final[Mapping[str, Callable[[object], Iterator[str]]]] = {
     "input": _conversation,
 }
 PROMPT_FIELDS: Final = tuple(_READERS)
-"""The fields of a body that may contain its prompt."""
+"""Fields of a body that may contain its prompt."""

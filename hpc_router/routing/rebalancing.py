@@ -1,9 +1,10 @@
 """Moves clusters between experts until no expert has more load than its limit.
 
 The load of a cluster is its share of the traffic. The limit of an expert is its share of the total capacity times a
-factor. Moving a cluster costs its load times the score it loses there. Each step relieves the most overloaded expert by
-the cheapest move that brings it under its limit, or else by the move with the least loss per load. If only moves beyond
-the permitted total loss are left, more replicas are recommended instead. Pure functions, no I/O.
+factor. Moving a cluster loses score: its load times the difference between the two experts' scores. Each step takes the
+most overloaded expert and makes the cheapest move that brings it under its limit, or else the move with the least loss
+per load. If the remaining moves would exceed the permitted total loss, more replicas are recommended. Pure functions,
+no I/O.
 """
 
 import math
@@ -17,7 +18,8 @@ from hpc_router.routing.features import Doubles
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RebalancedTable:
-    """`table`: expert of each cluster. `shares`: load of each expert. `loss`: lost score, averaged over the traffic.
+    """Result of rebalancing. `table`: expert of each cluster. `shares`: load of each expert. `loss`: mean loss of
+    score.
 
     `replicas`: for experts that stay overloaded, the factor by which their number of replicas has to grow.
     """
@@ -39,10 +41,10 @@ def rebalance(
     limit: float,
     max_loss: float,
 ) -> RebalancedTable:
-    """Return the table with clusters moved.
+    """Returns the table of experts with clusters moved from overloaded experts to others.
 
     `table[c]`, `load[c]`: expert and load of cluster c. `score[c, e]`: score of cluster c at the e-th expert of
-    `capacity`, whose values add up to 1. `limit`: factor on the capacity. `max_loss`: limit of the total loss.
+    `capacity`, whose values add up to 1. `limit`: factor on the capacity. `max_loss`: maximum total loss of score.
     """
     names = list(capacity)
     max_load = np.array([capacity[name] for name in names]) * limit
@@ -72,12 +74,12 @@ def rebalance(
 def _next_move(
     assignment: Sequence[int], loads: Doubles, max_load: Doubles, load: Doubles, score: Doubles, *, budget: float
 ) -> tuple[int, int, float] | None:
-    """Return cluster, target expert and loss of the next move; None if none is needed or affordable."""
+    """Returns cluster, target expert and loss of the next move; None if none is needed or within `budget`."""
     source = int(np.argmax(loads / max_load))
     excess = loads[source] - max_load[source]
     if excess <= 1e-12:
         return None
-    # Sort key: moves that are enough come first and compare by loss, the others by loss per load.
+    # Sort key: moves that relieve the expert come first, by loss; then the others, by loss per load.
     moves: list[tuple[bool, float, int, int, float]] = []
     for cluster, expert in enumerate(assignment):
         if expert != source or load[cluster] <= 0:

@@ -1,10 +1,10 @@
-"""Sums the rows of a terms x columns table over the terms of a text.
+"""Adds the rows of a terms x columns table for the terms of a text.
 
-Every token maps to one Python integer that packs all columns of its row in fixed point, one lane of 32 or 64 bits per
-column. Adding all columns of all tokens is then a single integer `sum` in C. The result is exact and independent of
-the order of the terms and of the machine. On the request path the cost of a decision is dominated by the code and data
-it pulls into the CPU caches, and this representation touches the least. The row of a word already includes the row of
-its prefix. This module must not know what the columns mean.
+Every token maps to one Python integer that holds its whole row in fixed-point numbers, one lane of 32 or 64 bits per
+column. So one `sum` of integers, in C, adds all columns of all tokens. The result is exact and does not depend on the
+order of the terms or on the machine. On the request path, a decision's cost is dominated by the code and data that it
+loads into the CPU caches, and this representation needs the least. The row of a word includes the row of its prefix.
+This module must not know what the columns mean.
 """
 
 import struct
@@ -18,17 +18,17 @@ import numpy as np
 from hpc_router.routing.features import SYMBOLS, Features, Floats
 
 MAX_TOKENS: Final = 50_000
-"""Size limit of the cache of tokens outside the vocabulary; about 8 MB when full."""
+"""Maximum number of cached tokens that are not in the vocabulary; the full cache takes about 8 MB."""
 MAX_TOKEN_CHARS: Final = 40
 """Longer tokens outside the vocabulary are not cached."""
 
 
 class TermSums:
     def __init__(self, terms: Sequence[str], table: Floats, *, features: Features, wide_lanes: bool = False) -> None:
-        """`table`: terms x columns. Sort the terms by falling frequency, so that common rows share cache lines.
+        """Packs `table`, terms x columns. Terms sorted by falling frequency let common rows share cache lines.
 
-        With a window of 2 KiB the rounding error of a value is at most about 2^-20 of the largest value in its column.
-        With `wide_lanes` (64 bits per column) it is 2^-52, for sums that matter even when they are close to zero.
+        With a window of 2 KiB, the rounding error of a value is at most about 2^-20 of the largest value in its column.
+        With `wide_lanes` (64 bits per column) it is 2^-52, for sums whose exact value matters even close to zero.
         """
         self._features = features
         self._counts_repeats = features.kind == "cbtm"
@@ -49,10 +49,10 @@ class TermSums:
                 words[term.encode()] = row
         table = _add_prefixes(table, words, prefixes, size=features.prefix)
         columns, lane_bytes = table.shape[1], 8 if wide_lanes else 4
-        # Added to each lane: keeps lanes from going below zero, where they would borrow from their neighbour.
+        # Added to each lane, so that no lane becomes negative and borrows from its neighbour.
         bias = 2 ** (8 * lane_bytes - 1)
-        # The scale of a column is the largest power of two with which a text of the maximum number of terms, each with
-        # the largest value of the column, still fits its lane.
+        # The scale of a column is the largest power of two with which the longest text, if each of its terms had the
+        # column's largest value, still fits the lane.
         max_terms = features.ngrams * self._max_words + len(SYMBOLS)
         largest = np.abs(table).max(axis=0, initial=2.0**-60).astype(np.float64)
         scales = np.exp2(np.floor(np.log2((bias / max_terms - 1) / largest)))
@@ -69,7 +69,7 @@ class TermSums:
         self._pair_rows = {pair: rows[row] for pair, row in pairs.items()}
 
     def sums(self, text: str) -> list[float]:
-        """Return the sum of each column over the terms of the text."""
+        """Returns the sum of each column over the terms of the text."""
         words, symbols = self._features.split(text)
         if len(words) > self._max_words:
             words = words[: self._max_words]
@@ -80,9 +80,9 @@ class TermSums:
         return self._columns(total)
 
     def by_term(self, text: str) -> dict[str, list[float]]:
-        """Return the columns that each term of the text contributes to `sums`.
+        """Returns, for each term of the text, what it contributes to each column of `sums`.
 
-        A word includes its prefix. An unknown word appears under its prefix (`diabe*`), or not at all if the prefix is
+        A word includes its prefix. An unknown word appears as its prefix (`diabe*`), or not at all if the prefix is
         unknown too.
         """
         words, symbols = self._features.split(text)
@@ -104,7 +104,7 @@ class TermSums:
 
 
 class _TokenRows(dict[bytes | int, int]):
-    """Token -> packed row: that of the word or ASCII symbol, else that of its prefix, else 0. Caches every lookup."""
+    """Maps a token to its packed row: that of the word or symbol, else of its prefix, else 0. Caches every lookup."""
 
     def __init__(self, known: Mapping[bytes | int, int], prefix_rows: Mapping[str, int], *, prefix: int) -> None:
         super().__init__(known)
@@ -124,14 +124,14 @@ class _TokenRows(dict[bytes | int, int]):
         return value
 
     def term_of(self, token: bytes | int) -> str:
-        """Return the term whose row the token has."""
+        """Returns the term whose row is used for the token."""
         if isinstance(token, int):
             return chr(token)
         return token.decode() if token in self._known else f"{token.decode()[: self._prefix]}*"
 
 
 def _add_prefixes(table: Floats, words: Mapping[bytes | int, int], prefixes: Mapping[str, int], *, size: int) -> Floats:
-    """Return the table with the row of each word's prefix added to the row of the word."""
+    """Returns the table with the row of each word's prefix added to the row of the word."""
     pairs = [
         (row, prefixes[prefix])
         for word, row in words.items()

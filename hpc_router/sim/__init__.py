@@ -1,8 +1,9 @@
-"""The simulated engine: an OpenAI-compatible server that answers as vLLM does, without a model.
+"""The simulated engine: an OpenAI-compatible server that responds as vLLM does, without a model.
 
-Latencies and answers are seeded, and faults can be injected. It stands in for vLLM in tests, demos and load
-experiments: `python -m hpc_router.sim`, or in-process `async with SimServer(SimConfig(...)) as engine`. Every response
-is labelled simulated. It knows nothing of agents, routers or registries, and loads neither torch nor vllm.
+Latencies and answers are determined by a seed, and faults can be injected. The engine replaces vLLM in tests, demos and
+load experiments: `python -m hpc_router.sim`, or in-process `async with SimServer(SimConfig(...)) as engine`. Every
+response is labelled as simulated. This package does not know agents, routers or registries, and loads neither torch nor
+vllm.
 """
 
 from hpc_router.sim.config import SimConfig

@@ -1,8 +1,8 @@
-"""The simulated engine as a process: parse, load, listen, serve until a signal.
+"""The simulated engine as a process: parses arguments, loads, listens, and serves until a signal.
 
-Exit codes: 0 stopped by SIGTERM or SIGINT, 1 failed (it cannot listen, or an injected load failure), 2 a value to edit.
-Both signals stop it as SIGTERM stops vLLM: see `server`. A second SIGINT breaks the connections that are left. Logs go
-to stderr; stdout has only the one line of `--announce`.
+Exit status: 0 stopped by SIGTERM or SIGINT, 1 failed (it cannot listen, or an injected load failure), 2 invalid
+arguments. Both signals stop it as SIGTERM stops vLLM (see `server`). A second SIGINT closes the remaining connections.
+Logs go to stderr; stdout has only the one line of `--announce`.
 """
 
 import argparse
@@ -136,7 +136,7 @@ def _config(arguments: argparse.Namespace) -> SimConfig:
 
 
 def _adapter(text: str) -> str:
-    """The name in `NAME=PATH`, or in vLLM's JSON."""
+    """Returns the adapter's name from `NAME=PATH` or from vLLM's JSON form."""
     try:
         return str(json.loads(text)["name"]) if text.startswith("{") else text.partition("=")[0]
     except (ValueError, KeyError, TypeError) as error:
@@ -185,7 +185,7 @@ async def _serve(config: SimConfig, arguments: argparse.Namespace) -> int:
         if not serving.done() and not stop.is_set():
             sys.stderr.write(f"{PEER_LOST}\n")
             sys.stderr.flush()
-            os._exit(1)  # a real engine serves nothing after this either
+            os._exit(1)  # a real engine does not continue to serve after this either
         return await serving
 
 
@@ -213,7 +213,7 @@ async def _serve_http(config: SimConfig, arguments: argparse.Namespace, stop: as
             sys.stdout.write(json.dumps({"listening": engine.address}) + "\n")
             sys.stdout.flush()
         await stop.wait()
-        # Only a second Ctrl-C aborts; a second SIGTERM can be srun that repeats it.
+        # Only a second Ctrl-C aborts; a second SIGTERM may be srun that repeats it.
         loop.add_signal_handler(signal.SIGINT, engine.abort)
         log.info("stopping: %d running, %d waiting", engine.counts.running, engine.counts.waiting)
     return 0
@@ -230,7 +230,7 @@ async def _stopped_within(stop: asyncio.Event, time_s: float) -> bool:
 
 
 def _load_failure(config: SimConfig) -> str | None:
-    """The reason for which this start has to fail; None if it does not."""
+    """Returns the failure reason that this start has to simulate; None for a normal start."""
     for rule in config.faults:
         if rule.fault.kind is FaultKind.LOAD_FAIL and fails_this_start(rule.fault, times=rule.times):
             return rule.fault.reason
@@ -238,7 +238,7 @@ def _load_failure(config: SimConfig) -> str | None:
 
 
 def _die(exit_code: int | None) -> None:
-    """End as the OOM killer would end it, or with an exit code as in a crash; nothing is cleaned up."""
+    """Ends the process at once without cleanup: like the OOM killer, or like a crash with an exit code."""
     if exit_code is not None:
         os._exit(exit_code)
     os.kill(os.getpid(), signal.SIGKILL)

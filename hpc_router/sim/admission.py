@@ -1,8 +1,8 @@
-"""Admission of requests: `capacity` of them run at once, the others wait in order of arrival.
+"""Admits requests: at most `capacity` of them run at the same time, and the others wait in order of arrival.
 
-One context manager holds a request from arrival to end and counts how it ended, so that the gauges return to zero
-whatever happens (a client that leaves, a fault, an error). When the engine stops, `EngineStopped` is raised where a
-request waits for its next token; a request that waits for a place runs without one, and so ends at once. Knows no
+One context manager holds a request from arrival to end and counts how it ended, so the gauges return to zero for any
+end (a client that disconnects, a fault, an error). When the engine stops, a request that waits for its next token gets
+`EngineStopped`; a request that waits for admission runs without it, and so ends at once. This module does not know
 HTTP.
 """
 
@@ -16,7 +16,7 @@ from hpc_router.sim.metrics import Outcome, RequestCounts, RequestPhase
 
 @dataclass(slots=True, eq=False)
 class Ticket:
-    """The place of one request. The outcome is an error unless it is set."""
+    """The admission of one request. The outcome is an error unless another one is set."""
 
     phase: RequestPhase = RequestPhase.QUEUED
     outcome: Outcome = Outcome.ERROR
@@ -25,13 +25,13 @@ class Ticket:
     _waiting: bool = False
 
     async def wait(self, awaitable: Awaitable[object]) -> None:
-        """Await; raises EngineStopped if the engine stops before."""
+        """Awaits `awaitable`. Raises EngineStopped if the engine stops before it is done."""
         self._waiting = True
         try:
             await awaitable
         except asyncio.CancelledError:
             if not self.stopped or self._task is None or self._task.uncancel():
-                raise  # the client has left as well
+                raise  # the client has disconnected as well
         finally:
             self._waiting = False
         if self.stopped:
@@ -44,7 +44,7 @@ class Ticket:
 
 
 class EngineStopped(Exception):
-    """The engine is stopping; the answer ends after the tokens that it has."""
+    """The engine is stopping. The answer ends after the tokens that were produced."""
 
 
 class AdmissionQueue:
@@ -57,17 +57,17 @@ class AdmissionQueue:
         self._tickets: set[Ticket] = set()
 
     def refuse(self) -> None:
-        """Stop every request that arrives from now on."""
+        """Stops every request that arrives from now on."""
         self._stopping = True
 
     def stop(self) -> None:
-        """Stop every request that runs or waits, and every one that arrives."""
+        """Stops every request that runs, waits, or arrives later."""
         self.refuse()
         for ticket in tuple(self._tickets):
             ticket.stop()
 
     async def idle(self) -> None:
-        """Wait until no request runs or waits."""
+        """Waits until no request runs or waits."""
         await self._idle.wait()
 
     @asynccontextmanager
@@ -102,7 +102,7 @@ class AdmissionQueue:
 
     @asynccontextmanager
     async def _place(self, ticket: Ticket) -> AsyncIterator[None]:
-        """Hold one of the places. A request that is stopped before it runs needs none."""
+        """Waits for one of the places and holds it. A request that is stopped before it runs gets none."""
         places = None if ticket.stopped else self._places
         if places is not None:
             try:

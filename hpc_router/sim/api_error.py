@@ -1,4 +1,4 @@
-"""Error responses as vLLM's server sends them, in the API's own shape, so that clients raise their own exceptions."""
+"""Error responses in the formats of vLLM's server, so that clients raise their own exceptions."""
 
 import json
 from http import HTTPStatus
@@ -7,7 +7,7 @@ from hpc_router.errors import HpcRouterError
 
 
 class ApiError(HpcRouterError):
-    """An error response; the path of the request decides its shape."""
+    """An error to send as response. The path of the request decides the format."""
 
     def __init__(
         self, message: str, *, status: int = 400, param: str | None = None, headers: dict[str, str] | None = None
@@ -30,7 +30,7 @@ def error_of(message: str, *, status: int, param: str | None = None) -> dict[str
 
 
 def messages_error_body(message: str, *, kind: str) -> bytes:
-    """Anthropic's shape, with the error types that vLLM uses."""
+    """Returns an error body in Anthropic's format, with the error types that vLLM uses."""
     return json.dumps({"type": "error", "error": {"type": kind, "message": message}, "simulated": True}).encode()
 
 

@@ -1,7 +1,8 @@
-"""Runs a batch step by step: each step lasts as long as the roofline predicts, then its requests get their tokens.
+"""Runs a batch step by step. Each step takes the time that the roofline predicts, and then its requests get their
+tokens.
 
-Each step is due when the one before it has ended. A step that ends late shortens the next one; a delay that cannot be
-recovered is counted, so that a benchmark can tell when the machine and not the model was the limit.
+Each step starts at the scheduled end of the previous one. A step that ends late shortens the next one. A delay that
+cannot be recovered is counted, so that a benchmark can tell whether the machine was the limit instead of the model.
 """
 
 import asyncio
@@ -16,7 +17,7 @@ from hpc_router.sim.roofline import RooflineEngine
 
 @dataclass(slots=True, eq=False)
 class BatchSlot:
-    """The token schedule of one request in the batch. `produced` and `awaited` count its tokens."""
+    """The token schedule of one request in the batch. `produced`, `awaited`: numbers of tokens until now."""
 
     sequence: Sequence
     produced: int = 0
@@ -37,7 +38,7 @@ class BatchSlot:
 
 
 class BatchLoop:
-    """`step_s` is the predicted duration of all steps, `lost_s` the delay that was not recovered, both in seconds."""
+    """Runs the steps. `step_s`: predicted duration of all steps. `lost_s`: delay that was not recovered. In seconds."""
 
     def __init__(self, engine: RooflineEngine, clock: Clock) -> None:
         self._engine, self._clock = engine, clock

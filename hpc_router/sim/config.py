@@ -1,4 +1,4 @@
-"""The settings of a simulated engine: the only home of its defaults, for the command line and for tests."""
+"""The settings of a simulated engine, with all defaults, for the command line and for tests."""
 
 from dataclasses import dataclass
 
@@ -10,23 +10,23 @@ from hpc_router.sim.faults import Rule
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SimConfig:
     served_model_names: tuple[str, ...] = ("sim",)
-    adapters: tuple[str, ...] = ()  # names under which another model answers, at the same speed
+    adapters: tuple[str, ...] = ()  # further model names, answered as other models at the same speed
     seed: int = 0
     ttft_s: float = 0.020
     itl_s: float = 0.005
     jitter: float = 0.1
     load_s: float = 0.0
-    # vLLM does not listen before it has loaded; True listens at once and answers 503 until then.
+    # vLLM does not listen before it has loaded. True: listen at once, and answer 503 until then.
     listen_while_loading: bool = False
     capacity: int | None = None
     max_tokens_default: int = 16  # mean length of an answer that ends by itself
     max_model_len: int = 131_072
     embedding_dimensions: int = 64
     keepalive_s: float = 75.0
-    # Running requests may take this long to finish after SIGTERM; 0 ends them at once with `abort`.
+    # Seconds for which running requests may finish after SIGTERM; 0 ends them at once with `abort`.
     drain_s: float = 0.0
     faults: tuple[Rule, ...] = ()
-    # The engine on GPUs whose latencies are predicted; ttft_s, itl_s and jitter are then not used.
+    # The GPU engine whose latencies are predicted; ttft_s, itl_s and jitter are then not used.
     roofline: Roofline | None = None
 
     def __post_init__(self) -> None:
@@ -44,7 +44,7 @@ class SimConfig:
 
     @property
     def model(self) -> str:
-        """The model name in responses, whatever alias a request used, as with vLLM."""
+        """The model name in responses; as in vLLM, the same for every alias."""
         return self.served_model_names[0]
 
     @property
@@ -53,5 +53,5 @@ class SimConfig:
         return (*self.served_model_names, *self.adapters)
 
     def answering(self, asked: str | None) -> str:
-        """The model name in the response to a request for `asked`: the adapter's own, else the engine's."""
+        """Returns the model name in the response to a request for `asked`: an adapter's own, else the engine's."""
         return asked if asked in self.adapters else self.model

@@ -1,4 +1,4 @@
-"""The settings, state and seams that the handlers of one engine share. One per engine, no I/O."""
+"""What the handlers of one engine share: its settings, its state, and replaceable parts such as the clock. No I/O."""
 
 import random
 from dataclasses import dataclass, field
@@ -24,5 +24,5 @@ class EngineContext:
     ids: random.Random
     requests: RequestLog = field(default_factory=RequestLog)
     responses: ResponseStore = field(default_factory=ResponseStore)
-    batch: BatchLoop | None = None  # set where a roofline predicts the latencies
+    batch: BatchLoop | None = None  # set if a roofline predicts the latencies
     loaded: bool = False

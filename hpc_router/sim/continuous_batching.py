@@ -1,9 +1,9 @@
-"""Continuous batching, step by step: which sequence computes how many tokens next. No I/O, no time, no requests.
+"""Continuous batching: decides step by step which sequence computes how many tokens. No I/O, no time, no requests.
 
-As vLLM schedules: every sequence whose prompt is computed produces one token per step; the rest of the step's token
-budget goes to prompts, cut where the budget ends (Orca, OSDI 2022; chunked prefill: Sarathi-Serve, arXiv 2403.02310);
-first come, first served. Contexts take blocks of the KV cache as they grow; when none is free, the newest sequence
-gives its blocks back and is computed again later (preemption by recomputation, arXiv 2309.06180).
+As in vLLM's scheduler, every sequence whose prompt is computed produces one token per step. The rest of the step's
+token budget goes to prompts, first come, first served, and cut where the budget ends (Orca, OSDI 2022; chunked prefill:
+Sarathi-Serve, arXiv 2403.02310). Sequences take blocks of the KV cache as they grow. If none is free, the newest
+sequence gives back its blocks and is computed again later (preemption by recomputation, arXiv 2309.06180).
 """
 
 from collections import deque
@@ -14,7 +14,7 @@ from hpc_router.sim.roofline import BLOCK, SequenceStep
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """`computed`: tokens in the KV cache; `produced`: tokens of the answer."""
+    """A request in the batch. `computed`: tokens in the KV cache. `produced`: tokens of the answer."""
 
     prompt: int
     computed: int = 0
@@ -24,7 +24,7 @@ class Sequence:
 
     @property
     def needed(self) -> int:
-        """Tokens that must be in the cache before the next token of the answer."""
+        """Number of tokens that must be in the cache before the next token of the answer."""
         return self.prompt + self.produced
 
 
@@ -48,13 +48,13 @@ class Batch:
         return not self.running and not self.waiting
 
     def add(self, prompt_tokens: int) -> Sequence:
-        """A prompt longer than the whole cache is cut to it, so that it can ever run."""
+        """Adds a sequence with a prompt of this length, cut to the size of the whole cache so that it can run."""
         one = Sequence(max(1, min(prompt_tokens, self.kv_tokens - BLOCK)))
         self.waiting.append(one)
         return one
 
     def remove(self, one: Sequence) -> None:
-        """It has all its tokens, or its client has left."""
+        """Removes a sequence that is complete or whose client has disconnected."""
         if one.running:
             self.running.remove(one)
             self._free(one)
@@ -62,7 +62,7 @@ class Batch:
             self.waiting.remove(one)
 
     def plan(self) -> list[SequenceStep]:
-        """The next step; empty when no sequence can compute anything."""
+        """Plans the next step and returns its work; empty if no sequence can compute anything."""
         self._step = []
         budget = self.max_tokens
         for one in list(self.running):
@@ -85,7 +85,7 @@ class Batch:
         return [SequenceStep(new, one.computed) for one, new in self._step]
 
     def finish(self) -> list[Sequence]:
-        """End the planned step; returns the sequences that produced a token."""
+        """Ends the planned step. Returns the sequences that produced a token."""
         produced = []
         for one, new in self._step:
             if not one.running:
@@ -98,7 +98,8 @@ class Batch:
         return produced
 
     def _make_room(self, one: Sequence, new: int) -> bool:
-        """Take blocks for a running sequence; preempts the newest ones where none are free."""
+        """Takes blocks for a running sequence, preempting the newest ones if none is free; False if it was
+        preempted."""
         while not self._fits(one, new):
             newest = self.running[-1]
             self._preempt(newest)

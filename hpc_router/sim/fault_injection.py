@@ -1,8 +1,8 @@
-"""The effect of a fault on the connection, or on the whole engine.
+"""Applies a fault to a connection, or to the whole engine.
 
-`inject` either returns (a hang that ended) or raises. `ConnectionBroken` means that the fault broke the connection and
-nothing more can be sent on it; it is raised in the same step in which the transport is closed, so that the request
-counts as failed by the fault and not as aborted by its client.
+`inject` returns (after a hang that ended) or raises. `ConnectionBroken` means that the fault closed the connection and
+nothing more can be sent. It is raised in the same step of the event loop in which the transport is closed, so that the
+request counts as failed by the fault and not as aborted by its client.
 """
 
 import asyncio
@@ -23,7 +23,7 @@ Crash = Callable[[int | None], None]
 
 
 class ConnectionBroken(Exception):
-    """The connection was broken by a fault."""
+    """A fault closed the connection."""
 
 
 class StreamFault(Exception):
@@ -62,7 +62,7 @@ async def inject(fault: Fault, request: web.BaseRequest, *, crash: Crash, clock:
 
 
 def break_connection(request: web.BaseRequest, *, last_bytes: bytes = b"") -> NoReturn:
-    """Send what was written, then close the connection without a proper end."""
+    """Sends what was written, then closes the connection without a regular end of the response."""
     if request.transport is not None:
         request.transport.write(last_bytes)
         request.transport.close()
@@ -70,7 +70,7 @@ def break_connection(request: web.BaseRequest, *, last_bytes: bytes = b"") -> No
 
 
 def reset_connection(transport: asyncio.BaseTransport) -> None:
-    """Drop the connection so that the peer sees a reset (over TCP; a unix socket can only close)."""
+    """Resets the connection: over TCP with a RST; a unix socket can only close."""
     raw = transport.get_extra_info("socket")
     if raw is not None and raw.family != socket.AF_UNIX:
         raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))

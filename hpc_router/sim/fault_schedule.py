@@ -1,8 +1,8 @@
-"""Which fault hits which request: the rules in force and their counters. Seeded, no I/O.
+"""Decides which fault applies to which request, by rules and their counters. Random numbers are seeded. No I/O.
 
-Rules are tried in order. The factors of all `slow` rules that match are multiplied; the first other rule that matches
-decides the fault, and the rules after it do not see that request. A fault that a request cannot express (a `cut` in a
-response that is not a stream) does not match it and is not used up.
+Rules are tried in order. The factors of all matching `slow` rules are multiplied. The first other rule that matches
+decides the fault, and the rules after it are not tried for that request. A fault that is impossible for a request (a
+`cut` in a response that is not a stream) does not match it and is not used up.
 """
 
 import random
@@ -32,7 +32,7 @@ class _ActiveRule:
 
 
 class FaultSchedule:
-    """The rules in force, how often each was tried, and how often it hit."""
+    """The active rules, and how often each was tried and applied."""
 
     def __init__(self, rules: Sequence[Rule], *, seed: int) -> None:
         self._seed = seed
@@ -46,7 +46,7 @@ class FaultSchedule:
         ]
 
     def load(self, rules: object) -> None:
-        """Replace the rules by a JSON list, as text or decoded: what tests and `POST /sim/faults` use."""
+        """Replaces the rules by a JSON list, as text or decoded. Used by tests and `POST /sim/faults`."""
         parsed = parse_rules(rules)
         if any(rule.fault.kind is FaultKind.LOAD_FAIL for rule in parsed):
             raise ConfigError("load_fail is injected at the start only: give it to --faults")
@@ -56,11 +56,11 @@ class FaultSchedule:
         return [{**active.rule.source, "seen": active.seen, "hits": active.hits} for active in self._active]
 
     def at_connect(self) -> bool:
-        """Whether to reset the connection that was just accepted."""
+        """Returns whether to reset the connection that was just accepted."""
         return any(active.hits_next() for active in self._active if active.rule.fault.at == CONNECT)
 
     def select(self, path: str, *, model: str | None, answer: ResponseForm) -> tuple[float, Fault | None]:
-        """The slowness factor and the fault of this request."""
+        """Returns the factor that slows down this request, and its fault, if any."""
         factor = 1.0
         for active in self._active:
             if not _matches(active.rule, path=path, model=model, answer=answer) or not active.hits_next():

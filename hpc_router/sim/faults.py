@@ -1,8 +1,8 @@
-"""The kinds of fault, the rules that select requests, and how both are written in JSON.
+"""The kinds of fault, the rules that select requests, and the JSON form of both.
 
-`at` counts tokens: k means once k tokens have been produced, in place of the next one. Everything is checked when it is
-parsed, and an unknown kind or key is an error that names the nearest valid one. `fault_schedule` decides which rule
-hits a request, `fault_injection` what happens to the connection.
+`at` counts tokens: with k, the fault takes the place of the next token after k tokens. Parsing checks everything; the
+error for an unknown kind or key names the nearest valid one. `fault_schedule` decides which rule applies to a request,
+`fault_injection` what happens to the connection.
 """
 
 import json
@@ -31,11 +31,11 @@ class FaultKind(StrEnum):
 
 
 class ResponseForm(StrEnum):
-    """The form of the response that a request would get; it decides which faults are possible."""
+    """The form of the response that a request would get, which decides the possible faults."""
 
     STREAM = "stream"
     BODY = "body"
-    OTHER = "other"  # /health, /metrics, /v1/models: hit only by rules that name the path
+    OTHER = "other"  # /health, /metrics, /v1/models: only for rules that name the path
 
 
 _ANYWHERE = frozenset({FaultKind.DIE, FaultKind.HANG, FaultKind.STATUS, FaultKind.GARBAGE, FaultKind.RESET})
@@ -81,8 +81,10 @@ class Fault:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rule:
-    """A fault and the requests that it hits: every `every`-th match of `path` and `model`, with `probability`, at most
-    `times` in all."""
+    """A fault and the requests that it applies to.
+
+    These are every `every`-th request that matches `path` and `model`, with `probability`, at most `times` in total.
+    """
 
     fault: Fault
     times: int | None = None
@@ -94,7 +96,7 @@ class Rule:
 
 
 def parse_rules(value: object) -> tuple[Rule, ...]:
-    """A JSON list of rules, as text or decoded; one rule alone counts as a list of one."""
+    """Parses a JSON list of rules, as text or decoded. A single rule counts as a list of one. Raises ConfigError."""
     value = _decoded(value, where="faults")
     entries = [value] if isinstance(value, dict) else value
     if not isinstance(entries, list):
@@ -103,10 +105,10 @@ def parse_rules(value: object) -> tuple[Rule, ...]:
 
 
 def parse_fault(value: object, *, where: str) -> Fault:
-    """Parse the fault that a request carries for itself, as JSON text or decoded. Raises ConfigError.
+    """Parses the fault that a request carries for itself, as JSON text or decoded. Raises ConfigError.
 
     It has no selectors, because it applies to this request only. A fault at `connect` becomes one at `headers`, because
-    the connection has been accepted before the request is read.
+    the connection was accepted before the request is read.
     """
     source = _object(_decoded(value, where=where), where=where)
     fault = _fault(source, where=where, extra=())

@@ -1,4 +1,4 @@
-"""What a request asks for, in the terms of every API: the result of parsing and the input of the simulation."""
+"""A parsed request, in the same form for every API: the result of parsing and the input of the simulation."""
 
 from dataclasses import dataclass
 from enum import StrEnum
@@ -13,8 +13,8 @@ class Api(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class ParsedPrompt:
-    """`echo` is the text that the answer repeats; `token_text` the text whose words are the tokens, where that is not
-    `text` (a chat prompt contains its roles, which are not counted)."""
+    """A prompt. `echo`: text that the answer repeats. `token_text`: text whose words are the tokens, if that is not
+    `text` (a chat prompt contains roles, which are not counted)."""
 
     text: str
     tokens: int
@@ -30,12 +30,12 @@ class Tool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Generation:
-    """One request for text; it has one choice per prompt and `n`.
+    """One request for text. It gets `n` choices for each prompt.
 
-    `limit_name` is the field that set `max_tokens`. `literal` is the text of the answer if the request fixes it: JSON
-    for a schema, or the arguments of `tool`, which is set if a tool call is forced. `top_logprobs` and
-    `prompt_logprobs` are numbers of alternatives, None if no log probabilities are requested. `previous_response_id` is
-    the response that this one continues; `store` says whether this one can be continued too.
+    `limit_name`: the field that set `max_tokens`. `literal`: the answer's text if the request determines it: JSON for a
+    schema, or the arguments of `tool`, the tool of a forced call. `top_logprobs`, `prompt_logprobs`: numbers of
+    alternatives, None if no log probabilities are requested. `previous_response_id`: the response that this one
+    continues. `store`: whether this one can be continued too.
     """
 
     api: Api

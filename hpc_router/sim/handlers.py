@@ -1,7 +1,7 @@
-"""The handlers of the paths that compute: check a request, decide its answer and its fault, wait for a place, send.
+"""Handlers of the paths that generate: check a request, choose answer and fault, wait for admission, send the answer.
 
-A `status` fault is injected before the queue, as an engine that sheds load refuses; every other fault hits a request
-that holds a place. The answer is decided before the first token is due, so `streaming` deals with time and faults only.
+A `status` fault is injected before the queue, like the refusal of an overloaded engine. Every other fault applies to an
+admitted request. The answer is chosen before the first token is due, so `streaming` handles only time and faults.
 """
 
 from collections.abc import Callable, Mapping
@@ -117,7 +117,7 @@ class InferenceHandlers:
     async def _fault(
         self, request: web.Request, asked: Generation | Embedding, *, answer: ResponseForm
     ) -> tuple[float, Fault | None]:
-        """The slowness factor and the fault of this request: its own if it brings one, else the schedule's."""
+        """Returns the factor that slows down this request, and its fault: the request's own, else the schedule's."""
         context = self._context
         own = request.headers.get(FAULT_HEADER, asked.fault)
         if own is None:
@@ -171,14 +171,15 @@ class InferenceHandlers:
     def _envelope(
         self, request: web.Request, asked: Generation | Embedding, *, prefix: str, own: bool = False
     ) -> Envelope:
-        """vLLM's ids: a prefix and the client's x-request-id, or random digits; always random with `own`."""
+        """Returns the common fields of a response. The id is a prefix and the client's x-request-id, as in vLLM;
+        without one, or with `own`, it is random."""
         given = None if own else request.headers.get("x-request-id")
         name = given or f"{self._context.ids.getrandbits(128):032x}"
         created = int(self._context.clock.unix_s())
         return Envelope(id=f"{prefix}{name}", created=created, model=self._config.answering(asked.model))
 
     def _schedule(self, prompt_tokens: int, factor: float) -> AbstractAsyncContextManager[TokenSchedule]:
-        """When the tokens are due. In a batch all requests share the steps, so `factor` has no effect there."""
+        """Returns when the tokens are due. `factor` has no effect in a batch, because all requests share its steps."""
         context = self._context
         if context.batch is not None:
             return context.batch.slot(prompt_tokens)

@@ -1,7 +1,7 @@
-"""The HTTP API: vLLM's paths, and `/sim/*` to set faults and to read back the requests that arrived.
+"""The HTTP API: vLLM's paths, and `/sim/*` to set faults and to read the requests that arrived.
 
-One middleware turns every error into the API's error body; it also records `/v1/*` requests and injects the faults of
-paths that compute nothing. The paths that compute are in `handlers`.
+One middleware turns every error into the API's error body. It also records `/v1/*` requests and injects the faults of
+paths that generate nothing. The paths that generate are in `handlers`.
 """
 
 from collections.abc import Awaitable, Callable
@@ -28,7 +28,7 @@ _INFERENCE_PATHS = frozenset(
 
 def make_app(context: EngineContext) -> web.Application:
     api, inference = EngineHttpApi(context), InferenceHandlers(context)
-    # client_max_size=0: no limit, as vLLM has none.
+    # client_max_size=0: no limit, as in vLLM.
     app = web.Application(middlewares=[api.boundary], client_max_size=0)
     app.on_response_prepare.append(_label)
     app.add_routes(
@@ -51,7 +51,7 @@ def make_app(context: EngineContext) -> web.Application:
 
 
 class EngineHttpApi:
-    """The error boundary, and the handlers of paths that compute nothing."""
+    """Turns errors into responses, and handles the paths that generate nothing."""
 
     def __init__(self, context: EngineContext) -> None:
         self._context = context
@@ -80,7 +80,7 @@ class EngineHttpApi:
             headers = {"Allow": exc.headers["Allow"]} if "Allow" in exc.headers else {}
             body = ApiError(exc.reason, status=exc.status).body(request.path)
             return _json(body, status=exc.status, headers=headers)
-        except EngineStopped:  # an embedding cannot be aborted in good form
+        except EngineStopped:  # an embedding has no form for an aborted response
             if request.transport is not None:
                 request.transport.abort()
             return web.Response()

@@ -1,8 +1,8 @@
-"""A value that a JSON schema accepts: deterministic, small, and complete.
+"""Generates a value that a JSON schema accepts: deterministic, small, and complete.
 
-Covers what pydantic, zod and hand-written schemas use: types, enums, bounds, formats, `$ref`, `anyOf`, `allOf`. A
-keyword that restricts the value and is not covered is an error, because vLLM would follow it. Knows neither requests
-nor tokens.
+Supports what pydantic, zod and hand-written schemas use: types, enums, bounds, formats, `$ref`, `anyOf`, `allOf`. An
+unsupported keyword that restricts the value is an error, because vLLM would apply it. This module does not know
+requests or tokens.
 """
 
 import math
@@ -26,7 +26,7 @@ _FORMATS: Final[Mapping[str, str]] = {
     "uri-template": "https://example.org/",
     "uuid": "00000000-0000-4000-8000-000000000000",
 }
-"""vLLM's list of formats: STRING_SUPPORTED_FORMATS in vllm/v1/structured_output/backend_xgrammar.py."""
+"""An example for each format of vLLM: STRING_SUPPORTED_FORMATS in vllm/v1/structured_output/backend_xgrammar.py."""
 _UNSUPPORTED: Final = ("not", "pattern", "patternProperties", "propertyNames", "contains", "if", "dependentRequired")
 _TYPES: Final = ("object", "array", "string", "integer", "number", "boolean", "null")
 _KEYWORD_TYPES: Final = {
@@ -39,11 +39,11 @@ _KEYWORD_TYPES: Final = {
     "minimum": "number",
     "maximum": "number",
 }
-"""The type that a schema without `type` means by its keywords."""
+"""The type that a keyword implies in a schema without `type`."""
 
 
 class SchemaError(ValueError):
-    """The schema cannot be followed: it is wrong, or it uses a keyword that is not supported."""
+    """The schema cannot be followed: it is invalid, or it uses an unsupported keyword."""
 
 
 class _EndlessError(SchemaError):
@@ -51,12 +51,12 @@ class _EndlessError(SchemaError):
 
 
 def example(schema: object) -> object:
-    """Raises SchemaError."""
+    """Returns a value that the schema accepts. Raises SchemaError."""
     return _Examples(schema).value(schema)
 
 
 class _Examples:
-    """One walk through a schema; `_open` are the references that are being followed."""
+    """One traversal of a schema. `_open`: the references that are being followed."""
 
     def __init__(self, root: object) -> None:
         self._root = root
@@ -91,7 +91,7 @@ class _Examples:
             self._open.pop()
 
     def _target(self, reference: str) -> object:
-        """The schema at a JSON pointer into the root (RFC 6901)."""
+        """Returns the schema at a JSON pointer into the root (RFC 6901)."""
         found = self._root
         path, _, pointer = reference.partition("#")
         for part in pointer.split("/")[1:]:
@@ -102,7 +102,7 @@ class _Examples:
         return found
 
     def _merged(self, schema: Mapping[str, object]) -> dict[str, object]:
-        """`schema` and the schemas of its `allOf` as one; properties and required names are united."""
+        """Merges `schema` with the schemas of its `allOf`. Properties and required names are united."""
         merged: dict[str, object] = {}
         alternatives = schema["allOf"]
         rest = {key: value for key, value in schema.items() if key != "allOf"}
@@ -120,7 +120,7 @@ class _Examples:
         return merged
 
     def _any_of(self, alternatives: object, keyword: str) -> object:
-        """The first alternative that is not null and has an end; null where it is the only one."""
+        """Returns a value for the first alternative that is not null and not endless; null if it is the only one."""
         if not isinstance(alternatives, list) or not alternatives:
             raise SchemaError(f"'{keyword}' of a JSON schema must be a list that is not empty")
         failure: SchemaError | None = None
@@ -174,7 +174,7 @@ class _Examples:
         return made
 
     def _distinct(self, schema: Mapping[str, object], *, index: int) -> object:
-        """Another value for each `index`."""
+        """Returns a value that differs for each `index`."""
         values = schema.get("enum")
         if isinstance(values, list) and index < len(values):
             return values[index]
@@ -195,7 +195,7 @@ def _mapping(value: object) -> dict[str, object]:
 
 
 def _type(schema: Mapping[str, object]) -> str | None:
-    """The type that the value gets: the first that is not null."""
+    """Returns the type of the generated value: the schema's first type that is not null."""
     given = schema.get("type")
     names = given if isinstance(given, list) else [] if given is None else [given]
     for name in names:
@@ -218,7 +218,7 @@ def _string(schema: Mapping[str, object]) -> str:
 
 
 def _number(schema: Mapping[str, object], *, whole: bool) -> float:
-    """0 where the bounds allow it, else the first of the values near a bound that they allow."""
+    """Returns 0 if the bounds allow it, else the first allowed value near a bound."""
     low, high = _limit(schema, "minimum", -math.inf), _limit(schema, "maximum", math.inf)
     above, below = _limit(schema, "exclusiveMinimum", -math.inf), _limit(schema, "exclusiveMaximum", math.inf)
     step = _limit(schema, "multipleOf", 1.0 if whole else 0.0)

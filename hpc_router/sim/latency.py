@@ -1,7 +1,7 @@
-"""When tokens are due: the interface of latency models, and the clock that they use.
+"""Latency models decide when tokens are due; this module has their interface and the clock.
 
-A latency model answers two questions and keeps no requests. Tokens are due at deadlines, not after sums of sleeps, so a
-busy event loop delays a token but does not stretch the stream. Time is a `Clock`, so tests need no real time.
+A latency model has two functions and stores no requests. Tokens are due at deadlines instead of after sums of sleeps,
+so a busy event loop delays a token but not the rest of the stream. Time is a `Clock`, so tests need no real time.
 """
 
 import asyncio
@@ -12,21 +12,21 @@ from typing import Protocol
 
 class LatencyModel(Protocol):
     def first_token_s(self, prompt_tokens: int, *, running: int) -> float:
-        """Seconds from admission to the first token; `running` includes this request."""
+        """Returns the seconds from admission to the first token. `running` includes this request."""
 
     def next_token_s(self, *, running: int) -> float:
-        """Seconds between two tokens of one request while `running` requests share the engine."""
+        """Returns the seconds between two tokens of one request while `running` requests share the engine."""
 
 
 class Clock(Protocol):
     def now_s(self) -> float:
-        """Monotonic seconds."""
+        """Returns monotonic seconds."""
 
     def unix_s(self) -> float:
-        """Wall clock, for the `created` fields."""
+        """Returns the wall-clock time, for the `created` fields."""
 
     async def sleep(self, delay_s: float) -> None:
-        """Suspend the task; with 0 for one iteration of the loop, so that a cancellation takes effect."""
+        """Suspends the task; with 0, for one iteration of the event loop, so that a cancellation takes effect."""
 
 
 class RealClock:
@@ -41,7 +41,7 @@ class RealClock:
 
 
 class JitteredLatency:
-    """Log-normal around two fixed means, independent of the load; `jitter` is sigma, 0 gives the means exactly."""
+    """Log-normal latencies with two fixed means, independent of the load. `jitter` is sigma; 0 gives the means."""
 
     def __init__(self, *, ttft_s: float, itl_s: float, jitter: float, rng: random.Random) -> None:
         self._ttft_s, self._itl_s = ttft_s, itl_s
@@ -65,14 +65,14 @@ class TokenSchedule(Protocol):
     """When the tokens of one request are due."""
 
     async def first(self, prompt_tokens: int, *, running: int) -> None:
-        """Returns when the first token is due."""
+        """Waits until the first token is due."""
 
     async def next(self, *, running: int) -> None:
-        """Returns when the next token is due."""
+        """Waits until the next token is due."""
 
 
 class LatencySchedule:
-    """A schedule from a latency model; `factor` multiplies every latency."""
+    """A token schedule from a latency model. `factor` multiplies every latency."""
 
     def __init__(self, latency: LatencyModel, *, clock: Clock, factor: float) -> None:
         self._latency, self._clock, self._factor = latency, clock, factor

@@ -1,9 +1,9 @@
-"""Log probabilities of the simulated tokens, in vLLM's shapes.
+"""Log probabilities of the simulated tokens, in vLLM's formats.
 
-Every token ranks first: its probability lies between 0.5 and 0.9, fixed by its position and its text, and words of the
-vocabulary share the rest. Shapes: CompletionLogProbs and `_create_completion_logprobs`
+Every token ranks first: its probability is between 0.5 and 0.9, determined by its position and its text, and words of
+the vocabulary share the rest. Formats: CompletionLogProbs and `_create_completion_logprobs`
 (vllm/entrypoints/openai/completion), ChatCompletionLogProbs (.../chat_completion/protocol.py), Logprob
-(vllm/logprobs.py). As with vLLM, the token counts as one of the alternatives, and the first prompt token has none.
+(vllm/logprobs.py). As in vLLM, the token is one of the alternatives, and the first prompt token has none.
 """
 
 import math
@@ -14,20 +14,21 @@ from typing import Final
 from hpc_router.sim.tokens import WORDS, seeded_number, split_tokens
 
 MAX_LOGPROBS: Final = 20
-"""vLLM's default of `--max-logprobs` (vllm/config/model.py)."""
+"""Maximum number of alternatives: vLLM's default of `--max-logprobs` (vllm/config/model.py)."""
 VOCABULARY_SIZE: Final = len(WORDS)
 
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
-    """A token, and the log probabilities of itself and its alternatives; empty for the first token of a prompt."""
+    """A token, with the log probabilities of itself and its alternatives; empty for the first token of a prompt."""
 
     token: str
     values: tuple[tuple[str, float], ...] = ()
 
 
 def token_logprobs(tokens: Sequence[str], *, seed: str, count: int, position: int = 0) -> list[TokenLogprobs]:
-    """`position` is that of the first token in its context; `count` the number of entries per token, at least 1."""
+    """Returns the log probabilities of each token. `position`: that of the first token in its context. `count`: number
+    of entries per token, at least 1."""
     return [_token_logprobs(token, f"{seed}/{position + k}", max(1, count)) for k, token in enumerate(tokens)]
 
 
@@ -50,7 +51,7 @@ def _token_logprobs(token: str, seed: str, count: int) -> TokenLogprobs:
 
 
 def token_id(token: str) -> int:
-    """The number that stands for itself, the place in the vocabulary, or a number above both."""
+    """Returns the id of a token: the number itself, the word's place in the vocabulary, or a number above both."""
     word = token.strip()
     if word.isascii() and word.isdecimal():
         return int(word)
@@ -58,7 +59,7 @@ def token_id(token: str) -> int:
 
 
 def completion_logprobs(entries: Sequence[TokenLogprobs], *, offset: int = 0) -> dict[str, object]:
-    """Of a text completion. `offset`: characters of the text before the first token."""
+    """Formats the log probabilities of a text completion. `offset`: characters of the text before the first token."""
     offsets = []
     for entry in entries:
         offsets.append(offset)
@@ -72,7 +73,7 @@ def completion_logprobs(entries: Sequence[TokenLogprobs], *, offset: int = 0) ->
 
 
 def chat_logprobs(entries: Sequence[TokenLogprobs], *, top: int) -> list[dict[str, object]]:
-    """The `content` of chat's log probabilities; /v1/responses has the same list."""
+    """Formats the `content` of chat's log probabilities; /v1/responses has the same list."""
     return [
         {**_chat_entry(*entry.values[0]), "top_logprobs": [_chat_entry(*value) for value in entry.values[:top]]}
         for entry in entries
@@ -84,7 +85,7 @@ def _chat_entry(token: str, logprob: float) -> dict[str, object]:
 
 
 def prompt_logprobs_json(entries: Sequence[TokenLogprobs]) -> list[dict[str, object] | None]:
-    """One object per token: token id -> log probability, rank and text."""
+    """Formats the log probabilities of a prompt, one object per token: token id -> log probability, rank and text."""
     return [
         {
             str(token_id(token)): {"logprob": logprob, "rank": rank, "decoded_token": token}

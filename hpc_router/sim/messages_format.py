@@ -1,6 +1,6 @@
-"""Response bodies and SSE events of /v1/messages (Anthropic), as vLLM shapes them (vllm/entrypoints/anthropic).
+"""Response bodies and SSE events of /v1/messages (Anthropic), in vLLM's form (vllm/entrypoints/anthropic).
 
-A message has one block, a text or a forced tool call. A message that was aborted has no stop reason.
+A message has one block: a text or a forced tool call. A message that was aborted has no stop reason.
 """
 
 import json
@@ -57,11 +57,11 @@ class MessagesFormat:
         return encode(self._message(choices[0].completion))
 
     def _block(self, completion: Completion | None) -> dict[str, object]:
-        """Empty at the start of a stream."""
+        """Returns the block of a message; an empty block at the start of a stream."""
         tool = self._generation.tool
         if tool is None:
             return {"type": "text", "text": "" if completion is None else completion.text}
-        # Arguments that max_tokens cut are no JSON.
+        # If max_tokens cut the arguments, they are not valid JSON.
         whole = completion is not None and completion.finish_reason == "tool_calls"
         arguments = json.loads(completion.text) if completion is not None and whole else {}
         return {"type": "tool_use", "id": f"call-{self._envelope.id}", "name": tool.name, "input": arguments}

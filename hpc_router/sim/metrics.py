@@ -1,7 +1,7 @@
-"""The engine's counters and its `/metrics`: vLLM's names where vLLM has the metric, else `hpc_router_sim_*`.
+"""The engine's counters and its `/metrics`, with vLLM's name of a metric if there is one, else `hpc_router_sim_*`.
 
-The counters are plain numbers, so a token costs one addition. Prometheus reads them through a collector at scrape time,
-in a registry of the engine's own, so several engines fit in one process.
+The counters are plain numbers, so a token costs one addition. Prometheus reads them through a collector at scrape time.
+Each engine has its own registry, so several engines can run in one process.
 """
 
 from collections import Counter
@@ -15,16 +15,16 @@ from prometheus_client.registry import Collector
 
 
 class RequestPhase(StrEnum):
-    """How far a request had come when it was aborted."""
+    """The progress of a request when it was aborted."""
 
     QUEUED = "queued"
     BEFORE_FIRST_TOKEN = "before_first_token"
-    GENERATING = "generating"  # a response in one body; nothing was sent yet
+    GENERATING = "generating"  # a response in one body, of which nothing was sent yet
     STREAMING = "streaming"
 
 
 class Outcome(StrEnum):
-    """vLLM's `finished_reason`."""
+    """How a request ended; vLLM's `finished_reason`."""
 
     STOP = "stop"
     LENGTH = "length"

@@ -1,6 +1,6 @@
-"""Prompts of the request bodies: messages, items and inputs become text and a number of tokens.
+"""Parses the prompts of request bodies: messages, items and inputs become text and a number of tokens.
 
-Errors are vLLM's: status 400, and the message names the key.
+Errors are those of vLLM: status 400, and the message names the key.
 """
 
 from hpc_router.sim.api_error import ApiError
@@ -11,12 +11,12 @@ Turn = tuple[str, str]
 """Role and content of one message."""
 
 _ITEM_TYPES = frozenset({"reasoning", "function_call", "function_call_output", "custom_tool_call_output"})
-"""Items without a role that vLLM's `construct_chat_messages_with_tool_call` takes
-(vllm/entrypoints/openai/responses/utils.py); they add no text here."""
+"""Types of items without a role that vLLM's `construct_chat_messages_with_tool_call` accepts
+(vllm/entrypoints/openai/responses/utils.py). They add no text here."""
 
 
 def chat_prompt(turns: list[Turn], *, echo: bool = False) -> ParsedPrompt:
-    """With `echo`, the answer repeats the last message if it is the assistant's, as vLLM's chat does."""
+    """Returns a chat's prompt. With `echo`, the answer repeats a last message of the assistant, as in vLLM."""
     tokens = sum(count_tokens(content) for _, content in turns)
     return ParsedPrompt(
         text="\n".join(f"{role}: {content}" for role, content in turns),
@@ -33,7 +33,7 @@ def messages(value: object) -> list[Turn]:
 
 
 def items(value: object) -> list[Turn]:
-    """The input of a response. Items other than messages add no text; types that vLLM does not know are refused."""
+    """Parses the input of a response. Items other than messages add no text; types unknown to vLLM are refused."""
     if isinstance(value, str):
         return [("user", value)]
     if not isinstance(value, list) or not value or not all(isinstance(item, dict) for item in value):
@@ -61,7 +61,7 @@ def message(value: object, *, where: str) -> Turn:
 
 
 def inputs(value: object, *, key: str) -> tuple[ParsedPrompt, ...]:
-    """A string, a list of strings, a list of token ids, or a list of such lists. A token id's text is its number."""
+    """Parses a string, a list of strings or of token ids, or a list of such lists. A token id's text is its number."""
     if isinstance(value, str):
         return (ParsedPrompt(text=value, tokens=max(1, count_tokens(value)), echo=value),)
     if isinstance(value, list) and value:

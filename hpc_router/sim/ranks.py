@@ -1,7 +1,7 @@
-"""The simulated engine on several nodes: ranks meet at the master's port and end when they lose each other.
+"""The simulated engine on several nodes: ranks connect at the master's port and end when they lose each other.
 
-Rank 0 listens there, waits for all others and then serves; the others only hold their connection open. A port that is
-taken, a rank that never arrives and a rank that is lost therefore look as they do with a real engine.
+Rank 0 listens there, waits for all others and then serves; the others only keep their connection open. A port that is
+in use, a missing rank and a lost rank therefore look as they do with a real engine.
 """
 
 import asyncio
@@ -13,7 +13,7 @@ from hpc_router.errors import LaunchError
 
 RETRY_S: Final = 0.05
 PEER_LOST: Final = "RuntimeError: simulated: connection closed by peer"
-"""The last log line of a rank that has lost a peer."""
+"""The last log line of a rank that has lost another rank."""
 
 
 @dataclass
@@ -56,7 +56,7 @@ class Rendezvous:
 
 
 async def follow_master(address: str, port: int, stop: asyncio.Event) -> bool:
-    """Run another rank until `stop`; returns False if the master disconnected before that."""
+    """Runs a rank other than 0 until `stop`. Returns False if the master disconnected before that."""
     stopped = asyncio.create_task(stop.wait())
     connection = asyncio.create_task(_stay_connected(address, port))
     try:

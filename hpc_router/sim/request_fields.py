@@ -1,4 +1,4 @@
-"""Typed reads from a JSON request body; null counts as absent. Errors name the key."""
+"""Reads typed fields of a JSON request body. Null counts as absent. Errors name the key."""
 
 import json
 
@@ -42,7 +42,7 @@ class RequestFields:
         return value
 
     def count(self, key: str) -> int | None:
-        """A number of log probabilities; -1 means the whole vocabulary."""
+        """Returns a number of log probabilities; -1 means the whole vocabulary."""
         value = self._body.get(key)
         if value is None:
             return None

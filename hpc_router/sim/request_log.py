@@ -1,6 +1,6 @@
 """The last requests exactly as they arrived, so that tests can show that a router relayed their bytes unchanged.
 
-Bounded in number and in bytes: of a body that does not fit, only the length and the hash are kept.
+Number and total size are limited. Of a body that does not fit, only the length and the hash are kept.
 """
 
 import base64
@@ -15,7 +15,7 @@ MAX_BYTES = 4 * 1024 * 1024
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Received:
-    """`headers` keep order, case and repeats; `body` is None if it was too large to keep."""
+    """A request. `headers` keep order, case and repetitions; `body` is None if it was too large to keep."""
 
     method: str
     path: str
@@ -26,7 +26,7 @@ class Received:
     body_sha256: str
 
     def header(self, name: str) -> str | None:
-        """The first header of that name, in any case."""
+        """Returns the first header of that name, in any case."""
         lowered = name.lower().encode()
         return next((value.decode("latin-1") for key, value in self.headers if key.lower() == lowered), None)
 
@@ -67,7 +67,7 @@ class RequestLog:
             self._bytes -= len(self._requests.popleft().body or b"")
 
     def last(self, count: int = 1) -> list[Received]:
-        """The newest `count` requests, the oldest of them first."""
+        """Returns the newest `count` requests, the oldest of them first."""
         return list(self._requests)[-count:] if count > 0 else []
 
     def clear(self) -> None:

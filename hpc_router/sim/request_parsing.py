@@ -1,7 +1,7 @@
-"""OpenAI and Anthropic request bodies, checked and reduced to what the simulation needs.
+"""Checks OpenAI and Anthropic request bodies and reduces them to what the simulation needs.
 
-Errors are vLLM's: status, `type` and `code` as its server sends them, the message naming the key. Unknown fields are
-accepted and ignored, as vLLM does. This module knows neither the engine's state nor the answer.
+Errors are those of vLLM: its status, `type` and `code`, and a message that names the key. Unknown fields are ignored,
+as in vLLM. This module knows neither the engine's state nor the answer.
 """
 
 from typing import Final
@@ -16,7 +16,7 @@ from hpc_router.sim.tool_choice import chat_tool, message_tool, response_tool
 
 MAX_CHOICES = 128
 COMPLETION_TOKENS: Final = 16
-"""`max_tokens` of a completion without it (vllm/entrypoints/openai/completion/protocol.py, CompletionRequest)."""
+"""Default of `max_tokens` for a completion (vllm/entrypoints/openai/completion/protocol.py, CompletionRequest)."""
 _INCLUDE_LOGPROBS: Final = "message.output_text.logprobs"
 
 
@@ -106,7 +106,7 @@ def parse_response(raw: bytes) -> Generation:
 
 
 def parse_message(raw: bytes) -> Generation:
-    """Messages have no `ignore_eos` (vllm/entrypoints/anthropic/protocol.py)."""
+    """Parses a request for /v1/messages, which has no `ignore_eos` (vllm/entrypoints/anthropic/protocol.py)."""
     fields = RequestFields(raw)
     system = fields.value("system")
     turns = [] if system is None else [message({"role": "system", "content": system}, where="system")]
@@ -146,7 +146,7 @@ def parse_embedding(raw: bytes) -> Embedding:
 
 
 def check_prompt(prompt: ParsedPrompt, *, max_model_len: int) -> None:
-    """`_token_len_check` in vllm/renderers/params.py."""
+    """Raises ApiError for a prompt that is too long, as `_token_len_check` in vllm/renderers/params.py."""
     if prompt.tokens > max_model_len:
         raise ApiError(
             f"This model's maximum context length is {max_model_len} tokens. However, your prompt contains "
@@ -157,9 +157,9 @@ def check_prompt(prompt: ParsedPrompt, *, max_model_len: int) -> None:
 
 
 def token_limit(generation: Generation, prompt: ParsedPrompt, *, max_model_len: int) -> int:
-    """How many tokens the answer may have: `max_tokens`, cut to what the prompt leaves of the context.
+    """Returns the maximum number of tokens of the answer: `max_tokens`, or less if the context leaves less.
 
-    `get_max_tokens` in vllm/entrypoints/serve/utils/api_utils.py, and the checks of vllm/renderers/params.py and
+    As `get_max_tokens` in vllm/entrypoints/serve/utils/api_utils.py, with the checks of vllm/renderers/params.py and
     vllm/sampling_params.py.
     """
     asked, name = generation.max_tokens, generation.limit_name

@@ -1,9 +1,9 @@
-"""Response bodies and SSE events of chat and text completions, embeddings and model lists, as vLLM shapes them.
+"""Response bodies and SSE events of chat and text completions, embeddings and model lists, in vLLM's form.
 
-A streamed token must be cheap, so the JSON around it is serialised once per choice and a token is two concatenations.
-Stream and body are built from the same completions, so their texts and usage agree. Everything is labelled simulated.
-The protocols here have two more implementations, for the APIs whose events have names: `responses_format` and
-`messages_format`.
+A streamed token must be cheap, so the JSON around it is serialised once per choice, and a token costs two
+concatenations. Stream and body are built from the same completions, so their texts and usage agree. All are labelled as
+simulated. The protocols in this module have two more implementations, for the APIs with named events:
+`responses_format` and `messages_format`.
 """
 
 import base64
@@ -36,22 +36,22 @@ def encode(body: dict[str, object]) -> bytes:
 
 
 def around_placeholder(event: bytes) -> tuple[bytes, bytes]:
-    """The bytes before and after the place where the text of a token goes."""
+    """Returns the bytes before and after the placeholder for the text of a token."""
     head, _, tail = event.rpartition(json_bytes(PLACEHOLDER))
     return head, tail
 
 
 @dataclass(frozen=True, slots=True)
 class Envelope:
-    """The fields that every chunk and body of one response shares."""
+    """The fields that all chunks, or the body, of one response share."""
 
     id: str
     created: int
     model: str
 
     def wrap(self, kind: str, choices: Sequence[object], **more: object) -> dict[str, object]:
-        """Return a response or an event as JSON object. `choices` comes last: an event is split at its last
-        placeholder, which must be in `choices` and not in text of the client in another field."""
+        """Returns a response or an event as JSON object. `choices` comes last: an event is split at its last
+        placeholder, which must be in `choices` and not in a client's text in another field."""
         return {
             "id": self.id,
             "object": kind,
@@ -66,7 +66,7 @@ class Envelope:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """One choice of a response: its completion, and what the request asked for beside the text."""
+    """One choice of a response: its completion, and what the request asked for besides the text."""
 
     completion: Completion
     echo: str = ""
@@ -85,13 +85,13 @@ class ChoiceEvents(Protocol):
     """The events of one choice of a stream."""
 
     def opening(self) -> bytes:
-        """Before the first token."""
+        """Returns the events before the first token."""
 
     def token(self, text: str) -> bytes:
-        """One token; called once for each, in order."""
+        """Returns the events of one token. Called once for each token, in order."""
 
     def closing(self, choice: Choice) -> bytes:
-        """After the last token."""
+        """Returns the events after the last token."""
 
 
 class ResponseFormat(Protocol):
@@ -100,13 +100,13 @@ class ResponseFormat(Protocol):
     def events(self, index: int, choice: Choice) -> ChoiceEvents: ...
 
     def end(self, choices: Sequence[Choice]) -> bytes:
-        """The end of a stream, after every choice has ended."""
+        """Returns the end of a stream, after every choice has ended."""
 
     def error(self, message: str) -> bytes:
-        """The end of a stream that failed."""
+        """Returns the end of a stream that failed."""
 
     def body(self, choices: Sequence[Choice]) -> bytes:
-        """The response in one piece."""
+        """Returns the response in one piece."""
 
 
 class CompletionsFormat:
@@ -148,7 +148,7 @@ class CompletionsFormat:
 
 
 class CompletionEvents:
-    """The events of one choice of a completion. `_sent` counts tokens, `_offset` characters with log probabilities."""
+    """The events of one choice of a completion. `_sent`: tokens so far. `_offset`: characters so far."""
 
     def __init__(self, envelope: Envelope, generation: Generation, index: int, choice: Choice) -> None:
         self._envelope, self._generation, self._index, self._choice = envelope, generation, index, choice
@@ -162,7 +162,7 @@ class CompletionEvents:
         return self._event(self._delta(text), entries=self._choice.logprobs[self._sent - 1 : self._sent])
 
     def opening(self) -> bytes:
-        """Chat streams name the role, and the tool if one is called, before their first content."""
+        """Returns the events before the first content: chat streams name the role, and the tool of a tool call."""
         echo = self._choice.echo
         if self._generation.api is Api.TEXT:
             prompt = self._choice.prompt_logprobs if self._generation.top_logprobs is not None else None
@@ -176,7 +176,7 @@ class CompletionEvents:
         return role + self._event({"tool_calls": [call]})
 
     def closing(self, choice: Choice) -> bytes:
-        """Tokens that a stop string removed have log probabilities all the same."""
+        """Returns the last events, with the log probabilities of tokens that a stop string removed."""
         completion = choice.completion
         entries = None if choice.logprobs is None else choice.logprobs[self._sent :] or None
         content = "" if self._generation.api is Api.TEXT else {}
@@ -220,7 +220,7 @@ def _logprobs(
     offset: int = 0,
     prompt: bool = False,
 ) -> dict[str, object] | None:
-    """Of a choice or of an event. With `prompt`, an echoed prompt comes first."""
+    """Returns the log probabilities of a choice or of an event. With `prompt`, those of an echoed prompt come first."""
     if entries is None or generation.top_logprobs is None:
         return None
     if generation.api is Api.CHAT:

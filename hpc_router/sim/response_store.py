@@ -1,4 +1,4 @@
-"""The last responses of `/v1/responses`, for `previous_response_id`. Bounded in number; the oldest is dropped first."""
+"""The last responses of `/v1/responses`, for `previous_response_id`. Their number is limited; the oldest is dropped."""
 
 from collections import OrderedDict
 
@@ -9,7 +9,7 @@ MAX_RESPONSES = 1024
 
 
 class ResponseStore:
-    """Response id -> the conversation up to the end of that response."""
+    """Maps a response id to the conversation up to the end of that response."""
 
     def __init__(self, *, max_responses: int = MAX_RESPONSES) -> None:
         self._max_responses = max_responses
@@ -22,7 +22,7 @@ class ResponseStore:
             self._conversations.popitem(last=False)
 
     def continued(self, response_id: str, prompt: ParsedPrompt) -> ParsedPrompt | None:
-        """The conversation with `prompt` added to it; None for a response that is not stored."""
+        """Returns the stored conversation with `prompt` added to it; None if the response is not stored."""
         before = self._conversations.get(response_id)
         if before is None:
             return None

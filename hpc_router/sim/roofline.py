@@ -1,9 +1,9 @@
-"""How long one step of continuous batching takes on which GPUs: a small roofline model. A prediction, never evidence.
+"""Predicts how long one step of continuous batching takes on given GPUs, with a small roofline model.
 
 A step computes some tokens of some sequences. It takes as long as the slower of arithmetic and memory traffic
 (Williams, Waterman, Patterson, "Roofline", CACM 52(4), 2009), plus the communication between tensor-parallel ranks,
 plus the host's work. Every constant names its source; those without one are marked ASSUMED. docs/simulation.md has the
-formulas.
+formulas. The result is a prediction and must never be reported as a measurement.
 """
 
 import json
@@ -21,9 +21,12 @@ TERA: Final = 1e12
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """Peaks of a data sheet: dense arithmetic (half of what is printed "with sparsity"), one direction of the link.
-    `fp8_flops` is None where its tensor cores have no FP8. `seqs`, `tokens`: vLLM 0.32's defaults for its API server
-    on such a card (vllm/engine/arg_utils.py)."""
+    """Peak values from a GPU's data sheet: dense arithmetic (half of the value "with sparsity"), one direction of the
+    link.
+
+    `fp8_flops`: None if the tensor cores have no FP8. `seqs`, `tokens`: defaults of vLLM 0.32's API server on such a
+    GPU (vllm/engine/arg_utils.py).
+    """
 
     memory_gb: float
     bandwidth: float  # bytes/s
@@ -47,26 +50,26 @@ GPUS: Final[Mapping[str, Gpu]] = {
 }
 
 MEMORY_EFFICIENCY: Final = 0.8
-"""Of the peak bandwidth. Measured on an H100 SXM: 2.6 to 2.8 of 3.35 TB/s for weights, 78 to 84 %
+"""Usable share of the peak memory bandwidth. Measured on an H100 SXM: 2.6 to 2.8 of 3.35 TB/s for weights, 78 to 84 %
 (mikamirai.com/blog/gpu-memory-bandwidth, March 2026)."""
 COMPUTE_EFFICIENCY: Final = 0.6
-"""Of the peak arithmetic. ASSUMED for whole layers; the best single kernels reach about 75 % (FlashAttention-3,
-arXiv 2407.08608)."""
+"""Usable share of the peak arithmetic. ASSUMED for whole layers; the best single kernels reach about 75 %
+(FlashAttention-3, arXiv 2407.08608)."""
 LINK_EFFICIENCY: Final = 0.77
-"""Of one direction of the link, for all-reduces of large messages, as measured on 4 H100 with NCCL
+"""Usable share of one direction of the link for all-reduces of large messages, as measured on 4 H100 with NCCL
 (waynehacking8.github.io/blog/nccl-nvlink-bandwidth, May 2026)."""
 HOP_S: Final = 10e-6
-"""Least time of one all-reduce inside a node. ASSUMED: NCCL's floor for small messages is of that order."""
+"""Minimum seconds of one all-reduce inside a node. ASSUMED: NCCL's minimum for small messages is of that order."""
 FABRIC_HOP_S: Final = 30e-6
-"""The same between nodes. ASSUMED."""
+"""Minimum seconds of one all-reduce between nodes. ASSUMED."""
 FABRIC: Final = 50 * GB
-"""Bytes/s of one direction between nodes, per GPU: an NDR InfiniBand port of 400 Gb/s (NVIDIA ConnectX-7)."""
+"""Bytes/s per GPU of one direction between nodes: an NDR InfiniBand port of 400 Gb/s (NVIDIA ConnectX-7)."""
 HOST_S: Final = 1e-3
-"""Scheduling, launching and sampling per step. ASSUMED."""
+"""Seconds per step for scheduling, launching and sampling. ASSUMED."""
 MEMORY_USED: Final = 0.92
-"""vLLM 0.32's default of `gpu_memory_utilization` (vllm/config/cache.py)."""
+"""Share of GPU memory that vLLM uses: 0.32's default of `gpu_memory_utilization` (vllm/config/cache.py)."""
 ACTIVATIONS_GB: Final = 4.0
-"""Per GPU, for activations and CUDA graphs. ASSUMED."""
+"""Memory per GPU for activations and CUDA graphs, in GB. ASSUMED."""
 BLOCK: Final = 16
 """Tokens per block of the KV cache: vLLM's default (PagedAttention, arXiv 2309.06180)."""
 
@@ -76,7 +79,7 @@ WEIGHT_BYTES: Final[Mapping[str, float]] = {
     # AWQ (arXiv 2306.00978): 4 bits, and per group of 128 weights a scale of 16 bits and a zero of 4.
     "awq": (4 + (16 + 4) / 128) / 8,
 }
-"""Per parameter of the linear layers; embeddings and the output layer stay bf16 in all of them."""
+"""Bytes per parameter of the linear layers. Embeddings and the output layer are always bf16."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +99,7 @@ class TransformerShape:
 
     @property
     def linear_parameters(self) -> int:
-        """Per layer: query and output, key and value, and the three matrices of the gated feed-forward network."""
+        """Parameters per layer: query, key, value, output, and three matrices of the gated feed-forward network."""
         attention = 2 * self.hidden * self.hidden + 2 * self.hidden * self.kv_heads * self.head
         return self.layers * (attention + 3 * self.hidden * self.intermediate)
 
@@ -106,7 +109,7 @@ class TransformerShape:
 
     @property
     def kv_bytes(self) -> int:
-        """Per token of context: keys and values of every layer, two bytes each."""
+        """Bytes of the KV cache per token of context: keys and values of every layer, two bytes each."""
         return 2 * self.layers * self.kv_heads * self.head * 2
 
 
@@ -118,7 +121,7 @@ MODELS: Final[Mapping[str, TransformerShape]] = {
 
 
 def shape_of(model: str) -> TransformerShape:
-    """By the model's name, or from the config.json of a model folder. Raises ConfigError."""
+    """Returns the shape of a known model, or of a model folder by its config.json. Raises ConfigError."""
     name = model if model in MODELS else _model_name(model)
     if name is not None:
         return MODELS[name]
@@ -142,7 +145,7 @@ def shape_of(model: str) -> TransformerShape:
 
 
 def _model_name(model: str) -> str | None:
-    """The name in MODELS for a hub id such as `meta-llama/Meta-Llama-3-8B-Instruct`."""
+    """Returns the name in MODELS for a hub id such as `meta-llama/Meta-Llama-3-8B-Instruct`."""
     plain = model.lower().replace("-", "").replace("_", "").replace(".", "")
     for name in MODELS:
         family, _, size = name.partition("-")
@@ -160,7 +163,7 @@ class SequenceStep:
 
 
 class RooflineEngine:
-    """One replica: a model in one precision on a number of GPUs. Raises ConfigError if it does not fit."""
+    """One replica: a model in one precision on a number of GPUs. Raises ConfigError if the model does not fit."""
 
     def __init__(self, options: Roofline) -> None:
         if options.gpu not in GPUS:
@@ -181,7 +184,7 @@ class RooflineEngine:
         self.kv_tokens = self._kv_tokens()
 
     def _kv_tokens(self) -> int:
-        """Tokens of context that fit beside the weights (embedding and output layer, each once) on all GPUs."""
+        """Returns how many tokens of context fit on all GPUs beside the weights (embedding and output layer once)."""
         gpus = self.tp * self.pp
         weights = self.linear_bytes + 2 * self.output_bytes
         free = gpus * (self.gpu.memory_gb * GB * MEMORY_USED - ACTIVATIONS_GB * GB) - weights
@@ -194,15 +197,18 @@ class RooflineEngine:
         return tokens
 
     def step_s(self, steps: Sequence[SequenceStep]) -> float:
-        """Seconds of one step. With pipeline stages the batch is cut in as many, which follow each other through the
-        stages, so each reads all weights once and a share of the batch."""
+        """Returns the seconds of one step. With pipeline stages, the batch is cut into as many parts, which follow each
+        other through the stages; each part reads all weights once and its share of the contexts."""
         new = sum(step.new for step in steps) / self.pp
         reached = sum(step.context + step.new for step in steps) / self.pp
         return max(self._arithmetic_s(steps, new), self._memory_s(reached)) + self._communication_s(new) + HOST_S
 
     def _arithmetic_s(self, steps: Sequence[SequenceStep], new: float) -> float:
-        """2 operations per parameter and token (Kaplan et al., arXiv 2001.08361), and attention's 4 per layer, hidden
-        dimension, token and token of its context; one token of each sequence passes the output layer."""
+        """Returns the seconds of arithmetic. One token per sequence passes the output layer.
+
+        2 operations per parameter and token (Kaplan et al., arXiv 2001.08361); attention 4 per layer, hidden dimension,
+        token and token of its context.
+        """
         shape = self.shape
         peak = self.gpu.bf16_flops
         if self.options.quantization == "fp8" and self.gpu.fp8_flops is not None:
@@ -215,14 +221,15 @@ class RooflineEngine:
         return (linear / peak_linear + rest / peak) / (self.tp * COMPUTE_EFFICIENCY)
 
     def _memory_s(self, reached: float) -> float:
-        """All weights of the step, and the keys and values of every context, cross the memory's bus once (Pope et al.,
-        arXiv 2211.05102)."""
+        """Returns the seconds of memory traffic: all weights of the step, and the keys and values of every context, are
+        read once (Pope et al., arXiv 2211.05102)."""
         moved = self.linear_bytes + self.output_bytes + reached * self.shape.kv_bytes
         return moved / (self.tp * self.gpu.bandwidth * MEMORY_EFFICIENCY)
 
     def _communication_s(self, new: float) -> float:
-        """Two all-reduces of the hidden state per layer (Megatron-LM, arXiv 1909.08053), each moving 2(n-1)/n of its
-        bytes over the slowest link (ring; Patarasuk and Yuan, JPDC 69(2), 2009); stages hand it on once each."""
+        """Returns the seconds of communication: two all-reduces of the hidden state per layer (Megatron-LM, arXiv
+        1909.08053), each moving 2(n-1)/n of its bytes over the slowest link (ring; Patarasuk and Yuan, JPDC 69(2),
+        2009), and one transfer of the hidden state per pipeline stage."""
         message = new * self.shape.hidden * 2
         inside = self.tp <= self.options.gpus_per_node
         link, hop_s = (self.gpu.link, HOP_S) if inside else (min(FABRIC, self.gpu.link), FABRIC_HOP_S)

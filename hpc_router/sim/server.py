@@ -1,9 +1,9 @@
 """The life cycle of the engine: load, listen, serve, stop. In-process it is an async context manager.
 
-A factory of our own accepts connections, so that a fault can reset one before a byte is read. Stopping closes the
-listener first and lets running requests finish for `drain_s`. With a `drain_s` of 0, vLLM's default, running answers
-end at once in good form, with the finish reason `abort`. Connections that are left are aborted. In-process, `die`
-closes the listener and aborts every connection, which is what a killed process looks like to its clients.
+A protocol factory of our own accepts connections, so that a fault can reset one before a byte is read. Stopping closes
+the listener first and lets running requests finish for `drain_s`. With a `drain_s` of 0, vLLM's default, running
+answers end at once regularly, with the finish reason `abort`. Remaining connections are aborted. In-process, `die`
+closes the listener and aborts every connection, as clients of a killed process would see it.
 """
 
 import asyncio
@@ -30,7 +30,7 @@ from hpc_router.sim.roofline import RooflineEngine
 # sun_path holds 108 bytes with the final zero.
 MAX_SOCKET_PATH_BYTES = 107
 _ABORT_S = 1.0
-"""Time for clients to receive the ends of aborted answers, in seconds."""
+"""Seconds for clients to receive the ends of aborted answers."""
 
 
 class SimServer:
@@ -59,7 +59,7 @@ class SimServer:
             crash=crash or self._crash,
             admission=AdmissionQueue(capacity=config.capacity),
             faults=FaultSchedule(config.faults, seed=config.seed),
-            ids=random.Random(),  # unseeded: replicas of one seed must not share ids
+            ids=random.Random(),  # unseeded: replicas with the same seed must not share ids
             batch=None if config.roofline is None else BatchLoop(RooflineEngine(config.roofline), clock),
         )
         self._runner: web.AppRunner | None = None
@@ -72,14 +72,14 @@ class SimServer:
 
     @property
     def address(self) -> str:
-        """Where the server listens, or will listen: `http://HOST:PORT` or `unix:PATH`."""
+        """Returns the address at which the server listens, or will listen: `http://HOST:PORT` or `unix:PATH`."""
         if self.uds is not None:
             return f"unix:{self.uds}"
         return f"http://{f'[{self._host}]' if ':' in self._host else self._host}:{self._port}"
 
     @property
     def url(self) -> str:
-        """The base URL for clients; over a unix socket the host has no meaning."""
+        """The base URL for clients. Over a unix socket, its host has no meaning."""
         return "http://localhost" if self.uds is not None else self.address
 
     @property
@@ -95,11 +95,11 @@ class SimServer:
         return self._context.requests
 
     async def idle(self) -> None:
-        """Wait until no request runs or waits."""
+        """Waits until no request runs or waits."""
         await self._context.admission.idle()
 
     def abort(self) -> None:
-        """Break every connection; running requests count as aborted."""
+        """Aborts every connection. Running requests count as aborted."""
         if self._runner is None or self._runner.server is None:
             return
         for connection in self._runner.server.connections:
@@ -137,7 +137,7 @@ class SimServer:
         await self.stop()
 
     async def stop(self) -> None:
-        """Stop as on SIGTERM. Can be called again."""
+        """Stops the server in the same way as SIGTERM. Further calls have no effect."""
         assert self._runner is not None
         if self._loading is not None:
             self._loading.cancel()

@@ -1,6 +1,6 @@
-"""The log lines of a vLLM that cannot start, by failure reason, for the code that has to tell reasons apart.
+"""The log lines of a vLLM that cannot start, by failure reason, with which tests check that reasons are recognised.
 
-The texts are shortened from those of vLLM, PyTorch and CUDA; the first line says that it is simulated.
+The texts are shortened from those of vLLM, PyTorch and CUDA. The first line says that it is simulated.
 """
 
 import os
@@ -55,7 +55,7 @@ def failure_log(reason: str, *, model: str) -> str:
 
 
 def fails_this_start(fault: Fault, *, times: int | None) -> bool:
-    """Whether this start fails. With `times`, the size of the counter file is the number of starts that failed."""
+    """Returns whether this start fails. With `times`, the counter file's size is the number of failed starts."""
     if times is None or fault.counter is None:
         return True
     counter = Path(fault.counter)

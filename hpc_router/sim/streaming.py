@@ -1,8 +1,8 @@
-"""One request from admission to its last byte: wait for each token, inject the fault, count, send.
+"""Serves an admitted request until its last byte: waits for each token, injects the fault, counts, sends.
 
-Streams and bodies share `RunningRequest.step`: token k has been produced when it returns, and a fault that is due at k
-has been injected instead. A body is sent only when its last token is there, as vLLM does. When the engine stops, an
-answer ends after the tokens that it has, in good form and with the finish reason `abort`, as vLLM's do.
+Streams and bodies share `RunningRequest.step`: when it returns, token k has been produced, or a fault that is due at k
+has been injected instead. As in vLLM, a body is sent only after its last token. When the engine stops, an answer ends
+after the tokens that it has, regularly and with the finish reason `abort`, as in vLLM.
 """
 
 from collections.abc import Callable, Sequence
@@ -38,7 +38,7 @@ class RunningRequest:
         await self._inject_at(HEADERS)
 
     async def step(self, k: int, *, choices: int) -> None:
-        """Produce token k of `choices` choices."""
+        """Waits for token k of `choices` choices, or injects the fault that is due there."""
         if self.ticket.stopped:
             raise EngineStopped
         running, schedule = self.counts.running, self.schedule
@@ -48,7 +48,7 @@ class RunningRequest:
         self.counts.generation_tokens += choices
 
     async def end(self, steps: int) -> None:
-        """A fault at the length of the answer is injected after the last token, before the proper end."""
+        """Injects a fault that is due after the last token, before the regular end; then stores the answer."""
         await self._inject_at(steps)
         if self.store is not None:
             self.store()
@@ -80,7 +80,7 @@ async def answer_body(
 
 
 async def answer_embedding(running: RunningRequest, body: bytes) -> web.StreamResponse:
-    """One step, which produces no token."""
+    """Sends the response to a request for embeddings, after one step without a token."""
     await running.before_headers()
     await running.step(0, choices=0)
     return await _send_body(running, body, reason="stop")
@@ -127,7 +127,7 @@ def _unfinished(choices: Sequence[Choice], k: int) -> int:
 
 
 def _token(events: Sequence[ChoiceEvents], choices: Sequence[Choice], k: int) -> bytes:
-    """Token k of every choice in one write; empty where a stop string removed them all."""
+    """Returns the events of token k of all choices; empty if a stop string removed them."""
     if len(events) == 1 and 0 < k < len(choices[0].completion.pieces):
         return events[0].token(choices[0].completion.pieces[k])
     made = [] if k else [one.opening() for one in events]

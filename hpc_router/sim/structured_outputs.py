@@ -1,7 +1,8 @@
-"""Answers whose text the request fixes: JSON for a schema, one of some choices, the arguments of a forced tool call.
+"""Answers whose text the request determines: JSON for a schema, one of some choices, the arguments of a forced tool
+call.
 
 vLLM 0.32 names these constraints `response_format`, `structured_outputs`, `text.format` and `output_config.format`
-(vllm/entrypoints/generate/base/protocol.py, vllm/sampling_params.py). Kinds that need a grammar are refused.
+(vllm/entrypoints/generate/base/protocol.py, vllm/sampling_params.py). Constraints that need a grammar are refused.
 """
 
 import json
@@ -17,8 +18,10 @@ _KINDS: Final = ("json", "regex", "choice", "grammar", "json_object", "structura
 def constrained_text(
     *, response_format: object, structured_outputs: object, key: str = "response_format"
 ) -> str | None:
-    """The text that the answer has to be; None where the request sets no constraint. `key` names the first field in
-    errors. A `response_format` replaces the same kind in `structured_outputs`."""
+    """Returns the text that the answer must have; None if the request has no constraint.
+
+    `key` names the first field in errors. A `response_format` replaces the same kind in `structured_outputs`.
+    """
     constraints = _constraints(structured_outputs)
     constraints |= _of_format(response_format, key=key)
     if structured_outputs is None and not constraints:
@@ -34,7 +37,7 @@ def constrained_text(
 
 
 def tool_arguments(tool: Tool) -> str:
-    """The arguments of a forced call, as JSON."""
+    """Returns the arguments of a forced tool call, as JSON."""
     return _json(tool.parameters if isinstance(tool.parameters, dict) else {"type": "object"}, param="tools")
 
 
@@ -47,7 +50,7 @@ def _constraints(value: object) -> dict[str, object]:
 
 
 def _of_format(value: object, *, key: str) -> dict[str, object]:
-    """`json_schema` has the schema in a field of that name in chat, and beside its type in the other APIs."""
+    """Returns the schema of a requested format. Chat has it in the field `json_schema`, other APIs beside `type`."""
     if value is None:
         return {}
     if not isinstance(value, dict):

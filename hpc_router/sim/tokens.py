@@ -1,8 +1,8 @@
-"""The text of the simulated answers: deterministic from (seed, model, prompt), decided before the first token is due.
+"""The text of the simulated answers, determined by (seed, model, prompt) before the first token is due.
 
-A token is a word with the space before it, in prompts and in answers, so usage can be recounted by `str.split`. An
-answer ends by itself after a number of tokens that the prompt fixes, or earlier at its limit; with `ignore_eos` it has
-exactly its limit, so load tests control lengths. This module knows neither HTTP nor time.
+A token is a word with the space before it, in prompts and in answers, so `str.split` gives the same counts as the
+usage. An answer ends by itself after a number of tokens that the prompt determines, or earlier at its limit. With
+`ignore_eos` it has exactly its maximum length, so load tests control lengths. This module knows neither HTTP nor time.
 """
 
 import hashlib
@@ -28,14 +28,14 @@ def count_tokens(text: str) -> int:
 
 
 def split_tokens(text: str) -> list[str]:
-    """The tokens of a text, one per word; joined they are the text again."""
+    """Splits a text into tokens, one per word. Joined, they are the text again."""
     return re.findall(r"\s*\S+(?:\s+\Z)?", text) or [text]
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """One choice. `pieces` are the texts that are sent, one per token; `generated` are the tokens before a stop string
-    cut them, so `tokens` can exceed `len(pieces)`."""
+    """One choice. `pieces`: texts that are sent, one per token. `generated`: the tokens before a stop string cut them,
+    so `tokens` can be greater than `len(pieces)`."""
 
     pieces: tuple[str, ...]
     tokens: int
@@ -48,7 +48,7 @@ class Completion:
         return "".join(self.pieces)
 
     def aborted(self, tokens: int) -> "Completion":
-        """The completion as the engine ends it when it stops after this many tokens."""
+        """Returns the completion as an engine ends it that stops after this number of tokens."""
         if tokens >= self.tokens:
             return self
         return replace(
@@ -72,7 +72,7 @@ def complete_text(
     ignore_eos: bool = False,
     stop: tuple[str, ...] = (),
 ) -> Completion:
-    """An answer of at most `limit` tokens. Its natural length lies between half and one and a half `mean_tokens`."""
+    """Returns an answer of at most `limit` tokens. Its own length is 0.5 to 1.5 times `mean_tokens`."""
     number = seeded_number(seed, model, prompt)
     half = mean_tokens // 2
     natural = mean_tokens - half + (number >> 32) % (2 * half + 1)
@@ -86,14 +86,14 @@ def complete_text(
 
 
 def complete_literal(text: str, *, limit: int, finish_reason: str) -> Completion:
-    """An answer whose text is fixed, cut at its limit."""
+    """Returns an answer with a given text, cut at its limit."""
     pieces = tuple(split_tokens(text))[:limit]
     whole = len("".join(pieces)) == len(text)
     return Completion(pieces, len(pieces), finish_reason if whole else "length", generated=pieces)
 
 
 def unit_vector(text: str, *, model: str, seed: int, dimensions: int) -> tuple[float, ...]:
-    """A direction fixed by the text, rounded to float32 so that both encodings carry the same numbers."""
+    """Returns a unit vector determined by the text, rounded to float32 so that both encodings have the same numbers."""
     rng = random.Random(seeded_number(seed, model, text))
     raw = [rng.gauss(0.0, 1.0) for _ in range(dimensions)]
     length = sum(value * value for value in raw) ** 0.5
@@ -102,7 +102,7 @@ def unit_vector(text: str, *, model: str, seed: int, dimensions: int) -> tuple[f
 
 
 def json_bytes(piece: str) -> bytes:
-    """A piece as a JSON string; the vocabulary is small, so nearly every token is a look-up."""
+    """Encodes a piece as a JSON string, with a cache: the vocabulary is small."""
     return _short_json_bytes(piece) if len(piece) <= 64 else json.dumps(piece).encode()
 
 
@@ -126,7 +126,7 @@ def _words(number: int, *, model: str, count: int) -> tuple[str, ...]:
 
 
 def _cut_at_stop(pieces: tuple[str, ...], *, stop: tuple[str, ...]) -> Completion | None:
-    """Generation ends with the token that completes a stop string; the string itself is not part of the answer."""
+    """Cuts the pieces before the first stop string. Generation ends with the token that completes it."""
     text = "".join(pieces)
     matches = [(text.find(string) + len(string), text.find(string), string) for string in stop if string in text]
     if not matches:

@@ -1,11 +1,11 @@
-"""Tools that a request offers, and which of them it forces. Each API writes them in its own way; errors are vLLM's."""
+"""Parses a request's tools and returns the one that it forces. Each API has its own form. Errors are as in vLLM."""
 
 from hpc_router.sim.api_error import ApiError
 from hpc_router.sim.generation import Tool
 
 
 def chat_tool(tools: object, choice: object) -> Tool | None:
-    """Chat: `{"type": "function", "function": {"name": ..., "parameters": ...}}`."""
+    """Parses chat's tools: `{"type": "function", "function": {"name": ..., "parameters": ...}}`."""
     offered = [
         _tool(_inner(entry), "parameters", index=i, inner="'function' that has a ") for i, entry in _entries(tools)
     ]
@@ -14,7 +14,7 @@ def chat_tool(tools: object, choice: object) -> Tool | None:
 
 
 def response_tool(tools: object, choice: object) -> Tool | None:
-    """Responses: `{"type": "function", "name": ..., "parameters": ...}`. Tools of other types are not offered."""
+    """Parses tools of /v1/responses: `{"type": "function", "name": ..., "parameters": ...}`. Ignores other types."""
     offered = [
         _tool(entry, "parameters", index=i)
         for i, entry in _entries(tools)
@@ -25,7 +25,7 @@ def response_tool(tools: object, choice: object) -> Tool | None:
 
 
 def message_tool(tools: object, choice: object) -> Tool | None:
-    """Messages: `{"name": ..., "input_schema": ...}`, and a choice that is always an object with a `type`."""
+    """Parses the tools of /v1/messages: `{"name": ..., "input_schema": ...}`. The choice is an object with a `type`."""
     offered = [_tool(entry, "input_schema", index=i) for i, entry in _entries(tools)]
     if choice is not None and (
         not isinstance(choice, dict) or choice.get("type") not in ("auto", "any", "tool", "none")
@@ -54,7 +54,7 @@ def _tool(entry: object, schema: str, *, index: int, inner: str = "") -> Tool:
 
 
 def _chosen(offered: list[Tool], name: object, *, named: bool, required: str) -> Tool | None:
-    """`named`: whether `name` is a tool's and not one of the words."""
+    """Returns the forced tool. `named`: whether `name` is the name of a tool, not a word such as `required`."""
     if not named and name in (None, "none", "auto"):
         return None
     if not offered:

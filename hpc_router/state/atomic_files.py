@@ -1,7 +1,7 @@
 """Writes and reads files that other hosts read and write at the same time.
 
-A writer uses a temporary name in the same folder, fsync, and `os.replace`, so a reader sees the old file or the new
-one, never a part. There are no locks: flock fails, or has no effect, on many parallel file systems.
+A writer uses a temporary name in the same folder, fsync, and `os.replace`, so a reader sees either the old file or the
+new one. There are no locks: flock fails, or has no effect, on many parallel file systems.
 """
 
 import json
@@ -16,12 +16,12 @@ from typing import Any, BinaryIO, Final
 from hpc_router.errors import ConfigError
 
 MAX_FILE_BYTES: Final = 2**20
-"""Largest size of a JSON file in the run directory."""
+"""Maximum size of a JSON file in the run directory."""
 
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Adds `path` to an OSError that has no file name, as `write` and `fsync` raise on a full disk."""
+    """Adds `path` to an OSError without a file name; `write` and `fsync` raise such errors on a full disk."""
     try:
         yield
     except OSError as error:
@@ -31,7 +31,7 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def replace_text(path: Path, text: str, *, mode: int = 0o600) -> None:
-    """Writes `text` to `path` atomically, with exactly `mode`, regardless of the umask."""
+    """Writes `text` to `path` atomically. The file gets exactly `mode`, regardless of the umask."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     try:
@@ -47,7 +47,8 @@ def replace_text(path: Path, text: str, *, mode: int = 0o600) -> None:
 
 
 def create_text(path: Path, text: str, *, mode: int = 0o600) -> bool:
-    """Writes a new file atomically. Of several concurrent writers exactly one gets True; False if the file exists."""
+    """Creates a file atomically. Returns True if this call created it, False if the file exists; of several concurrent
+    writers exactly one gets True."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     replace_text(temporary, text, mode=mode)
     try:
@@ -60,12 +61,12 @@ def create_text(path: Path, text: str, *, mode: int = 0o600) -> bool:
 
 
 def replace_json(path: Path, value: Any, *, mode: int = 0o600) -> None:
-    """`replace_text` of one JSON value."""
+    """Writes a JSON value to `path` atomically."""
     replace_text(path, json.dumps(value, indent=1, sort_keys=True) + "\n", mode=mode)
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """The JSON object at `path`; None if the file is missing, not readable, partly copied, or not an object."""
+    """Returns the JSON object at `path`; None if the file is missing, not readable, incomplete or not a JSON object."""
     try:
         return load_json(path)
     except (OSError, ValueError):
@@ -73,9 +74,10 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def load_json(path: Path) -> dict[str, Any]:
-    """The JSON object at `path`. Raises FileNotFoundError, another OSError, or ValueError for bad content.
+    """Returns the JSON object at `path`. Raises FileNotFoundError, another OSError, or ValueError for invalid content.
 
-    Reads only regular files of at most `MAX_FILE_BYTES`: a pipe would block the reader, a link may lead anywhere.
+    Reads only regular files of at most `MAX_FILE_BYTES`. A pipe would block the reader, and a symbolic link may lead
+    anywhere, so both are refused.
     """
     with _open_for_reading(path) as stream:
         if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
@@ -93,8 +95,11 @@ def load_json(path: Path) -> dict[str, Any]:
 
 
 def lines_of(path: Path) -> Iterator[tuple[int, str]]:
-    """Number (from 1) and text of each line that is not blank. Only a line feed ends a line, as in JSON lines; text may
-    contain U+2028 and other characters at which `str.splitlines` splits. Raises ConfigError with file and line."""
+    """Yields number (from 1) and text of each line that is not blank. Raises ConfigError with file and line.
+
+    Only a line feed ends a line, as in JSON lines: `str.splitlines` would also split at U+2028, which JSON texts may
+    contain.
+    """
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -108,16 +113,16 @@ def lines_of(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def refresh_folder(folder: Path) -> None:
-    """Makes an NFS client look up names in `folder` at the server. Raises OSError.
+    """Makes an NFS client look up the names in `folder` at the server again. Raises OSError.
 
-    The client caches for 30 s or more that `folder` has no file of some name (`lookupcache` and `acdirmin` in nfs(5));
-    opening the folder invalidates that cache.
+    The client may cache for 30 s or more that a file does not exist (`lookupcache` and `acdirmin` in nfs(5)). Opening
+    the folder invalidates that cache.
     """
     os.close(os.open(folder, os.O_RDONLY | os.O_DIRECTORY))
 
 
 def exists_now(path: Path) -> bool:
-    """Whether `path` exists, without the NFS client's cache of missing names."""
+    """Returns whether `path` exists, ignoring what the NFS client has cached about missing files."""
     with suppress(OSError):
         refresh_folder(path.parent)
     return path.exists()

@@ -1,7 +1,7 @@
-"""One thread that makes all writes of a service to the shared file system, in order.
+"""A thread that makes all writes of a service to the shared file system, in order.
 
 A shared file system may hang for minutes. Then only this thread hangs; it is a daemon thread, so the process can still
-end. Callers wait for their action with their own time limit, or do not wait.
+exit. Callers wait for their write with a time limit of their own, or do not wait.
 """
 
 import asyncio
@@ -11,7 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from logging.handlers import QueueHandler
 from pathlib import Path
@@ -23,15 +23,15 @@ logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 WRITE_TIMEOUT_S: Final = 5.0
-"""Longest time that a caller waits for a write. The write itself completes when the file system responds again."""
+"""Maximum time that a caller waits for a write. The write itself completes when the file system responds again."""
 MAX_UNWRITTEN_BYTES: Final = 4 * 2**20
-"""Output of a process that may be queued while the file system hangs; further output is dropped and counted."""
+"""Maximum output of a process that is queued while the file system hangs. Further output is dropped and counted."""
 _READ_BYTES: Final = 2**16
 LOG_FORMAT: Final = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
 class FileThread:
-    """Runs actions one after another in its thread."""
+    """Runs functions one after another in a thread of its own."""
 
     def __init__(self, name: str) -> None:
         self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -39,20 +39,27 @@ class FileThread:
         self._thread.start()
 
     async def run(self, action: Callable[[], _T]) -> _T:
-        """The action's result or exception. The action runs even if the caller is cancelled."""
+        """Runs `action` in the thread, even if the caller is cancelled. Returns its result or raises its exception."""
         done: Future[_T] = Future()
 
         def act() -> None:
             try:
                 done.set_result(action())
-            except BaseException as error:  # noqa: BLE001 - handed to the caller
+            except BaseException as error:  # noqa: BLE001 - raised in the caller
                 done.set_exception(error)
 
         self._queue.put(act)
         return await asyncio.shield(asyncio.wrap_future(done))
 
+    async def run_within_limit(self, action: Callable[[], _T]) -> _T | None:
+        """Returns the result of `action`; None after an OSError or after `WRITE_TIMEOUT_S`."""
+        with suppress(OSError, TimeoutError):
+            async with asyncio.timeout(WRITE_TIMEOUT_S):
+                return await self.run(action)
+        return None
+
     def post(self, action: Callable[[], object]) -> None:
-        """Queues the action without waiting for it. A failure is logged."""
+        """Queues `action` without waiting for it. An exception is logged."""
 
         def act() -> None:
             try:
@@ -65,7 +72,7 @@ class FileThread:
         self._queue.put(act)
 
     def close(self, *, timeout_s: float) -> None:
-        """Waits until all queued actions have run, for `timeout_s` at most."""
+        """Waits until all queued actions have run, for at most `timeout_s`, and ends the thread."""
         self._queue.put(None)
         self._thread.join(timeout_s)
 
@@ -93,8 +100,8 @@ class FileThreadHandler(QueueHandler):
 class OutputLog:
     """Copies the output of a process from its pipe to a log file, through the file thread.
 
-    The process never waits for the file system, and the size of its log is bounded. `tail` is the last `tail_bytes`
-    bytes of output.
+    The process never waits for the file system, and the size of its log is bounded. `tail` holds the last `tail_bytes`
+    bytes of the output.
     """
 
     def __init__(self, files: FileThread, path: Path, *, tail_bytes: int = 0) -> None:
@@ -105,7 +112,7 @@ class OutputLog:
         self.tail = b""
 
     async def copy(self, stream: asyncio.StreamReader) -> None:
-        """Copies until the end of the stream."""
+        """Copies until the end of `stream`."""
         try:
             while data := await stream.read(_READ_BYTES):
                 self._append(data)
@@ -130,9 +137,8 @@ class OutputLog:
 
 @contextmanager
 def file_thread(name: str, *, log: Path, label: str = "") -> Iterator[FileThread]:
-    """A thread for all writes of a service, including its log, which also goes to stderr if that is a terminal.
-
-    `log`: the log file, which only this process writes. `label`: name of the process in each line."""
+    """Starts a thread for all writes of a service and sends the service's log through it. Also logs to stderr if that
+    is a terminal. `log`: the log file, which only this process writes. `label`: name of the process in each line."""
     files = FileThread(name)
     to_file = FileThreadHandler(files, LogFileHandler(LogFile(log)))
     to_file.addFilter(RateLimit())

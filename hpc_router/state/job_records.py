@@ -1,9 +1,9 @@
 """`jobs/<replica>/`: the records of one job, shared by submitter, job and control loop.
 
-The folder is the claim: the process that creates it submits the job, so two control loops never submit the same
-replica. Each file has one writer: `job.json` the submitter; `process.json` and `progress.json` the job itself;
-`exit.json` the job, or the first observer of a job that ended without one; `ended.json` the batch script around the
-job; `stop.json` the process that asks the job to stop.
+The process that creates the folder submits the job, so two control loops never submit the same replica. Each file has
+one writer: `job.json` the submitter; `process.json` and `progress.json` the job itself; `exit.json` the job, or the
+first observer of a job that ended without one; `ended.json` the batch script around the job; `stop.json` the process
+that asks the job to stop.
 """
 
 import os
@@ -12,14 +12,14 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Final, Self, TypeVar
+from typing import Final, Self, TypeVar
 
 from hpc_router.state.atomic_files import read_json, replace_json
 from hpc_router.state.run_directory import RunDir, private_umask
 
 
 class JobPhase(StrEnum):
-    """How far a job has come; the registry's `State` says only whether it takes requests (docs/states.md)."""
+    """How far a job has come. The registry's `State` says only whether the job takes requests (docs/states.md)."""
 
     STARTING = "starting"  # the agent runs, the engine process does not yet
     LOADING = "loading"  # the engine process runs and does not answer yet
@@ -73,11 +73,11 @@ BLAMELESS: Final = frozenset(
         FailureReason.UNANSWERED,
     }
 )
-"""Ends whose cause is not the replica: it is submitted again, without limit."""
+"""Failures that the replica did not cause. Such a replica is submitted again, without limit."""
 
 
 class Runner(StrEnum):
-    """What runs a job, and so can report its state."""
+    """What runs a job, and can therefore report its state."""
 
     PROCESS = "process"  # a process of one host; its job id is its process id
     SLURM = "slurm"  # a Slurm job, which other replicas may share
@@ -86,10 +86,11 @@ class Runner(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class JobInfo:
-    """Written at submission, on `host`. The id of a local job is a process id; `start_ticks` detects its reuse.
+    """A submitted job; the submitter on `host` writes this record.
 
-    `shared`: the Slurm job also runs other replicas, and this one is a step of it. `after`: id of the job whose end it
-    waited for when it was submitted. `revision`: of the config that it was submitted with (`config.revision`).
+    The id of a local job is a process id; `start_ticks` tells whether another process got that id. `shared`: the Slurm
+    job also runs other replicas, and this replica is a step of it. `after`: id of the job whose end it waited for when
+    it was submitted. `revision`: of the config that it was submitted with (`config.revision`).
     """
 
     job_id: str
@@ -106,7 +107,7 @@ class JobInfo:
 
 @dataclass(frozen=True, slots=True)
 class Submitter:
-    """The process that submits a claimed job, as long as `job.json` does not exist."""
+    """The process that submits a claimed job. Read only while `job.json` does not exist."""
 
     pid: int
     start_ticks: int
@@ -115,7 +116,7 @@ class Submitter:
 
 @dataclass(frozen=True, slots=True)
 class Process:
-    """The process of the job, which writes this before it becomes the agent or the router. `step_id`: Slurm's id.
+    """The process of a job, written before the process becomes the agent or the router. `step_id`: Slurm's step id.
     `started_at`: Unix seconds."""
 
     pid: int
@@ -127,7 +128,7 @@ class Process:
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """Written by the batch script at its end. `status`: exit status of the service or of a failed setup line."""
+    """The end of a batch script, written by the script. `status`: exit status of the service or the setup line."""
 
     status: int
     at: float
@@ -136,7 +137,7 @@ class Ended:
 
 @dataclass(frozen=True, slots=True)
 class JobProgress:
-    """`url`, `node`: address of a router; its record in the registry is removed when it ends."""
+    """Progress of a job. `url`, `node`: a router's address, needed after its registry record was removed."""
 
     phase: JobPhase
     reason: FailureReason | None = None  # reason of the last engine failure
@@ -152,7 +153,7 @@ class JobProgress:
 
 @dataclass(frozen=True, slots=True)
 class Exit:
-    """How a job ended. `cut`: responses that were still in progress at the end of the drain time."""
+    """How a job ended. `cut`: number of responses that were still in progress at the end of the drain time."""
 
     ok: bool
     reason: FailureReason
@@ -162,14 +163,14 @@ class Exit:
 
     @classmethod
     def drained(cls, message: str, *, cut: int) -> Self:
-        """The end of a service that stopped on request."""
+        """Returns the record of a service that stopped on request."""
         suffix = f"; {cut} answer{'s were' if cut > 1 else ' was'} cut off" if cut else ""
         return cls(ok=True, reason=FailureReason.DRAINED, message=f"{message}{suffix}", cut=cut)
 
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """Times of the requests to stop a job: to drain (HTTP), to end (SIGTERM), and the last SIGKILL."""
+    """When a job was asked to stop: to drain (HTTP), to end (SIGTERM), and the last SIGKILL."""
 
     drain_at: float | None = None
     cancel_at: float | None = None
@@ -195,7 +196,7 @@ class JobDir:
         return self.run.logs / f"{self.replica}.log"
 
     def worker_log(self, worker: int) -> Path:
-        """Log of one worker of a router; `agent_log` is the log of its control process."""
+        """Returns the log file of one worker of a router; `agent_log` is the log of its control process."""
         return self.run.logs / f"{self.replica}.worker{worker}.log"
 
     @property
@@ -208,7 +209,7 @@ class JobDir:
         return self.run.logs / f"{self.replica}.engine.log"
 
     def claim(self) -> bool:
-        """Creates the folder. True for the one caller that created it."""
+        """Creates the folder. Returns True to the one caller that created it, False to all others."""
         try:
             with private_umask():
                 self.path.mkdir()
@@ -221,6 +222,11 @@ class JobDir:
 
     def write(self, value: JobInfo | Submitter | Process | JobProgress | Exit | Ended | Stop) -> None:
         replace_json(self.path / _FILES[type(value)], asdict(value))
+
+    def write_exit(self, end: Exit) -> None:
+        """Writes the exit record. Keeps one of another process, because the control loop has acted on it."""
+        if self.exit() is None:
+            self.write(end)
 
     def info(self) -> JobInfo | None:
         value = self._read(JobInfo)
@@ -246,8 +252,12 @@ class JobDir:
 
     def _read(self, kind: type[_T]) -> _T | None:
         value = read_json(self.path / _FILES[kind])
+        if value is None:
+            return None
         try:
-            return None if value is None else kind(**_enums(value))
+            for key in _ENUMS.keys() & value.keys():
+                value[key] = None if value[key] is None else _ENUMS[key](value[key])
+            return kind(**value)
         except (TypeError, ValueError):
             return None
 
@@ -261,20 +271,11 @@ _FILES: Final[Mapping[type, str]] = {
     Ended: "ended.json",
     Stop: "stop.json",
 }
-
-
-def _enums(value: dict[str, Any]) -> dict[str, Any]:
-    if value.get("phase") is not None:
-        value["phase"] = JobPhase(value["phase"])
-    if value.get("reason") is not None:
-        value["reason"] = FailureReason(value["reason"])
-    if value.get("runner") is not None:
-        value["runner"] = Runner(value["runner"])
-    return value
+_ENUMS: Final[Mapping[str, type[StrEnum]]] = {"phase": JobPhase, "reason": FailureReason, "runner": Runner}
 
 
 def start_ticks(pid: int) -> int | None:
-    """Start time of a process of this host, in clock ticks since boot; None if it does not exist or is a zombie."""
+    """Returns the start time of a process in clock ticks since boot; None if it does not exist or is a zombie."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
     except OSError:

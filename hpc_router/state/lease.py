@@ -1,9 +1,9 @@
-"""A record in the registry that counts as live while its owner renews it.
+"""A record in the registry that counts as live only while its owner renews it.
 
-The beat counter in the record grows every `beat_s`; readers compare it with their own clocks. A write that fails or
-hangs is only a warning, so a stalled file system neither takes a service out of use nor keeps it from ending. If the
-folder is missing at `GONE_BEATS` renewals in a row, the owner is informed: the run directory was removed, and without
-it no other process can find the owner.
+Every `beat_s` the owner increases the beat counter in the record; readers time the changes with their own clocks. A
+failed or hanging write is only a warning, so a stalled file system neither takes a service out of use nor keeps it from
+exiting. If the folder is missing at `GONE_BEATS` renewals in a row, the run directory was removed; the owner is
+informed, because without the record no other process can find it.
 """
 
 import asyncio
@@ -22,14 +22,14 @@ logger = logging.getLogger(__name__)
 
 
 GONE_BEATS: Final = 5
-"""Consecutive renewals without a folder after which it counts as removed."""
+"""Number of consecutive renewals with a missing folder after which the run directory counts as removed."""
 
 
 class Lease:
-    """Owns one registry file. `async with` publishes and renews it, and withdraws it at the end.
+    """Owns one registry file: `async with` publishes it, renews it, and removes it at the end.
 
     `expires_at` is called in the file thread at each renewal: the end of the owner's job in Unix seconds, or None.
-    `on_gone` is called once, in the event loop, when the folder was removed; `on_failure` as in `background`.
+    `on_gone` is called once, in the event loop, when the folder was removed; `on_failure` as in `background_tasks`.
     """
 
     def __init__(
@@ -79,12 +79,12 @@ class Lease:
             self._files.close(timeout_s=0)
 
     async def update(self, **changes: Any) -> None:
-        """Changes fields and publishes the record, waiting for the write within its time limit."""
+        """Changes fields of the record and publishes it. Waits for the write, at most `WRITE_TIMEOUT_S`."""
         self._record = replace(self._record, **changes)
         await self._write_within_limit(partial(publish, self._folder, self._record), "published")
 
     def change(self, **changes: Any) -> None:
-        """Changes fields and publishes the record without waiting."""
+        """Changes fields of the record and publishes it without waiting."""
         self._record = replace(self._record, **changes)
         self._files.post(partial(publish, self._folder, self._record))
 
@@ -106,8 +106,7 @@ class Lease:
         self._ends_at = self._expires_at()
 
     async def _write_within_limit(self, action: Callable[[], None], done: str) -> OSError | None:
-        """Runs a write in the file thread and waits for it within a time limit. Returns the error, or None. The file
-        thread keeps the order of writes."""
+        """Runs a write in the file thread and waits for it, with a time limit. Returns the error, if any."""
         self._write = write = asyncio.ensure_future(self._files.run(action))
         write.add_done_callback(lambda late: late.cancelled() or late.exception())  # it may end after the time limit
         await asyncio.wait({write}, timeout=WRITE_TIMEOUT_S)

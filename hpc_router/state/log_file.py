@@ -13,19 +13,19 @@ from pathlib import Path
 from typing import Final
 
 LOG_BYTES: Final = 16 * 2**20
-"""A log file is rotated beyond this size. One older file is kept, so a log occupies at most twice that."""
+"""Maximum size of a log file, which is then rotated. One older file is kept, so a log occupies at most twice that."""
 BURST: Final = 100
 REFILL_PER_S: Final = 1.0
-"""One log statement may write `BURST` lines at once, and this many per second after that."""
+"""Lines per second that each log statement may write, after the first `BURST` lines."""
 
 
 def rotated_path(path: Path) -> Path:
-    """The path of the older part of a log, after a rotation."""
+    """Returns the path of the older part of a rotated log."""
     return path.with_name(f"{path.name}.1")
 
 
 class LogFile:
-    """Appends to `path`, which the first write creates with mode 0600."""
+    """A log file. The first write creates it with mode 0600."""
 
     def __init__(self, path: Path, *, limit: int = LOG_BYTES) -> None:
         self.path = path
@@ -51,7 +51,7 @@ class LogFile:
             self.close()
 
     def skip(self, count: int) -> None:
-        """Adds `count` bytes, which a caller dropped, to those that the next write reports as lost."""
+        """Counts bytes that a caller dropped; the next write reports them as lost."""
         self._lost += count
 
     def close(self) -> None:
@@ -74,7 +74,7 @@ class LogFile:
 
 
 class LogFileHandler(logging.Handler):
-    """Log records as lines of a `LogFile`."""
+    """Writes log records as lines of a `LogFile`."""
 
     def __init__(self, log: LogFile) -> None:
         super().__init__()
@@ -89,8 +89,8 @@ class LogFileHandler(logging.Handler):
 
 
 class RateLimit(logging.Filter):
-    """Limits the lines of each log statement: `BURST` at once, then `REFILL_PER_S`. The next line that passes states
-    how many were left out."""
+    """Limits the lines of each log statement: `BURST` at once, then `REFILL_PER_S` per second. The next line that
+    passes says how many were left out."""
 
     def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__()

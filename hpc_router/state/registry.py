@@ -1,8 +1,9 @@
 """The registry: one small file per endpoint on the shared file system, written only by its owner.
 
-Rules: a writer replaces its file atomically, without locks. A reader skips files that are missing, partly copied or of
-another user, and keeps the last valid content of a file that it cannot read now. This module does not decide whether
-the owner of a record is alive; readers do, from the beat counter and their own clock, because wall clocks differ.
+Rules: a writer replaces its file atomically, without locks. A reader skips files that are missing, incomplete or of
+another user, and keeps the last valid content of a file that it cannot read at the moment. This module does not decide
+whether the owner of a record is alive; readers do, from the beat counter and their own clock, because wall clocks of
+hosts differ.
 """
 
 import os
@@ -30,7 +31,7 @@ class RecordKind(StrEnum):
 
 
 class State(StrEnum):
-    """What the owner of a record publishes: whether requests may be sent to it (docs/states.md)."""
+    """Published state of an endpoint: whether requests may be sent to it (docs/states.md)."""
 
     STARTING = "starting"  # takes no requests yet, or none while its engine restarts
     READY = "ready"  # takes requests
@@ -39,7 +40,7 @@ class State(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
-    """The engine of an endpoint; None for what is not known."""
+    """The engine of an endpoint. A field is None if its value is not known."""
 
     kind: str | None = None
     version: str | None = None
@@ -49,13 +50,14 @@ class EngineInfo:
     tensor_parallel_size: int | None = None
     pipeline_parallel_size: int | None = None
     max_model_len: int | None = None
-    """Tokens of prompt and response together."""
+    """Maximum number of tokens of prompt and response together."""
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One endpoint. `serves` maps an expert's name to the model name in requests to the engine; None: the router asks.
+    """The published record of one endpoint: a replica or a router.
 
+    `serves` maps each expert to the model name that its requests to the engine need; None: the router asks the engine.
     `probe`: path of the health probe of an external endpoint; None: the router only opens a connection.
     """
 
@@ -85,7 +87,7 @@ class Record:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
-        """Raises RegistryError if `value` is not a record of this version's schema."""
+        """Parses a record. Raises RegistryError if `value` does not have this version's schema."""
         if value.get("schema") != SCHEMA:
             raise RegistryError(f"registry schema {value.get('schema')!r}; this version reads {SCHEMA}")
         known = {f.name for f in fields(cls)}
@@ -130,7 +132,7 @@ def replica_name(expert: str, slot: int | str, generation: int) -> str:
 
 
 def split_replica(name: str) -> tuple[str, str, int]:
-    """`math-0.g3` -> ("math", "0", 3)."""
+    """Splits a replica's name into expert, slot and generation: `math-0.g3` -> ("math", "0", 3)."""
     match = _REPLICA.fullmatch(name) if isinstance(name, str) else None
     if match is None:
         raise RegistryError(f"{name!r} is not a replica name such as 'math-0.g3'")
@@ -146,14 +148,14 @@ def withdraw(folder: Path, replica: str) -> None:
 
 
 class RegistryReader:
-    """Reads the folder repeatedly and parses only files that changed since the last snapshot."""
+    """Reads the registry folder repeatedly and parses only files that changed since the last snapshot."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._files: dict[str, StampedFile[Record]] = {}
 
     def snapshot(self) -> dict[str, Record]:
-        """Every valid record by replica name. Raises OSError if the folder cannot be listed: keep the last view."""
+        """Returns every valid record by replica name. Raises OSError if the folder cannot be listed."""
         with os.scandir(self._folder) as entries:
             names = sorted(e.name for e in entries if e.name.endswith(".json") and not e.name.startswith("."))
         self._files = {name: self._files.get(name) or record_file(self._folder / name) for name in names}
@@ -164,7 +166,7 @@ class RegistryReader:
 
 
 def record_file(path: Path) -> StampedFile[Record]:
-    """The file of one record; a record that names another replica than its file is not valid."""
+    """Returns the file of one record. A record that names another replica than its file is not valid."""
 
     def parse(content: Mapping[str, Any]) -> Record:
         record = Record.from_json(content)
@@ -176,6 +178,6 @@ def record_file(path: Path) -> StampedFile[Record]:
 
 
 def leading_router(records: Mapping[str, Record]) -> Record | None:
-    """The ready router of the highest generation; None if no router is ready."""
+    """Returns the ready router with the highest generation; None if no router is ready."""
     routers = [r for r in records.values() if r.kind is RecordKind.ROUTER and r.state is State.READY]
     return max(routers, key=lambda r: (r.generation, r.replica), default=None)

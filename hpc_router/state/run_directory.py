@@ -1,7 +1,7 @@
 """The run directory: all files of one deployment, in one folder of mode 0700 on the shared file system.
 
-`config.yaml` is frozen at the first launch; later changes (`scale`, `down`, `set`) go to `desired.json`. Secrets are
-files of mode 0600, which the first of `up`, `register` and `launch.router` creates.
+`config.yaml` does not change after the first launch; later changes (`scale`, `down`, `set`) go to `desired.json`.
+Secrets are files of mode 0600, created by the first of `up`, `register` and `launch.router`.
 """
 
 import contextlib
@@ -21,14 +21,14 @@ from hpc_router.state.atomic_files import load_json, naming, replace_json
 from hpc_router.state.log_file import LOG_BYTES, rotated_path
 
 ROTATION_S: Final = 60.0
-"""A claim to rotate `events.jsonl` that is older than this was left by a process that died."""
+"""Age in seconds at which a claim to rotate `events.jsonl` counts as left behind by a dead process."""
 MIN_FREE_BYTES: Final = 2**20
-"""With less free space a file system counts as full."""
+"""Free space in bytes below which a file system counts as full."""
 
 
 @dataclass(frozen=True, slots=True)
 class RunDir:
-    """Paths in a run directory. `open_run` and `make_run` check or create one."""
+    """Paths in a run directory. `make_run` creates a run directory, `open_run` checks an existing one."""
 
     path: Path
 
@@ -82,11 +82,11 @@ class RunDir:
 
     @property
     def classifier(self) -> Path:
-        """The classifier artefact that `up` trains from the experts' exemplars."""
+        """Folder of the classifier artefact that `up` trains from the experts' exemplars."""
         return self.path / "classifier"
 
     def space_error(self) -> str | None:
-        """Why the file system cannot be written, as an error text; None if it can. A quota is not detected."""
+        """Returns why files cannot be written here, as an error text; None if they can. A quota is not detected."""
         try:
             space = os.statvfs(self.path)
         except OSError as error:
@@ -99,7 +99,7 @@ class RunDir:
         return None
 
     def is_removed(self) -> bool:
-        """Whether the run directory was removed. False while the file system fails."""
+        """Returns whether the run directory was removed. Returns False if the file system does not respond properly."""
         try:
             self.registry.lstat()
         except OSError as error:
@@ -107,15 +107,15 @@ class RunDir:
         return False
 
     def token(self) -> str:
-        """The owner's client token."""
+        """Returns the client token of the deployment's owner."""
         return _read_secret(self.path / "token")
 
     def secret(self) -> str:
-        """The secret of the deployment, from which the replicas' keys are derived."""
+        """Returns the deployment's secret, from which the keys of the replicas are derived."""
         return _read_secret(self.path / "secret")
 
     def external_token(self, replica: str) -> str | None:
-        """The token of an external endpoint, given at `register`; None if it needs none."""
+        """Returns the token of an external endpoint, as given to `register`; None if it needs none."""
         path = self.path / "tokens" / replica
         return _read_secret(path) if path.exists() else None
 
@@ -124,8 +124,7 @@ class RunDir:
         _write_secret(self.path / "tokens" / replica, token)
 
     def event(self, kind: str, **facts: Any) -> None:
-        """Appends one line to `events.jsonl`, in one write. Only the control loop, the commands and the router's
-        control process call this."""
+        """Appends a line to `events.jsonl`. Called only by control loop, commands and the router's control process."""
         line = json.dumps({"at": round(time.time(), 3), "event": kind, "kind": kind, **facts}, sort_keys=True) + "\n"
         with naming(self.events), private_umask():
             descriptor = os.open(self.events, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -138,7 +137,7 @@ class RunDir:
             self._rotate_events()
 
     def _rotate_events(self) -> None:
-        """Renames the file if it is too long. The folder is a claim: of several writers exactly one renames."""
+        """Renames `events.jsonl` if it is too long. A folder is the claim: only the writer that creates it renames."""
         claim = self.path / ".events.rotating"
         try:
             claim.mkdir()
@@ -154,7 +153,7 @@ class RunDir:
             claim.rmdir()
 
     def read_desired(self) -> dict[str, Any]:
-        """The later changes; empty if there are none. Raises RegistryError for a file that cannot be read."""
+        """Returns the content of `desired.json`; empty if there is none. Raises RegistryError if it cannot be read."""
         try:
             return load_json(self.desired)
         except FileNotFoundError:
@@ -168,7 +167,7 @@ class RunDir:
 
 
 def make_run(path: Path) -> RunDir:
-    """The run directory at `path`, with missing parts created; mode 0700, regardless of the umask."""
+    """Creates the run directory at `path`, or only its missing parts, with mode 0700 regardless of the umask."""
     path.parent.mkdir(parents=True, exist_ok=True)
     run = RunDir(path.absolute())
     _private_folder(run.path)
@@ -182,7 +181,7 @@ def make_run(path: Path) -> RunDir:
 
 
 def open_run(path: Path) -> RunDir:
-    """An existing run directory. Raises ConfigError if it is not one, or other users can read it."""
+    """Returns an existing run directory. Raises ConfigError if `path` is not one, or if other users can read it."""
     if not path.is_dir():
         raise ConfigError(f"there is no run directory {path}; `hpc-router up` creates one, `--run DIR` names another")
     run = RunDir(path.resolve())
@@ -193,7 +192,7 @@ def open_run(path: Path) -> RunDir:
 
 
 def find_run(given: Path | None, *, runs: Path = Path("runs")) -> RunDir:
-    """The run directory of a command: `--run`, then `$HPC_ROUTER_RUN`, then `runs/latest`."""
+    """Returns the run directory of a command: `--run` (`given`), else `$HPC_ROUTER_RUN`, else `runs/latest`."""
     if given is not None:
         return open_run(given)
     named = os.environ.get("HPC_ROUTER_RUN")
@@ -201,51 +200,33 @@ def find_run(given: Path | None, *, runs: Path = Path("runs")) -> RunDir:
 
 
 def new_run_path(runs: Path, name: str) -> Path:
-    """A path that is not in use: `<name>-<date>-<time>-<random>` in `runs`."""
+    """Returns an unused path in `runs`: `<name>-<date>-<time>-<random>`."""
     return runs / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
 
 
 def point_latest(runs: Path, run: RunDir) -> None:
-    """Makes the link `runs/latest` point to this run, atomically."""
+    """Makes the link `runs/latest` point to `run`, atomically."""
     link = runs / "latest"
     temporary = link.with_name(f".latest.{secrets.token_hex(4)}")
     temporary.symlink_to(run.path.name)
     temporary.replace(link)
 
 
-class _PrivateUmask:
-    """The process has one umask: the first block that begins sets it, the last one that ends restores it."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._blocks = 0
-        self._before = 0
-
-    def begin(self) -> None:
-        with self._lock:
-            if not self._blocks:
-                self._before = os.umask(0o077)
-            self._blocks += 1
-
-    def end(self) -> None:
-        with self._lock:
-            self._blocks -= 1
-            if not self._blocks:
-                os.umask(self._before)
-
-
-_private_umask: Final = _PrivateUmask()
+_umask_lock: Final = threading.Lock()
+_saved_umasks: Final[list[int]] = []
+"""The umasks that open `private_umask` blocks replaced; the first one is the umask outside of all blocks."""
 
 
 @contextlib.contextmanager
 def private_umask() -> Iterator[None]:
-    """Files and folders that are created inside the block are accessible to the owner only. Blocks of several threads
-    may overlap."""
-    _private_umask.begin()
+    """Makes files and folders created inside the block accessible to the owner only. Threads may overlap."""
+    with _umask_lock:
+        _saved_umasks.append(os.umask(0o077))
     try:
         yield
     finally:
-        _private_umask.end()
+        with _umask_lock:
+            os.umask(_saved_umasks.pop())
 
 
 def _private_folder(path: Path) -> None:
@@ -262,7 +243,7 @@ def _check_owner(path: Path) -> None:
 
 
 def _write_secret(path: Path, value: str) -> None:
-    """The first writer wins: a link to a complete file, so that concurrent writers agree on one value."""
+    """Creates a file of mode 0600 with a secret. An existing file wins, so concurrent writers agree on one value."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     with private_umask():
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)

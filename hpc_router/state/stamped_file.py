@@ -1,7 +1,7 @@
 """JSON files that are read often and parsed only after they were replaced.
 
 A file's stamp is its modification time, inode and size: a writer that replaces its file atomically changes the inode.
-Only regular files of this user count, because another user could put a file into a shared folder.
+Only regular files of this user are read, because other users could put files into a shared folder.
 """
 
 import logging
@@ -25,7 +25,7 @@ def stamp_of(status: os.stat_result) -> Stamp:
 
 
 def stamp_at(path: Path) -> Stamp | None:
-    """The stamp of the file that `path` leads to; None if there is none. Raises OSError if that is not known."""
+    """Returns the stamp of the file at `path`, following links; None if there is no file. Raises other OSErrors."""
     try:
         return stamp_of(path.stat())
     except FileNotFoundError:
@@ -34,8 +34,10 @@ def stamp_at(path: Path) -> Stamp | None:
 
 @dataclass(slots=True)
 class StampedFile(Generic[T]):
-    """`value` is the parsed content at the last `read`; None while there is no valid file. `parse` may raise
-    RegistryError."""
+    """A JSON file and its parsed content. `parse` may raise RegistryError.
+
+    `value` is the content at the last `read`; None while there is no valid file.
+    """
 
     path: Path
     parse: Callable[[dict[str, Any]], T]
@@ -43,8 +45,8 @@ class StampedFile(Generic[T]):
     _stamp: Stamp | None = None
 
     def read(self) -> T | None:
-        """The current `value`. A file that cannot be read now keeps its last one. Raises OSError if the file system
-        does not even tell the file's stamp."""
+        """Returns the current content, or the last one if the file cannot be read now. Raises OSError if the file
+        cannot even be examined."""
         try:
             status = self.path.lstat()
         except FileNotFoundError:
@@ -55,7 +57,7 @@ class StampedFile(Generic[T]):
         return self.value
 
     def _load(self, status: os.stat_result) -> None:
-        """An invalid file is reported once for each of its versions."""
+        """Reads and parses the file. Reports an invalid version of it once."""
         value, self._stamp = None, stamp_of(status)
         if status.st_uid != os.getuid():
             logger.warning("%s belongs to uid %d: refused", self.path, status.st_uid)

@@ -35,7 +35,7 @@ def result_record(
     evidence: str = "simulated",
     added_s: float | None = None,
 ) -> dict[str, Any]:
-    """Return the record of `users` responses of 8 tokens, 0.1 s apart, in a window of 10 s."""
+    """Returns the record of `users` responses of 8 tokens, 0.1 s apart, in a window of 10 s."""
     seen = [
         Observation(
             part=MeasurementPart.MEASURED, user=n, started_s=1.0, ended_s=1.0 + ttft_s + 0.8,

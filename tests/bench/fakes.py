@@ -21,7 +21,7 @@ TOKEN = "the-owner's"
 
 @dataclass
 class FakeRouter:
-    """Uses one handler per request, the last one repeatedly. `key`: its replica key, for the identity challenge."""
+    """Answers each request with the next handler; the last handler repeats. `key`: its replica key, for challenges."""
 
     handlers: deque[Handler]
     bodies: list[dict[str, Any]] = field(default_factory=list)
@@ -101,7 +101,7 @@ def responds(*chunks: bytes, content_type: str = "text/event-stream", status: in
 
 
 def resets_after(*chunks: bytes) -> Handler:
-    """Resets the connection after these chunks."""
+    """Returns a handler that sends these chunks and then resets the connection."""
 
     async def handler(_fake: FakeRouter, request: web.BaseRequest) -> web.StreamResponse:
         response = await _begin(request, "text/event-stream", 200)
@@ -115,7 +115,7 @@ def resets_after(*chunks: bytes) -> Handler:
 
 
 def waits_after(*chunks: bytes, until: asyncio.Event, then: Sequence[bytes] = ()) -> Handler:
-    """Sends these chunks, then waits for the event."""
+    """Returns a handler that sends these chunks, waits for the event, and sends `then`."""
 
     async def handler(_fake: FakeRouter, request: web.BaseRequest) -> web.StreamResponse:
         response = await _begin(request, "text/event-stream", 200)

@@ -1,4 +1,4 @@
-"""Comparison with another tool: its arguments, the use of its result, and the error when it fails."""
+"""Comparison with `vllm bench serve`: its arguments, its result, and the error when it fails."""
 
 import asyncio
 import json

@@ -62,7 +62,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 
 async def test_points_records_and_raw_requests(run: RunDir, tmp_path: Path) -> None:
-    """Two points; the connection of the first response breaks, so it is an error and has no latency."""
+    """Two points. The connection of the first response breaks, so that response is an error without a latency."""
     folder = tmp_path / "results"
     async with fake_router(resets_after(piece("a")), responds(*WHOLE)) as fake:
         serves(run, fake)

@@ -33,7 +33,7 @@ def test_the_figures_of_one_response() -> None:
 
 
 def test_events_with_several_tokens() -> None:
-    """Three events of two tokens each, by the engine's own count: a gap of one second is two of half a second."""
+    """Three events of two tokens each: a gap of one second between events is two gaps of half a second."""
     found = figures([seen(10.0, 11.0, 12.0, 13.0, tokens=6)], WINDOW)
     assert found.itl_s is not None
     assert found.tpot_s is not None

@@ -19,7 +19,7 @@ GOOD = Conditions(users=4, cpu_share=0.3, wait_share=0.1, late_share=None, halve
 
 
 def found(answers: int = 100, failed: int = 0, *, window_s: float = 10.0, expert: str = "math") -> Figures:
-    """Responses of 0.1 s, spread evenly over the window."""
+    """Returns the figures of responses of 0.1 s, spread evenly over the window."""
     total = answers + failed
     seen = [
         Observation(

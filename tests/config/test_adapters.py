@@ -42,7 +42,7 @@ def test_hosts_and_their_adapters() -> None:
 
 
 @pytest.mark.parametrize(
-    ("host", "said"),
+    ("host", "message"),
     [
         ("bse", "experts.law.adapter_of=bse: no expert is named 'bse'; did you mean 'base'? (valid: base)"),
         ("law", "experts.law.adapter_of=law: an expert cannot be its own adapter (valid: base)"),
@@ -50,9 +50,9 @@ def test_hosts_and_their_adapters() -> None:
         ("slow", "the engine 'transformers' of 'slow' takes no adapters (valid: one with engine.kind vllm or sim)"),
     ],
 )
-def test_an_adapter_needs_an_engine_that_takes_it(host: str, said: str) -> None:
+def test_an_adapter_needs_an_engine_that_takes_it(host: str, message: str) -> None:
     slow = ExpertConfig(model="m", engine=EngineConfig(kind="transformers"))
-    assert said in refused(slow=slow, law=replace(MATH, adapter_of=host))
+    assert message in refused(slow=slow, law=replace(MATH, adapter_of=host))
 
 
 @pytest.mark.parametrize(

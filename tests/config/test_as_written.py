@@ -1,4 +1,5 @@
-"""A value is what the user wrote: text is resolved once, and no text field holds what YAML or Hydra made of a text."""
+"""Text fields contain the text that the user wrote, although YAML and Hydra read some texts as numbers or truth
+values."""
 
 import json
 import shlex
@@ -120,7 +121,7 @@ def test_a_setting_is_no_interpolation() -> None:
     assert changed.policy.artefact == "/x/${name}"
 
 
-# what YAML 1.1 (files) and Hydra (overrides) read as something else
+# texts that YAML 1.1 (in files) and Hydra (in overrides) read as numbers or truth values
 FILES = [
     "0421",
     "4_21",
@@ -156,11 +157,11 @@ def test_a_file_whose_text_would_change_is_refused_with_its_quoted_form(tmp_path
     write(tmp_path, ON_BASE + in_file(key, value))
     with pytest.raises(ConfigError) as refused:
         load_deployment(["topology=mine", "cluster=slurm"], config_dir=tmp_path)
-    said = str(refused.value)
-    assert said.startswith(f"{tmp_path}/topology/mine.yaml:{3 + len(key.split('.'))}: '{key}': {value} is read as ")
+    message = str(refused.value)
+    assert message.startswith(f"{tmp_path}/topology/mine.yaml:{3 + len(key.split('.'))}: '{key}': {value} is read as ")
     assert refused.value.key == key
-    assert f'{name}: "{value}" in a file' in said
-    command = said.partition(" in a file, ")[2].removesuffix(" on the command line")
+    assert f'{name}: "{value}" in a file' in message
+    command = message.partition(" in a file, ")[2].removesuffix(" on the command line")
     override = shlex.split(command)[0]
     write(tmp_path, ON_BASE)
     if key != "cluster.walltime":
@@ -230,7 +231,7 @@ def test_a_flags_number_keeps_its_text_and_a_number_stays_a_number(tmp_path: Pat
 
 
 def test_the_last_source_counts(tmp_path: Path) -> None:
-    """The text of the value that holds, not of one that was overridden."""
+    """The error shows the text of the last source of the value, not of one that was overridden."""
     content = f"{PLAIN}cluster: {{kind: slurm, account: 0421}}\n"
     assert composed(tmp_path, content, "cluster.account=421").cluster.account == "421"
     assert composed(tmp_path, content, "cluster.account='x'").cluster.account == "x"
@@ -252,14 +253,14 @@ def test_the_keys_of_a_training_are_as_written() -> None:
     with pytest.raises(ConfigError, match=r"'output': 1\.10 is read as the number 1\.1"):
         train_config_of(["data=x", "output=1.10"])
     given: dict[str, Any] = {"clusters=inf": "not a whole number", "weight=inf": "out of range", "clusters=0": "1 to"}
-    for word, said in given.items():
+    for word, message in given.items():
         with pytest.raises(ConfigError) as refused:
             train_config_of(["data=x", "output=y", word])
-        assert said in str(refused.value)
+        assert message in str(refused.value)
 
 
 def test_a_run_takes_text_as_its_first_start_did(tmp_path: Path) -> None:
-    """`up --run DIR` on the config that `up` wrote."""
+    """`up --run DIR` reads the config that `up` wrote and gets the same texts."""
     made = composed(tmp_path, SHOWN)
     run = RunDir(tmp_path)
     run.config.write_text(frozen.to_yaml(made))

@@ -19,13 +19,13 @@ HEAD = "# @package _global_\n"
 EXPERT = "engine: {kind: sim}"
 
 OVERRIDES = [
-    # a key nobody knows, at every level
+    # unknown keys, at every level
     (["router.prot=1"], ["override 'router.prot=1'", "unknown key 'router.prot'", "did you mean 'port'?"]),
     (["rooter.port=1"], ["override 'rooter.port=1'", "unknown key 'rooter'", "'router'?"]),
     (["experts.math.replcas=3"], ["override", "unknown key 'experts.math.replcas'", "'replicas'?"]),
     (["++router.prot=1"], ["override '++router.prot=1'", "'port'?"]),
     (["experts.math.engine.options.ttft=3"], ["unknown key 'experts.math.engine.options.ttft'", "'ttft_ms'?"]),
-    # a value of the wrong type
+    # values of the wrong type
     (["router.port=abc"], ["override 'router.port=abc'", "'abc' is not a whole number"]),
     (["experts.math.replicas=2.5"], ["'experts.math.replicas': 2.5 is not a whole number"]),
     (["router.open=maybe"], ["'maybe' is not true or false"]),
@@ -37,18 +37,18 @@ OVERRIDES = [
     (["experts.math.engine.options.ttft_ms=abc"], ["override", "'experts.math.engine.options.ttft_ms'", "a number"]),
     (["expert.math.replicas=3"], ["override 'expert.math.replicas=3'", "did you mean 'experts.math.replicas'?"]),
     (["topology.name=x"], ["override 'topology.name=x'", "unknown key 'topology.name'", "valid: cluster, experts"]),
-    # several values
+    # several values for one key
     (["experts.math.replicas=1,2"], ["override 'experts.math.replicas=1,2'", "several values", "launch.deploy -m"]),
     (["cluster.modules=a,b"], ["several values", "cluster.modules=[a,b]"]),
     (["cluster=local,slurm"], ["override 'cluster=local,slurm'", "several values"]),
     (["router.port=range(1,3)"], ["several values"]),
-    # a host
+    # hosts
     (["router.host='a b'"], ["router.host=a b: neither a host's name nor an address"]),
     (["router.host='http://x'"], ["neither a host's name nor an address"]),
     (["router.host='10.1.2'"], ["neither a host's name nor an address"]),
     (["router.host='h:80'"], ["neither a host's name nor an address", "router.port"]),
     (["cluster.setup=['echo ${HOME}']"], ["'cluster.setup[0]'", "'HOME' not found", "as \\${NAME}"]),
-    # a value that cannot be
+    # values out of range or outside a fixed set
     (["router.port=70000"], ["override 'router.port=70000'", "valid: 0 to 65535"]),
     (["router.workers=0"], ["router.workers=0", "1 to 256"]),
     (["experts.math.replicas=-1"], ["override", "valid: 0 to 1024"]),
@@ -62,7 +62,7 @@ OVERRIDES = [
     ),
     (["name=a/b"], ["name=a/b", "cannot name a run directory"]),
     (["router.port=${nope}"], ["'router.port'", "'nope' not found"]),
-    # experts' names
+    # names of experts
     (["experts.Big={model: x, engine: {kind: sim}}"], ["'Big' cannot name an expert", "lower-case"]),
     (["experts.auto={model: x, engine: {kind: sim}}"], ["'auto' cannot name an expert", "not auto or router"]),
     (["experts.router={model: x, engine: {kind: sim}}"], ["'router' cannot name an expert"]),
@@ -78,12 +78,12 @@ OVERRIDES = [
     (["topology=nope"], ["topology=nope: no such config", "valid:", "sim"]),
     (["policy=clasifier"], ["policy=clasifier", "did you mean 'classifier'?"]),
     (["topolgy=sim"], ["unknown key 'topolgy'", "did you mean 'topology'?"]),
-    # what is no override
+    # invalid overrides
     (["topology"], ["override 'topology'", "valid: key=value"]),
     (["a=b=c"], ["override 'a=b=c'"]),
     (["router.port=[1"], ["override 'router.port=[1'"]),
     (["~experts.lew"], ["experts.lew"]),
-    # a policy that has nothing to go by
+    # a classifier policy without an artefact or exemplars
     (
         ["topology=empty", "experts.a={model: x, engine: {kind: sim}}"],
         ["policy=classifier needs", "policy=model_field"],
@@ -112,18 +112,18 @@ def refusal(overrides: list[str], config_dir: Path | None = None) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize(("overrides", "said"), OVERRIDES, ids=lambda value: " ".join(value)[:60])
-def test_a_wrong_override_is_named(overrides: list[str], said: list[str]) -> None:
+@pytest.mark.parametrize(("overrides", "expected"), OVERRIDES, ids=lambda value: " ".join(value)[:60])
+def test_a_wrong_override_is_named(overrides: list[str], expected: list[str]) -> None:
     message = refusal(overrides)
-    assert all(part in message for part in said), message
+    assert all(part in message for part in expected), message
     assert "\n" not in message
 
 
-@pytest.mark.parametrize(("content", "said"), FILES, ids=[content.split("\n")[1][:40] for content, _ in FILES])
-def test_a_wrong_file_is_named(tmp_path: Path, content: str, said: list[str]) -> None:
+@pytest.mark.parametrize(("content", "expected"), FILES, ids=[content.split("\n")[1][:40] for content, _ in FILES])
+def test_a_wrong_file_is_named(tmp_path: Path, content: str, expected: list[str]) -> None:
     write(tmp_path, "topology/mine.yaml", HEAD + content)
     message = refusal(["topology=mine"], tmp_path)
-    assert all(part in message for part in said), message
+    assert all(part in message for part in expected), message
     assert "\n" not in message
 
 
@@ -143,7 +143,7 @@ def test_an_absent_folder_is_named(tmp_path: Path) -> None:
 
 
 def test_a_users_folder_takes_precedence(tmp_path: Path) -> None:
-    """A file of the same name replaces ours; a path with spaces and commas is a path like any other."""
+    """The user's file replaces ours of the same name. The folder's path may contain spaces and commas."""
     folder = tmp_path / "my, 'own' conf"
     write(folder, "expert/math.yaml", 'description: "mine"\nexemplars: ["one plus one"]\n')
     write(folder, "topology/mine.yaml", f"{HEAD}experts:\n  a: {{model: x, {EXPERT}}}\n")
@@ -154,7 +154,7 @@ def test_a_users_folder_takes_precedence(tmp_path: Path) -> None:
 
 @pytest.fixture(autouse=True)
 def _models(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the topologies with real engines read from the environment."""
+    """Sets the environment variables that topologies with real engines read."""
     monkeypatch.setenv("TINY_MODELS", "/models")
     monkeypatch.setenv("ENGINE_PYTHON", "/venv/bin/python")
 
@@ -179,7 +179,7 @@ def test_every_combination_composes(topology: str, policy: str, cluster: str, ro
 def test_every_topology_passes_plan_and_says_what_it_is(
     topology: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its head names its GPUs and the command; engines over several nodes are Slurm's by default."""
+    """The file's comment names its GPUs and the command; engines over several nodes use Slurm by default."""
     for expert in ("code", "math", "medicine", "law", "generalist"):
         (tmp_path / expert).mkdir()
         (tmp_path / expert / "adapter_config.json").write_text('{"r": 8}')
@@ -199,7 +199,7 @@ def test_every_topology_passes_plan_and_says_what_it_is(
 
 @pytest.mark.parametrize("cluster", names("cluster"))
 def test_every_cluster_composes(cluster: str) -> None:
-    """Each also takes another partition than the one it shows; those of sites are Slurm's."""
+    """Each also accepts another partition; the files of sites are for Slurm."""
     of_slurm = [] if cluster == "local" else ["cluster.partition=mine"]
     deployment = load_deployment([f"cluster={cluster}", *of_slurm, "experts.math.resources.partition=own"])
     assert deployment.cluster.kind == ("slurm" if cluster.startswith("site_") else cluster)
@@ -288,7 +288,7 @@ def test_a_host_is_a_name_or_an_address(host: str) -> None:
     [("partition", "batch,urgent"), ("exclude", "n1,n2"), ("sbatch.mail-type", "BEGIN,END"), ("login", "a, b")],
 )
 def test_a_comma_is_part_of_a_text(key: str, value: str) -> None:
-    """As Slurm writes it, without quotes."""
+    """An override may contain a comma without quotes, as Slurm writes lists."""
     cluster = load_deployment(["cluster=slurm", f"cluster.{key}={value}"]).cluster
     found = cluster.sbatch["mail-type"] if key.startswith("sbatch") else getattr(cluster, key)
     assert found == value

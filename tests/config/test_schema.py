@@ -60,7 +60,7 @@ def test_open_mappings_keep_what_they_are_given() -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "key", "said"),
+    ("value", "key", "message"),
     [
         ({"nam": 1}, "nam", "unknown key 'nam'; did you mean 'name'?"),
         ({"leaf": {"nuber": 1}}, "leaf.nuber", "unknown key 'leaf.nuber'; did you mean 'number'?"),
@@ -91,12 +91,12 @@ def test_open_mappings_keep_what_they_are_given() -> None:
     ],
 )
 @pytest.mark.parametrize("at", ["", "up.here"])
-def test_an_error_names_the_key(value: dict[str, Any], key: str, said: str, at: str) -> None:
+def test_an_error_names_the_key(value: dict[str, Any], key: str, message: str, at: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse(Root, value, at=at)
     full = f"{at}.{key}" if at else key
     assert caught.value.key == full
-    assert said.replace(f"'{key}'", f"'{full}'") in str(caught.value)
+    assert message.replace(f"'{key}'", f"'{full}'") in str(caught.value)
 
 
 @pytest.mark.parametrize("value", [3, None, ["a"], "x"])
@@ -180,7 +180,7 @@ def test_a_fallback_is_an_expert() -> None:
 
 
 def schemas(root: type) -> set[type]:
-    """The dataclasses that a config is made of, with those that are its base classes or options."""
+    """Returns the dataclasses of a config: nested ones, their base classes, and the options of engines."""
     found = {root}
     for kind in get_type_hints(root).values():
         for part in (kind, *get_args(kind), *(inner for each in get_args(kind) for inner in get_args(each))):
@@ -207,7 +207,7 @@ def test_every_number_of_every_config_has_a_range(root: type) -> None:
 
 @pytest.mark.parametrize("root", [Deployment, BenchConfig, *OPTIONS.values()])
 def test_every_field_of_every_config_has_a_meaning(root: type) -> None:
-    """docs/configuration.md shows it."""
+    """The comment is the description in docs/configuration.md."""
     missing = [
         f"{schema.__name__}.{item.name}"
         for schema in schemas(root)

@@ -77,10 +77,10 @@ def test_a_walltime_has_slurms_form(value: str) -> None:
 
 @pytest.mark.parametrize("walltime", ["0", "00:01:30", "00:01:31", "00:02:29"])
 def test_a_walltime_is_a_minute_longer_than_its_warning(walltime: str) -> None:
-    """Slurm checks times once a minute."""
-    said = refused(walltime=walltime)
-    assert said.startswith(f"cluster.walltime={walltime}: ")
-    assert "cluster.warn_s=90" in said
+    """Slurm checks times once a minute, so a signal may come a minute early."""
+    message = refused(walltime=walltime)
+    assert message.startswith(f"cluster.walltime={walltime}: ")
+    assert "cluster.warn_s=90" in message
 
 
 @pytest.mark.parametrize("walltime", ["00:02:30", "3", "UNLIMITED"])
@@ -89,7 +89,7 @@ def test_a_minute_is_enough(walltime: str) -> None:
 
 
 def test_minutes_may_be_many() -> None:
-    """A clock without quotes, which YAML reads as a number, is refused where it stands."""
+    """YAML reads an unquoted `1:30` as a number; the error names its line."""
     check_options("cluster", JobOptions(walltime="43200"), warn_s=90)
 
 
@@ -106,11 +106,11 @@ def test_a_short_form_of_such_an_option_is_refused(short: str, long: str) -> Non
 
 
 def test_a_dependency_can_be_combined_with_that_of_a_standby() -> None:
-    """Slurm does not mix ',' (all of them) and '?' (any of them), and a router's successor has one already."""
+    """Slurm does not combine ',' (all) with '?' (any), and a standby router already has a dependency of its own."""
     for fine in ("singleton", "afterok:1:2,afterany:3", None):
         check_options("cluster", JobOptions(sbatch={"dependency": fine}), warn_s=90)
-    said = refused(sbatch={"dependency": "afterok:1?afterok:2"})
-    assert said.startswith("cluster.sbatch.dependency=afterok:1?afterok:2: ")
+    message = refused(sbatch={"dependency": "afterok:1?afterok:2"})
+    assert message.startswith("cluster.sbatch.dependency=afterok:1?afterok:2: ")
     for short in ("dep", "dependenc"):
         assert "is short for --dependency; write it out" in refused(sbatch={short: "singleton"})
     for value in (True, 17, ""):
@@ -118,10 +118,10 @@ def test_a_dependency_can_be_combined_with_that_of_a_standby() -> None:
 
 
 def test_the_cluster_is_chosen_by_what_reaches_slurm() -> None:
-    """Variables of Slurm's commands are kept from them; SLURM_CONF is not."""
-    said = refused(sbatch={"clusters": "other"})
-    assert "SLURM_CONF" in said
-    assert "SLURM_CLUSTERS" not in said
+    """Variables of Slurm's commands are not passed to them, except SLURM_CONF."""
+    message = refused(sbatch={"clusters": "other"})
+    assert "SLURM_CONF" in message
+    assert "SLURM_CLUSTERS" not in message
 
 
 @pytest.mark.parametrize("path", ["/runs/100%", "/runs/%j/mine", "/a\\b/mine", "/a\nb"])
@@ -176,18 +176,18 @@ def test_a_variable_has_a_name(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("container", "said"),
+    ("container", "message"),
     [
         (ContainerConfig(program=""), "cluster.container.program is empty"),
         (ContainerConfig(image=""), "cluster.container.image is empty"),
         (ContainerConfig(options=["--nv", ""]), "cluster.container.options[1] is empty"),
-        (ContainerConfig(binds=["a:b:c"]), "cluster.container.binds[0]=a:b:c: (valid: SOURCE"),
+        (ContainerConfig(binds=["a:b:c"]), "cluster.container.binds[0]=a:b:c: not a mount (valid: SOURCE"),
         (ContainerConfig(binds=["/a", ":b"]), "cluster.container.binds[1]=:b"),
         (ContainerConfig(binds=["a:b:ro:x"]), "cluster.container.binds[0]"),
     ],
 )
-def test_a_container_is_whole(container: ContainerConfig, said: str) -> None:
-    assert said in refused_script(container=container)
+def test_a_container_is_whole(container: ContainerConfig, message: str) -> None:
+    assert message in refused_script(container=container)
 
 
 def test_an_expert_has_the_same_options() -> None:

@@ -11,7 +11,7 @@ from hpc_router.errors import ConfigError
 
 
 def deployment(cluster: ClusterConfig | None = None, **resources: Any) -> Deployment:
-    """One expert, on the simulated engine and on Slurm unless set otherwise."""
+    """Returns a deployment with one expert, by default on the simulated engine and Slurm."""
     kind, options = resources.pop("kind", "sim"), resources.pop("options", {})
     expert = ExpertConfig(model="m", engine=EngineConfig(kind=kind, options=options))
     made = Deployment(experts={"math": replace(expert, resources=ResourceConfig(**resources))})
@@ -33,7 +33,7 @@ def test_every_kind_of_cluster_is_valid(kind: ClusterKind) -> None:
 
 
 @pytest.mark.parametrize(
-    ("cluster", "said"),
+    ("cluster", "message"),
     [
         (ClusterConfig(kind="slrum"), "cluster.kind=slrum: not known; did you mean 'slurm'?"),  # type: ignore[arg-type]
         (ClusterConfig(gpu_request="gpu"), "cluster.gpu_request=gpu: not known"),  # type: ignore[arg-type]
@@ -48,12 +48,12 @@ def test_every_kind_of_cluster_is_valid(kind: ClusterKind) -> None:
         (ClusterConfig(setup=["a\nb"]), "cluster.setup[0]"),
     ],
 )
-def test_a_cluster_is_refused(cluster: ClusterConfig, said: str) -> None:
-    assert said in refused(deployment(cluster))
+def test_a_cluster_is_refused(cluster: ClusterConfig, message: str) -> None:
+    assert message in refused(deployment(cluster))
 
 
 @pytest.mark.parametrize(
-    ("resources", "said"),
+    ("resources", "message"),
     [
         ({"walltime": "soon"}, "experts.math.resources.walltime=soon"),
         (
@@ -66,8 +66,8 @@ def test_a_cluster_is_refused(cluster: ClusterConfig, said: str) -> None:
         ({"gpus": -1}, "experts.math.resources.gpus=-1"),
     ],
 )
-def test_an_experts_resources_are_refused(resources: dict[str, Any], said: str) -> None:
-    assert said in refused(deployment(**resources))
+def test_an_experts_resources_are_refused(resources: dict[str, Any], message: str) -> None:
+    assert message in refused(deployment(**resources))
 
 
 def test_the_router_asks_for_one_node() -> None:
@@ -82,7 +82,7 @@ def test_the_router_asks_for_one_node() -> None:
 
 
 def test_gpus_of_a_node() -> None:
-    """On Slurm their number is not known yet; on this machine there are none unless the config sets them."""
+    """On Slurm the number is not known at this point; on the local machine it is 0 unless the config sets it."""
     check(deployment(gpus=8))
     check(deployment(ClusterConfig(kind="slurm", gpus=8), gpus=8))
     assert "a node has cluster.gpus=4" in refused(deployment(ClusterConfig(kind="slurm", gpus=4), gpus=8))
@@ -109,10 +109,10 @@ def test_several_nodes_need_exclusive_nodes_or_a_trusted_network(
     if valid:
         check(made)
         return
-    said = refused(made)
-    assert "without authentication" in said
-    assert "experts.math.resources.exclusive=true" in said
-    assert "cluster.trusted_network=true" in said
+    message = refused(made)
+    assert "without authentication" in message
+    assert "experts.math.resources.exclusive=true" in message
+    assert "cluster.trusted_network=true" in message
 
 
 def test_several_nodes_need_an_engine_that_spans_them() -> None:
@@ -150,7 +150,7 @@ def test_a_fabric_is_an_interface_a_network_or_an_address(fabric: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fabric", "said"),
+    ("fabric", "message"),
     [
         ("10.1.2.3/16", "did you mean '10.1.0.0/16'?"),
         ("10.1.0.0/33", "valid: an interface such as ib0"),
@@ -161,10 +161,10 @@ def test_a_fabric_is_an_interface_a_network_or_an_address(fabric: str) -> None:
         ("", "is empty"),
     ],
 )
-def test_any_other_fabric_is_refused(fabric: str, said: str) -> None:
+def test_any_other_fabric_is_refused(fabric: str, message: str) -> None:
     with pytest.raises(ConfigError, match=r"^cluster\.fabric") as caught:
         check_fabric(fabric)
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_environments_have_names() -> None:
@@ -177,6 +177,6 @@ def test_environments_have_names() -> None:
 
 @pytest.mark.parametrize("key", ["partition", "account", "qos", "reservation"])
 def test_slurm_keys_without_kind_slurm_are_refused(key: str) -> None:
-    """It would start engines on the login node."""
+    """Otherwise the engines would start on the login node."""
     with pytest.raises(ConfigError, match=f"cluster.{key}=x: this key is for Slurm"):
         check(Deployment(cluster=replace(ClusterConfig(), **{key: "x"})))  # type: ignore[arg-type]

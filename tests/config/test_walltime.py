@@ -1,4 +1,4 @@
-"""Durations in every form that Slurm takes."""
+"""Durations in every format that Slurm accepts."""
 
 import math
 

@@ -12,7 +12,7 @@ from tests.support.scratch import scratch as scratch
 
 @pytest.fixture
 def socket_folder() -> Iterator[Path]:
-    """A folder whose path is short enough for a socket."""
+    """Yields a folder whose path is short enough for a socket."""
     with tempfile.TemporaryDirectory(prefix="hr", dir="/tmp") as folder:
         yield Path(folder)
 

@@ -1,4 +1,4 @@
-"""Agents as real processes with simulated engines, and what their callers see."""
+"""Agents as real processes with simulated engines, and the state that callers see."""
 
 import asyncio
 import os
@@ -34,7 +34,8 @@ REPLICA = "math-0.g1"
 
 
 def deployment(scratch: Path, *, options: dict[str, Any] | None = None, nodes: int = 1, **engine: Any) -> Deployment:
-    """`nodes`: more than one are ranks on this machine, with the loopback network for a fabric."""
+    """Returns a deployment with one expert. `nodes`: more than one are ranks on this machine, over the loopback
+    network."""
     quick = {"ttft_ms": 0.0, "itl_ms": 0.0, "extra": {"drain-s": 0}} | (options or {})
     math = ExpertConfig(
         model="m", engine=EngineConfig(kind="sim", options=quick, **engine), resources=ResourceConfig(nodes=nodes)
@@ -63,9 +64,10 @@ class Replica:
         return RegistryReader(self.run.registry).snapshot().get(REPLICA)
 
     async def reached(self, phase: JobPhase, *, after: JobProgress | None = None) -> JobProgress:
-        """Its progress, once it is in this phase; `after`: and has been restarted since.
+        """Waits for a phase and returns the progress. `after`: the agent must have restarted the engine since then.
 
-        How often does not matter: on a busy machine a rank may be silent for a second, and the engine starts anew.
+        The number of restarts is not checked: on a busy machine a rank may be silent for a second, which restarts the
+        engine.
         """
 
         def look() -> JobProgress | None:
@@ -104,7 +106,7 @@ class Replica:
 
 @asynccontextmanager
 async def replica(run: RunDir, configured: Deployment) -> AsyncIterator[Replica]:
-    """A started agent; killed at the end if it still runs."""
+    """Starts an agent, and kills it at the end if it still runs."""
     run.config.write_text(frozen.to_yaml(configured))
     argv = [sys.executable, "-m", "hpc_router.expert", "--run", str(run.path), "--replica", REPLICA]
     process = await asyncio.create_subprocess_exec(*argv)
@@ -119,7 +121,7 @@ async def replica(run: RunDir, configured: Deployment) -> AsyncIterator[Replica]
 
 @asynccontextmanager
 async def ranks(run: RunDir, configured: Deployment) -> AsyncIterator[tuple[Replica, list[asyncio.subprocess.Process]]]:
-    """A started agent, and the bodies of its other ranks, which end with it."""
+    """Starts an agent and the followers of its other ranks, which end with it."""
     run.config.write_text(frozen.to_yaml(configured))
     async with AsyncExitStack() as stack:
         others = [await stack.enter_async_context(rank(run, number)) for number in range(1, _nodes(configured))]
@@ -148,7 +150,7 @@ def chat(**more: Any) -> dict[str, Any]:
 
 @asynccontextmanager
 async def half_a_stream(session: aiohttp.ClientSession, *, for_s: float) -> AsyncIterator[aiohttp.ClientResponse]:
-    """A stream that stands still for so long after its third token."""
+    """Opens a stream that pauses for `for_s` seconds after its third token."""
     body = chat(stream=True, max_tokens=8, sim_fault={"kind": "hang", "at": 3, "for_s": for_s})
     async with session.post(protocol.CHAT, json=body) as response:
         assert response.status == 200
@@ -157,7 +159,7 @@ async def half_a_stream(session: aiohttp.ClientSession, *, for_s: float) -> Asyn
 
 
 def processes_below(process: asyncio.subprocess.Process) -> list[int]:
-    """An agent's guard and engine."""
+    """Returns the process ids of an agent's guard and engine."""
     return descendants(process.pid)
 
 

@@ -1,4 +1,4 @@
-"""Which of a node's addresses is published."""
+"""Selection of the address that a node publishes."""
 
 import ipaddress
 import socket
@@ -21,20 +21,20 @@ NODE: Interfaces = {
 
 
 @pytest.mark.parametrize(
-    ("named", "meant"),
+    ("named", "expected"),
     [
         ("ib0", "10.1.2.3"),
         ("ib1", "2001:db8:2::7"),
         ("10.1.0.0/16", "10.1.2.3"),
-        ("10.1.2.9/16", "10.1.2.3"),  # as `ip address` shows networks
+        ("10.1.2.9/16", "10.1.2.3"),  # in the form that `ip address` shows
         ("10.1.2.3", "10.1.2.3"),
         ("2001:db8:1::/48", "2001:db8:1::7"),
         ("2001:db8:1:0:0:0:0:7", "2001:db8:1::7"),
         ("lo", "127.0.0.1"),
     ],
 )
-def test_an_interface_a_network_or_an_address(named: str, meant: str) -> None:
-    assert str(fabric.select_address(named, NODE)) == meant
+def test_an_interface_a_network_or_an_address(named: str, expected: str) -> None:
+    assert str(fabric.select_address(named, NODE)) == expected
 
 
 @pytest.mark.parametrize("named", ["ib7", "10.2.0.0/16", "10.1.2.4", "10.1.2.3/99"])
@@ -61,7 +61,7 @@ def test_a_named_fabric_counts_on_one_machine_too() -> None:
 
 
 def _named(monkeypatch: pytest.MonkeyPatch, *addresses: str) -> None:
-    """This host's name resolves to these, and an interface carries them."""
+    """Makes this host's name resolve to the addresses, which an interface has."""
     found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (text, 0)) for text in addresses]
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
     monkeypatch.setattr(fabric, "interfaces", lambda: NODE)
@@ -73,7 +73,7 @@ def test_elsewhere_the_hosts_name_decides(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_then_the_default_route(monkeypatch: pytest.MonkeyPatch) -> None:
-    _named(monkeypatch, "127.0.1.1", "10.9.9.9")  # a stale entry: no interface has it
+    _named(monkeypatch, "127.0.1.1", "10.9.9.9")  # a stale entry: no interface has this address
     monkeypatch.setattr(fabric, "_of_default_route", lambda: "172.16.3.4")
     assert fabric.address(None, kind="slurm") == "172.16.3.4"
 

@@ -1,4 +1,4 @@
-"""Each replica has its own key, which answers challenges without being sent."""
+"""Each replica has its own key and answers challenges without sending the key."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Short calls: bounded in time and in size."""
+"""HTTP requests with a limit on time and size."""
 
 import asyncio
 from collections.abc import AsyncIterator

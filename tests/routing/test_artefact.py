@@ -22,7 +22,7 @@ def names(folder: Path) -> list[str]:
 
 
 def edit(folder: Path, **changes: object) -> None:
-    """Change the manifest and recompute its version, as a writer with a bug would."""
+    """Changes the manifest and recomputes its version, as a defective writer would."""
     manifest = json.loads((folder / MANIFEST).read_text())
     manifest.update(changes)
     del manifest["version"]

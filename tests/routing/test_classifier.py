@@ -1,4 +1,4 @@
-"""The folded table against the computation it replaces, and the content of a classification."""
+"""The combined table gives the same scores as the computation it replaces; content of a classification."""
 
 import dataclasses
 import math

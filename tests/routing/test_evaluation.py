@@ -30,7 +30,7 @@ def test_coverage_counts_prompts_above_a_margin() -> None:
 
 
 def test_a_known_gain_beats_random_mixing_and_the_oracle_bounds_it() -> None:
-    right = np.array([[1.0, 1.0], [0.0, 1.0]] * 100)  # every other prompt needs the expensive expert
+    right = np.array([[1.0, 1.0], [0.0, 1.0]] * 100)  # every second prompt needs the expensive expert
     known = np.array([0.0, 1.0] * 100)
     result = evaluation.cost_quality(experts=["cheap", "expensive"], cost=np.array([0.0, 1.0]), gain=known, right=right)
     assert result["single"] == {"cheap": 0.5, "expensive": 1.0}

@@ -76,7 +76,7 @@ def test_clip_gives_the_longest_start_that_fits(text: str, window_bytes: int) ->
 @settings(deadline=None)
 @given(ANY_TEXT)
 def test_no_term_is_ambiguous_or_breaks_a_line(text: str) -> None:
-    """Vocabularies are stored one term per line, and the form of a term shows its kind."""
+    """Vocabularies store one term per line, and the form of a term shows its kind."""
     for term in Features(ngrams=2).terms(text):
         assert "\n" not in term
         assert term.count(" ") <= 1

@@ -33,7 +33,7 @@ def test_a_clear_prompt_goes_to_its_expert() -> None:
 
 
 def test_the_classifier_ignores_readiness() -> None:
-    """The router checks readiness and walks the order."""
+    """The router checks which experts are ready and tries the next in order."""
     assert by_classifier().select(MATHS, ready={}).expert == "math"
 
 
@@ -133,7 +133,7 @@ def test_explaining_changes_no_state(kind: str) -> None:
 
 
 def test_the_explanation_has_the_keys_of_the_contract() -> None:
-    """`POST /route`: id cluster expert score margin runner_up reason, plus terms."""
+    """`POST /route` returns id, cluster, expert, score, margin, runner_up and reason, plus the terms."""
     shown = by_classifier().explain(MATHS, ready=READY).to_dict(id="req-1")
     assert list(shown) == ["id", "cluster", "expert", "score", "margin", "runner_up", "reason", "terms"]
     assert (shown["id"], shown["reason"], type(shown["reason"])) == ("req-1", "classified", str)

@@ -1,4 +1,4 @@
-"""The text that a request is routed by. Reading it is no validation: what cannot be read has no text."""
+"""The text of a request that decides its expert. A value of an unexpected form has no text and is no error."""
 
 from collections.abc import Iterator
 

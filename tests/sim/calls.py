@@ -1,4 +1,4 @@
-"""Requests to the simulated engine, a client, and a wait for a state without sleeping."""
+"""Requests to the simulated engine, a client, and a function that waits for a state without sleeping."""
 
 import asyncio
 import json
@@ -17,7 +17,7 @@ DISCONNECTED = (aiohttp.ClientError, ConnectionError)
 
 
 class SteppedClock:
-    """Time that passes only in sleeps, and when the test moves it."""
+    """A clock that advances only in sleeps, and when the test sets it."""
 
     def __init__(self) -> None:
         self.time_s = 100.0
@@ -39,7 +39,7 @@ def chat(prompt: str = "what is two and two", /, **more: object) -> JsonObject:
 
 
 def faulty(**fault: object) -> JsonObject:
-    """A streamed chat of ten tokens that brings its own fault."""
+    """Returns the body of a streamed chat of ten tokens that carries its own fault."""
     return chat(stream=True, max_tokens=10, ignore_eos=True, sim_fault=fault)
 
 
@@ -62,14 +62,14 @@ async def post(session: aiohttp.ClientSession, path: str, body: JsonObject) -> t
 
 
 async def stream(session: aiohttp.ClientSession, body: JsonObject, *, path: str = "/v1/chat/completions") -> list[str]:
-    """The data of every event of a stream that ends properly."""
+    """Sends a request and returns the data of every event of its stream. The stream must end regularly."""
     async with session.post(path, json=body) as response:
         assert response.status == 200, await response.text()
         return events(await response.read())
 
 
 async def stream_until_broken(session: aiohttp.ClientSession, body: JsonObject) -> bytes:
-    """What came before the connection broke; the test fails if it did not break."""
+    """Returns the bytes received before the connection broke. Fails if it did not break."""
     received = bytearray()
     try:
         async with session.post("/v1/chat/completions", json=body) as response:
@@ -92,7 +92,7 @@ def decoded(raw: bytes | str) -> JsonObject:
 
 
 def at(value: object, *path: str | int) -> object:
-    """One value deep inside a JSON body."""
+    """Returns the value at `path` inside a JSON body."""
     for step in path:
         if isinstance(step, int):
             assert isinstance(value, list | tuple), (value, step)

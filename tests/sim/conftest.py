@@ -11,7 +11,7 @@ from tests.sim.support import Start
 
 @pytest.fixture
 async def start() -> AsyncIterator[Start]:
-    """Start engines on port 0, each with a session; all are stopped when the test ends."""
+    """Starts engines on port 0, each with a client session. All are stopped when the test ends."""
     async with AsyncExitStack() as stack:
 
         async def begin(config: SimConfig = INSTANT) -> tuple[SimServer, aiohttp.ClientSession]:

@@ -1,4 +1,4 @@
-"""The simulated engine as a process, and the type of the fixture that starts it in this one."""
+"""The simulated engine as a process, and the type of the fixture that starts one in the test's process."""
 
 import asyncio
 import sys

@@ -1,4 +1,4 @@
-"""The API as its users see it: over raw HTTP, and through the official client."""
+"""The API over raw HTTP and through the official client."""
 
 import asyncio
 import base64
@@ -31,7 +31,7 @@ def _choices(chunks: list[str]) -> list[object]:
 
 
 async def test_a_stream_says_what_the_body_says(start: Start) -> None:
-    """Text and usage agree, and the events come in vLLM's order: role, content, finish, usage, [DONE]."""
+    """Text and usage are the same, and the events come in vLLM's order: role, content, finish, usage, [DONE]."""
     _, session = await start(INSTANT)
     _, body = await post(session, CHAT, chat(max_tokens=5))
     chunks = await stream(session, chat(max_tokens=5, stream=True, stream_options={"include_usage": True}))
@@ -168,7 +168,7 @@ async def test_embeddings_come_as_floats_and_as_base64_of_the_same_numbers(start
 
 
 async def test_an_adapter_answers_as_a_model_of_its_own(start: Start) -> None:
-    """An alias does not."""
+    """An alias answers as the engine's own model."""
     names = replace(INSTANT, served_model_names=("base", "alias"), adapters=("math",))
     _, session = await start(names)
     async with session.get("/v1/models") as response:

@@ -1,4 +1,4 @@
-"""A client that leaves, phase by phase: its generation is aborted at once, counted, and the gauges return to zero."""
+"""A client disconnects in each phase: its generation is aborted at once and counted, and the gauges return to zero."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -64,7 +64,7 @@ async def test_leaving_the_queue_frees_the_place_in_it(start: Start) -> None:
 
 
 async def test_a_client_that_does_not_read_stalls_only_its_own_stream(start: Start) -> None:
-    """Back-pressure: the stalled stream stops generating, and its leaving is noticed all the same."""
+    """Back-pressure: the stalled stream stops generating, and the engine still notices the disconnect."""
     engine, session = await start(replace(INSTANT, max_model_len=100_000_000))
     slow = await session.post(CHAT, json=chat(stream=True, max_tokens=100_000, ignore_eos=True))
     await begin(session, chat())
@@ -153,7 +153,7 @@ async def one(session: aiohttp.ClientSession, request: dict[str, object]) -> Non
     turns = request["turns_before_leaving"]
     fault = request["fault"]
     if turns is None and isinstance(fault, dict) and fault["kind"] in ("hang", "garbage"):
-        # aiohttp's client (3.14) waits for ever when a chunked body turns to garbage, so it leaves there too.
+        # aiohttp's client (3.14) hangs when a chunked body becomes invalid, so it disconnects there as well
         turns = 60
     if isinstance(turns, int):
         for _ in range(turns):

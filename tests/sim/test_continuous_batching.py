@@ -1,4 +1,4 @@
-"""Continuous batching: who computes when, and that blocks and sequences are never lost, whatever happens."""
+"""Continuous batching: which sequence computes when. Blocks and sequences are never lost."""
 
 import asyncio
 
@@ -13,7 +13,7 @@ from tests.sim.calls import SteppedClock
 
 
 def steps(batch: Batch, wanted: dict[Sequence, int], most: int = 1000) -> int:
-    """Until every sequence has its tokens; how many steps that took."""
+    """Runs steps until every sequence has its tokens. Returns the number of steps."""
     for count in range(most):
         if not wanted:
             return count
@@ -57,7 +57,7 @@ def test_first_come_first_served_up_to_the_most_sequences() -> None:
 
 
 def test_a_full_cache_sends_the_newest_back() -> None:
-    """Two sequences of one block each in three blocks: both grow, one has to wait."""
+    """Two sequences of one block each, in a cache of three blocks: both grow, and one has to wait."""
     batch = Batch(kv_tokens=3 * BLOCK, max_seqs=8, max_tokens=256)
     first, second = batch.add(BLOCK), batch.add(BLOCK)
     batch.plan()
@@ -89,7 +89,7 @@ def test_all_end_and_nothing_is_lost(given_: list[tuple[int, int]], blocks: int,
 
 
 class Yielding(SteppedClock):
-    """Whoever sleeps lets others run."""
+    """A clock whose sleeps let other tasks run."""
 
     async def sleep(self, delay_s: float) -> None:
         await super().sleep(delay_s)
@@ -97,7 +97,7 @@ class Yielding(SteppedClock):
 
 
 async def test_tokens_come_when_steps_are_over() -> None:
-    """In simulated time, times the slowdown; who leaves frees what he held."""
+    """Times are simulated seconds times the slowdown. A sequence that is removed frees its blocks."""
     clock = Yielding()
     engine = RooflineEngine(Roofline(slowdown=10.0))
     work = BatchLoop(engine, clock)

@@ -1,4 +1,4 @@
-"""Each fault as a client meets it, and the gauges after it."""
+"""The effect of each fault on a client, and the gauges after the fault."""
 
 import asyncio
 import json
@@ -73,7 +73,7 @@ async def test_a_fault_beyond_the_end_never_strikes(start: Start) -> None:
 @pytest.mark.parametrize("position", ["headers", "first_token", 3])
 @pytest.mark.parametrize("kind", ["reset", "garbage"])
 async def test_a_connection_breaks_at_its_place(start: Start, kind: str, position: str | int) -> None:
-    """Read from the bare socket: aiohttp's client (3.14) waits for ever when a chunked body turns to garbage."""
+    """Reads from the socket itself, because aiohttp's client (3.14) hangs when a chunked body becomes invalid."""
     engine, _ = await start(INSTANT)
     raw = await exchange(engine, json.dumps(faulty(kind=kind, at=position)).encode())
     assert raw.startswith(b"HTTP/1.1 200 OK") == (position != "headers" and bool(raw))
@@ -96,7 +96,7 @@ async def test_garbage_is_what_it_is(start: Start) -> None:
 
 
 async def test_a_connection_is_reset_before_a_byte_is_read(start: Start) -> None:
-    """Each second connection is reset over TCP, and no request is ever seen on it."""
+    """Every second connection is reset over TCP, before any request on it is read."""
     engine, _ = await start(replace(INSTANT, faults=parse_rules([{"kind": "reset", "every": 2}])))
     for expected_reset in (False, True, False, True):
         try:
@@ -124,7 +124,7 @@ async def test_a_partial_body_announces_the_whole_length(start: Start) -> None:
 
 
 async def test_a_status_refuses_before_the_queue(start: Start) -> None:
-    """A full engine still refuses at once, as one that sheds load does."""
+    """A full engine refuses at once, as an overloaded engine does."""
     engine, session = await start(replace(INSTANT, capacity=1))
     blocker = asyncio.create_task(stream(session, faulty(kind="hang")))
     await until(lambda: engine.counts.running == 1)
@@ -164,7 +164,7 @@ async def test_paths_that_compute_nothing_hang_and_refuse_when_named(start: Star
 
 @pytest.mark.parametrize("streaming", [True, False])
 async def test_an_engine_that_dies_takes_every_connection_along(streaming: bool) -> None:
-    """In-process: all connections abort, nothing listens any more, and other streams in flight break too."""
+    """In-process: all connections are aborted, the engine does not listen any more, and other streams break too."""
     async with SimServer(INSTANT) as engine, aiohttp.ClientSession(engine.url) as session:
         bystander = asyncio.create_task(stream_until_broken(session, faulty(kind="hang", at=2)))
         await until(lambda: engine.counts.running == 1)
@@ -187,7 +187,7 @@ async def connect(engine: SimServer) -> tuple[asyncio.StreamReader, asyncio.Stre
 
 
 async def exchange(engine: SimServer, body: bytes) -> bytes:
-    """Everything one request gets back until its connection is closed or reset."""
+    """Sends one request and returns all bytes received until its connection is closed or reset."""
     reader, writer = await connect(engine)
     writer.write(b"POST %b HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % (CHAT.encode(), len(body)) + body)
     received = bytearray()

@@ -6,7 +6,7 @@ from tests.sim.calls import SteppedClock
 
 
 class PerRunning:
-    """A model that depends on its arguments, as a roofline will."""
+    """A latency model that depends on its arguments, as a roofline does."""
 
     def first_token_s(self, prompt_tokens: int, *, running: int) -> float:
         return prompt_tokens * 0.5
@@ -42,7 +42,7 @@ async def test_the_schedule_asks_the_model_and_multiplies_by_the_factor() -> Non
 
 
 async def test_a_late_token_does_not_stretch_the_stream() -> None:
-    """Deadlines, not sums of sleeps: what the event loop lost is taken from the next wait, never below zero."""
+    """Tokens are due at deadlines: the next wait is shorter by what the event loop lost, and never below zero."""
     clock = SteppedClock()
     pace = LatencySchedule(PerRunning(), clock=clock, factor=1.0)
     clock.time_s += 0.2

@@ -1,4 +1,4 @@
-"""Where an answer ends: by itself, at max_tokens, or at the end of the context, as vLLM decides it."""
+"""Where an answer ends: by itself, at max_tokens, or at the end of the context, as in vLLM."""
 
 from dataclasses import replace
 from typing import Any
@@ -24,7 +24,7 @@ def body(path: str, prompt: str = "what is two and two", /, **more: object) -> J
 
 
 def end(path: str, answer: JsonObject) -> tuple[object, object]:
-    """Output tokens and why the answer ended, in chat's words."""
+    """Returns the number of output tokens and why the answer ended, in chat's words."""
     match path:
         case "/v1/responses":
             return at(answer, "usage", "output_tokens"), {"completed": "stop", "incomplete": "length"}[
@@ -39,7 +39,8 @@ def end(path: str, answer: JsonObject) -> tuple[object, object]:
 
 @every_path
 async def test_max_tokens_is_a_limit_and_not_a_length(start: Start, path: str) -> None:
-    """Half to one and a half times the mean of 16 tokens, fixed by the prompt and different from prompt to prompt."""
+    """The length is 0.5 to 1.5 times the mean of 16 tokens. It is determined by the prompt and differs between
+    prompts."""
     _, session = await start(INSTANT)
     found = {}
     for prompt in ("one", "two", "three", "four", "five", "six"):
@@ -81,7 +82,7 @@ async def test_a_completion_without_max_tokens_has_sixteen_at_most(start: Start)
 
 @every_path
 async def test_max_tokens_is_cut_to_what_the_context_leaves(start: Start, path: str) -> None:
-    """50 tokens of context, 44 of them the prompt's."""
+    """The context has 50 tokens, and the prompt takes 44 of them."""
     _, session = await start(replace(INSTANT, max_model_len=50))
     prompt = "word " * 44
     status, answer = await post(session, path, body(path, prompt, **{LIMITS[path]: 50}))

@@ -1,4 +1,4 @@
-"""Log probabilities and echo, in the shapes of vLLM's protocol modules."""
+"""Log probabilities and echo, in the formats of vLLM's protocol modules."""
 
 import math
 from typing import Any
@@ -26,14 +26,14 @@ async def test_a_completion_lists_every_token_with_its_alternatives(start: Start
     assert found["text_offset"] == [sum(map(len, found["tokens"][:k])) for k in range(4)]
     for token, value, top in zip(found["tokens"], found["token_logprobs"], found["top_logprobs"], strict=True):
         assert value == top[token] < 0
-        assert len(top) == 2  # the token itself is one of them
+        assert len(top) == 2  # includes the token itself
         assert sum(map(math.exp, top.values())) <= 1
 
 
 @pytest.mark.parametrize("prompt", ["one two three", [11, 22, 33]])
 @pytest.mark.parametrize("max_tokens", [0, 1, 4])
 async def test_echo_gives_the_prompt_and_its_log_probabilities(start: Start, prompt: object, max_tokens: int) -> None:
-    """What lm-eval's loglikelihood reads: it sends the text or the token ids, echo and logprobs=1."""
+    """lm-eval's loglikelihood reads this: it sends the text or the token ids, with echo and logprobs=1."""
     _, session = await start(INSTANT)
     request = asked(prompt=prompt, echo=True, logprobs=1, max_tokens=max_tokens)
     _, body = await post(session, COMPLETIONS, request)
@@ -55,7 +55,7 @@ async def test_echo_gives_the_prompt_and_its_log_probabilities(start: Start, pro
 
 
 async def test_the_same_prefix_has_the_same_log_probabilities(start: Start) -> None:
-    """Two continuations of one context differ in their own tokens alone."""
+    """Two continuations of one context differ only in their own tokens."""
     _, session = await start(INSTANT)
     values = []
     for last in ("three", "four"):

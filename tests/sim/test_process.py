@@ -1,4 +1,4 @@
-"""The engine as a process, as an agent runs it."""
+"""The engine as a process, as an agent starts it."""
 
 import asyncio
 import signal
@@ -143,7 +143,7 @@ APIS: dict[str, dict[str, object]] = {
 
 
 async def begun(response: aiohttp.ClientResponse, tokens: int) -> bytes:
-    """The first part of a stream, with at least this many tokens."""
+    """Reads the first part of a stream, with at least this many tokens."""
     received = b""
     while received.count(b"\n\n") < tokens + 6:
         received += await response.content.readany()
@@ -152,7 +152,7 @@ async def begun(response: aiohttp.ClientResponse, tokens: int) -> bytes:
 
 @pytest.mark.parametrize("path", APIS)
 async def test_sigterm_ends_running_answers_in_good_form_as_vllm_does(path: str) -> None:
-    """Streams and whole answers, in each API's words; the engine then ends with status 0."""
+    """For streams and bodies, in each API's words. The engine then exits with status 0."""
     async with (
         spawned("--announce", "--itl-ms", "20", "--ttft-ms", "0", "--max-tokens-default", "2000") as process,
         aiohttp.ClientSession(await address(process)) as session,

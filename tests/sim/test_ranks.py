@@ -1,4 +1,4 @@
-"""The simulated engine over several nodes: processes that meet, serve, and end with each other."""
+"""The simulated engine on several nodes: processes that connect, serve, and end with each other."""
 
 import asyncio
 import signal
@@ -8,7 +8,7 @@ from pathlib import Path
 import aiohttp
 import pytest
 
-from hpc_router.expert.multinode.start_strategy import free_port
+from hpc_router.net.addresses import free_port
 from hpc_router.sim.ranks import PEER_LOST
 from tests.sim.calls import chat, stream
 from tests.sim.support import INSTANT_FLAGS, address, ended, spawned
@@ -21,7 +21,7 @@ def flags(rank: int, port: int, *, nodes: int = 2) -> list[str]:
 
 
 async def test_it_serves_once_all_have_met_and_ends_by_signals() -> None:
-    port = free_port("127.0.0.1")
+    port = free_port()
     async with (
         spawned(*flags(1, port, nodes=3)) as one,
         spawned(*flags(2, port, nodes=3)) as two,
@@ -31,12 +31,12 @@ async def test_it_serves_once_all_have_met_and_ends_by_signals() -> None:
             assert (await stream(session, chat(stream=True)))[-1] == "[DONE]"
         first.send_signal(signal.SIGTERM)
         assert (await ended(first))[0] == 0
-        assert [(await ended(process))[0] for process in (one, two)] == [1, 1]  # nobody told them
+        assert [(await ended(process))[0] for process in (one, two)] == [1, 1]  # no signal was sent to them
 
 
 @pytest.mark.parametrize("lost", [0, 1])
 async def test_the_loss_of_one_ends_the_other(lost: int) -> None:
-    port = free_port("127.0.0.1")
+    port = free_port()
     async with spawned(*flags(1, port)) as other, spawned(*flags(0, port), "--announce") as first:
         await address(first)
         ranks: list[Process] = [first, other]
@@ -54,7 +54,7 @@ async def test_a_taken_port() -> None:
 
 
 async def test_waiting_for_the_others_can_be_ended() -> None:
-    port = free_port("127.0.0.1")
+    port = free_port()
     async with spawned(*flags(0, port)) as first:
         await eventually(lambda: listens(port))
         first.send_signal(signal.SIGTERM)
@@ -62,6 +62,6 @@ async def test_waiting_for_the_others_can_be_ended() -> None:
 
 
 def listens(port: int) -> bool:
-    """Without connecting, which only ranks do: as /proc/net/tcp has it."""
+    """Returns whether a process listens at the port, from /proc/net/tcp, because only ranks may connect."""
     wanted = f"0100007F:{port:04X} 00000000:0000 0A"
     return wanted in Path("/proc/net/tcp").read_text()

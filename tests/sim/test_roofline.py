@@ -1,4 +1,4 @@
-"""The roofline against figures worked out by hand from its sources, and against what must hold for any of it."""
+"""The roofline against figures computed by hand from its sources, and against general properties."""
 
 from dataclasses import replace
 
@@ -16,7 +16,7 @@ ONE = [SequenceStep(1, 0)]
 
 
 def test_parameters_are_those_of_the_models() -> None:
-    """8.03 and 70.6 billion, as the models' cards say (norms left out)."""
+    """8.03 and 70.6 billion, as on the models' cards (without norms)."""
     for name, billions in (("llama3-8b", 8.03), ("llama3-70b", 70.55)):
         shape = r.MODELS[name]
         assert (shape.linear_parameters + 2 * shape.output_parameters) / 1e9 == pytest.approx(billions, abs=0.01)
@@ -32,7 +32,7 @@ def test_a_lone_token_costs_the_weights_traffic() -> None:
 
 
 def test_a_long_prompt_costs_arithmetic() -> None:
-    """2 operations per parameter and token at 60 % of 989.5 TFLOP/s, and attention on top."""
+    """2 operations per parameter and token at 60 % of 989.5 TFLOP/s, plus attention."""
     engine = RooflineEngine(Roofline())
     linear_s = 2 * 6.9793e9 * 8192 / (0.6 * 989.5e12)
     attention_s = 4 * 32 * 4096 * 8192 * 4096 / (0.6 * 989.5e12)
@@ -40,7 +40,7 @@ def test_a_long_prompt_costs_arithmetic() -> None:
 
 
 def test_tensor_parallel_ranks_talk() -> None:
-    """Two all-reduces per layer; across nodes they cost more."""
+    """Two all-reduces per layer, which cost more across nodes."""
     inside = RooflineEngine(Roofline(tensor_parallel_size=8))
     across = RooflineEngine(Roofline(tensor_parallel_size=8, gpus_per_node=4))
     alone = RooflineEngine(Roofline())
@@ -64,7 +64,7 @@ def test_fp8_computes_twice_as_fast_where_the_card_knows_it() -> None:
 
 
 def test_what_does_not_fit_is_refused() -> None:
-    """70B in bf16 is 141 GB: two cards of 80 GB leave no room beside it, four do."""
+    """70B in bf16 is 141 GB: two GPUs of 80 GB have no room for contexts, four have."""
     with pytest.raises(ConfigError, match="needs 141 GB for its weights alone, and 2 x h100-sxm have 160 GB"):
         RooflineEngine(Roofline(model="llama3-70b", tensor_parallel_size=2))
     assert RooflineEngine(Roofline(model="llama3-70b", tensor_parallel_size=4)).kv_tokens > 400_000
@@ -99,7 +99,7 @@ def test_more_work_never_takes_less_time(pieces: list[SequenceStep], tp: int, qu
 
 
 def test_a_topology_is_predicted_by_one_word() -> None:
-    """Nothing but the engines and their GPUs changes."""
+    """Only the engines and their GPUs change."""
     real = load_deployment(["topology=llama3_4x8b_fp8"])
     predicted = load_deployment(["topology=llama3_4x8b_fp8", "simulate.gpu=h200-sxm", "simulate.slowdown=3"])
     assert list(predicted.experts) == list(real.experts)
@@ -108,7 +108,7 @@ def test_a_topology_is_predicted_by_one_word() -> None:
         roofline = expert.engine.options["roofline"]
         assert (roofline["gpu"], roofline["quantization"], roofline["slowdown"]) == ("h200-sxm", "fp8", 3.0)
     assert predicted.policy == real.policy
-    with pytest.raises(ConfigError, match="the roofline does not know it"):
+    with pytest.raises(ConfigError, match="the simulation does not support it"):
         load_deployment(
             ["topology=llama3_4x8b_fp8", "simulate.gpu=l40s", "experts.math.engine.options.quantization=gptq"]
         )

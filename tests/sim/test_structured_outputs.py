@@ -1,4 +1,4 @@
-"""Answers that have to follow a JSON schema, in every API: complete JSON that pydantic accepts, or a refusal."""
+"""Answers that must follow a JSON schema, in every API: complete JSON that pydantic accepts, or a refusal."""
 
 import datetime
 import json
@@ -46,7 +46,7 @@ FORMAT = {"type": "json_schema", "json_schema": {"name": "everything", "schema":
 
 
 def asked(path: str, schema: object = SCHEMA) -> JsonObject:
-    """A request to `path` whose answer has to follow the schema."""
+    """Returns a request to `path` whose answer must follow the schema."""
     match path:
         case "/v1/chat/completions":
             return chat(response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": schema}})

@@ -1,4 +1,4 @@
-"""`/v1/responses` and `/v1/messages` as their users see them: raw, and through the official clients."""
+"""`/v1/responses` and `/v1/messages`, over raw HTTP and through the official clients."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -20,7 +20,7 @@ from tests.sim.calls import DISCONNECTED, GUARD_S, JsonObject, at, decoded, post
 from tests.sim.support import Start
 
 INSTANT = replace(calls.INSTANT, max_tokens_default=100)
-"""Answers end by themselves after 50 tokens at the earliest, so 10 of `max_tokens` are 10."""
+"""Answers end by themselves after at least 50 tokens, so `max_tokens` of 10 gives exactly 10."""
 RESPONSES, MESSAGES = "/v1/responses", "/v1/messages"
 TURNS: Any = [{"role": "user", "content": "what is two and two"}]
 BODIES: dict[str, JsonObject] = {
@@ -44,7 +44,7 @@ async def an_anthropic(engine: SimServer) -> AsyncIterator[anthropic.AsyncAnthro
 
 
 async def raw_stream(session: aiohttp.ClientSession, path: str, **more: object) -> bytes:
-    """As much of a stream as came."""
+    """Returns the bytes of a stream that were received."""
     received = bytearray()
     try:
         async with session.post(path, json={**BODIES[path], "stream": True, **more}) as response:
@@ -56,7 +56,7 @@ async def raw_stream(session: aiohttp.ClientSession, path: str, **more: object) 
 
 
 def typed(raw: bytes) -> list[JsonObject]:
-    """The data of every event; each is named by its type and labelled."""
+    """Returns the data of every event. Each must have its type as name and a label."""
     found = []
     for event in raw.decode().removesuffix("\n\n").split("\n\n"):
         name, _, data = event.partition("\ndata: ")
@@ -103,7 +103,7 @@ async def test_a_message_comes_in_typed_events_that_say_what_the_body_says(start
 
 
 async def test_the_openai_client_continues_a_response(start: Start) -> None:
-    """What was said before counts and changes the answer; what was not kept is not found, in vLLM's words."""
+    """Earlier turns are counted and change the answer. A response that was not stored is not found, in vLLM's words."""
     engine, _ = await start(INSTANT)
     async with open_ai(engine) as ai:
         first = await ai.responses.create(model="sim", instructions="be brief", input="one two three")

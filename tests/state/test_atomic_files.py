@@ -1,4 +1,4 @@
-"""Files that another host has just written, with an NFS client's cache of missing names."""
+"""Files that another host has just written, read through an NFS client that caches missing names."""
 
 import os
 from pathlib import Path
@@ -11,7 +11,7 @@ from hpc_router.state.atomic_files import exists_now, read_json, replace_json
 
 @pytest.fixture
 def remembering(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As an NFS client: a name that was not there stays absent until its folder is opened."""
+    """Imitates an NFS client: a missing name stays missing until its folder is opened."""
     absent: set[Path] = set()
     plain_open, plain_stat = os.open, os.stat
 

@@ -34,6 +34,20 @@ async def test_an_exception_reaches_the_caller_and_the_thread_goes_on(caplog: py
     files.close(timeout_s=5)
 
 
+async def test_a_limited_action_returns_none_after_an_error_or_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    files, hanging = FileThread("t"), threading.Event()
+
+    def fail() -> int:
+        raise OSError("gone")
+
+    assert await files.run_within_limit(lambda: 7) == 7
+    assert await files.run_within_limit(fail) is None
+    monkeypatch.setattr("hpc_router.state.io_thread.WRITE_TIMEOUT_S", 0.0)
+    assert await files.run_within_limit(hanging.wait) is None
+    hanging.set()
+    files.close(timeout_s=5)
+
+
 async def test_an_action_runs_even_if_its_caller_is_cancelled() -> None:
     files, hanging, done = FileThread("t"), threading.Event(), threading.Event()
     files.post(hanging.wait)

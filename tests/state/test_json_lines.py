@@ -1,4 +1,4 @@
-"""JSON lines end at a line feed alone, in every reader; and histograms reach beyond every limit that can be set."""
+"""Every reader of JSON lines splits at line feeds only. Histograms cover every time limit that can be configured."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ from hpc_router.routing.training.dataset import read_corpus, read_rows
 from hpc_router.state.atomic_files import lines_of
 
 ODD = "a\u2028b\u2029c\x85d\x0be\x0cf\x1cg\x1dh\x1ei"
-"""Every character beside the line feed and the carriage return at which `str.splitlines` splits."""
+"""The characters other than line feed and carriage return at which `str.splitlines` splits."""
 
 
 def test_the_characters_are_those_that_splitlines_splits_at() -> None:
@@ -26,7 +26,7 @@ def test_the_characters_are_those_that_splitlines_splits_at() -> None:
 
 
 def written(folder: Path, *values: Any, end: str = "\n") -> Path:
-    """Characters stand as themselves where JSON allows it."""
+    """Writes values as JSON lines, with characters unescaped where JSON allows it."""
     path = folder / "lines.jsonl"
     path.write_bytes("".join(json.dumps(value, ensure_ascii=False) + end for value in values).encode())
     return path
@@ -71,7 +71,7 @@ def test_a_line_that_is_not_utf8_is_named(tmp_path: Path) -> None:
 
 
 def test_histograms_reach_beyond_every_limit() -> None:
-    """A request may wait in the queue and for its first byte, each as long as its key allows."""
+    """A request may wait in the queue and for its first byte, each up to its configured limit."""
     limits = [bounds_of(RouterConfig, name) for name in ("queue_timeout_s", "first_byte_timeout_s", "idle_timeout_s")]
     longest = [bounds.high for bounds in limits if bounds is not None]
     assert len(longest) == len(limits)

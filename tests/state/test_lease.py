@@ -105,29 +105,29 @@ async def test_the_end_of_a_lease_does_not_wait_for_a_hanging_file_system(
 
 
 async def test_the_owner_is_informed_once_that_the_folder_was_removed(tmp_path: Path) -> None:
-    folder, told = tmp_path / "registry", list[int]()
+    folder, calls = tmp_path / "registry", list[int]()
     folder.mkdir()
-    async with Lease(folder, record(beat_s=0.001), on_gone=lambda: told.append(lease.record.beat or 0)) as lease:
+    async with Lease(folder, record(beat_s=0.001), on_gone=lambda: calls.append(lease.record.beat or 0)) as lease:
         folder.rename(tmp_path / "away")
-        await eventually(lambda: told)
-        await eventually(lambda: (lease.record.beat or 0) > told[0] + 3 * lease_module.GONE_BEATS)
-    assert len(told) == 1
+        await eventually(lambda: calls)
+        await eventually(lambda: (lease.record.beat or 0) > calls[0] + 3 * lease_module.GONE_BEATS)
+    assert len(calls) == 1
 
 
 async def test_a_failing_file_system_does_not_count_as_a_removed_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nor is a folder that comes back."""
+    """A folder that is missing only for a while does not count as removed either."""
     numbers = itertools.cycle([*[errno.ENOENT] * (lease_module.GONE_BEATS - 1), errno.EIO])
-    told: list[bool] = []
+    calls: list[bool] = []
 
     def failing(*_: object) -> None:
         raise OSError(next(numbers), "scripted")
 
-    async with Lease(tmp_path, record(beat_s=0.001), on_gone=lambda: told.append(True)) as lease:
+    async with Lease(tmp_path, record(beat_s=0.001), on_gone=lambda: calls.append(True)) as lease:
         monkeypatch.setattr("hpc_router.state.lease.publish", failing)
         await eventually(lambda: (lease.record.beat or 0) > 4 * lease_module.GONE_BEATS)
-    assert told == []
+    assert calls == []
 
 
 async def test_renewal_continues_after_an_unexpected_exception(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,7 +38,7 @@ def test_a_failed_write_raises_nothing_and_is_reported_later(tmp_path: Path) -> 
 
 
 def test_one_statement_cannot_flood_the_log(tmp_path: Path) -> None:
-    """Others are not held back by it, and the lines left out are counted."""
+    """Other statements are not limited by it, and the omitted lines are counted."""
     now = 0.0
     logger = logging.getLogger("flood")
     logger.setLevel(logging.INFO)

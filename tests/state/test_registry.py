@@ -1,4 +1,4 @@
-"""Readers of the registry with files that are partly written, outdated, of another user, or invalid."""
+"""Reads registry files that are incomplete, outdated, of another user, or invalid."""
 
 import json
 import os
@@ -159,7 +159,7 @@ def test_the_leader_is_the_ready_router_of_the_highest_generation() -> None:
 
 
 def test_a_file_that_is_large_or_not_regular_is_refused(tmp_path: Path) -> None:
-    """A pipe would hang the reader, a link may lead anywhere."""
+    """A pipe would block the reader, and a link may lead anywhere."""
     (tmp_path / "registry").mkdir()
     publish(tmp_path, RECORD)
     folder, target = tmp_path / "registry", tmp_path / "math-0.g3.json"

@@ -75,7 +75,7 @@ def test_another_users_run_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_verb_finds_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`--run`, then $HPC_ROUTER_RUN, then runs/latest."""
+    """The order is `--run`, then $HPC_ROUTER_RUN, then runs/latest."""
     monkeypatch.delenv("HPC_ROUTER_RUN", raising=False)
     one, two, three = (make_run(tmp_path / "runs" / name) for name in ("one", "two", "three"))
     runs = tmp_path / "runs"
@@ -106,7 +106,7 @@ def test_an_unreadable_desired_file_is_an_error(tmp_path: Path) -> None:
 
 
 def test_events_are_rotated_by_exactly_one_writer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The claim of one that died is taken back, and a long line is one write."""
+    """The claim of a dead process is removed, and a long line is written in one call."""
     monkeypatch.setattr("hpc_router.state.run_directory.LOG_BYTES", 20_000)
     run = make_run(tmp_path / "run")
     claim = run.path / ".events.rotating"
@@ -126,7 +126,7 @@ def test_events_are_rotated_by_exactly_one_writer(tmp_path: Path, monkeypatch: p
 
 
 def test_overlapping_blocks_with_a_private_umask_leave_the_umask_as_it_was() -> None:
-    """As those of two threads do: the one that began first ends first."""
+    """Two threads may overlap so that the first to begin is the first to end."""
     before = os.umask(0o022)
     try:
         first, second = private_umask(), private_umask()

@@ -39,7 +39,7 @@ def test_a_file_that_cannot_be_read_now_keeps_its_value(tmp_path: Path, monkeypa
     file = StampedFile(tmp_path / "a.json", Parser())
     replace_json(file.path, {"n": 1})
     assert file.read() == 1
-    file.path.write_text('{"n": ')  # partly copied
+    file.path.write_text('{"n": ')  # incomplete copy
     assert file.read() == 1
     replace_json(file.path, {"n": 3})
     assert file.read() == 3

@@ -1,1 +1,1 @@
-"""Load generation: compiled load generators, one process each, in several jobs if one core is not enough."""
+"""Load generation by native programs: one process each, and several jobs if one core is not enough."""

@@ -1,13 +1,13 @@
-"""Load on one target by the native load generator, with the result as observations.
+"""Runs the load of one point with the native load generator and returns it as observations.
 
-`run_load` runs in this process or in a load job on another node; its arguments and its result are plain data, and the
-results of several jobs can be merged. Times are seconds since the load began. Knows nothing of deployments.
+`run_load` runs in this process or in a load job on another node. Its arguments and its result are plain data, and the
+results of several jobs can be merged. Times are seconds since the load began. This module does not know deployments.
 """
 
 import socket
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlsplit
@@ -36,14 +36,14 @@ _ERROR_KINDS: Final[Mapping[Error, str]] = {
 
 @dataclass(frozen=True, slots=True)
 class LoadTarget:
-    """The server under load: the router, or a replica."""
+    """The server under load: the router or a replica."""
 
     url: str
     token: str = field(repr=False)
 
     @property
     def address(self) -> tuple[str, int]:
-        """Raises LaunchError for a host without an IPv4 address."""
+        """Host address and port. Raises LaunchError for a host without an IPv4 address."""
         parts = urlsplit(self.url)
         if parts.scheme != "http" or not parts.hostname:
             raise LaunchError(f"{self.url}: the load generator supports plain HTTP only (valid: http://HOST:PORT)")
@@ -57,8 +57,8 @@ class LoadTarget:
 
 @dataclass(frozen=True, slots=True)
 class LoadResult:
-    """Observations of one load. `cpu_share`, `wait_share`: parts of one core that the busiest load generator used and
-    that it was runnable but did not get."""
+    """Observations of one load. `cpu_share`, `wait_share`: shares of one core used and waited for by the busiest
+    generator."""
 
     started_at: float
     observations: Sequence[Observation]
@@ -68,7 +68,7 @@ class LoadResult:
 
 
 def run_load(target: LoadTarget, config: BenchConfig, work: Workload, folder: Path) -> LoadResult:
-    """Blocks until all measured requests have ended. `folder`: private, for the native program's files."""
+    """Sends the load and blocks until all measured requests have ended. `folder`: private, for the program's files."""
     host, port = target.address
     folder.mkdir(parents=True, exist_ok=True)
     requests = [http_request(one.body, host=f"{host}:{port}", path=CHAT, token=target.token) for one in work.bodies]
@@ -109,7 +109,7 @@ def run_load(target: LoadTarget, config: BenchConfig, work: Workload, folder: Pa
 
 
 def window_of(config: BenchConfig, seen: Sequence[Observation]) -> Window:
-    """The configured window; without a duration, until the last measured request has ended."""
+    """Returns the configured window; without a duration, the window ends with the last measured request."""
     if config.duration_s is not None:
         return Window(config.warmup_s, config.warmup_s + config.duration_s)
     last = max((o.ended_s for o in seen if o.part is MeasurementPart.MEASURED), default=config.warmup_s)
@@ -117,8 +117,8 @@ def window_of(config: BenchConfig, seen: Sequence[Observation]) -> Window:
 
 
 def observations(recorded: native.Recorded, work: Workload) -> Iterable[Observation]:
-    """In the order in which requests ended. In an open loop a request starts when it is due, even if it then waits for
-    a free connection."""
+    """Returns the observed requests in the order in which they ended. In an open loop, a request starts at its arrival
+    time, even if it then waits for a free connection."""
     zero, labels = int(recorded.summary["begun"]), [None, *recorded.summary["labels"]]
     events = recorded.events[np.argsort(recorded.events["sequence"], kind="stable")]
     starts = np.searchsorted(events["sequence"], recorded.requests["sequence"])
@@ -169,7 +169,7 @@ def _kind(row: Any, part: MeasurementPart, content: Sequence[float]) -> str | No
 
 
 def merged(loads: Sequence[LoadResult]) -> LoadResult:
-    """One result from several load generators that began at the same time, each with its own clock."""
+    """Merges the results of several load generators that began at the same time, each with its own clock."""
     first = loads[0]
     return LoadResult(
         min(load.started_at for load in loads),
@@ -178,10 +178,6 @@ def merged(loads: Sequence[LoadResult]) -> LoadResult:
         max(load.cpu_share for load in loads),
         max(load.wait_share for load in loads),
     )
-
-
-def to_json(load: LoadResult) -> dict[str, Any]:
-    return asdict(load)
 
 
 def from_json(value: Mapping[str, Any]) -> LoadResult:

@@ -2,9 +2,9 @@
 
     python -m hpc_router.bench.load.load_job_main FOLDER NUMBER
 
-All jobs of a call read the same `task-<n>.json`; each writes `result-<n>.<job>.json`. Files are replaced atomically,
-so a shared file system is enough. A job ends when the file `stop` exists, or when the
-caller's `beat` file is a minute old.
+All jobs of a call read the same `task-<n>.json`; each writes `result-<n>.<job>.json`. Files are replaced atomically, so
+a shared file system is enough. A job ends when the file `stop` exists, or when the caller's `beat` file is a minute
+old.
 """
 
 import json
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from hpc_router.bench.config import read_config
-from hpc_router.bench.load.generator import LoadTarget, run_load, to_json
+from hpc_router.bench.load.generator import LoadTarget, run_load
 from hpc_router.bench.prompts import BenchPrompt
 from hpc_router.bench.workload import Point, workload
 from hpc_router.errors import HpcRouterError
@@ -26,7 +26,7 @@ BEAT_TIMEOUT_S: Final = 60.0
 
 
 def task(target: LoadTarget, config: dict[str, Any], prompts: list[BenchPrompt], point: Point, begin_at: float) -> Any:
-    """The content of a task file: one point, the same for all jobs. `begin_at`: Unix time at which the load starts."""
+    """Returns the content of a task file: one point, the same for all jobs. `begin_at`: Unix time of the start."""
     return {
         "url": target.url,
         "token": target.token,
@@ -63,7 +63,7 @@ def _run(task: dict[str, Any], folder: Path, job: int) -> dict[str, Any]:
         return {"idle": True}
     work = workload(config, [BenchPrompt(**one) for one in task["prompts"]], Point(**task["point"]), job=job)
     time.sleep(max(0.0, task["begin_at"] - time.time()))
-    return to_json(run_load(LoadTarget(task["url"], task["token"]), config, work, folder))
+    return asdict(run_load(LoadTarget(task["url"], task["token"]), config, work, folder))
 
 
 def _ended(folder: Path) -> bool:

@@ -1,4 +1,4 @@
-"""Load from this process, or from several load jobs that start at the same time and whose results are merged."""
+"""Runs a load in this process, or in several load jobs that start at the same time, and merges their results."""
 
 import json
 import os
@@ -28,31 +28,31 @@ from hpc_router.state.run_directory import private_umask
 POLL_S: Final = 0.1
 BEAT_S: Final = 5.0
 LEAD_S: Final = 2.0
-"""Time between writing a task file and the start of its load, in which every job reads the file."""
+"""Seconds between writing a task file and the start of its load, in which every job reads the file."""
 READY_TIMEOUT_S: Final = 600.0
 MAX_SKEW_S: Final = 1.0
-"""Jobs that start further apart than this did not load the target at the same time."""
+"""Maximum difference of the jobs' start times, in seconds. With more, they did not load the target at the same time."""
 
 
 class InProcessLoad:
-    """A single load generator, started by this process."""
+    """A single load generator, run by this process."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
     def run(self, target: LoadTarget, config: BenchConfig, prompts: Sequence[BenchPrompt], point: Point) -> LoadResult:
-        """Blocks until the load has ended. Raises LaunchError."""
+        """Sends the load and blocks until it has ended. Raises LaunchError."""
         return run_load(target, config, workload(config, prompts, point), self._folder)
 
 
 class SubmittedLoadJobs:
-    """Load jobs that were started once and run the load of every point."""
+    """Load jobs that are started once and run the load of every point."""
 
     def __init__(self, folder: Path, jobs: int) -> None:
         self._folder, self._jobs, self._number = folder, jobs, 0
 
     def run(self, target: LoadTarget, config: BenchConfig, prompts: Sequence[BenchPrompt], point: Point) -> LoadResult:
-        """Blocks until the load has ended. Raises LaunchError."""
+        """Sends the load and blocks until it has ended. Raises LaunchError."""
         number, self._number = self._number, self._number + 1
         shared = replace(config, load_jobs=jobs_for(point, config))
         path = self._folder / f"task-{number}.json"
@@ -71,7 +71,7 @@ class SubmittedLoadJobs:
         return merged(parts)
 
     def _result(self, path: Path, config: BenchConfig) -> LoadResult | None:
-        """None for a job without a share of this point's load."""
+        """Waits for the result of one job. Returns None for a job without a share of this point's load."""
         timeout_s = config.warmup_s + (config.duration_s or config.timeout_s) + config.drain_s + 60.0
         _wait_for(path, timeout_s, "no result from a load job")
         result = json.loads(path.read_bytes())
@@ -85,8 +85,7 @@ LoadJobs = InProcessLoad | SubmittedLoadJobs
 
 @contextmanager
 def start_load_jobs(config: BenchConfig, *, shared: Path) -> Iterator[LoadJobs]:
-    """Starts the load jobs that `config` asks for and ends them with the block. `shared`: a folder that jobs on other
-    nodes can read."""
+    """Starts the load jobs that `config` asks for, and ends them with the block. Jobs on other nodes read `shared`."""
     with private_umask():
         shared.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix="load-", dir=shared))
@@ -132,7 +131,7 @@ def _processes(config: BenchConfig, folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _sbatch(config: BenchConfig, folder: Path) -> Iterator[None]:
-    """One Slurm job per load job, without the variables of a job that this process may run in."""
+    """Submits one Slurm job per load job, without the variables of a job that this process may run in."""
     environment = without_job_variables(os.environ)
     numbers: list[str] = []
     try:
@@ -158,7 +157,7 @@ def _sbatch(config: BenchConfig, folder: Path) -> Iterator[None]:
 
 
 def options_of(options: Mapping[str, Any]) -> list[str]:
-    """sbatch arguments: `{"partition": "cpu", "exclusive": true}` gives `--partition=cpu --exclusive`."""
+    """Formats sbatch options: `{"partition": "cpu", "exclusive": true}` gives `--partition=cpu --exclusive`."""
     return [f"--{k}" if v is True else f"--{k}={v}" for k, v in options.items() if v is not None and v is not False]
 
 

@@ -1,4 +1,4 @@
-"""Only the data path of an agent, in front of an engine that is already running, to measure the cost of that hop.
+"""Runs only the request path of an agent, for an engine that is already running, to measure the cost of that hop.
 
     python -m hpc_router.bench.relay_cost.agent_relay_only --run DIR --replica math-0.g1 --socket PATH
 

@@ -1,4 +1,4 @@
-"""CPU time of the relay, the engine and the load generator between two moments of a load."""
+"""Measures the CPU time of the relay, the engine and the load generator between two moments of a load."""
 
 import time
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from hpc_router.bench.load.native.load import Running
 from hpc_router.bench.relay_cost.processes import Cores, ProcessGroup, busy_ns, cpu_ns
 
 IDLE_SHARE: Final = 0.05
-"""Cores with less load than this count as idle."""
+"""Share of load below which a core counts as idle."""
 POLL_S: Final = 0.5
 
 
@@ -51,12 +51,12 @@ class CpuCost:
 
     @property
     def load_others_share(self) -> float:
-        """CPU that other processes used on the cores of the load generator and the engine, in cores."""
+        """Load of other processes on the cores of load generator and engine, as a number of busy cores."""
         own_ns = self.end.engine_ns + self.end.load_ns - self.begin.engine_ns - self.begin.load_ns
         return max(0.0, (self.end.load_core_ns - self.begin.load_core_ns - own_ns) / self.elapsed_ns)
 
     def shares(self, count: int) -> dict[str, float]:
-        """Microseconds per request or event, given their number in this time; rates; and shares of the cores."""
+        """Returns microseconds per request or event (`count` of them), rates, and shares of the cores."""
         each = max(1, count) * 1e3
         return {
             "us": self.relay_ns / each,
@@ -78,7 +78,7 @@ class Meter:
     cores: Cores
 
     def measure(self, load: Running, *, after_s: float, span_s: float) -> CpuCost:
-        """Blocks; the cost from `after_s` after the start of the load, for `span_s`."""
+        """Blocks, and returns the CPU time from `after_s` after the start of the load, for `span_s`."""
         _sleep_until(load.begun_ns + int(after_s * 1e9))
         begin = self._read(load)
         _sleep_until(begin.at_ns + int(span_s * 1e9))
@@ -92,7 +92,7 @@ class Meter:
 
 
 def wait_for_idle(cores: Cores, *, timeout_s: float) -> None:
-    """Waits until other processes hardly use these cores, or for `timeout_s`."""
+    """Waits until other processes hardly use these cores, for at most `timeout_s`."""
     both = cores.relay | cores.load
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:

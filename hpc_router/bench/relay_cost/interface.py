@@ -1,4 +1,4 @@
-"""The interface of a relay under test. `this_router` and `other_relays` list the implementations."""
+"""The interface of a relay under test. `this_router` and `other_relays` contain the implementations."""
 
 import shutil
 import socket
@@ -17,12 +17,12 @@ from hpc_router.errors import LaunchError
 SERVER_PATH: Final = "/usr/local/sbin:/usr/sbin"
 START_TIMEOUT_S: Final = 60.0
 NO_TOKEN: Final = "0" * 64
-"""Sent to relays that require no token, so that all requests have the same length."""
+"""Token for relays that require none, so that all requests have the same length."""
 
 
 @dataclass(frozen=True, slots=True)
 class RelayPlacement:
-    """What a relay gets for its start: the engine behind it, a private folder, and its cores."""
+    """Where a relay is started: the engine behind it, a private folder, and its cores."""
 
     engine: MockEngine
     folder: Path
@@ -35,7 +35,7 @@ class RelayPlacement:
 
 @dataclass(frozen=True, slots=True)
 class StartedRelay:
-    """`group`: None if requests go to the engine without a relay."""
+    """A running relay. `group`: None if requests go to the engine without a relay."""
 
     port: int
     group: ProcessGroup | None
@@ -56,7 +56,7 @@ class Relay(ABC):
     behind_socket: bool = False
 
     def absent(self) -> str | None:
-        """Why it cannot be measured and what to install; None if it is installed."""
+        """Returns why the relay cannot be measured and what to install; None if it is installed."""
         return None
 
     def version(self) -> str:
@@ -64,23 +64,16 @@ class Relay(ABC):
 
     @abstractmethod
     def started(self, placement: RelayPlacement) -> AbstractContextManager[StartedRelay]:
-        """Starts the relay and ends it with the block. Raises LaunchError."""
+        """Starts the relay, and ends it with the block. Raises LaunchError."""
 
 
 def find(command: str, folder: Path | None) -> Path | None:
-    """The program from the virtual environment `folder`, from PATH, or from the folders of servers."""
+    """Returns the path of a program in the virtual environment `folder`, in PATH, or in SERVER_PATH."""
     inside = folder / "bin" / command if folder is not None else None
     if inside is not None and inside.exists():
         return inside.absolute()
     found = shutil.which(command) or shutil.which(command, path=SERVER_PATH)
     return Path(found) if found else None
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
-        return port
 
 
 def wait_until_serving(started: StartedRelay, log: Path) -> None:
@@ -100,7 +93,7 @@ def check_starting(group: ProcessGroup | None, log: Path, deadline: float) -> No
 
 
 def serves(started: StartedRelay, model: str) -> bool:
-    """Whether a short request for `model` gets status 200."""
+    """Returns whether a short request for `model` gets status 200."""
     raw = requests.request(started.port, token=started.token, prompt="Is 91 a prime?", model=model, stream=False)
     raw = raw.replace(b"accept: */*", b"connection: close", 1)
     try:

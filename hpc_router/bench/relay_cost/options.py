@@ -9,8 +9,8 @@ from hpc_router.bench.load.native.load import MAX_CONNECTIONS
 from hpc_router.errors import ConfigError
 
 LOWER_LOAD_DIVISOR: Final = 4
-"""Two hops do not fit on one core at the full number of streams: they, and one hop for comparison, are measured at this
-fraction of it."""
+"""Divisor of the number of streams for measurements with two hops, which do not fit on one core otherwise. One hop is
+measured with it as well, for comparison."""
 
 QUICK: Final[Mapping[str, Any]] = {"streams": 50, "seconds": 0.3, "rounds": 1, "connections": 4}
 """Option values for a quick check that the benchmark works."""
@@ -18,8 +18,8 @@ QUICK: Final[Mapping[str, Any]] = {"streams": 50, "seconds": 0.3, "rounds": 1, "
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RelayCostOptions:
-    """`rate`: events per second and stream. `soak`: number of short requests of the memory soak. `trees`: other
-    checkouts of this router, by name."""
+    """Options of the benchmark. `rate`: events per second and stream. `soak`: number of short requests of the memory
+    soak. `trees`: other checkouts of this router, by name."""
 
     only: tuple[str, ...] = ()
     streams: int = 1000
@@ -28,14 +28,14 @@ class RelayCostOptions:
     rounds: int = 3
     connections: int = 16
     soak: int = 0
-    quiet_s: float = 0.0  # longest wait, before each measurement, until other processes are idle
-    environment: Path | None = None  # virtual environment of the routers from PyPI
+    quiet_s: float = 0.0  # maximum wait, before each measurement, until other processes are idle
+    environment: Path | None = None  # virtual environment with the routers from PyPI
     trees: Mapping[str, Path] = field(default_factory=dict)
     out: Path
     quick: bool = False
 
     def checked(self) -> Self:
-        """Raises ConfigError."""
+        """Returns the options if they are valid, else raises ConfigError."""
         for name, value, low, high in (
             ("streams", self.streams, 1, MAX_CONNECTIONS),
             ("connections", self.connections, 1, MAX_CONNECTIONS),
@@ -55,20 +55,20 @@ class RelayCostOptions:
 
     @property
     def first_token_requests(self) -> int:
-        """Requests, one after the other, for the time to first token."""
+        """Number of consecutive requests that measure the time to first token."""
         return 20 if self.quick else 300
 
     @property
     def beside_streams_s(self) -> float:
-        """Time in which the time to first token is measured beside open streams."""
+        """Seconds for which the time to first token is measured beside open streams."""
         return 0.2 if self.quick else 2.0
 
     @property
     def disconnects(self) -> int:
-        """Streams that the client disconnects, in each of two ways."""
+        """Number of streams that the client disconnects, in each of two ways."""
         return 5 if self.quick else 50
 
     @property
     def settle_s(self) -> float:
-        """Time between the start of the last stream and the measurement of events."""
+        """Seconds between the start of the last stream and the measurement of events."""
         return 0.1 if self.quick else 0.5

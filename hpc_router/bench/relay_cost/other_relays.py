@@ -14,19 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from hpc_router.bench.relay_cost.interface import (
-    Relay,
-    RelayPlacement,
-    StartedRelay,
-    find,
-    free_port,
-    wait_until_serving,
-)
+from hpc_router.bench.relay_cost.interface import Relay, RelayPlacement, StartedRelay, find, wait_until_serving
 from hpc_router.bench.relay_cost.processes import pinned_to, process_group
+from hpc_router.net.addresses import free_port
 from hpc_router.state.run_directory import private_umask
 
 KEEPALIVE: Final = 4096
-"""Idle connections to the engine that a relay may keep open."""
+"""Maximum number of idle connections to the engine that a relay keeps open."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +129,7 @@ backend engines
 
 @dataclass(frozen=True, slots=True)
 class Package(Relay):
-    """A router from PyPI. `environment`: the virtual environment that has it. `arguments`: those before the options."""
+    """A router from PyPI, installed in the virtual environment `environment`. `arguments`: those before the options."""
 
     environment: Path | None = None
     arguments: tuple[str, ...] = ()
@@ -170,7 +164,7 @@ def package_argv(program: str, arguments: tuple[str, ...], *, port: int, engine:
 
 
 def other_relays(environment: Path | None) -> list[Relay]:
-    """`environment`: virtual environment of the routers from PyPI."""
+    """Returns all other relays. `environment`: virtual environment of the routers from PyPI."""
     return [
         Direct(),
         Nginx(),
@@ -208,7 +202,7 @@ def _write_private(path: Path, text: str) -> Path:
 
 
 def _version(argv: list[str], pattern: str) -> str:
-    """The first group of `pattern` in the command's output; empty if it has none."""
+    """Runs a command and returns the first group of `pattern` in its output; empty without a match."""
     try:
         done = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=30)
     except (OSError, subprocess.SubprocessError):

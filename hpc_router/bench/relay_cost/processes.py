@@ -1,8 +1,8 @@
-"""The processes of a benchmark: started on given cores, with CPU time and memory read from /proc, and always ended.
+"""Starts the processes of a benchmark on given cores, reads their CPU time and memory from /proc, and ends them.
 
 CPU time is what the kernel's scheduler counted per thread (`schedstat`, in nanoseconds). Memory is private memory
-(`smaps_rollup`); pages that forked processes share are counted once, in parts (`Pss_Anon`). Both are sums over a
-process and all its descendants.
+(`smaps_rollup`); pages that forked processes share are counted once in total (`Pss_Anon`). Both are sums over a process
+and all its descendants.
 """
 
 import os
@@ -21,7 +21,7 @@ _PRIVATE: Final = ("Private_Clean", "Pss_Anon", "Pss_Shmem")
 
 @dataclass(frozen=True, slots=True)
 class Cores:
-    """Cores of the load (generator and engine) and of the relay; the same core if the machine has only one."""
+    """The cores of the load (generator and engine) and of the relay; all the same if the machine has only one."""
 
     load: frozenset[int]
     relay: frozenset[int]
@@ -32,14 +32,14 @@ class Cores:
 
 
 def cores_of(usable: Sequence[int]) -> Cores:
-    """The relay gets the last core alone; the load generator and the engine share up to two others."""
+    """Assigns cores: the last one to the relay, and up to two others to the load generator and the engine."""
     ordered = sorted(usable)
     return Cores(frozenset(ordered[:-1][:2] or ordered), frozenset(ordered[-1:]))
 
 
 @contextmanager
 def pinned_to(cores: frozenset[int]) -> Iterator[None]:
-    """Processes that are started in the block run on these cores only."""
+    """Pins the processes that are started in the block to these cores."""
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, cores)
     try:
@@ -55,7 +55,7 @@ class ProcessGroup:
     roots: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     def start(self, argv: Sequence[str], *, log: Path, environment: Mapping[str, str] | None = None) -> None:
-        """Starts a process in the folder of its log: Python also imports modules from the current folder."""
+        """Starts a process in the folder of its log, because Python also imports modules from the current folder."""
         with log.open("ab") as stream:
             self.roots.append(
                 subprocess.Popen(
@@ -79,7 +79,7 @@ class ProcessGroup:
         return sum(private_mb(process.pid) for process in self._all())
 
     def end(self) -> None:
-        """SIGTERM to all processes, and SIGKILL to those that have not ended after a timeout."""
+        """Sends SIGTERM to all processes, and SIGKILL to those that have not ended after a timeout."""
         processes = self._all()
         for process in processes:
             with suppress(psutil.NoSuchProcess):
@@ -102,7 +102,7 @@ class ProcessGroup:
 
 @contextmanager
 def process_group() -> Iterator[ProcessGroup]:
-    """Ends its processes with the block."""
+    """Yields a process group, and ends its processes with the block."""
     group = ProcessGroup()
     try:
         yield group
@@ -111,7 +111,7 @@ def process_group() -> Iterator[ProcessGroup]:
 
 
 def cpu_ns(pid: int) -> int:
-    """CPU time of all threads of a process; 0 if it has ended."""
+    """Returns the CPU time of all threads of a process; 0 if it has ended."""
     total = 0
     for task in Path(f"/proc/{pid}/task").glob("*/schedstat"):
         with suppress(OSError):
@@ -120,7 +120,7 @@ def cpu_ns(pid: int) -> int:
 
 
 def busy_ns(cores: frozenset[int]) -> int:
-    """Busy time of these cores, time stolen by a hypervisor included."""
+    """Returns the busy time of these cores, including time stolen by a hypervisor."""
     lines = Path("/proc/stat").read_text().splitlines()
     times = {row[0]: [int(ticks) for ticks in row[1:9]] for row in map(str.split, lines) if row[0][:3] == "cpu"}
     ticks = sum(sum(times[f"cpu{core}"]) - sum(times[f"cpu{core}"][3:5]) for core in cores if f"cpu{core}" in times)
@@ -128,7 +128,7 @@ def busy_ns(cores: frozenset[int]) -> int:
 
 
 def private_mb(pid: int) -> float:
-    """Private memory in MiB; 0 if the process has ended."""
+    """Returns the private memory of a process in MiB; 0 if it has ended."""
     with suppress(OSError):
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
         return sum(int(line.split()[1]) for line in lines if line.startswith(_PRIVATE)) / 1024

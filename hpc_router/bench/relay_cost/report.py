@@ -1,6 +1,8 @@
-"""The results as tables, the same for a terminal and for Markdown, and as JSON with the figures of every round."""
+"""Formats the results as tables for a terminal and for Markdown, and as JSON with the figures of every round."""
 
 import math
+import operator
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final
@@ -13,17 +15,17 @@ from hpc_router.bench.relay_cost import requests, targets
 from hpc_router.bench.relay_cost.options import LOWER_LOAD_DIVISOR, RelayCostOptions
 from hpc_router.bench.relay_cost.processes import Cores
 from hpc_router.bench.relay_cost.rounds import RelayRounds
-from hpc_router.bench.relay_cost.statistics import RoundSpread, across, difference, slope_per_million, spread
+from hpc_router.bench.relay_cost.statistics import RoundSpread, across, slope_per_million, spread
 
 SCHEMA: Final = 1
 ZERO: Final = RoundSpread(0.0, 0.0, 0.0)
 DISTURBED_SHARE: Final = 0.1
-"""Share of a core used by other processes from which on a note is added."""
+"""Share of a core used by other processes from which on the report contains a note."""
 
 
 @dataclass(frozen=True, slots=True)
 class RelayCostResults:
-    """`absent`: why a relay was not measured, by name. `origin`: versions, hardware, git state, command, time."""
+    """Results of all relays. `absent`: why a relay was not measured, by name. `origin`: provenance as JSON."""
 
     options: RelayCostOptions
     cores: Cores
@@ -37,7 +39,7 @@ class RelayCostResults:
 
     @property
     def failed(self) -> bool:
-        """Whether a round or request failed with this router or without a relay; other relays may fail."""
+        """Whether any round or request failed with this router or without a relay. Other relays may fail."""
         return any(
             self.measured[name].failed
             for name in ("direct", "router", "router-2-workers", "router+agent")
@@ -60,14 +62,11 @@ def sheets(results: RelayCostResults) -> list[Sheet]:
 
 
 def notes(results: RelayCostResults) -> list[str]:
-    """Remarks on what limits or weakens the figures."""
+    """Returns remarks on what limits or weakens the figures."""
     found = [f"{name}: not measured, {why}" for name, why in results.absent.items()]
     for name, measured in results.measured.items():
         found += [f"{name}: a round failed: {why}" for why in measured.broken]
-        failed: dict[str, int] = {}
-        for one in measured.rounds.values():
-            for kind, count in one.failed.items():
-                failed[kind] = failed.get(kind, 0) + count
+        failed = sum((Counter(one.failed) for one in measured.rounds.values()), Counter[str]())
         found += [f"{name}: failed: {count} x {kind}" for kind, count in failed.items()]
         opened, wanted = spread(measured, "stream_opened"), results.options.streams
         if opened is not None and opened.low < wanted:
@@ -81,7 +80,7 @@ def notes(results: RelayCostResults) -> list[str]:
 
 
 def _disturbed(measured: RelayRounds) -> list[str]:
-    """Notes on other processes that used the benchmark's cores, with the largest share of a core."""
+    """Returns notes on other processes that used the benchmark's cores, with the maximum share of a core."""
     shares = {"load generator and engine": "load_others_share"}
     if measured.relay.hops:
         shares["the relay"] = "others_share"
@@ -120,12 +119,12 @@ def _relays(results: RelayCostResults) -> Sheet:
 
 
 def _cell(results: RelayCostResults, measured: RelayRounds, key: str) -> str:
-    """One figure. Times to first token are differences to `direct`; those of `direct` itself are in brackets."""
+    """Formats one figure. A time to first token is shown minus that of `direct`, whose own is in brackets."""
     if not key.startswith("ttft"):
         return _format(spread(measured, key))
     if measured.relay.name == "direct":
         return f"[{_format(spread(measured, key))}]"
-    return _format(across([(measured, key), (results.measured.get("direct"), key)], difference))
+    return _format(across([(measured, key), (results.measured.get("direct"), key)], operator.sub))
 
 
 def _classifying(results: RelayCostResults) -> Sheet:
@@ -133,7 +132,7 @@ def _classifying(results: RelayCostResults) -> Sheet:
     for name, measured in results.measured.items():
         for size in requests.SIZES:
             keys = [f"short_{size.replace(' ', '')}{kind}_us" for kind in ("_auto", "")]
-            if extra := across([(measured, key) for key in keys], difference):
+            if extra := across([(measured, key) for key in keys], operator.sub):
                 auto, named = (_format(spread(measured, key)) for key in keys)
                 rows.append([name, size, named, auto, _format(extra)])
     columns = ["relay", "prompt", "model named", "auto", "more for auto"]
@@ -228,7 +227,7 @@ def markdown(results: RelayCostResults) -> str:
 
 
 def to_json(results: RelayCostResults) -> dict[str, Any]:
-    """Without NaN, which JSON does not have: missing figures are null."""
+    """Returns the results as JSON values. Missing figures are null, because JSON has no NaN."""
     value = {
         "schema": SCHEMA,
         **results.origin,

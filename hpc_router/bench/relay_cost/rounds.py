@@ -1,4 +1,4 @@
-"""The order of the measurements: in each round every relay once, each round starting with another relay.
+"""The order of the measurements: each round measures every relay once, and starts with another relay.
 
 This way, changes of the machine's speed affect all relays alike. Each measurement starts a new engine and relay.
 """
@@ -39,7 +39,7 @@ class RelayRounds:
 
 def measure_all(relays: Sequence[Relay], options: RelayCostOptions, cores: Cores, show: ShowStep) -> list[RelayRounds]:
     found = [RelayRounds(relay, relay.version()) for relay in relays]
-    # A short name, because the paths of unix sockets are limited.
+    # a short name, because the paths of unix sockets are limited
     with tempfile.TemporaryDirectory(prefix="hr-bench-", ignore_cleanup_errors=True) as name, pinned_to(cores.load):
         folder = Path(name)
         for number in range(options.rounds):
@@ -56,7 +56,7 @@ def measure_all(relays: Sequence[Relay], options: RelayCostOptions, cores: Cores
 def _measure(
     measured: RelayRounds, options: RelayCostOptions, cores: Cores, folder: Path, show: ShowStep, *, number: int | None
 ) -> None:
-    """Measures one round of a relay, or its soak if `number` is None."""
+    """Measures one round of a relay, or its memory soak if `number` is None."""
     relay = measured.relay
     label = f"{'soak' if number is None else f'round {number + 1} of {options.rounds}'}, {relay.name}"
     place = folder / relay.name

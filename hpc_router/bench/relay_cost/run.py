@@ -1,4 +1,4 @@
-"""One call of `hpc-router bench router`, from its options to its files."""
+"""Runs `hpc-router bench router`, from its options to its result files."""
 
 import os
 import resource
@@ -27,7 +27,7 @@ FDS_PER_STREAM: Final = 8
 
 
 def default_environment() -> Path | None:
-    """The virtual environment of `make bench-peers`, if it exists."""
+    """Returns the virtual environment of `make bench-peers`, if it exists."""
     return ROOT / RELAY_VENV if (ROOT / RELAY_VENV).is_dir() else None
 
 

@@ -1,4 +1,4 @@
-"""Figures over several rounds: median, minimum and maximum. Ratios are computed per round, before the median."""
+"""Median, minimum and maximum over several rounds. A ratio is computed within each round."""
 
 import math
 import statistics
@@ -19,7 +19,7 @@ class RoundSpread:
 
     @classmethod
     def of(cls, values: Iterable[float]) -> Self | None:
-        """None without a finite value."""
+        """Computes the spread of the finite values; None without any."""
         known = [value for value in values if math.isfinite(value)]
         return cls(statistics.median(known), min(known), max(known)) if known else None
 
@@ -29,7 +29,7 @@ def spread(measured: RelayRounds, name: str) -> RoundSpread | None:
 
 
 def across(many: Sequence[tuple[RelayRounds | None, str]], combine: Callable[..., float]) -> RoundSpread | None:
-    """The spread of `combine(*figures)` per round, for rounds that have all figures; None without such a round."""
+    """Returns the spread of `combine(*figures)` per round, over rounds with all figures; None without such a round."""
     values = []
     for number in _rounds(many):
         found = [measured.rounds[number].figures.get(name) for measured, name in many if measured is not None]
@@ -42,13 +42,9 @@ def ratio(above: float, below: float) -> float:
     return above / below if below > 0 else math.nan
 
 
-def difference(more: float, less: float) -> float:
-    return more - less
-
-
 def slope_per_million(points: Sequence[tuple[int, float]]) -> float:
-    """Least-squares slope of (requests, MiB) points, in MiB per million requests. The first point is left out,
-    because the first requests also load code and fill caches."""
+    """Returns the least-squares slope of (requests, MiB) points, in MiB per million requests. Leaves out the first
+    point, because the first requests also load code and fill caches."""
     used = list(points[1:]) if len(points) > 2 else list(points)
     if len(used) < 2:
         return math.nan

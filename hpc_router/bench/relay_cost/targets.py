@@ -1,19 +1,20 @@
-"""Limits that this router must keep, compared with the measured figures."""
+"""Compares the measured figures with the limits that this router must keep."""
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from hpc_router.bench.relay_cost.options import RelayCostOptions
 from hpc_router.bench.relay_cost.rounds import RelayRounds
-from hpc_router.bench.relay_cost.statistics import RoundSpread, across, difference, ratio, slope_per_million, spread
+from hpc_router.bench.relay_cost.statistics import RoundSpread, across, ratio, slope_per_million, spread
 
 SAME_COST = 1.25
-"""Above this ratio, classifying a long prompt counts as more expensive than classifying a short one."""
+"""Maximum ratio at which classifying a long prompt counts as no more expensive than classifying a short one."""
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """The median of `found` must be at most `limit`, or below it if `strict`. `met`: None if it was not measured."""
+    """A limit: the median of `found` must be at most `limit`, or below it if `strict`. `met`: None if not measured."""
 
     what: str
     limit: float
@@ -35,7 +36,7 @@ def checks(found: Mapping[str, RelayRounds], options: RelayCostOptions) -> list[
         return across([(found.get(above), name), (found.get(below), other or name)], ratio)
 
     def extra(size: str) -> RoundSpread | None:
-        return across([(router, f"short_{size}_auto_us"), (router, f"short_{size}_us")], difference)
+        return across([(router, f"short_{size}_auto_us"), (router, f"short_{size}_us")], operator.sub)
 
     def own(name: str) -> RoundSpread | None:
         return None if router is None else spread(router, name)

@@ -1,7 +1,7 @@
 """This router as a relay under test: a run directory, endpoints in its registry, and `python -m launch.router`.
 
 Its policy is the classifier of `topology=sim`, trained from the packaged exemplars. Only requests for `auto` are
-classified. No control loop runs beside it, because it would have nothing to do.
+classified. No control loop runs beside the router, because no jobs are managed.
 """
 
 import os
@@ -41,7 +41,7 @@ class ThisRouter(Relay):
     name: str = "router"
     classifies: bool = True
     tree: Path = ROOT  # checkout of the code, if not this one
-    workers: int = 1  # router processes, all on the relay's core
+    workers: int = 1  # number of workers, all on the relay's core
 
     def version(self) -> str:
         return hpc_router.__version__ if self.tree == ROOT else ""
@@ -61,7 +61,7 @@ class ThisRouter(Relay):
 
 @dataclass(frozen=True, slots=True)
 class RouterAndAgent(Relay):
-    """The router, then an agent's data path on the same core, then the engine's unix socket."""
+    """The router, then an agent's request path on the same core, then the engine's unix socket."""
 
     name: str = "router+agent"
     hops: int = 2
@@ -84,7 +84,7 @@ class RouterAndAgent(Relay):
 
 
 def this_router(trees: Mapping[str, Path] | None = None) -> list[Relay]:
-    """Its variants as relays. `trees`: other checkouts of the router, by name."""
+    """Returns the variants of this router as relays. `trees`: other checkouts of the router, by name."""
     others = [ThisRouter(name=name, tree=tree) for name, tree in (trees or {}).items()]
     return [ThisRouter(), ThisRouter(name="router-2-workers", classifies=False, workers=2), RouterAndAgent(), *others]
 
@@ -100,7 +100,7 @@ def agent_argv(run: RunDir, socket: Path) -> list[str]:
 
 
 def _environment(tree: Path) -> dict[str, str]:
-    """Environment in which Python imports the packages of that checkout."""
+    """Returns an environment in which Python imports the packages of that checkout."""
     before = os.environ.get("PYTHONPATH")
     return {"PYTHONPATH": f"{tree}{os.pathsep}{before}" if before else str(tree)}
 

@@ -1,7 +1,7 @@
-"""The deployment of a soak: brought up and taken down with the command line, observed over HTTP, its processes killed.
+"""The deployment of a soak: starts and stops it with the command line, observes it over HTTP, kills its processes.
 
-Its run directory lies in a temporary folder with a short name, because the path of a unix socket is limited to 107
-bytes. The folder is removed with the deployment, unless it is to be kept for its logs.
+Its run directory is in a temporary folder with a short name, because the path of a unix socket is limited to 107 bytes.
+The folder is removed with the deployment, unless it is kept for its logs.
 """
 
 import json
@@ -32,7 +32,7 @@ HTTP_TIMEOUT_S: Final = 5.0
 
 @dataclass(slots=True)
 class SoakDeployment:
-    """`router`: name of its router replica. `keep`: whether its folder is kept."""
+    """A running deployment. `router`: name of its router replica. `keep`: whether its folder is kept."""
 
     run: RunDir
     url: str
@@ -43,13 +43,13 @@ class SoakDeployment:
     _killed: dict[str, int] = field(default_factory=dict)  # name of each killed process -> its number in order
 
     def status(self) -> dict[str, Any] | None:
-        """The router's `/status`; None if it does not respond."""
+        """Returns the router's `/status`; None if the router does not respond."""
         status = self._get("/status")
         self._last_status = status or self._last_status
         return status if isinstance(status, dict) else None
 
     def gauges(self) -> dict[str, float] | None:
-        """The gauges that must be zero without requests; None if the router does not respond."""
+        """Returns the gauges that must be zero without requests; None if the router does not respond."""
         text = self._get("/metrics")
         if text is None:
             return None
@@ -61,7 +61,7 @@ class SoakDeployment:
         }
 
     def inject(self, target: FaultTarget) -> InjectedFault | None:
-        """Kills the least recently killed process of that kind; None if no process can be killed now."""
+        """Kills the least recently killed process of that kind. Returns None if no process can be killed now."""
         status = self._last_status or self.status()
         if status is None:
             return None
@@ -77,12 +77,12 @@ class SoakDeployment:
         return None
 
     def replicas(self, status: dict[str, Any]) -> dict[str, int]:
-        """Process ids of the agents that may be killed, by replica."""
+        """Returns the process ids of the agents that may be killed, by replica."""
         found = {name: self._pid(name) for name in killable(status["experts"], killed=self._killed)}
         return {name: pid for name, pid in found.items() if pid is not None}
 
     def processes(self, status: dict[str, Any], target: FaultTarget | None = None) -> dict[str, int]:
-        """Process ids of the router's processes, all or of one kind, by name."""
+        """Returns the process ids of the router's processes, all or of one kind, by name."""
         workers = [worker for worker in status["router"].get("workers") or () if worker.get("serving")]
         found = {f"worker {worker['worker']}": worker["pid"] for worker in workers}
         control = {"control": pid} if (pid := (status["router"].get("control") or {}).get("pid")) else {}
@@ -94,7 +94,7 @@ class SoakDeployment:
         return found | control | ({} if main is None else {"router": main})
 
     def _pid(self, replica: str) -> int | None:
-        """Process id from the replica's job record, if that process still belongs to this run."""
+        """Returns the process id in the replica's job record, if that process still belongs to this run."""
         try:
             progress = json.loads((self.run.jobs / replica / "progress.json").read_text())
             pid = int(progress["pid"])
@@ -103,7 +103,7 @@ class SoakDeployment:
             return None
 
     def _get(self, path: str) -> Any:
-        """Parsed JSON or text of a response with status 200; None without one."""
+        """Returns the body of a response with status 200, as JSON or text; None for any other outcome."""
         try:
             response = call_blocking("GET", f"{self.url}{path}", token=self.token, timeout_s=HTTP_TIMEOUT_S)
         except Unreachable:
@@ -112,8 +112,8 @@ class SoakDeployment:
 
 
 def killable(experts: Mapping[str, Any], *, killed: Collection[str]) -> list[str]:
-    """The ready replicas of every expert that has more than one. Replicas in `killed` do not count as ready: the router
-    may not have noticed yet."""
+    """Returns the ready replicas of experts with more than one. Replicas in `killed` do not count as ready, because the
+    router may not have noticed yet."""
     found = []
     for expert in experts.values():
         ready = [r["replica"] for r in expert["replicas"] if r["state"] == "ready" and r["replica"] not in killed]
@@ -122,7 +122,7 @@ def killable(experts: Mapping[str, Any], *, killed: Collection[str]) -> list[str
 
 
 def least_recently_killed(names: Collection[str], killed: Mapping[str, int]) -> str:
-    """The process whose slot was never killed, or longest ago; all generations of a replica share a slot."""
+    """Returns a process whose slot was never killed, else the one killed longest ago. Generations share a slot."""
     last: dict[str, int] = {}
     for name, order in killed.items():
         last[_slot(name)] = max(order, last.get(_slot(name), -1))
@@ -135,7 +135,7 @@ def _slot(name: str) -> str:
 
 @contextmanager
 def running_deployment(overrides: Sequence[str]) -> Iterator[SoakDeployment]:
-    """A deployment with all replicas ready, which is taken down when the block ends. Raises LaunchError."""
+    """Starts a deployment, waits until all replicas are ready, and stops it when the block ends. Raises LaunchError."""
     folder = Path(tempfile.mkdtemp(prefix="soak-"))
     run = folder / "run"
     deployment: SoakDeployment | None = None

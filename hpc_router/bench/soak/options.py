@@ -1,4 +1,4 @@
-"""Options of `hpc-router bench soak`, and the schedule of the faults it injects. Pure."""
+"""Options of `hpc-router bench soak`, and the schedule of the kills. Pure functions."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from hpc_router.bench.load.native.load import MAX_CONNECTIONS
 from hpc_router.errors import ConfigError
 
 FAULT_FREE_S: Final = 5.0
-"""No faults are injected at the end, so that the last killed process is replaced by then."""
+"""Seconds without faults at the end, in which the last killed process is replaced."""
 
 
 class FaultTarget(StrEnum):
@@ -23,7 +23,7 @@ class FaultTarget(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class KillSchedule:
-    """Faults on one kind of process: the first after `first_s`, then one every `every_s` (None: only the first)."""
+    """Kills of one kind of process: the first after `first_s`, then one every `every_s` (None: only the first)."""
 
     target: FaultTarget
     first_s: float
@@ -38,7 +38,7 @@ class KillSchedule:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SoakOptions:
-    """`rate`: short requests per second. `streams`: number of open streams. `faults`: None for the default faults."""
+    """Options of the soak. `rate`: short requests per second. `streams`: open streams. `faults`: None for defaults."""
 
     seconds: float = 60.0
     rate: float = 100.0
@@ -49,7 +49,7 @@ class SoakOptions:
     out: Path
 
     def checked(self) -> Self:
-        """Raises ConfigError."""
+        """Returns the options if they are valid, else raises ConfigError."""
         limits = {"seconds": 86_400, "rate": 10_000, "streams": MAX_CONNECTIONS, "workers": 64}
         for name, high in limits.items():
             if not 1 <= (value := getattr(self, name)) <= high:
@@ -57,13 +57,13 @@ class SoakOptions:
         return self
 
     def schedule(self) -> list[tuple[float, FaultTarget]]:
-        """All faults in order of time, in seconds from the start of the load."""
+        """Returns all faults in order of time, in seconds from the start of the load."""
         faults = default_faults(self.seconds) if self.faults is None else self.faults
         return sorted((at, one.target) for one in faults for at in one.times(self.seconds))
 
 
 def default_faults(seconds: float) -> list[KillSchedule]:
-    """A replica every 5 s, a worker every minute, the control process once."""
+    """Returns the default faults: a replica every 5 s, a worker every minute, the control process once."""
     return [
         KillSchedule(FaultTarget.REPLICA, 5.0, 5.0),
         KillSchedule(FaultTarget.WORKER, 20.0, 60.0),

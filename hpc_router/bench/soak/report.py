@@ -1,4 +1,4 @@
-"""The results of a soak as JSON, as Markdown and as a plot."""
+"""Formats the results of a soak as JSON, as Markdown and as a plot."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -16,13 +16,13 @@ SCHEMA: Final = 1
 
 
 def jain(counts: Sequence[int]) -> float:
-    """Jain's fairness index: 1 if all counts are equal, 1/n if one of n counts has everything."""
+    """Returns Jain's fairness index: 1 if all counts are equal, 1/n if one of n has everything."""
     return sum(counts) ** 2 / (len(counts) * sum(count * count for count in counts))
 
 
 @dataclass(frozen=True, slots=True)
 class LoadSummary:
-    """The requests of one load. `labels`: the replicas that its records number from 1."""
+    """The requests of one load. `labels`: the replicas, which the request records number from 1."""
 
     name: str
     requests: Table
@@ -36,7 +36,7 @@ class LoadSummary:
 
     @property
     def served(self) -> dict[str, Counter[str]]:
-        """Succeeded requests per expert and replica slot; all generations of a replica share a slot."""
+        """Counts the succeeded requests per expert and replica slot. All generations of a replica share a slot."""
         found: dict[str, Counter[str]] = {}
         for label, count in zip(*np.unique(self._answered["label"], return_counts=True), strict=True):
             if 0 < label <= len(self.labels):
@@ -46,7 +46,7 @@ class LoadSummary:
 
     @property
     def moved_share(self) -> float:
-        """Share of the later requests of conversations that did not go to the conversation's main replica."""
+        """Share of follow-up requests that did not go to the replica with most of their conversation's requests."""
         pairs, counts = np.unique(self._answered[["prompt", "label"]], return_counts=True)
         most: dict[int, int] = {}
         total: dict[int, int] = {}
@@ -79,8 +79,8 @@ class LoadSummary:
 
 @dataclass(frozen=True, slots=True)
 class SoakResults:
-    """`complaints`: reasons why the soak failed, empty if it passed. `idle_fds`: descriptors before and after the load.
-    `origin`: versions, hardware, git state, command and time."""
+    """Results of a soak. `complaints`: reasons why it failed, empty if it passed. `idle_fds`: descriptors before and
+    after the load. `origin`: versions, hardware, git state, command and time."""
 
     options: SoakOptions
     parts: Sequence[LoadSummary]
@@ -98,7 +98,7 @@ class SoakResults:
         return bool(self.complaints)
 
     def seconds_of(self, fault: InjectedFault) -> float:
-        """Seconds from the start of the load."""
+        """Returns the time of a fault in seconds from the start of the load."""
         return (fault.at_ns - self.begun_ns) / NS
 
 
@@ -124,7 +124,7 @@ def to_json(results: SoakResults) -> dict[str, Any]:
 
 
 def markdown(results: SoakResults, *, plot: str) -> str:
-    """`plot`: file name of the plot."""
+    """Formats the results. `plot`: file name of the plot."""
     options, counted = results.options, Counter(one.target for one in results.faults)
     killed = ", ".join(f"{counted[target]} x {target}" for target in FaultTarget if counted[target]) or "none"
     ready = [one.ready for one in results.samples if one.ready is not None]

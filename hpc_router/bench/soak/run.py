@@ -1,4 +1,4 @@
-"""One soak from its options to its files: deploy, load, inject faults, wait until the router is idle, judge."""
+"""Runs one soak from its options to its files: deploy, load, inject faults, wait until the router is idle, judge."""
 
 import tempfile
 import time
@@ -41,7 +41,7 @@ T = TypeVar("T")
 
 
 def soak(options: SoakOptions, console: Console) -> SoakResults:
-    """Writes the three result files and returns their content. Raises ConfigError and LaunchError."""
+    """Runs a soak, writes the three result files and returns their content. Raises ConfigError and LaunchError."""
     build_program("load")
     at = utc_now()
     overrides = [f"topology={TOPOLOGY}", "policy=classifier", f"router.workers={options.workers}"]
@@ -91,8 +91,8 @@ def _measure(options: SoakOptions, deployment: SoakDeployment, steps: StepDispla
 
 
 def _loads(options: SoakOptions, deployment: SoakDeployment, folder: Path) -> dict[str, LoadSpec]:
-    """An open loop of short requests and a closed loop of streams. All prompts differ, so that each is a
-    conversation of its own."""
+    """Returns an open loop of short requests and a closed loop of streams. All prompts differ, so that the router sees
+    each as a conversation of its own."""
     host, port = LoadTarget(deployment.url, deployment.token).address
     random = np.random.default_rng(options.seed)
     arrivals = np.cumsum(random.exponential(1 / options.rate, int(options.rate * options.seconds * 2)))
@@ -135,7 +135,7 @@ def _loads(options: SoakOptions, deployment: SoakDeployment, folder: Path) -> di
 
 
 class _FaultInjector:
-    """Injects the scheduled faults and samples the router's state once a second until the loads have ended."""
+    """Injects the scheduled faults, and samples the router's state once a second until the loads have ended."""
 
     def __init__(
         self, options: SoakOptions, deployment: SoakDeployment, begun_ns: int, loads: Sequence[Running]
@@ -150,7 +150,7 @@ class _FaultInjector:
         return (time.monotonic_ns() - self._begun_ns) / NS
 
     def run(self, steps: StepDisplay) -> None:
-        """Samples are taken in a thread, so that a slow response of the router does not delay a fault."""
+        """Runs until the loads have ended. A thread takes samples, so that a slow response does not delay a fault."""
         sample_at, show_at = 0.0, 0.0
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="sample") as pool:
             sampling: Future[Sample] | None = None
@@ -170,7 +170,7 @@ class _FaultInjector:
                 time.sleep(TICK_S)
 
     def _inject(self, target: FaultTarget) -> None:
-        """A fault that is not possible now stays due."""
+        """Injects a fault, or leaves it scheduled if that is not possible now."""
         fault = self._deployment.inject(target)
         if fault is not None:
             self.faults.append(fault)
@@ -197,12 +197,12 @@ def _sample(deployment: SoakDeployment, at_s: float) -> Sample:
 
 
 def _idle_gauges(deployment: SoakDeployment) -> dict[str, float] | None:
-    """The gauges once all are zero, or after a timeout."""
+    """Returns the gauges once all are zero, or the last ones before a timeout."""
     return _read_until(deployment.gauges, lambda gauges: gauges is not None and not any(gauges.values()))
 
 
 def _descriptors(deployment: SoakDeployment, *, at_most: int | None = None) -> int | None:
-    """Open descriptors of all router processes; with `at_most`, once they are no more than that or after a timeout."""
+    """Returns the number of open descriptors of all router processes; with `at_most`, waits for at most that many."""
 
     def count() -> int | None:
         return sum(_sample(deployment, 0.0).fds.values()) or None
@@ -211,7 +211,7 @@ def _descriptors(deployment: SoakDeployment, *, at_most: int | None = None) -> i
 
 
 def _read_until(read: Callable[[], T], accepted: Callable[[T], bool]) -> T:
-    """The first accepted reading, or the last one before a timeout."""
+    """Reads until a value is accepted or a timeout has passed. Returns the last value."""
     deadline = time.monotonic() + IDLE_TIMEOUT_S
     while not accepted(value := read()) and time.monotonic() <= deadline:
         time.sleep(TICK_S)

@@ -1,4 +1,4 @@
-"""Judges a soak: which failures the injected faults explain, and whether memory and file descriptors grew. Pure.
+"""Judges a soak: which failures the faults explain, and whether memory and file descriptors grew. Pure functions.
 
 A stream in flight on a killed replica may end in an error event, and a connection of a killed worker may break, both
 shortly after the fault. No other failure is allowed.
@@ -14,22 +14,21 @@ from hpc_router.bench.soak.options import FaultTarget
 
 NS: Final = 1e9
 WORKER_GRACE_S: Final = 2.0
-"""Time after the kill of a worker in which its connections may break."""
+"""Seconds after the kill of a worker in which its connections may break."""
 REPLICA_GRACE_S: Final = 20.0
-"""Time after the kill of a replica in which its streams may fail; the router may take that long to declare it lost."""
+"""Seconds after the kill of a replica in which its streams may fail; the router may need that long to notice."""
 BROKEN_CONNECTION: Final = frozenset({Error.DISCONNECTED, Error.CUT, Error.UNFINISHED})
 GROWTH_SHARE: Final = 0.1
 GROWTH_MB: Final = 10.0
 FDS_GROWTH_SHARE: Final = 0.5
 FDS_GROWTH: Final = 32
-"""Allowed growth of memory and of file descriptors during the load: the larger of the share and the amount. Under load
-the number of descriptors follows the latency, because slow responses keep connections open; leaked descriptors are
-still open after the load."""
+"""Allowed growth of memory and of file descriptors during the load: the larger of share and amount. Slow responses keep
+connections open, so the number of descriptors follows the latency; leaked ones are still open after the load."""
 
 
 @dataclass(frozen=True, slots=True)
 class InjectedFault:
-    """A process that was killed. `at_ns`: CLOCK_MONOTONIC."""
+    """A process that was killed. `at_ns`: time of the kill (CLOCK_MONOTONIC)."""
 
     target: FaultTarget
     name: str
@@ -38,7 +37,7 @@ class InjectedFault:
 
 @dataclass(frozen=True, slots=True)
 class FailedRequest:
-    """`kind`: name of the error, or its HTTP status. `allowed`: the fault that explains it, None if there is none."""
+    """A failed request. `kind`: name of the error, or its HTTP status. `allowed`: the fault that explains it."""
 
     load: str
     at_s: float
@@ -54,7 +53,7 @@ class FailedRequest:
 def failures(
     load: str, requests: Table, *, labels: Sequence[str], faults: Sequence[InjectedFault], begun_ns: int
 ) -> list[FailedRequest]:
-    """The failed requests of one load. `labels`: the replicas that its records number from 1."""
+    """Returns the failed requests of one load. `labels`: the replicas, which the request records number from 1."""
     found = []
     for row in requests[requests["error"] != Error.NONE]:
         error, label = Error(int(row["error"])), int(row["label"])
@@ -71,7 +70,7 @@ def failures(
 def _explanation(
     error: Error, replica: str | None, begin: int, end: int, faults: Sequence[InjectedFault]
 ) -> str | None:
-    """The fault that explains the error of a request that was in flight from `begin` to `end` (ns)."""
+    """Returns the fault that explains an error of a request in flight from `begin` to `end` (ns); None if none does."""
     for fault in faults:
         after_s = (end - fault.at_ns) / NS
         if after_s < 0 or begin > fault.at_ns + 0.1 * NS:
@@ -99,7 +98,7 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class GrowthCheck:
-    """A quantity early and late in the load. `most`: the largest allowed late value. `met`: None without samples."""
+    """A quantity early and late in the load. `most`: maximum allowed late value. `met`: None without samples."""
 
     what: str
     early: float
@@ -109,9 +108,9 @@ class GrowthCheck:
 
 
 def growth_checks(samples: Sequence[Sample], *, seconds: float) -> list[GrowthCheck]:
-    """Memory and descriptors of all router processes: after the warm-up, compared with the end of the load."""
+    """Compares memory and descriptors of all router processes after the warm-up with those at the end of the load."""
     processes = max((len(sample.rss_mb) for sample in samples), default=0)
-    samples = [sample for sample in samples if len(sample.rss_mb) == processes]  # skip samples that lack a process
+    samples = [sample for sample in samples if len(sample.rss_mb) == processes]  # skips samples that lack a process
     early = [sample for sample in samples if 0.2 * seconds <= sample.at_s < 0.45 * seconds]
     late = [sample for sample in samples if 0.75 * seconds <= sample.at_s <= seconds]
     return [
@@ -147,7 +146,7 @@ def complaints(
     idle_fds: tuple[int, int] | None,
     answered: int,
 ) -> list[str]:
-    """The reasons why the soak failed; empty if it passed.
+    """Returns the reasons why the soak failed; empty if it passed.
 
     `missed`: scheduled faults that were not injected. `idle_fds`: descriptors before the load and after its end.
     """

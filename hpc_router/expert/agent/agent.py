@@ -1,8 +1,8 @@
-"""The job body of a replica, from its port to its exit record; read `Agent._serve_job` first.
+"""The main program of a replica's job, from its port to its exit record. Start reading at `Agent._serve_job`.
 
-Listen, publish, start the engine, and serve until a drain, until the replica was removed, or until the engine fails for
-good; then release everything in reverse order. One thread writes the files, so that a shared file system that hangs
-blocks no request.
+The agent listens, publishes its record, starts the engine, and serves until it is drained, the replica is removed, or
+the engine fails permanently; then it releases everything in reverse order. One thread writes the files, so that a
+hanging shared file system blocks no request.
 """
 
 import asyncio
@@ -32,11 +32,12 @@ from hpc_router.expert.multinode.rank_auth import rank_key, report_token
 from hpc_router.expert.multinode.start_strategy import MultiNodeLeader, SingleNode, StartStrategy
 from hpc_router.net import addresses
 from hpc_router.net.auth import new_token, replica_key
+from hpc_router.net.job_environment import current_job_id
 from hpc_router.relay import memory_tuning
 from hpc_router.relay.downstream.server import listening
 from hpc_router.relay.upstream.client import UpstreamClient
 from hpc_router.relay.upstream.interface import Upstream
-from hpc_router.state.io_thread import WRITE_TIMEOUT_S, FileThread
+from hpc_router.state.io_thread import FileThread
 from hpc_router.state.job_expiry import JobExpiry
 from hpc_router.state.job_records import Exit, FailureReason, JobDir, JobPhase
 from hpc_router.state.lease import Lease
@@ -46,12 +47,12 @@ from hpc_router.state.run_directory import RunDir
 logger = logging.getLogger(__name__)
 
 REMOVAL_CHECK_BEATS: Final = 5
-"""Beats between two checks whether this replica was removed: Slurm gives up a job whose node it cannot reach."""
+"""Beats between checks whether this replica was removed: Slurm gives up a job whose node it cannot reach."""
 _MIB: Final = 2**20
 
 
 class Agent:
-    """`run` is the whole life of the job; `drain` can be called at any time, repeatedly."""
+    """Runs a replica's job: `run` lasts as long as the job. `drain` can be called at any time, also repeatedly."""
 
     def __init__(
         self, run: RunDir, replica: str, deployment: Deployment, *, files: FileThread, environment: Mapping[str, str]
@@ -74,9 +75,9 @@ class Agent:
         self._lifecycle = JobLifecycle()
         self._draining = asyncio.Event()
         self._drain_reason = ""
-        self._by_signal = False  # whether a signal caused the drain; our own verbs send signals too
+        self._by_signal = False  # whether a signal caused the drain; our own commands send signals too
         self._signals: set[signal.Signals] = set()
-        # A rank that was lost before the drain: Slurm ends the job of a node that failed.
+        # A rank that was lost before the drain: Slurm ends the job when a node fails.
         self._rank_failure: EngineFailure | None = None
         self._aborted = 0  # responses that did not finish before the end of the drain
         self._http_api: AgentHttpApi | None = None
@@ -84,12 +85,12 @@ class Agent:
         self._lease: Lease | None = None
 
     def signalled(self, number: signal.Signals) -> None:
-        """Drain. SIGINT comes from a user at a terminal, SIGUSR2 is Slurm's warning before the end of the walltime."""
+        """Drains after a signal. SIGINT comes from a terminal; SIGUSR2 is Slurm's warning before the walltime ends."""
         self._signals.add(number)
         self.drain(number.name, by_signal=number is not signal.SIGINT)
 
     def drain(self, why: str, *, by_signal: bool = False) -> None:
-        """Refuse new requests from now on; `run` returns when those in flight have ended."""
+        """Refuses new requests from now on. `run` returns when the requests in flight have ended."""
         if not self._draining.is_set():
             logger.info("draining: %s", why)
             failure = self._lifecycle.failure
@@ -102,7 +103,7 @@ class Agent:
     def phase_changed(
         self, phase: JobPhase, *, failure: EngineFailure | None = None, engine_pid: int | None = None
     ) -> None:
-        """Enter a phase, and update the HTTP API, the record and the progress file. Draining is the last phase."""
+        """Enters a phase, and updates the HTTP API, the record and the progress file. Draining is the last phase."""
         if self._draining.is_set():
             return
         self._lifecycle.move(phase, failure=failure, engine_pid=engine_pid)
@@ -119,7 +120,7 @@ class Agent:
             self._lease.change(engine=replace(self._lease.record.engine, max_model_len=length))
 
     async def run(self) -> Exit:
-        """Returns the exit record, which has been written."""
+        """Runs the job. Returns the exit record, which has been written."""
         try:
             end = await self._serve_job()
         except ConfigError as error:
@@ -130,15 +131,8 @@ class Agent:
             logger.exception("the agent failed")
             end = Exit(ok=False, reason=FailureReason.CRASHED, message=f"{type(error).__name__}: {error}")
         logger.info("exit: %s: %s", end.reason, end.message)
-        with suppress(OSError, TimeoutError):
-            async with asyncio.timeout(WRITE_TIMEOUT_S):
-                await self._files.run(partial(self._write_exit, end))
+        await self._files.run_within_limit(partial(self._job.write_exit, end))
         return end
-
-    def _write_exit(self, end: Exit) -> None:
-        """Write the exit record, unless another process wrote one: the control loop has acted on that."""
-        if self._job.exit() is None:
-            self._job.write(end)
 
     async def _serve_job(self) -> Exit:
         cluster, router = self._deployment.cluster, self._deployment.router
@@ -173,8 +167,9 @@ class Agent:
         return await self._drained()
 
     async def _drained(self) -> Exit:
-        """The exit record after a drain. A job that a signal ended before it was ready has failed."""
-        if self._lifecycle.ready_at is not None or not self._by_signal or await self._requested_by_us():
+        """Returns the exit record after a drain. A job that a signal ended before it was ready counts as failed."""
+        requested = self._lifecycle.ready_at is not None or not self._by_signal
+        if requested or await self._files.run_within_limit(self._job.stop) is not None:
             return Exit.drained(f"drained after {self._drain_reason}", cut=self._aborted)
         if signal.SIGUSR2 in self._signals:
             message = "its walltime ended before its engine was ready: raise walltime, or shorten the start"
@@ -182,16 +177,9 @@ class Agent:
         message = "it was ended from outside before it was ready"
         return Exit(ok=False, reason=FailureReason.CANCELLED, message=message)
 
-    async def _requested_by_us(self) -> bool:
-        """Whether one of our own verbs requested this job to end."""
-        with suppress(TimeoutError):
-            async with asyncio.timeout(WRITE_TIMEOUT_S):
-                return await self._files.run(self._job.stop) is not None
-        return False
-
     async def _serve(self, supervisor: EngineSupervisor, http_api: AgentHttpApi) -> EngineFailure | None:
-        """Serve until the engine fails for good (returns its failure) or the drain is complete (returns None). The
-        engine has then ended."""
+        """Serves until the engine fails permanently (returns the failure) or the drain is complete (returns None). In
+        both cases the engine has ended."""
         supervision = asyncio.create_task(supervisor.run(), name="supervisor")
         draining = asyncio.create_task(self._draining.wait(), name="drain")
         removal = restarting("wanted", self._watch_for_removal, self._failures.note)
@@ -217,7 +205,7 @@ class Agent:
             await asyncio.gather(supervision, draining, watching, return_exceptions=True)
 
     async def _watch_for_removal(self) -> None:
-        """Drain when this replica was removed. While the file system hangs, one check waits for it."""
+        """Drains when this replica was removed. If the file system hangs, the current check waits."""
         why = None
         while why is None:
             await asyncio.sleep(REMOVAL_CHECK_BEATS * self._deployment.cluster.beat_s)
@@ -225,8 +213,8 @@ class Agent:
         self.drain(why)
 
     def _removal_reason(self) -> str | None:
-        """Return why this replica was removed. None: it was not removed, or the files cannot be read."""
-        if (end := self._job.exit()) is not None:  # our own is written later
+        """Returns why this replica was removed; None if it was not, or if the files cannot be read."""
+        if (end := self._job.exit()) is not None:  # our own exit record is written later
             return f"its job was given up: {end.message}"
         if self._job.ended() is not None:
             return "its batch script had ended"
@@ -299,15 +287,14 @@ class Agent:
         )
 
     def _job_id(self) -> str:
-        for name in ("HPC_ROUTER_JOB_ID", "SLURM_JOB_ID", "SUBMITIT_LOCAL_JOB_ID"):
-            if name in self._environment:
-                return self._environment[name]
+        if job_id := current_job_id(self._environment) or self._environment.get("SUBMITIT_LOCAL_JOB_ID"):
+            return job_id
         info = self._job.info()
         return info.job_id if info else str(os.getpid())
 
 
 def bind(address: str) -> socket.socket:
-    """A socket on a port that the kernel chose, at the address that is published."""
+    """Returns a socket bound to `address` on a port that the kernel chooses."""
     sock = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM)
     try:
         sock.bind((address, 0))

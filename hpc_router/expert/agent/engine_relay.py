@@ -1,8 +1,8 @@
-"""Relays one request to the engine and its response to the client, bytes unchanged.
+"""Relays one request to the engine and its response to the client, with unchanged bytes.
 
-A failure before the response is raised, and the HTTP API turns it into an error response. A failure within the response
-breaks the client's connection, because a response that was cut must never look complete. The router in front turns that
-into an error event.
+A failure before the response is raised, and the HTTP API turns it into an error response. A failure during the response
+closes the client's connection, so that a response that was cut never looks complete. The router then sends its client
+an error event.
 """
 
 import logging
@@ -28,13 +28,13 @@ logger = logging.getLogger(__name__)
 
 _DAY_S: Final = 86_400.0
 ENGINE_LIMITS: Final = UpstreamTimeouts(connect_s=5.0, first_byte_s=_DAY_S, idle_s=_DAY_S)
-"""The router limits how long a response may take; when it gives up, it closes the connection, which cancels here."""
+"""Time limits for the engine. The router limits the duration of a response, and closes the connection to cancel it."""
 ENGINE: Final = address_of("http://engine")
 
 
 class FastRelay(PendingResponse, ResponseCallback):
-    """A request to the engine that no task awaits, as long as its response may be received in one read. `respond`
-    continues it in a task."""
+    """A request to the engine that runs without an asyncio task as long as its response is received in one read.
+    Otherwise `respond` continues it in a task."""
 
     __slots__ = ("_in_flight", "_on_progress", "_relayed", "_request", "_respond", "started")
 
@@ -55,7 +55,7 @@ class FastRelay(PendingResponse, ResponseCallback):
         self._on_progress = on_progress
 
     def begin(self, client: Upstream, body: bytes) -> bool:
-        """Send the request; False if that is not possible at once: then the handler serves it."""
+        """Sends the request. Returns False if that is not possible without waiting; the request then needs a task."""
         request = self._request
         started = client.start(request.method, ENGINE, request.target, head=_head(request), body=body, callback=self)
         if started is None:
@@ -95,11 +95,11 @@ class FastRelay(PendingResponse, ResponseCallback):
 async def relay_request(
     request: Request, client: Upstream, *, on_progress: Callable[[], None], started: PendingRequest | None = None
 ) -> Response | None:
-    """The response to `request`; None if it was streamed to the client. `on_progress` is called for every chunk.
-    `started` is the request that `FastRelay` has already sent.
+    """Returns the response to `request`; None if it was streamed to the client.
 
-    Raises UpstreamError if the engine sends no response or fails within one (the client's connection is then already
-    broken), and the errors of `Request.read`.
+    `on_progress` is called for every chunk. `started`: the request, if `FastRelay` has sent it already. Raises the
+    errors of `Request.read`, and UpstreamError if the engine sends no response or fails during one; in the second case,
+    the client's connection was closed.
     """
     body = request.complete_body()
     if body is None:
@@ -116,7 +116,7 @@ async def relay_request(
             await request.start_response(answer.status, head, length=answer.length)
             await answer.stream_to(_ClientSink(request, on_progress))
     except DownstreamGoneError:
-        pass  # the handler is about to be cancelled
+        pass  # the client has disconnected, so this task will be cancelled
     except UpstreamError as error:
         if request.response_started:
             logger.warning("the engine failed during a response: %s", error)

@@ -1,7 +1,7 @@
-"""Keeps one engine running: start, wait until it serves, wait for its end, find the cause, pause, start again.
+"""Keeps one engine running: starts it, waits until it serves, waits for its end, finds the cause, starts it again.
 
-It reports every step to one observer and returns when no further start can help; cancelling it ends the engine. It does
-not deal with requests.
+It reports every step to one observer, and returns when another start cannot help. Cancelling it ends the engine. It
+does not handle requests.
 """
 
 import asyncio
@@ -32,22 +32,25 @@ WATCH_S: Final = 3.0
 WATCH_TIMEOUT_S: Final = 7.0
 _MAX_LIST_BYTES: Final = 2**20
 HUNG_MISSES: Final = 3
-"""A ready engine hangs after this many failed probes in a row (one per WATCH_S, WATCH_TIMEOUT_S each): 30 s."""
+"""Consecutive failed probes after which a ready engine counts as hung: 30 s, with WATCH_S and WATCH_TIMEOUT_S."""
 
 
 class EngineObserver(Protocol):
     def phase_changed(
         self, phase: JobPhase, *, failure: EngineFailure | None = None, engine_pid: int | None = None
     ) -> None:
-        """The engine is in a new phase; `failure` says why it ended."""
+        """Called when the engine enters a phase. `failure`: why the previous process ended."""
 
 
 @dataclass(slots=True)
 class EngineSupervisor:
-    """`progress` returns a number that changes while responses arrive: a busy engine can be too slow for a probe.
+    """Starts and watches one engine.
+
+    `progress` returns a number that changes while responses arrive, because a busy engine may be too slow for a probe.
     `engine_lost` is set by the HTTP API when the engine did not accept a request, and cleared here when the engine
-    answers. `break_off` is called before an engine is stopped, and after one has ended by itself. `on_max_model_len` is
-    called before each READY, with None if the engine does not say."""
+    answers. `break_off` is called before an engine is stopped and after one has ended by itself. `on_max_model_len` is
+    called before each READY, with None if the engine does not report the value.
+    """
 
     engine: Engine
     strategy: StartStrategy
@@ -65,7 +68,7 @@ class EngineSupervisor:
     clock: Callable[[], float] = time.monotonic
 
     async def run(self) -> EngineFailure:
-        """Returns a failure that no restart can cure, or the last of too many failures."""
+        """Runs the engine. Returns a failure that no restart can repair, or the last of too many failures."""
         while True:
             command = await self.strategy.next_command()
             if isinstance(command, EngineFailure):
@@ -83,7 +86,7 @@ class EngineSupervisor:
                         self.observer.phase_changed(JobPhase.READY, engine_pid=process.pid)
                         logger.info("engine ready")
                         failure = await self._until_end_or_hung(process)
-                        ready_s = self.clock() - ready_at  # before the engine and its other ranks are ended
+                        ready_s = self.clock() - ready_at  # before this engine and its other ranks are stopped
                 finally:
                     self.break_off()
             failure = await self.strategy.resolve_failure(failure)
@@ -95,7 +98,7 @@ class EngineSupervisor:
             await self.sleep(delay_s)
 
     async def _until_ready(self, process: EngineProcess) -> EngineFailure | None:
-        """None once the engine serves; else why it does not."""
+        """Waits for the engine. Returns None once it serves; else why it does not."""
         try:
             async with asyncio.timeout(self.startup_timeout_s), asyncio.TaskGroup() as group:
                 answers = group.create_task(self._until_serving())
@@ -110,7 +113,7 @@ class EngineSupervisor:
         return answers.result() if end.cancelled() else end.result()
 
     async def _until_end(self, process: EngineProcess) -> EngineFailure:
-        """Returns why the engine has ended or must be ended."""
+        """Waits for the engine's end. Returns why it has ended or has to be stopped."""
         ended = asyncio.create_task(process.failure(self.engine.signs))
         wait_broken = asyncio.create_task(self.strategy.wait_broken())
         try:
@@ -122,8 +125,8 @@ class EngineSupervisor:
             await asyncio.gather(ended, wait_broken, return_exceptions=True)
 
     async def _until_serving(self) -> EngineFailure | None:
-        """Wait until the engine is ready by HTTP. Return a failure if it has not loaded all adapters, because the
-        registry would list their experts as served; otherwise None."""
+        """Waits until the engine's HTTP API is ready. Returns a failure if the engine has not loaded all adapters,
+        because the registry would list their experts as served."""
         while not await self._is_ready(timeout_s=POLL_TIMEOUT_S):
             await asyncio.sleep(POLL_S)
         serves = self.engine.serves()
@@ -141,7 +144,7 @@ class EngineSupervisor:
         )
 
     async def _served_models(self) -> dict[str, Any] | None:
-        """The names of the models that the engine lists, with `max_model_len`; None if it sends no valid list."""
+        """Returns the models that the engine lists, with their `max_model_len`; None without a valid list."""
         try:
             async with (
                 asyncio.timeout(POLL_TIMEOUT_S),
@@ -173,7 +176,7 @@ class EngineSupervisor:
         return EngineFailure(FailureReason.TIMEOUT, f"the engine stopped answering: {misses} checks in a row failed")
 
     async def _clear_engine_lost(self) -> None:
-        """Clear `engine_lost` as soon as the engine answers; never ends."""
+        """Clears `engine_lost` whenever the engine answers again. Never ends."""
         while True:
             await self.engine_lost.wait()
             if await self._is_ready(timeout_s=POLL_TIMEOUT_S):

@@ -1,9 +1,9 @@
-"""The agent's HTTP API: the only access to the engine.
+"""The agent's HTTP API, through which every request reaches the engine.
 
 `/health` needs no token and answers the challenge; every other path needs the replica's key. API paths are relayed
-while the replica is ready; otherwise the response says whether it is starting or draining. This module runs no engine
-and accesses no files. The router keeps replicas to their capacity; the API refuses more than `HEADROOM` times that, for
-other clients.
+while the replica is ready; otherwise the response says whether it is starting or draining. The router limits the
+requests in flight to the replica's capacity; for other clients, the API refuses more than `HEADROOM` times that. This
+module does not run the engine and does not access files.
 """
 
 import asyncio
@@ -46,11 +46,14 @@ _STATE_HEADERS: Final = {State.STARTING: protocol.STARTING_HEADER, State.DRAININ
 
 @dataclass(slots=True)
 class AgentHttpApi:
-    """`state` and `models` are set by the agent; `on_drain` is called for `POST /drain`. `progress` counts the chunks
-    that the engine sent, `unfinished` the responses that it did not send or not finish. For an engine with more ranks,
-    `on_rank` is called with their reports, which carry `rank_token`; it raises ValueError. `engine_lost` is set when
-    the engine refuses a connection or drops a request; while it is set, a ready replica counts as starting. The
-    supervisor clears it once the engine answers."""
+    """The HTTP API of one replica.
+
+    The agent sets `state` and `models`. `on_drain` is called for `POST /drain`. `progress` counts the chunks that the
+    engine sent, `unfinished` the responses that it did not send or not finish. For an engine with several ranks,
+    `on_rank` is called with their reports, which carry `rank_token`; it may raise ValueError. `engine_lost` is set when
+    the engine refuses a connection or drops a request, and the supervisor clears it once the engine answers; while it
+    is set, a ready replica counts as starting.
+    """
 
     replica: str
     key: str
@@ -82,11 +85,11 @@ class AgentHttpApi:
         }
 
     def handle(self, request: Request) -> PendingResponse | Coroutine[Any, Any, Response | None]:
-        """Serve a request, without a task if only the engine has to be awaited."""
+        """Serves a request. Needs no task if only the engine has to be waited for."""
         return self._start(request) or self._respond(request)
 
     async def _respond(self, request: Request, started: PendingRequest | None = None) -> Response | None:
-        """Raises nothing but CancelledError. `started`: the request to the engine, if it was sent already."""
+        """Returns the response, also for errors. `started`: this request, if it was already sent to the engine."""
         try:
             if started is not None:
                 return await self._relay(request, started=started)
@@ -130,7 +133,7 @@ class AgentHttpApi:
             )
 
     def _start(self, request: Request) -> PendingResponse | None:
-        """None: something other than the engine has to be awaited."""
+        """Starts a request that can be served without a task; returns None for any other request."""
         body = request.complete_body()
         if body is None or not self._is_fast_path(request) or self.state is not State.READY or self._full:
             return None
@@ -138,9 +141,11 @@ class AgentHttpApi:
         return relay if relay.begin(self.client, body) else None
 
     def break_off(self) -> None:
-        """Abort the connection of every running request, and accept none until the agent is ready again. Called before
-        the engine is stopped: an engine that ends running responses in good form, as vLLM does, would make them look
-        complete."""
+        """Closes the connection of every running request, and accepts no request until the agent is ready again.
+
+        Called before the engine is stopped: an engine may end its running responses regularly, as vLLM does, so that
+        they would look complete.
+        """
         if self.state is State.READY:
             self.state = State.STARTING
         if self._in_engine:
@@ -149,7 +154,7 @@ class AgentHttpApi:
             request.abort()
 
     def _is_fast_path(self, request: Request) -> bool:
-        """Decided by the head of the request, once per cached head."""
+        """Returns whether a request with this head can be served without a task. Cached with the head."""
         cached = request.headers.cached
         known: bool | None = cached.get(self.key)
         if known is None:
@@ -190,10 +195,10 @@ class AgentHttpApi:
         return json_response({"object": "list", "data": cards})
 
     async def _relay(self, request: Request, *, started: PendingRequest | None = None) -> Response | None:
-        """Relay to the engine in any state, because the metrics of a draining engine are of interest.
+        """Relays a request to the engine in any state, because metrics are needed from a draining engine too.
 
-        Without a connection nothing was begun, so the response is the same 503 as while the engine starts. A request
-        that was sent and lost is a 502, which also says that the engine is starting.
+        If there was no connection to the engine, the response is 503, as while the engine starts. If a request was sent
+        and lost, the response is 502 and also says that the engine is starting.
         """
         self._in_engine.add(request)
         try:
@@ -221,7 +226,7 @@ class AgentHttpApi:
         self.progress += 1
 
     def _refuse(self, request: Request, state: State) -> Response:
-        """The 503 of a replica in this state."""
+        """Returns the 503 response of a replica in this state."""
         response = error_response(
             503,
             kind="service_unavailable",

@@ -1,4 +1,4 @@
-"""Whether and when an engine that failed is started again. A pure decision: time and randomness are arguments."""
+"""Decides whether and when a failed engine is started again. Time and randomness are arguments."""
 
 from dataclasses import dataclass
 from typing import Final
@@ -7,21 +7,24 @@ from hpc_router import backoff
 from hpc_router.state.job_records import PERMANENT, FailureReason
 
 STABLE_S: Final = 60.0
-"""An engine that was ready for this long resets the count of failures in a row, in seconds."""
+"""Seconds for which an engine has to be ready to reset the count of consecutive failures."""
 MAX_PAUSE_S: Final = 60.0
 
 
 @dataclass(slots=True)
 class RestartPolicy:
-    """Counts failures in a row and in total."""
+    """Counts consecutive failures and all failures."""
 
     max_in_a_row: int
     in_a_row: int = 0
     total: int = 0
 
     def after_failure(self, reason: FailureReason, *, ready_s: float, chance: float) -> float | None:
-        """Seconds to wait before the next start: 1, 2, 4, ... shortened by up to a half by `chance` (0 to 1), so that
-        replicas that failed together do not start together. None: no restart; the job ends."""
+        """Returns the seconds to wait before the next start: 1, 2, 4, ...; None if the job ends instead.
+
+        `chance` (0 to 1) shortens the wait by up to a half, so that replicas that failed together do not start
+        together.
+        """
         if reason in PERMANENT:
             return None
         if ready_s >= STABLE_S:

@@ -1,4 +1,4 @@
-"""The command line of an engine's process on this node, in its container or not, and its environment."""
+"""Builds the command line and environment of an engine's process on this node, with or without a container."""
 
 import asyncio
 import math
@@ -15,17 +15,17 @@ from hpc_router.expert.engines.container import command_in_container
 
 VERSION_TIMEOUT_S: Final = 20.0
 RANK_GRACE_S: Final = 3.0
-"""Grace time of one rank of several, in seconds: without the others it can finish nothing."""
+"""Seconds of grace for one of several ranks. It cannot finish anything without the others."""
 
 
 def drain_limit_s(cluster: ClusterConfig) -> int:
-    """Seconds in which an engine may finish running responses after SIGTERM. The agent aborts them before that."""
+    """Returns the seconds for which an engine may finish responses after SIGTERM: longer than the agent's drain."""
     return math.ceil(cluster.drain_s + ENGINE_GRACE_S)
 
 
 @dataclass(frozen=True, slots=True)
 class EngineCommands:
-    """`inherited` is the job's environment, `log` the file of the engine's output."""
+    """Builds the commands of one engine. `inherited`: the job's environment. `log`: file for the engine's output."""
 
     engine: Engine
     expert: ExpertConfig
@@ -34,7 +34,7 @@ class EngineCommands:
     log: Path
 
     def at(self, place: Place, *, version: str | None = None) -> Command:
-        """The command at this place. `version` is the engine's, if it is known."""
+        """Returns the engine's command at this place. `version`: the engine's version, if known."""
         argv = self.engine.argv(place)
         if place.ranks is None or place.ranks.rank == 0:
             argv += self.engine.drain_flags(drain_limit_s(self.cluster), version=version)
@@ -47,7 +47,7 @@ class EngineCommands:
         )
 
     async def version(self, place: Place) -> str | None:
-        """The version that the engine's interpreter has installed; None if that cannot be found out."""
+        """Returns the version that is installed in the engine's interpreter; None if that is not known."""
         try:
             process = await asyncio.create_subprocess_exec(
                 *self._in_container(version_command(self.engine), place),

@@ -1,10 +1,10 @@
-"""The process between agent and engine, which ends the engine's whole process tree with the agent, whatever happens.
+"""The process between agent and engine. It ends the engine's whole process tree when the agent ends, for any reason.
 
-Standard library only and single-threaded; run by path, in a session of its own. Its stdin is a pipe whose other end
-only the agent holds: end of file means that the agent is dead. The engine dies with the guard (PDEATHSIG), and as
-child subreaper the guard inherits the processes that the engine leaves behind, even those in sessions of their own. It
-kills only its own descendants. It prints the engine's process id and ends with the engine's exit status (in a shell's
-form: 128 + N for signal N); 127: there was no program to run.
+It uses only the standard library and one thread, is run by path, and has a session of its own. Its stdin is a pipe
+whose other end only the agent holds, so end of file means that the agent is dead. The engine dies with the guard
+(PDEATHSIG). As child subreaper, the guard inherits the processes that the engine leaves behind, even those in other
+sessions. It kills only its own descendants. It prints the engine's process id and ends with the engine's exit status
+(as a shell: 128 + N for signal N, 127 if there is no program to run).
 """
 
 import argparse
@@ -48,10 +48,10 @@ def main() -> int:
 
 
 def start(argv: list[str]) -> int:
-    """The engine's process id: its own process group, no stdin, all its output to our stderr.
+    """Starts the engine in its own process group, without stdin, with all output to our stderr. Returns its process id.
 
-    The engine and its descendants ignore SIGUSR2: Slurm's warning before the walltime ends is for the agent, and some
-    sites' Slurm (proctrack/linuxproc) sends it to every process of a job.
+    The engine and its descendants ignore SIGUSR2. Slurm sends it before the walltime ends; it is meant for the agent,
+    but at some sites (proctrack/linuxproc) every process of the job gets it.
     """
     guard = os.getpid()
 
@@ -65,16 +65,16 @@ def start(argv: list[str]) -> int:
         argv,
         stdin=subprocess.DEVNULL,
         stdout=sys.stderr.fileno(),
-        preexec_fn=before_exec,  # safe: this process has one thread
+        preexec_fn=before_exec,  # safe, because this process has one thread
         process_group=0,
         restore_signals=True,
     )
-    process.returncode = 0  # or its destructor would warn that it is still running
+    process.returncode = 0  # or its destructor would warn that the process is still running
     return process.pid
 
 
 def watch(engine: int, wakeups: int, *, grace_s: float) -> int | None:
-    """Wait until the engine has ended; returns its exit status, or None if the agent died first."""
+    """Waits until the engine has ended. Returns its exit status, or None if the agent died first."""
     kill_at = float("inf")
     while True:
         left_s = kill_at - time.monotonic()
@@ -87,14 +87,14 @@ def watch(engine: int, wakeups: int, *, grace_s: float) -> int | None:
             if signal.SIGCHLD in signals and (status := _reap(engine)) is not None:
                 return status
             if signal.SIGTERM in signals and kill_at == float("inf"):
-                os.kill(engine, signal.SIGTERM)  # not reaped yet, so the number is still its own
+                os.kill(engine, signal.SIGTERM)  # the engine was not reaped yet, so the number is still its own
                 kill_at = time.monotonic() + grace_s
         if 0 in readable and not os.read(0, 64):
             return None
 
 
 def _reap(engine: int) -> int | None:
-    """Collect every descendant that has ended; the engine's exit status, if it is among them."""
+    """Reaps every descendant that has ended. Returns the engine's exit status if it is among them."""
     found = None
     while True:
         try:
@@ -109,9 +109,10 @@ def _reap(engine: int) -> int | None:
 
 
 def kill_descendants() -> None:
-    """Send SIGKILL until no descendant is left: orphans become our children, and new ones may start meanwhile.
+    """Sends SIGKILL until no descendant is left, because orphans become our children and new processes may start.
 
-    Python's resource trackers are last: once all others are gone, they remove their shared memory and end.
+    Python's resource trackers are spared until last: once all other processes are gone, they remove shared memory and
+    end.
     """
     trackers_until = time.monotonic() + TRACKER_GRACE_S
     while True:
@@ -131,7 +132,7 @@ def kill_descendants() -> None:
 
 
 def _may_be_tracker(pid: int) -> bool:
-    """Whether this can be a resource tracker. A program that is being started has no command line yet, so it can."""
+    """Returns whether a process can be a resource tracker; true before it has a command line, while it is started."""
     try:
         command = Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
@@ -140,13 +141,13 @@ def _may_be_tracker(pid: int) -> bool:
 
 
 def descendants(root: int) -> list[int]:
-    """Every living process below `root`, from the parents in /proc/*/stat."""
+    """Returns every living process below `root`, from the parents in /proc/*/stat."""
     children: dict[int, list[int]] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and (parent := _parent(entry)) is not None:
             children.setdefault(parent, []).append(int(entry.name))
     found = list(children.get(root, ()))
-    for pid in found:  # grows while it is read
+    for pid in found:  # the list grows during the loop
         found.extend(children.get(pid, ()))
     return found
 
@@ -160,17 +161,17 @@ def _parent(process: Path) -> int | None:
 
 
 def _wake_on_signals() -> int:
-    """A descriptor that gets one byte per signal, so that `select` waits for signals as well."""
+    """Returns a descriptor that gets one byte per signal, so that `select` waits for signals as well."""
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
     for number in HANDLED_SIGNALS:
-        signal.signal(number, lambda *_: None)  # the engine would inherit SIG_IGN
+        signal.signal(number, lambda *_: None)  # not SIG_IGN, which the engine would inherit
     return reading
 
 
 def become_subreaper() -> None:
-    """Orphans among our descendants become our children, so that none is lost."""
+    """Makes orphans among our descendants our children, so that none escapes."""
     _prctl(PR_SET_CHILD_SUBREAPER, ctypes.c_ulong(1))
 
 

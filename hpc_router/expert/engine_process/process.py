@@ -1,4 +1,4 @@
-"""One run of an engine: its process under the guard, its log, its end."""
+"""One run of an engine: its process below the guard, its log, and the cause of its end."""
 
 import asyncio
 import logging
@@ -19,16 +19,16 @@ logger = logging.getLogger(__name__)
 GUARD: Final = Path(__file__).with_name("guard.py")
 TAIL_BYTES: Final = 128 * 1024
 ENGINE_GRACE_S: Final = 10.0
-"""From SIGTERM to SIGKILL, in seconds, for an engine without requests in flight."""
+"""Seconds from SIGTERM to SIGKILL for an engine without requests in flight."""
 OUTPUT_S: Final = 2.0
-"""Limit for reading the rest of the output of an engine that has ended."""
+"""Time limit in seconds for reading the rest of the output of an engine that has ended."""
 KILL_S: Final = 30.0
-"""Limit for a killed process to release its memory; one that needs longer hangs in the kernel."""
+"""Time limit in seconds for a killed process to release its memory. After that, it hangs in the kernel."""
 
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """What to run, where it will listen, and the log of its output. The guard removes `place` if the agent dies."""
+    """What to run, where it listens, and the log of its output. The guard removes `place` if the agent dies."""
 
     argv: Sequence[str]
     environment: Mapping[str, str]
@@ -38,7 +38,7 @@ class Command:
 
 
 class EngineProcess:
-    """`async with EngineProcess.start(...)`: leaving the block ends the engine and all its descendants."""
+    """A running engine, for `async with EngineProcess.start(...)`. Its end kills the engine and all descendants."""
 
     def __init__(self, guard: asyncio.subprocess.Process, command: Command, files: FileThread) -> None:
         assert guard.stderr is not None
@@ -50,7 +50,7 @@ class EngineProcess:
 
     @classmethod
     async def start(cls, command: Command, files: FileThread) -> Self:
-        command.place.socket.unlink(missing_ok=True)  # a killed engine leaves it behind, and vLLM does not replace it
+        command.place.socket.unlink(missing_ok=True)  # left by a killed engine; vLLM does not replace it
         guard = await asyncio.create_subprocess_exec(
             *(sys.executable, "-I", "-S", str(GUARD)),
             *("--grace-s", str(command.grace_s), "--folder", str(command.place.folder), "--", *command.argv),
@@ -77,7 +77,7 @@ class EngineProcess:
         await self.stop()
 
     async def wait(self) -> int:
-        """Returns the exit status in a shell's form."""
+        """Waits for the end of the process. Returns its exit status; 128 + N for signal N."""
         code = await self._guard.wait()
         if code >= 0:
             return code
@@ -92,7 +92,7 @@ class EngineProcess:
         return classify(status, self.tail(), signs)
 
     async def stop(self) -> None:
-        """Send SIGTERM; after the grace time the guard kills the whole process tree."""
+        """Sends SIGTERM. After the grace time, the guard kills the whole process tree."""
         with suppress(ProcessLookupError):
             self._guard.terminate()
         try:
@@ -107,9 +107,9 @@ class EngineProcess:
         self._guard.stdin.close()
 
     async def _copied(self) -> None:
-        """Wait until all output was read, OUTPUT_S at most: a process that outlives the guard keeps the pipe open."""
+        """Waits until all output was read, at most OUTPUT_S: a process that outlives the guard keeps the pipe open."""
         await asyncio.wait({self._copying}, timeout=OUTPUT_S)
 
     def tail(self) -> list[str]:
-        """The last lines of this run's output."""
+        """Returns the last lines of this run's output."""
         return self._output.tail.decode("utf-8", "replace").splitlines()

@@ -1,8 +1,9 @@
-"""The agent's folder on its own node: `<scratch>/hpc-router-<uid>/<random>/`, 0700, short enough for a socket path.
+"""The agent's folder on its node: `<scratch>/hpc-router-<uid>/<random>/`, mode 0700, short enough for a socket path.
 
-All users share the scratch folder, so the parent must be a real folder, owned by us and closed to others. If another
-user has taken its name, the agent's folder is `<scratch>/hpc-router-<uid>-<random>/`. `owner.json` names the process
-that a folder belongs to; folders of this host whose process has ended are removed at the next start.
+All users share the scratch folder, so the parent `hpc-router-<uid>` must be a real folder that we own and that is
+closed to others. If another user has taken its name, the agent's folder is `<scratch>/hpc-router-<uid>-<random>/`.
+`owner.json` names the process that a folder belongs to. The next agent on this host removes the folders of processes
+that have ended.
 """
 
 import logging
@@ -27,7 +28,8 @@ from hpc_router.state.job_records import start_ticks
 logger = logging.getLogger(__name__)
 
 MAX_FOLDER_BYTES: Final = 107 - len("/tmp/") - 40
-"""A socket's path has at most 107 bytes; engines put sockets named by a UUID into the folder for temporary files."""
+"""Maximum length of the folder's path. A socket's path has at most 107 bytes, and engines put sockets named by a UUID
+into the folder for temporary files."""
 _OWNER: Final = "owner.json"
 _RANDOM: Final = "[a-z0-9_]" * 8
 """Pattern of the characters that `tempfile.mkdtemp` adds to its prefix."""
@@ -35,7 +37,7 @@ _UNFINISHED_S: Final = 60.0
 
 
 def expanded(scratch: str, environment: Mapping[str, str]) -> Path:
-    """`cluster.scratch` with the job's variables. Raises ConfigError for a variable that is not set."""
+    """Returns `cluster.scratch` with the job's variables replaced. Raises ConfigError for an unset variable."""
     key = "cluster.scratch"
     try:
         path = Path(Template(scratch).substitute({name: value for name, value in environment.items() if value}))
@@ -47,7 +49,7 @@ def expanded(scratch: str, environment: Mapping[str, str]) -> Path:
 
 
 def path_error(scratch: Path) -> str | None:
-    """Why the path of this folder does not allow a socket below it; None if it does."""
+    """Returns why the path of this folder is not suitable for a socket in it; None if it is."""
     folder = scratch / f"hpc-router-{os.getuid()}" / ("x" * 8)
     if (length := len(os.fsencode(folder))) > MAX_FOLDER_BYTES:
         most = len(os.fsencode(scratch)) - (length - MAX_FOLDER_BYTES)
@@ -56,7 +58,7 @@ def path_error(scratch: Path) -> str | None:
 
 
 def usage_error(scratch: Path) -> str | None:
-    """Why this folder cannot be used on this host; None if it can."""
+    """Returns why this folder cannot be used on this host; None if it can."""
     if not scratch.is_dir():
         return f"no such folder on {socket.gethostname()} (valid: a folder that every node has, such as /tmp)"
     if not os.access(scratch, os.W_OK | os.X_OK):
@@ -71,7 +73,7 @@ def usage_error(scratch: Path) -> str | None:
 
 @contextmanager
 def scratch_folder(scratch: str | Path) -> Iterator[Place]:
-    """A new folder for this process, removed at the end. Raises ConfigError or LaunchError."""
+    """Creates a folder for this process, and removes it at the end. Raises ConfigError or LaunchError."""
     fault = path_error(Path(scratch)) or usage_error(Path(scratch))
     if fault is not None:
         raise ConfigError(f"cluster.scratch={scratch}: {fault}", key="cluster.scratch")
@@ -90,8 +92,11 @@ def scratch_folder(scratch: str | Path) -> Iterator[Place]:
 
 
 def sweep(parent: Path) -> None:
-    """Remove the folders of dead agents of this host, in the parent and beside it. Names are never used twice, so no
-    other folder can be removed. A parent that other users can access is left as it is."""
+    """Removes the folders of dead agents of this host, in the parent and beside it.
+
+    Names are random and never reused, so a live agent's folder is not removed. A parent that other users can access is
+    not touched.
+    """
     for folder in parent.parent.glob(f"{parent.name}-{_RANDOM}"):
         if _is_private(folder) and _owner_has_ended(folder, made_at=math.inf):
             shutil.rmtree(folder, ignore_errors=True)
@@ -102,7 +107,7 @@ def sweep(parent: Path) -> None:
 
 
 def _own_folder(path: Path) -> os.stat_result | None:
-    """The status of a real folder that we own; None for anything else."""
+    """Returns the status of a real folder that we own; None for anything else."""
     try:
         status = path.lstat()
     except OSError:
@@ -115,11 +120,11 @@ def _is_private(path: Path) -> bool:
 
 
 def _owner_has_ended(folder: Path, *, made_at: float) -> bool:
-    """Whether the owner of a folder has ended. An unknown owner counts as alive; a folder without `owner.json` counts
-    as abandoned after _UNFINISHED_S."""
+    """Returns whether the owner of a folder has ended. An unknown owner counts as alive; a folder without `owner.json`
+    counts as abandoned after _UNFINISHED_S."""
     try:
         owner = load_json(folder / _OWNER)
-    except FileNotFoundError:  # being made, or never finished
+    except FileNotFoundError:  # being created, or never finished
         return time.time() - made_at > _UNFINISHED_S
     except (OSError, ValueError):
         return False
@@ -139,12 +144,12 @@ def _this_process() -> dict[str, Any]:
 
 
 def _pid_namespace() -> str:
-    """The namespace in which process ids are valid; a container can share /tmp but not that."""
+    """Returns the namespace of process ids. Containers may share /tmp without sharing this namespace."""
     return str(Path("/proc/self/ns/pid").readlink())
 
 
 def _make_parent(parent: Path) -> bool:
-    """Make the parent, or close it to others; False if another user owns it."""
+    """Creates the parent, or closes it to other users. Returns False if another user owns it."""
     try:
         parent.mkdir(mode=0o700, exist_ok=True)
         status = _own_folder(parent)

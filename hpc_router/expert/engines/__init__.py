@@ -28,7 +28,7 @@ _NONE: Final[Mapping[str, str]] = MappingProxyType({})
 
 
 def build_engine(expert: str, config: ExpertConfig, *, adapters: Mapping[str, str] = _NONE) -> Engine:
-    """The engine of `expert`; `adapters` are the experts that it serves too. Raises ConfigError for invalid options."""
+    """Returns the engine of `expert` and of the experts `adapters`. Raises ConfigError for invalid options."""
     options = options_of(expert, config.engine)
     engine: Engine
     match options:
@@ -38,5 +38,5 @@ def build_engine(expert: str, config: ExpertConfig, *, adapters: Mapping[str, st
             engine = TransformersEngine(expert, config, options)
         case SimOptions():
             engine = SimEngine(expert, config, options, adapters)
-    engine.argv(Place(_NOWHERE))  # raises for reserved flags
+    engine.argv(Place(_NOWHERE))  # raises ConfigError for reserved flags
     return engine

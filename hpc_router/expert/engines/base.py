@@ -1,8 +1,8 @@
-"""The interface between the agent and the program that computes.
+"""The interface between the agent and the program that runs the model.
 
-An engine is described here, never run: its command line, environment, the socket it listens on, when it is ready, the
-model names it serves, and the meaning of its log lines. Every engine listens on a unix socket in a private folder,
-because all users of a node share its loopback ports. No module here imports an engine or knows about agents.
+An `Engine` describes a program and does not run it: command line, environment, socket, when it is ready, the model
+names that it serves, and the meaning of its log lines. Every engine listens on a unix socket in a private folder,
+because all users of a node share its loopback ports. These modules import no engine and do not know agents.
 """
 
 import json
@@ -27,9 +27,9 @@ INSIDE: Final = Path(__file__).with_name("inside")
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """One rank of an engine that spans `nodes` nodes; rank 0 is the master, to which the others connect.
+    """One rank of an engine on `nodes` nodes. Rank 0 is the master, to which the others connect.
 
-    `address` is this node's address on the fabric, `interface` its network interface.
+    `address`: this node's address on the fabric. `interface`: its network interface.
     """
 
     rank: int
@@ -42,8 +42,10 @@ class Ranks:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where one process of an engine runs. `folder`: the node-local 0700 folder of its agent, for the engine's socket,
-    temporary files and caches. `ranks` is None on one node, and where only the form of a command is needed.
+    """Where one process of an engine runs.
+
+    `folder`: the agent's private folder on this node, for the engine's socket, temporary files and caches. `ranks`:
+    None on one node, and where only the form of a command is needed.
     """
 
     folder: Path
@@ -63,61 +65,61 @@ class Place:
 
 
 class Engine(Protocol):
-    """The engine of one expert and of the experts that are adapters on it. `build_engine` makes it."""
+    """The engine of one expert and its adapters. `build_engine` creates it."""
 
     @property
     def python(self) -> str:
-        """The interpreter it runs in."""
+        """The Python interpreter that runs the engine."""
 
     @property
     def ready_path(self) -> str:
-        """The path that answers GET with 200 once the engine can serve."""
+        """The path whose GET gets status 200 once the engine can serve."""
 
     @property
     def lists_models(self) -> bool:
-        """Whether its own `/v1/models` lists exactly the models that it serves."""
+        """Whether the engine's `/v1/models` lists exactly the models that it serves."""
 
     @property
     def packages(self) -> Sequence[str]:
-        """Distributions whose version is the engine's; the first installed one counts."""
+        """Python packages that can provide the engine. Its version is that of the first one that is installed."""
 
     @property
     def models(self) -> Sequence[str]:
-        """Folders and hub ids of its model and its adapters."""
+        """Folders and hub ids of the model and the adapters."""
 
     @property
     def signs(self) -> Sequence[Sign]:
-        """The meaning of its log lines after a failure, the most specific first."""
+        """Log lines that tell why the engine failed, the most specific first."""
 
     def serves(self) -> Mapping[str, str]:
-        """Expert -> the name the engine answers to."""
+        """Returns for each expert the model name that its requests to the engine need."""
 
     def names(self) -> Sequence[str]:
-        """Every model name the engine answers to."""
+        """Returns every model name that the engine accepts."""
 
     def info(self) -> EngineInfo:
-        """The record for the registry, without the version."""
+        """Returns the engine's part of the registry record, without the version."""
 
     def argv(self, place: Place) -> list[str]: ...
 
     def drain_flags(self, drain_s: int, *, version: str | None) -> list[str]:
-        """Flags that let it finish running responses for `drain_s` after SIGTERM; empty if this version has none."""
+        """Returns flags that let the engine finish responses for `drain_s` after SIGTERM; none for old versions."""
 
     def environment(self, place: Place) -> dict[str, str]:
-        """Variables that are added to the job's environment."""
+        """Returns variables that are added to the job's environment."""
 
     def check_command(self, place: Place) -> list[str] | None:
-        """A command that checks the flags in the engine's own interpreter without loading a model: exit status 2 and a
-        message if one is wrong. None if the engine has no such check."""
+        """Returns a command that checks the flags in the engine's own interpreter without loading a model. It exits
+        with status 2 and a message if a flag is invalid. None if the engine has no such check."""
 
 
 def ranks_at(place: Place, *, nodes: int) -> Ranks | None:
-    """None for an engine on one node. A place without ranks counts as rank 0 on an unknown node."""
+    """Returns the rank of a process; None on one node. A place without ranks gives rank 0 on an unknown node."""
     return None if nodes == 1 else place.ranks or Ranks(0, nodes)
 
 
 def rank_flags(ranks: Ranks | None) -> list[str]:
-    """vLLM's flags, which the simulated engine has too."""
+    """Returns vLLM's flags for a rank, which the simulated engine has too."""
     if ranks is None:
         return []
     return [
@@ -129,11 +131,15 @@ def rank_flags(ranks: Ranks | None) -> list[str]:
 
 
 class AdapterEngine:
-    """The common part of engines that serve adapters beside their own model."""
+    """Base class of engines that serve adapters beside their own model."""
 
     expert: str
     config: ExpertConfig
     adapters: Mapping[str, str]
+
+    @property
+    def python(self) -> str:
+        return interpreter(self.config.engine)
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -147,12 +153,12 @@ class AdapterEngine:
 
 
 def own_names(expert: str, adapters: Mapping[str, str]) -> tuple[str, ...]:
-    """The names of an engine's own model. With adapters there is no `auto`, which could mean any of them."""
+    """Returns the names of an engine's own model. With adapters, `auto` would be ambiguous and is left out."""
     return (expert,) if adapters else (expert, "auto")
 
 
 def lora_modules(adapters: Mapping[str, str]) -> list[str]:
-    """vLLM's flag, which the simulated engine has too: `NAME=PATH`, or JSON if the path contains a comma."""
+    """Returns vLLM's flag for adapters, also the simulated engine's: `NAME=PATH`, or JSON if a path has a comma."""
     if not adapters:
         return []
     modules = [json.dumps({"name": n, "path": path}) if "," in path else f"{n}={path}" for n, path in adapters.items()]
@@ -160,7 +166,7 @@ def lora_modules(adapters: Mapping[str, str]) -> list[str]:
 
 
 def one_node_only(expert: str, config: ExpertConfig) -> None:
-    """Raises ConfigError for an engine that cannot span nodes, if the expert has more than one."""
+    """Raises ConfigError if an expert on several nodes has an engine for one node."""
     nodes, key = config.resources.nodes, f"experts.{expert}.resources.nodes"
     if nodes > 1:
         kind = config.engine.kind
@@ -172,7 +178,7 @@ def interpreter(config: EngineConfig) -> str:
 
 
 def version_command(engine: Engine) -> list[str]:
-    """A command that prints the version, or nothing."""
+    """Returns a command that prints the engine's version, or nothing."""
     return [engine.python, str(INSIDE / "ask_version.py"), *engine.packages]
 
 
@@ -184,9 +190,9 @@ def engine_environment(
     inherited: Mapping[str, str],
     cluster: ClusterConfig | None = None,
 ) -> dict[str, str]:
-    """The whole environment of the engine's process; the user's `engine.env` wins, then `cluster.env`.
+    """Returns the environment of the engine's process. `engine.env` takes precedence over `cluster.env` and all others.
 
-    Offline means that the hub is not used and that there are no proxies. It is the default if all models are local.
+    Offline, the engine does not use the hub and gets no proxy variables. This is the default if all models are local.
     """
     cluster = cluster or ClusterConfig()
     offline = all(map(is_local, engine.models)) if cluster.offline is None else cluster.offline
@@ -205,11 +211,11 @@ def engine_environment(
 
 
 def is_local(model: str) -> bool:
-    return os.path.isdir(model)  # noqa: PTH112 - a hub id is no path
+    return os.path.isdir(model)  # noqa: PTH112 - a hub id is not a path
 
 
 def flags(extra: Mapping[str, Any]) -> list[str]:
-    """`{"seed": 1, "x": true, "y": false, "z": ["a", "b"]}` -> `--seed 1 --x --no-y --z a b`; null leaves one out."""
+    """Formats options: `{"seed": 1, "x": true, "y": false, "z": ["a", "b"]}` -> `--seed 1 --x --no-y --z a b`."""
     words: list[str] = []
     for name, value in extra.items():
         if value is None:
@@ -224,12 +230,12 @@ def flags(extra: Mapping[str, Any]) -> list[str]:
 
 
 def flag_name(name: str) -> str:
-    """The flag's form of a name in `extra`."""
+    """Returns the name of a flag without dashes in front: `max_len` and `--max-len` give `max-len`."""
     return name.lstrip("-").replace("_", "-")
 
 
 def checked_flags(extra: Mapping[str, Any], *, at: str, reserved: Mapping[str, str]) -> dict[str, Any]:
-    """`extra` with its names in the form of flags. Raises ConfigError for a reserved flag."""
+    """Returns `extra` with its names as from `flag_name`. Raises ConfigError for a reserved flag."""
     named = {flag_name(name): value for name, value in extra.items()}
     for name in named:
         if name in reserved:

@@ -1,7 +1,7 @@
-"""An engine's command line in the cluster's container image. Apptainer and Singularity have the same options.
+"""Runs an engine's command line in the cluster's container image. Apptainer and Singularity have the same options.
 
-The agent stays outside and reaches the engine through its unix socket, so the scratch folder is bound into the
-container at its own path, and so are local models and our scripts that run in the engine's interpreter.
+The agent stays outside and reaches the engine through its unix socket. The scratch folder, local models and our scripts
+for the engine's interpreter are therefore mounted into the container, each at its own path.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,15 +11,19 @@ from hpc_router.config.schema import ContainerConfig, ExpertConfig
 from hpc_router.expert.engines.base import INSIDE, Place, is_local
 
 PYTHON: Final = "python3"
-"""The interpreter inside an image, if `engine.python` is not set."""
+"""The Python interpreter inside an image if `engine.python` is not set."""
 _GPU_OPTIONS: Final = frozenset({"--nv", "--nvccli", "--rocm"})
 
 
 def command_in_container(
     argv: Sequence[str], container: ContainerConfig, place: Place, expert: ExpertConfig, *, models: Sequence[str]
 ) -> list[str]:
-    """`argv` in the container; unchanged without an image, and for the simulated engine, which is part of this package.
-    The interpreter, its first word, becomes the image's. `models` are the folders and hub ids that the engine loads."""
+    """Returns the command that runs `argv` in the container. The first word of `argv`, the interpreter, becomes the
+    image's.
+
+    Without an image, and for the simulated engine, which is part of this package, `argv` is returned unchanged.
+    `models`: folders and hub ids that the engine loads.
+    """
     if container.image is None or expert.engine.kind == "sim":
         return list(argv)
     return [

@@ -1,7 +1,7 @@
-"""The cause of an engine's end: exit status and last log lines -> a reason and the log line that shows it.
+"""Finds the reason of an engine's end in its exit status and last log lines, and the log line that shows it.
 
-The tables are data; `classify` is pure. The reason decides whether a restart can help, and `status` and `why` show the
-message.
+The reason decides whether a restart can help. `status` and `why` show the log line. The tables are data, and `classify`
+is a pure function.
 """
 
 import re
@@ -13,7 +13,7 @@ from hpc_router.state.job_records import FailureReason
 
 MESSAGE_LENGTH: Final = 300
 CANNOT_RUN: Final = 127
-"""The exit status of the guard, as of a shell, if there was no program to run."""
+"""Exit status of the guard if there was no program to run, as of a shell."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ TORCH: Final = signs(
     (r"CUDA error|AcceleratorError|NCCL error|ncclUnhandledCudaError|CUBLAS_STATUS|cuDNN error", FailureReason.CUDA),
     (r"Torch not compiled with CUDA enabled|libcuda\.so|Failed to infer device type", FailureReason.CUDA),
 )
-"""Log lines of every engine on PyTorch."""
+"""Log lines of PyTorch."""
 
 HUB: Final = signs(
     (r"SafetensorError|Error while deserializing header|invalid load key", FailureReason.WEIGHTS),
@@ -57,24 +57,24 @@ OPTION: Final = signs(
     (r"error: (unrecognized arguments|argument |the following arguments|ambiguous option)", FailureReason.BAD_OPTION),
     (r"[Nn]o such option|Invalid value for|Missing argument|Got unexpected extra argument", FailureReason.BAD_OPTION),
 )
-"""Error messages of argparse and click."""
+"""Error messages of argparse and click about invalid options."""
 
 PORT: Final = signs((r"EADDRINUSE|[Aa]ddress already in use", FailureReason.PORT_TAKEN))
-"""The port was free when it was chosen; the next start gets another one."""
+"""Log lines about a port that another process took after it was chosen. The next start gets another port."""
 
 _BROKEN_INTERPRETER: Final = re.compile(r"No module named|ImportError: |cannot run .*: ")
-"""Used for the last relevant line only: failed imports are often caught."""
+"""Log lines about a failed import. Only the last relevant line counts, because failed imports are often handled."""
 _RAISED: Final = re.compile(r"^[\w.]*(Error|Exception)\b")
 LAST_LINES: Final = 20
-"""An exception that is followed by more lines than this was handled and is not the cause of the end."""
+"""Number of last log lines to search for exceptions. An exception with more lines after it was handled."""
 _PREFIX: Final = re.compile(r"^(\(\w+ pid=\d+\) )?(\w+ ([\d-]+ [\d:]+ )?\[\S+:\d+\] )?")
 """The prefix of vLLM's log lines: process, level, time, and place in the source."""
 
 
 def classify(status: int, tail: Sequence[str], table: Iterable[Sign]) -> EngineFailure:
-    """The reason of an end: the first sign of the table that matches any line, else the exit status.
+    """Returns the reason of an end: the first sign of the table that matches any line, else the exit status.
 
-    `status` is in a shell's form: 128 + N for signal N. A process that SIGKILL ended could not log anything about it.
+    `status`: as a shell, 128 + N for signal N. A process that SIGKILL ended could not write a log line about it.
     """
     if status == 128 + 9:
         return EngineFailure(FailureReason.KILLED, "killed by signal 9: by hand, or by the kernel for lack of memory")
@@ -93,5 +93,5 @@ def classify(status: int, tail: Sequence[str], table: Iterable[Sign]) -> EngineF
 
 
 def _shorten(line: str) -> str:
-    """The line without the prefix of a log or the frame of a box, cut to MESSAGE_LENGTH."""
+    """Returns the line without log prefix or box frame, cut to MESSAGE_LENGTH."""
     return _PREFIX.sub("", line.strip(" │\t")).strip()[:MESSAGE_LENGTH]

@@ -1,4 +1,4 @@
-"""The simulated engine, `python -m hpc_router.sim`: the API without a model."""
+"""The simulated engine, `python -m hpc_router.sim`, which serves the API without a model."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,6 @@ from hpc_router.expert.engines.base import (
     checked_flags,
     flag_name,
     flags,
-    interpreter,
     lora_modules,
     own_names,
     rank_flags,
@@ -61,10 +60,6 @@ class SimEngine(AdapterEngine):
     packages: Sequence[str] = ("hpc-router",)
     signs: Sequence[Sign] = _SIGNS
 
-    @property
-    def python(self) -> str:
-        return interpreter(self.config.engine)
-
     def info(self) -> EngineInfo:
         roofline_options = self.options.roofline
         return EngineInfo(
@@ -77,15 +72,15 @@ class SimEngine(AdapterEngine):
         )
 
     def argv(self, place: Place) -> list[str]:
-        options = self.options
-        extra = checked_flags(options.extra, at=f"experts.{self.expert}.engine.options", reserved=_RESERVED_FLAGS)
+        options, key = self.options, f"experts.{self.expert}.engine.options"
+        extra = checked_flags(options.extra, at=key, reserved=_RESERVED_FLAGS)
         faults = ["--faults", json.dumps(options.faults)] if options.faults else []
         try:
             parse_rules(options.faults)
             if options.roofline is not None:
-                roofline.RooflineEngine(options.roofline)  # raises if it is unknown or does not fit
+                roofline.RooflineEngine(options.roofline)  # raises ConfigError if the model is unknown or does not fit
         except ConfigError as error:
-            raise ConfigError(f"experts.{self.expert}.engine.options.{error}", key=self._key) from error
+            raise ConfigError(f"{key}.{error}", key=key) from error
         ranks = ranks_at(place, nodes=self.config.resources.nodes)
         if ranks is not None and ranks.rank > 0:
             return [self.python, "-m", "hpc_router.sim", *rank_flags(ranks)]
@@ -103,10 +98,6 @@ class SimEngine(AdapterEngine):
             *faults,
             *flags(extra),
         ]
-
-    @property
-    def _key(self) -> str:
-        return f"experts.{self.expert}.engine.options"
 
     def drain_flags(self, drain_s: int, *, version: str | None) -> list[str]:
         named = map(flag_name, self.options.extra)

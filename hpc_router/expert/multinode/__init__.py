@@ -1,1 +1,1 @@
-"""Engines over several nodes: rank 0 leads, the other ranks follow."""
+"""Engines on several nodes: rank 0 leads, the other ranks follow."""

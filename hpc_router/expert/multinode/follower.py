@@ -1,10 +1,10 @@
-"""The job body on every node but the first of an engine that spans nodes: it runs this rank's process for rank 0.
+"""The program on every node but the first of an engine on several nodes. It runs this node's rank for rank 0.
 
-Rules: it has no record and no port. It finds rank 0's agent in the registry and reports this rank's state to it every
-half beat; the responses are the orders. Without an order for `SILENCE_BEATS` the engine is ended, because rank 0 has
-then given this rank up as well; without one for `LEADER_LOST_BEATS`, or once rank 0 has written its exit record, this
-process ends. A signal alone ends nothing, because rank 0 has requests in flight that need this rank: rank 0 is told,
-and it drains.
+Rules: a follower has no record and no port. It finds rank 0's agent in the registry and reports its state every half
+beat; each response is an order. Without an order for `SILENCE_BEATS` it ends its engine, because rank 0 has then given
+up this rank too. Without one for `LEADER_LOST_BEATS`, or once rank 0 has written its exit record, the follower exits. A
+signal alone does not end the engine, because rank 0 has requests in flight that need this rank: the follower tells rank
+0, which drains.
 """
 
 import asyncio
@@ -13,7 +13,7 @@ import logging
 import signal
 import socket
 from collections.abc import Mapping
-from contextlib import AsyncExitStack, suppress
+from contextlib import AsyncExitStack
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Final
@@ -33,7 +33,7 @@ from hpc_router.net.protocol import RANK, Action, RankOrder, RankReport
 from hpc_router.relay.headers import lines
 from hpc_router.relay.upstream.client import UpstreamClient
 from hpc_router.relay.upstream.interface import Upstream, UpstreamTimeouts, address_of
-from hpc_router.state.io_thread import WRITE_TIMEOUT_S, FileThread
+from hpc_router.state.io_thread import FileThread
 from hpc_router.state.job_records import Exit, FailureReason, JobDir
 from hpc_router.state.registry import Record, RegistryReader, split_replica
 from hpc_router.state.run_directory import RunDir
@@ -45,7 +45,7 @@ _MAX_ORDER_BYTES: Final = 64 * 1024
 
 
 class Follower:
-    """`run` is the whole life of this rank; `signalled` can be called at any time, repeatedly."""
+    """Runs one rank: `run` lasts until the rank ends. `signalled` can be called at any time, also repeatedly."""
 
     def __init__(
         self,
@@ -83,26 +83,23 @@ class Follower:
             self._leaving = True
 
     async def run(self) -> Exit:
-        """Returns how it ended. Rank 0 writes the replica's exit record as long as both are alive."""
+        """Runs the rank. Returns how it ended. Rank 0 writes the replica's exit record if both are alive."""
         try:
             end = await self._serve()
         except ConfigError as error:
             end = await self._failed(FailureReason.BAD_OPTION, str(error))
         except HpcRouterError as error:
             end = await self._failed(FailureReason.CRASHED, str(error))
-        except Exception as error:  # rank 0 only sees that this rank is gone
+        except Exception as error:  # without this, rank 0 would only see that this rank is gone
             logger.exception("rank %d failed", self._rank)
             end = await self._failed(FailureReason.CRASHED, f"{type(error).__name__}: {error}")
         logger.info("exit: %s: %s", end.reason, end.message)
         return end
 
     async def _failed(self, reason: FailureReason, message: str) -> Exit:
-        """Write the exit record at once: rank 0 is ended together with this rank and does not know the cause."""
+        """Writes the exit record at once, because rank 0 ends with this rank and does not know the cause."""
         end = Exit(ok=False, reason=reason, message=f"rank {self._rank} on {socket.gethostname()}: {message}")
-        with suppress(OSError, TimeoutError):
-            async with asyncio.timeout(WRITE_TIMEOUT_S):
-                if await self._files.run(self._job.exit) is None:
-                    await self._files.run(partial(self._job.write, end))
+        await self._files.run_within_limit(partial(self._job.write_exit, end))
         return end
 
     async def _serve(self) -> Exit:
@@ -126,7 +123,7 @@ class Follower:
                 if order.action is Action.STOP:
                     return Exit(ok=True, reason=FailureReason.DRAINED, message="rank 0 ordered it to stop")
                 self._apply(order, place)
-            elif (end := await self._exit_record()) is not None:
+            elif (end := await self._files.run_within_limit(self._job.exit)) is not None:
                 return end
             elif silent_s >= give_up_s:
                 return await self._leader_lost(silent_s)
@@ -144,9 +141,10 @@ class Follower:
             self._engine.start(order.attempt, self._commands.at(replace(place, ranks=ranks)))
 
     async def _request_order(self, client: Upstream) -> RankOrder | None:
-        """Rank 0's order; None if there was no valid response. Its record is read again after every failure."""
+        """Asks rank 0 for an order; None without a valid response. Reads rank 0's record again after a failure."""
         if self._leader is None:
-            self._leader = await self._find_leader()
+            records = await self._files.run_within_limit(self._reader.snapshot)
+            self._leader = (records or {}).get(self._job.replica)
         leader = self._leader
         if leader is None or leader.nonce is None:
             return None
@@ -182,22 +180,8 @@ class Follower:
             self._leaving,
         )
 
-    async def _find_leader(self) -> Record | None:
-        try:
-            async with asyncio.timeout(WRITE_TIMEOUT_S):
-                return (await self._files.run(self._reader.snapshot)).get(self._job.replica)
-        except (OSError, TimeoutError):
-            return None
-
-    async def _exit_record(self) -> Exit | None:
-        try:
-            async with asyncio.timeout(WRITE_TIMEOUT_S):
-                return await self._files.run(self._job.exit)
-        except (OSError, TimeoutError):
-            return None
-
     async def _leader_lost(self, silent_s: float) -> Exit:
-        """Rank 0 is gone without an exit record, so this rank writes one for the replica."""
+        """Writes the replica's exit record, because rank 0 is gone and has not written one."""
         message = f"rank 0 gave no order for {silent_s:.0f} s to rank {self._rank} on {socket.gethostname()}"
         end = Exit(ok=False, reason=FailureReason.RANK_LOST, message=message)
         self._files.post(partial(self._job.write, end))

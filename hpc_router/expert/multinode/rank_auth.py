@@ -1,8 +1,9 @@
-"""Authentication between the ranks of one engine, by a key of their own that is never sent.
+"""Authenticates the ranks of an engine to each other, with a key of their own that is never sent.
 
-A report carries a token, and a challenge that the response must prove. A process that took over rank 0's port learns
-only the token, which nothing else accepts, and cannot give orders; orders matter, because they say where an engine
-connects to without authentication. The open challenge of `/health` cannot be used to compute with this key.
+A report carries a token, and a challenge that the response must answer with a proof. A process that took over rank 0's
+port learns only the token, which is useless elsewhere, and cannot give orders. Orders need this protection because they
+say where an engine connects to without authentication. The open challenge of `/health` uses another key, so it cannot
+be misused to compute a proof.
 """
 
 from typing import Final
@@ -14,17 +15,17 @@ _REPORT: Final = "report"
 
 
 def rank_key(secret: str, nonce: str) -> str:
-    """The rank key of the replica that published `nonce`, in hex."""
+    """Returns the rank key of the replica that published `nonce`, in hex."""
     return replica_key(secret, f"{nonce}:rank")
 
 
 def report_token(key: str) -> str:
-    """The bearer token of every report."""
+    """Returns the bearer token of a rank's reports."""
     return challenge_answer(key, _REPORT)
 
 
 def proof(key: str, challenge: str, order: RankOrder) -> str:
-    """The proof that rank 0 adds to its order."""
+    """Returns the proof that rank 0 adds to its order: an HMAC of challenge and order."""
     signed = (challenge, order.action.value, order.attempt, order.master_address, order.master_port)
     return challenge_answer(key, " ".join(map(str, signed)))
 

@@ -1,4 +1,4 @@
-"""One rank's engine process: at most one at a time, started and ended without blocking the caller."""
+"""Runs the engine process of one rank: at most one at a time, started and ended without blocking the caller."""
 
 import asyncio
 import logging
@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 
 class RankEngine:
-    """`attempt` is the current or last attempt; `failure` says why it ended, if it ended by itself."""
+    """The engine process of one rank. `attempt`: current or last one. `failure`: why it ended by itself."""
 
     def __init__(self, engine: Engine, files: FileThread) -> None:
         self._engine = engine
@@ -26,7 +26,7 @@ class RankEngine:
 
     @property
     def running(self) -> bool:
-        """True also while the process is being ended."""
+        """Whether the process runs, also while it is being ended."""
         return self._task is not None and not self._task.done()
 
     @property
@@ -41,7 +41,7 @@ class RankEngine:
         self._task = asyncio.create_task(self._run(command), name=f"attempt {attempt}")
 
     def end(self, why: str) -> None:
-        """Begin to end the process; returns at once, and `running` becomes False at its end."""
+        """Starts to end the process and returns at once. `running` becomes False when the process has ended."""
         if self._task is not None and not self._task.done() and not self._task.cancelling():
             logger.info("ending the engine: %s", why)
             self._task.cancel()

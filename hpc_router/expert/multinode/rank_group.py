@@ -1,9 +1,9 @@
-"""The ranks of an engine that spans nodes, as rank 0 sees them. Pure decisions: time is an argument.
+"""The ranks of an engine on several nodes, as seen by rank 0. Only decisions, no I/O: time is an argument.
 
-An attempt begins when every other rank has reported and runs nothing. Each attempt has a port of its own, so a port
-that is taken costs one attempt. The attempt is over as soon as any rank is silent, is a new process, or reports that
-its engine ended: no rank of a broken engine can serve. Between attempts the ranks are ordered to wait, at the end to
-stop.
+An attempt begins when every other rank has reported and runs no engine. Each attempt uses another port, so a port that
+is in use costs only one attempt. The attempt is over as soon as any rank is silent, was restarted, or reports that its
+engine ended, because an engine that lacks a rank cannot serve. Between attempts the ranks are ordered to wait, and at
+the end to stop.
 """
 
 from collections.abc import Sequence
@@ -15,15 +15,15 @@ from hpc_router.net.protocol import Action, RankOrder, RankReport, RankState
 from hpc_router.state.job_records import FailureReason
 
 SILENCE_BEATS: Final = 5
-"""A rank without a report for this many beats (of `cluster.beat_s`; 10 s by default) is lost, and rank 0 likewise."""
+"""Number of beats (`cluster.beat_s`, 2 s by default) without a report after which a rank is lost; rank 0 likewise."""
 ASSEMBLE_BEATS: Final = 60
-"""Limit for all ranks of a job to start, in beats; it allows for slow file systems on some nodes."""
+"""Time limit in beats for all ranks of a job to start. It allows for slow file systems on some nodes."""
 RETURN_BEATS: Final = 15
-"""Limit for a lost rank to report again, in beats."""
+"""Time limit in beats for a lost rank to report again."""
 STOP_BEATS: Final = 2
-"""Limit at the end for the ranks to fetch the order to stop, in beats; Slurm gives processes little time to end."""
+"""Time limit in beats for the ranks to fetch the order to stop. Slurm gives processes little time to exit."""
 _UNSPECIFIC: Final = frozenset({FailureReason.CRASHED, FailureReason.CUDA})
-"""The reasons of an engine that has lost a peer: it crashed, or on GPUs NCCL failed."""
+"""Failure reasons of an engine that may have lost another rank: it crashed, or NCCL failed on a GPU."""
 
 
 @dataclass(slots=True)
@@ -35,7 +35,7 @@ class _LastReport:
 
 @dataclass(slots=True)
 class RankGroup:
-    """`nodes` is the number of ranks, including rank 0."""
+    """State of all ranks. `nodes`: number of ranks, including rank 0."""
 
     nodes: int
     silence_s: float
@@ -46,7 +46,7 @@ class RankGroup:
     _members: dict[int, str] = field(default_factory=dict)
 
     def on_report(self, report: RankReport, *, now: float) -> RankOrder:
-        """The order for this rank. Raises ValueError for a rank that the group does not have."""
+        """Records a report and returns the order for its rank. Raises ValueError for an unknown rank."""
         if not 1 <= report.rank < self.nodes:
             raise ValueError(f"rank {report.rank} reports; there are 1 to {self.nodes - 1}")
         order = self._order(report)
@@ -61,7 +61,7 @@ class RankGroup:
         return RankOrder(Action.RUN, self.attempt, *self._rendezvous)
 
     def unavailable(self, *, now: float) -> Sequence[int]:
-        """The ranks that cannot take part in a new attempt now."""
+        """Returns the ranks that cannot take part in a new attempt now."""
         return [
             rank
             for rank in range(1, self.nodes)
@@ -69,7 +69,7 @@ class RankGroup:
         ]
 
     def begin(self, address: str, port: int) -> None:
-        """Begin the next attempt; its ranks connect to this address."""
+        """Begins the next attempt. Its ranks connect to each other at this address."""
         self.attempt += 1
         self._rendezvous = (address, port)
         self._members = {rank: last.report.instance for rank, last in self._reports.items()}
@@ -82,7 +82,7 @@ class RankGroup:
         self.stopping = True
 
     def find_failure(self, *, now: float) -> EngineFailure | None:
-        """Why this attempt has failed, according to the other ranks; None if it has not."""
+        """Returns why this attempt has failed, according to the other ranks; None if it has not."""
         for rank in range(1, self.nodes):
             if self._is_silent(rank, now=now):
                 return EngineFailure(
@@ -96,9 +96,10 @@ class RankGroup:
         return None
 
     def find_cause(self, own: EngineFailure, *, ended_at: float, now: float) -> EngineFailure | None:
-        """Why an attempt ended in which rank 0's own engine ended: another rank's reason, if `own` is unspecific.
+        """Returns why an attempt ended after rank 0's engine ended with `own`: another rank's failure if `own` is
+        unspecific.
 
-        Returns None while some rank has not reported since `ended_at`.
+        Returns None while a rank has not reported since `ended_at`.
         """
         if own.reason not in _UNSPECIFIC:
             return own
@@ -108,11 +109,11 @@ class RankGroup:
         return own if all(last.at > ended_at for last in self._reports.values()) else None
 
     def all_stopped(self, *, now: float) -> bool:
-        """Whether every rank has received the order to stop, or is silent."""
+        """Returns whether every rank has received the order to stop, or is silent."""
         return all(last.action is Action.STOP or self._is_silent(rank, now=now) for rank, last in self._reports.items())
 
     def missing_rank(self) -> EngineFailure | None:
-        """The failure of a rank that was lost before it received the order to stop; None if there is none."""
+        """Returns the failure of a rank that was lost before it received the order to stop; None if there is none."""
         for rank, last in self._reports.items():
             if last.action is not Action.STOP:
                 return EngineFailure(
@@ -127,12 +128,12 @@ class RankGroup:
         return f"rank {rank} on {self._reports[rank].report.node}" if rank in self._reports else f"rank {rank}"
 
     def assembly_failure(self, *, now: float, waited_s: float) -> EngineFailure:
-        """Why no further attempt is possible."""
+        """Returns why no further attempt is possible."""
         ranks = self.unavailable(now=now)
         which = ", ".join(self._name(rank) for rank in ranks)
         return EngineFailure(FailureReason.RANK_LOST, f"{which} did not report in within {waited_s:g} s")
 
 
 def _reason(name: str | None) -> FailureReason:
-    """A name that an agent of another version sent counts as a crash."""
+    """Parses a failure reason. An unknown one, from an agent of another version, counts as a crash."""
     return FailureReason(name) if name in list(FailureReason) else FailureReason.CRASHED

@@ -1,12 +1,11 @@
-"""How the supervisor starts the engine: with which command, whether at all, and why a start failed.
+"""How the supervisor starts an engine on one node or on several.
 
-On one node that is always the same command. For an engine that spans nodes rank 0 leads: `MultiNodeLeader` makes each
-attempt with all ranks, ends it when one is lost, and stops them at the end. `RankGroup` decides.
+`SingleNode` always returns the same command. For an engine on several nodes, `MultiNodeLeader` runs on rank 0: it makes
+each attempt with all ranks, ends it when one is lost, and stops them at the end. `RankGroup` makes the decisions.
 """
 
 import asyncio
 import logging
-import socket
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from typing import Protocol
@@ -21,6 +20,7 @@ from hpc_router.expert.multinode.rank_group import (
     STOP_BEATS,
     RankGroup,
 )
+from hpc_router.net.addresses import free_port
 from hpc_router.net.protocol import RankOrder, RankReport
 
 logger = logging.getLogger(__name__)
@@ -28,18 +28,18 @@ logger = logging.getLogger(__name__)
 
 class StartStrategy(Protocol):
     async def next_command(self) -> Command | EngineFailure:
-        """The command of the next start, or why no start is possible."""
+        """Returns the command of the next start, or why no start is possible."""
 
     async def wait_broken(self) -> EngineFailure:
-        """Returns when the engine can no longer serve, although its process on this node may be alive."""
+        """Waits until the engine cannot serve any longer, although its process here may run. Returns why."""
 
     async def resolve_failure(self, own: EngineFailure) -> EngineFailure:
-        """The cause of a start that failed on this node with `own`."""
+        """Returns the cause of a start that failed on this node with `own`."""
 
 
 @dataclass(slots=True)
 class SingleNode:
-    """One process on one node, the same at every start."""
+    """An engine with one process on one node, with the same command at every start."""
 
     command: Command
 
@@ -53,18 +53,9 @@ class SingleNode:
         return own
 
 
-def free_port(address: str) -> int:
-    """A port that is free now; another process may take it before the engine binds it."""
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as sock:
-        sock.bind((address, 0))
-        return int(sock.getsockname()[1])
-
-
 @dataclass(slots=True)
 class MultiNodeLeader:
-    """Rank 0 of an engine on `nodes` nodes. `key` authenticates its orders, `command` returns rank 0's own command, and
-    `clock` is the event loop's."""
+    """Rank 0 of an engine on `nodes` nodes. `key` authenticates its orders, and `command` returns its own command."""
 
     nodes: int
     key: str
@@ -82,7 +73,7 @@ class MultiNodeLeader:
         self.group = RankGroup(self.nodes, silence_s=SILENCE_BEATS * self.beat_s)
 
     def on_report(self, report: RankReport) -> RankOrder:
-        """The order for a rank. Raises ValueError for a rank that the group does not have."""
+        """Returns the order for a rank. Raises ValueError for an unknown rank."""
         order = self.group.on_report(report, now=self.clock())
         if report.leaving and not self.group.stopping:
             self.on_drain(f"rank {report.rank} on {report.node} received a signal to stop")
@@ -109,13 +100,13 @@ class MultiNodeLeader:
     async def resolve_failure(self, own: EngineFailure) -> EngineFailure:
         self.group.end()
         ended_at = self.clock()
-        while (find_cause := self.group.find_cause(own, ended_at=ended_at, now=self.clock())) is None:
+        while (cause := self.group.find_cause(own, ended_at=ended_at, now=self.clock())) is None:
             await self._tick()
-        return find_cause
+        return cause
 
     async def stop_ranks(self) -> EngineFailure | None:
-        """Stop all ranks; returns when they have the order or the limit is over. The result is the loss of a rank that
-        was gone before: it can be the reason why this job was ended."""
+        """Orders all ranks to stop, and waits until they have the order, or for STOP_BEATS. Returns the failure of a
+        rank that was lost before, because it may be the reason why this job was ended."""
         self.group.stop()
         deadline = self.clock() + STOP_BEATS * self.beat_s
         while not self.group.all_stopped(now=self.clock()) and self.clock() < deadline:

@@ -1,9 +1,9 @@
 """Reads files of prompts for training and evaluation.
 
-JSON lines with `prompt` or `text`, or API request bodies; optionally `id`, `domain`, `expert`, and `correct` and `cost`
-by expert. An invalid line is an error that names file and line. Training leaves out rows without text and repeated
-prompts and counts them, and refuses a prompt with two different labels; an evaluation keeps repeated prompts. A corpus
-may also be plain text, one passage per line.
+Each line is a JSON object with `prompt` or `text`, or an API request body; optionally `id`, `domain`, `expert`, and
+`correct` and `cost` by expert. An invalid line is an error that names file and line. Training leaves out rows without
+text and repeated prompts, reports their number, and refuses a prompt with two different labels; an evaluation keeps
+repeated prompts. A corpus may also be plain text, one passage per line.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ _VALID_ROWS: Final = '(valid: {"prompt": "..."}, {"text": "..."}, a request body
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One prompt. `line` counts from 1; `id` is the given one, or the number of the line from 0."""
+    """One prompt. `line` is its line in the file, from 1; `id` is given in the file, or else counts lines from 0."""
 
     line: int
     id: str | int
@@ -34,12 +34,12 @@ class Row:
 
     @property
     def label(self) -> str | None:
-        """The expert, else the domain."""
+        """The expert of the row; without one, its domain."""
         return self.expert if self.expert is not None else self.domain
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Return all rows in order, including those without text. Raises ConfigError with file and line."""
+    """Returns all rows in order, including those without text. Raises ConfigError with file and line."""
     rows = [_row(line, number, f"{path}:{number}") for number, line in lines_of(path)]
     if not rows:
         raise ConfigError(f"{path}: the file contains no prompt")
@@ -47,7 +47,7 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def read_corpus(path: Path) -> list[str]:
-    """Return the distinct passages in order. A file whose first line starts with `{` is JSON lines, else plain text."""
+    """Returns the distinct passages in order. If the first line starts with `{`, all are JSON, else plain text."""
     lines = list(lines_of(path))
     if lines and lines[0][1].lstrip().startswith("{"):
         texts = [_row(line, number, f"{path}:{number}").text for number, line in lines]
@@ -57,7 +57,7 @@ def read_corpus(path: Path) -> list[str]:
 
 
 def deduplicated(rows: Sequence[Row], *, path: Path, need_label: bool) -> tuple[list[Row], int]:
-    """Return the rows to train on and the number of rows left out.
+    """Returns the rows to train on and the number of rows left out.
 
     Prompts that differ only in case or spaces are the same prompt. With `need_label`, raises ConfigError for a row
     without a label and for a prompt with two different labels.
@@ -80,7 +80,7 @@ def deduplicated(rows: Sequence[Row], *, path: Path, need_label: bool) -> tuple[
 
 
 def fingerprint(rows: Sequence[Row]) -> str:
-    """Return a SHA-256 of the rows, without their ids and line numbers."""
+    """Returns a SHA-256 of the rows, without their ids and line numbers."""
     content = [[row.text, row.domain, row.expert, dict(row.correct), dict(row.cost)] for row in rows]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 

@@ -1,7 +1,7 @@
-"""Sentence encoders: texts -> unit vectors, by mean pooling over the last layer.
+"""Sentence encoders map texts to unit vectors, by mean pooling over the last layer.
 
-An encoder is any folder or hub id that transformers loads. Its vocabulary serves as training text too: the student
-learns every whole word of it, and so knows words that occur in no training prompt.
+An encoder is any folder or hub id that transformers loads. Its vocabulary is also training text: the student learns
+every whole word of it, and therefore also words that occur in no training prompt.
 """
 
 import hashlib
@@ -15,29 +15,29 @@ from hpc_router.routing.features import Floats
 
 BATCH_SIZE: Final = 64
 MAX_TOKENS: Final = 128
-"""Longer texts are truncated."""
+"""Maximum number of tokens of a text; longer texts are truncated."""
 MAX_WORDS: Final = 40_000
 
 ProgressCallback = Callable[[str, int, int], None]
-"""Called with the name of a stage, the number of steps done, and their total."""
+"""Called with the name of a stage, the number of steps done, and the total number of steps."""
 
 
 class Teacher(Protocol):
-    """The part of an encoder that training a student needs."""
+    """The methods of an encoder that the training of a student needs."""
 
     def words(self) -> list[str]:
-        """Return the whole words of the encoder's vocabulary, sorted."""
+        """Returns the whole words of the encoder's vocabulary, sorted."""
 
     def encode(self, texts: Sequence[str], *, stage: str, progress: ProgressCallback) -> Floats:
-        """Return texts x dimensions, in rows of length one."""
+        """Returns one row of length one per text: texts x dimensions."""
 
     def fingerprint(self) -> str:
-        """Return a hash of the encoder's weights."""
+        """Returns a hash of the encoder's weights."""
 
 
 class Encoder:
     def __init__(self, source: str) -> None:
-        """`source`: folder or hub id. Raises ConfigError if it cannot be loaded."""
+        """Loads an encoder from a folder or a hub id. Raises ConfigError if it cannot be loaded."""
         try:
             import torch
             from transformers import AutoModel, AutoTokenizer

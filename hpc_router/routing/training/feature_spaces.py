@@ -1,8 +1,9 @@
-"""Feature spaces: map prompts to vectors, and fold a direction in the space into one weight per term.
+"""Feature spaces: map prompts to vectors, and turn a direction in the space into one weight per term.
 
-`cbtm`: TF-IDF of words, truncated SVD to 100 dimensions, length one, as c-BTM (arXiv 2303.14177) does it.
-`lexical`: the same over sets of tokens, with digits, symbols, word pairs and prefixes as terms. A third space,
-`distilled`, is in `student`. All of them are linear in the terms, so a cluster costs one column of a table.
+`cbtm`: TF-IDF of words, truncated SVD to 100 dimensions, scaled to length one, as in c-BTM (arXiv 2303.14177).
+`lexical`: the same with sets of tokens; digits, symbols, word pairs and prefixes are terms too. A third space,
+`distilled`, is in `student`. All are linear in the terms, so each cluster needs only one column of the artefact's
+table.
 """
 
 from collections.abc import Sequence
@@ -22,18 +23,18 @@ class FeatureSpace(Protocol):
     vocabulary: Vocabulary
     idf: Doubles
     spherical: bool
-    """Whether centroids have length one. Otherwise they are means, and the nearest centroid wins."""
+    """Whether centroids are scaled to length one. Otherwise they are means, and the nearest centroid wins."""
 
     @property
     def vectors(self) -> Floats:
-        """The training prompts, prompts x dimensions, in rows of length one."""
+        """The vectors of the training prompts: prompts x dimensions, rows of length one."""
 
     @property
     def dimensions(self) -> Floats | None:
-        """terms x dimensions, if the run time needs the length of a prompt's vector in the space; else None."""
+        """The vectors of the terms, terms x dimensions, if the classifier needs the length of prompt vectors."""
 
     def fold(self, directions: Floats, *, held_out: Mask | None = None) -> Floats:
-        """Return terms x directions: the weight of each term for each direction (directions x dimensions).
+        """Returns terms x directions: the weight of each term for each direction (directions x dimensions).
 
         `held_out` masks training prompts that must not influence the weights.
         """
@@ -46,7 +47,7 @@ class SvdSpace:
     spherical: bool
     vectors: Floats
     components: Doubles
-    """terms x dimensions, multiplied by the idf."""
+    """The SVD's components times the idf: terms x dimensions."""
 
     @property
     def dimensions(self) -> Floats | None:
@@ -57,7 +58,7 @@ class SvdSpace:
 
 
 def cbtm(texts: Sequence[str], *, seed: int) -> SvdSpace:
-    """Fit the published pipeline: `TfidfVectorizer -> TruncatedSVD(100) -> Normalizer`, without English stop words."""
+    """Fits the published pipeline, `TfidfVectorizer -> TruncatedSVD(100) -> Normalizer`, without English stop words."""
     from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS, TfidfVectorizer
 
     features = Features(kind="cbtm", prefix=0)
@@ -78,7 +79,7 @@ def lexical(texts: Sequence[str], *, seed: int) -> SvdSpace:
 def _svd_space(
     rows: Any, vocabulary: Vocabulary, idf: Doubles, *, dimensions: int, spherical: bool, seed: int
 ) -> SvdSpace:
-    """`rows`: sparse TF-IDF matrix, texts x terms."""
+    """Fits a truncated SVD to `rows`, a sparse TF-IDF matrix texts x terms."""
     from sklearn.decomposition import TruncatedSVD
 
     svd = TruncatedSVD(min(dimensions, *(n - 1 for n in rows.shape)), random_state=seed).fit(rows)
@@ -94,7 +95,7 @@ def _svd_space(
 
 
 def frequent_vocabulary(texts: Sequence[str], *, features: Features, min_texts: int) -> Vocabulary:
-    """Return the terms that occur in at least `min_texts` texts, sorted; at most MAX_TERMS, the most frequent."""
+    """Returns the sorted terms that occur in at least `min_texts` texts; at most MAX_TERMS, the most frequent ones."""
     frequency: dict[str, int] = {}
     for text in texts:
         for term in dict.fromkeys(features.terms(text)):
@@ -106,14 +107,14 @@ def frequent_vocabulary(texts: Sequence[str], *, features: Features, min_texts: 
 
 
 def smooth_idf(counts: TermCounts) -> Doubles:
-    """Return ln((1 + texts) / (1 + df)) + 1 per term, as scikit-learn's `smooth_idf` does."""
+    """Returns ln((1 + texts) / (1 + df)) + 1 for each term, as scikit-learn with `smooth_idf`."""
     df = np.bincount(counts.term, minlength=counts.terms)
     idf: Doubles = np.log((1 + counts.texts) / (1 + df)) + 1
     return idf
 
 
 def tfidf_rows(counts: TermCounts, idf: Doubles) -> Any:
-    """Return a sparse matrix texts x terms: TF-IDF rows divided by their length as the run time computes it."""
+    """Returns TF-IDF rows, scaled to length one as in the classifier, as a sparse matrix texts x terms."""
     from scipy import sparse
 
     squared = np.bincount(counts.text, weights=counts.count * np.square(idf[counts.term]), minlength=counts.texts)

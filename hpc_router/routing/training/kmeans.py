@@ -1,7 +1,7 @@
-"""Balanced k-means: no cluster may hold much more than its even share, or one expert would get most of the traffic.
+"""Balanced k-means: no cluster gets much more than its even share, so that no expert gets most of the traffic.
 
-Lloyd's algorithm, where each cluster has a price that rises with its excess over its share: an auction in which all
-prompts bid at once. Prices apply to training only; at run time a prompt belongs to its nearest centroid. Of several
+Lloyd's algorithm, in which each cluster has a price that rises while the cluster is too large: an auction in which all
+prompts bid at once. Prices apply only to training; the classifier assigns a prompt to its nearest centroid. Of several
 restarts, all from one seed, the one with the highest total similarity is kept.
 """
 
@@ -14,15 +14,15 @@ from hpc_router.routing.features import Floats, Ids
 MAX_ITERATIONS: Final = 40
 RESTARTS: Final = 4
 MAX_LOAD_FACTOR: Final = 2.0
-"""Largest cluster size, as a multiple of the even share."""
+"""Maximum size of a cluster, as a multiple of the even share."""
 RIDGE: Final = 1.0
-"""Regularisation of the discriminant directions."""
+"""Strength of the ridge regularisation in `discriminant_directions`."""
 _PRICE_STEP: Final = 0.02
 _MAX_PRICE_UPDATES: Final = 60
 
 
 def balanced_kmeans(vectors: Floats, *, clusters: int, seed: int, spherical: bool = True) -> tuple[Floats, Ids]:
-    """Return the centroids (clusters x dimensions) and the cluster of each vector.
+    """Returns the centroids (clusters x dimensions) and the cluster of each vector.
 
     `spherical`: centroids have length one, so the nearest one has the highest cosine.
     """
@@ -46,7 +46,7 @@ def balanced_kmeans(vectors: Floats, *, clusters: int, seed: int, spherical: boo
 def centroids_of(
     vectors: Floats, assignment: Ids, *, clusters: int, spherical: bool, empty: Floats | None = None
 ) -> Floats:
-    """Return the mean of each cluster's vectors. `empty`: rows for clusters without vectors (default: zeros)."""
+    """Returns the mean vector of each cluster. `empty`: rows for clusters without vectors (default: zeros)."""
     sums = np.zeros((clusters, vectors.shape[1]), np.float64)
     np.add.at(sums, assignment, vectors)
     counts = np.bincount(assignment, minlength=clusters)[:, None]
@@ -59,7 +59,8 @@ def centroids_of(
 
 
 def discriminant_directions(vectors: Floats, assignment: Ids, *, clusters: int) -> Floats:
-    """Return for each cluster the unit direction that separates its vectors from the others; zeros if it has none.
+    """Returns for each cluster the unit direction that best separates its vectors from the others; zeros if there is
+    none.
 
     Ridge regression of cluster membership on the centred vectors. As RIDGE grows, the directions approach the means.
     """
@@ -72,13 +73,13 @@ def discriminant_directions(vectors: Floats, assignment: Ids, *, clusters: int) 
 
 
 def _similarity(vectors: Floats, centroids: Floats) -> Floats:
-    """Return vectors x clusters: minus half the squared distance, up to a constant per vector."""
+    """Returns vectors x clusters: minus half the squared distance, plus a constant per vector."""
     similarity: Floats = vectors @ centroids.T - 0.5 * np.square(centroids).sum(axis=1)
     return similarity
 
 
 def _kmeans_plus_plus(vectors: Floats, *, clusters: int, rng: np.random.Generator) -> Floats:
-    """Return initial centroids: each is drawn with a probability that grows with the squared distance to the others."""
+    """Draws initial centroids from the vectors; the probability grows with the squared distance to earlier ones."""
     chosen = [int(rng.integers(len(vectors)))]
     distance = np.square(vectors - vectors[chosen[0]]).sum(axis=1).astype(np.float64)
     while len(chosen) < clusters:
@@ -90,7 +91,7 @@ def _kmeans_plus_plus(vectors: Floats, *, clusters: int, rng: np.random.Generato
 
 
 def _balanced_assignment(similarity: Floats) -> Ids:
-    """Assign each row to the cluster of highest similarity less price; prices rise until no cluster is too big."""
+    """Assigns each row to the cluster of highest similarity minus price. Prices rise until no cluster is too large."""
     rows, clusters = similarity.shape
     max_size = max(1.0, MAX_LOAD_FACTOR * rows / clusters)
     price = np.zeros(clusters, np.float32)

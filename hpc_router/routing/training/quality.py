@@ -1,8 +1,9 @@
-"""Estimates the quality of each expert in each cluster from measured correctness, and the cluster -> expert table.
+"""Estimates how often each expert is correct in each cluster, and derives the table of experts from it.
 
 A difference between experts in a cluster of a hundred prompts is mostly chance. The rate of a cluster is therefore
 smoothed: over the other clusters, with a kernel on the cosine of the centroids, and towards the mean over all prompts,
-with the weight of `PRIOR_PROMPTS` prompts. The table picks the best expert of each cluster at a given weight of cost.
+which counts like `PRIOR_PROMPTS` prompts. The table gives each cluster the expert with the best rate at a given weight
+of cost.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,19 +18,19 @@ from hpc_router.routing.training.dataset import Row
 
 PRIOR_PROMPTS: Final = 30.0
 KERNEL_SHARPNESS: Final = 12.0
-"""s in the kernel exp(s (cosine - 1))."""
+"""s in the kernel exp(s (cosine - 1)), which smooths rates over clusters."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quality:
-    """`rate[c, e]`: expected correctness of expert e in cluster c. `cost[e]`: mean cost of expert e."""
+    """Estimated quality. `rate[c, e]`: share of correct answers of expert e in cluster c. `cost[e]`: its mean cost."""
 
     experts: tuple[str, ...]
     rate: Doubles
     cost: Doubles
 
     def table(self, *, weight: float) -> tuple[str, ...]:
-        """Return the expert of each cluster with the highest rate - weight * cost."""
+        """Returns for each cluster the expert with the highest rate - weight * cost."""
         best = (self.rate - weight * self.cost).argmax(axis=1)
         return tuple(self.experts[e] for e in best)
 
@@ -43,7 +44,7 @@ class Quality:
 
 
 def stored_quality(training: Mapping[str, Any], clusters: Sequence[str]) -> Quality | None:
-    """Return the quality in an artefact's training record; None unless it was trained with method=measured."""
+    """Returns the quality in an artefact's training record; None unless it was trained with method=measured."""
     stored = training.get("quality")
     if not isinstance(stored, dict):
         return None
@@ -55,9 +56,9 @@ def stored_quality(training: Mapping[str, Any], clusters: Sequence[str]) -> Qual
 
 
 def estimate_quality(rows: Sequence[Row], assignment: Ids, vectors: Floats, *, clusters: int) -> Quality:
-    """Estimate the quality from rows, their clusters and their vectors (rows x dimensions).
+    """Estimates the quality from rows, their clusters and their vectors (rows x dimensions).
 
-    A row without a cost for an expert counts as cost 0. Raises ConfigError if rows name different experts.
+    A missing cost of an expert counts as 0. Raises ConfigError if the rows name different experts.
     """
     experts = tuple(sorted(rows[0].correct))
     for row in rows:

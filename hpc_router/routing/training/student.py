@@ -1,9 +1,9 @@
 """The `distilled` feature space: a linear student that predicts a sentence encoder's vectors from terms.
 
-A ridge regression maps the lexical TF-IDF row of a text to the encoder's vector. The student learns from the prompts,
-from an optional corpus, and from each word of the encoder's vocabulary alone. The words let it place prompts that share
-no word with the training prompts. If there are few texts, it also learns from variants of the prompts and from groups
-of words. The mean vector of each kind of text is subtracted, because it carries no information about the domain (all
+A ridge regression maps the TF-IDF row of a text to the encoder's vector. The student learns from the prompts, from an
+optional corpus, and from each word of the encoder's vocabulary alone. Because of these words it can place prompts that
+share no word with the training prompts. If there are few texts, it also learns from variants of the prompts and from
+groups of words. The mean vector of each kind of text is subtracted, because it says nothing about the domain (all
 single words, for example, lie close to each other).
 """
 
@@ -28,7 +28,7 @@ LABEL_WEIGHT: Final = 0.1
 ENOUGH_TEXTS: Final = 2000
 GROUPS_PER_VARIANT: Final = 4
 MAX_WEIGHT: Final = 16.0
-"""With fewer than ENOUGH_TEXTS texts each weighs more, up to this, to balance the words of the vocabulary."""
+"""Maximum weight of a text; fewer than ENOUGH_TEXTS texts weigh more than 1 each, to balance the single words."""
 MAX_VARIANT_WORDS: Final = 12
 SOLVER_STEPS: Final = 80
 SOLVER_TOLERANCE: Final = 1e-3
@@ -36,7 +36,7 @@ SOLVER_TOLERANCE: Final = 1e-3
 
 @dataclass(kw_only=True)
 class Student:
-    """Row i of `rows`, `targets`, `weight` and `source` is one training text; the training prompts come first."""
+    """Training texts: row i of `rows`, `targets`, `weight` and `source` is one text. The prompts come first."""
 
     vocabulary: Vocabulary
     idf: Doubles
@@ -44,20 +44,20 @@ class Student:
     rows: Any
     """Sparse TF-IDF matrix, texts x terms."""
     targets: Floats
-    """texts x dimensions: the encoder's vectors less the mean of that kind of text."""
+    """The encoder's vectors minus the mean for that kind of text: texts x dimensions."""
     weight: Doubles
     """Square root of the weight of each text in the regression."""
     source: Ids
-    """Index of the training prompt that a text is or was made from; -1 for none."""
+    """Number of the training prompt that the text is, or is a variant of; -1 for other texts."""
     encoder: str
     """Fingerprint of the encoder."""
     labels: Ids | None = None
-    """Column of each training prompt's label, if labels are learnt as well."""
+    """Label of each training prompt, as column number, if labels are learnt as well."""
     spherical: bool = True
     dimensions: Floats | None = None
 
     def fold(self, directions: Floats, *, held_out: Mask | None = None) -> Floats:
-        """Return terms x directions: a regression onto the product of each direction with the encoder's vectors."""
+        """Returns terms x directions: weights that predict the scalar product of direction and encoder's vector."""
         from scipy import sparse
 
         weight = self.weight.copy()
@@ -75,13 +75,13 @@ class Student:
 def distilled(
     texts: Sequence[str], *, corpus: Sequence[str], encoder: Teacher, seed: int, progress: ProgressCallback
 ) -> Student:
-    """Encode all training texts and prepare the regression; `fold` solves it."""
+    """Encodes all training texts and prepares the regression; `fold` solves it."""
     from scipy import sparse
 
     words, given = encoder.words(), [*texts, *corpus]
     missing = max(ENOUGH_TEXTS - len(given), 0)
-    sourced = variants(texts, words, count=missing, seed=seed)
-    variant_texts = [text for _, text in sourced]
+    numbered = variants(texts, words, count=missing, seed=seed)
+    variant_texts = [text for _, text in numbered]
     groups = word_groups(words, count=GROUPS_PER_VARIANT * missing, seed=seed)
     generated = [*variant_texts, *groups, *words]
     stages = {"prompts": texts, "corpus": corpus, "variants": variant_texts, "word groups": groups, "words": words}
@@ -94,10 +94,10 @@ def distilled(
     rows = sparse.vstack([tfidf_rows(counts, idf), generated_rows]).tocsr()
     weight = np.ones(rows.shape[0])
     weight[: len(given)] = np.sqrt(min(max(ENOUGH_TEXTS / len(given), 1.0), MAX_WEIGHT))
-    weight[len(given) + len(sourced) + len(groups) :] = np.sqrt(WORD_WEIGHT_OF_FEW if missing else WORD_WEIGHT)
+    weight[len(given) + len(numbered) + len(groups) :] = np.sqrt(WORD_WEIGHT_OF_FEW if missing else WORD_WEIGHT)
     source = np.full(rows.shape[0], -1)
     source[: len(texts)] = np.arange(len(texts))
-    source[len(given) : len(given) + len(sourced)] = [number for number, _ in sourced]
+    source[len(given) : len(given) + len(numbered)] = [number for number, _ in numbered]
     return Student(
         vocabulary=vocabulary,
         idf=idf,
@@ -111,15 +111,15 @@ def distilled(
 
 
 def word_groups(words: Sequence[str], *, count: int, seed: int) -> list[str]:
-    """Return texts of two to four random words each."""
+    """Returns `count` texts of two to four random words each."""
     rng = random.Random(seed)
     return [" ".join(rng.sample(words, min(len(words), rng.randint(2, 4)))) for _ in range(count)]
 
 
 def variants(texts: Sequence[str], words: Sequence[str], *, count: int, seed: int) -> list[tuple[int, str]]:
-    """Return further training texts, each with the index of the text it is made from.
+    """Returns `count` variants of the texts, each with the number of its text.
 
-    A variant is a run of words of a text and at most as many random `words`, shuffled.
+    A variant is a run of the text's words plus at most as many random `words`, shuffled.
     """
     rng = random.Random(seed)
     made = []
@@ -134,9 +134,9 @@ def variants(texts: Sequence[str], words: Sequence[str], *, count: int, seed: in
 
 
 def ridge_regression(rows: Any, targets: Floats, *, strength: float) -> Floats:
-    """Return the solution, columns of `rows` x columns of `targets`, by conjugate gradients on the normal equations.
+    """Solves a ridge regression by conjugate gradients. Returns columns of `rows` x columns of `targets`.
 
-    All columns of `targets` are solved together, each with step sizes of its own.
+    All columns of `targets` are solved together, each with its own step sizes.
     """
     rows = rows.astype(np.float32).tocsr()
     transposed = rows.T.tocsr()

@@ -1,11 +1,10 @@
-"""Trains an artefact from prompts: feature space, clusters, folded weights, margin threshold, quality.
+"""Trains an artefact from prompts: feature space, clusters, weights of terms, margin threshold, quality.
 
-*discovered*: balanced k-means over all prompts; a cluster gets the expert that its rows name most often.
+Method *discovered*: balanced k-means over all prompts; a cluster gets the expert that its rows name most often.
 *exemplars*: one cluster per label, in the direction of the mean of its prompts, or for `distilled` features in the
-direction that separates it from the other labels.
-*measured*: discovered clusters; each gets the expert with the highest correctness less `weight` times its cost.
-The margin threshold comes from held-out prompts. The same rows, settings, package versions and one BLAS thread give the
-same bytes.
+direction that separates it from the other labels. *measured*: discovered clusters; each gets the expert with the
+highest correctness minus `weight` times its cost. The margin threshold comes from held-out prompts. The same rows,
+settings, package versions and one BLAS thread give the same bytes.
 """
 
 import platform
@@ -14,13 +13,13 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hpc_router.config.parsing import bounded
-from hpc_router.errors import ConfigError, suggest
+from hpc_router.config.parsing import bounded, check_values
+from hpc_router.errors import ConfigError
 from hpc_router.routing.artefact import NORM_SPACE, NORM_TERMS, Artefact
 from hpc_router.routing.classifier import Classifier
 from hpc_router.routing.evaluation import majority
@@ -34,14 +33,14 @@ from hpc_router.routing.training.kmeans import balanced_kmeans, centroids_of, di
 from hpc_router.routing.training.quality import Quality, estimate_quality
 from hpc_router.routing.training.student import Student, distilled
 
-METHODS: Final = ("discovered", "exemplars", "measured")
-FEATURES: Final = ("cbtm", "lexical", "distilled")
+TrainMethod = Literal["discovered", "exemplars", "measured"]
+FeatureKind = Literal["cbtm", "lexical", "distilled"]
 MAX_DISCRIMINATIVE_SHARE: Final = 0.1
-"""A term that occurs in a larger share of the prompts is not discriminative."""
+"""Maximum share of the prompts that a discriminative term may occur in."""
 MIN_PER_CLUSTER: Final = 2
 FOLDS: Final = 5
 ONE_FOLD_FROM: Final = 2000
-"""From this number of prompts on, a single fold is held out: it is large enough to set the threshold."""
+"""Number of prompts from which one held-out fold is large enough to set the threshold."""
 _PACKAGES: Final = ("numpy", "scipy", "scikit-learn", "torch", "transformers", "tokenizers")
 
 
@@ -50,18 +49,18 @@ class TrainConfig:
     """The settings of `launch.train_classifier`."""
 
     data: str = ""
-    method: str = "discovered"
-    features: str = "distilled"
+    method: TrainMethod = "discovered"
+    features: FeatureKind = "distilled"
     clusters: int = bounded(16, 1, 10**5)
     seed: int = bounded(0, 0, 2**32 - 1)
     encoder: str | None = None  # folder or hub id; required by features=distilled
     corpus: str | None = None  # further text for the student: JSON lines, or one passage per line
     output: str = ""
-    weight: float = bounded(0.0, 0, 1e9)  # method=measured: correctness that one unit of cost is worth
+    weight: float = bounded(0.0, 0, 1e9)  # method=measured: how much correctness one unit of cost is worth
 
 
 def train(config: TrainConfig, *, progress: ProgressCallback) -> Artefact:
-    """Train an artefact. Raises ConfigError for invalid settings or unusable rows."""
+    """Trains an artefact. Raises ConfigError for invalid settings or unusable rows."""
     _check_settings(config)
     path = Path(config.data)
     rows, left_out = deduplicated(read_rows(path), path=path, need_label=config.method == "exemplars")
@@ -103,18 +102,13 @@ def _check_settings(config: TrainConfig) -> None:
     for key in ("data", "output"):
         if not getattr(config, key):
             raise ConfigError(f"{key}=... is missing; data and output are required", key=key)
-    for key, valid in (("method", METHODS), ("features", FEATURES)):
-        value = getattr(config, key)
-        if value not in valid:
-            raise ConfigError(f"{key}={value}: unknown{suggest(value, valid)}", key=key)
+    check_values(config, at="")
     if config.features == "distilled" and not config.encoder:
         raise ConfigError(
             "features=distilled needs encoder=PATH, a sentence encoder that transformers can load", key="encoder"
         )
     if config.clusters < 2 and config.method != "exemplars":
         raise ConfigError(f"clusters={config.clusters}: a classifier needs 2 or more", key="clusters")
-    if config.seed < 0:
-        raise ConfigError(f"seed={config.seed}: valid: 0 or more", key="seed")
 
 
 def _cluster_count(config: TrainConfig, rows: Sequence[Row]) -> int:
@@ -154,14 +148,14 @@ def _feature_space(
         return fit(texts, seed=config.seed)
     except ImportError as error:
         raise ConfigError(f"features={config.features} needs {error.name}: pip install 'hpc-router[train]'") from error
-    except ValueError as error:  # scikit-learn: the texts have no terms other than stop words
+    except ValueError as error:  # raised by scikit-learn if the texts consist of stop words
         raise ConfigError(f"{config.data}: these prompts have no usable terms: {error}", key="data") from error
 
 
 def _clustered(
     config: TrainConfig, rows: Sequence[Row], space: FeatureSpace, clusters: int
 ) -> tuple[tuple[str, ...], Ids, Floats]:
-    """Return the names of the clusters, the cluster of each row, and the direction of each cluster in the space."""
+    """Returns the names of the clusters, the cluster of each row, and the direction of each cluster in the space."""
     if config.method == "exemplars":
         names = tuple(sorted({str(row.label) for row in rows}))
         assignment = np.array([names.index(str(row.label)) for row in rows])
@@ -176,9 +170,10 @@ def _clustered(
 
 
 def _directions(config: TrainConfig, space: FeatureSpace, assignment: Ids, used: Mask, *, clusters: int) -> Floats:
-    """Return the direction of each cluster, from the prompts in the mask `used`.
+    """Returns the direction of each cluster, computed from the prompts in the mask `used`.
 
-    Exemplars of a student get the directions that separate the labels, because an encoder knows more than the domains.
+    With exemplars and a student, these are the directions that separate the labels, because an encoder's vectors
+    contain more than the domain.
     """
     vectors, assignment = space.vectors[used], assignment[used]
     if config.method == "exemplars" and isinstance(space, Student):
@@ -189,7 +184,7 @@ def _directions(config: TrainConfig, space: FeatureSpace, assignment: Ids, used:
 def _experts(
     config: TrainConfig, rows: Sequence[Row], assignment: Ids, names: tuple[str, ...], quality: Quality | None
 ) -> tuple[str | None, ...]:
-    """Return the expert of each cluster; None for a discovered cluster whose rows name none."""
+    """Returns the expert of each cluster; None for a discovered cluster whose rows name no expert."""
     if config.method == "exemplars":
         return names
     if quality is not None:
@@ -208,7 +203,7 @@ def _artefact(
     *,
     held_out: Mask | None = None,
 ) -> Artefact:
-    """Return an artefact with threshold 0 in which all terms are discriminative."""
+    """Returns an artefact with margin threshold 0, in which all terms are discriminative."""
     offsets = np.zeros(len(names), np.float32) if space.spherical else -0.5 * np.square(directions).sum(axis=1)
     dimensions = space.dimensions
     return Artefact(
@@ -228,7 +223,7 @@ def _artefact(
 
 
 def _discriminative(terms: Sequence[str], idf: Floats) -> NDArray[np.uint8]:
-    """Mark words and prefixes that occur in few prompts. Symbols, digits and single letters occur in any language."""
+    """Returns 1 for words and prefixes that occur in few prompts; 0 for others and for symbols, digits and letters."""
     rare = idf >= 1 - np.log(MAX_DISCRIMINATIVE_SHARE)
     words = np.array([len(t.strip("*")) > 1 and any(map(str.isalpha, t)) for t in terms], np.bool_)
     discriminative: NDArray[np.uint8] = (words & rare).astype(np.uint8)
@@ -244,7 +239,7 @@ def _cross_validated(
     directions: Floats,
     progress: ProgressCallback,
 ) -> tuple[Ids, Ids, Doubles]:
-    """Return indices of held-out prompts, their predicted clusters, and their margins between clusters.
+    """Returns row numbers of held-out prompts, their predicted clusters, and their margins between clusters.
 
     Each fold is classified by a training without it. A cluster whose prompts are all held out keeps its direction.
     """

@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +10,7 @@ import pytest
 from hpc_router.bench.config import BenchConfig, read_config
 from hpc_router.bench.figures import CUT, MeasurementPart, Observation
 from hpc_router.bench.load import load_jobs as load_jobs_module
-from hpc_router.bench.load.generator import LoadResult, LoadTarget, from_json, merged, run_load, to_json, window_of
+from hpc_router.bench.load.generator import LoadResult, LoadTarget, from_json, merged, run_load, window_of
 from hpc_router.bench.load.load_jobs import start_load_jobs
 from hpc_router.bench.prompts import BenchPrompt, built_in
 from hpc_router.bench.workload import Point, workload
@@ -83,7 +83,7 @@ CALL = {"index": 0, "id": "c", "type": "function", "function": {"name": "look_up
     ],
 )
 async def test_reasoning_and_tool_calls_are_output_too(tmp_path: Path, pieces: list[bytes]) -> None:
-    """An answer without text is whole; a delta whose fields are all empty carries no token."""
+    """An answer without text is complete. A delta whose fields are all empty contains no token."""
     empty = delta(content=None, reasoning_content="", reasoning=None, tool_calls=[])
     async with fake_router(responds(ROLE, empty, *pieces, piece(None, finish="tool_calls"), usage(2), DONE)) as fake:
         (one,) = measured(await loaded(fake, tmp_path))
@@ -116,10 +116,10 @@ async def test_a_finish_reason_ends_a_stream_without_done(tmp_path: Path) -> Non
 
 
 async def test_a_connection_without_data_is_an_error(tmp_path: Path) -> None:
-    for_ever = asyncio.Event()
-    async with fake_router(waits_after(piece("a"), until=for_ever)) as fake:
+    never = asyncio.Event()
+    async with fake_router(waits_after(piece("a"), until=never)) as fake:
         (one,) = measured(await loaded(fake, tmp_path, timeout_s=0.2))
-        for_ever.set()
+        never.set()
     assert one.error == "timeout"
 
 
@@ -150,7 +150,7 @@ async def test_load_continues_until_the_last_measured_request_has_ended(tmp_path
 
 
 async def test_parts_by_time(tmp_path: Path) -> None:
-    """Requests that begin in the window are measured, and no others."""
+    """Exactly the requests that begin in the window are measured."""
     async with fake_router(responds(*WHOLE)) as fake:
         load = await loaded(fake, tmp_path, users=3, warmup_s=0.3, duration_s=1.5)
     for one in load.observations:
@@ -180,7 +180,7 @@ async def test_the_measured_order_depends_on_the_seed_not_on_the_warm_up(tmp_pat
 
 
 async def test_an_open_loop_counts_from_when_a_request_was_due(tmp_path: Path) -> None:
-    """One connection, and arrivals faster than responses: the latency includes the wait for the connection."""
+    """With one connection and arrivals faster than responses, the latency includes the wait for the connection."""
 
     async def slow(fake: FakeRouter, request: object) -> object:
         await asyncio.sleep(0.05)
@@ -197,7 +197,7 @@ async def test_an_open_loop_counts_from_when_a_request_was_due(tmp_path: Path) -
 
 
 async def test_several_load_jobs_share_the_users(tmp_path: Path) -> None:
-    """Three processes, four users: all at the same time, merged into one result."""
+    """Three processes and four users, whose requests run at the same time; the results are merged."""
     config = read_config({"load_jobs": 3, "requests": 12, "warmup_s": 0.0})
     all_here = asyncio.Event()
 
@@ -263,7 +263,7 @@ def test_a_result_survives_json_and_merging() -> None:
     config = replace(BenchConfig(), requests=1)
     one = Observation(part=MeasurementPart.MEASURED, user=0, started_s=1.0, ended_s=2.0, content_s=[1.5], tokens=3)
     load = LoadResult(5.0, [one], window_of(config, [one]), 0.1, 0.2)
-    assert from_json(json.loads(json.dumps(to_json(load)))) == load
+    assert from_json(json.loads(json.dumps(asdict(load)))) == load
     both = merged([load, replace(load, started_at=4.0, cpu_share=0.5)])
     assert (both.started_at, len(both.observations), both.cpu_share) == (4.0, 2, 0.5)
 

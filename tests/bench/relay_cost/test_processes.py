@@ -12,13 +12,13 @@ from hpc_router.bench.relay_cost.cpu_time import CpuCost, CpuReading
 from hpc_router.bench.relay_cost.interface import (
     RelayPlacement,
     StartedRelay,
-    free_port,
     log_tail,
     serves,
     wait_until_serving,
 )
 from hpc_router.bench.relay_cost.processes import ProcessGroup, busy_ns, cpu_ns, pinned_to, private_mb, process_group
 from hpc_router.errors import LaunchError
+from hpc_router.net.addresses import free_port
 from tests.support.processes import with_word
 from tests.support.waiting import eventually_sync
 

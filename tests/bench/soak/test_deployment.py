@@ -1,4 +1,4 @@
-"""Which processes may be killed, and in which order."""
+"""Selection of the processes to kill, and their order."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Failures are explained by faults or not; growth is detected; each complaint is reported."""
+"""Faults explain some failures and not others; growth is detected; each complaint is reported."""
 
 from typing import Any
 

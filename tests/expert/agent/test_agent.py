@@ -1,4 +1,4 @@
-"""The agent as a process with a simulated engine: born, serving, failing, draining, killed."""
+"""The agent as a process with a simulated engine: start, service, failures, drain, and kill."""
 
 import asyncio
 import contextlib
@@ -68,7 +68,7 @@ async def test_a_signal_lets_requests_finish(run: RunDir, scratch: Path) -> None
     async with replica(run, deployment(scratch)) as agent:
         await agent.ready()
         async with agent.session() as session, half_a_stream(session, for_s=4.0) as response:
-            for number in (signal.SIGCONT, signal.SIGUSR2, signal.SIGTERM, signal.SIGTERM):  # Slurm sends several
+            for number in (signal.SIGCONT, signal.SIGUSR2, signal.SIGTERM, signal.SIGTERM):  # as Slurm does
                 agent.process.send_signal(number)
             await eventually(lambda: (now := agent.record) is not None and now.state is State.DRAINING)
             async with session.post(protocol.CHAT, json=chat()) as refused:
@@ -105,7 +105,7 @@ async def test_requests_that_do_not_finish_in_time_are_aborted(run: RunDir, scra
 
 
 async def test_a_walltime_warning_to_every_process_of_the_job_cuts_nothing(run: RunDir, scratch: Path) -> None:
-    """As Slurm sends it where it tracks processes by proctrack/linuxproc."""
+    """Slurm sends the warning to every process where it tracks processes by proctrack/linuxproc."""
     async with replica(run, deployment(scratch)) as agent:
         await agent.ready()
         async with agent.session() as session, half_a_stream(session, for_s=1.0) as response:
@@ -119,7 +119,7 @@ async def test_a_walltime_warning_to_every_process_of_the_job_cuts_nothing(run: 
 
 
 async def test_a_drain_whose_engine_dies_counts_the_lost_responses(run: RunDir, scratch: Path) -> None:
-    """A stream and an answer that had not begun; an engine may have had the job's SIGTERM, too."""
+    """A stream and a response that had not begun are lost. The engine may have received the job's SIGTERM too."""
     async with replica(run, deployment(scratch)) as agent:
         progress, _ = await agent.ready()
         assert progress.engine_pid is not None
@@ -163,14 +163,14 @@ PATHS: dict[str, dict[str, Any]] = {
 async def test_answers_are_broken_off_before_the_engine_is_stopped(
     run: RunDir, scratch: Path, extra: dict[str, Any]
 ) -> None:
-    """An engine that is stopped ends running answers in good form, as vLLM does: none of that gets out."""
+    """A stopped engine ends its running responses regularly, as vLLM does. None of that may reach a client."""
     configured = deployment(scratch, options={"itl_ms": 20.0, "extra": {"max-tokens-default": 2000, **extra}})
     configured.cluster.drain_s = 0.2
     async with replica(run, configured) as agent:
         await agent.ready()
         async with agent.session() as session, AsyncExitStack() as stack:
             bodies = {path: {"model": "math", **body} for path, body in PATHS.items()}
-            wholes = [asyncio.create_task(outcome(session, path, body)) for path, body in bodies.items()]
+            outcomes = [asyncio.create_task(outcome(session, path, body)) for path, body in bodies.items()]
             streams = [
                 await stack.enter_async_context(session.post(path, json=body | {"stream": True}))
                 for path, body in bodies.items()
@@ -181,7 +181,7 @@ async def test_answers_are_broken_off_before_the_engine_is_stopped(
                 assert received.count(b"\n\n") > 2
                 for end in (b"abort", b"[DONE]", b"message_stop", b"response.completed"):
                     assert end not in received
-            assert await asyncio.gather(*wholes) == ["broken off"] * len(PATHS)
+            assert await asyncio.gather(*outcomes) == ["broken off"] * len(PATHS)
         assert await agent.end() == 0
 
 
@@ -203,7 +203,7 @@ async def outcome(session: aiohttp.ClientSession, path: str, body: dict[str, Any
 
 
 async def test_an_engine_that_gets_sigterm_itself_finishes_its_answers(run: RunDir, scratch: Path) -> None:
-    """As where Slurm signals every process of a step: the agent has given it the time that it drains itself."""
+    """Some Slurm sites signal every process of a step. The agent gives the engine as much time as it drains itself."""
     configured = deployment(scratch, options={"itl_ms": 20.0, "extra": {}})
     async with replica(run, configured) as agent:
         progress, _ = await agent.ready()
@@ -232,7 +232,7 @@ async def test_draining_while_the_engine_loads(run: RunDir, scratch: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("numbers", "reason", "said"),
+    ("numbers", "reason", "message"),
     [
         ([signal.SIGUSR2], FailureReason.WALLTIME, "its walltime ended before its engine was ready: raise walltime"),
         ([signal.SIGUSR2, signal.SIGTERM], FailureReason.WALLTIME, "its walltime ended"),
@@ -240,9 +240,9 @@ async def test_draining_while_the_engine_loads(run: RunDir, scratch: Path) -> No
     ],
 )
 async def test_an_end_before_the_engine_was_ever_ready_is_no_success(
-    run: RunDir, scratch: Path, numbers: list[signal.Signals], reason: FailureReason, said: str
+    run: RunDir, scratch: Path, numbers: list[signal.Signals], reason: FailureReason, message: str
 ) -> None:
-    """Or a job whose walltime is shorter than its start would be submitted again for ever."""
+    """Otherwise a job whose walltime is shorter than its start would be submitted again for ever."""
     async with replica(run, deployment(scratch, options={"load_s": 1000.0})) as agent:
         await agent.reached(JobPhase.LOADING)
         for number in numbers:
@@ -251,7 +251,7 @@ async def test_an_end_before_the_engine_was_ever_ready_is_no_success(
         ended, progress = agent.job.exit(), agent.job.progress()
         assert ended is not None
         assert (ended.ok, ended.reason) == (False, reason)
-        assert said in ended.message
+        assert message in ended.message
         assert progress is not None
         assert progress.ready_at is None
 
@@ -282,7 +282,7 @@ GIVEN_UP = Exit(ok=False, reason=FailureReason.NODE_FAILED, message="Slurm says 
 
 
 async def test_an_agent_whose_exit_record_exists_drains(run: RunDir, scratch: Path) -> None:
-    """Its node could not be reached, its successor serves; what was said of its end stands."""
+    """Its node could not be reached and its successor serves. The exit record is not changed."""
     async with replica(run, deployment(scratch)) as agent:
         await agent.ready()
         agent.job.write(GIVEN_UP)
@@ -319,8 +319,8 @@ async def test_unreadable_files_end_no_agent(run: RunDir, scratch: Path) -> None
         _, record = await agent.ready()
         run.desired.write_text('{"down": tru')
         (agent.job.path / "exit.json").write_text("{")
-        looked = (record.beat or 0) + 3 * REMOVAL_CHECK_BEATS
-        await eventually(lambda: (now := agent.record) is not None and (now.beat or 0) > looked)
+        last_check_beat = (record.beat or 0) + 3 * REMOVAL_CHECK_BEATS
+        await eventually(lambda: (now := agent.record) is not None and (now.beat or 0) > last_check_beat)
         assert agent.process.returncode is None
         assert (now := agent.record) is not None
         assert now.state is State.READY
@@ -397,11 +397,11 @@ async def test_a_killed_agent_leaves_no_process_and_no_file(run: RunDir, scratch
         await eventually(lambda: not exists(engine))
         (parent,) = scratch.iterdir()
         await eventually(lambda: not any(parent.iterdir()))
-        assert agent.record is not None  # it could not withdraw it: readers see that its beat stands still
+        assert agent.record is not None  # not withdrawn; its beat has stopped, which readers notice
 
 
 async def test_a_run_directory_that_is_removed_ends_its_agents(run: RunDir, scratch: Path, tmp_path: Path) -> None:
-    """Or they would hold their GPUs where no `down` finds them."""
+    """Otherwise they would hold their GPUs, and `down` could not find them."""
     async with replica(run, deployment(scratch)) as agent:
         progress, _ = await agent.ready()
         run.path.rename(tmp_path / "away")
@@ -411,12 +411,12 @@ async def test_a_run_directory_that_is_removed_ends_its_agents(run: RunDir, scra
 
 
 async def test_agent_and_guard_killed_at_once(run: RunDir, scratch: Path) -> None:
-    """The folder stays, and the next agent sweeps it."""
+    """The folder is left behind, and the next agent removes it."""
     async with replica(run, deployment(scratch)) as agent:
         progress, _ = await agent.ready()
         assert progress.engine_pid is not None
         guard = int(Path(f"/proc/{progress.engine_pid}/stat").read_text().rpartition(")")[2].split()[1])
-        os.kill(guard, signal.SIGSTOP)  # so that it cannot clean up
+        os.kill(guard, signal.SIGSTOP)  # so that the guard cannot clean up
         agent.process.kill()
         await agent.end()
         os.kill(guard, signal.SIGKILL)

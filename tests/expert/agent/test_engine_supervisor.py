@@ -1,4 +1,4 @@
-"""The supervisor's steps, with real processes and no real pauses."""
+"""The steps of the supervisor, with real processes and without real pauses."""
 
 import asyncio
 import itertools
@@ -77,7 +77,7 @@ async def supervised(
 async def test_two_failed_starts_then_ready_then_cancelled(socket_folder: Path) -> None:
     fault = {"kind": "load_fail", "reason": "cuda", "times": 2, "counter": str(socket_folder / "count")}
     async with supervised(socket_folder, faults=[fault]) as (supervisor, steps):
-        (socket_folder / "engine.sock").touch()  # what a killed engine leaves
+        (socket_folder / "engine.sock").touch()  # a killed engine leaves its socket behind
         task = asyncio.create_task(supervisor.run())
         await asyncio.wait_for(steps.ready.wait(), GUARD_S)
         assert steps.pauses == [1.0, 2.0]
@@ -91,7 +91,7 @@ async def test_two_failed_starts_then_ready_then_cancelled(socket_folder: Path) 
 
 
 async def test_answers_are_broken_off_while_the_engine_still_runs(socket_folder: Path) -> None:
-    """Before it is told to stop, since it could end them in good form then."""
+    """Responses are broken off before the engine is stopped, because the engine could then end them regularly."""
     async with supervised(socket_folder) as (supervisor, steps):
         alive: list[bool] = []
 
@@ -134,7 +134,7 @@ async def test_the_context_that_the_engine_lists_is_reported_before_it_is_ready(
 
 
 async def test_an_engine_without_one_of_its_adapters_is_never_ready(socket_folder: Path) -> None:
-    """The engine may start nevertheless; then the record does not name that expert."""
+    """Although the engine may start, the record must not list that expert."""
     async with supervised(socket_folder) as (supervisor, steps):
         config = ExpertConfig(model="m", engine=EngineConfig(kind="sim"))
         supervisor.engine = build_engine("math", config, adapters={"law": "/adapters/law"})
@@ -152,7 +152,7 @@ async def test_a_flag_the_engine_refuses_is_not_tried_again(socket_folder: Path)
 
 
 class SlowToEnd(SingleNode):
-    """The clock goes on by an hour between an engine's failure and the next decision, as with a rank that is lost."""
+    """Advances the clock by an hour between an engine's failure and the next decision, as with a lost rank."""
 
     now = 0.0
 
@@ -162,7 +162,7 @@ class SlowToEnd(SingleNode):
 
 
 async def test_the_time_that_an_engine_takes_to_end_is_not_time_in_service(socket_folder: Path) -> None:
-    """Else an engine that always fails at once would look as if it had served, and be started again for ever."""
+    """Otherwise an engine that always fails at once would seem to have served, and be started again for ever."""
     async with supervised(socket_folder, max_restarts=1) as (supervisor, steps):
         assert isinstance(supervisor.strategy, SingleNode)
         slow = SlowToEnd(supervisor.strategy.command)
@@ -177,7 +177,7 @@ async def test_the_time_that_an_engine_takes_to_end_is_not_time_in_service(socke
         assert (failure.reason, steps.pauses) == (FailureReason.KILLED, [1.0])
 
 
-def _impatient(supervisor: EngineSupervisor) -> None:
+def _with_short_grace(supervisor: EngineSupervisor) -> None:
     assert isinstance(supervisor.strategy, SingleNode)
     supervisor.strategy.command = replace(supervisor.strategy.command, grace_s=0.1)
 
@@ -190,9 +190,9 @@ def quick_watch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("quick_watch")
 async def test_an_engine_that_stops_answering_is_started_again(socket_folder: Path) -> None:
-    """Its process lives, so its end alone would be waited for in vain."""
+    """Its process lives, so waiting for its end would not help."""
     async with supervised(socket_folder) as (supervisor, steps):
-        _impatient(supervisor)
+        _with_short_grace(supervisor)
         task = asyncio.create_task(supervisor.run())
         await asyncio.wait_for(steps.ready.wait(), GUARD_S)
         steps.ready.clear()
@@ -208,7 +208,7 @@ async def test_an_engine_that_stops_answering_is_started_again(socket_folder: Pa
 
 @pytest.mark.usefixtures("quick_watch")
 async def test_an_engine_whose_answers_make_progress_does_not_hang(socket_folder: Path) -> None:
-    """A long prefill may keep an engine on a CPU from answering anything else."""
+    """A long prefill may keep an engine on a CPU from answering a probe."""
     asked, busy = itertools.count(), asyncio.Event()
 
     def progress() -> int:
@@ -218,7 +218,7 @@ async def test_an_engine_whose_answers_make_progress_does_not_hang(socket_folder
         return number
 
     async with supervised(socket_folder) as (supervisor, steps):
-        _impatient(supervisor)
+        _with_short_grace(supervisor)
         supervisor.progress = progress
         task = asyncio.create_task(supervisor.run())
         await asyncio.wait_for(steps.ready.wait(), GUARD_S)
@@ -231,7 +231,7 @@ async def test_an_engine_whose_answers_make_progress_does_not_hang(socket_folder
 
 
 async def test_an_engine_that_dropped_a_request_is_probed_at_once(socket_folder: Path) -> None:
-    """Long before the next regular check; a process that lives and answers is not started again."""
+    """The probe comes long before the next regular one. A process that lives and answers is not started again."""
     async with supervised(socket_folder) as (supervisor, steps):
         task = asyncio.create_task(supervisor.run())
         await asyncio.wait_for(steps.ready.wait(), GUARD_S)
@@ -246,20 +246,20 @@ async def test_an_engine_that_dropped_a_request_is_probed_at_once(socket_folder:
 async def test_the_log_of_an_engine_with_much_output_stays_small(
     socket_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And the reason of its end is read from what it said last, whatever has become of its log."""
+    """The reason of its end is found in its last output, even if the log file was rotated."""
     monkeypatch.setattr(log_file.LogFile.__init__, "__kwdefaults__", {"limit": 50_000})
     config = ExpertConfig(model="m", engine=EngineConfig(kind="sim"))
     files = FileThread("t")
-    place, said = Place(socket_folder), socket_folder / "log"
+    place, log_path = Place(socket_folder), socket_folder / "log"
     program = (
         "for n in range(20_000): print('line', n, flush=True)\nraise SystemExit('RuntimeError: CUDA error: no device')"
     )
-    command = Command([sys.executable, "-c", program], dict(os.environ), place, said)
+    command = Command([sys.executable, "-c", program], dict(os.environ), place, log_path)
     async with await EngineProcess.start(command, files) as process:
         failure = await asyncio.wait_for(process.failure(build_engine("math", config).signs), GUARD_S)
     await files.run(lambda: None)
     files.close(timeout_s=5)
     assert failure.message == "RuntimeError: CUDA error: no device"
-    sizes = [path.stat().st_size for path in (said, log_file.rotated_path(said))]
+    sizes = [path.stat().st_size for path in (log_path, log_file.rotated_path(log_path))]
     assert all(0 < size < 50_000 + 2 * 2**16 for size in sizes)
-    assert said.read_text().endswith("RuntimeError: CUDA error: no device\n")
+    assert log_path.read_text().endswith("RuntimeError: CUDA error: no device\n")

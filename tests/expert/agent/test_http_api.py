@@ -32,7 +32,7 @@ RELAY = OWN
 
 @pytest.fixture(params=list(RELAYS), autouse=True)
 def relay(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every test holds over the reference as well."""
+    """Runs every test with the aiohttp reference as well."""
     monkeypatch.setattr("tests.expert.agent.test_http_api.RELAY", RELAYS[request.param])
 
 
@@ -196,7 +196,7 @@ async def test_a_replica_that_is_not_ready_says_its_state(socket_folder: Path, s
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 async def test_running_requests_are_aborted(socket_folder: Path, stream: bool) -> None:
-    """At once and with nothing more of the answer; what comes then is told that the engine is not ready."""
+    """Aborted connections get no further bytes. Later requests are told that the engine is not ready."""
     body = chat(stream=stream, max_tokens=10, sim_fault={"kind": "hang", "at": 4})
     async with running(socket_folder) as at:
         task = asyncio.create_task(at.post(body=body))
@@ -212,7 +212,7 @@ async def test_running_requests_are_aborted(socket_folder: Path, stream: bool) -
 
 
 async def test_finished_requests_are_not_aborted(socket_folder: Path) -> None:
-    """The connection is kept, and a draining replica stays one."""
+    """The connection is kept, and a draining replica stays a draining one."""
     async with running(socket_folder) as at:
         assert (await at.post())[0] == 200
         at.http_api.state = State.DRAINING
@@ -304,7 +304,7 @@ async def test_an_engine_that_dies_before_its_answer(socket_folder: Path, kind: 
     ("method", "path"), [("POST", protocol.CHAT), ("GET", protocol.MODELS), ("GET", protocol.METRICS)]
 )
 async def test_a_connection_that_cannot_be_made_means_starting(socket_folder: Path, method: str, path: str) -> None:
-    """Nothing was begun: the caller may wait or go elsewhere. A draining replica goes on saying that it drains."""
+    """The engine did not get the request, so the caller may retry. A draining replica still says that it drains."""
     async with running(socket_folder) as at:
         await at.post(body=chat(sim_fault={"kind": "die", "at": "headers"}))
         at.http_api.engine_lost.clear()
@@ -335,15 +335,15 @@ REPORT = protocol.RankReport(1, "a", "c", "n2", 3, protocol.RankState.ENDED, "ki
 
 async def test_another_rank_reports_and_is_answered(socket_folder: Path) -> None:
     async with running(socket_folder) as at:
-        heard: list[protocol.RankReport] = []
+        reports: list[protocol.RankReport] = []
 
         def hear(report: protocol.RankReport) -> protocol.RankOrder:
-            heard.append(report)
+            reports.append(report)
             return protocol.RankOrder(protocol.Action.RUN, 4, "10.0.0.1", 4000, "p")
 
         at.http_api.on_rank = hear
         status, _, body = await at.post(protocol.RANK, asdict(REPORT))
-        assert (status, heard) == (200, [REPORT])
+        assert (status, reports) == (200, [REPORT])
         assert protocol.RankOrder.from_json(body) == protocol.RankOrder(protocol.Action.RUN, 4, "10.0.0.1", 4000, "p")
 
 
@@ -362,18 +362,18 @@ async def test_another_rank_reports_and_is_answered(socket_folder: Path) -> None
 async def test_an_invalid_report_is_refused(socket_folder: Path, body: JsonObject | bytes) -> None:
     async with running(socket_folder) as at:
         at.http_api.on_rank = lambda _: protocol.RankOrder(protocol.Action.WAIT)
-        status, _, said = await at.post(protocol.RANK, body)
-        assert (status, said["error"]["code"]) == (400, "bad_report")
+        status, _, response = await at.post(protocol.RANK, body)
+        assert (status, response["error"]["code"]) == (400, "bad_report")
 
 
 async def test_an_engine_on_one_node_has_no_other_ranks(socket_folder: Path) -> None:
     async with running(socket_folder) as at:
-        status, _, said = await at.post(protocol.RANK, asdict(REPORT))
-        assert (status, said["error"]["message"]) == (400, "this engine has one rank")
+        status, _, response = await at.post(protocol.RANK, asdict(REPORT))
+        assert (status, response["error"]["message"]) == (400, "this engine has one rank")
 
 
 async def test_reports_have_a_token_of_their_own(socket_folder: Path) -> None:
-    """A rank's report has a token of its own, because the replica's key opens everything else."""
+    """The replica's key would give access to all other paths."""
     async with running(socket_folder) as at:
         at.http_api.on_rank, at.http_api.rank_token = lambda _: protocol.RankOrder(protocol.Action.WAIT), "t" * 64
         assert (await at.post(protocol.RANK, asdict(REPORT)))[0] == 401

@@ -1,4 +1,4 @@
-"""The phases of a job: what may follow what, and what the registry and `progress.json` show of it."""
+"""The phases of a job: allowed transitions, and what the registry and `progress.json` show."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""When an engine is started again: boundaries exactly at the limit."""
+"""When a failed engine is started again: values exactly at the limits."""
 
 import pytest
 

@@ -1,6 +1,6 @@
-"""The guard: an engine's whole tree ends with its agent, and nobody else does. Real processes throughout.
+"""The guard ends the engine's whole process tree when the agent ends, and no other process. Uses real processes.
 
-Every process of the tree has one FIFO open for writing, so its end of file says that all of them are gone.
+Every process of the tree has one FIFO open for writing, so the FIFO's end of file shows that all of them have ended.
 """
 
 import os
@@ -55,7 +55,7 @@ class Guarded:
     fifo: int
 
     def started(self, processes: int = 3) -> int:
-        """The engine's process id, once the whole tree stands."""
+        """Waits until the whole tree runs. Returns the engine's process id."""
         marks = 0
         while marks < processes:
             data = self._read()
@@ -84,7 +84,7 @@ def guarded(*arguments: str, at: Path, grace_s: float = GUARD_S, folder: Path | 
         stdout=subprocess.PIPE,
         start_new_session=True,
     )
-    with guard:  # closes its stdin, which ends everything
+    with guard:  # leaving the block closes the guard's stdin, which ends everything
         yield Guarded(guard, fifo)
     os.close(fifo)
 
@@ -150,7 +150,7 @@ def test_other_signals_end_neither_guard_nor_engine(number: signal.Signals, tmp_
 
 
 def test_the_whole_tree_ignores_the_walltime_warning(tmp_path: Path) -> None:
-    """It is for the agent; some sites' Slurm sends it to every process of a job."""
+    """The warning is for the agent; at some sites Slurm sends it to every process of a job."""
     with guarded(at=tmp_path) as tree:
         engine = tree.started()
         for pid in [engine, *descendants(engine)]:

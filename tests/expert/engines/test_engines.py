@@ -1,4 +1,4 @@
-"""Command lines and environments, as tables; options that cannot be."""
+"""Command lines and environments of the engines, and invalid options."""
 
 import json
 import subprocess
@@ -54,7 +54,7 @@ def test_vllm_answers_to_the_expert_and_to_auto_behind_a_socket() -> None:
     ],
 )
 def test_vllm_may_finish_running_answers_where_it_can(version: str | None, given: list[str]) -> None:
-    """An unknown flag would end its start."""
+    """An engine would not start with a flag that it does not know."""
     assert engine_of("vllm")[0].drain_flags(40, version=version) == given
 
 
@@ -71,7 +71,7 @@ def test_the_simulated_engine_may_finish_them_too() -> None:
 
 
 def test_an_engine_gets_more_time_than_the_agent_drains(tmp_path: Path) -> None:
-    """The agent has time to break off unfinished responses first. Of several ranks only the first gets the flag."""
+    """The agent can so abort unfinished responses first. Only the first of several ranks gets the flag."""
     engine, config = engine_of("vllm", nodes=2)
     commands = EngineCommands(engine, config, ClusterConfig(drain_s=30.5), {}, tmp_path / "log")
     first, other = (replace(PLACE, ranks=Ranks(rank, 2)) for rank in (0, 1))
@@ -81,7 +81,7 @@ def test_an_engine_gets_more_time_than_the_agent_drains(tmp_path: Path) -> None:
 
 
 def adapter(folder: Path, rank: int, *, name: str = "a") -> str:
-    """As PEFT leaves one, without weights."""
+    """Creates an adapter folder as PEFT does, without weights."""
     path = folder / name
     path.mkdir()
     (path / "adapter_config.json").write_text(json.dumps({"r": rank}))
@@ -98,7 +98,7 @@ def word_after(argv: list[str], flag: str) -> str:
 
 
 def test_vllm_serves_adapters_beside_its_model(tmp_path: Path) -> None:
-    """Each by its expert's name. `auto` may mean any of them, so the engine does not know it."""
+    """Each adapter is served by its expert's name. `auto` would be ambiguous, so the engine does not accept it."""
     math, law = adapter(tmp_path, 8, name="math"), adapter(tmp_path, 24, name="law,v2")
     engine = with_adapters("vllm", {"math": math, "law": law})
     argv = engine.argv(PLACE)
@@ -129,7 +129,7 @@ def test_vllm_serves_adapters_beside_its_model(tmp_path: Path) -> None:
     ],
 )
 def test_the_rank_is_one_that_vllm_has(tmp_path: Path, ranks: list[int], chosen: int | None, given: str) -> None:
-    """An adapter on the hub counts with vLLM's default."""
+    """An adapter on the hub counts with vLLM's default rank."""
     local = {f"e{n}": adapter(tmp_path, rank, name=f"e{n}") for n, rank in enumerate(ranks)}
     options = {} if chosen is None else {"max_lora_rank": chosen}
     engine = with_adapters("vllm", local or {"hub": "org/adapter"}, **options)
@@ -163,7 +163,7 @@ def test_the_simulated_engine_serves_adapters_too() -> None:
 
 @pytest.mark.parametrize("local", [True, False])
 def test_the_hub_is_asked_for_an_adapter_that_is_there(tmp_path: Path, local: bool) -> None:
-    """Though the model is in a folder."""
+    """The adapter is loaded from the hub although the model is in a folder."""
     config = ExpertConfig(model=str(tmp_path), engine=EngineConfig(kind="vllm"))
     engine = build_engine("base", config, adapters={"math": adapter(tmp_path, 8) if local else "org/adapter"})
     environment = engine_environment(engine, config, PLACE, inherited={"https_proxy": "http://p"})

@@ -1,4 +1,5 @@
-"""Exit status and last words -> reason and message, with lines that the engines really wrote (some cut short)."""
+"""Exit status and last log lines give reason and message. The lines are real output of engines, some of them
+shortened."""
 
 import pytest
 
@@ -12,7 +13,8 @@ AFTER = [
     "RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {'EngineCore': 1}",
     "resource_tracker.py:254: UserWarning: resource_tracker: There appear to be 1 leaked semaphore objects",
 ]
-"""How vLLM 0.32 ends: worker processes give the reason in prefixed lines, the server's own last lines give none."""
+"""The end of vLLM 0.32's output: worker processes log the reason with a prefix; the server's own last lines have
+none."""
 
 SAFETENSORS = "safetensors._safetensors_rust.SafetensorError: Error while deserializing header: "
 VLLM = [
@@ -77,12 +79,12 @@ def engine_of(kind: EngineKind) -> Engine:
 def test_reasons_in_the_log_of_vllm(reason: FailureReason, line: str) -> None:
     signs = engine_of("vllm").signs
     assert classify(1, ["INFO starting", line, *AFTER], signs) == EngineFailure(reason, line.strip())
-    if not line.startswith("  "):  # those come from the server's own process
+    if not line.startswith("  "):  # these lines come from the server's own process
         assert classify(1, ["INFO starting", PREFIX + line, *AFTER], signs) == EngineFailure(reason, line)
 
 
 def test_an_adapter_without_weights_is_told_by_its_folder() -> None:
-    """The server's own last line leaves the path out."""
+    """The server's own last line does not contain the path."""
     end = " doesn't contain tensors', please check the stack trace above for the root cause"
     worker, server = f"Worker failed with error '/adapters/math{end}", "Worker failed with error '<path>" + end
     tail = [f"{PREFIX}RuntimeError: {worker}", f"ValueError: Call to add_lora method failed: {server}"]

@@ -1,4 +1,4 @@
-"""The agent with real engines and a tiny model, from start to drain. The same steps for each engine."""
+"""The agent with real engines and a tiny model, from start to drain; the same steps for each engine."""
 
 import subprocess
 from pathlib import Path
@@ -36,7 +36,7 @@ def make_model(kind: str, folder: Path) -> Path:
     ("kind", "options"),
     [
         pytest.param("transformers", CPU, marks=pytest.mark.transformers),
-        # Minutes on two cores; the end-to-end test with two experts is the one that always runs.
+        # This takes minutes on two cores; the end-to-end test with two experts always runs.
         pytest.param("vllm", CPU | {"max_model_len": 512}, marks=[pytest.mark.vllm, pytest.mark.long]),
     ],
 )

@@ -1,4 +1,4 @@
-"""What a rank believes, and whom."""
+"""Which reports and orders a rank accepts."""
 
 from dataclasses import replace
 from typing import Any
@@ -29,6 +29,6 @@ def test_no_field_of_an_order_can_be_changed(change: dict[str, Any]) -> None:
 
 
 def test_neither_the_open_challenge_nor_a_report_gives_the_key_away() -> None:
-    """`/health` answers anybody's challenge with the replica's key."""
+    """`/health` answers any challenge with the replica's key."""
     of_replica = replica_key("secret", "aa")
     assert len({KEY, of_replica, report_token(KEY), challenge_answer(of_replica, "report")}) == 4

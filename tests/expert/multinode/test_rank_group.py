@@ -1,4 +1,4 @@
-"""The decisions of rank 0 about the reports of the other ranks, with a clock of numbers."""
+"""The decisions of rank 0 about the reports of the other ranks, with numbers as times."""
 
 from dataclasses import replace
 from typing import Final
@@ -29,7 +29,7 @@ def ended(reason: str | None, rank: int = 1) -> RankReport:
 
 
 def begun(*, nodes: int = 2) -> RankGroup:
-    """All ranks have reported in at 0 and run the first attempt."""
+    """Returns a group whose ranks all reported at time 0 and run the first attempt."""
     group = RankGroup(nodes, SILENCE_S)
     for rank in range(1, nodes):
         group.on_report(report(rank), now=0.0)
@@ -71,28 +71,28 @@ def test_silence_is_a_loss_exactly_at_the_limit() -> None:
 
 def test_a_restarted_rank_is_lost() -> None:
     group = begun()
-    anew = report(instance="b")
-    assert group.on_report(anew, now=1.0).action is Action.WAIT
+    restarted = report(instance="b")
+    assert group.on_report(restarted, now=1.0).action is Action.WAIT
     assert group.find_failure(now=1.0) == EngineFailure(FailureReason.RANK_LOST, "rank 1 on n1 was restarted")
     group.end()
     assert group.unavailable(now=1.0) == []
     group.begin("10.0.0.1", 4001)
-    assert group.on_report(anew, now=2.0).action is Action.RUN
+    assert group.on_report(restarted, now=2.0).action is Action.RUN
     assert group.find_failure(now=2.0) is None
 
 
 @pytest.mark.parametrize(
-    ("said", "meant"),
+    ("reported", "expected"),
     [
         ("out_of_memory", FailureReason.OUT_OF_MEMORY),
         ("crashed", FailureReason.CRASHED),
         ("of_another_version", FailureReason.CRASHED),
     ],
 )
-def test_a_rank_reports_why_its_engine_ended(said: str, meant: FailureReason) -> None:
+def test_a_rank_reports_why_its_engine_ended(reported: str, expected: FailureReason) -> None:
     group = begun(nodes=3)
-    group.on_report(ended(said, rank=2), now=1.0)
-    assert group.find_failure(now=1.0) == EngineFailure(meant, "rank 2 on n2: its last words")
+    group.on_report(ended(reported, rank=2), now=1.0)
+    assert group.find_failure(now=1.0) == EngineFailure(expected, "rank 2 on n2: its last words")
 
 
 def test_the_end_of_an_earlier_attempt_is_no_failure() -> None:
@@ -110,10 +110,10 @@ def test_a_specific_reason_of_the_own_engine_counts() -> None:
     assert group.find_cause(own, ended_at=1.0, now=1.0) == own
 
 
-@pytest.mark.parametrize("vague", [FailureReason.CRASHED, FailureReason.CUDA])
-def test_an_unspecific_reason_waits_for_the_other_ranks(vague: FailureReason) -> None:
-    """The other rank does, as soon as it is heard."""
-    own = EngineFailure(vague, "connection closed by peer")
+@pytest.mark.parametrize("unspecific", [FailureReason.CRASHED, FailureReason.CUDA])
+def test_an_unspecific_reason_waits_for_the_other_ranks(unspecific: FailureReason) -> None:
+    """The other rank's report decides, as soon as it arrives."""
+    own = EngineFailure(unspecific, "connection closed by peer")
     group = begun()
     assert group.find_cause(own, ended_at=1.0, now=1.0) is None
     group.on_report(ended("killed"), now=2.0)
@@ -173,7 +173,7 @@ def test_an_unknown_rank_is_refused(rank: int) -> None:
 
 @given(st.lists(st.tuples(st.sampled_from(["on_report", "begin", "end"]), st.integers(1, 2), st.sampled_from("ab"))))
 def test_no_rank_runs_an_attempt_without_the_others(steps: list[tuple[str, int, str]]) -> None:
-    """Whatever comes when: only an attempt that all were there for is run, and only by those who were there."""
+    """For any order of events: an attempt runs only with all ranks, and only on ranks that were part of it."""
     group, now, present = RankGroup(3, SILENCE_S), 0.0, dict[int, str]()
     taking_part: dict[int, str] | None = None
     for what, rank, instance in steps:

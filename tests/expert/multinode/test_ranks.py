@@ -1,4 +1,4 @@
-"""An engine on two nodes, as two agents on this machine: they serve together, fail together and end together."""
+"""An engine on two nodes, as two agents on this machine, which serve, fail and end together."""
 
 import os
 import signal
@@ -20,17 +20,17 @@ from hpc_router.state.run_directory import RunDir
 from tests.expert.replicas import REPLICA, chat, deployment, exists, half_a_stream, processes_below, rank, ranks
 from tests.support.waiting import eventually
 
-pytestmark = pytest.mark.e2e  # mostly waiting for silence
+pytestmark = pytest.mark.e2e  # mostly waits for silent ranks
 
 
 async def test_two_ranks_serve_and_only_the_first_is_in_the_registry(run: RunDir, scratch: Path) -> None:
     configured = deployment(scratch, nodes=2)
-    configured.cluster.beat_s = 2.0  # a farewell lasts two
+    configured.cluster.beat_s = 2.0  # stopping the ranks takes up to two beats
     async with ranks(run, configured) as (agent, (other,)):
         progress, _ = await agent.ready()
         assert list(RegistryReader(run.registry).snapshot()) == [REPLICA]
         engines = [progress.engine_pid, *processes_below(other)]
-        assert len(engines) == 3  # with the other rank's guard
+        assert len(engines) == 3  # includes the other rank's guard
         async with agent.session() as session, session.post(protocol.CHAT, json=chat()) as response:
             assert response.status == 200
         agent.process.terminate()
@@ -43,9 +43,9 @@ async def test_two_ranks_serve_and_only_the_first_is_in_the_registry(run: RunDir
 
 
 async def test_a_signal_to_any_rank_drains_all(run: RunDir, scratch: Path) -> None:
-    """Slurm signals every task; a request in flight needs them all until it has ended."""
+    """Slurm signals every task. A request in flight needs all ranks until it has ended."""
     configured = deployment(scratch, nodes=2)
-    configured.cluster.beat_s = 2.0  # a farewell lasts two
+    configured.cluster.beat_s = 2.0  # stopping the ranks takes up to two beats
     async with ranks(run, configured) as (agent, (other,)):
         await agent.ready()
         async with agent.session() as session, half_a_stream(session, for_s=4.0) as response:
@@ -61,7 +61,7 @@ async def test_a_signal_to_any_rank_drains_all(run: RunDir, scratch: Path) -> No
 
 async def test_a_killed_engine_of_another_rank_is_why_all_start_again(run: RunDir, scratch: Path) -> None:
     configured = deployment(scratch, nodes=2)
-    configured.cluster.beat_s = 2.0  # nobody is silent for five
+    configured.cluster.beat_s = 2.0  # no rank is silent for five beats
     async with ranks(run, configured) as (agent, (other,)):
         before, _ = await agent.ready()
         _, engine = sorted(processes_below(other))
@@ -78,7 +78,7 @@ async def test_a_killed_engine_of_another_rank_is_why_all_start_again(run: RunDi
 
 async def test_a_killed_engine_of_the_first_rank_starts_all_again(run: RunDir, scratch: Path) -> None:
     configured = deployment(scratch, nodes=2)
-    configured.cluster.beat_s = 2.0  # nobody is silent for five
+    configured.cluster.beat_s = 2.0  # no rank is silent for five beats
     async with ranks(run, configured) as (agent, (other,)):
         before, _ = await agent.ready()
         engines = processes_below(other)
@@ -107,7 +107,7 @@ async def test_a_lost_rank_that_does_not_return_ends_the_job(run: RunDir, scratc
 
 
 async def test_a_silent_rank_is_a_lost_one(run: RunDir, scratch: Path) -> None:
-    """Its processes live and hold their connections, as those of a node that was cut off."""
+    """Its processes live and keep their connections, as on a node that lost its network."""
     configured = deployment(scratch, nodes=2)
     configured.cluster.beat_s = 0.4
     async with ranks(run, configured) as (agent, (other,)):
@@ -121,7 +121,7 @@ async def test_a_silent_rank_is_a_lost_one(run: RunDir, scratch: Path) -> None:
         assert "sent no report for 2 s" in progress.message
         for pid in frozen:
             os.kill(pid, signal.SIGCONT)
-        await agent.ready(after=before)  # it was away for less than six seconds
+        await agent.ready(after=before)  # the rank was silent for less than six seconds
 
 
 async def test_a_killed_leader_leaves_no_engine_and_no_follower(run: RunDir, scratch: Path) -> None:
@@ -139,7 +139,7 @@ async def test_a_killed_leader_leaves_no_engine_and_no_follower(run: RunDir, scr
 
 
 async def test_a_leader_that_cannot_be_heard(run: RunDir, scratch: Path) -> None:
-    """As of a node that was cut off: the others end their engines, and take part again when it is back."""
+    """As on a node that lost its network: the other ranks end their engines, and join again when rank 0 is back."""
     async with ranks(run, deployment(scratch, nodes=2)) as (agent, (other,)):
         before, _ = await agent.ready()
         engines = processes_below(other)
@@ -151,7 +151,7 @@ async def test_a_leader_that_cannot_be_heard(run: RunDir, scratch: Path) -> None
 
 
 async def test_slurm_ends_the_job_of_a_lost_node_and_the_reason_stays(run: RunDir, scratch: Path) -> None:
-    """By SIGTERM, as any other; but nobody asked this replica to drain."""
+    """Slurm ends the job by SIGTERM, but no command asked this replica to drain."""
     async with ranks(run, deployment(scratch, nodes=2)) as (agent, (other,)):
         before, _ = await agent.ready()
         other.kill()
@@ -164,7 +164,7 @@ async def test_slurm_ends_the_job_of_a_lost_node_and_the_reason_stays(run: RunDi
 
 
 async def test_a_lost_rank_is_why_the_others_are_told_to_end(run: RunDir, scratch: Path) -> None:
-    """`srun` ends a step by SIGTERM as soon as one of its tasks has died, before rank 0 can have missed it."""
+    """`srun` ends a step by SIGTERM as soon as one task has died, before rank 0 can notice the missing rank."""
     async with ranks(run, deployment(scratch, nodes=2)) as (agent, (other,)):
         await agent.ready()
         other.kill()
@@ -177,7 +177,7 @@ async def test_a_lost_rank_is_why_the_others_are_told_to_end(run: RunDir, scratc
 
 
 async def test_a_stranger_at_the_leaders_port_gives_no_orders(run: RunDir, scratch: Path) -> None:
-    """It knows neither the key nor, from the reports, any token that others take."""
+    """Another process at that port knows no key, and learns no token from the reports that is valid elsewhere."""
     reports: list[str] = []
 
     async def answer(request: Request) -> Response:
@@ -215,14 +215,14 @@ async def test_a_rank_that_never_comes(run: RunDir, scratch: Path) -> None:
 async def test_an_unknown_rank_is_refused(
     run: RunDir, scratch: Path, value: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`srun` with two tasks for an expert on one node, for instance."""
+    """For example, `srun` with two tasks for an expert on one node."""
     monkeypatch.setenv("HPC_ROUTER_RANK", value)
     async with ranks(run, deployment(scratch)) as (agent, _):
         assert await agent.end() == 2
 
 
 async def test_a_rank_that_fails_before_it_has_reported_says_why(run: RunDir, scratch: Path) -> None:
-    """srun ends rank 0 with it: that one, asked to end before it was ready, would look as if nothing had been wrong."""
+    """srun ends rank 0 too. Rank 0 alone would report a requested end before it was ready, without the cause."""
     configured = deployment(scratch, nodes=2)
     configured.cluster.scratch = "$NOT_SET_ON_THIS_NODE"
     run.config.write_text(frozen.to_yaml(configured))

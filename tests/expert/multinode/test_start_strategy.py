@@ -1,4 +1,4 @@
-"""Rank 0 as the leader of the others, with a clock that its own sleeps move."""
+"""Rank 0 as the leader of the other ranks, with a clock that only its own sleeps advance."""
 
 import asyncio
 import socket
@@ -16,7 +16,8 @@ from hpc_router.expert.engine_process.command import EngineCommands
 from hpc_router.expert.engine_process.process import Command
 from hpc_router.expert.engines import EngineFailure, Place, Ranks, build_engine
 from hpc_router.expert.multinode.rank_engine import RankEngine
-from hpc_router.expert.multinode.start_strategy import MultiNodeLeader, free_port
+from hpc_router.expert.multinode.start_strategy import MultiNodeLeader
+from hpc_router.net.addresses import free_port
 from hpc_router.net.protocol import Action, RankReport, RankState
 from hpc_router.relay.upstream.client import UpstreamClient
 from hpc_router.state.io_thread import FileThread
@@ -26,7 +27,7 @@ from tests.support.waiting import GUARD_S
 
 @dataclass
 class Time:
-    """`then`: what happens after so many seconds."""
+    """Clock that advances by sleeping. `then`: functions to call at given times."""
 
     now: float = 0.0
     then: dict[float, Callable[[], object]] = field(default_factory=dict)
@@ -136,7 +137,7 @@ class Steps:
 
 
 async def test_a_port_that_was_taken_costs_one_attempt(socket_folder: Path) -> None:
-    """Two real simulated ranks; the port that rank 0 chose is bound by a stranger before its engine gets there."""
+    """Two real simulated ranks. Another process binds the port that rank 0 chose before the engine does."""
     expert = ExpertConfig(model="m", engine=EngineConfig(kind="sim"), resources=ResourceConfig(nodes=2))
     cluster = ClusterConfig(scratch=str(socket_folder))
     engine, files, steps = build_engine("math", expert), FileThread("t"), Steps()
@@ -144,9 +145,9 @@ async def test_a_port_that_was_taken_costs_one_attempt(socket_folder: Path) -> N
     places = [Place(socket_folder / str(rank)) for rank in range(2)]
     for place in places:
         place.temporary.mkdir(parents=True)
-    with socket.create_server(("127.0.0.1", 0)) as stranger:
-        taken = stranger.getsockname()[1]
-        ports = iter([taken, free_port("127.0.0.1")])
+    with socket.create_server(("127.0.0.1", 0)) as other_server:
+        taken = other_server.getsockname()[1]
+        ports = iter([taken, free_port()])
         lead = MultiNodeLeader(
             nodes=2,
             key="k",

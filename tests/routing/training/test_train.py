@@ -167,8 +167,8 @@ def test_discriminant_directions_separate_a_cluster_from_the_others() -> None:
 
 def test_no_cluster_exceeds_its_maximum_size() -> None:
     rng = np.random.default_rng(0)
-    crowd, few = rng.normal([4, 0, 0], 0.3, (300, 3)), rng.normal([0, 4, 0], 0.3, (30, 3))
-    vectors = np.vstack([crowd, few]).astype(np.float32)
+    many, few = rng.normal([4, 0, 0], 0.3, (300, 3)), rng.normal([0, 4, 0], 0.3, (30, 3))
+    vectors = np.vstack([many, few]).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     centroids, assignment = balanced_kmeans(vectors, clusters=6, seed=0)
     assert np.bincount(assignment, minlength=6).max() <= MAX_LOAD_FACTOR * len(vectors) / 6
@@ -180,7 +180,7 @@ def test_no_cluster_exceeds_its_maximum_size() -> None:
     [
         ({"data": ""}, "data=... is missing"),
         ({"method": "discover"}, "did you mean 'discovered'"),
-        ({"features": "tfidf"}, "features=tfidf: unknown"),
+        ({"features": "tfidf"}, "features=tfidf: not known"),
         ({"features": "distilled"}, "needs encoder=PATH"),
         ({"clusters": 1}, "needs 2 or more"),
         ({"clusters": 80}, "90 different prompts are too few for clusters=80"),
@@ -200,7 +200,7 @@ def test_a_single_expert_is_refused(tmp_path: Path) -> None:
 
 
 def _direct_solution(rows: Any, targets: NDArray[np.floating[Any]], *, strength: float) -> NDArray[np.float64]:
-    """Solve the regression directly, in double precision."""
+    """Solves the regression directly, in double precision."""
     dense = rows.toarray().astype(np.float64)
     result: NDArray[np.float64] = np.linalg.solve(
         dense.T @ dense + strength * np.eye(dense.shape[1]), dense.T @ targets.astype(np.float64)

@@ -1,4 +1,4 @@
-"""Compiles the C programs into a private cache folder, once per version of the source (the file name has its hash)."""
+"""Compiles the C programs into a private cache folder, once per version of the source. File names contain its hash."""
 
 import hashlib
 import os
@@ -20,7 +20,7 @@ COMPILERS: Final = ("cc", "gcc", "clang")
 
 
 def build_program(program: Program, *, cache: Path | None = None) -> Path:
-    """Path of the program, which is compiled first if necessary. Raises LaunchError without a working C compiler."""
+    """Returns the path of the program and compiles it if necessary. Raises LaunchError without a working C compiler."""
     source = SOURCES / f"{program}.c"
     content = source.read_bytes() + (SOURCES / "loop.h").read_bytes() + " ".join(FLAGS).encode()
     key = hashlib.sha256(content).hexdigest()[:16]
@@ -59,7 +59,7 @@ def _compile(source: Path, binary: Path) -> None:
 
 
 def _private(folder: Path) -> Path:
-    """Creates the folder; raises LaunchError if other users can access it, since programs in it are executed."""
+    """Creates a folder for programs to execute. Raises LaunchError if other users can access it."""
     with private_umask():
         folder.mkdir(parents=True, exist_ok=True)
     status = folder.stat()

@@ -1,4 +1,4 @@
-"""Starts and queries the mock engine. The top of `engine.c` describes its responses."""
+"""Starts and queries the mock engine. The comment at the top of `engine.c` describes its responses."""
 
 import http.client
 import json
@@ -15,7 +15,7 @@ from hpc_router.bench.load.native.build import build_program
 from hpc_router.errors import LaunchError
 
 NAMES: Final = ("code", "math", "medicine", "law", "generalist")
-"""The models that it lists in /v1/models."""
+"""Names of the models that the mock engine lists in /v1/models."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class Lateness:
         return Lateness(self.requests - before.requests, self.events - before.events, late)
 
     def within_ms(self, share: float) -> float:
-        """Upper bound of the delay of this share of the events, in milliseconds."""
+        """Returns an upper bound of the delay of this share of the events, in milliseconds."""
         wanted, seen = share * sum(self.late), 0
         for power, count in enumerate(self.late):
             seen += count
@@ -42,7 +42,7 @@ class Lateness:
 
 @dataclass(frozen=True, slots=True)
 class MockEngine:
-    """Listens at `port` on loopback, or at the unix socket `socket` (then `port` is None)."""
+    """A running mock engine, at `port` on loopback or at a unix socket (then `port` is None)."""
 
     pid: int
     port: int | None
@@ -54,7 +54,7 @@ class MockEngine:
         return Lateness(value["requests"], value["events"], tuple(value["late"]))
 
     def disconnects(self) -> dict[str, int]:
-        """Request names whose connection was closed during the response, with the time (CLOCK_MONOTONIC, ns)."""
+        """Returns the requests whose connection was closed during the response: name -> time (CLOCK_MONOTONIC, ns)."""
         log = self.disconnect_log
         lines = log.read_text(encoding="utf-8", errors="replace").split("\n") if log.exists() else []
         pairs = (line.rpartition(" ") for line in lines)

@@ -1,4 +1,4 @@
-"""Runs the native load generator: its arguments and its result. The top of `load.c` describes how it works."""
+"""Runs the native load generator. The comment at the top of `load.c` describes how it works."""
 
 import json
 import os
@@ -18,9 +18,9 @@ from hpc_router.errors import LaunchError
 from hpc_router.state.run_directory import private_umask
 
 MAX_CONNECTIONS: Final = 4000
-"""Of one load generator."""
+"""Maximum number of connections of one load generator."""
 EXIT_TIMEOUT_S: Final = 30.0
-"""Time after the end of its load until the program counts as hung."""
+"""Seconds after the end of a load at which the program counts as hung."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,8 +28,8 @@ class LoadSpec:
     """Arguments of the load generator; None leaves an option out.
 
     A closed loop has `seconds` or `count`, an open loop `arrivals_s`. `requests`: a file from `write_requests`. With
-    `measure_s`, requests that begin after it are measured and sent in `order`; all other requests are sent in the
-    order of `others`.
+    `measure_s`, requests that begin after that time are measured and sent in `order`; all other requests are sent in
+    the order of `others`.
     """
 
     requests: Path
@@ -53,7 +53,7 @@ class LoadSpec:
     drain_s: float = 30.0
 
     def argv(self, folder: Path) -> list[str]:
-        """The arguments; lists are written to files in `folder`."""
+        """Returns the command-line arguments. Writes lists to files in `folder`."""
         options: dict[str, object] = {
             "requests": self.requests,
             "records": folder / "records",
@@ -81,7 +81,7 @@ class LoadSpec:
 
 @dataclass(frozen=True, slots=True)
 class Recorded:
-    """The recorded requests and events; `events` is empty unless the spec asked for them."""
+    """The recorded requests and events. `events` is empty unless the spec asked for them."""
 
     requests: Table
     events: Table
@@ -109,11 +109,11 @@ class Running:
         self.begun_ns = int(banner[1])
 
     def stop(self) -> None:
-        """Ends the load early; requests in progress are recorded as stopped."""
+        """Ends the load early. Requests in progress are recorded as stopped."""
         self.process.terminate()
 
     def wait(self, *, timeout_s: float | None) -> Recorded:
-        """Raises LaunchError if the program fails or does not end in time."""
+        """Waits for the end of the load. Raises LaunchError if the program fails or does not end in time."""
         try:
             summary, stderr = self.process.communicate(timeout=timeout_s)
         except subprocess.TimeoutExpired as error:
@@ -126,7 +126,7 @@ class Running:
 
 @contextmanager
 def running(spec: LoadSpec, folder: Path) -> Iterator[Running]:
-    """Starts the load and kills it when the block ends. `folder`: private, used by this load alone."""
+    """Starts the load, and kills the program when the block ends. `folder`: private, used only by this load."""
     if spec.connections > MAX_CONNECTIONS:
         raise LaunchError(
             f"{spec.connections} connections are too many for one load generator (at most {MAX_CONNECTIONS})"
@@ -149,7 +149,7 @@ def run(spec: LoadSpec, folder: Path, *, timeout_s: float | None) -> Recorded:
 
 
 def write_requests(path: Path, requests: Sequence[bytes]) -> Path:
-    """Writes complete HTTP requests, each after its length. The file is private because requests contain tokens."""
+    """Writes HTTP requests, each after its length in bytes. The file is private because requests contain tokens."""
     with private_umask():
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with os.fdopen(descriptor, "wb") as stream:

@@ -1,4 +1,4 @@
-"""The load generator's output as arrays, one row per request or event. `load.c` defines the layout."""
+"""Reads the load generator's output as arrays with one row per request or event. `load.c` defines the layout."""
 
 from enum import IntEnum
 from pathlib import Path
@@ -20,8 +20,8 @@ class Error(IntEnum):
     UNFINISHED = 6  # the stream ended without [DONE]
     STREAM_ERROR = 7  # an event with an `error` key
     TIMEOUT = 8
-    LEFT = 9  # this client disconnected, as specified
-    STOPPED = 10  # this client stopped the request at the end of the load
+    LEFT = 9  # the client disconnected, as specified
+    STOPPED = 10  # the client stopped the request at the end of the load
 
 
 REUSED: Final = 1
@@ -30,14 +30,14 @@ STREAM: Final = 4
 MEASURED: Final = 8
 FILLING: Final = 16
 """Bits of `flags`. REUSED: sent on a kept-alive connection. RETRIED: sent again because that connection was closed.
-STREAM: the response was an event stream. MEASURED, FILLING: the part of the load, with neither for the warm-up."""
+STREAM: the response was an event stream. MEASURED, FILLING: the part of the load; neither is set in the warm-up."""
 UNKNOWN: Final = 2**32 - 1
-"""A number of tokens that the engine did not report."""
+"""Value for a number of tokens that the engine did not report."""
 
 REQUEST: Final = np.dtype(
     [
         ("sequence", "u8"),
-        ("due", "i8"),  # all times: CLOCK_MONOTONIC in nanoseconds, 0 if it did not happen
+        ("due", "i8"),  # all times: CLOCK_MONOTONIC in nanoseconds; 0 if it did not happen
         ("begin", "i8"),
         ("first_byte", "i8"),
         ("first_event", "i8"),
@@ -47,7 +47,7 @@ REQUEST: Final = np.dtype(
         ("connection", "u4"),
         ("events", "u4"),  # with content
         ("status", "u2"),
-        ("label", "u2"),  # first recorded header: 0 for none, else its position, from 1, in the summary's labels
+        ("label", "u2"),  # first recorded header: 0 if absent, else its position, from 1, in the summary's labels
         ("second", "u2"),  # second and third recorded header
         ("third", "u2"),
         ("error", "u1"),
@@ -63,7 +63,7 @@ Table = NDArray[np.void]
 
 
 def read_requests(path: Path) -> Table:
-    """In the order in which they ended."""
+    """Reads the request records, in the order in which the requests ended."""
     return np.fromfile(path, dtype=REQUEST)
 
 
@@ -72,7 +72,7 @@ def read_events(path: Path) -> Table:
 
 
 def errors(requests: Table) -> dict[str, int]:
-    """Number of failed requests per kind of error; each HTTP status is a kind of its own."""
+    """Returns the number of failed requests per kind of error. Each HTTP status is a kind of its own."""
     counted: dict[str, int] = {}
     for kind in Error:
         rows = requests[requests["error"] == kind]

@@ -1,5 +1,6 @@
-"""Scripts that an *engine's* interpreter runs by path. It has no hpc_router, so they import nothing of ours.
+"""Scripts that the engine's interpreter runs by path. It does not have hpc_router, so they import nothing of this
+package.
 
-They have a folder of their own because Python puts a script's folder first on its search path, where `vllm.py` beside
-them would hide the real vllm.
+They are in a separate folder, because Python puts a script's folder first on its search path, where our `vllm.py` would
+hide the real vllm.
 """

@@ -1,4 +1,4 @@
-"""Prints the version of the first of the named distributions that is installed."""
+"""Prints the version of the first installed package among those named on the command line."""
 
 import sys
 from importlib.metadata import PackageNotFoundError, version

@@ -1,4 +1,4 @@
-"""Checks flags with vLLM's own parser: exit status 0, or 2 and its message. Loads no model."""
+"""Checks flags with vLLM's own parser. Exits with status 0, or with 2 and a message. Loads no model."""
 
 from typing import Any
 

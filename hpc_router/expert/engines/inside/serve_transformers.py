@@ -1,7 +1,7 @@
-"""`transformers serve` behind a unix socket, for which it has no option; `--check` only runs its parser.
+"""Runs `transformers serve` on a unix socket, for which it has no option. `--check` only runs its parser.
 
-The only change: the uvicorn server that it builds gets a socket instead of a port, no access log, and a long keep-alive
-time, so that it is not the first to close an idle connection. The check for a newer release is left out.
+The uvicorn server that it creates gets a socket instead of a port, no access log, and a long keep-alive time, so that
+it is not the first to close an idle connection. The check for a newer release is left out.
 """
 
 import sys
@@ -25,7 +25,7 @@ def main(arguments: list[str]) -> None:
 
 
 def _check(command: Any, flags: list[str]) -> None:
-    """Run the command without its function, so that only its parser runs."""
+    """Runs only the parser of a command, by replacing the command's function."""
     command.callback = lambda **_: None
     command.main(flags, prog_name="transformers serve")
 

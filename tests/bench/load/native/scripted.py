@@ -7,14 +7,14 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 HANG_UP = b"<hang up>"
-"""As a piece: close the connection."""
+"""A piece that closes the connection."""
 SILENCE = b"<silence>"
-"""As a piece: send nothing more until the client disconnects."""
+"""A piece that sends nothing more until the client disconnects."""
 
 
 @dataclass
 class Scripted:
-    """One response per request, the last one repeatedly."""
+    """Answers each request with the next response; the last response repeats."""
 
     answers: list[Sequence[bytes]]
     requests: list[bytes] = field(default_factory=list)
@@ -54,7 +54,7 @@ def _read(sock: socket.socket) -> bytes:
 
 @contextmanager
 def scripted(*answers: Sequence[bytes]) -> Iterator[tuple[int, Scripted]]:
-    """Yields its port and its state."""
+    """Starts the server and yields its port and its state."""
     server, threads = Scripted(list(answers)), []
     with socket.create_server(("127.0.0.1", 0), backlog=128) as listener:
 

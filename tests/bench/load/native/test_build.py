@@ -1,4 +1,4 @@
-"""Programs are built once, in a private folder; without a compiler the error names the packages to install."""
+"""Programs are built once, in a private folder. Without a compiler, the error names the packages to install."""
 
 import subprocess
 from pathlib import Path

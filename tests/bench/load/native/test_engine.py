@@ -1,4 +1,4 @@
-"""The mock engine with clients that are not part of this project."""
+"""Sends requests to the mock engine with HTTP clients that are not part of this project."""
 
 import http.client
 import json
@@ -30,7 +30,7 @@ def test_the_openai_client_accepts_it(tmp_path: Path) -> None:
 def test_every_event_contains_its_send_time(tmp_path: Path) -> None:
     with mock_engine(tmp_path, rate=1000) as engine:
         connection = http.client.HTTPConnection("127.0.0.1", engine.port or 0, timeout=30)
-        for _ in range(2):  # over one connection
+        for _ in range(2):  # both on one connection
             connection.request("POST", "/v1/chat/completions", b'{"stream": true, "max_completion_tokens": 5}')
             answer = connection.getresponse()
             assert answer.getheader("content-type", "").startswith("text/event-stream")

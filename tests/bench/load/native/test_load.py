@@ -11,8 +11,8 @@ import pytest
 from hpc_router.bench.load.native.engine import mock_engine
 from hpc_router.bench.load.native.load import LoadSpec, Recorded, Running, run, running, write_requests
 from hpc_router.bench.load.native.records import REUSED, STREAM, Error, errors
-from hpc_router.bench.relay_cost.interface import free_port
 from hpc_router.errors import LaunchError
+from hpc_router.net.addresses import free_port
 from tests.bench.load.native import scripted as s
 
 RUN_TIMEOUT_S = 60.0
@@ -51,7 +51,7 @@ def test_responses_that_arrive_byte_by_byte(tmp_path: Path) -> None:
 
 
 def awkward_stream() -> bytes:
-    """Events across chunks, several per chunk, both line ends, comments, other fields, a chunk extension."""
+    """Returns a stream with events across chunks, several per chunk, both line ends, comments and a chunk extension."""
     whole = (
         b': a comment\n\ndata: {"choices":[{"delta":{"role":"assistant","content":""}}]}\n\n'
         + s.event("one", stamp=1)
@@ -155,7 +155,7 @@ def test_each_kind_of_error(tmp_path: Path, answer: list[bytes], kind: str) -> N
 
 
 def test_a_program_that_ends_before_its_output_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its first line and its summary are both in the pipe, and both are read."""
+    """Both its first line and its summary are already in the pipe, and both are read."""
 
     class Late(Running):
         def __init__(self, process: subprocess.Popen[bytes], load: LoadSpec, folder: Path) -> None:
@@ -195,7 +195,7 @@ def test_header_values_are_recorded(tmp_path: Path) -> None:
 
 
 def test_an_open_loop_records_when_requests_were_due(tmp_path: Path) -> None:
-    """One connection: requests that arrive while it is busy wait, but keep their due time."""
+    """With one connection, requests that arrive while it is busy wait, but keep their arrival time."""
     offsets = [0.0, 0.0, 0.0, 0.25, 0.5]
     with s.scripted([s.plain()]) as (port, server):
         load = LoadSpec(requests=prepared(tmp_path), port=port, connections=1, arrivals_s=offsets)
@@ -275,7 +275,7 @@ def test_invalid_arguments(tmp_path: Path) -> None:
 
 
 def test_request_files_are_private(tmp_path: Path) -> None:
-    """They contain the token, which must not be on a command line either."""
+    """They contain the token, which must not appear on a command line."""
     path = write_requests(tmp_path / "requests", [b"GET / HTTP/1.1\r\nauthorization: Bearer hunter2\r\n\r\n"])
     assert path.stat().st_mode & 0o777 == 0o600
     assert not any("hunter2" in word for word in LoadSpec(requests=path, port=1, connections=1).argv(tmp_path))
