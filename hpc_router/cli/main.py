@@ -27,6 +27,8 @@ VERBS: Final[Mapping[str, Callable[["Verbs[Parser]"], None]]] = {
     "chat": endpoint.add_chat,
     "url": endpoint.add_url,
     "token": endpoint.add_token,
+    "env": endpoint.add_env,
+    "connect": endpoint.add_connect,
     "scale": operation.add_scale,
     "set": operation.add_set,
     "drain": operation.add_drain,

@@ -18,7 +18,7 @@ import anyio.to_thread
 import openai
 
 from hpc_router.client.following import RequestNotTakenError, ResponseLostError, RouterFollower
-from hpc_router.client.leader import NoRouterError
+from hpc_router.client.leader import REGISTRY_TIMEOUT_S, NoRouterError
 from hpc_router.state.registry import Record
 from hpc_router.state.run_directory import RunDir
 
@@ -29,8 +29,6 @@ else:  # the HTTP library that the installed openai uses
 
 PLACEHOLDER_HOST: Final = "hpc-router.invalid"
 """Host in the base URL of clients, which never resolves; the transport replaces it by the router's address."""
-REGISTRY_TIMEOUT_S: Final = 2.0
-"""Limit of one read of the registry; after it the last result is used."""
 _LIMITS: Final = {"max_connections": 1000, "max_keepalive_connections": 100}
 _T = TypeVar("_T")
 

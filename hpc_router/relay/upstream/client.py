@@ -41,13 +41,20 @@ _WITH_BODY: Final = frozenset({"POST", "PUT", "PATCH"})
 class UpstreamClient:
     """Connections to upstream servers, pooled between requests. With a `socket_path`, all use that Unix socket.
 
-    `tls`: the context for https; None: the system's certificates, loaded at first use.
+    `tls`: the context for https; None: the system's certificates, loaded at first use. `resend`: a request on a pooled
+    connection that the server had closed is sent again; otherwise the caller decides.
     """
 
     def __init__(
-        self, limits: UpstreamTimeouts, *, socket_path: str | None = None, tls: ssl.SSLContext | None = None
+        self,
+        limits: UpstreamTimeouts,
+        *,
+        socket_path: str | None = None,
+        tls: ssl.SSLContext | None = None,
+        resend: bool = True,
     ) -> None:
         self.limits = limits
+        self._resend = resend
         self._socket_path = socket_path
         self.pool: Pool[Address | str, Connection] = Pool(keep_s=KEEP_ALIVE_S)
         self._tls = tls
@@ -105,7 +112,8 @@ class UpstreamClient:
             try:
                 return await self._exchange_on(pooled, call, sent=call.started is not None)
             except UpstreamError:
-                if not pooled.nothing_received or pooled.idle_timer.expired or pooled.exchange_age_s() > STALE_S:
+                stale = pooled.nothing_received and not pooled.idle_timer.expired and pooled.exchange_age_s() <= STALE_S
+                if not (stale and self._resend):
                     raise
         try:
             connection = await self.connect(call.address, watch=call.watch)
