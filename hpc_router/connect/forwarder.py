@@ -82,18 +82,24 @@ class ForwardedResponse:
 
 
 class Forwarder(RouterFollower[ForwardedRequest, ForwardedResponse]):
-    """Handler of a server. `adds_tokens`: a request without credentials gets the owner's token (see `needs_token`)."""
+    """Handler of a server. `adds_tokens`: a request without credentials gets the owner's token (see `needs_token`).
+    `held`: the requests that wait for a router. `files`: the thread that reads the registry."""
 
     def __init__(self, run: RunDir, client: Upstream, *, hold_s: float, adds_tokens: bool) -> None:
         super().__init__(run, follow_s=hold_s, check_lock=asyncio.Lock())
         self._client = client
         self._adds_tokens = adds_tokens
         self._token, self._secret = run.token(), run.secret()
-        self._files = FileThread("registry")
+        self.files = FileThread("registry")
         self._calls = FileThread("identity checks")  # not the other thread, which may hang with the file system
         self._look: asyncio.Task[Record | None] | None = None
         self._looked_at = float("-inf")
-        self._held = 0
+        self.held = 0
+
+    def close(self) -> None:
+        """End the threads; one that hangs with the file system does not keep the process from ending."""
+        for thread in (self.files, self._calls):
+            thread.close(timeout_s=0)
 
     def handle(self, request: Request) -> Coroutine[Any, Any, Response | None]:
         return self._respond(request)
@@ -171,13 +177,13 @@ class Forwarder(RouterFollower[ForwardedRequest, ForwardedResponse]):
         return await self._calls.run(function)
 
     async def pause(self, length_s: float) -> None:
-        if self._held >= MAX_HELD:
-            raise HoldFullError(f"{self._leader.no_router_error()}; {self._held} requests wait for one")
-        self._held += 1
+        if self.held >= MAX_HELD:
+            raise HoldFullError(f"{self._leader.no_router_error()}; {self.held} requests wait for one")
+        self.held += 1
         try:
-            await asyncio.sleep(length_s)
+            await _sleep(length_s)
         finally:
-            self._held -= 1
+            self.held -= 1
 
     async def find(self, *, recheck: bool) -> Record | None:
         """The leader, from one look for all requests. Without `recheck` the last look may be up to `VIEW_S` old."""
@@ -191,7 +197,7 @@ class Forwarder(RouterFollower[ForwardedRequest, ForwardedResponse]):
     async def _look_up(self, *, recheck: bool) -> Record | None:
         before = self._leader.last
         try:
-            found = await self._files.run(lambda: self._leader.find(recheck=recheck))
+            found = await self.files.run(lambda: self._leader.find(recheck=recheck))
         finally:
             self._look = None
         self._looked_at = time.monotonic()
@@ -226,3 +232,6 @@ def _lost(error: Exception, *, path: str) -> Response:
 
 def _ignore() -> None:
     pass
+
+
+_sleep = asyncio.sleep

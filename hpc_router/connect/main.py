@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from typing import Final
 
@@ -105,10 +106,11 @@ async def _until_stopped(options: ConnectOptions, sock: socket.socket, on_servin
     stop = asyncio.Event()
     for number in _STOP_SIGNALS:
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    max_body = int((options.max_body_mb + 1) * 2**20)  # the router's limit comes first
     async with UpstreamClient(ROUTER_LIMITS, resend=False) as client:
         forwarder = Forwarder(options.run, client, hold_s=options.hold_s, adds_tokens=options.port is None)
-        max_body = int((options.max_body_mb + 1) * 2**20)  # the router's limit comes first
-        async with listening(forwarder.handle, sock, max_body=max_body):
-            on_serving()
-            await forwarder.report_leader()
-            await stop.wait()
+        with closing(forwarder):
+            async with listening(forwarder.handle, sock, max_body=max_body):
+                on_serving()
+                await forwarder.report_leader()
+                await stop.wait()
