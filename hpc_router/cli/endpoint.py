@@ -7,7 +7,6 @@ import logging
 import os
 import shlex
 import sys
-from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from hpc_router.cli.output import print_lines, print_value
@@ -207,4 +206,6 @@ def _print_forwarder(running: "RunningForwarder", *, json: bool) -> int:
     end = "Ctrl-C ends it" if running.log is None else f"`kill {running.pid}` ends it; its log is {running.log}"
     for note in (use, f"hpc-router url --ssh --run {run} for a laptop", end):
         sys.stderr.write(f"# {note}\n")
-    return print_value(asdict(running)) if json else print_lines([running.address])
+    if json:
+        return print_value({"address": running.address, "port": running.port, "pid": running.pid, "log": running.log})
+    return print_lines([running.address])

@@ -130,7 +130,7 @@ def _listen_tcp(port: int) -> socket.socket:
     try:
         return socket.create_server((LOOPBACK, port), backlog=_BACKLOG)
     except OSError as error:
-        raise ConfigError(f"--port {port}: {error.strerror}; choose another port") from error
+        raise ConfigError(f"--port {port}: {os.strerror(error.errno or 0)}; choose another port") from error
 
 
 def _listen_unix(path: Path) -> socket.socket:
