@@ -7,12 +7,13 @@ serves all requests of a follower until a request fails. This module knows no HT
 """
 
 import random
+import socket
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from functools import partial
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Final, Generic, Protocol, TypeVar
 
 from hpc_router.client.leader import Leader, NoRouterError
 from hpc_router.client.retry import RetryState
@@ -20,6 +21,16 @@ from hpc_router.client.router_identity import IdentityCache, IdentityCheck, chec
 from hpc_router.errors import HpcRouterError
 from hpc_router.state.registry import Record
 from hpc_router.state.run_directory import RunDir
+
+LOST_NODE_S: Final = 30
+SOCKET_OPTIONS: Final[Sequence[tuple[int, int, int]]] = (
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, LOST_NODE_S // 2),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, LOST_NODE_S // 6),
+    (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * LOST_NODE_S),
+)
+"""For connections to routers: one to a node that was switched off or cut off breaks after LOST_NODE_S, also while it
+only waits for a response. Without them it stays open until the request's own timeout."""
 
 
 class RequestNotTakenError(Exception):

@@ -17,7 +17,7 @@ import anyio
 import anyio.to_thread
 import openai
 
-from hpc_router.client.following import RequestNotTakenError, ResponseLostError, RouterFollower
+from hpc_router.client.following import SOCKET_OPTIONS, RequestNotTakenError, ResponseLostError, RouterFollower
 from hpc_router.client.leader import REGISTRY_TIMEOUT_S, NoRouterError
 from hpc_router.state.registry import Record
 from hpc_router.state.run_directory import RunDir
@@ -29,7 +29,6 @@ else:  # the HTTP library that the installed openai uses
 
 PLACEHOLDER_HOST: Final = "hpc-router.invalid"
 """Host in the base URL of clients, which never resolves; the transport replaces it by the router's address."""
-_LIMITS: Final = {"max_connections": 1000, "max_keepalive_connections": 100}
 _T = TypeVar("_T")
 
 
@@ -77,7 +76,7 @@ class FollowingTransport(_HttpFollower, http.BaseTransport):
 
     def __init__(self, run: RunDir, *, follow_s: float) -> None:
         super().__init__(run, follow_s=follow_s, check_lock=_BlockingLock())
-        self._inner = http.HTTPTransport(trust_env=False, limits=http.Limits(**_LIMITS))
+        self._inner = http.HTTPTransport(**_options())
 
     def handle_request(self, request: "http.Request") -> "http.Response":
         return _completed(self.respond(request))
@@ -103,7 +102,7 @@ class AsyncFollowingTransport(_HttpFollower, http.AsyncBaseTransport):
 
     def __init__(self, run: RunDir, *, follow_s: float) -> None:
         super().__init__(run, follow_s=follow_s, check_lock=anyio.Lock())
-        self._inner = http.AsyncHTTPTransport(trust_env=False, limits=http.Limits(**_LIMITS))
+        self._inner = http.AsyncHTTPTransport(**_options())
 
     async def handle_async_request(self, request: "http.Request") -> "http.Response":
         return await self.respond(request)
@@ -168,6 +167,12 @@ class _ReportingStream(http.SyncByteStream, http.AsyncByteStream):
 
     async def aclose(self) -> None:
         await self._inner.aclose()
+
+
+def _options() -> dict[str, Any]:
+    """The arguments of both transports of the library."""
+    limits = http.Limits(max_connections=1000, max_keepalive_connections=100)
+    return {"trust_env": False, "limits": limits, "socket_options": SOCKET_OPTIONS}
 
 
 def _completed(blocking: Coroutine[Any, Any, _T]) -> _T:

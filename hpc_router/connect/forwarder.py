@@ -15,7 +15,7 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
-from hpc_router.client.following import RequestNotTakenError, ResponseLostError, RouterFollower
+from hpc_router.client.following import SOCKET_OPTIONS, RequestNotTakenError, ResponseLostError, RouterFollower
 from hpc_router.client.leader import REGISTRY_TIMEOUT_S, NoRouterError
 from hpc_router.errors import (
     BadRequestError,
@@ -34,7 +34,8 @@ from hpc_router.relay.downstream.interface import (
 )
 from hpc_router.relay.headers import HOP_BY_HOP, Headers, crossing
 from hpc_router.relay.unchanged_response import relay_unchanged
-from hpc_router.relay.upstream.interface import Upstream, UpstreamResponse, UpstreamTimeouts, address_of
+from hpc_router.relay.upstream.client import UpstreamClient
+from hpc_router.relay.upstream.interface import UpstreamResponse, UpstreamTimeouts, address_of
 from hpc_router.state.io_thread import FileThread
 from hpc_router.state.registry import Record
 from hpc_router.state.run_directory import RunDir
@@ -85,9 +86,9 @@ class Forwarder(RouterFollower[ForwardedRequest, ForwardedResponse]):
     """Handler of a server. `adds_tokens`: a request without credentials gets the owner's token (see `needs_token`).
     `held`: the requests that wait for a router. `files`: the thread that reads the registry."""
 
-    def __init__(self, run: RunDir, client: Upstream, *, hold_s: float, adds_tokens: bool) -> None:
+    def __init__(self, run: RunDir, *, hold_s: float, adds_tokens: bool) -> None:
         super().__init__(run, follow_s=hold_s, check_lock=asyncio.Lock())
-        self._client = client
+        self._client = UpstreamClient(ROUTER_LIMITS, resend=False, socket_options=SOCKET_OPTIONS)
         self._adds_tokens = adds_tokens
         self._token, self._secret = run.token(), run.secret()
         self.files = FileThread("registry")
@@ -97,7 +98,9 @@ class Forwarder(RouterFollower[ForwardedRequest, ForwardedResponse]):
         self.held = 0
 
     def close(self) -> None:
-        """End the threads; one that hangs with the file system does not keep the process from ending."""
+        """Close the connections and end the threads. A thread that hangs with the file system does not keep the process
+        from ending."""
+        self._client.close()
         for thread in (self.files, self._calls):
             thread.close(timeout_s=0)
 

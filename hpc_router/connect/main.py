@@ -16,11 +16,10 @@ from typing import Final
 
 import uvloop
 
-from hpc_router.connect.forwarder import ROUTER_LIMITS, Forwarder
+from hpc_router.connect.forwarder import Forwarder
 from hpc_router.connect.listener import RunningForwarder, running_forwarder, serving_address
 from hpc_router.errors import ConfigError, HpcRouterError, LaunchError
 from hpc_router.relay.downstream.server import listening, raise_file_limit
-from hpc_router.relay.upstream.client import UpstreamClient
 from hpc_router.state.io_thread import file_thread
 from hpc_router.state.run_directory import RunDir
 
@@ -107,10 +106,8 @@ async def _until_stopped(options: ConnectOptions, sock: socket.socket, on_servin
     for number in _STOP_SIGNALS:
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     max_body = int((options.max_body_mb + 1) * 2**20)  # the router's limit comes first
-    async with UpstreamClient(ROUTER_LIMITS, resend=False) as client:
-        forwarder = Forwarder(options.run, client, hold_s=options.hold_s, adds_tokens=options.port is None)
-        with closing(forwarder):
-            async with listening(forwarder.handle, sock, max_body=max_body):
-                on_serving()
-                await forwarder.report_leader()
-                await stop.wait()
+    with closing(Forwarder(options.run, hold_s=options.hold_s, adds_tokens=options.port is None)) as forwarder:
+        async with listening(forwarder.handle, sock, max_body=max_body):
+            on_serving()
+            await forwarder.report_leader()
+            await stop.wait()

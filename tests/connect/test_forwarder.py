@@ -3,7 +3,7 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,11 @@ from aiohttp import web
 from yarl import URL
 
 from hpc_router.connect import forwarder as forwarder_module
-from hpc_router.connect.forwarder import ROUTER_LIMITS, Forwarder, needs_token
+from hpc_router.connect.forwarder import Forwarder, needs_token
 from hpc_router.connect.listener import _listen_unix
 from hpc_router.net.protocol import CHAT
 from hpc_router.relay.downstream.server import listening
 from hpc_router.relay.headers import Headers
-from hpc_router.relay.upstream.client import UpstreamClient
 from hpc_router.state.registry import State
 from hpc_router.state.run_directory import RunDir, make_run
 from tests.client.fakes import (
@@ -106,9 +105,7 @@ async def connect(run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
         async def one(*, hold_s: float = 60.0, adds_tokens: bool = True) -> Connected:
             path = tmp_path / "s"
-            client = await stack.enter_async_context(UpstreamClient(ROUTER_LIMITS, resend=False))
-            forwarder = Forwarder(run, client, hold_s=hold_s, adds_tokens=adds_tokens)
-            stack.callback(forwarder.close)
+            forwarder = stack.enter_context(closing(Forwarder(run, hold_s=hold_s, adds_tokens=adds_tokens)))
             await stack.enter_async_context(listening(forwarder.handle, _listen_unix(path), max_body=2**16))
             connector = aiohttp.UnixConnector(str(path), limit=0)
             session = await stack.enter_async_context(aiohttp.ClientSession(connector=connector))

@@ -29,6 +29,7 @@ from hpc_router.state.private_folder import user_folder
 from hpc_router.state.registry import State
 from hpc_router.state.run_directory import RunDir, make_run
 from tests.client.fakes import FakeRouter, drains, enter, fake_router, record_of
+from tests.support.needs import ROOT
 from tests.support.waiting import GUARD_S, eventually
 
 pytestmark = pytest.mark.usefixtures("no_proxy")
@@ -363,3 +364,15 @@ def test_one_process_per_address(run: RunDir) -> None:
             pass
     with serving_address(run, port=port):
         pass
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can make a network namespace")
+def test_a_node_that_is_switched_off_ends_its_requests(tmp_path: Path) -> None:
+    """Instead of keeping them until the client's own timeout; `hpc_router.client` and `connect` alike."""
+    argv = ["unshare", "--net", sys.executable, "-m", "tests.connect.lost_node", str(tmp_path)]
+    shown = subprocess.run(argv, cwd=ROOT, timeout=GUARD_S, check=True, capture_output=True, text=True).stdout
+    assert sorted(shown.splitlines()) == [
+        "async NoRouterConnectionError",
+        "connect 503",
+        "sync NoRouterConnectionError",
+    ]

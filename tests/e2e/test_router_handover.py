@@ -6,7 +6,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,9 +16,8 @@ import openai
 import pytest
 
 from hpc_router.client import async_openai_client, openai_client
-from hpc_router.connect.forwarder import ROUTER_LIMITS, Forwarder
+from hpc_router.connect.forwarder import Forwarder
 from hpc_router.relay.downstream.server import listening
-from hpc_router.relay.upstream.client import UpstreamClient
 from hpc_router.state.registry import RegistryReader, State
 from hpc_router.state.run_directory import RunDir, open_run
 from tests.e2e.deployment import cli
@@ -118,12 +117,10 @@ def state_of(run: RunDir, generation: int) -> State | None:
 @asynccontextmanager
 async def forwarded(run: RunDir) -> AsyncIterator[str]:
     """The address of a `connect` with a port."""
-    async with UpstreamClient(ROUTER_LIMITS, resend=False) as client:
-        forwarder = Forwarder(run, client, hold_s=60, adds_tokens=False)
-        sock = socket.create_server(("127.0.0.1", 0))
+    sock = socket.create_server(("127.0.0.1", 0))
+    with closing(Forwarder(run, hold_s=60, adds_tokens=False)) as forwarder:
         async with listening(forwarder.handle, sock, max_body=2**20):
             yield f"http://127.0.0.1:{sock.getsockname()[1]}"
-        forwarder.close()
 
 
 @asynccontextmanager

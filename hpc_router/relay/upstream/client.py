@@ -8,7 +8,7 @@ stream go from the upstream socket to the sink in one step, without waking a tas
 import asyncio
 import math
 import ssl
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import AbstractAsyncContextManager
 from functools import lru_cache
 from types import TracebackType
@@ -42,7 +42,8 @@ class UpstreamClient:
     """Connections to upstream servers, pooled between requests. With a `socket_path`, all use that Unix socket.
 
     `tls`: the context for https; None: the system's certificates, loaded at first use. `resend`: a request on a pooled
-    connection that the server had closed is sent again; otherwise the caller decides.
+    connection that the server had closed is sent again; otherwise the caller decides. `socket_options`: of each TCP
+    connection, as arguments of `setsockopt`.
     """
 
     def __init__(
@@ -52,9 +53,11 @@ class UpstreamClient:
         socket_path: str | None = None,
         tls: ssl.SSLContext | None = None,
         resend: bool = True,
+        socket_options: Iterable[tuple[int, int, int]] = (),
     ) -> None:
         self.limits = limits
         self._resend = resend
+        self._socket_options = tuple(socket_options)
         self._socket_path = socket_path
         self.pool: Pool[Address | str, Connection] = Pool(keep_s=KEEP_ALIVE_S)
         self._tls = tls
@@ -65,6 +68,9 @@ class UpstreamClient:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
         self.pool.close()
 
     def request(
@@ -150,7 +156,9 @@ class UpstreamClient:
                     await loop.create_unix_connection(lambda: made, self._socket_path)
                 else:
                     tls = await self._tls_context() if address.tls else None
-                    await loop.create_connection(lambda: made, address.host, address.port, ssl=tls)
+                    transport, _ = await loop.create_connection(lambda: made, address.host, address.port, ssl=tls)
+                    for option in self._socket_options:
+                        transport.get_extra_info("socket").setsockopt(*option)
         except BaseException as error:
             made.abort()
             idle_timer.end()
