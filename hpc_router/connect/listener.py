@@ -139,6 +139,8 @@ def _listen_unix(path: Path) -> socket.socket:
         raise LaunchError(f"{path} is too long for a socket (valid: {MAX_PATH_BYTES} bytes)")
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
+        if _is_served(path):  # by a process whose description was removed, as cleaners of /tmp do
+            raise LaunchError(f"another process serves {path}; `fuser {path}` names it")
         path.unlink(missing_ok=True)
         sock.bind(str(path))
         path.chmod(0o600)
@@ -147,3 +149,12 @@ def _listen_unix(path: Path) -> socket.socket:
         sock.close()
         raise
     return sock
+
+
+def _is_served(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        try:
+            sock.connect(str(path))
+        except OSError:
+            return False
+    return True

@@ -348,6 +348,18 @@ class TestTunnel:
         assert (status, out) == (1, "")
 
 
+def test_a_socket_in_use_is_not_replaced(run: RunDir) -> None:
+    """Even if the file that describes its process was removed."""
+    with serving_address(run, port=None) as (running, _):
+        Path(running.address).with_suffix(".json").unlink()
+        assert running_forwarder(run, tcp=False) is None
+        with (
+            pytest.raises(LaunchError, match=f"another process serves {running.address}"),
+            serving_address(run, port=None),
+        ):
+            pass
+
+
 def test_one_process_per_address(run: RunDir) -> None:
     port = free_port()
     with serving_address(run, port=port) as (running, _):

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager, closing
 from dataclasses import dataclass, field
 from functools import partial
@@ -73,13 +74,15 @@ def _request(stream: bool) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def blocking(client: openai.OpenAI) -> Call:
+def blocking(client: openai.OpenAI, threads: Executor) -> Call:
+    """The threads are its own, because those of `asyncio.to_thread` start the routers."""
+
     def one(stream: bool) -> None:
         answer: Any = client.chat.completions.create(**_request(stream))
         choices = [chunk.choices[0] for chunk in (answer if stream else [answer])]
         assert choices[-1].finish_reason == "length"
 
-    return lambda stream: asyncio.to_thread(one, stream)
+    return lambda stream: asyncio.get_running_loop().run_in_executor(threads, one, stream)
 
 
 def asynchronous(client: openai.AsyncOpenAI) -> Call:
@@ -143,7 +146,7 @@ async def under_load(folder: Path) -> AsyncIterator[tuple[Callers, Callable[[], 
         for name, call in (
             ("connect", asynchronous(plain)),
             ("async", asynchronous(follower)),
-            ("sync", blocking(sync)),
+            ("sync", blocking(sync, stack.enter_context(ThreadPoolExecutor(6)))),
         ):
             for _ in range(3):
                 callers.start(name, call, stream=True)
@@ -159,17 +162,21 @@ async def under_load(folder: Path) -> AsyncIterator[tuple[Callers, Callable[[], 
             await callers.ended()
 
 
-async def test_two_handovers_fail_no_call(tmp_path: Path) -> None:
-    """The successor is ready before the old router drains. Each drain begins while all callers have requests in
-    flight, and ends when they are answered."""
+@pytest.mark.parametrize("overlap", [True, False])
+async def test_two_handovers_fail_no_call(tmp_path: Path, overlap: bool) -> None:
+    """Each drain begins while all callers have requests in flight, and ends when they are answered. With `overlap` the
+    successor is ready before; without, it starts on the same port after the end, and requests wait for it."""
     async with under_load(tmp_path) as (callers, start_next):
-        old = await start_next()
+        router = await start_next()
         await eventually(lambda: callers.all_have(1))
         for generation in (2, 3):
-            new = await start_next()
-            await ended_in_order(old)
+            if overlap:
+                old, router = router, await start_next()
+                await ended_in_order(old)
+            else:
+                await ended_in_order(router)
+                router = await start_next()
             await eventually(partial(callers.all_have, generation))
-            old = new
     assert callers.failures == []
 
 
