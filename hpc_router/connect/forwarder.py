@@ -2,15 +2,16 @@
 
 `client.following` has the rules: which router gets a request, and when it is sent again. While no router takes it, a
 request is held, in bounded number and for a bounded time, then it gets 503. A request whose response has begun is never
-repeated; a response that breaks off aborts the client's connection. A slow shared file system delays no request: the
-registry is read at most every `VIEW_S` seconds, by one thread, for all requests.
+repeated; a response that breaks off aborts the client's connection. One thread reads the registry, for all requests and
+at most every `VIEW_S` seconds, so a file system that stalls delays few of them, and those by `REGISTRY_TIMEOUT_S`.
 """
 
 import asyncio
 import logging
+import math
 import re
 import time
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
@@ -94,7 +95,7 @@ class Forwarder(RouterFollower[ForwardedRequest, ForwardedResponse]):
         self.files = FileThread("registry")
         self._calls = FileThread("identity checks")  # not the other thread, which may hang with the file system
         self._look: asyncio.Task[Record | None] | None = None
-        self._looked_at = float("-inf")
+        self._look_began_at = self._looked_at = -math.inf
         self.held = 0
 
     def close(self) -> None:
@@ -104,10 +105,7 @@ class Forwarder(RouterFollower[ForwardedRequest, ForwardedResponse]):
         for thread in (self.files, self._calls):
             thread.close(timeout_s=0)
 
-    def handle(self, request: Request) -> Coroutine[Any, Any, Response | None]:
-        return self._respond(request)
-
-    async def _respond(self, request: Request) -> Response | None:
+    async def handle(self, request: Request) -> Response | None:
         """Raises nothing but CancelledError."""
         try:
             body = request.complete_body()
@@ -189,12 +187,15 @@ class Forwarder(RouterFollower[ForwardedRequest, ForwardedResponse]):
             self.held -= 1
 
     async def find(self, *, recheck: bool) -> Record | None:
-        """The leader, from one look for all requests. Without `recheck` the last look may be up to `VIEW_S` old."""
-        if not recheck and time.monotonic() - self._looked_at < VIEW_S:
+        """The leader, from one look for all requests. Without `recheck` the last look may be up to `VIEW_S` old. A look
+        that takes longer than REGISTRY_TIMEOUT_S is waited for no more; until it ends, the last result stands."""
+        now = time.monotonic()
+        if not recheck and now - self._looked_at < VIEW_S:
             return self._leader.last
         if self._look is None:
-            self._look = asyncio.create_task(self._look_up(recheck=recheck))
-        done, _ = await asyncio.wait({self._look}, timeout=REGISTRY_TIMEOUT_S)
+            self._look, self._look_began_at = asyncio.create_task(self._look_up(recheck=recheck)), now
+        left_s = max(0.0, self._look_began_at + REGISTRY_TIMEOUT_S - now)
+        done, _ = await asyncio.wait({self._look}, timeout=left_s)
         return done.pop().result() if done else self._leader.last
 
     async def _look_up(self, *, recheck: bool) -> Record | None:
