@@ -39,7 +39,7 @@ from hpc_router.config.compose import conf_folder
 from hpc_router.config.frozen import GROUPS
 from hpc_router.config.sources import Sources, parse_override
 from hpc_router.errors import ConfigError, suggest
-from hpc_router.router.main import raise_file_limit
+from hpc_router.relay.downstream.server import raise_file_limit
 from hpc_router.state.run_directory import RunDir, open_run
 from launch.entry import Call, launch
 

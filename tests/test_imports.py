@@ -15,6 +15,7 @@ import hpc_router
     ("module", "forbidden"),
     [
         ("hpc_router.router.main", ["torch", "vllm", "sklearn", "submitit", "transformers", "hpc_router.expert"]),
+        ("hpc_router.connect.main", ["openai", "aiohttp", "submitit", "torch", "hydra", "hpc_router.router"]),
         ("hpc_router.expert.agent.agent", ["torch", "vllm", "submitit", "hpc_router.router", "hpc_router.routing"]),
     ],
 )

@@ -1,18 +1,22 @@
-"""The verbs that use the endpoint: `route`, `chat`, `url`, `token`."""
+"""The verbs that use the endpoint: `route`, `chat`, `url`, `token`, `env`, `connect`."""
 
 import argparse
 import asyncio
 import contextlib
+import logging
+import os
+import shlex
 import sys
 from typing import TYPE_CHECKING
 
 from hpc_router.cli.output import print_lines, print_value
-from hpc_router.cli.parser import Parser, Verbs, add_verb, port
+from hpc_router.cli.parser import Parser, Verbs, add_verb, number, port
 from hpc_router.errors import HpcRouterError, LaunchError
 from hpc_router.state.run_directory import find_run
 
 if TYPE_CHECKING:
     from hpc_router.cluster.commands.router_access import RouterAccess
+    from hpc_router.connect.listener import RunningForwarder
 
 
 def add_route(verbs: "Verbs[Parser]") -> None:
@@ -99,7 +103,11 @@ async def _answer(access: "RouterAccess", messages: list[dict[str, str]], model:
 
 def add_url(verbs: "Verbs[Parser]") -> None:
     parser = add_verb(verbs, url, json=True)
-    parser.add_argument("--ssh", action="store_true", help="print the `ssh` command that forwards a local port to it")
+    parser.add_argument(
+        "--ssh",
+        action="store_true",
+        help="print the `ssh` command that forwards a local port to it, or to a running `connect`",
+    )
     parser.add_argument("--port", type=port, default=8000, metavar="N", help="the local port (default 8000)")
 
 
@@ -110,12 +118,14 @@ def url(arguments: argparse.Namespace) -> int:
     hpc-router url --ssh               the `ssh` command to run on the laptop
     """
     from hpc_router.cluster.commands.router_access import router_access
-    from hpc_router.cluster.commands.tunnel import tunnel_to
+    from hpc_router.cluster.commands.tunnel import forwarder_tunnel, tunnel_to
 
     run = find_run(arguments.run)
     if not arguments.ssh and not arguments.json:
         return print_lines([router_access(run).url])
-    tunnel = tunnel_to(run, port=arguments.port, unproven=arguments.ssh)
+    tunnel = forwarder_tunnel(run, port=arguments.port) if arguments.ssh else None
+    if tunnel is None:
+        tunnel = tunnel_to(run, port=arguments.port, unproven=arguments.ssh)
     if arguments.json:
         return print_value({"url": tunnel.url, "ssh": list(tunnel.argv), "proven": tunnel.unproven is None})
     sys.stderr.writelines(f"{note}\n" for note in tunnel.notes())
@@ -133,3 +143,69 @@ def token(arguments: argparse.Namespace) -> int:
          "$(hpc-router url)/v1/models"     # bash; every user of a node can read its command lines
     """
     return print_lines([find_run(arguments.run).token()])
+
+
+def add_env(verbs: "Verbs[Parser]") -> None:
+    add_verb(verbs, env)
+
+
+def env(arguments: argparse.Namespace) -> int:
+    """print shell commands that set OPENAI_BASE_URL and OPENAI_API_KEY
+
+    eval "$(hpc-router env)"           in sh, bash or zsh; then any OpenAI client works
+    """
+    from hpc_router.cluster.commands.env import exports
+
+    lines, note = exports(find_run(arguments.run), os.environ)
+    if note is not None:
+        sys.stderr.write(f"hpc-router: {note}\n")
+    return print_lines(lines)
+
+
+def add_connect(verbs: "Verbs[Parser]") -> None:
+    parser = add_verb(verbs, connect, json=True)
+    parser.add_argument(
+        "--port",
+        type=port,
+        metavar="N",
+        help="serve http://127.0.0.1:N, where clients send the token (default: a unix socket that only you can open)",
+    )
+    parser.add_argument("--detach", action="store_true", help="serve in the background, and print the process id")
+    parser.add_argument(
+        "--hold", type=number, default=60.0, metavar="S", help="seconds that a request waits for a router (default 60)"
+    )
+
+
+def connect(arguments: argparse.Namespace) -> int:
+    """serve one address for plain clients, and forward to whichever router leads
+
+    hpc-router connect --port 8000         then, in another shell: eval "$(hpc-router env)"
+    hpc-router connect --detach            then: hpc-router url --ssh
+    """
+    from hpc_router.cluster.control_loop.desired_state import readable_deployment
+    from hpc_router.connect.main import ConnectOptions, connect_detached
+    from hpc_router.connect.main import connect as serve
+
+    run = find_run(arguments.run)
+    max_body_mb = readable_deployment(run).router.max_body_mb
+    options = ConnectOptions(run, port=arguments.port, hold_s=arguments.hold, max_body_mb=max_body_mb)
+    if arguments.detach:
+        return _print_forwarder(connect_detached(options), json=arguments.json)
+    logging.getLogger("hpc_router.connect").setLevel(logging.INFO)
+    serve(options, on_serving=lambda running: _print_forwarder(running, json=arguments.json))
+    return 0
+
+
+def _print_forwarder(running: "RunningForwarder", *, json: bool) -> int:
+    """The address to stdout; how to use and end it to stderr."""
+    run = shlex.quote(running.run)
+    if running.port is None:
+        use = f"curl --unix-socket {shlex.quote(running.address)} http://localhost/v1/models"
+    else:
+        use = f'eval "$(hpc-router env --run {run})" for the OpenAI clients of this host'
+    end = "Ctrl-C ends it" if running.log is None else f"`kill {running.pid}` ends it; its log is {running.log}"
+    for note in (use, f"hpc-router url --ssh --run {run} for a laptop", end):
+        sys.stderr.write(f"# {note}\n")
+    if json:
+        return print_value({"address": running.address, "port": running.port, "pid": running.pid, "log": running.log})
+    return print_lines([running.address])

@@ -26,6 +26,8 @@ VERBS: Final[Mapping[str, Callable[["Verbs[Parser]"], None]]] = {
     "chat": endpoint.add_chat,
     "url": endpoint.add_url,
     "token": endpoint.add_token,
+    "env": endpoint.add_env,
+    "connect": endpoint.add_connect,
     "scale": operation.add_scale,
     "apply": operation.add_apply,
     "set": operation.add_set,

@@ -7,7 +7,7 @@ Files of other users are ignored. While the file system fails or does not respon
 
 import logging
 import threading
-from typing import Any
+from typing import Any, Final
 
 from hpc_router.errors import HpcRouterError, RegistryError
 from hpc_router.state.registry import Record, RecordKind, RegistryReader, State, leading_router, record_file
@@ -15,6 +15,9 @@ from hpc_router.state.run_directory import RunDir
 from hpc_router.state.stamped_file import StampedFile
 
 logger = logging.getLogger(__name__)
+
+REGISTRY_TIMEOUT_S: Final = 2.0
+"""Limit of one read of the registry by an asynchronous client; after it the last result is used."""
 
 
 class NoRouterError(HpcRouterError):

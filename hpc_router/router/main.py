@@ -7,7 +7,6 @@ predecessor unless another process has it, so that clients that know only the ad
 import contextlib
 import logging
 import os
-import resource
 import socket
 import time
 from collections.abc import Iterator, Mapping
@@ -21,6 +20,7 @@ from hpc_router.config.schema import Deployment
 from hpc_router.errors import ConfigError, RegistryError
 from hpc_router.net import addresses
 from hpc_router.net.auth import new_token, replica_key
+from hpc_router.relay.downstream.server import raise_file_limit
 from hpc_router.router.children import RouterSettings, run_control, run_worker
 from hpc_router.router.ipc.shared_counters import Counters
 from hpc_router.router.ipc.supervisor import RouterSupervisor
@@ -66,13 +66,6 @@ def _final_files(job: JobDir) -> Iterator[FileThread]:
     with file_thread(f"files of {job.replica}", log=job.agent_log) as files:
         files.post(partial(withdraw, job.run.registry, job.replica))
         yield files
-
-
-def raise_file_limit() -> None:
-    """Raise the soft limit of open files to the hard one: a stream takes two, and 1,024 is a common soft limit."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def supervise(run: RunDir, deployment: Deployment, job: JobDir) -> int:

@@ -1,10 +1,16 @@
-"""Prompts for a deployment, and what its router reports."""
+"""Prompts for a deployment, what its router reports, and services in processes of their own."""
 
+import json
+import subprocess
+import sys
 import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import openai
 
 from tests.e2e.deployment import Deployed
+from tests.support.needs import ROOT
 
 PROMPTS = {
     "code": "Write a Python function that reverses a linked list.",
@@ -34,3 +40,23 @@ def ask(client: openai.OpenAI, text: str, *, model: str = "auto") -> tuple[str, 
         model=model, messages=[{"role": "user", "content": text}], max_tokens=4
     )
     return raw.parse().choices[0].message.content or "", dict(raw.headers)
+
+
+@contextmanager
+def running(*argv: str) -> Iterator["subprocess.Popen[str]"]:
+    """Ended with SIGTERM, which must be enough."""
+    process = subprocess.Popen([sys.executable, *argv], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    try:
+        yield process
+    finally:
+        process.terminate()
+        process.communicate(timeout=20)
+
+
+@contextmanager
+def engine(*names: str, options: Sequence[str] = ()) -> Iterator[str]:
+    """A simulated engine on a port of its own -> its address."""
+    argv = ["-m", "hpc_router.sim", "--port", "0", "--announce", *options, "--served-model-name", *names]
+    with running(*argv) as process:
+        assert process.stdout is not None
+        yield json.loads(process.stdout.readline())["listening"]

@@ -1,6 +1,5 @@
 """A router alone in front of endpoints that run elsewhere: registered, served, gone, taken out."""
 
-import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,30 +10,11 @@ import openai
 import pytest
 
 from tests.e2e.deployment import cli
+from tests.e2e.support import engine, running
 from tests.support.needs import ROOT
 from tests.support.waiting import eventually_sync
 
 pytestmark = pytest.mark.e2e
-
-
-@contextmanager
-def running(*argv: str) -> Iterator["subprocess.Popen[str]"]:
-    """Ended with SIGTERM, which must be enough."""
-    process = subprocess.Popen([sys.executable, *argv], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    try:
-        yield process
-    finally:
-        process.terminate()
-        process.communicate(timeout=20)
-
-
-@contextmanager
-def engine(*names: str) -> Iterator[str]:
-    """A simulated engine on a port of its own -> its address."""
-    argv = ["-m", "hpc_router.sim", "--port", "0", "--announce", "--served-model-name", *names]
-    with running(*argv) as process:
-        assert process.stdout is not None
-        yield json.loads(process.stdout.readline())["listening"]
 
 
 @contextmanager

@@ -9,7 +9,6 @@ import os
 import shlex
 import time
 from contextlib import suppress
-from pathlib import Path
 from typing import Final, Protocol
 
 from hpc_router.cluster.control_loop.desired_state import want_down
@@ -22,6 +21,7 @@ from hpc_router.errors import ConfigError, LaunchError
 from hpc_router.expert.engine_process.scratch_dir import expanded, sweep
 from hpc_router.state import registry
 from hpc_router.state.job_records import JobDir
+from hpc_router.state.private_folder import user_folder
 from hpc_router.state.registry import RecordKind
 from hpc_router.state.run_directory import RunDir
 
@@ -89,7 +89,7 @@ def end_all(control: ControlLoop, before: set[str], *, watcher: Watcher) -> int:
         time.sleep(POLL_S if left else REMAINING_POLL_S)
     _remove_records(control.run)
     with suppress(OSError, ConfigError):  # folders of killed agents; a missing folder is fine
-        sweep(Path(expanded(control.deployment.cluster.scratch, os.environ)) / f"hpc-router-{os.getuid()}")
+        sweep(user_folder(expanded(control.deployment.cluster.scratch, os.environ)))
     if ended:
         control.run.event("down", replicas=sorted(ended))
     return len(ended)

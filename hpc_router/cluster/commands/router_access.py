@@ -7,11 +7,10 @@ be live, and the router must prove that it is the one in the record. Every verb 
 from dataclasses import dataclass
 
 from hpc_router.client.router_identity import IdentityCheck, check_identity
-from hpc_router.cluster.control_loop.desired_state import deployment_of
+from hpc_router.cluster.control_loop.desired_state import readable_deployment
 from hpc_router.cluster.launchers.interface import JobState
 from hpc_router.cluster.launchers.select import launcher_for
-from hpc_router.config.schema import Deployment
-from hpc_router.errors import ConfigError, LaunchError
+from hpc_router.errors import LaunchError
 from hpc_router.state.registry import Record, RecordKind, RegistryReader, leading_router
 from hpc_router.state.run_directory import RunDir
 
@@ -32,12 +31,8 @@ class RouterAccess:
 
 def live_router(run: RunDir) -> Record | None:
     """The leading router among those that may be live."""
-    try:
-        deployment = deployment_of(run)
-    except ConfigError:  # another version's, or damaged; its router may serve nevertheless
-        deployment = Deployment()
     records = {name: r for name, r in RegistryReader(run.registry).snapshot().items() if r.kind is RecordKind.ROUTER}
-    reports = launcher_for(run, deployment).observe(records)
+    reports = launcher_for(run, readable_deployment(run)).observe(records)
     return leading_router({name: r for name, r in records.items() if reports[name].state in _MAY_LIVE})
 
 

@@ -2,7 +2,8 @@
 
 The login host forwards a local port to the router's address. If the router listens on the loopback of a node, `ssh`
 goes to that node through the login host. The router must prove its identity first; one on the loopback of another node
-cannot be reached from here, so the notes to its command say that it is not proven.
+cannot be reached from here, so the notes to its command say that it is not proven. If `connect` runs on this host, the
+port is forwarded to it instead, so the command stays valid when the router moves.
 """
 
 import getpass
@@ -14,7 +15,8 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from hpc_router.cluster.commands.router_access import prove_identity, recorded_router
-from hpc_router.cluster.control_loop.desired_state import deployment_of
+from hpc_router.cluster.control_loop.desired_state import deployment_of, readable_deployment
+from hpc_router.connect.listener import RunningForwarder, running_forwarder
 from hpc_router.errors import ConfigError
 from hpc_router.state.registry import Record
 from hpc_router.state.run_directory import RunDir
@@ -35,8 +37,9 @@ class LocalHost:
 
 @dataclass(frozen=True, slots=True)
 class Tunnel:
-    """`argv` runs on the laptop until it is interrupted. `login`: the host that has the run directory. `guessed`: the
-    config does not name it. `unproven`: the node on whose loopback the router's identity could not be checked."""
+    """`argv` runs on the laptop until it is interrupted. `url`: the router's, or the address of `connect`. `login`: the
+    host that has the run directory. `guessed`: the config does not name it. `unproven`: the node on whose loopback the
+    router's identity could not be checked."""
 
     url: str
     argv: tuple[str, ...]
@@ -72,16 +75,46 @@ class Tunnel:
 
 def tunnel(record: Record, *, login: str | None, here: LocalHost, port: int, run: Path) -> Tunnel:
     """`login`: from the config, with or without a user."""
+    host = urlsplit(record.url).hostname or ""
+    node = record.node if _is_loopback(host) else None
+    return _tunnel(record.url, _target(record.url), node=node, login=login, here=here, port=port, run=run)
+
+
+def tunnel_to_forwarder(running: RunningForwarder, *, login: str | None, here: LocalHost, port: int) -> Tunnel:
+    """The tunnel to a `connect` of this host."""
+    target = running.address if running.port is None else _target(running.address)
+    run = Path(running.run)
+    return _tunnel(running.address, target, node=here.host, login=login, here=here, port=port, run=run)
+
+
+def _tunnel(
+    url: str, target: str, *, node: str | None, login: str | None, here: LocalHost, port: int, run: Path
+) -> Tunnel:
+    """`node`: the only one that reaches the target; None: every host of the cluster does."""
     if not 0 < port < 65536:
         raise ConfigError(f"--port {port}: valid are 1 to 65535")
-    gateway = login or here.login
-    address = urlsplit(record.url)
-    host, router_port = address.hostname or "", address.port or 80
-    forward = f"{port}:{f'[{host}]' if ':' in host else host}:{router_port}"
+    gateway, forward = login or here.login, f"{port}:{target}"
     words = ["ssh", "-N", "-L", forward, gateway]
-    if _is_loopback(host) and not _is_at(gateway, record.node, here):
-        words = ["ssh", "-N", "-J", gateway, "-L", forward, f"{_user_of(gateway) or here.user}@{record.node}"]
-    return Tunnel(record.url, tuple(words), port, gateway, run, guessed=login is None)
+    if not _is_at(gateway, node, here):
+        words = ["ssh", "-N", "-J", gateway, "-L", forward, f"{_user_of(gateway) or here.user}@{node}"]
+    return Tunnel(url, tuple(words), port, gateway, run, guessed=login is None)
+
+
+def _target(url: str) -> str:
+    """Host and port of a URL, as `ssh -L` takes them."""
+    address = urlsplit(url)
+    host = address.hostname or ""
+    return f"{f'[{host}]' if ':' in host else host}:{address.port or 80}"
+
+
+def forwarder_tunnel(run: RunDir, *, port: int) -> Tunnel | None:
+    """The tunnel to the `connect` that runs on this host, if one does; the one with a socket comes first, because other
+    users of the host cannot reach it."""
+    running = running_forwarder(run, tcp=False) or running_forwarder(run, tcp=True)
+    if running is None:
+        return None
+    login = readable_deployment(run).cluster.login
+    return tunnel_to_forwarder(running, login=login, here=_local_host(), port=port)
 
 
 def tunnel_to(run: RunDir, *, port: int, unproven: bool = False) -> Tunnel:

@@ -29,6 +29,15 @@ def deployment_of(run: RunDir) -> Deployment:
     return frozen.read(run.config) if run.config.exists() else Deployment()
 
 
+def readable_deployment(run: RunDir) -> Deployment:
+    """As `deployment_of`; the defaults if the config is damaged or of another version, whose router may serve
+    nevertheless."""
+    try:
+        return deployment_of(run)
+    except ConfigError:
+        return Deployment()
+
+
 def host_expert(run: RunDir, name: str) -> str:
     """The expert whose engine serves `name`, if that is an adapter; else `name`, also if the config cannot be read."""
     try:

@@ -38,6 +38,7 @@ from hpc_router.expert.engine_process.command import drain_limit_s
 from hpc_router.expert.engines import Engine, Place, engine_environment
 from hpc_router.expert.engines.container import command_in_container
 from hpc_router.net.job_environment import current_job_id
+from hpc_router.state.private_folder import user_folder
 from hpc_router.state.run_directory import RunDir
 
 JOB_FOLDER: Final = "<job>"
@@ -265,7 +266,7 @@ def _absolute(path: str) -> str:
 def _replicas(deployment: Deployment, run: RunDir, engines: Mapping[str, Engine]) -> Iterator[ReplicaPlan]:
     yield ReplicaPlan(ROUTER_SLOT.expert, request_for(run, deployment, ROUTER_SLOT.replica(1)))
     cluster = deployment.cluster
-    place = Place(Path(cluster.scratch) / f"hpc-router-{os.getuid()}" / JOB_FOLDER)
+    place = Place(user_folder(Path(cluster.scratch)) / JOB_FOLDER)
     for name, engine in engines.items():
         expert = deployment.experts[name]
         command = [*engine.argv(place), *engine.drain_flags(drain_limit_s(cluster), version=None)]

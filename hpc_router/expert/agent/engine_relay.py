@@ -10,13 +10,12 @@ from collections.abc import Awaitable, Callable
 from typing import Final
 
 from hpc_router.errors import UpstreamError
-from hpc_router.relay.downstream.interface import SHORT_BYTES, DownstreamGoneError, PendingResponse, Request, Response
+from hpc_router.relay.downstream.interface import SHORT_BYTES, PendingResponse, Request, Response
 from hpc_router.relay.headers import NOT_DOWNSTREAM, NOT_UPSTREAM, Headers, crossing
 from hpc_router.relay.in_flight import InFlight
 from hpc_router.relay.sse import CONTENT_TYPE
+from hpc_router.relay.unchanged_response import relay_unchanged
 from hpc_router.relay.upstream.interface import (
-    CHUNK_ENDS,
-    ChunkWriter,
     PendingRequest,
     ResponseCallback,
     Upstream,
@@ -109,47 +108,14 @@ async def relay_request(
         async with client.request(
             request.method, ENGINE, request.target, head=head, body=body or None, started=started
         ) as answer:
-            head = crossing(answer.headers, drop=NOT_DOWNSTREAM)
-            if (whole := answer.complete_body) is not None and len(whole) <= SHORT_BYTES:
-                on_progress()
-                return Response(answer.status, head, whole)
-            await request.start_response(answer.status, head, length=answer.length)
-            await answer.stream_to(_ClientSink(request, on_progress))
-    except DownstreamGoneError:
-        pass  # the client has disconnected, so this task will be cancelled
+            return await relay_unchanged(request, answer, on_progress=on_progress)
     except UpstreamError as error:
         if request.response_started:
             logger.warning("the engine failed during a response: %s", error)
             request.abort()
         raise
-    return None
 
 
 def _head(request: Request) -> bytes:
     lines = crossing(request.headers, drop=NOT_UPSTREAM)
     return b"%bx-request-id: %b\r\n" % (lines, request.request_id) if request.request_id else lines
-
-
-class _ClientSink:
-    """Writes the chunks of the response to the client."""
-
-    def __init__(self, request: Request, on_progress: Callable[[], None]) -> None:
-        self._request = request
-        self._on_progress = on_progress
-        self._write_chunk = request.write_chunk
-        self._chunk_writer = None if self._write_chunk is None else ChunkWriter(self._pass, CHUNK_ENDS)
-
-    def write(self, data: bytes) -> bool:
-        self._on_progress()
-        return self._request.write(data)
-
-    def chunk_writer(self) -> ChunkWriter | None:
-        return self._chunk_writer
-
-    def _pass(self, chunk: bytes) -> bool:
-        assert self._write_chunk is not None
-        self._on_progress()
-        return self._write_chunk(chunk)
-
-    async def drain(self) -> None:
-        await self._request.drain()

@@ -18,7 +18,6 @@ from hpc_router.background_tasks import TaskFailures
 from hpc_router.errors import (
     BadRequestError,
     BodyTooLargeError,
-    UnsupportedEncodingError,
     UpstreamConnectError,
     UpstreamError,
 )
@@ -31,6 +30,7 @@ from hpc_router.relay.downstream.interface import (
     Response,
     error_response,
     json_response,
+    unreadable_response,
 )
 from hpc_router.relay.in_flight import InFlight
 from hpc_router.relay.upstream.interface import PendingRequest, Upstream
@@ -110,18 +110,8 @@ class AgentHttpApi:
                     404, kind="invalid_request_error", code="unknown_path", message="this path is not served here"
                 )
             return await handler(request)
-        except BodyTooLargeError as error:
-            return error_response(
-                413, kind="invalid_request_error", code="body_too_large", message=str(error), path=request.path
-            )
-        except UnsupportedEncodingError as error:
-            return error_response(
-                415, kind="invalid_request_error", code="unsupported_encoding", message=str(error), path=request.path
-            )
-        except BadRequestError as error:
-            return error_response(
-                400, kind="invalid_request_error", code="bad_request", message=str(error), path=request.path
-            )
+        except (BodyTooLargeError, BadRequestError) as error:
+            return unreadable_response(error, path=request.path)
         except Exception:
             logger.exception("%s %s failed", request.method, request.path[:200])
             return error_response(

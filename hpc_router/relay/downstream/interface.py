@@ -10,7 +10,13 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, Final
 
-from hpc_router.errors import HpcRouterError, UnsupportedEncodingError
+from hpc_router.errors import (
+    BadRequestError,
+    BodyTooLargeError,
+    HpcRouterError,
+    RequestTimeoutError,
+    UnsupportedEncodingError,
+)
 from hpc_router.relay.api_formats import ErrorReply, api_format_of
 from hpc_router.relay.headers import Headers, lines
 
@@ -20,6 +26,13 @@ SHORT_BYTES: Final = 2**16
 """A response up to this size is left to the send buffer; for a longer one the handler waits until the client has read
 most of it."""
 JSON: Final = b"content-type: application/json\r\n"
+_UNREADABLE: Final = {
+    UnsupportedEncodingError: (415, "unsupported_encoding"),
+    BodyTooLargeError: (413, "body_too_large"),
+    RequestTimeoutError: (408, "request_timeout"),
+    BadRequestError: (400, "bad_request"),
+}
+"""Status and code of the errors of `Request.read`."""
 
 
 class DownstreamGoneError(HpcRouterError):
@@ -146,3 +159,9 @@ def error_response(
     elif status == 415:
         response.add("accept-encoding", "identity")  # RFC 9110, section 15.5.16
     return response
+
+
+def unreadable_response(error: BadRequestError | BodyTooLargeError | RequestTimeoutError, *, path: str) -> Response:
+    """The response to a request whose body `Request.read` could not return."""
+    status, code = next(answer for kind, answer in _UNREADABLE.items() if isinstance(error, kind))
+    return error_response(status, kind="invalid_request_error", code=code, message=str(error), path=path)

@@ -5,6 +5,7 @@ and creates a request, a writer and a response object for each.
 """
 
 import asyncio
+import resource
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
@@ -78,3 +79,10 @@ async def listening(
         listener.close()
         await server.shut_down()
         await listener.wait_closed()
+
+
+def raise_file_limit() -> None:
+    """Raise the soft limit of open files to the hard one: a stream takes two, and 1,024 is a common soft limit."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

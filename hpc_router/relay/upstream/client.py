@@ -8,7 +8,7 @@ stream go from the upstream socket to the sink in one step, without waking a tas
 import asyncio
 import math
 import ssl
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import AbstractAsyncContextManager
 from functools import lru_cache
 from types import TracebackType
@@ -41,13 +41,23 @@ _WITH_BODY: Final = frozenset({"POST", "PUT", "PATCH"})
 class UpstreamClient:
     """Connections to upstream servers, pooled between requests. With a `socket_path`, all use that Unix socket.
 
-    `tls`: the context for https; None: the system's certificates, loaded at first use.
+    `tls`: the context for https; None: the system's certificates, loaded at first use. `resend`: a request on a pooled
+    connection that the server had closed is sent again; otherwise the caller decides. `socket_options`: of each TCP
+    connection, as arguments of `setsockopt`.
     """
 
     def __init__(
-        self, limits: UpstreamTimeouts, *, socket_path: str | None = None, tls: ssl.SSLContext | None = None
+        self,
+        limits: UpstreamTimeouts,
+        *,
+        socket_path: str | None = None,
+        tls: ssl.SSLContext | None = None,
+        resend: bool = True,
+        socket_options: Iterable[tuple[int, int, int]] = (),
     ) -> None:
         self.limits = limits
+        self._resend = resend
+        self._socket_options = tuple(socket_options)
         self._socket_path = socket_path
         self.pool: Pool[Address | str, Connection] = Pool(keep_s=KEEP_ALIVE_S)
         self._tls = tls
@@ -58,6 +68,9 @@ class UpstreamClient:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
         self.pool.close()
 
     def request(
@@ -105,7 +118,8 @@ class UpstreamClient:
             try:
                 return await self._exchange_on(pooled, call, sent=call.started is not None)
             except UpstreamError:
-                if not pooled.nothing_received or pooled.idle_timer.expired or pooled.exchange_age_s() > STALE_S:
+                stale = pooled.nothing_received and not pooled.idle_timer.expired and pooled.exchange_age_s() <= STALE_S
+                if not (stale and self._resend):
                     raise
         try:
             connection = await self.connect(call.address, watch=call.watch)
@@ -142,7 +156,9 @@ class UpstreamClient:
                     await loop.create_unix_connection(lambda: made, self._socket_path)
                 else:
                     tls = await self._tls_context() if address.tls else None
-                    await loop.create_connection(lambda: made, address.host, address.port, ssl=tls)
+                    transport, _ = await loop.create_connection(lambda: made, address.host, address.port, ssl=tls)
+                    for option in self._socket_options:
+                        transport.get_extra_info("socket").setsockopt(*option)
         except BaseException as error:
             made.abort()
             idle_timer.end()

@@ -1,0 +1,180 @@
+"""Sends one request to the router that leads, and to its successor if that router did not take it.
+
+Rules: a request that no router took (no connection, or the router drains) is sent again until a router takes it or
+`follow_s` is over. A request whose connection ended before any response is sent again once. Every other response goes
+to the caller. A router gets a request only after `router_identity` has checked the process at its address; one check
+serves all requests of a follower until a request fails. This module knows no HTTP library: subclasses do the I/O.
+"""
+
+import random
+import socket
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from functools import partial
+from typing import Any, Final, Generic, Protocol, TypeVar
+
+from hpc_router.client.leader import Leader, NoRouterError
+from hpc_router.client.retry import RetryState
+from hpc_router.client.router_identity import IdentityCache, IdentityCheck, check_identity
+from hpc_router.errors import HpcRouterError
+from hpc_router.state.registry import Record
+from hpc_router.state.run_directory import RunDir
+
+LOST_NODE_S: Final = 30
+SOCKET_OPTIONS: Final[Sequence[tuple[int, int, int]]] = (
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, LOST_NODE_S // 2),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, LOST_NODE_S // 6),
+    (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * LOST_NODE_S),
+)
+"""For connections to routers: one to a node that was switched off or cut off breaks after LOST_NODE_S, also while it
+only waits for a response. Without them it stays open until the request's own timeout."""
+
+
+class RequestNotTakenError(Exception):
+    """There was no connection to the router, so it does not have the request."""
+
+
+class ResponseLostError(HpcRouterError):
+    """The connection ended after the request was sent and before any response."""
+
+
+class RouterResponse(Protocol):
+    """What the rules read of a response."""
+
+    @property
+    def status_code(self) -> int: ...
+    @property
+    def headers(self) -> Mapping[str, Any]: ...
+
+
+Q = TypeVar("Q")
+A = TypeVar("A", bound=RouterResponse)
+T = TypeVar("T")
+
+
+class RouterFollower(ABC, Generic[Q, A]):
+    """Follows the routers of one run for requests of type Q. The methods of a subclass may block instead of awaiting;
+    then `follow` does as well."""
+
+    def __init__(self, run: RunDir, *, follow_s: float, check_lock: AbstractAsyncContextManager[Any]) -> None:
+        self._run = run
+        self._leader = Leader(run)
+        self._follow_s = follow_s
+        self._token: str | None = None
+        self._secret: str | None = None
+        self._identity = IdentityCache()
+        self._check_lock = check_lock
+
+    @abstractmethod
+    async def send(self, request: Q, router: Record, token: str) -> A:
+        """Send the request, and wait for the head of the response. Raises RequestNotTakenError and ResponseLostError,
+        each `from` its cause. Calls `invalidate` after every failure."""
+
+    @abstractmethod
+    async def discard(self, response: A) -> None:
+        """Close a response that is not returned."""
+
+    @abstractmethod
+    async def call(self, function: Callable[[], T]) -> T:
+        """Call a function that blocks."""
+
+    @abstractmethod
+    async def pause(self, length_s: float) -> None: ...
+
+    async def find(self, *, recheck: bool) -> Record | None:
+        """The record of the leader, as `Leader.find`."""
+        return await self.call(partial(self._leader.find, recheck=recheck))
+
+    def adds_token(self, request: Q) -> bool:
+        """Whether `send` adds the token; otherwise a 401 concerns the caller only."""
+        return True
+
+    def invalidate(self) -> None:
+        """After a failure: the next request checks the router's identity again."""
+        self._identity.invalidate(time.monotonic())
+
+    async def follow(self, request: Q, *, replayable: bool) -> A:
+        """The response of a router. `replayable`: the request can be sent again.
+
+        Raises NoRouterError and ResponseLostError, and the errors of `send`.
+        """
+        state = RetryState(follow_s=self._follow_s, now=time.monotonic(), replayable=replayable)
+        router: Record | None = None
+        while True:
+            router = await self._next_router(state, last=router)
+            check = await self._check(router)
+            if check is not IdentityCheck.PROVEN:
+                state.not_taken(router, check)
+                continue
+            token = self._token if self._token is not None else await self.call(self._read_token)
+            try:
+                response = await self.send(request, router, token)
+            except RequestNotTakenError:
+                state.not_taken(router, IdentityCheck.UNREACHABLE)
+                continue
+            except ResponseLostError as error:
+                if state.may_resend():
+                    continue
+                raise ResponseLostError(
+                    f"the connection to {router.replica} at {router.url} ended without a response; "
+                    "the router may have processed the request"
+                ) from error.__cause__
+            if state.refused_by_drain(response.status_code, response.headers):
+                self.invalidate()
+                state.not_taken(router, None)
+            elif (
+                response.status_code != 401
+                or not self.adds_token(request)
+                or not state.may_renew_token()
+                or not await self.call(partial(self._token_changed, token))
+            ):
+                return response
+            await self.discard(response)
+
+    async def _next_router(self, state: RetryState, *, last: Record | None) -> Record:
+        while True:
+            router = await self.find(recheck=state.recheck)
+            if router is not None and state.may_try(router):
+                return router
+            pause_s = state.pause_s(time.monotonic(), random.random())
+            if pause_s is None:
+                raise self._no_router_error(state, router and last)
+            await self.pause(pause_s)
+
+    async def _check(self, router: Record) -> IdentityCheck:
+        since = time.monotonic()
+        if check := self._identity.lookup(router, since=since, now=since):
+            return check
+        async with self._check_lock:
+            if check := self._identity.lookup(router, since=since, now=time.monotonic()):
+                return check
+            return await self.call(partial(self._run_check, router))
+
+    def _run_check(self, router: Record) -> IdentityCheck:
+        if self._secret is None:
+            self._secret = self._run.secret()
+        begun_at = time.monotonic()
+        result = check_identity(router, self._secret)
+        self._identity.store(router, result, begun_at=begun_at, ended_at=time.monotonic())
+        return result
+
+    def _read_token(self) -> str:
+        self._token = self._run.token()
+        return self._token
+
+    def _token_changed(self, token: str) -> bool:
+        """Whether the run's token is another one now than `token`, which the router refused."""
+        self.invalidate()
+        return self._read_token() != token
+
+    def _no_router_error(self, state: RetryState, last: Record | None) -> NoRouterError:
+        error = self._leader.no_router_error()
+        if last is None:
+            return error
+        reason = f": {state.last_check}" if state.last_check else ""
+        return NoRouterError(
+            f"{last.replica} at {last.url} took no request within {self._follow_s:g} s{reason}; {error}"
+        )

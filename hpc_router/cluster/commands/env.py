@@ -1,0 +1,36 @@
+"""The shell commands that point plain OpenAI clients to a run: `eval "$(hpc-router env)"`.
+
+The address is that of a running `connect` with a port, which follows the router, otherwise the router's own, which has
+to prove itself first.
+"""
+
+import shlex
+from collections.abc import Mapping
+from typing import Final
+from urllib.parse import urlsplit
+
+from hpc_router.cluster.commands.router_access import router_access
+from hpc_router.connect.listener import running_forwarder
+from hpc_router.state.run_directory import RunDir
+
+_PROXIES: Final = ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY")
+
+
+def exports(run: RunDir, environment: Mapping[str, str]) -> tuple[list[str], str | None]:
+    """The lines for a POSIX shell, and a note for the user. Raises LaunchError if no router serves or proves itself.
+
+    Where the environment names a proxy, the lines also keep the requests, and with them the token, from it.
+    """
+    forwarder, note = running_forwarder(run, tcp=True), None
+    if forwarder is not None:
+        url, token = forwarder.address, run.token()
+    else:
+        access = router_access(run)
+        url, token = access.url, access.token
+        note = f"the address of {access.replica} changes when it moves; that of `hpc-router connect --port N` does not"
+    values = {"OPENAI_BASE_URL": f"{url}/v1", "OPENAI_API_KEY": token}
+    if any(environment.get(name) for name in _PROXIES):
+        for name in ("no_proxy", "NO_PROXY"):
+            hosts = [host for host in environment.get(name, "").split(",") if host]
+            values[name] = ",".join([*hosts, urlsplit(url).hostname or ""])
+    return [f"export {name}={shlex.quote(value)}" for name, value in values.items()], note

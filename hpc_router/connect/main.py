@@ -1,0 +1,113 @@
+"""The process of `hpc-router connect`: serves until a signal, in the foreground or detached.
+
+The detached process reports its address, or why it could not serve, to the command that started it.
+"""
+
+import asyncio
+import json
+import logging
+import os
+import signal
+import socket
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from typing import Final
+
+import uvloop
+
+from hpc_router.connect.forwarder import Forwarder
+from hpc_router.connect.listener import RunningForwarder, running_forwarder, serving_address
+from hpc_router.errors import ConfigError, HpcRouterError, LaunchError
+from hpc_router.relay.downstream.server import listening, raise_file_limit
+from hpc_router.state.io_thread import file_thread
+from hpc_router.state.run_directory import RunDir
+
+logger = logging.getLogger(__name__)
+
+_STOP_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+OnServing = Callable[[RunningForwarder], object]
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectOptions:
+    """`port`: of the loopback; None: a unix socket. `hold_s`: how long a request waits for a router. `max_body_mb`: the
+    router's limit."""
+
+    run: RunDir
+    port: int | None
+    hold_s: float
+    max_body_mb: float
+
+
+def connect(options: ConnectOptions, *, on_serving: OnServing) -> None:
+    """Serve until SIGINT, SIGTERM or SIGHUP. `on_serving` is called once the address accepts connections.
+
+    Raises LaunchError and ConfigError, as `serving_address`.
+    """
+    _serve(options, on_serving, log=None)
+
+
+def connect_detached(options: ConnectOptions) -> RunningForwarder:
+    """The process that serves this address: one that is running, or a new one once it accepts connections. Raises as
+    `connect`."""
+    running = running_forwarder(options.run, tcp=options.port is not None)
+    if running is not None and running.port == options.port:
+        return running
+    reading, writing = os.pipe()
+    if os.fork() == 0:
+        os.close(reading)
+        _detached(options, writing)
+    os.close(writing)
+    with os.fdopen(reading, encoding="utf-8") as stream:
+        text = stream.read()
+    report = json.loads(text) if text else {"error": "its process ended before it served"}
+    if "error" in report:
+        raise (ConfigError if report.get("config") else LaunchError)(report["error"])
+    return RunningForwarder(**report)
+
+
+def _detached(options: ConnectOptions, report_to: int) -> None:
+    """The detached process: without a terminal, with a log of its own. Never returns."""
+
+    def report(value: object) -> None:
+        with os.fdopen(report_to, "w", encoding="utf-8") as stream:
+            json.dump(value, stream)
+
+    status = 1
+    try:
+        os.setsid()
+        nothing = os.open(os.devnull, os.O_RDWR)
+        for descriptor in (0, 1, 2):
+            os.dup2(nothing, descriptor)
+        kind = "" if options.port is None else "-tcp"
+        log = options.run.logs / f"connect{kind}.{socket.gethostname()}.log"
+        with file_thread("log", log=log):
+            try:
+                _serve(options, lambda running: report(asdict(running)), log=str(log))
+                status = 0
+            except HpcRouterError as error:
+                report({"error": str(error), "config": isinstance(error, ConfigError)})
+            except BaseException:
+                logger.exception("connect failed")
+                raise
+    finally:
+        os._exit(status)
+
+
+def _serve(options: ConnectOptions, on_serving: OnServing, *, log: str | None) -> None:
+    raise_file_limit()
+    with serving_address(options.run, port=options.port, log=log) as (running, sock):
+        uvloop.run(_until_stopped(options, sock, lambda: on_serving(running)))
+
+
+async def _until_stopped(options: ConnectOptions, sock: socket.socket, on_serving: Callable[[], object]) -> None:
+    stop = asyncio.Event()
+    for number in _STOP_SIGNALS:
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    max_body = int((options.max_body_mb + 1) * 2**20)  # the router's limit comes first
+    with closing(Forwarder(options.run, hold_s=options.hold_s, adds_tokens=options.port is None)) as forwarder:
+        async with listening(forwarder.handle, sock, max_body=max_body):
+            on_serving()
+            await forwarder.report_leader()
+            await stop.wait()
