@@ -94,6 +94,10 @@ class UnavailableError(RoutingError):
     """No replica could serve the request within the time limit."""
 
 
+class ScaledToZeroError(UnavailableError):
+    """The expert has no replicas, because it was scaled to 0. Sending the request again does not help."""
+
+
 class AnswerTimeoutError(RoutingError):
     """A live replica did not respond within the time limit. There is no retry, because it would take as long."""
 

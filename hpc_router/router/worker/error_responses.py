@@ -15,6 +15,7 @@ from hpc_router.errors import (
     OverloadedError,
     RequestTimeoutError,
     RoutingError,
+    ScaledToZeroError,
     UnauthorizedError,
     UnavailableError,
     UnknownModelError,
@@ -74,7 +75,7 @@ def _error_response(status: int, kind: str, error: HpcRouterError, request_id: s
     response.add(protocol.REQUEST_ID_HEADER, request_id)
     if retry_after_s is not None:
         response.add("retry-after", str(min(max(1, math.ceil(retry_after_s)), MAX_RETRY_AFTER_S)))
-    if isinstance(error, AnswerTimeoutError):
+    if isinstance(error, AnswerTimeoutError | ScaledToZeroError):
         response.add("x-should-retry", "false")  # obeyed by the openai and anthropic clients
     return response
 

@@ -125,6 +125,7 @@ async def following_settings(gateway: Gateway, link: ControlClient, run: RunDir)
 
 
 async def _apply_settings(gateway: Gateway, settings: Settings, run: RunDir) -> None:
+    gateway.table.set_scaled_to_zero(settings.scaled_to_zero)
     deployment = replace(
         gateway.deployment,
         policy=settings.policy,
