@@ -96,7 +96,11 @@ class Engine(Protocol):
         """Every model name the engine answers to."""
 
     def info(self) -> EngineInfo:
-        """The record for the registry, without the version."""
+        """The record for the registry, without what only the running engine knows."""
+
+    @property
+    def accepts(self) -> tuple[str, ...] | None:
+        """What it takes; see `Record`. None: that depends on the model."""
 
     def argv(self, place: Place) -> list[str]: ...
 

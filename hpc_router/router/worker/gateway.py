@@ -242,7 +242,7 @@ class Gateway:
         ready = [replica for replica in replicas if replica.state == "ready"]
         engines = [replica.record.engine for replica in replicas]
         expert = self.deployment.experts.get(name)
-        lengths = [length for r in ready if (length := r.record.engine.max_model_len) is not None]
+        lengths = [length for replica in ready if (length := replica.max_model_len) is not None]
         root = next((engine.model for engine in engines if engine.model), None) if expert is None else expert.model
         card: dict[str, Any] = {
             "id": name,
