@@ -75,7 +75,19 @@ class UnknownModelError(RoutingError):
 
 
 class UnknownPathError(RoutingError):
-    """The router does not serve this path, or not with this method."""
+    """The router does not serve this path."""
+
+
+class MethodNotAllowedError(RoutingError):
+    """The router serves this path, but not with this method."""
+
+    def __init__(self, message: str, *, allowed: Iterable[str]) -> None:
+        super().__init__(message)
+        self.allowed = tuple(allowed)
+
+
+class ResponseNotFoundError(RoutingError):
+    """No replica has a stored response with this id."""
 
 
 class BodyTooLargeError(RoutingError):

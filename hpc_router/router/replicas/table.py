@@ -206,7 +206,7 @@ class ReplicaTable:
                     for replica in replicas:
                         self.offer(replica)
             if self.bounds.in_flight and self._at_bound(expert):
-                if self._has_ready(expert, avoid):
+                if self.has_ready(expert, avoid):
                     return None
                 continue
             if len(replicas) == 1:
@@ -222,7 +222,7 @@ class ReplicaTable:
                 best = best or power_of_two_choices(replicas, fits=fits, random=self.random)
                 if best is not None:
                     return best, expert
-                if self._has_ready(expert, avoid):
+                if self.has_ready(expert, avoid):
                     return None
         return None
 
@@ -248,7 +248,8 @@ class ReplicaTable:
         """Requests in flight on its replicas."""
         return sum(replica.load for replica in self._by_expert.get(expert, ()))
 
-    def _has_ready(self, expert: str, avoid: Collection[Replica]) -> bool:
+    def has_ready(self, expert: str, avoid: Collection[Replica]) -> bool:
+        """Whether it has a ready replica that is not one of `avoid`."""
         return any(r.state is READY and r not in avoid for r in self._by_expert.get(expert, ()))
 
     def reserve(self, replica: Replica, expert: str) -> Reservation:
@@ -279,7 +280,7 @@ class ReplicaTable:
         full = next((expert for expert in waiter.experts if self.waiting(expert) > self.bounds.waiting), None)
         if full is not None:
             self._line.leave(waiter)
-            raise QueueFullError(full, serves=self._has_ready(full, waiter.avoid))
+            raise QueueFullError(full, serves=self.has_ready(full, waiter.avoid))
         if self.peers and self._peer_refresh is None:
             self._peer_refresh = asyncio.get_running_loop().call_later(PEER_REFRESH_S, self._offer_released_by_peers)
         try:
@@ -378,7 +379,7 @@ class ReplicaTable:
     def _extend_to_next_expert(self, waiter: Waiter) -> None:
         """Join further queues until one of its experts has a ready replica."""
         before = len(waiter.experts)
-        while waiter.later and not any(self._has_ready(expert, waiter.avoid) for expert in waiter.experts):
+        while waiter.later and not any(self.has_ready(expert, waiter.avoid) for expert in waiter.experts):
             self._line.join_next(waiter)
         if before:
             for expert in waiter.experts[before:]:

@@ -17,6 +17,7 @@ from typing import Any, Final
 from hpc_router.config.schema import Deployment
 from hpc_router.errors import (
     BadRequestError,
+    MethodNotAllowedError,
     OverloadedError,
     UnauthorizedError,
     UnknownPathError,
@@ -51,7 +52,7 @@ LONG_BODY_BYTES: Final = 2**18
 """Bytes; a longer body is decoded and read in a thread."""
 _OPEN_PATHS: Final = frozenset({protocol.HEALTH, "/ready"})
 _WHILE_DRAINING: Final = _OPEN_PATHS | {"/status", protocol.METRICS}
-_FAST_PATHS: Final = frozenset(protocol.GENERATE_PATHS) - {protocol.RESPONSES}
+_FAST_PATHS: Final = frozenset(protocol.POST_PATHS) - {protocol.RESPONSES}
 _CHALLENGE: Final = re.compile(r"[0-9a-f]{1,256}")
 _REQUEST_ID: Final = re.compile(rb"[\w.:-]{1,128}")
 _METRICS_HEAD: Final = b"content-type: text/plain; version=0.0.4; charset=utf-8\r\n"
@@ -96,7 +97,7 @@ class Gateway:
             ("GET", protocol.METRICS): self._metrics,
             ("GET", protocol.MODELS): self._models,
             ("POST", "/route"): self._route,
-            **{("POST", path): self._generate for path in protocol.GENERATE_PATHS},
+            **{("POST", path): self._generate for path in protocol.POST_PATHS},
         }
 
     def reconfigure(self, deployment: Deployment, policy: Policy) -> None:
@@ -157,13 +158,24 @@ class Gateway:
             )
         if self.draining and path not in _WHILE_DRAINING:
             raise DrainingError(f"{self.replica} is draining; ask its successor", retry_after_s=RETRY_AFTER_S)
-        handler = self.routes.get(("GET" if request.method == "HEAD" else request.method, path))
-        if handler is None and request.method == "GET" and path.startswith(protocol.MODELS + "/"):
-            return self._model
+        method = "GET" if request.method == "HEAD" else request.method
+        handler = self.routes.get((method, path)) or (handlers := self._handlers_at(path)).get(method)
         if handler is None:
+            what = f"{request.method} {request.path[:200]!r} is not served"
+            if handlers:
+                allowed = (*handlers, "HEAD") if "GET" in handlers else tuple(handlers)
+                raise MethodNotAllowedError(f"{what} (valid methods: {', '.join(allowed)})", allowed=allowed)
             paths = sorted(f"{method} {path}" for method, path in self.routes)
-            raise UnknownPathError(f"{request.method} {request.path[:200]!r} is not served (valid: {', '.join(paths)})")
+            raise UnknownPathError(f"{what} (valid: {', '.join(paths)})")
         return handler
+
+    def _handlers_at(self, path: str) -> dict[str, Handler]:
+        """The handlers of a path by method."""
+        if path.startswith(protocol.MODELS + "/"):
+            return {"GET": self._model}
+        if stored := protocol.STORED_RESPONSE.fullmatch(path):
+            return dict.fromkeys(protocol.STORED_METHODS[stored[2]], self._stored_response)
+        return {method: handler for (method, at), handler in self.routes.items() if at == path}
 
     def _is_authorized(self, headers: Headers) -> bool:
         token = self.token
@@ -221,6 +233,14 @@ class Gateway:
                     await self.link.recall(session)
             routed = self.routing.route(request, request_id, call, endpoint_of(request))
             return await self.dispatcher.respond(routed)
+
+    async def _stored_response(self, request: Request, request_id: str) -> Response | None:
+        self._admit()
+        with self.in_flight:
+            session = session_id(request.headers)
+            if session is not None:
+                await self.link.recall(session)
+            return await self.dispatcher.respond(await self.routing.route_stored(request, request_id, session))
 
     def _admit(self) -> None:
         if self.in_flight.total >= self.deployment.router.max_in_flight:
