@@ -70,6 +70,10 @@ class UnauthorizedError(RoutingError):
     """The request has no token or a wrong one."""
 
 
+class OriginNotAllowedError(RoutingError):
+    """A web page whose origin is not in `router.allowed_origins` may not read responses."""
+
+
 class UnknownModelError(RoutingError):
     """No replica of the deployment serves this `model`."""
 

@@ -18,12 +18,14 @@ from hpc_router.config.schema import Deployment
 from hpc_router.errors import (
     BadRequestError,
     MethodNotAllowedError,
+    OriginNotAllowedError,
     OverloadedError,
     UnauthorizedError,
     UnknownPathError,
 )
 from hpc_router.net import protocol
 from hpc_router.net.auth import bearer_token, challenge_answer, equal_secrets
+from hpc_router.relay.downstream.cross_origin import CrossOrigin
 from hpc_router.relay.downstream.interface import (
     DownstreamGoneError,
     PendingResponse,
@@ -75,6 +77,7 @@ class Gateway:
     key: str
     in_flight: InFlight = field(default_factory=InFlight)
     started_at: float = field(default_factory=time.time)
+    cross_origin: CrossOrigin = field(default_factory=CrossOrigin)
     routes: Mapping[tuple[str, str], Handler] = field(init=False)
 
     @property
@@ -90,6 +93,7 @@ class Gateway:
         self.in_flight.closing = value
 
     def __post_init__(self) -> None:
+        self.cross_origin.allow(self.deployment.router.allowed_origins)
         self.routes = {
             ("GET", protocol.HEALTH): self._health,
             ("GET", "/ready"): self._ready,
@@ -108,6 +112,7 @@ class Gateway:
         self.table.pin_bound, self.table.bounds = config.pin_bound, queue_limits(deployment)
         self.link.ejects_at_once = config.eject_connect_errors == 1
         self.dispatcher.configure(config)
+        self.cross_origin.allow(config.allowed_origins)
 
     def handle(self, request: Request) -> PendingResponse | Coroutine[Any, Any, Response | None]:
         """Serve a request. One that only has to be routed and sent needs no task; all others get a coroutine."""
@@ -152,6 +157,8 @@ class Gateway:
 
     def _find_route(self, request: Request) -> Handler:
         path = request.path.rstrip("/") or "/"
+        if self.cross_origin.is_preflight(request.method, request.headers):
+            return self._preflight
         if path not in _OPEN_PATHS and not self._is_authorized(request.headers):
             raise UnauthorizedError(
                 "this router wants its owner's token as `Authorization: Bearer ...` or `x-api-key: ...`"
@@ -185,6 +192,14 @@ class Gateway:
             return False
         headers.cached[token] = True
         return True
+
+    async def _preflight(self, request: Request, request_id: str) -> Response:
+        """A browser asks before a request whether the page may send it. It sends no token with that."""
+        lines = self.cross_origin.preflight_lines(request.headers)
+        if lines is None:
+            origin = request.headers.text("origin")[:200]
+            raise OriginNotAllowedError(f"the origin {origin!r} is not in router.allowed_origins")
+        return Response(204, lines)
 
     async def _health(self, request: Request, request_id: str) -> Response:
         challenge = protocol.challenge_in(request.query)

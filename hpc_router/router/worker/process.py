@@ -87,7 +87,7 @@ async def serving(
             in_flight=in_flight,
         )  # fmt: skip
         max_body = int(config.max_body_mb * 2**20)
-        async with listen(gateway.handle, sock, max_body=max_body) as listener:
+        async with listen(gateway.handle, sock, max_body=max_body, cross_origin=gateway.cross_origin) as listener:
             link.start_serving()
             try:
                 async with following_settings(gateway, link, run):
