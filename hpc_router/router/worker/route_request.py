@@ -21,6 +21,7 @@ from hpc_router.router.worker.routed_request import RoutedRequest
 from hpc_router.router.worker.stored_responses import StoredResponses, not_found
 from hpc_router.routing.policy import Decision, Policy, RouteReason
 from hpc_router.routing.prompt_text import prompt_text
+from hpc_router.state.registry import split_replica
 
 _NAMED: Final = RouteReason.NAMED
 _OPTIONAL_BOOL: Final = frozenset({bool, type(None)})
@@ -92,9 +93,12 @@ class RequestRouting:
         response_id = stored[1]
         turn = None if session is None else self.sessions.find(session)
         replica = await StoredResponses(self.table, self.dispatcher.client).find(response_id, turn=turn)
-        serves = replica.record.serves
-        expert = turn.expert if turn is not None and turn.is_at(replica) else next(iter(serves))
-        fields = {"model": serves[expert], "stream": parse_qs(request.query).get("stream") == ["true"]}
+        own = split_replica(replica.name)[0]  # of the experts that share an engine, the one that has the jobs
+        expert = turn.expert if turn is not None and turn.is_at(replica) else own
+        fields = {
+            "model": replica.record.serves.get(expert),
+            "stream": parse_qs(request.query).get("stream") == ["true"],
+        }
         routed = RoutedRequest(
             self.dispatcher, request, request_id, ApiCall(b"", fields), api_format, target, (expert,), _NAMED, started
         )

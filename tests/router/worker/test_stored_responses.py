@@ -9,6 +9,7 @@ import openai
 import pytest
 from aiohttp import web
 
+from hpc_router.config.schema import ExpertConfig
 from hpc_router.net import protocol
 from hpc_router.router.worker import stored_responses
 from hpc_router.state.registry import EngineInfo
@@ -114,6 +115,26 @@ async def test_a_delete_reaches_only_the_replica_that_has_it(tmp_path: Path) -> 
         assert owner.lines == [f"GET {PATH}", f"DELETE {PATH}"]
         assert other.lines == [f"GET {PATH}"]
         await eventually(lambda: all_gauges_zero(router))
+
+
+async def test_of_experts_that_share_an_engine_it_names_the_one_with_the_jobs(tmp_path: Path) -> None:
+    """Unless the session tells which of them answered."""
+    run, serves = a_run(tmp_path), {"law": "law", "math": "base"}
+    own = {protocol.SESSION_HEADER: "mine"}
+    deployment = a_deployment("math", "law")
+    deployment.experts["law"] = ExpertConfig(model="/adapters/law", adapter_of="math")
+
+    async def give(fake: FakeReplica, request: web.BaseRequest) -> web.StreamResponse:
+        return web.json_response(RESPONSE)
+
+    async with fake_replica(run, "math-0.g1", give, serves=serves), a_router(run, deployment) as router:
+        await ready(router)
+        assert (await ask(router))[2]["x-expert"] == "math"
+        async with session() as s:
+            body = {"model": "law", "input": "hello"}
+            async with s.post(router.url + "/v1/responses", json=body, headers=router.headers | own) as response:
+                assert response.status == 200
+        assert (await ask(router, **own))[2]["x-expert"] == "law"
 
 
 @pytest.mark.parametrize("method", ["GET", "DELETE"])
