@@ -70,12 +70,28 @@ class UnauthorizedError(RoutingError):
     """The request has no token or a wrong one."""
 
 
+class OriginNotAllowedError(RoutingError):
+    """A web page whose origin is not in `router.allowed_origins` may not read responses."""
+
+
 class UnknownModelError(RoutingError):
     """No replica of the deployment serves this `model`."""
 
 
 class UnknownPathError(RoutingError):
-    """The router does not serve this path, or not with this method."""
+    """The router does not serve this path."""
+
+
+class MethodNotAllowedError(RoutingError):
+    """The router serves this path, but not with this method."""
+
+    def __init__(self, message: str, *, allowed: Iterable[str]) -> None:
+        super().__init__(message)
+        self.allowed = tuple(allowed)
+
+
+class ResponseNotFoundError(RoutingError):
+    """No replica has a stored response with this id."""
 
 
 class BodyTooLargeError(RoutingError):
@@ -92,6 +108,10 @@ class OverloadedError(RoutingError):
 
 class UnavailableError(RoutingError):
     """No replica could serve the request within the time limit."""
+
+
+class ScaledToZeroError(UnavailableError):
+    """The expert has no replicas, because it was scaled to 0. Sending the request again does not help."""
 
 
 class AnswerTimeoutError(RoutingError):

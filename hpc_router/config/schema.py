@@ -247,6 +247,8 @@ class RouterConfig:
     open: bool = False  # true: requests need no token, so anyone on the network can send them
     reconcile: bool = True  # true: the router's job also runs the control loop
     standby: bool = True  # true: on Slurm, a standby job waits for the end of the router's job and replaces it
+    # Origins of web pages whose scripts may use the router, such as http://localhost:3000; "*" allows every page.
+    allowed_origins: list[str] = field(default_factory=list)
     max_body_mb: float = bounded(32.0, 1e-6, 4096)  # maximum size of a request body in MiB; larger ones get 413
     # Maximum size in MiB of an unstreamed response that is buffered until complete, so that the request can be retried.
     hold_mb: float = bounded(8.0, 1e-6, 4096)

@@ -7,6 +7,7 @@ import ipaddress
 import re
 from collections.abc import Iterable
 from typing import Final
+from urllib.parse import urlsplit
 
 from hpc_router.config.adapters import check_adapter
 from hpc_router.config.parsing import check_values
@@ -28,6 +29,11 @@ _RUN_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _HOST: Final = re.compile(
     r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?(\.[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?)*"
 )
+_ORIGIN: Final = re.compile(
+    r"(?P<scheme>[a-z][a-z0-9+.-]*)://(\[[0-9a-f:.]+\]|[a-z0-9_]([a-z0-9._-]*[a-z0-9_])?)(:(?P<port>[1-9][0-9]{0,4}))?"
+)
+_DEFAULT_PORTS: Final = {"http": "80", "https": "443"}
+"""Browsers leave these out."""
 _INTERFACE: Final = re.compile(r"[A-Za-z][A-Za-z0-9_.:@-]{0,14}")
 _SPANS_NODES: Final = ("vllm", "sim")
 """Kinds of engine of which one replica can run on several nodes."""
@@ -55,10 +61,46 @@ def check(deployment: Deployment) -> None:
 def check_router(router: RouterConfig) -> None:
     if router.host is not None:
         check_host("router.host", router.host)
+    for origin in router.allowed_origins:
+        _check_origin(origin)
     if router.eject_most_s < router.eject_s:
         key = "router.eject_most_s"
         valid = f"router.eject_s={router.eject_s:g} or more"
         raise ConfigError(f"{key}={router.eject_most_s:g}: shorter than the first ejection (valid: {valid})", key=key)
+
+
+def _check_origin(origin: str) -> None:
+    """Raises ConfigError unless it is `*` or has the form in which browsers send an origin."""
+    if origin == "*" or _is_origin(origin):
+        return
+    key, near = "router.allowed_origins", _nearest_origin(origin)
+    hint = f"; did you mean '{near}'?" if near is not None else ""
+    valid = (
+        "scheme://host or scheme://host:port as browsers send it, such as http://localhost:3000, or * for every page"
+    )
+    raise ConfigError(f"{key}: '{origin}' is not the origin of a web page{hint} (valid: {valid})", key=key)
+
+
+def _is_origin(text: str) -> bool:
+    found = _ORIGIN.fullmatch(text)
+    if found is None:
+        return False
+    port = found["port"]
+    return port is None or (int(port) < 2**16 and port != _DEFAULT_PORTS.get(found["scheme"]))
+
+
+def _nearest_origin(text: str) -> str | None:
+    """The origin of an address; None if it has none."""
+    try:
+        parts = urlsplit(text.strip().lower())
+        host, port = parts.hostname or "", parts.port
+    except ValueError:
+        return None
+    host = f"[{host}]" if ":" in host else host
+    near = f"{parts.scheme}://{host}"
+    if port is not None and str(port) != _DEFAULT_PORTS.get(parts.scheme):
+        near += f":{port}"
+    return near if _is_origin(near) else None
 
 
 def check_host(key: str, host: str) -> None:

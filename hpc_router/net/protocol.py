@@ -5,6 +5,7 @@ need `Authorization: Bearer <replica key>`. A draining agent answers new request
 /rank` takes a `RankReport` with its own token; the response is a `RankOrder`.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -22,8 +23,23 @@ COMPLETIONS: Final = "/v1/completions"
 EMBEDDINGS: Final = "/v1/embeddings"
 RESPONSES: Final = "/v1/responses"
 MESSAGES: Final = "/v1/messages"
+COUNT_TOKENS: Final = "/v1/messages/count_tokens"
 GENERATE_PATHS: Final = (CHAT, COMPLETIONS, EMBEDDINGS, RESPONSES, MESSAGES)
-"""The API paths whose POST requests are classified and relayed."""
+INCOMPARABLE_PATHS: Final = (
+    *(EMBEDDINGS, "/tokenize", "/detokenize"),
+    *("/v1/score", "/score", "/v1/rerank", "/rerank", "/v2/rerank"),
+)
+"""API paths whose responses differ between experts in what they mean, so that a request has to name its expert."""
+POST_PATHS: Final = (*GENERATE_PATHS, COUNT_TOKENS, *INCOMPARABLE_PATHS[1:])
+"""The API paths that are relayed by the `model` in the body; all are POST. Not every engine has all of them."""
+STORED_RESPONSE: Final = re.compile(rf"{RESPONSES}/([A-Za-z0-9][\w.:=-]{{0,255}})(|/cancel|/input_items)", re.ASCII)
+"""The path of a stored response, with its id, or of an operation on it."""
+STORED_METHODS: Final[Mapping[str, tuple[str, ...]]] = {
+    "": ("GET", "DELETE"),
+    "/cancel": ("POST",),
+    "/input_items": ("GET",),
+}
+"""By the end of the path."""
 
 DRAINING_HEADER: Final = "x-hpc-router-draining"
 STARTING_HEADER: Final = "x-hpc-router-starting"

@@ -38,7 +38,12 @@ class ApiFormat:
 def api_format_of(path: str) -> ApiFormat:
     """The format of the API at `path`. A path that is not in the table gets chat's format, which is used for errors
     only."""
-    return _FORMATS.get(path) or (_ANTHROPIC if path.startswith(protocol.MESSAGES + "/") else _FORMATS[protocol.CHAT])
+    found = _FORMATS.get(path)
+    if found is None and path.startswith(protocol.MESSAGES + "/"):
+        return _ANTHROPIC
+    if found is None and path.startswith(protocol.RESPONSES + "/"):
+        return _STORED_RESPONSE
+    return found or _FORMATS[protocol.CHAT]
 
 
 def _openai_error(error: ErrorReply) -> dict[str, Any]:
@@ -86,6 +91,8 @@ def _named_event(data: dict[str, Any]) -> bytes:
 
 
 _ANTHROPIC: Final = ApiFormat("messages", _anthropic_body, _anthropic_event, aborted_responses.MessagesAbortDetector)
+_STORED_RESPONSE: Final = ApiFormat("input", _openai_body, _responses_event, aborted_responses.ChoicesAbortDetector)
+"""A response that was cancelled before it was stored is not an aborted response to this request."""
 _FORMATS: Final[Mapping[str, ApiFormat]] = {
     protocol.CHAT: ApiFormat("messages", _openai_body, _openai_event, aborted_responses.ChoicesAbortDetector),
     protocol.COMPLETIONS: ApiFormat("prompt", _openai_body, _openai_event, aborted_responses.ChoicesAbortDetector),

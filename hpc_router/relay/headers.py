@@ -2,7 +2,9 @@
 
 Fields are kept as the received bytes, so that forwarding a field is only a copy. Hop-by-hop headers (RFC 9110, section
 7.6.1) are never forwarded. Upstream, the client's credentials are dropped, and `Accept-Encoding` becomes `identity`,
-because compressed events could not be split. Downstream, `Server`, `Date` and cookies of the engine are dropped.
+because compressed events could not be split. Downstream, `Server`, `Date` and cookies of the engine are dropped. Which
+web pages may read a response is the router's decision: `Origin` does not go upstream, and what an engine says of it (by
+default vLLM allows every page) does not go downstream.
 """
 
 from collections.abc import Mapping
@@ -23,20 +25,36 @@ HOP_BY_HOP: Final = frozenset(
         b"upgrade",
     }
 )
-NOT_UPSTREAM: Final = HOP_BY_HOP | {
-    b"accept-encoding",
-    b"authorization",
-    b"content-length",
-    b"cookie",
-    b"expect",
-    b"host",
-    b"x-api-key",
-}
+NOT_UPSTREAM: Final = (
+    HOP_BY_HOP
+    | {
+        b"accept-encoding",
+        b"authorization",
+        b"content-length",
+        b"cookie",
+        b"expect",
+        b"host",
+        b"origin",
+        b"x-api-key",
+    }
+    | {b"access-control-request-headers", b"access-control-request-method"}
+)
 MAX_RETRY_AFTER_S: Final = 60
 """Limit for forwarded values: official clients sleep this long without a log line, even beyond their own timeout (see
 docs/clients.md)."""
 REQUEST_ID: Final = REQUEST_ID_HEADER.encode()
-NOT_DOWNSTREAM: Final = HOP_BY_HOP | {b"content-length", b"date", b"server", b"set-cookie"}
+_CORS_RESPONSE: Final = frozenset(
+    b"access-control-" + name
+    for name in (
+        b"allow-credentials",
+        b"allow-headers",
+        b"allow-methods",
+        b"allow-origin",
+        b"expose-headers",
+        b"max-age",
+    )
+)
+NOT_DOWNSTREAM: Final = HOP_BY_HOP | _CORS_RESPONSE | {b"content-length", b"date", b"server", b"set-cookie"}
 
 
 class Headers:

@@ -25,7 +25,7 @@ from hpc_router.router.children import RouterSettings, run_control, run_worker
 from hpc_router.router.ipc.shared_counters import Counters
 from hpc_router.router.ipc.supervisor import RouterSupervisor
 from hpc_router.router.policies import load_policy
-from hpc_router.router.settings import settings_in, with_settings
+from hpc_router.router.settings import with_desired
 from hpc_router.router.worker.process import Identity
 from hpc_router.state.io_thread import WRITE_TIMEOUT_S, FileThread, file_thread
 from hpc_router.state.job_records import Exit, FailureReason, JobDir
@@ -71,7 +71,7 @@ def _final_files(job: JobDir) -> Iterator[FileThread]:
 def supervise(run: RunDir, deployment: Deployment, job: JobDir) -> int:
     """Serve until a stop signal; returns how many requests were cut off. Raises ConfigError, and LaunchError if the
     router's processes end again and again."""
-    base, deployment = deployment, _with_settings(run, deployment)
+    base, deployment = deployment, _with_desired(run, deployment)
     config = deployment.router
     policy = load_policy(run, deployment)
     workers = config.workers or usable_cpus(os.environ, asked=config.resources.cpus)
@@ -99,10 +99,10 @@ def supervise(run: RunDir, deployment: Deployment, job: JobDir) -> int:
         return supervisor.cut
 
 
-def _with_settings(run: RunDir, deployment: Deployment) -> Deployment:
-    """With the settings of `desired.json`. An invalid file is ignored here; the control process reports it."""
+def _with_desired(run: RunDir, deployment: Deployment) -> Deployment:
+    """With the changes of `desired.json`. An invalid file is ignored here; the control process reports it."""
     try:
-        return with_settings(deployment, settings_in(run.read_desired()))
+        return with_desired(deployment, run.read_desired())
     except (ConfigError, RegistryError):
         return deployment
 

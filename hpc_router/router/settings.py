@@ -1,13 +1,14 @@
-"""Settings: the config keys that may change while a router serves, and their application to a config. No I/O.
+"""What `desired.json` changes while a router serves, and its application to a config. No I/O.
 
-The changes are stored in `desired.json` under `settings`: a config key and its value. What a process is built around at
-its start (address, number of workers, access) stays until the router is restarted.
+Under `settings` it has config keys and their values; what a process is built around at its start (address, number of
+workers, access) stays until the router is restarted. Under `replicas` it has the counts that `scale` has set.
 """
 
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from typing import Any, Final
 
+from hpc_router.config.adapters import host_of
 from hpc_router.config.parsing import parse, type_at
 from hpc_router.config.schema import Deployment, PolicyConfig, RouterConfig
 from hpc_router.config.validation import check
@@ -50,6 +51,25 @@ def _refusal(key: str) -> str:
     if section in ("policy", "router"):
         return f"'{key}' cannot be set while a router serves{suggest(key, LIVE)}"
     return f"'{key}' is not a key of the config (keys that can be set: {', '.join(LIVE)})"
+
+
+def with_desired(deployment: Deployment, desired: Mapping[str, Any]) -> Deployment:
+    """The deployment with the settings and replica counts of `desired.json`. Raises ConfigError for wrong settings."""
+    changed = with_settings(deployment, settings_in(desired))
+    counts = desired.get("replicas")
+    if not isinstance(counts, dict):
+        return changed
+    experts = {
+        name: replace(expert, replicas=counts[name]) if type(counts.get(name)) is int else expert
+        for name, expert in changed.experts.items()
+    }
+    return replace(changed, experts=experts)
+
+
+def scaled_to_zero(deployment: Deployment) -> dict[str, str]:
+    """The experts that shall have no replicas, each with the expert to scale: for an adapter that is its host."""
+    hosts = {name: host_of(deployment.experts, name) for name in deployment.experts}
+    return {name: host for name, host in hosts.items() if deployment.experts[host].replicas == 0}
 
 
 def settings_in(desired: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -11,6 +11,7 @@ from hpc_router.sim.fault_schedule import FaultSchedule
 from hpc_router.sim.latency import Clock, LatencyModel
 from hpc_router.sim.request_log import RequestLog
 from hpc_router.sim.response_store import ResponseStore
+from hpc_router.sim.tokenizer import Tokenizer
 
 
 @dataclass(slots=True, kw_only=True)
@@ -24,5 +25,6 @@ class EngineContext:
     ids: random.Random
     requests: RequestLog = field(default_factory=RequestLog)
     responses: ResponseStore = field(default_factory=ResponseStore)
+    tokenizer: Tokenizer = field(default_factory=Tokenizer)
     batch: BatchLoop | None = None  # set if a roofline predicts the latencies
     loaded: bool = False

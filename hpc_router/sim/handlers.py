@@ -26,14 +26,24 @@ from hpc_router.sim.request_parsing import (
     check_prompt,
     parse_chat,
     parse_completion,
+    parse_count_tokens,
     parse_embedding,
     parse_message,
     parse_response,
     token_limit,
 )
-from hpc_router.sim.response_formats import Choice, CompletionsFormat, Envelope, ResponseFormat, embeddings_body
+from hpc_router.sim.response_formats import (
+    Choice,
+    CompletionsFormat,
+    Envelope,
+    ResponseFormat,
+    embeddings_body,
+    encode,
+)
 from hpc_router.sim.responses_format import ResponsesFormat
-from hpc_router.sim.streaming import RunningRequest, answer_body, answer_embedding, answer_stream
+from hpc_router.sim.scoring import Scoring, parse_rerank, parse_score, scores_body
+from hpc_router.sim.streaming import RunningRequest, answer_body, answer_embedding, answer_stream, json_answer
+from hpc_router.sim.tokenizer import parse_detokenize, parse_tokenize
 from hpc_router.sim.tokens import Completion, complete_literal, complete_text, unit_vector
 
 FAULT_HEADER = "x-sim-fault"
@@ -63,7 +73,7 @@ class InferenceHandlers:
         if previous is not None:
             prompt = self._context.responses.continued(previous, generation.prompts[0])
             if prompt is None:
-                raise ApiError(f"Response with id '{previous}' not found.", status=404, param="response_id")
+                raise _no_response(previous)
             generation = replace(generation, prompts=(prompt,))
         return await self._generate(request, generation)
 
@@ -75,14 +85,65 @@ class InferenceHandlers:
         self._check_model(embedding.model)
         for item in embedding.inputs:
             check_prompt(item, max_model_len=self._config.max_model_len)
-        factor, fault = await self._fault(request, embedding, answer=ResponseForm.BODY)
-        body = self._embed(embedding, envelope=self._envelope(request, embedding, prefix="embd-"))
+        return await self._pool(request, embedding, prefix="embd-", body=partial(self._embed, embedding))
+
+    async def score(self, request: web.Request) -> web.StreamResponse:
+        return await self._score(request, parse_score(await request.read()))
+
+    async def rerank(self, request: web.Request) -> web.StreamResponse:
+        return await self._score(request, parse_rerank(await request.read()))
+
+    async def _score(self, request: web.Request, scoring: Scoring) -> web.StreamResponse:
+        self._check_model(scoring.model)
+        body = partial(scores_body, scoring=scoring, seed=self._config.seed)
+        return await self._pool(request, scoring, prefix="score-", body=body)
+
+    async def _pool(
+        self, request: web.Request, asked: Embedding | Scoring, *, prefix: str, body: Callable[[Envelope], bytes]
+    ) -> web.StreamResponse:
+        """Answer a request that generates no tokens."""
+        factor, fault = await self._fault(request, asked, answer=ResponseForm.BODY)
+        made = body(self._envelope(request, asked, prefix=prefix))
         async with (
-            self._context.admission.admit(prompt_tokens=embedding.prompt_tokens) as ticket,
-            self._schedule(embedding.prompt_tokens, factor) as schedule,
+            self._context.admission.admit(prompt_tokens=asked.prompt_tokens) as ticket,
+            self._schedule(asked.prompt_tokens, factor) as schedule,
         ):
-            running = self._running(request, embedding, ticket, schedule=schedule, fault=fault)
-            return await answer_embedding(running, body)
+            running = self._running(request, asked, ticket, schedule=schedule, fault=fault)
+            return await answer_embedding(running, made)
+
+    async def count_tokens(self, request: web.Request) -> web.StreamResponse:
+        model, tokens = parse_count_tokens(await request.read())
+        self._check_model(model)
+        return json_answer(encode({"input_tokens": tokens, "simulated": True}))
+
+    async def tokenize(self, request: web.Request) -> web.StreamResponse:
+        asked = parse_tokenize(await request.read())
+        self._check_model(asked.model)
+        body = self._context.tokenizer.tokenize_body(asked, max_model_len=self._config.max_model_len)
+        return json_answer(body)
+
+    async def detokenize(self, request: web.Request) -> web.StreamResponse:
+        model, tokens = parse_detokenize(await request.read())
+        self._check_model(model)
+        return json_answer(self._context.tokenizer.detokenize_body(tokens))
+
+    async def stored_response(self, request: web.Request) -> web.StreamResponse:
+        body = self._stored_body(request)
+        if request.query.get("stream") == "true":
+            raise ApiError("The simulated engine cannot stream a stored response.", param="stream")
+        return json_answer(body)
+
+    async def cancel_response(self, request: web.Request) -> web.StreamResponse:
+        """Only a background response could be cancelled, and the simulated engine makes none."""
+        self._stored_body(request)
+        raise ApiError("Cannot cancel a synchronous response.", param="response_id")
+
+    def _stored_body(self, request: web.Request) -> bytes:
+        response_id = request.match_info["response_id"]
+        body = self._context.responses.body(response_id)
+        if body is None:
+            raise _no_response(response_id)
+        return body
 
     async def _generate(self, request: web.Request, generation: Generation) -> web.StreamResponse:
         self._check_model(generation.model)
@@ -103,10 +164,13 @@ class InferenceHandlers:
             self._schedule(generation.prompt_tokens, factor) as schedule,
         ):
             running = self._running(request, generation, ticket, schedule=schedule, fault=fault)
+            form = _FORMATS[generation.api](envelope, generation)
             if generation.store:
-                completion = choices[0].completion
-                running.store = partial(self._context.responses.add, envelope.id, generation.prompts[0], completion)
-            return await send(running, choices, _FORMATS[generation.api](envelope, generation))
+                completion, body = choices[0].completion, partial(form.body, choices)
+                running.store = partial(
+                    self._context.responses.add, envelope.id, generation.prompts[0], completion, body
+                )
+            return await send(running, choices, form)
 
     def _check_model(self, model: str | None) -> None:
         names = self._config.names
@@ -115,7 +179,7 @@ class InferenceHandlers:
             raise ApiError(message, status=404, param="model")
 
     async def _fault(
-        self, request: web.Request, asked: Generation | Embedding, *, answer: ResponseForm
+        self, request: web.Request, asked: Generation | Embedding | Scoring, *, answer: ResponseForm
     ) -> tuple[float, Fault | None]:
         """Returns the factor that slows down this request, and its fault: the request's own, else the schedule's."""
         context = self._context
@@ -160,7 +224,7 @@ class InferenceHandlers:
             stop=generation.stop,
         )
 
-    def _embed(self, embedding: Embedding, *, envelope: Envelope) -> bytes:
+    def _embed(self, embedding: Embedding, envelope: Envelope) -> bytes:
         config = self._config
         dimensions, model = embedding.dimensions or config.embedding_dimensions, config.answering(embedding.model)
         vectors = [
@@ -169,7 +233,7 @@ class InferenceHandlers:
         return embeddings_body(envelope, vectors, as_base64=embedding.base64, prompt_tokens=embedding.prompt_tokens)
 
     def _envelope(
-        self, request: web.Request, asked: Generation | Embedding, *, prefix: str, own: bool = False
+        self, request: web.Request, asked: Generation | Embedding | Scoring, *, prefix: str, own: bool = False
     ) -> Envelope:
         """Returns the common fields of a response. The id is a prefix and the client's x-request-id, as in vLLM;
         without one, or with `own`, it is random."""
@@ -188,7 +252,7 @@ class InferenceHandlers:
     def _running(
         self,
         request: web.Request,
-        asked: Generation | Embedding,
+        asked: Generation | Embedding | Scoring,
         ticket: Ticket,
         *,
         schedule: TokenSchedule,
@@ -205,6 +269,10 @@ class InferenceHandlers:
             schedule=schedule,
             fault=fault,
         )
+
+
+def _no_response(response_id: str) -> ApiError:
+    return ApiError(f"Response with id '{response_id}' not found.", status=404, param="response_id")
 
 
 def _own_fault(value: object, *, answer: ResponseForm) -> tuple[float, Fault | None]:

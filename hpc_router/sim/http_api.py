@@ -18,11 +18,17 @@ from hpc_router.sim.fault_injection import ConnectionBroken, inject
 from hpc_router.sim.faults import ResponseForm
 from hpc_router.sim.handlers import InferenceHandlers
 from hpc_router.sim.metrics import EngineMetrics
+from hpc_router.sim.streaming import json_answer
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
+_SCORE_PATHS = ("/v1/score", "/score")
+_RERANK_PATHS = ("/v1/rerank", "/rerank", "/v2/rerank")
 _INFERENCE_PATHS = frozenset(
-    {"/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses", "/v1/messages"}
+    {
+        *("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses", "/v1/messages"),
+        *(*_SCORE_PATHS, *_RERANK_PATHS),
+    }
 )
 
 
@@ -38,6 +44,13 @@ def make_app(context: EngineContext) -> web.Application:
             web.post("/v1/embeddings", inference.embeddings),
             web.post("/v1/responses", inference.responses),
             web.post("/v1/messages", inference.messages),
+            web.post("/v1/messages/count_tokens", inference.count_tokens),
+            *(web.post(path, inference.score) for path in _SCORE_PATHS),
+            *(web.post(path, inference.rerank) for path in _RERANK_PATHS),
+            web.post("/tokenize", inference.tokenize),
+            web.post("/detokenize", inference.detokenize),
+            web.get("/v1/responses/{response_id}", inference.stored_response),
+            web.post("/v1/responses/{response_id}/cancel", inference.cancel_response),
             web.get("/v1/models", api.models),
             web.get("/health", api.health),
             web.get("/version", api.version),
@@ -75,11 +88,11 @@ class EngineHttpApi:
             await self._prepare(request)
             return await handler(request)
         except ApiError as exc:
-            return _json(exc.body(request.path), status=exc.status, headers=exc.headers)
+            return json_answer(exc.body(request.path), status=exc.status, headers=exc.headers)
         except web.HTTPException as exc:
             headers = {"Allow": exc.headers["Allow"]} if "Allow" in exc.headers else {}
             body = ApiError(exc.reason, status=exc.status).body(request.path)
-            return _json(body, status=exc.status, headers=headers)
+            return json_answer(body, status=exc.status, headers=headers)
         except EngineStopped:  # an embedding has no form for an aborted response
             if request.transport is not None:
                 request.transport.abort()
@@ -113,7 +126,7 @@ class EngineHttpApi:
 
     async def models(self, _: web.Request) -> web.Response:
         config = self._context.config
-        return _json(
+        return json_answer(
             response_formats.models_body(config.names, created=self._created, max_model_len=config.max_model_len)
         )
 
@@ -121,7 +134,7 @@ class EngineHttpApi:
         return web.Response()
 
     async def version(self, _: web.Request) -> web.Response:
-        return _json(response_formats.encode({"version": f"{__version__}+sim", "simulated": True}))
+        return json_answer(response_formats.encode({"version": f"{__version__}+sim", "simulated": True}))
 
     async def metrics(self, _: web.Request) -> web.Response:
         return web.Response(
@@ -133,10 +146,10 @@ class EngineHttpApi:
         if not count.isdecimal():
             raise ApiError(f"'n' is {count!r}; a whole number from 0 is needed", param="n")
         received = [entry.to_json() for entry in self._context.requests.last(int(count))]
-        return _json(response_formats.encode({"simulated": True, "requests": received}))
+        return json_answer(response_formats.encode({"simulated": True, "requests": received}))
 
     async def show_faults(self, _: web.Request) -> web.Response:
-        return _json(response_formats.encode({"simulated": True, "faults": self._context.faults.describe()}))
+        return json_answer(response_formats.encode({"simulated": True, "faults": self._context.faults.describe()}))
 
     async def set_faults(self, request: web.Request) -> web.Response:
         try:
@@ -144,10 +157,6 @@ class EngineHttpApi:
         except ConfigError as exc:
             raise ApiError(str(exc)) from exc
         return await self.show_faults(request)
-
-
-def _json(body: bytes, *, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
-    return web.Response(body=body, status=status, headers=headers, content_type="application/json")
 
 
 async def _label(_: web.Request, response: web.StreamResponse) -> None:

@@ -108,8 +108,6 @@ def parse_response(raw: bytes) -> Generation:
 def parse_message(raw: bytes) -> Generation:
     """Parses a request for /v1/messages, which has no `ignore_eos` (vllm/entrypoints/anthropic/protocol.py)."""
     fields = RequestFields(raw)
-    system = fields.value("system")
-    turns = [] if system is None else [message({"role": "system", "content": system}, where="system")]
     limit = fields.integer("max_tokens", minimum=1)
     if limit is None:
         raise ApiError("'max_tokens' is required.", param="max_tokens")
@@ -118,7 +116,7 @@ def parse_message(raw: bytes) -> Generation:
     return Generation(
         api=Api.MESSAGE,
         model=fields.text("model"),
-        prompts=(chat_prompt(turns + messages(fields.value("messages"))),),
+        prompts=(_message_prompt(fields),),
         max_tokens=limit,
         limit_name="max_completion_tokens",
         stop=_stop(fields.value("stop_sequences")),
@@ -129,6 +127,12 @@ def parse_message(raw: bytes) -> Generation:
         ),
         fault=fields.value("sim_fault"),
     )
+
+
+def parse_count_tokens(raw: bytes) -> tuple[str | None, int]:
+    """The model, and the number of tokens of a message request's prompt."""
+    fields = RequestFields(raw)
+    return fields.text("model"), _message_prompt(fields).tokens
 
 
 def parse_embedding(raw: bytes) -> Embedding:
@@ -177,6 +181,12 @@ def token_limit(generation: Generation, prompt: ParsedPrompt, *, max_model_len: 
         message = f"min_tokens must be less than or equal to max_tokens={limit}, got {generation.min_tokens}."
         raise ApiError(message, param="min_tokens")
     return limit
+
+
+def _message_prompt(fields: RequestFields) -> ParsedPrompt:
+    system = fields.value("system")
+    turns = [] if system is None else [message({"role": "system", "content": system}, where="system")]
+    return chat_prompt(turns + messages(fields.value("messages")))
 
 
 def _literal(

@@ -142,6 +142,11 @@ def _closing(events: Sequence[ChoiceEvents], choices: Sequence[Choice], format_:
     return b"".join((*made, format_.end(choices)))
 
 
+def json_answer(body: bytes, *, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
+    """An answer of a path that computes nothing."""
+    return web.Response(body=body, status=status, headers=headers, content_type="application/json")
+
+
 async def _send_body(running: RunningRequest, body: bytes, *, reason: str) -> web.StreamResponse:
     headers = {"Content-Type": "application/json", "Content-Length": str(len(body))}
     if running.fault is not None and running.fault.kind is FaultKind.PARTIAL_BODY:

@@ -51,6 +51,9 @@ class EngineInfo:
     pipeline_parallel_size: int | None = None
     max_model_len: int | None = None
     """Maximum number of tokens of prompt and response together."""
+    priority: bool | None = None
+    """Whether it serves requests by their `priority`."""
+    prefix_caching: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +61,9 @@ class Record:
     """The published record of one endpoint: a replica or a router.
 
     `serves` maps each expert to the model name that its requests to the engine need; None: the router asks the engine.
-    `probe`: path of the health probe of an external endpoint; None: the router only opens a connection.
+    `probe`: path of the health probe of an external endpoint; None: the router only opens a connection. `load_s`: from
+    the start of the engine until it was ready, in seconds. `accepts`: what it takes, of text, image, audio, tools and
+    embeddings.
     """
 
     kind: RecordKind
@@ -77,6 +82,8 @@ class Record:
     capacity: int | None = None
     engine: EngineInfo = EngineInfo()
     probe: str | None = MODELS
+    load_s: float | None = None
+    accepts: tuple[str, ...] | None = None
     schema: int = SCHEMA
 
     def to_json(self) -> dict[str, Any]:
@@ -94,7 +101,10 @@ class Record:
         try:
             record = cls(**{k: v for k, v in value.items() if k in known})
             engine = _engine_info(value.get("engine") or {})
-            record = replace(record, kind=RecordKind(record.kind), state=State(record.state), engine=engine)
+            accepts = None if record.accepts is None else tuple(record.accepts)
+            record = replace(
+                record, kind=RecordKind(record.kind), state=State(record.state), engine=engine, accepts=accepts
+            )
         except (AttributeError, TypeError, ValueError) as error:
             raise RegistryError(f"not a registry record: {error}") from error
         _check_types(record)
@@ -112,13 +122,16 @@ def _check_types(record: Record) -> None:
     )
     numbers_ok = all(
         value is None or (isinstance(value, int | float) and not isinstance(value, bool))
-        for value in (record.beat, record.beat_s, record.expires_at, record.capacity)
+        for value in (record.beat, record.beat_s, record.expires_at, record.capacity, record.load_s)
     )
-    context_ok = isinstance(record.engine.max_model_len, int | None)
+    engine_ok = isinstance(record.engine.max_model_len, int | None) and all(
+        isinstance(value, bool | None) for value in (record.engine.priority, record.engine.prefix_caching)
+    )
+    accepts_ok = all(isinstance(item, str) for item in record.accepts or ())
     generation_ok = isinstance(record.generation, int) and not isinstance(record.generation, bool)
     url_ok = isinstance(record.url, str) and record.url.startswith(("http://", "https://"))
     texts_ok = isinstance(record.nonce, str | None) and isinstance(record.probe, str | None)
-    if not (serves_ok and numbers_ok and context_ok and generation_ok and url_ok and texts_ok):
+    if not (serves_ok and numbers_ok and engine_ok and accepts_ok and generation_ok and url_ok and texts_ok):
         raise RegistryError(f"record {record.replica!r} has a value of the wrong type")
     split_replica(record.replica)
 

@@ -331,7 +331,7 @@ def record(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
     return value
 
 
-@pytest.mark.parametrize("base", ["/v1beta/openai", "/api/paas/v4", "/proxy/v1", "/models", "/v1/v1"])
+@pytest.mark.parametrize("base", ["/v1beta/openai", "/api/paas/v4", "/proxy/v1", "/models", "/v1/v1", "/responses/api"])
 def test_register_uses_an_address_with_a_path_as_written(base: str, capsys: pytest.CaptureFixture[str]) -> None:
     with endpoint(models("big-70b"), path=f"{base}/models") as url:
         value = record(capsys, "--expert", "big", "--url", f"{url}{base}/")
@@ -344,8 +344,12 @@ def test_register_uses_an_address_with_a_path_as_written(base: str, capsys: pyte
 @pytest.mark.parametrize(
     ("url", "base"),
     [
-        *((f"http://h:1{path}", "http://h:1/v1") for path in (*protocol.GENERATE_PATHS, protocol.MODELS)),
-        ("https://h/v1/messages/count_tokens", "https://h/v1"),
+        *((f"http://h:1{path}", "http://h:1/v1") for path in (*protocol.POST_PATHS, protocol.MODELS)),
+        ("http://h:1/v1/responses/resp_1", "http://h:1/v1"),
+        ("http://h:1/v1//responses/resp_1/cancel/", "http://h:1/v1"),
+        ("https://h/openai/v1/rerank", "https://h/openai/v1"),
+        ("https://h/openai/v1/score", "https://h/openai/v1"),
+        ("https://h/openai/tokenize", "https://h/openai"),
         ("https://h/v1beta/openai/chat/completions/", "https://h/v1beta/openai"),
         ("https://h/api/paas/v4//chat/completions", "https://h/api/paas/v4"),
         ("https://h/v1beta/openai/models", "https://h/v1beta/openai"),

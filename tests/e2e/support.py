@@ -6,11 +6,13 @@ import sys
 import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import openai
 
-from tests.e2e.deployment import Deployed
+from tests.e2e.deployment import Deployed, cli
 from tests.support.needs import ROOT
+from tests.support.waiting import eventually_sync
 
 PROMPTS = {
     "code": "Write a Python function that reverses a linked list.",
@@ -60,3 +62,13 @@ def engine(*names: str, options: Sequence[str] = ()) -> Iterator[str]:
     with running(*argv) as process:
         assert process.stdout is not None
         yield json.loads(process.stdout.readline())["listening"]
+
+
+@contextmanager
+def router(run: Path, *overrides: str) -> Iterator[openai.OpenAI]:
+    with running("-m", "launch.router", f"run={run}", *overrides):
+        eventually_sync(lambda: cli("url", "--run", str(run), check=False).returncode == 0)
+        url = cli("url", "--run", str(run)).stdout.strip()
+        token = cli("token", "--run", str(run)).stdout.strip()
+        with openai.OpenAI(base_url=f"{url}/v1", api_key=token, max_retries=0, timeout=30) as client:
+            yield client

@@ -4,6 +4,7 @@ adapters on one of these."""
 import json
 import socket
 import subprocess
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -149,7 +150,7 @@ def test_responses_and_their_continuation(pair: Deployed) -> None:
 def test_messages_where_the_engine_has_them(pair: Deployed) -> None:
     with anthropic.Anthropic(base_url=pair.url, api_key=pair.token, max_retries=0, timeout=60) as client:
         if engine_of(pair) != "vllm":
-            with pytest.raises(anthropic.NotFoundError):
+            with pytest.raises(anthropic.NotFoundError, match="does not serve POST /v1/messages"):
                 client.messages.create(model="auto", max_tokens=8, messages=MESSAGES)
             return
         told = client.messages.create(model="auto", max_tokens=8, messages=MESSAGES)
@@ -268,6 +269,76 @@ def engine_of(one: Deployed) -> str:
 def test_the_registry_says_what_computes(pair: Deployed) -> None:
     assert len(engines(pair)) == 2
     assert all(e["version"] and e["tensor_parallel_size"] == 1 for e in engines(pair))
+    vllm = engine_of(pair) == "vllm"
+    facts = {(e["max_model_len"], e["priority"], e["prefix_caching"]) for e in engines(pair)}
+    assert facts == {(2048, False, True) if vllm else (None, False, False)}
+    loaded = {r["replica"]: (r["load_s"], r["accepts"]) for r in records(pair) if r["kind"] == "expert"}
+    for expert in ("code", "math"):
+        [shown] = [r for r in pair.replicas(expert) if r["replica"] == f"{expert}-0.g1"]
+        load_s, accepts = loaded[shown["replica"]]
+        assert (shown["load_s"], accepts) == (load_s, None)
+        assert 1 < load_s < 240
+    with pair.client() as client:
+        cards = {m.id: m.model_dump() for m in client.models.list()}
+    assert {card["max_model_len"] for card in cards.values()} == {2048 if vllm else None}
+
+
+def test_paths_beside_generation_are_the_engines_or_a_clear_404(pair: Deployed) -> None:
+    bodies: dict[str, dict[str, Any]] = {
+        "/tokenize": {"prompt": QUESTION},
+        "/detokenize": {"tokens": [1, 2, 3]},
+        "/v1/messages/count_tokens": {"messages": MESSAGES},
+        "/v1/score": {"text_1": "a", "text_2": "b"},
+        "/v1/rerank": {"query": "a", "documents": ["b"]},
+    }
+    vllm = engine_of(pair) == "vllm"
+    for path, fields in bodies.items():
+        status, body = call(pair, "POST", path, {"model": "math", **fields})
+        if vllm and "score" not in path and "rerank" not in path:  # a model that generates gives no scores
+            assert status == 200, (path, body)
+        else:
+            message = body["error"]["message"]
+            assert (status, path in message, "does not serve" in message) == (404, True, True), body
+    if vllm:
+        _, told = call(pair, "POST", "/tokenize", {"model": "math", "prompt": QUESTION})
+        assert told["count"] == len(told["tokens"]) > 0
+        _, back = call(pair, "POST", "/detokenize", {"model": "math", "tokens": told["tokens"]})
+        assert QUESTION in back["prompt"]
+
+
+def test_a_stored_response_is_read_again_where_it_is_kept(pair: Deployed) -> None:
+    """vLLM has no DELETE, and the engine of the other expert stores nothing."""
+    with pair.client() as client:
+        made = client.responses.create(model="math", input=QUESTION, max_output_tokens=8, stream=False)
+        if engine_of(pair) != "vllm":
+            with pytest.raises(openai.NotFoundError, match="no ready replica has it"):
+                client.responses.retrieve(made.id)
+            return
+        raw = client.responses.with_raw_response.retrieve(made.id)
+        assert raw.parse().output_text == made.output_text
+        assert (raw.headers["x-replica"], raw.headers["x-expert"]) == ("math-0.g1", "math")
+        with pytest.raises(openai.NotFoundError, match="does not serve DELETE"):
+            client.responses.delete(made.id)
+        with pytest.raises(openai.BadRequestError, match="Cannot cancel a synchronous response"):
+            client.responses.cancel(made.id)
+        running = client.responses.create(model="math", input=QUESTION, max_output_tokens=1500, background=True)
+        assert running.status in ("queued", "in_progress")
+        assert client.responses.cancel(running.id).status == "cancelled"
+        assert client.responses.retrieve(running.id).status == "cancelled"
+        for call_again in (client.responses.retrieve, client.responses.delete, client.responses.cancel):
+            with pytest.raises(openai.NotFoundError, match="no ready replica has it"):
+                call_again("resp_none")
+
+
+def call(one: Deployed, method: str, path: str, body: dict[str, Any]) -> tuple[int, Any]:
+    headers = {"authorization": f"Bearer {one.token}", "content-type": "application/json"}
+    request = urllib.request.Request(one.url + path, json.dumps(body).encode(), headers, method=method)
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.status, json.load(answer)
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, json.load(error)
 
 
 def test_a_killed_engine_fails_its_streams_and_comes_back(pair: Deployed) -> None:

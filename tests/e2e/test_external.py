@@ -2,29 +2,17 @@
 
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import openai
 import pytest
 
 from tests.e2e.deployment import cli
-from tests.e2e.support import engine, running
+from tests.e2e.support import engine, router
 from tests.support.needs import ROOT
 from tests.support.waiting import eventually_sync
 
 pytestmark = pytest.mark.e2e
-
-
-@contextmanager
-def router(run: Path, *overrides: str) -> Iterator[openai.OpenAI]:
-    with running("-m", "launch.router", f"run={run}", *overrides):
-        eventually_sync(lambda: cli("url", "--run", str(run), check=False).returncode == 0)
-        url = cli("url", "--run", str(run)).stdout.strip()
-        token = cli("token", "--run", str(run)).stdout.strip()
-        with openai.OpenAI(base_url=f"{url}/v1", api_key=token, max_retries=0, timeout=30) as client:
-            yield client
 
 
 def expert_of(client: openai.OpenAI, model: str) -> str:

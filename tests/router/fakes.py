@@ -38,7 +38,7 @@ Act = Callable[["FakeReplica", web.BaseRequest], Awaitable[web.StreamResponse]]
 
 @dataclass
 class FakeReplica:
-    """Plays its acts one per request, the last one for ever. `bodies`: what it was sent."""
+    """Plays its acts one per request, the last one for ever. `bodies`: what it was sent; `lines`: method and path."""
 
     run: RunDir
     replica: str
@@ -50,6 +50,7 @@ class FakeReplica:
     bodies: list[bytes] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
     queries: list[str] = field(default_factory=list)
+    lines: list[str] = field(default_factory=list)
     silent: bool = False
     cancelled: int = 0
     probes: int = 0
@@ -71,6 +72,7 @@ class FakeReplica:
         assert bearer_token(request.headers.get("authorization")) == self.key
         self.bodies.append(await request.content.read())
         self.queries.append(request.rel_url.raw_query_string)
+        self.lines.append(f"{request.method} {request.rel_url.raw_path}")
         self.headers.append({k.lower(): v for k, v in request.headers.items()})
         act = self.acts[0] if len(self.acts) == 1 else self.acts.popleft()
         self.arrived.set()

@@ -137,8 +137,9 @@ async def test_a_response_that_broke_off_is_not_stored(start: Start) -> None:
 def test_only_the_last_responses_are_stored() -> None:
     store, prompt = ResponseStore(max_responses=2), ParsedPrompt(text="user: hi", tokens=1)
     for name in "abc":
-        store.add(name, prompt, Completion(pieces=("yes",), tokens=1, finish_reason="stop"))
+        store.add(name, prompt, Completion(pieces=("yes",), tokens=1, finish_reason="stop"), lambda: b"{}")
     assert store.continued("a", prompt) is None
+    assert (store.body("a"), store.body("c")) == (None, b"{}")
     assert store.continued("c", prompt) == ParsedPrompt(text="user: hi\nassistant: yes\nuser: hi", tokens=3)
 
 

@@ -33,15 +33,17 @@ RECORD = Record(
     nonce="n",
     beat=4,
     beat_s=2.0,
-    engine=EngineInfo(kind="sim"),
+    engine=EngineInfo(kind="sim", max_model_len=8192, priority=False, prefix_caching=True),
+    load_s=41.5,
+    accepts=("text", "tools"),
 )
 CONTRACT_KEYS = {
     *("schema", "kind", "serves", "replica", "generation", "nonce", "url", "state", "job_id", "node", "owner_uid"),
-    *("expires_at", "beat", "beat_s", "capacity", "engine"),
+    *("expires_at", "beat", "beat_s", "capacity", "engine", "load_s", "accepts"),
 }
 ENGINE_KEYS = {
     *("kind", "version", "model", "revision", "quantization", "tensor_parallel_size", "pipeline_parallel_size"),
-    "max_model_len",
+    *("max_model_len", "priority", "prefix_caching"),
 }
 
 
@@ -67,6 +69,17 @@ def test_keys_of_a_later_version_are_ignored(tmp_path: Path) -> None:
     assert RegistryReader(tmp_path).snapshot() == {"math-0.g3": RECORD}
 
 
+def test_null_and_a_missing_key_are_both_unknown(tmp_path: Path) -> None:
+    """An agent of an earlier version writes no `load_s`."""
+    unknown = replace(RECORD, engine=EngineInfo(), load_s=None, accepts=None)
+    as_null = unknown.to_json()
+    assert (as_null["load_s"], as_null["accepts"], as_null["engine"]["priority"]) == (None, None, None)
+    without = {key: value for key, value in as_null.items() if key not in ("load_s", "accepts", "engine")}
+    for content in (as_null, without):
+        (tmp_path / "math-0.g3.json").write_text(json.dumps(content))
+        assert RegistryReader(tmp_path).snapshot() == {"math-0.g3": unknown}
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -85,6 +98,12 @@ def test_keys_of_a_later_version_are_ignored(tmp_path: Path) -> None:
         {"generation": None},
         {"generation": True},
         {"nonce": 5},
+        {"load_s": "41"},
+        {"accepts": [1]},
+        {"accepts": 3},
+        {"engine": {"priority": "yes"}},
+        {"engine": {"prefix_caching": 1}},
+        {"engine": {"max_model_len": "8192"}},
         {"engine": "vllm"},
         {"replica": "../../etc/passwd"},
         {"replica": "code-0.g1"},

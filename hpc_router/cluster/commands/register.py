@@ -24,7 +24,9 @@ from hpc_router.state.run_directory import RunDir
 
 _PROBE: Final = re.compile(r"/[!-~]*")
 _OPERATION: Final = re.compile(
-    r"(.*?)/+chat/+completions|(.+?)/+(?:completions|embeddings|responses|messages(?:/+count_tokens)?|models)"
+    r"(.*?)/+(?:chat/+completions|(?:v2/+)?rerank|score|(?:de)?tokenize)"
+    r"|(.+?)/+(?:completions|embeddings|messages(?:/+count_tokens)?|models)"
+    r"|(.+?)/+responses(?:/+resp_[^/]+(?:/+(?:cancel|input_items))?)?"
 )
 """The path of an operation, and the base path before it. A base may have the path `/models`, for example."""
 _VALID_URLS: Final = "valid: http://host:port, http://host:port/v1, https://host/v1beta/openai"
@@ -113,7 +115,7 @@ def base_url(url: str) -> str:
         raise ConfigError(f"--url {url}: not an endpoint's address ({_VALID_URLS})")
     origin, path = f"{parts.scheme}://{parts.netloc}", parts.path.rstrip("/")
     if operation := _OPERATION.fullmatch(path):
-        base = operation[1] or operation[2] or API_ROOT
+        base = next(filter(None, operation.groups()), API_ROOT)
         raise ConfigError(f"--url {url}: the address of one operation, not of the API (use: --url {origin}{base})")
     if parts.query or parts.fragment:
         raise ConfigError(f"--url {url}: not an endpoint's address, which has no query or fragment ({_VALID_URLS})")

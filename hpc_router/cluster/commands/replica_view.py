@@ -51,6 +51,7 @@ class ReplicaView:
     starts_at: float | None = None  # Slurm's estimate, Unix seconds
     ends_at: float | None = None  # its walltime's end, Unix seconds
     engine: str | None = None
+    load_s: float | None = None  # from the engine's start until it was ready
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -67,6 +68,7 @@ class ReplicaView:
             "starts_at": self.starts_at,
             "ends_at": self.ends_at,
             "engine": self.engine,
+            "load_s": self.load_s,
             "url": self.url,
         }
 
@@ -127,6 +129,7 @@ def _view(
         starts_at=attempt.report.starts_at,
         ends_at=attempt.expires_at,
         engine=record.engine.kind if record is not None else None,
+        load_s=record.load_s if record is not None else None,
     )
 
 

@@ -1,24 +1,32 @@
 """Changes settings of a running router in `desired.json`; the router applies them without ending any stream."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import fields
+from typing import Any, Final, get_origin
 
 from hpc_router.cluster.control_loop.desired_state import deployment_of
-from hpc_router.config.schema import Deployment
+from hpc_router.config.schema import Deployment, RouterConfig
 from hpc_router.errors import ConfigError
 from hpc_router.router.settings import KEY, settings_in, with_settings
 from hpc_router.state.run_directory import RunDir
 
+_LISTS: Final = frozenset(f"router.{item.name}" for item in fields(RouterConfig) if get_origin(item.type) is list)
+"""Keys whose value is a list of texts without commas."""
 
-def parse_settings(words: Sequence[str]) -> tuple[dict[str, str | None], list[str]]:
-    """`router.max_in_flight=100` -> a value; `router.max_in_flight=` -> a key to reset to the config's value."""
-    values: dict[str, str | None] = {}
+
+def parse_settings(words: Sequence[str]) -> tuple[dict[str, str | list[str] | None], list[str]]:
+    """`router.max_in_flight=100` -> a value; `router.max_in_flight=` -> a key to reset to the config's value. A list
+    has commas, with or without brackets."""
+    values: dict[str, str | list[str] | None] = {}
     reset: list[str] = []
     for word in words:
         key, equals, text = word.partition("=")
         if not key or not equals:
             raise ConfigError(f"set: '{word}' is not KEY=VALUE (valid: for example router.max_in_flight=500)")
-        if text:
+        if text and key in _LISTS:
+            items = text.removeprefix("[").removesuffix("]").split(",")
+            values[key] = [item.strip().strip("'\"") for item in items if item.strip()]
+        elif text:
             values[key] = _scalar(text)
         else:
             reset.append(key)

@@ -21,7 +21,7 @@ from hpc_router.config.adapters import adapters_of
 from hpc_router.config.schema import Deployment
 from hpc_router.errors import ConfigError, HpcRouterError, RegistryError
 from hpc_router.expert.agent.engine_relay import ENGINE_LIMITS
-from hpc_router.expert.agent.engine_supervisor import EngineSupervisor
+from hpc_router.expert.agent.engine_supervisor import EngineSupervisor, LoadedEngine
 from hpc_router.expert.agent.http_api import AgentHttpApi
 from hpc_router.expert.agent.lifecycle import JobLifecycle
 from hpc_router.expert.agent.restart_policy import RestartPolicy
@@ -115,9 +115,12 @@ class Agent:
             self._lease.change(state=self._lifecycle.state)
         self._files.post(partial(self._job.write, self._lifecycle.progress()))
 
-    def _publish_max_model_len(self, length: int | None) -> None:
-        if self._lease is not None and self._lease.record.engine.max_model_len != length:
-            self._lease.change(engine=replace(self._lease.record.engine, max_model_len=length))
+    def _publish_loaded(self, loaded: LoadedEngine) -> None:
+        if self._lease is not None:
+            info = self._lease.record.engine
+            caching = info.prefix_caching if loaded.prefix_caching is None else loaded.prefix_caching
+            engine = replace(info, max_model_len=loaded.max_model_len, prefix_caching=caching)
+            self._lease.change(engine=engine, load_s=loaded.load_s)
 
     async def run(self) -> Exit:
         """Runs the job. Returns the exit record, which has been written."""
@@ -266,7 +269,7 @@ class Agent:
             progress=lambda: http_api.progress,
             engine_lost=http_api.engine_lost,
             break_off=http_api.break_off,
-            on_max_model_len=self._publish_max_model_len,
+            on_loaded=self._publish_loaded,
         )
 
     def _record(self, sock: socket.socket) -> Record:
@@ -284,6 +287,7 @@ class Agent:
             beat_s=self._deployment.cluster.beat_s,
             capacity=self._config.capacity,
             engine=replace(self._engine.info(), version=self._version),
+            accepts=self._engine.accepts,
         )
 
     def _job_id(self) -> str:

@@ -8,6 +8,7 @@ import asyncio
 import json
 import logging
 import random
+import re
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from hpc_router.expert.agent.restart_policy import RestartPolicy
 from hpc_router.expert.engine_process.process import EngineProcess
 from hpc_router.expert.engines import Engine, EngineFailure
 from hpc_router.expert.multinode.start_strategy import StartStrategy
-from hpc_router.net.protocol import MODELS
+from hpc_router.net.protocol import METRICS, MODELS
 from hpc_router.relay.upstream.interface import Upstream
 from hpc_router.state.io_thread import FileThread
 from hpc_router.state.job_records import FailureReason, JobPhase
@@ -31,8 +32,19 @@ POLL_TIMEOUT_S: Final = 5.0
 WATCH_S: Final = 3.0
 WATCH_TIMEOUT_S: Final = 7.0
 _MAX_LIST_BYTES: Final = 2**20
+_MAX_METRICS_BYTES: Final = 2**24
+_PREFIX_CACHING: Final = re.compile(rb'^vllm:cache_config_info\{.*\benable_prefix_caching="(True|False)"', re.MULTILINE)
 HUNG_MISSES: Final = 3
 """Consecutive failed probes after which a ready engine counts as hung: 30 s, with WATCH_S and WATCH_TIMEOUT_S."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedEngine:
+    """What is known of an engine once it has loaded; None: it does not say. `load_s`: from its start, in seconds."""
+
+    load_s: float
+    max_model_len: int | None
+    prefix_caching: bool | None
 
 
 class EngineObserver(Protocol):
@@ -48,8 +60,8 @@ class EngineSupervisor:
 
     `progress` returns a number that changes while responses arrive, because a busy engine may be too slow for a probe.
     `engine_lost` is set by the HTTP API when the engine did not accept a request, and cleared here when the engine
-    answers. `break_off` is called before an engine is stopped and after one has ended by itself. `on_max_model_len` is
-    called before each READY, with None if the engine does not report the value.
+    answers. `break_off` is called before an engine is stopped and after one has ended by itself. `on_loaded` is
+    called before each READY.
     """
 
     engine: Engine
@@ -62,10 +74,12 @@ class EngineSupervisor:
     progress: Callable[[], int] = lambda: 0
     engine_lost: asyncio.Event = field(default_factory=asyncio.Event)
     break_off: Callable[[], None] = lambda: None
-    on_max_model_len: Callable[[int | None], None] = lambda length: None
+    on_loaded: Callable[[LoadedEngine], None] = lambda loaded: None
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
     chance: Callable[[], float] = random.random
     clock: Callable[[], float] = time.monotonic
+    _max_model_len: int | None = None
+    _prefix_caching: bool | None = None
 
     async def run(self) -> EngineFailure:
         """Runs the engine. Returns a failure that no restart can repair, or the last of too many failures."""
@@ -73,7 +87,7 @@ class EngineSupervisor:
             command = await self.strategy.next_command()
             if isinstance(command, EngineFailure):
                 return command
-            ready_s = 0.0
+            ready_s, started_at = 0.0, self.clock()
             async with await EngineProcess.start(command, self.files) as process:
                 try:
                     if process.pid is not None:
@@ -83,8 +97,10 @@ class EngineSupervisor:
                     if failure is None:
                         ready_at = self.clock()
                         self.engine_lost.clear()
+                        load_s = round(ready_at - started_at, 3)
+                        self.on_loaded(LoadedEngine(load_s, self._max_model_len, self._prefix_caching))
                         self.observer.phase_changed(JobPhase.READY, engine_pid=process.pid)
-                        logger.info("engine ready")
+                        logger.info("engine ready after %g s", load_s)
                         failure = await self._until_end_or_hung(process)
                         ready_s = self.clock() - ready_at  # before this engine and its other ranks are stopped
                 finally:
@@ -135,7 +151,7 @@ class EngineSupervisor:
         while (listed := await self._served_models()) is None and len(serves) > 1:
             await asyncio.sleep(POLL_S)
         lengths = [length for length in (listed or {}).values() if type(length) is int]
-        self.on_max_model_len(min(lengths, default=None))
+        self._max_model_len, self._prefix_caching = min(lengths, default=None), await self._caches_prefixes()
         if listed is None or len(serves) == 1:
             return None
         absent = [expert for expert, model in serves.items() if model not in listed]
@@ -146,14 +162,23 @@ class EngineSupervisor:
     async def _served_models(self) -> dict[str, Any] | None:
         """Returns the models that the engine lists, with their `max_model_len`; None without a valid list."""
         try:
-            async with (
-                asyncio.timeout(POLL_TIMEOUT_S),
-                self.client.request("GET", ENGINE, MODELS) as answer,
-            ):
-                cards = json.loads(await answer.read(_MAX_LIST_BYTES))["data"]
-                return {card["id"]: card.get("max_model_len") for card in cards}
+            cards = json.loads(await self._read(MODELS, limit=_MAX_LIST_BYTES))["data"]
+            return {card["id"]: card.get("max_model_len") for card in cards}
         except (UpstreamError, TimeoutError, ValueError, KeyError, TypeError, AttributeError):
             return None
+
+    async def _caches_prefixes(self) -> bool | None:
+        """What vLLM's metrics say; its default depends on the model."""
+        try:
+            found = _PREFIX_CACHING.search(await self._read(METRICS, limit=_MAX_METRICS_BYTES))
+        except (UpstreamError, TimeoutError):
+            return None
+        return None if found is None else found[1] == b"True"
+
+    async def _read(self, path: str, *, limit: int) -> bytes:
+        """Raises UpstreamError or TimeoutError."""
+        async with asyncio.timeout(POLL_TIMEOUT_S), self.client.request("GET", ENGINE, path) as answer:
+            return await answer.read(limit)
 
     async def _until_end_or_hung(self, process: EngineProcess) -> EngineFailure:
         async with asyncio.TaskGroup() as group:

@@ -81,7 +81,7 @@ class AgentHttpApi:
             ("POST", protocol.RANK): self._rank,
             ("GET", protocol.MODELS): self._relay if self.lists_models else self._list_models,
             ("GET", protocol.METRICS): self._relay,
-            **{("POST", path): self._generate for path in protocol.GENERATE_PATHS},
+            **{("POST", path): self._generate for path in protocol.POST_PATHS},
         }
 
     def handle(self, request: Request) -> PendingResponse | Coroutine[Any, Any, Response | None]:
@@ -104,7 +104,7 @@ class AgentHttpApi:
                     message="this replica needs its own key",
                     path=request.path,
                 )
-            handler = self._routes.get((request.method, request.path))
+            handler = self._routes.get((request.method, request.path)) or self._stored_response(request)
             if handler is None:
                 return error_response(
                     404, kind="invalid_request_error", code="unknown_path", message="this path is not served here"
@@ -121,6 +121,11 @@ class AgentHttpApi:
                 message="the agent failed; the cause is in its log",
                 path=request.path,
             )
+
+    def _stored_response(self, request: Request) -> Callable[[Request], Awaitable[Response | None]] | None:
+        """The handler of a stored response's path; None for others."""
+        stored = protocol.STORED_RESPONSE.fullmatch(request.path)
+        return self._generate if stored and request.method in protocol.STORED_METHODS[stored[2]] else None
 
     def _start(self, request: Request) -> PendingResponse | None:
         """Starts a request that can be served without a task; returns None for any other request."""
@@ -148,7 +153,7 @@ class AgentHttpApi:
         cached = request.headers.cached
         known: bool | None = cached.get(self.key)
         if known is None:
-            generates = request.method == "POST" and request.path in protocol.GENERATE_PATHS
+            generates = request.method == "POST" and request.path in protocol.POST_PATHS
             known = cached[self.key] = generates and _has_token(request, self.key)
         return known
 
@@ -197,7 +202,7 @@ class AgentHttpApi:
             self.engine_lost.set()
             if isinstance(error, UpstreamConnectError) and not error.sent:
                 return self._refuse(request, State.STARTING)
-            self.unfinished += request.path in protocol.GENERATE_PATHS
+            self.unfinished += request.path in protocol.POST_PATHS
             if request.response_started:
                 return None
             response = error_response(

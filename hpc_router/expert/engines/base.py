@@ -98,7 +98,11 @@ class Engine(Protocol):
         """Returns every model name that the engine accepts."""
 
     def info(self) -> EngineInfo:
-        """Returns the engine's part of the registry record, without the version."""
+        """Returns the engine's part of the registry record, without what only the running engine knows."""
+
+    @property
+    def accepts(self) -> tuple[str, ...] | None:
+        """What the engine takes (`Record.accepts`); None if that depends on the model."""
 
     def argv(self, place: Place) -> list[str]: ...
 

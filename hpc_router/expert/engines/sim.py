@@ -57,6 +57,7 @@ class SimEngine(AdapterEngine):
 
     ready_path = MODELS
     lists_models = True
+    accepts = ("text", "tools", "embeddings")
     packages: Sequence[str] = ("hpc-router",)
     signs: Sequence[Sign] = _SIGNS
 
@@ -69,6 +70,8 @@ class SimEngine(AdapterEngine):
             quantization=None if roofline_options is None else roofline_options.quantization,
             tensor_parallel_size=None if roofline_options is None else roofline_options.tensor_parallel_size,
             pipeline_parallel_size=None if roofline_options is None else roofline_options.pipeline_parallel_size,
+            priority=False,
+            prefix_caching=False,
         )
 
     def argv(self, place: Place) -> list[str]:

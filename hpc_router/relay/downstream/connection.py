@@ -108,6 +108,9 @@ class ClientRequest(ParsedRequest, Request):
             framing += b"connection: close\r\n"
         elif self.head.http_1_0:
             framing += b"connection: keep-alive\r\n"
+        cross_origin = self.connection.cross_origin
+        if cross_origin.origins:
+            framing += cross_origin.lines(self.headers)
         self.connection.write(
             b"HTTP/1.1 %d %b\r\n%b%bdate: %b\r\n\r\n%b"
             % (
@@ -165,11 +168,12 @@ class ClientRequest(ParsedRequest, Request):
 class ClientConnection(asyncio.Protocol):
     __slots__ = (
         "_deadline", "_lingering", "_loop", "_parser", "_refusal", "_request", "_server", "_task", "_timer",
-        "_transport", "_waiter", "_writable", "idle", "pending",
+        "_transport", "_waiter", "_writable", "cross_origin", "idle", "pending",
     )  # fmt: skip
 
     def __init__(self, server: "Server") -> None:
         self._server = server
+        self.cross_origin = server.cross_origin
         self._loop = server.loop
         self._parser = RequestParser(max_body=server.max_body, request_type=ClientRequest)
         self._transport: asyncio.Transport | None = None
@@ -255,6 +259,8 @@ class ClientConnection(asyncio.Protocol):
     async def _refuse(self, error: RefusedError) -> None:
         """Respond to bytes that are not a request, and close the connection."""
         response = error_response(error.status, kind="invalid_request_error", code="bad_request", message=str(error))
+        if self.cross_origin.origins:
+            response.head += self.cross_origin.lines(self._parser.partial_headers)
         self.write(
             b"HTTP/1.1 %d %b\r\n%bcontent-length: %d\r\nconnection: close\r\n\r\n%b"
             % (response.status, _REASONS[response.status], response.head, len(response.body), response.body)

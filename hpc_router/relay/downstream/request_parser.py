@@ -166,6 +166,11 @@ class RequestParser(Generic[R]):
         self._current = None
         self._ended = True
 
+    @property
+    def partial_headers(self) -> Headers:
+        """The headers of the last request, as far as they were received."""
+        return Headers(self._fields)
+
     def release(self) -> None:
         """Break the reference cycle with the HTTP parser, so that both are freed without the garbage collector."""
         self._parser = None

@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager, suppress
 from typing import Final
 
 from hpc_router.relay.downstream.connection import ClientConnection
+from hpc_router.relay.downstream.cross_origin import OFF, CrossOrigin
 from hpc_router.relay.downstream.interface import KEEP_ALIVE_S, Handler
 
 BACKLOG: Final = 4096
@@ -21,8 +22,9 @@ SHUTDOWN_S: Final = 1.0
 class Server:
     """State shared by all client connections of one handler."""
 
-    def __init__(self, handler: Handler, *, max_body: int, keep_alive_s: float) -> None:
+    def __init__(self, handler: Handler, *, max_body: int, keep_alive_s: float, cross_origin: CrossOrigin) -> None:
         self.handler = handler
+        self.cross_origin = cross_origin
         self.max_body = max_body
         self.keep_alive_s = keep_alive_s
         self.loop = asyncio.get_running_loop()
@@ -65,12 +67,14 @@ async def listening(
     *,
     max_body: int,
     keep_alive_s: float = KEEP_ALIVE_S,
+    cross_origin: CrossOrigin = OFF,
 ) -> AsyncIterator[asyncio.Server]:
     """Serve until the end of the block, which closes all connections and cancels running handlers.
 
     Closing the yielded server earlier only stops new connections. Request bodies above `max_body` bytes are rejected.
+    `cross_origin` adds its lines to every response, whoever makes it.
     """
-    server = Server(handler, max_body=max_body, keep_alive_s=keep_alive_s)
+    server = Server(handler, max_body=max_body, keep_alive_s=keep_alive_s, cross_origin=cross_origin)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # inherited by its connections
     listener = await server.loop.create_server(server.connection, sock=sock, backlog=BACKLOG)
     try:

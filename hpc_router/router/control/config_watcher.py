@@ -1,4 +1,4 @@
-"""Watches what may change while a router serves: the settings in `desired.json`, the classifier's artefact, its shadow.
+"""Watches what may change while a router serves: `desired.json`, the classifier's artefact, its shadow.
 
 It compares the stamps of these files every second, and at once after `check_now`. Invalid settings or artefacts are
 logged and shown in `/status`, and change nothing.
@@ -16,7 +16,7 @@ from hpc_router.background_tasks import OnFailure, background
 from hpc_router.config.schema import Deployment
 from hpc_router.errors import HpcRouterError
 from hpc_router.router.policies import artefact_folders, load_policy
-from hpc_router.router.settings import settings_in, with_settings
+from hpc_router.router.settings import with_desired
 from hpc_router.routing.artefact import MANIFEST
 from hpc_router.routing.policy import Policy
 from hpc_router.state.io_thread import FileThread
@@ -77,7 +77,7 @@ class ConfigWatcher:
     def _load(self) -> tuple[Deployment, Policy]:
         """Each file's stamp is taken before the file is read, so that no change is missed."""
         desired = stamp_at(self.run.desired)
-        deployment = with_settings(self.base, settings_in(self.run.read_desired()))
+        deployment = with_desired(self.base, self.run.read_desired())
         self._folders = artefact_folders(self.run, deployment)
         self._stamp_loaded = (desired, *self._artefact_stamps())
         return deployment, load_policy(self.run, deployment)

@@ -93,7 +93,7 @@ class Prober:
                 return Event.SAYS_STARTING  # another hpc_router, or an agent, that is not ready
             if response.status == 200:
                 with contextlib.suppress(ValueError, RecursionError):
-                    replica.models = _models(json.loads(await bounded_body(response))) or replica.models
+                    _take_models(replica, json.loads(await bounded_body(response)))
         return Event.SAYS_READY
 
     async def _probe_port(self, replica: Replica) -> Event:
@@ -114,8 +114,13 @@ class Prober:
         return value
 
 
-def _models(value: Any) -> tuple[str, ...]:
-    """The names in a list of models, plain or in OpenAI's format."""
-    models = value.get("data") if isinstance(value, dict) else value
-    names = [m.get("id") if isinstance(m, dict) else m for m in models] if isinstance(models, list) else []
-    return tuple(name for name in names if isinstance(name, str))
+def _take_models(replica: Replica, value: Any) -> None:
+    """Set the models of a list of them, plain or in OpenAI's format. A response that lists none changes nothing."""
+    listed = value.get("data") if isinstance(value, dict) else value
+    cards = [m if isinstance(m, dict) else {"id": m} for m in listed] if isinstance(listed, list) else []
+    lengths = {card["id"]: card.get("max_model_len") for card in cards if isinstance(card.get("id"), str)}
+    if not lengths:
+        return
+    replica.models = tuple(lengths)
+    served = [lengths.get(replica.model_for(expert) or "") for expert in replica.record.serves]
+    replica.listed_max_model_len = min((n for n in served if type(n) is int and n > 0), default=None)

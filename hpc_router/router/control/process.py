@@ -36,6 +36,7 @@ from hpc_router.router.replicas.admission import DepartureRate, queue_limits
 from hpc_router.router.replicas.health import Incident
 from hpc_router.router.replicas.replica import Replica
 from hpc_router.router.replicas.table import ReplicaTable
+from hpc_router.router.settings import scaled_to_zero
 from hpc_router.routing.artefact import read_training
 from hpc_router.routing.policy import Policy, versions
 from hpc_router.state.io_thread import FileThread
@@ -265,7 +266,10 @@ class ControlProcess:
             self.workers.configure(settings)
 
     def _settings(self) -> messages.Settings:
-        return messages.Settings(self.deployment.policy, self.deployment.router, self.artefact, self.shadow)
+        deployment = self.deployment
+        return messages.Settings(
+            deployment.policy, deployment.router, self.artefact, self.shadow, scaled_to_zero(deployment)
+        )
 
     def _probed_ready(self, replica: Replica) -> None:
         if any(self.table.waiting(expert) for expert in replica.record.serves):

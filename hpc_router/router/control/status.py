@@ -77,4 +77,6 @@ def _replica(replica: Replica, *, silent: bool) -> dict[str, Any]:
         "silent": silent,
         "trouble": replica.trouble,
         "models": list(replica.models),
+        "max_model_len": replica.max_model_len,
+        "load_s": record.load_s,
     }

@@ -182,12 +182,13 @@ class Snapshot(Message):
 
 @dataclass(frozen=True, slots=True)
 class Settings(Message):
-    """The settings in force, and the versions of the artefacts to load."""
+    """The settings in force, and the versions of the artefacts to load. `scaled_to_zero`: see `ReplicaTable`."""
 
     policy: PolicyConfig
     router: RouterConfig
     artefact: str | None
     shadow: str | None
+    scaled_to_zero: dict[str, str]
 
 
 @dataclass(frozen=True, slots=True)

@@ -73,7 +73,8 @@ TRANSITIONS: Final[Mapping[tuple[RoutingState, Event], RoutingState]] = {
 
 @dataclass(slots=True, eq=False)
 class Replica:
-    """One endpoint. `key`: the bearer token of requests to it; `models`: the model names its engine reported.
+    """One endpoint. `key`: the bearer token of requests to it; `models`: the model names its engine reported;
+    `listed_max_model_len`: of its models, as an external endpoint lists it.
 
     `peer_in_flight`: requests in flight on it from the router's other workers. Balancing and limits use `load`, the sum
     over all workers.
@@ -83,6 +84,7 @@ class Replica:
     key: str | None
     state: RoutingState = RoutingState.STARTING
     models: tuple[str, ...] = ()
+    listed_max_model_len: int | None = None
     last_used: int = 0
     health: ReplicaHealth = field(default_factory=ReplicaHealth)
     recent_error: bool = False  # its last request failed: the next success must be reported
@@ -130,6 +132,11 @@ class Replica:
     @property
     def name(self) -> str:
         return self.record.replica
+
+    @property
+    def max_model_len(self) -> int | None:
+        """Tokens of prompt and response together; None: not known."""
+        return self.record.engine.max_model_len or self.listed_max_model_len
 
     @property
     def slot_name(self) -> str:

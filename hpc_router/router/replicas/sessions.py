@@ -23,8 +23,9 @@ from hpc_router.routing.policy import RouteReason
 MAX_SESSIONS: Final = 100_000
 PARAM: Final = "previous_response_id"
 _SESSION: Final = re.compile(r"[\w.:@/+=~-]{1,128}", re.ASCII)
-_STATELESS_ENGINES: Final = frozenset({"transformers"})
-"""Engines that accept `previous_response_id` and ignore it: their answer would lack the earlier turns."""
+STATELESS_ENGINES: Final = frozenset({"transformers"})
+"""Engines that keep no responses. They accept `previous_response_id` and ignore it: their answer would lack the earlier
+turns."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +118,7 @@ class Sessions:
             raise not_found(f"{turn.replica}, which answered the last turn, is gone")
         if replica.state is not RoutingState.READY:
             raise not_found(f"{turn.replica}, which answered the last turn, is {replica.state.value}")
-        if replica.record.engine.kind in _STATELESS_ENGINES:
+        if replica.record.engine.kind in STATELESS_ENGINES:
             raise not_found(f"{turn.replica} runs {replica.record.engine.kind}, which keeps no responses")
         return turn, replica
 

@@ -22,6 +22,7 @@ class ReplicaSnapshot:
     key: str | None
     state: RoutingState
     models: tuple[str, ...]
+    listed_max_model_len: int | None
     trouble: str | None
     recent_error: bool
     lost: bool
@@ -62,6 +63,7 @@ def _snapshot(replica: Replica) -> ReplicaSnapshot:
         key=replica.key,
         state=replica.state,
         models=replica.models,
+        listed_max_model_len=replica.listed_max_model_len,
         trouble=replica.trouble,
         recent_error=replica.recent_error,
         lost=replica.state is RoutingState.EJECTED and not replica.health.is_excluded(time.monotonic()),
@@ -72,5 +74,6 @@ def _snapshot(replica: Replica) -> ReplicaSnapshot:
 
 def _update(table: ReplicaTable, replica: Replica, item: ReplicaSnapshot) -> None:
     replica.key, replica.models, replica.trouble = item.key, item.models, item.trouble
+    replica.listed_max_model_len = item.listed_max_model_len
     replica.recent_error, replica.health = item.recent_error, replace(item.health)
     table.reassign_column(replica, item.column)

@@ -16,7 +16,7 @@ from operator import attrgetter
 from random import Random
 from typing import Final
 
-from hpc_router.errors import HpcRouterError
+from hpc_router.errors import HpcRouterError, ScaledToZeroError
 from hpc_router.relay.in_flight import Cells
 from hpc_router.router.replicas.admission import QueueLimits
 from hpc_router.router.replicas.balancing import affinity, load_bound, power_of_two_choices, rendezvous
@@ -64,6 +64,7 @@ class ReplicaTable:
     queue_columns: Mapping[str, int] = field(default_factory=dict)
     on_change: Callable[[], None] | None = None
     expected_ready_at: Mapping[str, float] = field(default_factory=dict)
+    _scaled_to_zero: Mapping[str, str] = field(default_factory=dict)
     _replicas: dict[str, Replica] = field(default_factory=dict)
     _by_expert: dict[str, list[Replica]] = field(default_factory=dict)
     _orders: dict[str, dict[int, list[Replica]]] = field(default_factory=dict)  # of `rendezvous`, by affinity slot
@@ -207,7 +208,7 @@ class ReplicaTable:
                     for replica in replicas:
                         self.offer(replica)
             if self.bounds.in_flight and self._at_bound(expert):
-                if self._has_ready(expert, avoid):
+                if self.has_ready(expert, avoid):
                     return None
                 continue
             if len(replicas) == 1:
@@ -223,7 +224,7 @@ class ReplicaTable:
                 best = best or power_of_two_choices(replicas, fits=fits, random=self.random)
                 if best is not None:
                     return best, expert
-                if self._has_ready(expert, avoid):
+                if self.has_ready(expert, avoid):
                     return None
         return None
 
@@ -249,7 +250,8 @@ class ReplicaTable:
         """Requests in flight on its replicas."""
         return sum(replica.load for replica in self._by_expert.get(expert, ()))
 
-    def _has_ready(self, expert: str, avoid: Collection[Replica]) -> bool:
+    def has_ready(self, expert: str, avoid: Collection[Replica]) -> bool:
+        """Whether it has a ready replica that is not one of `avoid`."""
         return any(r.state is READY and r not in avoid for r in self._by_expert.get(expert, ()))
 
     def reserve(self, replica: Replica, expert: str) -> Reservation:
@@ -266,15 +268,21 @@ class ReplicaTable:
     ) -> Reservation:
         """A reservation as soon as it is this request's turn at the first of these experts with a ready replica.
 
-        With `only`, on that replica; raises ReplicaLostError as soon as it is not ready. Raises QueueFullError."""
+        With `only`, on that replica; raises ReplicaLostError as soon as it is not ready. Raises QueueFullError, and
+        ScaledToZeroError if none of the experts can have a replica."""
         if only is not None and (only.state is not RoutingState.READY or self._replicas.get(only.name) is not only):
             raise ReplicaLostError(f"{only.name} is not ready")
+        if self._scaled_to_zero and only is None:
+            possible = [expert for expert in experts if not self._is_absent(expert)]
+            if not possible:
+                raise self._absent_error(experts)
+            experts = possible
         waiter = self._line.arrive(experts, avoid, only)
         self._extend_to_next_expert(waiter)
         full = next((expert for expert in waiter.experts if self.waiting(expert) > self.bounds.waiting), None)
         if full is not None:
             self._line.leave(waiter)
-            raise QueueFullError(full, serves=self._has_ready(full, waiter.avoid))
+            raise QueueFullError(full, serves=self.has_ready(full, waiter.avoid))
         if self.peers and self._peer_refresh is None:
             self._peer_refresh = asyncio.get_running_loop().call_later(PEER_REFRESH_S, self._offer_released_by_peers)
         try:
@@ -286,6 +294,34 @@ class ReplicaTable:
             raise
         finally:
             self._line.leave(waiter)
+
+    def set_scaled_to_zero(self, experts: Mapping[str, str]) -> None:
+        """The experts that shall have no replicas, each with the expert to scale for that. Requests that wait for them
+        alone fail."""
+        self._scaled_to_zero = experts
+        for expert in experts:
+            self._fail_absent(expert)
+
+    def _is_absent(self, expert: str) -> bool:
+        """Whether no request can get a replica of it: it is scaled to 0, no replica is left that serves, and it has no
+        external endpoint."""
+        return expert in self._scaled_to_zero and not any(
+            replica.state is READY or replica.record.kind is RecordKind.EXTERNAL for replica in self.of(expert)
+        )
+
+    def _fail_absent(self, expert: str) -> None:
+        """Fail the requests that wait for this expert and can get no replica any more."""
+        for waiter in tuple(self._line.queues.get(expert, ())):
+            wanted = (*waiter.experts, *waiter.later)
+            if not waiter.granted.done() and waiter.only is None and all(map(self._is_absent, wanted)):
+                self._line.fail(waiter, self._absent_error(wanted))
+
+    def _absent_error(self, experts: Sequence[str]) -> ScaledToZeroError:
+        scale = " ".join(f"{host}=1" for host in dict.fromkeys(self._scaled_to_zero[expert] for expert in experts))
+        return ScaledToZeroError(
+            f"{' and '.join(experts)} {'is' if len(experts) == 1 else 'are'} scaled to 0 replicas: "
+            f"`hpc-router scale {scale}` starts one"
+        )
 
     def waiting(self, expert: str) -> int:
         """Requests of all workers that wait for it."""
@@ -342,11 +378,12 @@ class ReplicaTable:
                     self._line.fail(waiter, ReplicaLostError(f"{replica.name} is not ready any more"))
                 elif waiter.later:
                     self._extend_to_next_expert(waiter)
+            self._fail_absent(expert)
 
     def _extend_to_next_expert(self, waiter: Waiter) -> None:
         """Join further queues until one of its experts has a ready replica."""
         before = len(waiter.experts)
-        while waiter.later and not any(self._has_ready(expert, waiter.avoid) for expert in waiter.experts):
+        while waiter.later and not any(self.has_ready(expert, waiter.avoid) for expert in waiter.experts):
             self._line.join_next(waiter)
         if before:
             for expert in waiter.experts[before:]:

@@ -9,6 +9,7 @@ another replica of the same expert serves the same request. Retries have a budge
 
 import asyncio
 import errno
+import json
 import logging
 import time
 from contextlib import AbstractAsyncContextManager
@@ -30,7 +31,6 @@ from hpc_router.relay.api_formats import ErrorReply
 from hpc_router.relay.downstream.interface import (
     DownstreamGoneError,
     Response,
-    error_response,
     json_response,
 )
 from hpc_router.relay.in_flight import InFlight
@@ -46,7 +46,13 @@ from hpc_router.router.replicas.sessions import not_found
 from hpc_router.router.replicas.table import QueueFullError, ReplicaLostError, ReplicaTable
 from hpc_router.router.worker.error_responses import RETRY_AFTER_S, ErrorResponses
 from hpc_router.router.worker.retry_budget import RetryBudget
-from hpc_router.router.worker.routed_request import RETRY_STATUSES, REVIEWED_STATUSES, RequestResult, RoutedRequest
+from hpc_router.router.worker.routed_request import (
+    MISSING_STATUSES,
+    RETRY_STATUSES,
+    REVIEWED_STATUSES,
+    RequestResult,
+    RoutedRequest,
+)
 from hpc_router.state.registry import RecordKind
 
 logger = logging.getLogger(__name__)
@@ -64,6 +70,9 @@ _MAX_ENGINES_LOST: Final = 2
 _MAX_ERROR_BYTES: Final = 2**20
 _NOTEWORTHY_S: Final = 0.001
 """A shorter time before an attempt is not subtracted in the statistics of the replica."""
+_BARE_PHRASES: Final = ("Not Found", "Method Not Allowed")
+_MAX_QUOTED_BYTES: Final = 200
+"""Of an engine's error, in a message of the router."""
 
 
 def stream_timeouts_of(config: RouterConfig) -> UpstreamTimeouts:
@@ -90,7 +99,12 @@ class HealthReporter(Protocol):
 
 
 class _RetryError(Exception):
-    """This attempt failed before anything was sent to the client; the failure is recorded."""
+    """This attempt failed before anything was sent to the client; the failure is recorded. `begun`: the engine may have
+    begun the request."""
+
+    def __init__(self, *, begun: bool) -> None:
+        super().__init__()
+        self.begun = begun
 
 
 @dataclass(slots=True)
@@ -156,6 +170,10 @@ class Dispatcher:
                 try:
                     return await self._attempt(routed, reservation)
                 except _RetryError as error:
+                    if error.begun and not routed.repeatable:
+                        lost = _unknown_outcome(reservation.replica, routed.method)
+                        routed.error_result = routed.error_result or _error_result(routed, reservation, lost)
+                        break
                     broken = isinstance(error.__cause__, UpstreamError)
                     if not (attempts == 1 and broken) and not self._may_retry(reservation.replica):
                         break
@@ -181,7 +199,7 @@ class Dispatcher:
             async with asyncio.timeout(deadline - started):
                 reservation = await self.table.wait(routed.experts, avoid=routed.avoid, only=routed.only)
         except ReplicaLostError as error:
-            raise not_found(str(error)) from error
+            raise (routed.lost_error or not_found)(str(error)) from error
         except QueueFullError as error:
             kind = OverloadedError if error.serves else UnavailableError
             raise kind(str(error), retry_after_s=self.table.wait_s(error.expert)) from error
@@ -200,8 +218,8 @@ class Dispatcher:
         head, body = routed.outgoing or routed.request_for(reservation)
         sent, routed.sent, routed.outgoing = routed.sent, None, None
         return self.client.request(
-            "POST", reservation.replica.address, routed.target, head=head, body=body, watch=reservation.watch,
-            started=sent, limits=routed.timeouts(),
+            routed.method, reservation.replica.address, routed.target, head=head, body=body or None,
+            watch=reservation.watch, started=sent, limits=routed.timeouts(),
         )  # fmt: skip
 
     async def _attempt(self, routed: RoutedRequest, reservation: Reservation) -> RequestResult:
@@ -234,7 +252,7 @@ class Dispatcher:
         except UpstreamTimeoutError as error:
             if reservation.lost and not relay.committed:
                 self._record_failure(routed, reservation, error)
-                raise _RetryError from error
+                raise _RetryError(begun=True) from error
             timeout = self._timeout_error(routed, replica, answered=relay.status != 0)
             if not relay.committed:
                 raise timeout from error
@@ -245,10 +263,8 @@ class Dispatcher:
             if not relay.committed:
                 self._record_failure(routed, reservation, error)
                 if isinstance(error, UpstreamAbortedError):  # the next attempt may fail in the same way
-                    response = json_response(routed.api_format.error_body(_failure_reply(replica, error)), status=502)
-                    response.add(protocol.REQUEST_ID_HEADER, routed.request_id)
-                    routed.error_result = RequestResult(502, expert, reason, response)
-                raise _RetryError from error
+                    routed.error_result = _error_result(routed, reservation, _failure_reply(replica, error))
+                raise _RetryError(begun=not isinstance(error, UpstreamConnectError) or error.sent) from error
             self.health.recheck(replica)
             await self._end_with_error(routed, expert, relay, _failure_reply(replica, error))
         return RequestResult(relay.status, expert, reason, relay.response)
@@ -263,13 +279,18 @@ class Dispatcher:
         if status == 401 and external:  # the client's own token is valid
             routed.avoid |= {replica}
             self.metrics.failovers.add(replica.name, status)
-            routed.error_result = self._wants_token(routed, reservation)
-            raise _RetryError
+            message = f"{replica.record.url} answered 401: `hpc-router register` it again with --token-file"
+            fault = ErrorReply(502, "upstream_error", "endpoint_unauthorized", message)
+            routed.error_result = _error_result(routed, reservation, fault)
+            raise _RetryError(begun=False)
         if status == 401 and replica.key is not None:
             raise UpstreamConnectError("the replica refused the router's key")
+        if status in MISSING_STATUSES:
+            return await self._review_missing(routed, reservation, upstream)
         if status not in RETRY_STATUSES:
             return None
         routed.avoid |= {replica}
+        begun = False
         if protocol.DRAINING_HEADER.encode() in headers:
             self.metrics.failovers.add(replica.name, "draining")
             # At the address of an external endpoint a new server may start.
@@ -277,7 +298,8 @@ class Dispatcher:
         elif protocol.STARTING_HEADER.encode() in headers:
             self.metrics.failovers.add(replica.name, "starting")
             self.health.state_reported(replica, Event.SAYS_STARTING)
-            routed.engines_lost += status == _LOST
+            begun = status == _LOST
+            routed.engines_lost += begun
             if routed.engines_lost >= _MAX_ENGINES_LOST:
                 return await self._error_response(routed, reservation, upstream)
         elif status == _BUSY or (status == _AWAY and b"retry-after" in headers):
@@ -289,7 +311,31 @@ class Dispatcher:
             if status == _FAILED and any(seen == _FAILED for _, _, seen in routed.failed_attempts):
                 return routed.error_result  # two replicas fail in the same way: the request is the cause
             routed.failed_attempts += ((replica, reservation.expert, status),)
-        raise _RetryError
+            begun = True
+        raise _RetryError(begun=begun)
+
+    async def _review_missing(
+        self, routed: RoutedRequest, reservation: Reservation, upstream: UpstreamResponse
+    ) -> RequestResult:
+        """The engine's error, if it is one of the API. Otherwise the engine does not serve the path; another replica of
+        the expert may have another engine."""
+        replica, expert = reservation.replica, reservation.expert
+        if replica.recent_error:
+            self.health.request_succeeded(replica)
+        result = await self._error_response(routed, reservation, upstream)
+        assert result.response is not None
+        if _is_api_error(result.response.body):
+            return result
+        engine = replica.record.engine.kind or replica.record.url
+        path, said = routed.target.partition("?")[0], result.response.body[:_MAX_QUOTED_BYTES].decode(errors="replace")
+        message = f"the engine of {expert!r} ({engine}) does not serve {routed.method} {path} ({result.status}: {said})"
+        fault = ErrorReply(404, "invalid_request_error", "unsupported_operation", message)
+        result = _error_result(routed, reservation, fault)
+        routed.avoid |= {replica}
+        if routed.only is None and self.table.has_ready(expert, routed.avoid):
+            routed.error_result = result
+            raise _RetryError(begun=False)
+        return result
 
     def _report_failures(self, routed: RoutedRequest, expert: str) -> None:
         """A replica of this expert has served the request: report the replicas of the expert that failed it."""
@@ -299,14 +345,6 @@ class Dispatcher:
                     replica, f"{replica.record.url} answered {seen}" if isinstance(seen, int) else seen
                 )
         routed.failed_attempts = ()
-
-    def _wants_token(self, routed: RoutedRequest, reservation: Reservation) -> RequestResult:
-        message = f"{reservation.replica.record.url} answered 401: `hpc-router register` it again with --token-file"
-        reason, path = routed.reason_at(reservation.expert), routed.target.partition("?")[0]
-        response = error_response(502, kind="upstream_error", code="endpoint_unauthorized", message=message, path=path)
-        response.add(protocol.REQUEST_ID_HEADER, routed.request_id)
-        response.head += routed.routing_headers(reservation)
-        return RequestResult(502, reservation.expert, reason, response)
 
     async def _error_response(
         self, routed: RoutedRequest, reservation: Reservation, upstream: UpstreamResponse
@@ -349,6 +387,31 @@ class Dispatcher:
             await relay.end_with_error(routed.api_format.error_event(fault))
         except DownstreamGoneError:
             self.metrics.cancelled.add("streaming")
+
+
+def _is_api_error(body: bytes) -> bool:
+    """Whether the API itself answers 404 or 405, such as for an unknown model. A server without this path answers with
+    the status alone, or not in the format of an API."""
+    try:
+        value = json.loads(body)
+    except (ValueError, RecursionError):
+        return False
+    error = value.get("error", value) if isinstance(value, dict) else None
+    message = error.get("message") if isinstance(error, dict) else error
+    return bool(message) and message not in _BARE_PHRASES
+
+
+def _error_result(routed: RoutedRequest, reservation: Reservation, fault: ErrorReply) -> RequestResult:
+    """An error of the router about this replica."""
+    response = json_response(routed.api_format.error_body(fault), status=fault.status)
+    response.add(protocol.REQUEST_ID_HEADER, routed.request_id)
+    response.head += routed.routing_headers(reservation)
+    return RequestResult(fault.status, reservation.expert, routed.reason_at(reservation.expert), response)
+
+
+def _unknown_outcome(replica: Replica, method: str) -> ErrorReply:
+    message = f"{replica.name} failed before its response, so the {method} may have taken effect"
+    return ErrorReply(502, "upstream_error", "replica_failed", message)
 
 
 def _failure_reply(replica: Replica, error: UpstreamError) -> ErrorReply:

@@ -12,9 +12,13 @@ from hpc_router.errors import (
     BadRequestError,
     BodyTooLargeError,
     HpcRouterError,
+    MethodNotAllowedError,
+    OriginNotAllowedError,
     OverloadedError,
     RequestTimeoutError,
+    ResponseNotFoundError,
     RoutingError,
+    ScaledToZeroError,
     UnauthorizedError,
     UnavailableError,
     UnknownModelError,
@@ -33,8 +37,11 @@ STATUS: Final[Mapping[type[HpcRouterError], tuple[int, str]]] = {
     UnsupportedEncodingError: (415, "invalid_request_error"),
     BadRequestError: (400, "invalid_request_error"),
     UnauthorizedError: (401, "authentication_error"),
+    OriginNotAllowedError: (403, "permission_error"),
     UnknownModelError: (404, "invalid_request_error"),
     UnknownPathError: (404, "invalid_request_error"),
+    ResponseNotFoundError: (404, "invalid_request_error"),
+    MethodNotAllowedError: (405, "invalid_request_error"),
     RequestTimeoutError: (408, "invalid_request_error"),
     BodyTooLargeError: (413, "invalid_request_error"),
     OverloadedError: (429, "rate_limit_error"),
@@ -74,7 +81,9 @@ def _error_response(status: int, kind: str, error: HpcRouterError, request_id: s
     response.add(protocol.REQUEST_ID_HEADER, request_id)
     if retry_after_s is not None:
         response.add("retry-after", str(min(max(1, math.ceil(retry_after_s)), MAX_RETRY_AFTER_S)))
-    if isinstance(error, AnswerTimeoutError):
+    if isinstance(error, MethodNotAllowedError):
+        response.add("allow", ", ".join(error.allowed))
+    if isinstance(error, AnswerTimeoutError | ScaledToZeroError):
         response.add("x-should-retry", "false")  # obeyed by the openai and anthropic clients
     return response
 

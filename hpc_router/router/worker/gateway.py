@@ -17,12 +17,15 @@ from typing import Any, Final
 from hpc_router.config.schema import Deployment
 from hpc_router.errors import (
     BadRequestError,
+    MethodNotAllowedError,
+    OriginNotAllowedError,
     OverloadedError,
     UnauthorizedError,
     UnknownPathError,
 )
 from hpc_router.net import protocol
 from hpc_router.net.auth import bearer_token, challenge_answer, equal_secrets
+from hpc_router.relay.downstream.cross_origin import CrossOrigin
 from hpc_router.relay.downstream.interface import (
     DownstreamGoneError,
     PendingResponse,
@@ -51,7 +54,7 @@ LONG_BODY_BYTES: Final = 2**18
 """Bytes; a longer body is decoded and read in a thread."""
 _OPEN_PATHS: Final = frozenset({protocol.HEALTH, "/ready"})
 _WHILE_DRAINING: Final = _OPEN_PATHS | {"/status", protocol.METRICS}
-_FAST_PATHS: Final = frozenset(protocol.GENERATE_PATHS) - {protocol.RESPONSES}
+_FAST_PATHS: Final = frozenset(protocol.POST_PATHS) - {protocol.RESPONSES}
 _CHALLENGE: Final = re.compile(r"[0-9a-f]{1,256}")
 _REQUEST_ID: Final = re.compile(rb"[\w.:-]{1,128}")
 _METRICS_HEAD: Final = b"content-type: text/plain; version=0.0.4; charset=utf-8\r\n"
@@ -74,6 +77,7 @@ class Gateway:
     key: str
     in_flight: InFlight = field(default_factory=InFlight)
     started_at: float = field(default_factory=time.time)
+    cross_origin: CrossOrigin = field(default_factory=CrossOrigin)
     routes: Mapping[tuple[str, str], Handler] = field(init=False)
 
     @property
@@ -89,6 +93,7 @@ class Gateway:
         self.in_flight.closing = value
 
     def __post_init__(self) -> None:
+        self.cross_origin.allow(self.deployment.router.allowed_origins)
         self.routes = {
             ("GET", protocol.HEALTH): self._health,
             ("GET", "/ready"): self._ready,
@@ -96,7 +101,7 @@ class Gateway:
             ("GET", protocol.METRICS): self._metrics,
             ("GET", protocol.MODELS): self._models,
             ("POST", "/route"): self._route,
-            **{("POST", path): self._generate for path in protocol.GENERATE_PATHS},
+            **{("POST", path): self._generate for path in protocol.POST_PATHS},
         }
 
     def reconfigure(self, deployment: Deployment, policy: Policy) -> None:
@@ -107,6 +112,7 @@ class Gateway:
         self.table.pin_bound, self.table.bounds = config.pin_bound, queue_limits(deployment)
         self.link.ejects_at_once = config.eject_connect_errors == 1
         self.dispatcher.configure(config)
+        self.cross_origin.allow(config.allowed_origins)
 
     def handle(self, request: Request) -> PendingResponse | Coroutine[Any, Any, Response | None]:
         """Serve a request. One that only has to be routed and sent needs no task; all others get a coroutine."""
@@ -151,19 +157,32 @@ class Gateway:
 
     def _find_route(self, request: Request) -> Handler:
         path = request.path.rstrip("/") or "/"
+        if self.cross_origin.is_preflight(request.method, request.headers):
+            return self._preflight
         if path not in _OPEN_PATHS and not self._is_authorized(request.headers):
             raise UnauthorizedError(
                 "this router wants its owner's token as `Authorization: Bearer ...` or `x-api-key: ...`"
             )
         if self.draining and path not in _WHILE_DRAINING:
             raise DrainingError(f"{self.replica} is draining; ask its successor", retry_after_s=RETRY_AFTER_S)
-        handler = self.routes.get(("GET" if request.method == "HEAD" else request.method, path))
-        if handler is None and request.method == "GET" and path.startswith(protocol.MODELS + "/"):
-            return self._model
+        method = "GET" if request.method == "HEAD" else request.method
+        handler = self.routes.get((method, path)) or (handlers := self._handlers_at(path)).get(method)
         if handler is None:
+            what = f"{request.method} {request.path[:200]!r} is not served"
+            if handlers:
+                allowed = (*handlers, "HEAD") if "GET" in handlers else tuple(handlers)
+                raise MethodNotAllowedError(f"{what} (valid methods: {', '.join(allowed)})", allowed=allowed)
             paths = sorted(f"{method} {path}" for method, path in self.routes)
-            raise UnknownPathError(f"{request.method} {request.path[:200]!r} is not served (valid: {', '.join(paths)})")
+            raise UnknownPathError(f"{what} (valid: {', '.join(paths)})")
         return handler
+
+    def _handlers_at(self, path: str) -> dict[str, Handler]:
+        """The handlers of a path by method."""
+        if path.startswith(protocol.MODELS + "/"):
+            return {"GET": self._model}
+        if stored := protocol.STORED_RESPONSE.fullmatch(path):
+            return dict.fromkeys(protocol.STORED_METHODS[stored[2]], self._stored_response)
+        return {method: handler for (method, at), handler in self.routes.items() if at == path}
 
     def _is_authorized(self, headers: Headers) -> bool:
         token = self.token
@@ -173,6 +192,14 @@ class Gateway:
             return False
         headers.cached[token] = True
         return True
+
+    async def _preflight(self, request: Request, request_id: str) -> Response:
+        """A browser asks before a request whether the page may send it. It sends no token with that."""
+        lines = self.cross_origin.preflight_lines(request.headers)
+        if lines is None:
+            origin = request.headers.text("origin")[:200]
+            raise OriginNotAllowedError(f"the origin {origin!r} is not in router.allowed_origins")
+        return Response(204, lines)
 
     async def _health(self, request: Request, request_id: str) -> Response:
         challenge = protocol.challenge_in(request.query)
@@ -222,6 +249,14 @@ class Gateway:
             routed = self.routing.route(request, request_id, call, endpoint_of(request))
             return await self.dispatcher.respond(routed)
 
+    async def _stored_response(self, request: Request, request_id: str) -> Response | None:
+        self._admit()
+        with self.in_flight:
+            session = session_id(request.headers)
+            if session is not None:
+                await self.link.recall(session)
+            return await self.dispatcher.respond(await self.routing.route_stored(request, request_id, session))
+
     def _admit(self) -> None:
         if self.in_flight.total >= self.deployment.router.max_in_flight:
             raise OverloadedError(
@@ -242,7 +277,7 @@ class Gateway:
         ready = [replica for replica in replicas if replica.state == "ready"]
         engines = [replica.record.engine for replica in replicas]
         expert = self.deployment.experts.get(name)
-        lengths = [length for r in ready if (length := r.record.engine.max_model_len) is not None]
+        lengths = [length for replica in ready if (length := replica.max_model_len) is not None]
         root = next((engine.model for engine in engines if engine.model), None) if expert is None else expert.model
         card: dict[str, Any] = {
             "id": name,

@@ -87,7 +87,7 @@ async def serving(
             in_flight=in_flight,
         )  # fmt: skip
         max_body = int(config.max_body_mb * 2**20)
-        async with listen(gateway.handle, sock, max_body=max_body) as listener:
+        async with listen(gateway.handle, sock, max_body=max_body, cross_origin=gateway.cross_origin) as listener:
             link.start_serving()
             try:
                 async with following_settings(gateway, link, run):
@@ -125,6 +125,7 @@ async def following_settings(gateway: Gateway, link: ControlClient, run: RunDir)
 
 
 async def _apply_settings(gateway: Gateway, settings: Settings, run: RunDir) -> None:
+    gateway.table.set_scaled_to_zero(settings.scaled_to_zero)
     deployment = replace(
         gateway.deployment,
         policy=settings.policy,

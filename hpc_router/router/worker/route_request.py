@@ -4,6 +4,7 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from typing import Final, NamedTuple
+from urllib.parse import parse_qs
 
 from hpc_router.config.schema import Deployment
 from hpc_router.errors import BadRequestError, UnknownModelError, suggest
@@ -17,8 +18,10 @@ from hpc_router.router.replicas.table import ReplicaTable
 from hpc_router.router.worker.dispatcher import Dispatcher
 from hpc_router.router.worker.request_body import ApiCall, check_values, decode
 from hpc_router.router.worker.routed_request import RoutedRequest
+from hpc_router.router.worker.stored_responses import StoredResponses, not_found
 from hpc_router.routing.policy import Decision, Policy, RouteReason
 from hpc_router.routing.prompt_text import prompt_text
+from hpc_router.state.registry import split_replica
 
 _NAMED: Final = RouteReason.NAMED
 _OPTIONAL_BOOL: Final = frozenset({bool, type(None)})
@@ -81,11 +84,35 @@ class RequestRouting:
             routed.on_success = partial(self.sessions.answered, session)
         return routed
 
+    async def route_stored(self, request: Request, request_id: str, session: str | None) -> RoutedRequest:
+        """Route a request for a stored response to the replica that has it."""
+        started = time.perf_counter()
+        path, target, api_format = endpoint_of(request)
+        stored = protocol.STORED_RESPONSE.fullmatch(path)
+        assert stored is not None
+        response_id = stored[1]
+        turn = None if session is None else self.sessions.find(session)
+        replica = await StoredResponses(self.table, self.dispatcher.client).find(response_id, turn=turn)
+        own = split_replica(replica.name)[0]  # of the experts that share an engine, the one that has the jobs
+        expert = turn.expert if turn is not None and turn.is_at(replica) else own
+        fields = {
+            "model": replica.record.serves.get(expert),
+            "stream": parse_qs(request.query).get("stream") == ["true"],
+        }
+        routed = RoutedRequest(
+            self.dispatcher, request, request_id, ApiCall(b"", fields), api_format, target, (expert,), _NAMED, started
+        )
+        routed.method = "GET" if request.method == "HEAD" else request.method
+        routed.repeatable = routed.method == "GET"
+        routed.only, routed.lost_error = replica, partial(not_found, response_id)
+        return routed
+
     def _choose_experts(self, path: str, call: ApiCall, *, first: str) -> tuple[tuple[str, ...], RouteReason]:
         """The experts to try in order, by the policy, and the reason for the first one."""
-        if path == protocol.EMBEDDINGS:
+        if path in protocol.INCOMPARABLE_PATHS:
             raise BadRequestError(
-                "'auto' cannot embed: the vector spaces of experts differ, so name one", param="model"
+                f"'auto' cannot be the model at {path}: the vectors, scores and tokens of experts differ, so name one",
+                param="model",
             )
         decision = self._decide(self.prompt(call, first=first))
         experts = self.policy.order(decision)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Final
 
+from hpc_router.errors import RoutingError
 from hpc_router.net import protocol
 from hpc_router.relay.api_formats import ApiFormat
 from hpc_router.relay.downstream.interface import (
@@ -36,7 +37,9 @@ if TYPE_CHECKING:
     from hpc_router.router.worker.dispatcher import Dispatcher
 
 RETRY_STATUSES: Final = frozenset({429, 500, 502, 503, 504})
-REVIEWED_STATUSES: Final = RETRY_STATUSES | {401}
+MISSING_STATUSES: Final = frozenset({404, 405})
+"""Statuses of an engine that may not serve the path at all."""
+REVIEWED_STATUSES: Final = RETRY_STATUSES | MISSING_STATUSES | {401}
 """Statuses that the dispatcher checks before the client gets the response."""
 _SESSION: Final = protocol.SESSION_HEADER.encode()
 _OWN_DOWNSTREAM: Final = NOT_DOWNSTREAM | {REQUEST_ID, b"x-expert", b"x-replica", b"x-route-reason"}
@@ -53,6 +56,10 @@ class RoutedRequest(PendingResponse, ResponseCallback):
     set, which saves time per request.
     """
 
+    method = "POST"
+    repeatable = True
+    """Whether it may be sent again if an engine may have begun it. What generates text may, because that changes
+    nothing; what deletes or cancels may not."""
     only: Replica | None = None
     on_success: Callable[[Replica, str, RouteReason], None] | None = None
     phase = "queued"
@@ -66,6 +73,8 @@ class RoutedRequest(PendingResponse, ResponseCallback):
     failed_attempts: tuple[tuple[Replica, str, int | str], ...] = ()
     """Failed attempts: replica, expert, and status or connection error. Reported as evidence of bad health only if
     another replica of the same expert serves the request."""
+    lost_error: Callable[[str], RoutingError] | None = None
+    """Makes the error for a request whose `only` replica is not ready any more; None: as for a session."""
     engines_lost = 0
     """Number of engines that went away while they had this request."""
 

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from aiohttp import web
 
 from hpc_router.config.schema import EngineConfig, ExpertConfig
 from hpc_router.expert.agent import engine_supervisor as supervisor_module
 from hpc_router.expert.agent.engine_relay import ENGINE_LIMITS
-from hpc_router.expert.agent.engine_supervisor import EngineSupervisor
+from hpc_router.expert.agent.engine_supervisor import EngineSupervisor, LoadedEngine
 from hpc_router.expert.agent.restart_policy import RestartPolicy
 from hpc_router.expert.engine_process.process import Command, EngineProcess
 from hpc_router.expert.engines import EngineFailure, Place, build_engine, engine_environment
@@ -118,19 +119,42 @@ async def test_the_last_of_too_many_failures_is_returned(socket_folder: Path) ->
         assert steps.pauses == [1.0]
 
 
-@pytest.mark.parametrize(("lists_models", "expected"), [(True, [512]), (False, [])])
-async def test_the_context_that_the_engine_lists_is_reported_before_it_is_ready(
-    socket_folder: Path, monkeypatch: pytest.MonkeyPatch, lists_models: bool, expected: list[int | None]
+@pytest.mark.parametrize(("lists_models", "length"), [(True, 512), (False, None)])
+async def test_what_the_engine_says_of_itself_is_reported_before_it_is_ready(
+    socket_folder: Path, monkeypatch: pytest.MonkeyPatch, lists_models: bool, length: int | None
 ) -> None:
-    lengths: list[int | None] = []
+    """With the time that it took to load, by the supervisor's clock."""
+    loaded: list[tuple[LoadedEngine, bool]] = []
+    ticks = itertools.count(100.0, 2.5)
     async with supervised(socket_folder, extra={"max_model_len": 512}) as (supervisor, steps):
         monkeypatch.setattr(type(supervisor.engine), "lists_models", lists_models)
-        supervisor.on_max_model_len = lengths.append
+        supervisor.clock = lambda: next(ticks)
+        supervisor.on_loaded = lambda engine: loaded.append((engine, steps.ready.is_set()))
         task = asyncio.create_task(supervisor.run())
         await asyncio.wait_for(steps.ready.wait(), GUARD_S)
-        assert lengths == expected
+        assert loaded == [(LoadedEngine(load_s=2.5, max_model_len=length, prefix_caching=None), False)]
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
+
+
+@pytest.mark.parametrize(("value", "expected"), [("True", True), ("False", False), ("None", None)])
+async def test_prefix_caching_is_what_the_metrics_of_vllm_say(
+    socket_folder: Path, value: str, expected: bool | None
+) -> None:
+    labels = f'block_size="16",enable_prefix_caching="{value}",engine="0",num_gpu_blocks="512"'
+
+    async def metrics(_: web.Request) -> web.Response:
+        return web.Response(text=f"# HELP x\nvllm:other 1.0\nvllm:cache_config_info{{{labels}}} 1.0\n")
+
+    app = web.Application()
+    app.add_routes([web.get("/metrics", metrics)])
+    runner = web.AppRunner(app)
+    async with supervised(socket_folder) as (supervisor, _):
+        await runner.setup()
+        await web.UnixSite(runner, str(socket_folder / "engine.sock")).start()
+        assert await supervisor._caches_prefixes() is expected
+        await runner.cleanup()
+        assert await supervisor._caches_prefixes() is None, "an engine that does not answer"
 
 
 async def test_an_engine_without_one_of_its_adapters_is_never_ready(socket_folder: Path) -> None:

@@ -107,7 +107,13 @@ async def test_health_answers_the_challenge(socket_folder: Path) -> None:
             assert (await response.json())["answer"] is None
 
 
-@pytest.mark.parametrize("path", ["/", "/v1/models/math", "/reset", "/sim/faults", "/v1/chat/completions/", "/docs"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("/", "/v1/models/math", "/reset", "/sim/faults", "/v1/chat/completions/", "/docs", "/v1/responses/resp_1"),
+        *("/v1/responses/a/b", "/v1/responses/a%2Fb", "/v1/responses/..%2F..%2Fsim%2Ffaults", "/v1/load_lora_adapter"),
+    ],
+)
 async def test_only_the_api_paths_reach_the_engine(socket_folder: Path, path: str) -> None:
     async with running(socket_folder) as at:
         status, _, body = await at.post(path)
@@ -115,6 +121,41 @@ async def test_only_the_api_paths_reach_the_engine(socket_folder: Path, path: st
         async with at.session.get(protocol.CHAT) as response:
             assert response.status == 404
         assert at.engine.recent.last(1) == []
+
+
+OPTIONAL_BODIES: dict[str, JsonObject] = {
+    protocol.COUNT_TOKENS: {"messages": [{"role": "user", "content": "hi"}]},
+    protocol.EMBEDDINGS: {"input": "hi"},
+    "/tokenize": {"prompt": "hi"},
+    "/detokenize": {"tokens": [1]},
+    **{path: {"text_1": "a", "text_2": "b"} for path in ("/score", "/v1/score")},
+    **{path: {"query": "a", "documents": ["b"]} for path in ("/rerank", "/v1/rerank", "/v2/rerank")},
+}
+
+
+@pytest.mark.parametrize("path", [*protocol.INCOMPARABLE_PATHS, protocol.COUNT_TOKENS])
+async def test_every_path_that_the_router_relays_is_relayed(socket_folder: Path, path: str) -> None:
+    async with running(socket_folder) as at:
+        assert (await at.post(path, {"model": "sim", **OPTIONAL_BODIES[path]}))[0] == 200
+        at.http_api.state = State.STARTING
+        assert (await at.post(path, {"model": "sim", **OPTIONAL_BODIES[path]}))[0] == 503
+
+
+async def test_a_stored_response_can_be_read_again(socket_folder: Path) -> None:
+    async with running(socket_folder) as at:
+        _, _, made = await at.post(protocol.RESPONSES, {"model": "sim", "input": "hi"})
+        path = f"{protocol.RESPONSES}/{made['id']}"
+        async with at.session.get(path) as response:
+            assert (response.status, await response.json()) == (200, made)
+        async with at.session.delete(path) as response:
+            assert response.status == 405
+        assert (await at.post(path + "/cancel"))[0] == 400
+        async with at.session.get(path + "/cancel") as response:
+            assert response.status == 404
+        at.http_api.state = State.DRAINING
+        async with at.session.get(path) as response:
+            assert (response.status, response.headers[protocol.DRAINING_HEADER]) == (503, "1")
+        assert [entry.path for entry in at.engine.recent.last(9)] == [protocol.RESPONSES, path, path, path + "/cancel"]
 
 
 async def test_each_api_is_served_and_refused_in_its_own_error_shape(socket_folder: Path) -> None:

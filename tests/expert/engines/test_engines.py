@@ -5,7 +5,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
@@ -39,7 +39,19 @@ def test_vllm_answers_to_the_expert_and_to_auto_behind_a_socket() -> None:
     ]
     assert engine.serves() == {"math": "math"}
     assert engine.names() == ("math", "auto")
-    assert engine.info() == EngineInfo("vllm", None, "org/model", "v1", "awq", 2, 1)
+    assert engine.info() == EngineInfo("vllm", None, "org/model", "v1", "awq", 2, 1, priority=False)
+
+
+@pytest.mark.parametrize("name", ["scheduling-policy", "scheduling_policy", "--scheduling-policy"])
+@pytest.mark.parametrize(("policy", "expected"), [("priority", True), ("fcfs", False)])
+def test_vllm_obeys_priorities_with_its_priority_policy_only(name: str, policy: str, expected: bool) -> None:
+    engine, _ = engine_of("vllm", options={"extra": {name: policy}})
+    assert engine.info().priority is expected
+
+
+def test_only_the_simulated_engine_accepts_the_same_with_every_model() -> None:
+    accepts = {kind: engine_of(kind)[0].accepts for kind in get_args(EngineKind)}
+    assert accepts == {"sim": ("text", "tools", "embeddings"), "transformers": None, "vllm": None}
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from typing import Any
 from aiohttp import HttpVersion11, web
 
 from hpc_router.errors import BadRequestError, BodyTooLargeError, RequestTimeoutError
+from hpc_router.relay.downstream.cross_origin import OFF, CrossOrigin
 from hpc_router.relay.downstream.interface import (
     KEEP_ALIVE_S,
     DownstreamGoneError,
@@ -30,8 +31,9 @@ from tests.relay.reference.upstream import fields_of
 
 
 class _Request(Request):
-    def __init__(self, request: web.BaseRequest) -> None:
+    def __init__(self, request: web.BaseRequest, cross_origin: CrossOrigin) -> None:
         self._request = request
+        self._cross_origin = cross_origin
         self.method = request.method
         self.target = single_slashes(request.raw_path)
         self.path, self.query = single_slashes(request.path), request.rel_url.raw_query_string
@@ -63,7 +65,7 @@ class _Request(Request):
             raise RequestTimeoutError(f"the body did not arrive within {limit_s:g} s") from error
 
     async def start_response(self, status: int, head: bytes, *, length: int | None) -> None:
-        self.sent = answer = web.StreamResponse(status=status, headers=fields_of(head))
+        self.sent = answer = web.StreamResponse(status=status, headers=self._fields(head))
         answer.content_length = length
         if not self.keep_alive or (self._request.version < HttpVersion11 and length is None):
             answer.force_close()  # its end is the connection's, even for a client that asks to keep it
@@ -99,12 +101,15 @@ class _Request(Request):
         if self._request.transport is not None:
             self._request.transport.abort()
 
+    def _fields(self, head: bytes) -> Any:
+        return fields_of(head + self._cross_origin.lines(self.headers) if self._cross_origin.origins else head)
+
     def finish(self, response: Response | None) -> web.StreamResponse:
         """What aiohttp wants from its handler."""
         if response is None:
             assert self.sent is not None, "the handler has neither answered nor returned an answer"
             return self.sent
-        answer = web.Response(status=response.status, headers=fields_of(response.head), body=response.body)
+        answer = web.Response(status=response.status, headers=self._fields(response.head), body=response.body)
         if not self.keep_alive:
             answer.force_close()
         return answer
@@ -117,12 +122,13 @@ async def listening(
     *,
     max_body: int,
     keep_alive_s: float = KEEP_ALIVE_S,
+    cross_origin: CrossOrigin = OFF,
 ) -> AsyncIterator[asyncio.Server]:
     """See `server.listening`. Every request is the handler's from the beginning."""
     loop = asyncio.get_running_loop()
 
     async def handle(request: web.BaseRequest) -> web.StreamResponse:
-        wrapped = _Request(request)
+        wrapped = _Request(request, cross_origin)
         try:
             outcome = handler(wrapped)
             assert not isinstance(outcome, PendingResponse)  # the body is not known in advance here

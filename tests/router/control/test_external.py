@@ -1,6 +1,7 @@
 """Somebody else's server as a replica: it is probed no more strictly than it is used."""
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from hpc_router.state import registry
 from hpc_router.state.registry import Record, RecordKind, State
 from hpc_router.state.run_directory import RunDir
 from tests.router.fakes import RunningRouter, a_deployment, a_router, a_run, completion
-from tests.router.support import chat, post, ready
+from tests.router.support import chat, client_of, post, ready
 from tests.support.waiting import eventually
 
 NAME = "math-x0.g1"
@@ -50,7 +51,9 @@ class Endpoint:
 
 
 @asynccontextmanager
-async def registered(run: RunDir, endpoint: Endpoint, *, probe: str | None = protocol.MODELS) -> AsyncIterator[None]:
+async def registered(
+    run: RunDir, endpoint: Endpoint, *, probe: str | None = protocol.MODELS, model: str | None = "theirs"
+) -> AsyncIterator[None]:
     """At the same port again, where it had one."""
     runner = web.ServerRunner(web.Server(endpoint.handle, handler_cancellation=True), shutdown_timeout=0.1)
     await runner.setup()
@@ -58,7 +61,7 @@ async def registered(run: RunDir, endpoint: Endpoint, *, probe: str | None = pro
     await web.TCPSite(runner, "127.0.0.1", port, reuse_address=True).start()
     endpoint.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
     url = endpoint.url + endpoint.base
-    registry.publish(run.registry, Record(RecordKind.EXTERNAL, NAME, url, State.READY, {"math": "theirs"}, probe=probe))
+    registry.publish(run.registry, Record(RecordKind.EXTERNAL, NAME, url, State.READY, {"math": model}, probe=probe))
     try:
         yield
     finally:
@@ -97,6 +100,36 @@ async def test_whatever_it_answers_it_lives(tmp_path: Path, status: int, body: b
         assert await ask(router) == 200
         (replica,) = router.control.table.all()
         assert (replica.models, replica.trouble) == (models, None)
+
+
+@pytest.mark.parametrize(
+    ("model", "cards", "expected"),
+    [
+        ("theirs", [{"id": "theirs", "max_model_len": 8192}, {"id": "other", "max_model_len": 512}], 8192),
+        (None, [{"id": "only", "max_model_len": 4096}], 4096),
+        (None, [{"id": "one", "max_model_len": 4096}, {"id": "two", "max_model_len": 512}], None),
+        ("theirs", [{"id": "theirs"}], None),
+        ("theirs", [{"id": "theirs", "max_model_len": None}], None),
+        ("theirs", [{"id": "theirs", "max_model_len": "8192"}], None),
+        ("theirs", [{"id": "theirs", "max_model_len": True}], None),
+        ("theirs", [{"id": "theirs", "max_model_len": -1}], None),
+        ("theirs", [{"id": ["x"], "max_model_len": 1}, 7, "theirs"], None),
+    ],
+)
+async def test_its_context_is_what_it_lists(
+    tmp_path: Path, model: str | None, cards: list[object], expected: int | None
+) -> None:
+    run = a_run(tmp_path)
+    async with (
+        registered(run, Endpoint(body=json.dumps({"data": cards}).encode()), model=model),
+        a_router(run, a_deployment()) as router,
+        client_of(router) as client,
+    ):
+        await ready(router)
+        [known] = router.gateway.table.all()
+        await eventually(lambda: known.models)
+        card = (await client.models.retrieve("math")).model_dump()
+        assert (card["max_model_len"], card["ready_replicas"]) == (expected, 1)
 
 
 async def test_a_late_answer_is_one_too(tmp_path: Path) -> None:

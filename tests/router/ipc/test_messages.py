@@ -58,7 +58,7 @@ MESSAGES: list[Message] = [
     ReplicaObservation(2, "math-0.g1", None, None, Event.SAYS_DRAINING, None),
     FindTurn("session"), GetStatus(), GetExposition(), Snapshot(4, REPLICAS, {"math": 5}, {"code": 7.5}),
     Inherit(METRICS, (("session", TURN),)), ReplicaWell("math-0.g1"), Release(), GetMetrics(), Sync(),
-    Settings(PolicyConfig(), RouterConfig(workers=2, queue_timeout_s=1.5), "v1", None),
+    Settings(PolicyConfig(), RouterConfig(workers=2, queue_timeout_s=1.5), "v1", None, {"law": "base"}),
     Reply([1, None]), Failure("ValueError: x"),
 ]  # fmt: skip
 

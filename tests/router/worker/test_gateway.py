@@ -241,7 +241,7 @@ async def test_errors_are_the_clients_own_exceptions(tmp_path: Path) -> None:
             await client.chat.completions.create(model="auto", messages=messages)
         with pytest.raises(openai.BadRequestError, match="scripted 400"):
             await client.chat.completions.create(model="math", messages=messages)
-        with pytest.raises(openai.BadRequestError, match="'auto' cannot embed"):
+        with pytest.raises(openai.BadRequestError, match="'auto' cannot be the model at /v1/embeddings"):
             await client.embeddings.create(model="auto", input="hi")
         with pytest.raises(openai.AuthenticationError):
             await client.with_options(api_key="wrong").models.list()
@@ -324,13 +324,48 @@ async def test_paths_tokens_and_open_paths(tmp_path: Path) -> None:
             ("GET", "/v1//models", router.headers, 200),
             ("GET", "/v1//models//math", router.headers, 200),
             ("GET", "/nowhere", router.headers, 404),
-            ("GET", CHAT, router.headers, 404),
+            ("GET", "/v1/models/nobody", router.headers, 404),
+            ("HEAD", "/v1/models/math", router.headers, 200),
+            ("GET", CHAT, {}, 401),
         ]
         for method, path, headers, status in cases:
             async with s.request(
                 method, router.url + path, headers=headers, data=b"{}" if method == "POST" else None
             ) as r:
                 assert (method, path, r.status) == (method, path, status)
+
+
+GET, STORED = "GET, HEAD", "GET, DELETE, HEAD"
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allowed"),
+    [
+        ("GET", CHAT, "POST"),
+        ("DELETE", CHAT, "POST"),
+        ("PUT", "/v1/rerank", "POST"),
+        ("GET", "/tokenize", "POST"),
+        ("OPTIONS", CHAT, "POST"),
+        ("GET", "/v1/responses", "POST"),
+        ("GET", "/v1/responses/", "POST"),
+        ("POST", "/health", GET),
+        ("POST", "/v1/models", GET),
+        ("DELETE", "/v1/models/math", GET),
+        ("POST", "/v1/responses/resp_1", STORED),
+        ("PATCH", "/v1//responses/resp_1/", STORED),
+        ("GET", "/v1/responses/resp_1/cancel", "POST"),
+        ("DELETE", "/v1/responses/resp_1/input_items", GET),
+    ],
+)
+async def test_a_wrong_method_is_405_with_the_valid_ones(tmp_path: Path, method: str, path: str, allowed: str) -> None:
+    run = a_run(tmp_path)
+    async with (
+        a_router(run, a_deployment("math")) as router,
+        session() as s,
+        s.request(method, router.url + path, headers=router.headers) as r,
+    ):
+        assert (r.status, r.headers["allow"]) == (405, allowed)
+        assert (await r.json())["error"]["code"] == "method_not_allowed"
 
 
 @pytest.mark.parametrize("encoding", ["gzip", "compress", "identity, gzip"])

@@ -1,0 +1,100 @@
+"""Finds the replica that keeps a response, for requests with the response's id in their path.
+
+Only the engine that made a response has it, and the id does not say which engine that is. So the ready replicas are
+asked, at the same time, with a GET of the response. This needs no memory: it holds in every worker, and after a restart
+of the router. With `x-session-id`, the replica that answered the session's last turn is asked first.
+"""
+
+import asyncio
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Final
+
+from hpc_router.errors import ResponseNotFoundError, UnavailableError, UpstreamError
+from hpc_router.net import protocol
+from hpc_router.relay.upstream.interface import Upstream
+from hpc_router.router.replicas.replica import Replica, RoutingState
+from hpc_router.router.replicas.sessions import STATELESS_ENGINES, Turn
+from hpc_router.router.replicas.table import ReplicaTable
+from hpc_router.router.worker.error_responses import RETRY_AFTER_S
+
+ASK_S: Final = 10.0
+"""How long a replica may take to say whether it has a response."""
+MAX_CONCURRENT: Final = 32
+"""Replicas that are asked at the same time for one request."""
+_MAX_ERROR_BYTES: Final = 2**16
+_NOT_IMPLEMENTED: Final = 501
+_TRANSIENT: Final = frozenset({408, 429})
+
+
+@dataclass(slots=True)
+class StoredResponses:
+    table: ReplicaTable
+    client: Upstream
+
+    async def find(self, response_id: str, *, turn: Turn | None) -> Replica:
+        """The replica that has the response; it is not asked if it is the only one that keeps responses. `turn`: the
+        last turn of the request's session.
+
+        Raises ResponseNotFoundError, and UnavailableError if a replica that may have it could not be asked.
+        """
+        keeping = [
+            replica
+            for replica in self.table.all()
+            if replica.state is RoutingState.READY and replica.record.engine.kind not in STATELESS_ENGINES
+        ]
+        if len(keeping) == 1:
+            return keeping[0]
+        first = [replica for replica in keeping if turn is not None and turn.is_at(replica)]
+        unknown: list[str] = []
+        for asked in (first, [replica for replica in keeping if replica not in first]):
+            found = await self._ask(asked, f"{protocol.RESPONSES}/{response_id}", unknown)
+            if found is not None:
+                return found
+        if unknown:
+            raise UnavailableError(
+                f"it is not known where the response {response_id!r} is: {', '.join(sorted(unknown))} did not answer",
+                retry_after_s=RETRY_AFTER_S,
+            )
+        raise not_found(response_id, "no ready replica has it")
+
+    async def _ask(self, replicas: Collection[Replica], target: str, unknown: list[str]) -> Replica | None:
+        """The first of them that has it. The names of those that do not say are added to `unknown`."""
+        limit = asyncio.Semaphore(MAX_CONCURRENT)
+        tasks = [asyncio.create_task(self._has(replica, target, limit)) for replica in replicas]
+        try:
+            for task in asyncio.as_completed(tasks):
+                replica, has = await task
+                if has:
+                    return replica
+                if has is None:
+                    unknown.append(replica.name)
+        finally:
+            for running in tasks:
+                running.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        return None
+
+    async def _has(self, replica: Replica, target: str, limit: asyncio.Semaphore) -> tuple[Replica, bool | None]:
+        """Whether it has the response; None: it does not say."""
+        try:
+            async with (
+                limit,
+                asyncio.timeout(ASK_S),
+                self.client.request("GET", replica.address, target, head=replica.authorization) as answer,
+            ):
+                status = answer.status
+                if 200 <= status < 300:
+                    return replica, True
+                await answer.read(_MAX_ERROR_BYTES)  # keeps the connection
+        except (UpstreamError, TimeoutError):
+            return replica, None
+        refused = (400 <= status < 500 and status not in _TRANSIENT) or status == _NOT_IMPLEMENTED
+        return replica, False if refused else None
+
+
+def not_found(response_id: str, why: str) -> ResponseNotFoundError:
+    return ResponseNotFoundError(
+        f"the response {response_id!r} is not found: {why}; engines keep responses in memory, until they end",
+        param="response_id",
+    )
