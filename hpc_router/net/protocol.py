@@ -70,6 +70,17 @@ def challenge_in(query: str) -> str:
     return parse_qs(query).get("challenge", [""])[-1]
 
 
+def drain_target(until_at: float | None) -> str:
+    """The target of a drain call. `until_at`: the drain may take until then (Unix seconds), not only its usual limit."""
+    return DRAIN if until_at is None else f"{DRAIN}?until={until_at:.0f}"
+
+
+def drain_until(query: str) -> float | None:
+    """The time in the query string of a drain call, in Unix seconds; None if there is none."""
+    text = parse_qs(query).get("until", [""])[-1]
+    return float(text) if re.fullmatch("[0-9]{1,12}", text) else None
+
+
 @dataclass(frozen=True, slots=True)
 class ProbeResponse:
     """The response to a health probe. `models`: names of the models that the engine serves, None before it is

@@ -170,11 +170,13 @@ class Exit:
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """When a job was asked to stop: to drain (HTTP), to end (SIGTERM), and the last SIGKILL."""
+    """When a job was asked to stop: to drain (HTTP), to end (SIGTERM), and the last SIGKILL. `until_at`: how long the
+    drain may take, if that is longer than `cluster.drain_s`."""
 
     drain_at: float | None = None
     cancel_at: float | None = None
     kill_at: float | None = None
+    until_at: float | None = None
 
 
 _T = TypeVar("_T", JobInfo, Submitter, Process, JobProgress, Exit, Ended, Stop)

@@ -2,29 +2,33 @@
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from hpc_router.net.auth import replica_key
 from hpc_router.net.http_client import Unreachable, call, session
-from hpc_router.net.protocol import DRAIN
+from hpc_router.net.protocol import drain_target
 from hpc_router.state.registry import Record
 from hpc_router.state.run_directory import RunDir
 
 logger = logging.getLogger(__name__)
 
 
-def ask_to_drain(run: RunDir, records: Sequence[Record]) -> list[Record]:
-    """Call all agents at once, for two seconds at most; returns the records of those that did not agree."""
-    return asyncio.run(_ask(run.secret(), records)) if records else []
+def ask_to_drain(
+    run: RunDir, records: Sequence[Record], until_at: Mapping[str, float | None] | None = None
+) -> list[Record]:
+    """Call all agents at once, for two seconds at most; returns the records of those that did not agree. `until_at`: by
+    replica, see `Drain`."""
+    return asyncio.run(_ask(run.secret(), records, until_at or {})) if records else []
 
 
-async def _ask(secret: str, records: Sequence[Record]) -> list[Record]:
+async def _ask(secret: str, records: Sequence[Record], until_at: Mapping[str, float | None]) -> list[Record]:
     async with session() as client:
 
         async def agrees(record: Record) -> bool:
+            target = drain_target(until_at.get(record.replica))
             key = replica_key(secret, record.nonce) if record.nonce else None
             try:
-                response = await call(client, "POST", record.url + DRAIN, token=key)
+                response = await call(client, "POST", record.url + target, token=key)
             except Unreachable as error:
                 logger.warning("%s does not answer the drain call: %s", record.replica, error)
                 return False

@@ -104,7 +104,7 @@ class ControlLoop:
         seen = self.preview(clear=clear, fresh=fresh)
         for replica in self.observer.lost:
             self.run.event("lost", replica=replica)
-        self._drain([a.replica for a in seen.actions if isinstance(a, Drain)])
+        self._drain([a for a in seen.actions if isinstance(a, Drain)])
         self.cancel([a.replica for a in seen.actions if isinstance(a, Cancel)])
         self.kill([a.replica for a in seen.actions if isinstance(a, Kill)])
         self._report_given_up(seen.given_up)
@@ -178,11 +178,12 @@ class ControlLoop:
         requests = [request_for(self.run, self.deployment, replica) for replica in replicas]
         return self.launcher.update_exclusions(requests) if requests else []
 
-    def _drain(self, replicas: Sequence[str]) -> None:
-        for replica in replicas:
-            JobDir(self.run, replica).write(Stop(drain_at=time.time()))
-            self.run.event("drain", replica=replica)
-        ask_to_drain(self.run, [self.observer.records[r] for r in replicas if r in self.observer.records])
+    def _drain(self, wanted: Sequence[Drain]) -> None:
+        for action in wanted:
+            JobDir(self.run, action.replica).write(Stop(drain_at=time.time(), until_at=action.until_at))
+            self.run.event("drain", replica=action.replica)
+        records = [self.observer.records[a.replica] for a in wanted if a.replica in self.observer.records]
+        ask_to_drain(self.run, records, {action.replica: action.until_at for action in wanted})
 
     def cancel(self, replicas: Sequence[str]) -> None:
         """Ask these jobs to end, also those that have not started."""

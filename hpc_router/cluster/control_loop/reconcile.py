@@ -42,6 +42,8 @@ BACKOFF_S: Final = 2.0
 BACKOFF_MAX_S: Final = 60.0
 KILL_AFTER_S: Final = 10.0
 """Added to the drain time of a job."""
+END_MARGIN_S: Final = 10.0
+"""A drain ends this long before the end of the walltime, so that the job ends in order."""
 DEPENDENCY: Final = "Dependency"
 """Slurm's reason why a job waits for the end of another."""
 KILL_AGAIN_S: Final = 10.0
@@ -109,9 +111,11 @@ class ReleaseJob:
 
 @dataclass(frozen=True, slots=True)
 class Drain:
-    """Call its `/drain`: it takes no new requests and ends after those in flight."""
+    """Call its `/drain`: it takes no new requests and ends after those in flight. `until_at`: these may take until then
+    (Unix seconds), if that is longer than the usual drain time."""
 
     replica: str
+    until_at: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +192,8 @@ def _fill_slot(
         superseded = [a for a in superseded if a in outdated]
     unready = [a for a in outdated if not a.ready and a.draining_at is None]
     ending = [a for a in live if a.hung or a.stop_requested or a in superseded or a in unready]
-    yield from _stop_all(ending, desired, now)
+    for attempt in ending:
+        yield _stop(attempt, desired, now, handover=attempt in superseded and attempt not in outdated)
     if not newest.submitted and newest.exit is None and (newest.submitting or now < newest.claimed_at + CLAIM_S):
         yield Wait(newest.replica, newest.claimed_at + CLAIM_S, "claimed, not submitted yet")
     elif live and (due := _handover(live, handovers, now)) is not None:
@@ -311,17 +316,19 @@ def _stop_all(attempts: Sequence[Attempt], desired: Desired, now: float) -> Iter
             yield Cancel(attempt.replica)  # its job may be submitted just now: it reads the request before it starts
 
 
-def _stop(attempt: Attempt, desired: Desired, now: float) -> Action:
+def _stop(attempt: Attempt, desired: Desired, now: float, *, handover: bool = False) -> Action:
+    """`handover`: its successor serves, so requests in flight may take the rest of the walltime."""
     replica, stop = attempt.replica, attempt.stop
     drain_s = 0.0 if attempt.hung else desired.drain_limit_s(attempt.slot)
     if stop.cancel_at is not None:
         return _kill_or_wait(attempt, stop.cancel_at + drain_s + KILL_AFTER_S, now)
+    until_at = None if attempt.expires_at is None else attempt.expires_at - END_MARGIN_S
     if not desired.down:
         draining_at = stop.drain_at if stop.drain_at is not None else attempt.draining_at
         if draining_at is None and attempt.ready and attempt.slot.expert != ROUTER:
-            return Drain(replica)
-        if draining_at is not None and now < draining_at + drain_s:
-            return Wait(replica, draining_at + drain_s, "asked to drain")
+            return Drain(replica, until_at if handover else None)
+        if draining_at is not None and now < (until := max(draining_at + drain_s, stop.until_at or 0.0)):
+            return Wait(replica, until, "asked to drain")
     return Cancel(replica)  # the agent drains on SIGTERM too
 
 

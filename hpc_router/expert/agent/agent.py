@@ -10,6 +10,7 @@ import logging
 import os
 import signal
 import socket
+import time
 from collections.abc import Mapping
 from contextlib import AsyncExitStack, suppress
 from dataclasses import replace
@@ -75,6 +76,7 @@ class Agent:
         self._lifecycle = JobLifecycle()
         self._draining = asyncio.Event()
         self._drain_reason = ""
+        self._drain_until_at: float | None = None
         self._by_signal = False  # whether a signal caused the drain; our own commands send signals too
         self._signals: set[signal.Signals] = set()
         # A rank that was lost before the drain: Slurm ends the job when a node fails.
@@ -89,7 +91,7 @@ class Agent:
         self._signals.add(number)
         self.drain(number.name, by_signal=number is not signal.SIGINT)
 
-    def drain(self, why: str, *, by_signal: bool = False) -> None:
+    def drain(self, why: str, *, by_signal: bool = False, until_at: float | None = None) -> None:
         """Refuses new requests from now on. `run` returns when the requests in flight have ended."""
         if not self._draining.is_set():
             logger.info("draining: %s", why)
@@ -97,7 +99,7 @@ class Agent:
             if failure is not None and self._lifecycle.phase is JobPhase.RESTARTING:
                 self._rank_failure = failure if failure.reason is FailureReason.RANK_LOST else None
             self.phase_changed(JobPhase.DRAINING, engine_pid=self._lifecycle.engine_pid)
-            self._drain_reason, self._by_signal = why, by_signal
+            self._drain_reason, self._by_signal, self._drain_until_at = why, by_signal, until_at
             self._draining.set()
 
     def phase_changed(
@@ -193,10 +195,10 @@ class Agent:
                 return supervision.result()
             unfinished_before = http_api.unfinished
             try:
-                async with asyncio.timeout(self._deployment.cluster.drain_s):
+                async with asyncio.timeout(self._drain_limit_s()):
                     await http_api.in_flight.idle()
             except TimeoutError:
-                logger.warning("%d requests did not end within cluster.drain_s: aborted", http_api.in_flight.count)
+                logger.warning("%d requests did not end within the drain: aborted", http_api.in_flight.count)
             self._aborted = http_api.unfinished - unfinished_before + http_api.in_flight.count
             return None
         finally:
@@ -206,6 +208,12 @@ class Agent:
             if self._leader is not None:
                 self._rank_failure = await self._leader.stop_ranks() or self._rank_failure
             await asyncio.gather(supervision, draining, watching, return_exceptions=True)
+
+    def _drain_limit_s(self) -> float:
+        """How long the drain may take: in a handover the rest of the walltime, if that is longer than
+        `cluster.drain_s`."""
+        left_s = 0.0 if self._drain_until_at is None else self._drain_until_at - time.time()
+        return max(self._deployment.cluster.drain_s, left_s)
 
     async def _watch_for_removal(self) -> None:
         """Drains when this replica was removed. If the file system hangs, the current check waits."""

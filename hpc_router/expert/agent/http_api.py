@@ -12,7 +12,7 @@ import logging
 import math
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from hpc_router.background_tasks import TaskFailures
 from hpc_router.errors import (
@@ -44,6 +44,10 @@ RETRY_AFTER_S: Final[Mapping[State, int]] = {State.STARTING: 5, State.DRAINING: 
 _STATE_HEADERS: Final = {State.STARTING: protocol.STARTING_HEADER, State.DRAINING: protocol.DRAINING_HEADER}
 
 
+class DrainCallback(Protocol):
+    def __call__(self, why: str, *, until_at: float | None = None) -> None: ...
+
+
 @dataclass(slots=True)
 class AgentHttpApi:
     """The HTTP API of one replica.
@@ -61,7 +65,7 @@ class AgentHttpApi:
     client: Upstream
     names: tuple[str, ...]
     lists_models: bool
-    on_drain: Callable[[str], None]
+    on_drain: DrainCallback
     state: State = State.STARTING
     models: tuple[str, ...] | None = None
     in_flight: InFlight = field(default_factory=InFlight)
@@ -173,7 +177,7 @@ class AgentHttpApi:
         return json_response(asdict(health))
 
     async def _drain(self, request: Request) -> Response:
-        self.on_drain("a drain call")
+        self.on_drain("a drain call", until_at=protocol.drain_until(request.query))
         return json_response({"state": State.DRAINING.value, "in_flight": self.in_flight.count}, status=202)
 
     async def _rank(self, request: Request) -> Response:

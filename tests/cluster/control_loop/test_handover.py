@@ -6,6 +6,8 @@ import pytest
 
 from hpc_router.cluster.control_loop.handover import Durations, HandoverPolicy, measured, schedule
 from hpc_router.cluster.control_loop.reconcile import (
+    END_MARGIN_S,
+    Cancel,
     Action,
     Desired,
     Drain,
@@ -47,7 +49,14 @@ def test_the_predecessor_serves_until_the_successor_is_ready() -> None:
     starting = replace(serving(2), registered=State.STARTING)
     assert decide(serving(), starting) == []
     ready = serving(2, expires_at=BEGAN + 3 * LIFE_S)
-    assert decide(serving(), ready) == [Drain("math-0.g1")]
+    assert decide(serving(), ready) == [Drain("math-0.g1", until_at=BEGAN + LIFE_S - END_MARGIN_S)]
+
+
+def test_requests_in_flight_may_take_the_rest_of_the_walltime() -> None:
+    until_at, ready = BEGAN + LIFE_S - END_MARGIN_S, serving(2, expires_at=BEGAN + 3 * LIFE_S)
+    asked = replace(serving(), registered=State.DRAINING, stop=Stop(drain_at=DUE, until_at=until_at))
+    assert decide(asked, ready, now=until_at - 1) == [Wait("math-0.g1", until_at, "asked to drain")]
+    assert decide(asked, ready, now=until_at) == [Cancel("math-0.g1")]
 
 
 def test_a_predecessor_that_drains_by_itself_is_given_its_drain_time() -> None:
