@@ -12,7 +12,8 @@ import socket
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import asdict, dataclass
-from typing import Final
+from pathlib import Path
+from typing import Final, NoReturn
 
 import uvloop
 
@@ -61,14 +62,18 @@ def connect_detached(options: ConnectOptions) -> RunningForwarder:
     os.close(writing)
     with os.fdopen(reading, encoding="utf-8") as stream:
         text = stream.read()
-    report = json.loads(text) if text else {"error": "its process ended before it served"}
+    report = json.loads(text) if text else {"error": f"its process ended before it served; see {_log_path(options)}"}
     if "error" in report:
         raise (ConfigError if report.get("config") else LaunchError)(report["error"])
     return RunningForwarder(**report)
 
 
-def _detached(options: ConnectOptions, report_to: int) -> None:
-    """The detached process: without a terminal, with a log of its own. Never returns."""
+def _log_path(options: ConnectOptions) -> Path:
+    return options.run.logs / f"connect{'' if options.port is None else '-tcp'}.{socket.gethostname()}.log"
+
+
+def _detached(options: ConnectOptions, report_to: int) -> NoReturn:
+    """The detached process: without a terminal, with a log of its own."""
 
     def report(value: object) -> None:
         with os.fdopen(report_to, "w", encoding="utf-8") as stream:
@@ -80,13 +85,13 @@ def _detached(options: ConnectOptions, report_to: int) -> None:
         nothing = os.open(os.devnull, os.O_RDWR)
         for descriptor in (0, 1, 2):
             os.dup2(nothing, descriptor)
-        kind = "" if options.port is None else "-tcp"
-        log = options.run.logs / f"connect{kind}.{socket.gethostname()}.log"
+        os.chdir("/")
+        log = _log_path(options)
         with file_thread("log", log=log):
             try:
                 _serve(options, lambda running: report(asdict(running)), log=str(log))
                 status = 0
-            except HpcRouterError as error:
+            except (HpcRouterError, OSError) as error:
                 report({"error": str(error), "config": isinstance(error, ConfigError)})
             except BaseException:
                 logger.exception("connect failed")
@@ -104,7 +109,8 @@ def _serve(options: ConnectOptions, on_serving: OnServing, *, log: str | None) -
 async def _until_stopped(options: ConnectOptions, sock: socket.socket, on_serving: Callable[[], object]) -> None:
     stop = asyncio.Event()
     for number in _STOP_SIGNALS:
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as `nohup` and background jobs of a script have it
+            asyncio.get_running_loop().add_signal_handler(number, stop.set)
     max_body = int((options.max_body_mb + 1) * 2**20)  # the router's limit comes first
     with closing(Forwarder(options.run, hold_s=options.hold_s, adds_tokens=options.port is None)) as forwarder:
         async with listening(forwarder.handle, sock, max_body=max_body):

@@ -367,13 +367,19 @@ async def test_the_router_sees_the_request_as_the_client_sent_it(run: RunDir, st
     async with connected.session.request(
         "DELETE",
         URL("http://localhost/v1/x%20y?a=1&b=%2F", encoded=True),
-        headers={"x-session-id": "s", "x-request-id": "r-1"},
+        headers={
+            "x-session-id": "s",
+            "x-request-id": "r-1",
+            "x-api-key": "k",
+            "authorization": f"Bearer {run.token()}",
+        },
     ) as response:
         assert (response.status, await response.read()) == (418, b"\x00\xff")
         assert (response.headers["x-expert"], response.headers["content-type"]) == ("math", "a/b")
     (request,) = seen
     assert (request.method, request.raw_path) == ("DELETE", "/v1/x%20y?a=1&b=%2F")
-    assert (request.headers["x-session-id"], request.headers["x-request-id"]) == ("s", "r-1")
+    names = ("x-session-id", "x-request-id", "x-api-key", "authorization")
+    assert [request.headers.getall(name) for name in names] == [["s"], ["r-1"], ["k"], [f"Bearer {run.token()}"]]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -25,7 +26,7 @@ from hpc_router.connect import listener
 from hpc_router.connect.listener import RunningForwarder, _listen_unix, running_forwarder, serving_address
 from hpc_router.errors import ConfigError, LaunchError
 from hpc_router.state.job_records import start_ticks
-from hpc_router.state.private_folder import user_folder
+from hpc_router.state.private_folder import make_private, user_folder
 from hpc_router.state.registry import State
 from hpc_router.state.run_directory import RunDir, make_run
 from tests.client.fakes import FakeRouter, drains, enter, fake_router, record_of
@@ -70,9 +71,9 @@ async def cli(run: RunDir, *words: str) -> tuple[int, str, str]:
 
 
 @asynccontextmanager
-async def foreground(run: RunDir, *words: str) -> AsyncIterator[tuple[asyncio.subprocess.Process, str]]:
-    """The process of `hpc-router connect`, and the address that it prints."""
-    argv = [sys.executable, "-m", "hpc_router.cli", "connect", *words, "--run", str(run.path)]
+async def foreground(run: RunDir, *before: str) -> AsyncIterator[tuple[asyncio.subprocess.Process, str]]:
+    """The process of `BEFORE hpc-router connect`, and the address that it prints."""
+    argv = [*before, sys.executable, "-m", "hpc_router.cli", "connect", "--run", str(run.path)]
     process = await asyncio.create_subprocess_exec(*argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None
     try:
@@ -190,6 +191,31 @@ async def test_a_signal_ends_it_in_order(run: RunDir, number: signal.Signals) ->
         with pytest.raises(aiohttp.ClientError):
             await asked
     assert not Path(address).exists()
+    assert running_forwarder(run, tcp=False) is None
+
+
+async def test_a_signal_that_the_shell_ignores_does_not_end_it(run: RunDir, router: FakeRouter) -> None:
+    """As with `nohup hpc-router connect &`, when the terminal is closed."""
+    async with foreground(run, "nohup") as (process, address):
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        ignored = int(re.findall(r"^SigIgn:\s*(\w+)", status, re.MULTILINE)[0], 16)
+        assert ignored & 1 << (signal.SIGHUP - 1)
+        process.send_signal(signal.SIGHUP)
+        assert await models(address) == 200
+        process.terminate()
+        assert await process.wait() == 0
+
+
+async def test_a_detached_process_that_cannot_begin(run: RunDir) -> None:
+    """The command that started it says why."""
+    folder = user_folder(listener.SCRATCH)
+    make_private(folder)
+    in_the_way = listener._description(folder, run, tcp=False).with_suffix(".sock")
+    in_the_way.mkdir()
+    status, out, err = await cli(run, "connect", "--detach")
+    in_the_way.rmdir()
+    assert (status, out) == (1, "")
+    assert f"Is a directory: '{in_the_way}'" in err
     assert running_forwarder(run, tcp=False) is None
 
 
