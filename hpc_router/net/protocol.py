@@ -71,7 +71,7 @@ def challenge_in(query: str) -> str:
 
 
 def drain_target(until_at: float | None) -> str:
-    """The target of a drain call. `until_at`: the drain may take until then (Unix seconds), not only its usual limit."""
+    """The target of a drain call. `until_at`: the drain may take until then (Unix seconds), beyond its usual limit."""
     return DRAIN if until_at is None else f"{DRAIN}?until={until_at:.0f}"
 
 

@@ -45,7 +45,7 @@ async def serve(run: RunDir, replica: str, engine: Path) -> None:
             client=client,
             names=(expert,),
             lists_models=True,
-            on_drain=lambda why: stop.set(),
+            on_drain=lambda why, until_at: stop.set(),
             state=State.READY,
             models=(expert,),
         )

@@ -242,7 +242,7 @@ class Agent:
             client=client,
             names=tuple(self._engine.names()),
             lists_models=self._engine.lists_models,
-            on_drain=self.drain,
+            on_drain=lambda why, until_at: self.drain(why, until_at=until_at),
             on_rank=None if self._leader is None else self._leader.on_report,
             rank_token=None if self._leader is None else report_token(self._leader.key),
             failures=self._failures,

@@ -12,7 +12,7 @@ import logging
 import math
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 from hpc_router.background_tasks import TaskFailures
 from hpc_router.errors import (
@@ -44,19 +44,15 @@ RETRY_AFTER_S: Final[Mapping[State, int]] = {State.STARTING: 5, State.DRAINING: 
 _STATE_HEADERS: Final = {State.STARTING: protocol.STARTING_HEADER, State.DRAINING: protocol.DRAINING_HEADER}
 
 
-class DrainCallback(Protocol):
-    def __call__(self, why: str, *, until_at: float | None = None) -> None: ...
-
-
 @dataclass(slots=True)
 class AgentHttpApi:
     """The HTTP API of one replica.
 
-    The agent sets `state` and `models`. `on_drain` is called for `POST /drain`. `progress` counts the chunks that the
-    engine sent, `unfinished` the responses that it did not send or not finish. For an engine with several ranks,
-    `on_rank` is called with their reports, which carry `rank_token`; it may raise ValueError. `engine_lost` is set when
-    the engine refuses a connection or drops a request, and the supervisor clears it once the engine answers; while it
-    is set, a ready replica counts as starting.
+    The agent sets `state` and `models`. `on_drain` is called for `POST /drain`, with the reason and `until_at`.
+    `progress` counts the chunks that the engine sent, `unfinished` the responses that it did not send or not finish.
+    For an engine with several ranks, `on_rank` is called with their reports, which carry `rank_token`; it may raise
+    ValueError. `engine_lost` is set when the engine refuses a connection or drops a request, and the supervisor clears
+    it once the engine answers; while it is set, a ready replica counts as starting.
     """
 
     replica: str
@@ -65,7 +61,7 @@ class AgentHttpApi:
     client: Upstream
     names: tuple[str, ...]
     lists_models: bool
-    on_drain: DrainCallback
+    on_drain: Callable[[str, float | None], None]
     state: State = State.STARTING
     models: tuple[str, ...] | None = None
     in_flight: InFlight = field(default_factory=InFlight)
@@ -177,7 +173,7 @@ class AgentHttpApi:
         return json_response(asdict(health))
 
     async def _drain(self, request: Request) -> Response:
-        self.on_drain("a drain call", until_at=protocol.drain_until(request.query))
+        self.on_drain("a drain call", protocol.drain_until(request.query))
         return json_response({"state": State.DRAINING.value, "in_flight": self.in_flight.count}, status=202)
 
     async def _rank(self, request: Request) -> Response:

@@ -7,8 +7,8 @@ import pytest
 from hpc_router.cluster.control_loop.handover import Durations, HandoverPolicy, measured, schedule
 from hpc_router.cluster.control_loop.reconcile import (
     END_MARGIN_S,
-    Cancel,
     Action,
+    Cancel,
     Desired,
     Drain,
     GiveUp,
@@ -20,7 +20,7 @@ from hpc_router.cluster.control_loop.reconcile import (
 from hpc_router.cluster.control_loop.slots import ROUTER_SLOT, Attempt, Slot
 from hpc_router.cluster.launchers.interface import JobReport, JobState
 from hpc_router.config.schema import HandoverMode
-from hpc_router.state.job_records import Exit, FailureReason, JobPhase, JobProgress, Runner
+from hpc_router.state.job_records import Exit, FailureReason, JobPhase, JobProgress, Runner, Stop
 from hpc_router.state.registry import State
 from tests.cluster.control_loop.support import BEGAN, DUE, LIFE_S, MATH, POLICY, ended, serving, waiting
 

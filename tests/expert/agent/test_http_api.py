@@ -41,7 +41,7 @@ class Running:
     engine: SimServer
     http_api: AgentHttpApi
     session: aiohttp.ClientSession
-    drains: list[str] = field(default_factory=list)
+    drains: list[tuple[str, float | None]] = field(default_factory=list)
 
     async def post(self, path: str = protocol.CHAT, body: JsonObject | bytes | None = None) -> tuple[int, Any, Any]:
         data = body if isinstance(body, bytes) else json.dumps(body or chat()).encode()
@@ -54,7 +54,7 @@ async def running(
     scratch: Path, *, key: str | None = KEY, capacity: int = 4, lists: bool = True
 ) -> AsyncIterator[Running]:
     uds = scratch / "e.sock"
-    drains: list[str] = []
+    drains: list[tuple[str, float | None]] = []
     sock = bind("127.0.0.1")
     headers = {} if key is None else {"authorization": f"Bearer {key}"}
     async with (
@@ -63,8 +63,9 @@ async def running(
         aiohttp.ClientSession(f"http://127.0.0.1:{sock.getsockname()[1]}", headers=headers) as session,
     ):
         http_api = AgentHttpApi(
-            "math-0.g1", KEY, capacity, client, ("sim", "auto"), lists, drains.append, state=State.READY
-        )
+            "math-0.g1", KEY, capacity, client, ("sim", "auto"), lists, lambda *call: drains.append(call),
+            state=State.READY,
+        )  # fmt: skip
         async with RELAY.listen(http_api.handle, sock, max_body=BODY_LIMIT):
             yield Running(engine, http_api, session, drains)
             await session.close()
@@ -266,7 +267,10 @@ async def test_finished_requests_are_not_aborted(socket_folder: Path) -> None:
 async def test_a_drain_call_reaches_the_agent(socket_folder: Path) -> None:
     async with running(socket_folder) as at:
         status, _, body = await at.post(protocol.DRAIN)
-        assert (status, body["state"], at.drains) == (202, "draining", ["a drain call"])
+        assert (status, body["state"], at.drains) == (202, "draining", [("a drain call", None)])
+        await at.post(protocol.drain_target(1234.0))
+        await at.post(f"{protocol.DRAIN}?until=-1e99")
+        assert at.drains[1:] == [("a drain call", 1234), ("a drain call", None)]
 
 
 async def test_far_beyond_the_capacity_requests_are_refused(socket_folder: Path) -> None:

@@ -85,7 +85,9 @@ async def a_chain(folder: Path, relay: Relay, config: SimConfig) -> AsyncIterato
         SimServer(config, uds=uds) as engine,
         relay.make_client(ENGINE_LIMITS, socket_path=str(uds)) as client,
     ):
-        http_api = AgentHttpApi("math-0.g1", key, 8, client, ("math",), True, lambda why: None, state=State.READY)
+        http_api = AgentHttpApi(
+            "math-0.g1", key, 8, client, ("math",), True, lambda why, until_at: None, state=State.READY
+        )
         http_api.models = ("math",)
         record = Record(
             RecordKind.EXPERT, "math-0.g1", f"http://127.0.0.1:{sock.getsockname()[1]}", State.READY, {"math": "math"},
