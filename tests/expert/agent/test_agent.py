@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import time
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,22 @@ async def test_a_drain_call_lets_requests_finish(run: RunDir, scratch: Path) -> 
         async with agent.session() as session, session.post(protocol.DRAIN) as response:
             assert response.status == 202
         assert await agent.end() == 0
+
+
+async def test_a_handover_lets_requests_take_longer_than_the_drain_time(run: RunDir, scratch: Path) -> None:
+    """The successor serves already, so they may take the rest of the walltime."""
+    configured = deployment(scratch)
+    configured.cluster.drain_s = 0.1
+    async with replica(run, configured) as agent:
+        await agent.ready()
+        async with agent.session() as session, half_a_stream(session, for_s=2.0) as response:
+            async with session.post(protocol.drain_target(time.time() + 60)) as accepted:
+                assert accepted.status == 202
+            assert (await response.read()).endswith(b"data: [DONE]\n\n")
+        assert await agent.end() == 0
+        ended = agent.job.exit()
+        assert ended is not None
+        assert (ended.cut, ended.message) == (0, "drained after a drain call")
 
 
 async def test_requests_that_do_not_finish_in_time_are_aborted(run: RunDir, scratch: Path) -> None:
