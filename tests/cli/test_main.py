@@ -101,6 +101,10 @@ def test_every_verb_explains_itself(verb: str, capsys: pytest.CaptureFixture[str
         (["register", "--run", "new", "--expert", "m", "--url", " http://h:1"], "has ' ' at position 0"),
         (["register", "--run", "new", "--expert", "m", "--url", "http://h :1"], "has ' ' at position 8"),
         (["unregister", "--run", "new", "--expert", "m", "--url", "http://h:1\n"], "no run directory"),
+        (["register", "--run", "new", "--expert", "m\r", "--url", "http://h:1"], "--expert 'm\\r': cannot name"),
+        (["register", "--run", "new", "--expert", "m", "--url", "http://h:1", "--model", "m\r"], "--model 'm\\r'"),
+        (["register", "--run", "new", "--expert", "m", "--url", "http://h:1", "--model", " m"], "--model ' m'"),
+        (["register", "--run", "new", "--expert", "m", "--url", "http://h:1", "--model", ""], "--model ''"),
         (
             ["plan", "experts.math.engine.options.faults=[{kind: x}]"],
             "options.faults[0]: unknown kind",

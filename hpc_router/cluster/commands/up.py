@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Protocol
 
+from hpc_router.cluster.commands.advice import FAILURE_ADVICE
 from hpc_router.cluster.commands.down import NoWatcher, down, leftover_text, unended_jobs
 from hpc_router.cluster.commands.replica_view import DisplayedState, ReplicaView, expert_views, views
 from hpc_router.cluster.control_loop.desired_state import desired_of, want_up, with_desired_counts
@@ -28,6 +29,7 @@ from hpc_router.config.slurm_options import check_run_path
 from hpc_router.errors import ArtefactError, HpcRouterError, LaunchError
 from hpc_router.net.http_client import Unreachable, call_blocking
 from hpc_router.routing import exemplars
+from hpc_router.state.job_records import FailureReason
 from hpc_router.state.registry import RecordKind, split_replica
 from hpc_router.state.run_directory import RunDir, private_umask
 
@@ -176,6 +178,10 @@ def _cannot_serve(shown: Sequence[ReplicaView]) -> str | None:
     router_lost = any(view.kind is RecordKind.ROUTER and view.replica in reasons for view in shown)
     if not router_lost and (not experts or any(replica not in reasons for replica in experts)):
         return None
+    unseen = next((view for view in shown if view.reason is FailureReason.RUN_UNSEEN), None)
+    if unseen is not None:  # each job would fail in the same way
+        advice = FAILURE_ADVICE[FailureReason.RUN_UNSEEN]
+        return f"{unseen.message}, so nothing can serve ({advice})"
     alike: dict[str, list[str]] = {}
     for replica, reason in reasons.items():
         alike.setdefault(reason, []).append(replica)
