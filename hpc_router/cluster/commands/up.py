@@ -25,7 +25,6 @@ from hpc_router.cluster.planning.plan import Plan, exemplars_of, make_plan
 from hpc_router.cluster.planning.run_target import RunTarget, discard, latest_of
 from hpc_router.cluster.signals import Interrupted, explaining_interrupt, interrupt_event
 from hpc_router.config.schema import Deployment
-from hpc_router.config.slurm_options import check_run_path
 from hpc_router.errors import ArtefactError, HpcRouterError, LaunchError
 from hpc_router.net.http_client import Unreachable, call_blocking
 from hpc_router.routing import exemplars
@@ -67,8 +66,7 @@ def up(target: RunTarget, *, wait_all: bool, reporter: Reporter) -> Served:
     deployment, run = target.deployment, target.run
     wanted = deployment if run is None else with_desired_counts(deployment, desired_of(run, deployment))
     check_reach(deployment)
-    check_run_path((target.path or Path(deployment.runs)).absolute(), deployment.cluster.kind)
-    plan = make_plan(wanted, run=run)
+    plan = make_plan(wanted, run=run or (RunDir(target.path) if target.path is not None else None))
     before = latest_of(Path(deployment.runs))
     with interrupt_event() as interrupted:
         run, made = target.open()

@@ -160,22 +160,22 @@ def make_plan(deployment: Deployment, *, run: RunDir | None = None, ask_engines:
 
 
 def _slurm_faults(deployment: Deployment, jobs: tuple[BatchJob, ...]) -> tuple[list[str], list[str]]:
-    """Faults and warnings about the jobs, from Slurm; none on cluster=local."""
-    faults: list[str] = []
-    warnings: list[str] = []
+    """Faults and warnings about the jobs; none on cluster=local. Only sbatch decides what is a fault, because a site's
+    submit plugin may choose another partition, and a qos may allow more than the partition."""
     if deployment.cluster.kind == "local":
-        return faults, warnings
+        return [], []
     if deployment.cluster.kind == "allocation":
         return _allocation_faults(deployment, jobs)
     try:
         site = ask_site()
     except LaunchError as error:
-        return faults, [*warnings, f"{NOT_CHECKED}{error}; `up` needs it"]
+        return [], [f"{NOT_CHECKED}{error}; `up` needs it"]
     misfits = site_faults(deployment, site)
-    if misfits:
-        return [*faults, *misfits], warnings
     refused, doubtful = check_submission(deployment, jobs)
-    return [*faults, *refused], [*warnings, *site_warnings(deployment, site), *_signal_warnings(), *doubtful]
+    if refused:  # `misfits` name the value; Slurm's own texts often do not
+        return misfits or refused, []
+    accepted = [f"{misfit}; sbatch accepts it, but such a job may never start" for misfit in misfits]
+    return [], [*accepted, *site_warnings(deployment, site), *_signal_warnings(), *doubtful]
 
 
 def _allocation_faults(deployment: Deployment, jobs: tuple[BatchJob, ...]) -> tuple[list[str], list[str]]:

@@ -61,6 +61,8 @@ def capacity_warnings(deployment: Deployment, site: SlurmSite) -> list[str]:
         available = sum(
             kind.nodes * kind.gpus_of(gpu_type) for p in partitions for kind in p.kinds if _fits(request, kind)
         )
+        if not available and request.option("partition")[1] is None:
+            continue  # not the default partition, so the site's submit plugin chooses another one
         if partitions and available < each * expert.replicas:
             names = " or ".join(partition.name for partition in partitions)
             warnings.append(
