@@ -5,6 +5,7 @@ loop beside the router continues. Ctrl-C ends the jobs that this call submitted;
 end and names them. If nothing can serve, the deployment is taken down.
 """
 
+import logging
 import threading
 import time
 from collections.abc import Sequence
@@ -31,6 +32,8 @@ from hpc_router.routing import exemplars
 from hpc_router.state.job_records import FailureReason
 from hpc_router.state.registry import RecordKind, split_replica
 from hpc_router.state.run_directory import RunDir, private_umask
+
+logger = logging.getLogger(__name__)
 
 POLL_S: Final = 0.2
 ENDED_TEXT: Final = "what this `up` started has been ended"
@@ -134,6 +137,8 @@ class _BringUp:
                 self._end_submitted()
                 raise LaunchError(reasons)
             interrupted.wait(POLL_S)
+        names = ", ".join(sorted(self._submitted)) or "what was begun"
+        logger.warning("interrupted: ending %s; a second Ctrl-C does not wait for that", names)
         self._end_submitted()
         if self._made:
             discard(self._run, before=self._made_over)
