@@ -69,7 +69,7 @@ def up(target: RunTarget, *, wait_all: bool, reporter: Reporter) -> Served:
     deployment, run = target.deployment, target.run
     wanted = deployment if run is None else with_desired_counts(deployment, desired_of(run, deployment))
     check_reach(deployment)
-    plan = make_plan(wanted, run=run or (RunDir(target.path) if target.path is not None else None))
+    plan = make_plan(wanted, run=target.planned)
     before = latest_of(Path(deployment.runs))
     with interrupt_event() as interrupted:
         run, made = target.open()
