@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from hpc_router.cluster.launchers.interface import ROUTER
+from hpc_router.cluster.launchers.slurm.sbatch import effective_options
 from hpc_router.cluster.launchers.slurm.sinfo import NodeKind, Partition, SlurmSite
 from hpc_router.config.adapters import hosts
 from hpc_router.config.schema import ClusterConfig, Deployment, ResourceConfig
@@ -94,7 +95,7 @@ def allocation_faults(deployment: Deployment, kinds: Sequence[NodeKind], name: s
         needed = {
             expert: count * resources.nodes * (getattr(resources, size) or 0)
             for expert, count in wanted.items()
-            if (resources := resources_of(deployment, expert)[1])
+            if not effective_options(cluster, resources := resources_of(deployment, expert)[1]).srun.get("overlap")
         }
         if sum(needed.values()) > available:
             each = ", ".join(f"{expert} {number:g}" for expert, number in needed.items() if number)
