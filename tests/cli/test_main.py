@@ -94,7 +94,7 @@ def test_every_verb_explains_itself(verb: str, capsys: pytest.CaptureFixture[str
         (["register", "--run", "new", "--expert", "auto", "--url", "http://h:1"], "cannot name an expert"),
         (
             ["register", "--run", "new", "--expert", "m", "--url", "http://h:1", "--probe-path", "x y"],
-            "--probe-path x y",
+            "--probe-path 'x y'",
         ),
         (["register", "--run", "new", "--expert", "m", "--url", "h:1"], "not an endpoint's address"),
         (["register", "--run", "new", "--expert", "m", "--url", "http://h:1\r"], "has '\\r' at position 10"),
