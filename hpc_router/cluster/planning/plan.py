@@ -174,8 +174,9 @@ def _slurm_faults(deployment: Deployment, jobs: tuple[BatchJob, ...]) -> tuple[l
     refused, doubtful = check_submission(deployment, jobs)
     if refused:  # `misfits` name the value; Slurm's own texts often do not
         return misfits or refused, []
-    accepted = [f"{misfit}; sbatch accepts it, but such a job may never start" for misfit in misfits]
-    return [], [*accepted, *site_warnings(deployment, site), *_signal_warnings(), *doubtful]
+    if not any(note.startswith(NOT_CHECKED) for note in doubtful):
+        misfits = [f"{misfit}; sbatch accepts it, but such a job may never start" for misfit in misfits]
+    return [], [*misfits, *site_warnings(deployment, site), *_signal_warnings(), *doubtful]
 
 
 def _allocation_faults(deployment: Deployment, jobs: tuple[BatchJob, ...]) -> tuple[list[str], list[str]]:

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from hpc_router.cli.output import WIDE
 from hpc_router.cli.tables import plan_text
+from hpc_router.cluster.launchers.slurm import sbatch_test
 from hpc_router.cluster.launchers.slurm.allocation import AllocationLauncher
 from hpc_router.cluster.planning import engine_flags
 from hpc_router.cluster.planning.plan import JOB_FOLDER, Plan, make_plan, with_absolute_paths
@@ -290,6 +291,12 @@ def test_sbatch_decides_and_sinfo_names_the_value(slurm: Programs) -> None:
     deployed = load_deployment(["topology=sim", "cluster=slurm", "experts.math.resources.gpus=8"])
     misfit = "experts.math.resources.gpus=8: partition batch has at most 4 per node"
     assert f"{misfit}; sbatch accepts it, but such a job may never start" in make_plan(deployed).warnings
+    slurm.add("sbatch", "exec sleep 60")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sbatch_test, "TIMEOUT_S", 0.1)
+        notes = make_plan(deployed).warnings
+    assert misfit in notes
+    assert any("could not be checked with Slurm: sbatch gave no answer" in note for note in notes)
     refuse = "echo 'allocation failure: Requested node configuration is not available' >&2; exit 1"
     slurm.add("sbatch", f"grep -q gpu:8 && {{ {refuse}; }}; true")
     assert faults(deployed) == [misfit]
