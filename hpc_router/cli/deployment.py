@@ -39,7 +39,7 @@ def plan(arguments: argparse.Namespace) -> int:
     deployment = target.deployment
     if arguments.run is not None and target.run is not None:
         deployment = with_desired_counts(deployment, desired_of(target.run, deployment))
-    made = make_plan(deployment, run=target.run, ask_engines=not arguments.no_ask)
+    made = make_plan(deployment, run=target.planned, ask_engines=not arguments.no_ask)
     return print_value(made.to_json() if arguments.json else plan_text(made), fold=False)
 
 

@@ -5,8 +5,9 @@ of the schema that no file mentions, and every error has our text instead of Hyd
 """
 
 import re
+from codecs import BOM_UTF8
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar, Final, get_origin
@@ -162,12 +163,26 @@ def user_folder(config_dir: Path | None) -> Iterator[None]:
     """Inside the block, Hydra searches the user's folder before `conf/`."""
     if config_dir is not None and not config_dir.is_dir():
         raise ConfigError(f"--config-dir {config_dir}: no such folder")
+    for path in sorted(config_dir.rglob("*.yaml")) if config_dir is not None else ():
+        if _hides_its_package(path):
+            name = display_path(path)
+            raise ConfigError(
+                f"{name}: a byte order mark hides its first line from Hydra; save it as UTF-8 without one"
+            )
     Plugins.instance().register(_UserFolder)
     _UserFolder.folder = config_dir.resolve() if config_dir is not None else None
     try:
         yield
     finally:
         _UserFolder.folder = None
+
+
+def _hides_its_package(path: Path) -> bool:
+    """Whether a byte order mark is in front of the line `# @package ...`, which Hydra then does not find."""
+    with suppress(OSError), path.open("rb") as stream:
+        first = stream.readline()
+        return first.startswith(BOM_UTF8) and b"@package" in first
+    return False
 
 
 def single_values(overrides: Sequence[str]) -> list[str]:

@@ -30,6 +30,7 @@ EngineKind = Literal["vllm", "transformers", "sim"]
 GpuRequest = Literal["gres", "gpus_per_node"]
 PolicyKind = Literal["classifier", "model_field", "round_robin", "least_in_flight"]
 Precision = Literal["bf16", "fp8", "awq"]
+SimulatedGpu = Literal["h100-sxm", "h200-sxm", "a100-sxm", "l40s"]
 RouterPlace = Literal["job", "here"]
 VllmDevice = Literal["cuda", "cpu"]
 
@@ -67,7 +68,7 @@ class Roofline:
     """The model and GPUs that a simulated engine stands for, from which its latencies are predicted."""
 
     model: str = "llama3-8b"  # llama3-8b, llama3-70b, or a model folder
-    gpu: str = "h100-sxm"  # h100-sxm, h200-sxm, a100-sxm or l40s
+    gpu: SimulatedGpu = "h100-sxm"  # GPU to simulate
     tensor_parallel_size: int = bounded(1, 1, 1024)  # GPUs that share each layer
     pipeline_parallel_size: int = bounded(1, 1, 1024)  # groups of GPUs that hold consecutive layers
     quantization: Precision = "bf16"  # precision of the weights
@@ -284,7 +285,7 @@ class RouterConfig:
 class Simulate:
     """Replaces every vLLM engine by a simulated one, to predict a deployment without GPUs."""
 
-    gpu: str | None = None  # GPU to simulate: h100-sxm, h200-sxm, a100-sxm or l40s; null: no simulation
+    gpu: SimulatedGpu | None = None  # GPU to simulate; null: no simulation
     slowdown: float = bounded(1.0, 1e-3, 1e6)  # wall seconds per simulated second, for machines that are too slow
 
 

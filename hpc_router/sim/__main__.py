@@ -47,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(levelname)s %(message)s")
     try:
         arguments = _parser().parse_args(argv)
-        return uvloop.run(_serve(_config(arguments), arguments))
+        config = _config(arguments)
+        return 0 if arguments.check else uvloop.run(_serve(config, arguments))
     except ConfigError as exc:
         sys.stderr.write(f"error: {exc}\n")
         return 2
@@ -69,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
         default_text = "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
         parser.add_argument(flag, type=kind, default=value, metavar=metavar, help=f"{text} (default {default_text})")
 
+    parser.add_argument("--check", action="store_true", help="check the options, then end")
     parser.add_argument("--uds", type=Path, metavar="PATH", help="listen on this unix socket instead of a TCP port")
     parser.add_argument("--host", default="127.0.0.1", help="TCP address (default 127.0.0.1)")
     add("--port", int, 0, "PORT", "TCP port; 0: the kernel chooses one")

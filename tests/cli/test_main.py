@@ -94,13 +94,17 @@ def test_every_verb_explains_itself(verb: str, capsys: pytest.CaptureFixture[str
         (["register", "--run", "new", "--expert", "auto", "--url", "http://h:1"], "cannot name an expert"),
         (
             ["register", "--run", "new", "--expert", "m", "--url", "http://h:1", "--probe-path", "x y"],
-            "--probe-path x y",
+            "--probe-path 'x y'",
         ),
         (["register", "--run", "new", "--expert", "m", "--url", "h:1"], "not an endpoint's address"),
         (["register", "--run", "new", "--expert", "m", "--url", "http://h:1\r"], "has '\\r' at position 10"),
         (["register", "--run", "new", "--expert", "m", "--url", " http://h:1"], "has ' ' at position 0"),
         (["register", "--run", "new", "--expert", "m", "--url", "http://h :1"], "has ' ' at position 8"),
         (["unregister", "--run", "new", "--expert", "m", "--url", "http://h:1\n"], "no run directory"),
+        (["register", "--run", "new", "--expert", "m\r", "--url", "http://h:1"], "--expert 'm\\r': cannot name"),
+        (["register", "--run", "new", "--expert", "m", "--url", "http://h:1", "--model", "m\r"], "--model 'm\\r'"),
+        (["register", "--run", "new", "--expert", "m", "--url", "http://h:1", "--model", " m"], "--model ' m'"),
+        (["register", "--run", "new", "--expert", "m", "--url", "http://h:1", "--model", ""], "--model ''"),
         (
             ["plan", "experts.math.engine.options.faults=[{kind: x}]"],
             "options.faults[0]: unknown kind",

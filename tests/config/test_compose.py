@@ -278,6 +278,15 @@ def test_a_file_in_another_encoding_is_named(tmp_path: Path, encoding: str) -> N
     assert refusal(["topology=mine"], tmp_path).startswith(f"{tmp_path}/topology/mine.yaml: not UTF-8 text (byte ")
 
 
+def test_a_byte_order_mark_that_hides_the_package_is_named(tmp_path: Path) -> None:
+    """Editors write it in front of UTF-8. Without such a line it does no harm."""
+    write(tmp_path, "topology/mine.yaml", f"\ufeff{HEAD}")
+    assert refusal(["topology=mine"], tmp_path).startswith(f"{tmp_path}/topology/mine.yaml: a byte order mark hides ")
+    write(tmp_path, "topology/mine.yaml", HEAD)
+    write(tmp_path, "cluster/mine.yaml", "\ufeffwalltime: '30'\n")
+    assert load_deployment(["cluster=mine"], config_dir=tmp_path).cluster.walltime == "30"
+
+
 @pytest.mark.parametrize("host", ["node7", "node-7.cluster.example", "0.0.0.0", "::", "fd00::1", "10.1.2.3", "7up"])
 def test_a_host_is_a_name_or_an_address(host: str) -> None:
     assert load_deployment([f"router.host='{host}'"]).router.host == host

@@ -1,16 +1,17 @@
 """The roofline against figures computed by hand from its sources, and against general properties."""
 
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from hpc_router.config.compose import load_deployment
-from hpc_router.config.schema import Precision, Roofline
+from hpc_router.config.schema import Precision, Roofline, SimulatedGpu
 from hpc_router.errors import ConfigError
 from hpc_router.sim import roofline as r
-from hpc_router.sim.roofline import RooflineEngine, SequenceStep
+from hpc_router.sim.roofline import GPUS, RooflineEngine, SequenceStep
 
 ONE = [SequenceStep(1, 0)]
 
@@ -70,10 +71,14 @@ def test_what_does_not_fit_is_refused() -> None:
     assert RooflineEngine(Roofline(model="llama3-70b", tensor_parallel_size=4)).kv_tokens > 400_000
 
 
+def test_the_config_knows_every_gpu() -> None:
+    assert get_args(SimulatedGpu) == tuple(GPUS)
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (Roofline(gpu="h100"), "did you mean 'h100-sxm'"),
+        (Roofline(gpu="h100"), "did you mean 'h100-sxm'"),  # type: ignore[arg-type]
         (Roofline(quantization="int8"), "valid: awq, bf16, fp8"),  # type: ignore[arg-type]
         (Roofline(model="mixtral"), "nor a folder with config.json"),
         (Roofline(slowdown=0), "must be above 0"),

@@ -1,6 +1,7 @@
 """What `plan` finds wrong with a real Slurm: exit status 2, and the key to edit in the message."""
 
 import re
+from collections.abc import Iterator
 
 import pytest
 
@@ -49,6 +50,58 @@ def test_what_fits_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
     assert f"#SBATCH --gres=gpu:{GPUS}" in out
 
 
+def notes(out: str) -> str:
+    """As one line, because the table wraps them."""
+    return " ".join(out.partition("note: ")[2].split())
+
+
+def test_what_sbatch_accepts_is_a_warning(capsys: pytest.CaptureFixture[str]) -> None:
+    """A qos may allow more time than the partition does."""
+    assert plan("cluster.walltime=1-00:00:01") == 0
+    assert "cluster.walltime=1-00:00:01: partition batch allows at most 1-00:00:00; sbatch accepts it" in notes(
+        capsys.readouterr().out
+    )
+
+
+SUBMIT_PLUGIN = """\
+function slurm_job_submit(job, partitions, uid)
+    if job.partition == nil or job.partition == "auto" then job.partition = "batch" end
+    return slurm.SUCCESS
+end
+function slurm_job_modify(job, record, partitions, uid) return slurm.SUCCESS end
+"""
+
+
+@pytest.fixture
+def submit_plugin(cluster: SlurmCluster) -> Iterator[None]:
+    """The site's plugin chooses the partition batch, although the default partition is a small one without GPUs."""
+    etc = cluster.folder / "etc"
+    before = (etc / "slurm.conf").read_text()
+    small = "PartitionName=small Nodes=c1 Default=YES MaxTime=10:00\nJobSubmitPlugins=lua\n"
+    (etc / "job_submit.lua").write_text(SUBMIT_PLUGIN)
+    (etc / "slurm.conf").write_text(before.replace(" Default=YES", "") + small)
+    cluster.run(["scontrol", "reconfigure"])
+    eventually_sync(lambda: ask_site().default == "small")
+    try:
+        yield
+    finally:
+        (etc / "slurm.conf").write_text(before)
+        cluster.run(["scontrol", "reconfigure"])
+        eventually_sync(lambda: ask_site().default == "batch")
+
+
+def test_a_submit_plugin_decides_beside_a_default_partition(
+    submit_plugin: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also about names that are no partition. What it does not accept stays a fault."""
+    assert plan(f"{MATH}.gpus=1", "cluster.walltime=30") == 0
+    assert f"{MATH}.gpus=1: partition small has at most 0 per node; sbatch accepts it" in notes(capsys.readouterr().out)
+    assert plan("cluster.partition=auto") == 0
+    assert "cluster.partition=auto: no partition is named 'auto'" in notes(capsys.readouterr().out)
+    assert plan(f"{MATH}.gpus=8") == 2
+    assert f"{MATH}.gpus=8: partition small has at most 0 per node" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("overrides", "told"),
     [
@@ -58,7 +111,6 @@ def test_what_fits_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
         (f"{MATH}.gpus=1 cluster.gpu_type=a100", "cluster.gpu_type=a100: no node of partition batch has such GPUs"),
         (f"{MATH}.cpus=9", f"{MATH}.cpus=9: partition batch has at most 8 per node"),
         (f"{MATH}.memory_gb=16", f"{MATH}.memory_gb=16: partition batch has at most 15.62 GB per node"),
-        ("cluster.walltime=1-00:00:01", "cluster.walltime=1-00:00:01: partition batch allows at most 1-00:00:00"),
         ("cluster.constraint=fast", "cluster.constraint=fast: no node of partition batch has the feature 'fast'"),
         ("cluster.account=nobodys", "cluster.account=nobodys: Slurm refuses it: Invalid account"),
         ("cluster.qos=best", "cluster.qos=best: Slurm refuses it: Invalid qos"),

@@ -1,10 +1,12 @@
 """Other shapes of the same deployment: several replicas in one job, steps inside a job that somebody holds, jobs that
 come to nothing."""
 
+import json
 import re
 import signal
 import sys
-from typing import Final
+from pathlib import Path
+from typing import Any, Final
 
 import pytest
 
@@ -236,3 +238,41 @@ def script_of(one: OnSlurm, replica: str) -> set[str]:
     """The lines of its batch script, as it was submitted."""
     (path,) = one.job(replica).path.glob("*_submission.sh")
     return set(path.read_text().splitlines())
+
+
+def test_a_run_directory_that_nodes_do_not_see_is_said_once(cluster: SlurmCluster, tmp_path: Path) -> None:
+    """It is in /tmp of this machine. No job is submitted a second time, and nothing is left."""
+    run = tmp_path / "run"
+    one = OnSlurm(run, cluster.shared, ["cluster=slurm", *FOUR], cluster=cluster)
+    done = cli("up", "--run", str(run), *one.overrides, check=False, env=one.environment)
+    assert done.returncode == 1
+    print(done.stderr)
+    last = done.stderr.splitlines()[-1]
+    assert re.match(rf"hpc-router: node (n\d|c1) does not see the run directory {run}: .*a new run there", last)
+    assert len(one.claimed()) == 5, "nothing is submitted again"
+    assert len([line for line in done.stderr.splitlines() if "does not see" in line]) <= len(one.claimed()) + 2
+    assert one.queued() == []
+
+
+def test_a_single_node_that_does_not_see_the_run_directory_is_named(cluster: SlurmCluster) -> None:
+    """Jobs there are submitted again until one starts elsewhere; `drain` keeps them off."""
+    only = ("experts.code.replicas=0", "experts.medicine.replicas=0", "experts.law.replicas=0")
+    with on_slurm(cluster, "blind", *FOUR, *only, "router.resources.sbatch={nodelist: c1}") as one:
+        node = one.nodes_of("math-0.g1")
+        blind = cluster.node(node)
+        process = one.job("math-0.g1").process()
+        assert process is not None
+        blind.enter(["mount", "-t", "tmpfs", "tmpfs", str(one.run)])
+        try:
+            blind.enter(["kill", "-KILL", str(process.pid)])
+            eventually_sync(lambda: [c for c in causes(one) if f"node {node} does not see" in c["what"] + c["message"]])
+            one.verb("drain", node)
+            newest = one.newest("math-0")
+            one.until_ready("math-0", after="math-0.g1")
+            assert one.nodes_of(one.newest("math-0")) != node, newest
+        finally:
+            blind.enter(["umount", str(one.run)])
+
+
+def causes(one: OnSlurm) -> list[dict[str, Any]]:
+    return [{**cause, "message": cause["message"] or ""} for cause in json.loads(one.verb("why", "--json").stdout)]

@@ -38,6 +38,13 @@ def test_making_it_again_changes_no_secret(tmp_path: Path) -> None:
     assert token != secret
 
 
+def test_a_secret_that_is_no_text_is_named(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    (run.path / "token").write_bytes(b"\xff\xfet")
+    with pytest.raises(ConfigError, match=r"cannot read .*/run/token: not UTF-8 text"):
+        run.token()
+
+
 def test_concurrent_creators_agree_on_the_secrets(tmp_path: Path) -> None:
     start, tokens = threading.Barrier(8), []
 

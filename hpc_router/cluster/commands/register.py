@@ -49,10 +49,12 @@ def examine(
 ) -> ExternalEndpoint:
     """Check an endpoint; no run is changed. Raises ConfigError. `probe`: see `Record`."""
     if probe is not None and not _PROBE.fullmatch(probe):
-        raise ConfigError(f"--probe-path {probe}: not a path (valid: /health, /v1/models, ...)")
+        raise ConfigError(f"--probe-path {probe!r}: not a path (valid: /health, /v1/models, ...)")
+    if model is not None and not (model.isprintable() and model.strip() == model != ""):
+        raise ConfigError(f"--model {model!r}: not a model's name (valid: text without control characters)")
     if not EXPERT_NAME.fullmatch(expert) or expert in RESERVED_NAMES:
         raise ConfigError(
-            f"--expert {expert}: cannot name an expert (valid: lower-case letters, digits, '-' and '_', "
+            f"--expert {expert!r}: cannot name an expert (valid: lower-case letters, digits, '-' and '_', "
             f"not {' or '.join(sorted(RESERVED_NAMES))})"
         )
     base, warning = base_url(url), None

@@ -5,6 +5,7 @@ loop beside the router continues. Ctrl-C ends the jobs that this call submitted;
 end and names them. If nothing can serve, the deployment is taken down.
 """
 
+import logging
 import threading
 import time
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Protocol
 
+from hpc_router.cluster.commands.advice import FAILURE_ADVICE
 from hpc_router.cluster.commands.down import NoWatcher, down, leftover_text, unended_jobs
 from hpc_router.cluster.commands.replica_view import DisplayedState, ReplicaView, expert_views, views
 from hpc_router.cluster.control_loop.desired_state import desired_of, want_up, with_desired_counts
@@ -24,12 +26,14 @@ from hpc_router.cluster.planning.plan import Plan, exemplars_of, make_plan
 from hpc_router.cluster.planning.run_target import RunTarget, discard, latest_of
 from hpc_router.cluster.signals import Interrupted, explaining_interrupt, interrupt_event
 from hpc_router.config.schema import Deployment
-from hpc_router.config.slurm_options import check_run_path
 from hpc_router.errors import ArtefactError, HpcRouterError, LaunchError
 from hpc_router.net.http_client import Unreachable, call_blocking
 from hpc_router.routing import exemplars
+from hpc_router.state.job_records import FailureReason
 from hpc_router.state.registry import RecordKind, split_replica
 from hpc_router.state.run_directory import RunDir, private_umask
+
+logger = logging.getLogger(__name__)
 
 POLL_S: Final = 0.2
 ENDED_TEXT: Final = "what this `up` started has been ended"
@@ -65,8 +69,7 @@ def up(target: RunTarget, *, wait_all: bool, reporter: Reporter) -> Served:
     deployment, run = target.deployment, target.run
     wanted = deployment if run is None else with_desired_counts(deployment, desired_of(run, deployment))
     check_reach(deployment)
-    check_run_path((target.path or Path(deployment.runs)).absolute(), deployment.cluster.kind)
-    plan = make_plan(wanted, run=run)
+    plan = make_plan(wanted, run=target.planned)
     before = latest_of(Path(deployment.runs))
     with interrupt_event() as interrupted:
         run, made = target.open()
@@ -135,6 +138,8 @@ class _BringUp:
                 self._end_submitted()
                 raise LaunchError(reasons)
             interrupted.wait(POLL_S)
+        names = ", ".join(sorted(self._submitted)) or "what was begun"
+        logger.warning("interrupted: ending %s; a second Ctrl-C does not wait for that", names)
         self._end_submitted()
         if self._made:
             discard(self._run, before=self._made_over)
@@ -177,6 +182,10 @@ def _cannot_serve(shown: Sequence[ReplicaView]) -> str | None:
     router_lost = any(view.kind is RecordKind.ROUTER and view.replica in reasons for view in shown)
     if not router_lost and (not experts or any(replica not in reasons for replica in experts)):
         return None
+    unseen = next((view for view in shown if view.reason is FailureReason.RUN_UNSEEN), None)
+    if unseen is not None:  # each job would fail in the same way
+        advice = FAILURE_ADVICE[FailureReason.RUN_UNSEEN]
+        return f"{unseen.message}, so nothing can serve ({advice})"
     alike: dict[str, list[str]] = {}
     for replica, reason in reasons.items():
         alike.setdefault(reason, []).append(replica)

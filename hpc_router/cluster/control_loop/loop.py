@@ -43,7 +43,7 @@ from hpc_router.config.schema import Deployment
 from hpc_router.errors import LaunchError
 from hpc_router.state import registry
 from hpc_router.state.atomic_files import exists_now
-from hpc_router.state.job_records import JobDir, Stop
+from hpc_router.state.job_records import FailureReason, JobDir, Stop
 from hpc_router.state.registry import RecordKind, leading_router, split_replica
 from hpc_router.state.run_directory import RunDir
 from hpc_router.state.stamped_file import Stamp, stamp_at
@@ -209,11 +209,17 @@ class ControlLoop:
         self.launcher.kill(replicas)
 
     def _report_given_up(self, given_up: Sequence[GiveUp]) -> None:
-        """Log each slot once, not in every pass."""
+        """Log each slot once, not in every pass; slots that failed for the same reason are one line."""
+        fresh: dict[tuple[FailureReason, str], list[GiveUp]] = {}
         for action in given_up:
             if str(action.slot) not in self._reported:
-                logger.warning("%s failed for good: %s: %s", action.slot, action.exit.reason, action.exit.message)
-                self.run.event("gave_up", slot=str(action.slot), reason=action.exit.reason.value)
+                end = action.exit
+                same = "" if end.reason is FailureReason.RUN_UNSEEN else end.message  # that message names the node
+                fresh.setdefault((end.reason, same), []).append(action)
+                self.run.event("gave_up", slot=str(action.slot), reason=end.reason.value)
+        for (reason, _), actions in fresh.items():
+            slots = ", ".join(str(action.slot) for action in actions)
+            logger.warning("%s failed for good: %s: %s", slots, reason, actions[0].exit.message)
         self._reported = {str(action.slot) for action in given_up}
 
     def leads(self, replica: str) -> bool:

@@ -127,7 +127,10 @@ def _never_chosen(deployment: Deployment) -> Iterator[str]:
 
 
 def _ineffective(deployment: Deployment) -> Iterator[str]:
-    """Keys for batch scripts, on a cluster that has none."""
+    """Keys for batch scripts, on a cluster that has none; a simulation of no engine."""
+    gpu, engines = deployment.simulate.gpu, [expert.engine for expert in deployment.experts.values()]
+    if gpu is not None and not any(engine.options.get("roofline") for engine in engines):
+        yield f"simulate.gpu={gpu} has no effect: it replaces vLLM engines, and no expert has one"
     cluster = deployment.cluster
     given = [f"cluster.{name}" for name in ("modules", "setup") if getattr(cluster, name)]
     if cluster.kind == "local" and given:

@@ -181,16 +181,19 @@ def _site(deployment: Deployment) -> tuple[SlurmSite | None, list[str]]:
 def _slurm_faults(
     deployment: Deployment, jobs: tuple[BatchJob, ...], site: SlurmSite | None
 ) -> tuple[list[str], list[str]]:
-    """Faults and warnings about the jobs, from Slurm; none on cluster=local."""
+    """Faults and warnings about the jobs; none on cluster=local. Only sbatch decides what is a fault, because a site's
+    submit plugin may choose another partition, and a qos may allow more than the partition."""
     if deployment.cluster.kind == "allocation":
         return _allocation_faults(deployment, jobs)
     if site is None:
         return [], []
     misfits = site_faults(deployment, site)
-    if misfits:
-        return misfits, []
     refused, doubtful = check_submission(deployment, jobs)
-    return refused, [*site_warnings(deployment, site), *_signal_warnings(), *doubtful]
+    if refused:  # `misfits` name the value; Slurm's own texts often do not
+        return misfits or refused, []
+    if not any(note.startswith(NOT_CHECKED) for note in doubtful):
+        misfits = [f"{misfit}; sbatch accepts it, but such a job may never start" for misfit in misfits]
+    return [], [*misfits, *site_warnings(deployment, site), *_signal_warnings(), *doubtful]
 
 
 def _allocation_faults(deployment: Deployment, jobs: tuple[BatchJob, ...]) -> tuple[list[str], list[str]]:

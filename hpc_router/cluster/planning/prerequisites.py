@@ -12,6 +12,7 @@ from typing import Final
 
 from hpc_router.cluster.planning.software_checks import software_faults
 from hpc_router.config.schema import ClusterConfig
+from hpc_router.config.slurm_options import check_run_path
 from hpc_router.errors import ConfigError
 from hpc_router.expert.engine_process.scratch_dir import expanded, path_error, usage_error
 
@@ -53,7 +54,12 @@ def scratch(cluster: ClusterConfig, _runs: Path) -> CheckResult:
 
 
 def run_directory(cluster: ClusterConfig, runs: Path) -> CheckResult:
-    """Nodes must see the run directory. A local file system is only a warning, because a cluster may be one host."""
+    """Slurm must be able to name log files in the run directory, and nodes must see it. A local file system is only a
+    warning, because a cluster may be one host; the first job shows whether nodes see it (FailureReason.RUN_UNSEEN)."""
+    try:
+        check_run_path(runs.absolute(), cluster.kind)
+    except ConfigError as error:
+        return CheckResult([str(error)])
     kind = None if cluster.kind == "local" else file_system(runs.absolute())
     if kind not in _LOCAL_FILE_SYSTEMS:
         return CheckResult()

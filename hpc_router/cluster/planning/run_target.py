@@ -36,6 +36,11 @@ class RunTarget:
         """The run, if it exists with a config."""
         return RunDir(self.path.resolve()) if self.path is not None and (self.path / "config.yaml").exists() else None
 
+    @property
+    def planned(self) -> RunDir | None:
+        """The run directory, also one that does not exist yet; None for a new run below `deployment.runs`."""
+        return self.run or (RunDir(self.path.absolute()) if self.path is not None else None)
+
     def open(self) -> tuple[RunDir, bool]:
         """The run directory with its frozen config, and whether this call created it."""
         if self.path is None:

@@ -110,4 +110,5 @@ class SimEngine(AdapterEngine):
         return {}
 
     def check_command(self, place: Place) -> list[str] | None:
-        return None
+        """Only for `extra`: the schema checks all other options."""
+        return [*self.argv(place), "--check"] if self.options.extra else None

@@ -71,7 +71,7 @@ class Prober:
         health = protocol.ProbeResponse.from_json(answer)
         expected = challenge_answer(replica.key or "", challenge)
         if health is None or health.replica != replica.name or not equal_secrets(health.answer or "", expected):
-            replica.trouble = "another process answers at its address"
+            replica.trouble = f"GET {replica.record.url}{protocol.HEALTH}: another process answers there"
             return Incident.PROBE_FAILED
         replica.models = health.models or ()
         self.on_task_failures(replica, health.task_failures)

@@ -341,9 +341,8 @@ class Dispatcher:
         """A replica of this expert has served the request: report the replicas of the expert that failed it."""
         for replica, of, seen in routed.failed_attempts:
             if of == expert:
-                self.health.request_failed(
-                    replica, f"{replica.record.url} answered {seen}" if isinstance(seen, int) else seen
-                )
+                what = f" answered {seen}" if isinstance(seen, int) else f": {seen}"
+                self.health.request_failed(replica, f"{replica.record.url}{what}")
         routed.failed_attempts = ()
 
     async def _error_response(

@@ -32,7 +32,7 @@ experts:
 policy: {fallback: a}
 cluster: {reconcile_s: 0.3, beat_s: 0.5}
 """
-BROKEN = "experts.b.engine.options.extra.nope=1"
+BROKEN = "experts.{}.engine.options.faults=[{{kind: load_fail, reason: weights}}]"
 SLOW = "experts.{}.engine.options.load_s=1000"
 
 
@@ -293,24 +293,24 @@ def _take_terminal() -> None:
 
 
 def test_a_deployment_that_cannot_serve_is_taken_down(place: Place) -> None:
-    done = place.run("up", BROKEN, "experts.a.engine.options.extra.nope=1", code=1)
+    done = place.run("up", BROKEN.format("a"), BROKEN.format("b"), code=1)
     assert "nothing can serve" in done.stderr
-    assert "a-0.g1: bad_option" in done.stderr
+    assert "a-0.g1: weights: RuntimeError" in done.stderr
     assert not place.processes()
     causes = {c["replica"]: c for c in json.loads(place.run("why", "--json").stdout)}
-    assert causes["a-0.g1"]["reason"] == "bad_option"
-    assert any("nope" in line for line in causes["a-0.g1"]["log"])
-    assert "edit the option" in causes["a-0.g1"]["advice"]
+    assert causes["a-0.g1"]["reason"] == "weights"
+    assert any("model weights" in line for line in causes["a-0.g1"]["log"])
+    assert "complete the model's files" in causes["a-0.g1"]["advice"]
 
 
 def test_a_failing_expert_is_reported_and_the_others_serve(place: Place) -> None:
-    done = place.run("up", "--wait", "all", BROKEN, code=1)
+    done = place.run("up", "--wait", "all", BROKEN.format("b"), code=1)
     assert "serving at" in done.stdout
     assert "b-0.g1 failed; the others serve" in done.stderr
     status = json.loads(place.run("status", "--json").stdout)
     assert [r["state"] for r in status["experts"]["b"]["replicas"]] == ["failed"]
     assert status["experts"]["a"]["ready"] == 1
-    assert "unrecognized arguments: --nope" in place.run("why", "b").stdout
+    assert "Cannot find any model weights" in place.run("why", "b").stdout
 
 
 @pytest.mark.parametrize(
@@ -318,6 +318,8 @@ def test_a_failing_expert_is_reported_and_the_others_serve(place: Place) -> None
     [
         ("experts.a.engine.kind=vlm", "'vllm'?"),
         ("experts.a.engine.python=/no/python", "experts.a.engine.python=/no/python: not an executable"),
+        ("experts.b.engine.options.extra.nope=1", "experts.b.engine.options: the engine refuses: "),
+        ("experts.b.engine.options.extra.capacity=0", "experts.b.engine.options: the engine refuses: error: capacity"),
         ("policy.fallback=c", "no expert is named 'c'"),
     ],
 )

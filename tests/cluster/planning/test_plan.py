@@ -3,7 +3,9 @@
 import io
 import json
 import sys
+import time
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from rich.console import Console
 
 from hpc_router.cli.output import WIDE
 from hpc_router.cli.tables import plan_text
+from hpc_router.cluster.launchers.slurm import sbatch_test
 from hpc_router.cluster.launchers.slurm.allocation import AllocationLauncher
 from hpc_router.cluster.planning import engine_flags
 from hpc_router.cluster.planning.plan import JOB_FOLDER, Plan, make_plan, with_absolute_paths
@@ -281,9 +284,22 @@ def test_the_controller_is_queried_no_more_than_needed(slurm: Programs) -> None:
     assert (slurm.calls("sinfo"), slurm.calls("sbatch")) == ([], [])
     make_plan(deployed)
     assert (len(slurm.calls("sinfo")), len(slurm.calls("sbatch"))) == (1, 2)
-    deployed.experts["math"].resources.gpus = 8
-    assert faults(deployed) == ["experts.math.resources.gpus=8: partition batch has at most 4 per node"]
-    assert (len(slurm.calls("sinfo")), len(slurm.calls("sbatch"))) == (2, 2)
+
+
+def test_sbatch_decides_and_sinfo_names_the_value(slurm: Programs) -> None:
+    """A submit plugin may choose another partition, so a job that does not fit is refused only if sbatch refuses it."""
+    deployed = load_deployment(["topology=sim", "cluster=slurm", "experts.math.resources.gpus=8"])
+    misfit = "experts.math.resources.gpus=8: partition batch has at most 4 per node"
+    assert f"{misfit}; sbatch accepts it, but such a job may never start" in make_plan(deployed).warnings
+    slurm.add("sbatch", "exec sleep 60")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sbatch_test, "TIMEOUT_S", 0.1)
+        notes = make_plan(deployed).warnings
+    assert misfit in notes
+    assert any("could not be checked with Slurm: sbatch gave no answer" in note for note in notes)
+    refuse = "echo 'allocation failure: Requested node configuration is not available' >&2; exit 1"
+    slurm.add("sbatch", f"grep -q gpu:8 && {{ {refuse}; }}; true")
+    assert faults(deployed) == [misfit]
 
 
 def test_a_router_here_is_no_job(slurm: Programs) -> None:
@@ -307,8 +323,44 @@ def test_an_allocation_is_not_judged_by_partitions(slurm: Programs, monkeypatch:
     (note,) = make_plan(deployed).warnings
     assert "`up` must run in one" in note
     monkeypatch.setenv("SLURM_JOB_ID", "7")
+    slurm.add("scontrol", "echo 'JobId=7 EndTime=Unknown Nodes=n1 CPU_IDs=0-7 Mem=0 GRES=gpu:8(IDX:0-7)'")
     assert make_plan(deployed).warnings == ()
     assert slurm.calls("sinfo") == []
+    assert slurm.calls("srun") == []
+
+
+def held(*, minutes: float, gpus: int = 8) -> str:
+    end = datetime.fromtimestamp(time.time() + 60 * minutes).isoformat(timespec="seconds")
+    return f"echo 'JobId=7 EndTime={end} Nodes=n[1-2] CPU_IDs=0-7 Mem=0 GRES=gpu:{gpus}(IDX:0)'"
+
+
+def test_an_allocation_that_is_too_small_or_ends_too_soon(slurm: Programs, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    deployed = load_deployment(["topology=sim", "cluster=allocation", "experts.math.resources.gpus=4"])
+    slurm.add("scontrol", held(minutes=29.5))
+    (note,) = make_plan(deployed).warnings
+    key = "experts.code.engine.startup_timeout_s=1800"
+    assert note == f"job 7 ends in 29 min with all its steps, before {key} has passed"
+    slurm.add("scontrol", held(minutes=60, gpus=2))
+    assert faults(deployed) == ["experts.math.resources.gpus=4: job 7 has at most 2 per node"]
+
+
+def test_a_step_that_holds_the_allocation_is_a_fault(slurm: Programs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tried with srun, unless other steps run: those may be the deployment's own."""
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_STEP_ID", "3")
+    deployed = load_deployment(["topology=sim", "cluster=allocation"])
+    slurm.add("scontrol", held(minutes=60))
+    slurm.add("squeue", "printf '7.batch\\n7.3\\n'")
+    slurm.add("srun", "echo 'srun: error: Unable to create step for job 7: Requested nodes are busy' >&2; exit 1")
+    (fault,) = faults(deployed)
+    assert "no step for code-0.g1 can start beside step 7.3" in fault
+    (words,) = slurm.calls("srun")
+    assert {"--jobid=7", "--exact", "--immediate=3", "true"} <= set(words.split())
+    assert "--output" not in words
+    slurm.add("squeue", "printf '7.batch\\n7.3\\n7.4\\n'")
+    make_plan(deployed)
+    assert len(slurm.calls("srun")) == 1
 
 
 def test_a_step_of_an_allocation_is_shown_as_it_will_run(

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from hpc_router.cli.main import main
 from hpc_router.cluster.planning import prerequisites
 from hpc_router.cluster.planning.plan import make_plan
 from hpc_router.cluster.planning.prerequisites import CHECKS, file_system, run_directory, scratch
@@ -85,3 +86,15 @@ def test_checks_that_start_programs_can_be_skipped(monkeypatch: pytest.MonkeyPat
     assert prerequisites.prerequisites(cluster, RUNS, ask=False).faults == []
     assert any("/no/such.sif" in fault for fault in prerequisites.prerequisites(cluster, RUNS, ask=True).faults)
     assert set(prerequisites.PROGRAM_CHECKS) <= CHECKS.keys()
+
+
+def test_the_name_of_a_run_directory_is_one_for_slurm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Slurm expands % in the names of log files. `plan` says so too, also of a directory that does not exist yet."""
+    path = tmp_path / "50%"
+    assert "has '%'" in run_directory(ClusterConfig(kind="slurm"), path).faults[0]
+    assert run_directory(ClusterConfig(), path).faults == []
+    words = ["plan", "--no-ask", "--run", str(path), "topology=sim"]
+    assert main([*words, "cluster=slurm"]) == 2
+    assert "has '%'" in capsys.readouterr().err
+    assert main(words) == 0
+    assert not path.exists()

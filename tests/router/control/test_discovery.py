@@ -37,6 +37,8 @@ async def test_a_stranger_at_the_address_is_refused(tmp_path: Path) -> None:
         stolen = replace(record, replica="math-0.g1", serves={"math": "m"}, nonce=new_token())
         registry.publish(run.registry, stolen)
         await eventually(lambda: standing(router, "math-0.g1") is RoutingState.EJECTED)
+        (replica,) = router.control.table.of("math")
+        assert replica.trouble == f"GET {other.url}/health: another process answers there"
         assert (await post(router, chat("math")))[0] == 503
         assert not other.bodies
 

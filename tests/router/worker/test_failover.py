@@ -51,6 +51,27 @@ async def test_errors_in_a_row_put_a_replica_out_until_its_time_is_over(tmp_path
             assert await statuses(router, 1) == [200]
 
 
+@pytest.mark.parametrize(("fault", "seen"), [(reset, ": "), (refuse(500), " answered 500")])
+async def test_what_is_reported_of_a_failed_request_names_the_url(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Any, seen: str
+) -> None:
+    run, reported = a_run(tmp_path), []
+    async with (
+        fake_replica(run, "math-0.g1", fault) as sick,
+        fake_replica(run, "math-1.g1"),
+        a_router(run, a_deployment("math", pin_bound=None)) as router,
+    ):
+        await ready(router, 2)
+        monkeypatch.setattr(
+            type(router.gateway.dispatcher.health), "request_failed", lambda *told: reported.append(told[1:])
+        )
+        while not reported:
+            assert await statuses(router, 1) == [200]
+    replica, trouble = reported[0]
+    assert replica.name == "math-0.g1"
+    assert trouble.startswith(f"{sick.url}{seen}")
+
+
 async def test_an_error_that_two_replicas_agree_on_belongs_to_the_request(tmp_path: Path) -> None:
     """It is passed on after the second, however many there are, and none of them is put out for it."""
     run = a_run(tmp_path)

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from hpc_router.cluster.launchers.interface import ROUTER
+from hpc_router.cluster.launchers.slurm.sbatch import effective_options
 from hpc_router.cluster.launchers.slurm.sinfo import NodeKind, Partition, SlurmSite
 from hpc_router.config.adapters import hosts
 from hpc_router.config.schema import ClusterConfig, Deployment, ResourceConfig
@@ -56,6 +57,8 @@ def capacity_warnings(deployment: Deployment, site: SlurmSite) -> list[str]:
     for name, expert in hosts(deployment.experts).items():
         each = expert.resources.gpus * expert.resources.nodes
         partitions, available = _gpus_that_fit(deployment, site, name)
+        if not available and expert.resources.partition is None and deployment.cluster.partition is None:
+            continue  # not the default partition, so the site's submit plugin chooses another one
         if partitions and available < each * expert.replicas:
             names = " or ".join(partition.name for partition in partitions)
             warnings.append(
@@ -102,7 +105,7 @@ def allocation_faults(deployment: Deployment, kinds: Sequence[NodeKind], name: s
         needed = {
             expert: count * resources.nodes * (getattr(resources, size) or 0)
             for expert, count in wanted.items()
-            if (resources := resources_of(deployment, expert)[1])
+            if not effective_options(cluster, resources := resources_of(deployment, expert)[1]).srun.get("overlap")
         }
         if sum(needed.values()) > available:
             each = ", ".join(f"{expert} {number:g}" for expert, number in needed.items() if number)

@@ -21,7 +21,7 @@ from hpc_router.state.run_directory import RunDir
 logger = logging.getLogger(__name__)
 
 TIMEOUT_S: Final = 30.0
-_FORMAT: Final = "%i\t%T\t%N\t%S\t%e\t%j\t%Z\t%r"
+_FORMAT: Final = "%i\t%T\t%N\t%S\t%e\t%j\t%Z\t%P\t%r"
 MAX_CLOCK_SKEW_S: Final = 5.0
 """A snapshot from further in the future is ignored: a clock was wrong."""
 
@@ -133,9 +133,11 @@ def running_steps(job_ids: Iterable[str]) -> set[str]:
 def parse_squeue(text: str) -> dict[str, QueuedJob]:
     jobs = {}
     for line in text.splitlines():
-        words = [word.strip() for word in line.split("\t", 7)]
-        if len(words) == 8:
-            job_id, state, node, starts, ends, name, folder, reason = words
+        words = [word.strip() for word in line.split("\t", 8)]
+        if len(words) == 9:
+            job_id, state, node, starts, ends, name, folder, partition, reason = words
+            if "," in partition and reason.startswith("Partition"):  # of the last partition that Slurm considered
+                reason = f"{reason} for one of the partitions {partition}"
             jobs[job_id] = QueuedJob(
                 state=state,
                 node=node or None,

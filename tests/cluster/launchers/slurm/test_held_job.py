@@ -73,5 +73,11 @@ def test_what_a_job_cannot_hold_is_a_fault(wanted: Deployment, faults: list[str]
     assert allocation_faults(wanted, held(), "job 7") == faults
 
 
+def test_steps_that_overlap_share_the_job() -> None:
+    wanted = deployment(5, gpus=1)
+    wanted.cluster.srun = {"overlap": True}
+    assert allocation_faults(wanted, held(), "job 7") == []
+
+
 def test_memory_without_a_limit_fits() -> None:
     assert allocation_faults(deployment(3, memory_gb=900), held(memory_mb=None), "job 7") == []

@@ -9,6 +9,7 @@ import pytest
 
 from hpc_router.cluster.launchers.commands import SlurmCommandError
 from hpc_router.cluster.launchers.slurm import squeue
+from hpc_router.cluster.launchers.slurm.pending_reasons import explain_pending
 from hpc_router.cluster.launchers.slurm.squeue import Queue, QueuedJob, QueueSnapshot, parse_squeue
 from hpc_router.state.atomic_files import replace_json
 from hpc_router.state.run_directory import RunDir, make_run
@@ -34,9 +35,9 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def test_squeue_lines_are_read() -> None:
     text = (
-        "12|PENDING||2026-11-22T14:05:00|N/A|math-0.g1:demo|/runs/x|Resources\n"
-        "13|RUNNING|n[1-2]|2026-11-22T13:00:00|2026-11-22T15:00:00|sh|/home|None\n"
-        "14|PENDING||N/A|N/A|sh|/home|ReqNodeNotAvail, UnavailableNodes:n1;n2\n"
+        "12|PENDING||2026-11-22T14:05:00|N/A|math-0.g1:demo|/runs/x|batch|Resources\n"
+        "13|RUNNING|n[1-2]|2026-11-22T13:00:00|2026-11-22T15:00:00|sh|/home|batch|None\n"
+        "14|PENDING||N/A|N/A|sh|/home|batch,urgent|ReqNodeNotAvail, UnavailableNodes:n1;n2\n"
         "nonsense\n"
     )
     jobs = parse_squeue(text.replace("|", "\t"))
@@ -51,6 +52,16 @@ def test_squeue_lines_are_read() -> None:
     assert jobs["13"].ends_at == datetime.fromisoformat("2026-11-22T15:00:00").timestamp()
     assert jobs["14"].reason == "ReqNodeNotAvail, UnavailableNodes:n1;n2"
     assert set(jobs) == {"12", "13", "14"}
+
+
+def test_a_reason_of_one_of_several_partitions_is_not_that_of_the_job() -> None:
+    """It would be hopeless otherwise: Slurm shows the reason of the partition that it considered last."""
+    line = "12|PENDING||N/A|N/A|sh|/home|tiny,batch|PartitionTimeLimit".replace("|", "\t")
+    reason = parse_squeue(line)["12"].reason
+    assert reason == "PartitionTimeLimit for one of the partitions tiny,batch"
+    assert not explain_pending(reason).hopeless
+    (alone,) = parse_squeue(line.replace("tiny,", "")).values()
+    assert explain_pending(alone.reason or "").hopeless
 
 
 def test_many_watchers_share_one_question(run: RunDir, asked: list[int]) -> None:
