@@ -34,7 +34,8 @@ class DisplayedState(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class ReplicaView:
-    """One replica. `reason` and `message` are those of its last failure."""
+    """One replica. `reason` and `message` are those of its last failure; without one, `message` says how its models get
+    to the node's disk. `load_s`, `stage_s`, `stage_bytes`: see `JobProgress`."""
 
     expert: str
     replica: str
@@ -51,6 +52,9 @@ class ReplicaView:
     starts_at: float | None = None  # Slurm's estimate, Unix seconds
     ends_at: float | None = None  # its walltime's end, Unix seconds
     engine: str | None = None
+    load_s: float | None = None
+    stage_s: float | None = None
+    stage_bytes: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -67,6 +71,9 @@ class ReplicaView:
             "starts_at": self.starts_at,
             "ends_at": self.ends_at,
             "engine": self.engine,
+            "load_s": self.load_s,
+            "stage_s": self.stage_s,
+            "stage_bytes": self.stage_bytes,
             "url": self.url,
         }
 
@@ -128,6 +135,9 @@ def _view(
         starts_at=attempt.report.starts_at,
         ends_at=attempt.report.ends_at,
         engine=record.engine.kind if record is not None else None,
+        load_s=progress.load_s if progress is not None else None,
+        stage_s=progress.stage_s if progress is not None else None,
+        stage_bytes=progress.stage_bytes if progress is not None else None,
     )
 
 

@@ -163,7 +163,9 @@ def _cause(run: RunDir, view: ReplicaView, *, now: float) -> Cause:
             advice = ROUTER_OPTION_ADVICE
     failed = view.reason not in (None, FailureReason.DRAINED)
     lines = _log_lines(run, view) if failed else []
-    return Cause(view, STATE_TEXT[view.state], advice, tuple(lines))
+    starting = view.state in (DisplayedState.STARTING, DisplayedState.LOADING)
+    staging = f"; {view.message}" if starting and view.reason is None and view.message is not None else ""
+    return Cause(view, f"{STATE_TEXT[view.state]}{staging}", advice, tuple(lines))
 
 
 def _log_lines(run: RunDir, view: ReplicaView) -> list[str]:

@@ -10,7 +10,6 @@ import math
 import os
 import shutil
 import socket
-import stat
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -23,6 +22,7 @@ from hpc_router.errors import ConfigError, LaunchError
 from hpc_router.expert.engines import Place
 from hpc_router.state.atomic_files import load_json, replace_json
 from hpc_router.state.job_records import start_ticks
+from hpc_router.state.private_folder import is_private, make_private, own_folder, user_folder
 
 logger = logging.getLogger(__name__)
 
@@ -34,21 +34,20 @@ _RANDOM: Final = "[a-z0-9_]" * 8
 _UNFINISHED_S: Final = 60.0
 
 
-def expanded(scratch: str, environment: Mapping[str, str]) -> Path:
-    """`cluster.scratch` with the job's variables. Raises ConfigError for a variable that is not set."""
-    key = "cluster.scratch"
+def expanded(folder: str, environment: Mapping[str, str], *, key: str = "cluster.scratch") -> Path:
+    """The value of `key` with the job's variables. Raises ConfigError for a variable that is not set."""
     try:
-        path = Path(Template(scratch).substitute({name: value for name, value in environment.items() if value}))
+        path = Path(Template(folder).substitute({name: value for name, value in environment.items() if value}))
     except KeyError as error:
-        raise ConfigError(f"{key}={scratch}: ${error.args[0]} is not set in this job", key=key) from error
+        raise ConfigError(f"{key}={folder}: ${error.args[0]} is not set in this job", key=key) from error
     except ValueError as error:
-        raise ConfigError(f"{key}={scratch}: {error} (valid: $NAME or ${{NAME}}; $$ is a $)", key=key) from error
+        raise ConfigError(f"{key}={folder}: {error} (valid: $NAME or ${{NAME}}; $$ is a $)", key=key) from error
     return path
 
 
 def path_error(scratch: Path) -> str | None:
     """Why the path of this folder does not allow a socket below it; None if it does."""
-    folder = scratch / f"hpc-router-{os.getuid()}" / ("x" * 8)
+    folder = user_folder(scratch) / ("x" * 8)
     if (length := len(os.fsencode(folder))) > MAX_FOLDER_BYTES:
         most = len(os.fsencode(scratch)) - (length - MAX_FOLDER_BYTES)
         return f"too long for a socket's path (valid: at most {most} bytes, as /tmp)"
@@ -75,7 +74,7 @@ def scratch_folder(scratch: str | Path) -> Iterator[Place]:
     fault = path_error(Path(scratch)) or usage_error(Path(scratch))
     if fault is not None:
         raise ConfigError(f"cluster.scratch={scratch}: {fault}", key="cluster.scratch")
-    parent = Path(scratch) / f"hpc-router-{os.getuid()}"
+    parent = user_folder(Path(scratch))
     own_parent = _make_parent(parent)
     sweep(parent)
     folder = _new_folder(parent, own_parent=own_parent)
@@ -93,25 +92,12 @@ def sweep(parent: Path) -> None:
     """Remove the folders of dead agents of this host, in the parent and beside it. Names are never used twice, so no
     other folder can be removed. A parent that other users can access is left as it is."""
     for folder in parent.parent.glob(f"{parent.name}-{_RANDOM}"):
-        if _is_private(folder) and _owner_has_ended(folder, made_at=math.inf):
+        if is_private(folder) and _owner_has_ended(folder, made_at=math.inf):
             shutil.rmtree(folder, ignore_errors=True)
-    if _is_private(parent):
+    if is_private(parent):
         for folder in parent.iterdir():
-            if (status := _own_folder(folder)) is not None and _owner_has_ended(folder, made_at=status.st_mtime):
+            if (status := own_folder(folder)) is not None and _owner_has_ended(folder, made_at=status.st_mtime):
                 shutil.rmtree(folder, ignore_errors=True)
-
-
-def _own_folder(path: Path) -> os.stat_result | None:
-    """The status of a real folder that we own; None for anything else."""
-    try:
-        status = path.lstat()
-    except OSError:
-        return None
-    return status if stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() else None
-
-
-def _is_private(path: Path) -> bool:
-    return (status := _own_folder(path)) is not None and not status.st_mode & 0o077
 
 
 def _owner_has_ended(folder: Path, *, made_at: float) -> bool:
@@ -146,17 +132,10 @@ def _pid_namespace() -> str:
 def _make_parent(parent: Path) -> bool:
     """Make the parent, or close it to others; False if another user owns it."""
     try:
-        parent.mkdir(mode=0o700, exist_ok=True)
-        status = _own_folder(parent)
-        if status is not None and status.st_mode & 0o777 != 0o700:
-            logger.warning("%s had mode %o: closed to others", parent, stat.S_IMODE(status.st_mode))
-            parent.chmod(0o700)  # we own it, so in a sticky folder like /tmp no other user can replace it by a link
-    except FileExistsError:
-        return False
+        return make_private(parent)
     except OSError as error:
         key = "cluster.scratch"
         raise ConfigError(f"{key}={parent.parent}: cannot make {parent}: {error.strerror}", key=key) from error
-    return status is not None
 
 
 def _new_folder(parent: Path, *, own_parent: bool) -> Path:

@@ -1,7 +1,8 @@
 """`transformers serve`, started through `serve_transformers.py`, which makes it listen on a unix socket.
 
 It serves one name only, the model as it was given, `MODEL` or `MODEL@REVISION`, so the router puts that name into the
-request. Its `/v1/models` lists the hub's cache and not the models that it serves.
+request. A copy of the model is loaded under the same name. Its `/v1/models` lists the hub's cache and not the models
+that it serves.
 """
 
 from collections.abc import Sequence
@@ -71,7 +72,9 @@ class TransformersEngine:
         )
 
     def argv(self, place: Place) -> list[str]:
-        return [self.python, str(_SERVE), "--uds", str(place.socket), *self._flags()]
+        copy = place.copies.get(self.config.model)
+        weights = () if copy is None else ("--weights", copy)
+        return [self.python, str(_SERVE), "--uds", str(place.socket), *weights, *self._flags()]
 
     def check_command(self, place: Place) -> list[str] | None:
         return [self.python, str(_SERVE), "--check", *self._flags()]

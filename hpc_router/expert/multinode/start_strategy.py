@@ -1,6 +1,6 @@
 """How the supervisor starts the engine: with which command, whether at all, and why a start failed.
 
-On one node that is always the same command. For an engine that spans nodes rank 0 leads: `MultiNodeLeader` makes each
+On one node that is one command. For an engine that spans nodes rank 0 leads: `MultiNodeLeader` makes each
 attempt with all ranks, ends it when one is lost, and stops them at the end. `RankGroup` decides.
 """
 
@@ -39,12 +39,12 @@ class StartStrategy(Protocol):
 
 @dataclass(slots=True)
 class SingleNode:
-    """One process on one node, the same at every start."""
+    """One process on one node."""
 
-    command: Command
+    command: Callable[[], Command]
 
     async def next_command(self) -> Command | EngineFailure:
-        return self.command
+        return self.command()
 
     async def wait_broken(self) -> EngineFailure:
         return await asyncio.Future[EngineFailure]()
