@@ -1,8 +1,5 @@
-"""A model folder, and a disk of the node: another file system than that of the model."""
+"""A model folder."""
 
-import shutil
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,10 +22,3 @@ def model(tmp_path: Path) -> Path:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
     return folder
-
-
-@pytest.fixture
-def node_disk() -> Iterator[Path]:
-    folder = Path(tempfile.mkdtemp(prefix="hpc-router-test-", dir="/dev/shm"))
-    yield folder
-    shutil.rmtree(folder)
