@@ -7,7 +7,7 @@ import pytest
 
 from hpc_router.cluster.planning import prerequisites
 from hpc_router.cluster.planning.plan import make_plan
-from hpc_router.cluster.planning.prerequisites import CHECKS, file_system, run_directory, scratch
+from hpc_router.cluster.planning.prerequisites import CHECKS, file_system, run_directory, scratch, staging
 from hpc_router.config.compose import load_deployment
 from hpc_router.config.schema import ClusterConfig
 from hpc_router.errors import ConfigError
@@ -85,3 +85,18 @@ def test_checks_that_start_programs_can_be_skipped(monkeypatch: pytest.MonkeyPat
     assert prerequisites.prerequisites(cluster, RUNS, ask=False).faults == []
     assert any("/no/such.sif" in fault for fault in prerequisites.prerequisites(cluster, RUNS, ask=True).faults)
     assert set(prerequisites.PROGRAM_CHECKS) <= CHECKS.keys()
+
+
+def test_a_folder_for_copies_of_models(tmp_path: Path) -> None:
+    """The first job on a node makes it, but not the folder around it."""
+    for kind in ("local", "slurm"):
+        assert staging(ClusterConfig(kind=kind), RUNS).faults == []
+        assert staging(ClusterConfig(kind=kind, stage_to=str(tmp_path / "new")), RUNS).faults == []
+        [fault] = staging(ClusterConfig(kind=kind, stage_to="local"), RUNS).faults
+        assert fault == "cluster.stage_to=local: not an absolute path (valid: such as /local)"
+    [fault] = staging(ClusterConfig(stage_to=f"{tmp_path}/no/new"), RUNS).faults
+    assert fault == f"cluster.stage_to={tmp_path}/no/new: no such folder: {tmp_path}/no"
+    [fault] = staging(ClusterConfig(stage_to="/$HPC_ROUTER_NOPE"), RUNS).faults
+    assert fault == "cluster.stage_to=/$HPC_ROUTER_NOPE: $HPC_ROUTER_NOPE is not set in this job"
+    assert staging(ClusterConfig(kind="slurm", stage_to=f"{tmp_path}/no/new"), RUNS).faults == []
+    assert staging(ClusterConfig(kind="slurm", stage_to="/$HPC_ROUTER_NOPE"), RUNS).faults == []
