@@ -15,6 +15,7 @@ import secrets
 import shutil
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -188,5 +189,10 @@ def _manifest(folder: Path) -> dict[str, Any]:
 
 
 def _size(folder: Path) -> int:
-    """Bytes of the files that are in a folder now."""
-    return sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file())
+    """Bytes of the files that are in a folder now. Another process may be removing it."""
+    found = 0
+    for inside, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):
+                found += Path(inside, name).lstat().st_size
+    return found

@@ -96,6 +96,14 @@ async def test_adapters_are_copied_too_and_hub_ids_are_not(model: Path, node_dis
         assert one.report.copied == 4
 
 
+async def test_a_model_of_one_file_is_copied(node_disk: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model.gguf"
+    model.write_bytes(b"gguf")
+    async with stager(node_disk, model) as one:
+        copy = Path((await one.prepare(PLACE, version=None)).path_of(str(model)))
+        assert (copy, copy.read_bytes()) == (copy_of(node_disk, model), b"gguf")
+
+
 async def test_replicas_that_start_together_copy_once(model: Path, node_disk: Path) -> None:
     argv = [sys.executable, "-c", PROGRAM, str(node_disk), str(model)]
     processes = [
