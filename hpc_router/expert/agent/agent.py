@@ -180,6 +180,8 @@ class Agent:
             logger.info("%s listens at %s", record.replica, record.url)
             memory_tuning.tune_for_relay()
             failure = await self._serve(self._supervisor(strategy, client, http_api), http_api) or self._rank_failure
+            if failure is not None and failure.reason is FailureReason.WEIGHTS:
+                self._staging.drop_copies()
         if failure is not None:
             return Exit(ok=False, reason=failure.reason, message=failure.message)
         return await self._drained()

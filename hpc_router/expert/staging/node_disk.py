@@ -123,11 +123,11 @@ class NodeDisk:
         lock.touch()
         return StagedModel(folder, folder, lock)
 
-    def drop_cache(self, cache: StagedModel) -> None:
-        """Give a cache back, and remove it if no other process uses it."""
-        if cache.lock.make_exclusive():
-            self._move_away(cache.folder)
-        cache.lock.release()
+    def drop(self, used: StagedModel) -> None:
+        """Give a copy or a cache back, and remove it if no other process uses it."""
+        if used.lock.make_exclusive():
+            self._move_away(used.folder)
+        used.lock.release()
 
     def sweep(self, *, now: float) -> None:
         """Remove what killed processes left, and what was not used for MAX_UNUSED_S."""

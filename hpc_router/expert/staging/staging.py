@@ -121,9 +121,17 @@ class NodeStaging:
         one is removed if no other engine uses it."""
         if self._cache is not None and self._disk is not None:
             logger.warning("the engine starts with an empty compile cache, in case the kept one is damaged")
-            self._local.post(partial(self._disk.drop_cache, self._cache))
+            self._local.post(partial(self._disk.drop, self._cache))
             self._cache = None
         return replace(place, kept_cache=None)
+
+    def drop_copies(self) -> None:
+        """Remove the copies that no other engine uses: this engine could not load one, so it may be damaged."""
+        if self._disk is not None:
+            for copy in self._held:
+                logger.warning("%s is removed, in case it is damaged", copy.path)
+                self._local.post(partial(self._disk.drop, copy))
+            self._held.clear()
 
     async def _open(self, stage_to: str) -> NodeDisk:
         folder = expanded(stage_to, self._environment, key="cluster.stage_to")

@@ -10,7 +10,7 @@ from hpc_router.config.schema import Deployment, ExpertConfig
 from hpc_router.expert.staging.model_files import list_files
 from hpc_router.expert.staging.node_disk import NodeDisk
 from hpc_router.net import protocol
-from hpc_router.state.job_records import JobPhase
+from hpc_router.state.job_records import FailureReason, JobPhase
 from hpc_router.state.registry import State
 from hpc_router.state.run_directory import RunDir, make_run
 from tests.expert.replicas import chat, deployment, replica
@@ -115,3 +115,15 @@ async def test_an_engine_that_cannot_start_with_the_kept_cache_gets_an_empty_one
                 (cache / "damaged").write_text("")
             agent.process.terminate()
             assert await agent.end() == 0
+
+
+async def test_a_copy_that_the_engine_cannot_load_is_removed(run: RunDir, staged: Deployment, node_disk: Path) -> None:
+    """It may be damaged, and the next agent on this node would find it."""
+    staged.experts["math"].engine.options["faults"] = [{"kind": "load_fail", "reason": "weights"}]
+    async with replica(run, staged) as agent:
+        assert await agent.end() == 1
+        ended = agent.job.exit()
+        assert ended is not None
+        assert ended.reason is FailureReason.WEIGHTS
+        assert "the engine loads " in agent.log()
+    assert list(node_disk.glob("*/model-*")) == []

@@ -254,7 +254,7 @@ def test_a_cache_is_kept_and_dropped_only_by_its_last_user(disk: NodeDisk, files
     (cache.path / "kernel.so").write_text("")
     cache.lock.release()
     with user(node_disk / "local", files.source, "cache", "vllm-0.32-a"):
-        disk.drop_cache(held(disk, "vllm-0.32-a"))
+        disk.drop(held(disk, "vllm-0.32-a"))
         assert (cache.path / "kernel.so").exists()
-    disk.drop_cache(held(disk, "vllm-0.32-a"))
+    disk.drop(held(disk, "vllm-0.32-a"))
     assert entries(disk) == []
