@@ -32,6 +32,10 @@ class LaunchError(HpcRouterError):
     """A job could not be submitted or did not start."""
 
 
+class StagingError(HpcRouterError):
+    """A model could not be copied to the node's disk; the engine loads it from its folder."""
+
+
 class ArtefactError(HpcRouterError):
     """A classifier artefact is missing, damaged or of another version."""
 

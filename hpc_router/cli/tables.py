@@ -209,7 +209,7 @@ class UpProgress:
         if self._live is not None:
             table = _table("replica", "state", "")
             for view in shown:
-                table.add_row(view.replica, _state(view.state.value), _failure(view))
+                table.add_row(view.replica, _state(view.state.value), _failure(view) or view.message or "")
             self._live.update(table)
             return
         for view in shown:

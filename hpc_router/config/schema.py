@@ -201,6 +201,11 @@ class ClusterConfig(JobOptions):
     # true: an engine on several nodes, which communicates without authentication, may run on nodes with other users.
     trusted_network: bool = False
     scratch: str = "/tmp"  # node-local folder for sockets and caches; the job expands $VARIABLES
+    # Node-local folder to which each node copies local models once, for all engines of a user there, and where compile
+    # caches are kept; the job expands $VARIABLES. Null: engines load from the model's folder.
+    stage_to: str | None = None
+    # Limit of a user's copies on one node in GB, beyond which unused ones are removed; null: the disk's free space.
+    stage_gb: float | None = bounded(None, 1e-6, 1e6)
     # true: engines do not contact the hub and get no proxy variables; null: true if the model is a local folder.
     offline: bool | None = None
     login: str | None = None  # name of the login host, for `ssh` from outside; null: the name of this host

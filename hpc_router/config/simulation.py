@@ -29,7 +29,8 @@ def simulated(deployment: Deployment) -> Deployment:
     if options.gpu is None:
         return deployment
     experts = {name: _expert(name, config, options) for name, config in deployment.experts.items()}
-    return replace(deployment, experts=experts)
+    cluster = replace(deployment.cluster, stage_to=None)  # a simulated engine loads no weights
+    return replace(deployment, experts=experts, cluster=cluster)
 
 
 def _expert(name: str, config: ExpertConfig, simulate: Simulate) -> ExpertConfig:

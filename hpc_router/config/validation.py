@@ -140,6 +140,8 @@ def check_fabric(fabric: str) -> None:
 def _check_cluster(cluster: ClusterConfig) -> None:
     if cluster.fabric is not None:
         check_fabric(cluster.fabric)
+    if cluster.stage_to is not None:
+        check_not_empty("cluster.stage_to", cluster.stage_to)
     if cluster.kind == "local":
         _check_no_slurm(cluster)
     check_options("cluster", cluster, warn_s=cluster.warn_s)

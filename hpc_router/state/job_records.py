@@ -137,7 +137,9 @@ class Ended:
 
 @dataclass(frozen=True, slots=True)
 class JobProgress:
-    """Progress of a job. `url`, `node`: a router's address, needed after its registry record was removed."""
+    """Progress of a job. `url`, `node`: a router's address, needed after its registry record was removed. `load_s`:
+    seconds from the last start of the engine until it was ready. `stage_s`, `stage_bytes`: seconds until the engine's
+    models were on the node's disk, and how many bytes this job copied for that; None without `cluster.stage_to`."""
 
     phase: JobPhase
     reason: FailureReason | None = None  # reason of the last engine failure
@@ -149,6 +151,9 @@ class JobProgress:
     ready_at: float | None = None  # when the engine was first ready
     url: str | None = None
     node: str | None = None
+    load_s: float | None = None
+    stage_s: float | None = None
+    stage_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

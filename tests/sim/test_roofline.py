@@ -104,9 +104,11 @@ def test_more_work_never_takes_less_time(pieces: list[SequenceStep], tp: int, qu
 
 
 def test_a_topology_is_predicted_by_one_word() -> None:
-    """Only the engines and their GPUs change."""
+    """Only the engines and their GPUs change, and no weights are copied."""
     real = load_deployment(["topology=llama3_4x8b_fp8"])
-    predicted = load_deployment(["topology=llama3_4x8b_fp8", "simulate.gpu=h200-sxm", "simulate.slowdown=3"])
+    overrides = ["topology=llama3_4x8b_fp8", "simulate.gpu=h200-sxm", "simulate.slowdown=3"]
+    predicted = load_deployment([*overrides, "cluster.stage_to=/local"])
+    assert predicted.cluster.stage_to is None  # no weights are loaded
     assert list(predicted.experts) == list(real.experts)
     for expert in predicted.experts.values():
         assert (expert.engine.kind, expert.resources.gpus) == ("sim", 0)

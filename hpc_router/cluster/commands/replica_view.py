@@ -34,7 +34,8 @@ class DisplayedState(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class ReplicaView:
-    """One replica. `reason` and `message` are those of its last failure."""
+    """One replica. `reason` and `message` are those of its last failure; without one, `message` says how its models get
+    to the node's disk. `load_s`, `stage_s`, `stage_bytes`: see `JobProgress`."""
 
     expert: str
     replica: str
@@ -52,6 +53,8 @@ class ReplicaView:
     ends_at: float | None = None  # its walltime's end, Unix seconds
     engine: str | None = None
     load_s: float | None = None  # from the engine's start until it was ready
+    stage_s: float | None = None
+    stage_bytes: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -69,6 +72,8 @@ class ReplicaView:
             "ends_at": self.ends_at,
             "engine": self.engine,
             "load_s": self.load_s,
+            "stage_s": self.stage_s,
+            "stage_bytes": self.stage_bytes,
             "url": self.url,
         }
 
@@ -129,7 +134,9 @@ def _view(
         starts_at=attempt.report.starts_at,
         ends_at=attempt.expires_at,
         engine=record.engine.kind if record is not None else None,
-        load_s=record.load_s if record is not None else None,
+        load_s=progress.load_s if progress is not None else None,
+        stage_s=progress.stage_s if progress is not None else None,
+        stage_bytes=progress.stage_bytes if progress is not None else None,
     )
 
 

@@ -190,7 +190,9 @@ def _cause(run: RunDir, view: ReplicaView, *, now: float) -> Cause:
         return Cause(view, f"its job waits: {waiting.what}; {until}", waiting.advice)
     failed = view.reason not in (None, FailureReason.DRAINED)
     lines = _log_lines(run, view) if failed else []
-    return Cause(view, STATE_TEXT[view.state], _advice(view), tuple(lines))
+    starting = view.state in (DisplayedState.STARTING, DisplayedState.LOADING)
+    staging = f"; {view.message}" if starting and view.reason is None and view.message is not None else ""
+    return Cause(view, f"{STATE_TEXT[view.state]}{staging}", _advice(view), tuple(lines))
 
 
 def _advice(view: ReplicaView) -> str | None:

@@ -7,8 +7,10 @@ from pathlib import Path
 
 from hpc_router.config.adapters import adapters_of, host_of, hosts
 from hpc_router.config.schema import Deployment, ExpertConfig
-from hpc_router.errors import ArtefactError, ConfigError, HpcRouterError
+from hpc_router.errors import ArtefactError, ConfigError, HpcRouterError, StagingError
 from hpc_router.expert.engines import Engine, build_engine
+from hpc_router.expert.staging.model_files import list_files, local_models
+from hpc_router.expert.staging.node_disk import GB
 from hpc_router.routing import artefact
 from hpc_router.routing.exemplars import usable_exemplars
 from hpc_router.routing.features import Features
@@ -104,6 +106,7 @@ def own_warnings(deployment: Deployment) -> Iterator[str]:
             yield f"{whose} has replicas=0" if host == fallback else f"{whose} is served by '{host}': replicas=0"
     yield from _never_chosen(deployment)
     yield from _ineffective(deployment)
+    yield from _not_staged(deployment)
     cpus = sum(e.replicas * e.resources.cpus for e in with_jobs.values())
     have = os.cpu_count() or 1
     if deployment.cluster.kind == "local" and cpus > have:
@@ -136,3 +139,26 @@ def _ineffective(deployment: Deployment) -> Iterator[str]:
     if cluster.kind == "local" and given:
         have = "has" if len(given) == 1 else "have"
         yield f"{' and '.join(given)} {have} no effect with cluster=local: load and set up before `up` starts the jobs"
+    if cluster.stage_gb is not None and cluster.stage_to is None:
+        yield "cluster.stage_gb has no effect without cluster.stage_to"
+
+
+def _not_staged(deployment: Deployment) -> Iterator[str]:
+    """Models that `cluster.stage_to` does not apply to."""
+    cluster, experts = deployment.cluster, deployment.experts
+    if cluster.stage_to is None:
+        return
+    models = {n: e.model for n, e in experts.items() if experts[host_of(experts, n)].engine.kind != "sim"}
+    local = local_models(models.values())
+    hub = sorted({model for model in models.values() if model not in local})
+    if hub:
+        what = "is a hub id and is" if len(hub) == 1 else "are hub ids and are"
+        yield f"cluster.stage_to: {', '.join(hub)} {what} not copied to the nodes: the hub's cache (HF_HOME) holds them"
+    for model in local:
+        try:
+            size = list_files(Path(model)).size / GB
+        except (StagingError, OSError) as error:
+            yield f"cluster.stage_to: {model} is not copied to the nodes: {error}"
+            continue
+        if cluster.stage_gb is not None and size > cluster.stage_gb:
+            yield f"cluster.stage_gb={cluster.stage_gb:g}: {model} is not copied to the nodes: it has {size:.1f} GB"

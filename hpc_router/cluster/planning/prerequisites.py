@@ -42,15 +42,36 @@ def prerequisites(cluster: ClusterConfig, runs: Path, *, ask: bool) -> CheckResu
 
 def scratch(cluster: ClusterConfig, _runs: Path) -> CheckResult:
     """Checks `cluster.scratch`. It is on the nodes, so from another machine only the length of its path is checked."""
+
+    def fault(folder: Path, *, here: bool) -> str | None:
+        return path_error(folder) or (usage_error(folder) if here else None)
+
+    return _folder_of_nodes(cluster, "cluster.scratch", cluster.scratch, fault)
+
+
+def staging(cluster: ClusterConfig, _runs: Path) -> CheckResult:
+    """Checks `cluster.stage_to`, which the first job on a node creates."""
+
+    def fault(folder: Path, *, here: bool) -> str | None:
+        if not folder.is_absolute():
+            return "not an absolute path (valid: such as /local)"
+        return f"no such folder: {folder.parent}" if here and not folder.parent.is_dir() else None
+
+    if cluster.stage_to is None:
+        return CheckResult()
+    return _folder_of_nodes(cluster, "cluster.stage_to", cluster.stage_to, fault)
+
+
+def _folder_of_nodes(cluster: ClusterConfig, key: str, value: str, fault: Callable[..., str | None]) -> CheckResult:
+    """`fault(folder, here=...)`: why the folder cannot be used; `here`: whether jobs run on this machine."""
     here = cluster.kind == "local"
-    if not here and "$" in cluster.scratch:
+    if not here and "$" in value:
         return CheckResult()
     try:
-        folder = expanded(cluster.scratch, {**os.environ, **cluster.env})
+        found = fault(expanded(value, {**os.environ, **cluster.env}, key=key), here=here)
     except ConfigError as error:
         return CheckResult([str(error)])
-    fault = path_error(folder) or (usage_error(folder) if here else None)
-    return CheckResult([f"cluster.scratch={cluster.scratch}: {fault}"] if fault is not None else [])
+    return CheckResult([f"{key}={value}: {found}"] if found is not None else [])
 
 
 def run_directory(cluster: ClusterConfig, runs: Path) -> CheckResult:
@@ -88,6 +109,11 @@ def software(cluster: ClusterConfig, _runs: Path) -> CheckResult:
     return CheckResult(*software_faults(cluster))
 
 
-CHECKS: Final[Mapping[str, Check]] = {"scratch": scratch, "run directory": run_directory, "software": software}
+CHECKS: Final[Mapping[str, Check]] = {
+    "scratch": scratch,
+    "staging": staging,
+    "run directory": run_directory,
+    "software": software,
+}
 PROGRAM_CHECKS: Final = frozenset({"software"})
 """Names of the checks that start programs."""

@@ -27,10 +27,12 @@ from hpc_router.expert.agent.http_api import AgentHttpApi
 from hpc_router.expert.agent.lifecycle import JobLifecycle
 from hpc_router.expert.agent.restart_policy import RestartPolicy
 from hpc_router.expert.engine_process.command import EngineCommands
+from hpc_router.expert.engine_process.process import Command
 from hpc_router.expert.engine_process.scratch_dir import expanded, scratch_folder
-from hpc_router.expert.engines import Engine, EngineFailure, Place, build_engine
+from hpc_router.expert.engines import Engine, EngineFailure, Place, Ranks, build_engine
 from hpc_router.expert.multinode.rank_auth import rank_key, report_token
 from hpc_router.expert.multinode.start_strategy import MultiNodeLeader, SingleNode, StartStrategy
+from hpc_router.expert.staging.staging import NodeStaging
 from hpc_router.net import addresses
 from hpc_router.net.auth import new_token, replica_key
 from hpc_router.net.job_environment import current_job_id
@@ -69,11 +71,19 @@ class Agent:
         self._commands = EngineCommands(
             self._engine, self._config, deployment.cluster, environment, self._job.engine_log
         )
+        self._staging = NodeStaging(
+            self._engine,
+            deployment.cluster,
+            environment,
+            limit_s=self._config.engine.startup_timeout_s,
+            on_report=self._write_progress,
+        )
+        self._place: Place
         self._address = ""
         self._version: str | None = None  # of the engine
         self._leader: MultiNodeLeader | None = None
         self._nonce = new_token()
-        self._lifecycle = JobLifecycle()
+        self._lifecycle = JobLifecycle(stage=self._staging.report)
         self._draining = asyncio.Event()
         self._drain_reason = ""
         self._drain_until_at: float | None = None
@@ -115,6 +125,9 @@ class Agent:
                 self._http_api.models = tuple(self._engine.names())
         if self._lease is not None and self._lease.record.state is not self._lifecycle.state:
             self._lease.change(state=self._lifecycle.state)
+        self._write_progress()
+
+    def _write_progress(self) -> None:
         self._files.post(partial(self._job.write, self._lifecycle.progress()))
 
     def _publish_loaded(self, loaded: LoadedEngine) -> None:
@@ -143,16 +156,17 @@ class Agent:
         cluster, router = self._deployment.cluster, self._deployment.router
         async with AsyncExitStack() as stack:
             self._address = addresses.address(cluster.fabric, kind=cluster.kind)
-            place = stack.enter_context(scratch_folder(expanded(cluster.scratch, self._environment)))
-            self._version = await self._commands.version(place)
-            client = await stack.enter_async_context(UpstreamClient(ENGINE_LIMITS, socket_path=str(place.socket)))
-            strategy = self._start_strategy(place)
+            self._place = stack.enter_context(scratch_folder(expanded(cluster.scratch, self._environment)))
+            self._version = await self._commands.version(self._place)
+            await stack.enter_async_context(self._staging)
+            client = await stack.enter_async_context(UpstreamClient(ENGINE_LIMITS, socket_path=str(self._place.socket)))
+            strategy = self._start_strategy()
             http_api = self._make_http_api(client)
             sock = stack.enter_context(bind(self._address))
             max_body = int((router.max_body_mb + 1) * _MIB)  # the router's limit comes first
             await stack.enter_async_context(listening(http_api.handle, sock, max_body=max_body))
             record = self._record(sock)
-            self._files.post(partial(self._job.write, self._lifecycle.progress()))
+            self._write_progress()
             lease = Lease(
                 self._run.registry,
                 record,
@@ -167,6 +181,8 @@ class Agent:
             logger.info("%s listens at %s", record.replica, record.url)
             memory_tuning.tune_for_relay()
             failure = await self._serve(self._supervisor(strategy, client, http_api), http_api) or self._rank_failure
+            if failure is not None and failure.reason is FailureReason.WEIGHTS:
+                self._staging.drop_copies()
         if failure is not None:
             return Exit(ok=False, reason=failure.reason, message=failure.message)
         return await self._drained()
@@ -185,7 +201,7 @@ class Agent:
     async def _serve(self, supervisor: EngineSupervisor, http_api: AgentHttpApi) -> EngineFailure | None:
         """Serves until the engine fails permanently (returns the failure) or the drain is complete (returns None). In
         both cases the engine has ended."""
-        supervision = asyncio.create_task(supervisor.run(), name="supervisor")
+        supervision = asyncio.create_task(self._start_and_supervise(supervisor), name="supervisor")
         draining = asyncio.create_task(self._draining.wait(), name="drain")
         removal = restarting("wanted", self._watch_for_removal, self._failures.note)
         watching = asyncio.create_task(removal, name="wanted")
@@ -214,6 +230,17 @@ class Agent:
         `cluster.drain_s`."""
         left_s = 0.0 if self._drain_until_at is None else self._drain_until_at - time.time()
         return max(self._deployment.cluster.drain_s, left_s)
+
+    async def _start_and_supervise(self, supervisor: EngineSupervisor) -> EngineFailure:
+        self._place = await self._staging.prepare(self._place, version=self._version)
+        return await supervisor.run()
+
+    def _command(self, ranks: Ranks | None = None) -> Command:
+        """The command of the engine's next start."""
+        failure = self._lifecycle.failure
+        if failure is not None and failure.reason is FailureReason.CRASHED and self._lifecycle.ready_at is None:
+            self._place = self._staging.without_cache(self._place)
+        return self._commands.at(replace(self._place, ranks=ranks), version=self._version)
 
     async def _watch_for_removal(self) -> None:
         """Drains when this replica was removed. If the file system hangs, the current check waits."""
@@ -248,17 +275,17 @@ class Agent:
             failures=self._failures,
         )
 
-    def _start_strategy(self, place: Place) -> StartStrategy:
+    def _start_strategy(self) -> StartStrategy:
         nodes = self._config.resources.nodes
         if nodes == 1:
-            return SingleNode(self._commands.at(place, version=self._version))
+            return SingleNode(self._command)
         self._leader = MultiNodeLeader(
             nodes=nodes,
             key=rank_key(self._run.secret(), self._nonce),
             address=self._address,
             interface=addresses.interface_of(self._address),
             beat_s=self._deployment.cluster.beat_s,
-            command=lambda ranks: self._commands.at(replace(place, ranks=ranks), version=self._version),
+            command=self._command,
             on_drain=partial(self.drain, by_signal=True),
             clock=asyncio.get_running_loop().time,
         )

@@ -36,15 +36,14 @@ _RANDOM: Final = "[a-z0-9_]" * 8
 _UNFINISHED_S: Final = 60.0
 
 
-def expanded(scratch: str, environment: Mapping[str, str]) -> Path:
-    """Returns `cluster.scratch` with the job's variables replaced. Raises ConfigError for an unset variable."""
-    key = "cluster.scratch"
+def expanded(folder: str, environment: Mapping[str, str], *, key: str = "cluster.scratch") -> Path:
+    """Returns the value of `key` with the job's variables replaced. Raises ConfigError for an unset variable."""
     try:
-        path = Path(Template(scratch).substitute({name: value for name, value in environment.items() if value}))
+        path = Path(Template(folder).substitute({name: value for name, value in environment.items() if value}))
     except KeyError as error:
-        raise ConfigError(f"{key}={scratch}: ${error.args[0]} is not set in this job", key=key) from error
+        raise ConfigError(f"{key}={folder}: ${error.args[0]} is not set in this job", key=key) from error
     except ValueError as error:
-        raise ConfigError(f"{key}={scratch}: {error} (valid: $NAME or ${{NAME}}; $$ is a $)", key=key) from error
+        raise ConfigError(f"{key}={folder}: {error} (valid: $NAME or ${{NAME}}; $$ is a $)", key=key) from error
     return path
 
 

@@ -9,7 +9,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -45,11 +45,14 @@ class Place:
     """Where one process of an engine runs.
 
     `folder`: the agent's private folder on this node, for the engine's socket, temporary files and caches. `ranks`:
-    None on one node, and where only the form of a command is needed.
+    None on one node, and where only the form of a command is needed. `copies`: models, as configured, that
+    the engine loads from another path. `kept_cache`: a cache folder that outlasts the agent.
     """
 
     folder: Path
     ranks: Ranks | None = None
+    copies: Mapping[str, str] = field(default_factory=dict)
+    kept_cache: Path | None = None
 
     @property
     def socket(self) -> Path:
@@ -61,7 +64,11 @@ class Place:
 
     @property
     def cache(self) -> Path:
-        return self.folder / "cache"
+        return self.kept_cache or self.folder / "cache"
+
+    def path_of(self, model: str) -> str:
+        """The path or hub id from which the engine loads a model."""
+        return self.copies.get(model, model)
 
 
 class Engine(Protocol):
@@ -161,11 +168,12 @@ def own_names(expert: str, adapters: Mapping[str, str]) -> tuple[str, ...]:
     return (expert,) if adapters else (expert, "auto")
 
 
-def lora_modules(adapters: Mapping[str, str]) -> list[str]:
+def lora_modules(adapters: Mapping[str, str], place: Place) -> list[str]:
     """Returns vLLM's flag for adapters, also the simulated engine's: `NAME=PATH`, or JSON if a path has a comma."""
     if not adapters:
         return []
-    modules = [json.dumps({"name": n, "path": path}) if "," in path else f"{n}={path}" for n, path in adapters.items()]
+    paths = {name: place.path_of(adapter) for name, adapter in adapters.items()}
+    modules = [json.dumps({"name": n, "path": path}) if "," in path else f"{n}={path}" for n, path in paths.items()]
     return ["--lora-modules", *modules]
 
 

@@ -40,6 +40,9 @@ def command_in_container(
 def _binds(container: ContainerConfig, place: Place, models: Sequence[str]) -> Iterator[str]:
     yield str(place.folder)
     yield f"{INSIDE}:{INSIDE}:ro"
-    for model in dict.fromkeys(filter(is_local, models)):
-        yield f"{model}:{model}:ro"
+    if place.kept_cache is not None:
+        yield str(place.kept_cache)
+    for model in dict.fromkeys(models):
+        if model in place.copies or is_local(model):
+            yield f"{place.path_of(model)}:{place.path_of(model)}:ro"
     yield from container.binds

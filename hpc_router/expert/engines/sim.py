@@ -92,7 +92,7 @@ class SimEngine(AdapterEngine):
             *rank_flags(ranks),
             *("--uds", str(place.socket)),
             *("--served-model-name", *own_names(self.expert, self.adapters)),
-            *lora_modules(self.adapters),
+            *lora_modules(self.adapters, place),
             *("--seed", str(options.seed)),
             *("--ttft-ms", f"{options.ttft_ms:g}"),
             *("--itl-ms", f"{options.itl_ms:g}"),

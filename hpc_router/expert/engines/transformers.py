@@ -1,7 +1,8 @@
 """`transformers serve`, started through `serve_transformers.py`, which makes it listen on a unix socket.
 
 It serves only one model name, `MODEL` or `MODEL@REVISION` as configured, so the router puts that name into the request.
-Its `/v1/models` lists the models in the hub's cache, not those that it serves.
+A copy of the model is loaded under the same name. Its `/v1/models` lists the models in the hub's cache, not those that
+it serves.
 """
 
 from collections.abc import Sequence
@@ -74,7 +75,9 @@ class TransformersEngine:
         )
 
     def argv(self, place: Place) -> list[str]:
-        return [self.python, str(_SERVE), "--uds", str(place.socket), *self._flags()]
+        copy = place.copies.get(self.config.model)
+        weights = () if copy is None else ("--weights", copy)
+        return [self.python, str(_SERVE), "--uds", str(place.socket), *weights, *self._flags()]
 
     def check_command(self, place: Place) -> list[str] | None:
         return [self.python, str(_SERVE), "--check", *self._flags()]

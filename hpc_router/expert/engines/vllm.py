@@ -115,10 +115,10 @@ class VllmEngine(AdapterEngine):
 
     def argv(self, place: Place) -> list[str]:
         ranks = ranks_at(place, nodes=self.config.resources.nodes)
-        rest = self._flags(place, ranks)
+        model, rest = place.path_of(self.config.model), self._flags(place, ranks)
         if ranks is None:
-            return [self.python, "-m", "vllm.entrypoints.openai.api_server", "--model", self.config.model, *rest]
-        return [self.python, "-m", "vllm.entrypoints.cli.main", "serve", self.config.model, *rest]
+            return [self.python, "-m", "vllm.entrypoints.openai.api_server", "--model", model, *rest]
+        return [self.python, "-m", "vllm.entrypoints.cli.main", "serve", model, *rest]
 
     def check_command(self, place: Place) -> list[str] | None:
         ranks = ranks_at(place, nodes=self.config.resources.nodes)
@@ -140,7 +140,7 @@ class VllmEngine(AdapterEngine):
             *("--pipeline-parallel-size", str(options.pipeline_parallel_size)),
             *("--dtype", options.dtype),
             "--disable-uvicorn-access-log",
-            *self._lora_flags(),
+            *self._lora_flags(place),
             *flags(set_or_not),
             *flags(extra),
         ]
@@ -152,11 +152,11 @@ class VllmEngine(AdapterEngine):
         named = map(flag_name, self.options.extra)
         return [] if "shutdown-timeout" in named else ["--shutdown-timeout", str(drain_s)]
 
-    def _lora_flags(self) -> list[str]:
+    def _lora_flags(self, place: Place) -> list[str]:
         if not self.adapters:
             return []
         return [
-            *("--enable-lora", *lora_modules(self.adapters)),
+            *("--enable-lora", *lora_modules(self.adapters, place)),
             *("--max-loras", str(self.options.max_loras or len(self.adapters))),
             *("--max-lora-rank", str(self._lora_rank())),
         ]

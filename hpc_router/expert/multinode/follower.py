@@ -27,6 +27,7 @@ from hpc_router.expert.engines import Place, Ranks, build_engine
 from hpc_router.expert.multinode.rank_auth import is_proven, rank_key, report_token
 from hpc_router.expert.multinode.rank_engine import RankEngine
 from hpc_router.expert.multinode.rank_group import ASSEMBLE_BEATS, SILENCE_BEATS
+from hpc_router.expert.staging.staging import NodeStaging
 from hpc_router.net import addresses
 from hpc_router.net.auth import new_token
 from hpc_router.net.protocol import RANK, Action, RankOrder, RankReport
@@ -69,6 +70,9 @@ class Follower:
         self._nodes = config.resources.nodes
         engine = build_engine(expert, config, adapters=adapters_of(deployment.experts, expert))
         self._commands = EngineCommands(engine, config, deployment.cluster, environment, log)
+        limit_s = config.engine.startup_timeout_s
+        self._staging = NodeStaging(engine, deployment.cluster, environment, limit_s=limit_s)
+        self._place: Place | None = None  # known once the models are staged
         self._engine = RankEngine(self._commands.engine, files)
         self._reader = RegistryReader(run.registry)
         self._leader: Record | None = None
@@ -109,10 +113,21 @@ class Follower:
         async with AsyncExitStack() as stack:
             place = stack.enter_context(scratch_folder(expanded(cluster.scratch, self._environment)))
             client = await stack.enter_async_context(UpstreamClient(limits))
+            await stack.enter_async_context(self._staging)
             await stack.enter_async_context(self._engine)
-            return await self._follow(client, place)
+            staging = asyncio.create_task(self._stage(place), name="staging")
+            try:
+                return await self._follow(client)
+            finally:
+                staging.cancel()
+                await asyncio.gather(staging, return_exceptions=True)
 
-    async def _follow(self, client: Upstream, place: Place) -> Exit:
+    async def _stage(self, place: Place) -> None:
+        """Stage the models while rank 0 does; an attempt that it begins before waits for this rank."""
+        version = None if self._cluster.stage_to is None else await self._commands.version(place)
+        self._place = await self._staging.prepare(place, version=version)
+
+    async def _follow(self, client: Upstream) -> Exit:
         clock, beat_s = asyncio.get_running_loop().time, self._cluster.beat_s
         last_order_at, give_up_s = clock(), ASSEMBLE_BEATS * beat_s
         while True:
@@ -122,7 +137,7 @@ class Follower:
                 last_order_at, give_up_s = clock(), LEADER_LOST_BEATS * beat_s
                 if order.action is Action.STOP:
                     return Exit(ok=True, reason=FailureReason.DRAINED, message="rank 0 ordered it to stop")
-                self._apply(order, place)
+                self._apply(order)
             elif (end := await self._files.run_within_limit(self._job.exit)) is not None:
                 return end
             elif silent_s >= give_up_s:
@@ -131,14 +146,16 @@ class Follower:
                 self._engine.end("no order from rank 0")
             await asyncio.sleep(beat_s / 2)
 
-    def _apply(self, order: RankOrder, place: Place) -> None:
+    def _apply(self, order: RankOrder) -> None:
         if order.action is Action.WAIT or (self._engine.running and order.attempt != self._engine.attempt):
             self._engine.end("ordered by rank 0")
-        elif order.attempt != self._engine.attempt:
+        elif order.attempt != self._engine.attempt and self._place is not None:
+            if self._engine.failure is not None and self._engine.failure.reason is FailureReason.CRASHED:
+                self._place = self._staging.without_cache(self._place)
             here = self._address
             rendezvous = (order.master_address, order.master_port)
             ranks = Ranks(self._rank, self._nodes, here, addresses.interface_of(here), *rendezvous)
-            self._engine.start(order.attempt, self._commands.at(replace(place, ranks=ranks)))
+            self._engine.start(order.attempt, self._commands.at(replace(self._place, ranks=ranks)))
 
     async def _request_order(self, client: Upstream) -> RankOrder | None:
         """Asks rank 0 for an order; None without a valid response. Reads rank 0's record again after a failure."""

@@ -1,6 +1,6 @@
 """How the supervisor starts an engine on one node or on several.
 
-`SingleNode` always returns the same command. For an engine on several nodes, `MultiNodeLeader` runs on rank 0: it makes
+`SingleNode` has one command. For an engine on several nodes, `MultiNodeLeader` runs on rank 0: it makes
 each attempt with all ranks, ends it when one is lost, and stops them at the end. `RankGroup` makes the decisions.
 """
 
@@ -39,12 +39,12 @@ class StartStrategy(Protocol):
 
 @dataclass(slots=True)
 class SingleNode:
-    """An engine with one process on one node, with the same command at every start."""
+    """An engine with one process on one node."""
 
-    command: Command
+    command: Callable[[], Command]
 
     async def next_command(self) -> Command | EngineFailure:
-        return self.command
+        return self.command()
 
     async def wait_broken(self) -> EngineFailure:
         return await asyncio.Future[EngineFailure]()

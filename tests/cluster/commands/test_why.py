@@ -1,6 +1,8 @@
 """Why a replica does not serve, for one that waits in the queue and for every way to fail."""
 
+import os
 import re
+import socket
 from collections.abc import Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -12,6 +14,7 @@ from hpc_router.cli.main import main
 from hpc_router.cluster.commands import advice, why
 from hpc_router.cluster.commands.advice import CUT_ADVICE, FAILURE_ADVICE, STATE_TEXT
 from hpc_router.cluster.commands.replica_view import DisplayedState, ReplicaView
+from hpc_router.cluster.commands.status import status
 from hpc_router.cluster.commands.why import Cause, expected, router_causes
 from hpc_router.cluster.control_loop.slots import Attempt, Observed, Slot
 from hpc_router.cluster.launchers.interface import JobReport, JobState
@@ -19,7 +22,16 @@ from hpc_router.cluster.launchers.slurm import pending_reasons
 from hpc_router.config import frozen
 from hpc_router.config.schema import Deployment, EngineConfig, ExpertConfig
 from hpc_router.router.settings import LIVE
-from hpc_router.state.job_records import Exit, FailureReason, JobDir, JobInfo, Runner
+from hpc_router.state.job_records import (
+    Exit,
+    FailureReason,
+    JobDir,
+    JobInfo,
+    JobPhase,
+    JobProgress,
+    Runner,
+    start_ticks,
+)
 from hpc_router.state.registry import RecordKind
 from hpc_router.state.run_directory import RunDir
 from tests.cluster.programs import Programs
@@ -283,7 +295,7 @@ def status_of(**router: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("status", "problems"),
+    ("answer", "problems"),
     [
         (status_of(), []),
         ({}, []),
@@ -295,9 +307,28 @@ def status_of(**router: Any) -> dict[str, Any]:
         (status_of(settings_trouble="policy.kind=nope"), ["a change was not applied: policy.kind=nope"]),
     ],
 )
-def test_problems_of_the_routers_processes_and_settings(status: dict[str, Any], problems: list[str]) -> None:
-    causes = router_causes([ROUTER], status)
+def test_problems_of_the_routers_processes_and_settings(answer: dict[str, Any], problems: list[str]) -> None:
+    causes = router_causes([ROUTER], answer)
     assert len(causes) == len(problems)
     for cause_found, problem in zip(causes, problems, strict=True):
         assert problem in cause_found.what
         assert cause_found.advice
+
+
+def test_a_replica_that_copies_its_model_says_so(run: RunDir) -> None:
+    """In `why` and `status`, with what the copy took."""
+    deployment = Deployment(experts={"math": ExpertConfig(model="m", engine=EngineConfig(kind="sim"))})
+    deployment.policy.kind = "model_field"
+    run.config.write_text(frozen.to_yaml(deployment))
+    job = JobDir(run, "math-0.g1")
+    job.claim()
+    job.write(JobInfo(str(os.getpid()), socket.gethostname(), start_ticks(os.getpid())))
+    copies = "copies /models/math: 3.2 of 15.0 GB"
+    job.write(JobProgress(JobPhase.STARTING, message=copies))
+    [told] = why.why(run, "math")
+    assert told.what == f"it is starting; {copies}"
+    [shown] = status(run)["experts"]["math"]["replicas"]
+    assert (shown["message"], shown["stage_s"], shown["stage_bytes"], shown["load_s"]) == (copies, None, None, None)
+    job.write(JobProgress(JobPhase.READY, load_s=9.5, stage_s=12.25, stage_bytes=15))
+    [shown] = status(run)["experts"]["math"]["replicas"]
+    assert (shown["message"], shown["stage_s"], shown["stage_bytes"], shown["load_s"]) == (None, 12.25, 15, 9.5)

@@ -16,6 +16,7 @@ from hpc_router.cli.tables import plan_text
 from hpc_router.cluster.launchers.slurm import sbatch_test
 from hpc_router.cluster.launchers.slurm.allocation import AllocationLauncher
 from hpc_router.cluster.planning import engine_flags
+from hpc_router.cluster.planning.config_faults import own_warnings
 from hpc_router.cluster.planning.plan import JOB_FOLDER, Plan, make_plan, with_absolute_paths
 from hpc_router.config.compose import load_deployment
 from hpc_router.config.schema import (
@@ -477,3 +478,25 @@ def printed(plan: Plan) -> str:
     console = Console(width=WIDE, record=True, file=io.StringIO())
     console.print(plan_text(plan), soft_wrap=True)
     return console.export_text()
+
+
+def test_models_that_are_not_copied_to_the_nodes_are_named(tmp_path: Path) -> None:
+    """Those on the hub, and those larger than the limit; a simulated engine loads nothing."""
+    folder = tmp_path / "math"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(b"x" * 2000)
+    vllm = EngineConfig(kind="vllm", options={"device": "cpu"})
+    made = deployment(
+        a=ExpertConfig(model="org/model", engine=vllm), b=ExpertConfig(model=str(folder), engine=vllm), c=SIM
+    )
+    made.cluster = ClusterConfig(stage_to=str(tmp_path))
+
+    def notes() -> list[str]:
+        return [note for note in own_warnings(made) if note.startswith("cluster.stage")]
+
+    hub = "cluster.stage_to: org/model is a hub id and is not copied to the nodes: the hub's cache (HF_HOME) holds them"
+    assert notes() == [hub]
+    made.cluster.stage_gb = 1e-6
+    assert notes() == [hub, f"cluster.stage_gb=1e-06: {folder} is not copied to the nodes: it has 0.0 GB"]
+    made.cluster.stage_to = None
+    assert notes() == ["cluster.stage_gb has no effect without cluster.stage_to"]

@@ -8,7 +8,7 @@ import pytest
 from hpc_router.cli.main import main
 from hpc_router.cluster.planning import prerequisites
 from hpc_router.cluster.planning.plan import make_plan
-from hpc_router.cluster.planning.prerequisites import CHECKS, file_system, run_directory, scratch
+from hpc_router.cluster.planning.prerequisites import CHECKS, file_system, run_directory, scratch, staging
 from hpc_router.config.compose import load_deployment
 from hpc_router.config.schema import ClusterConfig
 from hpc_router.errors import ConfigError
@@ -98,3 +98,18 @@ def test_the_name_of_a_run_directory_is_one_for_slurm(tmp_path: Path, capsys: py
     assert "has '%'" in capsys.readouterr().err
     assert main(words) == 0
     assert not path.exists()
+
+
+def test_a_folder_for_copies_of_models(tmp_path: Path) -> None:
+    """The first job on a node makes it, but not the folder around it."""
+    for kind in ("local", "slurm"):
+        assert staging(ClusterConfig(kind=kind), RUNS).faults == []
+        assert staging(ClusterConfig(kind=kind, stage_to=str(tmp_path / "new")), RUNS).faults == []
+        [fault] = staging(ClusterConfig(kind=kind, stage_to="local"), RUNS).faults
+        assert fault == "cluster.stage_to=local: not an absolute path (valid: such as /local)"
+    [fault] = staging(ClusterConfig(stage_to=f"{tmp_path}/no/new"), RUNS).faults
+    assert fault == f"cluster.stage_to={tmp_path}/no/new: no such folder: {tmp_path}/no"
+    [fault] = staging(ClusterConfig(stage_to="/$HPC_ROUTER_NOPE"), RUNS).faults
+    assert fault == "cluster.stage_to=/$HPC_ROUTER_NOPE: $HPC_ROUTER_NOPE is not set in this job"
+    assert staging(ClusterConfig(kind="slurm", stage_to=f"{tmp_path}/no/new"), RUNS).faults == []
+    assert staging(ClusterConfig(kind="slurm", stage_to="/$HPC_ROUTER_NOPE"), RUNS).faults == []

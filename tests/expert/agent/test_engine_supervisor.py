@@ -61,7 +61,7 @@ async def supervised(
         yield (
             EngineSupervisor(
                 engine=engine,
-                strategy=SingleNode(Command(engine.argv(place), environment, place, folder / "log")),
+                strategy=SingleNode(lambda: Command(engine.argv(place), environment, place, folder / "log")),
                 client=client,
                 files=files,
                 observer=steps,
@@ -203,7 +203,8 @@ async def test_the_time_that_an_engine_takes_to_end_is_not_time_in_service(socke
 
 def _with_short_grace(supervisor: EngineSupervisor) -> None:
     assert isinstance(supervisor.strategy, SingleNode)
-    supervisor.strategy.command = replace(supervisor.strategy.command, grace_s=0.1)
+    patient = supervisor.strategy.command()
+    supervisor.strategy.command = lambda: replace(patient, grace_s=0.1)
 
 
 @pytest.fixture

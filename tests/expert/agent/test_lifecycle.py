@@ -4,6 +4,7 @@ import pytest
 
 from hpc_router.expert.agent.lifecycle import JobLifecycle
 from hpc_router.expert.engines import EngineFailure
+from hpc_router.expert.staging.staging import StageReport
 from hpc_router.state.job_records import FailureReason, JobPhase
 from hpc_router.state.registry import State
 
@@ -44,3 +45,17 @@ def test_ready_at_is_the_first_time() -> None:
 def test_an_unknown_step_names_both_ends(before: JobPhase, after: JobPhase) -> None:
     with pytest.raises(ValueError, match=f"no transition from {before} to {after}"):
         JobLifecycle(phase=before).move(after)
+
+
+def test_the_message_tells_of_staging_until_the_engine_is_ready_or_fails() -> None:
+    life = JobLifecycle(stage=StageReport(text="copies"))
+    assert (life.progress().message, life.progress().stage_bytes, life.progress().load_s) == ("copies", None, None)
+    life.stage.stage_s, life.stage.copied, life.stage.text = 2.0, 7, "was copied"
+    life.move(JobPhase.LOADING)
+    assert (life.progress().message, life.progress().stage_s, life.progress().stage_bytes) == ("was copied", 2.0, 7)
+    life.move(JobPhase.READY)
+    assert life.progress().message is None
+    assert life.progress().load_s is not None
+    life.move(JobPhase.RESTARTING, failure=EngineFailure(FailureReason.KILLED, "why"))
+    life.move(JobPhase.LOADING)
+    assert life.progress().message == "why"

@@ -99,3 +99,12 @@ def test_the_stand_in_runs_what_it_is_given(tmp_path: Path) -> None:
     image = ContainerConfig(image="i", program=str(program))
     words = command_in_container(["python", "-c", "print(7)"], image, PLACE, expert(), models=())
     assert subprocess.run(words, check=True, capture_output=True, text=True).stdout == "7\n", shlex.join(words)
+
+
+def test_copies_on_the_nodes_disk_are_bound_instead_of_the_originals(tmp_path: Path) -> None:
+    place = Place(Path("/scratch/x"), copies={str(tmp_path): "/local/k/math"}, kept_cache=Path("/local/cache-a"))
+    words = command_in_container(
+        ["python"], ContainerConfig(image="vllm.sif"), place, expert(str(tmp_path)), models=(str(tmp_path), "org/a")
+    )
+    binds = [words[n + 1] for n, word in enumerate(words) if word == "--bind"]
+    assert binds == ["/scratch/x", f"{INSIDE}:{INSIDE}:ro", "/local/cache-a", "/local/k/math:/local/k/math:ro"]

@@ -349,3 +349,36 @@ def test_the_interpreter_tells_the_version() -> None:
     command = version_command(engine)
     assert subprocess.run(command, check=True, capture_output=True, text=True).stdout != ""
     assert subprocess.run([*command[:2], "no-such"], check=True, capture_output=True, text=True).stdout == ""
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_vllm_loads_copies_under_the_names_of_the_originals(tmp_path: Path, nodes: int) -> None:
+    adapter, original = tmp_path / "law", {"r": 8}
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps(original))
+    config = ExpertConfig(model="/models/math", engine=EngineConfig(kind="vllm"), resources=ResourceConfig(nodes=nodes))
+    engine = build_engine("base", config, adapters={"law": str(adapter)})
+    place = replace(PLACE, copies={"/models/math": "/local/k/math", str(adapter): "/local/l/law"})
+    argv = engine.argv(place)
+    assert argv[argv.index("--model" if nodes == 1 else "serve") + 1] == "/local/k/math"
+    assert word_after(argv, "--lora-modules") == "law=/local/l/law"
+    assert word_after(argv, "--served-model-name") == "base"
+    assert not {"/models/math", str(adapter)} & set(argv)
+    assert engine.info().model == "/models/math"
+
+
+def test_transformers_loads_a_copy_and_keeps_the_models_name() -> None:
+    engine, _ = engine_of("transformers", model="/models/math", revision="v1")
+    argv = engine.argv(replace(PLACE, copies={"/models/math": "/local/k/math"}))
+    assert (word_after(argv, "--weights"), argv[argv.index("--weights") + 2]) == ("/local/k/math", "/models/math@v1")
+    assert engine.serves() == {"math": "/models/math@v1"}
+    assert "--weights" not in engine.argv(PLACE)
+
+
+def test_a_kept_cache_is_the_engines_cache() -> None:
+    engine, config = engine_of("vllm")
+    place = replace(PLACE, kept_cache=Path("/local/cache-vllm-0.32.0-a"))
+    environment = engine_environment(engine, config, place, inherited={})
+    names = ("VLLM_CACHE_ROOT", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "TMPDIR")
+    kept = "/local/cache-vllm-0.32.0-a"
+    assert [environment[n] for n in names] == [f"{kept}/vllm", f"{kept}/inductor", f"{kept}/triton", "/scratch/x/tmp"]

@@ -8,9 +8,10 @@ import pytest
 
 from hpc_router.config.schema import ClusterConfig, Deployment, EngineConfig, EngineKind, ExpertConfig, PolicyConfig
 from hpc_router.expert.engines import Place, build_engine
+from hpc_router.expert.staging.model_files import list_files
 from hpc_router.net import protocol
 from hpc_router.state.job_records import FailureReason, JobPhase
-from hpc_router.state.run_directory import RunDir
+from hpc_router.state.run_directory import RunDir, make_run
 from tests.expert.replicas import chat, exists, replica
 from tests.support.needs import ROOT, engine_python
 from tests.support.waiting import eventually
@@ -70,6 +71,51 @@ async def test_a_real_engine_from_start_to_end(
         assert ended.reason is FailureReason.DRAINED
         assert progress.engine_pid is not None
         assert not exists(progress.engine_pid)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        pytest.param("transformers", CPU, marks=pytest.mark.transformers),
+        pytest.param(
+            "vllm",
+            CPU | {"max_model_len": 512, "extra": {"enforce-eager": True}},
+            marks=[pytest.mark.vllm, pytest.mark.long],
+        ),
+    ],
+)
+async def test_a_model_is_copied_to_the_node_once_and_keeps_its_name(
+    kind: EngineKind, options: dict[str, Any], scratch: Path, tmp_path: Path, node_disk: Path
+) -> None:
+    model = make_model(kind, tmp_path / "tiny")
+    configured = Deployment(
+        experts={"math": expert_of(kind, options, model=model)},
+        cluster=ClusterConfig(scratch=str(scratch), stage_to=str(node_disk), env={"TORCHDYNAMO_DISABLE": "1"}),
+        policy=PolicyConfig(kind="model_field"),
+    )
+    files = list_files(model)
+    for number, copied in enumerate((files.size, 0)):
+        async with replica(make_run(tmp_path / f"run{number}"), configured) as agent:
+            await eventually(lambda: (p := agent.job.progress()) and p.phase is JobPhase.READY, within_s=STARTUP_S)
+            progress, record = await agent.ready()
+            words = Path(f"/proc/{progress.engine_pid}/cmdline").read_text().split("\0")
+            [copy] = node_disk.glob(f"hpc-router-models-*/model-{files.key}/tiny")
+            assert str(copy) in words
+            assert (progress.stage_bytes, record.engine.model) == (copied, str(model))
+            assert (progress.load_s or 0) > 0
+            served = record.serves["math"]
+            assert served == ("math" if kind == "vllm" else str(model))
+            async with agent.session() as session:
+                async with session.get(protocol.MODELS) as response:
+                    assert served in [card["id"] for card in (await response.json())["data"]]
+                async with session.post(protocol.CHAT, json=chat(model=served, max_tokens=4)) as response:
+                    assert response.status == 200
+                    assert str(node_disk) not in (await response.json())["model"]
+            agent.process.terminate()
+            assert await agent.end() == 0
+            print(f"{kind}: load_s={progress.load_s} stage_s={progress.stage_s} stage_bytes={progress.stage_bytes}")
+    kept = [path.name for path in node_disk.glob("hpc-router-models-*/cache-*/vllm/modelinfos/*")]
+    assert bool(kept) == (kind == "vllm")
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from hpc_router.config import frozen
+from hpc_router.config.schema import ExpertConfig
 from hpc_router.expert.agent.agent import bind
 from hpc_router.expert.engine_process.guard import descendants
 from hpc_router.net import protocol
@@ -40,6 +41,28 @@ async def test_two_ranks_serve_and_only_the_first_is_in_the_registry(run: RunDir
         ended = agent.job.exit()
         assert ended is not None
         assert ended.reason is FailureReason.DRAINED
+
+
+async def test_every_rank_has_the_copies_of_its_node(
+    run: RunDir, scratch: Path, tmp_path: Path, node_disk: Path
+) -> None:
+    """Here both are on one node: one of them copies, the other finds the copy or waits for it."""
+    adapter = tmp_path / "law"
+    adapter.mkdir()
+    (adapter / "adapter_model.safetensors").write_bytes(b"lora" * 1000)
+    configured = deployment(scratch, nodes=2)
+    configured.experts["law"] = ExpertConfig(model=str(adapter), adapter_of="math")
+    configured.cluster.stage_to = str(node_disk)
+    async with ranks(run, configured) as (agent, (other,)):
+        progress, record = await agent.ready()
+        assert record.serves == {"math": "math", "law": "law"}
+        assert progress.stage_s is not None
+        told = [line for line in agent.log().splitlines() if f"{adapter} " in line and "the engine loads" in line]
+        assert len(told) == 2
+        assert sum("was copied" in line for line in told) == 1
+        agent.process.terminate()
+        assert await agent.end() == 0
+        assert await other.wait() == 0
 
 
 async def test_a_signal_to_any_rank_drains_all(run: RunDir, scratch: Path) -> None:

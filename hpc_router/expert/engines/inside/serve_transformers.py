@@ -1,9 +1,11 @@
 """Runs `transformers serve` on a unix socket, for which it has no option. `--check` only runs its parser.
 
 The uvicorn server that it creates gets a socket instead of a port, no access log, and a long keep-alive time, so that
-it is not the first to close an idle connection. The check for a newer release is left out.
+it is not the first to close an idle connection. With `--weights FOLDER` the model is loaded from there and keeps its
+name. The check for a newer release is left out.
 """
 
+import functools
 import sys
 from typing import Any
 
@@ -19,6 +21,10 @@ def main(arguments: list[str]) -> None:
     match arguments:
         case ["--check", *flags]:
             _check(typer.main.get_command(app), list(flags))
+        case ["--uds", path, "--weights", folder, *flags]:
+            _load_from(folder)
+            _listen_on(path)
+            app(list(flags), prog_name="transformers serve")
         case ["--uds", path, *flags]:
             _listen_on(path)
             app(list(flags), prog_name="transformers serve")
@@ -28,6 +34,26 @@ def _check(command: Any, flags: list[str]) -> None:
     """Runs only the parser of a command, by replacing the command's function."""
     command.callback = lambda **_: None
     command.main(flags, prog_name="transformers serve")
+
+
+def _load_from(folder: str) -> None:
+    """Load the one model of this server from `folder`. Where this release has other methods, from its own folder."""
+    from transformers.cli.serving.model_manager import ModelManager
+
+    def loading_copy(method: Any) -> Any:
+        @functools.wraps(method)
+        def load(self: Any, model_and_revision: str, *arguments: Any, **options: Any) -> Any:
+            revision = model_and_revision.rpartition("@")[2]
+            return method(self, f"{folder}@{revision}", *arguments, **options)
+
+        return load
+
+    methods = {name: getattr(ModelManager, name, None) for name in ("_load_processor", "_load_model")}
+    if None in methods.values() or "@" in folder:
+        sys.stderr.write(f"transformers serve cannot load from {folder}: the model's own folder is used\n")
+        return
+    for name, method in methods.items():
+        setattr(ModelManager, name, loading_copy(method))
 
 
 def _listen_on(path: str) -> None:

@@ -1,0 +1,62 @@
+"""Locks on folders of a node-local disk: `flock`, which the kernel releases when the process ends, however it ends.
+
+The folder itself is locked, so there are no lock files to clean up, and a lock outlasts a rename. flock is not for the
+shared file system: there it fails or has no effect on other hosts.
+"""
+
+import fcntl
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+
+@dataclass(slots=True)
+class FolderLock:
+    """A lock that this process holds, until `release`. Child processes do not inherit it."""
+
+    _descriptor: int
+
+    @classmethod
+    def take(cls, folder: Path, *, shared: bool) -> Self | None:
+        """None if another process holds a lock that excludes this one, or if the folder is missing. Raises OSError."""
+        try:
+            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        except FileNotFoundError:
+            return None
+        try:
+            if _lock(descriptor, fcntl.LOCK_SH if shared else fcntl.LOCK_EX) and _is_at(descriptor, folder):
+                return cls(descriptor)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+        return None
+
+    def make_exclusive(self) -> bool:
+        """Turn a shared lock into an exclusive one; False if another process shares it, and then it may be lost."""
+        return _lock(self._descriptor, fcntl.LOCK_EX)
+
+    def touch(self) -> None:
+        """Set the folder's time of change, which is when it was last used."""
+        os.utime(self._descriptor)
+
+    def release(self) -> None:
+        os.close(self._descriptor)
+
+
+def _lock(descriptor: int, kind: int) -> bool:
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _is_at(descriptor: int, folder: Path) -> bool:
+    """Whether the open folder is still at its path: it may have been renamed or removed before it was locked."""
+    try:
+        there, here = folder.lstat(), os.fstat(descriptor)
+    except FileNotFoundError:
+        return False
+    return (there.st_dev, there.st_ino) == (here.st_dev, here.st_ino)
