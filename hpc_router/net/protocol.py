@@ -16,6 +16,8 @@ API_ROOT: Final = "/v1"
 HEALTH: Final = "/health"
 DRAIN: Final = "/drain"
 RANK: Final = "/rank"
+HANDOVER: Final = "/handover"
+"""Path at which a router's successor fetches its session turns, with the router's replica key."""
 METRICS: Final = "/metrics"
 MODELS: Final = "/v1/models"
 CHAT: Final = "/v1/chat/completions"
@@ -68,6 +70,12 @@ def url_at(url: str, target: str) -> str:
 def challenge_in(query: str) -> str:
     """Returns the value of `challenge` in a query string; empty if there is none."""
     return parse_qs(query).get("challenge", [""])[-1]
+
+
+def skip_in(query: str) -> int:
+    """The number of session turns to skip in a handover call; 0 if there is none."""
+    text = parse_qs(query).get("skip", [""])[-1]
+    return int(text) if re.fullmatch("[0-9]{1,9}", text) else 0
 
 
 def drain_target(until_at: float | None) -> str:

@@ -82,6 +82,7 @@ async def run_control(router: RouterSettings, spec: ChildSpec) -> None:
         async with commands, control.watching(spec.channels):
             async with lease, _reconcile_process(router, control, files):
                 await control.workers.served(timeout_s=SERVING_TIMEOUT_S)
+                await control.take_over()
                 await lease.update(state=State.READY)
                 url, node = lease.record.url, lease.record.node
                 ready = JobProgress(JobPhase.READY, pid=supervisor, ready_at=time.time(), url=url, node=node)

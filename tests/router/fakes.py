@@ -204,19 +204,21 @@ class RunningRouter:
 
 
 @asynccontextmanager
-async def a_router(run: RunDir, deployment: Deployment) -> AsyncIterator[RunningRouter]:
+async def a_router(
+    run: RunDir, deployment: Deployment, *, replica: str = "router-0.g1"
+) -> AsyncIterator[RunningRouter]:
     """A control process and a worker, in this process."""
     sock = socket.create_server(("127.0.0.1", 0))
     files = FileThread("test")
     counters = Counters(workers=1)
     policy = load_policy(run, deployment)
     identity = Identity(
-        replica="router-0.g1", key=replica_key(run.secret(), NONCE), started_at=time.time(),
+        replica=replica, key=replica_key(run.secret(), NONCE), started_at=time.time(),
         token=None if deployment.router.open else run.token(),
     )  # fmt: skip
     artefact, shadow = versions(policy)
     control = ControlProcess(
-        run, deployment, deployment, counters, files, "router-0.g1",
+        run, deployment, deployment, counters, files, replica,
         started_at=identity.started_at, artefact=artefact, shadow=shadow,
     )  # fmt: skip
     here, there = socket.socketpair()

@@ -6,8 +6,9 @@ the first time that it was ready here. No I/O.
 
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
@@ -48,6 +49,20 @@ class Continuity:
         """Seconds without a ready replica, up to now."""
         since = self._unready_since.get(expert)
         return self._unready_s.get(expert, 0.0) + (0.0 if since is None else self.clock() - since)
+
+    def dump(self) -> dict[str, Any]:
+        """The counts as JSON values, for a successor."""
+        return {
+            "unready_s": {expert: self.unready_s(expert) for expert in self._unready_s},
+            "handovers": [[*labels, count] for labels, count in self.handovers.items()],
+        }
+
+    def absorb(self, dumped: Mapping[str, Any]) -> None:
+        """Add the counts of a predecessor."""
+        for expert, seconds in dumped.get("unready_s", {}).items():
+            self._unready_s[expert] = self._unready_s.get(expert, 0.0) + seconds
+        for expert, outcome, count in dumped.get("handovers", ()):
+            self.handovers[expert, outcome] += count
 
     def metrics(self) -> Iterator[Metric]:
         unready = CounterMetricFamily(

@@ -7,6 +7,7 @@ no clients.
 """
 
 import asyncio
+import contextlib
 import logging
 import os
 import socket
@@ -15,14 +16,16 @@ from collections.abc import AsyncIterator, Awaitable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
+from hpc_router.background_tasks import background
 from hpc_router.config.schema import Deployment
 from hpc_router.errors import HpcRouterError
 from hpc_router.router.control.config_watcher import ConfigWatcher
 from hpc_router.router.control.continuity import Continuity
 from hpc_router.router.control.discovery import Discovery
 from hpc_router.router.control.drift import Drift, drift
+from hpc_router.router.control.predecessor import Predecessor, handover_page
 from hpc_router.router.control.registry_file import RegistryFile
 from hpc_router.router.control.replica_stats import ReplicaStats, increase, totals_by_replica
 from hpc_router.router.control.status import status
@@ -41,10 +44,13 @@ from hpc_router.routing.artefact import read_training
 from hpc_router.routing.policy import Policy, versions
 from hpc_router.state.io_thread import FileThread
 from hpc_router.state.lease import Lease
-from hpc_router.state.registry import Record, split_replica
+from hpc_router.state.registry import Record, RegistryReader, split_replica
 from hpc_router.state.run_directory import RunDir
 
 logger = logging.getLogger(__name__)
+
+TAKE_OVER_S: Final = 5.0
+"""How long a new router waits for what an older one knows."""
 
 
 @dataclass(slots=True)
@@ -71,6 +77,7 @@ class ControlProcess:
     registry_file: RegistryFile = field(init=False)
     workers: Workers = field(init=False)
     continuity: Continuity = field(init=False)
+    predecessor: Predecessor = field(init=False)
     lease: Lease | None = None
     own_metrics: Metrics = field(default_factory=Metrics)
     """What this process counts itself."""
@@ -86,6 +93,8 @@ class ControlProcess:
             bounds=queue_limits(self.deployment), peers=self.counters.all(), on_change=self._table_changed
         )
         self.workers = Workers(self.table, self.counters, self, self._settings(), self.deployment.experts)
+        self.predecessor = Predecessor(self.replica, self.run.secret(), self.workers.sessions, self.continuity)
+        self.workers.on_unknown_session = self.predecessor.fetch
         self.registry_file = RegistryFile(self.run, self.replica, self.files)
         self.discovery = Discovery(
             self.run, self.deployment.router, self.table, on_snapshot=self._registry_read, files=self.files,
@@ -100,7 +109,8 @@ class ControlProcess:
         for worker, sock in present.items():
             await self.workers.attach(worker, sock)
         await self.workers.greeted(present)
-        async with self.discovery, self.config_watcher.watching():
+        following = background("predecessor", self.predecessor.follow_forever, self.task_failed)
+        async with self.discovery, self.config_watcher.watching(), following:
             if self.table.all():
                 self._table_changed()
             try:
@@ -138,9 +148,23 @@ class ControlProcess:
         match call:
             case messages.GetStatus():
                 return self.status()
+            case messages.GetHandover(skip):
+                return self.handover(skip)
             case messages.GetExposition():
                 return self.exposition()
         raise ValueError(f"the control process does not handle {type(call).__name__}")
+
+    async def handover(self, skip: int) -> dict[str, Any]:
+        """The body of `GET /handover`."""
+        await self.workers.informed.wait()
+        return handover_page(self.workers.sessions, self.continuity, skip=skip)
+
+    async def take_over(self) -> None:
+        """Before this router is ready: what an older one of the run knows, within TAKE_OVER_S."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(TAKE_OVER_S):
+                self.predecessor.found(await self.files.run(RegistryReader(self.run.registry).snapshot))
+                await self.predecessor.fetch()
 
     async def status(self) -> dict[str, Any]:
         """The body of `GET /status`."""
@@ -277,6 +301,7 @@ class ControlProcess:
 
     def _registry_read(self, records: Mapping[str, Record]) -> None:
         self.registry_file.keep(records)
+        self.predecessor.found(records)
         self.workers.publish_changes()
 
     def _table_changed(self) -> None:

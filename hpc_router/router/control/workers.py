@@ -8,7 +8,7 @@ owner's business (`WorkerEvents`).
 
 import asyncio
 import socket
-from collections.abc import Awaitable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final, Protocol, TypeVar
@@ -71,7 +71,8 @@ class WorkerConnection:
 @dataclass(slots=True)
 class Workers:
     """`experts`: the configured ones, which have a queue column even without a replica. `seeds`: the replicas that the
-    workers knew when this process started. `informed` is set with the first snapshot."""
+    workers knew when this process started. `informed` is set with the first snapshot. `on_unknown_session` is awaited
+    when a session is looked up that no worker has served."""
 
     table: ReplicaTable
     counters: Counters
@@ -80,6 +81,7 @@ class Workers:
     experts: Iterable[str] = ()
     sessions: Sessions = field(default_factory=Sessions)
     seeds: dict[str, Replica] = field(default_factory=dict)
+    on_unknown_session: Callable[[], Awaitable[None]] | None = None
     informed: asyncio.Event = field(default_factory=asyncio.Event)
     all: list[WorkerConnection] = field(init=False)
     _session_workers: dict[str, int] = field(default_factory=dict)
@@ -135,6 +137,8 @@ class Workers:
         `Sync` with each of them every turn that a client knows of is here."""
         await self.informed.wait()
         await asyncio.gather(*(connection.call(messages.Sync()) for connection in self.all))
+        if self.sessions.find(session) is None and self.on_unknown_session is not None:
+            await self.on_unknown_session()
         return self.sessions.find(session)
 
     def publish_soon(self) -> None:

@@ -162,6 +162,13 @@ class GetStatus(Call[dict[str, Any]]):
 
 
 @dataclass(frozen=True, slots=True)
+class GetHandover(Call[dict[str, Any]]):
+    """What a successor takes over, from this turn on."""
+
+    skip: int
+
+
+@dataclass(frozen=True, slots=True)
 class GetExposition(Call[str]):
     """The body of `GET /metrics`."""
 

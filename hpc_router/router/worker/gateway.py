@@ -35,7 +35,7 @@ from hpc_router.relay.downstream.interface import (
 )
 from hpc_router.relay.headers import Headers
 from hpc_router.relay.in_flight import InFlight
-from hpc_router.router.ipc.messages import GetExposition, GetStatus
+from hpc_router.router.ipc.messages import GetExposition, GetHandover, GetStatus
 from hpc_router.router.metrics import Metrics
 from hpc_router.router.replicas.admission import queue_limits
 from hpc_router.router.replicas.sessions import PARAM, session_id
@@ -52,7 +52,8 @@ logger = logging.getLogger(__name__)
 
 LONG_BODY_BYTES: Final = 2**18
 """Bytes; a longer body is decoded and read in a thread."""
-_OPEN_PATHS: Final = frozenset({protocol.HEALTH, "/ready"})
+_OPEN_PATHS: Final = frozenset({protocol.HEALTH, "/ready", protocol.HANDOVER})
+"""Paths that need no owner's token; the handover checks a key of its own."""
 _WHILE_DRAINING: Final = _OPEN_PATHS | {"/status", protocol.METRICS}
 _FAST_PATHS: Final = frozenset(protocol.POST_PATHS) - {protocol.RESPONSES}
 _CHALLENGE: Final = re.compile(r"[0-9a-f]{1,256}")
@@ -97,6 +98,7 @@ class Gateway:
         self.routes = {
             ("GET", protocol.HEALTH): self._health,
             ("GET", "/ready"): self._ready,
+            ("GET", protocol.HANDOVER): self._handover,
             ("GET", "/status"): self._status,
             ("GET", protocol.METRICS): self._metrics,
             ("GET", protocol.MODELS): self._models,
@@ -211,6 +213,13 @@ class Gateway:
     async def _ready(self, request: Request, request_id: str) -> Response:
         ready = [] if self.draining else sorted(self.table.ready())
         return json_response({"ready": ready}, status=200 if ready else 503)
+
+    async def _handover(self, request: Request, request_id: str) -> Response:
+        """What a successor takes over. It has the replica key, not the owner's token."""
+        if not equal_secrets(bearer_token(request.headers.text("authorization")) or "", self.key):
+            raise UnauthorizedError(f"{protocol.HANDOVER} is for routers of this run")
+        skip = protocol.skip_in(request.query)
+        return json_response(await self.link.call(GetHandover(skip)))
 
     async def _status(self, request: Request, request_id: str) -> Response:
         return json_response(await self.link.call(GetStatus()))

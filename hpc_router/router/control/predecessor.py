@@ -1,0 +1,105 @@
+"""Takes over what an older router of the run knows, while both run: its session turns and its counts of continuity.
+
+An older router still serves when this one becomes the leader, and clients move over one by one. So its turns are
+fetched before this router is ready, again every second, and when a session is not known here. The older router proves
+its identity first; the calls carry its replica key, which is of no use elsewhere.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Final
+
+from hpc_router.net.auth import challenge_answer, equal_secrets, new_token, replica_key
+from hpc_router.net.http_client import Unreachable, call, session
+from hpc_router.net.protocol import HANDOVER, HEALTH
+from hpc_router.router.control.continuity import Continuity
+from hpc_router.router.replicas.sessions import Sessions, Turn
+from hpc_router.routing.policy import RouteReason
+from hpc_router.state.registry import Record, RecordKind, split_replica
+
+logger = logging.getLogger(__name__)
+
+POLL_S: Final = 1.0
+PAGE: Final = 2000
+"""Turns per response, which is then well below `http_client.MAX_RESPONSE_BYTES`."""
+
+
+def handover_page(sessions: Sessions, continuity: Continuity, *, skip: int) -> dict[str, Any]:
+    """The response to a successor: a page of turns, the newest first, and the counts."""
+    now = time.monotonic()
+    turns = [
+        [name, {**asdict(turn), "at": now - turn.at}]
+        for name, turn in list(reversed(list(sessions)))[skip : skip + PAGE]
+    ]
+    return {"turns": turns, "continuity": continuity.dump()}
+
+
+@dataclass(slots=True)
+class Predecessor:
+    """`replica`: this router. `secret`: of the run."""
+
+    replica: str
+    secret: str
+    sessions: Sessions
+    continuity: Continuity
+    _record: Record | None = None
+    _verified: tuple[str, str | None] | None = None
+    _inherited: bool = False
+    _fetching: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    def found(self, records: Mapping[str, Record]) -> None:
+        """The registry was read."""
+        generation = split_replica(self.replica)[2]
+        older = [r for r in records.values() if r.kind is RecordKind.ROUTER and r.generation < generation]
+        self._record = max(older, key=lambda r: r.generation, default=None)
+
+    async def follow_forever(self) -> None:
+        while True:
+            await self.fetch()
+            await asyncio.sleep(POLL_S)
+
+    async def fetch(self) -> None:
+        """Fetch the turns that are new since the last call. An older router that does not answer is only logged."""
+        record = self._record
+        if record is None:
+            return
+        async with self._fetching, session() as client:
+            key = replica_key(self.secret, record.nonce or "")
+            try:
+                if self._verified != (record.url, record.nonce):
+                    challenge = new_token()
+                    health = await call(client, "GET", f"{record.url}{HEALTH}?challenge={challenge}")
+                    answer = health.body.get("answer") if isinstance(health.body, dict) else None
+                    if not equal_secrets(str(answer), challenge_answer(key, challenge)):
+                        logger.warning("%s: another process answers at %s", record.replica, record.url)
+                        return
+                    self._verified = record.url, record.nonce
+                skip, more = 0, True
+                while more:
+                    response = await call(client, "GET", f"{record.url}{HANDOVER}?skip={skip}", token=key)
+                    if response.status != 200 or not isinstance(response.body, dict):
+                        logger.warning("%s hands nothing over: %s", record.replica, response.message)
+                        return
+                    more = self._learn(response.body)
+                    skip += PAGE
+            except Unreachable as error:
+                logger.info("%s does not answer: %s", record.replica, error)
+
+    def _learn(self, page: Mapping[str, Any]) -> bool:
+        """Store a page; returns whether the next one may have turns that are new here."""
+        if not self._inherited:
+            self._inherited = True
+            self.continuity.absorb(page.get("continuity") or {})
+        now, new = time.monotonic(), 0
+        turns = page.get("turns") or []
+        for name, values in reversed(turns):
+            reason = RouteReason(values["reason"])
+            turn = Turn(**{**values, "reason": reason, "at": now - values["at"]})
+            known = self.sessions.find(name)
+            if known is None or known.at < turn.at - POLL_S or known != turn:
+                new += 1
+            self.sessions.learn(name, turn)
+        return bool(new) and len(turns) == PAGE
