@@ -32,9 +32,9 @@ NOT_UPSTREAM: Final = HOP_BY_HOP | {
     b"host",
     b"x-api-key",
 }
-MAX_RETRY_AFTER_S: Final = 60
-"""Limit for forwarded values: official clients sleep this long without a log line, even beyond their own timeout (see
-docs/clients.md)."""
+MAX_RETRY_AFTER_S: Final = 59
+"""Limit for forwarded values: official clients sleep this long without a log line, even beyond their own timeout, and
+the AI SDK ignores 60 and more (see docs/clients.md)."""
 REQUEST_ID: Final = REQUEST_ID_HEADER.encode()
 NOT_DOWNSTREAM: Final = HOP_BY_HOP | {b"content-length", b"date", b"server", b"set-cookie"}
 
