@@ -1,10 +1,10 @@
 # `make demo` and `make test` are all that a fresh machine needs: each makes the environments it uses.
 PYTHON ?= python3
 BIN := .venv/bin
-SCRIPTS = $(wildcard sbatch/* findings/*.sh) .ci/run .ci/engine-env $(shell find hpc_router -name '*.sh')
+SCRIPTS = $(wildcard sbatch/* findings/*.sh) .ci/run .ci/engine-env .ci/client-env $(shell find hpc_router -name '*.sh')
 .DEFAULT_GOAL := help
 .PHONY: help venv engines demo check shellcheck format test test-long clean bench bench-peers .venv-transformers .venv-vllm \
-  .venv-train .venv-bench-peers
+  .venv-train .venv-bench-peers clients
 
 help: ## this text
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -20,6 +20,9 @@ venv: .venv/.stamp
 	PYTHON=$(PYTHON) .ci/engine-env $(@:.venv-%=%)
 
 engines: .venv-transformers .venv-vllm .venv-train ## the environments of the real engines (about 4 GB)
+
+clients: ## the clients that `make test-long` runs (2.5 GB)
+	PYTHON=$(PYTHON) .ci/client-env
 
 bench-peers: .venv-bench-peers ## the routers from PyPI that `make bench` measures beside ours (100 MB)
 
@@ -55,7 +58,7 @@ test: .venv/.stamp engines ## all that this machine can run
 	$(BIN)/pytest --numprocesses 2
 	$(BIN)/pytest --numprocesses 2 --dist loadfile -m '(e2e or slurm) and not long'
 
-test-long: test ## and what takes minutes
+test-long: test clients ## and what takes minutes
 	$(BIN)/pytest -m long
 
 format: .venv/.stamp
@@ -63,4 +66,5 @@ format: .venv/.stamp
 	$(BIN)/ruff check --fix .
 
 clean: ## remove the environments; run directories stay
-	rm -rf .venv .venv-transformers .venv-vllm .venv-train .venv-bench-peers build dist
+	rm -rf .venv .venv-transformers .venv-vllm .venv-train .venv-bench-peers .venv-clients .venv-instructor \
+	  tests/clients/npm/node_modules build dist

@@ -39,9 +39,9 @@ NOT_UPSTREAM: Final = (
     }
     | {b"access-control-request-headers", b"access-control-request-method"}
 )
-MAX_RETRY_AFTER_S: Final = 60
-"""Limit for forwarded values: official clients sleep this long without a log line, even beyond their own timeout (see
-docs/clients.md)."""
+MAX_RETRY_AFTER_S: Final = 59
+"""Limit for forwarded values: official clients sleep this long without a log line, even beyond their own timeout, and
+the AI SDK ignores 60 and more (see docs/clients.md)."""
 REQUEST_ID: Final = REQUEST_ID_HEADER.encode()
 _CORS_RESPONSE: Final = frozenset(
     b"access-control-" + name

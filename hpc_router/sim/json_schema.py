@@ -6,7 +6,7 @@ requests or tokens.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 _STRING: Final = "simulated"
@@ -71,7 +71,7 @@ class _Examples:
         if "const" in schema:
             return schema["const"]
         if "enum" in schema:
-            return self._distinct(schema, index=0)
+            return _values(schema)[0]
         if "allOf" in schema:
             return self.value(self._merged(schema))
         if isinstance(reference := schema.get("$ref"), str):
@@ -83,7 +83,7 @@ class _Examples:
 
     def _referenced(self, reference: str) -> object:
         if reference in self._open:
-            raise _EndlessError(f"the JSON schema '{reference}' refers to itself without an end")
+            raise _endless(reference)
         self._open.append(reference)
         try:
             return self.value(self._target(reference))
@@ -101,15 +101,23 @@ class _Examples:
             raise SchemaError(f"the JSON schema has no '{reference}'")
         return found
 
+    def _resolved(self, schema: object) -> dict[str, object]:
+        """The schema with its reference replaced by what that stands for; other keywords beside it stay."""
+        resolved, followed = _mapping(schema), set[str]()
+        while isinstance(reference := resolved.get("$ref"), str):
+            if reference in followed:
+                raise _endless(reference)
+            followed.add(reference)
+            resolved = _mapping(self._target(reference)) | {k: v for k, v in resolved.items() if k != "$ref"}
+        return resolved
+
     def _merged(self, schema: Mapping[str, object]) -> dict[str, object]:
         """Merges `schema` with the schemas of its `allOf`. Properties and required names are united."""
         merged: dict[str, object] = {}
         alternatives = schema["allOf"]
         rest = {key: value for key, value in schema.items() if key != "allOf"}
         for part in (*(alternatives if isinstance(alternatives, list) else ()), rest):
-            while isinstance(part, dict) and isinstance(part.get("$ref"), str):
-                part = {**_mapping(self._target(part["$ref"])), **{k: v for k, v in part.items() if k != "$ref"}}
-            for key, value in _mapping(part).items():
+            for key, value in self._resolved(part).items():
                 before = merged.get(key)
                 if isinstance(before, dict) and isinstance(value, dict):
                     merged[key] = before | value
@@ -169,25 +177,38 @@ class _Examples:
         made = [self.value(item) for item in first] if isinstance(first, list) else []
         least = schema.get("minItems")
         while isinstance(least, int) and len(made) < least:
-            unique = schema.get("uniqueItems") is True
-            made.append(self._distinct(_mapping(items), index=len(made)) if unique else self.value(items))
+            made.append(self._another(items, made) if schema.get("uniqueItems") is True else self.value(items))
         return made
 
-    def _distinct(self, schema: Mapping[str, object], *, index: int) -> object:
-        """Returns a value that differs for each `index`."""
-        values = schema.get("enum")
-        if isinstance(values, list) and index < len(values):
-            return values[index]
-        if values is not None:
-            raise SchemaError("'enum' of a JSON schema must be a list with a value for each place")
-        value = self.value(schema)
-        if index and isinstance(value, str):
-            return f"{value}{index}"
-        if index and isinstance(value, int) and not isinstance(value, bool):
-            return value + index
-        if index:
-            raise SchemaError("the simulated engine cannot follow the keyword 'uniqueItems' of this JSON schema")
-        return value
+    def _another(self, items: object, made: Sequence[object]) -> object:
+        """A value that is not in `made`: the next of an enum, a larger number, or a longer string."""
+        schema, last = self._resolved(items), made[-1] if made else None
+        candidates: list[object]
+        if "enum" in schema:
+            candidates = _values(schema)
+        elif schema.get("type") == "boolean":
+            candidates = [True, False]
+        elif isinstance(last, str):
+            candidates = [self.value(schema | {"minLength": len(last) + 1})]
+        elif isinstance(last, int | float):
+            candidates = [self.value(schema | {"minimum": last + 1})]
+        else:
+            candidates = [self.value(schema)]
+        for value in candidates:
+            if value not in made:
+                return value
+        raise SchemaError("the simulated engine cannot follow the keyword 'uniqueItems' of this JSON schema")
+
+
+def _endless(reference: str) -> _EndlessError:
+    return _EndlessError(f"the JSON schema '{reference}' refers to itself without an end")
+
+
+def _values(schema: Mapping[str, object]) -> list[object]:
+    values = schema["enum"]
+    if not isinstance(values, list) or not values:
+        raise SchemaError("'enum' of a JSON schema must be a list that is not empty")
+    return values
 
 
 def _mapping(value: object) -> dict[str, object]:

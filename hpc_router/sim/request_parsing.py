@@ -87,6 +87,9 @@ def parse_response(raw: bytes) -> Generation:
     form = text.get("format") if isinstance(text, dict) else None
     if form is not None and fields.value("structured_outputs") is not None:
         raise ApiError("Cannot specify both structured_outputs and text.format", param="structured_outputs")
+    for key in ("background", "prompt"):
+        if fields.value(key):
+            raise ApiError(f"The simulated engine cannot follow '{key}'.", param=key)
     logprobs = isinstance(include, list) and _INCLUDE_LOGPROBS in include
     return Generation(
         api=Api.RESPONSE,

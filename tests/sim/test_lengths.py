@@ -130,6 +130,16 @@ async def test_items_that_vllm_does_not_know_are_refused(start: Start, item: Jso
     assert (status, at(refusal, "error", "message")) == (400, f"Unsupported input item type: {kind}")
 
 
+@pytest.mark.parametrize("field", [{"background": True}, {"prompt": {"id": "pmpt_1"}}])
+async def test_what_runs_later_or_elsewhere_is_refused(start: Start, field: JsonObject) -> None:
+    """vLLM runs a background response beside the request, and refuses prompt templates."""
+    _, session = await start(INSTANT)
+    status, refusal = await post(session, RESPONSES, {"input": "x"} | field)
+    assert (status, at(refusal, "error", "param")) == (400, *field)
+    status, _ = await post(session, RESPONSES, {"input": "x", "background": False, "prompt": None})
+    assert status == 200
+
+
 async def test_items_that_vllm_knows_are_served(start: Start) -> None:
     _, session = await start(INSTANT)
     items = [

@@ -41,6 +41,13 @@ class Everything(BaseModel):
     flag: bool
 
 
+CIRCLE: JsonObject = {"$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}}
+
+
+def unique(items: object, count: int) -> JsonObject:
+    return {"type": "array", "items": items, "minItems": count, "uniqueItems": True}
+
+
 SCHEMA = Everything.model_json_schema()
 FORMAT = {"type": "json_schema", "json_schema": {"name": "everything", "schema": SCHEMA, "strict": True}}
 
@@ -115,6 +122,10 @@ async def test_a_structured_stream_says_what_the_body_says(start: Start, path: s
         ({"type": "string", "format": "ipv4"}, "192.0.2.1"),
         ({"type": "array", "prefixItems": [{"const": 1}], "items": {"const": 2}, "minItems": 3}, [1, 2, 2]),
         ({"type": "array", "items": {"enum": [1, 2, 3]}, "minItems": 2, "uniqueItems": True}, [1, 2]),
+        (unique({"$ref": "#/$defs/few"}, 2) | {"$defs": {"few": {"enum": ["red", "blue"]}}}, ["red", "blue"]),
+        (unique({"type": "integer", "multipleOf": 7, "minimum": 1}, 3), [7, 14, 21]),
+        (unique({"type": "string"}, 2), ["simulated", "simulated-"]),
+        (unique({"type": "boolean"}, 2), [True, False]),
         ({"type": "object", "required": ["a"]}, {"a": "simulated"}),
         ({"allOf": [{"properties": {"a": {"const": 1}}}, {"properties": {"b": {"const": 2}}}]}, {"a": 1, "b": 2}),
         ({"anyOf": [{"type": "null"}, {"const": 7}]}, 7),
@@ -187,6 +198,16 @@ async def test_json_that_max_tokens_cuts_ends_in_length(start: Start) -> None:
         (COMPLETIONS, {"structured_outputs": {"json": {"type": "word"}}}, "'word'"),
         (COMPLETIONS, {"structured_outputs": {"json": {"$ref": "#/$defs/x"}}}, "#/$defs/x"),
         (COMPLETIONS, {"structured_outputs": {"json": {"$ref": "#"}}}, "without an end"),
+        (COMPLETIONS, {"structured_outputs": {"json": CIRCLE | {"allOf": [{"$ref": "#/$defs/a"}]}}}, "without an end"),
+        (COMPLETIONS, {"structured_outputs": {"json": CIRCLE | unique({"$ref": "#/$defs/a"}, 2)}}, "without an end"),
+        (COMPLETIONS, {"structured_outputs": {"json": unique({"type": "string", "maxLength": 9}, 2)}}, "'uniqueItems'"),
+        (COMPLETIONS, {"structured_outputs": {"json": unique({"enum": ["a"]}, 2)}}, "'uniqueItems'"),
+        (COMPLETIONS, {"structured_outputs": {"json": unique({"type": "integer", "maximum": 0}, 2)}}, "'maximum'"),
+        (
+            COMPLETIONS,
+            {"structured_outputs": {"json": unique({"type": "string", "format": "uuid"}, 2)}},
+            "'uniqueItems'",
+        ),
         (COMPLETIONS, {"structured_outputs": {"json": {"enum": []}}}, "'enum'"),
         (COMPLETIONS, {"structured_outputs": {"json": {"type": "integer", "minimum": 2, "maximum": 1}}}, "'maximum'"),
         (COMPLETIONS, {"structured_outputs": {"json": {"type": "string", "format": "iban"}}}, "'iban'"),

@@ -30,10 +30,8 @@ PAGE: Final = 2000
 def handover_page(sessions: Sessions, continuity: Continuity, *, skip: int) -> dict[str, Any]:
     """The response to a successor: a page of turns, the newest first, and the counts."""
     now = time.monotonic()
-    turns = [
-        [name, {**asdict(turn), "at": now - turn.at}]
-        for name, turn in list(reversed(list(sessions)))[skip : skip + PAGE]
-    ]
+    newest_first = list(sessions)[::-1]
+    turns = [[name, {**asdict(turn), "at": now - turn.at}] for name, turn in newest_first[skip : skip + PAGE]]
     return {"turns": turns, "continuity": continuity.dump()}
 
 

@@ -186,7 +186,7 @@ async def metrics(router: RunningRouter) -> list[str]:
     return str(await get(router, "/metrics")).splitlines()
 
 
-async def test_the_time_to_come_again_is_at_most_a_minute(tmp_path: Path) -> None:
+async def test_the_time_to_come_again_is_less_than_a_minute(tmp_path: Path) -> None:
     """However long the queue is expected to take, and whatever an engine says itself."""
     run = a_run(tmp_path)
     far = {"retry-after": "3600"}
@@ -200,8 +200,8 @@ async def test_the_time_to_come_again_is_at_most_a_minute(tmp_path: Path) -> Non
         await eventually(lambda: router.gateway.table.waiting("math") == 1)
         since = router.gateway.table.clock()
         router.gateway.table.clock = lambda: since + 3600
-        assert (await post(router, chat()))[2]["retry-after"] == "60"
-        assert (await post(router, chat("law")))[2]["retry-after"] == "60"
+        assert (await post(router, chat()))[2]["retry-after"] == "59"
+        assert (await post(router, chat("law")))[2]["retry-after"] == "59"
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
