@@ -1,7 +1,7 @@
 """Which web pages may read responses: cross-origin resource sharing (CORS), as in the Fetch standard.
 
-A browser names the origin of the page in each request of its scripts. It lets them read a response
-that allows this origin, and asks with a preflight before it sends a token. Cookies are never allowed; the router has none.
+A browser names the origin of the page in each request of its scripts. It lets them read a response that allows this
+origin, and asks with a preflight before it sends a token. Cookies are never allowed; the router has none.
 """
 
 from dataclasses import dataclass
