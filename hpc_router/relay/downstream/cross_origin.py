@@ -1,8 +1,7 @@
 """Which web pages may read responses: cross-origin resource sharing (CORS), as in the Fetch standard.
 
-A browser names the origin of the page in each request of its scripts. It passes the response on if that allows the
-origin, and asks with a preflight before a request that has a token. Cookies are never allowed, because the router has
-none.
+A browser names the origin of the page in each request of its scripts. It lets them read a response that allows this
+origin, and asks with a preflight before it sends a token. Cookies are never allowed; the router has none.
 """
 
 from dataclasses import dataclass
@@ -13,7 +12,9 @@ from hpc_router.relay.headers import Headers
 ANY: Final = b"*"
 PREFLIGHT_MAX_AGE_S: Final = 600
 """How long a browser may keep the answer to a preflight."""
-_METHODS: Final = b"GET, HEAD, POST, DELETE"
+_PREFLIGHT: Final = (
+    b"access-control-allow-methods: GET, HEAD, POST, DELETE\r\naccess-control-max-age: %d\r\n" % PREFLIGHT_MAX_AGE_S
+)
 _EXPOSED: Final = b"x-request-id, x-expert, x-replica, x-route-reason, retry-after, x-should-retry"
 """Response headers that scripts may read, beside those that the standard allows always."""
 _VARY: Final = b"vary: origin\r\n"
@@ -36,21 +37,15 @@ class CrossOrigin:
         origin = headers.get(b"origin", b"")
         return _VARY + _allowing(origin) if origin in self.origins else _VARY
 
-    def is_preflight(self, request_method: str, headers: Headers) -> bool:
-        return bool(self.origins) and request_method == "OPTIONS" and _REQUEST_METHOD in headers
+    def is_preflight(self, method: str, headers: Headers) -> bool:
+        return bool(self.origins) and method == "OPTIONS" and _REQUEST_METHOD in headers
 
     def preflight_lines(self, headers: Headers) -> bytes | None:
         """Header lines for the response to a preflight, beside `lines`; None: the origin is not allowed."""
         if ANY not in self.origins and headers.get(b"origin") not in self.origins:
             return None
-        return (
-            b"access-control-allow-methods: %b\r\naccess-control-allow-headers: %b\r\naccess-control-max-age: %d\r\n"
-            % (
-                _METHODS,
-                headers.get(b"access-control-request-headers", b"authorization, content-type"),
-                PREFLIGHT_MAX_AGE_S,
-            )
-        )
+        asked = headers.get(b"access-control-request-headers", b"authorization, content-type")
+        return _PREFLIGHT + b"access-control-allow-headers: %b\r\n" % asked
 
 
 OFF: Final = CrossOrigin()

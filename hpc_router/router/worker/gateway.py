@@ -196,7 +196,7 @@ class Gateway:
         return True
 
     async def _preflight(self, request: Request, request_id: str) -> Response:
-        """A browser asks before a request whether the page may send it. It sends no token with that."""
+        """Say whether the page may send a request. The browser asks without a token."""
         lines = self.cross_origin.preflight_lines(request.headers)
         if lines is None:
             origin = request.headers.text("origin")[:200]
