@@ -320,7 +320,7 @@ async def fallbacks(one: Serving) -> set[str | None]:
         ("router.max_in_flight=0", "router.max_in_flight"),
         ("router.max_in_fligth=5", "did you mean 'router.max_in_flight'"),
         ("policy.kind=nope", "valid: classifier"),
-        ("experts.math.replicas=2", "cannot be set"),
+        ("experts.math.replicas=2", "`hpc-router scale math=N` changes the number of replicas"),
         ("nonsense", "KEY=VALUE"),
     ],
 )
