@@ -8,7 +8,7 @@ job; `stop.json` the process that asks the job to stop.
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -217,11 +217,10 @@ class JobDir:
         return self.path.stat().st_mtime
 
     def write(self, value: JobInfo | Submitter | Process | JobProgress | Exit | Ended | Stop) -> None:
-        replace_json(self.path / _FILES[type(value)], asdict(value))
+        replace_json(self.path / FILES[type(value)], asdict(value))
 
     def info(self) -> JobInfo | None:
-        value = self._read(JobInfo)
-        return value and JobInfo(**{**asdict(value), "gpus": tuple(value.gpus), "argv": tuple(value.argv)})
+        return self._read(JobInfo)
 
     def submitter(self) -> Submitter | None:
         return self._read(Submitter)
@@ -242,14 +241,11 @@ class JobDir:
         return self._read(Stop)
 
     def _read(self, kind: type[_T]) -> _T | None:
-        value = read_json(self.path / _FILES[kind])
-        try:
-            return None if value is None else kind(**_enums(value))
-        except (TypeError, ValueError):
-            return None
+        value = read_json(self.path / FILES[kind])
+        return None if value is None else parse_record(kind, value)
 
 
-_FILES: Final[Mapping[type, str]] = {
+FILES: Final[Mapping[type, str]] = {
     JobInfo: "job.json",
     Submitter: "submitter.json",
     Process: "process.json",
@@ -260,14 +256,22 @@ _FILES: Final[Mapping[type, str]] = {
 }
 
 
-def _enums(value: dict[str, Any]) -> dict[str, Any]:
-    if value.get("phase") is not None:
-        value["phase"] = JobPhase(value["phase"])
-    if value.get("reason") is not None:
-        value["reason"] = FailureReason(value["reason"])
-    if value.get("runner") is not None:
-        value["runner"] = Runner(value["runner"])
-    return value
+_TYPES: Final[Mapping[str, Callable[[Any], object]]] = {
+    "phase": JobPhase,
+    "reason": FailureReason,
+    "runner": Runner,
+    "gpus": tuple,
+    "argv": tuple,
+}
+
+
+def parse_record(kind: type[_T], value: Mapping[str, Any]) -> _T | None:
+    """The record in a JSON object; None if that is not valid."""
+    try:
+        typed: dict[str, Any] = {k: _TYPES[k](v) if k in _TYPES and v is not None else v for k, v in value.items()}
+        return kind(**typed)
+    except (TypeError, ValueError):
+        return None
 
 
 def start_ticks(pid: int) -> int | None:

@@ -42,6 +42,7 @@ from hpc_router.config.schema import Deployment
 from hpc_router.errors import LaunchError
 from hpc_router.state import registry
 from hpc_router.state.atomic_files import exists_now
+from hpc_router.state.job_reader import JobReader
 from hpc_router.state.job_records import JobDir, Stop
 from hpc_router.state.registry import RecordKind, leading_router, split_replica
 from hpc_router.state.run_directory import RunDir
@@ -82,8 +83,9 @@ class ControlLoop:
     ) -> None:
         self.run = run
         self.deployment = deployment or deployment_of(run)
-        self.launcher = launcher or launcher_for(run, self.deployment)
-        self.observer = RunObserver(run, self.launcher, read_only=read_only)
+        reader = JobReader(run)
+        self.launcher = launcher or launcher_for(run, self.deployment, reader)
+        self.observer = RunObserver(run, self.launcher, reader=reader, read_only=read_only)
         self._reported: set[str] = set()
         self._forecast = ForecastFiles(run)
         self._released: set[str] = set()

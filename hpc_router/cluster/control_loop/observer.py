@@ -20,6 +20,7 @@ from hpc_router.cluster.control_loop.slots import Attempt, Observed, Slot
 from hpc_router.cluster.launchers.interface import JobReport, JobState, Launcher
 from hpc_router.errors import RegistryError
 from hpc_router.state.atomic_files import create_text
+from hpc_router.state.job_reader import JobReader, JobRecords
 from hpc_router.state.job_records import Exit, FailureReason, JobDir, Runner, Stop, Submitter, start_ticks
 from hpc_router.state.registry import Record, RecordKind, RegistryReader, split_replica
 from hpc_router.state.run_directory import RunDir
@@ -37,9 +38,16 @@ class RunObserver:
     """Observes one run. With `read_only` it writes nothing, not even a missing exit record."""
 
     def __init__(
-        self, run: RunDir, launcher: Launcher, *, clock: Callable[[], float] = time.monotonic, read_only: bool = False
+        self,
+        run: RunDir,
+        launcher: Launcher,
+        *,
+        reader: JobReader | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        read_only: bool = False,
     ) -> None:
         self._run, self._read_only = run, read_only
+        self._jobs = reader or JobReader(run)
         self._clock = clock
         self._launcher = launcher
         self._reader = RegistryReader(run.registry)
@@ -93,32 +101,30 @@ class RunObserver:
             return [entry.name for entry in entries if _is_replica(entry.name) and entry.is_dir()]
 
     def _attempt(self, replica: str, report: JobReport) -> Attempt | None:
-        expert, slot, generation = split_replica(replica)
-        job = JobDir(self._run, replica)
-        try:
-            claimed_at = job.claimed_at()
-        except FileNotFoundError:
+        job = self._jobs.read(replica)
+        if job is None:
             return None
-        end, stop, state = job.exit(), job.stop() or Stop(), report.state
+        expert, slot, generation = split_replica(replica)
+        end, stop, state = job.exit, job.stop or Stop(), report.state
         if state is JobState.ENDED and end is None:
-            end = self._end(replica, report, stop)
-            end = end if self._read_only else record_exit(job, end)
-        record, info, process = self.records.get(replica), job.info(), job.process()
+            end = self._end(job, report, stop)
+            end = end if self._read_only else record_exit(JobDir(self._run, replica), end)
+        record, info, process = self.records.get(replica), job.info, job.process
         expires_at = report.ends_at if report.ends_at is not None or record is None else record.expires_at
         attempt = Attempt(
             slot=Slot(expert, slot),
             generation=generation,
             report=report,
-            claimed_at=claimed_at,
+            claimed_at=job.claimed_at,
             submitted=state is not JobState.PENDING or info is not None,
             exit=end,
-            progress=job.progress(),
+            progress=job.progress,
             stop=stop,
             registered=record.state if record is not None else None,
             job_id=info.job_id if info is not None else None,
             node=report.node,
             hung=state is JobState.RUNNING and replica in self._hung,
-            submitting=info is None and _is_alive(job.submitter()),
+            submitting=info is None and _is_alive(job.submitter),
             runner=info.runner if info is not None else None,
             submitted_at=info.submitted_at if info is not None else None,
             started_at=process.started_at if process is not None else None,
@@ -129,17 +135,16 @@ class RunObserver:
             self._ended[replica] = attempt
         return attempt
 
-    def _end(self, replica: str, report: JobReport, stop: Stop) -> Exit:
+    def _end(self, job: JobRecords, report: JobReport, stop: Stop) -> Exit:
         """The exit of a job that wrote none itself."""
-        if (stop.drain_at or stop.cancel_at) is not None and replica not in self._hung:
+        if (stop.drain_at or stop.cancel_at) is not None and job.replica not in self._hung:
             return Exit(ok=True, reason=FailureReason.DRAINED, message="it was asked to end, and left no exit record")
         if report.end is not None and report.end.reason is not FailureReason.KILLED:
             return report.end
-        if replica in self._hung:
+        if job.replica in self._hung:
             return Exit(ok=False, reason=FailureReason.TIMEOUT, message=HUNG_MESSAGE)
-        job = JobDir(self._run, replica)
-        info = job.info()
-        if info is not None and info.runner is Runner.SLURM and not any(job.path.glob("*_batch.log")):
+        folder = JobDir(self._run, job.replica).path
+        if job.info is not None and job.info.runner is Runner.SLURM and not any(folder.glob("*_batch.log")):
             return Exit(ok=False, reason=FailureReason.VANISHED, message=f"{NO_LOG_MESSAGE} {self._run.path}?")
         return report.end or Exit(ok=False, reason=FailureReason.VANISHED, message=VANISHED_MESSAGE)
 
