@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 from hpc_router.state.atomic_files import load_json
@@ -17,7 +18,6 @@ from hpc_router.state.job_records import (
     FILES,
     Ended,
     Exit,
-    JobDir,
     JobInfo,
     JobProgress,
     Process,
@@ -67,32 +67,33 @@ class JobReader:
     """Remembers the records of the jobs that it has read."""
 
     def __init__(self, run: RunDir, *, clock: Callable[[], float] = time.monotonic) -> None:
-        self._run = run
+        self._folder = str(run.jobs)
         self._clock = clock
         self._cached: dict[str, _Cached] = {}
 
     def read(self, replica: str) -> JobRecords | None:
         """None if there is no such folder. Raises OSError if a record exists but cannot be read: a job whose record
         cannot be read is not one that was never submitted."""
-        job = JobDir(self._run, replica)
+        path = f"{self._folder}/{replica}"
         try:
-            folder = os.open(job.path, os.O_RDONLY | os.O_DIRECTORY)
+            folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
         except FileNotFoundError:
             self._cached.pop(replica, None)
             return None
         try:
-            return self._current(folder, job)
+            return self._current(folder, path, replica)
         finally:
             os.close(folder)
 
-    def _current(self, folder: int, job: JobDir) -> JobRecords:
-        stamp, known = stamp_of(os.fstat(folder)), self._cached.get(job.replica)
+    def _current(self, folder: int, path: str, replica: str) -> JobRecords:
+        stamp, known = stamp_of(os.fstat(folder)), self._cached.get(replica)
         if known is not None and known.stamp == stamp and known.settled:
             return known.records
         now = self._clock()
         seen_at = known.seen_at if known is not None and known.stamp == stamp else now
-        records, whole = _read(folder, job, stamp)
-        self._cached[job.replica] = _Cached(records, stamp, seen_at, settled=whole and now - seen_at >= SETTLED_S)
+        found = _read(folder, Path(path))
+        records, whole = JobRecords(replica, stamp[0] / 1e9, **found), None not in found.values()
+        self._cached[replica] = _Cached(records, stamp, seen_at, settled=whole and now - seen_at >= SETTLED_S)
         return records
 
     def keep_only(self, replicas: Iterable[str]) -> None:
@@ -100,13 +101,13 @@ class JobReader:
         self._cached = {name: self._cached[name] for name in replicas if name in self._cached}
 
 
-def _read(folder: int, job: JobDir, stamp: Stamp) -> tuple[JobRecords, bool]:
-    """The records, and whether all files could be parsed. Lists the folder first: no missing record is looked up."""
+def _read(folder: int, path: Path) -> dict[str, Any]:
+    """None for a record that is not valid. Lists the folder first, so that no missing record is looked up."""
     found: dict[str, Any] = {}
     names = frozenset(os.listdir(folder))
     for field, kind in _FIELDS.items():
         if FILES[kind] in names:
             with suppress(FileNotFoundError, ValueError):  # removed meanwhile, or partly copied
                 found[field] = None
-                found[field] = parse_record(kind, load_json(job.path / FILES[kind]))
-    return JobRecords(job.replica, stamp[0] / 1e9, **found), None not in found.values()
+                found[field] = parse_record(kind, load_json(path / FILES[kind]))
+    return found

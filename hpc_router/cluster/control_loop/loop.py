@@ -116,11 +116,8 @@ class ControlLoop:
     def publish(self, seen: LoopPass) -> None:
         """Write what the pass found out about times, and the handovers that it saw end. Only the leading loop does."""
         partitions = {
-            slot.expert: effective_options(
-                self.deployment.cluster, resources_of(self.deployment, slot.expert)[1]
-            ).partition
-            or ""
-            for slot in seen.desired.slots()
+            expert: effective_options(self.deployment.cluster, resources_of(self.deployment, expert)[1]).partition or ""
+            for expert in {slot.expert for slot in seen.desired.slots()}
         }
         self._forecast.write(seen.desired, seen.observed, partitions, time.time())
         self._report_handovers(seen.observed)
@@ -210,7 +207,7 @@ class ControlLoop:
 
     def leads(self, replica: str) -> bool:
         """Whether no live router is newer than `replica`."""
-        records = registry.RegistryReader(self.run.registry).snapshot()
+        records = self.observer.read_records()
         reports = self.launcher.observe([name for name, r in records.items() if r.kind is RecordKind.ROUTER])
         living = {n: r for n, r in records.items() if n not in reports or reports[n].state is not JobState.ENDED}
         leader = leading_router(living)
@@ -220,8 +217,7 @@ class ControlLoop:
         """Remove the registry records of jobs that have ended."""
         for attempts in seen.observed.values():
             for attempt in attempts:
-                over = attempt.job in (JobState.ENDING, JobState.ENDED)
-                if over and attempt.replica in self.observer.records:
+                if attempt.replica in self.observer.records and attempt.job in (JobState.ENDING, JobState.ENDED):
                     registry.withdraw(self.run.registry, attempt.replica)
                     logger.info("removed the record of %s, which has ended", attempt.replica)
 

@@ -13,6 +13,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from operator import attrgetter
 from typing import Final
 
 from hpc_router.cluster.control_loop.liveness import HangDetector
@@ -66,7 +67,7 @@ class RunObserver:
         open_names = [name for name in names if name not in self._ended]
         reports = self._launcher.observe(open_names, fresh=fresh)
         read_at = self._clock()  # after the query, which may take 30 s, and before the records are read
-        self.records = self._reader.snapshot()
+        self.read_records()
         self.lost = self._lost(reports, read_at=read_at)
         if self.lost:
             reports = self._launcher.observe(open_names, fresh=True)
@@ -75,7 +76,12 @@ class RunObserver:
             attempt = self._ended.get(name) or self._attempt(name, reports[name])
             if attempt is not None:
                 slots[attempt.slot].append(attempt)
-        return {slot: tuple(sorted(found, key=lambda a: a.generation)) for slot, found in slots.items()}
+        return {slot: tuple(sorted(found, key=attrgetter("generation"))) for slot, found in slots.items()}
+
+    def read_records(self) -> Mapping[str, Record]:
+        """Raises OSError if the registry cannot be read."""
+        self.records = self._reader.snapshot()
+        return self.records
 
     def _lost(self, reports: Mapping[str, JobReport], *, read_at: float) -> list[str]:
         """The replicas about which to query the controller now: once for each newly lost one, since its job may have
@@ -98,7 +104,10 @@ class RunObserver:
 
     def _claimed(self) -> list[str]:
         with os.scandir(self._run.jobs) as entries:
-            return [entry.name for entry in entries if _is_replica(entry.name) and entry.is_dir()]
+            names = [e.name for e in entries if e.name in self._ended or (_is_replica(e.name) and e.is_dir())]
+        self._jobs.keep_only(name for name in names if name not in self._ended)
+        self._ended = {name: self._ended[name] for name in names if name in self._ended}
+        return names
 
     def _attempt(self, replica: str, report: JobReport) -> Attempt | None:
         job = self._jobs.read(replica)

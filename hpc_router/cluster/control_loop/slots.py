@@ -6,7 +6,7 @@ started by hand (`math-h0`) or is an external endpoint (`math-x0`).
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
 from hpc_router.cluster.launchers.interface import ROUTER, JobReport, JobState
@@ -41,7 +41,11 @@ _NOT_LIVE: Final = (JobState.ENDING, JobState.ENDED)
 class Attempt:
     """One generation of a slot. `submitted`: there is a job, not only a claim. `submitting`: the process that submits
     it is alive. `hung`: its job runs, but it renews no lease and answers no call. `after`: id of the job whose end it
-    waited for when it was submitted. `expires_at`: when its walltime ends. Times are Unix seconds."""
+    waited for when it was submitted. `expires_at`: when its walltime ends. Times are Unix seconds.
+
+    `live`: whether it serves, or may serve later. It and `replica` are computed once, because a run has thousands of
+    attempts and each pass looks at all of them.
+    """
 
     slot: Slot
     generation: int
@@ -61,19 +65,16 @@ class Attempt:
     started_at: float | None = None
     after: str | None = None
     expires_at: float | None = None
+    replica: str = field(init=False)
+    live: bool = field(init=False)
 
-    @property
-    def replica(self) -> str:
-        return self.slot.replica(self.generation)
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "replica", self.slot.replica(self.generation))
+        object.__setattr__(self, "live", self.submitted and self.report.state not in _NOT_LIVE)
 
     @property
     def job(self) -> JobState:
         return self.report.state
-
-    @property
-    def live(self) -> bool:
-        """Whether it serves, or may serve later."""
-        return self.submitted and self.job not in _NOT_LIVE
 
     @property
     def holds_resources(self) -> bool:
