@@ -74,6 +74,11 @@ BLAMELESS: Final = frozenset(
 """Ends whose cause is not the replica: it is submitted again, without limit."""
 
 
+def _now() -> float:
+    """Looked up at each call, so that a test may set the clock."""
+    return time.time()
+
+
 class Runner(StrEnum):
     """What runs a job, and so can report its state."""
 
@@ -93,7 +98,7 @@ class JobInfo:
     job_id: str
     host: str
     start_ticks: int | None = None
-    submitted_at: float = field(default_factory=time.time)
+    submitted_at: float = field(default_factory=_now)
     gpus: tuple[int, ...] = ()
     argv: tuple[str, ...] = ()
     runner: Runner = Runner.PROCESS
@@ -141,7 +146,7 @@ class JobProgress:
     restarts: int = 0
     pid: int = field(default_factory=os.getpid)
     engine_pid: int | None = None
-    at: float = field(default_factory=time.time)
+    at: float = field(default_factory=_now)
     ready_at: float | None = None  # when the engine was first ready
     url: str | None = None
     node: str | None = None
@@ -154,7 +159,7 @@ class Exit:
     ok: bool
     reason: FailureReason
     message: str
-    at: float = field(default_factory=time.time)
+    at: float = field(default_factory=_now)
     cut: int = 0
 
     @classmethod

@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -80,12 +80,13 @@ class ControlLoop:
         deployment: Deployment | None = None,
         launcher: Launcher | None = None,
         read_only: bool = False,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.run = run
         self.deployment = deployment or deployment_of(run)
-        reader = JobReader(run)
+        reader = JobReader(run, clock=clock)
         self.launcher = launcher or launcher_for(run, self.deployment, reader)
-        self.observer = RunObserver(run, self.launcher, reader=reader, read_only=read_only)
+        self.observer = RunObserver(run, self.launcher, reader=reader, clock=clock, read_only=read_only)
         self._reported: set[str] = set()
         self._forecast = ForecastFiles(run)
         self._released: set[str] = set()

@@ -1,7 +1,8 @@
 """Reads the observed state of a run from `jobs/`, the registry and the launcher, for the control loop and the verbs.
 
 A job that ended without an exit record gets one here, so that each failure has a time and all readers see the same
-reason. Jobs that have ended are not read again, because an old run has many.
+reason. So does a claim whose submitter is gone: its job, if there is one, then ends as soon as it starts. Jobs that
+have ended are not read again, because an old run has many.
 """
 
 import json
@@ -17,7 +18,7 @@ from operator import attrgetter
 from typing import Final
 
 from hpc_router.cluster.control_loop.liveness import HangDetector
-from hpc_router.cluster.control_loop.slots import Attempt, Observed, Slot
+from hpc_router.cluster.control_loop.slots import CLAIM_S, Attempt, Observed, Slot
 from hpc_router.cluster.launchers.interface import JobReport, JobState, Launcher
 from hpc_router.errors import RegistryError
 from hpc_router.state.atomic_files import create_text
@@ -32,6 +33,7 @@ MIN_QUERY_INTERVAL_S: Final = 5.0
 """The Slurm controller is queried about lost replicas no more often than this."""
 HUNG_MESSAGE: Final = "its agent hung: it renewed no lease and answered no call while its process ran; it was killed"
 NO_LOG_MESSAGE: Final = "its batch script wrote no log: do all nodes see the run directory"
+ABANDONED_MESSAGE: Final = "it was claimed, but not submitted: the process that submits it is gone"
 VANISHED_MESSAGE: Final = "the job ended without an exit record: it was killed, or failed before it started"
 
 
@@ -119,6 +121,10 @@ class RunObserver:
             end = self._end(job, report, stop)
             end = end if self._read_only else record_exit(JobDir(self._run, replica), end)
         record, info, process = self.records.get(replica), job.info, job.process
+        submitting = info is None and _is_alive(job.submitter)
+        if info is None and end is None and not submitting and time.time() >= job.claimed_at + CLAIM_S:
+            end = Exit(ok=False, reason=FailureReason.UNANSWERED, message=ABANDONED_MESSAGE)
+            end = end if self._read_only else record_exit(JobDir(self._run, replica), end)
         expires_at = report.ends_at if report.ends_at is not None or record is None else record.expires_at
         attempt = Attempt(
             slot=Slot(expert, slot),
@@ -133,7 +139,7 @@ class RunObserver:
             job_id=info.job_id if info is not None else None,
             node=report.node,
             hung=state is JobState.RUNNING and replica in self._hung,
-            submitting=info is None and _is_alive(job.submitter),
+            submitting=submitting,
             runner=info.runner if info is not None else None,
             submitted_at=info.submitted_at if info is not None else None,
             started_at=process.started_at if process is not None else None,

@@ -33,6 +33,8 @@ class Slot(NamedTuple):
 ROUTER_SLOT: Final = Slot(ROUTER, "0")
 
 
+CLAIM_S: Final = 60.0
+"""A claim that has no job after this time is abandoned."""
 NO_STOP: Final = Stop()
 _NOT_LIVE: Final = (JobState.ENDING, JobState.ENDED)
 

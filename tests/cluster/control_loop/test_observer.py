@@ -1,12 +1,16 @@
 """One look at a run: what it makes of records and reports that were not read at the same moment."""
 
+import os
+import socket
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from hpc_router.cluster.control_loop.liveness import HUNG_BEATS, LOST_BEATS
 from hpc_router.cluster.control_loop.observer import MIN_QUERY_INTERVAL_S, RunObserver
+from hpc_router.cluster.control_loop.slots import CLAIM_S
 from hpc_router.cluster.launchers.interface import JobReport, JobState
-from hpc_router.state.job_records import JobDir, JobInfo, Runner
+from hpc_router.state.job_records import FailureReason, JobDir, JobInfo, Runner, Submitter, start_ticks
 from hpc_router.state.registry import Record, RecordKind, State, publish
 from hpc_router.state.run_directory import RunDir
 
@@ -37,6 +41,13 @@ class Slurm:
 
     def remaining(self, replicas: Iterable[str]) -> list[str]:
         return []
+
+
+class Waiting(Slurm):
+    """No job has started."""
+
+    def observe(self, replicas: Iterable[str], *, fresh: bool = False) -> Mapping[str, JobReport]:
+        return {replica: JobReport(JobState.PENDING) for replica in replicas}
 
 
 class SlowController(Slurm):
@@ -144,3 +155,31 @@ def test_one_that_comes_back_and_falls_silent_again_is_another_loss(run: RunDir)
         observer.observe()
         slurm.now += MIN_QUERY_INTERVAL_S
     assert slurm.asked == 2
+
+
+def claimed(run: RunDir, *, age_s: float) -> JobDir:
+    job = JobDir(run, "math-0.g1")
+    job.claim()
+    at = time.time() - age_s
+    os.utime(job.path, (at, at))
+    return job
+
+
+def test_a_claim_whose_submitter_is_gone_gets_an_exit_record(run: RunDir) -> None:
+    """Its host may have died after sbatch: the job must find that it is not wanted."""
+    job = claimed(run, age_s=CLAIM_S)
+    (attempt,) = next(iter(RunObserver(run, Waiting()).observe().values()))
+    end = job.exit()
+    assert end is not None
+    assert (end.reason, attempt.exit, attempt.live) == (FailureReason.UNANSWERED, end, False)
+
+
+def test_a_claim_that_is_being_submitted_gets_none(run: RunDir) -> None:
+    job = claimed(run, age_s=CLAIM_S - 30)
+    RunObserver(run, Waiting()).observe()
+    assert job.exit() is None
+    job.write(Submitter(os.getpid(), start_ticks(os.getpid()) or 0, socket.gethostname()))
+    old = time.time() - 2 * CLAIM_S
+    os.utime(job.path, (old, old))
+    RunObserver(run, Waiting()).observe()
+    assert job.exit() is None

@@ -173,11 +173,14 @@ class SlurmLauncher:
         return unknown
 
     def _given_up(self, job_id: str, queued: QueuedJob) -> bool:
+        """Whether its replica has ended, or was asked to, and is not known to run in this job."""
         if queued.folder != str(self.run.path) or not queued.name:
             return False
         job = JobDir(self.run, queued.name.partition(":")[0])
-        info = job.info()
-        return job.exit() is not None and (info is None or info.job_id != job_id)
+        info, stop = job.info(), job.stop()
+        if info is not None:
+            return job.exit() is not None and info.job_id != job_id
+        return job.exit() is not None or (stop is not None and stop.cancel_at is not None)
 
     def _purged(self, job: JobRecords, snapshot: QueueSnapshot | None) -> bool:
         """Whether Slurm has forgotten the job: it is missing in two answers that this process got after it knew of the

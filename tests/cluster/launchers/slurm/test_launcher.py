@@ -106,15 +106,20 @@ def test_a_job_that_slurm_has_forgotten_is_missing_in_answers_of_ones_own(run: R
         assert state is (JobState.ENDED if answered == MIN_MISSED_ANSWERS else JobState.PENDING)
 
 
-def test_a_job_submitted_although_sbatch_failed_is_cancelled(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
-    """sbatch may time out and have submitted all the same."""
+@pytest.mark.parametrize(
+    "record", [Exit(ok=False, reason=FailureReason.UNANSWERED, message="Socket timed out"), Stop(cancel_at=NOW)]
+)
+def test_a_job_submitted_although_sbatch_failed_is_cancelled(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch, record: Exit | Stop
+) -> None:
+    """sbatch may time out and have submitted all the same, or its host may have died before the job was recorded."""
     job = JobDir(run, "math-0.g1")
     job.claim()
     queued = QueuedJob("PENDING", name="math-0.g1:demo", folder=str(run.path))
     launcher = SlurmLauncher(run, Deployment(), SeenQueue(run, {"7": queued}), JobReader(run))
     calls = calls_of(launcher, monkeypatch)
     assert launcher.remaining(["math-0.g1"]) == []
-    job.write(Exit(ok=False, reason=FailureReason.UNANSWERED, message="Socket timed out"))
+    job.write(record)
     launcher = SlurmLauncher(run, Deployment(), SeenQueue(run, {"7": queued}), JobReader(run))
     assert launcher.remaining(["math-0.g1"]) == ["7"]
     assert calls == [("7",)]
