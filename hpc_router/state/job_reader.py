@@ -29,6 +29,8 @@ from hpc_router.state.run_directory import RunDir
 from hpc_router.state.stamped_file import Stamp, stamp_of
 
 SETTLED_S: Final = 2.0
+SAME_PASS_S: Final = 0.1
+"""Within this time a folder whose modification time is the same is not read again."""
 _FIELDS: Final[Mapping[str, type]] = {
     "info": JobInfo,
     "submitter": Submitter,
@@ -60,6 +62,7 @@ class _Cached:
     records: JobRecords
     stamp: Stamp
     seen_at: float
+    read_at: float
     settled: bool
 
 
@@ -87,13 +90,16 @@ class JobReader:
 
     def _current(self, folder: int, path: str, replica: str) -> JobRecords:
         stamp, known = stamp_of(os.fstat(folder)), self._cached.get(replica)
-        if known is not None and known.stamp == stamp and known.settled:
-            return known.records
         now = self._clock()
-        seen_at = known.seen_at if known is not None and known.stamp == stamp else now
+        if known is None or known.stamp != stamp:
+            seen_at = now
+        elif known.settled or now - known.read_at < SAME_PASS_S:
+            return known.records
+        else:
+            seen_at = known.seen_at
         found = _read(folder, Path(path))
         records, whole = JobRecords(replica, stamp[0] / 1e9, **found), None not in found.values()
-        self._cached[replica] = _Cached(records, stamp, seen_at, settled=whole and now - seen_at >= SETTLED_S)
+        self._cached[replica] = _Cached(records, stamp, seen_at, now, settled=whole and now - seen_at >= SETTLED_S)
         return records
 
     def keep_only(self, replicas: Iterable[str]) -> None:

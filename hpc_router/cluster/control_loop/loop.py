@@ -32,6 +32,7 @@ from hpc_router.cluster.control_loop.reconcile import (
     Submit,
     reconcile,
 )
+from hpc_router.cluster.control_loop.retention import Retention
 from hpc_router.cluster.control_loop.slots import ROUTER_SLOT, Observed
 from hpc_router.cluster.launchers.interface import JobState, Launcher
 from hpc_router.cluster.launchers.select import launcher_for
@@ -89,6 +90,7 @@ class ControlLoop:
         self.observer = RunObserver(run, self.launcher, reader=reader, clock=clock, read_only=read_only)
         self._reported: set[str] = set()
         self._forecast = ForecastFiles(run)
+        self._retention = Retention(run, self.deployment.cluster, clock=clock)
         self._released: set[str] = set()
         self._ready: set[str] | None = None
 
@@ -115,13 +117,15 @@ class ControlLoop:
         return replace(seen, submitted=submitted, refused=refused)
 
     def publish(self, seen: LoopPass) -> None:
-        """Write what the pass found out about times, and the handovers that it saw end. Only the leading loop does."""
+        """Write what the pass found out about times, and the handovers that it saw end; remove old generations. Only
+        the leading loop does."""
         partitions = {
             expert: effective_options(self.deployment.cluster, resources_of(self.deployment, expert)[1]).partition or ""
             for expert in {slot.expert for slot in seen.desired.slots()}
         }
         self._forecast.write(seen.desired, seen.observed, partitions, time.time())
         self._report_handovers(seen.observed)
+        self._retention.apply(seen.observed, time.time())
 
     def _report_handovers(self, observed: Observed) -> None:
         """An event for each replica that became ready while its predecessor still runs. A loop that has just started

@@ -348,7 +348,7 @@ class Storm:
 
         def sleep(seconds: float) -> None:
             self._must(self.slurm.now < until, "down did not end")
-            self.slurm.step(max(seconds, 3.0))
+            self.slurm.step(max(seconds, 6.0))
             self._follow_routers()
             for loop in list(self.loops):
                 self._pass(loop)
@@ -388,5 +388,6 @@ def storm(seed: int, folder: Path, *, calm: bool = False) -> Iterator[Storm]:
         patch(f"{loops}.liveness._unanswering", slurm.unanswering),
         patch("hpc_router.state.job_reader.load_json", made.load_json),
         patch.object(down_module, "sweep", lambda _: None),
+        patch(f"{loops}.loop.deployment_of", lambda _: made.deployment),
     ):
         yield made
