@@ -30,6 +30,7 @@ VERBS: Final[Mapping[str, Callable[["Verbs[Parser]"], None]]] = {
     "scale": operation.add_scale,
     "set": operation.add_set,
     "drain": operation.add_drain,
+    "nodes": operation.add_nodes,
     "register": operation.add_register,
     "unregister": operation.add_unregister,
     "reconcile": operation.add_reconcile,

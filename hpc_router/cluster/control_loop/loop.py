@@ -20,6 +20,7 @@ from hpc_router.cluster.control_loop.desired_state import deployment_of, desired
 from hpc_router.cluster.control_loop.drain_calls import ask_to_drain
 from hpc_router.cluster.control_loop.forecast import ForecastFiles
 from hpc_router.cluster.control_loop.job_requests import request_for
+from hpc_router.cluster.control_loop.node_exclusion import NodeExclusion
 from hpc_router.cluster.control_loop.observer import RunObserver
 from hpc_router.cluster.control_loop.reconcile import (
     Action,
@@ -90,6 +91,7 @@ class ControlLoop:
         self.observer = RunObserver(run, self.launcher, reader=reader, clock=clock, read_only=read_only)
         self._reported: set[str] = set()
         self._forecast = ForecastFiles(run)
+        self._nodes = NodeExclusion(run, self.deployment, clock=clock)
         self._retention = Retention(run, self.deployment.cluster, clock=clock)
         self._released: set[str] = set()
         self._ready: set[str] | None = None
@@ -117,14 +119,15 @@ class ControlLoop:
         return replace(seen, submitted=submitted, refused=refused)
 
     def publish(self, seen: LoopPass) -> None:
-        """Write what the pass found out about times, and the handovers that it saw end; remove old generations. Only
-        the leading loop does."""
+        """Write what the pass found out about times, nodes, and the handovers that it saw end; remove old generations.
+        Only the leading loop does."""
         partitions = {
             expert: effective_options(self.deployment.cluster, resources_of(self.deployment, expert)[1]).partition or ""
             for expert in {slot.expert for slot in seen.desired.slots()}
         }
         self._forecast.write(seen.desired, seen.observed, partitions, time.time())
         self._report_handovers(seen.observed)
+        self._nodes.apply(seen.observed, time.time())
         self._retention.apply(seen.observed, time.time())
 
     def _report_handovers(self, observed: Observed) -> None:

@@ -13,13 +13,14 @@ import socket
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from operator import attrgetter
 from typing import Final
 
 from hpc_router.cluster.control_loop.liveness import HangDetector
 from hpc_router.cluster.control_loop.slots import CLAIM_S, Attempt, Observed, Slot
 from hpc_router.cluster.launchers.interface import JobReport, JobState, Launcher
+from hpc_router.cluster.launchers.slurm.launcher import REASONS, STATES
 from hpc_router.errors import RegistryError
 from hpc_router.state.atomic_files import create_text
 from hpc_router.state.job_reader import JobReader, JobRecords
@@ -33,6 +34,14 @@ MIN_QUERY_INTERVAL_S: Final = 5.0
 """The Slurm controller is queried about lost replicas no more often than this."""
 HUNG_MESSAGE: Final = "its agent hung: it renewed no lease and answered no call while its process ran; it was killed"
 NO_LOG_MESSAGE: Final = "its batch script wrote no log: do all nodes see the run directory"
+EXPLAINED_S: Final = 300.0
+"""Slurm forgets an ended job after this time (MinJobAge)."""
+_FROM_OUTSIDE: Final = (
+    FailureReason.PREEMPTED,
+    FailureReason.CANCELLED,
+    FailureReason.NODE_FAILED,
+    FailureReason.OUT_OF_MEMORY,
+)
 ABANDONED_MESSAGE: Final = "it was claimed, but not submitted: the process that submits it is gone"
 VANISHED_MESSAGE: Final = "the job ended without an exit record: it was killed, or failed before it started"
 
@@ -55,6 +64,7 @@ class RunObserver:
         self._launcher = launcher
         self._reader = RegistryReader(run.registry)
         self._ended: dict[str, Attempt] = {}
+        self._unexplained: set[str] = set()  # drained jobs whose final state in Slurm is not known yet
         self._hang_detector = HangDetector()
         self._hung: set[str] = set()
         self._queried: set[str] = set()  # lost replicas about which the controller was queried
@@ -66,7 +76,7 @@ class RunObserver:
     def observe(self, *, fresh: bool = False) -> Observed:
         """Raises OSError if the run directory cannot be read. `fresh`: query the controller now."""
         names = self._claimed()
-        open_names = [name for name in names if name not in self._ended]
+        open_names = [name for name in names if name not in self._ended or name in self._unexplained]
         reports = self._launcher.observe(open_names, fresh=fresh)
         read_at = self._clock()  # after the query, which may take 30 s, and before the records are read
         self.read_records()
@@ -74,6 +84,8 @@ class RunObserver:
         if self.lost:
             reports = self._launcher.observe(open_names, fresh=True)
         slots: dict[Slot, list[Attempt]] = defaultdict(list)
+        for name in self._unexplained & reports.keys():
+            self._explain(name, reports[name])
         for name in names:
             attempt = self._ended.get(name) or self._attempt(name, reports[name])
             if attempt is not None:
@@ -107,8 +119,9 @@ class RunObserver:
     def _claimed(self) -> list[str]:
         with os.scandir(self._run.jobs) as entries:
             names = [e.name for e in entries if e.name in self._ended or (_is_replica(e.name) and e.is_dir())]
-        self._jobs.keep_only(name for name in names if name not in self._ended)
+        self._jobs.keep_only(name for name in names if name not in self._ended or name in self._unexplained)
         self._ended = {name: self._ended[name] for name in names if name in self._ended}
+        self._unexplained &= self._ended.keys()
         return names
 
     def _attempt(self, replica: str, report: JobReport) -> Attempt | None:
@@ -148,6 +161,26 @@ class RunObserver:
         )
         if state is JobState.ENDED:
             self._ended[replica] = attempt
+            if end is not None and end.reason is FailureReason.DRAINED and not attempt.stop_requested:
+                self._unexplained.add(replica)
+                return self._explain(replica, report)
+        return attempt
+
+    def _explain(self, replica: str, report: JobReport) -> Attempt:
+        """Replace the reason of a job that drained unasked by Slurm's: its own record says only that it got a signal.
+        Slurm's state may be known later than the end; a job that was purged keeps its own reason."""
+        attempt, word = self._ended[replica], report.native_state or ""
+        assert attempt.exit is not None
+        final, reason, end = STATES.get(word) is JobState.ENDED, REASONS.get(word), attempt.exit
+        if final and reason is not None and reason in _FROM_OUTSIDE:
+            end = replace(end, reason=reason, message=f"{end.message}; Slurm says {word}")
+            if not self._read_only:
+                job = JobDir(self._run, replica)
+                job.write(end)
+                _log_end(job, end)
+            attempt = self._ended[replica] = replace(attempt, exit=end)
+        if final or time.time() - end.at >= EXPLAINED_S:
+            self._unexplained.discard(replica)
         return attempt
 
     def _end(self, job: JobRecords, report: JobReport, stop: Stop) -> Exit:
@@ -165,9 +198,15 @@ class RunObserver:
 
 
 def record_exit(job: JobDir, end: Exit) -> Exit:
-    """Write `exit.json` unless the job has written it; returns the one in the file."""
-    create_text(job.path / "exit.json", json.dumps(asdict(end), indent=1, sort_keys=True) + "\n")
+    """Write `exit.json` unless the job has written it, and log the end; returns the one in the file."""
+    if create_text(job.path / "exit.json", json.dumps(asdict(end), indent=1, sort_keys=True) + "\n"):
+        _log_end(job, end)
     return job.exit() or end
+
+
+def _log_end(job: JobDir, end: Exit) -> None:
+    expert = split_replica(job.replica)[0]
+    job.run.event("ended", replica=job.replica, expert=expert, reason=end.reason.value, message=end.message)
 
 
 def _is_alive(submitter: Submitter | None) -> bool:

@@ -1,5 +1,6 @@
 """Why a replica does not serve, for one that waits in the queue and for every way to fail."""
 
+from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -9,9 +10,13 @@ from hpc_router.cluster.commands import why
 from hpc_router.cluster.commands.advice import FAILURE_ADVICE
 from hpc_router.cluster.commands.replica_view import DisplayedState, ReplicaView
 from hpc_router.cluster.commands.why import Cause, expected, router_causes
+from hpc_router.cluster.control_loop.desired_state import exclude_nodes
+from hpc_router.cluster.control_loop.node_exclusion import BY
+from hpc_router.cluster.control_loop.slots import Slot
 from hpc_router.state.job_records import FailureReason, JobDir
 from hpc_router.state.registry import RecordKind
 from hpc_router.state.run_directory import RunDir
+from tests.cluster.control_loop.support import ended
 
 NOON = datetime(2026, 3, 1, 12).timestamp()
 
@@ -172,3 +177,28 @@ def test_problems_of_the_routers_processes_and_settings(status: dict[str, Any], 
     for cause_found, problem in zip(causes, problems, strict=True):
         assert problem in cause_found.what
         assert cause_found.advice
+
+
+def test_excluded_and_failing_nodes_are_named(run: RunDir) -> None:
+    exclude_nodes(run, ["n1"], reason="it failed twice: math-0.g1 cuda, math-0.g2 cuda", by=BY)
+    exclude_nodes(run, ["n9"], reason="drain")
+    observed = {
+        slot: tuple(
+            replace(
+                ended(g, FailureReason.CUDA, at=NOON - 100 + g * 20),
+                slot=slot,
+                node=node,
+                started_at=NOON - 101 + g * 20,
+            )
+            for g in (1, 2)
+        )
+        for slot, node in ((Slot("math", "0"), "n1"), (Slot("math", "1"), "n2"))
+    }
+    shown = [ReplicaView("router", "router-0.g1", DisplayedState.READY)]
+    causes = why._node_causes(run, shown, observed, now=NOON)
+    assert [cause.what for cause in causes] == [
+        "node n1 gets no further jobs: it failed twice: math-0.g1 cuda, math-0.g2 cuda",
+        "node n2 is not excluded: it failed twice: math-1.g1 cuda, math-1.g2 cuda",
+    ]
+    assert causes[0].advice is not None
+    assert "`hpc-router nodes forget n1`" in causes[0].advice

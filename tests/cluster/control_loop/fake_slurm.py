@@ -139,6 +139,9 @@ class FakeSlurm:
         ]
         return "\n".join([*lines, *lines[:1]])  # one line twice
 
+    def _sinfo(self, _words: Sequence[str]) -> str:
+        return f"gpu|gpu*|up|infinite|{len(self.nodes)}|8|1000|idle|(null)|gpu:2"
+
     def _line(self, job: FakeJob) -> str:
         def text(at: float | None) -> str:
             return "N/A" if at is None else datetime.fromtimestamp(at).isoformat(timespec="seconds")

@@ -336,6 +336,8 @@ class Storm:
                     self.unknown_s[agent.replica] <= UNKNOWN_S, f"no record knows job {job.job_id} of {agent.replica}"
                 )
         self._must(all(count <= 2 for count in serving.values()), f"more than two live generations: {serving}")
+        excluded = slurm.excluded()
+        self._must(len(excluded) <= len(slurm.nodes) // 4, f"too many nodes are excluded: {excluded}")
         if self.calm and self.were_ready:
             ready = self.ready_counts()
             fewer = {name: ready[name] for name, count in self.were_ready.items() if ready[name] < count}
@@ -382,6 +384,7 @@ def storm(seed: int, folder: Path, *, calm: bool = False) -> Iterator[Storm]:
         patch("os.fsync", lambda _: None),
         patch(f"{launchers}.slurm.launcher.run_slurm_command", slurm.command),
         patch(f"{launchers}.slurm.squeue.run_slurm_command", slurm.command),
+        patch(f"{launchers}.slurm.sinfo.run_slurm_command", slurm.command),
         patch(f"{launchers}.slurm.launcher.submit_all", slurm.submit_all),
         patch(f"{launchers}.submitit.process._executor", slurm.executor),
         patch(f"{loops}.loop.ask_to_drain", slurm.drain_calls),

@@ -43,7 +43,7 @@ STATES: Final[Mapping[str, JobState]] = {
     **dict.fromkeys(("NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "REVOKED", "TIMEOUT"), JobState.ENDED),
 }
 """By Slurm's state of a job. A state that is missing here is ignored."""
-_REASONS: Final[Mapping[str, FailureReason]] = {
+REASONS: Final[Mapping[str, FailureReason]] = {
     "BOOT_FAIL": FailureReason.NODE_FAILED,
     "CANCELLED": FailureReason.CANCELLED,
     "COMPLETING": FailureReason.CANCELLED,
@@ -286,7 +286,7 @@ def _state(job: JobRecords, info: JobInfo, snapshot: QueueSnapshot | None, *, st
 def _end(queued: QueuedJob | None, ended: Ended | None) -> Exit | None:
     """The exit of a job without an exit record, from Slurm's state and from the batch script's record."""
     at = ended.at if ended is not None else time.time()
-    reason = _REASONS.get(queued.state) if queued is not None else None
+    reason = REASONS.get(queued.state) if queued is not None else None
     if queued is not None and reason is not None:
         where = f" on {queued.node}" if queued.node else ""
         return Exit(ok=False, reason=reason, message=f"Slurm says {queued.state}{where}", at=at)
