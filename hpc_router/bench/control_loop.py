@@ -44,7 +44,7 @@ class PassCost:
 def measure_passes(*, replicas: int, generations: int, passes: int, folder: Path | None = None) -> PassCost:
     """`folder`: where the run directory is created for the time of the measurement (default: the system's)."""
     if not (replicas and passes):
-        raise ConfigError("bench control-loop: at least one replica and one pass are needed")
+        raise ConfigError("bench passes: at least one replica and one pass are needed")
     with TemporaryDirectory(dir=folder) as path:
         run = make_run(Path(path) / "run")
         deployment = _deployment(replicas)
@@ -89,8 +89,7 @@ def _write_run(run: RunDir, deployment: Deployment, generations: int) -> list[Re
         record = Record(kind, replica, url, State.READY, serves, generation, nonce="n", beat=1, beat_s=BEAT_S)
         registry.publish(run.registry, record)
         records.append(record)
-    newest_only = {job_id: job for job_id, job in queued.items() if job["state"] == "RUNNING"}
-    replace_json(run.squeue_json, {"asked_at": now, "jobs": newest_only})
+    replace_json(run.squeue_json, {"asked_at": now, "jobs": queued})
     return records
 
 

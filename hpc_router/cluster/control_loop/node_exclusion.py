@@ -38,8 +38,8 @@ def failing_nodes(observed: Observed, forgotten: Mapping[str, float], now: float
     attempts = all_attempts(observed)
     failed: defaultdict[str, list[Attempt]] = defaultdict(list)
     for attempt in attempts:
-        end, node = attempt.exit, _node(attempt)
-        if end is None or end.ok or node is None or attempt.runner is not Runner.SLURM:
+        end = attempt.exit
+        if end is None or end.ok or attempt.runner is not Runner.SLURM or (node := _node(attempt)) is None:
             continue
         if end.at > max(now - WINDOW_S, forgotten.get(node, 0.0)) and _is_of_the_node(attempt, node, attempts):
             failed[node].append(attempt)
