@@ -132,34 +132,31 @@ class FakeSlurm:
     def _squeue(self, words: Sequence[str]) -> str:
         if "--steps" in words:
             return ""
-        lines = [
-            self._line(job)
-            for job in self.jobs.values()
-            if not job.over or self.now < (job.ended_at or 0.0) + MIN_JOB_AGE_S
-        ]
+        form = next(word for word in words if word.startswith("--format=")).removeprefix("--format=")
+        kept = [job for job in self.jobs.values() if not job.over or self.now < (job.ended_at or 0.0) + MIN_JOB_AGE_S]
+        lines = [self._line(job, form) for job in kept]
         return "\n".join([*lines, *lines[:1]])  # one line twice
 
     def _sinfo(self, _words: Sequence[str]) -> str:
         return f"gpu|gpu*|up|infinite|{len(self.nodes)}|8|1000|idle|(null)|gpu:2"
 
-    def _line(self, job: FakeJob) -> str:
+    def _line(self, job: FakeJob, form: str) -> str:
         def text(at: float | None) -> str:
             return "N/A" if at is None else datetime.fromtimestamp(at).isoformat(timespec="seconds")
 
         waits = job.after is not None and not self._may_start(job)
-        reason = "Dependency" if waits else "Resources" if job.state == "PENDING" else "None"
-        ends = text(job.ended_at if job.over else job.ends_at)
-        words = (
-            job.job_id,
-            job.state,
-            job.node or "",
-            text(job.started_at),
-            ends,
-            job.name,
-            str(self.run.path),
-            reason,
-        )
-        return "\t".join(words)
+        values = {
+            "%i": job.job_id,
+            "%T": job.state,
+            "%N": job.node or "",
+            "%S": text(job.started_at),
+            "%e": text(job.ended_at if job.over else job.ends_at),
+            "%j": job.name,
+            "%Z": str(self.run.path),
+            "%P": "gpu",
+            "%r": "Dependency" if waits else "Resources" if job.state == "PENDING" else "None",
+        }
+        return "\t".join(values[key] for key in form.split("\t"))
 
     def _scancel(self, words: Sequence[str]) -> str:
         options = [word for word in words if word.startswith("--")]
@@ -192,7 +189,8 @@ class FakeSlurm:
         job = self.jobs[values["JobId"]]
         if job.state != "PENDING":
             raise SlurmCommandError("Job is no longer pending execution", output="")
-        job.after = None
+        if "Dependency" in values:
+            job.after = None
         return ""
 
     def submit_all(self, submissions: Sequence[Submission]) -> dict[str, str | None]:
@@ -264,7 +262,7 @@ class FakeSlurm:
         self.log(f"job {job_id}: {', '.join(names)} submitted" + (f" after {job.after}" if job.after else ""))
         return job
 
-    def drain_calls(self, _run: RunDir, records: Sequence[Record]) -> list[Record]:
+    def drain_calls(self, _run: RunDir, records: Sequence[Record], *_: object) -> list[Record]:
         refused = []
         for record in records:
             found = self.agent_of(record)
