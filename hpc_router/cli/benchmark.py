@@ -1,6 +1,7 @@
 """The verb `bench`, with a task for each benchmark. Only `agreement` needs a run."""
 
 import argparse
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ def add_bench(verbs: "Verbs[Parser]") -> None:
     _add_router(benchmarks)
     _add_soak(benchmarks)
     _add_agreement(benchmarks)
+    _add_passes(benchmarks)
 
 
 def _given(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
@@ -156,3 +158,30 @@ def _bench_agreement(arguments: argparse.Namespace) -> int:
     vllm, tokenizer = str(Path(arguments.vllm).absolute()), arguments.tokenizer.absolute()
     options = AgreementOptions(vllm=vllm, tokenizer=tokenizer, out=arguments.out or default_out(), **given)
     return print_lines([agreement(find_run(arguments.run), options)])
+
+
+def _add_passes(benchmarks: "Verbs[Parser]") -> None:
+    parser = add_verb(benchmarks, _bench_passes, run=False, json=True)
+    parser.add_argument("--replicas", type=count, default=200, metavar="N", help="live replicas (default 200)")
+    parser.add_argument(
+        "--generations", type=count, default=20, metavar="N", help="ended ones per replica (default 20)"
+    )
+    parser.add_argument("--passes", type=count, default=50, metavar="N", help="passes to measure (default 50)")
+    parser.add_argument("--folder", type=Path, metavar="DIR", help="create the run directory here (default: /tmp)")
+
+
+def _bench_passes(arguments: argparse.Namespace) -> int:
+    """CPU time of one pass of the control loop over many replicas; nothing is submitted
+
+    hpc-router bench passes
+    hpc-router bench passes --replicas 64 --folder /shared/tmp
+    """
+    from hpc_router.bench.control_loop import measure_passes
+
+    cost = measure_passes(
+        replicas=arguments.replicas,
+        generations=arguments.generations,
+        passes=arguments.passes,
+        folder=arguments.folder,
+    )
+    return print_value(asdict(cost)) if arguments.json else print_lines([cost.line()])

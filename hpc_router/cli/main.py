@@ -32,6 +32,7 @@ VERBS: Final[Mapping[str, Callable[["Verbs[Parser]"], None]]] = {
     "apply": operation.add_apply,
     "set": operation.add_set,
     "drain": operation.add_drain,
+    "nodes": operation.add_nodes,
     "register": operation.add_register,
     "unregister": operation.add_unregister,
     "reconcile": operation.add_reconcile,

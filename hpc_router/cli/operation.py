@@ -1,4 +1,4 @@
-"""The verbs that change a running deployment: `scale`, `set`, `drain`, `register`, `unregister`, `reconcile`."""
+"""The verbs that change a running deployment: `scale`, `set`, `drain`, `nodes`, `register`, `reconcile` and others."""
 
 import argparse
 import logging
@@ -117,6 +117,40 @@ def drain(arguments: argparse.Namespace) -> int:
         print_value(ended.to_json())
     if ended.left:
         raise LaunchError(f"{', '.join(ended.left)} did not end; `hpc-router why` may show the reason")
+    return 0
+
+
+def add_nodes(verbs: "Verbs[Parser]") -> None:
+    nodes = verbs.add_parser(
+        "nodes",
+        help="nodes that get no further jobs; `hpc-router nodes --help` lists the tasks",
+        description="Nodes that get no further jobs: those that failed twice, and those that `drain NODE` named.",
+        epilog="examples:\n  hpc-router nodes list\n  hpc-router nodes forget gpu17",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    tasks = nodes.add_subparsers(dest="task", metavar="TASK", required=True, parser_class=Parser)
+    add_verb(tasks, _nodes_list, json=True)
+    add_verb(tasks, _nodes_forget).add_argument("nodes", nargs="+", metavar="NODE")
+
+
+def _nodes_list(arguments: argparse.Namespace) -> int:
+    """the excluded nodes, who excluded each, and why"""
+    from hpc_router.cluster.control_loop.desired_state import node_exclusions
+
+    excluded = node_exclusions(find_run(arguments.run))
+    if arguments.json:
+        return print_value(excluded)
+    return print_lines(f"{n}  by {f.get('by')}: {f.get('reason')}" for n, f in sorted(excluded.items()))
+
+
+def _nodes_forget(arguments: argparse.Namespace) -> int:
+    """let jobs start on these nodes again; their failures so far no longer count
+
+    hpc-router nodes forget gpu17
+    """
+    from hpc_router.cluster.control_loop.desired_state import include_nodes
+
+    include_nodes(find_run(arguments.run), arguments.nodes)
     return 0
 
 

@@ -8,11 +8,11 @@ that asks the job to stop.
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Final, Self, TypeVar
+from typing import Any, Final, Self, TypeVar
 
 from hpc_router.state.atomic_files import read_json, replace_json
 from hpc_router.state.run_directory import RunDir, private_umask
@@ -76,6 +76,11 @@ BLAMELESS: Final = frozenset(
 """Failures that the replica did not cause. Such a replica is submitted again, without limit."""
 
 
+def _now() -> float:
+    """Looked up at each call, so that a test may set the clock."""
+    return time.time()
+
+
 class Runner(StrEnum):
     """What runs a job, and can therefore report its state."""
 
@@ -96,7 +101,7 @@ class JobInfo:
     job_id: str
     host: str
     start_ticks: int | None = None
-    submitted_at: float = field(default_factory=time.time)
+    submitted_at: float = field(default_factory=_now)
     gpus: tuple[int, ...] = ()
     argv: tuple[str, ...] = ()
     runner: Runner = Runner.PROCESS
@@ -147,7 +152,7 @@ class JobProgress:
     restarts: int = 0
     pid: int = field(default_factory=os.getpid)
     engine_pid: int | None = None
-    at: float = field(default_factory=time.time)
+    at: float = field(default_factory=_now)
     ready_at: float | None = None  # when the engine was first ready
     url: str | None = None
     node: str | None = None
@@ -163,7 +168,7 @@ class Exit:
     ok: bool
     reason: FailureReason
     message: str
-    at: float = field(default_factory=time.time)
+    at: float = field(default_factory=_now)
     cut: int = 0
 
     @classmethod
@@ -228,7 +233,7 @@ class JobDir:
         return self.path.stat().st_mtime
 
     def write(self, value: JobInfo | Submitter | Process | JobProgress | Exit | Ended | Stop) -> None:
-        replace_json(self.path / _FILES[type(value)], asdict(value))
+        replace_json(self.path / FILES[type(value)], asdict(value))
 
     def write_exit(self, end: Exit) -> None:
         """Writes the exit record. Keeps one of another process, because the control loop has acted on it."""
@@ -236,8 +241,7 @@ class JobDir:
             self.write(end)
 
     def info(self) -> JobInfo | None:
-        value = self._read(JobInfo)
-        return value and JobInfo(**{**asdict(value), "gpus": tuple(value.gpus), "argv": tuple(value.argv)})
+        return self._read(JobInfo)
 
     def submitter(self) -> Submitter | None:
         return self._read(Submitter)
@@ -258,18 +262,11 @@ class JobDir:
         return self._read(Stop)
 
     def _read(self, kind: type[_T]) -> _T | None:
-        value = read_json(self.path / _FILES[kind])
-        if value is None:
-            return None
-        try:
-            for key in _ENUMS.keys() & value.keys():
-                value[key] = None if value[key] is None else _ENUMS[key](value[key])
-            return kind(**value)
-        except (TypeError, ValueError):
-            return None
+        value = read_json(self.path / FILES[kind])
+        return None if value is None else parse_record(kind, value)
 
 
-_FILES: Final[Mapping[type, str]] = {
+FILES: Final[Mapping[type, str]] = {
     JobInfo: "job.json",
     Submitter: "submitter.json",
     Process: "process.json",
@@ -278,7 +275,24 @@ _FILES: Final[Mapping[type, str]] = {
     Ended: "ended.json",
     Stop: "stop.json",
 }
-_ENUMS: Final[Mapping[str, type[StrEnum]]] = {"phase": JobPhase, "reason": FailureReason, "runner": Runner}
+
+
+_TYPES: Final[Mapping[str, Callable[[Any], object]]] = {
+    "phase": JobPhase,
+    "reason": FailureReason,
+    "runner": Runner,
+    "gpus": tuple,
+    "argv": tuple,
+}
+
+
+def parse_record(kind: type[_T], value: Mapping[str, Any]) -> _T | None:
+    """The record in a JSON object; None if that is not valid."""
+    try:
+        typed: dict[str, Any] = {k: _TYPES[k](v) if k in _TYPES and v is not None else v for k, v in value.items()}
+        return kind(**typed)
+    except (TypeError, ValueError):
+        return None
 
 
 def start_ticks(pid: int) -> int | None:

@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Final, Self
@@ -97,23 +97,23 @@ class Record:
         """Parses a record. Raises RegistryError if `value` does not have this version's schema."""
         if value.get("schema") != SCHEMA:
             raise RegistryError(f"registry schema {value.get('schema')!r}; this version reads {SCHEMA}")
-        known = {f.name for f in fields(cls)}
         try:
-            record = cls(**{k: v for k, v in value.items() if k in known})
-            engine = _engine_info(value.get("engine") or {})
-            accepts = None if record.accepts is None else tuple(record.accepts)
-            record = replace(
-                record, kind=RecordKind(record.kind), state=State(record.state), engine=engine, accepts=accepts
-            )
-        except (AttributeError, TypeError, ValueError) as error:
+            given = {k: v for k, v in value.items() if k in _RECORD_KEYS}
+            given["engine"] = _engine_info(value.get("engine") or {})
+            given["accepts"] = None if value.get("accepts") is None else tuple(value["accepts"])
+            record = cls(**given | {"kind": RecordKind(value["kind"]), "state": State(value["state"])})
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise RegistryError(f"not a registry record: {error}") from error
         _check_types(record)
         return record
 
 
+_RECORD_KEYS: Final = frozenset(f.name for f in fields(Record))
+_ENGINE_KEYS: Final = frozenset(f.name for f in fields(EngineInfo))
+
+
 def _engine_info(value: Mapping[str, Any]) -> EngineInfo:
-    known = {f.name for f in fields(EngineInfo)}
-    return EngineInfo(**{key: item for key, item in value.items() if key in known})
+    return EngineInfo(**{key: item for key, item in value.items() if key in _ENGINE_KEYS})
 
 
 def _check_types(record: Record) -> None:

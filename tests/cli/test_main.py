@@ -55,7 +55,7 @@ def test_every_verb_explains_itself(verb: str, capsys: pytest.CaptureFixture[str
     said = Said(capsys, verb, "--help")
     assert said.status == 0
     assert f"hpc-router {verb}" in said.out.partition("examples:")[2] or verb in ("url", "token")
-    assert "--run DIR" in said.out or verb in ("bench", "classify")
+    assert "--run DIR" in said.out or verb in ("bench", "classify", "nodes")
 
 
 @pytest.mark.parametrize(

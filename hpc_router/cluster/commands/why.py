@@ -17,6 +17,8 @@ from hpc_router.cluster.commands.advice import (
     EXTERNAL_ADVICE,
     FAILURE_ADVICE,
     LOG_ADVICE,
+    NODE_EXCLUDED_ADVICE,
+    NODE_FAILING_ADVICE,
     ROUTER_OPTION_ADVICE,
     SETTINGS_ADVICE,
     SLURM_ADVICE,
@@ -27,8 +29,9 @@ from hpc_router.cluster.commands.advice import (
 from hpc_router.cluster.commands.logs import last_lines, tail
 from hpc_router.cluster.commands.replica_view import DisplayedState, ReplicaView
 from hpc_router.cluster.commands.status import ask_router, process_problems, replica_views
-from hpc_router.cluster.control_loop.desired_state import host_expert
+from hpc_router.cluster.control_loop.desired_state import forgotten_nodes, host_expert, node_exclusions
 from hpc_router.cluster.control_loop.loop import ControlLoop
+from hpc_router.cluster.control_loop.node_exclusion import BY, failing_nodes
 from hpc_router.cluster.control_loop.slots import Observed, Slot
 from hpc_router.cluster.launchers.interface import ROUTER
 from hpc_router.cluster.launchers.slurm.pending_reasons import explain_pending
@@ -86,6 +89,7 @@ def why(run: RunDir, name: str | None = None) -> list[Cause]:
     causes += _silent_slurm(shown, control.launcher.trouble())
     causes += _write_failures(run, shown, answer)
     causes += router_causes(shown, answer)
+    causes += _node_causes(run, shown, seen.observed, now=now)
     causes += _degraded([view for view in shown if view.state in fine and view.expert != ROUTER], answer)
     return list({(c.view.replica, c.what): c for c in reversed(causes)}.values())[::-1]
 
@@ -165,6 +169,23 @@ def _write_failures(run: RunDir, shown: list[ReplicaView], answer: Mapping[str, 
         return []
     view = next((view for view in shown if view.expert == ROUTER), shown[0])
     return [Cause(view, what, SPACE_ADVICE)]
+
+
+def _node_causes(run: RunDir, shown: Sequence[ReplicaView], observed: Observed, *, now: float) -> list[Cause]:
+    """The nodes that the control loop excluded, and those that failed as often but are too many to exclude."""
+    if not shown:
+        return []
+    view = next((view for view in shown if view.expert == ROUTER), shown[0])
+    excluded = node_exclusions(run)
+    causes = [
+        Cause(view, f"node {node} gets no further jobs: {facts.get('reason')}", NODE_EXCLUDED_ADVICE.format(node=node))
+        for node, facts in excluded.items()
+        if facts.get("by") == BY
+    ]
+    for node, told in failing_nodes(observed, forgotten_nodes(run), now).items():
+        if node not in excluded:
+            causes.append(Cause(view, f"node {node} is not excluded: {told}", NODE_FAILING_ADVICE.format(node=node)))
+    return causes
 
 
 def _degraded(shown: list[ReplicaView], answer: Mapping[str, Any]) -> list[Cause]:

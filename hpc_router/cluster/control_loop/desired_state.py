@@ -1,6 +1,7 @@
 """The desired state of a run: its frozen `config.yaml`, overridden by `desired.json`.
 
-Verbs write `desired.json`, each with one atomic replace; the last writer wins. A key that the file lacks has the value
+Verbs write `desired.json`, and the leading loop when it excludes a node, each with one atomic replace; the last writer
+wins. A key that the file lacks has the value
 of the config.
 """
 
@@ -160,14 +161,26 @@ def with_counts(deployment: Deployment, counts: Mapping[str, int]) -> Deployment
 
 def excluded_nodes(run: RunDir) -> tuple[str, ...]:
     """The nodes on which no further job may start."""
+    return tuple(sorted(node_exclusions(run)))
+
+
+def node_exclusions(run: RunDir) -> dict[str, Any]:
+    """`reason`, `by` and `at` of each excluded node."""
     value = run.read_desired().get("excluded_nodes")
-    return tuple(sorted(value)) if isinstance(value, dict) else ()
+    return {str(node): facts for node, facts in value.items()} if isinstance(value, dict) else {}
 
 
-def exclude_nodes(run: RunDir, nodes: Sequence[str], *, reason: str) -> None:
-    facts = {"reason": reason, "by": getpass.getuser(), "at": round(time.time(), 3)}
-    before = run.read_desired().get("excluded_nodes")
-    known = before if isinstance(before, dict) else {}
+def forgotten_nodes(run: RunDir) -> dict[str, float]:
+    """When each node was allowed again: earlier failures do not count."""
+    value = run.read_desired().get("forgotten_nodes")
+    items = value.items() if isinstance(value, dict) else ()
+    return {str(node): float(at) for node, at in items if isinstance(at, int | float)}
+
+
+def exclude_nodes(run: RunDir, nodes: Sequence[str], *, reason: str, by: str | None = None) -> None:
+    """`by`: who excludes them (default: this user)."""
+    facts = {"reason": reason, "by": by or getpass.getuser(), "at": round(time.time(), 3)}
+    known = node_exclusions(run)
     _update(run, excluded_nodes={**dict.fromkeys(nodes, facts), **known})
     for node in nodes:
         if node not in known:
@@ -179,9 +192,10 @@ def include_nodes(run: RunDir, nodes: Sequence[str]) -> None:
     known = excluded_nodes(run)
     for node in nodes:
         if node not in known:
-            raise ConfigError(f"drain: node {node} is not excluded{suggest(node, known)}")
-    left = {node: facts for node, facts in run.read_desired()["excluded_nodes"].items() if node not in nodes}
-    _update(run, excluded_nodes=left)
+            raise ConfigError(f"node {node} is not excluded{suggest(node, known)}")
+    left = {node: facts for node, facts in node_exclusions(run).items() if node not in nodes}
+    forgotten = {**forgotten_nodes(run), **dict.fromkeys(nodes, round(time.time(), 3))}
+    _update(run, excluded_nodes=left, forgotten_nodes=forgotten)
 
 
 def _update(run: RunDir, **desired: Any) -> None:

@@ -46,10 +46,9 @@ class PlannedHandover:
 
 
 def forecast(
-    desired: Desired, observed: Observed, now: float
+    desired: Desired, observed: Observed, now: float, durations: Mapping[str, Durations]
 ) -> tuple[dict[str, ExpectedReady], list[PlannedHandover]]:
-    """Pure. Experts with a ready replica are left out."""
-    durations = measured(observed)
+    """Pure. Experts with a ready replica are left out. `durations`: the measured ones."""
     due = schedule(observed, desired.handovers, durations)
     expected: dict[str, ExpectedReady] = {}
     ready = {slot.expert for slot, attempts in observed.items() if any(a.ready for a in attempts)}
@@ -66,7 +65,7 @@ def forecast(
 
 
 def _handing_over(observed: Observed, due: Mapping[str, Due], now: float) -> list[Attempt]:
-    attempts = [a for slot in sorted(observed) for a in observed[slot]]
+    attempts = [a for slot in sorted(observed) for a in observed[slot] if a.live]
     return [a for a in attempts if a.replica in due and now >= due[a.replica].due_at]
 
 
@@ -109,16 +108,17 @@ class ForecastFiles:
 
     def write(self, desired: Desired, observed: Observed, partitions: Mapping[str, str], now: float) -> None:
         """`partitions`: by expert, as configured."""
+        durations = measured(observed)
         estimates = {
             "experts": {
                 expert: {partitions.get(expert, ""): {k: [round(s, 2) for s in v] for k, v in asdict(known).items()}}
-                for expert, known in sorted(measured(observed).items())
+                for expert, known in sorted(durations.items())
             }
         }
         if estimates != self._estimates:
             self._estimates = estimates
             replace_json(self._run.estimates_json, estimates)
-        expected, handovers = forecast(desired, observed, now)
+        expected, handovers = forecast(desired, observed, now, durations)
         content = {
             "experts": {expert: asdict(found) for expert, found in expected.items()},
             "handovers": [asdict(planned) for planned in handovers],

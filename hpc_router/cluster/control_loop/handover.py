@@ -9,9 +9,11 @@ early, so that their successors end at different times. No job hands over in the
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
+from operator import attrgetter
 from typing import Final
 
-from hpc_router.cluster.control_loop.slots import Attempt, Observed
+from hpc_router.cluster.control_loop.slots import Attempt, Observed, Slot
 from hpc_router.config.schema import HandoverMode
 from hpc_router.state.job_records import Runner
 
@@ -68,20 +70,17 @@ class Due:
 
 @dataclass(slots=True)
 class _Job:
-    """The ready replicas of one job."""
+    """The ready replicas of one job. `earliest_at`: before this it does not hand over."""
 
     attempts: list[Attempt] = field(default_factory=list)
+    expires_at: float = 0.0
+    earliest_at: float = 0.0
     due_at: float = 0.0
     spacing_s: float = 0.0
 
     @property
-    def expires_at(self) -> float:
-        return min(a.expires_at for a in self.attempts if a.expires_at is not None)
-
-    @property
-    def earliest_at(self) -> float:
-        ready_at = max(ready for a in self.attempts if (ready := a.ready_at) is not None)
-        return ready_at + MAX_LIFE_SHARE * max(0.0, self.expires_at - ready_at)
+    def first_slot(self) -> Slot:
+        return min(attempt.slot for attempt in self.attempts)
 
 
 def measured(observed: Observed) -> dict[str, Durations]:
@@ -99,21 +98,26 @@ def schedule(
     jobs: defaultdict[str, _Job] = defaultdict(_Job)
     for attempts in observed.values():
         for attempt in attempts:
+            if not attempt.ready:
+                continue
             policy = policies.get(attempt.slot.expert)
             timed = attempt.expires_at is not None and attempt.ready_at is not None
             handed_over = policy is not None and policy.mode != "none" and attempt.runner is Runner.SLURM
-            if handed_over and timed and attempt.ready:
+            if handed_over and timed:
                 jobs[attempt.job_id or attempt.replica].attempts.append(attempt)
     by_experts: defaultdict[str, list[_Job]] = defaultdict(list)
     for job in jobs.values():
         _set_due(job, policies, durations)
-        by_experts[min(a.slot.expert for a in job.attempts)].append(job)
+        by_experts[job.first_slot.expert].append(job)
     for alike in by_experts.values():
         _stagger(alike)
     return {a.replica: _due(a, job, policies[a.slot.expert]) for job in jobs.values() for a in job.attempts}
 
 
 def _set_due(job: _Job, policies: Mapping[str, HandoverPolicy], durations: Mapping[str, Durations]) -> None:
+    ready_at = max(ready for a in job.attempts if (ready := a.ready_at) is not None)
+    job.expires_at = min(a.expires_at for a in job.attempts if a.expires_at is not None)
+    job.earliest_at = ready_at + MAX_LIFE_SHARE * max(0.0, job.expires_at - ready_at)
     lead_s = 0.0
     for expert in {attempt.slot.expert for attempt in job.attempts}:
         policy, known = policies[expert], durations.get(expert, Durations())
@@ -124,7 +128,7 @@ def _set_due(job: _Job, policies: Mapping[str, HandoverPolicy], durations: Mappi
 
 def _stagger(jobs: list[_Job]) -> None:
     """Move handovers that would overlap to earlier times, from the last to the first."""
-    jobs.sort(key=lambda job: (job.due_at, min(a.slot for a in job.attempts)))
+    jobs.sort(key=lambda job: (job.due_at, job.first_slot))
     for job, later in zip(reversed(jobs[:-1]), reversed(jobs[1:]), strict=True):
         room_s = (job.due_at - job.earliest_at) / len(jobs)
         job.due_at = max(min(job.due_at, later.due_at - min(later.spacing_s, room_s)), job.earliest_at)
@@ -136,8 +140,9 @@ def _due(attempt: Attempt, job: _Job, policy: HandoverPolicy) -> Due:
 
 
 def _durations(attempts: Iterable[Attempt]) -> Durations:
-    ordered = sorted(attempts, key=lambda a: a.claimed_at)
-    queue = [a.started_at - a.submitted_at for a in ordered if a.started_at and a.submitted_at and a.after is None]
-    load = [a.ready_at - a.started_at for a in ordered if a.ready_at and a.started_at]
-    drain = [a.exit.at - at for a in ordered if a.exit is not None and (at := a.draining_at) is not None]
-    return Durations(*(tuple(max(0.0, s) for s in samples[-MAX_SAMPLES:]) for samples in (queue, load, drain)))
+    ordered = sorted(attempts, key=attrgetter("claimed_at"), reverse=True)
+    queue = (a.started_at - a.submitted_at for a in ordered if a.started_at and a.submitted_at and a.after is None)
+    load = (a.ready_at - a.started_at for a in ordered if a.started_at and a.ready_at)
+    drain = (a.exit.at - at for a in ordered if a.exit is not None and (at := a.draining_at) is not None)
+    newest = (islice(samples, MAX_SAMPLES) for samples in (queue, load, drain))
+    return Durations(*(tuple(max(0.0, s) for s in samples)[::-1] for samples in newest))

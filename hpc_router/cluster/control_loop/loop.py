@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -21,6 +21,7 @@ from hpc_router.cluster.control_loop.desired_state import deployment_of, desired
 from hpc_router.cluster.control_loop.drain_calls import ask_to_drain
 from hpc_router.cluster.control_loop.forecast import ForecastFiles
 from hpc_router.cluster.control_loop.job_requests import request_for
+from hpc_router.cluster.control_loop.node_exclusion import NodeExclusion
 from hpc_router.cluster.control_loop.observer import RunObserver
 from hpc_router.cluster.control_loop.reconcile import (
     Action,
@@ -33,6 +34,7 @@ from hpc_router.cluster.control_loop.reconcile import (
     Submit,
     reconcile,
 )
+from hpc_router.cluster.control_loop.retention import Retention
 from hpc_router.cluster.control_loop.slots import ROUTER_SLOT, Observed
 from hpc_router.cluster.launchers.interface import JobState, Launcher
 from hpc_router.cluster.launchers.select import launcher_for
@@ -43,6 +45,7 @@ from hpc_router.config.schema import Deployment
 from hpc_router.errors import LaunchError
 from hpc_router.state import registry
 from hpc_router.state.atomic_files import exists_now
+from hpc_router.state.job_reader import JobReader
 from hpc_router.state.job_records import FailureReason, JobDir, Stop
 from hpc_router.state.registry import RecordKind, leading_router, split_replica
 from hpc_router.state.run_directory import RunDir
@@ -81,13 +84,17 @@ class ControlLoop:
         deployment: Deployment | None = None,
         launcher: Launcher | None = None,
         read_only: bool = False,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.run = run
         self.deployment = deployment or deployment_of(run)
-        self.launcher = launcher or launcher_for(run, self.deployment)
-        self.observer = RunObserver(run, self.launcher, read_only=read_only)
+        reader = JobReader(run, clock=clock)
+        self.launcher = launcher or launcher_for(run, self.deployment, reader)
+        self.observer = RunObserver(run, self.launcher, reader=reader, clock=clock, read_only=read_only)
         self._reported: set[str] = set()
         self._forecast = ForecastFiles(run)
+        self._nodes = NodeExclusion(run, self.deployment, clock=clock)
+        self._retention = Retention(run, self.deployment.cluster, clock=clock)
         self._released: set[str] = set()
         self._ready: set[str] | None = None
 
@@ -114,16 +121,16 @@ class ControlLoop:
         return replace(seen, submitted=submitted, refused=refused)
 
     def publish(self, seen: LoopPass) -> None:
-        """Write what the pass found out about times, and the handovers that it saw end. Only the leading loop does."""
+        """Write what the pass found out about times, nodes, and the handovers that it saw end; remove old generations.
+        Only the leading loop does."""
         partitions = {
-            slot.expert: effective_options(
-                self.deployment.cluster, resources_of(self.deployment, slot.expert)[1]
-            ).partition
-            or ""
-            for slot in seen.desired.slots()
+            expert: effective_options(self.deployment.cluster, resources_of(self.deployment, expert)[1]).partition or ""
+            for expert in {slot.expert for slot in seen.desired.slots()}
         }
         self._forecast.write(seen.desired, seen.observed, partitions, time.time())
         self._report_handovers(seen.observed)
+        self._nodes.apply(seen.observed, time.time())
+        self._retention.apply(seen.observed, time.time())
 
     def _report_handovers(self, observed: Observed) -> None:
         """An event for each replica that became ready while its predecessor still runs. A loop that has just started
@@ -224,7 +231,7 @@ class ControlLoop:
 
     def leads(self, replica: str) -> bool:
         """Whether no live router is newer than `replica`."""
-        records = registry.RegistryReader(self.run.registry).snapshot()
+        records = self.observer.read_records()
         reports = self.launcher.observe([name for name, r in records.items() if r.kind is RecordKind.ROUTER])
         living = {n: r for n, r in records.items() if n not in reports or reports[n].state is not JobState.ENDED}
         leader = leading_router(living)
@@ -234,8 +241,7 @@ class ControlLoop:
         """Remove the registry records of jobs that have ended."""
         for attempts in seen.observed.values():
             for attempt in attempts:
-                over = attempt.job in (JobState.ENDING, JobState.ENDED)
-                if over and attempt.replica in self.observer.records:
+                if attempt.replica in self.observer.records and attempt.job in (JobState.ENDING, JobState.ENDED):
                     registry.withdraw(self.run.registry, attempt.replica)
                     logger.info("removed the record of %s, which has ended", attempt.replica)
 

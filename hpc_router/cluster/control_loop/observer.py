@@ -1,7 +1,8 @@
 """Reads the observed state of a run from `jobs/`, the registry and the launcher, for the control loop and the verbs.
 
 A job that ended without an exit record gets one here, so that each failure has a time and all readers see the same
-reason. Jobs that have ended are not read again, because an old run has many.
+reason. So does a claim whose submitter is gone: its job, if there is one, then ends as soon as it starts. Jobs that
+have ended are not read again, because an old run has many.
 """
 
 import json
@@ -12,14 +13,17 @@ import socket
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from operator import attrgetter
 from typing import Final
 
 from hpc_router.cluster.control_loop.liveness import HangDetector
-from hpc_router.cluster.control_loop.slots import Attempt, Observed, Slot
+from hpc_router.cluster.control_loop.slots import CLAIM_S, Attempt, Observed, Slot
 from hpc_router.cluster.launchers.interface import JobReport, JobState, Launcher
+from hpc_router.cluster.launchers.slurm.launcher import REASONS, STATES
 from hpc_router.errors import RegistryError
 from hpc_router.state.atomic_files import create_text, refresh_folder
+from hpc_router.state.job_reader import JobReader, JobRecords
 from hpc_router.state.job_records import Exit, FailureReason, JobDir, Runner, Stop, Submitter, start_ticks
 from hpc_router.state.registry import Record, RecordKind, RegistryReader, split_replica
 from hpc_router.state.run_directory import RunDir
@@ -29,6 +33,15 @@ logger = logging.getLogger(__name__)
 MIN_QUERY_INTERVAL_S: Final = 5.0
 """The Slurm controller is queried about lost replicas no more often than this."""
 HUNG_MESSAGE: Final = "its agent hung: it renewed no lease and answered no call while its process ran; it was killed"
+EXPLAINED_S: Final = 300.0
+"""Slurm forgets an ended job after this time (MinJobAge)."""
+_FROM_OUTSIDE: Final = (
+    FailureReason.PREEMPTED,
+    FailureReason.CANCELLED,
+    FailureReason.NODE_FAILED,
+    FailureReason.OUT_OF_MEMORY,
+)
+ABANDONED_MESSAGE: Final = "it was claimed, but not submitted: the process that submits it is gone"
 VANISHED_MESSAGE: Final = "the job ended without an exit record: it was killed, or failed before it started"
 
 
@@ -36,13 +49,21 @@ class RunObserver:
     """Observes one run. With `read_only` it writes nothing, not even a missing exit record."""
 
     def __init__(
-        self, run: RunDir, launcher: Launcher, *, clock: Callable[[], float] = time.monotonic, read_only: bool = False
+        self,
+        run: RunDir,
+        launcher: Launcher,
+        *,
+        reader: JobReader | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        read_only: bool = False,
     ) -> None:
         self._run, self._read_only = run, read_only
+        self._jobs = reader or JobReader(run)
         self._clock = clock
         self._launcher = launcher
         self._reader = RegistryReader(run.registry)
         self._ended: dict[str, Attempt] = {}
+        self._unexplained: set[str] = set()  # drained jobs whose final state in Slurm is not known yet
         self._hang_detector = HangDetector()
         self._hung: set[str] = set()
         self._queried: set[str] = set()  # lost replicas about which the controller was queried
@@ -54,19 +75,26 @@ class RunObserver:
     def observe(self, *, fresh: bool = False) -> Observed:
         """Raises OSError if the run directory cannot be read. `fresh`: query the controller now."""
         names = self._claimed()
-        open_names = [name for name in names if name not in self._ended]
+        open_names = [name for name in names if name not in self._ended or name in self._unexplained]
         reports = self._launcher.observe(open_names, fresh=fresh)
         read_at = self._clock()  # after the query, which may take 30 s, and before the records are read
-        self.records = self._reader.snapshot()
+        self.read_records()
         self.lost = self._lost(reports, read_at=read_at)
         if self.lost:
             reports = self._launcher.observe(open_names, fresh=True)
         slots: dict[Slot, list[Attempt]] = defaultdict(list)
+        for name in self._unexplained & reports.keys():
+            self._explain(name, reports[name])
         for name in names:
             attempt = self._ended.get(name) or self._attempt(name, reports[name])
             if attempt is not None:
                 slots[attempt.slot].append(attempt)
-        return {slot: tuple(sorted(found, key=lambda a: a.generation)) for slot, found in slots.items()}
+        return {slot: tuple(sorted(found, key=attrgetter("generation"))) for slot, found in slots.items()}
+
+    def read_records(self) -> Mapping[str, Record]:
+        """Raises OSError if the registry cannot be read."""
+        self.records = self._reader.snapshot()
+        return self.records
 
     def _lost(self, reports: Mapping[str, JobReport], *, read_at: float) -> list[str]:
         """The replicas about which to query the controller now: once for each newly lost one, since its job may have
@@ -89,35 +117,41 @@ class RunObserver:
 
     def _claimed(self) -> list[str]:
         with os.scandir(self._run.jobs) as entries:
-            return [entry.name for entry in entries if _is_replica(entry.name) and entry.is_dir()]
+            names = [e.name for e in entries if e.name in self._ended or (_is_replica(e.name) and e.is_dir())]
+        self._jobs.keep_only(name for name in names if name not in self._ended or name in self._unexplained)
+        self._ended = {name: self._ended[name] for name in names if name in self._ended}
+        self._unexplained &= self._ended.keys()
+        return names
 
     def _attempt(self, replica: str, report: JobReport) -> Attempt | None:
-        expert, slot, generation = split_replica(replica)
-        job = JobDir(self._run, replica)
-        try:
-            claimed_at = job.claimed_at()
-        except FileNotFoundError:
+        job = self._jobs.read(replica)
+        if job is None:
             return None
-        end, stop, state = job.exit(), job.stop() or Stop(), report.state
+        expert, slot, generation = split_replica(replica)
+        end, stop, state = job.exit, job.stop or Stop(), report.state
         if state is JobState.ENDED and end is None:
-            end = self._end(replica, report, stop)
-            end = end if self._read_only else record_exit(job, end)
-        record, info, process = self.records.get(replica), job.info(), job.process()
+            end = self._end(job, report, stop)
+            end = end if self._read_only else record_exit(JobDir(self._run, replica), end)
+        record, info, process = self.records.get(replica), job.info, job.process
+        submitting = info is None and _is_alive(job.submitter)
+        if info is None and end is None and not submitting and time.time() >= job.claimed_at + CLAIM_S:
+            end = Exit(ok=False, reason=FailureReason.UNANSWERED, message=ABANDONED_MESSAGE)
+            end = end if self._read_only else record_exit(JobDir(self._run, replica), end)
         expires_at = report.ends_at if report.ends_at is not None or record is None else record.expires_at
         attempt = Attempt(
             slot=Slot(expert, slot),
             generation=generation,
             report=report,
-            claimed_at=claimed_at,
+            claimed_at=job.claimed_at,
             submitted=state is not JobState.PENDING or info is not None,
             exit=end,
-            progress=job.progress(),
+            progress=job.progress,
             stop=stop,
             registered=record.state if record is not None else None,
             job_id=info.job_id if info is not None else None,
             node=report.node,
             hung=state is JobState.RUNNING and replica in self._hung,
-            submitting=info is None and _is_alive(job.submitter()),
+            submitting=submitting,
             runner=info.runner if info is not None else None,
             submitted_at=info.submitted_at if info is not None else None,
             started_at=process.started_at if process is not None else None,
@@ -127,21 +161,43 @@ class RunObserver:
         )
         if state is JobState.ENDED:
             self._ended[replica] = attempt
+            if end is not None and end.reason is FailureReason.DRAINED and not attempt.stop_requested:
+                self._unexplained.add(replica)
+                return self._explain(replica, report)
         return attempt
 
-    def _end(self, replica: str, report: JobReport, stop: Stop) -> Exit:
+    def _explain(self, replica: str, report: JobReport) -> Attempt:
+        """Replace the reason of a job that drained unasked by Slurm's: its own record says only that it got a signal.
+        Slurm's state may be known later than the end; a job that was purged keeps its own reason."""
+        attempt, word = self._ended[replica], report.native_state or ""
+        assert attempt.exit is not None
+        final, reason, end = STATES.get(word) is JobState.ENDED, REASONS.get(word), attempt.exit
+        if final and reason is not None and reason in _FROM_OUTSIDE:
+            end = replace(end, reason=reason, message=f"{end.message}; Slurm says {word}")
+            if not self._read_only:
+                job = JobDir(self._run, replica)
+                job.write(end)
+                _log_end(job, end)
+            attempt = self._ended[replica] = replace(attempt, exit=end)
+        if final or time.time() - end.at >= EXPLAINED_S:
+            self._unexplained.discard(replica)
+        return attempt
+
+    def _end(self, job: JobRecords, report: JobReport, stop: Stop) -> Exit:
         """The exit of a job that wrote none itself. If no node has seen the run directory yet, another job would fail
         in the same way; else it is the node."""
-        if (stop.drain_at or stop.cancel_at) is not None and replica not in self._hung:
+        if (stop.drain_at or stop.cancel_at) is not None and job.replica not in self._hung:
             return Exit(ok=True, reason=FailureReason.DRAINED, message="it was asked to end, and left no exit record")
         if report.end is not None and report.end.reason is not FailureReason.KILLED:
             return report.end
-        if replica in self._hung:
+        if job.replica in self._hung:
             return Exit(ok=False, reason=FailureReason.TIMEOUT, message=HUNG_MESSAGE)
-        job = JobDir(self._run, replica)
-        info = job.info()
-        if info is not None and info.runner is Runner.SLURM and not _has_batch_log(job):
-            others = (JobDir(self._run, name) for name in self._claimed() if name != replica)
+        if (
+            job.info is not None
+            and job.info.runner is Runner.SLURM
+            and not _has_batch_log(JobDir(self._run, job.replica))
+        ):
+            others = (JobDir(self._run, name) for name in self._claimed() if name != job.replica)
             seen = any(other.process() is not None or _has_batch_log(other) for other in others)
             reason = FailureReason.NODE_FAILED if seen else FailureReason.RUN_UNSEEN
             where = f"node {report.node}" if report.node else "its node"
@@ -156,9 +212,15 @@ def _has_batch_log(job: JobDir) -> bool:
 
 
 def record_exit(job: JobDir, end: Exit) -> Exit:
-    """Write `exit.json` unless the job has written it; returns the one in the file."""
-    create_text(job.path / "exit.json", json.dumps(asdict(end), indent=1, sort_keys=True) + "\n")
+    """Write `exit.json` unless the job has written it, and log the end; returns the one in the file."""
+    if create_text(job.path / "exit.json", json.dumps(asdict(end), indent=1, sort_keys=True) + "\n"):
+        _log_end(job, end)
     return job.exit() or end
+
+
+def _log_end(job: JobDir, end: Exit) -> None:
+    expert = split_replica(job.replica)[0]
+    job.run.event("ended", replica=job.replica, expert=expert, reason=end.reason.value, message=end.message)
 
 
 def _is_alive(submitter: Submitter | None) -> bool:

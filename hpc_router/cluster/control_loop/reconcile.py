@@ -26,13 +26,11 @@ from typing import Final
 from hpc_router import backoff
 from hpc_router.cluster.control_loop.handover import Due, HandoverPolicy, measured, schedule
 from hpc_router.cluster.control_loop.rolling import is_outdated, may_roll
-from hpc_router.cluster.control_loop.slots import ROUTER_SLOT, Attempt, Observed, Slot
+from hpc_router.cluster.control_loop.slots import CLAIM_S, ROUTER_SLOT, Attempt, Observed, Slot
 from hpc_router.cluster.launchers.interface import ROUTER, JobState
 from hpc_router.config.schema import HandoverMode
 from hpc_router.state.job_records import BLAMELESS, PERMANENT, Exit, FailureReason, Runner
 
-CLAIM_S: Final = 60.0
-"""A claim that has no job after this time is abandoned."""
 STABLE_S: Final = 30.0
 """The end of a job that was ready for this time does not count as a failure to start."""
 STANDBY_S: Final = 10.0

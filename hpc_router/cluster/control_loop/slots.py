@@ -6,7 +6,7 @@ started by hand (`math-h0`) or is an external endpoint (`math-x0`).
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
 from hpc_router.cluster.launchers.interface import ROUTER, JobReport, JobState
@@ -33,6 +33,8 @@ class Slot(NamedTuple):
 ROUTER_SLOT: Final = Slot(ROUTER, "0")
 
 
+CLAIM_S: Final = 60.0
+"""A claim that has no job after this time is abandoned."""
 NO_STOP: Final = Stop()
 _NOT_LIVE: Final = (JobState.ENDING, JobState.ENDED)
 
@@ -42,7 +44,11 @@ class Attempt:
     """One generation of a slot. `submitted`: there is a job, not only a claim. `submitting`: the process that submits
     it is alive. `hung`: its job runs, but it renews no lease and answers no call. `after`: id of the job whose end it
     waited for when it was submitted. `expires_at`: when its walltime ends. `revision`: of the config that it
-    was submitted with. Times are Unix seconds."""
+    was submitted with. Times are Unix seconds.
+
+    `live`: whether it serves, or may serve later. It and `replica` are computed once, because a run has thousands of
+    attempts and each pass looks at all of them.
+    """
 
     slot: Slot
     generation: int
@@ -63,19 +69,16 @@ class Attempt:
     after: str | None = None
     expires_at: float | None = None
     revision: str | None = None
+    replica: str = field(init=False)
+    live: bool = field(init=False)
 
-    @property
-    def replica(self) -> str:
-        return self.slot.replica(self.generation)
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "replica", self.slot.replica(self.generation))
+        object.__setattr__(self, "live", self.submitted and self.report.state not in _NOT_LIVE)
 
     @property
     def job(self) -> JobState:
         return self.report.state
-
-    @property
-    def live(self) -> bool:
-        """Whether it serves, or may serve later."""
-        return self.submitted and self.job not in _NOT_LIVE
 
     @property
     def holds_resources(self) -> bool:

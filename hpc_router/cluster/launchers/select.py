@@ -18,7 +18,8 @@ from hpc_router.cluster.launchers.slurm.squeue import Queue
 from hpc_router.config.schema import Deployment
 from hpc_router.errors import ConfigError
 from hpc_router.net.job_environment import current_job_id
-from hpc_router.state.job_records import JobDir, Runner
+from hpc_router.state.job_reader import JobReader
+from hpc_router.state.job_records import Runner
 from hpc_router.state.run_directory import RunDir
 
 _Submitting = LocalLauncher | SlurmLauncher | AllocationLauncher
@@ -40,6 +41,7 @@ class Launchers:
     run: RunDir
     submitting: Callable[[JobRequest], _Submitting]
     running: Mapping[Runner, Launcher]
+    reader: JobReader
     slurm: SlurmLauncher | None = None
 
     def jobs(self, requests: Sequence[JobRequest]) -> list[BatchJob]:
@@ -92,17 +94,18 @@ class Launchers:
         """The replicas that have a job, by launcher. A claim without a job belongs to none."""
         names: dict[Runner, list[str]] = defaultdict(list)
         for replica in replicas:
-            info = JobDir(self.run, replica).info()
-            if info is not None:
-                names[info.runner].append(replica)
+            records = self.reader.read(replica)
+            if records is not None and records.info is not None:
+                names[records.info.runner].append(replica)
         return [(self.running[runner], replicas) for runner, replicas in names.items()]
 
 
-def launcher_for(run: RunDir, deployment: Deployment) -> Launchers:
-    cluster = deployment.cluster
+def launcher_for(run: RunDir, deployment: Deployment, reader: JobReader | None = None) -> Launchers:
+    """`reader`: that of the caller, so that both read each record once."""
+    cluster, reader = deployment.cluster, reader or JobReader(run)
     here = LocalLauncher(run, gpus=cluster.gpus or 0)
     queue = Queue(run, ask_s=cluster.ask_s)
-    slurm = SlurmLauncher(run, deployment, queue)
+    slurm = SlurmLauncher(run, deployment, queue, reader)
     steps = AllocationLauncher(run, deployment)
     kinds: Mapping[str, _Submitting] = {"local": here, "slurm": slurm, "allocation": steps}
     new = kinds[cluster.kind]
@@ -110,5 +113,6 @@ def launcher_for(run: RunDir, deployment: Deployment) -> Launchers:
         run=run,
         submitting=lambda request: here if request.is_router and deployment.router.place == "here" else new,
         running={Runner.PROCESS: here, Runner.SLURM: slurm, Runner.STEP: slurm},
+        reader=reader,
         slurm=slurm if cluster.kind != "local" else None,
     )

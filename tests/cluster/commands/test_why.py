@@ -4,6 +4,7 @@ import os
 import re
 import socket
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from hpc_router.cluster.commands.advice import CUT_ADVICE, FAILURE_ADVICE, STATE
 from hpc_router.cluster.commands.replica_view import DisplayedState, ReplicaView
 from hpc_router.cluster.commands.status import status
 from hpc_router.cluster.commands.why import Cause, expected, router_causes
+from hpc_router.cluster.control_loop.desired_state import exclude_nodes
+from hpc_router.cluster.control_loop.node_exclusion import BY
 from hpc_router.cluster.control_loop.slots import Attempt, Observed, Slot
 from hpc_router.cluster.launchers.interface import JobReport, JobState
 from hpc_router.cluster.launchers.slurm import pending_reasons
@@ -34,6 +37,7 @@ from hpc_router.state.job_records import (
 )
 from hpc_router.state.registry import RecordKind
 from hpc_router.state.run_directory import RunDir
+from tests.cluster.control_loop.support import ended
 from tests.cluster.programs import Programs
 
 NOON = datetime(2026, 3, 1, 12).timestamp()
@@ -332,3 +336,28 @@ def test_a_replica_that_copies_its_model_says_so(run: RunDir) -> None:
     job.write(JobProgress(JobPhase.READY, load_s=9.5, stage_s=12.25, stage_bytes=15))
     [shown] = status(run)["experts"]["math"]["replicas"]
     assert (shown["message"], shown["stage_s"], shown["stage_bytes"], shown["load_s"]) == (None, 12.25, 15, 9.5)
+
+
+def test_excluded_and_failing_nodes_are_named(run: RunDir) -> None:
+    exclude_nodes(run, ["n1"], reason="it failed twice: math-0.g1 cuda, math-0.g2 cuda", by=BY)
+    exclude_nodes(run, ["n9"], reason="drain")
+    observed = {
+        slot: tuple(
+            replace(
+                ended(g, FailureReason.CUDA, at=NOON - 100 + g * 20),
+                slot=slot,
+                node=node,
+                started_at=NOON - 101 + g * 20,
+            )
+            for g in (1, 2)
+        )
+        for slot, node in ((Slot("math", "0"), "n1"), (Slot("math", "1"), "n2"))
+    }
+    shown = [ReplicaView("router", "router-0.g1", DisplayedState.READY)]
+    causes = why._node_causes(run, shown, observed, now=NOON)
+    assert [cause.what for cause in causes] == [
+        "node n1 gets no further jobs: it failed twice: math-0.g1 cuda, math-0.g2 cuda",
+        "node n2 is not excluded: it failed twice: math-1.g1 cuda, math-1.g2 cuda",
+    ]
+    assert causes[0].advice is not None
+    assert "`hpc-router nodes forget n1`" in causes[0].advice

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from hpc_router.cluster.control_loop.forecast import ExpectedReady, ForecastFiles, PlannedHandover, forecast
+from hpc_router.cluster.control_loop.handover import measured
 from hpc_router.cluster.control_loop.reconcile import Desired
 from hpc_router.cluster.control_loop.slots import Attempt
 from hpc_router.cluster.launchers.interface import JobReport, JobState
@@ -19,11 +20,12 @@ OLD = replace(serving(), report=JobReport(JobState.ENDED), exit=ended(1, Failure
 
 
 def expected(*attempts: Attempt, now: float = BEGAN) -> ExpectedReady | None:
-    return forecast(ONE, {MATH: (OLD, *attempts)}, now)[0].get("math")
+    observed = {MATH: (OLD, *attempts)}
+    return forecast(ONE, observed, now, measured(observed))[0].get("math")
 
 
 def handovers(*attempts: Attempt, now: float = DUE) -> list[PlannedHandover]:
-    return forecast(ONE, {MATH: attempts}, now)[1]
+    return forecast(ONE, {MATH: attempts}, now, measured({MATH: attempts}))[1]
 
 
 def test_a_waiting_job_is_expected_after_the_measured_times() -> None:

@@ -1,12 +1,18 @@
 """One look at a run: what it makes of records and reports that were not read at the same moment."""
 
+import os
+import socket
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
+import pytest
+
 from hpc_router.cluster.control_loop.liveness import HUNG_BEATS, LOST_BEATS
 from hpc_router.cluster.control_loop.observer import MIN_QUERY_INTERVAL_S, RunObserver
+from hpc_router.cluster.control_loop.slots import CLAIM_S
 from hpc_router.cluster.launchers.interface import JobReport, JobState
-from hpc_router.state.job_records import JobDir, JobInfo, Runner
+from hpc_router.state.job_records import Exit, FailureReason, JobDir, JobInfo, Runner, Stop, Submitter, start_ticks
 from hpc_router.state.registry import Record, RecordKind, State, publish
 from hpc_router.state.run_directory import RunDir
 
@@ -43,6 +49,13 @@ class Slurm:
 
     def trouble(self) -> str | None:
         return None
+
+
+class Waiting(Slurm):
+    """No job has started."""
+
+    def observe(self, replicas: Iterable[str], *, fresh: bool = False) -> Mapping[str, JobReport]:
+        return {replica: JobReport(JobState.PENDING) for replica in replicas}
 
 
 class SlowController(Slurm):
@@ -150,3 +163,80 @@ def test_one_that_comes_back_and_falls_silent_again_is_another_loss(run: RunDir)
         observer.observe()
         slurm.now += MIN_QUERY_INTERVAL_S
     assert slurm.asked == 2
+
+
+def claimed(run: RunDir, *, age_s: float) -> JobDir:
+    job = JobDir(run, "math-0.g1")
+    job.claim()
+    at = time.time() - age_s
+    os.utime(job.path, (at, at))
+    return job
+
+
+def test_a_claim_whose_submitter_is_gone_gets_an_exit_record(run: RunDir) -> None:
+    """Its host may have died after sbatch: the job must find that it is not wanted."""
+    job = claimed(run, age_s=CLAIM_S)
+    (attempt,) = next(iter(RunObserver(run, Waiting()).observe().values()))
+    end = job.exit()
+    assert end is not None
+    assert (end.reason, attempt.exit, attempt.live) == (FailureReason.UNANSWERED, end, False)
+
+
+def test_a_claim_that_is_being_submitted_gets_none(run: RunDir) -> None:
+    job = claimed(run, age_s=CLAIM_S - 30)
+    RunObserver(run, Waiting()).observe()
+    assert job.exit() is None
+    job.write(Submitter(os.getpid(), start_ticks(os.getpid()) or 0, socket.gethostname()))
+    old = time.time() - 2 * CLAIM_S
+    os.utime(job.path, (old, old))
+    RunObserver(run, Waiting()).observe()
+    assert job.exit() is None
+
+
+class Explaining(Slurm):
+    """The job's files say that it has ended; Slurm's word comes later."""
+
+    word: str | None = None
+
+    def observe(self, replicas: Iterable[str], *, fresh: bool = False) -> Mapping[str, JobReport]:
+        self.names = list(replicas)
+        return {replica: JobReport(JobState.ENDED, native_state=self.word) for replica in self.names}
+
+
+@pytest.mark.parametrize(
+    ("word", "reason"),
+    [
+        ("PREEMPTED", FailureReason.PREEMPTED),
+        ("CANCELLED", FailureReason.CANCELLED),
+        ("COMPLETED", FailureReason.DRAINED),
+    ],
+)
+def test_slurm_tells_why_a_job_drained(run: RunDir, word: str, reason: FailureReason) -> None:
+    """The agent's own record says only that it got SIGTERM, and is written before Slurm's state is known."""
+    slurm, job = Explaining(), JobDir(run, "math-0.g1")
+    submitted(run, RECORD)
+    job.write(Exit.drained("drained after SIGTERM", cut=2))
+    observer = RunObserver(run, slurm)
+    seen = []
+    for slurm.word in (None, "RUNNING", word, word):
+        (attempt,) = next(iter(observer.observe().values()))
+        assert attempt.exit is not None
+        seen.append(attempt.exit.reason)
+    assert seen == [FailureReason.DRAINED, FailureReason.DRAINED, reason, reason]
+    assert slurm.names == []  # it is not asked for any more
+    assert attempt.exit is not None
+    assert job.exit() == attempt.exit
+    assert (attempt.exit.ok, attempt.exit.cut) == (True, 2)
+    ends = run.events.read_text().count(f'"reason": "{reason}"') if run.events.exists() else 0
+    assert ends == (reason is not FailureReason.DRAINED)
+
+
+def test_what_we_asked_to_end_was_not_cancelled_by_a_person(run: RunDir) -> None:
+    slurm, job = Explaining(), JobDir(run, "math-0.g1")
+    submitted(run, RECORD)
+    job.write(Stop(cancel_at=time.time()))
+    job.write(Exit.drained("drained after SIGTERM", cut=0))
+    slurm.word = "CANCELLED"
+    (attempt,) = next(iter(RunObserver(run, slurm).observe().values()))
+    assert attempt.exit is not None
+    assert attempt.exit.reason is FailureReason.DRAINED

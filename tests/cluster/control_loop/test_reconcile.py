@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from hpc_router.cluster.control_loop.reconcile import (
     BACKOFF_MAX_S,
-    CLAIM_S,
     KILL_AFTER_S,
     KILL_AGAIN_S,
     STABLE_S,
@@ -25,7 +24,7 @@ from hpc_router.cluster.control_loop.reconcile import (
     backoff_s,
     reconcile,
 )
-from hpc_router.cluster.control_loop.slots import ROUTER_SLOT, Attempt, Slot
+from hpc_router.cluster.control_loop.slots import CLAIM_S, ROUTER_SLOT, Attempt, Slot
 from hpc_router.cluster.launchers.interface import JobReport, JobState
 from hpc_router.state.job_records import BLAMELESS, Exit, FailureReason, JobPhase, JobProgress, Runner, Stop
 from hpc_router.state.registry import State, split_replica

@@ -22,7 +22,7 @@ def was_met(run: RunDir, deployment: Deployment, resources: ResourceConfig) -> b
     wanted = _dependency(deployment, resources)
     if wanted is None or not run.jobs.is_dir():
         return False
-    return any(_has_started_with(JobDir(run, folder.name), deployment, wanted) for folder in run.jobs.iterdir())
+    return any(_has_started_with(JobDir(run, folder.name), deployment, wanted) for folder in run.jobs.glob("[!.]*"))
 
 
 def _has_started_with(job: JobDir, deployment: Deployment, wanted: str) -> bool:

@@ -19,6 +19,7 @@ from hpc_router.cluster.launchers.slurm.squeue import Queue, QueuedJob, QueueSna
 from hpc_router.cluster.launchers.slurm.submit_errors import explain, is_temporary
 from hpc_router.cluster.launchers.submitit.submission import Submission, record_refusals, submit_all
 from hpc_router.config.schema import Deployment
+from hpc_router.state.job_reader import JobReader, JobRecords
 from hpc_router.state.job_records import Ended, Exit, FailureReason, JobDir, JobInfo, Runner
 from hpc_router.state.registry import split_replica
 from hpc_router.state.run_directory import RunDir
@@ -43,7 +44,7 @@ STATES: Final[Mapping[str, JobState]] = {
     **dict.fromkeys(("NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "REVOKED", "TIMEOUT"), JobState.ENDED),
 }
 """By Slurm's state of a job. A state that is missing here is ignored."""
-_REASONS: Final[Mapping[str, FailureReason]] = {
+REASONS: Final[Mapping[str, FailureReason]] = {
     "BOOT_FAIL": FailureReason.NODE_FAILED,
     "CANCELLED": FailureReason.CANCELLED,
     "COMPLETING": FailureReason.CANCELLED,
@@ -62,6 +63,7 @@ class SlurmLauncher:
     run: RunDir
     deployment: Deployment
     queue: Queue
+    reader: JobReader
     _query_at: float = field(default=float("inf"), init=False)
     _checked_at: float = field(default=0.0, init=False)
     _missed: dict[str, int] = field(default_factory=dict, init=False)
@@ -80,8 +82,8 @@ class SlurmLauncher:
         return [request.replica for request in claimed]
 
     def observe(self, replicas: Iterable[str], *, fresh: bool = False) -> Mapping[str, JobReport]:
-        jobs = [JobDir(self.run, replica) for replica in replicas]
-        if not jobs:
+        names = list(replicas)
+        if not names:
             return {}
         due = time.monotonic() >= self._query_at
         if due:
@@ -89,6 +91,7 @@ class SlurmLauncher:
         snapshot = self.queue.snapshot(fresh=fresh or due)
         if snapshot is not None:
             self._cancel_unknown_jobs(snapshot)
+        jobs = [self.reader.read(name) or JobRecords(name, time.time()) for name in names]
         reports = {job.replica: _report(job, snapshot, purged=self._purged(job, snapshot)) for job in jobs}
         if any(report.state is JobState.ENDING for report in reports.values()):
             self._query_soon()
@@ -190,16 +193,19 @@ class SlurmLauncher:
         return unknown
 
     def _given_up(self, job_id: str, queued: QueuedJob) -> bool:
+        """Whether its replica has ended, or was asked to, and is not known to run in this job."""
         if queued.folder != str(self.run.path) or not queued.name:
             return False
         job = JobDir(self.run, queued.name.partition(":")[0])
-        info = job.info()
-        return job.exit() is not None and (info is None or info.job_id != job_id)
+        info, stop = job.info(), job.stop()
+        if info is not None:
+            return job.exit() is not None and info.job_id != job_id
+        return job.exit() is not None or (stop is not None and stop.cancel_at is not None)
 
-    def _purged(self, job: JobDir, snapshot: QueueSnapshot | None) -> bool:
+    def _purged(self, job: JobRecords, snapshot: QueueSnapshot | None) -> bool:
         """Whether Slurm has forgotten the job: it is missing in two answers that this process got after it knew of the
         job. Timestamps are not compared, because the clocks of two hosts differ."""
-        info = job.info()
+        info = job.info
         if info is None or info.runner is not Runner.SLURM or snapshot is None:
             return False
         if info.job_id in snapshot.jobs:
@@ -211,10 +217,10 @@ class SlurmLauncher:
             return False
         return True
 
-    def _end_orphans(self, jobs: Sequence[JobDir], reports: Mapping[str, JobReport]) -> None:
+    def _end_orphans(self, jobs: Sequence[JobRecords], reports: Mapping[str, JobReport]) -> None:
         """Kill steps of a shared job whose srun was killed: they go on without it."""
         for job in jobs:
-            ended = job.ended()
+            ended = job.ended
             if reports[job.replica].state is not JobState.ENDED or ended is None or ended.status <= 128:
                 continue
             for step, info in self._steps(job.replica):
@@ -262,8 +268,8 @@ def _holds_resources(queued: QueuedJob) -> bool:
     return STATES.get(queued.state) is not JobState.ENDED
 
 
-def _report(job: JobDir, snapshot: QueueSnapshot | None, *, purged: bool) -> JobReport:
-    info, process, ended = job.info(), job.process(), job.ended()
+def _report(job: JobRecords, snapshot: QueueSnapshot | None, *, purged: bool) -> JobReport:
+    info, process, ended = job.info, job.process, job.ended
     if info is None:
         return JobReport(JobState.PENDING)
     queued = snapshot.jobs.get(info.job_id) if snapshot is not None else None
@@ -282,16 +288,16 @@ def _report(job: JobDir, snapshot: QueueSnapshot | None, *, purged: bool) -> Job
     )
 
 
-def _state(job: JobDir, info: JobInfo, snapshot: QueueSnapshot | None, *, started: bool) -> JobState:
+def _state(job: JobRecords, info: JobInfo, snapshot: QueueSnapshot | None, *, started: bool) -> JobState:
     queued = snapshot.jobs.get(info.job_id) if snapshot is not None else None
     known = STATES.get(queued.state) if queued is not None else None
     if known is JobState.ENDED:
         return JobState.ENDED
-    ended = job.ended()
+    ended = job.ended
     if ended is not None:
-        final = job.exit() is not None or ended.message is not None or info.shared or info.runner is Runner.STEP
+        final = job.exit is not None or ended.message is not None or info.shared or info.runner is Runner.STEP
         return JobState.ENDED if final or abs(time.time() - ended.at) > SETTLE_S else JobState.ENDING
-    if job.exit() is not None:
+    if job.exit is not None:
         return JobState.ENDED if info.runner is Runner.STEP else JobState.ENDING
     if known is JobState.ENDING:
         return JobState.ENDING
@@ -301,7 +307,7 @@ def _state(job: JobDir, info: JobInfo, snapshot: QueueSnapshot | None, *, starte
 def _end(queued: QueuedJob | None, ended: Ended | None) -> Exit | None:
     """The exit of a job without an exit record, from Slurm's state and from the batch script's record."""
     at = ended.at if ended is not None else time.time()
-    reason = _REASONS.get(queued.state) if queued is not None else None
+    reason = REASONS.get(queued.state) if queued is not None else None
     if queued is not None and reason is not None:
         where = f" on {queued.node}" if queued.node else ""
         return Exit(ok=False, reason=reason, message=f"Slurm says {queued.state}{where}", at=at)

@@ -15,8 +15,10 @@ from datetime import datetime
 from typing import Any, Final
 
 from hpc_router.cluster.launchers.commands import SlurmCommandError, run_slurm_command
-from hpc_router.state.atomic_files import read_json, replace_json
+from hpc_router.errors import RegistryError
+from hpc_router.state.atomic_files import replace_json
 from hpc_router.state.run_directory import RunDir
+from hpc_router.state.stamped_file import StampedFile
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +55,7 @@ class Queue:
 
     def __init__(self, run: RunDir, *, ask_s: float) -> None:
         self._file = run.squeue_json
+        self._shared = StampedFile(run.squeue_json, _from_json)
         self._claim = run.path / ".squeue.asking"
         self._ask_s = ask_s
         self._snapshot: QueueSnapshot | None = None
@@ -88,8 +91,9 @@ class Queue:
             replace_json(self._file, asdict(self._snapshot))
 
     def _read(self) -> None:
-        value = read_json(self._file)
-        snapshot = None if value is None else _from_json(value)
+        snapshot = None
+        with contextlib.suppress(OSError):
+            snapshot = self._shared.read()
         if snapshot is None or snapshot.asked_at > time.time() + MAX_CLOCK_SKEW_S:
             return
         if self._snapshot is None or snapshot.asked_at > self._snapshot.asked_at:
@@ -158,9 +162,9 @@ def _unix(text: str) -> float | None:
         return None
 
 
-def _from_json(value: Mapping[str, Any]) -> QueueSnapshot | None:
+def _from_json(value: Mapping[str, Any]) -> QueueSnapshot:
     try:
         jobs = {str(job_id): QueuedJob(**job) for job_id, job in value["jobs"].items()}
         return QueueSnapshot(float(value["asked_at"]), jobs)
-    except (AttributeError, KeyError, TypeError, ValueError):
-        return None
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise RegistryError(f"not a snapshot of the queue: {error!r}") from error

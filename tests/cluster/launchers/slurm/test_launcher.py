@@ -9,6 +9,7 @@ from hpc_router.cluster.launchers.interface import JobState
 from hpc_router.cluster.launchers.slurm.launcher import MIN_MISSED_ANSWERS, SETTLE_S, SlurmLauncher
 from hpc_router.cluster.launchers.slurm.squeue import Queue, QueuedJob, QueueSnapshot
 from hpc_router.config.schema import Deployment
+from hpc_router.state.job_reader import JobReader
 from hpc_router.state.job_records import Ended, Exit, FailureReason, JobDir, JobInfo, Process, Runner, Stop
 from hpc_router.state.run_directory import RunDir, make_run
 
@@ -40,7 +41,7 @@ def submitted(run: RunDir, *, runner: Runner = Runner.SLURM, at: float = NOW, sh
 
 def observed(run: RunDir, queued: QueuedJob | None, asked_at: float = NOW):  # type: ignore[no-untyped-def]
     queue = SeenQueue(run, {} if queued is None else {"7": queued}, asked_at)
-    return SlurmLauncher(run, Deployment(), queue).observe(["math-0.g1"])["math-0.g1"]
+    return SlurmLauncher(run, Deployment(), queue, JobReader(run)).observe(["math-0.g1"])["math-0.g1"]
 
 
 @pytest.mark.parametrize(
@@ -98,23 +99,28 @@ def test_a_job_submitted_after_the_view_is_not_lost(run: RunDir) -> None:
 def test_a_job_that_slurm_has_forgotten_is_missing_in_answers_of_ones_own(run: RunDir) -> None:
     submitted(run)
     queue = SeenQueue(run, {})
-    launcher = SlurmLauncher(run, Deployment(), queue)
+    launcher = SlurmLauncher(run, Deployment(), queue, JobReader(run))
     for answered in range(MIN_MISSED_ANSWERS + 1):
         queue.answers = answered
         state = launcher.observe(["math-0.g1"])["math-0.g1"].state
         assert state is (JobState.ENDED if answered == MIN_MISSED_ANSWERS else JobState.PENDING)
 
 
-def test_a_job_submitted_although_sbatch_failed_is_cancelled(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
-    """sbatch may time out and have submitted all the same."""
+@pytest.mark.parametrize(
+    "record", [Exit(ok=False, reason=FailureReason.UNANSWERED, message="Socket timed out"), Stop(cancel_at=NOW)]
+)
+def test_a_job_submitted_although_sbatch_failed_is_cancelled(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch, record: Exit | Stop
+) -> None:
+    """sbatch may time out and have submitted all the same, or its host may have died before the job was recorded."""
     job = JobDir(run, "math-0.g1")
     job.claim()
     queued = QueuedJob("PENDING", name="math-0.g1:demo", folder=str(run.path))
-    launcher = SlurmLauncher(run, Deployment(), SeenQueue(run, {"7": queued}))
+    launcher = SlurmLauncher(run, Deployment(), SeenQueue(run, {"7": queued}), JobReader(run))
     calls = calls_of(launcher, monkeypatch)
     assert launcher.remaining(["math-0.g1"]) == []
-    job.write(Exit(ok=False, reason=FailureReason.UNANSWERED, message="Socket timed out"))
-    launcher = SlurmLauncher(run, Deployment(), SeenQueue(run, {"7": queued}))
+    job.write(record)
+    launcher = SlurmLauncher(run, Deployment(), SeenQueue(run, {"7": queued}), JobReader(run))
     assert launcher.remaining(["math-0.g1"]) == ["7"]
     assert calls == [("7",)]
 
@@ -123,7 +129,10 @@ def test_without_a_snapshot_the_files_count(run: RunDir) -> None:
     submitted(run)
     queue = SeenQueue(run, {})
     queue.now = None
-    assert SlurmLauncher(run, Deployment(), queue).observe(["math-0.g1"])["math-0.g1"].state is JobState.PENDING
+    assert (
+        SlurmLauncher(run, Deployment(), queue, JobReader(run)).observe(["math-0.g1"])["math-0.g1"].state
+        is JobState.PENDING
+    )
 
 
 @pytest.mark.parametrize(
@@ -170,7 +179,7 @@ def calls_of(launcher: SlurmLauncher, monkeypatch: pytest.MonkeyPatch) -> list[t
 def test_a_job_is_cancelled_with_sigterm_only(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     """Slurm's own end gives the site's KillWait, which may be shorter than the drain."""
     submitted(run).write(Process(1, 1, "n1", step_id="0"))
-    launcher = SlurmLauncher(run, Deployment(), SeenQueue(run, {}))
+    launcher = SlurmLauncher(run, Deployment(), SeenQueue(run, {}), JobReader(run))
     calls = calls_of(launcher, monkeypatch)
     launcher.cancel(["math-0.g1"])
     assert calls == [("--state=PENDING", "7"), ("--signal=TERM", "7")]
@@ -181,7 +190,7 @@ def test_a_replica_that_shares_its_job_goes_alone(run: RunDir, monkeypatch: pyte
     other = JobDir(run, "math-1.g1")
     other.claim()
     other.write(JobInfo("7", "login1", runner=Runner.SLURM, shared=True))
-    launcher = SlurmLauncher(run, Deployment(), SeenQueue(run, {}))
+    launcher = SlurmLauncher(run, Deployment(), SeenQueue(run, {}), JobReader(run))
     calls = calls_of(launcher, monkeypatch)
     launcher.cancel(["math-0.g1"])
     assert calls == [("--signal=TERM", "7.3")]
@@ -195,7 +204,7 @@ def test_a_step_in_a_job_of_somebody_else_never_ends_the_job(run: RunDir, monkey
     job = submitted(run, runner=Runner.STEP, shared=True)
     job.write(Process(1, 1, "n1", step_id="2"))
     job.write(Stop(cancel_at=NOW))
-    launcher = SlurmLauncher(run, Deployment(), SeenQueue(run, {"7": QueuedJob("RUNNING")}))
+    launcher = SlurmLauncher(run, Deployment(), SeenQueue(run, {"7": QueuedJob("RUNNING")}), JobReader(run))
     calls = calls_of(launcher, monkeypatch)
     launcher.cancel(["math-0.g1"])
     launcher.kill(["math-0.g1"])
@@ -207,5 +216,5 @@ def test_remaining_jobs_come_from_slurm(run: RunDir) -> None:
     job = submitted(run)
     job.write(Ended(0, NOW))
     for word, left in (("COMPLETING", ["7"]), ("RUNNING", ["7"]), ("COMPLETED", [])):
-        launcher = SlurmLauncher(run, Deployment(), SeenQueue(run, {"7": QueuedJob(word)}))
+        launcher = SlurmLauncher(run, Deployment(), SeenQueue(run, {"7": QueuedJob(word)}), JobReader(run))
         assert launcher.remaining(["math-0.g1"]) == left

@@ -1,0 +1,119 @@
+"""Reads all records of a job at once, and again only after its folder has changed.
+
+Every record is replaced by a rename, which changes the modification time of the folder. A change within the resolution
+of that time could be missed, so a folder is read again until its time has stood still for SETTLED_S. Opening the folder
+makes an NFS client ask the server for the present time.
+"""
+
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from hpc_router.state.atomic_files import load_json
+from hpc_router.state.job_records import (
+    FILES,
+    Ended,
+    Exit,
+    JobInfo,
+    JobProgress,
+    Process,
+    Stop,
+    Submitter,
+    parse_record,
+)
+from hpc_router.state.run_directory import RunDir
+from hpc_router.state.stamped_file import Stamp, stamp_of
+
+SETTLED_S: Final = 2.0
+SAME_PASS_S: Final = 0.1
+"""Within this time a folder whose modification time is the same is not read again."""
+_FIELDS: Final[Mapping[str, type]] = {
+    "info": JobInfo,
+    "submitter": Submitter,
+    "process": Process,
+    "progress": JobProgress,
+    "exit": Exit,
+    "ended": Ended,
+    "stop": Stop,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class JobRecords:
+    """The records of one job. `claimed_at`: modification time of its folder (Unix seconds)."""
+
+    replica: str
+    claimed_at: float
+    info: JobInfo | None = None
+    submitter: Submitter | None = None
+    process: Process | None = None
+    progress: JobProgress | None = None
+    exit: Exit | None = None
+    ended: Ended | None = None
+    stop: Stop | None = None
+
+
+@dataclass(slots=True)
+class _Cached:
+    records: JobRecords
+    stamp: Stamp
+    seen_at: float
+    read_at: float
+    settled: bool
+
+
+class JobReader:
+    """Remembers the records of the jobs that it has read."""
+
+    def __init__(self, run: RunDir, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._folder = str(run.jobs)
+        self._clock = clock
+        self._cached: dict[str, _Cached] = {}
+
+    def read(self, replica: str) -> JobRecords | None:
+        """None if there is no such folder. Raises OSError if a record exists but cannot be read: a job whose record
+        cannot be read is not one that was never submitted."""
+        path = f"{self._folder}/{replica}"
+        try:
+            folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        except FileNotFoundError:
+            self._cached.pop(replica, None)
+            return None
+        try:
+            return self._current(folder, path, replica)
+        finally:
+            os.close(folder)
+
+    def _current(self, folder: int, path: str, replica: str) -> JobRecords:
+        stamp, known = stamp_of(os.fstat(folder)), self._cached.get(replica)
+        now = self._clock()
+        if known is None or known.stamp != stamp:
+            seen_at = now
+        elif known.settled or now - known.read_at < SAME_PASS_S:
+            return known.records
+        else:
+            seen_at = known.seen_at
+        found = _read(folder, Path(path))
+        records, whole = JobRecords(replica, stamp[0] / 1e9, **found), None not in found.values()
+        self._cached[replica] = _Cached(records, stamp, seen_at, now, settled=whole and now - seen_at >= SETTLED_S)
+        return records
+
+    def keep_only(self, replicas: Iterable[str]) -> None:
+        """Forget all other jobs."""
+        self._cached = {name: self._cached[name] for name in replicas if name in self._cached}
+
+
+def _read(folder: int, path: Path) -> dict[str, Any]:
+    """None for a record that is not valid. Lists the folder first, so that no missing record is looked up."""
+    found: dict[str, Any] = {}
+    names = frozenset(os.listdir(folder))
+    for field, kind in _FIELDS.items():
+        if FILES[kind] in names:
+            with suppress(FileNotFoundError, ValueError):  # removed meanwhile, or partly copied
+                found[field] = None
+                found[field] = parse_record(kind, load_json(path / FILES[kind]))
+    return found
