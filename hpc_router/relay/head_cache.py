@@ -65,12 +65,12 @@ class HeadCache(Generic[H]):
                 return None
             key = data[:first] + data[last : end - 1]  # without the last byte: never equal to a key of the other branch
         request_id = b""
-        if self._ids and (at := key.find(ID_LINE)) >= 0:
-            first = at + len(ID_LINE)
-            request_id = key[first : key.find(b"\r", first)]
+        if self._ids and (line := key.find(ID_LINE)) >= 0:
+            begin = line + len(ID_LINE)
+            request_id = key[begin : key.find(b"\r", begin)]
             if len(request_id) > _MAX_ID_BYTES or not request_id.replace(b"-", b"").isalnum():
                 return None
-            key = key[:first] + key[first + len(request_id) :]
+            key = key[:begin] + key[begin + len(request_id) :]
         try:
             head = self._heads[key]
         except KeyError:
