@@ -20,6 +20,8 @@ KINDS = ("classifier", "least_in_flight", "model_field", "round_robin")
 
 
 class RouteReason(StrEnum):
+    __hash__ = str.__hash__  # that of an enum is a call of Python code
+
     NAMED = "named"
     CLASSIFIED = "classified"
     POLICY = "policy"

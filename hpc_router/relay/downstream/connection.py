@@ -1,6 +1,6 @@
 """The connection of one client: one request after another, each followed by its response.
 
-A connection is idle (`_deadline` is set), or it serves a request: `pending` until a task runs, and then `_task`. Each
+A connection is idle (`_deadline` is set), or it serves a request: `pending` until a task runs, and then `task`. Each
 event of the event loop makes at most one step. An idle connection passes the next request to the handler, in the call
 that received it. The handler returns a `PendingResponse`, which needs a task only if it is resumed, or a coroutine,
 which gets a task at once. Reading continues meanwhile: a disconnect cancels the request, and further requests wait in
@@ -26,7 +26,7 @@ from hpc_router.relay.downstream.interface import (
     check_encoding,
     error_response,
 )
-from hpc_router.relay.downstream.request_parser import ParsedRequest, RefusedError, RequestHead, RequestParser
+from hpc_router.relay.downstream.request_parser import ParsedRequest, RefusedError, RequestParser
 
 if TYPE_CHECKING:
     from hpc_router.relay.downstream.server import Server
@@ -47,18 +47,10 @@ def _date(at: int) -> bytes:
 class ClientRequest(ParsedRequest, Request):
     """A parsed request whose response goes to `connection`."""
 
-    __slots__ = ("_chunked", "_response_started", "_without_body", "connection")
-
     connection: "ClientConnection"
-
-    def __init__(self, head: RequestHead, chunks: list[bytes | bytearray], request_id: bytes, complete: bool) -> None:
-        super().__init__(head, chunks, request_id, complete)
-        self._response_started = self._chunked = False
-        self._without_body = head.method == "HEAD"
-
-    @property
-    def response_started(self) -> bool:
-        return self._response_started
+    response_started = False
+    _chunked = False
+    _without_body = False
 
     @property
     def idle(self) -> bool:
@@ -71,7 +63,8 @@ class ClientRequest(ParsedRequest, Request):
     def complete_body(self) -> bytes | None:
         if not self.complete or len(self.chunks) != 1 or self.head.encoded:
             return None
-        return bytes(self.chunks[0])
+        body = self.chunks[0]
+        return body if type(body) is bytes else bytes(body)
 
     async def read(self, *, limit_s: float | None = None) -> bytes:
         check_encoding(self.headers)
@@ -93,11 +86,12 @@ class ClientRequest(ParsedRequest, Request):
 
     def send(self, status: int, head: bytes, length: int | None, body: bytes = b"") -> None:
         """Send the head and the known part of the body."""
-        self._response_started = True
+        self.response_started = True
         if not self.complete:
             self.keep_alive = False
+        self._without_body = status in _WITHOUT_BODY or self.method == "HEAD"
         if status in _WITHOUT_BODY:
-            self._without_body, framing = True, b""
+            framing = b""
         elif length is not None:
             framing = b"content-length: %d\r\n" % length
         elif self.head.http_1_0:
@@ -138,7 +132,7 @@ class ClientRequest(ParsedRequest, Request):
     def respond(self, status: int, head: bytes, body: bytes) -> None:
         connection = self.connection
         connection.pending = None
-        if connection.stopping:
+        if connection.server.stopping:
             self.keep_alive = False
         try:
             self.send(status, head, len(body), body)
@@ -153,10 +147,10 @@ class ClientRequest(ParsedRequest, Request):
     def finish(self, response: Response | None) -> None:
         """Complete the response after the handler has returned."""
         if response is not None:
-            if self._response_started:
+            if self.response_started:
                 raise AssertionError("the handler has returned a second response")
             self.send(response.status, response.head, len(response.body), response.body)
-        elif not self._response_started:
+        elif not self.response_started:
             raise AssertionError("the handler has neither sent nor returned a response")
         elif self._chunked:
             self.connection.write(b"0\r\n\r\n")
@@ -164,18 +158,18 @@ class ClientRequest(ParsedRequest, Request):
 
 class ClientConnection(asyncio.Protocol):
     __slots__ = (
-        "_deadline", "_lingering", "_loop", "_parser", "_refusal", "_request", "_server", "_task", "_timer",
-        "_transport", "_waiter", "_writable", "idle", "pending",
+        "_deadline", "_lingering", "_loop", "_parser", "_refusal", "_request", "_timer", "_transport", "_waiter",
+        "_writable", "idle", "pending", "server", "task",
     )  # fmt: skip
 
     def __init__(self, server: "Server") -> None:
-        self._server = server
+        self.server = server
         self._loop = server.loop
         self._parser = RequestParser(max_body=server.max_body, request_type=ClientRequest)
         self._transport: asyncio.Transport | None = None
         self._request: ClientRequest | None = None  # being served
         self.pending: PendingResponse | Coroutine[Any, Any, Response | None] | None = None
-        self._task: asyncio.Task[None] | None = None
+        self.task: asyncio.Task[None] | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._deadline: float | None = None  # for the next request's head; None while a request is served
@@ -191,14 +185,6 @@ class ClientConnection(asyncio.Protocol):
         if self._deadline is not None and self._transport is not None:
             self._transport.close()  # after the last response has been sent
 
-    @property
-    def task(self) -> "asyncio.Task[None] | None":
-        return self._task
-
-    @property
-    def stopping(self) -> bool:
-        return self._server.stopping
-
     # From one request to the next.
 
     def _start_next(self) -> None:
@@ -208,13 +194,13 @@ class ClientConnection(asyncio.Protocol):
             self._deadline = None
             self._request = request = waiting.popleft()
             request.connection = self
-            self.pending = self._server.handler(request)
+            self.pending = self.server.handler(request)
             if not isinstance(self.pending, PendingResponse):
                 self.run_pending()
         elif self._refusal is not None:
             self._run(self._refuse, self._refusal)
         else:
-            self._deadline = self._loop.time() + self._server.keep_alive_s
+            self._deadline = self._loop.time() + self.server.keep_alive_s
 
     def run_pending(self) -> None:
         """Continue the request in a task."""
@@ -222,7 +208,7 @@ class ClientConnection(asyncio.Protocol):
 
     def _run(self, step: Callable[..., Coroutine[Any, Any, None]], *args: Any) -> None:
         self._deadline = None
-        self._task = self._loop.create_task(self._to_end(step, *args))
+        self.task = self._loop.create_task(self._to_end(step, *args))
 
     async def _serve(self) -> None:
         request, pending = self._request, self.pending
@@ -230,7 +216,7 @@ class ClientConnection(asyncio.Protocol):
         assert pending is not None
         self.pending = None
         response = await (pending.run() if isinstance(pending, PendingResponse) else pending)
-        if self._server.stopping:
+        if self.server.stopping:
             request.keep_alive = False
         request.finish(response)
         await self._end(request)
@@ -243,12 +229,12 @@ class ClientConnection(asyncio.Protocol):
             self._start_next()
         else:
             self._request = None  # frees the body
-            self._deadline = self._loop.time() + self._server.keep_alive_s
+            self._deadline = self._loop.time() + self.server.keep_alive_s
 
     async def _end(self, request: ClientRequest) -> None:
         """The response is complete; the client may not have read it yet."""
         if not self._writable:
-            await self.drain(self._server.keep_alive_s)
+            await self.drain(self.server.keep_alive_s)
         if not request.keep_alive:
             await self._close(linger=not request.complete)
 
@@ -273,7 +259,7 @@ class ClientConnection(asyncio.Protocol):
             with suppress(TimeoutError):
                 async with asyncio.timeout(LINGER_S):
                     await self.wait_for_event()  # a disconnect cancels this task
-        self._deadline = self._loop.time() + self._server.keep_alive_s  # for reading the rest of the response
+        self._deadline = self._loop.time() + self.server.keep_alive_s  # for reading the rest of the response
         self._transport.close()
 
     async def _to_end(self, step: Callable[..., Coroutine[Any, Any, None]], *args: Any) -> None:
@@ -287,7 +273,7 @@ class ClientConnection(asyncio.Protocol):
                 raise
             logger.exception("a connection failed")
         if self._transport is not None and not self._transport.is_closing():
-            self._task = self._request = None  # frees the bodies
+            self.task = self._request = None  # frees the bodies
             self._start_next()
 
     # Called by requests.
@@ -324,8 +310,8 @@ class ClientConnection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
-        self._server.connections.add(self)
-        self._deadline = self._loop.time() + self._server.keep_alive_s
+        self.server.connections.add(self)
+        self._deadline = self._loop.time() + self.server.keep_alive_s
         self._timer = self._loop.call_at(self._deadline, self._check_deadline)
 
     def data_received(self, data: bytes) -> None:
@@ -348,7 +334,7 @@ class ClientConnection(asyncio.Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         self._transport = None
-        self._server.left(self)
+        self.server.left(self)
         self._parser.release()
         if self._timer is not None:
             self._timer.cancel()
@@ -357,7 +343,7 @@ class ClientConnection(asyncio.Protocol):
             pending.cancel()
         elif pending is not None:
             pending.close()
-        task, self._task = self._task, None  # a cancelled task refers to its frames, and they to this object
+        task, self.task = self.task, None  # a cancelled task refers to its frames, and they to this object
         if task is not None:
             task.cancel()
 
@@ -379,4 +365,4 @@ class ClientConnection(asyncio.Protocol):
         if self._deadline is not None and now >= self._deadline:
             self.abort()
             return
-        self._timer = self._loop.call_at(self._deadline or now + self._server.keep_alive_s, self._check_deadline)
+        self._timer = self._loop.call_at(self._deadline or now + self.server.keep_alive_s, self._check_deadline)

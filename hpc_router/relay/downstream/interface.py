@@ -55,6 +55,8 @@ class Request(ABC):
     headers: Headers
     request_id: bytes
     keep_alive: bool
+    response_started: bool
+    """The head of a response has been sent."""
     idle: bool
     """True while nothing has been written since it was set to True."""
 
@@ -74,11 +76,6 @@ class Request(ABC):
     def resume(self) -> None:
         """Continue a `PendingResponse` in a task."""
         raise NotImplementedError
-
-    @property
-    @abstractmethod
-    def response_started(self) -> bool:
-        """The head of a response has been sent."""
 
     @abstractmethod
     async def start_response(self, status: int, head: bytes, *, length: int | None) -> None:

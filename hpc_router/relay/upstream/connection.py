@@ -24,7 +24,7 @@ MAX_SINGLE_WRITE_BYTES: Final = 2**18
 class Connections(Protocol):
     """The owner of a connection."""
 
-    def put(self, address: Address | str, connection: "Connection") -> None:
+    def put(self, connection: "Connection") -> None:
         """The connection may be used for another exchange."""
 
     def discard(self, connection: "Connection") -> None:
@@ -40,7 +40,7 @@ class Connection(asyncio.Protocol, PendingRequest):
     __slots__ = (
         "_buffered_bytes", "_callback", "_chunk_ends", "_failure", "_loop", "_mark", "_owner", "_parser", "_reading",
         "_sent", "_sink", "_sink_full", "_transport", "_waiter", "_writable", "_write_chunk", "address", "idle_s",
-        "idle_timer", "nothing_received",
+        "idle_timer", "nothing_received", "usable_until",
     )  # fmt: skip
 
     def __init__(self, owner: Connections, address: Address | str) -> None:
@@ -64,6 +64,7 @@ class Connection(asyncio.Protocol, PendingRequest):
         self._waiter: asyncio.Future[None] | None = None
         self._callback: ResponseCallback | None = None  # notified instead of a task
         self.nothing_received = False  # in the last exchange
+        self.usable_until = 0.0  # time.monotonic(), while the connection is idle
 
     @property
     def usable(self) -> bool:
@@ -187,7 +188,7 @@ class Connection(asyncio.Protocol, PendingRequest):
     def finish(self) -> None:
         """`end`, and return a usable connection to the pool."""
         if self.end():
-            self._owner.put(self.address, self)
+            self._owner.put(self)
 
     @property
     def _response_started(self) -> bool:
@@ -283,7 +284,7 @@ class Connection(asyncio.Protocol, PendingRequest):
                 self._callback = None
                 self.idle_timer.pause()
                 if keep_alive:
-                    self._owner.put(self.address, self)
+                    self._owner.put(self)
                 else:
                     self.abort()
                 return True

@@ -90,6 +90,8 @@ class Replica:
     reservations: "set[Reservation]" = field(default_factory=set)
     peer_in_flight: int = 0
     column: int = NO_COLUMN  # of the shared counters: its requests in flight
+    request_starts: dict[str, bytes] = field(default_factory=dict)  # API path -> request line, host, authorization
+    routing_lines: dict[tuple[str, str], bytes] = field(default_factory=dict)  # expert, reason -> response headers
     address: Address = field(init=False)
     capacity: int = field(init=False)
 

@@ -195,10 +195,10 @@ class Dispatcher:
     def _exchange(
         self, routed: RoutedRequest, reservation: Reservation
     ) -> AbstractAsyncContextManager[UpstreamResponse]:
-        head, body = routed.outgoing or routed.request_for(reservation)
-        sent, routed.sent, routed.outgoing = routed.sent, None, None
+        head, body = routed.request_for(reservation)
+        sent, routed.sent = routed.sent, None
         return self.client.request(
-            "POST", reservation.replica.address, routed.target, head=head, body=body, watch=reservation.watch,
+            "POST", reservation.replica.address, routed.endpoint.target, head=head, body=body, watch=reservation.watch,
             started=sent, limits=routed.timeouts(),
         )  # fmt: skip
 
@@ -206,7 +206,9 @@ class Dispatcher:
         replica, expert = reservation.replica, reservation.expert
         reason = routed.reason_at(expert)
         stream = routed.call.fields.get("stream") is True
-        relay = ResponseRelay(routed.request, self.relay_limits, routed.api_format.abort_detector, stream=stream)
+        relay = ResponseRelay(
+            routed.request, self.relay_limits, routed.endpoint.api_format.abort_detector, stream=stream
+        )
         routed.phase = "before_first_byte"
 
         try:
@@ -240,7 +242,9 @@ class Dispatcher:
             if not relay.committed:
                 self._record_failure(routed, reservation, error)
                 if isinstance(error, UpstreamAbortedError):  # the next attempt may fail in the same way
-                    response = json_response(routed.api_format.error_body(_failure_reply(replica, error)), status=502)
+                    response = json_response(
+                        routed.endpoint.api_format.error_body(_failure_reply(replica, error)), status=502
+                    )
                     response.add(protocol.REQUEST_ID_HEADER, routed.request_id)
                     routed.error_result = RequestResult(502, expert, reason, response)
                 raise _RetryError from error
@@ -297,7 +301,7 @@ class Dispatcher:
 
     def _wants_token(self, routed: RoutedRequest, reservation: Reservation) -> RequestResult:
         message = f"{reservation.replica.record.url} answered 401: `hpc-router register` it again with --token-file"
-        reason, path = routed.reason_at(reservation.expert), routed.target.partition("?")[0]
+        reason, path = routed.reason_at(reservation.expert), routed.endpoint.path
         response = error_response(502, kind="upstream_error", code="endpoint_unauthorized", message=message, path=path)
         response.add(protocol.REQUEST_ID_HEADER, routed.request_id)
         response.head += routed.routing_headers(reservation)
@@ -341,7 +345,7 @@ class Dispatcher:
         logger.warning("%s: broken off: %s", routed.request_id, fault.message)
         self.metrics.broken.add(expert)
         try:
-            await relay.end_with_error(routed.api_format.error_event(fault))
+            await relay.end_with_error(routed.endpoint.api_format.error_event(fault))
         except DownstreamGoneError:
             self.metrics.cancelled.add("streaming")
 

@@ -41,7 +41,8 @@ from hpc_router.router.worker.control_client import ControlClient
 from hpc_router.router.worker.dispatcher import Dispatcher
 from hpc_router.router.worker.error_responses import RETRY_AFTER_S, DrainingError
 from hpc_router.router.worker.request_body import ApiCall, decode
-from hpc_router.router.worker.route_request import UNKNOWN_ENDPOINT, ApiEndpoint, RequestRouting, endpoint_of
+from hpc_router.router.worker.route_request import UNKNOWN_ENDPOINT, RequestRouting, endpoint_of
+from hpc_router.router.worker.routed_request import ApiEndpoint
 from hpc_router.routing.policy import Policy
 from hpc_router.routing.prompt_text import PROMPT_FIELDS
 

@@ -3,12 +3,12 @@
 import time
 from dataclasses import dataclass
 from functools import partial
-from typing import Final, NamedTuple
+from typing import Final
 
 from hpc_router.config.schema import Deployment
 from hpc_router.errors import BadRequestError, UnknownModelError, suggest
 from hpc_router.net import protocol
-from hpc_router.relay.api_formats import ApiFormat, api_format_of
+from hpc_router.relay.api_formats import api_format_of
 from hpc_router.relay.downstream.interface import Request
 from hpc_router.router.metrics import Metrics
 from hpc_router.router.replicas.admission import should_spill
@@ -16,20 +16,12 @@ from hpc_router.router.replicas.sessions import PARAM, Sessions, session_id
 from hpc_router.router.replicas.table import ReplicaTable
 from hpc_router.router.worker.dispatcher import Dispatcher
 from hpc_router.router.worker.request_body import ApiCall, check_values, decode
-from hpc_router.router.worker.routed_request import RoutedRequest
+from hpc_router.router.worker.routed_request import ApiEndpoint, RoutedRequest
 from hpc_router.routing.policy import Decision, Policy, RouteReason
 from hpc_router.routing.prompt_text import prompt_text
 
 _NAMED: Final = RouteReason.NAMED
 _OPTIONAL_BOOL: Final = frozenset({bool, type(None)})
-
-
-class ApiEndpoint(NamedTuple):
-    """`path` without a final slash; `target`: path and query of the upstream request."""
-
-    path: str
-    target: str
-    api_format: ApiFormat
 
 
 UNKNOWN_ENDPOINT: Final = ApiEndpoint("", "", api_format_of(""))
@@ -53,19 +45,18 @@ class RequestRouting:
 
     def route(self, request: Request, request_id: str, call: ApiCall, endpoint: ApiEndpoint) -> RoutedRequest:
         started = time.perf_counter()
-        path, target, api_format = endpoint
         model = call.model
         if type(call.fields.get("stream")) not in _OPTIONAL_BOOL:
             raise BadRequestError("'stream' must be true or false", param="stream")
         session = None
-        if path == protocol.RESPONSES:
+        if endpoint.path == protocol.RESPONSES:
             session = session_id(request.headers)
             continued = self.sessions.continued(session, call.fields, self.table, model=model)
             if continued is not None:
                 turn, replica = continued
                 reason = turn.reason if model == "auto" else RouteReason.NAMED
                 routed = RoutedRequest(
-                    self.dispatcher, request, request_id, call, api_format, target, (turn.expert,), reason, started
+                    self.dispatcher, request, request_id, call, endpoint, (turn.expert,), reason, started
                 )
                 routed.only = replica
                 return routed
@@ -75,19 +66,19 @@ class RequestRouting:
             experts: tuple[str, ...] = (model,)
             reason = _NAMED
         else:
-            experts, reason = self._choose_experts(path, call, first=api_format.prompt_field)
-        routed = RoutedRequest(self.dispatcher, request, request_id, call, api_format, target, experts, reason, started)
+            experts, reason = self._choose_experts(call, endpoint)
+        routed = RoutedRequest(self.dispatcher, request, request_id, call, endpoint, experts, reason, started)
         if session is not None:
             routed.on_success = partial(self.sessions.answered, session)
         return routed
 
-    def _choose_experts(self, path: str, call: ApiCall, *, first: str) -> tuple[tuple[str, ...], RouteReason]:
+    def _choose_experts(self, call: ApiCall, endpoint: ApiEndpoint) -> tuple[tuple[str, ...], RouteReason]:
         """The experts to try in order, by the policy, and the reason for the first one."""
-        if path == protocol.EMBEDDINGS:
+        if endpoint.path == protocol.EMBEDDINGS:
             raise BadRequestError(
                 "'auto' cannot embed: the vector spaces of experts differ, so name one", param="model"
             )
-        decision = self._decide(self.prompt(call, first=first))
+        decision = self._decide(self.prompt(call, first=endpoint.api_format.prompt_field))
         experts = self.policy.order(decision)
         if not experts:
             raise UnknownModelError(

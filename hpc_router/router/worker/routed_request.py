@@ -7,8 +7,7 @@ connection, a retry, a stream, a long body) is left to `dispatcher`, which conti
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from hpc_router.net import protocol
 from hpc_router.relay.api_formats import ApiFormat
@@ -24,6 +23,7 @@ from hpc_router.relay.upstream.interface import (
     PendingRequest,
     ResponseCallback,
     UpstreamTimeouts,
+    request_line,
 )
 from hpc_router.router.replicas.balancing import KEY_CHARS, affinity_slot
 from hpc_router.router.replicas.replica import Replica, Reservation
@@ -42,6 +42,14 @@ _SESSION: Final = protocol.SESSION_HEADER.encode()
 _OWN_DOWNSTREAM: Final = NOT_DOWNSTREAM | {REQUEST_ID, b"x-expert", b"x-replica", b"x-route-reason"}
 
 
+class ApiEndpoint(NamedTuple):
+    """`path` without a final slash; `target`: path and query of the upstream request."""
+
+    path: str
+    target: str
+    api_format: ApiFormat
+
+
 class RoutedRequest(PendingResponse, ResponseCallback):
     """A request with its route, and the state of its dispatch. `experts`: tried in this order. `reason`: why the first
     of them was chosen. `only`: the only replica that may serve it. `on_success` is called with the replica of a 2xx
@@ -58,8 +66,7 @@ class RoutedRequest(PendingResponse, ResponseCallback):
     phase = "queued"
     reservation: Reservation | None = None
     sent: PendingRequest | None = None
-    outgoing: tuple[bytes, bytes] | None = None
-    """The request to the reserved replica, once it is sent without a task, and its header lines and body."""
+    """The request to the reserved replica, once it is sent without a task."""
     avoid: frozenset[Replica] = frozenset()
     error_result: "RequestResult | None" = None
     """The last error response of a replica, which the client gets if no other replica serves the request."""
@@ -75,8 +82,7 @@ class RoutedRequest(PendingResponse, ResponseCallback):
         request: Request,
         request_id: str,
         call: ApiCall,
-        api_format: ApiFormat,
-        target: str,
+        endpoint: ApiEndpoint,
         experts: tuple[str, ...],
         reason: RouteReason,
         started: float,
@@ -85,8 +91,7 @@ class RoutedRequest(PendingResponse, ResponseCallback):
         self.request = request
         self.request_id = request_id
         self.call = call
-        self.api_format = api_format
-        self.target = target
+        self.endpoint = endpoint
         self.experts = experts
         self.reason = reason
         self.started = started
@@ -100,18 +105,24 @@ class RoutedRequest(PendingResponse, ResponseCallback):
             self.request.resume()
             return
         try:
-            self.outgoing = head, body = self.request_for(reservation)
-            self.sent = sent = dispatcher.client.start(
-                "POST", reservation.replica.address, self.target, head=head, body=body, callback=self,
-                limits=self.timeouts(),
-            )  # fmt: skip
+            replica, call, target = reservation.replica, self.call, self.endpoint.target
+            expert = reservation.expert
+            lines = self.request.headers.cached.get(NOT_UPSTREAM)
+            message = b"%b%bx-request-id: %b\r\ncontent-length: %d\r\n\r\n%b" % (
+                replica.request_starts.get(target) or self._request_start(replica),
+                crossing(self.request.headers, drop=NOT_UPSTREAM) if lines is None else lines,
+                self.request_id.encode(),
+                len(body := _body(call, expert, replica)),
+                body,
+            )
+            self.sent = sent = dispatcher.client.start(replica.address, message, self, self.timeouts())
         except Exception:
             self._release()
             raise
         if sent is None:  # no connection is pooled
             self.request.resume()
         else:
-            reservation.watch(sent.idle_timer)
+            reservation.idle_timer = sent.idle_timer
             self.phase = "before_first_byte"
 
     async def run(self) -> Response | None:
@@ -135,7 +146,7 @@ class RoutedRequest(PendingResponse, ResponseCallback):
         dispatcher, reservation = self.dispatcher, self.reservation
         if status in REVIEWED_STATUSES or headers.content_type == CONTENT_TYPE or len(body) > SHORT_BYTES:
             return False
-        if self.api_format.abort_detector.may_be_aborted(body):
+        if self.endpoint.api_format.abort_detector.may_be_aborted(body):
             return False
         assert reservation is not None
         replica, expert = reservation.replica, reservation.expert
@@ -146,7 +157,7 @@ class RoutedRequest(PendingResponse, ResponseCallback):
             self.request.keep_alive = False
         metrics = dispatcher.metrics
         metrics.first_byte.add(time.perf_counter() - self.started, expert, replica.record.replica)
-        metrics.requests.add(expert, self.reason_at(expert).value, status)
+        metrics.requests.add(expert, self.reason_at(expert), status)
         reservation.release()
         dispatcher.in_flight.leave()
         self.request.respond(status, head, body)
@@ -154,6 +165,14 @@ class RoutedRequest(PendingResponse, ResponseCallback):
 
     def on_incomplete(self) -> None:
         self.request.resume()
+
+    def _request_start(self, replica: Replica) -> bytes:
+        """Request line and the header lines that are the same for all requests to this replica."""
+        path, target, _ = self.endpoint
+        start = request_line("POST", replica.address, target) + replica.authorization
+        if target == path:  # there are only a few paths
+            replica.request_starts[path] = start
+        return start
 
     def request_for(self, reservation: Reservation) -> tuple[bytes, bytes]:
         """Header lines and body of the request to this replica."""
@@ -180,8 +199,13 @@ class RoutedRequest(PendingResponse, ResponseCallback):
         )
 
     def routing_headers(self, reservation: Reservation) -> bytes:
-        expert = reservation.expert
-        return _routing_headers(expert, reservation.replica.record.replica, self.reason_at(expert))
+        replica, expert = reservation.replica, reservation.expert
+        reason = self.reason if expert == self.experts[0] else RouteReason.UNAVAILABLE
+        lines = replica.routing_lines.get((expert, reason))
+        if lines is None:
+            text = f"x-expert: {expert}\r\nx-replica: {replica.name}\r\nx-route-reason: {reason}\r\n"
+            lines = replica.routing_lines[expert, reason] = text.encode()
+        return lines
 
     def reason_at(self, expert: str) -> RouteReason:
         return self.reason if expert == self.experts[0] else RouteReason.UNAVAILABLE
@@ -216,8 +240,3 @@ def _body(call: ApiCall, expert: str, replica: Replica) -> bytes:
     wanted = replica.model_for(expert)
     aliased = record.kind is RecordKind.EXPERT and len(record.serves) == 1 and asked in replica.models
     return call.raw if wanted is None or asked == wanted or aliased else call.body(wanted)
-
-
-@lru_cache(maxsize=1024)
-def _routing_headers(expert: str, replica: str, reason: RouteReason) -> bytes:
-    return f"x-expert: {expert}\r\nx-replica: {replica}\r\nx-route-reason: {reason}\r\n".encode()

@@ -39,12 +39,8 @@ class _Request(Request):
         self.headers = Headers(fields)
         self.keep_alive = request.keep_alive
         self._transport: asyncio.Transport | None = None
-        self._chunked = self.idle = False
+        self._chunked = self.idle = self.response_started = False
         self.sent: web.StreamResponse | None = None
-
-    @property
-    def response_started(self) -> bool:
-        return self._transport is not None
 
     async def read(self, *, limit_s: float | None = None) -> bytes:
         check_encoding(self.headers)
@@ -74,6 +70,7 @@ class _Request(Request):
         if self._request.transport is None:
             raise DownstreamGoneError("the client has gone")
         self._transport = self._request.transport
+        self.response_started = True
         self._chunked = answer.headers.get("transfer-encoding") == "chunked"
 
     def write(self, data: bytes) -> bool:
