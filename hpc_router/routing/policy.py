@@ -11,7 +11,7 @@ the prompt had no influence. Only the router sets `named` and `spilled`.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import NamedTuple, Protocol
+from typing import Final, NamedTuple, Protocol
 
 from hpc_router.errors import ConfigError, suggest
 from hpc_router.routing.classifier import Classifier, Term
@@ -29,6 +29,9 @@ class RouteReason(StrEnum):
     NO_KNOWN_TERMS = "no_known_terms"
     SPILLED = "spilled"
     UNAVAILABLE = "unavailable"
+
+
+_CLASSIFIED: Final = RouteReason.CLASSIFIED  # a look-up in the enum costs more than one here
 
 
 class Decision(NamedTuple):
@@ -105,18 +108,18 @@ class ClassifierPolicy:
         self._orders: dict[tuple[str | None, str | None, str | None], tuple[str, ...]] = {}
 
     def select(self, text: str, *, ready: Mapping[str, int]) -> Decision:
-        result = self._classifier.classify(text)
-        best = result.expert or self._fallback or result.runner_up
-        if result.known_terms == 0:
+        cluster, own, score, margin, runner_up, known_terms = self._classifier.classify(text)
+        best = own or self._fallback or runner_up
+        if known_terms == 0:
             # No term was recognised, so the decision reports no cluster, score or margin.
             return Decision(self._fallback or best, RouteReason.NO_KNOWN_TERMS)
-        if result.margin is not None and result.margin < self._classifier.margin_threshold:
+        if margin is not None and margin < self._classifier.margin_threshold:
             expert, reason = self._fallback or best, RouteReason.LOW_MARGIN
-        elif result.expert is None:
+        elif own is None:
             expert, reason = best, RouteReason.UNAVAILABLE
         else:
-            expert, reason = best, RouteReason.CLASSIFIED
-        return Decision(expert, reason, result.cluster, result.score, result.margin, result.runner_up)
+            expert, reason = own, _CLASSIFIED
+        return tuple.__new__(Decision, (expert, reason, cluster, score, margin, runner_up))
 
     def explain(self, text: str, *, ready: Mapping[str, int]) -> Explanation:
         decision = self.select(text, ready=ready)
@@ -126,10 +129,11 @@ class ClassifierPolicy:
 
     def order(self, decision: Decision) -> tuple[str, ...]:
         key = decision.expert, decision.cluster, decision.runner_up
-        if key not in self._orders:
+        order = self._orders.get(key)
+        if order is None:
             best = None if decision.cluster is None else self._expert_of[decision.cluster]
-            self._orders[key] = _distinct(decision.expert, best, decision.runner_up, self._fallback)
-        return self._orders[key]
+            order = self._orders[key] = _distinct(decision.expert, best, decision.runner_up, self._fallback)
+        return order
 
 
 class RoundRobin:

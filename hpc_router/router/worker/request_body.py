@@ -83,6 +83,8 @@ class ApiCall:
 
     def body(self, model: str) -> bytes:
         """The body with `model` as its model name."""
+        if self.model_at == 1 and self.raw.startswith(b'{"model":%b' % (asked := _quoted(self.fields["model"]))):
+            return b'{"model":%b%b' % (_quoted(model), self.raw[9 + len(asked) :])  # the usual case
         start, end = self.model_span
         raw = memoryview(self.raw)  # avoids a second copy of the rest
         return b"".join((raw[:start], _quoted(model), raw[end:]))

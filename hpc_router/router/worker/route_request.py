@@ -117,13 +117,14 @@ class RequestRouting:
         return prompt_text(call.fields, window=self.deployment.policy.window, first=first)
 
     def _decide(self, text: str) -> Decision:
+        policy, metrics = self.policy, self.metrics
         started = time.perf_counter()
-        decision = self.policy.select(text, ready=self.table.ready() if self.policy.weighs_load else {})
-        self.metrics.decision.add(time.perf_counter() - started)
-        version = self.policy.version
+        decision = policy.select(text, ready=self.table.ready() if policy.weighs_load else {})
+        metrics.decision.add(time.perf_counter() - started)
+        version = policy.version
         if version is not None:
-            self.metrics.decided.add(version, decision.cluster or "", decision.reason)
-            shadow = self.policy.shadow
+            metrics.decided.add(version, decision.cluster or "", decision.reason)
+            shadow = policy.shadow
             if shadow is not None:  # only counted
                 agreed = shadow.select(text, ready={}).expert == decision.expert
                 self.metrics.shadowed.add(version, shadow.version, "yes" if agreed else "no")
