@@ -115,7 +115,7 @@ async def relay_request(
             if (whole := answer.complete_body) is not None and len(whole) <= SHORT_BYTES:
                 on_progress()
                 return Response(answer.status, head, whole)
-            await request.start_response(answer.status, head, length=answer.length)
+            request.start_response(answer.status, head, length=answer.length)
             await answer.stream_to(_ClientSink(request, on_progress))
     except DownstreamGoneError:
         pass  # the handler is about to be cancelled

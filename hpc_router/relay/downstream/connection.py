@@ -81,7 +81,7 @@ class ClientRequest(ParsedRequest, Request):
                 raise self.failure
         return b"".join(self.chunks)
 
-    async def start_response(self, status: int, head: bytes, *, length: int | None) -> None:
+    def start_response(self, status: int, head: bytes, *, length: int | None) -> None:
         self.send(status, head, length)
 
     def send(self, status: int, head: bytes, length: int | None, body: bytes = b"") -> None:
@@ -140,6 +140,15 @@ class ClientRequest(ParsedRequest, Request):
             pass
         else:
             connection.responded(self)
+
+    def end(self) -> None:
+        self.connection.pending = None
+        try:
+            self.finish(None)
+        except DownstreamGoneError:
+            pass
+        else:
+            self.connection.responded(self)
 
     def resume(self) -> None:
         self.connection.run_pending()

@@ -3,7 +3,7 @@
 Received bytes are parsed at once. Body data goes to the exchange's sink in the same step, or is buffered until the task
 reads it; the connection stops reading when the buffer is full. A failure is stored and raised in the task, after the
 data received before it. An exchange may also be started without a task: then a callback gets the complete response, or
-is asked to continue in a task.
+its head and later its end, or is asked to continue in a task.
 """
 
 import asyncio
@@ -34,7 +34,7 @@ class Connections(Protocol):
 class Connection(asyncio.Protocol, PendingRequest):
     """With a task: `begin`, `send`, `wait_for_head`, then `chunk` until it is empty or `stream_to`, and always `end`.
 
-    Without a task: `start`; a complete response ends the exchange, otherwise a task continues at `wait_for_head`.
+    Without a task: `start`; an accepted response ends the exchange, otherwise a task continues at `wait_for_head`.
     """
 
     __slots__ = (
@@ -111,7 +111,10 @@ class Connection(asyncio.Protocol, PendingRequest):
         self._sent = True
 
     def cancel(self) -> None:
-        self._callback = None
+        self._callback = self._sink = self._write_chunk = None
+        parser, self._parser = self._parser, None
+        if parser is not None:
+            parser.release()
         self.idle_timer.pause()
         self.abort()
 
@@ -157,6 +160,8 @@ class Connection(asyncio.Protocol, PendingRequest):
     async def stream_to(self, sink: Sink) -> None:
         """Write the rest of the body to `sink`."""
         assert self._parser is not None
+        if self._sink_full:  # since before the task ran
+            await self._drain(sink)
         while chunk := await self.chunk():
             self._sink_full = not sink.write(chunk)
             while not self._sink_full and not self._parser.complete and self._failure is None:
@@ -166,9 +171,12 @@ class Connection(asyncio.Protocol, PendingRequest):
                 finally:
                     self._sink = self._write_chunk = None
             if self._sink_full:
-                self.idle_timer.pause()
-                await sink.drain()
-                self.idle_timer.restart(self.idle_s)
+                await self._drain(sink)
+
+    async def _drain(self, sink: Sink) -> None:
+        self.idle_timer.pause()
+        await sink.drain()
+        self.idle_timer.restart(self.idle_s)
 
     def end(self) -> bool:
         """End the exchange. Returns whether the connection can be used again; if not, it is closed."""
@@ -247,21 +255,41 @@ class Connection(asyncio.Protocol, PendingRequest):
             self._sink = self._write_chunk = None
             self._wake()
             return
-        parser = self._parser
+        parser, callback = self._parser, self._callback
         if parser is None:
-            if not self._receive_for_callback(data):
+            if callback is None:
                 self.abort()  # data without a request
-            return
+                return
+            cached = cached_response(data)
+            if cached is not None and callback.on_response(cached[0].status, cached[0].headers, cached[1]):
+                self._callback = None
+                self.idle_timer.pause()
+                if cached[0].keep_alive:
+                    self._owner.put(self)
+                else:
+                    self.abort()
+                return
+            parser = self._parser = ResponseParser()
         sink, self._write_chunk = self._sink, None
         try:
             parser.feed(data)
-            if sink is not None and parser.chunks:
-                self._sink_full = not sink.write(self._take_buffered())
+            if callback is not None and sink is None:
+                if not parser.status:
+                    return  # only a part of the head was received
+                if self._accepted(callback, parser):
+                    return
+                sink = self._sink = callback.on_head(parser.status, parser.headers)
+            if sink is not None:
+                self._sink_full = bool(parser.chunks) and not sink.write(self._take_buffered())
                 if not self._sink_full and not parser.complete:
                     if parser.at_chunk_boundary and (chunk_writer := sink.chunk_writer()) is not None:
                         self._write_chunk, self._chunk_ends, self._mark = chunk_writer
                     return
                 self._sink = None
+                if callback is not None and not self._sink_full and callback.on_end():
+                    self._callback = None
+                    self.finish()
+                    return
         except Exception as error:  # noqa: BLE001  # raised in the task
             self._fail(error)
         if parser.chunks and self._sink is None:
@@ -272,32 +300,15 @@ class Connection(asyncio.Protocol, PendingRequest):
                 self._transport.pause_reading()
         self._wake()
 
-    def _receive_for_callback(self, data: bytes) -> bool:
-        """Receive the first data of an exchange without a task. False: there is no exchange."""
-        callback = self._callback
-        if callback is None:
+    def _accepted(self, callback: ResponseCallback, parser: ResponseParser) -> bool:
+        """Whether the response is complete and the callback has taken it."""
+        if not parser.complete or len(parser.chunks) != 1:
             return False
-        cached = cached_response(data)
-        if cached is not None:
-            (status, headers, keep_alive), body, _ = cached
-            if callback.on_response(status, headers, body):
-                self._callback = None
-                self.idle_timer.pause()
-                if keep_alive:
-                    self._owner.put(self)
-                else:
-                    self.abort()
-                return True
-        self._ensure_parser()
-        self.data_received(data)
+        if not callback.on_response(parser.status, parser.headers, parser.chunks[0]):
+            return False
+        self._callback = None
+        self.finish()
         return True
-
-    def _notify(self, callback: ResponseCallback) -> None:
-        parser, body = self.parser, self.complete_body()
-        if body is None or not callback.on_response(parser.status, parser.headers, body):
-            callback.on_incomplete()
-        else:
-            self.finish()
 
     def _ensure_parser(self) -> None:
         """The exchange was started without a task and needs a parser now."""
@@ -337,7 +348,8 @@ class Connection(asyncio.Protocol, PendingRequest):
     def _wake(self) -> None:
         callback, self._callback = self._callback, None
         if callback is not None:
-            self._notify(callback)
+            self._sink = self._write_chunk = None
+            callback.on_incomplete()
             return
         waiter, self._waiter = self._waiter, None
         if waiter is not None and not waiter.done():

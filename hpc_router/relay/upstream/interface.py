@@ -140,11 +140,20 @@ class ResponseCallback(ABC):
 
     @abstractmethod
     def on_response(self, status: int, headers: Headers, body: bytes) -> bool:
-        """The complete response was received in one read. False: not accepted; `on_incomplete` is called next."""
+        """The complete response was received in one read. False: not accepted; `on_head` is called next."""
+
+    def on_head(self, status: int, headers: Headers) -> "Sink | None":
+        """The head was received. Returns what gets the body; None: `on_incomplete` is called next."""
+        return None
+
+    def on_end(self) -> bool:
+        """The sink got the complete body. False: not accepted; `on_incomplete` is called next."""
+        raise NotImplementedError
 
     @abstractmethod
     def on_incomplete(self) -> None:
-        """A part of the response was received, or the exchange failed. Call `request` with `started` to continue."""
+        """The response has to be awaited from here on: the callback takes no more of it, the sink is full, or the
+        exchange has failed. Call `request` with `started` to continue in a task."""
 
 
 class PendingRequest(Protocol):

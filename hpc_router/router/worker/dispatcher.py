@@ -205,27 +205,20 @@ class Dispatcher:
     async def _attempt(self, routed: RoutedRequest, reservation: Reservation) -> RequestResult:
         replica, expert = reservation.replica, reservation.expert
         reason = routed.reason_at(expert)
-        stream = routed.call.fields.get("stream") is True
-        relay = ResponseRelay(
-            routed.request, self.relay_limits, routed.endpoint.api_format.abort_detector, stream=stream
-        )
-        routed.phase = "before_first_byte"
+        begun, routed.relay = routed.relay, None
+        relay = begun or routed.new_relay()
+        routed.phase = "before_first_byte" if begun is None else "streaming"
 
         try:
             async with self._exchange(routed, reservation) as upstream:
-                if upstream.status in REVIEWED_STATUSES:
-                    error = await self._review_status(routed, reservation, upstream)
-                    if error is not None:
-                        return error
-                elif replica.recent_error:
-                    self.health.request_succeeded(replica)
-                if routed.failed_attempts and 200 <= upstream.status < 300:
-                    self._report_failures(routed, expert)
-                if routed.on_success is not None and 200 <= upstream.status < 300:
-                    routed.on_success(replica, expert, reason)
-                self.metrics.first_byte.add(time.perf_counter() - routed.started, expert, replica.name)
-                routed.phase = "streaming"
-                await relay.relay(upstream, routed.response_head(reservation, upstream.headers))
+                if begun is not None:
+                    await relay.relay_events(upstream)
+                else:
+                    if upstream.status in REVIEWED_STATUSES:
+                        error = await self._review_status(routed, reservation, upstream)
+                        if error is not None:
+                            return error
+                    await relay.relay(upstream, routed.accept(reservation, upstream.status, upstream.headers))
         except DownstreamGoneError:
             self.metrics.cancelled.add("streaming")
         except UpstreamTimeoutError as error:
@@ -290,7 +283,7 @@ class Dispatcher:
             routed.failed_attempts += ((replica, reservation.expert, status),)
         raise _RetryError
 
-    def _report_failures(self, routed: RoutedRequest, expert: str) -> None:
+    def report_failures(self, routed: RoutedRequest, expert: str) -> None:
         """A replica of this expert has served the request: report the replicas of the expert that failed it."""
         for replica, of, seen in routed.failed_attempts:
             if of == expert:

@@ -18,6 +18,7 @@ from hpc_router.relay.downstream.interface import (
     Response,
 )
 from hpc_router.relay.headers import NOT_DOWNSTREAM, NOT_UPSTREAM, REQUEST_ID, Headers, crossing
+from hpc_router.relay.response_relay import EventStream, ResponseRelay
 from hpc_router.relay.sse import CONTENT_TYPE
 from hpc_router.relay.upstream.interface import (
     PendingRequest,
@@ -67,6 +68,8 @@ class RoutedRequest(PendingResponse, ResponseCallback):
     reservation: Reservation | None = None
     sent: PendingRequest | None = None
     """The request to the reserved replica, once it is sent without a task."""
+    relay: ResponseRelay | None = None
+    """The relay of a stream that is served without a task, or was until the task took over."""
     avoid: frozenset[Replica] = frozenset()
     error_result: "RequestResult | None" = None
     """The last error response of a replica, which the client gets if no other replica serves the request."""
@@ -138,6 +141,8 @@ class RoutedRequest(PendingResponse, ResponseCallback):
         self.dispatcher.metrics.cancelled.add(self.phase)
 
     def _release(self) -> None:
+        if self.relay is not None and self.relay.events is not None:
+            self.relay.events.stop_pings()
         if self.reservation is not None:
             self.reservation.release()
         self.dispatcher.in_flight.leave()
@@ -149,22 +154,55 @@ class RoutedRequest(PendingResponse, ResponseCallback):
         if self.endpoint.api_format.abort_detector.may_be_aborted(body):
             return False
         assert reservation is not None
-        replica, expert = reservation.replica, reservation.expert
-        head = self.response_head(reservation, headers)
-        if replica.recent_error:
-            dispatcher.health.request_succeeded(replica)
-        if dispatcher.in_flight.closing:
-            self.request.keep_alive = False
-        metrics = dispatcher.metrics
-        metrics.first_byte.add(time.perf_counter() - self.started, expert, replica.record.replica)
-        metrics.requests.add(expert, self.reason_at(expert), status)
+        head = self.accept(reservation, status, headers)
+        dispatcher.metrics.requests.add(reservation.expert, self.reason_at(reservation.expert), status)
         reservation.release()
         dispatcher.in_flight.leave()
         self.request.respond(status, head, body)
         return True
 
+    def on_head(self, status: int, headers: Headers) -> EventStream | None:
+        """Events of a stream go from the replica's connection to the client's without a task."""
+        if status in REVIEWED_STATUSES or headers.content_type != CONTENT_TYPE:
+            return None
+        assert self.reservation is not None
+        head = self.accept(self.reservation, status, headers)
+        self.relay = relay = self.new_relay()
+        return relay.begin_events(status, head)
+
+    def on_end(self) -> bool:
+        relay, reservation = self.relay, self.reservation
+        assert relay is not None
+        assert reservation is not None
+        relay.end_events()
+        self.dispatcher.metrics.requests.add(reservation.expert, self.reason_at(reservation.expert), relay.status)
+        self._release()
+        self.request.end()
+        return True
+
     def on_incomplete(self) -> None:
         self.request.resume()
+
+    def new_relay(self) -> ResponseRelay:
+        stream = self.call.fields.get("stream") is True
+        detector = self.endpoint.api_format.abort_detector
+        return ResponseRelay(self.request, self.dispatcher.relay_limits, detector, stream=stream)
+
+    def accept(self, reservation: Reservation, status: int, headers: Headers) -> bytes:
+        """The response goes to the client. Returns its header lines."""
+        dispatcher, replica, expert = self.dispatcher, reservation.replica, reservation.expert
+        if status not in REVIEWED_STATUSES and replica.recent_error:
+            dispatcher.health.request_succeeded(replica)
+        if 200 <= status < 300:
+            if self.failed_attempts:
+                dispatcher.report_failures(self, expert)
+            if self.on_success is not None:
+                self.on_success(replica, expert, self.reason_at(expert))
+        if dispatcher.in_flight.closing:
+            self.request.keep_alive = False
+        dispatcher.metrics.first_byte.add(time.perf_counter() - self.started, expert, replica.record.replica)
+        self.phase = "streaming"
+        return self.response_head(reservation, headers)
 
     def _request_start(self, replica: Replica) -> bytes:
         """Request line and the header lines that are the same for all requests to this replica."""
@@ -235,8 +273,8 @@ def _body(call: ApiCall, expert: str, replica: Replica) -> bytes:
     A replica with one expert means it by each of its model names; for others the record has the name.
     """
     record, asked = replica.record, call.fields["model"]
-    if record.serves.get(expert) == asked:
+    wanted = record.serves.get(expert) or replica.model_for(expert)
+    if wanted is None or asked == wanted:
         return call.raw
-    wanted = replica.model_for(expert)
     aliased = record.kind is RecordKind.EXPERT and len(record.serves) == 1 and asked in replica.models
-    return call.raw if wanted is None or asked == wanted or aliased else call.body(wanted)
+    return call.raw if aliased else call.body(wanted)

@@ -58,15 +58,19 @@ class _Request(Request):
         except TimeoutError as error:
             raise RequestTimeoutError(f"the body did not arrive within {limit_s:g} s") from error
 
-    async def start_response(self, status: int, head: bytes, *, length: int | None) -> None:
+    def start_response(self, status: int, head: bytes, *, length: int | None) -> None:
         self.sent = answer = web.StreamResponse(status=status, headers=fields_of(head))
         answer.content_length = length
         if not self.keep_alive or (self._request.version < HttpVersion11 and length is None):
             answer.force_close()  # its end is the connection's, even for a client that asks to keep it
         try:
-            await answer.prepare(self._request)
+            answer.prepare(self._request).send(None)
+        except StopIteration:
+            pass  # it has nothing to wait for
         except ConnectionError as error:
             raise DownstreamGoneError("the client has gone") from error
+        else:
+            raise AssertionError("aiohttp waits before it sends a head")
         if self._request.transport is None:
             raise DownstreamGoneError("the client has gone")
         self._transport = self._request.transport
