@@ -157,7 +157,7 @@ class UpstreamClient:
         idle = self._pool.get(address)
         while idle:
             connection = idle.pop()
-            if connection.usable_until > time.monotonic() and connection.usable:
+            if connection.usable and connection.usable_until > time.monotonic():
                 return connection
             connection.abort()
         return None

@@ -186,9 +186,10 @@ class Reservation:
 
     def release(self) -> None:
         replica, owner = self.replica, self._owner
-        if self in replica.reservations:
-            replica.reservations.remove(self)
-            owner.cells[replica.column] = len(replica.reservations)
+        reservations = replica.reservations
+        if self in reservations:
+            reservations.remove(self)
+            owner.cells[replica.column] = len(reservations)
             owner.offer(replica)
 
     def __enter__(self) -> Self:

@@ -111,7 +111,10 @@ class Gateway:
 
     def handle(self, request: Request) -> PendingResponse | Coroutine[Any, Any, Response | None]:
         """Serve a request. One that only has to be routed and sent needs no task; all others get a coroutine."""
-        request_id = self._request_id(request)
+        if request.request_id and _REQUEST_ID.fullmatch(request.request_id):
+            request_id = request.request_id.decode()
+        else:
+            request_id = f"{random.getrandbits(128):032x}"
         body = request.complete_body()
         endpoint: ApiEndpoint | None = request.headers.cached.get(self, UNKNOWN_ENDPOINT)
         if endpoint is UNKNOWN_ENDPOINT:
@@ -144,11 +147,6 @@ class Gateway:
         simple = request.method == "POST" and request.path in _FAST_PATHS and self._is_authorized(request.headers)
         endpoint = request.headers.cached[self] = endpoint_of(request) if simple else None
         return endpoint
-
-    def _request_id(self, request: Request) -> str:
-        if request.request_id and _REQUEST_ID.fullmatch(request.request_id):
-            return request.request_id.decode()
-        return f"{random.getrandbits(128):032x}"
 
     def _find_route(self, request: Request) -> Handler:
         path = request.path.rstrip("/") or "/"

@@ -45,7 +45,9 @@ class RequestRouting:
 
     def route(self, request: Request, request_id: str, call: ApiCall, endpoint: ApiEndpoint) -> RoutedRequest:
         started = time.perf_counter()
-        model = call.model
+        model = call.fields.get("model")
+        if type(model) is not str or not model:
+            model = call.model  # raises
         if type(call.fields.get("stream")) not in _OPTIONAL_BOOL:
             raise BadRequestError("'stream' must be true or false", param="stream")
         session = None

@@ -230,8 +230,9 @@ class RoutedRequest(PendingResponse, ResponseCallback):
 
     def response_head(self, reservation: Reservation, headers: Headers) -> bytes:
         """The header lines of the response to the client: the engine's and the router's."""
+        lines = headers.cached.get(_OWN_DOWNSTREAM)
         return b"%bx-request-id: %b\r\n%b" % (
-            crossing(headers, drop=_OWN_DOWNSTREAM),
+            crossing(headers, drop=_OWN_DOWNSTREAM) if lines is None else lines,
             self.request_id.encode(),
             self.routing_headers(reservation),
         )
