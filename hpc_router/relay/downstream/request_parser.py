@@ -77,6 +77,13 @@ class ParsedRequest:
         self.complete = complete
         self.failure: RoutingError | None = None
 
+    def complete_body(self) -> bytes | None:
+        """See `Request.complete_body`."""
+        if not self.complete or len(self.chunks) != 1 or self.head.encoded:
+            return None
+        body = self.chunks[0]
+        return body if type(body) is bytes else bytes(body)
+
 
 R = TypeVar("R", bound=ParsedRequest)
 
