@@ -14,7 +14,8 @@ from types import TracebackType
 from typing import Final, Self
 
 from hpc_router.errors import UpstreamConnectError, UpstreamError, UpstreamTimeoutError
-from hpc_router.relay.upstream.connection import MAX_SINGLE_WRITE_BYTES, Connection
+from hpc_router.relay.upstream.awaited_exchange import MAX_SINGLE_WRITE_BYTES
+from hpc_router.relay.upstream.connection import Connection
 from hpc_router.relay.upstream.exchange import Exchange
 from hpc_router.relay.upstream.interface import (
     Address,

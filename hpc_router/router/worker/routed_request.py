@@ -195,7 +195,7 @@ class RoutedRequest(PendingResponse, ResponseCallback):
             dispatcher.health.request_succeeded(replica)
         if 200 <= status < 300:
             if self.failed_attempts:
-                dispatcher.report_failures(self, expert)
+                dispatcher.review.report_failures(self, expert)
             if self.on_success is not None:
                 self.on_success(replica, expert, self.reason_at(expert))
         if dispatcher.in_flight.closing:
