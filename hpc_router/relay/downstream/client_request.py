@@ -116,13 +116,16 @@ class ClientRequest(ParsedRequest, Request):
             connection.responded(self)
 
     def end(self) -> None:
-        self.connection.pending = None
+        connection = self.connection
+        connection.pending = None
+        if connection.server.stopping:
+            self.keep_alive = False
         try:
             self.finish(None)
         except DownstreamGoneError:
             pass
         else:
-            self.connection.responded(self)
+            connection.responded(self)
 
     def resume(self) -> None:
         self.connection.run_pending()

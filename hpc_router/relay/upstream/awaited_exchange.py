@@ -60,7 +60,7 @@ class AwaitedExchange(asyncio.Protocol):
         self._waiter: asyncio.Future[None] | None = None
         self._callback: ResponseCallback | None = None  # notified instead of a task
         self.nothing_received = False  # in the last exchange
-        self.usable_until = 0.0  # time.monotonic(), while the connection is idle
+        self.usable_until = 0.0  # time.monotonic(), while it is in the pool; else 0
 
     def on_timeout(self) -> None:
         """The idle timer has expired."""

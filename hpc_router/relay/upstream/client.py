@@ -158,7 +158,8 @@ class UpstreamClient:
         idle = self._pool.get(address)
         while idle:
             connection = idle.pop()
-            if connection.usable and connection.usable_until > time.monotonic():
+            usable_until, connection.usable_until = connection.usable_until, 0.0
+            if connection.usable and usable_until > time.monotonic():
                 return connection
             connection.abort()
         return None
@@ -175,15 +176,17 @@ class UpstreamClient:
 
     def discard(self, connection: Connection) -> None:
         """The connection is closed."""
-        idle = self._pool.get(connection.address, ())
-        if connection in idle:
+        if connection.usable_until and self._pool:
             self._pool[connection.address].remove(connection)
 
     def _close_expired(self) -> None:
         now = time.monotonic()
         for idle in self._pool.values():
-            while idle and idle[0].usable_until <= now:
-                idle.pop(0).abort()
+            expired = [connection for connection in idle if connection.usable_until <= now]
+            del idle[: len(expired)]  # they are the first
+            for connection in expired:
+                connection.usable_until = 0.0
+                connection.abort()
         self._pool = {address: idle for address, idle in self._pool.items() if idle}
         next_at = min((idle[0].usable_until for idle in self._pool.values()), default=None)
         self._sweep = None
