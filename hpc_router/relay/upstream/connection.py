@@ -132,7 +132,8 @@ class Connection(AwaitedExchange, PendingRequest):
                         self._write_chunk, self._chunk_ends, self._mark = chunk_writer
                     return
                 self._sink = None
-                if callback is not None and not self._sink_full and callback.on_end():
+                if callback is not None and not self._sink_full:
+                    callback.on_end()
                     self._callback = None
                     self.finish()
                     return

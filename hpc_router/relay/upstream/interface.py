@@ -146,8 +146,8 @@ class ResponseCallback(ABC):
         """The head was received. Returns what gets the body; None: `on_incomplete` is called next."""
         return None
 
-    def on_end(self) -> bool:
-        """The sink got the complete body. False: not accepted; `on_incomplete` is called next."""
+    def on_end(self) -> None:
+        """The sink got the complete body. `on_incomplete` is called next if this raises an error."""
         raise NotImplementedError
 
     @abstractmethod

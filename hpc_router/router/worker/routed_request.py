@@ -57,9 +57,9 @@ class RoutedRequest(PendingResponse, ResponseCallback):
     response, before the client receives any of it.
 
     It counts as in flight from `start` until its end. It is served by callbacks if only the replica has to be awaited:
-    an expert has a free replica, a connection is pooled, and a short response without an error is received in one read.
-    Otherwise it continues in a task, from the current state. Rarely used fields are class attributes until they are
-    set, which saves time per request.
+    an expert has a free replica, a connection is pooled, and the response is short and received in one read, or a
+    stream of events. Otherwise it continues in a task, from the current state. Rarely used fields are class attributes
+    until they are set, which saves time per request.
     """
 
     only: Replica | None = None
@@ -108,14 +108,13 @@ class RoutedRequest(PendingResponse, ResponseCallback):
             self.request.resume()
             return
         try:
-            replica, call, target = reservation.replica, self.call, self.endpoint.target
-            expert = reservation.expert
-            lines = self.request.headers.cached.get(NOT_UPSTREAM)
+            replica, headers = reservation.replica, self.request.headers
+            body = _body(self.call, reservation.expert, replica)
             message = b"%b%bx-request-id: %b\r\ncontent-length: %d\r\n\r\n%b" % (
-                replica.request_starts.get(target) or self._request_start(replica),
-                crossing(self.request.headers, drop=NOT_UPSTREAM) if lines is None else lines,
+                replica.request_starts.get(self.endpoint.target) or self._request_start(replica),
+                headers.cached.get(NOT_UPSTREAM) or crossing(headers, drop=NOT_UPSTREAM),
                 self.request_id.encode(),
-                len(body := _body(call, expert, replica)),
+                len(body),
                 body,
             )
             self.sent = sent = dispatcher.client.start(replica.address, message, self, self.timeouts())
@@ -170,7 +169,7 @@ class RoutedRequest(PendingResponse, ResponseCallback):
         self.relay = relay = self.new_relay()
         return relay.begin_events(status, head)
 
-    def on_end(self) -> bool:
+    def on_end(self) -> None:
         relay, reservation = self.relay, self.reservation
         assert relay is not None
         assert reservation is not None
@@ -178,7 +177,6 @@ class RoutedRequest(PendingResponse, ResponseCallback):
         self.dispatcher.metrics.requests.add(reservation.expert, self.reason_at(reservation.expert), relay.status)
         self._release()
         self.request.end()
-        return True
 
     def on_incomplete(self) -> None:
         self.request.resume()
@@ -230,16 +228,15 @@ class RoutedRequest(PendingResponse, ResponseCallback):
 
     def response_head(self, reservation: Reservation, headers: Headers) -> bytes:
         """The header lines of the response to the client: the engine's and the router's."""
-        lines = headers.cached.get(_OWN_DOWNSTREAM)
         return b"%bx-request-id: %b\r\n%b" % (
-            crossing(headers, drop=_OWN_DOWNSTREAM) if lines is None else lines,
+            headers.cached.get(_OWN_DOWNSTREAM) or crossing(headers, drop=_OWN_DOWNSTREAM),
             self.request_id.encode(),
             self.routing_headers(reservation),
         )
 
     def routing_headers(self, reservation: Reservation) -> bytes:
         replica, expert = reservation.replica, reservation.expert
-        reason = self.reason if expert == self.experts[0] else RouteReason.UNAVAILABLE
+        reason = self.reason_at(expert)
         lines = replica.routing_lines.get((expert, reason))
         if lines is None:
             text = f"x-expert: {expert}\r\nx-replica: {replica.name}\r\nx-route-reason: {reason}\r\n"
